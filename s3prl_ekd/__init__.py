@@ -1,0 +1,28 @@
+"""s3prl_ekd: distil several speech SSL teachers into one small student, inside s3prl.
+
+Importing this package is cheap and has no side effect: neither torch nor s3prl is loaded
+before something is asked for. The public doors are
+
+* :func:`register`: make ``ekd_student`` known to ``s3prl.hub`` (and so to ``S3PRLUpstream``);
+* the commands ``run_pretrain.py``, ``run_downstream.py`` and ``s3prl-ekd``;
+* :func:`load_student`: a trained student as a plain ``torch.nn.Module``.
+"""
+
+from __future__ import annotations
+
+__version__ = "0.1.0"
+__all__ = ["__version__", "load_student", "register"]
+
+
+def register() -> None:
+    """Add ``ekd_student`` to ``s3prl.hub``; see :func:`s3prl_ekd.plugin.register`."""
+    from .plugin import register as _register
+
+    _register()
+
+
+def load_student(path):
+    """Load a student file or a run's checkpoint; see :func:`s3prl_ekd.export.load_student`."""
+    from .export import load_student as _load_student
+
+    return _load_student(path)

@@ -1,0 +1,74 @@
+"""``s3prl-ekd COMMAND``: everything around the two scripts of s3prl."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import sys
+from collections.abc import Sequence
+
+from . import __version__
+from .errors import EkdError, exit_with
+
+# name -> the line that `s3prl-ekd --help` shows. The module commands/NAME.py has
+# `configure(parser)` and `main(args)`; it is imported only when its command is called,
+# so that `--help` never waits for torch.
+COMMANDS = {
+    "init": "write what s3prl reads from the working folder: configs and recipes",
+    "doctor": "versions, shims, audio, devices, and which recipes could run here",
+    "lengths": "write length tables (len_for_bucket) for a folder of audio",
+    "prepare": "turn a manifest (TSV) into the layout that s3prl's recipes read",
+    "export": "write a student as a file that stands alone",
+    "demo": "the whole way on a synthetic corpus: three teachers, one student, one score",
+}
+
+EXAMPLE = """\
+example:
+  s3prl-ekd doctor
+  s3prl-ekd init .
+  run_pretrain.py -u ekd -n my_student
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser with all subcommands named, and only the chosen one's options loaded."""
+    parser = argparse.ArgumentParser(
+        prog="s3prl-ekd",
+        description="Distil several speech SSL teachers into one student, inside s3prl.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"s3prl-ekd {__version__}")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand; returns the exit code (2 for a user's mistake)."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = build_parser()
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    wanted = next((word for word in argv if not word.startswith("-")), None)
+    for name, help_line in COMMANDS.items():
+        command = None
+        if name == wanted:
+            command = importlib.import_module(f"s3prl_ekd.commands.{name}")
+        subparser = subparsers.add_parser(
+            name,
+            help=help_line,
+            description=command.__doc__ if command else help_line,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        if command:
+            command.configure(subparser)
+            subparser.set_defaults(run=command.main)
+    args = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        return args.run(args) or 0
+    except EkdError as error:
+        exit_with(error)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

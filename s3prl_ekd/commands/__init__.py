@@ -1,0 +1,1 @@
+"""The subcommands of ``s3prl-ekd``, one module each: ``configure(parser)`` and ``main(args)``."""

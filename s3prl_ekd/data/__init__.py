@@ -1,0 +1,1 @@
+"""Corpus tables, audio reading and batching for distillation."""

@@ -1,0 +1,1 @@
+"""The embedded default: a synthetic corpus, three tiny teachers, and the run over them."""

@@ -1,0 +1,60 @@
+"""The errors a user can cause, and the one way they are shown: a sentence and exit code 2."""
+
+from __future__ import annotations
+
+import sys
+from typing import NoReturn
+
+
+class EkdError(Exception):
+    """Something the user can mend. The message is one sentence that says what, where and how.
+
+    Everything that a user can get wrong (a YAML key, a path, a layer number) is reported by
+    this type or a subclass; any other exception out of this package is a defect of ours.
+    """
+
+
+class ConfigError(EkdError):
+    """A YAML file or a setting is not valid; the message names the YAML path."""
+
+
+class TeacherError(EkdError):
+    """A teacher cannot be found, read or combined with the others."""
+
+
+class CheckpointError(EkdError):
+    """A checkpoint or student file is missing, damaged or of another kind."""
+
+
+class DataError(EkdError):
+    """A corpus table or an audio file cannot be used; the message names the file."""
+
+
+class SetupError(EkdError):
+    """The working folder or the environment lacks something; the message says what to type."""
+
+
+def exit_with(error: EkdError) -> NoReturn:
+    """Print the sentence of ``error`` to stderr and leave with exit code 2."""
+    print(f"error: {error}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def install_excepthook() -> None:
+    """Show an :class:`EkdError` that nobody catches as its sentence, with exit code 2.
+
+    For s3prl's own scripts started without our commands (``python run_pretrain.py`` in a
+    checkout), which let every exception end in a traceback. Other exceptions go to the hook
+    that was there before. Calling it twice changes nothing.
+    """
+    previous = sys.excepthook
+    if getattr(previous, "_s3prl_ekd", False):
+        return
+
+    def hook(kind, error, traceback):
+        if isinstance(error, EkdError):
+            exit_with(error)
+        previous(kind, error, traceback)
+
+    hook._s3prl_ekd = True
+    sys.excepthook = hook

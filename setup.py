@@ -1,0 +1,83 @@
+"""Packaging of s3prl_ekd: four top-level folders, one import name.
+
+``upstream``, ``pretrain_configs`` and ``downstream_recipes`` stand beside the package, where
+s3prl's users look for them, and are installed as ``s3prl_ekd.upstream`` and so on: a top-level
+package called ``upstream`` would shadow s3prl's own.
+"""
+
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(
+    r'__version__ = "([^"]+)"', (HERE / "s3prl_ekd" / "__init__.py").read_text(encoding="utf-8")
+).group(1)
+
+FOLDERS = {
+    "s3prl_ekd": "s3prl_ekd",
+    "s3prl_ekd.upstream": "upstream",
+    "s3prl_ekd.pretrain_configs": "pretrain_configs",
+    "s3prl_ekd.downstream_recipes": "downstream_recipes",
+}
+
+
+def packages():
+    """Every folder with an ``__init__.py`` below the four, under its import name."""
+    found = []
+    for name, folder in FOLDERS.items():
+        for init in sorted((HERE / folder).rglob("__init__.py")):
+            below = init.parent.relative_to(HERE / folder).parts
+            found.append(".".join((name, *below)))
+    return found
+
+
+DEMO = ["espeakng-loader>=0.2.4"]
+PLOTS = ["matplotlib>=3.7"]
+DEV = ["pytest>=8", "ruff>=0.6", "build>=1"]
+
+setup(
+    name="s3prl_ekd",
+    version=VERSION,
+    description="Distil several speech SSL teachers into one small student, inside s3prl",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    packages=packages(),
+    package_dir=FOLDERS,
+    package_data={"": ["*.yaml", "*.txt", "*.dict", "*.tsv", "*.json"]},
+    install_requires=[
+        "s3prl>=0.4.18",
+        "torch>=2.5",
+        "torchaudio>=2.5",
+        "numpy>=1.24",
+        "pyyaml>=6",
+        "editdistance>=0.6",
+        "tensorboardX>=2.6",
+        "soundfile>=0.12",
+        "pandas>=2",
+        "tqdm>=4.60",
+        "setuptools",
+    ],
+    extras_require={
+        "demo": DEMO,
+        "plots": PLOTS,
+        "dev": DEV + DEMO + PLOTS,
+    },
+    entry_points={
+        "console_scripts": [
+            "s3prl-ekd=s3prl_ekd.cli:main",
+            "run_pretrain.py=s3prl_ekd.launch:run_pretrain",
+            "run_downstream.py=s3prl_ekd.launch:run_downstream",
+        ]
+    },
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Topic :: Multimedia :: Sound/Audio :: Speech",
+    ],
+)
