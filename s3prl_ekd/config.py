@@ -1,0 +1,163 @@
+"""The YAML files of ``run_pretrain.py -u ekd`` as checked, frozen dataclasses.
+
+``config_model.yaml`` (``-g``) is the method: :class:`distill.settings.DistillSettings`.
+``config_runner.yaml`` (``-c``) is the run: :class:`RunnerFile`; its keys are s3prl's.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .distill.settings import DistillSettings
+from .errors import ConfigError
+from .schema import build, read_yaml
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """``pretrain_expert.datarc``: where the audio is and how it is batched. Names are s3prl's.
+
+    ``libri_root``: the folder that the tables' paths start from, any corpus. ``file_path``: the
+    folder of length tables (``s3prl-ekd lengths``). ``sets``: the tables to train on.
+    ``sequence_length``: longest excerpt in samples, a random one of each longer utterance; 0 takes
+    whole utterances. ``max_timestep``: as s3prl, drop utterances of that many samples or more
+    (below 0: of that many or fewer).
+    """
+
+    libri_root: str
+    file_path: str
+    sets: tuple[str, ...]
+    train_batch_size: int
+    num_workers: int = 2
+    sequence_length: int = 250000
+    max_timestep: int = 0
+
+    def __post_init__(self):
+        if not self.sets:
+            raise ValueError("sets is empty: name at least one table")
+        if self.train_batch_size < 1 or self.num_workers < 0:
+            raise ValueError("train_batch_size must be 1 or more and num_workers 0 or more")
+        if self.sequence_length != 0 and self.sequence_length < 400:
+            raise ValueError(
+                f"sequence_length is {self.sequence_length} samples; use 0 (whole utterances) or "
+                "400 (one frame) and more"
+            )
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """``runner``: s3prl's pretraining Runner, which insists on each of these but ``fp16``."""
+
+    total_steps: int
+    log_step: int
+    save_step: int
+    n_epochs: int
+    gradient_clipping: float
+    gradient_accumulate_steps: int
+    max_keep: int
+    fp16: bool = False
+
+    def __post_init__(self):
+        for name in ("total_steps", "log_step", "save_step", "gradient_accumulate_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; 1 or more is allowed")
+        if self.max_keep < 1:
+            raise ValueError(f"max_keep is {self.max_keep}; 1 or more is allowed")
+        # s3prl's Runner asserts these two; n_epochs changes the steps to what it computes.
+        for name in ("log_step", "save_step"):
+            if self.n_epochs <= 0 and self.total_steps <= getattr(self, name):
+                raise ValueError(
+                    f"total_steps ({self.total_steps}) must be greater than {name} "
+                    f"({getattr(self, name)})"
+                )
+
+
+@dataclass(frozen=True)
+class ExpertSettings:
+    datarc: DataSettings
+
+
+@dataclass(frozen=True)
+class RunnerFile:
+    """``config_runner.yaml``. ``optimizer`` and ``scheduler`` go to s3prl as they are."""
+
+    runner: RunSettings
+    optimizer: dict[str, Any] = field(default_factory=dict)
+    pretrain_expert: ExpertSettings | None = None
+    scheduler: dict[str, Any] | None = None
+
+    def __post_init__(self):
+        if self.pretrain_expert is None:
+            raise ValueError("the key pretrain_expert is missing")
+        if not isinstance(self.optimizer.get("name"), str):
+            raise ValueError("optimizer.name is missing; for example AdamW_with_schedule")
+        if not isinstance(self.optimizer.get("lr"), float):
+            raise ValueError(
+                f"optimizer.lr is {self.optimizer.get('lr')!r}; a number with a point is expected, "
+                "for example 2.e-4"
+            )
+
+
+def load_model_config(source: str | Path | dict) -> DistillSettings:
+    """Check a model config: a YAML path, or the dict that a checkpoint kept of it.
+
+    Raises:
+        ConfigError: naming the file and the YAML path of the first thing that is not valid.
+    """
+    if isinstance(source, dict):
+        return build(DistillSettings, source, "the checkpoint's Upstream_Config")
+    return build(DistillSettings, read_yaml(source), str(source))
+
+
+def load_runner_config(path: str | Path, overrides: str | None = None) -> RunnerFile:
+    """Check a runner config as s3prl will see it, with the ``-o`` overrides put in.
+
+    Raises:
+        ConfigError: naming the file and the YAML path of the first thing that is not valid.
+    """
+    data = read_yaml(path)
+    if overrides and overrides.lower() != "none":
+        data = apply_overrides(data, overrides)
+    return build(RunnerFile, data, str(path))
+
+
+def load_data_config(datarc: dict) -> DataSettings:
+    """Check ``pretrain_expert.datarc`` alone, for runs started by s3prl's plain script."""
+    return build(DataSettings, datarc, "pretrain_expert.datarc")
+
+
+def apply_overrides(data: dict, overrides: str) -> dict:
+    """s3prl's ``-o "config.a.b=1,,config.c='x'"`` on a copy of ``data``, literals only.
+
+    s3prl evaluates the values itself later; this look ahead reads numbers, texts and lists.
+    ``args.*`` overrides are none of the config's business and passed over.
+    """
+    import ast
+
+    data = copy.deepcopy(data)
+    for option in overrides.split(",,"):
+        key, equals, text = option.strip().partition("=")
+        if not equals or "=" in text:
+            raise ConfigError(
+                f"-o {option.strip()!r}: write config.KEY.KEY=VALUE, several joined by ,, "
+                "(s3prl allows no other = sign)"
+            )
+        first, *path = key.strip().split(".")
+        if first not in ("args", "config"):
+            raise ConfigError(f"-o {key.strip()!r}: the key must start with config. or args.")
+        if first == "args" or not path:
+            continue
+        try:
+            value = ast.literal_eval(text.strip())
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            value = text.strip()
+        target = data
+        for name in path[:-1]:
+            target = target.setdefault(name, {})
+            if not isinstance(target, dict):
+                raise ConfigError(f"-o {key.strip()!r}: {name} is not a mapping")
+        target[path[-1]] = value
+    return data

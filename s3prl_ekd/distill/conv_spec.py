@@ -1,0 +1,92 @@
+"""The conv extractor's layers: text or list -> checked numbers.
+
+s3prl and fairseq hold this setting as Python source, ``"[(512,10,5)] + [(512,3,2)] * 4"``, and
+give it to ``eval``. Ours is parsed here, against a grammar of lists, tuples, whole numbers, ``+``
+and ``*`` only, and what s3prl gets to see is a literal that this module has written.
+"""
+
+from __future__ import annotations
+
+import ast
+
+from ..errors import ConfigError
+
+ConvLayers = tuple[tuple[int, int, int], ...]
+
+DEFAULT = "[(512,10,5)] + [(512,3,2)] * 4 + [(512,2,2)] * 2"
+# Bounds far above any published extractor: they keep a hostile file from asking for terabytes.
+MAX_TEXT, MAX_LAYERS, MAX_NUMBER = 500, 32, 8192
+
+
+def parse_conv_layers(text: str, where: str = "extractor_conv_feature_layers") -> ConvLayers:
+    """Parse conv layers ``(channels, kernel [samples or frames], stride)``, first layer first.
+
+    Raises:
+        ConfigError: anything but lists of triples of positive whole numbers, ``+`` and ``*``.
+
+    Example:
+        >>> parse_conv_layers("[(8,10,5)] + [(8,3,2)] * 2")
+        ((8, 10, 5), (8, 3, 2), (8, 3, 2))
+    """
+    problem = ConfigError(
+        f"{where}: {text[:80]!r} is not a list of (channels, kernel, stride) triples; "
+        f"write it like {DEFAULT!r}"
+    )
+    if len(text) > MAX_TEXT:
+        raise problem
+    try:
+        layers = _value(ast.parse(text.strip(), mode="eval").body)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        raise problem from None
+    if not isinstance(layers, list) or not layers:
+        raise problem
+    for layer in layers:
+        if not (isinstance(layer, tuple) and len(layer) == 3):
+            raise problem
+        if not all(type(n) is int and 0 < n <= MAX_NUMBER for n in layer):
+            raise problem
+    return tuple(layers)
+
+
+def conv_layers_text(layers: ConvLayers) -> str:
+    """The literal that s3prl may evaluate: digits, commas and brackets only."""
+    return "[" + ", ".join(f"({c}, {k}, {s})" for c, k, s in layers) + "]"
+
+
+def stride_of(layers: ConvLayers) -> int:
+    """Samples from one frame to the next (320 for the default, 20 ms at 16 kHz)."""
+    stride = 1
+    for _, _, step in layers:
+        stride *= step
+    return stride
+
+
+def receptive_field(layers: ConvLayers) -> int:
+    """The fewest samples that give one frame (400 for the default, 25 ms at 16 kHz)."""
+    field = 1
+    for _, kernel, step in reversed(layers):
+        field = (field - 1) * step + kernel
+    return field
+
+
+def _value(node: ast.AST):
+    if isinstance(node, ast.Constant) and type(node.value) is int:
+        return node.value
+    if isinstance(node, ast.Tuple):
+        return tuple(_value(item) for item in node.elts)
+    if isinstance(node, ast.List):
+        return [_value(item) for item in node.elts]
+    if isinstance(node, ast.BinOp) and isinstance(node.op, (ast.Add, ast.Mult)):
+        left, right = _value(node.left), _value(node.right)
+        if isinstance(node.op, ast.Add) and isinstance(left, list) and isinstance(right, list):
+            both = left + right
+        elif isinstance(node.op, ast.Mult) and isinstance(left, list) and type(right) is int:
+            if not 0 <= right * len(left) <= MAX_LAYERS:
+                raise ValueError("too many layers")
+            both = left * right
+        else:
+            raise ValueError("only list + list and list * number")
+        if len(both) > MAX_LAYERS:
+            raise ValueError("too many layers")
+        return both
+    raise ValueError("not allowed here")

@@ -1,0 +1,82 @@
+"""The student: s3prl's ``DistillerModel`` without its heads."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import logging
+from dataclasses import dataclass
+
+import torch
+from s3prl.upstream.distiller.model import DistillerConfig, DistillerModel
+from torch import Tensor, nn
+
+from .conv_spec import conv_layers_text
+from .settings import StudentSettings
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StudentOutput:
+    """What one forward gives.
+
+    ``features``: conv features ``[batch, frame, channel]``. ``hidden_states``: the projected
+    features and each transformer layer's output, ``[batch, frame, dim]`` each. ``last``: the
+    encoder's output, which the heads read; it is the last hidden state unless the layers normalise
+    first. ``mask``: ``[batch, frame]``, 1 where a frame is valid, 0 where it is padding.
+    """
+
+    features: Tensor
+    hidden_states: list[Tensor]
+    last: Tensor
+    mask: Tensor
+
+
+def build_backbone(settings: StudentSettings) -> DistillerModel:
+    """s3prl's ``DistillerModel`` of this size, its output layer an identity.
+
+    The heads live apart (:mod:`.heads`), so "no task embedding, no output layer" is chosen, and
+    with an identity in place of the output layer the model's ``pred`` is the encoder's output.
+    """
+    config = dataclasses.asdict(settings)
+    # DistillerModel evaluates this text: it gets a literal written by us from checked numbers.
+    config["extractor_conv_feature_layers"] = conv_layers_text(settings.conv_layers)
+    config.update(task_emb_type="none", out_layer_type="none", n_tasks=1)
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):  # it reports by print, and of heads it has not
+        model = DistillerModel(DistillerConfig(config))
+    logger.debug("%s", said.getvalue().strip())
+    model.output_layer = nn.Identity()
+    return model
+
+
+class Student(nn.Module):
+    """A small speech model: waveforms in, hidden states out.
+
+    Args:
+        settings: its size; see :class:`.settings.StudentSettings`.
+    """
+
+    def __init__(self, settings: StudentSettings):
+        super().__init__()
+        self.settings = settings
+        self.backbone = build_backbone(settings)
+
+    def forward(self, waves: Tensor, lengths: Tensor) -> StudentOutput:
+        """Run the student.
+
+        Args:
+            waves: ``[batch, sample]`` at 16 kHz, zero-padded at the end.
+            lengths: ``[batch]``, valid samples of each waveform, ``settings.min_samples`` at least.
+        """
+        samples = torch.arange(waves.shape[1], device=waves.device)
+        pad_mask = (samples[None] < lengths[:, None]).to(waves.dtype)  # [batch, sample]
+        features, projected, last, mask, layers = self.backbone(waves, pad_mask, get_hidden=True)
+        return StudentOutput(features, [projected, *layers], last.squeeze(1), mask)
+
+    @property
+    def width(self) -> int:
+        """Dimensions of a hidden state."""
+        return self.settings.encoder_embed_dim

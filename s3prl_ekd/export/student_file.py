@@ -1,0 +1,137 @@
+"""The student file: plain tensors and plain settings, loadable with ``weights_only=True``.
+
+``{"format", "version", "settings", "targets", "student", "heads", "about"}``: the student's size,
+the target sets its heads predict, its weights and theirs, and how it was made. A run's checkpoint
+holds the same under s3prl's keys, so both are read here.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from argparse import Namespace
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import s3prl.optimizers
+import torch
+
+from ..distill.aggregation import TargetSpec
+from ..distill.heads import PredictionHeads
+from ..distill.settings import StudentSettings
+from ..distill.student import Student
+from ..errors import CheckpointError, ConfigError
+from ..safe_load import safe_load
+from ..schema import build, plain
+
+FORMAT, VERSION = "s3prl_ekd.student", 1
+RUN_KEY = "EKD"  # where a run's checkpoint keeps the contents of a student file
+
+
+def run_classes() -> list[type]:
+    """The classes, all plain holders of values, that s3prl's Runner pickles into a checkpoint.
+
+    The schedule is pickled under the name its module had: ``optimizers`` when s3prl's script ran
+    from its own folder.
+    """
+    allowed: list[type] = [Namespace]
+    for name, value in vars(s3prl.optimizers).items():
+        if isinstance(value, type) and issubclass(value, s3prl.optimizers._LRSchedule):
+            allowed += [value, type(name, (value,), {"__module__": "optimizers"})]
+    return allowed
+
+
+@dataclass
+class LoadedStudent:
+    """A student read from a file. ``heads`` is None where the file has none."""
+
+    student: Student
+    heads: PredictionHeads | None
+    targets: dict[str, TargetSpec]
+    about: dict[str, Any]
+
+
+def contents(student: Student, heads: PredictionHeads | None, targets, about: Mapping) -> dict:
+    """What a student file holds, as plain data: see the module's text."""
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "settings": plain(student.settings),
+        "targets": {name: plain(spec) for name, spec in targets.items()} if heads else {},
+        "student": _cpu(student.state_dict()),
+        "heads": _cpu(heads.state_dict()) if heads else {},
+        "about": dict(about),
+    }
+
+
+def write_student(loaded: LoadedStudent, path: str | Path, keep_heads: bool = True) -> None:
+    """Write a student file, whole or not at all (to a neighbour, then renamed).
+
+    Raises:
+        CheckpointError: the file cannot be written.
+    """
+    heads = loaded.heads if keep_heads else None
+    path = Path(path)
+    neighbour = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
+            neighbour = file.name
+            torch.save(contents(loaded.student, heads, loaded.targets, loaded.about), file)
+            file.flush()
+            os.fsync(file.fileno())
+        # A temporary file is private to its owner; a student file is like any other file.
+        os.chmod(neighbour, 0o666 & ~_umask())
+        os.replace(neighbour, path)
+    except OSError as error:
+        if neighbour:
+            Path(neighbour).unlink(missing_ok=True)
+        raise CheckpointError(f"cannot write {path}: {error.strerror}") from None
+
+
+def load_student(path: str | Path) -> LoadedStudent:
+    """Read a student file or a run's checkpoint (``states-*.ckpt``).
+
+    Raises:
+        CheckpointError: the file is missing, damaged, asks for code, or is of another kind.
+    """
+    data = safe_load(path, "student checkpoint", allow=run_classes())
+    if RUN_KEY in data and isinstance(data[RUN_KEY], dict):
+        data = data[RUN_KEY]
+    if data.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path} is neither a student file nor a checkpoint of run_pretrain.py -u ekd; its "
+            f"keys are: {', '.join(map(str, list(data)[:8]))}"
+        )
+    if data.get("version") != VERSION:
+        raise CheckpointError(
+            f"{path} has format version {data.get('version')!r}; this s3prl_ekd reads {VERSION}"
+        )
+    try:
+        settings = build(StudentSettings, data.get("settings"), "settings")
+        targets = build(dict[str, TargetSpec], data.get("targets"), "targets")
+        student = Student(settings)
+        student.load_state_dict(data["student"])
+        heads = None
+        if targets:
+            heads = PredictionHeads(student.width, targets)
+            heads.load_state_dict(data["heads"])
+        about = dict(data["about"])
+    except ConfigError as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from None
+    except (KeyError, RuntimeError, TypeError, ValueError, AttributeError, AssertionError) as error:
+        first = (str(error).strip().splitlines() or ["unreadable"])[0]
+        raise CheckpointError(f"{path} is damaged: {first}") from None
+    return LoadedStudent(student, heads, targets, about)
+
+
+def _cpu(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {key: value.detach().to("cpu", torch.float32) for key, value in state.items()}
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,180 @@
+"""The adapter between s3prl's pretrain Runner and :mod:`s3prl_ekd.distill`.
+
+s3prl imports ``pretrain.ekd.pretrain_expert.UpstreamPretrainExpert`` and calls the methods below;
+what each must do is written in s3prl's ``pretrain/runner.py``.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from . import __version__, compat
+from .errors import CheckpointError, DataError, SetupError
+
+compat.apply()
+
+from .config import load_data_config, load_model_config  # noqa: E402
+from .data.batches import Batch, train_loader  # noqa: E402
+from .distill.distiller import EnsembleDistiller  # noqa: E402
+from .distill.initialisation import initialise  # noqa: E402
+from .distill.student import Student  # noqa: E402
+from .export.student_file import RUN_KEY, contents  # noqa: E402
+from .schema import plain  # noqa: E402
+from .teacher_sources import load_teachers, teacher_model  # noqa: E402
+
+logger = logging.getLogger(__name__)
+
+
+class UpstreamPretrainExpert(nn.Module):
+    """EKD as s3prl's Runner wants it.
+
+    Args:
+        datarc: ``pretrain_expert.datarc`` of the runner config.
+        upstream_config: path of the model config, or the dict that a checkpoint kept of it.
+        device: where the student is trained.
+        multi_gpu: must be false; DataParallel is not for this method.
+
+    Raises:
+        EkdError: one sentence for whatever the user can mend.
+    """
+
+    def __init__(self, datarc, upstream_config, device="cuda", multi_gpu=False, **kwargs):
+        super().__init__()
+        if multi_gpu:
+            raise SetupError("--multi_gpu (DataParallel) does not work with ekd: leave it out")
+        self.device = device
+        self.settings = load_model_config(upstream_config)
+        data = load_data_config(datarc)
+        student = Student(self.settings.student)
+        self.dataloader = train_loader(
+            data.libri_root,
+            data.file_path,
+            data.sets,
+            batch_size=data.train_batch_size,
+            sequence_length=data.sequence_length,
+            max_timestep=data.max_timestep,
+            num_workers=data.num_workers,
+            min_samples=self.settings.student.min_samples,
+            pin_memory=str(device).startswith("cuda"),
+        )
+        teachers = load_teachers(self.settings.teachers, self.settings.teacher_dropout)
+        self.distiller = EnsembleDistiller(
+            teachers, student, self.settings.aggregation, self.settings.loss
+        )
+        init = self.settings.init
+        if init.teacher is not None:
+            source = teacher_model(teachers, init.teacher)
+            initialise(student, source, conv=init.conv, encoder=init.encoder)
+        self._report()
+
+    @property
+    def model(self) -> nn.Module:
+        """What the Runner optimises and clips: the student and its heads, no teacher."""
+        return self.distiller.trainable
+
+    def _report(self) -> None:
+        """The first lines of a run: what is distilled into what, where."""
+        settings = self.settings
+        for name, teacher in self.distiller.teachers.items():
+            logger.info(
+                "teacher %s: %s, layers %s of %d, width %d, %.1f M parameters, frozen, %s",
+                name,
+                settings.teachers[name].model,
+                list(teacher.layers),
+                teacher.depth,
+                teacher.width,
+                _count(teacher) / 1e6,
+                "dropout left on" if settings.teacher_dropout else "eval mode",
+            )
+        logger.info(
+            "aggregation %s; prediction heads: %s",
+            settings.aggregation,
+            ", ".join(
+                f"{name} ({spec.layers} layers of {spec.width})"
+                for name, spec in self.distiller.aggregate.specs.items()
+            ),
+        )
+        logger.info(
+            "student: %s parameters, with heads %s, starts from %s; device %s",
+            f"{_count(self.distiller.student):,}",
+            f"{_count(self.model):,}",
+            settings.init.teacher or "random weights",
+            self.device,
+        )
+
+    # The Runner's interface
+
+    def get_train_dataloader(self) -> DataLoader:
+        return self.dataloader
+
+    def forward(
+        self, data: Batch, records: Mapping[str, list], global_step: int = 0, log_step: int = 1000
+    ) -> tuple[Tensor, Mapping[str, list]]:
+        """The loss of one batch; what is to be logged is appended to ``records``.
+
+        Raises:
+            DataError: an utterance of the batch could not be read.
+        """
+        if data.problem:
+            raise DataError(data.problem)
+        loss, parts = self.distiller(
+            data.waves.to(self.device),
+            data.lengths.to(self.device),
+            detail=global_step % log_step == 0,
+        )
+        records["loss_mean"].append(loss.detach())
+        for name, value in parts.items():
+            records[name].append(value)  # tensors: reading one here would wait for the device
+        return loss, records
+
+    def log_records(self, records, logger, prefix, global_step, **kwargs) -> None:
+        """Write the mean over the log window of each recorded scalar to TensorBoard."""
+        for name, values in records.items():
+            mean = torch.stack([value.float() for value in values]).mean().item()
+            logger.add_scalar(f"{prefix}{name}", mean, global_step=global_step)
+
+    def on_before_zero_grad(self) -> None:
+        """Nothing to do between the optimizer's step and the next."""
+
+    def add_state_to_save(self, all_states: dict) -> dict:
+        """Add the student, its heads and the model config to s3prl's checkpoint.
+
+        The config goes under ``Upstream_Config``, where the Runner looks for it on resume; s3prl's
+        distiller puts it over ``Config`` and cannot be resumed.
+        """
+        about = {
+            "made_by": f"s3prl_ekd {__version__}",
+            "config": plain(self.settings),
+            "step": all_states["Step"] + 1,
+        }
+        all_states[RUN_KEY] = contents(
+            self.distiller.student, self.distiller.heads, self.distiller.aggregate.specs, about
+        )
+        all_states["Upstream_Config"] = plain(self.settings)
+        # The Runner counts the step after saving, so its number is one behind the weights and a
+        # resumed run would take that step twice.
+        all_states["Step"] += 1
+        return all_states
+
+    def load_model(self, all_states: dict) -> None:
+        """Take the weights of a checkpoint back.
+
+        Raises:
+            CheckpointError: they are not there or do not fit.
+        """
+        try:
+            saved = all_states[RUN_KEY]
+            self.distiller.student.load_state_dict(saved["student"])
+            self.distiller.heads.load_state_dict(saved["heads"])
+        except (KeyError, TypeError, RuntimeError) as error:
+            first = str(error).strip().splitlines()[0]
+            raise CheckpointError(f"the checkpoint does not fit this run: {first}") from None
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

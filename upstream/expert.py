@@ -1,0 +1,85 @@
+"""``ekd_student`` as an s3prl upstream: unpadded waveforms in, hidden states out."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from s3prl.upstream.interfaces import UpstreamBase
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from s3prl_ekd.export import load_student
+
+logger = logging.getLogger(__name__)
+
+
+class UpstreamExpert(UpstreamBase):
+    """A distilled student for s3prl's downstream tasks.
+
+    Args:
+        ckpt: a student file or a checkpoint of ``run_pretrain.py -u ekd``.
+        model_config: not used; the file holds all there is to know.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, asks for code, or is of another kind.
+    """
+
+    def __init__(self, ckpt, model_config=None, **kwargs):
+        super().__init__(**kwargs)
+        loaded = load_student(ckpt)
+        self.student = loaded.student
+        self.heads = loaded.heads
+        self.targets = loaded.targets
+        self.about = loaded.about
+        # A dropped layer would change the number of hidden states while fine-tuning (-f).
+        self.student.backbone.encoder.layerdrop = 0.0
+        widths = {part for spec in self.targets.values() for part in spec.parts}
+        self.heads_fit = bool(widths) and widths == {self.student.width}
+        if not self.heads_fit:
+            self.heads = None
+            logger.info("no hidden_states_and_heads: %s", _why_not(widths, self.student.width))
+
+    def get_downsample_rates(self, key: str) -> int:
+        """Samples a frame: 320 (20 ms at 16 kHz) for the default conv extractor."""
+        return self.student.settings.stride
+
+    def forward(self, wavs: list[Tensor]) -> dict[str, Tensor | list[Tensor]]:
+        """Run the student on unpadded waveforms.
+
+        Args:
+            wavs: waveforms ``[sample]`` at 16 kHz, of any lengths.
+
+        Returns:
+            ``hidden_states``: the projected features and each layer's output, a list of
+            ``[batch, frame, dim]``. ``hidden_states_and_heads``: the same with every head's
+            predicted layers behind, where the file has heads of the student's width.
+            ``last_hidden_state``: the last of ``hidden_states``.
+        """
+        lengths = torch.tensor([len(wav) for wav in wavs], device=wavs[0].device)
+        waves = pad_sequence(wavs, batch_first=True)
+        short = self.student.settings.min_samples
+        if waves.shape[1] < short:  # too short for one frame: silence makes it one
+            waves = torch.nn.functional.pad(waves, (0, short - waves.shape[1]))
+        out = self.student(waves, lengths.clamp(min=short))
+        result = {
+            "hidden_states": list(out.hidden_states),
+            "last_hidden_state": out.hidden_states[-1],
+        }
+        if self.heads_fit:
+            result["hidden_states_and_heads"] = result["hidden_states"] + self._head_states(out)
+        return result
+
+    def _head_states(self, out) -> list[Tensor]:
+        states = []
+        for name, prediction in self.heads(out.last).items():
+            # [batch, layer, frame, width] -> pieces of the student's width, layer by layer
+            for layer in prediction.unbind(1):
+                states += layer.split(self.targets[name].parts, dim=-1)
+        return states
+
+
+def _why_not(widths: set[int], width: int) -> str:
+    if not widths:
+        return "the file has no prediction heads"
+    return f"the heads predict widths {sorted(widths)}, the student has {width}"
