@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from . import __version__
 from .errors import EkdError, exit_with
+from .quiet import quiet_s3prl
 
 # name -> the line that `s3prl-ekd --help` shows. The module commands/NAME.py has
 # `configure(parser)` and `main(args)`; it is imported only when its command is called,
@@ -64,6 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             subparser.set_defaults(run=command.main)
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    quiet_s3prl()
     try:
         return args.run(args) or 0
     except EkdError as error:

@@ -15,11 +15,12 @@ import logging
 import os
 import sys
 import tempfile
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 
 from .errors import CheckpointError, ConfigError, EkdError, SetupError, exit_with
+from .quiet import quiet_s3prl
 
 logger = logging.getLogger(__name__)
 
@@ -28,21 +29,24 @@ INIT_HINT = "type: s3prl-ekd init ."
 
 def run_pretrain() -> int:
     """Entry point of the command ``run_pretrain.py``."""
-    return _launch("run_pretrain", _prepare_pretrain)
+    return _launch("run_pretrain", _prepare_pretrain, _main_pretrain)
 
 
 def run_downstream() -> int:
     """Entry point of the command ``run_downstream.py``."""
-    return _launch("run_downstream", _prepare_downstream)
+    return _launch("run_downstream", _prepare_downstream, lambda script, argv: script.main())
 
 
 SCRIPTS = {"run_pretrain.py": run_pretrain, "run_downstream.py": run_downstream}
 
 
-def _launch(script: str, prepare: Callable[[list[str]], list[str]]) -> int:
+def _launch(
+    script: str,
+    prepare: Callable[[list[str]], list[str]],
+    main: Callable[[ModuleType, list[str]], None],
+) -> int:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    # s3prl's way of calling torch.cuda.amp and weight_norm, said anew at every step or layer
-    warnings.filterwarnings("ignore", category=FutureWarning, message=r"`torch\.")
+    quiet_s3prl()
     argv = sys.argv[1:]
     try:
         _hide_cuda_from_cpu_runs(argv)
@@ -52,8 +56,9 @@ def _launch(script: str, prepare: Callable[[list[str]], list[str]]) -> int:
                 stack.enter_context(_somewhere_set_up())
             else:
                 argv = prepare(argv)
+            module = _import_script(script)
             sys.argv = [f"{script}.py", *argv]
-            _import_script(script).main()
+            main(module, argv)
     except EkdError as error:
         exit_with(error)
     except KeyboardInterrupt:
@@ -62,7 +67,7 @@ def _launch(script: str, prepare: Callable[[list[str]], list[str]]) -> int:
     return 0
 
 
-def _import_script(script: str):
+def _import_script(script: str) -> ModuleType:
     """s3prl's module of that name, from the checkout we stand in or from the installed package."""
     from . import compat, plugin
 
@@ -134,11 +139,7 @@ def _resume_from(args: argparse.Namespace, default_root: str) -> Path | None:
 
 
 def _resumed_pretrain(argv: list[str], args: argparse.Namespace, path: Path) -> list[str]:
-    """The arguments for resuming: the checkpoint by name, and a device that exists.
-
-    s3prl takes all arguments from the checkpoint then, the device of its machine among them; only
-    ``-o`` comes after.
-    """
+    """The arguments for resuming: the checkpoint by name, and a device that exists."""
     import torch
 
     from .checkpoints import read_run
@@ -146,18 +147,46 @@ def _resumed_pretrain(argv: list[str], args: argparse.Namespace, path: Path) -> 
 
     states = read_run(path)
     logger.info("resume from %s at step %s", path, states["Step"])
-    apply_overrides(states["Config"], args.o or "config.x=0")
-    argv = _without(argv, ("-e", "--past_exp"), ("-a", "--auto_resume"), ("-o", "--override"))
-    device = args.device
+    if args.o:
+        apply_overrides(states["Config"], args.o)
+    argv = _without(argv, ("-e", "--past_exp"), ("-a", "--auto_resume"))
     saved = str(getattr(states["Args"], "device", "cuda"))
-    if device is None and saved.startswith("cuda") and not torch.cuda.is_available():
+    if args.device is None and saved.startswith("cuda") and not torch.cuda.is_available():
         logger.info("no CUDA device here: going on with --device cpu")
-        device = "cpu"
-    overrides = [args.o] if args.o and args.o.lower() != "none" else []
-    if device:
-        overrides.append(f"args.device='{device}'")
-    argv += ["-e", str(path)]
-    return [*argv, "-o", ",,".join(overrides)] if overrides else argv
+        argv += ["--device", "cpu"]
+    return [*argv, "-e", str(path)]
+
+
+def _main_pretrain(script: ModuleType, argv: list[str]) -> None:
+    """Call s3prl's script, and let ``-o`` and ``--device`` have the last word on resume.
+
+    s3prl means ``-o`` to be of the highest priority, but puts all of the checkpoint's arguments,
+    its ``-o`` and its device among them, over what was typed.
+    """
+    typed = _options(argv, "eo", flags="", long=("device",))
+    get_args = script.get_pretrain_args
+    seen = {}
+
+    def get_args_typed_last():
+        args, config = get_args()
+        if typed.e and typed.o and typed.o.lower() != "none":
+            script.override(typed.o, args, config)
+        if typed.e and typed.device:
+            args.device = typed.device
+        seen["args"] = args
+        return args, config
+
+    script.get_pretrain_args = get_args_typed_last
+    try:
+        script.main()
+    finally:
+        script.get_pretrain_args = get_args
+    if seen["args"].upstream == "ekd":
+        print(
+            f"\ndone: the student is in {seen['args'].expdir}; next:\n"
+            f"  s3prl-ekd export student {seen['args'].expdir} -o student.pt\n"
+            "  run_downstream.py -m train -u ekd_student -k student.pt -d asr -n my_asr"
+        )
 
 
 # run_downstream.py
