@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+from .compat import checkpoint_globals
 from .errors import CheckpointError
 from .safe_load import safe_load
 
@@ -13,9 +14,7 @@ logger = logging.getLogger(__name__)
 
 def read_run(path: str | Path) -> dict:
     """A run's checkpoint as data. Raises CheckpointError; see :func:`.safe_load.safe_load`."""
-    from .export.student_file import run_classes
-
-    states = safe_load(path, "checkpoint", allow=run_classes())
+    states = safe_load(path, "checkpoint", allow=checkpoint_globals())
     missing = [key for key in ("Step", "Args", "Config") if key not in states]
     if missing:
         raise CheckpointError(f"{path} is no checkpoint of a run: it has no {missing[0]}")

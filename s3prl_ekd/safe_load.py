@@ -29,8 +29,11 @@ def safe_load(path: str | Path, what: str = "checkpoint", allow: Sequence[type] 
     if not path.is_file():
         kind = "it is a folder" if path.is_dir() else "there is no such file"
         raise CheckpointError(f"cannot read the {what} {path}: {kind}")
+    # The context takes away at its end all that it was given: what is allowed already stays out.
+    named = torch.serialization.get_safe_globals()
+    new = [known for known in allow if known not in named]
     try:
-        with torch.serialization.safe_globals(list(allow)):
+        with torch.serialization.safe_globals(new):
             data: Any = torch.load(
                 path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
             )

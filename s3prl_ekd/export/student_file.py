@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import os
 import tempfile
-from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import s3prl.optimizers
 import torch
 
+from ..compat import checkpoint_globals
 from ..distill.aggregation import TargetSpec
 from ..distill.heads import PredictionHeads
 from ..distill.settings import StudentSettings
@@ -28,19 +27,6 @@ from ..schema import build, plain
 
 FORMAT, VERSION = "s3prl_ekd.student", 1
 RUN_KEY = "EKD"  # where a run's checkpoint keeps the contents of a student file
-
-
-def run_classes() -> list[type]:
-    """The classes, all plain holders of values, that s3prl's Runner pickles into a checkpoint.
-
-    The schedule is pickled under the name its module had: ``optimizers`` when s3prl's script ran
-    from its own folder.
-    """
-    allowed: list[type] = [Namespace]
-    for name, value in vars(s3prl.optimizers).items():
-        if isinstance(value, type) and issubclass(value, s3prl.optimizers._LRSchedule):
-            allowed += [value, type(name, (value,), {"__module__": "optimizers"})]
-    return allowed
 
 
 @dataclass
@@ -97,7 +83,7 @@ def load_student(path: str | Path) -> LoadedStudent:
     Raises:
         CheckpointError: the file is missing, damaged, asks for code, or is of another kind.
     """
-    data = safe_load(path, "student checkpoint", allow=run_classes())
+    data = safe_load(path, "student checkpoint", allow=checkpoint_globals())
     if RUN_KEY in data and isinstance(data[RUN_KEY], dict):
         data = data[RUN_KEY]
     if data.get("format") != FORMAT:

@@ -1,0 +1,199 @@
+"""What the four SUPERB recipes need of the machine and of the working folder."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+S3PRL_CHECKOUT = "git clone https://github.com/s3prl/s3prl && pip install -e ./s3prl"
+# import name -> what to type, where it is not `pip install NAME`
+INSTALL = {"yaml": "pip install pyyaml", "sklearn": "pip install scikit-learn"}
+
+# what pretraining imports: student, optimizer, log, and the families of the usual teachers
+PRETRAIN_MODULES = (
+    "tensorboardX",
+    "s3prl.optimizers",
+    "s3prl.schedulers",
+    "s3prl.upstream.distiller.model",
+    *(
+        f"s3prl.upstream.{family}.hubconf"
+        for family in ("hubert", "wavlm", "wav2vec2", "data2vec", "unispeech_sat")
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Why something cannot run, and what to type about it (empty if nothing helps)."""
+
+    reason: str
+    remedy: str = ""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One SUPERB task as ``run_downstream.py`` runs it.
+
+    Attributes:
+        task: its name in SUPERB.
+        downstream: the name after ``-d``.
+        config: the YAML below the working folder.
+        files: YAML keys, dotted, of the files and folders that come with a recipe.
+        data: the YAML key of the corpus.
+        modules: what it imports only once it runs, beside the expert.
+    """
+
+    task: str
+    downstream: str
+    config: str
+    files: tuple[str, ...]
+    data: str
+    modules: tuple[str, ...] = ()
+
+
+RECIPES = (
+    Recipe(
+        "PR",
+        "ctc",
+        "downstream/ctc/libriphone.yaml",
+        ("downstream_expert.text.vocab_file", "downstream_expert.corpus.lexicon"),
+        "downstream_expert.corpus.path",
+        # s3prl imports it with the first data loader
+        ("s3prl.downstream.ctc.corpus.libriphone",),
+    ),
+    Recipe(
+        "SID",
+        "voxceleb1",
+        "downstream/voxceleb1/config.yaml",
+        ("downstream_expert.datarc.meta_data",),
+        "downstream_expert.datarc.file_path",
+    ),
+    Recipe(
+        "ER",
+        "emotion",
+        "downstream/emotion/config.yaml",
+        ("downstream_expert.datarc.meta_data",),
+        "downstream_expert.datarc.root",
+    ),
+    Recipe(
+        "ASR",
+        "asr",
+        "downstream/asr/config.yaml",
+        ("downstream_expert.datarc.dict_path",),
+        "downstream_expert.datarc.libri_root",
+    ),
+)
+
+
+@dataclass
+class State:
+    """Whether a recipe could run: the modules import, and its files are there."""
+
+    modules: list[Problem] = field(default_factory=list)
+    files: list[Problem] = field(default_factory=list)
+    note: str = ""
+
+    @property
+    def ready(self) -> bool:
+        return not self.modules and not self.files
+
+
+def init_command(folder: Path) -> str:
+    """What writes the configs and dictionaries into ``folder``."""
+    return f"s3prl-ekd init {folder}"
+
+
+def check_modules(names: tuple[str, ...]) -> list[Problem]:
+    """Import each module by name, silently; the problems met, none twice."""
+    problems = []
+    for name in names:
+        problem = _import_problem(name)
+        if problem and problem not in problems:
+            problems.append(problem)
+    return problems
+
+
+def check_recipe(recipe: Recipe, folder: Path) -> State:
+    """What stands between ``recipe`` and a run in ``folder``."""
+    modules = (
+        "s3prl.run_downstream",
+        f"s3prl.downstream.{recipe.downstream}.expert",
+        *recipe.modules,
+    )
+    state = State(modules=check_modules(modules))
+    config = _read_yaml(folder / recipe.config, init_command(folder))
+    if isinstance(config, Problem):
+        state.files.append(config)
+        return state
+    for key in recipe.files:
+        for path in _paths(config, key):
+            if not (folder / path).exists():
+                state.files.append(Problem(f"{path} ({key}) is not there", init_command(folder)))
+    for path in _paths(config, recipe.data):
+        if not (folder / path).exists():
+            state.note = f"set the corpus: -o {recipe.data}='...' (now {path}, not there)"
+    return state
+
+
+def _import_problem(name: str) -> Problem | None:
+    with _silence():
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            return _missing_module(error.name or name)
+        except Exception as error:  # any failure while importing is the answer, not ours
+            return Problem(f"{name} does not import: {type(error).__name__}: {error}")
+    return None
+
+
+def _missing_module(name: str) -> Problem:
+    if name.startswith("s3prl.downstream.ctc.corpus"):
+        return Problem("s3prl's package lacks downstream/ctc/corpus", S3PRL_CHECKOUT)
+    package = name.partition(".")[0]
+    if importlib.util.find_spec(package) is not None:
+        return Problem(f"module {name} is missing from {package}")
+    return Problem(f"{package} is not installed", INSTALL.get(package, f"pip install {package}"))
+
+
+def _read_yaml(path: Path, remedy: str) -> dict | Problem:
+    if not path.is_file():
+        return Problem(f"{path} is not there", remedy)
+    try:
+        import yaml
+    except ImportError:
+        return _missing_module("yaml")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        return Problem(f"{path} is not YAML: {' '.join(str(error).split())}")
+    return content if isinstance(content, dict) else Problem(f"{path} is not a YAML mapping")
+
+
+def _paths(config: dict, key: str) -> list[str]:
+    """The path or paths under a dotted key; none where the key is not set."""
+    value = config
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    if value is None:
+        return []
+    return [str(item) for item in (value if isinstance(value, list) else [value])]
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Keep what modules print, log and warn while they are imported out of a report."""
+    logged = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logged)

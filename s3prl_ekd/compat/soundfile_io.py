@@ -1,0 +1,183 @@
+"""``torchaudio.load``, ``save`` and ``info`` through soundfile.
+
+torchaudio 2.9 hands the first two to torchcodec, which needs FFmpeg, and dropped the third.
+soundfile carries its own libsndfile and reads WAV, FLAC, Ogg Vorbis, Opus and MP3.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+from ..errors import DataError
+
+if TYPE_CHECKING:
+    import torch
+
+Source = str | os.PathLike | BinaryIO
+
+# (encoding, bits per sample) as torchaudio names them -> libsndfile's subtype
+SUBTYPES = {
+    ("PCM_S", 8): "PCM_S8",
+    ("PCM_S", 16): "PCM_16",
+    ("PCM_S", 24): "PCM_24",
+    ("PCM_S", 32): "PCM_32",
+    ("PCM_U", 8): "PCM_U8",
+    ("PCM_F", 32): "FLOAT",
+    ("PCM_F", 64): "DOUBLE",
+    ("ULAW", 8): "ULAW",
+    ("ALAW", 8): "ALAW",
+}
+DESCRIBED = {subtype: described for described, subtype in SUBTYPES.items()}
+LOSSY = {"VORBIS": "VORBIS", "OPUS": "OPUS", "MPEG_LAYER_III": "MP3"}
+DEFAULT_BITS = {"PCM_S": 32, "PCM_U": 8, "PCM_F": 32, "ULAW": 8, "ALAW": 8}
+
+# file extension -> (libsndfile's container, its subtype unless one is asked for);
+# None leaves the choice to the type of the samples
+CONTAINERS = {
+    "wav": ("WAV", None),
+    "flac": ("FLAC", "PCM_16"),
+    "ogg": ("OGG", "VORBIS"),
+    "vorbis": ("OGG", "VORBIS"),
+    "opus": ("OGG", "OPUS"),
+    "mp3": ("MP3", "MPEG_LAYER_III"),
+}
+BY_SAMPLE_TYPE = {"float32": "FLOAT", "float64": "DOUBLE", "int16": "PCM_16", "int32": "PCM_32"}
+INTEGER_TYPES = {"PCM_16": "int16", "PCM_24": "int32", "PCM_32": "int32"}
+
+
+@dataclass
+class AudioMetaData:
+    """What :func:`info` returns: Hz, samples for each channel, channels, bits, encoding.
+
+    ``bits_per_sample`` is 0 where the encoding is lossy or not known to us.
+    """
+
+    sample_rate: int
+    num_frames: int
+    num_channels: int
+    bits_per_sample: int
+    encoding: str
+
+
+def _open(uri: Source):
+    import soundfile
+
+    if isinstance(uri, (str, os.PathLike)) and not os.path.isfile(uri):
+        raise DataError(f"audio file {os.fspath(uri)} is not there")
+    try:
+        return soundfile.SoundFile(uri)
+    except soundfile.LibsndfileError as error:
+        raise DataError(f"audio file {uri} cannot be read: {error}") from error
+
+
+def load(
+    uri: Source,
+    frame_offset: int = 0,
+    num_frames: int = -1,
+    normalize: bool = True,
+    channels_first: bool = True,
+    format: str | None = None,
+    buffer_size: int = 4096,
+    backend: str | None = None,
+) -> tuple[torch.Tensor, int]:
+    """Read audio as ``torchaudio.load`` does.
+
+    Args:
+        uri: a path, or an object with ``read`` and ``seek``.
+        frame_offset: samples to skip at the start.
+        num_frames: samples to read for each channel, at most; -1 for all that are left.
+        normalize: False gives the integers of 16, 24 and 32 bit integer WAV as they are;
+            everything else is float32 in [-1, 1] either way.
+        channels_first: shape [channel, time], or [time, channel] if False.
+        format, buffer_size, backend: accepted and not used; libsndfile finds out by itself.
+
+    Returns:
+        The samples, and the sample rate in Hz.
+
+    Raises:
+        DataError: the file is not there, or not audio that libsndfile reads.
+        ValueError: ``frame_offset`` is negative, or ``num_frames`` below -1.
+    """
+    import torch
+
+    if frame_offset < 0 or num_frames < -1:
+        raise ValueError(
+            f"frame_offset must be 0 or more and num_frames -1 or more, "
+            f"not {frame_offset} and {num_frames}"
+        )
+    with _open(uri) as file:
+        kept_integer = not normalize and file.format == "WAV"
+        dtype = INTEGER_TYPES.get(file.subtype, "float32") if kept_integer else "float32"
+        # libsndfile refuses to seek behind the end; torchaudio answers with nothing to hear
+        file.seek(min(frame_offset, file.frames))
+        samples = file.read(num_frames, dtype=dtype, always_2d=True)  # [time, channel]
+        sample_rate = file.samplerate
+    wav = torch.from_numpy(samples)
+    return (wav.t().contiguous() if channels_first else wav), sample_rate
+
+
+def save(
+    uri: Source,
+    src: torch.Tensor,
+    sample_rate: int,
+    channels_first: bool = True,
+    format: str | None = None,
+    encoding: str | None = None,
+    bits_per_sample: int | None = None,
+    buffer_size: int = 4096,
+    backend: str | None = None,
+    compression: float | int | None = None,
+) -> None:
+    """Write audio as ``torchaudio.save`` does.
+
+    Args:
+        uri: a path whose extension names the format, or a writable object (give ``format``).
+        src: [channel, time] ([time, channel] if not ``channels_first``) or [time]; float32 or
+            float64 in [-1, 1], int16 or int32. WAV keeps the type; FLAC gets 16 bits.
+        sample_rate: Hz.
+        format: ``wav``, ``flac``, ``ogg``, ``opus`` or ``mp3``, before the extension.
+        encoding: ``PCM_S``, ``PCM_U``, ``PCM_F``, ``ULAW`` or ``ALAW``.
+        bits_per_sample: 8, 16, 24, 32 or 64, as the encoding allows.
+        buffer_size, backend, compression: accepted and not used.
+
+    Raises:
+        DataError: the format, the encoding, the shape or the type is not among these.
+    """
+    import soundfile
+
+    name = format or ("" if hasattr(uri, "write") else Path(uri).suffix.lstrip("."))
+    if name.lower() not in CONTAINERS:
+        raise DataError(f"audio format {name!r} of {uri} is not one of {', '.join(CONTAINERS)}")
+    samples = src.detach().cpu()
+    if samples.ndim == 1:
+        samples = samples.unsqueeze(0 if channels_first else 1)
+    sample_type = str(samples.dtype).removeprefix("torch.")
+    if samples.ndim != 2 or sample_type not in BY_SAMPLE_TYPE:
+        raise DataError(
+            f"audio for {uri} must be [channel, time] of {', '.join(BY_SAMPLE_TYPE)}, "
+            f"not {list(src.shape)} of {sample_type}"
+        )
+    container, subtype = CONTAINERS[name.lower()]
+    if encoding or bits_per_sample:
+        eight_bit_wav = container == "WAV" and bits_per_sample == 8  # which has no sign
+        encoding = encoding or ("PCM_U" if eight_bit_wav else "PCM_S")
+        subtype = SUBTYPES.get((encoding, bits_per_sample or DEFAULT_BITS.get(encoding)))
+    subtype = subtype or BY_SAMPLE_TYPE[sample_type]
+    if not soundfile.check_format(container, subtype):
+        raise DataError(f"{name} cannot hold {encoding} with {bits_per_sample} bits ({uri})")
+    samples = samples.t() if channels_first else samples  # [time, channel]
+    soundfile.write(uri, samples.numpy(), sample_rate, subtype=subtype, format=container)
+
+
+def info(
+    uri: Source, format: str | None = None, buffer_size: int = 4096, backend: str | None = None
+) -> AudioMetaData:
+    """Read the header only, as ``torchaudio.info`` did; raises :class:`DataError`."""
+    with _open(uri) as file:
+        encoding, bits = DESCRIBED.get(file.subtype, (LOSSY.get(file.subtype, "UNKNOWN"), 0))
+        if file.format == "FLAC":
+            encoding = "FLAC"
+        return AudioMetaData(file.samplerate, file.frames, file.channels, bits, encoding)

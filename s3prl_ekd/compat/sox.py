@@ -1,0 +1,177 @@
+"""``torchaudio.sox_effects`` in Python, for the effects of the SUPERB tasks.
+
+Resampling is torchaudio's, not SoX's: the same band, another filter, and where the length is not
+whole one sample more. The rest agrees with SoX to the last bit of float32. Effects outside
+:data:`EFFECTS` (``vad``, ``silence``, ``pad``, ...) are refused by name.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from ..errors import SetupError
+from .shim import Shim
+from .torchaudio_import import LOAD_FAILURES
+
+if TYPE_CHECKING:
+    import torch
+
+# Every effect: ([channel, time], rate in Hz, arguments) -> ([channel, time], rate in Hz)
+
+
+def _channels(wav: torch.Tensor, rate: int, count: str) -> tuple[torch.Tensor, int]:
+    """Mix down to ``count`` channels, or repeat the channels in turn up to it."""
+    have, want = wav.size(0), int(count)
+    if want <= have:
+        # input channel i goes to output channel i modulo `want`, each sum divided by its terms
+        return _stack([wav[i::want].mean(dim=0) for i in range(want)]), rate
+    return _stack([wav[i % have] for i in range(want)]), rate
+
+
+def _rate(wav: torch.Tensor, rate: int, hertz: str) -> tuple[torch.Tensor, int]:
+    import torchaudio
+
+    return torchaudio.functional.resample(wav, rate, int(hertz)), int(hertz)
+
+
+def _speed(wav: torch.Tensor, rate: int, factor: str) -> tuple[torch.Tensor, int]:
+    """Play faster by claiming a higher rate; the samples change in the ``rate`` that follows."""
+    return wav, round(rate * float(factor))
+
+
+def _norm(wav: torch.Tensor, rate: int, decibel: str = "0") -> tuple[torch.Tensor, int]:
+    """Scale so that the loudest sample of all channels is at ``decibel`` below full scale."""
+    peak = wav.abs().max() if wav.numel() else 0
+    return (wav / peak * _amplitude(decibel) if peak > 0 else wav), rate
+
+
+def _gain(wav: torch.Tensor, rate: int, decibel: str) -> tuple[torch.Tensor, int]:
+    return (wav * _amplitude(decibel)).clamp(-1, 1), rate
+
+
+def _trim(
+    wav: torch.Tensor, rate: int, start: str, length: str | None = None
+) -> tuple[torch.Tensor, int]:
+    """Keep ``length`` from ``start`` on: seconds, or samples with an ``s`` behind the number."""
+    first = _samples(start, rate)
+    last = wav.size(1) if length is None else first + _samples(length, rate)
+    return wav[:, first:last], rate
+
+
+def _samples(position: str, rate: int) -> int:
+    if position.endswith("s"):
+        return int(position[:-1])
+    samples = round(float(position) * rate)
+    if samples < 0 or position.startswith("+"):
+        raise ValueError(f"{position} is not a number of seconds from the start")
+    return samples
+
+
+def _amplitude(decibel: str) -> float:
+    return 10 ** (float(decibel) / 20)
+
+
+def _stack(channels: list[torch.Tensor]) -> torch.Tensor:
+    import torch
+
+    return torch.stack(channels)
+
+
+EFFECTS = {
+    "channels": _channels,
+    "gain": _gain,
+    "norm": _norm,
+    "rate": _rate,
+    "speed": _speed,
+    "trim": _trim,
+}
+
+
+def effect_names() -> list[str]:
+    """The effects that can be applied."""
+    return sorted(EFFECTS)
+
+
+def apply_effects_tensor(
+    tensor: torch.Tensor,
+    sample_rate: int,
+    effects: Sequence[Sequence[str]],
+    channels_first: bool = True,
+) -> tuple[torch.Tensor, int]:
+    """Apply effects in turn.
+
+    Args:
+        tensor: float samples in [-1, 1], [channel, time] ([time, channel] if not
+            ``channels_first``).
+        sample_rate: Hz.
+        effects: for each its name and its arguments, all strings: ``[["rate", "16000"]]``.
+
+    Returns:
+        The samples in the layout that came in, and their rate in Hz.
+
+    Raises:
+        SetupError: an effect is not known here, or its arguments are not understood.
+    """
+    wav = tensor if channels_first else tensor.t()
+    for name, *arguments in effects:
+        if name not in EFFECTS:
+            raise SetupError(
+                f"sox effect {name!r} is not available without SoX, only "
+                f"{', '.join(effect_names())}; torchaudio below 2.9 with libsox has them all"
+            )
+        try:
+            wav, sample_rate = EFFECTS[name](wav, sample_rate, *arguments)
+        except (TypeError, ValueError) as error:
+            raise SetupError(
+                f"sox effect {' '.join([name, *arguments])!r} is not understood: {error}"
+            ) from error
+    return (wav if channels_first else wav.t()), sample_rate
+
+
+def apply_effects_file(
+    path: str,
+    effects: Sequence[Sequence[str]],
+    normalize: bool = True,
+    channels_first: bool = True,
+    format: str | None = None,
+) -> tuple[torch.Tensor, int]:
+    """Read a file with ``torchaudio.load`` and apply effects, as :func:`apply_effects_tensor`.
+
+    ``normalize`` and ``format`` are accepted and not used: the samples are always float32.
+    """
+    import torchaudio
+
+    wav, sample_rate = torchaudio.load(path, channels_first=channels_first)
+    return apply_effects_tensor(wav, sample_rate, effects, channels_first)
+
+
+def _missing() -> bool:
+    try:
+        importlib.import_module("torchaudio.sox_effects")
+    except (ModuleNotFoundError, *LOAD_FAILURES):
+        return True
+    return False
+
+
+def _add_module() -> None:
+    import torchaudio
+
+    module = ModuleType("torchaudio.sox_effects", "Stand-in; see s3prl_ekd.compat.sox.")
+    for function in (apply_effects_file, apply_effects_tensor, effect_names):
+        setattr(module, function.__name__, function)
+    sys.modules[module.__name__] = module
+    torchaudio.sox_effects = module
+
+
+SOX_EFFECTS = Shim(
+    name="torchaudio.sox_effects",
+    needed_by=("upstream/mos_prediction/expert.py:9", "downstream/speech_commands/dataset.py:5"),
+    since="torchaudio 2.9",
+    summary=f"a stand-in with {', '.join(effect_names())}",
+    missing=_missing,
+    apply=_add_module,
+)

@@ -1,0 +1,195 @@
+"""Tables, audio and batches: what is read, what is refused, what is left out and said."""
+
+import logging
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from s3prl_ekd.data import audio as audio_module
+from s3prl_ekd.data.audio import read_audio
+from s3prl_ekd.data.batches import DistillationDataset, bucket, train_loader, within
+from s3prl_ekd.data.tables import Utterance, read_table, read_tables
+from s3prl_ekd.errors import DataError
+
+from .conftest import make_sound
+
+
+def loader(corpus, **changes):
+    options = {
+        "batch_size": 5,
+        "sequence_length": 0,
+        "max_timestep": 0,
+        "num_workers": 0,
+        "min_samples": 400,
+        **changes,
+    }
+    return train_loader(corpus / "audio", corpus / "tables", ["train"], **options)
+
+
+def test_every_utterance_comes_once_an_epoch(corpus):
+    batches = list(loader(corpus))
+    assert sorted(len(batch.names) for batch in batches) == [2, 5, 5]
+    assert sorted(name for batch in batches for name in batch.names) == sorted(
+        f"u{i}.flac" for i in range(12)
+    )
+
+
+def test_a_batch_holds_the_files_samples(corpus):
+    for batch in loader(corpus):
+        for wave, length, name in zip(batch.waves, batch.lengths, batch.names, strict=True):
+            samples, _ = soundfile.read(corpus / "audio" / name, dtype="float32")
+            assert length == len(samples)
+            assert np.array_equal(wave[:length].numpy(), samples)
+            assert wave[length:].abs().sum() == 0
+
+
+def test_batches_are_s3prls_buckets(corpus):
+    """Against s3prl's WaveDataset over the same table, whose leftover of one it drops."""
+    import sys
+
+    from s3prl.pretrain.bucket_dataset import WaveDataset
+
+    assert "pandas" in sys.modules
+    theirs = WaveDataset({"sequence_length": 8000}, 5, str(corpus / "tables"), ["train"], 0)
+    ours = bucket(read_tables(corpus / "tables", ["train"]), 5)
+    assert [[row.path for row in batch] for batch in ours] == theirs.X
+
+
+def test_a_leftover_of_one_is_kept():
+    rows = [Utterance(f"u{i}", 1000) for i in range(7)]
+    assert [len(batch) for batch in bucket(rows, 3)] == [3, 3, 1]
+
+
+def test_excerpts_are_inside_and_random(corpus):
+    torch.manual_seed(0)
+    rows = read_tables(corpus / "tables", ["train"])
+    data = DistillationDataset(corpus / "audio", rows, 1, 4000, 400)
+    whole, _ = soundfile.read(corpus / "audio" / rows[0].path, dtype="float32")
+    starts = set()
+    for _ in range(8):
+        (wave,) = data[0].waves
+        assert len(wave) == 4000
+        matches = np.flatnonzero(whole == wave[0].item())
+        start = next(i for i in matches if np.array_equal(whole[i : i + 4000], wave.numpy()))
+        starts.add(int(start))
+    assert len(starts) > 4
+
+
+@pytest.mark.parametrize(
+    ("limit", "kept"), [(0, [500, 1000, 2000]), (1000, [500]), (-1000, [2000])]
+)
+def test_max_timestep_is_s3prls(limit, kept):
+    rows = [Utterance(str(n), n) for n in (500, 1000, 2000)]
+    assert [row.length for row in within(rows, limit, 400)] == kept
+
+
+def test_too_short_utterances_are_counted(caplog):
+    rows = [Utterance(str(n), n) for n in (100, 399, 400)]
+    with caplog.at_level(logging.WARNING):
+        assert [row.length for row in within(rows, 0, 400)] == [400]
+    assert "left out 2 utterances below 400 samples" in caplog.text
+    with pytest.raises(DataError, match="no utterance is left"):
+        within(rows, 50, 400)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "has no column file_path"),
+        ("path,length\na.flac,5\n", "has no column file_path"),
+        ("file_path,length\n", "has no rows"),
+        ("file_path,length\na.flac,5\nb.flac,\n", "line 3: 'b.flac' with length ''"),
+        ("file_path,length\na.flac,-5\n", "line 2: 'a.flac' with length '-5'"),
+        ("file_path,length\na.flac,5.5\n", "line 2"),
+        ("file_path,length\na.flac,nan\n", "line 2"),
+        ("file_path,length\n,5\n", "line 2: '' with length '5'"),
+    ],
+)
+def test_a_bad_table(tmp_path, text, said):
+    (tmp_path / "train.csv").write_text(text)
+    with pytest.raises(DataError, match=said):
+        read_table(tmp_path / "train.csv")
+
+
+def test_a_table_as_s3prl_writes_it(tmp_path):
+    (tmp_path / "t.csv").write_text(',file_path,length,label\n0,"a, b.flac",16000.0,\n')
+    assert read_table(tmp_path / "t.csv") == [Utterance("a, b.flac", 16000)]
+
+
+def test_a_missing_table_and_root(corpus, tmp_path):
+    with pytest.raises(DataError, match="s3prl-ekd lengths AUDIO_FOLDER -o TABLE_FOLDER"):
+        read_tables(tmp_path, ["train"])
+    with pytest.raises(DataError, match="libri_root"):
+        train_loader(
+            tmp_path / "none",
+            corpus / "tables",
+            ["train"],
+            batch_size=1,
+            sequence_length=0,
+            max_timestep=0,
+            num_workers=0,
+            min_samples=400,
+        )
+
+
+def test_stereo_is_averaged_and_said_once(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(audio_module, "_warned", set())
+    sound = make_sound(0.2, channels=2)
+    for name in ("a.wav", "b.wav"):
+        soundfile.write(tmp_path / name, sound, 16000, subtype="FLOAT")
+    with caplog.at_level(logging.WARNING):
+        wave = read_audio(tmp_path / "a.wav")
+        read_audio(tmp_path / "b.wav")
+    assert np.allclose(wave.numpy(), (sound[:, 0] + sound[:, 1]) / 2, atol=1e-6)
+    assert caplog.text.count("has 2 channels: averaged") == 1
+
+
+@pytest.mark.parametrize("rate", [8000, 44100, 48000])
+def test_another_rate_is_resampled(tmp_path, rate, caplog, monkeypatch):
+    """A 440 Hz tone keeps its pitch: the strongest frequency is found by a Fourier transform."""
+    monkeypatch.setattr(audio_module, "_warned", set())
+    tone = np.sin(2 * np.pi * 440 * np.arange(rate) / rate).astype(np.float32) / 2
+    soundfile.write(tmp_path / "a.wav", tone, rate, subtype="FLOAT")
+    with caplog.at_level(logging.WARNING):
+        wave = read_audio(tmp_path / "a.wav")
+    assert abs(len(wave) - 16000) <= 1
+    spectrum = np.abs(np.fft.rfft(wave.numpy()[:16000]))
+    assert spectrum.argmax() == 440
+    assert f"has {rate} Hz: resampled to 16000 Hz" in caplog.text
+
+
+@pytest.mark.parametrize("ending", ["flac", "wav", "opus"])
+def test_formats(tmp_path, ending):
+    sound = make_sound(1.0)
+    path = tmp_path / f"a.{ending}"
+    if ending == "opus":
+        soundfile.write(path, sound, 16000, format="OGG", subtype="OPUS")
+    else:
+        soundfile.write(path, sound, 16000)
+    assert len(read_audio(path)) == 16000
+
+
+def test_unusable_audio(tmp_path):
+    (tmp_path / "empty.flac").write_bytes(b"")
+    (tmp_path / "text.flac").write_text("not audio")
+    soundfile.write(tmp_path / "none.wav", np.zeros(0, np.float32), 16000)
+    for name, said in [
+        ("missing.flac", "there is no such file"),
+        ("empty.flac", "it is empty"),
+        ("text.flac", "text.flac: "),
+        ("none.wav", "holds no samples"),
+    ]:
+        with pytest.raises(DataError, match=said) as caught:
+            read_audio(tmp_path / name)
+        assert name in str(caught.value)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_bad_file_comes_back_as_a_sentence(tmp_path, workers):
+    (tmp_path / "audio").mkdir()
+    (tmp_path / "tables").mkdir()
+    (tmp_path / "tables" / "train.csv").write_text("file_path,length\nnone.flac,16000\n")
+    (batch,) = loader(tmp_path, num_workers=workers)
+    assert "none.flac: there is no such file" in batch.problem and batch.names == ["none.flac"]

@@ -1,0 +1,179 @@
+"""Configs: every shipped YAML is valid, and each mistake is one sentence with its YAML path."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from s3prl_ekd.config import apply_overrides, load_model_config, load_runner_config
+from s3prl_ekd.errors import ConfigError
+from s3prl_ekd.schema import plain, read_yaml
+
+CONFIGS = Path(__file__).parent.parent / "pretrain_configs"
+SHIPPED = sorted(CONFIGS.rglob("*.yaml"))
+
+RUNNER = {
+    "runner": {
+        "n_epochs": -1,
+        "total_steps": 10,
+        "gradient_clipping": 5.0,
+        "gradient_accumulate_steps": 1,
+        "log_step": 2,
+        "save_step": 5,
+        "max_keep": 2,
+    },
+    "optimizer": {"name": "AdamW_with_schedule", "lr": 1e-3},
+    "pretrain_expert": {
+        "datarc": {"libri_root": "a", "file_path": "b", "sets": ["c"], "train_batch_size": 2}
+    },
+}
+MODEL = {"teachers": {"one": {"model": "hubert_base"}, "two": {"model": "wavlm", "layers": [1]}}}
+
+
+def changed(data, path, value):
+    """A deep copy of ``data`` with one dotted key set, or removed where value is ``...``."""
+    data = yaml.safe_load(yaml.safe_dump(data))
+    *parents, last = path.split(".")
+    target = data
+    for name in parents:
+        target = target[name]
+    if value is ...:
+        del target[last]
+    else:
+        target[last] = value
+    return data
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_every_shipped_yaml_is_valid(path):
+    load = load_runner_config if "runner" in path.name else load_model_config
+    load(path)
+
+
+def test_the_shipped_files_are_found():
+    assert {"config_runner.yaml", "config_model.yaml"} <= {path.name for path in SHIPPED}
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_every_shipped_yaml_says_how_to_launch_it_first(path):
+    comment = path.read_text().split("\n\n")[0] + path.read_text().split("\n\n")[1]
+    assert comment.startswith("#")
+    assert "run_pretrain.py -u ekd" in comment or "see config_runner.yaml" in comment
+
+
+def test_the_default_is_the_design():
+    settings = load_model_config(CONFIGS / "config_model.yaml")
+    assert list(settings.teachers) == ["hubert", "robust_hubert", "wavlm"]
+    assert {teacher.layers for teacher in settings.teachers.values()} == {(4, 8, 12)}
+    assert settings.aggregation == "separate"
+    assert settings.loss.cosine_weight == 1.0 and settings.loss.mask_padding
+    assert not settings.teacher_dropout
+
+
+def test_a_config_survives_the_checkpoint():
+    settings = load_model_config(CONFIGS / "config_model.yaml")
+    assert load_model_config(plain(settings)) == settings
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "said"),
+    [
+        ("aggregation", "averge", "aggregation: 'averge' is not known; use one of: separate"),
+        ("agregation", "average", "unknown key 'agregation' \\(did you mean aggregation\\?\\)"),
+        ("teachers", {}, "teachers is empty"),
+        ("teachers", ["hubert"], "teachers: a mapping is expected"),
+        ("teachers.one.layers", "4,8", "teachers.one.layers: a list is expected"),
+        ("teachers.one.layers", [4, "8"], "layers\\[1\\]: a whole number is expected, not '8'"),
+        ("teachers.one.layers", [True], "layers\\[0\\]: a whole number is expected, not True"),
+        ("teachers.one.layers", [-1], "distinct numbers from 0 up"),
+        ("teachers.one.layers", [4, 4], "distinct numbers from 0 up"),
+        ("teachers.one.model", None, "teachers.one.model: text is expected, not None"),
+        ("teachers.one", {"layers": [1]}, "teachers.one: the key model is missing"),
+        ("teachers.a/b", {"model": "x"}, "'a/b' cannot be a teacher's name"),
+        ("teachers.keys", {"model": "x"}, "'keys' cannot be a teacher's name"),
+        ("aggregation", "average", "one has 3, two has 1"),
+        ("init", {"teacher": "three"}, "there is no teacher 'three'; use one of: one, two"),
+        ("student", {"encoder_layers": 0}, "student: encoder_layers is 0; 1 or more"),
+        ("student", {"encoder_layers": 2.0}, "encoder_layers: a whole number is expected"),
+        ("student", {"encoder_embed_dim": 100}, "cannot be divided by encoder_attention_heads"),
+        ("student", {"dropout": 1.5}, "dropout is 1.5; 0 up to below 1"),
+        ("student", {"dropout": float("nan")}, "a finite number is expected"),
+        ("student", {"extractor_conv_feature_layers": "exit()"}, "triples"),
+        ("loss", {"cosine_weight": "much"}, "cosine_weight: a number is expected, not 'much'"),
+        ("loss", {"mask_padding": 1}, "mask_padding: true or false is expected, not 1"),
+        ("loss", 3, "loss: a mapping of settings is expected"),
+    ],
+)
+def test_a_mistake_in_the_model_config(tmp_path, path, value, said):
+    file = tmp_path / "model.yaml"
+    file.write_text(yaml.safe_dump(changed(MODEL, path, value)))
+    with pytest.raises(ConfigError, match=said) as caught:
+        load_model_config(file)
+    assert str(caught.value).startswith(str(file))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "said"),
+    [
+        ("runner.total_steps", 5, "total_steps \\(5\\) must be greater than save_step \\(5\\)"),
+        ("runner.total_steps", "many", "runner.total_steps: a whole number is expected"),
+        ("runner.log_step", ..., "runner: the key log_step is missing"),
+        ("runner.log_step", 0, "log_step is 0; 1 or more"),
+        ("runner.fp_16", True, "unknown key 'fp_16' \\(did you mean fp16\\?\\)"),
+        ("optimizer.name", ..., "optimizer.name is missing"),
+        ("optimizer.lr", "fast", "optimizer.lr is 'fast'"),
+        ("pretrain_expert", ..., "the key pretrain_expert is missing"),
+        ("pretrain_expert.datarc.sets", [], "sets is empty"),
+        ("pretrain_expert.datarc.sets", "train", "sets: a list is expected, not 'train'"),
+        ("pretrain_expert.datarc.libri_root", ..., "the key libri_root is missing"),
+        ("pretrain_expert.datarc.sequence_length", 100, "sequence_length is 100 samples"),
+    ],
+)
+def test_a_mistake_in_the_runner_config(tmp_path, path, value, said):
+    file = tmp_path / "runner.yaml"
+    file.write_text(yaml.safe_dump(changed(RUNNER, path, value)))
+    with pytest.raises(ConfigError, match=said):
+        load_runner_config(file)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("a: [1, 2", "is not valid YAML at line"),
+        ("- 1\n- 2\n", "holds no settings"),
+        ("", "holds no settings"),
+        ("a: 1\nb: 2\na: 3\n", "'a' is written twice \\(line 3\\)"),
+        ("a: !!python/object/apply:os.getcwd []\n", "is not valid YAML"),
+        ("\x00", "is not valid YAML"),
+    ],
+)
+def test_a_file_that_is_no_config(tmp_path, text, said):
+    file = tmp_path / "x.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=said):
+        read_yaml(file)
+
+
+def test_a_missing_file(tmp_path):
+    with pytest.raises(ConfigError, match="No such file"):
+        read_yaml(tmp_path / "none.yaml")
+
+
+def test_overrides_are_what_s3prl_makes_of_them():
+    # Independent: s3prl's own override() on the same data.
+    from argparse import Namespace
+
+    from s3prl.utility.helper import override
+
+    text = "config.runner.total_steps=7,,config.optimizer.lr=1e-4,,config.a.b='x',,config.s=[1, 2]"
+    theirs = yaml.safe_load(yaml.safe_dump(RUNNER))
+    override(text, Namespace(), theirs)
+    assert apply_overrides(RUNNER, text) == theirs
+    assert RUNNER["runner"]["total_steps"] == 10
+
+
+@pytest.mark.parametrize("text", ["total_steps=3", "config.a", "config.a=b=c"])
+def test_an_override_that_s3prl_could_not_read(text):
+    with pytest.raises(ConfigError, match="-o"):
+        apply_overrides(RUNNER, text)

@@ -1,0 +1,96 @@
+"""The student and its heads: sizes of method.md, s3prl's own forward, padding."""
+
+import dataclasses
+
+import pytest
+import torch
+from s3prl.upstream.distiller.model import DistillerConfig, DistillerModel
+from torch.nn.utils.rnn import pad_sequence
+
+from s3prl_ekd.distill.aggregation import AGGREGATIONS, TeacherShape
+from s3prl_ekd.distill.heads import PredictionHead, PredictionHeads
+from s3prl_ekd.distill.settings import StudentSettings
+from s3prl_ekd.distill.student import Student
+
+
+def count(*modules):
+    return sum(p.numel() for module in modules for p in module.parameters())
+
+
+@pytest.mark.parametrize(
+    ("aggregation", "teachers", "with_heads"),
+    [
+        ("average", 1, 27_034_752),
+        ("average", 3, 27_034_752),
+        ("separate", 1, 27_034_752),
+        ("separate", 2, 30_578_304),
+        ("separate", 3, 34_121_856),
+    ],
+)
+def test_full_size_parameter_counts(aggregation, teachers, with_heads):
+    student = Student(StudentSettings())
+    shapes = {f"t{i}": TeacherShape((4, 8, 12), 768) for i in range(teachers)}
+    heads = PredictionHeads(768, AGGREGATIONS[aggregation](shapes).specs)
+    assert count(student) == 23_491_200
+    assert count(student, heads) == with_heads
+
+
+def test_equals_s3prls_distiller(student_settings, waves):
+    settings = {
+        name: getattr(student_settings, name) for name in student_settings.__dataclass_fields__
+    }
+    settings.update(task_emb_type="expand-last", out_layer_type="expand-last", final_dim=40)
+    settings.update(n_tasks=3, pred_layer_id=[1, 2, 3])
+    theirs = DistillerModel(DistillerConfig(settings)).eval()
+    student = Student(student_settings).eval()
+    head = PredictionHead(student.width, 3, 40).eval()
+    state = theirs.state_dict()
+    student.backbone.load_state_dict(
+        {key: value for key, value in state.items() if not key.startswith("output_layer.")}
+    )
+    head.net.load_state_dict(
+        {key[13:]: value for key, value in state.items() if key.startswith("output_layer.")}
+    )
+    lengths = torch.tensor([len(wave) for wave in waves])
+    batch = pad_sequence(waves, batch_first=True)
+    pad_mask = pad_sequence([torch.ones(n) for n in lengths], batch_first=True)
+    with torch.no_grad():
+        feat, feat_final, pred, mask, layers = theirs(batch, pad_mask, get_hidden=True)
+        out = student(batch, lengths)
+        ours = head(out.last)
+    assert torch.equal(out.features, feat) and torch.equal(out.mask, mask)
+    assert len(out.hidden_states) == 3
+    for state, expected in zip(out.hidden_states, [feat_final, *layers], strict=True):
+        assert torch.equal(state, expected)
+    assert torch.allclose(ours, pred, atol=1e-6)
+
+
+def test_frames_and_mask_follow_the_conv_arithmetic(student_settings):
+    student = Student(student_settings).eval()
+    lengths = [16000, 400, 719, 720]
+    waves = pad_sequence([torch.randn(n) for n in lengths], batch_first=True)
+    out = student(waves, torch.tensor(lengths))
+    # by hand: 1 + (samples - 400) // 320 frames
+    assert out.mask.sum(1).tolist() == [49, 1, 1, 2]
+    assert out.last.shape == (4, 49, student.width)
+
+
+def test_more_padding_changes_nothing_with_layer_norm_in_the_extractor(student_settings, waves):
+    # The default extractor's GroupNorm sees the padding (a property of HuBERT too); this does not.
+    settings = dataclasses.replace(student_settings, extractor_mode="layer_norm")
+    student = Student(settings).eval()
+    lengths = torch.tensor([len(wave) for wave in waves])
+    batch = pad_sequence(waves, batch_first=True)
+    longer = torch.nn.functional.pad(batch, (0, 3200))
+    with torch.no_grad():
+        short, long = student(batch, lengths), student(longer, lengths)
+    frames = short.last.shape[1]
+    valid = short.mask.bool()
+    assert torch.allclose(short.last[valid], long.last[:, :frames][valid], atol=1e-5)
+    assert long.mask[:, frames:].sum() == 0
+
+
+def test_one_target_layer(student_settings):
+    # s3prl's SplitLinear is another class of layer for a single split
+    head = PredictionHead(48, 1, 20)
+    assert head(torch.randn(2, 5, 48)).shape == (2, 1, 5, 20)

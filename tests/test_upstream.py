@@ -1,0 +1,137 @@
+"""``ekd_student`` as s3prl sees it."""
+
+import pytest
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+import s3prl_ekd
+from s3prl_ekd.distill.aggregation import AGGREGATIONS, TeacherShape
+from s3prl_ekd.distill.heads import PredictionHeads
+from s3prl_ekd.distill.student import Student
+from s3prl_ekd.errors import CheckpointError, SetupError
+from s3prl_ekd.export.student_file import LoadedStudent, write_student
+
+
+@pytest.fixture
+def make(student_settings, tmp_path):
+    def make(aggregation="separate", widths=(48, 48), heads=True):
+        torch.manual_seed(0)
+        shapes = {f"t{i}": TeacherShape((2, 4), width) for i, width in enumerate(widths)}
+        specs = AGGREGATIONS[aggregation](shapes).specs
+        student = Student(student_settings)
+        made = LoadedStudent(student, PredictionHeads(48, specs), specs, {})
+        path = tmp_path / f"{aggregation}{len(widths)}{heads}.pt"
+        write_student(made, path, keep_heads=heads)
+        return path, made
+
+    return make
+
+
+def hub_entry(path):
+    from s3prl import hub
+
+    s3prl_ekd.register()
+    return hub.ekd_student(ckpt=str(path), model_config=None, refresh=False)
+
+
+def test_hidden_states_are_the_students(make, waves):
+    path, made = make()
+    upstream = hub_entry(path).eval()
+    result = upstream(waves)
+    lengths = torch.tensor([len(wave) for wave in waves])
+    made.student.eval()
+    out = made.student(pad_sequence(waves, batch_first=True), lengths)
+    assert type(result["hidden_states"]) is list and len(result["hidden_states"]) == 3
+    for ours, theirs in zip(result["hidden_states"], out.hidden_states, strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-6)
+    assert upstream.get_downsample_rates("hidden_states") == 320
+    assert abs(round(16000 / 320) - result["hidden_states"][0].shape[1]) < 5
+
+
+@pytest.mark.parametrize(("aggregation", "extra"), [("separate", 4), ("average", 2), ("concat", 4)])
+def test_heads_come_behind_the_hidden_states(make, waves, aggregation, extra):
+    path, made = make(aggregation)
+    result = hub_entry(path).eval()(waves)
+    states = result["hidden_states_and_heads"]
+    assert type(states) is list and len(states) == 3 + extra
+    assert {state.shape for state in states} == {(3, 49, 48)}
+    lengths = torch.tensor([len(wave) for wave in waves])
+    made.student.eval(), made.heads.eval()
+    out = made.student(pad_sequence(waves, batch_first=True), lengths)
+    predictions = made.heads(out.last)
+    first = next(iter(predictions.values()))[:, 0, :, :48]  # first set, first layer, first teacher
+    assert torch.allclose(states[3], first, atol=1e-6)
+
+
+def test_no_heads_no_key(make, waves):
+    path, _ = make(heads=False)
+    upstream = hub_entry(path)
+    assert "hidden_states_and_heads" not in upstream(waves)
+    wide, _ = make(widths=(48, 64))
+    assert "hidden_states_and_heads" not in hub_entry(wide)(waves)
+
+
+def test_short_waveforms(make):
+    path, _ = make()
+    for samples in (1, 100, 399, 400, 800):
+        states = hub_entry(path).eval()([torch.randn(samples), torch.randn(1)])["hidden_states"]
+        assert all(torch.isfinite(state).all() for state in states)
+
+
+def test_in_s3prls_newer_api(make):
+    from s3prl.nn import Featurizer, S3PRLUpstream
+
+    path, _ = make()
+    s3prl_ekd.register()
+    upstream = S3PRLUpstream("ekd_student", path_or_url=str(path)).eval()
+    assert upstream.num_layers == 3 and upstream.hidden_sizes == [48] * 3
+    states, lengths = upstream(torch.randn(2, 16000), torch.tensor([16000, 8000]))
+    features, _ = Featurizer(upstream)(states, lengths)
+    assert features.shape == (2, 50, 48) and lengths[0].tolist() == [50, 25]
+
+
+def test_in_the_runners_featurizer_frozen_and_fine_tuned(make, waves):
+    from s3prl.upstream.interfaces import Featurizer
+
+    path, _ = make()
+    upstream = hub_entry(path)
+    for selection, layers in (("hidden_states", 3), ("hidden_states_and_heads", 7)):
+        featurizer = Featurizer(upstream, selection, upstream_device="cpu")
+        assert featurizer.layer_num == layers
+        upstream.train()  # what -f does
+        features = featurizer(waves, upstream(waves))
+        assert [len(f) for f in features] == [49, 39, 22]  # round(samples / 320), frames at most
+        sum(f.square().mean() for f in features).backward()
+        used = [p for p in upstream.student.parameters() if p.grad is not None]
+        assert len(used) > 40 and any(p.grad.abs().sum() > 0 for p in used)
+        upstream.zero_grad()
+
+
+def test_no_layer_is_dropped_while_fine_tuning(make, student_settings, waves, tmp_path):
+    import dataclasses
+
+    settings = dataclasses.replace(student_settings, encoder_layerdrop=0.9)
+    path = tmp_path / "drop.pt"
+    write_student(LoadedStudent(Student(settings), None, {}, {}), path)
+    upstream = hub_entry(path).train()
+    assert {len(upstream(waves)["hidden_states"]) for _ in range(20)} == {3}
+
+
+def test_registering_twice_and_over_a_stranger(monkeypatch):
+    from s3prl import hub
+
+    s3prl_ekd.register()
+    first = hub.ekd_student
+    s3prl_ekd.register()
+    assert hub.ekd_student is first and "ekd_student" in hub.options()
+    monkeypatch.setattr(hub, "ekd_student", lambda: None)
+    with pytest.raises(SetupError, match="another ekd_student"):
+        s3prl_ekd.register()
+
+
+def test_without_a_checkpoint():
+    from s3prl import hub
+
+    s3prl_ekd.register()
+    with pytest.raises(CheckpointError, match="add -k STUDENT"):
+        hub.ekd_student()
