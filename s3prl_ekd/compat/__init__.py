@@ -35,7 +35,7 @@ _fired: list[str] = []
 
 
 def apply() -> tuple[str, ...]:
-    """Put in place whatever is missing, and log one line for each thing.
+    """Put in place whatever is missing; the log names it (at DEBUG with a line for each thing).
 
     Calling it again is safe and changes nothing.
 
@@ -46,12 +46,15 @@ def apply() -> tuple[str, ...]:
         SetupError: torchaudio does not import even without its compiled part.
         ImportError: a package that s3prl needs is not installed.
     """
+    now = []
     for shim in SHIMS:
         if shim.missing():
             shim.apply()
-            logger.info("%s: %s (missing since %s)", shim.name, shim.summary, shim.since)
-            if shim.name not in _fired:
-                _fired.append(shim.name)
+            logger.debug("%s: %s (missing since %s)", shim.name, shim.summary, shim.since)
+            now.append(shim.name)
+    if now:
+        logger.info("stand-ins for s3prl: %s (why: s3prl-ekd doctor)", ", ".join(now))
+        _fired.extend(name for name in now if name not in _fired)
     return fired()
 
 

@@ -1,0 +1,42 @@
+# Two commands are all: `make demo` and `make test`. Both set up .venv first, once.
+
+PYTHON ?= python3
+# More for pip, for example PIP_ARGS="--find-links /wheels" where a CPU build of torch lies.
+PIP_ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: help demo test lint format setup clean
+
+help:
+	@echo "make demo    three tiny teachers -> one student -> ASR score, on a synthetic corpus"
+	@echo "make test    lint and tests"
+	@echo "make format  let ruff rewrite the code's layout"
+	@echo "make clean   remove .venv and demo_run"
+
+demo: $(INSTALLED)
+	$(BIN)/s3prl-ekd demo demo_run
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(INSTALLED)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+setup: $(INSTALLED)
+
+$(INSTALLED): setup.py pyproject.toml constraints.txt
+	@$(PYTHON) -c "import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))" || \
+		{ echo "error: $(PYTHON) is not Python 3.10 to 3.13; type: make PYTHON=python3.11 ..."; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) demo_run

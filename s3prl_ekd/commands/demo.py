@@ -1,0 +1,48 @@
+"""The whole way on a synthetic corpus: three tiny teachers, one student, one ASR score.
+
+Everything is written below DIR. What is finished is kept when the command is given again, and an
+interrupted distillation goes on from its last checkpoint.
+
+example:
+  s3prl-ekd demo demo_run
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def configure(parser) -> None:
+    parser.add_argument(
+        "dir",
+        metavar="DIR",
+        type=Path,
+        nargs="?",
+        default=Path("demo_run"),
+        help="default: %(default)s",
+    )
+    parser.add_argument(
+        "--steps", type=_positive, default=300, help="of distillation (%(default)s)"
+    )
+    parser.add_argument("--asr-steps", type=_positive, default=600, help="of ASR (%(default)s)")
+    parser.add_argument(
+        "--utterances", type=_positive, default=400, help="for training (%(default)s)"
+    )
+
+
+def main(args) -> int:
+    from ..demo.run import Demo
+
+    Demo(args.dir.resolve(), args.steps, args.asr_steps, args.utterances).run()
+    return 0
+
+
+def _positive(text: str) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 4:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 4 or more")
+    return number

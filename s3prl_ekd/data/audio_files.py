@@ -1,0 +1,145 @@
+"""Audio files: which ones lie below a folder, and what their headers say.
+
+Only headers are read here (a few kilobytes a file), by soundfile: FLAC, WAV, Ogg Vorbis, Opus.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import soundfile
+
+from ..errors import DataError
+
+SAMPLE_RATE = 16_000  # Hz; every upstream and every recipe of s3prl works at this rate
+SUFFIXES = (".flac", ".wav", ".ogg", ".opus")
+_CHUNK = 64  # files a thread takes at once; one at a time costs more than reading the header
+_UNKNOWN = 2**40  # libsndfile reports about 2**63 frames where a header does not say
+
+
+@dataclass(frozen=True)
+class AudioHeader:
+    """What the header of one audio file says."""
+
+    frames: int  # samples per channel, at the file's own rate
+    rate: int  # Hz
+    channels: int
+
+    @property
+    def samples(self) -> int:
+        """Length in samples at 16 kHz."""
+        return round(self.frames * SAMPLE_RATE / self.rate)
+
+
+def is_audio(name: str) -> bool:
+    """Whether a file name has one of :data:`SUFFIXES`, in whatever case."""
+    return name.lower().endswith(SUFFIXES)
+
+
+def find_audio(folder: str | Path) -> list[str]:
+    """Every audio file below ``folder``, as sorted paths relative to it with ``/`` between parts.
+
+    Links to files and folders are followed; a link back to a folder that contains it is not.
+
+    Raises:
+        DataError: ``folder`` is not a folder, or a folder below it cannot be listed.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise DataError(f"{folder} is not a folder; give one that contains audio")
+    return sorted(_walk(str(folder), "", frozenset()))
+
+
+def _walk(folder: str, below: str, above: frozenset[str]) -> Iterator[str]:
+    real = os.path.realpath(folder)
+    if real in above:  # a link that leads upwards would never end
+        return
+    try:
+        with os.scandir(folder) as listing:
+            entries = list(listing)
+    except OSError as error:
+        raise DataError(f"{folder} cannot be listed: {error.strerror}") from error
+    for entry in entries:
+        if entry.is_dir():
+            yield from _walk(entry.path, f"{below}{entry.name}/", above | {real})
+        elif is_audio(entry.name):
+            yield below + entry.name
+
+
+def read_header(path: str | Path) -> AudioHeader:
+    """The header of one file.
+
+    Raises:
+        DataError: the file is missing, empty, not audio, or does not say how long it is.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"{path} does not exist, or is not a file")
+    if path.stat().st_size == 0:
+        raise DataError(f"{path} is empty (0 bytes)")
+    try:
+        with soundfile.SoundFile(path) as file:
+            header = AudioHeader(file.frames, file.samplerate, file.channels)
+    except (soundfile.SoundFileError, OSError) as error:
+        raise DataError(f"{path} cannot be read as audio: {_reason(error)}") from error
+    if header.frames == 0:
+        raise DataError(f"{path} is empty (a header, and no samples)")
+    if header.frames >= _UNKNOWN:
+        raise DataError(
+            f"{path} does not say how long it is (written to a pipe?); convert it to FLAC again"
+        )
+    return header
+
+
+def _reason(error: Exception) -> str:
+    return str(getattr(error, "error_string", None) or error).rstrip(".")
+
+
+def read_headers(
+    root: str | Path,
+    paths: Sequence[str],
+    *,
+    jobs: int = 8,
+    advance: Callable[[int], object] = lambda done: None,
+) -> list[AudioHeader | DataError]:
+    """The headers of many files, in the order of ``paths``; an error stands for a bad file.
+
+    Args:
+        root: folder that ``paths`` are relative to.
+        paths: as :func:`find_audio` gives them.
+        jobs: threads. On a disk that answers at once one thread is as fast (about 20 000 files
+            a second); on a cold or network disk the waiting overlaps.
+        advance: called with the number of files done since the last call, for a progress bar.
+    """
+    root = str(root)
+
+    def read_chunk(chunk: Sequence[str]) -> list[AudioHeader | DataError]:
+        return [_header_or_error(os.path.join(root, path)) for path in chunk]
+
+    found: list[AudioHeader | DataError] = []
+    chunks = [paths[start : start + _CHUNK] for start in range(0, len(paths), _CHUNK)]
+    with ThreadPoolExecutor(max(1, jobs)) as pool:
+        for headers in pool.map(read_chunk, chunks):
+            found.extend(headers)
+            advance(len(headers))
+    return found
+
+
+def _header_or_error(path: str) -> AudioHeader | DataError:
+    try:
+        path.encode("utf-8")
+    except UnicodeEncodeError:
+        return DataError(f"{path!r} is not a UTF-8 name, so no table can hold it")
+    try:
+        return read_header(path)
+    except DataError as error:
+        return error
+
+
+def total_hours(samples: Iterable[int]) -> float:
+    """The sum of lengths in samples at 16 kHz, as hours."""
+    return sum(samples) / SAMPLE_RATE / 3600

@@ -1,0 +1,191 @@
+"""The demo's corpus: synthetic speech in the layout of LibriSpeech, made where it is needed.
+
+    OUT/{train,dev,test}-clean/SPK/CHAP/SPK-CHAP-NNNN.flac and SPK-CHAP.trans.txt
+    OUT/len_for_bucket/{train,dev,test}-clean.csv     length tables for s3prl
+    OUT/noise/*.flac                                  noise clips of ten seconds
+    OUT/corpus.json                                   what it was made from, and a checksum
+
+Speakers of the three splits are disjoint and no sentence is there twice. Two runs with the same
+parameters write the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import random
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+from tqdm import tqdm
+
+from ..data.char_dict import normalise
+from ..data.layout import TABLES
+from ..data.lengths import make_folder, write_table
+from ..errors import DataError
+from .noise import make_noises
+from .sentences import sentences
+from .voices import SAMPLE_RATE, Voice, make_voices, speak, to_int16
+
+RECORD = "corpus.json"
+VERSION = 1  # raise it when the same parameters begin to give other bytes
+SPEAKERS = {"train-clean": 8, "dev-clean": 2, "test-clean": 2}
+UTTERANCES = {"train-clean": 400, "dev-clean": 40, "test-clean": 40}
+NOISE_SECONDS = 10.0
+_FIRST_SPEAKER, _CHAPTER = 101, 1
+
+
+def make_corpus(
+    out: str | Path,
+    *,
+    seed: int = 1337,
+    speakers: Mapping[str, int] | None = None,
+    utterances: Mapping[str, int] | None = None,
+) -> dict[str, Any]:
+    """Make the corpus in the folder ``out``, unless it is there already and unharmed.
+
+    Args:
+        out: its folder. One that holds something else is left alone.
+        seed: of voices, sentences and noise.
+        speakers: number of speakers in each split (default: :data:`SPEAKERS`).
+        utterances: number of utterances in each split (default: :data:`UTTERANCES`).
+
+    Returns:
+        The contents of ``corpus.json``: ``parameters``, ``splits`` (of each the ``utterances``,
+        ``seconds`` and ``speakers``), ``noise`` (file names) and ``checksum``.
+
+    Raises:
+        SetupError: espeak-ng is not installed.
+        DataError: ``out`` holds something else, or the numbers make no sense.
+    """
+    out = Path(out).resolve()
+    parameters = {
+        "version": VERSION,
+        "seed": seed,
+        "speakers": dict(SPEAKERS if speakers is None else speakers),
+        "utterances": dict(UTTERANCES if utterances is None else utterances),
+    }
+    _check(parameters)
+    record = _read_record(out)
+    if record is not None and record["parameters"] == parameters:
+        if record["checksum"] == checksum(out):
+            return record
+    elif record is None and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise DataError(f"{out} exists and is no demo corpus; give another folder")
+    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    make_folder(partial)
+    try:
+        record = _make(partial, parameters)
+        if out.exists():
+            shutil.rmtree(out)
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return record
+
+
+def checksum(root: Path) -> str:
+    """SHA-256 over the names and bytes of every file of a corpus but its record."""
+    total = hashlib.sha256()
+    for path in sorted(path for path in root.rglob("*") if path.is_file()):
+        name = path.relative_to(root).as_posix()
+        if name != RECORD:
+            digest = hashlib.sha256(path.read_bytes()).hexdigest()
+            total.update(f"{digest}  {name}\n".encode())
+    return total.hexdigest()
+
+
+def _check(parameters: Mapping[str, Any]) -> None:
+    speakers, utterances = parameters["speakers"], parameters["utterances"]
+    if set(speakers) != set(utterances):
+        raise DataError(f"speakers and utterances name other splits: {speakers}, {utterances}")
+    for split, count in speakers.items():
+        if not 1 <= count <= utterances[split]:
+            raise DataError(
+                f"{split}: {count} speakers for {utterances[split]} utterances; "
+                "each needs one at least"
+            )
+
+
+def _read_record(out: Path) -> dict[str, Any] | None:
+    try:
+        record = json.loads((out / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    complete = isinstance(record, dict) and {"parameters", "checksum"} <= record.keys()
+    return record if complete else None
+
+
+def _make(root: Path, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    seed, speakers, utterances = (parameters[key] for key in ("seed", "speakers", "utterances"))
+    people = enumerate(make_voices(sum(speakers.values()), seed), start=_FIRST_SPEAKER)
+    rng = random.Random(f"corpus {seed}")
+    texts = sentences(rng)
+    splits: dict[str, Any] = {}
+    speech: list[np.ndarray] = []
+    with tqdm(total=sum(utterances.values()), unit=" utterances", desc="demo corpus") as bar:
+        for split, count in speakers.items():
+            talkers = list(itertools.islice(people, count))
+            waves = _make_split(root, split, talkers, utterances[split], texts, rng, bar)
+            speech = speech or waves  # the babble is made of the first split only
+            splits[split] = {
+                "utterances": len(waves),
+                "seconds": round(sum(map(len, waves)) / SAMPLE_RATE, 1),
+                "speakers": [str(number) for number, _ in talkers],
+            }
+    noise = make_noises(
+        np.random.default_rng(seed), [wave / 32768 for wave in speech], NOISE_SECONDS
+    )
+    (root / "noise").mkdir()
+    for name, clip in noise.items():
+        _write_flac(root / "noise" / f"{name}.flac", to_int16(clip))
+    record = {
+        "parameters": parameters,
+        "splits": splits,
+        "noise": [f"noise/{name}.flac" for name in noise],
+        "checksum": checksum(root),
+    }
+    (root / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return record
+
+
+def _make_split(
+    root: Path,
+    split: str,
+    talkers: Sequence[tuple[int, Voice]],
+    count: int,
+    texts: Iterator[str],
+    rng: random.Random,
+    bar: tqdm,
+) -> list[np.ndarray]:
+    """Write ``count`` utterances, the talkers in turn; returns them, 16 bit [samples] each."""
+    waves, rows, lines = [], [], {}
+    for index in range(count):
+        speaker, voice = talkers[index % len(talkers)]
+        folder = f"{split}/{speaker}/{_CHAPTER}"
+        name = f"{speaker}-{_CHAPTER}-{index // len(talkers):04d}"
+        text = next(texts)
+        # Nobody says everything at one speed and pitch.
+        wave = speak(text, voice, rate=rng.uniform(0.9, 1.1), pitch=rng.randint(44, 56))
+        (root / folder).mkdir(parents=True, exist_ok=True)
+        _write_flac(root / folder / f"{name}.flac", wave)
+        transcript = f"{folder}/{speaker}-{_CHAPTER}.trans.txt"
+        lines.setdefault(transcript, []).append(f"{name} {normalise(text)}\n")
+        rows.append((f"{folder}/{name}.flac", len(wave)))
+        waves.append(wave)
+        bar.update()
+    for transcript, content in lines.items():
+        (root / transcript).write_text("".join(content), encoding="utf-8")
+    (root / TABLES).mkdir(exist_ok=True)
+    write_table(root / TABLES / f"{split}.csv", rows)
+    return waves
+
+
+def _write_flac(path: Path, wave: np.ndarray) -> None:
+    soundfile.write(path, wave, SAMPLE_RATE, subtype="PCM_16")

@@ -1,0 +1,195 @@
+"""Tiny teachers with random weights: the true architectures in s3prl's checkpoint formats.
+
+They load through s3prl's own ``hubert_local`` and ``wavlm_local`` as the published checkpoints do,
+only 150 times smaller, so that a whole distillation fits into a minute on a CPU. They
+know nothing of speech, but their features follow it: what a student learns from them is to
+compute the same functions of the sound.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+
+CONV_LAYERS = "[(64,10,5)] + [(64,3,2)] * 4 + [(64,2,2)] * 2"  # one frame every 320 samples
+
+# Settings of HuBERT Base and WavLM Base alike that do not depend on the size.
+_SHARED: dict[str, Any] = {
+    "extractor_mode": "default",
+    "conv_bias": False,
+    "activation_fn": "gelu",
+    "layer_norm_first": False,
+    "dropout": 0.1,
+    "attention_dropout": 0.1,
+    "activation_dropout": 0.0,
+    "encoder_layerdrop": 0.05,
+    "dropout_input": 0.1,
+    "dropout_features": 0.1,
+    "feature_grad_mult": 0.1,
+}
+# WavLM's own initialisation is so small that six layers add nothing to their input; with this
+# factor they change it about as much as HuBERT's do.
+_WAVLM_GAIN = 3.0
+
+
+def hubert_checkpoint(
+    *,
+    seed: int = 1337,
+    conv_layers: str = CONV_LAYERS,
+    embed_dim: int = 96,
+    ffn_dim: int = 192,
+    heads: int = 4,
+    layers: int = 6,
+    conv_pos: int = 32,
+    conv_pos_groups: int = 4,
+    classes: int = 20,
+    normalize: bool = False,
+) -> dict[str, Any]:
+    """A HuBERT checkpoint in the format of ``s3prl.upstream.hubert.convert``.
+
+    Args:
+        seed: of the weights; the global random state is left alone.
+        conv_layers: fairseq's notation, ``[(channels, kernel, stride), ...]``.
+        embed_dim, ffn_dim: widths of the transformer and of its feed-forward part.
+        heads: attention heads; they must divide ``embed_dim``.
+        layers: transformer layers; the upstream gives one hidden state more.
+        conv_pos, conv_pos_groups: kernel and groups of the positional convolution.
+        classes: number of cluster labels.
+        normalize: whether waveforms are to be normalised (as for HuBERT Large).
+
+    Returns:
+        Plain tensors and containers under ``task_cfg``, ``model_cfg``, ``model_weight`` and
+        ``dictionaries_symbols``.
+    """
+    from s3prl.upstream.hubert.hubert_model import (
+        HubertConfig,
+        HubertModel,
+        HubertPretrainingConfig,
+    )
+
+    task_cfg = {"label_rate": 50.0, "sample_rate": 16_000, "normalize": normalize}
+    model_cfg = {
+        "label_rate": 50.0,
+        **_SHARED,
+        "conv_feature_layers": conv_layers,
+        "encoder_embed_dim": embed_dim,
+        "encoder_ffn_embed_dim": ffn_dim,
+        "encoder_attention_heads": heads,
+        "encoder_layers": layers,
+        "conv_pos": conv_pos,
+        "conv_pos_groups": conv_pos_groups,
+        "final_dim": min(embed_dim, 256),
+        "untie_final_proj": True,
+    }
+    symbols = [[str(label) for label in range(classes)]]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = HubertModel(HubertConfig(**model_cfg), HubertPretrainingConfig(**task_cfg), symbols)
+    _liven(model)
+    return {
+        "task_cfg": task_cfg,
+        "model_cfg": model_cfg,
+        "model_weight": _weights(model),
+        "dictionaries_symbols": symbols,
+    }
+
+
+def wavlm_checkpoint(
+    *,
+    seed: int = 1338,
+    conv_layers: str = CONV_LAYERS,
+    embed_dim: int = 96,
+    ffn_dim: int = 192,
+    heads: int = 4,
+    layers: int = 6,
+    conv_pos: int = 32,
+    conv_pos_groups: int = 4,
+    normalize: bool = False,
+) -> dict[str, Any]:
+    """A WavLM checkpoint, ``{"cfg", "model"}``, with gated relative position bias.
+
+    Arguments as in :func:`hubert_checkpoint`.
+    """
+    from s3prl.upstream.wavlm.WavLM import WavLM, WavLMConfig
+
+    cfg = {
+        **_SHARED,
+        "conv_feature_layers": conv_layers,
+        "encoder_embed_dim": embed_dim,
+        "encoder_ffn_embed_dim": ffn_dim,
+        "encoder_attention_heads": heads,
+        "encoder_layers": layers,
+        "conv_pos": conv_pos,
+        "conv_pos_groups": conv_pos_groups,
+        "normalize": normalize,
+        "relative_position_embedding": True,
+        "num_buckets": 320,
+        "max_distance": 800,
+        "gru_rel_pos": True,
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = WavLM(WavLMConfig(cfg))
+    _liven(model, _WAVLM_GAIN)
+    return {"cfg": cfg, "model": _weights(model)}
+
+
+def robust_checkpoint(
+    hubert: dict[str, Any], *, seed: int = 1339, strength: float = 0.1
+) -> dict[str, Any]:
+    """``hubert`` with noise on its weights, as if training had gone on from there.
+
+    Args:
+        hubert: as :func:`hubert_checkpoint` returns it; left as it is.
+        seed: of the noise.
+        strength: standard deviation of the noise relative to that of each tensor.
+    """
+    robust = copy.deepcopy(hubert)
+    generator = torch.Generator().manual_seed(seed)
+    for weight in robust["model_weight"].values():
+        if weight.dim() > 1:  # biases and norms hardly move
+            noise = torch.randn(weight.shape, generator=generator)
+            weight += strength * weight.std() * noise
+    return robust
+
+
+def make_teachers(out: str | Path, seed: int = 1337) -> dict[str, Path]:
+    """Write ``hubert.pt``, ``robust_hubert.pt`` and ``wavlm.pt`` into the folder ``out``.
+
+    Returns:
+        The files by teacher name: ``hubert``, ``robust_hubert``, ``wavlm``.
+    """
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    hubert = hubert_checkpoint(seed=seed)
+    checkpoints = {
+        "hubert": hubert,
+        "robust_hubert": robust_checkpoint(hubert, seed=seed + 1),
+        "wavlm": wavlm_checkpoint(seed=seed + 2),
+    }
+    paths = {}
+    for name, checkpoint in checkpoints.items():
+        paths[name] = out / f"{name}.pt"
+        torch.save(checkpoint, paths[name])
+    return paths
+
+
+def _liven(model: torch.nn.Module, gain: float = 1.0) -> None:
+    """Make the features of a random network vary over time and from layer to layer.
+
+    As PyTorch leaves them, the convolutions give much the same vector for every frame: their
+    outputs are positive on average, and so a constant prevails. Filters of mean zero cure that.
+    """
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.startswith("feature_extractor") and weight.dim() == 3:
+                weight -= weight.mean(dim=(1, 2), keepdim=True)
+            elif name.startswith("encoder.layers") and weight.dim() == 2:
+                weight *= gain
+
+
+def _weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}

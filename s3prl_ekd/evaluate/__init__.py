@@ -1,0 +1,1 @@
+"""What came out of runs: scalars, predictions, tables and plots."""

@@ -1,0 +1,63 @@
+"""Scalars, error rates and the plot of a run."""
+
+import pytest
+from tensorboardX import SummaryWriter
+
+from s3prl_ekd.errors import DataError
+from s3prl_ekd.evaluate.asr import error_rates
+from s3prl_ekd.evaluate.curves import plot_run, teacher_curves
+from s3prl_ekd.evaluate.scalars import read_scalars
+
+
+def test_scalars_are_what_was_written(tmp_path):
+    with SummaryWriter(str(tmp_path)) as writer:
+        for step in (2, 1, 3):
+            writer.add_scalar("a/b", step / 4, step)
+        writer.add_text("note", "no scalar", 1)
+    assert read_scalars(tmp_path) == {"a/b": {1: 0.25, 2: 0.5, 3: 0.75}}
+
+
+def test_a_cut_record_is_left_out(tmp_path):
+    with SummaryWriter(str(tmp_path)) as writer:
+        writer.add_scalar("a", 1.0, 1)
+        writer.add_scalar("a", 2.0, 2)
+    (path,) = tmp_path.glob("events.*")
+    path.write_bytes(path.read_bytes()[:-7])
+    assert read_scalars(tmp_path) == {"a": {1: 1.0}}
+
+
+def test_error_rates_by_hand(tmp_path):
+    (tmp_path / "test-noLM-ref.ark").write_text("u1 THE CAT SAT\nu2 A DOG\n")
+    (tmp_path / "test-noLM-hyp.ark").write_text("u2 A DOG\nu1 THE CAT\n")
+    rates = error_rates(tmp_path, "test")
+    assert rates.wer == pytest.approx(100 * 1 / 5)  # one of five words deleted
+    assert rates.cer == pytest.approx(100 * 4 / 16)  # " SAT" of 11 + 5 characters
+    assert rates.utterances == 2
+
+
+def test_an_empty_hypothesis(tmp_path):
+    (tmp_path / "test-noLM-ref.ark").write_text("u1 A DOG\n")
+    (tmp_path / "test-noLM-hyp.ark").write_text("u1 \n")
+    assert error_rates(tmp_path, "test").wer == 100
+
+
+def test_predictions_that_do_not_match(tmp_path):
+    with pytest.raises(DataError, match="cannot read the predictions"):
+        error_rates(tmp_path, "test")
+    (tmp_path / "test-noLM-ref.ark").write_text("u1 A DOG\n")
+    (tmp_path / "test-noLM-hyp.ark").write_text("u2 A DOG\n")
+    with pytest.raises(DataError, match="do not match"):
+        error_rates(tmp_path, "test")
+
+
+def test_curves_and_plot(tmp_path):
+    scalars = {
+        "ekd/train-loss_mean": {1: 2.0, 2: 1.0},
+        "ekd/train-my_one/l1_layer12": {1: 0.5, 2: 0.4},
+        "ekd/train-my_one/cosine_layer12": {1: 0.5},
+        "ekd/train-l1": {1: 0.5},
+    }
+    assert teacher_curves(scalars) == {"my_one": {12: {1: 0.5, 2: 0.4}}}
+    pytest.importorskip("matplotlib")
+    plot_run(scalars, tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,203 @@
+"""Length tables: the numbers, the order, the bytes, and what becomes of files that are no good."""
+
+import csv
+
+import numpy as np
+import pandas
+import pytest
+import soundfile
+
+from s3prl_ekd import cli, compat
+from s3prl_ekd.data.audio_files import find_audio, read_header
+from s3prl_ekd.data.lengths import write_length_tables, write_table
+from s3prl_ekd.errors import DataError
+
+
+def write_audio(path, frames, rate=16_000, **kind):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    wave = np.random.default_rng(frames).normal(0, 0.1, frames)
+    soundfile.write(path, wave, rate, **kind)
+    return path
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    """LibriSpeech in shape; lengths in samples at 16 kHz are known by construction."""
+    root = tmp_path / "Corpus"
+    write_audio(root / "train-clean-100/19/198/19-198-0000.flac", 4000)
+    write_audio(root / "train-clean-100/19/198/19-198-0001.FLAC", 9000, format="FLAC")
+    write_audio(root / "train-clean-100/26/495/26-495-0000.wav", 22_050, rate=44_100)  # 8000
+    write_audio(root / "dev-clean/84/1/84-1-0000.ogg", 5000)
+    write_audio(root / "dev-clean/84/1/84-1-0001.opus", 4800, 48_000, format="OGG", subtype="OPUS")
+    (root / "train-clean-100/19/198/19-198.trans.txt").write_text("19-198-0000 A\n")
+    return root
+
+
+def test_one_table_a_split_longest_first(corpus, tmp_path):
+    write_length_tables(corpus, tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "dev-clean.csv",
+        "train-clean-100.csv",
+    ]
+    assert (tmp_path / "out/train-clean-100.csv").read_text() == (
+        ",file_path,length,label\n"
+        "0,train-clean-100/19/198/19-198-0001.FLAC,9000,\n"
+        "1,train-clean-100/26/495/26-495-0000.wav,8000,\n"
+        "2,train-clean-100/19/198/19-198-0000.flac,4000,\n"
+    )
+    dev = pandas.read_csv(tmp_path / "out/dev-clean.csv")
+    assert list(dev["length"]) == [5000, 1600]  # ogg at 16 kHz, opus 4800 at 48 kHz
+
+
+def test_equals_the_table_that_s3prl_makes(corpus, tmp_path):
+    # s3prl's script: frames of every file, descending, in a pandas frame with a label of None.
+    write_length_tables(corpus, tmp_path, name="all")
+    paths = [path for path in corpus.rglob("*") if path.suffix.lower() == ".flac"]
+    frames = {str(path.relative_to(corpus)): soundfile.info(path).frames for path in paths}
+    ordered = sorted(frames, key=frames.get, reverse=True)
+    expected = pandas.DataFrame(
+        {"file_path": ordered, "length": [frames[path] for path in ordered], "label": None}
+    )
+    expected.to_csv(tmp_path / "expected.csv")
+    ours = pandas.read_csv(tmp_path / "all.csv")
+    ours = ours[ours["file_path"].str.lower().str.endswith(".flac")].reset_index(drop=True)
+    theirs = pandas.read_csv(tmp_path / "expected.csv")
+    assert list(ours.columns) == list(theirs.columns)
+    assert ours.drop(columns="Unnamed: 0").equals(theirs.drop(columns="Unnamed: 0"))
+
+
+def test_jobs_and_repetition_do_not_change_a_byte(corpus, tmp_path):
+    for number in range(150):  # more than two chunks, all of one length: only the path orders them
+        write_audio(corpus / f"dev-clean/1/1/1-1-{number:04d}.wav", 100)
+    write_length_tables(corpus, tmp_path / "a", jobs=1)
+    write_length_tables(corpus, tmp_path / "b", jobs=7)
+    first = (tmp_path / "a/dev-clean.csv").read_bytes()
+    assert first == (tmp_path / "b/dev-clean.csv").read_bytes()
+    ties = [row.split(",")[1] for row in first.decode().splitlines() if ",100," in row]
+    assert len(ties) == 150 and ties == sorted(ties)
+
+
+def test_one_table_where_folders_are_no_splits(corpus, tmp_path):
+    write_audio(corpus / "noise/hum.wav", 100)
+    tables = write_length_tables(corpus, tmp_path / "out")
+    assert list(tables.rows) == ["Corpus"] and len(tables.rows["Corpus"]) == 6
+    assert "noise/" in tables.summary()
+
+
+def test_single_and_name(corpus, tmp_path):
+    assert list(write_length_tables(corpus, tmp_path / "out", single=True).rows) == ["Corpus"]
+    assert list(write_length_tables(corpus, tmp_path / "out", name="mine").rows) == ["mine"]
+    with pytest.raises(DataError, match="not a plain file name"):
+        write_length_tables(corpus, tmp_path / "out", name="../mine")
+
+
+def test_bad_files_are_named_and_counted(corpus, tmp_path):
+    (corpus / "dev-clean/empty.flac").write_bytes(b"")
+    (corpus / "dev-clean/text.wav").write_text("this is no audio\n" * 9)
+    soundfile.write(corpus / "dev-clean/silent.wav", np.zeros(0), 16_000)
+    streamed = bytearray((corpus / "train-clean-100/19/198/19-198-0000.flac").read_bytes())
+    streamed[21] &= 0xF0  # the number of samples in STREAMINFO: 36 bits of zero say "unknown"
+    streamed[22:26] = bytes(4)
+    (corpus / "dev-clean/streamed.flac").write_bytes(streamed)
+    tables = write_length_tables(corpus, tmp_path / "out")
+    assert len(tables.rows["dev-clean"]) == 2
+    text = (tmp_path / "out/skipped.txt").read_text()
+    reasons = dict(line.split("\t") for line in text.splitlines())
+    assert set(reasons) == {
+        f"dev-clean/{name}" for name in ("empty.flac", "text.wav", "silent.wav", "streamed.flac")
+    }
+    assert "0 bytes" in reasons["dev-clean/empty.flac"]
+    assert "cannot be read as audio" in reasons["dev-clean/text.wav"]
+    assert "no samples" in reasons["dev-clean/silent.wav"]
+    assert "how long" in reasons["dev-clean/streamed.flac"]
+    assert "left out: 4" in tables.summary()
+    for name in reasons:
+        (corpus / name).unlink()
+    write_length_tables(corpus, tmp_path / "out")
+    assert not (tmp_path / "out/skipped.txt").exists()
+
+
+def test_a_table_without_rows_is_refused(corpus, tmp_path):
+    (corpus / "test-clean").mkdir()
+    (corpus / "test-clean/x.flac").write_bytes(b"")
+    with pytest.raises(DataError, match="test-clean"):
+        write_length_tables(corpus, tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["skipped.txt"]
+
+
+def test_commas_quotes_and_newlines_in_names(tmp_path):
+    names = ["a, b.wav", 'say "c".wav', "line\nbreak.wav"]
+    for number, name in enumerate(names):
+        write_audio(tmp_path / "root" / name, 100 + number)
+    write_length_tables(tmp_path / "root", tmp_path / "out")
+    table = pandas.read_csv(tmp_path / "out/root.csv")
+    assert list(table["file_path"]) == names[::-1]
+    with open(tmp_path / "out/root.csv", newline="") as file:
+        assert [row[1] for row in csv.reader(file)][1:] == names[::-1]
+
+
+def test_a_failed_write_leaves_the_old_table(tmp_path):
+    write_table(tmp_path / "t.csv", [("a", 1)])
+    before = (tmp_path / "t.csv").read_bytes()
+    with pytest.raises(UnicodeEncodeError):
+        write_table(tmp_path / "t.csv", [("b", 2), ("\udcff", 1)])
+    assert (tmp_path / "t.csv").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["t.csv"]
+
+
+def test_links_are_followed_but_not_in_circles(tmp_path):
+    write_audio(tmp_path / "real/x.wav", 100)
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root/linked").symlink_to(tmp_path / "real")
+    (tmp_path / "root/up").symlink_to(tmp_path / "root")
+    assert find_audio(tmp_path / "root") == ["linked/x.wav"]
+
+
+def test_header_of_a_missing_file(tmp_path):
+    with pytest.raises(DataError, match="does not exist"):
+        read_header(tmp_path / "no.flac")
+
+
+def test_command(corpus, tmp_path, capsys):
+    assert cli.main(["lengths", str(corpus), "-o", str(tmp_path / "out"), "--jobs", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "dev-clean.csv: 2 utterances" in out and "total: 5 utterances, 0.00 h" in out
+
+
+@pytest.mark.parametrize("folder, message", [("nowhere", "not a folder"), ("", "no audio")])
+def test_command_refuses(tmp_path, capsys, folder, message):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["lengths", str(tmp_path / folder), "-o", str(tmp_path / "out")])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_command_refuses_a_file_as_folder(corpus, tmp_path, capsys):
+    (tmp_path / "out").write_text("x")
+    with pytest.raises(SystemExit):
+        cli.main(["lengths", str(corpus), "-o", str(tmp_path / "out")])
+    assert "cannot make the folder" in capsys.readouterr().err
+
+
+def test_s3prl_reads_the_tables(tmp_path):
+    compat.apply()
+    from s3prl.downstream.asr.dataset import SequenceDataset
+    from s3prl.downstream.asr.dictionary import Dictionary
+
+    for number in range(4):
+        write_audio(tmp_path / f"root/train/7/1/7-1-000{number}.flac", 3000 + number)
+    (tmp_path / "root/train/7/1/7-1.trans.txt").write_text(
+        "".join(f"7-1-000{number} ONE TWO\n" for number in range(4))
+    )
+    write_length_tables(tmp_path / "root", tmp_path / "tables")
+    dataset = SequenceDataset(
+        "train",
+        bucket_size=4,
+        dictionary=Dictionary(),
+        libri_root=str(tmp_path / "root"),
+        bucket_file=str(tmp_path / "tables"),
+        train=["train"],
+    )
+    waves = [len(wave) for batch in range(len(dataset)) for wave in dataset[batch][0]]
+    assert waves == [3003, 3002, 3001, 3000]  # halved into two batches, longest first

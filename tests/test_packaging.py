@@ -1,0 +1,119 @@
+"""What a user installs: wheel, sdist and editable hold the same, and importing is cheap."""
+
+import ast
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from importlib import resources
+
+import pytest
+
+from .conftest import REPO
+
+DATA = [
+    *(f"pretrain_configs/{path.name}" for path in (REPO / "pretrain_configs").glob("*.yaml")),
+    *(
+        str(path.relative_to(REPO))
+        for path in (REPO / "downstream_recipes").rglob("*")
+        if path.is_file() and path.suffix in (".yaml", ".dict", ".txt")
+    ),
+]
+MODULES = [
+    str(path.relative_to(REPO))
+    for folder in ("s3prl_ekd", "upstream", "pretrain_configs", "downstream_recipes")
+    for path in (REPO / folder).rglob("*.py")
+]
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """A wheel and an sdist of a copy of the project, built by its own backend."""
+    copy = tmp_path_factory.mktemp("build") / "project"
+    ignored = shutil.ignore_patterns(
+        ".git", ".venv", "*.egg-info", "__pycache__", "demo_run", "build"
+    )
+    shutil.copytree(REPO, copy, ignore=ignored)
+    for kind in ("wheel", "sdist"):
+        code = f"import sys; from setuptools import build_meta as b; b.build_{kind}(sys.argv[1])"
+        words = [sys.executable, "-c", code, str(copy.parent)]
+        done = subprocess.run(words, cwd=copy, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    (wheel,) = copy.parent.glob("*.whl")
+    (sdist,) = copy.parent.glob("*.tar.gz")
+    return wheel, sdist
+
+
+def test_there_is_data_to_look_for():
+    assert len(DATA) >= 9 and len(MODULES) > 40
+
+
+def test_the_wheel_holds_everything_under_one_name(built):
+    names = set(zipfile.ZipFile(built[0]).namelist())
+    for path in DATA + MODULES:
+        inside = path if path.startswith("s3prl_ekd/") else f"s3prl_ekd/{path}"
+        assert inside in names, path
+    tops = {name.split("/")[0] for name in names}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"s3prl_ekd"}
+
+
+def test_the_sdist_holds_the_project(built):
+    names = {name.split("/", 1)[-1] for name in tarfile.open(built[1]).getnames()}
+    wanted = ["setup.py", "pyproject.toml", "constraints.txt", "Makefile", "README.md", "LICENSE"]
+    for path in [*DATA, *MODULES, *wanted, "CITATION.cff", "tests/conftest.py"]:
+        assert path in names, path
+
+
+def test_an_unpacked_wheel_works(built, tmp_path):
+    """Without this checkout on the path: data found, doors found."""
+    zipfile.ZipFile(built[0]).extractall(tmp_path / "site")
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        # an editable install of the checkout would answer before the folder does
+        "sys.meta_path[:] = [f for f in sys.meta_path if '_EditableFinder' not in repr(f)]\n"
+        "import s3prl_ekd, s3prl_ekd.workspace as w\n"
+        "assert s3prl_ekd.__file__.startswith(sys.argv[1]), s3prl_ekd.__file__\n"
+        "print(*(name for name, _ in w.files()))\n"
+        "import s3prl_ekd.upstream.hubconf as h; print(h.ekd_student.__name__)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "site")],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    for name in ("pretrain/ekd/config_model.yaml", "downstream/asr/char.dict", "ekd_student"):
+        assert name in done.stdout.split()
+
+
+def test_this_install_has_the_data():
+    assert (resources.files("s3prl_ekd.pretrain_configs") / "config_model.yaml").is_file()
+    assert (resources.files("s3prl_ekd.downstream_recipes") / "asr" / "config.yaml").is_file()
+
+
+def test_importing_is_cheap():
+    """Neither torch nor s3prl; less than 50 ms over an empty interpreter (the best of several)."""
+    code = (
+        "import sys, time; start = time.perf_counter(); import s3prl_ekd\n"
+        "print(time.perf_counter() - start, 'torch' in sys.modules, 's3prl' in sys.modules)"
+    )
+    took = []
+    for _ in range(5):
+        out = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        )
+        seconds, torch_loaded, s3prl_loaded = out.stdout.split()
+        assert (torch_loaded, s3prl_loaded) == ("False", "False")
+        took.append(float(seconds))
+    assert min(took) < 0.05
+
+
+def test_the_method_knows_nothing_of_ours_but_errors():
+    """distill/ imports itself, errors, torch and s3prl: arrows point one way."""
+    for path in (REPO / "s3prl_ekd" / "distill").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                assert node.level < 2 or node.module == "errors", path.name
+                assert not (node.level == 0 and node.module.startswith("s3prl_ekd")), path.name

@@ -1,0 +1,249 @@
+"""Manifests in, layouts out: what s3prl then reads, and every way a manifest can be wrong."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas
+import pytest
+import soundfile
+
+from s3prl_ekd import cli, compat
+from s3prl_ekd.data.layout import speaker_names
+
+SPEECH = Path(__file__).parents[1].parent / "shared" / "speech"
+HEADER = "path\tduration\tspeaker\ttext\tsplit\n"
+
+
+def write_audio(path, frames, rate=16_000, channels=1):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shape = frames if channels == 1 else (frames, channels)
+    soundfile.write(path, np.random.default_rng(frames).normal(0, 0.1, shape), rate)
+
+
+@pytest.fixture
+def manifest(tmp_path):
+    """Five utterances of three speakers, one of them without a text."""
+    lines = [
+        "a/one.flac\t0.1\tann-1\tHello  world\ttrain\n",
+        "a/two.flac\t0.1\tann-1\tit's me\ttrain\n",
+        "b/three.wav\t0.1\tbob\tGOOD DAY\tdev\n",
+        "c/four.flac\t0.1\tann-1\tgood night\ttest\n",
+        "c/five.flac\t0.1\tann-1\t\ttest\n",
+    ]
+    for number, line in enumerate(lines):
+        write_audio(tmp_path / "corpus" / line.split("\t")[0], 2000 + number)
+    path = tmp_path / "corpus/all.tsv"
+    path.write_text(HEADER + "".join(lines), encoding="utf-8")
+    return path
+
+
+def prepare(task, manifest, out, *options):
+    return cli.main(["prepare", task, str(manifest), "-o", str(out), *options])
+
+
+def fails(capsys, task, manifest, out, *options):
+    with pytest.raises(SystemExit) as stop:
+        prepare(task, manifest, out, *options)
+    assert stop.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_layout(manifest, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert prepare("asr", manifest, out) == 0
+    assert "1 lines without a text left out" in capsys.readouterr().out
+    files = sorted(path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file())
+    assert files == [
+        "dev-clean/bob/2/bob-2-0000.wav",
+        "dev-clean/bob/2/bob-2.trans.txt",
+        "len_for_bucket/dev-clean.csv",
+        "len_for_bucket/test-clean.csv",
+        "len_for_bucket/train-clean.csv",
+        "prepared.tsv",
+        "test-clean/ann1/3/ann1-3-0000.flac",
+        "test-clean/ann1/3/ann1-3.trans.txt",
+        "train-clean/ann1/1/ann1-1-0000.flac",
+        "train-clean/ann1/1/ann1-1-0001.flac",
+        "train-clean/ann1/1/ann1-1.trans.txt",
+    ]
+    assert (out / "train-clean/ann1/1/ann1-1.trans.txt").read_text() == (
+        "ann1-1-0000 HELLO WORLD\nann1-1-0001 IT'S ME\n"
+    )
+    assert (out / "len_for_bucket/train-clean.csv").read_text() == (
+        ",file_path,length,label\n"
+        "0,train-clean/ann1/1/ann1-1-0001.flac,2001,\n"
+        "1,train-clean/ann1/1/ann1-1-0000.flac,2000,\n"
+    )
+    assert (out / "prepared.tsv").read_text().splitlines()[:2] == [
+        "id\tpath\tspeaker\tsplit\tsamples",
+        "ann1-1-0000\ta/one.flac\tann-1\ttrain\t2000",
+    ]
+    assert [path.name for path in tmp_path.iterdir() if "partial" in path.name] == []
+
+
+def test_links_are_relative_and_copies_are_files(manifest, tmp_path):
+    prepare("asr", manifest, tmp_path / "linked")
+    prepare("asr", manifest, tmp_path / "copied", "--copy")
+    name = "dev-clean/bob/2/bob-2-0000.wav"
+    link, copy = tmp_path / "linked" / name, tmp_path / "copied" / name
+    assert link.is_symlink() and not link.readlink().is_absolute()
+    assert not copy.is_symlink()
+    original = manifest.parent / "b/three.wav"
+    assert link.read_bytes() == copy.read_bytes() == original.read_bytes()
+    # Corpus and layout moved together stay whole.
+    moved = tmp_path / "elsewhere"
+    moved.mkdir()
+    shutil.move(tmp_path / "linked", moved)
+    shutil.move(tmp_path / "corpus", moved)
+    assert (moved / "linked" / name).is_file()
+
+
+def test_copies_where_links_fail(manifest, tmp_path, monkeypatch, capsys):
+    def refuse(*_):
+        raise OSError("no links here")
+
+    monkeypatch.setattr("os.symlink", refuse)
+    prepare("asr", manifest, tmp_path / "out")
+    assert "4 files copied, not linked" in capsys.readouterr().out
+    assert (tmp_path / "out/dev-clean/bob/2/bob-2-0000.wav").stat().st_size > 2000
+
+
+def test_s3prl_reads_the_layout(manifest, tmp_path):
+    compat.apply()
+    from s3prl.downstream.asr.dataset import SequenceDataset
+    from s3prl.downstream.asr.dictionary import Dictionary
+
+    from s3prl_ekd.data.char_dict import write_char_dict
+
+    prepare("asr", manifest, tmp_path / "out")
+    write_char_dict(tmp_path / "char.dict")
+    dictionary = Dictionary.load(str(tmp_path / "char.dict"))
+    dataset = SequenceDataset(
+        "train",
+        bucket_size=2,
+        dictionary=dictionary,
+        libri_root=str(tmp_path / "out"),
+        bucket_file=str(tmp_path / "out/len_for_bucket"),
+        train=["train-clean"],
+    )
+    seen = {}
+    for index in range(len(dataset)):
+        for wave, label, name in zip(*dataset[index], strict=True):
+            seen[name] = (len(wave), dictionary.string(label))
+    assert seen == {
+        "ann1-1-0000": (2000, "H E L L O | W O R L D |"),
+        "ann1-1-0001": (2001, "I T ' S | M E |"),
+    }
+
+
+def test_unlabeled(manifest, tmp_path):
+    assert prepare("unlabeled", manifest, tmp_path / "out") == 0
+    folder = tmp_path / "out/len_for_bucket"
+    train = pandas.read_csv(folder / "train.csv")
+    assert list(train["file_path"]) == ["a/two.flac", "a/one.flac"]
+    assert list(train["length"]) == [2001, 2000]
+    assert (manifest.parent / train["file_path"][0]).is_file()
+    assert list(pandas.read_csv(folder / "test.csv")["length"]) == [2004, 2003]
+
+
+def test_audio_root(manifest, tmp_path):
+    elsewhere = tmp_path / "lists/all.tsv"
+    elsewhere.parent.mkdir()
+    shutil.move(manifest, elsewhere)
+    prepare("unlabeled", elsewhere, tmp_path / "out", "--audio-root", str(manifest.parent))
+    assert len(pandas.read_csv(tmp_path / "out/len_for_bucket/train.csv")) == 2
+
+
+@pytest.mark.parametrize(
+    "old, new, message",
+    [
+        ("speaker", "talker", "line 1 lacks the column speaker"),
+        ("\ttext\tsplit", "\twords\tset", "line 1 lacks the columns text, split"),
+        ("a/two.flac", "a/gone.flac", "line 3: "),
+        ("a/two.flac", "/a/two.flac", "line 3 has an absolute path"),
+        ("a/two.flac", "C:/a/two.flac", "line 3 has an absolute path"),
+        ("a/two.flac", "../corpus/a/two.flac", "line 3 has a path with .. in it"),
+        ("a/two.flac", "a//one.flac", "line 3 repeats the path a/one.flac of line 2"),
+        ("a/two.flac", "all.tsv", "line 3: all.tsv is not called .flac"),
+        ("a/two.flac", "", "line 3 has no path"),
+        ("\tbob", "", "line 4 has 4 cells, the header has 5"),
+        ("bob", "", "line 4 has no speaker"),
+        ("\tdev", "\tvalid", "line 4 has the split 'valid'"),
+        ("GOOD DAY", "GÓOD D4Y", "line 4 has a text with '4Ó'"),
+    ],
+)
+def test_errors_name_the_line(manifest, tmp_path, capsys, old, new, message):
+    text = manifest.read_text()
+    assert old in text
+    manifest.write_text(text.replace(old, new, 1), encoding="utf-8")
+    error = fails(capsys, "asr", manifest, tmp_path / "out")
+    assert message in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_manifests_that_are_refused(manifest, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert "does not exist" in fails(capsys, "asr", tmp_path / "no.tsv", out)
+    manifest.write_text(HEADER)
+    assert "no lines below" in fails(capsys, "asr", manifest, out)
+    manifest.write_bytes(HEADER.encode() + b"\xff\xfe\n")
+    assert "not UTF-8" in fails(capsys, "asr", manifest, out)
+
+
+def test_crlf_and_byte_order_mark(manifest, tmp_path):
+    manifest.write_bytes(b"\xef\xbb\xbf" + manifest.read_bytes().replace(b"\n", b"\r\n"))
+    assert prepare("asr", manifest, tmp_path / "out") == 0
+    assert (tmp_path / "out/dev-clean/bob/2/bob-2.trans.txt").read_text() == "bob-2-0000 GOOD DAY\n"
+
+
+def test_drop_bad(manifest, tmp_path, capsys):
+    manifest.write_text(manifest.read_text().replace("GOOD DAY", "42!"))
+    prepare("asr", manifest, tmp_path / "out", "--drop-bad")
+    assert "1 lines with other characters left out" in capsys.readouterr().out
+    assert not (tmp_path / "out/dev-clean").exists()
+
+
+@pytest.mark.parametrize(
+    "rate, channels, message",
+    [(8000, 1, "8000 Hz with 1 channel;"), (16_000, 2, "16000 Hz with 2 channels;")],
+)
+@pytest.mark.parametrize("task", ["asr", "unlabeled"])
+def test_other_rates_and_stereo_are_refused(
+    manifest, tmp_path, capsys, task, rate, channels, message
+):
+    write_audio(manifest.parent / "b/three.wav", 500, rate, channels)
+    error = fails(capsys, task, manifest, tmp_path / "out")
+    assert "line 4: b/three.wav" in error and message in error
+
+
+def test_only_a_layout_is_replaced(manifest, tmp_path, capsys):
+    out = tmp_path / "out"
+    prepare("asr", manifest, out)
+    assert "--replace" in fails(capsys, "asr", manifest, out)
+    (out / "old.txt").write_text("x")
+    assert prepare("asr", manifest, out, "--replace") == 0
+    assert not (out / "old.txt").exists() and (out / "prepared.tsv").is_file()
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "thesis.txt").write_text("x")
+    assert "something else" in fails(capsys, "asr", manifest, precious, "--replace")
+    assert (precious / "thesis.txt").is_file()
+
+
+def test_speaker_names():
+    names = speaker_names(["a-b", "a.b", "AB", "abx2", "Ж", "x"])
+    assert len({name.lower() for name in names.values()}) == 6
+    assert all(name.isascii() and name.isalnum() for name in names.values())
+    assert names["x"] == "x" and names == speaker_names(reversed(list(names)))
+
+
+@pytest.mark.skipif(not SPEECH.is_dir(), reason="the speech corpus beside the repository is absent")
+def test_real_speech(tmp_path):
+    assert prepare("asr", SPEECH / "asr.tsv", tmp_path / "out") == 0
+    rows = (SPEECH / "asr.tsv").read_text(encoding="utf-8").splitlines()[1:]
+    prepared = (tmp_path / "out/prepared.tsv").read_text(encoding="utf-8").splitlines()[1:]
+    assert len(prepared) == len(rows) == 1232
+    seconds = sum(float(row.split("\t")[1]) for row in rows)  # rounded to 1 ms in the manifest
+    samples = sum(int(row.split("\t")[4]) for row in prepared)
+    assert samples / 16_000 == pytest.approx(seconds, abs=0.001 * len(rows))
