@@ -203,15 +203,6 @@ def _prepare_downstream(argv: list[str]) -> list[str]:
         for word in argv
     ]
     args = _options(argv, "mtoeicdvuknpa", flags="a", long=("device", "local_rank"))
-    resume = _resume_from(args, "result/downstream")
-    if resume:
-        argv = _without(argv, ("-e", "--past_exp"), ("-a", "--auto_resume"))
-        argv += ["-e", str(resume)]
-    elif args.m is not None:
-        config = args.c or f"downstream/{args.d}/config.yaml"
-        if not Path(config).is_file():
-            hint = "" if args.c else f"; {INIT_HINT}"
-            raise ConfigError(f"there is no configuration {config} in this folder{hint}")
     if args.i and not Path(args.i).is_file():
         raise CheckpointError(f"-i {args.i}: there is no such checkpoint")
     local = args.k and not args.k.startswith(("http://", "https://"))
@@ -220,10 +211,43 @@ def _prepare_downstream(argv: list[str]) -> list[str]:
             f"-k {args.k}: there is no such file; a checkpoint of run_pretrain.py or an exported "
             "student is expected"
         )
+    resume = _resume_from(args, "result/downstream")
+    if resume:
+        argv = _without(argv, ("-e", "--past_exp"), ("-a", "--auto_resume"))
+        argv += ["-e", str(resume)]
+    elif args.m is not None:
+        _check_recipe(args)
     # torchrun tells the rank by the environment, s3prl's script reads it from the arguments.
     if "LOCAL_RANK" in os.environ and args.local_rank is None:
         argv = [*argv, f"--local_rank={os.environ['LOCAL_RANK']}"]
     return _with_device(argv, args.device)
+
+
+def _check_recipe(args: argparse.Namespace) -> None:
+    """The recipe's YAML, with ``-o`` put in, and the paths that it names.
+
+    Raises:
+        ConfigError: one of them is not there; s3prl would end in a traceback, minutes later.
+    """
+    from .config import apply_overrides
+    from .recipes import RECIPES, missing_paths
+    from .schema import read_yaml
+
+    path = args.c or f"downstream/{args.d}/config.yaml"
+    if not Path(path).is_file():
+        hint = "" if args.c else f"; {INIT_HINT}"
+        raise ConfigError(f"there is no configuration {path} in this folder{hint}")
+    recipe = next((recipe for recipe in RECIPES if recipe.downstream == args.d), None)
+    if recipe is None:
+        return
+    config = read_yaml(path)
+    if args.o and args.o.lower() != "none":
+        config = apply_overrides(config, args.o)
+    for key, missing in missing_paths(config, recipe.files + recipe.data, Path.cwd()):
+        raise ConfigError(
+            f"{path}: {key} is {missing}, which is not there; edit it or add "
+            f"-o \"config.{key}='PATH'\""
+        )
 
 
 # Arguments

@@ -193,14 +193,21 @@ def test_plain_python_shows_the_sentence_too(base, tmp_path, teachers, corpus):
     assert "teachers is empty" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_downstream_without_the_student(tmp_path):
+def test_downstream_without_student_or_corpus(tmp_path):
     words = ("run_downstream.py", "-m", "train", "-u", "ekd_student", "-d", "asr", "-n", "x")
     command("init", ".", cwd=tmp_path)
-    done = command(*words, "-k", "none.pt", cwd=tmp_path, check=False)
-    assert done.returncode == 2 and "-k none.pt: there is no such file" in done.stderr
     (tmp_path / "bad.pt").write_bytes(b"x")
-    done = command(
-        *words, "-k", "bad.pt", "-c", "downstream/asr/tiny.yaml", cwd=tmp_path, check=False
-    )
-    assert done.returncode == 2 and "damaged or no torch file" in done.stderr
-    assert "Traceback" not in done.stderr
+    here = "config.downstream_expert.datarc.libri_root='.'"
+    here += ",,config.downstream_expert.datarc.bucket_file='.'"
+    for more, said in (
+        (("-k", "none.pt"), "-k none.pt: there is no such file"),
+        (
+            ("-k", "bad.pt"),
+            "config.yaml: downstream_expert.datarc.libri_root is ./data/librispeech",
+        ),
+        (("-k", "bad.pt", "-o", here), "damaged or no torch file"),
+        (("-k", "bad.pt", "-c", "none.yaml"), "there is no configuration none.yaml"),
+    ):
+        done = command(*words, *more, cwd=tmp_path, check=False)
+        assert done.returncode == 2 and said in done.stderr, done.stderr
+        assert "Traceback" not in done.stderr

@@ -14,9 +14,8 @@ import pytest
 import soundfile
 import torch
 
-from s3prl_ekd import cli, compat
+from s3prl_ekd import cli, compat, recipes
 from s3prl_ekd.commands import doctor
-from s3prl_ekd.compat import recipes
 from s3prl_ekd.errors import SetupError
 
 ROOT = Path(__file__).resolve().parents[1]

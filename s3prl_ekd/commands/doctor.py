@@ -23,8 +23,7 @@ import platform
 from importlib import metadata
 from pathlib import Path
 
-from .. import __version__, compat
-from ..compat import recipes
+from .. import __version__, compat, recipes
 from ..errors import SetupError
 
 logger = logging.getLogger(__name__)

@@ -46,7 +46,7 @@ class Recipe:
         downstream: the name after ``-d``.
         config: the YAML below the working folder.
         files: YAML keys, dotted, of the files and folders that come with a recipe.
-        data: the YAML key of the corpus.
+        data: YAML keys, dotted, of the corpus: the user's to set.
         modules: what it imports only once it runs, beside the expert.
     """
 
@@ -54,7 +54,7 @@ class Recipe:
     downstream: str
     config: str
     files: tuple[str, ...]
-    data: str
+    data: tuple[str, ...]
     modules: tuple[str, ...] = ()
 
 
@@ -64,7 +64,7 @@ RECIPES = (
         "ctc",
         "downstream/ctc/libriphone.yaml",
         ("downstream_expert.text.vocab_file", "downstream_expert.corpus.lexicon"),
-        "downstream_expert.corpus.path",
+        ("downstream_expert.corpus.path",),
         # s3prl imports it with the first data loader
         ("s3prl.downstream.ctc.corpus.libriphone",),
     ),
@@ -73,21 +73,21 @@ RECIPES = (
         "voxceleb1",
         "downstream/voxceleb1/config.yaml",
         ("downstream_expert.datarc.meta_data",),
-        "downstream_expert.datarc.file_path",
+        ("downstream_expert.datarc.file_path",),
     ),
     Recipe(
         "ER",
         "emotion",
         "downstream/emotion/config.yaml",
         ("downstream_expert.datarc.meta_data",),
-        "downstream_expert.datarc.root",
+        ("downstream_expert.datarc.root",),
     ),
     Recipe(
         "ASR",
         "asr",
         "downstream/asr/config.yaml",
         ("downstream_expert.datarc.dict_path",),
-        "downstream_expert.datarc.libri_root",
+        ("downstream_expert.datarc.libri_root", "downstream_expert.datarc.bucket_file"),
     ),
 )
 
@@ -132,14 +132,20 @@ def check_recipe(recipe: Recipe, folder: Path) -> State:
     if isinstance(config, Problem):
         state.files.append(config)
         return state
-    for key in recipe.files:
+    for key, path in missing_paths(config, recipe.files, folder):
+        state.files.append(Problem(f"{path} ({key}) is not there", init_command(folder)))
+    for key, path in missing_paths(config, recipe.data, folder):
+        state.note = f"set the corpus: -o \"config.{key}='...'\" (now {path}, not there)"
+        break
+    return state
+
+
+def missing_paths(config: dict, keys: tuple[str, ...], folder: Path) -> Iterator[tuple[str, str]]:
+    """``(key, path)`` of each path that ``config`` has under ``keys`` and ``folder`` has not."""
+    for key in keys:
         for path in _paths(config, key):
             if not (folder / path).exists():
-                state.files.append(Problem(f"{path} ({key}) is not there", init_command(folder)))
-    for path in _paths(config, recipe.data):
-        if not (folder / path).exists():
-            state.note = f"set the corpus: -o {recipe.data}='...' (now {path}, not there)"
-    return state
+                yield key, path
 
 
 def _import_problem(name: str) -> Problem | None:
