@@ -203,7 +203,7 @@ def test_downstream_without_student_or_corpus(tmp_path):
         (("-k", "none.pt"), "-k none.pt: there is no such file"),
         (
             ("-k", "bad.pt"),
-            "config.yaml: downstream_expert.datarc.libri_root is ./data/librispeech",
+            "downstream_expert.datarc.libri_root is ./data/librispeech",
         ),
         (("-k", "bad.pt", "-o", here), "damaged or no torch file"),
         (("-k", "bad.pt", "-c", "none.yaml"), "there is no configuration none.yaml"),
