@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from ..errors import DataError
+from .audio_files import SAMPLE_RATE
 
 logger = logging.getLogger(__name__)
 
-SAMPLE_RATE = 16000  # Hz: what every upstream here was trained on
+
 _warned: set[str] = set()
 
 
