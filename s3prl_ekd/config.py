@@ -1,6 +1,6 @@
 """The YAML files of ``run_pretrain.py -u ekd`` as checked, frozen dataclasses.
 
-``config_model.yaml`` (``-g``) is the method: :class:`distill.settings.DistillSettings`.
+``config_model.yaml`` (``-g``) is the method: :class:`ModelFile`.
 ``config_runner.yaml`` (``-c``) is the run: :class:`RunnerFile`; its keys are s3prl's.
 """
 
@@ -11,8 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .data.distortion.settings import DistortionSettings
 from .distill.settings import DistillSettings
 from .errors import ConfigError
+from .extends import read_extended
 from .schema import build, read_yaml
 
 
@@ -101,15 +103,22 @@ class RunnerFile:
             )
 
 
-def load_model_config(source: str | Path | dict) -> DistillSettings:
-    """Check a model config: a YAML path, or the dict that a checkpoint kept of it.
+@dataclass(frozen=True)
+class ModelFile(DistillSettings):
+    """``config_model.yaml``: the method, and what is done to the waveforms before it."""
+
+    distortion: DistortionSettings = field(default_factory=DistortionSettings)
+
+
+def load_model_config(source: str | Path | dict) -> ModelFile:
+    """Check a model config: a YAML path (it may extend another), or the dict of a checkpoint.
 
     Raises:
         ConfigError: naming the file and the YAML path of the first thing that is not valid.
     """
     if isinstance(source, dict):
-        return build(DistillSettings, source, "the checkpoint's Upstream_Config")
-    return build(DistillSettings, read_yaml(source), str(source))
+        return build(ModelFile, source, "the checkpoint's Upstream_Config")
+    return build(ModelFile, read_extended(source), str(source))
 
 
 def load_runner_config(path: str | Path, overrides: str | None = None) -> RunnerFile:

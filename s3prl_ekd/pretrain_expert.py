@@ -61,15 +61,15 @@ class UpstreamPretrainExpert(nn.Module):
             num_workers=data.num_workers,
             min_samples=self.settings.student.min_samples,
             pin_memory=str(device).startswith("cuda"),
+            distortion=self.settings.distortion,
+            seed=torch.initial_seed(),  # what the Runner has seeded torch with
         )
         teachers = load_teachers(self.settings.teachers, self.settings.teacher_dropout)
-        self.distiller = EnsembleDistiller(
-            teachers, student, self.settings.aggregation, self.settings.loss
-        )
+        self.distiller = EnsembleDistiller(teachers, student, self.settings)
         init = self.settings.init
-        if init.teacher is not None:
-            source = teacher_model(teachers, init.teacher)
-            initialise(student, source, conv=init.conv, encoder=init.encoder)
+        if init.sources:
+            models = [teacher_model(teachers, name) for name in init.sources]
+            initialise(student, models, conv=init.conv, encoder=init.encoder, layers=init.layers)
         self._report()
 
     @property
@@ -82,10 +82,10 @@ class UpstreamPretrainExpert(nn.Module):
         settings = self.settings
         for name, teacher in self.distiller.teachers.items():
             logger.info(
-                "teacher %s: %s, layers %s of %d, width %d, %.1f M parameters, frozen, %s",
+                "teacher %s: %s, %s of %d layers, width %d, %.1f M parameters, frozen, %s",
                 name,
                 settings.teachers[name].model,
-                list(teacher.layers),
+                " ".join(teacher.labels),
                 teacher.depth,
                 teacher.width,
                 _count(teacher) / 1e6,
@@ -99,11 +99,13 @@ class UpstreamPretrainExpert(nn.Module):
                 for name, spec in self.distiller.aggregate.specs.items()
             ),
         )
+        if settings.distortion.setup != "clean":
+            logger.info("distortion: %s", settings.distortion.setup)
         logger.info(
             "student: %s parameters, with heads %s, starts from %s; device %s",
             f"{_count(self.distiller.student):,}",
             f"{_count(self.model):,}",
-            settings.init.teacher or "random weights",
+            " and ".join(settings.init.sources) or "random weights",
             self.device,
         )
 
@@ -122,9 +124,12 @@ class UpstreamPretrainExpert(nn.Module):
         """
         if data.problem:
             raise DataError(data.problem)
+        teacher_waves = data.teacher_waves
         loss, parts = self.distiller(
             data.waves.to(self.device),
             data.lengths.to(self.device),
+            None if teacher_waves is None else teacher_waves.to(self.device),
+            step=global_step,
             detail=global_step % log_step == 0,
         )
         records["loss_mean"].append(loss.detach())
@@ -156,6 +161,8 @@ class UpstreamPretrainExpert(nn.Module):
             self.distiller.student, self.distiller.heads, self.distiller.aggregate.specs, about
         )
         all_states["Upstream_Config"] = plain(self.settings)
+        if self.distiller.standardiser is not None:
+            all_states["Standardiser"] = self.distiller.standardiser.state_dict()
         # The Runner counts the step after saving, so its number is one behind the weights and a
         # resumed run would take that step twice.
         all_states["Step"] += 1
@@ -171,6 +178,8 @@ class UpstreamPretrainExpert(nn.Module):
             saved = all_states[RUN_KEY]
             self.distiller.student.load_state_dict(saved["student"])
             self.distiller.heads.load_state_dict(saved["heads"])
+            if self.distiller.standardiser is not None:
+                self.distiller.standardiser.load_state_dict(all_states["Standardiser"])
         except (KeyError, TypeError, RuntimeError) as error:
             first = str(error).strip().splitlines()[0]
             raise CheckpointError(f"the checkpoint does not fit this run: {first}") from None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import difflib
+from collections.abc import Collection, Iterator
 from importlib import resources
 from pathlib import Path
 
@@ -21,11 +22,32 @@ from s3prl_ekd.pretrain_expert import UpstreamPretrainExpert  # noqa: E402, F401
 '''
 
 
-def files() -> Iterator[tuple[str, bytes]]:
-    """Relative path and contents of each file of a workspace."""
+EXPERIMENTS = ("experiments", "tiny")  # folders of configs that are written when asked for
+
+
+def files(chosen: Collection[str] = ()) -> Iterator[tuple[str, bytes]]:
+    """Relative path and contents of each file of a workspace.
+
+    Args:
+        chosen: experiments to write beside the default one, as :func:`experiments` names them.
+    """
     yield "pretrain/ekd/pretrain_expert.py", ADAPTER.encode()
-    yield from _tree("s3prl_ekd.pretrain_configs", "pretrain/ekd")
+    for path, data in _tree("s3prl_ekd.pretrain_configs", "pretrain/ekd"):
+        name = path.removeprefix("pretrain/ekd/").removesuffix(".yaml")
+        if not name.startswith(tuple(f"{folder}/" for folder in EXPERIMENTS)) or name in chosen:
+            yield path, data
     yield from _tree("s3prl_ekd.downstream_recipes", "downstream")
+
+
+def experiments() -> dict[str, str]:
+    """Name (``experiments/three_average``, ``tiny/…``) -> what the file says of itself."""
+    found = {}
+    for folder in EXPERIMENTS:
+        for path, data in _tree(f"s3prl_ekd.pretrain_configs.{folder}", folder):
+            comment = data.decode().split("\n#\n")[0]
+            about = " ".join(line.lstrip("# ") for line in comment.splitlines())
+            found[path.removesuffix(".yaml")] = about
+    return dict(sorted(found.items()))
 
 
 def _tree(package: str, target: str) -> Iterator[tuple[str, bytes]]:
@@ -39,17 +61,25 @@ def _tree(package: str, target: str) -> Iterator[tuple[str, bytes]]:
                 yield f"{path}/{item.name}", item.read_bytes()
 
 
-def write_workspace(root: Path) -> list[tuple[str, Path]]:
-    """Write what is not there yet.
+def write_workspace(root: Path, chosen: Collection[str] = ()) -> list[tuple[str, Path]]:
+    """Write what is not there yet, with the ``chosen`` experiments.
 
     Returns:
         ``("created" | "kept", path)`` of each file.
 
     Raises:
-        SetupError: the folder cannot be written.
+        SetupError: the folder cannot be written, or there is no such experiment.
     """
+    known = experiments()
+    for name in chosen:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            guess = f" (did you mean {close[0]}?)" if close else ""
+            raise SetupError(
+                f"there is no experiment {name!r}{guess}; see them with: s3prl-ekd init --list"
+            )
     done = []
-    for name, data in files():
+    for name, data in files(chosen):
         path = root / name
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -46,7 +46,7 @@ def changed(data, path, value):
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
 def test_every_shipped_yaml_is_valid(path):
-    load = load_runner_config if "runner" in path.name else load_model_config
+    load = load_runner_config if path.name.endswith("_runner.yaml") else load_model_config
     load(path)
 
 
@@ -56,9 +56,37 @@ def test_the_shipped_files_are_found():
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
 def test_every_shipped_yaml_says_how_to_launch_it_first(path):
-    comment = path.read_text().split("\n\n")[0] + path.read_text().split("\n\n")[1]
-    assert comment.startswith("#")
-    assert "run_pretrain.py -u ekd" in comment or "see config_runner.yaml" in comment
+    comment = path.read_text().split("\n\n")[0]
+    assert comment.startswith("# ")
+    if path.name != "tiny_runner.yaml":
+        assert "run_pretrain.py -u ekd" in comment
+    if path.parent != CONFIGS:
+        assert f"-g pretrain/ekd/{path.parent.name}/{path.name}" in comment
+
+
+EXPERIMENTS = sorted((CONFIGS / "experiments").glob("*.yaml"))
+
+
+def test_the_matrix_is_the_papers():
+    names = {path.stem for path in EXPERIMENTS}
+    kinds = ("average", "concat", "separate")
+    wanted = {"single_hubert", "single_robust", "single_wavlm", "reference", "skill", "essence"}
+    for group in ("hubert_robust", "hubert_wavlm", "robust_wavlm", "three"):
+        wanted |= {f"{group}_{kind}" for kind in kinds}
+    wanted |= {"robust_setup1", "robust_setup2"}
+    assert wanted <= names
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.name)
+def test_a_tiny_twin_is_the_same_experiment(path):
+    """The same keys below `extends`, the groups of layers aside: the teachers have fewer."""
+    twin = yaml.safe_load((CONFIGS / "tiny" / path.name).read_text())
+    full = yaml.safe_load(path.read_text())
+    assert full.pop("extends") == "../config_model.yaml"
+    assert twin.pop("extends") == "../tiny_model.yaml"
+    if path.stem == "skill":
+        full.pop("teachers"), twin.pop("teachers")
+    assert full == twin
 
 
 def test_the_default_is_the_design():
@@ -89,7 +117,24 @@ def test_a_config_survives_the_checkpoint():
         ("teachers.one.layers", [4, 4], "distinct numbers from 0 up"),
         ("teachers.one.model", None, "teachers.one.model: text is expected, not None"),
         ("teachers.one", {"layers": [1]}, "teachers.one: the key model is missing"),
-        ("teachers.a/b", {"model": "x"}, "'a/b' cannot be a teacher's name"),
+        ("teachers.a-b", {"model": "x"}, "'a-b' cannot be a teacher's name"),
+        ("teachers.average", {"model": "x"}, "'average' cannot be a teacher's name"),
+        ("teachers.one.weight", -1.0, "weight and final_weight must be 0 or more"),
+        ("teachers.one.groups", [], "groups is empty"),
+        ("teachers.one.groups", [[1], [1, 2]], "distinct layers from 0 up, each in one group"),
+        ("teachers.one.groups", [1, 2], "groups\\[0\\]: a list is expected, not 1"),
+        ("aggregation", "groups", "needs teachers.one.groups"),
+        ("targets", {"across_teachers": True}, "one has 3, two has 1"),
+        ("targets", {"residual_heads": True}, "targets.residual_heads goes layer by layer"),
+        ("targets", {"drop_teachers": 1.5}, "drop_teachers is 1.5; 0 to 1"),
+        ("targets", {"standardise": "phi"}, "use one of: none, running, phi_s"),
+        ("essence", {"keep": 0.0}, "keep is 0.0; above 0"),
+        ("heads", {"kind": "wide"}, "use one of: split, linear"),
+        ("loss", {"reconstruction": "l3"}, "use one of: l1, l2, smooth_l1"),
+        ("distortion", {"setup": "setup3"}, "use one of: clean, setup1, setup2, same"),
+        ("distortion", {"snr_min": 30.0}, "snr_min \\(30.0\\) is above snr_max"),
+        ("init", {"teacher": "one", "average": ["one", "two"]}, "teacher or average, not both"),
+        ("init", {"teacher": "one", "layers": [0]}, "names 1 layers and the student has 2"),
         ("teachers.keys", {"model": "x"}, "'keys' cannot be a teacher's name"),
         ("aggregation", "average", "one has 3, two has 1"),
         ("init", {"teacher": "three"}, "there is no teacher 'three'; use one of: one, two"),
@@ -158,6 +203,42 @@ def test_a_file_that_is_no_config(tmp_path, text, said):
 def test_a_missing_file(tmp_path):
     with pytest.raises(ConfigError, match="No such file"):
         read_yaml(tmp_path / "none.yaml")
+
+
+def write(folder, **files):
+    for name, data in files.items():
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(data))
+    return folder / "new.yaml"
+
+
+def test_extends_is_a_difference(tmp_path):
+    base = {**MODEL, "loss": {"cosine_weight": 2.0, "mask_padding": False}}
+    over = {"extends": "base.yaml", "teachers": ["two"], "loss": {"cosine_weight": 3.0}}
+    settings = load_model_config(write(tmp_path, base=base, new=over))
+    assert list(settings.teachers) == ["two"] and settings.teachers["two"].layers == (1,)
+    assert settings.loss.cosine_weight == 3.0 and not settings.loss.mask_padding
+
+
+def test_extends_merges_teachers_given_as_a_mapping(tmp_path):
+    over = {"extends": "base.yaml", "teachers": {"two": {"layers": [5]}}}
+    settings = load_model_config(write(tmp_path, base=MODEL, new=over))
+    assert settings.teachers["two"].model == "wavlm" and settings.teachers["two"].layers == (5,)
+    assert settings.teachers["one"].model == "hubert_base"
+
+
+@pytest.mark.parametrize(
+    ("over", "said"),
+    [
+        ({"extends": "none.yaml"}, "none.yaml: No such file"),
+        ({"extends": 3}, "new.yaml.extends: the path of a YAML file is expected, not 3"),
+        ({"extends": "new.yaml"}, "extends another file itself; one level is allowed"),
+        ({"extends": "base.yaml", "teachers": ["ten"]}, "no teacher 'ten'; it has: one, two"),
+        ({"extends": "base.yaml", "loss": {"x": 1}}, "new.yaml.loss: unknown key 'x'"),
+    ],
+)
+def test_a_mistake_in_what_is_extended(tmp_path, over, said):
+    with pytest.raises(ConfigError, match=said):
+        load_model_config(write(tmp_path, base=MODEL, new=over))
 
 
 def test_overrides_are_what_s3prl_makes_of_them():

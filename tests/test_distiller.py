@@ -6,39 +6,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 from s3prl.upstream.distiller.model import DistillerConfig, DistillerModel
-from s3prl.upstream.hubert.hubconf import hubert_local
-from s3prl.upstream.wavlm.hubconf import wavlm_local
 from torch.nn.utils.rnn import pad_sequence
 
-from s3prl_ekd.distill.distiller import EnsembleDistiller
 from s3prl_ekd.distill.initialisation import initialise
-from s3prl_ekd.distill.settings import LossSettings
 from s3prl_ekd.distill.student import Student
-from s3prl_ekd.distill.teachers import Teacher, TeacherEnsemble
+from s3prl_ekd.distill.target_settings import (
+    LossSettings,
+)
+from s3prl_ekd.distill.teachers import Teacher
 from s3prl_ekd.errors import TeacherError
 
-LAYERS = (2, 4)
+from .experiments import LAYERS, batch_of, distiller, ensemble, load
+
 REFERENCE = LossSettings(mask_padding=False, feature_penalty=0.1)
-
-
-def load(path):
-    return (wavlm_local if "wavlm" in path.name else hubert_local)(str(path))
-
-
-def ensemble(teachers, *names, layers=LAYERS, dropout=False):
-    """Teachers by name; a name may be given twice, as `hubert hubert`."""
-    made = {f"t{i}": Teacher(load(teachers[n]), layers, n) for i, n in enumerate(names)}
-    return TeacherEnsemble(made, dropout)
-
-
-def distiller(teachers, settings, names, aggregation="separate", loss=None):
-    torch.manual_seed(0)
-    made = ensemble(teachers, *names)
-    return EnsembleDistiller(made, Student(settings), aggregation, loss or LossSettings())
-
-
-def batch_of(waves):
-    return pad_sequence(waves, batch_first=True), torch.tensor([len(wave) for wave in waves])
 
 
 def slow_reference_loss(pred, target, feat, cosine_weight, penalty):
@@ -52,7 +32,7 @@ def slow_reference_loss(pred, target, feat, cosine_weight, penalty):
 def test_one_teacher_is_s3prls_distiller(teachers, student_settings, waves, aggregation):
     """Loss and every gradient, against s3prl's DistillerModel and its teacher upstream."""
     ours = distiller(teachers, student_settings, ["hubert"], aggregation, REFERENCE)
-    initialise(ours.student, ours.teachers["t0"].upstream.model, conv=True, encoder=True)
+    initialise(ours.student, [ours.teachers["t0"].upstream.model], conv=True, encoder=True)
     settings = {n: getattr(student_settings, n) for n in student_settings.__dataclass_fields__}
     settings.update(task_emb_type="expand-last", out_layer_type="expand-last", final_dim=48)
     settings.update(n_tasks=2, pred_layer_id=list(LAYERS))
@@ -208,7 +188,7 @@ def test_initialisation_copies_what_it_says(teachers, student_settings, name):
     student = Student(student_settings)
     before = {key: value.clone() for key, value in student.backbone.state_dict().items()}
     teacher = load(teachers[name]).model
-    initialise(student, teacher, conv=True, encoder=True)
+    initialise(student, [teacher], conv=True, encoder=True)
     theirs = teacher.state_dict()
     copied = ("feature_extractor.", "post_extract_proj.", "encoder.pos_conv.", "encoder.layers.")
     for key, value in student.backbone.state_dict().items():
@@ -220,7 +200,7 @@ def test_initialisation_of_one_half(teachers, student_settings):
     torch.manual_seed(3)
     student = Student(student_settings)
     before = {key: value.clone() for key, value in student.backbone.state_dict().items()}
-    initialise(student, load(teachers["hubert"]).model, conv=True, encoder=False)
+    initialise(student, [load(teachers["hubert"]).model], conv=True, encoder=False)
     state = student.backbone.state_dict()
     assert not torch.equal(
         state["feature_extractor.conv_layers.1.0.weight"],
@@ -247,4 +227,4 @@ def test_initialisation_of_one_half(teachers, student_settings):
 def test_an_init_teacher_that_does_not_fit(teachers, student_settings, change, said):
     student = Student(dataclasses.replace(student_settings, **change))
     with pytest.raises(TeacherError, match=said):
-        initialise(student, load(teachers["hubert"]).model, conv=True, encoder=True)
+        initialise(student, [load(teachers["hubert"]).model], conv=True, encoder=True)

@@ -57,7 +57,7 @@ def test_curves_and_plot(tmp_path):
         "ekd/train-my_one/cosine_layer12": {1: 0.5},
         "ekd/train-l1": {1: 0.5},
     }
-    assert teacher_curves(scalars) == {"my_one": {12: {1: 0.5, 2: 0.4}}}
+    assert teacher_curves(scalars) == {"my_one": {"12": {1: 0.5, 2: 0.4}}}
     pytest.importorskip("matplotlib")
     plot_run(scalars, tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")

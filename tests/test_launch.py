@@ -14,8 +14,12 @@ import torch
 from tensorboardX.proto import event_pb2
 
 from s3prl_ekd.checkpoints import newest, read_run
+from s3prl_ekd.config import load_model_config
+from s3prl_ekd.demo.tiny_teachers import make_teachers
 from s3prl_ekd.errors import CheckpointError
 from s3prl_ekd.export import load_student
+from s3prl_ekd.launch import run_pretrain
+from s3prl_ekd.workspace import experiments
 
 from .conftest import command, write_configs
 
@@ -59,9 +63,45 @@ def test_init_creates_keeps_and_never_overwrites(tmp_path):
     assert expert.read_text() == "# mine\n"
 
 
+def test_init_writes_chosen_experiments(tmp_path):
+    listed = command("init", "--list", cwd=tmp_path).stdout
+    assert "experiments/three_average\n    The three teachers: layerwise average" in listed
+    command("init", ".", "-x", "experiments/three_average", cwd=tmp_path)
+    folder = tmp_path / "pretrain/ekd/experiments"
+    assert [path.name for path in folder.iterdir()] == ["three_average.yaml"]
+    assert load_model_config(folder / "three_average.yaml").aggregation == "average"
+    done = command("init", ".", "-x", "experiments/tree_average", cwd=tmp_path, check=False)
+    assert done.returncode == 2 and "did you mean experiments/three_average?" in done.stderr
+
+
+@pytest.mark.slow
+def test_every_tiny_twin_takes_two_steps(tmp_path, corpus, monkeypatch, capfd):
+    """All of the tiny matrix, in this process: s3prl's Runner, two steps each."""
+    make_teachers(tmp_path / "teachers")
+    command("init", ".", "-x", "all", cwd=tmp_path)
+    monkeypatch.chdir(tmp_path)
+    override = f"config.pretrain_expert.datarc.libri_root='{corpus}/audio'"
+    override += f",,config.pretrain_expert.datarc.file_path='{corpus}/tables'"
+    override += ",,config.pretrain_expert.datarc.sets=['train'],,config.runner.total_steps=2"
+    override += ",,config.pretrain_expert.datarc.num_workers=0,,config.runner.log_step=1"
+    override += ",,config.runner.save_step=1,,config.pretrain_expert.datarc.sequence_length=8000"
+    names = [name for name in experiments() if name.startswith("tiny/")]
+    assert len(names) >= 25
+    for name in names:
+        words = ["-u", "ekd", "-n", name, "-c", "pretrain/ekd/tiny_runner.yaml", "-o", override]
+        words += ["-g", f"pretrain/ekd/{name}.yaml", "--device", "cpu"]
+        monkeypatch.setattr(sys, "argv", ["run_pretrain.py", *words])
+        assert run_pretrain() == 0, name
+        states = read_run(newest(tmp_path / "result/pretrain" / name))
+        assert states["Step"] == 2, name
+        assert all(torch.isfinite(value).all() for value in states["EKD"]["student"].values())
+
+
 def test_the_run_says_what_it_is(workspace):
     log = (workspace / "log.txt").read_text()
-    assert re.search(r"teacher wavlm: .*wavlm.pt, layers \[2, 4\] of 4, width 48.*eval mode", log)
+    assert re.search(
+        r"teacher wavlm: .*wavlm.pt, layer2 layer4 of 4 layers, width 48.*eval mode", log
+    )
     assert "aggregation separate; prediction heads: hubert (2 layers of 48), robust" in log
     assert "starts from hubert; device cpu" in log or torch.cuda.is_available()
     assert "s3prl-ekd export student" in log

@@ -13,7 +13,7 @@ import pytest
 from .conftest import REPO
 
 DATA = [
-    *(f"pretrain_configs/{path.name}" for path in (REPO / "pretrain_configs").glob("*.yaml")),
+    *(str(path.relative_to(REPO)) for path in (REPO / "pretrain_configs").rglob("*.yaml")),
     *(
         str(path.relative_to(REPO))
         for path in (REPO / "downstream_recipes").rglob("*")
@@ -46,7 +46,7 @@ def built(tmp_path_factory):
 
 
 def test_there_is_data_to_look_for():
-    assert len(DATA) >= 9 and len(MODULES) > 40
+    assert len(DATA) >= 50 and len(MODULES) > 40
 
 
 def test_the_wheel_holds_everything_under_one_name(built):

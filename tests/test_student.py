@@ -8,7 +8,7 @@ from s3prl.upstream.distiller.model import DistillerConfig, DistillerModel
 from torch.nn.utils.rnn import pad_sequence
 
 from s3prl_ekd.distill.aggregation import AGGREGATIONS, TeacherShape
-from s3prl_ekd.distill.heads import PredictionHead, PredictionHeads
+from s3prl_ekd.distill.heads import LinearHead, PredictionHeads, SplitHead
 from s3prl_ekd.distill.settings import StudentSettings
 from s3prl_ekd.distill.student import Student
 
@@ -29,7 +29,7 @@ def count(*modules):
 )
 def test_full_size_parameter_counts(aggregation, teachers, with_heads):
     student = Student(StudentSettings())
-    shapes = {f"t{i}": TeacherShape((4, 8, 12), 768) for i in range(teachers)}
+    shapes = {f"t{i}": TeacherShape(((4,), (8,), (12,)), 768) for i in range(teachers)}
     heads = PredictionHeads(768, AGGREGATIONS[aggregation](shapes).specs)
     assert count(student) == 23_491_200
     assert count(student, heads) == with_heads
@@ -43,7 +43,7 @@ def test_equals_s3prls_distiller(student_settings, waves):
     settings.update(n_tasks=3, pred_layer_id=[1, 2, 3])
     theirs = DistillerModel(DistillerConfig(settings)).eval()
     student = Student(student_settings).eval()
-    head = PredictionHead(student.width, 3, 40).eval()
+    head = SplitHead(student.width, 3, 40).eval()
     state = theirs.state_dict()
     student.backbone.load_state_dict(
         {key: value for key, value in state.items() if not key.startswith("output_layer.")}
@@ -92,5 +92,22 @@ def test_more_padding_changes_nothing_with_layer_norm_in_the_extractor(student_s
 
 def test_one_target_layer(student_settings):
     # s3prl's SplitLinear is another class of layer for a single split
-    head = PredictionHead(48, 1, 20)
+    head = SplitHead(48, 1, 20)
     assert head(torch.randn(2, 5, 48)).shape == (2, 1, 5, 20)
+
+
+def test_a_linear_head_is_one_matrix():
+    head = LinearHead(48, 3, 20)
+    hidden = torch.randn(2, 5, 48)
+    slow = hidden @ head.net.weight.T + head.net.bias
+    assert torch.allclose(head(hidden)[:, 1], slow[..., 20:40], atol=1e-6)
+    assert count(head) == 48 * 60 + 60
+
+
+def test_a_frozen_conv_extractor(student_settings, waves):
+    frozen = Student(dataclasses.replace(student_settings, feature_grad_mult=0.0))
+    lengths = torch.tensor([len(wave) for wave in waves])
+    frozen(pad_sequence(waves, batch_first=True), lengths).last.sum().backward()
+    extractor = frozen.backbone.feature_extractor
+    assert all(p.grad is None and not p.requires_grad for p in extractor.parameters())
+    assert frozen.backbone.post_extract_proj.weight.grad is not None

@@ -16,7 +16,7 @@ from s3prl_ekd.export.student_file import LoadedStudent, write_student
 def make(student_settings, tmp_path):
     def make(aggregation="separate", widths=(48, 48), heads=True):
         torch.manual_seed(0)
-        shapes = {f"t{i}": TeacherShape((2, 4), width) for i, width in enumerate(widths)}
+        shapes = {f"t{i}": TeacherShape(((2,), (4,)), width) for i, width in enumerate(widths)}
         specs = AGGREGATIONS[aggregation](shapes).specs
         student = Student(student_settings)
         made = LoadedStudent(student, PredictionHeads(48, specs), specs, {})

@@ -10,10 +10,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 from ..errors import DataError
 from .audio import SAMPLE_RATE, read_audio
+from .distortion.epochs import EpochSampler
+from .distortion.settings import DistortionSettings
 from .tables import Utterance, read_tables
 
 logger = logging.getLogger(__name__)
@@ -22,7 +24,8 @@ logger = logging.getLogger(__name__)
 class Batch(NamedTuple):
     """``waves`` ``[batch, sample]`` at 16 kHz, zero-padded; ``lengths`` ``[batch]`` in samples;
     ``names`` the utterances' paths; ``problem`` the sentence of a file that could not be read (the
-    other fields are then empty).
+    other fields are then empty); ``teacher_waves`` what the teachers hear, of the shape of
+    ``waves``, or None where they hear the same as the student.
 
     A worker process hands its problem over as data: an exception would come back as a traceback.
     """
@@ -31,6 +34,7 @@ class Batch(NamedTuple):
     lengths: Tensor
     names: list[str]
     problem: str = ""
+    teacher_waves: Tensor | None = None
 
 
 def bucket(rows: Sequence[Utterance], size: int) -> list[list[Utterance]]:
@@ -73,6 +77,11 @@ class DistillationDataset(Dataset):
         batch_size: utterances a batch.
         sequence_length: longest excerpt in samples; 0 takes whole utterances.
         min_samples: shorter waveforms give no frame.
+        distortion: what is done to the waveforms; None or its setup ``clean`` does nothing.
+        seed: of the distortions, and of the excerpts where there are distortions.
+
+    Raises:
+        DataError: a folder that ``distortion`` names cannot be used.
     """
 
     def __init__(
@@ -82,24 +91,42 @@ class DistillationDataset(Dataset):
         batch_size: int,
         sequence_length: int,
         min_samples: int,
+        distortion: DistortionSettings | None = None,
+        seed: int = 0,
     ):
         self.root = Path(root)
         self.batches = bucket(rows, batch_size)
         self.sequence_length = sequence_length
         self.min_samples = min_samples
+        self.distorter = None
+        if distortion is not None and distortion.setup != "clean":
+            from .distortion.pipeline import Distorter  # loads torchaudio, which no one else needs
+
+            self.distorter = Distorter(distortion, seed, root, [row.path for row in rows])
 
     def __len__(self) -> int:
         return len(self.batches)
 
-    def __getitem__(self, index: int) -> Batch:
+    def __getitem__(self, index: int | tuple[int, int]) -> Batch:
+        """Batch ``index``, or batch ``(epoch, index)``; the epoch matters for distortions only."""
+        epoch, index = index if isinstance(index, tuple) else (0, index)
         names = [row.path for row in self.batches[index]]
         try:
-            waves = [self._excerpt(self._read(name)) for name in names]
+            pairs = [self._utterance(name, epoch) for name in names]
         except DataError as error:
             empty = torch.zeros(0)
             return Batch(empty, empty, names, str(error))
-        lengths = torch.tensor([len(wave) for wave in waves])
-        return Batch(pad_sequence(waves, batch_first=True), lengths, names)
+        lengths = torch.tensor([len(wave) for wave, _ in pairs])
+        waves = pad_sequence([wave for wave, _ in pairs], batch_first=True)
+        if pairs[0][1] is None:  # the setup decides, so it is the same for the whole batch
+            return Batch(waves, lengths, names)
+        teacher_waves = pad_sequence([wave for _, wave in pairs], batch_first=True)
+        return Batch(waves, lengths, names, teacher_waves=teacher_waves)
+
+    def _utterance(self, name: str, epoch: int) -> tuple[Tensor, Tensor | None]:
+        """What the student hears of an utterance, and the teacher if it hears something else."""
+        wave = self._excerpt(self._read(name), name, epoch)
+        return (wave, None) if self.distorter is None else self.distorter.pair(wave, name, epoch)
 
     def _read(self, name: str) -> Tensor:
         wave = read_audio(self.root / name)
@@ -111,11 +138,14 @@ class DistillationDataset(Dataset):
             )
         return wave
 
-    def _excerpt(self, wave: Tensor) -> Tensor:
+    def _excerpt(self, wave: Tensor, name: str, epoch: int) -> Tensor:
         room = len(wave) - self.sequence_length
         if self.sequence_length == 0 or room <= 0:
             return wave
-        start = int(torch.randint(room + 1, ()))
+        if self.distorter is None:
+            start = int(torch.randint(room + 1, ()))
+        else:  # torch's numbers depend on the worker, and a distorted run is to be repeatable
+            start = self.distorter.generator(name, epoch, "excerpt").randrange(room + 1)
         return wave[start : start + self.sequence_length]
 
 
@@ -135,21 +165,32 @@ def train_loader(
     num_workers: int,
     min_samples: int,
     pin_memory: bool = False,
+    distortion: DistortionSettings | None = None,
+    seed: int = 0,
 ) -> DataLoader:
     """A loader of :class:`Batch` over the tables, batches in random order, utterances bucketed.
 
+    With ``distortion`` each pass over the loader is an epoch, whose draws follow from ``seed``
+    whatever the number of workers; ``loader.sampler.epoch`` is the number of the next pass. The
+    order of the batches is torch's affair (``torch.manual_seed``).
+
     Raises:
-        DataError: a table or the audio root is missing, a row is not valid, or nothing is left.
+        DataError: a table or the audio root is missing, a row is not valid, nothing is left, or
+            a folder that ``distortion`` names cannot be used.
     """
     if not Path(root).is_dir():
         raise DataError(f"the audio folder {root} (libri_root) does not exist")
     rows = within(read_tables(tables, sets), max_timestep, min_samples)
     hours = sum(row.length for row in rows) / SAMPLE_RATE / 3600
     logger.info("data: %d utterances, %.2f h, from %s", len(rows), hours, ", ".join(sets))
+    dataset = DistillationDataset(
+        root, rows, batch_size, sequence_length, min_samples, distortion, seed
+    )
+    order = RandomSampler(dataset)
     return DataLoader(
-        DistillationDataset(root, rows, batch_size, sequence_length, min_samples),
+        dataset,
         batch_size=1,
-        shuffle=True,
+        sampler=order if dataset.distorter is None else EpochSampler(order),
         num_workers=num_workers,
         collate_fn=only_item,
         pin_memory=pin_memory,

@@ -149,7 +149,7 @@ class Demo:
         loss = list(scalars["ekd/train-loss_mean"].values())
         rows = [("loss", loss[0], loss[-1])]
         for teacher, layers in teacher_curves(scalars).items():
-            for layer, points in sorted(layers.items()):
+            for layer, points in layers.items():
                 values = list(points.values())
                 rows.append((f"L1 to {teacher}, layer {layer}", values[0], values[-1]))
         print("\n== done")

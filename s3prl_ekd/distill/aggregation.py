@@ -6,25 +6,31 @@ for each target set. The rest of the code does not know which aggregation it is.
 
 ``separate`` is the paper's multiple-prediction-head method, ``average`` and ``concat`` are its
 layerwise-average and layerwise-concatenation (arXiv 2302.12757, abstract). That concatenated
-targets are predicted by one wide head is *ours*: the paper's text does not settle it.
+targets are predicted by one wide head is *ours*: the paper's text does not settle it. "Layer"
+stands for a target of a teacher: with SKILL's groups it is the average of several layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from ..errors import TeacherError
+from .target_settings import TargetSettings
+
+Hidden = Mapping[str, Tensor]  # teacher or target set -> [batch, layer, frame, dim]
+Weights = Mapping[str, float]  # teacher -> its share
 
 
 @dataclass(frozen=True)
 class TeacherShape:
-    """What a teacher gives: the layers asked of it and the width of its hidden states."""
+    """What a teacher gives: the layers behind each of its targets, and their width."""
 
-    layers: tuple[int, ...]
+    targets: tuple[tuple[int, ...], ...]
     width: int
 
 
@@ -44,7 +50,7 @@ class TargetSpec:
         return sum(self.parts)
 
 
-def crop_frames(hidden: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def crop_frames(hidden: Hidden) -> dict[str, Tensor]:
     """Cut all of ``[batch, layer, frame, dim]`` to the fewest frames among them.
 
     Upstreams of one stride may differ by a frame at the end (they pad differently).
@@ -64,53 +70,145 @@ class Separate:
     """Each teacher is a target set of its own: multiple prediction heads."""
 
     def __init__(self, teachers: Mapping[str, TeacherShape]):
-        self.specs = {name: TargetSpec(len(t.layers), (t.width,)) for name, t in teachers.items()}
+        self.specs = {n: TargetSpec(len(t.targets), (t.width,)) for n, t in teachers.items()}
 
-    def targets(self, hidden: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return dict(hidden)
+    def targets(self, hidden: Hidden, weights: Weights) -> dict[str, Tensor]:
+        return {name: hidden[name] for name in self.specs}
 
-    def per_teacher(self, predictions: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def set_weights(self, weights: Weights) -> dict[str, float]:
+        """The share of each target set in the loss."""
+        return {name: weights[name] for name in self.specs}
+
+    def dim_weights(self, weights: Weights) -> dict[str, Tensor]:
+        """For target sets whose dimensions do not weigh the same: ``[dim]``."""
+        return {}
+
+    def per_teacher(self, predictions: Hidden) -> dict[str, Tensor]:
         """The part of the predictions that answers to each teacher."""
-        return dict(predictions)
+        return {name: predictions[name] for name in self.specs}
 
 
-class Average:
-    """Layerwise average: one target set, the mean of the teachers' layers."""
+class Average(Separate):
+    """Layerwise average: one target set, the weighted mean of the teachers' layers."""
 
     def __init__(self, teachers: Mapping[str, TeacherShape]):
         self.teachers = tuple(teachers)
-        widths = {name: teacher.width for name, teacher in teachers.items()}
-        if len(set(widths.values())) > 1:
-            shown = ", ".join(f"{name} has {width}" for name, width in widths.items())
-            raise TeacherError(
-                f"aggregation average needs teachers of one width ({shown}); "
-                "use aggregation: separate or concat"
-            )
+        width = one_width(teachers, "aggregation average")
         first = next(iter(teachers.values()))
-        self.specs = {"average": TargetSpec(len(first.layers), (first.width,))}
+        self.specs = {"average": TargetSpec(len(first.targets), (width,))}
 
-    def targets(self, hidden: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {"average": torch.stack([hidden[name] for name in self.teachers]).mean(0)}
+    def targets(self, hidden: Hidden, weights: Weights) -> dict[str, Tensor]:
+        total = sum(weights[name] for name in self.teachers)
+        mean = sum(hidden[name] * (weights[name] / total) for name in self.teachers)
+        return {"average": mean}
 
-    def per_teacher(self, predictions: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def set_weights(self, weights: Weights) -> dict[str, float]:
+        return {"average": 1.0}
+
+    def per_teacher(self, predictions: Hidden) -> dict[str, Tensor]:
         return {name: predictions["average"] for name in self.teachers}
 
 
-class Concat:
+class Concat(Separate):
     """Layerwise concatenation: one target set, the teachers' layers side by side."""
 
     def __init__(self, teachers: Mapping[str, TeacherShape]):
         self.teachers = tuple(teachers)
         first = next(iter(teachers.values()))
         widths = tuple(teacher.width for teacher in teachers.values())
-        self.specs = {"concat": TargetSpec(len(first.layers), widths)}
+        self.specs = {"concat": TargetSpec(len(first.targets), widths)}
 
-    def targets(self, hidden: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def targets(self, hidden: Hidden, weights: Weights) -> dict[str, Tensor]:
         return {"concat": torch.cat([hidden[name] for name in self.teachers], dim=-1)}
 
-    def per_teacher(self, predictions: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def set_weights(self, weights: Weights) -> dict[str, float]:
+        return {"concat": 1.0}
+
+    def dim_weights(self, weights: Weights) -> dict[str, Tensor]:
+        if len({weights[name] for name in self.teachers}) == 1:
+            return {}
+        pieces = zip(self.teachers, self.specs["concat"].parts, strict=True)
+        return {"concat": torch.cat([torch.full((n,), weights[name]) for name, n in pieces])}
+
+    def per_teacher(self, predictions: Hidden) -> dict[str, Tensor]:
         pieces = predictions["concat"].split(self.specs["concat"].parts, dim=-1)
         return dict(zip(self.teachers, pieces, strict=True))
 
 
-AGGREGATIONS = {"separate": Separate, "average": Average, "concat": Concat}
+class Residual(Separate):
+    """The differences of neighbouring teachers, ``FIRST-SECOND``, as target sets of their own."""
+
+    def __init__(self, teachers: Mapping[str, TeacherShape], weight: float):
+        width = one_width(teachers, "targets.residual_heads")
+        names = tuple(teachers)
+        self.pairs = {f"{a}-{b}": (a, b) for a, b in pairwise(names)}
+        layers = len(teachers[names[0]].targets)
+        self.specs = {pair: TargetSpec(layers, (width,)) for pair in self.pairs}
+        self.weight = weight
+
+    def targets(self, hidden: Hidden, weights: Weights) -> dict[str, Tensor]:
+        return {pair: hidden[a] - hidden[b] for pair, (a, b) in self.pairs.items()}
+
+    def set_weights(self, weights: Weights) -> dict[str, float]:
+        return dict.fromkeys(self.specs, self.weight)
+
+
+class Combined(Separate):
+    """Several aggregations side by side: the target sets of all of them."""
+
+    def __init__(self, members: Sequence[Separate]):
+        self.members = tuple(members)
+        self.specs = {name: spec for member in members for name, spec in member.specs.items()}
+
+    def targets(self, hidden: Hidden, weights: Weights) -> dict[str, Tensor]:
+        return self._merged("targets", hidden, weights)
+
+    def set_weights(self, weights: Weights) -> dict[str, float]:
+        return self._merged("set_weights", weights)
+
+    def dim_weights(self, weights: Weights) -> dict[str, Tensor]:
+        return self._merged("dim_weights", weights)
+
+    def per_teacher(self, predictions: Hidden) -> dict[str, Tensor]:
+        # heads of a teacher's own tell more of it than a share in an aggregate
+        own = [member for member in self.members if type(member) is Separate]
+        return (own or self.members)[0].per_teacher(predictions)
+
+    def _merged(self, method: str, *args) -> dict:
+        parts = (getattr(member, method)(*args) for member in self.members)
+        return {name: value for part in parts for name, value in part.items()}
+
+
+AGGREGATIONS = {"separate": Separate, "average": Average, "concat": Concat, "groups": Separate}
+
+
+def build_aggregation(
+    aggregation: str, teachers: Mapping[str, TeacherShape], settings: TargetSettings
+) -> Separate:
+    """The aggregation of a configuration.
+
+    Raises:
+        TeacherError: the teachers' widths do not allow it.
+    """
+    kind = "average" if settings.across_teachers else aggregation
+    members = [AGGREGATIONS[kind](teachers)]
+    if settings.separate_heads and not set(teachers) <= members[0].specs.keys():
+        members.append(Separate(teachers))
+    if settings.residual_heads:
+        members.append(Residual(teachers, settings.residual_weight))
+    return members[0] if len(members) == 1 else Combined(members)
+
+
+def one_width(teachers: Mapping[str, TeacherShape], what: str) -> int:
+    """The width that all teachers share.
+
+    Raises:
+        TeacherError: they have several; ``what`` is the setting that minds.
+    """
+    widths = {name: teacher.width for name, teacher in teachers.items()}
+    if len(set(widths.values())) > 1:
+        shown = ", ".join(f"{name} has {width}" for name, width in widths.items())
+        raise TeacherError(
+            f"{what} needs teachers of one width ({shown}); use aggregation: separate or concat"
+        )
+    return next(iter(widths.values()))

@@ -2,38 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
 from ..errors import TeacherError
-from .aggregation import AGGREGATIONS
+from .aggregation import build_aggregation, one_width
 from .heads import PredictionHeads
-from .losses import distillation_loss, distillation_terms
-from .settings import Aggregation, LossSettings
+from .losses import distillation_loss, distillation_terms, frame_terms
+from .settings import DistillSettings
+from .standardisation import Standardiser
 from .student import Student
 from .teachers import TeacherEnsemble
+from .weighting import agreeing_dims, drop_teachers, weights_at
 
 
 class EnsembleDistiller(nn.Module):
     """Ensemble knowledge distillation (Huang et al. 2023, arXiv 2302.12757).
 
     Args:
-        teachers: the frozen teachers.
+        teachers: the frozen teachers, by their names in the settings.
         student: the student's backbone.
-        aggregation: ``separate``, ``average`` or ``concat``.
-        loss: weights and masking of the loss.
+        settings: the experiment.
 
     Raises:
         TeacherError: the teachers cannot be aggregated this way, or have another frame rate.
     """
 
-    def __init__(
-        self,
-        teachers: TeacherEnsemble,
-        student: Student,
-        aggregation: Aggregation,
-        loss: LossSettings,
-    ):
+    def __init__(self, teachers: TeacherEnsemble, student: Student, settings: DistillSettings):
         super().__init__()
         for name, teacher in teachers.items():
             if teacher.stride != student.settings.stride:
@@ -41,13 +38,18 @@ class EnsembleDistiller(nn.Module):
                     f"teachers.{name} gives a frame every {teacher.stride} samples and the student "
                     f"every {student.settings.stride}; use one frame rate"
                 )
+        targets, shapes = settings.targets, teachers.shapes
+        if settings.essence.keep < 1:
+            one_width(shapes, "essence.keep")
+        self.settings = settings
         self.teachers = teachers
-        self.aggregate = AGGREGATIONS[aggregation](teachers.shapes)
-        self.loss_settings = loss
+        self.aggregate = build_aggregation(settings.aggregation, shapes, targets)
+        self.standardiser = None
+        if targets.standardise != "none":
+            self.standardiser = Standardiser(shapes, targets.standardise, targets.standardise_steps)
+        heads = PredictionHeads(student.width, self.aggregate.specs, settings.heads.kind)
         # What is trained, apart from what is not: an optimizer over `trainable` sees no teacher.
-        self.trainable = nn.ModuleDict(
-            {"student": student, "heads": PredictionHeads(student.width, self.aggregate.specs)}
-        )
+        self.trainable = nn.ModuleDict({"student": student, "heads": heads})
 
     @property
     def student(self) -> Student:
@@ -58,19 +60,27 @@ class EnsembleDistiller(nn.Module):
         return self.trainable["heads"]
 
     def forward(
-        self, waves: Tensor, lengths: Tensor, detail: bool = False
+        self,
+        waves: Tensor,
+        lengths: Tensor,
+        teacher_waves: Tensor | None = None,
+        step: int = 1,
+        detail: bool = False,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """One step of distillation.
 
         Args:
-            waves: ``[batch, sample]`` at 16 kHz, zero-padded at the end.
+            waves: what the student hears, ``[batch, sample]`` at 16 kHz, zero-padded at the end.
             lengths: ``[batch]`` valid samples.
+            teacher_waves: what the teachers hear, of the same shape; None: the same.
+            step: the number of the step, from 1, for weights that change over time.
             detail: also give the terms of every teacher and layer.
 
         Returns:
             The scalar loss, and scalars by name for the log.
         """
-        unpadded = [wave[:length] for wave, length in zip(waves, lengths.tolist(), strict=True)]
+        heard = waves if teacher_waves is None else teacher_waves
+        unpadded = [wave[:length] for wave, length in zip(heard, lengths.tolist(), strict=True)]
         hidden = self.teachers(unpadded)  # {teacher: [batch, layer, frame, dim]}
         out = self.student(waves, lengths)
         predictions = self.heads(out.last)  # {target set: [batch, layer, frame, width]}
@@ -78,29 +88,78 @@ class EnsembleDistiller(nn.Module):
         frames = min(out.last.shape[1], *(states.shape[2] for states in hidden.values()))
         hidden = {name: states[:, :, :frames] for name, states in hidden.items()}
         predictions = {name: states[:, :, :frames] for name, states in predictions.items()}
-        mask = out.mask[:, :frames] if self.loss_settings.mask_padding else None
+        valid = out.mask[:, :frames]
+        if self.standardiser is not None:
+            hidden = self.standardiser(hidden, valid, learn=self.training)
 
-        targets = self.aggregate.targets(hidden)
+        weights = weights_at(self.settings.teachers, step, self.settings.targets.weight_steps)
+        targets = self.aggregate.targets(hidden, weights)
         loss, parts = distillation_loss(
-            predictions, targets, mask, self.loss_settings.cosine_weight
+            predictions,
+            targets,
+            self._masks(predictions, targets, valid),
+            self.settings.loss,
+            self.aggregate.set_weights(weights),
+            self._dims(hidden, weights, targets),
         )
-        if self.loss_settings.feature_penalty:
+        if self.settings.loss.feature_penalty:
             penalty = out.features.float().pow(2).mean()
-            loss = loss + self.loss_settings.feature_penalty * penalty
+            loss = loss + self.settings.loss.feature_penalty * penalty
             parts["feature_penalty"] = penalty.detach()
         if detail:
+            mask = valid if self.settings.loss.mask_padding else None
             parts.update(self._detail(predictions, hidden, mask))
         return loss, parts
 
+    def _masks(
+        self, predictions: Mapping[str, Tensor], targets: Mapping[str, Tensor], valid: Tensor
+    ) -> dict[str, Tensor | None]:
+        """How much each frame counts, for each target set: padding and dropped teachers."""
+        mask = valid if self.settings.loss.mask_padding else None
+        masks: dict[str, Tensor | None] = dict.fromkeys(targets, mask)
+        probability = self.settings.targets.drop_teachers
+        if probability and self.training:
+            losses = {}
+            for name in self.teachers:
+                rec, cosine = frame_terms(
+                    predictions[name].detach(), targets[name], self.settings.loss
+                )
+                each = (rec + self.settings.loss.cosine_weight * cosine).mean(1)  # [batch, frame]
+                losses[name] = (each * valid).sum(1) / valid.sum(1).clamp(min=1)
+            every = torch.ones_like(valid) if mask is None else mask
+            for name, stays in drop_teachers(losses, probability).items():
+                masks[name] = every * stays[:, None]
+        return masks
+
+    def _dims(
+        self,
+        hidden: Mapping[str, Tensor],
+        weights: Mapping[str, float],
+        targets: Mapping[str, Tensor],
+    ) -> dict[str, Tensor]:
+        """How much each dimension counts, for the target sets where it is not all the same."""
+        dims = self.aggregate.dim_weights(weights)
+        if self.settings.essence.keep == 1:
+            return dims
+        kept = agreeing_dims(hidden, self.settings.essence.keep)
+        for name, target in targets.items():
+            times = target.shape[-1] // kept.shape[-1]  # concat: once for each teacher
+            share = kept.repeat(1, 1, 1, times)
+            dims[name] = share * dims[name].to(share) if name in dims else share
+        return dims
+
     @torch.no_grad()
-    def _detail(self, predictions, hidden, mask) -> dict[str, Tensor]:
+    def _detail(
+        self, predictions: Mapping[str, Tensor], hidden: Mapping[str, Tensor], mask: Tensor | None
+    ) -> dict[str, Tensor]:
         """How far the student is from each teacher's own layers, whatever it was trained on."""
         parts = {}
         for name, prediction in self.aggregate.per_teacher(predictions).items():
-            terms = distillation_terms(prediction, hidden[name], mask)
+            terms = distillation_terms(prediction, hidden[name], mask, self.settings.loss)
             size = hidden[name].abs().mean((0, 2, 3))
-            for i, layer in enumerate(self.teachers[name].layers):
-                parts[f"{name}/l1_layer{layer}"] = terms.l1[i]
-                parts[f"{name}/cosine_layer{layer}"] = terms.cosine[i]
-                parts[f"{name}/target_abs_layer{layer}"] = size[i]
+            for i, label in enumerate(self.teachers[name].labels):
+                kind = self.settings.loss.reconstruction
+                parts[f"{name}/{kind}_{label}"] = terms.reconstruction[i]
+                parts[f"{name}/cosine_{label}"] = terms.cosine[i]
+                parts[f"{name}/target_abs_{label}"] = size[i]
         return parts

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .aggregation import TargetSpec
 
 
-class PredictionHead(nn.Module):
+class SplitHead(nn.Module):
     """Predict all layers of one target set from the student's last hidden state.
 
     s3prl's distiller head (DistilHuBERT, arXiv 2110.01900, section 2): one linear layer to
@@ -38,16 +38,26 @@ class PredictionHead(nn.Module):
         return flat.reshape(batch, frame, self.layers, -1).transpose(1, 2)
 
 
-class PredictionHeads(nn.ModuleDict):
-    """One :class:`PredictionHead` for each target set, by its name."""
+class LinearHead(SplitHead):
+    """One linear layer for each target layer and nothing else (*ours*); arguments as above."""
 
-    def __init__(self, in_width: int, specs: Mapping[str, TargetSpec]):
+    def __init__(self, in_width: int, layers: int, out_width: int):
+        nn.Module.__init__(self)
+        self.layers = layers
+        self.net = nn.Linear(in_width, layers * out_width)
+
+
+HEADS = {"split": SplitHead, "linear": LinearHead}
+
+
+class PredictionHeads(nn.ModuleDict):
+    """One head for each target set, by its name; ``kind`` is ``split`` or ``linear``."""
+
+    def __init__(self, in_width: int, specs: Mapping[str, TargetSpec], kind: str = "split"):
         super().__init__(
-            {
-                name: PredictionHead(in_width, spec.layers, spec.width)
-                for name, spec in specs.items()
-            }
+            {name: HEADS[kind](in_width, spec.layers, spec.width) for name, spec in specs.items()}
         )
+        self.kind = kind
 
     def forward(self, hidden: Tensor) -> dict[str, Tensor]:
         """``[batch, frame, dim]`` -> ``{target set: [batch, layer, frame, width]}``."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import TeacherError
@@ -17,46 +18,64 @@ logger = logging.getLogger(__name__)
 WAVLM_ONLY = re.compile(r"self_attn\.(grep_linear\.|grep_a$|relative_attention_bias\.)")
 
 
-def initialise(student: Student, teacher: nn.Module, *, conv: bool, encoder: bool) -> None:
-    """Copy a teacher's first weights into the student.
+def initialise(
+    student: Student,
+    teachers: Sequence[nn.Module],
+    *,
+    conv: bool,
+    encoder: bool,
+    layers: Sequence[int] | None = None,
+) -> None:
+    """Copy first weights into the student: one teacher's, or the average of several.
 
     Args:
         student: is changed in place.
-        teacher: the teacher's own model (fairseq layout: ``feature_extractor``,
+        teachers: the teachers' own models (fairseq layout: ``feature_extractor``,
             ``post_extract_proj``, ``encoder.pos_conv``, ``encoder.layers``).
         conv: copy the conv extractor and the feature projection.
-        encoder: copy the positional conv and as many first layers as the student has.
+        encoder: copy the positional conv and a transformer layer for each of the student's.
+        layers: which transformer layers, counted from 0; None takes the first ones.
 
     Raises:
-        TeacherError: the teacher is not of this layout, or a shape differs.
+        TeacherError: a teacher is not of this layout, or a shape differs.
     """
     ours = student.backbone
+    paths: list[tuple[str, str]] = []  # (in the student, in the teacher)
     if conv:
-        _copy(ours, teacher, "feature_extractor")
-        if ours.post_extract_proj is not None or _get(teacher, "post_extract_proj") is not None:
-            _copy(ours, teacher, "post_extract_proj")
+        paths.append(("feature_extractor", "feature_extractor"))
+        projections = [_get(model, "post_extract_proj") for model in (ours, *teachers)]
+        if any(projection is not None for projection in projections):
+            paths.append(("post_extract_proj", "post_extract_proj"))
     if encoder:
-        _copy(ours, teacher, "encoder.pos_conv")
-        for layer in range(student.settings.encoder_layers):
-            _copy(ours, teacher, f"encoder.layers.{layer}")
+        paths.append(("encoder.pos_conv", "encoder.pos_conv"))
+        chosen = range(student.settings.encoder_layers) if layers is None else layers
+        paths += [(f"encoder.layers.{i}", f"encoder.layers.{n}") for i, n in enumerate(chosen)]
+    for target, source in paths:
+        _copy(ours, teachers, target, source)
 
 
-def _copy(student: nn.Module, teacher: nn.Module, path: str) -> None:
-    source, target = _get(teacher, path), _get(student, path)
-    if source is None or target is None:
-        who = "teacher" if source is None else "student"
-        raise TeacherError(
-            f"init.teacher does not fit the student: the {who} has no {path}; "
-            "choose another init.teacher, change the student's size, or set init.teacher: null"
-        )
-    weights = source.state_dict()
-    extra = [key for key in weights if WAVLM_ONLY.search(key)]
-    for key in extra:
-        del weights[key]
-    if extra:
-        logger.info("init: %s: left out WavLM's %s", path, ", ".join(extra))
-    _check_fit(weights, target.state_dict(), path)
-    target.load_state_dict(weights)
+def _copy(student: nn.Module, teachers: Sequence[nn.Module], target: str, source: str) -> None:
+    into = _get(student, target)
+    states = []
+    for teacher in teachers:
+        module = _get(teacher, source)
+        if module is None or into is None:
+            who, path = ("teacher", source) if module is None else ("student", target)
+            raise TeacherError(
+                f"init.teacher does not fit the student: the {who} has no {path}; "
+                "choose another init.teacher, change the student's size, or set init.teacher: null"
+            )
+        weights = module.state_dict()
+        extra = [key for key in weights if WAVLM_ONLY.search(key)]
+        for key in extra:
+            del weights[key]
+        if extra:
+            logger.info("init: %s: left out WavLM's %s", source, ", ".join(extra))
+        _check_fit(weights, into.state_dict(), source)
+        states.append(weights)
+    into.load_state_dict(
+        {key: torch.stack([state[key] for state in states]).mean(0) for key in states[0]}
+    )
 
 
 def _check_fit(weights: Mapping[str, Tensor], wanted: Mapping[str, Tensor], path: str) -> None:

@@ -13,8 +13,14 @@ from typing import Literal
 
 from ..errors import ConfigError
 from .conv_spec import DEFAULT, ConvLayers, parse_conv_layers, receptive_field, stride_of
-
-Aggregation = Literal["separate", "average", "concat"]
+from .target_settings import (
+    Aggregation,
+    EssenceSettings,
+    HeadSettings,
+    LossSettings,
+    TargetSettings,
+    TeacherSettings,
+)
 
 
 @dataclass(frozen=True)
@@ -22,7 +28,8 @@ class StudentSettings:
     """The student's size and regularisation; names and meaning as s3prl's ``DistillerConfig``.
 
     The defaults are DistilHuBERT's (inferred): 7 conv layers, 2 transformer layers of width 768,
-    23,491,200 parameters without heads.
+    23,491,200 parameters without heads. ``feature_grad_mult`` scales the gradient that reaches the
+    conv extractor; 0 freezes it.
     """
 
     extractor_mode: Literal["default", "layer_norm"] = "default"
@@ -80,52 +87,32 @@ class StudentSettings:
 
 
 @dataclass(frozen=True)
-class TeacherSettings:
-    """One teacher: what to load, and which of its layers to predict.
-
-    ``model`` is a hub name of s3prl (``hubert_base``) or the path of a checkpoint. In ``layers``,
-    0 is the input of the first transformer layer and n the output of layer n; 4, 8 and 12 are
-    inferred from DistilHuBERT.
-    """
-
-    model: str
-    layers: tuple[int, ...] = (4, 8, 12)
-
-    def __post_init__(self):
-        if not self.layers:
-            raise ValueError("layers is empty: name at least one layer to predict")
-        if min(self.layers) < 0 or len(set(self.layers)) < len(self.layers):
-            raise ValueError(f"layers {list(self.layers)} must be distinct numbers from 0 up")
-
-
-@dataclass(frozen=True)
 class InitSettings:
     """Where the student's first weights come from (inferred: one teacher's first layers).
 
-    ``teacher`` names one of the teachers; null starts from random weights. ``conv`` copies the conv
-    extractor and the feature projection, ``encoder`` the positional conv and the first layers.
+    ``teacher`` names one of the teachers; null starts from random weights. ``average`` names
+    several instead, whose weights are averaged (ours; they must be of one shape). ``layers`` says
+    which of the teacher's transformer layers, counted from 0, become the student's, for example
+    [0, 6]; null takes the first ones. ``conv`` copies the conv extractor and the feature
+    projection, ``encoder`` the positional conv and the layers.
     """
 
     teacher: str | None = None
+    average: tuple[str, ...] = ()
+    layers: tuple[int, ...] | None = None
     conv: bool = True
     encoder: bool = True
 
-
-@dataclass(frozen=True)
-class LossSettings:
-    """L1 + ``cosine_weight`` · (−log σ cos) (inferred: both terms and the weight of 1).
-
-    ``mask_padding`` keeps padded frames out of the mean (ours; s3prl's distiller has them in).
-    ``feature_penalty`` weighs the mean square of the conv features (s3prl's ``feat_pen_loss``).
-    """
-
-    cosine_weight: float = 1.0
-    mask_padding: bool = True
-    feature_penalty: float = 0.0
-
     def __post_init__(self):
-        _at_least(self, "cosine_weight", 0)
-        _at_least(self, "feature_penalty", 0)
+        if self.teacher is not None and self.average:
+            raise ValueError("give teacher or average, not both")
+        if self.layers is not None and (not self.layers or min(self.layers) < 0):
+            raise ValueError("layers must be numbers from 0 up, or null for the first ones")
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The teachers whose weights are taken; none for random weights."""
+        return self.average or ((self.teacher,) if self.teacher is not None else ())
 
 
 @dataclass(frozen=True)
@@ -133,16 +120,19 @@ class DistillSettings:
     """One experiment: teachers, how their layers become targets, student, start and loss.
 
     ``aggregation``: ``separate`` gives each teacher its own prediction heads (paper: multiple
-    prediction heads); ``average`` and ``concat`` are the paper's layerwise aggregations.
-    ``teacher_dropout`` leaves the teachers' dropout on, as s3prl's distiller does by oversight;
-    ours is off.
+    prediction heads); ``average`` and ``concat`` are the paper's layerwise aggregations; ``groups``
+    predicts groups of layers (SKILL). ``teacher_dropout`` leaves the teachers' dropout on, as
+    s3prl's distiller does by oversight; ours is off.
     """
 
     teachers: dict[str, TeacherSettings]
     aggregation: Aggregation = "separate"
+    targets: TargetSettings = field(default_factory=TargetSettings)
+    heads: HeadSettings = field(default_factory=HeadSettings)
     student: StudentSettings = field(default_factory=StudentSettings)
     init: InitSettings = field(default_factory=InitSettings)
     loss: LossSettings = field(default_factory=LossSettings)
+    essence: EssenceSettings = field(default_factory=EssenceSettings)
     teacher_dropout: bool = False
 
     def __post_init__(self):
@@ -150,27 +140,67 @@ class DistillSettings:
             raise ValueError("teachers is empty: name at least one")
         for name in self.teachers:
             # The name becomes part of weight names, TensorBoard tags and file names.
-            if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]{0,63}", name) or name in _TAKEN:
+            if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]{0,63}", name) or name in _TAKEN:
                 raise ValueError(
-                    f"teachers: {name!r} cannot be a teacher's name; use letters, digits, _ and -, "
+                    f"teachers: {name!r} cannot be a teacher's name; use letters, digits and _, "
                     f"starting with a letter, and none of {', '.join(sorted(_TAKEN))}"
                 )
-        if self.init.teacher is not None and self.init.teacher not in self.teachers:
+        for source in self.init.sources:
+            if source not in self.teachers:
+                raise ValueError(
+                    f"init: there is no teacher {source!r}; use one of: {', '.join(self.teachers)}"
+                )
+        if self.init.layers is not None and len(self.init.layers) != self.student.encoder_layers:
             raise ValueError(
-                f"init.teacher: there is no teacher {self.init.teacher!r}; "
-                f"use one of: {', '.join(self.teachers)}"
+                f"init.layers names {len(self.init.layers)} layers and the student has "
+                f"{self.student.encoder_layers}; one for each"
             )
-        counts = {name: len(teacher.layers) for name, teacher in self.teachers.items()}
-        if self.aggregation != "separate" and len(set(counts.values())) > 1:
+        if sum(teacher.weight for teacher in self.teachers.values()) == 0:
+            raise ValueError("teachers: the weights are all 0")
+        self._check_targets()
+
+    def _check_targets(self) -> None:
+        targets = self.targets
+        without = [name for name, teacher in self.teachers.items() if teacher.groups is None]
+        if self.aggregation == "groups" and without:
+            raise ValueError(
+                f"aggregation groups needs teachers.{without[0]}.groups; write them, or let "
+                "s3prl-ekd layers find them"
+            )
+        counts = {name: len(teacher.targets) for name, teacher in self.teachers.items()}
+        layerwise = [
+            word
+            for word, on in (
+                (f"aggregation {self.aggregation}", self.aggregation in ("average", "concat")),
+                ("targets.across_teachers", targets.across_teachers),
+                ("targets.residual_heads", targets.residual_heads),
+                ("essence.keep", self.essence.keep < 1),
+            )
+            if on
+        ]
+        if layerwise and len(set(counts.values())) > 1:
             shown = ", ".join(f"{name} has {count}" for name, count in counts.items())
             raise ValueError(
-                f"aggregation {self.aggregation} goes layer by layer, so every teacher needs as "
-                f"many layers ({shown}); or use aggregation: separate"
+                f"{layerwise[0]} goes layer by layer, so every teacher needs as many layers "
+                f"({shown}); or use aggregation: separate"
+            )
+        if targets.across_teachers and self.aggregation != "groups":
+            raise ValueError("targets.across_teachers is for aggregation: groups")
+        if (targets.residual_heads or self.essence.keep < 1) and len(self.teachers) < 2:
+            word = "targets.residual_heads" if targets.residual_heads else "essence.keep"
+            raise ValueError(f"{word} compares teachers: name at least two")
+        one_set = self.aggregation in ("average", "concat") or targets.across_teachers
+        if targets.drop_teachers and one_set and not targets.separate_heads:
+            raise ValueError(
+                "targets.drop_teachers needs heads for each teacher: aggregation: separate, or "
+                "targets.separate_heads: true"
             )
 
 
 # Methods of torch.nn.ModuleDict: a head of such a name could not be stored.
 _TAKEN = {"keys", "items", "values", "pop", "clear", "update", "forward", "type", "train", "to"}
+# Names of target sets that are no teacher's.
+_TAKEN |= {"average", "concat"}
 
 
 def _at_least(settings, name: str, least: int) -> None:

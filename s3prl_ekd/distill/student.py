@@ -63,6 +63,9 @@ class Student(nn.Module):
         super().__init__()
         self.settings = settings
         self.backbone = build_backbone(settings)
+        if settings.feature_grad_mult == 0:
+            # s3prl runs the extractor without gradient then; so that nobody counts it as trained
+            self.backbone.feature_extractor.requires_grad_(False)
 
     def forward(self, waves: Tensor, lengths: Tensor) -> StudentOutput:
         """Run the student.

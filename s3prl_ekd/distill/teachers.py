@@ -18,28 +18,30 @@ class Teacher(nn.Module):
 
     Args:
         upstream: maps a list of unpadded waveforms to a dict with ``hidden_states``.
-        layers: indices into ``hidden_states``; 0 is the input of the first transformer layer.
+        targets: layers, indices into ``hidden_states`` (0 is the input of the first transformer
+            layer), or groups of layers, each of which is averaged (SKILL, arXiv 2402.16830).
         name: what messages call it.
 
     Raises:
         TeacherError: the upstream has no such layer.
     """
 
-    def __init__(self, upstream: nn.Module, layers: Sequence[int], name: str):
+    def __init__(self, upstream: nn.Module, targets: Sequence[int | Sequence[int]], name: str):
         super().__init__()
         self.upstream = upstream.eval().requires_grad_(False)
-        self.layers = tuple(layers)
+        self.targets = tuple((t,) if isinstance(t, int) else tuple(t) for t in targets)
         with torch.no_grad():
             noise = torch.randn(PROBE_SAMPLES, generator=torch.Generator().manual_seed(0))
             probe = upstream([noise])["hidden_states"]
         last = len(probe) - 1
-        missing = [layer for layer in self.layers if layer > last]
+        layers = [layer for target in self.targets for layer in target]
+        missing = [layer for layer in layers if layer > last]
         if missing:
             raise TeacherError(
                 f"teachers.{name}.layers: there is no layer {missing[0]}; "
                 f"{name} has layers 0 to {last}"
             )
-        widths = {probe[layer].shape[-1] for layer in self.layers}
+        widths = {probe[layer].shape[-1] for layer in layers}
         if len(widths) > 1:
             raise TeacherError(f"teachers.{name}.layers: layers of several widths {widths}")
         self.width = widths.pop()
@@ -48,12 +50,37 @@ class Teacher(nn.Module):
 
     @property
     def shape(self) -> TeacherShape:
-        return TeacherShape(self.layers, self.width)
+        return TeacherShape(self.targets, self.width)
+
+    @property
+    def labels(self) -> list[str]:
+        """A name for each target, for logs: ``layer4``, or ``layers1-3`` for a group."""
+        return [_label(target) for target in self.targets]
+
+    def states(self, waves: Sequence[Tensor]) -> Sequence[Tensor]:
+        """All hidden states, ``[batch, frame, dim]`` each, of unpadded waveforms ``[sample]``."""
+        return self.upstream(list(waves))["hidden_states"]
 
     def forward(self, waves: Sequence[Tensor]) -> Tensor:
-        """Unpadded waveforms ``[sample]`` at 16 kHz -> ``[batch, layer, frame, dim]``."""
-        states = self.upstream(list(waves))["hidden_states"]
-        return torch.stack([states[layer] for layer in self.layers], dim=1)
+        """Unpadded waveforms ``[sample]`` at 16 kHz -> ``[batch, target, frame, dim]``."""
+        return self.pick(self.states(waves))
+
+    def pick(self, states: Sequence[Tensor]) -> Tensor:
+        """The targets among all hidden states: ``[batch, target, frame, dim]``."""
+        return torch.stack([_mean([states[i] for i in target]) for target in self.targets], dim=1)
+
+
+def _mean(states: Sequence[Tensor]) -> Tensor:
+    return states[0] if len(states) == 1 else torch.stack(states).mean(0)
+
+
+def _label(target: tuple[int, ...]) -> str:
+    if len(target) == 1:
+        return f"layer{target[0]}"
+    first, last = min(target), max(target)
+    if len(target) == last - first + 1:
+        return f"layers{first}-{last}"
+    return "layers" + "_".join(map(str, target))
 
 
 class TeacherEnsemble(nn.ModuleDict):
@@ -78,7 +105,7 @@ class TeacherEnsemble(nn.ModuleDict):
 
     @torch.no_grad()
     def forward(self, waves: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Waveforms ``[sample]`` at 16 kHz -> ``{teacher: [batch, layer, frame, dim]}``.
+        """Waveforms ``[sample]`` at 16 kHz -> ``{teacher: [batch, target, frame, dim]}``.
 
         Computed in float32 under autocast too: these are the targets.
         """

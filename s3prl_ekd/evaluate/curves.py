@@ -8,17 +8,24 @@ from pathlib import Path
 
 from ..errors import SetupError
 
-_TEACHER = re.compile(r"ekd/train-(?P<teacher>[\w-]+)/l1_layer(?P<layer>\d+)$")
+_TEACHER = re.compile(r"ekd/train-(?P<teacher>\w+)/(l1|l2|smooth_l1)_layers?(?P<layer>[\d_-]+)$")
 
 
-def teacher_curves(scalars: Mapping[str, Mapping[int, float]]) -> dict[str, dict[int, dict]]:
-    """``{teacher: {layer: {step: L1}}}`` from a run's scalars (:mod:`.scalars`)."""
-    curves: dict[str, dict[int, dict]] = {}
+def teacher_curves(scalars: Mapping[str, Mapping[int, float]]) -> dict[str, dict[str, dict]]:
+    """``{teacher: {layer: {step: L1}}}`` from a run's scalars (:mod:`.scalars`).
+
+    A layer is a number as text, or ``1-3`` for a group of layers.
+    """
+    curves: dict[str, dict[str, dict]] = {}
     for tag, points in scalars.items():
         match = _TEACHER.match(tag)
         if match:
-            curves.setdefault(match["teacher"], {})[int(match["layer"])] = dict(points)
+            curves.setdefault(match["teacher"], {})[match["layer"]] = dict(points)
     return curves
+
+
+def _first_layer(item: tuple[str, dict]) -> int:
+    return int(re.split("[_-]", item[0])[0])
 
 
 def plot_run(scalars: Mapping[str, Mapping[int, float]], path: str | Path) -> None:
@@ -42,7 +49,7 @@ def plot_run(scalars: Mapping[str, Mapping[int, float]], path: str | Path) -> No
     axes[0].set(title="loss", xlabel="step", ylabel="L1 + λ · (−log σ cos)")
     top = max((max(points.values()) for c in curves.values() for points in c.values()), default=1)
     for axis, (teacher, layers) in zip(axes[1:], curves.items(), strict=True):
-        for layer, points in sorted(layers.items()):
+        for layer, points in sorted(layers.items(), key=_first_layer):
             axis.plot(list(points), list(points.values()), label=f"layer {layer}")
         axis.set(title=f"to {teacher}", xlabel="step", ylabel="L1", ylim=(0, 1.05 * top))
         axis.legend(frameon=False)

@@ -1,7 +1,7 @@
 """The student file: plain tensors and plain settings, loadable with ``weights_only=True``.
 
-``{"format", "version", "settings", "targets", "student", "heads", "about"}``: the student's size,
-the target sets its heads predict, its weights and theirs, and how it was made. A run's checkpoint
+``{"format", "version", "settings", "targets", "head_kind", "student", "heads", "about"}``: the
+student's size, the target sets its heads predict, its weights and theirs, and how it was made. A run's checkpoint
 holds the same under s3prl's keys, so both are read here.
 """
 
@@ -21,6 +21,7 @@ from ..distill.aggregation import TargetSpec
 from ..distill.heads import PredictionHeads
 from ..distill.settings import StudentSettings
 from ..distill.student import Student
+from ..distill.target_settings import HeadSettings
 from ..errors import CheckpointError, ConfigError
 from ..safe_load import safe_load
 from ..schema import build, plain
@@ -46,6 +47,7 @@ def contents(student: Student, heads: PredictionHeads | None, targets, about: Ma
         "version": VERSION,
         "settings": plain(student.settings),
         "targets": {name: plain(spec) for name, spec in targets.items()} if heads else {},
+        "head_kind": heads.kind if heads else "split",
         "student": _cpu(student.state_dict()),
         "heads": _cpu(heads.state_dict()) if heads else {},
         "about": dict(about),
@@ -102,7 +104,8 @@ def load_student(path: str | Path) -> LoadedStudent:
         student.load_state_dict(data["student"])
         heads = None
         if targets:
-            heads = PredictionHeads(student.width, targets)
+            kind = build(HeadSettings, {"kind": data.get("head_kind")}, "head_kind").kind
+            heads = PredictionHeads(student.width, targets, kind)
             heads.load_state_dict(data["heads"])
         about = dict(data["about"])
     except ConfigError as error:

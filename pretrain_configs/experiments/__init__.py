@@ -1,0 +1,1 @@
+"""One YAML for each experiment: its difference to ``config_model.yaml``."""

@@ -1,0 +1,44 @@
+"""Small experiments for the tests of the method."""
+
+from __future__ import annotations
+
+import torch
+from s3prl.upstream.hubert.hubconf import hubert_local
+from s3prl.upstream.wavlm.hubconf import wavlm_local
+from torch.nn.utils.rnn import pad_sequence
+
+from s3prl_ekd.distill.distiller import EnsembleDistiller
+from s3prl_ekd.distill.settings import DistillSettings
+from s3prl_ekd.distill.student import Student
+from s3prl_ekd.distill.target_settings import LossSettings, TeacherSettings
+from s3prl_ekd.distill.teachers import Teacher, TeacherEnsemble
+
+LAYERS = (2, 4)
+
+
+def load(path):
+    return (wavlm_local if "wavlm" in path.name else hubert_local)(str(path))
+
+
+def ensemble(teachers, *names, layers=LAYERS, dropout=False):
+    """Teachers by name; a name may be given twice, as `hubert hubert`."""
+    made = {f"t{i}": Teacher(load(teachers[n]), layers, n) for i, n in enumerate(names)}
+    return TeacherEnsemble(made, dropout)
+
+
+def distiller(teachers, settings, names, aggregation="separate", loss=None, **more):
+    torch.manual_seed(0)
+    layers = more.pop("layers", LAYERS)
+    groups = more.pop("groups", None)
+    made = ensemble(teachers, *names, layers=groups or layers)
+    each = {
+        name: TeacherSettings("x", layers, groups, **more.pop(name, {})) for name in made.keys()
+    }
+    experiment = DistillSettings(
+        each, aggregation, student=settings, loss=loss or LossSettings(), **more
+    )
+    return EnsembleDistiller(made, Student(settings), experiment)
+
+
+def batch_of(waves):
+    return pad_sequence(waves, batch_first=True), torch.tensor([len(wave) for wave in waves])

@@ -1,0 +1,268 @@
+"""What may be done to targets: groups, weights, dropping, standardising, keeping the essence."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from s3prl_ekd.distill.aggregation import TeacherShape
+from s3prl_ekd.distill.initialisation import initialise
+from s3prl_ekd.distill.losses import distillation_loss
+from s3prl_ekd.distill.standardisation import Moments, Standardiser, hadamard, phi_s
+from s3prl_ekd.distill.student import Student
+from s3prl_ekd.distill.target_settings import (
+    EssenceSettings,
+    HeadSettings,
+    LossSettings,
+    TargetSettings,
+    TeacherSettings,
+)
+from s3prl_ekd.distill.teachers import Teacher
+from s3prl_ekd.distill.weighting import agreeing_dims, drop_teachers, weights_at
+from s3prl_ekd.errors import TeacherError
+
+from .experiments import batch_of, distiller, load
+
+
+def test_a_groups_target_is_the_mean_of_its_layers(teachers, waves):
+    teacher = Teacher(load(teachers["hubert"]), [(1, 2), (4,), (0, 3)], "hubert")
+    with torch.no_grad():
+        states, targets = teacher.states(waves), teacher(waves)
+    assert torch.allclose(targets[:, 0], (states[1] + states[2]) / 2, atol=1e-6)
+    assert torch.equal(targets[:, 1], states[4])
+    assert torch.allclose(targets[:, 2], (states[0] + states[3]) / 2, atol=1e-6)
+    assert teacher.labels == ["layers1-2", "layer4", "layers0_3"]
+
+
+def test_groups_of_one_layer_are_those_layers(teachers, student_settings, waves):
+    plain = distiller(teachers, student_settings, ["hubert", "wavlm"])
+    groups = distiller(
+        teachers, student_settings, ["hubert", "wavlm"], "groups", groups=((2,), (4,))
+    )
+    groups.trainable.load_state_dict(plain.trainable.state_dict())
+    batch = batch_of(waves)
+    assert groups(*batch)[0].item() == pytest.approx(plain(*batch)[0].item(), abs=1e-6)
+
+
+def test_groups_are_logged_by_their_layers(teachers, student_settings, waves):
+    ours = distiller(teachers, student_settings, ["hubert"], "groups", groups=((1, 2), (3, 4)))
+    _, parts = ours(*batch_of(waves), detail=True)
+    assert {"t0/l1_layers1-2", "t0/l1_layers3-4"} <= parts.keys()
+
+
+OPTIONS = {
+    "average and heads": ("average", {"targets": TargetSettings(separate_heads=True)}),
+    "concat and heads": ("concat", {"targets": TargetSettings(separate_heads=True)}),
+    "residual": ("separate", {"targets": TargetSettings(residual_heads=True)}),
+    "across": (
+        "groups",
+        {"targets": TargetSettings(across_teachers=True), "groups": ((1, 2), (3, 4))},
+    ),
+    "running": ("average", {"targets": TargetSettings(standardise="running")}),
+    "phi_s": ("concat", {"targets": TargetSettings(standardise="phi_s")}),
+    "dropping": ("separate", {"targets": TargetSettings(drop_teachers=0.5)}),
+    "weights": ("concat", {"t0": {"weight": 3.0}}),
+    "linear heads": ("separate", {"heads": HeadSettings("linear")}),
+    "essence": ("average", {"essence": EssenceSettings(keep=0.5)}),
+    "essence of concat": ("concat", {"essence": EssenceSettings(keep=0.5), "t1": {"weight": 2.0}}),
+    "l2 and raw": ("separate", {"loss": LossSettings(reconstruction="l2", cosine="raw")}),
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_option_learns(teachers, student_settings, waves, option):
+    aggregation, more = OPTIONS[option]
+    ours = distiller(teachers, student_settings, ["hubert", "robust"], aggregation, **more)
+    optimizer = torch.optim.Adam(ours.trainable.parameters(), lr=2e-3)
+    batch = batch_of(waves)
+    ours.train()
+    losses = []
+    for step in range(1, 26):
+        loss, parts = ours(*batch, step=step, detail=True)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+        assert all(torch.isfinite(value).all() for value in parts.values())
+    assert sum(losses[-3:]) < 0.95 * sum(losses[:3])
+
+
+def test_teacher_waves_are_what_the_teachers_hear(teachers, student_settings, waves):
+    ours = distiller(teachers, student_settings, ["hubert"])
+    batch, lengths = batch_of(waves)
+    louder = batch * 2 + 0.01
+    with torch.no_grad():
+        crossed, _ = ours(batch, lengths, teacher_waves=louder)
+        out = ours.student(batch, lengths)
+        hidden = ours.teachers([w[:n] for w, n in zip(louder, lengths, strict=True)])
+        expected, _ = distillation_loss(ours.heads(out.last), hidden, {"t0": out.mask})
+    assert crossed.item() == pytest.approx(expected.item(), abs=1e-6)
+
+
+def test_weights_move_in_a_straight_line():
+    teachers = {"a": TeacherSettings("x", weight=1.0, final_weight=0.0), "b": TeacherSettings("x")}
+    assert weights_at(teachers, 1, 10) == {"a": 1.0, "b": 1.0}
+    assert weights_at(teachers, 6, 10)["a"] == pytest.approx(0.5)
+    assert weights_at(teachers, 11, 10)["a"] == 0.0 == weights_at(teachers, 999, 10)["a"]
+    assert weights_at(teachers, 1, 0)["a"] == 0.0
+
+
+def test_a_teacher_of_weight_zero_teaches_nothing(teachers, student_settings, waves):
+    batch = batch_of(waves)
+    for aggregation in ("separate", "average"):
+        two = distiller(
+            teachers, student_settings, ["hubert", "wavlm"], aggregation, t1={"weight": 0.0}
+        )
+        one = distiller(teachers, student_settings, ["hubert"], aggregation)
+        one.student.load_state_dict(two.student.state_dict())
+        head = next(iter(two.heads.values()))
+        next(iter(one.heads.values())).load_state_dict(head.state_dict())
+        assert two(*batch)[0].item() == pytest.approx(one(*batch)[0].item(), abs=1e-6)
+
+
+def test_dropping_keeps_the_hardest_and_drops_the_others_half_the_time():
+    generator = torch.Generator().manual_seed(0)
+    losses = {"a": torch.rand(4000), "b": torch.rand(4000), "c": torch.rand(4000)}
+    stays = drop_teachers(losses, 0.5, generator)
+    hardest = torch.stack(list(losses.values())).argmax(0)
+    for i, name in enumerate(losses):
+        assert (stays[name][hardest == i] == 1).all()
+        others = stays[name][hardest != i]
+        assert others.mean().item() == pytest.approx(0.5, abs=0.03)
+    assert all((s == 1).all() for s in drop_teachers(losses, 0.0).values())
+    everyone = torch.stack(list(drop_teachers(losses, 1.0).values()))
+    assert (everyone.sum(0) == 1).all()
+
+
+def test_dropping_only_in_training(teachers, student_settings, waves):
+    options = {"targets": TargetSettings(drop_teachers=1.0)}
+    dropping = distiller(teachers, student_settings, ["hubert", "wavlm"], **options)
+    plain = distiller(teachers, student_settings, ["hubert", "wavlm"])
+    dropping.trainable.load_state_dict(plain.trainable.state_dict())
+    batch = batch_of(waves)
+    assert dropping.eval()(*batch)[0].item() == plain.eval()(*batch)[0].item()
+    assert dropping.train()(*batch)[0].item() != plain.train()(*batch)[0].item()
+
+
+def test_agreeing_dims_by_hand():
+    # spreads of the dimensions: 0, 2, 1, 3 (times a constant)
+    hidden = {
+        "a": torch.tensor([0.0, 0.0, 0.0, 0.0]).view(1, 1, 1, 4),
+        "b": torch.tensor([0.0, 2.0, 1.0, -3.0]).view(1, 1, 1, 4),
+    }
+    assert agreeing_dims(hidden, 0.5).flatten().tolist() == [1, 0, 1, 0]
+    assert agreeing_dims(hidden, 0.75).flatten().tolist() == [1, 1, 1, 0]
+    assert agreeing_dims(hidden, 0.01).flatten().tolist() == [1, 0, 0, 0]
+
+
+def random_states(width=24, frames=400, targets=2):
+    """Correlated, shifted frames ``[batch, target, frame, dim]`` and a mask of the first 300."""
+    generator = torch.Generator().manual_seed(0)
+    mix = torch.randn(width, width, generator=generator)
+    states = torch.randn(3, targets, frames, width, generator=generator) @ mix + 50.0
+    mask = torch.ones(3, frames)
+    mask[:, 300:] = 0
+    return states, mask
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_moments_are_those_of_all_valid_frames(full):
+    states, mask = random_states()
+    moments = Moments(2, 24, full)
+    for i in range(3):  # batch by batch
+        moments.update(states[i : i + 1], mask[i : i + 1])
+    for target in range(2):
+        frames = states[:, target, :300].reshape(-1, 24)
+        assert torch.allclose(moments.mean[target], frames.mean(0), rtol=1e-4)
+        covariance = torch.cov(frames.T, correction=0)
+        wanted = covariance if full else covariance.diagonal()
+        assert torch.allclose(moments.covariance[target], wanted, rtol=1e-3, atol=1e-2)
+
+
+def test_running_standardisation_gives_mean_0_and_deviation_1():
+    states, mask = random_states()
+    standardiser = Standardiser({"a": TeacherShape(((1,), (2,)), 24)}, "running", 10)
+    out = standardiser({"a": states}, mask, learn=True)["a"][:, :, :300]
+    assert torch.allclose(out.mean((0, 2)), torch.zeros(2, 24), atol=1e-3)
+    assert torch.allclose(out.std((0, 2)), torch.ones(2, 24), atol=1e-2)
+
+
+def test_phi_s_spreads_the_variance_evenly_and_keeps_the_shape():
+    states, mask = random_states()
+    standardiser = Standardiser({"a": TeacherShape(((1,), (2,)), 24)}, "phi_s", 10)
+    out = standardiser({"a": states}, mask, learn=True)["a"][:, :, :300]
+    assert torch.allclose(out.mean((0, 2)), torch.zeros(2, 24), atol=1e-3)
+    assert torch.allclose(out.var((0, 2)), torch.ones(2, 24), atol=1e-2)
+    # one rotation and one scale: the ratios of all distances stay
+    before = torch.cdist(states[0, 0, :5], states[0, 0, :5])
+    after = torch.cdist(out[0, 0, :5], out[0, 0, :5])
+    ratio = (after / before)[~torch.eye(5, dtype=torch.bool)]
+    assert torch.allclose(ratio, ratio[0].expand_as(ratio), rtol=1e-3)
+
+
+@pytest.mark.parametrize("size", [1, 2, 12, 20, 48, 96, 768, 1024])
+def test_hadamard_matrices(size):
+    matrix = hadamard(size)
+    assert torch.allclose(matrix @ matrix.T, torch.eye(size), atol=1e-5)
+    assert torch.allclose(matrix.abs(), torch.full_like(matrix, size**-0.5), atol=1e-6)
+
+
+def test_no_hadamard_matrix_no_phi_s():
+    assert hadamard(7) is None
+    with pytest.raises(TeacherError, match="mine has 7; use running"):
+        Standardiser({"mine": TeacherShape(((1,),), 7)}, "phi_s", 10)
+
+
+def test_statistics_are_fixed_after_their_steps_and_in_evaluation():
+    states, mask = random_states()
+    standardiser = Standardiser({"a": TeacherShape(((1,), (2,)), 24)}, "running", 2)
+    for scale, learn in ((1, True), (1, True), (9, True), (9, False)):
+        standardiser({"a": states * scale}, mask, learn=learn)
+    assert standardiser.moments["a"].count == 2 * 900
+    fresh = Standardiser({"a": TeacherShape(((1,), (2,)), 24)}, "running", 2)
+    fresh.load_state_dict(standardiser.state_dict())
+    for learn in (True, False):  # a resumed run goes on as if it had not stopped
+        one, other = (s({"a": states}, mask, learn)["a"] for s in (standardiser, fresh))
+        assert torch.equal(one, other)
+
+
+def test_phi_s_of_a_diagonal_covariance_by_hand():
+    transform = phi_s(torch.diag(torch.tensor([1.0, 3.0]))[None])[0]
+    # mean variance 2; columns mix the two axes by +-1/sqrt 2, divided by sqrt 2
+    assert torch.allclose(transform.abs(), torch.full((2, 2), 0.5), atol=1e-6)
+    assert (transform.T @ torch.diag(torch.tensor([1.0, 3.0])) @ transform).diagonal().tolist() == (
+        pytest.approx([1.0, 1.0], abs=1e-5)
+    )
+
+
+def test_initialisation_from_chosen_layers(teachers, student_settings):
+    teacher = load(teachers["hubert"]).model
+    student = Student(student_settings)
+    initialise(student, [teacher], conv=True, encoder=True, layers=(0, 3))
+    state, theirs = student.backbone.state_dict(), teacher.state_dict()
+    for ours, source in ((0, 0), (1, 3)):
+        key = "self_attn.k_proj.weight"
+        wanted = theirs[f"encoder.layers.{source}.{key}"]
+        assert torch.equal(state[f"encoder.layers.{ours}.{key}"], wanted)
+    with pytest.raises(TeacherError, match="the teacher has no encoder.layers.9"):
+        initialise(student, [teacher], conv=True, encoder=True, layers=(0, 9))
+
+
+def test_initialisation_from_the_average_of_several(teachers, student_settings):
+    models = [load(teachers[name]).model for name in ("hubert", "robust", "wavlm")]
+    student = Student(student_settings)
+    initialise(student, models, conv=True, encoder=True)
+    for key in ("post_extract_proj.weight", "encoder.layers.1.fc2.bias"):
+        mean = sum(model.state_dict()[key] for model in models) / 3
+        assert torch.allclose(student.backbone.state_dict()[key], mean, atol=1e-6)
+    wide = load(teachers["wide"]).model
+    with pytest.raises(TeacherError, match="does not fit the student"):
+        initialise(student, [models[0], wide], conv=True, encoder=True)
+
+
+def test_more_layers_than_two(teachers, student_settings, waves):
+    deep = dataclasses.replace(student_settings, encoder_layers=4)
+    ours = distiller(teachers, deep, ["hubert"])
+    initialise(ours.student, [load(teachers["hubert"]).model], conv=True, encoder=True)
+    batch, lengths = batch_of(waves)
+    assert len(ours.student(batch, lengths).hidden_states) == 5
