@@ -20,6 +20,7 @@ COMMANDS = {
     "doctor": "versions, shims, audio, devices, and which recipes could run here",
     "lengths": "write length tables (len_for_bucket) for a folder of audio",
     "prepare": "turn a manifest (TSV) into the layout that s3prl's recipes read",
+    "matrix": "distil with several configs and seeds, and compare them in a table",
     "export": "write a student as a file that stands alone",
     "demo": "the whole way on a synthetic corpus: three teachers, one student, one score",
 }

@@ -20,9 +20,11 @@ compat.apply()
 
 from .config import load_data_config, load_model_config  # noqa: E402
 from .data.batches import Batch, train_loader  # noqa: E402
+from .data.distortion.epochs import EpochSampler  # noqa: E402
 from .distill.distiller import EnsembleDistiller  # noqa: E402
 from .distill.initialisation import initialise  # noqa: E402
 from .distill.student import Student  # noqa: E402
+from .essence.units import load_units  # noqa: E402
 from .export.student_file import RUN_KEY, contents  # noqa: E402
 from .schema import plain  # noqa: E402
 from .teacher_sources import load_teachers, teacher_model  # noqa: E402
@@ -65,7 +67,10 @@ class UpstreamPretrainExpert(nn.Module):
             seed=torch.initial_seed(),  # what the Runner has seeded torch with
         )
         teachers = load_teachers(self.settings.teachers, self.settings.teacher_dropout)
-        self.distiller = EnsembleDistiller(teachers, student, self.settings)
+        units = self.settings.essence.units
+        self.distiller = EnsembleDistiller(
+            teachers, student, self.settings, load_units(units) if units else None
+        )
         init = self.settings.init
         if init.sources:
             models = [teacher_model(teachers, name) for name in init.sources]
@@ -163,6 +168,8 @@ class UpstreamPretrainExpert(nn.Module):
         all_states["Upstream_Config"] = plain(self.settings)
         if self.distiller.standardiser is not None:
             all_states["Standardiser"] = self.distiller.standardiser.state_dict()
+        if self.distiller.units is not None:
+            all_states["UnitHead"] = self.distiller.trainable["unit_head"].state_dict()
         # The Runner counts the step after saving, so its number is one behind the weights and a
         # resumed run would take that step twice.
         all_states["Step"] += 1
@@ -180,9 +187,19 @@ class UpstreamPretrainExpert(nn.Module):
             self.distiller.heads.load_state_dict(saved["heads"])
             if self.distiller.standardiser is not None:
                 self.distiller.standardiser.load_state_dict(all_states["Standardiser"])
+            if self.distiller.units is not None:
+                self.distiller.trainable["unit_head"].load_state_dict(all_states["UnitHead"])
+            self._go_on_at_epoch(all_states)
         except (KeyError, TypeError, RuntimeError) as error:
             first = str(error).strip().splitlines()[0]
             raise CheckpointError(f"the checkpoint does not fit this run: {first}") from None
+
+    def _go_on_at_epoch(self, all_states: dict) -> None:
+        """Distortions are drawn by epoch: a resumed run takes the next ones, not the first."""
+        sampler = self.dataloader.sampler
+        if isinstance(sampler, EpochSampler):
+            each = all_states["Config"]["runner"]["gradient_accumulate_steps"]
+            sampler.epoch = all_states["Step"] * each // len(self.dataloader)
 
 
 def _count(module: nn.Module) -> int:

@@ -30,6 +30,7 @@ def distiller(teachers, settings, names, aggregation="separate", loss=None, **mo
     torch.manual_seed(0)
     layers = more.pop("layers", LAYERS)
     groups = more.pop("groups", None)
+    units = more.pop("units", None)
     made = ensemble(teachers, *names, layers=groups or layers)
     each = {
         name: TeacherSettings("x", layers, groups, **more.pop(name, {})) for name in made.keys()
@@ -37,7 +38,7 @@ def distiller(teachers, settings, names, aggregation="separate", loss=None, **mo
     experiment = DistillSettings(
         each, aggregation, student=settings, loss=loss or LossSettings(), **more
     )
-    return EnsembleDistiller(made, Student(settings), experiment)
+    return EnsembleDistiller(made, Student(settings), experiment, units)
 
 
 def batch_of(waves):

@@ -266,3 +266,56 @@ def test_more_layers_than_two(teachers, student_settings, waves):
     initialise(ours.student, [load(teachers["hubert"]).model], conv=True, encoder=True)
     batch, lengths = batch_of(waves)
     assert len(ours.student(batch, lengths).hidden_states) == 5
+
+
+class FakeUnits:
+    """The sign of the first two dimensions: four units."""
+
+    teacher, layer, clusters, width = "t0", 3, 4, 48
+
+    def label(self, hidden):
+        return (hidden[..., 0] > 0).long() + 2 * (hidden[..., 1] > 0).long()
+
+
+def test_the_unit_head_learns_hard_labels(teachers, student_settings, waves):
+    ours = distiller(teachers, student_settings, ["hubert"], units=FakeUnits())
+    plain = distiller(teachers, student_settings, ["hubert"])
+    plain.student.load_state_dict(ours.student.state_dict())
+    plain.heads.load_state_dict(ours.heads.state_dict())
+    batch = batch_of(waves)
+    loss, parts = ours(*batch)
+    alone, _ = plain(*batch)
+    assert loss.item() == pytest.approx((alone + parts["unit_loss"]).item(), abs=1e-5)
+    # by hand: cross-entropy of the head's logits on the labels of valid frames
+    with torch.no_grad():
+        hidden = load(teachers["hubert"]).eval()(waves)["hidden_states"][3]
+        out = ours.student(*batch)
+        chosen = out.mask.bool()
+        logits = ours.trainable["unit_head"](out.last)[chosen]
+        labels = FakeUnits().label(hidden)[chosen]
+        picked = logits.log_softmax(-1)[torch.arange(len(labels)), labels]
+    assert parts["unit_loss"].item() == pytest.approx(-picked.mean().item(), abs=1e-4)
+    right = (logits.argmax(-1) == labels).float().mean().item()
+    assert parts["unit_accuracy"].item() == pytest.approx(right, abs=1e-6)
+    optimizer = torch.optim.Adam(ours.trainable.parameters(), lr=3e-3)
+    for _ in range(40):
+        loss, parts = ours(*batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert parts["unit_accuracy"].item() > max(right, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"teacher": "t7"}, "are of the teacher 't7'; the config has: t0"),
+        ({"layer": 9}, "are of layer 9 with width 48; t0 has layers 0 to 4"),
+        ({"width": 64}, "with width 64; t0 has layers 0 to 4 of width 48"),
+    ],
+)
+def test_units_that_do_not_fit(teachers, student_settings, change, said):
+    units = FakeUnits()
+    vars(units).update(change)
+    with pytest.raises(TeacherError, match=said):
+        distiller(teachers, student_settings, ["hubert"], units=units)

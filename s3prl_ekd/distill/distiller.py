@@ -15,6 +15,7 @@ from .settings import DistillSettings
 from .standardisation import Standardiser
 from .student import Student
 from .teachers import TeacherEnsemble
+from .unit_head import UnitLabels, check_units, unit_terms
 from .weighting import agreeing_dims, drop_teachers, weights_at
 
 
@@ -25,12 +26,20 @@ class EnsembleDistiller(nn.Module):
         teachers: the frozen teachers, by their names in the settings.
         student: the student's backbone.
         settings: the experiment.
+        units: hard labels for a classification head, or None; see :class:`UnitLabels`.
 
     Raises:
-        TeacherError: the teachers cannot be aggregated this way, or have another frame rate.
+        TeacherError: the teachers cannot be aggregated this way, have another frame rate, or not
+            the layer that the units are of.
     """
 
-    def __init__(self, teachers: TeacherEnsemble, student: Student, settings: DistillSettings):
+    def __init__(
+        self,
+        teachers: TeacherEnsemble,
+        student: Student,
+        settings: DistillSettings,
+        units: UnitLabels | None = None,
+    ):
         super().__init__()
         for name, teacher in teachers.items():
             if teacher.stride != student.settings.stride:
@@ -50,6 +59,10 @@ class EnsembleDistiller(nn.Module):
         heads = PredictionHeads(student.width, self.aggregate.specs, settings.heads.kind)
         # What is trained, apart from what is not: an optimizer over `trainable` sees no teacher.
         self.trainable = nn.ModuleDict({"student": student, "heads": heads})
+        self.units = units
+        if units is not None:
+            check_units(units, teachers)
+            self.trainable["unit_head"] = nn.Linear(student.width, units.clusters)
 
     @property
     def student(self) -> Student:
@@ -81,7 +94,8 @@ class EnsembleDistiller(nn.Module):
         """
         heard = waves if teacher_waves is None else teacher_waves
         unpadded = [wave[:length] for wave, length in zip(heard, lengths.tolist(), strict=True)]
-        hidden = self.teachers(unpadded)  # {teacher: [batch, layer, frame, dim]}
+        states = self.teachers.states(unpadded)
+        hidden = self.teachers.targets(states)  # {teacher: [batch, layer, frame, dim]}
         out = self.student(waves, lengths)
         predictions = self.heads(out.last)  # {target set: [batch, layer, frame, width]}
 
@@ -102,6 +116,12 @@ class EnsembleDistiller(nn.Module):
             self.aggregate.set_weights(weights),
             self._dims(hidden, weights, targets),
         )
+        if self.units is not None:
+            labels = self.units.label(states[self.units.teacher][self.units.layer])
+            logits = self.trainable["unit_head"](out.last)
+            unit_loss, parts["unit_accuracy"] = unit_terms(logits, labels, out.mask)
+            parts["unit_loss"] = unit_loss.detach()
+            loss = loss + self.settings.essence.unit_weight * unit_loss
         if self.settings.loss.feature_penalty:
             penalty = out.features.float().pow(2).mean()
             loss = loss + self.settings.loss.feature_penalty * penalty

@@ -104,10 +104,19 @@ class TeacherEnsemble(nn.ModuleDict):
         return {name: teacher.shape for name, teacher in self.items()}
 
     @torch.no_grad()
-    def forward(self, waves: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Waveforms ``[sample]`` at 16 kHz -> ``{teacher: [batch, target, frame, dim]}``.
+    def states(self, waves: Sequence[Tensor]) -> dict[str, Sequence[Tensor]]:
+        """Waveforms ``[sample]`` at 16 kHz -> all hidden states of each teacher.
 
         Computed in float32 under autocast too: these are the targets.
         """
         with torch.autocast(waves[0].device.type, enabled=False):
-            return crop_frames({name: teacher(waves) for name, teacher in self.items()})
+            return {name: teacher.states(waves) for name, teacher in self.items()}
+
+    @torch.no_grad()
+    def targets(self, states: Mapping[str, Sequence[Tensor]]) -> dict[str, Tensor]:
+        """The targets among them: ``{teacher: [batch, target, frame, dim]}``, of equal frames."""
+        return crop_frames({name: teacher.pick(states[name]) for name, teacher in self.items()})
+
+    def forward(self, waves: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Waveforms ``[sample]`` at 16 kHz -> ``{teacher: [batch, target, frame, dim]}``."""
+        return self.targets(self.states(waves))

@@ -52,6 +52,7 @@ class Distorter:
             if len(corpus) < 2:
                 raise DataError("distortion.babble: the corpus has no second utterance to mix in")
             self.voices = AudioPool("distortion.babble", root, corpus)
+        count = sum(map(len, self.impulses))
         logger.info(
             "distortion %s: %s, %g to %g dB; then one of %s; %s",
             settings.setup,
@@ -59,9 +60,7 @@ class Distorter:
             settings.snr_min,
             settings.snr_max,
             ", ".join(settings.convolutive_kinds),
-            f"{sum(map(len, self.impulses))} impulse responses"
-            if self.impulses
-            else "simulated rooms",
+            f"{count} impulse responses" if count else "simulated rooms",
         )
 
     def _describe(self, kind: str) -> str:

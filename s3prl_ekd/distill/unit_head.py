@@ -1,0 +1,64 @@
+"""Hard labels beside the soft targets: the multitask half of Essence KD (arXiv 1906.10834).
+
+For speech SSL teachers there are no transcripts, so the hard labels are the k-means units of one
+teacher's layer (*ours*), predicted by a linear classification head on the student's last hidden
+state.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import TeacherError
+from .teachers import TeacherEnsemble
+
+
+class UnitLabels(Protocol):
+    """What labels frames: of which teacher's layer, into how many classes."""
+
+    teacher: str
+    layer: int
+    clusters: int
+    width: int
+
+    def label(self, hidden: Tensor) -> Tensor:
+        """``[batch, frame, dim]`` -> ``[batch, frame]``, whole numbers below ``clusters``."""
+
+
+def check_units(units: UnitLabels, teachers: TeacherEnsemble) -> None:
+    """Raise TeacherError unless the units' teacher is among the teachers and has their layer."""
+    if units.teacher not in teachers:
+        raise TeacherError(
+            f"essence.units are of the teacher {units.teacher!r}; the config has: "
+            f"{', '.join(teachers)}"
+        )
+    teacher = teachers[units.teacher]
+    if units.layer > teacher.depth or units.width != teacher.width:
+        raise TeacherError(
+            f"essence.units are of layer {units.layer} with width {units.width}; {units.teacher} "
+            f"has layers 0 to {teacher.depth} of width {teacher.width}"
+        )
+
+
+def unit_terms(logits: Tensor, labels: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy and accuracy over valid frames.
+
+    Args:
+        logits: ``[batch, frame, unit]``.
+        labels: ``[batch, frame]``; may have a frame more or fewer.
+        mask: ``[batch, frame]``, 1 where a frame is valid.
+
+    Returns:
+        Two scalars: the mean cross-entropy, and the share of frames whose best unit is right.
+    """
+    frames = min(logits.shape[1], labels.shape[1])
+    logits, labels, mask = logits[:, :frames].float(), labels[:, :frames], mask[:, :frames]
+    each = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none")  # [batch, frame]
+    count = mask.sum().clamp(min=1)
+    with torch.no_grad():
+        right = (logits.argmax(-1) == labels) * mask
+    return (each * mask).sum() / count, right.sum() / count

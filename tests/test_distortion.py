@@ -1,0 +1,267 @@
+"""Distortions: what each kind does to the sound, against an independent computation."""
+
+import dataclasses
+import math
+import random
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from s3prl_ekd.data.distortion import convolutive
+from s3prl_ekd.data.distortion.additive import babble, fit, gaussian, mix
+from s3prl_ekd.data.distortion.functional import functional
+from s3prl_ekd.data.distortion.pipeline import Distorter
+from s3prl_ekd.data.distortion.settings import DistortionSettings
+from s3prl_ekd.data.distortion.sources import AudioPool
+from s3prl_ekd.schema import build
+
+from .conftest import make_sound
+
+RATE = 16000
+
+
+def power(samples) -> float:
+    return float(np.mean(np.asarray(samples, np.float64) ** 2))
+
+
+def snr_of(clean, noisy) -> float:
+    clean, noisy = np.asarray(clean, np.float64), np.asarray(noisy, np.float64)
+    return 10 * math.log10(power(clean) / power(noisy - clean))
+
+
+def tone(hertz: float, seconds: float = 1.0) -> torch.Tensor:
+    return 0.3 * torch.sin(2 * math.pi * hertz * torch.arange(int(seconds * RATE)) / RATE)
+
+
+def only(part: str, kind: str, **more) -> DistortionSettings:
+    """Settings that draw nothing but one kind of one part."""
+    off = {
+        "additive_weights": {"noise": 0, "gaussian": 0, "babble": 0, "clean": 0},
+        "convolutive_weights": {"reverb": 0, "pitch": 0, "band_reject": 0, "clean": 0},
+    }
+    other = next(name for name in off if not name.startswith(part))
+    off[f"{part}_weights"][kind] = 1
+    off[other]["clean"] = 1
+    return build(DistortionSettings, {"setup": "setup1", **off, **more}, "distortion")
+
+
+def make_folders(tmp_path):
+    """A noise folder (a long, a short and a silent file) and two impulse responses."""
+    noise, rooms = tmp_path / "noise", tmp_path / "rooms"
+    (noise / "below").mkdir(parents=True)
+    rooms.mkdir()
+    soundfile.write(noise / "long.wav", make_sound(3.0, seed=21), RATE, subtype="FLOAT")
+    soundfile.write(noise / "below" / "short.wav", make_sound(0.3, seed=22), RATE, subtype="FLOAT")
+    soundfile.write(noise / "zero.wav", np.zeros(5000), RATE, subtype="PCM_16")
+    for i in range(2):
+        room = 0.1 * make_sound(0.2, seed=30 + i)
+        room[50] = 1.0  # the direct path comes 50 samples late
+        soundfile.write(rooms / f"{i}.wav", room, RATE, subtype="FLOAT")
+    return {"noise": [str(noise)], "impulses": [str(rooms)]}
+
+
+@pytest.fixture
+def folders(tmp_path):
+    return make_folders(tmp_path)
+
+
+@pytest.mark.parametrize("snr", [-5.0, 0.0, 10.0, 19.0])
+@pytest.mark.parametrize("level", [1.0, 1e-4])
+def test_the_snr_is_exact(snr, level):
+    wave = level * torch.from_numpy(make_sound(1.0, seed=1))
+    noise = torch.from_numpy(make_sound(1.0, seed=2))
+    # What float32 rounds off the sum is noise, too, at about -140 dB of the wave.
+    assert snr_of(wave, mix(wave, noise, snr)) == pytest.approx(snr, abs=1e-4)
+
+
+def test_a_silent_wave_stays_silent():
+    assert mix(torch.zeros(500), torch.ones(500), 10.0).abs().max() == 0
+
+
+def test_a_long_noise_is_cropped_and_a_short_one_looped():
+    noise = torch.arange(1.0, 11.0)
+    starts = set()
+    for seed in range(40):
+        crop = fit(noise, 4, random.Random(seed)).tolist()
+        assert crop == list(range(int(crop[0]), int(crop[0]) + 4))
+        starts.add(crop[0])
+        loop = fit(noise, 25, random.Random(seed)).tolist()
+        assert loop == [(int(loop[0]) - 1 + i) % 10 + 1 for i in range(25)]
+    assert starts == set(range(1, 8))  # every place where 4 samples fit
+    late = torch.cat([torch.zeros(1000), torch.ones(3)])
+    assert all(fit(late, 5, random.Random(seed)).sum() > 0 for seed in range(20))
+
+
+def test_gaussian_noise_is_white_and_normal():
+    noise = gaussian(200_000, random.Random(1)).double().numpy()
+    assert abs(noise.mean()) < 0.01 and abs(noise.std() - 1) < 0.01
+    assert abs((noise**4).mean() - 3) < 0.1  # the fourth moment of a normal variable
+    bands = (np.abs(np.fft.rfft(noise)) ** 2)[1:100_001].reshape(10, -1).mean(1)
+    assert bands.max() / bands.min() < 1.06
+    assert np.array_equal(noise, gaussian(200_000, random.Random(1)).double().numpy())
+
+
+def test_babble_is_of_the_others(tmp_path):
+    """With one other utterance, babble of two voices is that one twice, each of power 1."""
+    for i, name in enumerate("ab"):
+        soundfile.write(tmp_path / f"{name}.wav", make_sound(0.1, seed=i), RATE, subtype="FLOAT")
+    pool = AudioPool("babble", tmp_path, ["a.wav", "b.wav"])
+    other, _ = soundfile.read(tmp_path / "b.wav", dtype="float32")
+    for seed in range(6):
+        sound = babble(pool, 2, 1600, random.Random(seed), own="a.wav")
+        assert np.allclose(sound, 2 * other / math.sqrt(power(other)), atol=1e-5)
+
+
+def test_reverberation_is_numpys_convolution():
+    wave = torch.from_numpy(make_sound(0.5, seed=3))
+    impulse = 0.05 * torch.from_numpy(make_sound(0.2, seed=4))
+    impulse[40] = 1.0
+    wet = convolutive.reverberate(wave, impulse).numpy()
+    expected = np.convolve(wave.double(), impulse[40:].double())[: len(wave)]
+    expected *= math.sqrt(power(wave) / power(expected))
+    assert wet.shape == wave.shape and np.allclose(wet, expected, atol=1e-5)
+    assert power(wet) == pytest.approx(power(wave), rel=1e-4)
+
+
+def test_a_late_direct_path_does_not_delay():
+    wave = torch.from_numpy(make_sound(0.3, seed=5))
+    late = torch.zeros(900)
+    late[700] = -0.5
+    assert torch.allclose(convolutive.reverberate(wave, late), -wave, atol=1e-6)
+
+
+@pytest.mark.parametrize("rt60", [0.2, 0.8])
+def test_a_simulated_room_decays_as_asked(rt60):
+    """Schroeder's backward integral falls by 60 dB in rt60: its slope over the first half."""
+    room = convolutive.simulate_impulse(rt60, drr=6.0, seed=7).double().numpy()
+    assert len(room) == round(rt60 * RATE) and room[0] == 1
+    assert 10 * math.log10(1 / (room[1:] ** 2).sum()) == pytest.approx(6.0, abs=1e-3)
+    decay = 10 * np.log10(np.cumsum(room[:0:-1] ** 2)[::-1])
+    half = len(decay) // 2
+    slope = (decay[half] - decay[0]) / (half / RATE)
+    assert slope * rt60 == pytest.approx(-60, abs=3)
+
+
+@pytest.mark.parametrize("cents", [-500, -213, -20, 0, 40, 300, 500])
+def test_a_tone_moves_by_the_cents(cents):
+    shifted = convolutive.shift_pitch(tone(440, 2.0), cents).numpy()
+    assert shifted.shape == (32000,)
+    middle = shifted[4000:28000] * np.hanning(24000)
+    found = np.abs(np.fft.rfft(middle, 2**20)).argmax() * RATE / 2**20
+    percent = convolutive.nearest_shift(cents)
+    assert abs(1200 * math.log2(found / (4.4 * percent))) < 2  # the vocoder's own error
+    assert abs(1200 * math.log2(found / 440) - cents) < 9 + 3  # half a percent is 9 cents
+
+
+def test_every_pitch_shift_is_cheap(monkeypatch):
+    """No shift may ask torchaudio for more than 100 filters, else it takes seconds."""
+    seen = []
+    real = functional.pitch_shift
+
+    def watched(wave, rate, steps, **more):
+        seen.append(int(rate / 2.0 ** (-float(steps) / more["bins_per_octave"])))
+        return real(wave, rate, steps, **more)
+
+    monkeypatch.setattr(functional, "pitch_shift", watched)
+    for cents in range(-500, 501, 8):
+        convolutive.shift_pitch(torch.randn(600), cents)
+    assert len(seen) > 100 and all(rate % 160 == 0 for rate in seen)
+
+
+@pytest.mark.parametrize(("centre", "width"), [(250, 100), (1000, 500), (3000, 1000), (6000, 100)])
+def test_the_band_is_rejected(centre, width):
+    noise = gaussian(4 * RATE, random.Random(2))
+    out = convolutive.reject_band(noise, centre, width).numpy()
+    before, after = (np.abs(np.fft.rfft(x)) ** 2 for x in (noise.numpy(), out))
+    hertz = np.fft.rfftfreq(4 * RATE, 1 / RATE)
+
+    def decibels(low, high):
+        inside = (hertz >= low) & (hertz < high)
+        return 10 * math.log10(after[inside].sum() / before[inside].sum())
+
+    assert decibels(centre - width / 20, centre + width / 20) < -15
+    assert decibels(centre - width / 3, centre + width / 3) < -6
+    for far in (centre / 4, centre + 3 * width):
+        if far + 50 < 8000:
+            assert -1.5 < decibels(far - 50, far + 50) < 0.2
+
+
+@pytest.mark.parametrize(("centre", "width"), [(300, 100), (1500, 1000), (6000, 400)])
+def test_the_band_is_as_wide_as_asked(centre, width):
+    impulse = torch.zeros(RATE)
+    impulse[0] = 1
+    gain = np.abs(np.fft.rfft(convolutive.reject_band(impulse, centre, width).numpy()))
+    assert gain[centre] < 1e-3  # a bin is 1 Hz
+    assert (gain < math.sqrt(0.5)).sum() == pytest.approx(width, abs=2)
+
+
+@pytest.mark.parametrize(("centre", "width"), [(200, 100), (200, 1000), (2500, 300), (6000, 100)])
+def test_the_band_filter_is_torchaudios(centre, width):
+    """Impulse response and convolution against the filter run over the wave itself."""
+    wave = gaussian(2500, random.Random(3)) * 0.1
+    quality = convolutive.quality(centre, width)
+    slow = functional.bandreject_biquad(wave.double(), RATE, centre, quality).float()
+    assert torch.allclose(convolutive.reject_band(wave, centre, width), slow, atol=1e-6)
+
+
+@pytest.mark.parametrize("length", [400, 1601, 24000])
+@pytest.mark.parametrize(
+    ("part", "kind"),
+    [
+        ("additive", "noise"),
+        ("additive", "gaussian"),
+        ("additive", "babble"),
+        ("convolutive", "reverb"),
+        ("convolutive", "pitch"),
+        ("convolutive", "band_reject"),
+    ],
+)
+def test_each_kind_keeps_length_type_and_range(corpus, folders, part, kind, length):
+    wave = torch.from_numpy(make_sound(1.5, seed=9)[:length].copy())
+    wave *= 0.99 / wave.abs().max()  # loud, so that the sums leave the range
+    kept = wave.clone()
+    files = sorted(path.name for path in (corpus / "audio").iterdir())
+    for more in (folders, {"noise": folders["noise"]}):
+        settings = only(part, kind, babble=True, **more)
+        distorter = Distorter(settings, 1, corpus / "audio", files)
+        for epoch in range(4):
+            out = distorter(wave, "u1.flac", epoch, "student")
+            assert out.shape == wave.shape and out.dtype == torch.float32
+            assert out.isfinite().all() and out.abs().max() <= 1.000001
+            assert not torch.equal(out, wave)
+    assert torch.equal(wave, kept)
+    silent = distorter(torch.zeros(length), "u1.flac", 0, "student")
+    assert silent.abs().max() == 0
+
+
+def test_the_pipeline_mixes_at_the_drawn_snr(folders):
+    wave = 0.1 * torch.from_numpy(make_sound(1.0, seed=10))
+    for settings in (only("additive", "gaussian"), only("additive", "noise", **folders)):
+        distorter = Distorter(settings, seed=4)
+        for epoch in range(6):
+            plan = distorter.plan("u", epoch, "student")
+            assert 10 <= plan.snr <= 19
+            assert snr_of(wave, distorter.render(wave, plan)) == pytest.approx(plan.snr, abs=1e-3)
+
+
+def test_the_noise_goes_on_the_reverberated_voice():
+    wave = 0.1 * torch.from_numpy(make_sound(1.0, seed=11))
+    distorter = Distorter(DistortionSettings(setup="setup1"), seed=4)
+    plan = dataclasses.replace(
+        distorter.plan("u", 0, "student"), additive="gaussian", convolutive="reverb"
+    )
+    room = distorter.render(wave, dataclasses.replace(plan, additive="clean"))
+    assert snr_of(room, distorter.render(wave, plan)) == pytest.approx(plan.snr, abs=1e-3)
+
+
+def test_too_loud_a_sum_is_scaled_as_a_whole():
+    wave = tone(200)
+    wave *= 1 / wave.abs().max()
+    distorter = Distorter(only("additive", "gaussian"), seed=1)
+    plan = distorter.plan("u", 0, "student")
+    out = distorter.render(wave, plan)
+    assert float(out.abs().max()) == pytest.approx(1.0)
+    quiet = distorter.render(wave / 10, plan)  # the same noise, far from the limit
+    assert np.allclose(out / out.abs().max(), quiet / quiet.abs().max(), atol=1e-5)

@@ -1,0 +1,237 @@
+"""Distortions: what is drawn, how it repeats, who hears what, and what is refused."""
+
+import dataclasses
+import logging
+import random
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from torch.utils.data import DataLoader
+
+from s3prl_ekd.data.batches import DistillationDataset, only_item, train_loader
+from s3prl_ekd.data.distortion.pipeline import Distorter
+from s3prl_ekd.data.distortion.settings import DistortionSettings
+from s3prl_ekd.data.distortion.sources import AudioPool
+from s3prl_ekd.data.tables import read_tables
+from s3prl_ekd.errors import ConfigError, DataError
+from s3prl_ekd.schema import build, plain
+
+from .conftest import make_sound
+from .test_distortion import RATE, make_folders, only
+
+
+@pytest.fixture
+def folders(tmp_path):
+    return make_folders(tmp_path)
+
+
+def test_kinds_come_as_often_as_their_weights_say(folders):
+    settings = build(
+        DistortionSettings,
+        {
+            "noise": [*folders["noise"], *folders["noise"]],
+            "babble": True,
+            "additive_weights": {"noise": 2, "gaussian": 1, "babble": 0, "clean": 3},
+            "convolutive_weights": {"reverb": 1, "pitch": 2, "band_reject": 4, "clean": 1},
+        },
+        "distortion",
+    )
+    distorter = Distorter(settings, 0, ".", ["a", "b"])
+    plans = [distorter.plan(f"u{i}.flac", 0, "student") for i in range(2000)]
+    for name, weights in {
+        "additive": {"noise:0": 2, "noise:1": 2, "gaussian": 1, "babble": 0, "clean": 3},
+        "convolutive": {"reverb": 1, "pitch": 2, "band_reject": 4, "clean": 1},
+    }.items():
+        drawn = [getattr(plan, name) for plan in plans]
+        assert set(drawn) <= set(weights)
+        for kind, weight in weights.items():
+            # Three standard deviations of 2000 draws are below 0.035.
+            assert drawn.count(kind) / 2000 == pytest.approx(weight / 8, abs=0.035)
+    for name, low, high in (("snr", 10, 19), ("cents", -500, 500), ("width", 100, 1000)):
+        values = [getattr(plan, name) for plan in plans]
+        assert low <= min(values) and max(values) <= high
+        assert np.mean(values) == pytest.approx((low + high) / 2, abs=0.05 * (high - low))
+    assert all(200 <= plan.centre <= 6000 and 0.2 <= plan.rt60 <= 0.8 for plan in plans)
+
+
+def test_a_draw_follows_from_seed_epoch_utterance_and_role_alone():
+    settings = DistortionSettings(setup="setup2")
+    one, two = Distorter(settings, seed=1), Distorter(settings, seed=1)
+    torch.manual_seed(99)
+    random.seed(99)
+    wave = torch.from_numpy(make_sound(0.2))
+    assert two.plan("b", 0, "student") == one.plan("b", 0, "student")  # not the first draw of two
+    assert torch.equal(one(wave, "a", 3, "teacher"), two(wave, "a", 3, "teacher"))
+    plans = [
+        distorter.plan(*of)
+        for distorter in (one, Distorter(settings, seed=2))
+        for of in (("a", 0, "student"), ("a", 1, "student"), ("b", 0, "student"), ("a", 0, "both"))
+    ]
+    assert len({plan.snr for plan in plans}) == len(plans)
+    # A constant: another process, Python or platform must draw the same.
+    assert one.generator("a/ü.flac", 5, "student").getrandbits(32) == 476592250
+
+
+def test_turning_a_kind_off_leaves_the_other_values():
+    with_noise = Distorter(DistortionSettings(), 3).plan("a", 0, "student")
+    without = Distorter(DistortionSettings(gaussian=False), 3).plan("a", 0, "student")
+    assert dataclasses.replace(with_noise, additive="clean") == without
+
+
+def dataset(corpus, setup, length=0, seed=5, **settings):
+    rows = read_tables(corpus / "tables", ["train"])
+    chosen = DistortionSettings(setup=setup, **settings)
+    return DistillationDataset(corpus / "audio", rows, 4, length, 400, chosen, seed)
+
+
+def test_who_hears_what(corpus):
+    clean = dataset(corpus, "clean")[1]
+    assert clean.teacher_waves is None
+    one, two, same = (dataset(corpus, setup)[(0, 1)] for setup in ("setup1", "setup2", "same"))
+    for batch in (one, two, same):
+        assert torch.equal(batch.lengths, clean.lengths) and batch.names == clean.names
+        assert batch.waves.shape == clean.waves.shape and batch.waves.dtype == torch.float32
+        assert not torch.equal(batch.waves, clean.waves)
+        for wave, length in zip(batch.waves, batch.lengths, strict=True):
+            assert wave[length:].abs().sum() == 0
+    assert torch.equal(one.teacher_waves, clean.waves)
+    assert torch.equal(two.waves, one.waves)  # the student's part does not depend on the teacher's
+    assert two.teacher_waves.shape == clean.waves.shape
+    assert not torch.equal(two.teacher_waves, clean.waves)
+    assert not torch.equal(two.teacher_waves, two.waves)
+    assert same.teacher_waves is None
+
+
+def test_teacher_and_student_get_the_same_excerpt(corpus):
+    """Where clean is all there is to draw, nothing but the excerpt could differ."""
+    clean = only("additive", "clean").convolutive_weights
+    batch = dataset(corpus, "setup1", 4000, gaussian=False, convolutive_weights=clean)[(0, 0)]
+    assert batch.waves.shape == (4, 4000) and torch.equal(batch.waves, batch.teacher_waves)
+
+
+def options(corpus, **more):
+    return {
+        "root": corpus / "audio",
+        "tables": corpus / "tables",
+        "sets": ["train"],
+        "batch_size": 5,
+        "sequence_length": 6000,
+        "max_timestep": 0,
+        "num_workers": 0,
+        "min_samples": 400,
+        **more,
+    }
+
+
+def epochs(corpus, count, workers, **more):
+    """What the first epochs give: ``{first utterance of the batch: batch}`` for each."""
+    loader = train_loader(**options(corpus, num_workers=workers, **more))
+    return [{batch.names[0]: batch for batch in loader} for _ in range(count)]
+
+
+def test_epochs_differ_and_workers_do_not_matter(corpus):
+    distortion = DistortionSettings(setup="setup2", babble=True)
+    torch.manual_seed(1)
+    first = epochs(corpus, 2, 0, distortion=distortion, seed=7)
+    torch.manual_seed(2)  # another order of the batches
+    second = epochs(corpus, 2, 2, distortion=distortion, seed=7)
+    for ours, theirs in zip(first, second, strict=True):
+        assert ours.keys() == theirs.keys() and len(ours) == 3
+        for name, batch in ours.items():
+            assert torch.equal(batch.waves, theirs[name].waves)
+            assert torch.equal(batch.teacher_waves, theirs[name].teacher_waves)
+    other = epochs(corpus, 1, 0, distortion=distortion, seed=8)
+    for name, batch in first[0].items():
+        assert not torch.equal(batch.waves, first[1][name].waves)
+        assert not torch.equal(batch.waves, other[0][name].waves)
+
+
+def test_an_epoch_can_be_set_on_resume(corpus):
+    distortion = DistortionSettings(setup="same")
+    _, expected = epochs(corpus, 2, 0, distortion=distortion)
+    loader = train_loader(**options(corpus, distortion=distortion))
+    loader.sampler.epoch = 1
+    for batch in loader:
+        assert torch.equal(batch.waves, expected[batch.names[0]].waves)
+
+
+@pytest.mark.parametrize("distortion", [None, DistortionSettings()])
+def test_clean_batches_are_those_of_a_plain_loader(corpus, distortion):
+    """Order and excerpts, drawn from torch's numbers as ``shuffle=True`` draws them."""
+    torch.manual_seed(3)
+    ours = list(train_loader(**options(corpus, distortion=distortion)))
+    rows = read_tables(corpus / "tables", ["train"])
+    plain_data = DistillationDataset(corpus / "audio", rows, 5, 6000, 400)
+    torch.manual_seed(3)
+    loader = DataLoader(plain_data, batch_size=1, shuffle=True, collate_fn=only_item)
+    for mine, theirs in zip(ours, loader, strict=True):
+        assert mine.names == theirs.names and torch.equal(mine.waves, theirs.waves)
+        assert mine.teacher_waves is None and mine.problem == ""
+
+
+def test_silent_noise_is_passed_over_and_said(folders, caplog):
+    pool = AudioPool.of_folder("distortion.noise", folders["noise"][0])
+    with caplog.at_level(logging.WARNING):
+        lengths = {len(pool.draw(random.Random(seed))) for seed in range(30)}
+    assert lengths == {48000, 4800}
+    assert caplog.text.count("zero.wav is silent and passed over (1 so far)") == 1
+
+
+def test_folders_that_cannot_be_used(tmp_path):
+    def refused(said, corpus=(), **settings):
+        with pytest.raises(DataError, match=said):
+            Distorter(DistortionSettings(setup="setup1", **settings), corpus=corpus)
+
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "zeros").mkdir()
+    soundfile.write(tmp_path / "zeros" / "a.wav", np.zeros(800), RATE)
+    refused("distortion.noise: .*gone is not a folder", noise=(str(tmp_path / "gone"),))
+    refused("distortion.noise: .* no audio file in .*empty", noise=(str(tmp_path / "empty"),))
+    refused("distortion.impulses: .*gone is not", impulses=(str(tmp_path / "gone"),))
+    refused("distortion.babble: .*no second utterance", babble=True, corpus=["a"])
+    zeros = Distorter(only("additive", "noise", noise=[str(tmp_path / "zeros")]))
+    with pytest.raises(DataError, match="every audio file in .*zeros to draw from is silent"):
+        zeros(torch.ones(800), "u", 0, "student")
+
+
+def test_a_broken_noise_file_comes_back_as_a_sentence(corpus, tmp_path):
+    (tmp_path / "bad.wav").write_text("no audio")
+    settings = only("additive", "noise", noise=[str(tmp_path)])
+    rows = read_tables(corpus / "tables", ["train"])
+    batch = DistillationDataset(corpus / "audio", rows, 4, 0, 400, settings)[0]
+    assert "bad.wav" in batch.problem and len(batch.waves) == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"snr_min": 20}, r"d: snr_min \(20.0\) is above snr_max \(19.0\)"),
+        ({"snr_max": 200}, "d: snr_max is 200.0; -60 to 100 is allowed"),
+        ({"rt60_min": 2}, "d: rt60_min .* is above rt60_max"),
+        ({"rt60_min": 0}, "d: rt60_min is 0.0; 0.01 to 10 is allowed"),
+        ({"band_high": 9000}, "d: band_high is 9000.0; 20 to 7900 is allowed"),
+        ({"band_width_min": 0}, "d: band_width_min is 0.0"),
+        ({"pitch_cents": -1}, "d: pitch_cents is -1.0; 20 to 2400 is allowed"),
+        ({"babble_voices": 0}, "d: babble_voices is 0; 1 to 64 is allowed"),
+        ({"additive_weights": {"clean": -1}}, "d.additive_weights: clean is -1.0; a weight of 0"),
+        (
+            {"gaussian": False, "additive_weights": {"clean": 0}},
+            "d: additive_weights: no kind that is on has a weight above 0",
+        ),
+        ({"setup": "setup3"}, "d.setup: 'setup3' is not known; use one of: clean, setup1"),
+        ({"noise": "folder"}, "d.noise: a list is expected"),
+        ({"snr": 3}, "d: unknown key 'snr'"),
+    ],
+)
+def test_bad_settings(settings, said):
+    with pytest.raises(ConfigError, match=said) as caught:
+        build(DistortionSettings, settings, "d")
+    assert "\n" not in str(caught.value)
+
+
+def test_settings_survive_a_checkpoint():
+    settings = DistortionSettings(setup="setup2", noise=("a",), babble=True)
+    assert build(DistortionSettings, plain(settings), "d") == settings
+    assert DistortionSettings().setup == "clean"

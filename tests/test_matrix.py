@@ -1,0 +1,53 @@
+"""Several experiments over several seeds: run once, kept, one table."""
+
+import csv
+import statistics
+
+import pytest
+
+from s3prl_ekd.evaluate.matrix import Outcome, markdown, table
+from s3prl_ekd.evaluate.scalars import read_scalars
+
+from .conftest import command, write_configs
+
+
+def test_the_table_by_hand():
+    outcomes = {
+        "a": [Outcome(1.0, {"x": 0.5}, 10.0), Outcome(2.0, {"x": 0.7}, 20.0)],
+        "b": [Outcome(3.0, {"x": 0.1, "y": 0.2}, 1.4)],
+    }
+    rows = table(outcomes)
+    assert rows[0] == ["experiment", "seeds", "loss", "L1 to x", "L1 to y", "seconds"]
+    assert rows[1] == ["a", "2", "1.5000 ± 0.7071", "0.6000 ± 0.1414", "", "15"]
+    assert rows[2] == ["b", "1", "3.0000", "0.1000", "0.2000", "1"]
+    assert markdown(rows).splitlines()[1].startswith("|------------|")
+
+
+def test_runs_and_keeps(tmp_path, teachers, corpus):
+    command("init", ".", cwd=tmp_path)
+    write_configs(tmp_path, teachers, corpus)
+    (tmp_path / "other.yaml").write_text("extends: model.yaml\naggregation: average\n")
+    words = ("matrix", "model.yaml", "other.yaml", "-c", "runner.yaml", "--seeds", "1", "2")
+    first = command(*words, "--jobs", "2", "--csv", "t.csv", cwd=tmp_path)
+    rows = list(csv.reader((tmp_path / "t.csv").open()))
+    assert [row[0] for row in rows] == ["experiment", "model", "other"]
+    losses = []
+    for seed in (1, 2):
+        scalars = read_scalars(tmp_path / f"result/matrix/other-seed{seed}")
+        losses.append(scalars["ekd/train-loss_mean"][6])
+    assert losses[0] != losses[1]
+    mean, spread = rows[2][2].split(" ± ")
+    assert float(mean) == pytest.approx(statistics.fmean(losses), abs=1e-4)
+    assert float(spread) == pytest.approx(statistics.stdev(losses), abs=1e-4)
+    log = tmp_path / "result/matrix/model-seed1/log.txt"
+    size = log.stat().st_size
+    second = command(*words, cwd=tmp_path)
+    assert second.stdout == first.stdout and log.stat().st_size == size
+
+
+def test_mistakes(tmp_path):
+    done = command("matrix", "a.yaml", "-c", "b.yaml", cwd=tmp_path, check=False)
+    assert done.returncode == 2 and "s3prl-ekd init ." in done.stderr
+    command("init", ".", cwd=tmp_path)
+    done = command("matrix", "a.yaml", "-c", "b.yaml", cwd=tmp_path, check=False)
+    assert done.returncode == 2 and "b.yaml: No such file" in done.stderr
