@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -148,3 +149,26 @@ def command(*words: str, cwd: Path, check: bool = True, **env: str) -> subproces
     if check:
         assert done.returncode == 0, f"{words} -> {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
+
+
+@pytest.fixture
+def complete(monkeypatch) -> dict[str, ModuleType]:
+    """Stand-ins of packages old enough to have all that s3prl asks for."""
+    stubs = {
+        name: ModuleType(name)
+        for name in (
+            "torchaudio",
+            "torchaudio.sox_effects",
+            "huggingface_hub",
+            "distutils",
+            "distutils.util",
+        )
+    }
+    for name in ("load", "save", "info", "set_audio_backend"):
+        setattr(stubs["torchaudio"], name, lambda *args: None)
+    stubs["huggingface_hub"].HfFolder = stubs["huggingface_hub"].Repository = object
+    for name, module in stubs.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")  # what torch 2.5 did by itself
+    monkeypatch.setattr(compat, "_fired", [])
+    return stubs

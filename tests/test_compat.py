@@ -7,31 +7,23 @@ import importlib
 import importlib.util
 import io
 import json
-import math
 import os
 import pickle
 import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
-from types import ModuleType
 
-import numpy as np
 import pytest
-import soundfile
 import torch
 
 from s3prl_ekd import compat
 from s3prl_ekd.compat import (
     SHIMS,
-    audio,
     checkpoints,
     names,
-    soundfile_io,
-    sox,
-    torchaudio_import,
 )
-from s3prl_ekd.errors import DataError, SetupError
+from s3prl_ekd.errors import SetupError
 
 ROOT = Path(__file__).resolve().parents[1]
 SHIM = {shim.name: shim for shim in SHIMS}
@@ -224,29 +216,6 @@ def test_needed_by_points_at_the_line(name, place):
 # --- nothing fires where everything exists
 
 
-@pytest.fixture
-def complete(monkeypatch) -> dict[str, ModuleType]:
-    """Stand-ins of packages old enough to have all that s3prl asks for."""
-    stubs = {
-        name: ModuleType(name)
-        for name in (
-            "torchaudio",
-            "torchaudio.sox_effects",
-            "huggingface_hub",
-            "distutils",
-            "distutils.util",
-        )
-    }
-    for name in ("load", "save", "info", "set_audio_backend"):
-        setattr(stubs["torchaudio"], name, lambda *args: None)
-    stubs["huggingface_hub"].HfFolder = stubs["huggingface_hub"].Repository = object
-    for name, module in stubs.items():
-        monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")  # what torch 2.5 did by itself
-    monkeypatch.setattr(compat, "_fired", [])
-    return stubs
-
-
 def test_nothing_fires_where_everything_exists(complete):
     before = {name: dict(vars(module)) for name, module in complete.items()}
     named = list(torch.serialization.get_safe_globals())
@@ -269,314 +238,6 @@ def test_exactly_the_missing_thing_fires(complete, module, attribute, name):
     delattr(complete[module], attribute)
     assert compat.apply() == (name,)
     assert hasattr(complete[module], attribute)
-
-
-# --- torchaudio without its compiled part
-
-
-BROKEN = """
-import importlib, sys
-
-class Refuse:
-    def find_spec(self, name, path=None, target=None):
-        if name == sys.argv[1]:
-            raise OSError("libcudart.so: cannot open shared object file")
-
-sys.meta_path.insert(0, Refuse())
-from s3prl_ekd.compat import SHIMS
-from s3prl_ekd.errors import SetupError
-
-shim = SHIMS[0]
-assert shim.missing()
-try:
-    shim.apply()
-except SetupError as error:
-    left = sorted(name for name in sys.modules if name == "torchaudio._extension")
-    print(["SetupError", "libcudart" in str(error), left])
-    sys.exit()
-assert not shim.missing()
-
-import torch, torchaudio
-impulse = torch.zeros(1, 6, dtype=torch.float64)
-impulse[0, 0] = 1
-# y[n] = x[n] + y[n-1] / 2
-out = torchaudio.functional.lfilter(
-    impulse, torch.tensor([1, -0.5]).double(), torch.tensor([1, 0]).double(), clamp=False
-)
-try:
-    torchaudio.functional.forced_align(
-        torch.zeros(1, 4, 3), torch.ones(1, 2, dtype=torch.int32), blank=0
-    )
-except RuntimeError as error:
-    print([out[0].tolist(), "compiled part" in str(error)])
-"""
-
-
-def test_torchaudio_works_in_python_where_its_library_does_not_load():
-    filtered, refused = json.loads(
-        run_python(BROKEN, "torchaudio._extension").replace("True", "true")
-    )
-    assert filtered == [1, 0.5, 0.25, 0.125, 0.0625, 0.03125]
-    assert refused
-
-
-def test_torchaudio_broken_elsewhere_is_one_sentence_and_leaves_no_stand_in():
-    assert run_python(BROKEN, "torchaudio.functional") == "['SetupError', True, []]"
-
-
-def test_torchaudio_that_is_not_installed_is_not_mended(monkeypatch):
-    monkeypatch.setitem(sys.modules, "torchaudio", None)
-    with pytest.raises(ModuleNotFoundError, match="torchaudio"):
-        torchaudio_import.IMPORT.missing()
-
-
-# --- torchaudio.load, save, info
-
-
-@pytest.fixture(scope="module")
-def noise() -> np.ndarray:
-    """[time, channel] = [4000, 2], 16-bit integers."""
-    return np.random.default_rng(0).integers(-20000, 20000, (4000, 2)).astype(np.int16)
-
-
-@pytest.fixture(params=["wav", "flac"])
-def recording(request, tmp_path, noise) -> Path:
-    path = tmp_path / f"noise.{request.param}"
-    soundfile.write(path, noise, 16000, subtype="PCM_16")
-    return path
-
-
-def test_load_gives_the_samples_of_the_file(recording, noise):
-    wav, rate = soundfile_io.load(recording)
-    assert rate == 16000 and wav.dtype == torch.float32 and wav.is_contiguous()
-    assert np.array_equal(wav.numpy(), noise.T / np.float32(32768))
-
-
-@pytest.mark.parametrize(
-    "arguments, part",
-    [
-        ({"frame_offset": 100}, slice(100, None)),
-        ({"num_frames": 50}, slice(0, 50)),
-        ({"frame_offset": 3990, "num_frames": 50}, slice(3990, 4000)),
-        ({"frame_offset": 9999}, slice(4000, 4000)),
-        ({"num_frames": 0}, slice(0, 0)),
-    ],
-)
-def test_load_reads_a_part(recording, noise, arguments, part):
-    wav, _ = soundfile_io.load(str(recording), **arguments)
-    assert np.array_equal(wav.numpy(), noise[part].T / np.float32(32768))
-
-
-def test_load_time_first_and_from_memory(recording, noise):
-    wav, _ = soundfile_io.load(io.BytesIO(recording.read_bytes()), channels_first=False)
-    assert np.array_equal(wav.numpy(), noise / np.float32(32768))
-
-
-def test_load_keeps_the_integers_of_wav_only(recording, noise):
-    wav, _ = soundfile_io.load(recording, normalize=False)
-    if recording.suffix == ".wav":
-        assert wav.dtype == torch.int16 and np.array_equal(wav.numpy(), noise.T)
-    else:
-        assert wav.dtype == torch.float32
-
-
-def test_load_says_which_file(tmp_path):
-    with pytest.raises(DataError, match="nowhere.wav is not there"):
-        soundfile_io.load(tmp_path / "nowhere.wav")
-    (tmp_path / "text.wav").write_text("no audio")
-    with pytest.raises(DataError, match="text.wav cannot be read"):
-        soundfile_io.load(tmp_path / "text.wav")
-
-
-@pytest.mark.parametrize("arguments", [{"frame_offset": -1}, {"num_frames": -2}])
-def test_load_refuses_negative_counts(recording, arguments):
-    with pytest.raises(ValueError, match="0 or more"):
-        soundfile_io.load(recording, **arguments)
-
-
-@pytest.mark.parametrize(
-    "name, arguments, subtype",
-    [
-        ("a.wav", {}, "FLOAT"),
-        ("a.wav", {"bits_per_sample": 16}, "PCM_16"),
-        ("a.wav", {"bits_per_sample": 8}, "PCM_U8"),
-        ("a.wav", {"encoding": "PCM_S"}, "PCM_32"),
-        ("a.wav", {"encoding": "ULAW"}, "ULAW"),
-        ("a.flac", {}, "PCM_16"),
-        ("a.flac", {"bits_per_sample": 8}, "PCM_S8"),
-        ("a.ogg", {}, "VORBIS"),
-        ("a.opus", {}, "OPUS"),
-        ("a.bin", {"format": "wav"}, "FLOAT"),
-    ],
-)
-def test_save_chooses_the_subtype(tmp_path, name, arguments, subtype):
-    tone = 0.5 * torch.sin(torch.arange(8000) * 2 * math.pi * 300 / 16000)
-    soundfile_io.save(tmp_path / name, tone, 16000, **arguments)  # [time]: one channel
-    assert soundfile.info(tmp_path / name).subtype == subtype
-    read, rate = soundfile.read(tmp_path / name)
-    assert rate == 16000 and read.shape == (8000,)
-    assert np.corrcoef(read, tone.numpy())[0, 1] > 0.99
-
-
-def test_save_keeps_float_and_integer_samples_exactly(tmp_path, noise):
-    wav = torch.from_numpy(noise.T.copy())
-    soundfile_io.save(tmp_path / "a.wav", wav, 8000)
-    assert np.array_equal(soundfile.read(tmp_path / "a.wav", dtype="int16")[0], noise)
-    soundfile_io.save(tmp_path / "b.wav", wav.t() / 32768, 8000, channels_first=False)
-    assert np.array_equal(soundfile.read(tmp_path / "b.wav")[0], noise / 32768)
-
-
-@pytest.mark.parametrize(
-    "name, wav, arguments, said",
-    [
-        ("a.xyz", torch.zeros(1, 4), {}, "xyz"),
-        ("a.wav", torch.zeros(1, 1, 4), {}, r"\[1, 1, 4\]"),
-        ("a.wav", torch.zeros(1, 4, dtype=torch.bool), {}, "bool"),
-        ("a.flac", torch.zeros(1, 4), {"encoding": "ULAW"}, "ULAW"),
-        ("a.flac", torch.zeros(1, 4), {"bits_per_sample": 64}, "64 bits"),
-    ],
-)
-def test_save_refuses_what_it_cannot_write(tmp_path, name, wav, arguments, said):
-    with pytest.raises(DataError, match=said):
-        soundfile_io.save(tmp_path / name, wav, 16000, **arguments)
-
-
-@pytest.mark.parametrize(
-    "name, subtype, bits, encoding",
-    [
-        ("a.wav", "PCM_16", 16, "PCM_S"),
-        ("a.wav", "FLOAT", 32, "PCM_F"),
-        ("a.flac", "PCM_24", 24, "FLAC"),
-        ("a.ogg", "OPUS", 0, "OPUS"),
-    ],
-)
-def test_info(tmp_path, noise, name, subtype, bits, encoding):
-    soundfile.write(tmp_path / name, noise, 16000, subtype=subtype)
-    assert soundfile_io.info(tmp_path / name) == soundfile_io.AudioMetaData(
-        sample_rate=16000,
-        num_frames=4000,
-        num_channels=2,
-        bits_per_sample=bits,
-        encoding=encoding,
-    )
-
-
-def test_torchaudio_itself_reads_and_writes(tmp_path, noise):
-    import torchaudio
-
-    torchaudio.save(str(tmp_path / "a.wav"), torch.from_numpy(noise.T / np.float32(32768)), 8000)
-    wav, rate = torchaudio.load(str(tmp_path / "a.wav"))
-    assert rate == 8000 and np.allclose(wav.numpy(), noise.T / 32768, atol=1e-4)
-    assert torchaudio.info(str(tmp_path / "a.wav")).num_frames == 4000
-
-
-@pytest.mark.parametrize("failure", [ImportError, RuntimeError, OSError])
-def test_load_is_missing_when_its_decoder_fails(complete, failure):
-    def load(uri):
-        raise failure("no decoder")
-
-    complete["torchaudio"].load = load
-    assert audio.LOAD.missing()
-
-
-def test_audio_decoder_names_the_library(complete):
-    complete["torchaudio"].load = soundfile_io.load
-    assert compat.audio_decoder() == (
-        f"soundfile {metadata.version('soundfile')} (libsndfile {soundfile.__libsndfile_version__})"
-    )
-
-
-# --- torchaudio.sox_effects
-
-
-def effects(wav, *chain, rate=16000):
-    return sox.apply_effects_tensor(torch.tensor(wav), rate, [list(e) for e in chain])
-
-
-def test_channels_mix_down_and_repeat():
-    stereo = [[0.2, 0.4], [0.6, -0.4]]
-    assert torch.allclose(effects(stereo, ("channels", "1"))[0], torch.tensor([[0.4, 0.0]]))
-    four = effects(stereo, ("channels", "4"))[0]
-    assert torch.equal(four, torch.tensor([stereo[0], stereo[1], stereo[0], stereo[1]]))
-
-
-def test_norm_scales_all_channels_by_the_loudest_sample():
-    wav, _ = effects([[0.1, -0.25], [0.05, 0.0]], ("norm",))
-    assert torch.allclose(wav, torch.tensor([[0.4, -1.0], [0.2, 0.0]]))
-    wav, _ = effects([[0.1, -0.25]], ("norm", "-20"))  # a tenth
-    assert torch.allclose(wav, torch.tensor([[0.04, -0.1]]))
-    assert torch.equal(effects([[0.0, 0.0]], ("norm",))[0], torch.zeros(1, 2))
-
-
-def test_gain_in_decibel_clips_at_full_scale():
-    wav, _ = effects([[0.02, -0.5]], ("gain", "20"))
-    assert torch.allclose(wav, torch.tensor([[0.2, -1.0]]))
-
-
-def test_trim_in_seconds_and_samples():
-    wav = torch.arange(10.0).unsqueeze(0)
-    for chain in (("trim", "0.2", "0.3"), ("trim", "2s", "3s")):
-        assert effects(wav.tolist(), chain, rate=10)[0].tolist() == [[2, 3, 4]]
-    assert effects(wav.tolist(), ("trim", "0.8"), rate=10)[0].tolist() == [[8, 9]]
-    assert effects(wav.tolist(), ("trim", "5"), rate=10)[0].shape == (1, 0)
-
-
-def sine(hertz: float, rate: int, seconds: float = 0.5) -> torch.Tensor:
-    time = torch.arange(int(rate * seconds), dtype=torch.float64) / rate
-    return torch.sin(2 * math.pi * hertz * time).float().unsqueeze(0)
-
-
-@pytest.mark.parametrize("before, after", [(8000, 16000), (44100, 16000), (16000, 16000)])
-def test_rate_resamples_a_tone(before, after):
-    import torchaudio
-
-    tone = sine(440, before)
-    wav, rate = sox.apply_effects_tensor(tone, before, [["rate", str(after)]])
-    assert rate == after and wav.shape == (1, after // 2)
-    middle = slice(after // 8, -after // 8)  # away from the edges, where the filter starts
-    assert torch.allclose(wav[:, middle], sine(440, after)[:, middle], atol=2e-3)
-    assert torch.equal(wav, torchaudio.functional.resample(tone, before, after))
-
-
-def test_speed_changes_the_rate_and_then_the_pitch():
-    tone = sine(400, 16000)
-    wav, rate = sox.apply_effects_tensor(tone, 16000, [["speed", "1.1"]])
-    assert rate == 17600 and torch.equal(wav, tone)
-    wav, rate = sox.apply_effects_tensor(tone, 16000, [["speed", "1.25"], ["rate", "16000"]])
-    assert rate == 16000 and wav.shape == (1, 6400)
-    assert torch.allclose(wav[:, 800:-800], sine(500, 16000, 0.4)[:, 800:-800], atol=2e-3)
-
-
-def test_time_first_and_from_a_file(tmp_path, noise):
-    soundfile.write(tmp_path / "a.wav", noise, 8000)
-    chain = [["channels", "1"], ["trim", "0", "0.1"]]
-    mono = noise[:800].mean(axis=1) / 32768
-    wav, rate = sox.apply_effects_file(str(tmp_path / "a.wav"), chain)
-    assert rate == 8000 and np.allclose(wav.numpy(), mono[None], atol=1e-6)
-    wav, _ = sox.apply_effects_file(str(tmp_path / "a.wav"), chain, channels_first=False)
-    assert np.allclose(wav.numpy(), mono[:, None], atol=1e-6)
-
-
-def test_unknown_effect_is_refused_by_name():
-    with pytest.raises(SetupError, match="'vad'.*channels, gain, norm, rate, speed, trim"):
-        effects([[0.0]], ("rate", "16000"), ("vad", "-T", "0.25"))
-
-
-@pytest.mark.parametrize(
-    "effect",
-    [("rate",), ("rate", "fast"), ("trim", "-1"), ("trim", "0", "=5"), ("norm", "1", "2")],
-)
-def test_arguments_that_are_not_understood(effect):
-    with pytest.raises(SetupError, match=f"'{' '.join(effect)}' is not understood"):
-        effects([[0.0, 0.0]], effect)
-
-
-def test_s3prl_finds_the_effects():
-    import torchaudio
-    from torchaudio.sox_effects import apply_effects_file, apply_effects_tensor
-
-    assert torchaudio.sox_effects.apply_effects_tensor is apply_effects_tensor
-    assert callable(apply_effects_file)
 
 
 # --- names

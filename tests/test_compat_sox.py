@@ -1,0 +1,118 @@
+"""The stand-in for torchaudio.sox_effects."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from s3prl_ekd import compat
+from s3prl_ekd.compat import (
+    SHIMS,
+    sox,
+)
+from s3prl_ekd.errors import SetupError
+
+ROOT = Path(__file__).resolve().parents[1]
+SHIM = {shim.name: shim for shim in SHIMS}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def applied():
+    compat.apply()
+
+
+def effects(wav, *chain, rate=16000):
+    return sox.apply_effects_tensor(torch.tensor(wav), rate, [list(e) for e in chain])
+
+
+def test_channels_mix_down_and_repeat():
+    stereo = [[0.2, 0.4], [0.6, -0.4]]
+    assert torch.allclose(effects(stereo, ("channels", "1"))[0], torch.tensor([[0.4, 0.0]]))
+    four = effects(stereo, ("channels", "4"))[0]
+    assert torch.equal(four, torch.tensor([stereo[0], stereo[1], stereo[0], stereo[1]]))
+
+
+def test_norm_scales_all_channels_by_the_loudest_sample():
+    wav, _ = effects([[0.1, -0.25], [0.05, 0.0]], ("norm",))
+    assert torch.allclose(wav, torch.tensor([[0.4, -1.0], [0.2, 0.0]]))
+    wav, _ = effects([[0.1, -0.25]], ("norm", "-20"))  # a tenth
+    assert torch.allclose(wav, torch.tensor([[0.04, -0.1]]))
+    assert torch.equal(effects([[0.0, 0.0]], ("norm",))[0], torch.zeros(1, 2))
+
+
+def test_gain_in_decibel_clips_at_full_scale():
+    wav, _ = effects([[0.02, -0.5]], ("gain", "20"))
+    assert torch.allclose(wav, torch.tensor([[0.2, -1.0]]))
+
+
+def test_trim_in_seconds_and_samples():
+    wav = torch.arange(10.0).unsqueeze(0)
+    for chain in (("trim", "0.2", "0.3"), ("trim", "2s", "3s")):
+        assert effects(wav.tolist(), chain, rate=10)[0].tolist() == [[2, 3, 4]]
+    assert effects(wav.tolist(), ("trim", "0.8"), rate=10)[0].tolist() == [[8, 9]]
+    assert effects(wav.tolist(), ("trim", "5"), rate=10)[0].shape == (1, 0)
+
+
+def sine(hertz: float, rate: int, seconds: float = 0.5) -> torch.Tensor:
+    time = torch.arange(int(rate * seconds), dtype=torch.float64) / rate
+    return torch.sin(2 * math.pi * hertz * time).float().unsqueeze(0)
+
+
+@pytest.mark.parametrize("before, after", [(8000, 16000), (44100, 16000), (16000, 16000)])
+def test_rate_resamples_a_tone(before, after):
+    import torchaudio
+
+    tone = sine(440, before)
+    wav, rate = sox.apply_effects_tensor(tone, before, [["rate", str(after)]])
+    assert rate == after and wav.shape == (1, after // 2)
+    middle = slice(after // 8, -after // 8)  # away from the edges, where the filter starts
+    assert torch.allclose(wav[:, middle], sine(440, after)[:, middle], atol=2e-3)
+    assert torch.equal(wav, torchaudio.functional.resample(tone, before, after))
+
+
+def test_speed_changes_the_rate_and_then_the_pitch():
+    tone = sine(400, 16000)
+    wav, rate = sox.apply_effects_tensor(tone, 16000, [["speed", "1.1"]])
+    assert rate == 17600 and torch.equal(wav, tone)
+    wav, rate = sox.apply_effects_tensor(tone, 16000, [["speed", "1.25"], ["rate", "16000"]])
+    assert rate == 16000 and wav.shape == (1, 6400)
+    assert torch.allclose(wav[:, 800:-800], sine(500, 16000, 0.4)[:, 800:-800], atol=2e-3)
+
+
+def test_time_first_and_from_a_file(tmp_path):
+    # [time, channel], 16-bit integers
+    noise = np.random.default_rng(0).integers(-20000, 20000, (4000, 2)).astype(np.int16)
+    soundfile.write(tmp_path / "a.wav", noise, 8000)
+    chain = [["channels", "1"], ["trim", "0", "0.1"]]
+    mono = noise[:800].mean(axis=1) / 32768
+    wav, rate = sox.apply_effects_file(str(tmp_path / "a.wav"), chain)
+    assert rate == 8000 and np.allclose(wav.numpy(), mono[None], atol=1e-6)
+    wav, _ = sox.apply_effects_file(str(tmp_path / "a.wav"), chain, channels_first=False)
+    assert np.allclose(wav.numpy(), mono[:, None], atol=1e-6)
+
+
+def test_unknown_effect_is_refused_by_name():
+    with pytest.raises(SetupError, match="'vad'.*channels, gain, norm, rate, speed, trim"):
+        effects([[0.0]], ("rate", "16000"), ("vad", "-T", "0.25"))
+
+
+@pytest.mark.parametrize(
+    "effect",
+    [("rate",), ("rate", "fast"), ("trim", "-1"), ("trim", "0", "=5"), ("norm", "1", "2")],
+)
+def test_arguments_that_are_not_understood(effect):
+    with pytest.raises(SetupError, match=f"'{' '.join(effect)}' is not understood"):
+        effects([[0.0, 0.0]], effect)
+
+
+def test_s3prl_finds_the_effects():
+    import torchaudio
+    from torchaudio.sox_effects import apply_effects_file, apply_effects_tensor
+
+    assert torchaudio.sox_effects.apply_effects_tensor is apply_effects_tensor
+    assert callable(apply_effects_file)
