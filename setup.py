@@ -35,6 +35,8 @@ def packages():
 
 DEMO = ["espeakng-loader>=0.2.4"]
 PLOTS = ["matplotlib>=3.7"]
+ANALYSIS = ["scipy>=1.9", *PLOTS]
+UNITS = ["scikit-learn>=1.3"]
 DEV = ["pytest>=8", "ruff>=0.6", "build>=1"]
 
 setup(
@@ -65,7 +67,9 @@ setup(
     extras_require={
         "demo": DEMO,
         "plots": PLOTS,
-        "dev": DEV + DEMO + PLOTS,
+        "analysis": ANALYSIS,
+        "units": UNITS,
+        "dev": DEV + DEMO + ANALYSIS + UNITS,
     },
     entry_points={
         "console_scripts": [

@@ -22,6 +22,8 @@ COMMANDS = {
     "prepare": "turn a manifest (TSV) into the layout that s3prl's recipes read",
     "matrix": "distil with several configs and seeds, and compare them in a table",
     "export": "write a student as a file that stands alone",
+    "teachers": "list the teachers there are, or look into those of a config",
+    "layers": "find groups of layers to distil, by clustering each teacher's layers (SKILL)",
     "demo": "the whole way on a synthetic corpus: three teachers, one student, one score",
 }
 

@@ -36,19 +36,22 @@ def layer_tree(
         The tree, as scipy writes it.
 
     Raises:
-        ConfigError: no such linkage, or a similarity that is no number (a layer that is constant).
+        ConfigError: no such linkage, fewer than two layers, or a similarity that is no number (a
+            layer that is constant).
         SetupError: scipy is not installed.
     """
     if linkage not in LINKAGES:
         raise ConfigError(f"linkage {linkage!r} is not known; use one of: {', '.join(LINKAGES)}")
     similarity = np.asarray(similarity, dtype=float)
+    if len(similarity) < 2:
+        raise ConfigError("a teacher of one layer cannot be grouped")
     if not np.isfinite(similarity).all():
         raise ConfigError("layers that do not vary over the sample cannot be grouped")
     distance = np.clip(1 - (similarity + similarity.T) / 2, 0, None)
     np.fill_diagonal(distance, 0)
     if contiguous:
         return _neighbour_tree(distance, linkage)
-    hierarchy, squareform = _scipy()
+    hierarchy, squareform = require_scipy()
     return hierarchy.linkage(squareform(distance, checks=False), method=linkage)
 
 
@@ -122,7 +125,8 @@ def _merged(linkage: str, d: np.ndarray, i: int, j: int, k: int, sizes: Sequence
     return math.sqrt(max(0.0, square / (a + b + c)))
 
 
-def _scipy():
+def require_scipy():
+    """scipy's ``hierarchy`` and ``squareform``. Raises SetupError where it is not installed."""
     try:
         from scipy.cluster import hierarchy
         from scipy.spatial.distance import squareform

@@ -2,8 +2,9 @@
 
 Linear CKA (Kornblith et al. 2019, arXiv 1905.00414, eq. 2 with linear kernels) does not change when
 the features of either set are rotated or scaled, so layers of different teachers and widths can be
-compared. It is computed between features, ``||Y'X||² / (||X'X|| ||Y'Y||)`` over centred frames: the
-memory goes with the square of the widths and not of the number of frames.
+compared. Unrelated sets give about dim / frames and not 0: take several times as many frames as
+dimensions. It is computed between features, ``||Y'X||² / (||X'X|| ||Y'Y||)`` over centred frames:
+the memory goes with the square of the widths and not of the number of frames.
 """
 
 from __future__ import annotations
@@ -86,13 +87,15 @@ def frame_cosine(x: Tensor, y: Tensor) -> float:
 def cka_matrix(layers: Sequence[Tensor]) -> Tensor:
     """Linear CKA between all pairs of ``layers``, ``[frame, dim]`` each -> ``[layer, layer]``.
 
-    The same as :func:`linear_cka` pair by pair, with each layer centred and measured once.
+    The same as :func:`linear_cka` pair by pair, with each layer centred and measured once; the
+    products are float32, which is enough once all layers are of one scale.
     """
     centred = []
     for layer in layers:
         layer = layer.double()
         rest = layer - layer.mean(0)
         constant = rest.norm() <= 1e-6 * layer.norm()
+        rest = (rest / rest.norm()).float()
         # scaled to norm(x'x) = 1, and NaN where there is nothing to compare
         centred.append(rest * float("nan") if constant else rest / (rest.T @ rest).norm().sqrt())
     count = len(layers)

@@ -1,0 +1,1 @@
+"""Looking at teachers before distilling them: sampled frames, statistics, plots."""

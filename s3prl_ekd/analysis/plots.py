@@ -1,0 +1,89 @@
+"""Heat maps and dendrograms of layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import SetupError
+
+
+def require_matplotlib():
+    """matplotlib's canvas and figure, without a display.
+
+    Raises:
+        SetupError: it is not installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise SetupError("plots need matplotlib; type: pip install 's3prl_ekd[plots]'") from None
+    return FigureCanvasAgg, Figure
+
+
+def plot_similarity(matrix: np.ndarray, layers: Mapping[str, int], path: Path) -> None:
+    """Draw ``[layer, layer]`` over all teachers' layers as a heat map, PNG.
+
+    Args:
+        matrix: similarities, 0 to 1.
+        layers: teacher -> how many rows of the matrix are its layers, in the matrix' order.
+    """
+    canvas, figure_class = require_matplotlib()
+    size = 2.5 + 0.16 * len(matrix)
+    figure = figure_class(figsize=(size + 1, size), layout="constrained")
+    canvas(figure)
+    axis = figure.subplots()
+    image = axis.imshow(matrix, vmin=0, vmax=1, cmap="viridis")
+    figure.colorbar(image, ax=axis, label="linear CKA", shrink=0.8)
+    numbers = [str(layer) for count in layers.values() for layer in range(count)]
+    axis.set_xticks(range(len(numbers)), numbers, fontsize=6)
+    axis.set_yticks(range(len(numbers)), numbers, fontsize=6)
+    start = 0
+    for name, count in layers.items():
+        middle = start + (count - 1) / 2
+        axis.annotate(
+            name,
+            (middle, 1.01),
+            xycoords=("data", "axes fraction"),
+            ha="center",
+            va="bottom",
+            fontsize=8,
+        )
+        start += count
+        if start < len(matrix):
+            axis.axhline(start - 0.5, color="white")
+            axis.axvline(start - 0.5, color="white")
+    axis.set(xlabel="layer", ylabel="layer, teachers in the same order")
+    figure.savefig(path, dpi=120)
+
+
+def plot_trees(
+    trees: Mapping[str, np.ndarray], groups: Mapping[str, Sequence], ylabel: str, path: Path
+) -> None:
+    """Draw one dendrogram a teacher, coloured by its groups, PNG.
+
+    Args:
+        trees: teacher -> scipy's linkage matrix over the layers 1 to N.
+        groups: teacher -> its groups; the height at which the tree falls into as many is dashed.
+        ylabel: what the height is.
+    """
+    from scipy.cluster.hierarchy import dendrogram
+
+    canvas, figure_class = require_matplotlib()
+    figure = figure_class(figsize=(4.2 * len(trees), 3.2), layout="constrained")
+    canvas(figure)
+    axes = figure.subplots(1, len(trees), squeeze=False)[0]
+    for axis, (name, tree) in zip(axes, trees.items(), strict=True):
+        undone = len(groups[name]) - 1
+        heights = [0.0, *tree[:, 2], 1.1 * max(tree[:, 2].max(), 1e-6)]
+        cut = (heights[len(tree) - undone] + heights[len(tree) - undone + 1]) / 2
+        labels = [str(layer) for layer in range(1, len(tree) + 2)]
+        dendrogram(tree, ax=axis, labels=labels, color_threshold=cut)
+        axis.axhline(cut, color="gray", linestyle="--", linewidth=0.8)
+        shown = " | ".join(" ".join(map(str, group)) for group in groups[name])
+        axis.set_title(f"{name}: {shown}", fontsize=9)
+        axis.set(xlabel="layer", ylabel=ylabel)
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,142 @@
+"""A small calibration set: frames of every layer of every teacher, on the same sound."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..data.audio import read_audio
+from ..data.audio_files import find_audio
+from ..data.tables import read_table
+from ..distill.aggregation import crop_frames
+from ..distill.settings import TeacherSettings
+from ..errors import ConfigError, DataError
+
+logger = logging.getLogger(__name__)
+
+EXCERPT = 250_000  # samples of an utterance that are used, 15.6 s: bounds the teachers' memory
+SHORTEST = 400  # samples that give one frame
+MAX_FRAMES = 4096  # kept over all utterances: 13 layers of width 768 are 160 MB a teacher
+
+
+def add_sample_options(parser: argparse.ArgumentParser) -> None:
+    """``--data``, ``--audio-root``, ``--utterances``, ``--seed`` and ``--device``."""
+    parser.add_argument(
+        "--data",
+        metavar="TABLE_OR_DIR",
+        type=Path,
+        required=True,
+        help="a length table (.csv), or a folder with audio below it",
+    )
+    parser.add_argument(
+        "--audio-root", metavar="ROOT", type=Path, help="folder that the table's paths start from"
+    )
+    parser.add_argument(
+        "--utterances",
+        metavar="N",
+        type=int,
+        default=32,
+        help="how many to listen to, chosen at random (default: 32)",
+    )
+    parser.add_argument("--seed", metavar="N", type=int, default=0, help="(default: 0)")
+    parser.add_argument("--device", help="default: cuda where there is one")
+
+
+def choose_audio(data: Path, audio_root: Path | None, count: int, seed: int = 0) -> list[Path]:
+    """A random choice of ``count`` utterances (all, where there are fewer), in a fixed order.
+
+    Args:
+        data: a length table, whose paths start from ``audio_root``, or a folder of audio.
+
+    Raises:
+        ConfigError: ``count`` is below 1, or ``audio_root`` is missing.
+        DataError: there is no audio, or the table cannot be read.
+    """
+    if count < 1:
+        raise ConfigError(f"--utterances is {count}; 1 or more is allowed")
+    if data.is_dir():
+        root, names = data, find_audio(data)
+        if not names:
+            raise DataError(f"there is no audio below {data}")
+    else:
+        names = [row.path for row in read_table(data)]
+        if audio_root is None:
+            raise ConfigError(
+                "--data is a table, so --audio-root is needed: the folder its paths start from"
+            )
+        root = audio_root
+    chosen = random.Random(seed).sample(names, min(count, len(names)))
+    return [root / name for name in sorted(chosen)]
+
+
+def load_all(settings: Mapping[str, TeacherSettings], device: str | None) -> dict[str, nn.Module]:
+    """The upstreams of a configuration by teacher name, frozen, on ``device``.
+
+    Raises:
+        TeacherError, CheckpointError: see :func:`s3prl_ekd.teacher_sources.load_upstream`.
+        ConfigError: there is no such device.
+    """
+    from ..teacher_sources import check_source, load_upstream
+
+    try:
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ConfigError(f"--device {device} cannot be used: {first}") from None
+    for name, teacher in settings.items():
+        check_source(teacher.model, f"teachers.{name}.model")
+    return {
+        name: load_upstream(teacher.model, f"teachers.{name}.model")
+        .eval()
+        .requires_grad_(False)
+        .to(place)
+        for name, teacher in settings.items()
+    }
+
+
+@torch.no_grad()
+def sample_layers(
+    upstreams: Mapping[str, nn.Module], paths: Sequence[Path], max_frames: int = MAX_FRAMES
+) -> dict[str, list[Tensor]]:
+    """Listen to each file alone (no padding) and keep some frames, evenly spaced, of all layers.
+
+    Args:
+        upstreams: by teacher name; all hear the same sound, and the same frames are kept.
+        paths: audio files, the first 250,000 samples of each are used.
+        max_frames: kept in all, shared evenly among the files.
+
+    Returns:
+        For each teacher its layers from 0 up, ``[frame, dim]`` each, float32 on the CPU.
+
+    Raises:
+        DataError: a file cannot be read, or none is long enough for a frame.
+        TeacherError: the teachers' frame rates differ.
+    """
+    from tqdm import tqdm
+
+    each = max(1, max_frames // len(paths))
+    kept: dict[str, list[Tensor]] = {name: [] for name in upstreams}
+    for path in tqdm(paths, desc="listen", unit=" files", delay=0.3, dynamic_ncols=True):
+        wave = read_audio(path)[:EXCERPT]
+        if len(wave) < SHORTEST:
+            logger.warning("left out %s: %d samples give no frame", path, len(wave))
+            continue
+        hidden = {}
+        for name, upstream in upstreams.items():
+            place = next(upstream.parameters()).device
+            states = upstream([wave.to(place)])["hidden_states"]
+            hidden[name] = torch.stack(list(states), dim=1)  # [1, layer, frame, dim]
+        for name, states in crop_frames(hidden).items():
+            count = states.shape[2]
+            pick = torch.linspace(0, count - 1, min(each, count)).round().long()
+            kept[name].append(states[0][:, pick.to(states.device)].float().cpu())
+    if not all(kept.values()):
+        raise DataError(f"none of the {len(paths)} utterances has {SHORTEST} samples or more")
+    return {name: list(torch.cat(parts, dim=1).unbind(0)) for name, parts in kept.items()}

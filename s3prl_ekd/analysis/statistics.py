@@ -1,0 +1,41 @@
+"""Numbers about a teacher's layers, and the tables that show them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LayerStatistics:
+    """``norm``: mean L2 norm of a frame. ``mean``: over all values. ``std``: their spread."""
+
+    norm: float
+    mean: float
+    std: float
+
+
+def layer_statistics(frames: Tensor) -> LayerStatistics:
+    """Of one layer's frames ``[frame, dim]``, computed in float64."""
+    frames = frames.double()
+    return LayerStatistics(
+        frames.norm(dim=-1).mean().item(),
+        frames.mean().item(),
+        frames.std(correction=0).item(),
+    )
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Rows as text, the first column to the left and all others to the right; row 0 is a head."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        first, *others = [
+            cell.ljust(width) if column == 0 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join((first, *others)).rstrip())
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(lines)

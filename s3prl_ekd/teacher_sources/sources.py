@@ -1,0 +1,93 @@
+"""The doors: check a teacher's source early, load it, load all of a configuration."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import nn
+
+from ..distill.settings import TeacherSettings
+from ..distill.teachers import Teacher, TeacherEnsemble
+from ..errors import ConfigError, TeacherError
+from .checkpoint_files import load_file
+from .hf_folder import check_folder, load_folder
+from .hub import hub_entries, load_hub_name
+
+
+def check_source(model: str, where: str) -> None:
+    """Refuse early, before anything is downloaded or built, what cannot be a teacher.
+
+    Raises:
+        TeacherError: neither a known hub name nor an existing file nor a Hugging Face folder of a
+            known model.
+    """
+    path = Path(model)
+    if model in hub_entries() or path.is_file():
+        return
+    if path.is_dir():
+        check_folder(path, where)
+        return
+    if "/" in model or "\\" in model or path.suffix:
+        raise TeacherError(f"{where}: there is no checkpoint {model}")
+    close = difflib.get_close_matches(model, hub_entries(), n=1)
+    guess = f" (did you mean {close[0]}?)" if close else ""
+    raise TeacherError(
+        f"{where}: unknown teacher {model!r}{guess}; give the path of a checkpoint or one of: "
+        f"{', '.join(sorted(hub_entries()))}"
+    )
+
+
+def load_upstream(model: str, where: str) -> nn.Module:
+    """Load one upstream by hub name, from a checkpoint file or from a Hugging Face folder.
+
+    Args:
+        model: the name or path; a file of that path goes before a hub name.
+        where: the YAML path for messages.
+
+    Raises:
+        TeacherError: unknown name, failed download, or a kind that cannot be read here.
+        CheckpointError: the file is damaged, of another kind, or asks for code.
+    """
+    check_source(model, where)
+    path = Path(model)
+    if path.is_file():
+        return load_file(path, where)
+    if model in hub_entries():
+        return load_hub_name(model, where)
+    return load_folder(path, where)
+
+
+def load_teachers(settings: Mapping[str, TeacherSettings], dropout: bool) -> TeacherEnsemble:
+    """Load all teachers of a configuration, frozen.
+
+    Raises:
+        TeacherError, CheckpointError: see :func:`load_upstream` and :class:`Teacher`.
+    """
+    for name, teacher in settings.items():
+        check_source(teacher.model, f"teachers.{name}.model")
+    teachers = {}
+    for name, teacher in settings.items():
+        upstream = load_upstream(teacher.model, f"teachers.{name}.model")
+        teachers[name] = Teacher(upstream, teacher.targets, name)
+    return TeacherEnsemble(teachers, dropout)
+
+
+def teacher_model(ensemble: TeacherEnsemble, name: str) -> nn.Module:
+    """The model inside a teacher in fairseq's layout, from which a student can start.
+
+    That layout is ``feature_extractor``, ``post_extract_proj``, ``encoder.pos_conv`` and
+    ``encoder.layers``. A Hugging Face model is given as a copy under these names.
+
+    Raises:
+        ConfigError: this teacher has none.
+    """
+    upstream = ensemble[name].upstream
+    if hasattr(upstream, "fairseq_layout"):
+        return upstream.fairseq_layout(f"init.teacher: {name}")
+    student = getattr(upstream, "student", None)  # an EKD student: its backbone is of this layout
+    model = getattr(upstream, "model", None) if student is None else student.backbone
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"init.teacher: {name} has no weights of the student's layout")
+    return model

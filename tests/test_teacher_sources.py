@@ -1,0 +1,352 @@
+"""Teachers by path: every kind loads, with s3prl's hidden states; what cannot is one sentence."""
+
+import json
+import logging
+import shutil
+
+import pytest
+import torch
+from torch.nn.functional import layer_norm
+
+from s3prl_ekd.demo.tiny_teachers import CONV_LAYERS
+from s3prl_ekd.distill.initialisation import initialise
+from s3prl_ekd.distill.settings import StudentSettings
+from s3prl_ekd.distill.student import Student
+from s3prl_ekd.distill.teachers import Teacher, TeacherEnsemble
+from s3prl_ekd.errors import CheckpointError, ConfigError, TeacherError
+from s3prl_ekd.export.student_file import LoadedStudent, write_student
+from s3prl_ekd.teacher_sources import check_source, identify, load_upstream, teacher_model
+from s3prl_ekd.teacher_sources.hf_layout import fairseq_config, fairseq_model
+
+from .conftest import CONV, STUDENT
+
+HF_SIZE = {
+    "hidden_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "conv_dim": [32] * 7,
+    "conv_kernel": [10, 3, 3, 3, 3, 2, 2],
+    "conv_stride": [5, 2, 2, 2, 2, 2, 2],
+    "num_conv_pos_embeddings": 16,
+    "num_conv_pos_embedding_groups": 4,
+    "layerdrop": 0.1,
+}
+LARGE = {"feat_extract_norm": "layer", "do_stable_layer_norm": True, "conv_bias": True}
+D2V = {"num_conv_pos_embeddings": 3, "conv_pos_kernel_size": 7, "feat_extract_norm": "layer"}
+MODELS = {
+    "hubert": ("Hubert", {}),
+    "hubert_large": ("Hubert", LARGE),
+    "wavlm": ("WavLM", {}),
+    "wavlm_large": ("WavLM", LARGE),
+    "wav2vec2": ("Wav2Vec2", {}),
+    "wav2vec2_large": ("Wav2Vec2", LARGE),
+    "data2vec": ("Data2VecAudio", D2V),
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A Hugging Face folder of random weights of each of MODELS; the large ones normalise."""
+    transformers = pytest.importorskip("transformers")
+    made = {}
+    for name, (family, more) in MODELS.items():
+        folder = made[name] = tmp_path_factory.mktemp("hf") / name
+        config = getattr(transformers, f"{family}Config")(**{**HF_SIZE, **more})
+        torch.manual_seed(7)
+        network = getattr(transformers, f"{family}Model")(config).eval()
+        with torch.no_grad():  # away from the initial zeros and ones: every tensor matters
+            for weight in network.parameters():
+                weight += 0.05 * torch.randn(weight.shape)
+        network.save_pretrained(folder)
+        if more:
+            settings = {"do_normalize": True, "sampling_rate": 16000}
+            (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+    return made
+
+
+@torch.no_grad()
+def hidden(upstream, waves):
+    return upstream.eval()(list(waves))["hidden_states"]
+
+
+def as_s3prl(network, path):
+    """Write the weights of a transformers model as the checkpoint that s3prl would load."""
+    config, weights = network.config, fairseq_model(network, "here").state_dict()
+    family = config.model_type
+    normalize = config.feat_extract_norm == "layer"
+    settings = fairseq_config(config)
+    if family == "wavlm":
+        state = {"cfg": {**settings, "normalize": normalize}, "model": weights}
+    else:
+        task = {"sample_rate": 16000, "normalize": normalize}
+        state = {"task_cfg": task, "model_cfg": settings, "model_weight": weights}
+        if family == "hubert":
+            settings["label_rate"] = 50.0
+            state["dictionaries_symbols"] = [None]
+        else:
+            for name in [name for name in weights if name.startswith(("final_proj", "label"))]:
+                del weights[name]
+        if family == "data2vec-audio":
+            settings["average_top_k_layers"] = 2
+            weights["_ema"] = {}
+        elif family == "wav2vec2":
+            from s3prl.upstream.wav2vec2.wav2vec2_model import Wav2Vec2Config, Wav2Vec2Model
+
+            full = Wav2Vec2Model(Wav2Vec2Config(**settings)).state_dict()
+            state["model_weight"] = {**full, **weights}
+    torch.save(state, path)
+    return path
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_hugging_face_folder_gives_transformers_hidden_states(folders, waves, name):
+    """On one unpadded waveform at a time, where padding has no say."""
+    from transformers import AutoModel
+
+    upstream = load_upstream(str(folders[name]), "here")
+    network = AutoModel.from_pretrained(folders[name]).eval()
+    for wave in waves:
+        ready = layer_norm(wave, wave.shape) if MODELS[name][1] else wave
+        with torch.no_grad():
+            out = network(ready[None], output_hidden_states=True)
+        # transformers 5 takes its last hidden state before the final layer norm, 4 behind it
+        theirs = (*out.hidden_states[:-1], out.last_hidden_state)
+        ours = hidden(upstream, [wave])
+        assert len(ours) == len(theirs) == 4
+        for our, their in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(our, their, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_hugging_face_folder_equals_s3prls_loader(folders, tmp_path, name, caplog):
+    """On padded batches of every kind of length, padded frames included."""
+    upstream = load_upstream(str(folders[name]), "here")
+    path = as_s3prl(upstream.network, tmp_path / "same.pt")
+    with caplog.at_level(logging.INFO):
+        reference = load_upstream(str(path), "here")
+    family = name.removesuffix("_large")
+    assert f"same.pt is a {family} checkpoint" in caplog.text
+    assert upstream.get_downsample_rates("hidden_states") == 320
+    generator = torch.Generator().manual_seed(5)
+    for lengths in ((16000, 12345, 7000), (16079, 16000), (9000,), (8000, 8000), (12000, 720)):
+        waves = [0.1 * torch.randn(n, generator=generator) for n in lengths]
+        ours, theirs = hidden(upstream, waves), hidden(reference, waves)
+        assert len(ours) == len(theirs) == 4
+        for our, their in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(our, their, atol=1e-5, rtol=1e-5)
+
+
+def test_normalisation_follows_the_preprocessor_then_the_config(folders, tmp_path, waves):
+    assert not load_upstream(str(folders["hubert"]), "here").normalize
+    copy = shutil.copytree(folders["hubert_large"], tmp_path / "copy")
+    (copy / "preprocessor_config.json").write_text('{"do_normalize": false}')
+    assert not load_upstream(str(copy), "here").normalize
+    (copy / "preprocessor_config.json").unlink()
+    assert load_upstream(str(copy), "here").normalize  # layer norm in the conv extractor
+    (copy / "preprocessor_config.json").write_text('{"sampling_rate": 8000}')
+    with pytest.raises(TeacherError, match="wants 8000 Hz; teachers get 16000 Hz"):
+        load_upstream(str(copy), "here")
+
+
+def test_a_hugging_face_teacher_stays_whole_in_training_mode(folders, waves):
+    """Dropout left on (teacher_dropout) drops no layer and masks no frame."""
+    teacher = Teacher(load_upstream(str(folders["wavlm"]), "here"), (0, 3), "w")
+    ensemble = TeacherEnsemble({"w": teacher}, dropout=True).train()
+    for _ in range(5):
+        assert ensemble(waves)["w"].shape[:2] == (3, 2)
+
+
+@pytest.mark.parametrize("name", ["hubert", "wavlm", "wav2vec2"])
+def test_a_student_starts_from_a_hugging_face_teacher(folders, name):
+    teacher = Teacher(load_upstream(str(folders[name]), "here"), (1,), name)
+    student = Student(StudentSettings(**STUDENT))
+    source = teacher_model(TeacherEnsemble({name: teacher}), name)
+    initialise(student, [source], conv=True, encoder=True)
+    network = teacher.upstream.network
+    theirs = network.encoder.layers[1].feed_forward.output_dense.weight
+    assert torch.equal(student.backbone.encoder.layers[1].fc2.weight, theirs)
+    theirs = network.feature_projection.projection.weight
+    assert torch.equal(student.backbone.post_extract_proj.weight, theirs)
+
+
+def test_what_has_no_counterpart_is_refused_as_a_start(folders):
+    upstream = load_upstream(str(folders["hubert"]), "here")
+    upstream.network.encoder.extra = torch.nn.Linear(1, 1)
+    ensemble = TeacherEnsemble({"h": Teacher(upstream, (1,), "h")})
+    with pytest.raises(ConfigError, match="init.teacher: h .*encoder.extra"):
+        teacher_model(ensemble, "h")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda f: (f / "config.json").unlink(), "a folder without a config.json"),
+        (lambda f: (f / "config.json").write_text("{"), "config.json cannot be read as JSON"),
+        (lambda f: (f / "config.json").write_text("[]"), "a JSON object is expected"),
+        (
+            lambda f: (f / "config.json").write_text('{"model_type": "bert"}'),
+            "a model of type 'bert'; known are hubert, wavlm, wav2vec2, data2vec-audio",
+        ),
+        (
+            lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
+            "has no model.safetensors; pytorch_model.bin is a pickle and is not loaded",
+        ),
+    ],
+)
+def test_a_folder_that_is_none_is_refused_early(folders, tmp_path, change, said):
+    copy = shutil.copytree(folders["hubert"], tmp_path / "copy")
+    change(copy)
+    with pytest.raises(TeacherError, match=said):
+        check_source(str(copy), "teachers.h.model")
+
+
+def test_damaged_or_missing_weights_are_refused(folders, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    copy = shutil.copytree(folders["hubert"], tmp_path / "copy")
+    weights = load_file(copy / "model.safetensors")
+    del weights["encoder.layers.1.final_layer_norm.weight"]
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="lack 1 of the model's tensors, encoder.layers.1"):
+        load_upstream(str(copy), "here")
+    (copy / "model.safetensors").write_bytes(b"none")
+    with pytest.raises(CheckpointError, match="does not load with transformers"):
+        load_upstream(str(copy), "here")
+    with pytest.raises(TeacherError, match="give the folder that has it"):
+        load_upstream(str(copy / "model.safetensors"), "here")
+
+
+def test_code_in_a_folder_is_not_run(folders, tmp_path):
+    copy = shutil.copytree(folders["hubert"], tmp_path / "copy")
+    config = json.loads((copy / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "evil.Config", "AutoModel": "evil.Model"}
+    (copy / "config.json").write_text(json.dumps(config))
+    (copy / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    load_upstream(str(copy), "here")
+    assert not (tmp_path / "ran").exists()
+
+
+# DistilHuBERT
+
+
+def distilhubert(**more):
+    from s3prl.upstream.distiller.model import DistillerConfig, DistillerModel
+
+    config = {**STUDENT, "n_tasks": 3, "pred_layer_id": [4, 8, 12], "final_dim": 48, **more}
+    model = DistillerModel(DistillerConfig({**config, "extractor_conv_feature_layers": CONV}))
+    return {"Distiller": model.state_dict(), "Config": {"distiller": config, "teacher": {}}}
+
+
+def test_distilhubert_gives_s3prls_layers_without_the_predictions(tmp_path, waves):
+    from s3prl.upstream.distiller.expert import UpstreamExpert
+
+    torch.save(distilhubert(), tmp_path / "distil.ckpt")
+    upstream = load_upstream(str(tmp_path / "distil.ckpt"), "here")
+    reference = UpstreamExpert(str(tmp_path / "distil.ckpt"))
+    ours, theirs = hidden(upstream, waves), hidden(reference, waves)
+    assert len(ours) == 3 and len(theirs) == 6
+    for our, their in zip(ours, theirs[:3], strict=True):
+        torch.testing.assert_close(our, their, atol=1e-6, rtol=1e-6)
+    assert upstream.get_downsample_rates("hidden_states") == 320
+    ensemble = TeacherEnsemble({"d": Teacher(upstream, (1, 2), "d")})
+    initialise(
+        Student(StudentSettings(**STUDENT)), [teacher_model(ensemble, "d")], conv=True, encoder=True
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            {"extractor_conv_feature_layers": "__import__('os').mkdir('hacked')"},
+            "not a list of .channels, kernel, stride. triples",
+        ),
+        ({"task_emb_type": "add"}, "task_emb_type is 'add'; expand-last or none"),
+        ({"attention_type": "sparse"}, "attention_type is 'sparse'; original is known"),
+        ({"encoder_layers": 1}, "does not load as a distiller checkpoint"),
+        ({"conv_pos": "many"}, "conv_pos: a whole number is expected"),
+    ],
+)
+def test_a_distilhubert_that_is_refused(tmp_path, monkeypatch, change, said):
+    monkeypatch.chdir(tmp_path)
+    state = distilhubert()
+    state["Config"]["distiller"].update(change)
+    torch.save(state, tmp_path / "distil.ckpt")
+    with pytest.raises(CheckpointError, match=said):
+        load_upstream("distil.ckpt", "here")
+    assert not (tmp_path / "hacked").exists()
+
+
+# Other checkpoint files
+
+
+def test_an_ekd_student_is_a_teacher(tmp_path, waves, student_settings):
+    student = Student(student_settings)
+    write_student(LoadedStudent(student, None, {}, {"step": 1}), tmp_path / "student.pt")
+    teacher = Teacher(load_upstream(str(tmp_path / "student.pt"), "here"), (0, 2), "s")
+    ensemble = TeacherEnsemble({"s": teacher})
+    assert ensemble(waves)["s"].shape[1] == 2
+    initialise(Student(student_settings), [teacher_model(ensemble, "s")], conv=True, encoder=True)
+
+
+def test_unispeech_sat_is_told_from_wavlm(teachers, tmp_path, waves, caplog):
+    state = torch.load(teachers["wavlm"], weights_only=True)
+    assert identify(state, "x")[0] == "wavlm"
+    state["cfg"].update(relative_position_embedding=False, gru_rel_pos=False)
+    for name in [n for n in state["model"] if "grep" in n or "relative" in n]:
+        del state["model"][name]
+    torch.save(state, tmp_path / "sat.pt")
+    with caplog.at_level(logging.INFO):
+        upstream = load_upstream(str(tmp_path / "sat.pt"), "here")
+    assert "sat.pt is a unispeech_sat checkpoint" in caplog.text
+    assert len(hidden(upstream, waves)) == 5
+
+
+class Dictionary:
+    """Stands for fairseq's, which its checkpoints pickle."""
+
+
+Dictionary.__module__, Dictionary.__qualname__ = "fairseq.data.dictionary", "Dictionary"
+
+
+@pytest.mark.parametrize(
+    ("state", "family"),
+    [
+        ({"cfg": {"model": {"_name": "hubert"}}, "model": {}}, "hubert"),
+        ({"cfg": {"model": {"_name": "wav2vec_ctc"}}, "model": {}}, "wav2vec2"),
+        ({"cfg": {"model": {"_name": "data2vec_audio"}}, "model": {}}, "data2vec"),
+        ({"args": {}, "model": {}}, "hubert"),
+        ("pickled", "hubert"),
+    ],
+)
+def test_a_fairseq_checkpoint_says_how_to_convert_it(tmp_path, monkeypatch, state, family):
+    if state == "pickled":  # as fairseq writes HuBERT's: with objects of its own
+        import sys
+        import types
+
+        module = types.ModuleType("fairseq.data.dictionary")
+        module.Dictionary = Dictionary
+        for name in ("fairseq", "fairseq.data"):
+            monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+        monkeypatch.setitem(sys.modules, "fairseq.data.dictionary", module)
+        state = {"cfg": {}, "model": {}, "task_state": {"dictionaries": [Dictionary()]}}
+    torch.save(state, tmp_path / "fair.pt")
+    with pytest.raises(TeacherError) as caught:
+        load_upstream(str(tmp_path / "fair.pt"), "here")
+    said = str(caught.value)
+    assert "is a fairseq checkpoint; convert it where fairseq is installed" in said
+    assert f"python -m s3prl.upstream.{family}.convert" in said
+
+
+@pytest.mark.parametrize("family", ["wav2vec2", "data2vec"])
+def test_conv_layers_are_checked_before_s3prl_sees_them(tmp_path, monkeypatch, family):
+    monkeypatch.chdir(tmp_path)
+    config = {"conv_feature_layers": "__import__('os').mkdir('hacked')", "_name": family}
+    torch.save({"task_cfg": {"a": 1}, "model_cfg": config, "model_weight": {}}, "evil.pt")
+    with pytest.raises(ConfigError, match="conv_feature_layers in evil.pt"):
+        load_upstream("evil.pt", "here")
+    config["conv_feature_layers"] = CONV_LAYERS
+    torch.save({"task_cfg": {"a": 1}, "model_cfg": config, "model_weight": {}}, "empty.pt")
+    with pytest.raises(CheckpointError, match=f"does not load as a {family} checkpoint"):
+        load_upstream("empty.pt", "here")
