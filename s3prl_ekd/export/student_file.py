@@ -1,8 +1,8 @@
 """The student file: plain tensors and plain settings, loadable with ``weights_only=True``.
 
 ``{"format", "version", "settings", "targets", "head_kind", "student", "heads", "about"}``: the
-student's size, the target sets its heads predict, its weights and theirs, and how it was made. A run's checkpoint
-holds the same under s3prl's keys, so both are read here.
+student's size, the target sets its heads predict, its weights and theirs, and how it was made. A
+run's checkpoint holds the same under s3prl's keys, so both are read here.
 """
 
 from __future__ import annotations
