@@ -13,6 +13,7 @@ import s3prl
 import torch
 from tensorboardX.proto import event_pb2
 
+from s3prl_ekd import launch
 from s3prl_ekd.checkpoints import newest, read_run
 from s3prl_ekd.config import load_model_config
 from s3prl_ekd.demo.tiny_teachers import make_teachers
@@ -242,6 +243,36 @@ def test_in_a_checkout(tmp_path, teachers, corpus, plain):
     more = ("-o", "config.runner.total_steps=7")
     command("run_pretrain.py", "-u", "ekd", "-n", "x", "-a", *more, cwd=tmp_path)
     assert read_run(newest(tmp_path / "result/pretrain/x"))["Step"] == 7
+
+
+@pytest.mark.parametrize(
+    ("words", "env", "wanted"),
+    [
+        ([], {"LOCAL_RANK": "1"}, ["--local_rank=1"]),
+        (["--local-rank=1"], {"LOCAL_RANK": "1"}, ["--local_rank=1"]),
+        (["--local_rank", "0"], {"LOCAL_RANK": "1"}, ["--local_rank", "0"]),
+        ([], {}, []),
+    ],
+)
+def test_torchruns_rank_reaches_s3prls_script(tmp_path, monkeypatch, words, env, wanted):
+    """torchrun tells it by the environment, torch.distributed.launch with a dash."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    base = ["-u", "fbank", "--device", "cpu"]
+    assert launch._prepare_downstream([*base, *words]) == [*base, *wanted]
+
+
+def test_several_processes_of_pretraining_are_refused(workspace):
+    done = command(*RUN, cwd=workspace, check=False, WORLD_SIZE="2")
+    assert done.returncode == 2 and "start it without torchrun" in done.stderr
+
+
+def test_a_pipe_that_closes(tmp_path):
+    code = f"{sys.executable} -m s3prl_ekd teachers list | head -n 1"
+    done = subprocess.run(code, shell=True, cwd=tmp_path, capture_output=True, text=True)
+    assert "Traceback" not in done.stderr and "hub names" in done.stdout
 
 
 def test_newest_is_by_step_and_not_by_name(tmp_path):
