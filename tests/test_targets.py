@@ -219,10 +219,18 @@ def test_statistics_are_fixed_after_their_steps_and_in_evaluation():
     for scale, learn in ((1, True), (1, True), (9, True), (9, False)):
         standardiser({"a": states * scale}, mask, learn=learn)
     assert standardiser.moments["a"].count == 2 * 900
-    fresh = Standardiser({"a": TeacherShape(((1,), (2,)), 24)}, "running", 2)
+
+
+@pytest.mark.parametrize("kind", ["running", "phi_s"])
+def test_a_resumed_standardiser_goes_on_as_if_it_had_not_stopped(kind):
+    states, mask = random_states()
+    shapes = {"a": TeacherShape(((1,), (2,)), 24)}
+    standardiser, fresh = Standardiser(shapes, kind, 9), Standardiser(shapes, kind, 9)
+    for scale in (1.0, 1.3, 0.7):  # cut between two renewals of the rotation, at 2 and 4
+        standardiser({"a": states * scale}, mask, learn=True)
     fresh.load_state_dict(standardiser.state_dict())
-    for learn in (True, False):  # a resumed run goes on as if it had not stopped
-        one, other = (s({"a": states}, mask, learn)["a"] for s in (standardiser, fresh))
+    for scale, learn in ((1.1, False), (0.9, True), (1.2, True)):
+        one, other = (s({"a": states * scale}, mask, learn)["a"] for s in (standardiser, fresh))
         assert torch.equal(one, other)
 
 

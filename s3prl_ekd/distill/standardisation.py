@@ -35,6 +35,8 @@ class Moments(nn.Module):
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))
         self.register_buffer("mean", torch.zeros(targets, width))
         self.register_buffer("scatter", torch.zeros(shape))  # sum of squares about the mean
+        if full:  # PHI-S, as of its last renewal; in the checkpoint, so that resuming is exact
+            self.register_buffer("transform", torch.eye(width).repeat(targets, 1, 1))
 
     @torch.no_grad()
     def update(self, hidden: Tensor, mask: Tensor) -> None:
@@ -90,7 +92,6 @@ class Standardiser(nn.Module):
             {name: Moments(len(t.targets), t.width, full) for name, t in teachers.items()}
         )
         self.register_buffer("seen", torch.zeros((), dtype=torch.long))
-        self._transforms: dict[str, Tensor] = {}
 
     @torch.no_grad()
     def forward(self, hidden: Mapping[str, Tensor], mask: Tensor, learn: bool) -> dict[str, Tensor]:
@@ -107,8 +108,9 @@ class Standardiser(nn.Module):
                 self.moments[name].update(states, mask)
             self.seen += 1
             # PHI-S: a rotation costs an eigendecomposition, so it is renewed at steps 1, 2, 4, ...
-            if (seen + 1) & seen == 0 or seen + 1 == self.steps:
-                self._transforms.clear()
+            if self.kind == "phi_s" and ((seen + 1) & seen == 0 or seen + 1 == self.steps):
+                for moments in self.moments.values():
+                    moments.transform.copy_(phi_s(moments.covariance))
         return {name: self._standardised(name, states) for name, states in hidden.items()}
 
     def _standardised(self, name: str, states: Tensor) -> Tensor:
@@ -116,9 +118,7 @@ class Standardiser(nn.Module):
         centred = states.float() - moments.mean[:, None]  # [batch, target, frame, dim]
         if self.kind == "running":
             return centred / moments.covariance.clamp(min=1e-8).sqrt()[:, None]
-        if name not in self._transforms:
-            self._transforms[name] = phi_s(moments.covariance)
-        return torch.einsum("btfd,tde->btfe", centred, self._transforms[name].to(centred.device))
+        return torch.einsum("btfd,tde->btfe", centred, moments.transform)
 
 
 def phi_s(covariance: Tensor) -> Tensor:
