@@ -25,6 +25,8 @@ COMMANDS = {
     "export": "write a student as a file that stands alone",
     "teachers": "list the teachers there are, or look into those of a config",
     "layers": "find groups of layers to distil, by clustering each teacher's layers (SKILL)",
+    "units": "fit k-means units on the frames of one teacher's layer",
+    "essence": "distil finished downstream models into one: the essential soft outputs and labels",
     "demo": "the whole way on a synthetic corpus: three teachers, one student, one score",
 }
 

@@ -34,7 +34,7 @@ def run_pretrain() -> int:
 
 def run_downstream() -> int:
     """Entry point of the command ``run_downstream.py``."""
-    return _launch("run_downstream", _prepare_downstream, lambda script, argv: script.main())
+    return _launch("run_downstream", prepare_downstream, lambda script, argv: script.main())
 
 
 SCRIPTS = {"run_pretrain.py": run_pretrain, "run_downstream.py": run_downstream}
@@ -49,14 +49,14 @@ def _launch(
     quiet_s3prl()
     argv = sys.argv[1:]
     try:
-        _hide_cuda_from_cpu_runs(argv)
+        hide_cuda_from_cpu_runs(argv)
         wants_help = "-h" in argv or "--help" in argv
         with contextlib.ExitStack() as stack:
             if wants_help:
                 stack.enter_context(_somewhere_set_up())
             else:
                 argv = prepare(argv)
-            module = _import_script(script)
+            module = import_script(script)
             sys.argv = [f"{script}.py", *argv]
             main(module, argv)
     except EkdError as error:
@@ -67,7 +67,7 @@ def _launch(
     return 0
 
 
-def _import_script(script: str) -> ModuleType:
+def import_script(script: str) -> ModuleType:
     """s3prl's module of that name, from the checkout we stand in or from the installed package."""
     from . import compat, plugin
 
@@ -192,7 +192,7 @@ def _main_pretrain(script: ModuleType, argv: list[str]) -> None:
 # run_downstream.py
 
 
-def _prepare_downstream(argv: list[str]) -> list[str]:
+def prepare_downstream(argv: list[str]) -> list[str]:
     """Check the arguments of a downstream run and complete them.
 
     Raises:
@@ -309,7 +309,7 @@ def _with_device(argv: Sequence[str], device: str | None) -> list[str]:
     return [*argv, "--device", "cpu"]
 
 
-def _hide_cuda_from_cpu_runs(argv: Sequence[str]) -> None:
+def hide_cuda_from_cpu_runs(argv: Sequence[str]) -> None:
     """s3prl's downstream Runner calls ``torch.cuda.device("cpu")`` on a machine with CUDA."""
     if _options(argv, "", "", ("device",)).device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""

@@ -261,7 +261,7 @@ def test_torchruns_rank_reaches_s3prls_script(tmp_path, monkeypatch, words, env,
     for name, value in env.items():
         monkeypatch.setenv(name, value)
     base = ["-u", "fbank", "--device", "cpu"]
-    assert launch._prepare_downstream([*base, *words]) == [*base, *wanted]
+    assert launch.prepare_downstream([*base, *words]) == [*base, *wanted]
 
 
 def test_several_processes_of_pretraining_are_refused(workspace):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
-import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -12,8 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from ..data.audio import read_audio
-from ..data.audio_files import find_audio
-from ..data.tables import read_table
 from ..distill.aggregation import crop_frames
 from ..distill.settings import TeacherSettings
 from ..errors import ConfigError, DataError
@@ -23,56 +19,6 @@ logger = logging.getLogger(__name__)
 EXCERPT = 250_000  # samples of an utterance that are used, 15.6 s: bounds the teachers' memory
 SHORTEST = 400  # samples that give one frame
 MAX_FRAMES = 4096  # kept over all utterances: 13 layers of width 768 are 160 MB a teacher
-
-
-def add_sample_options(parser: argparse.ArgumentParser) -> None:
-    """``--data``, ``--audio-root``, ``--utterances``, ``--seed`` and ``--device``."""
-    parser.add_argument(
-        "--data",
-        metavar="TABLE_OR_DIR",
-        type=Path,
-        required=True,
-        help="a length table (.csv), or a folder with audio below it",
-    )
-    parser.add_argument(
-        "--audio-root", metavar="ROOT", type=Path, help="folder that the table's paths start from"
-    )
-    parser.add_argument(
-        "--utterances",
-        metavar="N",
-        type=int,
-        default=32,
-        help="how many to listen to, chosen at random (default: 32)",
-    )
-    parser.add_argument("--seed", metavar="N", type=int, default=0, help="(default: 0)")
-    parser.add_argument("--device", help="default: cuda where there is one")
-
-
-def choose_audio(data: Path, audio_root: Path | None, count: int, seed: int = 0) -> list[Path]:
-    """A random choice of ``count`` utterances (all, where there are fewer), in a fixed order.
-
-    Args:
-        data: a length table, whose paths start from ``audio_root``, or a folder of audio.
-
-    Raises:
-        ConfigError: ``count`` is below 1, or ``audio_root`` is missing.
-        DataError: there is no audio, or the table cannot be read.
-    """
-    if count < 1:
-        raise ConfigError(f"--utterances is {count}; 1 or more is allowed")
-    if data.is_dir():
-        root, names = data, find_audio(data)
-        if not names:
-            raise DataError(f"there is no audio below {data}")
-    else:
-        names = [row.path for row in read_table(data)]
-        if audio_root is None:
-            raise ConfigError(
-                "--data is a table, so --audio-root is needed: the folder its paths start from"
-            )
-        root = audio_root
-    chosen = random.Random(seed).sample(names, min(count, len(names)))
-    return [root / name for name in sorted(chosen)]
 
 
 def load_all(settings: Mapping[str, TeacherSettings], device: str | None) -> dict[str, nn.Module]:

@@ -24,7 +24,7 @@ from ..errors import ConfigError, SetupError
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options of this command."""
-    from ..analysis.sample import add_sample_options
+    from ..analysis.choice import add_sample_options
     from ..distill.grouping import LINKAGES
     from ..distill.similarity import SIMILARITIES
 
@@ -51,8 +51,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Listen, cluster, write; see the module's text."""
+    from ..analysis.choice import choose_audio
     from ..analysis.plots import plot_trees, require_matplotlib
-    from ..analysis.sample import choose_audio, load_all, sample_layers
+    from ..analysis.sample import load_all, sample_layers
     from ..config import load_model_config
     from ..distill.grouping import cut, layer_tree, require_scipy
     from ..distill.similarity import similarity_matrix

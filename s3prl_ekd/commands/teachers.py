@@ -24,7 +24,7 @@ from ..errors import SetupError
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the subcommands and their options."""
-    from ..analysis.sample import add_sample_options
+    from ..analysis.choice import add_sample_options
 
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     actions.add_parser("list", help="hub names by family, and the local kinds understood")
@@ -65,8 +65,9 @@ def _list() -> int:
 
 
 def _inspect(args: argparse.Namespace) -> int:
+    from ..analysis.choice import choose_audio
     from ..analysis.plots import plot_similarity, require_matplotlib
-    from ..analysis.sample import choose_audio, load_all, sample_layers
+    from ..analysis.sample import load_all, sample_layers
     from ..analysis.statistics import aligned, layer_statistics
     from ..config import load_model_config
     from ..distill.similarity import cka_matrix

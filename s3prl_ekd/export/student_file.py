@@ -104,7 +104,7 @@ def load_student(path: str | Path) -> LoadedStudent:
         student.load_state_dict(data["student"])
         heads = None
         if targets:
-            kind = build(HeadSettings, {"kind": data.get("head_kind")}, "head_kind").kind
+            kind = build(HeadSettings, {"kind": data.get("head_kind", "split")}, "head_kind").kind
             heads = PredictionHeads(student.width, targets, kind)
             heads.load_state_dict(data["heads"])
         about = dict(data["about"])

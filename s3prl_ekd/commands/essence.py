@@ -1,0 +1,170 @@
+"""Distil finished downstream models into one: Essence Knowledge Distillation.
+
+Teachers are runs of `run_downstream.py -d asr`, of whatever upstreams. Their posteriors of each
+frame are averaged, the essential ones are selected, and a new `-d asr` model on a frozen student
+is trained on these and on the transcripts. Its checkpoints are s3prl's.
+
+example:
+  s3prl-ekd essence asr --teachers result/downstream/asr_hubert result/downstream/asr_wavlm \\
+      --student-ckpt student.pt -c downstream/asr/tiny.yaml -n asr_essence --top-k 4
+  run_downstream.py -m evaluate -t test-clean \\
+      -e result/downstream/asr_essence/dev-clean-best.ckpt
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from pathlib import Path
+
+from ..errors import ConfigError, SetupError
+
+logger = logging.getLogger(__name__)
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the tasks, each with its options."""
+    tasks = parser.add_subparsers(dest="task", metavar="TASK", required=True)
+    asr = tasks.add_parser(
+        "asr",
+        help="models of -d asr",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = asr.add_argument
+    add(
+        "--teachers",
+        metavar="CKPT",
+        nargs="+",
+        required=True,
+        help="checkpoints of -d asr, or folders of runs (dev-clean-best.ckpt, else the newest)",
+    )
+    add("--student-upstream", metavar="NAME", default="ekd_student", help="as -u of s3prl")
+    add("--student-ckpt", metavar="FILE", help="as -k of s3prl: the student file")
+    add("-c", "--config", metavar="YAML", help="default: downstream/asr/config.yaml")
+    add("-n", "--expname", metavar="NAME", required=True, help="of result/downstream/NAME")
+    add("-o", "--override", metavar="TEXT", help="as -o of s3prl: config.KEY.KEY=VALUE,,...")
+    add("-a", "--auto_resume", action="store_true", help="go on from the newest checkpoint")
+    rule = asr.add_argument_group(
+        "selection", "without any of these the full posteriors are distilled"
+    )
+    rule.add_argument("--top-k", metavar="K", type=int, help="the K most probable classes")
+    rule.add_argument(
+        "--mass", metavar="P", type=float, help="the fewest classes that reach probability P"
+    )
+    rule.add_argument(
+        "--confidence", metavar="P", type=float, help="frames whose best class reaches P"
+    )
+    add(
+        "--alpha",
+        metavar="A",
+        type=float,
+        default=0.5,
+        help="weight of the CTC loss; 1 - A is the teachers' (default: 0.5)",
+    )
+    add("--steps", metavar="N", type=int, help="instead of the YAML's runner.total_steps")
+    add("--seed", metavar="N", type=int, default=1337, help="(default: 1337, s3prl's)")
+    add("--device", help="default: cuda where there is one")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Check, load the teachers, train; prints what to type next."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise SetupError("s3prl-ekd essence runs in one process; start it without torchrun")
+    override = _override(args)
+    argv = _arguments(args, override)
+
+    # Paths, the recipe and the device are checked and completed as for run_downstream.py itself.
+    from .. import launch
+
+    launch.hide_cuda_from_cpu_runs(argv)
+    argv = launch.prepare_downstream(argv)
+    _check_steps(args.config or "downstream/asr/config.yaml", override)
+
+    from ..essence.asr_teachers import AsrEnsemble, checkpoint_in, load_asr_teacher
+    from ..essence.asr_training import EssenceSettings, distil_asr
+    from ..essence.selection import Selection
+
+    teachers = tuple(str(checkpoint_in(Path(path))) for path in args.teachers)
+    try:
+        selection = Selection(args.top_k, args.mass, args.confidence)
+        settings = EssenceSettings(teachers, selection, args.alpha)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    script = launch.import_script("run_downstream")
+    ensemble = AsrEnsemble([load_asr_teacher(path) for path in teachers])
+    logger.info(
+        "essence: %d teachers, %s, alpha %g, %d classes",
+        len(ensemble),
+        selection,
+        settings.alpha,
+        len(ensemble[0].symbols),
+    )
+    try:
+        done = distil_asr(script, argv, ensemble, settings)
+    except KeyboardInterrupt:
+        print("\nstopped by Ctrl-C; add -a to the same command to go on", file=sys.stderr)
+        return 130
+    best = Path(done.expdir) / "dev-clean-best.ckpt"
+    path = checkpoint_in(best if best.is_file() else Path(done.expdir))
+    print(f"\ndone; next:\n  run_downstream.py -m evaluate -t test-clean -e {path}")
+    return 0
+
+
+def _override(args: argparse.Namespace) -> str | None:
+    if args.steps is None:
+        return args.override
+    if args.steps < 1:
+        raise ConfigError(f"--steps is {args.steps}; 1 or more is allowed")
+    steps = f"config.runner.total_steps={args.steps}"
+    return f"{args.override},,{steps}" if args.override else steps
+
+
+def _arguments(args: argparse.Namespace, override: str | None) -> list[str]:
+    """The words of a training run of s3prl's ``run_downstream``."""
+    argv = ["-m", "train", "-d", "asr", "-u", args.student_upstream, "-n", args.expname]
+    options = (
+        ("-k", args.student_ckpt),
+        ("-c", args.config),
+        ("-o", override),
+        ("--device", args.device),
+        ("--seed", str(args.seed)),
+    )
+    for name, value in options:
+        argv += [name, value] if value is not None else []
+    return [*argv, "-a"] if args.auto_resume else argv
+
+
+def _check_steps(path: str, override: str | None) -> None:
+    """A run that ends before its first save would leave nothing.
+
+    Raises:
+        ConfigError: ``eval_step`` or ``save_step`` is above ``total_steps``, or missing.
+    """
+    from ..config import apply_overrides
+    from ..schema import read_yaml
+
+    config = read_yaml(path)
+    runner = (apply_overrides(config, override) if override else config).get("runner")
+    steps = {}
+    for name in ("total_steps", "eval_step", "save_step"):
+        steps[name] = runner.get(name) if isinstance(runner, dict) else None
+        if type(steps[name]) is not int or steps[name] < 1:
+            raise ConfigError(f"{path}: runner.{name} must be a whole number of 1 or more")
+    total = steps.pop("total_steps")
+    for name, value in steps.items():
+        if value > total:
+            raise ConfigError(
+                f"{path}: runner.{name} ({value}) is above runner.total_steps ({total}), so "
+                f'nothing would be left; add -o "config.runner.{name}={total}"'
+            )
+        if total % value:
+            logger.warning(
+                "runner.%s (%d) does not divide total_steps (%d): the last %d steps are lost",
+                name,
+                value,
+                total,
+                total % value,
+            )

@@ -1,0 +1,88 @@
+"""Fit k-means units on the frames of one teacher's layer.
+
+Writes a safetensors file: the centroids, and in its metadata teacher, layer, width, clusters,
+inertia. Needs scikit-learn.
+
+example:
+  s3prl-ekd units pretrain/ekd/config_model.yaml --teacher hubert --layer 9 --clusters 100 \\
+      --data data/len_for_bucket/train.csv --audio-root /data/LibriSpeech -o units.safetensors
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..analysis.choice import add_sample_options, choose_audio
+from ..errors import ConfigError, TeacherError
+
+logger = logging.getLogger(__name__)
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this command."""
+    parser.add_argument("config", metavar="CONFIG", type=Path, help="a model config, for -g")
+    parser.add_argument("--teacher", metavar="NAME", required=True, help="a teacher of CONFIG")
+    parser.add_argument(
+        "--layer", metavar="N", type=int, required=True, help="index into its hidden_states"
+    )
+    parser.add_argument(
+        "--clusters", metavar="N", type=int, default=100, help="number of units (default: 100)"
+    )
+    add_sample_options(parser, utterances=500)  # about 2 MB each at width 768
+    parser.add_argument("-o", "--output", metavar="FILE", type=Path, required=True)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Fit, write and print what was made."""
+    from ..config import load_model_config
+    from ..essence.units import collect_frames, fit_units, require_sklearn, save_units
+
+    for name, least in (("clusters", 2), ("utterances", 1), ("layer", 0), ("seed", 0)):
+        if getattr(args, name) < least:
+            raise ConfigError(f"--{name} is {getattr(args, name)}; {least} or more is allowed")
+    require_sklearn()  # before minutes of listening
+    teachers = load_model_config(args.config).teachers
+    if args.teacher not in teachers:
+        raise ConfigError(
+            f"--teacher {args.teacher}: {args.config} has no such teacher; it has "
+            f"{', '.join(teachers)}"
+        )
+    paths = choose_audio(args.data, args.audio_root, args.utterances, args.seed)
+    model = teachers[args.teacher].model
+    frames = collect_frames(_hidden_states(args, model, paths))
+    logger.info("%d frames of width %d", *frames.shape)
+    units = fit_units(
+        frames, args.clusters, args.seed, teacher=args.teacher, layer=args.layer, model=model
+    )
+    save_units(units, args.output)
+    print(f"{units.clusters} units of {args.teacher}, layer {args.layer} -> {args.output}")
+    print(f"{units.frames} frames, mean squared distance {units.inertia:.4f}")
+    return 0
+
+
+def _hidden_states(args: argparse.Namespace, model: str, paths: list[Path]) -> Iterator:
+    """The layer's output for each utterance, ``[1, frame, dim]``; too short ones are left out."""
+    import torch
+    from tqdm import tqdm
+
+    from ..analysis.sample import EXCERPT, SHORTEST
+    from ..data.audio import read_audio
+    from ..teacher_sources import load_upstream
+
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    upstream = load_upstream(model, f"teachers.{args.teacher}.model").eval().to(device)
+    for path in tqdm(paths, desc=f"listen with {args.teacher}", unit=" files", dynamic_ncols=True):
+        wave = read_audio(path)[:EXCERPT]
+        if len(wave) < SHORTEST:
+            logger.warning("left out %s: %d samples give no frame", path, len(wave))
+            continue
+        with torch.no_grad():
+            states = upstream([wave.to(device)])["hidden_states"]
+        if args.layer >= len(states):
+            raise TeacherError(
+                f"--layer {args.layer}: {args.teacher} has layers 0 to {len(states) - 1}"
+            )
+        yield states[args.layer]

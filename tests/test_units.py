@@ -1,0 +1,164 @@
+"""Units: the labels are scikit-learn's, files keep what they hold, mistakes are sentences."""
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from s3prl_ekd import cli
+from s3prl_ekd.errors import CheckpointError, DataError
+from s3prl_ekd.essence.units import Units, collect_frames, fit_units, load_units, save_units
+from s3prl_ekd.teacher_sources import load_upstream
+
+from .conftest import write_configs
+
+
+def blobs(count=600, seed=0):
+    """Frames around three far points, ``[frame, 2]``."""
+    torch.manual_seed(seed)
+    centres = torch.tensor([[0.0, 0.0], [10.0, 0.0], [0.0, 10.0]])
+    return centres[torch.arange(count) % 3] + 0.1 * torch.randn(count, 2)
+
+
+def test_labels_are_the_nearest_centroids():
+    units = Units(torch.tensor([[0.0, 0.0], [4.0, 0.0], [0.0, 3.0]]), "t", 1)
+    hidden = torch.tensor([[[1.0, 0.0], [3.0, 0.0]], [[0.0, 2.0], [2.1, 0.0]]])
+    assert units.label(hidden).tolist() == [[0, 1], [2, 1]]
+    assert units.label(hidden[0, 0]).item() == 0
+    assert units.state_dict() == {}
+
+
+def test_labels_are_scikit_learns():
+    cluster = pytest.importorskip("sklearn.cluster")
+    frames = torch.randn(2000, 16, generator=torch.Generator().manual_seed(0))
+    kmeans = cluster.MiniBatchKMeans(12, random_state=0, n_init=1).fit(frames.numpy())
+    units = Units(torch.from_numpy(kmeans.cluster_centers_), "t", 1)
+    labels = units.label(frames.view(4, 500, 16))
+    assert labels.flatten().tolist() == kmeans.predict(frames.numpy()).tolist()
+    distances = torch.cdist(frames.double(), units.centroids.double())
+    assert labels.flatten().equal(distances.argmin(-1))
+
+
+def test_the_fit_finds_what_is_there_and_repeats():
+    pytest.importorskip("sklearn")
+    frames = blobs()
+    units = fit_units(frames, 3, seed=0, teacher="t", layer=2)
+    labels = units.label(frames)
+    for i in range(3):
+        assert len(labels[i::3].unique()) == 1
+    assert len(labels.unique()) == 3
+    assert units.inertia == pytest.approx(2 * 0.1**2, rel=0.1) and units.frames == 600
+    again = fit_units(frames, 3, seed=0, teacher="t", layer=2)
+    assert units.centroids.equal(again.centroids)
+
+
+def test_too_little_to_fit():
+    pytest.importorskip("sklearn")
+    with pytest.raises(DataError, match="2 frames are too few for 3"):
+        fit_units(torch.zeros(2, 4), 3, seed=0, teacher="t", layer=2)
+    with pytest.raises(DataError, match="no utterance"):
+        collect_frames([])
+    with pytest.raises(DataError, match="not finite"):
+        collect_frames([torch.full((1, 2, 3), torch.nan)])
+
+
+def test_a_file_keeps_what_it_holds(tmp_path):
+    units = Units(torch.randn(5, 4), "hubert", 3, "hubert_base", 0.1234567, 99, 7)
+    save_units(units, tmp_path / "new" / "u.safetensors")
+    loaded = load_units(tmp_path / "new" / "u.safetensors")
+    assert loaded.centroids.equal(units.centroids)
+    for name in ("teacher", "layer", "model", "inertia", "frames", "seed", "clusters", "width"):
+        assert getattr(loaded, name) == getattr(units, name), name
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["u.safetensors"]
+
+
+def test_files_that_are_none(tmp_path):
+    path = tmp_path / "u.safetensors"
+    with pytest.raises(CheckpointError, match="no such file"):
+        load_units(path)
+    path.write_bytes(b"not a file of tensors")
+    with pytest.raises(CheckpointError, match="damaged or no units file"):
+        load_units(path)
+    save_file({"centroids": torch.zeros(2, 2)}, path)
+    with pytest.raises(CheckpointError, match="no units file of"):
+        load_units(path)
+    units = Units(torch.zeros(2, 2), "t", 1)
+    save_units(units, path)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    save_file({"centroids": torch.zeros(3, 2)}, path, metadata)
+    with pytest.raises(CheckpointError, match="do not fit its metadata"):
+        load_units(path)
+    save_file({"centroids": torch.zeros(2, 2)}, path, metadata | {"layer": "x"})
+    with pytest.raises(CheckpointError, match="damaged"):
+        load_units(path)
+
+
+def test_frames_of_another_width():
+    with pytest.raises(CheckpointError, match="width 2; these frames have 3"):
+        Units(torch.zeros(4, 2), "t", 1).label(torch.zeros(1, 5, 3))
+
+
+# The command
+
+
+@pytest.fixture
+def config(tmp_path, teachers, corpus):
+    write_configs(tmp_path, teachers, corpus)
+    return tmp_path / "model.yaml"
+
+
+def units_command(config, data, *words):
+    base = ["units", config, "--teacher", "robust", "--layer", 2, "--clusters", 5, "--data", data]
+    return cli.main([str(word) for word in (*base, *words)])
+
+
+def test_the_command(config, teachers, corpus, tmp_path, capsys):
+    pytest.importorskip("sklearn")
+    path = tmp_path / "u.safetensors"
+    table = corpus / "tables" / "train.csv"
+    words = ("--utterances", 4, "--seed", 3, "--device", "cpu")
+    assert units_command(config, table, "--audio-root", corpus / "audio", *words, "-o", path) == 0
+    assert "5 units of robust, layer 2" in capsys.readouterr().out
+    units = load_units(path)
+    assert (units.teacher, units.layer, units.width, units.seed) == ("robust", 2, 48, 3)
+    assert units.model == str(teachers["robust"])
+    wave = torch.randn(8000)
+    hidden = load_upstream(units.model, "test").eval()([wave])["hidden_states"][2]
+    assert units.label(hidden).shape == hidden.shape[:2]
+    # a folder in the place of the table: the same files, so the same units
+    other = tmp_path / "v.safetensors"
+    units_command(config, corpus / "audio", *words, "-o", other)
+    assert load_units(other).centroids.shape == units.centroids.shape
+
+
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        (("--layer", 9), "--layer 9: robust has layers 0 to 4"),
+        (("--teacher", "nobody"), "has no such teacher; it has"),
+        (("--clusters", 1), "--clusters is 1; 2 or more"),
+        (("--clusters", 99999), "too few for 99999 clusters"),
+        (("--data", "none.csv"), "cannot read the corpus table"),
+    ],
+)
+def test_mistakes_are_sentences(config, corpus, tmp_path, capsys, words, sentence):
+    pytest.importorskip("sklearn")
+    with pytest.raises(SystemExit) as stop:
+        units_command(config, corpus / "audio", "--utterances", 1, "-o", tmp_path / "u", *words)
+    assert stop.value.code == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_a_table_needs_its_root(config, corpus, tmp_path, capsys):
+    pytest.importorskip("sklearn")
+    with pytest.raises(SystemExit):
+        units_command(config, corpus / "tables" / "train.csv", "-o", tmp_path / "u")
+    assert "--audio-root is needed" in capsys.readouterr().err
+
+
+def test_without_scikit_learn(config, corpus, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "sklearn.cluster", None)
+    with pytest.raises(SystemExit):
+        units_command(config, corpus / "audio", "-o", tmp_path / "u")
+    assert "pip install 's3prl_ekd[units]'" in capsys.readouterr().err
