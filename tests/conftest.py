@@ -172,3 +172,17 @@ def complete(monkeypatch) -> dict[str, ModuleType]:
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")  # what torch 2.5 did by itself
     monkeypatch.setattr(compat, "_fired", [])
     return stubs
+
+
+def run_python(code: str, *args: str) -> str:
+    """The last line that ``code`` prints in an interpreter of its own."""
+    path = os.pathsep.join(filter(None, [str(REPO), os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(
+        [sys.executable, "-c", code, *args],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip().splitlines()[-1]

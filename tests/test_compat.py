@@ -9,7 +9,6 @@ import io
 import json
 import os
 import pickle
-import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -24,6 +23,8 @@ from s3prl_ekd.compat import (
     names,
 )
 from s3prl_ekd.errors import SetupError
+
+from .conftest import run_python
 
 ROOT = Path(__file__).resolve().parents[1]
 SHIM = {shim.name: shim for shim in SHIMS}
@@ -107,20 +108,6 @@ MODULES = [
     ),
     *(f"s3prl.downstream.{task}.expert" for task in ("asr", "emotion", "ctc")),
 ]
-
-
-def run_python(code: str, *args: str) -> str:
-    """The last line that ``code`` prints in an interpreter of its own."""
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    done = subprocess.run(
-        [sys.executable, "-c", code, *args],
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip().splitlines()[-1]
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import os
-import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -29,20 +27,6 @@ ROOT = Path(__file__).resolve().parents[1]
 SHIM = {shim.name: shim for shim in SHIMS}
 
 
-def run_python(code: str, *args: str) -> str:
-    """The last line that ``code`` prints in an interpreter of its own."""
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    done = subprocess.run(
-        [sys.executable, "-c", code, *args],
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip().splitlines()[-1]
-
-
 @pytest.fixture(scope="module", autouse=True)
 def applied():
     compat.apply()
@@ -59,6 +43,8 @@ class Refuse:
 sys.meta_path.insert(0, Refuse())
 from s3prl_ekd.compat import SHIMS
 from s3prl_ekd.errors import SetupError
+
+from .conftest import run_python
 
 shim = SHIMS[0]
 assert shim.missing()

@@ -2,7 +2,8 @@
 
 Teachers are runs of `run_downstream.py -d asr`, of whatever upstreams. Their posteriors of each
 frame are averaged, the essential ones are selected, and a new `-d asr` model on a frozen student
-is trained on these and on the transcripts. Its checkpoints are s3prl's.
+is trained on these and on the transcripts. Its checkpoints are s3prl's. Leave specaug's time warp
+off: it shifts the student's frames against the teachers'.
 
 example:
   s3prl-ekd essence asr --teachers result/downstream/asr_hubert result/downstream/asr_wavlm \\
