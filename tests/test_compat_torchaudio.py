@@ -23,7 +23,8 @@ from s3prl_ekd.compat import (
 )
 from s3prl_ekd.errors import DataError
 
-ROOT = Path(__file__).resolve().parents[1]
+from .conftest import run_python
+
 SHIM = {shim.name: shim for shim in SHIMS}
 
 
