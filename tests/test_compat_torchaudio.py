@@ -45,8 +45,6 @@ sys.meta_path.insert(0, Refuse())
 from s3prl_ekd.compat import SHIMS
 from s3prl_ekd.errors import SetupError
 
-from .conftest import run_python
-
 shim = SHIMS[0]
 assert shim.missing()
 try:
