@@ -58,7 +58,10 @@ def _launch(
                 argv = prepare(argv)
             module = import_script(script)
             sys.argv = [f"{script}.py", *argv]
-            main(module, argv)
+            from .atomic import atomic_saves
+
+            with atomic_saves():
+                main(module, argv)
     except EkdError as error:
         exit_with(error)
     except KeyboardInterrupt:

@@ -7,20 +7,18 @@ logits, and one puts the multitask loss in the place of the CTC loss.
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
 import sys
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..atomic import atomic_saves
 from ..schema import plain
 from .asr_teachers import AsrEnsemble, common_frames
 from .selection import Selection, select, soft_label_loss
@@ -169,29 +167,3 @@ def distil_asr(
     finally:
         script.Runner, sys.argv = make_runner, argv_before
     return seen["args"]
-
-
-@contextlib.contextmanager
-def atomic_saves() -> Iterator[None]:
-    """Within it, ``torch.save`` to a path writes a neighbour and renames it.
-
-    s3prl's Runner writes straight to the name: a run that is cut while it saves would leave half
-    of a ``dev-clean-best.ckpt``, and the whole one before it would be gone.
-    """
-    save = torch.save
-
-    def save_whole(obj: Any, f: Any, *args: Any, **kwargs: Any) -> None:
-        if not isinstance(f, (str, os.PathLike)):
-            return save(obj, f, *args, **kwargs)
-        neighbour = Path(f"{os.fspath(f)}.{os.getpid()}.tmp")
-        try:
-            save(obj, neighbour, *args, **kwargs)
-            os.replace(neighbour, f)
-        finally:
-            neighbour.unlink(missing_ok=True)
-
-    torch.save = save_whole
-    try:
-        yield
-    finally:
-        torch.save = save
