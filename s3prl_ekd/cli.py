@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from . import __version__
-from .errors import EkdError, exit_with
+from .errors import EkdError, SetupError, exit_with
 from .quiet import quiet_s3prl
 
 # name -> the line that `s3prl-ekd --help` shows. The module commands/NAME.py has
@@ -78,10 +78,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
     except EkdError as error:
         exit_with(error)
+    except KeyboardInterrupt:
+        print("\nstopped by Ctrl-C", file=sys.stderr)
+        return 130
     except BrokenPipeError:
         # `s3prl-ekd ... | head` is no mistake; what Python would flush at exit has nowhere to go
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if error.filename is None:
+            raise
+        exit_with(SetupError(f"cannot use {error.filename}: {error.strerror}"))
 
 
 if __name__ == "__main__":

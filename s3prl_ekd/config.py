@@ -14,8 +14,19 @@ from typing import Any
 from .data.distortion.settings import DistortionSettings
 from .distill.settings import DistillSettings
 from .errors import ConfigError
+from .evaluated import check_names
 from .extends import read_extended
 from .schema import build, read_yaml
+
+# The names that s3prl's get_optimizer knows.
+OPTIMIZERS = (
+    "AdamW_with_schedule",
+    "BertAdam_with_schedule",
+    "Lamb_with_schedule",
+    "Adam",
+    "AdamW",
+    "TorchOptim",
+)
 
 
 @dataclass(frozen=True)
@@ -68,9 +79,11 @@ class RunSettings:
                 raise ValueError(f"{name} is {getattr(self, name)}; 1 or more is allowed")
         if self.max_keep < 1:
             raise ValueError(f"max_keep is {self.max_keep}; 1 or more is allowed")
-        # s3prl's Runner asserts these two; n_epochs changes the steps to what it computes.
-        for name in ("log_step", "save_step"):
-            if self.n_epochs <= 0 and self.total_steps <= getattr(self, name):
+        if self.n_epochs > 0:
+            # s3prl counts steps by it, but builds the learning rate from total_steps
+            raise ValueError(f"n_epochs is {self.n_epochs}; put -1 and say total_steps")
+        for name in ("log_step", "save_step"):  # s3prl's Runner asserts these two
+            if self.total_steps <= getattr(self, name):
                 raise ValueError(
                     f"total_steps ({self.total_steps}) must be greater than {name} "
                     f"({getattr(self, name)})"
@@ -96,11 +109,18 @@ class RunnerFile:
             raise ValueError("the key pretrain_expert is missing")
         if not isinstance(self.optimizer.get("name"), str):
             raise ValueError("optimizer.name is missing; for example AdamW_with_schedule")
-        if not isinstance(self.optimizer.get("lr"), float):
+        if "lr" not in self.optimizer:
+            raise ValueError("optimizer.lr is missing; for example 2.e-4")
+        if self.optimizer["name"] not in OPTIMIZERS:
             raise ValueError(
-                f"optimizer.lr is {self.optimizer.get('lr')!r}; a number with a point is expected, "
-                "for example 2.e-4"
+                f"optimizer.name is {self.optimizer['name']!r}; use one of: {', '.join(OPTIMIZERS)}"
             )
+        for key, value in self.optimizer.items():
+            if key not in ("name", "torch_optim_name") and isinstance(value, str):
+                raise ValueError(
+                    f"optimizer.{key} is the text {value!r}; a number is expected, with a point: "
+                    "2.e-4 and not 2e-4"
+                )
 
 
 @dataclass(frozen=True)
@@ -128,9 +148,19 @@ def load_runner_config(path: str | Path, overrides: str | None = None) -> Runner
         ConfigError: naming the file and the YAML path of the first thing that is not valid.
     """
     data = read_yaml(path)
-    if overrides and overrides.lower() != "none":
+    if overrides:
         data = apply_overrides(data, overrides)
-    return build(RunnerFile, data, str(path))
+    return check_runner_config(data, str(path))
+
+
+def check_runner_config(data: dict, where: str) -> RunnerFile:
+    """Check a runner config that was read already, for example a checkpoint's.
+
+    Raises:
+        ConfigError: naming ``where`` and the YAML path of the first thing that is not valid.
+    """
+    check_names(data, where)
+    return build(RunnerFile, data, where)
 
 
 def load_data_config(datarc: dict) -> DataSettings:

@@ -24,6 +24,7 @@ from .data.distortion.epochs import EpochSampler  # noqa: E402
 from .distill.distiller import EnsembleDistiller  # noqa: E402
 from .distill.initialisation import initialise  # noqa: E402
 from .distill.student import Student  # noqa: E402
+from .distill.teachers import check_names  # noqa: E402
 from .essence.units import load_units  # noqa: E402
 from .export.student_file import RUN_KEY, contents  # noqa: E402
 from .schema import plain  # noqa: E402
@@ -51,6 +52,7 @@ class UpstreamPretrainExpert(nn.Module):
             raise SetupError("--multi_gpu (DataParallel) does not work with ekd: leave it out")
         self.device = device
         self.settings = load_model_config(upstream_config)
+        check_names(self.settings.teachers)
         data = load_data_config(datarc)
         student = Student(self.settings.student)
         self.dataloader = train_loader(

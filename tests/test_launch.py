@@ -13,10 +13,10 @@ import s3prl
 import torch
 from tensorboardX.proto import event_pb2
 
-from s3prl_ekd import launch
 from s3prl_ekd.checkpoints import newest, read_run
 from s3prl_ekd.config import load_model_config
 from s3prl_ekd.demo.tiny_teachers import make_teachers
+from s3prl_ekd.downstream_run import prepare_downstream
 from s3prl_ekd.errors import CheckpointError
 from s3prl_ekd.export import load_student
 from s3prl_ekd.launch import run_pretrain
@@ -261,7 +261,7 @@ def test_torchruns_rank_reaches_s3prls_script(tmp_path, monkeypatch, words, env,
     for name, value in env.items():
         monkeypatch.setenv(name, value)
     base = ["-u", "fbank", "--device", "cpu"]
-    assert launch.prepare_downstream([*base, *words]) == [*base, *wanted]
+    assert prepare_downstream([*base, *words]) == [*base, *wanted]
 
 
 def test_several_processes_of_pretraining_are_refused(workspace):

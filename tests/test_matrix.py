@@ -45,6 +45,15 @@ def test_runs_and_keeps(tmp_path, teachers, corpus):
     assert second.stdout == first.stdout and log.stat().st_size == size
 
 
+def test_other_settings_under_the_same_name_are_refused(tmp_path, teachers, corpus):
+    command("init", ".", cwd=tmp_path)
+    write_configs(tmp_path, teachers, corpus)
+    words = ("matrix", "model.yaml", "-c", "runner.yaml")
+    command(*words, cwd=tmp_path)
+    done = command(*words, "-o", "config.optimizer.lr=0.5", cwd=tmp_path, check=False)
+    assert done.returncode == 2 and "model-seed1337 holds a run with other settings" in done.stderr
+
+
 def test_mistakes(tmp_path):
     done = command("matrix", "a.yaml", "-c", "b.yaml", cwd=tmp_path, check=False)
     assert done.returncode == 2 and "s3prl-ekd init ." in done.stderr

@@ -30,6 +30,7 @@ def test_a_round_trip(loaded, tmp_path):
     again = load_student(tmp_path / "new" / "s.pt")
     assert again.student.settings == loaded.student.settings
     assert again.targets == TARGETS and again.about == {"step": 7}
+    assert not again.student.training and not again.heads.training
     for ours, theirs in ((loaded.student, again.student), (loaded.heads, again.heads)):
         for key, value in ours.state_dict().items():
             assert torch.equal(value, theirs.state_dict()[key])

@@ -7,7 +7,7 @@ import torch
 
 from s3prl_ekd.distill.aggregation import TeacherShape
 from s3prl_ekd.distill.initialisation import initialise
-from s3prl_ekd.distill.losses import distillation_loss
+from s3prl_ekd.distill.losses import distillation_loss, frame_terms
 from s3prl_ekd.distill.standardisation import Moments, Standardiser, hadamard, phi_s
 from s3prl_ekd.distill.student import Student
 from s3prl_ekd.distill.target_settings import (
@@ -17,7 +17,7 @@ from s3prl_ekd.distill.target_settings import (
     TargetSettings,
     TeacherSettings,
 )
-from s3prl_ekd.distill.teachers import Teacher
+from s3prl_ekd.distill.teachers import Teacher, TeacherEnsemble
 from s3prl_ekd.distill.weighting import agreeing_dims, drop_teachers, weights_at
 from s3prl_ekd.errors import TeacherError
 
@@ -104,7 +104,7 @@ def test_weights_move_in_a_straight_line():
     assert weights_at(teachers, 1, 10) == {"a": 1.0, "b": 1.0}
     assert weights_at(teachers, 6, 10)["a"] == pytest.approx(0.5)
     assert weights_at(teachers, 11, 10)["a"] == 0.0 == weights_at(teachers, 999, 10)["a"]
-    assert weights_at(teachers, 1, 0)["a"] == 0.0
+    assert weights_at(teachers, 1, 0)["a"] == 1.0
 
 
 def test_a_teacher_of_weight_zero_teaches_nothing(teachers, student_settings, waves):
@@ -132,6 +132,24 @@ def test_dropping_keeps_the_hardest_and_drops_the_others_half_the_time():
     assert all((s == 1).all() for s in drop_teachers(losses, 0.0).values())
     everyone = torch.stack(list(drop_teachers(losses, 1.0).values()))
     assert (everyone.sum(0) == 1).all()
+
+
+def test_a_dropped_utterance_makes_the_others_no_heavier(teachers, student_settings, waves):
+    """Teacher dropping at probability 1: each utterance keeps one teacher, and the loss is the sum
+    over teachers of what is kept, divided by all valid frames."""
+    options = {"targets": TargetSettings(drop_teachers=1.0)}
+    ours = distiller(teachers, student_settings, ["hubert", "wavlm"], **options)
+    batch, lengths = batch_of(waves)
+    loss, _ = ours(batch, lengths)
+    with torch.no_grad():
+        out = ours.student(batch, lengths)
+        hidden, predictions = ours.teachers(waves), ours.heads(out.last)
+        each = {}  # teacher -> [batch], the sum of the loss over an utterance's frames
+        for name in hidden:
+            rec, cosine = frame_terms(predictions[name], hidden[name])
+            each[name] = ((rec + cosine).mean(1) * out.mask).sum(1)
+    kept = torch.stack(list(each.values())).max(0).values.sum()
+    assert loss.item() == pytest.approx((kept / out.mask.sum() / 2).item(), abs=1e-5)
 
 
 def test_dropping_only_in_training(teachers, student_settings, waves):
@@ -327,3 +345,10 @@ def test_units_that_do_not_fit(teachers, student_settings, change, said):
     vars(units).update(change)
     with pytest.raises(TeacherError, match=said):
         distiller(teachers, student_settings, ["hubert"], units=units)
+
+
+@pytest.mark.parametrize("name", ["half", "states", "eval", "kind", "dropout"])
+def test_names_that_torch_uses(teachers, name):
+    teacher = Teacher(load(teachers["hubert"]), (1,), name)
+    with pytest.raises(TeacherError, match=f"'{name}' cannot be a teacher's name"):
+        TeacherEnsemble({name: teacher})

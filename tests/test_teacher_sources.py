@@ -350,3 +350,16 @@ def test_conv_layers_are_checked_before_s3prl_sees_them(tmp_path, monkeypatch, f
     torch.save({"task_cfg": {"a": 1}, "model_cfg": config, "model_weight": {}}, "empty.pt")
     with pytest.raises(CheckpointError, match=f"does not load as a {family} checkpoint"):
         load_upstream("empty.pt", "here")
+
+
+def test_layers_and_groups_of_a_config_reach_the_teacher(teachers):
+    from s3prl_ekd.distill.target_settings import TeacherSettings
+    from s3prl_ekd.teacher_sources import load_teachers
+
+    settings = {
+        "plain": TeacherSettings(str(teachers["hubert"]), (2, 4)),
+        "grouped": TeacherSettings(str(teachers["wavlm"]), groups=((1, 2), (3,))),
+    }
+    loaded = load_teachers(settings, dropout=False)
+    assert loaded["plain"].targets == ((2,), (4,))
+    assert loaded["grouped"].targets == ((1, 2), (3,))

@@ -9,7 +9,7 @@ from s3prl.upstream.interfaces import UpstreamBase
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from s3prl_ekd.export import load_student
+from s3prl_ekd.export.student_file import heads_problem, load_student
 
 logger = logging.getLogger(__name__)
 
@@ -34,11 +34,11 @@ class UpstreamExpert(UpstreamBase):
         self.about = loaded.about
         # A dropped layer would change the number of hidden states while fine-tuning (-f).
         self.student.backbone.encoder.layerdrop = 0.0
-        widths = {part for spec in self.targets.values() for part in spec.parts}
-        self.heads_fit = bool(widths) and widths == {self.student.width}
-        if not self.heads_fit:
+        problem = heads_problem(loaded)
+        self.heads_fit = not problem
+        if problem:
             self.heads = None
-            logger.info("no hidden_states_and_heads: %s", _why_not(widths, self.student.width))
+            logger.info("no hidden_states_and_heads: %s", problem)
 
     def get_downsample_rates(self, key: str) -> int:
         """Samples a frame: 320 (20 ms at 16 kHz) for the default conv extractor."""
@@ -77,9 +77,3 @@ class UpstreamExpert(UpstreamBase):
             for layer in prediction.unbind(1):
                 states += layer.split(self.targets[name].parts, dim=-1)
         return states
-
-
-def _why_not(widths: set[int], width: int) -> str:
-    if not widths:
-        return "the file has no prediction heads"
-    return f"the heads predict widths {sorted(widths)}, the student has {width}"

@@ -79,9 +79,10 @@ def main(args: argparse.Namespace) -> int:
 
     # Paths, the recipe and the device are checked and completed as for run_downstream.py itself.
     from .. import launch
+    from ..downstream_run import prepare_downstream
 
     launch.hide_cuda_from_cpu_runs(argv)
-    argv = launch.prepare_downstream(argv)
+    argv = prepare_downstream(argv)
     _check_steps(args.config or "downstream/asr/config.yaml", override)
 
     from ..essence.asr_teachers import AsrEnsemble, checkpoint_in, load_asr_teacher

@@ -61,6 +61,8 @@ def main(args: argparse.Namespace) -> int:
     require_scipy()  # before minutes of listening
     require_matplotlib()
     picture = args.output.with_suffix(".png")
+    if picture == args.output:
+        raise ConfigError(f"-o {args.output}: the config is YAML, the picture goes beside it")
     for path in (args.output, picture):
         if path.exists() and not args.force:
             raise ConfigError(f"{path} exists; add --force to write over it")

@@ -15,6 +15,7 @@ Then, in the YAML: libri_root is DIR, file_path (or bucket_file) is OUT.
 from __future__ import annotations
 
 import argparse
+import contextlib
 from pathlib import Path
 
 from tqdm import tqdm
@@ -37,11 +38,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Write the tables and print what is in them; see :func:`write_length_tables`."""
-    with tqdm(unit=" files", desc="headers", delay=0.3, dynamic_ncols=True) as bar:
+    with contextlib.ExitStack() as stack:
 
         def start(total: int):
-            bar.reset(total)
-            return bar.update
+            bar = tqdm(total=total, unit=" files", desc="headers", delay=0.3, dynamic_ncols=True)
+            return stack.enter_context(bar).update
 
         tables = write_length_tables(
             args.folder,

@@ -36,6 +36,8 @@ def main(args) -> int:
         raise SetupError("the configs and the seeds must have different names")
     if args.jobs < 1:
         raise SetupError(f"--jobs is {args.jobs}; 1 or more is allowed")
+    if args.csv:
+        args.csv.touch()  # say now, not after hours, that it cannot be written
     load_runner_config(args.runner, args.override)
     for config in args.configs:
         load_model_config(config)

@@ -36,8 +36,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--out",
         metavar="DIR",
         type=Path,
-        default=Path("teachers"),
-        help="folder for the tables and the plot (default: teachers)",
+        default=Path("inspected"),
+        help="folder for the tables and the plot (default: inspected)",
     )
 
 

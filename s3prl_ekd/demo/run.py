@@ -85,7 +85,7 @@ class Demo:
 
     def _distil(self) -> None:
         every = max(1, self.steps // 3)
-        if self._finished():
+        if self._step(self.pretrain) >= self.steps:
             print(f"kept: {self.pretrain} is at step {self.steps} already")
             return
         self._command(
@@ -95,20 +95,22 @@ class Demo:
             f",,config.runner.log_step={max(1, self.steps // 30)}",
         )
 
-    def _finished(self) -> bool:
-        latest = newest(self.pretrain) if self.pretrain.is_dir() else None
-        return latest is not None and read_run(latest)["Step"] >= self.steps
+    @staticmethod
+    def _step(folder: Path) -> int:
+        """The step of the newest checkpoint in a run's folder; 0 where there is none."""
+        latest = newest(folder) if folder.is_dir() else None
+        return 0 if latest is None else read_run(latest)["Step"]
 
     def _export(self) -> None:
         self._command(f"export student result/pretrain/{NAME} -o student.pt --force")
 
     def _train_asr(self) -> None:
         every = max(1, self.asr_steps // 4)
-        if newest(self.downstream) is not None:
+        if self._step(self.downstream) >= every * (self.asr_steps // every):
             print(f"kept: {self.downstream}")
             return
         self._command(
-            "run_downstream.py -m train -u ekd_student -k student.pt",
+            "run_downstream.py -m train -a -u ekd_student -k student.pt",
             f"-d asr -c downstream/asr/tiny.yaml -n {NAME}_asr",
             f"-o config.runner.total_steps={self.asr_steps},,config.runner.log_step={every}"
             f",,config.runner.eval_step={every},,config.runner.save_step={every}",

@@ -115,6 +115,7 @@ class EnsembleDistiller(nn.Module):
             self.settings.loss,
             self.aggregate.set_weights(weights),
             self._dims(hidden, weights, targets),
+            self._count(valid),
         )
         if self.units is not None:
             labels = self.units.label(states[self.units.teacher][self.units.layer])
@@ -150,6 +151,16 @@ class EnsembleDistiller(nn.Module):
             for name, stays in drop_teachers(losses, probability).items():
                 masks[name] = every * stays[:, None]
         return masks
+
+    def _count(self, valid: Tensor) -> Tensor | None:
+        """The frames to divide by under teacher dropping: the valid ones, not those that are left.
+
+        A dropped utterance then counts as no loss. Divided by what is left, an utterance would
+        weigh more the more of its neighbours in the batch were dropped.
+        """
+        if not (self.settings.targets.drop_teachers and self.training):
+            return None
+        return (valid if self.settings.loss.mask_padding else torch.ones_like(valid)).sum()
 
     def _dims(
         self,

@@ -75,6 +75,7 @@ def distillation_terms(
     mask: Tensor | None,
     settings: LossSettings = PLAIN,
     dims: Tensor | None = None,
+    count: Tensor | None = None,
 ) -> Terms:
     """Reconstruction and cosine term between prediction and target, a value for each layer.
 
@@ -85,6 +86,7 @@ def distillation_terms(
         prediction, target, settings, dims: as for :func:`frame_terms`.
         mask: ``[batch, frame]``, how much a frame counts, 0 where it is padding; ``None`` counts
             every frame, padding too, as s3prl's distiller does.
+        count: what the sum over frames is divided by; None: the sum of ``mask``.
 
     Raises:
         TeacherError: prediction and target differ in shape.
@@ -93,7 +95,7 @@ def distillation_terms(
     if mask is None:
         return Terms(reconstruction.mean((0, 2)), cosine.mean((0, 2)))
     weight = mask[:, None].to(reconstruction.dtype)  # [batch, 1, frame]
-    count = weight.sum()
+    count = weight.sum() if count is None else count
     count = torch.where(count > 0, count, 1)  # every frame masked: zero, not NaN
     return Terms(
         (reconstruction * weight).sum((0, 2)) / count, (cosine * weight).sum((0, 2)) / count
@@ -107,6 +109,7 @@ def distillation_loss(
     settings: LossSettings = PLAIN,
     set_weights: Mapping[str, float] | None = None,
     dims: Mapping[str, Tensor] | None = None,
+    count: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss over all target sets: their mean of ``reconstruction + cosine_weight * cosine``.
 
@@ -119,6 +122,7 @@ def distillation_loss(
         settings: the loss.
         set_weights: the share of each set; None: all the same.
         dims: weights of dimensions for the sets that have them.
+        count: see :func:`distillation_terms`; for masks that leave out more than padding.
 
     Returns:
         The scalar loss, and the scalars it is made of: ``l1`` (or the other reconstruction's name),
@@ -130,7 +134,7 @@ def distillation_loss(
     rec_sum = cosine_sum = 0
     for name, target in targets.items():
         weights = (dims or {}).get(name)
-        terms = distillation_terms(predictions[name], target, masks[name], settings, weights)
+        terms = distillation_terms(predictions[name], target, masks[name], settings, weights, count)
         rec, cosine = terms.reconstruction.mean(), terms.cosine.mean()
         parts[f"loss/{name}"] = (rec + settings.cosine_weight * cosine).detach()
         share = shares[name] / total

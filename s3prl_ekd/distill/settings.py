@@ -155,9 +155,23 @@ class DistillSettings:
                 f"init.layers names {len(self.init.layers)} layers and the student has "
                 f"{self.student.encoder_layers}; one for each"
             )
-        if sum(teacher.weight for teacher in self.teachers.values()) == 0:
-            raise ValueError("teachers: the weights are all 0")
+        self._check_weights()
         self._check_targets()
+
+    def _check_weights(self) -> None:
+        moving = [name for name, t in self.teachers.items() if t.final_weight is not None]
+        if moving and self.targets.weight_steps == 0:
+            raise ValueError(
+                f"teachers.{moving[0]}.final_weight needs targets.weight_steps: the step at which "
+                "it is reached"
+            )
+        first = sum(teacher.weight for teacher in self.teachers.values())
+        last = sum(
+            teacher.weight if teacher.final_weight is None else teacher.final_weight
+            for teacher in self.teachers.values()
+        )
+        if first == 0 or last == 0:
+            raise ValueError("teachers: the weights are all 0, at the start or at the end")
 
     def _check_targets(self) -> None:
         targets = self.targets

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -83,6 +83,19 @@ def _label(target: tuple[int, ...]) -> str:
     return "layers" + "_".join(map(str, target))
 
 
+def check_names(names: Iterable[str]) -> None:
+    """Refuse teachers' names that torch's containers have for something else, such as ``half``.
+
+    Raises:
+        TeacherError: naming the first.
+    """
+    for name in names:
+        if hasattr(TeacherEnsemble, name) or name in ("dropout", "kind", "training"):
+            raise TeacherError(
+                f"teachers: {name!r} cannot be a teacher's name, torch uses it; take another"
+            )
+
+
 class TeacherEnsemble(nn.ModuleDict):
     """The teachers by name; always frozen, and in eval mode whatever ``train()`` is called with.
 
@@ -92,8 +105,10 @@ class TeacherEnsemble(nn.ModuleDict):
     """
 
     def __init__(self, teachers: Mapping[str, Teacher], dropout: bool = False):
-        super().__init__(teachers)
+        super().__init__()
         self.dropout = dropout
+        check_names(teachers)
+        self.update(teachers)
 
     def train(self, mode: bool = True) -> TeacherEnsemble:
         """Runners call this on everything they hold; only with ``dropout`` it is heard."""

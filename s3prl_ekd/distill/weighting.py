@@ -15,7 +15,7 @@ def weights_at(
 ) -> dict[str, float]:
     """Each teacher's weight at a step (counted from 1): a straight line from ``weight`` to
     ``final_weight``, reached after ``weight_steps`` steps (*ours*)."""
-    done = 1.0 if weight_steps == 0 else min(1.0, max(0, step - 1) / weight_steps)
+    done = min(1.0, max(0, step - 1) / weight_steps) if weight_steps else 0.0
     weights = {}
     for name, teacher in teachers.items():
         last = teacher.weight if teacher.final_weight is None else teacher.final_weight

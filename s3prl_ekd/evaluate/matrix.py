@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import os
 import statistics
@@ -16,12 +17,14 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ..checkpoints import newest, read_run
+from ..arguments import make_folder
+from ..config import load_model_config, load_runner_config
 from ..errors import SetupError
+from ..schema import plain
 from .curves import teacher_curves
 from .scalars import read_scalars
 
-RECORD = "matrix.json"  # in a run's folder, once it is finished: the seconds it took
+RECORD = "matrix.json"  # in a run's folder: what it is, and once finished the seconds it took
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,14 @@ class Run:
     @property
     def name(self) -> str:
         return f"{self.config.stem}-seed{self.seed}"
+
+    @property
+    def digest(self) -> str:
+        """Of what decides the result: both configs as they are read, overrides, seed."""
+        model = plain(load_model_config(self.config))
+        runner = load_runner_config(self.runner, self.overrides)
+        text = json.dumps([model, plain(runner), self.seed], sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()
 
     @property
     def folder(self) -> Path:
@@ -66,8 +77,14 @@ def run_all(runs: Sequence[Run], jobs: int = 1) -> Iterator[tuple[Run, Outcome]]
     """Run what is not finished, ``jobs`` at a time, and yield each run's outcome as it ends.
 
     Raises:
-        SetupError: a run failed; its log is named.
+        SetupError: a run failed (its log is named), or a folder holds another run of that name.
     """
+    for run in runs:
+        record = run.folder / RECORD
+        if record.is_file() and _read(record)["digest"] != run.digest:
+            raise SetupError(
+                f"{run.folder} holds a run with other settings; move it away or remove it"
+            )
     with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(runs), unit=" runs") as bar:
         waiting = {pool.submit(_run, run, jobs): run for run in runs}
         try:
@@ -82,8 +99,10 @@ def run_all(runs: Sequence[Run], jobs: int = 1) -> Iterator[tuple[Run, Outcome]]
 
 def _run(run: Run, jobs: int) -> Outcome:
     record = run.folder / RECORD
-    if not record.is_file():
-        run.folder.mkdir(parents=True, exist_ok=True)
+    if not record.is_file() or "seconds" not in _read(record):
+        make_folder(run.folder)
+        facts = {"digest": run.digest}
+        record.write_text(json.dumps(facts), encoding="utf-8")
         start = time.monotonic()
         threads = str(max(1, (os.cpu_count() or 1) // jobs))
         with open(run.folder / "log.txt", "a", encoding="utf-8") as log:
@@ -96,10 +115,13 @@ def _run(run: Run, jobs: int) -> Outcome:
             )
         if done.returncode:
             raise SetupError(f"{run.name} failed; see {run.folder / 'log.txt'}")
-        step = read_run(newest(run.folder))["Step"]
-        facts = {"seconds": time.monotonic() - start, "step": step}
+        facts["seconds"] = time.monotonic() - start
         record.write_text(json.dumps(facts), encoding="utf-8")
     return outcome(run.folder)
+
+
+def _read(record: Path) -> dict:
+    return json.loads(record.read_text(encoding="utf-8"))
 
 
 def outcome(folder: Path) -> Outcome:
@@ -109,8 +131,9 @@ def outcome(folder: Path) -> Outcome:
         teacher: statistics.fmean(_last(points) for points in layers.values())
         for teacher, layers in teacher_curves(scalars).items()
     }
-    seconds = json.loads((folder / RECORD).read_text(encoding="utf-8"))["seconds"]
-    return Outcome(_last(scalars["ekd/train-loss_mean"]), distances, seconds)
+    return Outcome(
+        _last(scalars["ekd/train-loss_mean"]), distances, _read(folder / RECORD)["seconds"]
+    )
 
 
 def _last(points: Mapping[int, float]) -> float:

@@ -80,7 +80,7 @@ def write_student(loaded: LoadedStudent, path: str | Path, keep_heads: bool = Tr
 
 
 def load_student(path: str | Path) -> LoadedStudent:
-    """Read a student file or a run's checkpoint (``states-*.ckpt``).
+    """Read a student file or a run's checkpoint (``states-*.ckpt``), in eval mode.
 
     Raises:
         CheckpointError: the file is missing, damaged, asks for code, or is of another kind.
@@ -113,7 +113,17 @@ def load_student(path: str | Path) -> LoadedStudent:
     except (KeyError, RuntimeError, TypeError, ValueError, AttributeError, AssertionError) as error:
         first = (str(error).strip().splitlines() or ["unreadable"])[0]
         raise CheckpointError(f"{path} is damaged: {first}") from None
-    return LoadedStudent(student, heads, targets, about)
+    return LoadedStudent(student.eval(), heads.eval() if heads else None, targets, about)
+
+
+def heads_problem(loaded: LoadedStudent) -> str:
+    """Why the heads' outputs cannot stand among the hidden states; empty where they can."""
+    if loaded.heads is None:
+        return "the file has no prediction heads"
+    widths = {part for spec in loaded.targets.values() for part in spec.parts}
+    if widths != {loaded.student.width}:
+        return f"the heads predict widths {sorted(widths)}, the student has {loaded.student.width}"
+    return ""
 
 
 def _cpu(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -1,0 +1,118 @@
+"""``run_downstream.py``: its arguments, checked and completed before s3prl's script sees them."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+from pathlib import Path
+
+from . import voxceleb1_cache
+from .arguments import (
+    INIT_HINT,
+    make_folder,
+    options,
+    override_text,
+    resume_from,
+    run_folder,
+    with_device,
+    without,
+)
+from .checkpoints import read_run
+from .config import apply_overrides
+from .errors import CheckpointError, ConfigError, SetupError
+from .evaluated import check_names
+from .recipes import RECIPES, missing_paths
+from .schema import read_yaml
+
+logger = logging.getLogger(__name__)
+
+ROOT = "result/downstream"  # s3prl's folder of runs
+WITH_HEADS = "hidden_states_and_heads"
+
+
+def prepare_downstream(argv: list[str]) -> list[str]:
+    """Check the arguments of a downstream run and complete them.
+
+    Raises:
+        EkdError: one sentence for what the user can mend.
+    """
+    argv = [
+        word.replace("--local-rank", "--local_rank", 1) if word.startswith("--local-rank") else word
+        for word in argv
+    ]
+    args = options(argv, "mtoeicdvuknpas", flags="a", long=("device", "local_rank"))
+    voxceleb1_cache.guard()  # whatever -d says: with -e the task is in the checkpoint
+    if args.i and not Path(args.i).is_file():
+        raise CheckpointError(f"-i {args.i}: there is no such checkpoint")
+    _check_student(args)
+    resume = resume_from(args, ROOT)
+    if resume:
+        _check_run(resume, override_text(args))
+        argv = without(argv, ("-e", "--past_exp"), ("-a", "--auto_resume"))
+        argv += ["-e", str(resume)]
+    elif args.m is not None:
+        _check_new(args)
+    # torchrun tells the rank by the environment, s3prl's script reads it from the arguments.
+    if "LOCAL_RANK" in os.environ and args.local_rank is None:
+        argv = [*argv, f"--local_rank={os.environ['LOCAL_RANK']}"]
+    return with_device(argv, args.device)
+
+
+def _check_student(args: argparse.Namespace) -> None:
+    """A student that is there, and that has what ``-s`` selects: s3prl would take the plain hidden
+    states instead, with a warning among many lines."""
+    if not (args.u or "").startswith("ekd_student") or not args.k:
+        return
+    if args.k.startswith(("http://", "https://")):
+        return
+    if not Path(args.k).is_file():
+        raise CheckpointError(
+            f"-k {args.k}: there is no such file; a checkpoint of run_pretrain.py or an exported "
+            "student is expected"
+        )
+    if args.s == WITH_HEADS:
+        from .export.student_file import heads_problem, load_student
+
+        problem = heads_problem(load_student(args.k))
+        if problem:
+            raise CheckpointError(f"-s {WITH_HEADS}: {args.k} has none, {problem}")
+
+
+def _check_run(path: Path, override: str | None) -> None:
+    """A checkpoint that s3prl is about to read and to build a model from."""
+    states = read_run(path)
+    if "Downstream" not in states:
+        raise CheckpointError(f"-e {path} is no checkpoint of run_downstream.py")
+    config = apply_overrides(states["Config"], override) if override else states["Config"]
+    check_names(config, f"the config in {path}")
+
+
+def _check_new(args: argparse.Namespace) -> None:
+    """The recipe's YAML, with ``-o`` put in, and the paths that it names.
+
+    Raises:
+        SetupError: an argument is missing.
+        ConfigError: a path is not there; s3prl would end in a traceback, minutes later.
+    """
+    if not args.d:
+        raise SetupError("name the task: add -d asr (or ctc, voxceleb1, emotion)")
+    folder = run_folder(args, ROOT)
+    if folder is None:
+        raise SetupError("name the run: add -n NAME (or -p FOLDER)")
+    path = args.c or f"downstream/{args.d}/config.yaml"
+    if not Path(path).is_file():
+        hint = "" if args.c else f"; {INIT_HINT}"
+        raise ConfigError(f"there is no configuration {path} in this folder{hint}")
+    config = read_yaml(path)
+    if override_text(args):
+        config = apply_overrides(config, args.o)
+    check_names(config, path)
+    recipe = next((recipe for recipe in RECIPES if recipe.downstream == args.d), None)
+    if recipe is not None:
+        for key, missing in missing_paths(config, recipe.files + recipe.data, Path.cwd()):
+            raise ConfigError(
+                f"{path}: {key} is {missing}, which is not there; edit it or add "
+                f"-o \"config.{key}='PATH'\""
+            )
+    make_folder(folder)
