@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import logging
 import os
 from pathlib import Path
+from types import ModuleType
 
 from . import voxceleb1_cache
 from .arguments import (
@@ -57,6 +59,24 @@ def prepare_downstream(argv: list[str]) -> list[str]:
     if "LOCAL_RANK" in os.environ and args.local_rank is None:
         argv = [*argv, f"--local_rank={os.environ['LOCAL_RANK']}"]
     return with_device(argv, args.device)
+
+
+def main(script: ModuleType, argv: list[str]) -> None:
+    """Call s3prl's script, if the upstream is one that the hub has by now.
+
+    Raises:
+        SetupError: it has not.
+    """
+    from s3prl import hub
+
+    name = options(argv, "u").u
+    if name and not hasattr(hub, name):
+        close = difflib.get_close_matches(name, hub.options(), n=3)
+        raise SetupError(
+            f"-u {name}: s3prl has no such upstream; "
+            + (f"did you mean {' or '.join(close)}?" if close else "see run_downstream.py -h")
+        )
+    script.main()
 
 
 def _check_student(args: argparse.Namespace) -> None:

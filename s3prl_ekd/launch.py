@@ -34,9 +34,9 @@ def run_pretrain() -> int:
 
 def run_downstream() -> int:
     """Entry point of the command ``run_downstream.py``."""
-    from .downstream_run import prepare_downstream
+    from . import downstream_run
 
-    return _launch("run_downstream", prepare_downstream, lambda script, argv: script.main())
+    return _launch("run_downstream", downstream_run.prepare_downstream, downstream_run.main)
 
 
 SCRIPTS = {"run_pretrain.py": run_pretrain, "run_downstream.py": run_downstream}

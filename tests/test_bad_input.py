@@ -206,6 +206,8 @@ def test_downstream_without_student_or_corpus(tmp_path):
         ),
         (("-k", "bad.pt", "-o", here), "damaged or no torch file"),
         (("-k", "bad.pt", "-c", "none.yaml"), "there is no configuration none.yaml"),
+        (("-u", "ekd_studen", "-o", here), "no such upstream; did you mean ekd_student"),
+        (("-d", ""), "name the task: add -d asr"),
     ):
         done = command(*words, *more, cwd=tmp_path, check=False)
         assert done.returncode == 2 and said in done.stderr, done.stderr
