@@ -1,4 +1,4 @@
-"""The two doors into s3prl: names in ``s3prl.hub``, and the package ``pretrain``.
+"""The doors into s3prl: names in ``s3prl.hub``, the package ``pretrain``, the corpus of PR.
 
 s3prl finds an upstream by ``getattr(s3prl.hub, name)`` and a pretraining method by
 ``import_module("pretrain.NAME.pretrain_expert")``; nothing of it is edited or copied.
@@ -7,8 +7,10 @@ s3prl finds an upstream by ``getattr(s3prl.hub, name)`` and a pretraining method
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
 from pathlib import Path
+from types import ModuleType
 
 from . import compat
 from .errors import SetupError
@@ -19,9 +21,13 @@ ENTRIES = ("ekd_student", "ekd_student_local", "ekd_student_url")
 # s3prl's own folder. Under the bare name of the installed module there is one copy of each class.
 BARE_NAMES = ("optimizers", "schedulers", "utility", "utility.helper", "upstream", "pretrain")
 
+CTC_CORPUS = "s3prl.downstream.ctc.corpus"  # in s3prl's repository, and not in its wheel
+
 
 def register() -> None:
-    """Add the ``ekd_student`` entries to ``s3prl.hub``. Calling it twice changes nothing.
+    """Add the ``ekd_student`` entries to ``s3prl.hub``, and PR's corpus module where it is missing.
+
+    Calling it twice changes nothing.
 
     Raises:
         SetupError: the hub has another entry of that name.
@@ -36,6 +42,32 @@ def register() -> None:
         if getattr(hub, name, ours) is not ours:
             raise SetupError(f"s3prl.hub has another {name} already; remove that plugin first")
         setattr(hub, name, ours)
+    provide_ctc_corpus(Path.cwd())
+
+
+def provide_ctc_corpus(folder: Path) -> None:
+    """Make ``s3prl.downstream.ctc.corpus.libriphone`` importable. Calling it twice changes nothing.
+
+    The installed s3prl's own module is taken, else that of the checkout at ``folder``, else ours:
+    :mod:`.data.libriphone`.
+
+    Raises:
+        ImportError: s3prl or torch is not installed.
+    """
+    name = f"{CTC_CORPUS}.libriphone"
+    if sys.modules.get(name) is not None:
+        return
+    ctc = importlib.import_module("s3prl.downstream.ctc")
+    checkout = folder.resolve() / "downstream" / "ctc"
+    if (checkout / "corpus" / "libriphone.py").is_file():
+        ctc.__path__.append(str(checkout))  # last: the installed one comes first
+    if importlib.util.find_spec(CTC_CORPUS) and importlib.util.find_spec(name):
+        return
+    package = ModuleType(CTC_CORPUS, "Stand-in of s3prl_ekd for a folder that this s3prl lacks.")
+    package.__path__ = []
+    package.libriphone = importlib.import_module("s3prl_ekd.data.libriphone")
+    ctc.corpus = sys.modules[CTC_CORPUS] = package
+    sys.modules[name] = package.libriphone
 
 
 def open_pretrain(folder: Path) -> None:

@@ -12,7 +12,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-S3PRL_CHECKOUT = "git clone https://github.com/s3prl/s3prl && pip install -e ./s3prl"
+from . import voxceleb1_cache
+from .errors import SetupError
+from .plugin import provide_ctc_corpus
+
 # import name -> what to type, where it is not `pip install NAME`
 INSTALL = {"yaml": "pip install pyyaml", "sklearn": "pip install scikit-learn"}
 
@@ -63,24 +66,24 @@ RECIPES = (
         "PR",
         "ctc",
         "downstream/ctc/libriphone.yaml",
-        ("downstream_expert.text.vocab_file", "downstream_expert.corpus.lexicon"),
-        ("downstream_expert.corpus.path",),
-        # s3prl imports it with the first data loader
+        ("downstream_expert.text.vocab_file",),
+        ("downstream_expert.corpus.path", "downstream_expert.corpus.lexicon"),
+        # s3prl imports it with the first data loader; provide_ctc_corpus sees to it
         ("s3prl.downstream.ctc.corpus.libriphone",),
     ),
     Recipe(
         "SID",
         "voxceleb1",
         "downstream/voxceleb1/config.yaml",
-        ("downstream_expert.datarc.meta_data",),
-        ("downstream_expert.datarc.file_path",),
+        (),
+        ("downstream_expert.datarc.file_path", "downstream_expert.datarc.meta_data"),
     ),
     Recipe(
         "ER",
         "emotion",
         "downstream/emotion/config.yaml",
-        ("downstream_expert.datarc.meta_data",),
-        ("downstream_expert.datarc.root",),
+        (),
+        ("downstream_expert.datarc.root", "downstream_expert.datarc.meta_data"),
     ),
     Recipe(
         "ASR",
@@ -127,6 +130,12 @@ def check_recipe(recipe: Recipe, folder: Path) -> State:
         f"s3prl.downstream.{recipe.downstream}.expert",
         *recipe.modules,
     )
+    if recipe.downstream == "ctc":
+        with contextlib.suppress(ImportError):  # the check below says what is not installed
+            provide_ctc_corpus(folder)
+    if recipe.downstream == "voxceleb1":
+        with contextlib.suppress(SetupError):  # without torch there is nothing to guard
+            voxceleb1_cache.guard()  # and with it, an import that is never used need not succeed
     state = State(modules=check_modules(modules))
     config = _read_yaml(folder / recipe.config, init_command(folder))
     if isinstance(config, Problem):
@@ -160,8 +169,6 @@ def _import_problem(name: str) -> Problem | None:
 
 
 def _missing_module(name: str) -> Problem:
-    if name.startswith("s3prl.downstream.ctc.corpus"):
-        return Problem("s3prl's package lacks downstream/ctc/corpus", S3PRL_CHECKOUT)
     package = name.partition(".")[0]
     if importlib.util.find_spec(package) is not None:
         return Problem(f"module {name} is missing from {package}")

@@ -159,29 +159,40 @@ def test_asr_is_ready_once_its_files_are_there(tmp_path):
 def test_every_file_of_a_list_is_looked_for(tmp_path):
     write(tmp_path / recipe("PR").config, CTC_YAML)
     write(tmp_path / "downstream/ctc/lexicon.txt")
-    missing = " ".join(reasons(recipes.check_recipe(recipe("PR"), tmp_path).files))
-    assert "more.txt" in missing and "phoneme.txt" in missing and "lexicon.txt" not in missing
-
-
-def test_pr_says_that_the_corpus_module_is_missing(tmp_path, monkeypatch):
-    for name in ("s3prl.downstream.ctc.corpus", "s3prl.downstream.ctc.corpus.libriphone"):
-        monkeypatch.setitem(sys.modules, name, None)
+    (tmp_path / "corpus").mkdir()
     state = recipes.check_recipe(recipe("PR"), tmp_path)
-    assert reasons(state.modules) == ["s3prl's package lacks downstream/ctc/corpus"]
-    assert "git clone" in state.modules[0].remedy
+    assert "phoneme.txt" in " ".join(reasons(state.files))
+    assert "more.txt" in state.note and "lexicon.txt" not in state.note
 
-    for name in ("s3prl.downstream.ctc.corpus", "s3prl.downstream.ctc.corpus.libriphone"):
-        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+
+def test_pr_has_its_corpus_module_whatever_s3prl_brings(tmp_path, monkeypatch):
+    names = ("s3prl.downstream.ctc.corpus", "s3prl.downstream.ctc.corpus.libriphone")
+    for name in names:
+        monkeypatch.setitem(sys.modules, name, None)  # as if the installed one had none
     assert recipes.check_recipe(recipe("PR"), tmp_path).modules == []
+    assert sys.modules[names[1]].__name__ == "s3prl_ekd.data.libriphone"
+
+    theirs = ModuleType(names[1])
+    monkeypatch.setitem(sys.modules, names[1], theirs)
+    assert recipes.check_recipe(recipe("PR"), tmp_path).modules == []
+    assert sys.modules[names[1]] is theirs
 
 
 def test_missing_package_is_named_with_what_to_type(tmp_path, monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("s3prl.downstream.asr.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "editdistance", None)
+    state = recipes.check_recipe(recipe("ASR"), tmp_path)
+    wanted = recipes.Problem("editdistance is not installed", "pip install editdistance")
+    assert state.modules == [wanted]
+
+
+def test_sid_does_without_librosa(tmp_path, monkeypatch):
     for name in [name for name in sys.modules if name.startswith("s3prl.downstream.voxceleb1")]:
         monkeypatch.delitem(sys.modules, name)
     for name in ("librosa", "librosa.util"):
         monkeypatch.setitem(sys.modules, name, None)
-    state = recipes.check_recipe(recipe("SID"), tmp_path)
-    assert state.modules == [recipes.Problem("librosa is not installed", "pip install librosa")]
+    assert recipes.check_recipe(recipe("SID"), tmp_path).modules == []
 
 
 def test_module_that_fails_otherwise_is_quoted(tmp_path, monkeypatch):

@@ -1,0 +1,1 @@
+"""The PR recipe: two configurations and the phone vocabulary."""

@@ -1,0 +1,1 @@
+"""Vocabulary files of the PR recipe."""
