@@ -120,15 +120,17 @@ def _check_new(args: argparse.Namespace) -> None:
     folder = run_folder(args, ROOT)
     if folder is None:
         raise SetupError("name the run: add -n NAME (or -p FOLDER)")
+    recipe = next((recipe for recipe in RECIPES if recipe.downstream == args.d), None)
     path = args.c or f"downstream/{args.d}/config.yaml"
     if not Path(path).is_file():
         hint = "" if args.c else f"; {INIT_HINT}"
+        if not args.c and recipe is not None and Path(recipe.config).is_file():
+            hint = f"; add -c {recipe.config}"  # s3prl keeps the recipes of -d ctc by corpus
         raise ConfigError(f"there is no configuration {path} in this folder{hint}")
     config = read_yaml(path)
     if override_text(args):
         config = apply_overrides(config, args.o)
     check_names(config, path)
-    recipe = next((recipe for recipe in RECIPES if recipe.downstream == args.d), None)
     if recipe is not None:
         for key, missing in missing_paths(config, recipe.files + recipe.data, Path.cwd()):
             raise ConfigError(

@@ -208,6 +208,7 @@ def test_downstream_without_student_or_corpus(tmp_path):
         (("-k", "bad.pt", "-c", "none.yaml"), "there is no configuration none.yaml"),
         (("-u", "ekd_studen", "-o", here), "no such upstream; did you mean ekd_student"),
         (("-d", ""), "name the task: add -d asr"),
+        (("-d", "ctc"), "config.yaml in this folder; add -c downstream/ctc/libriphone.yaml"),
     ):
         done = command(*words, *more, cwd=tmp_path, check=False)
         assert done.returncode == 2 and said in done.stderr, done.stderr
