@@ -6,9 +6,27 @@ import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
+
+
+@contextlib.contextmanager
+def whole_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
+    """A file to write to that has its name only once it is whole; what was there stays till then.
+
+    Raises:
+        OSError: it cannot be written; nothing is left of it.
+    """
+    neighbour = Path(f"{os.fspath(path)}.{os.getpid()}.tmp")
+    try:
+        with open(neighbour, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())  # the name must not come before the contents
+        os.replace(neighbour, path)
+    finally:
+        neighbour.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -24,15 +42,8 @@ def atomic_saves() -> Iterator[None]:
     def save_whole(obj: Any, f: Any, *args: Any, **kwargs: Any) -> None:
         if not isinstance(f, (str, os.PathLike)):
             return save(obj, f, *args, **kwargs)
-        neighbour = Path(f"{os.fspath(f)}.{os.getpid()}.tmp")
-        try:
-            with open(neighbour, "wb") as file:
-                save(obj, file, *args, **kwargs)
-                file.flush()
-                os.fsync(file.fileno())  # the name must not come before the contents
-            os.replace(neighbour, f)
-        finally:
-            neighbour.unlink(missing_ok=True)
+        with whole_file(f) as file:
+            save(obj, file, *args, **kwargs)
 
     torch.save = save_whole
     try:

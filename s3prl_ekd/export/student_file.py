@@ -7,8 +7,6 @@ run's checkpoint holds the same under s3prl's keys, so both are read here.
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +14,7 @@ from typing import Any
 
 import torch
 
+from ..atomic import whole_file
 from ..compat import checkpoint_globals
 from ..distill.aggregation import TargetSpec
 from ..distill.heads import PredictionHeads
@@ -55,27 +54,18 @@ def contents(student: Student, heads: PredictionHeads | None, targets, about: Ma
 
 
 def write_student(loaded: LoadedStudent, path: str | Path, keep_heads: bool = True) -> None:
-    """Write a student file, whole or not at all (to a neighbour, then renamed).
+    """Write a student file, whole or not at all.
 
     Raises:
         CheckpointError: the file cannot be written.
     """
     heads = loaded.heads if keep_heads else None
     path = Path(path)
-    neighbour = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
-            neighbour = file.name
+        with whole_file(path) as file:
             torch.save(contents(loaded.student, heads, loaded.targets, loaded.about), file)
-            file.flush()
-            os.fsync(file.fileno())
-        # A temporary file is private to its owner; a student file is like any other file.
-        os.chmod(neighbour, 0o666 & ~_umask())
-        os.replace(neighbour, path)
     except OSError as error:
-        if neighbour:
-            Path(neighbour).unlink(missing_ok=True)
         raise CheckpointError(f"cannot write {path}: {error.strerror}") from None
 
 
@@ -128,9 +118,3 @@ def heads_problem(loaded: LoadedStudent) -> str:
 
 def _cpu(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {key: value.detach().to("cpu", torch.float32) for key, value in state.items()}
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
