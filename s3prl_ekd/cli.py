@@ -21,6 +21,7 @@ COMMANDS = {
     "doctor": "versions, shims, audio, devices, and which recipes could run here",
     "lengths": "write length tables (len_for_bucket) for a folder of audio",
     "prepare": "turn a manifest (TSV) into the layout that s3prl's recipes read",
+    "superb": "train and evaluate PR, SID, ER, ASR on students, teachers and baselines",
     "matrix": "distil with several configs and seeds, and compare them in a table",
     "export": "write a student as a file that stands alone",
     "teachers": "list the teachers there are, or look into those of a config",

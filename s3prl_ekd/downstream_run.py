@@ -6,10 +6,11 @@ import argparse
 import difflib
 import logging
 import os
+import sys
 from pathlib import Path
 from types import ModuleType
 
-from . import voxceleb1_cache
+from . import noisy_run, voxceleb1_cache
 from .arguments import (
     INIT_HINT,
     make_folder,
@@ -36,6 +37,9 @@ WITH_HEADS = "hidden_states_and_heads"
 def prepare_downstream(argv: list[str]) -> list[str]:
     """Check the arguments of a downstream run and complete them.
 
+    Returns:
+        What :func:`main` takes: s3prl's arguments, with ours (:mod:`.noisy_run`) behind them.
+
     Raises:
         EkdError: one sentence for what the user can mend.
     """
@@ -43,18 +47,24 @@ def prepare_downstream(argv: list[str]) -> list[str]:
         word.replace("--local-rank", "--local_rank", 1) if word.startswith("--local-rank") else word
         for word in argv
     ]
+    noise, argv = noisy_run.split_arguments(argv)
     args = options(argv, "mtoeicdvuknpas", flags="a", long=("device", "local_rank"))
+    if noise is not None:
+        noisy_run.check(noise, args.m)
     voxceleb1_cache.guard()  # whatever -d says: with -e the task is in the checkpoint
     if args.i and not Path(args.i).is_file():
         raise CheckpointError(f"-i {args.i}: there is no such checkpoint")
     _check_student(args)
     resume = resume_from(args, ROOT)
+    expdir = run_folder(args, ROOT)
     if resume:
-        _check_run(resume, override_text(args))
+        expdir = _check_run(resume, override_text(args))
         argv = without(argv, ("-e", "--past_exp"), ("-a", "--auto_resume"))
         argv += ["-e", str(resume)]
     elif args.m is not None:
         _check_new(args)
+    if noise is not None:
+        argv = noisy_run.with_folder(argv, noise, expdir, override_text(args)) + noise.words
     # torchrun tells the rank by the environment, s3prl's script reads it from the arguments.
     if "LOCAL_RANK" in os.environ and args.local_rank is None:
         argv = [*argv, f"--local_rank={os.environ['LOCAL_RANK']}"]
@@ -69,6 +79,10 @@ def main(script: ModuleType, argv: list[str]) -> None:
     """
     from s3prl import hub
 
+    noise, argv = noisy_run.split_arguments(argv)
+    sys.argv[1:] = argv
+    if "-h" in argv or "--help" in argv:
+        print(noisy_run.HELP)
     name = options(argv, "u").u
     if name and not hasattr(hub, name):
         close = difflib.get_close_matches(name, hub.options(), n=3)
@@ -76,6 +90,11 @@ def main(script: ModuleType, argv: list[str]) -> None:
             f"-u {name}: s3prl has no such upstream; "
             + (f"did you mean {' or '.join(close)}?" if close else "see run_downstream.py -h")
         )
+    from .downstream_resume import exact
+
+    script.Runner = exact(script.Runner)
+    if noise is not None:
+        script.Runner = noisy_run.noisy(script.Runner, noise)
     script.main()
 
 
@@ -99,13 +118,15 @@ def _check_student(args: argparse.Namespace) -> None:
             raise CheckpointError(f"-s {WITH_HEADS}: {args.k} has none, {problem}")
 
 
-def _check_run(path: Path, override: str | None) -> None:
-    """A checkpoint that s3prl is about to read and to build a model from."""
+def _check_run(path: Path, override: str | None) -> Path:
+    """A checkpoint that s3prl is about to read and to build a model from; returns its run's folder,
+    which s3prl will write to."""
     states = read_run(path)
     if "Downstream" not in states:
         raise CheckpointError(f"-e {path} is no checkpoint of run_downstream.py")
     config = apply_overrides(states["Config"], override) if override else states["Config"]
     check_names(config, f"the config in {path}")
+    return Path(states["Args"].expdir)
 
 
 def _check_new(args: argparse.Namespace) -> None:

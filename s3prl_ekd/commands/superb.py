@@ -1,0 +1,188 @@
+"""Train and evaluate SUPERB's PR, SID, ER and ASR on one or more upstreams.
+
+Every run goes through run_downstream.py with s3prl's recipes, in a folder of `s3prl-ekd init`.
+What is finished is kept and what was cut goes on, so the same command may be given again. ER runs
+over all its folds; of several learning rates the one that is best on dev counts.
+
+An UPSTREAM is a student file (student.pt), a name of s3prl's hub (fbank), or either with a name of
+its own: mine=student.pt, teacher=hubert_local:teachers/hubert.pt.
+
+example:
+  s3prl-ekd superb student.pt fbank_no_cmvn --recipes tiny
+  s3prl-ekd superb student.pt --tasks pr asr --lr pr=1e-3,5e-4 --seeds 1 2 3 --jobs 4
+  s3prl-ekd superb student.pt fbank --noise data/noise --snr 10 5 0
+  s3prl-ekd superb student.pt --dry-run > commands.sh
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from ..errors import SetupError
+
+
+def configure(parser) -> None:
+    parser.add_argument("upstreams", metavar="UPSTREAM", nargs="+")
+    parser.add_argument(
+        "--tasks", nargs="+", metavar="TASK", default=["pr", "sid", "er", "asr"],
+        help="pr sid er asr (default: all four)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--recipes", choices=("full", "tiny"), default="full", help="SUPERB's, or a laptop's"
+    )
+    parser.add_argument(
+        "--recipe", metavar="TASK=YAML", action="append", default=[], help="a recipe of your own"
+    )
+    parser.add_argument(
+        "--lr", metavar="TASK=LR[,LR]", action="append", default=[],
+        help="learning rates to try (default: the recipe's)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--steps", metavar="TASK=N", action="append", default=[],
+        help="steps of training, with four evaluations (default: the recipe's)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--override", metavar="TASK=TEXT", action="append", default=[],
+        help="more for run_downstream.py's -o",
+    )  # fmt: skip
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1337], help="default: 1337")
+    parser.add_argument(
+        "-s", "--selection", default="hidden_states", metavar="KEY",
+        help="of the students' outputs: hidden_states (default) or hidden_states_and_heads",
+    )  # fmt: skip
+    parser.add_argument(
+        "--noise", metavar="DIR", nargs="+", default=[],
+        help="test again under these noises: folders of audio, or manifests (their test split)",
+    )  # fmt: skip
+    parser.add_argument("--snr", type=float, nargs="+", default=[], help="in dB, for --noise")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, a GPU each")
+    parser.add_argument(
+        "--gpus", type=int, default=1, help="GPUs for one training, through torchrun (default: 1)"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print the commands and leave")
+    parser.add_argument(
+        "-o", "--output", metavar="DIR", type=Path, default=Path("result/superb"),
+        help="default: result/superb",
+    )  # fmt: skip
+
+
+def main(args) -> int:
+    from ..evaluate import superb
+
+    runs = plan(args)
+    for upstream in {run.upstream.name: run.upstream for run in runs}.values():
+        for path in (upstream.checkpoint, upstream.hub):
+            if path and "'" in path:
+                raise SetupError(f"{path}: quotes cannot stand in an upstream's name")
+    if args.dry_run:
+        for run in runs:
+            for words in superb.commands(run, args.gpus):
+                print(superb.shell(words))
+        return 0
+    superb.check_records(runs)
+    _probe([run for run in runs if not superb.is_finished(run)])
+    failed = superb.run_all(runs, args.jobs, args.gpus)
+    if failed:
+        reasons = "\n".join(f"  {reason}" for _, reason in failed)
+        raise SetupError(
+            f"{len(failed)} of {len(runs)} runs failed; give the same command again once it is "
+            f"mended:\n{reasons}"
+        )
+    print(f"{len(runs)} runs finished; next: s3prl-ekd report {args.output}")
+    return 0
+
+
+def plan(args) -> list:
+    """The runs that the options ask for, all checked before the first one begins."""
+    from ..evaluate.superb_plan import (
+        Recipe,
+        Run,
+        noise_conditions,
+        parse_upstream,
+        steps_overrides,
+    )
+    from ..evaluate.tasks import choose_tasks
+
+    tasks = choose_tasks(args.tasks)
+    if args.jobs < 1 or args.gpus < 1:
+        raise SetupError("--jobs and --gpus must be 1 or more")
+    if len(set(args.seeds)) < len(args.seeds):
+        raise SetupError("--seeds names a seed twice")
+    upstreams = [parse_upstream(text, args.selection) for text in args.upstreams]
+    names = [upstream.name for upstream in upstreams]
+    twice = {name for name in names if names.count(name) > 1}
+    if twice:
+        raise SetupError(f"two upstreams are called {twice.pop()}; name them: NAME=CHECKPOINT")
+    recipes_of, rates, steps, more = (
+        _by_task(option, given, tasks)
+        for option, given in (
+            ("--recipe", args.recipe),
+            ("--lr", args.lr),
+            ("--steps", args.steps),
+            ("--override", args.override),
+        )
+    )
+    noises = noise_conditions(args.noise, args.snr)
+    runs = []
+    for task in tasks:
+        path = recipes_of.get(task.name, getattr(task, args.recipes))
+        if not Path(path).is_file():
+            raise SetupError(f"there is no recipe {path} in this folder; type: s3prl-ekd init .")
+        parts = []
+        if task.name in steps:
+            parts.append(steps_overrides(_number("--steps", steps[task.name], int)))
+        if task.name in more:
+            parts.append(more[task.name])
+        recipe = Recipe(task, path, ",,".join(parts))
+        recipe.check(Path.cwd())
+        chosen = rates.get(task.name)
+        chosen = [_number("--lr", r, float) for r in chosen.split(",")] if chosen else None
+        for upstream in upstreams:
+            for lr in chosen or [recipe.learning_rate()]:
+                for seed in args.seeds:
+                    for fold in recipe.folds():
+                        runs.append(Run(upstream, recipe, lr, seed, fold, args.output, noises))
+    # an upstream's four tasks together, so that the first numbers to compare come early
+    return sorted(runs, key=lambda run: names.index(run.upstream.name))
+
+
+def _by_task(option: str, given: list[str], tasks) -> dict[str, str]:
+    """``["pr=1e-3", …]`` -> ``{"pr": "1e-3"}``; without a task's name for all tasks."""
+    from ..evaluate.tasks import TASKS
+
+    found = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if equals and name in TASKS:
+            found[name] = value
+        elif not equals or (option == "--override" and "." in name):
+            found.update({task.name: text for task in tasks})
+        else:
+            raise SetupError(f"{option} {text}: unknown task {name!r}; known: {', '.join(TASKS)}")
+    return found
+
+
+def _number(option: str, text: str, kind):
+    try:
+        number = kind(text)
+    except ValueError:
+        number = 0
+    if not 0 < number < float("inf"):
+        raise SetupError(f"{option} {text}: a number above 0 is needed")
+    return number
+
+
+def _probe(runs) -> None:
+    """Each upstream that is still to run: can it be used, and what does it cost?"""
+    from ..arguments import make_folder
+    from ..evaluate.cost import measure_cost
+    from ..evaluate.probe import build_upstream, probe
+
+    for upstream, root in {run.upstream: run.root for run in runs}.items():
+        module = build_upstream(upstream.hub, upstream.checkpoint)
+        probe(module, upstream.selection, upstream.name)
+        path = root / upstream.name / "cost.json"
+        if not path.is_file():
+            make_folder(path.parent)
+            path.write_text(json.dumps(measure_cost(module), indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,235 @@
+"""Run what :mod:`.superb_plan` says through ``run_downstream.py``: what is finished is kept.
+
+A cut run goes on at its last checkpoint and ends as if it had not been cut
+(:mod:`..downstream_resume`). One that failed does not stop the others.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import queue
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from ..arguments import make_folder
+from ..checkpoints import newest, read_run
+from ..errors import CheckpointError, SetupError
+from .superb_plan import CLEAN, RECORD, Run
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+
+
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """What a run's folder says of itself; None where it says nothing.
+
+    Raises:
+        SetupError: it cannot be read.
+    """
+    path = folder / RECORD
+    if not path.is_file():
+        return None
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if record["format"] != FORMAT:
+            raise ValueError
+        return record
+    except (OSError, ValueError, KeyError, TypeError):
+        raise SetupError(f"{path} is damaged; remove {folder} to run it again") from None
+
+
+def check_records(runs: Sequence[Run]) -> None:
+    """Raise SetupError where a folder holds another run: nothing is ever trained over it."""
+    for run in runs:
+        record = read_record(run.folder)
+        if record is not None and record["digest"] != run.digest:
+            raise SetupError(
+                f"{run.folder} holds a run of another checkpoint, recipe or setting; move it away, "
+                "name the upstream otherwise (NAME=CHECKPOINT), or choose another -o"
+            )
+
+
+def is_finished(run: Run) -> bool:
+    """Trained, and tested under every condition that is asked for."""
+    record = read_record(run.folder)
+    return bool(record and record["finished"] and run.conditions.keys() <= record["tested"].keys())
+
+
+def commands(run: Run, gpus: int = 1) -> list[list[str]]:
+    """Its commands as a user or a cluster's queue would type them."""
+    best = run.task.best
+    tests = [run.test_words(best, condition) for condition in run.conditions]
+    return [_distributed(run.train_words(), gpus), *tests]
+
+
+def _distributed(words: list[str], gpus: int) -> list[str]:
+    if gpus == 1:
+        return words
+    return ["torchrun", "--standalone", f"--nproc_per_node={gpus}", "-m", "s3prl_ekd", *words]
+
+
+def shell(words: Sequence[str]) -> str:
+    """For a script."""
+    return shlex.join(words)
+
+
+def run_all(runs: Sequence[Run], jobs: int = 1, gpus: int = 1) -> list[tuple[Run, str]]:
+    """Run what is not finished, ``jobs`` at a time.
+
+    Returns:
+        The runs that failed, each with its reason.
+    """
+    waiting = [run for run in runs if not is_finished(run)]
+    if len(waiting) < len(runs):
+        logger.info("%d of %d runs are finished and kept", len(runs) - len(waiting), len(runs))
+    failed: list[tuple[Run, str]] = []
+    slots: queue.Queue[int] = queue.Queue()
+    for slot in range(jobs):
+        slots.put(slot)
+    with (
+        tqdm(total=len(runs), initial=len(runs) - len(waiting), unit=" runs", desc="superb") as bar,
+        ThreadPoolExecutor(jobs) as pool,
+    ):
+        futures = {pool.submit(_with_slot, run, slots, jobs, gpus): run for run in waiting}
+        try:
+            for future in as_completed(futures):
+                run = futures[future]
+                bar.update()
+                bar.set_postfix_str(f"{run.upstream.name}/{run.task.name}/{run.name}")
+                try:
+                    future.result()
+                except SetupError as error:
+                    failed.append((run, str(error)))
+                    tqdm.write(f"failed: {error}")
+        except BaseException:
+            for future in futures:
+                future.cancel()
+            raise
+    return failed
+
+
+def _with_slot(run: Run, slots: queue.Queue, jobs: int, gpus: int) -> None:
+    slot = slots.get()
+    try:
+        _run(run, _environment(slot, jobs), gpus)
+    finally:
+        slots.put(slot)
+
+
+def _environment(slot: int, jobs: int) -> dict[str, str]:
+    """Several jobs: each its share of the cores, and a GPU of its own where there are several."""
+    if jobs == 1:
+        return dict(os.environ)
+    threads = str(max(1, (os.cpu_count() or 1) // jobs))
+    changed = {"OMP_NUM_THREADS": threads, **os.environ}
+    import torch
+
+    count = torch.cuda.device_count()
+    if count:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        names = visible.split(",") if visible else [str(i) for i in range(count)]
+        changed["CUDA_VISIBLE_DEVICES"] = names[slot % len(names)]
+    return changed
+
+
+def _run(run: Run, environment: Mapping[str, str], gpus: int) -> None:
+    make_folder(run.folder)
+    record = read_record(run.folder) or {
+        "format": FORMAT,
+        "upstream": run.upstream.name,
+        "hub": run.upstream.hub,
+        "checkpoint": run.upstream.checkpoint,
+        "task": run.task.name,
+        "lr": run.lr,
+        "seed": run.seed,
+        "fold": run.fold,
+        "steps": run.recipe.config["runner"]["total_steps"],
+        "recipe": run.recipe.path,
+        "split": run.task.split,
+        "digest": run.digest,
+        "dev": None,
+        "tested": {},
+        "seconds": 0.0,
+        "finished": False,
+    }
+    _write(run.folder, record)
+    start = time.monotonic()
+    if record["dev"] is None:
+        _call(run, _distributed(run.train_words(), gpus), environment)
+        checkpoint, value = best_checkpoint(run)
+        record["dev"] = {"metric": run.task.metric, "value": value, "checkpoint": checkpoint}
+        record["seconds"] += time.monotonic() - start
+        _write(run.folder, record)
+    for condition, folder in run.conditions.items():
+        if condition in record["tested"]:
+            continue
+        _call(run, run.test_words(record["dev"]["checkpoint"], condition), environment)
+        for name in run.task.files(run.fold):
+            if not (run.folder / folder / name).is_file():
+                raise SetupError(f"{run.folder / folder} has no {name} after its evaluation")
+        record["tested"][condition] = folder
+        _write(run.folder, record)
+    record["finished"] = CLEAN in record["tested"]
+    _write(run.folder, record)
+
+
+def best_checkpoint(run: Run) -> tuple[str, float]:
+    """The checkpoint that s3prl chose by dev, and its score in per cent.
+
+    s3prl keeps none while all is wrong (100 % errors, 0 % right): then the last one is taken.
+
+    Raises:
+        SetupError: the run left no checkpoint.
+    """
+    best = run.folder / run.task.best
+    if not best.is_file():
+        last = newest(run.folder)
+        if last is None:
+            raise SetupError(f"{run.folder} has no checkpoint after its training")
+        return last.name, run.task.worst
+    try:
+        score = read_run(best)["Downstream"]["best_score"]
+    except (CheckpointError, KeyError, TypeError):
+        raise SetupError(f"{best} is damaged; remove {run.folder} to run it again") from None
+    return best.name, float(score) * run.task.scale
+
+
+def _call(run: Run, words: Sequence[str], environment: Mapping[str, str]) -> None:
+    """Run one command, with all it prints in the run's ``log.txt``."""
+    path = run.folder / "log.txt"
+    if words[0] != "torchrun":
+        words = [sys.executable, "-m", "s3prl_ekd", *words]
+    else:
+        words = [sys.executable, "-m", "torch.distributed.run", *words[1:]]
+    with open(path, "a", encoding="utf-8") as log:
+        begin = log.tell()
+        done = subprocess.run(
+            list(words),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=dict(environment),
+        )
+    if done.returncode:
+        text = path.read_bytes()[begin:].decode("utf-8", "replace").strip().splitlines()
+        said = next((line for line in reversed(text) if line.startswith("error: ")), None)
+        why = said.removeprefix("error: ") if said else (text[-1] if text else "no message")
+        raise SetupError(f"{run.folder}: {why} (see {path})")
+
+
+def _write(folder: Path, record: Mapping[str, Any]) -> None:
+    path = folder / RECORD
+    partial = path.with_suffix(f".{os.getpid()}.tmp")
+    partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)

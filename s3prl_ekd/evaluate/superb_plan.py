@@ -1,0 +1,205 @@
+"""What `s3prl-ekd superb` is to run: upstreams × tasks × learning rates × seeds × folds."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from ..config import apply_overrides
+from ..data.emotion import natural
+from ..errors import ConfigError, SetupError
+from ..recipes import RECIPES, missing_paths
+from ..schema import read_yaml
+from .tasks import Task
+
+RECORD = "superb.json"  # in a run's folder: what it is, and once finished what came out
+CLEAN = "clean"
+
+
+@dataclass(frozen=True)
+class Upstream:
+    """What is evaluated: a name of s3prl's hub, with a checkpoint where it wants one."""
+
+    name: str
+    hub: str
+    checkpoint: str | None = None
+    selection: str = "hidden_states"
+
+    @property
+    def words(self) -> list[str]:
+        words = ["-u", self.hub]
+        if self.checkpoint is not None:
+            words += ["-k", self.checkpoint]
+        return words if self.selection == "hidden_states" else [*words, "-s", self.selection]
+
+    @property
+    def identity(self) -> list[str]:
+        """What decides its outputs: not the path of the checkpoint but its contents."""
+        path = self.checkpoint
+        known = _sha256(path) if path is not None and Path(path).is_file() else str(path)
+        return [self.hub, known, self.selection]
+
+
+@cache
+def _sha256(path: str) -> str:
+    total = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            total.update(block)
+    return total.hexdigest()
+
+
+def parse_upstream(text: str, selection: str = "hidden_states") -> Upstream:
+    """``student.pt``, ``fbank``, ``NAME=student.pt``, ``NAME=HUB`` or ``NAME=HUB:CHECKPOINT``.
+
+    Raises:
+        SetupError: a file that is not there, or a name that cannot be a folder's.
+    """
+    name, _, what = text.rpartition("=")
+    hub, colon, checkpoint = what.partition(":")
+    if Path(what).is_file():
+        chosen = Upstream(name or Path(what).stem, "ekd_student", what, selection)
+    elif colon and not what.startswith(("http://", "https://")):
+        if not Path(checkpoint).exists():
+            raise SetupError(f"{text}: there is no such file: {checkpoint}")
+        chosen = Upstream(name or f"{hub}-{Path(checkpoint).stem}", hub, checkpoint)
+    elif re.fullmatch(r"\w+", what):
+        chosen = Upstream(name or what, what)
+    else:
+        raise SetupError(
+            f"{what}: there is no such file; an upstream is a student file, a name of s3prl's hub, "
+            "NAME=student.pt or NAME=HUB:CHECKPOINT"
+        )
+    if not re.fullmatch(r"[\w.-]+", chosen.name) or chosen.name.startswith("."):
+        raise SetupError(f"{text}: the name {chosen.name!r} may have letters, digits, _ - and .")
+    return chosen
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A task's YAML with what the user changed in it."""
+
+    task: Task
+    path: str
+    overrides: str = ""  # in s3prl's notation
+
+    @property
+    def config(self) -> dict[str, Any]:
+        config = read_yaml(self.path)
+        return apply_overrides(config, self.overrides) if self.overrides else config
+
+    def check(self, folder: Path) -> None:
+        """Raise ConfigError where a file or a folder that the recipe names is not there."""
+        config = self.config
+        known = next(known for known in RECIPES if known.downstream == self.task.downstream)
+        for key, missing in missing_paths(config, known.files + known.data, folder):
+            raise ConfigError(
+                f"{self.path}: {key} is {missing}, which is not there; edit it, prepare the data "
+                f"(s3prl-ekd prepare {self.task.name} -h), or leave {self.task.name} out of --tasks"
+            )
+
+    def folds(self) -> list[str | None]:
+        """ER: ``fold1`` … for each session that has metadata; one run without a fold else."""
+        if self.task.name != "er":
+            return [None]
+        meta = Path(self.config["downstream_expert"]["datarc"]["meta_data"])
+        found = sorted((path.name for path in meta.glob("Session*")), key=natural)
+        if not found:
+            raise ConfigError(f"{self.path}: {meta} has no Session1, Session2, ...")
+        return [name.replace("Session", "fold") for name in found]
+
+    def learning_rate(self) -> float:
+        return float(self.config["optimizer"]["lr"])
+
+
+def steps_overrides(steps: int) -> str:
+    """Overrides for a run of ``steps`` steps with four evaluations, none of them lost."""
+    every = max(1, steps // 4)
+    total = every * max(1, steps // every)
+    keys = {"total_steps": total, "log_step": every, "eval_step": every, "save_step": every}
+    return ",,".join(f"config.runner.{key}={value}" for key, value in keys.items())
+
+
+@dataclass(frozen=True)
+class Run:
+    """One downstream model: trained once, tested under one or more conditions."""
+
+    upstream: Upstream
+    recipe: Recipe
+    lr: float
+    seed: int
+    fold: str | None
+    root: Path = Path("result/superb")
+    noises: Mapping[str, tuple[str, float]] = field(default_factory=dict, hash=False)
+
+    @property
+    def task(self) -> Task:
+        return self.recipe.task
+
+    @property
+    def name(self) -> str:
+        name = f"lr{self.lr:g}-seed{self.seed}"
+        return name if self.fold is None else f"{name}-{self.fold}"
+
+    @property
+    def folder(self) -> Path:
+        return self.root / self.upstream.name / self.task.name / self.name
+
+    @property
+    def overrides(self) -> str:
+        parts = [self.recipe.overrides] if self.recipe.overrides else []
+        parts.append(f"config.optimizer.lr={self.lr!r}")
+        if self.fold is not None:
+            parts.append(f"config.downstream_expert.datarc.test_fold='{self.fold}'")
+        return ",,".join(parts)
+
+    @property
+    def digest(self) -> str:
+        """Of what decides the result."""
+        config = apply_overrides(read_yaml(self.recipe.path), self.overrides)
+        facts = [self.upstream.identity, config, self.task.downstream, self.seed]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+
+    def train_words(self) -> list[str]:
+        """The training command, as typed; ``-a`` takes up a cut run."""
+        words = ["run_downstream.py", "-m", "train", "-a", *self.upstream.words]
+        words += ["-d", self.task.downstream, "-c", self.recipe.path, "-p", str(self.folder)]
+        return [*words, "--seed", str(self.seed), "-o", self.overrides]
+
+    def test_words(self, checkpoint: str, condition: str) -> list[str]:
+        """The command of one evaluation; noisy ones write below ``noisy/``."""
+        words = ["run_downstream.py", "-m", "evaluate", "-t", self.task.split]
+        words += ["-e", str(self.folder / checkpoint)]
+        if condition != CLEAN:
+            folder, snr = self.noises[condition]
+            words += ["--noise", folder, "--snr", f"{snr:g}"]
+        return words
+
+    @property
+    def conditions(self) -> dict[str, str]:
+        """Condition -> folder of its prediction files, below the run's."""
+        return {CLEAN: ".", **{name: f"noisy/{name}" for name in self.noises}}
+
+
+def noise_conditions(folders: Sequence[str], snrs: Sequence[float]) -> dict:
+    """``{babble_snr5: (folder, 5.0), …}``.
+
+    Raises:
+        SetupError: a folder is not there, or only one of the two was given.
+    """
+    if bool(folders) != bool(snrs):
+        raise SetupError("--noise and --snr go together: --noise FOLDER --snr 10 5 0")
+    for folder in folders:
+        if not Path(folder).exists():
+            raise SetupError(f"--noise {folder}: there is no such folder or table")
+    return {
+        f"{Path(folder).stem}_snr{snr:g}": (folder, float(snr))
+        for folder in folders
+        for snr in snrs
+    }
