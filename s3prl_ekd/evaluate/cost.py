@@ -1,86 +1,108 @@
 """What an upstream costs, counted as SUPERB's board counts: parameters and MACs.
 
-MACs are those of matrix products and convolutions, half of what torch's flop counter gives, summed
-over one forward for each of the 32 official utterances of LibriSpeech test-clean, by their
-published lengths. Normalisation, activations and softmax are not in them.
+MACs are summed over one forward for each of 32 utterances of LibriSpeech test-clean; see
+:mod:`.macs` for what counts. They depend on the lengths alone, so noise of the published lengths
+gives the same figures as the corpus.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from torch import Tensor, nn
 from tqdm import tqdm
 
-# Samples at 16 kHz, sorted: every 82nd of the 2,620 utterances.
+from ..errors import DataError
+from .macs import count_macs
+from .parameters import unused_parameters
+
+# Samples at 16 kHz: all 2,620 utterances sorted by length, of them every 82nd.
 LENGTHS: Mapping[str, Sequence[int]] = {
     "short": (20560, 34560, 38480, 42560, 45600, 48720, 52000, 55120),
     "medium": (59120, 62720, 66400, 71200, 75200, 78640, 82800, 87520),
     "long": (92720, 98560, 104400, 111120, 118480, 125040, 132720, 142640),
     "longer": (154000, 166720, 180880, 197920, 217920, 239280, 268160, 326000),
 }
-PROFILER = "torch.utils.flop_counter, MACs = FLOPs / 2"
-
-
-def count_parameters(module: torch.nn.Module) -> tuple[int, int]:
-    """All parameters, and those of them that no hidden state depends on (SUPERB counts both).
-
-    A parameter is unused if the sum of all hidden states of 1 s of noise has no gradient in it.
-    """
-    parameters = list(module.parameters())
-    total = sum(parameter.numel() for parameter in parameters)
-    if not total:
-        return 0, 0
-    before = [parameter.requires_grad for parameter in parameters]
-    device = parameters[0].device
-    try:
-        for parameter in parameters:
-            parameter.requires_grad_(True)
-        wave = torch.randn(16000, generator=torch.Generator().manual_seed(0)).to(device)
-        with torch.enable_grad():
-            outputs = module([wave])["hidden_states"]
-            states = [outputs] if isinstance(outputs, torch.Tensor) else outputs
-            goal = sum(state.float().sum() for state in states)
-        gradients = torch.autograd.grad(goal, parameters, allow_unused=True)
-    finally:
-        for parameter, flag in zip(parameters, before, strict=True):
-            parameter.requires_grad_(flag)
-    return total, sum(
-        parameter.numel()
-        for parameter, gradient in zip(parameters, gradients, strict=True)
-        if gradient is None
-    )
-
-
-@torch.no_grad()
-def count_macs(module: torch.nn.Module, samples: int) -> int:
-    """Multiply-accumulates of one forward on one waveform of ``samples``."""
-    device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
-    counter = FlopCounterMode(display=False)
-    # the plain kernel: its products are counted on every device
-    with counter, sdpa_kernel(SDPBackend.MATH):
-        module([torch.zeros(samples, device=device).uniform_(-1, 1)])
-    return counter.get_total_flops() // 2
+PROFILER = "s3prl_ekd: products by torch.utils.flop_counter, attention as SUPERB's DeepSpeed fork"
+SPLIT, UTTERANCES, EVERY = "test-clean", 2620, 82
 
 
 def measure_cost(
-    module: torch.nn.Module, lengths: Mapping[str, Sequence[int]] = LENGTHS
+    module: nn.Module,
+    lengths: Mapping[str, Sequence[int]] = LENGTHS,
+    selection: str | Sequence[str] = "hidden_states",
+    progress: Callable = tqdm,
 ) -> dict[str, Any]:
-    """``parameters``, ``unused``, ``macs``, ``macs_buckets``, ``utterances``, ``profiler``."""
+    """The contents of ``cost.json``.
+
+    Args:
+        module: an upstream, ``list of [sample] -> {"hidden_states": [...]}``; put in eval mode.
+        lengths: of the utterances in samples, by bucket.
+        selection: the key or keys whose hidden states count as outputs.
+        progress: wraps what is iterated over, as ``tqdm`` does.
+
+    Returns:
+        ``parameters``; ``unused``, those of them that no hidden state depends on; ``macs`` and
+        ``macs_buckets``, MACs as the board counts them; ``macs_products``, those of matrix products
+        and convolutions alone; ``utterances``; ``profiler``.
+    """
     module.eval()
-    total, unused = count_parameters(module)
-    buckets = dict.fromkeys(lengths, 0)
+    keys = [selection] if isinstance(selection, str) else list(selection)
+    parameters = dict(module.named_parameters())
+    unused = unused_parameters(module, lambda waves: hidden_states(module(waves), keys))
+    device = next((parameter.device for parameter in parameters.values()), torch.device("cpu"))
+    buckets, products = dict.fromkeys(lengths, 0.0), 0
     work = [(bucket, samples) for bucket, many in lengths.items() for samples in many]
-    for bucket, samples in tqdm(work, desc="MACs", unit=" utterances", leave=False):
-        buckets[bucket] += count_macs(module, samples)
+    for bucket, samples in progress(work, desc="MACs", unit=" utterances", leave=False):
+        with count_macs() as macs:
+            module([torch.zeros(samples, device=device).uniform_(-1, 1)])
+        buckets[bucket] += macs.total
+        products += macs.products
     return {
-        "parameters": total,
-        "unused": unused,
+        "parameters": sum(parameter.numel() for parameter in parameters.values()),
+        "unused": sum(parameters[name].numel() for name in unused),
         "macs": sum(buckets.values()),
         "macs_buckets": buckets,
+        "macs_products": float(products),
         "utterances": len(work),
         "profiler": PROFILER,
     }
+
+
+def hidden_states(result: Mapping[str, Any], keys: Sequence[str]) -> list[Tensor]:
+    """What ``keys`` select from an upstream's result; as SUPERB, ``hidden_states`` for a missing
+    one. A single tensor (a baseline's) stands for a list of one."""
+    states = []
+    for key in keys:
+        found = result.get(key, result["hidden_states"])
+        states += [found] if isinstance(found, Tensor) else list(found)
+    return states
+
+
+def librispeech_lengths(folder: Path) -> dict[str, list[int]]:
+    """The lengths of the 32 utterances, read from the headers of LibriSpeech test-clean.
+
+    Args:
+        folder: ``test-clean``, or the folder that has it.
+
+    Raises:
+        DataError: it is not there, not whole, or a file of it cannot be read.
+    """
+    from ..data.audio_files import find_audio, read_headers
+
+    folder = folder / SPLIT if (folder / SPLIT).is_dir() else folder
+    names = find_audio(folder)
+    if len(names) != UTTERANCES:
+        raise DataError(
+            f"{folder} has {len(names)} audio files; LibriSpeech's {SPLIT} has {UTTERANCES}"
+        )
+    headers = read_headers(folder, names)
+    for header in headers:
+        if isinstance(header, DataError):
+            raise header
+    chosen = sorted(header.samples for header in headers)[::EVERY]
+    size = len(chosen) // len(LENGTHS)
+    return {bucket: chosen[i * size : (i + 1) * size] for i, bucket in enumerate(LENGTHS)}

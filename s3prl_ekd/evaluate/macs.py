@@ -1,0 +1,144 @@
+"""Count the multiply-accumulates (MACs) of a forward, as SUPERB's board counts them.
+
+The board's figures come from the profiling tool of the SLT 2022 challenge, a fork of DeepSpeed's
+flops profiler. It counts
+
+* matrix products and convolutions: one MAC for each multiplication in them;
+* in ``torch.nn.functional.multi_head_attention_forward`` also the biases and the scaling of the
+  projections (a MAC for each number), and for each attention weight one for the mask, two for the
+  softmax, one for the dropout if there is any.
+
+It counts no other attention's softmax, no normalisation, activation, bias or residual. By this
+rule HuBERT Base has exactly the 1,669,156,022,848 MACs that the tool's authors print; its products
+alone are 1,665,522,780,160.
+
+This module needs torch and nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.flop_counter import flop_registry
+
+_ATTENTION = torch.nn.functional.multi_head_attention_forward
+_ATEN = torch.ops.aten
+# Products that torch's flop counter leaves out: operator -> its two factors among the arguments.
+_ALSO = {
+    _ATEN.addmm_: (1, 2),
+    _ATEN.baddbmm_: (1, 2),
+    _ATEN.addmv: (1, 2),
+    _ATEN.mv: (0, 1),
+    _ATEN.dot: (0, 1),
+}
+
+
+@dataclass
+class Macs:
+    """``products``: matrix products and convolutions; ``attention``: what the board adds."""
+
+    products: int = 0
+    attention: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.products + self.attention
+
+
+@contextlib.contextmanager
+def count_macs() -> Iterator[Macs]:
+    """Count within the block; the numbers in what it gives grow with each forward.
+
+    Products are counted by their shapes and not computed: zeros stand for their results, so that a
+    large model is counted in seconds. What a model returns within the block means nothing.
+    """
+    counted = Macs()
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # it hides the products of nn.MultiheadAttention
+    try:
+        with (
+            warnings.catch_warnings(),
+            torch.no_grad(),
+            _without_mkldnn(),
+            sdpa_kernel(SDPBackend.MATH),
+            _AttentionTerms(counted),
+            _Products(counted),
+        ):
+            yield counted
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+@contextlib.contextmanager
+def _without_mkldnn() -> Iterator[None]:
+    """oneDNN computes an LSTM in one operator, which hides its products."""
+    warnings.filterwarnings("ignore", message="TF32 acceleration")  # setting the flags warns of it
+    with torch.backends.mkldnn.flags(enabled=False):
+        yield
+
+
+class _Products(TorchDispatchMode):
+    def __init__(self, counted: Macs):
+        super().__init__()
+        self.counted = counted
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        packet = func._overloadpacket
+        if packet in _ALSO:
+            first, second = (args[i] for i in _ALSO[packet])
+            columns = second.shape[-1] if second.dim() > 1 else 1
+            self.counted.products += first.numel() * columns
+            return func(*args, **kwargs)
+        if packet in flop_registry:
+            result = _stand_in(func, args, kwargs)
+            self.counted.products += flop_registry[packet](*args, **kwargs, out_val=result) // 2
+            return result
+        if func is not torch.ops.prim.device.default:
+            with self:  # an operator of several parts, whole as in inference mode
+                result = func.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        return func(*args, **kwargs)
+
+
+class _AttentionTerms(TorchFunctionMode):
+    def __init__(self, counted: Macs):
+        super().__init__()
+        self.counted = counted
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is _ATTENTION:
+            given = inspect.signature(func).bind(*args, **(kwargs or {}))
+            given.apply_defaults()
+            self.counted.attention += _attention_terms(**given.arguments)
+        return func(*args, **(kwargs or {}))
+
+
+def _attention_terms(
+    query, key, value, num_heads: int, in_proj_bias, dropout_p: float, **others
+) -> int:
+    """The board's MACs of one call beside the products; ``query`` is ``[frame, batch, dim]``."""
+    bias = query.numel() + key.numel() + value.numel() if in_proj_bias is not None else 0
+    batch = query.shape[1] if query.dim() == 3 else 1
+    weights = batch * num_heads * query.shape[0] * key.shape[0]
+    return bias + query.numel() + weights * (4 if dropout_p > 0 else 3)
+
+
+def _stand_in(func, args, kwargs):
+    """Zeros of the shape, type and device that the operator would return."""
+    device = next(arg.device for arg in args if isinstance(arg, torch.Tensor))
+    try:
+        meta = func(*tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), args), **kwargs)
+    except (NotImplementedError, RuntimeError):  # no way to know the shape but to compute
+        return func(*args, **kwargs)
+    return tree_map_only(torch.Tensor, lambda tensor: torch.zeros_like(tensor, device=device), meta)

@@ -1,0 +1,145 @@
+"""What ``s3prl-ekd superb`` leaves of a downstream run, and of an upstream's cost.
+
+``ROOT/UPSTREAM/TASK/RUN/superb.json`` says what a run was and where its predictions lie;
+``ROOT/UPSTREAM/cost.json``, where there is one, how large the upstream is.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Literal
+
+from ..errors import DataError
+from ..schema import build
+from .tasks import TASKS
+
+RECORD, COST = "superb.json", "cost.json"
+
+
+@dataclass(frozen=True)
+class Dev:
+    """A metric in per cent on the development set, and the checkpoint that reached it."""
+
+    metric: Literal["per", "wer", "acc"]
+    value: float
+    checkpoint: str | None = None
+
+
+@dataclass(frozen=True)
+class Record:
+    """The contents of ``superb.json``.
+
+    Attributes:
+        tested: condition (``clean``, ``babble_snr5``) -> folder of its predictions, relative to
+            the run's.
+    """
+
+    format: Literal[1]
+    upstream: str
+    hub: str
+    checkpoint: str | None
+    task: Literal["pr", "sid", "er", "asr"]
+    lr: float
+    seed: int
+    fold: str | None
+    steps: int
+    recipe: str
+    split: str
+    digest: str
+    dev: Dev
+    tested: dict[str, str]
+    seconds: float
+    finished: Literal[True]
+
+    def __post_init__(self) -> None:
+        if (self.fold is not None) != (self.task == "er"):
+            raise ValueError("fold must be named for er, and null for every other task")
+        if self.fold is not None and not re.fullmatch(r"fold\d+", self.fold):
+            raise ValueError(f"fold is {self.fold!r}; fold1, fold2, ... is expected")
+        task = TASKS[self.task]
+        if self.split != task.split or self.dev.metric != task.metric:
+            raise ValueError(
+                f"split and dev.metric of {task.name} must be {task.split} and {task.metric}"
+            )
+        if not self.upstream.strip() or not self.tested:
+            raise ValueError("upstream and tested must not be empty")
+        if self.lr <= 0:
+            raise ValueError(f"lr is {self.lr:g}; a number above 0 is expected")
+        for condition, folder in self.tested.items():
+            path = PurePosixPath(folder)
+            if path.is_absolute() or ".." in path.parts:
+                raise ValueError(f"tested.{condition} is {folder!r}, which is outside the run")
+
+
+@dataclass(frozen=True)
+class Run(Record):
+    """A finished run: its record and where it lies."""
+
+    folder: Path
+
+    def files(self, condition: str) -> tuple[Path, Path]:
+        """Predictions and references of the test set under ``condition``."""
+        where = self.folder / self.tested[condition]
+        hyp, ref = TASKS[self.task].files(self.fold)
+        return where / hyp, where / ref
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The contents of ``cost.json``: parameters, and MACs over some utterances.
+
+    ``macs_products`` are those of matrix products and convolutions alone.
+    """
+
+    parameters: int
+    unused: int
+    macs: float
+    macs_buckets: dict[str, float]
+    utterances: int
+    profiler: str
+    macs_products: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.parameters < 0 or self.macs < 0:
+            raise ValueError("parameters and macs must not be negative")
+
+
+def read_run(folder: Path) -> Run | None:
+    """The finished run in ``folder``, or None where it is not finished.
+
+    Raises:
+        DataError: its record is damaged.
+    """
+    path = folder / RECORD
+    data = _read_json(path)
+    if data is None or data.get("finished") is False:
+        return None
+    return Run(**vars(build(Record, data, str(path))), folder=folder)
+
+
+def read_cost(path: Path) -> Cost | None:
+    """The cost of an upstream, or None where nobody has measured it.
+
+    Raises:
+        DataError: the file is damaged.
+    """
+    data = _read_json(path)
+    return None if data is None else build(Cost, data, str(path))
+
+
+def _read_json(path: Path) -> dict | None:
+    """A JSON mapping; None where there is no such file."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from None
+    except (ValueError, RecursionError):  # also what is not UTF-8
+        raise DataError(f"{path} is damaged: it is not JSON; remove it and run again") from None
+    if not isinstance(data, dict):
+        raise DataError(f"{path} is damaged: a mapping is expected; remove it and run again")
+    return data
