@@ -37,7 +37,7 @@ DEMO = ["espeakng-loader>=0.2.4"]
 PLOTS = ["matplotlib>=3.7"]
 ANALYSIS = ["scipy>=1.9", *PLOTS]
 UNITS = ["scikit-learn>=1.3"]
-DEV = ["pytest>=8", "ruff>=0.6", "build>=1"]
+DEV = ["pytest>=8", "ruff>=0.6", "build>=1", "jiwer>=3"]
 
 setup(
     name="s3prl_ekd",

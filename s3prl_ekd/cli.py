@@ -22,13 +22,18 @@ COMMANDS = {
     "lengths": "write length tables (len_for_bucket) for a folder of audio",
     "prepare": "turn a manifest (TSV) into the layout that s3prl's recipes read",
     "superb": "train and evaluate PR, SID, ER, ASR on students, teachers and baselines",
+    "report": "tables and plots of what superb has run, with bootstrap intervals",
+    "predictions": "pack predict.zip for SUPERB's public leaderboard",
     "matrix": "distil with several configs and seeds, and compare them in a table",
-    "export": "write a student as a file that stands alone",
+    "export": "write a student as a file or folder that others can use",
+    "validate": "check a package for SUPERB's hidden set, in a process that has only torch",
+    "cost": "parameters and MACs of an upstream or a package, as SUPERB's board counts them",
+    "features": "write the hidden states of audio files into one safetensors file",
     "teachers": "list the teachers there are, or look into those of a config",
     "layers": "find groups of layers to distil, by clustering each teacher's layers (SKILL)",
     "units": "fit k-means units on the frames of one teacher's layer",
     "essence": "distil finished downstream models into one: the essential soft outputs and labels",
-    "demo": "the whole way on a synthetic corpus: three teachers, one student, one score",
+    "demo": "the whole way on a synthetic corpus: three teachers, one student, four tasks",
 }
 
 EXAMPLE = """\

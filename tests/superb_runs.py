@@ -1,0 +1,86 @@
+"""Finished downstream runs as `s3prl-ekd superb` leaves them, written by hand."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+METRIC = {"pr": "per", "sid": "acc", "er": "acc", "asr": "wer"}
+FILES = {
+    "pr": ("test-hyp.ark", "test-ref.ark"),
+    "sid": ("test_predict.txt", "test_truth.txt"),
+    "er": ("test_{fold}_predict.txt", "test_{fold}_truth.txt"),
+    "asr": ("test-clean-noLM-hyp.ark", "test-clean-noLM-ref.ark"),
+}
+RECIPE = {
+    "pr": "downstream/ctc/tiny.yaml",
+    "sid": "downstream/voxceleb1/tiny.yaml",
+    "er": "downstream/emotion/tiny.yaml",
+    "asr": "downstream/asr/tiny.yaml",
+}
+Pairs = Mapping[str, tuple[str, str]]  # utterance -> (hypothesis, reference)
+
+
+def write_run(
+    root: Path,
+    upstream: str,
+    task: str,
+    pairs: Pairs | Mapping[str, Pairs],
+    *,
+    lr: float = 0.001,
+    seed: int = 1337,
+    fold: str | None = None,
+    dev: float = 50.0,
+    **changes,
+) -> Path:
+    """One run; ``pairs`` of the clean test set, or condition -> pairs. Returns its folder.
+
+    ``changes`` replace entries of superb.json, and add new ones.
+    """
+    if not isinstance(next(iter(pairs.values()), None), Mapping):
+        pairs = {"clean": pairs}
+    name = f"lr{lr:g}-seed{seed}" + (f"-{fold}" if fold else "")
+    folder = root / upstream / task / name
+    tested = {c: "." if c == "clean" else f"noisy/{c}" for c in pairs}
+    for condition, chosen in pairs.items():
+        where = folder / tested[condition]
+        where.mkdir(parents=True, exist_ok=True)
+        for i, file in enumerate(FILES[task]):
+            lines = [f"{name} {texts[i]}\n" for name, texts in chosen.items()]
+            (where / file.format(fold=fold)).write_text("".join(lines), encoding="utf-8")
+    record = {
+        "format": 1,
+        "upstream": upstream,
+        "hub": "ekd_student",
+        "checkpoint": f"{upstream}.pt",
+        "task": task,
+        "lr": lr,
+        "seed": seed,
+        "fold": fold,
+        "steps": 400,
+        "recipe": RECIPE[task],
+        "split": "test-clean" if task == "asr" else "test",
+        "digest": "0",
+        "dev": {"metric": METRIC[task], "value": dev, "checkpoint": "dev-best.ckpt"},
+        "tested": tested,
+        "seconds": 1.5,
+        "finished": True,
+        **changes,
+    }
+    (folder / "superb.json").write_text(json.dumps(record))
+    return folder
+
+
+def write_cost(root: Path, upstream: str, parameters: int, macs: float) -> None:
+    """``cost.json`` of an upstream."""
+    cost = {
+        "parameters": parameters,
+        "unused": 0,
+        "macs": macs,
+        "macs_buckets": {"short": macs},
+        "utterances": 32,
+        "profiler": "by hand",
+    }
+    (root / upstream).mkdir(parents=True, exist_ok=True)
+    (root / upstream / "cost.json").write_text(json.dumps(cost))

@@ -1,0 +1,335 @@
+"""Measures, the report's tables, and the command."""
+
+import csv
+import io
+import sys
+
+import numpy as np
+import pytest
+
+from s3prl_ekd.cli import main
+from s3prl_ekd.errors import DataError
+from s3prl_ekd.evaluate.measures import measure
+from s3prl_ekd.evaluate.report import make_report, sort_conditions
+from s3prl_ekd.evaluate.report_text import MARK, as_csv, as_markdown
+from s3prl_ekd.evaluate.results import read_results, select
+from s3prl_ekd.evaluate.superb_score import superb_score
+
+from .conftest import command
+from .superb_runs import write_cost, write_run
+
+
+def labels(right, wrong, prefix="u"):
+    """So many right and wrong labels."""
+    marks = [True] * right + [False] * wrong
+    return {f"{prefix}{i:03d}": ("x" if ok else "y", "x") for i, ok in enumerate(marks)}
+
+
+def words(errors, length=10, count=20):
+    """``count`` utterances of ``length`` words, the first ``errors`` words of each wrong."""
+    ref = ["w"] * length
+    return {
+        f"u{i:03d}": (" ".join(["z"] * errors + ref[errors:]), " ".join(ref)) for i in range(count)
+    }
+
+
+def write_four(root, upstream, *, pr=2, sid=60, er=50, asr=3, seed=1337, noise=()):
+    """All four tasks of one upstream: PER 10·pr, WER 10·asr, accuracies of 100 utterances."""
+
+    def under(pairs, worse):
+        return {"clean": pairs, **dict.fromkeys(noise, worse)}
+
+    options = {"seed": seed, "hub": upstream, "checkpoint": None}
+    write_run(root, upstream, "pr", under(words(pr), words(pr + 1)), **options)
+    write_run(root, upstream, "asr", under(words(asr), words(asr + 1)), **options)
+    write_run(
+        root, upstream, "sid", under(labels(sid, 100 - sid), labels(sid - 9, 109 - sid)), **options
+    )
+    for i in range(1, 6):
+        fold = under(labels(er, 100 - er, f"f{i}-"), labels(er - 9, 109 - er, f"f{i}-"))
+        write_run(root, upstream, "er", fold, fold=f"fold{i}", **options)
+
+
+def report_of(*folders, resamples=400):
+    return make_report(read_results(folders), resamples)
+
+
+# Measures
+
+
+def test_emotion_is_the_mean_of_its_folds(tmp_path):
+    # 3 of 4 right and 1 of 10: the mean of 75 and 10 is 42.5; of all 14 it would be 28.6
+    write_run(tmp_path, "s", "er", labels(3, 1, "a"), fold="fold1")
+    write_run(tmp_path, "s", "er", labels(1, 9, "b"), fold="fold2")
+    (found,) = measure(list(select(read_results([tmp_path]).runs).values()), "clean", 4000)
+    assert found.value == 42.5 and found.utterances == 14 and found.deviation is None
+    # folds are drawn apart: variances p(1-p)/n add, and the mean of two halves the sd
+    sd = 50 * (0.75 * 0.25 / 4 + 0.1 * 0.9 / 10) ** 0.5
+    assert found.resampled.std() == pytest.approx(sd, rel=0.05)
+
+
+def test_seeds_are_averaged_on_the_same_draws(tmp_path):
+    # Two seeds that err on complementary utterances: on any draw their mean is 50 % right.
+    one = {f"u{i}": ("x" if i % 2 else "y", "x") for i in range(40)}
+    two = {f"u{i}": ("y" if i % 2 else "x", "x") for i in range(40)}
+    write_run(tmp_path, "s", "sid", one, seed=1)
+    write_run(tmp_path, "s", "sid", two, seed=2)
+    (found,) = measure(list(select(read_results([tmp_path]).runs).values()), "clean", 200)
+    assert found.by_seed == (50, 50) and found.deviation == 0
+    assert found.resampled == pytest.approx(np.full(200, 50.0)) and found.interval == (50, 50)
+
+
+def test_the_deviation_over_seeds_by_hand(tmp_path):
+    for seed, right in ((1, 60), (2, 70), (3, 80)):
+        write_run(tmp_path, "s", "sid", labels(right, 100 - right), seed=seed)
+    found = report_of(tmp_path).measures["s", "sid", "clean"]
+    assert found.value == pytest.approx(70) and found.deviation == pytest.approx(10)
+
+
+def test_seeds_on_other_utterances_are_refused(tmp_path):
+    write_run(tmp_path, "s", "sid", labels(3, 1), seed=1)
+    write_run(tmp_path, "s", "sid", labels(3, 2), seed=2)
+    with pytest.raises(DataError, match="were not tested on the same utterances"):
+        report_of(tmp_path)
+
+
+def test_computed_together_or_apart(tmp_path):
+    write_four(tmp_path, "a", pr=2)
+    write_four(tmp_path, "b", pr=4)
+    write_run(tmp_path, "c", "pr", words(3, count=7))  # another test set beside them
+    together = report_of(tmp_path).measures
+    for name in "abc":
+        apart = report_of(tmp_path / name).measures[name, "pr", "clean"]
+        assert (apart.resampled == together[name, "pr", "clean"].resampled).all()
+        assert apart.value == together[name, "pr", "clean"].value
+    assert [together[n, "pr", "clean"].value for n in "abc"] == pytest.approx([20, 40, 30])
+
+
+# The report
+
+
+def test_the_score_and_its_interval(tmp_path):
+    write_four(tmp_path, "a", pr=2, sid=60, er=50, asr=3)
+    report = report_of(tmp_path)
+    expected = superb_score({"pr": 20.0, "sid": 60.0, "er": 50.0, "asr": 30.0})
+    score = report.scores["a"]
+    assert score.value == pytest.approx(expected)
+    # PR and ASR have no spread here; SID and ER have, and each weighs 1000 / 4 / (best - FBANK)
+    spread = [np.sqrt(0.6 * 0.4 / 100), np.sqrt(0.5 * 0.5 / 500)]
+    parts = [25000 * s / w for s, w in zip(spread, (90.3 - 20.058174, 67.62 - 48.23672168))]  # noqa: B905
+    assert score.resampled.std() == pytest.approx(np.hypot(*parts), rel=0.15)
+
+
+def test_a_missing_task_leaves_no_score(tmp_path):
+    write_four(tmp_path, "a")
+    write_run(tmp_path, "b", "pr", words(2))
+    report = report_of(tmp_path)
+    assert set(report.scores) == {"a"}
+    row = next(line for line in as_markdown(report).splitlines() if line.startswith("| b "))
+    assert [cell.strip() for cell in row.split("|")[2:-1]] == [
+        "–", "–", "20.00 [20.00, 20.00]", "–", "–", "–", "–"
+    ]  # fmt: skip
+    assert report.score_difference("a", "b") is None
+
+
+def test_differences_by_hand(tmp_path):
+    write_four(tmp_path, "a", pr=2, sid=60)
+    write_four(tmp_path, "b", pr=3, sid=60)
+    report = report_of(tmp_path)
+    d = report.difference("a", "b", "pr", "clean")
+    # every utterance is worse by one word of ten: on any draw, no doubt is left
+    assert (d.value, d.low, d.high, d.better) == pytest.approx((-10, -10, -10, 1.0))
+    assert report.difference("b", "a", "pr", "clean").better == 0
+    tie = report.difference("a", "b", "sid", "clean")
+    assert (tie.value, tie.low, tie.high, tie.better) == (0, 0, 0, 0.5)
+    score = report.score_difference("a", "b")
+    assert score.value == pytest.approx(1000 * -10 / (3.53 - 82.01) / 4) and score.better == 1
+    assert report.difference("a", "b", "pr", "no_such") is None
+
+
+def test_other_utterances_are_no_pair(tmp_path):
+    write_run(tmp_path, "a", "pr", words(2, count=20))
+    write_run(tmp_path, "b", "pr", words(2, count=19))
+    other_reference = {k: (h, r.replace("w", "v", 1) + " w") for k, (h, r) in words(2).items()}
+    write_run(tmp_path, "c", "pr", other_reference)
+    report = report_of(tmp_path)
+    assert report.difference("a", "b", "pr", "clean") is None
+    assert report.difference("a", "c", "pr", "clean") is None
+    (note,) = report.notes
+    assert "PR, clean: not tested on the same utterances" in note and "b 19" in note
+    text = as_markdown(report, "a")
+    assert "n/a" in text and note in text
+
+
+def test_tables(tmp_path):
+    for seed in (1, 2):
+        write_four(tmp_path, "a", seed=seed, sid=50 + 10 * seed, noise=("hum_snr5", "hum_snr10"))
+    write_four(tmp_path, "b", seed=1)
+    write_cost(tmp_path, "a", 27_034_752, 825.64e9)
+    write_run(tmp_path, "b", "pr", words(1), seed=7, finished=False)
+    report = report_of(tmp_path)
+    assert report.conditions == ("clean", "hum_snr10", "hum_snr5")
+    text = as_markdown(report, "b")
+    lines = text.splitlines()
+    assert lines[0] == MARK
+    head = next(line for line in lines if line.startswith("| upstream | params (M) | GMACs"))
+    columns = [cell.strip() for cell in head.split("|")[1:-1]]
+    assert columns[3:] == [
+        "PR PER ↓", "PR sd", "SID ACC ↑", "SID sd", "ER ACC ↑", "ER sd", "ASR WER ↓", "ASR sd",
+        "SUPERB score ↑",
+    ]  # fmt: skip
+    a, b = (
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in lines[lines.index(head) + 2 : lines.index(head) + 4]
+    )
+    assert a[:5] == ["a", "27.03", "825.64", "20.00 [20.00, 20.00]", "0.00"]
+    assert a[5].startswith("65.00 [") and a[6] == "7.07"  # 60 and 70: sd 7.07
+    assert b[:5] == ["b", "–", "–", "20.00 [20.00, 20.00]", "–"]
+    assert "public anchors; only comparable on SUPERB's own corpora and recipes" in text
+    assert "## Under noise: hum, 5 dB SNR" in text and "## Differences to b" in text
+    assert "Unfinished and not used: 1 (b/pr/lr0.001-seed7)." in text
+    assert "arXiv" not in text
+    published = as_markdown(report, published=True)
+    row = next(line for line in published.splitlines() if line.startswith("| HuBERT Base"))
+    assert "| 891.8 " in row and "2105.01051" in row
+
+
+def test_csv_is_tidy(tmp_path):
+    for seed in (1, 2):
+        write_four(tmp_path, "a", seed=seed, noise=("hum_snr5",))
+    write_four(tmp_path, "b", seed=1)
+    report = report_of(tmp_path)
+    rows = list(csv.DictReader(io.StringIO(as_csv(report, "b"))))
+    assert len(rows) == 4 * 2 + 1 + 4 + 1  # a: clean, noisy and score; b: clean and score
+    row = next(
+        r for r in rows if (r["upstream"], r["task"], r["condition"]) == ("a", "er", "clean")
+    )
+    assert float(row["value"]) == 50 and float(row["low"]) < 50 < float(row["high"])
+    assert row["seeds"] == "1 2" and row["folds"] == "fold1 fold2 fold3 fold4 fold5"
+    assert row["utterances"] == "500" and row["lr"] == "0.001" and row["sd_over_seeds"] == "0"
+    assert row["against"] == "b" and float(row["difference"]) == 0 and row["better"] == "0.5"
+    noisy = next(r for r in rows if r["condition"] == "hum_snr5" and r["task"] == "asr")
+    assert float(noisy["value"]) == 40 and noisy["against"] == "b" and noisy["difference"] == ""
+    score = [r for r in rows if r["metric"] == "superb_score"]
+    assert len(score) == 2 and float(score[0]["value"]) == pytest.approx(
+        report.scores["a"].value, rel=1e-5
+    )
+    assert "against" not in as_csv(report).splitlines()[0]
+
+
+def test_conditions_come_in_a_sensible_order():
+    mixed = ["hum_snr-5", "babble_snr0", "hum_snr10", "clean", "babble_snr2.5", "reverb"]
+    assert sort_conditions(mixed) == (
+        "clean", "babble_snr2.5", "babble_snr0", "hum_snr10", "hum_snr-5", "reverb"
+    )  # fmt: skip
+
+
+def test_only_incomplete_runs_are_nothing_to_report(tmp_path):
+    write_run(tmp_path, "s", "pr", words(1), lr=0.1, seed=1)
+    write_run(tmp_path, "s", "pr", words(1), lr=0.2, seed=2)
+    with pytest.raises(DataError, match="nothing to report yet .*lr 0.1: no seed 2"):
+        report_of(tmp_path)
+    write_run(tmp_path / "u", "s", "pr", words(1), finished=False)
+    with pytest.raises(DataError, match="nothing to report yet .*1 unfinished"):
+        report_of(tmp_path / "u")
+
+
+# The command
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    root = tmp_path_factory.mktemp("runs") / "superb"
+    write_four(root, "fbank", pr=6, sid=20, er=40, asr=7, noise=("hum_snr5", "hum_snr0"))
+    write_four(root, "student", noise=("hum_snr5", "hum_snr0"))
+    write_cost(root, "fbank", 0, 1e9)
+    write_cost(root, "student", 23_491_200, 785e9)
+    return root
+
+
+def test_the_command_writes_everything(finished, tmp_path, capsys):
+    words = ("report", finished, "-o", "out", "--resamples", "200", "--against", "fbank")
+    first = command(*words, "--published", cwd=tmp_path)
+    out = tmp_path / "out"
+    assert sorted(path.name for path in out.iterdir()) == [
+        "noise.png", "params.png", "report.csv", "report.md", "scores.png"
+    ]  # fmt: skip
+    for picture in out.glob("*.png"):
+        assert picture.read_bytes().startswith(b"\x89PNG")
+    text = (out / "report.md").read_text()
+    assert text.split("\n", 1)[1].strip() in first.stdout and "wrote out/report.md" in first.stdout
+
+    assert main([*map(str, words[:2]), "-o", str(out), *words[4:]]) == 0  # writes over its own
+    assert "HuBERT Base" in text and "HuBERT Base" not in (out / "report.md").read_text()
+    table = [line for line in first.stdout.splitlines() if line.startswith("| student")]
+    assert table == [
+        line for line in capsys.readouterr().out.splitlines() if line.startswith("| student")
+    ]
+
+
+def test_plots_of_an_earlier_report_do_not_stay(finished, tmp_path):
+    out = str(tmp_path / "out")
+    assert main(["report", str(finished), "-o", out, "--resamples", "100"]) == 0
+    assert (tmp_path / "out" / "noise.png").exists()
+    plain = tmp_path / "plain"
+    write_run(plain, "s", "pr", words(1))
+    assert main(["report", str(plain), "-o", out, "--resamples", "100"]) == 0
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "report.csv", "report.md", "scores.png"
+    ]  # fmt: skip
+
+
+def test_tables_without_matplotlib(finished, tmp_path, monkeypatch, capsys):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    out = tmp_path / "out"
+    assert main(["report", str(finished), "-o", str(out), "--resamples", "100"]) == 0
+    assert sorted(p.name for p in out.iterdir()) == ["report.csv", "report.md"]
+    assert "no plots: plots need matplotlib; type: pip install" in capsys.readouterr().out
+
+
+def test_what_others_have_written_is_kept(finished, tmp_path, capsys):
+    out = tmp_path / "mine"
+    out.mkdir()
+    (out / "report.md").write_text("my own report\n")
+    words = ["report", str(finished), "-o", str(out), "--resamples", "100"]
+    with pytest.raises(SystemExit):
+        main(words)
+    assert "was not written by this command" in capsys.readouterr().err
+    assert (out / "report.md").read_text() == "my own report\n" and len(list(out.iterdir())) == 1
+    assert main([*words, "--force"]) == 0
+    assert (out / "report.md").read_text().startswith(MARK)
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        (["--against", "studnet"], "no upstream studnet here (did you mean student?)"),
+        (["--resamples", "5"], "--resamples is 5; 100 to 1000000 is allowed"),
+    ],
+)
+def test_mistakes(finished, tmp_path, capsys, options, said):
+    with pytest.raises(SystemExit) as caught:
+        main(["report", str(finished), "-o", str(tmp_path / "out"), *options])
+    error = capsys.readouterr().err
+    assert caught.value.code == 2 and said in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("upstreams", [1, 10])
+def test_plots_of_one_and_of_many(tmp_path, upstreams):
+    pytest.importorskip("matplotlib")
+    from s3prl_ekd.evaluate.report_plots import plots
+
+    for i in range(upstreams):
+        write_run(
+            tmp_path, f"model{i}", "pr", {c: words(i % 9) for c in ("clean", "x_snr5", "x_snr0")}
+        )
+        write_cost(tmp_path, f"model{i}", 0 if i == 0 else 23_491_200, 1e9)
+    drawn = plots(report_of(tmp_path, resamples=100))
+    assert set(drawn) == {"scores.png", "params.png", "noise.png"}
+    for draw in drawn.values():
+        file = io.BytesIO()
+        draw(file)
+        assert file.getvalue().startswith(b"\x89PNG")
