@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 FOLDER = "noisy"  # below the run's
 HELP = """\
-Besides, for -m evaluate, the test under noise (predictions in EXPDIR/noisy/NAME_snrDB):
+Ours, beside s3prl's options below: -m evaluate under noise (predictions: EXPDIR/noisy/NAME_snrDB)
   --noise DIR       noises to add: a folder of audio, or a manifest (TSV), of which the test split
   --snr DB          signal-to-noise ratio over each utterance
   --noise_seed N    other draws of noises and starts (default: 0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from importlib import resources
 from pathlib import Path
 
@@ -61,8 +61,17 @@ def _tree(package: str, target: str) -> Iterator[tuple[str, bytes]]:
                 yield f"{path}/{item.name}", item.read_bytes()
 
 
-def write_workspace(root: Path, chosen: Collection[str] = ()) -> list[tuple[str, Path]]:
+def write_workspace(
+    root: Path,
+    chosen: Collection[str] = (),
+    values: Mapping[str, Mapping[str, str | list[str]]] | None = None,
+) -> list[tuple[str, Path]]:
     """Write what is not there yet, with the ``chosen`` experiments.
+
+    Args:
+        root: the working folder, made if it is not there.
+        chosen: see :func:`files`.
+        values: file below ``root`` -> dotted key -> what it gets instead of our default.
 
     Returns:
         ``("created" | "kept", path)`` of each file.
@@ -81,6 +90,10 @@ def write_workspace(root: Path, chosen: Collection[str] = ()) -> list[tuple[str,
     done = []
     for name, data in files(chosen):
         path = root / name
+        if values and name in values:
+            from .yaml_edit import put
+
+            data = put(data.decode(), values[name]).encode()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("xb") as file:

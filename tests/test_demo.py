@@ -1,15 +1,15 @@
 """The demo, short: every step of the way as a user starts it, and again when it was cut."""
 
+import csv
 import re
 
 import pytest
 import torch
 
-from s3prl_ekd.evaluate.asr import error_rates
-
 from .conftest import command
 
-SHORT = ("--steps", "6", "--asr-steps", "8", "--utterances", "24")
+SHORT = ("--steps", "6", "--downstream-steps", "8", "--utterances", "24", "--tasks", "er", "asr")
+UPSTREAMS = ("ekd", "single", "fbank")
 
 
 @pytest.fixture(scope="module")
@@ -22,32 +22,45 @@ def demo(tmp_path_factory):
 
 def test_it_goes_all_the_way(demo):
     folder, said = demo
-    assert "7/7 evaluate ASR" in said and "Traceback" not in said
-    for name in ("student.pt", "distillation.png", "teachers/wavlm.pt", "data/corpus/corpus.json"):
+    assert "0 failed" in said and "Traceback" not in said
+    files = ("ekd.pt", "single.pt", "distillation.png", "teachers/wavlm.pt", "report/scores.png")
+    files += ("submission/expert.py",)
+    for name in (*files, "data/corpus/corpus.json", "data/labels/er.tsv"):
         assert (folder / name).is_file(), name
-    assert torch.load(folder / "student.pt", weights_only=True)["about"]["step"] == 6
+    for name in ("ekd", "single"):
+        assert torch.load(folder / f"{name}.pt", weights_only=True)["about"]["step"] == 6
 
 
-def test_the_table_is_s3prls_number(demo):
-    """The WER in the table, from the prediction files, and the one that s3prl's expert printed."""
-    folder, said = demo
-    (printed,) = re.findall(r"^test-clean wer: ([\d.]+)", said, re.M)
-    rates = error_rates(folder / "result/downstream/demo_asr", "test-clean")
-    assert rates.wer == pytest.approx(float(printed), abs=1e-6)
-    assert rates.utterances == 40
-    assert re.search(rf"test-clean \(40 utterances\) +{rates.wer:.1f} ", said)
+def test_the_table_is_s3prls_numbers(demo):
+    """The report's values, from the prediction files, and those that s3prl's experts printed."""
+    folder, _ = demo
+    with open(folder / "report/report.csv", encoding="utf-8") as file:
+        rows = {(row["upstream"], row["task"]): row for row in csv.DictReader(file)}
+    assert set(rows) == {(name, task) for name in UPSTREAMS for task in ("er", "asr")}
+    for (name, task), row in rows.items():
+        (log,) = (folder / "result/superb" / name / task).glob("*/log.txt")
+        metric, scale = {"er": ("test acc", 100), "asr": ("test-clean wer", 1)}[task]
+        printed = re.findall(rf"^{metric}: ([\d.]+)", log.read_text(), re.M)[-1]
+        assert float(row["value"]) == pytest.approx(scale * float(printed), abs=1e-4)
 
 
 def test_again_keeps_what_is_finished(demo):
     folder, _ = demo
-    before = (folder / "data/corpus/corpus.json").stat().st_mtime_ns
+    kept = ("data/corpus/corpus.json", "result/superb/ekd/er/lr0.001-seed1337-fold1/log.txt")
+    before = [(folder / name).stat().st_mtime_ns for name in kept]
     said = command("demo", "d", *SHORT, cwd=folder.parent).stdout
-    assert "is at step 6 already" in said and "kept:" in said
-    assert (folder / "data/corpus/corpus.json").stat().st_mtime_ns == before
+    assert said.count("is at step 6 already") == 2 and "6 runs finished" in said
+    assert [(folder / name).stat().st_mtime_ns for name in kept] == before
 
 
 @pytest.mark.parametrize("value", ["0", "x", "-5"])
 def test_a_wrong_number(tmp_path, value):
     done = command("demo", "d", f"--steps={value}", cwd=tmp_path, check=False)
     assert done.returncode == 2 and "whole number of 4 or more" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unknown_task(tmp_path):
+    done = command("demo", "d", "--tasks", "ks", cwd=tmp_path, check=False)
+    assert done.returncode == 2 and "unknown task 'ks'" in done.stderr
     assert list(tmp_path.iterdir()) == []

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import soundfile
 
-from s3prl_ekd import cli
 from s3prl_ekd.data.emotion import natural
 
 from .conftest import command
+from .preparing import accuracy, fails, prepare
 
 HEADER = "path\tspeaker\temotion\tgroup\tsplit\n"
 PITCH = {"low": 200, "mid": 700, "high": 1500}
@@ -41,19 +41,6 @@ def make_manifest(folder: Path, speakers=("s1", "s2", "s10")) -> Path:
 @pytest.fixture
 def manifest(tmp_path):
     return make_manifest(tmp_path / "corpus")
-
-
-def prepare(*words):
-    return cli.main(["prepare", *map(str, words)])
-
-
-def fails(capsys, *words) -> str:
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        prepare(*words)
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1, error
-    return error
 
 
 def read(out: Path, session: int, part: str) -> dict:
@@ -209,14 +196,6 @@ def test_wrong_iemocap_is_explained(iemocap, tmp_path, capsys):
 
 
 # --- a run
-
-
-def accuracy(folder: Path, name: str) -> float:
-    """From the two lists of a run, line by line."""
-    predicted = (folder / f"{name}_predict.txt").read_text().splitlines()
-    truth = (folder / f"{name}_truth.txt").read_text().splitlines()
-    assert [line.split(" ")[0] for line in predicted] == [line.split(" ")[0] for line in truth]
-    return sum(a == b for a, b in zip(predicted, truth, strict=True)) / len(truth)
 
 
 def test_train_and_evaluate_a_fold(tmp_path):

@@ -194,6 +194,15 @@ def test_tables(tmp_path):
     assert "| 891.8 " in row and "2105.01051" in row
 
 
+def test_a_task_that_was_not_tested_under_noise_has_no_column_there(tmp_path):
+    write_run(tmp_path, "a", "pr", {"clean": words(1), "hum_snr5": words(2)})
+    write_run(tmp_path, "a", "sid", labels(3, 1))
+    report = report_of(tmp_path)
+    assert report.tested("clean") == ("pr", "sid") and report.tested("hum_snr5") == ("pr",)
+    noisy = as_markdown(report).split("## Under noise: hum, 5 dB SNR")[1].split("##")[0]
+    assert "PR PER" in noisy and "SID" not in noisy
+
+
 def test_csv_is_tidy(tmp_path):
     for seed in (1, 2):
         write_four(tmp_path, "a", seed=seed, noise=("hum_snr5",))

@@ -159,6 +159,16 @@ def test_only_learning_rates_with_all_seeds_and_folds(tmp_path):
     assert incomplete(runs) == ["s, er, lr 0.01: no seed 2 fold2"]
 
 
+def test_some_of_the_folds_are_not_er(tmp_path):
+    for i in (1, 2):
+        write_run(tmp_path, "s", "er", ONE, fold=f"fold{i}")
+        write_run(tmp_path, "other", "er", ONE, fold=f"fold{i}")
+    write_run(tmp_path, "s", "er", ONE, fold="fold3", finished=False)
+    results = read_results([tmp_path])
+    assert set(select(results.runs, results.unfinished)) == {("other", "er")}
+    assert incomplete(results.runs, results.unfinished) == ["s, er, lr 0.001: no seed 1337 fold3"]
+
+
 def test_no_complete_learning_rate_is_no_selection(tmp_path):
     write_run(tmp_path, "s", "pr", ONE, lr=0.1, seed=1)
     write_run(tmp_path, "s", "pr", ONE, lr=0.2, seed=2)

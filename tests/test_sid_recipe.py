@@ -13,10 +13,11 @@ import pytest
 import s3prl
 import soundfile
 
-from s3prl_ekd import cli, voxceleb1_cache
+from s3prl_ekd import voxceleb1_cache
 from s3prl_ekd.errors import SetupError
 
 from .conftest import command
+from .preparing import accuracy, fails, prepare
 
 SPLITS = ("train", "train", "dev", "test")
 HEADER = "path\tspeaker\tsplit\n"
@@ -41,19 +42,6 @@ def make_manifest(folder: Path, speakers=("ann b", "bob", "cy"), first=200) -> P
 @pytest.fixture
 def manifest(tmp_path):
     return make_manifest(tmp_path / "corpus")
-
-
-def prepare(*words):
-    return cli.main(["prepare", *map(str, words)])
-
-
-def fails(capsys, *words) -> str:
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        prepare(*words)
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1, error
-    return error
 
 
 @pytest.fixture
@@ -230,15 +218,6 @@ class Payload:
 
     def __reduce__(self):
         return os.mkdir, (str(self.path),)
-
-
-def accuracy(folder: Path, split: str) -> float:
-    """From the two lists of a run, line by line."""
-    predicted = (folder / f"{split}_predict.txt").read_text().split("\n")
-    truth = (folder / f"{split}_truth.txt").read_text().split("\n")
-    assert [line.split(" ")[0] for line in predicted] == [line.split(" ")[0] for line in truth]
-    pairs = list(zip(predicted, truth, strict=True))[:-1]
-    return sum(a == b for a, b in pairs) / len(pairs)
 
 
 def test_runs_over_two_corpora_beside_a_foreign_cache(tmp_path):

@@ -1,4 +1,4 @@
-"""The whole way on a synthetic corpus: three tiny teachers, one student, one ASR score.
+"""The whole way on a synthetic corpus: three tiny teachers, one student, four tasks, a table.
 
 Everything is written below DIR. What is finished is kept when the command is given again, and an
 interrupted distillation goes on from its last checkpoint.
@@ -25,7 +25,13 @@ def configure(parser) -> None:
     parser.add_argument(
         "--steps", type=_positive, default=300, help="of distillation (%(default)s)"
     )
-    parser.add_argument("--asr-steps", type=_positive, default=600, help="of ASR (%(default)s)")
+    parser.add_argument(
+        "--downstream-steps", type=_positive, default=160, help="of PR (%(default)s); others alike"
+    )
+    parser.add_argument(
+        "--tasks", nargs="+", metavar="TASK", default=["pr", "sid", "er", "asr"],
+        help="pr sid er asr (default: all four)",
+    )  # fmt: skip
     parser.add_argument(
         "--utterances", type=_positive, default=400, help="for training (%(default)s)"
     )
@@ -33,8 +39,11 @@ def configure(parser) -> None:
 
 def main(args) -> int:
     from ..demo.run import Demo
+    from ..evaluate.tasks import choose_tasks
 
-    Demo(args.dir.resolve(), args.steps, args.asr_steps, args.utterances).run()
+    tasks = [task.name for task in choose_tasks(args.tasks)]
+    steps = (args.steps, args.downstream_steps)
+    Demo(args.dir.resolve(), *steps, args.utterances, tasks).run()
     return 0
 
 

@@ -1,53 +1,41 @@
-"""Write a trained student as a file that stands alone.
-
-The file holds plain tensors and plain settings and loads with `weights_only=True`; it is what
-`run_downstream.py -u ekd_student -k FILE` reads, as it reads a run's own checkpoints.
+"""Write a trained student as something others can use.
 
 example:
   s3prl-ekd export student result/pretrain/my_student/states-10000.ckpt -o student.pt
+  s3prl-ekd export superb student.pt -o my_package
+  s3prl-ekd export superb --help
 """
 
 from __future__ import annotations
 
-from pathlib import Path
+import argparse
+import importlib
 
-from ..errors import CheckpointError
-
-
-def configure(parser) -> None:
-    kinds = parser.add_subparsers(dest="kind", metavar="KIND", required=True)
-    student = kinds.add_parser("student", help="a student file for -u ekd_student")
-    student.add_argument(
-        "checkpoint", metavar="CKPT", type=Path, help="states-*.ckpt, or a run's folder"
-    )
-    student.add_argument("-o", "--output", metavar="FILE", type=Path, required=True)
-    student.add_argument(
-        "--heads",
-        choices=("keep", "drop"),
-        default="keep",
-        help="the prediction heads: keep them for -s hidden_states_and_heads (default: keep)",
-    )
-    student.add_argument("--force", action="store_true", help="write over an existing FILE")
+# kind -> its line in `export --help`. The module export_KIND.py has a docstring,
+# `configure(parser)` and `main(args)`, as a command has; it imports what is heavy inside `main`.
+KINDS = {
+    "student": "a student file for -u ekd_student",
+    "superb": "a package for SUPERB's hidden set: a folder that needs torch and nothing of ours",
+    "hf": "a folder for transformers: AutoModel.from_pretrained(FOLDER)",
+    "onnx": "an ONNX file with dynamic batch and time",
+}
 
 
-def main(args) -> int:
-    from ..checkpoints import newest
-    from ..export.student_file import load_student, write_student
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add a subcommand for each of :data:`KINDS`."""
+    subparsers = parser.add_subparsers(dest="kind", metavar="KIND", required=True)
+    for name, line in KINDS.items():
+        module = importlib.import_module(f"{__package__}.export_{name}")
+        subparser = subparsers.add_parser(
+            name,
+            help=line,
+            description=module.__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.configure(subparser)
+        subparser.set_defaults(export=module.main)
 
-    path = args.checkpoint
-    if path.is_dir():
-        path = newest(path)
-        if path is None:
-            raise CheckpointError(f"there are no checkpoints (states-*.ckpt) in {args.checkpoint}")
-    if args.output.exists() and not args.force:
-        raise CheckpointError(f"{args.output} exists; add --force to write over it")
-    loaded = load_student(path)
-    keep = args.heads == "keep" and loaded.heads is not None
-    write_student(loaded, args.output, keep_heads=keep)
-    count = sum(p.numel() for p in loaded.student.parameters())
-    if keep:
-        count += sum(p.numel() for p in loaded.heads.parameters())
-    print(f"{path} (step {loaded.about.get('step')}) -> {args.output}")
-    print(f"{count:,} parameters, heads {'kept' if keep else 'dropped'}")
-    print(f"next: run_downstream.py -m train -u ekd_student -k {args.output} -d asr -n my_asr")
-    return 0
+
+def main(args: argparse.Namespace) -> int:
+    """Run the kind that was chosen; returns its exit code."""
+    return args.export(args)

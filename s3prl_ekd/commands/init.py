@@ -1,10 +1,13 @@
 """Write what s3prl reads from the working folder: pretrain/ekd/ and downstream/.
 
 Says `created` or `kept` for each file and never overwrites one, so it may be run again, also inside
-a checkout of s3prl. The default experiment is always written, others when they are named.
+a checkout of s3prl. The default experiment is always written, others when they are named. Corpora
+that are named are checked and their paths put into every file that wants them.
 
 example:
   s3prl-ekd init my_work && cd my_work
+  s3prl-ekd init my_work --librispeech /data/LibriSpeech --voxceleb1 /data/VoxCeleb1 \
+      --iemocap /data/IEMOCAP_full_release
   s3prl-ekd init . -x experiments/three_average -x tiny/three_average
   s3prl-ekd init --list
 """
@@ -13,8 +16,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..corpora import Corpora, absolute, other_values
 from ..errors import SetupError
 from ..workspace import experiments, write_workspace
+
+CORPORA = {
+    "librispeech": "train-clean-100/, dev-clean/, test-clean/ in it",
+    "voxceleb1": "dev/wav/ and test/wav/ in it",
+    "iemocap": "Session1/ to Session5/ in it",
+}
 
 
 def configure(parser) -> None:
@@ -29,6 +39,17 @@ def configure(parser) -> None:
         default=[],
         help="also write this experiment; may be given several times; `all` for all of them",
     )
+    for name, there in CORPORA.items():
+        parser.add_argument(f"--{name}", metavar="DIR", type=Path, help=f"the folder with {there}")
+    parser.add_argument(
+        "--lexicon",
+        metavar="FILE",
+        type=Path,
+        nargs="+",
+        action="extend",
+        default=[],
+        help="pronunciations for PR that need no preparation; s3prl's repository has such files",
+    )
     parser.add_argument("--list", action="store_true", help="list the experiments and leave")
 
 
@@ -40,11 +61,29 @@ def main(args) -> int:
     if args.dir is None:
         raise SetupError("name the folder to work in: s3prl-ekd init DIR (. for here)")
     chosen = list(experiments()) if "all" in args.experiment else args.experiment
-    for state, path in write_workspace(args.dir, chosen):
-        print(f"{state:8} {path}")
-    here = "" if args.dir.resolve() == Path.cwd() else f"cd {args.dir}, then "
-    print(
-        f"\nnext: {here}edit libri_root, file_path and sets in pretrain/ekd/config_runner.yaml and "
-        "type:\n  run_pretrain.py -u ekd -n my_student"
+    corpora = Corpora(
+        absolute(args.librispeech),
+        absolute(args.voxceleb1),
+        absolute(args.iemocap),
+        [absolute(path) for path in args.lexicon],
     )
+    corpora.check()  # before anything is written
+    for state, path in write_workspace(args.dir, chosen, corpora.values()):
+        print(f"{state:8} {path}")
+    others = other_values(args.dir, corpora)
+    if others:
+        print("", *others, sep="\n")
+    print(f"\n{_next(args.dir, corpora)}")
     return 0
+
+
+def _next(folder: Path, corpora: Corpora) -> str:
+    here = "" if folder.resolve() == Path.cwd() else f"cd {folder}, then "
+    run = "run_pretrain.py -u ekd -n my_student"
+    if not corpora:
+        what = "edit libri_root, file_path and sets in pretrain/ekd/config_runner.yaml and type:"
+        return f"next: {here}{what}\n  {run}"
+    lines = corpora.commands()
+    if corpora.librispeech:
+        lines += [run, "s3prl-ekd export student result/pretrain/my_student -o student.pt"]
+    return "\n  ".join([f"next: {here}type:", *lines, "s3prl-ekd superb student.pt"])

@@ -38,7 +38,7 @@ def main(args: argparse.Namespace) -> int:
     if args.output.exists() and not args.force:
         raise SetupError(f"{args.output} exists; add --force to write over it")
     results = read_results(args.folders)
-    selections = select(results.runs)
+    selections = select(results.runs, results.unfinished)
     names = tuple(dict.fromkeys(upstream for upstream, _ in selections))
     if args.upstream is not None:
         check_upstream(args.upstream, names)

@@ -1,4 +1,4 @@
-"""Turn a manifest (TSV) into what s3prl reads: one subcommand for each task.
+"""Turn a manifest (TSV) or a public corpus into what s3prl reads: one subcommand for each.
 
 A manifest is a tab-separated UTF-8 table with a header line. It needs the columns path
 (relative to the manifest's folder, or to --audio-root) and split (train, dev, test); a task may
@@ -8,6 +8,7 @@ example:
   s3prl-ekd prepare asr my_corpus/asr.tsv -o data/corpus
   s3prl-ekd prepare pr my_corpus/pr.tsv -o data/corpus_pr --lexicon cmudict.dict
   s3prl-ekd prepare unlabeled my_corpus/all.tsv -o data/unlabeled
+  s3prl-ekd prepare librispeech /data/LibriSpeech -o data/librispeech --lexicon cmudict.dict
   s3prl-ekd prepare asr --help
 """
 
@@ -18,6 +19,7 @@ import argparse
 from ..data.layout import TABLES, write_split_tables
 from ..data.manifest import read_manifest
 from . import prepare_asr, prepare_er, prepare_pr, prepare_sid
+from .prepare_librispeech import LIBRISPEECH
 from .prepare_task import Task, add_common_options, audio_root, measure_all, print_splits
 
 UNLABELED = """\
@@ -68,6 +70,7 @@ TASKS = {
         prepare_pr.configure,
         prepare_pr.run,
     ),
+    "librispeech": LIBRISPEECH,
     "sid": prepare_sid.SID,
     "voxceleb1": prepare_sid.VOXCELEB1,
     "er": prepare_er.ER,

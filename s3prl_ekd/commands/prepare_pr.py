@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from ..data.char_dict import normalise
 from ..data.layout import check_free
-from ..data.lexicon import Pronunciations, read_lexicon, write_lexicon
+from ..data.lexicon import Pronunciations, write_lexicon
 from ..data.manifest import read_manifest
-from ..errors import DataError
+from ..errors import DataError, SetupError
 from .prepare_asr import layout_options, write_layout
+from .prepare_lexicon import LEXICON, lexicon_options, pronounce, some
 
 DESCRIPTION = """\
 A LibriSpeech layout for `run_downstream.py -d ctc -c downstream/ctc/libriphone.yaml`: as prepare
@@ -18,38 +18,34 @@ asr writes it, and OUT/lexicon.txt with the words of its texts, WORD<tab>PHONES.
 
 Needs the columns path, speaker, text, split, and a lexicon: lines of a word and its ARPAbet
 phones with stress, as in CMUdict or in LibriSpeech's lexicons. The first pronunciation of a word
-counts. Texts may hold whatever words the lexicon has; a column of phones is not read.
+counts. Texts may hold whatever words the lexicon has; --g2p guesses the phones of other words that
+are of letters. A column of phones is not read.
 """
 FAULTY = "lines with words that the lexicon lacks"
-LEXICON = "lexicon.txt"
-_NAMED = 10  # missing words in an error message
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``prepare pr``."""
-    parser.add_argument(
-        "--lexicon",
-        metavar="LEXICON.txt",
-        type=Path,
-        action="append",
-        required=True,
-        help="pronunciations; give it again for more files, of which the first wins",
-    )
+    lexicon_options(parser)
     layout_options(parser, FAULTY)
 
 
 def run(args: argparse.Namespace) -> int:
     """Write the layout and its lexicon; the exit code is 0."""
+    if not args.lexicon and not args.g2p:
+        raise SetupError(
+            "PR needs pronunciations: --lexicon FILE (such as CMUdict), --g2p, or both"
+        )
     check_free(args.out, replace=args.replace)  # before the lexicon, which may be large
     entries = read_manifest(args.manifest, columns=("path", "speaker", "text", "split"))
     words = {word for entry in entries for word in normalise(entry.cells["text"]).split()}
-    pronunciations = read_lexicon(args.lexicon, words)
+    pronunciations = pronounce(args, words)
     missing = sorted(words - pronunciations.keys())
     if missing and not args.drop_bad:
         raise DataError(_missing(args, missing))
     utterances = write_layout(args, lambda text: _fault(text, pronunciations), FAULTY)
     if missing:
-        print(f"{len(missing)} words without a pronunciation: {_some(missing)}")
+        print(f"{len(missing)} words without a pronunciation: {some(missing)}")
     used = {word for utterance in utterances for word in utterance.text.split()}
     write_lexicon(args.out / LEXICON, {word: pronunciations[word] for word in used})
     print(f"{LEXICON}: {len(used)} words")
@@ -62,17 +58,13 @@ def run(args: argparse.Namespace) -> int:
 
 def _fault(text: str, pronunciations: Pronunciations) -> str:
     missing = [word for word in text.split() if word not in pronunciations]
-    return f"has words that the lexicon lacks: {_some(missing)}" if missing else ""
+    return f"has words that the lexicon lacks: {some(missing)}" if missing else ""
 
 
 def _missing(args: argparse.Namespace, words: list[str]) -> str:
-    named = ", ".join(map(str, args.lexicon))
+    named = ", ".join(map(str, args.lexicon)) or "(none given)"
+    help_ = "add them" if args.g2p else "add them, let --g2p guess them"
     return (
         f"the lexicon {named} lacks {len(words)} word{'s' * (len(words) > 1)} of {args.manifest}: "
-        f"{_some(words)}; add them, or leave their lines out with --drop-bad"
+        f"{some(words)}; {help_}, or leave their lines out with --drop-bad"
     )
-
-
-def _some(words: list[str]) -> str:
-    more = f" and {len(words) - _NAMED} more" if len(words) > _NAMED else ""
-    return ", ".join(words[:_NAMED]) + more

@@ -60,7 +60,10 @@ def main(args: argparse.Namespace) -> int:
     folder = args.output or args.folders[0] / "report"
     _check_free(folder, MARK, args.force)
     if args.against is not None:
-        check_upstream(args.against, dict.fromkeys(name for name, _ in select(results.runs)))
+        check_upstream(
+            args.against,
+            dict.fromkeys(name for name, _ in select(results.runs, results.unfinished)),
+        )
     report = make_report(results, args.resamples)
     text = as_markdown(report, args.against, published=args.published)
     print(text.split("\n", 1)[1].lstrip())

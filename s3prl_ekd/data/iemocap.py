@@ -29,7 +29,7 @@ def read_iemocap(root: Path) -> list[Item]:
     Raises:
         DataError: ``root`` is not IEMOCAP's folder, a session has no labels, or audio is missing.
     """
-    _check_shape(root)
+    check_shape(root)
     items, missing = [], []
     for session in SESSIONS:
         before = len(items)
@@ -75,7 +75,8 @@ def _labels(file: Path) -> list[tuple[str, str]]:
     return found
 
 
-def _check_shape(root: Path) -> None:
+def check_shape(root: Path) -> None:
+    """Raise :class:`DataError` unless the folders of IEMOCAP's five sessions are in ``root``."""
     if not root.is_dir():
         raise DataError(f"{root} is not a folder; give the one with Session1 to Session5 in it")
     for session in SESSIONS:

@@ -18,8 +18,8 @@ from torch.utils.data import Dataset
 
 from .. import compat
 from ..errors import DataError
-from .audio_files import find_audio
 from .lexicon import Pronunciations, read_lexicon
+from .librispeech import read_texts
 
 logger = logging.getLogger(__name__)
 
@@ -93,41 +93,6 @@ class LibriPhoneDataset(Dataset):
         # that it needs to read audio.
         compat.apply()
         self.__dict__.update(state)
-
-
-def read_texts(root: Path, folders: Sequence[str]) -> dict[Path, list[str]]:
-    """The words, in upper case, of each audio file in ``folders`` below ``root``, by path.
-
-    Raises:
-        DataError: a folder is not there or has no audio, or a file has no text.
-    """
-    texts: dict[Path, list[str]] = {}
-    transcripts: dict[Path, dict[str, str]] = {}
-    for folder in folders:
-        names = find_audio(root / folder)
-        if not names:
-            raise DataError(f"{root / folder} has no audio (.flac .wav .ogg .opus) in it")
-        for name in names:
-            file = root / folder / name
-            utterance = file.name.partition(".")[0]
-            source = file.with_name(utterance.rpartition("-")[0] + ".trans.txt")
-            if source not in transcripts:
-                transcripts[source] = _read_transcript(source, file)
-            words = transcripts[source].get(utterance, "").upper().split()
-            if not words:
-                raise DataError(f"{source} has no text for the utterance {utterance}")
-            texts[file] = words
-    return texts
-
-
-def _read_transcript(source: Path, file: Path) -> dict[str, str]:
-    try:
-        lines = source.read_text(encoding="utf-8").split("\n")
-    except OSError:
-        raise DataError(f"{file} has no transcript: {source} is not there") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{source} is not UTF-8 text (byte {error.start})") from None
-    return {name: text for name, _, text in (line.partition(" ") for line in lines)}
 
 
 def complete(

@@ -107,7 +107,7 @@ def locate(root: Path, lines: Sequence[SplitLine]) -> tuple[list[Entry], list[st
     Raises:
         DataError: ``root`` has not the shape of VoxCeleb1.
     """
-    parts = _parts(root)
+    parts = check_shape(root)
     listed: dict[str, dict[str, str]] = {}
     entries, missing = [], []
     for line in lines:
@@ -126,14 +126,21 @@ def locate(root: Path, lines: Sequence[SplitLine]) -> tuple[list[Entry], list[st
     return entries, missing
 
 
-def _parts(root: Path) -> list[str]:
-    """The folders of ``root`` that have a ``wav`` in them: ``dev`` and ``test``."""
+def check_shape(root: Path) -> list[str]:
+    """The folders of ``root`` that have a ``wav`` in them: ``dev`` and ``test``.
+
+    Raises:
+        DataError: there are none, or no speakers (``idNNNNN``) in them.
+    """
     if not root.is_dir():
         raise DataError(f"{root} is not a folder; give the one with dev/wav and test/wav in it")
     parts = sorted(path.name for path in root.iterdir() if (path / "wav").is_dir())
-    if parts:
+    wavs = [root / part / "wav" for part in parts]
+    if any(_SPEAKER.fullmatch(path.name) for wav in wavs for path in wav.iterdir()):
         return parts
-    if (root / "wav").is_dir():
+    if parts:
+        why = f"{wavs[0]} has no speakers (id10001, …) in it; unpack VoxCeleb1's archives there"
+    elif (root / "wav").is_dir():
         why = f"{root} has wav directly in it; give the folder above, {root.resolve().parent}"
     elif any(_SPEAKER.fullmatch(path.name) for path in root.iterdir()):
         why = f"{root} has the speakers directly in it; they belong into {root / 'dev' / 'wav'}"

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..checkpoints import newest, read_run
 from ..errors import SetupError
-from ..evaluate.asr import ErrorRates, error_rates
 from ..evaluate.curves import plot_run, teacher_curves
 from ..evaluate.scalars import read_scalars
+from ..evaluate.tasks import TASKS
 from ..workspace import write_workspace
 from .corpus import make_corpus
+from .labels import make_labels
 from .tiny_teachers import make_teachers
 
-NAME = "demo"
+SINGLE = "tiny/single_hubert"
+STUDENTS = {"ekd": "tiny_model", "single": SINGLE}  # and their model configs
+# Of --downstream-steps, what each task takes: SID and ER need fewer.
+SHARES = {"pr": 1.0, "sid": 0.5, "er": 0.5, "asr": 1.25}
 
 
 @dataclass
@@ -27,15 +33,17 @@ class Demo:
 
     Args:
         folder: the workspace; everything is written below it.
-        steps: steps of distillation.
-        asr_steps: steps of the downstream ASR model.
+        steps: steps of each distillation.
+        downstream_steps: steps of a downstream model; SID and ER take half of it.
         utterances: training utterances of the synthetic corpus.
+        tasks: the tasks to evaluate.
     """
 
     folder: Path
     steps: int = 300
-    asr_steps: int = 600
+    downstream_steps: int = 160
     utterances: int = 400
+    tasks: Sequence[str] = tuple(TASKS)
     seconds: dict[str, float] = field(default_factory=dict)
 
     def run(self) -> None:
@@ -45,17 +53,18 @@ class Demo:
             SetupError: a command of the way failed; it has said why.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        for title, step in (
+        steps = (
             ("synthesise a speech corpus", self._corpus),
-            ("make three tiny teachers", self._teachers),
             ("set up the working folder", self._workspace),
-            ("distil the teachers into one student", self._distil),
-            ("export the student", self._export),
-            ("train ASR on the student", self._train_asr),
-            ("evaluate ASR", self._evaluate_asr),
-        ):
-            number = len(self.seconds) + 1
-            print(f"\n== {number}/7 {title}", flush=True)
+            ("make three tiny teachers", self._teachers),
+            ("distil the three teachers into one student", lambda: self._distil("ekd")),
+            ("distil one teacher alone, to compare", lambda: self._distil("single")),
+            ("train and evaluate " + ", ".join(map(str.upper, self.tasks)), self._superb),
+            ("compare", self._report),
+            ("pack the student for SUPERB's hidden set", self._package),
+        )
+        for number, (title, step) in enumerate(steps, start=1):
+            print(f"\n== {number}/{len(steps)} {title}", flush=True)
             start = time.monotonic()
             step()
             self.seconds[title] = time.monotonic() - start
@@ -64,36 +73,44 @@ class Demo:
     # The steps
 
     def _corpus(self) -> None:
+        corpus, labels = self.folder / "data" / "corpus", self.folder / "data" / "labels"
         record = make_corpus(
-            self.folder / "data" / "corpus",
-            utterances={"train-clean": self.utterances, "dev-clean": 40, "test-clean": 40},
+            corpus, utterances={"train-clean": self.utterances, "dev-clean": 40, "test-clean": 40}
         )
+        make_labels(corpus, labels, moods=max(4, self.utterances // 10))
         for split, facts in record["splits"].items():
             minutes = facts["seconds"] / 60
             print(
                 f"{split}: {facts['utterances']} utterances, {minutes:.1f} min, "
                 f"{len(facts['speakers'])} voices"
             )
+        for task, root in (("sid", "data/corpus"), ("er", "data/labels")):
+            if not (self.folder / "data" / task).is_dir():
+                self._command(
+                    f"prepare {task} data/labels/{task}.tsv --audio-root {root} -o data/{task}"
+                )
+
+    def _workspace(self) -> None:
+        states = [state for state, _ in write_workspace(self.folder, [SINGLE])]
+        print(f"{states.count('created')} files created, {states.count('kept')} kept")
 
     def _teachers(self) -> None:
         for name, path in make_teachers(self.folder / "teachers").items():
             print(f"{name}: {path} (random weights, true architecture)")
 
-    def _workspace(self) -> None:
-        states = [state for state, _ in write_workspace(self.folder)]
-        print(f"{states.count('created')} files created, {states.count('kept')} kept")
-
-    def _distil(self) -> None:
+    def _distil(self, name: str) -> None:
         every = max(1, self.steps // 3)
-        if self._step(self.pretrain) >= self.steps:
-            print(f"kept: {self.pretrain} is at step {self.steps} already")
-            return
-        self._command(
-            "run_pretrain.py -u ekd -a",
-            f"-n {NAME} -c pretrain/ekd/tiny_runner.yaml -g pretrain/ekd/tiny_model.yaml",
-            f"-o config.runner.total_steps={self.steps},,config.runner.save_step={every}"
-            f",,config.runner.log_step={max(1, self.steps // 30)}",
-        )
+        run, config = self._run(name), STUDENTS[name]
+        if self._step(run) >= self.steps:
+            print(f"kept: {run} is at step {self.steps} already")
+        else:
+            self._command(
+                f"run_pretrain.py -u ekd -a -n {name} -c pretrain/ekd/tiny_runner.yaml "
+                f"-g pretrain/ekd/{config}.yaml -o",
+                f"config.runner.total_steps={self.steps},,config.runner.save_step={every}"
+                f",,config.runner.log_step={max(1, self.steps // 30)}",
+            )
+        self._command(f"export student result/pretrain/{name} -o {name}.pt --force")
 
     @staticmethod
     def _step(folder: Path) -> int:
@@ -101,43 +118,38 @@ class Demo:
         latest = newest(folder) if folder.is_dir() else None
         return 0 if latest is None else read_run(latest)["Step"]
 
-    def _export(self) -> None:
-        self._command(f"export student result/pretrain/{NAME} -o student.pt --force")
+    def _superb(self) -> None:
+        corpus = "config.downstream_expert.corpus"
+        lexicon = f"{corpus}.path='./data/corpus',,{corpus}.lexicon=['./data/labels/lexicon.txt']"
+        words = [*(f"{name}.pt" for name in STUDENTS), "fbank", "--recipes", "tiny"]
+        words += ["--tasks", *self.tasks, "--override", f"pr={lexicon}"]
+        for task in self.tasks:
+            words += ["--steps", f"{task}={round(SHARES[task] * self.downstream_steps)}"]
+        jobs = min(4, os.cpu_count() or 1)
+        self._command("superb", *words, "--jobs", str(jobs))
 
-    def _train_asr(self) -> None:
-        every = max(1, self.asr_steps // 4)
-        if self._step(self.downstream) >= every * (self.asr_steps // every):
-            print(f"kept: {self.downstream}")
-            return
-        self._command(
-            "run_downstream.py -m train -a -u ekd_student -k student.pt",
-            f"-d asr -c downstream/asr/tiny.yaml -n {NAME}_asr",
-            f"-o config.runner.total_steps={self.asr_steps},,config.runner.log_step={every}"
-            f",,config.runner.eval_step={every},,config.runner.save_step={every}",
-        )
+    def _report(self) -> None:
+        self._command("report result/superb -o report --against single")
 
-    def _evaluate_asr(self) -> None:
-        best = self.downstream / "dev-clean-best.ckpt"  # s3prl writes it once WER is below 100
-        chosen = best if best.is_file() else newest(self.downstream)
-        path = chosen.relative_to(self.folder)
-        self._command(f"run_downstream.py -m evaluate -t test-clean -e {path}")
+    def _package(self) -> None:
+        self._command("export superb ekd.pt -o submission --force")
+        self._command("validate submission")
 
     # The rest
 
-    @property
-    def pretrain(self) -> Path:
-        return self.folder / "result" / "pretrain" / NAME
+    def _run(self, name: str) -> Path:
+        return self.folder / "result" / "pretrain" / name
 
-    @property
-    def downstream(self) -> Path:
-        return self.folder / "result" / "downstream" / f"{NAME}_asr"
+    def _command(self, text: str, *more: str) -> None:
+        """Run one of our commands in the folder, shown as a user would type it.
 
-    def _command(self, *parts: str) -> None:
-        """Run one of our commands in the folder, shown as a user would type it."""
-        text = " ".join(parts)
-        shown = text if text.startswith("run_") else f"s3prl-ekd {text}"
-        print(f"$ {shown}", flush=True)
-        words = [word for part in parts for word in part.split()]
+        Args:
+            text: its words.
+            more: words that may hold spaces or quotes.
+        """
+        words = [*text.split(), *more]
+        shown = shlex.join(words)
+        print(f"$ {shown if shown.startswith('run_') else f's3prl-ekd {shown}'}", flush=True)
         done = subprocess.run([sys.executable, "-m", "s3prl_ekd", *words], cwd=self.folder)
         if done.returncode:
             raise SetupError(
@@ -146,7 +158,7 @@ class Demo:
             )
 
     def _summary(self) -> None:
-        scalars = read_scalars(self.pretrain)
+        scalars = read_scalars(self._run("ekd"))
         plot = self.folder / "distillation.png"
         loss = list(scalars["ekd/train-loss_mean"].values())
         rows = [("loss", loss[0], loss[-1])]
@@ -156,15 +168,6 @@ class Demo:
                 rows.append((f"L1 to {teacher}, layer {layer}", values[0], values[-1]))
         print("\n== done")
         _table(("distillation", "first", "last"), rows, "{:.4f}".format)
-        rates: dict[str, ErrorRates] = {
-            split: error_rates(self.downstream, split) for split in ("dev-clean", "test-clean")
-        }
-        print()
-        _table(
-            ("ASR on the student", "WER %", "CER %"),
-            [(f"{s} ({r.utterances} utterances)", r.wer, r.cer) for s, r in rates.items()],
-            "{:.1f}".format,
-        )
         print()
         _table(("time", "s"), list(self.seconds.items()), "{:.0f}".format)
         try:
@@ -173,11 +176,14 @@ class Demo:
         except SetupError as error:
             drawn = f"  (no plot: {error})\n"
         print(
-            f"\nThe teachers have random weights, so the scores only show that the way is whole."
+            "\nThe teachers have random weights, so the scores only show that the way is whole. "
+            "fbank\nscores chance on SID and ER: its mean over an utterance is zero."
             f"\n\nwhere things are:\n{drawn}"
-            f"  {self.folder / 'student.pt'}    the student: plain tensors, for -u ekd_student\n"
-            f"  {self.pretrain}    checkpoints and TensorBoard of the distillation\n"
-            f"  {self.downstream}    the ASR model and its predictions\n"
+            f"  {self.folder / 'report'}    report.md, report.csv and the plots of the scores\n"
+            f"  {self.folder / 'submission'}    the package for SUPERB's hidden set\n"
+            f"  {self.folder / 'ekd.pt'}    the student: plain tensors, for -u ekd_student\n"
+            f"  {self._run('ekd')}    checkpoints and TensorBoard of the distillation\n"
+            f"  {self.folder / 'result' / 'superb'}    the downstream models and predictions\n"
             f"  {self.folder / 'pretrain' / 'ekd'}    the configs: yours to change\n"
             f"\nnext, with your own teachers and corpus:\n"
             f"  s3prl-ekd init my_work && cd my_work\n"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from ..errors import DataError
 from .bootstrap import RESAMPLES, interval, share_better
@@ -68,6 +70,11 @@ class Report:
     notes: tuple[str, ...]
     resamples: int
 
+    def tested(self, condition: str) -> tuple[str, ...]:
+        """The tasks that any upstream was tested in under ``condition``."""
+        found = {task for _, task, c in self.measures if c == condition}
+        return tuple(task for task in self.tasks if task in found)
+
     def difference(self, one: str, other: str, task: str, condition: str) -> Difference | None:
         """``one`` less ``other``; None where a metric is missing or the test sets differ."""
         a = self.measures.get((one, task, condition))
@@ -97,8 +104,8 @@ def make_report(results: Results, resamples: int = RESAMPLES) -> Report:
     Raises:
         DataError: predictions are missing or damaged, or no run can be used.
     """
-    selections = select(results.runs)
-    notes = [f"Not complete: {line}." for line in incomplete(results.runs)]
+    selections = select(results.runs, results.unfinished)
+    notes = [f"Not complete: {line}." for line in incomplete(results.runs, results.unfinished)]
     if not selections:
         count = len(results.unfinished)
         why = (
@@ -112,11 +119,11 @@ def make_report(results: Results, resamples: int = RESAMPLES) -> Report:
     conditions = sort_conditions(
         condition for s in selections.values() for run in s.runs for condition in run.tested
     )
-    for task in tasks:
+    cells = list(itertools.product(tasks, conditions))
+    for task, condition in tqdm(cells, desc="bootstrap", leave=False, disable=None):
         group = [selection for key, selection in selections.items() if key[1] == task]
-        for condition in conditions:
-            for found in measure(group, condition, resamples):
-                measures[found.selection.upstream, task, condition] = found
+        for found in measure(group, condition, resamples):
+            measures[found.selection.upstream, task, condition] = found
     upstreams = tuple(u for u in results.upstreams if any(key[0] == u for key in selections))
     notes += _differing(tasks, conditions, measures)
     return Report(

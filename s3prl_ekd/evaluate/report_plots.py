@@ -24,7 +24,8 @@ from .superb_score import PUBLISHED, superb_score
 def plots(report: Report, *, published: bool = False) -> dict[str, Callable[[BinaryIO], None]]:
     """File name -> what draws it, for the plots that this report has data for."""
     found: dict[str, Callable[[BinaryIO], None]] = {"scores.png": lambda p: plot_scores(report, p)}
-    if any(name in report.costs for name in report.upstreams):
+    costs = [report.costs[name] for name in report.upstreams if name in report.costs]
+    if any(cost.parameters for cost in costs):
         found["params.png"] = lambda p: plot_parameters(report, p, published=published)
     if noises(report):
         found["noise.png"] = lambda p: plot_noise(report, p)
@@ -185,10 +186,12 @@ def _published_points(axis, handles: dict[str, object]) -> None:
 def plot_noise(report: Report, path: Path | BinaryIO) -> None:
     """A row a task, a column a noise: the metric against SNR, a line an upstream, clean beside."""
     found = noises(report)
-    figure = new_figure(3.6 * len(found) + 2.6, 2.7 * len(report.tasks))
-    axes = figure.subplots(len(report.tasks), len(found), squeeze=False, sharey="row")
+    noisy = {task for conditions in found.values() for c in conditions for task in report.tested(c)}
+    tasks = [task for task in report.tasks if task in noisy]
+    figure = new_figure(3.6 * len(found) + 2.6, 2.7 * len(tasks))
+    axes = figure.subplots(len(tasks), len(found), squeeze=False, sharey="row")
     handles: dict[str, object] = {}
-    for task, row in zip(report.tasks, axes, strict=True):
+    for task, row in zip(tasks, axes, strict=True):
         for axis, (noise, falling) in zip(row, found.items(), strict=True):
             shown = [*reversed(falling), CLEAN]  # from the worst to the best
             for i, name in enumerate(report.upstreams):

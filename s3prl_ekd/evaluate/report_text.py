@@ -75,7 +75,8 @@ def _main_table(report: Report) -> list[list[str]]:
 
 
 def _metric_table(report: Report, condition: str) -> list[list[str]]:
-    tasks = tuple(TASKS) if condition == CLEAN else report.tasks  # clean: a task that lacks shows
+    # on clean speech all four, tested or not: without one of them there is no score
+    tasks = tuple(TASKS) if condition == CLEAN else report.tested(condition)
     head, body = ["upstream"], [[name] for name in report.upstreams]
     for task in tasks:
         found = [report.measures.get((name, task, condition)) for name in report.upstreams]
@@ -103,14 +104,15 @@ def _differences(report: Report, against: str) -> list[str]:
         "tested, or not on the same utterances.",
     ]
     for condition in report.conditions:
-        head = ["upstream", *(TASKS[task].title for task in report.tasks)]
+        tasks = report.tested(condition)
+        head = ["upstream", *(TASKS[task].title for task in tasks)]
         clean = condition == CLEAN
         rows = [[*head, "SUPERB score ↑"] if clean else head]
         for name in report.upstreams:
             if name == against:
                 continue
             row = [name]
-            for task in report.tasks:
+            for task in tasks:
                 row.append(_shown(report.difference(name, against, task, condition)))
             if clean:
                 row.append(_shown(report.score_difference(name, against), digits=1))

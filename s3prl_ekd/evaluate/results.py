@@ -13,7 +13,7 @@ from ..errors import DataError
 from .records import COST, RECORD, Cost, Run, read_cost, read_run
 from .tasks import TASKS
 
-_RUN = re.compile(r"lr[^/]+-seed\d+(-fold\d+)?")
+_RUN = re.compile(r"lr[^/]+-seed\d+(-(?P<fold>fold\d+))?")
 
 
 @dataclass(frozen=True)
@@ -120,19 +120,26 @@ def _check_alike(runs: Iterable[Run]) -> None:
             )
 
 
-def select(runs: Iterable[Run]) -> dict[tuple[str, str], Selection]:
+def select(
+    runs: Iterable[Run], unfinished: Collection[Path] = ()
+) -> dict[tuple[str, str], Selection]:
     """For each upstream and task the learning rate that is best on dev.
 
     Best is the lowest (per, wer) or highest (acc) mean over seeds and folds, among the learning
     rates that have every seed and fold that any of them has; the smallest one where several are
     equal. An upstream and task without such a learning rate is left out: see :func:`incomplete`.
 
+    Args:
+        runs: finished runs.
+        unfinished: folders of others. Their folds are needed too: ER over some of its folds is
+            another number than over all.
+
     Returns:
         (upstream, task) -> selection, in the order of the runs.
     """
     chosen = {}
     for (upstream, task), rates in _by_rate(runs).items():
-        wanted = _wanted(rates)
+        wanted = _wanted(rates, _folds(unfinished, upstream, task))
         sign = -1 if TASKS[task].higher_is_better else 1
         whole = [lr for lr, group in rates.items() if group.keys() == wanted]
         devs = {lr: math.fsum(r.dev.value for r in rates[lr].values()) for lr in whole}
@@ -145,11 +152,14 @@ def select(runs: Iterable[Run]) -> dict[tuple[str, str], Selection]:
     return chosen
 
 
-def incomplete(runs: Iterable[Run]) -> list[str]:
-    """A line for each upstream, task and learning rate that lacks a seed or a fold."""
+def incomplete(runs: Iterable[Run], unfinished: Collection[Path] = ()) -> list[str]:
+    """A line for each upstream, task and learning rate that lacks a seed or a fold.
+
+    Args: as for :func:`select`.
+    """
     lines = []
     for (upstream, task), rates in _by_rate(runs).items():
-        wanted = _wanted(rates)
+        wanted = _wanted(rates, _folds(unfinished, upstream, task))
         for lr, group in sorted(rates.items()):
             lacking = [
                 f"seed {seed}{f' {fold}' if fold else ''}"
@@ -169,10 +179,16 @@ def _by_rate(runs: Iterable[Run]) -> dict[tuple[str, str], dict[float, dict[tupl
     return found
 
 
-def _wanted(rates: dict[float, dict[tuple, Run]]) -> set[tuple]:
+def _folds(unfinished: Iterable[Path], upstream: str, task: str) -> set[str]:
+    """The folds of unfinished runs of ``upstream`` and ``task``, by the names of their folders."""
+    found = {_RUN.fullmatch(p.name) for p in unfinished if p.parts[-3:-1] == (upstream, task)}
+    return {match["fold"] for match in found if match and match["fold"]}
+
+
+def _wanted(rates: dict[float, dict[tuple, Run]], folds: set[str]) -> set[tuple]:
     """Every seed with every fold."""
     keys = [key for group in rates.values() for key in group]
-    return {(seed, fold) for seed, _ in keys for _, fold in keys}
+    return {(seed, fold) for seed, _ in keys for fold in folds.union(fold for _, fold in keys)}
 
 
 def _order(key: tuple[int, str | None]) -> tuple[int, int]:

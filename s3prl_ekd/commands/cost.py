@@ -1,0 +1,81 @@
+"""Parameters and MACs of an upstream or a package, counted as SUPERB's board counts them.
+
+MACs are summed over 32 utterances of LibriSpeech test-clean, one a forward, in four buckets of
+eight by length. Without the corpus the published lengths stand for them: the figures are the same,
+because they depend on the lengths alone. Products of matrices and convolutions are counted, and in
+torch's multi_head_attention_forward a few terms that SUPERB's profiler adds. A parameter is unused
+if no hidden state depends on it; the board counts it all the same.
+
+example:
+  s3prl-ekd cost my_package -o cost.json
+  s3prl-ekd cost -u ekd_student -k student.pt
+  s3prl-ekd cost -u hubert_base --librispeech /data/LibriSpeech
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from ..errors import SetupError
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``cost``."""
+    parser.add_argument(
+        "package", metavar="PACKAGE_DIR", type=Path, nargs="?",
+        help="a package of `export superb`; its expert.py is run, in a process of its own",
+    )  # fmt: skip
+    parser.add_argument("-u", "--upstream", metavar="NAME", help="instead: a name of s3prl's hub")
+    parser.add_argument("-k", "--ckpt", metavar="CKPT", help="the checkpoint of -u")
+    parser.add_argument(
+        "-s", "--selection", metavar="KEY", default="hidden_states",
+        help="whose use counts, as in run_downstream.py (default: hidden_states)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--librispeech", metavar="DIR", type=Path, help="read the lengths from LibriSpeech"
+    )
+    parser.add_argument("-o", "--output", metavar="FILE.json", type=Path)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Measure, print, and write the JSON if asked to; the exit code is 0."""
+    from ..evaluate.cost import LENGTHS, librispeech_lengths, measure_cost
+
+    if (args.package is None) == (args.upstream is None):
+        raise SetupError("name a package's folder, or an upstream with -u NAME: one of the two")
+    lengths = librispeech_lengths(args.librispeech) if args.librispeech else LENGTHS
+    if args.package is not None:
+        from ..validation.process import package_cost
+
+        cost = package_cost(args.package, lengths)
+    else:
+        from ..evaluate.probe import build_upstream, check_outputs
+
+        upstream = build_upstream(args.upstream, args.ckpt)
+        check_outputs(upstream([_noise()]), args.selection, args.upstream)
+        cost = measure_cost(upstream, lengths, args.selection)
+    print_cost(cost)
+    if args.output is not None:
+        args.output.write_text(json.dumps(cost, indent=1) + "\n", encoding="utf-8")
+        print(f"wrote {args.output}")
+    return 0
+
+
+def print_cost(cost: dict) -> None:
+    """The contents of ``cost.json`` as a few lines."""
+    unused = f" ({cost['unused']:,} of them unused)" if cost["unused"] else ""
+    print(f"parameters  {cost['parameters']:,}{unused}")
+    buckets = " + ".join(f"{name} {macs / 1e9:.3f}" for name, macs in cost["macs_buckets"].items())
+    print(f"MACs        {cost['macs'] / 1e9:,.3f} G = {buckets}")
+    print(
+        f"            over {cost['utterances']} utterances; "
+        f"{cost['macs_products'] / 1e9:,.3f} G in matrix products and convolutions alone"
+    )
+
+
+def _noise():
+    import torch
+
+    return 0.1 * torch.randn(16_000, generator=torch.Generator().manual_seed(0))

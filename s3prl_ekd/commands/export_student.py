@@ -1,0 +1,75 @@
+"""Write a trained student as a file that stands alone.
+
+The file holds plain tensors and plain settings and loads with `weights_only=True`; it is what
+`run_downstream.py -u ekd_student -k FILE` reads, as it reads a run's own checkpoints.
+
+example:
+  s3prl-ekd export student result/pretrain/my_student/states-10000.ckpt -o student.pt
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ..errors import CheckpointError
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``export student``."""
+    add_checkpoint(parser)
+    parser.add_argument("-o", "--output", metavar="FILE", type=Path, required=True)
+    add_heads(parser, "the prediction heads: keep them for -s hidden_states_and_heads")
+    parser.add_argument("--force", action="store_true", help="write over an existing FILE")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Write the file; the exit code is 0."""
+    from ..export.student_file import write_student
+
+    path, loaded = load(args.checkpoint)
+    if args.output.exists() and not args.force:
+        raise CheckpointError(f"{args.output} exists; add --force to write over it")
+    keep = args.heads == "keep" and loaded.heads is not None
+    write_student(loaded, args.output, keep_heads=keep)
+    count = sum(p.numel() for p in loaded.student.parameters())
+    if keep:
+        count += sum(p.numel() for p in loaded.heads.parameters())
+    print(f"{path} (step {loaded.about.get('step')}) -> {args.output}")
+    print(f"{count:,} parameters, heads {'kept' if keep else 'dropped'}")
+    print(f"next: run_downstream.py -m train -u ekd_student -k {args.output} -d asr -n my_asr")
+    return 0
+
+
+def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    """The student to export; :func:`load` reads it."""
+    parser.add_argument(
+        "checkpoint",
+        metavar="CKPT",
+        type=Path,
+        help="a student file, states-*.ckpt, or a run's folder (its newest checkpoint)",
+    )
+
+
+def add_heads(parser: argparse.ArgumentParser, what: str) -> None:
+    """The option ``--heads keep|drop``; ``what`` is its help."""
+    parser.add_argument(
+        "--heads", choices=("keep", "drop"), default="keep", help=f"{what} (default: keep)"
+    )
+
+
+def load(checkpoint: Path):
+    """The file that ``CKPT`` means, and the :class:`..export.student_file.LoadedStudent` in it.
+
+    Raises:
+        CheckpointError: there is none, or it is of another kind.
+    """
+    from ..checkpoints import newest
+    from ..export.student_file import load_student
+
+    path = checkpoint
+    if path.is_dir():
+        path = newest(path)
+        if path is None:
+            raise CheckpointError(f"there are no checkpoints (states-*.ckpt) in {checkpoint}")
+    return path, load_student(path)

@@ -1,0 +1,74 @@
+"""Check a package for SUPERB's hidden set: what the organisers check, and what they may meet.
+
+First the folder is read. Then its expert.py is imported and run, in a process of its own that has
+torch but neither s3prl, fairseq nor s3prl_ekd, no network, none of your caches, and a time limit;
+nothing is executed out of model.pt. That process is no cage: validate what you would run anyway.
+`*` marks the official checks. The exit code is 1 if a check fails; a warning is not a failure.
+
+example:
+  s3prl-ekd validate my_package
+  s3prl-ekd validate somebody_elses_package --json report.json --timeout 1800
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from ..errors import SetupError
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``validate``."""
+    parser.add_argument("package", metavar="DIR", type=Path)
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write the report as JSON")
+    parser.add_argument(
+        "--timeout", metavar="SECONDS", type=float, default=600.0, help="default: 600"
+    )
+    parser.add_argument(
+        "--librispeech", metavar="DIR", type=Path, help="count MACs over LibriSpeech's own lengths"
+    )
+
+
+def main(args: argparse.Namespace) -> int:
+    """Print a line for each check; 1 if one failed, else 0."""
+    from ..evaluate.cost import LENGTHS, librispeech_lengths
+    from ..validation.process import validate
+
+    if not args.timeout > 0:
+        raise SetupError(f"--timeout {args.timeout:g}: a number of seconds above 0 is needed")
+    lengths = librispeech_lengths(args.librispeech) if args.librispeech else LENGTHS
+    outcomes, cost = validate(args.package, lengths, args.timeout, _print)
+    counts = {status: 0 for status in ("pass", "fail", "warn", "skip")}
+    for outcome in outcomes:
+        counts[outcome.status] += 1
+    failed = [outcome.name for outcome in outcomes if outcome.status == "fail"]
+    print(
+        f"{counts['pass']} passed, {counts['fail']} failed, {counts['warn']} warnings, "
+        f"{counts['skip']} skipped" + (f"; failed: {', '.join(failed)}" if failed else "")
+    )
+    if args.json is not None:
+        report = {
+            "package": args.package.resolve().name,
+            "ok": not failed,
+            "checks": [
+                {
+                    "name": outcome.name,
+                    "official": outcome.official,
+                    "status": outcome.status,
+                    "reason": outcome.reason,
+                }
+                for outcome in outcomes
+            ],
+            "cost": cost,
+        }
+        args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        print(f"wrote {args.json}")
+    return 1 if failed else 0
+
+
+def _print(outcome) -> None:
+    status = outcome.status.upper() if outcome.status == "fail" else outcome.status
+    mark = "*" if outcome.official else " "
+    print(f"{status:4} {mark} {outcome.name:12}  {outcome.reason}", flush=True)

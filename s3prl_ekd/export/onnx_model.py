@@ -1,0 +1,217 @@
+"""A student as an ONNX graph: ``waves, lengths`` -> ``hidden_states, frame_lengths``.
+
+The graph is traced from :class:`OnnxStudent`, which says the student's forward again in operations
+that have no data-dependent shapes or loops: the mask is an arithmetic expression, the positional
+convolution's weight norm is folded, attention is matrix products with an added mask. That it gives
+the same is not assumed but checked each time, see :mod:`.onnx_model_check`.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import warnings
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import __version__
+from ..distill.student import Student
+from ..errors import CheckpointError, SetupError
+
+INPUTS, OUTPUTS = ("waves", "lengths"), ("hidden_states", "frame_lengths")
+DYNAMIC = {
+    "waves": {0: "batch", 1: "sample"},
+    "lengths": {0: "batch"},
+    "hidden_states": {1: "batch", 2: "frame"},
+    "frame_lengths": {0: "batch"},
+}
+OPSETS = (17, 18, 19, 20)  # 17 brought LayerNormalization; torch's exporter knows no more than 20
+OPSET = 17
+_LIMIT = 2 * 10**9  # bytes; a protobuf cannot be larger than 2 GiB
+
+
+class OnnxStudent(nn.Module):
+    """A student's forward in operations that ONNX has. Shares the student's parameters.
+
+    Args:
+        student: in eval mode.
+    """
+
+    def __init__(self, student: Student):
+        super().__init__()
+        backbone = student.backbone
+        self.settings = student.settings
+        self.convs = nn.ModuleList(
+            nn.Sequential(*(TimeNorm(m) if isinstance(m, nn.GroupNorm) else m for m in block))
+            for block in backbone.feature_extractor.conv_layers
+        )
+        self.projection = backbone.post_extract_proj or nn.Identity()
+        self.pos_conv = _without_weight_norm(backbone.encoder.pos_conv)
+        self.layer_norm = backbone.encoder.layer_norm
+        self.layers = nn.ModuleList(OnnxLayer(layer) for layer in backbone.encoder.layers)
+
+    def forward(self, waves: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Run the student.
+
+        Args:
+            waves: float32 ``[batch, sample]`` at 16 kHz, zero-padded at the end; at least
+                ``settings.min_samples`` samples.
+            lengths: int64 ``[batch]``, valid samples of each; shorter ones count as
+                ``settings.min_samples``, as in the upstream.
+
+        Returns:
+            ``hidden_states`` ``[layer, batch, frame, dim]``: the projected features and each
+            layer's output. ``frame_lengths`` int64 ``[batch]``: valid frames of each.
+        """
+        x = waves[:, None]
+        for conv in self.convs:
+            x = conv(x)  # [batch, channel, frame]
+        features = x.transpose(1, 2)  # [batch, frame, channel]
+        frames = lengths.clamp(min=self.settings.min_samples)
+        for _, kernel, stride in self.settings.conv_layers:
+            frames = torch.div(frames - kernel, stride, rounding_mode="trunc") + 1
+        index = torch.ones_like(features[:, :, 0], dtype=torch.int64).cumsum(1)  # 1, 2, ...
+        valid = index <= frames[:, None]  # [batch, frame]
+        x = self.projection(features) * valid[..., None].to(features.dtype)
+        states = [x]
+        # added to the scores: 0 for a valid frame, -inf for padding; [batch, head, query, key]
+        mask = torch.where(valid, 0.0, -math.inf)[:, None, None, :]
+        x = x + self.pos_conv(x.transpose(1, 2)).transpose(1, 2)
+        if not self.settings.layer_norm_first:
+            x = self.layer_norm(x)
+        for layer in self.layers:
+            x = layer(x, mask)
+            states.append(x)
+        return torch.stack(states), frames
+
+
+class TimeNorm(nn.Module):
+    """The first conv layer's GroupNorm, a group a channel: a mean and a variance over time.
+
+    Its sums are made in blocks. onnxruntime adds up one by one, and over ten thousand steps, most
+    of them near zero in a padded row, that alone costs four digits.
+    """
+
+    block = 64
+
+    def __init__(self, norm: nn.GroupNorm):
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        centred = x - self.mean(x)  # [batch, channel, frame]
+        deviation = (self.mean(centred * centred) + self.norm.eps).sqrt()
+        return centred * (self.norm.weight[:, None] / deviation) + self.norm.bias[:, None]
+
+    def mean(self, x: Tensor) -> Tensor:
+        blocks = F.avg_pool1d(F.pad(x, (0, self.block - 1)), self.block)
+        return blocks.sum(2, keepdim=True) * (self.block / x.shape[2])
+
+
+class OnnxLayer(nn.Module):
+    """One transformer layer of s3prl's distiller, its attention written out."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        attention = layer.self_attn
+        self.q, self.k, self.v = attention.q_proj, attention.k_proj, attention.v_proj
+        self.out = attention.out_proj
+        self.heads = attention.num_heads
+        self.attention_norm = layer.self_attn_layer_norm
+        self.fc1, self.fc2, self.final_norm = layer.fc1, layer.fc2, layer.final_layer_norm
+        self.activation = layer.activation_fn
+        self.norm_first = layer.layer_norm_first
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """``[batch, frame, dim]`` and the additive mask ``[batch, 1, 1, frame]`` -> the output."""
+        if self.norm_first:
+            x = x + self.attend(self.attention_norm(x), mask)
+            return x + self.feed_forward(self.final_norm(x))
+        x = self.attention_norm(x + self.attend(x, mask))
+        return self.final_norm(x + self.feed_forward(x))
+
+    def attend(self, x: Tensor, mask: Tensor) -> Tensor:
+        width = self.q.out_features // self.heads
+
+        def split(y: Tensor) -> Tensor:  # [batch, head, frame, width]
+            return y.unflatten(2, (self.heads, width)).transpose(1, 2)
+
+        scores = split(self.q(x) * width**-0.5) @ split(self.k(x)).transpose(2, 3) + mask
+        mixed = scores.softmax(-1) @ split(self.v(x))
+        return self.out(mixed.transpose(1, 2).flatten(2))
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.activation(self.fc1(x)))
+
+
+def _without_weight_norm(pos_conv: nn.Module) -> nn.Sequential:
+    """The positional convolution with its weight as one plain tensor."""
+    conv, *rest = pos_conv
+    plain = nn.Conv1d(
+        conv.in_channels,
+        conv.out_channels,
+        conv.kernel_size,
+        padding=conv.padding,
+        groups=conv.groups,
+    )
+    with torch.no_grad():
+        # as torch.nn.utils.weight_norm with dim=2 has it: one length for each kernel position
+        plain.weight.copy_(torch._weight_norm(conv.weight_v, conv.weight_g, 2))
+        plain.bias.copy_(conv.bias)
+    return nn.Sequential(plain, *rest)
+
+
+def require_onnx() -> None:
+    """Raise SetupError where a package of the extra ``onnx`` is not installed."""
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
+    except ImportError as error:
+        raise SetupError(f"this needs {error.name}; type: pip install 's3prl_ekd[onnx]'") from None
+
+
+def onnx_bytes(student: Student, opset: int = OPSET) -> bytes:
+    """The graph of a student as the contents of an ``.onnx`` file.
+
+    Its metadata says ``sample_rate`` (Hz), ``stride`` (samples a frame), ``min_samples`` and
+    ``made_by``.
+
+    Raises:
+        SetupError: onnx or onnxruntime is not installed.
+        CheckpointError: the student is too large for one file.
+    """
+    require_onnx()
+    import onnx
+
+    size = sum(p.numel() for p in student.parameters()) * 4
+    if size > _LIMIT:
+        raise CheckpointError(f"the student has {size / 1e9:.1f} GB; an ONNX file holds 2 GB")
+    model = OnnxStudent(student).eval()
+    waves = torch.zeros(2, 4 * student.settings.min_samples)  # any sizes: both are dynamic
+    file = io.BytesIO()
+    # torch has a newer exporter, which needs more packages and, before 2.9, was not finished
+    older: dict[str, Any] = {"dynamo": False, "dynamic_axes": DYNAMIC}
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            model,
+            (waves, torch.tensor([waves.shape[1], waves.shape[1] // 2])),
+            file,
+            input_names=list(INPUTS),
+            output_names=list(OUTPUTS),
+            opset_version=opset,
+            **older,
+        )
+    graph = onnx.load_from_string(file.getvalue())
+    facts = {
+        "sample_rate": 16_000,
+        "stride": student.settings.stride,
+        "min_samples": student.settings.min_samples,
+        "made_by": f"s3prl_ekd {__version__}",
+    }
+    onnx.helper.set_model_props(graph, {name: str(value) for name, value in facts.items()})
+    onnx.checker.check_model(graph)
+    return graph.SerializeToString()

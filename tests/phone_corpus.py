@@ -1,0 +1,62 @@
+"""A small corpus with words, and what PR makes of it."""
+
+from pathlib import Path
+
+import soundfile
+from s3prl.downstream.ctc.text import load_text_encoder
+
+from s3prl_ekd.data.libriphone import LibriPhoneDataset
+
+from .conftest import REPO, make_sound
+from .preparing import prepare
+
+RECIPE = REPO / "downstream_recipes" / "ctc"
+VOCABULARY = RECIPE / "vocab" / "phoneme.txt"
+CMUDICT = """\
+;;; a comment
+A  AH0
+A(1)  EY1
+dog  D AO1 G # as in Boston
+CAT\tK AE1 T
+CAT\tK AE0 T
+ITS  IH1 T S
+CAT'S  K AE1 T S
+ODD  XX
+"""
+WORDS = ["A CAT", "A DOG", "A CAT'S DOG", "ITS A CAT", "DOG DOG", "CAT"]
+
+
+def make_tokenizer():
+    return load_text_encoder("word", str(VOCABULARY))
+
+
+def make_manifest(folder: Path) -> Path:
+    """Fourteen utterances of 0.4 to 1 s: six to train on, four each of dev and test. Beside the
+    manifest's folder lies ``cmudict.txt``."""
+    lines = ["path\tspeaker\ttext\tsplit\n"]
+    for i in range(14):
+        split = "train" if i < 6 else "dev" if i < 10 else "test"
+        lines.append(f"{split}/{i}.flac\tann\t{WORDS[i % 6]}\t{split}\n")
+        path = folder / "speech" / f"{split}/{i}.flac"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(path, make_sound(0.4 + 0.1 * (i % 6), seed=i), 16_000)
+    (folder / "speech/all.tsv").write_text("".join(lines))
+    (folder / "cmudict.txt").write_text(CMUDICT)
+    return folder / "speech/all.tsv"
+
+
+def words_of(manifest: Path, out: Path, *options) -> list:
+    """The words behind ``s3prl-ekd prepare``."""
+    return ["pr", manifest, "-o", out, "--lexicon", manifest.parents[1] / "cmudict.txt", *options]
+
+
+def make_layout(manifest: Path) -> Path:
+    """As ``prepare pr`` makes it."""
+    out = manifest.parents[1] / "layout"
+    assert prepare(*words_of(manifest, out)) == 0
+    return out
+
+
+def dataset(layout, tokenizer, bucket_size=1, split="train-clean", **more):
+    lexicon = more.pop("lexicon", [str(layout / "lexicon.txt")])
+    return LibriPhoneDataset([split], tokenizer, bucket_size, str(layout), lexicon, **more)

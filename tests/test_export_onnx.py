@@ -1,0 +1,213 @@
+"""A student as an ONNX graph. What needs onnxruntime is left out where the extra is not there."""
+
+import copy
+import dataclasses
+import importlib.util
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from s3prl_ekd.cli import main
+from s3prl_ekd.distill.student import Student
+from s3prl_ekd.errors import CheckpointError
+from s3prl_ekd.export.onnx_model import OPSETS, OnnxStudent, TimeNorm, onnx_bytes
+from s3prl_ekd.export.onnx_model_check import (
+    OnnxSession,
+    check,
+    quantised,
+    real_time_factors,
+    relative_errors,
+)
+from s3prl_ekd.export.student_file import LoadedStudent, write_student
+
+needs_onnx = pytest.mark.skipif(
+    not all(importlib.util.find_spec(name) for name in ("onnx", "onnxruntime")),
+    reason="onnx and onnxruntime are not installed (the extra onnx)",
+)
+KINDS = {
+    "default": {},
+    "norm first": {"layer_norm_first": True, "activation_fn": "relu"},
+    "layer norm": {"extractor_mode": "layer_norm", "conv_pos": 15, "encoder_layers": 1},
+    "no projection": {"extractor_conv_feature_layers": "[(48,10,5)] + [(48,3,2)] * 4"},
+}
+
+
+@pytest.fixture
+def make(student_settings):
+    def make(kind="default", seed=0):
+        torch.manual_seed(seed)
+        student = Student(dataclasses.replace(student_settings, **KINDS[kind])).eval()
+        with torch.no_grad():
+            for module in student.modules():
+                if isinstance(module, (torch.nn.LayerNorm, torch.nn.GroupNorm)):
+                    module.weight.normal_(1, 0.3)
+                    module.bias.normal_(0, 0.3)
+        return student
+
+    return make
+
+
+def batch(*counts, offset=0.0):
+    generator = torch.Generator().manual_seed(sum(counts))
+    waves = [offset + 0.1 * torch.randn(count, generator=generator) for count in counts]
+    return pad_sequence(waves, batch_first=True), torch.tensor(counts)
+
+
+BATCHES = [batch(400), batch(719), batch(33_333), batch(24_000, 720, 8000, 401)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_forward_said_again_is_the_students(make, kind):
+    """No extra is needed for this: what is traced equals s3prl's model."""
+    student = make(kind)
+    again = OnnxStudent(student).eval()
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    for waves, lengths in BATCHES:
+        with torch.no_grad():
+            out = student(waves, lengths)
+            states, frames = again(waves, lengths)
+        assert states.shape == (len(out.hidden_states), *out.hidden_states[0].shape)
+        assert torch.allclose(states, torch.stack(out.hidden_states), atol=5e-6)
+        assert frames.tolist() == out.mask.sum(1).int().tolist()
+    assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
+
+
+@pytest.mark.parametrize("frames", [1, 63, 64, 65, 1000])
+def test_the_norm_over_time_is_torchs(frames):
+    norm = torch.nn.GroupNorm(6, 6)
+    torch.nn.init.normal_(norm.weight)
+    torch.nn.init.normal_(norm.bias)
+    x = 3 + torch.randn(2, 6, frames, generator=torch.Generator().manual_seed(frames))
+    with torch.no_grad():
+        exact = copy.deepcopy(norm).double()(x.double()).float()
+        assert torch.allclose(TimeNorm(norm)(x), exact, atol=2e-5)
+        # by hand: the mean of 0, 1, ..., frames - 1
+        count = torch.arange(frames, dtype=torch.float32).expand(1, 1, -1)
+        assert TimeNorm(norm).mean(count).item() == pytest.approx((frames - 1) / 2, abs=1e-4)
+
+
+@needs_onnx
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_graph_equals_torch_at_sizes_it_was_not_traced_at(make, kind):
+    student = make(kind)
+    run = OnnxSession(onnx_bytes(student), 1)
+    assert check(student, run) < 2e-5
+    for waves, lengths in [*BATCHES, batch(16_000, 4000, offset=0.3)]:
+        with torch.no_grad():
+            out = student(waves, lengths)
+        states, frames = run(waves, lengths)
+        assert states.dtype == np.float32 and frames.dtype == np.int64
+        for ours, theirs in zip(out.hidden_states, states, strict=True):
+            assert np.abs(ours.numpy() - theirs).max() < 1e-4
+        assert frames.tolist() == out.mask.sum(1).int().tolist()
+
+
+@needs_onnx
+@pytest.mark.parametrize("opset", OPSETS)
+def test_opsets(make, opset):
+    import onnx
+
+    graph = onnx_bytes(make(), opset)
+    assert [o.version for o in onnx.load_from_string(graph).opset_import if not o.domain] == [opset]
+    assert check(make(), OnnxSession(graph, 1)) < 2e-5
+
+
+@needs_onnx
+def test_lengths_matter_and_padding_does_not_leak(make):
+    """In a student without GroupNorm, a padded row gives what the row alone gives."""
+    student = make("layer norm")
+    run = OnnxSession(onnx_bytes(student), 1)
+    waves, lengths = batch(16_000, 8000)
+    padded, frames = run(waves, lengths)
+    alone, _ = run(waves[1:, :8000], lengths[1:])
+    assert frames.tolist() == [49, 24] and alone.shape[2] == 24
+    assert np.abs(padded[:, 1, :24] - alone[:, 0]).max() < 1e-5
+    assert np.abs(padded[0, 1, 24:]).max() == 0  # projected features of padding
+    whole, _ = run(waves, torch.tensor([16_000, 16_000]))
+    assert np.abs(whole[-1, 1, :24] - padded[-1, 1, :24]).max() > 1e-3
+
+
+@needs_onnx
+def test_a_graph_of_another_student_is_found_out(make):
+    run = OnnxSession(onnx_bytes(make(seed=1)), 1)
+    with pytest.raises(CheckpointError, match="away from torch"):
+        check(make(), run)
+
+
+@needs_onnx
+def test_int8(make):
+    import onnx
+
+    student = make()
+    graph = onnx_bytes(student)
+    small = quantised(graph)
+    kinds = [node.op_type for node in onnx.load_from_string(small).graph.node]
+    layers = 2 * 6 + 1  # q, k, v, out, fc1, fc2 of each layer, and the projection
+    assert kinds.count("MatMulInteger") == layers
+    assert kinds.count("Conv") == 8 and "ConvInteger" not in kinds
+    assert kinds.count("MatMul") == 2 * 2  # scores and mixing: no weights
+    weights = onnx.load_from_string(small).graph.initializer
+    assert sum(w.data_type == onnx.TensorProto.INT8 and len(w.dims) == 2 for w in weights) == layers
+    assert len(small) < len(graph)
+    errors = relative_errors(student, OnnxSession(small, 1))
+    assert all(1e-5 < error < 0.1 for error in errors)
+    assert max(relative_errors(student, OnnxSession(graph, 1))) < 1e-5
+
+
+def test_times_are_measured_in_turns():
+    said = []
+    factors = real_time_factors(
+        {"a": lambda: said.append("a"), "b": lambda: said.append("b")}, seconds=2.0, repeats=3
+    )
+    assert said == ["a", "b"] * 4  # the first turn warms up
+    assert {name: len(values) for name, values in factors.items()} == {"a": 3, "b": 3}
+
+
+@pytest.fixture
+def student_file(make, tmp_path):
+    path = tmp_path / "student.pt"
+    write_student(LoadedStudent(make(), None, {}, {}), path)
+    return path
+
+
+@needs_onnx
+def test_the_command(student_file, make, tmp_path, capsys):
+    import onnx
+
+    out = tmp_path / "new" / "model.onnx"
+    words = ["export", "onnx", str(student_file), "-o", str(out)]
+    assert main([*words, "--int8"]) == 0
+    said = capsys.readouterr().out
+    assert "model.int8.onnx" in said and "relative error" in said and "times torch's" in said
+    assert {file.name for file in out.parent.iterdir()} == {"model.onnx", "model.int8.onnx"}
+    check(make(), OnnxSession(out.read_bytes(), 1))
+    facts = {entry.key: entry.value for entry in onnx.load(out).metadata_props}
+    assert facts["sample_rate"] == "16000" and facts["stride"] == "320"
+    assert facts["min_samples"] == "400"
+    inputs = [
+        (i.name, [d.dim_param for d in i.type.tensor_type.shape.dim])
+        for i in onnx.load(out).graph.input
+    ]
+    assert inputs == [("waves", ["batch", "sample"]), ("lengths", ["batch"])]
+
+    out.unlink()
+    with pytest.raises(SystemExit):  # either of the two is in the way
+        main([*words, "--int8"])
+    assert "model.int8.onnx exists; add --force" in capsys.readouterr().err
+    assert main([*words, "--opset", "18"]) == 0
+    with pytest.raises(SystemExit) as left:
+        main([*words, "--opset", "9"])
+    assert left.value.code == 2 and "invalid choice: 9" in capsys.readouterr().err
+
+
+def test_without_the_extra(student_file, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(SystemExit) as left:
+        main(["export", "onnx", str(student_file), "-o", str(tmp_path / "m.onnx")])
+    assert left.value.code == 2
+    assert "pip install 's3prl_ekd[onnx]'" in capsys.readouterr().err
+    assert not (tmp_path / "m.onnx").exists()

@@ -1,0 +1,128 @@
+"""How fast a student is in torch, transformers and onnxruntime, on one core, in one run.
+
+A random full-size two-layer student (or CKPT) is exported to each form, the forms are compared with
+torch, and each works through the same waveforms of noise in turns, so that all share whatever else
+the machine does. Printed are the median real-time factor (time over audio time), its quartiles, and
+the ratio to torch in CPU time, as the median over turns. Needs
+the extra onnx.
+
+example:
+  python tools/export_speed.py --repeats 20
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is loaded
+
+import argparse  # noqa: E402
+import platform  # noqa: E402
+import tempfile  # noqa: E402
+import time  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+import numpy as np  # noqa: E402
+
+from s3prl_ekd import compat  # noqa: E402
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("checkpoint", metavar="CKPT", nargs="?", help="default: random weights")
+    parser.add_argument("--seconds", type=float, nargs="+", default=[2.0, 5.0, 15.0])
+    parser.add_argument("--repeats", type=int, default=15, help="measured turns (15)")
+    args = parser.parse_args()
+    compat.apply()
+
+    import torch
+
+    from s3prl_ekd.distill.settings import StudentSettings
+    from s3prl_ekd.distill.student import Student
+    from s3prl_ekd.export.hf_model import check_folder, quiet_transformers, save_hubert, to_hubert
+    from s3prl_ekd.export.onnx_model import onnx_bytes
+    from s3prl_ekd.export.onnx_model_check import OnnxSession, check, quantised, relative_errors
+    from s3prl_ekd.export.student_file import load_student
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    student = load_student(args.checkpoint).student if args.checkpoint else None
+    student = (student or Student(StudentSettings())).eval()
+    with tempfile.TemporaryDirectory() as folder:
+        save_hubert(to_hubert(student), Path(folder))
+        error = check_folder(Path(folder), student)
+        from transformers import AutoModel
+
+        with quiet_transformers():
+            hubert = AutoModel.from_pretrained(folder).eval()
+    graphs = {"onnx fp32": onnx_bytes(student)}
+    graphs["onnx int8"] = quantised(graphs["onnx fp32"])
+    sessions = {name: OnnxSession(graph, 1) for name, graph in graphs.items()}
+    count = sum(p.numel() for p in student.parameters())
+    print(f"{count:,} parameters; {machine()}")
+    print(f"largest difference to torch: HF {error:.1e}, ", end="")
+    print(f"ONNX fp32 {check(student, sessions['onnx fp32']):.1e}; relative error of int8's last ")
+    errors = relative_errors(student, sessions["onnx int8"])
+    print(f"layer: {errors[-2]:.1e} (3 s), {errors[-1]:.1e} (padded batch of 0.1, 1 and 3 s)")
+    sizes = {"torch": count * 4, "HF": count * 4, **{n: len(g) for n, g in graphs.items()}}
+
+    for seconds in args.seconds:
+        waves = 0.1 * torch.randn(1, int(seconds * 16_000))
+        lengths = torch.tensor([waves.shape[1]])
+        runs = {
+            "torch": lambda w=waves, n=lengths: student(w, n),
+            "HF": lambda w=waves: hubert(w, output_hidden_states=True),
+        }
+        for name, session in sessions.items():
+            runs[name] = lambda s=session, w=waves, n=lengths: s(w, n)
+        with torch.inference_mode():
+            wall, cpu = measure(runs, seconds, args.repeats)
+        print(f"\n{seconds:g} s of audio, {args.repeats} turns:\n")
+        print("| | MB | RTF (quartiles) | CPU RTF | torch's time / its time (quartiles) |")
+        print("|---|---|---|---|---|")
+        for name in runs:
+            low, middle, high = np.percentile(wall[name], [25, 50, 75])
+            ratio = np.percentile(np.divide(cpu["torch"], cpu[name]), [25, 50, 75])
+            print(
+                f"| {name} | {sizes[name] / 1e6:.1f} | {middle:.4f} ({low:.4f} to {high:.4f}) | "
+                f"{np.median(cpu[name]):.4f} | {ratio[1]:.2f} ({ratio[0]:.2f} to {ratio[2]:.2f}) |"
+            )
+
+
+def measure(runs, seconds: float, repeats: int):
+    """Wall and CPU time over audio time: two dicts of ``repeats`` values for each of ``runs``."""
+    wall = {name: [] for name in runs}
+    cpu = {name: [] for name in runs}
+    names = list(runs)
+    for turn in range(repeats + 2):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            start = time.perf_counter(), time.process_time()
+            runs[name]()
+            if turn >= 2:  # two turns warm up
+                wall[name].append((time.perf_counter() - start[0]) / seconds)
+                cpu[name].append((time.process_time() - start[1]) / seconds)
+    return wall, cpu
+
+
+def machine() -> str:
+    """Processor, load and versions."""
+    import onnxruntime
+    import torch
+    import transformers
+
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        lines = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        name = lines[0].split(":", 1)[1].strip() if lines else name
+    load = f", load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
+    return (
+        f"{name}, {os.cpu_count()} CPUs{load}; torch {torch.__version__}, transformers "
+        f"{transformers.__version__}, onnxruntime {onnxruntime.__version__}; one thread"
+    )
+
+
+if __name__ == "__main__":
+    main()
