@@ -37,8 +37,8 @@ DEMO = ["espeakng-loader>=0.2.4"]
 PLOTS = ["matplotlib>=3.7"]
 ANALYSIS = ["scipy>=1.9", *PLOTS]
 UNITS = ["scikit-learn>=1.3"]
-ONNX = ["onnx>=1.15", "onnxruntime>=1.17", "onnxscript"]
-G2P = ["espnet-g2p-en>=2.1"]
+ONNX = ["onnx>=1.17", "onnxruntime>=1.20"]
+G2P = ["espnet-g2p-en>=2.1.0.post1"]
 DEV = ["pytest>=8", "ruff>=0.6", "build>=1", "jiwer>=3"]
 
 setup(

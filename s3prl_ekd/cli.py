@@ -20,7 +20,7 @@ COMMANDS = {
     "init": "write what s3prl reads from the working folder: configs and recipes",
     "doctor": "versions, shims, audio, devices, and which recipes could run here",
     "lengths": "write length tables (len_for_bucket) for a folder of audio",
-    "prepare": "turn a manifest (TSV) into the layout that s3prl's recipes read",
+    "prepare": "turn a manifest (TSV) or a public corpus into what s3prl's recipes read",
     "superb": "train and evaluate PR, SID, ER, ASR on students, teachers and baselines",
     "report": "tables and plots of what superb has run, with bootstrap intervals",
     "predictions": "pack predict.zip for SUPERB's public leaderboard",

@@ -11,6 +11,7 @@ Not exact: several processes (torchrun), and ``fp16``, whose scale s3prl does no
 
 from __future__ import annotations
 
+import itertools
 import logging
 import random
 from collections.abc import Iterator
@@ -74,9 +75,10 @@ class Place:
         batches = iter(loader)
         if self.saved is not None:
             logger.info("going on after batch %d of the epoch", self.saved["batches"])
-            for _ in range(self.saved["batches"]):
-                next(batches)
-                self.batches += 1
+            taken = sum(1 for _ in itertools.islice(batches, self.saved["batches"]))
+            if taken < self.saved["batches"]:  # the data or the batch size is another by now
+                logger.warning("the epoch has %d batches only; the next one begins", taken)
+            self.batches = taken
             set_generators(self.saved["now"])
             self.saved = None
         for batch in batches:

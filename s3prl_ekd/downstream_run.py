@@ -92,10 +92,14 @@ def main(script: ModuleType, argv: list[str]) -> None:
         )
     from .downstream_resume import exact
 
-    script.Runner = exact(script.Runner)
+    runner = script.Runner
+    script.Runner = exact(runner)
     if noise is not None:
         script.Runner = noisy_run.noisy(script.Runner, noise)
-    script.main()
+    try:
+        script.main()
+    finally:
+        script.Runner = runner  # one process may run several
 
 
 def _check_student(args: argparse.Namespace) -> None:

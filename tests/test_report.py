@@ -66,6 +66,14 @@ def test_emotion_is_the_mean_of_its_folds(tmp_path):
     # folds are drawn apart: variances p(1-p)/n add, and the mean of two halves the sd
     sd = 50 * (0.75 * 0.25 / 4 + 0.1 * 0.9 / 10) ** 0.5
     assert found.resampled.std() == pytest.approx(sd, rel=0.05)
+    assert found.resampled.mean() == pytest.approx(42.5, abs=5 * sd / 4000**0.5)
+
+
+def test_the_interval_lies_around_the_metric(tmp_path):
+    # 80 of 100 right: 80 -+ 1.96 * sqrt(0.8 * 0.2 / 100) = 72.2 to 87.8, and never 12 to 28
+    write_run(tmp_path, "s", "sid", labels(80, 20))
+    found = report_of(tmp_path, resamples=4000).measures["s", "sid", "clean"]
+    assert found.value == 80 and found.interval == pytest.approx((72.2, 87.8), abs=1.01)
 
 
 def test_seeds_are_averaged_on_the_same_draws(tmp_path):
@@ -335,10 +343,19 @@ def test_plots_of_one_and_of_many(tmp_path, upstreams):
         write_run(
             tmp_path, f"model{i}", "pr", {c: words(i % 9) for c in ("clean", "x_snr5", "x_snr0")}
         )
-        write_cost(tmp_path, f"model{i}", 0 if i == 0 else 23_491_200, 1e9)
+        write_cost(tmp_path, f"model{i}", 0 if i == 1 else 23_491_200, 1e9)
     drawn = plots(report_of(tmp_path, resamples=100))
     assert set(drawn) == {"scores.png", "params.png", "noise.png"}
     for draw in drawn.values():
         file = io.BytesIO()
         draw(file)
         assert file.getvalue().startswith(b"\x89PNG")
+
+
+def test_without_parameters_nothing_is_drawn_against_them(tmp_path):
+    from s3prl_ekd.evaluate.report_plots import plots
+
+    write_run(tmp_path, "fbank", "pr", words(1))
+    assert set(plots(report_of(tmp_path, resamples=100))) == {"scores.png"}
+    write_cost(tmp_path, "fbank", 0, 1e9)
+    assert set(plots(report_of(tmp_path, resamples=100))) == {"scores.png"}
