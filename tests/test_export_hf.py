@@ -335,3 +335,12 @@ def test_what_is_no_student(tmp_path, capsys):
             main(["export", "hf", str(tmp_path / given), "-o", str(tmp_path / "out")])
         assert left.value.code == 2 and sentence in capsys.readouterr().err
         assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_becomes_a_student_file_by_the_command(write, tmp_path, capsys):
+    path, out = write(), tmp_path / "back.pt"
+    main(["export", "hf", str(path), "-o", str(tmp_path / "hf")])
+    main(["export", "student", str(tmp_path / "hf"), "-o", str(out)])
+    assert "heads dropped" in capsys.readouterr().out
+    before, back = load_student(path).student.state_dict(), load_student(out).student.state_dict()
+    assert all(torch.equal(before[name], back[name]) for name in before)

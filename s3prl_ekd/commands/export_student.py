@@ -3,8 +3,11 @@
 The file holds plain tensors and plain settings and loads with `weights_only=True`; it is what
 `run_downstream.py -u ekd_student -k FILE` reads, as it reads a run's own checkpoints.
 
+A Hugging Face folder of that architecture (`export hf`, DistilHuBERT) becomes one too.
+
 example:
   s3prl-ekd export student result/pretrain/my_student/states-10000.ckpt -o student.pt
+  s3prl-ekd export student my_student_hf -o student.pt
 """
 
 from __future__ import annotations
@@ -27,15 +30,21 @@ def main(args: argparse.Namespace) -> int:
     """Write the file; the exit code is 0."""
     from ..export.student_file import write_student
 
-    path, loaded = load(args.checkpoint)
     if args.output.exists() and not args.force:
         raise CheckpointError(f"{args.output} exists; add --force to write over it")
+    if (args.checkpoint / "config.json").is_file():  # a run's folder has none
+        from ..export.hf_student import load_hf_student
+
+        path, loaded = args.checkpoint, load_hf_student(args.checkpoint)
+    else:
+        path, loaded = load(args.checkpoint)
     keep = args.heads == "keep" and loaded.heads is not None
     write_student(loaded, args.output, keep_heads=keep)
     count = sum(p.numel() for p in loaded.student.parameters())
     if keep:
         count += sum(p.numel() for p in loaded.heads.parameters())
-    print(f"{path} (step {loaded.about.get('step')}) -> {args.output}")
+    step = loaded.about.get("step")
+    print(f"{path}{f' (step {step})' if step is not None else ''} -> {args.output}")
     print(f"{count:,} parameters, heads {'kept' if keep else 'dropped'}")
     print(f"next: run_downstream.py -m train -u ekd_student -k {args.output} -d asr -n my_asr")
     return 0
