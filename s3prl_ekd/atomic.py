@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -25,8 +25,54 @@ def whole_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())  # the name must not come before the contents
         os.replace(neighbour, path)
+        _sync_folder(neighbour.parent)
     finally:
         neighbour.unlink(missing_ok=True)
+
+
+def save_whole(obj: Any, path: str | os.PathLike, save: Callable[..., None] | None = None) -> None:
+    """``torch.save`` to a path, whole or not at all.
+
+    Args:
+        obj: what to save.
+        path: where to.
+        save: ``torch.save`` or what stands for it, ``(obj, file) -> None``.
+
+    Raises:
+        OSError: it cannot be written; what was there is as it was.
+    """
+    try:
+        with whole_file(path) as file:
+            (save or torch.save)(obj, file)
+    except RuntimeError as error:
+        # A full disk makes torch's writer fail a second time, while it closes the archive.
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
+
+
+def second_name(path: Path, name: Path) -> None:
+    """Let the file ``path`` have ``name`` too, in place of what has it now.
+
+    A hard link costs no room; where the file system has none, the contents are copied.
+
+    Raises:
+        OSError: neither works; what had the name keeps it.
+    """
+    neighbour = Path(f"{name}.{os.getpid()}.tmp")
+    neighbour.unlink(missing_ok=True)
+    try:
+        os.link(path, neighbour)
+    except OSError:
+        with whole_file(name) as file, path.open("rb") as source:
+            while block := source.read(1 << 24):
+                file.write(block)
+        return
+    try:
+        os.replace(neighbour, name)
+        _sync_folder(name.parent)
+    finally:
+        neighbour.unlink(missing_ok=True)  # renaming one link of a file onto another does nothing
 
 
 @contextlib.contextmanager
@@ -39,14 +85,26 @@ def atomic_saves() -> Iterator[None]:
     """
     save = torch.save
 
-    def save_whole(obj: Any, f: Any, *args: Any, **kwargs: Any) -> None:
+    def save_atomically(obj: Any, f: Any, *args: Any, **kwargs: Any) -> None:
         if not isinstance(f, (str, os.PathLike)):
             return save(obj, f, *args, **kwargs)
-        with whole_file(f) as file:
-            save(obj, file, *args, **kwargs)
+        save_whole(obj, f, lambda obj, file: save(obj, file, *args, **kwargs))
 
-    torch.save = save_whole
+    torch.save = save_atomically
     try:
         yield
     finally:
         torch.save = save
+
+
+def _sync_folder(folder: Path) -> None:
+    """Ask for the folder's entries to be on the disk: a name is part of its folder, not its file.
+
+    Some file systems refuse to sync folders; nothing is lost then but this certainty.
+    """
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

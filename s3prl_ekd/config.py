@@ -37,7 +37,8 @@ class DataSettings:
     folder of length tables (``s3prl-ekd lengths``). ``sets``: the tables to train on.
     ``sequence_length``: longest excerpt in samples, a random one of each longer utterance; 0 takes
     whole utterances. ``max_timestep``: as s3prl, drop utterances of that many samples or more
-    (below 0: of that many or fewer).
+    (below 0: of that many or fewer). ``dev_sets``: tables to measure the loss on and not to train
+    on (ours); see ``runner.eval_step``.
     """
 
     libri_root: str
@@ -47,10 +48,14 @@ class DataSettings:
     num_workers: int = 2
     sequence_length: int = 250000
     max_timestep: int = 0
+    dev_sets: tuple[str, ...] = ()
 
     def __post_init__(self):
         if not self.sets:
             raise ValueError("sets is empty: name at least one table")
+        for name in self.dev_sets:
+            if name in self.sets:
+                raise ValueError(f"dev_sets names {name!r}, which sets has too: it is trained on")
         if self.train_batch_size < 1 or self.num_workers < 0:
             raise ValueError("train_batch_size must be 1 or more and num_workers 0 or more")
         if self.sequence_length != 0 and self.sequence_length < 400:
@@ -62,7 +67,13 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class RunSettings:
-    """``runner``: s3prl's pretraining Runner, which insists on each of these but ``fp16``."""
+    """``runner``: s3prl's pretraining Runner insists on each of these but ``fp16``. Ours:
+
+    ``max_keep`` counts the checkpoints of every ``save_step``. ``last_minutes``: time between two
+    writings of ``last.ckpt``; 0 leaves it to ``save_step`` and to what interrupts the run.
+    ``eval_step``: updates between two looks at ``dev_sets``; None takes ``save_step``.
+    ``max_nonfinite``: updates in a row that may be skipped because loss or gradient is not finite.
+    """
 
     total_steps: int
     log_step: int
@@ -72,13 +83,25 @@ class RunSettings:
     gradient_accumulate_steps: int
     max_keep: int
     fp16: bool = False
+    last_minutes: float = 15.0
+    eval_step: int | None = None
+    max_nonfinite: int = 20
 
     def __post_init__(self):
-        for name in ("total_steps", "log_step", "save_step", "gradient_accumulate_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; 1 or more is allowed")
-        if self.max_keep < 1:
-            raise ValueError(f"max_keep is {self.max_keep}; 1 or more is allowed")
+        for name in (
+            "total_steps",
+            "log_step",
+            "save_step",
+            "gradient_accumulate_steps",
+            "max_keep",
+            "eval_step",
+            "max_nonfinite",
+        ):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; 1 or more is allowed")
+        if self.last_minutes < 0:
+            raise ValueError(f"last_minutes is {self.last_minutes}; 0 or more is allowed")
         if self.n_epochs > 0:
             # s3prl counts steps by it, but builds the learning rate from total_steps
             raise ValueError(f"n_epochs is {self.n_epochs}; put -1 and say total_steps")
@@ -107,6 +130,11 @@ class RunnerFile:
     def __post_init__(self):
         if self.pretrain_expert is None:
             raise ValueError("the key pretrain_expert is missing")
+        if self.runner.eval_step is not None and not self.pretrain_expert.datarc.dev_sets:
+            raise ValueError(
+                "runner.eval_step is set and there is nothing to measure on: name tables in "
+                "pretrain_expert.datarc.dev_sets"
+            )
         if not isinstance(self.optimizer.get("name"), str):
             raise ValueError("optimizer.name is missing; for example AdamW_with_schedule")
         if "lr" not in self.optimizer:
@@ -200,3 +228,10 @@ def apply_overrides(data: dict, overrides: str) -> dict:
                 raise ConfigError(f"-o {key.strip()!r}: {name} is not a mapping")
         target[path[-1]] = value
     return data
+
+
+def overridden(overrides: str | None) -> frozenset[str]:
+    """The keys of the config that ``-o`` sets, without ``config.``; see :func:`apply_overrides`."""
+    options = (overrides or "").split(",,")
+    keys = (option.partition("=")[0].strip() for option in options)
+    return frozenset(key.removeprefix("config.") for key in keys if key.startswith("config."))

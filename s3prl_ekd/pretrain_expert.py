@@ -7,7 +7,7 @@ what each must do is written in s3prl's ``pretrain/runner.py``.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -20,15 +20,16 @@ compat.apply()
 
 from .config import load_data_config, load_model_config  # noqa: E402
 from .data.batches import Batch, train_loader  # noqa: E402
-from .data.distortion.epochs import EpochSampler  # noqa: E402
 from .distill.distiller import EnsembleDistiller  # noqa: E402
 from .distill.initialisation import initialise  # noqa: E402
+from .distill.settings import StudentSettings  # noqa: E402
 from .distill.student import Student  # noqa: E402
 from .distill.teachers import check_names  # noqa: E402
 from .essence.units import load_units  # noqa: E402
 from .export.student_file import RUN_KEY, contents  # noqa: E402
-from .schema import plain  # noqa: E402
+from .schema import build, plain  # noqa: E402
 from .teacher_sources import load_teachers, teacher_model  # noqa: E402
+from .training.changes import described, differences  # noqa: E402
 
 logger = logging.getLogger(__name__)
 
@@ -53,21 +54,13 @@ class UpstreamPretrainExpert(nn.Module):
         self.device = device
         self.settings = load_model_config(upstream_config)
         check_names(self.settings.teachers)
-        data = load_data_config(datarc)
+        self.data = load_data_config(datarc)
         student = Student(self.settings.student)
-        self.dataloader = train_loader(
-            data.libri_root,
-            data.file_path,
-            data.sets,
-            batch_size=data.train_batch_size,
-            sequence_length=data.sequence_length,
-            max_timestep=data.max_timestep,
-            num_workers=data.num_workers,
-            min_samples=self.settings.student.min_samples,
-            pin_memory=str(device).startswith("cuda"),
-            distortion=self.settings.distortion,
-            seed=torch.initial_seed(),  # what the Runner has seeded torch with
-        )
+        self.seed = torch.initial_seed()  # what the Runner has seeded torch with
+        self.dataloader = self._loader(self.data.sets)
+        self.dev_dataloader = None
+        if self.data.dev_sets:
+            self.dev_dataloader = self._loader(self.data.dev_sets, shuffle=False)
         teachers = load_teachers(self.settings.teachers, self.settings.teacher_dropout)
         units = self.settings.essence.units
         self.distiller = EnsembleDistiller(
@@ -83,6 +76,28 @@ class UpstreamPretrainExpert(nn.Module):
     def model(self) -> nn.Module:
         """What the Runner optimises and clips: the student and its heads, no teacher."""
         return self.distiller.trainable
+
+    @property
+    def batches_learned(self) -> int:
+        """How many batches the running statistics have seen: they change before an update does."""
+        standardiser = self.distiller.standardiser
+        return 0 if standardiser is None else int(standardiser.seen)
+
+    def _loader(self, sets: Sequence[str], shuffle: bool = True) -> DataLoader:
+        return train_loader(
+            self.data.libri_root,
+            self.data.file_path,
+            sets,
+            batch_size=self.data.train_batch_size,
+            sequence_length=self.data.sequence_length,
+            max_timestep=self.data.max_timestep,
+            num_workers=self.data.num_workers,
+            min_samples=self.settings.student.min_samples,
+            pin_memory=str(self.device).startswith("cuda"),
+            distortion=self.settings.distortion,
+            seed=self.seed,
+            shuffle=shuffle,
+        )
 
     def _report(self) -> None:
         """The first lines of a run: what is distilled into what, where."""
@@ -185,23 +200,29 @@ class UpstreamPretrainExpert(nn.Module):
         """
         try:
             saved = all_states[RUN_KEY]
+            theirs = build(StudentSettings, saved["settings"], "the checkpoint's student")
+            sizes = differences(plain(theirs), plain(self.settings.student))
+            if sizes:
+                raise CheckpointError(
+                    f"the checkpoint has a student of another size: {described(sizes)} (checkpoint "
+                    "-> this run); start a new run under another name for a new size"
+                )
             self.distiller.student.load_state_dict(saved["student"])
             self.distiller.heads.load_state_dict(saved["heads"])
             if self.distiller.standardiser is not None:
                 self.distiller.standardiser.load_state_dict(all_states["Standardiser"])
             if self.distiller.units is not None:
                 self.distiller.trainable["unit_head"].load_state_dict(all_states["UnitHead"])
-            self._go_on_at_epoch(all_states)
-        except (KeyError, TypeError, RuntimeError) as error:
-            first = str(error).strip().splitlines()[0]
+            self._go_on_in_the_data(all_states)
+        except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+            first = (str(error).strip().splitlines() or ["unreadable"])[0]
             raise CheckpointError(f"the checkpoint does not fit this run: {first}") from None
 
-    def _go_on_at_epoch(self, all_states: dict) -> None:
-        """Distortions are drawn by epoch: a resumed run takes the next ones, not the first."""
+    def _go_on_in_the_data(self, all_states: dict) -> None:
+        """The batch after the last one used: with s3prl's Runner, which has no notion of it."""
+        each = all_states["Config"]["runner"]["gradient_accumulate_steps"]
         sampler = self.dataloader.sampler
-        if isinstance(sampler, EpochSampler):
-            each = all_states["Config"]["runner"]["gradient_accumulate_steps"]
-            sampler.epoch = all_states["Step"] * each // len(self.dataloader)
+        sampler.epoch, sampler.position = divmod(all_states["Step"] * each, len(sampler))
 
 
 def _count(module: nn.Module) -> int:

@@ -1,4 +1,4 @@
-"""``run_pretrain.py -u ekd``: arguments checked and completed before, resuming mended around it."""
+"""``run_pretrain.py -u ekd``: arguments checked and completed, our Runner in place of s3prl's."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import yaml
 
 from .arguments import (
     INIT_HINT,
+    check_device,
     make_folder,
     options,
     override_text,
@@ -23,10 +24,18 @@ from .arguments import (
     with_device,
     without,
 )
-from .checkpoints import read_run
-from .config import apply_overrides, check_runner_config, load_model_config, load_runner_config
+from .checkpoints import check_whole, read_run, run_checkpoints
+from .config import (
+    apply_overrides,
+    check_runner_config,
+    load_model_config,
+    load_runner_config,
+    overridden,
+)
 from .errors import CheckpointError, SetupError
 from .schema import plain, read_yaml
+from .training.changes import check_changes, check_same, described, differences
+from .training.lock import FolderLock
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +75,7 @@ def _new(argv: list[str], args: argparse.Namespace) -> list[str]:
     load_runner_config(args.c or "pretrain/ekd/config_runner.yaml", override_text(args))
     load_model_config(args.g or "pretrain/ekd/config_model.yaml")
     argv = with_device(argv, args.device)
-    if any(folder.glob("states-*.ckpt")):
+    if run_checkpoints(folder):
         raise SetupError(
             f"{folder} holds a run already: add -a to go on with it, or take another name"
         )
@@ -81,33 +90,58 @@ def _resumed(argv: list[str], args: argparse.Namespace, path: Path) -> list[str]
     states = read_run(path)
     if "Upstream_Config" not in states:
         raise CheckpointError(f"{path} is no checkpoint of run_pretrain.py -u ekd")
+    check_whole(path)
     logger.info("resume from %s at step %s", path, states["Step"])
-    text = override_text(args)
-    config = apply_overrides(states["Config"], text) if text else states["Config"]
-    check_runner_config(config, f"the config in {path}")
-    for name, value in (("-c", args.c), ("-g", args.g)):
-        if value:
-            logger.warning("%s %s is not read: a resumed run keeps its config", name, value)
+    _check_config(args, states, path)
     argv = without(argv, ("-e", "--past_exp"), ("-a", "--auto_resume"))
     saved = str(getattr(states["Args"], "device", "cuda"))
     if args.device is not None:
-        argv = with_device(argv, args.device)
+        check_device(args.device)
     elif saved.startswith("cuda") and not torch.cuda.is_available():
         logger.info("no CUDA device here: going on with --device cpu")
         argv += ["--device", "cpu"]
     return [*argv, "-e", str(path)]
 
 
-def main(script: ModuleType, argv: list[str]) -> None:
-    """Call s3prl's script, and let what was typed have the last word on resume.
+def _check_config(args: argparse.Namespace, states: dict, path: Path) -> None:
+    """A resumed run keeps its config; ``-o`` may change some of it, and the log says what.
 
-    s3prl means ``-o`` to be of the highest priority, but puts all of the checkpoint's arguments,
-    its ``-o`` and its device among them, over what was typed, and the optimizer's saved learning
-    rate and schedule over the config's.
+    Files named by ``-c`` and ``-g`` must say the same, as they do where the command that started
+    the run is typed again with ``-a``.
+
+    Raises:
+        EkdError: naming the keys that differ.
     """
-    typed = options(argv, "eog", long=("device",))
+    text = override_text(args)
+    kept = check_runner_config(states["Config"], f"the config in {path}")
+    config = apply_overrides(states["Config"], text) if text else states["Config"]
+    now = check_runner_config(config, f"the config in {path} with -o")
+    changes = differences(plain(kept), plain(now))
+    check_changes(changes, str(path))
+    if args.c:
+        named = differences(plain(now), plain(load_runner_config(args.c, text)))
+        check_same(args.c, named, str(path), "-c")
+    if args.g:
+        model = load_model_config(states["Upstream_Config"])
+        named = differences(plain(model), plain(load_model_config(args.g)))
+        check_same(args.g, named, str(path), "-g")
+    if changes:
+        logger.info("changed by -o: %s", described(changes))
+
+
+def main(script: ModuleType, argv: list[str]) -> None:
+    """Call s3prl's script: for ekd with our Runner, and alone in the run's folder.
+
+    On resume what was typed has the last word. s3prl means ``-o`` to be of the highest priority,
+    but puts all of the checkpoint's arguments, its ``-o`` and its device among them, over it.
+    """
+    typed = options(argv, "euncgpo", long=("device",))
     seen: dict[str, argparse.Namespace] = {}
-    with _typed_last(script, typed, seen), _config_rules_the_optimizer(script):
+    with contextlib.ExitStack() as stack:
+        if typed.u == "ekd" and not typed.e:
+            # Before s3prl copies the configs there.
+            stack.enter_context(FolderLock(run_folder(typed, ROOT)))
+        stack.enter_context(_around_s3prls(script, typed, seen, stack))
         script.main()
     args = seen["args"]
     if args.upstream == "ekd":
@@ -120,8 +154,11 @@ def main(script: ModuleType, argv: list[str]) -> None:
 
 
 @contextlib.contextmanager
-def _typed_last(script: ModuleType, typed: argparse.Namespace, seen: dict) -> Iterator[None]:
-    get_args, override = script.get_pretrain_args, script.override
+def _around_s3prls(
+    script: ModuleType, typed: argparse.Namespace, seen: dict, stack: contextlib.ExitStack
+) -> Iterator[None]:
+    """Within it, the script's arguments and Runner are as :func:`main` says."""
+    get_args, override, runner = script.get_pretrain_args, script.override, script.Runner
 
     def get_args_typed_last():
         if typed.e:
@@ -132,6 +169,7 @@ def _typed_last(script: ModuleType, typed: argparse.Namespace, seen: dict) -> It
         finally:
             script.override = override
         if typed.e:
+            _keep_folder(typed, args)
             if override_text(typed):
                 override(typed.o, args, config)
             if typed.device:
@@ -140,13 +178,30 @@ def _typed_last(script: ModuleType, typed: argparse.Namespace, seen: dict) -> It
             _write_whole_config(args)
         args.override = None  # or the next resume would take it for new
         seen["args"] = args
+        if args.upstream == "ekd":
+            from .runner import extended
+
+            if typed.e:
+                make_folder(Path(args.expdir))
+                stack.enter_context(FolderLock(args.expdir))
+            script.Runner = extended(runner, overridden(override_text(typed)))
         return args, config
 
     script.get_pretrain_args = get_args_typed_last
     try:
         yield
     finally:
-        script.get_pretrain_args = get_args
+        script.get_pretrain_args, script.Runner = get_args, runner
+
+
+def _keep_folder(typed: argparse.Namespace, args: argparse.Namespace) -> None:
+    """A run's folder may have been moved since: going on in it means to go on where it is now."""
+    folder = run_folder(typed, ROOT)
+    if folder is not None and folder.resolve() == Path(typed.e).resolve().parent:
+        if folder.resolve() != Path(args.expdir).resolve():
+            with contextlib.suppress(OSError):  # there is something in it
+                Path(args.expdir).rmdir()  # s3prl has just made it anew
+            args.expdir, args.expname = str(folder), typed.n or folder.name
 
 
 def _write_whole_config(args: argparse.Namespace) -> None:
@@ -156,30 +211,3 @@ def _write_whole_config(args: argparse.Namespace) -> None:
         text = yaml.safe_dump(plain(load_model_config(args.upstream_config)), sort_keys=False)
         path = Path(args.expdir) / "config_model.yaml"
         path.write_text(f"# {args.upstream_config} with what it extends\n{text}", encoding="utf-8")
-
-
-@contextlib.contextmanager
-def _config_rules_the_optimizer(script: ModuleType) -> Iterator[None]:
-    """On resume the moments come from the checkpoint; learning rate and schedule from the config.
-
-    They are the same unless ``-o`` has changed them: without this a run that is made longer would
-    go on at a learning rate of 0, the end of its old schedule.
-    """
-    runner = script.Runner
-    load = runner._get_optimizer
-
-    def get_optimizer(self, model_params):
-        optimizer = load(self, model_params)
-        if self.init_ckpt:
-            kept, self.init_ckpt = self.init_ckpt, {}
-            fresh = load(self, model_params)
-            self.init_ckpt = kept
-            for group, new in zip(optimizer.param_groups, fresh.param_groups, strict=True):
-                group.update({key: value for key, value in new.items() if key != "params"})
-        return optimizer
-
-    runner._get_optimizer = get_optimizer
-    try:
-        yield
-    finally:
-        runner._get_optimizer = load

@@ -62,14 +62,61 @@ def test_a_leftover_of_one_is_kept():
     assert [len(batch) for batch in bucket(rows, 3)] == [3, 3, 1]
 
 
+def names(passes):
+    return [[batch.names for batch in each] for each in passes]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_order_is_of_seed_and_epoch_alone(corpus, workers):
+    first = loader(corpus, batch_size=2, seed=3)
+    passes = [list(first) for _ in range(3)]
+    torch.manual_seed(8)  # what else is drawn, and by how many, plays no part
+    second = loader(corpus, batch_size=2, seed=3, num_workers=workers, sequence_length=4000)
+    before = torch.get_rng_state()
+    assert names([list(second) for _ in range(3)]) == names(passes)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert len({str(each) for each in names(passes)}) == 3
+    assert names([list(loader(corpus, batch_size=2, seed=4))]) != names(passes[:1])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_pass_can_be_entered_in_the_middle(corpus, workers, monkeypatch):
+    whole = loader(corpus, batch_size=2, sequence_length=4000)
+    passes = [list(whole) for _ in range(3)]
+    read = []
+    again = loader(corpus, batch_size=2, sequence_length=4000, num_workers=workers)
+    again.sampler.epoch, again.sampler.position = 1, 4
+    if not workers:
+        get = type(again.dataset).__getitem__
+        monkeypatch.setattr(
+            type(again.dataset), "__getitem__", lambda self, at: read.append(at) or get(self, at)
+        )
+    for expected in (passes[1][4:], passes[2]):
+        found = list(again)
+        assert names([found]) == names([expected])
+        for one, two in zip(found, expected, strict=True):
+            assert torch.equal(one.waves, two.waves)
+    if not workers:  # nothing is decoded to be thrown away
+        assert len(read) == 2 + 6 and [epoch for epoch, _ in read] == [1] * 2 + [2] * 6
+    again.sampler.epoch, again.sampler.position = 0, 6  # at the end of a pass
+    assert list(again) == []
+
+
+def test_without_shuffling_all_passes_are_the_same(corpus):
+    fixed = loader(corpus, shuffle=False, sequence_length=4000)
+    one, two = list(fixed), list(fixed)
+    assert [batch.names[0] for batch in one] == ["u11.flac", "u6.flac", "u1.flac"]
+    assert all(torch.equal(a.waves, b.waves) for a, b in zip(one, two, strict=True))
+
+
 def test_excerpts_are_inside_and_random(corpus):
-    torch.manual_seed(0)
     rows = read_tables(corpus / "tables", ["train"])
     data = DistillationDataset(corpus / "audio", rows, 1, 4000, 400)
     whole, _ = soundfile.read(corpus / "audio" / rows[0].path, dtype="float32")
     starts = set()
-    for _ in range(8):
-        (wave,) = data[0].waves
+    for epoch in range(8):
+        (wave,) = data[(epoch, 0)].waves
+        assert torch.equal(data[(epoch, 0)].waves[0], wave)  # of seed, epoch and utterance alone
         assert len(wave) == 4000
         matches = np.flatnonzero(whole == wave[0].item())
         start = next(i for i in matches if np.array_equal(whole[i : i + 4000], wave.numpy()))

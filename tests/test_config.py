@@ -5,7 +5,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from s3prl_ekd.config import apply_overrides, load_model_config, load_runner_config
+from s3prl_ekd.config import (
+    apply_overrides,
+    load_model_config,
+    load_runner_config,
+    overridden,
+)
 from s3prl_ekd.errors import ConfigError
 from s3prl_ekd.schema import plain, read_yaml
 
@@ -178,6 +183,15 @@ def test_a_mistake_in_the_model_config(tmp_path, path, value, said):
         ("pretrain_expert.datarc.sets", "train", "sets: a list is expected, not 'train'"),
         ("pretrain_expert.datarc.libri_root", ..., "the key libri_root is missing"),
         ("pretrain_expert.datarc.sequence_length", 100, "sequence_length is 100 samples"),
+        ("runner.max_keep", 0, "max_keep is 0; 1 or more"),
+        ("runner.max_nonfinite", 0, "max_nonfinite is 0; 1 or more"),
+        ("runner.last_minutes", -1, "last_minutes is -1.0; 0 or more"),
+        ("runner.last_minutes", "often", "last_minutes: a number is expected, not 'often'"),
+        ("runner.eval_step", 5, "eval_step is set and there is nothing to measure on"),
+        ("runner.eval_step", 0, "eval_step is 0; 1 or more"),
+        ("runner.max_nonfinit", 3, "unknown key 'max_nonfinit' \\(did you mean max_nonfinite"),
+        ("pretrain_expert.datarc.dev_sets", "dev", "dev_sets: a list is expected, not 'dev'"),
+        ("pretrain_expert.datarc.dev_sets", ["c"], "dev_sets names 'c', which sets has too"),
     ],
 )
 def test_a_mistake_in_the_runner_config(tmp_path, path, value, said):
@@ -257,6 +271,12 @@ def test_overrides_are_what_s3prl_makes_of_them():
     override(text, Namespace(), theirs)
     assert apply_overrides(RUNNER, text) == theirs
     assert RUNNER["runner"]["total_steps"] == 10
+
+
+def test_the_keys_that_are_overridden():
+    text = "config.runner.total_steps=7,, config.a.b = 'x',,args.expdir='config.y'"
+    assert overridden(text) == {"runner.total_steps", "a.b"}
+    assert overridden(None) == overridden("") == frozenset()
 
 
 @pytest.mark.parametrize("text", ["total_steps=3", "config.a", "config.a=b=c"])

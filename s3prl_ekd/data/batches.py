@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -10,12 +11,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DataLoader, Dataset, RandomSampler
+from torch.utils.data import DataLoader, Dataset
 
 from ..errors import DataError
 from .audio import SAMPLE_RATE, read_audio
-from .distortion.epochs import EpochSampler
+from .distortion.plan import generator
 from .distortion.settings import DistortionSettings
+from .order import EpochOrder
 from .tables import Utterance, read_tables
 
 logger = logging.getLogger(__name__)
@@ -78,7 +80,8 @@ class DistillationDataset(Dataset):
         sequence_length: longest excerpt in samples; 0 takes whole utterances.
         min_samples: shorter waveforms give no frame.
         distortion: what is done to the waveforms; None or its setup ``clean`` does nothing.
-        seed: of the distortions, and of the excerpts where there are distortions.
+        seed: of the excerpts and the distortions. Both follow from seed, epoch and utterance alone:
+            torch's own numbers would depend on the worker and on what was drawn before.
 
     Raises:
         DataError: a folder that ``distortion`` names cannot be used.
@@ -98,6 +101,7 @@ class DistillationDataset(Dataset):
         self.batches = bucket(rows, batch_size)
         self.sequence_length = sequence_length
         self.min_samples = min_samples
+        self.seed = seed
         self.distorter = None
         if distortion is not None and distortion.setup != "clean":
             from .distortion.pipeline import Distorter  # loads torchaudio, which no one else needs
@@ -108,7 +112,7 @@ class DistillationDataset(Dataset):
         return len(self.batches)
 
     def __getitem__(self, index: int | tuple[int, int]) -> Batch:
-        """Batch ``index``, or batch ``(epoch, index)``; the epoch matters for distortions only."""
+        """Batch ``index`` (of epoch 0), or batch ``(epoch, index)``."""
         epoch, index = index if isinstance(index, tuple) else (0, index)
         names = [row.path for row in self.batches[index]]
         try:
@@ -142,16 +146,24 @@ class DistillationDataset(Dataset):
         room = len(wave) - self.sequence_length
         if self.sequence_length == 0 or room <= 0:
             return wave
-        if self.distorter is None:
-            start = int(torch.randint(room + 1, ()))
-        else:  # torch's numbers depend on the worker, and a distorted run is to be repeatable
-            start = self.distorter.generator(name, epoch, "excerpt").randrange(room + 1)
+        start = generator(self.seed, epoch, name, "excerpt").randrange(room + 1)
         return wave[start : start + self.sequence_length]
 
 
 def only_item(items: list[Batch]) -> Batch:
     """``collate_fn``: an item is a batch already."""
     return items[0]
+
+
+def leave_signals_to_the_main_process(worker: int) -> None:
+    """``worker_init_fn``: a worker outlives the signals that ask the run to save and leave.
+
+    Ctrl-C in a terminal and a cluster's signals reach every process of a run. A worker that died of
+    one would take the run with it before it has saved; workers end when the main process does.
+    """
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 def train_loader(
@@ -167,12 +179,14 @@ def train_loader(
     pin_memory: bool = False,
     distortion: DistortionSettings | None = None,
     seed: int = 0,
+    shuffle: bool = True,
 ) -> DataLoader:
-    """A loader of :class:`Batch` over the tables, batches in random order, utterances bucketed.
+    """A loader of :class:`Batch` over the tables, utterances bucketed by length.
 
-    With ``distortion`` each pass over the loader is an epoch, whose draws follow from ``seed``
-    whatever the number of workers; ``loader.sampler.epoch`` is the number of the next pass. The
-    order of the batches is torch's affair (``torch.manual_seed``).
+    Each pass over it is an epoch with an order, excerpts and distortions of its own. They follow
+    from ``seed`` and the epoch, whatever the number of workers and whatever else draws random
+    numbers; ``loader.sampler.epoch`` and ``.position`` say where the next pass begins. With
+    ``shuffle`` off every pass is the same: batches from long to short, drawn as in epoch 0.
 
     Raises:
         DataError: a table or the audio root is missing, a row is not valid, nothing is left, or
@@ -186,13 +200,16 @@ def train_loader(
     dataset = DistillationDataset(
         root, rows, batch_size, sequence_length, min_samples, distortion, seed
     )
-    order = RandomSampler(dataset)
     return DataLoader(
         dataset,
         batch_size=1,
-        sampler=order if dataset.distorter is None else EpochSampler(order),
+        sampler=EpochOrder(len(dataset), seed) if shuffle else range(len(dataset)),
         num_workers=num_workers,
         collate_fn=only_item,
         pin_memory=pin_memory,
-        persistent_workers=num_workers > 0,
+        worker_init_fn=leave_signals_to_the_main_process,
+        persistent_workers=num_workers > 0 and shuffle,
+        # Each pass draws a seed for its workers; from torch's own generator it would shift what
+        # the student's dropout draws, and a resumed run begins its passes elsewhere.
+        generator=torch.Generator().manual_seed(0),
     )

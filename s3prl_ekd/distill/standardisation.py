@@ -45,6 +45,7 @@ class Moments(nn.Module):
         Chan's merge of two sets of moments: exact, and stable where means are large.
         """
         frames = hidden.transpose(1, 2)[mask.bool()].float()  # [valid frame, target, dim]
+        frames = frames[frames.isfinite().all(-1).all(-1)]  # one NaN would stay in for good
         if len(frames) == 0:
             return
         count, mean = len(frames), frames.mean(0)

@@ -1,0 +1,226 @@
+"""Kill a run with SIGKILL at random moments, resume it each time with -a, compare with one that
+was left alone: weights, optimizer, random numbers, TensorBoard.
+
+example:
+  python -m tests.kill_and_resume --kills 10 --workers 2
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import re
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+
+import soundfile
+import torch
+import yaml
+
+from s3prl_ekd.checkpoints import newest, read_run
+from s3prl_ekd.evaluate.scalars import read_scalars
+from s3prl_ekd.launch import run_pretrain
+from s3prl_ekd.workspace import write_workspace
+
+SAVE_STEP, STEPS = 4, 24
+# Everything that has a state or draws random numbers: dropout of student and teachers, layer drop
+# (NumPy), distortions, excerpts, running statistics, dropped teachers, weights that change.
+MODEL = {
+    "targets": {"standardise": "phi_s", "drop_teachers": 0.5, "weight_steps": 20},
+    "teacher_dropout": True,
+    "distortion": {"setup": "setup2", "babble": True},
+}
+
+
+def write_run(folder: Path, teachers: dict[str, Path], corpus: Path, workers: int) -> None:
+    """Configs of a run of 24 updates of 2 batches over an epoch of 4."""
+    from .conftest import STUDENT, write_configs
+
+    write_workspace(folder)
+    student = {**STUDENT, "encoder_layerdrop": 0.2}
+    write_configs(folder, teachers, corpus, student=student, **MODEL)
+    model = yaml.safe_load((folder / "model.yaml").read_text())
+    model["teachers"]["wavlm"]["final_weight"] = 0.2
+    (folder / "model.yaml").write_text(yaml.safe_dump(model))
+    runner = yaml.safe_load((folder / "runner.yaml").read_text())
+    runner["runner"].update(
+        total_steps=STEPS,
+        save_step=SAVE_STEP,
+        log_step=4,
+        max_keep=2,
+        gradient_accumulate_steps=2,
+        eval_step=5,
+        last_minutes=0.004,
+    )
+    data = runner["pretrain_expert"]["datarc"]
+    dev = (corpus / "tables" / "train.csv").read_text().splitlines()[:4]
+    (folder / "tables").mkdir()
+    (folder / "tables" / "dev.csv").write_text("\n".join(dev) + "\n")
+    (folder / "tables" / "train.csv").write_bytes((corpus / "tables" / "train.csv").read_bytes())
+    data.update(num_workers=workers, file_path=str(folder / "tables"), dev_sets=["dev"])
+    (folder / "runner.yaml").write_text(yaml.safe_dump(runner))
+
+
+def start(folder: Path) -> int:
+    """Start or go on with the run in a process of a group of its own; its number.
+
+    Forked, with all modules loaded: a fresh interpreter would take seconds to come so far.
+    """
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        os.setsid()
+        os.chdir(folder)
+        log = os.open("log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        words = "run_pretrain.py -u ekd -n x -a -c runner.yaml -g model.yaml --device cpu"
+        sys.argv = words.split()
+        code = run_pretrain()
+    except SystemExit as left:
+        code = left.code
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
+
+
+def leave_alone(folder: Path) -> None:
+    """The run to its end."""
+    _, status = os.waitpid(start(folder), 0)
+    assert status == 0, (folder / "log.txt").read_text()[-3000:]
+
+
+def step_of(log: Path, offset: int) -> int:
+    """The step that the progress bar shows, in what was written to the log from ``offset`` on."""
+    if not log.exists():
+        return -1
+    shown = re.findall(rf"(\d+)/{STEPS} \[", log.read_text(errors="replace")[offset:])
+    return int(shown[-1]) if shown else -1
+
+
+def kill_and_resume(folder: Path, kills: int, rng: random.Random) -> list[tuple[int, int]]:
+    """The run, killed ``kills`` times; for each the step that the bar showed, and that saved.
+
+    One in six dies while it starts, the others at a random moment of the steps that are left.
+    """
+    log, moments, saved = folder / "log.txt", [], 0
+    while len(moments) < kills:
+        offset = len(log.read_text(errors="replace")) if log.exists() else 0
+        left = kills - len(moments)
+        steps = rng.uniform(0, min(STEPS - 2 - saved, 2 * (STEPS - saved) / (left + 1)))
+        pid = start(folder)
+        if rng.random() < 1 / 6:
+            time.sleep(rng.uniform(0, 1))
+        else:
+            while step_of(log, offset) < saved + int(steps):
+                time.sleep(0.005)
+                assert not os.waitpid(pid, os.WNOHANG)[0], log.read_text()[-3000:]
+            time.sleep(rng.uniform(0, 0.3))
+        if rng.random() < 0.5:
+            os.killpg(pid, signal.SIGKILL)
+        else:
+            os.kill(pid, signal.SIGKILL)  # its workers are left behind
+        _, status = os.waitpid(pid, 0)
+        assert status == signal.SIGKILL, "it ended before it was killed"
+        at = step_of(log, offset)
+        path = newest(folder / "result/pretrain/x")
+        saved = read_run(path)["Step"] if path else 0
+        moments.append((at, saved))
+    leave_alone(folder)
+    return moments
+
+
+def outcome(folder: Path) -> dict[str, object]:
+    """All that a run leaves, as flat values: the checkpoint's, and TensorBoard's."""
+    run = folder / "result/pretrain/x"
+    states = read_run(newest(run))
+    states = {key: value for key, value in states.items() if key not in ("Args", "Config")}
+    best = read_run(run / "dev-best.ckpt")["EKD"]["student"]
+    return dict(_flat({**states, "best": best, "scalars": read_scalars(run)}, ""))
+
+
+def _flat(value, path):
+    if isinstance(value, dict):
+        for key, each in value.items():
+            yield from _flat(each, f"{path}/{key}")
+    elif isinstance(value, (list, tuple)):
+        for i, each in enumerate(value):
+            yield from _flat(each, f"{path}/{i}")
+    elif isinstance(value, (torch.Tensor, int, float, str, type(None))):
+        yield path, value
+
+
+def unequal(one: dict[str, object], two: dict[str, object]) -> list[str]:
+    """The names of what differs in as much as one bit."""
+    names = []
+    for name in one.keys() | two.keys():
+        a, b = one.get(name), two.get(name)
+        if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+            same = a.dtype == b.dtype and torch.equal(a, b)
+        else:
+            same = type(a) is type(b) and a == b
+        if not same:
+            names.append(name)
+    return sorted(names)
+
+
+def _write_corpus(root: Path) -> None:
+    from .conftest import make_sound
+
+    (root / "audio").mkdir()
+    (root / "tables").mkdir()
+    lines = ["file_path,length"]
+    for i in range(12):
+        sound = make_sound(0.5 + 0.1 * i, seed=i)
+        soundfile.write(root / "audio" / f"u{i}.flac", sound, 16000)
+        lines.append(f"u{i}.flac,{len(sound)}")
+    (root / "tables" / "train.csv").write_text("\n".join(lines) + "\n")
+
+
+def main() -> int:
+    from .conftest import SIZES, hubert_checkpoint, wavlm_checkpoint
+
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--kills", type=int, default=10)
+    parser.add_argument("--workers", type=int, default=0, help="processes that read audio")
+    parser.add_argument("--seed", type=int, default=None, help="of the moments")
+    args = parser.parse_args()
+    rng = random.Random(args.seed)
+    with tempfile.TemporaryDirectory() as name:
+        root = Path(name)
+        teachers = {}
+        for i, (teacher, make) in enumerate(
+            {
+                "hubert": hubert_checkpoint,
+                "robust": hubert_checkpoint,
+                "wavlm": wavlm_checkpoint,
+            }.items()
+        ):
+            teachers[teacher] = root / f"{teacher}.pt"
+            torch.save(make(seed=i, **SIZES), teachers[teacher])
+        _write_corpus(root)
+        for folder in ("alone", "killed"):
+            (root / folder).mkdir()
+            write_run(root / folder, teachers, root, args.workers)
+        leave_alone(root / "alone")
+        moments = kill_and_resume(root / "killed", args.kills, rng)
+        print(f"killed {args.kills} times, at (step, saved step) of {STEPS}: {moments}")
+        one, two = outcome(root / "alone"), outcome(root / "killed")
+        differ = unequal(one, two)
+        print(f"{len(one)} values compared; unequal: {len(differ)} {differ[:10]}")
+        return bool(differ)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
