@@ -17,7 +17,7 @@ import torch
 from s3prl_ekd import cli
 from s3prl_ekd.checkpoints import read_run
 from s3prl_ekd.commands import superb as command_module
-from s3prl_ekd.errors import SetupError
+from s3prl_ekd.errors import DataError, SetupError
 from s3prl_ekd.evaluate import superb
 from s3prl_ekd.evaluate.probe import check_outputs
 from s3prl_ekd.evaluate.superb_plan import (
@@ -162,15 +162,30 @@ def test_a_run_is_known_by_what_decides_its_result(here, tmp_path):
 
 def test_noise_and_snr_belong_together(tmp_path):
     (tmp_path / "babble").mkdir()
+    (tmp_path / "babble" / "a.flac").touch()
     folder = str(tmp_path / "babble")
     assert noise_conditions([folder], [5, -2.5]) == {
         "babble_snr5": (folder, 5.0),
         "babble_snr-2.5": (folder, -2.5),
     }
     assert noise_conditions([], []) == {}
-    for folders, snrs in (([folder], []), ([], [5.0]), ([folder + "x"], [5.0])):
-        with pytest.raises(SetupError):
+    for folders, snrs in (([folder], []), ([], [5.0])):
+        with pytest.raises(SetupError, match="--noise and --snr go together"):
             noise_conditions(folders, snrs)
+
+
+def test_what_is_no_noise_is_said_before_any_training(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "no_split.tsv").write_text("path\ta.flac\n")
+    (tmp_path / "no_test.tsv").write_text("path\tsplit\na.flac\ttrain\n")
+    for name, said in (
+        ("nowhere", "there is no such folder of noises"),
+        ("empty", "has no audio"),
+        ("no_split.tsv", "split"),
+        ("no_test.tsv", "has no line in the split test"),
+    ):
+        with pytest.raises(DataError, match=said):
+            noise_conditions([str(tmp_path / name)], [5.0])
 
 
 def test_the_commands_can_be_given_to_a_queue(here, tmp_path, capsys):

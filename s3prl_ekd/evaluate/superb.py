@@ -24,7 +24,8 @@ from tqdm import tqdm
 from ..arguments import make_folder
 from ..checkpoints import newest, read_run
 from ..errors import CheckpointError, SetupError
-from .superb_plan import CLEAN, RECORD, Run
+from .records import RECORD
+from .superb_plan import CLEAN, Run
 
 logger = logging.getLogger(__name__)
 

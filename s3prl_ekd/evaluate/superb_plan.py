@@ -16,9 +16,9 @@ from ..data.emotion import natural
 from ..errors import ConfigError, SetupError
 from ..recipes import RECIPES, missing_paths
 from ..schema import read_yaml
+from .noise import find_noises
 from .tasks import Task
 
-RECORD = "superb.json"  # in a run's folder: what it is, and once finished what came out
 CLEAN = "clean"
 
 
@@ -191,13 +191,13 @@ def noise_conditions(folders: Sequence[str], snrs: Sequence[float]) -> dict:
     """``{babble_snr5: (folder, 5.0), …}``.
 
     Raises:
-        SetupError: a folder is not there, or only one of the two was given.
+        SetupError: only one of the two was given.
+        DataError: no noises are there; found out now, and not when the training is done.
     """
     if bool(folders) != bool(snrs):
         raise SetupError("--noise and --snr go together: --noise FOLDER --snr 10 5 0")
     for folder in folders:
-        if not Path(folder).exists():
-            raise SetupError(f"--noise {folder}: there is no such folder or table")
+        find_noises(folder)
     return {
         f"{Path(folder).stem}_snr{snr:g}": (folder, float(snr))
         for folder in folders
