@@ -73,7 +73,7 @@ setup(
         "units": UNITS,
         "onnx": ONNX,
         "g2p": G2P,
-        "dev": DEV + DEMO + ANALYSIS + UNITS,
+        "dev": DEV + DEMO + ANALYSIS + UNITS + ONNX + G2P,
     },
     entry_points={
         "console_scripts": [

@@ -30,8 +30,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-u", "--upstream", metavar="NAME", help="instead: a name of s3prl's hub")
     parser.add_argument("-k", "--ckpt", metavar="CKPT", help="the checkpoint of -u")
     parser.add_argument(
-        "-s", "--selection", metavar="KEY", default="hidden_states",
-        help="whose use counts, as in run_downstream.py (default: hidden_states)",
+        "-s", "--selection", metavar="KEY",
+        help="what of -u counts as used, as in run_downstream.py (default: hidden_states)",
     )  # fmt: skip
     parser.add_argument(
         "--librispeech", metavar="DIR", type=Path, help="read the lengths from LibriSpeech"
@@ -45,6 +45,12 @@ def main(args: argparse.Namespace) -> int:
 
     if (args.package is None) == (args.upstream is None):
         raise SetupError("name a package's folder, or an upstream with -u NAME: one of the two")
+    for option, given in (("-k", args.ckpt), ("-s", args.selection)):
+        if args.package is not None and given is not None:
+            raise SetupError(f"{option} goes with -u; a package has its own model.pt and keys")
+    selection = args.selection or "hidden_states"
+    if args.output is not None:
+        check_report(args.output)  # before minutes of counting
     lengths = librispeech_lengths(args.librispeech) if args.librispeech else LENGTHS
     if args.package is not None:
         from ..validation.process import package_cost
@@ -54,12 +60,11 @@ def main(args: argparse.Namespace) -> int:
         from ..evaluate.probe import build_upstream, check_outputs
 
         upstream = build_upstream(args.upstream, args.ckpt)
-        check_outputs(upstream([_noise()]), args.selection, args.upstream)
-        cost = measure_cost(upstream, lengths, args.selection)
+        check_outputs(upstream([_noise()]), selection, args.upstream)
+        cost = measure_cost(upstream, lengths, selection)
     print_cost(cost)
     if args.output is not None:
-        args.output.write_text(json.dumps(cost, indent=1) + "\n", encoding="utf-8")
-        print(f"wrote {args.output}")
+        write_report(args.output, cost)
     return 0
 
 
@@ -73,6 +78,32 @@ def print_cost(cost: dict) -> None:
         f"            over {cost['utterances']} utterances; "
         f"{cost['macs_products'] / 1e9:,.3f} G in matrix products and convolutions alone"
     )
+
+
+def check_report(path: Path) -> None:
+    """See that a report can be written there. Raises SetupError."""
+    if path.is_dir():
+        raise SetupError(f"cannot write {path}: it is a folder; give the name of a file")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SetupError(f"cannot write {path}: {error.strerror}") from None
+
+
+def write_report(path: Path, report: dict) -> None:
+    """Write a report as JSON, whole or not at all, and say so; an older one is replaced.
+
+    Raises:
+        SetupError: it cannot be written.
+    """
+    from ..atomic import whole_file
+
+    try:
+        with whole_file(path) as file:
+            file.write((json.dumps(report, indent=1) + "\n").encode())
+    except OSError as error:
+        raise SetupError(f"cannot write {path}: {error.strerror}") from None
+    print(f"wrote {path}")
 
 
 def _noise():

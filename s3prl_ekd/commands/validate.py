@@ -13,7 +13,6 @@ example:
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 from ..errors import SetupError
@@ -24,7 +23,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("package", metavar="DIR", type=Path)
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the report as JSON")
     parser.add_argument(
-        "--timeout", metavar="SECONDS", type=float, default=600.0, help="default: 600"
+        "--timeout",
+        metavar="SECONDS",
+        type=float,
+        default=600.0,
+        help="for all checks that run the package (default: 600)",
     )
     parser.add_argument(
         "--librispeech", metavar="DIR", type=Path, help="count MACs over LibriSpeech's own lengths"
@@ -35,9 +38,12 @@ def main(args: argparse.Namespace) -> int:
     """Print a line for each check; 1 if one failed, else 0."""
     from ..evaluate.cost import LENGTHS, librispeech_lengths
     from ..validation.process import validate
+    from .cost import check_report, write_report
 
     if not args.timeout > 0:
         raise SetupError(f"--timeout {args.timeout:g}: a number of seconds above 0 is needed")
+    if args.json is not None:
+        check_report(args.json)
     lengths = librispeech_lengths(args.librispeech) if args.librispeech else LENGTHS
     outcomes, cost = validate(args.package, lengths, args.timeout, _print)
     counts = {status: 0 for status in ("pass", "fail", "warn", "skip")}
@@ -63,8 +69,7 @@ def main(args: argparse.Namespace) -> int:
             ],
             "cost": cost,
         }
-        args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        print(f"wrote {args.json}")
+        write_report(args.json, report)
     return 1 if failed else 0
 
 

@@ -35,7 +35,8 @@ states = model([torch.rand(16000), torch.rand(8000)])["hidden_states"]  # [batch
 ```
 
 `expert.py` needs torch 1.13 or later and nothing else; `python cli.py FILE.wav` runs it on a file.
-With s3prl, `run_downstream.py --hub huggingface -u NAME` loads it from a repository.
+With s3prl and a huggingface_hub below 1.0, `run_downstream.py --hub huggingface -u NAME` loads it
+from a repository.
 
 ## Hidden states
 

@@ -98,7 +98,7 @@ def order(package: Package) -> str:
 
 def batching(package: Package) -> str:
     together = package.run(package.waves)
-    found = []
+    found, means = [], []
     for i, wave in enumerate(package.waves):
         for alone, batched in zip(package.run([wave]), together, strict=True):
             count = alone.shape[1]
@@ -107,10 +107,14 @@ def batching(package: Package) -> str:
                     f"waveform {i} alone has {count} frames, in the batch {batched.shape[1]}"
                 )
             found.append(distance(alone[0], batched[i, :count]))
+            means.append(distance(alone[0], batched[i, :count], torch.mean))
     largest = max(found)
     if largest < TOLERANCE:
         return f"the same, to {largest:.0e} deviations"
-    return f"they differ by up to {largest:.2g} deviations: padding is not without effect"
+    return (
+        f"they differ by up to {largest:.2g} deviations, {sum(means) / len(means):.2g} on average: "
+        "padding is not without effect"
+    )
 
 
 def length(seconds: float, package: Package) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -94,16 +94,17 @@ def check_frames(frames: int, samples: int, rate: int) -> None:
         )
 
 
-def distance(first: Tensor, second: Tensor) -> float:
-    """The largest difference in units of the first's deviation; infinite where not comparable."""
+def distance(first: Tensor, second: Tensor, of: Callable = torch.max) -> float:
+    """The largest difference, or ``of`` all (``torch.mean``), in units of the first's deviation;
+    infinite where not comparable."""
     if first.shape != second.shape:
         return math.inf
     if not first.numel():
         return 0.0
     first, second = first.detach().double().cpu(), second.detach().double().cpu()
     scale = first.std(unbiased=False).item() or 1.0
-    largest = ((first - second).abs().max() / scale).item()
-    return largest if math.isfinite(largest) else math.inf
+    found = (of((first - second).abs()) / scale).item()
+    return found if math.isfinite(found) else math.inf
 
 
 def told(error: BaseException, folder: Path) -> str:
