@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 import zipfile
 import zlib
+from argparse import Namespace
 from pathlib import Path
 
 from .compat import checkpoint_globals
@@ -23,6 +24,12 @@ def read_run(path: str | Path) -> dict:
     missing = [key for key in ("Step", "Args", "Config") if key not in states]
     if missing:
         raise CheckpointError(f"{path} is no checkpoint of a run: it has no {missing[0]}")
+    for key, kind, what in (("Args", Namespace, "arguments"), ("Config", dict, "configuration")):
+        if not isinstance(states[key], kind):
+            raise CheckpointError(
+                f"{path} is no checkpoint of a run: it has no {what} but a "
+                f"{type(states[key]).__name__}"
+            )
     return states
 
 

@@ -6,17 +6,18 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from .data.distortion.settings import DistortionSettings
 from .distill.settings import DistillSettings
-from .errors import ConfigError
+from .distill.student_size import check_size
 from .evaluated import check_names
 from .extends import read_extended
+from .overrides import apply_overrides, overridden  # noqa: F401 (others look for it here)
 from .schema import build, read_yaml
+from .training.fused_adamw_settings import FUSED_ADAMW, check_fused_adamw
 
 # The names that s3prl's get_optimizer knows.
 OPTIMIZERS = (
@@ -26,6 +27,7 @@ OPTIMIZERS = (
     "Adam",
     "AdamW",
     "TorchOptim",
+    FUSED_ADAMW,  # ours
 )
 
 
@@ -38,7 +40,9 @@ class DataSettings:
     ``sequence_length``: longest excerpt in samples, a random one of each longer utterance; 0 takes
     whole utterances. ``max_timestep``: as s3prl, drop utterances of that many samples or more
     (below 0: of that many or fewer). ``dev_sets``: tables to measure the loss on and not to train
-    on (ours); see ``runner.eval_step``.
+    on (ours); see ``runner.eval_step``. ``on_bad_audio`` (ours): ``error`` stops at the first file
+    that cannot be used, ``skip`` leaves such utterances out of their batches and lists them in
+    ``bad_audio.tsv``; which files these are is told in ``data/bad_audio.py``.
     """
 
     libri_root: str
@@ -49,6 +53,7 @@ class DataSettings:
     sequence_length: int = 250000
     max_timestep: int = 0
     dev_sets: tuple[str, ...] = ()
+    on_bad_audio: Literal["skip", "error"] = "error"
 
     def __post_init__(self):
         if not self.sets:
@@ -56,8 +61,8 @@ class DataSettings:
         for name in self.dev_sets:
             if name in self.sets:
                 raise ValueError(f"dev_sets names {name!r}, which sets has too: it is trained on")
-        if self.train_batch_size < 1 or self.num_workers < 0:
-            raise ValueError("train_batch_size must be 1 or more and num_workers 0 or more")
+        if self.train_batch_size < 1 or not 0 <= self.num_workers <= 1024:
+            raise ValueError("train_batch_size must be 1 or more and num_workers 0 to 1024")
         if self.sequence_length != 0 and self.sequence_length < 400:
             raise ValueError(
                 f"sequence_length is {self.sequence_length} samples; use 0 (whole utterances) or "
@@ -73,6 +78,9 @@ class RunSettings:
     writings of ``last.ckpt``; 0 leaves it to ``save_step`` and to what interrupts the run.
     ``eval_step``: updates between two looks at ``dev_sets``; None takes ``save_step``.
     ``max_nonfinite``: updates in a row that may be skipped because loss or gradient is not finite.
+    ``bf16``: the student in bfloat16 where that is safe (autocast, on a CUDA device); targets and
+    loss stay float32. ``compile``: the student through ``torch.compile``. ``recompute``: activation
+    checkpointing, less memory for a second forward of the student.
     """
 
     total_steps: int
@@ -86,6 +94,9 @@ class RunSettings:
     last_minutes: float = 15.0
     eval_step: int | None = None
     max_nonfinite: int = 20
+    bf16: bool = False
+    compile: bool = False
+    recompute: bool = False
 
     def __post_init__(self):
         for name in (
@@ -100,6 +111,8 @@ class RunSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; 1 or more is allowed")
+        if self.fp16 and self.bf16:
+            raise ValueError("fp16 and bf16 are both true; choose one")
         if self.last_minutes < 0:
             raise ValueError(f"last_minutes is {self.last_minutes}; 0 or more is allowed")
         if self.n_epochs > 0:
@@ -143,12 +156,17 @@ class RunnerFile:
             raise ValueError(
                 f"optimizer.name is {self.optimizer['name']!r}; use one of: {', '.join(OPTIMIZERS)}"
             )
+        if self.optimizer["name"] == FUSED_ADAMW:
+            check_fused_adamw(self.optimizer)
         for key, value in self.optimizer.items():
             if key not in ("name", "torch_optim_name") and isinstance(value, str):
                 raise ValueError(
                     f"optimizer.{key} is the text {value!r}; a number is expected, with a point: "
                     "2.e-4 and not 2e-4"
                 )
+        rate = self.optimizer["lr"]
+        if type(rate) not in (int, float) or rate <= 0:
+            raise ValueError(f"optimizer.lr is {rate!r}; a number above 0 is expected")
 
 
 @dataclass(frozen=True)
@@ -157,6 +175,10 @@ class ModelFile(DistillSettings):
 
     distortion: DistortionSettings = field(default_factory=DistortionSettings)
 
+    def __post_init__(self):
+        super().__post_init__()
+        check_size(self.student)
+
 
 def load_model_config(source: str | Path | dict) -> ModelFile:
     """Check a model config: a YAML path (it may extend another), or the dict of a checkpoint.
@@ -164,7 +186,7 @@ def load_model_config(source: str | Path | dict) -> ModelFile:
     Raises:
         ConfigError: naming the file and the YAML path of the first thing that is not valid.
     """
-    if isinstance(source, dict):
+    if not isinstance(source, (str, Path)):
         return build(ModelFile, source, "the checkpoint's Upstream_Config")
     return build(ModelFile, read_extended(source), str(source))
 
@@ -194,44 +216,3 @@ def check_runner_config(data: dict, where: str) -> RunnerFile:
 def load_data_config(datarc: dict) -> DataSettings:
     """Check ``pretrain_expert.datarc`` alone, for runs started by s3prl's plain script."""
     return build(DataSettings, datarc, "pretrain_expert.datarc")
-
-
-def apply_overrides(data: dict, overrides: str) -> dict:
-    """s3prl's ``-o "config.a.b=1,,config.c='x'"`` on a copy of ``data``, literals only.
-
-    s3prl evaluates the values itself later; this look ahead reads numbers, texts and lists.
-    ``args.*`` overrides are none of the config's business and passed over.
-    """
-    import ast
-
-    data = copy.deepcopy(data)
-    for option in overrides.split(",,"):
-        key, equals, text = option.strip().partition("=")
-        if not equals or "=" in text:
-            raise ConfigError(
-                f"-o {option.strip()!r}: write config.KEY.KEY=VALUE, several joined by ,, "
-                "(s3prl allows no other = sign)"
-            )
-        first, *path = key.strip().split(".")
-        if first not in ("args", "config"):
-            raise ConfigError(f"-o {key.strip()!r}: the key must start with config. or args.")
-        if first == "args" or not path:
-            continue
-        try:
-            value = ast.literal_eval(text.strip())
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
-            value = text.strip()
-        target = data
-        for name in path[:-1]:
-            target = target.setdefault(name, {})
-            if not isinstance(target, dict):
-                raise ConfigError(f"-o {key.strip()!r}: {name} is not a mapping")
-        target[path[-1]] = value
-    return data
-
-
-def overridden(overrides: str | None) -> frozenset[str]:
-    """The keys of the config that ``-o`` sets, without ``config.``; see :func:`apply_overrides`."""
-    options = (overrides or "").split(",,")
-    keys = (option.partition("=")[0].strip() for option in options)
-    return frozenset(key.removeprefix("config.") for key in keys if key.startswith("config."))

@@ -9,8 +9,9 @@ import os
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
-from . import noisy_run, voxceleb1_cache
+from . import no_eval, noisy_run, trust, voxceleb1_cache
 from .arguments import (
     INIT_HINT,
     make_folder,
@@ -22,10 +23,12 @@ from .arguments import (
     without,
 )
 from .checkpoints import read_run
+from .compat import checkpoint_globals
 from .config import apply_overrides
 from .errors import CheckpointError, ConfigError, SetupError
 from .evaluated import check_names
 from .recipes import RECIPES, missing_paths
+from .safe_load import safe_load
 from .schema import read_yaml
 
 logger = logging.getLogger(__name__)
@@ -47,13 +50,17 @@ def prepare_downstream(argv: list[str]) -> list[str]:
         word.replace("--local-rank", "--local_rank", 1) if word.startswith("--local-rank") else word
         for word in argv
     ]
-    noise, argv = noisy_run.split_arguments(argv)
+    noise, argv = noisy_run.split_arguments(trust.take(argv))
+    no_eval.guard()
+    trust.restrict_torch()
     args = options(argv, "mtoeicdvuknpas", flags="a", long=("device", "local_rank"))
     if noise is not None:
         noisy_run.check(noise, args.m)
     voxceleb1_cache.guard()  # whatever -d says: with -e the task is in the checkpoint
     if args.i and not Path(args.i).is_file():
         raise CheckpointError(f"-i {args.i}: there is no such checkpoint")
+    if args.i:
+        safe_load(args.i, "checkpoint", allow=checkpoint_globals())
     _check_student(args)
     resume = resume_from(args, ROOT)
     expdir = run_folder(args, ROOT)
@@ -63,6 +70,7 @@ def prepare_downstream(argv: list[str]) -> list[str]:
         argv += ["-e", str(resume)]
     elif args.m is not None:
         _check_new(args)
+        _check_upstream(args.u, args.k, _model_config(argv))
     if noise is not None:
         argv = noisy_run.with_folder(argv, noise, expdir, override_text(args)) + noise.words
     # torchrun tells the rank by the environment, s3prl's script reads it from the arguments.
@@ -122,12 +130,52 @@ def _check_student(args: argparse.Namespace) -> None:
             raise CheckpointError(f"-s {WITH_HEADS}: {args.k} has none, {problem}")
 
 
+def _check_upstream(name: Any, checkpoint: Any, config: Any) -> None:
+    """The files that s3prl is about to make the upstream of: data, and nothing that would run."""
+    for path in (checkpoint, config):
+        if path is not None and not isinstance(path, str):
+            raise CheckpointError(f"the upstream {str(name)[:60]!r} has no path but {path!r:.60}")
+    if config and Path(config).exists():
+        read_yaml(config)
+    if not checkpoint or not Path(checkpoint).exists() or Path(checkpoint).is_dir():
+        return  # s3prl's business: a URL, an identifier, a folder
+    if str(name).startswith("ekd_student"):
+        from .export.student_file import load_student
+
+        load_student(checkpoint)
+    else:
+        from .teacher_sources.checkpoint_files import check_upstream_file
+
+        check_upstream_file(Path(checkpoint))
+
+
+def _model_config(argv: list[str]) -> str | None:
+    """What ``-g`` says, which has another long name here than in run_pretrain.py."""
+    args = options(argv, "g", long=("upstream_model_config",))
+    return args.g or args.upstream_model_config
+
+
 def _check_run(path: Path, override: str | None) -> Path:
     """A checkpoint that s3prl is about to read and to build a model from; returns its run's folder,
     which s3prl will write to."""
     states = read_run(path)
     if "Downstream" not in states:
         raise CheckpointError(f"-e {path} is no checkpoint of run_downstream.py")
+    args = states["Args"]
+    if not isinstance(getattr(args, "expdir", None), str):
+        raise CheckpointError(f"-e {path} does not say which folder it is of")
+    for name, plain in (("hub", "torch"), ("from_hf_hub", False), ("push_to_hf_hub", False)):
+        # s3prl would take these from the file, run code of the hub, and upload the run.
+        if getattr(args, name, plain) not in (plain, str(plain)) and not trust.trusted():
+            raise CheckpointError(
+                f"-e {path} is of a run with --{name} {str(getattr(args, name))[:40]!r}; if you "
+                f"trust who made it, add {trust.OPTION}"
+            )
+    _check_upstream(
+        getattr(args, "upstream", None),
+        getattr(args, "upstream_ckpt", None),
+        getattr(args, "upstream_model_config", None),
+    )
     config = apply_overrides(states["Config"], override) if override else states["Config"]
     check_names(config, f"the config in {path}")
     return Path(states["Args"].expdir)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from typing import NoReturn
 
+from . import torchrun
+
 
 class EkdError(Exception):
     """Something the user can mend. The message is one sentence that says what, where and how.
@@ -36,7 +38,8 @@ class SetupError(EkdError):
 
 def exit_with(error: EkdError) -> NoReturn:
     """Print the sentence of ``error`` to stderr and leave with exit code 2."""
-    print(f"error: {error}", file=sys.stderr)
+    number = torchrun.rank()
+    print(f"error{f' (process {number})' if number else ''}: {error}", file=sys.stderr)
     raise SystemExit(2)
 
 

@@ -38,14 +38,14 @@ def read_extended(path: str | Path) -> dict[str, Any]:
     chosen = data.get("teachers")
     if isinstance(chosen, list):
         data["teachers"] = _choose(base.get("teachers"), chosen, path)
-        base.pop("teachers")
+        base.pop("teachers", None)
     return merge(base, data)
 
 
 def _choose(teachers: Any, names: list, path: Path) -> dict:
     known = teachers if isinstance(teachers, dict) else {}
     for name in names:
-        if name not in known:
+        if not isinstance(name, str) or name not in known:
             raise ConfigError(
                 f"{path}.teachers: the file it extends has no teacher {name!r}; "
                 f"it has: {', '.join(map(str, known)) or 'none'}"

@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 
+from . import torchrun
 from .arguments import INIT_HINT, options
 from .errors import EkdError, exit_with
 from .quiet import quiet_s3prl
@@ -47,7 +48,8 @@ def _launch(
     prepare: Callable[[list[str]], list[str]],
     main: Callable[[ModuleType, list[str]], None],
 ) -> int:
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    level = logging.WARNING if torchrun.rank() else logging.INFO  # one of several processes speaks
+    logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
     quiet_s3prl()
     argv = sys.argv[1:]
     try:

@@ -18,10 +18,11 @@ from .errors import CheckpointError, DataError, SetupError
 
 compat.apply()
 
-from .config import load_data_config, load_model_config  # noqa: E402
+from .config import RunSettings, load_data_config, load_model_config  # noqa: E402
 from .data.batches import Batch, train_loader  # noqa: E402
 from .distill.distiller import EnsembleDistiller  # noqa: E402
 from .distill.initialisation import initialise  # noqa: E402
+from .distill.recompute import recompute  # noqa: E402
 from .distill.settings import StudentSettings  # noqa: E402
 from .distill.student import Student  # noqa: E402
 from .distill.teachers import check_names  # noqa: E402
@@ -30,8 +31,14 @@ from .export.student_file import RUN_KEY, contents  # noqa: E402
 from .schema import build, plain  # noqa: E402
 from .teacher_sources import load_teachers, teacher_model  # noqa: E402
 from .training.changes import described, differences  # noqa: E402
+from .training.parallel import Steps  # noqa: E402
 
 logger = logging.getLogger(__name__)
+
+MULTI_GPU = (
+    "--multi_gpu (DataParallel) does not work with ekd; for several GPUs leave it out and type: "
+    "torchrun --standalone --nproc_per_node=gpu -m s3prl_ekd run_pretrain.py -u ekd -n NAME"
+)
 
 
 class UpstreamPretrainExpert(nn.Module):
@@ -50,7 +57,7 @@ class UpstreamPretrainExpert(nn.Module):
     def __init__(self, datarc, upstream_config, device="cuda", multi_gpu=False, **kwargs):
         super().__init__()
         if multi_gpu:
-            raise SetupError("--multi_gpu (DataParallel) does not work with ekd: leave it out")
+            raise SetupError(MULTI_GPU)
         self.device = device
         self.settings = load_model_config(upstream_config)
         check_names(self.settings.teachers)
@@ -61,7 +68,13 @@ class UpstreamPretrainExpert(nn.Module):
         self.dev_dataloader = None
         if self.data.dev_sets:
             self.dev_dataloader = self._loader(self.data.dev_sets, shuffle=False)
-        teachers = load_teachers(self.settings.teachers, self.settings.teacher_dropout)
+        teachers = load_teachers(
+            self.settings.teachers,
+            self.settings.teacher_dropout,
+            self.settings.teacher_path,
+            self.settings.teacher_precision,
+            self.settings.teacher_compile,
+        )
         units = self.settings.essence.units
         self.distiller = EnsembleDistiller(
             teachers, student, self.settings, load_units(units) if units else None
@@ -70,12 +83,21 @@ class UpstreamPretrainExpert(nn.Module):
         if init.sources:
             models = [teacher_model(teachers, name) for name in init.sources]
             initialise(student, models, conv=init.conv, encoder=init.encoder, layers=init.layers)
+        self.steps = Steps(self.distiller)
         self._report()
 
     @property
     def model(self) -> nn.Module:
         """What the Runner optimises and clips: the student and its heads, no teacher."""
         return self.distiller.trainable
+
+    def prepare(self, run: RunSettings) -> None:
+        """What the run's settings ask of the student before the first step."""
+        student = self.distiller.student
+        if run.recompute:
+            recompute(student)
+        if run.compile:
+            student.compile(dynamic=True)
 
     @property
     def batches_learned(self) -> int:
@@ -97,6 +119,7 @@ class UpstreamPretrainExpert(nn.Module):
             distortion=self.settings.distortion,
             seed=self.seed,
             shuffle=shuffle,
+            skip_bad=self.data.on_bad_audio == "skip",
         )
 
     def _report(self) -> None:
@@ -141,20 +164,20 @@ class UpstreamPretrainExpert(nn.Module):
     ) -> tuple[Tensor, Mapping[str, list]]:
         """The loss of one batch; what is to be logged is appended to ``records``.
 
+        Our Runner keeps the list of bad audio and hands over batches that are not empty; s3prl's
+        knows nothing of either, so what a batch still tells is told here.
+
         Raises:
             DataError: an utterance of the batch could not be read.
         """
         if data.problem:
             raise DataError(data.problem)
-        teacher_waves = data.teacher_waves
-        loss, parts = self.distiller(
-            data.waves.to(self.device),
-            data.lengths.to(self.device),
-            None if teacher_waves is None else teacher_waves.to(self.device),
-            step=global_step,
-            detail=global_step % log_step == 0,
-        )
-        records["loss_mean"].append(loss.detach())
+        for bad in data.bad:
+            logger.warning("left out %s: %s", bad.path, bad.reason)
+        detail = global_step % log_step == 0
+        loss, parts = self.steps(data, self.device, step=global_step, detail=detail)
+        if data.names:
+            records["loss_mean"].append(loss.detach())
         for name, value in parts.items():
             records[name].append(value)  # tensors: reading one here would wait for the device
         return loss, records

@@ -13,6 +13,7 @@ from types import ModuleType
 
 import yaml
 
+from . import no_eval, torchrun, trust
 from .arguments import (
     INIT_HINT,
     check_device,
@@ -33,9 +34,11 @@ from .config import (
     overridden,
 )
 from .errors import CheckpointError, SetupError
+from .evaluated import check_names
 from .schema import plain, read_yaml
 from .training.changes import check_changes, check_same, described, differences
 from .training.lock import FolderLock
+from .training.processes import leave
 
 logger = logging.getLogger(__name__)
 
@@ -48,22 +51,39 @@ def prepare(argv: list[str]) -> list[str]:
     Raises:
         EkdError: one sentence for what the user can mend, before anything heavy is loaded.
     """
+    argv = trust.take(argv)
+    no_eval.guard()
+    trust.restrict_torch()
     args = options(argv, "euncgpoa", flags="a", long=("device", "multi_gpu"))
     if not Path("pretrain").is_dir():
         raise SetupError(f"nothing is set up in this folder (no pretrain/ekd); {INIT_HINT}")
     if args.u == "ekd" and not Path("pretrain/ekd").is_dir():
         raise SetupError(f"ekd is not set up in this folder (no pretrain/ekd); {INIT_HINT}")
     if args.u not in (None, "ekd"):
+        if torchrun.several():
+            raise SetupError(
+                f"s3prl's own Runner, which -u {args.u} has, does not join processes, each would "
+                "train a model of its own; start it without torchrun"
+            )
+        _check_files(args)
         return with_device(argv, args.device)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise SetupError(
-            "s3prl's pretraining Runner does not join processes, each would train a student of its "
-            "own; start it without torchrun"
-        )
     if args.p and not args.n:
         argv = [*argv, "-n", Path(args.p).name]  # s3prl insists on a name beside a folder
     resume = resume_from(args, ROOT)
     return _resumed(argv, args, resume) if resume else _new(argv, args)
+
+
+def _check_files(args: argparse.Namespace) -> None:
+    """The files of another method of s3prl: data, and nothing that would run."""
+    config = {}
+    for path in filter(None, (args.g, args.c)):
+        config = read_yaml(path)
+    resume = resume_from(args, ROOT)
+    if resume:
+        config = read_run(resume)["Config"]
+    if override_text(args):
+        config = apply_overrides(config, args.o)
+    check_names(config, str(resume or args.c))
 
 
 def _new(argv: list[str], args: argparse.Namespace) -> list[str]:
@@ -90,6 +110,8 @@ def _resumed(argv: list[str], args: argparse.Namespace, path: Path) -> list[str]
     states = read_run(path)
     if "Upstream_Config" not in states:
         raise CheckpointError(f"{path} is no checkpoint of run_pretrain.py -u ekd")
+    if getattr(states["Args"], "upstream", None) != "ekd":
+        raise CheckpointError(f"{path} is of a run with another method than ekd")
     check_whole(path)
     logger.info("resume from %s at step %s", path, states["Step"])
     _check_config(args, states, path)
@@ -138,13 +160,18 @@ def main(script: ModuleType, argv: list[str]) -> None:
     typed = options(argv, "euncgpo", long=("device",))
     seen: dict[str, argparse.Namespace] = {}
     with contextlib.ExitStack() as stack:
-        if typed.u == "ekd" and not typed.e:
+        if typed.u == "ekd" and not typed.e and torchrun.rank() == 0:
             # Before s3prl copies the configs there.
             stack.enter_context(FolderLock(run_folder(typed, ROOT)))
         stack.enter_context(_around_s3prls(script, typed, seen, stack))
+        if torchrun.rank():  # s3prl's scripts print; one of several processes is enough
+            stack.enter_context(
+                contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w")))
+            )
         script.main()
+    leave()
     args = seen["args"]
-    if args.upstream == "ekd":
+    if args.upstream == "ekd" and torchrun.rank() == 0:
         folder = shlex.quote(str(args.expdir))
         print(
             f"\ndone: the student is in {args.expdir}; next:\n"
@@ -174,14 +201,14 @@ def _around_s3prls(
                 override(typed.o, args, config)
             if typed.device:
                 args.device = typed.device
-        elif args.upstream == "ekd":
+        elif args.upstream == "ekd" and torchrun.rank() == 0:
             _write_whole_config(args)
         args.override = None  # or the next resume would take it for new
         seen["args"] = args
         if args.upstream == "ekd":
             from .runner import extended
 
-            if typed.e:
+            if typed.e and torchrun.rank() == 0:
                 make_folder(Path(args.expdir))
                 stack.enter_context(FolderLock(args.expdir))
             script.Runner = extended(runner, overridden(override_text(typed)))

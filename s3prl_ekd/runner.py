@@ -7,6 +7,7 @@ and resumed ends with the weights of one which was not, bit for bit on one kind 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import shlex
@@ -18,24 +19,23 @@ from collections.abc import Iterator
 import torch
 from tqdm import tqdm
 
-from .checkpoints import read_run
+from .checkpoints import newest, read_run
 from .config import check_runner_config
 from .data.batches import Batch
+from .errors import SetupError
+from .training.bad_audio_list import BadAudioList, UsableBatches
 from .training.dev import dev_loss
+from .training.make_updater import make_updater
 from .training.memory import memory_explained, workers_explained
-from .training.processes import Processes
+from .training.precision import autocast
+from .training.processes import Processes, join, lost_another, mean_records
 from .training.progress import KEY
 from .training.random_state import random_states
-from .training.resume import (
-    resume_optimizer,
-    resume_random,
-    resume_scheduler,
-    resumed_progress,
-)
+from .training.resume import resume_random, resumed_progress
 from .training.saves import RunSaves, SaveError
-from .training.scalars import ScalarWriter
-from .training.signals import StopSignals
-from .training.update import NotFiniteError, Update, Updater, not_finite
+from .training.scalars import NoWriter, ScalarWriter
+from .training.signals import StopSignals, exit_code
+from .training.update import NotFiniteError, Update, not_finite
 
 logger = logging.getLogger(__name__)
 
@@ -76,42 +76,45 @@ class EkdRunner:
         self.args, self.config = args, config
         self.settings = check_runner_config(config, "the config of the run").runner
         self.device = str(args.device)
-        self.processes = Processes()
+        self.processes = join(self.device)
         self.hint = f"go on with: {resume_command(args)}"
         self.saves = RunSaves(args.expdir, self.settings.max_keep, self.hint)
         self.init_ckpt = read_run(args.init_ckpt) if args.init_ckpt else {}
         self.upstream = self._get_upstream()
+        self.upstream.prepare(self.settings)
         where = str(args.init_ckpt)
-        self.progress = resumed_progress(self.init_ckpt, where, self.upstream, self.typed)
-        resumed = bool(self.init_ckpt)
-        self.logger = ScalarWriter(args.expdir, self.progress.step if resumed else None)
-        if resumed and self.processes.writer:
-            self.saves.tidy(self.progress.step)
-        self.updater = self._updater()
+        self.progress = resumed_progress(
+            self.init_ckpt, where, self.upstream, self.typed, self.processes
+        )
+        self.bad, self.logger = self._bad_audio(where), NoWriter()
+        if self.processes.writer:
+            self.logger = ScalarWriter(args.expdir, self.progress.step if self.init_ckpt else None)
+            if self.init_ckpt:
+                self.saves.tidy(self.progress.step)
+        if self.processes.count > 1:
+            self._share()
+        self.autocast = autocast(self.settings, self.device)
+        states, self.init_ckpt = self.init_ckpt, {}  # s3prl would load them in its own way
+        self.updater = make_updater(self, states)
         # Last: whatever was drawn while all this was made is forgotten.
-        resume_random(self.init_ckpt, where, self.processes, self.device)
-        self.init_ckpt = {}
+        if not resume_random(states, where, self.processes, self.device):
+            self.processes.own_random_numbers(args.seed)
 
-    def _updater(self) -> Updater:
-        run = self.settings
-        half = run.fp16 and self.device.startswith("cuda")
-        if run.fp16 and not half:
-            logger.warning("runner.fp16 needs a CUDA device: training in float32")
-        self.autocast = torch.autocast("cuda", dtype=torch.float16, enabled=half)
-        scaler = torch.amp.GradScaler("cuda", enabled=half)
-        if self.progress.scaler:
-            scaler.load_state_dict(self.progress.scaler)
-        model, states = self.upstream.model, self.init_ckpt
-        self.init_ckpt = {}  # s3prl would load the states in its own way
-        optimizer = self._get_optimizer([model])
-        if states:
-            resume_optimizer(optimizer, states, self.args.init_ckpt)
-        scheduler = self._get_scheduler(optimizer) if self.config.get("scheduler") else None
-        if states and scheduler is not None:
-            resume_scheduler(scheduler, optimizer, self.progress.step)
-        self.init_ckpt = states
-        clipping, each = run.gradient_clipping, run.gradient_accumulate_steps
-        return Updater(model, optimizer, scheduler, scaler, clipping, each)
+    def _bad_audio(self, where: str) -> BadAudioList:
+        """One process has the list so far; each adds what it finds."""
+        if not self.processes.writer:
+            return BadAudioList(self.args.expdir, [])
+        loaders = (self.upstream.dataloader, self.upstream.dev_dataloader)
+        datasets = [loader.dataset for loader in loaders if loader is not None]
+        listed = self.init_ckpt.get(KEY, {}).get("bad_audio")
+        return BadAudioList(self.args.expdir, datasets, listed, where)
+
+    def _share(self) -> None:
+        """Several processes: gradients are averaged, the dev tables dealt out."""
+        self.upstream.steps.share(self.device)
+        if self.upstream.dev_dataloader is not None:
+            sampler = self.upstream.dev_dataloader.sampler
+            sampler.rank, sampler.processes = self.processes.rank, self.processes.count
 
     # Training
 
@@ -124,14 +127,23 @@ class EkdRunner:
         """
         run, place = self.settings, self.progress
         self.upstream.train()
-        size = self.upstream.data.train_batch_size * run.gradient_accumulate_steps
-        print(f"[Runner] - Accumulated batch size: {size}")
-        passes = run.total_steps * run.gradient_accumulate_steps / place.batches
-        print(f"[Runner] - Training for {run.total_steps} steps, {passes:.1f} passes over the data")
+        batches = run.gradient_accumulate_steps * self.processes.count
+        size = self.upstream.data.train_batch_size * batches
+        passes = run.total_steps * batches / place.batches
+        if self.processes.writer:
+            print(f"[Runner] - Accumulated batch size: {size}")
+            print(f"[Runner] - Training for {run.total_steps} steps, {passes:.1f} passes")
         self._between_updates()
         self._saved_step, self._saved_at = place.step, time.monotonic()
-        bar = tqdm(total=run.total_steps, initial=place.step, dynamic_ncols=True, desc="overall")
-        with bar, StopSignals() as stop, workers_explained(self.hint):
+        quiet = not self.processes.writer
+        bar = tqdm(
+            total=run.total_steps,
+            initial=place.step,
+            dynamic_ncols=True,
+            desc="overall",
+            disable=quiet,
+        )
+        with bar, StopSignals(quiet) as stop, workers_explained(self.hint):
             try:
                 batches = self._batches()
                 while place.step < run.total_steps:
@@ -139,30 +151,51 @@ class EkdRunner:
                     bar.update()
             except (SaveError, NotFiniteError):
                 raise
-            except Exception:
+            except Exception as error:
                 self._rescue()
+                if self.processes.count > 1 and lost_another(error):
+                    raise SetupError(
+                        f"another process of this run has ended after step {place.step}, its own "
+                        f"message says why; {self.hint}"
+                    ) from None
                 raise
             finally:
                 self.logger.flush()
-        if place.skipped:
+                if self.processes.writer:
+                    self.bad.write()
+        if place.skipped and self.processes.writer:
             logger.warning("%d updates of this run were skipped: not finite", place.skipped)
 
     def _batches(self) -> Iterator[Batch]:
-        """Batch after batch, pass after pass. What was used before a resume is not read again."""
+        """Batch after batch, pass after pass. What was used before a resume is not read again.
+
+        A batch of bad audio only is passed over, but counted: the place in the data is of batches
+        as the sampler gives them. Of several processes each takes part in each step, with an empty
+        batch too.
+        """
+        count, unusable = self.processes.count, 0
         while True:
             for batch in self.upstream.get_train_dataloader():
-                self._batch += self.processes.count
-                yield batch
-            self._epoch, self._batch = self._epoch + 1, 0
+                self.bad.found(batch.bad, self._epoch)
+                passes, self._batch = divmod(self._batch + count, self.progress.batches)
+                self._epoch += passes
+                unusable = 0 if batch.names else unusable + 1
+                if unusable >= self.progress.batches:
+                    raise self.bad.nothing_left("the data")
+                if batch.names or count > 1:
+                    yield batch._replace(bad=())
 
     def _update(self, batches: Iterator[Batch]) -> Update:
         """The batches of one update, and the update."""
         step, every = self.progress.step + 1, self.settings.log_step
         self.updater.begin()
         self._new = defaultdict(list)
-        for _ in range(self.settings.gradient_accumulate_steps):
+        left = self.settings.gradient_accumulate_steps
+        while left:
+            left -= 1
             batch = next(batches)
-            with memory_explained(step, batch, self.device, self.hint):
+            own = self.upstream.steps.own_gradients() if left else contextlib.nullcontext()
+            with own, memory_explained(step, batch, self.device, self.hint):
                 with self.autocast:
                     loss, _ = self.upstream(batch, self._new, global_step=step, log_step=every)
                 self.updater.backward(loss, batch)
@@ -184,18 +217,24 @@ class EkdRunner:
         if measured and (place.step % (run.eval_step or run.save_step) == 0 or last):
             self._measure()
         minutes = (time.monotonic() - self._saved_at) / 60
-        stopping = self.processes.any(stop.received is not None) and not last
+        received = self.processes.first(stop.received and stop.received.name)
+        stopping = received is not None and not last
         if place.step % run.save_step == 0 or last:
-            path = self.saves.numbered(self._states(), place.step)
-            tqdm.write(f"[Runner] - Save the checkpoint to: {path}")
+            states = self._states()
+            if self.processes.writer:
+                path = self.saves.numbered(states, place.step)
+                tqdm.write(f"[Runner] - Save the checkpoint to: {path}")
             self._saved_step, self._saved_at = place.step, time.monotonic()
         elif stopping or self.processes.any(0 < run.last_minutes <= minutes):
-            self.saves.last(self._states())
+            states = self._states()
+            if self.processes.writer:
+                self.saves.last(states)
             self._saved_step, self._saved_at = place.step, time.monotonic()
         if stopping:
-            said = f"stopped by {stop.received.name} at step {place.step} of {run.total_steps}"
-            tqdm.write(f"{said}, all saved; {self.hint}", file=sys.stderr)
-            raise SystemExit(stop.exit_code)
+            if self.processes.writer:
+                said = f"stopped by {received} at step {place.step} of {run.total_steps}"
+                tqdm.write(f"{said}, all saved; {self.hint}", file=sys.stderr)
+            raise SystemExit(exit_code(received))
 
     def _count(self, update: Update) -> None:
         """Keep what an update has to tell; stop after too many that were not made.
@@ -203,12 +242,13 @@ class EkdRunner:
         Raises:
             NotFiniteError: naming the utterances.
         """
-        place, names = self.progress, self.updater.names
+        place = self.progress
         if update.made:
             place.skipped_in_a_row = 0
             for name, values in self._new.items():
                 place.records[name] += values
             return
+        names = [name for each in self.processes.gather(self.updater.names) for name in each]
         place.skipped += 1
         place.skipped_in_a_row += 1
         level = logging.INFO if update.scaling else logging.WARNING
@@ -227,7 +267,13 @@ class EkdRunner:
     def _log(self, update: Update) -> None:
         """To TensorBoard, under s3prl's names: of this step, and means since the last point."""
         place, prefix = self.progress, f"{self.args.upstream}/train-"
-        scalars = {"loss": update.loss, "lr": self.updater.rate(), "gradient-norm": update.norm}
+        (loss,) = self.processes.sum(update.loss)
+        self._share_records()
+        scalars = {
+            "loss": loss / self.processes.count,
+            "lr": self.updater.rate(),
+            "gradient-norm": update.norm,
+        }
         if place.skipped:
             scalars["skipped"] = place.skipped
         for name, value in scalars.items():
@@ -240,14 +286,24 @@ class EkdRunner:
     def _measure(self) -> None:
         """The dev loss; the checkpoint of the lowest is kept apart."""
         place = self.progress
+        batches = UsableBatches(self.upstream.dev_dataloader, self.bad, place.epoch)
         with self.autocast:
-            loss = dev_loss(self.upstream, self.upstream.dev_dataloader, place.step, self.device)
+            mine = dev_loss(self.upstream, batches, place.step, self.device)
+        self.bad.commit()
+        total, samples = self.processes.sum(*mine)
+        if not samples:
+            raise self.bad.nothing_left("dev_sets")
+        loss = total / samples
         self.logger.add_scalar(f"{self.args.upstream}/dev-loss", loss, global_step=place.step)
         better = math.isfinite(loss) and (place.best_loss is None or loss < place.best_loss)
-        tqdm.write(f"[Runner] - dev loss {loss:.5f} at step {place.step}{', the best' * better}")
+        if self.processes.writer:
+            best = ", the best" * better
+            tqdm.write(f"[Runner] - dev loss {loss:.5f} at step {place.step}{best}")
         if better:
             place.best_loss, place.best_step = loss, place.step
-            self.saves.best(self._states())
+            states = self._states()
+            if self.processes.writer:
+                self.saves.best(states)
 
     # Saving
 
@@ -256,29 +312,63 @@ class EkdRunner:
         self._epoch, self._batch = self.progress.epoch, self.progress.batch
         self._random = random_states(self.device)
         self._learned = self.upstream.batches_learned
+        self.bad.commit()
         self._whole = True
 
-    def _states(self) -> dict:
-        """A checkpoint: s3prl's keys, the adapter's, and the Runner's own under one."""
+    def _share_records(self) -> None:
+        """The scalars since TensorBoard's last point: the same in all processes, their means."""
+        if self.processes.count > 1:
+            mine = {
+                name: torch.stack([value.float() for value in values]).tolist()
+                for name, values in self.progress.records.items()
+            }
+            means = mean_records(self.processes.gather(mine))
+            self.progress.records = defaultdict(
+                list, {name: list(torch.tensor(values)) for name, values in means.items()}
+            )
+
+    def _states(self, alone: bool = False) -> dict:
+        """A checkpoint: s3prl's keys, the adapter's, and the Runner's own under one.
+
+        Args:
+            alone: do not ask the other processes for what is theirs; they may not be there.
+        """
         self.logger.flush()  # or a killed run would lack points from before its checkpoint
+        processes = Processes() if alone else self.processes
+        if not alone:
+            self._share_records()
         self.progress.scaler = self.updater.scaler.state_dict()
         states = {
             "Optimizer": self.updater.optimizer.state_dict(),
             "Step": self.progress.step - 1,  # as s3prl counts it; the adapter adds the one
             "Args": self.args,
             "Config": self.config,
-            KEY: self.progress.packed(self.processes.gather(self._random)),
+            KEY: {
+                **self.progress.packed(processes.gather(self._random)),
+                "bad_audio": self.bad.gathered(processes.gather(self.bad.packed())),
+            },
         }
         if self.updater.scheduler is not None:
             states["Scheduler"] = self.updater.scheduler.state_dict()
         return self.upstream.add_state_to_save(states)
 
     def _rescue(self) -> None:
-        """Something failed: save the last step that is whole, if it still is."""
+        """Something failed: save the last step that is whole, if it still is.
+
+        If the process that writes is the one that is lost, the second one does it.
+        """
         learned = self.upstream.batches_learned != self._learned
         if self._saved_step == self.progress.step or not self._whole or learned:
             return
+        if self.processes.rank > 1:
+            return
         try:
-            logger.warning("saved step %d: %s", self.progress.step, self.saves.last(self._states()))
+            if not self.processes.writer:
+                time.sleep(5)
+                there = newest(self.saves.folder)
+                if there is not None and read_run(there)["Step"] >= self.progress.step:
+                    return
+            path = self.saves.last(self._states(alone=True))
+            logger.warning("saved step %d: %s", self.progress.step, path)
         except Exception as error:  # what failed is told after this, and matters more
             logger.warning("step %d could not be saved: %s", self.progress.step, error)

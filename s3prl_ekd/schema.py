@@ -15,46 +15,18 @@ import typing
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
-import yaml
-
 from .errors import ConfigError
+from .plain_files import CONTROL, MAX_DEPTH, MAX_NUMBER, read_text
+from .yaml_loader import MAX_YAML, parse_yaml
 
 T = TypeVar("T")
-
-
-class UniqueKeyLoader(yaml.SafeLoader):
-    """``yaml.SafeLoader`` that refuses a key written twice instead of keeping the last one."""
-
-    def construct_mapping(self, node, deep=False):
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if isinstance(key, str):
-                if key in seen:
-                    line = key_node.start_mark.line + 1
-                    raise ConfigError(f"the key {key!r} is written twice (line {line})")
-                seen.add(key)
-        return super().construct_mapping(node, deep)
+MAX_LIST, MAX_NAMES = 10_000, 1000
 
 
 def read_yaml(path: str | Path) -> dict:
     """Read a YAML file that holds a mapping. Raises ConfigError naming the file."""
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise ConfigError(f"cannot read the configuration {path}: {reason}") from None
-    try:
-        # A subclass of SafeLoader: it builds plain data only.
-        data = yaml.load(text, Loader=UniqueKeyLoader)
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
-    except (yaml.YAMLError, RecursionError, ValueError, TypeError) as error:
-        where = getattr(error, "problem_mark", None)
-        line = f" at line {where.line + 1}" if where else ""
-        what = getattr(error, "problem", None) or str(error) or type(error).__name__
-        raise ConfigError(f"{path} is not valid YAML{line}: {what}") from None
+    text = read_text(path, "configuration", ConfigError, MAX_YAML)
+    data = parse_yaml(text, str(path))
     if not isinstance(data, dict):
         raise ConfigError(f"{path} holds no settings: a mapping of keys to values is expected")
     return data
@@ -82,7 +54,7 @@ def plain(value: Any) -> Any:
 
 def _convert(kind: Any, data: Any, where: str) -> Any:
     if kind is Any:
-        return data
+        return _any(data, where)
     origin = typing.get_origin(kind)
     if dataclasses.is_dataclass(kind):
         return _dataclass(kind, data, where)
@@ -99,16 +71,42 @@ def _convert(kind: Any, data: Any, where: str) -> Any:
         (item, _) = typing.get_args(kind)
         if not isinstance(data, (list, tuple)):
             raise ConfigError(f"{where}: a list is expected, not {_show(data)}")
+        if len(data) > MAX_LIST:
+            raise ConfigError(f"{where}: a list of {len(data)} values; {MAX_LIST} are allowed")
         return tuple(_convert(item, value, f"{where}[{i}]") for i, value in enumerate(data))
     if origin is dict:
         if not isinstance(data, dict):
             raise ConfigError(f"{where}: a mapping is expected, not {_show(data)}")
         item = typing.get_args(kind)[1]
-        for key in data:
-            if not isinstance(key, str):
-                raise ConfigError(f"{where}: the name {_show(key)} must be text; put it in quotes")
+        if len(data) > MAX_NAMES:
+            raise ConfigError(f"{where}: a mapping of {len(data)} names; {MAX_NAMES} are allowed")
+        _check_names(data, where)
         return {key: _convert(item, value, f"{where}.{key}") for key, value in data.items()}
     return _scalar(kind, data, where)
+
+
+def _check_names(data: dict, where: str) -> None:
+    for key in data:
+        if not isinstance(key, str):
+            raise ConfigError(f"{where}: the name {_show(key)} must be text; put it in quotes")
+        if CONTROL.search(key):
+            raise ConfigError(f"{where}: the name {_show(key)} has a control character in it")
+
+
+def _any(data: Any, where: str, depth: int = 0) -> Any:
+    """What a setting of any type may be: plain data, its numbers finite, its names text."""
+    if depth > MAX_DEPTH:
+        raise ConfigError(f"{where}: it is nested more than {MAX_DEPTH} deep")
+    if isinstance(data, dict):
+        _check_names(data, where)
+        return {key: _any(value, f"{where}.{key}", depth + 1) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [_any(value, f"{where}[{i}]", depth + 1) for i, value in enumerate(data)]
+    if data is None:
+        return None
+    if type(data) not in (bool, int, float, str):
+        raise ConfigError(f"{where}: a number, text or list is expected, not {_show(data)}")
+    return _scalar(type(data), data, where)
 
 
 def _dataclass(kind: Any, data: Any, where: str) -> Any:
@@ -152,15 +150,23 @@ def _scalar(kind: type, data: Any, where: str) -> Any:
             data = float(data)
         except ValueError:
             pass
+    if type(data) is int and not -MAX_NUMBER <= data < MAX_NUMBER:
+        raise ConfigError(f"{where}: a number of at most 64 bits is expected, not {_show(data)}")
     if kind is float and type(data) is int:
         data = float(data)
     if type(data) is not kind:
         raise ConfigError(f"{where}: {names[kind]} is expected, not {_show(data)}")
     if kind is float and not math.isfinite(data):
         raise ConfigError(f"{where}: a finite number is expected, not {_show(data)}")
+    if kind is str and CONTROL.search(data):
+        raise ConfigError(f"{where}: {_show(data)} has a line break or a control character in it")
     return data
 
 
 def _show(value: Any) -> str:
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no number of more than 4300 digits
+        return "a number far too large"
+    text = " ".join(text.split())  # a tensor takes several lines
     return text if len(text) <= 60 else text[:57] + "..."

@@ -141,23 +141,73 @@ def test_too_short_utterances_are_counted(caplog):
         within(rows, 50, 400)
 
 
+H = "file_path,length\n"
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("", "has no column file_path"),
-        ("path,length\na.flac,5\n", "has no column file_path"),
-        ("file_path,length\n", "has no rows"),
-        ("file_path,length\na.flac,5\nb.flac,\n", "line 3: 'b.flac' with length ''"),
-        ("file_path,length\na.flac,-5\n", "line 2: 'a.flac' with length '-5'"),
-        ("file_path,length\na.flac,5.5\n", "line 2"),
-        ("file_path,length\na.flac,nan\n", "line 2"),
-        ("file_path,length\n,5\n", "line 2: '' with length '5'"),
+        ("", "line 1, has no column file_path"),
+        ("path,length\na.flac,5\n", "line 1, has no column file_path"),
+        ("file_path,label\na.flac,5\n", "line 1, has no column length"),
+        ("a.flac,5\nb.flac,6\n", "line 1, has no column file_path"),
+        ("length,file_path,length\n5,a.flac,5\n", "line 1, has more than one column length"),
+        (H, "has no rows"),
+        (H + "a.flac,5\nb.flac,\n", "line 3: 'b.flac' with length '' is not a path with a posi"),
+        (H + "a.flac,-5\n", "line 2: 'a.flac' with length '-5' is not a path with a positive"),
+        (H + "a.flac,0\n", "line 2: 'a.flac' with length '0' is not a path with a positive who"),
+        (H + "a.flac,5.5\n", "line 2: 'a.flac' with length '5.5' is not"),
+        (H + "a.flac,nan\n", "line 2: 'a.flac' with length 'nan' is not"),
+        (H + "a.flac,-inf\n", "line 2: 'a.flac' with length '-inf' is not"),
+        (H + "a.flac,1e999\n", "line 2: 'a.flac' with length '1e999' is not"),
+        (H + "a.flac,many\n", "line 2: 'a.flac' with length 'many' is not"),
+        (H + "a.flac,1382400001\n", "line 2: 'a.flac' with length '1382400001' would be longer"),
+        (H + "a.flac,1e300\n", "line 2: 'a.flac' with length '1e300' would be longer than a day"),
+        (H + ",5\n", "line 2: '' with length '5' is not a path"),
+        (H + "a.flac\n", "line 2, has 1 cells; the first line names 2"),
+        (H + "a.flac,5\nb.flac,5,6\n", "line 3, has 3 cells; the first line names 2"),
+        (H + "a, b.flac,5\n", "line 2, has 3 cells"),
+        (H + "a.flac,5\n\n./a.flac,6\n", "line 4: './a.flac' comes twice, first in line 2"),
+        (H + "a/b.flac,5\nc.flac,5\na//b.flac,5\n", "line 4: 'a//b.flac' comes twice, first in"),
+        (H + "/etc/passwd,5\n", "line 2: the path '/etc/passwd' is absolute; it must be relative"),
+        (H + "../a.flac,5\n", "line 2: the path '../a.flac' leads upwards (..); it must stay"),
+        (H + "a/../../b.flac,5\n", "line 2: the path 'a/../../b.flac' leads upwards"),
+        (H + 'a.flac,5\n"b\nb.flac",5\nc.flac,x\n', "line 5: 'c.flac' with length 'x'"),
+        (H + 'a.flac,5\n"b.flac,5\nc.flac,5\n', "line 4: unexpected end of data"),
+        (H + f"{'a' * 200_000},5\n", "line 2: field larger than field limit"),
+        (H.encode() + b"a.flac,5\n\xff.flac,5\n", "is not CSV text: line 3 is not UTF-8; make"),
+        (H.encode("utf-16"), "is not CSV text: line 1 is not UTF-8"),
+        (H + "a\0.flac,5\n", "line 2: "),
+        (b"\0" * 500, "line 1"),
+        (b"\x1f\x8b\x08" + bytes(range(256)), "is not UTF-8"),
     ],
 )
 def test_a_bad_table(tmp_path, text, said):
-    (tmp_path / "train.csv").write_text(text)
-    with pytest.raises(DataError, match=said):
-        read_table(tmp_path / "train.csv")
+    path = tmp_path / "train.csv"
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    with pytest.raises(DataError) as caught:
+        read_table(path)
+    error = str(caught.value)
+    assert said in error and str(path) in error and "\n" not in error and len(error) < 800
+
+
+def test_an_utterance_in_two_tables(tmp_path):
+    (tmp_path / "a.csv").write_text(H + "x.flac,5\ny.flac,6\n")
+    (tmp_path / "b.csv").write_text(H + "z.flac,5\n./y.flac,6\n")
+    assert [row.path for row in read_tables(tmp_path, ["a"])] == ["y.flac", "x.flac"]
+    with pytest.raises(DataError) as caught:
+        read_tables(tmp_path, ["a", "b"])
+    one, two = f"{tmp_path / 'b.csv'}, line 3: './y.flac'", f"{tmp_path / 'a.csv'}, line 3;"
+    assert one in str(caught.value) and two in str(caught.value)
+    with pytest.raises(DataError, match="comes twice"):
+        read_tables(tmp_path, ["a", "a"])
+
+
+def test_a_table_out_of_a_spreadsheet(tmp_path):
+    """A byte order mark, carriage returns, empty lines, an empty cell for a label."""
+    text = 'file_path,length,label\r\na.flac,5,\r\n\r\n"b ""c"".flac",6,\r\n'
+    (tmp_path / "t.csv").write_text(text, encoding="utf-8-sig", newline="")
+    assert read_table(tmp_path / "t.csv") == [Utterance("a.flac", 5), Utterance('b "c".flac', 6)]
 
 
 def test_a_table_as_s3prl_writes_it(tmp_path):

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from torch.utils.data import DataLoader
 
-from s3prl_ekd.data.batches import DistillationDataset, only_item, train_loader
+from s3prl_ekd.data.batches import DistillationDataset, train_loader
 from s3prl_ekd.data.distortion.pipeline import Distorter
 from s3prl_ekd.data.distortion.settings import DistortionSettings
 from s3prl_ekd.data.distortion.sources import AudioPool
@@ -159,14 +158,15 @@ def test_an_epoch_can_be_set_on_resume(corpus):
 
 @pytest.mark.parametrize("distortion", [None, DistortionSettings()])
 def test_clean_batches_are_those_of_a_plain_loader(corpus, distortion):
-    """Order and excerpts, drawn from torch's numbers as ``shuffle=True`` draws them."""
-    torch.manual_seed(3)
-    ours = list(train_loader(**options(corpus, distortion=distortion)))
+    """The waveforms of an order of their own, read without any distorter."""
+    loader = train_loader(**options(corpus, distortion=distortion))
+    ours = list(loader)
     rows = read_tables(corpus / "tables", ["train"])
     plain_data = DistillationDataset(corpus / "audio", rows, 5, 6000, 400)
-    torch.manual_seed(3)
-    loader = DataLoader(plain_data, batch_size=1, shuffle=True, collate_fn=only_item)
-    for mine, theirs in zip(ours, loader, strict=True):
+    order = [(0, index) for index in loader.sampler.order(0)]
+    assert sorted(index for _, index in order) == list(range(len(plain_data)))
+    for mine, item in zip(ours, order, strict=True):
+        theirs = plain_data[item]
         assert mine.names == theirs.names and torch.equal(mine.waves, theirs.waves)
         assert mine.teacher_waves is None and mine.problem == ""
 

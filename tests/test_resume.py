@@ -238,7 +238,7 @@ def test_a_corpus_table_that_has_changed(run, tmp_path, corpus, caplog):
     code, said = run("-u", "ekd", "-n", "x", "-a", "-o", f"{more},,{sets}")
     assert code == 0 and "beginning a new pass over them" in caplog.text
     place = latest()["EKD_Run"]
-    assert (place["epoch"], place["batch"], place["batches"]) == (3, 3, 3)
+    assert (place["epoch"], place["batch"], place["batches"]) == (4, 0, 3)
 
 
 @pytest.mark.parametrize("how", ["bit", "half", "nothing"])

@@ -49,7 +49,8 @@ class _NeverNamed:
     """Asks ``torch.load`` whether it refuses classes that nobody has named."""
 
 
-def _refuses_by_default() -> bool:
+def refuses_by_default() -> bool:
+    """Whether ``torch.load`` refuses classes that nobody has named where nothing is said."""
     import torch
 
     buffer = io.BytesIO()
@@ -88,6 +89,6 @@ TORCH_LOAD = Shim(
     ),
     since="torch 2.6",
     summary="Namespace and s3prl's schedules may be in a checkpoint, and nothing else",
-    missing=lambda: _refuses_by_default() and bool(_unnamed()),
+    missing=lambda: refuses_by_default() and bool(_unnamed()),
     apply=_name_classes,
 )

@@ -6,6 +6,7 @@ Only headers are read here (a few kilobytes a file), by soundfile: FLAC, WAV, Og
 from __future__ import annotations
 
 import os
+import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,8 +18,10 @@ from ..errors import DataError
 
 SAMPLE_RATE = 16_000  # Hz; every upstream and every recipe of s3prl works at this rate
 SUFFIXES = (".flac", ".wav", ".ogg", ".opus")
+_PIPED = 0x7FFF0000  # a program that writes to a pipe cannot know, and puts 2**31 or 2**32 or so
+_MAX_CHUNKS = 1000  # of a WAV file; a dozen kinds exist
 _CHUNK = 64  # files a thread takes at once; one at a time costs more than reading the header
-_UNKNOWN = 2**40  # libsndfile reports about 2**63 frames where a header does not say
+UNKNOWN = 2**40  # libsndfile reports about 2**63 frames where a header does not say
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,8 @@ def read_header(path: str | Path) -> AudioHeader:
     """The header of one file.
 
     Raises:
-        DataError: the file is missing, empty, not audio, or does not say how long it is.
+        DataError: the file is missing, empty, not audio, cut off (where its format tells), or does
+            not say how long it is.
     """
     path = Path(path)
     if not path.is_file():
@@ -84,18 +88,50 @@ def read_header(path: str | Path) -> AudioHeader:
     try:
         with soundfile.SoundFile(path) as file:
             header = AudioHeader(file.frames, file.samplerate, file.channels)
+            missing = missing_bytes(path, file.format)
     except (soundfile.SoundFileError, OSError) as error:
-        raise DataError(f"{path} cannot be read as audio: {_reason(error)}") from error
+        raise DataError(f"{path} cannot be read as audio: {reason_of(error)}") from error
     if header.frames == 0:
         raise DataError(f"{path} is empty (a header, and no samples)")
-    if header.frames >= _UNKNOWN:
+    if header.frames >= UNKNOWN:
         raise DataError(
             f"{path} does not say how long it is (written to a pipe?); convert it to FLAC again"
         )
+    if missing:
+        raise DataError(f"{path} is cut off: its last {missing} bytes are missing")
     return header
 
 
-def _reason(error: Exception) -> str:
+def missing_bytes(path: str | Path, kind: str) -> int:
+    """How many bytes a WAV file lacks of the samples that its header announces: libsndfile takes it
+    for a shorter one without a word. 0 for other formats, which have other ways to tell.
+
+    Args:
+        path: of an audio file.
+        kind: soundfile's name of its format.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    if kind not in ("WAV", "WAVEX"):
+        return 0
+    with open(path, "rb") as file:
+        if file.read(12)[:4] != b"RIFF":
+            return 0
+        for _ in range(_MAX_CHUNKS):
+            head = file.read(8)
+            if len(head) < 8:
+                break
+            name, length = struct.unpack("<4sI", head)
+            if name == b"data":
+                there = os.fstat(file.fileno()).st_size - file.tell()
+                return length - there if there < length < _PIPED else 0
+            file.seek(length + length % 2, os.SEEK_CUR)
+    return 0
+
+
+def reason_of(error: Exception) -> str:
+    """What soundfile says is wrong, without its "Error opening ...:"."""
     return str(getattr(error, "error_string", None) or error).rstrip(".")
 
 

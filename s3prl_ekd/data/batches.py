@@ -14,10 +14,11 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
 from ..errors import DataError
-from .audio import SAMPLE_RATE, read_audio
+from .audio import SAMPLE_RATE, Recording, warn_once
+from .bad_audio import ADVICE, Bad, BadAudio, too_short
 from .distortion.plan import generator
 from .distortion.settings import DistortionSettings
-from .order import EpochOrder
+from .order import EpochOrder, FixedOrder
 from .tables import Utterance, read_tables
 
 logger = logging.getLogger(__name__)
@@ -27,9 +28,10 @@ class Batch(NamedTuple):
     """``waves`` ``[batch, sample]`` at 16 kHz, zero-padded; ``lengths`` ``[batch]`` in samples;
     ``names`` the utterances' paths; ``problem`` the sentence of a file that could not be read (the
     other fields are then empty); ``teacher_waves`` what the teachers hear, of the shape of
-    ``waves``, or None where they hear the same as the student.
+    ``waves``, or None where they hear the same as the student; ``bad`` the utterances that are left
+    out because their files are bad. Where all of them are, ``names`` is empty too.
 
-    A worker process hands its problem over as data: an exception would come back as a traceback.
+    A worker process hands its problems over as data: an exception would come back as a traceback.
     """
 
     waves: Tensor
@@ -37,6 +39,7 @@ class Batch(NamedTuple):
     names: list[str]
     problem: str = ""
     teacher_waves: Tensor | None = None
+    bad: Sequence[Bad] = ()
 
 
 def bucket(rows: Sequence[Utterance], size: int) -> list[list[Utterance]]:
@@ -82,6 +85,10 @@ class DistillationDataset(Dataset):
         distortion: what is done to the waveforms; None or its setup ``clean`` does nothing.
         seed: of the excerpts and the distortions. Both follow from seed, epoch and utterance alone:
             torch's own numbers would depend on the worker and on what was drawn before.
+        skip_bad: leave utterances out whose files are bad, and say which in the batch.
+
+    Attributes:
+        left_out: utterances that are in no batch, because they are bad by their table already.
 
     Raises:
         DataError: a folder that ``distortion`` names cannot be used.
@@ -96,17 +103,22 @@ class DistillationDataset(Dataset):
         min_samples: int,
         distortion: DistortionSettings | None = None,
         seed: int = 0,
+        skip_bad: bool = False,
     ):
         self.root = Path(root)
         self.batches = bucket(rows, batch_size)
         self.sequence_length = sequence_length
         self.min_samples = min_samples
         self.seed = seed
+        self.skip_bad = skip_bad
+        self.left_out: list[Bad] = []
         self.distorter = None
         if distortion is not None and distortion.setup != "clean":
             from .distortion.pipeline import Distorter  # loads torchaudio, which no one else needs
 
             self.distorter = Distorter(distortion, seed, root, [row.path for row in rows])
+            if self.distorter.voices is not None:
+                self.distorter.voices.skip_bad = skip_bad
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -114,40 +126,60 @@ class DistillationDataset(Dataset):
     def __getitem__(self, index: int | tuple[int, int]) -> Batch:
         """Batch ``index`` (of epoch 0), or batch ``(epoch, index)``."""
         epoch, index = index if isinstance(index, tuple) else (0, index)
-        names = [row.path for row in self.batches[index]]
+        good, bad = [], []
         try:
-            pairs = [self._utterance(name, epoch) for name in names]
+            for row in self.batches[index]:
+                try:
+                    wave = self._read(row, epoch)
+                except BadAudio as error:
+                    if not self.skip_bad:
+                        raise DataError(f"{error}; {ADVICE}") from None
+                    bad.append(Bad(row.path, error.kind, error.reason))
+                else:
+                    good.append((row.path, *self._heard(wave, row.path, epoch)))
         except DataError as error:
-            empty = torch.zeros(0)
-            return Batch(empty, empty, names, str(error))
-        lengths = torch.tensor([len(wave) for wave, _ in pairs])
-        waves = pad_sequence([wave for wave, _ in pairs], batch_first=True)
-        if pairs[0][1] is None:  # the setup decides, so it is the same for the whole batch
-            return Batch(waves, lengths, names)
-        teacher_waves = pad_sequence([wave for _, wave in pairs], batch_first=True)
-        return Batch(waves, lengths, names, teacher_waves=teacher_waves)
+            names = [row.path for row in self.batches[index]]
+            return Batch(torch.zeros(0), torch.zeros(0), names, str(error))
+        if not good:
+            return Batch(torch.zeros(0), torch.zeros(0), [], bad=bad)
+        names, waves, teacher_waves = map(list, zip(*good, strict=True))
+        lengths = torch.tensor([len(wave) for wave in waves])
+        padded = pad_sequence(waves, batch_first=True)
+        if teacher_waves[0] is None:  # the setup decides, so it is the same for the whole batch
+            return Batch(padded, lengths, names, bad=bad)
+        teacher_padded = pad_sequence(teacher_waves, batch_first=True)
+        return Batch(padded, lengths, names, teacher_waves=teacher_padded, bad=bad)
 
-    def _utterance(self, name: str, epoch: int) -> tuple[Tensor, Tensor | None]:
+    def _heard(self, wave: Tensor, name: str, epoch: int) -> tuple[Tensor, Tensor | None]:
         """What the student hears of an utterance, and the teacher if it hears something else."""
-        wave = self._excerpt(self._read(name), name, epoch)
         return (wave, None) if self.distorter is None else self.distorter.pair(wave, name, epoch)
 
-    def _read(self, name: str) -> Tensor:
-        wave = read_audio(self.root / name)
-        if len(wave) < self.min_samples:
-            raise DataError(
-                f"cannot use the audio file {self.root / name}: {len(wave)} samples at "
-                f"{SAMPLE_RATE} Hz are too few for one frame ({self.min_samples}); remake the "
-                "tables with: s3prl-ekd lengths"
-            )
+    def _read(self, row: Utterance, epoch: int) -> Tensor:
+        """The utterance or, of a longer one, its excerpt in an epoch; of its file no more is read.
+
+        Raises:
+            BadAudio: see the table in :mod:`s3prl_ekd.data.bad_audio`.
+        """
+        path = self.root / row.path
+        with Recording(path) as recording:
+            length = recording.samples
+            if length < self.min_samples:
+                raise too_short(path, length, self.min_samples)
+            if abs(length - row.length) > 1:  # tables of others may round in another way
+                said = f"{path} has {length} samples at {SAMPLE_RATE} Hz, its table says"
+                warn_once("length", f"{said} {row.length}: the file's length counts")
+            wave = recording.read(*self._excerpt(length, row.path, epoch))
+            if not wave.any() and recording.is_silent():
+                raise BadAudio(path, "silent", "it is digital silence from begin to end")
         return wave
 
-    def _excerpt(self, wave: Tensor, name: str, epoch: int) -> Tensor:
-        room = len(wave) - self.sequence_length
+    def _excerpt(self, length: int, name: str, epoch: int) -> tuple[int, int]:
+        """First sample and number of samples."""
+        room = length - self.sequence_length
         if self.sequence_length == 0 or room <= 0:
-            return wave
+            return 0, length
         start = generator(self.seed, epoch, name, "excerpt").randrange(room + 1)
-        return wave[start : start + self.sequence_length]
+        return start, self.sequence_length
 
 
 def only_item(items: list[Batch]) -> Batch:
@@ -180,13 +212,15 @@ def train_loader(
     distortion: DistortionSettings | None = None,
     seed: int = 0,
     shuffle: bool = True,
+    skip_bad: bool = False,
 ) -> DataLoader:
     """A loader of :class:`Batch` over the tables, utterances bucketed by length.
 
     Each pass over it is an epoch with an order, excerpts and distortions of its own. They follow
     from ``seed`` and the epoch, whatever the number of workers and whatever else draws random
     numbers; ``loader.sampler.epoch`` and ``.position`` say where the next pass begins. With
-    ``shuffle`` off every pass is the same: batches from long to short, drawn as in epoch 0.
+    ``shuffle`` off every pass is the same: batches from long to short, drawn as in epoch 0. With
+    ``skip_bad`` a batch lacks the utterances of bad files, and may have none left.
 
     Raises:
         DataError: a table or the audio root is missing, a row is not valid, nothing is left, or
@@ -194,16 +228,22 @@ def train_loader(
     """
     if not Path(root).is_dir():
         raise DataError(f"the audio folder {root} (libri_root) does not exist")
-    rows = within(read_tables(tables, sets), max_timestep, min_samples)
+    every = read_tables(tables, sets)
+    rows = within(every, max_timestep, min_samples)
     hours = sum(row.length for row in rows) / SAMPLE_RATE / 3600
     logger.info("data: %d utterances, %.2f h, from %s", len(rows), hours, ", ".join(sets))
     dataset = DistillationDataset(
-        root, rows, batch_size, sequence_length, min_samples, distortion, seed
+        root, rows, batch_size, sequence_length, min_samples, distortion, seed, skip_bad
     )
+    if skip_bad:
+        for row in every:
+            if row.length < min_samples:
+                error = too_short(row.path, row.length, min_samples)
+                dataset.left_out.append(Bad(row.path, error.kind, error.reason))
     return DataLoader(
         dataset,
         batch_size=1,
-        sampler=EpochOrder(len(dataset), seed) if shuffle else range(len(dataset)),
+        sampler=EpochOrder(len(dataset), seed) if shuffle else FixedOrder(len(dataset)),
         num_workers=num_workers,
         collate_fn=only_item,
         pin_memory=pin_memory,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import io
+import posixpath
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +12,8 @@ from pathlib import Path
 from ..errors import DataError
 
 COLUMNS = ("file_path", "length")
+LONGEST = 24 * 3600 * 16_000  # samples; a day. Beyond it a table was made in another unit
+REMAKE = "make tables with: s3prl-ekd lengths AUDIO_FOLDER -o TABLE_FOLDER"
 
 
 @dataclass(frozen=True)
@@ -24,52 +28,120 @@ def read_table(path: str | Path) -> list[Utterance]:
     """Read one table.
 
     Raises:
-        DataError: the file is missing, empty, lacks a column, or has a row that is not valid; the
-            message names the line.
+        DataError: the file is missing, empty, no UTF-8, lacks a column, or has a row that is not
+            valid or comes twice; the message names the line.
     """
-    path = Path(path)
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            return _rows(csv.DictReader(file), path)
-    except OSError as error:
-        raise DataError(
-            f"cannot read the corpus table {path}: {error.strerror}; "
-            "make tables with: s3prl-ekd lengths AUDIO_FOLDER -o TABLE_FOLDER"
-        ) from None
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"the corpus table {path} is not CSV text: {error}") from None
-
-
-def _rows(reader: csv.DictReader, path: Path) -> list[Utterance]:
-    missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
-    if missing:
-        raise DataError(
-            f"the corpus table {path} has no column {missing[0]}; the first line must name "
-            f"{' and '.join(COLUMNS)}"
-        )
-    rows = []
-    for row in reader:
-        name, text = row["file_path"], row["length"]
-        try:
-            length = float(text)  # pandas may have written 16000.0
-        except (TypeError, ValueError):
-            length = 0.0
-        if not name or not 0 < length < 2**40 or length != int(length):
-            raise DataError(
-                f"the corpus table {path}, line {reader.line_num}: {name!r} with length {text!r} "
-                "is not a path with a positive whole number of samples"
-            )
-        rows.append(Utterance(name, int(length)))
-    if not rows:
-        raise DataError(f"the corpus table {path} has no rows")
-    return rows
+    return [row for _, row in _read(Path(path))]
 
 
 def read_tables(folder: str | Path, sets: Sequence[str]) -> list[Utterance]:
     """All rows of the tables ``folder/SET.csv``, the longest utterance first.
 
     Raises:
-        DataError: see :func:`read_table`.
+        DataError: see :func:`read_table`; or an utterance is in two of the tables.
     """
-    rows = [row for name in sets for row in read_table(Path(folder) / f"{name}.csv")]
+    rows: list[Utterance] = []
+    seen: dict[str, str] = {}
+    for path in (Path(folder) / f"{name}.csv" for name in sets):
+        for line, row in _read(path):
+            here = f"the corpus table {path}, line {line}"
+            there = seen.setdefault(posixpath.normpath(row.path), here)
+            if there is not here:
+                raise DataError(
+                    f"{here}: {_show(row.path)} comes twice, first in {there}; take a table or "
+                    "the row out"
+                )
+            rows.append(row)
     return sorted(rows, key=lambda row: (-row.length, row.path))
+
+
+def _read(path: Path) -> list[tuple[int, Utterance]]:
+    """The rows with their line numbers, which count from 1, the columns' names included."""
+    if path.exists() and not path.is_file():  # reading a pipe may never end
+        raise DataError(f"cannot read the corpus table {path}: it is not a file; {REMAKE}")
+    try:
+        data = path.read_bytes()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise DataError(f"cannot read the corpus table {path}: {reason}; {REMAKE}") from None
+    try:
+        text = data.decode("utf-8-sig")  # spreadsheet programs put a mark before the first column
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise DataError(
+            f"the corpus table {path} is not CSV text: line {line} is not UTF-8; {REMAKE}"
+        ) from None
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    try:
+        return _rows(reader, path)
+    except csv.Error as error:
+        raise DataError(
+            f"the corpus table {path} is not CSV text: line {reader.line_num}: {error}; {REMAKE}"
+        ) from None
+
+
+def _rows(reader, path: Path) -> list[tuple[int, Utterance]]:
+    names = next(reader, [])
+    for name in COLUMNS:
+        if names.count(name) != 1:
+            number = "no" if name not in names else "more than one"
+            raise DataError(
+                f"the corpus table {path}, line 1, has {number} column {name}; the first line must "
+                f"name {' and '.join(COLUMNS)}; {REMAKE}"
+            )
+    name_at, length_at = (names.index(name) for name in COLUMNS)
+    rows: list[tuple[int, Utterance]] = []
+    lines: dict[str, int] = {}
+    for cells in reader:
+        if not cells:  # an empty line
+            continue
+        here = f"the corpus table {path}, line {reader.line_num}"
+        if len(cells) != len(names):
+            raise DataError(f"{here}, has {len(cells)} cells; the first line names {len(names)}")
+        name, length = cells[name_at], cells[length_at]
+        row = Utterance(name, _length(name, length, here))
+        _check_path(name, here)
+        first = lines.setdefault(posixpath.normpath(name), reader.line_num)
+        if first != reader.line_num:
+            raise DataError(f"{here}: {_show(name)} comes twice, first in line {first}; leave one")
+        rows.append((reader.line_num, row))
+    if not rows:
+        raise DataError(f"the corpus table {path} has no rows; {REMAKE}")
+    return rows
+
+
+def _length(name: str, text: str, here: str) -> int:
+    try:
+        length = float(text)  # pandas may have written 16000.0
+    except ValueError:
+        length = 0.0
+    if not name or not 0 < length < float("inf") or length != int(length):
+        raise DataError(
+            f"{here}: {_show(name)} with length {_show(text)} is not a path with a positive whole "
+            "number of samples"
+        )
+    if length > LONGEST:
+        raise DataError(
+            f"{here}: {_show(name)} with length {_show(text)} would be longer than a day; lengths "
+            "are in samples at 16 kHz"
+        )
+    return int(length)
+
+
+def _check_path(name: str, here: str) -> None:
+    if "\0" in name:
+        raise DataError(f"{here}: the path {_show(name)} has a NUL character in it")
+    if name.startswith("/"):
+        raise DataError(
+            f"{here}: the path {_show(name)} is absolute; it must be relative to libri_root"
+        )
+    if ".." in name.split("/"):
+        raise DataError(
+            f"{here}: the path {_show(name)} leads upwards (..); it must stay below libri_root"
+        )
+
+
+def _show(text: str) -> str:
+    """In quotes, and not longer than a message can be."""
+    shown = repr(text)
+    return shown if len(shown) <= 200 else f"{shown[:197]}..."

@@ -29,10 +29,10 @@ def parse_conv_layers(text: str, where: str = "extractor_conv_feature_layers") -
         ((8, 10, 5), (8, 3, 2), (8, 3, 2))
     """
     problem = ConfigError(
-        f"{where}: {text[:80]!r} is not a list of (channels, kernel, stride) triples; "
+        f"{where}: {str(text)[:80]!r} is not a list of (channels, kernel, stride) triples; "
         f"write it like {DEFAULT!r}"
     )
-    if len(text) > MAX_TEXT:
+    if not isinstance(text, str) or len(text) > MAX_TEXT:
         raise problem
     try:
         layers = _value(ast.parse(text.strip(), mode="eval").body)

@@ -94,14 +94,16 @@ class EnsembleDistiller(nn.Module):
         """
         heard = waves if teacher_waves is None else teacher_waves
         unpadded = [wave[:length] for wave, length in zip(heard, lengths.tolist(), strict=True)]
-        states = self.teachers.states(unpadded)
+        also = None if self.units is None else {self.units.teacher: self.units.layer}
+        states = self.teachers.states(unpadded, also)
         hidden = self.teachers.targets(states)  # {teacher: [batch, layer, frame, dim]}
         out = self.student(waves, lengths)
         predictions = self.heads(out.last)  # {target set: [batch, layer, frame, width]}
 
         frames = min(out.last.shape[1], *(states.shape[2] for states in hidden.values()))
         hidden = {name: states[:, :, :frames] for name, states in hidden.items()}
-        predictions = {name: states[:, :, :frames] for name, states in predictions.items()}
+        # In float32 under autocast too: the loss is a sum over many small differences.
+        predictions = {name: states[:, :, :frames].float() for name, states in predictions.items()}
         valid = out.mask[:, :frames]
         if self.standardiser is not None:
             hidden = self.standardiser(hidden, valid, learn=self.training)
@@ -131,6 +133,11 @@ class EnsembleDistiller(nn.Module):
             mask = valid if self.settings.loss.mask_padding else None
             parts.update(self._detail(predictions, hidden, mask))
         return loss, parts
+
+    def learn_nothing(self) -> None:
+        """Take part in what several processes learn together, without an utterance."""
+        if self.standardiser is not None and self.training:
+            self.standardiser.learn_nothing()
 
     def _masks(
         self, predictions: Mapping[str, Tensor], targets: Mapping[str, Tensor], valid: Tensor

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import TeacherError
 from .aggregation import TeacherShape
+from .everywhere import everywhere
 
 
 class Moments(nn.Module):
@@ -42,22 +43,28 @@ class Moments(nn.Module):
     def update(self, hidden: Tensor, mask: Tensor) -> None:
         """Add the valid frames of ``hidden [batch, target, frame, dim]``; ``mask [batch, frame]``.
 
-        Chan's merge of two sets of moments: exact, and stable where means are large.
+        Chan's merge of two sets of moments: exact, and stable where means are large. Of several
+        processes each adds the frames of all.
         """
         frames = hidden.transpose(1, 2)[mask.bool()].float()  # [valid frame, target, dim]
         frames = frames[frames.isfinite().all(-1).all(-1)]  # one NaN would stay in for good
-        if len(frames) == 0:
-            return
-        count, mean = len(frames), frames.mean(0)
+        mean = frames.sum(0) / max(len(frames), 1)
         centred = frames - mean
+        if self.full:
+            scatter = torch.einsum("ntd,nte->tde", centred, centred)
+        else:
+            scatter = centred.square().sum(0)
+        count = torch.tensor(float(len(frames)), dtype=torch.float64, device=mean.device)
+        for each in everywhere(count, mean, scatter):  # in one order, so all processes agree
+            self._merge(*each)
+
+    def _merge(self, count: Tensor, mean: Tensor, scatter: Tensor) -> None:
+        if not count:
+            return
         shift = mean - self.mean
         share = float(self.count * count / (self.count + count))
-        if self.full:
-            added = torch.einsum("ntd,nte->tde", centred, centred)
-            added += share * shift[:, :, None] * shift[:, None]
-        else:
-            added = centred.square().sum(0) + share * shift.square()
-        self.scatter += added
+        outer = shift[:, :, None] * shift[:, None] if self.full else shift.square()
+        self.scatter += scatter + share * outer
         self.count += count
         self.mean += shift * float(count / self.count)
 
@@ -113,6 +120,14 @@ class Standardiser(nn.Module):
                 for moments in self.moments.values():
                     moments.transform.copy_(phi_s(moments.covariance))
         return {name: self._standardised(name, states) for name, states in hidden.items()}
+
+    def learn_nothing(self) -> None:
+        """What :meth:`forward` does, without a frame: other processes may have some."""
+        empty = {
+            name: moments.mean.new_zeros(0, len(moments.mean), 0, moments.mean.shape[1])
+            for name, moments in self.moments.items()
+        }
+        self(empty, torch.zeros(0, 0), learn=True)
 
     def _standardised(self, name: str, states: Tensor) -> Tensor:
         moments = self.moments[name]

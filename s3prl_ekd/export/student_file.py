@@ -15,13 +15,16 @@ from typing import Any
 import torch
 
 from ..atomic import whole_file
+from ..build_limit import build_limit
 from ..compat import checkpoint_globals
 from ..distill.aggregation import TargetSpec
 from ..distill.heads import PredictionHeads
 from ..distill.settings import StudentSettings
 from ..distill.student import Student
+from ..distill.student_size import check_size
 from ..distill.target_settings import HeadSettings
-from ..errors import CheckpointError, ConfigError
+from ..errors import CheckpointError, ConfigError, EkdError
+from ..plain_files import first_keys
 from ..safe_load import safe_load
 from ..schema import build, plain
 
@@ -81,28 +84,37 @@ def load_student(path: str | Path) -> LoadedStudent:
     if data.get("format") != FORMAT:
         raise CheckpointError(
             f"{path} is neither a student file nor a checkpoint of run_pretrain.py -u ekd; its "
-            f"keys are: {', '.join(map(str, list(data)[:8]))}"
+            f"keys are: {first_keys(data)}"
         )
-    if data.get("version") != VERSION:
+    version = data.get("version")
+    if type(version) is not int or version != VERSION:
         raise CheckpointError(
-            f"{path} has format version {data.get('version')!r}; this s3prl_ekd reads {VERSION}"
+            f"{path} has format version {str(version)[:20]}; this s3prl_ekd reads {VERSION}"
         )
     try:
-        settings = build(StudentSettings, data.get("settings"), "settings")
-        targets = build(dict[str, TargetSpec], data.get("targets"), "targets")
-        student = Student(settings)
-        student.load_state_dict(data["student"])
-        heads = None
-        if targets:
-            kind = build(HeadSettings, {"kind": data.get("head_kind", "split")}, "head_kind").kind
-            heads = PredictionHeads(student.width, targets, kind)
-            heads.load_state_dict(data["heads"])
-        about = dict(data["about"])
+        with build_limit(path):
+            return _built(data)
     except ConfigError as error:
         raise CheckpointError(f"{path} is damaged: {error}") from None
-    except (KeyError, RuntimeError, TypeError, ValueError, AttributeError, AssertionError) as error:
+    except EkdError:
+        raise
+    except Exception as error:  # s3prl and torch raise whatever a damaged file makes them raise
         first = (str(error).strip().splitlines() or ["unreadable"])[0]
         raise CheckpointError(f"{path} is damaged: {first}") from None
+
+
+def _built(data: Mapping[str, Any]) -> LoadedStudent:
+    settings = build(StudentSettings, data.get("settings"), "settings")
+    check_size(settings)
+    targets = build(dict[str, TargetSpec], data.get("targets"), "targets")
+    student = Student(settings)
+    student.load_state_dict(data["student"])
+    heads = None
+    if targets:
+        kind = build(HeadSettings, {"kind": data.get("head_kind", "split")}, "head_kind").kind
+        heads = PredictionHeads(student.width, targets, kind)
+        heads.load_state_dict(data["heads"])
+    about = build(dict[str, Any], data.get("about"), "about")
     return LoadedStudent(student.eval(), heads.eval() if heads else None, targets, about)
 
 

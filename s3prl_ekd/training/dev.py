@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from ..data.batches import Batch
 from .random_state import random_numbers_untouched
 
 
 @torch.no_grad()
-def dev_loss(upstream: nn.Module, loader: DataLoader, step: int, device: str) -> float:
-    """The mean loss over the dev tables, each batch weighted by its samples.
+def dev_loss(
+    upstream: nn.Module, loader: Iterable[Batch], step: int, device: str
+) -> tuple[float, float]:
+    """The loss over the dev tables, each batch weighted by its samples: the sum, and the weights'.
 
     Without dropout, and with the same excerpts and distortions at every call. Neither the random
     numbers of the training nor its running statistics know that it took place.
@@ -36,4 +39,4 @@ def dev_loss(upstream: nn.Module, loader: DataLoader, step: int, device: str) ->
                 samples += weight
     finally:
         upstream.train()
-    return total / samples
+    return total, samples

@@ -19,7 +19,11 @@ logger = logging.getLogger(__name__)
 
 
 def resumed_progress(
-    states: Mapping, where: str, upstream: nn.Module, typed: Collection[str]
+    states: Mapping,
+    where: str,
+    upstream: nn.Module,
+    typed: Collection[str],
+    processes: Processes,
 ) -> Progress:
     """Where the checkpoint ``states`` stands; the sampler of ``upstream`` is put there too.
 
@@ -28,6 +32,7 @@ def resumed_progress(
         where: what messages call it.
         upstream: the adapter, which has taken the weights already.
         typed: the config's keys that ``-o`` sets at this start.
+        processes: of the run.
 
     Raises:
         EkdError: the checkpoint is damaged, or the corpus tables are others than then.
@@ -45,22 +50,30 @@ def resumed_progress(
         if states:
             logger.warning("%s is of s3prl's own Runner: random numbers begin anew", where)
     place.tables, place.batches = tables, len(sampler)
-    sampler.epoch, sampler.position = place.epoch, place.batch
+    sampler.go_to(place.epoch, place.batch, processes.rank, processes.count)
     return place
 
 
-def resume_random(states: Mapping, where: str, processes: Processes, device: str) -> None:
-    """Put the random number generators back. Raises CheckpointError: they are damaged."""
+def resume_random(states: Mapping, where: str, processes: Processes, device: str) -> bool:
+    """Put the random number generators back, where they are those of as many processes.
+
+    Returns:
+        Whether that was so.
+
+    Raises:
+        CheckpointError: they are damaged.
+    """
     if KEY not in states:
-        return
+        return False
     saved = states[KEY]["random"]
     if len(saved) != processes.count:
         logger.warning("another number of processes than before: random numbers begin anew")
-        return
+        return False
     try:
         set_random_states(saved[processes.rank], device)
     except ValueError as error:
         raise CheckpointError(f"{where} is damaged: {error}") from None
+    return True
 
 
 def resume_optimizer(optimizer: torch.optim.Optimizer, states: Mapping, where: str) -> None:

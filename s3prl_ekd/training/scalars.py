@@ -22,6 +22,19 @@ from ..errors import SetupError
 logger = logging.getLogger(__name__)
 
 
+class NoWriter:
+    """What a process has that does not write."""
+
+    def add_scalar(self, tag: str, value: float, global_step: int) -> None:
+        """Nothing."""
+
+    def flush(self) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
 class ScalarWriter:
     """Write scalars to a new file in a run's folder; what s3prl and our adapter ask of a logger.
 

@@ -14,25 +14,29 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 SAME_KEY = 0.5  # seconds
 
 
+def exit_code(name: str) -> int:
+    """What shells call a process ended by the signal of that name: 143, 130 or 138."""
+    return 128 + int(signal.Signals[name])
+
+
 class StopSignals:
     """Within the context, such a signal sets ``received`` and nothing else; the loop looks at it.
 
     A further Ctrl-C raises KeyboardInterrupt at once. Outside the main thread, where Python has no
     signals, the context does nothing.
 
+    Args:
+        quiet: say nothing; of several processes one speaks.
+
     Attributes:
         received: the first signal, or None.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, quiet: bool = False) -> None:
+        self.quiet = quiet
         self.received: signal.Signals | None = None
         self._at = 0.0
         self._before: dict[signal.Signals, object] = {}
-
-    @property
-    def exit_code(self) -> int:
-        """What shells call a process ended by that signal: 143, 130 or 138."""
-        return 128 + int(self.received or 0)
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
@@ -48,6 +52,8 @@ class StopSignals:
         now = time.monotonic()
         if self.received is None:
             self.received, self._at = signal.Signals(number), now
+            if self.quiet:
+                return
             hint = "; Ctrl-C again leaves at once" if number == signal.SIGINT else ""
             # Not print: a handler may come in the middle of another print to the same stream.
             os.write(2, f"\n{self.received.name}: saving after this step{hint}\n".encode())

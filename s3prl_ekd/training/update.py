@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..data.batches import Batch
 from ..errors import EkdError
+from .processes import Processes
 
 NAMED = 48  # utterances in a message
 
@@ -41,6 +42,7 @@ class Updater:
         scaler: fp16's loss scale; disabled otherwise.
         clipping: largest norm of the gradient.
         accumulate: batches an update.
+        processes: of the run; they agree on whether an update is made.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class Updater:
         scaler: torch.amp.GradScaler,
         clipping: float,
         accumulate: int,
+        processes: Processes,
     ):
         self.model = model
         self.optimizer = optimizer
@@ -58,6 +61,7 @@ class Updater:
         self.scaler = scaler
         self.clipping = clipping
         self.accumulate = accumulate
+        self.processes = processes
         self.begin()
 
     def begin(self) -> None:
@@ -80,7 +84,7 @@ class Updater:
         loss = sum(self._losses)
         self.scaler.unscale_(self.optimizer)
         norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), self.clipping))
-        made = math.isfinite(loss) and math.isfinite(norm)
+        made = not self.processes.any(not (math.isfinite(loss) and math.isfinite(norm)))
         if made or self.scaler.is_enabled():
             self._step(made)
         self.optimizer.zero_grad()

@@ -12,6 +12,7 @@ from torch import Tensor
 from ...errors import DataError
 from ..audio import read_audio
 from ..audio_files import find_audio
+from ..bad_audio import BadAudio
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +32,9 @@ class AudioPool:
     Silent files are passed over when they are met (to look for them first would mean to read all
     of a noise corpus), with a warning that counts those met in this process.
 
+    Attributes:
+        skip_bad: pass over files that cannot be used, too: for a corpus whose bad files are listed.
+
     Args:
         what: the setting that names the pool, for messages.
         root: the folder that ``names`` are relative to.
@@ -46,6 +50,7 @@ class AudioPool:
         self.what = what
         self.root = Path(root)
         self.names = names
+        self.skip_bad = False
         self._silent: set[int] = set()
 
     @classmethod
@@ -76,7 +81,13 @@ class AudioPool:
             index = (first + step) % len(self.names)
             if index in self._silent or self.names[index] == other_than:
                 continue
-            wave = read_audio(self.root / self.names[index])
+            try:
+                wave = read_audio(self.root / self.names[index])
+            except BadAudio:
+                if not self.skip_bad:
+                    raise
+                self._silent.add(index)
+                continue
             if not is_silent(wave):
                 return wave
             self._silent.add(index)
