@@ -42,7 +42,9 @@ class DataSettings:
     (below 0: of that many or fewer). ``dev_sets``: tables to measure the loss on and not to train
     on (ours); see ``runner.eval_step``. ``on_bad_audio`` (ours): ``error`` stops at the first file
     that cannot be used, ``skip`` leaves such utterances out of their batches and lists them in
-    ``bad_audio.tsv``; which files these are is told in ``data/bad_audio.py``.
+    ``bad_audio.tsv``; which files these are is told in ``data/bad_audio.py``. ``max_seconds``
+    (ours): most audio of a batch in seconds, padding counted; ``train_batch_size`` is then the most
+    utterances. 0: as s3prl, ``train_batch_size`` utterances whatever their length.
     """
 
     libri_root: str
@@ -54,6 +56,7 @@ class DataSettings:
     max_timestep: int = 0
     dev_sets: tuple[str, ...] = ()
     on_bad_audio: Literal["skip", "error"] = "error"
+    max_seconds: float = 0.0
 
     def __post_init__(self):
         if not self.sets:
@@ -67,6 +70,11 @@ class DataSettings:
             raise ValueError(
                 f"sequence_length is {self.sequence_length} samples; use 0 (whole utterances) or "
                 "400 (one frame) and more"
+            )
+        if self.max_seconds < 0 or 0 < self.max_seconds * 16000 < self.sequence_length:
+            raise ValueError(
+                f"max_seconds is {self.max_seconds:g}; an excerpt of sequence_length has "
+                f"{self.sequence_length / 16000:g} s, and so much must fit; 0 is no limit"
             )
 
 

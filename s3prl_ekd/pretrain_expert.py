@@ -120,6 +120,7 @@ class UpstreamPretrainExpert(nn.Module):
             seed=self.seed,
             shuffle=shuffle,
             skip_bad=self.data.on_bad_audio == "skip",
+            max_seconds=self.data.max_seconds,
         )
 
     def _report(self) -> None:

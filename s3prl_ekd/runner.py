@@ -131,7 +131,8 @@ class EkdRunner:
         size = self.upstream.data.train_batch_size * batches
         passes = run.total_steps * batches / place.batches
         if self.processes.writer:
-            print(f"[Runner] - Accumulated batch size: {size}")
+            most = "at most " if self.upstream.data.max_seconds else ""
+            print(f"[Runner] - Accumulated batch size: {most}{size}")
             print(f"[Runner] - Training for {run.total_steps} steps, {passes:.1f} passes")
         self._between_updates()
         self._saved_step, self._saved_at = place.step, time.monotonic()

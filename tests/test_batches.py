@@ -9,7 +9,8 @@ import torch
 
 from s3prl_ekd.data import audio as audio_module
 from s3prl_ekd.data.audio import read_audio
-from s3prl_ekd.data.batches import DistillationDataset, bucket, train_loader, within
+from s3prl_ekd.data.batches import DistillationDataset, train_loader
+from s3prl_ekd.data.buckets import bucket, within
 from s3prl_ekd.data.tables import Utterance, read_table, read_tables
 from s3prl_ekd.errors import DataError
 

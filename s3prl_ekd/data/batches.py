@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from ..errors import DataError
 from .audio import SAMPLE_RATE, Recording, warn_once
 from .bad_audio import ADVICE, Bad, BadAudio, too_short
+from .buckets import bucket, padding_share, within
 from .distortion.plan import generator
 from .distortion.settings import DistortionSettings
 from .order import EpochOrder, FixedOrder
@@ -42,37 +43,6 @@ class Batch(NamedTuple):
     bad: Sequence[Bad] = ()
 
 
-def bucket(rows: Sequence[Utterance], size: int) -> list[list[Utterance]]:
-    """Cut rows, sorted by length, into batches of neighbours. The last one may be smaller: unlike
-    s3prl, a single leftover utterance is kept."""
-    return [list(rows[i : i + size]) for i in range(0, len(rows), size)]
-
-
-def within(rows: Sequence[Utterance], max_timestep: int, min_samples: int) -> list[Utterance]:
-    """Drop what s3prl's ``max_timestep`` excludes and what is too short for one frame; the log
-    says how many of each.
-
-    Raises:
-        DataError: nothing is left.
-    """
-    kept = [row for row in rows if row.length >= min_samples]
-    if len(kept) < len(rows):
-        count = len(rows) - len(kept)
-        logger.warning("data: left out %d utterances below %d samples", count, min_samples)
-    before = len(kept)
-    if max_timestep > 0:
-        kept = [row for row in kept if row.length < max_timestep]
-    elif max_timestep < 0:
-        kept = [row for row in kept if row.length > -max_timestep]
-    if len(kept) < before:
-        logger.info(
-            "data: max_timestep %d left out %d utterances", max_timestep, before - len(kept)
-        )
-    if not kept:
-        raise DataError("no utterance is left in the corpus tables; check sets and max_timestep")
-    return kept
-
-
 class DistillationDataset(Dataset):
     """One item a batch: read its utterances, cut a random excerpt of each long one, pad.
 
@@ -86,6 +56,7 @@ class DistillationDataset(Dataset):
         seed: of the excerpts and the distortions. Both follow from seed, epoch and utterance alone:
             torch's own numbers would depend on the worker and on what was drawn before.
         skip_bad: leave utterances out whose files are bad, and say which in the batch.
+        budget: most samples of a batch; see :func:`.buckets.bucket`.
 
     Attributes:
         left_out: utterances that are in no batch, because they are bad by their table already.
@@ -104,9 +75,10 @@ class DistillationDataset(Dataset):
         distortion: DistortionSettings | None = None,
         seed: int = 0,
         skip_bad: bool = False,
+        budget: int = 0,
     ):
         self.root = Path(root)
-        self.batches = bucket(rows, batch_size)
+        self.batches = bucket(rows, batch_size, budget, sequence_length)
         self.sequence_length = sequence_length
         self.min_samples = min_samples
         self.seed = seed
@@ -213,6 +185,7 @@ def train_loader(
     seed: int = 0,
     shuffle: bool = True,
     skip_bad: bool = False,
+    max_seconds: float = 0,
 ) -> DataLoader:
     """A loader of :class:`Batch` over the tables, utterances bucketed by length.
 
@@ -220,7 +193,8 @@ def train_loader(
     from ``seed`` and the epoch, whatever the number of workers and whatever else draws random
     numbers; ``loader.sampler.epoch`` and ``.position`` say where the next pass begins. With
     ``shuffle`` off every pass is the same: batches from long to short, drawn as in epoch 0. With
-    ``skip_bad`` a batch lacks the utterances of bad files, and may have none left.
+    ``skip_bad`` a batch lacks the utterances of bad files, and may have none left. ``max_seconds``
+    limits a batch by its audio, padding counted, beside ``batch_size``; 0: it does not.
 
     Raises:
         DataError: a table or the audio root is missing, a row is not valid, nothing is left, or
@@ -232,8 +206,17 @@ def train_loader(
     rows = within(every, max_timestep, min_samples)
     hours = sum(row.length for row in rows) / SAMPLE_RATE / 3600
     logger.info("data: %d utterances, %.2f h, from %s", len(rows), hours, ", ".join(sets))
+    budget = round(max_seconds * SAMPLE_RATE)
     dataset = DistillationDataset(
-        root, rows, batch_size, sequence_length, min_samples, distortion, seed, skip_bad
+        root, rows, batch_size, sequence_length, min_samples, distortion, seed, skip_bad, budget
+    )
+    sizes = [len(batch) for batch in dataset.batches]
+    logger.info(
+        "data: %d batches of %d to %d utterances, %.1f %% of their samples are padding",
+        len(sizes),
+        min(sizes),
+        max(sizes),
+        100 * padding_share(dataset.batches, sequence_length),
     )
     if skip_bad:
         for row in every:
