@@ -7,11 +7,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help demo test lint format setup clean
+.PHONY: help demo test fuzz lint format setup clean
 
 help:
 	@echo "make demo    three tiny teachers -> one student -> ASR score, on a synthetic corpus"
 	@echo "make test    lint and tests"
+	@echo "make fuzz    10,000 random inputs for each reader of files (hours; for a nightly job)"
 	@echo "make format  let ruff rewrite the code's layout"
 	@echo "make clean   remove .venv and demo_run"
 
@@ -20,6 +21,9 @@ demo: $(INSTALLED)
 
 test: lint
 	$(BIN)/python -m pytest
+
+fuzz: $(INSTALLED)
+	FUZZ_EXAMPLES=10000 $(BIN)/python -m pytest -n 0 tests/test_fuzz.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from . import __version__
+from . import __version__, trust
 from .errors import EkdError, SetupError, exit_with
 from .quiet import quiet_s3prl
 
@@ -28,6 +28,7 @@ COMMANDS = {
     "export": "write a student as a file or folder that others can use",
     "validate": "check a package for SUPERB's hidden set, in a process that has only torch",
     "cost": "parameters and MACs of an upstream or a package, as SUPERB's board counts them",
+    "bench": "measure a distillation step, stage by stage, beside s3prl's way of making it",
     "features": "write the hidden states of audio files into one safetensors file",
     "teachers": "list the teachers there are, or look into those of a config",
     "layers": "find groups of layers to distil, by clustering each teacher's layers (SKILL)",
@@ -35,6 +36,9 @@ COMMANDS = {
     "essence": "distil finished downstream models into one: the essential soft outputs and labels",
     "demo": "the whole way on a synthetic corpus: three teachers, one student, four tasks",
 }
+
+# Those that read runs, students or upstreams; see trust.py.
+TRUSTING = {"export", "features", "cost", "teachers", "layers", "units", "essence"}
 
 EXAMPLE = """\
 example:
@@ -66,10 +70,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = None
         if name == wanted:
             command = importlib.import_module(f"s3prl_ekd.commands.{name}")
+            # of the others the parser says that they have no such option
+            argv = trust.take(argv) if name in TRUSTING else [*trust.take([]), *argv]
         subparser = subparsers.add_parser(
             name,
             help=help_line,
             description=command.__doc__ if command else help_line,
+            epilog=trust.HELP if name in TRUSTING else None,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         if command:

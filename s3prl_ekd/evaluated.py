@@ -6,6 +6,7 @@ YAML or a checkpoint of somebody else they could be any expression, so they are 
 
 from __future__ import annotations
 
+import builtins
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -25,11 +26,17 @@ def check_names(config: Any, where: str) -> None:
         ConfigError: naming the key.
     """
     for path, value in _found(config, ()):
-        if isinstance(value, str) and not _NAME.fullmatch(value) and value not in _ALSO:
+        if isinstance(value, str) and not _is_name(value):
             raise ConfigError(
                 f"{where}: {'.'.join(path)} is {value[:60]!r}, which s3prl would run as code; it "
                 "must be a plain name"
             )
+
+
+def _is_name(text: str) -> bool:
+    if hasattr(builtins, text):  # exec, open, exit: no class of s3prl's is called so
+        return False
+    return bool(_NAME.fullmatch(text)) or text in _ALSO
 
 
 def _found(config: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-from . import compat
+from . import compat, no_eval
 from .errors import SetupError
 
 ENTRIES = ("ekd_student", "ekd_student_local", "ekd_student_url")
@@ -33,6 +33,7 @@ def register() -> None:
         SetupError: the hub has another entry of that name.
     """
     compat.apply()
+    no_eval.guard()
     from s3prl import hub
 
     from .upstream import hubconf

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from . import voxceleb1_cache
-from .errors import SetupError
+from .errors import ConfigError, SetupError
+from .plain_files import read_text
 from .plugin import provide_ctc_corpus
 
 # import name -> what to type, where it is not `pip install NAME`
@@ -179,13 +180,13 @@ def _read_yaml(path: Path, remedy: str) -> dict | Problem:
     if not path.is_file():
         return Problem(f"{path} is not there", remedy)
     try:
-        import yaml
+        from .yaml_loader import MAX_YAML, parse_yaml
     except ImportError:
         return _missing_module("yaml")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        return Problem(f"{path} is not YAML: {' '.join(str(error).split())}")
+        content = parse_yaml(read_text(path, "recipe", ConfigError, MAX_YAML), "it")
+    except ConfigError as error:
+        return Problem(f"{path} is not YAML: {error}")
     return content if isinstance(content, dict) else Problem(f"{path} is not a YAML mapping")
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import yaml
 
 from .errors import ConfigError
+from .yaml_loader import PlainLoader, parse_yaml
 
 Value = str | Sequence[str]
 
@@ -19,7 +20,7 @@ def put(text: str, values: Mapping[str, Value]) -> str:
         values: key -> a text, or a list of texts for a key that has a list.
 
     Raises:
-        ConfigError: a key is not there, or has a value of another kind.
+        ConfigError: it is not YAML, a key is not there, or it has a value of another kind.
     """
     for key, value in values.items():
         start, end, new = _replacement(text, key, value)
@@ -29,7 +30,8 @@ def put(text: str, values: Mapping[str, Value]) -> str:
 
 def _replacement(text: str, key: str, value: Value) -> tuple[int, int, str]:
     """From where to where, and by what."""
-    node = yaml.compose(text, Loader=yaml.SafeLoader)
+    parse_yaml(text, "the file")  # or nothing is put into it
+    node = yaml.compose(text, Loader=PlainLoader)
     for part in key.split("."):
         pairs = node.value if isinstance(node, yaml.MappingNode) else []
         node = next((below for name, below in pairs if name.value == part), None)
@@ -52,10 +54,7 @@ def get(text: str, key: str) -> Value | None:
     Raises:
         ConfigError: it is not YAML.
     """
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(" ".join(str(error).split())) from None
+    value = parse_yaml(text, "the file")
     for part in key.split("."):
         value = value.get(part) if isinstance(value, dict) else None
     return value

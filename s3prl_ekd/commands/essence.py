@@ -20,6 +20,7 @@ import os
 import sys
 from pathlib import Path
 
+from .. import trust
 from ..errors import ConfigError, SetupError
 
 logger = logging.getLogger(__name__)
@@ -136,6 +137,7 @@ def _arguments(args: argparse.Namespace, override: str | None) -> list[str]:
     )
     for name, value in options:
         argv += [name, value] if value is not None else []
+    argv += [trust.OPTION] if trust.trusted() else []
     return [*argv, "-a"] if args.auto_resume else argv
 
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 from ..errors import DataError
+from ..plain_files import check_regular
 from .phones import PHONES
 
 Pronunciations = dict[str, tuple[str, ...]]  # word in upper case -> phones
@@ -62,6 +63,7 @@ def read_lexicon(
 
 
 def _lines(path: Path) -> list[str]:
+    check_regular(path, "lexicon", DataError)
     try:
         data = path.read_bytes()
     except OSError as error:

@@ -123,6 +123,12 @@ class DistillSettings:
     prediction heads); ``average`` and ``concat`` are the paper's layerwise aggregations; ``groups``
     predicts groups of layers (SKILL). ``teacher_dropout`` leaves the teachers' dropout on, as
     s3prl's distiller does by oversight; ours is off.
+
+    ``teacher_path`` (ours): ``fast`` computes HuBERT, wav2vec 2.0 and WavLM teachers another way,
+    with the same results to float32's rounding and only as far up as the highest layer needed;
+    ``plain`` runs s3prl's experts. Other kinds of teachers, and all with ``teacher_dropout``, take
+    the plain path whatever it says. ``teacher_precision`` is what the fast path computes in (the
+    targets come in float32), ``teacher_compile`` runs its layers through ``torch.compile``.
     """
 
     teachers: dict[str, TeacherSettings]
@@ -134,6 +140,9 @@ class DistillSettings:
     loss: LossSettings = field(default_factory=LossSettings)
     essence: EssenceSettings = field(default_factory=EssenceSettings)
     teacher_dropout: bool = False
+    teacher_path: Literal["fast", "plain"] = "fast"
+    teacher_precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    teacher_compile: bool = False
 
     def __post_init__(self):
         if not self.teachers:
@@ -157,6 +166,18 @@ class DistillSettings:
             )
         self._check_weights()
         self._check_targets()
+        self._check_speed()
+
+    def _check_speed(self) -> None:
+        plain = self.teacher_path == "plain" or self.teacher_dropout
+        why = "teacher_dropout: true" if self.teacher_dropout else "teacher_path: plain"
+        if plain and self.teacher_precision != "float32":
+            raise ValueError(
+                f"teacher_precision {self.teacher_precision} is for the fast path; with {why} the "
+                "teachers run in float32"
+            )
+        if plain and self.teacher_compile:
+            raise ValueError(f"teacher_compile is for the fast path; {why} has no use for it")
 
     def _check_weights(self) -> None:
         moving = [name for name, t in self.teachers.items() if t.final_weight is not None]

@@ -3,14 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from ..errors import TeacherError
 from .aggregation import TeacherShape, crop_frames
 
 PROBE_SAMPLES = 16000  # one second at 16 kHz, to learn an upstream's depth and width
+
+
+class Encoder(Protocol):
+    """Another way to a teacher's hidden states, which computes only those asked for."""
+
+    def hidden_states(
+        self, waves: Tensor, lengths: Sequence[int], layers: Iterable[int], shared: dict
+    ) -> Mapping[int, Tensor]:
+        """Hidden states ``[batch, frame, dim]`` in float32 by their number.
+
+        Args:
+            waves: ``[batch, sample]`` at 16 kHz, 0 behind the end of each.
+            lengths: valid samples of each, the longest of which is the batch's.
+            layers: the numbers wanted.
+            shared: empty for a new batch; what its encoders hand to each other.
+        """
 
 
 class Teacher(nn.Module):
@@ -22,9 +40,14 @@ class Teacher(nn.Module):
             layer), or groups of layers, each of which is averaged (SKILL, arXiv 2402.16830).
         name: what messages call it.
 
+    Attributes:
+        encoder: a faster way to the same hidden states, or None: the upstream itself is run.
+
     Raises:
         TeacherError: the upstream has no such layer.
     """
+
+    encoder: Encoder | None = None
 
     def __init__(self, upstream: nn.Module, targets: Sequence[int | Sequence[int]], name: str):
         super().__init__()
@@ -65,8 +88,8 @@ class Teacher(nn.Module):
         """Unpadded waveforms ``[sample]`` at 16 kHz -> ``[batch, target, frame, dim]``."""
         return self.pick(self.states(waves))
 
-    def pick(self, states: Sequence[Tensor]) -> Tensor:
-        """The targets among all hidden states: ``[batch, target, frame, dim]``."""
+    def pick(self, states: Sequence[Tensor] | Mapping[int, Tensor]) -> Tensor:
+        """The targets among hidden states by their number: ``[batch, target, frame, dim]``."""
         return torch.stack([_mean([states[i] for i in target]) for target in self.targets], dim=1)
 
 
@@ -119,16 +142,36 @@ class TeacherEnsemble(nn.ModuleDict):
         return {name: teacher.shape for name, teacher in self.items()}
 
     @torch.no_grad()
-    def states(self, waves: Sequence[Tensor]) -> dict[str, Sequence[Tensor]]:
-        """Waveforms ``[sample]`` at 16 kHz -> all hidden states of each teacher.
+    def states(
+        self, waves: Sequence[Tensor], also: Mapping[str, int] | None = None
+    ) -> dict[str, Sequence[Tensor] | Mapping[int, Tensor]]:
+        """The hidden states behind each teacher's targets, by their number.
 
-        Computed in float32 under autocast too: these are the targets.
+        Computed in float32 under autocast too: these are the targets. With the teachers' dropout on
+        no encoder is asked, as none has dropout.
+
+        Args:
+            waves: waveforms ``[sample]`` at 16 kHz.
+            also: one more layer of a teacher, by its name.
         """
+        states, padded, shared = {}, None, {}
         with torch.autocast(waves[0].device.type, enabled=False):
-            return {name: teacher.states(waves) for name, teacher in self.items()}
+            for name, teacher in self.items():
+                if teacher.encoder is None or self.dropout:
+                    states[name] = teacher.states(waves)
+                    continue
+                if padded is None:
+                    padded = pad_sequence(list(waves), batch_first=True)  # [batch, sample]
+                    lengths = [len(wave) for wave in waves]
+                layers = {layer for target in teacher.targets for layer in target}
+                layers |= {also[name]} if also and name in also else set()
+                states[name] = teacher.encoder.hidden_states(padded, lengths, layers, shared)
+        return states
 
     @torch.no_grad()
-    def targets(self, states: Mapping[str, Sequence[Tensor]]) -> dict[str, Tensor]:
+    def targets(
+        self, states: Mapping[str, Sequence[Tensor] | Mapping[int, Tensor]]
+    ) -> dict[str, Tensor]:
         """The targets among them: ``{teacher: [batch, target, frame, dim]}``, of equal frames."""
         return crop_frames({name: teacher.pick(states[name]) for name, teacher in self.items()})
 

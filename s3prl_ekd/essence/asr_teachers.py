@@ -163,6 +163,8 @@ def _check(args: Namespace, config: dict, path: Path) -> None:
     """Whatever in a run's arguments would end in a traceback or have s3prl evaluate a text."""
     from s3prl import hub
 
+    from ..teacher_sources.checkpoint_files import check_upstream_file
+
     if getattr(args, "from_hf_hub", False):
         raise CheckpointError(f"{path}: upstreams from the Hugging Face Hub (--hub) bring code")
     name = str(getattr(args, "upstream", None))
@@ -174,6 +176,8 @@ def _check(args: Namespace, config: dict, path: Path) -> None:
             f"{path}: its upstream {name} was read from {source}, which is not there; start from "
             "the folder where it was trained"
         )
+    if source and Path(source).is_file():
+        check_upstream_file(Path(source))
     try:
         expert = config["downstream_expert"]
         select, dictionary = expert["modelrc"]["select"], expert["datarc"].get("dict_path")

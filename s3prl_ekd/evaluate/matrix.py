@@ -20,6 +20,7 @@ from tqdm import tqdm
 from ..arguments import make_folder
 from ..config import load_model_config, load_runner_config
 from ..errors import SetupError
+from ..plain_files import read_json
 from ..schema import plain
 from .curves import teacher_curves
 from .scalars import read_scalars
@@ -121,7 +122,10 @@ def _run(run: Run, jobs: int) -> Outcome:
 
 
 def _read(record: Path) -> dict:
-    return json.loads(record.read_text(encoding="utf-8"))
+    data = read_json(record, "record", SetupError)
+    if not isinstance(data.get("digest"), str):
+        raise SetupError(f"{record} is damaged: it has no digest; remove the folder to run again")
+    return data
 
 
 def outcome(folder: Path) -> Outcome:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +18,8 @@ def build_upstream(hub_name: str, checkpoint: str | None) -> torch.nn.Module:
         SetupError: there is no such name, or it cannot be built.
     """
     from .. import compat, plugin
+    from ..build_limit import build_limit
+    from ..teacher_sources.checkpoint_files import check_upstream_file
 
     compat.apply()
     plugin.register()
@@ -23,8 +27,13 @@ def build_upstream(hub_name: str, checkpoint: str | None) -> torch.nn.Module:
 
     if not hasattr(hub, hub_name):
         raise SetupError(f"{hub_name}: s3prl has no such upstream; see run_downstream.py -h")
+    limit = contextlib.nullcontext()
+    if checkpoint is not None and Path(checkpoint).exists() and not Path(checkpoint).is_dir():
+        check_upstream_file(Path(checkpoint))
+        limit = build_limit(checkpoint)
     try:
-        upstream = getattr(hub, hub_name)(ckpt=checkpoint, model_config=None, refresh=False)
+        with limit:
+            upstream = getattr(hub, hub_name)(ckpt=checkpoint, model_config=None, refresh=False)
     except EkdError:
         raise
     except Exception as error:  # whatever a foreign upstream raises is the answer

@@ -6,13 +6,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from ..errors import DataError
+from ..plain_files import read_json
 from ..schema import build
 from .tasks import TASKS
 
@@ -132,14 +132,9 @@ def read_cost(path: Path) -> Cost | None:
 
 def _read_json(path: Path) -> dict | None:
     """A JSON mapping; None where there is no such file."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         return None
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from None
-    except (ValueError, RecursionError):  # also what is not UTF-8
-        raise DataError(f"{path} is damaged: it is not JSON; remove it and run again") from None
-    if not isinstance(data, dict):
-        raise DataError(f"{path} is damaged: a mapping is expected; remove it and run again")
-    return data
+    try:
+        return read_json(path, "record", DataError)
+    except DataError as error:
+        raise DataError(f"{path} is damaged: {error}; remove it and run again") from None

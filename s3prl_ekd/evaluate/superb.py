@@ -46,7 +46,7 @@ def read_record(folder: Path) -> dict[str, Any] | None:
         if record["format"] != FORMAT:
             raise ValueError
         return record
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise SetupError(f"{path} is damaged; remove {folder} to run it again") from None
 
 

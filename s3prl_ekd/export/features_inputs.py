@@ -7,6 +7,7 @@ from pathlib import Path, PurePath
 
 from ..data.audio_files import find_audio
 from ..errors import DataError
+from ..plain_files import read_text
 
 
 def collect_audio(given: Sequence[str], lists: Sequence[Path] = ()) -> dict[str, Path]:
@@ -44,9 +45,5 @@ def collect_audio(given: Sequence[str], lists: Sequence[Path] = ()) -> dict[str,
 
 
 def _lines(path: Path) -> list[str]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise DataError(f"cannot read the list {path}: {reason}") from None
+    text = read_text(path, "list", DataError, limit=1 << 28, utf8="utf-8-sig")
     return [line.strip() for line in text.splitlines() if line.strip()]

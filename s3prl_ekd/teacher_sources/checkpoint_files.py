@@ -10,10 +10,12 @@ from pathlib import Path
 
 from torch import nn
 
-from .. import compat
+from .. import compat, no_eval
+from ..build_limit import build_limit
 from ..distill.conv_spec import parse_conv_layers
 from ..errors import CheckpointError, EkdError, TeacherError
 from ..export.student_file import FORMAT, RUN_KEY
+from ..plain_files import first_keys
 from ..safe_load import safe_load
 
 logger = logging.getLogger(__name__)
@@ -50,16 +52,14 @@ def load_file(path: Path, where: str) -> nn.Module:
         if re.search(r" asks for (fairseq|omegaconf)\.", str(error)):
             raise _fairseq(path) from None
         raise
+    no_eval.guard()
     family, config = identify(states, path)
     logger.info("%s: %s is a %s checkpoint: %s", where, path, family, KINDS[family])
     if family == "distiller":
         from .distilhubert import build_distilhubert
 
         return build_distilhubert(states, path)
-    for key in ("conv_feature_layers", "extractor_conv_feature_layers"):
-        if config.get(key) is not None:
-            # s3prl evaluates this string of the file: only a list of number triples may pass.
-            parse_conv_layers(str(config[key]), f"{where}: {key} in {path}")
+    check_conv_layers(config, f"{where}: ", f" in {path}")
     del states
     if family == "ekd_student":
         from ..upstream.expert import UpstreamExpert
@@ -67,14 +67,44 @@ def load_file(path: Path, where: str) -> nn.Module:
         return UpstreamExpert(str(path))
     hubconf = importlib.import_module(f"s3prl.upstream.{family}.hubconf")
     try:
-        return getattr(hubconf, f"{family}_local")(str(path))
+        with build_limit(path):
+            return getattr(hubconf, f"{family}_local")(str(path))
     except EkdError:
         raise
-    except (RuntimeError, KeyError, TypeError, ValueError, AttributeError, AssertionError) as error:
+    except Exception as error:  # s3prl raises whatever the settings in the file lead to
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
             f"{where}: {path} does not load as a {family} checkpoint: {first}"
         ) from None
+
+
+def check_upstream_file(path: Path) -> None:
+    """Look at a checkpoint before s3prl loads it as an upstream of any kind.
+
+    Raises:
+        CheckpointError: it is damaged or asks for code.
+        ConfigError: the conv layers in it are not a list of number triples.
+    """
+    states = safe_load(path, "upstream checkpoint", allow=compat.checkpoint_globals())
+    for keys in ((), ("cfg",), ("model_cfg",), ("cfg", "model"), ("Config", "distiller")):
+        config = _entry(states, *keys)
+        if isinstance(config, dict):
+            check_conv_layers(config, "", f" in {path}")
+
+
+def check_conv_layers(config: Mapping, before: str, behind: str) -> None:
+    """Let only a list of number triples pass where s3prl evaluates a text of the file.
+
+    Args:
+        config: the model's settings in a checkpoint.
+        before, behind: what a message says before and behind the setting's name.
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    for key in ("conv_feature_layers", "extractor_conv_feature_layers"):
+        if config.get(key) is not None:
+            parse_conv_layers(config[key], f"{before}{key}{behind}")
 
 
 def identify(states: Mapping, path: Path) -> tuple[str, Mapping]:
@@ -93,7 +123,8 @@ def identify(states: Mapping, path: Path) -> tuple[str, Mapping]:
         return "ekd_student", {}
     if "Distiller" in states and isinstance(_entry(states, "Config", "distiller"), dict):
         return "distiller", states["Config"]["distiller"]
-    if _CONVERTED <= states.keys() and isinstance(states["model_cfg"], dict):
+    plain = isinstance(states.get("model_weight"), dict)
+    if _CONVERTED <= states.keys() and isinstance(states["model_cfg"], dict) and plain:
         config, weights = states["model_cfg"], states["model_weight"]
         if "dictionaries_symbols" in states:
             return "hubert", config
@@ -110,7 +141,7 @@ def identify(states: Mapping, path: Path) -> tuple[str, Mapping]:
     raise CheckpointError(
         f"{path} is no teacher checkpoint that is known here (s3prl's HuBERT, WavLM, wav2vec2, "
         "data2vec, UniSpeech-SAT or DistilHuBERT format, or a student of ours); its keys are: "
-        f"{', '.join(map(str, list(states)[:8]))}"
+        f"{first_keys(states)}"
     )
 
 

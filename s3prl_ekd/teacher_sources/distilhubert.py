@@ -11,10 +11,11 @@ from s3prl.upstream.distiller.model import DistillerModel
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from ..build_limit import build_limit
 from ..distill.conv_spec import stride_of
 from ..distill.settings import StudentSettings
 from ..distill.student import build_backbone
-from ..errors import CheckpointError, ConfigError
+from ..errors import CheckpointError, ConfigError, EkdError
 from ..schema import build
 
 _HEADS = ("output_layer.", "task_embedding.")
@@ -67,20 +68,24 @@ def build_distilhubert(states: Mapping, path: Path) -> DistilHubertUpstream:
         ("task_emb_type", ("expand-last", "none", "self-hidden", "concat-last")),
     ):
         if config.get(key, allowed[0]) not in allowed:
+            given = str(config[key])[:60]
             raise CheckpointError(
-                f"{path}: the distiller's {key} is {config[key]!r}; {' or '.join(allowed)} is known"
+                f"{path}: the distiller's {key} is {given!r}; {' or '.join(allowed)} is known"
             )
     known = [field.name for field in fields(StudentSettings)]
     chosen = {name: config[name] for name in known if name in config}
     defaults = {"encoder_layers": 1, "feature_grad_mult": 1.0}  # s3prl's, where not ours
     try:
         settings = build(StudentSettings, {**defaults, **chosen}, "Config.distiller")
-        model = build_backbone(settings)
         weights = {k: v for k, v in states["Distiller"].items() if not k.startswith(_HEADS)}
-        model.load_state_dict(weights)
+        with build_limit(path):
+            model = build_backbone(settings)
+            model.load_state_dict(weights)
     except ConfigError as error:
         raise CheckpointError(f"{path} does not load as a distiller checkpoint: {error}") from None
-    except (RuntimeError, TypeError, ValueError, AttributeError, AssertionError) as error:
+    except EkdError:
+        raise
+    except Exception as error:  # s3prl and torch raise whatever a damaged file makes them raise
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{path} does not load as a distiller checkpoint: {first}") from None
     return DistilHubertUpstream(model)

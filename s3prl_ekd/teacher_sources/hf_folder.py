@@ -7,7 +7,6 @@ frame mask that s3prl would give it, and the hidden states are taken where s3prl
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import math
 from pathlib import Path
@@ -17,7 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from ..errors import CheckpointError, SetupError, TeacherError
+from ..build_limit import build_limit
+from ..errors import CheckpointError, EkdError, SetupError, TeacherError
+from ..plain_files import check_regular, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -30,8 +31,7 @@ MODEL_TYPES = {
 }
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 _SAMPLE_RATE = 16_000  # Hz
-# What transformers raises on a folder whose parts do not fit each other.
-_BROKEN = (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, ImportError)
+_MAX_HEADER = 8 << 20  # bytes of names and shapes; 1000 tensors take 100,000
 
 
 def check_folder(folder: Path, where: str) -> str:
@@ -50,6 +50,8 @@ def check_folder(folder: Path, where: str) -> str:
         raise TeacherError(
             f"{where}: {folder} has a model of type {kind!r}; known are {', '.join(MODEL_TYPES)}"
         )
+    if (folder / "adapter_config.json").exists():  # transformers would load another model too
+        raise TeacherError(f"{where}: {folder} has an adapter; merge it into the weights first")
     if not any((folder / name).is_file() for name in _WEIGHTS):
         pickles = (folder / "pytorch_model.bin").is_file()
         raise TeacherError(
@@ -73,9 +75,10 @@ def load_folder(folder: Path, where: str) -> HuggingFaceUpstream:
         SetupError: transformers is not installed.
     """
     kind = check_folder(folder, where)
+    for weights in folder.glob("*.safetensors"):
+        _check_header(weights, where)
     try:
         import transformers
-        from safetensors import SafetensorError
     except ImportError:
         raise SetupError(
             f"{where}: a Hugging Face folder needs transformers; type: pip install transformers"
@@ -84,15 +87,18 @@ def load_folder(folder: Path, where: str) -> HuggingFaceUpstream:
         with _quiet_transformers():
             kind_of_model = getattr(transformers, MODEL_TYPES[kind])
             fused = getattr(kind_of_model, "_supports_sdpa", False)
-            model, info = kind_of_model.from_pretrained(
-                str(folder),
-                local_files_only=True,
-                use_safetensors=True,
-                # Both give the same; a config must not choose another, which may be fetched.
-                attn_implementation="sdpa" if fused else "eager",
-                output_loading_info=True,
-            )
-    except (*_BROKEN, SafetensorError) as error:
+            with build_limit(folder):
+                model, info = kind_of_model.from_pretrained(
+                    str(folder),
+                    local_files_only=True,
+                    use_safetensors=True,
+                    # Both give the same; a config must not choose another, which may be fetched.
+                    attn_implementation="sdpa" if fused else "eager",
+                    output_loading_info=True,
+                )
+    except EkdError:
+        raise
+    except Exception as error:  # transformers raises whatever the settings in the folder lead to
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
             f"{where}: {folder} does not load with transformers: {first}"
@@ -202,14 +208,21 @@ def _normalize(folder: Path, config, where: str) -> bool:
     return config.feat_extract_norm == "layer"
 
 
+def _check_header(path: Path, where: str) -> None:
+    check_regular(path, "weights", CheckpointError)
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+    if length > _MAX_HEADER:
+        raise CheckpointError(
+            f"{where}: {path} does not load with transformers: its header has {length:,} bytes"
+        )
+
+
 def _json(path: Path, where: str) -> dict:
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise TeacherError(f"{where}: {path} cannot be read as JSON: {error}") from None
-    if not isinstance(data, dict):
-        raise TeacherError(f"{where}: {path} holds no settings: a JSON object is expected")
-    return data
+        return read_json(path, "file", TeacherError)
+    except TeacherError as error:
+        raise TeacherError(f"{where}: {error}") from None
 
 
 @contextlib.contextmanager

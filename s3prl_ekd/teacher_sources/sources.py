@@ -12,6 +12,7 @@ from ..distill.settings import TeacherSettings
 from ..distill.teachers import Teacher, TeacherEnsemble
 from ..errors import ConfigError, TeacherError
 from .checkpoint_files import load_file
+from .fast import fast_encoders
 from .hf_folder import check_folder, load_folder
 from .hub import hub_entries, load_hub_name
 
@@ -59,8 +60,20 @@ def load_upstream(model: str, where: str) -> nn.Module:
     return load_folder(path, where)
 
 
-def load_teachers(settings: Mapping[str, TeacherSettings], dropout: bool) -> TeacherEnsemble:
+def load_teachers(
+    settings: Mapping[str, TeacherSettings],
+    dropout: bool,
+    path: str = "fast",
+    precision: str = "float32",
+    compiled: bool = False,
+) -> TeacherEnsemble:
     """Load all teachers of a configuration, frozen.
+
+    Args:
+        settings: by name.
+        dropout: leave the teachers' dropout on; they are then run as they are.
+        path, precision, compiled: ``teacher_path``, ``teacher_precision`` and ``teacher_compile``
+            of :class:`~s3prl_ekd.distill.settings.DistillSettings`.
 
     Raises:
         TeacherError, CheckpointError: see :func:`load_upstream` and :class:`Teacher`.
@@ -71,6 +84,10 @@ def load_teachers(settings: Mapping[str, TeacherSettings], dropout: bool) -> Tea
     for name, teacher in settings.items():
         upstream = load_upstream(teacher.model, f"teachers.{name}.model")
         teachers[name] = Teacher(upstream, teacher.targets, name)
+    if path == "fast" and not dropout:
+        upstreams = {name: teacher.upstream for name, teacher in teachers.items()}
+        for name, encoder in fast_encoders(upstreams, precision, compiled).items():
+            teachers[name].encoder = encoder
     return TeacherEnsemble(teachers, dropout)
 
 

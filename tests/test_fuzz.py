@@ -1,0 +1,379 @@
+"""Any input at all: a valid object, or our own error in one line, and never another exception.
+
+300 examples each, always the same ones. ``make fuzz`` sets FUZZ_EXAMPLES: more, and new ones at
+each run; a failure prints the lines that repeat it.
+"""
+
+from __future__ import annotations
+
+import datetime
+import io
+import os
+import tempfile
+import zipfile
+
+import pytest
+import torch
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.configuration import set_hypothesis_home_dir
+
+from s3prl_ekd.config import load_model_config, load_runner_config
+from s3prl_ekd.data.manifest import read_manifest
+from s3prl_ekd.data.tables import read_table
+from s3prl_ekd.distill.aggregation import TargetSpec
+from s3prl_ekd.distill.conv_spec import conv_layers_text, parse_conv_layers
+from s3prl_ekd.distill.heads import PredictionHeads
+from s3prl_ekd.distill.settings import StudentSettings
+from s3prl_ekd.distill.student import Student
+from s3prl_ekd.errors import EkdError
+from s3prl_ekd.export.student_file import LoadedStudent, contents, load_student
+from s3prl_ekd.overrides import apply_overrides
+from s3prl_ekd.schema import plain
+
+_home = tempfile.TemporaryDirectory()  # hypothesis keeps its tables there, and not in the tree
+set_hypothesis_home_dir(_home.name)
+NIGHTLY = "FUZZ_EXAMPLES" in os.environ
+fuzz = settings(
+    max_examples=int(os.environ.get("FUZZ_EXAMPLES", "300")),
+    derandomize=not NIGHTLY,
+    database=None,
+    deadline=None,
+    print_blob=NIGHTLY,
+    suppress_health_check=list(HealthCheck),
+)
+
+MODEL = {
+    "teachers": {
+        "hubert": {"model": "hubert_base", "layers": [4, 8], "weight": 1.0},
+        "wavlm": {"model": "w.pt", "groups": [[1, 2], [3]], "final_weight": 0.5},
+    },
+    "aggregation": "separate",
+    "targets": {"weight_steps": 10},
+    "student": {
+        "extractor_conv_feature_layers": "[(8,10,5)] + [(8,3,2)] * 2",
+        "encoder_layers": 2,
+        "encoder_embed_dim": 48,
+    },
+    "init": {"teacher": "hubert", "layers": [0, 6]},
+    "loss": {},
+    "distortion": {"setup": "clean"},
+}
+RUNNER = {
+    "runner": {
+        "n_epochs": -1,
+        "total_steps": 6,
+        "gradient_clipping": 5.0,
+        "gradient_accumulate_steps": 1,
+        "log_step": 2,
+        "save_step": 3,
+        "max_keep": 5,
+    },
+    "optimizer": {"name": "AdamW_with_schedule", "lr": 1e-3, "betas": [0.9, 0.98]},
+    "pretrain_expert": {
+        "datarc": {
+            "libri_root": "audio",
+            "file_path": "tables",
+            "sets": ["train"],
+            "train_batch_size": 3,
+        }
+    },
+    "scheduler": {"name": "linear_schedule_with_warmup", "num_warmup_steps": 10},
+}
+HOSTILE = st.sampled_from(
+    ["__import__('os').abort()", "\x00", "a\nerror: b", "\ud800", "../../x", "/dev/zero", "~", ""]
+)
+SCALARS = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.sampled_from([2**31, 2**63, 10**4, 10**9, 10**4000, -1, 0])
+    | st.floats()
+    | st.text(max_size=12)
+    | HOSTILE
+)
+VALUES = st.recursive(
+    SCALARS,
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(st.text(max_size=6) | st.integers() | st.booleans(), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+
+
+def places(data, here=()):
+    """The path of everything in ``data``."""
+    yield here
+    if isinstance(data, dict):
+        inside = data.items()
+    elif isinstance(data, (list, tuple)):
+        inside = enumerate(data)
+    else:
+        return
+    for key, value in inside:
+        yield from places(value, (*here, key))
+
+
+def changed(data, path, change, key, value):
+    """A copy of ``data`` with something replaced, put in or taken away at ``path``."""
+    if path:
+        items = dict(data) if isinstance(data, dict) else list(data)
+        first, *rest = path
+        if change == "delete" and not rest:
+            del items[first]
+        else:
+            items[first] = changed(items[first], rest, change, key, value)
+        return items
+    if change == "insert" and isinstance(data, dict):
+        return {**data, key: value}
+    if change == "insert" and isinstance(data, list):
+        return [*data, value]
+    return value
+
+
+@st.composite
+def mutations(draw, start, values=VALUES):
+    """``start`` with one to three things in it changed."""
+    for _ in range(draw(st.integers(1, 3))):
+        path = draw(st.sampled_from(list(places(start))))
+        change = draw(st.sampled_from(["replace", "delete", "insert"]))
+        key = draw(st.sampled_from([1, None, "extends", "model", "x"]) | st.text(max_size=5))
+        start = changed(start, path, change, key, draw(values))
+        if not isinstance(start, dict):
+            break
+    return start
+
+
+def torn(start: bytes):
+    """``start`` with some bytes changed, cut off, or doubled."""
+    edits = st.lists(
+        st.tuples(st.integers(0, len(start) - 1), st.integers(0, 255)), min_size=1, max_size=6
+    )
+
+    def apply(change):
+        pairs, cut, again = change
+        data = bytearray(start)
+        for position, byte in pairs:
+            data[position] = byte
+        data = data[: len(data) - cut]
+        return bytes(data[:again] + data) if again else bytes(data)
+
+    size = st.just(0) | st.integers(0, len(start))
+    return st.tuples(edits, size, size).map(apply)
+
+
+def meets(read, *arguments):
+    """What ``read`` gives, or None where it refuses in one line."""
+    try:
+        return read(*arguments)
+    except EkdError as error:
+        said = str(error)
+        assert said and "\n" not in said and len(said) < 5000
+        said.encode("utf-8", "surrogateescape")
+        return None
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    return tmp_path_factory.mktemp("fuzz") / "file"
+
+
+LOADERS = {"model": (load_model_config, MODEL), "runner": (load_runner_config, RUNNER)}
+
+
+@pytest.mark.parametrize("kind", LOADERS)
+@given(data=st.data())
+@fuzz
+def test_config_of_any_text(kind, file, data):
+    load, valid = LOADERS[kind]
+    text = yaml.safe_dump(valid).encode()
+    pieces = st.sampled_from(["a: ", "- ", "&a ", "*a", "<<: ", "!!int ", "!!python/name:os ", "?"])
+    made = st.lists(pieces | st.text(max_size=4) | HOSTILE, max_size=12).map("".join)
+    made = made.map(lambda said: said.encode("utf-8", "surrogatepass"))
+    file.write_bytes(data.draw(st.binary(max_size=60) | made | torn(text)))
+    meets(load, file)
+
+
+@pytest.mark.parametrize("kind", LOADERS)
+@given(data=st.data())
+@fuzz
+def test_config_of_any_values(kind, file, data):
+    load, valid = LOADERS[kind]
+    extra = SCALARS | st.dates() | st.datetimes() | st.binary(max_size=4) | VALUES
+    mutated = data.draw(mutations(valid, extra))
+    file.write_text(yaml.safe_dump(mutated), encoding="utf-8")
+    loaded = meets(load, file)
+    if loaded is not None:  # and the other way round it is the same
+        file.write_text(yaml.safe_dump(plain(loaded)), encoding="utf-8")
+        assert load(file) == loaded
+
+
+@given(data=st.data())
+@fuzz
+def test_config_of_any_values_in_a_checkpoint(data):
+    more = VALUES | st.dates() | st.binary(max_size=3)
+    meets(load_model_config, data.draw(mutations(MODEL, more) | more))
+
+
+CELLS = st.sampled_from(["a.flac", "16000", "", "1e400", "nan", '"', "../x.flac", "１２"])
+LINES = st.lists(
+    st.lists(CELLS | st.text(max_size=6) | HOSTILE, max_size=4), min_size=0, max_size=5
+)
+
+
+def table(header, lines, separator):
+    text = "\n".join(separator.join(cells) for cells in [header, *lines])
+    return text.encode("utf-8", "surrogatepass")
+
+
+@given(
+    data=st.binary(max_size=80)
+    | LINES.map(lambda lines: table(["file_path", "length"], lines, ","))
+    | torn(b",file_path,length,label\n0,a/b.flac,16000,\n1,c.flac,32000.0,X\n")
+)
+@fuzz
+def test_corpus_table(file, data):
+    file.write_bytes(data)
+    rows = meets(read_table, file)
+    assert rows is None or all(row.path and row.length > 0 for row in rows)
+
+
+@given(
+    data=st.binary(max_size=80)
+    | LINES.map(lambda lines: table(["path", "split"], lines, "\t"))
+    | torn(b"path\tsplit\ttext\na.flac\ttrain\tA B\nb/c.wav\ttest\tC\n")
+)
+@fuzz
+def test_manifest(file, data):
+    file.write_bytes(data)
+    entries = meets(read_manifest, file)
+    for entry in entries or ():
+        assert not entry.path.startswith("/") and ".." not in entry.path.split("/")
+
+
+GRAMMAR = st.sampled_from(list("[](),+*-0123456789 ") + ["(8,10,5)", "[(8,3,2)]", " * 4", "]+["])
+
+
+@given(text=st.lists(GRAMMAR, max_size=14).map("".join) | st.text(max_size=40) | VALUES)
+@fuzz
+def test_conv_layers(text):
+    layers = meets(parse_conv_layers, text)
+    if layers is not None:
+        # Independent: the text was Python all along, and means the same to it.
+        assert eval(text, {"__builtins__": {}}) == list(layers)  # noqa: S307
+        assert parse_conv_layers(conv_layers_text(layers)) == layers
+
+
+PARTS = st.sampled_from(
+    [
+        "config",
+        "args",
+        ".",
+        "=",
+        ",,",
+        "runner",
+        "total_steps",
+        "7",
+        "'x'",
+        "[1, 2]",
+        "{[]: 1}",
+        "(",
+    ]
+)
+
+
+@given(text=st.lists(PARTS | st.text(max_size=4) | HOSTILE, max_size=14).map("".join))
+@fuzz
+def test_overrides(text):
+    before = yaml.safe_dump(RUNNER)
+    changed_config = meets(apply_overrides, RUNNER, text)
+    assert yaml.safe_dump(RUNNER) == before
+    assert changed_config is None or isinstance(changed_config, dict)
+
+
+# The student file
+
+TARGETS = {"a": TargetSpec(1, (4,))}
+TINY = StudentSettings(
+    extractor_conv_feature_layers="[(4,4,4)]",
+    conv_pos=2,
+    conv_pos_groups=1,
+    encoder_layers=1,
+    encoder_embed_dim=4,
+    encoder_ffn_embed_dim=4,
+    encoder_attention_heads=1,
+)
+
+
+def tiny_student():
+    torch.manual_seed(0)
+    student = Student(TINY)
+    return contents(student, PredictionHeads(4, TARGETS), TARGETS, {"step": 7, "made_by": "me"})
+
+
+def saved(data, **how) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(data, buffer, **how)
+    return buffer.getvalue()
+
+
+def zipped(pickle: bytes, whole: bytes) -> bytes:
+    """The archive ``whole`` with another pickle in it, all checksums right."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(whole)) as old, zipfile.ZipFile(buffer, "w") as new:
+        for member in old.infolist():
+            own = member.filename.endswith("data.pkl")
+            new.writestr(member.filename, pickle if own else old.read(member))
+    return buffer.getvalue()
+
+
+STUDENT = tiny_student()
+ARCHIVE = saved(STUDENT)
+LEGACY = saved(STUDENT, _use_new_zipfile_serialization=False)
+with zipfile.ZipFile(io.BytesIO(ARCHIVE)) as _archive:
+    _name = next(name for name in _archive.namelist() if name.endswith("data.pkl"))
+    PICKLE = _archive.read(_name)
+
+
+def is_student(file, data: bytes) -> None:
+    file.write_bytes(data)
+    loaded = meets(load_student, file)
+    if loaded is not None:
+        assert isinstance(loaded, LoadedStudent)
+        with torch.no_grad():
+            loaded.student(torch.zeros(1, 4000), torch.tensor([4000]))
+
+
+@given(data=st.binary(max_size=60) | torn(ARCHIVE) | torn(LEGACY))
+@fuzz
+def test_student_file_of_any_bytes(file, data):
+    is_student(file, data)
+
+
+@given(data=torn(PICKLE))
+@fuzz
+def test_student_file_of_any_pickle(file, data):
+    is_student(file, zipped(data, ARCHIVE))
+
+
+TENSORS = st.sampled_from(
+    [
+        torch.zeros(0),
+        torch.zeros(4, 4),
+        torch.full((4,), float("nan")),
+        torch.zeros(3, dtype=torch.int64),
+        torch.zeros(2, 2, dtype=torch.complex64),
+        torch.zeros(1).expand(10**6),
+        torch.zeros(2, 2).to_sparse(),
+        torch.empty(3, device="meta"),
+    ]
+)
+DAMAGED = st.sampled_from([datetime.date(2026, 1, 1), b"x", {1, 2}, 1j, (1, 2)]) | TENSORS | VALUES
+
+
+@given(data=mutations(STUDENT, DAMAGED))
+@fuzz
+def test_student_file_of_any_values(file, data):
+    is_student(file, saved(data))

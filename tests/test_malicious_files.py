@@ -1,0 +1,609 @@
+"""Files made to harm, given to every command that takes a file: each is refused at once.
+
+Refused means: exit code 2, one line that starts with ``error:``, no traceback, and nothing of what
+is in the file has run. At once means: two seconds of processor time, little memory.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import resource
+import signal
+import sys
+import time
+import zipfile
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import save_file
+
+from s3prl_ekd import cli, launch, trust
+from s3prl_ekd.distill.aggregation import TargetSpec
+from s3prl_ekd.distill.heads import PredictionHeads
+from s3prl_ekd.distill.settings import StudentSettings
+from s3prl_ekd.distill.student import Student
+from s3prl_ekd.errors import CheckpointError
+from s3prl_ekd.essence.units import load_units
+from s3prl_ekd.export.student_file import contents
+from s3prl_ekd.safe_load import safe_load
+
+from .conftest import STUDENT, write_configs
+
+SECONDS, MEGABYTES = 2.0, 500
+MARKER = Path("/tmp") / f"s3prl_ekd_marker_{os.getpid()}"
+CODE = f"__import__('os').system('touch {MARKER}')"
+CONV_CODE = f"[(32,10,5)] * (1 + {CODE})"
+TARGETS = {"a": TargetSpec(2, (48,))}
+
+
+class Evil:
+    """Runs a command when it is unpickled."""
+
+    def __reduce__(self):
+        return os.system, (f"touch {MARKER}",)
+
+
+class Large:
+    def __reduce__(self):
+        return bytearray, (10**11,)
+
+
+def doubled(times=60):
+    """Lists that hold each other twice: 2 ** times values for whoever walks through them."""
+    data = ["x"]
+    for _ in range(times):
+        data = [data, data]
+    return data
+
+
+def nested(depth=300):
+    data = []
+    for _ in range(depth):
+        data = [data]
+    return data
+
+
+def bombed(path, whole):
+    """The archive at ``path`` with a member that unpacks to 1 GB of zeros."""
+    buffer = io.BytesIO(whole)
+    with zipfile.ZipFile(buffer, "a", zipfile.ZIP_DEFLATED) as archive:
+        with archive.open(f"{archive.namelist()[0].split('/')[0]}/data/9", "w") as member:
+            for _ in range(32):
+                member.write(bytes(1 << 25))
+    path.write_bytes(buffer.getvalue())
+
+
+@pytest.fixture(scope="module")
+def bomb(tmp_path_factory):
+    """The member takes a second to make: once."""
+    path = tmp_path_factory.mktemp("bomb") / "bomb.pt"
+    buffer = io.BytesIO()
+    torch.save({"format": "x"}, buffer)
+    bombed(path, buffer.getvalue())
+    return path.read_bytes()
+
+
+@pytest.fixture(scope="module")
+def student():
+    torch.manual_seed(0)
+    made = Student(StudentSettings(**STUDENT))
+    return contents(made, PredictionHeads(48, TARGETS), TARGETS, {"step": 1})
+
+
+def write_special(path, kind, bomb):
+    """What is no file of data at all."""
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "zip_bomb":
+        path.write_bytes(bomb)
+    elif kind == "pickle":
+        path.write_bytes(pickle.dumps({"format": Evil()}))
+    elif kind == "many_instructions":
+        path.write_bytes(b"\x80\x02" + b"]" * 5_000_000 + b".")
+    else:
+        return False
+    return True
+
+
+SPECIAL = ("fifo", "device", "folder", "zip_bomb", "pickle", "many_instructions")
+
+
+def settings(data, **change):
+    return {**data, "settings": {**data["settings"], **change}}
+
+
+# Name -> what becomes of the contents of a good student file.
+STUDENTS = {
+    "code": lambda data: {**data, "about": Evil()},
+    "code_as_key": lambda data: {**data, "student": {"a": {"b": [Evil()]}}},
+    "large_object": lambda data: {**data, "about": {"x": Large()}},
+    "conv_code": lambda data: settings(data, extractor_conv_feature_layers=CONV_CODE),
+    "conv_power": lambda data: settings(data, extractor_conv_feature_layers="[(9**9**9,1,1)]"),
+    "wide": lambda data: settings(data, encoder_embed_dim=4 * 10**9),
+    "wide_inside": lambda data: settings(data, encoder_ffn_embed_dim=10**7),
+    "deep": lambda data: settings(data, encoder_layers=10**6),
+    "far_position": lambda data: settings(data, conv_pos=10**6),
+    "large_heads": lambda data: {**data, "targets": {"a": {"layers": 10**6, "parts": [10**6]}}},
+    "many_heads": lambda data: {
+        **data,
+        "targets": {f"t{i}": {"layers": 9, "parts": [9]} for i in range(9000)},
+    },
+    "shape": lambda data: {**data, "student": {"x": torch.zeros(1).expand(10**6, 10**6)}},
+    "nested": lambda data: {**data, "about": {"x": nested()}},
+    "doubled": lambda data: {**data, "about": {"x": doubled()}},
+    "number": lambda data: settings(data, encoder_layers=10**5000),
+    "not_finite": lambda data: settings(data, dropout=float("nan")),
+    "keys": lambda data: {**data, "about": {"a\nerror: b": 1, 2: 3}},
+}
+
+
+class Refused:
+    """Runs a command in this process and looks at how it ends."""
+
+    def __init__(self, capsys, monkeypatch):
+        self.capsys, self.monkeypatch = capsys, monkeypatch
+
+    def __call__(self, *words):
+        words = [str(word) for word in words]
+        self.capsys.readouterr()
+        MARKER.unlink(missing_ok=True)
+        script = launch.SCRIPTS.get(words[0])
+        self.monkeypatch.setattr(sys, "argv", list(words))
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        signal.signal(signal.SIGALRM, lambda *_: pytest.fail("it never ends"))
+        signal.alarm(40)
+        begin = time.process_time()
+        try:
+            with pytest.raises(SystemExit) as left:
+                script() if script else cli.main(words)
+        finally:
+            signal.alarm(0)
+            seconds = time.process_time() - begin
+        said = self.capsys.readouterr()
+        lines = [line for line in said.err.splitlines() if line.startswith("error:")]
+        grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak) / 1024
+        if "MALICIOUS_LOG" in os.environ:
+            with open(os.environ["MALICIOUS_LOG"], "a", encoding="utf-8") as log:
+                log.write(f"{seconds:.2f}\t{grown:.0f}\t{words}\t{lines}\n")
+        assert not MARKER.exists()
+        assert left.value.code == 2, said.err
+        assert len(lines) == 1 and len(lines[0]) < 4000, said.err
+        assert "Traceback" not in said.err + said.out
+        assert seconds < SECONDS and grown < MEGABYTES, (seconds, grown)
+        return lines[0]
+
+
+@pytest.fixture
+def refused(capsys, monkeypatch):
+    yield Refused(capsys, monkeypatch)
+    trust.take([])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, teachers, corpus):
+    """Set up by ``init``, with all modules that the commands import imported already."""
+    path = tmp_path_factory.mktemp("work")
+    before = Path.cwd()
+    cli.main(["init", str(path)])
+    os.chdir(path)
+    write_configs(path, teachers, corpus)
+    for module in (
+        "s3prl.hub",
+        "s3prl.run_downstream",
+        "s3prl_ekd.export.features",
+        "s3prl_ekd.export.hf_model",
+        "s3prl_ekd.export.superb_package",
+        "s3prl_ekd.evaluate.cost",
+        "s3prl_ekd.commands.superb",
+        "s3prl_ekd.teacher_sources.sources",
+        "transformers",
+    ):
+        __import__(module)
+    from s3prl_ekd.teacher_sources.hub import hub_entries
+
+    hub_entries()
+    yield path
+    os.chdir(before)
+
+
+@pytest.fixture
+def here(folder, tmp_path, monkeypatch):
+    """A place for the malicious file; the working folder is the one above."""
+    monkeypatch.chdir(folder)
+    return tmp_path
+
+
+DOWN = ("run_downstream.py", "-m", "train", "-n", "x", "-c", "none.yaml")
+LIBRI = "config.downstream_expert.datarc.libri_root='.'"
+LIBRI += ",,config.downstream_expert.datarc.bucket_file='.'"
+TRAIN = ("run_downstream.py", "-m", "train", "-d", "asr", "-n", "x", "-o", LIBRI)
+# Command -> its words around the file of a student.
+ON_STUDENTS = {
+    "export student": lambda file: ("export", "student", file, "-o", f"{file}.out"),
+    "export superb": lambda file: ("export", "superb", file, "-o", f"{file}.out"),
+    "export hf": lambda file: ("export", "hf", file, "-o", f"{file}.out"),
+    "export onnx": lambda file: ("export", "onnx", file, "-o", f"{file}.out"),
+    "features": lambda file: ("features", file, "audio", "-o", f"{file}.out"),
+    "cost": lambda file: ("cost", "-u", "ekd_student", "-k", file),
+    "run_downstream.py": lambda file: (*TRAIN, "-u", "ekd_student", "-k", file),
+}
+
+
+@pytest.mark.parametrize("command", ON_STUDENTS)
+@pytest.mark.parametrize("kind", [*STUDENTS, *SPECIAL])
+def test_students(refused, here, folder, corpus, student, bomb, command, kind):
+    if not (folder / "audio").exists():
+        (folder / "audio").symlink_to(corpus / "audio")
+    file = here / "evil.pt"
+    if not write_special(file, kind, bomb):
+        torch.save(STUDENTS[kind](student), file)
+    if kind == "folder" and command == "run_downstream.py":
+        file = here / "evil.pt" / "none"
+    said = refused(*ON_STUDENTS[command](file))
+    if kind.startswith("code") or kind == "pickle":
+        assert "asks for posix.system" in said or "asks for nt.system" in said
+
+
+def teacher(path, change):
+    """A teacher's checkpoint with other settings."""
+    data = torch.load(path, weights_only=True)
+    change(data)
+    return data
+
+
+TEACHERS = {
+    "code": ("hubert", lambda data: data.update(task_cfg=Evil())),
+    "conv_code": ("hubert", lambda data: data["model_cfg"].update(conv_feature_layers=CONV_CODE)),
+    "conv_code_wavlm": ("wavlm", lambda data: data["cfg"].update(conv_feature_layers=CONV_CODE)),
+    "wide": ("hubert", lambda data: data["model_cfg"].update(encoder_embed_dim=4 * 10**6)),
+    "deep": ("hubert", lambda data: data["model_cfg"].update(encoder_layers=10**6)),
+    "final": ("hubert", lambda data: data["model_cfg"].update(final_dim=10**9)),
+    "buckets": ("wavlm", lambda data: data["cfg"].update(num_buckets=10**9)),
+    "nested": ("wavlm", lambda data: data.update(x=nested())),
+    "doubled": ("wavlm", lambda data: data["cfg"].update(x=doubled())),
+    "shape": ("wavlm", lambda data: data["model"].update(x=torch.zeros(1).expand(10**6, 10**6))),
+}
+
+
+def configured(folder, change=lambda model, runner: None, **files):
+    """The two configs, changed, beside those of the working folder."""
+    model = yaml.safe_load((folder / "model.yaml").read_text())
+    runner = yaml.safe_load((folder / "runner.yaml").read_text())
+    change(model, runner)
+    return model, runner
+
+
+PRETRAIN = ("run_pretrain.py", "-u", "ekd", "-n", "x", "--device", "cpu")
+DATA = ("--data", "audio")
+ON_TEACHERS = {
+    "run_pretrain.py": lambda model: (*PRETRAIN, "-c", "runner.yaml", "-g", model),
+    "teachers": lambda model: ("teachers", "inspect", model, *DATA, "-o", f"{model}.out"),
+    "layers": lambda model: ("layers", model, *DATA, "-o", f"{model}.out.yaml"),
+    "units": lambda model: (
+        *("units", model, *DATA, "--teacher", "hubert", "--layer", "2"),
+        *("--clusters", "2", "-o", f"{model}.out"),
+    ),
+}
+
+
+@pytest.mark.parametrize("command", ON_TEACHERS)
+@pytest.mark.parametrize("kind", [*TEACHERS, *SPECIAL])
+def test_teachers(refused, here, folder, corpus, teachers, bomb, command, kind):
+    if not (folder / "audio").exists():
+        (folder / "audio").symlink_to(corpus / "audio")
+    file = here / "evil.pt"
+    if not write_special(file, kind, bomb):
+        name, change = TEACHERS[kind]
+        torch.save(teacher(teachers[name], change), file)
+    model, _ = configured(folder)
+    model["teachers"]["hubert"]["model"] = str(file)
+    (here / "model.yaml").write_text(yaml.safe_dump(model))
+    refused(*ON_TEACHERS[command](here / "model.yaml"))
+
+
+LOCAL = {
+    "cost": lambda name, file: ("cost", "-u", name, "-k", file),
+    "run_downstream.py": lambda name, file: (*TRAIN, "-u", name, "-k", file),
+    "superb": lambda name, file: (
+        *("superb", f"x={name}:{file}", "--tasks", "asr", "--recipes", "tiny"),
+        *("--override", f"asr={LIBRI}"),
+    ),
+}
+
+
+@pytest.mark.parametrize("command", LOCAL)
+@pytest.mark.parametrize("kind", ["code", "conv_code", "conv_code_wavlm", "nested", "fifo"])
+def test_upstreams_of_s3prl(refused, here, teachers, bomb, command, kind):
+    """``-u hubert_local -k FILE``: s3prl's own loader never sees such a file."""
+    file = here / "evil.pt"
+    name = "hubert" if kind == "fifo" else TEACHERS[kind][0]
+    if not write_special(file, kind, bomb):
+        torch.save(teacher(teachers[name], TEACHERS[kind][1]), file)
+    refused(*LOCAL[command](f"{name}_local", file))
+
+
+def run(student, **change):
+    """The checkpoint of a run."""
+    args = Namespace(upstream="ekd", expdir="x", expname="x", device="cpu", override=None)
+    args.upstream_ckpt = None
+    return {"Args": args, "Config": {}, "Step": 1, "EKD": student, "Optimizer": {}, **change}
+
+
+def argued(student, **change):
+    data = run(student, Downstream={})
+    vars(data["Args"]).update(change)
+    return data
+
+
+RUNS = {
+    "code": lambda student: run(student, Optimizer=Evil(), Downstream={}, Upstream_Config={}),
+    "args_code": lambda student: run(student, Args=Evil(), Downstream={}),
+    "no_args": lambda student: run(student, Args=3, Downstream={}, Upstream_Config={}),
+    "no_config": lambda student: run(student, Config=[1], Downstream={}, Upstream_Config={}),
+    "config_code": lambda student: run(
+        student,
+        Downstream={},
+        Upstream_Config={},
+        Config={"optimizer": {"name": CODE}, "modelrc": {"select": CODE}},
+    ),
+    "conv_code": lambda student: run(
+        student, Upstream_Config={"student": {"extractor_conv_feature_layers": CONV_CODE}}
+    ),
+    "doubled": lambda student: run(student, Config=dict(x=doubled()), Downstream={}),
+    "doubled_args": lambda student: argued(student, x=doubled()),
+    "hub": lambda student: argued(student, hub="huggingface", upstream="nobody/nothing"),
+    "from_hub": lambda student: argued(student, from_hf_hub=True),
+    "folder": lambda student: argued(student, expdir=None),
+    "path": lambda student: argued(student, upstream_ckpt=[1]),
+}
+ON_RUNS = {
+    "run_pretrain.py": lambda file: ("run_pretrain.py", "-e", file, "--device", "cpu"),
+    "run_downstream.py": lambda file: ("run_downstream.py", "-m", "evaluate", "-e", file),
+    "essence": lambda file: (
+        *("essence", "asr", "--teachers", file, "--student-upstream", "fbank"),
+        *("-n", "x", "--top-k", "2", "-o", LIBRI),
+    ),
+}
+
+
+@pytest.mark.parametrize("command", ON_RUNS)
+@pytest.mark.parametrize("kind", [*RUNS, *SPECIAL])
+def test_runs(refused, here, student, bomb, command, kind):
+    file = here / "states-1.ckpt"
+    if not write_special(file, kind, bomb):
+        torch.save(RUNS[kind](student), file)
+    refused(*ON_RUNS[command](file))
+
+
+@pytest.mark.parametrize("kind", ["code", "conv_code"])
+def test_a_run_that_names_another_file(refused, here, student, teachers, kind):
+    """``-e`` takes the upstream's checkpoint from the run's, and s3prl would load that one."""
+    other, file = here / "other.pt", here / "states-1.ckpt"
+    torch.save(teacher(teachers["hubert"], TEACHERS[kind][1]), other)
+    torch.save(argued(student, upstream="hubert_local", upstream_ckpt=str(other)), file)
+    assert "other.pt" in refused("run_downstream.py", "-m", "evaluate", "-e", file)
+
+
+YAMLS = {
+    "apply": f"a: !!python/object/apply:os.system ['touch {MARKER}']\n",
+    "new": f"a: !!python/object/new:os.system ['touch {MARKER}']\n",
+    "name": "a: !!python/name:os.system\n",
+    "module": "a: !!python/module:os\n",
+    "tuple": "a: !!python/tuple [1, 2]\n",
+    "aliases": "a0: &a0 [x]\n"
+    + "".join(f"a{i + 1}: &a{i + 1} [*a{i}, *a{i}]\n" for i in range(40)),
+    "itself": "a: &a [*a]\n",
+    "merges": "a0: &a0 {x: 1}\n"
+    + "".join(f"a{i + 1}: &a{i + 1} {{'<<': [*a{i}, *a{i}], y{i}: *a{i}}}\n" for i in range(40)),
+    "nested": "a: " + "[" * 50_000 + "\n",
+    "nested_block": "".join("  " * i + f"a{i}:\n" for i in range(200)),
+    "long": "a: '" + "x" * 100_000 + "'\n",
+    "large": "a: 1\n" + "# " + "x" * 10**7,
+    "many": "a: [" + "1," * 50_000 + "]\n",
+    "number": "a: " + "9" * 4000 + "\n",
+    "hexadecimal": "a: 0x" + "f" * 4000 + "\n",
+    "twice": "a: 1\na: 2\n",
+    "keys": "? [1, 2]\n: 3\n",
+    "bad_tag": "a: !!int ''\n",
+    "escape": 'a: "\\UFFFFFFFF"\n',
+    "null": 'a: "x\\0y"\n',
+    "line": 'a: "x\\nerror: y"\n',
+    "surrogate": 'a: "\\ud800"\n',
+    "not_text": b"\xff\xfe\x00",
+    "fifo": None,
+    "device": None,
+    "folder": None,
+}
+ON_YAMLS = {
+    "run_pretrain.py -g": lambda file: (*PRETRAIN, "-c", "runner.yaml", "-g", file),
+    "run_pretrain.py -c": lambda file: (*PRETRAIN, "-c", file, "-g", "model.yaml"),
+    "run_downstream.py -c": lambda file: (*TRAIN[:-2], "-u", "fbank", "-c", file),
+    "superb --recipe": lambda file: ("superb", "fbank", "--recipe", f"asr={file}"),
+    "matrix": lambda file: ("matrix", file, "-c", "runner.yaml"),
+    "matrix -c": lambda file: ("matrix", "model.yaml", "-c", file),
+    "teachers": ON_TEACHERS["teachers"],
+    "layers": ON_TEACHERS["layers"],
+    "units": ON_TEACHERS["units"],
+}
+
+
+@pytest.mark.parametrize("command", ON_YAMLS)
+@pytest.mark.parametrize("kind", YAMLS)
+def test_yaml(refused, here, folder, corpus, command, kind):
+    if not (folder / "audio").exists():
+        (folder / "audio").symlink_to(corpus / "audio")
+    file, text = here / "evil.yaml", YAMLS[kind]
+    if not write_special(file, kind, b""):
+        file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    refused(*ON_YAMLS[command](file))
+
+
+MODELS = {
+    "conv_code": {"student": {**STUDENT, "extractor_conv_feature_layers": CONV_CODE}},
+    "conv_code_list": {"student": {**STUDENT, "extractor_conv_feature_layers": [[1, 2, 3]]}},
+    "wide": {"student": {**STUDENT, "encoder_embed_dim": 4 * 10**8}},
+    "deep": {"student": {**STUDENT, "encoder_layers": 10**6}},
+    "far_position": {"student": {**STUDENT, "conv_pos": 10**9}},
+    "not_finite": {"student": {**STUDENT, "dropout": float("nan")}},
+    "device": {"teachers": {"hubert": {"model": "/dev/zero"}}},
+    "null": {"teachers": {"hubert": {"model": "a\0b"}}},
+    "extends_device": {"extends": "/dev/zero"},
+    "extends_code": {"extends": CODE},
+    "teachers_of_nothing": {"extends": "model.yaml", "teachers": [[1]]},
+    "name": {"teachers": {CODE: {"model": "hubert_base"}}},
+}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_model_configs(refused, here, folder, kind):
+    model, _ = configured(folder)
+    if "extends" in MODELS[kind]:
+        (here / "model.yaml").write_text(yaml.safe_dump(model))
+        model = {}
+    (here / "evil.yaml").write_text(yaml.safe_dump({**model, **MODELS[kind]}))
+    refused(*ON_YAMLS["run_pretrain.py -g"](here / "evil.yaml"))
+
+
+RUNNERS = {
+    "optimizer": {"optimizer": {"name": CODE, "lr": 1.0}},
+    "scheduler": {"scheduler": {"name": CODE}},
+    "rate": {"optimizer": {"name": "Adam", "lr": float("inf")}},
+    "no_rate": {"optimizer": {"name": "Adam", "lr": None}},
+}
+
+
+@pytest.mark.parametrize("kind", RUNNERS)
+def test_runner_configs(refused, here, folder, kind):
+    _, runner = configured(folder)
+    (here / "evil.yaml").write_text(yaml.safe_dump({**runner, **RUNNERS[kind]}))
+    refused(*ON_YAMLS["run_pretrain.py -c"](here / "evil.yaml"))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"config.optimizer.lr={CODE}",
+        f"config.optimizer.name={CODE}",
+        f"config.runner.total_steps=[{CODE}]",
+        f"args.device={CODE}",
+        f"config.{CODE}.x=1",
+        "config.runner.total_steps=9**9**9**9",
+        "config.runner.total_steps=" + "9" * 5000,
+        "config.runner=" + "[" * 5000,
+    ],
+    ids=["rate", "name", "list", "argument", "key", "power", "digits", "brackets"],
+)
+@pytest.mark.parametrize("script", ["run_pretrain.py", "run_downstream.py"])
+def test_overrides(refused, here, script, text):
+    words = (*PRETRAIN, "-c", "runner.yaml", "-g", "model.yaml", "-o", text)
+    if script == "run_downstream.py":
+        words = (*TRAIN[:-1], f"{LIBRI},,{text}", "-u", "nothing_of_s3prl")
+    refused(*words)
+
+
+def test_s3prl_evaluates_no_override(here, monkeypatch):
+    """Should one reach it all the same."""
+    from s3prl_ekd import no_eval
+
+    no_eval.guard()
+    from s3prl.utility.helper import override
+
+    config = {}
+    override(f"config.a={CODE},,config.b=[1, 2],,config.c='x',,config.d=word", None, config)
+    assert config == {"a": CODE, "b": [1, 2], "c": "x", "d": "word"}
+    assert not MARKER.exists()
+
+
+@pytest.mark.parametrize("kind", ["fifo", "device", "folder"])
+@pytest.mark.parametrize("command", ["run_pretrain.py", "prepare"])
+def test_tables_and_manifests(refused, here, folder, command, kind):
+    write_special(here / "train.csv", kind, b"")
+    _, runner = configured(folder)
+    runner["pretrain_expert"]["datarc"]["file_path"] = str(here)
+    (here / "runner.yaml").write_text(yaml.safe_dump(runner))
+    words = (*PRETRAIN, "-c", here / "runner.yaml", "-g", "model.yaml")
+    if command == "prepare":
+        words = ("prepare", "asr", here / "train.csv", "-o", here / "out")
+    refused(*words)
+
+
+HF = {"model_type": "hubert", "hidden_size": 48, "num_hidden_layers": 1, "conv_dim": [8] * 7}
+JSONS = {
+    "nested": "[" * 100_000,
+    "nested_objects": '{"a":' * 100_000,
+    "not_finite": '{"format": NaN}',
+    "digits": '{"format": ' + "9" * 5000 + "}",
+    "large": " " * 10**7,
+    "twice": '{"format": 1, "format": 1}',
+    "list": "[]",
+    "wide": json.dumps({**HF, "hidden_size": 12 * 10**7}),
+    "deep": json.dumps({**HF, "num_hidden_layers": 10**6, "hidden_size": 12}),
+    "conv": json.dumps({**HF, "conv_dim": [CODE] * 7}),
+    "fifo": None,
+}
+
+
+@pytest.mark.parametrize("kind", JSONS)
+@pytest.mark.parametrize("command", ["report", "predictions", "export student"])
+def test_json(refused, here, command, kind):
+    folder = here / "lr0.1-seed1"
+    folder.mkdir()
+    name = "config.json" if command == "export student" else "superb.json"
+    if not write_special(folder / name, kind, b""):
+        (folder / name).write_text(JSONS[kind])
+    if command == "export student" and kind == "fifo":
+        (folder / name).unlink()
+        (folder / name).write_text(json.dumps(HF))
+        os.mkfifo(folder / "model.safetensors")
+    elif command == "export student":
+        save_file({"x": torch.zeros(1)}, folder / "model.safetensors", metadata={"format": "pt"})
+    more = () if command == "report" else ("-o", here / "out")
+    refused(*command.split(), folder, *more)
+
+
+def safetensors(shape, header=None):
+    told = {"centroids": {"dtype": "F32", "shape": shape, "data_offsets": [0, 4]}}
+    data = json.dumps(told).encode()
+    return (header or len(data)).to_bytes(8, "little") + data + bytes(4)
+
+
+@pytest.mark.parametrize(
+    "data", [safetensors([10**9, 10**9]), safetensors([1], 10**12), safetensors([2**63, 4]), b"x"]
+)
+def test_shapes_in_safetensors(refused, here, data):
+    """Weights of a folder; the centroids of units are read by the same library."""
+    (here / "config.json").write_text(json.dumps(HF))
+    (here / "model.safetensors").write_bytes(data)
+    refused("export", "student", here, "-o", here / "out.pt")
+    with pytest.raises(CheckpointError, match="damaged or no units file"):
+        load_units(here / "model.safetensors")
+
+
+def test_trust_is_the_only_way(here, capsys):
+    """What the option lets through, on a file whose code does no harm."""
+
+    torch.save({"x": Evil()}, here / "old.ckpt")
+    MARKER.unlink(missing_ok=True)
+    assert trust.take(["-e", "a"]) == ["-e", "a"] and not trust.trusted()
+    with pytest.raises(CheckpointError, match="posix.system, which is code.*--trust-checkpoint"):
+        safe_load(here / "old.ckpt")
+    assert not MARKER.exists()
+    try:
+        assert trust.take(["-e", "--trust-checkpoint", "a"]) == ["-e", "a"] and trust.trusted()
+        assert safe_load(here / "old.ckpt") == {"x": 0}
+        assert MARKER.exists()
+        assert os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] == "1"
+    finally:
+        trust.take([])
+        MARKER.unlink(missing_ok=True)
+    assert not trust.trusted() and "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD" not in os.environ
