@@ -45,6 +45,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add("--distort", action="store_true", help="let ours distort the waveforms too")
     add("--no-memory", action="store_true", help="leave the peak memory out")
+    add("--plan", action="store_true", help="project hours for larger corpora and more devices")
     add("-o", "--output", type=Path, metavar="FOLDER", default=Path("bench"))
     add("--force", action="store_true", help="replace an earlier bench.json and bench.png")
 
@@ -94,6 +95,10 @@ def main(args: argparse.Namespace) -> int:
             memory=not args.no_memory,
         )
     print(table(result))
+    if args.plan:
+        from ..evaluate.bench_plan import plan_table
+
+        print("\n" + plan_table(result, list(result["sides"])[-1]))
     contents = {
         "bench.json": (
             json.dumps({**result, "summary": summary(result)}, indent=1) + "\n"
