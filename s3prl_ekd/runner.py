@@ -9,33 +9,31 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import shlex
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator
 
-import torch
 from tqdm import tqdm
 
 from .checkpoints import newest, read_run
 from .config import check_runner_config
 from .data.batches import Batch
 from .errors import SetupError
-from .training.bad_audio_list import BadAudioList, UsableBatches
-from .training.dev import dev_loss
+from .training.bad_audio_list import BadAudioList
 from .training.make_updater import make_updater
 from .training.memory import memory_explained, workers_explained
 from .training.precision import autocast
-from .training.processes import Processes, join, lost_another, mean_records
+from .training.processes import Processes, join, lost_another
 from .training.progress import KEY
 from .training.random_state import random_states
+from .training.reports import Reports
 from .training.resume import resume_random, resumed_progress
 from .training.saves import RunSaves, SaveError
 from .training.scalars import NoWriter, ScalarWriter
 from .training.signals import StopSignals, exit_code
-from .training.update import NotFiniteError, Update, not_finite
+from .training.update import NotFiniteError, Update
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +57,7 @@ def resume_command(args) -> str:
     return f"run_pretrain.py -u {args.upstream} {where} -a"
 
 
-class EkdRunner:
+class EkdRunner(Reports):
     """Stands before s3prl's Runner, which makes the upstream, the optimizer and the schedule.
 
     Args:
@@ -237,75 +235,6 @@ class EkdRunner:
                 tqdm.write(f"{said}, all saved; {self.hint}", file=sys.stderr)
             raise SystemExit(exit_code(received))
 
-    def _count(self, update: Update) -> None:
-        """Keep what an update has to tell; stop after too many that were not made.
-
-        Raises:
-            NotFiniteError: naming the utterances.
-        """
-        place = self.progress
-        if update.made:
-            place.skipped_in_a_row = 0
-            for name, values in self._new.items():
-                place.records[name] += values
-            return
-        names = [name for each in self.processes.gather(self.updater.names) for name in each]
-        place.skipped += 1
-        place.skipped_in_a_row += 1
-        level = logging.INFO if update.scaling else logging.WARNING
-        logger.log(
-            level,
-            "step %d skipped (%d in a row): loss %g, norm of the gradient %g, utterances %s",
-            place.step,
-            place.skipped_in_a_row,
-            update.loss,
-            update.norm,
-            "not looked at: fp16 lowers its scale" if update.scaling else ", ".join(names[:8]),
-        )
-        if place.skipped_in_a_row >= self.settings.max_nonfinite:
-            raise not_finite(place.step, place.skipped_in_a_row, names, self.hint)
-
-    def _log(self, update: Update) -> None:
-        """To TensorBoard, under s3prl's names: of this step, and means since the last point."""
-        place, prefix = self.progress, f"{self.args.upstream}/train-"
-        (loss,) = self.processes.sum(update.loss)
-        self._share_records()
-        scalars = {
-            "loss": loss / self.processes.count,
-            "lr": self.updater.rate(),
-            "gradient-norm": update.norm,
-        }
-        if place.skipped:
-            scalars["skipped"] = place.skipped
-        for name, value in scalars.items():
-            self.logger.add_scalar(prefix + name, value, global_step=place.step)
-        self.upstream.log_records(
-            records=place.records, logger=self.logger, prefix=prefix, global_step=place.step
-        )
-        place.records = defaultdict(list)
-
-    def _measure(self) -> None:
-        """The dev loss; the checkpoint of the lowest is kept apart."""
-        place = self.progress
-        batches = UsableBatches(self.upstream.dev_dataloader, self.bad, place.epoch)
-        with self.autocast:
-            mine = dev_loss(self.upstream, batches, place.step, self.device)
-        self.bad.commit()
-        total, samples = self.processes.sum(*mine)
-        if not samples:
-            raise self.bad.nothing_left("dev_sets")
-        loss = total / samples
-        self.logger.add_scalar(f"{self.args.upstream}/dev-loss", loss, global_step=place.step)
-        better = math.isfinite(loss) and (place.best_loss is None or loss < place.best_loss)
-        if self.processes.writer:
-            best = ", the best" * better
-            tqdm.write(f"[Runner] - dev loss {loss:.5f} at step {place.step}{best}")
-        if better:
-            place.best_loss, place.best_step = loss, place.step
-            states = self._states()
-            if self.processes.writer:
-                self.saves.best(states)
-
     # Saving
 
     def _between_updates(self) -> None:
@@ -315,18 +244,6 @@ class EkdRunner:
         self._learned = self.upstream.batches_learned
         self.bad.commit()
         self._whole = True
-
-    def _share_records(self) -> None:
-        """The scalars since TensorBoard's last point: the same in all processes, their means."""
-        if self.processes.count > 1:
-            mine = {
-                name: torch.stack([value.float() for value in values]).tolist()
-                for name, values in self.progress.records.items()
-            }
-            means = mean_records(self.processes.gather(mine))
-            self.progress.records = defaultdict(
-                list, {name: list(torch.tensor(values)) for name, values in means.items()}
-            )
 
     def _states(self, alone: bool = False) -> dict:
         """A checkpoint: s3prl's keys, the adapter's, and the Runner's own under one.
