@@ -3,6 +3,8 @@
 PYTHON ?= python3
 # More for pip, for example PIP_ARGS="--find-links /wheels" where a CPU build of torch lies.
 PIP_ARGS ?=
+# Tests at a time; each may take 2 GB.
+JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -20,7 +22,7 @@ demo: $(INSTALLED)
 	$(BIN)/s3prl-ekd demo demo_run
 
 test: lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 fuzz: $(INSTALLED)
 	FUZZ_EXAMPLES=10000 $(BIN)/python -m pytest -n 0 tests/test_fuzz.py

@@ -221,7 +221,7 @@ def rank_of(agent, rank):
 @pytest.mark.parametrize(("count", "processes"), [(7, 1), (7, 2), (7, 3), (8, 4), (2, 5), (1, 3)])
 def test_processes_deal_out_the_passes_like_cards(count, processes):
     alone = EpochOrder(count, seed=3)
-    stream = [item for _ in range(6 * processes) for item in alone]
+    stream = [item for _ in range(4 * processes**2 + 3) for item in alone]
     for begin in (0, 1, count - 1):
         hands = []
         for rank in range(processes):
