@@ -135,9 +135,10 @@ class FastEncoder:
         key = ("features", id(self.extractor), self.normalize)
         if key not in shared:
             if self.normalize:
-                if ("normalised",) not in shared:
-                    shared["normalised",] = normalised(waves, lengths)
-                waves = shared["normalised",]
+                ready = ("normalised",)
+                if ready not in shared:
+                    shared[ready] = normalised(waves, lengths)
+                waves = shared[ready]
             shared[key] = self.extractor(waves)
         return shared[key].to(self.precision)
 
