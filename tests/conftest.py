@@ -136,6 +136,24 @@ def write_configs(folder: Path, teachers: dict[str, Path], corpus: Path, **model
     (folder / "runner.yaml").write_text(yaml.safe_dump(runner))
 
 
+@pytest.fixture
+def pretrain(monkeypatch, capfd):
+    """``run_pretrain.py -u ekd WORDS`` in this process; gives (code, stdout + stderr)."""
+    from s3prl_ekd.launch import run_pretrain
+
+    def run(*words):
+        capfd.readouterr()
+        monkeypatch.setattr(sys, "argv", ["run_pretrain.py", "-u", "ekd", *words])
+        try:
+            code = run_pretrain()
+        except SystemExit as left:
+            code = left.code
+        out = capfd.readouterr()
+        return code, out.out + out.err
+
+    return run
+
+
 def command(*words: str, cwd: Path, check: bool = True, **env: str) -> subprocess.CompletedProcess:
     """Run ``python -m s3prl_ekd WORDS`` as a user would, in ``cwd``."""
     done = subprocess.run(

@@ -294,7 +294,7 @@ def mixed():
 
 
 @pytest.fixture
-def run(audio, tmp_path, teachers, monkeypatch, capfd):
+def run(audio, tmp_path, teachers, monkeypatch, pretrain):
     """Run in this process, 9 steps, in skip mode; (code, stdout + stderr)."""
     write_workspace(tmp_path)
     write_configs(tmp_path, teachers, audio.parent)
@@ -312,15 +312,7 @@ def run(audio, tmp_path, teachers, monkeypatch, capfd):
             words = ("-c", "runner.yaml", "-g", "model.yaml", "-n", name, *words)
         elif "-a" in words:
             words = ("-n", name, *words)
-        argv = ["run_pretrain.py", "-u", "ekd", "--device", "cpu", *words]
-        capfd.readouterr()
-        monkeypatch.setattr(sys, "argv", argv)
-        try:
-            code = run_pretrain()
-        except SystemExit as left:
-            code = left.code
-        out = capfd.readouterr()
-        return code, out.out + out.err
+        return pretrain("--device", "cpu", *words)
 
     return run
 

@@ -3,7 +3,6 @@
 import copy
 import math
 import shutil
-import sys
 
 import pytest
 import torch
@@ -14,7 +13,6 @@ from s3prl_ekd.distill.recompute import recompute
 from s3prl_ekd.distill.settings import StudentSettings
 from s3prl_ekd.distill.student import Student
 from s3prl_ekd.evaluate.scalars import read_scalars
-from s3prl_ekd.launch import run_pretrain
 from s3prl_ekd.schema import build
 from s3prl_ekd.training.fused_adamw import fused_adamw, warmup_schedule
 from s3prl_ekd.workspace import write_workspace
@@ -23,7 +21,7 @@ from .conftest import STUDENT, write_configs
 
 
 @pytest.fixture
-def run(tmp_path, teachers, corpus, monkeypatch, capfd):
+def run(tmp_path, teachers, corpus, monkeypatch, pretrain):
     """Run in this process with keys of the runner config changed; (code, stdout + stderr)."""
     write_workspace(tmp_path)
     write_configs(tmp_path, teachers, corpus)
@@ -36,15 +34,7 @@ def run(tmp_path, teachers, corpus, monkeypatch, capfd):
         config["optimizer"] = optimizer or config["optimizer"]
         (tmp_path / "runner.yaml").write_text(yaml.safe_dump(config))
         files = ("-c", "runner.yaml", "-g", "model.yaml") if not words else ()
-        argv = ["run_pretrain.py", "-u", "ekd", *files, "-n", name, "--device", device, *words]
-        monkeypatch.setattr(sys, "argv", argv)
-        capfd.readouterr()
-        try:
-            code = run_pretrain()
-        except SystemExit as left:
-            code = left.code
-        out = capfd.readouterr()
-        return code, out.out + out.err
+        return pretrain(*files, "-n", name, "--device", device, *words)
 
     return run
 

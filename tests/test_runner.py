@@ -19,7 +19,6 @@ from s3prl_ekd.distill.distiller import EnsembleDistiller
 from s3prl_ekd.distill.standardisation import Moments
 from s3prl_ekd.errors import CheckpointError
 from s3prl_ekd.evaluate.scalars import read_scalars
-from s3prl_ekd.launch import run_pretrain
 from s3prl_ekd.training import signals
 from s3prl_ekd.training.progress import Progress
 from s3prl_ekd.training.random_state import random_states, set_random_states
@@ -42,7 +41,7 @@ def folder(tmp_path, teachers, corpus, monkeypatch):
 
 
 @pytest.fixture
-def run(folder, monkeypatch, capfd):
+def run(folder, pretrain):
     """Run in this process with keys of the runner config changed; (code, stdout + stderr)."""
 
     def run(name, *words, **changes):
@@ -55,15 +54,8 @@ def run(folder, monkeypatch, capfd):
                 part = config
             part[key] = value
         (folder / "runner.yaml").write_text(yaml.safe_dump(config))
-        capfd.readouterr()
-        argv = ["run_pretrain.py", *RUN, "-n", name, "--device", "cpu", *words]
-        monkeypatch.setattr(sys, "argv", argv)
-        try:
-            code = run_pretrain()
-        except SystemExit as left:
-            code = left.code
-        out = capfd.readouterr()
-        return code, out.out + out.err
+        files = ("-c", "runner.yaml", "-g", "model.yaml")
+        return pretrain(*files, "-n", name, "--device", "cpu", *words)
 
     return run
 
