@@ -32,13 +32,14 @@ COMMANDS = {
     "features": "write the hidden states of audio files into one safetensors file",
     "teachers": "list the teachers there are, or look into those of a config",
     "layers": "find groups of layers to distil, by clustering each teacher's layers (SKILL)",
+    "cache": "run the teachers once over a corpus and store their targets for all later steps",
     "units": "fit k-means units on the frames of one teacher's layer",
     "essence": "distil finished downstream models into one: the essential soft outputs and labels",
     "demo": "the whole way on a synthetic corpus: three teachers, one student, four tasks",
 }
 
 # Those that read runs, students or upstreams; see trust.py.
-TRUSTING = {"export", "features", "cost", "teachers", "layers", "units", "essence"}
+TRUSTING = {"export", "features", "cost", "teachers", "layers", "cache", "units", "essence"}
 
 EXAMPLE = """\
 example:

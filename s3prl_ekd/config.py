@@ -45,6 +45,8 @@ class DataSettings:
     ``bad_audio.tsv``; which files these are is told in ``data/bad_audio.py``. ``max_seconds``
     (ours): most audio of a batch in seconds, padding counted; ``train_batch_size`` is then the most
     utterances. 0: as s3prl, ``train_batch_size`` utterances whatever their length.
+    ``target_cache`` (ours): a folder of ``s3prl-ekd cache``, whose targets are taken in the
+    place of teachers that run; every epoch then hears the same excerpt of a long utterance.
     """
 
     libri_root: str
@@ -57,6 +59,7 @@ class DataSettings:
     dev_sets: tuple[str, ...] = ()
     on_bad_audio: Literal["skip", "error"] = "error"
     max_seconds: float = 0.0
+    target_cache: str | None = None
 
     def __post_init__(self):
         if not self.sets:

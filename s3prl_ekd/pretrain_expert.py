@@ -29,7 +29,13 @@ from .distill.teachers import check_names  # noqa: E402
 from .essence.units import load_units  # noqa: E402
 from .export.student_file import RUN_KEY, contents  # noqa: E402
 from .schema import build, plain  # noqa: E402
-from .teacher_sources import load_teachers, teacher_model  # noqa: E402
+from .target_cache.use import (  # noqa: E402
+    check_teachers,
+    check_unit_layer,
+    let_go,
+    open_targets,
+)
+from .teacher_sources import check_precision, load_teachers, teacher_model  # noqa: E402
 from .training.changes import described, differences  # noqa: E402
 from .training.parallel import Steps  # noqa: E402
 
@@ -61,8 +67,12 @@ class UpstreamPretrainExpert(nn.Module):
         self.device = device
         self.settings = load_model_config(upstream_config)
         check_names(self.settings.teachers)
+        check_precision(self.settings.teacher_precision, str(device))
         self.data = load_data_config(datarc)
         student = Student(self.settings.student)
+        self.targets = None
+        if self.data.target_cache is not None:
+            self.targets = open_targets(self.data.target_cache, self.settings)
         self.seed = torch.initial_seed()  # what the Runner has seeded torch with
         self.dataloader = self._loader(self.data.sets)
         self.dev_dataloader = None
@@ -76,15 +86,22 @@ class UpstreamPretrainExpert(nn.Module):
             self.settings.teacher_compile,
         )
         units = self.settings.essence.units
-        self.distiller = EnsembleDistiller(
-            teachers, student, self.settings, load_units(units) if units else None
-        )
+        units = load_units(units) if units else None
+        if self.targets is not None:
+            check_unit_layer(units, self.settings)
+            loaders = [self.dataloader, *filter(None, [self.dev_dataloader])]
+            batches = [batch for loader in loaders for batch in loader.dataset.batches]
+            rows = [row for batch in batches for row in batch]
+            check_teachers(self.targets, teachers, self.settings, self.data, rows)
+        self.distiller = EnsembleDistiller(teachers, student, self.settings, units)
         init = self.settings.init
         if init.sources:
             models = [teacher_model(teachers, name) for name in init.sources]
             initialise(student, models, conv=init.conv, encoder=init.encoder, layers=init.layers)
         self.steps = Steps(self.distiller)
         self._report()
+        if self.targets is not None:
+            let_go(teachers)
 
     @property
     def model(self) -> nn.Module:
@@ -121,6 +138,7 @@ class UpstreamPretrainExpert(nn.Module):
             shuffle=shuffle,
             skip_bad=self.data.on_bad_audio == "skip",
             max_seconds=self.data.max_seconds,
+            targets=self.targets,
         )
 
     def _report(self) -> None:
@@ -145,6 +163,12 @@ class UpstreamPretrainExpert(nn.Module):
                 for name, spec in self.distiller.aggregate.specs.items()
             ),
         )
+        if self.targets is not None:
+            logger.info(
+                "targets: from %s, %s; no teacher is run",
+                self.targets.folder,
+                self.targets.index.dtype,
+            )
         if settings.distortion.setup != "clean":
             logger.info("distortion: %s", settings.distortion.setup)
         logger.info(

@@ -107,12 +107,13 @@ def result():
             "flops_audio": 4.0,
             "losses": [1.0, 1.0, 1.0],
             "padding": 0.125,
+            **({"difference": {"largest": 4e-6, "share": 2e-7}} if teacher == 0.1 else {}),
             "memory": {"peak": 3 * 2**20, "before": 2**20, "kind": "RSS"},
         }
 
     about = {
         "size": "tiny", "batch": 2, "longest_seconds": 4.0, "turns": 3, "device": "cpu",
-        "threads": 1, "torch": "2", "matrix_rate": 1e9,
+        "threads": 1, "torch": "2", "matrix_rate": 1e9, "distort": False,
     }  # fmt: skip
     return {
         "about": about,
@@ -143,12 +144,14 @@ def test_the_table_has_a_column_a_side_and_a_line_a_stage():
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if "|" in line]
     assert len({len(line) for line in cells}) == 1
     by_name = {line[0]: line[1:] for line in cells}
-    assert "distort" not in by_name  # nobody has that stage
+    assert "distort" not in by_name and "loss" in by_name
     assert by_name["teacher forward"][:3] == [
         "400.0 (800.0)", "200.0 (400.0)", "0.50 (0.50 to 0.50)",
     ]  # fmt: skip
     assert by_name["teacher forward"][-2:] == ["60.0", "30.0"]
     assert by_name["padding"][:2] == ["12.5%", "12.5%"]
+    apart = by_name["targets apart from eval mode's: largest (mean share)"]
+    assert apart[:3] == ["", "4.0e-06 (2.0e-07)", ""]
     assert by_name["peak memory (RSS)"][:2] == ["3 MiB", "3 MiB"]
     assert "1 GFLOP/s" in lines[-1]
 
@@ -251,6 +254,23 @@ def test_both_sides_have_the_same_operations(sides):
         assert ours["flops"][stage] == pytest.approx(theirs["flops"][stage], rel=0.02)
     assert ours["flops"]["optimizer"] == ours["flops"]["read and decode"] == 0
     assert ours["flops_audio"] == theirs["flops_audio"]
+
+
+def test_the_targets_difference_is_to_the_experts_in_eval_mode(sides):
+    """Rounding apart there is none; a broken encoder is seen, and put back."""
+    ensemble = sides[0].distiller.teachers
+    found = sides[0].difference()
+    assert 0 < found["share"] < 1e-5 and 0 < found["largest"] < 1e-4
+    encoder = ensemble["wavlm"].encoder
+
+    class Doubled:
+        def hidden_states(self, *args):
+            return {n: 2 * state for n, state in encoder.hidden_states(*args).items()}
+
+    ensemble["wavlm"].encoder = Doubled()
+    assert sides[0].difference()["share"] == pytest.approx(1 / 3, abs=1e-4)  # of three teachers
+    assert isinstance(ensemble["wavlm"].encoder, Doubled)
+    ensemble["wavlm"].encoder = encoder
 
 
 def test_the_baseline_is_as_s3prl_has_it(sides):

@@ -108,6 +108,13 @@ def test_bfloat16_trains_nearly_the_same(run):
     assert sizes and all(one[name] == two[name] for name in sizes)
 
 
+def test_bfloat16_teachers_are_refused_on_a_cpu(run):
+    model = yaml.safe_load(open("model.yaml"))
+    open("model.yaml", "w").write(yaml.safe_dump({**model, "teacher_precision": "bfloat16"}))
+    code, said = run("x")
+    assert code == 2 and "teacher_precision: bfloat16 needs a CUDA device, and this is cpu" in said
+
+
 def test_both_halves_are_refused(run):
     code, said = run("x", fp16=True, bf16=True)
     assert code == 2 and "fp16 and bf16 are both true" in said

@@ -20,7 +20,7 @@ from pathlib import Path
 from ..errors import SetupError
 
 SIZES = ("tiny", "base", "large")
-_SIDES = ("ours", "ours-bf16", "ours-compile")
+_SIDES = ("ours", "ours-bf16", "ours-compile", "ours-cached")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -60,6 +60,8 @@ def main(args: argparse.Namespace) -> int:
         raise SetupError(f"--seconds {args.seconds:g}: 0.1 to 60 is allowed")
     if args.device != "cpu" and not args.device.startswith("cuda"):
         raise SetupError(f"--device {args.device}: cpu, cuda or cuda:N is allowed")
+    if "ours-bf16" in (args.side or ()) and args.device == "cpu":
+        raise SetupError("--side ours-bf16 needs --device cuda: not every CPU has bfloat16")
     if args.data is not None and not args.data.is_dir():
         raise SetupError(f"--data: there is no folder {args.data}")
     files = {name: args.output / name for name in ("bench.json", "bench.png")}

@@ -6,7 +6,7 @@ import logging
 import signal
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,9 @@ from .distortion.settings import DistortionSettings
 from .order import EpochOrder, FixedOrder
 from .tables import Utterance, read_tables
 
+if TYPE_CHECKING:
+    from ..target_cache.reader import StoredTargets, TargetReader
+
 logger = logging.getLogger(__name__)
 
 
@@ -30,7 +33,8 @@ class Batch(NamedTuple):
     ``names`` the utterances' paths; ``problem`` the sentence of a file that could not be read (the
     other fields are then empty); ``teacher_waves`` what the teachers hear, of the shape of
     ``waves``, or None where they hear the same as the student; ``bad`` the utterances that are left
-    out because their files are bad. Where all of them are, ``names`` is empty too.
+    out because their files are bad. Where all of them are, ``names`` is empty too; ``targets`` what
+    the teachers have said, where that is stored.
 
     A worker process hands its problems over as data: an exception would come back as a traceback.
     """
@@ -41,6 +45,7 @@ class Batch(NamedTuple):
     problem: str = ""
     teacher_waves: Tensor | None = None
     bad: Sequence[Bad] = ()
+    targets: StoredTargets | None = None
 
 
 class DistillationDataset(Dataset):
@@ -57,6 +62,8 @@ class DistillationDataset(Dataset):
             torch's own numbers would depend on the worker and on what was drawn before.
         skip_bad: leave utterances out whose files are bad, and say which in the batch.
         budget: most samples of a batch; see :func:`.buckets.bucket`.
+        targets: the stored targets of all utterances. They are of undistorted audio, and of one
+            excerpt of each long utterance, so this is what every epoch hears of it then.
 
     Attributes:
         left_out: utterances that are in no batch, because they are bad by their table already.
@@ -76,6 +83,7 @@ class DistillationDataset(Dataset):
         seed: int = 0,
         skip_bad: bool = False,
         budget: int = 0,
+        targets: TargetReader | None = None,
     ):
         self.root = Path(root)
         self.batches = bucket(rows, batch_size, budget, sequence_length)
@@ -83,6 +91,7 @@ class DistillationDataset(Dataset):
         self.min_samples = min_samples
         self.seed = seed
         self.skip_bad = skip_bad
+        self.targets = targets
         self.left_out: list[Bad] = []
         self.distorter = None
         if distortion is not None and distortion.setup != "clean":
@@ -103,12 +112,17 @@ class DistillationDataset(Dataset):
             for row in self.batches[index]:
                 try:
                     wave = self._read(row, epoch)
+                    if self.targets is not None:
+                        self.targets.check(row.path, len(wave))
                 except BadAudio as error:
                     if not self.skip_bad:
                         raise DataError(f"{error}; {ADVICE}") from None
                     bad.append(Bad(row.path, error.kind, error.reason))
                 else:
                     good.append((row.path, *self._heard(wave, row.path, epoch)))
+            stored = None
+            if good and self.targets is not None:
+                stored = self.targets.batch([name for name, *_ in good])
         except DataError as error:
             names = [row.path for row in self.batches[index]]
             return Batch(torch.zeros(0), torch.zeros(0), names, str(error))
@@ -118,13 +132,16 @@ class DistillationDataset(Dataset):
         lengths = torch.tensor([len(wave) for wave in waves])
         padded = pad_sequence(waves, batch_first=True)
         if teacher_waves[0] is None:  # the setup decides, so it is the same for the whole batch
-            return Batch(padded, lengths, names, bad=bad)
+            return Batch(padded, lengths, names, bad=bad, targets=stored)
         teacher_padded = pad_sequence(teacher_waves, batch_first=True)
         return Batch(padded, lengths, names, teacher_waves=teacher_padded, bad=bad)
 
     def _heard(self, wave: Tensor, name: str, epoch: int) -> tuple[Tensor, Tensor | None]:
         """What the student hears of an utterance, and the teacher if it hears something else."""
-        return (wave, None) if self.distorter is None else self.distorter.pair(wave, name, epoch)
+        if self.distorter is None:
+            return wave, None
+        student, teacher = self.distorter.pair(wave, name, epoch)
+        return student, None if self.targets is not None else teacher
 
     def _read(self, row: Utterance, epoch: int) -> Tensor:
         """The utterance or, of a longer one, its excerpt in an epoch; of its file no more is read.
@@ -150,7 +167,8 @@ class DistillationDataset(Dataset):
         room = length - self.sequence_length
         if self.sequence_length == 0 or room <= 0:
             return 0, length
-        start = generator(self.seed, epoch, name, "excerpt").randrange(room + 1)
+        seed, epoch = (self.seed, epoch) if self.targets is None else (self.targets.seed, 0)
+        start = generator(seed, epoch, name, "excerpt").randrange(room + 1)
         return start, self.sequence_length
 
 
@@ -186,6 +204,7 @@ def train_loader(
     shuffle: bool = True,
     skip_bad: bool = False,
     max_seconds: float = 0,
+    targets: TargetReader | None = None,
 ) -> DataLoader:
     """A loader of :class:`Batch` over the tables, utterances bucketed by length.
 
@@ -194,7 +213,8 @@ def train_loader(
     numbers; ``loader.sampler.epoch`` and ``.position`` say where the next pass begins. With
     ``shuffle`` off every pass is the same: batches from long to short, drawn as in epoch 0. With
     ``skip_bad`` a batch lacks the utterances of bad files, and may have none left. ``max_seconds``
-    limits a batch by its audio, padding counted, beside ``batch_size``; 0: it does not.
+    limits a batch by its audio, padding counted, beside ``batch_size``; 0: it does not. With
+    ``targets`` the batches have them, and the excerpts are the same in each epoch.
 
     Raises:
         DataError: a table or the audio root is missing, a row is not valid, nothing is left, or
@@ -208,7 +228,16 @@ def train_loader(
     logger.info("data: %d utterances, %.2f h, from %s", len(rows), hours, ", ".join(sets))
     budget = round(max_seconds * SAMPLE_RATE)
     dataset = DistillationDataset(
-        root, rows, batch_size, sequence_length, min_samples, distortion, seed, skip_bad, budget
+        root,
+        rows,
+        batch_size,
+        sequence_length,
+        min_samples,
+        distortion,
+        seed,
+        skip_bad,
+        budget,
+        targets,
     )
     sizes = [len(batch) for batch in dataset.batches]
     logger.info(

@@ -79,6 +79,8 @@ class EnsembleDistiller(nn.Module):
         teacher_waves: Tensor | None = None,
         step: int = 1,
         detail: bool = False,
+        known: Mapping[str, Tensor] | None = None,
+        known_frames: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """One step of distillation.
 
@@ -88,15 +90,23 @@ class EnsembleDistiller(nn.Module):
             teacher_waves: what the teachers hear, of the same shape; None: the same.
             step: the number of the step, from 1, for weights that change over time.
             detail: also give the terms of every teacher and layer.
+            known: what the teachers have said of these utterances before, in their place: their
+                targets ``{teacher: [batch, target, frame, dim]}``, or ``{target set: [batch,
+                layer, frame, width]}`` where these were aggregated already. The terms of teachers
+                are not known then.
+            known_frames: ``[batch]`` how many of their frames are of the utterance.
 
         Returns:
             The scalar loss, and scalars by name for the log.
         """
-        heard = waves if teacher_waves is None else teacher_waves
-        unpadded = [wave[:length] for wave, length in zip(heard, lengths.tolist(), strict=True)]
-        also = None if self.units is None else {self.units.teacher: self.units.layer}
-        states = self.teachers.states(unpadded, also)
-        hidden = self.teachers.targets(states)  # {teacher: [batch, layer, frame, dim]}
+        if known is None:
+            heard = waves if teacher_waves is None else teacher_waves
+            unpadded = [wave[:length] for wave, length in zip(heard, lengths.tolist(), strict=True)]
+            also = None if self.units is None else {self.units.teacher: self.units.layer}
+            states = self.teachers.states(unpadded, also)
+            hidden = self.teachers.targets(states)  # {teacher: [batch, layer, frame, dim]}
+        else:
+            states, hidden = None, known
         out = self.student(waves, lengths)
         predictions = self.heads(out.last)  # {target set: [batch, layer, frame, width]}
 
@@ -105,11 +115,15 @@ class EnsembleDistiller(nn.Module):
         # In float32 under autocast too: the loss is a sum over many small differences.
         predictions = {name: states[:, :, :frames].float() for name, states in predictions.items()}
         valid = out.mask[:, :frames]
+        if known_frames is not None:
+            valid = valid * (torch.arange(frames, device=valid.device) < known_frames[:, None])
+        labels = None if self.units is None else self._labels(states, hidden)
+        aggregated = known is not None and known.keys() != self.teachers.keys()
         if self.standardiser is not None:
             hidden = self.standardiser(hidden, valid, learn=self.training)
 
         weights = weights_at(self.settings.teachers, step, self.settings.targets.weight_steps)
-        targets = self.aggregate.targets(hidden, weights)
+        targets = hidden if aggregated else self.aggregate.targets(hidden, weights)
         loss, parts = distillation_loss(
             predictions,
             targets,
@@ -120,16 +134,17 @@ class EnsembleDistiller(nn.Module):
             self._count(valid),
         )
         if self.units is not None:
-            labels = self.units.label(states[self.units.teacher][self.units.layer])
             logits = self.trainable["unit_head"](out.last)
-            unit_loss, parts["unit_accuracy"] = unit_terms(logits, labels, out.mask)
+            unit_loss, parts["unit_accuracy"] = unit_terms(
+                logits, labels, out.mask if known is None else valid
+            )
             parts["unit_loss"] = unit_loss.detach()
             loss = loss + self.settings.essence.unit_weight * unit_loss
         if self.settings.loss.feature_penalty:
             penalty = out.features.float().pow(2).mean()
             loss = loss + self.settings.loss.feature_penalty * penalty
             parts["feature_penalty"] = penalty.detach()
-        if detail:
+        if detail and not aggregated:
             mask = valid if self.settings.loss.mask_padding else None
             parts.update(self._detail(predictions, hidden, mask))
         return loss, parts
@@ -138,6 +153,13 @@ class EnsembleDistiller(nn.Module):
         """Take part in what several processes learn together, without an utterance."""
         if self.standardiser is not None and self.training:
             self.standardiser.learn_nothing()
+
+    def _labels(self, states: Mapping | None, hidden: Mapping[str, Tensor]) -> Tensor:
+        """The units ``[batch, frame]``; without the teacher's states, by its layer's target."""
+        name, layer = self.units.teacher, self.units.layer
+        if states is not None:
+            return self.units.label(states[name][layer])
+        return self.units.label(hidden[name][:, self.teachers[name].targets.index((layer,))])
 
     def _masks(
         self, predictions: Mapping[str, Tensor], targets: Mapping[str, Tensor], valid: Tensor

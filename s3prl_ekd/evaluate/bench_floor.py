@@ -43,7 +43,7 @@ def flop_counter() -> FlopCounterMode:
     return FlopCounterMode(display=False, custom_mapping=known)
 
 
-def matrix_rate(device: str, dtype: torch.dtype = torch.float32, tries: int = 7) -> float:
+def matrix_rate(device: str, dtype: torch.dtype = torch.float32, tries: int = 5) -> float:
     """Floating point operations a second of this machine's matrix products, the best of a few.
 
     Products of the size of a Base teacher's feed-forward layer over 32 s of sound.

@@ -6,7 +6,7 @@ import io
 from collections.abc import Mapping
 
 from .bench_clock import STAGES
-from .bench_report import STEP, rows
+from .bench_report import STEP, rows, stages
 from .plot_style import COLOURS, add_legend, new_figure
 
 
@@ -24,9 +24,9 @@ def plot_bench(result: Mapping) -> bytes:
     axis = figure.subplots()
     handles, bottom = {}, dict.fromkeys(made, 0.0)
     for stage, colour in zip(STAGES, COLOURS, strict=True):
-        heights = [1e3 * made[name][stage].wall.median for name in made]
-        if max(heights) < 0.05:
+        if stage not in stages(result):
             continue
+        heights = [1e3 * made[name][stage].wall.median for name in made]
         bars = axis.bar(list(made), heights, 0.6, bottom=list(bottom.values()), color=colour)
         handles[stage] = bars
         bottom = {n: bottom[n] + height for n, height in zip(made, heights, strict=True)}

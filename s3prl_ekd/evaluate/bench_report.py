@@ -10,7 +10,6 @@ import numpy as np
 from .bench_clock import STAGES
 
 STEP = "whole step"
-_NOTHING = 5e-5  # seconds: a stage that no side has, called all the same
 
 
 @dataclass(frozen=True)
@@ -89,14 +88,19 @@ def audio_rate(side: Mapping) -> Spread:
     return spread([audio / step for audio, step in zip(side["audio"], steps, strict=True)])
 
 
+def stages(result: Mapping) -> list[str]:
+    """The stages that there were: without ``--distort`` that one is an empty call."""
+    return [stage for stage in STAGES if stage != "distort" or result["about"]["distort"]]
+
+
 def summary(result: Mapping) -> dict:
     """What the JSON file has beside the measurements: the figures of the table."""
     return {
         name: {
-            "stages": {stage: asdict(row) for stage, row in stages.items()},
+            "stages": {stage: asdict(row) for stage, row in side.items()},
             "audio_seconds_per_second": asdict(audio_rate(result["sides"][name])),
         }
-        for name, stages in rows(result).items()
+        for name, side in rows(result).items()
     }
 
 
@@ -109,9 +113,7 @@ def table(result: Mapping) -> str:
         head += [f"{name} / {first}", "in CPU time"]
     head += [f"floor of {name}, ms" for name in made]
     lines = [head, ["---", *["---:"] * (len(head) - 1)]]
-    for stage in (*STAGES, STEP):
-        if all(made[name][stage].wall.median < _NOTHING for name in made):
-            continue
+    for stage in (*stages(result), STEP):
         cells = [f"**{stage}**" if stage == STEP else stage]
         cells += [_times(made[name][stage]) for name in made]
         for name in others:
@@ -122,6 +124,9 @@ def table(result: Mapping) -> str:
     rates = [f"{_three(audio_rate(sides[name]).median)}" for name in made]
     lines.append(["audio seconds a second", *rates, *blank])
     lines.append(["padding", *(f"{sides[name]['padding']:.1%}" for name in made), *blank])
+    if any("difference" in side for side in sides.values()):
+        cells = [_difference(side.get("difference")) for side in sides.values()]
+        lines.append(["targets apart from eval mode's: largest (mean share)", *cells, *blank])
     if all("memory" in side for side in sides.values()):
         kind = next(iter(sides.values()))["memory"]["kind"]
         peaks = [f"{side['memory']['peak'] / 2**20:,.0f} MiB" for side in sides.values()]
@@ -142,6 +147,10 @@ def _times(row: Row) -> str:
 
 def _ratio(ratio: Spread | None) -> str:
     return "" if ratio is None else f"{ratio.median:.2f} ({ratio.low:.2f} to {ratio.high:.2f})"
+
+
+def _difference(found: Mapping[str, float] | None) -> str:
+    return "" if found is None else f"{found['largest']:.1e} ({found['share']:.1e})"
 
 
 def _three(value: float) -> str:

@@ -118,6 +118,27 @@ class Ours:
         _update(loss, self.optimizer, distiller.trainable, clock)
         return float(loss.detach()), batch.lengths
 
+    def difference(self) -> dict[str, float]:
+        """How far the targets are from those of s3prl's experts in eval mode and float32.
+
+        Returns:
+            Over the first batch and all teachers, the ``largest`` absolute difference, and the mean
+            one as a ``share`` of the mean absolute value.
+        """
+        batch, ensemble = self.dataset[0], self.distiller.teachers
+        waves = [w[:n].to(self.device) for w, n in zip(batch.waves, batch.lengths, strict=True)]
+        ours = ensemble(waves)
+        encoders = {name: teacher.encoder for name, teacher in ensemble.items()}
+        for teacher in ensemble.values():
+            teacher.encoder = None
+        theirs = ensemble(waves)
+        for name, encoder in encoders.items():
+            ensemble[name].encoder = encoder
+        apart = {name: (ours[name] - theirs[name]).abs() for name in ours}
+        shares = [float(apart[name].mean() / theirs[name].abs().mean()) for name in apart]
+        largest = max(float(each.max()) for each in apart.values())
+        return {"largest": largest, "share": sum(shares) / len(shares)}
+
 
 class Baseline:
     """s3prl's distiller with K teachers in the place of one, and nothing else changed.
@@ -198,6 +219,13 @@ class Baseline:
         return padded.to(device), [wave.to(device) for wave in each], lengths, mask.to(device)
 
 
+def cached(plan: Plan, **settings: Any) -> Side:
+    """Ours with stored targets: :class:`.bench_cached.Cached`, which is built on this module."""
+    from .bench_cached import Cached
+
+    return Cached(plan, **settings)
+
+
 # What can be measured: a name for the table -> what makes it from a plan. The first is what the
 # others are compared with.
 SIDES: dict[str, Callable[[Plan], Side]] = {
@@ -205,6 +233,7 @@ SIDES: dict[str, Callable[[Plan], Side]] = {
     "ours": Ours,
     "ours-bf16": functools.partial(Ours, teacher_precision="bfloat16"),
     "ours-compile": functools.partial(Ours, teacher_compile=True),
+    "ours-cached": cached,
 }
 
 

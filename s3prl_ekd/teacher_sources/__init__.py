@@ -6,10 +6,11 @@ with s3prl's meaning: 0 is the input of the first transformer layer, n the outpu
 
 from .checkpoint_files import identify
 from .hub import FAMILIES, hub_entries
-from .sources import check_source, load_teachers, load_upstream, teacher_model
+from .sources import check_precision, check_source, load_teachers, load_upstream, teacher_model
 
 __all__ = [
     "FAMILIES",
+    "check_precision",
     "check_source",
     "hub_entries",
     "identify",

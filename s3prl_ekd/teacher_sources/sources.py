@@ -10,7 +10,7 @@ from torch import nn
 
 from ..distill.settings import TeacherSettings
 from ..distill.teachers import Teacher, TeacherEnsemble
-from ..errors import ConfigError, TeacherError
+from ..errors import ConfigError, SetupError, TeacherError
 from .checkpoint_files import load_file
 from .fast import fast_encoders
 from .hf_folder import check_folder, load_folder
@@ -58,6 +58,22 @@ def load_upstream(model: str, where: str) -> nn.Module:
     if model in hub_entries():
         return load_hub_name(model, where)
     return load_folder(path, where)
+
+
+def check_precision(precision: str, device: str) -> None:
+    """Refuse bfloat16 on a CPU: some claim instructions for it that they have not, and Python dies.
+
+    Args:
+        precision: ``teacher_precision``.
+        device: of the teachers.
+
+    Raises:
+        SetupError: what to set instead.
+    """
+    if precision == "bfloat16" and not device.startswith("cuda"):
+        raise SetupError(
+            f"teacher_precision: bfloat16 needs a CUDA device, and this is {device}; put float32"
+        )
 
 
 def load_teachers(

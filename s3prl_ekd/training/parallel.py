@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -25,10 +25,25 @@ class OneStep(nn.Module):
         self.distiller = distiller
 
     def forward(
-        self, waves: Tensor, lengths: Tensor, teacher_waves: Tensor | None, step: int, detail: bool
+        self,
+        waves: Tensor,
+        lengths: Tensor,
+        teacher_waves: Tensor | None,
+        step: int,
+        detail: bool,
+        known: Mapping[str, Tensor] | None,
+        known_frames: Tensor | None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         if len(lengths):
-            return self.distiller(waves, lengths, teacher_waves, step=step, detail=detail)
+            return self.distiller(
+                waves,
+                lengths,
+                teacher_waves,
+                step=step,
+                detail=detail,
+                known=known,
+                known_frames=known_frames,
+            )
         self.distiller.learn_nothing()
         return sum((weight * 0).sum() for weight in self.distiller.trainable.parameters()), {}
 
@@ -81,6 +96,7 @@ class Steps:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and scalars of a batch; see :meth:`EnsembleDistiller.forward`."""
         heard = batch.teacher_waves
+        stored = (None, None) if batch.targets is None else batch.targets.on(device)
         call = self.plain
         if self.shared is not None and torch.is_grad_enabled():
             call = self.shared
@@ -90,4 +106,5 @@ class Steps:
             None if heard is None else heard.to(device, non_blocking=True),
             step,
             detail,
+            *stored,
         )
