@@ -100,7 +100,8 @@ def main(args: argparse.Namespace) -> int:
     if args.plan:
         from ..evaluate.bench_plan import plan_table
 
-        print("\n" + plan_table(result, list(result["sides"])[-1]))
+        for name in list(result["sides"])[1:]:
+            print("\n" + plan_table(result, name))
     contents = {
         "bench.json": (
             json.dumps({**result, "summary": summary(result)}, indent=1) + "\n"

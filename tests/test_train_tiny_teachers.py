@@ -1,0 +1,516 @@
+"""The maker's tool that trains the tiny teachers: its parts, its files, and that it resumes."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import importlib
+import json
+import math
+import random
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+REPO = Path(__file__).parent.parent
+sys.path.insert(0, str(REPO / "tools"))
+
+import train_tiny_teachers as tool  # noqa: E402
+from teacher_zoo import curves, noises  # noqa: E402
+from teacher_zoo import recipe as recipes  # noqa: E402
+from teacher_zoo.corpus import Corpus, Utterance, read_corpus  # noqa: E402
+from teacher_zoo.criterion import Encoded, criterion, spread  # noqa: E402
+from teacher_zoo.dataset import Excerpts  # noqa: E402
+from teacher_zoo.export import export  # noqa: E402
+from teacher_zoo.frames import frame_count, samples_of  # noqa: E402
+from teacher_zoo.labels import Labels, make_labels  # noqa: E402
+from teacher_zoo.mfcc import mfcc  # noqa: E402
+from teacher_zoo.mixing import mix_batch, mix_over  # noqa: E402
+from teacher_zoo.models import MaskedPredictor  # noqa: E402
+from teacher_zoo.plan import Endless, epoch_batches  # noqa: E402
+from teacher_zoo.trainer import Pace, train  # noqa: E402
+from teacher_zoo.zoo import make_zoo  # noqa: E402
+
+from s3prl_ekd.data.audio import read_audio  # noqa: E402
+from s3prl_ekd.errors import CheckpointError, ConfigError, DataError  # noqa: E402
+from s3prl_ekd.teacher_sources.checkpoint_files import load_file  # noqa: E402
+
+SIZE = recipes.Size(
+    channels=16, width=32, ffn=48, heads=4, layers=4, conv_pos=16, conv_pos_groups=4
+)
+UNITS = recipes.UnitSettings(mfcc_clusters=8, hidden_clusters=6, layer=2, frames=400)
+TINY = recipes.Recipe(steps=6, batch_seconds=3.0, mix=0.7, mix_noise=0.5, size=SIZE, units=UNITS)
+PACE = Pace(log_every=2, dev_every=4)
+STAGES = list(recipes.STAGES)
+
+
+@pytest.fixture(scope="session")
+def speech(corpus) -> Corpus:
+    return read_corpus([corpus / "audio"], [], 8000)
+
+
+@pytest.fixture(scope="session")
+def zoo(speech, tmp_path_factory) -> Path:
+    """All stages, six steps at most, without a break."""
+    folder = tmp_path_factory.mktemp("zoo")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(noises, "_TAKES", 1)
+        patch.setattr(noises, "_SECONDS", 3.0)
+        files = make_zoo(recipes.TEACHERS, speech, TINY, folder, PACE)
+    assert list(files) == list(recipes.TEACHERS)
+    return folder
+
+
+def weights(zoo: Path, stage: str) -> dict[str, torch.Tensor]:
+    return torch.load(zoo / stage / "checkpoint.pt", weights_only=True)["model"]
+
+
+# --- the files
+
+
+@pytest.mark.parametrize("name", recipes.TEACHERS)
+def test_files_give_the_hidden_states_of_the_trained_model(zoo, speech, name):
+    stage = recipes.STAGES[name]
+    trained = MaskedPredictor(stage.family, TINY, 6)
+    trained.load_state_dict(weights(zoo, name))
+    for tensor in trained.state_dict().values():  # as the file rounds them
+        tensor.copy_(tensor.half().float())
+    trained.eval()
+    path = zoo / stage.file
+    hubconf = importlib.import_module(f"s3prl.upstream.{stage.family}.hubconf")
+    theirs = getattr(hubconf, f"{stage.family}_local")(str(path)).eval()
+    ours = load_file(path, "teachers.x").eval()
+    wave = read_audio(speech.train[-1].path)[:9999]
+    with torch.no_grad():
+        for expert in (theirs, ours):
+            assert {p.dtype for p in expert.parameters()} == {torch.float32}
+            hidden = expert([wave])["hidden_states"]
+            assert len(hidden) == 5
+            for index in range(1, 5):
+                torch.testing.assert_close(hidden[index][0], trained.layer(wave, index))
+    stored = torch.load(path, weights_only=True)
+    half = stored["model_weight" if stage.family == "hubert" else "model"]
+    assert {tensor.dtype for tensor in half.values()} == {torch.float16}
+
+
+def test_twins_are_what_training_began_with(zoo):
+    assert sorted(p.name for p in (zoo / "random").iterdir()) == ["tiny_hubert.pt", "tiny_wavlm.pt"]
+    before = torch.load(zoo / "random/tiny_hubert.pt", weights_only=True)["model_weight"]
+    after = torch.load(zoo / "tiny_hubert.pt", weights_only=True)["model_weight"]
+    assert before.keys() == after.keys()
+    moved = [name for name in before if not torch.equal(before[name], after[name])]
+    assert any("feature_extractor" in name for name in moved)
+    assert any("layers.3" in name for name in moved)
+
+
+def test_logs_and_curves(zoo, speech):
+    for name in STAGES:
+        log = json.loads((zoo / name / "log.json").read_text())
+        points = log["points"]
+        steps = 3 if name in ("hubert_1", "robust_hubert") else 6
+        assert [p["step"] for p in points] == sorted({*range(2, steps + 1, 2), steps})
+        last = points[-1]
+        assert 0 <= last["dev_accuracy"] <= 1 and math.isfinite(last["dev_masked_loss"])
+        assert ("dev_clean_masked_loss" in last) == (name in ("robust_hubert", "wavlm"))
+        assert (zoo / name / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("family", ["hubert", "wavlm"])
+def test_full_size_is_small_enough(tmp_path, family):
+    recipe = recipes.Recipe()
+    model = MaskedPredictor(family, recipe, recipe.units.hidden_clusters)
+    size = export(model, tmp_path / "full.pt")
+    assert size <= 7_000_000
+    count = sum(p.numel() for p in model.backbone.encoder.parameters())
+    count += sum(p.numel() for p in model.backbone.feature_extractor.parameters())
+    assert 3.2e6 < count < 3.4e6
+    assert len(model.backbone.encoder.layers) == 6
+
+
+def test_what_float16_cannot_hold_is_not_written(tmp_path):
+    model = MaskedPredictor("wavlm", TINY, 6)
+    with torch.no_grad():
+        model.backbone.mask_emb[0] = 1e6
+    with pytest.raises(CheckpointError, match="mask_emb does not fit"):
+        export(model, tmp_path / "big.pt")
+    assert not list(tmp_path.iterdir())
+
+
+# --- the model and the criterion
+
+
+def test_hubert_predicts_as_s3prls_class_does(monkeypatch):
+    """Logits, loss and penalty against HubertModel.forward with its compute_nce."""
+    torch.manual_seed(3)
+    model = MaskedPredictor("hubert", TINY, 8).eval()
+    waves = 0.1 * torch.randn(3, samples_of(24))
+    labels = torch.randint(8, (3, 24))
+    masked = torch.rand(3, 24) < 0.5
+
+    def apply_mask(x, *_):
+        return torch.where(masked[..., None], model.backbone.mask_emb, x), masked
+
+    monkeypatch.setattr(model.backbone, "apply_mask", apply_mask)
+    padding = torch.zeros(waves.shape, dtype=torch.bool)
+    theirs = model.backbone(waves, target_list=[labels], padding_mask=padding, mask=True)
+    first = torch.zeros(int(masked.sum()), dtype=torch.long)  # the right unit is their entry 0
+    loss = torch.nn.functional.cross_entropy(theirs["logit_m_list"][0], first)
+    others = torch.zeros(int((~masked).sum()), dtype=torch.long)
+    loss_u = torch.nn.functional.cross_entropy(theirs["logit_u_list"][0], others)
+    encoded = model(waves)
+    ours = criterion(encoded, labels, model.logits, 0.7, 10.0)
+    torch.testing.assert_close(ours.masked_loss, loss.detach())
+    expected = 0.7 * loss + 0.3 * loss_u + 10.0 * theirs["features_pen"]
+    torch.testing.assert_close(ours.loss, expected)
+
+
+def test_wavlm_is_encoded_as_s3prls_class_does():
+    torch.manual_seed(4)
+    model = MaskedPredictor("wavlm", TINY, 8).eval()
+    waves = 0.1 * torch.randn(2, samples_of(40))
+    np.random.seed(5)
+    theirs, _ = model.backbone.extract_features(waves, mask=True)
+    np.random.seed(5)
+    ours = model(waves)
+    torch.testing.assert_close(ours.hidden, theirs)
+    assert 0.3 < float(ours.masked.float().mean()) < 0.8
+    assert model.logits(ours.hidden[0]).shape == (40, 8)
+    assert model.logits(ours.hidden[0]).abs().max() <= 10.0001  # cosines over 0.1
+
+
+@pytest.mark.parametrize("family", ["hubert", "wavlm"])
+def test_untrained_layers_keep_frames_apart(family, speech):
+    """With PyTorch's own initialisation the last layer of six has half of the first one's spread,
+    and training soon takes the rest."""
+    torch.manual_seed(12)
+    model = MaskedPredictor(family, recipes.Recipe(), 8).eval()
+    wave = read_audio(speech.train[-1].path)[None]
+    spreads = []
+    with torch.no_grad():
+        for index in (1, 6):
+            hidden, _ = model.backbone.extract_features(wave, mask=False, output_layer=index)
+            spreads.append(float(spread(hidden)))
+    assert spreads[1] > 0.9 * spreads[0] > 0
+
+
+@pytest.mark.parametrize("family", ["hubert", "wavlm"])
+def test_bfloat16_runs_and_is_close(family):
+    torch.manual_seed(6)
+    model = MaskedPredictor(family, TINY, 8).eval()
+    waves = 0.1 * torch.randn(2, samples_of(30))
+    labels = torch.randint(8, (2, 30))
+    losses = []
+    # Without oneDNN: some virtual processors claim bfloat16 instructions that they do not have.
+    with torch.backends.mkldnn.flags(enabled=False):
+        for enabled in (False, True):
+            np.random.seed(7)
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                encoded = model(waves)
+            losses.append(criterion(encoded, labels, model.logits, 1.0, 10.0).loss)
+        losses[1].backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    values = [float(loss.detach()) for loss in losses]
+    assert values[1] == pytest.approx(values[0], rel=0.05)
+
+
+def test_criterion_against_loops():
+    generator = torch.Generator().manual_seed(8)
+    hidden = torch.randn(2, 5, 3, generator=generator)
+    labels = torch.randint(4, (2, 5), generator=generator)
+    masked = torch.tensor([[1, 0, 1, 1, 0], [0, 0, 1, 0, 1]]).bool()
+    table = torch.randn(3, 4, generator=generator)
+    sums, counts, right = {True: 0.0, False: 0.0}, {True: 0, False: 0}, 0
+    for b in range(2):
+        for t in range(5):
+            scores = [sum(float(hidden[b, t, d] * table[d, k]) for d in range(3)) for k in range(4)]
+            label, hide = int(labels[b, t]), bool(masked[b, t])
+            sums[hide] += math.log(sum(math.exp(s) for s in scores)) - scores[label]
+            counts[hide] += 1
+            right += hide and scores.index(max(scores)) == label
+    encoded = Encoded(hidden, masked, torch.tensor(0.02))
+    got = criterion(encoded, labels, lambda x: x @ table, 0.6, 10.0)
+    expected = 0.6 * sums[True] / counts[True] + 0.4 * sums[False] / counts[False] + 0.2
+    assert float(got.loss) == pytest.approx(expected, rel=1e-5)
+    assert float(got.masked_loss) == pytest.approx(sums[True] / counts[True], rel=1e-5)
+    assert float(got.accuracy) == pytest.approx(right / 5)
+    assert got.frames == 5
+    rows = [[float(hidden[b, t, d]) for d in range(3)] for b in range(2) for t in range(5)]
+    means = [sum(row[d] for row in rows) / 10 for d in range(3)]
+    power = sum(x * x for row in rows for x in row) / 10
+    same = sum(mean * mean for mean in means)
+    assert float(got.spread) == pytest.approx((power - same) / power, rel=1e-5)
+    only = criterion(encoded, labels, lambda x: x @ table, 1.0, 0.0)
+    assert float(only.loss) == pytest.approx(sums[True] / counts[True], rel=1e-5)
+
+
+# --- units
+
+
+@pytest.mark.parametrize("samples", [400, 719, 720, 16000, 16399, 16400])
+def test_frames_are_those_of_the_extractor(samples):
+    model = MaskedPredictor("hubert", TINY, 2).eval()
+    with torch.no_grad():
+        frames = model.backbone.feature_extractor(torch.randn(1, samples)).shape[-1]
+    assert frame_count(samples) == frames
+    assert frame_count(samples_of(frames)) == frames
+    assert frame_count(samples_of(frames) - 1) == frames - 1
+    assert mfcc(torch.randn(samples)).shape == (frames, 39)
+
+
+def test_mfcc_frames_see_the_samples_of_the_extractors_frames():
+    wave = 0.1 * torch.randn(16000, generator=torch.Generator().manual_seed(9))
+    other = wave.clone()
+    other[5000] += 0.5
+    moved = (mfcc(wave) - mfcc(other))[:, :13].abs().amax(1) > 1e-6
+    covering = [t for t in range(frame_count(16000)) if 320 * t <= 5000 < 320 * t + 400]
+    assert moved.nonzero().flatten().tolist() == covering == [15]
+
+
+def test_units_tell_two_tones_apart(tmp_path):
+    """Half a second of 300 Hz, half a second of 2000 Hz, and so on: two units, in turns."""
+    time = np.arange(8000) / 16000
+    low, high = (0.1 * np.sin(2 * np.pi * hertz * time) for hertz in (300, 2000))
+    rng = np.random.default_rng(0)
+    utterances = []
+    for number, parts in enumerate(([low, high, low], [high, low, high])):
+        path = tmp_path / f"{number}.flac"
+        sound = np.concatenate(parts) + 1e-3 * rng.standard_normal(24000)
+        soundfile.write(path, sound, 16000)
+        utterances.append(Utterance(path.name, str(path), 24000))
+    labels = make_labels(Corpus((utterances[0],), (utterances[1],)), mfcc, 2, 1000, 1, "tones")
+    first, second = labels.of(0), labels.of(1)
+    assert len(first) == len(second) == 74
+    # frame t covers [320 t, 320 t + 400); differences look 4 frames of 10 ms further
+    inside = [slice(3, 21), slice(28, 46), slice(53, 71)]
+    a, b = first[10], first[35]
+    assert {a, b} == {0, 1}
+    for part, unit in zip(inside, (a, b, a), strict=True):
+        assert (first[part] == unit).all() and (second[part] == 1 - unit).all()
+
+
+# --- batches
+
+
+def made_up(lengths: list[int]) -> list[Utterance]:
+    return [Utterance(f"0/{i}", f"{i}", length) for i, length in enumerate(lengths)]
+
+
+def test_an_epoch_has_each_utterance_once_and_no_batch_too_much():
+    rng = random.Random(1)
+    utterances = made_up([rng.randint(8000, 300_000) for _ in range(200)])
+    first = epoch_batches(utterances, 20.0, 8.0, 1, 0)
+    indices = [index for batch in first for index, _ in batch.excerpts]
+    assert sorted(indices) == list(range(200))
+    for batch in first:
+        assert batch.seconds <= 20.0 and batch.frames % 2 == 0
+        assert samples_of(batch.frames) <= 8 * 16000
+        for index, start in batch.excerpts:
+            assert 0 <= 320 * start <= utterances[index].length - samples_of(batch.frames)
+    heard = sum(batch.seconds for batch in first)
+    assert heard > 0.85 * sum(min(u.length, 128_000) for u in utterances) / 16000
+    assert first == epoch_batches(utterances, 20.0, 8.0, 1, 0)
+    others = (
+        epoch_batches(utterances, 20.0, 8.0, 1, 1),
+        epoch_batches(utterances, 20.0, 8.0, 2, 0),
+    )
+    assert all(first != other for other in others)
+    stream = iter(Endless(utterances, 20.0, 8.0, 1, 0, len(first) - 2))
+    assert [next(stream) for _ in range(4)] == first[-2:] + others[0][:2]
+
+
+def test_labels_belong_to_the_samples_they_come_with(speech, zoo):
+    """Each frame's label is its own number: so the waveform's place in its file is known."""
+    counts = [frame_count(u.length) for u in speech.all]
+    flat = np.concatenate([np.arange(n) for n in counts]).astype(np.uint16)
+    labels = Labels(flat, np.cumsum([0, *counts]), np.zeros((200, 1)))
+    recipe = dataclasses.replace(TINY, crop_seconds=0.6)
+    begins = set()
+    excerpts = Excerpts(speech.train, labels, 0, "clean", recipe, zoo / "noise")
+    for batch in epoch_batches(speech.train, 3.0, 0.6, 1, 0):
+        _, waves, targets = excerpts[batch]
+        for (index, _), wave, target in zip(batch.excerpts, waves, targets, strict=True):
+            whole, begin = read_audio(speech.train[index].path), int(target[0])
+            assert torch.equal(target, torch.arange(begin, begin + batch.frames))
+            assert torch.equal(wave, whole[320 * begin : 320 * begin + samples_of(batch.frames)])
+            begins.add(begin)
+    assert len(begins) > 3
+    dev = Excerpts(speech.dev, labels, len(speech.train), "distorted", recipe, zoo / "noise")
+    (batch,) = epoch_batches(speech.dev, 3.0, 0.6, 1, -1)
+    _, waves, targets = dev[batch]
+    begin = int(targets[0, 0])
+    clean = read_audio(speech.dev[0].path)[320 * begin :][: waves.shape[1]]
+    assert waves.shape == (1, len(clean)) and not torch.equal(waves[0], clean)
+    assert torch.equal(dev[batch][1], waves)
+
+
+def test_mixing_has_its_ratio_and_leaves_half_alone():
+    generator = torch.Generator().manual_seed(10)
+    wave, other = torch.randn(2, 4000, generator=generator) * torch.tensor([[0.1], [0.7]])
+    mixed = mix_over(wave, other, 6.0, 1000, 300, 800)
+    added = mixed - wave
+    assert (added[:1000] == 0).all() and (added[1800:] == 0).all()
+    scale = added[1000:1800] / other[300:1100]
+    power = 10 * math.log10(wave.square().mean() / (scale.median() * other).square().mean())
+    assert power == pytest.approx(6.0, abs=1e-2)
+    assert scale.std() < 1e-4
+    waves = torch.randn(400, 2000, generator=generator)
+    noises = [torch.full((3000,), 0.5)]
+    draw = [random.Random(i) for i in range(400)]
+    mixed = mix_batch(waves, copy.deepcopy(draw), noises, 0.3, 0.25)
+    assert torch.equal(mixed, mix_batch(waves, draw, noises, 0.3, 0.25))
+    touched = [(m != w).nonzero().flatten() for m, w in zip(mixed, waves, strict=True)]
+    touched = [(i, places) for i, places in enumerate(touched) if len(places)]
+    assert 85 < len(touched) < 155  # 120 expected, deviation 9
+    assert max(int(p[-1] - p[0]) + 1 for _, p in touched) <= 1000
+    added = [(mixed[i] - waves[i])[places] for i, places in touched if len(places) > 30]
+    constant = sum(float(part.std()) < 1e-4 for part in added)
+    assert 0.1 < constant / len(added) < 0.4  # a quarter got the (constant) noise
+
+
+# --- runs
+
+
+def test_a_run_that_is_cut_ends_as_one_that_was_not(zoo, speech, tmp_path, monkeypatch):
+    """Cut every four steps, with a worker process, and other random draws in between."""
+    monkeypatch.setattr(curves, "_draw", lambda *_: None)  # slow, and tested elsewhere
+    shutil.copytree(zoo / "noise", tmp_path / "noise")
+    taken, runs, files = 0, 0, None
+    pace = dataclasses.replace(PACE, workers=1)
+
+    def stop(step: int) -> bool:
+        nonlocal taken
+        taken += 1
+        return taken % 4 == 0
+
+    while files is None:
+        files = make_zoo(recipes.TEACHERS, speech, TINY, tmp_path, pace, stop)
+        runs += 1
+        torch.rand(runs), np.random.rand(runs), random.random()
+        assert runs < 10
+    assert runs == 4 and taken == 14  # it is not asked after the last step of a stage
+    for name in STAGES:
+        one, other = weights(zoo, name), weights(tmp_path, name)
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[key], other[key]) for key in one), name
+        logs = [json.loads((z / name / "log.json").read_text())["points"] for z in (zoo, tmp_path)]
+        for point in logs[0] + logs[1]:
+            del point["audio_seconds_per_second"]
+        assert logs[0] == logs[1]
+    for stage in recipes.STAGES.values():
+        if stage.file:
+            assert (zoo / stage.file).read_bytes() == (tmp_path / stage.file).read_bytes()
+
+
+def test_a_finished_zoo_is_left_as_it_is(zoo, speech):
+    before = {p: p.stat().st_mtime_ns for p in zoo.rglob("checkpoint.pt")}
+    assert make_zoo(("wavlm",), speech, TINY, zoo, PACE) == {"wavlm": zoo / "tiny_wavlm.pt"}
+    assert before == {p: p.stat().st_mtime_ns for p in zoo.rglob("checkpoint.pt")}
+
+
+def test_the_loss_falls(speech, tmp_path):
+    """Tones that follow one another in a fixed order: what is hidden can be told from around it."""
+    rng = np.random.default_rng(11)
+    time = np.arange(3200) / 16000
+    utterances = []
+    for number in range(8):
+        hertz = np.roll([300, 600, 1200, 2400], number)
+        parts = [0.1 * np.sin(2 * np.pi * h * time) for h in np.tile(hertz, 2)]
+        path = tmp_path / f"{number}.flac"
+        sound = np.concatenate(parts) + 1e-3 * rng.standard_normal(25600)
+        soundfile.write(path, sound, 16000)
+        utterances.append(Utterance(path.name, str(path), 25600))
+    corpus = Corpus(tuple(utterances[:6]), tuple(utterances[6:]))
+    labels = make_labels(corpus, mfcc, 4, 1000, 1, "tones")
+    # half of hubert's steps; narrow masks, so that each hidden frame has neighbours
+    recipe = dataclasses.replace(
+        TINY, steps=120, batch_seconds=5.0, lr=5e-3, mask_length=2, mask_prob=0.3
+    )
+    stage = recipes.STAGES["hubert_1"]
+    pace = Pace(log_every=60, dev_every=60)
+    assert train(stage, recipe, corpus, labels, tmp_path, pace) is not None
+    log = json.loads((tmp_path / "hubert_1/log.json").read_text())
+    assert log["points"][-1]["dev_masked_loss"] < 0.7 * log["floor_loss"]
+    assert log["points"][-1]["dev_accuracy"] > log["floor_accuracy"] + 0.2
+
+
+def test_stages_that_a_teacher_needs():
+    names = [[s.name for s in recipes.needed((t,))] for t in recipes.TEACHERS]
+    assert names == [
+        ["hubert_1", "hubert"],
+        ["hubert_1", "hubert", "robust_hubert"],
+        ["hubert_1", "wavlm"],
+    ]
+
+
+# --- mistakes
+
+
+def test_another_recipe_or_corpus_is_refused(zoo, speech):
+    with pytest.raises(ConfigError, match=r"recipe\.lr \(0\.001, now 0\.5\); give the same"):
+        make_zoo(("hubert",), speech, dataclasses.replace(TINY, lr=0.5), zoo, PACE)
+    fewer = Corpus(speech.train[1:], speech.dev)
+    with pytest.raises(ConfigError, match=r"other settings: corpus \("):
+        make_zoo(("hubert",), fewer, TINY, zoo, PACE)
+
+
+def test_damaged_files_are_one_sentence(zoo, speech, tmp_path):
+    broken = {"units-mfcc.npz": DataError, "hubert_1/checkpoint.pt": CheckpointError}
+    for name, kind in broken.items():
+        folder = tmp_path / Path(name).stem
+        (folder / "hubert_1").mkdir(parents=True)
+        for copied in ("recipe.json", *broken):
+            (folder / copied).write_bytes((zoo / copied).read_bytes())
+        (folder / name).write_bytes((zoo / name).read_bytes()[:-300])
+        with pytest.raises(kind, match=Path(name).name):
+            make_zoo(("hubert",), speech, TINY, folder, PACE)
+
+
+def test_mistakes_on_the_command_line(corpus, tmp_path, capsys):
+    audio, out = str(corpus / "audio"), str(tmp_path / "zoo")
+    (tmp_path / "none").mkdir()
+    (tmp_path / "m.tsv").write_text("path\tsplit\nu0.flac\ttrain\n")
+    (tmp_path / "file").write_text("")
+    cases = [
+        ([str(tmp_path / "no")], "is not a folder"),
+        ([str(tmp_path / "none")], "holds no .flac"),
+        ([audio, "--manifest", str(tmp_path / "m.tsv")], "lies in none of the audio folders"),
+        ([audio, "--steps", "0"], "steps is 0; it must be above 0"),
+        ([audio, "--crop-seconds", "0.1"], "crop_seconds (0.1) is below"),
+        ([audio, "--device", "abacus"], "--device abacus cannot be used here"),
+        ([audio, "--mfcc-clusters", "5000"], "too few for 5000 clusters"),
+    ]
+    for words, message in cases:
+        assert tool.main([*words, "-o", out]) == 2, words
+        said = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
+        assert len(said) == 1 and message in said[0], said
+    assert tool.main([audio, "-o", str(tmp_path / "file")]) == 2
+    assert "cannot be written to" in capsys.readouterr().err
+
+
+def test_a_manifest_says_what_is_used(corpus, tmp_path):
+    for i in range(4):
+        (tmp_path / f"u{i}.flac").write_bytes((corpus / f"audio/u{i}.flac").read_bytes())
+    rows = ["path\tsplit", "u3.flac\ttrain", "u0.flac\tdev", "u1.flac\ttest"]
+    (tmp_path / "m.tsv").write_text("\n".join(rows) + "\n")
+    got = read_corpus([corpus / "audio", tmp_path], [tmp_path / "m.tsv"], 8000)
+    assert [u.key for u in got.train if u.key.startswith("1/")] == ["1/u3.flac"]
+    assert [u.key for u in got.dev if u.key.startswith("1/")] == ["1/u0.flac"]
+    assert sum(u.key.startswith("0/") for u in got.all) == 12
+    with pytest.raises(DataError, match=r"of 0\.5625 s or more is left for dev"):
+        read_corpus([tmp_path], [tmp_path / "m.tsv"], 9000)  # u0 has 8000 samples
+
+
+def test_the_command_stops_in_time_and_goes_on(corpus, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(recipes, "Recipe", lambda: TINY)
+    words = [str(corpus / "audio"), "-o", str(tmp_path / "z"), "--teacher", "hubert"]
+    words += ["--device", "cpu"]
+    assert tool.main([*words, "--minutes", "0"]) == 0
+    assert "saved; the same command goes on" in capsys.readouterr().out
+    assert not (tmp_path / "z/tiny_hubert.pt").exists()
+    assert tool.main(words) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "z/tiny_hubert.pt")

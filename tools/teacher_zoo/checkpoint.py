@@ -1,0 +1,94 @@
+"""Where a stage stands: all that its next step depends on, in one file, written whole."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from s3prl_ekd.atomic import save_whole
+from s3prl_ekd.errors import CheckpointError
+from s3prl_ekd.safe_load import safe_load
+from s3prl_ekd.training.random_state import random_states, set_random_states
+
+FORMAT = "s3prl_ekd.tiny_teacher_training"
+
+
+@dataclass
+class Progress:
+    """``epoch`` and ``position`` are those of the next batch; ``heard`` is in seconds of audio,
+    ``spent`` in seconds of time; ``window`` holds the sums since the last point of the log."""
+
+    step: int = 0
+    epoch: int = 0
+    position: int = 0
+    heard: float = 0.0
+    spent: float = 0.0
+    window: dict[str, float] = field(default_factory=dict)
+    log: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The parts with a state."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    schedule: LambdaLR
+    device: str
+
+
+def save(path: Path, stage: str, parts: Trained, progress: Progress) -> None:
+    """Write ``path``, random states included.
+
+    Raises:
+        OSError: it cannot be written; what was there stays.
+    """
+    states = {
+        "format": FORMAT,
+        "stage": stage,
+        "model": parts.model.state_dict(),
+        "optimizer": parts.optimizer.state_dict(),
+        "schedule": parts.schedule.state_dict(),
+        "random": random_states(parts.device),
+        "progress": vars(progress),
+    }
+    save_whole(states, path)
+
+
+def load_model(path: Path, stage: str, model: nn.Module) -> dict[str, Any]:
+    """Put the weights of a checkpoint into ``model``; all of the checkpoint is returned.
+
+    Raises:
+        CheckpointError: it is missing, damaged, or of another stage or size.
+    """
+    states = safe_load(path, "training checkpoint")
+    if states.get("format") != FORMAT or states.get("stage") != stage:
+        raise CheckpointError(f"{path} is no checkpoint of the stage {stage}; delete it")
+    try:
+        model.load_state_dict(states["model"])
+    except (RuntimeError, KeyError, TypeError, AttributeError):
+        raise CheckpointError(f"{path} is of a model of another size; delete it") from None
+    return states
+
+
+def load(path: Path, stage: str, parts: Trained) -> Progress:
+    """Put everything back, the random states last.
+
+    Raises:
+        CheckpointError: see :func:`load_model`.
+    """
+    states = load_model(path, stage, parts.model)
+    try:
+        parts.optimizer.load_state_dict(copy.deepcopy(states["optimizer"]))
+        parts.schedule.load_state_dict(states["schedule"])
+        progress = Progress(**states["progress"])
+        set_random_states(states["random"], parts.device)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} lacks a part of its run ({error}); delete it") from None
+    return progress

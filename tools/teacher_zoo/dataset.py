@@ -1,0 +1,72 @@
+"""From a planned batch to waveforms and labels. All random draws follow from seed, epoch and
+utterance, so that any number of worker processes gives the same."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from s3prl_ekd.data.audio import Recording, read_audio
+from s3prl_ekd.data.audio_files import find_audio
+from s3prl_ekd.data.distortion.plan import generator
+
+from .corpus import Utterance
+from .frames import HOP, samples_of
+from .labels import Labels
+from .mixing import mix_batch
+from .noises import make_distorter
+from .plan import Batch
+from .recipe import Hears, Recipe
+
+
+class Excerpts(Dataset):
+    """``dataset[batch]`` is ``(batch, waves [excerpt, sample], labels [excerpt, frame])``.
+
+    Args:
+        utterances: which the batches' indices count.
+        labels, offset: of the corpus; the first utterance has number ``offset`` in them.
+        hears: clean, distorted or mixed.
+        recipe: how.
+        noise: the folder of noise clips.
+    """
+
+    def __init__(
+        self,
+        utterances: Sequence[Utterance],
+        labels: Labels,
+        offset: int,
+        hears: Hears,
+        recipe: Recipe,
+        noise: Path,
+    ):
+        self.utterances, self.labels, self.offset = utterances, labels, offset
+        self.hears, self.recipe = hears, recipe
+        if hears == "distorted":
+            self.distorter = make_distorter(noise, recipe)
+        elif hears == "mixed":
+            self.noises = [read_audio(noise / name) for name in find_audio(noise)]
+
+    def __getitem__(self, batch: Batch) -> tuple[Batch, Tensor, Tensor]:
+        waves, targets = [], []
+        for index, first in batch.excerpts:
+            with Recording(self.utterances[index].path) as recording:
+                wave = recording.read(first * HOP, samples_of(batch.frames))
+            if self.hears == "distorted":
+                plan = self.distorter.plan(self.utterances[index].key, batch.epoch, "student")
+                wave = self.distorter.render(wave, plan)
+            waves.append(wave)
+            labels = self.labels.of(self.offset + index)[first : first + batch.frames]
+            targets.append(torch.from_numpy(labels.astype("int64")))
+        stacked = torch.stack(waves)
+        if self.hears == "mixed":
+            r = self.recipe
+            generators = [
+                generator(r.seed, batch.epoch, self.utterances[i].key, "mix")
+                for i, _ in batch.excerpts
+            ]
+            stacked = mix_batch(stacked, generators, self.noises, r.mix, r.mix_noise)
+        return batch, stacked, torch.stack(targets)

@@ -1,0 +1,56 @@
+"""Loss and accuracy on held-out utterances."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from s3prl_ekd.training.random_state import random_numbers_untouched
+
+from .checkpoint import Trained
+from .corpus import Corpus
+from .dataset import Excerpts
+from .labels import Labels
+from .plan import epoch_batches
+from .recipe import Hears, Recipe
+from .step import add, averages, forward, seed_everything
+
+_EPOCH = -1  # of the draws for dev: no training epoch has this number
+_SECONDS = 300.0  # of dev audio that are looked at
+
+
+class Dev:
+    """The same excerpts, distortions and masks each time.
+
+    Args:
+        corpus, labels: all; its ``dev`` is used.
+        hears: clean, distorted or mixed.
+        recipe: of the training.
+        noise: the folder of noise clips.
+    """
+
+    def __init__(self, corpus: Corpus, labels: Labels, hears: Hears, recipe: Recipe, noise: Path):
+        self.recipe = recipe
+        self.excerpts = Excerpts(corpus.dev, labels, len(corpus.train), hears, recipe, noise)
+        self.batches, total = [], 0.0
+        r = recipe
+        for batch in epoch_batches(corpus.dev, r.batch_seconds, r.crop_seconds, r.seed, _EPOCH):
+            if total < _SECONDS:
+                self.batches.append(batch)
+                total += batch.seconds
+
+    @torch.no_grad()
+    def __call__(self, parts: Trained) -> dict[str, float]:
+        """``masked_loss``, ``accuracy`` of hidden frames, ``penalty``, ``spread``, without dropout.
+        The run's random numbers are as before; the model is in training mode after it."""
+        window: dict[str, float] = {}
+        parts.model.eval()
+        with random_numbers_untouched(parts.device):
+            seed_everything(self.recipe.seed)
+            for batch in self.batches:
+                _, waves, labels = self.excerpts[batch]
+                waves, labels = waves.to(parts.device), labels.to(parts.device)
+                add(window, forward(parts, self.recipe, waves, labels))
+        parts.model.train()
+        return averages(window)

@@ -1,0 +1,40 @@
+"""A trained model as a file in s3prl's format, in float16."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from s3prl_ekd.atomic import save_whole
+from s3prl_ekd.errors import CheckpointError
+
+from .models import MaskedPredictor
+
+LIMIT = 7_000_000  # bytes
+
+
+def export(model: MaskedPredictor, path: Path) -> int:
+    """Write ``path``, which s3prl's ``hubert_local`` or ``wavlm_local`` loads (into float32).
+
+    HuBERT's head goes with it, since its class has one; WavLM's has none.
+
+    Returns:
+        Its size in bytes.
+
+    Raises:
+        CheckpointError: a weight does not fit into float16, or the file would exceed 7 MB.
+    """
+    weights = {
+        name: tensor.detach().cpu().half() for name, tensor in model.backbone.state_dict().items()
+    }
+    for name, tensor in weights.items():
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(f"{name} does not fit into float16; {path} is not written")
+    key = "model_weight" if model.family == "hubert" else "model"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    size = sum(tensor.numel() for tensor in weights.values()) * 2
+    if size > LIMIT:
+        raise CheckpointError(f"{path} would have {size:,} bytes; {LIMIT:,} are allowed")
+    save_whole({**model.checkpoint, key: weights}, path)
+    return path.stat().st_size

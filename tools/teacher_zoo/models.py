@@ -1,0 +1,133 @@
+"""s3prl's HuBERT and WavLM with what pretraining needs around them: masking, and a head.
+
+Their own methods do the work. Only the way through them is here, because WavLM's has no head, and
+HuBERT's computes each frame's similarity to each unit on copies (``[unit, frame, dim]``).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from s3prl_ekd import compat
+from s3prl_ekd.demo.tiny_teachers import hubert_checkpoint, wavlm_checkpoint
+
+from .criterion import Encoded
+from .recipe import Family, Recipe
+
+TEMPERATURE = 0.1  # of the cosines (HuBERT, equation 3)
+
+
+class CosineHead(nn.Module):
+    """HuBERT's head (equation 3) for a class of s3prl that has none; dropped after training."""
+
+    def __init__(self, width: int, classes: int):
+        super().__init__()
+        self.final_proj = nn.Linear(width, width)
+        self.label_embs_concat = nn.Parameter(torch.empty(classes, width).uniform_())
+
+
+class MaskedPredictor(nn.Module):
+    """A backbone of s3prl and its head.
+
+    Args:
+        family: ``hubert`` or ``wavlm``.
+        recipe: size and masking.
+        classes: number of units.
+
+    Attributes:
+        checkpoint: what a file of this model holds beside its weights, in s3prl's format.
+    """
+
+    def __init__(self, family: Family, recipe: Recipe, classes: int):
+        super().__init__()
+        compat.apply()
+        self.family = family
+        self.checkpoint = _configuration(family, recipe, classes)
+        if family == "hubert":
+            from s3prl.upstream.hubert.hubert_model import (
+                HubertConfig,
+                HubertModel,
+                HubertPretrainingConfig,
+            )
+            from s3prl.upstream.wavlm.modules import init_bert_params
+
+            self.backbone = HubertModel(
+                HubertConfig(**self.checkpoint["model_cfg"]),
+                HubertPretrainingConfig(**self.checkpoint["task_cfg"]),
+                self.checkpoint["dictionaries_symbols"],
+            )
+            # As fairseq does and s3prl's copy does not. With PyTorch's own initialisation each
+            # layer loses a tenth of what differs from frame to frame, and training soon the rest.
+            self.backbone.encoder.apply(init_bert_params)
+        else:
+            from s3prl.upstream.wavlm.WavLM import WavLM, WavLMConfig
+
+            self.backbone = WavLM(WavLMConfig(self.checkpoint["cfg"]))
+            self.wavlm_head = CosineHead(recipe.size.width, classes)
+
+    def forward(self, waves: Tensor) -> Encoded:
+        """Hide frames of ``waves [batch, sample]`` (equally long) and encode; the frames that are
+        hidden are drawn from NumPy's global generator, as in s3prl."""
+        from s3prl.upstream.wav2vec2.wav2vec2_model import GradMultiply
+
+        model = self.backbone
+        features = model.feature_extractor(waves)  # [batch, channel, frame]
+        features = GradMultiply.apply(features, model.feature_grad_mult)
+        penalty = features.float().square().mean()
+        hidden = model.layer_norm(features.transpose(1, 2))
+        if model.post_extract_proj is not None:
+            hidden = model.post_extract_proj(hidden)
+        hidden = model.dropout_input(hidden).float()  # the mask's vector is float32, also in bf16
+        more = (None,) if self.family == "hubert" else ()
+        hidden, masked = model.apply_mask(hidden, None, *more)
+        hidden, _ = model.encoder(hidden, padding_mask=None)  # [batch, frame, width]
+        return Encoded(hidden, masked, penalty)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """``[frame, width]`` -> ``[frame, unit]``: cosines over the temperature, float32."""
+        head = self.backbone if self.family == "hubert" else self.wavlm_head
+        with torch.autocast(hidden.device.type, enabled=False):
+            projected = normalize(head.final_proj(hidden.float()), dim=-1)
+            return projected @ normalize(head.label_embs_concat, dim=-1).T / TEMPERATURE
+
+    @torch.no_grad()
+    def layer(self, wave: Tensor, index: int) -> Tensor:
+        """Entry ``index`` (from 1) of ``hidden_states`` for a whole ``wave [sample]``:
+        ``[frame, width]``."""
+        hidden, _ = self.backbone.extract_features(wave[None], mask=False, output_layer=index)
+        return hidden[0]
+
+
+def _configuration(family: Family, recipe: Recipe, classes: int) -> dict[str, Any]:
+    """A checkpoint of that kind and size without weights; masking and dropout as in ``recipe``."""
+    size = recipe.size
+    arguments = {
+        "conv_layers": size.conv_layers,
+        "embed_dim": size.width,
+        "ffn_dim": size.ffn,
+        "heads": size.heads,
+        "layers": size.layers,
+        "conv_pos": size.conv_pos,
+        "conv_pos_groups": size.conv_pos_groups,
+    }
+    training = {
+        "mask_prob": recipe.mask_prob,
+        "mask_length": recipe.mask_length,
+        "dropout": recipe.dropout,
+        "attention_dropout": recipe.dropout,
+        "dropout_input": recipe.dropout,
+        "encoder_layerdrop": recipe.dropout / 2,
+    }
+    if family == "hubert":
+        states = hubert_checkpoint(**arguments, classes=classes)
+        del states["model_weight"]
+        states["model_cfg"].update(training)
+    else:
+        states = wavlm_checkpoint(**arguments)
+        del states["model"]
+        states["cfg"].update(training)
+    return states

@@ -1,0 +1,102 @@
+"""Which excerpts make which batch: a function of seed and epoch alone.
+
+The excerpts of a batch are equally long, as in HuBERT: nothing is padded, so that the extractor's
+group norm, which looks over the whole excerpt, hears speech only.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from s3prl_ekd.data.audio_files import SAMPLE_RATE
+from s3prl_ekd.data.buckets import bucket
+from s3prl_ekd.data.distortion.plan import generator
+from s3prl_ekd.data.tables import Utterance as Row
+
+from .corpus import Utterance
+from .frames import HOP, frame_count, samples_of
+
+_JITTER = 0.1  # neighbours in length are shuffled by so much, so that batches differ by epoch
+_MANY = 2**31
+
+
+@dataclass(frozen=True)
+class Batch:
+    """``excerpts`` are ``(index of the utterance, first frame)``; each has ``frames`` frames."""
+
+    epoch: int
+    position: int  # in the epoch, from 0
+    excerpts: tuple[tuple[int, int], ...]
+    frames: int
+
+    @property
+    def seconds(self) -> float:
+        """Of audio in all of its excerpts."""
+        return len(self.excerpts) * samples_of(self.frames) / SAMPLE_RATE
+
+
+def epoch_batches(
+    utterances: Sequence[Utterance], seconds: float, crop: float, seed: int, epoch: int
+) -> list[Batch]:
+    """The batches of one epoch, each utterance once.
+
+    Args:
+        utterances: indices in the result count from the first of these.
+        seconds: most audio in a batch; one excerpt at least.
+        crop: longest excerpt in seconds.
+        seed, epoch: of all draws.
+    """
+    rng = generator(seed, epoch, "", "batches")
+    weights = [rng.uniform(1 - _JITTER, 1 + _JITTER) for _ in utterances]
+    longest = round(crop * SAMPLE_RATE)
+    order = sorted(
+        range(len(utterances)), key=lambda i: (-min(utterances[i].length, longest) * weights[i], i)
+    )
+    rows = [Row(str(i), utterances[i].length) for i in order]
+    groups = bucket(rows, _MANY, round(seconds * SAMPLE_RATE), longest)
+    rng.shuffle(groups)
+    return [
+        _batch(epoch, position, [int(row.path) for row in group], utterances, longest, rng)
+        for position, group in enumerate(groups)
+    ]
+
+
+def _batch(
+    epoch: int,
+    position: int,
+    group: list[int],
+    utterances: Sequence[Utterance],
+    longest: int,
+    rng: random.Random,
+) -> Batch:
+    frames = frame_count(min(longest, *(utterances[i].length for i in group)))
+    frames -= frames % 2  # s3prl's HuBERT pads to an even number, and masks attention if it has to
+    excerpts = []
+    for index in group:
+        room = (utterances[index].length - samples_of(frames)) // HOP
+        excerpts.append((index, rng.randint(0, room)))
+    return Batch(epoch, position, tuple(excerpts), frames)
+
+
+class Endless:
+    """All batches from a place on, epoch after epoch; a sampler for a DataLoader."""
+
+    def __init__(
+        self,
+        utterances: Sequence[Utterance],
+        seconds: float,
+        crop: float,
+        seed: int,
+        epoch: int,
+        position: int,
+    ):
+        self.arguments = (utterances, seconds, crop, seed)
+        self.epoch, self.position = epoch, position
+
+    def __iter__(self) -> Iterator[Batch]:
+        epoch, position = self.epoch, self.position
+        while True:
+            yield from epoch_batches(*self.arguments, epoch)[position:]
+            epoch, position = epoch + 1, 0

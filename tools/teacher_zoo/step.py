@@ -1,0 +1,65 @@
+"""One optimizer step, and the averages between two points of the log."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+
+from s3prl_ekd.errors import DataError
+
+from .checkpoint import Trained
+from .criterion import Outcome, criterion
+from .recipe import Recipe
+
+WINDOW = ("masked_loss", "accuracy", "penalty", "spread")  # what is averaged, by hidden frames
+
+
+def seed_everything(seed: int) -> None:
+    """Python, NumPy (which draws masks and dropped layers) and torch."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def forward(parts: Trained, recipe: Recipe, waves: Tensor, labels: Tensor) -> Outcome:
+    """The criterion on a batch; the model in bfloat16 on CUDA, in float32 elsewhere."""
+    on_cuda = parts.device.startswith("cuda")
+    with torch.autocast("cuda", torch.bfloat16, enabled=on_cuda):
+        encoded = parts.model(waves)
+    return criterion(encoded, labels, parts.model.logits, recipe.alpha, recipe.penalty)
+
+
+def step(parts: Trained, recipe: Recipe, waves: Tensor, labels: Tensor) -> Outcome:
+    """Forward, backward, clip, update.
+
+    Raises:
+        DataError: the gradient is not finite any more.
+    """
+    outcome = forward(parts, recipe, waves, labels)
+    parts.optimizer.zero_grad(set_to_none=True)
+    outcome.loss.backward()
+    norm = clip_grad_norm_(parts.model.parameters(), recipe.clip)
+    if not norm.isfinite():
+        raise DataError(
+            f"the gradient is not finite any more (loss {float(outcome.loss.detach()):g}); delete "
+            "the stage's folder and begin again with a smaller --lr"
+        )
+    parts.optimizer.step()
+    parts.schedule.step()
+    return outcome
+
+
+def add(window: dict[str, float], outcome: Outcome) -> None:
+    """Add a step to the sums of a window; the empty dict begins one."""
+    for name in WINDOW:
+        window[name] = window.get(name, 0.0) + float(getattr(outcome, name)) * outcome.frames
+    window["frames"] = window.get("frames", 0) + outcome.frames
+
+
+def averages(window: dict[str, float]) -> dict[str, float]:
+    """The means of a window."""
+    return {name: window[name] / window["frames"] for name in WINDOW}

@@ -1,0 +1,217 @@
+"""The loop of one stage: batches, steps, dev points, checkpoints."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from s3prl_ekd.data.batches import leave_signals_to_the_main_process
+from s3prl_ekd.training.fused_adamw import fused_adamw, warmup_schedule
+from s3prl_ekd.training.lock import FolderLock
+
+from . import checkpoint
+from .checkpoint import Progress, Trained
+from .corpus import Corpus, hours
+from .curves import write_log
+from .dataset import Excerpts
+from .dev import Dev
+from .labels import Labels
+from .models import MaskedPredictor
+from .plan import Endless
+from .recipe import Recipe, Stage, stage_steps
+from .step import add, averages, seed_everything, step
+
+_COLLAPSED = 0.01  # spread of the last layer; a sound run has 0.3 and more
+Stop = Callable[[int], bool]
+
+
+@dataclass(frozen=True)
+class Pace:
+    """What has no say in the weights: how often is logged, checked and saved; where it runs."""
+
+    device: str = "cpu"
+    workers: int = 0
+    log_every: int = 50
+    dev_every: int = 500
+    save_seconds: float = 120.0
+
+
+def train(
+    stage: Stage,
+    recipe: Recipe,
+    corpus: Corpus,
+    labels: Labels,
+    zoo: Path,
+    pace: Pace,
+    stop: Stop = lambda step: False,
+    at_start: Callable[[MaskedPredictor], None] = lambda model: None,
+) -> MaskedPredictor | None:
+    """Train a stage, from where its checkpoint stands.
+
+    Args:
+        stage, recipe: what and how.
+        corpus, labels: of what.
+        zoo: the folder whose ``STAGE/`` gets checkpoint, log and curves.
+        pace: how often, where.
+        stop: asked after each step, with its number; True saves and leaves.
+        at_start: called with the untrained model of a new run that starts from nothing.
+
+    Returns:
+        The model after its last step, in eval mode; None where ``stop`` came first.
+
+    Raises:
+        CheckpointError: the stage's checkpoint, or that of the stage it starts from, is not usable.
+        DataError: an audio file cannot be read, or the loss is no number any more.
+        SetupError: another process trains this stage, or the folder cannot be written to.
+    """
+    folder = zoo / stage.name
+    folder.mkdir(parents=True, exist_ok=True)
+    with FolderLock(folder):
+        last = folder / "checkpoint.pt"
+        steps = stage_steps(recipe, stage)
+        seed_everything(recipe.seed)
+        model = MaskedPredictor(stage.family, recipe, labels.classes)
+        if not last.exists():
+            if stage.start:
+                checkpoint.load_model(zoo / stage.start / "checkpoint.pt", stage.start, model)
+            else:
+                at_start(model)
+        parts = _parts(model, stage, recipe, steps, pace.device)
+        progress = checkpoint.load(last, stage.name, parts) if last.exists() else Progress()
+        if progress.step < steps:
+            run = _Run(stage, recipe, corpus, labels, zoo, pace, steps, parts, progress)
+            if not run(stop):
+                return None
+        return model.eval()
+
+
+def _parts(
+    model: MaskedPredictor, stage: Stage, recipe: Recipe, steps: int, device: str
+) -> Trained:
+    model.to(device).train()
+    config = {
+        "lr": recipe.lr * stage.lr,
+        "betas": (0.9, 0.98),
+        "weight_decay": recipe.weight_decay,
+        "warmup_proportion": recipe.warmup,
+    }
+    optimizer = fused_adamw(model, config)
+    return Trained(model, optimizer, warmup_schedule(optimizer, config, steps), device)
+
+
+class _Run:
+    """The steps from ``progress`` on, of one process."""
+
+    def __init__(
+        self,
+        stage: Stage,
+        recipe: Recipe,
+        corpus: Corpus,
+        labels: Labels,
+        zoo: Path,
+        pace: Pace,
+        steps: int,
+        parts: Trained,
+        progress: Progress,
+    ):
+        self.stage, self.recipe, self.pace, self.steps = stage, recipe, pace, steps
+        self.parts, self.progress = parts, progress
+        self.folder, noise = zoo / stage.name, zoo / "noise"
+        floor_loss, floor_accuracy = labels.floor()
+        self.about = {
+            "stage": stage.name,
+            "steps": steps,
+            "units": labels.classes,
+            "floor_loss": floor_loss,
+            "floor_accuracy": floor_accuracy,
+            "train_hours": hours(corpus.train),
+            "device": pace.device,
+        }
+        self.dev = {"dev_": Dev(corpus, labels, stage.hears, recipe, noise)}
+        if stage.hears != "clean":
+            self.dev["dev_clean_"] = Dev(corpus, labels, "clean", recipe, noise)
+        place = (progress.epoch, progress.position)
+        self.loader = DataLoader(
+            Excerpts(corpus.train, labels, 0, stage.hears, recipe, noise),
+            sampler=Endless(
+                corpus.train, recipe.batch_seconds, recipe.crop_seconds, recipe.seed, *place
+            ),
+            batch_size=None,
+            num_workers=pace.workers,
+            pin_memory=pace.device.startswith("cuda"),
+            generator=torch.Generator(),  # or the loader would draw from the run's
+            worker_init_fn=leave_signals_to_the_main_process,
+            prefetch_factor=4 if pace.workers else None,
+        )
+
+    def __call__(self, stop: Stop) -> bool:
+        """Whether the last step was taken."""
+        progress, device = self.progress, self.parts.device
+        began = saved = since = time.monotonic()
+        spent, heard = progress.spent, 0.0  # of earlier processes; since the last point
+        bar = tqdm(
+            desc=self.stage.name,
+            total=self.steps,
+            initial=progress.step,
+            unit=" steps",
+            dynamic_ncols=True,
+        )
+        with bar:
+            for batch, waves, labels in self.loader:
+                waves = waves.to(device, non_blocking=True)
+                outcome = step(self.parts, self.recipe, waves, labels.to(device, non_blocking=True))
+                progress.step += 1
+                progress.epoch, progress.position = batch.epoch, batch.position + 1
+                progress.heard += batch.seconds
+                heard += batch.seconds
+                add(progress.window, outcome)
+                bar.update()
+                final = progress.step == self.steps
+                if progress.step % self.pace.log_every == 0 or final:
+                    self._point(bar, heard / (time.monotonic() - since), final)
+                    heard, since = 0.0, time.monotonic()
+                progress.spent = spent + time.monotonic() - began
+                leave = final or stop(progress.step)
+                if leave or time.monotonic() - saved > self.pace.save_seconds:
+                    self._save()
+                    saved = time.monotonic()
+                if leave:
+                    break
+        return progress.step == self.steps
+
+    def _point(self, bar: tqdm, speed: float, final: bool) -> None:
+        progress = self.progress
+        point = {
+            "step": progress.step,
+            "epoch": progress.epoch,
+            **averages(progress.window),
+            "lr": self.parts.schedule.get_last_lr()[0],
+            "audio_seconds_per_second": speed,
+        }
+        progress.window.clear()
+        if progress.step % self.pace.dev_every == 0 or final:
+            for prefix, dev in self.dev.items():
+                found = dev(self.parts)
+                point.update({prefix + name: value for name, value in found.items()})
+        if point["spread"] < _COLLAPSED:
+            tqdm.write(
+                f"{self.stage.name}, step {progress.step}: all frames look alike to the model (it "
+                "has collapsed); begin again with a smaller --lr"
+            )
+        progress.log.append(point)
+        bar.set_postfix_str(
+            f"loss {point['masked_loss']:.3f}, right {point['accuracy']:.1%}, "
+            f"{speed:.0f} s of audio a second"
+        )
+
+    def _save(self) -> None:
+        progress = self.progress
+        checkpoint.save(self.folder / "checkpoint.pt", self.stage.name, self.parts, progress)
+        done = {"hours_heard": progress.heard / 3600, "hours_spent": progress.spent / 3600}
+        write_log(progress.log, {**self.about, **done}, self.folder)

@@ -1,0 +1,131 @@
+"""All stages of a zoo, one after the other, each going on where it was left.
+
+ZOO/recipe.json                what it was begun with
+ZOO/noise/                     synthetic noise
+ZOO/units-mfcc.npz, units-hubert_1.npz
+ZOO/STAGE/checkpoint.pt, log.json, curves.png
+ZOO/random/tiny_*.pt           what the weights were before the first step
+ZOO/tiny_hubert.pt, tiny_robust_hubert.pt, tiny_wavlm.pt
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+from s3prl_ekd.atomic import whole_file
+from s3prl_ekd.errors import ConfigError, SetupError
+
+from . import checkpoint
+from .corpus import Corpus
+from .export import export
+from .labels import Labels, describe, load_labels, make_labels, save_labels
+from .mfcc import mfcc
+from .models import MaskedPredictor
+from .noises import noise_folder
+from .recipe import STAGES, Recipe, Stage, differences, needed, stage_steps
+from .trainer import Pace, train
+
+logger = logging.getLogger(__name__)
+
+
+def make_zoo(
+    teachers: tuple[str, ...],
+    corpus: Corpus,
+    recipe: Recipe,
+    zoo: Path,
+    pace: Pace,
+    stop: Callable[[int], bool] = lambda step: False,
+) -> dict[str, Path] | None:
+    """Train what these teachers need.
+
+    Args:
+        teachers: of ``hubert``, ``robust_hubert``, ``wavlm``.
+        corpus, recipe, pace: of what, how, where.
+        zoo: the folder, as the module docstring has it.
+        stop: see :func:`trainer.train`.
+
+    Returns:
+        The files by teacher, or None where ``stop`` came first.
+
+    Raises:
+        ConfigError: the folder was begun with another recipe or corpus.
+        EkdError: see :func:`trainer.train` and :func:`labels.make_labels`.
+    """
+    begin(zoo, corpus, recipe)
+    stages = needed(teachers)
+    files: dict[str, Path] = {}
+    for stage in stages:
+        if stage.hears != "clean":
+            noise_folder(corpus, zoo / "noise", recipe.seed)
+        labels = units(stage.units, corpus, recipe, zoo, pace)
+        logger.info("%s: %d steps; %s", stage.name, stage_steps(recipe, stage), describe(labels))
+
+        def twin(model: MaskedPredictor, stage: Stage = stage) -> None:
+            if stage.file:
+                export(model, zoo / "random" / stage.file)
+
+        model = train(stage, recipe, corpus, labels, zoo, pace, stop, at_start=twin)
+        if model is None:
+            return None
+        if stage.file:
+            files[stage.name] = zoo / stage.file
+            size = export(model, files[stage.name])
+            logger.info("%s: %s, %.2f MB", stage.name, files[stage.name], size / 1e6)
+    return files
+
+
+def begin(zoo: Path, corpus: Corpus, recipe: Recipe) -> None:
+    """Write ``recipe.json``, or compare with the one that is there.
+
+    Raises:
+        ConfigError: it is another one.
+        SetupError: the folder cannot be written to.
+    """
+    about = {"recipe": recipe.plain(), "corpus": corpus.digest}
+    path = zoo / "recipe.json"
+    if path.exists():
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+            changed = differences(before, about)
+        except (ValueError, AttributeError):
+            raise ConfigError(f"{path} cannot be read; give another folder with -o") from None
+        if changed:
+            raise ConfigError(
+                f"{zoo} was begun with other settings: {', '.join(changed)}; give the same "
+                "folders and options to go on, or another folder with -o to begin anew"
+            )
+        return
+    try:
+        zoo.mkdir(parents=True, exist_ok=True)
+        with whole_file(path) as file:
+            file.write(json.dumps(about, indent=1).encode())
+    except OSError as error:
+        raise SetupError(f"{zoo} cannot be written to: {error.strerror}") from None
+
+
+def units(name: str, corpus: Corpus, recipe: Recipe, zoo: Path, pace: Pace) -> Labels:
+    """The labels called ``name``, read from the zoo or made: clusters of MFCC, or of the middle
+    layer of a finished stage."""
+    path = zoo / f"units-{name}.npz"
+    if path.exists():
+        return load_labels(path, corpus)
+    settings = recipe.units
+    if name == "mfcc":
+        clusters, features = settings.mfcc_clusters, mfcc
+    else:
+        source = STAGES[name]
+        before = load_labels(zoo / f"units-{source.units}.npz", corpus)
+        model = MaskedPredictor(source.family, recipe, before.classes)
+        checkpoint.load_model(zoo / name / "checkpoint.pt", name, model)
+        model.to(pace.device).eval()
+        clusters = settings.hidden_clusters
+
+        def features(wave):
+            return model.layer(wave.to(pace.device), settings.layer)
+
+    labels = make_labels(corpus, features, clusters, settings.frames, recipe.seed, name)
+    save_labels(labels, path)
+    return labels

@@ -1,0 +1,198 @@
+"""Train the tiny teachers that the package ships, from folders of audio.
+
+Tiny HuBERT in two iterations (units of MFCC, then of its own middle layer), tiny RobustHuBERT (the
+first one continued on noisy and reverberant speech) and tiny WavLM (with other utterances and noise
+mixed in), 3.3 M parameters each, with s3prl's own classes. Everything follows from the seed; the
+same command again goes on where it was left, on a CPU to the last bit. Needs the extras units and
+plots.
+
+example:
+  python tools/train_tiny_teachers.py AUDIO_FOLDER -o zoo --steps 20000
+  python tools/train_tiny_teachers.py speech voices --manifest speech/unlabeled.tsv -o zoo \\
+      --device cuda --batch-seconds 160 --minutes 9
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+
+from s3prl_ekd.errors import ConfigError, EkdError, SetupError
+
+
+def main(argv: list[str] | None = None) -> int:
+    """0: all is done, or its minutes are over; 2: a mistake; 130 and the like: a signal."""
+    args = make_parser().parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        return run(args)
+    except EkdError as error:
+        print(f"error: {error}", file=sys.stderr)
+    except OSError as error:  # a full disk; what was saved before is whole
+        print(f"error: {args.out} cannot be written to: {error.strerror}", file=sys.stderr)
+    return 2
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The options; those of the recipe have its names and defaults."""
+    from teacher_zoo.recipe import TEACHERS, Recipe
+
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    default = Recipe()
+    add = parser.add_argument
+    add("folders", metavar="AUDIO_FOLDER", nargs="+", help="all audio below is used")
+    add("-o", "--out", metavar="ZOO", required=True, help="folder for everything that is made")
+    add(
+        "--manifest",
+        metavar="TSV",
+        action="append",
+        default=[],
+        help="with the columns path and split, in one of the folders, of which only its train "
+        "and dev are used then (without: a fiftieth is held out)",
+    )
+    add("--teacher", choices=TEACHERS, action="append", help="and what it needs (all)")
+    add(
+        "--steps",
+        type=int,
+        default=default.steps,
+        help=f"of tiny HuBERT's second iteration and "
+        f"of WavLM; half as many for the others ({default.steps})",
+    )
+    add(
+        "--batch-seconds",
+        type=float,
+        default=default.batch_seconds,
+        help=f"of audio a step ({default.batch_seconds:g})",
+    )
+    add(
+        "--crop-seconds",
+        type=float,
+        default=default.crop_seconds,
+        help=f"longest excerpt ({default.crop_seconds:g})",
+    )
+    add("--lr", type=float, default=default.lr, help=f"peak learning rate ({default.lr:g})")
+    add(
+        "--dropout",
+        type=float,
+        default=default.dropout,
+        help=f"0 saves a tenth of the time on a CPU ({default.dropout:g})",
+    )
+    add(
+        "--alpha",
+        type=float,
+        default=default.alpha,
+        help=f"weight of the loss of hidden frames; the others get the rest ({default.alpha:g})",
+    )
+    add(
+        "--mfcc-clusters",
+        type=int,
+        default=default.units.mfcc_clusters,
+        help=f"units of the first iteration ({default.units.mfcc_clusters})",
+    )
+    add(
+        "--hidden-clusters",
+        type=int,
+        default=default.units.hidden_clusters,
+        help=f"units of all that follow ({default.units.hidden_clusters})",
+    )
+    add("--seed", type=int, default=default.seed, help=f"of everything ({default.seed})")
+    add("--device", help="cpu, cuda, cuda:1 ... (cuda where there is one)")
+    add("--workers", type=int, help="processes that read audio (cuda: up to 8; cpu: 0)")
+    add("--minutes", type=float, help="save and leave after so long; go on with the same command")
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Everything after the command line was read."""
+    from s3prl_ekd import compat
+    from s3prl_ekd.analysis.plots import require_matplotlib
+    from s3prl_ekd.essence.units import require_sklearn
+    from s3prl_ekd.quiet import quiet_s3prl
+    from s3prl_ekd.training.signals import StopSignals, exit_code
+
+    require_sklearn()
+    require_matplotlib()
+    compat.apply()
+    quiet_s3prl()
+    from teacher_zoo.corpus import hours, read_corpus
+    from teacher_zoo.recipe import TEACHERS
+    from teacher_zoo.trainer import Pace
+    from teacher_zoo.zoo import make_zoo
+
+    started = time.monotonic()
+    recipe = recipe_of(args)
+    device = device_of(args.device)
+    on_cuda = device.startswith("cuda")
+    workers = args.workers if args.workers is not None else min(8, os.cpu_count() or 1) * on_cuda
+    corpus = read_corpus(args.folders, args.manifest, round(recipe.shortest_seconds * 16_000))
+    logging.info(
+        "%d utterances, %.2f h to train on; %d, %.2f h held out; %s",
+        len(corpus.train), hours(corpus.train), len(corpus.dev), hours(corpus.dev), device,
+    )  # fmt: skip
+    with StopSignals() as signals:
+
+        def stop(step: int) -> bool:
+            late = args.minutes is not None and time.monotonic() - started > 60 * args.minutes
+            return late or signals.received is not None
+
+        every = min(50, max(1, recipe.steps // 100))
+        pace = Pace(device, workers, log_every=every, dev_every=10 * every)
+        files = make_zoo(
+            tuple(args.teacher or TEACHERS), corpus, recipe, Path(args.out), pace, stop
+        )
+    if files is None:
+        print(f"{args.out}: saved; the same command goes on from here")
+        return exit_code(signals.received.name) if signals.received else 0
+    for path in files.values():
+        print(path)
+    return 0
+
+
+def recipe_of(args: argparse.Namespace):
+    """The recipe with what was typed.
+
+    Raises:
+        ConfigError: a number makes no sense.
+    """
+    from teacher_zoo.recipe import Recipe, check
+
+    default = Recipe()
+    units = dataclasses.replace(
+        default.units, mfcc_clusters=args.mfcc_clusters, hidden_clusters=args.hidden_clusters
+    )
+    names = ("steps", "batch_seconds", "crop_seconds", "lr", "dropout", "alpha", "seed")
+    recipe = dataclasses.replace(default, units=units, **{n: getattr(args, n) for n in names})
+    try:
+        check(recipe)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    return recipe
+
+
+def device_of(name: str | None) -> str:
+    """The device to train on.
+
+    Raises:
+        SetupError: it is not there, or no name of one.
+    """
+    import torch
+
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError):
+        raise SetupError(
+            f"--device {name} cannot be used here; give cpu, or cuda where torch sees a GPU"
+        ) from None
+    return name
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
