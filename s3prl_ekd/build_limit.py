@@ -22,7 +22,7 @@ _SPARE_TENSORS = 4_000  # made in half a second; a model of 48 layers takes abou
 _BYTES_OF_ONE = 1 << 18  # of the file, for each more
 # ATen's ways to make a tensor out of nothing; the others start from one that is there.
 _SHAPED = {"empty", "zeros", "ones", "full", "rand", "randn", "empty_strided", "new_empty"}
-_RANGES = {"arange", "range", "linspace", "logspace", "eye"}
+_RANGES = {"arange", "range", "linspace", "logspace", "randperm"}
 
 
 @contextlib.contextmanager
@@ -50,6 +50,9 @@ class _Counts:
             self._make(math.prod(sizes), kwargs)
         elif name in _RANGES:
             self._make(max((abs(int(n)) for n in args if isinstance(n, (int, float))), default=0))
+        elif name == "eye":
+            rows, columns = (*args, *args)[:2]
+            self._make(rows * columns, kwargs)
         elif name in ("repeat", "expand_copy"):
             self._make(math.prod(args[1]) * args[0].numel())
         return func(*args, **kwargs)

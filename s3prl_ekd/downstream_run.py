@@ -136,7 +136,7 @@ def _check_upstream(name: Any, checkpoint: Any, config: Any) -> None:
         if path is not None and not isinstance(path, str):
             raise CheckpointError(f"the upstream {str(name)[:60]!r} has no path but {path!r:.60}")
     if config and Path(config).exists():
-        read_yaml(config)
+        check_names(read_yaml(config), config)
     if not checkpoint or not Path(checkpoint).exists() or Path(checkpoint).is_dir():
         return  # s3prl's business: a URL, an identifier, a folder
     if str(name).startswith("ekd_student"):

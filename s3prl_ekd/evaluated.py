@@ -15,6 +15,7 @@ from .errors import ConfigError
 
 # The keys whose text s3prl 0.4.18 evaluates, wherever they stand in a recipe.
 EVALUATED = {"select", "module", "pooling", "agg_module", "model_type", "metric", "unk_weight"}
+EVALUATED |= {"feat_type", "utter_module", "ObjectiveLoss"}
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _ALSO = {"-math.inf", "math.inf"}  # what s3prl's own ASR recipe has for unk_weight
 

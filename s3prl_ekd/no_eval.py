@@ -23,6 +23,17 @@ def read_conv_layers(text: Any) -> list[tuple[int, int, int]]:
     return list(parse_conv_layers(text))
 
 
+def read_layers(text: Any) -> Any:
+    """Conv layers, or a list of whole numbers. Raises ConfigError: they are something else."""
+    try:
+        value = ast.literal_eval(text)
+    except Exception:  # literal_eval documents five of them
+        return read_conv_layers(text)
+    if isinstance(value, (list, tuple)) and all(type(each) is int for each in value):
+        return value
+    return read_conv_layers(text)
+
+
 def read_value(text: str) -> Any:
     """A number, text, list or mapping of ``-o``. Raises ValueError: s3prl then takes the text."""
     try:
@@ -37,6 +48,9 @@ _READERS: dict[str, Callable[[Any], Any]] = {
     "upstream.wav2vec2.wav2vec2_model": read_conv_layers,
     "upstream.data2vec.data2vec_model": read_conv_layers,
     "upstream.wavlm.WavLM": read_conv_layers,
+    "upstream.wav2vec.wav2vec_model": read_conv_layers,
+    "upstream.lighthubert.lighthubert.lighthubert": read_conv_layers,
+    "upstream.multires_hubert.hubert_model": read_layers,
     "utility.helper": read_value,
 }
 # Under the bare names too, by which s3prl's checkout and its pretraining code import them.

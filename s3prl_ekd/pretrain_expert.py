@@ -113,6 +113,11 @@ class UpstreamPretrainExpert(nn.Module):
         student = self.distiller.student
         if run.recompute:
             recompute(student)
+        if run.compile and run.recompute:
+            import torch._dynamo
+
+            # Older versions cut graphs for DistributedDataParallel, but no recomputed ones.
+            torch._dynamo.config.optimize_ddp = False
         if run.compile:
             student.compile(dynamic=True)
 
@@ -210,7 +215,8 @@ class UpstreamPretrainExpert(nn.Module):
     def log_records(self, records, logger, prefix, global_step, **kwargs) -> None:
         """Write the mean over the log window of each recorded scalar to TensorBoard."""
         for name, values in records.items():
-            mean = torch.stack([value.float() for value in values]).mean().item()
+            # Those of a checkpoint are on the CPU, those since then on the device.
+            mean = torch.stack([value.float().cpu() for value in values]).mean().item()
             logger.add_scalar(f"{prefix}{name}", mean, global_step=global_step)
 
     def on_before_zero_grad(self) -> None:

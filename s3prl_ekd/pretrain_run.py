@@ -201,8 +201,6 @@ def _around_s3prls(
                 override(typed.o, args, config)
             if typed.device:
                 args.device = typed.device
-        elif args.upstream == "ekd" and torchrun.rank() == 0:
-            _write_whole_config(args)
         args.override = None  # or the next resume would take it for new
         seen["args"] = args
         if args.upstream == "ekd":
@@ -211,7 +209,8 @@ def _around_s3prls(
             if typed.e and torchrun.rank() == 0:
                 make_folder(Path(args.expdir))
                 stack.enter_context(FolderLock(args.expdir))
-            script.Runner = extended(runner, overridden(override_text(typed)))
+            ours = extended(runner, overridden(override_text(typed)))
+            script.Runner = ours if typed.e else _writing_config(ours)
         return args, config
 
     script.get_pretrain_args = get_args_typed_last
@@ -229,6 +228,19 @@ def _keep_folder(typed: argparse.Namespace, args: argparse.Namespace) -> None:
             with contextlib.suppress(OSError):  # there is something in it
                 Path(args.expdir).rmdir()  # s3prl has just made it anew
             args.expdir, args.expname = str(folder), typed.n or folder.name
+
+
+def _writing_config(runner: type) -> type:
+    """A Runner that writes the config once all processes are there: s3prl has each of them copy the
+    file before."""
+
+    class Runner(runner):
+        def __init__(self, args, config):
+            super().__init__(args, config)
+            if torchrun.rank() == 0:
+                _write_whole_config(args)
+
+    return Runner
 
 
 def _write_whole_config(args: argparse.Namespace) -> None:

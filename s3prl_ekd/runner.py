@@ -21,7 +21,7 @@ from .checkpoints import newest, read_run
 from .config import check_runner_config
 from .data.batches import Batch
 from .errors import SetupError
-from .training.bad_audio_list import BadAudioList
+from .training.bad_audio_list import BadAudioList, stored
 from .training.make_updater import make_updater
 from .training.memory import memory_explained, workers_explained
 from .training.precision import autocast
@@ -84,6 +84,7 @@ class EkdRunner(Reports):
         self.progress = resumed_progress(
             self.init_ckpt, where, self.upstream, self.typed, self.processes
         )
+        self._check_together()
         self.bad, self.logger = self._bad_audio(where), NoWriter()
         if self.processes.writer:
             self.logger = ScalarWriter(args.expdir, self.progress.step if self.init_ckpt else None)
@@ -106,6 +107,18 @@ class EkdRunner(Reports):
         datasets = [loader.dataset for loader in loaders if loader is not None]
         listed = self.init_ckpt.get(KEY, {}).get("bad_audio")
         return BadAudioList(self.args.expdir, datasets, listed, where)
+
+    def _check_together(self) -> None:
+        """Each process finds the checkpoint and the tables by itself: refuse different ones."""
+        place = self.progress
+        mine = (place.step, place.epoch, place.batch, place.batches, place.tables)
+        every = self.processes.gather(mine)
+        if any(each != every[0] for each in every):
+            raise SetupError(
+                "the processes of this run do not stand at the same step of the same data (steps "
+                f"{', '.join(str(each[0]) for each in every)}); working folder and corpus tables "
+                "must be the same for all of them"
+            )
 
     def _share(self) -> None:
         """Several processes: gradients are averaged, the dev tables dealt out."""
@@ -229,6 +242,9 @@ class EkdRunner(Reports):
             if self.processes.writer:
                 self.saves.last(states)
             self._saved_step, self._saved_at = place.step, time.monotonic()
+        if stopping or last:
+            # torchrun ends those that are left half a minute after the first one leaves.
+            self.processes.any(False)
         if stopping:
             if self.processes.writer:
                 said = f"stopped by {received} at step {place.step} of {run.total_steps}"
@@ -263,7 +279,7 @@ class EkdRunner(Reports):
             "Config": self.config,
             KEY: {
                 **self.progress.packed(processes.gather(self._random)),
-                "bad_audio": self.bad.gathered(processes.gather(self.bad.packed())),
+                "bad_audio": stored(self.bad.gathered(processes.gather(self.bad.packed()))),
             },
         }
         if self.updater.scheduler is not None:

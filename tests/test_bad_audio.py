@@ -28,8 +28,9 @@ from s3prl_ekd.data.tables import Utterance
 from s3prl_ekd.distill.distiller import EnsembleDistiller
 from s3prl_ekd.errors import CheckpointError, DataError
 from s3prl_ekd.launch import run_pretrain
+from s3prl_ekd.safe_load import safe_load
 from s3prl_ekd.schema import build
-from s3prl_ekd.training.bad_audio_list import BadAudioList
+from s3prl_ekd.training.bad_audio_list import BadAudioList, stored
 from s3prl_ekd.workspace import write_workspace
 
 from .conftest import make_sound, write_configs
@@ -576,3 +577,15 @@ def test_workers_hand_their_findings_over(audio, tmp_path):
         found[workers] = [(list(batch.bad), batch.names) for batch in batches]
         assert sorted(bad.path for batch in batches for bad in batch.bad) == sorted(BAD)
     assert found[0] == found[2]
+
+
+def test_a_checkpoint_may_name_a_hundred_thousand_files(tmp_path):
+    """As values they would be more than what a checkpoint may have of them."""
+    entries = {f"train-other-500/{i}.flac": ["there is no such file", 2, 0] for i in range(100_000)}
+    torch.save({"x": stored(entries)}, tmp_path / "x.ckpt")
+    saved = safe_load(tmp_path / "x.ckpt")["x"]
+    assert BadAudioList(tmp_path, [], saved, "x").packed() == entries
+    assert stored({}) == {} and BadAudioList(tmp_path, [], {}, "x").packed() == {}
+    for spoiled in (torch.tensor([1, 2]), torch.tensor([91] * 100_000, dtype=torch.uint8)):
+        with pytest.raises(CheckpointError, match="its list of bad audio"):
+            BadAudioList(tmp_path, [], spoiled, "x")

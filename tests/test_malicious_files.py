@@ -607,3 +607,48 @@ def test_trust_is_the_only_way(here, capsys):
         trust.take([])
         MARKER.unlink(missing_ok=True)
     assert not trust.trusted() and "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD" not in os.environ
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("wav2vec.wav2vec_model", "conv_aggregator_layers"),
+        ("multires_hubert.hubert_model", "override_encoder_layers"),
+        ("lighthubert.lighthubert.lighthubert", "conv_feature_layers"),
+        ("hubert.hubert_model", "conv_feature_layers"),
+    ],
+)
+def test_every_eval_of_layers_is_a_reader(module, name):
+    """s3prl's own line, with our ``eval`` in its module's place."""
+    import importlib
+
+    from s3prl_ekd import compat, no_eval
+    from s3prl_ekd.errors import ConfigError
+
+    compat.apply()
+    no_eval.guard()
+    loaded = importlib.import_module(f"s3prl.upstream.{module}")
+    assert f"eval(cfg.{name})" in Path(loaded.__file__).read_text()
+    assert loaded.eval("[(512, 10, 5)] + [(512, 3, 2)] * 2")[1:] == [(512, 3, 2)] * 2
+    with pytest.raises(ConfigError):
+        loaded.eval(CODE)
+    assert not MARKER.exists()
+
+
+def test_lists_of_numbers_are_read_too():
+    from s3prl_ekd.no_eval import read_layers
+
+    assert read_layers("[4, 4, 4]") == [4, 4, 4]
+
+
+@pytest.mark.parametrize("key", ["feat_type", "utter_module", "ObjectiveLoss"])
+def test_an_upstreams_yaml_names_what_it_names(tmp_path, key):
+    from s3prl_ekd.downstream_run import _check_upstream
+    from s3prl_ekd.errors import ConfigError
+
+    config = tmp_path / "upstream.yaml"
+    config.write_text(yaml.safe_dump({"kaldi": {key: "fbank"}}))
+    _check_upstream("baseline_local", None, str(config))
+    config.write_text(yaml.safe_dump({"kaldi": {key: CODE}}))
+    with pytest.raises(ConfigError, match=f"kaldi.{key} is .* which s3prl would run as code"):
+        _check_upstream("baseline_local", None, str(config))

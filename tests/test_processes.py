@@ -12,8 +12,11 @@ import yaml
 
 from s3prl_ekd.checkpoints import newest, read_run
 from s3prl_ekd.data.order import EpochOrder, FixedOrder
+from s3prl_ekd.errors import SetupError
 from s3prl_ekd.evaluate.scalars import read_scalars
-from s3prl_ekd.training.processes import Processes, mean_records
+from s3prl_ekd.runner import EkdRunner
+from s3prl_ekd.training.processes import Processes, join, mean_records
+from s3prl_ekd.training.progress import Progress
 from s3prl_ekd.workspace import write_workspace
 
 from .conftest import STUDENT, write_configs
@@ -244,6 +247,25 @@ def test_the_fixed_order_is_dealt_out_too():
 def test_means_of_what_processes_have():
     every = [{"a": [1.0, 2.0], "b": [4.0]}, {"a": [3.0, 2.0, 7.0]}]
     assert mean_records(every) == {"a": [2.0, 2.0, 7.0], "b": [4.0]}
+
+
+def test_one_gpu_for_all_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SetupError, match="--device cuda:1 is one GPU"):
+        join("cuda:1")
+
+
+def test_processes_at_different_steps_are_refused():
+    class Two(Processes):
+        def gather(self, mine):
+            return [mine, (mine[0] + 5, *mine[1:])]
+
+    runner = object.__new__(EkdRunner)
+    runner.progress, runner.processes = Progress(step=10), Two(0, 2)
+    with pytest.raises(SetupError, match=r"do not stand at the same step .* \(steps 10, 15\)"):
+        runner._check_together()
+    runner.processes = Processes()
+    runner._check_together()
 
 
 def test_one_process_asks_nobody():

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ..atomic import whole_file
@@ -32,7 +35,7 @@ class BadAudioList:
     Args:
         folder: of the run; the list is written there.
         datasets: of the training and dev tables.
-        saved: :meth:`packed` of the checkpoint that the run goes on from.
+        saved: :func:`stored` in the checkpoint that the run goes on from.
         where: what messages call that.
 
     Raises:
@@ -49,7 +52,7 @@ class BadAudioList:
         self.path = Path(folder) / NAME
         self._skipping = any(data.skip_bad for data in datasets)
         self._total = sum(len(data.left_out) + sum(map(len, data.batches)) for data in datasets)
-        self._known = _unpacked(saved or {}, where)
+        self._known = _unpacked({} if saved is None else saved, where)
         self._since: dict[str, Entry] = {}
         self._elsewhere: list[dict[str, list]] = []
         self._warned: set[str] = set()
@@ -154,8 +157,18 @@ class UsableBatches:
                 yield batch._replace(bad=())
 
 
+def stored(entries: Mapping[str, list]) -> Tensor | dict:
+    """The list as a checkpoint holds it: JSON in a tensor, for as values it could be more than what
+    a checkpoint may have of them. An empty list is an empty mapping."""
+    if not entries:
+        return {}
+    return torch.frombuffer(bytearray(json.dumps(entries).encode()), dtype=torch.uint8)
+
+
 def _unpacked(data: Any, where: str) -> dict[str, Entry]:
     try:
+        if isinstance(data, Tensor):
+            data = json.loads(data.numpy().tobytes())
         if not isinstance(data, Mapping):
             raise TypeError("no mapping")
         for path, (reason, times, epoch) in data.items():
@@ -163,5 +176,5 @@ def _unpacked(data: Any, where: str) -> dict[str, Entry]:
             if kinds != [str, str, int, int]:
                 raise TypeError(f"{path!r} has {reason!r}, {times!r}, {epoch!r}")
         return {path: tuple(entry) for path, entry in data.items()}
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{where} is damaged: its list of bad audio: {error}") from None

@@ -91,6 +91,11 @@ def join(device: str) -> Processes:
         return Processes()
     try:
         on_cuda = device.startswith("cuda")
+        if on_cuda and device != "cuda":
+            raise SetupError(
+                f"--device {device} is one GPU, and under torchrun each process takes its own: put "
+                "--device cuda, or leave it out"
+            )
         if on_cuda:
             local, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
             if local >= there:
@@ -112,6 +117,7 @@ def join(device: str) -> Processes:
 def leave() -> None:
     """Take leave of the others at the end; after an error they find out for themselves."""
     if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(torch.zeros(1))  # who leaves first could take a connection with it
         dist.destroy_process_group()
 
 

@@ -107,7 +107,7 @@ class Reports:
         """The scalars since TensorBoard's last point: the same in all processes, their means."""
         if self.processes.count > 1:
             mine = {
-                name: torch.stack([value.float() for value in values]).tolist()
+                name: torch.stack([value.float().cpu() for value in values]).tolist()
                 for name, values in self.progress.records.items()
             }
             means = mean_records(self.processes.gather(mine))
