@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -137,13 +138,19 @@ def write_configs(folder: Path, teachers: dict[str, Path], corpus: Path, **model
 
 
 @pytest.fixture
-def pretrain(monkeypatch, capfd):
+def pretrain(pretrain_script):
     """``run_pretrain.py -u ekd WORDS`` in this process; gives (code, stdout + stderr)."""
+    return functools.partial(pretrain_script, "-u", "ekd")
+
+
+@pytest.fixture
+def pretrain_script(monkeypatch, capfd):
+    """``run_pretrain.py WORDS`` in this process; gives (code, stdout + stderr)."""
     from s3prl_ekd.launch import run_pretrain
 
     def run(*words):
         capfd.readouterr()
-        monkeypatch.setattr(sys, "argv", ["run_pretrain.py", "-u", "ekd", *words])
+        monkeypatch.setattr(sys, "argv", ["run_pretrain.py", *words])
         try:
             code = run_pretrain()
         except SystemExit as left:

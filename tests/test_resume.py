@@ -1,8 +1,8 @@
 """What a resumed run takes from where: weights from the checkpoint, the rest as typed."""
 
+import functools
 import os
 import shutil
-import sys
 
 import pytest
 import torch
@@ -13,7 +13,6 @@ from s3prl_ekd.config import load_model_config
 from s3prl_ekd.errors import ConfigError
 from s3prl_ekd.evaluate.scalars import read_scalars
 from s3prl_ekd.evaluated import check_names
-from s3prl_ekd.launch import run_pretrain
 
 from .conftest import command, write_configs
 
@@ -31,22 +30,12 @@ def finished(tmp_path_factory, teachers, corpus):
 
 
 @pytest.fixture
-def run(finished, tmp_path, monkeypatch, capfd):
+def run(finished, tmp_path, monkeypatch, pretrain_script):
     """Type something in a copy of that folder, in this process; returns (code, stdout + stderr)."""
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
 
-    def run(*words):
-        capfd.readouterr()
-        monkeypatch.setattr(sys, "argv", ["run_pretrain.py", "--device", "cpu", *words])
-        try:
-            code = run_pretrain()
-        except SystemExit as left:
-            code = left.code
-        out = capfd.readouterr()
-        return code, out.out + out.err
-
-    return run
+    return functools.partial(pretrain_script, "--device", "cpu")
 
 
 def latest():
