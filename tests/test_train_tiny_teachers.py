@@ -99,13 +99,39 @@ def test_files_give_the_hidden_states_of_the_trained_model(zoo, speech, name):
 
 
 def test_twins_are_what_training_began_with(zoo):
-    assert sorted(p.name for p in (zoo / "random").iterdir()) == ["tiny_hubert.pt", "tiny_wavlm.pt"]
+    files = sorted(p.name for p in (zoo / "random").iterdir())
+    assert files == ["tiny_hubert.pt", "tiny_robust_hubert.pt", "tiny_wavlm.pt"]
     before = torch.load(zoo / "random/tiny_hubert.pt", weights_only=True)["model_weight"]
     after = torch.load(zoo / "tiny_hubert.pt", weights_only=True)["model_weight"]
     assert before.keys() == after.keys()
     moved = [name for name in before if not torch.equal(before[name], after[name])]
     assert any("feature_extractor" in name for name in moved)
     assert any("layers.3" in name for name in moved)
+
+
+def test_a_later_iteration_goes_on_with_a_head_of_its_own(speech, zoo, tmp_path, monkeypatch):
+    shutil.copytree(zoo, tmp_path / "zoo", ignore=shutil.ignore_patterns("hubert", "wavlm"))
+    began = {}
+
+    def before_the_first_step(self, stop):
+        began.update(copy.deepcopy(self.parts.model.state_dict()))
+        return False
+
+    monkeypatch.setattr("teacher_zoo.trainer._Run.__call__", before_the_first_step)
+    assert make_zoo(("hubert",), speech, TINY, tmp_path / "zoo", PACE) is None
+    source = weights(zoo, "hubert_1")
+    assert began.keys() == source.keys()
+    other = {name for name in began if not torch.equal(began[name], source[name])}
+    assert len(source["backbone.label_embs_concat"]) == 8  # MFCC's units
+    assert len(began["backbone.label_embs_concat"]) == 6
+    assert other == {
+        "backbone.label_embs_concat", "backbone.final_proj.weight", "backbone.final_proj.bias"
+    }  # fmt: skip
+    twin = torch.load(zoo / "random/tiny_hubert.pt", weights_only=True)["model_weight"]
+    for name in other:  # the head that a model of that seed begins with
+        torch.testing.assert_close(
+            twin[name.removeprefix("backbone.")].float(), began[name], atol=1e-3, rtol=1e-3
+        )
 
 
 def test_logs_and_curves(zoo, speech):

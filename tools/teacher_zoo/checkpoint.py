@@ -16,6 +16,8 @@ from s3prl_ekd.errors import CheckpointError
 from s3prl_ekd.safe_load import safe_load
 from s3prl_ekd.training.random_state import random_states, set_random_states
 
+from .models import MaskedPredictor
+
 FORMAT = "s3prl_ekd.tiny_teacher_training"
 
 
@@ -61,8 +63,15 @@ def save(path: Path, stage: str, parts: Trained, progress: Progress) -> None:
     save_whole(states, path)
 
 
-def load_model(path: Path, stage: str, model: nn.Module) -> dict[str, Any]:
+def load_model(
+    path: Path, stage: str, model: MaskedPredictor, with_head: bool = True
+) -> dict[str, Any]:
     """Put the weights of a checkpoint into ``model``; all of the checkpoint is returned.
+
+    Args:
+        path, stage: the file, and what it must be of.
+        model: what gets the weights.
+        with_head: False leaves the model's own head, for other units than the checkpoint's.
 
     Raises:
         CheckpointError: it is missing, damaged, or of another stage or size.
@@ -71,8 +80,11 @@ def load_model(path: Path, stage: str, model: nn.Module) -> dict[str, Any]:
     if states.get("format") != FORMAT or states.get("stage") != stage:
         raise CheckpointError(f"{path} is no checkpoint of the stage {stage}; delete it")
     try:
-        model.load_state_dict(states["model"])
-    except (RuntimeError, KeyError, TypeError, AttributeError):
+        weights = dict(states["model"])
+        if not with_head:
+            weights.update(model.head_weights())
+        model.load_state_dict(weights)
+    except (RuntimeError, KeyError, TypeError, ValueError, AttributeError):
         raise CheckpointError(f"{path} is of a model of another size; delete it") from None
     return states
 

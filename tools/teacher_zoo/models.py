@@ -94,6 +94,15 @@ class MaskedPredictor(nn.Module):
             projected = normalize(head.final_proj(hidden.float()), dim=-1)
             return projected @ normalize(head.label_embs_concat, dim=-1).T / TEMPERATURE
 
+    def head_weights(self) -> dict[str, Tensor]:
+        """What belongs to the units and not to speech, under its names in the ``state_dict``."""
+        head = ("final_proj.", "label_embs_concat")
+        return {
+            name: tensor
+            for name, tensor in self.state_dict().items()
+            if name.split(".", 1)[1].startswith(head)
+        }
+
     @torch.no_grad()
     def layer(self, wave: Tensor, index: int) -> Tensor:
         """Entry ``index`` (from 1) of ``hidden_states`` for a whole ``wave [sample]``:

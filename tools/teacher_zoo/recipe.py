@@ -95,7 +95,17 @@ STAGES = {
     stage.name: stage
     for stage in (
         Stage("hubert_1", "hubert", "mfcc", "clean", share=0.5),
-        Stage("hubert", "hubert", "hubert_1", "clean", share=1.0, file="tiny_hubert.pt"),
+        # HuBERT's second iteration begins anew. Ours goes on, with a new head: a run this short has
+        # no time to learn twice what the convolutions must hear.
+        Stage(
+            "hubert",
+            "hubert",
+            "hubert_1",
+            "clean",
+            share=1.0,
+            start="hubert_1",
+            file="tiny_hubert.pt",
+        ),
         Stage(
             "robust_hubert",
             "hubert",

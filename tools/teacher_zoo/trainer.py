@@ -24,7 +24,7 @@ from .dev import Dev
 from .labels import Labels
 from .models import MaskedPredictor
 from .plan import Endless
-from .recipe import Recipe, Stage, stage_steps
+from .recipe import STAGES, Recipe, Stage, stage_steps
 from .step import add, averages, seed_everything, step
 
 _COLLAPSED = 0.01  # spread of the last layer; a sound run has 0.3 and more
@@ -60,7 +60,8 @@ def train(
         zoo: the folder whose ``STAGE/`` gets checkpoint, log and curves.
         pace: how often, where.
         stop: asked after each step, with its number; True saves and leaves.
-        at_start: called with the untrained model of a new run that starts from nothing.
+        at_start: called with the untrained model of a new run, before it gets the weights of
+            the stage it starts from.
 
     Returns:
         The model after its last step, in eval mode; None where ``stop`` came first.
@@ -78,10 +79,11 @@ def train(
         seed_everything(recipe.seed)
         model = MaskedPredictor(stage.family, recipe, labels.classes)
         if not last.exists():
+            at_start(model)
             if stage.start:
-                checkpoint.load_model(zoo / stage.start / "checkpoint.pt", stage.start, model)
-            else:
-                at_start(model)
+                same_units = STAGES[stage.start].units == stage.units
+                source = zoo / stage.start / "checkpoint.pt"
+                checkpoint.load_model(source, stage.start, model, with_head=same_units)
         parts = _parts(model, stage, recipe, steps, pace.device)
         progress = checkpoint.load(last, stage.name, parts) if last.exists() else Progress()
         if progress.step < steps:
