@@ -84,6 +84,26 @@ def test_s3prl_reads_the_layout(manifest, tmp_path, dataset, capsys, options):
     assert (out / "audio/all/wav/id10001/train/00001.wav").is_symlink() is not bool(options)
 
 
+def test_only_the_middle_of_dev_and_test(manifest, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert prepare("sid", manifest, "-o", out, "--test-seconds", "0.55") == 0
+    assert "6 files written as WAV" in capsys.readouterr().out
+    rows = [line.split("\t") for line in (out / "prepared.tsv").read_text().splitlines()[1:]]
+    assert {row[3] for row in rows if int(row[4]) > 8800} == {"train"}  # 0.55 s at 16 kHz
+    for name, original, _, split, samples in rows:
+        path = out / "audio/all/wav" / name
+        sound, _ = soundfile.read(path, dtype="int16")
+        whole, _ = soundfile.read(manifest.parent / original, dtype="int16")
+        assert len(sound) == int(samples) and path.is_symlink() == (split == "train")
+        if split != "train" and len(whole) > 8800:
+            begin = (len(whole) - 8800) // 2
+            assert np.array_equal(sound, whole[begin : begin + 8800])
+        else:
+            assert np.array_equal(sound, whole)
+    message = fails(capsys, "sid", manifest, "-o", tmp_path / "no", "--test-seconds", "0.01")
+    assert "0.1 s or more is needed" in message
+
+
 @pytest.mark.parametrize(
     "old, new, message",
     [

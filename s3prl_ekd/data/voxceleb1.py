@@ -17,6 +17,7 @@ from pathlib import Path
 import soundfile
 
 from ..errors import DataError
+from .audio_files import SAMPLE_RATE
 from .layout import PREPARED
 from .manifest import SPLITS, Entry
 from .new_folder import link, link_folder, new_folder
@@ -25,6 +26,7 @@ CLASSES = 1251  # s3prl's outputs: the speakers of VoxCeleb1
 FIRST_ID = 10001
 AUDIO = "audio"  # in the folder written: what file_path in the YAML points to
 SPLIT_FILE = "split.txt"  # and meta_data
+SHORTEST = 1600  # samples of an excerpt: 0.1 s, four frames
 _LINE = re.compile(r"(\S+)\s+(id(\d{5})/[^/\s]+/[^/\s]+\.wav)")
 _SPEAKER = re.compile(r"id\d{5}")
 
@@ -175,6 +177,7 @@ def write_manifest(
     *,
     copy: bool = False,
     replace: bool = False,
+    test_seconds: float | None = None,
 ) -> int:
     """A corpus of VoxCeleb1's shape from a manifest's ``entries``; the split stands for the video.
 
@@ -184,8 +187,10 @@ def write_manifest(
 
     Args:
         root: folder that the paths of ``entries`` are relative to.
-        samples: their lengths at 16 kHz, for ``prepared.tsv``.
+        samples: their lengths at 16 kHz, for ``prepared.tsv``; those of :func:`cut` where
+            ``test_seconds`` is given.
         copy: write 16-bit WAV files instead of links.
+        test_seconds: of dev and test only so much, from the middle, as WAV.
 
     Returns:
         The number of files written instead of linked.
@@ -201,7 +206,8 @@ def write_manifest(
             name = f"{ids[speaker]}/{entry.split}/{counts[speaker, entry.split]:05d}.wav"
             target = folder / AUDIO / "all" / "wav" / name
             target.parent.mkdir(parents=True, exist_ok=True)
-            copied += _place(root / entry.path, target, copy=copy)
+            seconds = None if entry.split == "train" else test_seconds
+            copied += _place(root / entry.path, target, copy=copy, seconds=seconds)
             splits.append(_split_line(entry.split, name))
             prepared.append(f"{name}\t{entry.path}\t{speaker}\t{entry.split}\t{length}")
         _write(folder / SPLIT_FILE, splits)
@@ -214,11 +220,26 @@ def write_manifest(
     return copied
 
 
-def _place(source: Path, target: Path, *, copy: bool) -> int:
-    """Link, or write a 16-bit WAV where that is asked for or links cannot be made."""
-    if not copy and link(source, target):
+def cut(entries: Sequence[Entry], samples: Sequence[int], test_seconds: float | None) -> list[int]:
+    """Lengths in samples at 16 kHz once dev and test are cut to ``test_seconds``."""
+    if test_seconds is None:
+        return list(samples)
+    most = round(test_seconds * SAMPLE_RATE)
+    return [
+        length if entry.split == "train" else min(length, most)
+        for entry, length in zip(entries, samples, strict=True)
+    ]
+
+
+def _place(source: Path, target: Path, *, copy: bool, seconds: float | None) -> int:
+    """Link, or write a 16-bit WAV where that is asked for, links cannot be made, or only the
+    middle ``seconds`` are wanted."""
+    if not copy and seconds is None and link(source, target):
         return 0
     sound, rate = soundfile.read(source, dtype="int16")
+    if seconds is not None:
+        spare = max(0, len(sound) - round(seconds * rate))
+        sound = sound[spare // 2 : len(sound) - (spare - spare // 2)]
     soundfile.write(target, sound, rate, subtype="PCM_16", format="WAV")
     return 1
 
