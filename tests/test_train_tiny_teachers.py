@@ -146,6 +146,25 @@ def test_logs_and_curves(zoo, speech):
         assert (zoo / name / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_summary_says_what_the_logs_say(zoo, tmp_path, capsys):
+    assert tool.main(["unused", "-o", str(zoo), "--summary"]) == 0
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:]] == [f"| {name}" for name in STAGES]
+    cells = lines[3].strip("| ").split(" | ")  # hubert
+    log = json.loads((zoo / "hubert" / "log.json").read_text())
+    last = log["points"][-1]
+    assert cells[1] == "6" and cells[4] == "6"
+    assert abs(float(cells[5]) - last["dev_masked_loss"]) <= 0.005
+    assert abs(float(cells[7].rstrip("%")) / 100 - last["dev_accuracy"]) <= 0.0005
+    assert len({line.count("|") for line in lines}) == 1
+    assert tool.main(["unused", "-o", str(tmp_path), "--summary"]) == 2
+    assert "holds no log of a stage" in capsys.readouterr().err
+    (tmp_path / "hubert").mkdir()
+    (tmp_path / "hubert" / "log.json").write_text("{")
+    assert tool.main(["unused", "-o", str(tmp_path), "--summary"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
 @pytest.mark.parametrize("family", ["hubert", "wavlm"])
 def test_full_size_is_small_enough(tmp_path, family):
     recipe = recipes.Recipe()

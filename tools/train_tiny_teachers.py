@@ -30,6 +30,11 @@ def main(argv: list[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
+        if args.summary:
+            from teacher_zoo.summary import summary
+
+            print(summary(Path(args.out)))
+            return 0
         return run(args)
     except EkdError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -47,7 +52,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     default = Recipe()
     add = parser.add_argument
-    add("folders", metavar="AUDIO_FOLDER", nargs="+", help="all audio below is used")
+    add("folders", metavar="AUDIO_FOLDER", nargs="+", help="all audio below them is used")
     add("-o", "--out", metavar="ZOO", required=True, help="folder for everything that is made")
     add(
         "--manifest",
@@ -106,6 +111,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--device", help="cpu, cuda, cuda:1 ... (cuda where there is one)")
     add("--workers", type=int, help="processes that read audio (cuda: up to 8; cpu: 0)")
     add("--minutes", type=float, help="save and leave after so long; go on with the same command")
+    add("--summary", action="store_true", help="only print what the training in ZOO came to")
     return parser
 
 
@@ -150,6 +156,9 @@ def run(args: argparse.Namespace) -> int:
     if files is None:
         print(f"{args.out}: saved; the same command goes on from here")
         return exit_code(signals.received.name) if signals.received else 0
+    from teacher_zoo.summary import summary
+
+    print(summary(Path(args.out)))
     for path in files.values():
         print(path)
     return 0
