@@ -7,9 +7,11 @@ same command again goes on where it was left, on a CPU to the last bit. Needs th
 plots.
 
 example:
-  python tools/train_tiny_teachers.py AUDIO_FOLDER -o zoo --steps 20000
-  python tools/train_tiny_teachers.py speech voices --manifest speech/unlabeled.tsv -o zoo \\
-      --device cuda --batch-seconds 160 --minutes 9
+  python tools/make_voices.py voices
+  python tools/train_tiny_teachers.py speech voices/train-clean -o zoo \\
+      --manifest speech/unlabeled.tsv
+  python tools/train_tiny_teachers.py AUDIO_FOLDER -o zoo --device cuda --steps 20000 \\
+      --batch-seconds 80 --crop-seconds 8 --dropout 0.1 --minutes 60
 """
 
 from __future__ import annotations
@@ -87,7 +89,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--dropout",
         type=float,
         default=default.dropout,
-        help=f"0 saves a tenth of the time on a CPU ({default.dropout:g})",
+        help=f"0.1 for long runs, a tenth slower on a CPU ({default.dropout:g})",
     )
     add(
         "--alpha",
