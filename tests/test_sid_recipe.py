@@ -100,8 +100,9 @@ def test_only_the_middle_of_dev_and_test(manifest, tmp_path, capsys):
             assert np.array_equal(sound, whole[begin : begin + 8800])
         else:
             assert np.array_equal(sound, whole)
-    message = fails(capsys, "sid", manifest, "-o", tmp_path / "no", "--test-seconds", "0.01")
-    assert "0.1 s or more is needed" in message
+    for wrong in ("0.01", "0", "nan", "inf", "1e308"):
+        message = fails(capsys, "sid", manifest, "-o", tmp_path / "no", "--test-seconds", wrong)
+        assert "0.1 s or more is needed" in message
 
 
 @pytest.mark.parametrize(

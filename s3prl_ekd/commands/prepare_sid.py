@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 
 from ..data.audio_files import SAMPLE_RATE
@@ -58,11 +59,7 @@ def _configure_voxceleb1(parser: argparse.ArgumentParser) -> None:
 
 
 def _prepare_sid(args: argparse.Namespace) -> int:
-    if args.test_seconds is not None and not args.test_seconds >= SHORTEST / SAMPLE_RATE:
-        raise DataError(
-            f"--test-seconds {args.test_seconds:g}: {SHORTEST / SAMPLE_RATE:g} s or more is "
-            "needed, for a few frames of features"
-        )
+    _check_test_seconds(args.test_seconds)
     check_free(args.out, replace=args.replace)  # before minutes of reading
     entries = read_manifest(args.manifest, columns=("path", "speaker", "split"))
     for entry in entries:
@@ -80,6 +77,14 @@ def _prepare_sid(args: argparse.Namespace) -> int:
     if copied:
         print(f"{copied} files written as WAV, not linked")
     return 0
+
+
+def _check_test_seconds(seconds: float | None) -> None:
+    if seconds is not None and not SHORTEST <= seconds * SAMPLE_RATE < math.inf:
+        raise DataError(
+            f"--test-seconds {seconds:g}: a finite length of {SHORTEST / SAMPLE_RATE:g} s or more "
+            "is needed, for a few frames of features"
+        )
 
 
 def _prepare_voxceleb1(args: argparse.Namespace) -> int:
