@@ -52,7 +52,10 @@ setup(
     python_requires=">=3.10",
     packages=packages(),
     package_dir=FOLDERS,
-    package_data={"": ["*.yaml", "*.txt", "*.dict", "*.tsv", "*.json"]},
+    package_data={
+        "": ["*.yaml", "*.txt", "*.dict", "*.tsv", "*.json"],
+        "s3prl_ekd.zoo": ["files/*.pt", "cards/*.md"],
+    },
     install_requires=[
         "s3prl>=0.4.18",
         "torch>=2.5",

@@ -27,6 +27,7 @@ from .compat import checkpoint_globals
 from .config import apply_overrides
 from .errors import CheckpointError, ConfigError, SetupError
 from .evaluated import check_names
+from .feature_cache import arguments as cache_arguments
 from .recipes import RECIPES, missing_paths
 from .safe_load import safe_load
 from .schema import read_yaml
@@ -41,7 +42,8 @@ def prepare_downstream(argv: list[str]) -> list[str]:
     """Check the arguments of a downstream run and complete them.
 
     Returns:
-        What :func:`main` takes: s3prl's arguments, with ours (:mod:`.noisy_run`) behind them.
+        What :func:`main` takes: s3prl's arguments, with ours (:mod:`.noisy_run`,
+        :mod:`.feature_cache`) behind them.
 
     Raises:
         EkdError: one sentence for what the user can mend.
@@ -51,11 +53,14 @@ def prepare_downstream(argv: list[str]) -> list[str]:
         for word in argv
     ]
     noise, argv = noisy_run.split_arguments(trust.take(argv))
+    cache, argv = cache_arguments.split_arguments(argv)
     no_eval.guard()
     trust.restrict_torch()
     args = options(argv, "mtoeicdvuknpas", flags="a", long=("device", "local_rank"))
     if noise is not None:
         noisy_run.check(noise, args.m)
+    if cache is not None:
+        cache_arguments.check_run(args.local_rank)
     voxceleb1_cache.guard()  # whatever -d says: with -e the task is in the checkpoint
     if args.i and not Path(args.i).is_file():
         raise CheckpointError(f"-i {args.i}: there is no such checkpoint")
@@ -73,6 +78,8 @@ def prepare_downstream(argv: list[str]) -> list[str]:
         _check_upstream(args.u, args.k, _model_config(argv))
     if noise is not None:
         argv = noisy_run.with_folder(argv, noise, expdir, override_text(args)) + noise.words
+    if cache is not None:
+        argv = [*argv, *cache.words]
     # torchrun tells the rank by the environment, s3prl's script reads it from the arguments.
     if "LOCAL_RANK" in os.environ and args.local_rank is None:
         argv = [*argv, f"--local_rank={os.environ['LOCAL_RANK']}"]
@@ -88,9 +95,10 @@ def main(script: ModuleType, argv: list[str]) -> None:
     from s3prl import hub
 
     noise, argv = noisy_run.split_arguments(argv)
+    cache, argv = cache_arguments.split_arguments(argv)
     sys.argv[1:] = argv
     if "-h" in argv or "--help" in argv:
-        print(noisy_run.HELP)
+        print(f"{noisy_run.HELP}\n{cache_arguments.HELP}")
     name = options(argv, "u").u
     if name and not hasattr(hub, name):
         close = difflib.get_close_matches(name, hub.options(), n=3)
@@ -102,12 +110,20 @@ def main(script: ModuleType, argv: list[str]) -> None:
 
     runner = script.Runner
     script.Runner = exact(runner)
-    if noise is not None:
+    say_counts = None
+    if cache is not None:
+        from .feature_cache.run import cached
+
+        script.Runner = cached(script.Runner, cache)
+        say_counts = script.Runner.say_counts
+    if noise is not None:  # outermost: noisy waveforms have hidden states of their own
         script.Runner = noisy_run.noisy(script.Runner, noise)
     try:
         script.main()
     finally:
         script.Runner = runner  # one process may run several
+        if say_counts is not None:
+            say_counts()
 
 
 def _check_student(args: argparse.Namespace) -> None:

@@ -12,10 +12,10 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-from . import compat, no_eval
+from . import compat, no_eval, zoo
 from .errors import SetupError
 
-ENTRIES = ("ekd_student", "ekd_student_local", "ekd_student_url")
+ENTRIES = ("ekd_student", "ekd_student_local", "ekd_student_url", *zoo.NAMES)
 
 # s3prl's pretraining code imports these by their bare names, because it is meant to run inside
 # s3prl's own folder. Under the bare name of the installed module there is one copy of each class.
@@ -25,7 +25,8 @@ CTC_CORPUS = "s3prl.downstream.ctc.corpus"  # in s3prl's repository, and not in 
 
 
 def register() -> None:
-    """Add the ``ekd_student`` entries to ``s3prl.hub``, and PR's corpus module where it is missing.
+    """Add ``ekd_student`` and the tiny teachers to ``s3prl.hub``, and PR's corpus module where it
+    is missing.
 
     Calling it twice changes nothing.
 

@@ -161,14 +161,16 @@ def pretrain_script(monkeypatch, capfd):
     return run
 
 
-def command(*words: str, cwd: Path, check: bool = True, **env: str) -> subprocess.CompletedProcess:
-    """Run ``python -m s3prl_ekd WORDS`` as a user would, in ``cwd``."""
+def command(
+    *words: str, cwd: Path, check: bool = True, timeout: float = 300, **env: str
+) -> subprocess.CompletedProcess:
+    """Run ``python -m s3prl_ekd WORDS`` as a user would, in ``cwd``, for ``timeout`` seconds."""
     done = subprocess.run(
         [sys.executable, "-m", "s3prl_ekd", *map(str, words)],
         cwd=cwd,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=timeout,
         env={**os.environ, "OMP_NUM_THREADS": "1", **env},
     )
     if check:

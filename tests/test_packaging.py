@@ -10,6 +10,8 @@ from importlib import resources
 
 import pytest
 
+from s3prl_ekd.zoo import TEACHERS
+
 from .conftest import REPO
 
 DATA = [
@@ -19,6 +21,8 @@ DATA = [
         for path in (REPO / "downstream_recipes").rglob("*")
         if path.is_file() and path.suffix in (".yaml", ".dict", ".txt")
     ),
+    *(f"s3prl_ekd/zoo/files/{name}.pt" for name in TEACHERS),
+    *(f"s3prl_ekd/zoo/cards/{name}.md" for name in TEACHERS),
 ]
 MODULES = [
     str(path.relative_to(REPO))
@@ -54,6 +58,7 @@ def test_the_wheel_holds_everything_under_one_name(built):
     for path in DATA + MODULES:
         inside = path if path.startswith("s3prl_ekd/") else f"s3prl_ekd/{path}"
         assert inside in names, path
+    assert built[0].stat().st_size < 25_000_000
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"s3prl_ekd"}
 

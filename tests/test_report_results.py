@@ -6,6 +6,7 @@ import pytest
 
 from s3prl_ekd.errors import EkdError
 from s3prl_ekd.evaluate.records import Run
+from s3prl_ekd.evaluate.report import make_report
 from s3prl_ekd.evaluate.results import incomplete, read_results, select
 from s3prl_ekd.evaluate.superb_score import ANCHORS, PUBLISHED, superb_score
 
@@ -47,6 +48,19 @@ def test_unfinished_runs_are_counted_and_not_used(tmp_path):
     results = read_results([tmp_path])
     assert [run.folder for run in results.runs] == [done]
     assert set(results.unfinished) == {cut, bare}
+
+
+def test_padded_batches_and_utterances_alone_are_not_mixed(tmp_path):
+    for upstream, alone in (("a", True), ("b", False)):
+        write_run(tmp_path, upstream, "pr", ONE, seed=1, features_alone=alone)
+    notes = make_report(read_results([tmp_path]), 100).notes
+    assert len(notes) == 1 and "alone (--cache-features) for a/pr, of padded" in notes[0]
+    only = make_report(read_results([tmp_path / "a"]), 100).notes
+    assert only == ("Features of each utterance alone (--cache-features).",)
+    assert make_report(read_results([tmp_path / "b"]), 100).notes == ()  # as before the option
+    write_run(tmp_path, "a", "pr", ONE, seed=2)  # a record from before the option
+    with pytest.raises(EkdError, match="one ran with --cache-features and one without it"):
+        read_results([tmp_path])
 
 
 def test_where_the_predictions_are(tmp_path):

@@ -5,6 +5,40 @@ from __future__ import annotations
 from .expert import UpstreamExpert as _UpstreamExpert
 
 
+def tiny_hubert(ckpt=None, *args, **kwargs):
+    """HuBERT of 3.3 M parameters that has learned speech; see :mod:`s3prl_ekd.zoo`."""
+    return _tiny("tiny_hubert", ckpt)
+
+
+def tiny_robust_hubert(ckpt=None, *args, **kwargs):
+    """``tiny_hubert``, trained on with noisy and reverberant speech."""
+    return _tiny("tiny_robust_hubert", ckpt)
+
+
+def tiny_wavlm(ckpt=None, *args, **kwargs):
+    """WavLM of 3.3 M parameters that has learned speech."""
+    return _tiny("tiny_wavlm", ckpt)
+
+
+def tiny_hubert_random(ckpt=None, *args, **kwargs):
+    """``tiny_hubert`` with random weights, the same at each call."""
+    return _tiny("tiny_hubert_random", ckpt)
+
+
+def tiny_wavlm_random(ckpt=None, *args, **kwargs):
+    """``tiny_wavlm`` with random weights, the same at each call."""
+    return _tiny("tiny_wavlm_random", ckpt)
+
+
+def _tiny(name, ckpt):
+    from s3prl_ekd.errors import CheckpointError
+    from s3prl_ekd.teacher_sources import load_tiny
+
+    if ckpt:
+        raise CheckpointError(f"-k {ckpt}: {name} has weights of its own; leave -k out")
+    return load_tiny(name, f"upstream {name}")
+
+
 def ekd_student_local(ckpt, *args, **kwargs):
     """A student from a local file: ``ckpt`` is a student file or a run's checkpoint."""
     return _UpstreamExpert(ckpt, *args, **kwargs)

@@ -1,6 +1,7 @@
 """List the teachers that can be named in a config, or look at those of one.
 
-`list` shows s3prl's hub names by family and the kinds of files and folders that are understood.
+`list` shows the tiny teachers that come with this package (tiny_hubert, tiny_robust_hubert,
+tiny_wavlm), s3prl's hub names by family, and the kinds of files and folders that are understood.
 `inspect` listens to some utterances with each teacher of CONFIG and shows, for every layer, how
 large its frames are, and how alike the teachers are at the layers that CONFIG asks for (linear
 CKA: 1 is the same up to rotation and scale). DIR gets layers.csv, cka.csv and cka.png over all
@@ -50,8 +51,12 @@ def _list() -> int:
     from ..teacher_sources.checkpoint_files import KINDS
     from ..teacher_sources.hf_folder import MODEL_TYPES
     from ..teacher_sources.hub import names_by_family
+    from ..zoo import NAMES, TWINS
 
-    print("hub names of s3prl, downloaded on first use:")
+    print("tiny teachers of this package, to try things with:\n")
+    for name in NAMES:
+        print(f"    {name}{' (untrained)' if name in TWINS else ''}")
+    print("\nhub names of s3prl, downloaded on first use:")
     for family, names in names_by_family().items():
         print(f"\n  {family}")
         for name in sorted(names):

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
@@ -35,6 +35,8 @@ class Record:
     Attributes:
         tested: condition (``clean``, ``babble_snr5``) -> folder of its predictions, relative to
             the run's.
+        features_alone: the hidden states are of each utterance alone (``--cache-features``), and
+            not of padded batches.
     """
 
     format: Literal[1]
@@ -53,6 +55,7 @@ class Record:
     tested: dict[str, str]
     seconds: float
     finished: Literal[True]
+    features_alone: bool = False
 
     def __post_init__(self) -> None:
         if (self.fold is not None) != (self.task == "er"):
@@ -78,7 +81,7 @@ class Record:
 class Run(Record):
     """A finished run: its record and where it lies."""
 
-    folder: Path
+    folder: Path = field(kw_only=True)
 
     def files(self, condition: str) -> tuple[Path, Path]:
         """Predictions and references of the test set under ``condition``."""

@@ -126,6 +126,7 @@ def make_report(results: Results, resamples: int = RESAMPLES) -> Report:
             measures[found.selection.upstream, task, condition] = found
     upstreams = tuple(u for u in results.upstreams if any(key[0] == u for key in selections))
     notes += _differing(tasks, conditions, measures)
+    notes += _alone(selections)
     return Report(
         upstreams=upstreams,
         tasks=tasks,
@@ -150,6 +151,21 @@ def _scores(upstreams, tasks, measures) -> dict[str, Score]:
             draws = superb_score({task: m.resampled for task, m in found.items()})
             scores[name] = Score(value, draws)
     return scores
+
+
+def _alone(selections: Mapping[tuple[str, str], Selection]) -> list[str]:
+    """Which hidden states are of each utterance alone: a sentence, or none where none are."""
+    alone = [key for key, chosen in selections.items() if chosen.runs[0].features_alone]
+    if not alone:
+        return []
+    text = "Features of each utterance alone (--cache-features)"
+    if len(alone) == len(selections):
+        return [f"{text}."]
+    names = ", ".join(f"{upstream}/{task}" for upstream, task in alone)
+    return [
+        f"{text} for {names}, of padded batches for the others; the two differ a little, so do "
+        "not compare them closely."
+    ]
 
 
 def _differing(tasks, conditions, measures) -> list[str]:

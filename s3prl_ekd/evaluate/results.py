@@ -118,6 +118,11 @@ def _check_alike(runs: Iterable[Run]) -> None:
                 f"{other.folder} and {run.folder} differ in recipe, steps or test set; "
                 "report them apart"
             )
+        if other.features_alone != run.features_alone:
+            raise DataError(
+                f"of {other.folder} and {run.folder} one ran with --cache-features and one "
+                "without it, which differ a little; report them apart"
+            )
 
 
 def select(

@@ -11,10 +11,9 @@ import logging
 import os
 import queue
 import shlex
-import subprocess
-import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,10 @@ from ..arguments import make_folder
 from ..checkpoints import newest, read_run
 from ..errors import CheckpointError, SetupError
 from .records import RECORD
+from .superb_call import environment_of, run_command
+from .superb_features import close_features
 from .superb_plan import CLEAN, Run
+from .warm import Processes
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +60,15 @@ def check_records(runs: Sequence[Run]) -> None:
             raise SetupError(
                 f"{run.folder} holds a run of another checkpoint, recipe or setting; move it away, "
                 "name the upstream otherwise (NAME=CHECKPOINT), or choose another -o"
+                f"{_features_hint(run, record)}"
             )
+
+
+def _features_hint(run: Run, record: Mapping[str, Any]) -> str:
+    alone = record.get("features_alone", False)
+    if alone == (run.features is not None):
+        return ""
+    return f" (it ran {'with' if alone else 'without'} --cache-features)"
 
 
 def is_finished(run: Run) -> bool:
@@ -85,8 +95,19 @@ def shell(words: Sequence[str]) -> str:
     return shlex.join(words)
 
 
-def run_all(runs: Sequence[Run], jobs: int = 1, gpus: int = 1) -> list[tuple[Run, str]]:
+def run_all(
+    runs: Sequence[Run],
+    jobs: int = 1,
+    gpus: int = 1,
+    *,
+    keep_features: bool = False,
+    warm: bool | None = None,
+) -> list[tuple[Run, str]]:
     """Run what is not finished, ``jobs`` at a time.
+
+    Args:
+        keep_features: leave kept hidden states where they are (:mod:`.superb_features`).
+        warm: as for :class:`.warm.Processes`.
 
     Returns:
         The runs that failed, each with its reason.
@@ -95,6 +116,9 @@ def run_all(runs: Sequence[Run], jobs: int = 1, gpus: int = 1) -> list[tuple[Run
     if len(waiting) < len(runs):
         logger.info("%d of %d runs are finished and kept", len(runs) - len(waiting), len(runs))
     failed: list[tuple[Run, str]] = []
+    processes = Processes(warm)
+    open_runs = Counter(run.upstream.name for run in waiting)
+    closed: set[str] = set()
     slots: queue.Queue[int] = queue.Queue()
     for slot in range(jobs):
         slots.put(slot)
@@ -102,7 +126,9 @@ def run_all(runs: Sequence[Run], jobs: int = 1, gpus: int = 1) -> list[tuple[Run
         tqdm(total=len(runs), initial=len(runs) - len(waiting), unit=" runs", desc="superb") as bar,
         ThreadPoolExecutor(jobs) as pool,
     ):
-        futures = {pool.submit(_with_slot, run, slots, jobs, gpus): run for run in waiting}
+        futures = {
+            pool.submit(_with_slot, run, slots, jobs, gpus, processes): run for run in waiting
+        }
         try:
             for future in as_completed(futures):
                 run = futures[future]
@@ -110,41 +136,39 @@ def run_all(runs: Sequence[Run], jobs: int = 1, gpus: int = 1) -> list[tuple[Run
                 bar.set_postfix_str(f"{run.upstream.name}/{run.task.name}/{run.name}")
                 try:
                     future.result()
+                    open_runs[run.upstream.name] -= 1
+                    if not open_runs[run.upstream.name]:  # none failed: those stay counted
+                        close_features(_of(run.upstream.name, runs), keep_features)
+                        closed.add(run.upstream.name)
                 except SetupError as error:
                     failed.append((run, str(error)))
                     tqdm.write(f"failed: {error}")
         except BaseException:
             for future in futures:
                 future.cancel()
+            processes.stop()
             raise
+    if not keep_features:  # what a call left that was cut between its last run and this
+        for name in {run.upstream.name: None for run in runs if run.upstream.name not in closed}:
+            if all(is_finished(run) for run in _of(name, runs)):
+                close_features(_of(name, runs), keep_features)
     return failed
 
 
-def _with_slot(run: Run, slots: queue.Queue, jobs: int, gpus: int) -> None:
+def _of(upstream: str, runs: Sequence[Run]) -> list[Run]:
+    return [run for run in runs if run.upstream.name == upstream]
+
+
+def _with_slot(run: Run, slots: queue.Queue, jobs: int, gpus: int, processes: Processes) -> None:
     slot = slots.get()
     try:
-        _run(run, _environment(slot, jobs), gpus)
+        environment = environment_of(slot, jobs)
+        _run(run, lambda words: run_command(run.folder, words, environment, processes), gpus)
     finally:
         slots.put(slot)
 
 
-def _environment(slot: int, jobs: int) -> dict[str, str]:
-    """Several jobs: each its share of the cores, and a GPU of its own where there are several."""
-    if jobs == 1:
-        return dict(os.environ)
-    threads = str(max(1, (os.cpu_count() or 1) // jobs))
-    changed = {"OMP_NUM_THREADS": threads, **os.environ}
-    import torch
-
-    count = torch.cuda.device_count()
-    if count:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        names = visible.split(",") if visible else [str(i) for i in range(count)]
-        changed["CUDA_VISIBLE_DEVICES"] = names[slot % len(names)]
-    return changed
-
-
-def _run(run: Run, environment: Mapping[str, str], gpus: int) -> None:
+def _run(run: Run, call: Callable[[list[str]], None], gpus: int) -> None:
     make_folder(run.folder)
     record = read_record(run.folder) or {
         "format": FORMAT,
@@ -163,11 +187,12 @@ def _run(run: Run, environment: Mapping[str, str], gpus: int) -> None:
         "tested": {},
         "seconds": 0.0,
         "finished": False,
+        "features_alone": run.features is not None,
     }
     _write(run.folder, record)
     start = time.monotonic()
     if record["dev"] is None:
-        _call(run, _distributed(run.train_words(), gpus), environment)
+        call(_distributed(run.train_words(), gpus))
         checkpoint, value = best_checkpoint(run)
         record["dev"] = {"metric": run.task.metric, "value": value, "checkpoint": checkpoint}
         record["seconds"] += time.monotonic() - start
@@ -175,7 +200,7 @@ def _run(run: Run, environment: Mapping[str, str], gpus: int) -> None:
     for condition, folder in run.conditions.items():
         if condition in record["tested"]:
             continue
-        _call(run, run.test_words(record["dev"]["checkpoint"], condition), environment)
+        call(run.test_words(record["dev"]["checkpoint"], condition))
         for name in run.task.files(run.fold):
             if not (run.folder / folder / name).is_file():
                 raise SetupError(f"{run.folder / folder} has no {name} after its evaluation")
@@ -204,29 +229,6 @@ def best_checkpoint(run: Run) -> tuple[str, float]:
     except (CheckpointError, KeyError, TypeError):
         raise SetupError(f"{best} is damaged; remove {run.folder} to run it again") from None
     return best.name, float(score) * run.task.scale
-
-
-def _call(run: Run, words: Sequence[str], environment: Mapping[str, str]) -> None:
-    """Run one command, with all it prints in the run's ``log.txt``."""
-    path = run.folder / "log.txt"
-    if words[0] != "torchrun":
-        words = [sys.executable, "-m", "s3prl_ekd", *words]
-    else:
-        words = [sys.executable, "-m", "torch.distributed.run", *words[1:]]
-    with open(path, "a", encoding="utf-8") as log:
-        begin = log.tell()
-        done = subprocess.run(
-            list(words),
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=dict(environment),
-        )
-    if done.returncode:
-        text = path.read_bytes()[begin:].decode("utf-8", "replace").strip().splitlines()
-        said = next((line for line in reversed(text) if line.startswith("error: ")), None)
-        why = said.removeprefix("error: ") if said else (text[-1] if text else "no message")
-        raise SetupError(f"{run.folder}: {why} (see {path})")
 
 
 def _write(folder: Path, record: Mapping[str, Any]) -> None:

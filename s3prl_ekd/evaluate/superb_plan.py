@@ -11,9 +11,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from .. import zoo
 from ..config import apply_overrides
 from ..data.emotion import natural
 from ..errors import ConfigError, SetupError
+from ..feature_cache.arguments import CacheOptions
 from ..recipes import RECIPES, missing_paths
 from ..schema import read_yaml
 from .noise import find_noises
@@ -42,6 +44,8 @@ class Upstream:
     def identity(self) -> list[str]:
         """What decides its outputs: not the path of the checkpoint but its contents."""
         path = self.checkpoint
+        if path is None and self.hub in zoo.NAMES:  # a file of ours, which another version changes
+            path = str(zoo.weights(self.hub))
         known = _sha256(path) if path is not None and Path(path).is_file() else str(path)
         return [self.hub, known, self.selection]
 
@@ -137,6 +141,7 @@ class Run:
     fold: str | None
     root: Path = Path("result/superb")
     noises: Mapping[str, tuple[str, float]] = field(default_factory=dict, hash=False)
+    features: CacheOptions | None = None  # hidden states of each utterance alone, kept
 
     @property
     def task(self) -> Task:
@@ -164,13 +169,16 @@ class Run:
         """Of what decides the result."""
         config = apply_overrides(read_yaml(self.recipe.path), self.overrides)
         facts = [self.upstream.identity, config, self.task.downstream, self.seed]
+        if self.features is not None:  # without padding, hidden states differ a little
+            facts.append("features of each utterance alone")
         return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
     def train_words(self) -> list[str]:
         """The training command, as typed; ``-a`` takes up a cut run."""
         words = ["run_downstream.py", "-m", "train", "-a", *self.upstream.words]
         words += ["-d", self.task.downstream, "-c", self.recipe.path, "-p", str(self.folder)]
-        return [*words, "--seed", str(self.seed), "-o", self.overrides]
+        words += ["--seed", str(self.seed), "-o", self.overrides]
+        return words if self.features is None else [*words, *self.features.words]
 
     def test_words(self, checkpoint: str, condition: str) -> list[str]:
         """The command of one evaluation; noisy ones write below ``noisy/``."""
@@ -179,7 +187,7 @@ class Run:
         if condition != CLEAN:
             folder, snr = self.noises[condition]
             words += ["--noise", folder, "--snr", f"{snr:g}"]
-        return words
+        return words if self.features is None else [*words, *self.features.words]
 
     @property
     def conditions(self) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""From the word in a config (``hubert_base``, ``/my/hubert.pt``, ``/my/hf_folder``) to an upstream.
+"""From the word in a config (``hubert_base``, ``tiny_hubert``, ``/my/hubert.pt``) to an upstream.
 
 An upstream maps a list of unpadded 16 kHz waveforms to ``{"hidden_states": [[batch, frame, dim]]}``
 with s3prl's meaning: 0 is the input of the first transformer layer, n the output of layer n.
@@ -6,7 +6,14 @@ with s3prl's meaning: 0 is the input of the first transformer layer, n the outpu
 
 from .checkpoint_files import identify
 from .hub import FAMILIES, hub_entries
-from .sources import check_precision, check_source, load_teachers, load_upstream, teacher_model
+from .sources import (
+    check_precision,
+    check_source,
+    load_teachers,
+    load_tiny,
+    load_upstream,
+    teacher_model,
+)
 
 __all__ = [
     "FAMILIES",
@@ -15,6 +22,7 @@ __all__ = [
     "hub_entries",
     "identify",
     "load_teachers",
+    "load_tiny",
     "load_upstream",
     "teacher_model",
 ]

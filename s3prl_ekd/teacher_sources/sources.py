@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 from torch import nn
 
+from .. import compat, zoo
+from ..atomic import save_whole
 from ..distill.settings import TeacherSettings
 from ..distill.teachers import Teacher, TeacherEnsemble
 from ..errors import ConfigError, SetupError, TeacherError
@@ -21,43 +24,69 @@ def check_source(model: str, where: str) -> None:
     """Refuse early, before anything is downloaded or built, what cannot be a teacher.
 
     Raises:
-        TeacherError: neither a known hub name nor an existing file nor a Hugging Face folder of a
-            known model.
+        TeacherError: neither a known name (s3prl's hub, :mod:`s3prl_ekd.zoo`) nor an existing file
+            nor a Hugging Face folder of a known model.
     """
     path = Path(model)
-    if model in hub_entries() or path.is_file():
+    if model in zoo.NAMES or model in hub_entries() or path.is_file():
         return
     if path.is_dir():
         check_folder(path, where)
         return
     if "/" in model or "\\" in model or path.suffix:
         raise TeacherError(f"{where}: there is no checkpoint {model}")
-    close = difflib.get_close_matches(model, hub_entries(), n=1)
+    known = sorted([*hub_entries(), *zoo.NAMES])
+    close = difflib.get_close_matches(model, known, n=1)
     guess = f" (did you mean {close[0]}?)" if close else ""
     raise TeacherError(
         f"{where}: unknown teacher {model!r}{guess}; give the path of a checkpoint or one of: "
-        f"{', '.join(sorted(hub_entries()))}"
+        f"{', '.join(known)}"
     )
 
 
 def load_upstream(model: str, where: str) -> nn.Module:
-    """Load one upstream by hub name, from a checkpoint file or from a Hugging Face folder.
+    """Load one upstream by name, from a checkpoint file or from a Hugging Face folder.
 
     Args:
-        model: the name or path; a file of that path goes before a hub name.
+        model: a hub name, a tiny teacher's name or a path; a file of that path goes before a name.
         where: the YAML path for messages.
 
     Raises:
         TeacherError: unknown name, failed download, or a kind that cannot be read here.
         CheckpointError: the file is damaged, of another kind, or asks for code.
     """
+    compat.apply()  # for callers from Python: s3prl's upstreams import torchaudio
     check_source(model, where)
     path = Path(model)
     if path.is_file():
         return load_file(path, where)
+    if model in zoo.NAMES:
+        return load_tiny(model, where)
     if model in hub_entries():
         return load_hub_name(model, where)
     return load_folder(path, where)
+
+
+def load_tiny(name: str, where: str) -> nn.Module:
+    """Load a tiny teacher of this package, or a random twin of one, as s3prl's expert.
+
+    Args:
+        name: one of :data:`s3prl_ekd.zoo.NAMES`.
+        where: what messages start with.
+
+    Raises:
+        SetupError: the installation lacks the file.
+        CheckpointError: the file is damaged.
+    """
+    compat.apply()
+    if name not in zoo.TWINS:
+        return load_file(zoo.weights(name), where)
+    from ..zoo.twin import random_twin
+
+    with tempfile.TemporaryDirectory(prefix="ekd_twin_") as folder:  # s3prl's experts want a path
+        path = Path(folder, f"{name}.pt")
+        save_whole(random_twin(name), path)
+        return load_file(path, where)
 
 
 def check_precision(precision: str, device: str) -> None:

@@ -1,0 +1,496 @@
+"""`--cache-features`: hidden states of each utterance alone, as s3prl gives them one by one."""
+
+import logging
+import math
+import os
+import re
+import shutil
+import sys
+from argparse import Namespace
+
+import numpy as np
+import pytest
+import torch
+from s3prl.upstream.baseline.hubconf import fbank, fbank_no_cmvn
+from s3prl.upstream.hubert.hubconf import hubert_local
+from s3prl.upstream.interfaces import Featurizer
+
+from s3prl_ekd import cli
+from s3prl_ekd.checkpoints import read_run
+from s3prl_ekd.downstream_run import prepare_downstream
+from s3prl_ekd.errors import SetupError
+from s3prl_ekd.evaluate.noise import find_noises, mix
+from s3prl_ekd.feature_cache.arguments import CacheOptions, split_arguments
+from s3prl_ekd.feature_cache.counts import Counts, read_counts
+from s3prl_ekd.feature_cache.run import cached, excerpt_length
+from s3prl_ekd.feature_cache.store import FeatureStore, key_of, rounded
+from s3prl_ekd.feature_cache.upstream import _answer, folder_name
+from s3prl_ekd.noisy_run import NoisyTest, noisy
+
+from .test_er_recipe import make_manifest
+from .test_noisy_evaluation import noise_folder  # noqa: F401 (a fixture)
+
+ARGS = {
+    "upstream": "hubert_local",
+    "upstream_ckpt": None,
+    "upstream_model_config": None,
+    "upstream_trainable": False,
+    "selection": "hidden_states",
+    "layer": None,
+}
+
+
+class Runner:
+    """What s3prl's has of ours: an upstream, a Featurizer and a downstream in model entries."""
+
+    def __init__(self, args, config):
+        if args.upstream == "hubert_local":
+            upstream = hubert_local(ckpt=args.upstream_ckpt).eval()
+        else:
+            upstream = {"fbank": fbank, "fbank_no_cmvn": fbank_no_cmvn}[args.upstream]().eval()
+        featurizer = Featurizer(upstream, args.selection, "cpu", args.layer)
+        self.upstream = Namespace(model=upstream)
+        self.featurizer = Namespace(model=featurizer)
+        self.downstream = Namespace(model=torch.nn.Identity().eval())
+
+    @torch.no_grad()
+    def features(self, waves):
+        return self.featurizer.model(waves, self.upstream.model(waves))
+
+
+def build(folder, *, config=None, gb=50.0, wrap=lambda runner: runner, **changed):
+    args = Namespace(**{**ARGS, **changed})
+    return wrap(cached(Runner, CacheOptions(str(folder), gb)))(args, config or {})
+
+
+def counts(runner) -> tuple[int, int, int]:
+    found = runner.upstream.model.counts
+    return found.hits, found.misses, found.excerpts
+
+
+def files(folder) -> list:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+# --- files
+
+
+def test_what_is_written_is_read(tmp_path):
+    store = FeatureStore(tmp_path, "a", 1.0)
+    states = torch.randn(3, 7, 5, generator=torch.Generator().manual_seed(0))
+    for key, kept in (
+        ("00half", rounded(states)),
+        ("01single", rounded(states * 1e5)),
+        ("02nan", rounded(states / states.new_tensor([1, 1, 1, 1, 0]))),
+        ("03short", rounded(states[:, :0])),
+    ):
+        store.write(key, kept)
+        found = store.read(key)
+        assert found.dtype == kept.dtype and found.shape == kept.shape
+        torch.testing.assert_close(found, kept, rtol=0, atol=0, equal_nan=True)
+    assert store.read("00half").dtype == torch.float16
+    assert store.read("01single").dtype == store.read("02nan").dtype == torch.float32
+    # by hand: 24 bytes before 3 * 7 * 5 values of two bytes
+    assert store.path("00half").stat().st_size == 24 + 210
+    assert store.read("04never") is None
+    assert store.written == sum(path.stat().st_size for path in files(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: data[:-1],
+        lambda data: data[:10],
+        lambda data: b"",
+        lambda data: data + b"\0",
+        lambda data: data[:40] + bytes([data[40] ^ 1]) + data[41:],
+        lambda data: data[:8] + b"\xff" * 4 + data[12:],
+        lambda data: b"PK\x03\x04" + data[4:],
+    ],
+)
+def test_a_damaged_file_is_none(tmp_path, caplog, damage):
+    store = FeatureStore(tmp_path, "a", 1.0)
+    store.write("00key", torch.ones(2, 3, 4).half())
+    path = store.path("00key")
+    path.write_bytes(damage(path.read_bytes()))
+    assert store.read("00key") is None
+    assert "is damaged; made anew" in caplog.text
+
+
+def test_no_more_is_kept_than_there_is_room_for(tmp_path, caplog):
+    states = torch.ones(1, 10, 50).half()  # 1024 bytes in a file
+    store = FeatureStore(tmp_path, "a", 2.5e-6)
+    for i in range(5):
+        store.write(f"0{i}key", states)
+    assert len(files(tmp_path)) == 2 and store.read("00key") is not None
+    assert caplog.text.count("no more is kept there (raise --cache-features-gb)") == 1
+    other = FeatureStore(tmp_path, "b", 2.5e-6)  # the limit is that of all upstreams together
+    other.write("00key", states)
+    assert len(files(tmp_path)) == 2
+
+
+def test_a_disk_that_cannot_be_written_stops_no_run(tmp_path, caplog):
+    (tmp_path / "a").write_text("in the way")
+    store = FeatureStore(tmp_path, "a", 1.0)
+    store.write("00key", torch.ones(1, 2, 3).half())
+    assert "no more is kept there" in caplog.text and store.written == 0
+
+
+def test_a_disk_is_not_filled(tmp_path, caplog, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    free = [2_000_001_024]  # by hand: a file of 1024 bytes leaves just 2 GB
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=free[0]))
+    states = torch.ones(1, 10, 50).half()
+    store = FeatureStore(tmp_path / "new", "a", 1.0)
+    store.write("00key", states)
+    free[0] -= 1
+    for i in range(1, 4):
+        store.write(f"0{i}key", states)
+    assert len(files(tmp_path)) == 1 and store.written == 1024
+    assert caplog.text.count("has only 2.0 GB left; no more is kept there") == 1
+
+
+def test_a_folder_that_another_run_removes_is_made_again(tmp_path, caplog, monkeypatch):
+    store, replace = FeatureStore(tmp_path / "root", "a", 1.0), os.replace
+    removed = []
+
+    def remove_first(source, target):
+        if not removed:
+            removed.append(shutil.rmtree(tmp_path / "root"))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", remove_first)
+    store.write("00key", torch.ones(1, 10, 50).half())
+    assert removed and store.read("00key") is not None and not caplog.text
+    assert len(files(tmp_path)) == 1 and store.written == 1024
+
+
+def test_keys_tell_waveforms_apart():
+    wave = torch.arange(5.0)
+    assert key_of(wave) == key_of(wave.clone()) == key_of(torch.arange(0.0, 10.0)[:5])
+    assert key_of(wave) == key_of(torch.arange(10.0).view(5, 2)[:, 0] / 2)  # strides do not count
+    assert key_of(torch.zeros(5)) != key_of(torch.zeros(6))
+    changed = wave.clone()
+    changed[3] += 1e-6
+    assert key_of(changed) != key_of(wave)
+
+
+# --- in s3prl's Runner
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {},
+        {"selection": "last_hidden_state"},
+        {"layer": 2},
+        {"upstream": "fbank"},  # its normalisation over time sees the padding too
+    ],
+)
+def test_features_are_those_of_each_utterance_alone(tmp_path, teachers, waves, changed):
+    changed = {"upstream_ckpt": str(teachers["hubert"]), **changed}
+    plain = Runner(Namespace(**{**ARGS, **changed}), {})
+    alone = [plain.features([wave])[0] for wave in waves]
+    runner = build(tmp_path, **changed)
+    for expected in ((0, 3, 0), (3, 3, 0)):  # computed, then read
+        found = runner.features(waves)
+        assert counts(runner) == expected
+        for one, other in zip(found, alone, strict=True):
+            assert one.dtype == torch.float32 and one.shape == other.shape
+            torch.testing.assert_close(one, other, rtol=2e-3, atol=2e-3)
+    again = build(tmp_path, **changed).features(list(reversed(waves)))
+    for one, other in zip(reversed(again), found, strict=True):  # the Featurizer's sum may round
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_padded_batches_differ(teachers, waves):
+    """What the cache does away with: the shorter ones change, and have a frame of padding."""
+    plain = Runner(Namespace(**{**ARGS, "upstream_ckpt": str(teachers["hubert"])}), {})
+    together = plain.features(waves)
+    for wave, found in zip(waves[1:], together[1:], strict=True):
+        alone = plain.features([wave])[0]
+        # by hand: convolutions of 25 ms every 20 ms give floor((n - 400) / 320) + 1
+        assert len(alone) == (len(wave) - 400) // 320 + 1
+        assert len(found) == round(len(wave) / 320)
+        assert not torch.allclose(found[: len(alone)], alone[: len(found)], atol=1e-2)
+
+
+def test_a_run_does_not_depend_on_what_was_there(tmp_path, teachers, waves):
+    """Computed, read, and half of each: the same to the bit."""
+    changed = {"upstream_ckpt": str(teachers["robust"])}
+    first = build(tmp_path / "a", **changed).features(waves)
+    half = build(tmp_path / "b", **changed)
+    half.features(waves[:1])
+    second = half.features(waves)
+    assert counts(half) == (1, 3, 0)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_a_damaged_file_is_made_anew(tmp_path, teachers, waves, caplog):
+    changed = {"upstream_ckpt": str(teachers["hubert"])}
+    before = build(tmp_path, **changed).features(waves)
+    path = files(tmp_path)[0]
+    data = path.read_bytes()
+    path.write_bytes(data[:100])
+    runner = build(tmp_path, **changed)
+    after = runner.features(waves)
+    assert counts(runner) == (2, 1, 0) and path.read_bytes() == data
+    assert caplog.text.count("is damaged; made anew") == 1
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_an_upstream_is_known_by_what_decides_its_outputs(tmp_path, teachers):
+    def name(selection="hidden_states", **changed):
+        args = Namespace(**{**ARGS, **changed})
+        upstream = Runner(args, {}).upstream.model
+        return folder_name(args, upstream, selection)
+
+    shutil.copy(teachers["hubert"], tmp_path / "elsewhere.pt")
+    (tmp_path / "config.yaml").write_text("a: 1\n")
+    hubert = {"upstream_ckpt": str(teachers["hubert"])}
+    first = name(**hubert)
+    assert first == name(upstream_ckpt=str(tmp_path / "elsewhere.pt"))
+    others = {
+        first,
+        name(upstream_ckpt=str(teachers["robust"])),
+        name("last_hidden_state", **hubert),
+        name(**hubert, upstream_model_config=str(tmp_path / "config.yaml")),
+        name(upstream="fbank"),
+        name(upstream="fbank_no_cmvn"),
+    }
+    assert len(others) == 6
+
+
+def test_other_weights_under_the_same_name_are_another_upstream(teachers):
+    """As with a hub name without a checkpoint, or an address whose file changes."""
+    args = Namespace(**{**ARGS, "upstream_ckpt": str(teachers["hubert"])})
+    upstream = Runner(args, {}).upstream.model
+    args.upstream_ckpt = "https://example.org/model.pt"
+    before = folder_name(args, upstream, "hidden_states")
+    next(upstream.parameters()).data[0] += 1e-3
+    assert folder_name(args, upstream, "hidden_states") != before
+
+
+def hugging_face_folder(folder, **changed):
+    from transformers import HubertConfig, HubertModel, Wav2Vec2FeatureExtractor
+
+    torch.manual_seed(3)
+    sizes = {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 16}
+    conv = {"conv_dim": (8, 8), "conv_kernel": (10, 3), "conv_stride": (40, 8)}
+    conv |= {"num_feat_extract_layers": 2, "num_conv_pos_embeddings": 4}
+    config = HubertConfig(
+        **sizes, **conv, num_attention_heads=2, num_conv_pos_embedding_groups=2,
+        feat_extract_norm="layer", conv_bias=True,
+    )  # fmt: skip
+    HubertModel(config).save_pretrained(folder)
+    Wav2Vec2FeatureExtractor(**changed).save_pretrained(folder)
+    return folder
+
+
+def test_a_hugging_face_folder_is_known_by_its_settings_too(tmp_path):
+    """preprocessor_config.json is beside the weights and decides what the model hears."""
+    from s3prl.upstream.hf_hubert.hubconf import hf_hubert_custom
+
+    def name(folder, ckpt=None):
+        upstream = hf_hubert_custom(str(folder)).eval()
+        args = Namespace(**{**ARGS, "upstream": "hf_hubert_custom"})
+        args.upstream_ckpt = ckpt or str(folder)
+        return folder_name(args, upstream, "hidden_states")
+
+    first = hugging_face_folder(tmp_path / "first", do_normalize=True)
+    other = hugging_face_folder(tmp_path / "other", do_normalize=False)
+    same = shutil.copytree(first, tmp_path / "same")
+    assert name(first) == name(same) != name(other)
+    # an identifier of the hub says nothing of its contents; the answer does
+    assert name(first, "a/b") == name(same, "a/b") != name(other, "a/b") != name(other)
+    (same / "config.json").write_text((same / "config.json").read_text() + "\n")
+    assert name(first) != name(same) and name(first, "a/b") == name(same, "a/b")
+
+
+def test_an_answer_is_coarse_and_draws_nothing(teachers):
+    args = Namespace(**{**ARGS, "upstream_ckpt": str(teachers["hubert"])})
+    upstream = Runner(args, {})
+    upstream = upstream.upstream.model.train()  # dropout, and a layer drop of NumPy's
+    before, drawn = torch.get_rng_state(), np.random.get_state()[1].copy()
+    names = {folder_name(args, upstream, "hidden_states") for _ in range(2)}
+    assert torch.equal(torch.get_rng_state(), before)
+    assert np.array_equal(np.random.get_state()[1], drawn) and len(names) == 1
+    scaled = {
+        _answer(Scaled(upstream, factor), "hidden_states", "cpu") for factor in (1, 1 + 1e-7, 1.5)
+    }
+    assert len(scaled) == 2
+
+
+class Scaled(torch.nn.Module):
+    def __init__(self, upstream, factor):
+        super().__init__()
+        self.upstream, self.factor = upstream, factor
+
+    def forward(self, waves):
+        return {"hidden_states": [x * self.factor for x in self.upstream(waves)["hidden_states"]]}
+
+
+def test_noise_comes_before_the_cache(tmp_path, waves, noise_folder):  # noqa: F811
+    quiet = build(tmp_path, upstream="fbank_no_cmvn")
+    clean = quiet.features(waves)
+    test = NoisyTest(str(noise_folder), 5.0, seed=2)
+    changed = {"upstream": "fbank_no_cmvn", "wrap": lambda runner: noisy(runner, test)}
+    runner = build(tmp_path, **changed)
+    found = runner.features(waves)
+    assert counts(runner) == (0, 3, 0)  # keys of their own
+    plain = Runner(Namespace(**{**ARGS, "upstream": "fbank_no_cmvn"}), {})
+    for wave, one, other in zip(waves, found, clean, strict=True):
+        by_hand = plain.features([mix(wave, find_noises(noise_folder), 5.0, seed=2)])[0]
+        torch.testing.assert_close(one, by_hand, rtol=2e-3, atol=2e-3)
+        assert not torch.allclose(one, other, atol=0.1)
+    again = build(tmp_path, **changed)
+    again.features(waves)
+    quiet.features(waves)
+    assert counts(again) == (3, 0, 0) and counts(quiet) == (3, 3, 0)
+
+
+def test_random_excerpts_are_not_kept_and_whole_utterances_are(tmp_path, teachers, waves):
+    config = {"downstream_expert": {"datarc": {"max_timestep": 8000}}}
+    ckpt = str(teachers["hubert"])
+    runner = build(tmp_path, config=config, upstream_ckpt=ckpt)
+    runner.downstream.model.train()
+    batch = [waves[0][:8000], waves[2], waves[1][300:8300]]  # an excerpt, one below 3 s, another
+    found = runner.features(batch)
+    assert counts(runner) == (0, 1, 2) and len(files(tmp_path)) == 1
+    plain = Runner(Namespace(**{**ARGS, "upstream_ckpt": ckpt}), {})
+    for wave, one in zip(batch, found, strict=True):
+        torch.testing.assert_close(one, plain.features([wave])[0], rtol=2e-3, atol=2e-3)
+    runner.downstream.model.eval()  # now a waveform of that length is a whole one
+    runner.features(batch)
+    assert counts(runner) == (1, 3, 2) and len(files(tmp_path)) == 3
+    assert excerpt_length(config) == 8000
+    assert excerpt_length({}) is excerpt_length({"downstream_expert": {"datarc": None}}) is None
+
+
+def test_a_number_of_layers_that_changes_is_refused(tmp_path, waves):
+    runner = build(tmp_path, upstream="fbank")
+    inner, layers = runner.upstream.model.upstream, iter((4, 3))
+    inner.forward = lambda waves: {"hidden_states": [torch.ones(1, 9, 5)] * next(layers)}
+    with pytest.raises(SetupError, match="gave 4 layers for one utterance and 3 for another"):
+        runner.upstream.model(waves[:2])
+    inner.forward = lambda waves: {"hidden_states": [torch.ones(1, 9, 5), torch.ones(1, 4, 5)]}
+    with pytest.raises(SetupError, match="its layers differ in shape"):
+        runner.upstream.model(waves[2:])
+
+
+def test_a_trained_upstream_is_refused(tmp_path, waves):
+    with pytest.raises(SetupError, match="is for a frozen upstream; leave it out, or leave out -f"):
+        build(tmp_path, upstream="fbank", upstream_trainable=True)
+    runner = build(tmp_path, upstream="fbank")
+    runner.upstream.model.train()
+    with pytest.raises(SetupError, match="needs a frozen upstream"):
+        runner.features(waves)
+
+
+# --- what is typed
+
+
+def test_arguments_pass_through():
+    options = CacheOptions("-odd", 2.5)
+    assert split_arguments(["-m", "train", *options.words]) == (options, ["-m", "train"])
+    assert split_arguments(["-n", "x", "-o", "a=-1"]) == (None, ["-n", "x", "-o", "a=-1"])
+    assert split_arguments(["--cache-features", "d"])[0] == CacheOptions("d", 50.0)
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (("--cache-features",), "name the folder of the hidden states"),
+        (("--cache-features-gb", "3"), "name the folder of the hidden states"),
+        (("--cache-features", "d", "--cache-features-gb", "much"), "a number of gigabytes"),
+        (("--cache-features", "d", "--cache-features-gb", "nan"), "a number of gigabytes"),
+        (("--cache-features", "d", "--cache-features-gb", "0"), "a number of gigabytes"),
+        (("--cache-features", "a.pt"), "a.pt: this is a file; a folder"),
+        (("--cache-features", "d", "--local_rank", "0"), "for one process and not for torchrun"),
+    ],
+)
+def test_mistakes_are_one_sentence(tmp_path, monkeypatch, words, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.pt").touch()
+    with pytest.raises(SetupError, match=re.escape(message)) as raised:
+        prepare_downstream(["-m", "train", *words])
+    assert "\n" not in str(raised.value)
+
+
+def test_counts_are_read_from_a_log():
+    first, second = Counts(1, 2, 3, 4), Counts(10, 20, 30, 40)
+    log = f"test acc: 0.5\nINFO s3prl_ekd: {first}\nnonsense\nINFO s3prl_ekd: {second}\n"
+    assert read_counts(log) == first + second == Counts(11, 22, 33, 44)
+    assert read_counts("") == Counts()
+
+
+# --- runs
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cached_runs")
+    manifest = make_manifest(folder / "corpus")
+    cli.main(["init", str(folder / "work")])
+    out = folder / "work/data/er"
+    cli.main(["prepare", "er", str(manifest), "-o", str(out), "--fold-column", "group"])
+    return folder / "work"
+
+
+@pytest.fixture
+def downstream(work, monkeypatch, caplog):
+    """``run_downstream.py WORDS`` in this process; gives the counts that it said."""
+    from s3prl_ekd.launch import run_downstream
+
+    monkeypatch.chdir(work)
+    caplog.set_level(logging.INFO)
+
+    def run(*words):
+        caplog.clear()
+        monkeypatch.setattr(sys, "argv", ["run_downstream.py", *words, "--device", "cpu"])
+        assert run_downstream() == 0
+        return read_counts(caplog.text)
+
+    return run
+
+
+def train_words(name, teachers, *more, batch=1, steps=12):
+    rates = ",,".join(f"config.runner.{key}=6" for key in ("log_step", "eval_step", "save_step"))
+    text = f"config.runner.total_steps={steps},,{rates},,config.runner.max_keep=9"
+    text += f",,config.downstream_expert.datarc.train_batch_size={batch}"
+    text += f",,config.downstream_expert.datarc.eval_batch_size={batch},,config.optimizer.lr=0.01"
+    words = ["-m", "train", "-u", "hubert_local", "-k", str(teachers["hubert"]), "-d", "emotion"]
+    return [*words, "-c", "downstream/emotion/tiny.yaml", "-p", name, "-o", text, *more]
+
+
+def test_one_by_one_a_cached_run_is_s3prls_own(downstream, teachers, work):
+    downstream(*train_words("plain", teachers))
+    found = downstream(*train_words("cached", teachers, "--cache-features", "features"))
+    assert found.misses == len(files(work / "features")) > 0 and found.hits > 0
+    plain, ours = (read_run(work / name / "states-12.ckpt") for name in ("plain", "cached"))
+    for part in ("Featurizer", "Downstream"):
+        for key, value in plain[part].items():
+            if isinstance(value, torch.Tensor):
+                torch.testing.assert_close(ours[part][key], value, rtol=0.02, atol=0.02)
+    test = ("-m", "evaluate", "-t", "test", "-e")
+    downstream(*test, "plain/states-12.ckpt")
+    first = downstream(*test, "cached/states-12.ckpt", "--cache-features", "features")
+    second = downstream(*test, "cached/states-12.ckpt", "--cache-features", "features")
+    assert first.misses and second == Counts(first.hits + first.misses)
+    name = "test_fold1_predict.txt"
+    assert (work / "plain" / name).read_text() == (work / "cached" / name).read_text()
+
+
+def test_a_cut_cached_run_ends_as_if_it_had_not_been_cut(downstream, teachers, work):
+    downstream(*train_words("whole", teachers, "--cache-features", "once", batch=4))
+    (work / "cut").mkdir()
+    shutil.copy(work / "whole/states-6.ckpt", work / "cut")
+    words = ("-m", "train", "-e", "cut/states-6.ckpt", "-o", "args.expdir='cut'")
+    found = downstream(*words, "--cache-features", "new")
+    assert found.misses  # nothing is left of what the first part had
+    whole, cut = (read_run(work / name / "states-12.ckpt") for name in ("whole", "cut"))
+    assert cut["Step"] == 12 and math.isfinite(sum(v.sum() for v in cut["Featurizer"].values()))
+    for part in ("Featurizer", "Downstream"):
+        for key, value in whole[part].items():
+            if isinstance(value, torch.Tensor):
+                assert torch.equal(cut[part][key], value), key

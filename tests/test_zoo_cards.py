@@ -1,0 +1,51 @@
+"""Each tiny teacher's card says what a user must know, and nothing in it is left open."""
+
+import re
+
+import pytest
+
+from s3prl_ekd import zoo
+
+from .conftest import REPO
+
+# From the sources' own pages, by way of the training data's LICENSES.md.
+WANTED = (
+    "Librispeech: an ASR corpus based on public domain audio books",
+    "Vassil Panayotov, Guoguo Chen, Daniel Povey, Sanjeev Khudanpur",
+    "https://creativecommons.org/licenses/by/4.0/",
+    "speechocean762: An Open-Source Non-native English Speech Corpus",
+    "Junbo Zhang, Zhiwen Zhang, Yongqing Wang, Zhiyong Yan, Qiong Song, Yukai Huang, Ke Li",
+    "Apache-2.0",
+    "A Database of German Emotional Speech",
+    "F. Burkhardt, A. Paeschke, M. Rolfes, W. F. Sendlmeier, B. Weiss",
+    "CC0 1.0",
+    "48 voices",
+    "espeak-ng",
+    "tools/train_tiny_teachers.py",
+    "tools/make_voices.py",
+)
+
+
+@pytest.fixture(params=zoo.TEACHERS)
+def name(request):
+    return request.param
+
+
+def test_a_card_names_its_sources_and_their_licences(name):
+    text = re.sub(r"\s+", " ", zoo.card(name).read_text(encoding="utf-8"))
+    for part in WANTED:
+        assert part in text, part
+    for other in zoo.TEACHERS:
+        assert (f"# {other} " in f"{text} ") == (other == name)
+    for section in ("Data", "Licence", "Recipe", "Scores", "Limits"):
+        assert f"## {section}" in text, section
+
+
+def test_a_card_is_filled_in(name):
+    """Fails while a number is still `{{...}}`: whoever trains the weights writes it."""
+    assert re.findall(r"\{\{.*?\}\}", zoo.card(name).read_text(encoding="utf-8")) == []
+
+
+def test_the_readme_is_filled_in():
+    text = (REPO / "README.md").read_text(encoding="utf-8")
+    assert re.findall(r"\{\{.*?\}\}", text) == []

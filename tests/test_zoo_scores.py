@@ -1,0 +1,72 @@
+"""tools/zoo_scores.py: the numbers in the tiny teachers' cards are those of finished runs."""
+
+import shutil
+import sys
+
+import pytest
+
+from s3prl_ekd import zoo
+
+from .conftest import REPO
+from .superb_runs import write_run
+from .test_report import words
+
+sys.path.insert(0, str(REPO / "tools"))
+
+import zoo_scores  # noqa: E402
+
+
+@pytest.fixture
+def cards(tmp_path):
+    return shutil.copytree(zoo.card("tiny_wavlm").parent, tmp_path / "cards")
+
+
+def results(folder):
+    """PER of 20 utterances of ten words, of which the first n are wrong: 10 n, no spread."""
+    errors = {
+        "tiny_hubert": 5, "tiny_robust_hubert": 4, "tiny_wavlm": 6,
+        "tiny_hubert_random": 8, "tiny_wavlm_random": 9, "fbank": 7,
+    }  # fmt: skip
+    for upstream, n in errors.items():
+        for seed in (1, 2):
+            pairs = {"clean": words(n), "esc10_snr5": words(n + 1)}
+            write_run(folder, upstream, "pr", pairs, seed=seed)
+    return folder
+
+
+def test_cards_get_the_scores_and_keep_the_rest(tmp_path, cards):
+    before = {name: (cards / f"{name}.md").read_text() for name in zoo.TEACHERS}
+    arguments = [str(results(tmp_path / "superb")), "--cards", str(cards)]
+    for _ in range(2):  # the second time over its own text
+        assert zoo_scores.main(arguments) == 0
+    for name, old in before.items():
+        new = (cards / f"{name}.md").read_text()
+        assert new.partition(zoo_scores.BEGIN)[0] == old.partition(zoo_scores.BEGIN)[0]
+        assert new.partition(zoo_scores.END)[2] == old.partition(zoo_scores.END)[2]
+    lines = (cards / "tiny_robust_hubert.md").read_text().splitlines()
+    rows = [[c.strip() for c in line.strip("| ").split("|")] for line in lines]
+    scores = {row[0]: row[1:] for row in rows if len(row) == 3 and "±" in row[-1]}
+    assert scores == {
+        "tiny_robust_hubert": ["40.0 [40.0, 40.0] ±0.0", "50.0 [50.0, 50.0] ±0.0"],
+        "tiny_hubert_random": ["80.0 [80.0, 80.0] ±0.0", "90.0 [90.0, 90.0] ±0.0"],
+        "tiny_hubert": ["50.0 [50.0, 50.0] ±0.0", "60.0 [60.0, 60.0] ±0.0"],
+        "fbank": ["70.0 [70.0, 70.0] ±0.0", "80.0 [80.0, 80.0] ±0.0"],
+    }
+    less = {row[0]: row[1] for row in rows if len(row) == 3 and row[1].startswith(("+", "-"))}
+    assert less["tiny_hubert_random"] == "-40.0 [-40.0, -40.0]"
+    assert less["tiny_hubert"] == "-10.0 [-10.0, -10.0]"
+    assert "tiny_hubert_random" not in (cards / "tiny_wavlm.md").read_text().split("## Scores")[1]
+
+
+def test_mistakes_are_one_sentence(tmp_path, cards, capsys):
+    write_run(tmp_path / "superb", "fbank", "pr", words(7))
+    given = [str(tmp_path / "superb"), "--cards", str(cards)]
+    old = (cards / "tiny_hubert.md").read_text()
+    assert zoo_scores.main(given) == 2
+    assert "no finished run of tiny_hubert; evaluate it first" in capsys.readouterr().err
+    results(tmp_path / "all")
+    (cards / "tiny_hubert.md").write_text(old.replace(zoo_scores.END, ""))
+    assert zoo_scores.main([str(tmp_path / "all"), "--cards", str(cards)]) == 2
+    assert "lacks the marks" in capsys.readouterr().err
+    assert zoo_scores.main([str(tmp_path / "none"), "--cards", str(cards)]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
