@@ -12,7 +12,7 @@ INSTALLED := $(VENV)/.installed
 .PHONY: help demo test fuzz lint format setup clean
 
 help:
-	@echo "make demo    three tiny teachers -> one student -> ASR score, on a synthetic corpus"
+	@echo "make demo    three tiny teachers -> one student -> its scores and theirs, on a synthetic corpus"
 	@echo "make test    lint and tests"
 	@echo "make fuzz    10,000 random inputs for each reader of files (hours; for a nightly job)"
 	@echo "make format  let ruff rewrite the code's layout"

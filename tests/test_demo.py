@@ -6,24 +6,25 @@ import re
 import pytest
 import torch
 
+from s3prl_ekd.demo.run import PAIRS, UPSTREAMS
+
 from .conftest import command
 
 SHORT = ("--steps", "6", "--downstream-steps", "8", "--utterances", "24", "--tasks", "er", "asr")
-UPSTREAMS = ("ekd", "single", "fbank")
 
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     pytest.importorskip("espeakng_loader")
     folder = tmp_path_factory.mktemp("demo")
-    done = command("demo", "d", *SHORT, cwd=folder)
+    done = command("demo", "d", *SHORT, cwd=folder, timeout=900)
     return folder / "d", done.stdout
 
 
 def test_it_goes_all_the_way(demo):
     folder, said = demo
     assert "0 failed" in said and "Traceback" not in said
-    files = ("ekd.pt", "single.pt", "distillation.png", "teachers/wavlm.pt", "report/scores.png")
+    files = ("ekd.pt", "single.pt", "distillation.png", "cache/index.json", "report/scores.png")
     files += ("submission/expert.py",)
     for name in (*files, "data/corpus/corpus.json", "data/labels/er.tsv"):
         assert (folder / name).is_file(), name
@@ -44,12 +45,32 @@ def test_the_table_is_s3prls_numbers(demo):
         assert float(row["value"]) == pytest.approx(scale * float(printed), abs=1e-4)
 
 
+def test_it_ends_with_what_the_table_says(demo):
+    """Each line's tasks are better, worse or neither as the intervals of report.csv have it."""
+    folder, said = demo
+    said = said.split("== done")[1]
+    with open(folder / "report/report.csv", encoding="utf-8") as file:
+        value = {
+            (row["upstream"], row["task"]): float(row["value"]) for row in csv.DictReader(file)
+        }
+    for name in UPSTREAMS:
+        (line,) = re.findall(rf"^{name} +[\d.]+ \[.*", said, re.M)
+        printed = re.findall(r"([\d.]+) \[", line)
+        assert [float(n) for n in printed] == [round(value[name, t], 1) for t in ("er", "asr")]
+    for one, other in PAIRS:
+        (line,) = re.findall(rf"^  {one} against {other}: (.*)", said, re.M)
+        told = dict(re.findall(r"(ER|ASR) \(([+-][\d.]+)\)", line))
+        for task in ("er", "asr"):
+            difference = value[one, task] - value[other, task]
+            assert float(told[task.upper()]) == pytest.approx(difference, abs=0.06)
+
+
 def test_again_keeps_what_is_finished(demo):
     folder, _ = demo
     kept = ("data/corpus/corpus.json", "result/superb/ekd/er/lr0.001-seed1337-fold1/log.txt")
     before = [(folder / name).stat().st_mtime_ns for name in kept]
-    said = command("demo", "d", *SHORT, cwd=folder.parent).stdout
-    assert said.count("is at step 6 already") == 2 and "6 runs finished" in said
+    said = command("demo", "d", *SHORT, cwd=folder.parent, timeout=900).stdout
+    assert said.count("is at step 6 already") == 2 and "14 runs finished" in said
     assert [(folder / name).stat().st_mtime_ns for name in kept] == before
 
 

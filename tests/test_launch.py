@@ -15,7 +15,6 @@ from tensorboardX.proto import event_pb2
 
 from s3prl_ekd.checkpoints import newest, read_run
 from s3prl_ekd.config import load_model_config
-from s3prl_ekd.demo.tiny_teachers import make_teachers
 from s3prl_ekd.downstream_run import prepare_downstream
 from s3prl_ekd.errors import CheckpointError
 from s3prl_ekd.export import load_student
@@ -78,7 +77,6 @@ def test_init_writes_chosen_experiments(tmp_path):
 @pytest.mark.slow
 def test_every_tiny_twin_takes_two_steps(tmp_path, corpus, monkeypatch, capfd):
     """All of the tiny matrix, in this process: s3prl's Runner, two steps each."""
-    make_teachers(tmp_path / "teachers")
     command("init", ".", "-x", "all", cwd=tmp_path)
     monkeypatch.chdir(tmp_path)
     override = f"config.pretrain_expert.datarc.libri_root='{corpus}/audio'"

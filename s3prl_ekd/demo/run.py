@@ -1,4 +1,4 @@
-"""The demo: the commands of the README in order, on data and teachers made on the spot."""
+"""The demo: the commands of the README in order, on speech made on the spot."""
 
 from __future__ import annotations
 
@@ -14,17 +14,36 @@ from pathlib import Path
 from ..checkpoints import newest, read_run
 from ..errors import SetupError
 from ..evaluate.curves import plot_run, teacher_curves
+from ..evaluate.report import Report, make_report
+from ..evaluate.results import read_results
 from ..evaluate.scalars import read_scalars
 from ..evaluate.tasks import TASKS
 from ..workspace import write_workspace
+from ..zoo import TEACHERS
 from .corpus import make_corpus
 from .labels import make_labels
-from .tiny_teachers import make_teachers
+from .summary import findings, score_table
 
 SINGLE = "tiny/single_hubert"
 STUDENTS = {"ekd": "tiny_model", "single": SINGLE}  # and their model configs
-# Of --downstream-steps, what each task takes: SID and ER need fewer.
-SHARES = {"pr": 1.0, "sid": 0.5, "er": 0.5, "asr": 1.25}
+TWIN = "tiny_hubert_random"
+# The rows of the last table, and which of them are compared.
+UPSTREAMS = ("fbank", TWIN, *TEACHERS, "single", "ekd")
+PAIRS = (
+    *((teacher, TWIN) for teacher in TEACHERS),
+    ("single", TWIN),
+    ("ekd", TWIN),
+    ("ekd", "single"),
+    ("ekd", TEACHERS[0]),
+)
+NOTE = f"""\
+{TWIN} is tiny_hubert's architecture with random weights; single is the student of
+tiny_hubert alone, ekd that of all three teachers. fbank scores chance on SID and ER: its mean over
+an utterance is zero. Upstreams whose difference has zero in its 95 % interval are not told apart;
+the intervals are over test utterances, for one seed:"""
+CACHE = "cache"  # the teachers' targets, for both students
+# Of --downstream-steps, what each task takes: a linear probe's steps cost least.
+SHARES = {"pr": 2.5, "sid": 0.5, "er": 0.5, "asr": 1.25}
 
 
 @dataclass
@@ -34,13 +53,13 @@ class Demo:
     Args:
         folder: the workspace; everything is written below it.
         steps: steps of each distillation.
-        downstream_steps: steps of a downstream model; SID and ER take half of it.
+        downstream_steps: steps of a downstream model, times the task's share (:data:`SHARES`).
         utterances: training utterances of the synthetic corpus.
         tasks: the tasks to evaluate.
     """
 
     folder: Path
-    steps: int = 300
+    steps: int = 250
     downstream_steps: int = 160
     utterances: int = 400
     tasks: Sequence[str] = tuple(TASKS)
@@ -56,7 +75,7 @@ class Demo:
         steps = (
             ("synthesise a speech corpus", self._corpus),
             ("set up the working folder", self._workspace),
-            ("make three tiny teachers", self._teachers),
+            ("run the three teachers over the corpus, once", self._targets),
             ("distil the three teachers into one student", lambda: self._distil("ekd")),
             ("distil one teacher alone, to compare", lambda: self._distil("single")),
             ("train and evaluate " + ", ".join(map(str.upper, self.tasks)), self._superb),
@@ -94,9 +113,10 @@ class Demo:
         states = [state for state, _ in write_workspace(self.folder, [SINGLE])]
         print(f"{states.count('created')} files created, {states.count('kept')} kept")
 
-    def _teachers(self) -> None:
-        for name, path in make_teachers(self.folder / "teachers").items():
-            print(f"{name}: {path} (random weights, true architecture)")
+    def _targets(self) -> None:
+        self._command(
+            "cache -c pretrain/ekd/tiny_runner.yaml -g pretrain/ekd/tiny_model.yaml -o", CACHE
+        )
 
     def _distil(self, name: str) -> None:
         every = max(1, self.steps // 3)
@@ -108,7 +128,8 @@ class Demo:
                 f"run_pretrain.py -u ekd -a -n {name} -c pretrain/ekd/tiny_runner.yaml "
                 f"-g pretrain/ekd/{config}.yaml -o",
                 f"config.runner.total_steps={self.steps},,config.runner.save_step={every}"
-                f",,config.runner.log_step={max(1, self.steps // 30)}",
+                f",,config.runner.log_step={max(1, self.steps // 30)}"
+                f",,config.pretrain_expert.datarc.target_cache='{CACHE}'",
             )
         self._command(f"export student result/pretrain/{name} -o {name}.pt --force")
 
@@ -119,17 +140,24 @@ class Demo:
         return 0 if latest is None else read_run(latest)["Step"]
 
     def _superb(self) -> None:
-        corpus = "config.downstream_expert.corpus"
-        lexicon = f"{corpus}.path='./data/corpus',,{corpus}.lexicon=['./data/labels/lexicon.txt']"
-        words = [*(f"{name}.pt" for name in STUDENTS), "fbank", "--recipes", "tiny"]
-        words += ["--tasks", *self.tasks, "--override", f"pr={lexicon}"]
+        expert = "config.downstream_expert"
+        phones = ",,".join(
+            (
+                f"{expert}.corpus.path='./data/corpus'",
+                f"{expert}.corpus.lexicon=['./data/labels/lexicon.txt']",
+                f"{expert}.model.select='FrameLevel'",  # SUPERB's own probe: linear
+            )
+        )
+        own = [f"{name}.pt" if name in STUDENTS else name for name in UPSTREAMS]
+        words = [*own, "--recipes", "tiny", "--cache-features"]
+        words += ["--tasks", *self.tasks, "--override", f"pr={phones}", "--lr", "pr=1e-2"]
         for task in self.tasks:
             words += ["--steps", f"{task}={round(SHARES[task] * self.downstream_steps)}"]
         jobs = min(4, os.cpu_count() or 1)
         self._command("superb", *words, "--jobs", str(jobs))
 
     def _report(self) -> None:
-        self._command("report result/superb -o report --against single")
+        self._command("report result/superb -o report --against", TWIN)
 
     def _package(self) -> None:
         self._command("export superb ekd.pt -o submission --force")
@@ -157,6 +185,19 @@ class Demo:
                 "start the demo again: finished steps are kept"
             )
 
+    def _scores(self) -> list[str]:
+        """The lines of the last table and of what it says."""
+        report = self._read_report()
+        return [
+            *_aligned(score_table(report, UPSTREAMS)),
+            "",
+            NOTE,
+            *(f"  {line}" for line in findings(report, PAIRS)),
+        ]
+
+    def _read_report(self) -> Report:
+        return make_report(read_results([self.folder / "result" / "superb"]))
+
     def _summary(self) -> None:
         scalars = read_scalars(self._run("ekd"))
         plot = self.folder / "distillation.png"
@@ -175,10 +216,9 @@ class Demo:
             drawn = f"  {plot}    the curves of the distillation\n"
         except SetupError as error:
             drawn = f"  (no plot: {error})\n"
+        print("\n" + "\n".join(self._scores()))
         print(
-            "\nThe teachers have random weights, so the scores only show that the way is whole. "
-            "fbank\nscores chance on SID and ER: its mean over an utterance is zero."
-            f"\n\nwhere things are:\n{drawn}"
+            f"\nwhere things are:\n{drawn}"
             f"  {self.folder / 'report'}    report.md, report.csv and the plots of the scores\n"
             f"  {self.folder / 'submission'}    the package for SUPERB's hidden set\n"
             f"  {self.folder / 'ekd.pt'}    the student: plain tensors, for -u ekd_student\n"
@@ -194,9 +234,14 @@ class Demo:
 
 
 def _table(head: tuple[str, ...], rows: list[tuple], number: Callable[[float], str]) -> None:
-    cells = [head, *((row[0], *map(number, row[1:])) for row in rows)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
-    for row in cells:
-        first, *others = row
-        line = first.ljust(widths[0])
-        print(line + "".join(f"  {c:>{w}}" for c, w in zip(others, widths[1:], strict=True)))
+    print("\n".join(_aligned([head, *((row[0], *map(number, row[1:])) for row in rows)])))
+
+
+def _aligned(cells: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table: the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = []
+    for first, *others in cells:
+        more = "".join(f"  {c:>{w}}" for c, w in zip(others, widths[1:], strict=True))
+        lines.append(first.ljust(widths[0]) + more)
+    return lines

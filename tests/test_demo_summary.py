@@ -1,0 +1,60 @@
+"""What the demo says of its scores follows from them."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from s3prl_ekd.demo.run import PAIRS, STUDENTS, UPSTREAMS
+from s3prl_ekd.demo.summary import findings, score_table, verdict
+from s3prl_ekd.evaluate.report import Difference
+
+
+@pytest.mark.parametrize(
+    ("low", "value", "high", "higher", "said"),
+    [
+        (1.0, 2.0, 3.0, True, "better"),
+        (1.0, 2.0, 3.0, False, "worse"),
+        (-3.0, -2.0, -1.0, True, "worse"),
+        (-3.0, -2.0, -1.0, False, "better"),
+        (-0.1, 2.0, 3.0, True, "not told apart"),
+        (0.0, 2.0, 3.0, False, "not told apart"),
+        (0.0, 0.0, 0.0, True, "not told apart"),
+    ],
+)
+def test_a_verdict(low, value, high, higher, said):
+    assert verdict(Difference(value, low, high, 0.5), higher=higher) == said
+
+
+class Report:
+    """Of two upstreams on PR (less is better), ASR and SID (more is better); ``b`` has no SID."""
+
+    upstreams, tasks = ("a", "b"), ("pr", "sid", "asr")
+    measures = {
+        ("a", "pr", "clean"): SimpleNamespace(value=50.04, interval=(48.0, 52.06)),
+        ("a", "sid", "clean"): SimpleNamespace(value=90.0, interval=(80.0, 100.0)),
+        ("a", "asr", "clean"): SimpleNamespace(value=99.0, interval=(98.0, 100.0)),
+        ("b", "pr", "clean"): SimpleNamespace(value=60.0, interval=(58.0, 62.0)),
+        ("b", "asr", "clean"): SimpleNamespace(value=98.5, interval=(97.0, 99.0)),
+    }
+
+    def difference(self, one, other, task, condition):
+        assert condition == "clean"
+        known = {("a", "b", "pr"): (-9.96, -11.0, -9.0), ("a", "b", "asr"): (0.5, -0.2, 1.3)}
+        found = known.get((one, other, task))
+        return found and Difference(*found, 0.5)
+
+
+def test_findings_and_table():
+    assert findings(Report(), [("a", "b"), ("a", "c")]) == [
+        "a against b: better on PR (-10.0); not told apart on ASR (+0.5)"
+    ]
+    assert score_table(Report(), ("b", "c", "a")) == [
+        ("", "PR PER ↓", "SID ACC ↑", "ASR WER ↓"),
+        ("b", "60.0 [58.0, 62.0]", "", "98.5 [97.0, 99.0]"),
+        ("a", "50.0 [48.0, 52.1]", "90.0 [80.0, 100.0]", "99.0 [98.0, 100.0]"),
+    ]
+
+
+def test_what_is_compared_is_evaluated():
+    assert set(STUDENTS) < set(UPSTREAMS) and len(set(UPSTREAMS)) == len(UPSTREAMS) == 7
+    assert {name for pair in PAIRS for name in pair} < set(UPSTREAMS)
