@@ -1,0 +1,105 @@
+"""A number of the table before it is one: errors of each seed and utterance."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import editdistance
+import numpy as np
+
+from s3prl_ekd.errors import DataError
+from s3prl_ekd.evaluate.records import Run
+from s3prl_ekd.evaluate.scores import Counts, count_errors, read_pairs
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One column. ``characters`` counts an ASR run's errors in characters: where hardly a word is
+    right, these still tell systems apart."""
+
+    task: str
+    name: str
+    higher: bool = False
+    characters: bool = False
+
+    @property
+    def title(self) -> str:
+        return f"{self.task.upper()} {self.name} {'↑' if self.higher else '↓'}"
+
+    @property
+    def key(self) -> str:
+        return f"{self.task} {self.name}".lower()
+
+
+METRICS = (
+    Metric("pr", "PER"),
+    Metric("asr", "WER"),
+    Metric("asr", "CER", characters=True),
+    Metric("sid", "accuracy", higher=True),
+    Metric("er", "accuracy", higher=True),
+)
+
+
+@dataclass(frozen=True)
+class Fold:
+    """One test set. ``errors`` is ``[seed, utterance]``, ``lengths`` and ``names`` are
+    ``[utterance]``."""
+
+    names: tuple[str, ...]
+    lengths: np.ndarray
+    errors: np.ndarray
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One row of the table in one metric under one condition."""
+
+    row: str
+    metric: Metric
+    condition: str
+    seeds: tuple[int, ...]
+    folds: tuple[Fold, ...]
+
+    @property
+    def test_set(self) -> tuple:
+        """Equal for cells that were tested on the same utterances."""
+        return tuple((fold.names, fold.lengths.tobytes()) for fold in self.folds)
+
+
+def cells_of(row: str, metric: Metric, seeds: dict[int, list[Run]]) -> Iterable[Cell]:
+    """One cell a condition, over the seeds whose folds were all tested under it.
+
+    Raises:
+        DataError: the seeds were not tested on the same utterances.
+    """
+    conditions = {c for runs in seeds.values() for run in runs for c in run.tested}
+    for condition in conditions:
+        chosen = {
+            seed: sorted(runs, key=lambda run: run.fold or "")
+            for seed, runs in sorted(seeds.items())
+            if all(condition in run.tested for run in runs)
+        }
+        if not chosen:  # of no seed all folds were tested
+            continue
+        per_seed = [[_count(run, metric, condition) for run in runs] for runs in chosen.values()]
+        folds = []
+        for counts in zip(*per_seed, strict=True):
+            names, lengths = counts[0].names, counts[0].lengths
+            for other in counts[1:]:
+                if other.names != names or (other.lengths != lengths).any():
+                    raise DataError(
+                        f"the seeds of {row} were not tested on the same utterances of "
+                        f"{metric.task} ({condition}); evaluate them on one test set"
+                    )
+            folds.append(Fold(names, lengths, np.stack([c.errors for c in counts])))
+        yield Cell(row, metric, condition, tuple(chosen), tuple(folds))
+
+
+def _count(run: Run, metric: Metric, condition: str) -> Counts:
+    pairs = read_pairs(*run.files(condition))
+    if not metric.characters:
+        return count_errors(pairs, labels=metric.higher)
+    errors = [editdistance.eval(list(hyp), list(ref)) for _, hyp, ref in pairs]
+    lengths = [len(ref) for _, _, ref in pairs]
+    return Counts(tuple(name for name, _, _ in pairs), np.array(errors), np.array(lengths))

@@ -1,0 +1,103 @@
+"""Two plots: every mean with its interval, and the differences that the question asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import BinaryIO
+
+from s3prl_ekd.evaluate.plot_style import COLOURS, LINES, MARKERS, new_figure
+
+from .compare import Study
+from .design import CLEAN, ENSEMBLE, Row
+
+ABOUT = {
+    "study.png": "means over the seeds with 95 % intervals",
+    "study.differences.png": "differences of the ensembles with 95 % intervals",
+}
+
+
+def plots(study: Study) -> dict[str, Callable[[BinaryIO], None]]:
+    """File name -> what draws it, where there is something to draw."""
+    found: dict[str, Callable[[BinaryIO], None]] = {}
+    if study.means:
+        found["study.png"] = lambda file: plot_means(study, file)
+    if study.comparisons:
+        found["study.differences.png"] = lambda file: plot_differences(study, file)
+    return found
+
+
+def plot_means(study: Study, file: BinaryIO) -> None:
+    """A row of panels a condition, a panel a metric; x: what was learned from; colour: size."""
+    sources = [*study.setting.teachers, *ENSEMBLE]
+    conditions, metrics = study.found.conditions, study.metrics
+    figure = new_figure(2.6 * len(metrics) + 1.4, 2.9 * len(conditions))
+    axes = figure.subplots(len(conditions), len(metrics), squeeze=False)
+    handles: dict[str, object] = {}
+    for line, condition in enumerate(conditions):
+        for axis, metric in zip(axes[line], metrics, strict=True):
+            for i, size in enumerate(study.setting.sizes):
+                shift = 0.16 * (i - (len(study.setting.sizes) - 1) / 2)
+                for x, source in enumerate(sources):
+                    e = study.means.get((Row(size, source).name, metric.key, condition))
+                    if e is None:
+                        continue
+                    bars = [[max(0.0, e.value - e.low)], [max(0.0, e.high - e.value)]]
+                    handles[f"size {size}"] = axis.errorbar(
+                        x + shift, e.value, bars, fmt=MARKERS[i], color=COLOURS[i], markersize=5,
+                        capsize=2, linewidth=1,
+                    )  # fmt: skip
+            for i, name in enumerate(study.found.references):
+                e = study.means.get((name, metric.key, condition))
+                if e is not None:
+                    handles[name] = axis.axhline(
+                        e.value, color=COLOURS[(2 + i) % len(COLOURS)], linewidth=1,
+                        linestyle=LINES[i % len(LINES)],
+                    )  # fmt: skip
+            axis.set_title(f"{metric.title}, {_short(condition)}", fontsize=9)
+            axis.set_xticks(range(len(sources)), sources, rotation=60, ha="right", fontsize=7)
+            axis.tick_params(axis="y", labelsize=7)
+            axis.set_ylabel("%", fontsize=7)
+            axis.grid(axis="y", alpha=0.3)
+    if handles:
+        figure.legend(
+            list(handles.values()), list(handles), loc="outside right upper", frameon=False,
+            fontsize=8,
+        )  # fmt: skip
+    figure.savefig(file, dpi=110, format="png")
+
+
+def plot_differences(study: Study, file: BinaryIO) -> None:
+    """A panel a metric, a line a difference; filled where the interval leaves 0 out."""
+    metrics, conditions = study.metrics, study.found.conditions
+    pairs = list(dict.fromkeys((c.size, c.one, c.best_single) for c in study.comparisons))
+    figure = new_figure(2.3 * len(metrics) + 2.2, 0.36 * len(pairs) + 1.5)
+    axes = figure.subplots(1, len(metrics), sharey=True, squeeze=False)[0]
+    handles: dict[str, object] = {}
+    for axis, metric in zip(axes, metrics, strict=True):
+        for c in study.comparisons:
+            if c.metric != metric:
+                continue
+            i = conditions.index(c.condition)
+            y = pairs.index((c.size, c.one, c.best_single)) + 0.24 * (i - (len(conditions) - 1) / 2)
+            e = c.estimate
+            bars = [[max(0.0, e.value - e.low)], [max(0.0, e.high - e.value)]]
+            handles[_short(c.condition)] = axis.errorbar(
+                e.value, y, xerr=bars, fmt=MARKERS[i], color=COLOURS[i], capsize=2, linewidth=1,
+                markersize=4, markerfacecolor=COLOURS[i] if e.clear else "white",
+            )  # fmt: skip
+        axis.axvline(0, color="black", linewidth=0.8)
+        better = "right" if metric.higher else "left"
+        axis.set_title(f"{metric.title[:-2]}\n{better} of 0 is better", fontsize=8)
+        axis.tick_params(labelsize=7)
+        axis.grid(axis="x", alpha=0.3)
+    names = [f"{size}: {one} − {'best single' if b else 'average'}" for size, one, b in pairs]
+    axes[0].set_yticks(range(len(pairs)), names, fontsize=7)
+    axes[0].invert_yaxis()
+    figure.legend(
+        list(handles.values()), list(handles), loc="outside right upper", frameon=False, fontsize=8
+    )
+    figure.savefig(file, dpi=110, format="png")
+
+
+def _short(condition: str) -> str:
+    return CLEAN if condition == CLEAN else condition.replace("_snr", ", ") + " dB"
