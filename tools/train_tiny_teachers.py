@@ -64,13 +64,19 @@ def make_parser() -> argparse.ArgumentParser:
         help="with the columns path and split, in one of the folders, of which only its train "
         "and dev are used then (without: a fiftieth is held out)",
     )
+    add(
+        "--noise",
+        metavar="AUDIO",
+        nargs="+",
+        default=[],
+        help="recordings, or folders of them, for what RobustHuBERT hears, beside synthetic noise",
+    )
     add("--teacher", choices=TEACHERS, action="append", help="and what it needs (all)")
     add(
         "--steps",
         type=int,
         default=default.steps,
-        help=f"of tiny HuBERT's second iteration and "
-        f"of WavLM; half as many for the others ({default.steps})",
+        help=f"of a stage; half as many for tiny HuBERT's first iteration ({default.steps})",
     )
     add(
         "--batch-seconds",
@@ -130,6 +136,7 @@ def run(args: argparse.Namespace) -> int:
     compat.apply()
     quiet_s3prl()
     from teacher_zoo.corpus import hours, read_corpus
+    from teacher_zoo.noises import find_noise
     from teacher_zoo.recipe import TEACHERS
     from teacher_zoo.trainer import Pace
     from teacher_zoo.zoo import make_zoo
@@ -139,6 +146,7 @@ def run(args: argparse.Namespace) -> int:
     device = device_of(args.device)
     on_cuda = device.startswith("cuda")
     workers = args.workers if args.workers is not None else min(8, os.cpu_count() or 1) * on_cuda
+    noise = find_noise(args.noise)
     corpus = read_corpus(args.folders, args.manifest, round(recipe.shortest_seconds * 16_000))
     logging.info(
         "%d utterances, %.2f h to train on; %d, %.2f h held out; %s",
@@ -153,7 +161,7 @@ def run(args: argparse.Namespace) -> int:
         every = min(50, max(1, recipe.steps // 100))
         pace = Pace(device, workers, log_every=every, dev_every=10 * every)
         files = make_zoo(
-            tuple(args.teacher or TEACHERS), corpus, recipe, Path(args.out), pace, stop
+            tuple(args.teacher or TEACHERS), corpus, recipe, Path(args.out), pace, stop, noise
         )
     if files is None:
         print(f"{args.out}: saved; the same command goes on from here")

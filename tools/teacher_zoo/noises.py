@@ -1,7 +1,9 @@
-"""Synthetic noise, made once into the zoo, and what distorts with it."""
+"""Noise: synthetic, made once into the zoo, and given recordings; what distorts with it."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +11,7 @@ import soundfile
 
 from s3prl_ekd.atomic import whole_file
 from s3prl_ekd.data.audio import read_audio
-from s3prl_ekd.data.audio_files import SAMPLE_RATE
+from s3prl_ekd.data.audio_files import SAMPLE_RATE, find_audio
 from s3prl_ekd.data.distortion.pipeline import Distorter
 from s3prl_ekd.data.distortion.settings import (
     AdditiveWeights,
@@ -17,10 +19,12 @@ from s3prl_ekd.data.distortion.settings import (
     DistortionSettings,
 )
 from s3prl_ekd.demo.noise import make_noises
+from s3prl_ekd.errors import ConfigError
 
 from .corpus import Corpus
 from .recipe import Recipe
 
+RECORDED = "recorded_noise"  # the folder of the recordings, beside that of synthetic noise
 _TAKES, _SECONDS = 6, 15.0  # clips of each kind, and their length
 _TALKERS = 60  # training utterances that the babble is made of
 
@@ -45,11 +49,65 @@ def noise_folder(corpus: Corpus, folder: Path, seed: int) -> Path:
     return folder
 
 
+def recorded_noise(files: Sequence[Path], folder: Path, begun: bool) -> None:
+    """Copy recordings into ``folder``, once, with ``list.json`` of their names and sizes.
+
+    Args:
+        files: in any order; their names and bytes count, and not where they lie.
+        folder: ``ZOO/recorded_noise``.
+        begun: a stage that hears noise has taken steps already.
+
+    Raises:
+        ConfigError: it was begun with others.
+        DataError: a file is no audio.
+    """
+    facts = [[path.name, path.stat().st_size] for path in sorted(files, key=lambda p: p.name)]
+    listed = folder / "list.json"
+    known = json.loads(listed.read_text(encoding="utf-8")) if listed.exists() else []
+    if known == facts:
+        return
+    if known or begun:
+        raise ConfigError(
+            f"{folder.parent} was begun with {len(known)} recordings of noise, now there are "
+            f"{len(facts)}, or others; give the same --noise, or another folder with -o"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in files:
+        read_audio(path)  # what cannot be read is said now
+        with whole_file(folder / path.name) as file:
+            file.write(path.read_bytes())
+    with whole_file(listed) as file:
+        file.write(json.dumps(facts, indent=1).encode())
+
+
+def find_noise(given: Sequence[str | Path]) -> list[Path]:
+    """The audio files among ``given`` and below its folders.
+
+    Raises:
+        ConfigError: one is missing, a folder has none, or two have one name.
+    """
+    found: list[Path] = []
+    for path in map(Path, given):
+        if not path.exists():
+            raise ConfigError(f"--noise {path}: there is no such file or folder")
+        below = [path / name for name in find_audio(path)] if path.is_dir() else [path]
+        if not below:
+            raise ConfigError(f"--noise {path} holds no .flac, .wav, .ogg or .opus file")
+        found += below
+    names = [path.name for path in found]
+    twice = {name for name in names if names.count(name) > 1}
+    if twice:
+        raise ConfigError(f"--noise: two files are called {min(twice)}; rename one")
+    return found
+
+
 def make_distorter(folder: Path, recipe: Recipe) -> Distorter:
-    """Noise of the folder on 5 of 6 waveforms, a simulated room around 1 of 2."""
+    """Noise of the folder, and of recordings beside it, on 5 of 6 waveforms; a simulated room
+    around 1 of 2."""
+    recorded = folder.with_name(RECORDED)
     settings = DistortionSettings(
         setup="same",
-        noise=(str(folder),),
+        noise=(str(folder), *([str(recorded)] if recorded.is_dir() else [])),
         snr_min=recipe.snr_min,
         snr_max=recipe.snr_max,
         additive_weights=AdditiveWeights(noise=4.0, gaussian=1.0, clean=1.0),

@@ -113,7 +113,7 @@ STAGES = {
             "hubert",
             "hubert_1",
             "distorted",
-            share=0.5,
+            share=1.0,
             lr=0.5,
             start="hubert",
             file="tiny_robust_hubert.pt",

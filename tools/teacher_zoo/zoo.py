@@ -2,6 +2,7 @@
 
 ZOO/recipe.json                what it was begun with
 ZOO/noise/                     synthetic noise
+ZOO/recorded_noise/            copies of --noise
 ZOO/units-mfcc.npz, units-hubert_1.npz
 ZOO/STAGE/checkpoint.pt, log.json, curves.png
 ZOO/random/tiny_*.pt           what the weights were before the first step
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from s3prl_ekd.atomic import whole_file
@@ -24,7 +25,7 @@ from .export import export
 from .labels import Labels, describe, load_labels, make_labels, save_labels
 from .mfcc import mfcc
 from .models import MaskedPredictor
-from .noises import noise_folder
+from .noises import RECORDED, noise_folder, recorded_noise
 from .recipe import STAGES, Recipe, Stage, differences, needed, stage_steps
 from .trainer import Pace, train
 
@@ -38,6 +39,7 @@ def make_zoo(
     zoo: Path,
     pace: Pace,
     stop: Callable[[int], bool] = lambda step: False,
+    noise: Sequence[Path] = (),
 ) -> dict[str, Path] | None:
     """Train what these teachers need.
 
@@ -46,6 +48,7 @@ def make_zoo(
         corpus, recipe, pace: of what, how, where.
         zoo: the folder, as the module docstring has it.
         stop: see :func:`trainer.train`.
+        noise: recordings that distort what RobustHuBERT hears, beside the synthetic noise.
 
     Returns:
         The files by teacher, or None where ``stop`` came first.
@@ -56,6 +59,10 @@ def make_zoo(
     """
     begin(zoo, corpus, recipe)
     stages = needed(teachers)
+    distorted = [stage for stage in stages if stage.hears == "distorted"]
+    if distorted:
+        begun = any((zoo / stage.name / "checkpoint.pt").exists() for stage in distorted)
+        recorded_noise(noise, zoo / RECORDED, begun)
     files: dict[str, Path] = {}
     for stage in stages:
         if stage.hears != "clean":
