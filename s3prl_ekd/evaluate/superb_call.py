@@ -41,7 +41,9 @@ def run_command(
     if not code:
         return
     text = path.read_bytes()[begin:].decode("utf-8", "replace").strip().splitlines()
-    said = next((line for line in reversed(text) if line.startswith("error: ")), None)
+    # its own last word, which a progress bar may have written over as it was closed
+    own = ("error: ", "stopped by ")
+    said = next((line for line in reversed(text) if line.startswith(own)), None)
     why = said.removeprefix("error: ") if said else (text[-1] if text else "no message")
     if code < 0 and not said:
         why = f"ended by {_signal(-code)}; the last line was: {why}"
