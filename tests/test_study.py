@@ -34,6 +34,7 @@ REPO = Path(__file__).parent.parent
 sys.path.insert(0, str(REPO / "tools"))
 
 import study as tool  # noqa: E402
+from marked_text import between  # noqa: E402
 from study_parts import children, run  # noqa: E402
 from study_parts.cells import METRICS, Cell, Fold  # noqa: E402
 from study_parts.compare import make_study  # noqa: E402
@@ -41,7 +42,7 @@ from study_parts.design import Row, model_config, runner_config, students  # noq
 from study_parts.folder import Folder, Spent, inputs_of  # noqa: E402
 from study_parts.intervals import difference, draw, mean  # noqa: E402
 from study_parts.parts import plan  # noqa: E402
-from study_parts.report import BEGIN, END, between  # noqa: E402
+from study_parts.report import BEGIN, END  # noqa: E402
 from study_parts.report_differences import sentence  # noqa: E402
 from study_parts.scores import read_study  # noqa: E402
 
@@ -740,7 +741,7 @@ def test_sentences_say_what_the_numbers_say(tmp_path):
     c = dataclasses.replace(c, metric=CER, condition="esc10_snr5", other="average", one="concat",
                             best_single=False, estimate=estimate)  # fmt: skip
     assert sentence(c) == (
-        "ASR CER, under noise: esc10, 5 dB, size small: concat is behind average by 12.3 "
+        "ASR CER, under noise: esc10, 5 dB SNR, size small: concat is behind average by 12.3 "
         "[2.0, 22.7] points."
     )
 
@@ -856,4 +857,4 @@ def test_a_reference_may_not_have_a_students_name(tmp_path):
 @pytest.mark.parametrize("text", ["", BEGIN, f"{END}\n{BEGIN}", f"{BEGIN}{END}{BEGIN}"])
 def test_marks_that_are_no_pair_are_refused(text):
     with pytest.raises(SetupError, match="once"):
-        between(text, "body", Path("study.md"))
+        between(text, BEGIN, END, "body", Path("study.md"))

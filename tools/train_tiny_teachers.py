@@ -33,10 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
         if args.summary:
-            from teacher_zoo.summary import summary
-
-            print(summary(Path(args.out)))
-            return 0
+            return print_summary(args.out)
         return run(args)
     except EkdError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -166,11 +163,17 @@ def run(args: argparse.Namespace) -> int:
     if files is None:
         print(f"{args.out}: saved; the same command goes on from here")
         return exit_code(signals.received.name) if signals.received else 0
-    from teacher_zoo.summary import summary
-
-    print(summary(Path(args.out)))
+    print_summary(args.out)
     for path in files.values():
         print(path)
+    return 0
+
+
+def print_summary(out: str) -> int:
+    """What the training in the folder ``out`` came to."""
+    from teacher_zoo.summary import summary
+
+    print(summary(Path(out)))
     return 0
 
 

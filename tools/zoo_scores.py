@@ -24,10 +24,13 @@ import argparse
 import sys
 from pathlib import Path
 
+from marked_text import between
+
 from s3prl_ekd import zoo
 from s3prl_ekd.atomic import whole_file
 from s3prl_ekd.errors import EkdError, SetupError
 from s3prl_ekd.evaluate.report import CLEAN, Report
+from s3prl_ekd.evaluate.report_text import with_interval
 
 BEGIN, END = "<!-- scores: tools/zoo_scores.py -->", "<!-- end of scores -->"
 TWIN_OF = {
@@ -112,14 +115,13 @@ def _score(report: Report, upstream: str, task: str, condition: str) -> str:
     found = report.measures.get((upstream, task, condition))
     if found is None:
         return ""
-    low, high = found.interval
     spread = "" if found.deviation is None else f" ±{found.deviation:.1f}"
-    return f"{found.value:.1f} [{low:.1f}, {high:.1f}]{spread}"
+    return with_interval(found.value, *found.interval, digits=1) + spread
 
 
 def _difference(report: Report, one: str, other: str, task: str, condition: str) -> str:
-    found = report.difference(one, other, task, condition)
-    return "" if found is None else f"{found.value:+.1f} [{found.low:+.1f}, {found.high:+.1f}]"
+    d = report.difference(one, other, task, condition)
+    return "" if d is None else with_interval(d.value, d.low, d.high, digits=1, signed=True)
 
 
 def _run(report: Report, upstream: str, task: str) -> str:
@@ -142,12 +144,9 @@ def write_between(path: Path, text: str) -> None:
     """
     if not path.is_file():
         raise SetupError(f"there is no card {path}")
-    before, begin, rest = path.read_text(encoding="utf-8").partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise SetupError(f"{path} lacks the marks {BEGIN} and {END}")
+    card = between(path.read_text(encoding="utf-8"), BEGIN, END, text, path)
     with whole_file(path) as file:
-        file.write(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}".encode())
+        file.write(card.encode())
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from tqdm import tqdm
 from ..data.char_dict import normalise
 from ..data.layout import TABLES
 from ..data.lengths import make_folder, write_table
+from ..digest import file_sha256
 from ..errors import DataError
 from .noise import make_noises
 from .sentences import sentences
@@ -96,8 +97,7 @@ def checksum(root: Path) -> str:
     for path in sorted(path for path in root.rglob("*") if path.is_file()):
         name = path.relative_to(root).as_posix()
         if name != RECORD:
-            digest = hashlib.sha256(path.read_bytes()).hexdigest()
-            total.update(f"{digest}  {name}\n".encode())
+            total.update(f"{file_sha256(path)}  {name}\n".encode())
     return total.hexdigest()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from ..evaluate.report import CLEAN, Difference, Report
+from ..evaluate.report_text import with_interval
 from ..evaluate.tasks import TASKS
 
 
@@ -22,8 +23,7 @@ def score_table(report: Report, order: Sequence[str]) -> list[tuple[str, ...]]:
         cells = []
         for task in report.tasks:
             found = report.measures.get((name, task, CLEAN))
-            low, high = found.interval if found else (0.0, 0.0)
-            cells.append(f"{found.value:.1f} [{low:.1f}, {high:.1f}]" if found else "")
+            cells.append(with_interval(found.value, *found.interval, digits=1) if found else "")
         rows.append((name, *cells))
     return rows
 

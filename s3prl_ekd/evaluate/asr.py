@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import editdistance
-
-from .scores import count_errors, read_pairs
+from .scores import count_characters, count_errors, read_pairs
 
 
 @dataclass(frozen=True)
@@ -28,6 +26,5 @@ def error_rates(folder: str | Path, split: str) -> ErrorRates:
     """
     folder = Path(folder)
     pairs = read_pairs(folder / f"{split}-noLM-hyp.ark", folder / f"{split}-noLM-ref.ark")
-    chars = sum(len(ref) for _, _, ref in pairs)
-    char_errors = sum(editdistance.eval(hyp, ref) for _, hyp, ref in pairs)
-    return ErrorRates(count_errors(pairs, labels=False).rate, 100 * char_errors / chars, len(pairs))
+    words, characters = count_errors(pairs, labels=False), count_characters(pairs)
+    return ErrorRates(words.rate, characters.rate, len(pairs))

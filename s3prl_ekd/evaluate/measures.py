@@ -23,7 +23,7 @@ class Measure:
         by_seed: the metric of each seed alone; ``value`` is their mean.
         resampled: ``[resample]``, ``value`` on each draw of the utterances.
         utterances: in the test set, all folds together.
-        test_set: equal where the utterances and references are: only then are draws paired.
+        test_set: :func:`test_set` of its folds.
     """
 
     selection: Selection
@@ -46,10 +46,23 @@ class Measure:
 
 
 @dataclass(frozen=True, eq=False)
-class _Fold:
+class Fold:
+    """What the seeds of an upstream made of one test set.
+
+    Attributes:
+        names: ``[utterance]``.
+        lengths: ``[utterance]``, as in :class:`Counts`.
+        errors: ``[seed, utterance]``.
+    """
+
     names: tuple[str, ...]
-    lengths: np.ndarray  # [utterance]
-    errors: np.ndarray  # [seed, utterance]
+    lengths: np.ndarray
+    errors: np.ndarray
+
+
+def test_set(folds: Sequence[Fold]) -> tuple:
+    """Equal for folds of the same utterances and references: only then are draws paired."""
+    return tuple((fold.names, fold.lengths.tobytes()) for fold in folds)
 
 
 def measure(
@@ -68,8 +81,7 @@ def measure(
     folds = [_folds(selection, condition) for selection in tested]
     alike: dict[tuple, list[int]] = {}  # test set -> which of `tested`
     for i, group in enumerate(folds):
-        key = tuple((fold.names, fold.lengths.tobytes()) for fold in group)
-        alike.setdefault(key, []).append(i)
+        alike.setdefault(test_set(group), []).append(i)
     found: dict[int, Measure] = {}
     for key, members in alike.items():
         # All systems of one test set at once: drawing costs more than counting.
@@ -98,7 +110,7 @@ def measure(
     return [found[i] for i in range(len(tested))]
 
 
-def _folds(selection: Selection, condition: str) -> list[_Fold]:
+def _folds(selection: Selection, condition: str) -> list[Fold]:
     found = []
     for name in selection.folds:
         runs = [run for run in selection.runs if run.fold == name]
@@ -111,5 +123,5 @@ def _folds(selection: Selection, condition: str) -> list[_Fold]:
                     f"({condition}); evaluate them on one test set"
                 )
         errors = np.stack([count.errors for count in counts])
-        found.append(_Fold(first.names, first.lengths, errors))
+        found.append(Fold(first.names, first.lengths, errors))
     return found

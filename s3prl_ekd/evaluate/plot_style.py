@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ..analysis.plots import require_matplotlib
-from .measures import Measure
-from .report import Score
 from .tasks import TASKS
 
 # Okabe and Ito's colours, which colour-blind readers tell apart, with grey for their yellow, too
@@ -25,17 +23,21 @@ def new_figure(width: float, height: float):
     return figure
 
 
-def add_legend(figure, handles: Mapping[str, object]) -> None:
-    """One legend beside all panels: what it says -> what it shows."""
+def add_legend(figure, handles: Mapping[str, object], size: int = 9) -> None:
+    """One legend beside all panels: what it says -> what it shows; ``size`` in points."""
     figure.legend(
-        list(handles.values()), list(handles), loc="outside right upper", frameon=False, fontsize=9
+        list(handles.values()),
+        list(handles),
+        loc="outside right upper",
+        frameon=False,
+        fontsize=size,
     )
 
 
-def error_bar(m: Measure | Score) -> list[list[float]]:
-    """matplotlib's ``yerr``; 0 where the value lies outside (a skewed draw of few utterances)."""
-    low, high = m.interval
-    return [[max(0.0, m.value - low)], [max(0.0, high - m.value)]]
+def error_bar(value: float, low: float, high: float) -> list[list[float]]:
+    """matplotlib's ``xerr`` or ``yerr``; 0 where the value lies outside (a skewed draw of few
+    utterances)."""
+    return [[max(0.0, value - low)], [max(0.0, high - value)]]
 
 
 def direction(task: str) -> str:

@@ -68,7 +68,12 @@ def plot_scores(report: Report, path: Path | BinaryIO) -> None:
                     linewidth=0.5,
                 )
                 axis.errorbar(
-                    x, m.value, yerr=error_bar(m), color="black", capsize=2, linewidth=0.9
+                    x,
+                    m.value,
+                    yerr=error_bar(m.value, *m.interval),
+                    color="black",
+                    capsize=2,
+                    linewidth=0.9,
                 )
                 handles.setdefault(name, bar)
         centres = [g * (count + 1.2) + (count - 1) / 2 for g in range(groups)]
@@ -146,7 +151,7 @@ def _parameter_panel(
         point = axis.errorbar(
             size * 1.06**aside,
             m.value,
-            yerr=error_bar(m),
+            yerr=error_bar(m.value, *m.interval),
             color=colour,
             marker=marker,
             markeredgecolor="black",
@@ -204,7 +209,10 @@ def plot_noise(report: Report, path: Path | BinaryIO) -> None:
                     continue
                 shift = 0.3 * (i - (len(report.upstreams) - 1) / 2) / len(report.upstreams)
                 errors = [
-                    sum(pair, []) for pair in zip(*(error_bar(m) for _, m in places), strict=True)
+                    sum(pair, [])
+                    for pair in zip(
+                        *(error_bar(m.value, *m.interval) for _, m in places), strict=True
+                    )
                 ]
                 line = axis.errorbar(
                     [x + shift for x, _ in places],

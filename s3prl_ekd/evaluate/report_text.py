@@ -69,7 +69,7 @@ def _main_table(report: Report) -> list[list[str]]:
         cells = ["–", "–"]
         if cost is not None:
             cells = [f"{cost.parameters / 1e6:.2f}", f"{cost.macs / 1e9:.2f}"]
-        shown = "–" if score is None else _with_interval(score.value, *score.interval, digits=1)
+        shown = "–" if score is None else with_interval(score.value, *score.interval, digits=1)
         table.append([row[0], *cells, *row[1:], shown])
     return table
 
@@ -86,14 +86,18 @@ def _metric_table(report: Report, condition: str) -> list[list[str]]:
         if several:
             head.append(f"{task.upper()} sd")
         for row, m, deviation in zip(body, found, deviations, strict=True):
-            row.append(_with_interval(m.value, *m.interval) if m else "–")
+            row.append(with_interval(m.value, *m.interval) if m else "–")
             if several:
                 row.append("–" if deviation is None else f"{deviation:.2f}")
     return [head, *body]
 
 
-def _with_interval(value: float, low: float, high: float, digits: int = 2) -> str:
-    return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+def with_interval(
+    value: float, low: float, high: float, digits: int = 2, *, signed: bool = False
+) -> str:
+    """``45.12 [43.00, 47.21]``, with a + before what is not negative where ``signed``."""
+    form = f"{'+' if signed else ''}.{digits}f"
+    return f"{value:{form}} [{low:{form}}, {high:{form}}]"
 
 
 def _differences(report: Report, against: str) -> list[str]:
@@ -125,8 +129,7 @@ def _shown(difference: Difference | None, digits: int = 2) -> str:
     if difference is None:
         return "n/a"
     d = difference
-    numbers = f"{d.value:+.{digits}f} [{d.low:+.{digits}f}, {d.high:+.{digits}f}]"
-    return f"{numbers} {100 * d.better:.1f} %"
+    return f"{with_interval(d.value, d.low, d.high, digits, signed=True)} {100 * d.better:.1f} %"
 
 
 def _published() -> list[str]:

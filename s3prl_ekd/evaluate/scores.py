@@ -105,6 +105,15 @@ def count_errors(pairs: Sequence[tuple[str, str, str]], *, labels: bool) -> Coun
     return Counts(names, np.array(errors, dtype=np.int64), np.array(lengths, dtype=np.int64))
 
 
+def count_characters(pairs: Sequence[tuple[str, str, str]]) -> Counts:
+    """Edit operations on characters, spaces included, of each utterance of ``pairs``
+    (:func:`read_pairs`): where hardly a word is right, they still tell systems apart."""
+    errors = [editdistance.eval(hyp, ref) for _, hyp, ref in pairs]
+    lengths = [len(ref) for _, _, ref in pairs]
+    names = tuple(name for name, _, _ in pairs)
+    return Counts(names, np.array(errors, dtype=np.int64), np.array(lengths, dtype=np.int64))
+
+
 def count_run(run: Run, condition: str) -> Counts:
     """Errors of a run's predictions of the test set under ``condition``.
 

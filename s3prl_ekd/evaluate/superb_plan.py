@@ -14,6 +14,7 @@ from typing import Any
 from .. import zoo
 from ..config import apply_overrides
 from ..data.emotion import natural
+from ..digest import file_sha256
 from ..errors import ConfigError, SetupError
 from ..feature_cache.arguments import CacheOptions
 from ..recipes import RECIPES, missing_paths
@@ -50,13 +51,7 @@ class Upstream:
         return [self.hub, known, self.selection]
 
 
-@cache
-def _sha256(path: str) -> str:
-    total = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            total.update(block)
-    return total.hexdigest()
+_sha256 = cache(file_sha256)  # asked for every run of an upstream
 
 
 def parse_upstream(text: str, selection: str = "hidden_states") -> Upstream:

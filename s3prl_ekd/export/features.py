@@ -6,7 +6,6 @@ would change every hidden state. What is written is what the upstream gives for 
 
 from __future__ import annotations
 
-import hashlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +18,7 @@ from torch import Tensor
 from .. import __version__
 from ..data.audio import read_audio
 from ..data.audio_files import SAMPLE_RATE, read_header
+from ..digest import file_sha256
 from ..errors import CheckpointError, ConfigError, DataError
 from .features_file import FeaturesFile
 
@@ -102,7 +102,7 @@ def write_features(
         "layers": ",".join(map(str, chosen)),
         "dim": str(upstream.student.width),
         "checkpoint": checkpoint.name,
-        "checkpoint_sha256": _sha256(checkpoint),
+        "checkpoint_sha256": file_sha256(checkpoint),
         "made_by": f"s3prl_ekd {__version__}",
     }
     written = Written()
@@ -188,11 +188,3 @@ def _read(path: Path, max_seconds: float) -> Tensor | DataError:
     except DataError as error:
         return error
     return wave
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .. import __version__
 from ..data.audio_files import SAMPLE_RATE
+from ..digest import file_sha256
 from ..errors import SetupError
 from ..target_cache.key import weights_digest
 from .counts import Counts
@@ -197,10 +198,4 @@ def _json_digest(folder: str | None) -> str | None:
 
 def _sha256(path: str | None) -> str | None:
     """Of a file's contents; None for what is no file: then the weights must do."""
-    if not path or not Path(path).is_file():
-        return None
-    total = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            total.update(block)
-    return total.hexdigest()
+    return file_sha256(path) if path and Path(path).is_file() else None

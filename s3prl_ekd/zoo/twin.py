@@ -1,8 +1,4 @@
-"""Random twins: what a tiny teacher was before its first step, to tell learning from architecture.
-
-Initialised as ``tools/teacher_zoo/models.py`` begins a training: s3prl's classes, and BERT's
-initialisation for the transformer of both (s3prl's HuBERT lacks it, fairseq's has it).
-"""
+"""Random twins: what a tiny teacher was before its first step: architecture without learning."""
 
 from __future__ import annotations
 
@@ -33,16 +29,31 @@ def random_twin(name: str, seed: int = 1337) -> dict[str, Any]:
     """
     path = weights(name)
     states = dict(safe_load(path, "tiny teacher"))
-    compat.apply()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = _hubert(states) if "model_cfg" in states else _wavlm(states)
+        model = untrained(states)
     key = "model_weight" if "model_cfg" in states else "model"
     states[key] = {name: tensor.detach().half() for name, tensor in model.state_dict().items()}
     return states
 
 
-def _hubert(states: dict[str, Any]) -> nn.Module:
+def untrained(states: dict[str, Any]) -> nn.Module:
+    """s3prl's HuBERT or WavLM of a checkpoint's configuration, with the weights that training
+    begins with: drawn from torch's global generator.
+
+    Both transformers get BERT's initialisation, as in fairseq. s3prl's HuBERT lacks it, and with
+    PyTorch's own each layer loses a tenth of what differs from frame to frame, and training soon
+    the rest.
+
+    Args:
+        states: of a file in s3prl's format (see ``s3prl_ekd.demo.tiny_teachers``); weights in it
+            do not count.
+    """
+    compat.apply()
+    if "model_cfg" not in states:
+        from s3prl.upstream.wavlm.WavLM import WavLM, WavLMConfig
+
+        return WavLM(WavLMConfig(states["cfg"]))
     from s3prl.upstream.hubert.hubert_model import (
         HubertConfig,
         HubertModel,
@@ -57,9 +68,3 @@ def _hubert(states: dict[str, Any]) -> nn.Module:
     )
     model.encoder.apply(init_bert_params)
     return model
-
-
-def _wavlm(states: dict[str, Any]) -> nn.Module:
-    from s3prl.upstream.wavlm.WavLM import WavLM, WavLMConfig
-
-    return WavLM(WavLMConfig(states["cfg"]))

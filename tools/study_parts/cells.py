@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import editdistance
 import numpy as np
 
 from s3prl_ekd.errors import DataError
+from s3prl_ekd.evaluate.measures import Fold, test_set
 from s3prl_ekd.evaluate.records import Run
-from s3prl_ekd.evaluate.scores import Counts, count_errors, read_pairs
+from s3prl_ekd.evaluate.scores import Counts, count_characters, count_errors, read_pairs
 
 
 @dataclass(frozen=True)
 class Metric:
-    """One column. ``characters`` counts an ASR run's errors in characters: where hardly a word is
-    right, these still tell systems apart."""
+    """One column. ``characters``: an ASR run's errors are counted in characters."""
 
     task: str
     name: str
@@ -42,16 +41,6 @@ METRICS = (
 
 
 @dataclass(frozen=True)
-class Fold:
-    """One test set. ``errors`` is ``[seed, utterance]``, ``lengths`` and ``names`` are
-    ``[utterance]``."""
-
-    names: tuple[str, ...]
-    lengths: np.ndarray
-    errors: np.ndarray
-
-
-@dataclass(frozen=True)
 class Cell:
     """One row of the table in one metric under one condition."""
 
@@ -64,7 +53,7 @@ class Cell:
     @property
     def test_set(self) -> tuple:
         """Equal for cells that were tested on the same utterances."""
-        return tuple((fold.names, fold.lengths.tobytes()) for fold in self.folds)
+        return test_set(self.folds)
 
 
 def cells_of(row: str, metric: Metric, seeds: dict[int, list[Run]]) -> Iterable[Cell]:
@@ -98,8 +87,6 @@ def cells_of(row: str, metric: Metric, seeds: dict[int, list[Run]]) -> Iterable[
 
 def _count(run: Run, metric: Metric, condition: str) -> Counts:
     pairs = read_pairs(*run.files(condition))
-    if not metric.characters:
-        return count_errors(pairs, labels=metric.higher)
-    errors = [editdistance.eval(list(hyp), list(ref)) for _, hyp, ref in pairs]
-    lengths = [len(ref) for _, _, ref in pairs]
-    return Counts(tuple(name for name, _, _ in pairs), np.array(errors), np.array(lengths))
+    if metric.characters:
+        return count_characters(pairs)
+    return count_errors(pairs, labels=metric.higher)

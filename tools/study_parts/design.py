@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from s3prl_ekd import zoo
+from s3prl_ekd.digest import file_sha256
 from s3prl_ekd.errors import ConfigError, SetupError
 
 TASKS = ("pr", "asr", "sid", "er")
@@ -120,7 +120,7 @@ def _digest(source: str) -> str:
 
 def file_digest(path: Path) -> str:
     """The start of its SHA-256: enough to see that a file is another one."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    return file_sha256(path)[:16]
 
 
 def resolved(setting: Setting) -> Setting:

@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import BinaryIO
 
-from s3prl_ekd.evaluate.plot_style import COLOURS, LINES, MARKERS, new_figure
+from s3prl_ekd.evaluate.plot_style import (
+    COLOURS,
+    LINES,
+    MARKERS,
+    add_legend,
+    error_bar,
+    new_figure,
+)
 
 from .compare import Study
 from .design import CLEAN, ENSEMBLE, Row
@@ -41,7 +48,7 @@ def plot_means(study: Study, file: BinaryIO) -> None:
                     e = study.means.get((Row(size, source).name, metric.key, condition))
                     if e is None:
                         continue
-                    bars = [[max(0.0, e.value - e.low)], [max(0.0, e.high - e.value)]]
+                    bars = error_bar(e.value, e.low, e.high)
                     handles[f"size {size}"] = axis.errorbar(
                         x + shift, e.value, bars, fmt=MARKERS[i], color=COLOURS[i], markersize=5,
                         capsize=2, linewidth=1,
@@ -59,10 +66,7 @@ def plot_means(study: Study, file: BinaryIO) -> None:
             axis.set_ylabel("%", fontsize=7)
             axis.grid(axis="y", alpha=0.3)
     if handles:
-        figure.legend(
-            list(handles.values()), list(handles), loc="outside right upper", frameon=False,
-            fontsize=8,
-        )  # fmt: skip
+        add_legend(figure, handles, size=8)
     figure.savefig(file, dpi=110, format="png")
 
 
@@ -80,7 +84,7 @@ def plot_differences(study: Study, file: BinaryIO) -> None:
             i = conditions.index(c.condition)
             y = pairs.index((c.size, c.one, c.best_single)) + 0.24 * (i - (len(conditions) - 1) / 2)
             e = c.estimate
-            bars = [[max(0.0, e.value - e.low)], [max(0.0, e.high - e.value)]]
+            bars = error_bar(e.value, e.low, e.high)
             handles[_short(c.condition)] = axis.errorbar(
                 e.value, y, xerr=bars, fmt=MARKERS[i], color=COLOURS[i], capsize=2, linewidth=1,
                 markersize=4, markerfacecolor=COLOURS[i] if e.clear else "white",
@@ -93,9 +97,7 @@ def plot_differences(study: Study, file: BinaryIO) -> None:
     names = [f"{size}: {one} − {'best single' if b else 'average'}" for size, one, b in pairs]
     axes[0].set_yticks(range(len(pairs)), names, fontsize=7)
     axes[0].invert_yaxis()
-    figure.legend(
-        list(handles.values()), list(handles), loc="outside right upper", frameon=False, fontsize=8
-    )
+    add_legend(figure, handles, size=8)
     figure.savefig(file, dpi=110, format="png")
 
 

@@ -10,6 +10,8 @@ import platform
 from collections.abc import Iterator
 from pathlib import Path
 
+from marked_text import between
+
 from s3prl_ekd.atomic import whole_file
 from s3prl_ekd.errors import SetupError
 from s3prl_ekd.evaluate.matrix import markdown
@@ -43,7 +45,7 @@ def write_report(study: Study, folder: Folder, parts: list[Part], docs: Path) ->
                 picture(file)
         body = "\n".join(sections(study, folder, parts, list(pictures)))
         before = text.read_text(encoding="utf-8") if text.exists() else f"{TITLE}\n{BEGIN}\n{END}\n"
-        _put(text, between(before, body, text).encode())
+        _put(text, between(before, BEGIN, END, body, text).encode())
         _put(table, as_csv(study).encode())
     except OSError as error:
         raise SetupError(f"{docs} cannot be written to: {error.strerror}") from None
@@ -53,18 +55,6 @@ def write_report(study: Study, folder: Folder, parts: list[Part], docs: Path) ->
 def _put(path: Path, data: bytes) -> None:
     with whole_file(path) as file:
         file.write(data)
-
-
-def between(text: str, body: str, path: Path) -> str:
-    """``text`` with ``body`` between its marks.
-
-    Raises:
-        SetupError: they are not there once each, in order.
-    """
-    first, last = text.find(BEGIN), text.find(END)
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or first > last:
-        raise SetupError(f"{path} must have these two lines once: {BEGIN} and {END}")
-    return f"{text[: first + len(BEGIN)]}\n\n{body.strip()}\n\n{text[last:]}"
 
 
 def sections(study: Study, folder: Folder, parts: list[Part], pictures: list[str]) -> Iterator[str]:

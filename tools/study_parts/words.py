@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from s3prl_ekd.evaluate.report import condition_title
+from s3prl_ekd.evaluate.report_text import with_interval
+
 from .design import CLEAN
 from .intervals import Estimate
 
@@ -10,12 +13,9 @@ def title(condition: str) -> str:
     """``clean``, ``esc10_snr5`` -> words."""
     if condition == CLEAN:
         return "Clean"
-    noise, _, snr = condition.rpartition("_snr")
-    return f"Under noise: {noise}, {snr} dB"
+    return f"Under noise: {condition_title(condition)}"
 
 
 def shown(estimate: Estimate, sign: bool = False) -> str:
     """``45.1 [43.0, 47.2]``."""
-    form = "+.1f" if sign else ".1f"
-    low, high = format(estimate.low, form), format(estimate.high, form)
-    return f"{format(estimate.value, form)} [{low}, {high}]"
+    return with_interval(estimate.value, estimate.low, estimate.high, digits=1, signed=sign)

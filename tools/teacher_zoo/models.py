@@ -14,6 +14,7 @@ from torch.nn.functional import normalize
 
 from s3prl_ekd import compat
 from s3prl_ekd.demo.tiny_teachers import hubert_checkpoint, wavlm_checkpoint
+from s3prl_ekd.zoo.twin import untrained
 
 from .criterion import Encoded
 from .recipe import Family, Recipe
@@ -47,26 +48,8 @@ class MaskedPredictor(nn.Module):
         compat.apply()
         self.family = family
         self.checkpoint = _configuration(family, recipe, classes)
-        if family == "hubert":
-            from s3prl.upstream.hubert.hubert_model import (
-                HubertConfig,
-                HubertModel,
-                HubertPretrainingConfig,
-            )
-            from s3prl.upstream.wavlm.modules import init_bert_params
-
-            self.backbone = HubertModel(
-                HubertConfig(**self.checkpoint["model_cfg"]),
-                HubertPretrainingConfig(**self.checkpoint["task_cfg"]),
-                self.checkpoint["dictionaries_symbols"],
-            )
-            # As fairseq does and s3prl's copy does not. With PyTorch's own initialisation each
-            # layer loses a tenth of what differs from frame to frame, and training soon the rest.
-            self.backbone.encoder.apply(init_bert_params)
-        else:
-            from s3prl.upstream.wavlm.WavLM import WavLM, WavLMConfig
-
-            self.backbone = WavLM(WavLMConfig(self.checkpoint["cfg"]))
+        self.backbone = untrained(self.checkpoint)
+        if family == "wavlm":
             self.wavlm_head = CosineHead(recipe.size.width, classes)
 
     def forward(self, waves: Tensor) -> Encoded:
