@@ -1,16 +1,9 @@
 """The maker's tool that synthesises the voices of the tiny teachers' training."""
 
-import sys
-
+import make_voices
 import pytest
 
 from s3prl_ekd.demo.corpus import checksum, make_corpus
-
-from .conftest import REPO
-
-sys.path.insert(0, str(REPO / "tools"))
-
-import make_voices  # noqa: E402
 
 
 def test_it_is_that_call_of_make_corpus(tmp_path, capsys):

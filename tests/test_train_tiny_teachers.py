@@ -9,36 +9,33 @@ import json
 import math
 import random
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 import torch
+import train_tiny_teachers as tool
+from teacher_zoo import curves, noises
+from teacher_zoo import recipe as recipes
+from teacher_zoo.corpus import Corpus, Utterance, read_corpus
+from teacher_zoo.criterion import Encoded, criterion, spread
+from teacher_zoo.dataset import Excerpts
+from teacher_zoo.export import export
+from teacher_zoo.frames import frame_count, samples_of
+from teacher_zoo.labels import Labels, load_labels, make_labels
+from teacher_zoo.mfcc import mfcc
+from teacher_zoo.mixing import mix_batch, mix_over
+from teacher_zoo.models import MaskedPredictor
+from teacher_zoo.plan import Endless, epoch_batches
+from teacher_zoo.trainer import Pace, train
+from teacher_zoo.zoo import make_zoo
 
-REPO = Path(__file__).parent.parent
-sys.path.insert(0, str(REPO / "tools"))
+from s3prl_ekd.data.audio import read_audio
+from s3prl_ekd.errors import CheckpointError, ConfigError, DataError
+from s3prl_ekd.teacher_sources.checkpoint_files import load_file
 
-import train_tiny_teachers as tool  # noqa: E402
-from teacher_zoo import curves, noises  # noqa: E402
-from teacher_zoo import recipe as recipes  # noqa: E402
-from teacher_zoo.corpus import Corpus, Utterance, read_corpus  # noqa: E402
-from teacher_zoo.criterion import Encoded, criterion, spread  # noqa: E402
-from teacher_zoo.dataset import Excerpts  # noqa: E402
-from teacher_zoo.export import export  # noqa: E402
-from teacher_zoo.frames import frame_count, samples_of  # noqa: E402
-from teacher_zoo.labels import Labels, load_labels, make_labels  # noqa: E402
-from teacher_zoo.mfcc import mfcc  # noqa: E402
-from teacher_zoo.mixing import mix_batch, mix_over  # noqa: E402
-from teacher_zoo.models import MaskedPredictor  # noqa: E402
-from teacher_zoo.plan import Endless, epoch_batches  # noqa: E402
-from teacher_zoo.trainer import Pace, train  # noqa: E402
-from teacher_zoo.zoo import make_zoo  # noqa: E402
-
-from s3prl_ekd.data.audio import read_audio  # noqa: E402
-from s3prl_ekd.errors import CheckpointError, ConfigError, DataError  # noqa: E402
-from s3prl_ekd.teacher_sources.checkpoint_files import load_file  # noqa: E402
+from .conftest import REPO
 
 SIZE = recipes.Size(
     channels=16, width=32, ffn=48, heads=4, layers=4, conv_pos=16, conv_pos_groups=4

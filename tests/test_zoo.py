@@ -1,6 +1,5 @@
 """The tiny teachers of the package: found by name wherever a teacher or an upstream is named."""
 
-import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -19,10 +18,6 @@ from s3prl_ekd.evaluate.probe import build_upstream
 from s3prl_ekd.safe_load import safe_load
 from s3prl_ekd.teacher_sources import check_source, load_teachers, load_upstream
 from s3prl_ekd.zoo.twin import random_twin
-
-from .conftest import REPO
-
-sys.path.insert(0, str(REPO / "tools"))
 
 # conv, projection, positional conv, 6 layers; HuBERT's head goes with it: 192 for each unit
 WAVLM, HUBERT_BODY = 3_257_352, 3_290_752

@@ -1,19 +1,14 @@
 """tools/zoo_scores.py: the numbers in the tiny teachers' cards are those of finished runs."""
 
 import shutil
-import sys
 
 import pytest
+import zoo_scores
 
 from s3prl_ekd import zoo
 
-from .conftest import REPO
 from .superb_runs import write_run
 from .test_report import words
-
-sys.path.insert(0, str(REPO / "tools"))
-
-import zoo_scores  # noqa: E402
 
 
 @pytest.fixture

@@ -1,0 +1,215 @@
+"""The study's command: what it plans, and what it says to mistakes."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import hashlib
+import itertools
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import study as tool
+import yaml
+from study_parts.design import Row, model_config, runner_config, students
+from study_parts.folder import Folder, inputs_of
+from study_parts.parts import plan
+
+from s3prl_ekd import zoo
+from s3prl_ekd.commands import superb
+from s3prl_ekd.config import apply_overrides, load_model_config, load_runner_config
+from s3prl_ekd.errors import ConfigError, SetupError
+
+from .conftest import REPO
+from .study_cases import SINGLE, typed
+
+
+def test_36_students_that_differ_in_nothing_but_what_is_compared():
+    setting = typed()
+    found = students(setting)
+    assert len(found) == len({s.name for s in found}) == 36
+    sources = [*SINGLE, "average", "concat", "separate"]
+    expected = set(itertools.product(["small", "large"], sources, [1, 2, 3]))
+    assert {(s.row.size, s.row.learned_from, s.seed) for s in found} == expected
+    configs = {s.row: model_config(setting, s.row) for s in found}
+    assert len(configs) == 12
+    for row, config in configs.items():
+        assert config["init"] == {"teacher": None}
+        teachers = config.pop("teachers")
+        wanted = SINGLE if row.learned_from in sources[3:] else [row.learned_from]
+        assert teachers == {name: {"model": name, "layers": [2, 4, 6]} for name in wanted}
+        assert config.pop("aggregation") == (
+            row.learned_from if row.learned_from in sources[3:] else "separate"
+        )
+        assert config == configs[Row(row.size, "average")] or row.learned_from != "average"
+    for size in ("small", "large"):  # what is left is the same for all of a size
+        left = [json.dumps(c, sort_keys=True) for row, c in configs.items() if row.size == size]
+        assert len(set(left)) == 1
+
+
+def test_the_configs_are_what_the_product_takes(tmp_path):
+    setting = typed()
+    folder = Folder(tmp_path)
+    folder.begin(setting, Path("/speech"), {})
+    for row in {s.row for s in students(setting)}:
+        loaded = load_model_config(tmp_path / f"configs/{row.name}.yaml")
+        assert all(t.layers == (2, 4, 6) for t in loaded.teachers.values())
+    loaded = load_runner_config(tmp_path / "configs/runner.yaml")
+    assert loaded.runner.total_steps == 240
+    assert loaded.pretrain_expert.datarc.sequence_length == 32_000
+
+
+@pytest.mark.parametrize("steps", [4, 5, 7, 30, 2000])
+def test_any_number_of_steps_makes_a_runner_config(tmp_path, steps):
+    path = tmp_path / "r.yaml"
+    path.write_text(yaml.safe_dump(runner_config(typed("--steps", str(steps)), tmp_path)))
+    assert load_runner_config(path).runner.total_steps == steps
+
+
+def test_the_plan_computes_targets_once_and_evaluates_seed_after_seed():
+    parts = plan(typed(), Path("/s"), Path("/s/esc10"), 2)
+    names = [part.name for part in parts]
+    assert len(set(names)) == len(names)
+    kinds = [part.kind for part in parts if part.kind != "prepare"]
+    assert kinds == ["cache"] + (["distil"] * 12 + ["evaluate"]) * 3
+    cache = next(part for part in parts if part.kind == "cache")
+    assert model_config(typed(), Row("large", "separate"))["teachers"].keys() == set(SINGLE)
+    assert "configs/large-separate.yaml" in cache.commands[0]
+    for part in parts:
+        assert set(part.needs) <= set(names[: names.index(part.name)])
+    for part in parts:
+        if part.kind == "distil":
+            train = part.commands[0]
+            seed = part.name[-1]
+            assert train[train.index("--seed") + 1] == seed
+            assert train[-1].endswith("target_cache='cache'")
+    words = parts[-1].commands[0]
+    assert words[words.index("--seeds") + 1] == "3"
+    assert sum(word.endswith("-seed3.pt") for word in words) == 12
+    assert words[-1] == "--cache-features"
+
+
+def test_the_evaluation_is_what_superb_takes():
+    """PR: a linear probe; its learning rate and steps, and ASR's, are the study's own."""
+    words = plan(typed(), Path("/s"), Path("/s/esc10"), 2)[-1].commands[0]
+    parser = argparse.ArgumentParser()
+    superb.configure(parser)
+    args = parser.parse_args(words[1:])
+    assert sorted(args.lr) == ["asr=3e-3", "pr=1e-2"]
+    assert sorted(args.steps) == ["asr=300", "er=120", "pr=600", "sid=160"]
+    changes = dict(text.split("=", 1) for text in args.override)
+    assert changes.keys() == {"pr", "sid"}
+    recipe = yaml.safe_load((REPO / "downstream_recipes/ctc/tiny.yaml").read_text())
+    assert recipe["downstream_expert"]["model"]["select"] == "RNNs"
+    changed = apply_overrides(recipe, changes["pr"])
+    assert changed["downstream_expert"]["model"].pop("select") == "FrameLevel"
+    del recipe["downstream_expert"]["model"]["select"]
+    assert changed == recipe
+    only = plan(typed("--tasks", "er"), Path("/s"), Path("/s/esc10"), 2)[-1].commands[0]
+    assert "--lr" not in only and "--override" not in only
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--teacher", "a"], "two teachers"),
+        (["--teacher", "a", "--teacher", "b=nowhere/b.pt"], "nowhere/b.pt"),
+        (["--teacher", "a", "--teacher", "a=b"], "twice"),
+        (["--teacher", "average", "--teacher", "b"], "'average'"),
+        (["--size", "small=48,96"], "CHANNELS,WIDTH,LAYERS"),
+        (["--size", "small=48,97,2"], "multiple of 4"),
+        (["--size", "a/b=48,96,2"], "'a/b'"),
+        (["--seeds", "1", "1"], "twice"),
+        (["--steps", "3"], "4 or more"),
+        (["--lr", "nan"], "--lr"),
+        (["--seconds", "-1"], "--seconds"),
+        (["--task-steps", "pr=0"], "4 or more"),
+        (["--task-steps", "xx=8"], "pr, asr, sid, er"),
+        (["--jobs", "0"], "--jobs"),
+        ([], "unlabeled.tsv"),
+        (["--report-only"], "holds no study"),
+        (["--report-only", "--reference", "nowhere"], "nowhere"),
+    ],
+)
+def test_mistakes_are_one_sentence(tmp_path, monkeypatch, capsys, words, said):
+    monkeypatch.chdir(tmp_path)
+    assert tool.main([str(tmp_path), *words]) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: ") and said in error and "\n" not in error
+    assert not (tmp_path / "study_run").exists()
+
+
+def test_another_setting_in_the_same_folder_is_refused(tmp_path):
+    Folder(tmp_path).begin(typed(), tmp_path, {})
+    Folder(tmp_path).begin(typed(), tmp_path, {})
+    with pytest.raises(ConfigError, match=r"steps \(240, now 10\)"):
+        Folder(tmp_path).begin(typed("--steps", "10"), tmp_path, {})
+
+
+def test_inputs_change_with_what_is_in_them_and_not_with_where_they_are(tmp_path):
+    def made(name: str) -> tuple[Path, Path]:
+        root = tmp_path / name
+        (root / "esc10" / "rain").mkdir(parents=True)
+        for file in ("unlabeled.tsv", "pr.tsv", "sid.tsv", "lexicon.txt", "esc10/rain/1.wav"):
+            (root / file).write_text(file)
+        return root, root / "esc10"
+
+    setting = typed("--tasks", "pr", "sid")
+    before = inputs_of(setting, *made("a"))
+    assert before.keys() == {"unlabeled.tsv", "pr.tsv", "sid.tsv", "lexicon.txt", "noise"}
+    assert before["pr.tsv"] == hashlib.sha256(b"pr.tsv").hexdigest()[:16]
+    where = made("b")
+    assert inputs_of(setting, *where) == before
+    for file, key in (("pr.tsv", "pr.tsv"), ("lexicon.txt", "lexicon.txt"),
+                      ("esc10/rain/1.wav", "noise"), ("esc10/2.wav", "noise")):  # fmt: skip
+        last = inputs_of(setting, *where)
+        (where[0] / file).write_text("another length")
+        now = inputs_of(setting, *where)
+        assert {k for k in now if now[k] != last[k]} == {key}
+    assert "lexicon.txt" not in inputs_of(typed("--tasks", "sid"), *where)
+    (where[0] / "pr.tsv").unlink()
+    with pytest.raises(SetupError, match=r"pr\.tsv cannot be read"):
+        inputs_of(setting, *where)
+
+
+def test_a_tiny_teacher_counts_by_its_file_and_its_name(tmp_path, monkeypatch):
+    found = typed("--teacher", "a=tiny_hubert", "--teacher", "b=tiny_hubert_random").plain()
+    digest = hashlib.sha256(zoo.weights("tiny_hubert").read_bytes()).hexdigest()[:16]
+    wanted = {"a": f"tiny_hubert {digest}", "b": f"tiny_hubert_random {digest}"}
+    assert found["teachers"] == wanted
+    other = tmp_path / "other.pt"
+    other.write_bytes(b"another version")
+    monkeypatch.setattr(zoo, "weights", lambda name: other)
+    assert typed().plain()["teachers"] != {name: f"{name} {digest}" for name in SINGLE}
+    digest = hashlib.sha256(b"another version").hexdigest()[:16]
+    assert typed().plain()["teachers"] == {name: f"{name} {digest}" for name in SINGLE}
+
+
+@pytest.mark.parametrize("name", ["scipy", "matplotlib"])
+def test_a_missing_package_is_one_sentence(tmp_path, monkeypatch, capsys, name):
+    monkeypatch.setitem(sys.modules, name, None)
+    assert tool.main([str(tmp_path), "-o", str(tmp_path / "out")]) == 2
+    said = f"error: the study needs {name}; type: pip install 's3prl_ekd[analysis]'\n"
+    assert capsys.readouterr().err == said
+
+
+def test_an_os_error_names_its_file(monkeypatch, capsys):
+    def full(args):
+        raise OSError(errno.ENOSPC, "No space left on device", "/disk/students/x.pt")
+
+    monkeypatch.setattr(tool, "run", full)
+    assert tool.main(["x"]) == 2
+    assert capsys.readouterr().err == "error: /disk/students/x.pt: No space left on device\n"
+
+
+def test_a_teachers_file_counts_by_what_is_in_it(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.pt").write_text("weights")
+    words = ["--teacher", f"x={tmp_path}/a.pt", "--teacher", "y"]
+    moved = ["--teacher", f"x={tmp_path}/b.pt", "--teacher", "y"]
+    assert typed(*words).plain() == typed(*moved).plain()
+    before = typed(*words).plain()
+    (tmp_path / "a.pt").write_text("others")
+    assert typed(*words).plain() != before
