@@ -4,16 +4,18 @@ Only what stands between the two marks of a card changes. Rows: the teacher, its
 tiny_hubert beside the robust one, and fbank (for SID and ER fbank_no_cmvn: fbank's mean over an
 utterance is zero).
 
-example, in a folder of `s3prl-ekd init` with the four tasks prepared (SID: --test-seconds 1):
+example, in a folder of `s3prl-ekd init` with the four tasks prepared (SID: --test-seconds 1), and
+fold 3 of ESC-10 in esc10_fold3 (`cp SPEECH/esc10/*/3-*.flac esc10_fold3`), as tiny_robust_hubert
+heard the other two:
   UPSTREAMS="tiny_hubert tiny_robust_hubert tiny_wavlm tiny_hubert_random tiny_wavlm_random fbank"
-  NOISE="--noise SPEECH/esc10 --snr 5"
+  NOISE="--noise esc10_fold3 --snr 5"
   s3prl-ekd superb $UPSTREAMS --recipes tiny --tasks pr --steps pr=1000 --lr pr=1e-2 \\
       --override "pr=config.downstream_expert.model.select='FrameLevel'" --seeds 1 2 3 $NOISE \\
       --cache-features
   s3prl-ekd superb $UPSTREAMS fbank_no_cmvn --recipes tiny --tasks sid er --steps sid=240 \\
       --steps er=160 --override "sid=config.downstream_expert.datarc.max_timestep=800000" \\
       --seeds 1 2 3 $NOISE --cache-features
-  s3prl-ekd superb $UPSTREAMS --recipes tiny --tasks asr --steps asr=400 --seeds 1 2 3 $NOISE \\
+  s3prl-ekd superb $UPSTREAMS --recipes tiny --tasks asr --steps asr=400 --lr asr=3e-3 --seeds 1 2 3 $NOISE \\
       --cache-features
   python tools/zoo_scores.py result/superb
 """

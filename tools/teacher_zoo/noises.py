@@ -102,8 +102,8 @@ def find_noise(given: Sequence[str | Path]) -> list[Path]:
 
 
 def make_distorter(folder: Path, recipe: Recipe) -> Distorter:
-    """Noise of the folder, and of recordings beside it, on 5 of 6 waveforms; a simulated room
-    around 1 of 2."""
+    """Noise of the folder on 5 of 6 waveforms, or of it and recordings beside it, as often, on 9 of
+    10; a simulated room around 1 of 2."""
     recorded = folder.with_name(RECORDED)
     settings = DistortionSettings(
         setup="same",
