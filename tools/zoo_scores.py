@@ -15,8 +15,8 @@ heard the other two:
   s3prl-ekd superb $UPSTREAMS fbank_no_cmvn --recipes tiny --tasks sid er --steps sid=240 \\
       --steps er=160 --override "sid=config.downstream_expert.datarc.max_timestep=800000" \\
       --seeds 1 2 3 $NOISE --cache-features
-  s3prl-ekd superb $UPSTREAMS --recipes tiny --tasks asr --steps asr=400 --lr asr=3e-3 --seeds 1 2 3 $NOISE \\
-      --cache-features
+  s3prl-ekd superb $UPSTREAMS --recipes tiny --tasks asr --steps asr=400 --lr asr=3e-3 \\
+      --seeds 1 2 3 $NOISE --cache-features
   python tools/zoo_scores.py result/superb
 """
 
