@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import logging
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,8 +38,9 @@ class NoisyTest:
     @property
     def name(self) -> str:
         """A folder's name: ``NAME_snr5``, and ``NAME_snr5_seed1`` for other seeds than 0."""
-        stem = Path(os.path.abspath(self.noise)).stem
-        return f"{stem}_snr{self.snr:g}" + (f"_seed{self.seed}" if self.seed else "")
+        from .evaluate.noise import condition_name
+
+        return condition_name(self.noise, self.snr) + (f"_seed{self.seed}" if self.seed else "")
 
     @property
     def words(self) -> list[str]:

@@ -153,7 +153,7 @@ def check_recipe(recipe: Recipe, folder: Path) -> State:
 def missing_paths(config: dict, keys: tuple[str, ...], folder: Path) -> Iterator[tuple[str, str]]:
     """``(key, path)`` of each path that ``config`` has under ``keys`` and ``folder`` has not."""
     for key in keys:
-        for path in _paths(config, key):
+        for path in recipe_paths(config, (key,)):
             if not (folder / path).exists():
                 yield key, path
 
@@ -190,14 +190,16 @@ def _read_yaml(path: Path, remedy: str) -> dict | Problem:
     return content if isinstance(content, dict) else Problem(f"{path} is not a YAML mapping")
 
 
-def _paths(config: dict, key: str) -> list[str]:
-    """The path or paths under a dotted key; none where the key is not set."""
-    value = config
-    for part in key.split("."):
-        value = value.get(part) if isinstance(value, dict) else None
-    if value is None:
-        return []
-    return [str(item) for item in (value if isinstance(value, list) else [value])]
+def recipe_paths(config: dict, keys: tuple[str, ...]) -> list[str]:
+    """The paths under dotted keys; none where a key is not set."""
+    found: list[str] = []
+    for key in keys:
+        value = config
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        if value is not None:
+            found += map(str, value if isinstance(value, list) else [value])
+    return found
 
 
 @contextlib.contextmanager

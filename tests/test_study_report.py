@@ -99,7 +99,9 @@ def test_the_report_has_the_numbers_and_keeps_the_prose(tmp_path, capsys):
     assert "old" not in text
     # PR of one row under two conditions lacks a seed
     assert "95 of 96 downstream models are finished; 118 of 120 cells have all 2 seeds." in text
-    assert sum(line.count("†") for line in text.splitlines() if line.startswith("|")) == 2
+    # and so do its two differences, to the best single teacher and to average
+    assert sum(line.count("†") for line in text.splitlines() if line.startswith("|")) == 2 + 4
+    assert "of one seed alone, 4 of 100;" in text and "of 96 intervals leave 0 out" in text
     row = next(line for line in text.splitlines() if line.startswith("| reference"))
     assert [c.strip() for c in row.split("|")[2:5]][0] == "fbank" and "83.3 [" in row
     assert "best on dev, clean, over the seeds (PR at small: tiny_hubert;" in text

@@ -64,6 +64,7 @@ def faked(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "PAUSE", 0.02)
     words = [str(speech), "-o", str(out), "--docs", str(tmp_path / "docs"), "--seeds", "7"]
     words += ["--size", "s=16,32,1", "--teacher", "a", "--teacher", "b"]
+    words += ["--noise", str(speech / "esc10")]
 
     def start(*more: str) -> tuple[int, list[str]]:
         calls = out / "calls.txt"

@@ -23,13 +23,14 @@ from s3prl_ekd import cli, voxceleb1_cache
 from s3prl_ekd.checkpoints import read_run
 from s3prl_ekd.commands import superb as command_module
 from s3prl_ekd.errors import DataError, SetupError
-from s3prl_ekd.evaluate import superb
+from s3prl_ekd.evaluate import superb, superb_plan
 from s3prl_ekd.evaluate import warm as warm_module
 from s3prl_ekd.evaluate.probe import check_outputs
 from s3prl_ekd.evaluate.superb_call import run_command
 from s3prl_ekd.evaluate.superb_plan import (
     Upstream,
     noise_conditions,
+    noise_digest,
     parse_upstream,
     steps_overrides,
 )
@@ -164,7 +165,7 @@ def test_a_run_is_known_by_what_decides_its_result(here, tmp_path):
     first.folder.mkdir(parents=True)
     record = {"format": superb.FORMAT, "digest": other.digest}
     (first.folder / superb.RECORD).write_text(json.dumps(record))
-    with pytest.raises(SetupError, match="holds a run of another checkpoint, recipe or setting"):
+    with pytest.raises(SetupError, match="holds a run of another checkpoint, recipe, setting or"):
         superb.check_records([first])
     (first.folder / superb.RECORD).write_text("[]")
     with pytest.raises(SetupError, match="is damaged; remove"):
@@ -183,6 +184,91 @@ def test_noise_and_snr_belong_together(tmp_path):
     for folders, snrs in (([folder], []), ([], [5.0])):
         with pytest.raises(SetupError, match="--noise and --snr go together"):
             noise_conditions(folders, snrs)
+
+
+def test_two_noises_of_one_name_are_refused(tmp_path, monkeypatch):
+    """Their tests would lie in one folder: the second would be taken for done."""
+    for name in ("a", "b"):
+        (tmp_path / name / "rain").mkdir(parents=True)
+        (tmp_path / name / "rain" / "1.flac").touch()
+    a, b = str(tmp_path / "a/rain"), str(tmp_path / "b/rain")
+    with pytest.raises(SetupError, match=r"b/rain at 5 dB have one name, rain_snr5; rename"):
+        noise_conditions([a, b], [5.0])
+    with pytest.raises(SetupError, match="rain_snr5"):
+        noise_conditions([a], [5.0, 5.0])
+    for snr in (float("nan"), float("inf")):
+        with pytest.raises(SetupError, match="a number of dB is needed"):
+            noise_conditions([a], [snr])
+    monkeypatch.chdir(a)
+    assert list(noise_conditions(["."], [5.0])) == ["rain_snr5"]  # as its folder will be called
+    assert noise_digest(a) == noise_digest(b)
+    (tmp_path / "b/rain/2.flac").touch()
+    noise_digest.cache_clear()
+    assert noise_digest(a) != noise_digest(b)
+
+
+def record_of(run, **changes):
+    """As a finished run leaves it."""
+    run.folder.mkdir(parents=True, exist_ok=True)
+    record = {"format": superb.FORMAT, "digest": run.digest, "model": run.upstream.digest}
+    record |= {"finished": True, "tested": {"clean": "."}, "noises": {}}
+    (run.folder / superb.RECORD).write_text(json.dumps(record | changes))
+
+
+def test_a_test_under_other_noises_of_that_name_is_not_kept(here, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name / "rain").mkdir(parents=True)
+        (tmp_path / name / "rain" / f"{name}.flac").touch()
+    a, b = str(tmp_path / "a/rain"), str(tmp_path / "b/rain")
+    words = {"tasks": ["sid"], "snr": [5.0]}
+    (run,) = plan(tmp_path, "fbank", noise=[a], **words)
+    record_of(run, noises={"rain_snr5": noise_digest(a)})
+    superb.check_records([run])
+    (run,) = plan(tmp_path, "fbank", noise=[b], **words)
+    with pytest.raises(SetupError, match="tested under rain_snr5 with other noises than those"):
+        superb.check_records([run])
+
+
+def test_another_model_under_the_same_name_is_refused(here, tmp_path):
+    """Of another task, too: the report would show the two as one."""
+    (tmp_path / "s.pt").write_bytes(b"one")
+    sid, er, *_ = plan(tmp_path, str(tmp_path / "s.pt"))
+    record_of(sid)
+    superb.check_records([er])
+    (tmp_path / "s.pt").write_bytes(b"two, exported later")
+    superb_plan._sha256.cache_clear()
+    with pytest.raises(SetupError, match="is of another model than s is now; move"):
+        superb.check_records([er])
+
+
+def test_a_corpus_prepared_anew_makes_another_run(here, tmp_path):
+    """Its files may have the same names: whole utterances, or a second of each."""
+    (run,) = plan(tmp_path, "fbank", tasks=["sid"])
+    before, table = run.digest, here / "data/sid/prepared.tsv"
+    text = table.read_text()
+    try:
+        table.write_text(text.replace("\t", "\t ", 1))
+        assert run.digest != before
+    finally:
+        table.write_text(text)
+    assert run.digest == before
+
+
+def test_a_second_process_in_a_runs_folder_is_told(here, tmp_path):
+    (run,) = plan(tmp_path, "fbank", tasks=["sid"])
+    run.folder.mkdir(parents=True)
+    code = "import sys; from s3prl_ekd.training.lock import FolderLock\n"
+    code += f"with FolderLock({str(run.folder)!r}): print('held', flush=True); sys.stdin.read()"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert holder.stdout.readline() == "held\n"
+        ((failed, reason),) = superb.run_all([run], warm=False)
+        assert failed is run and "is in use: process" in reason
+        assert not (run.folder / superb.RECORD).exists()
+    finally:
+        holder.communicate()
 
 
 def test_what_is_no_noise_is_said_before_any_training(tmp_path):

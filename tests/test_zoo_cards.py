@@ -41,6 +41,12 @@ def test_a_card_names_its_sources_and_their_licences(name):
         assert f"## {section}" in text, section
 
 
+def test_the_card_of_the_robust_one_names_its_noise():
+    text = re.sub(r"\s+", " ", zoo.card("tiny_robust_hubert").read_text(encoding="utf-8"))
+    for part in ("CC BY 3.0", "K. J. Piczak", "UncleSigmund", "vhlam", "ESC: Dataset for"):
+        assert part in text, part
+
+
 def test_a_card_is_filled_in(name):
     """Fails while a number is still `{{...}}`: whoever trains the weights writes it."""
     assert re.findall(r"\{\{.*?\}\}", zoo.card(name).read_text(encoding="utf-8")) == []

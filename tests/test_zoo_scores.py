@@ -17,14 +17,19 @@ def cards(tmp_path):
 
 
 def results(folder):
-    """PER of 20 utterances of ten words, of which the first n are wrong: 10 n, no spread."""
+    """PER of 20 utterances of ten words, of which the first n are wrong: 10 n with no spread over
+    utterances; n - 1, n and n + 1 for seeds 1, 2 and 3, the other way round for the twin."""
     errors = {
-        "tiny_hubert": 5, "tiny_robust_hubert": 4, "tiny_wavlm": 6,
-        "tiny_hubert_random": 8, "tiny_wavlm_random": 9, "fbank": 7,
+        "tiny_hubert": 5, "tiny_robust_hubert": 3, "tiny_wavlm": 6,
+        "tiny_hubert_random": 8, "tiny_wavlm_random": 8, "fbank": 7,
     }  # fmt: skip
     for upstream, n in errors.items():
-        for seed in (1, 2):
-            pairs = {"clean": words(n), "esc10_snr5": words(n + 1)}
+        way = -1 if upstream == "tiny_hubert_random" else 1
+        for seed in (1, 2, 3):
+            wrong = n + way * (seed - 2)
+            pairs = {"clean": words(wrong), "esc10_snr5": words(wrong + 1)}
+            if upstream == "tiny_hubert":  # a condition of one upstream is no column
+                pairs["rain_snr0"] = words(9)
             write_run(folder, upstream, "pr", pairs, seed=seed)
     return folder
 
@@ -41,15 +46,16 @@ def test_cards_get_the_scores_and_keep_the_rest(tmp_path, cards):
     lines = (cards / "tiny_robust_hubert.md").read_text().splitlines()
     rows = [[c.strip() for c in line.strip("| ").split("|")] for line in lines]
     scores = {row[0]: row[1:] for row in rows if len(row) == 3 and "±" in row[-1]}
+    # sd 10 over three seeds: 10 / sqrt(3) times Student's t of 2 degrees, 4.303
     assert scores == {
-        "tiny_robust_hubert": ["40.0 [40.0, 40.0] ±0.0", "50.0 [50.0, 50.0] ±0.0"],
-        "tiny_hubert_random": ["80.0 [80.0, 80.0] ±0.0", "90.0 [90.0, 90.0] ±0.0"],
-        "tiny_hubert": ["50.0 [50.0, 50.0] ±0.0", "60.0 [60.0, 60.0] ±0.0"],
-        "fbank": ["70.0 [70.0, 70.0] ±0.0", "80.0 [80.0, 80.0] ±0.0"],
+        "tiny_robust_hubert": ["30.0 [5.2, 54.8] ±10.0", "40.0 [15.2, 64.8] ±10.0"],
+        "tiny_hubert_random": ["80.0 [55.2, 104.8] ±10.0", "90.0 [65.2, 114.8] ±10.0"],
+        "tiny_hubert": ["50.0 [25.2, 74.8] ±10.0", "60.0 [35.2, 84.8] ±10.0"],
+        "fbank": ["70.0 [45.2, 94.8] ±10.0", "80.0 [55.2, 104.8] ±10.0"],
     }
     less = {row[0]: row[1] for row in rows if len(row) == 3 and row[1].startswith(("+", "-"))}
-    assert less["tiny_hubert_random"] == "-40.0 [-40.0, -40.0]"
-    assert less["tiny_hubert"] == "-10.0 [-10.0, -10.0]"
+    assert less["tiny_hubert_random"] == "-50.0 [-99.7, -0.3]"  # by seed -70, -50, -30: sd 20
+    assert less["tiny_hubert"] == "-20.0 [-20.0, -20.0]"
     assert "tiny_hubert_random" not in (cards / "tiny_wavlm.md").read_text().split("## Scores")[1]
 
 
@@ -65,3 +71,12 @@ def test_mistakes_are_one_sentence(tmp_path, cards, capsys):
     assert "lacks the marks" in capsys.readouterr().err
     assert zoo_scores.main([str(tmp_path / "none"), "--cards", str(cards)]) == 2
     assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_runs_that_are_not_alike_are_refused(tmp_path, cards, capsys):
+    before = (cards / "tiny_hubert.md").read_text()
+    root = results(tmp_path / "superb")
+    write_run(root, "tiny_wavlm_random", "pr", {"clean": words(1), "esc10_snr5": words(1)}, seed=4)
+    assert zoo_scores.main([str(root), "--cards", str(cards)]) == 2
+    assert "tiny_wavlm_random was not run on pr as tiny_wavlm was" in capsys.readouterr().err
+    assert (cards / "tiny_hubert.md").read_text() == before

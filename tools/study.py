@@ -7,8 +7,8 @@ unlabeled.tsv, lexicon.txt and the audio they name. What is finished is kept, so
 goes on after it was stopped or killed. Needs the extra analysis.
 
 example:
-  python tools/study.py FOLDER -o study_run --jobs 2
-  python tools/study.py FOLDER -o study_run --jobs 2 --minutes 30   # and again, to go on
+  python tools/study.py FOLDER -o study_run --jobs 2 --noise NOISES
+  python tools/study.py FOLDER -o study_run --jobs 2 --noise NOISES --minutes 30  # again: goes on
   python tools/study.py FOLDER -o study_run --report-only --reference result/superb
 """
 
@@ -86,7 +86,9 @@ def make_parser() -> argparse.ArgumentParser:
         help="pr asr sid er (all)")  # fmt: skip
     add("--task-steps", metavar="TASK=N", action="append", default=[],
         help=f"downstream steps ({' '.join(f'{t}={n}' for t, n in STEPS.items())})")  # fmt: skip
-    add("--noise", metavar="DIR", type=Path, help="noises of the test (FOLDER/esc10)")
+    add("--noise", metavar="DIR", type=Path,
+        help="noises of the test, which no teacher was trained on (--report-only needs none)",
+        )  # fmt: skip
     add("--snr", type=float, default=5.0, help="of the noisy test, dB (5)")
     add("--sid-seconds", type=float, default=1.0,
         help="of each dev and test utterance of SID, its middle (1)")  # fmt: skip
@@ -107,7 +109,7 @@ def run(args: argparse.Namespace) -> int:
     if args.jobs < 1:
         raise ConfigError(f"--jobs is {args.jobs}; 1 or more is allowed")
     speech = args.folder.absolute()
-    noise = (args.noise or args.folder / "esc10").absolute()
+    noise = (args.noise or Path("noise")).absolute()  # --report-only alone needs none
     setting = setting_of(args)
     check_inputs(setting, speech, noise, args)
     folder = Folder(args.out)

@@ -27,11 +27,11 @@ def configure(parser) -> None:
         help="default: %(default)s",
     )
     parser.add_argument(
-        "--steps", type=_positive, default=220, help="of distillation (%(default)s)"
+        "--steps", type=_positive, default=200, help="of distillation (%(default)s)"
     )
     parser.add_argument(
-        "--downstream-steps", type=_positive, default=128,
-        help="of a task (%(default)s); PR takes twice as many, SID and ER half, ASR 1.25 times",
+        "--downstream-steps", type=_positive, default=120,
+        help="of a task (%(default)s); PR takes twice as many, SID and ER half, ASR 1.1 times",
     )  # fmt: skip
     parser.add_argument(
         "--tasks", nargs="+", metavar="TASK", default=["pr", "sid", "er", "asr"],

@@ -215,11 +215,12 @@ def _probe(runs) -> None:
     from ..arguments import make_folder
     from ..evaluate.cost import measure_cost
     from ..evaluate.probe import build_upstream, probe
+    from ..evaluate.superb import upstream_folders
 
     for upstream, root in {run.upstream: run.root for run in runs}.items():
         module = build_upstream(upstream.hub, upstream.checkpoint)
         probe(module, upstream.selection, upstream.name)
         path = root / upstream.name / "cost.json"
-        if not path.is_file():
+        if not path.is_file() or not upstream_folders(root, upstream.name):  # of no other model
             make_folder(path.parent)
             path.write_text(json.dumps(measure_cost(module), indent=1) + "\n", encoding="utf-8")

@@ -43,7 +43,7 @@ an utterance is zero. Upstreams whose difference has zero in its 95 % interval a
 the intervals are over test utterances, for one seed:"""
 CACHE = "cache"  # the teachers' targets, for both students
 # Of --downstream-steps, what each task takes: a linear probe's steps cost least.
-SHARES = {"pr": 2.0, "sid": 0.5, "er": 0.5, "asr": 1.25}
+SHARES = {"pr": 2.0, "sid": 0.5, "er": 0.5, "asr": 1.1}
 
 
 @dataclass
@@ -59,8 +59,8 @@ class Demo:
     """
 
     folder: Path
-    steps: int = 220
-    downstream_steps: int = 128
+    steps: int = 200
+    downstream_steps: int = 120
     utterances: int = 400
     tasks: Sequence[str] = tuple(TASKS)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -122,7 +122,7 @@ class Demo:
         every = max(1, self.steps // 3)
         run, config = self._run(name), STUDENTS[name]
         if self._step(run) >= self.steps:
-            print(f"kept: {run} is at step {self.steps} already")
+            print(f"kept: {run} is at step {self._step(run)} already")
         else:
             self._command(
                 f"run_pretrain.py -u ekd -a -n {name} -c pretrain/ekd/tiny_runner.yaml "

@@ -8,6 +8,7 @@ ratio, so an utterance has the same noise at 10 and at 0 dB.
 from __future__ import annotations
 
 import hashlib
+import os
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -57,6 +58,11 @@ def _draw(noises: Sequence[Tensor], rng: random.Random) -> Tensor:
         if not is_silent(noise):
             return noise
     raise DataError(f"every one of the {len(noises)} noises is silent")
+
+
+def condition_name(noise: str | Path, snr: float) -> str:
+    """A folder or manifest and a ratio in dB as the name of a test condition: ``babble_snr5``."""
+    return f"{Path(os.path.abspath(noise)).stem}_snr{snr:g}"
 
 
 class NoiseFiles(Sequence):

@@ -35,6 +35,8 @@ class Record:
     Attributes:
         tested: condition (``clean``, ``babble_snr5``) -> folder of its predictions, relative to
             the run's.
+        model: of what decides the upstream's outputs; None in records of earlier versions.
+        noises: condition -> digest of its noises.
         features_alone: the hidden states are of each utterance alone (``--cache-features``), and
             not of padded batches.
     """
@@ -56,6 +58,8 @@ class Record:
     seconds: float
     finished: Literal[True]
     features_alone: bool = False
+    model: str | None = None
+    noises: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if (self.fold is not None) != (self.task == "er"):

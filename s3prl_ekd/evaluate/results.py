@@ -107,7 +107,8 @@ def _check_alike(runs: Iterable[Run]) -> None:
         if twin is not run:
             raise DataError(f"{twin.folder} and {run.folder} say they are the same run; name one")
         other = upstreams.setdefault(run.upstream, run)
-        if (other.hub, other.checkpoint) != (run.hub, run.checkpoint):
+        models = {r.model for r in (other, run) if r.model is not None}
+        if (other.hub, other.checkpoint) != (run.hub, run.checkpoint) or len(models) > 1:
             raise DataError(
                 f"{other.folder} and {run.folder} are of different models under one name, "
                 f"{run.upstream}; report them apart"

@@ -23,10 +23,11 @@ from tqdm import tqdm
 from ..arguments import make_folder
 from ..checkpoints import newest, read_run
 from ..errors import CheckpointError, SetupError
+from ..training.lock import FolderLock
 from .records import RECORD
 from .superb_call import environment_of, run_command
 from .superb_features import close_features
-from .superb_plan import CLEAN, Run
+from .superb_plan import CLEAN, Run, noise_digest
 from .warm import Processes
 
 logger = logging.getLogger(__name__)
@@ -53,15 +54,41 @@ def read_record(folder: Path) -> dict[str, Any] | None:
 
 
 def check_records(runs: Sequence[Run]) -> None:
-    """Raise SetupError where a folder holds another run: nothing is ever trained over it."""
+    """Raise SetupError where a folder holds another run: nothing is ever trained over it.
+
+    Also where a test under a noise of that name was made with other noises, or another task's runs
+    of the upstream are of another model: the report would show the two as one.
+    """
     for run in runs:
         record = read_record(run.folder)
-        if record is not None and record["digest"] != run.digest:
+        if record is None:
+            continue
+        if record["digest"] != run.digest:
             raise SetupError(
-                f"{run.folder} holds a run of another checkpoint, recipe or setting; move it away, "
-                "name the upstream otherwise (NAME=CHECKPOINT), or choose another -o"
+                f"{run.folder} holds a run of another checkpoint, recipe, setting or corpus; move "
+                "it away, name the upstream otherwise (NAME=CHECKPOINT), or choose another -o"
                 f"{_features_hint(run, record)}"
             )
+        for condition, known in record.get("noises", {}).items():
+            if condition in run.noises and known != noise_digest(run.noises[condition][0]):
+                raise SetupError(
+                    f"{run.folder} was tested under {condition} with other noises than those of "
+                    f"{run.noises[condition][0]}; give that folder another name"
+                )
+    for upstream, root in {run.upstream: run.root for run in runs}.items():
+        for folder in upstream_folders(root, upstream.name):
+            model = (read_record(folder) or {}).get("model")
+            if model is not None and model != upstream.digest:
+                raise SetupError(
+                    f"{folder} is of another model than {upstream.name} is now; move "
+                    f"{root / upstream.name} away, name the upstream otherwise (NAME=CHECKPOINT), "
+                    "or choose another -o"
+                )
+
+
+def upstream_folders(root: Path, name: str) -> list[Path]:
+    """The folders of an upstream's runs that have a record, of any task."""
+    return sorted(path.parent for path in (root / name).glob(f"*/*/{RECORD}"))
 
 
 def _features_hint(run: Run, record: Mapping[str, Any]) -> str:
@@ -163,13 +190,14 @@ def _with_slot(run: Run, slots: queue.Queue, jobs: int, gpus: int, processes: Pr
     slot = slots.get()
     try:
         environment = environment_of(slot, jobs)
-        _run(run, lambda words: run_command(run.folder, words, environment, processes), gpus)
+        make_folder(run.folder)
+        with FolderLock(run.folder):  # the same command, typed twice, trains nothing twice
+            _run(run, lambda words: run_command(run.folder, words, environment, processes), gpus)
     finally:
         slots.put(slot)
 
 
 def _run(run: Run, call: Callable[[list[str]], None], gpus: int) -> None:
-    make_folder(run.folder)
     record = read_record(run.folder) or {
         "format": FORMAT,
         "upstream": run.upstream.name,
@@ -188,6 +216,8 @@ def _run(run: Run, call: Callable[[list[str]], None], gpus: int) -> None:
         "seconds": 0.0,
         "finished": False,
         "features_alone": run.features is not None,
+        "model": run.upstream.digest,
+        "noises": {},
     }
     _write(run.folder, record)
     start = time.monotonic()
@@ -205,6 +235,9 @@ def _run(run: Run, call: Callable[[list[str]], None], gpus: int) -> None:
             if not (run.folder / folder / name).is_file():
                 raise SetupError(f"{run.folder / folder} has no {name} after its evaluation")
         record["tested"][condition] = folder
+        if condition in run.noises:
+            digest = noise_digest(run.noises[condition][0])
+            record.setdefault("noises", {})[condition] = digest
         _write(run.folder, record)
     record["finished"] = CLEAN in record["tested"]
     _write(run.folder, record)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,12 +16,13 @@ from typing import Any
 from .. import zoo
 from ..config import apply_overrides
 from ..data.emotion import natural
+from ..data.layout import PREPARED
 from ..digest import file_sha256
 from ..errors import ConfigError, SetupError
 from ..feature_cache.arguments import CacheOptions
-from ..recipes import RECIPES, missing_paths
+from ..recipes import RECIPES, missing_paths, recipe_paths
 from ..schema import read_yaml
-from .noise import find_noises
+from .noise import condition_name, find_noises
 from .tasks import Task
 
 CLEAN = "clean"
@@ -50,8 +53,17 @@ class Upstream:
         known = _sha256(path) if path is not None and Path(path).is_file() else str(path)
         return [self.hub, known, self.selection]
 
+    @property
+    def digest(self) -> str:
+        """Of :attr:`identity`."""
+        return _digest(self.identity)
+
 
 _sha256 = cache(file_sha256)  # asked for every run of an upstream
+
+
+def _digest(facts: Any) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def parse_upstream(text: str, selection: str = "hidden_states") -> Upstream:
@@ -102,6 +114,18 @@ class Recipe:
                 f"{self.path}: {key} is {missing}, which is not there; edit it, prepare the data "
                 f"(s3prl-ekd prepare {self.task.name} -h), or leave {self.task.name} out of --tasks"
             )
+
+    def data_digests(self, folder: Path) -> list[str]:
+        """Of the tables that ``s3prl-ekd prepare`` left in the data folders; of data in its own
+        layout nothing is known."""
+        known = next(known for known in RECIPES if known.downstream == self.task.downstream)
+        found = {}
+        for path in recipe_paths(self.config, known.data):
+            for place in (folder / path, (folder / path).parent):
+                table = place / PREPARED
+                if table.is_file():
+                    found[table.resolve()] = file_sha256(table)
+        return sorted(found.values())
 
     def folds(self) -> list[str | None]:
         """ER: ``fold1`` … for each session that has metadata; one run without a fold else."""
@@ -164,9 +188,10 @@ class Run:
         """Of what decides the result."""
         config = apply_overrides(read_yaml(self.recipe.path), self.overrides)
         facts = [self.upstream.identity, config, self.task.downstream, self.seed]
+        facts += self.recipe.data_digests(Path.cwd())
         if self.features is not None:  # without padding, hidden states differ a little
             facts.append("features of each utterance alone")
-        return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+        return _digest(facts)
 
     def train_words(self) -> list[str]:
         """The training command, as typed; ``-a`` takes up a cut run."""
@@ -194,15 +219,30 @@ def noise_conditions(folders: Sequence[str], snrs: Sequence[float]) -> dict:
     """``{babble_snr5: (folder, 5.0), …}``.
 
     Raises:
-        SetupError: only one of the two was given.
+        SetupError: only one of the two was given, two conditions have one name, or a ratio is no
+            number of dB.
         DataError: no noises are there; found out now, and not when the training is done.
     """
     if bool(folders) != bool(snrs):
         raise SetupError("--noise and --snr go together: --noise FOLDER --snr 10 5 0")
+    found: dict[str, tuple[str, float]] = {}
     for folder in folders:
         find_noises(folder)
-    return {
-        f"{Path(folder).stem}_snr{snr:g}": (folder, float(snr))
-        for folder in folders
-        for snr in snrs
-    }
+        for snr in snrs:
+            if not math.isfinite(snr):
+                raise SetupError(f"--snr {snr}: a number of dB is needed, such as 5")
+            name = condition_name(folder, snr)
+            if name in found:
+                raise SetupError(
+                    f"--noise {found[name][0]} and {folder} at {snr:g} dB have one name, {name}; "
+                    "rename a folder, or name each once"
+                )
+            found[name] = (folder, float(snr))
+    return found
+
+
+@cache
+def noise_digest(folder: str) -> str:
+    """Of the names and sizes of the noises in a folder or manifest: a name says too little."""
+    noises = find_noises(folder)
+    return _digest([[name, os.path.getsize(noises.root / name)] for name in noises.names])

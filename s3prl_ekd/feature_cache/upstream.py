@@ -159,7 +159,7 @@ def folder_name(args: Namespace, upstream: nn.Module, selection: str) -> str:
         "config": _sha256(config) or config,
         "selection": selection,
         "device": device,
-        "s3prl": metadata.version("s3prl"),
+        "packages": _versions(),
         "s3prl_ekd": __version__ if kind.__module__.startswith("s3prl_ekd") else None,
     }
     text = json.dumps(facts, sort_keys=True, default=str)
@@ -168,9 +168,10 @@ def folder_name(args: Namespace, upstream: nn.Module, selection: str) -> str:
 
 @torch.no_grad()
 def _answer(upstream: nn.Module, selection: str, device: str) -> str:
-    """A digest of the last layer for a second of noise.
+    """A digest of the layers for a second of noise.
 
-    Of its mean absolute value in two digits, and of some hundred values in tenths of that: enough
+    Of each one's mean absolute value in two digits, and of some hundred values of the last in
+    tenths of that: enough
     to see another normalisation of the waveform, and so coarse that the last bits, which depend on
     the number of threads, hardly ever count. Where they do, all is computed anew: no harm else.
     """
@@ -179,13 +180,26 @@ def _answer(upstream: nn.Module, selection: str, device: str) -> str:
     upstream.eval()  # frozen; CachedUpstream refuses any other
     before = np.random.get_state()  # some upstreams draw for a layer drop that is off
     try:
-        last = _layers(upstream, [noise.to(device)], selection)[-1].double().cpu().flatten()
+        layers = [x.double().cpu() for x in _layers(upstream, [noise.to(device)], selection)]
     finally:
         np.random.set_state(before)
+    last = layers[-1].flatten()
     size = float(last.abs().mean())
     some = last[:: max(1, len(last) // 128)] / (size or 1.0)
     tenths = [round(10 * value) if math.isfinite(value) else None for value in some.tolist()]
-    return hashlib.blake2b(f"{size:.1e} {tenths}".encode(), digest_size=16).hexdigest()
+    sizes = [f"{float(layer.abs().mean()):.1e}" for layer in layers]
+    return hashlib.blake2b(f"{sizes} {tenths}".encode(), digest_size=16).hexdigest()
+
+
+def _versions() -> dict[str, str | None]:
+    """Of the packages that compute; a folder that is kept may outlive an upgrade."""
+    found: dict[str, str | None] = {}
+    for name in ("s3prl", "torch", "torchaudio", "transformers"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    return found
 
 
 def _json_digest(folder: str | None) -> str | None:

@@ -67,7 +67,8 @@ def make_study(setting: Setting, found: Found, resamples: int = RESAMPLES) -> St
     """Means, and differences of the ensembles to the best single teacher and to average.
 
     The best single teacher is chosen by dev, on which no number of the table is measured: chosen
-    by the test set, it would look better than it is. Where single teachers tie there, as they do
+    by the test set, it would look better than it is. A little too good it still looks, as the seeds
+    that are lucky on dev are so on the test set. Where single teachers tie there, as they do
     while dev has nothing but errors, none is best and nothing is compared with it.
     """
     drawn = {key: draw(cell, resamples) for key, cell in found.cells.items()}

@@ -70,10 +70,11 @@ class Folder:
         write_json(self.root / "done" / f"{part}.json", vars(spent))
 
     def begin(self, setting: Setting, speech: Path, inputs: dict[str, str]) -> None:
-        """Write the configs and ``study.json``, or compare with what is there and write nothing.
+        """Write the configs, and ``study.json`` where there is none; where there is, compare first.
 
         Call it with the folder's lock. ``study.json`` comes last, so a start that was killed
-        before is begun anew.
+        before is begun anew. The configs are written at each start: corpus and teachers may have
+        moved, and only what is in them counts.
 
         Args:
             speech: the folder with the manifests.
@@ -83,16 +84,17 @@ class Folder:
             ConfigError: the study was begun with another setting or other data.
             SetupError: the folder cannot be written to.
         """
-        if self.begun:
+        begun = self.begun
+        if begun:
             self.compare(setting, inputs)
-            return
         try:
             for name in ("configs", "done", "logs", "students"):
                 (self.root / name).mkdir(parents=True, exist_ok=True)
             for row in rows(setting):
                 self._yaml(row.name, model_config(setting, row))
             self._yaml("runner", runner_config(setting, speech))
-            write_json(self._study, {"setting": setting.plain(), "inputs": inputs})
+            if not begun:
+                write_json(self._study, {"setting": setting.plain(), "inputs": inputs})
         except OSError as error:
             raise SetupError(f"{self.root} cannot be written to: {error.strerror}") from None
 

@@ -92,5 +92,10 @@ def check_inputs(setting: Setting, speech: Path, noise: Path, args: argparse.Nam
     for name in wanted:
         if not (speech / name).is_file():
             raise SetupError(f"{speech} has no {name}; name the folder with the manifests")
+    if args.noise is None:
+        raise SetupError(
+            "--noise: name a folder of noises that no teacher was trained on; tiny_robust_hubert "
+            "heard folds 1 and 2 of ESC-10"
+        )
     if not noise.is_dir():
         raise SetupError(f"{noise}: there is no such folder of noises; name one with --noise")

@@ -50,8 +50,7 @@ def plot_means(study: Study, file: BinaryIO) -> None:
                         continue
                     bars = error_bar(e.value, e.low, e.high)
                     handles[f"size {size}"] = axis.errorbar(
-                        x + shift, e.value, bars, fmt=MARKERS[i], color=COLOURS[i], markersize=5,
-                        capsize=2, linewidth=1,
+                        x + shift, e.value, bars, **_look(i), markersize=5, capsize=2, linewidth=1,
                     )  # fmt: skip
             for i, name in enumerate(study.found.references):
                 e = study.means.get((name, metric.key, condition))
@@ -86,8 +85,8 @@ def plot_differences(study: Study, file: BinaryIO) -> None:
             e = c.estimate
             bars = error_bar(e.value, e.low, e.high)
             handles[_short(c.condition)] = axis.errorbar(
-                e.value, y, xerr=bars, fmt=MARKERS[i], color=COLOURS[i], capsize=2, linewidth=1,
-                markersize=4, markerfacecolor=COLOURS[i] if e.clear else "white",
+                e.value, y, xerr=bars, **_look(i), capsize=2, linewidth=1, markersize=4,
+                markerfacecolor=_look(i)["color"] if e.clear else "white",
             )  # fmt: skip
         axis.axvline(0, color="black", linewidth=0.8)
         better = "right" if metric.higher else "left"
@@ -99,6 +98,11 @@ def plot_differences(study: Study, file: BinaryIO) -> None:
     axes[0].invert_yaxis()
     add_legend(figure, handles, size=8)
     figure.savefig(file, dpi=110, format="png")
+
+
+def _look(number: int) -> dict[str, str]:
+    """Marker and colour of the sizes, or conditions, in turn."""
+    return {"fmt": MARKERS[number % len(MARKERS)], "color": COLOURS[number % len(COLOURS)]}
 
 
 def _short(condition: str) -> str:

@@ -117,7 +117,7 @@ def _setting(study: Study) -> Iterator[str]:
         yield f"- SID is tested on the middle {s.sid_seconds:g} s of each utterance."
     if "er" in s.tasks:
         folds = "each speaker left out once" if s.all_folds else "the manifest's split"
-        yield f"- ER: {folds}; seven classes."
+        yield f"- ER: {folds}."
     if found.alone:
         tasks = ", ".join(task.upper() for task in found.alone)
         yield f"- Features of {tasks}: of each utterance alone (--cache-features)."

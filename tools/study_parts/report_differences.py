@@ -28,8 +28,9 @@ def differences(study: Study) -> Iterator[str]:
     yield "## Differences\n"
     yield (
         "In points of the metric, paired by seed and utterance. The best single teacher is the one "
-        f"whose students are best on dev, clean, over the seeds{_best(study)}; the intervals take "
-        "this choice as given.\n"
+        f"whose students are best on dev, clean, over the seeds{_best(study)}. The intervals take "
+        "this choice as given, and part of its lead may be luck of these seeds, which it brings "
+        "to the test set, too: that speaks against the ensembles.\n"
     )
     if CER in study.metrics:
         yield "ASR is chosen by dev WER, so its CER takes the same choice.\n"
@@ -44,8 +45,17 @@ def differences(study: Study) -> Iterator[str]:
         chosen = [c for c in study.comparisons if c.condition == condition]
         yield f"{title(condition)}:\n"
         yield markdown(list(_difference_table(study, chosen))) + "\n"
-    clear = [c for c in study.comparisons if c.estimate.clear]
-    count = len(study.comparisons)
+    over_seeds = [c for c in study.comparisons if c.estimate.over_seeds]
+    clear = [c for c in over_seeds if c.estimate.clear]
+    count = len(over_seeds)
+    if count < len(study.comparisons):
+        yield (
+            f"†: of one seed alone, {len(study.comparisons) - count} of "
+            f"{len(study.comparisons)}; what a seed does is not in these intervals, so they tell "
+            "nothing apart and are not counted.\n"
+        )
+    if not count:
+        return
     yield (
         f"{len(clear)} of {count} intervals leave 0 out; if nothing differed, about "
         f"{(1 - LEVEL) * count:.1f} would by chance. They are not independent and not corrected "
@@ -77,7 +87,7 @@ def _difference_table(study: Study, chosen: list[Comparison]) -> Iterator[list[s
     for c in chosen:
         other = "best single" if c.best_single else c.other
         cells = lines.setdefault((c.size, f"{c.one} − {other}"), {})
-        cells[c.metric.key] = shown(c.estimate, sign=True)
+        cells[c.metric.key] = shown(c.estimate, sign=True) + "†" * (not c.estimate.over_seeds)
     for (size, what), cells in lines.items():
         yield [size, what, *(cells.get(metric.key, "–") for metric in study.metrics)]
 

@@ -9,10 +9,11 @@ from pathlib import Path
 
 from s3prl_ekd.errors import DataError
 from s3prl_ekd.evaluate.records import RECORD, Cost, Run
+from s3prl_ekd.evaluate.report import sort_conditions
 from s3prl_ekd.evaluate.results import Results, read_results, select
 
 from .cells import METRICS, Cell, cells_of
-from .design import CLEAN, Setting, rows, students
+from .design import Setting, rows, students
 from .references import differing
 
 
@@ -84,7 +85,6 @@ def read_study(setting: Setting, superb: Path, references: Sequence[Path] = ()) 
             if metric.task == task:
                 for cell in cells_of(row, metric, seeds):
                     cells[row, metric.key, cell.condition] = cell
-    conditions = dict.fromkeys(sorted({key[2] for key in cells}, key=lambda c: (c != CLEAN, c)))
     of_students = [run for (row, _), seeds in grouped.items() if row in taken
                    for runs in seeds.values() for run in runs]  # fmt: skip
     return Found(
@@ -94,7 +94,7 @@ def read_study(setting: Setting, superb: Path, references: Sequence[Path] = ()) 
         tuple(dict.fromkeys(names)),
         finished,
         len(known) * len(setting.tasks),
-        tuple(conditions),
+        sort_conditions(key[2] for key in cells),
         {run.task: (run.lr, run.steps) for run in of_students},
         tuple(
             t for t in setting.tasks if any(r.features_alone for r in of_students if r.task == t)

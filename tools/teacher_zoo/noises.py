@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from .corpus import Corpus
 from .recipe import Recipe
 
 RECORDED = "recorded_noise"  # the folder of the recordings, beside that of synthetic noise
+LIST = "list.json"
 _TAKES, _SECONDS = 6, 15.0  # clips of each kind, and their length
 _TALKERS = 60  # training utterances that the babble is made of
 
@@ -62,7 +64,7 @@ def recorded_noise(files: Sequence[Path], folder: Path, begun: bool) -> None:
         DataError: a file is no audio.
     """
     facts = [[path.name, path.stat().st_size] for path in sorted(files, key=lambda p: p.name)]
-    listed = folder / "list.json"
+    listed = folder / LIST
     known = json.loads(listed.read_text(encoding="utf-8")) if listed.exists() else []
     if known == facts:
         return
@@ -71,12 +73,14 @@ def recorded_noise(files: Sequence[Path], folder: Path, begun: bool) -> None:
             f"{folder.parent} was begun with {len(known)} recordings of noise, now there are "
             f"{len(facts)}, or others; give the same --noise, or another folder with -o"
         )
-    folder.mkdir(parents=True, exist_ok=True)
     for path in files:
-        read_audio(path)  # what cannot be read is said now
+        read_audio(path)  # what cannot be read is said before anything is there
+    shutil.rmtree(folder, ignore_errors=True)  # of a start that was cut here
+    folder.mkdir(parents=True)
+    for path in files:
         with whole_file(folder / path.name) as file:
             file.write(path.read_bytes())
-    with whole_file(listed) as file:
+    with whole_file(listed) as file:  # last: without it nothing of the folder is heard
         file.write(json.dumps(facts, indent=1).encode())
 
 
@@ -107,7 +111,7 @@ def make_distorter(folder: Path, recipe: Recipe) -> Distorter:
     recorded = folder.with_name(RECORDED)
     settings = DistortionSettings(
         setup="same",
-        noise=(str(folder), *([str(recorded)] if recorded.is_dir() else [])),
+        noise=(str(folder), *([str(recorded)] if (recorded / LIST).is_file() else [])),
         snr_min=recipe.snr_min,
         snr_max=recipe.snr_max,
         additive_weights=AdditiveWeights(noise=4.0, gaussian=1.0, clean=1.0),

@@ -156,8 +156,13 @@ def check(recipe: Recipe) -> None:
         f.name for f in fields(recipe) if f.name in ("steps", "batch_seconds", "crop_seconds", "lr")
     ]
     for name in positive:
-        if not getattr(recipe, name) > 0:
+        if not 0 < getattr(recipe, name) < float("inf"):
             raise ValueError(f"{name} is {getattr(recipe, name)}; it must be above 0")
+    if recipe.seed < 0:
+        raise ValueError(f"seed is {recipe.seed}; 0 or more is allowed")
+    for name in ("mfcc_clusters", "hidden_clusters"):
+        if getattr(recipe.units, name) < 2:
+            raise ValueError(f"{name} is {getattr(recipe.units, name)}; 2 or more are needed")
     if not 0 < recipe.alpha <= 1:
         raise ValueError(f"alpha is {recipe.alpha}; above 0 to 1 is allowed")
     if not 0 <= recipe.dropout < 1:
