@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,10 @@ from s3prl_ekd.demo.tiny_teachers import hubert_checkpoint, wavlm_checkpoint
 from s3prl_ekd.distill.settings import StudentSettings
 
 REPO = Path(__file__).parent.parent
+# Ctrl-C is ignored by what a script begins in the background, and by all that this starts; the
+# tests send it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 CONV = "[(32,10,5)] + [(32,3,2)] * 4 + [(32,2,2)] * 2"
 SIZES = {
     "conv_layers": CONV,

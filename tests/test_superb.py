@@ -603,9 +603,27 @@ def test_a_process_that_has_gone_is_no_trouble_to_stop(monkeypatch):
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     monkeypatch.setattr(warm_module, "_GRACE", 0.0)
+    monkeypatch.setattr(warm_module, "_TO_SAVE", 0.0)
     processes = warm_module.Processes(False)
     processes._live.add(gone)
     processes.stop()
+
+
+def test_a_process_that_ignores_ctrl_c_is_terminated(monkeypatch):
+    monkeypatch.setattr(warm_module, "_GRACE", 0.1)
+    monkeypatch.setattr(warm_module, "_TO_SAVE", 0.5)
+    code = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print('deaf', "
+    child = subprocess.Popen(
+        [sys.executable, "-c", code + "flush=True); time.sleep(600)"], stdout=subprocess.PIPE
+    )
+    try:
+        assert child.stdout.readline() == b"deaf\n"
+        processes = warm_module.Processes(False)
+        processes._live.add(child)
+        processes.stop()
+        assert child.wait(timeout=10) == -signal.SIGTERM
+    finally:
+        child.kill()
 
 
 def test_forked_processes_give_what_new_ones_give(here, tmp_path, monkeypatch, server):

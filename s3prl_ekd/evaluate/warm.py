@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 PRELOAD = "s3prl_ekd.evaluate.warm_imports"
 _THREADS = "OMP_NUM_THREADS"
+_TO_SAVE = 20.0  # seconds for a command to end after Ctrl-C
 _GRACE = 2.0  # seconds for children to leave by themselves: a terminal's Ctrl-C reaches them too
 
 
@@ -140,15 +141,17 @@ class Processes:
             raise SetupError("stopped before it began; give the same command again")
 
     def stop(self) -> None:
-        """Start nothing any more, and interrupt what still runs after a moment."""
+        """Start nothing any more, and interrupt what still runs after a moment; what does not heed
+        it, as commands do that were begun in the background of a script, is terminated."""
         self._stopped = True
-        deadline = time.monotonic() + _GRACE
-        while self._live and time.monotonic() < deadline:
-            time.sleep(0.05)
-        with self._lock:
-            for child in self._live:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(child.pid, signal.SIGINT)
+        for what, grace in ((signal.SIGINT, _GRACE), (signal.SIGTERM, _TO_SAVE)):
+            deadline = time.monotonic() + grace
+            while self._live and time.monotonic() < deadline:
+                time.sleep(0.05)
+            with self._lock:
+                for child in self._live:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(child.pid, what)
 
 
 def _torch_threads() -> int:
@@ -170,6 +173,7 @@ def _child(
     # for PR would each import everything again.
     multiprocessing.set_start_method(start_method, force=True)
     _print_to(log)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # the server's may ignore it
     os.environ.clear()
     os.environ.update(environment)
     tempfile.tempdir = None  # to be found anew, in this environment
