@@ -52,6 +52,14 @@ def test_a_card_is_filled_in(name):
     assert re.findall(r"\{\{.*?\}\}", zoo.card(name).read_text(encoding="utf-8")) == []
 
 
+def test_a_card_has_scores_beside_a_twin(name):
+    text = zoo.card(name).read_text(encoding="utf-8")
+    scores = text.split("<!-- scores:")[1].split("<!-- end of scores -->")[0]
+    rows = [line.split("|")[1].strip() for line in scores.splitlines() if line.startswith("|")]
+    assert rows.count(name) == 1 and rows.count("less") == 1
+    assert sum(row.endswith("_random") for row in rows) == 2  # its scores, and less it
+
+
 def test_the_readme_is_filled_in():
     text = (REPO / "README.md").read_text(encoding="utf-8")
     assert re.findall(r"\{\{.*?\}\}", text) == []
