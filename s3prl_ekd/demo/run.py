@@ -121,8 +121,8 @@ class Demo:
     def _distil(self, name: str) -> None:
         every = max(1, self.steps // 3)
         run, config = self._run(name), STUDENTS[name]
-        if self._step(run) >= self.steps:
-            print(f"kept: {run} is at step {self._step(run)} already")
+        if (step := self._step(run)) >= self.steps:
+            print(f"kept: {run} is at step {step} already")
         else:
             self._command(
                 f"run_pretrain.py -u ekd -a -n {name} -c pretrain/ekd/tiny_runner.yaml "

@@ -105,11 +105,15 @@ class Recipe:
         config = read_yaml(self.path)
         return apply_overrides(config, self.overrides) if self.overrides else config
 
+    @property
+    def _paths(self):
+        """Which of its keys are paths."""
+        return next(known for known in RECIPES if known.downstream == self.task.downstream)
+
     def check(self, folder: Path) -> None:
         """Raise ConfigError where a file or a folder that the recipe names is not there."""
         config = self.config
-        known = next(known for known in RECIPES if known.downstream == self.task.downstream)
-        for key, missing in missing_paths(config, known.files + known.data, folder):
+        for key, missing in missing_paths(config, self._paths.files + self._paths.data, folder):
             raise ConfigError(
                 f"{self.path}: {key} is {missing}, which is not there; edit it, prepare the data "
                 f"(s3prl-ekd prepare {self.task.name} -h), or leave {self.task.name} out of --tasks"
@@ -118,9 +122,8 @@ class Recipe:
     def data_digests(self, folder: Path) -> list[str]:
         """Of the tables that ``s3prl-ekd prepare`` left in the data folders; of data in its own
         layout nothing is known."""
-        known = next(known for known in RECIPES if known.downstream == self.task.downstream)
         found = {}
-        for path in recipe_paths(self.config, known.data):
+        for path in recipe_paths(self.config, self._paths.data):
             for place in (folder / path, (folder / path).parent):
                 table = place / PREPARED
                 if table.is_file():
