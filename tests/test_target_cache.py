@@ -427,7 +427,7 @@ def test_a_killed_build_goes_on_to_the_same_bytes(folder, capfd):
     assert 4 <= done < 12
     with open(folder / "cut/targets.bin", "ab") as file:
         file.write(b"half of an utterance")
-    with pytest.raises(DataError, match=r"not complete: \d of 12 utterances are done; go on"):
+    with pytest.raises(DataError, match=f"not complete: {done} of 12 utterances are done; go on"):
         adapter(folder, target_cache="cut")
     capfd.readouterr()
     assert cache(folder, folder / "cut", "--dtype", "int8") == 0
