@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import study as tool
+import torch
 import yaml
 from study_parts.design import Row, model_config, runner_config, students
 from study_parts.folder import Folder, inputs_of
@@ -20,6 +21,8 @@ from study_parts.parts import plan
 from s3prl_ekd import zoo
 from s3prl_ekd.commands import superb
 from s3prl_ekd.config import apply_overrides, load_model_config, load_runner_config
+from s3prl_ekd.distill.losses import distillation_loss
+from s3prl_ekd.distill.settings import LossSettings
 from s3prl_ekd.errors import ConfigError, SetupError
 
 from .conftest import REPO
@@ -36,9 +39,11 @@ def test_36_students_that_differ_in_nothing_but_what_is_compared():
     configs = {s.row: model_config(setting, s.row) for s in found}
     assert len(configs) == 12
     for row, config in configs.items():
-        assert config["init"] == {"teacher": None}
+        assert config["init"] == {"teacher": "tiny_hubert"}
         teachers = config.pop("teachers")
         wanted = SINGLE if row.learned_from in sources[3:] else [row.learned_from]
+        if "tiny_hubert" not in wanted:  # its weights are the first ones, its layers no target
+            assert teachers.pop("tiny_hubert")["weight"] == 0
         assert teachers == {name: {"model": name, "layers": [2, 4, 6]} for name in wanted}
         assert config.pop("aggregation") == (
             row.learned_from if row.learned_from in sources[3:] else "separate"
@@ -46,6 +51,31 @@ def test_36_students_that_differ_in_nothing_but_what_is_compared():
     for size in ("small", "large"):  # what is left is the same for all of a size
         left = [json.dumps(c, sort_keys=True) for row, c in configs.items() if row.size == size]
         assert len(set(left)) == 1
+
+
+def test_random_first_weights_if_asked_for():
+    setting = typed("--init", "none", "--size", "small=48,96,2")
+    for row in {s.row for s in students(setting)}:
+        config = model_config(setting, row)
+        assert config["init"] == {"teacher": None}
+        assert all("weight" not in teacher for teacher in config["teachers"].values())
+        assert "feature_grad_mult" not in config["student"]
+
+
+@pytest.mark.parametrize("learned_from", SINGLE)
+def test_first_weights_of_one_teacher_and_a_loss_of_another(learned_from):
+    """The loss of a row over one teacher is that of a run that knows no other one."""
+    torch.manual_seed(0)
+    shape, losses = (2, 3, 5, 192), []  # [batch, layer, frame, width]
+    targets = {name: torch.randn(shape) for name in SINGLE}
+    for each in (typed(), typed("--init", "none")):
+        teachers = load_model_config(model_config(each, Row("small", learned_from))).teachers
+        weights = {name: teacher.weight for name, teacher in teachers.items()}
+        wanted = {name: targets[name] for name in teachers}
+        made = {name: torch.zeros_like(value) for name, value in wanted.items()}
+        masks = dict.fromkeys(wanted, torch.ones(2, 5, dtype=torch.bool))
+        losses.append(distillation_loss(made, wanted, masks, LossSettings(), weights)[0])
+    assert losses[0] == losses[1] > 0
 
 
 def test_the_configs_are_what_the_product_takes(tmp_path):
@@ -56,7 +86,7 @@ def test_the_configs_are_what_the_product_takes(tmp_path):
         loaded = load_model_config(tmp_path / f"configs/{row.name}.yaml")
         assert all(t.layers == (2, 4, 6) for t in loaded.teachers.values())
     loaded = load_runner_config(tmp_path / "configs/runner.yaml")
-    assert loaded.runner.total_steps == 240
+    assert loaded.runner.total_steps == 200
     assert loaded.pretrain_expert.datarc.sequence_length == 32_000
 
 
@@ -97,7 +127,7 @@ def test_the_evaluation_is_what_superb_takes():
     superb.configure(parser)
     args = parser.parse_args(words[1:])
     assert sorted(args.lr) == ["asr=3e-3", "pr=1e-2"]
-    assert sorted(args.steps) == ["asr=300", "er=120", "pr=600", "sid=160"]
+    assert sorted(args.steps) == ["asr=400", "er=160", "pr=1000", "sid=240"]
     changes = dict(text.split("=", 1) for text in args.override)
     assert changes.keys() == {"pr", "sid"}
     recipe = yaml.safe_load((REPO / "downstream_recipes/ctc/tiny.yaml").read_text())
@@ -118,7 +148,10 @@ def test_the_evaluation_is_what_superb_takes():
         (["--teacher", "a", "--teacher", "a=b"], "twice"),
         (["--teacher", "average", "--teacher", "b"], "'average'"),
         (["--size", "small=48,96"], "CHANNELS,WIDTH,LAYERS"),
-        (["--size", "small=48,97,2"], "multiple of 4"),
+        (["--size", "small=48,97,2", "--init", "none"], "multiple of 4"),
+        (["--size", "small=48,100,2"], "multiple of 16"),
+        (["--init", "wavlm"], "none is allowed, or one of: tiny_hubert"),
+        (["--teacher", "none", "--teacher", "b"], "'none'"),
         (["--size", "a/b=48,96,2"], "'a/b'"),
         (["--seeds", "1", "1"], "twice"),
         (["--steps", "3"], "4 or more"),
@@ -143,7 +176,7 @@ def test_mistakes_are_one_sentence(tmp_path, monkeypatch, capsys, words, said):
 def test_another_setting_in_the_same_folder_is_refused(tmp_path):
     Folder(tmp_path).begin(typed(), tmp_path, {})
     Folder(tmp_path).begin(typed(), tmp_path, {})
-    with pytest.raises(ConfigError, match=r"steps \(240, now 10\)"):
+    with pytest.raises(ConfigError, match=r"steps \(200, now 10\)"):
         Folder(tmp_path).begin(typed("--steps", "10"), tmp_path, {})
 
 

@@ -63,7 +63,7 @@ def faked(tmp_path, monkeypatch):
     monkeypatch.setattr(children, "LAUNCH", (sys.executable, "-IS", str(tmp_path / "fake.py")))
     monkeypatch.setattr(run, "PAUSE", 0.02)
     words = [str(speech), "-o", str(out), "--docs", str(tmp_path / "docs"), "--seeds", "7"]
-    words += ["--size", "s=16,32,1", "--teacher", "a", "--teacher", "b"]
+    words += ["--size", "s=16,32,1", "--init", "none", "--teacher", "a", "--teacher", "b"]
     words += ["--noise", str(speech / "esc10")]
 
     def start(*more: str) -> tuple[int, list[str]]:
@@ -128,7 +128,7 @@ def test_another_corpus_cannot_go_on_with_a_study(faked, tmp_path, capsys):
     assert faked("--noise", str(noise)) == (2, [])
     assert "other settings or data: noise (" in capsys.readouterr().err
     assert faked("--report-only", "--steps", "10")[0] == 2
-    assert "steps (240, now 10)" in capsys.readouterr().err
+    assert "steps (200, now 10)" in capsys.readouterr().err
     after = contents(faked.out)
     assert {k: v for k, v in after.items() if k != ".lock"} == {
         k: v for k, v in before.items() if k not in (".lock", "calls.txt")
@@ -258,8 +258,8 @@ def test_dry_run_writes_nothing_and_prints_what_is_left(faked, capsys):
     for pair in (
         ["--lr", "pr=1e-2"],
         ["--lr", "asr=3e-3"],
-        ["--steps", "pr=600"],
-        ["--steps", "asr=300"],
+        ["--steps", "pr=1000"],
+        ["--steps", "asr=400"],
         ["--override", "pr=config.downstream_expert.model.select='FrameLevel'"],
     ):
         assert pair in [words[i : i + 2] for i in range(len(words))]

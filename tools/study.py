@@ -73,10 +73,14 @@ def make_parser() -> argparse.ArgumentParser:
         help=f"a name or a file, as in a model config; two or more ({', '.join(TEACHERS)})",
         )  # fmt: skip
     add("--layers", type=int, nargs="+", default=[2, 4, 6], help="of each teacher (2 4 6)")
+    add("--init", metavar="TEACHER",
+        help="whose first layers and conv extractor all students begin with, none for random "
+        "weights (the first teacher)")  # fmt: skip
     add("--size", metavar="NAME=CHANNELS,WIDTH,LAYERS", action="append", default=[],
-        help=f"of the students ({' '.join(SIZES)})")  # fmt: skip
+        help="of the students; channels and width are the teacher's, unless --init is none "
+        f"({' '.join(SIZES)})")  # fmt: skip
     add("--seeds", type=int, nargs="+", default=[1, 2, 3], help="(1 2 3)")
-    add("--steps", type=int, default=240, help="of each distillation (240)")
+    add("--steps", type=int, default=200, help="of each distillation (200)")
     add("--batch", type=int, default=8, help="excerpts a step (8)")
     add("--seconds", type=float, default=2.0, help="longest excerpt (2)")
     add("--lr", type=float, default=1e-3, help="learning rate of the distillation (0.001)")

@@ -36,17 +36,23 @@ class Size:
     width: int
     layers: int
 
-    def student(self) -> dict[str, Any]:
-        """The ``student`` of a model config."""
+    def student(self, begun: bool) -> dict[str, Any]:
+        """The ``student`` of a model config.
+
+        Args:
+            begun: it has a teacher's first weights, and so the shape of the tiny teachers; its
+                extractor stays what it is.
+        """
         c = self.channels
         return {
             "extractor_conv_feature_layers": f"[({c},10,5)] + [({c},3,2)] * 4 + [({c},2,2)] * 2",
-            "conv_pos": 32,
-            "conv_pos_groups": 4,
+            "conv_pos": 128 if begun else 32,
+            "conv_pos_groups": 16 if begun else 4,
             "encoder_layers": self.layers,
             "encoder_embed_dim": self.width,
-            "encoder_ffn_embed_dim": 2 * self.width,
+            "encoder_ffn_embed_dim": (4 if begun else 2) * self.width,
             "encoder_attention_heads": 4,
+            **({"feature_grad_mult": 0.0} if begun else {}),
         }
 
 
@@ -58,6 +64,7 @@ class Setting:
     Attributes:
         teachers: name -> source, as a model config takes it.
         layers: of each teacher, whose outputs are the targets.
+        init: the teacher whose weights all students begin with; None: random ones.
         sizes: name -> size.
         seeds: of the distillation; the downstream runs on a student have the same.
         steps, batch, seconds, lr: of each distillation; ``seconds`` is the longest excerpt.
@@ -70,8 +77,9 @@ class Setting:
     teachers: dict[str, str]
     layers: tuple[int, ...]
     sizes: dict[str, Size]
+    init: str | None = None
     seeds: tuple[int, ...] = (1, 2, 3)
-    steps: int = 240
+    steps: int = 200
     batch: int = 8
     seconds: float = 2.0
     lr: float = 1e-3
@@ -90,11 +98,16 @@ class Setting:
             raise ConfigError("--seeds names a seed twice")
         if len(self.teachers) < 2:
             raise ConfigError("--teacher: two teachers or more are needed, to have an ensemble")
+        if self.init is not None and self.init not in self.teachers:
+            raise ConfigError(
+                f"--init {self.init}: none is allowed, or one of: {', '.join(self.teachers)}"
+            )
+        multiple = 4 if self.init is None else 16  # heads; groups of the positional convolution
         for size, about in self.sizes.items():
-            if min(about.channels, about.width, about.layers) < 1 or about.width % 4:
+            if min(about.channels, about.width, about.layers) < 1 or about.width % multiple:
                 raise ConfigError(
                     f"--size {size}: channels, width and layers are needed, above 0 and the width "
-                    "a multiple of 4"
+                    f"a multiple of {multiple}"
                 )
 
     def plain(self) -> dict[str, Any]:
@@ -177,18 +190,24 @@ def students(setting: Setting) -> list[Student]:
 
 
 def model_config(setting: Setting, row: Row) -> dict[str, Any]:
-    """What ``run_pretrain.py -g`` reads. Random first weights for all: a teacher's would favour
-    the students that learn from it."""
+    """What ``run_pretrain.py -g`` reads.
+
+    First weights are random or those of one teacher for all rows, also for students that do not
+    learn from it: it is named with weight 0 then. So rows differ in their targets alone.
+    """
     ensemble = row.learned_from in ENSEMBLE
-    names = list(setting.teachers) if ensemble else [row.learned_from]
+    learned = set(setting.teachers) if ensemble else {row.learned_from}
+    teachers = {
+        name: {"model": source, "layers": list(setting.layers)}
+        | ({} if name in learned else {"weight": 0.0})
+        for name, source in setting.teachers.items()
+        if name in learned or name == setting.init
+    }
     return {
-        "teachers": {
-            name: {"model": setting.teachers[name], "layers": list(setting.layers)}
-            for name in names
-        },
+        "teachers": teachers,
         "aggregation": row.learned_from if ensemble else "separate",
-        "student": setting.sizes[row.size].student(),
-        "init": {"teacher": None},
+        "student": setting.sizes[row.size].student(begun=setting.init is not None),
+        "init": {"teacher": setting.init},
         "loss": {"cosine_weight": 1.0},
     }
 

@@ -11,8 +11,8 @@ from s3prl_ekd.errors import ConfigError, SetupError
 from .design import ENSEMBLE, Setting, Size, resolved
 
 TEACHERS = ("tiny_hubert", "tiny_robust_hubert", "tiny_wavlm")
-SIZES = ("small=48,96,2", "large=64,192,4")
-STEPS = {"pr": 600, "asr": 300, "sid": 160, "er": 120}
+SIZES = ("small=128,192,1", "large=128,192,3")  # of the tiny teachers' width
+STEPS = {"pr": 1000, "asr": 400, "sid": 240, "er": 160}  # as the tiny teachers' cards have
 
 
 def require_packages() -> None:
@@ -55,6 +55,7 @@ def setting_of(args: argparse.Namespace) -> Setting:
         Setting(
             teachers=teachers,
             layers=tuple(args.layers),
+            init=_init(args.init, teachers),
             sizes=sizes,
             seeds=tuple(args.seeds),
             steps=args.steps,
@@ -69,8 +70,14 @@ def setting_of(args: argparse.Namespace) -> Setting:
     )
 
 
+def _init(text: str | None, teachers) -> str | None:
+    if text is None:
+        return next(iter(teachers))
+    return None if text == "none" else text
+
+
 def _new(option: str, name: str, taken) -> None:
-    if not name.replace("_", "").isalnum() or name in ENSEMBLE:
+    if not name.replace("_", "").isalnum() or name in (*ENSEMBLE, "none"):
         raise ConfigError(f"{option} {name!r}: a name of letters, digits and _ is expected")
     if name in taken:
         raise ConfigError(f"{option} {name} is there twice")

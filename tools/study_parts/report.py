@@ -93,7 +93,13 @@ def _setting(study: Study) -> Iterator[str]:
     yield f"- Teachers: {', '.join(s.teachers)}; targets: outputs of layers {layers} of each."
     yield (
         f"- Students: of each teacher alone, and of all {len(s.teachers)} under average, concat "
-        f"and separate heads; {len(s.sizes)} sizes; seeds {seeds}; random first weights for all."
+        f"and separate heads; {len(s.sizes)} sizes; seeds {seeds}."
+    )
+    yield (
+        "- First weights: random for all."
+        if s.init is None
+        else f"- First weights: those of {s.init} for all, its first layers and its conv "
+        "extractor, which is not trained further."
     )
     for name, size in s.sizes.items():
         counted = [c.parameters for row, c in found.costs.items() if row.startswith(f"{name}-")]
