@@ -58,7 +58,8 @@ def faked(tmp_path, monkeypatch):
     (speech / "esc10").mkdir(parents=True)
     for name in ("pr", "asr", "sid", "er", "unlabeled"):
         (speech / f"{name}.tsv").touch()
-    (speech / "lexicon.txt").touch()
+    for name in ("lexicon.txt", "esc10/1.wav"):
+        (speech / name).touch()
     (tmp_path / "fake.py").write_text(FAKE)
     monkeypatch.setattr(children, "LAUNCH", (sys.executable, "-IS", str(tmp_path / "fake.py")))
     monkeypatch.setattr(run, "PAUSE", 0.02)
@@ -114,6 +115,7 @@ def test_another_corpus_cannot_go_on_with_a_study(faked, tmp_path, capsys):
     before = contents(faked.out)
     other = tmp_path / "other"
     (other / "esc10").mkdir(parents=True)
+    (other / "esc10/1.wav").touch()
     assert tool.main([str(other), *faked.words[1:], "--report-only"]) == 0
     assert contents(faked.out) == before
     for path in (tmp_path / "speech").glob("*.t*"):
@@ -125,6 +127,9 @@ def test_another_corpus_cannot_go_on_with_a_study(faked, tmp_path, capsys):
     assert "other settings or data: asr.tsv (" in error and "\n" not in error.strip()
     noise = tmp_path / "noise"
     noise.mkdir()
+    assert faked("--noise", str(noise)) == (2, [])
+    assert "has no audio" in capsys.readouterr().err
+    (noise / "1.wav").touch()
     assert faked("--noise", str(noise)) == (2, [])
     assert "other settings or data: noise (" in capsys.readouterr().err
     assert faked("--report-only", "--steps", "10")[0] == 2

@@ -11,7 +11,6 @@ OUT/result/pretrain, superb  the runs
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ import yaml
 
 from s3prl_ekd.atomic import whole_file
 from s3prl_ekd.errors import ConfigError, SetupError
+from s3prl_ekd.evaluate.superb_plan import noise_digest
 from s3prl_ekd.plain_files import read_json
 
 from .design import Setting, file_digest, model_config, rows, runner_config
@@ -135,18 +135,18 @@ def inputs_of(setting: Setting, speech: Path, noise: Path) -> dict[str, str]:
     """Digests of the manifests, the lexicon, and the noises' names and sizes.
 
     Raises:
+        DataError: there are no noises.
         SetupError: one of them cannot be read.
     """
     names = [f"{name}.tsv" for name in ("unlabeled", *setting.tasks)]
     names += ["lexicon.txt"] if "pr" in setting.tasks else []
     try:
         found = {name: file_digest(speech / name) for name in names}
-        files = sorted(path for path in noise.rglob("*") if path.is_file())
-        sizes = [f"{path.relative_to(noise)} {path.stat().st_size}" for path in files]
+        # the folder's name stands in the name of the condition
+        noises = f"{noise.name} {noise_digest(str(noise))}"
     except OSError as error:
         raise SetupError(f"{error.filename} cannot be read: {error.strerror}") from None
-    listed = "\n".join([noise.name, *sizes])  # the name stands in the name of the condition
-    return found | {"noise": hashlib.sha256(listed.encode()).hexdigest()[:16]}
+    return found | {"noise": noises}
 
 
 def write_json(path: Path, contents: Any) -> None:
