@@ -31,6 +31,7 @@ from .feature_cache import arguments as cache_arguments
 from .recipes import RECIPES, missing_paths
 from .safe_load import safe_load
 from .schema import read_yaml
+from .splits import check_splits
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +71,7 @@ def prepare_downstream(argv: list[str]) -> list[str]:
     resume = resume_from(args, ROOT)
     expdir = run_folder(args, ROOT)
     if resume:
-        expdir = _check_run(resume, override_text(args))
+        expdir = _check_run(resume, override_text(args), _asked_split(args))
         argv = without(argv, ("-e", "--past_exp"), ("-a", "--auto_resume"))
         argv += ["-e", str(resume)]
     elif args.m is not None:
@@ -171,7 +172,12 @@ def _model_config(argv: list[str]) -> str | None:
     return args.g or args.upstream_model_config
 
 
-def _check_run(path: Path, override: str | None) -> Path:
+def _asked_split(args: argparse.Namespace) -> str | None:
+    """What is evaluated, of a run that only evaluates."""
+    return (args.t or "test") if args.m == "evaluate" else None
+
+
+def _check_run(path: Path, override: str | None, split: str | None) -> Path:
     """A checkpoint that s3prl is about to read and to build a model from; returns its run's folder,
     which s3prl will write to."""
     states = read_run(path)
@@ -194,6 +200,7 @@ def _check_run(path: Path, override: str | None) -> Path:
     )
     config = apply_overrides(states["Config"], override) if override else states["Config"]
     check_names(config, f"the config in {path}")
+    check_splits(getattr(args, "downstream", None), config, f"the config in {path}", split)
     return Path(states["Args"].expdir)
 
 
@@ -220,6 +227,7 @@ def _check_new(args: argparse.Namespace) -> None:
     if override_text(args):
         config = apply_overrides(config, args.o)
     check_names(config, path)
+    check_splits(args.d, config, path, _asked_split(args))
     if recipe is not None:
         for key, missing in missing_paths(config, recipe.files + recipe.data, Path.cwd()):
             raise ConfigError(

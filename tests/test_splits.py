@@ -1,0 +1,112 @@
+"""Which splits a downstream run may evaluate: looked at before s3prl makes code of their names."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+
+import pytest
+import torch
+import yaml
+
+from s3prl_ekd.downstream_run import prepare_downstream
+from s3prl_ekd.errors import ConfigError, EkdError
+from s3prl_ekd.splits import check_splits
+
+from .conftest import REPO
+
+DANGER = "train_dataloader() or self.run() or self.get_train"
+RECIPES = {
+    "asr": ("asr/tiny.yaml", "asr/config.yaml"),
+    "ctc": ("ctc/tiny.yaml", "ctc/libriphone.yaml"),
+    "voxceleb1": ("voxceleb1/tiny.yaml", "voxceleb1/config.yaml"),
+    "emotion": ("emotion/tiny.yaml", "emotion/config.yaml"),
+}
+LIBRISPEECH = ("train", "dev-clean", "dev-other", "test-clean", "test-other")
+
+
+def recipe(path):
+    return yaml.safe_load((REPO / "downstream_recipes" / path).read_text(encoding="utf-8"))
+
+
+def test_s3prl_would_run_the_name_of_a_split():
+    """Its ER expert, that is; the one of SID has the same line."""
+    from s3prl.downstream.emotion.expert import DownstreamExpert
+
+    ran = []
+
+    class Expert:
+        get_dataloader = DownstreamExpert.get_dataloader
+
+        def get_train_dataloader(self):
+            return None
+
+        def run(self):
+            ran.append(True)
+
+    Expert().get_dataloader(DANGER)
+    assert ran
+
+
+@pytest.mark.parametrize("task", RECIPES)
+def test_the_recipes_have_the_splits_they_name(task):
+    for path in RECIPES[task]:
+        config = recipe(path)
+        check_splits(task, config, path)
+        names = ("train", "dev", "test")
+        if task == "asr":
+            names = [name for name in LIBRISPEECH if name in config["downstream_expert"]["datarc"]]
+        for name in names:
+            check_splits(task, config, path, name)
+        with pytest.raises(ConfigError) as said:
+            check_splits(task, config, path, "nonsplit")
+        assert str(said.value) == f"-t: there is no split 'nonsplit'; use {' or '.join(names)}"
+
+
+@pytest.mark.parametrize("task", [*RECIPES, "others"])
+@pytest.mark.parametrize("bad", [DANGER, ["dev"], {"dev": 1}, None, 3, "", "-x", "a b"])
+def test_a_name_that_is_none_is_refused(task, bad):
+    config = recipe(RECIPES.get(task, ["asr/tiny.yaml"])[0])
+    check_splits(task, config, "x.yaml")
+    for key, value in (("train_dataloader", bad), ("eval_dataloaders", ["dev", bad])):
+        changed = {**config, "runner": {**config["runner"], key: value}}
+        changed["runner"].setdefault("eval_dataloaders", ["dev"])
+        if task == "asr" and key == "eval_dataloaders":
+            value[0] = "dev-clean"
+        with pytest.raises(ConfigError, match=rf"^x\.yaml: runner\.{key}: there is no split"):
+            check_splits(task, changed, "x.yaml")
+
+
+@pytest.mark.parametrize("task", ["voxceleb1", "emotion"])
+def test_a_downstream_run_looks_before_it_begins(task, tmp_path, monkeypatch):
+    config = recipe(RECIPES[task][0])
+    config["runner"]["eval_dataloaders"] = [DANGER]
+    (tmp_path / "evil.yaml").write_text(yaml.safe_dump(config))
+    monkeypatch.chdir(tmp_path)
+    words = ["-m", "train", "-u", "fbank", "-d", task, "-n", "x", "-c", "evil.yaml"]
+    with pytest.raises(EkdError, match=r"evil\.yaml: runner\.eval_dataloaders: there is no split"):
+        prepare_downstream(words)
+    assert not (tmp_path / "result").exists()
+    override = f"config.runner.train_dataloader='{DANGER}'"
+    (tmp_path / "good.yaml").write_text(yaml.safe_dump(recipe(RECIPES[task][0])))
+    with pytest.raises(EkdError, match=r"runner\.train_dataloader: there is no split"):
+        prepare_downstream([*words[:-1], "good.yaml", "-o", override])
+
+
+def test_a_run_that_goes_on_looks_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = Namespace(expdir="x", downstream="emotion", upstream="fbank", upstream_ckpt=None)
+    config = recipe("emotion/tiny.yaml")
+    states = {"Args": args, "Config": config, "Step": 1, "Downstream": {}, "Optimizer": {}}
+    torch.save(states, "good.ckpt")
+    config["runner"]["train_dataloader"] = DANGER
+    torch.save(states, "evil.ckpt")
+    assert prepare_downstream(["-m", "train", "-e", "good.ckpt"])
+    with pytest.raises(EkdError, match=r"evil\.ckpt: runner\.train_dataloader: there is no split"):
+        prepare_downstream(["-m", "train", "-e", "evil.ckpt"])
+    for split in ("dev", "nonsplit"):  # -t counts, what a training would take does not
+        words = ["-m", "evaluate", "-t", split, "-e", "evil.ckpt"]
+        if split == "dev":
+            assert prepare_downstream(words)
+        else:
+            with pytest.raises(EkdError, match=r"^-t: there is no split 'nonsplit'; use train or"):
+                prepare_downstream(words)
