@@ -105,7 +105,8 @@ def _setting(study: Study) -> Iterator[str]:
         counted = [c.parameters for row, c in found.costs.items() if row.startswith(f"{name}-")]
         about = f", {max(counted):,} parameters" if counted else ""
         yield (
-            f"- Size {name}: {size.channels} conv channels, {size.layers} transformer layers of "
+            f"- Size {name}: {size.channels} conv channels, "
+            f"{size.layers} transformer layer{'s' if size.layers > 1 else ''} of "
             f"{size.width}{about}."
         )
     heard = s.steps * s.batch * s.seconds / 3600
