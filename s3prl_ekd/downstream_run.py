@@ -22,6 +22,7 @@ from .arguments import (
     with_device,
     without,
 )
+from .builtins_kept import isinstance_kept
 from .checkpoints import read_run
 from .compat import checkpoint_globals
 from .config import apply_overrides
@@ -120,7 +121,8 @@ def main(script: ModuleType, argv: list[str]) -> None:
     if noise is not None:  # outermost: noisy waveforms have hidden states of their own
         script.Runner = noisy_run.noisy(script.Runner, noise)
     try:
-        script.main()
+        with isinstance_kept():
+            script.main()
     finally:
         script.Runner = runner  # one process may run several
         if say_counts is not None:

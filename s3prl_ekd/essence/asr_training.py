@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..atomic import atomic_saves
+from ..builtins_kept import isinstance_kept
 from ..schema import plain
 from .asr_teachers import AsrEnsemble, common_frames
 from .selection import Selection, select, soft_label_loss
@@ -162,7 +163,7 @@ def distil_asr(
 
     script.Runner, sys.argv = make_runner_with_teachers, [f"{script.__name__}.py", *argv]
     try:
-        with atomic_saves():
+        with atomic_saves(), isinstance_kept():
             script.main()
     finally:
         script.Runner, sys.argv = make_runner, argv_before
