@@ -51,6 +51,8 @@ def check_splits(
 
 
 def _known(downstream: str | None, config: Mapping[str, Any]) -> tuple[str, ...] | None:
+    if not isinstance(downstream, str):  # a checkpoint may say anything
+        return None
     if downstream in _METHODS:
         return _METHODS[downstream]
     expert = config.get("downstream_expert")

@@ -110,3 +110,9 @@ def test_a_run_that_goes_on_looks_too(tmp_path, monkeypatch):
         else:
             with pytest.raises(EkdError, match=r"^-t: there is no split 'nonsplit'; use train or"):
                 prepare_downstream(words)
+
+
+def test_a_task_that_is_no_name():
+    check_splits(["asr"], recipe("asr/tiny.yaml"), "x.ckpt")
+    with pytest.raises(ConfigError, match=r"a plain name is needed"):
+        check_splits(["asr"], recipe("asr/tiny.yaml"), "x.ckpt", DANGER)
