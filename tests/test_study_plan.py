@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import errno
 import hashlib
 import itertools
@@ -14,6 +15,7 @@ import pytest
 import study as tool
 import torch
 import yaml
+from s3prl.optimizers import get_optimizer
 from study_parts.design import Row, model_config, runner_config, students
 from study_parts.folder import Folder, inputs_of
 from study_parts.parts import plan
@@ -30,24 +32,26 @@ from .conftest import REPO
 from .study_cases import SINGLE, typed
 
 
-def test_36_students_that_differ_in_nothing_but_what_is_compared():
+def test_42_students_that_differ_in_nothing_but_what_is_compared():
     setting = typed()
     found = students(setting)
-    assert len(found) == len({s.name for s in found}) == 36
-    sources = [*SINGLE, "average", "concat", "separate"]
+    assert len(found) == len({s.name for s in found}) == 42
+    sources = ["none", *SINGLE, "average", "concat", "separate"]
     expected = set(itertools.product(["small", "large"], sources, [1, 2, 3]))
     assert {(s.row.size, s.row.learned_from, s.seed) for s in found} == expected
     configs = {s.row: model_config(setting, s.row) for s in found}
-    assert len(configs) == 12
+    assert len(configs) == 14
     for row, config in configs.items():
         assert config["init"] == {"teacher": "tiny_hubert"}
         teachers = config.pop("teachers")
-        wanted = SINGLE if row.learned_from in sources[3:] else [row.learned_from]
+        wanted = SINGLE if row.learned_from in sources[4:] else [row.learned_from]
+        if row.learned_from == "none":  # of the control, too, it gives the first weights
+            wanted = ["tiny_hubert"]
         if "tiny_hubert" not in wanted:  # its weights are the first ones, its layers no target
             assert teachers.pop("tiny_hubert")["weight"] == 0
         assert teachers == {name: {"model": name, "layers": [2, 4, 6]} for name in wanted}
         assert config.pop("aggregation") == (
-            row.learned_from if row.learned_from in sources[3:] else "separate"
+            row.learned_from if row.learned_from in sources[4:] else "separate"
         )
     for size in ("small", "large"):  # what is left is the same for all of a size
         left = [json.dumps(c, sort_keys=True) for row, c in configs.items() if row.size == size]
@@ -88,6 +92,7 @@ def test_the_configs_are_what_the_product_takes(tmp_path):
         assert all(t.layers == (2, 4, 6) for t in loaded.teachers.values())
     loaded = load_runner_config(tmp_path / "configs/runner.yaml")
     assert loaded.runner.total_steps == 200
+    assert load_runner_config(tmp_path / "configs/start.yaml").runner.total_steps < 10
     assert loaded.pretrain_expert.datarc.sequence_length == 32_000
 
 
@@ -103,22 +108,41 @@ def test_the_plan_computes_targets_once_and_evaluates_seed_after_seed():
     names = [part.name for part in parts]
     assert len(set(names)) == len(names)
     kinds = [part.kind for part in parts if part.kind != "prepare"]
-    assert kinds == ["cache"] + (["distil"] * 12 + ["evaluate"]) * 3
+    assert kinds == ["cache"] + (["start", *["distil"] * 6] * 2 + ["evaluate"]) * 3
     cache = next(part for part in parts if part.kind == "cache")
     assert model_config(typed(), Row("large", "separate"))["teachers"].keys() == set(SINGLE)
     assert "configs/large-separate.yaml" in cache.commands[0]
     for part in parts:
         assert set(part.needs) <= set(names[: names.index(part.name)])
     for part in parts:
-        if part.kind == "distil":
+        if part.kind in ("start", "distil"):
             train = part.commands[0]
+            runner = "runner" if part.kind == "distil" else "start"
+            assert train[train.index("-c") + 1] == f"configs/{runner}.yaml"
             seed = part.name[-1]
             assert train[train.index("--seed") + 1] == seed
             assert train[-1].endswith("target_cache='cache'")
     words = parts[-1].commands[0]
     assert words[words.index("--seeds") + 1] == "3"
-    assert sum(word.endswith("-seed3.pt") for word in words) == 12
+    assert sum(word.endswith("-seed3.pt") for word in words) == 14
     assert words[-1] == "--cache-features"
+
+
+def test_the_control_keeps_its_first_weights():
+    """Bit by bit, after as many steps of s3prl's optimizer as its runner config has."""
+    torch.manual_seed(0)
+    config = runner_config(typed(), Path("/speech"), taught=False)
+    model = torch.nn.Sequential(torch.nn.Linear(7, 5), torch.nn.LayerNorm(5))
+    with torch.no_grad():
+        model[0].weight[0] = 0.0
+    before = copy.deepcopy(model.state_dict())
+    optimizer = get_optimizer([model], config["runner"]["total_steps"], config["optimizer"])
+    for _ in range(config["runner"]["total_steps"]):
+        model(torch.randn(3, 7)).exp().sum().backward()
+        assert model[0].weight.grad.abs().sum() > 0
+        optimizer.step()
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
 
 
 def test_the_evaluation_is_what_superb_takes():

@@ -41,9 +41,11 @@ def pairs(task: str, wrong: int, shift: int = 0) -> dict[str, tuple[str, str]]:
 
 
 def write_students(root: Path, setting, skip=(), **changes) -> None:
-    """Results in which separate is best, average second; single teachers by their order."""
+    """Results in which separate is best, average second; single teachers by their order; none is as
+    bad as the last of them."""
     worth = {"separate": 0, "average": 1, "concat": 2}
     worth |= {name: 3 + i for i, name in enumerate(setting.teachers)}
+    worth["none"] = max(worth.values())
     for student in students(setting):
         for task in setting.tasks:
             if (student.name, task) in skip:
@@ -64,20 +66,24 @@ def test_the_numbers_of_a_small_study(tmp_path):
     setting = typed("--seeds", "1", "2")
     write_students(tmp_path / "superb", setting)
     found = read_study(setting, tmp_path / "superb")
-    assert (found.finished, found.wanted) == (96, 96)
+    assert (found.finished, found.wanted) == (112, 112)
     study = make_study(setting, found, 200)
-    assert study.whole == 12 * 5 * 2
+    assert study.whole == 14 * 5 * 2
     assert study.best == {(s, t): "tiny_hubert" for s in ("small", "large") for t in setting.tasks}
     assert study.means["small-average", "pr per", "clean"].value == pytest.approx(100 * 5 / 24)
     assert study.means["large-average", "sid accuracy", "clean"].value == pytest.approx(100 * 5 / 6)
     # a wrong word has two edits (a letter in place of another, one more): of 7 characters a text
     assert study.means["small-average", "asr cer", "clean"].value == pytest.approx(100 * 10 / 42)
-    assert len(study.comparisons) == 2 * 5 * 2 * 5
+    assert len(study.comparisons) == 2 * 5 * 2 * 6
     by = {(c.size, c.metric.key, c.condition, c.one, c.other): c for c in study.comparisons}
     c = by["small", "pr per", "esc10_snr5", "average", "tiny_hubert"]
     assert c.best_single and c.better and c.estimate.value == pytest.approx(-100 * 2 / 24)
     c = by["small", "sid accuracy", "clean", "concat", "average"]
     assert not c.best_single and not c.better and c.estimate.value == pytest.approx(-100 / 6)
+    assert not c.control and c.difference == "concat − average"
+    c = by["large", "er accuracy", "clean", "average", "none"]  # 1 of 6 is wrong, and 3 + 2
+    assert c.control and c.better and c.estimate.value == pytest.approx(100 * 4 / 6)
+    assert not c.best_single and c.difference == "average − none"
 
 
 def test_the_report_has_the_numbers_and_keeps_the_prose(tmp_path, capsys):
@@ -93,15 +99,17 @@ def test_the_report_has_the_numbers_and_keeps_the_prose(tmp_path, capsys):
     (docs / "study.md").write_text(prose)
     words = [str(tmp_path), "-o", str(out), "--docs", str(docs), "--seeds", "1", "2"]
     assert tool.main([*words, "--report-only", "--reference", str(reference)]) == 0
-    assert "95 of 96 downstream models are finished" in capsys.readouterr().out
+    assert "111 of 112 downstream models are finished" in capsys.readouterr().out
     text = (docs / "study.md").read_text()
     assert text.startswith("# Ours\n\nbefore\n\n" + BEGIN) and text.endswith(f"{END}\n\nafter\n")
     assert "old" not in text
     # PR of one row under two conditions lacks a seed
-    assert "95 of 96 downstream models are finished; 118 of 120 cells have all 2 seeds." in text
+    assert "111 of 112 downstream models are finished; 138 of 140 cells have all 2 seeds." in text
     # and so do its two differences, to the best single teacher and to average
     assert sum(line.count("†") for line in text.splitlines() if line.startswith("|")) == 2 + 4
-    assert "of one seed alone, 4 of 100;" in text and "of 96 intervals leave 0 out" in text
+    assert "of one seed alone, 4 of 120;" in text
+    assert "Among those who learned, " in text and " of 96 intervals leave 0 out" in text
+    assert "Against no teacher, " in text and " of 20 intervals leave 0 out" in text
     row = next(line for line in text.splitlines() if line.startswith("| reference"))
     assert [c.strip() for c in row.split("|")[2:5]][0] == "fbank" and "83.3 [" in row
     assert "best on dev, clean, over the seeds (PR at small: tiny_hubert;" in text
@@ -109,8 +117,8 @@ def test_the_report_has_the_numbers_and_keeps_the_prose(tmp_path, capsys):
     assert "not run like the students" not in text and "(--cache-features)" not in text
     with open(docs / "study.csv", newline="") as file:
         lines = list(csv.DictReader(file))
-    assert sum(line["kind"] == "mean" for line in lines) == 12 * 5 * 2 + 1
-    assert sum(line["kind"] == "difference" for line in lines) == 100
+    assert sum(line["kind"] == "mean" for line in lines) == 14 * 5 * 2 + 1
+    assert sum(line["kind"] == "difference" for line in lines) == 120
     chosen = next(
         line
         for line in lines
@@ -131,7 +139,7 @@ def test_a_study_that_has_just_begun_has_a_report(tmp_path):
     Folder(out).begin(typed(), tmp_path, {})
     assert tool.main([str(tmp_path), "-o", str(out), "--docs", str(docs), "--report-only"]) == 0
     text = (docs / "study.md").read_text()
-    assert "0 of 144 downstream models are finished; 0 of 120 cells" in text
+    assert "0 of 168 downstream models are finished; 0 of 140 cells" in text
 
 
 def test_sentences_say_what_the_numbers_say(tmp_path):
@@ -151,6 +159,10 @@ def test_sentences_say_what_the_numbers_say(tmp_path):
                             best_single=False, estimate=estimate)  # fmt: skip
     assert sentence(c) == (
         "ASR CER, under noise: esc10, 5 dB SNR, size small: concat is behind average by 12.3 "
+        "[2.0, 22.7] points."
+    )
+    assert sentence(dataclasses.replace(c, other="none")) == (
+        "ASR CER, under noise: esc10, 5 dB SNR, size small: concat is behind no teacher by 12.3 "
         "[2.0, 22.7] points."
     )
 

@@ -52,7 +52,7 @@ mark("end")
 
 @pytest.fixture
 def faked(tmp_path, monkeypatch):
-    """A study of 5 students of one seed, whose commands take no time; gives a function that runs
+    """A study of 6 students of one seed, whose commands take no time; gives a function that runs
     it and returns (exit code, lines of commands of this start)."""
     speech, out = tmp_path / "speech", tmp_path / "out"
     (speech / "esc10").mkdir(parents=True)
@@ -82,10 +82,10 @@ def test_everything_is_run_once(faked, capsys):
     assert code == 0
     first = [call.split()[0] for call in calls]
     assert first.count("prepare") == 5 and first.count("cache") == 1
-    assert first.count("run_pretrain.py") == first.count("export") == 5
+    assert first.count("run_pretrain.py") == first.count("export") == 6
     assert first.count("superb") == 1 and first[-1] == "superb"
     assert first.index("cache") < first.index("run_pretrain.py")
-    assert "0 of 20 downstream models are finished" in capsys.readouterr().out  # it was a stand-in
+    assert "0 of 24 downstream models are finished" in capsys.readouterr().out  # it was a stand-in
     assert faked("--jobs", "2") == (0, [])
 
 
@@ -258,7 +258,7 @@ def test_a_group_that_is_gone_is_no_mistake(tmp_path, monkeypatch, error):
 def test_dry_run_writes_nothing_and_prints_what_is_left(faked, capsys):
     assert faked("--dry-run") == (0, [])
     lines = capsys.readouterr().out.splitlines()
-    assert sum(line.startswith("run_pretrain.py") for line in lines) == 5
+    assert sum(line.startswith("run_pretrain.py") for line in lines) == 6
     words = shlex.split(next(line for line in lines if line.startswith("s3prl-ekd superb")))
     for pair in (
         ["--lr", "pr=1e-2"],
@@ -289,7 +289,7 @@ def test_time_left_follows_the_parts_that_were_measured(faked, tmp_path):
         folder.finish(part.name, Spent(600.0, 600.0))
     with run.Progress(parts, setting, folder, jobs=2) as progress:
         progress.show({}, always=True)
-        assert (progress.bar.n, progress.total) == (9, 12 + 20)
-        guessed = 5 * (run.GUESS["pr"] + run.GUESS["asr"] + run.GUESS["sid"] + run.GUESS["er"])
-        minutes = (3 * 600 + guessed) / 2 / 60
+        assert (progress.bar.n, progress.total) == (9, 13 + 24)
+        guessed = 6 * (run.GUESS["pr"] + run.GUESS["asr"] + run.GUESS["sid"] + run.GUESS["er"])
+        minutes = (run.GUESS["start"] + 3 * 600 + guessed) / 2 / 60
         assert f"about {minutes:.0f} min left" in progress.bar.postfix

@@ -1,10 +1,11 @@
 """Does a student learn more from three teachers than from one? The whole study, on a small corpus.
 
 Distils one student for each teacher alone and for all of them under average, concat and separate
-heads, at two sizes, with three seeds; evaluates each on PR, ASR, SID and ER, clean and under noise;
-writes docs/study.md, docs/study.csv and two plots. FOLDER has pr.tsv, asr.tsv, sid.tsv, er.tsv,
-unlabeled.tsv, lexicon.txt and the audio they name. What is finished is kept, so the same command
-goes on after it was stopped or killed. Needs the extra analysis.
+heads, at two sizes, with three seeds; evaluates each, and one that no one has taught, on PR, ASR,
+SID and ER, clean and under noise; writes docs/study.md, docs/study.csv and two plots. FOLDER has
+pr.tsv, asr.tsv, sid.tsv, er.tsv, unlabeled.tsv, lexicon.txt and the audio they name. What is
+finished is kept, so the same command goes on after it was stopped or killed. Needs the extra
+analysis.
 
 example:
   python tools/study.py FOLDER -o study_run --jobs 2 --noise NOISES

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from .cells import METRICS, Metric
-from .design import ENSEMBLE, Row, Setting, rows
+from .design import ENSEMBLE, NONE, Row, Setting, rows
 from .intervals import RESAMPLES, Estimate, difference, draw, mean
 from .scores import Found
 
@@ -25,6 +25,16 @@ class Comparison:
     other: str
     best_single: bool  # whether ``other`` is the single teacher that was best on dev
     estimate: Estimate
+
+    @property
+    def control(self) -> bool:
+        """Whether it asks if distillation has taught anything: average less none."""
+        return self.other == NONE
+
+    @property
+    def difference(self) -> str:
+        """``average − best single``."""
+        return f"{self.one} − {'best single' if self.best_single else self.other}"
 
     @property
     def better(self) -> bool:
@@ -64,7 +74,8 @@ class Study:
 
 
 def make_study(setting: Setting, found: Found, resamples: int = RESAMPLES) -> Study:
-    """Means, and differences of the ensembles to the best single teacher and to average.
+    """Means, and differences: of the ensembles to the best single teacher and to average, and of
+    average to no teacher.
 
     The best single teacher is chosen by dev, on which no number of the table is measured: chosen
     by the test set, it would look better than it is. A little too good it still looks, as the seeds
@@ -87,7 +98,7 @@ def make_study(setting: Setting, found: Found, resamples: int = RESAMPLES) -> St
                     b = drawn.get((Row(size, other).name, metric.key, condition))
                     estimate = difference(a, b) if a and b else None
                     if estimate:
-                        facts = (size, metric, condition, one, other, other not in ENSEMBLE)
+                        facts = (size, metric, condition, one, other, other in setting.teachers)
                         comparisons.append(Comparison(*facts, estimate))
     means = {key: mean(draws) for key, draws in drawn.items()}
     return Study(setting, found, means, tuple(comparisons), best)
@@ -95,7 +106,8 @@ def make_study(setting: Setting, found: Found, resamples: int = RESAMPLES) -> St
 
 def _pairs(best: str | None) -> Sequence[tuple[str, str]]:
     against_best = [(one, best) for one in ENSEMBLE] if best else []
-    return [*against_best, *((one, AVERAGE) for one in ENSEMBLE if one != AVERAGE)]
+    against_average = [(one, AVERAGE) for one in ENSEMBLE if one != AVERAGE]
+    return [*against_best, *against_average, (AVERAGE, NONE)]
 
 
 def _best(devs: Mapping[str, float], task: str) -> str | None:

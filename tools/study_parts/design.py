@@ -14,7 +14,9 @@ from s3prl_ekd.errors import ConfigError, SetupError
 
 TASKS = ("pr", "asr", "sid", "er")
 ENSEMBLE = ("average", "concat", "separate")
+NONE = "none"  # the control: a student with its first weights, which no one has taught
 CLEAN = "clean"
+NO_STEP = 1e-60  # a learning rate is above 0; in float32 this one is 0
 
 # What the downstream runs have beside the tiny recipes, as s3prl-ekd superb takes it. PR has
 # SUPERB's own probe, a linear one: on students this small it learns in minutes, in which the
@@ -157,7 +159,7 @@ class Row:
     """Students that differ in nothing but the seed: a row of the table."""
 
     size: str
-    learned_from: str  # a teacher's name, or the aggregation over all of them
+    learned_from: str  # a teacher's name, the aggregation over all of them, or none
 
     @property
     def name(self) -> str:
@@ -166,7 +168,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Student:
-    """One distillation."""
+    """One distillation; of the control, the student before it."""
 
     row: Row
     seed: int
@@ -178,9 +180,9 @@ class Student:
 
 
 def rows(setting: Setting) -> Iterator[Row]:
-    """Size after size: each single teacher, then all of them under each aggregation."""
+    """Size after size: no teacher, each single teacher, all of them under each aggregation."""
     for size in setting.sizes:
-        for learned_from in (*setting.teachers, *ENSEMBLE):
+        for learned_from in (NONE, *setting.teachers, *ENSEMBLE):
             yield Row(size, learned_from)
 
 
@@ -193,10 +195,13 @@ def model_config(setting: Setting, row: Row) -> dict[str, Any]:
     """What ``run_pretrain.py -g`` reads.
 
     First weights are random or those of one teacher for all rows, also for students that do not
-    learn from it: it is named with weight 0 then. So rows differ in their targets alone.
+    learn from it: it is named with weight 0 then. So rows differ in their targets alone. The
+    control, too, needs a teacher to be named.
     """
     ensemble = row.learned_from in ENSEMBLE
     learned = set(setting.teachers) if ensemble else {row.learned_from}
+    if row.learned_from == NONE:
+        learned = {setting.init or next(iter(setting.teachers))}
     teachers = {
         name: {"model": source, "layers": list(setting.layers)}
         | ({} if name in learned else {"weight": 0.0})
@@ -212,23 +217,29 @@ def model_config(setting: Setting, row: Row) -> dict[str, Any]:
     }
 
 
-def runner_config(setting: Setting, speech: Path) -> dict[str, Any]:
-    """What ``run_pretrain.py -c`` reads, the same for every student."""
-    every = max(1, setting.steps // 4)
+def runner_config(setting: Setting, speech: Path, taught: bool = True) -> dict[str, Any]:
+    """What ``run_pretrain.py -c`` reads, the same for every student.
+
+    Args:
+        speech: the folder with the manifests.
+        taught: False for the control: a few steps of no length leave the weights what they are.
+    """
+    steps = setting.steps if taught else 4
+    every = max(1, steps // 4)
     return {
         "runner": {
-            "total_steps": setting.steps,
+            "total_steps": steps,
             "gradient_clipping": 5.0,
             "gradient_accumulate_steps": 1,
             "log_step": every,
-            "save_step": 2 * every if 2 * every < setting.steps else 1,
+            "save_step": 2 * every if 2 * every < steps else 1,
             "max_keep": 1,
             "n_epochs": -1,
             "fp16": False,
         },
         "optimizer": {
             "name": "AdamW_with_schedule",
-            "lr": float(setting.lr),
+            "lr": float(setting.lr) if taught else NO_STEP,
             "warmup_proportion": 0.1,
             "betas": [0.9, 0.98],
             "eps": 1e-6,

@@ -93,6 +93,7 @@ class Folder:
             for row in rows(setting):
                 self._yaml(row.name, model_config(setting, row))
             self._yaml("runner", runner_config(setting, speech))
+            self._yaml("start", runner_config(setting, speech, taught=False))
             if not begun:
                 write_json(self._study, {"setting": setting.plain(), "inputs": inputs})
         except OSError as error:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from s3prl_ekd.errors import ConfigError, SetupError
 
-from .design import ENSEMBLE, Setting, Size, resolved
+from .design import ENSEMBLE, NONE, Setting, Size, resolved
 
 TEACHERS = ("tiny_hubert", "tiny_robust_hubert", "tiny_wavlm")
 SIZES = ("small=128,192,1", "large=128,192,3")  # of the tiny teachers' width
@@ -73,11 +73,11 @@ def setting_of(args: argparse.Namespace) -> Setting:
 def _init(text: str | None, teachers) -> str | None:
     if text is None:
         return next(iter(teachers))
-    return None if text == "none" else text
+    return None if text == NONE else text
 
 
 def _new(option: str, name: str, taken) -> None:
-    if not name.replace("_", "").isalnum() or name in (*ENSEMBLE, "none"):
+    if not name.replace("_", "").isalnum() or name in (*ENSEMBLE, NONE):
         raise ConfigError(f"{option} {name!r}: a name of letters, digits and _ is expected")
     if name in taken:
         raise ConfigError(f"{option} {name} is there twice")

@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .design import DOWNSTREAM, TASKS, Setting, Student, students
+from .design import DOWNSTREAM, NONE, TASKS, Setting, Student, students
 from .folder import Folder
 
 # Seconds of a first guess, until a part of its kind was measured.
-GUESS = {"prepare": 4.0, "cache": 80.0, "distil": 70.0, "pr": 50.0, "asr": 70.0}
-GUESS |= {"sid": 20.0, "er": 20.0}
+GUESS = {"prepare": 4.0, "cache": 80.0, "start": 10.0, "distil": 70.0}
+GUESS |= {"pr": 50.0, "asr": 70.0, "sid": 20.0, "er": 20.0}
+
+MADE = ("start", "distil")  # the kinds that make a student
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ def plan(setting: Setting, speech: Path, noise: Path, jobs: int) -> list[Part]:
     for seed in setting.seeds:
         chosen = [student for student in students(setting) if student.seed == seed]
         parts += [_distillation(student) for student in chosen]
-        needs = tuple(part.name for part in parts if part.kind in ("prepare", "distil"))
+        needs = tuple(part.name for part in parts if part.kind in ("prepare", *MADE))
         words = evaluation(setting, chosen, seed, noise, jobs)
         parts.append(
             Part(f"evaluate-seed{seed}", "evaluate", (words,), needs, whole=True, of=tuple(chosen))
@@ -88,11 +90,12 @@ def _preparations(setting: Setting, speech: Path) -> list[Part]:
 
 def _distillation(student: Student) -> Part:
     run, file = f"result/pretrain/{student.name}", f"students/{student.name}.pt"
-    pretrain = ("run_pretrain.py", "-u", "ekd", "-p", run, "-a", "-c", "configs/runner.yaml")
+    kind, runner = ("start", "start") if student.row.learned_from == NONE else ("distil", "runner")
+    pretrain = ("run_pretrain.py", "-u", "ekd", "-p", run, "-a", "-c", f"configs/{runner}.yaml")
     pretrain += ("-g", f"configs/{student.row.name}.yaml", "--seed", str(student.seed))
     pretrain += ("-o", "config.pretrain_expert.datarc.target_cache='cache'")
     export = ("export", "student", run, "-o", file, "--heads", "drop", "--force")
-    return Part(f"distil-{student.name}", "distil", (pretrain, export), ("init", "cache"), file)
+    return Part(f"{kind}-{student.name}", kind, (pretrain, export), ("init", "cache"), file)
 
 
 def evaluation(

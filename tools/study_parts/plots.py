@@ -14,12 +14,12 @@ from s3prl_ekd.evaluate.plot_style import (
     new_figure,
 )
 
-from .compare import Study
-from .design import CLEAN, ENSEMBLE, Row
+from .compare import Comparison, Study
+from .design import CLEAN, ENSEMBLE, NONE, Row
 
 ABOUT = {
     "study.png": "means over the seeds with 95 % intervals",
-    "study.differences.png": "differences of the ensembles with 95 % intervals",
+    "study.differences.png": "differences with 95 % intervals",
 }
 
 
@@ -35,7 +35,7 @@ def plots(study: Study) -> dict[str, Callable[[BinaryIO], None]]:
 
 def plot_means(study: Study, file: BinaryIO) -> None:
     """A row of panels a condition, a panel a metric; x: what was learned from; colour: size."""
-    sources = [*study.setting.teachers, *ENSEMBLE]
+    sources = [NONE, *study.setting.teachers, *ENSEMBLE]
     conditions, metrics = study.found.conditions, study.metrics
     figure = new_figure(2.6 * len(metrics) + 1.4, 2.9 * len(conditions))
     axes = figure.subplots(len(conditions), len(metrics), squeeze=False)
@@ -72,7 +72,7 @@ def plot_means(study: Study, file: BinaryIO) -> None:
 def plot_differences(study: Study, file: BinaryIO) -> None:
     """A panel a metric, a line a difference; filled where the interval leaves 0 out."""
     metrics, conditions = study.metrics, study.found.conditions
-    pairs = list(dict.fromkeys((c.size, c.one, c.best_single) for c in study.comparisons))
+    pairs = list(dict.fromkeys(map(_pair, study.comparisons)))
     figure = new_figure(2.3 * len(metrics) + 2.2, 0.36 * len(pairs) + 1.5)
     axes = figure.subplots(1, len(metrics), sharey=True, squeeze=False)[0]
     handles: dict[str, object] = {}
@@ -81,7 +81,7 @@ def plot_differences(study: Study, file: BinaryIO) -> None:
             if c.metric != metric:
                 continue
             i = conditions.index(c.condition)
-            y = pairs.index((c.size, c.one, c.best_single)) + 0.24 * (i - (len(conditions) - 1) / 2)
+            y = pairs.index(_pair(c)) + 0.24 * (i - (len(conditions) - 1) / 2)
             e = c.estimate
             bars = error_bar(e.value, e.low, e.high)
             handles[_short(c.condition)] = axis.errorbar(
@@ -93,11 +93,14 @@ def plot_differences(study: Study, file: BinaryIO) -> None:
         axis.set_title(f"{metric.title[:-2]}\n{better} of 0 is better", fontsize=8)
         axis.tick_params(labelsize=7)
         axis.grid(axis="x", alpha=0.3)
-    names = [f"{size}: {one} − {'best single' if b else 'average'}" for size, one, b in pairs]
-    axes[0].set_yticks(range(len(pairs)), names, fontsize=7)
+    axes[0].set_yticks(range(len(pairs)), pairs, fontsize=7)
     axes[0].invert_yaxis()
     add_legend(figure, handles, size=8)
     figure.savefig(file, dpi=110, format="png")
+
+
+def _pair(c: Comparison) -> str:
+    return f"{c.size}: {c.difference}"
 
 
 def _look(number: int) -> dict[str, str]:

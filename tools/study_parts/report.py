@@ -101,6 +101,7 @@ def _setting(study: Study) -> Iterator[str]:
         else f"- First weights: those of {s.init} for all, its first layers and its conv "
         "extractor, which is not trained further."
     )
+    yield "- Row none: students with these weights that no one has taught, the control."
     for name, size in s.sizes.items():
         counted = [c.parameters for row, c in found.costs.items() if row.startswith(f"{name}-")]
         about = f", {max(counted):,} parameters" if counted else ""

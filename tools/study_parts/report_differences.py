@@ -8,7 +8,7 @@ from s3prl_ekd.evaluate.matrix import markdown
 
 from .cells import METRICS, Metric
 from .compare import Comparison, Study
-from .design import rows
+from .design import NONE, rows
 from .intervals import LEVEL
 from .words import shown, title
 
@@ -46,24 +46,30 @@ def differences(study: Study) -> Iterator[str]:
         yield f"{title(condition)}:\n"
         yield markdown(list(_difference_table(study, chosen))) + "\n"
     over_seeds = [c for c in study.comparisons if c.estimate.over_seeds]
-    clear = [c for c in over_seeds if c.estimate.clear]
-    count = len(over_seeds)
-    if count < len(study.comparisons):
+    count, total = len(over_seeds), len(study.comparisons)
+    if count < total:
         yield (
-            f"†: of one seed alone, {len(study.comparisons) - count} of "
-            f"{len(study.comparisons)}; what a seed does is not in these intervals, so they tell "
-            "nothing apart and are not counted.\n"
+            f"†: of one seed alone, {total - count} of {total}; what a seed does is not in these "
+            "intervals, so they tell nothing apart and are not counted.\n"
         )
-    if not count:
+    yield from _clear("Among those who learned", [c for c in over_seeds if not c.control])
+    yield from _clear("Against no teacher", [c for c in over_seeds if c.control])
+
+
+def _clear(what: str, asked: list[Comparison]) -> Iterator[str]:
+    """How many of the intervals that ask one question leave 0 out, and which."""
+    if not asked:
         return
+    clear = [c for c in asked if c.estimate.clear]
     yield (
-        f"{len(clear)} of {count} intervals leave 0 out; if nothing differed, about "
-        f"{(1 - LEVEL) * count:.1f} would by chance. They are not independent and not corrected "
-        f"for their number.{'' if clear else ' So nothing here is told apart.'}\n"
+        f"{what}, {len(clear)} of {len(asked)} intervals leave 0 out; if nothing differed, about "
+        f"{(1 - LEVEL) * len(asked):.1f} would by chance. They are not independent and not "
+        f"corrected for their number.{'' if clear else ' So nothing here is told apart.'}\n"
     )
     for comparison in clear:
         yield f"- {sentence(comparison)}"
-    yield ""
+    if clear:
+        yield ""
 
 
 def _best(study: Study) -> str:
@@ -85,8 +91,7 @@ def _difference_table(study: Study, chosen: list[Comparison]) -> Iterator[list[s
     yield ["size", "difference", *(metric.title for metric in study.metrics)]
     lines: dict[tuple[str, str], dict[str, str]] = {}
     for c in chosen:
-        other = "best single" if c.best_single else c.other
-        cells = lines.setdefault((c.size, f"{c.one} − {other}"), {})
+        cells = lines.setdefault((c.size, c.difference), {})
         cells[c.metric.key] = shown(c.estimate, sign=True) + "†" * (not c.estimate.over_seeds)
     for (size, what), cells in lines.items():
         yield [size, what, *(cells.get(metric.key, "–") for metric in study.metrics)]
@@ -95,6 +100,7 @@ def _difference_table(study: Study, chosen: list[Comparison]) -> Iterator[list[s
 def sentence(c: Comparison) -> str:
     """One comparison in words."""
     other = f"the best single teacher ({c.other})" if c.best_single else c.other
+    other = "no teacher" if other == NONE else other
     low, high = sorted((abs(c.estimate.low), abs(c.estimate.high)))
     condition = title(c.condition)
     condition = condition[:1].lower() + condition[1:]
