@@ -231,6 +231,11 @@ class UpstreamPretrainExpert(nn.Module):
         about = {
             "made_by": f"s3prl_ekd {__version__}",
             "config": plain(self.settings),
+            "data": {  # names and numbers: folders of a machine are nobody's business
+                "sets": list(self.data.sets),
+                "train_batch_size": self.data.train_batch_size,
+                "max_seconds": self.data.max_seconds,
+            },
             "step": all_states["Step"] + 1,
         }
         all_states[RUN_KEY] = contents(

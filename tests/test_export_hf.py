@@ -294,6 +294,10 @@ def test_folder_and_card(write, tmp_path, capsys):
         assert text in card
     assert "secret" not in card and str(tmp_path) not in card
     assert how_made({}) == "The student file does not say."
+    data = {"sets": ["a", "b"], "train_batch_size": 24, "max_seconds": 160.0}
+    assert how_made({"data": data}) == "- data: a, b (batches of at most 24 utterances)"
+    for odd in (None, 3, {"sets": "a"}, {"sets": [], "train_batch_size": 3}, {"sets": ["a"]}):
+        assert how_made({"data": odd}) == "The student file does not say."
 
     with pytest.raises(SystemExit):  # it is there
         main(words)

@@ -300,7 +300,8 @@ def test_mistakes_are_sentences(good, capsys, words):
 
 
 def test_the_card_of_a_run_says_what_it_learned_from(tmp_path, teachers, corpus):
-    """Data and teachers stand in the run's own checkpoint; folders of the machine are left out."""
+    """Data and teachers stand in the run's checkpoint, and in a student file that is made of it;
+    folders of the machine are left out."""
     write_configs(tmp_path, teachers, corpus)
     command("init", ".", cwd=tmp_path)
     words = ["-u", "ekd", "-n", "run", "-g", "model.yaml", "-c", "runner.yaml", "--device", "cpu"]
@@ -313,3 +314,13 @@ def test_the_card_of_a_run_says_what_it_learned_from(tmp_path, teachers, corpus)
         assert f"- teacher `{name}`: `{file}.pt`, layers [2, 4]\n" in card
     assert "- aggregation of the teachers: separate\n" in card and "- updates: 6\n" in card
     assert str(corpus.parent) not in card and str(tmp_path) not in card
+    file, again = tmp_path / "student.pt", tmp_path / "again"
+    assert cli.main(["export", "student", str(run), "-o", str(file)]) == 0
+    assert cli.main(["export", "superb", str(file), "-o", str(again)]) == 0
+    assert (again / "README.md").read_text() == card.replace("# package", "# again")
+    words = ["--force", "--data", "mine, 3 hours"]
+    assert cli.main(["export", "superb", str(file), "-o", str(again), *words]) == 0
+    card = (again / "README.md").read_text()
+    assert card.count("- data: ") == 1 and "- data: mine, 3 hours\n" in card
+    assert cli.main(["export", "hf", str(file), "-o", str(tmp_path / "hf")]) == 0
+    assert "- data: train (batches of 3 utterances)\n" in (tmp_path / "hf/README.md").read_text()

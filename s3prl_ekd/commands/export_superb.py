@@ -38,7 +38,7 @@ def main(args: argparse.Namespace) -> int:
     from ..evaluate.cost import measure_cost
     from ..export.hf_model_folder import whole_folder
     from ..export.package.expert import UpstreamExpert
-    from ..export.superb_card import model_card, training_data
+    from ..export.superb_card import model_card
     from ..export.superb_package import FILES, package_contents, write_package
     from .cost import print_cost
 
@@ -55,7 +55,7 @@ def main(args: argparse.Namespace) -> int:
             contents["config"]["heads"],
             cost,
             args.output.resolve().name,
-            args.data or training_data(path),
+            args.data,
         )
         write_package(contents, card, folder)
     print(f"{path} -> {args.output}, heads {'kept' if keep else 'dropped'}")

@@ -101,8 +101,13 @@ def _last_row(settings: StudentSettings) -> str:
     )
 
 
-def how_made(about: Mapping[str, Any]) -> str:
-    """Teachers, aggregation, loss and steps as a Markdown list; what is not known is left out."""
+def how_made(about: Mapping[str, Any], data: str = "") -> str:
+    """How it was made, as a Markdown list; what is not known is left out.
+
+    Args:
+        about: of a :class:`.student_file.LoadedStudent`.
+        data: what it was trained on, in the place of what ``about`` says of it.
+    """
     config = about.get("config")
     config = config if isinstance(config, Mapping) else {}
     lines = []
@@ -124,11 +129,24 @@ def how_made(about: Mapping[str, Any]) -> str:
         )
     if about.get("step") is not None:
         lines.append(f"- updates: {about['step']}")
+    data = data or _data(about)
+    if data:
+        lines.append(f"- data: {data}")
     if about.get("source"):
         lines.append(f"- taken from: {about['source']}")
     if about.get("made_by"):
         lines.append(f"- made by: {about['made_by']}")
     return "\n".join(lines) or "The student file does not say."
+
+
+def _data(about: Mapping[str, Any]) -> str:
+    """The tables and batches of a run; nothing where a file does not say."""
+    data = _mapping(about, "data")
+    sets, size = data.get("sets"), data.get("train_batch_size")
+    if not isinstance(sets, list) or not sets or not isinstance(size, int):
+        return ""
+    most = "at most " if data.get("max_seconds") else ""
+    return f"{', '.join(map(str, sets))} (batches of {most}{size} utterances)"
 
 
 def _mapping(config: Mapping, key: str) -> Mapping:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from .hf_model_card import how_made
@@ -48,7 +47,7 @@ Padded frames at the end of a batch carry no information.{padding}
 ## How it was made
 
 {made}
-{data}{fine_tuning}
+{fine_tuning}
 """  # noqa: E501 (a table's row is one line)
 
 _GROUP_NORM = """ The first conv layer normalises over time, padding
@@ -60,7 +59,7 @@ def model_card(
     heads: Mapping[str, Any],
     cost: Mapping[str, Any],
     name: str,
-    data: str,
+    data: str = "",
 ) -> str:
     """The card's text.
 
@@ -69,7 +68,7 @@ def model_card(
         heads: those that are kept, as in the package's ``config``.
         cost: as :func:`..evaluate.cost.measure_cost` returns it.
         name: the card's title.
-        data: what it was trained on, or nothing where that is not known.
+        data: what it was trained on, in the place of what the student's file says of it.
     """
     settings = loaded.student.settings
     buckets = {bucket: macs / 1e9 for bucket, macs in cost["macs_buckets"].items()}
@@ -91,24 +90,9 @@ def model_card(
         before_norm=", before the last layer norm" if settings.layer_norm_first else "",
         heads=_heads(heads, settings.encoder_layers + 1),
         padding=_GROUP_NORM if settings.extractor_mode == "default" else "",
-        made=how_made(loaded.about),
-        data=f"- data: {data}\n" if data else "- data: not recorded in the student file\n",
+        made=how_made(loaded.about, data),
         fine_tuning=_gradient(settings.feature_grad_mult),
     )
-
-
-def training_data(path: Path) -> str:
-    """What a run's checkpoint says of its data, without the folders of the machine; or nothing."""
-    from ..checkpoints import read_run
-    from ..errors import CheckpointError
-
-    try:
-        config = read_run(path)["Config"]
-        data = config["pretrain_expert"]["datarc"]
-        sets = ", ".join(map(str, data["sets"]))
-        return f"{sets} (batches of {data['train_batch_size']} utterances)"
-    except (CheckpointError, KeyError, TypeError):
-        return ""
 
 
 def _heads(heads: Mapping[str, Any], first: int) -> str:
