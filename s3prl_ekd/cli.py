@@ -39,7 +39,8 @@ COMMANDS = {
 }
 
 # Those that read runs, students or upstreams; see trust.py.
-TRUSTING = {"export", "features", "cost", "teachers", "layers", "cache", "units", "essence"}
+TRUSTING = {"superb", "matrix", "export", "features", "cost", "teachers", "layers", "cache"}
+TRUSTING |= {"units", "essence"}
 
 EXAMPLE = """\
 example:

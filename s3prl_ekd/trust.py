@@ -1,7 +1,8 @@
 """``--trust-checkpoint``: the one way to read a checkpoint that asks for code. Never a default.
 
 For old files of s3prl or of others, whose pickles name classes beside tensors and plain values.
-Loading one runs whatever it says. It counts for the one command that it is typed for.
+Loading one runs whatever it says. It counts for the one command that it is typed for, and those
+that this one starts.
 """
 
 from __future__ import annotations
@@ -36,6 +37,11 @@ def take(argv: Sequence[str]) -> list[str]:
 def trusted() -> bool:
     """Whether checkpoints that ask for code are loaded."""
     return _trusted
+
+
+def words() -> list[str]:
+    """What a command that starts others hands on to them."""
+    return [OPTION] if _trusted else []
 
 
 def restrict_torch() -> None:

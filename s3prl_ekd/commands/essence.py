@@ -137,7 +137,7 @@ def _arguments(args: argparse.Namespace, override: str | None) -> list[str]:
     )
     for name, value in options:
         argv += [name, value] if value is not None else []
-    argv += [trust.OPTION] if trust.trusted() else []
+    argv += trust.words()
     return [*argv, "-a"] if args.auto_resume else argv
 
 

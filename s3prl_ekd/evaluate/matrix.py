@@ -17,6 +17,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from .. import trust
 from ..arguments import make_folder
 from ..config import load_model_config, load_runner_config
 from ..errors import SetupError
@@ -58,7 +59,8 @@ class Run:
         """The command, as typed."""
         words = ["run_pretrain.py", "-u", "ekd", "-p", str(self.folder), "-a"]
         words += ["-c", str(self.runner), "-g", str(self.config), "--seed", str(self.seed)]
-        return [*words, "-o", self.overrides] if self.overrides else words
+        words += ["-o", self.overrides] if self.overrides else []
+        return words + trust.words()
 
 
 @dataclass(frozen=True)

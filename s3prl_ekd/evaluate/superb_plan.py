@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from .. import zoo
+from .. import trust, zoo
 from ..config import apply_overrides
 from ..data.emotion import natural
 from ..data.layout import PREPARED
@@ -201,7 +201,7 @@ class Run:
         words = ["run_downstream.py", "-m", "train", "-a", *self.upstream.words]
         words += ["-d", self.task.downstream, "-c", self.recipe.path, "-p", str(self.folder)]
         words += ["--seed", str(self.seed), "-o", self.overrides]
-        return words if self.features is None else [*words, *self.features.words]
+        return [*words, *self._added]
 
     def test_words(self, checkpoint: str, condition: str) -> list[str]:
         """The command of one evaluation; noisy ones write below ``noisy/``."""
@@ -210,7 +210,12 @@ class Run:
         if condition != CLEAN:
             folder, snr = self.noises[condition]
             words += ["--noise", folder, "--snr", f"{snr:g}"]
-        return words if self.features is None else [*words, *self.features.words]
+        return [*words, *self._added]
+
+    @property
+    def _added(self) -> list[str]:
+        """What both commands have beside s3prl's options."""
+        return trust.words() + ([] if self.features is None else self.features.words)
 
     @property
     def conditions(self) -> dict[str, str]:

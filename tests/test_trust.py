@@ -1,0 +1,83 @@
+"""``--trust-checkpoint``: it counts for one command, and for those that this one starts."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from s3prl_ekd import cli, trust
+from s3prl_ekd.distill.settings import StudentSettings
+from s3prl_ekd.distill.student import Student
+from s3prl_ekd.evaluate.matrix import Run
+from s3prl_ekd.export.student_file import contents
+
+from .conftest import STUDENT, command
+
+
+@pytest.fixture(autouse=True)
+def untrusted_afterwards():
+    yield
+    trust.take([])
+
+
+class Touch:
+    """Code that leaves a file when it is loaded."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A workspace with SID data of two speakers, and a student whose file has code in it."""
+    rng, lines = np.random.default_rng(1), ["path\tspeaker\tsplit\n"]
+    for speaker in ("ann", "bob"):
+        for i, split in enumerate(("train",) * 4 + ("dev", "test")):
+            sound = 0.1 * rng.standard_normal(7000 + 400 * i)
+            soundfile.write(tmp_path / f"{speaker}{i}.wav", sound, 16000)
+            lines.append(f"{speaker}{i}.wav\t{speaker}\t{split}\n")
+    (tmp_path / "all.tsv").write_text("".join(lines))
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["init", "."]) == 0
+    assert cli.main(["prepare", "sid", "all.tsv", "-o", "data/sid"]) == 0
+    student = Student(StudentSettings(**STUDENT))
+    file = contents(student, None, {}, {"step": 1}) | {"old": Touch(tmp_path / "code has run")}
+    torch.save(file, tmp_path / "old.pt")
+    return tmp_path
+
+
+def test_superb_hands_it_on_to_its_runs(here):
+    """Probe, training and tests, the last two in processes of their own, all read the file."""
+    words = ["superb", "mine=old.pt", "--tasks", "sid", "--recipes", "tiny", "--steps", "sid=4"]
+    done = command(*words, cwd=here, check=False)
+    assert done.returncode == 2 and done.stderr.count("error: ") == 1
+    assert "which is code and not data" in done.stderr and trust.OPTION in done.stderr
+    assert not (here / "code has run").exists()
+    command(*words, trust.OPTION, cwd=here)
+    assert (here / "code has run").exists()
+    assert list(here.glob("result/superb/mine/sid/*/test_predict.txt"))
+
+
+@pytest.mark.parametrize("more", [[], [trust.OPTION]])
+def test_commands_for_a_queue_have_it_where_it_was_typed(here, capsys, more):
+    capsys.readouterr()
+    cli.main(["superb", "fbank", "--tasks", "sid", "--recipes", "tiny", "--dry-run", *more])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2
+    for line in lines:
+        assert (trust.OPTION in shlex.split(line)) == bool(more)
+
+
+def test_matrix_hands_it_on(tmp_path):
+    run = Run(tmp_path / "model.yaml", tmp_path / "runner.yaml", 1, "")
+    plain = run.words
+    trust.take([trust.OPTION])
+    assert run.words == [*plain, trust.OPTION]
