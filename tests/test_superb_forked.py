@@ -1,0 +1,271 @@
+"""The runs of `s3prl-ekd superb` as forked processes: they are as new ones would be."""
+
+import atexit
+import logging
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import forkserver
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from s3prl_ekd import voxceleb1_cache
+from s3prl_ekd.errors import SetupError
+from s3prl_ekd.evaluate import superb
+from s3prl_ekd.evaluate import warm as warm_module
+from s3prl_ekd.evaluate.superb_call import run_command
+from s3prl_ekd.evaluate.tasks import TASKS
+
+from .superb_workspace import make_workspace, short, states
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    return make_workspace(tmp_path_factory.mktemp("superb"))
+
+
+@pytest.fixture
+def here(prepared, monkeypatch):
+    monkeypatch.chdir(prepared)
+    return prepared
+
+
+@pytest.fixture(scope="module")
+def server():
+    """Whatever server another test has started in this process: the next is ours, with imports."""
+    forkserver._forkserver._stop()
+    yield warm_module.Processes(True)
+    forkserver._forkserver._stop()
+
+
+def _act(connection, *arguments):
+    from s3prl_ekd import __main__
+
+    parts = (_start_method, _leave_something, _speak, _compute)
+    __main__.main = lambda: connection.send({part.__name__: part() for part in parts})
+    warm_module._child(*arguments)
+
+
+@pytest.fixture(scope="module")
+def forked(server, tmp_path_factory):
+    """A function of ours in place of a forked command, with two threads: what it gave, its log."""
+    folder = tmp_path_factory.mktemp("forked")
+    (folder / "tmp").mkdir()
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
+    environment["TMPDIR"] = str(folder / "tmp")
+    here, there = server._context.Pipe()
+    arguments = ([], str(folder / "log.txt"), environment, str(folder), "fork", 2)
+    child = server._context.Process(target=_act, args=(there, *arguments))
+    child.start()
+    try:
+        there.close()
+        assert here.poll(300), "no answer in five minutes"
+        answer = here.recv()  # EOFError: see the log
+        child.join(60)
+        assert child.exitcode == 0
+    finally:
+        child.kill()
+    return SimpleNamespace(folder=folder, log=(folder / "log.txt").read_text(), **answer)
+
+
+def _start_method():
+    return multiprocessing.get_start_method()
+
+
+def test_a_forked_command_starts_its_workers_as_a_new_one_does(forked):
+    """And not by fork servers of their own, each of which would import torch again."""
+    assert forked._start_method == "fork"
+
+
+_KEPT = []
+
+
+def _leave_something():
+    atexit.register(print, "at the end")
+    _KEPT.append(voxceleb1_cache.FreshFolder())  # as s3prl's module keeps it
+    folder = os.fspath(_KEPT[0])
+    assert os.path.isdir(folder)
+    return folder
+
+
+def test_a_forked_command_cleans_up_as_a_new_one_does(forked):
+    assert forked._leave_something.startswith(str(forked.folder / "tmp/s3prl_ekd_sid_"))
+    assert not list(forked.folder.glob("tmp/s3prl_ekd_sid_*"))
+    assert forked.log.endswith("at the end\n")
+
+
+def _speak():
+    print("on stdout", flush=True)
+    handlers, strange = 0, []
+    for reference in logging._handlerList:
+        handler = reference()
+        if type(handler) is logging.StreamHandler:  # made by the imports; s3prl has some thirty
+            handler.handle(logging.LogRecord("x", logging.ERROR, "", 0, "by a handler", (), None))
+            handlers += 1
+            if handler.stream not in (sys.stdout, sys.stderr):
+                strange.append(repr(handler))
+    os.write(2, b"by descriptor\n")
+    print("on stderr \udcff", file=sys.stderr)  # not flushed by us
+    return strange, handlers, sys.stdin.read()
+
+
+def test_all_that_a_forked_command_says_is_in_its_log(forked):
+    strange, handlers, read = forked._speak
+    assert not strange and handlers > 5 and read == ""
+    assert forked.log.startswith("on stdout\n")
+    assert "\nby descriptor\non stderr \\udcff\n" in forked.log
+    assert forked.log.count("by a handler") == handlers
+
+
+def _compute():
+    a = torch.arange(400 * 400.0).view(400, 400).sin()
+    sound = torch.nn.functional.conv1d(a[:1, None], a[:8, None, :9])
+    value = (a @ a.T).abs().sum() + sound.abs().sum() + torch.cat([a] * 20).exp().sum()
+    return torch.get_num_threads(), float(value)
+
+
+def test_threads_after_the_fork(forked):
+    """They are started there: waiting for those of the fork server would never end."""
+    threads, value = forked._compute
+    assert threads == 2 and value == pytest.approx(_compute()[1], rel=1e-5)
+
+
+def test_how_many_threads(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")  # 1 was read when torch was imported: conftest.py
+    processes = warm_module.Processes(True)
+    for wanted, threads in (("7", 1), ("3", 3), ("4,2", 4), ("", 1), ("many", 1), ("0", 1)):
+        assert processes._threads_of({"OMP_NUM_THREADS": wanted}) == threads
+    assert processes._threads_of({}) == 1
+
+
+def test_the_fork_server_imports_all_that_a_run_needs():
+    code = (
+        "import os, sys, weakref; before = [os.fstat(i).st_ino for i in (1, 2)]\n"
+        "from s3prl_ekd.evaluate import warm_imports as w\n"
+        "assert [os.fstat(i).st_ino for i in (1, 2)] == before and sys.stderr is sys.__stderr__\n"
+        "print([name for name in w._MODULES if name not in sys.modules])\n"
+        "kinds = [type(f.peek()[0]).__name__ for f in list(weakref.finalize._registry)]\n"
+        "print(kinds.count('TemporaryDirectory'))  # the first child would remove them\n"
+        "import torch; print(torch.get_num_threads(), torch.cuda.is_initialized())\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
+    words = [sys.executable, "-c", code]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["[]", "0", "1 False"] and done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    "version, private",
+    [
+        ((3, 10, 8), False),
+        ((3, 10, 9), True),
+        ((3, 11, 0), False),
+        ((3, 11, 1), True),
+        ((3, 13, 0), True),
+    ],
+)
+def test_a_server_that_obeys_others_is_not_used(version, private):
+    assert warm_module.has_private_server(version) == private
+
+
+def test_a_process_that_has_gone_is_no_trouble_to_stop(monkeypatch):
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    monkeypatch.setattr(warm_module, "_GRACE", 0.0)
+    monkeypatch.setattr(warm_module, "_TO_SAVE", 0.0)
+    processes = warm_module.Processes(False)
+    processes._live.add(gone)
+    processes.stop()
+
+
+def test_a_process_that_ignores_ctrl_c_is_terminated(monkeypatch):
+    monkeypatch.setattr(warm_module, "_GRACE", 0.1)
+    monkeypatch.setattr(warm_module, "_TO_SAVE", 0.5)
+    code = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print('deaf', "
+    child = subprocess.Popen(
+        [sys.executable, "-c", code + "flush=True); time.sleep(600)"], stdout=subprocess.PIPE
+    )
+    try:
+        assert child.stdout.readline() == b"deaf\n"
+        processes = warm_module.Processes(False)
+        processes._live.add(child)
+        processes.stop()
+        assert child.wait(timeout=10) == -signal.SIGTERM
+    finally:
+        child.kill()
+
+
+def test_forked_processes_give_what_new_ones_give(here, tmp_path, monkeypatch, server):
+    runs = [short(tmp_path, out)[0] for out in ("warm", "new")]
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)  # torch's number here: conftest.py
+    assert superb.run_all(runs[:1], warm=True) == []
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert superb.run_all(runs[1:], warm=False) == []
+    assert not list((tmp_path / "tmp").glob("s3prl_ekd_sid_*"))
+    first, second = map(states, runs)
+    for part in ("Featurizer", "Downstream", "Optimizer"):
+        assert str(first[part]) == str(second[part])
+    for key, value in first["Downstream"].items():
+        assert torch.equal(value, second["Downstream"][key]), key
+    for name in TASKS["sid"].files(None):
+        assert (runs[0].folder / name).read_bytes() == (runs[1].folder / name).read_bytes()
+    assert "test acc" in (runs[0].folder / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("warm", [True, False])
+def test_how_a_command_ended_is_known(here, tmp_path, warm, server):
+    (run,) = short(tmp_path, "out")
+    run.folder.mkdir(parents=True)
+    processes = warm_module.Processes(warm)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    words = ["run_downstream.py", "-m", "train", "-d", "nothing", "-n", "x"]
+    with pytest.raises(SetupError, match="there is no configuration downstream/nothing"):
+        run_command(run.folder, words, environment, processes)
+    with pytest.raises(SetupError, match="unrecognized arguments"):
+        run_command(run.folder, ["doctor", "--nonsense"], environment, processes)
+
+    def end(how):
+        deadline = time.monotonic() + 120
+        log = run.folder / "log.txt"
+        try:
+            while not log.is_file() or "overall:" not in log.read_text():  # it trains
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+        finally:  # or the run would go on for ever
+            how()
+
+    long = [*run.train_words()[:-1], "config.runner.total_steps=1000000"]
+    with ThreadPoolExecutor(1) as pool:
+        (run.folder / "log.txt").unlink()
+        pool.submit(end, lambda: [os.kill(c.pid, signal.SIGKILL) for c in processes._live])
+        with pytest.raises(SetupError, match="ended by SIGKILL; the last line was: "):
+            run_command(run.folder, long, environment, processes)
+        (run.folder / "log.txt").unlink()
+        pool.submit(end, processes.stop)
+        with pytest.raises(SetupError, match="stopped by Ctrl-C"):
+            run_command(run.folder, long, environment, processes)
+    with pytest.raises(SetupError, match="stopped before it began"):
+        run_command(run.folder, long, environment, processes)
+
+
+def test_where_nothing_can_be_forked_commands_are_new_processes(
+    tmp_path, monkeypatch, caplog, server
+):
+    forkserver._forkserver._stop()
+    folder = tmp_path / ("x" * 120)  # longer than the path of a socket may be
+    folder.mkdir()
+    monkeypatch.setitem(multiprocessing.current_process()._config, "tempdir", str(folder))
+    processes = warm_module.Processes(True)
+    for log in ("a.txt", "b.txt"):
+        words = ["doctor", "--nonsense"]
+        assert processes.call(words, tmp_path / log, dict(os.environ)) == 2
+        assert "unrecognized arguments: --nonsense" in (tmp_path / log).read_text()
+    assert caplog.text.count("no command can be forked here") == 1
