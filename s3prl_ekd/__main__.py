@@ -1,6 +1,13 @@
 """``python -m s3prl_ekd run_pretrain.py …`` (for torchrun), or any ``s3prl-ekd`` command."""
 
+import atexit
+import contextlib
+import os
 import sys
+import threading
+from typing import NoReturn
+
+from . import torchrun
 
 
 def main() -> int:
@@ -14,5 +21,32 @@ def main() -> int:
     return cli_main()
 
 
+def process() -> NoReturn:
+    """:func:`main` as a whole process, and its end.
+
+    One of several ends before Python takes itself down. The threads of torch.distributed are there
+    until then, and one that comes to need Python meanwhile aborts the process ("terminate called
+    without an active exception"): rarely, but torchrun calls a run that is finished failed then.
+    What waits for the end is called all the same: threads, and whatever was given to atexit.
+    """
+    if not torchrun.several():
+        sys.exit(main())
+    try:
+        code = main()
+    except SystemExit as left:
+        code = left.code
+    if code is None:
+        code = 0
+    elif not isinstance(code, int):
+        print(code, file=sys.stderr)
+        code = 1
+    threading._shutdown()  # these two are what Python does first
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, OSError):  # there is none, or nobody reads it
+            stream.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    process()

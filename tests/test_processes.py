@@ -80,6 +80,47 @@ def weights(folder, name):
     return torch.cat([v.flatten() for part in ("student", "heads") for v in saved[part].values()])
 
 
+END = """
+import atexit, os, sys, threading, time
+from s3prl_ekd import __main__
+
+class Left:
+    def __del__(self):
+        os.abort()  # as a thread of torch.distributed's may while Python takes itself down
+
+def main():
+    global left
+    left = Left()
+    atexit.register(print, "at the end")
+    threading.Thread(target=lambda: (time.sleep(0.3), print("a thread"))).start()
+    print("not flushed", end=" ")
+    {how}
+
+__main__.main = main
+__main__.process()
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "code", "said"),
+    [
+        ("return 0", 0, ""),
+        ("return 130", 130, ""),
+        ("sys.exit()", 0, ""),
+        ("sys.exit(143)", 143, ""),
+        ("sys.exit('a reason')", 1, "a reason\n"),
+    ],
+)
+def test_one_of_several_ends_before_python_is_taken_down(how, code, said):
+    words = [sys.executable, "-c", END.format(how=how)]
+    for count, expected in (("1", -signal.SIGABRT), ("2", code)):
+        several = {**environment(), "WORLD_SIZE": count, "RANK": "0"}
+        done = subprocess.run(words, capture_output=True, text=True, env=several)
+        assert done.returncode == expected
+        if count == "2":
+            assert done.stdout == "not flushed a thread\nat the end\n" and done.stderr == said
+
+
 @pytest.mark.slow
 def test_two_processes_are_one_with_twice_the_batch(folder):
     """After 20 steps; twice the batch by accumulation, so that the batches are the same."""
