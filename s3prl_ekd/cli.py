@@ -5,13 +5,12 @@ from __future__ import annotations
 import argparse
 import importlib
 import logging
-import os
 import sys
 from collections.abc import Sequence
 
 from . import __version__, trust
-from .errors import EkdError, SetupError, exit_with
 from .quiet import quiet_s3prl
+from .terminal import prepare_streams, run_command
 
 # name -> the line that `s3prl-ekd --help` shows. The module commands/NAME.py has
 # `configure(parser)` and `main(args)`; it is imported only when its command is called,
@@ -64,6 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; returns the exit code (2 for a user's mistake)."""
+    prepare_streams()
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = build_parser()
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
@@ -87,23 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     quiet_s3prl()
-    try:
-        code = args.run(args) or 0
-        sys.stdout.flush()
-        return code
-    except EkdError as error:
-        exit_with(error)
-    except KeyboardInterrupt:
-        print("\nstopped by Ctrl-C", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        # `s3prl-ekd ... | head` is no mistake; what Python would flush at exit has nowhere to go
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except OSError as error:
-        if error.filename is None:
-            raise
-        exit_with(SetupError(f"cannot use {error.filename}: {error.strerror}"))
+    return run_command(lambda: args.run(args))
 
 
 if __name__ == "__main__":

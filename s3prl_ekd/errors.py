@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from typing import NoReturn
 
@@ -39,7 +40,8 @@ class SetupError(EkdError):
 def exit_with(error: EkdError) -> NoReturn:
     """Print the sentence of ``error`` to stderr and leave with exit code 2."""
     number = torchrun.rank()
-    print(f"error{f' (process {number})' if number else ''}: {error}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # the stream is full or closed: the exit code has to do
+        print(f"error{f' (process {number})' if number else ''}: {error}", file=sys.stderr)
     raise SystemExit(2)
 
 

@@ -20,8 +20,8 @@ from types import ModuleType
 
 from . import torchrun
 from .arguments import INIT_HINT, options
-from .errors import EkdError, exit_with
 from .quiet import quiet_s3prl
+from .terminal import prepare_streams, run_command
 
 logger = logging.getLogger(__name__)
 
@@ -48,35 +48,35 @@ def _launch(
     prepare: Callable[[list[str]], list[str]],
     main: Callable[[ModuleType, list[str]], None],
 ) -> int:
+    prepare_streams()
     level = logging.WARNING if torchrun.rank() else logging.INFO  # one of several processes speaks
     logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
     quiet_s3prl()
-    argv = sys.argv[1:]
-    try:
-        hide_cuda_from_cpu_runs(argv)
-        wants_help = "-h" in argv or "--help" in argv
-        with contextlib.ExitStack() as stack:
-            if wants_help:
-                stack.enter_context(_somewhere_set_up())
-            else:
-                argv = prepare(argv)
-            module = import_script(script)
-            sys.argv = [f"{script}.py", *argv]
-            from .atomic import atomic_saves
+    hint = "" if "evaluate" in sys.argv else "; add -a (and leave -e out) to go on"
+    return run_command(
+        lambda: _run_script(script, prepare, main), f"stopped by Ctrl-C{hint}", broken_pipe=1
+    )
 
-            with atomic_saves():
-                main(module, argv)
-    except EkdError as error:
-        exit_with(error)
-    except KeyboardInterrupt:
-        hint = "; add -a (and leave -e out) to go on" if "evaluate" not in argv else ""
-        print(f"\nstopped by Ctrl-C{hint}", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        # what Python would flush at exit has nowhere to go
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    return 0
+
+def _run_script(
+    script: str,
+    prepare: Callable[[list[str]], list[str]],
+    main: Callable[[ModuleType, list[str]], None],
+) -> None:
+    argv = sys.argv[1:]
+    hide_cuda_from_cpu_runs(argv)
+    wants_help = "-h" in argv or "--help" in argv
+    with contextlib.ExitStack() as stack:
+        if wants_help:
+            stack.enter_context(_somewhere_set_up())
+        else:
+            argv = prepare(argv)
+        module = import_script(script)
+        sys.argv = [f"{script}.py", *argv]
+        from .atomic import atomic_saves
+
+        with atomic_saves():
+            main(module, argv)
 
 
 def import_script(script: str) -> ModuleType:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Collection, Iterator, Mapping
 from importlib import resources
 from pathlib import Path
 
+from .atomic import whole_file
 from .errors import SetupError
 
 # The adapter that s3prl imports as pretrain.ekd.pretrain_expert. The hook is for runs started by
@@ -95,12 +97,13 @@ def write_workspace(
 
             data = put(data.decode(), values[name]).encode()
         try:
+            if os.path.lexists(path) and (path.is_symlink() or path.stat().st_size):
+                done.append(("kept", path))
+                continue
             path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("xb") as file:
+            with whole_file(path) as file:  # also over an empty one, which a full disk left
                 file.write(data)
             done.append(("created", path))
-        except FileExistsError:
-            done.append(("kept", path))
         except OSError as error:
             raise SetupError(f"cannot write {path}: {error.strerror}") from None
     return done

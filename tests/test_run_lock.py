@@ -86,7 +86,7 @@ def test_a_folder_without_locks_is_warned_of(tmp_path, monkeypatch, caplog):
 
     monkeypatch.setattr("s3prl_ekd.training.lock.fcntl.lockf", refuse)
     with FolderLock(tmp_path):
-        assert "(No locks available): see yourself that no second run" in caplog.text
+        assert "(No locks available): make sure that no second run" in caplog.text
     with pytest.raises(SetupError, match="cannot write into .*none: No such file"):
         FolderLock(tmp_path / "none").__enter__()
 

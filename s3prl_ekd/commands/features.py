@@ -18,6 +18,7 @@ import argparse
 import re
 from pathlib import Path
 
+from ..atomic import write_text
 from ..errors import CheckpointError, ConfigError
 from .export_student import add_checkpoint, load
 
@@ -90,7 +91,7 @@ def main(args: argparse.Namespace) -> int:
     skipped.unlink(missing_ok=True)  # one of an earlier run would mislead
     if written.bad:
         lines = [f"{ascii(key)[1:-1]}\t{ascii(why)[1:-1]}\n" for key, why in written.bad]
-        skipped.write_text("".join(lines), encoding="utf-8")
+        write_text(skipped, "".join(lines))
         print(f"left out: {len(written.bad)} files that cannot be used; all of them: {skipped}")
         for _, why in written.bad[:_SHOWN]:
             print(f"  {why}")

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import yaml
 
+from ..atomic import write_text
 from ..errors import ConfigError, SetupError
 
 
@@ -86,7 +87,7 @@ def main(args: argparse.Namespace) -> int:
     try:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         text = grouped_config(args.config, groups, f"{how}, {len(paths)} utterances")
-        args.output.write_text(text, encoding="utf-8")
+        write_text(args.output, text)
         label = f"1 - {args.similarity} ({args.linkage} linkage)"
         plot_trees(trees, groups, label, picture)
     except OSError as error:

@@ -26,8 +26,9 @@ def configure(parser) -> None:
 
 
 def main(args) -> int:
+    from ..atomic import write_csv
     from ..config import load_model_config, load_runner_config
-    from ..evaluate.matrix import Run, markdown, run_all, table, write_csv
+    from ..evaluate.matrix import Run, markdown, run_all, table
 
     if not Path("pretrain/ekd").is_dir():
         raise SetupError("nothing is set up in this folder; type: s3prl-ekd init .")
@@ -51,5 +52,5 @@ def main(args) -> int:
     rows = table(grouped)
     print(markdown(rows))
     if args.csv:
-        write_csv(rows, args.csv)
+        write_csv(args.csv, rows)
     return 0

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from ..atomic import write_text
 from ..data.layout import PREPARED, TABLES, check_free
 from ..data.lengths import write_table
 from ..data.lexicon import Pronunciations, write_lexicon
@@ -53,10 +54,10 @@ def _run(args: argparse.Namespace) -> int:
         if wanted:
             write_lexicon(folder / LEXICON, pronunciations)
         if missing:
-            (folder / MISSING).write_text("".join(f"{word}\n" for word in missing))
+            write_text(folder / MISSING, "".join(f"{word}\n" for word in missing))
         link(args.root, folder / AUDIO)  # a file system without links does without
         lines = [f"{split}\t{len(rows[split])}\n" for split in splits]
-        (folder / PREPARED).write_text("".join(["split\tutterances\n", *lines]))
+        write_text(folder / PREPARED, "".join(["split\tutterances\n", *lines]))
     print_splits({split: [length for _, length in rows[split]] for split in splits})
     if missing:
         print(_about_missing(texts, pronunciations, missing, args))

@@ -6,6 +6,7 @@ import argparse
 import math
 from pathlib import Path
 
+from ..atomic import write_text
 from ..data.audio_files import SAMPLE_RATE
 from ..data.layout import check_free
 from ..data.lengths import make_folder
@@ -95,7 +96,7 @@ def _prepare_voxceleb1(args: argparse.Namespace) -> int:
     list_of_missing.unlink(missing_ok=True)  # one of an earlier try would mislead
     if missing:
         make_folder(list_of_missing.parent)
-        list_of_missing.write_text("".join(f"{path}\n" for path in missing), encoding="utf-8")
+        write_text(list_of_missing, "".join(f"{path}\n" for path in missing))
         raise DataError(
             f"{args.root} lacks {len(missing)} of the {len(lines)} files of {args.split_file}: "
             f"{', '.join(missing[:3])}{', …' * (len(missing) > 3)}; all of them: {list_of_missing}"

@@ -213,6 +213,7 @@ def _number(option: str, text: str, kind):
 def _probe(runs) -> None:
     """Each upstream that is still to run: can it be used, and what does it cost?"""
     from ..arguments import make_folder
+    from ..atomic import write_text
     from ..evaluate.cost import measure_cost
     from ..evaluate.probe import build_upstream, probe
     from ..evaluate.superb import upstream_folders
@@ -223,4 +224,4 @@ def _probe(runs) -> None:
         path = root / upstream.name / "cost.json"
         if not path.is_file() or not upstream_folders(root, upstream.name):  # of no other model
             make_folder(path.parent)
-            path.write_text(json.dumps(measure_cost(module), indent=1) + "\n", encoding="utf-8")
+            write_text(path, json.dumps(measure_cost(module), indent=1) + "\n")

@@ -15,11 +15,10 @@ example:
 from __future__ import annotations
 
 import argparse
-import csv
 import itertools
-from collections.abc import Sequence
 from pathlib import Path
 
+from ..atomic import write_csv
 from ..errors import SetupError
 
 
@@ -103,8 +102,8 @@ def _inspect(args: argparse.Namespace) -> int:
     lines = [[head[i + 1], *(f"{v:.6f}" for v in row)] for i, row in enumerate(matrix)]
     try:
         args.out.mkdir(parents=True, exist_ok=True)
-        _write(args.out / "layers.csv", rows)
-        _write(args.out / "cka.csv", [head, *lines])
+        write_csv(args.out / "layers.csv", rows)
+        write_csv(args.out / "cka.csv", [head, *lines])
         plot_similarity(matrix, {n: len(ls) for n, ls in sample.items()}, args.out / "cka.png")
     except OSError as error:
         raise SetupError(f"cannot write to {args.out}: {error.strerror}") from None
@@ -123,8 +122,3 @@ def _pairs(settings, index, matrix) -> list[tuple[str, str, str]]:
                 value = matrix[index[one, a], index[other, b]]
                 rows.append((f"{one} - {other}", f"{a} - {b}", f"{value:.4f}"))
     return rows
-
-
-def _write(path: Path, rows: Sequence[Sequence[str]]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows(rows)

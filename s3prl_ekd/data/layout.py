@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
+from ..atomic import whole_folder
 from ..errors import DataError
 from .lengths import make_folder, write_table
 from .manifest import SPLITS, Entry
@@ -77,17 +78,8 @@ def write_librispeech(
         DataError: ``out`` exists and is not an earlier layout that may be replaced.
     """
     check_free(out, replace=replace)
-    out = out.resolve()
-    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    make_folder(partial)
-    try:
-        layout = _write(partial, utterances, copy)
-        if out.exists():
-            shutil.rmtree(out)
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return layout
+    with whole_folder(out, DataError) as folder:
+        return _write(folder, utterances, copy)
 
 
 def _write(root: Path, utterances: Sequence[Utterance], copy: bool) -> Layout:

@@ -9,12 +9,13 @@ which knows three corpora; the tables here hold the same numbers.
 from __future__ import annotations
 
 import csv
-import os
+import io
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..atomic import whole_file, write_text
 from ..errors import DataError
 from .audio_files import find_audio, read_headers, total_hours
 
@@ -56,17 +57,13 @@ def sort_rows(rows: Iterable[Row]) -> list[Row]:
 
 def write_table(path: str | Path, rows: Iterable[Row]) -> None:
     """Write one table as :func:`sort_rows` orders it; a reader never sees half a file."""
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with open(partial, "w", encoding="utf-8", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")  # quotes commas and newlines in names
-            writer.writerow(["", "file_path", "length", "label"])
-            for index, (file_path, length) in enumerate(sort_rows(rows)):
-                writer.writerow([index, file_path, length, ""])
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole_file(path) as binary, io.TextIOWrapper(binary, "utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")  # quotes commas and newlines in names
+        writer.writerow(["", "file_path", "length", "label"])
+        for index, (file_path, length) in enumerate(sort_rows(rows)):
+            writer.writerow([index, file_path, length, ""])
+        file.flush()
+        file.detach()
 
 
 def make_folder(path: Path) -> None:
@@ -153,4 +150,4 @@ def _write_skipped(path: Path, skipped: Sequence[tuple[str, str]]) -> None:
     path.unlink(missing_ok=True)  # one of an earlier run would mislead
     if skipped:
         lines = [f"{ascii(name)[1:-1]}\t{ascii(reason)[1:-1]}\n" for name, reason in skipped]
-        path.write_text("".join(lines), encoding="utf-8")
+        write_text(path, "".join(lines))

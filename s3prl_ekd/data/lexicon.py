@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
+from ..atomic import write_text
 from ..errors import DataError
 from ..plain_files import check_regular
 from .phones import PHONES
@@ -83,4 +84,4 @@ def _without_comment(cells: Sequence[str]) -> tuple[str, ...]:
 def write_lexicon(path: str | Path, pronunciations: Mapping[str, Sequence[str]]) -> None:
     """Write ``WORD<tab>PHONES`` lines, sorted by word: what s3prl's PR reads."""
     lines = [f"{word}\t{' '.join(phones)}\n" for word, phones in sorted(pronunciations.items())]
-    Path(path).write_text("".join(lines), encoding="utf-8")
+    write_text(path, "".join(lines))

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from ..atomic import whole_folder
 from ..errors import DataError
 from .layout import check_free
-from .lengths import make_folder
 
 
 @contextlib.contextmanager
@@ -23,16 +22,8 @@ def new_folder(out: Path, *, replace: bool) -> Iterator[Path]:
         DataError: ``out`` exists and may not be replaced, or cannot be made.
     """
     check_free(out, replace=replace)
-    out = out.resolve()
-    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    make_folder(partial)
-    try:
-        yield partial
-        if out.exists():
-            shutil.rmtree(out)
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with whole_folder(out, DataError) as folder:
+        yield folder
 
 
 def link(source: Path, target: Path) -> bool:

@@ -14,9 +14,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import os
 import random
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,9 +23,10 @@ import numpy as np
 import soundfile
 from tqdm import tqdm
 
+from ..atomic import whole_folder
 from ..data.char_dict import normalise
 from ..data.layout import TABLES
-from ..data.lengths import make_folder, write_table
+from ..data.lengths import write_table
 from ..digest import file_sha256
 from ..errors import DataError
 from .noise import make_noises
@@ -79,16 +78,8 @@ def make_corpus(
             return record
     elif record is None and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DataError(f"{out} exists and is no demo corpus; give another folder")
-    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    make_folder(partial)
-    try:
-        record = _make(partial, parameters)
-        if out.exists():
-            shutil.rmtree(out)
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return record
+    with whole_folder(out, DataError) as folder:
+        return _make(folder, parameters)
 
 
 def checksum(root: Path) -> str:

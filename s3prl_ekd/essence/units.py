@@ -6,7 +6,6 @@ a finished teacher. Fitting needs scikit-learn, labelling torch alone.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..atomic import whole_file
 from ..errors import CheckpointError, DataError, SetupError
 
 FORMAT = "s3prl_ekd.units"
@@ -148,13 +148,11 @@ def save_units(units: Units, path: str | Path) -> None:
     metadata = {"format": FORMAT, "inertia": repr(units.inertia)}
     metadata |= {name: str(getattr(units, name)) for name in (*TEXTS, *NUMBERS)}
     data = save({"centroids": units.centroids.cpu().contiguous()}, metadata)
-    neighbour = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        neighbour.write_bytes(data)
-        os.replace(neighbour, path)
+        with whole_file(path) as file:
+            file.write(data)
     except OSError as error:
-        neighbour.unlink(missing_ok=True)
         raise CheckpointError(f"cannot write {path}: {error.strerror}") from None
 
 

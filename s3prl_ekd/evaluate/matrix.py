@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import os
@@ -19,6 +18,7 @@ from tqdm import tqdm
 
 from .. import trust
 from ..arguments import make_folder
+from ..atomic import write_text
 from ..config import load_model_config, load_runner_config
 from ..errors import SetupError
 from ..plain_files import read_json
@@ -105,7 +105,7 @@ def _run(run: Run, jobs: int) -> Outcome:
     if not record.is_file() or "seconds" not in _read(record):
         make_folder(run.folder)
         facts = {"digest": run.digest}
-        record.write_text(json.dumps(facts), encoding="utf-8")
+        write_text(record, json.dumps(facts))
         start = time.monotonic()
         threads = str(max(1, (os.cpu_count() or 1) // jobs))
         with open(run.folder / "log.txt", "a", encoding="utf-8") as log:
@@ -119,7 +119,7 @@ def _run(run: Run, jobs: int) -> Outcome:
         if done.returncode:
             raise SetupError(f"{run.name} failed; see {run.folder / 'log.txt'}")
         facts["seconds"] = time.monotonic() - start
-        record.write_text(json.dumps(facts), encoding="utf-8")
+        write_text(record, json.dumps(facts))
     return outcome(run.folder)
 
 
@@ -179,9 +179,3 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
     ]
     lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
     return "\n".join(lines)
-
-
-def write_csv(rows: Sequence[Sequence[str]], path: Path) -> None:
-    """Write the rows as CSV."""
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows(rows)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import queue
 import shlex
 import time
@@ -21,6 +20,7 @@ from typing import Any
 from tqdm import tqdm
 
 from ..arguments import make_folder
+from ..atomic import write_text
 from ..checkpoints import newest, read_run
 from ..errors import CheckpointError, SetupError
 from ..training.lock import FolderLock
@@ -265,7 +265,4 @@ def best_checkpoint(run: Run) -> tuple[str, float]:
 
 
 def _write(folder: Path, record: Mapping[str, Any]) -> None:
-    path = folder / RECORD
-    partial = path.with_suffix(f".{os.getpid()}.tmp")
-    partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_text(folder / RECORD, json.dumps(record, indent=1) + "\n")

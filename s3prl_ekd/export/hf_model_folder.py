@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
+from .. import atomic
 from ..errors import CheckpointError
 
 
@@ -33,21 +33,9 @@ def whole_folder(out: Path, force: bool, files: Collection[str]) -> Iterator[Pat
         raise CheckpointError(
             f"{out} holds {strange[0]}, which is not of an export: give another name"
         )
-    target = out.resolve()  # a link stays, what it leads to is replaced
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    try:
-        partial.mkdir(parents=True)
-        yield partial
+    with atomic.whole_folder(out, CheckpointError) as folder:
+        yield folder
         mask = os.umask(0)
         os.umask(mask)
-        for file in partial.iterdir():  # safetensors makes files that only their owner can read
+        for file in folder.iterdir():  # safetensors makes files that only their owner can read
             file.chmod(0o666 & ~mask)
-        if target.exists():
-            shutil.rmtree(target)
-        partial.rename(target)
-    except OSError as error:
-        if error.errno is None:  # not the system's
-            raise
-        raise CheckpointError(f"cannot write {out}: {error.strerror}") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

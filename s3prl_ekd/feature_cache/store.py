@@ -3,12 +3,11 @@
 A file: ``EKDF``, a CRC-32 of all behind it, then four little-endian 32-bit numbers (bytes of a
 value, layers, frames, width) and the values in the machine's byte order, layer by layer: float16,
 or float32 where a value is beyond float16's 65504 or not finite. Names come from the samples alone,
-so several processes may write the same file at once: each writes a neighbour and renames it.
+so several processes may write the same file at once: each writes a temporary one and renames it.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import logging
 import os
@@ -20,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..atomic import whole_file
 from .size import folder_size
 
 logger = logging.getLogger(__name__)
@@ -129,15 +129,9 @@ class FeatureStore:
 
 
 def _put(data: bytes, path: Path) -> None:
-    neighbour = path.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        neighbour.write_bytes(data)
-        os.replace(neighbour, path)  # not synced: a file that is cut shows by its sum
-    except OSError:
-        with contextlib.suppress(OSError):
-            neighbour.unlink(missing_ok=True)
-        raise
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path, sync=False) as file:  # a file that is cut shows by its checksum
+        file.write(data)
 
 
 def _encode(states: Tensor) -> bytes:

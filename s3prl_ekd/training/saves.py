@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from ..atomic import save_whole, second_name
+from ..atomic import remove_leftovers, save_whole, second_name
 from ..checkpoints import LAST, read_run, run_checkpoints
 from ..errors import CheckpointError, SetupError
 
@@ -72,8 +72,7 @@ class RunSaves:
         renamed, for a run that goes back there makes its own: ``-a`` would next go on from one of
         them otherwise.
         """
-        for path in self.folder.glob("*.ckpt.*.tmp"):
-            path.unlink(missing_ok=True)
+        remove_leftovers(self.folder)
         for path in run_checkpoints(self.folder):
             try:
                 newer = int(read_run(path)["Step"]) > step
