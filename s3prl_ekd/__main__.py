@@ -8,9 +8,15 @@ import threading
 from typing import NoReturn
 
 from . import torchrun
+from .children import end_with_parent
 
 
 def main() -> int:
+    if sys.argv[1:2] == ["torchrun"]:  # as a child: it ends its own processes when it is ended
+        from torch.distributed.run import main as torchrun_main
+
+        sys.argv.pop(0)
+        return torchrun_main()
     from .launch import SCRIPTS
 
     if len(sys.argv) > 1 and sys.argv[1] in SCRIPTS:
@@ -29,6 +35,7 @@ def process() -> NoReturn:
     without an active exception"): rarely, but torchrun calls a run that is finished failed then.
     What waits for the end is called all the same: threads, and whatever was given to atexit.
     """
+    end_with_parent()
     if not torchrun.several():
         sys.exit(main())
     try:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from .checkpoints import newest
 from .errors import CheckpointError, SetupError
+from .overrides import argument_overrides
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +79,18 @@ def run_folder(args: argparse.Namespace, root: str) -> Path | None:
     if args.p:
         return Path(args.p)
     return Path(root) / args.n if args.n else None
+
+
+def write_folder(args: argparse.Namespace, root: str, checkpoint: Path | None) -> Path | None:
+    """The folder that a run writes to. The command alone decides it.
+
+    ``-o "args.expdir='FOLDER'"``, else ``-p`` or ``-n``, else the folder in which the checkpoint
+    of ``-e`` lies, whatever folder is recorded in it.
+    """
+    folder = argument_overrides(override_text(args)).get("expdir")
+    if folder is not None:
+        return Path(str(folder))
+    return run_folder(args, root) or (checkpoint.parent if checkpoint else None)
 
 
 def resume_from(args: argparse.Namespace, root: str) -> Path | None:

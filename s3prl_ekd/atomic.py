@@ -77,10 +77,12 @@ def write_text(path: str | os.PathLike, text: str) -> None:
         file.write(text.encode("utf-8"))
 
 
-def write_csv(path: str | os.PathLike, rows: Iterable[Sequence[str]]) -> None:
-    """Write rows of text as CSV, complete or not at all. Raises OSError, as :func:`write_text`."""
+def write_csv(
+    path: str | os.PathLike, rows: Iterable[Sequence[Any]], line_end: str = "\r\n"
+) -> None:
+    """Write rows as CSV, complete or not at all. Raises OSError, as :func:`write_text`."""
     text = io.StringIO(newline="")
-    csv.writer(text).writerows(rows)
+    csv.writer(text, lineterminator=line_end).writerows(rows)  # quotes commas, newlines in names
     write_text(path, text.getvalue())
 
 

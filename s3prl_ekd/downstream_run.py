@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import logging
 import os
+import re
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from . import no_eval, noisy_run, trust, voxceleb1_cache
+from . import no_eval, noisy_run, torchrun, trust, voxceleb1_cache
 from .arguments import (
     INIT_HINT,
     make_folder,
@@ -21,9 +24,11 @@ from .arguments import (
     run_folder,
     with_device,
     without,
+    write_folder,
 )
 from .builtins_kept import isinstance_kept
-from .checkpoints import read_run
+from .checkpoint_args import replaced_arguments, say_moved
+from .checkpoints import read_run, run_checkpoints
 from .compat import checkpoint_globals
 from .config import apply_overrides
 from .errors import CheckpointError, ConfigError, SetupError
@@ -32,7 +37,8 @@ from .feature_cache import arguments as cache_arguments
 from .recipes import RECIPES, missing_paths
 from .safe_load import safe_load
 from .schema import read_yaml
-from .splits import check_splits
+from .splits import check_fold, check_splits
+from .training.lock import NAME, FolderLock
 
 logger = logging.getLogger(__name__)
 
@@ -70,16 +76,17 @@ def prepare_downstream(argv: list[str]) -> list[str]:
         safe_load(args.i, "checkpoint", allow=checkpoint_globals())
     _check_student(args)
     resume = resume_from(args, ROOT)
-    expdir = run_folder(args, ROOT)
+    folder = write_folder(args, ROOT, resume)
     if resume:
-        expdir = _check_run(resume, override_text(args), _asked_split(args))
+        _check_run(resume, folder, override_text(args), _asked_split(args))
+        _check_folder(args, resume, folder)
         argv = without(argv, ("-e", "--past_exp"), ("-a", "--auto_resume"))
         argv += ["-e", str(resume)]
     elif args.m is not None:
         _check_new(args)
         _check_upstream(args.u, args.k, _model_config(argv))
     if noise is not None:
-        argv = noisy_run.with_folder(argv, noise, expdir, override_text(args)) + noise.words
+        argv = noisy_run.with_folder(argv, noise, folder, override_text(args)) + noise.words
     if cache is not None:
         argv = [*argv, *cache.words]
     # torchrun tells the rank by the environment, s3prl's script reads it from the arguments.
@@ -121,12 +128,53 @@ def main(script: ModuleType, argv: list[str]) -> None:
     if noise is not None:  # outermost: noisy waveforms have hidden states of their own
         script.Runner = noisy_run.noisy(script.Runner, noise)
     try:
-        with isinstance_kept():
+        with own_folder(argv), isinstance_kept():
             script.main()
     finally:
         script.Runner = runner  # one process may run several
         if say_counts is not None:
             say_counts()
+
+
+@contextlib.contextmanager
+def own_folder(argv: Sequence[str]) -> Iterator[None]:
+    """Within it, s3prl's script writes to the folder that the command names, and alone there.
+
+    Several may evaluate in one folder at a time, a split each, also while it trains.
+
+    Args:
+        argv: complete: the checkpoint to resume from or to evaluate stands after ``-e``.
+
+    Raises:
+        SetupError: another process writes there.
+    """
+    args = options(argv, "mtoenp", long=("cache_dir",))
+    checkpoint = Path(args.e) if args.e else None
+    folder = write_folder(args, ROOT, checkpoint)
+    with contextlib.ExitStack() as stack:
+        if folder is not None and torchrun.rank() == 0:
+            make_folder(folder)
+            split = _asked_split(args)
+            name = NAME if split is None else f".{re.sub(r'[^A-Za-z0-9_-]', '_', split)}{NAME}"
+            stack.enter_context(FolderLock(folder, name))
+        if checkpoint is not None:
+            values = {"expdir": str(folder), "expname": args.n or folder.name}
+            values["cache_dir"] = args.cache_dir  # downloads go there
+            stack.enter_context(replaced_arguments(args.e, values))
+        yield
+
+
+def _check_folder(args: argparse.Namespace, checkpoint: Path, folder: Path) -> None:
+    """Raise SetupError where a run that goes on would write into another run's folder, or cannot
+    write."""
+    elsewhere = folder.resolve() != checkpoint.resolve().parent
+    if args.m == "train" and elsewhere and run_checkpoints(folder):
+        raise SetupError(
+            f"{folder} holds another run than {checkpoint}; name a new folder, or leave -n and -p "
+            f"out to go on in {checkpoint.parent}"
+        )
+    if folder.is_dir() and not os.access(folder, os.W_OK):
+        raise SetupError(f"{folder} cannot be written; name another folder with -p")
 
 
 def _check_student(args: argparse.Namespace) -> None:
@@ -179,15 +227,17 @@ def _asked_split(args: argparse.Namespace) -> str | None:
     return (args.t or "test") if args.m == "evaluate" else None
 
 
-def _check_run(path: Path, override: str | None, split: str | None) -> Path:
-    """A checkpoint that s3prl is about to read and to build a model from; returns its run's folder,
-    which s3prl will write to."""
+def _check_run(path: Path, folder: Path, override: str | None, split: str | None) -> None:
+    """Check a checkpoint that s3prl is about to read and to build a model from.
+
+    Args:
+        folder: where this command writes.
+    """
     states = read_run(path)
     if "Downstream" not in states:
         raise CheckpointError(f"-e {path} is no checkpoint of run_downstream.py")
     args = states["Args"]
-    if not isinstance(getattr(args, "expdir", None), str):
-        raise CheckpointError(f"-e {path} does not say which folder it is of")
+    say_moved(path, getattr(args, "expdir", None), folder)
     for name, plain in (("hub", "torch"), ("from_hf_hub", False), ("push_to_hf_hub", False)):
         # s3prl would take these from the file, run code of the hub, and upload the run.
         if getattr(args, name, plain) not in (plain, str(plain)) and not trust.trusted():
@@ -203,7 +253,7 @@ def _check_run(path: Path, override: str | None, split: str | None) -> Path:
     config = apply_overrides(states["Config"], override) if override else states["Config"]
     check_names(config, f"the config in {path}")
     check_splits(getattr(args, "downstream", None), config, f"the config in {path}", split)
-    return Path(states["Args"].expdir)
+    check_fold(getattr(args, "downstream_variant", None), f"-e {path}: downstream_variant")
 
 
 def _check_new(args: argparse.Namespace) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from typing import Any
 
 from .errors import ConfigError
 from .no_eval import read_value
@@ -50,6 +51,20 @@ def apply_overrides(data: dict, overrides: str) -> dict:
                 raise ConfigError(f"-o {key.strip()!r}: {name} is not a mapping")
         target[path[-1]] = value
     return data
+
+
+def argument_overrides(overrides: str | None) -> dict[str, Any]:
+    """The arguments that ``-o`` sets, without ``args.``, and their values."""
+    values: dict[str, Any] = {}
+    for option in (overrides or "").split(",,"):
+        key, _, text = option.strip().partition("=")
+        if key.strip().startswith("args."):
+            try:
+                value = read_value(text.strip())
+            except ValueError:
+                value = text.strip()
+            values[key.strip().removeprefix("args.")] = value
+    return values
 
 
 def overridden(overrides: str | None) -> frozenset[str]:

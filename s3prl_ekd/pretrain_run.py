@@ -24,7 +24,10 @@ from .arguments import (
     run_folder,
     with_device,
     without,
+    write_folder,
 )
+from .atomic import write_text
+from .checkpoint_args import replaced_arguments, say_moved
 from .checkpoints import check_whole, read_run, run_checkpoints
 from .config import (
     apply_overrides,
@@ -65,7 +68,13 @@ def prepare(argv: list[str]) -> list[str]:
                 f"s3prl's own Runner, which -u {args.u} has, does not join processes, each would "
                 "train a model of its own; start it without torchrun"
             )
-        _check_files(args)
+        resume = _check_files(args)
+        if resume:
+            argv = [
+                *without(argv, ("-e", "--past_exp"), ("-a", "--auto_resume")),
+                "-e",
+                str(resume),
+            ]
         return with_device(argv, args.device)
     if args.p and not args.n:
         argv = [*argv, "-n", Path(args.p).name]  # s3prl insists on a name beside a folder
@@ -73,8 +82,12 @@ def prepare(argv: list[str]) -> list[str]:
     return _resumed(argv, args, resume) if resume else _new(argv, args)
 
 
-def _check_files(args: argparse.Namespace) -> None:
-    """The files of another method of s3prl: data, and nothing that would run."""
+def _check_files(args: argparse.Namespace) -> Path | None:
+    """Check the files of another method of s3prl: data, and nothing that would run.
+
+    Returns:
+        The checkpoint to resume from, or None.
+    """
     config = {}
     for path in filter(None, (args.g, args.c)):
         config = read_yaml(path)
@@ -84,6 +97,7 @@ def _check_files(args: argparse.Namespace) -> None:
     if override_text(args):
         config = apply_overrides(config, args.o)
     check_names(config, str(resume or args.c))
+    return resume
 
 
 def _new(argv: list[str], args: argparse.Namespace) -> list[str]:
@@ -92,6 +106,7 @@ def _new(argv: list[str], args: argparse.Namespace) -> list[str]:
     folder = run_folder(args, ROOT)
     if folder is None:
         raise SetupError("name the run: add -n NAME (or -p FOLDER)")
+    folder = write_folder(args, ROOT, None)
     load_runner_config(args.c or "pretrain/ekd/config_runner.yaml", override_text(args))
     load_model_config(args.g or "pretrain/ekd/config_model.yaml")
     argv = with_device(argv, args.device)
@@ -113,6 +128,13 @@ def _resumed(argv: list[str], args: argparse.Namespace, path: Path) -> list[str]
     if getattr(states["Args"], "upstream", None) != "ekd":
         raise CheckpointError(f"{path} is of a run with another method than ekd")
     check_whole(path)
+    folder = write_folder(args, ROOT, path)
+    if folder.resolve() != path.resolve().parent and run_checkpoints(folder):
+        raise SetupError(
+            f"{folder} holds another run than {path}; name a new folder, or leave -n and -p out to "
+            f"go on in {path.parent}"
+        )
+    say_moved(path, getattr(states["Args"], "expdir", None), folder)
     logger.info("resume from %s at step %s", path, states["Step"])
     _check_config(args, states, path)
     argv = without(argv, ("-e", "--past_exp"), ("-a", "--auto_resume"))
@@ -157,77 +179,47 @@ def main(script: ModuleType, argv: list[str]) -> None:
     On resume what was typed has the last word. s3prl means ``-o`` to be of the highest priority,
     but puts all of the checkpoint's arguments, its ``-o`` and its device among them, over it.
     """
-    typed = options(argv, "euncgpo", long=("device",))
-    seen: dict[str, argparse.Namespace] = {}
+    args = options(argv, "euncgpo", long=("device",))
+    checkpoint = Path(args.e) if args.e else None
+    folder = write_folder(args, ROOT, checkpoint)
+    ekd = args.u in (None, "ekd")
     with contextlib.ExitStack() as stack:
-        if typed.u == "ekd" and not typed.e and torchrun.rank() == 0:
-            # Before s3prl copies the configs there.
-            stack.enter_context(FolderLock(run_folder(typed, ROOT)))
-        stack.enter_context(_around_s3prls(script, typed, seen, stack))
+        if folder is not None and torchrun.rank() == 0:
+            make_folder(folder)
+            stack.enter_context(FolderLock(folder))  # before s3prl copies the configs there
+        if checkpoint is not None:
+            values = {"expdir": str(folder), "expname": args.n or folder.name, "override": args.o}
+            if args.device:
+                values["device"] = args.device
+            stack.enter_context(replaced_arguments(args.e, values))
+        if ekd:
+            stack.enter_context(_our_runner(script, override_text(args), new=checkpoint is None))
         if torchrun.rank():  # s3prl's scripts print; one of several processes is enough
             stack.enter_context(
                 contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w")))
             )
         script.main()
     leave()
-    args = seen["args"]
-    if args.upstream == "ekd" and torchrun.rank() == 0:
-        folder = shlex.quote(str(args.expdir))
+    if ekd and torchrun.rank() == 0:
         print(
-            f"\ndone: the student is in {args.expdir}; next:\n"
-            f"  s3prl-ekd export student {folder} -o student.pt\n"
+            f"\ndone: the student is in {folder}; next:\n"
+            f"  s3prl-ekd export student {shlex.quote(str(folder))} -o student.pt\n"
             "  run_downstream.py -m train -u ekd_student -k student.pt -d asr -n my_asr"
         )
 
 
 @contextlib.contextmanager
-def _around_s3prls(
-    script: ModuleType, typed: argparse.Namespace, seen: dict, stack: contextlib.ExitStack
-) -> Iterator[None]:
-    """Within it, the script's arguments and Runner are as :func:`main` says."""
-    get_args, override, runner = script.get_pretrain_args, script.override, script.Runner
+def _our_runner(script: ModuleType, override: str | None, new: bool) -> Iterator[None]:
+    """Within it, the script's Runner is ours; that of a new run also writes the config."""
+    from .runner import extended
 
-    def get_args_typed_last():
-        if typed.e:
-            # The checkpoint's own -o is in its config already; s3prl would evaluate it once more.
-            script.override = lambda text, args, config: None
-        try:
-            args, config = get_args()
-        finally:
-            script.override = override
-        if typed.e:
-            _keep_folder(typed, args)
-            if override_text(typed):
-                override(typed.o, args, config)
-            if typed.device:
-                args.device = typed.device
-        args.override = None  # or the next resume would take it for new
-        seen["args"] = args
-        if args.upstream == "ekd":
-            from .runner import extended
-
-            if typed.e and torchrun.rank() == 0:
-                make_folder(Path(args.expdir))
-                stack.enter_context(FolderLock(args.expdir))
-            ours = extended(runner, overridden(override_text(typed)))
-            script.Runner = ours if typed.e else _writing_config(ours)
-        return args, config
-
-    script.get_pretrain_args = get_args_typed_last
+    base = script.Runner
+    runner = extended(base, overridden(override))
+    script.Runner = _writing_config(runner) if new else runner
     try:
         yield
     finally:
-        script.get_pretrain_args, script.Runner = get_args, runner
-
-
-def _keep_folder(typed: argparse.Namespace, args: argparse.Namespace) -> None:
-    """A run's folder may have been moved since: going on in it means to go on where it is now."""
-    folder = run_folder(typed, ROOT)
-    if folder is not None and folder.resolve() == Path(typed.e).resolve().parent:
-        if folder.resolve() != Path(args.expdir).resolve():
-            with contextlib.suppress(OSError):  # there is something in it
-                Path(args.expdir).rmdir()  # s3prl has just made it anew
-            args.expdir, args.expname = str(folder), typed.n or folder.name
+        script.Runner = base
 
 
 def _writing_config(runner: type) -> type:
@@ -249,4 +241,4 @@ def _write_whole_config(args: argparse.Namespace) -> None:
     if "extends" in read_yaml(args.upstream_config):
         text = yaml.safe_dump(plain(load_model_config(args.upstream_config)), sort_keys=False)
         path = Path(args.expdir) / "config_model.yaml"
-        path.write_text(f"# {args.upstream_config} with what it extends\n{text}", encoding="utf-8")
+        write_text(path, f"# {args.upstream_config} with what it extends\n{text}")

@@ -71,6 +71,7 @@ class EkdRunner(Reports):
     typed: frozenset[str] = frozenset()
 
     def __init__(self, args, config):
+        args.override = None  # it is in the config; the next resume would take it for new
         self.args, self.config = args, config
         self.settings = check_runner_config(config, "the config of the run").runner
         self.device = str(args.device)

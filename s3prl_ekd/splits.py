@@ -41,6 +41,10 @@ def check_splits(
     named += [(f"{where}: runner.eval_dataloaders", split) for split in several]
     if asked is not None:
         named = [("-t", asked)]
+    expert = config.get("downstream_expert")
+    datarc = expert.get("datarc") if isinstance(expert, Mapping) else None
+    if isinstance(datarc, Mapping):
+        check_fold(datarc.get("test_fold"), f"{where}: downstream_expert.datarc.test_fold")
     known = _known(downstream, config)
     for key, split in named:
         if known is None and isinstance(split, str) and _NAME.fullmatch(split):
@@ -48,6 +52,16 @@ def check_splits(
         if known is None or split not in known:
             allowed = "a plain name is needed" if known is None else f"use {_listed(known)}"
             raise ConfigError(f"{key}: there is no split {split!r:.60}; {allowed}")
+
+
+def check_fold(fold: Any, where: str) -> None:
+    """Refuse an ER fold that is no plain name: s3prl puts it into the names of files.
+
+    Raises:
+        ConfigError: naming ``where`` it stands.
+    """
+    if fold is not None and not (isinstance(fold, str) and _NAME.fullmatch(fold)):
+        raise ConfigError(f"{where} is {fold!r:.60}; fold1, fold2, ... is expected")
 
 
 def _known(downstream: str | None, config: Mapping[str, Any]) -> tuple[str, ...] | None:

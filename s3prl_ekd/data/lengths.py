@@ -8,14 +8,12 @@ which knows three corpora; the tables here hold the same numbers.
 
 from __future__ import annotations
 
-import csv
-import io
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..atomic import whole_file, write_text
+from ..atomic import write_csv, write_text
 from ..errors import DataError
 from .audio_files import find_audio, read_headers, total_hours
 
@@ -57,13 +55,9 @@ def sort_rows(rows: Iterable[Row]) -> list[Row]:
 
 def write_table(path: str | Path, rows: Iterable[Row]) -> None:
     """Write one table as :func:`sort_rows` orders it; a reader never sees half a file."""
-    with whole_file(path) as binary, io.TextIOWrapper(binary, "utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")  # quotes commas and newlines in names
-        writer.writerow(["", "file_path", "length", "label"])
-        for index, (file_path, length) in enumerate(sort_rows(rows)):
-            writer.writerow([index, file_path, length, ""])
-        file.flush()
-        file.detach()
+    head = ("", "file_path", "length", "label")
+    numbered = ((i, name, length, "") for i, (name, length) in enumerate(sort_rows(rows)))
+    write_csv(path, (head, *numbered), line_end="\n")
 
 
 def make_folder(path: Path) -> None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import shlex
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..checkpoints import newest, read_run
+from ..children import child_command, child_environment
 from ..errors import SetupError
 from ..evaluate.curves import plot_run, teacher_curves
 from ..evaluate.report import Report, make_report
@@ -178,7 +178,7 @@ class Demo:
         words = [*text.split(), *more]
         shown = shlex.join(words)
         print(f"$ {shown if shown.startswith('run_') else f's3prl-ekd {shown}'}", flush=True)
-        done = subprocess.run([sys.executable, "-m", "s3prl_ekd", *words], cwd=self.folder)
+        done = subprocess.run(child_command(words), cwd=self.folder, env=child_environment())
         if done.returncode:
             raise SetupError(
                 f"the command above ended with exit code {done.returncode}; mend what it says and "

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..atomic import atomic_saves
 from ..builtins_kept import isinstance_kept
+from ..downstream_run import own_folder
 from ..schema import plain
 from .asr_teachers import AsrEnsemble, common_frames
 from .selection import Selection, select, soft_label_loss
@@ -163,7 +164,7 @@ def distil_asr(
 
     script.Runner, sys.argv = make_runner_with_teachers, [f"{script.__name__}.py", *argv]
     try:
-        with atomic_saves(), isinstance_kept():
+        with own_folder(argv), atomic_saves(), isinstance_kept():
             script.main()
     finally:
         script.Runner, sys.argv = make_runner, argv_before

@@ -7,7 +7,6 @@ import json
 import os
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -19,6 +18,7 @@ from tqdm import tqdm
 from .. import trust
 from ..arguments import make_folder
 from ..atomic import write_text
+from ..children import child_command, child_environment
 from ..config import load_model_config, load_runner_config
 from ..errors import SetupError
 from ..plain_files import read_json
@@ -110,11 +110,11 @@ def _run(run: Run, jobs: int) -> Outcome:
         threads = str(max(1, (os.cpu_count() or 1) // jobs))
         with open(run.folder / "log.txt", "a", encoding="utf-8") as log:
             done = subprocess.run(
-                [sys.executable, "-m", "s3prl_ekd", *run.words],
+                child_command(run.words),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={"OMP_NUM_THREADS": threads, **os.environ},
+                env={"OMP_NUM_THREADS": threads, **child_environment()},
             )
         if done.returncode:
             raise SetupError(f"{run.name} failed; see {run.folder / 'log.txt'}")

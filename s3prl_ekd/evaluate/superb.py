@@ -33,6 +33,8 @@ from .warm import Processes
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
+PARENT_LOCK = ".superb.lock"  # of this command; NAME of training/lock.py is of what it starts
+LEFTOVER = 10.0  # seconds for a run to end whose command was killed
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
@@ -191,7 +193,11 @@ def _with_slot(run: Run, slots: queue.Queue, jobs: int, gpus: int, processes: Pr
     try:
         environment = environment_of(slot, jobs)
         make_folder(run.folder)
-        with FolderLock(run.folder):  # the same command, typed twice, trains nothing twice
+        # The same command, typed twice, trains nothing twice. Training and tests take the folder's
+        # own lock; one whose command was killed may still be on its way out.
+        with FolderLock(run.folder, PARENT_LOCK):
+            with FolderLock(run.folder, wait=LEFTOVER):
+                pass
             _run(run, lambda words: run_command(run.folder, words, environment, processes), gpus)
     finally:
         slots.put(slot)

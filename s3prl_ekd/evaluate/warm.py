@@ -24,6 +24,7 @@ from collections.abc import Mapping, Sequence
 from multiprocessing import connection
 from pathlib import Path
 
+from ..children import child_command, child_environment, end_with_parent
 from ..errors import SetupError
 
 logger = logging.getLogger(__name__)
@@ -117,18 +118,15 @@ class Processes:
         return self._threads
 
     def _spawn(self, words: Sequence[str], log: Path, environment: Mapping[str, str]) -> int:
-        if words[0] == "torchrun":
-            words = [sys.executable, "-m", "torch.distributed.run", *words[1:]]
-        else:
-            words = [sys.executable, "-m", "s3prl_ekd", *words]
         with open(log, "ab") as file, self._lock:
             self._check()
             child = subprocess.Popen(
-                words,
+                child_command(words),
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
-                env={**environment, "PYTHONUNBUFFERED": "1"},  # a log that can be watched
+                # a log that can be watched
+                env={**child_environment(environment), "PYTHONUNBUFFERED": "1"},
             )
             self._live.add(child)
         code = child.wait()
@@ -182,6 +180,7 @@ def _child(
         sys.path.insert(0, folder)  # as `python -m` does
     import torch
 
+    end_with_parent()
     torch.set_num_threads(threads)  # the variable was read when torch was imported
     from ..__main__ import main
 

@@ -6,17 +6,17 @@ import contextlib
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from s3prl_ekd.children import child_command, child_environment
 from s3prl_ekd.errors import SetupError
 from s3prl_ekd.plain_files import read_json
 
 from .folder import Spent, write_json
 
-LAUNCH = (sys.executable, "-m", "s3prl_ekd")
+LAUNCH = tuple(child_command(()))
 LOOK = 3.0  # seconds between two looks at how busy a command's processes are
 GRACE = 30.0  # seconds to save in before a process is killed
 
@@ -45,7 +45,7 @@ class Child:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={"OMP_NUM_THREADS": "1", **os.environ},
+                env={"OMP_NUM_THREADS": "1", **child_environment()},
                 start_new_session=True,
             )
 
