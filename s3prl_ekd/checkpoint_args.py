@@ -47,5 +47,8 @@ def say_moved(checkpoint: Path, recorded: Any, folder: Path) -> None:
     """Log where a run writes, if its checkpoint has another folder recorded."""
     if not isinstance(recorded, str) or Path(recorded).resolve() != folder.resolve():
         logger.info(
-            "%s has %r as its folder; this command writes to %s", checkpoint, recorded, folder
+            "%s was saved in the folder %.200r; this command writes to %s",
+            checkpoint,
+            recorded,
+            folder,
         )

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -118,3 +119,31 @@ def test_two_runs_in_one_folder(tmp_path, teachers, corpus, monkeypatch, capfd, 
     before = sorted(path.name for path in folder.iterdir())
     assert f"in use: process {process.pid} on" in run("-a", "-o", "config.runner.total_steps=9")
     assert sorted(path.name for path in folder.iterdir()) == before
+
+
+@pytest.mark.parametrize("kind", ["symlink", "dangling", "second name", "pipe", "folder"])
+def test_a_lock_is_a_plain_file(tmp_path, kind):
+    precious = tmp_path / "precious"
+    precious.write_text("kept")
+    folder = tmp_path / "run"
+    folder.mkdir()
+    if kind == "symlink":
+        os.symlink(precious, folder / NAME)
+    elif kind == "dangling":
+        os.symlink(tmp_path / "new", folder / NAME)
+    elif kind == "second name":
+        os.link(precious, folder / NAME)
+    elif kind == "pipe":
+        os.mkfifo(folder / NAME)
+    else:
+        (folder / NAME).mkdir()
+    with pytest.raises(SetupError, match=NAME if kind != "folder" else "run"):
+        FolderLock(folder).__enter__()
+    assert precious.read_text() == "kept" and not (tmp_path / "new").exists()
+
+
+def test_waiting_for_a_process_that_is_on_its_way_out(tmp_path, holder):
+    process = holder(tmp_path)
+    threading.Timer(0.5, process.kill).start()
+    with FolderLock(tmp_path, wait=60):
+        assert json.loads((tmp_path / NAME).read_text())["pid"] == os.getpid()

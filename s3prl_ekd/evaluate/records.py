@@ -7,9 +7,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Literal
+from typing import Any, Literal
 
 from ..errors import DataError
 from ..plain_files import read_json
@@ -75,10 +76,22 @@ class Record:
             raise ValueError("upstream and tested must not be empty")
         if self.lr <= 0:
             raise ValueError(f"lr is {self.lr:g}; a number above 0 is expected")
-        for condition, folder in self.tested.items():
-            path = PurePosixPath(folder)
-            if path.is_absolute() or ".." in path.parts:
-                raise ValueError(f"tested.{condition} is {folder!r}, which is outside the run")
+        check_paths({"tested": self.tested, "dev": vars(self.dev)})
+
+
+def check_paths(record: Mapping[str, Any]) -> None:
+    """Refuse a record whose paths lead out of the run's folder: they name what is read and written.
+
+    Raises:
+        ValueError, TypeError: naming the entry.
+    """
+    checkpoint = (record["dev"] or {}).get("checkpoint")
+    if checkpoint is not None and PurePosixPath(checkpoint).name != checkpoint:
+        raise ValueError(f"dev.checkpoint is {checkpoint!r}, which is no name of a file in the run")
+    for condition, folder in record["tested"].items():
+        path = PurePosixPath(folder)
+        if path.is_absolute() or ".." in path.parts:
+            raise ValueError(f"tested.{condition} is {folder!r}, which is outside the run")
 
 
 @dataclass(frozen=True)
@@ -117,6 +130,9 @@ class Cost:
 def read_run(folder: Path) -> Run | None:
     """The finished run in ``folder``, or None where it is not finished.
 
+    The folder's place, ``ROOT/UPSTREAM/TASK/RUN``, says which upstream it is of: it may have been
+    renamed since.
+
     Raises:
         DataError: its record is damaged.
     """
@@ -124,7 +140,11 @@ def read_run(folder: Path) -> Run | None:
     data = _read_json(path)
     if data is None or data.get("finished") is False:
         return None
-    return Run(**vars(build(Record, data, str(path))), folder=folder)
+    facts = vars(build(Record, data, str(path)))
+    task = folder.resolve().parent
+    if task.name == facts["task"]:
+        facts = {**facts, "upstream": task.parent.name}
+    return Run(**facts, folder=folder)
 
 
 def read_cost(path: Path) -> Cost | None:

@@ -24,7 +24,7 @@ from ..atomic import write_text
 from ..checkpoints import newest, read_run
 from ..errors import CheckpointError, SetupError
 from ..training.lock import FolderLock
-from .records import RECORD
+from .records import RECORD, check_paths
 from .superb_call import environment_of, run_command
 from .superb_features import close_features
 from .superb_plan import CLEAN, Run, noise_digest
@@ -50,6 +50,7 @@ def read_record(folder: Path) -> dict[str, Any] | None:
         record = json.loads(path.read_text(encoding="utf-8"))
         if record["format"] != FORMAT:
             raise ValueError
+        check_paths(record)
         return record
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise SetupError(f"{path} is damaged; remove {folder} to run it again") from None
@@ -225,6 +226,9 @@ def _run(run: Run, call: Callable[[list[str]], None], gpus: int) -> None:
         "model": run.upstream.digest,
         "noises": {},
     }
+    if record["upstream"] != run.upstream.name:
+        logger.info("%s was %s; it has been renamed", run.folder, record["upstream"])
+        record["upstream"] = run.upstream.name
     _write(run.folder, record)
     start = time.monotonic()
     if record["dev"] is None:

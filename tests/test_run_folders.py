@@ -1,0 +1,302 @@
+"""Where a run writes is decided by the command, never by a file."""
+
+import functools
+import hashlib
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from s3prl_ekd import launch
+from s3prl_ekd.checkpoints import newest, read_run
+from s3prl_ekd.errors import EkdError, SetupError
+from s3prl_ekd.evaluate import superb
+from s3prl_ekd.evaluate.records import read_run as read_record
+from s3prl_ekd.evaluate.results import read_results
+from s3prl_ekd.training.lock import NAME, FolderLock
+
+from .conftest import command, write_configs
+from .superb_runs import write_run
+from .superb_workspace import make_workspace, short
+
+TRAIN = ("run_pretrain.py", "-u", "ekd", "-n", "x", "-c", "runner.yaml", "-g", "model.yaml")
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """SHA-256 of each file below a folder, locks aside."""
+    paths = (path for path in folder.rglob("*") if path.is_file() and not path.name.endswith(NAME))
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in paths
+    }
+
+
+# Pretraining
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, teachers, corpus):
+    folder = tmp_path_factory.mktemp("finished")
+    command("init", ".", cwd=folder)
+    write_configs(folder, teachers, corpus)
+    command(*TRAIN, cwd=folder)
+    return folder
+
+
+@pytest.fixture
+def pretrain(finished, tmp_path, monkeypatch, pretrain_script):
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return functools.partial(pretrain_script, "-u", "ekd", "--device", "cpu")
+
+
+LONGER = ("-o", "config.runner.total_steps=9")
+
+
+def test_a_copied_run_goes_on_in_the_copy(pretrain, caplog):
+    caplog.set_level(logging.INFO)
+    original, copied = Path("result/pretrain/x"), Path("copy")
+    before = contents(original)
+    shutil.copytree(original, copied)
+    code, _ = pretrain("-e", "copy/states-3.ckpt", *LONGER)
+    assert code == 0 and f"{original}'; this command writes to copy" in caplog.text
+    assert contents(original) == before
+    states = read_run(newest(copied))
+    assert states["Step"] == 9 and states["Args"].expdir == "copy"
+
+
+def test_a_folder_that_is_named_is_the_one_written_to(pretrain):
+    original = Path("result/pretrain/x")
+    before = contents(original)
+    code, _ = pretrain("-e", str(original / "states-3.ckpt"), "-p", "elsewhere", *LONGER)
+    assert code == 0 and read_run(newest("elsewhere"))["Step"] == 9
+    assert contents(original) == before
+    elsewhere = contents(Path("elsewhere"))
+    code, output = pretrain("-e", str(original / "states-6.ckpt"), "-p", "elsewhere", *LONGER)
+    assert code == 2 and "elsewhere holds another run" in output
+    assert contents(Path("elsewhere")) == elsewhere
+
+
+def test_a_folder_that_the_checkpoint_names_is_not_even_made(pretrain):
+    Path("work").mkdir()
+    states = read_run("result/pretrain/x/states-6.ckpt")
+    states["Args"].expdir, states["Args"].expname = os.path.abspath("foreign/folder"), "folder"
+    torch.save(states, "work/states-6.ckpt")
+    code, _ = pretrain("-e", "work/states-6.ckpt", *LONGER)
+    assert code == 0 and not Path("foreign").exists()
+    assert read_run(newest("work"))["Step"] == 9
+
+
+# Downstream
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """Data of SID and ER, and a run of SID in ``result/downstream/x``."""
+    folder = make_workspace(tmp_path_factory.mktemp("superb"))
+    every = ",,".join(f"config.runner.{key}=4" for key in ("log_step", "eval_step", "save_step"))
+    words = ["-m", "train", "-u", "fbank_no_cmvn", "-d", "voxceleb1", "--device", "cpu", "-n", "x"]
+    words += ["-c", "downstream/voxceleb1/tiny.yaml", "-o", f"config.runner.total_steps=8,,{every}"]
+    command("run_downstream.py", *words, cwd=folder)
+    return folder
+
+
+@pytest.fixture
+def here(prepared, tmp_path, monkeypatch):
+    for name in ("data", "audio", "downstream"):
+        os.symlink(prepared / name, tmp_path / name)
+    shutil.copytree(prepared / "result", tmp_path / "result")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def downstream(here, monkeypatch):
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["run_downstream.py", *words, "--device", "cpu"])
+        return launch.run_downstream()
+
+    return run
+
+
+EVALUATE = ("-m", "evaluate", "-t", "test")
+
+
+def test_predictions_go_where_the_checkpoint_lies(downstream, here, caplog):
+    caplog.set_level(logging.INFO)
+    before = contents(here / "result")
+    (here / "copy").mkdir()
+    shutil.copy("result/downstream/x/states-8.ckpt", "copy/epoch=3.ckpt")
+    assert downstream(*EVALUATE, "-e", "copy/epoch=3.ckpt") == 0
+    assert (here / "copy/test_predict.txt").stat().st_size and contents(here / "result") == before
+    assert "this command writes to copy" in caplog.text
+
+
+def test_a_checkpoint_names_no_folder_to_write_to(downstream, here):
+    states = read_run("result/downstream/x/states-8.ckpt")
+    for name in ("expdir", "cache_dir"):
+        setattr(states["Args"], name, str(here / "foreign" / name))
+    (here / "copy").mkdir()
+    torch.save(states, "copy/states-8.ckpt")
+    hub = torch.hub.get_dir()
+    assert downstream(*EVALUATE, "-e", "copy/states-8.ckpt") == 0
+    assert not (here / "foreign").exists() and torch.hub.get_dir() == hub
+    assert downstream(*EVALUATE, "-e", "copy/states-8.ckpt", "-p", "named") == 0
+    assert (here / "named/test_predict.txt").is_file()
+
+
+@pytest.mark.parametrize("change", ["fold", "variant"])
+def test_a_fold_is_a_name(downstream, here, change, capfd):
+    """s3prl puts it into the names of the files that it writes."""
+    states = read_run("result/downstream/x/states-8.ckpt")
+    states["Args"].downstream = "emotion"
+    if change == "fold":
+        states["Config"]["downstream_expert"]["datarc"]["test_fold"] = "/../../x"
+    else:
+        states["Args"].downstream_variant = "/../../x"
+    torch.save(states, "evil.ckpt")
+    with pytest.raises(SystemExit) as ended:
+        downstream(*EVALUATE, "-e", "evil.ckpt")
+    assert ended.value.code == 2 and "/../../x" in capfd.readouterr().err
+
+
+def test_a_training_goes_on_where_it_is_now(downstream, here):
+    Path("result/downstream/x").rename("moved")
+    longer = "config.runner.total_steps=12"
+    assert downstream("-m", "train", "-e", "moved/states-8.ckpt", "-o", longer) == 0
+    assert (
+        read_run("moved/states-12.ckpt")["Step"] == 12 and not Path("result/downstream/x").exists()
+    )
+
+
+HOLD = """
+import sys, time
+from s3prl_ekd.training.lock import FolderLock
+with FolderLock(*sys.argv[1:]):
+    print("held", flush=True)
+    time.sleep(100)
+"""
+
+
+@pytest.fixture
+def holder():
+    """Hold a lock in another process until the test ends."""
+    processes = []
+
+    def hold(*words):
+        process = subprocess.Popen(
+            [sys.executable, "-c", HOLD, *map(str, words)], stdout=subprocess.PIPE, text=True
+        )
+        processes.append(process)
+        assert process.stdout.readline() == "held\n"
+        return process
+
+    yield hold
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+def test_two_trainings_in_one_folder(downstream, here, holder, capfd):
+    folder = here / "result/downstream/x"
+    process, before = holder(folder), contents(folder)
+    with pytest.raises(SystemExit) as ended:
+        downstream("-m", "train", "-e", str(folder / "states-8.ckpt"))
+    assert ended.value.code == 2 and f"process {process.pid}" in capfd.readouterr().err
+    assert contents(folder) == before
+    # a test in the same folder disturbs no training
+    assert downstream(*EVALUATE, "-e", str(folder / "states-8.ckpt")) == 0
+    process = holder(folder, f".test{NAME}")
+    with pytest.raises(SystemExit):
+        downstream(*EVALUATE, "-e", str(folder / "states-8.ckpt"))
+    assert f"process {process.pid}" in capfd.readouterr().err
+
+
+# superb
+
+
+def test_a_renamed_upstream_is_tested_and_reported_under_its_new_name(here, monkeypatch):
+    """X is renamed to Y, a new run is in X, and then Y is tested under noise."""
+    rain = here / "rain"
+    rain.mkdir()
+    shutil.copy("audio/ann0.wav", rain)
+
+    def run_command(folder, words, environment, processes):  # in this process: no imports
+        monkeypatch.setattr(sys, "argv", words)
+        assert launch.run_downstream() == 0
+
+    monkeypatch.setattr(superb, "run_command", run_command)
+    run_all = functools.partial(superb.run_all, warm=False)
+    out = here / "out/w/out"
+    (first,) = short(here, "out/w")
+    first = replaced(first, "X")
+    assert run_all([first]) == []
+    (out / "X").rename(out / "Y")
+    assert run_all([first]) == []  # a new X
+    before = contents(out / "X")
+    (noisy,) = short(here, "out/w", noise=[str(rain)], snr=[0.0])
+    second = replaced(noisy, "Y")
+    assert run_all([second]) == []
+    assert contents(out / "X") == before
+    assert (second.folder / "noisy/rain_snr0/test_predict.txt").is_file()
+    results = read_results([out])
+    assert {(run.upstream, tuple(run.tested)) for run in results.runs} == {
+        ("X", ("clean",)),
+        ("Y", ("clean", "rain_snr0")),
+    }
+
+
+def replaced(run, name):
+    import dataclasses
+
+    return dataclasses.replace(run, upstream=dataclasses.replace(run.upstream, name=name))
+
+
+@pytest.mark.parametrize(
+    "entry", [{"dev": {"metric": "acc", "value": 1.0, "checkpoint": "../y/a.ckpt"}},
+              {"tested": {"clean": "../y"}}, {"tested": {"clean": "/tmp"}}],
+    ids=["checkpoint", "predictions", "absolute"],
+)  # fmt: skip
+def test_a_record_leads_nowhere_else(tmp_path, entry):
+    folder = write_run(tmp_path, "x", "sid", {"a": ("1", "1")})
+    record = json.loads((folder / "superb.json").read_text())
+    (folder / "superb.json").write_text(json.dumps(record | entry))
+    with pytest.raises(SetupError, match="superb.json"):
+        superb.read_record(folder)
+    with pytest.raises(EkdError, match="superb.json"):
+        read_record(folder)
+
+
+# Processes that are killed
+
+
+def test_trainings_end_with_the_superb_that_started_them(here):
+    """And the same command, given again, waits for them and goes on."""
+    words = ["superb", "fbank_no_cmvn", "--tasks", "sid", "--recipes", "tiny", "-o", "out"]
+    words += ["--steps", "sid=4000"]
+    parent = subprocess.Popen(
+        [sys.executable, "-m", "s3prl_ekd", *words], stderr=subprocess.DEVNULL
+    )
+    lock = here / "out/fbank_no_cmvn/sid/lr0.003-seed1337" / NAME
+    child = None
+    deadline = time.monotonic() + 120
+    while child is None:
+        assert time.monotonic() < deadline and parent.poll() is None
+        time.sleep(0.1)
+        if lock.exists() and lock.read_text():
+            child = json.loads(lock.read_text())["pid"]
+    assert child != parent.pid
+    with pytest.raises(SetupError, match=f"process {child} "):
+        FolderLock(lock.parent).__enter__()
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    with FolderLock(lock.parent, wait=30):  # the training has ended
+        pass
