@@ -7,7 +7,6 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from .checkpoints import newest
 from .errors import CheckpointError, SetupError
 from .overrides import argument_overrides
 
@@ -101,6 +100,8 @@ def resume_from(args: argparse.Namespace, root: str) -> Path | None:
     Raises:
         CheckpointError: there is no such checkpoint.
     """
+    from .checkpoints import newest  # which imports torch: --help does without
+
     folder = run_folder(args, root)
     if args.a and folder is not None and folder.is_dir():
         found = newest(folder)
