@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from . import __version__, trust
-from .quiet import quiet_s3prl
+from .quiet import log_to_stderr, plain_stdout, quiet_s3prl
 from .terminal import prepare_streams, run_command
 
 # name -> the line that `s3prl-ekd --help` shows. The module commands/NAME.py has
@@ -85,9 +85,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             command.configure(subparser)
             subparser.set_defaults(run=command.main)
     args = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    log_to_stderr(logging.INFO)
     quiet_s3prl()
-    return run_command(lambda: args.run(args))
+
+    def command_with_plain_output() -> int | None:
+        with plain_stdout():
+            return args.run(args)
+
+    return run_command(command_with_plain_output)
 
 
 if __name__ == "__main__":

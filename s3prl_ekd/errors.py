@@ -9,12 +9,30 @@ from typing import NoReturn
 from . import torchrun
 
 
+def printable(text: str) -> str:
+    """``text`` as one line that is safe on a terminal and in a list of lines.
+
+    Names of files, and texts out of them, may hold newlines, escape sequences, characters that turn
+    the direction of writing, or bytes that are no UTF-8. These become ``\\n``, ``\\x1b``, ...
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        each if each.isprintable() else each.encode("unicode_escape").decode() for each in text
+    )
+
+
 class EkdError(Exception):
     """Something the user can mend. The message is one sentence that says what, where and how.
 
     Everything that a user can get wrong (a YAML key, a path, a layer number) is reported by
     this type or a subclass; any other exception out of this package is a defect of ours.
+
+    ``str(error)`` is one line of printable characters, whatever names are in it.
     """
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class ConfigError(EkdError):

@@ -20,7 +20,7 @@ from types import ModuleType
 
 from . import torchrun
 from .arguments import INIT_HINT, options
-from .quiet import quiet_s3prl
+from .quiet import log_to_stderr, quiet_s3prl
 from .terminal import prepare_streams, run_command
 
 logger = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ def _launch(
 ) -> int:
     prepare_streams()
     level = logging.WARNING if torchrun.rank() else logging.INFO  # one of several processes speaks
-    logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
+    log_to_stderr(level)
     quiet_s3prl()
     hint = "" if "evaluate" in sys.argv else "; add -a (and leave -e out) to go on"
     return run_command(

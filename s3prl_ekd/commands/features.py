@@ -19,7 +19,7 @@ import re
 from pathlib import Path
 
 from ..atomic import write_text
-from ..errors import CheckpointError, ConfigError
+from ..errors import CheckpointError, ConfigError, printable
 from .export_student import add_checkpoint, load
 
 _SHOWN = 5  # bad files named on the screen; all are in a file
@@ -90,7 +90,7 @@ def main(args: argparse.Namespace) -> int:
     skipped = args.output.with_name(args.output.name + ".skipped.txt")
     skipped.unlink(missing_ok=True)  # one of an earlier run would mislead
     if written.bad:
-        lines = [f"{ascii(key)[1:-1]}\t{ascii(why)[1:-1]}\n" for key, why in written.bad]
+        lines = [f"{ascii(key)[1:-1]}\t{printable(why)}\n" for key, why in written.bad]
         write_text(skipped, "".join(lines))
         print(f"left out: {len(written.bad)} files that cannot be used; all of them: {skipped}")
         for _, why in written.bad[:_SHOWN]:

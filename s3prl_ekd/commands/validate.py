@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..errors import SetupError
+from ..errors import SetupError, printable
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -76,4 +76,4 @@ def main(args: argparse.Namespace) -> int:
 def _print(outcome) -> None:
     status = outcome.status.upper() if outcome.status == "fail" else outcome.status
     mark = "*" if outcome.official else " "
-    print(f"{status:4} {mark} {outcome.name:12}  {outcome.reason}", flush=True)
+    print(f"{status:4} {mark} {outcome.name:12}  {printable(outcome.reason)}", flush=True)

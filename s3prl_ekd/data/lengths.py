@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..atomic import write_csv, write_text
-from ..errors import DataError
+from ..errors import DataError, printable
 from .audio_files import find_audio, read_headers, total_hours
 
 SKIPPED = "skipped.txt"
@@ -35,14 +35,14 @@ class LengthTables:
         """Lines for the screen: utterances and hours of each table, then what was left out."""
         lines = [
             f"{name}.csv: {len(rows)} utterances, {total_hours(n for _, n in rows):.2f} h"
-            for name, rows in self.rows.items()
+            for name, rows in zip(map(printable, self.rows), self.rows.values(), strict=True)
         ]
         every = [row for rows in self.rows.values() for row in rows]
         lines.append(f"total: {len(every)} utterances, {total_hours(n for _, n in every):.2f} h")
         if self.why_single:
-            lines.append(f"one table, because {self.why_single}")
+            lines.append(f"one table, because {printable(self.why_single)}")
         if self.skipped:
-            names = ", ".join(path for path, _ in self.skipped[:3])
+            names = ", ".join(printable(path) for path, _ in self.skipped[:3])
             more = f" and {len(self.skipped) - 3} more" if len(self.skipped) > 3 else ""
             lines.append(f"left out: {len(self.skipped)} ({names}{more}); why: {SKIPPED}")
         return "\n".join(lines)
@@ -143,5 +143,5 @@ def write_length_tables(
 def _write_skipped(path: Path, skipped: Sequence[tuple[str, str]]) -> None:
     path.unlink(missing_ok=True)  # one of an earlier run would mislead
     if skipped:
-        lines = [f"{ascii(name)[1:-1]}\t{ascii(reason)[1:-1]}\n" for name, reason in skipped]
+        lines = [f"{ascii(name)[1:-1]}\t{printable(reason)}\n" for name, reason in skipped]
         write_text(path, "".join(lines))

@@ -20,7 +20,7 @@ from ..arguments import make_folder
 from ..atomic import write_text
 from ..children import child_command, child_environment
 from ..config import load_model_config, load_runner_config
-from ..errors import SetupError
+from ..errors import SetupError, printable
 from ..plain_files import read_json
 from ..schema import plain
 from .curves import teacher_curves
@@ -171,7 +171,8 @@ def _spread(values: Sequence[float]) -> str:
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table of rows, the first of which is the header."""
+    """A Markdown table of rows, the first of which is the header; a cell is text and no markup."""
+    rows = [[printable(c).replace("|", "\\|").replace("<", "&lt;") for c in row] for row in rows]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [
         "| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |"

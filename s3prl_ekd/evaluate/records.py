@@ -74,6 +74,9 @@ class Record:
             )
         if not self.upstream.strip() or not self.tested:
             raise ValueError("upstream and tested must not be empty")
+        for name in (self.upstream, self.recipe, *self.tested):  # they go into reports
+            if not name.isprintable():
+                raise ValueError(f"{name!r} is no name: it has characters that cannot be printed")
         if self.lr <= 0:
             raise ValueError(f"lr is {self.lr:g}; a number above 0 is expected")
         check_paths({"tested": self.tested, "dev": vars(self.dev)})

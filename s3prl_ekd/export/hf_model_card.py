@@ -7,6 +7,7 @@ from pathlib import PurePath
 from typing import Any
 
 from ..distill.settings import StudentSettings
+from ..errors import printable
 from .student_file import LoadedStudent
 
 _CARD = """\
@@ -136,6 +137,8 @@ def how_made(about: Mapping[str, Any], data: str = "") -> str:
         lines.append(f"- taken from: {about['source']}")
     if about.get("made_by"):
         lines.append(f"- made by: {about['made_by']}")
+    # what a file says of itself is text, and neither HTML nor lines of the card
+    lines = [printable(line).replace("<", "&lt;") for line in lines]
     return "\n".join(lines) or "The student file does not say."
 
 

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from ..atomic import whole_file
 from ..data.bad_audio import Bad
 from ..data.batches import Batch, DistillationDataset
-from ..errors import CheckpointError, DataError
+from ..errors import CheckpointError, DataError, printable
 
 logger = logging.getLogger(__name__)
 
@@ -108,8 +108,8 @@ class BadAudioList:
             return
         lines = ["\t".join(COLUMNS)]
         for path, (reason, times, epoch) in sorted(entries.items()):
-            cells = path.translate(_ESCAPED), reason.translate(_ESCAPED), str(times), str(epoch)
-            lines.append("\t".join(cells))
+            texts = (printable(text.translate(_ESCAPED)) for text in (path, reason))
+            lines.append("\t".join([*texts, str(times), str(epoch)]))
         try:
             with whole_file(self.path) as file:
                 file.write("".join(f"{line}\n" for line in lines).encode())

@@ -1,0 +1,134 @@
+"""What comes out of files is text: it moves no cursor, begins no line, and is no markup."""
+
+import logging
+
+import numpy as np
+import pytest
+import soundfile
+
+from s3prl_ekd import cli
+from s3prl_ekd.commands import validate
+from s3prl_ekd.errors import DataError, EkdError, exit_with, printable
+from s3prl_ekd.evaluate.matrix import markdown
+from s3prl_ekd.evaluate.records import Dev, Record
+from s3prl_ekd.export.hf_model_card import how_made
+from s3prl_ekd.quiet import PlainFormatter, plain_stdout
+from s3prl_ekd.training.bad_audio_list import BadAudioList
+from s3prl_ekd.validation.outcome import Outcome
+
+HOSTILE = "a\x1b[31m\x1b]0;title\x07\nerror: gone\r\t\x9b\u202e\udcff|<b>"
+
+
+def is_plain(text, lines=1):
+    """No control character is left but the newlines that end so many lines."""
+    *whole, rest = text.split("\n")
+    return len(whole) == lines and rest == "" and all(map(str.isprintable, whole))
+
+
+def test_printable():
+    said = printable(HOSTILE)
+    assert said.isprintable() and said == printable(said)
+    assert said.startswith("a\\x1b[31m") and "\\nerror" in said and "\\udcff" in said
+    assert printable("Grüße, 音声 – ⅓ (a|b)") == "Grüße, 音声 – ⅓ (a|b)"
+
+
+@pytest.mark.parametrize("kind", [EkdError, DataError])
+def test_an_error_is_one_line(kind, capsys):
+    with pytest.raises(SystemExit) as left:
+        exit_with(kind(f"cannot use {HOSTILE}"))
+    assert left.value.code == 2 and is_plain(capsys.readouterr().err)
+
+
+def test_a_log_line():
+    record = logging.LogRecord("s3prl_ekd.x", 20, "", 1, "left out %s", (HOSTILE,), None)
+    text = PlainFormatter("%(levelname)s %(message)s").format(record)
+    assert is_plain(f"{text}\n") and text.startswith("INFO left out a\\x1b")
+    record = logging.LogRecord("s3prl.x", 20, "", 1, "two\nlines \x1b", (), None)
+    assert PlainFormatter().format(record) == "two\nlines \\x1b"
+    try:
+        raise ValueError("x")
+    except ValueError as error:
+        info = (type(error), error, error.__traceback__)
+    record = logging.LogRecord("s3prl_ekd.x", 40, "", 1, "x", (), info)
+    assert "\n  File " in PlainFormatter().format(record)  # a traceback stays one
+
+
+def test_stdout(capsys):
+    with plain_stdout():
+        print(f"wrote {HOSTILE}")
+        print("a\tb", end="", flush=True)
+    out = capsys.readouterr().out
+    assert is_plain(out.replace("\t", "") + "\n", lines=3) and out.endswith("\na\tb")
+    print("\x1b")
+    assert capsys.readouterr().out == "\x1b\n"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder that is no split, with a good and a bad file, whose names are no good either."""
+    root = tmp_path / "a\x1b[2J\nb"
+    root.mkdir()
+    wave = 0.1 * np.random.default_rng(0).standard_normal(4000)
+    soundfile.write(root / "good\x1b[31m\nerror: x.wav", wave, 16000)
+    (root / "bad\x1b[32m\ntotal: 7 utterances.wav").write_bytes(b"")
+    return root
+
+
+def test_lengths(folder, tmp_path, capsys):
+    assert cli.main(["lengths", str(folder), "-o", str(tmp_path / "out"), "--name", "all"]) == 0
+    # a table, the total, what was left out, where it was written
+    assert is_plain(capsys.readouterr().out, lines=4)
+    (line,) = (tmp_path / "out/skipped.txt").read_text().splitlines()
+    assert line.count("\t") == 1 and line.replace("\t", "").isprintable()
+    assert cli.main(["lengths", str(folder), "-o", str(tmp_path / "out")]) == 0
+    assert is_plain(capsys.readouterr().out, lines=5)
+    with pytest.raises(SystemExit):
+        cli.main(["lengths", str(folder / "nowhere"), "-o", str(tmp_path / "out")])
+    assert is_plain(capsys.readouterr().err)
+
+
+def test_validate(capsys, tmp_path, monkeypatch):
+    def checks(package, lengths, timeout, say):
+        outcomes = [Outcome("files", "fail", HOSTILE)]
+        say(outcomes[0])
+        return outcomes, None
+
+    monkeypatch.setattr("s3prl_ekd.validation.process.validate", checks)
+    assert cli.main(["validate", str(tmp_path)]) == 1
+    assert is_plain(capsys.readouterr().out, lines=2)
+    validate._print(Outcome("files", "fail", HOSTILE))  # also where nothing stands before stdout
+    assert is_plain(capsys.readouterr().out)
+
+
+def test_the_list_of_bad_audio(tmp_path):
+    listed = BadAudioList(tmp_path, [])
+    listed._known = {HOSTILE[:-5]: (HOSTILE, 1, 0)}
+    listed.write()
+    text = (tmp_path / "bad_audio.tsv").read_text()
+    assert is_plain(text.replace("\t", ""), lines=2) and text.count("\t") == 6
+
+
+def test_a_table_in_a_report():
+    lines = markdown([["upstream", "per"], [HOSTILE, "1 | 2"]]).splitlines()
+    assert len(lines) == 3 and all(map(str.isprintable, lines))
+    assert "<" not in lines[2] and lines[2].replace("\\|", "").count("|") == 3
+
+
+def test_a_record_whose_name_is_none():
+    facts = dict(
+        format=1, upstream="x", hub="fbank", checkpoint=None, task="asr", lr=1.0, seed=1, fold=None,
+        steps=1, recipe="tiny", split="test-clean", digest="", dev=Dev("wer", 1.0, 1),
+        tested={"clean": "."}, seconds=1.0, finished=True,
+    )  # fmt: skip
+    Record(**facts)
+    for key, value in (("upstream", HOSTILE), ("recipe", HOSTILE), ("tested", {HOSTILE: "."})):
+        with pytest.raises(ValueError, match="x1b"):
+            Record(**{**facts, key: value})
+
+
+def test_a_model_card():
+    teachers = {HOSTILE: {"model": f"x/{HOSTILE}", "layers": [1]}}
+    config = {"teachers": teachers, "aggregation": HOSTILE}
+    lines = how_made({"config": config, "step": 3, "source": HOSTILE}).split("\n")
+    assert len(lines) == 5
+    assert all(line.isprintable() and line[0] == "-" and "<" not in line for line in lines)
