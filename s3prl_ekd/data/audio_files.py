@@ -5,6 +5,8 @@ Only headers are read here (a few kilobytes a file), by soundfile: FLAC, WAV, Og
 
 from __future__ import annotations
 
+import functools
+import logging
 import os
 import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,8 +18,15 @@ import soundfile
 
 from ..errors import DataError
 
+logger = logging.getLogger(__name__)
+
 SAMPLE_RATE = 16_000  # Hz; every upstream and every recipe of s3prl works at this rate
 SUFFIXES = (".flac", ".wav", ".ogg", ".opus")
+# Folders that systems make beside people's files; hidden ones (.Trash-1000, .ipynb_checkpoints)
+# need no list. macOS's archiver, Synology, QNAP, fsck, Windows.
+SYSTEM_FOLDERS = frozenset(
+    ("__macosx", "@eadir", "#recycle", "#snapshot", "@recycle", "lost+found", "$recycle.bin")
+) | {"system volume information"}
 _PIPED = 0x7FFF0000  # a program that writes to a pipe cannot know, and puts 2**31 or 2**32 or so
 _MAX_CHUNKS = 1000  # of a WAV file; a dozen kinds exist
 _CHUNK = 64  # files a thread takes at once; one at a time costs more than reading the header
@@ -43,10 +52,21 @@ def is_audio(name: str) -> bool:
     return name.lower().endswith(SUFFIXES)
 
 
+def is_passed_over(name: str) -> bool:
+    """Whether a file or folder of this name below a folder of audio is no part of the corpus.
+
+    That is: it is hidden (``._a.flac`` of macOS, ``.Trash-1000``, ``.ipynb_checkpoints``) or one of
+    :data:`SYSTEM_FOLDERS`. The rule is for names that a scan meets; the folder that a user gives,
+    and those above it, may have any name, and so may what a link points to.
+    """
+    return name.startswith(".") or name.lower() in SYSTEM_FOLDERS
+
+
 def find_audio(folder: str | Path) -> list[str]:
     """Every audio file below ``folder``, as sorted paths relative to it with ``/`` between parts.
 
-    Links to files and folders are followed; a link back to a folder that contains it is not.
+    Links to files and folders are followed; a link back to a folder that contains it is not. What
+    :func:`is_passed_over` names is not looked at; the log says once how much that was.
 
     Raises:
         DataError: ``folder`` is not a folder, or a folder below it cannot be listed.
@@ -54,10 +74,24 @@ def find_audio(folder: str | Path) -> list[str]:
     folder = Path(folder)
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder; give one that contains audio")
-    return sorted(_walk(str(folder), "", frozenset()))
+    passed: list[str] = []
+    paths = sorted(_walk(str(folder), "", frozenset(), passed))
+    if passed:
+        _log_passed_over(str(folder), len(passed), min(passed))
+    return paths
 
 
-def _walk(folder: str, below: str, above: frozenset[str]) -> Iterator[str]:
+@functools.lru_cache(maxsize=1024)  # s3prl builds its datasets again for each pass
+def _log_passed_over(folder: str, count: int, first: str) -> None:
+    logger.info(
+        "%s: %d hidden or system file(s) and folder(s) passed over, such as %s",
+        folder,
+        count,
+        first,
+    )
+
+
+def _walk(folder: str, below: str, above: frozenset[str], passed: list[str]) -> Iterator[str]:
     real = os.path.realpath(folder)
     if real in above:  # a link that leads upwards would never end
         return
@@ -67,8 +101,11 @@ def _walk(folder: str, below: str, above: frozenset[str]) -> Iterator[str]:
     except OSError as error:
         raise DataError(f"{folder} cannot be listed: {error.strerror}") from error
     for entry in entries:
-        if entry.is_dir():
-            yield from _walk(entry.path, f"{below}{entry.name}/", above | {real})
+        if is_passed_over(entry.name):
+            if entry.is_dir() or is_audio(entry.name):
+                passed.append(below + entry.name)
+        elif entry.is_dir():
+            yield from _walk(entry.path, f"{below}{entry.name}/", above | {real}, passed)
         elif is_audio(entry.name):
             yield below + entry.name
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..errors import DataError
+from .audio_files import is_passed_over
 from .emotion import Item
 
 LABELS = ("neu", "hap", "ang", "sad")  # s3prl's order
@@ -34,7 +35,7 @@ def read_iemocap(root: Path) -> list[Item]:
     for session in SESSIONS:
         before = len(items)
         for file in sorted((root / session / "dialog" / "EmoEvaluation").glob("*.txt")):
-            if file.name.startswith("."):  # what macOS left in the archives; no text
+            if is_passed_over(file.name):
                 continue
             for name, label in _labels(file):
                 path = f"{session}/sentences/wav/{name.rpartition('_')[0]}/{name}.wav"
@@ -82,6 +83,7 @@ def check_shape(root: Path) -> None:
     for session in SESSIONS:
         for below in ("dialog/EmoEvaluation", "sentences/wav"):
             if not (root / session / below).is_dir():
-                inside = next((path.parent for path in root.glob("*/Session1")), None)
+                found = (path.parent for path in root.glob("*/Session1"))
+                inside = next((path for path in found if not is_passed_over(path.name)), None)
                 hint = f"; is it {inside}?" if inside else ""
                 raise DataError(f"{root} is not IEMOCAP: it has no {session}/{below}{hint}")

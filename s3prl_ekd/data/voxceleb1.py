@@ -17,7 +17,7 @@ from pathlib import Path
 import soundfile
 
 from ..errors import DataError
-from .audio_files import SAMPLE_RATE
+from .audio_files import SAMPLE_RATE, is_passed_over
 from .layout import PREPARED
 from .manifest import SPLITS, Entry
 from .new_folder import link, link_folder, new_folder
@@ -136,7 +136,8 @@ def check_shape(root: Path) -> list[str]:
     """
     if not root.is_dir():
         raise DataError(f"{root} is not a folder; give the one with dev/wav and test/wav in it")
-    parts = sorted(path.name for path in root.iterdir() if (path / "wav").is_dir())
+    folders = (path for path in root.iterdir() if not is_passed_over(path.name))
+    parts = sorted(path.name for path in folders if (path / "wav").is_dir())
     wavs = [root / part / "wav" for part in parts]
     if any(_SPEAKER.fullmatch(path.name) for wav in wavs for path in wav.iterdir()):
         return parts

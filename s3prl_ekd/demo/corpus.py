@@ -24,6 +24,7 @@ import soundfile
 from tqdm import tqdm
 
 from ..atomic import whole_folder
+from ..data.audio_files import is_passed_over
 from ..data.char_dict import normalise
 from ..data.layout import TABLES
 from ..data.lengths import write_table
@@ -83,11 +84,13 @@ def make_corpus(
 
 
 def checksum(root: Path) -> str:
-    """SHA-256 over the names and bytes of every file of a corpus but its record."""
+    """SHA-256 over the names and bytes of every file of a corpus but its record and what
+    :func:`is_passed_over` names (a ``.DS_Store`` is no reason to make it again)."""
     total = hashlib.sha256()
     for path in sorted(path for path in root.rglob("*") if path.is_file()):
-        name = path.relative_to(root).as_posix()
-        if name != RECORD:
+        below = path.relative_to(root)
+        name = below.as_posix()
+        if name != RECORD and not any(map(is_passed_over, below.parts)):
             total.update(f"{file_sha256(path)}  {name}\n".encode())
     return total.hexdigest()
 

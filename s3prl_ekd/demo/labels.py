@@ -15,6 +15,7 @@ import soundfile
 from tqdm import tqdm
 
 from ..atomic import whole_file
+from ..data.audio_files import find_audio
 from ..data.lengths import make_folder
 from .sentences import sentences
 from .voices import SAMPLE_RATE, make_voices, speak
@@ -44,7 +45,9 @@ def make_labels(corpus: Path, out: Path, *, moods: int = 30, seed: int = 1337) -
     _write(out / "lexicon.txt", lexicon)
     lines = ["path\tspeaker\tsplit"]
     counts: dict[str, int] = {}
-    for path in sorted(corpus.glob("*-clean/*/*/*.flac")):
+    for path in sorted(corpus / name for name in find_audio(corpus)):
+        if not path.match("*-clean/*/*/*.flac"):
+            continue
         speaker = path.parent.parent.name
         index = counts[speaker] = counts.get(speaker, -1) + 1
         name = path.relative_to(corpus).as_posix()

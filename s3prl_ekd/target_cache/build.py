@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from ..atomic import remove_leftovers
+from ..data.audio_files import is_passed_over
 from ..data.batches import DistillationDataset, leave_signals_to_the_main_process, only_item
 from ..data.order import FixedOrder
 from ..data.tables import Utterance
@@ -67,7 +68,8 @@ def begin(folder: Path, index: Index, force: bool) -> Index:
     for name in (INDEX, *files):  # they are written in place, so a link would lead out of here
         if (folder / name).is_symlink():
             raise DataError(f"{folder / name} is a link; a target cache has plain files only")
-    others = [p.name for p in folder.iterdir() if p.name not in (*files, INDEX, ".lock")]
+    others = [p.name for p in folder.iterdir() if p.name not in (*files, INDEX)]
+    others = [name for name in others if not is_passed_over(name)]
     if others:
         raise DataError(
             f"{folder} holds something else than a target cache ({others[0]}); name a new folder"
