@@ -156,7 +156,7 @@ H = "file_path,length\n"
         (H, "has no rows"),
         (H + "a.flac,5\nb.flac,\n", "line 3: 'b.flac' with length '' is not a path with a posi"),
         (H + "a.flac,-5\n", "line 2: 'a.flac' with length '-5' is not a path with a positive"),
-        (H + "a.flac,0\n", "line 2: 'a.flac' with length '0' is not a path with a positive who"),
+        (H + "a.flac,0\n", "line 2: 'a.flac' with length '0' has no samples; mend"),
         (H + "a.flac,5.5\n", "line 2: 'a.flac' with length '5.5' is not"),
         (H + "a.flac,nan\n", "line 2: 'a.flac' with length 'nan' is not"),
         (H + "a.flac,-inf\n", "line 2: 'a.flac' with length '-inf' is not"),

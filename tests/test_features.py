@@ -151,9 +151,9 @@ def test_a_name_that_is_no_text_is_a_bad_file(student, audio, tmp_path):
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["{audio}", "--on-bad-audio", "error"], "empty.flac is empty"),
+        (["{audio}", "--on-bad-audio", "error"], "empty.flac: it is empty"),
         (["{audio}/text.wav"], "none of the 1 files is good"),
-        (["{audio}/gone.wav"], "does not exist"),
+        (["{audio}/gone.wav"], "gone.wav: there is no such file"),
         (["{audio}/one.flac", "--max-seconds", "0.5"], "1 s long, more than --max-seconds 0.5"),
         (["{audio}/one.flac", "--max-seconds", "nan"], "--max-seconds is nan"),
         (["{audio}/one.flac", "--layers", "7"], "there is no layer 7"),

@@ -107,7 +107,7 @@ def test_bad_files_are_named_and_counted(corpus, tmp_path):
         f"dev-clean/{name}" for name in ("empty.flac", "text.wav", "silent.wav", "streamed.flac")
     }
     assert "0 bytes" in reasons["dev-clean/empty.flac"]
-    assert "cannot be read as audio" in reasons["dev-clean/text.wav"]
+    assert "not audio that can be read" in reasons["dev-clean/text.wav"]
     assert "no samples" in reasons["dev-clean/silent.wav"]
     assert "how long" in reasons["dev-clean/streamed.flac"]
     assert "left out: 4" in tables.summary()
@@ -154,7 +154,7 @@ def test_links_are_followed_but_not_in_circles(tmp_path):
 
 
 def test_header_of_a_missing_file(tmp_path):
-    with pytest.raises(DataError, match="does not exist"):
+    with pytest.raises(DataError, match="no.flac: there is no such file"):
         read_header(tmp_path / "no.flac")
 
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import random
 from pathlib import Path
 
 from ..data.audio_files import find_audio
+from ..data.bad_audio import Bad
 from ..data.tables import read_table
 from ..errors import ConfigError, DataError
+
+logger = logging.getLogger(__name__)
 
 
 def add_sample_options(parser: argparse.ArgumentParser, utterances: int = 32) -> None:
@@ -51,7 +55,10 @@ def choose_audio(data: Path, audio_root: Path | None, count: int, seed: int = 0)
         if not names:
             raise DataError(f"there is no audio below {data}")
     else:
-        names = [row.path for row in read_table(data)]
+        bad: list[Bad] = []
+        names = [row.path for row in read_table(data, bad)]
+        if bad:
+            logger.warning("left out %d: %s: %s", len(bad), bad[0].path, bad[0].reason)
         if audio_root is None:
             raise ConfigError(
                 "--data is a table, so --audio-root is needed: the folder its paths start from"

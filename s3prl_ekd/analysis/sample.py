@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..data.audio import read_audio
+from ..data.audio import Recording
+from ..data.bad_audio import BadAudio
 from ..distill.aggregation import crop_frames
 from ..distill.settings import TeacherSettings
 from ..errors import ConfigError, DataError
@@ -47,6 +48,20 @@ def load_all(settings: Mapping[str, TeacherSettings], device: str | None) -> dic
     }
 
 
+def read_excerpt(path: Path) -> Tensor | None:
+    """The first :data:`EXCERPT` samples of a file; None, and a warning, where it cannot be used."""
+    try:
+        with Recording(path) as recording:
+            wave = recording.read_speech(0, min(EXCERPT, recording.samples))
+    except BadAudio as error:
+        logger.warning("left out %s: %s", path, error.reason)
+        return None
+    if len(wave) < SHORTEST:
+        logger.warning("left out %s: %d samples give no frame", path, len(wave))
+        return None
+    return wave
+
+
 @torch.no_grad()
 def sample_layers(
     upstreams: Mapping[str, nn.Module], paths: Sequence[Path], max_frames: int = MAX_FRAMES
@@ -62,7 +77,7 @@ def sample_layers(
         For each teacher its layers from 0 up, ``[frame, dim]`` each, float32 on the CPU.
 
     Raises:
-        DataError: a file cannot be read, or none is long enough for a frame.
+        DataError: no file can be used.
         TeacherError: the teachers' frame rates differ.
     """
     from tqdm import tqdm
@@ -70,9 +85,8 @@ def sample_layers(
     each = max(1, max_frames // len(paths))
     kept: dict[str, list[Tensor]] = {name: [] for name in upstreams}
     for path in tqdm(paths, desc="listen", unit=" files", delay=0.3, dynamic_ncols=True):
-        wave = read_audio(path)[:EXCERPT]
-        if len(wave) < SHORTEST:
-            logger.warning("left out %s: %d samples give no frame", path, len(wave))
+        wave = read_excerpt(path)
+        if wave is None:
             continue
         hidden = {}
         for name, upstream in upstreams.items():
@@ -84,5 +98,5 @@ def sample_layers(
             pick = torch.linspace(0, count - 1, min(each, count)).round().long()
             kept[name].append(states[0][:, pick.to(states.device)].float().cpu())
     if not all(kept.values()):
-        raise DataError(f"none of the {len(paths)} utterances has {SHORTEST} samples or more")
+        raise DataError(f"none of the {len(paths)} utterances can be used: see the warnings above")
     return {name: list(torch.cat(parts, dim=1).unbind(0)) for name, parts in kept.items()}

@@ -64,20 +64,18 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _hidden_states(args: argparse.Namespace, model: str, paths: list[Path]) -> Iterator:
-    """The layer's output for each utterance, ``[1, frame, dim]``; too short ones are left out."""
+    """The layer's output for each utterance, ``[1, frame, dim]``; bad ones are left out."""
     import torch
     from tqdm import tqdm
 
-    from ..analysis.sample import EXCERPT, SHORTEST
-    from ..data.audio import read_audio
+    from ..analysis.sample import read_excerpt
     from ..teacher_sources import load_upstream
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     upstream = load_upstream(model, f"teachers.{args.teacher}.model").eval().to(device)
     for path in tqdm(paths, desc=f"listen with {args.teacher}", unit=" files", dynamic_ncols=True):
-        wave = read_audio(path)[:EXCERPT]
-        if len(wave) < SHORTEST:
-            logger.warning("left out %s: %d samples give no frame", path, len(wave))
+        wave = read_excerpt(path)
+        if wave is None:
             continue
         with torch.no_grad():
             states = upstream([wave.to(device)])["hidden_states"]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
-import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +12,7 @@ import soundfile
 import torch
 from torch import Tensor
 
-from .audio_files import SAMPLE_RATE, UNKNOWN, missing_bytes, reason_of
+from .audio_files import SAMPLE_RATE, open_audio, reason_of
 from .bad_audio import BadAudio
 
 logger = logging.getLogger(__name__)
@@ -24,23 +22,30 @@ _BLOCK = 2**20  # values decoded at once
 _INEXACT = ("VORBIS", "MPEG_LAYER_I", "MPEG_LAYER_II", "MPEG_LAYER_III")
 # torchaudio's resampling looks at no more than 8 periods of the two rates to each side.
 _MARGIN = 8
-_MAX_KERNEL = 2**24  # values of its filter
-_MIN_RATE = 4000  # Hz
+
+# 20 dB above full scale. Float files are borne that clip, or that were mixed hot, and these have
+# peaks of 2 or 4; 16-bit samples that were stored as float without scaling reach hundreds.
+LOUDEST = 10.0
+FLAT = 1e-6  # samples that differ by less (-120 dB; the last of 16 bits is 3e-5) are no sound
 
 _warned: set[str] = set()
 
 
-def read_audio(path: str | Path) -> Tensor:
+def read_audio(path: str | Path, *, speech: bool = False) -> Tensor:
     """Read FLAC, WAV or Opus as float32 ``[sample]`` at 16 kHz.
 
     Several channels are averaged and other rates resampled, with a warning for the first file of
     each kind in a process.
 
+    Args:
+        path: of the file.
+        speech: a file without sound is bad, too; noises and impulse responses are read.
+
     Raises:
-        BadAudio: see the table in :mod:`s3prl_ekd.data.bad_audio`; silent and short files are read.
+        BadAudio: see the table in :mod:`s3prl_ekd.data.bad_audio`; short files are read.
     """
     with Recording(path) as recording:
-        return recording.read()
+        return recording.read_speech() if speech else recording.read()
 
 
 class Recording:
@@ -57,50 +62,16 @@ class Recording:
         self.path = Path(path)
 
     def __enter__(self) -> Recording:
-        try:
-            # stat first: soundfile calls whatever is wrong a "System error".
-            about = os.stat(self.path)
-            if not stat.S_ISREG(about.st_mode):
-                raise self._bad("missing", "it is not a file")
-            self._file = soundfile.SoundFile(self.path)
-        except (FileNotFoundError, NotADirectoryError):
-            raise self._bad("missing", "there is no such file") from None
-        except OSError as error:
-            raise self._bad("not readable", f"it cannot be opened ({error.strerror})") from None
-        except ValueError:  # a NUL in the name
-            raise self._bad("missing", "there is no such file") from None
-        except (soundfile.SoundFileError, RuntimeError, TypeError) as error:
-            if about.st_size == 0:
-                raise self._bad("empty", "it is empty (0 bytes)") from None
-            reason = f"it is not audio that can be read ({reason_of(error)})"
-            raise self._bad("not audio", reason) from None
-        try:
-            self._check()
-        except BaseException as error:
-            self._file.close()
-            if isinstance(error, OSError):
-                raise self._bad("not readable", f"it cannot be read ({error.strerror})") from None
-            raise
+        self._file = open_audio(self.path)
+        if self._file.oddity:
+            warn_once(f"odd {self._file.format}", f"{self.path}: {self._file.oddity}")
+        common = math.gcd(self._file.samplerate, SAMPLE_RATE)
+        self._period, self._new = self._file.samplerate // common, SAMPLE_RATE // common
+        self.samples = -(-self._file.frames * self._new // self._period)
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._file.close()
-
-    def _check(self) -> None:
-        frames, rate = self._file.frames, self._file.samplerate
-        if frames == 0:
-            raise self._bad("no samples", "it holds no samples")
-        if frames >= UNKNOWN:
-            reason = "it does not say how long it is (written to a pipe?); convert it to FLAC again"
-            raise self._bad("unknown length", reason)
-        common = math.gcd(rate, SAMPLE_RATE)
-        self._period, self._new = rate // common, SAMPLE_RATE // common
-        kernel = self._new * (self._period + 16 * max(1, self._period // self._new))
-        if rate < _MIN_RATE or kernel > _MAX_KERNEL:
-            raise self._bad("rate", f"{rate} Hz cannot be resampled well to {SAMPLE_RATE} Hz")
-        if missing := missing_bytes(self.path, self._file.format):
-            raise self._bad("cut off", f"it is cut off: its last {missing} bytes are missing")
-        self.samples = -(-frames * self._new // self._period)
 
     def read(self, start: int = 0, count: int | None = None) -> Tensor:
         """The samples ``[start, start + count)`` at 16 kHz, float32 ``[sample]``; all by default.
@@ -113,20 +84,35 @@ class Recording:
             said = f"{file.channels} channels"
             warn_once(said, f"{self.path} has {said}: averaged")
         if file.samplerate == SAMPLE_RATE:
-            return self._finite(torch.cat(list(self._blocks(start, stop))))
+            return self._in_range(torch.cat(list(self._blocks(start, stop))))
         said = f"{file.samplerate} Hz"
         warn_once(said, f"{self.path} has {said}: resampled to {SAMPLE_RATE} Hz")
         # From and to a multiple of the period that both rates have in common, the filter falls on
         # the same places as it would over the whole file.
         first = max(0, start // self._new - _MARGIN)
         last = min(file.frames, (-(-stop // self._new) + _MARGIN) * self._period)
-        wave = self._finite(torch.cat(list(self._blocks(first * self._period, last))))
+        wave = self._in_range(torch.cat(list(self._blocks(first * self._period, last))))
         offset = start - first * self._new
         return _resample(wave, file.samplerate)[offset : offset + stop - start]
 
-    def is_silent(self) -> bool:
-        """Whether every sample of the file is 0; read from its begin, block by block."""
-        return not any(block.any() for block in self._blocks(0, self._file.frames))
+    def read_speech(self, start: int = 0, count: int | None = None) -> Tensor:
+        """Like :meth:`read`; besides, a file without sound is bad.
+
+        Raises:
+            BadAudio: every sample of the file, read block by block, is 0, or has one other value.
+        """
+        wave = self.read(start, count)
+        if self._constant and self._is_constant():
+            if not self._value:
+                raise self._bad("silent", "it is digital silence from begin to end")
+            raise self._bad("silent", f"it has no sound: every sample is {self._value:.3g}")
+        return wave
+
+    def _is_constant(self) -> bool:
+        return all(
+            ((block - self._value).abs() <= FLAT).all()
+            for block in self._blocks(0, self._file.frames)
+        )
 
     def _blocks(self, start: int, stop: int) -> Iterator[Tensor]:
         """Frames of the file, averaged over its channels, at its own rate, block by block."""
@@ -151,9 +137,17 @@ class Recording:
             raise self._bad("cut off", f"it is cut off: {self._file.frames} samples are announced")
         return block
 
-    def _finite(self, wave: Tensor) -> Tensor:
-        if not wave.isfinite().all():
+    def _in_range(self, wave: Tensor) -> Tensor:
+        """A part of the file, at its own rate; and whether it is constant, which is looked at here,
+        as resampling leaves a ripple."""
+        low, high = map(float, wave.aminmax()) if len(wave) else (0.0, 0.0)
+        if not (math.isfinite(low) and math.isfinite(high)):
             raise self._bad("not finite", "it has samples that are NaN or infinite")
+        peak = max(-low, high)
+        if peak > LOUDEST:
+            reason = f"it has samples of {peak:.3g}, and full scale is 1: scale it to -1 to 1"
+            raise self._bad("out of range", reason)
+        self._constant, self._value = high - low <= FLAT, low
         return wave
 
     def _bad(self, kind: str, reason: str) -> BadAudio:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import os
-import struct
+import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from pathlib import Path
 import soundfile
 
 from ..errors import DataError
+from .bad_audio import BadAudio
+from .containers import Unusable, bytes_behind, check_whole
 
 logger = logging.getLogger(__name__)
 
@@ -27,8 +30,13 @@ SUFFIXES = (".flac", ".wav", ".ogg", ".opus")
 SYSTEM_FOLDERS = frozenset(
     ("__macosx", "@eadir", "#recycle", "#snapshot", "@recycle", "lost+found", "$recycle.bin")
 ) | {"system volume information"}
-_PIPED = 0x7FFF0000  # a program that writes to a pipe cannot know, and puts 2**31 or 2**32 or so
-_MAX_CHUNKS = 1000  # of a WAV file; a dozen kinds exist
+LONGEST = 24 * 3600 * SAMPLE_RATE  # samples; a day. Beyond it a header or a table lies
+_MIN_RATE = 4000  # Hz
+_MAX_KERNEL = 2**24  # values of the filter that resamples
+_UNFINISHED = (
+    " by its header, and {} bytes follow it (a recorder that was cut off?); "
+    "sox --ignore-length IN.wav OUT.flac may save it"
+)
 _CHUNK = 64  # files a thread takes at once; one at a time costs more than reading the header
 UNKNOWN = 2**40  # libsndfile reports about 2**63 frames where a header does not say
 
@@ -40,6 +48,7 @@ class AudioHeader:
     frames: int  # samples per channel, at the file's own rate
     rate: int  # Hz
     channels: int
+    oddity: str = ""  # what is borne of it; see containers.py
 
     @property
     def samples(self) -> int:
@@ -114,57 +123,77 @@ def read_header(path: str | Path) -> AudioHeader:
     """The header of one file.
 
     Raises:
-        DataError: the file is missing, empty, not audio, cut off (where its format tells), or does
-            not say how long it is.
+        BadAudio: see :func:`open_audio`.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise DataError(f"{path} does not exist, or is not a file")
-    if path.stat().st_size == 0:
-        raise DataError(f"{path} is empty (0 bytes)")
-    try:
-        with soundfile.SoundFile(path) as file:
-            header = AudioHeader(file.frames, file.samplerate, file.channels)
-            missing = missing_bytes(path, file.format)
-    except (soundfile.SoundFileError, OSError) as error:
-        raise DataError(f"{path} cannot be read as audio: {reason_of(error)}") from error
-    if header.frames == 0:
-        raise DataError(f"{path} is empty (a header, and no samples)")
-    if header.frames >= UNKNOWN:
-        raise DataError(
-            f"{path} does not say how long it is (written to a pipe?); convert it to FLAC again"
-        )
-    if missing:
-        raise DataError(f"{path} is cut off: its last {missing} bytes are missing")
-    return header
+    with open_audio(path) as file:
+        return AudioHeader(file.frames, file.samplerate, file.channels, file.oddity)
 
 
-def missing_bytes(path: str | Path, kind: str) -> int:
-    """How many bytes a WAV file lacks of the samples that its header announces: libsndfile takes it
-    for a shorter one without a word. 0 for other formats, which have other ways to tell.
+class AudioFile(soundfile.SoundFile):
+    """An open audio file that is as long as it says; :attr:`oddity` is what is borne of it."""
 
-    Args:
-        path: of an audio file.
-        kind: soundfile's name of its format.
+    oddity = ""
+
+
+def open_audio(path: str | Path) -> AudioFile:
+    """Open a file after checking all that can be told without decoding it.
+
+    What makes length tables and what trains open files by this function, so they agree.
 
     Raises:
-        OSError: it cannot be read.
+        BadAudio: the file is missing, empty, not audio, cut off (:mod:`.containers`), does not say
+            how long it is, is longer than a day, or of a rate that is not read.
     """
-    if kind not in ("WAV", "WAVEX"):
-        return 0
-    with open(path, "rb") as file:
-        if file.read(12)[:4] != b"RIFF":
-            return 0
-        for _ in range(_MAX_CHUNKS):
-            head = file.read(8)
-            if len(head) < 8:
-                break
-            name, length = struct.unpack("<4sI", head)
-            if name == b"data":
-                there = os.fstat(file.fileno()).st_size - file.tell()
-                return length - there if there < length < _PIPED else 0
-            file.seek(length + length % 2, os.SEEK_CUR)
-    return 0
+
+    def bad(kind: str, reason: str) -> BadAudio:
+        return BadAudio(path, kind, reason)
+
+    try:
+        # stat first: soundfile calls whatever is wrong a "System error".
+        about = os.stat(path)
+        if not stat.S_ISREG(about.st_mode):
+            raise bad("missing", "it is not a file")
+        file = AudioFile(path)
+    except (FileNotFoundError, NotADirectoryError):
+        raise bad("missing", "there is no such file") from None
+    except OSError as error:
+        raise bad("not readable", f"it cannot be opened ({error.strerror})") from None
+    except ValueError:  # a NUL in the name
+        raise bad("missing", "there is no such file") from None
+    except (soundfile.SoundFileError, RuntimeError, TypeError) as error:
+        if about.st_size == 0:
+            raise bad("empty", "it is empty (0 bytes)") from None
+        reason = f"it is not audio that can be read ({reason_of(error)})"
+        raise bad("not audio", reason) from None
+    try:
+        if file.frames == 0:
+            behind = bytes_behind(path)
+            reason = f"it holds no samples{_UNFINISHED.format(behind) if behind else ''}"
+            raise bad("no samples", reason)
+        if file.frames >= UNKNOWN:
+            reason = "it does not say how long it is (written to a pipe?); convert it to FLAC again"
+            raise bad("unknown length", reason)
+        file.oddity = check_whole(path, file)
+        if file.frames > LONGEST * file.samplerate / SAMPLE_RATE:
+            raise bad("too long", f"its {file.frames} samples are more than a day")
+        if not can_be_resampled(file.samplerate):
+            reason = f"{file.samplerate} Hz cannot be resampled well to {SAMPLE_RATE} Hz"
+            raise bad("rate", reason)
+    except BaseException as error:
+        file.close()
+        if isinstance(error, Unusable):
+            raise bad(error.kind, error.reason) from None
+        if isinstance(error, OSError):
+            raise bad("not readable", f"it cannot be read ({error.strerror})") from None
+        raise
+    return file
+
+
+def can_be_resampled(rate: int) -> bool:
+    """Whether a rate (Hz) is high enough, and has enough in common with 16 kHz."""
+    common = math.gcd(rate, SAMPLE_RATE)
+    period, new = rate // common, SAMPLE_RATE // common
+    return rate >= _MIN_RATE and new * (period + 16 * max(1, period // new)) <= _MAX_KERNEL
 
 
 def reason_of(error: Exception) -> str:
@@ -199,6 +228,13 @@ def read_headers(
         for headers in pool.map(read_chunk, chunks):
             found.extend(headers)
             advance(len(headers))
+    odd = [
+        f"{path}: {header.oddity}"
+        for path, header in zip(paths, found, strict=True)
+        if isinstance(header, AudioHeader) and header.oddity
+    ]
+    if odd:
+        logger.warning("%d of %d files may lack their end: %s", len(odd), len(paths), odd[0])
     return found
 
 

@@ -7,21 +7,29 @@ missing, may not be opened          bad
 0 bytes; a header and no samples    bad
 not audio, of an unknown format     bad
 header without a length             bad       a FLAC file written to a pipe
-cut off or damaged                  bad       FLAC: where the excerpt meets the damage; WAV: always;
-                                              Ogg has no sign of it: it is as long as what is left
+longer than a day                   bad       by its header, or by its table already at the start
+cut off                             bad       decided per container, see :mod:`.containers`
+damaged                             bad       where the excerpt meets the damage
 NaN or infinite samples             bad       where the excerpt has them
-digital silence                     bad       all of the file is 0; a silent excerpt is a pause
+samples beyond 10 (full scale is 1) bad       where the excerpt has them; 16-bit numbers as float
+no sound                            bad       all of the file is 0, or one other value (to 1e-6);
+                                              an excerpt like that is a pause
 shorter than one frame              bad       by its own length; by its table's already at the start
 below 4 kHz, or a rate that has     bad       15 999 Hz: the filter alone would take a gigabyte
 next to nothing in common with ours
+clipped, peaks of 1 to 10           used      float files may be like that, and are not scaled
+announces up to 25 ms more than     used      its own length counts, one warning
+it has; Ogg without an end mark
 stereo, more channels               used      averaged, one warning
 8, 44.1, 48 kHz and the like        used      resampled, one warning
 another length than its table's     used      its own length counts, one warning
 an hour                             used      an excerpt of ``sequence_length``; no more is decoded
 ==================================  ========  ======================================================
 
-``on_bad_audio: error`` stops at the first bad file; ``skip`` trains on the rest of its batch. Files
-of noise and impulse responses, which a setting names, are no utterances: a bad one always stops.
+What can be told without decoding (to "cut off", and the rate) ``s3prl-ekd lengths`` tells too, and
+leaves such files out of its tables. ``on_bad_audio: error`` stops at the first bad file; ``skip``
+trains on the rest of its batch. Files of noise and impulse responses, which a setting names, are no
+utterances: a bad one always stops.
 """
 
 from __future__ import annotations

@@ -157,10 +157,7 @@ class DistillationDataset(Dataset):
             if abs(length - row.length) > 1:  # tables of others may round in another way
                 said = f"{path} has {length} samples at {SAMPLE_RATE} Hz, its table says"
                 warn_once("length", f"{said} {row.length}: the file's length counts")
-            wave = recording.read(*self._excerpt(length, row.path, epoch))
-            if not wave.any() and recording.is_silent():
-                raise BadAudio(path, "silent", "it is digital silence from begin to end")
-        return wave
+            return recording.read_speech(*self._excerpt(length, row.path, epoch))
 
     def _excerpt(self, length: int, name: str, epoch: int) -> tuple[int, int]:
         """First sample and number of samples."""
@@ -222,7 +219,8 @@ def train_loader(
     """
     if not Path(root).is_dir():
         raise DataError(f"the audio folder {root} (libri_root) does not exist")
-    every = read_tables(tables, sets)
+    wrong: list[Bad] = []
+    every = read_tables(tables, sets, wrong if skip_bad else None)
     rows = within(every, max_timestep, min_samples)
     hours = sum(row.length for row in rows) / SAMPLE_RATE / 3600
     logger.info("data: %d utterances, %.2f h, from %s", len(rows), hours, ", ".join(sets))
@@ -248,6 +246,7 @@ def train_loader(
         100 * padding_share(dataset.batches, sequence_length),
     )
     if skip_bad:
+        dataset.left_out.extend(wrong)
         for row in every:
             if row.length < min_samples:
                 error = too_short(row.path, row.length, min_samples)

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import DataError
+from .audio_files import LONGEST
+from .bad_audio import ADVICE, Bad
 
 COLUMNS = ("file_path", "length")
-LONGEST = 24 * 3600 * 16_000  # samples; a day. Beyond it a table was made in another unit
 REMAKE = "make tables with: s3prl-ekd lengths AUDIO_FOLDER -o TABLE_FOLDER"
 
 
@@ -24,18 +25,30 @@ class Utterance:
     length: int
 
 
-def read_table(path: str | Path) -> list[Utterance]:
+def read_table(path: str | Path, bad: list[Bad] | None = None) -> list[Utterance]:
     """Read one table.
+
+    Args:
+        path: of the CSV file.
+        bad: where it is given, rows of files whose header must be wrong (no samples, or more than a
+            day) are put here, and not returned, instead of raised.
 
     Raises:
         DataError: the file is missing, empty, no UTF-8, lacks a column, or has a row that is not
             valid or comes twice; the message names the line.
     """
-    return [row for _, row in _read(Path(path))]
+    return [row for _, row in _read(Path(path), bad)]
 
 
-def read_tables(folder: str | Path, sets: Sequence[str]) -> list[Utterance]:
+def read_tables(
+    folder: str | Path, sets: Sequence[str], bad: list[Bad] | None = None
+) -> list[Utterance]:
     """All rows of the tables ``folder/SET.csv``, the longest utterance first.
+
+    Args:
+        folder: of the tables.
+        sets: names of the tables.
+        bad: see :func:`read_table`.
 
     Raises:
         DataError: see :func:`read_table`; or an utterance is in two of the tables.
@@ -43,7 +56,7 @@ def read_tables(folder: str | Path, sets: Sequence[str]) -> list[Utterance]:
     rows: list[Utterance] = []
     seen: dict[str, str] = {}
     for path in (Path(folder) / f"{name}.csv" for name in sets):
-        for line, row in _read(path):
+        for line, row in _read(path, bad):
             here = f"the corpus table {path}, line {line}"
             there = seen.setdefault(posixpath.normpath(row.path), here)
             if there is not here:
@@ -55,7 +68,7 @@ def read_tables(folder: str | Path, sets: Sequence[str]) -> list[Utterance]:
     return sorted(rows, key=lambda row: (-row.length, row.path))
 
 
-def _read(path: Path) -> list[tuple[int, Utterance]]:
+def _read(path: Path, bad: list[Bad] | None) -> list[tuple[int, Utterance]]:
     """The rows with their line numbers, which count from 1, the columns' names included."""
     if path.exists() and not path.is_file():  # reading a pipe may never end
         raise DataError(f"cannot read the corpus table {path}: it is not a file; {REMAKE}")
@@ -73,14 +86,14 @@ def _read(path: Path) -> list[tuple[int, Utterance]]:
         ) from None
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     try:
-        return _rows(reader, path)
+        return _rows(reader, path, bad)
     except csv.Error as error:
         raise DataError(
             f"the corpus table {path} is not CSV text: line {reader.line_num}: {error}; {REMAKE}"
         ) from None
 
 
-def _rows(reader, path: Path) -> list[tuple[int, Utterance]]:
+def _rows(reader, path: Path, bad: list[Bad] | None) -> list[tuple[int, Utterance]]:
     names = next(reader, [])
     for name in COLUMNS:
         if names.count(name) != 1:
@@ -92,6 +105,7 @@ def _rows(reader, path: Path) -> list[tuple[int, Utterance]]:
     name_at, length_at = (names.index(name) for name in COLUMNS)
     rows: list[tuple[int, Utterance]] = []
     lines: dict[str, int] = {}
+    left_out = 0
     for cells in reader:
         if not cells:  # an empty line
             continue
@@ -101,12 +115,20 @@ def _rows(reader, path: Path) -> list[tuple[int, Utterance]]:
         name, length = cells[name_at], cells[length_at]
         row = Utterance(name, _length(name, length, here))
         _check_path(name, here)
+        wrong = _wrong_header(row.length)
+        if wrong and bad is None:
+            raise DataError(f"{here}: {_show(name)} with length {_show(length)} {wrong}; {ADVICE}")
         first = lines.setdefault(posixpath.normpath(name), reader.line_num)
         if first != reader.line_num:
             raise DataError(f"{here}: {_show(name)} comes twice, first in line {first}; leave one")
-        rows.append((reader.line_num, row))
+        if wrong:
+            bad.append(Bad(name, "length", f"its table's length {row.length} {wrong}"))
+            left_out += 1
+        else:
+            rows.append((reader.line_num, row))
     if not rows:
-        raise DataError(f"the corpus table {path} has no rows; {REMAKE}")
+        why = f"that can be used: {_show(bad[-1].path)}: {bad[-1].reason}" if left_out else ""
+        raise DataError(f"the corpus table {path} has no rows {why}".rstrip() + f"; {REMAKE}")
     return rows
 
 
@@ -114,18 +136,22 @@ def _length(name: str, text: str, here: str) -> int:
     try:
         length = float(text)  # pandas may have written 16000.0
     except ValueError:
-        length = 0.0
-    if not name or not 0 < length < float("inf") or length != int(length):
+        length = -1.0
+    if not name or not 0 <= length < float("inf") or length != int(length):
         raise DataError(
             f"{here}: {_show(name)} with length {_show(text)} is not a path with a positive whole "
             "number of samples"
         )
-    if length > LONGEST:
-        raise DataError(
-            f"{here}: {_show(name)} with length {_show(text)} would be longer than a day; lengths "
-            "are in samples at 16 kHz"
-        )
     return int(length)
+
+
+def _wrong_header(length: int) -> str:
+    """Why a file cannot be of this length, whatever its header said to who made the table."""
+    if length == 0:
+        return "has no samples"
+    if length > LONGEST:
+        return "would be longer than a day; lengths are in samples at 16 kHz"
+    return ""
 
 
 def _check_path(name: str, here: str) -> None:

@@ -182,9 +182,7 @@ def _read(path: Path, max_seconds: float) -> Tensor | DataError:
             raise DataError(
                 f"{path} is {seconds:.0f} s long, more than --max-seconds {max_seconds:g}"
             )
-        wave = read_audio(path)
-        if not wave.isfinite().all():
-            raise DataError(f"{path} holds samples that are not finite")
+        wave = read_audio(path, speech=True)
     except DataError as error:
         return error
     return wave

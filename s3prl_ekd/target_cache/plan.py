@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,12 +10,15 @@ from pathlib import Path
 
 from ..config import DataSettings
 from ..data.audio_files import SAMPLE_RATE
+from ..data.bad_audio import Bad
 from ..data.buckets import used, within
 from ..data.tables import Utterance, read_tables
 from ..distill.conv_spec import ConvLayers
 from ..distill.settings import StudentSettings
 from ..errors import SetupError
 from .index import RECORD, RECORDS, SCALES, TARGETS, Index
+
+logger = logging.getLogger(__name__)
 
 SPARE = 64 << 20  # bytes left free for what else goes on
 
@@ -25,11 +29,14 @@ def cached_rows(data: DataSettings, student: StudentSettings) -> list[Utterance]
     Raises:
         DataError: see :func:`.read_tables`.
     """
-    rows = {}
+    rows: dict[str, Utterance] = {}
+    bad: list[Bad] | None = [] if data.on_bad_audio == "skip" else None
     for sets in (data.sets, data.dev_sets):
         if sets:
-            every = read_tables(data.file_path, sets)
+            every = read_tables(data.file_path, sets, bad)
             rows |= {row.path: row for row in within(every, data.max_timestep, student.min_samples)}
+    if bad:
+        logger.warning("left out %d: %s: %s", len(bad), bad[0].path, bad[0].reason)
     return sorted(rows.values(), key=lambda row: (-row.length, row.path))
 
 

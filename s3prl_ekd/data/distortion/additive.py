@@ -49,7 +49,7 @@ def fit(noise: Tensor, length: int, rng: random.Random) -> Tensor:
     last = len(noise) - length
     start = rng.randrange(last + 1)
     if is_silent(noise[start : start + length]):
-        start = min(int(noise.abs().argmax()), last)
+        start = min(int((noise - noise[start]).abs().argmax()), last)
     return noise[start : start + length]
 
 

@@ -22,8 +22,10 @@ SILENCE = 1e-12
 
 
 def is_silent(wave: Tensor) -> bool:
-    """Whether the mean square of ``[sample]`` is below :data:`SILENCE`."""
-    return not float(wave.double().square().mean()) > SILENCE
+    """Whether the mean square of ``[sample]`` about its mean is below :data:`SILENCE`: a constant
+    is no sound. Of a single sample, which may be an impulse response, the square itself."""
+    wave = wave.double()
+    return not float(wave.var(correction=0) if len(wave) > 1 else wave.square().mean()) > SILENCE
 
 
 class AudioPool:
