@@ -7,12 +7,15 @@ each run; a failure prints the lines that repeat it.
 from __future__ import annotations
 
 import datetime
+import functools
 import io
 import os
 import tempfile
 import zipfile
 
+import numpy as np
 import pytest
+import soundfile
 import torch
 import yaml
 from hypothesis import HealthCheck, given, settings
@@ -20,6 +23,8 @@ from hypothesis import strategies as st
 from hypothesis.configuration import set_hypothesis_home_dir
 
 from s3prl_ekd.config import load_model_config, load_runner_config
+from s3prl_ekd.data.audio import read_audio
+from s3prl_ekd.data.audio_files import read_header
 from s3prl_ekd.data.manifest import read_manifest
 from s3prl_ekd.data.tables import read_table
 from s3prl_ekd.distill.aggregation import TargetSpec
@@ -251,6 +256,31 @@ def test_manifest(file, data):
     entries = meets(read_manifest, file)
     for entry in entries or ():
         assert not entry.path.startswith("/") and ".." not in entry.path.split("/")
+
+
+@functools.cache
+def audio(form, subtype):
+    buffer = io.BytesIO()
+    wave = 0.1 * np.random.default_rng(0).standard_normal(1000)
+    soundfile.write(buffer, wave, 16000, format=form, subtype=subtype)
+    return buffer.getvalue()
+
+
+AUDIO = [("WAV", "PCM_16"), ("WAVEX", "FLOAT"), ("RF64", "PCM_16"), ("W64", "PCM_16")]
+AUDIO += [("AIFF", "PCM_16"), ("AU", "PCM_16"), ("NIST", "PCM_16"), ("FLAC", "PCM_16")]
+AUDIO += [("OGG", "VORBIS"), ("OGG", "OPUS")]
+
+
+@given(data=st.sampled_from(AUDIO).flatmap(lambda kind: torn(audio(*kind))))
+@fuzz
+def test_audio_file(file, data):
+    file.write_bytes(data)
+    header = meets(read_header, file)
+    wave = meets(read_audio, file)
+    if header is None:  # what is in no table is not trained on either
+        assert wave is None
+    elif wave is not None:
+        assert abs(header.samples - len(wave)) <= 1 and float(wave.abs().max()) <= 20
 
 
 GRAMMAR = st.sampled_from(list("[](),+*-0123456789 ") + ["(8,10,5)", "[(8,3,2)]", " * 4", "]+["])
