@@ -173,6 +173,12 @@ def test_mp3_in_a_wav(both):
     assert kind == "MP3 in a WAV" and "convert it to FLAC" in reason
 
 
+def test_mp3_without_an_index(both):
+    data = encoded("MP3 MPEG_LAYER_III", np.tile(SOUND, 3))
+    samples, oddity = both(data[data.index(data[:2], 40) :])  # the first frame is the index
+    assert "estimate" in oddity and 0 < samples
+
+
 def test_a_container_that_does_not_say(both):
     kind, reason = both(encoded("IRCAM PCM_16"))
     assert kind == "not audio" and "IRCAM" in reason

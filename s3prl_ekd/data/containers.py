@@ -10,7 +10,8 @@ WAV, RF64, W64, AIFF,  the size of its data goes past the end of the file. Less 
 CAF, AU, NIST SPHERE   frame) is borne: writers that count the header as data, or round up. A size
                        of nothing but ones, or of 2 GB and more that is not there, was written to a
                        pipe and says nothing: what is there counts
-FLAC, MP3              its last sample cannot be decoded
+FLAC, MP3              its last sample cannot be decoded. An MP3 without an index, whose length is
+                       an estimate, is borne
 Ogg (Vorbis, Opus)     its last page is incomplete. A stream whose last page is not marked as the
                        last one may be cut between two pages, or come from a radio: it is borne
 MP3 in a WAV           is not read: its length is an estimate, and decoding may end before or after
@@ -76,7 +77,7 @@ def check_whole(path: str | Path, file: soundfile.SoundFile) -> str:
                 "cut off",
                 f"it is cut off or damaged: the last of its {file.frames} samples is not there",
             )
-        return ""
+        return _check_index(path) if file.format == "MP3" else ""
     if file.subtype.startswith("MPEG"):
         reason = "it is an MP3 in a WAV file, of which the length is unknown; convert it to FLAC"
         raise Unusable("MP3 in a WAV", reason)
@@ -99,6 +100,15 @@ def check_whole(path: str | Path, file: soundfile.SoundFile) -> str:
     if packed or missing * file.frames * _FRAME > there * file.samplerate:
         raise Unusable("cut off", f"it is cut off: its last {missing} bytes are missing")
     return f"its header announces {missing} bytes more than there are"
+
+
+def _check_index(path: str | Path) -> str:
+    with open(path, "rb") as stream:
+        _skip_id3(stream)
+        begin = stream.read(4096)
+    if any(index in begin for index in (b"Xing", b"Info", b"VBRI")):
+        return ""
+    return "it has no index, so its length is an estimate: it may be longer than what is read"
 
 
 def bytes_behind(path: str | Path) -> int:
