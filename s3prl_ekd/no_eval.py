@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import ast
 import sys
-from collections.abc import Callable, Sequence
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec, PathFinder
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+from .child_processes import repeat_in_children
 from .distill.conv_spec import parse_conv_layers
+from .import_hooks import on_import
 
 
 def read_conv_layers(text: Any) -> list[tuple[int, int, int]]:
@@ -58,33 +58,17 @@ READERS = {f"{root}{name}": reader for name, reader in _READERS.items() for root
 
 
 def guard() -> None:
-    """Keep those modules of s3prl from evaluating, whenever this process imports them.
+    """Keep those modules of s3prl from evaluating, whenever this process or a child imports them.
 
     Calling it twice changes nothing.
     """
     for name, reader in READERS.items():
         if name in sys.modules:
             vars(sys.modules[name])["eval"] = reader
-    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder())
+        on_import(name, _run_and_guard)
+    repeat_in_children(guard)
 
 
-class _Finder(MetaPathFinder):
-    """Finds those modules where Python would, and gives them their reader."""
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        if fullname not in READERS:
-            return None
-        spec = PathFinder.find_spec(fullname, path, target)
-        if spec is None or spec.loader is None:
-            return spec
-        run = spec.loader.exec_module
-
-        def run_and_guard(module: ModuleType) -> None:
-            run(module)
-            vars(module)["eval"] = READERS[fullname]
-
-        spec.loader.exec_module = run_and_guard
-        return spec
+def _run_and_guard(module: ModuleType, run: Callable[[ModuleType], None]) -> None:
+    run(module)
+    vars(module)["eval"] = READERS[module.__name__]

@@ -9,11 +9,14 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 from . import compat, no_eval, zoo
+from .child_processes import repeat_in_children
 from .errors import SetupError
+from .import_hooks import on_import
 
 ENTRIES = ("ekd_student", "ekd_student_local", "ekd_student_url", *zoo.NAMES)
 
@@ -21,6 +24,7 @@ ENTRIES = ("ekd_student", "ekd_student_local", "ekd_student_url", *zoo.NAMES)
 # s3prl's own folder. Under the bare name of the installed module there is one copy of each class.
 BARE_NAMES = ("optimizers", "schedulers", "utility", "utility.helper", "upstream", "pretrain")
 
+HUB = "s3prl.hub"
 CTC_CORPUS = "s3prl.downstream.ctc.corpus"  # in s3prl's repository, and not in its wheel
 
 
@@ -45,6 +49,20 @@ def register() -> None:
             raise SetupError(f"s3prl.hub has another {name} already; remove that plugin first")
         setattr(hub, name, ours)
     provide_ctc_corpus(Path.cwd())
+    repeat_in_children(_register_on_import)
+
+
+def _register_on_import() -> None:
+    """:func:`register`, once the hub is imported: that takes seconds, and few children use it."""
+    if HUB in sys.modules:
+        register()
+    else:
+        on_import(HUB, _run_and_register)
+
+
+def _run_and_register(module: ModuleType, run: Callable[[ModuleType], None]) -> None:
+    run(module)
+    register()
 
 
 def provide_ctc_corpus(folder: Path) -> None:
@@ -59,6 +77,7 @@ def provide_ctc_corpus(folder: Path) -> None:
     name = f"{CTC_CORPUS}.libriphone"
     if sys.modules.get(name) is not None:
         return
+    repeat_in_children(provide_ctc_corpus, folder.resolve())
     ctc = importlib.import_module("s3prl.downstream.ctc")
     checkout = folder.resolve() / "downstream" / "ctc"
     if (checkout / "corpus" / "libriphone.py").is_file():
@@ -80,6 +99,7 @@ def open_pretrain(folder: Path) -> None:
     for name in BARE_NAMES:
         if name not in sys.modules:
             sys.modules[name] = importlib.import_module(f"s3prl.{name}")
+    repeat_in_children(open_pretrain, folder)
     package = sys.modules["pretrain"]
     here = str(folder / "pretrain")
     if here not in package.__path__:

@@ -19,12 +19,12 @@ import logging
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec, PathFinder
+from collections.abc import Callable, Iterator
 from types import ModuleType
 
+from .child_processes import repeat_in_children
 from .errors import SetupError
+from .import_hooks import on_import
 
 logger = logging.getLogger(__name__)
 
@@ -44,40 +44,23 @@ class FreshFolder(os.PathLike):
 
 
 def guard() -> None:
-    """Keep s3prl's SID data set off its cache, whenever this process imports it.
+    """Keep s3prl's SID data set off its cache, whenever this process or a child imports it.
 
     Costs nothing where SID is not run. Calling it twice changes nothing.
     """
     if DATASET in sys.modules:
         _without_cache(sys.modules[DATASET])
-    elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder())
+    else:
+        # Importing it now would do too, but `-e` alone does not say that the task is SID, and the
+        # import of torchaudio needs compat first.
+        on_import(DATASET, _run_and_change)
+    repeat_in_children(guard)
 
 
-class _Finder(MetaPathFinder):
-    """Finds one module where Python would, and has it changed once its code has run.
-
-    Importing it beforehand would do too, but ``-e`` alone does not say that the task is SID, and
-    the import of torchaudio needs :mod:`.compat` first.
-    """
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        if fullname != DATASET:
-            return None
-        spec = PathFinder.find_spec(fullname, path, target)
-        if spec is None or spec.loader is None:
-            return spec
-        run = spec.loader.exec_module
-
-        def run_and_change(module: ModuleType) -> None:
-            with _lazy_librosa():
-                run(module)
-            _without_cache(module)
-
-        spec.loader.exec_module = run_and_change
-        return spec
+def _run_and_change(module: ModuleType, run: Callable[[ModuleType], None]) -> None:
+    with _lazy_librosa():
+        run(module)
+    _without_cache(module)
 
 
 def _without_cache(module: ModuleType) -> None:

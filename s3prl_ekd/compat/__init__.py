@@ -1,15 +1,16 @@
 """What s3prl 0.4.18 misses on today's torch, torchaudio and huggingface_hub.
 
-Call :func:`apply` before the first ``import s3prl.hub``, in every fresh interpreter (forked
-DataLoader workers inherit it, spawned ones do not). Each shim asks first whether its thing is
-really missing, so on older packages nothing at all is touched. Importing this module loads
-none of the packages it mends.
+Call :func:`apply` before the first ``import s3prl.hub``; the processes that this one starts, such
+as DataLoader workers, call it by themselves (:mod:`s3prl_ekd.child_processes`). Each shim asks
+first whether its thing is really missing, so on older packages nothing at all is touched. Importing
+this module loads none of the packages it mends.
 """
 
 from __future__ import annotations
 
 import logging
 
+from ..child_processes import repeat_in_children
 from . import audio, checkpoints, names, sox, torchaudio_import
 from .audio import audio_decoder
 from .checkpoints import checkpoint_globals
@@ -55,6 +56,7 @@ def apply() -> tuple[str, ...]:
     if now:
         logger.info("stand-ins for s3prl: %s (why: s3prl-ekd doctor)", ", ".join(now))
         _fired.extend(name for name in now if name not in _fired)
+    repeat_in_children(apply)
     return fired()
 
 

@@ -16,7 +16,6 @@ from pathlib import Path
 
 from torch.utils.data import Dataset
 
-from .. import compat
 from ..errors import DataError
 from .lexicon import Pronunciations, read_lexicon
 from .librispeech import read_texts
@@ -87,12 +86,6 @@ class LibriPhoneDataset(Dataset):
 
     def __len__(self) -> int:
         return len(self.file_list)
-
-    def __setstate__(self, state: dict) -> None:
-        # A DataLoader worker that is spawned, not forked, starts here: without the stand-ins
-        # that it needs to read audio.
-        compat.apply()
-        self.__dict__.update(state)
 
 
 def complete(
