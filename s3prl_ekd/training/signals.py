@@ -9,7 +9,10 @@ import time
 from types import FrameType
 
 # SIGTERM: kill, scancel, docker stop. SIGINT: Ctrl-C. SIGUSR1: sbatch --signal=USR1@SECONDS.
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+# Windows has no SIGUSR1.
+SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)
+)
 # Where a wrapper hands Ctrl-C on, the one key arrives twice.
 SAME_KEY = 0.5  # seconds
 

@@ -1,0 +1,67 @@
+"""Where Python lacks what only POSIX has, as under Windows, the package imports and a student runs.
+
+A simulation: other packages take their POSIX branches here, so they are imported first, and ours
+once modules and names have been taken away.
+"""
+
+import json
+
+import soundfile
+
+from s3prl_ekd.distill.student import Student
+from s3prl_ekd.export.student_file import LoadedStudent, write_student
+
+from .conftest import make_sound, run_python
+
+CODE = """
+import importlib, json, os, pkgutil, signal, sys
+
+from s3prl_ekd import compat
+
+compat.apply()
+import numpy, pandas, safetensors.torch, soundfile, tensorboardX, torch, tqdm, yaml
+import s3prl.run_downstream, s3prl.upstream.distiller.model
+
+for name in [name for name in sys.modules if name.partition(".")[0] == "s3prl_ekd"]:
+    del sys.modules[name]
+for name in ("fcntl", "resource", "pwd", "grp", "termios", "tty", "pty", "syslog"):
+    sys.modules[name] = None
+for module, names in (
+    (os, "fork forkpty getuid geteuid getgid getegid getpgid getpgrp killpg setsid sync mkfifo "
+         "uname O_NOFOLLOW O_DIRECTORY O_CLOEXEC O_NONBLOCK O_SYNC pread pwrite statvfs chown "
+         "lchown sched_getaffinity register_at_fork getloadavg sysconf nice getpriority sendfile "
+         "posix_fadvise WIFSIGNALED WEXITSTATUS WTERMSIG waitid"),
+    (signal, "SIGKILL SIGUSR1 SIGUSR2 SIGHUP SIGALRM SIGCHLD SIGPIPE SIGQUIT SIGTSTP SIGCONT "
+             "SIGSTOP pthread_sigmask siginterrupt setitimer alarm sigwait"),
+):
+    for name in names.split():
+        vars(module).pop(name, None)
+
+import s3prl_ekd
+
+student, audio, out = sys.argv[1:]
+frames = s3prl_ekd.load_student(student).student(torch.zeros(1, 4000), torch.tensor([4000]))
+from s3prl_ekd.cli import main
+
+code = main(["features", student, audio, "-o", out])
+failed = {}
+for module in pkgutil.walk_packages(s3prl_ekd.__path__, "s3prl_ekd."):
+    try:
+        importlib.import_module(module.name)
+    except Exception as error:
+        failed[module.name] = repr(error)
+print(json.dumps([code, os.path.getsize(out) > 0, failed]))
+"""
+
+
+# training a student and running recipes takes fcntl's locks
+NEED_A_LOCK = {f"s3prl_ekd.{name}" for name in ("training.lock", "pretrain_run", "evaluate.superb")}
+
+
+def test_all_imports_and_a_student_runs(tmp_path, student_settings):
+    write_student(LoadedStudent(Student(student_settings), None, {}, {}), tmp_path / "student.pt")
+    soundfile.write(tmp_path / "a.wav", make_sound(0.5), 16000)
+    words = (str(tmp_path / name) for name in ("student.pt", "a.wav", "out.safetensors"))
+    code, written, failed = json.loads(run_python(CODE, *words))
+    assert code == 0 and written
+    assert failed.keys() <= NEED_A_LOCK, failed
