@@ -15,6 +15,8 @@ from .errors import EkdError
 MAX_TEXT = 1 << 20  # bytes; the largest file that we write by hand or by program is far below
 MAX_DEPTH = 50  # brackets within brackets
 MAX_NUMBER = 2**63  # Python's numbers have no end, and cannot be shown beyond 4300 digits
+_LFS = b"version https://git-lfs.github.com/spec/"
+_WEB_PAGE = re.compile(rb"(\xef\xbb\xbf)?\s*<(!doctype\s+html|html|\?xml)\b", re.IGNORECASE)
 # Line breaks, other control characters and halves of surrogate pairs.
 CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
@@ -48,6 +50,28 @@ def check_regular(
         )
 
 
+def download_problem(path: str | Path) -> str:
+    """Why a file is not the one that was to be downloaded: a clone without Git LFS leaves a pointer
+    in its place, a wrong or expired link a web page.
+
+    Returns:
+        What continues "the file ...", with what to do; empty where it is neither or unreadable.
+    """
+    try:
+        with open(path, "rb") as file:
+            begin = file.read(512)
+    except (OSError, ValueError):
+        return ""
+    if begin.startswith(_LFS):
+        return "is a Git LFS pointer, not the file itself; type in its folder: git lfs pull"
+    if _WEB_PAGE.match(begin):
+        return (
+            "is a web page, not the file itself; download it again from the link of the raw file "
+            "(on Hugging Face the one with /resolve/, not /blob/)"
+        )
+    return ""
+
+
 def read_text(
     path: str | Path, what: str, error: type[EkdError], limit: int = MAX_TEXT, utf8: str = "utf-8"
 ) -> str:
@@ -71,6 +95,8 @@ def read_json(path: str | Path, what: str, error: type[EkdError]) -> dict[str, A
             text, object_pairs_hook=_no_key_twice, parse_constant=_refuse, parse_float=_finite
         )
     except (ValueError, RecursionError) as problem:
+        if other := download_problem(path):
+            raise error(f"the {what} {path} {other}") from None
         reason = "it is nested too deeply" if isinstance(problem, RecursionError) else problem
         raise error(f"{path} cannot be read as JSON: {reason}") from None
     if not isinstance(data, dict):

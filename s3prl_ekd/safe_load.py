@@ -13,7 +13,7 @@ import torch
 
 from . import trust
 from .errors import CheckpointError
-from .plain_files import check_data, check_regular
+from .plain_files import check_data, check_regular, download_problem
 from .torch_file import TorchFileError, named_globals
 
 logger = logging.getLogger(__name__)
@@ -52,13 +52,15 @@ def safe_load(path: str | Path, what: str = "checkpoint", allow: Sequence[type] 
         allow: classes that the file may name beside :data:`ALLOWED`.
 
     Raises:
-        CheckpointError: the file is missing, damaged, no mapping, asks for any other class or
-            function, or declares more than it holds.
+        CheckpointError: the file is missing, not the one that was to be downloaded, damaged, no
+            mapping, asks for any other class or function, or declares more than it holds.
     """
     path = Path(path)
     if not path.exists():
         raise CheckpointError(f"cannot read the {what} {path}: there is no such file")
     check_regular(path, what, CheckpointError)
+    if problem := download_problem(path):
+        raise CheckpointError(f"the {what} {path} {problem}")
     try:
         asked = _first_refused(named_globals(path), allow)
         if asked is None:

@@ -8,12 +8,16 @@ import pytest
 import torch
 from torch.nn.functional import layer_norm
 
+from s3prl_ekd.data.audio import read_audio
+from s3prl_ekd.data.audio_files import read_header
+from s3prl_ekd.data.bad_audio import BadAudio
 from s3prl_ekd.demo.tiny_teachers import CONV_LAYERS
 from s3prl_ekd.distill.initialisation import initialise
 from s3prl_ekd.distill.settings import StudentSettings
 from s3prl_ekd.distill.student import Student
 from s3prl_ekd.distill.teachers import Teacher, TeacherEnsemble
-from s3prl_ekd.errors import CheckpointError, ConfigError, TeacherError
+from s3prl_ekd.errors import CheckpointError, ConfigError, DataError, TeacherError
+from s3prl_ekd.essence.units import load_units
 from s3prl_ekd.export.student_file import LoadedStudent, write_student
 from s3prl_ekd.teacher_sources import check_source, identify, load_upstream, teacher_model
 from s3prl_ekd.teacher_sources.hf_layout import fairseq_config, fairseq_model
@@ -147,6 +151,80 @@ def test_normalisation_follows_the_preprocessor_then_the_config(folders, tmp_pat
     (copy / "preprocessor_config.json").write_text('{"sampling_rate": 8000}')
     with pytest.raises(TeacherError, match="wants 8000 Hz; teachers get 16000 Hz"):
         load_upstream(str(copy), "here")
+
+
+@pytest.mark.parametrize("part", ["feature_extractor", "audio_processor"])
+def test_a_processors_settings_are_read_and_go_first(folders, tmp_path, part):
+    """As transformers 5 saves them."""
+    copy = shutil.copytree(folders["hubert_large"], tmp_path / "copy")  # its other file: True
+    processor = copy / "processor_config.json"
+    processor.write_text(json.dumps({part: {"do_normalize": False, "sampling_rate": 16000}}))
+    assert not load_upstream(str(copy), "here").normalize
+    processor.write_text(json.dumps({"processor_class": "Wav2Vec2Processor"}))  # an older layout
+    assert load_upstream(str(copy), "here").normalize
+    processor.write_text(json.dumps({part: {"sampling_rate": 8000}}))
+    with pytest.raises(TeacherError, match="processor_config.json wants 8000 Hz"):
+        check_source(str(copy), "here")
+    processor.write_text(json.dumps({part: "none"}))
+    with pytest.raises(TeacherError, match=f"processor_config.json: {part} is 'none'"):
+        check_source(str(copy), "here")
+
+
+def test_what_transformers_saves_is_what_we_read(folders, tmp_path):
+    transformers = pytest.importorskip("transformers", minversion="5")
+    copy = shutil.copytree(folders["hubert_large"], tmp_path / "copy")
+    (copy / "preprocessor_config.json").unlink()
+    (copy / "vocab.json").write_text(json.dumps({"<pad>": 0, "<unk>": 1, "|": 2, "a": 3}))
+    tokenizer = transformers.Wav2Vec2CTCTokenizer(copy / "vocab.json")
+    extractor = transformers.Wav2Vec2FeatureExtractor(do_normalize=False)
+    transformers.Wav2Vec2Processor(extractor, tokenizer).save_pretrained(copy)
+    assert not (copy / "preprocessor_config.json").exists()
+    assert not load_upstream(str(copy), "here").normalize
+
+
+def test_padding_says_nothing_through_a_batch_norm_before_the_positions(tmp_path, waves):
+    """mHuBERT's; the conv layers here normalise each frame alone, so nothing else leaks."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.HubertConfig(**{**HF_SIZE, **LARGE}, conv_pos_batch_norm=True)
+    torch.manual_seed(7)
+    network = transformers.HubertModel(config).eval()
+    norm = network.encoder.pos_conv_embed.batch_norm
+    with torch.no_grad():
+        for value in (norm.weight, norm.bias, norm.running_mean):
+            value += torch.randn(value.shape)
+    network.save_pretrained(tmp_path)
+    upstream = load_upstream(str(tmp_path), "here")
+    together = hidden(upstream, waves[:2])  # of the third, s3prl's mask takes a frame too many
+    for i, wave in enumerate(waves[:2]):
+        for padded, alone in zip(together, hidden(upstream, [wave]), strict=True):
+            torch.testing.assert_close(padded[i, : alone.shape[1]], alone[0], atol=1e-5, rtol=1e-5)
+    before = norm.running_mean.clone()
+    ensemble = TeacherEnsemble({"m": Teacher(upstream, (1,), "m")}, dropout=True).train()
+    ensemble(waves)
+    assert torch.equal(upstream._batch_norm.running_mean, before)
+
+
+LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 378342945\n"
+PAGE = "\n<!DOCTYPE html>\n<html class=''><head></head></html>"
+
+
+@pytest.mark.parametrize(("text", "said"), [(LFS, "git lfs pull"), (PAGE, "/resolve/")])
+def test_what_was_not_downloaded_is_called_so(folders, tmp_path, waves, text, said):
+    copy = shutil.copytree(folders["hubert"], tmp_path / "copy")
+    for name in ("model.safetensors", "config.json"):
+        (copy / name).write_text(text)
+        with pytest.raises(TeacherError, match=f"{name} is .*{said}"):
+            check_source(str(copy), "here")
+    path = tmp_path / "teacher.pt"
+    path.write_text(text)
+    with pytest.raises(CheckpointError, match=f"teacher.pt is .*{said}"):
+        load_upstream(str(path), "here")
+    with pytest.raises(CheckpointError, match=f"teacher.pt is .*{said}"):
+        load_units(path)
+    with pytest.raises(DataError, match=f"teacher.pt is .*{said}"):
+        read_header(path)
+    with pytest.raises(BadAudio, match=f"teacher.pt: it is .*{said}"):
+        read_audio(path)
 
 
 def test_a_hugging_face_teacher_stays_whole_in_training_mode(folders, waves):

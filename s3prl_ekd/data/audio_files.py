@@ -18,6 +18,7 @@ from pathlib import Path
 import soundfile
 
 from ..errors import DataError
+from ..plain_files import download_problem
 from .bad_audio import BadAudio
 from .containers import Unusable, bytes_behind, check_whole
 
@@ -163,8 +164,8 @@ def open_audio(path: str | Path) -> AudioFile:
     except (soundfile.SoundFileError, RuntimeError, TypeError) as error:
         if about.st_size == 0:
             raise bad("empty", "it is empty (0 bytes)") from None
-        reason = f"it is not audio that can be read ({reason_of(error)})"
-        raise bad("not audio", reason) from None
+        reason = f"is not audio that can be read ({reason_of(error)})"
+        raise bad("not audio", f"it {download_problem(path) or reason}") from None
     try:
         if file.frames == 0:
             behind = bytes_behind(path)

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from ..atomic import whole_file
 from ..errors import CheckpointError, DataError, SetupError
+from ..plain_files import download_problem
 
 FORMAT = "s3prl_ekd.units"
 TEXTS = ("teacher", "model")
@@ -167,6 +168,8 @@ def load_units(path: str | Path) -> Units:
         raise CheckpointError(
             f"cannot read the units {path}: there is no such file; make it with: s3prl-ekd units"
         )
+    if problem := download_problem(path):
+        raise CheckpointError(f"the units {path} {problem}")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..build_limit import build_limit
 from ..errors import CheckpointError, EkdError, SetupError, TeacherError
-from ..plain_files import check_regular, read_json
+from ..plain_files import check_regular, download_problem, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,8 @@ def check_folder(folder: Path, where: str) -> str:
     """The ``model_type`` of a folder that can be loaded.
 
     Raises:
-        TeacherError: no Hugging Face folder, a model that is not known, or weights as a pickle.
+        TeacherError: no Hugging Face folder, a model that is not known, weights as a pickle or not
+            downloaded, or another sample rate.
     """
     if not (folder / "config.json").is_file():
         raise TeacherError(
@@ -63,6 +64,13 @@ def check_folder(folder: Path, where: str) -> str:
                 else ""
             )
         )
+    for weights in sorted(folder.glob("*.safetensors")):
+        if problem := download_problem(weights):
+            raise TeacherError(f"{where}: {weights} {problem}")
+    path, settings = _audio_settings(folder, where)
+    rate = settings.get("sampling_rate", _SAMPLE_RATE)
+    if rate != _SAMPLE_RATE:
+        raise TeacherError(f"{where}: {path} wants {rate!r} Hz; teachers get {_SAMPLE_RATE} Hz")
     return kind
 
 
@@ -70,7 +78,7 @@ def load_folder(folder: Path, where: str) -> HuggingFaceUpstream:
     """Load a local Hugging Face folder; nothing is fetched, and no code of the folder is run.
 
     Raises:
-        TeacherError: see :func:`check_folder`; or the model wants another sample rate.
+        TeacherError: see :func:`check_folder`.
         CheckpointError: the weights do not fit ``config.json``, or some are missing.
         SetupError: transformers is not installed.
     """
@@ -110,7 +118,12 @@ def load_folder(folder: Path, where: str) -> HuggingFaceUpstream:
             f"{where}: the weights in {folder} lack {len(missing)} of the model's tensors, "
             f"{missing[0]} among them"
         )
-    normalize = _normalize(folder, model.config, where)
+    _, settings = _audio_settings(folder, where)
+    normalize = settings.get("do_normalize")
+    if not isinstance(normalize, bool):
+        # Published models with layer norm in the conv extractor were trained on normalised
+        # waveforms.
+        normalize = model.config.feat_extract_norm == "layer"
     logger.info(
         "%s: %s is a Hugging Face %s model; waveforms are %s",
         where,
@@ -136,8 +149,16 @@ class HuggingFaceUpstream(nn.Module):
         network.config.layerdrop = 0.0  # a dropped layer would be a missing hidden state
         config = network.config
         self._conv = list(zip(config.conv_kernel, config.conv_stride, strict=True))
+        # mHuBERT; in training mode it would make its mean and variance those of the batch
+        self._batch_norm = getattr(network.encoder.pos_conv_embed, "batch_norm", None)
         # s3prl's HuBERT and WavLM reckon a frame's padding otherwise than the two others.
         self._blocks = config.model_type in ("hubert", "wavlm")
+
+    def train(self, mode: bool = True) -> HuggingFaceUpstream:
+        super().train(mode)
+        if self._batch_norm is not None:
+            self._batch_norm.eval()
+        return self
 
     def get_downsample_rates(self, key: str) -> int:
         """Samples a frame."""
@@ -175,6 +196,14 @@ class HuggingFaceUpstream(nn.Module):
             layer.register_forward_pre_hook(keep, with_kwargs=True)
             for layer in self.network.encoder.layers
         ]
+        if self._batch_norm is not None and mask is not None:
+            # It makes something else of the zeros behind a shorter utterance, which the positional
+            # convolution would take into its last frames; alone it has zeros there.
+            hooks.append(
+                self._batch_norm.register_forward_hook(
+                    lambda module, args, normalised: normalised * mask[:, None]
+                )
+            )
         try:
             out = self.network.encoder(projected, attention_mask=mask)
         finally:
@@ -195,17 +224,23 @@ class HuggingFaceUpstream(nn.Module):
         return index < lengths[:, None]
 
 
-def _normalize(folder: Path, config, where: str) -> bool:
-    path = folder / "preprocessor_config.json"
+def _audio_settings(folder: Path, where: str) -> tuple[Path, dict]:
+    """What the model's waveforms were like in its training, and the file that says so.
+
+    transformers 5 saves a processor's settings in one file, the feature extractor's as a part of
+    it; where both files are there, it takes this part, and so do we. An empty mapping: no file says
+    anything.
+    """
+    path = folder / "processor_config.json"
     if path.is_file():
         settings = _json(path, where)
-        rate = settings.get("sampling_rate", _SAMPLE_RATE)
-        if rate != _SAMPLE_RATE:
-            raise TeacherError(f"{where}: {path} wants {rate} Hz; teachers get {_SAMPLE_RATE} Hz")
-        if isinstance(settings.get("do_normalize"), bool):
-            return settings["do_normalize"]
-    # Published models with layer norm in the conv extractor were trained on normalised waveforms.
-    return config.feat_extract_norm == "layer"
+        for part in ("feature_extractor", "audio_processor"):
+            if part in settings:
+                if not isinstance(settings[part], dict):
+                    raise TeacherError(f"{where}: {path}: {part} is {settings[part]!r:.40}")
+                return path, settings[part]
+    path = folder / "preprocessor_config.json"
+    return path, _json(path, where) if path.is_file() else {}
 
 
 def _check_header(path: Path, where: str) -> None:
