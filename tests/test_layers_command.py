@@ -142,6 +142,29 @@ def test_frames_are_sampled_evenly_and_together(corpus):
     assert first[0, 0] == 0 and (first[1:, 0] > first[:-1, 0]).all() and (first[:, 1] == 2).all()
 
 
+class Spoilt(Ramp):
+    """Its layer 1 has a huge value in frame 3 of each file, or NaN throughout."""
+
+    def __init__(self, value):
+        super().__init__()
+        self.value = value
+
+    def forward(self, waves):
+        states = super().forward(waves)["hidden_states"]
+        states[1][0, 3 if self.value == self.value else slice(None)] = self.value
+        return {"hidden_states": states}
+
+
+def test_frames_of_huge_values_are_left_out_for_all_teachers(corpus, caplog):
+    paths = choose_audio(corpus / "audio", None, 4)
+    sample = sample_layers({"a": Spoilt(1e20), "b": Ramp()}, paths)
+    assert "left out 4 of" in caplog.text
+    for layers in sample.values():
+        assert all(not (layer[:, 0] == 3).any() and layer.max() < 1000 for layer in layers)
+    with pytest.raises(DataError, match="no frame"):
+        sample_layers({"a": Spoilt(float("nan"))}, paths)
+
+
 def test_audio_is_chosen_from_a_table_too(corpus, tmp_path):
     table = corpus / "tables" / "train.csv"
     assert len(choose_audio(table, corpus / "audio", 99)) == 12

@@ -8,6 +8,7 @@ import torch
 from s3prl_ekd.distill.aggregation import TeacherShape
 from s3prl_ekd.distill.initialisation import initialise
 from s3prl_ekd.distill.losses import distillation_loss, frame_terms
+from s3prl_ekd.distill.outliers import usable_frames
 from s3prl_ekd.distill.standardisation import Moments, Standardiser, hadamard, phi_s
 from s3prl_ekd.distill.student import Student
 from s3prl_ekd.distill.target_settings import (
@@ -20,6 +21,7 @@ from s3prl_ekd.distill.target_settings import (
 from s3prl_ekd.distill.teachers import Teacher, TeacherEnsemble
 from s3prl_ekd.distill.weighting import agreeing_dims, drop_teachers, weights_at
 from s3prl_ekd.errors import TeacherError
+from s3prl_ekd.target_cache.numbers import to_numbers
 
 from .experiments import batch_of, distiller, load
 
@@ -352,3 +354,104 @@ def test_names_that_torch_uses(teachers, name):
     teacher = Teacher(load(teachers["hubert"]), (1,), name)
     with pytest.raises(TeacherError, match=f"'{name}' cannot be a teacher's name"):
         TeacherEnsemble({name: teacher})
+
+
+# --- frames and dimensions that would spoil statistics
+
+
+def spoilt(states, value):
+    states = states.clone()
+    states[0, 1, 7, 3] = value  # batch, target, frame, dim
+    return states
+
+
+@pytest.mark.parametrize("value", [1e20, -1e20, 1e9, float("inf"), float("nan")])
+@pytest.mark.parametrize("kind", ["running", "phi_s"])
+def test_a_frame_of_a_huge_value_stays_out_of_the_statistics(kind, value, caplog):
+    states, mask = random_states()
+    shapes = {"a": TeacherShape(((1,), (2,)), 24)}
+    standardiser, other = Standardiser(shapes, kind, 2), Standardiser(shapes, kind, 2)
+    without = mask.clone()
+    without[0, 7] = 0
+    for _ in range(2):
+        out = standardiser({"a": spoilt(states, value)}, mask, learn=True)["a"]
+        wanted = other({"a": states}, without, learn=True)["a"]
+    assert torch.equal(standardiser.moments["a"].scatter, other.moments["a"].scatter)
+    assert torch.equal(out[1:], wanted[1:]) and out[1:].abs().mean() > 0.1
+    assert standardiser.left_out() == {"a/frames_left_out": 2.0} and other.left_out() == {}
+    texts = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(texts) == 2 and "a: 1 frames" in texts[0] and "2 left out" in texts[1]
+
+    again = Standardiser(shapes, kind, 2)
+    again.load_state_dict(standardiser.state_dict())
+    assert again.left_out() == standardiser.left_out()
+
+
+def test_a_batch_of_nothing_but_huge_values_is_left_out():
+    states, mask = random_states()
+    standardiser = Standardiser({"a": TeacherShape(((1,), (2,)), 24)}, "running", 3)
+    standardiser({"a": torch.full_like(states, 1e20)}, mask, learn=True)
+    assert standardiser.moments["a"].count == 0
+    standardiser({"a": states}, mask, learn=True)
+    assert standardiser.moments["a"].count == 900
+
+
+@pytest.mark.parametrize("constant", [0.0, 5.0, -300.0])
+def test_a_dimension_that_does_not_vary_is_not_scaled(constant, caplog):
+    states, mask = random_states()
+    states[:, 0, :, 3] = constant
+    standardiser = Standardiser({"a": TeacherShape(((1,), (2,)), 24)}, "running", 1)
+    standardiser({"a": states}, mask, learn=True)
+    assert "1 dimensions of its targets do not vary" in caplog.text
+    noise = torch.randn(states[:, 0, :, 3].shape) * 1e-3
+    states[:, 0, :, 3] += noise
+    out = standardiser({"a": states}, mask, learn=False)["a"][:, 0, :, 3]
+    assert torch.allclose(out, noise, atol=1e-4)
+
+
+@pytest.mark.parametrize("constant", [0.0, 100.0])
+def test_phi_s_of_a_target_that_does_not_vary_is_not_scaled(constant):
+    states, mask = random_states()
+    states[:, 0] = constant
+    standardiser = Standardiser({"a": TeacherShape(((1,), (2,)), 24)}, "phi_s", 1)
+    standardiser({"a": states}, mask, learn=True)
+    out = standardiser({"a": states + 0.01}, mask, learn=False)["a"]
+    assert out[:, 0].abs().max() < 0.1 and out[:, 1, :300].var() > 0.5
+
+
+def test_a_small_scale_is_no_lack_of_variance():
+    states, mask = random_states()
+    standardiser = Standardiser({"a": TeacherShape(((1,), (2,)), 24)}, "running", 1)
+    out = standardiser({"a": states * 1e-6}, mask, learn=True)["a"][:, :, :300]
+    assert torch.allclose(out.std((0, 2)), torch.ones(2, 24), atol=1e-2)
+
+
+def test_statistics_of_version_0_1_are_taken_unless_they_are_spoilt():
+    standardiser = Standardiser({"a": TeacherShape(((1,), (2,)), 24)}, "running", 9)
+    old = {k: v for k, v in standardiser.state_dict().items() if not k.endswith("left_out")}
+    standardiser.load_state_dict(old)
+    old["moments.a.scatter"] = torch.full((2, 24), torch.inf)
+    with pytest.raises(TeacherError, match="teacher a .* not finite"):
+        standardiser.load_state_dict(old)
+
+
+def test_usable_frames():
+    frames = torch.ones(6, 2, 3)
+    frames[1, 0, 2] = 999
+    frames[2, 1, 0] = -1001
+    frames[3, 0, 0] = torch.nan
+    assert usable_frames(frames).tolist() == [True, True, False, False, True, True]
+    assert usable_frames(frames[:0]).tolist() == []
+    assert usable_frames(torch.full((2, 1, 3), torch.inf)).tolist() == [False, False]
+    zeros = torch.zeros(4, 1, 3)
+    zeros[0] = 5
+    assert usable_frames(zeros).all()  # of a target that is nearly always 0
+
+
+def test_int8_does_not_make_zeros_of_all_but_one_frame():
+    layout = (("a", 2, 4),)
+    values = torch.randn(10, 8)
+    to_numbers(values, layout, "int8", "u1")
+    values[3, 5] = 1e6
+    with pytest.raises(TeacherError, match="u1 is 1e.06, and int8 .* bfloat16"):
+        to_numbers(values, layout, "int8", "u1")

@@ -62,6 +62,13 @@ def test_too_little_to_fit():
         collect_frames([torch.full((1, 2, 3), torch.nan)])
 
 
+def test_a_frame_of_a_huge_value_is_no_unit(caplog):
+    states = torch.ones(1, 9, 3)
+    states[0, 4] = 1e20
+    assert torch.equal(collect_frames([states, torch.ones(1, 2, 3)]), torch.ones(10, 3))
+    assert "left out 1 of 11 frames" in caplog.text
+
+
 def test_a_file_keeps_what_it_holds(tmp_path):
     units = Units(torch.randn(5, 4), "hubert", 3, "hubert_base", 0.1234567, 99, 7)
     save_units(units, tmp_path / "new" / "u.safetensors")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..data.audio import Recording
 from ..data.bad_audio import BadAudio
 from ..distill.aggregation import crop_frames
+from ..distill.outliers import usable_frames
 from ..distill.settings import TeacherSettings
 from ..errors import ConfigError, DataError
 
@@ -99,4 +100,11 @@ def sample_layers(
             kept[name].append(states[0][:, pick.to(states.device)].float().cpu())
     if not all(kept.values()):
         raise DataError(f"none of the {len(paths)} utterances can be used: see the warnings above")
-    return {name: list(torch.cat(parts, dim=1).unbind(0)) for name, parts in kept.items()}
+    layers = {name: torch.cat(parts, dim=1) for name, parts in kept.items()}  # [layer, frame, dim]
+    usable = torch.stack([usable_frames(each.transpose(0, 1)) for each in layers.values()]).all(0)
+    if not usable.all():
+        count = int((~usable).sum())
+        logger.warning("left out %d of %d frames: not finite, or huge values", count, len(usable))
+        if count == len(usable):
+            raise DataError("no frame of the teachers is finite")
+    return {name: list(each[:, usable].unbind(0)) for name, each in layers.items()}

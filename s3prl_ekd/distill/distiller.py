@@ -144,6 +144,8 @@ class EnsembleDistiller(nn.Module):
             penalty = out.features.float().pow(2).mean()
             loss = loss + self.settings.loss.feature_penalty * penalty
             parts["feature_penalty"] = penalty.detach()
+        if detail and self.standardiser is not None:
+            parts.update(self.standardiser.left_out())
         if detail and not aggregated:
             mask = valid if self.settings.loss.mask_padding else None
             parts.update(self._detail(predictions, hidden, mask))

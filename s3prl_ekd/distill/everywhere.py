@@ -7,6 +7,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 
+def is_first() -> bool:
+    """Whether this is the process that speaks: the only one, or the first of several."""
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+
+
 def everywhere(*mine: Tensor) -> list[tuple[Tensor, ...]]:
     """The tensors of every process, by rank; those given, where there is one process.
 

@@ -5,19 +5,32 @@ larger one. ``running`` takes mean and deviation out of every dimension (as UNIC
 (PHI-S, arXiv 2410.01680, section 3) rotates so that all dimensions have the same variance and
 divides by one number, which keeps the shape of the distribution: directions of little variance are
 not blown up.
+
+Frames that would spoil the statistics (:mod:`.outliers`) are left out of them, and counted. What
+does not vary is not divided: it would only blow up rounding errors.
 """
 
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import TeacherError
 from .aggregation import TeacherShape
-from .everywhere import everywhere
+from .everywhere import everywhere, is_first
+from .outliers import usable_frames
+
+logger = logging.getLogger(__name__)
+
+# Ours: a dimension does not vary if its variance is at most this share of the median dimension's,
+_FLAT = 1e-6
+# or its deviation at most this share of its mean, which is what float32 rounds to.
+_ROUNDING = 1e-6
 
 
 class Moments(nn.Module):
@@ -36,18 +49,24 @@ class Moments(nn.Module):
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))
         self.register_buffer("mean", torch.zeros(targets, width))
         self.register_buffer("scatter", torch.zeros(shape))  # sum of squares about the mean
+        self.register_buffer("left_out", torch.zeros((), dtype=torch.long))  # frames
         if full:  # PHI-S, as of its last renewal; in the checkpoint, so that resuming is exact
             self.register_buffer("transform", torch.eye(width).repeat(targets, 1, 1))
 
     @torch.no_grad()
-    def update(self, hidden: Tensor, mask: Tensor) -> None:
+    def update(self, hidden: Tensor, mask: Tensor) -> int:
         """Add the valid frames of ``hidden [batch, target, frame, dim]``; ``mask [batch, frame]``.
 
         Chan's merge of two sets of moments: exact, and stable where means are large. Of several
         processes each adds the frames of all.
+
+        Returns:
+            How many frames were left out (:func:`.outliers.usable_frames`).
         """
         frames = hidden.transpose(1, 2)[mask.bool()].float()  # [valid frame, target, dim]
-        frames = frames[frames.isfinite().all(-1).all(-1)]  # one NaN would stay in for good
+        usable = usable_frames(frames)
+        left_out = (~usable).sum()
+        frames = frames[usable]
         mean = frames.sum(0) / max(len(frames), 1)
         centred = frames - mean
         if self.full:
@@ -55,8 +74,11 @@ class Moments(nn.Module):
         else:
             scatter = centred.square().sum(0)
         count = torch.tensor(float(len(frames)), dtype=torch.float64, device=mean.device)
-        for each in everywhere(count, mean, scatter):  # in one order, so all processes agree
+        before = int(self.left_out)
+        for *each, more in everywhere(count, mean, scatter, left_out):  # all in one order: agree
             self._merge(*each)
+            self.left_out += more
+        return int(self.left_out) - before
 
     def _merge(self, count: Tensor, mean: Tensor, scatter: Tensor) -> None:
         if not count:
@@ -72,6 +94,15 @@ class Moments(nn.Module):
     def covariance(self) -> Tensor:
         """``[target, dim, dim]``, or ``[target, dim]`` variances; over n, not n - 1."""
         return self.scatter / self.count.clamp(min=1).float()
+
+    @property
+    def flat(self) -> Tensor:
+        """Which dimensions do not vary, ``[target, dim]``."""
+        variance = self.covariance
+        if self.full:
+            variance = variance.diagonal(dim1=-2, dim2=-1)
+        median = variance.median(-1, keepdim=True).values
+        return variance <= torch.maximum(_FLAT * median, (_ROUNDING * self.mean).square())
 
 
 class Standardiser(nn.Module):
@@ -113,12 +144,14 @@ class Standardiser(nn.Module):
         seen = int(self.seen)
         if learn and seen < self.steps:
             for name, states in hidden.items():
-                self.moments[name].update(states, mask)
+                self._learn(name, states, mask)
             self.seen += 1
             # PHI-S: a rotation costs an eigendecomposition, so it is renewed at steps 1, 2, 4, ...
             if self.kind == "phi_s" and ((seen + 1) & seen == 0 or seen + 1 == self.steps):
                 for moments in self.moments.values():
-                    moments.transform.copy_(phi_s(moments.covariance))
+                    moments.transform.copy_(phi_s(moments.covariance, moments.mean))
+            if seen + 1 == self.steps and is_first():
+                self._report()
         return {name: self._standardised(name, states) for name, states in hidden.items()}
 
     def learn_nothing(self) -> None:
@@ -129,26 +162,83 @@ class Standardiser(nn.Module):
         }
         self(empty, torch.zeros(0, 0), learn=True)
 
+    def left_out(self) -> dict[str, Tensor]:
+        """Scalars for the log: how many frames the statistics lack, of teachers where it is any."""
+        return {
+            f"{name}/frames_left_out": moments.left_out.float()
+            for name, moments in self.moments.items()
+            if moments.left_out
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Take back the statistics of a checkpoint.
+
+        Raises:
+            TeacherError: they are not finite, as version 0.1 left them after such a frame.
+        """
+        # version 0.1 did not count
+        counts = {f"moments.{name}.left_out": torch.zeros(()).long() for name in self.moments}
+        result = super().load_state_dict({**counts, **state_dict}, *args, **kwargs)
+        for name, moments in self.moments.items():
+            if not (moments.mean.isfinite().all() and moments.scatter.isfinite().all()):
+                raise TeacherError(
+                    f"the statistics of the teacher {name} in the checkpoint are not finite "
+                    "(targets.standardise): a frame of a huge value is in them for good; start a "
+                    "new run under another name"
+                )
+        return result
+
+    def _learn(self, name: str, states: Tensor, mask: Tensor) -> None:
+        moments = self.moments[name]
+        first = not moments.left_out
+        more = moments.update(states, mask)
+        if more and first and is_first():
+            logger.warning(
+                "teacher %s: %d frames of a batch are not finite or of huge values; such frames "
+                "are left out of the statistics of targets.standardise",
+                name,
+                more,
+            )
+
+    def _report(self) -> None:
+        """What the statistics, which are fixed from now on, were made of."""
+        for name, moments in self.moments.items():
+            flat = int(moments.flat.sum()) if self.kind == "running" else 0
+            logger.log(
+                logging.WARNING if moments.left_out or flat else logging.INFO,
+                "teacher %s: statistics of %d frames, %d left out%s",
+                name,
+                int(moments.count),
+                int(moments.left_out),
+                f"; {flat} dimensions of its targets do not vary and stay as they are" * bool(flat),
+            )
+
     def _standardised(self, name: str, states: Tensor) -> Tensor:
         moments = self.moments[name]
         centred = states.float() - moments.mean[:, None]  # [batch, target, frame, dim]
         if self.kind == "running":
-            return centred / moments.covariance.clamp(min=1e-8).sqrt()[:, None]
+            deviation = torch.where(moments.flat, 1.0, moments.covariance.sqrt())
+            return centred / deviation[:, None]
         return torch.einsum("btfd,tde->btfe", centred, moments.transform)
 
 
-def phi_s(covariance: Tensor) -> Tensor:
+def phi_s(covariance: Tensor, mean: Tensor | None = None) -> Tensor:
     """The PHI-S transform: columns to multiply centred rows with.
 
     Args:
         covariance: ``[target, dim, dim]``.
+        mean: ``[target, dim]``; what varies less than it is rounded is not divided.
 
     Returns:
         ``[target, dim, dim]``: rotate to the principal axes, mix them by a Hadamard matrix so that
         each carries the mean variance, and divide by its root.
     """
     values, vectors = torch.linalg.eigh(covariance.double())
-    scale = values.clamp(min=0).mean(-1).clamp(min=1e-12).rsqrt()
+    variance = values.clamp(min=0).mean(-1)
+    least = torch.full_like(variance, 1e-12)
+    if mean is not None:
+        least = least.maximum((_ROUNDING * mean.double()).square().mean(-1))
+    scale = torch.where(variance > least, variance.rsqrt(), 1.0)
     mix = hadamard(covariance.shape[-1]).to(vectors)
     return (scale[:, None, None] * vectors @ mix.T).float()
 

@@ -6,6 +6,7 @@ a finished teacher. Fitting needs scikit-learn, labelling torch alone.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -16,8 +17,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..atomic import whole_file
+from ..distill.outliers import usable_frames
 from ..errors import CheckpointError, DataError, SetupError
 from ..plain_files import download_problem
+
+logger = logging.getLogger(__name__)
 
 FORMAT = "s3prl_ekd.units"
 TEXTS = ("teacher", "model")
@@ -136,6 +140,10 @@ def collect_frames(states: Iterable[Tensor]) -> Tensor:
     frames = torch.cat(parts)
     if not frames.isfinite().all():
         raise DataError("the teacher's frames hold values that are not finite")
+    usable = usable_frames(frames[:, None])
+    if not usable.all():
+        logger.warning("left out %d of %d frames: huge values", int((~usable).sum()), len(frames))
+        frames = frames[usable]
     return frames
 
 

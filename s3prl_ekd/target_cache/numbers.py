@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..distill.outliers import usable_frames
 from ..errors import TeacherError
 from .layout import Layout
 
@@ -30,7 +31,8 @@ def to_numbers(
     """Targets ``[frame, column]`` of an utterance as they are stored, and their scales ``[piece]``.
 
     Raises:
-        TeacherError: a number is not finite, or too large for float16.
+        TeacherError: a number is not finite, too large for float16, or so large that int8 would
+            make zeros of all others.
     """
     values = values.float()
     if not values.isfinite().all():
@@ -48,6 +50,11 @@ def to_numbers(
     scales, stored, column = [], [], 0
     for _, count, dim in layout:
         part = values[:, column : column + count * dim].view(-1, count, dim)
+        if not usable_frames(part).all():
+            raise TeacherError(
+                f"a target of {utterance} is {part.abs().max():g}, and int8 would make zeros of "
+                "all others; build with --dtype bfloat16, or leave the utterance out"
+            )
         scale = part.abs().amax((0, 2)) / STEPS  # [target]
         scale = torch.where(scale > 0, scale, torch.ones_like(scale))
         stored.append((part / scale[:, None]).round().clamp(-STEPS, STEPS).flatten(1))
