@@ -11,6 +11,9 @@ from s3prl_ekd.distill.aggregation import AGGREGATIONS, TeacherShape
 from s3prl_ekd.distill.heads import LinearHead, PredictionHeads, SplitHead
 from s3prl_ekd.distill.settings import StudentSettings
 from s3prl_ekd.distill.student import Student
+from s3prl_ekd.workspace import write_workspace
+
+from .conftest import CONV, STUDENT, write_configs
 
 
 def count(*modules):
@@ -111,3 +114,55 @@ def test_a_frozen_conv_extractor(student_settings, waves):
     extractor = frozen.backbone.feature_extractor
     assert all(p.grad is None and not p.requires_grad for p in extractor.parameters())
     assert frozen.backbone.post_extract_proj.weight.grad is not None
+
+
+AS_WIDE = CONV.replace("32,2,2)] * 2", "32,2,2)] + [(48,2,2)]")
+KINDS = [
+    {},
+    {"feature_grad_mult": 1.0},
+    {"extractor_mode": "layer_norm"},
+    {"layer_norm_first": True},
+    {"feature_grad_mult": 0.0},
+]
+
+
+@pytest.mark.parametrize("changes", KINDS)
+def test_a_conv_extractor_as_wide_as_the_layers(student_settings, waves, changes):
+    """Nothing is projected then: the same as a projection by the identity, gradients too."""
+    settings = dataclasses.replace(
+        student_settings, extractor_conv_feature_layers=AS_WIDE, **changes
+    )
+    student, projecting = Student(settings), Student(settings)
+    assert student.backbone.post_extract_proj is None
+    projecting.load_state_dict(student.state_dict())
+    identity = projecting.backbone.post_extract_proj = torch.nn.Linear(48, 48).requires_grad_(False)
+    torch.nn.init.eye_(identity.weight)
+    torch.nn.init.zeros_(identity.bias)
+    projecting.backbone.encoder._forward_pre_hooks.clear()  # as it is built with a projection
+
+    lengths = torch.tensor([len(wave) for wave in waves])
+    batch = pad_sequence(waves, batch_first=True)
+    outs = [model(batch, lengths) for model in (student, projecting)]
+    for out in outs:
+        loss = out.last.square().mean() + out.features.pow(2).mean()
+        (loss + out.hidden_states[0].mean()).backward()
+    assert torch.allclose(outs[0].features, outs[1].features, atol=1e-6)
+    for ours, theirs in zip(outs[0].hidden_states, outs[1].hidden_states, strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-5)
+    wanted = dict(projecting.named_parameters())
+    for name, weight in student.named_parameters():
+        assert (weight.grad is None) == (wanted[name].grad is None), name
+        if weight.grad is not None:
+            assert torch.allclose(weight.grad, wanted[name].grad, rtol=1e-3, atol=1e-5), name
+
+
+def test_a_student_without_a_projection_is_trained(
+    tmp_path, monkeypatch, teachers, corpus, pretrain
+):
+    monkeypatch.chdir(tmp_path)
+    write_workspace(tmp_path)
+    student = {**STUDENT, "extractor_conv_feature_layers": AS_WIDE}
+    penalty = {"feature_penalty": 1.0}
+    write_configs(tmp_path, teachers, corpus, student=student, init={}, loss=penalty)
+    code, out = pretrain("-c", "runner.yaml", "-g", "model.yaml", "-n", "wide")
+    assert code == 0, out

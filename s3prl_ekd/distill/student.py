@@ -49,7 +49,19 @@ def build_backbone(settings: StudentSettings) -> DistillerModel:
         model = DistillerModel(DistillerConfig(config))
     logger.debug("%s", said.getvalue().strip())
     model.output_layer = nn.Identity()
+    if model.post_extract_proj is None:
+        model.encoder.register_forward_pre_hook(_own_input)
     return model
+
+
+def _own_input(encoder: nn.Module, args: tuple) -> tuple:
+    """The encoder's arguments, its input a copy.
+
+    s3prl's encoder writes zeros over the padding in its input. Where the conv extractor is as wide
+    as the layers, s3prl projects nothing and this input is the extractor's output, which autograd
+    (``feature_grad_mult``) and the feature penalty need as it was.
+    """
+    return args[0].clone(), *args[1:]
 
 
 class Student(nn.Module):
@@ -77,6 +89,8 @@ class Student(nn.Module):
         samples = torch.arange(waves.shape[1], device=waves.device)
         pad_mask = (samples[None] < lengths[:, None]).to(waves.dtype)  # [batch, sample]
         features, projected, last, mask, layers = self.backbone(waves, pad_mask, get_hidden=True)
+        if self.backbone.post_extract_proj is None:  # a projection's padding is written over
+            projected = projected.masked_fill(mask[..., None] == 0, 0.0)
         return StudentOutput(features, [projected, *layers], last.squeeze(1), mask)
 
     @property

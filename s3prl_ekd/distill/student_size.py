@@ -15,7 +15,7 @@ def matrix_parameters(settings: StudentSettings) -> int:
     for channels, kernel, _ in settings.conv_layers:
         total += before * channels * kernel
         before = channels
-    total += before * width  # the feature projection
+    total += before * width if before != width else 0  # the feature projection
     total += width * (width // settings.conv_pos_groups) * settings.conv_pos
     return total + settings.encoder_layers * (4 * width * width + 2 * width * inner)
 
