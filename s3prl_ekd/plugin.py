@@ -99,7 +99,7 @@ def open_pretrain(folder: Path) -> None:
     for name in BARE_NAMES:
         if name not in sys.modules:
             sys.modules[name] = importlib.import_module(f"s3prl.{name}")
-    repeat_in_children(open_pretrain, folder)
+    repeat_in_children(open_pretrain, folder.absolute())
     package = sys.modules["pretrain"]
     here = str(folder / "pretrain")
     if here not in package.__path__:

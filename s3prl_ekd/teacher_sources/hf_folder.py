@@ -151,8 +151,9 @@ class HuggingFaceUpstream(nn.Module):
         self._conv = list(zip(config.conv_kernel, config.conv_stride, strict=True))
         # mHuBERT; in training mode it would make its mean and variance those of the batch
         self._batch_norm = getattr(network.encoder.pos_conv_embed, "batch_norm", None)
-        # s3prl's HuBERT and WavLM reckon a frame's padding otherwise than the two others.
-        self._blocks = config.model_type in ("hubert", "wavlm")
+        # s3prl's HuBERT and WavLM reckon a frame's padding otherwise than the two others; of
+        # mHuBERT it has none, and a frame too many would leave something of the batch norm.
+        self._blocks = config.model_type in ("hubert", "wavlm") and self._batch_norm is None
 
     def train(self, mode: bool = True) -> HuggingFaceUpstream:
         super().train(mode)
