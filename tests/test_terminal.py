@@ -117,7 +117,7 @@ def test_a_table_in_a_report():
 def test_a_record_whose_name_is_none():
     facts = dict(
         format=1, upstream="x", hub="fbank", checkpoint=None, task="asr", lr=1.0, seed=1, fold=None,
-        steps=1, recipe="tiny", split="test-clean", digest="", dev=Dev("wer", 1.0, 1),
+        steps=1, recipe="tiny", split="test-clean", digest="", dev=Dev("wer", 1.0),
         tested={"clean": "."}, seconds=1.0, finished=True,
     )  # fmt: skip
     Record(**facts)

@@ -19,7 +19,6 @@ try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
-    import msvcrt
 
 logger = logging.getLogger(__name__)
 
@@ -119,6 +118,8 @@ def _lock(file: TextIO) -> None:
     if fcntl is not None:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     else:
+        import msvcrt
+
         file.seek(1 << 30)  # beyond the text, which others read
         msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
 
