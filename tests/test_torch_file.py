@@ -1,0 +1,261 @@
+"""Torch files that ``torch.load(weights_only=True)`` of some version does more with than read data.
+
+CVE-2025-32434: code runs before torch 2.6. CVE-2026-24747: memory is overwritten before torch 2.10.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import pickle
+import struct
+import tarfile
+import zipfile
+from collections import OrderedDict
+
+import pytest
+import torch
+
+from s3prl_ekd.compat import checkpoint_globals
+from s3prl_ekd.errors import CheckpointError
+from s3prl_ekd.safe_load import safe_load
+
+NEWEST = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10)
+
+
+# Pickles by hand, in protocol 2
+
+
+def text(value: str) -> bytes:
+    return b"X" + struct.pack("<I", len(value)) + value.encode()
+
+
+def number(value: int) -> bytes:
+    if -(2**31) <= value < 2**31:
+        return b"J" + struct.pack("<i", value)
+    data = pickle.encode_long(value)
+    return b"\x8a" + bytes([len(data)]) + data
+
+
+def sequence(*items: bytes) -> bytes:
+    return b"(" + b"".join(items) + b"t"
+
+
+def called(name: str, *arguments: bytes) -> bytes:
+    module, _, function = name.rpartition(".")
+    return f"c{module}\n{function}\n".encode() + sequence(*arguments) + b"R"
+
+
+def storage(count=4, key="0", kind="FloatStorage", more=b"") -> bytes:
+    module, _, name = f"torch.{kind}".rpartition(".")
+    kind = f"c{module}\n{name}\n".encode()
+    return sequence(text("storage"), kind, text(key), text("cpu"), number(count), more) + b"Q"
+
+
+def tensor(of: bytes | None = None, size=(4,), stride=(1,), offset=0) -> bytes:
+    shape = (sequence(*map(number, size)), sequence(*map(number, stride)))
+    more = b"\x89" + called("collections.OrderedDict")
+    return called("torch._utils._rebuild_tensor_v2", of or storage(), number(offset), *shape, more)
+
+
+def mapping(*values: bytes) -> bytes:
+    items = b"".join(text(f"key{i}") + value for i, value in enumerate(values))
+    return b"\x80\x02}(" + items + b"u."
+
+
+SECRET = text("a") + number(1) + b"s"  # SETITEM
+PICKLES = {
+    "item_of_a_tensor": mapping(tensor() + number(0) + number(1) + b"s"),
+    "items_of_a_tensor": mapping(tensor() + b"(" + number(0) + number(1) + b"u"),
+    "item_of_a_storage": mapping(storage() + number(9999) + number(1) + b"s"),
+    "item_of_a_list": mapping(b"]" + number(0) + number(1) + b"s"),
+    "item_of_a_size": mapping(called("torch.Size", sequence(number(1))) + SECRET),
+    "item_of_a_set": mapping(called("builtins.set", b"]") + SECRET),
+    "item_of_a_class": mapping(b"ctorch\nFloatStorage\n" + SECRET),
+    "item_of_a_namespace": mapping(b"cargparse\nNamespace\n)\x81" + SECRET),
+    "item_of_a_kept_tensor": mapping(tensor() + b"q\x070h\x07" + SECRET, tensor()),
+    "append_to_a_tensor": mapping(tensor() + number(1) + b"a"),
+    "inside_of_a_tensor": mapping(tensor() + sequence(storage(), number(0)) + b"b"),
+    "large_storage": mapping(tensor(storage(10**6), size=(10**6,))),
+    "small_storage": mapping(tensor(storage(1), size=(1,))),
+    "other_type": mapping(tensor(storage(4, kind="DoubleStorage"))),
+    "no_record": mapping(tensor(storage(4, key="1"))),
+    "not_in_data": mapping(tensor(storage(3, key="../version", kind="ByteStorage"))),
+    "two_sizes": mapping(tensor(), tensor(storage(16, kind="ByteStorage"))),
+    "negative_storage": mapping(tensor(storage(-4))),
+    "storage_of_a_size": mapping(tensor(called("torch.storage.UntypedStorage", number(10**12)))),
+    "beyond_the_storage": mapping(tensor(size=(5,))),
+    "far_offset": mapping(tensor(offset=2**62)),
+    "wide_stride": mapping(tensor(size=(2, 2), stride=(2**40, 1))),
+    "negative_stride": mapping(tensor(stride=(-1,))),
+    "negative_size": mapping(tensor(size=(-4,))),
+    "tensor_of_a_number": mapping(tensor(number(3))),
+    "hashed_for_ever": mapping(storage(key="0", more=b"(" + b"N" + b"2\x86" * 60 + b"t")),
+    "stack_empty": b"\x80\x02ss.",
+    "other_protocol": pickle.dumps({"a": [1, "x"]}, protocol=4),
+}
+
+
+def archive(pickled: bytes, **more: bytes) -> bytes:
+    """A file as torch.save writes it, with one storage of 16 bytes."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as made:
+        made.writestr("archive/data.pkl", pickled)
+        made.writestr("archive/byteorder", b"little")
+        made.writestr("archive/data/0", bytes(16))
+        for name, data in more.items():
+            made.writestr(f"archive/{name}", data)
+        made.writestr("archive/version", b"3\n")
+    return buffer.getvalue()
+
+
+def legacy(*pickles: bytes, storages=b"") -> bytes:
+    """A file as torch wrote it before 1.6."""
+    first = [pickle.dumps(each, 2) for each in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": 1})]
+    return b"".join([*first, *pickles, storages])
+
+
+@pytest.mark.parametrize("kind", PICKLES)
+def test_pickles(tmp_path, kind):
+    path = tmp_path / "bad.pt"
+    path.write_bytes(archive(PICKLES[kind]))
+    with pytest.raises(CheckpointError, match="bad.pt"):
+        safe_load(path, allow=(argparse.Namespace,))
+
+
+def test_the_same_without_the_fault(tmp_path):
+    path = tmp_path / "good.pt"
+    path.write_bytes(archive(mapping(tensor(), called("collections.OrderedDict") + SECRET)))
+    data = safe_load(path)
+    assert data["key0"].shape == (4,) and data["key1"] == {"a": 1}
+
+
+@pytest.mark.parametrize("kind", ["item_of_a_storage", "item_of_a_tensor", "beyond_the_storage"])
+def test_pickles_before_torch_1_6(tmp_path, kind):
+    old = storage(more=b"N")
+    pickled = PICKLES[kind].replace(storage(), old)
+    path = tmp_path / "bad.pt"
+    path.write_bytes(legacy(pickled, pickle.dumps(["0"], 2), storages=bytes(24)))
+    with pytest.raises(CheckpointError, match="bad.pt"):
+        safe_load(path)
+
+
+def test_storages_larger_than_the_file_before_torch_1_6(tmp_path):
+    path = tmp_path / "bad.pt"
+    large = storage(10**11, more=b"N")
+    path.write_bytes(legacy(mapping(tensor(large)), pickle.dumps(["0"], 2)))
+    with pytest.raises(CheckpointError, match="400,000,000,000 bytes"):
+        safe_load(path)
+
+
+def tar(name: bytes) -> bytes:
+    """A tar archive whose first member has such a name, with members of torch's."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.GNU_FORMAT) as made:
+        for each in (name.decode("latin-1"), "storages", "tensors", "pickle"):
+            info = tarfile.TarInfo(each)
+            info.size = len(pickle.dumps(0, 2))
+            made.addfile(info, io.BytesIO(pickle.dumps(0, 2)))
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("name", [b"storages", b"N." * 9])
+def test_a_tar_archive(tmp_path, name):
+    path = tmp_path / "bad.pt"
+    path.write_bytes(tar(name))
+    with pytest.raises(CheckpointError, match="tar archive"):
+        safe_load(path)
+
+
+def test_a_tar_archive_that_begins_as_a_torch_file(tmp_path):
+    """Its first member's name is all five pickles: old torch reads the archive all the same."""
+    path = tmp_path / "bad.pt"
+    whole = bytearray(tar(b"storages"))
+    name = legacy(b"\x80\x02}.", b"\x80\x02].")
+    assert len(name) < 100
+    whole[: len(name)] = name
+    whole[148:156] = b" " * 8
+    whole[148:155] = f"{sum(whole[:512]):06o}\0".encode()
+    path.write_bytes(bytes(whole))
+    assert tarfile.is_tarfile(path)
+    with pytest.raises(CheckpointError, match="tar archive"):
+        safe_load(path)
+    whole[155] ^= 0xFF  # still the right sum; with a wrong one it is no archive
+    whole[150] ^= 0x01
+    path.write_bytes(bytes(whole))
+    assert not tarfile.is_tarfile(path)
+    assert safe_load(path) == {}
+
+
+def test_a_program(tmp_path):
+    path = tmp_path / "bad.pt"
+    path.write_bytes(archive(mapping(), **{"constants.pkl": pickle.dumps((), 2)}))
+    with pytest.raises(CheckpointError, match="TorchScript"):
+        safe_load(path)
+    torch.jit.script(torch.nn.Linear(1, 1)).save(path)
+    with pytest.raises(CheckpointError, match="bad.pt"):
+        safe_load(path)
+
+
+def test_two_lists_of_contents(tmp_path):
+    """Python looks for the list before the end, torch where the end says: here they differ."""
+    path = tmp_path / "bad.pt"
+    pickled = PICKLES["item_of_a_tensor"]
+    bad, good = archive(pickled), archive(mapping().ljust(len(pickled)))
+    end = good[-22:-6] + bad[-6:-2] + good[-2:]
+    path.write_bytes(bad[:-22] + good[:-22] + end)
+    with zipfile.ZipFile(path) as python:
+        assert python.read("archive/data.pkl").strip() == mapping()
+    with pytest.raises(CheckpointError, match="not where it says"):
+        safe_load(path)
+
+
+@pytest.mark.parametrize("name", ["other/data.pkl", "archive/data.pkl\0x"])
+def test_members_that_one_reader_alone_sees(tmp_path, name):
+    path = tmp_path / "bad.pt"
+    buffer = io.BytesIO(archive(mapping()))
+    with zipfile.ZipFile(buffer, "a") as made:
+        member = zipfile.ZipInfo("x")
+        member.filename = name
+        made.writestr(member, PICKLES["item_of_a_tensor"])
+    path.write_bytes(buffer.getvalue())
+    with pytest.raises(CheckpointError, match="one"):
+        safe_load(path)
+
+
+DTYPES = "float16 bfloat16 float32 float64 int8 int16 int32 int64 uint8 bool complex64".split()
+
+
+@pytest.mark.parametrize("new", [True, False], ids=["archive", "before_1.6"])
+def test_what_torch_saves_is_let_through(tmp_path, new):
+    """Views, parameters, empty tensors, every type, schedules: what is in checkpoints."""
+    base = torch.arange(24.0)
+    weights = OrderedDict(a=base[4:16].view(3, 4).T, b=base[:0], c=base[3])
+    weights._metadata = {"": {"version": 1}}
+    data = {
+        "weights": weights,
+        "types": [torch.zeros(3, dtype=getattr(torch, name)) for name in DTYPES],
+        "parameter": torch.nn.Parameter(base),
+        "plain": (None, True, 1, 2**60, -5, 0.5, "x", torch.Size([2, 3]), torch.device("cpu")),
+        "more": {"dtype": torch.float16, "list": [[], {}, ()]},
+        "Args": argparse.Namespace(a=1, b=[None]),
+        "module": torch.nn.Linear(3, 3).state_dict(),
+    }
+    path = tmp_path / "good.pt"
+    torch.save(data, path, _use_new_zipfile_serialization=new)
+    loaded = safe_load(path, allow=checkpoint_globals())
+    assert loaded["plain"] == data["plain"] and loaded["Args"] == data["Args"]
+    for name, value in weights.items():
+        assert torch.equal(loaded["weights"][name], value)
+    assert [value.dtype for value in loaded["types"]] == [value.dtype for value in data["types"]]
+
+
+@pytest.mark.skipif(NEWEST, reason="this torch refuses it itself")
+def test_an_old_torch_takes_what_is_refused_here(tmp_path):
+    """That the files above are what they are meant to be."""
+    path = tmp_path / "bad.pt"
+    path.write_bytes(archive(PICKLES["item_of_a_tensor"]))
+    assert torch.load(path, weights_only=True)["key0"][0] == 1
+    path.write_bytes(archive(PICKLES["large_storage"]))
+    loaded = torch.load(path, weights_only=True)["key0"]
+    assert loaded.untyped_storage().nbytes() == 4 * 10**6  # and the file has 16
