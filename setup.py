@@ -62,6 +62,7 @@ setup(
         "torchaudio>=2.5",
         "numpy>=1.24",
         "pyyaml>=6",
+        "safetensors>=0.4.5",
         "editdistance>=0.6",
         "tensorboardX>=2.6",
         "soundfile>=0.12",

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from .compat import checkpoint_globals
 from .errors import CheckpointError
+from .formats import NewerFormatError, refuse_newer_parts
 from .safe_load import safe_load
 
 logger = logging.getLogger(__name__)
@@ -19,8 +20,14 @@ LAST = "last.ckpt"  # where a run of -u ekd stands; see training/saves.py
 
 
 def read_run(path: str | Path) -> dict:
-    """A run's checkpoint as data. Raises CheckpointError; see :func:`.safe_load.safe_load`."""
+    """A run's checkpoint as data.
+
+    Raises:
+        CheckpointError: see :func:`.safe_load.safe_load`; NewerFormatError where a newer
+            s3prl_ekd wrote it.
+    """
     states = safe_load(path, "checkpoint", allow=checkpoint_globals())
+    refuse_newer_parts(states, path)
     missing = [key for key in ("Step", "Args", "Config") if key not in states]
     if missing:
         raise CheckpointError(f"{path} is no checkpoint of a run: it has no {missing[0]}")
@@ -48,13 +55,15 @@ def newest(folder: str | Path) -> Path | None:
     a number in its name is given.
 
     Raises:
-        CheckpointError: there are checkpoints, and none can be read.
+        CheckpointError: there are checkpoints, and none can be read, or one is of a newer format.
     """
     paths = run_checkpoints(folder)
     steps: dict[Path, int] = {}
     for path in paths:
         try:
             steps[path] = int(read_run(path)["Step"])
+        except NewerFormatError:  # it is whole, and the run would go on from an older one over it
+            raise
         except (CheckpointError, ValueError, TypeError) as error:
             logger.warning("passed over: %s", error)
     for path in sorted(steps, key=lambda path: (steps[path], path.name != LAST), reverse=True):

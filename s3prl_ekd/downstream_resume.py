@@ -20,9 +20,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from .formats import CHECKPOINT_PARTS, RESUME
+
 logger = logging.getLogger(__name__)
 
-KEY = "EKD_Resume"  # in a checkpoint of run_downstream.py, beside s3prl's keys
+KEY = RESUME  # in a checkpoint of run_downstream.py, beside s3prl's keys
+VERSION = CHECKPOINT_PARTS[KEY]
 
 
 def generator_states() -> dict[str, Any]:
@@ -58,6 +61,7 @@ class Place:
 
     def state(self) -> dict[str, Any]:
         return {
+            "version": VERSION,
             "epoch_start": self.epoch_start,
             "batches": self.batches,
             "now": generator_states(),

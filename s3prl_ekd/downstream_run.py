@@ -34,6 +34,7 @@ from .config import apply_overrides
 from .errors import CheckpointError, ConfigError, SetupError
 from .evaluated import check_names
 from .feature_cache import arguments as cache_arguments
+from .formats import refuse_newer_parts
 from .recipes import RECIPES, missing_paths
 from .safe_load import safe_load
 from .schema import read_yaml
@@ -73,7 +74,8 @@ def prepare_downstream(argv: list[str]) -> list[str]:
     if args.i and not Path(args.i).is_file():
         raise CheckpointError(f"-i {args.i}: there is no such checkpoint")
     if args.i:
-        safe_load(args.i, "checkpoint", allow=checkpoint_globals())
+        states = safe_load(args.i, "checkpoint", allow=checkpoint_globals())
+        refuse_newer_parts(states, args.i)
     _check_student(args)
     resume = resume_from(args, ROOT)
     folder = write_folder(args, ROOT, resume)
@@ -206,14 +208,9 @@ def _check_upstream(name: Any, checkpoint: Any, config: Any) -> None:
         check_names(read_yaml(config), config)
     if not checkpoint or not Path(checkpoint).exists() or Path(checkpoint).is_dir():
         return  # s3prl's business: a URL, an identifier, a folder
-    if str(name).startswith("ekd_student"):
-        from .export.student_file import load_student
+    from .teacher_sources.checkpoint_files import check_upstream_file
 
-        load_student(checkpoint)
-    else:
-        from .teacher_sources.checkpoint_files import check_upstream_file
-
-        check_upstream_file(Path(checkpoint))
+    check_upstream_file(Path(checkpoint), str(name))
 
 
 def _model_config(argv: list[str]) -> str | None:

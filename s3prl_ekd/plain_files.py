@@ -89,7 +89,11 @@ def read_text(
 
 def read_json(path: str | Path, what: str, error: type[EkdError]) -> dict[str, Any]:
     """A JSON object: no key twice, finite numbers, at most :data:`MAX_DEPTH` deep."""
-    text = read_text(path, what, error)
+    return parse_json(read_text(path, what, error), path, what, error)
+
+
+def parse_json(text: str, path: str | Path, what: str, error: type[EkdError]) -> dict[str, Any]:
+    """The same of a text out of the file ``path``."""
     try:
         data = json.loads(
             text, object_pairs_hook=_no_key_twice, parse_constant=_refuse, parse_float=_finite

@@ -602,7 +602,7 @@ def test_shapes_in_safetensors(refused, here, data):
     (here / "config.json").write_text(json.dumps(HF))
     (here / "model.safetensors").write_bytes(data)
     refused("export", "student", here, "-o", here / "out.pt")
-    with pytest.raises(CheckpointError, match="damaged or no units file"):
+    with pytest.raises(CheckpointError, match="damaged"):
         load_units(here / "model.safetensors")
 
 

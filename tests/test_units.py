@@ -84,7 +84,7 @@ def test_files_that_are_none(tmp_path):
     with pytest.raises(CheckpointError, match="no such file"):
         load_units(path)
     path.write_bytes(b"not a file of tensors")
-    with pytest.raises(CheckpointError, match="damaged or no units file"):
+    with pytest.raises(CheckpointError, match="damaged"):
         load_units(path)
     save_file({"centroids": torch.zeros(2, 2)}, path)
     with pytest.raises(CheckpointError, match="no units file of"):

@@ -30,6 +30,7 @@ from ..data.layout import TABLES
 from ..data.lengths import write_table
 from ..digest import file_sha256
 from ..errors import DataError
+from ..formats import refuse_newer
 from .noise import make_noises
 from .sentences import sentences
 from .voices import SAMPLE_RATE, Voice, make_voices, speak, to_int16
@@ -113,7 +114,11 @@ def _read_record(out: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     complete = isinstance(record, dict) and {"parameters", "checksum"} <= record.keys()
-    return record if complete else None
+    if not complete or not isinstance(record["parameters"], dict):
+        return None
+    version = record["parameters"].get("version")
+    refuse_newer(version, VERSION, f"the demo corpus {out}", DataError)
+    return record
 
 
 def _make(root: Path, parameters: Mapping[str, Any]) -> dict[str, Any]:

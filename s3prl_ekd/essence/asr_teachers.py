@@ -177,7 +177,7 @@ def _check(args: Namespace, config: dict, path: Path) -> None:
             "the folder where it was trained"
         )
     if source and Path(source).is_file():
-        check_upstream_file(Path(source))
+        check_upstream_file(Path(source), name)
     try:
         expert = config["downstream_expert"]
         select, dictionary = expert["modelrc"]["select"], expert["datarc"].get("dict_path")

@@ -11,19 +11,19 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..atomic import whole_file
 from ..distill.outliers import usable_frames
 from ..errors import CheckpointError, DataError, SetupError
+from ..formats import refuse_newer
 from ..plain_files import download_problem
+from ..safetensors_file import read_safetensors, safetensors_bytes
 
 logger = logging.getLogger(__name__)
 
-FORMAT = "s3prl_ekd.units"
+FORMAT, VERSION = "s3prl_ekd.units", 1
 TEXTS = ("teacher", "model")
 NUMBERS = {"layer": int, "width": int, "clusters": int, "frames": int, "seed": int}
 PASSES = 10  # over all frames; mini-batch k-means hardly moves after a few (ours)
@@ -154,9 +154,9 @@ def save_units(units: Units, path: str | Path) -> None:
         CheckpointError: the file cannot be written.
     """
     path = Path(path)
-    metadata = {"format": FORMAT, "inertia": repr(units.inertia)}
+    metadata = {"format": FORMAT, "version": str(VERSION), "inertia": repr(units.inertia)}
     metadata |= {name: str(getattr(units, name)) for name in (*TEXTS, *NUMBERS)}
-    data = save({"centroids": units.centroids.cpu().contiguous()}, metadata)
+    data = safetensors_bytes({"centroids": units.centroids}, metadata)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as file:
@@ -179,11 +179,11 @@ def load_units(path: str | Path) -> Units:
     if problem := download_problem(path):
         raise CheckpointError(f"the units {path} {problem}")
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise CheckpointError(f"{path} is no units file of s3prl-ekd units")
-            centroids = file.get_tensor("centroids")
+        metadata, tensors = read_safetensors(path, "units file")
+        if metadata.get("format") != FORMAT:
+            raise CheckpointError(f"{path} is no units file of s3prl-ekd units")
+        refuse_newer(int(metadata.get("version", 1)), VERSION, f"the units file {path}")
+        centroids = tensors["centroids"]
         numbers = {name: kind(metadata[name]) for name, kind in NUMBERS.items()}
         units = Units(
             centroids,
@@ -195,7 +195,7 @@ def load_units(path: str | Path) -> Units:
             numbers["seed"],
         )
         fits = centroids.shape == (numbers["clusters"], numbers["width"])
-    except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
+    except (KeyError, ValueError, TypeError) as error:
         raise CheckpointError(f"{path} is damaged or no units file: {error}") from None
     if not fits or not centroids.isfinite().all():
         raise CheckpointError(f"{path} is damaged: its centroids do not fit its metadata")

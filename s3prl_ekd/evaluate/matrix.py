@@ -21,6 +21,7 @@ from ..atomic import write_text
 from ..children import child_command, child_environment
 from ..config import load_model_config, load_runner_config
 from ..errors import SetupError, printable
+from ..formats import refuse_newer
 from ..plain_files import read_json
 from ..schema import plain
 from .curves import teacher_curves
@@ -125,6 +126,7 @@ def _run(run: Run, jobs: int) -> Outcome:
 
 def _read(record: Path) -> dict:
     data = read_json(record, "record", SetupError)
+    refuse_newer(data.get("format", 1), 1, f"the record {record}", SetupError)
     if not isinstance(data.get("digest"), str):
         raise SetupError(f"{record} is damaged: it has no digest; remove the folder to run again")
     return data

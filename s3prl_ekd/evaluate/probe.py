@@ -29,7 +29,7 @@ def build_upstream(hub_name: str, checkpoint: str | None) -> torch.nn.Module:
         raise SetupError(f"{hub_name}: s3prl has no such upstream; see run_downstream.py -h")
     limit = contextlib.nullcontext()
     if checkpoint is not None and Path(checkpoint).exists() and not Path(checkpoint).is_dir():
-        check_upstream_file(Path(checkpoint))
+        check_upstream_file(Path(checkpoint), hub_name)
         limit = build_limit(checkpoint)
     try:
         with limit:

@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from ..errors import DataError
+from ..formats import refuse_newer
 from ..plain_files import read_json
 from ..schema import build
 from .tasks import TASKS
@@ -141,7 +142,10 @@ def read_run(folder: Path) -> Run | None:
     """
     path = folder / RECORD
     data = _read_json(path)
-    if data is None or data.get("finished") is False:
+    if data is None:
+        return None
+    refuse_newer(data.get("format"), 1, f"the record {path}", DataError)
+    if data.get("finished") is False:
         return None
     facts = vars(build(Record, data, str(path)))
     task = folder.resolve().parent
@@ -157,7 +161,10 @@ def read_cost(path: Path) -> Cost | None:
         DataError: the file is damaged.
     """
     data = _read_json(path)
-    return None if data is None else build(Cost, data, str(path))
+    if data is None:
+        return None
+    refuse_newer(data.get("format", 1), 1, f"the record {path}", DataError)
+    return build(Cost, data, str(path))
 
 
 def _read_json(path: Path) -> dict | None:

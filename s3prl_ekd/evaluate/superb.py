@@ -23,6 +23,7 @@ from ..arguments import make_folder
 from ..atomic import write_text
 from ..checkpoints import newest, read_run
 from ..errors import CheckpointError, SetupError
+from ..formats import NewerFormatError, refuse_newer
 from ..training.lock import FolderLock
 from .records import RECORD, check_paths
 from .superb_call import environment_of, run_command
@@ -48,6 +49,7 @@ def read_record(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
+        refuse_newer(record["format"], FORMAT, f"the record {path}", SetupError)
         if record["format"] != FORMAT:
             raise ValueError
         check_paths(record)
@@ -269,6 +271,8 @@ def best_checkpoint(run: Run) -> tuple[str, float]:
         return last.name, run.task.worst
     try:
         score = read_run(best)["Downstream"]["best_score"]
+    except NewerFormatError as error:
+        raise SetupError(str(error)) from None
     except (CheckpointError, KeyError, TypeError):
         raise SetupError(f"{best} is damaged; remove {run.folder} to run it again") from None
     return best.name, float(score) * run.task.scale

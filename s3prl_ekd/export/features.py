@@ -22,7 +22,7 @@ from ..digest import file_sha256
 from ..errors import CheckpointError, ConfigError, DataError
 from .features_file import FeaturesFile
 
-FORMAT = "s3prl_ekd.features"
+FORMAT, VERSION = "s3prl_ekd.features", 1
 _AHEAD = 4  # files that are read while the model works
 
 
@@ -73,8 +73,8 @@ def write_features(
 ) -> Written:
     """Write a tensor ``KEY#LAYER`` ``[frame, dim]`` for each file and layer.
 
-    The metadata are ``format``, ``sample_rate`` (Hz), ``stride`` (samples a frame), ``layers``,
-    ``dim``, ``checkpoint`` (name), ``checkpoint_sha256`` and ``made_by``.
+    The metadata are ``format``, ``version``, ``sample_rate`` (Hz), ``stride`` (samples a frame),
+    ``layers``, ``dim``, ``checkpoint`` (name), ``checkpoint_sha256`` and ``made_by``.
 
     Args:
         checkpoint: a student file or ``states-*.ckpt``.
@@ -97,6 +97,7 @@ def write_features(
     chosen = choose_layers(layers, settings.encoder_layers + 1)
     metadata = {
         "format": FORMAT,
+        "version": str(VERSION),
         "sample_rate": str(SAMPLE_RATE),
         "stride": str(settings.stride),
         "layers": ",".join(map(str, chosen)),

@@ -1,12 +1,18 @@
-"""The student file: plain tensors and plain settings, loadable with ``weights_only=True``.
+"""The student file: plain tensors and plain settings.
 
 ``{"format", "version", "settings", "targets", "head_kind", "student", "heads", "about"}``: the
 student's size, the target sets its heads predict, its weights and theirs, and how it was made. A
 run's checkpoint holds the same under s3prl's keys, so both are read here.
+
+A ``.safetensors`` file has the tensors as ``student.KEY`` and ``heads.KEY``, and in its metadata
+``format``, ``version`` and, as JSON, the rest under ``contents``. Any other suffix makes it a file
+of ``torch.save``, a pickle that loads with ``weights_only=True``; both are read.
 """
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,12 +30,15 @@ from ..distill.student import Student
 from ..distill.student_size import check_size
 from ..distill.target_settings import HeadSettings
 from ..errors import CheckpointError, ConfigError, EkdError
-from ..plain_files import first_keys
+from ..formats import CHECKPOINT_PARTS, STUDENT, refuse_newer, refuse_newer_parts
+from ..plain_files import first_keys, parse_json
 from ..safe_load import safe_load
+from ..safetensors_file import SUFFIX, is_safetensors, read_safetensors, safetensors_bytes
 from ..schema import build, plain
 
-FORMAT, VERSION = "s3prl_ekd.student", 1
-RUN_KEY = "EKD"  # where a run's checkpoint keeps the contents of a student file
+RUN_KEY = STUDENT  # where a run's checkpoint keeps the contents of a student file
+FORMAT, VERSION = "s3prl_ekd.student", CHECKPOINT_PARTS[RUN_KEY]
+_JSON = ("settings", "targets", "head_kind", "about")
 
 
 @dataclass
@@ -57,17 +66,21 @@ def contents(student: Student, heads: PredictionHeads | None, targets, about: Ma
 
 
 def write_student(loaded: LoadedStudent, path: str | Path, keep_heads: bool = True) -> None:
-    """Write a student file, whole or not at all.
+    """Write a student file, whole or not at all; its suffix decides the format.
 
     Raises:
         CheckpointError: the file cannot be written.
     """
     heads = loaded.heads if keep_heads else None
     path = Path(path)
+    data = contents(loaded.student, heads, loaded.targets, loaded.about)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as file:
-            torch.save(contents(loaded.student, heads, loaded.targets, loaded.about), file)
+            if path.suffix == SUFFIX:
+                file.write(_as_safetensors(data))
+            else:
+                torch.save(data, file)
     except OSError as error:
         raise CheckpointError(f"cannot write {path}: {error.strerror}") from None
 
@@ -76,9 +89,14 @@ def load_student(path: str | Path) -> LoadedStudent:
     """Read a student file or a run's checkpoint (``states-*.ckpt``), in eval mode.
 
     Raises:
-        CheckpointError: the file is missing, damaged, asks for code, or is of another kind.
+        CheckpointError: the file is missing, damaged, of a newer format, asks for code, or is of
+            another kind.
     """
-    data = safe_load(path, "student checkpoint", allow=checkpoint_globals())
+    if is_safetensors(path):
+        data = _from_safetensors(path)
+    else:
+        data = safe_load(path, "student checkpoint", allow=checkpoint_globals())
+    refuse_newer_parts(data, path)
     if RUN_KEY in data and isinstance(data[RUN_KEY], dict):
         data = data[RUN_KEY]
     if data.get("format") != FORMAT:
@@ -87,10 +105,9 @@ def load_student(path: str | Path) -> LoadedStudent:
             f"keys are: {first_keys(data)}"
         )
     version = data.get("version")
-    if type(version) is not int or version != VERSION:
-        raise CheckpointError(
-            f"{path} has format version {str(version)[:20]}; this s3prl_ekd reads {VERSION}"
-        )
+    refuse_newer(version, VERSION, f"the student file {path}")
+    if type(version) is not int or version < 1:
+        raise CheckpointError(f"{path} is damaged: its format version is {version!r:.20}")
     try:
         with build_limit(path):
             return _built(data)
@@ -99,8 +116,55 @@ def load_student(path: str | Path) -> LoadedStudent:
     except EkdError:
         raise
     except Exception as error:  # s3prl and torch raise whatever a damaged file makes them raise
-        first = (str(error).strip().splitlines() or ["unreadable"])[0]
-        raise CheckpointError(f"{path} is damaged: {first}") from None
+        lines = [line.strip() for line in str(error).strip().splitlines()] or ["unreadable"]
+        raise CheckpointError(f"{path} is damaged: {' '.join(lines[:2])[:500]}") from None
+
+
+def is_student(path: str | Path) -> bool:
+    """Whether a safetensors file is a student's, and not the weights of a Hugging Face folder.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    return read_safetensors(path, "student file")[0].get("format") == FORMAT
+
+
+def _as_safetensors(data: Mapping[str, Any]) -> bytes:
+    """:func:`contents` as a safetensors file. Raises CheckpointError."""
+    tensors = {
+        f"{part}.{key}": tensor
+        for part in ("student", "heads")
+        for key, tensor in data[part].items()
+    }
+    try:
+        text = json.dumps({key: data[key] for key in _JSON}, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"a student file cannot hold this: {error}") from None
+    metadata = {"format": FORMAT, "version": str(VERSION), "contents": text}
+    return safetensors_bytes(tensors, metadata)
+
+
+def _from_safetensors(path: str | Path) -> dict[str, Any]:
+    """The inverse. Raises CheckpointError."""
+    what = "student file"
+    metadata, tensors = read_safetensors(path, what)
+    if metadata.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path} is no student file but weights alone; give what s3prl-ekd export student "
+            "writes, or to that command the folder that has them and their config.json"
+        )
+    version: Any = metadata.get("version", "")
+    if re.fullmatch("[0-9]{1,9}", version):
+        version = int(version)
+    refuse_newer(version, VERSION, f"the {what} {path}")  # its contents may be of another kind
+    data = parse_json(metadata.get("contents", ""), path, what, CheckpointError)
+    data |= {"format": FORMAT, "version": version, "student": {}, "heads": {}}
+    for name, tensor in tensors.items():
+        part, _, key = name.partition(".")
+        if part not in ("student", "heads"):
+            raise CheckpointError(f"the {what} {path} is damaged: unknown tensor {name[:60]!r}")
+        data[part][key] = tensor
+    return data
 
 
 def _built(data: Mapping[str, Any]) -> LoadedStudent:

@@ -149,7 +149,7 @@ def folder_name(args: Namespace, upstream: nn.Module, selection: str) -> str:
     config = args.upstream_model_config
     device = next((p.device.type for p in upstream.parameters()), "cpu")
     facts = {
-        "format": 1,
+        "format": 1,  # of the store's files; another one is another folder, never read here
         "hub": args.upstream,
         "class": f"{kind.__module__}.{kind.__qualname__}",
         "weights": weights_digest(upstream),

@@ -21,6 +21,7 @@ import numpy as np
 from .. import __version__
 from ..atomic import whole_file
 from ..errors import DataError
+from ..formats import refuse_newer
 from ..plain_files import check_regular, read_json
 from .layout import Block, Layout, columns, pieces
 from .numbers import BYTES
@@ -90,10 +91,12 @@ def read_index(folder: Path) -> Index:
 
     Raises:
         DataError: they are not there, or damaged or of another version.
+        NewerFormatError: a newer s3prl_ekd wrote them.
     """
     try:
         data = read_json(folder / INDEX, "index of the target cache", DataError)
         if data.get("format") == FORMAT and data.get("version") != VERSION:
+            refuse_newer(data.get("version"), VERSION, f"the target cache {folder}")
             raise DataError(
                 f"{folder} is a target cache of version {str(data.get('version'))[:20]}; this "
                 f"s3prl_ekd reads version {VERSION}"

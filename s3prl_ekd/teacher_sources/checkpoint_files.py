@@ -14,9 +14,10 @@ from .. import compat, no_eval
 from ..build_limit import build_limit
 from ..distill.conv_spec import parse_conv_layers
 from ..errors import CheckpointError, EkdError, TeacherError
-from ..export.student_file import FORMAT, RUN_KEY
+from ..export.student_file import FORMAT, RUN_KEY, is_student, load_student
 from ..plain_files import first_keys
 from ..safe_load import safe_load
+from ..safetensors_file import is_safetensors
 
 logger = logging.getLogger(__name__)
 
@@ -42,10 +43,16 @@ def load_file(path: Path, where: str) -> nn.Module:
         CheckpointError: the file is damaged, of another kind, or asks for code.
         ConfigError: its conv layers are not a list of number triples.
     """
-    if path.suffix == ".safetensors":
-        raise TeacherError(
-            f"{where}: {path} holds weights alone; give the folder that has it and its config.json"
-        )
+    if is_safetensors(path):
+        if not is_student(path):
+            raise TeacherError(
+                f"{where}: {path} holds weights alone; give the folder that has it and its "
+                "config.json"
+            )
+        from ..upstream.expert import UpstreamExpert
+
+        logger.info("%s: %s is %s", where, path, KINDS["ekd_student"])
+        return UpstreamExpert(str(path))
     try:
         states = safe_load(path, "teacher checkpoint", allow=compat.checkpoint_globals())
     except CheckpointError as error:
@@ -78,13 +85,20 @@ def load_file(path: Path, where: str) -> nn.Module:
         ) from None
 
 
-def check_upstream_file(path: Path) -> None:
+def check_upstream_file(path: Path, upstream: str) -> None:
     """Look at a checkpoint before s3prl loads it as an upstream of any kind.
+
+    Args:
+        path: the file.
+        upstream: the name of the hub that will load it.
 
     Raises:
         CheckpointError: it is damaged or asks for code.
         ConfigError: the conv layers in it are not a list of number triples.
     """
+    if upstream.startswith("ekd_student"):
+        load_student(path)
+        return
     states = safe_load(path, "upstream checkpoint", allow=compat.checkpoint_globals())
     for keys in ((), ("cfg",), ("model_cfg",), ("cfg", "model"), ("Config", "distiller")):
         config = _entry(states, *keys)

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
+from ..formats import CHECKPOINT_PARTS, RUN_STATE, refuse_newer
 
-KEY = "EKD_Run"  # in a checkpoint; all of the Runner's own state is under it
-VERSION = 1
+KEY = RUN_STATE  # in a checkpoint; all of the Runner's own state is under it
+VERSION = CHECKPOINT_PARTS[KEY]
 
 
 @dataclass
@@ -61,11 +62,9 @@ class Progress:
             CheckpointError: naming ``where``; these are no such data.
         """
         try:
+            refuse_newer(data["version"], VERSION, f"{KEY} in {where}")
             if data["version"] != VERSION:
-                raise CheckpointError(
-                    f"{where} has run state of version {data['version']!r}; this s3prl_ekd reads "
-                    f"{VERSION}"
-                )
+                raise ValueError(f"version {data['version']!r:.20}")
             known = {each.name: data[each.name] for each in dataclasses.fields(Progress)}
             counts = ("step", "epoch", "batch", "batches", "skipped", "skipped_in_a_row")
             if not all(type(known[name]) is int and known[name] >= 0 for name in counts):

@@ -15,6 +15,7 @@ from pathlib import Path
 from ..atomic import remove_leftovers, save_whole, second_name
 from ..checkpoints import LAST, read_run, run_checkpoints
 from ..errors import CheckpointError, SetupError
+from ..formats import NewerFormatError
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +77,8 @@ class RunSaves:
         for path in run_checkpoints(self.folder):
             try:
                 newer = int(read_run(path)["Step"]) > step
+            except NewerFormatError:
+                raise
             except (CheckpointError, ValueError, TypeError):
                 continue  # damaged: it is passed over when resuming, and overwritten in time
             if newer:

@@ -21,6 +21,7 @@ import yaml
 from s3prl_ekd.atomic import whole_file
 from s3prl_ekd.errors import ConfigError, SetupError
 from s3prl_ekd.evaluate.superb_plan import noise_digest
+from s3prl_ekd.formats import refuse_newer
 from s3prl_ekd.plain_files import read_json
 
 from .design import Setting, file_digest, model_config, rows, runner_config
@@ -117,6 +118,7 @@ class Folder:
         from teacher_zoo.recipe import differences
 
         before = read_json(self._study, "setting", ConfigError)
+        refuse_newer(before.get("version", 1), 1, f"the study {self._study}", ConfigError)
         now = json.loads(json.dumps(setting.plain()))
         changed = differences(before.get("setting", {}), now)
         if inputs is not None:

@@ -13,12 +13,13 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from s3prl_ekd.atomic import save_whole
 from s3prl_ekd.errors import CheckpointError
+from s3prl_ekd.formats import refuse_newer
 from s3prl_ekd.safe_load import safe_load
 from s3prl_ekd.training.random_state import random_states, set_random_states
 
 from .models import MaskedPredictor
 
-FORMAT = "s3prl_ekd.tiny_teacher_training"
+FORMAT, VERSION = "s3prl_ekd.tiny_teacher_training", 1
 
 
 @dataclass
@@ -53,6 +54,7 @@ def save(path: Path, stage: str, parts: Trained, progress: Progress) -> None:
     """
     states = {
         "format": FORMAT,
+        "version": VERSION,
         "stage": stage,
         "model": parts.model.state_dict(),
         "optimizer": parts.optimizer.state_dict(),
@@ -79,6 +81,7 @@ def load_model(
     states = safe_load(path, "training checkpoint")
     if states.get("format") != FORMAT or states.get("stage") != stage:
         raise CheckpointError(f"{path} is no checkpoint of the stage {stage}; delete it")
+    refuse_newer(states.get("version", 1), VERSION, f"the checkpoint {path}")
     try:
         weights = dict(states["model"])
         if not with_head:

@@ -1,0 +1,75 @@
+"""Read safetensors files that anybody may have written, and write our own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from .errors import CheckpointError
+from .plain_files import check_regular
+
+SUFFIX = ".safetensors"
+MAX_HEADER = 8 << 20  # bytes of names, shapes and metadata; 1000 tensors take 100,000
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def is_safetensors(path: str | Path) -> bool:
+    """Whether a file is to be read by :func:`read_safetensors`: by what it begins with, and for a
+    cut one by its suffix."""
+    path = Path(path)
+    if not path.is_file():
+        return False
+    try:
+        with path.open("rb") as file:
+            head = file.read(9)  # eight bytes of length and the first of a JSON object
+    except OSError:
+        return False
+    return head[8:] == b"{" or (path.suffix == SUFFIX and not head.startswith(b"PK"))
+
+
+def read_safetensors(path: str | Path, what: str) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """The metadata and the tensors of a file, on the CPU.
+
+    Args:
+        path: the file.
+        what: the noun for messages.
+
+    Raises:
+        CheckpointError: it is missing or damaged, or a tensor has numbers of another type than
+            :data:`FLOATS`.
+    """
+    check_regular(path, what, CheckpointError)
+    try:
+        with Path(path).open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+        if length > MAX_HEADER:
+            raise CheckpointError(f"the {what} {path} is damaged: its header has {length:,} bytes")
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except OSError as error:
+        raise CheckpointError(f"cannot read the {what} {path}: {error.strerror}") from None
+    except (SafetensorError, ValueError, TypeError, RuntimeError) as error:
+        first = (str(error).strip().splitlines() or ["unreadable"])[0]
+        raise CheckpointError(f"the {what} {path} is damaged: {first[:200]}") from None
+    for name, tensor in tensors.items():
+        if tensor.dtype not in FLOATS:
+            raise CheckpointError(
+                f"the {what} {path} is damaged: {name[:60]!r} has the type {tensor.dtype}, and "
+                "float32, float16, bfloat16 or float64 is allowed"
+            )
+    return metadata, tensors
+
+
+def safetensors_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """The contents of a file; views and tensors that share memory are written each for itself."""
+    copies = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, tensor in tensors.items()
+    }
+    return save(copies, dict(metadata))

@@ -1,0 +1,162 @@
+"""A file of a newer format is refused in one sentence, by whatever reads it."""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from dataclasses import asdict
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from s3prl_ekd import __version__, checkpoints, downstream_resume, downstream_run, pretrain_run
+from s3prl_ekd.demo.corpus import RECORD as CORPUS
+from s3prl_ekd.demo.corpus import make_corpus
+from s3prl_ekd.distill.settings import StudentSettings
+from s3prl_ekd.distill.student import Student
+from s3prl_ekd.errors import CheckpointError, EkdError
+from s3prl_ekd.essence.units import Units, load_units, save_units
+from s3prl_ekd.evaluate import matrix, records, superb
+from s3prl_ekd.export.student_file import LoadedStudent, contents, load_student, write_student
+from s3prl_ekd.formats import CHECKPOINT_PARTS
+from s3prl_ekd.target_cache.index import Index, read_index, write_index
+from s3prl_ekd.target_cache.layout import Block
+from s3prl_ekd.teacher_sources import load_upstream
+from s3prl_ekd.training.saves import RunSaves
+
+from .conftest import STUDENT
+
+
+@pytest.fixture
+def refused():
+    """Calls a reader and returns its sentence."""
+
+    def call(read, *arguments, version=99, **named):
+        with pytest.raises(EkdError) as caught:
+            read(*arguments, **named)
+        said = str(caught.value)
+        assert "\n" not in said and f"version {version}" in said and "version 1" in said
+        assert __version__ in said and "pip install --upgrade s3prl_ekd" in said
+        return said
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def student():
+    torch.manual_seed(0)
+    return Student(StudentSettings(**STUDENT))
+
+
+def run(student, step=1, **parts):
+    """A run's checkpoint, of pretraining and of a downstream model at once."""
+    args = Namespace(upstream="ekd", expdir="x", expname="x", device="cpu", override=None)
+    own = {"EKD": contents(student, None, {}, {"step": 1})}
+    same = {"Args": args, "Config": {}, "Step": step, "Upstream_Config": {}, "Downstream": {}}
+    return same | own | parts
+
+
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+def test_student_files(tmp_path, student, refused, suffix):
+    path = tmp_path / f"s.{suffix}"
+    write_student(LoadedStudent(student, None, {}, {}), path)
+    if suffix == "pt":
+        torch.save(torch.load(path, weights_only=True) | {"version": 99}, path)
+    else:
+        with safe_open(path, "pt") as file:
+            metadata, names = file.metadata(), list(file.keys())
+            tensors = {name: file.get_tensor(name) for name in names}
+        # a newer format may have other contents, so its version is looked at first
+        save_file(tensors, path, metadata | {"version": "99", "contents": "[]"})
+    for read in (load_student, lambda path: load_upstream(str(path), "teachers.a.model")):
+        assert str(path) in refused(read, path)
+
+
+@pytest.mark.parametrize("part", CHECKPOINT_PARTS)
+def test_checkpoints_of_runs(tmp_path, student, refused, monkeypatch, part):
+    path = tmp_path / "states-1.ckpt"
+    whole = run(student)
+    torch.save(whole | {part: {**whole.get(part, {}), "version": 99}}, path)
+    (tmp_path / "pretrain" / "ekd").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    commands = {
+        pretrain_run.prepare: ["-e", str(path)],
+        downstream_run.prepare_downstream: ["-m", "evaluate", "-e", str(path)],
+    }
+    for prepare, argv in commands.items():
+        said = refused(prepare, argv)
+        assert str(path) in said and part in said
+    refused(downstream_run.prepare_downstream, ["-m", "train", "-d", "asr", "-i", str(path)])
+    refused(load_student, path)
+
+
+def test_a_newer_checkpoint_is_not_passed_over_for_an_older_one(tmp_path, student, refused):
+    """A run that went on from step 1 would write over the newer one of step 2."""
+    torch.save(run(student), tmp_path / "states-1.ckpt")
+    torch.save(run(student, 2, EKD_Run={"version": 2}), tmp_path / "states-2.ckpt")
+    refused(checkpoints.newest, tmp_path, version=2)
+    refused(RunSaves(tmp_path, 5, "").tidy, 1, version=2)
+    assert (tmp_path / "states-2.ckpt").exists()
+
+
+def test_a_downstream_checkpoint_without_a_version_can_be_read(tmp_path, student):
+    state = downstream_resume.Place(None).state()
+    assert state.pop("version") == 1
+    torch.save(run(student, EKD_Resume=state), tmp_path / "states-1.ckpt")
+    assert checkpoints.read_run(tmp_path / "states-1.ckpt")["EKD_Resume"]["batches"] == 0
+
+
+def test_target_caches(tmp_path, refused):
+    write_index(tmp_path, Index("float16", (Block("a", 1, 2),), 0, {}, ()))
+    path = tmp_path / "index.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 99, "layout": None}))
+    assert str(tmp_path) in refused(read_index, tmp_path)
+
+
+def test_units(tmp_path, refused):
+    path = tmp_path / "u.safetensors"
+    save_units(Units(torch.zeros(2, 3), "t", 1), path)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    assert metadata.pop("version") == "1"
+    save_file({"centroids": torch.zeros(2, 3)}, path, metadata)
+    assert load_units(path).clusters == 2  # of earlier versions
+    save_file({"centroids": torch.zeros(2, 3)}, path, metadata | {"version": "99"})
+    assert str(path) in refused(load_units, path)
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_records_of_superb(tmp_path, refused, finished):
+    path = tmp_path / "superb.json"
+    path.write_text(json.dumps({"format": 99, "finished": finished, "of": "a later version"}))
+    for read in (superb.read_record, records.read_run):
+        said = refused(read, tmp_path)
+        assert str(path) in said and "remove" not in said
+
+
+def test_costs_and_sweeps(tmp_path, refused):
+    path = tmp_path / "cost.json"
+    cost = records.Cost(1, 0, 2.0, {}, 3, "x")
+    path.write_text(json.dumps(asdict(cost)))
+    assert records.read_cost(path) == cost
+    path.write_text(json.dumps(asdict(cost) | {"format": 99}))
+    assert str(path) in refused(records.read_cost, path)
+    path = tmp_path / "matrix.json"
+    path.write_text(json.dumps({"format": 99}))
+    assert str(path) in refused(matrix._read, path)
+
+
+def test_demo_corpora(tmp_path, refused):
+    """One that is there would be replaced."""
+    (tmp_path / CORPUS).write_text(json.dumps({"parameters": {"version": 99}, "checksum": ""}))
+    assert str(tmp_path) in refused(make_corpus, tmp_path)
+    assert (tmp_path / CORPUS).exists()
+
+
+def test_a_version_that_is_none_is_damage(tmp_path, student):
+    for version in ("1", None, 0, 1.0, True):
+        torch.save(contents(student, None, {}, {}) | {"version": version}, tmp_path / "s.pt")
+        with pytest.raises(CheckpointError, match="s.pt is damaged"):
+            load_student(tmp_path / "s.pt")
