@@ -19,9 +19,11 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def is_safetensors(path: str | Path) -> bool:
-    """Whether a file is to be read by :func:`read_safetensors`: by what it begins with, and for a
-    cut one by its suffix."""
+    """Whether a file is one for :func:`read_safetensors`, by its suffix or by what it begins with:
+    a downloaded one may have any name."""
     path = Path(path)
+    if path.suffix == SUFFIX:
+        return True
     if not path.is_file():
         return False
     try:
@@ -29,7 +31,7 @@ def is_safetensors(path: str | Path) -> bool:
             head = file.read(9)  # eight bytes of length and the first of a JSON object
     except OSError:
         return False
-    return head[8:] == b"{" or (path.suffix == SUFFIX and not head.startswith(b"PK"))
+    return head[8:] == b"{"
 
 
 def read_safetensors(path: str | Path, what: str) -> tuple[dict[str, str], dict[str, Tensor]]:
@@ -48,7 +50,10 @@ def read_safetensors(path: str | Path, what: str) -> tuple[dict[str, str], dict[
         with Path(path).open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
         if length > MAX_HEADER:
-            raise CheckpointError(f"the {what} {path} is damaged: its header has {length:,} bytes")
+            raise CheckpointError(
+                f"the {what} {path} is damaged or no safetensors file: its header has {length:,} "
+                "bytes"
+            )
         with safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}
@@ -56,7 +61,9 @@ def read_safetensors(path: str | Path, what: str) -> tuple[dict[str, str], dict[
         raise CheckpointError(f"cannot read the {what} {path}: {error.strerror}") from None
     except (SafetensorError, ValueError, TypeError, RuntimeError) as error:
         first = (str(error).strip().splitlines() or ["unreadable"])[0]
-        raise CheckpointError(f"the {what} {path} is damaged: {first[:200]}") from None
+        raise CheckpointError(
+            f"the {what} {path} is damaged or no safetensors file: {first[:200]}"
+        ) from None
     for name, tensor in tensors.items():
         if tensor.dtype not in FLOATS:
             raise CheckpointError(

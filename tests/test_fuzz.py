@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import functools
 import io
+import json
 import os
 import tempfile
 import zipfile
@@ -33,7 +34,12 @@ from s3prl_ekd.distill.heads import PredictionHeads
 from s3prl_ekd.distill.settings import StudentSettings
 from s3prl_ekd.distill.student import Student
 from s3prl_ekd.errors import EkdError
-from s3prl_ekd.export.student_file import LoadedStudent, contents, load_student
+from s3prl_ekd.export.student_file import (
+    LoadedStudent,
+    _as_safetensors,
+    contents,
+    load_student,
+)
 from s3prl_ekd.overrides import apply_overrides
 from s3prl_ekd.schema import plain
 
@@ -380,6 +386,36 @@ def is_student(file, data: bytes) -> None:
 @fuzz
 def test_student_file_of_any_bytes(file, data):
     is_student(file, data)
+
+
+SAFE = _as_safetensors(STUDENT)
+_length = int.from_bytes(SAFE[:8], "little")
+HEADER, BODY = SAFE[8 : 8 + _length], SAFE[8 + _length :]
+
+
+@given(data=torn(SAFE))
+@fuzz
+def test_safetensors_student_file_of_any_bytes(file, data):
+    is_student(file.with_name("file.safetensors"), data)
+
+
+@given(
+    data=torn(HEADER) | mutations(json.loads(HEADER)).map(lambda made: json.dumps(made).encode())
+)
+@fuzz
+def test_safetensors_student_file_of_any_header(file, data):
+    whole = len(data).to_bytes(8, "little") + data + BODY
+    is_student(file.with_name("file.safetensors"), whole)
+
+
+@given(data=mutations({key: STUDENT[key] for key in ("settings", "targets", "head_kind", "about")}))
+@fuzz
+def test_safetensors_student_file_of_any_contents(file, data):
+    header = json.loads(HEADER)
+    header["__metadata__"]["contents"] = json.dumps(data)
+    text = json.dumps(header).encode()
+    whole = len(text).to_bytes(8, "little") + text + BODY
+    is_student(file.with_name("file.safetensors"), whole)
 
 
 @given(data=torn(PICKLE))
