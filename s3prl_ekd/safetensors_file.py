@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from .errors import CheckpointError
@@ -73,10 +73,17 @@ def read_safetensors(path: str | Path, what: str) -> tuple[dict[str, str], dict[
     return metadata, tensors
 
 
-def safetensors_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """The contents of a file; views and tensors that share memory are written each for itself."""
-    copies = {
-        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for name, tensor in tensors.items()
-    }
-    return save(copies, dict(metadata))
+def write_safetensors(
+    file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> None:
+    """Write a file; views and tensors that share memory are written each for itself.
+
+    safetensors' own writer puts the metadata in another order each time. Here the same contents
+    are the same bytes, by which ``superb`` knows a checkpoint again.
+    """
+    from .export.features_file import FeaturesFile  # that package reads student files with this one
+
+    written = FeaturesFile(file, tensors, metadata)
+    for name, tensor in tensors.items():
+        written.add(name, tensor)
+    written.finish()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import os
 import signal
 import subprocess
@@ -48,6 +49,15 @@ STUDENT = {
 
 compat.apply()  # before a test module imports s3prl
 torch.set_num_threads(1)  # the models are tiny: threads cost more than they bring
+
+
+def safetensors_student(data: dict) -> bytes:
+    """What ``student_file.contents`` gives, good or not, as a safetensors file."""
+    from s3prl_ekd.export.student_file import _write_safetensors
+
+    file = io.BytesIO()
+    _write_safetensors(data, file)
+    return file.getvalue()
 
 
 @pytest.fixture(scope="session")

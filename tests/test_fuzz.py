@@ -36,12 +36,13 @@ from s3prl_ekd.distill.student import Student
 from s3prl_ekd.errors import EkdError
 from s3prl_ekd.export.student_file import (
     LoadedStudent,
-    _as_safetensors,
     contents,
     load_student,
 )
 from s3prl_ekd.overrides import apply_overrides
 from s3prl_ekd.schema import plain
+
+from .conftest import safetensors_student
 
 _home = tempfile.TemporaryDirectory()  # hypothesis keeps its tables there, and not in the tree
 set_hypothesis_home_dir(_home.name)
@@ -388,7 +389,7 @@ def test_student_file_of_any_bytes(file, data):
     is_student(file, data)
 
 
-SAFE = _as_safetensors(STUDENT)
+SAFE = safetensors_student(STUDENT)
 _length = int.from_bytes(SAFE[:8], "little")
 HEADER, BODY = SAFE[8 : 8 + _length], SAFE[8 + _length :]
 

@@ -35,7 +35,7 @@ from s3prl_ekd.essence.units import load_units
 from s3prl_ekd.export.student_file import contents
 from s3prl_ekd.safe_load import safe_load
 
-from .conftest import STUDENT, write_configs
+from .conftest import STUDENT, safetensors_student, write_configs
 
 SECONDS, PIECES, MEGABYTES = 2.0, 20, 500
 MARKER = Path("/tmp") / f"s3prl_ekd_marker_{os.getpid()}"
@@ -271,6 +271,26 @@ def test_students(refused, here, folder, corpus, student, bomb, command, kind):
         assert "asks for posix.system" in said or "asks for nt.system" in said
 
 
+@pytest.mark.parametrize("command", [*ON_STUDENTS, "superb", "teachers"])
+@pytest.mark.parametrize("begin", [b"", b"\x80\x02cposix\nsystem\n"])
+def test_safetensors_students(refused, here, folder, corpus, student, command, begin):
+    """One that asks for too large a model; a pickle that looks like one and is never read so."""
+    if not (folder / "audio").exists():
+        (folder / "audio").symlink_to(corpus / "audio")
+    file = here / "evil.safetensors"
+    file.write_bytes(safetensors_student(settings(student, encoder_embed_dim=4 * 10**9)))
+    if begin:
+        with file.open("r+b") as opened:
+            opened.write(begin)
+    words = ON_STUDENTS.get(command, lambda file: LOCAL["superb"]("ekd_student", file))(file)
+    if command == "teachers":
+        model, _ = configured(folder)
+        model["teachers"]["hubert"]["model"] = str(file)
+        (here / "model.yaml").write_text(yaml.safe_dump(model))
+        words = ON_TEACHERS["teachers"](here / "model.yaml")
+    assert "evil.safetensors" in refused(*words)
+
+
 def teacher(path, change):
     """A teacher's checkpoint with other settings."""
     data = torch.load(path, weights_only=True)
@@ -336,6 +356,13 @@ LOCAL = {
         *("--override", f"asr={LIBRI}"),
     ),
 }
+
+
+@pytest.mark.parametrize("command", LOCAL)
+def test_s3prls_upstreams_get_no_safetensors_file(refused, here, student, command):
+    """Ours is data, and s3prl's loader would take the same bytes for a pickle."""
+    (here / "s.safetensors").write_bytes(safetensors_student(student))
+    assert "s.safetensors" in refused(*LOCAL[command]("hubert_local", here / "s.safetensors"))
 
 
 @pytest.mark.parametrize("command", LOCAL)

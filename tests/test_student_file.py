@@ -74,13 +74,12 @@ def test_a_failed_write_leaves_the_older_file(loaded, tmp_path, monkeypatch, nam
     path = tmp_path / name
     path.write_bytes(b"older")
 
-    def full(data, file=None):
-        if file is not None:
-            file.write(b"half")
+    def full(data, file):
+        file.write(b"half")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
-    monkeypatch.setattr(student_file, "_as_safetensors", full)
+    monkeypatch.setattr(student_file, "write_safetensors", lambda file, *_: full(None, file))
     with pytest.raises(CheckpointError, match="No space left"):
         write_student(loaded, path)
     assert path.read_bytes() == b"older"
@@ -178,6 +177,18 @@ def test_its_header_says_what_it_is(parts):
     assert data["about"] == {"step": 7} and data["settings"]["encoder_layers"] == 2
     assert {key.partition(".")[0] for key in tensors} == {"student", "heads"}
     assert all(tensor.dtype == torch.float32 for tensor in tensors.values())
+
+
+def test_the_same_student_is_the_same_bytes(parts, loaded, tmp_path):
+    """By which superb knows it again: an export that is typed twice changes nothing."""
+    write_student(loaded, tmp_path / "again.safetensors")
+    good = (tmp_path / "good.safetensors").read_bytes()
+    assert (tmp_path / "again.safetensors").read_bytes() == good
+    head = list(json.loads(good[8 : 8 + int.from_bytes(good[:8], "little")]))
+    assert head[0] == "__metadata__" and head[1:] == [
+        *(f"student.{key}" for key in loaded.student.state_dict()),
+        *(f"heads.{key}" for key in loaded.heads.state_dict()),
+    ]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])

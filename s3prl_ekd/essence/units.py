@@ -19,7 +19,7 @@ from ..distill.outliers import usable_frames
 from ..errors import CheckpointError, DataError, SetupError
 from ..formats import refuse_newer
 from ..plain_files import download_problem
-from ..safetensors_file import read_safetensors, safetensors_bytes
+from ..safetensors_file import read_safetensors, write_safetensors
 
 logger = logging.getLogger(__name__)
 
@@ -156,11 +156,10 @@ def save_units(units: Units, path: str | Path) -> None:
     path = Path(path)
     metadata = {"format": FORMAT, "version": str(VERSION), "inertia": repr(units.inertia)}
     metadata |= {name: str(getattr(units, name)) for name in (*TEXTS, *NUMBERS)}
-    data = safetensors_bytes({"centroids": units.centroids}, metadata)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as file:
-            file.write(data)
+            write_safetensors(file, {"centroids": units.centroids}, metadata)
     except OSError as error:
         raise CheckpointError(f"cannot write {path}: {error.strerror}") from None
 

@@ -54,7 +54,7 @@ class FeaturesFile:
     def add(self, key: str, tensor: Tensor) -> None:
         """Write one tensor behind the others."""
         data = tensor.detach().cpu().contiguous()
-        raw = data.view(torch.uint8).numpy()  # numpy has no bfloat16
+        raw = data.flatten().view(torch.uint8).numpy()  # numpy has no bfloat16
         self.header[key] = {
             "dtype": DTYPES[tensor.dtype],
             "shape": list(tensor.shape),

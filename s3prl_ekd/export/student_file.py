@@ -16,7 +16,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -33,7 +33,7 @@ from ..errors import CheckpointError, ConfigError, EkdError
 from ..formats import CHECKPOINT_PARTS, STUDENT, refuse_newer, refuse_newer_parts
 from ..plain_files import first_keys, parse_json
 from ..safe_load import safe_load
-from ..safetensors_file import SUFFIX, is_safetensors, read_safetensors, safetensors_bytes
+from ..safetensors_file import SUFFIX, is_safetensors, read_safetensors, write_safetensors
 from ..schema import build, plain
 
 RUN_KEY = STUDENT  # where a run's checkpoint keeps the contents of a student file
@@ -78,7 +78,7 @@ def write_student(loaded: LoadedStudent, path: str | Path, keep_heads: bool = Tr
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as file:
             if path.suffix == SUFFIX:
-                file.write(_as_safetensors(data))
+                _write_safetensors(data, file)
             else:
                 torch.save(data, file)
     except OSError as error:
@@ -129,7 +129,7 @@ def is_student(path: str | Path) -> bool:
     return read_safetensors(path, "student file")[0].get("format") == FORMAT
 
 
-def _as_safetensors(data: Mapping[str, Any]) -> bytes:
+def _write_safetensors(data: Mapping[str, Any], file: BinaryIO) -> None:
     """:func:`contents` as a safetensors file. Raises CheckpointError."""
     tensors = {
         f"{part}.{key}": tensor
@@ -141,7 +141,7 @@ def _as_safetensors(data: Mapping[str, Any]) -> bytes:
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"a student file cannot hold this: {error}") from None
     metadata = {"format": FORMAT, "version": str(VERSION), "contents": text}
-    return safetensors_bytes(tensors, metadata)
+    write_safetensors(file, tensors, metadata)
 
 
 def _from_safetensors(path: str | Path) -> dict[str, Any]:
