@@ -203,8 +203,8 @@ def main(script: ModuleType, argv: list[str]) -> None:
     if ekd and torchrun.rank() == 0:
         print(
             f"\ndone: the student is in {folder}; next:\n"
-            f"  s3prl-ekd export student {shlex.quote(str(folder))} -o student.pt\n"
-            "  run_downstream.py -m train -u ekd_student -k student.pt -d asr -n my_asr"
+            f"  s3prl-ekd export student {shlex.quote(str(folder))} -o student.safetensors\n"
+            "  run_downstream.py -m train -u ekd_student -k student.safetensors -d asr -n my_asr"
         )
 
 

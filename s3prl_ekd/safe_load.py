@@ -97,6 +97,24 @@ def safe_load(path: str | Path, what: str = "checkpoint", allow: Sequence[type] 
     return data
 
 
+def scan(path: str | Path) -> None:
+    """Refuse a file that ``torch.load(weights_only=True)`` of an old torch does more with than read
+    data. Classes that it names are torch's business.
+
+    Raises:
+        CheckpointError: it is such a file, or damaged.
+    """
+    try:
+        for _ in named_globals(Path(path)):
+            pass
+    except TorchFileError as error:
+        raise CheckpointError(
+            f"the checkpoint {path} {error}; torch {torch.__version__} is not safe with such files "
+            "(s3prl-ekd doctor says more): type pip install 'torch>=2.10', or, if you trust who "
+            f"made it as much as yourself, add {trust.OPTION}"
+        ) from None
+
+
 def _first_refused(names: Iterable[str], allow: Sequence[type]) -> str | None:
     known = ALLOWED | {f"{kind.__module__}.{kind.__qualname__}" for kind in allow}
     return next((name for name in names if name not in known), None)

@@ -7,8 +7,10 @@ that this one starts.
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 OPTION = "--trust-checkpoint"
 HELP = f"""\
@@ -45,8 +47,31 @@ def words() -> list[str]:
 
 
 def restrict_torch() -> None:
-    """Have torch 2.5 load weights only where nobody says so, as newer ones do by themselves."""
-    from .compat.checkpoints import refuses_by_default
+    """Have s3prl's own ``torch.load`` read data and nothing else, with any torch.
+
+    torch 2.5 loads weights only where that is asked for, and before 2.10 a file can do harm even
+    then: there each file is scanned first, as :func:`.safe_load.safe_load` does.
+    """
+    import torch
+
+    from .compat.checkpoints import loader_holes, refuses_by_default
 
     if not _trusted and not refuses_by_default():
         os.environ[_STRICT] = "1"
+    if loader_holes(torch.__version__) and not hasattr(torch.load, "_scans"):
+        torch.load = _scanning(torch.load)
+
+
+def _scanning(load: Callable[..., Any]) -> Callable[..., Any]:
+    """``torch.load`` that scans a file which it is given by its path, unless it is trusted."""
+
+    @functools.wraps(load)
+    def scan_and_load(f: Any, *args: Any, **kwargs: Any) -> Any:
+        from .safe_load import scan
+
+        if not _trusted and isinstance(f, (str, os.PathLike)):
+            scan(f)
+        return load(f, *args, **kwargs)
+
+    scan_and_load._scans = True
+    return scan_and_load

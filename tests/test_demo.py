@@ -4,9 +4,9 @@ import csv
 import re
 
 import pytest
-import torch
 
 from s3prl_ekd.demo.run import PAIRS, UPSTREAMS
+from s3prl_ekd.export import load_student
 
 from .conftest import command
 
@@ -24,12 +24,12 @@ def demo(tmp_path_factory):
 def test_it_goes_all_the_way(demo):
     folder, said = demo
     assert "0 failed" in said and "Traceback" not in said
-    files = ("ekd.pt", "single.pt", "distillation.png", "cache/index.json", "report/scores.png")
-    files += ("submission/expert.py",)
+    files = ("ekd.safetensors", "single.safetensors", "distillation.png", "cache/index.json")
+    files += ("report/scores.png", "submission/expert.py")
     for name in (*files, "data/corpus/corpus.json", "data/labels/er.tsv"):
         assert (folder / name).is_file(), name
     for name in ("ekd", "single"):
-        assert torch.load(folder / f"{name}.pt", weights_only=True)["about"]["step"] == 6
+        assert load_student(folder / f"{name}.safetensors").about["step"] == 6
 
 
 def test_the_table_is_s3prls_numbers(demo):

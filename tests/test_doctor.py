@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from importlib import metadata
@@ -71,6 +72,23 @@ def report(empty) -> dict:
 
 
 # --- the report
+
+
+@pytest.mark.parametrize(
+    ("version", "holes"),
+    [
+        ("2.5.1+cu124", ["CVE-2025-32434", "CVE-2026-24747"]),
+        ("2.9.1", ["CVE-2026-24747"]),
+        ("2.10.0", []),
+        ("2.13.0+cpu", []),
+    ],
+)
+def test_an_old_torch_is_named_unsafe(monkeypatch, report, version, holes):
+    monkeypatch.setattr(torch, "__version__", version)
+    said = doctor._torch_load()
+    assert re.findall(r"CVE-[\d-]+", said) == holes
+    assert (version in said and "torch>=2.10" in said) == bool(holes)
+    assert said in doctor.as_text({**report, "torch_load": said})
 
 
 def test_versions_are_those_installed(report):

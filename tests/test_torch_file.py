@@ -16,6 +16,7 @@ from collections import OrderedDict
 import pytest
 import torch
 
+from s3prl_ekd import trust
 from s3prl_ekd.compat import checkpoint_globals
 from s3prl_ekd.errors import CheckpointError
 from s3prl_ekd.safe_load import safe_load
@@ -248,6 +249,41 @@ def test_what_torch_saves_is_let_through(tmp_path, new):
     for name, value in weights.items():
         assert torch.equal(loaded["weights"][name], value)
     assert [value.dtype for value in loaded["types"]] == [value.dtype for value in data["types"]]
+
+
+@pytest.fixture
+def torch_load(monkeypatch):
+    """Has ``torch.load`` as s3prl finds it, with a torch of some version; put back at the end."""
+
+    def of(version):
+        monkeypatch.setattr(torch, "__version__", version)
+        monkeypatch.setattr(torch, "load", torch.load)
+        trust.restrict_torch()
+        return torch.load
+
+    yield of
+    trust.take([])
+
+
+@pytest.mark.parametrize("version", ["2.5.1+cu124", "2.9.0", "2.10.0"])
+def test_s3prls_own_loads_are_scanned_with_an_old_torch(tmp_path, torch_load, version):
+    """Downloads of s3prl's hub, and pickles in the folders that it hands to transformers."""
+    plain, load = torch.load, torch_load(version)
+    path = tmp_path / "pytorch_model.bin"
+    path.write_bytes(archive(mapping(tensor())))
+    assert load(path, weights_only=True)["key0"].shape == (4,)
+    path.write_bytes(archive(PICKLES["large_storage"]))
+    if version == "2.10.0":
+        assert load is plain
+        return
+    with pytest.raises(CheckpointError, match="pytorch_model.bin.*torch>=2.10"):
+        load(path, weights_only=True)
+    trust.restrict_torch()
+    assert torch.load is load  # and not one around the other
+    trust.take([trust.OPTION])
+    path.write_bytes(b"read by torch alone")
+    with pytest.raises((IndexError, RuntimeError, pickle.UnpicklingError)):
+        load(path, weights_only=True)
 
 
 @pytest.mark.skipif(NEWEST, reason="this torch refuses it itself")

@@ -14,13 +14,13 @@ from s3prl_ekd.export.student_file import LoadedStudent, write_student
 
 @pytest.fixture
 def make(student_settings, tmp_path):
-    def make(aggregation="separate", widths=(48, 48), heads=True):
+    def make(aggregation="separate", widths=(48, 48), heads=True, suffix="safetensors"):
         torch.manual_seed(0)
         shapes = {f"t{i}": TeacherShape(((2,), (4,)), width) for i, width in enumerate(widths)}
         specs = AGGREGATIONS[aggregation](shapes).specs
         student = Student(student_settings)
         made = LoadedStudent(student, PredictionHeads(48, specs), specs, {})
-        path = tmp_path / f"{aggregation}{len(widths)}{heads}.pt"
+        path = tmp_path / f"{aggregation}{len(widths)}{heads}.{suffix}"
         write_student(made, path, keep_heads=heads)
         return path, made
 
@@ -34,8 +34,9 @@ def hub_entry(path):
     return hub.ekd_student(ckpt=str(path), model_config=None, refresh=False)
 
 
-def test_hidden_states_are_the_students(make, waves):
-    path, made = make()
+@pytest.mark.parametrize("suffix", ["safetensors", "pt"])
+def test_hidden_states_are_the_students(make, waves, suffix):
+    path, made = make(suffix=suffix)
     upstream = hub_entry(path).eval()
     result = upstream(waves)
     lengths = torch.tensor([len(wave) for wave in waves])

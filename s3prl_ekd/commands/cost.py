@@ -8,7 +8,7 @@ if no hidden state depends on it; the board counts it all the same.
 
 example:
   s3prl-ekd cost my_package -o cost.json
-  s3prl-ekd cost -u ekd_student -k student.pt
+  s3prl-ekd cost -u ekd_student -k student.safetensors
   s3prl-ekd cost -u hubert_base --librispeech /data/LibriSpeech
 """
 

@@ -74,6 +74,7 @@ def examine(folder: Path) -> dict:
     return {
         "ok": not pretrain and asr_imports,
         "versions": _versions(),
+        "torch_load": _torch_load(),
         "audio": _audio(),
         "devices": _devices(),
         "shims": shims,
@@ -118,6 +119,21 @@ def _versions() -> dict[str, str | None]:
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
     versions["torch"] = f"{torch.__version__} ({build})"
     return versions
+
+
+def _torch_load() -> str:
+    """In one sentence what the installed torch does with checkpoints of strangers."""
+    try:
+        import torch
+    except ImportError:
+        return "torch does not import"
+    if not (holes := compat.loader_holes(torch.__version__)):
+        return "reads data only (weights_only=True)"
+    return (
+        f"a file can {holes} in torch {torch.__version__}, even with weights_only=True; s3prl_ekd "
+        "scans each checkpoint first and refuses such files, other programs here do not; type: pip "
+        "install --upgrade 'torch>=2.10'"
+    )
 
 
 def _s3prl() -> str | None:
@@ -211,6 +227,7 @@ def as_text(report: dict) -> str:
     scripts = "of this s3prl checkout" if folder["own_scripts"] else "of the installed s3prl"
     sections = {
         "versions": [(k, v or "MISSING") for k, v in report["versions"].items()],
+        "checkpoints": [("torch.load", report["torch_load"])],
         "audio": [("decoder", decoder), *formats.items()],
         "devices": list(report["devices"].items()) or [("none", "torch does not import")],
         "shims for s3prl 0.4.18": [

@@ -7,7 +7,7 @@ off: it shifts the student's frames against the teachers'.
 
 example:
   s3prl-ekd essence asr --teachers result/downstream/asr_hubert result/downstream/asr_wavlm \\
-      --student-ckpt student.pt -c downstream/asr/tiny.yaml -n asr_essence --top-k 4
+      --student-ckpt student.safetensors -c downstream/asr/tiny.yaml -n asr_essence --top-k 4
   run_downstream.py -m evaluate -t test-clean \\
       -e result/downstream/asr_essence/dev-clean-best.ckpt
 """

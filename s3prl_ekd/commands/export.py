@@ -1,8 +1,8 @@
 """Write a trained student as something others can use.
 
 example:
-  s3prl-ekd export student result/pretrain/my_student/states-10000.ckpt -o student.pt
-  s3prl-ekd export superb student.pt -o my_package
+  s3prl-ekd export student result/pretrain/my_student/states-10000.ckpt -o student.safetensors
+  s3prl-ekd export superb student.safetensors -o my_package
   s3prl-ekd export superb --help
 """
 

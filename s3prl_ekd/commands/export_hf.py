@@ -5,7 +5,7 @@ The folder holds config.json, model.safetensors, preprocessor_config.json and a 
 its name. The card says which hidden states are the student's.
 
 example:
-  s3prl-ekd export hf student.pt -o my_student_hf
+  s3prl-ekd export hf student.safetensors -o my_student_hf
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ features and each layer's output, and `frame_lengths` [batch]. The graph is comp
 three lengths and on a padded batch before the file gets its name. Needs the extra onnx.
 
 example:
-  s3prl-ekd export onnx student.pt -o student.onnx --int8
+  s3prl-ekd export onnx student.safetensors -o student.onnx --int8
 """
 
 from __future__ import annotations

@@ -1,13 +1,15 @@
 """Write a trained student as a file that stands alone.
 
-The file holds plain tensors and plain settings and loads with `weights_only=True`; it is what
-`run_downstream.py -u ekd_student -k FILE` reads, as it reads a run's own checkpoints.
+The file holds plain tensors and plain settings; it is what `run_downstream.py -u ekd_student -k
+FILE` reads, as it reads a run's own checkpoints. FILE.safetensors is in safetensors format, whose
+reading runs no code with any torch; any other name, such as FILE.pt, makes a file of torch.save,
+which loads with `weights_only=True`.
 
 A Hugging Face folder of that architecture (`export hf`, DistilHuBERT) becomes one too.
 
 example:
-  s3prl-ekd export student result/pretrain/my_student/states-10000.ckpt -o student.pt
-  s3prl-ekd export student my_student_hf -o student.pt
+  s3prl-ekd export student result/pretrain/my_student/states-10000.ckpt -o student.safetensors
+  s3prl-ekd export student my_student_hf -o student.safetensors
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ as in hidden_states_and_heads; heads whose outputs nobody uses are better droppe
 counts their parameters.
 
 example:
-  s3prl-ekd export superb student.pt -o my_package --heads drop
+  s3prl-ekd export superb student.safetensors -o my_package --heads drop
   s3prl-ekd validate my_package
 """
 

@@ -7,7 +7,7 @@ one by one, because padding changes hidden states (the first conv layer normalis
 are written as they come, so memory does not grow with their number.
 
 example:
-  s3prl-ekd features student.pt /data/LibriSpeech/dev-clean -o dev.safetensors --layers last
+  s3prl-ekd features student.safetensors /data/dev-clean -o dev.safetensors --layers last
   python -c "from safetensors import safe_open
   f = safe_open('dev.safetensors', 'pt'); print(f.metadata()); print(f.get_tensor(f.keys()[0]))"
 """

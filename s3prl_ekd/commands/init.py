@@ -85,5 +85,5 @@ def _next(folder: Path, corpora: Corpora) -> str:
         return f"next: {here}{what}\n  {run}"
     lines = corpora.commands()
     if corpora.librispeech:
-        lines += [run, "s3prl-ekd export student result/pretrain/my_student -o student.pt"]
-    return "\n  ".join([f"next: {here}type:", *lines, "s3prl-ekd superb student.pt"])
+        lines += [run, "s3prl-ekd export student result/pretrain/my_student -o student.safetensors"]
+    return "\n  ".join([f"next: {here}type:", *lines, "s3prl-ekd superb student.safetensors"])

@@ -4,15 +4,15 @@ Every run goes through run_downstream.py with s3prl's recipes, in a folder of `s
 What is finished is kept and what was cut goes on, so the same command may be given again. ER runs
 over all its folds; of several learning rates the one that is best on dev counts.
 
-An UPSTREAM is a student file (student.pt), a name of s3prl's hub (fbank), or either with a name of
-its own: mine=student.pt, teacher=hubert_local:teachers/hubert.pt.
+An UPSTREAM is a student file (student.safetensors), a name of s3prl's hub (fbank), or either with a
+name of its own: mine=student.safetensors, teacher=hubert_local:teachers/hubert.pt.
 
 example:
-  s3prl-ekd superb student.pt fbank_no_cmvn --recipes tiny
-  s3prl-ekd superb student.pt --tasks pr asr --lr pr=1e-3,5e-4 --seeds 1 2 3 --jobs 4
-  s3prl-ekd superb student.pt fbank --noise data/noise --snr 10 5 0
-  s3prl-ekd superb student.pt fbank --recipes tiny --seeds 1 2 3 --cache-features
-  s3prl-ekd superb student.pt --dry-run > commands.sh
+  s3prl-ekd superb student.safetensors fbank_no_cmvn --recipes tiny
+  s3prl-ekd superb student.safetensors --tasks pr asr --lr pr=1e-3,5e-4 --seeds 1 2 3 --jobs 4
+  s3prl-ekd superb student.safetensors fbank --noise data/noise --snr 10 5 0
+  s3prl-ekd superb student.safetensors fbank --recipes tiny --seeds 1 2 3 --cache-features
+  s3prl-ekd superb student.safetensors --dry-run > commands.sh
 """
 
 from __future__ import annotations

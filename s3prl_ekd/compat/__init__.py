@@ -13,10 +13,18 @@ import logging
 from ..child_processes import repeat_in_children
 from . import audio, checkpoints, names, sox, torchaudio_import
 from .audio import audio_decoder
-from .checkpoints import checkpoint_globals
+from .checkpoints import checkpoint_globals, loader_holes
 from .shim import Shim
 
-__all__ = ["SHIMS", "Shim", "apply", "audio_decoder", "checkpoint_globals", "fired"]
+__all__ = [
+    "SHIMS",
+    "Shim",
+    "apply",
+    "audio_decoder",
+    "checkpoint_globals",
+    "fired",
+    "loader_holes",
+]
 
 logger = logging.getLogger(__name__)
 

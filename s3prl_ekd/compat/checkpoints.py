@@ -65,6 +65,19 @@ def refuses_by_default() -> bool:
     return False
 
 
+def loader_holes(version: str) -> str:
+    """What a file can do to ``torch.load(weights_only=True)`` of a version of torch; empty where no
+    such hole is known."""
+    from torch.torch_version import TorchVersion
+
+    holes = []
+    if TorchVersion(version) < (2, 6):
+        holes.append("run code (CVE-2025-32434)")
+    if TorchVersion(version) < (2, 10):
+        holes.append("overwrite memory (CVE-2026-24747)")
+    return " and ".join(holes)
+
+
 def _unnamed() -> list[type]:
     import torch
 

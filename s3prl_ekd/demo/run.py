@@ -131,7 +131,7 @@ class Demo:
                 f",,config.runner.log_step={max(1, self.steps // 30)}"
                 f",,config.pretrain_expert.datarc.target_cache='{CACHE}'",
             )
-        self._command(f"export student result/pretrain/{name} -o {name}.pt --force")
+        self._command(f"export student result/pretrain/{name} -o {name}.safetensors --force")
 
     @staticmethod
     def _step(folder: Path) -> int:
@@ -148,7 +148,7 @@ class Demo:
                 f"{expert}.model.select='FrameLevel'",  # SUPERB's own probe: linear
             )
         )
-        own = [f"{name}.pt" if name in STUDENTS else name for name in UPSTREAMS]
+        own = [f"{name}.safetensors" if name in STUDENTS else name for name in UPSTREAMS]
         words = [*own, "--recipes", "tiny", "--cache-features"]
         words += ["--tasks", *self.tasks, "--override", f"pr={phones}", "--lr", "pr=1e-2"]
         for task in self.tasks:
@@ -160,7 +160,7 @@ class Demo:
         self._command("report result/superb -o report --against", TWIN)
 
     def _package(self) -> None:
-        self._command("export superb ekd.pt -o submission --force")
+        self._command("export superb ekd.safetensors -o submission --force")
         self._command("validate submission")
 
     # The rest
@@ -221,7 +221,7 @@ class Demo:
             f"\nwhere things are:\n{drawn}"
             f"  {self.folder / 'report'}    report.md, report.csv and the plots of the scores\n"
             f"  {self.folder / 'submission'}    the package for SUPERB's hidden set\n"
-            f"  {self.folder / 'ekd.pt'}    the student: plain tensors, for -u ekd_student\n"
+            f"  {self.folder / 'ekd.safetensors'}    the student, for -u ekd_student\n"
             f"  {self._run('ekd')}    checkpoints and TensorBoard of the distillation\n"
             f"  {self.folder / 'result' / 'superb'}    the downstream models and predictions\n"
             f"  {self.folder / 'pretrain' / 'ekd'}    the configs: yours to change\n"

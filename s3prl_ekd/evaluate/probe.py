@@ -17,10 +17,11 @@ def build_upstream(hub_name: str, checkpoint: str | None) -> torch.nn.Module:
     Raises:
         SetupError: there is no such name, or it cannot be built.
     """
-    from .. import compat, plugin
+    from .. import compat, plugin, trust
     from ..build_limit import build_limit
     from ..teacher_sources.checkpoint_files import check_upstream_file
 
+    trust.restrict_torch()
     compat.apply()
     plugin.register()
     from s3prl import hub

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 
 from torch import nn
 
-from .. import compat
+from .. import compat, trust
 from ..errors import TeacherError
 
 FAMILIES = ("hubert", "wavlm", "wav2vec2", "data2vec", "unispeech_sat", "distiller")
@@ -49,6 +49,8 @@ def load_hub_name(name: str, where: str) -> nn.Module:
     """
     import requests  # s3prl downloads with it, so it is there
 
+    trust.restrict_torch()
+    compat.apply()  # again, as torch may refuse more classes by now
     try:
         upstream = hub_entries()[name]()
     except (requests.RequestException, OSError) as error:
