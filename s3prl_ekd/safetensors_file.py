@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -34,16 +35,16 @@ def is_safetensors(path: str | Path) -> bool:
     return head[8:] == b"{"
 
 
-def read_safetensors(path: str | Path, what: str) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """The metadata and the tensors of a file, on the CPU.
+@contextlib.contextmanager
+def open_safetensors(path: str | Path, what: str) -> Iterator[safe_open]:
+    """A file whose metadata and tensors can be asked for.
 
     Args:
         path: the file.
         what: the noun for messages.
 
     Raises:
-        CheckpointError: it is missing or damaged, or a tensor has numbers of another type than
-            :data:`FLOATS`.
+        CheckpointError: it is missing or damaged, also where that shows while it is open.
     """
     check_regular(path, what, CheckpointError)
     try:
@@ -55,15 +56,26 @@ def read_safetensors(path: str | Path, what: str) -> tuple[dict[str, str], dict[
                 "bytes"
             )
         with safe_open(str(path), framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            yield file
     except OSError as error:
-        raise CheckpointError(f"cannot read the {what} {path}: {error.strerror}") from None
+        raise CheckpointError(f"cannot read the {what} {path}: {error.strerror or error}") from None
     except (SafetensorError, ValueError, TypeError, RuntimeError) as error:
         first = (str(error).strip().splitlines() or ["unreadable"])[0]
         raise CheckpointError(
             f"the {what} {path} is damaged or no safetensors file: {first[:200]}"
         ) from None
+
+
+def read_safetensors(path: str | Path, what: str) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """The metadata and the tensors of a file, on the CPU.
+
+    Raises:
+        CheckpointError: see :func:`open_safetensors`; or a tensor has numbers of another type than
+            :data:`FLOATS`.
+    """
+    with open_safetensors(path, what) as file:
+        metadata = file.metadata() or {}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
     for name, tensor in tensors.items():
         if tensor.dtype not in FLOATS:
             raise CheckpointError(

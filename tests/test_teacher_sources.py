@@ -288,10 +288,12 @@ def test_damaged_or_missing_weights_are_refused(folders, tmp_path):
     save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match="lack 1 of the model's tensors, encoder.layers.1"):
         load_upstream(str(copy), "here")
+    with pytest.raises(TeacherError, match="give the folder that has it"):
+        load_upstream(str(copy / "model.safetensors"), "here")
     (copy / "model.safetensors").write_bytes(b"none")
     with pytest.raises(CheckpointError, match="does not load with transformers"):
         load_upstream(str(copy), "here")
-    with pytest.raises(TeacherError, match="give the folder that has it"):
+    with pytest.raises(CheckpointError, match="model.safetensors is damaged"):
         load_upstream(str(copy / "model.safetensors"), "here")
 
 
@@ -359,10 +361,11 @@ def test_a_distilhubert_that_is_refused(tmp_path, monkeypatch, change, said):
 # Other checkpoint files
 
 
-def test_an_ekd_student_is_a_teacher(tmp_path, waves, student_settings):
+@pytest.mark.parametrize("name", ["student.safetensors", "student.pt"])
+def test_an_ekd_student_is_a_teacher(tmp_path, waves, student_settings, name):
     student = Student(student_settings)
-    write_student(LoadedStudent(student, None, {}, {"step": 1}), tmp_path / "student.pt")
-    teacher = Teacher(load_upstream(str(tmp_path / "student.pt"), "here"), (0, 2), "s")
+    write_student(LoadedStudent(student, None, {}, {"step": 1}), tmp_path / name)
+    teacher = Teacher(load_upstream(str(tmp_path / name), "here"), (0, 2), "s")
     ensemble = TeacherEnsemble({"s": teacher})
     assert ensemble(waves)["s"].shape[1] == 2
     initialise(Student(student_settings), [teacher_model(ensemble, "s")], conv=True, encoder=True)

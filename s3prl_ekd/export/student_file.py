@@ -33,7 +33,13 @@ from ..errors import CheckpointError, ConfigError, EkdError
 from ..formats import CHECKPOINT_PARTS, STUDENT, refuse_newer, refuse_newer_parts
 from ..plain_files import first_keys, parse_json
 from ..safe_load import safe_load
-from ..safetensors_file import SUFFIX, is_safetensors, read_safetensors, write_safetensors
+from ..safetensors_file import (
+    SUFFIX,
+    is_safetensors,
+    open_safetensors,
+    read_safetensors,
+    write_safetensors,
+)
 from ..schema import build, plain
 
 RUN_KEY = STUDENT  # where a run's checkpoint keeps the contents of a student file
@@ -126,7 +132,8 @@ def is_student(path: str | Path) -> bool:
     Raises:
         CheckpointError: it is damaged.
     """
-    return read_safetensors(path, "student file")[0].get("format") == FORMAT
+    with open_safetensors(path, "student file") as file:
+        return (file.metadata() or {}).get("format") == FORMAT
 
 
 def _write_safetensors(data: Mapping[str, Any], file: BinaryIO) -> None:
