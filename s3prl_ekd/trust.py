@@ -67,10 +67,10 @@ def _scanning(load: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(load)
     def scan_and_load(f: Any, *args: Any, **kwargs: Any) -> Any:
-        from .safe_load import scan
+        from .safe_load import scan_for_old_torch
 
         if not _trusted and isinstance(f, (str, os.PathLike)):
-            scan(f)
+            scan_for_old_torch(f)
         return load(f, *args, **kwargs)
 
     scan_and_load._scans = True

@@ -20,6 +20,7 @@ from s3prl_ekd import trust
 from s3prl_ekd.compat import checkpoint_globals
 from s3prl_ekd.errors import CheckpointError
 from s3prl_ekd.safe_load import safe_load
+from s3prl_ekd.validation import process
 
 NEWEST = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10)
 
@@ -284,6 +285,16 @@ def test_s3prls_own_loads_are_scanned_with_an_old_torch(tmp_path, torch_load, ve
     path.write_bytes(b"read by torch alone")
     with pytest.raises((IndexError, RuntimeError, pickle.UnpicklingError)):
         load(path, weights_only=True)
+
+
+def test_a_package_is_scanned_before_its_process_starts(tmp_path, monkeypatch):
+    (tmp_path / "expert.py").write_text("raise SystemExit")
+    (tmp_path / "model.pt").write_bytes(archive(PICKLES["large_storage"]))
+    monkeypatch.setattr(torch, "__version__", "2.5.1")
+    monkeypatch.setattr(process, "run_checks", lambda *_: pytest.fail("it has started"))
+    for check in (process.validate, process.package_cost):
+        with pytest.raises(CheckpointError, match="model.pt"):
+            check(tmp_path, {})
 
 
 @pytest.mark.skipif(NEWEST, reason="this torch refuses it itself")

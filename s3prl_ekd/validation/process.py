@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import SetupError
+from ..safe_load import scan_for_old_torch
 from .files import read_checks
 from .outcome import RUN, Outcome
 
@@ -47,6 +48,7 @@ def validate(
 
     Raises:
         SetupError: there is no such folder.
+        CheckpointError: the installed torch cannot load its ``model.pt`` safely.
     """
     folder = _existing(folder)
     outcomes: list[Outcome] = []
@@ -198,4 +200,6 @@ def _last(place: Path) -> str:
 def _existing(folder: Path) -> Path:
     if not folder.is_dir():
         raise SetupError(f"{folder} is no folder; give that of a package (expert.py, model.pt)")
+    if (folder / "model.pt").is_file():  # the process that loads it has torch alone
+        scan_for_old_torch(folder / "model.pt")
     return folder.resolve()
