@@ -272,7 +272,7 @@ def test_students(refused, here, folder, corpus, student, bomb, command, kind):
 
 
 @pytest.mark.parametrize("command", [*ON_STUDENTS, "superb", "teachers"])
-@pytest.mark.parametrize("begin", [b"", b"\x80\x02cposix\nsystem\n"])
+@pytest.mark.parametrize("begin", [b"", b"\x80\x02cposix\nsystem\n"], ids=["large_model", "pickle"])
 def test_safetensors_students(refused, here, folder, corpus, student, command, begin):
     """One that asks for too large a model; a pickle that looks like one and is never read so."""
     if not (folder / "audio").exists():
