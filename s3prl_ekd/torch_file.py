@@ -103,7 +103,7 @@ def _check_contents(file: BinaryIO, size: int) -> int:
     """
     end = size - _END.size
     fields = _read(file, _END, end)
-    if fields is None or fields[0] != b"PK\x05\x06":
+    if fields is None or fields[0] != b"PK\x05\x06" or fields[-1]:  # of a comment
         raise TorchFileError("is damaged or no torch file")
     count, length, begin = fields[4:7]
     locator = _read(file, _LOCATOR, end - _LOCATOR.size)
@@ -140,14 +140,14 @@ def _check_members(members: list[zipfile.ZipInfo], size: int) -> dict[str, zipfi
         raise TorchFileError(f"has {len(members):,} members")
     # The name as it stands in the file: Python may show another (a NUL in it, an extra field).
     names = [member.orig_filename for member in members]
-    if len(set(names)) < len(names):
+    if len({name.lower() for name in names}) < len(names):  # torch ignores upper and lower case
         raise TorchFileError("has two members of one name")
     if len({name.partition("/")[0] for name in names}) > 1 or any("\0" in name for name in names):
         raise TorchFileError("is no torch file: its members are not in one folder")
     for member in members:
         if member.flag_bits & 1:
             raise TorchFileError("is encrypted")
-        if member.compress_type != zipfile.ZIP_STORED:
+        if member.compress_type != zipfile.ZIP_STORED or member.compress_size != member.file_size:
             raise TorchFileError(
                 f"has a compressed member ({member.filename[:60]!r}), which torch.save never writes"
             )

@@ -76,7 +76,9 @@ class Storages:
         _, item, key, _, count = name[:5]
         # Types first: a tuple may hold another twice, that one another, and hashing it never ends.
         kinds = (type(item), type(count)) == (Name, int) and type(key) in (str, int)
-        if not kinds or item not in _ITEM_BYTES or count < 0 or name[5:] not in ((), (None,)):
+        # Other letters torch may decode otherwise: into the name of another record.
+        known = kinds and item in _ITEM_BYTES and str(key).isascii()
+        if not known or count < 0 or name[5:] not in ((), (None,)):
             raise TorchFileError("has a storage of no known type or size")
         storage = Storage(count, _ITEM_BYTES[item])
         if self.records is not None and self.records.get(str(key)) != storage.bytes:

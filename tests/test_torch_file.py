@@ -139,6 +139,15 @@ def test_pickles(tmp_path, kind):
     check_refused(path)
 
 
+def test_a_storage_whose_name_is_decoded_otherwise_by_torch(tmp_path):
+    """As UTF-8, and pickletools takes the bytes for Latin-1: the name of another record."""
+    name = [text("storage"), b"ctorch\nFloatStorage\n", b"U\x02\xc3\xa9", text("cpu"), number(4)]
+    path = tmp_path / "bad.pt"
+    records = {"data/\u00e9": bytes(4), "data/\u00c3\u00a9": bytes(16)}
+    path.write_bytes(archive(mapping(tensor(sequence(*name) + b"Q")), **records))
+    check_refused(path)
+
+
 def test_a_pickle_of_another_protocol(tmp_path):
     """torch refuses it, and it is no fault of memory: whoever trusts it may load it."""
     path = tmp_path / "bad.pt"
@@ -239,7 +248,9 @@ def test_two_lists_of_contents(tmp_path):
         safe_load(path)
 
 
-@pytest.mark.parametrize("name", ["other/data.pkl", "archive/data.pkl\0x"])
+@pytest.mark.parametrize(
+    "name", ["other/data.pkl", "archive/data.pkl\0x", "archive/DATA.pkl", "ARCHIVE/data.pkl"]
+)
 def test_members_that_one_reader_alone_sees(tmp_path, name):
     path = tmp_path / "bad.pt"
     buffer = io.BytesIO(archive(mapping()))
