@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .errors import CheckpointError
-from .plain_files import check_regular
+from .plain_files import check_regular, download_problem
 
 SUFFIX = ".safetensors"
 MAX_HEADER = 8 << 20  # bytes of names, shapes and metadata; 1000 tensors take 100,000
@@ -47,6 +47,8 @@ def open_safetensors(path: str | Path, what: str) -> Iterator[safe_open]:
         CheckpointError: it is missing or damaged, also where that shows while it is open.
     """
     check_regular(path, what, CheckpointError)
+    if problem := download_problem(path):
+        raise CheckpointError(f"the {what} {path} {problem}")
     try:
         with Path(path).open("rb") as file:
             length = int.from_bytes(file.read(8), "little")

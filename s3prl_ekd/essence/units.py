@@ -18,7 +18,6 @@ from ..atomic import whole_file
 from ..distill.outliers import usable_frames
 from ..errors import CheckpointError, DataError, SetupError
 from ..formats import refuse_newer
-from ..plain_files import download_problem
 from ..safetensors_file import read_safetensors, write_safetensors
 
 logger = logging.getLogger(__name__)
@@ -175,8 +174,6 @@ def load_units(path: str | Path) -> Units:
         raise CheckpointError(
             f"cannot read the units {path}: there is no such file; make it with: s3prl-ekd units"
         )
-    if problem := download_problem(path):
-        raise CheckpointError(f"the units {path} {problem}")
     try:
         metadata, tensors = read_safetensors(path, "units file")
         if metadata.get("format") != FORMAT:
