@@ -45,6 +45,8 @@ class DataSettings:
     ``bad_audio.tsv``; which files these are is told in ``data/bad_audio.py``. ``max_seconds``
     (ours): most audio of a batch in seconds, padding counted; ``train_batch_size`` is then the most
     utterances. 0: as s3prl, ``train_batch_size`` utterances whatever their length.
+    ``loader_timeout`` (ours): seconds that the processes which read audio may take for the next
+    batch; after them a run ends with a sentence. 0 waits for ever; so does ``num_workers: 0``.
     ``target_cache`` (ours): a folder of ``s3prl-ekd cache``, whose targets are taken in the
     place of teachers that run; every epoch then hears the same excerpt of a long utterance.
     """
@@ -59,6 +61,7 @@ class DataSettings:
     dev_sets: tuple[str, ...] = ()
     on_bad_audio: Literal["skip", "error"] = "error"
     max_seconds: float = 0.0
+    loader_timeout: float = 600.0
     target_cache: str | None = None
 
     def __post_init__(self):
@@ -73,6 +76,11 @@ class DataSettings:
             raise ValueError(
                 f"sequence_length is {self.sequence_length} samples; use 0 (whole utterances) or "
                 "400 (one frame) and more"
+            )
+        if self.loader_timeout != 0 and not 1 <= self.loader_timeout <= 604800:
+            raise ValueError(
+                f"loader_timeout is {self.loader_timeout:g} seconds; 1 to 604800 (a week) is "
+                "allowed, and 0 to wait for ever"
             )
         if self.max_seconds < 0 or 0 < self.max_seconds * 16000 < self.sequence_length:
             raise ValueError(

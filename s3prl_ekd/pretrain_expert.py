@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from . import __version__, compat
 from .errors import CheckpointError, DataError, SetupError
@@ -20,6 +19,7 @@ compat.apply()
 
 from .config import RunSettings, load_data_config, load_model_config  # noqa: E402
 from .data.batches import Batch, train_loader  # noqa: E402
+from .data.loader import BatchLoader  # noqa: E402
 from .distill.distiller import EnsembleDistiller  # noqa: E402
 from .distill.initialisation import initialise  # noqa: E402
 from .distill.recompute import recompute  # noqa: E402
@@ -127,7 +127,7 @@ class UpstreamPretrainExpert(nn.Module):
         standardiser = self.distiller.standardiser
         return 0 if standardiser is None else int(standardiser.seen)
 
-    def _loader(self, sets: Sequence[str], shuffle: bool = True) -> DataLoader:
+    def _loader(self, sets: Sequence[str], shuffle: bool = True) -> BatchLoader:
         return train_loader(
             self.data.libri_root,
             self.data.file_path,
@@ -144,7 +144,13 @@ class UpstreamPretrainExpert(nn.Module):
             skip_bad=self.data.on_bad_audio == "skip",
             max_seconds=self.data.max_seconds,
             targets=self.targets,
+            timeout=self.data.loader_timeout,
         )
+
+    def close(self) -> None:
+        """End the processes that read audio."""
+        for loader in filter(None, (self.dataloader, self.dev_dataloader)):
+            loader.close()
 
     def _report(self) -> None:
         """The first lines of a run: what is distilled into what, where."""
@@ -186,7 +192,7 @@ class UpstreamPretrainExpert(nn.Module):
 
     # The Runner's interface
 
-    def get_train_dataloader(self) -> DataLoader:
+    def get_train_dataloader(self) -> BatchLoader:
         return self.dataloader
 
     def forward(

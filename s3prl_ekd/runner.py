@@ -14,6 +14,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator
+from typing import NoReturn
 
 from tqdm import tqdm
 
@@ -32,7 +33,7 @@ from .training.reports import Reports
 from .training.resume import resume_random, resumed_progress
 from .training.saves import RunSaves, SaveError
 from .training.scalars import NoWriter, ScalarWriter
-from .training.signals import StopSignals, exit_code
+from .training.signals import StoppedWaiting, StopSignals, exit_code
 from .training.update import NotFiniteError, Update
 
 logger = logging.getLogger(__name__)
@@ -87,6 +88,7 @@ class EkdRunner(Reports):
         )
         self._check_together()
         self.bad, self.logger = self._bad_audio(where), NoWriter()
+        self.stop = StopSignals(quiet=not self.processes.writer)
         if self.processes.writer:
             self.logger = ScalarWriter(args.expdir, self.progress.step if self.init_ckpt else None)
             if self.init_ckpt:
@@ -156,14 +158,17 @@ class EkdRunner(Reports):
             desc="overall",
             disable=quiet,
         )
-        with bar, StopSignals(quiet) as stop, workers_explained(self.hint):
+        closing = contextlib.closing(self.upstream)
+        with bar, closing, self.stop, workers_explained(self.hint):
             try:
                 batches = self._batches()
                 while place.step < run.total_steps:
-                    self._finish(self._update(batches), stop)
+                    self._finish(self._update(batches))
                     bar.update()
             except (SaveError, NotFiniteError):
                 raise
+            except StoppedWaiting:
+                self._stopped(self.stop.received.name, self._rescue())
             except Exception as error:
                 self._rescue()
                 if self.processes.count > 1 and lost_another(error):
@@ -188,7 +193,7 @@ class EkdRunner(Reports):
         """
         count, unusable = self.processes.count, 0
         while True:
-            for batch in self.upstream.get_train_dataloader():
+            for batch in self.stop.batches(self.upstream.get_train_dataloader()):
                 self.bad.found(batch.bad, self._epoch)
                 passes, self._batch = divmod(self._batch + count, self.progress.batches)
                 self._epoch += passes
@@ -216,7 +221,7 @@ class EkdRunner(Reports):
         with memory_explained(step, batch, self.device, self.hint):
             return self.updater.update()
 
-    def _finish(self, update: Update, stop: StopSignals) -> None:
+    def _finish(self, update: Update) -> None:
         """All that is done between two updates: count, log, measure, save, leave."""
         run, place = self.settings, self.progress
         place.step += 1
@@ -230,7 +235,7 @@ class EkdRunner(Reports):
         if measured and (place.step % (run.eval_step or run.save_step) == 0 or last):
             self._measure()
         minutes = (time.monotonic() - self._saved_at) / 60
-        received = self.processes.first(stop.received and stop.received.name)
+        received = self.processes.first(self.stop.received and self.stop.received.name)
         stopping = received is not None and not last
         if place.step % run.save_step == 0 or last:
             states = self._states()
@@ -247,10 +252,15 @@ class EkdRunner(Reports):
             # torchrun ends those that are left half a minute after the first one leaves.
             self.processes.any(False)
         if stopping:
-            if self.processes.writer:
-                said = f"stopped by {received} at step {place.step} of {run.total_steps}"
-                tqdm.write(f"{said}, all saved; {self.hint}", file=sys.stderr)
-            raise SystemExit(exit_code(received))
+            self._stopped(received)
+
+    def _stopped(self, received: str, saved: bool = True) -> NoReturn:
+        """Leave with the signal's exit code, and say where the run stands."""
+        if self.processes.writer:
+            what = "all saved" if saved else f"saved at step {self._saved_step}"
+            at = f"step {self.progress.step} of {self.settings.total_steps}"
+            tqdm.write(f"stopped by {received} at {at}, {what}; {self.hint}", file=sys.stderr)
+        raise SystemExit(exit_code(received))
 
     # Saving
 
@@ -287,23 +297,29 @@ class EkdRunner(Reports):
             states["Scheduler"] = self.updater.scheduler.state_dict()
         return self.upstream.add_state_to_save(states)
 
-    def _rescue(self) -> None:
+    def _rescue(self) -> bool:
         """Something failed: save the last step that is whole, if it still is.
 
         If the process that writes is the one that is lost, the second one does it.
+
+        Returns:
+            Whether that step is saved.
         """
+        step = self.progress.step
+        if self._saved_step == step:
+            return True
         learned = self.upstream.batches_learned != self._learned
-        if self._saved_step == self.progress.step or not self._whole or learned:
-            return
-        if self.processes.rank > 1:
-            return
+        if not self._whole or learned or self.processes.rank > 1:
+            return False
         try:
-            if not self.processes.writer:
-                time.sleep(5)
+            for _ in range(0 if self.processes.writer else 5):
+                time.sleep(1)
                 there = newest(self.saves.folder)
-                if there is not None and read_run(there)["Step"] >= self.progress.step:
-                    return
+                if there is not None and read_run(there)["Step"] >= step:
+                    return True
             path = self.saves.last(self._states(alone=True))
-            logger.warning("saved step %d: %s", self.progress.step, path)
+            logger.warning("saved step %d: %s", step, path)
         except Exception as error:  # what failed is told after this, and matters more
-            logger.warning("step %d could not be saved: %s", self.progress.step, error)
+            logger.warning("step %d could not be saved: %s", step, error)
+            return False
+        return True

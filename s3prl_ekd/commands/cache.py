@@ -146,6 +146,7 @@ def _build(args, settings, data, rows, teachers, aggregate, index) -> int:
             skip_bad=data.on_bad_audio == "skip",
             num_workers=data.num_workers,
             device=device,
+            timeout=data.loader_timeout,
         )
     _say_distances(args, settings, data, tell, device)
     files = ""

@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset, get_worker_info
 
-from ..errors import DataError
+from ..errors import DataError, SetupError
 from .audio import SAMPLE_RATE, Recording, warn_once
 from .bad_audio import ADVICE, Bad, BadAudio, too_short
 from .buckets import bucket, padding_share, within
 from .distortion.plan import generator
 from .distortion.settings import DistortionSettings
+from .loader import BatchLoader, share
 from .order import EpochOrder, FixedOrder
 from .tables import Utterance, read_tables
 
@@ -170,15 +171,24 @@ class DistillationDataset(Dataset):
 
 
 def only_item(items: list[Batch]) -> Batch:
-    """``collate_fn``: an item is a batch already."""
-    return items[0]
+    """``collate_fn``: an item is a batch already. A worker puts it into shared memory."""
+    batch = items[0]
+    if get_worker_info() is None:
+        return batch
+    tensors = [batch.waves, batch.lengths, batch.teacher_waves, *(batch.targets or ())]
+    try:
+        share(tensor for tensor in tensors if isinstance(tensor, Tensor) and tensor.numel())
+    except SetupError as error:
+        return Batch(torch.zeros(0), torch.zeros(0), batch.names, str(error))
+    return batch
 
 
 def leave_signals_to_the_main_process(worker: int) -> None:
     """``worker_init_fn``: a worker outlives the signals that ask the run to save and leave.
 
     Ctrl-C in a terminal and a cluster's signals reach every process of a run. A worker that died of
-    one would take the run with it before it has saved; workers end when the main process does.
+    one would take the run with it before it has saved; workers end when the main process does, and
+    :class:`.loader.BatchLoader` ends them before.
     """
     for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
         if hasattr(signal, name):
@@ -202,7 +212,8 @@ def train_loader(
     skip_bad: bool = False,
     max_seconds: float = 0,
     targets: TargetReader | None = None,
-) -> DataLoader:
+    timeout: float = 0,
+) -> BatchLoader:
     """A loader of :class:`Batch` over the tables, utterances bucketed by length.
 
     Each pass over it is an epoch with an order, excerpts and distortions of its own. They follow
@@ -211,7 +222,8 @@ def train_loader(
     ``shuffle`` off every pass is the same: batches from long to short, drawn as in epoch 0. With
     ``skip_bad`` a batch lacks the utterances of bad files, and may have none left. ``max_seconds``
     limits a batch by its audio, padding counted, beside ``batch_size``; 0: it does not. With
-    ``targets`` the batches have them, and the excerpts are the same in each epoch.
+    ``targets`` the batches have them, and the excerpts are the same in each epoch. ``timeout``: see
+    :class:`.loader.BatchLoader`.
 
     Raises:
         DataError: a table or the audio root is missing, a row is not valid, nothing is left, or
@@ -251,8 +263,9 @@ def train_loader(
             if row.length < min_samples:
                 error = too_short(row.path, row.length, min_samples)
                 dataset.left_out.append(Bad(row.path, error.kind, error.reason))
-    return DataLoader(
+    return BatchLoader(
         dataset,
+        timeout=timeout,
         batch_size=1,
         sampler=EpochOrder(len(dataset), seed) if shuffle else FixedOrder(len(dataset)),
         num_workers=num_workers,

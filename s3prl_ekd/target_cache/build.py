@@ -7,18 +7,19 @@ fixed excerpt, alone.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from ..atomic import remove_leftovers
 from ..data.audio_files import is_passed_over
 from ..data.batches import DistillationDataset, leave_signals_to_the_main_process, only_item
+from ..data.loader import BatchLoader
 from ..data.order import FixedOrder
 from ..data.tables import Utterance
 from ..distill.aggregation import Separate
@@ -114,6 +115,7 @@ def build(
     skip_bad: bool,
     num_workers: int,
     device: str,
+    timeout: float = 0,
 ) -> Index:
     """Make the rest of a cache; a progress bar shows how far it is.
 
@@ -123,6 +125,7 @@ def build(
         tell: see :func:`targets_of`.
         root, sequence_length, min_samples, skip_bad, num_workers: as in training.
         device: where the teachers are.
+        timeout: seconds without an utterance from the workers until they are given up; 0: never.
 
     Raises:
         EkdError: audio is bad and not to be skipped, a target cannot be stored, or the disk is
@@ -136,7 +139,7 @@ def build(
         writer = CacheWriter(folder, index)
         try:
             with workers_explained(again):
-                _fill(writer, dataset, tell, num_workers, device)
+                _fill(writer, dataset, tell, num_workers, device, timeout)
             if not any(record["frames"] for record in writer.records):
                 raise DataError(f"no utterance of the tables can be used; check libri_root {root}")
             return writer.finish()
@@ -161,13 +164,19 @@ def build(
 
 
 def _fill(
-    writer: CacheWriter, dataset: DistillationDataset, tell: Tell, num_workers: int, device: str
+    writer: CacheWriter,
+    dataset: DistillationDataset,
+    tell: Tell,
+    num_workers: int,
+    device: str,
+    timeout: float,
 ) -> None:
     """From the first utterance that is not there to the last."""
     index, order = writer.index, FixedOrder(len(dataset))
     order.rank = done = len(writer.records)
-    loader = DataLoader(
+    loader = BatchLoader(
         dataset,
+        timeout=timeout,
         batch_size=1,
         sampler=order,
         num_workers=num_workers,
@@ -175,7 +184,8 @@ def _fill(
         worker_init_fn=leave_signals_to_the_main_process,
     )
     count = len(dataset)
-    with tqdm(total=count, initial=done, unit="utt", desc="targets", dynamic_ncols=True) as bar:
+    bar = tqdm(total=count, initial=done, unit="utt", desc="targets", dynamic_ncols=True)
+    with bar, contextlib.closing(loader):
         for batch in loader:
             if batch.problem:
                 raise DataError(batch.problem)

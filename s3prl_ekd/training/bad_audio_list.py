@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -140,10 +140,24 @@ class BadAudioList:
 
 
 class UsableBatches:
-    """The batches of a loader that have an utterance left; the others are in the list."""
+    """The batches of a loader that have an utterance left; the others are in the list.
 
-    def __init__(self, loader: DataLoader, bad: BadAudioList, epoch: int):
+    Args:
+        loader: of the batches.
+        bad: the list.
+        epoch: of the run.
+        wait: what iterates over the loader.
+    """
+
+    def __init__(
+        self,
+        loader: DataLoader,
+        bad: BadAudioList,
+        epoch: int,
+        wait: Callable[[DataLoader], Iterator[Batch]] = iter,
+    ):
         self.loader = loader
+        self.wait = wait
         self.bad = bad
         self.epoch = epoch
 
@@ -151,7 +165,7 @@ class UsableBatches:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[Batch]:
-        for batch in self.loader:
+        for batch in self.wait(self.loader):
             self.bad.found(batch.bad, self.epoch)
             if batch.names:
                 yield batch._replace(bad=())

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 
 import torch
 
 from ..data.audio_files import SAMPLE_RATE
 from ..data.batches import Batch
+from ..data.loader import advice, shared_memory
 from ..errors import SetupError
 
 # What torch's allocators say: CUDA, MPS, Linux and other CPUs.
@@ -44,16 +46,30 @@ def memory_explained(step: int, batch: Batch, device: str, hint: str) -> Iterato
 
 @contextlib.contextmanager
 def workers_explained(hint: str) -> Iterator[None]:
-    """Turn the death of a process that reads audio into a sentence.
+    """Turn what happens to the processes that read audio into a sentence.
 
     Raises:
-        SetupError: a worker died.
+        SetupError: a worker died, or they gave no batch for the loader's timeout.
     """
     try:
         yield
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        said = str(error)
+        late = re.search(r"DataLoader timed out after (\S+) seconds", said)
+        if late:
+            raise SetupError(
+                f"the processes that read audio gave no batch for {float(late[1]):g} s: the disk "
+                f"does not answer, or shared memory is full ({shared_memory()}); see that "
+                f"libri_root can be read; or {advice()}; for a disk that is only slow, raise "
+                f"pretrain_expert.datarc.loader_timeout; {hint}"
+            ) from None
+        if "DataLoader worker" not in said:
             raise
+        if "Bus error" in said:
+            raise SetupError(
+                f"a process that reads audio has no shared memory left ({shared_memory()}): "
+                f"{advice()}; {hint}"
+            ) from None
         raise SetupError(
             f"a process that reads audio was killed ({error}): often the machine's memory is full; "
             f"lower pretrain_expert.datarc.num_workers; {hint}"

@@ -33,6 +33,7 @@ class Reports:
     logger: Any
     saves: Any
     autocast: Any
+    stop: Any
 
     def _count(self, update: Update) -> None:
         """Keep what an update has to tell; stop after too many that were not made.
@@ -84,7 +85,9 @@ class Reports:
     def _measure(self) -> None:
         """The dev loss; the checkpoint of the lowest is kept apart."""
         place = self.progress
-        batches = UsableBatches(self.upstream.dev_dataloader, self.bad, place.epoch)
+        batches = UsableBatches(
+            self.upstream.dev_dataloader, self.bad, place.epoch, self.stop.batches
+        )
         with self.autocast:
             mine = dev_loss(self.upstream, batches, place.step, self.device)
         self.bad.commit()

@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
+import multiprocessing
 import os
 import signal
 import threading
 import time
+from collections.abc import Iterable, Iterator
 from types import FrameType
+from typing import TypeVar
 
+from .. import torchrun
+
+T = TypeVar("T")
 # SIGTERM: kill, scancel, docker stop. SIGINT: Ctrl-C. SIGUSR1: sbatch --signal=USR1@SECONDS.
 # Windows has no SIGUSR1.
 SIGNALS = tuple(
     getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)
 )
-# Where a wrapper hands Ctrl-C on, the one key arrives twice.
+# Where a wrapper hands Ctrl-C on, the one key arrives twice; torchrun hands on whatever it gets.
 SAME_KEY = 0.5  # seconds
+SAME_FROM_TORCHRUN = 5.0
+# How long a batch may still be waited for: of several processes the others wait for this one.
+LAST_BATCH = 3.0  # seconds
+
+
+class StoppedWaiting(Exception):
+    """A signal asks the run to leave, and the next batch does not come."""
 
 
 def exit_code(name: str) -> int:
@@ -23,10 +37,11 @@ def exit_code(name: str) -> int:
 
 
 class StopSignals:
-    """Within the context, such a signal sets ``received`` and nothing else; the loop looks at it.
+    """Within the context, such a signal sets ``received``; the loop looks at it after each step.
 
-    A further Ctrl-C raises KeyboardInterrupt at once. Outside the main thread, where Python has no
-    signals, the context does nothing.
+    Where the run waits for a batch (:meth:`batches`), StoppedWaiting is raised there. A second
+    signal ends the process at once: KeyboardInterrupt for Ctrl-C, or as if nothing handled it.
+    Outside the main thread, where Python has no signals, the context does nothing.
 
     Args:
         quiet: say nothing; of several processes one speaks.
@@ -39,26 +54,75 @@ class StopSignals:
         self.quiet = quiet
         self.received: signal.Signals | None = None
         self._at = 0.0
+        self._waiting_since: float | None = None
         self._before: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> StopSignals:
+        self._process = os.getpid()
         if threading.current_thread() is threading.main_thread():
             self._before = {each: signal.signal(each, self._handle) for each in SIGNALS}
+            self._before[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._look)
         return self
 
     def __exit__(self, *exception: object) -> None:
+        if self.received is not None:
+            signal.setitimer(signal.ITIMER_REAL, 0)
         for each, handler in self._before.items():
             signal.signal(each, handler)
         self._before = {}
 
+    def batches(self, loader: Iterable[T]) -> Iterator[T]:
+        """Iterate over a loader.
+
+        Raises:
+            StoppedWaiting: a signal has come, and no batch in the seconds since.
+        """
+        with self._waiting():
+            iterator = iter(loader)
+        while True:
+            with self._waiting():
+                batch = next(iterator, None)
+            if batch is None:
+                return
+            yield batch
+
+    @contextlib.contextmanager
+    def _waiting(self) -> Iterator[None]:
+        self._waiting_since = time.monotonic()
+        try:
+            yield
+        finally:
+            self._waiting_since = None
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:
+            return  # a worker that has just been forked
         now = time.monotonic()
         if self.received is None:
             self.received, self._at = signal.Signals(number), now
+            signal.setitimer(signal.ITIMER_REAL, 1, 1)
             if self.quiet:
                 return
-            hint = "; Ctrl-C again leaves at once" if number == signal.SIGINT else ""
+            again = "Ctrl-C again" if number == signal.SIGINT else "a second signal"
+            said = f"\n{self.received.name}: saving after this step; {again} leaves at once\n"
             # Not print: a handler may come in the middle of another print to the same stream.
-            os.write(2, f"\n{self.received.name}: saving after this step{hint}\n".encode())
-        elif number == signal.SIGINT and now - self._at > SAME_KEY:
+            os.write(2, said.encode())
+        elif now - self._at > (SAME_FROM_TORCHRUN if torchrun.several() else SAME_KEY):
+            self._leave(number)
+
+    def _leave(self, number: int) -> None:
+        for each in SIGNALS:
+            signal.signal(each, signal.SIG_DFL)
+        if number == signal.SIGINT:
             raise KeyboardInterrupt
+        try:
+            for child in multiprocessing.active_children():
+                child.kill()
+        finally:
+            os.kill(os.getpid(), number)
+
+    def _look(self, number: int, frame: FrameType | None) -> None:
+        """Once a second since the signal."""
+        since = self._waiting_since
+        if since is not None and time.monotonic() - max(since, self._at) > LAST_BATCH:
+            raise StoppedWaiting

@@ -1,0 +1,147 @@
+"""A DataLoader whose processes end when the run does, however it ends."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import multiprocessing
+import os
+import signal
+import threading
+import time
+import weakref
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from ..errors import SetupError
+
+SHARED_MEMORY = "/dev/shm"  # where Linux has it
+POLITE = 2.0  # seconds for workers to end by themselves: a batch that is being read is thrown away
+
+_live: weakref.WeakSet[BatchLoader] = weakref.WeakSet()
+
+
+class BatchLoader(DataLoader):
+    """torch's DataLoader for processes that ignore SIGTERM (:func:`.batches.leave_signals...`).
+
+    torch and Python end worker processes with SIGTERM and then wait for them without a limit, in
+    the first place when a run that has failed exits. Here they are killed: they have no state.
+
+    Args:
+        dataset: see DataLoader.
+        timeout: seconds without a batch from the workers until a RuntimeError says so; 0 waits for
+            ever.
+        **others: see DataLoader.
+
+    Raises:
+        SetupError: on iterating: worker processes cannot be started.
+    """
+
+    def __init__(self, dataset: Dataset, *, timeout: float = 0.0, **others: Any):
+        # torch refuses one where the main process reads
+        super().__init__(dataset, timeout=timeout if others.get("num_workers") else 0, **others)
+        self._begun: weakref.WeakSet = weakref.WeakSet()
+
+    def __iter__(self) -> Iterator:
+        if not _live:
+            atexit.register(_end_all)  # before what multiprocessing and torch do at exit
+        _live.add(self)
+        try:
+            if self.num_workers:
+                # Semaphores lie in shared memory. Where there is no room, torch's iterator would be
+                # left half made and end in a traceback of its own.
+                _ = [multiprocessing.Lock() for _ in range(4 * self.num_workers + 8)]
+            batches = super().__iter__()
+        except OSError as error:
+            raise SetupError(
+                f"cannot start the {self.num_workers} processes that read audio: {error.strerror}; "
+                f"{shared_memory()}; {advice()}"
+            ) from None
+        self._begun.add(batches)
+        return batches
+
+    def close(self, limit: float = POLITE) -> None:
+        """End the worker processes, those that do not end within ``limit`` seconds by force.
+
+        The loader can be iterated over again, with new ones.
+        """
+        begun, self._begun = list(self._begun), weakref.WeakSet()
+        self._iterator = None  # of persistent workers
+        workers = [worker for batches in begun for worker in getattr(batches, "_workers", ())]
+        if limit > 0:
+            # In a thread: it waits for each worker in turn, and for pinning without a limit.
+            threads = [
+                threading.Thread(target=batches._shutdown_workers, daemon=True)
+                for batches in begun
+                if workers
+            ]
+            for thread in threads:
+                thread.start()
+            end = time.monotonic() + limit
+            for thread in threads:
+                thread.join(max(0.0, end - time.monotonic()))
+        with _deaths_unseen():
+            alive = [worker for worker in workers if worker.is_alive()]
+            for worker in alive:
+                worker.kill()
+            for worker in alive:
+                worker.join(limit or 1)
+
+
+@contextlib.contextmanager
+def _deaths_unseen() -> Iterator[None]:
+    """Keep torch's handler from raising an error for a worker that is killed on purpose."""
+    number = getattr(signal, "SIGCHLD", None)
+    if number is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(number, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
+
+
+def _end_all() -> None:
+    """What is left at exit: of s3prl's own Runner, for example, which closes nothing."""
+    for loader in list(_live):
+        loader.close(limit=0)  # threads cannot be started any more
+
+
+def share(tensors: Iterable[Tensor]) -> None:
+    """Move a batch into shared memory, in a worker process, as sending it would.
+
+    But a worker that finds no room while it sends a batch only prints so, and the run would wait.
+
+    Raises:
+        SetupError: there is no room.
+    """
+    try:
+        for tensor in tensors:
+            tensor.share_memory_()
+    except (RuntimeError, OSError) as error:
+        first = (str(error).strip().splitlines() or ["no reason given"])[0]
+        raise SetupError(
+            f"no shared memory for a batch: {shared_memory()}; {advice()} ({first})"
+        ) from None
+
+
+def shared_memory() -> str:
+    """How much of it there is, in words."""
+    try:
+        room = os.statvfs(SHARED_MEMORY)
+    except (AttributeError, OSError):
+        return f"{SHARED_MEMORY} is not there"
+    free, whole = (count * room.f_frsize / 1e6 for count in (room.f_bavail, room.f_blocks))
+    return f"{SHARED_MEMORY} has {free:,.1f} MB free of {whole:,.1f} MB"
+
+
+def advice() -> str:
+    """What to do where it is too small."""
+    return (
+        f"make {SHARED_MEMORY} larger (docker run --shm-size=16g), or read audio with fewer "
+        'processes: -o "config.pretrain_expert.datarc.num_workers=0"'
+    )
