@@ -42,6 +42,9 @@ def process() -> NoReturn:
         code = main()
     except SystemExit as left:
         code = left.code
+    except Exception:
+        sys.excepthook(*sys.exc_info())
+        code = 1
     if code is None:
         code = 0
     elif not isinstance(code, int):

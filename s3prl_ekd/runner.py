@@ -170,8 +170,10 @@ class EkdRunner(Reports):
             except StoppedWaiting:
                 self._stopped(self.stop.received.name, self._rescue())
             except Exception as error:
-                self._rescue()
+                saved = self._rescue()
                 if self.processes.count > 1 and lost_another(error):
+                    if self.stop.received is not None:  # the other one was waiting for a batch
+                        self._stopped(self.stop.received.name, saved)
                     raise SetupError(
                         f"another process of this run has ended after step {place.step}, its own "
                         f"message says why; {self.hint}"
@@ -312,7 +314,7 @@ class EkdRunner(Reports):
         if not self._whole or learned or self.processes.rank > 1:
             return False
         try:
-            for _ in range(0 if self.processes.writer else 5):
+            for _ in range(0 if self.processes.writer else 3):
                 time.sleep(1)
                 there = newest(self.saves.folder)
                 if there is not None and read_run(there)["Step"] >= step:

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from ..errors import SetupError
 
 SHARED_MEMORY = "/dev/shm"  # where Linux has it
-POLITE = 2.0  # seconds for workers to end by themselves: a batch that is being read is thrown away
+POLITE = 1.0  # seconds for workers to end by themselves: a batch that is being read is thrown away
 
 _live: weakref.WeakSet[BatchLoader] = weakref.WeakSet()
 

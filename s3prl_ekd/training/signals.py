@@ -40,8 +40,9 @@ class StopSignals:
     """Within the context, such a signal sets ``received``; the loop looks at it after each step.
 
     Where the run waits for a batch (:meth:`batches`), StoppedWaiting is raised there. A second
-    signal ends the process at once: KeyboardInterrupt for Ctrl-C, or as if nothing handled it.
-    Outside the main thread, where Python has no signals, the context does nothing.
+    signal ends the process at once: KeyboardInterrupt for Ctrl-C, or as if nothing handled it. That
+    works also while the main thread is in code that is not Python's, waiting for another process or
+    for a disk. Outside the main thread, where Python has no signals, the context does nothing.
 
     Args:
         quiet: say nothing; of several processes one speaks.
@@ -54,6 +55,7 @@ class StopSignals:
         self.quiet = quiet
         self.received: signal.Signals | None = None
         self._at = 0.0
+        self._said = self._leaving = False
         self._waiting_since: float | None = None
         self._before: dict[signal.Signals, object] = {}
 
@@ -62,11 +64,19 @@ class StopSignals:
         if threading.current_thread() is threading.main_thread():
             self._before = {each: signal.signal(each, self._handle) for each in SIGNALS}
             self._before[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._look)
+            pipe, self._pipe = os.pipe()
+            os.set_blocking(self._pipe, False)
+            self._pipe_before = signal.set_wakeup_fd(self._pipe, warn_on_full_buffer=False)
+            threading.Thread(target=self._watch, args=(pipe,), daemon=True).start()
         return self
 
     def __exit__(self, *exception: object) -> None:
         if self.received is not None:
             signal.setitimer(signal.ITIMER_REAL, 0)
+        if self._before:
+            signal.set_wakeup_fd(self._pipe_before)
+            os.write(self._pipe, b"\0")
+            os.close(self._pipe)
         for each, handler in self._before.items():
             signal.signal(each, handler)
         self._before = {}
@@ -101,23 +111,43 @@ class StopSignals:
         if self.received is None:
             self.received, self._at = signal.Signals(number), now
             signal.setitimer(signal.ITIMER_REAL, 1, 1)
-            if self.quiet:
-                return
-            again = "Ctrl-C again" if number == signal.SIGINT else "a second signal"
-            said = f"\n{self.received.name}: saving after this step; {again} leaves at once\n"
-            # Not print: a handler may come in the middle of another print to the same stream.
-            os.write(2, said.encode())
-        elif now - self._at > (SAME_FROM_TORCHRUN if torchrun.several() else SAME_KEY):
+            self._say(number)
+        elif _is_second(now - self._at):
             self._leave(number)
 
+    def _say(self, number: int) -> None:
+        if self._said or self.quiet:
+            return
+        self._said = True
+        again = "Ctrl-C again" if number == signal.SIGINT else "a second signal"
+        said = f"\n{signal.Signals(number).name}: saving after this step; {again} leaves at once\n"
+        # Not print: a handler may come in the middle of another print to the same stream.
+        os.write(2, said.encode())
+
+    def _watch(self, pipe: int) -> None:
+        """Read the numbers of signals as they come, in a thread; :meth:`_handle` may be late."""
+        first = None
+        while (number := os.read(pipe, 1)[0]) != 0:
+            if number not in SIGNALS:
+                continue
+            now = time.monotonic()
+            first = now if first is None else first
+            time.sleep(1)  # for the main thread to handle it
+            if self.received is None:
+                self._say(number)
+            if _is_second(now - first) and not self._leaving:
+                _kill_children()
+                os._exit(128 + number)
+        os.close(pipe)
+
     def _leave(self, number: int) -> None:
+        self._leaving = True
         for each in SIGNALS:
             signal.signal(each, signal.SIG_DFL)
         if number == signal.SIGINT:
             raise KeyboardInterrupt
         try:
-            for child in multiprocessing.active_children():
-                child.kill()
+            _kill_children()
         finally:
             os.kill(os.getpid(), number)
 
@@ -126,3 +156,13 @@ class StopSignals:
         since = self._waiting_since
         if since is not None and time.monotonic() - max(since, self._at) > LAST_BATCH:
             raise StoppedWaiting
+
+
+def _is_second(seconds: float) -> bool:
+    """Whether a signal that comes so long after the first one is another one."""
+    return seconds > (SAME_FROM_TORCHRUN if torchrun.several() else SAME_KEY)
+
+
+def _kill_children() -> None:
+    for child in multiprocessing.active_children():
+        child.kill()
