@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import select
 import signal
 import threading
 import time
@@ -126,18 +127,20 @@ class StopSignals:
 
     def _watch(self, pipe: int) -> None:
         """Read the numbers of signals as they come, in a thread; :meth:`_handle` may be late."""
-        first = None
+        first = 0.0
         while (number := os.read(pipe, 1)[0]) != 0:
+            now = time.monotonic()
             if number not in SIGNALS:
                 continue
-            now = time.monotonic()
-            first = now if first is None else first
-            time.sleep(1)  # for the main thread to handle it
-            if self.received is None:
-                self._say(number)
-            if _is_second(now - first) and not self._leaving:
-                _kill_children()
-                os._exit(128 + number)
+            if not first:
+                first = now
+                if not select.select([pipe], [], [], 1)[0] and self.received is None:
+                    self._say(number)
+            elif _is_second(now - first):
+                time.sleep(1)  # for the main thread to handle it
+                if not self._leaving:
+                    _kill_children()
+                    os._exit(128 + number)
         os.close(pipe)
 
     def _leave(self, number: int) -> None:
