@@ -117,6 +117,7 @@ def main(script: ModuleType, argv: list[str]) -> None:
             f"-u {name}: s3prl has no such upstream; "
             + (f"did you mean {' or '.join(close)}?" if close else "see run_downstream.py -h")
         )
+    from .data.loader import workers_end
     from .downstream_resume import exact
 
     runner = script.Runner
@@ -130,7 +131,7 @@ def main(script: ModuleType, argv: list[str]) -> None:
     if noise is not None:  # outermost: noisy waveforms have hidden states of their own
         script.Runner = noisy_run.noisy(script.Runner, noise)
     try:
-        with own_folder(argv), isinstance_kept():
+        with own_folder(argv), isinstance_kept(), workers_end():
             script.main()
     finally:
         script.Runner = runner  # one process may run several

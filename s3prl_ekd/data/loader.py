@@ -92,6 +92,21 @@ class BatchLoader(DataLoader):
 
 
 @contextlib.contextmanager
+def workers_end() -> Iterator[None]:
+    """For s3prl's own loaders: kill their workers when the run fails, so that it need not wait."""
+    try:
+        yield
+    except BaseException:
+        with _deaths_unseen():
+            children = multiprocessing.active_children()
+            for child in children:
+                child.kill()
+            for child in children:
+                child.join(1)
+        raise
+
+
+@contextlib.contextmanager
 def _deaths_unseen() -> Iterator[None]:
     """Keep torch's handler from raising an error for a worker that is killed on purpose."""
     number = getattr(signal, "SIGCHLD", None)

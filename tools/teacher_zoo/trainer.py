@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from s3prl_ekd.data.batches import leave_signals_to_the_main_process
+from s3prl_ekd.data.loader import BatchLoader
 from s3prl_ekd.training.fused_adamw import fused_adamw, warmup_schedule
 from s3prl_ekd.training.lock import FolderLock
 
@@ -139,7 +139,7 @@ class _Run:
         if stage.hears != "clean":
             self.dev["dev_clean_"] = Dev(corpus, labels, "clean", recipe, noise)
         place = (progress.epoch, progress.position)
-        self.loader = DataLoader(
+        self.loader = BatchLoader(
             Excerpts(corpus.train, labels, 0, stage.hears, recipe, noise),
             sampler=Endless(
                 corpus.train, recipe.batch_seconds, recipe.crop_seconds, recipe.seed, *place
