@@ -168,7 +168,8 @@ class EkdRunner(Reports):
             except (SaveError, NotFiniteError):
                 raise
             except StoppedWaiting:
-                self._stopped(self.stop.received.name, self._rescue())
+                # Of several processes the first one is waiting too, perhaps for this one.
+                self._stopped(self.stop.received.name, self._rescue(wait=0))
             except Exception as error:
                 saved = self._rescue()
                 if self.processes.count > 1 and lost_another(error):
@@ -299,10 +300,13 @@ class EkdRunner(Reports):
             states["Scheduler"] = self.updater.scheduler.state_dict()
         return self.upstream.add_state_to_save(states)
 
-    def _rescue(self) -> bool:
+    def _rescue(self, wait: float = 3) -> bool:
         """Something failed: save the last step that is whole, if it still is.
 
         If the process that writes is the one that is lost, the second one does it.
+
+        Args:
+            wait: seconds that the second one gives the first one for it.
 
         Returns:
             Whether that step is saved.
@@ -314,10 +318,11 @@ class EkdRunner(Reports):
         if not self._whole or learned or self.processes.rank > 1:
             return False
         try:
-            for _ in range(0 if self.processes.writer else 3):
-                time.sleep(1)
-                there = newest(self.saves.folder)
-                if there is not None and read_run(there)["Step"] >= step:
+            if self.processes.count > 1:
+                end = time.monotonic() + (0 if self.processes.writer else wait)
+                while not (saved := self._saved_by_another()) and time.monotonic() < end:
+                    time.sleep(1)
+                if saved:
                     return True
             path = self.saves.last(self._states(alone=True))
             logger.warning("saved step %d: %s", step, path)
@@ -325,3 +330,7 @@ class EkdRunner(Reports):
             logger.warning("step %d could not be saved: %s", step, error)
             return False
         return True
+
+    def _saved_by_another(self) -> bool:
+        path = newest(self.saves.folder)
+        return path is not None and read_run(path)["Step"] >= self.progress.step

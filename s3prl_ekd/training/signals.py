@@ -111,7 +111,7 @@ class StopSignals:
         now = time.monotonic()
         if self.received is None:
             self.received, self._at = signal.Signals(number), now
-            signal.setitimer(signal.ITIMER_REAL, 1, 1)
+            signal.setitimer(signal.ITIMER_REAL, 0.5, 0.5)
             self._say(number)
         elif _is_second(now - self._at):
             self._leave(number)
@@ -155,7 +155,7 @@ class StopSignals:
             os.kill(os.getpid(), number)
 
     def _look(self, number: int, frame: FrameType | None) -> None:
-        """Once a second since the signal."""
+        """Every half second since the signal."""
         since = self._waiting_since
         if since is not None and time.monotonic() - max(since, self._at) > LAST_BATCH:
             raise StoppedWaiting
