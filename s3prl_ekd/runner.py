@@ -18,7 +18,7 @@ from typing import NoReturn
 
 from tqdm import tqdm
 
-from .checkpoints import newest, read_run
+from .checkpoints import LAST, read_run
 from .config import check_runner_config
 from .data.batches import Batch
 from .errors import SetupError
@@ -332,5 +332,5 @@ class EkdRunner(Reports):
         return True
 
     def _saved_by_another(self) -> bool:
-        path = newest(self.saves.folder)
-        return path is not None and read_run(path)["Step"] >= self.progress.step
+        path = self.saves.folder / LAST
+        return path.exists() and read_run(path)["Step"] >= self.progress.step

@@ -11,6 +11,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterable, Iterator
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 from torch import Tensor
@@ -21,14 +22,14 @@ from ..errors import SetupError
 SHARED_MEMORY = "/dev/shm"  # where Linux has it
 POLITE = 1.0  # seconds for workers to end by themselves: a batch that is being read is thrown away
 
-_live: weakref.WeakSet[BatchLoader] = weakref.WeakSet()
+_workers: weakref.WeakSet[BaseProcess] = weakref.WeakSet()  # of all loaders
 
 
 class BatchLoader(DataLoader):
-    """torch's DataLoader for processes that ignore SIGTERM (:func:`.batches.leave_signals...`).
+    """torch's DataLoader for worker processes that ignore SIGTERM, as those of a run do.
 
-    torch and Python end worker processes with SIGTERM and then wait for them without a limit, in
-    the first place when a run that has failed exits. Here they are killed: they have no state.
+    torch and Python end workers with SIGTERM, and Python then waits for them without a limit when
+    the main process exits. Here they are killed: they have no state.
 
     Args:
         dataset: see DataLoader.
@@ -44,11 +45,11 @@ class BatchLoader(DataLoader):
         # torch refuses one where the main process reads
         super().__init__(dataset, timeout=timeout if others.get("num_workers") else 0, **others)
         self._begun: weakref.WeakSet = weakref.WeakSet()
+        self._started: weakref.WeakSet[BaseProcess] = weakref.WeakSet()
 
     def __iter__(self) -> Iterator:
-        if not _live:
-            atexit.register(_end_all)  # before what multiprocessing and torch do at exit
-        _live.add(self)
+        atexit.unregister(_end_all)
+        atexit.register(_end_all)  # before what multiprocessing and torch do at exit
         try:
             if self.num_workers:
                 # Semaphores lie in shared memory. Where there is no room, torch's iterator would be
@@ -61,6 +62,9 @@ class BatchLoader(DataLoader):
                 f"{shared_memory()}; {advice()}"
             ) from None
         self._begun.add(batches)
+        for worker in getattr(batches, "_workers", ()):
+            self._started.add(worker)
+            _workers.add(worker)
         return batches
 
     def close(self, limit: float = POLITE) -> None:
@@ -68,27 +72,19 @@ class BatchLoader(DataLoader):
 
         The loader can be iterated over again, with new ones.
         """
-        begun, self._begun = list(self._begun), weakref.WeakSet()
+        begun = [batches for batches in self._begun if hasattr(batches, "_shutdown_workers")]
+        # In threads: torch waits for each worker in turn, and for its pinning without a limit.
+        threads = [
+            threading.Thread(target=batches._shutdown_workers, daemon=True) for batches in begun
+        ]
+        for thread in threads:
+            thread.start()
+        end = time.monotonic() + limit
+        for thread in threads:
+            thread.join(max(0.0, end - time.monotonic()))
+        _kill(child for child in multiprocessing.active_children() if child in self._started)
         self._iterator = None  # of persistent workers
-        workers = [worker for batches in begun for worker in getattr(batches, "_workers", ())]
-        if limit > 0:
-            # In a thread: it waits for each worker in turn, and for pinning without a limit.
-            threads = [
-                threading.Thread(target=batches._shutdown_workers, daemon=True)
-                for batches in begun
-                if workers
-            ]
-            for thread in threads:
-                thread.start()
-            end = time.monotonic() + limit
-            for thread in threads:
-                thread.join(max(0.0, end - time.monotonic()))
-        with _deaths_unseen():
-            alive = [worker for worker in workers if worker.is_alive()]
-            for worker in alive:
-                worker.kill()
-            for worker in alive:
-                worker.join(limit or 1)
+        self._begun.clear()
 
 
 @contextlib.contextmanager
@@ -97,13 +93,17 @@ def workers_end() -> Iterator[None]:
     try:
         yield
     except BaseException:
-        with _deaths_unseen():
-            children = multiprocessing.active_children()
-            for child in children:
-                child.kill()
-            for child in children:
-                child.join(1)
+        _kill(multiprocessing.active_children())
         raise
+
+
+def _kill(children: Iterable[BaseProcess]) -> None:
+    children = list(children)
+    with _deaths_unseen():
+        for child in children:
+            child.kill()
+        for child in children:
+            child.join(1)
 
 
 @contextlib.contextmanager
@@ -122,8 +122,7 @@ def _deaths_unseen() -> Iterator[None]:
 
 def _end_all() -> None:
     """What is left at exit: of s3prl's own Runner, for example, which closes nothing."""
-    for loader in list(_live):
-        loader.close(limit=0)  # threads cannot be started any more
+    _kill(child for child in multiprocessing.active_children() if child in _workers)
 
 
 def share(tensors: Iterable[Tensor]) -> None:

@@ -134,7 +134,7 @@ class StopSignals:
                 continue
             if not first:
                 first = now
-                if not select.select([pipe], [], [], 1)[0] and self.received is None:
+                if not select.select([pipe], [], [], 0.5)[0] and self.received is None:
                     self._say(number)
             elif _is_second(now - first):
                 time.sleep(1)  # for the main thread to handle it
