@@ -171,9 +171,10 @@ class EkdRunner(Reports):
                 # Of several processes the first one is waiting too, perhaps for this one.
                 self._stopped(self.stop.received.name, self._rescue(wait=0))
             except Exception as error:
+                waited = self.stop.waited()
                 saved = self._rescue()
                 if self.processes.count > 1 and lost_another(error):
-                    if self.stop.received is not None:  # the other one was waiting for a batch
+                    if waited and self.stop.received is not None:
                         self._stopped(self.stop.received.name, saved)
                     raise SetupError(
                         f"another process of this run has ended after step {place.step}, its own "

@@ -56,6 +56,7 @@ class StopSignals:
         self.quiet = quiet
         self.received: signal.Signals | None = None
         self._at = 0.0
+        self._came: float | None = None
         self._said = self._leaving = False
         self._waiting_since: float | None = None
         self._before: dict[signal.Signals, object] = {}
@@ -72,14 +73,16 @@ class StopSignals:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        if not self._before:
+            return
+        for each in SIGNALS:
+            signal.signal(each, self._before[each])
         if self.received is not None:
             signal.setitimer(signal.ITIMER_REAL, 0)
-        if self._before:
-            signal.set_wakeup_fd(self._pipe_before)
-            os.write(self._pipe, b"\0")
-            os.close(self._pipe)
-        for each, handler in self._before.items():
-            signal.signal(each, handler)
+        signal.signal(signal.SIGALRM, self._before[signal.SIGALRM])
+        signal.set_wakeup_fd(self._pipe_before)
+        os.write(self._pipe, b"\0")
+        os.close(self._pipe)
         self._before = {}
 
     def batches(self, loader: Iterable[T]) -> Iterator[T]:
@@ -96,6 +99,10 @@ class StopSignals:
             if batch is None:
                 return
             yield batch
+
+    def waited(self) -> bool:
+        """Whether a signal has come so long ago that a process which waits for a batch has left."""
+        return self._came is not None and time.monotonic() - self._came > LAST_BATCH
 
     @contextlib.contextmanager
     def _waiting(self) -> Iterator[None]:
@@ -127,16 +134,15 @@ class StopSignals:
 
     def _watch(self, pipe: int) -> None:
         """Read the numbers of signals as they come, in a thread; :meth:`_handle` may be late."""
-        first = 0.0
         while (number := os.read(pipe, 1)[0]) != 0:
             now = time.monotonic()
             if number not in SIGNALS:
                 continue
-            if not first:
-                first = now
+            if self._came is None:
+                self._came = now
                 if not select.select([pipe], [], [], 0.5)[0] and self.received is None:
                     self._say(number)
-            elif _is_second(now - first):
+            elif _is_second(now - self._came):
                 time.sleep(1)  # for the main thread to handle it
                 if not self._leaving:
                     _kill_children()
