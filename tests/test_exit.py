@@ -14,17 +14,18 @@ import torch
 import yaml
 from torch.utils.data import Dataset
 
+from s3prl_ekd.config import check_runner_config
 from s3prl_ekd.data import loader as loaders
 from s3prl_ekd.data.batches import DistillationDataset, leave_signals_to_the_main_process
 from s3prl_ekd.data.loader import BatchLoader, workers_end
 from s3prl_ekd.distill.distiller import EnsembleDistiller
-from s3prl_ekd.errors import SetupError
-from s3prl_ekd.training import signals
+from s3prl_ekd.errors import ConfigError, SetupError
 from s3prl_ekd.training.dev import dev_loss
 from s3prl_ekd.training.memory import workers_explained
 from s3prl_ekd.training.signals import StoppedWaiting, StopSignals
 from s3prl_ekd.workspace import write_workspace
 
+from .cache_cases import cache
 from .conftest import REPO, write_configs
 from .kill_and_resume import unequal
 from .test_runner import run, saved  # noqa: F401 (a fixture)
@@ -166,7 +167,6 @@ def test_loaders_of_others_end_with_a_run_that_fails():
 def spoil(monkeypatch, stuck_at=None, error_at=None, share=None, number=None):
     """Workers that give no more once a step has begun, and a signal a second later; a step that
     fails; no shared memory."""
-    monkeypatch.setattr(signals, "LAST_BATCH", 1.0)
     begun = multiprocessing.Event()
     forward, item = EnsembleDistiller.forward, DistillationDataset.__getitem__
 
@@ -265,11 +265,47 @@ def test_dev_batches_are_waited_for_in_the_same_way(run, folder, monkeypatch):  
     assert saved("x")["Step"] == 2 and not multiprocessing.active_children()
 
 
+@pytest.mark.parametrize("value", [0.5, -1, 1e300, "600 s", True, None])
+def test_timeouts_that_are_refused(folder, value):
+    config = yaml.safe_load((folder / "runner.yaml").read_text())
+    config["pretrain_expert"]["datarc"]["loader_timeout"] = value
+    with pytest.raises(ConfigError, match=r"pretrain_expert\.datarc.*(loader_timeout|number)"):
+        check_runner_config(config, "x")
+
+
+def test_the_timeouts_that_are_allowed(folder):
+    config = yaml.safe_load((folder / "runner.yaml").read_text())
+    data = config["pretrain_expert"]["datarc"]
+    assert check_runner_config(config, "x").pretrain_expert.datarc.loader_timeout == 600
+    for value in (0, 1, 604800):
+        data["loader_timeout"] = value
+        assert check_runner_config(config, "x").pretrain_expert.datarc.loader_timeout == value
+
+
+def test_stored_targets_are_not_waited_for_without_end(folder, monkeypatch, capfd):
+    item = DistillationDataset.__getitem__
+
+    def stuck(self, index):
+        while index == 4:
+            time.sleep(1)
+        return item(self, index)
+
+    monkeypatch.setattr(DistillationDataset, "__getitem__", stuck)
+    config = yaml.safe_load((folder / "runner.yaml").read_text())
+    config["pretrain_expert"]["datarc"]["loader_timeout"] = 1
+    (folder / "runner.yaml").write_text(yaml.safe_dump(config))
+    assert cache(folder, folder / "cache") == 2
+    (error,) = [e for e in capfd.readouterr().err.splitlines() if e.startswith("error:")]
+    assert "/dev/shm" in error and "type the same command again" in error
+    assert not multiprocessing.active_children()
+    monkeypatch.setattr(DistillationDataset, "__getitem__", item)
+    assert cache(folder, folder / "cache") == 0  # it goes on
+
+
 # Signals
 
 
-def test_waiting_ends_only_after_some_seconds(monkeypatch):
-    monkeypatch.setattr(signals, "LAST_BATCH", 1.0)
+def test_waiting_ends_only_after_some_seconds():
 
     def slow():
         os.kill(os.getpid(), signal.SIGTERM)

@@ -24,8 +24,10 @@ SIGNALS = tuple(
 # Where a wrapper hands Ctrl-C on, the one key arrives twice; torchrun hands on whatever it gets.
 SAME_KEY = 0.5  # seconds
 SAME_FROM_TORCHRUN = 5.0
-# How long a batch may still be waited for: of several processes the others wait for this one.
-LAST_BATCH = 3.0  # seconds
+# How long a batch is waited for after a signal. A step that has not begun can be left out; but
+# of several processes the others wait in it for this one, and they save more if it is made.
+LAST_BATCH = 1.0  # seconds
+LAST_BATCH_OF_SEVERAL = 3.0
 
 
 class StoppedWaiting(Exception):
@@ -102,7 +104,7 @@ class StopSignals:
 
     def waited(self) -> bool:
         """Whether a signal has come so long ago that a process which waits for a batch has left."""
-        return self._came is not None and time.monotonic() - self._came > LAST_BATCH
+        return self._came is not None and time.monotonic() - self._came > _last_batch()
 
     @contextlib.contextmanager
     def _waiting(self) -> Iterator[None]:
@@ -163,13 +165,17 @@ class StopSignals:
     def _look(self, number: int, frame: FrameType | None) -> None:
         """Every half second since the signal."""
         since = self._waiting_since
-        if since is not None and time.monotonic() - max(since, self._at) > LAST_BATCH:
+        if since is not None and time.monotonic() - max(since, self._at) > _last_batch():
             raise StoppedWaiting
 
 
 def _is_second(seconds: float) -> bool:
     """Whether a signal that comes so long after the first one is another one."""
     return seconds > (SAME_FROM_TORCHRUN if torchrun.several() else SAME_KEY)
+
+
+def _last_batch() -> float:
+    return LAST_BATCH_OF_SEVERAL if torchrun.several() else LAST_BATCH
 
 
 def _kill_children() -> None:
