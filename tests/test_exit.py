@@ -39,7 +39,7 @@ def folder(tmp_path, teachers, corpus, monkeypatch):
     write_workspace(tmp_path)
     write_configs(tmp_path, teachers, corpus)
     config = yaml.safe_load((tmp_path / "runner.yaml").read_text())
-    config["pretrain_expert"]["datarc"]["num_workers"] = 2
+    config["pretrain_expert"]["datarc"] |= {"num_workers": 2, "loader_timeout": 60}
     config["runner"]["save_step"] = 5
     (tmp_path / "runner.yaml").write_text(yaml.safe_dump(config))
     monkeypatch.chdir(tmp_path)
@@ -276,6 +276,7 @@ def test_timeouts_that_are_refused(folder, value):
 def test_the_timeouts_that_are_allowed(folder):
     config = yaml.safe_load((folder / "runner.yaml").read_text())
     data = config["pretrain_expert"]["datarc"]
+    data.pop("loader_timeout")
     assert check_runner_config(config, "x").pretrain_expert.datarc.loader_timeout == 600
     for value in (0, 1, 604800):
         data["loader_timeout"] = value
