@@ -156,6 +156,7 @@ def shared_memory() -> str:
 def advice() -> str:
     """What to do where it is too small."""
     return (
-        f"make {SHARED_MEMORY} larger (docker run --shm-size=16g), or read audio with fewer "
-        'processes: -o "config.pretrain_expert.datarc.num_workers=0"'
+        f"make {SHARED_MEMORY} larger (docker run --shm-size=16g), or read audio in the main "
+        "process: pretrain_expert.datarc.num_workers: 0 (run_pretrain.py -o "
+        '"config.pretrain_expert.datarc.num_workers=0")'
     )
