@@ -159,7 +159,7 @@ class EkdRunner(Reports):
             disable=quiet,
         )
         closing = contextlib.closing(self.upstream)
-        with bar, closing, self.stop, workers_explained(self.hint):
+        with bar, self.stop, closing, workers_explained(self.hint):
             try:
                 batches = self._batches()
                 while place.step < run.total_steps:

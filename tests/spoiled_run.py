@@ -1,8 +1,9 @@
 """``python -m tests.spoiled_run COMMAND``: s3prl_ekd's command in which something goes wrong.
 
 The environment says what, so that workers which are spawned have it too. SPOILED is ``error`` (a
-step fails), ``stuck`` (the workers give no batch any more) or ``endless`` (a step takes for ever,
-in code that is not Python's); SPOILED_RANK names the process of several that it concerns.
+step fails), ``stuck`` (the workers give no batch any more), ``endless`` (a step takes for ever) or
+``foreign`` (the same, in code that is not Python's); SPOILED_RANK names the process of several that
+it concerns.
 SPOILED_AT is a file that is made when the error is raised, or the first worker is stuck.
 """
 
@@ -30,7 +31,10 @@ def spoil(how: str, at: Path) -> None:
             if how == "error":
                 at.touch()
                 raise RuntimeError("a defect")
-            if how == "endless":
+            while how == "endless":
+                at.touch()
+                time.sleep(1)
+            if how == "foreign":
                 at.touch()
                 libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
                 for _ in range(2):

@@ -47,9 +47,9 @@ CASES = {
     "an error in a step": Case("error"),
     "SIGTERM while it waits for a batch": Case("stuck", [(signal.SIGTERM, 0)]),
     "SIGINT while it waits for a batch": Case("stuck", [(signal.SIGINT, 0)]),
-    "two SIGTERM": Case("stuck", [(signal.SIGTERM, 2), (signal.SIGTERM, 0)]),
+    "two SIGTERM": Case("endless", [(signal.SIGTERM, 2), (signal.SIGTERM, 0)]),
     "two SIGTERM, in code that is not Python's": Case(
-        "endless", [(signal.SIGTERM, 2), (signal.SIGTERM, 0)]
+        "foreign", [(signal.SIGTERM, 2), (signal.SIGTERM, 0)]
     ),
     "an error in the second process of two": Case("error", processes=2, rank=1),
     "SIGTERM while the second of two waits": Case("stuck", [(signal.SIGTERM, 0)], 2, 1),
