@@ -21,6 +21,7 @@ T = TypeVar("T")
 SIGNALS = tuple(
     getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)
 )
+TIMER = hasattr(signal, "setitimer")  # Windows has none: a batch is waited for there
 # Where a wrapper hands Ctrl-C on, the one key arrives twice; torchrun hands on whatever it gets.
 SAME_KEY = 0.5  # seconds
 SAME_FROM_TORCHRUN = 5.0
@@ -67,7 +68,8 @@ class StopSignals:
         self._process = os.getpid()
         if threading.current_thread() is threading.main_thread():
             self._before = {each: signal.signal(each, self._handle) for each in SIGNALS}
-            self._before[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._look)
+            if TIMER:
+                self._before[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._look)
             pipe, self._pipe = os.pipe()
             os.set_blocking(self._pipe, False)
             self._pipe_before = signal.set_wakeup_fd(self._pipe, warn_on_full_buffer=False)
@@ -79,9 +81,10 @@ class StopSignals:
             return
         for each in SIGNALS:
             signal.signal(each, self._before[each])
-        if self.received is not None:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, self._before[signal.SIGALRM])
+        if TIMER:
+            if self.received is not None:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, self._before[signal.SIGALRM])
         signal.set_wakeup_fd(self._pipe_before)
         os.write(self._pipe, b"\0")
         os.close(self._pipe)
@@ -120,7 +123,8 @@ class StopSignals:
         now = time.monotonic()
         if self.received is None:
             self.received, self._at = signal.Signals(number), now
-            signal.setitimer(signal.ITIMER_REAL, 0.5, 0.5)
+            if TIMER:
+                signal.setitimer(signal.ITIMER_REAL, 0.5, 0.5)
             self._say(number)
         elif _is_second(now - self._at):
             self._leave(number)
