@@ -62,7 +62,7 @@ class Progress:
             CheckpointError: naming ``where``; these are no such data.
         """
         try:
-            refuse_newer(data["version"], VERSION, f"{KEY} in {where}")
+            refuse_newer(data["version"], VERSION, f"{where} ({KEY})")
             if data["version"] != VERSION:
                 raise ValueError(f"version {data['version']!r:.20}")
             known = {each.name: data[each.name] for each in dataclasses.fields(Progress)}
