@@ -1,8 +1,15 @@
 """Check a package for SUPERB's hidden set: what the organisers check, and what they may meet.
 
 First the folder is read. Then its expert.py is imported and run, in a process of its own that has
-torch but neither s3prl, fairseq nor s3prl_ekd, no network, none of your caches, and a time limit;
-nothing is executed out of model.pt. That process is no cage: validate what you would run anyway.
+torch but neither s3prl, fairseq nor s3prl_ekd, a home that is empty, few of your environment's
+variables (no tokens), a time limit, and on most Linux systems no network; nothing is executed out
+of model.pt. The process gives outputs only: all checks of them are made outside of it, and it is
+ended with all that it has started.
+
+Not prevented: the package runs as you. It can read and change your files, use memory, disk and GPU,
+and give outputs that its model does not compute. Validate what you would run anyway; run a
+stranger's package in a container (docs/security.md).
+
 `*` marks the official checks. The exit code is 1 if a check fails; a warning is not a failure.
 
 example:

@@ -6,7 +6,8 @@ import functools
 
 import torch
 
-from .model import RATE, Package, check_frames, distance, noise
+from .messages import text
+from .model import RATE, Package, check_frames, distance, noise, states_of
 from .outcome import Failed, Skipped
 
 TOLERANCE = 1e-3  # of a layer's deviation: float32 sums in another order, over all its layers
@@ -24,42 +25,41 @@ def values(package: Package) -> str:
 
 
 def device(package: Package) -> str:
-    for i, state in enumerate(package.run(package.waves)):
-        if state.device.type != "cpu":
-            raise Failed(f"hidden state {i} is on {state.device}, the waveforms are on the CPU")
+    answer = package.forward(package.waves)
+    for i, state in enumerate(states_of(answer.result)):
+        place = answer.devices[id(state)]
+        if torch.device(place).type != "cpu":
+            raise Failed(f"hidden state {i} is on {place}, the waveforms are on the CPU")
     return "cpu"
 
 
 def gpu(package: Package) -> str:
-    if not torch.cuda.is_available():
+    if not package.built:
+        raise Skipped("there is no model: see the checks above")
+    name = package.facts("cuda").get("name")
+    if name is None:
         raise Skipped("there is no CUDA device here")
     expected = package.run(package.waves)
-    model = package.model
-    try:
-        model.to("cuda")
-        states = package.run([wave.cuda() for wave in package.waves])
-    finally:
-        model.to("cpu")
-    where = {str(state.device) for state in states}
+    answer = package.forward(package.waves, device="cuda")
+    states = states_of(answer.result)
+    where = {answer.devices[id(state)] for state in states}
     if any(not place.startswith("cuda") for place in where):
         raise Failed(f"hidden states are on {', '.join(sorted(where))}, the waveforms on cuda")
     largest = max(map(distance, expected, states), default=0.0)
     if not largest < 0.1:
         raise Failed(f"hidden states differ from the CPU's by {largest:.1e} deviations")
-    return f"{torch.cuda.get_device_name()}, {largest:.1e} deviations from the CPU"
+    return f"{text(name)}, {largest:.1e} deviations from the CPU"
 
 
 def inputs(package: Package) -> str:
-    waves = [wave.clone() for wave in package.waves]
-    package.run(waves)
-    for i, (wave, before) in enumerate(zip(waves, package.waves, strict=True)):
+    after = package.forward(package.waves).waves
+    for i, (wave, before) in enumerate(zip(after, package.waves, strict=True)):
         if not torch.equal(wave, before):
             raise Failed(f"forward changes waveform {i} in place, which other code still needs")
     return "unchanged"
 
 
 def repeat(package: Package) -> str:
-    package.model.eval()
     first, second = package.run(package.waves), package.run(package.waves)
     _same_count(first, second, "a second pass")
     largest = max(map(distance, first, second), default=0.0)
@@ -73,11 +73,7 @@ def repeat(package: Package) -> str:
 def modes(package: Package) -> str:
     waves = noise(0.5)
     expected = len(package.run(waves))
-    package.model.train()
-    try:
-        counts = {len(package.run(waves)) for _ in range(10)}
-    finally:
-        package.model.eval()
+    counts = {len(package.run(waves, train=True)) for _ in range(10)}
     if counts != {expected}:
         raise Failed(
             f"{expected} layers in eval mode and {' or '.join(map(str, sorted(counts)))} in train "
@@ -133,10 +129,11 @@ short, middle, long = (functools.partial(length, seconds) for seconds in (0.05, 
 
 
 def network(package: Package) -> str:
-    hosts = list(package.watch.hosts)
+    hosts = package.refused("hosts")
     if hosts:
         raise Failed(f"it asks for {', '.join(hosts[:5])}; SUPERB's machines may have no network")
-    return "nothing was asked for, at import, build or forward"
+    only = "" if package.offline else " by Python code; other code is not followed on this system"
+    return f"nothing was asked for, at import, build or forward{only}"
 
 
 def _same_count(first: list, second: list, what: str) -> None:

@@ -16,6 +16,7 @@ from .outcome import READ, Failed, Outcome, Skipped, Warned
 NEEDED = ("expert.py", "model.pt")
 SUBMITTED = ("requirements.txt", "README.md", "LICENSE", "cli.py")
 PYTHON = (3, 8)
+LARGEST = 8 << 20  # bytes of a .py or a requirements.txt
 
 # Names that torch 1.13 lacks, as they are written.
 _LATER_TORCH = {
@@ -48,6 +49,8 @@ def read_checks(folder: Path) -> Iterator[Outcome]:
             yield Outcome(name, "warn", str(error))
         except Skipped as error:
             yield Outcome(name, "skip", str(error))
+        except (RecursionError, MemoryError):
+            yield Outcome(name, "fail", "a .py is nested too deeply to be read")
 
 
 def _files(folder: Path) -> str:
@@ -131,7 +134,10 @@ def _requirements(folder: Path) -> str:
     if not imported:
         return "expert.py imports torch and Python's own modules only"
     path = folder / "requirements.txt"
-    listed = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    listed = ""
+    if path.is_file():
+        _check_size(path, folder)
+        listed = path.read_text(encoding="utf-8", errors="replace")
     named = {
         _normal(match[0])
         for line in listed.splitlines()
@@ -189,11 +195,20 @@ def _sources(folder: Path) -> Iterator[tuple[Path, str]]:
     for path in sorted(folder.rglob("*.py")):
         if any(part.startswith(".") for part in path.relative_to(folder).parts):
             continue
+        _check_size(path, folder)
         try:
             with tokenize.open(path) as file:
                 yield path, file.read()
         except (SyntaxError, UnicodeDecodeError) as error:
             raise Failed(f"{path.relative_to(folder)} cannot be read: {error}") from None
+
+
+def _check_size(path: Path, folder: Path) -> None:
+    """Raise Failed where reading it could go on for ever."""
+    if not path.is_file():
+        raise Failed(f"{path.relative_to(folder)} is no file")
+    if path.stat().st_size > LARGEST:
+        raise Failed(f"{path.relative_to(folder)} has more than {LARGEST:,} bytes")
 
 
 def _trees(folder: Path) -> Iterator[tuple[Path, ast.Module]]:

@@ -1,19 +1,17 @@
-"""The package under check, in its process: its class, its model, and how the checks run them."""
+"""The package under check as the checks see it: what its process answers, and measures of that."""
 
 from __future__ import annotations
 
 import math
-import sys
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .isolation import Watch
+from .messages import BadMessage, rebuild, text, texts
 from .outcome import Failed, Skipped
 
 RATE = 16_000  # Hz
@@ -21,45 +19,120 @@ TASKS = ("PR", "SID", "ER", "ASR", "ASV", "SD", "QbE", "ST", "SS", "SE", "secret
 SECONDS = (2.0, 1.8, 3.7)  # of the official batch
 
 
+class PackageError(Exception):
+    """The package raised an exception; the message is that exception's, and where.
+
+    Attributes:
+        type: the name of the exception's type.
+        module: of a ModuleNotFoundError, the top module that is missing, else "".
+    """
+
+    def __init__(self, message: str, type: str, module: str):
+        super().__init__(message)
+        self.type, self.module = type, module
+
+
+class Ask(Protocol):
+    """Sends a request to the package's process and returns the answer, ``(facts, tensors)``."""
+
+    def __call__(
+        self, request: Mapping[str, Any], tensors: Sequence[Tensor] = ()
+    ) -> tuple[dict[str, Any], list[Tensor]]: ...
+
+
+@dataclass
+class Answer:
+    """What one forward gave.
+
+    Attributes:
+        result: of plain lists, tuples, dicts, CPU tensors and :class:`.messages.Other`.
+        waves: the waveforms after it.
+        devices: the device that a tensor was on, by its ``id``.
+    """
+
+    result: Any
+    waves: list[Tensor]
+    devices: Mapping[int, str]
+
+
 @dataclass
 class Package:
-    """What the checks share. ``expert``, ``model``, ``waves`` and ``result`` come with the first
-    checks; those that find none are skipped."""
+    """What the checks share. Its other fields are filled by the first checks; those that need one
+    that is not filled are skipped.
+
+    Attributes:
+        folder: of the package.
+        lengths: of the utterances that MACs are counted over, by bucket.
+        ask: reaches the process in which the package runs.
+        offline: whether that process has no network at all.
+    """
 
     folder: Path
-    lengths: Mapping[str, Sequence[int]]  # of the utterances that MACs are counted over
-    watch: Watch = field(default_factory=Watch)
-    expert: type | None = None
-    built: nn.Module | None = None
-    waves: list[Tensor] = field(default_factory=list)
-    result: Any = None
+    lengths: Mapping[str, Sequence[int]]
+    ask: Ask
+    offline: bool = False
+    weights_read: bool = False
+    imported: bool = False
+    built: bool = False
+    result: Any = None  # of the official forward
     cost: dict[str, Any] | None = None
+    waves: list[Tensor] = field(default_factory=lambda: noise(*SECONDS))
 
-    @property
-    def checkpoint(self) -> str:
-        return str(self.folder / "model.pt")
+    def facts(self, do: str, **request: Any) -> dict[str, Any]:
+        """The facts that answer a request. Raises PackageError."""
+        return self._ask({"do": do, **request})[0]
 
-    @property
-    def model(self) -> nn.Module:
-        if self.built is None:
+    def forward(self, waves: list[Tensor], train: bool = False, device: str = "cpu") -> Answer:
+        """One forward without gradient, in train or eval mode.
+
+        Raises:
+            Skipped: there is no model.
+            PackageError: it raises an exception.
+        """
+        if not self.built:
             raise Skipped("there is no model: see the checks above")
-        return self.built
+        facts, tensors = self._ask({"do": "forward", "train": train, "device": device}, waves)
+        devices: dict[int, str] = {}
+        after = rebuild(facts.get("waves"), tensors, {})
+        if not isinstance(after, list) or not all(isinstance(wave, Tensor) for wave in after):
+            raise BadMessage("an answer lacks the waveforms")
+        return Answer(rebuild(facts.get("result"), tensors, devices), after, devices)
 
-    def run(self, waves: list[Tensor]) -> list[Tensor]:
-        """All hidden states of one forward without gradient, ``[batch, frame, dim]`` each.
+    def run(self, waves: list[Tensor], train: bool = False) -> list[Tensor]:
+        """All hidden states of one forward, ``[batch, frame, dim]`` each.
 
         Raises:
             Skipped: the model's results are not of that kind, which another check says.
         """
-        with torch.no_grad():
-            return states_of(self.model(waves))
+        return states_of(self.forward(waves, train).result)
 
     def rate(self, task: str = "secret") -> int:
         """Samples a frame. Raises Skipped where that is no number."""
-        rate = self.model.get_downsample_rates(task)
-        if not isinstance(rate, int) or rate <= 0:
+        rate, _ = self.rate_or_text(task)
+        if rate is None or rate <= 0:
             raise Skipped("get_downsample_rates gives no frame rate: see rates")
         return rate
+
+    def rate_or_text(self, task: str) -> tuple[int | None, str]:
+        """What get_downsample_rates gives for a task: an int, or None and what it is instead."""
+        if not self.built:
+            raise Skipped("there is no model: see the checks above")
+        facts = self.facts("rate", task=task)
+        rate = facts.get("rate")
+        if rate is not None and type(rate) is not int:
+            raise BadMessage("an answer's frame rate is no int")
+        return rate, f"{text(facts.get('text'))}, a {text(facts.get('type'))}"
+
+    def refused(self, what: str) -> list[str]:
+        """The ``hosts`` or ``packages`` that it has asked for and was refused."""
+        return texts(self.facts("refused").get(what))
+
+    def _ask(self, request: Mapping[str, Any], tensors: Sequence[Tensor] = ()):
+        facts, tensors = self.ask(request, tensors)
+        if "error" in facts:
+            error, kind = text(facts["error"]), text(facts.get("type"))
+            raise PackageError(error, kind, text(facts.get("module", "")))
+        return facts, tensors
 
 
 def states_of(result: Any) -> list[Tensor]:
@@ -105,22 +178,3 @@ def distance(first: Tensor, second: Tensor, of: Callable = torch.max) -> float:
     scale = first.std(unbiased=False).item() or 1.0
     found = (of((first - second).abs()) / scale).item()
     return found if math.isfinite(found) else math.inf
-
-
-def told(error: BaseException, folder: Path) -> str:
-    """An exception of the package as one line, with the place in its own code."""
-    first = (str(error).strip().splitlines() or [""])[0][:300]
-    line = f"{type(error).__name__}: {first}" if first else type(error).__name__
-    for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        path = Path(frame.filename)
-        if folder in path.parents:
-            return f"{line} ({path.relative_to(folder)} line {frame.lineno})"
-    return line
-
-
-def import_expert(folder: Path) -> type:
-    """``UpstreamExpert`` as s3prl's Runner imports it: the folder at the end of the path."""
-    sys.path.append(str(folder))
-    from expert import UpstreamExpert
-
-    return UpstreamExpert

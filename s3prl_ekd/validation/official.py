@@ -2,79 +2,77 @@
 
 from __future__ import annotations
 
-import sys
 import time
 
-import torch
-from torch import nn
+from torch import Tensor
 
-from .model import SECONDS, TASKS, Package, check_frames, import_expert, noise, told
+from .messages import text, texts, type_name
+from .model import TASKS, Package, PackageError, check_frames
 from .outcome import Failed, Skipped
 
 
 def weights(package: Package) -> str:
-    try:
-        saved = torch.load(package.checkpoint, map_location="cpu", weights_only=True)
-    except Exception as error:  # of many kinds, for a damaged file
-        lines = [line.strip() for line in str(error).splitlines() if "GLOBAL" in line]
-        what = lines[0] if lines else told(error, package.folder)
-        raise Failed(f"model.pt is not plain data, and nothing is built from it: {what}") from None
-    package.waves = noise(*SECONDS)
-    kind = type(saved).__name__
-    return f"a {kind} with {', '.join(map(str, saved))}" if isinstance(saved, dict) else f"a {kind}"
+    facts = package.facts("weights")
+    if "problem" in facts:
+        raise Failed(
+            f"model.pt is not plain data, and nothing is built from it: {text(facts['problem'])}"
+        )
+    package.weights_read = True
+    kind = f"a {text(facts.get('type'))}"
+    return kind if facts.get("keys") is None else f"{kind} with {', '.join(texts(facts['keys']))}"
 
 
 def import_(package: Package) -> str:
-    if not package.waves:
+    if not package.weights_read:
         raise Skipped("model.pt is not plain data, so nothing of the package is run")
     try:
-        expert = import_expert(package.folder)
-    except ModuleNotFoundError as error:
-        top = (error.name or "").split(".")[0]
-        if top in package.watch.packages:
-            raise Failed(f"it needs {top}: {told(error, package.folder)}") from None
-        hint = f"{top} is not installed here; pip install -r requirements.txt"
-        raise Failed(f"{told(error, package.folder)}; {hint}") from None
-    where = getattr(sys.modules.get("expert"), "__file__", None) or ""
-    if not where.startswith(str(package.folder)):
-        raise Failed(f"another module of the name expert is in the way: {where}")
-    package.expert = expert
-    refused = ", ".join(package.watch.packages)
+        facts = package.facts("import")
+    except PackageError as error:
+        if not error.module:
+            raise
+        if error.module in package.refused("packages"):
+            raise Failed(f"it needs {error.module}: {error}") from None
+        hint = f"{error.module} is not installed here; pip install -r requirements.txt"
+        raise Failed(f"{error}; {hint}") from None
+    file = facts.get("file")
+    if not isinstance(file, str) or not file.startswith(str(package.folder)):
+        raise Failed(f"another module of the name expert is in the way: {text(file)}")
+    package.imported = True
+    refused = ", ".join(package.refused("packages"))
     return f"without {refused}, which it asked for" if refused else "asks for none of them"
 
 
 def build(package: Package) -> str:
-    if package.expert is None:
-        raise Skipped("there is no UpstreamExpert: see import")
     start = time.perf_counter()
-    model = package.expert(ckpt=package.checkpoint)
-    if not isinstance(model, nn.Module):
-        raise Failed(f"UpstreamExpert gives a {type(model).__name__}, no torch.nn.Module")
-    package.built = model.to("cpu").eval()
+    facts = _build(package, {})
+    if facts.get("module") is not True:
+        raise Failed(f"UpstreamExpert gives a {text(facts.get('type'))}, no torch.nn.Module")
     return f"in {time.perf_counter() - start:.1f} s, from a folder elsewhere"
 
 
 def keywords(package: Package) -> str:
-    if package.expert is None:
-        raise Skipped("there is no UpstreamExpert: see import")
     try:
-        model = package.expert(
-            ckpt=package.checkpoint, model_config=None, refresh=False, of_a_later_s3prl=1
-        )
-    except TypeError as error:
-        raise Failed(f"add **kwargs to __init__: {told(error, package.folder)}") from None
-    if package.built is None and isinstance(model, nn.Module):
-        package.built = model.to("cpu").eval()
+        _build(package, {"model_config": None, "refresh": False, "of_a_later_s3prl": 1})
+    except PackageError as error:
+        if error.type == "TypeError":
+            raise Failed(f"add **kwargs to __init__: {error}") from None
+        raise
     return "model_config, refresh and one that there is not"
 
 
+def _build(package: Package, keywords: dict) -> dict:
+    if not package.imported:
+        raise Skipped("there is no UpstreamExpert: see import")
+    facts = package.facts("build", keywords=keywords)
+    package.built = package.built or facts.get("module") is True
+    return facts
+
+
 def forward(package: Package) -> str:
-    model = package.model
-    with torch.no_grad():
-        package.result = model([wave.clone() for wave in package.waves])
+    package.result = package.forward(package.waves).result
     if not isinstance(package.result, dict):
-        raise Failed(f"forward gives a {type(package.result).__name__}, not a dict")
-    return "a dict with " + ", ".join(map(str, package.result))
+        raise Failed(f"forward gives a {type_name(package.result)}, not a dict")
+    return "a dict with " + ", ".join(package.result)
 
 
 def lists(package: Package) -> str:
@@ -85,12 +83,12 @@ def lists(package: Package) -> str:
         states = result.get(task, result["hidden_states"])
         name = task if task in result else "hidden_states"
         if not isinstance(states, list):
-            raise Failed(f"{name} is a {type(states).__name__}, not a list")
+            raise Failed(f"{name} is a {type_name(states)}, not a list")
         if not states:
             raise Failed(f"{name} is an empty list")
         for i, state in enumerate(states):
-            if not isinstance(state, torch.Tensor):
-                raise Failed(f"{name}[{i}] is a {type(state).__name__}, not a tensor")
+            if not isinstance(state, Tensor):
+                raise Failed(f"{name}[{i}] is a {type_name(state)}, not a tensor")
             if state.dim() != 3:
                 raise Failed(
                     f"{name}[{i}] has {state.dim()} dimensions, {list(state.shape)}; "
@@ -111,9 +109,9 @@ def lists(package: Package) -> str:
 def rates(package: Package) -> str:
     found = {}
     for task in TASKS:
-        rate = package.model.get_downsample_rates(task)
-        if not isinstance(rate, int) or isinstance(rate, bool):
-            raise Failed(f"for {task} it gives {rate!r}, a {type(rate).__name__}; an int is needed")
+        rate, what = package.rate_or_text(task)
+        if rate is None:
+            raise Failed(f"for {task} it gives {what}; an int is needed")
         if rate <= 0:
             raise Failed(f"for {task} it gives {rate}")
         found[rate] = task
@@ -127,7 +125,7 @@ def frames(package: Package) -> str:
         states = result.get(task, result.get("hidden_states"))
         if not isinstance(states, (list, tuple)) or not states:
             raise Skipped("there is no list of hidden states: see lists")
-        if not isinstance(states[0], torch.Tensor) or states[0].dim() < 2:
+        if not isinstance(states[0], Tensor) or states[0].dim() < 2:
             raise Skipped("hidden states have no frames: see lists")
         check_frames(states[0].shape[1], samples, package.rate(task))
     return f"{states[0].shape[1]} for {samples} samples"
