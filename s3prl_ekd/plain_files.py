@@ -72,6 +72,26 @@ def download_problem(path: str | Path) -> str:
     return ""
 
 
+def check_inside(path: Path, folder: Path, what: str, error: type[EkdError]) -> None:
+    """Refuse a path whose links lead out of a folder that others may have written: its contents are
+    about to be given away. Links within the folder are followed.
+
+    Args:
+        path: below ``folder``.
+        folder: may be a link itself.
+        what: the noun for messages.
+        error: what is raised.
+    """
+    place, home = folder, folder.resolve()
+    for part in path.relative_to(folder).parts:
+        place = place / part
+        if place.is_symlink() and not place.resolve().is_relative_to(home):
+            raise error(
+                f"cannot take the {what} {path}: {place} is a link to {place.resolve()}, which is "
+                f"not in {folder}; put the file itself there if it is to be given away"
+            )
+
+
 def read_text(
     path: str | Path, what: str, error: type[EkdError], limit: int = MAX_TEXT, utf8: str = "utf-8"
 ) -> str:

@@ -1,5 +1,6 @@
 """predict.zip: the layout of s3prl's submit.py, written here by hand."""
 
+import os
 import zipfile
 
 import pytest
@@ -149,3 +150,38 @@ def test_mistakes(tmp_path, capsys):
     write_run(tmp_path / "cut", "s", "pr", {"a": ("x", "x")}, finished=False)
     assert "no run is finished there" in fails(capsys, tmp_path / "cut", "-o", tmp_path / "q.zip")
     assert "lacks sid" in fails(capsys, root / "student" / "pr", "-o", tmp_path / "q.zip")
+
+
+def test_links_out_of_a_run_are_not_packed(tmp_path, capsys):
+    """Whether the file, or the folder that it lies in, leads there; links within are followed."""
+    root, out, secret = tmp_path / "superb", tmp_path / "p.zip", tmp_path / "secret"
+    path = write_all(root)["predict/sid_public/predict.txt"]
+    secret.mkdir()
+    (secret / path.name).write_text("a token\n")
+    path.rename(path.with_name("kept.txt"))
+    path.symlink_to(secret / path.name)
+    said = fails(capsys, root, "-o", out)
+    assert str(path) in said and str(secret / path.name) in said
+    path.unlink()
+    path.with_name("second").symlink_to(path.with_name("first"))
+    path.with_name("first").symlink_to(secret, target_is_directory=True)
+    record = path.with_name("superb.json")
+    record.write_text(record.read_text().replace('"clean": "."', '"clean": "second"'))
+    said = fails(capsys, root, "-o", out)
+    assert str(path.with_name("second")) in said and str(secret) in said
+    assert not out.exists()
+    record.write_text(record.read_text().replace('"clean": "second"', '"clean": "."'))
+    path.symlink_to("kept.txt")
+    (tmp_path / "link").symlink_to(root, target_is_directory=True)  # the user's own, as typed
+    assert pack(tmp_path / "link", "-o", out) == 0
+    with zipfile.ZipFile(out) as archive:
+        kept = path.with_name("kept.txt").read_bytes()
+        assert archive.read("predict/sid_public/predict.txt") == kept
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes here")
+def test_a_named_pipe_is_not_waited_for(tmp_path, capsys):
+    path = write_all(tmp_path / "superb")["predict/sid_public/predict.txt"]
+    path.unlink()
+    os.mkfifo(path)
+    assert path.name in fails(capsys, tmp_path / "superb", "-o", tmp_path / "p.zip")

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import BinaryIO
 
 from ..errors import DataError
+from ..plain_files import check_inside, check_regular
 from .records import Run
 from .results import Selection
 from .tasks import TASKS
@@ -55,7 +56,8 @@ def write_archive(runs: Mapping[tuple[str, str | None], Run], file: BinaryIO) ->
         The names of its files.
 
     Raises:
-        DataError: a run has no predictions of the clean test set.
+        DataError: a run has no predictions of the clean test set, or they are a link out of its
+            folder.
     """
     contents = {MEMBERS[key]: _predictions(run) for key, run in runs.items()}
     names = []
@@ -73,6 +75,8 @@ def _predictions(run: Run) -> bytes:
     if "clean" not in run.tested:
         raise DataError(f"{run.folder} was not tested on clean speech; evaluate it again")
     path, _ = run.files("clean")
+    check_regular(path, "predictions", DataError)
+    check_inside(path, run.folder, "predictions", DataError)
     try:
         data = path.read_bytes()
     except OSError as error:
