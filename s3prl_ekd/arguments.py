@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .errors import CheckpointError, SetupError
-from .overrides import argument_overrides
+from .overrides import argument_overrides, escape_equals
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +71,18 @@ def without(argv: Sequence[str], *pairs: tuple[str, str]) -> list[str]:
 def override_text(args: argparse.Namespace) -> str | None:
     """What ``-o`` says; None where nothing is overridden (s3prl takes "None" for that too)."""
     return args.o if args.o and args.o.lower() != "none" else None
+
+
+def with_plain_overrides(argv: Sequence[str]) -> list[str]:
+    """``argv`` with ``=`` signs in the values of ``-o`` written so that s3prl's script takes them.
+
+    Raises:
+        ConfigError: ``-o`` is not of the form that is expected.
+    """
+    text = override_text(options(argv, "o"))
+    if text is None or text.count("=") == text.count(",,") + 1:
+        return list(argv)
+    return [*without(argv, ("-o", "--override")), "-o", escape_equals(text)]
 
 
 def run_folder(args: argparse.Namespace, root: str) -> Path | None:

@@ -23,6 +23,7 @@ from .arguments import (
     resume_from,
     run_folder,
     with_device,
+    with_plain_overrides,
     without,
     write_folder,
 )
@@ -63,6 +64,7 @@ def prepare_downstream(argv: list[str]) -> list[str]:
     ]
     noise, argv = noisy_run.split_arguments(trust.take(argv))
     cache, argv = cache_arguments.split_arguments(argv)
+    argv = with_plain_overrides(argv)
     no_eval.guard()
     trust.restrict_torch()
     args = options(argv, "mtoeicdvuknpas", flags="a", long=("device", "local_rank"))

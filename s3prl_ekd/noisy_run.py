@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import SetupError
+from .overrides import literal
 
 logger = logging.getLogger(__name__)
 
@@ -105,11 +106,6 @@ def with_folder(argv: Sequence[str], test: NoisyTest, expdir: Path, override: st
     make_folder(folder)
     text = ",,".join([*options, f"args.expdir={literal(str(folder))}"])
     return [*without(argv, ("-o", "--override")), "-o", text]
-
-
-def literal(text: str) -> str:
-    """``text`` as s3prl's ``-o`` takes it: a Python literal without ``=`` or a comma in it."""
-    return repr(text).replace("=", r"\x3d").replace(",", r"\x2c")
 
 
 def noisy(runner: type, test: NoisyTest) -> type:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import re
+import shlex
 from typing import Any
 
 from .errors import ConfigError
 from .no_eval import read_value
 
 _CODE = re.compile(r"""[()\[\]{}'"`]""")
+_SHELL = re.compile(r"""["$`\\!]""")  # what a shell changes between double quotes
 
 
 def apply_overrides(data: dict, overrides: str) -> dict:
@@ -25,10 +27,9 @@ def apply_overrides(data: dict, overrides: str) -> dict:
     data = copy.deepcopy(data)
     for option in overrides.split(",,"):
         key, equals, text = option.strip().partition("=")
-        if not equals or "=" in text:
+        if not equals:
             raise ConfigError(
-                f"-o {option.strip()!r}: write config.KEY.KEY=VALUE, several joined by ,, "
-                "(s3prl allows no other = sign)"
+                f"-o {option.strip()!r}: write config.KEY.KEY=VALUE, several joined by ,,"
             )
         first, *path = key.strip().split(".")
         if first not in ("args", "config"):
@@ -37,6 +38,11 @@ def apply_overrides(data: dict, overrides: str) -> dict:
         try:
             value = read_value(value)
         except ValueError:
+            if "=" in value:  # most often a single comma between two settings
+                raise ConfigError(
+                    f"-o {option.strip()!r}: write config.KEY.KEY=VALUE, several joined by ,,; a "
+                    "value with an = sign needs quotes"
+                ) from None
             if _CODE.search(value):
                 raise ConfigError(
                     f"-o {key.strip()!r}: {value[:60]!r} is no plain value; write a number, a list "
@@ -72,3 +78,32 @@ def overridden(overrides: str | None) -> frozenset[str]:
     options = (overrides or "").split(",,")
     keys = (option.partition("=")[0].strip() for option in options)
     return frozenset(key.removeprefix("config.") for key in keys if key.startswith("config."))
+
+
+def literal(value: Any) -> str:
+    """A plain value as s3prl's ``-o`` takes it: without a further ``=`` sign or comma in a text."""
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(literal, value))}]"
+    return repr(value).replace("=", r"\x3d").replace(",", r"\x2c")
+
+
+def escape_equals(overrides: str) -> str:
+    """``-o`` as s3prl's own script splits it, which allows one ``=`` sign in an option.
+
+    Raises:
+        ConfigError: as :func:`apply_overrides`.
+    """
+    apply_overrides({}, overrides)
+    options = []
+    for option in overrides.split(",,"):
+        key, _, text = option.partition("=")
+        if "=" in text:
+            text = repr(read_value(text.strip())).replace("=", r"\x3d")
+        options.append(f"{key}={text}")
+    return ",,".join(options)
+
+
+def typed(key: str, value: Any) -> str:
+    """``-o "config.KEY=VALUE"``, to be typed in a shell."""
+    text = f"config.{key}={literal(value)}"
+    return f"-o {shlex.quote(text)}" if _SHELL.search(text) else f'-o "{text}"'

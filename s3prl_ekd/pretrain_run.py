@@ -23,6 +23,7 @@ from .arguments import (
     resume_from,
     run_folder,
     with_device,
+    with_plain_overrides,
     without,
     write_folder,
 )
@@ -54,7 +55,7 @@ def prepare(argv: list[str]) -> list[str]:
     Raises:
         EkdError: one sentence for what the user can mend, before anything heavy is loaded.
     """
-    argv = trust.take(argv)
+    argv = with_plain_overrides(trust.take(argv))
     no_eval.guard()
     trust.restrict_torch()
     args = options(argv, "euncgpoa", flags="a", long=("device", "multi_gpu"))

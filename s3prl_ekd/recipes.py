@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import io
 import logging
+import shlex
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -111,7 +112,7 @@ class State:
 
 def init_command(folder: Path) -> str:
     """What writes the configs and dictionaries into ``folder``."""
-    return f"s3prl-ekd init {folder}"
+    return f"s3prl-ekd init {shlex.quote(str(folder))}"
 
 
 def check_modules(names: tuple[str, ...]) -> list[Problem]:

@@ -1,5 +1,6 @@
 """Configs: every shipped YAML is valid, and each mistake is one sentence with its YAML path."""
 
+import shlex
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from s3prl_ekd.config import (
     overridden,
 )
 from s3prl_ekd.errors import ConfigError
+from s3prl_ekd.overrides import escape_equals, typed
 from s3prl_ekd.schema import plain, read_yaml
 
 CONFIGS = Path(__file__).parent.parent / "pretrain_configs"
@@ -279,7 +281,28 @@ def test_the_keys_that_are_overridden():
     assert overridden(None) == overridden("") == frozenset()
 
 
-@pytest.mark.parametrize("text", ["total_steps=3", "config.a", "config.a=b=c"])
+@pytest.mark.parametrize(
+    "value", ["a=b", "/data/lr=1e-4/x", "it's = 1", 'q"=\\', ["a=b", "c,d=$e"], ("=", 1)]
+)
+def test_values_with_equals_signs(value):
+    """In quotes they are read as they are; s3prl's script gets them in its own notation, and what
+    we print can be typed in a shell."""
+    from argparse import Namespace
+
+    from s3prl.utility.helper import override
+
+    text = f"config.a.b=1,, config.c={value!r}"
+    theirs = {}
+    override(escape_equals(text), Namespace(), theirs)
+    assert apply_overrides({}, text) == theirs == {"a": {"b": 1}, "c": value}
+    _, word = shlex.split(typed("c", value))
+    override(word, Namespace(), printed := {})
+    assert list(printed["c"]) == list(value)
+
+
+@pytest.mark.parametrize(
+    "text", ["total_steps=3", "config.a", "config.a=b=c", "config.a=1,config.b=2"]
+)
 def test_an_override_that_s3prl_could_not_read(text):
     with pytest.raises(ConfigError, match="-o"):
         apply_overrides(RUNNER, text)

@@ -7,8 +7,10 @@ import sys
 
 import pytest
 import torch
+from s3prl.utility.helper import override
 
 from s3prl_ekd import cli
+from s3prl_ekd.arguments import with_plain_overrides
 from s3prl_ekd.errors import DataError, SetupError
 from s3prl_ekd.evaluate import superb, superb_plan
 from s3prl_ekd.evaluate.probe import check_outputs
@@ -56,6 +58,42 @@ def test_the_names_of_upstreams(tmp_path, monkeypatch):
     for wrong in ("nothing.pt", "a=hubert_local:nothing.pt", "../x=student.pt", ".x=student.pt"):
         with pytest.raises(SetupError):
             parse_upstream(wrong)
+
+
+@pytest.mark.parametrize("path", ["runs/lr=1e-4/student.pt", "epoch=3.ckpt", "a=b=c d.pt"])
+def test_paths_with_equals_signs(tmp_path, monkeypatch, path):
+    """A file that is there is meant whole, and the first sign ends a name only if there is one."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / path).touch()
+    name = parse_upstream(path).name
+    assert "=" not in name and parse_upstream(path) == Upstream(name, "ekd_student", path)
+    assert parse_upstream(f"mine={path}") == Upstream("mine", "ekd_student", path)
+    assert parse_upstream(f"hubert_local:{path}").checkpoint == path
+    teacher = parse_upstream(f"teacher=hubert_local:{path}")
+    assert teacher == Upstream("teacher", "hubert_local", path)
+    with pytest.raises(SetupError, match="epoch=4.ckpt"):
+        parse_upstream("epoch=4.ckpt")
+
+
+def test_commands_with_equals_signs(here, tmp_path, capsys):
+    """What is printed can be typed, and `run_downstream.py` reads it as it was meant."""
+    folder = tmp_path / "lr=1e-4 x"
+    folder.mkdir()
+    (folder / "student.pt").touch()
+    recipe = folder / "tiny.yaml"
+    recipe.write_text((here / "downstream/voxceleb1/tiny.yaml").read_text())
+    words = [str(folder / "student.pt"), "--tasks", "sid", "--recipe", str(recipe), "--dry-run"]
+    words += ["--override", "config.a='b=c'", "-o", str(folder / "out")]
+    assert cli.main(["superb", *words]) == 0
+    train = shlex.split(capsys.readouterr().out.splitlines()[0])
+    assert train[train.index("-k") + 1] == str(folder / "student.pt")
+    assert train[train.index("-c") + 1] == str(recipe)
+    assert train[train.index("-p") + 1].startswith(str(folder / "out"))
+    argv = with_plain_overrides(train)
+    config = {}
+    override(argv[argv.index("-o") + 1], None, config)
+    assert config["a"] == "b=c" and config["optimizer"]["lr"]
 
 
 def test_a_checkpoint_counts_by_its_contents(tmp_path):

@@ -19,9 +19,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import logging
+import shlex
 from pathlib import Path
 
 from ..errors import ConfigError, SetupError
+from ..overrides import typed
 
 logger = logging.getLogger(__name__)
 
@@ -151,10 +153,10 @@ def _build(args, settings, data, rows, teachers, aggregate, index) -> int:
     _say_distances(args, settings, data, tell, device)
     files = ""
     if (args.config, args.upstream_config) != (RUNNER, MODEL):
-        files = f" -c {args.config} -g {args.upstream_config}"
+        files = " " + shlex.join(["-c", str(args.config), "-g", str(args.upstream_config)])
     print(
         f"train with: run_pretrain.py -u ekd -n NAME{files} "
-        f"-o \"config.pretrain_expert.datarc.target_cache='{args.output}'\""
+        + typed("pretrain_expert.datarc.target_cache", str(args.output))
     )
     return 0
 

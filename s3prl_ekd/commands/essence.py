@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -112,7 +113,9 @@ def main(args: argparse.Namespace) -> int:
         return 130
     best = Path(done.expdir) / "dev-clean-best.ckpt"
     path = checkpoint_in(best if best.is_file() else Path(done.expdir))
-    print(f"\ndone; next:\n  run_downstream.py -m evaluate -t test-clean -e {path}")
+    print(
+        f"\ndone; next:\n  run_downstream.py -m evaluate -t test-clean -e {shlex.quote(str(path))}"
+    )
     return 0
 
 

@@ -41,5 +41,5 @@ def main(args: argparse.Namespace) -> int:
     print(f"{path} -> {args.output} ({size / 1e6:.1f} MB)")
     print(f"{count:,} parameters, prediction heads left out")
     print(f"hidden states equal the student's: largest difference {error:.1e} on a padded batch")
-    print(f'next: transformers.AutoModel.from_pretrained("{args.output}")')
+    print(f"next: transformers.AutoModel.from_pretrained({str(args.output)!r})")
     return 0

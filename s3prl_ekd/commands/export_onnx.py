@@ -72,7 +72,7 @@ def main(args: argparse.Namespace) -> int:
             f"last layer {alone:.1e} (noise of 3 s), {batch:.1e} (padded batch of 0.1, 1 and 3 s)"
         )
     print(
-        f'next: onnxruntime.InferenceSession("{args.output}").run(None, '
+        f"next: onnxruntime.InferenceSession({str(args.output)!r}).run(None, "
         '{"waves": ..., "lengths": ...})'
     )
     return 0

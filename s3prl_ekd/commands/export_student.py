@@ -15,6 +15,7 @@ example:
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 
 from ..errors import CheckpointError
@@ -48,7 +49,8 @@ def main(args: argparse.Namespace) -> int:
     step = loaded.about.get("step")
     print(f"{path}{f' (step {step})' if step is not None else ''} -> {args.output}")
     print(f"{count:,} parameters, heads {'kept' if keep else 'dropped'}")
-    print(f"next: run_downstream.py -m train -u ekd_student -k {args.output} -d asr -n my_asr")
+    path = shlex.quote(str(args.output))
+    print(f"next: run_downstream.py -m train -u ekd_student -k {path} -d asr -n my_asr")
     return 0
 
 

@@ -14,6 +14,7 @@ example:
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 
 from ..errors import CheckpointError
@@ -61,7 +62,7 @@ def main(args: argparse.Namespace) -> int:
     print(f"{path} -> {args.output}, heads {'kept' if keep else 'dropped'}")
     print_cost(cost)
     print(f"hidden states equal the student's: largest difference {error:.1e} on a padded batch")
-    print(f"next: s3prl-ekd validate {args.output}")
+    print(f"next: s3prl-ekd validate {shlex.quote(str(args.output))}")
     return 0
 
 

@@ -95,7 +95,7 @@ def main(args: argparse.Namespace) -> int:
         print(f"left out: {len(written.bad)} files that cannot be used; all of them: {skipped}")
         for _, why in written.bad[:_SHOWN]:
             print(f"  {why}")
-    print(f'next: safetensors.safe_open("{args.output}", "pt").keys()')
+    print(f"next: safetensors.safe_open({str(args.output)!r}, 'pt').keys()")
     return 0
 
 

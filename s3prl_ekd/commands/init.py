@@ -14,6 +14,7 @@ example:
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from ..corpora import Corpora, absolute, other_values
@@ -78,7 +79,7 @@ def main(args) -> int:
 
 
 def _next(folder: Path, corpora: Corpora) -> str:
-    here = "" if folder.resolve() == Path.cwd() else f"cd {folder}, then "
+    here = "" if folder.resolve() == Path.cwd() else f"cd {shlex.quote(str(folder))}, then "
     run = "run_pretrain.py -u ekd -n my_student"
     if not corpora:
         what = "edit libri_root, file_path and sets in pretrain/ekd/config_runner.yaml and type:"

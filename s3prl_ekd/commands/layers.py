@@ -14,6 +14,7 @@ example:
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -93,7 +94,7 @@ def main(args: argparse.Namespace) -> int:
     except OSError as error:
         raise SetupError(f"cannot write {args.output}: {error.strerror}") from None
     print(f"wrote {args.output} and {picture}")
-    print(f"next: run_pretrain.py -u ekd -g {args.output} -n my_student")
+    print(f"next: run_pretrain.py -u ekd -g {shlex.quote(str(args.output))} -n my_student")
     return 0
 
 

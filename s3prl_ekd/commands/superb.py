@@ -5,7 +5,8 @@ What is finished is kept and what was cut goes on, so the same command may be gi
 over all its folds; of several learning rates the one that is best on dev counts.
 
 An UPSTREAM is a student file (student.safetensors), a name of s3prl's hub (fbank), or either with a
-name of its own: mine=student.safetensors, teacher=hubert_local:teachers/hubert.pt.
+name of its own: mine=student.safetensors, teacher=hubert_local:teachers/hubert.pt. A path may have
+= signs.
 
 example:
   s3prl-ekd superb student.safetensors fbank_no_cmvn --recipes tiny
@@ -18,6 +19,7 @@ example:
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 from ..errors import SetupError
@@ -108,7 +110,7 @@ def main(args) -> int:
             f"{len(failed)} of {len(runs)} runs failed; give the same command again once it is "
             f"mended:\n{reasons}"
         )
-    print(f"{len(runs)} runs finished; next: s3prl-ekd report {args.output}")
+    print(f"{len(runs)} runs finished; next: s3prl-ekd report {shlex.quote(str(args.output))}")
     return 0
 
 
@@ -193,6 +195,8 @@ def _by_task(option: str, given: list[str], tasks) -> dict[str, str]:
         name, equals, value = text.partition("=")
         if equals and name in TASKS:
             found[name] = value
+        elif option == "--recipe" and Path(text).is_file():  # its path may have = signs
+            found.update({task.name: text for task in tasks})
         elif not equals or (option == "--override" and "." in name):
             found.update({task.name: text for task in tasks})
         else:

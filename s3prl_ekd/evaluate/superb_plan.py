@@ -26,6 +26,7 @@ from .noise import condition_name, find_noises
 from .tasks import Task
 
 CLEAN = "clean"
+_NAME = r"[\w.-]+"  # of an upstream, and of its folder
 
 
 @dataclass(frozen=True)
@@ -69,27 +70,37 @@ def _digest(facts: Any) -> str:
 def parse_upstream(text: str, selection: str = "hidden_states") -> Upstream:
     """``student.pt``, ``fbank``, ``NAME=student.pt``, ``NAME=HUB`` or ``NAME=HUB:CHECKPOINT``.
 
+    Paths may have ``=`` signs: a file that is there is meant whole, and what stands before the
+    first sign is a name only if it can be one. A name taken from a file has ``-`` in the place of
+    what a name cannot have.
+
     Raises:
         SetupError: a file that is not there, or a name that cannot be a folder's.
     """
-    name, _, what = text.rpartition("=")
+    name, equals, what = text.partition("=")
+    if not equals or Path(text).is_file() or not re.fullmatch(_NAME, name):
+        name, what = "", text
     hub, colon, checkpoint = what.partition(":")
     if Path(what).is_file():
-        chosen = Upstream(name or Path(what).stem, "ekd_student", what, selection)
+        chosen = Upstream(name or _named_after(what), "ekd_student", what, selection)
     elif colon and not what.startswith(("http://", "https://")):
         if not Path(checkpoint).exists():
             raise SetupError(f"{text}: there is no such file: {checkpoint}")
-        chosen = Upstream(name or f"{hub}-{Path(checkpoint).stem}", hub, checkpoint)
+        chosen = Upstream(name or f"{hub}-{_named_after(checkpoint)}", hub, checkpoint)
     elif re.fullmatch(r"\w+", what):
         chosen = Upstream(name or what, what)
     else:
         raise SetupError(
-            f"{what}: there is no such file; an upstream is a student file, a name of s3prl's hub, "
+            f"{text}: there is no such file; an upstream is a student file, a name of s3prl's hub, "
             "NAME=student.pt or NAME=HUB:CHECKPOINT"
         )
-    if not re.fullmatch(r"[\w.-]+", chosen.name) or chosen.name.startswith("."):
+    if not re.fullmatch(_NAME, chosen.name) or chosen.name.startswith("."):
         raise SetupError(f"{text}: the name {chosen.name!r} may have letters, digits, _ - and .")
     return chosen
+
+
+def _named_after(path: str) -> str:
+    return re.sub(r"[^\w.-]", "-", Path(path).stem)
 
 
 @dataclass(frozen=True)

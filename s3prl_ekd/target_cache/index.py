@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shlex
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -167,7 +168,7 @@ def checked_records(folder: Path, index: Index) -> np.ndarray:
             done = min(len(read_records(folder)), len(index.utterances))
         raise DataError(
             f"the target cache {folder} is not complete: {done} of {len(index.utterances)} "
-            f"utterances are done; go on building it with: {BUILD} {folder}"
+            f"utterances are done; go on building it with: {BUILD} {shlex.quote(str(folder))}"
         )
     count = len(index.utterances)
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -141,7 +142,7 @@ class TargetReader:
             raise DataError(
                 f"the target cache is damaged: in {self.folder / TARGETS} the targets of "
                 f"{self.index.utterances[row]} have changed since they were written; build it anew "
-                f"with --force: {BUILD} {self.folder} --force"
+                f"with --force: {BUILD} {shlex.quote(str(self.folder))} --force"
             )
         self._seen[row] = True
 

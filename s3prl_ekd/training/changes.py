@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .. import overrides
 from ..errors import CheckpointError, DataError
 
 DATA = "pretrain_expert.datarc"
@@ -97,7 +98,7 @@ def check_tables(
         raise DataError(
             f"the contents of the corpus tables have changed since the checkpoint was written: "
             f"{tables}; put the old ones back, or go on with the new ones, in a new pass over the "
-            f'data, by naming them: -o "config.{SETS}={list(now)}"'
+            f"data, by naming them: {overrides.typed(SETS, list(now))}"
         )
 
 

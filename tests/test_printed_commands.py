@@ -1,0 +1,53 @@
+"""What a command prints to be typed next can be typed, whatever its paths are called."""
+
+import shlex
+
+import pytest
+import torch
+
+from s3prl_ekd import cli
+from s3prl_ekd.commands.init import _next
+from s3prl_ekd.corpora import Corpora
+from s3prl_ekd.distill.settings import StudentSettings
+from s3prl_ekd.distill.student import Student
+from s3prl_ekd.export.student_file import LoadedStudent, write_student
+from s3prl_ekd.recipes import init_command
+
+from .conftest import STUDENT
+
+AWKWARD = "it's lr=1e-4; $HOME"
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory):
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("a folder") / "student.pt"
+    write_student(LoadedStudent(Student(StudentSettings(**STUDENT)).eval(), None, {}, {}), path)
+    return path
+
+
+def next_words(capsys) -> list[str]:
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("next: ")]
+    (line,) = lines
+    return shlex.split(line.removeprefix("next: "))
+
+
+@pytest.mark.parametrize("kind", ["student", "superb"])
+def test_after_an_export(student, tmp_path, capsys, kind):
+    out = tmp_path / AWKWARD
+    assert cli.main(["export", kind, str(student), "-o", str(out)]) == 0
+    assert str(out) in next_words(capsys)
+
+
+def test_python_after_an_export(student, tmp_path, capsys):
+    out = tmp_path / 'a"b'
+    assert cli.main(["export", "hf", str(student), "-o", str(out)]) == 0
+    (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("next: ")]
+    assert f"({str(out)!r})" in line
+
+
+def test_after_init(tmp_path):
+    folder = tmp_path / AWKWARD
+    first = _next(folder, Corpora(None, None, None, [])).partition(", then")[0]
+    assert shlex.split(first.removeprefix("next: ")) == ["cd", str(folder)]
+    assert shlex.split(init_command(folder))[-1] == str(folder)
