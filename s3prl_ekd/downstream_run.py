@@ -32,6 +32,7 @@ from .checkpoint_args import replaced_arguments, say_moved
 from .checkpoints import read_run, run_checkpoints
 from .compat import checkpoint_globals
 from .config import apply_overrides
+from .corpus_check import check_corpus
 from .errors import CheckpointError, ConfigError, SetupError
 from .evaluated import check_names
 from .feature_cache import arguments as cache_arguments
@@ -87,8 +88,7 @@ def prepare_downstream(argv: list[str]) -> list[str]:
         argv = without(argv, ("-e", "--past_exp"), ("-a", "--auto_resume"))
         argv += ["-e", str(resume)]
     elif args.m is not None:
-        _check_new(args)
-        _check_upstream(args.u, args.k, _model_config(argv))
+        _check_new(args, _model_config(argv))
     if noise is not None:
         argv = noisy_run.with_folder(argv, noise, folder, override_text(args)) + noise.words
     if cache is not None:
@@ -253,11 +253,15 @@ def _check_run(path: Path, folder: Path, override: str | None, split: str | None
     config = apply_overrides(states["Config"], override) if override else states["Config"]
     check_names(config, f"the config in {path}")
     check_splits(getattr(args, "downstream", None), config, f"the config in {path}", split)
-    check_fold(getattr(args, "downstream_variant", None), f"-e {path}: downstream_variant")
+    fold = getattr(args, "downstream_variant", None)
+    check_fold(fold, f"-e {path}: downstream_variant")
+    check_corpus(
+        getattr(args, "downstream", None), config, f"the config in {path}", split, fold=fold
+    )
 
 
-def _check_new(args: argparse.Namespace) -> None:
-    """The recipe's YAML, with ``-o`` put in, and the paths that it names.
+def _check_new(args: argparse.Namespace, model_config: str | None) -> None:
+    """The recipe's YAML, with ``-o`` put in, and the paths that it names; the upstream's files.
 
     Raises:
         SetupError: an argument is missing.
@@ -286,4 +290,6 @@ def _check_new(args: argparse.Namespace) -> None:
                 f"{path}: {key} is {missing}, which is not there; edit it or add "
                 f"-o \"config.{key}='PATH'\""
             )
+    _check_upstream(args.u, args.k, model_config)
+    check_corpus(args.d, config, path, _asked_split(args), fold=args.v)
     make_folder(folder)

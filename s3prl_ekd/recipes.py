@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from . import voxceleb1_cache
+from .corpus_check import check_corpus
 from .errors import ConfigError, SetupError
 from .plain_files import read_text
 from .plugin import provide_ctc_corpus
@@ -148,6 +149,11 @@ def check_recipe(recipe: Recipe, folder: Path) -> State:
     for key, path in missing_paths(config, recipe.data, folder):
         state.note = f"set the corpus: -o \"config.{key}='...'\" (now {path}, not there)"
         break
+    else:
+        try:
+            check_corpus(recipe.downstream, config, recipe.config, folder=folder)
+        except ConfigError as error:
+            state.note = str(error)
     return state
 
 

@@ -198,6 +198,12 @@ def test_downstream_without_student_or_corpus(tmp_path):
     (tmp_path / "bad.pt").write_bytes(b"x")
     here = "config.downstream_expert.datarc.libri_root='.'"
     here += ",,config.downstream_expert.datarc.bucket_file='.'"
+    for name in ("train-clean-100", "dev-clean"):
+        folder = tmp_path / name / "1/2"
+        folder.mkdir(parents=True)
+        for file in ("1-2-0.flac", "1-2.trans.txt"):
+            (folder / file).touch()
+        (tmp_path / f"{name}.csv").write_text(f"file_path,length\n{name}/1/2/1-2-0.flac,1\n")
     for more, said in (
         (("-k", "none.pt"), "-k none.pt: there is no such file"),
         (

@@ -24,6 +24,8 @@ ASR_YAML = """\
 downstream_expert:
   datarc:
     libri_root: corpus
+    bucket_file: corpus
+    train: [words]
     dict_path: ./downstream/asr/char.dict
 """
 CTC_YAML = """\
@@ -169,7 +171,11 @@ def test_asr_is_ready_once_its_files_are_there(tmp_path):
     assert "libri_root" in state.note and "corpus" in state.note
 
     write(tmp_path / "downstream/asr/char.dict", "E 1\n")
-    (tmp_path / "corpus").mkdir()
+    write(tmp_path / "corpus/words.csv", "file_path,length\nwords/1/2/1-2-0.flac,1\n")
+    write(tmp_path / "corpus/words/1/2/1-2.trans.txt")
+    state = recipes.check_recipe(asr, tmp_path)
+    assert state.ready and "1-2-0.flac" in state.note
+    write(tmp_path / "corpus/words/1/2/1-2-0.flac")
     state = recipes.check_recipe(asr, tmp_path)
     assert state.ready and state.note == ""
 

@@ -96,6 +96,13 @@ def test_a_run_that_goes_on_looks_too(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     args = Namespace(expdir="x", downstream="emotion", upstream="fbank", upstream_ckpt=None)
     config = recipe("emotion/tiny.yaml")
+    tables = tmp_path / "data/er/meta_data/Session1"
+    for folder in (tmp_path / "data/er/audio", tables):
+        folder.mkdir(parents=True)
+    (tmp_path / "data/er/audio/a.wav").touch()
+    for name in ("train", "test"):
+        text = '{"labels": {"sad": 0}, "meta_data": [{"path": "a.wav", "label": "sad"}]}'
+        (tables / f"{name}_meta_data.json").write_text(text)
     states = {"Args": args, "Config": config, "Step": 1, "Downstream": {}, "Optimizer": {}}
     torch.save(states, "good.ckpt")
     config["runner"]["train_dataloader"] = DANGER

@@ -15,6 +15,7 @@ from typing import Any
 
 from .. import trust, zoo
 from ..config import apply_overrides
+from ..corpus_check import check_corpus
 from ..data.emotion import natural
 from ..data.layout import PREPARED
 from ..digest import file_sha256
@@ -122,13 +123,25 @@ class Recipe:
         return next(known for known in RECIPES if known.downstream == self.task.downstream)
 
     def check(self, folder: Path) -> None:
-        """Raise ConfigError where a file or a folder that the recipe names is not there."""
+        """Raise ConfigError where a file or a folder that the recipe names is not there, or a
+        folder has not the files that the recipe's lists name."""
         config = self.config
         for key, missing in missing_paths(config, self._paths.files + self._paths.data, folder):
             raise ConfigError(
                 f"{self.path}: {key} is {missing}, which is not there; edit it, prepare the data "
                 f"(s3prl-ekd prepare {self.task.name} -h), or leave {self.task.name} out of --tasks"
             )
+        try:
+            folds = self.folds()
+        except ConfigError:  # the check may know where they are
+            check_corpus(self.task.downstream, config, self.path, folder=folder)
+            raise
+        for fold in folds:
+            if fold is not None:
+                config = apply_overrides(
+                    config, f"config.downstream_expert.datarc.test_fold={fold!r}"
+                )
+            check_corpus(self.task.downstream, config, self.path, folder=folder)
 
     def data_digests(self, folder: Path) -> list[str]:
         """Of the tables that ``s3prl-ekd prepare`` left in the data folders; of data in its own

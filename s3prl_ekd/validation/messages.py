@@ -16,7 +16,7 @@ from torch import Tensor
 
 MAX_JSON = 1 << 20  # bytes of a message's JSON
 MAX_NUMBERS = 1 << 28  # in a message's tensors: 1 GiB of float32
-MAX_TEXT = 300  # characters of a text that is shown
+MAX_TEXT = 500  # characters of a text that is shown
 _DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (

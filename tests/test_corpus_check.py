@@ -1,0 +1,211 @@
+"""A recipe's wrong corpus folder is one sentence before anything starts; it names the right one."""
+
+import json
+import shutil
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from s3prl_ekd.corpus_check import check_corpus
+from s3prl_ekd.downstream_run import prepare_downstream
+from s3prl_ekd.errors import ConfigError
+from s3prl_ekd.evaluate.superb_plan import Recipe
+from s3prl_ekd.evaluate.tasks import TASKS
+from s3prl_ekd.recipes import RECIPES, check_recipe
+from s3prl_ekd.workspace import write_workspace
+
+# Of each recipe: where its corpus is, and each key that names a folder or a file of it.
+KEYS = {
+    "voxceleb1": {"datarc.file_path": "vox/x", "datarc.meta_data": "lists/split.txt"},
+    "emotion": {"datarc.root": "iemo/x", "datarc.meta_data": "iemo/meta"},
+    "asr": {"datarc.libri_root": "libri/x", "datarc.bucket_file": "tables/x"},
+    "ctc": {"corpus.path": "libri/x", "corpus.lexicon": "lists/lexicon.txt"},
+}
+FOLDERS = [
+    ("voxceleb1", "datarc.file_path"),
+    ("emotion", "datarc.root"),
+    ("emotion", "datarc.meta_data"),
+    ("asr", "datarc.libri_root"),
+    ("asr", "datarc.bucket_file"),
+    ("ctc", "corpus.path"),
+]
+SETS = ("train-clean-100", "dev-clean", "test-clean")
+
+
+def touch(path: Path, text: str = "") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A working folder with a corpus for each recipe, of files that are never opened."""
+    monkeypatch.chdir(tmp_path)
+    write_workspace(tmp_path)
+    lines = []
+    for i, part in enumerate(("dev", "dev", "test"), start=1):
+        for j in range(7):
+            name = f"id1000{j + 1}/v{i}/0000{i}.wav"
+            touch(tmp_path / f"vox/x/{part}/wav/{name}")
+            lines.append(f"{i} {name}\n")
+    touch(tmp_path / "lists/split.txt", "".join(lines))
+    touch(tmp_path / "lists/lexicon.txt")
+    for session in ("Session1", "Session2"):
+        for table in ("train", "test"):
+            names = [f"{session}/wav/{table}{i}.wav" for i in range(4)]
+            for name in names:
+                touch(tmp_path / f"iemo/x/{name}")
+            content = {"labels": {}, "meta_data": [{"path": name} for name in names]}
+            path = tmp_path / f"iemo/meta/{session}/{table}_meta_data.json"
+            touch(path, json.dumps(content))
+    for name in SETS:
+        rows = ["file_path,length,label"]
+        for speaker in ("1", "2"):
+            folder = tmp_path / f"libri/x/{name}/{speaker}/7"
+            touch(folder / f"{speaker}-7.trans.txt")
+            touch(folder / f"{speaker}-7-0000.flac")
+            rows.append(f"{name}/{speaker}/7/{speaker}-7-0000.flac,1,x")
+        touch(tmp_path / f"tables/x/{name}.csv", "\n".join(rows))
+    return tmp_path
+
+
+def config_of(downstream: str, **changed) -> dict:
+    recipe = next(recipe for recipe in RECIPES if recipe.downstream == downstream)
+    config = yaml.safe_load(Path(recipe.config).read_text())
+    for key, value in {**KEYS[downstream], **changed}.items():
+        section, name = key.split(".")
+        config["downstream_expert"][section][name] = value
+    return config
+
+
+def refuse(downstream: str, config: dict, **options) -> str:
+    with pytest.raises(ConfigError) as stop:
+        check_corpus(downstream, config, "recipe.yaml", **options)
+    assert str(stop.value).startswith("recipe.yaml") and "\n" not in str(stop.value)
+    return str(stop.value)
+
+
+@pytest.mark.parametrize("downstream", KEYS)
+def test_a_corpus_in_its_place(here, downstream):
+    check_corpus(downstream, config_of(downstream), "recipe.yaml")
+    for key, value in KEYS[downstream].items():
+        whole = str(here / value)
+        check_corpus(downstream, config_of(downstream, **{key: whole}), "recipe.yaml")
+
+
+@pytest.mark.parametrize("absolute", [False, True])
+@pytest.mark.parametrize("downstream, key", FOLDERS)
+def test_a_level_too_high_or_too_deep(here, downstream, key, absolute):
+    right = Path(KEYS[downstream][key])
+    (right / "inside").mkdir(exist_ok=True)
+    for path in (right.parent, right / "inside"):
+        path = here / path if absolute else path
+        fits = here / right if absolute else right
+        said = refuse(downstream, config_of(downstream, **{key: str(path)}))
+        assert f"downstream_expert.{key} is {path}, which has 0 of the " in said
+        assert f"give {fits}, " in said and f"{key}='{fits}'" in said
+
+
+def test_two_levels_too_deep(here):
+    said = refuse("voxceleb1", config_of("voxceleb1", **{"datarc.file_path": "vox/x/dev/wav"}))
+    assert "0 of the 21 files of lists/split.txt" in said and "give vox/x, " in said
+    assert "vox/x/dev/wav/*/wav/id10001/v1/00001.wav" in said
+
+
+@pytest.mark.parametrize("downstream, key", FOLDERS)
+def test_a_folder_with_something_else(here, downstream, key):
+    """And what is no folder, is not there, or not set."""
+    (here / "other/place/far").mkdir(parents=True)
+    said = refuse(downstream, config_of(downstream, **{key: "other/place/far"}))
+    assert "which has 0 of the " in said and "give" not in said and f"{key}='PATH'" in said
+    for wrong in ("lists/split.txt", "nothing", None, 7, ["a"], "a\0b"):
+        assert key in refuse(downstream, config_of(downstream, **{key: wrong}))
+
+
+@pytest.mark.parametrize(
+    "downstream, key", [("voxceleb1", "datarc.meta_data"), ("ctc", "corpus.lexicon")]
+)
+def test_a_list_that_is_no_file(here, downstream, key):
+    for wrong in ("lists", "nothing", None, 7):
+        assert key in refuse(downstream, config_of(downstream, **{key: wrong}))
+
+
+@pytest.mark.parametrize(
+    "downstream, key, file",
+    [
+        ("voxceleb1", "datarc.file_path", "vox/x/test/wav/id10003/v3/00003.wav"),
+        ("emotion", "datarc.root", "iemo/x/Session1/wav/test2.wav"),
+        ("emotion", "datarc.meta_data", "iemo/meta/Session1/test_meta_data.json"),
+        ("asr", "datarc.libri_root", "libri/x/dev-clean/2/7/2-7-0000.flac"),
+        ("asr", "datarc.libri_root", "libri/x/dev-clean/2/7/2-7.trans.txt"),
+        ("asr", "datarc.bucket_file", "tables/x/dev-clean.csv"),
+    ],
+)
+def test_a_single_file_that_is_missing(here, downstream, key, file):
+    (here / file).unlink()
+    said = refuse(downstream, config_of(downstream))
+    assert key in said and Path(file).name in said and "put what is missing there" in said
+
+
+def test_a_resumed_run_looks_too(here):
+    """Its corpus may have been moved since."""
+    args = Namespace(expdir="x", downstream="voxceleb1", upstream="fbank", upstream_ckpt=None)
+    states = {"Args": args, "Config": config_of("voxceleb1"), "Step": 1, "Downstream": {}}
+    torch.save({**states, "Optimizer": {}}, "run.ckpt")
+    for words in (["-m", "train"], ["-m", "evaluate", "-t", "test"]):
+        assert prepare_downstream([*words, "-e", "run.ckpt"])
+    (here / "vox/x").rename(here / "vox/y")
+    for words in (["-m", "train"], ["-m", "evaluate", "-t", "test"]):
+        with pytest.raises(ConfigError, match=r"datarc\.file_path is vox/x"):
+            prepare_downstream([*words, "-e", "run.ckpt"])
+    for wrong in (["voxceleb1"], None):
+        check_corpus(wrong, config_of("voxceleb1"), "recipe.yaml")
+
+
+def test_only_what_a_test_reads(here):
+    shutil.rmtree(here / "libri/x/dev-clean")
+    for downstream, split in (("asr", "test-clean"), ("ctc", "test")):
+        check_corpus(downstream, config_of(downstream), "recipe.yaml", split)
+        assert "dev-clean" in refuse(downstream, config_of(downstream))
+    (here / "iemo/meta/Session2/train_meta_data.json").unlink()
+    check_corpus("emotion", config_of("emotion"), "recipe.yaml")
+    config = config_of("emotion", **{"datarc.test_fold": None})
+    check_corpus("emotion", config, "recipe.yaml")
+    assert "Session2" in refuse("emotion", config, fold="fold2")
+
+
+@pytest.mark.parametrize(
+    "downstream, file, text",
+    [
+        ("voxceleb1", "lists/split.txt", "1 id10001/v1/00001.wav\n\n2 id10001/v1/00001.wav"),
+        ("voxceleb1", "lists/split.txt", "one id10001/v1/00001.wav"),
+        ("voxceleb1", "lists/split.txt", ""),
+        ("emotion", "iemo/meta/Session1/train_meta_data.json", "{"),
+        ("emotion", "iemo/meta/Session1/train_meta_data.json", '{"meta_data": [3]}'),
+        ("emotion", "iemo/meta/Session1/train_meta_data.json", '{"meta_data": []}'),
+        ("asr", "tables/x/dev-clean.csv", "a,b\n1,2"),
+        ("asr", "tables/x/dev-clean.csv", "file_path,length\n"),
+    ],
+)
+def test_lists_that_cannot_be_used(here, downstream, file, text):
+    (here / file).write_text(text)
+    assert Path(file).name in refuse(downstream, config_of(downstream))
+
+
+@pytest.mark.parametrize("downstream, key", FOLDERS)
+def test_every_command_says_it(here, downstream, key):
+    """run_downstream.py before it trains, superb before it plans, and doctor."""
+    recipe = next(recipe for recipe in RECIPES if recipe.downstream == downstream)
+    wrong = str(Path(KEYS[downstream][key]).parent)
+    Path(recipe.config).write_text(yaml.safe_dump(config_of(downstream, **{key: wrong})))
+    argv = ["-m", "train", "-u", "fbank", "-d", downstream, "-c", recipe.config, "-n", "run"]
+    with pytest.raises(ConfigError, match=f"{key} is {wrong}, which has 0 of the"):
+        prepare_downstream(argv)
+    assert not (here / "result").exists()
+    task = next(task for task in TASKS.values() if task.downstream == downstream)
+    with pytest.raises(ConfigError, match=f"{key} is {wrong}, which has 0 of"):
+        Recipe(task, recipe.config).check(here)
+    assert f"{key} is {wrong}, which has 0 of the" in check_recipe(recipe, here).note
