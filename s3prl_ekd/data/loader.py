@@ -82,7 +82,8 @@ class BatchLoader(DataLoader):
         end = time.monotonic() + limit
         for thread in threads:
             thread.join(max(0.0, end - time.monotonic()))
-        _kill(child for child in multiprocessing.active_children() if child in self._started)
+        children = (each for each in multiprocessing.active_children() if each in self._started)
+        _kill(children, threads)
         self._iterator = None  # of persistent workers
         self._begun.clear()
 
@@ -97,13 +98,15 @@ def workers_end() -> Iterator[None]:
         raise
 
 
-def _kill(children: Iterable[BaseProcess]) -> None:
+def _kill(children: Iterable[BaseProcess], waiting: Iterable[threading.Thread] = ()) -> None:
+    """End processes at once. Threads that wait for them are waited for first: of two that do, one
+    would not see the end."""
     children = list(children)
     with _deaths_unseen():
         for child in children:
             child.kill()
-        for child in children:
-            child.join(1)
+        for each in (*waiting, *children):
+            each.join(1)
 
 
 @contextlib.contextmanager
