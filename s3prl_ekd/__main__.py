@@ -8,7 +8,7 @@ import threading
 from typing import NoReturn
 
 from . import torchrun
-from .children import end_with_parent
+from .jobs import end_with_parent
 
 
 def main() -> int:

@@ -115,6 +115,44 @@ def corpus(tmp_path_factory) -> Path:
     return root
 
 
+HOLD = """
+import sys, time
+from s3prl_ekd.training.lock import FolderLock
+with FolderLock(*sys.argv[1:]):
+    print("held", flush=True)
+    time.sleep(100)
+"""
+
+
+@pytest.fixture
+def lock_holder():
+    """Hold a folder in another process until the test ends: ``lock_holder(folder, lock_name)``."""
+    processes = []
+
+    def hold(*words):
+        process = subprocess.Popen(
+            [sys.executable, "-c", HOLD, *map(str, words)], stdout=subprocess.PIPE, text=True
+        )
+        processes.append(process)
+        assert process.stdout.readline() == "held\n"
+        return process
+
+    yield hold
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+def write_librispeech_names(folder: Path, *splits: str) -> None:
+    """One empty utterance a split in LibriSpeech's layout, and its table: a corpus for checks."""
+    for name in splits:
+        chapter = folder / name / "1/2"
+        chapter.mkdir(parents=True)
+        for file in ("1-2-0.flac", "1-2.trans.txt"):
+            (chapter / file).touch()
+        (folder / f"{name}.csv").write_text(f"file_path,length\n{name}/1/2/1-2-0.flac,1\n")
+
+
 def write_configs(folder: Path, teachers: dict[str, Path], corpus: Path, **model) -> None:
     """``model.yaml`` and ``runner.yaml`` of a run of 6 tiny steps over the three teachers."""
     chosen = {name: teachers[name] for name in ("hubert", "robust", "wavlm")}

@@ -13,7 +13,7 @@ import yaml
 from s3prl_ekd.checkpoints import newest, read_run
 from s3prl_ekd.launch import run_pretrain
 
-from .conftest import STUDENT, command, write_configs
+from .conftest import STUDENT, command, write_configs, write_librispeech_names
 
 RUN = ("run_pretrain.py", "-u", "ekd", "-n", "x", "-c", "runner.yaml", "-g", "model.yaml")
 
@@ -198,12 +198,7 @@ def test_downstream_without_student_or_corpus(tmp_path):
     (tmp_path / "bad.pt").write_bytes(b"x")
     here = "config.downstream_expert.datarc.libri_root='.'"
     here += ",,config.downstream_expert.datarc.bucket_file='.'"
-    for name in ("train-clean-100", "dev-clean"):
-        folder = tmp_path / name / "1/2"
-        folder.mkdir(parents=True)
-        for file in ("1-2-0.flac", "1-2.trans.txt"):
-            (folder / file).touch()
-        (tmp_path / f"{name}.csv").write_text(f"file_path,length\n{name}/1/2/1-2-0.flac,1\n")
+    write_librispeech_names(tmp_path, "train-clean-100", "dev-clean")
     for more, said in (
         (("-k", "none.pt"), "-k none.pt: there is no such file"),
         (

@@ -35,7 +35,12 @@ from s3prl_ekd.essence.units import load_units
 from s3prl_ekd.export.student_file import contents
 from s3prl_ekd.safe_load import safe_load
 
-from .conftest import STUDENT, safetensors_student, write_configs
+from .conftest import (
+    STUDENT,
+    safetensors_student,
+    write_configs,
+    write_librispeech_names,
+)
 
 SECONDS, PIECES, MEGABYTES = 2.0, 20, 500
 MARKER = Path("/tmp") / f"s3prl_ekd_marker_{os.getpid()}"
@@ -214,6 +219,7 @@ def folder(tmp_path_factory, teachers, corpus):
     cli.main(["init", str(path)])
     os.chdir(path)
     write_configs(path, teachers, corpus)
+    write_librispeech_names(path, "train-clean", "train-clean-100", "dev-clean", "test-clean")
     for module in (
         "s3prl.hub",
         "s3prl.run_downstream",

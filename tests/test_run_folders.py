@@ -177,44 +177,16 @@ def test_a_training_goes_on_where_it_is_now(downstream, here):
     )
 
 
-HOLD = """
-import sys, time
-from s3prl_ekd.training.lock import FolderLock
-with FolderLock(*sys.argv[1:]):
-    print("held", flush=True)
-    time.sleep(100)
-"""
-
-
-@pytest.fixture
-def holder():
-    """Hold a lock in another process until the test ends."""
-    processes = []
-
-    def hold(*words):
-        process = subprocess.Popen(
-            [sys.executable, "-c", HOLD, *map(str, words)], stdout=subprocess.PIPE, text=True
-        )
-        processes.append(process)
-        assert process.stdout.readline() == "held\n"
-        return process
-
-    yield hold
-    for process in processes:
-        process.kill()
-        process.wait()
-
-
-def test_two_trainings_in_one_folder(downstream, here, holder, capfd):
+def test_two_trainings_in_one_folder(downstream, here, lock_holder, capfd):
     folder = here / "result/downstream/x"
-    process, before = holder(folder), contents(folder)
+    process, before = lock_holder(folder), contents(folder)
     with pytest.raises(SystemExit) as ended:
         downstream("-m", "train", "-e", str(folder / "states-8.ckpt"))
     assert ended.value.code == 2 and f"process {process.pid}" in capfd.readouterr().err
     assert contents(folder) == before
     # a test in the same folder disturbs no training
     assert downstream(*EVALUATE, "-e", str(folder / "states-8.ckpt")) == 0
-    process = holder(folder, f".test{NAME}")
+    process = lock_holder(folder, f".test{NAME}")
     with pytest.raises(SystemExit):
         downstream(*EVALUATE, "-e", str(folder / "states-8.ckpt"))
     assert f"process {process.pid}" in capfd.readouterr().err

@@ -15,38 +15,11 @@ from s3prl_ekd.launch import run_pretrain
 from s3prl_ekd.training.lock import NAME, FolderLock
 from s3prl_ekd.workspace import write_workspace
 
-from .conftest import write_configs
-
-HOLD = """
-import sys, time
-from s3prl_ekd.training.lock import FolderLock
-with FolderLock(sys.argv[1]):
-    print("held", flush=True)
-    time.sleep(100)
-"""
+from .conftest import HOLD, write_configs
 
 
-@pytest.fixture
-def holder(tmp_path):
-    """Another process that holds the folder; give it a folder to start it."""
-    started = []
-
-    def hold(folder):
-        process = subprocess.Popen(
-            [sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, text=True
-        )
-        started.append(process)
-        assert process.stdout.readline() == "held\n"
-        return process
-
-    yield hold
-    for process in started:
-        process.kill()
-        process.wait()
-
-
-def test_a_second_process_is_told_who_is_there(tmp_path, holder):
-    process = holder(tmp_path)
+def test_a_second_process_is_told_who_is_there(tmp_path, lock_holder):
+    process = lock_holder(tmp_path)
     with pytest.raises(SetupError) as caught, FolderLock(tmp_path):
         pass
     said = str(caught.value)
@@ -62,8 +35,8 @@ def test_a_second_process_is_told_who_is_there(tmp_path, holder):
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[1]", '{"pid": "x"}', "no json", "\x00" * 2000])
-def test_a_lock_file_may_hold_anything(tmp_path, holder, text):
-    holder(tmp_path)
+def test_a_lock_file_may_hold_anything(tmp_path, lock_holder, text):
+    lock_holder(tmp_path)
     (tmp_path / NAME).write_text(text)
     with pytest.raises(SetupError, match="in use: another process is writing"):
         FolderLock(tmp_path).__enter__()
@@ -92,7 +65,7 @@ def test_a_folder_without_locks_is_warned_of(tmp_path, monkeypatch, caplog):
         FolderLock(tmp_path / "none").__enter__()
 
 
-def test_two_runs_in_one_folder(tmp_path, teachers, corpus, monkeypatch, capfd, holder):
+def test_two_runs_in_one_folder(tmp_path, teachers, corpus, monkeypatch, capfd, lock_holder):
     write_workspace(tmp_path)
     write_configs(tmp_path, teachers, corpus)
     monkeypatch.chdir(tmp_path)
@@ -107,7 +80,7 @@ def test_two_runs_in_one_folder(tmp_path, teachers, corpus, monkeypatch, capfd, 
         assert left.value.code == 2
         return capfd.readouterr().err
 
-    process = holder(folder)
+    process = lock_holder(folder)
     new = ("-c", "runner.yaml", "-g", "model.yaml")
     assert f"result/pretrain/x is in use: process {process.pid} on" in run(*new)
     assert [path.name for path in folder.iterdir()] == [NAME]  # not even a config was written
@@ -115,7 +88,7 @@ def test_two_runs_in_one_folder(tmp_path, teachers, corpus, monkeypatch, capfd, 
     process.wait()
     monkeypatch.setattr(sys, "argv", ["x", "-u", "ekd", "-n", "x", "--device", "cpu", *new])
     assert run_pretrain() == 0
-    process = holder(folder)
+    process = lock_holder(folder)
     before = sorted(path.name for path in folder.iterdir())
     assert f"in use: process {process.pid} on" in run("-a", "-o", "config.runner.total_steps=9")
     assert sorted(path.name for path in folder.iterdir()) == before
@@ -142,8 +115,8 @@ def test_a_lock_is_a_plain_file(tmp_path, kind):
     assert precious.read_text() == "kept" and not (tmp_path / "new").exists()
 
 
-def test_waiting_for_a_process_that_is_on_its_way_out(tmp_path, holder):
-    process = holder(tmp_path)
+def test_waiting_for_a_process_that_is_on_its_way_out(tmp_path, lock_holder):
+    process = lock_holder(tmp_path)
     threading.Timer(0.5, process.kill).start()
     with FolderLock(tmp_path, wait=60):
         assert json.loads((tmp_path / NAME).read_text())["pid"] == os.getpid()

@@ -221,7 +221,7 @@ def test_what_was_not_downloaded_is_called_so(folders, tmp_path, waves, text, sa
         load_upstream(str(path), "here")
     with pytest.raises(CheckpointError, match=f"teacher.pt is .*{said}"):
         load_units(path)
-    with pytest.raises(DataError, match=f"teacher.pt is .*{said}"):
+    with pytest.raises(DataError, match=f"teacher.pt: it is .*{said}"):
         read_header(path)
     with pytest.raises(BadAudio, match=f"teacher.pt: it is .*{said}"):
         read_audio(path)

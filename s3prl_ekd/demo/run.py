@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..checkpoints import newest, read_run
-from ..children import child_command, child_environment
 from ..errors import SetupError
 from ..evaluate.curves import plot_run, teacher_curves
 from ..evaluate.report import Report, make_report
 from ..evaluate.results import read_results
 from ..evaluate.scalars import read_scalars
 from ..evaluate.tasks import TASKS
+from ..jobs import child_command, child_environment
 from ..workspace import write_workspace
 from ..zoo import TEACHERS
 from .corpus import make_corpus

@@ -18,10 +18,10 @@ from tqdm import tqdm
 from .. import trust
 from ..arguments import make_folder
 from ..atomic import write_text
-from ..children import child_command, child_environment
 from ..config import load_model_config, load_runner_config
 from ..errors import SetupError, printable
 from ..formats import refuse_newer
+from ..jobs import child_command, child_environment
 from ..plain_files import read_json
 from ..schema import plain
 from .curves import teacher_curves

@@ -89,10 +89,10 @@ def check_paths(record: Mapping[str, Any]) -> None:
     Raises:
         ValueError, TypeError: naming the entry.
     """
-    checkpoint = (record["dev"] or {}).get("checkpoint")
+    checkpoint = (record.get("dev") or {}).get("checkpoint")
     if checkpoint is not None and PurePosixPath(checkpoint).name != checkpoint:
         raise ValueError(f"dev.checkpoint is {checkpoint!r}, which is no name of a file in the run")
-    for condition, folder in record["tested"].items():
+    for condition, folder in record.get("tested", {}).items():
         path = PurePosixPath(folder)
         if path.is_absolute() or ".." in path.parts:
             raise ValueError(f"tested.{condition} is {folder!r}, which is outside the run")

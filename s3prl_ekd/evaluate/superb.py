@@ -54,7 +54,7 @@ def read_record(folder: Path) -> dict[str, Any] | None:
             raise ValueError
         check_paths(record)
         return record
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise SetupError(f"{path} is damaged; remove {folder} to run it again") from None
 
 

@@ -24,8 +24,8 @@ from collections.abc import Mapping, Sequence
 from multiprocessing import connection
 from pathlib import Path
 
-from ..children import child_command, child_environment, end_with_parent
 from ..errors import SetupError
+from ..jobs import child_command, child_environment, end_with_parent
 
 logger = logging.getLogger(__name__)
 

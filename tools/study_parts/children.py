@@ -10,8 +10,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from s3prl_ekd.children import child_command, child_environment
 from s3prl_ekd.errors import SetupError
+from s3prl_ekd.jobs import child_command, child_environment
 from s3prl_ekd.plain_files import read_json
 
 from .folder import Spent, write_json
