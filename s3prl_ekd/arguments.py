@@ -114,7 +114,7 @@ def resume_from(args: argparse.Namespace, root: str) -> Path | None:
     """
     from .checkpoints import newest  # which imports torch: --help does without
 
-    folder = run_folder(args, root)
+    folder = write_folder(args, root, None)
     if args.a and folder is not None and folder.is_dir():
         found = newest(folder)
         if found is not None:

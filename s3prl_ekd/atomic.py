@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import errno
+import glob
 import io
 import os
 import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -40,12 +43,15 @@ def whole_file(path: str | os.PathLike, *, sync: bool = True) -> Iterator[Binary
             files that are many and easily made again, neither is worth its time.
 
     Raises:
-        OSError: it cannot be written; nothing is left of it. ``filename`` is set.
+        OSError: it cannot be written, or is a folder, pipe or device; nothing is left of it.
+            ``filename`` is set.
     """
     path = Path(path)
     try:
+        if path.exists() and not path.is_file():
+            raise OSError(errno.EEXIST, "it is not a plain file, and is not replaced")
         if sync:
-            remove_leftovers(path.parent, path.name)
+            remove_leftovers(path.parent, glob.escape(_short(path.name)))
         temporary, handle = _new_file(path)
         held = os.dup(handle) if fcntl else None  # beyond the file's closing, till it has its name
         try:
@@ -148,7 +154,7 @@ def whole_folder(out: Path, error: type[EkdError] = SetupError) -> Iterator[Path
     handle = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(target.parent, target.name)
+        remove_leftovers(target.parent, glob.escape(_short(target.name)))
         partial.mkdir()
         handle = _hold(partial)
         yield partial
@@ -166,12 +172,12 @@ def whole_folder(out: Path, error: type[EkdError] = SetupError) -> Iterator[Path
             os.close(handle)
 
 
-def remove_leftovers(folder: Path, name: str | None = None) -> None:
+def remove_leftovers(folder: Path, names: str) -> None:
     """Remove the temporary files and folders that killed commands left.
 
     Args:
         folder: where they are.
-        name: those of this name only; None: of every name.
+        names: a pattern of the names that they were to get, such as ``*.ckpt``.
     """
     try:
         entries = list(os.scandir(folder))
@@ -179,7 +185,7 @@ def remove_leftovers(folder: Path, name: str | None = None) -> None:
         return
     for entry in entries:
         match = _TEMPORARY.fullmatch(entry.name)
-        if match is None or name not in (None, match["name"]) or entry.is_symlink():
+        if match is None or not fnmatchcase(match["name"], names) or entry.is_symlink():
             continue
         path = Path(entry.path)
         with contextlib.suppress(OSError):
@@ -221,7 +227,12 @@ def atomic_saves() -> Iterator[None]:
 
 
 def _temporary(path: Path, suffix: str) -> Path:
-    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.{suffix}")
+    return path.with_name(f".{_short(path.name)}.{secrets.token_hex(8)}.{suffix}")
+
+
+def _short(name: str) -> str:
+    """A name that leaves room for a suffix: file systems take 255 bytes."""
+    return name if len(os.fsencode(name)) <= 200 else name[:50]
 
 
 def _new_file(path: Path) -> tuple[Path, int]:

@@ -1,7 +1,7 @@
 """``-e``: what s3prl's scripts take from the arguments that a checkpoint holds, and what not.
 
-s3prl puts the arguments in the checkpoint over those of the command. Among them are the folder that
-the run writes to and the one that downloads go to; a file that was copied, renamed or made by
+s3prl lets the arguments in the checkpoint override those of the command. Among them are the folder
+that the run writes to and the one that downloads go to; a file that was copied, renamed or made by
 somebody else would then decide where this command writes.
 """
 

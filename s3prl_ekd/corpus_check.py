@@ -166,7 +166,7 @@ def _check(recipe: _Recipe, lookup: _Lookup) -> None:
     key, value = f"{_EXPERT}.{lookup.key}", Path(recipe.value(lookup.key))
     message = (
         f"{recipe.where}: {key} is {value}, which has {count:,} of the {len(lookup.names):,} files "
-        f"of {lookup.source} (not there: {value / lookup.shape.format(missing[0])})"
+        f"of {lookup.source} (the first one missing: {value / lookup.shape.format(missing[0])})"
     )
     fitting = None if count else _neighbour(root, lookup)
     if fitting is not None:

@@ -172,7 +172,7 @@ def own_folder(argv: Sequence[str]) -> Iterator[None]:
 def _check_folder(args: argparse.Namespace, checkpoint: Path, folder: Path) -> None:
     """Raise SetupError where a run that goes on would write into another run's folder, or cannot
     write."""
-    elsewhere = folder.resolve() != checkpoint.resolve().parent
+    elsewhere = folder.resolve() != checkpoint.parent.resolve()
     if args.m == "train" and elsewhere and run_checkpoints(folder):
         raise SetupError(
             f"{folder} holds another run than {checkpoint}; name a new folder, or leave -n and -p "
@@ -269,9 +269,9 @@ def _check_new(args: argparse.Namespace, model_config: str | None) -> None:
     """
     if not args.d:
         raise SetupError("name the task: add -d asr (or ctc, voxceleb1, emotion)")
-    folder = run_folder(args, ROOT)
-    if folder is None:
+    if run_folder(args, ROOT) is None:
         raise SetupError("name the run: add -n NAME (or -p FOLDER)")
+    folder = write_folder(args, ROOT, None)
     recipe = next((recipe for recipe in RECIPES if recipe.downstream == args.d), None)
     path = args.c or f"downstream/{args.d}/config.yaml"
     if not Path(path).is_file():
@@ -292,4 +292,8 @@ def _check_new(args: argparse.Namespace, model_config: str | None) -> None:
             )
     _check_upstream(args.u, args.k, model_config)
     check_corpus(args.d, config, path, _asked_split(args), fold=args.v)
+    if args.m == "train" and run_checkpoints(folder):
+        raise SetupError(
+            f"{folder} holds a run already: add -a to go on with it, or take another name"
+        )
     make_folder(folder)

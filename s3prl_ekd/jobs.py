@@ -40,8 +40,9 @@ def child_environment(environment: Mapping[str, str] | None = None) -> dict[str,
 def end_with_parent() -> None:
     """End this process when the one that started it has ended; without such a one, do nothing.
 
-    SIGTERM comes first, so that a run of ``-u ekd`` saves its last step. Processes that this one
-    starts are its own affair: they see nothing of ours in their environment.
+    SIGTERM comes first, so that a run of ``-u ekd`` saves its last step. The variable is removed
+    from the environment, so that processes which this one starts do not watch for the same parent.
+    Windows does not show a parent's end, and nothing is done there.
     """
     forked = multiprocessing.parent_process()
     number = os.environ.pop(PARENT, None)
@@ -50,7 +51,7 @@ def end_with_parent() -> None:
         def wait() -> None:
             connection.wait([forked.sentinel])
 
-    elif number is not None and number.isdecimal():
+    elif number is not None and number.isdecimal() and os.name == "posix":
 
         def wait() -> None:
             while os.getppid() == int(number):

@@ -54,7 +54,10 @@ def _launch(
     quiet_s3prl()
     hint = "" if "evaluate" in sys.argv else "; add -a (and leave -e out) to go on"
     return run_command(
-        lambda: _run_script(script, prepare, main), f"stopped by Ctrl-C{hint}", broken_pipe=1
+        lambda: _run_script(script, prepare, main),
+        f"stopped by Ctrl-C{hint}",
+        broken_pipe=1,
+        files_are_typed=False,
     )
 
 

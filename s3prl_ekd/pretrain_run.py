@@ -130,7 +130,7 @@ def _resumed(argv: list[str], args: argparse.Namespace, path: Path) -> list[str]
         raise CheckpointError(f"{path} is of a run with another method than ekd")
     check_whole(path)
     folder = write_folder(args, ROOT, path)
-    if folder.resolve() != path.resolve().parent and run_checkpoints(folder):
+    if folder.resolve() != path.parent.resolve() and run_checkpoints(folder):
         raise SetupError(
             f"{folder} holds another run than {path}; name a new folder, or leave -n and -p out to "
             f"go on in {path.parent}"

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from .checkpoints import LAST, read_run
 from .config import check_runner_config
 from .data.batches import Batch
-from .errors import SetupError
+from .errors import CheckpointError, SetupError
 from .training.bad_audio_list import BadAudioList, stored
 from .training.make_updater import make_updater
 from .training.memory import memory_explained, workers_explained
@@ -162,6 +162,8 @@ class EkdRunner(Reports):
         with bar, self.stop, closing, workers_explained(self.hint):
             try:
                 batches = self._batches()
+                if place.dev_due and self.upstream.dev_dataloader is not None:
+                    self._measure_and_save()
                 while place.step < run.total_steps:
                     self._finish(self._update(batches))
                     bar.update()
@@ -236,8 +238,16 @@ class EkdRunner(Reports):
         if place.step % run.log_step == 0 or last:
             self._log(update)
         measured = self.upstream.dev_dataloader is not None
-        if measured and (place.step % (run.eval_step or run.save_step) == 0 or last):
+        place.dev_due = measured and (place.step % (run.eval_step or run.save_step) == 0 or last)
+        self._measure_and_save()
+
+    def _measure_and_save(self) -> None:
+        """What is done once a step is counted, or when a run that was stopped before it goes on."""
+        run, place = self.settings, self.progress
+        last = place.step == run.total_steps
+        if place.dev_due:
             self._measure()
+            place.dev_due = False
         minutes = (time.monotonic() - self._saved_at) / 60
         received = self.processes.first(self.stop.received and self.stop.received.name)
         stopping = received is not None and not last
@@ -334,4 +344,7 @@ class EkdRunner(Reports):
 
     def _saved_by_another(self) -> bool:
         path = self.saves.folder / LAST
-        return path.exists() and read_run(path)["Step"] >= self.progress.step
+        try:
+            return path.exists() and read_run(path)["Step"] >= self.progress.step
+        except CheckpointError:  # damaged: not saved
+            return False

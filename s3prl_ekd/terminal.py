@@ -36,7 +36,11 @@ def prepare_streams() -> None:
 
 
 def run_command(
-    command: Callable[[], int | None], interrupted: str = "stopped by Ctrl-C", broken_pipe: int = 0
+    command: Callable[[], int | None],
+    interrupted: str = "stopped by Ctrl-C",
+    broken_pipe: int = 0,
+    *,
+    files_are_typed: bool = True,
 ) -> int:
     """Run a command, with what a user or the machine can cause shown as one sentence.
 
@@ -44,6 +48,8 @@ def run_command(
         command: returns its exit code, or None for 0.
         interrupted: what Ctrl-C prints.
         broken_pipe: the exit code where nothing reads the output any more, as behind ``| head``.
+        files_are_typed: a file that cannot be used is one that the user named, and no traceback is
+            needed; hours into a run of s3prl's, it is.
 
     Returns:
         The exit code.
@@ -65,7 +71,7 @@ def run_command(
         _discard_output()
         return broken_pipe
     except OSError as error:
-        if error.filename is None and error.errno not in _EXHAUSTED:
+        if error.errno not in _EXHAUSTED and not (files_are_typed and error.filename is not None):
             raise
         exit_with(SetupError(_refusal(error)))
 

@@ -31,7 +31,7 @@ class TorchFileError(Exception):
 
 
 class Kind(Enum):
-    """What stands for an object that the pickle makes."""
+    """The stand-in for an object: ``{"a": 1}`` in the pickle is a MAPPING, without contents."""
 
     LIST = auto()
     MAPPING = auto()
@@ -251,6 +251,7 @@ _CALLS: dict[str, Callable[..., Any]] = {
     "torch._utils._rebuild_parameter": _parameter,
     "torch.Size": _size,
     "collections.OrderedDict": lambda *_: Kind.MAPPING,
+    "collections.defaultdict": lambda *_: Kind.MAPPING,
     "builtins.set": lambda *_: Kind.SET,
     "__builtin__.set": lambda *_: Kind.SET,
 }

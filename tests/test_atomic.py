@@ -130,3 +130,23 @@ def test_a_refusal_to_write_names_the_file(tmp_path):
     with pytest.raises(OSError) as caught, atomic.whole_file(tmp_path / "x"):
         raise OSError(28, "No space left on device")
     assert caught.value.filename == str(tmp_path / "x") and not list(tmp_path.iterdir())
+
+
+def test_what_is_no_file_is_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    os.symlink("/dev/null", tmp_path / "link")
+    for name in ("pipe", "link"):
+        with pytest.raises(OSError, match="plain file") as caught:
+            atomic.write_text(tmp_path / name, "text")
+        assert caught.value.filename == str(tmp_path / name)
+    assert {path.name for path in tmp_path.iterdir()} == {"pipe", "link"}
+    assert (tmp_path / "link").is_symlink() and not (tmp_path / "pipe").is_file()
+
+
+@pytest.mark.parametrize("name", ["x" * 255, "ü" * 127, "[a]*?"])
+def test_any_name_that_the_system_takes(tmp_path, name):
+    atomic.write_text(tmp_path / name, "one")
+    (tmp_path / f".{name[:50]}.{'0' * 16}.tmp").touch()  # left by a command that was killed
+    atomic.write_text(tmp_path / name, "two")
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_text() == "two"

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from s3prl_ekd.data.batches import DistillationDataset, leave_signals_to_the_mai
 from s3prl_ekd.data.loader import BatchLoader, workers_end
 from s3prl_ekd.distill.distiller import EnsembleDistiller
 from s3prl_ekd.errors import ConfigError, SetupError
+from s3prl_ekd.evaluate.scalars import read_scalars
 from s3prl_ekd.training.dev import dev_loss
 from s3prl_ekd.training.memory import workers_explained
 from s3prl_ekd.training.signals import StoppedWaiting, StopSignals
@@ -237,6 +239,17 @@ def test_no_shared_memory_is_a_sentence_at_once(run, folder, monkeypatch):  # no
     assert "/dev/shm has " in error and "MB free" in error and "num_workers=0" in error
 
 
+def with_dev_table(folder):
+    """The corpus under two names; gives what ``-o`` says of it."""
+    tables = folder / "tables"
+    tables.mkdir()
+    config = yaml.safe_load((folder / "runner.yaml").read_text())
+    table = f"{config['pretrain_expert']['datarc']['file_path']}/train.csv"
+    for name in ("train", "dev"):
+        (tables / f"{name}.csv").write_text(open(table).read())
+    return f"config.pretrain_expert.datarc.file_path='{tables}'"
+
+
 def test_dev_batches_are_waited_for_in_the_same_way(run, folder, monkeypatch):  # noqa: F811
     begun = multiprocessing.Event()
     item = DistillationDataset.__getitem__
@@ -253,16 +266,34 @@ def test_dev_batches_are_waited_for_in_the_same_way(run, folder, monkeypatch):  
 
     monkeypatch.setattr(DistillationDataset, "__getitem__", stuck)
     monkeypatch.setattr("s3prl_ekd.training.reports.dev_loss", measure)
-    tables = folder / "tables"
-    tables.mkdir()
-    config = yaml.safe_load((folder / "runner.yaml").read_text())
-    table = f"{config['pretrain_expert']['datarc']['file_path']}/train.csv"
-    for name in ("train", "dev"):
-        (tables / f"{name}.csv").write_text(open(table).read())
-    where = f"config.pretrain_expert.datarc.file_path='{tables}'"
+    where = with_dev_table(folder)
     code, said = run("x", "-o", where, dev_sets=["dev"], eval_step=2)
     assert code == 143 and "stopped by SIGTERM at step 2 of 6, all saved" in said
     assert saved("x")["Step"] == 2 and not multiprocessing.active_children()
+    # what was to be measured is measured when the run goes on, and then at each of its own steps
+    begun.clear()
+    monkeypatch.setattr("s3prl_ekd.training.reports.dev_loss", dev_loss)
+    code, said = run("x", "-a", "-o", where, dev_sets=["dev"], eval_step=2)
+    assert code == 0
+    measured = read_scalars("result/pretrain/x")["ekd/dev-loss"]
+    assert sorted(measured) == [2, 4, 6]
+    code, said = run("whole", "-o", where, dev_sets=["dev"], eval_step=2)
+    assert code == 0 and read_scalars("result/pretrain/whole")["ekd/dev-loss"] == measured
+
+
+def test_a_signal_in_the_last_dev_pass_loses_no_checkpoint(run, folder, monkeypatch):  # noqa: F811
+    def interrupted(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise StoppedWaiting
+
+    monkeypatch.setattr("s3prl_ekd.training.reports.dev_loss", interrupted)
+    where, more = with_dev_table(folder), {"dev_sets": ["dev"], "eval_step": 6}
+    code, said = run("x", "-o", where, **more)
+    assert code == 143 and not Path("result/pretrain/x/states-6.ckpt").exists()
+    monkeypatch.setattr("s3prl_ekd.training.reports.dev_loss", dev_loss)
+    code, said = run("x", "-a", "-o", where, **more)
+    assert code == 0 and Path("result/pretrain/x/states-6.ckpt").exists()
+    assert list(read_scalars("result/pretrain/x")["ekd/dev-loss"]) == [6]
 
 
 @pytest.mark.parametrize("value", [0.5, -1, 1e300, "600 s", True, None])

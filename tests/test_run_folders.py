@@ -177,6 +177,39 @@ def test_a_training_goes_on_where_it_is_now(downstream, here):
     )
 
 
+def test_a_checkpoint_that_is_a_link(downstream, here):
+    """As DVC, git-annex and scratch disks leave them; what counts is the folder of the link."""
+    Path("mine").mkdir()
+    os.symlink(here / "result/downstream/x/states-8.ckpt", "mine/states-8.ckpt")
+    longer = "config.runner.total_steps=12"
+    assert downstream("-m", "train", "-e", "mine/states-8.ckpt", "-o", longer) == 0
+    assert read_run("mine/states-12.ckpt")["Step"] == 12
+
+
+NEW = (
+    "-m",
+    "train",
+    "-u",
+    "fbank_no_cmvn",
+    "-d",
+    "voxceleb1",
+    "-c",
+    "downstream/voxceleb1/tiny.yaml",
+)
+
+
+def test_auto_resume_looks_where_the_run_writes(downstream, here, capfd):
+    more = "args.expdir='result/downstream/x',,config.runner.total_steps=8"
+    with pytest.raises(SystemExit) as ended:
+        downstream(*NEW, "-n", "other", "-o", more)
+    assert ended.value.code == 2 and "add -a" in capfd.readouterr().err
+    before = contents(here / "result/downstream/x")
+    assert downstream(*NEW, "-n", "other", "-a", "-o", more) == 0
+    assert not Path("result/downstream/other").exists()
+    after = contents(here / "result/downstream/x")  # at its end already: nothing was trained anew
+    assert after["states-8.ckpt"] == before["states-8.ckpt"] and not Path("other").exists()
+
+
 def test_two_trainings_in_one_folder(downstream, here, lock_holder, capfd):
     folder = here / "result/downstream/x"
     process, before = lock_holder(folder), contents(folder)

@@ -210,7 +210,8 @@ class Standardiser(nn.Module):
                 name,
                 int(moments.count),
                 int(moments.left_out),
-                f"; {flat} dimensions of its targets do not vary and stay as they are" * bool(flat),
+                f"; {flat} dimensions of its targets do not vary: centred, but not scaled"
+                * bool(flat),
             )
 
     def _standardised(self, name: str, states: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..errors import DataError
 
-DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
 _LIMIT = 100_000_000  # bytes; safetensors reads no longer header
 _NUMBERS = 200  # bytes; more than dtype, shape and offsets of an entry can take
 
@@ -52,7 +52,11 @@ class FeaturesFile:
         file.write(b"\0" * (8 + self.room))
 
     def add(self, key: str, tensor: Tensor) -> None:
-        """Write one tensor behind the others."""
+        """Write one tensor behind the others. Raises DataError: it has no float numbers."""
+        if tensor.dtype not in DTYPES:
+            raise DataError(
+                f"{key!r:.80} has numbers of the type {tensor.dtype}; floats are written"
+            )
         data = tensor.detach().cpu().contiguous()
         raw = data.flatten().view(torch.uint8).numpy()  # numpy has no bfloat16
         self.header[key] = {

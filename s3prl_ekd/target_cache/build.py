@@ -65,8 +65,8 @@ def begin(folder: Path, index: Index, force: bool) -> Index:
     """
     path = folder / INDEX
     files = (NAMES, TARGETS, SCALES, RECORDS)
-    remove_leftovers(folder)
     for name in (INDEX, *files):  # they are written in place, so a link would lead out of here
+        remove_leftovers(folder, name)
         if (folder / name).is_symlink():
             raise DataError(f"{folder / name} is a link; a target cache has plain files only")
     others = [p.name for p in folder.iterdir() if p.name not in (*files, INDEX)]

@@ -75,17 +75,20 @@ class FolderLock:
                 )
                 return self
         owner = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%F %T")}
-        with contextlib.suppress(OSError):  # a full disk: locked all the same, but without a name
-            file.truncate(0)
-            file.write(json.dumps(owner) + "\n")
-            file.flush()
+        # A second name, which a backup by hard links gives: its contents are not ours to change.
+        if os.fstat(file.fileno()).st_nlink == 1:
+            with contextlib.suppress(OSError):  # a full disk: locked all the same, without a name
+                file.truncate(0)
+                file.write(json.dumps(owner) + "\n")
+                file.flush()
         self._file = file
         return self
 
     def __exit__(self, *exception: object) -> None:
         if self._file is not None:
             with contextlib.suppress(OSError):
-                self._file.truncate(0)  # the file stays: removing it could remove another's lock
+                if os.fstat(self._file.fileno()).st_nlink == 1:
+                    self._file.truncate(0)  # it stays: removing it could remove another's lock
             with contextlib.suppress(OSError):
                 self._file.close()
             self._file = None
@@ -105,12 +108,9 @@ class FolderLock:
                     f"{self.path} is a link; a lock is a plain file, remove it"
                 ) from None
             raise SetupError(f"cannot write into {self.folder}: {error.strerror}") from None
-        status = os.fstat(handle)
-        if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
             os.close(handle)
-            raise SetupError(
-                f"{self.path} is no plain file, or has a second name; a lock is neither: remove it"
-            )
+            raise SetupError(f"{self.path} is not a plain file, as a lock is; remove it")
         return open(handle, "a+", encoding="utf-8")
 
 

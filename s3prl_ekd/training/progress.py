@@ -26,7 +26,8 @@ class Progress:
     and how many batches of it are used, by all processes together. ``batches``: of one pass.
     ``tables``: digest of each corpus table. ``skipped``, ``skipped_in_a_row``: updates that were
     not finite. ``best_loss``, ``best_step``: of the dev tables. ``scaler``: the loss scale of fp16.
-    ``records``: the scalars since TensorBoard's last point.
+    ``records``: the scalars since TensorBoard's last point. ``dev_due``: the dev loss of this step
+    is still to be measured: a signal came, or an error, before that was done.
     """
 
     step: int = 0
@@ -39,6 +40,7 @@ class Progress:
     best_loss: float | None = None
     best_step: int = 0
     scaler: dict[str, Any] = field(default_factory=dict)
+    dev_due: bool = False
     records: Mapping[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
 
     def packed(self, random: list[dict]) -> dict[str, Any]:
@@ -65,6 +67,7 @@ class Progress:
             refuse_newer(data["version"], VERSION, f"{where} ({KEY})")
             if data["version"] != VERSION:
                 raise ValueError(f"version {data['version']!r:.20}")
+            data = {"dev_due": False, **data}  # version 0.1 did not write it
             known = {each.name: data[each.name] for each in dataclasses.fields(Progress)}
             counts = ("step", "epoch", "batch", "batches", "skipped", "skipped_in_a_row")
             if not all(type(known[name]) is int and known[name] >= 0 for name in counts):

@@ -96,6 +96,7 @@ class Reports:
             raise self.bad.nothing_left("dev_sets")
         loss = total / samples
         self.logger.add_scalar(f"{self.args.upstream}/dev-loss", loss, global_step=place.step)
+        place.dev_due = False  # in the best checkpoint, too
         better = math.isfinite(loss) and (place.best_loss is None or loss < place.best_loss)
         if self.processes.writer:
             best = ", the best" * better

@@ -73,7 +73,7 @@ class RunSaves:
         renamed, for a run that goes back there makes its own: ``-a`` would next go on from one of
         them otherwise.
         """
-        remove_leftovers(self.folder)
+        remove_leftovers(self.folder, "*.ckpt")
         for path in run_checkpoints(self.folder):
             try:
                 newer = int(read_run(path)["Step"]) > step

@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
-import select
 import signal
 import threading
 import time
 from collections.abc import Iterable, Iterator
+from multiprocessing import connection
 from types import FrameType
 from typing import TypeVar
 
@@ -21,7 +21,7 @@ T = TypeVar("T")
 SIGNALS = tuple(
     getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)
 )
-TIMER = hasattr(signal, "setitimer")  # Windows has none: a batch is waited for there
+TIMER = hasattr(signal, "setitimer")  # Windows has none: a batch is waited for to its end there
 # Where a wrapper hands Ctrl-C on, the one key arrives twice; torchrun hands on whatever it gets.
 SAME_KEY = 0.5  # seconds
 SAME_FROM_TORCHRUN = 5.0
@@ -70,10 +70,10 @@ class StopSignals:
             self._before = {each: signal.signal(each, self._handle) for each in SIGNALS}
             if TIMER:
                 self._before[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._look)
-            pipe, self._pipe = os.pipe()
-            os.set_blocking(self._pipe, False)
-            self._pipe_before = signal.set_wakeup_fd(self._pipe, warn_on_full_buffer=False)
-            threading.Thread(target=self._watch, args=(pipe,), daemon=True).start()
+                pipe, self._pipe = os.pipe()
+                os.set_blocking(self._pipe, False)
+                self._pipe_before = signal.set_wakeup_fd(self._pipe, warn_on_full_buffer=False)
+                threading.Thread(target=self._watch, args=(pipe,), daemon=True).start()
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -85,9 +85,9 @@ class StopSignals:
             if self.received is not None:
                 signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, self._before[signal.SIGALRM])
-        signal.set_wakeup_fd(self._pipe_before)
-        os.write(self._pipe, b"\0")
-        os.close(self._pipe)
+            signal.set_wakeup_fd(self._pipe_before)
+            os.write(self._pipe, b"\0")
+            os.close(self._pipe)
         self._before = {}
 
     def batches(self, loader: Iterable[T]) -> Iterator[T]:
@@ -146,7 +146,7 @@ class StopSignals:
                 continue
             if self._came is None:
                 self._came = now
-                if not select.select([pipe], [], [], 0.5)[0] and self.received is None:
+                if not connection.wait([pipe], 0.5) and self.received is None:
                     self._say(number)
             elif _is_second(now - self._came):
                 time.sleep(1)  # for the main thread to handle it
