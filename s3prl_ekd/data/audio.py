@@ -23,7 +23,7 @@ _INEXACT = ("VORBIS", "MPEG_LAYER_I", "MPEG_LAYER_II", "MPEG_LAYER_III")
 # torchaudio's resampling looks at no more than 8 periods of the two rates to each side.
 _MARGIN = 8
 
-# 20 dB above full scale. Float files are borne that clip, or that were mixed hot, and these have
+# 20 dB above full scale. Float files that clip, or that were mixed hot, are used, and these have
 # peaks of 2 or 4; 16-bit samples that were stored as float without scaling reach hundreds.
 LOUDEST = 10.0
 FLAT = 1e-6  # samples that differ by less (-120 dB; the last of 16 bits is 3e-5) are no sound

@@ -49,7 +49,7 @@ class AudioHeader:
     frames: int  # samples per channel, at the file's own rate
     rate: int  # Hz
     channels: int
-    oddity: str = ""  # what is borne of it; see containers.py
+    oddity: str = ""  # a warning, see containers.py
 
     @property
     def samples(self) -> int:
@@ -131,7 +131,7 @@ def read_header(path: str | Path) -> AudioHeader:
 
 
 class AudioFile(soundfile.SoundFile):
-    """An open audio file that is as long as it says; :attr:`oddity` is what is borne of it."""
+    """An open audio file that is as long as it says; :attr:`oddity` is a warning, or empty."""
 
     oddity = ""
 

@@ -7,13 +7,14 @@ announces its size and holds plain samples. So the announced size is read here.
 container              when it is cut off
 =====================  ============================================================================
 WAV, RF64, W64, AIFF,  the size of its data goes past the end of the file. Less than 25 ms (one
-CAF, AU, NIST SPHERE   frame) is borne: writers that count the header as data, or round up. A size
-                       of nothing but ones, or of 2 GB and more that is not there, was written to a
-                       pipe and says nothing: what is there counts
+CAF, AU, NIST SPHERE   frame) is accepted with a warning: some writers count the header as data, or
+                       round up. A size of nothing but ones, or of 2 GB and more that is not there,
+                       was written to a pipe; the samples that are there are used
 FLAC, MP3              its last sample cannot be decoded. An MP3 without an index, whose length is
-                       an estimate, is borne
+                       an estimate, is accepted with a warning
 Ogg (Vorbis, Opus)     its last page is incomplete. A stream whose last page is not marked as the
-                       last one may be cut between two pages, or come from a radio: it is borne
+                       last one may be cut between two pages, or come from a radio: it is accepted
+                       with a warning
 MP3 in a WAV           is not read: its length is an estimate, and decoding may end before or after
 others                 are not read: nothing in them says whether they are whole
 =====================  ============================================================================

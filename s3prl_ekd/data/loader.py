@@ -99,8 +99,8 @@ def workers_end() -> Iterator[None]:
 
 
 def _kill(children: Iterable[BaseProcess], waiting: Iterable[threading.Thread] = ()) -> None:
-    """End processes at once. Threads that wait for them are waited for first: of two that do, one
-    would not see the end."""
+    """Kill processes. ``waiting`` are threads that join them already: one thread alone may reap a
+    process, so these are waited for first."""
     children = list(children)
     with _deaths_unseen():
         for child in children:

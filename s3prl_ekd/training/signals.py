@@ -22,7 +22,7 @@ SIGNALS = tuple(
     getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)
 )
 TIMER = hasattr(signal, "setitimer")  # Windows has none: a batch is waited for to its end there
-# Where a wrapper hands Ctrl-C on, the one key arrives twice; torchrun hands on whatever it gets.
+# One Ctrl-C can be delivered twice: by the terminal, and by a wrapper or torchrun that hands it on.
 SAME_KEY = 0.5  # seconds
 SAME_FROM_TORCHRUN = 5.0
 # How long a batch is waited for after a signal. A step that has not begun can be left out; but
