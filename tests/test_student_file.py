@@ -7,16 +7,16 @@ from argparse import Namespace
 
 import pytest
 import torch
-from safetensors.torch import load, save, save_file
+from safetensors.torch import load, load_file, save, save_file
 
 from s3prl_ekd.distill.aggregation import TargetSpec
 from s3prl_ekd.distill.heads import PredictionHeads
 from s3prl_ekd.distill.student import Student
-from s3prl_ekd.errors import CheckpointError
+from s3prl_ekd.errors import CheckpointError, DataError
 from s3prl_ekd.export import student_file
 from s3prl_ekd.export.student_file import LoadedStudent, contents, load_student, write_student
 from s3prl_ekd.safe_load import safe_load
-from s3prl_ekd.safetensors_file import MAX_HEADER, is_safetensors
+from s3prl_ekd.safetensors_file import MAX_HEADER, is_safetensors, write_safetensors
 
 TARGETS = {"a": TargetSpec(2, (48,)), "b": TargetSpec(3, (48, 48))}
 
@@ -303,3 +303,12 @@ def test_hostile_safetensors(parts, tmp_path, kind):
     with pytest.raises(CheckpointError, match="evil.safetensors") as caught:
         load_student(path)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 1000
+
+
+def test_what_is_written_as_safetensors_is_floats(tmp_path):
+    tensors = {"a": torch.linspace(0, 1, 5, dtype=torch.float64)}
+    with open(tmp_path / "x.safetensors", "wb") as file:
+        write_safetensors(file, tensors, {"format": "x"})
+    assert torch.equal(load_file(tmp_path / "x.safetensors")["a"], tensors["a"])
+    with open(tmp_path / "y", "wb") as file, pytest.raises(DataError, match="int64"):
+        write_safetensors(file, {"a": torch.arange(3)}, {})

@@ -11,7 +11,7 @@ import pickle
 import struct
 import tarfile
 import zipfile
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 
 import pytest
 import torch
@@ -344,3 +344,15 @@ def test_an_old_torch_takes_what_is_refused_here(tmp_path):
     path.write_bytes(archive(PICKLES["large_storage"]))
     loaded = torch.load(path, weights_only=True)["key0"]
     assert loaded.untyped_storage().nbytes() == 4 * 10**6  # and the file has 16
+
+
+def test_a_mapping_of_another_class_is_code_that_trust_lets_through(tmp_path):
+    path = tmp_path / "x.pt"
+    torch.save({"counts": defaultdict(list, a=[1])}, path)
+    with pytest.raises(CheckpointError, match="collections.defaultdict"):
+        safe_load(path)
+    trust.take([trust.OPTION])
+    try:
+        assert safe_load(path)["counts"] == {"a": [1]}
+    finally:
+        trust.take([])
