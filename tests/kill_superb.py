@@ -32,7 +32,7 @@ from .superb_workspace import make_workspace
 from .test_run_folders import contents
 
 RUN = "sid/lr0.003-seed1337"
-STEPS = 60
+STEPS = 240
 
 
 def superb(folder: Path, out: str, name: str, *words: str) -> subprocess.Popen:
@@ -60,7 +60,7 @@ def kill_and_start_again(folder: Path, out: str, rng: random.Random) -> tuple[in
     process = superb(folder, out, "x")
     start = time.monotonic()
     goal = rng.randrange(-1, STEPS)  # -1: before anything is saved
-    wait = rng.uniform(0, 1)
+    wait = rng.uniform(0, 0.3)
     while process.poll() is None:
         steps = [int(path.stem.removeprefix("states-")) for path in run.glob("states-*.ckpt")]
         if max(steps, default=-1) >= goal and (steps or run.is_dir()):
