@@ -104,6 +104,31 @@ def write_folder(args: argparse.Namespace, root: str, checkpoint: Path | None) -
     return run_folder(args, root) or (checkpoint.parent if checkpoint else None)
 
 
+def check_run_folder(folder: Path, checkpoint: Path | None) -> None:
+    """Refuse to train in a folder that holds another run.
+
+    Args:
+        checkpoint: that the run goes on from; None: it is new.
+
+    Raises:
+        SetupError: naming the folder.
+    """
+    from .checkpoints import run_checkpoints  # which imports torch
+
+    if checkpoint is not None and folder.resolve() == checkpoint.parent.resolve():
+        return
+    if not run_checkpoints(folder):
+        return
+    if checkpoint is None:
+        raise SetupError(
+            f"{folder} holds a run already: add -a to go on with it, or take another name"
+        )
+    raise SetupError(
+        f"{folder} holds another run than {checkpoint}; name a new folder, or leave -n and -p out "
+        f"to go on in {checkpoint.parent}"
+    )
+
+
 def resume_from(args: argparse.Namespace, root: str) -> Path | None:
     """The checkpoint that -a or -e asks for, as a file; None for a new run.
 

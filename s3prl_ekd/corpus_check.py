@@ -226,11 +226,7 @@ def _er(recipe: _Recipe, fold: str | None) -> Iterator[_Lookup]:
     fold = recipe.expert["datarc"].get("test_fold") or fold or "fold1"
     session = str(fold).replace("fold", "Session")
     tables = [f"{session}/{part}_meta_data.json" for part in ("train", "test")]
-    listing = _listings()
-
-    def has_file(root: Path, name: str) -> bool:
-        return os.path.basename(name) in listing((root / name).parent)
-
+    has_file = _file_finder()
     yield _Lookup("datarc.meta_data", tables, f"test_fold {fold}", has_file, "{}")
     for table in tables:
         path = recipe.path("datarc.meta_data") / table
@@ -249,11 +245,7 @@ def _er(recipe: _Recipe, fold: str | None) -> Iterator[_Lookup]:
 def _asr(recipe: _Recipe, splits: Sequence[str]) -> Iterator[_Lookup]:
     sets = {name: None for split in splits for name in recipe.names(f"datarc.{split}")}
     tables = [f"{name}.csv" for name in sets]
-    listing = _listings()
-
-    def has_file(root: Path, name: str) -> bool:
-        return os.path.basename(name) in listing((root / name).parent)
-
+    has_file = _file_finder()
     yield _Lookup("datarc.bucket_file", tables, f"the sets of {', '.join(splits)}", has_file, "{}")
     for table in tables:
         path = recipe.path("datarc.bucket_file") / table
@@ -303,6 +295,12 @@ def _listings() -> Callable[[Path], frozenset[str]]:
             return frozenset()
 
     return listing
+
+
+def _file_finder() -> Callable[[Path, str], bool]:
+    """Whether a folder has a file of a name, which may hold folders; of one list of files."""
+    listing = _listings()
+    return lambda root, name: os.path.basename(name) in listing((root / name).parent)
 
 
 def _read(path: Path) -> str:

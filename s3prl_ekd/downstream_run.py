@@ -17,6 +17,7 @@ from typing import Any
 from . import no_eval, noisy_run, torchrun, trust, voxceleb1_cache
 from .arguments import (
     INIT_HINT,
+    check_run_folder,
     make_folder,
     options,
     override_text,
@@ -29,7 +30,7 @@ from .arguments import (
 )
 from .builtins_kept import isinstance_kept
 from .checkpoint_args import replaced_arguments, say_moved
-from .checkpoints import read_run, run_checkpoints
+from .checkpoints import read_run
 from .compat import checkpoint_globals
 from .config import apply_overrides
 from .corpus_check import check_corpus
@@ -172,12 +173,8 @@ def own_folder(argv: Sequence[str]) -> Iterator[None]:
 def _check_folder(args: argparse.Namespace, checkpoint: Path, folder: Path) -> None:
     """Raise SetupError where a run that goes on would write into another run's folder, or cannot
     write."""
-    elsewhere = folder.resolve() != checkpoint.parent.resolve()
-    if args.m == "train" and elsewhere and run_checkpoints(folder):
-        raise SetupError(
-            f"{folder} holds another run than {checkpoint}; name a new folder, or leave -n and -p "
-            f"out to go on in {checkpoint.parent}"
-        )
+    if args.m == "train":
+        check_run_folder(folder, checkpoint)
     if folder.is_dir() and not os.access(folder, os.W_OK):
         raise SetupError(f"{folder} cannot be written; name another folder with -p")
 
@@ -292,8 +289,6 @@ def _check_new(args: argparse.Namespace, model_config: str | None) -> None:
             )
     _check_upstream(args.u, args.k, model_config)
     check_corpus(args.d, config, path, _asked_split(args), fold=args.v)
-    if args.m == "train" and run_checkpoints(folder):
-        raise SetupError(
-            f"{folder} holds a run already: add -a to go on with it, or take another name"
-        )
+    if args.m == "train":
+        check_run_folder(folder, None)
     make_folder(folder)

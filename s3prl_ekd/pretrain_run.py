@@ -17,6 +17,7 @@ from . import no_eval, torchrun, trust
 from .arguments import (
     INIT_HINT,
     check_device,
+    check_run_folder,
     make_folder,
     options,
     override_text,
@@ -29,7 +30,7 @@ from .arguments import (
 )
 from .atomic import write_text
 from .checkpoint_args import replaced_arguments, say_moved
-from .checkpoints import check_whole, read_run, run_checkpoints
+from .checkpoints import check_whole, read_run
 from .config import (
     apply_overrides,
     check_runner_config,
@@ -111,10 +112,7 @@ def _new(argv: list[str], args: argparse.Namespace) -> list[str]:
     load_runner_config(args.c or "pretrain/ekd/config_runner.yaml", override_text(args))
     load_model_config(args.g or "pretrain/ekd/config_model.yaml")
     argv = with_device(argv, args.device)
-    if run_checkpoints(folder):
-        raise SetupError(
-            f"{folder} holds a run already: add -a to go on with it, or take another name"
-        )
+    check_run_folder(folder, None)
     make_folder(folder)
     return argv
 
@@ -130,11 +128,7 @@ def _resumed(argv: list[str], args: argparse.Namespace, path: Path) -> list[str]
         raise CheckpointError(f"{path} is of a run with another method than ekd")
     check_whole(path)
     folder = write_folder(args, ROOT, path)
-    if folder.resolve() != path.parent.resolve() and run_checkpoints(folder):
-        raise SetupError(
-            f"{folder} holds another run than {path}; name a new folder, or leave -n and -p out to "
-            f"go on in {path.parent}"
-        )
+    check_run_folder(folder, path)
     say_moved(path, getattr(states["Args"], "expdir", None), folder)
     logger.info("resume from %s at step %s", path, states["Step"])
     _check_config(args, states, path)

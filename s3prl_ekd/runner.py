@@ -247,7 +247,6 @@ class EkdRunner(Reports):
         last = place.step == run.total_steps
         if place.dev_due:
             self._measure()
-            place.dev_due = False
         minutes = (time.monotonic() - self._saved_at) / 60
         received = self.processes.first(self.stop.received and self.stop.received.name)
         stopping = received is not None and not last

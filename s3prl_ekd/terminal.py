@@ -44,6 +44,8 @@ def run_command(
 ) -> int:
     """Run a command, with what a user or the machine can cause shown as one sentence.
 
+    The standard streams have been prepared (:func:`prepare_streams`).
+
     Args:
         command: returns its exit code, or None for 0.
         interrupted: what Ctrl-C prints.
@@ -57,7 +59,6 @@ def run_command(
     Raises:
         SystemExit: with 2, after an :class:`EkdError` or a refusal of the system.
     """
-    prepare_streams()
     try:
         code = command() or 0
         sys.stdout.flush()

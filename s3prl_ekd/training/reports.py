@@ -83,7 +83,7 @@ class Reports:
         place.records = defaultdict(list)
 
     def _measure(self) -> None:
-        """The dev loss; the checkpoint of the lowest is kept apart."""
+        """Measure the dev loss, which is due no more; keep the checkpoint of the lowest apart."""
         place = self.progress
         batches = UsableBatches(
             self.upstream.dev_dataloader, self.bad, place.epoch, self.stop.batches
