@@ -223,8 +223,9 @@ class EkdRunner(Reports):
                 with self.autocast:
                     loss, _ = self.upstream(batch, self._new, global_step=step, log_step=every)
                 self.updater.backward(loss, batch)
-        self._whole = False
         with memory_explained(step, batch, self.device, self.hint):
+            self.updater.clip()
+            self._whole = False
             return self.updater.update()
 
     def _finish(self, update: Update) -> None:

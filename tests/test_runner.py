@@ -20,9 +20,10 @@ from s3prl_ekd.distill.standardisation import Moments
 from s3prl_ekd.errors import CheckpointError
 from s3prl_ekd.evaluate.scalars import read_scalars
 from s3prl_ekd.training import signals
+from s3prl_ekd.training.processes import Processes
 from s3prl_ekd.training.progress import Progress
 from s3prl_ekd.training.random_state import random_states, set_random_states
-from s3prl_ekd.training.update import not_finite
+from s3prl_ekd.training.update import Updater, not_finite
 from s3prl_ekd.workspace import write_workspace
 
 from .conftest import write_configs
@@ -251,6 +252,39 @@ def test_another_error_is_rescued_and_shown_as_it_is(run, monkeypatch):
     with pytest.raises(RuntimeError, match="a defect"):
         run("x", save_step=5)
     assert saved("x")["Step"] == 3
+
+
+@pytest.mark.parametrize("exchange", range(6))
+def test_a_step_is_saved_wherever_another_process_is_lost(run, monkeypatch, exchange):
+    """Each exchange of step 3 with the other processes fails in turn, as when one was killed."""
+    left = [None]
+    ask = {name: getattr(Processes, name) for name in ("any", "sum", "gather", "first")}
+
+    def exchanging(name):
+        def method(self, *values):
+            if left[0] is not None:
+                if left[0] == 0:
+                    left[0] = None
+                    raise RuntimeError("[gloo] Connection closed by peer")
+                left[0] -= 1
+            return ask[name](self, *values)
+
+        return method
+
+    for name in ask:
+        monkeypatch.setattr(Processes, name, exchanging(name))
+    begin = Updater.begin
+
+    def third_step(self):
+        begin(self)
+        if seen.append(1) or len(seen) == 4:  # once when it is made
+            left[0] = exchange
+
+    seen = []
+    monkeypatch.setattr(Updater, "begin", third_step)
+    with pytest.raises(RuntimeError, match="Connection closed"):
+        run("x", save_step=5, log_step=1)
+    assert saved("x")["Step"] in (2, 3) and newest("result/pretrain/x").name == "last.ckpt"
 
 
 def test_a_full_disk_is_a_sentence_and_takes_nothing_away(run, folder):

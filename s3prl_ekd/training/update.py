@@ -68,6 +68,7 @@ class Updater:
         """Forget the batches of the update before."""
         self.names: list[str] = []  # of the update's utterances, those of bad batches first
         self._losses: list[float] = []
+        self._norm, self._finite = 0.0, False
 
     def backward(self, loss: Tensor, batch: Batch) -> bool:
         """Add the gradient of a batch; true when the update has all of its batches."""
@@ -79,12 +80,21 @@ class Updater:
         self.names = self.names + batch.names if math.isfinite(value) else batch.names + self.names
         return len(self._losses) == self.accumulate
 
-    def update(self) -> Update:
-        """Make the update, unless loss or gradient is not finite; the schedule goes on anyway."""
-        loss = sum(self._losses)
+    def clip(self) -> None:
+        """Clip the gradient, and agree with all processes on whether loss and norm are finite.
+
+        Weights and optimizer are as before, so that the step before this one can still be saved if
+        another process is lost here.
+        """
         self.scaler.unscale_(self.optimizer)
-        norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), self.clipping))
-        made = not self.processes.any(not (math.isfinite(loss) and math.isfinite(norm)))
+        self._norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), self.clipping))
+        finite = math.isfinite(sum(self._losses)) and math.isfinite(self._norm)
+        self._finite = not self.processes.any(not finite)
+
+    def update(self) -> Update:
+        """Make the update after :meth:`clip`, unless loss or gradient is not finite; the schedule
+        goes on anyway."""
+        loss, norm, made = sum(self._losses), self._norm, self._finite
         if made or self.scaler.is_enabled():
             self._step(made)
         self.optimizer.zero_grad()
