@@ -54,7 +54,7 @@ setup(
     package_dir=FOLDERS,
     package_data={
         "": ["*.yaml", "*.txt", "*.dict", "*.tsv", "*.json"],
-        "s3prl_ekd.zoo": ["files/*.pt", "cards/*.md"],
+        "s3prl_ekd.teachers.zoo": ["files/*.pt", "cards/*.md"],
     },
     install_requires=[
         "s3prl>=0.4.18",

@@ -15,14 +15,14 @@ __all__ = ["__version__", "load_student", "register"]
 
 
 def register() -> None:
-    """Add ``ekd_student`` to ``s3prl.hub``; see :func:`s3prl_ekd.plugin.register`."""
-    from .plugin import register as _register
+    """Add ``ekd_student`` to ``s3prl.hub``; see :func:`s3prl_ekd.register.register`."""
+    from .register import register as _register
 
     _register()
 
 
 def load_student(path):
-    """Load a student file or a run's checkpoint; see :func:`s3prl_ekd.export.load_student`."""
-    from .export import load_student as _load_student
+    """Load a student file or a run's checkpoint; see :func:`.student_file.load_student`."""
+    from .student_file import load_student as _load_student
 
     return _load_student(path)

@@ -7,8 +7,8 @@ import sys
 import threading
 from typing import NoReturn
 
-from . import torchrun
-from .jobs import end_with_parent
+from .system import torchrun
+from .system.jobs import end_with_parent
 
 
 def main() -> int:

@@ -8,9 +8,10 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from . import __version__, trust
-from .quiet import log_to_stderr, plain_stdout, quiet_s3prl
-from .terminal import prepare_streams, run_command
+from . import __version__
+from .files import trust
+from .system.quiet import log_to_stderr, plain_stdout, quiet_s3prl
+from .system.terminal import prepare_streams, run_command
 
 # name -> the line that `s3prl-ekd --help` shows. The module commands/NAME.py has
 # `configure(parser)` and `main(args)`; it is imported only when its command is called,
@@ -37,7 +38,7 @@ COMMANDS = {
     "demo": "the whole way on a synthetic corpus: three teachers, one student, four tasks",
 }
 
-# Those that read runs, students or upstreams; see trust.py.
+# Those that read runs, students or upstreams; see files/trust.py.
 TRUSTING = {"superb", "matrix", "export", "features", "cost", "teachers", "layers", "cache"}
 TRUSTING |= {"units", "essence"}
 

@@ -30,8 +30,9 @@ class Corpora:
 
     def check(self) -> None:
         """Raise DataError, with the option's name, where one is not what it should be."""
-        from .data import iemocap, librispeech, voxceleb1
-        from .data.lexicon import read_lexicon
+        from .prepare import iemocap, librispeech
+        from .prepare import sid as voxceleb1
+        from .prepare.lexicon import read_lexicon
 
         for option, path, look in (
             ("librispeech", self.librispeech, librispeech.check_shape),

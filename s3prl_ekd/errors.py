@@ -6,7 +6,7 @@ import contextlib
 import sys
 from typing import NoReturn
 
-from . import torchrun
+from .system import torchrun
 
 
 def printable(text: str) -> str:

@@ -18,24 +18,24 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 
-from . import torchrun
-from .arguments import INIT_HINT, options
-from .quiet import log_to_stderr, quiet_s3prl
-from .terminal import prepare_streams, run_command
+from .downstream.script_args import INIT_HINT, options
+from .system import torchrun
+from .system.quiet import log_to_stderr, quiet_s3prl
+from .system.terminal import prepare_streams, run_command
 
 logger = logging.getLogger(__name__)
 
 
 def run_pretrain() -> int:
     """Entry point of the command ``run_pretrain.py``."""
-    from . import pretrain_run
+    from .pretrain import run as pretrain_run
 
     return _launch("run_pretrain", pretrain_run.prepare, pretrain_run.main)
 
 
 def run_downstream() -> int:
     """Entry point of the command ``run_downstream.py``."""
-    from . import downstream_run
+    from .downstream import run as downstream_run
 
     return _launch("run_downstream", downstream_run.prepare_downstream, downstream_run.main)
 
@@ -76,7 +76,7 @@ def _run_script(
             argv = prepare(argv)
         module = import_script(script)
         sys.argv = [f"{script}.py", *argv]
-        from .atomic import atomic_saves
+        from .files.atomic import atomic_saves
 
         with atomic_saves():
             main(module, argv)
@@ -84,7 +84,8 @@ def _run_script(
 
 def import_script(script: str) -> ModuleType:
     """s3prl's module of that name, from the checkout we stand in or from the installed package."""
-    from . import compat, plugin
+    from . import compat
+    from . import register as plugin
 
     compat.apply()
     here = Path.cwd()

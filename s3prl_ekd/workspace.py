@@ -8,8 +8,8 @@ from collections.abc import Collection, Iterator, Mapping
 from importlib import resources
 from pathlib import Path
 
-from .atomic import whole_file
 from .errors import SetupError
+from .files.atomic import whole_file
 
 # The adapter that s3prl imports as pretrain.ekd.pretrain_expert. The hook is for runs started by
 # s3prl's plain script, which would show a user's mistake as a traceback.
@@ -20,7 +20,7 @@ from s3prl_ekd.errors import install_excepthook
 
 install_excepthook()
 
-from s3prl_ekd.pretrain_expert import UpstreamPretrainExpert  # noqa: E402, F401
+from s3prl_ekd.pretrain.expert import UpstreamPretrainExpert  # noqa: E402, F401
 '''
 
 

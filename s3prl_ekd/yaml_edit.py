@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import yaml
 
 from .errors import ConfigError
-from .yaml_loader import PlainLoader, parse_yaml
+from .files.yaml_loader import PlainLoader, parse_yaml
 
 Value = str | Sequence[str]
 

@@ -4,7 +4,7 @@ import torch
 import yaml
 
 from s3prl_ekd import cli
-from s3prl_ekd.pretrain_expert import UpstreamPretrainExpert
+from s3prl_ekd.pretrain.expert import UpstreamPretrainExpert
 
 from .conftest import STUDENT, write_configs
 

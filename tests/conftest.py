@@ -18,8 +18,8 @@ import torch
 import yaml
 
 from s3prl_ekd import compat
-from s3prl_ekd.demo.tiny_teachers import hubert_checkpoint, wavlm_checkpoint
 from s3prl_ekd.distill.settings import StudentSettings
+from s3prl_ekd.teachers.random_weights import hubert_checkpoint, wavlm_checkpoint
 
 REPO = Path(__file__).parent.parent
 # Ctrl-C is ignored by what a script begins in the background, and by all that this starts; the
@@ -53,7 +53,7 @@ torch.set_num_threads(1)  # the models are tiny: threads cost more than they bri
 
 def safetensors_student(data: dict) -> bytes:
     """What ``student_file.contents`` gives, good or not, as a safetensors file."""
-    from s3prl_ekd.export.student_file import _write_safetensors
+    from s3prl_ekd.student_file import _write_safetensors
 
     file = io.BytesIO()
     _write_safetensors(data, file)
@@ -117,7 +117,7 @@ def corpus(tmp_path_factory) -> Path:
 
 HOLD = """
 import sys, time
-from s3prl_ekd.training.lock import FolderLock
+from s3prl_ekd.system.lock import FolderLock
 with FolderLock(*sys.argv[1:]):
     print("held", flush=True)
     time.sleep(100)

@@ -24,8 +24,8 @@ from pathlib import Path
 import soundfile
 import torch
 
-from s3prl_ekd.checkpoints import newest, read_run
-from s3prl_ekd.evaluate.tasks import TASKS
+from s3prl_ekd.downstream.tasks import TASKS
+from s3prl_ekd.files.run_checkpoints import newest, read_run
 
 from .conftest import make_sound
 from .superb_workspace import make_workspace

@@ -5,7 +5,7 @@ from pathlib import Path
 import soundfile
 from s3prl.downstream.ctc.text import load_text_encoder
 
-from s3prl_ekd.data.libriphone import LibriPhoneDataset
+from s3prl_ekd.downstream.libriphone import LibriPhoneDataset
 
 from .conftest import REPO, make_sound
 from .preparing import prepare

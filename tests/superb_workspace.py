@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import numpy as np
 import soundfile
 
-from s3prl_ekd.checkpoints import read_run
 from s3prl_ekd.commands import superb as command_module
+from s3prl_ekd.files.run_checkpoints import read_run
 
 from .conftest import command
 

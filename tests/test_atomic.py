@@ -8,9 +8,9 @@ import sys
 import pytest
 import torch
 
-from s3prl_ekd import atomic
-from s3prl_ekd.atomic import atomic_saves
 from s3prl_ekd.errors import DataError
+from s3prl_ekd.files import atomic
+from s3prl_ekd.files.atomic import atomic_saves
 
 
 def test_a_save_that_fails_leaves_the_older_file(tmp_path):

@@ -15,21 +15,21 @@ import torch
 import yaml
 from torchaudio.functional import resample
 
-from s3prl_ekd import runner
-from s3prl_ekd.checkpoints import newest, read_run
 from s3prl_ekd.data import audio as audio_module
 from s3prl_ekd.data.audio import Recording, read_audio
 from s3prl_ekd.data.bad_audio import Bad
 from s3prl_ekd.data.batches import DistillationDataset, train_loader
 from s3prl_ekd.data.distortion.settings import DistortionSettings
-from s3prl_ekd.data.order import EpochOrder
+from s3prl_ekd.data.sampling import EpochOrder
 from s3prl_ekd.data.tables import Utterance
 from s3prl_ekd.distill.distiller import EnsembleDistiller
 from s3prl_ekd.errors import CheckpointError
+from s3prl_ekd.files.config import build
+from s3prl_ekd.files.run_checkpoints import newest, read_run
+from s3prl_ekd.files.safe_load import safe_load
 from s3prl_ekd.launch import run_pretrain
-from s3prl_ekd.safe_load import safe_load
-from s3prl_ekd.schema import build
-from s3prl_ekd.training.bad_audio_list import BadAudioList, stored
+from s3prl_ekd.pretrain import trainer as runner
+from s3prl_ekd.pretrain.bad_audio import BadAudioList, stored
 from s3prl_ekd.workspace import write_workspace
 
 from .conftest import make_sound, write_configs

@@ -10,7 +10,7 @@ import soundfile
 import torch
 import yaml
 
-from s3prl_ekd.checkpoints import newest, read_run
+from s3prl_ekd.files.run_checkpoints import newest, read_run
 from s3prl_ekd.launch import run_pretrain
 
 from .conftest import STUDENT, command, write_configs, write_librispeech_names

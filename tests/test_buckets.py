@@ -4,11 +4,11 @@ import random
 
 import pytest
 
-from s3prl_ekd.config import load_runner_config
 from s3prl_ekd.data.batches import train_loader
 from s3prl_ekd.data.buckets import bucket, padding_share
 from s3prl_ekd.data.tables import Utterance
 from s3prl_ekd.errors import ConfigError
+from s3prl_ekd.pretrain.settings import load_runner_config
 
 from .conftest import write_configs
 

@@ -6,7 +6,7 @@ import builtins
 from collections import defaultdict
 from types import SimpleNamespace
 
-from s3prl_ekd import downstream_run
+from s3prl_ekd.downstream import run as downstream_run
 
 
 def test_isinstance_is_pythons_after_a_downstream_run(monkeypatch):

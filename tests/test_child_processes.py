@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import soundfile
 
-from s3prl_ekd import compat, plugin
-from s3prl_ekd.child_processes import repeat_in_children
+from s3prl_ekd import compat
+from s3prl_ekd import register as plugin
+from s3prl_ekd.compat.child_processes import repeat_in_children
 from s3prl_ekd.workspace import write_workspace
 
 from .conftest import REPO, make_sound, write_configs
@@ -79,7 +80,7 @@ def test_a_spawned_child_has_our_names_in_the_hub_once_it_imports_that(own_confi
     child = multiprocessing.get_context("spawn").Process(target=report_names, args=(sender,))
     child.start()
     sender.close()
-    assert receiver.recv() == [False, True, "s3prl_ekd.no_eval"]
+    assert receiver.recv() == [False, True, "s3prl_ekd.compat.no_eval"]
     child.join()
 
 

@@ -17,11 +17,7 @@ import pytest
 import torch
 
 from s3prl_ekd import compat
-from s3prl_ekd.compat import (
-    SHIMS,
-    checkpoints,
-    names,
-)
+from s3prl_ekd.compat import SHIMS, checkpoints, names
 from s3prl_ekd.errors import SetupError
 
 from .conftest import run_python

@@ -11,10 +11,7 @@ import soundfile
 import torch
 
 from s3prl_ekd import compat
-from s3prl_ekd.compat import (
-    SHIMS,
-    sox,
-)
+from s3prl_ekd.compat import SHIMS, sox
 from s3prl_ekd.errors import SetupError
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -15,12 +15,7 @@ import soundfile
 import torch
 
 from s3prl_ekd import compat
-from s3prl_ekd.compat import (
-    SHIMS,
-    audio,
-    soundfile_io,
-    torchaudio_import,
-)
+from s3prl_ekd.compat import SHIMS, audio, soundfile_io, torchaudio_import
 from s3prl_ekd.errors import DataError
 
 from .conftest import run_python

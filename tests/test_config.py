@@ -6,15 +6,15 @@ from pathlib import Path
 import pytest
 import yaml
 
-from s3prl_ekd.config import (
+from s3prl_ekd.errors import ConfigError
+from s3prl_ekd.files.config import plain, read_yaml
+from s3prl_ekd.files.overrides import escape_equals, typed
+from s3prl_ekd.pretrain.settings import (
     apply_overrides,
     load_model_config,
     load_runner_config,
     overridden,
 )
-from s3prl_ekd.errors import ConfigError
-from s3prl_ekd.overrides import escape_equals, typed
-from s3prl_ekd.schema import plain, read_yaml
 
 CONFIGS = Path(__file__).parent.parent / "pretrain_configs"
 SHIPPED = sorted(CONFIGS.rglob("*.yaml"))

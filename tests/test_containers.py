@@ -12,7 +12,6 @@ import torch
 from s3prl_ekd import cli
 from s3prl_ekd.analysis.choice import choose_audio
 from s3prl_ekd.analysis.sample import read_excerpt
-from s3prl_ekd.config import DataSettings
 from s3prl_ekd.data import audio as audio_module
 from s3prl_ekd.data.audio import Recording, read_audio
 from s3prl_ekd.data.audio_files import LONGEST, read_header
@@ -23,9 +22,10 @@ from s3prl_ekd.data.distortion.sources import AudioPool, is_silent
 from s3prl_ekd.data.lengths import write_length_tables
 from s3prl_ekd.data.tables import Utterance, read_tables
 from s3prl_ekd.distill.settings import StudentSettings
+from s3prl_ekd.downstream.noise import mix
 from s3prl_ekd.errors import DataError
-from s3prl_ekd.evaluate.noise import mix
-from s3prl_ekd.target_cache.plan import cached_rows
+from s3prl_ekd.pretrain.settings import DataSettings
+from s3prl_ekd.pretrain.target_cache.plan import cached_rows
 
 from .conftest import make_sound
 

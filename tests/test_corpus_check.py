@@ -9,12 +9,12 @@ import pytest
 import torch
 import yaml
 
-from s3prl_ekd.corpus_check import check_corpus
-from s3prl_ekd.downstream_run import prepare_downstream
+from s3prl_ekd.downstream.corpus_check import check_corpus
+from s3prl_ekd.downstream.recipes import RECIPES, check_recipe
+from s3prl_ekd.downstream.run import prepare_downstream
+from s3prl_ekd.downstream.tasks import TASKS
 from s3prl_ekd.errors import ConfigError
-from s3prl_ekd.evaluate.superb_plan import Recipe
-from s3prl_ekd.evaluate.tasks import TASKS
-from s3prl_ekd.recipes import RECIPES, check_recipe
+from s3prl_ekd.superb.plan import Recipe
 from s3prl_ekd.workspace import write_workspace
 
 # Of each recipe: where its corpus is, and each key that names a folder or a file of it.

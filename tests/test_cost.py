@@ -17,10 +17,10 @@ from s3prl_ekd.distill.heads import PredictionHeads
 from s3prl_ekd.distill.settings import StudentSettings
 from s3prl_ekd.distill.student import Student
 from s3prl_ekd.errors import DataError
-from s3prl_ekd.evaluate.cost import LENGTHS, librispeech_lengths, measure_cost
-from s3prl_ekd.evaluate.macs import count_macs
-from s3prl_ekd.evaluate.parameters import unused_parameters
-from s3prl_ekd.export.student_file import LoadedStudent, write_student
+from s3prl_ekd.student_file import LoadedStudent, write_student
+from s3prl_ekd.superb.cost import LENGTHS, librispeech_lengths, measure_cost
+from s3prl_ekd.superb.macs import count_macs
+from s3prl_ekd.superb.parameters import unused_parameters
 
 from .conftest import STUDENT
 
@@ -60,7 +60,7 @@ def products_of(samples: int) -> int:
 
 
 def attention_of(samples: int, dropout: bool) -> int:
-    """What the board adds for the tiny student's two layers; see evaluate/macs.py."""
+    """What the board adds for the tiny student's two layers; see superb/macs.py."""
     frames = (samples - 400) // 320 + 1
     each = 3 * frames * 48 + frames * 48  # biases of query, key, value; the scale of the query
     each += 4 * frames * frames * (4 if dropout else 3)  # mask, softmax (2), dropout

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from s3prl_ekd.demo.run import PAIRS, UPSTREAMS
-from s3prl_ekd.export import load_student
+from s3prl_ekd.student_file import load_student
 
 from .conftest import command
 

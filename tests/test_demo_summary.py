@@ -6,7 +6,7 @@ import pytest
 
 from s3prl_ekd.demo.run import PAIRS, STUDENTS, UPSTREAMS
 from s3prl_ekd.demo.summary import findings, score_table, verdict
-from s3prl_ekd.evaluate.report import Difference
+from s3prl_ekd.superb.report import Difference
 
 
 @pytest.mark.parametrize(

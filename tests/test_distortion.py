@@ -15,7 +15,7 @@ from s3prl_ekd.data.distortion.functional import functional
 from s3prl_ekd.data.distortion.pipeline import Distorter
 from s3prl_ekd.data.distortion.settings import DistortionSettings
 from s3prl_ekd.data.distortion.sources import AudioPool
-from s3prl_ekd.schema import build
+from s3prl_ekd.files.config import build
 
 from .conftest import make_sound
 

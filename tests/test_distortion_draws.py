@@ -15,7 +15,7 @@ from s3prl_ekd.data.distortion.settings import DistortionSettings
 from s3prl_ekd.data.distortion.sources import AudioPool
 from s3prl_ekd.data.tables import read_tables
 from s3prl_ekd.errors import ConfigError, DataError
-from s3prl_ekd.schema import build, plain
+from s3prl_ekd.files.config import build, plain
 
 from .conftest import make_sound
 from .test_distortion import RATE, make_folders, only

@@ -15,8 +15,9 @@ import pytest
 import soundfile
 import torch
 
-from s3prl_ekd import cli, compat, recipes
+from s3prl_ekd import cli, compat
 from s3prl_ekd.commands import doctor
+from s3prl_ekd.downstream import recipes
 from s3prl_ekd.errors import SetupError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -194,7 +195,7 @@ def test_pr_has_its_corpus_module_whatever_s3prl_brings(tmp_path, monkeypatch):
     for name in names:
         monkeypatch.setitem(sys.modules, name, None)  # as if the installed one had none
     assert recipes.check_recipe(recipe("PR"), tmp_path).modules == []
-    assert sys.modules[names[1]].__name__ == "s3prl_ekd.data.libriphone"
+    assert sys.modules[names[1]].__name__ == "s3prl_ekd.downstream.libriphone"
 
     theirs = ModuleType(names[1])
     monkeypatch.setitem(sys.modules, names[1], theirs)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from s3prl_ekd.data.emotion import natural
+from s3prl_ekd.prepare.er import natural
 
 from .conftest import command
 from .preparing import accuracy, fails, prepare

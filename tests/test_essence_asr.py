@@ -8,16 +8,16 @@ import sys
 import pytest
 import soundfile
 import torch
+from s3prl_ekd.superb.asr import error_rates
 
 from s3prl_ekd import cli, launch
-from s3prl_ekd.checkpoints import read_run
-from s3prl_ekd.data.layout import Utterance, write_librispeech
 from s3prl_ekd.distill.settings import StudentSettings
 from s3prl_ekd.distill.student import Student
 from s3prl_ekd.errors import CheckpointError
-from s3prl_ekd.evaluate.asr import error_rates
-from s3prl_ekd.evaluate.scalars import read_scalars
-from s3prl_ekd.export.student_file import contents
+from s3prl_ekd.files.run_checkpoints import read_run
+from s3prl_ekd.prepare.asr import Utterance, write_librispeech
+from s3prl_ekd.pretrain.scalars import read_scalars
+from s3prl_ekd.student_file import contents
 from s3prl_ekd.workspace import write_workspace
 
 from .conftest import STUDENT, make_sound
@@ -213,7 +213,7 @@ def bent(workspace, change):
     ],
 )
 def test_checkpoints_that_are_no_teachers(workspace, change, sentence):
-    from s3prl_ekd.essence.asr_teachers import load_asr_teacher
+    from s3prl_ekd.essence.asr import load_asr_teacher
 
     launch.import_script("run_downstream")
     with pytest.raises(CheckpointError, match=re.escape(sentence)):

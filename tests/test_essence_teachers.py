@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from s3prl_ekd.errors import TeacherError
-from s3prl_ekd.essence.asr_teachers import AsrEnsemble, AsrTeacher, common_frames
+from s3prl_ekd.essence.asr import AsrEnsemble, AsrTeacher, common_frames
 from s3prl_ekd.essence.asr_training import EssenceSettings, MultitaskLoss
 from s3prl_ekd.essence.selection import Selection
 

@@ -1,12 +1,12 @@
 """Scalars, error rates and the plot of a run."""
 
 import pytest
+from s3prl_ekd.superb.asr import error_rates
 from tensorboardX import SummaryWriter
 
 from s3prl_ekd.errors import DataError
-from s3prl_ekd.evaluate.asr import error_rates
-from s3prl_ekd.evaluate.curves import plot_run, teacher_curves
-from s3prl_ekd.evaluate.scalars import read_scalars
+from s3prl_ekd.pretrain.curves import plot_run, teacher_curves
+from s3prl_ekd.pretrain.scalars import read_scalars
 
 
 def test_scalars_are_what_was_written(tmp_path):

@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from s3prl_ekd.cli import main
 from s3prl_ekd.distill.student import Student
 from s3prl_ekd.errors import CheckpointError
-from s3prl_ekd.export.onnx_model import OPSETS, OnnxStudent, TimeNorm, onnx_bytes
+from s3prl_ekd.export.onnx import OPSETS, OnnxStudent, TimeNorm, onnx_bytes
 from s3prl_ekd.export.onnx_model_check import (
     OnnxSession,
     check,
@@ -21,7 +21,7 @@ from s3prl_ekd.export.onnx_model_check import (
     real_time_factors,
     relative_errors,
 )
-from s3prl_ekd.export.student_file import LoadedStudent, write_student
+from s3prl_ekd.student_file import LoadedStudent, write_student
 
 needs_onnx = pytest.mark.skipif(
     not all(importlib.util.find_spec(name) for name in ("onnx", "onnxruntime")),

@@ -8,13 +8,13 @@ import pytest
 import torch
 import yaml
 
-from s3prl_ekd.checkpoints import newest, read_run
 from s3prl_ekd.distill.recompute import recompute
 from s3prl_ekd.distill.settings import StudentSettings
 from s3prl_ekd.distill.student import Student
-from s3prl_ekd.evaluate.scalars import read_scalars
-from s3prl_ekd.schema import build
-from s3prl_ekd.training.fused_adamw import fused_adamw, warmup_schedule
+from s3prl_ekd.files.config import build
+from s3prl_ekd.files.run_checkpoints import newest, read_run
+from s3prl_ekd.pretrain.fused_adamw import fused_adamw, warmup_schedule
+from s3prl_ekd.pretrain.scalars import read_scalars
 from s3prl_ekd.workspace import write_workspace
 
 from .conftest import STUDENT, write_configs

@@ -7,14 +7,17 @@ import pytest
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from s3prl_ekd.demo.tiny_teachers import hubert_checkpoint, wavlm_checkpoint
 from s3prl_ekd.distill.settings import DistillSettings
 from s3prl_ekd.distill.target_settings import TeacherSettings
 from s3prl_ekd.distill.teachers import Teacher, TeacherEnsemble
 from s3prl_ekd.errors import TeacherError
-from s3prl_ekd.teacher_sources import fast, fast_conv, fast_encoder, load_teachers, load_upstream
-from s3prl_ekd.teacher_sources.fast import family, fast_encoders
-from s3prl_ekd.teacher_sources.fast_inputs import normalised, padded_frames
+from s3prl_ekd.teachers import load_teachers, load_upstream
+from s3prl_ekd.teachers.fast import conv as fast_conv
+from s3prl_ekd.teachers.fast import encoder as fast_encoder
+from s3prl_ekd.teachers.fast import fast
+from s3prl_ekd.teachers.fast.fast import family, fast_encoders
+from s3prl_ekd.teachers.fast.fast_inputs import normalised, padded_frames
+from s3prl_ekd.teachers.random_weights import hubert_checkpoint, wavlm_checkpoint
 
 from .conftest import SIZES
 from .experiments import distiller

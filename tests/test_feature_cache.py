@@ -16,16 +16,16 @@ from s3prl.upstream.hubert.hubconf import hubert_local
 from s3prl.upstream.interfaces import Featurizer
 
 from s3prl_ekd import cli
-from s3prl_ekd.checkpoints import read_run
-from s3prl_ekd.downstream_run import prepare_downstream
+from s3prl_ekd.downstream.arguments import CacheOptions, split_arguments
+from s3prl_ekd.downstream.counts import Counts, read_counts
+from s3prl_ekd.downstream.feature_cache import _answer, folder_name
+from s3prl_ekd.downstream.feature_cache_run import cached, excerpt_length
+from s3prl_ekd.downstream.noise import find_noises, mix
+from s3prl_ekd.downstream.noisy_run import NoisyTest, noisy
+from s3prl_ekd.downstream.run import prepare_downstream
 from s3prl_ekd.errors import SetupError
-from s3prl_ekd.evaluate.noise import find_noises, mix
-from s3prl_ekd.feature_cache.arguments import CacheOptions, split_arguments
-from s3prl_ekd.feature_cache.counts import Counts, read_counts
-from s3prl_ekd.feature_cache.run import cached, excerpt_length
-from s3prl_ekd.feature_cache.store import FeatureStore, key_of, rounded
-from s3prl_ekd.feature_cache.upstream import _answer, folder_name
-from s3prl_ekd.noisy_run import NoisyTest, noisy
+from s3prl_ekd.files.run_checkpoints import read_run
+from s3prl_ekd.hidden_states.feature_store import FeatureStore, key_of, rounded
 
 from .test_er_recipe import make_manifest
 from .test_noisy_evaluation import noise_folder  # noqa: F401 (a fixture)

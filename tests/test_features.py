@@ -17,9 +17,9 @@ from s3prl_ekd.commands.features import choose_device
 from s3prl_ekd.distill.student import Student
 from s3prl_ekd.errors import ConfigError, DataError
 from s3prl_ekd.export.features import choose_layers, write_features
-from s3prl_ekd.export.features_file import FeaturesFile
 from s3prl_ekd.export.features_inputs import collect_audio
-from s3prl_ekd.export.student_file import LoadedStudent, write_student
+from s3prl_ekd.hidden_states.features_file import FeaturesFile
+from s3prl_ekd.student_file import LoadedStudent, write_student
 
 from .conftest import command, make_sound, run_python
 
@@ -231,7 +231,7 @@ def test_a_key_that_was_not_announced():
 def test_memory_does_not_grow_with_the_file(tmp_path):
     code = """
 import resource, sys, torch
-from s3prl_ekd.export.features_file import FeaturesFile
+from s3prl_ekd.hidden_states.features_file import FeaturesFile
 with open(sys.argv[1], "wb") as file:
     features = FeaturesFile(file, map(str, range(100)), {})
     features.add("0", torch.zeros(250, 1000))

@@ -11,20 +11,26 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from s3prl_ekd import __version__, checkpoints, downstream_resume, downstream_run, pretrain_run
+from s3prl_ekd import __version__
 from s3prl_ekd.demo.corpus import RECORD as CORPUS
 from s3prl_ekd.demo.corpus import make_corpus
 from s3prl_ekd.distill.settings import StudentSettings
 from s3prl_ekd.distill.student import Student
+from s3prl_ekd.downstream import resume as downstream_resume
+from s3prl_ekd.downstream import run as downstream_run
 from s3prl_ekd.errors import CheckpointError, EkdError
 from s3prl_ekd.essence.units import Units, load_units, save_units
-from s3prl_ekd.evaluate import matrix, records, superb
-from s3prl_ekd.export.student_file import LoadedStudent, contents, load_student, write_student
-from s3prl_ekd.formats import CHECKPOINT_PARTS
-from s3prl_ekd.target_cache.index import Index, read_index, write_index
-from s3prl_ekd.target_cache.layout import Block
-from s3prl_ekd.teacher_sources import load_upstream
-from s3prl_ekd.training.saves import RunSaves
+from s3prl_ekd.files import run_checkpoints as checkpoints
+from s3prl_ekd.files.formats import CHECKPOINT_PARTS
+from s3prl_ekd.hidden_states.layout import Block
+from s3prl_ekd.hidden_states.store import Index, read_index, write_index
+from s3prl_ekd.pretrain import run as pretrain_run
+from s3prl_ekd.pretrain import sweep as matrix
+from s3prl_ekd.pretrain.checkpoints import RunSaves
+from s3prl_ekd.student_file import LoadedStudent, contents, load_student, write_student
+from s3prl_ekd.superb import records
+from s3prl_ekd.superb import run as superb
+from s3prl_ekd.teachers import load_upstream
 
 from .conftest import STUDENT
 

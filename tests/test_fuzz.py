@@ -23,7 +23,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.configuration import set_hypothesis_home_dir
 
-from s3prl_ekd.config import load_model_config, load_runner_config
 from s3prl_ekd.data.audio import read_audio
 from s3prl_ekd.data.audio_files import read_header
 from s3prl_ekd.data.manifest import read_manifest
@@ -34,13 +33,10 @@ from s3prl_ekd.distill.heads import PredictionHeads
 from s3prl_ekd.distill.settings import StudentSettings
 from s3prl_ekd.distill.student import Student
 from s3prl_ekd.errors import EkdError
-from s3prl_ekd.export.student_file import (
-    LoadedStudent,
-    contents,
-    load_student,
-)
-from s3prl_ekd.overrides import apply_overrides
-from s3prl_ekd.schema import plain
+from s3prl_ekd.files.config import plain
+from s3prl_ekd.files.overrides import apply_overrides
+from s3prl_ekd.pretrain.settings import load_model_config, load_runner_config
+from s3prl_ekd.student_file import LoadedStudent, contents, load_student
 
 from .conftest import safetensors_student
 

@@ -13,12 +13,12 @@ import s3prl
 import torch
 from tensorboardX.proto import event_pb2
 
-from s3prl_ekd.checkpoints import newest, read_run
-from s3prl_ekd.config import load_model_config
-from s3prl_ekd.downstream_run import prepare_downstream
+from s3prl_ekd.downstream.run import prepare_downstream
 from s3prl_ekd.errors import CheckpointError
-from s3prl_ekd.export import load_student
+from s3prl_ekd.files.run_checkpoints import newest, read_run
 from s3prl_ekd.launch import run_pretrain
+from s3prl_ekd.pretrain.settings import load_model_config
+from s3prl_ekd.student_file import load_student
 from s3prl_ekd.workspace import experiments
 
 from .conftest import command, write_configs
@@ -54,7 +54,7 @@ def workspace(tmp_path_factory, teachers, corpus):
 def test_init_creates_keeps_and_never_overwrites(tmp_path):
     first = command("init", "a", cwd=tmp_path).stdout
     assert "created" in first and "kept" not in first
-    expert = tmp_path / "a" / "pretrain" / "ekd" / "pretrain_expert.py"
+    expert = tmp_path / "a" / "pretrain" / "ekd" / "pretrain/expert.py"
     assert expert.is_file() and (tmp_path / "a/pretrain/ekd/config_model.yaml").is_file()
     assert (tmp_path / "a/downstream/asr/config.yaml").is_file()
     expert.write_text("# mine\n")

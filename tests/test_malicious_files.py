@@ -25,15 +25,16 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from s3prl_ekd import cli, launch, trust
+from s3prl_ekd import cli, launch
 from s3prl_ekd.distill.aggregation import TargetSpec
 from s3prl_ekd.distill.heads import PredictionHeads
 from s3prl_ekd.distill.settings import StudentSettings
 from s3prl_ekd.distill.student import Student
 from s3prl_ekd.errors import CheckpointError
 from s3prl_ekd.essence.units import load_units
-from s3prl_ekd.export.student_file import contents
-from s3prl_ekd.safe_load import safe_load
+from s3prl_ekd.files import trust
+from s3prl_ekd.files.safe_load import safe_load
+from s3prl_ekd.student_file import contents
 
 from .conftest import (
     STUDENT,
@@ -224,15 +225,15 @@ def folder(tmp_path_factory, teachers, corpus):
         "s3prl.hub",
         "s3prl.run_downstream",
         "s3prl_ekd.export.features",
-        "s3prl_ekd.export.hf_model",
-        "s3prl_ekd.export.superb_package",
-        "s3prl_ekd.evaluate.cost",
+        "s3prl_ekd.export.huggingface",
+        "s3prl_ekd.export.hidden_set.package",
+        "s3prl_ekd.superb.cost",
         "s3prl_ekd.commands.superb",
-        "s3prl_ekd.teacher_sources.sources",
+        "s3prl_ekd.teachers.load",
         "transformers",
     ):
         __import__(module)
-    from s3prl_ekd.teacher_sources.hub import hub_entries
+    from s3prl_ekd.teachers.hub import hub_entries
 
     hub_entries()
     yield path
@@ -563,7 +564,7 @@ def test_overrides(refused, here, script, text):
 
 def test_s3prl_evaluates_no_override(here, monkeypatch):
     """Should one reach it all the same."""
-    from s3prl_ekd import no_eval
+    from s3prl_ekd.compat import no_eval
 
     no_eval.guard()
     from s3prl.utility.helper import override
@@ -672,7 +673,8 @@ def test_every_eval_of_layers_is_a_reader(module, name):
     """s3prl's own line, with our ``eval`` in its module's place."""
     import importlib
 
-    from s3prl_ekd import compat, no_eval
+    from s3prl_ekd import compat
+    from s3prl_ekd.compat import no_eval
     from s3prl_ekd.errors import ConfigError
 
     compat.apply()
@@ -686,14 +688,14 @@ def test_every_eval_of_layers_is_a_reader(module, name):
 
 
 def test_lists_of_numbers_are_read_too():
-    from s3prl_ekd.no_eval import read_layers
+    from s3prl_ekd.compat.no_eval import read_layers
 
     assert read_layers("[4, 4, 4]") == [4, 4, 4]
 
 
 @pytest.mark.parametrize("key", ["feat_type", "utter_module", "ObjectiveLoss"])
 def test_an_upstreams_yaml_names_what_it_names(tmp_path, key):
-    from s3prl_ekd.downstream_run import _check_upstream
+    from s3prl_ekd.downstream.run import _check_upstream
     from s3prl_ekd.errors import ConfigError
 
     config = tmp_path / "upstream.yaml"

@@ -12,10 +12,10 @@ from s3prl.upstream.baseline.hubconf import fbank_no_cmvn
 from s3prl.utility.helper import override
 
 from s3prl_ekd import cli
-from s3prl_ekd.downstream_run import prepare_downstream
+from s3prl_ekd.downstream.noise import find_noises, mix
+from s3prl_ekd.downstream.noisy_run import NoisyTest, literal, noisy, split_arguments, with_folder
+from s3prl_ekd.downstream.run import prepare_downstream
 from s3prl_ekd.errors import DataError, EkdError, SetupError
-from s3prl_ekd.evaluate.noise import find_noises, mix
-from s3prl_ekd.noisy_run import NoisyTest, literal, noisy, split_arguments, with_folder
 
 from .conftest import command, make_sound, run_python
 from .test_er_recipe import make_manifest
@@ -84,7 +84,7 @@ def test_an_utterance_has_its_noise_in_any_order_and_at_any_ratio(waves, noise_f
 def test_another_process_draws_the_same(noise_folder):
     code = (
         "import sys, torch; torch.set_num_threads(1)\n"
-        "from s3prl_ekd.evaluate.noise import find_noises, mix\n"
+        "from s3prl_ekd.downstream.noise import find_noises, mix\n"
         "wave = torch.sin(torch.arange(5000) / 7)\n"
         "print(mix(wave, find_noises(sys.argv[1]), 3.0).double().sum().item())"
     )
@@ -106,7 +106,7 @@ def test_each_file_is_read_once(noises, monkeypatch, waves):
     before = mix(waves[0], noises, 0.0)
     for index in range(len(noises)):
         noises[index]
-    monkeypatch.setattr("s3prl_ekd.evaluate.noise.read_audio", None)
+    monkeypatch.setattr("s3prl_ekd.downstream.noise.read_audio", None)
     assert torch.equal(mix(waves[0], noises, 0.0), before)
 
 

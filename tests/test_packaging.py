@@ -10,7 +10,7 @@ from importlib import resources
 
 import pytest
 
-from s3prl_ekd.zoo import TEACHERS
+from s3prl_ekd.teachers.zoo import TEACHERS
 
 from .conftest import REPO
 
@@ -21,8 +21,8 @@ DATA = [
         for path in (REPO / "downstream_recipes").rglob("*")
         if path.is_file() and path.suffix in (".yaml", ".dict", ".txt")
     ),
-    *(f"s3prl_ekd/zoo/files/{name}.pt" for name in TEACHERS),
-    *(f"s3prl_ekd/zoo/cards/{name}.md" for name in TEACHERS),
+    *(f"s3prl_ekd/teachers/zoo/files/{name}.pt" for name in TEACHERS),
+    *(f"s3prl_ekd/teachers/zoo/cards/{name}.md" for name in TEACHERS),
 ]
 MODULES = [
     str(path.relative_to(REPO))

@@ -13,8 +13,8 @@ import yaml
 from s3prl.downstream.ctc.data import collect_audio_batch, load_dataset
 from torch.utils.data import DataLoader
 
-from s3prl_ekd import plugin
-from s3prl_ekd.data.libriphone import LibriPhoneDataset
+from s3prl_ekd import register as plugin
+from s3prl_ekd.downstream.libriphone import LibriPhoneDataset
 from s3prl_ekd.errors import DataError
 
 from .conftest import run_python
@@ -155,7 +155,7 @@ def test_the_module_of_a_checkout_is_used(tmp_path):
     corpus.mkdir(parents=True)
     (corpus / "libriphone.py").write_text("LibriPhoneDataset = 'theirs'\n")
     code = (
-        "import sys\nfrom pathlib import Path\nfrom s3prl_ekd.plugin import provide_ctc_corpus\n"
+        "import sys\nfrom pathlib import Path\nfrom s3prl_ekd.register import provide_ctc_corpus\n"
         "for _ in range(2): provide_ctc_corpus(Path(sys.argv[1]))\n"
         "import s3prl.downstream.ctc.corpus.libriphone as m; print(m.__file__)"
     )

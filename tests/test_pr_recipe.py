@@ -8,9 +8,9 @@ import pytest
 import s3prl
 import yaml
 
-from s3prl_ekd.data.lexicon import read_lexicon, write_lexicon
-from s3prl_ekd.data.phones import PHONES, vocabulary_text
 from s3prl_ekd.errors import DataError
+from s3prl_ekd.prepare.lexicon import read_lexicon, write_lexicon
+from s3prl_ekd.prepare.phones import PHONES, vocabulary_text
 
 from .conftest import REPO, command
 from .phone_corpus import (

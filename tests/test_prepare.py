@@ -9,7 +9,7 @@ import pytest
 import soundfile
 
 from s3prl_ekd import cli, compat
-from s3prl_ekd.data.layout import speaker_names
+from s3prl_ekd.prepare.asr import speaker_names
 
 SPEECH = Path(__file__).parents[1].parent / "shared" / "speech"
 HEADER = "path\tduration\tspeaker\ttext\tsplit\n"
@@ -114,7 +114,7 @@ def test_s3prl_reads_the_layout(manifest, tmp_path):
     from s3prl.downstream.asr.dataset import SequenceDataset
     from s3prl.downstream.asr.dictionary import Dictionary
 
-    from s3prl_ekd.data.char_dict import write_char_dict
+    from s3prl_ekd.prepare.char_dict import write_char_dict
 
     prepare("asr", manifest, tmp_path / "out")
     write_char_dict(tmp_path / "char.dict")

@@ -9,11 +9,11 @@ import pytest
 
 from s3prl_ekd.cli import main
 from s3prl_ekd.errors import DataError
-from s3prl_ekd.evaluate.measures import measure
-from s3prl_ekd.evaluate.report import make_report, sort_conditions
-from s3prl_ekd.evaluate.report_text import MARK, as_csv, as_markdown
-from s3prl_ekd.evaluate.results import read_results, select
-from s3prl_ekd.evaluate.superb_score import superb_score
+from s3prl_ekd.superb.metrics import measure
+from s3prl_ekd.superb.report import make_report, sort_conditions
+from s3prl_ekd.superb.report_text import MARK, as_csv, as_markdown
+from s3prl_ekd.superb.results import read_results, select
+from s3prl_ekd.superb.score import superb_score
 
 from .conftest import command
 from .superb_runs import write_cost, write_run
@@ -337,7 +337,7 @@ def test_mistakes(finished, tmp_path, capsys, options, said):
 @pytest.mark.parametrize("upstreams", [1, 10])
 def test_plots_of_one_and_of_many(tmp_path, upstreams):
     pytest.importorskip("matplotlib")
-    from s3prl_ekd.evaluate.report_plots import plots
+    from s3prl_ekd.superb.report_plots import plots
 
     for i in range(upstreams):
         write_run(
@@ -353,7 +353,7 @@ def test_plots_of_one_and_of_many(tmp_path, upstreams):
 
 
 def test_without_parameters_nothing_is_drawn_against_them(tmp_path):
-    from s3prl_ekd.evaluate.report_plots import plots
+    from s3prl_ekd.superb.report_plots import plots
 
     write_run(tmp_path, "fbank", "pr", words(1))
     assert set(plots(report_of(tmp_path, resamples=100))) == {"scores.png"}

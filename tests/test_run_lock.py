@@ -12,7 +12,7 @@ import pytest
 
 from s3prl_ekd.errors import SetupError
 from s3prl_ekd.launch import run_pretrain
-from s3prl_ekd.training.lock import NAME, FolderLock
+from s3prl_ekd.system.lock import NAME, FolderLock
 from s3prl_ekd.workspace import write_workspace
 
 from .conftest import HOLD, write_configs
@@ -58,7 +58,7 @@ def test_a_folder_without_locks_is_warned_of(tmp_path, monkeypatch, caplog):
     def refuse(*args):
         raise OSError(37, "No locks available")
 
-    monkeypatch.setattr("s3prl_ekd.training.lock.fcntl.lockf", refuse)
+    monkeypatch.setattr("s3prl_ekd.system.lock.fcntl.lockf", refuse)
     with FolderLock(tmp_path):
         assert "(No locks available): make sure that no second run" in caplog.text
     with pytest.raises(SetupError, match="cannot write into .*none: No such file"):

@@ -13,17 +13,18 @@ import pytest
 import torch
 import yaml
 
-from s3prl_ekd import pretrain_run, runner
-from s3prl_ekd.checkpoints import newest, read_run
 from s3prl_ekd.distill.distiller import EnsembleDistiller
 from s3prl_ekd.distill.standardisation import Moments
 from s3prl_ekd.errors import CheckpointError
-from s3prl_ekd.evaluate.scalars import read_scalars
-from s3prl_ekd.training import signals
-from s3prl_ekd.training.processes import Processes
-from s3prl_ekd.training.progress import Progress
-from s3prl_ekd.training.random_state import random_states, set_random_states
-from s3prl_ekd.training.update import Updater, not_finite
+from s3prl_ekd.files.run_checkpoints import newest, read_run
+from s3prl_ekd.pretrain import interrupts as signals
+from s3prl_ekd.pretrain import run as pretrain_run
+from s3prl_ekd.pretrain import trainer as runner
+from s3prl_ekd.pretrain.distributed import Processes
+from s3prl_ekd.pretrain.optim import Updater, not_finite
+from s3prl_ekd.pretrain.progress import Progress
+from s3prl_ekd.pretrain.random_state import random_states, set_random_states
+from s3prl_ekd.pretrain.scalars import read_scalars
 from s3prl_ekd.workspace import write_workspace
 
 from .conftest import write_configs

@@ -13,7 +13,7 @@ import pytest
 import s3prl
 import soundfile
 
-from s3prl_ekd import voxceleb1_cache
+from s3prl_ekd.compat import voxceleb1_cache
 from s3prl_ekd.errors import SetupError
 
 from .conftest import command

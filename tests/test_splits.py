@@ -8,9 +8,9 @@ import pytest
 import torch
 import yaml
 
-from s3prl_ekd.downstream_run import prepare_downstream
+from s3prl_ekd.compat.splits import check_splits
+from s3prl_ekd.downstream.run import prepare_downstream
 from s3prl_ekd.errors import ConfigError, EkdError
-from s3prl_ekd.splits import check_splits
 
 from .conftest import REPO
 

@@ -20,13 +20,13 @@ from study_parts.design import Row, model_config, runner_config, students
 from study_parts.folder import Folder, inputs_of
 from study_parts.parts import plan
 
-from s3prl_ekd import zoo
 from s3prl_ekd.commands import superb
-from s3prl_ekd.config import apply_overrides, load_model_config, load_runner_config
 from s3prl_ekd.distill.losses import distillation_loss
 from s3prl_ekd.distill.settings import LossSettings
 from s3prl_ekd.errors import ConfigError, SetupError
-from s3prl_ekd.evaluate.superb_plan import noise_digest
+from s3prl_ekd.pretrain.settings import apply_overrides, load_model_config, load_runner_config
+from s3prl_ekd.superb.plan import noise_digest
+from s3prl_ekd.teachers import zoo
 
 from .conftest import REPO
 from .study_cases import SINGLE, typed

@@ -143,7 +143,7 @@ def test_another_corpus_cannot_go_on_with_a_study(faked, tmp_path, capsys):
 def test_nothing_is_written_into_a_folder_that_another_start_holds(faked, capsys):
     faked.out.mkdir()
     code = (
-        "import sys; from s3prl_ekd.training.lock import FolderLock\n"
+        "import sys; from s3prl_ekd.system.lock import FolderLock\n"
         f"with FolderLock({str(faked.out)!r}): print('held', flush=True); sys.stdin.read()\n"
     )
     with subprocess.Popen(

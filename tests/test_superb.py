@@ -10,18 +10,19 @@ import torch
 from s3prl.utility.helper import override
 
 from s3prl_ekd import cli
-from s3prl_ekd.arguments import with_plain_overrides
+from s3prl_ekd.downstream.script_args import with_plain_overrides
+from s3prl_ekd.downstream.tasks import choose_tasks
 from s3prl_ekd.errors import DataError, SetupError
-from s3prl_ekd.evaluate import superb, superb_plan
-from s3prl_ekd.evaluate.probe import check_outputs
-from s3prl_ekd.evaluate.superb_plan import (
+from s3prl_ekd.superb import plan as superb_plan
+from s3prl_ekd.superb import run as superb
+from s3prl_ekd.superb.plan import (
     Upstream,
     noise_conditions,
     noise_digest,
     parse_upstream,
     steps_overrides,
 )
-from s3prl_ekd.evaluate.tasks import choose_tasks
+from s3prl_ekd.superb.probe import check_outputs
 
 from .superb_workspace import make_workspace, plan
 
@@ -234,7 +235,7 @@ def test_a_corpus_prepared_anew_makes_another_run(here, tmp_path):
 def test_a_second_process_in_a_runs_folder_is_told(here, tmp_path):
     (run,) = plan(tmp_path, "fbank", tasks=["sid"])
     run.folder.mkdir(parents=True)
-    code = "import sys; from s3prl_ekd.training.lock import FolderLock\n"
+    code = "import sys; from s3prl_ekd.system.lock import FolderLock\n"
     code += f"with FolderLock({str(run.folder)!r}): print('held', flush=True); sys.stdin.read()"
     holder = subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

@@ -15,12 +15,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from s3prl_ekd import voxceleb1_cache
+from s3prl_ekd.compat import voxceleb1_cache
+from s3prl_ekd.downstream.tasks import TASKS
 from s3prl_ekd.errors import SetupError
-from s3prl_ekd.evaluate import superb
-from s3prl_ekd.evaluate import warm as warm_module
-from s3prl_ekd.evaluate.superb_call import run_command
-from s3prl_ekd.evaluate.tasks import TASKS
+from s3prl_ekd.superb import run as superb
+from s3prl_ekd.superb import warm as warm_module
+from s3prl_ekd.superb.superb_call import run_command
 
 from .superb_workspace import make_workspace, short, states
 
@@ -147,7 +147,7 @@ def test_how_many_threads(monkeypatch):
 def test_the_fork_server_imports_all_that_a_run_needs():
     code = (
         "import os, sys, weakref; before = [os.fstat(i).st_ino for i in (1, 2)]\n"
-        "from s3prl_ekd.evaluate import warm_imports as w\n"
+        "from s3prl_ekd.superb import warm_imports as w\n"
         "assert [os.fstat(i).st_ino for i in (1, 2)] == before and sys.stderr is sys.__stderr__\n"
         "print([name for name in w._MODULES if name not in sys.modules])\n"
         "kinds = [type(f.peek()[0]).__name__ for f in list(weakref.finalize._registry)]\n"

@@ -10,11 +10,11 @@ import time
 import pytest
 import torch
 
-from s3prl_ekd.checkpoints import read_run
+from s3prl_ekd.downstream.counts import read_counts
+from s3prl_ekd.downstream.tasks import TASKS
 from s3prl_ekd.errors import SetupError
-from s3prl_ekd.evaluate import superb
-from s3prl_ekd.evaluate.tasks import TASKS
-from s3prl_ekd.feature_cache.counts import read_counts
+from s3prl_ekd.files.run_checkpoints import read_run
+from s3prl_ekd.superb import run as superb
 
 from .superb_workspace import make_workspace, plan, short, states
 

@@ -12,9 +12,9 @@ import yaml
 
 from s3prl_ekd.data.batches import DistillationDataset, train_loader
 from s3prl_ekd.errors import ConfigError
-from s3prl_ekd.target_cache.index import RECORD, read_index, write_index
-from s3prl_ekd.target_cache.layout import Block, columns, joined, part_of, parted, pieces
-from s3prl_ekd.target_cache.reader import TargetReader
+from s3prl_ekd.hidden_states.layout import Block, columns, joined, part_of, parted, pieces
+from s3prl_ekd.hidden_states.store import RECORD, read_index, write_index
+from s3prl_ekd.pretrain.target_cache.read import TargetReader
 from s3prl_ekd.workspace import write_workspace
 
 from .cache_cases import (
@@ -93,7 +93,7 @@ def test_an_excerpt_is_the_same_in_every_epoch_and_for_every_seed(folder, teache
 
 
 def test_float16_ends_somewhere(folder, capfd, monkeypatch):
-    from s3prl_ekd.target_cache import build
+    from s3prl_ekd.pretrain.target_cache import build
 
     tell = build.targets_of
     monkeypatch.setattr(
@@ -208,8 +208,8 @@ def test_one_cache_serves_what_changes_over_time(folder, stored, teachers, corpu
 
 
 def test_units_of_a_stored_layer(folder, stored, monkeypatch):
-    from s3prl_ekd import pretrain_expert
     from s3prl_ekd.essence.units import Units
+    from s3prl_ekd.pretrain import expert as pretrain_expert
 
     centroids = torch.randn(5, 48, generator=torch.Generator().manual_seed(2))
     config = yaml.safe_load((folder / "model.yaml").read_text())
@@ -262,8 +262,8 @@ def test_the_benchmark_has_a_side_that_runs_no_teacher(tmp_path):
     from s3prl_ekd.evaluate.bench_clock import Clock
     from s3prl_ekd.evaluate.bench_corpus import write_corpus
     from s3prl_ekd.evaluate.bench_sides import SIDES, Plan
-    from s3prl_ekd.evaluate.bench_sizes import SIZES as MODELS
-    from s3prl_ekd.evaluate.bench_sizes import write_teachers
+    from s3prl_ekd.teachers.sizes import SIZES as MODELS
+    from s3prl_ekd.teachers.sizes import write_teachers
 
     write_corpus(tmp_path, 4, 0.5, None)
     plan = Plan(tmp_path, write_teachers(tmp_path, MODELS["tiny"]), "tiny", "cpu", 2)

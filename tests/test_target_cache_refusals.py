@@ -9,7 +9,7 @@ import soundfile
 import yaml
 
 from s3prl_ekd.errors import ConfigError, DataError
-from s3prl_ekd.target_cache.index import read_index, write_index
+from s3prl_ekd.hidden_states.store import read_index, write_index
 from s3prl_ekd.workspace import write_workspace
 
 from .cache_cases import adapter, cache, configs, make_stored

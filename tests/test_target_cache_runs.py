@@ -14,14 +14,14 @@ import torch
 import yaml
 from torch.utils.data import DataLoader
 
-from s3prl_ekd.checkpoints import newest, read_run
 from s3prl_ekd.data.batches import only_item, train_loader
 from s3prl_ekd.errors import DataError
-from s3prl_ekd.evaluate.scalars import read_scalars
+from s3prl_ekd.files.run_checkpoints import newest, read_run
+from s3prl_ekd.hidden_states.store import RECORD, read_index
 from s3prl_ekd.launch import run_pretrain
-from s3prl_ekd.target_cache import plan
-from s3prl_ekd.target_cache.index import RECORD, read_index
-from s3prl_ekd.target_cache.reader import TargetReader
+from s3prl_ekd.pretrain.scalars import read_scalars
+from s3prl_ekd.pretrain.target_cache import plan
+from s3prl_ekd.pretrain.target_cache.read import TargetReader
 from s3prl_ekd.workspace import write_workspace
 
 from .cache_cases import adapter, cache, configs, files, make_stored
@@ -129,7 +129,7 @@ def test_two_readers_with_workers_of_both_kinds_at_once(stored, corpus):
 def test_a_killed_build_goes_on_to_the_same_bytes(folder, capfd):
     assert cache(folder, folder / "whole", "--dtype", "int8") == 0
     code = (
-        "import sys, time; from s3prl_ekd import cli; from s3prl_ekd.target_cache import writer;"
+        "import sys, time; from s3prl_ekd import cli; from s3prl_ekd.hidden_states import writer;"
         "writer.EVERY = -1; add = writer.CacheWriter.add;"
         "writer.CacheWriter.add = lambda *a: (time.sleep(0.2), add(*a));"
         "sys.exit(cli.main(sys.argv[1:]))"
@@ -162,7 +162,7 @@ def test_a_killed_build_goes_on_to_the_same_bytes(folder, capfd):
 
 
 def test_ctrl_c_keeps_what_is_done(folder, monkeypatch, capfd):
-    from s3prl_ekd.target_cache import build
+    from s3prl_ekd.pretrain.target_cache import build
 
     add, calls = build.CacheWriter.add, []
 

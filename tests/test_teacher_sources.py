@@ -11,16 +11,16 @@ from torch.nn.functional import layer_norm
 from s3prl_ekd.data.audio import read_audio
 from s3prl_ekd.data.audio_files import read_header
 from s3prl_ekd.data.bad_audio import BadAudio
-from s3prl_ekd.demo.tiny_teachers import CONV_LAYERS
 from s3prl_ekd.distill.initialisation import initialise
 from s3prl_ekd.distill.settings import StudentSettings
 from s3prl_ekd.distill.student import Student
 from s3prl_ekd.distill.teachers import Teacher, TeacherEnsemble
 from s3prl_ekd.errors import CheckpointError, ConfigError, DataError, TeacherError
 from s3prl_ekd.essence.units import load_units
-from s3prl_ekd.export.student_file import LoadedStudent, write_student
-from s3prl_ekd.teacher_sources import check_source, identify, load_upstream, teacher_model
-from s3prl_ekd.teacher_sources.hf_layout import fairseq_config, fairseq_model
+from s3prl_ekd.student_file import LoadedStudent, write_student
+from s3prl_ekd.teachers import check_source, identify, load_upstream, teacher_model
+from s3prl_ekd.teachers.hf_names import fairseq_config, fairseq_model
+from s3prl_ekd.teachers.random_weights import CONV_LAYERS
 
 from .conftest import CONV, STUDENT
 
@@ -435,7 +435,7 @@ def test_conv_layers_are_checked_before_s3prl_sees_them(tmp_path, monkeypatch, f
 
 def test_layers_and_groups_of_a_config_reach_the_teacher(teachers):
     from s3prl_ekd.distill.target_settings import TeacherSettings
-    from s3prl_ekd.teacher_sources import load_teachers
+    from s3prl_ekd.teachers import load_teachers
 
     settings = {
         "plain": TeacherSettings(str(teachers["hubert"]), (2, 4)),

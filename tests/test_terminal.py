@@ -9,12 +9,12 @@ import soundfile
 from s3prl_ekd import cli
 from s3prl_ekd.commands import validate
 from s3prl_ekd.errors import DataError, EkdError, exit_with, printable
-from s3prl_ekd.evaluate.matrix import markdown
-from s3prl_ekd.evaluate.records import Dev, Record
-from s3prl_ekd.export.hf_model_card import how_made
-from s3prl_ekd.quiet import PlainFormatter, plain_stdout
-from s3prl_ekd.training.bad_audio_list import BadAudioList
-from s3prl_ekd.validation.outcome import Outcome
+from s3prl_ekd.export.cards import how_made
+from s3prl_ekd.export.hidden_set.outcome import Outcome
+from s3prl_ekd.pretrain.bad_audio import BadAudioList
+from s3prl_ekd.pretrain.sweep import markdown
+from s3prl_ekd.superb.records import Dev, Record
+from s3prl_ekd.system.quiet import PlainFormatter, plain_stdout
 
 HOSTILE = "a\x1b[31m\x1b]0;title\x07\nerror: gone\r\t\x9b\u202e\udcff|<b>"
 
@@ -93,7 +93,7 @@ def test_validate(capsys, tmp_path, monkeypatch):
         say(outcomes[0])
         return outcomes, None
 
-    monkeypatch.setattr("s3prl_ekd.validation.process.validate", checks)
+    monkeypatch.setattr("s3prl_ekd.export.hidden_set.sandbox.validate", checks)
     assert cli.main(["validate", str(tmp_path)]) == 1
     assert is_plain(capsys.readouterr().out, lines=2)
     validate._print(Outcome("files", "fail", HOSTILE))  # also where nothing stands before stdout

@@ -5,7 +5,7 @@ import torch
 from s3prl.upstream.hubert.hubconf import hubert_local
 from s3prl.upstream.wavlm.hubconf import wavlm_local
 
-from s3prl_ekd.demo.tiny_teachers import (
+from s3prl_ekd.teachers.random_weights import (
     hubert_checkpoint,
     make_teachers,
     robust_checkpoint,

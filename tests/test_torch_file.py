@@ -16,12 +16,12 @@ from collections import OrderedDict, defaultdict
 import pytest
 import torch
 
-from s3prl_ekd import trust
 from s3prl_ekd.compat import checkpoint_globals
 from s3prl_ekd.errors import CheckpointError
-from s3prl_ekd.safe_load import safe_load
-from s3prl_ekd.torch_file import TorchFileError, named_globals
-from s3prl_ekd.validation import process
+from s3prl_ekd.export.hidden_set import sandbox as process
+from s3prl_ekd.files import trust
+from s3prl_ekd.files.safe_load import safe_load
+from s3prl_ekd.files.torch_load import TorchFileError, named_globals
 
 NEWEST = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10)
 

@@ -33,7 +33,7 @@ from teacher_zoo.zoo import make_zoo
 
 from s3prl_ekd.data.audio import read_audio
 from s3prl_ekd.errors import CheckpointError, ConfigError, DataError
-from s3prl_ekd.teacher_sources.checkpoint_files import load_file
+from s3prl_ekd.teachers.checkpoint import load_file
 
 from .conftest import REPO
 

@@ -10,11 +10,12 @@ import pytest
 import soundfile
 import torch
 
-from s3prl_ekd import cli, trust
+from s3prl_ekd import cli
 from s3prl_ekd.distill.settings import StudentSettings
 from s3prl_ekd.distill.student import Student
-from s3prl_ekd.evaluate.matrix import Run
-from s3prl_ekd.export.student_file import contents
+from s3prl_ekd.files import trust
+from s3prl_ekd.pretrain.sweep import Run
+from s3prl_ekd.student_file import contents
 
 from .conftest import STUDENT, command
 

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from s3prl_ekd import cli
 from s3prl_ekd.errors import CheckpointError, DataError
 from s3prl_ekd.essence.units import Units, collect_frames, fit_units, load_units, save_units
-from s3prl_ekd.teacher_sources import load_upstream
+from s3prl_ekd.teachers import load_upstream
 
 from .conftest import write_configs
 

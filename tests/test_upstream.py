@@ -9,7 +9,7 @@ from s3prl_ekd.distill.aggregation import AGGREGATIONS, TeacherShape
 from s3prl_ekd.distill.heads import PredictionHeads
 from s3prl_ekd.distill.student import Student
 from s3prl_ekd.errors import CheckpointError, SetupError
-from s3prl_ekd.export.student_file import LoadedStudent, write_student
+from s3prl_ekd.student_file import LoadedStudent, write_student
 
 
 @pytest.fixture
@@ -73,7 +73,7 @@ def test_no_heads_no_key(make, waves):
 
 
 def test_selecting_heads_that_are_not_there_is_a_sentence(make):
-    from s3prl_ekd.downstream_run import prepare_downstream
+    from s3prl_ekd.downstream.run import prepare_downstream
     from s3prl_ekd.errors import CheckpointError
 
     words = ["-u", "ekd_student", "-s", "hidden_states_and_heads", "--device", "cpu"]

@@ -17,10 +17,10 @@ from s3prl_ekd.distill.aggregation import TargetSpec
 from s3prl_ekd.distill.heads import PredictionHeads
 from s3prl_ekd.distill.settings import StudentSettings
 from s3prl_ekd.distill.student import Student
-from s3prl_ekd.export.student_file import LoadedStudent, load_student, write_student
-from s3prl_ekd.export.superb_package import package_contents, write_package
-from s3prl_ekd.validation import process
-from s3prl_ekd.validation.model import distance
+from s3prl_ekd.export.hidden_set import sandbox as process
+from s3prl_ekd.export.hidden_set.package import package_contents, write_package
+from s3prl_ekd.export.hidden_set.runtime_checks import distance
+from s3prl_ekd.student_file import LoadedStudent, load_student, write_student
 
 from .conftest import STUDENT, command, write_configs
 

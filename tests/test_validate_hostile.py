@@ -16,9 +16,10 @@ import torch
 
 from s3prl_ekd.distill.settings import StudentSettings
 from s3prl_ekd.distill.student import Student
-from s3prl_ekd.export.student_file import LoadedStudent
-from s3prl_ekd.export.superb_package import package_contents, write_package
-from s3prl_ekd.validation import messages, process
+from s3prl_ekd.export.hidden_set import messages
+from s3prl_ekd.export.hidden_set import sandbox as process
+from s3prl_ekd.export.hidden_set.package import package_contents, write_package
+from s3prl_ekd.student_file import LoadedStudent
 
 from .conftest import STUDENT
 
@@ -55,7 +56,7 @@ def hostile(honest, tmp_path):
 
 def has_namespaces() -> bool:
     """Whether this system lets a process leave the network."""
-    code = "from s3prl_ekd.validation.isolation import leave_network; print(leave_network())"
+    code = "from s3prl_ekd.export.hidden_set.isolation import leave_network; print(leave_network())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return done.stdout == "True\n"
 

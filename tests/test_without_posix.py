@@ -9,7 +9,7 @@ import json
 import soundfile
 
 from s3prl_ekd.distill.student import Student
-from s3prl_ekd.export.student_file import LoadedStudent, write_student
+from s3prl_ekd.student_file import LoadedStudent, write_student
 
 from .conftest import make_sound, run_python
 

@@ -9,15 +9,14 @@ from s3prl.upstream.hubert.hubconf import hubert_local
 from s3prl.upstream.wavlm.hubconf import wavlm_local
 
 import s3prl_ekd
-from s3prl_ekd import zoo
 from s3prl_ekd.commands import teachers as teachers_command
 from s3prl_ekd.distill.settings import TeacherSettings
 from s3prl_ekd.errors import CheckpointError, SetupError, TeacherError
-from s3prl_ekd.evaluate.cost import measure_cost
-from s3prl_ekd.evaluate.probe import build_upstream
-from s3prl_ekd.safe_load import safe_load
-from s3prl_ekd.teacher_sources import check_source, load_teachers, load_upstream
-from s3prl_ekd.zoo.twin import random_twin
+from s3prl_ekd.files.safe_load import safe_load
+from s3prl_ekd.superb.cost import measure_cost
+from s3prl_ekd.superb.probe import build_upstream
+from s3prl_ekd.teachers import check_source, load_teachers, load_upstream, zoo
+from s3prl_ekd.teachers.twin import random_twin
 
 # conv, projection, positional conv, 6 layers; HuBERT's head goes with it: 192 for each unit
 WAVLM, HUBERT_BODY = 3_257_352, 3_290_752

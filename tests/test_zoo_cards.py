@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from s3prl_ekd import zoo
+from s3prl_ekd.teachers import zoo
 
 from .conftest import REPO
 

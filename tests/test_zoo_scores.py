@@ -5,7 +5,7 @@ import shutil
 import pytest
 import zoo_scores
 
-from s3prl_ekd import zoo
+from s3prl_ekd.teachers import zoo
 
 from .superb_runs import write_run
 from .test_report import words

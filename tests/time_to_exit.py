@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from s3prl_ekd.checkpoints import newest, read_run
+from s3prl_ekd.files.run_checkpoints import newest, read_run
 from s3prl_ekd.workspace import write_workspace
 
 from .conftest import REPO, SIZES, hubert_checkpoint, wavlm_checkpoint, write_configs

@@ -41,10 +41,15 @@ def main() -> None:
 
     from s3prl_ekd.distill.settings import StudentSettings
     from s3prl_ekd.distill.student import Student
-    from s3prl_ekd.export.hf_model import check_folder, quiet_transformers, save_hubert, to_hubert
-    from s3prl_ekd.export.onnx_model import onnx_bytes
+    from s3prl_ekd.export.huggingface import (
+        check_folder,
+        quiet_transformers,
+        save_hubert,
+        to_hubert,
+    )
+    from s3prl_ekd.export.onnx import onnx_bytes
     from s3prl_ekd.export.onnx_model_check import OnnxSession, check, quantised, relative_errors
-    from s3prl_ekd.export.student_file import load_student
+    from s3prl_ekd.student_file import load_student
 
     torch.set_num_threads(1)
     torch.manual_seed(0)

@@ -39,7 +39,7 @@ def main() -> int:
     from s3prl_ekd.distill.heads import PredictionHeads
     from s3prl_ekd.distill.settings import StudentSettings
     from s3prl_ekd.distill.student import Student
-    from s3prl_ekd.export.student_file import LoadedStudent, write_student
+    from s3prl_ekd.student_file import LoadedStudent, write_student
 
     failed = 0
     for name in args.only:

@@ -107,8 +107,8 @@ def run(args: argparse.Namespace) -> int:
     from study_parts.folder import Folder, inputs_of
     from study_parts.parts import is_done, plan
 
-    from s3prl_ekd.arguments import make_folder
-    from s3prl_ekd.training.lock import FolderLock
+    from s3prl_ekd.downstream.script_args import make_folder
+    from s3prl_ekd.system.lock import FolderLock
 
     require_packages()
     if args.jobs < 1:
@@ -154,7 +154,7 @@ def run_parts(parts, setting, folder, noise: Path, args: argparse.Namespace):
     from study_parts.parts import evaluation
     from study_parts.run import run_all
 
-    from s3prl_ekd.training.signals import StopSignals, exit_code
+    from s3prl_ekd.pretrain.interrupts import StopSignals, exit_code
 
     started = time.monotonic()
 

@@ -36,12 +36,12 @@ from study_parts.intervals import Draws, difference, draw, mean
 from study_parts.options import require_packages
 from study_parts.words import shown
 
-from s3prl_ekd import zoo
-from s3prl_ekd.atomic import whole_file
 from s3prl_ekd.errors import EkdError, SetupError
-from s3prl_ekd.evaluate.matrix import markdown
-from s3prl_ekd.evaluate.report import CLEAN, condition_title, sort_conditions
-from s3prl_ekd.evaluate.results import Selection, incomplete, read_results, select
+from s3prl_ekd.files.atomic import whole_file
+from s3prl_ekd.pretrain.sweep import markdown
+from s3prl_ekd.superb.report import CLEAN, condition_title, sort_conditions
+from s3prl_ekd.superb.results import Selection, incomplete, read_results, select
+from s3prl_ekd.teachers import zoo
 
 BEGIN, END = "<!-- scores: tools/zoo_scores.py -->", "<!-- end of scores -->"
 TWIN_OF = {

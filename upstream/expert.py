@@ -9,7 +9,7 @@ from s3prl.upstream.interfaces import UpstreamBase
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from s3prl_ekd.export.student_file import heads_problem, load_student
+from s3prl_ekd.student_file import heads_problem, load_student
 
 logger = logging.getLogger(__name__)
 

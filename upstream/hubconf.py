@@ -6,7 +6,7 @@ from .expert import UpstreamExpert as _UpstreamExpert
 
 
 def tiny_hubert(ckpt=None, *args, **kwargs):
-    """HuBERT of 3.3 M parameters that has learned speech; see :mod:`s3prl_ekd.zoo`."""
+    """HuBERT of 3.3 M parameters that has learned speech; see :mod:`s3prl_ekd.teachers.zoo`."""
     return _tiny("tiny_hubert", ckpt)
 
 
@@ -32,7 +32,7 @@ def tiny_wavlm_random(ckpt=None, *args, **kwargs):
 
 def _tiny(name, ckpt):
     from s3prl_ekd.errors import CheckpointError
-    from s3prl_ekd.teacher_sources import load_tiny
+    from s3prl_ekd.teachers import load_tiny
 
     if ckpt:
         raise CheckpointError(f"-k {ckpt}: {name} has weights of its own; leave -k out")

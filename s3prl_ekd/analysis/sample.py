@@ -27,10 +27,10 @@ def load_all(settings: Mapping[str, TeacherSettings], device: str | None) -> dic
     """The upstreams of a configuration by teacher name, frozen, on ``device``.
 
     Raises:
-        TeacherError, CheckpointError: see :func:`s3prl_ekd.teacher_sources.load_upstream`.
+        TeacherError, CheckpointError: see :func:`s3prl_ekd.teachers.load_upstream`.
         ConfigError: there is no such device.
     """
-    from ..teacher_sources import check_source, load_upstream
+    from ..teachers import check_source, load_upstream
 
     try:
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))

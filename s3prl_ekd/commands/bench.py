@@ -73,10 +73,10 @@ def main(args: argparse.Namespace) -> int:
     import tempfile
 
     from ..analysis.plots import require_matplotlib
-    from ..atomic import whole_file
     from ..evaluate.bench import run_bench
     from ..evaluate.bench_plot import plot_bench
     from ..evaluate.bench_report import summary, table
+    from ..files.atomic import whole_file
 
     require_matplotlib()  # before minutes of measuring
     try:

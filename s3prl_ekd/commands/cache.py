@@ -23,7 +23,7 @@ import shlex
 from pathlib import Path
 
 from ..errors import ConfigError, SetupError
-from ..overrides import typed
+from ..files.overrides import typed
 
 logger = logging.getLogger(__name__)
 
@@ -55,10 +55,10 @@ def main(args: argparse.Namespace) -> int:
     if args.output is not None and args.output.exists() and not args.output.is_dir():
         raise SetupError(f"-o {args.output} is a file; name a folder")
 
-    from ..config import load_model_config, load_runner_config
-    from ..target_cache.key import check_aggregated, check_worth
-    from ..target_cache.plan import cached_rows
-    from ..target_cache.use import check_teacher_settings
+    from ..hidden_states.fingerprint import check_aggregated, check_worth
+    from ..pretrain.settings import load_model_config, load_runner_config
+    from ..pretrain.target_cache.plan import cached_rows
+    from ..pretrain.target_cache.use import check_teacher_settings
 
     settings = load_model_config(args.upstream_config)
     data = load_runner_config(args.config).pretrain_expert.datarc
@@ -74,10 +74,10 @@ def main(args: argparse.Namespace) -> int:
 
     compat.apply()
     from ..distill.aggregation import build_aggregation
-    from ..target_cache.index import Index
-    from ..target_cache.key import layout_of
-    from ..target_cache.plan import check_room, size_of
-    from ..teacher_sources import check_precision, load_teachers
+    from ..hidden_states.fingerprint import layout_of
+    from ..hidden_states.store import Index
+    from ..pretrain.target_cache.plan import check_room, size_of
+    from ..teachers import check_precision, load_teachers
 
     device = _device(args.device)
     check_precision(settings.teacher_precision, str(device))
@@ -106,7 +106,7 @@ def main(args: argparse.Namespace) -> int:
     _make(args.output)
     check_room(size, args.output)
 
-    from ..training.lock import FolderLock
+    from ..system.lock import FolderLock
 
     with FolderLock(args.output):
         return _build(
@@ -115,9 +115,9 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _build(args, settings, data, rows, teachers, aggregate, index) -> int:
-    from ..target_cache.build import begin, build, targets_of
-    from ..target_cache.key import make_key
-    from ..training.changes import table_digests
+    from ..hidden_states.fingerprint import make_key
+    from ..pretrain.config_diff import table_digests
+    from ..pretrain.target_cache.build import begin, build, targets_of
 
     key = make_key(
         teachers,
@@ -162,7 +162,7 @@ def _build(args, settings, data, rows, teachers, aggregate, index) -> int:
 
 
 def _say_size(size, index, args: argparse.Namespace) -> None:
-    from ..target_cache.plan import free_bytes
+    from ..pretrain.target_cache.plan import free_bytes
 
     blocks = ", ".join(f"{name} {count} x {dim}" for name, count, dim in index.layout)
     where = args.output or Path(".")
@@ -177,8 +177,8 @@ def _say_size(size, index, args: argparse.Namespace) -> None:
 def _say_distances(args, settings, data, tell, device: str) -> None:
     """What batches of this run's size would have had for targets."""
     from ..data.batches import train_loader
-    from ..target_cache.distance import distances
-    from ..target_cache.reader import TargetReader
+    from ..pretrain.target_cache.distance import distances
+    from ..pretrain.target_cache.read import TargetReader
 
     reader = TargetReader(args.output)
     bad = int((reader.records["frames"] == 0).sum())

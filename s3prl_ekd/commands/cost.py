@@ -41,7 +41,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Measure, print, and write the JSON if asked to; the exit code is 0."""
-    from ..evaluate.cost import LENGTHS, librispeech_lengths, measure_cost
+    from ..superb.cost import LENGTHS, librispeech_lengths, measure_cost
 
     if (args.package is None) == (args.upstream is None):
         raise SetupError("name a package's folder, or an upstream with -u NAME: one of the two")
@@ -53,11 +53,11 @@ def main(args: argparse.Namespace) -> int:
         check_report(args.output)  # before minutes of counting
     lengths = librispeech_lengths(args.librispeech) if args.librispeech else LENGTHS
     if args.package is not None:
-        from ..validation.process import package_cost
+        from ..export.hidden_set.sandbox import package_cost
 
         cost = package_cost(args.package, lengths)
     else:
-        from ..evaluate.probe import build_upstream, check_outputs
+        from ..superb.probe import build_upstream, check_outputs
 
         upstream = build_upstream(args.upstream, args.ckpt)
         check_outputs(upstream([_noise()]), selection, args.upstream)
@@ -96,7 +96,7 @@ def write_report(path: Path, report: dict) -> None:
     Raises:
         SetupError: it cannot be written.
     """
-    from ..atomic import whole_file
+    from ..files.atomic import whole_file
 
     try:
         with whole_file(path) as file:

@@ -44,7 +44,7 @@ def configure(parser) -> None:
 
 def main(args) -> int:
     from ..demo.run import Demo
-    from ..evaluate.tasks import choose_tasks
+    from ..downstream.tasks import choose_tasks
 
     tasks = [task.name for task in choose_tasks(args.tasks)]
     steps = (args.steps, args.downstream_steps)

@@ -23,7 +23,8 @@ import platform
 from importlib import metadata
 from pathlib import Path
 
-from .. import __version__, compat, recipes
+from .. import __version__, compat
+from ..downstream import recipes
 from ..errors import SetupError
 
 logger = logging.getLogger(__name__)
@@ -39,7 +40,7 @@ PACKAGES = (
     "pandas",
     "editdistance",
 )
-PRETRAIN_FILES = ("config_runner.yaml", "config_model.yaml", "pretrain_expert.py")
+PRETRAIN_FILES = ("config_runner.yaml", "config_model.yaml", "pretrain/expert.py")
 # what to write with soundfile, to be read back with the decoder in use
 FORMATS = {"FLAC": ("FLAC", "PCM_16"), "WAV": ("WAV", "PCM_16"), "Opus": ("OGG", "OPUS")}
 

@@ -21,8 +21,8 @@ import shlex
 import sys
 from pathlib import Path
 
-from .. import trust
 from ..errors import ConfigError, SetupError
+from ..files import trust
 
 logger = logging.getLogger(__name__)
 
@@ -81,13 +81,13 @@ def main(args: argparse.Namespace) -> int:
 
     # Paths, the recipe and the device are checked and completed as for run_downstream.py itself.
     from .. import launch
-    from ..downstream_run import prepare_downstream
+    from ..downstream.run import prepare_downstream
 
     launch.hide_cuda_from_cpu_runs(argv)
     argv = prepare_downstream(argv)
     _check_steps(args.config or "downstream/asr/config.yaml", override)
 
-    from ..essence.asr_teachers import AsrEnsemble, checkpoint_in, load_asr_teacher
+    from ..essence.asr import AsrEnsemble, checkpoint_in, load_asr_teacher
     from ..essence.asr_training import EssenceSettings, distil_asr
     from ..essence.selection import Selection
 
@@ -150,8 +150,8 @@ def _check_steps(path: str, override: str | None) -> None:
     Raises:
         ConfigError: ``eval_step`` or ``save_step`` is above ``total_steps``, or missing.
     """
-    from ..config import apply_overrides
-    from ..schema import read_yaml
+    from ..files.config import read_yaml
+    from ..pretrain.settings import apply_overrides
 
     config = read_yaml(path)
     runner = (apply_overrides(config, override) if override else config).get("runner")

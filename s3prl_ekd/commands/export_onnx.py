@@ -38,7 +38,7 @@ def main(args: argparse.Namespace) -> int:
     """Write the file or files; the exit code is 0."""
     import torch
 
-    from ..export.onnx_model import onnx_bytes, require_onnx
+    from ..export.onnx import onnx_bytes, require_onnx
     from ..export.onnx_model_check import OnnxSession, check, quantised, relative_errors, speed
 
     outputs = {"fp32": args.output}
@@ -79,7 +79,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _write(path: Path, data: bytes) -> None:
-    from ..atomic import whole_file
+    from ..files.atomic import whole_file
 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

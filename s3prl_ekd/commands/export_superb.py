@@ -36,11 +36,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Write the folder; the exit code is 0."""
-    from ..evaluate.cost import measure_cost
-    from ..export.hf_model_folder import whole_folder
-    from ..export.package.expert import UpstreamExpert
+    from ..export.hidden_set.package import FILES, package_contents, write_package
+    from ..export.hidden_set.template.expert import UpstreamExpert
     from ..export.superb_card import model_card
-    from ..export.superb_package import FILES, package_contents, write_package
+    from ..files.folder import whole_folder
+    from ..superb.cost import measure_cost
     from .cost import print_cost
 
     path, loaded = load(args.checkpoint)

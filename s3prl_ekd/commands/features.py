@@ -18,8 +18,8 @@ import argparse
 import re
 from pathlib import Path
 
-from ..atomic import write_text
 from ..errors import CheckpointError, ConfigError, printable
+from ..files.atomic import write_text
 from .export_student import add_checkpoint, load
 
 _SHOWN = 5  # bad files named on the screen; all are in a file

@@ -20,8 +20,8 @@ from pathlib import Path
 
 import yaml
 
-from ..atomic import write_text
 from ..errors import ConfigError, SetupError
+from ..files.atomic import write_text
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -56,9 +56,9 @@ def main(args: argparse.Namespace) -> int:
     from ..analysis.choice import choose_audio
     from ..analysis.plots import plot_trees, require_matplotlib
     from ..analysis.sample import load_all, sample_layers
-    from ..config import load_model_config
     from ..distill.grouping import cut, layer_tree, require_scipy
     from ..distill.similarity import similarity_matrix
+    from ..pretrain.settings import load_model_config
 
     require_scipy()  # before minutes of listening
     require_matplotlib()
@@ -108,9 +108,9 @@ def grouped_config(
     Raises:
         ConfigError: ``config`` cannot be read, or the copy is no valid configuration.
     """
-    from ..config import ModelFile
-    from ..extends import read_extended
-    from ..schema import build
+    from ..files.config import build
+    from ..files.extends import read_extended
+    from ..pretrain.settings import ModelFile
 
     data = read_extended(config)
     data["aggregation"] = "groups"

@@ -26,9 +26,9 @@ def configure(parser) -> None:
 
 
 def main(args) -> int:
-    from ..atomic import write_csv
-    from ..config import load_model_config, load_runner_config
-    from ..evaluate.matrix import Run, markdown, run_all, table
+    from ..files.atomic import write_csv
+    from ..pretrain.settings import load_model_config, load_runner_config
+    from ..pretrain.sweep import Run, markdown, run_all, table
 
     if not Path("pretrain/ekd").is_dir():
         raise SetupError("nothing is set up in this folder; type: s3prl-ekd init .")

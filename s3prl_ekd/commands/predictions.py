@@ -30,10 +30,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Choose, check, pack; see the module's text."""
-    from ..arguments import make_folder
-    from ..atomic import whole_file
-    from ..evaluate.predict_zip import choose_runs, lacking, write_archive
-    from ..evaluate.results import check_upstream, read_results, select
+    from ..downstream.script_args import make_folder
+    from ..files.atomic import whole_file
+    from ..superb.results import check_upstream, read_results, select
+    from ..superb.submission import choose_runs, lacking, write_archive
 
     if args.output.exists() and not args.force:
         raise SetupError(f"{args.output} exists; add --force to write over it")

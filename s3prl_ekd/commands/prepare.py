@@ -16,11 +16,22 @@ from __future__ import annotations
 
 import argparse
 
-from ..data.layout import TABLES, write_split_tables
 from ..data.manifest import read_manifest
-from . import prepare_asr, prepare_er, prepare_pr, prepare_sid
-from .prepare_librispeech import LIBRISPEECH
-from .prepare_task import Task, add_common_options, audio_root, measure_all, print_splits
+from ..prepare import (
+    commands_asr as prepare_asr,
+)
+from ..prepare import (
+    commands_er as prepare_er,
+)
+from ..prepare import (
+    commands_sid as prepare_sid,
+)
+from ..prepare import (
+    pr as prepare_pr,
+)
+from ..prepare.asr import TABLES, write_split_tables
+from ..prepare.commands_librispeech import LIBRISPEECH
+from ..prepare.common import Task, add_common_options, audio_root, measure_all, print_splits
 
 UNLABELED = """\
 Length tables for distillation: OUT/len_for_bucket/{train,dev,test}.csv, with paths relative to

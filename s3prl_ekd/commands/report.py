@@ -47,12 +47,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Read, measure, print, write; see the module's text."""
     from ..analysis.plots import require_matplotlib
-    from ..arguments import make_folder
-    from ..atomic import whole_file
-    from ..evaluate.report import make_report
-    from ..evaluate.report_plots import plots
-    from ..evaluate.report_text import MARK, as_csv, as_markdown
-    from ..evaluate.results import check_upstream, read_results, select
+    from ..downstream.script_args import make_folder
+    from ..files.atomic import whole_file
+    from ..superb.report import make_report
+    from ..superb.report_plots import plots
+    from ..superb.report_text import MARK, as_csv, as_markdown
+    from ..superb.results import check_upstream, read_results, select
 
     if not 100 <= args.resamples <= 1_000_000:
         raise SetupError(f"--resamples is {args.resamples}; 100 to 1000000 is allowed")

@@ -22,8 +22,8 @@ import json
 import shlex
 from pathlib import Path
 
+from ..downstream.arguments import LIMIT_GB
 from ..errors import SetupError
-from ..feature_cache.arguments import LIMIT_GB
 
 FEATURES = ".features"  # below the output
 
@@ -88,7 +88,7 @@ def configure(parser) -> None:
 
 
 def main(args) -> int:
-    from ..evaluate import superb
+    from ..superb import run as superb
 
     runs = plan(args)
     for upstream in {run.upstream.name: run.upstream for run in runs}.values():
@@ -116,14 +116,8 @@ def main(args) -> int:
 
 def plan(args) -> list:
     """The runs that the options ask for, all checked before the first one begins."""
-    from ..evaluate.superb_plan import (
-        Recipe,
-        Run,
-        noise_conditions,
-        parse_upstream,
-        steps_overrides,
-    )
-    from ..evaluate.tasks import choose_tasks
+    from ..downstream.tasks import choose_tasks
+    from ..superb.plan import Recipe, Run, noise_conditions, parse_upstream, steps_overrides
 
     tasks = choose_tasks(args.tasks)
     if args.jobs < 1 or args.gpus < 1:
@@ -173,7 +167,7 @@ def plan(args) -> list:
 def _features(args, upstream: str):
     """Where an upstream's hidden states are kept: a folder of its own, unless the user named one,
     in which the digests of several keep them apart."""
-    from ..feature_cache.arguments import OPTION, CacheOptions, check_folder, read_limit
+    from ..downstream.arguments import OPTION, CacheOptions, check_folder, read_limit
 
     if args.cache_features is None:
         if args.keep_features:
@@ -188,7 +182,7 @@ def _features(args, upstream: str):
 
 def _by_task(option: str, given: list[str], tasks) -> dict[str, str]:
     """``["pr=1e-3", …]`` -> ``{"pr": "1e-3"}``; without a task's name for all tasks."""
-    from ..evaluate.tasks import TASKS
+    from ..downstream.tasks import TASKS
 
     found = {}
     for text in given:
@@ -216,11 +210,11 @@ def _number(option: str, text: str, kind):
 
 def _probe(runs) -> None:
     """Each upstream that is still to run: can it be used, and what does it cost?"""
-    from ..arguments import make_folder
-    from ..atomic import write_text
-    from ..evaluate.cost import measure_cost
-    from ..evaluate.probe import build_upstream, probe
-    from ..evaluate.superb import upstream_folders
+    from ..downstream.script_args import make_folder
+    from ..files.atomic import write_text
+    from ..superb.cost import measure_cost
+    from ..superb.probe import build_upstream, probe
+    from ..superb.run import upstream_folders
 
     for upstream, root in {run.upstream: run.root for run in runs}.items():
         module = build_upstream(upstream.hub, upstream.checkpoint)

@@ -18,8 +18,8 @@ import argparse
 import itertools
 from pathlib import Path
 
-from ..atomic import write_csv
 from ..errors import SetupError
+from ..files.atomic import write_csv
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -47,10 +47,10 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _list() -> int:
-    from ..teacher_sources.checkpoint_files import KINDS
-    from ..teacher_sources.hf_folder import MODEL_TYPES
-    from ..teacher_sources.hub import names_by_family
-    from ..zoo import NAMES, TWINS
+    from ..teachers.checkpoint import KINDS
+    from ..teachers.hub import names_by_family
+    from ..teachers.huggingface import MODEL_TYPES
+    from ..teachers.zoo import NAMES, TWINS
 
     print("tiny teachers of this package, to try things with:\n")
     for name in NAMES:
@@ -70,11 +70,11 @@ def _list() -> int:
 
 def _inspect(args: argparse.Namespace) -> int:
     from ..analysis.choice import choose_audio
+    from ..analysis.layer_statistics import aligned, layer_statistics
     from ..analysis.plots import plot_similarity, require_matplotlib
     from ..analysis.sample import load_all, sample_layers
-    from ..analysis.statistics import aligned, layer_statistics
-    from ..config import load_model_config
     from ..distill.similarity import cka_matrix
+    from ..pretrain.settings import load_model_config
 
     require_matplotlib()  # before minutes of listening
     settings = load_model_config(args.config).teachers

@@ -37,8 +37,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Fit, write and print what was made."""
-    from ..config import load_model_config
     from ..essence.units import collect_frames, fit_units, require_sklearn, save_units
+    from ..pretrain.settings import load_model_config
 
     for name, least in (("clusters", 2), ("utterances", 1), ("layer", 0), ("seed", 0)):
         if getattr(args, name) < least:
@@ -69,7 +69,7 @@ def _hidden_states(args: argparse.Namespace, model: str, paths: list[Path]) -> I
     from tqdm import tqdm
 
     from ..analysis.sample import read_excerpt
-    from ..teacher_sources import load_upstream
+    from ..teachers import load_upstream
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     upstream = load_upstream(model, f"teachers.{args.teacher}.model").eval().to(device)

@@ -43,8 +43,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Print a line for each check; 1 if one failed, else 0."""
-    from ..evaluate.cost import LENGTHS, librispeech_lengths
-    from ..validation.process import validate
+    from ..export.hidden_set.sandbox import validate
+    from ..superb.cost import LENGTHS, librispeech_lengths
     from .cost import check_report, write_report
 
     if not args.timeout > 0:

@@ -1,7 +1,8 @@
 """What s3prl 0.4.18 misses on today's torch, torchaudio and huggingface_hub.
 
 Call :func:`apply` before the first ``import s3prl.hub``; the processes that this one starts, such
-as DataLoader workers, call it by themselves (:mod:`s3prl_ekd.child_processes`). Each shim asks
+as DataLoader workers, call it by themselves
+(:mod:`s3prl_ekd.compat.child_processes`). Each shim asks
 first whether its thing is really missing, so on older packages nothing at all is touched. Importing
 this module loads none of the packages it mends.
 """
@@ -10,10 +11,10 @@ from __future__ import annotations
 
 import logging
 
-from ..child_processes import repeat_in_children
 from . import audio, checkpoints, names, sox, torchaudio_import
 from .audio import audio_decoder
 from .checkpoints import checkpoint_globals, loader_holes
+from .child_processes import repeat_in_children
 from .shim import Shim
 
 __all__ = [

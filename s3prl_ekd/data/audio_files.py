@@ -18,7 +18,7 @@ from pathlib import Path
 import soundfile
 
 from ..errors import DataError
-from ..plain_files import download_problem
+from ..files.text import download_problem
 from .bad_audio import BadAudio
 from .containers import Unusable, bytes_behind, check_whole
 

@@ -20,11 +20,11 @@ from .buckets import bucket, padding_share, within
 from .distortion.plan import generator
 from .distortion.settings import DistortionSettings
 from .loader import BatchLoader, share
-from .order import EpochOrder, FixedOrder
+from .sampling import EpochOrder, FixedOrder
 from .tables import Utterance, read_tables
 
 if TYPE_CHECKING:
-    from ..target_cache.reader import StoredTargets, TargetReader
+    from ..pretrain.target_cache.read import StoredTargets, TargetReader
 
 logger = logging.getLogger(__name__)
 

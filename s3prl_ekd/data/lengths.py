@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..atomic import write_csv, write_text
 from ..errors import DataError, printable
+from ..files.atomic import write_csv, write_text
 from .audio_files import find_audio, read_headers, total_hours
 
 SKIPPED = "skipped.txt"

@@ -23,14 +23,14 @@ import numpy as np
 import soundfile
 from tqdm import tqdm
 
-from ..atomic import whole_folder
 from ..data.audio_files import is_passed_over
-from ..data.char_dict import normalise
-from ..data.layout import TABLES
 from ..data.lengths import write_table
-from ..digest import file_sha256
 from ..errors import DataError
-from ..formats import refuse_newer
+from ..files.atomic import whole_folder
+from ..files.digest import file_sha256
+from ..files.formats import refuse_newer
+from ..prepare.asr import TABLES
+from ..prepare.char_dict import normalise
 from .noise import make_noises
 from .sentences import sentences
 from .voices import SAMPLE_RATE, Voice, make_voices, speak, to_int16

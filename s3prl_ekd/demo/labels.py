@@ -14,9 +14,9 @@ from pathlib import Path
 import soundfile
 from tqdm import tqdm
 
-from ..atomic import whole_file
 from ..data.audio_files import find_audio
 from ..data.lengths import make_folder
+from ..files.atomic import whole_file
 from .sentences import sentences
 from .voices import SAMPLE_RATE, make_voices, speak
 

@@ -10,16 +10,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..checkpoints import newest, read_run
+from ..downstream.tasks import TASKS
 from ..errors import SetupError
-from ..evaluate.curves import plot_run, teacher_curves
-from ..evaluate.report import Report, make_report
-from ..evaluate.results import read_results
-from ..evaluate.scalars import read_scalars
-from ..evaluate.tasks import TASKS
-from ..jobs import child_command, child_environment
+from ..files.run_checkpoints import newest, read_run
+from ..pretrain.curves import plot_run, teacher_curves
+from ..pretrain.scalars import read_scalars
+from ..superb.report import Report, make_report
+from ..superb.results import read_results
+from ..system.jobs import child_command, child_environment
+from ..teachers.zoo import TEACHERS
 from ..workspace import write_workspace
-from ..zoo import TEACHERS
 from .corpus import make_corpus
 from .labels import make_labels
 from .summary import findings, score_table

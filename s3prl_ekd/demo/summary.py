@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from ..evaluate.report import CLEAN, Difference, Report
-from ..evaluate.report_text import with_interval
-from ..evaluate.tasks import TASKS
+from ..downstream.tasks import TASKS
+from ..superb.report import CLEAN, Difference, Report
+from ..superb.report_text import with_interval
 
 
 def score_table(report: Report, order: Sequence[str]) -> list[tuple[str, ...]]:

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..atomic import atomic_saves
-from ..builtins_kept import isinstance_kept
-from ..downstream_run import own_folder
-from ..schema import plain
-from .asr_teachers import AsrEnsemble, common_frames
+from ..compat.isinstance import isinstance_kept
+from ..downstream.run import own_folder
+from ..files.atomic import atomic_saves
+from ..files.config import plain
+from .asr import AsrEnsemble, common_frames
 from .selection import Selection, select, soft_label_loss
 
 logger = logging.getLogger(__name__)

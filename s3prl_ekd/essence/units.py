@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..atomic import whole_file
 from ..distill.outliers import usable_frames
 from ..errors import CheckpointError, DataError, SetupError
-from ..formats import refuse_newer
-from ..safetensors_file import read_safetensors, write_safetensors
+from ..files.atomic import whole_file
+from ..files.formats import refuse_newer
+from ..files.safetensors_file import read_safetensors, write_safetensors
 
 logger = logging.getLogger(__name__)
 

@@ -1,1 +1,1 @@
-"""What came out of runs: scalars, predictions, tables and plots."""
+"""Measurements for the makers of s3prl_ekd."""

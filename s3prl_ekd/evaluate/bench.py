@@ -12,20 +12,12 @@ from tqdm import tqdm
 
 from .. import __version__, compat
 from ..errors import SetupError
+from ..teachers.sizes import SIZES, write_teachers
 from .bench_clock import STAGES, Clock, seconds
 from .bench_corpus import write_corpus
 from .bench_floor import flop_counter, matrix_rate
 from .bench_memory import peak_memory
-from .bench_sides import (
-    SIDES,
-    Baseline,
-    Ours,
-    Plan,
-    audio_seconds,
-    copy_weights,
-    padding_share,
-)
-from .bench_sizes import SIZES, write_teachers
+from .bench_sides import SIDES, Baseline, Ours, Plan, audio_seconds, copy_weights, padding_share
 
 logger = logging.getLogger(__name__)
 

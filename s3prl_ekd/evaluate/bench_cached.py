@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..target_cache.build import begin, build, targets_of
-from ..target_cache.index import Index
-from ..target_cache.key import layout_of, make_key
-from ..target_cache.reader import TargetReader
-from ..target_cache.use import let_go
-from ..training.changes import table_digests
+from ..hidden_states.fingerprint import layout_of, make_key
+from ..hidden_states.store import Index
+from ..pretrain.config_diff import table_digests
+from ..pretrain.target_cache.build import begin, build, targets_of
+from ..pretrain.target_cache.read import TargetReader
+from ..pretrain.target_cache.use import let_go
 from .bench_clock import Clock
 from .bench_corpus import SET
 from .bench_sides import Ours, Plan, _charged, _update

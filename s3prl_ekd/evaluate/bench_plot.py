@@ -5,9 +5,9 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping
 
+from ..superb.plot_style import COLOURS, add_legend, new_figure
 from .bench_clock import STAGES
 from .bench_report import STEP, rows, stages
-from .plot_style import COLOURS, add_legend, new_figure
 
 
 def plot_bench(result: Mapping) -> bytes:

@@ -17,9 +17,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ..teachers.sizes import SIZES, Size
 from .bench_clock import Clock
 from .bench_corpus import RATE, SET
-from .bench_sizes import SIZES, Size
 
 OPTIMIZER = {"name": "AdamW_with_schedule", "lr": 2e-4, "warmup_proportion": 0.07}  # s3prl's
 _CLIPPING = 5.0  # of the gradient's norm, as in s3prl's config
@@ -67,7 +67,7 @@ class Ours:
         from ..distill.settings import DistillSettings
         from ..distill.student import Student
         from ..distill.target_settings import TeacherSettings
-        from ..teacher_sources import load_teachers
+        from ..teachers import load_teachers
 
         models = plan.models
         teachers = {n: TeacherSettings(str(p), models.layers) for n, p in plan.teachers.items()}
@@ -153,7 +153,7 @@ class Baseline:
         from s3prl.pretrain.bucket_dataset import WaveDataset
         from s3prl.upstream.distiller.model import DistillerConfig, DistillerModel
 
-        from ..teacher_sources import load_upstream
+        from ..teachers import load_upstream
 
         models = plan.models
         with contextlib.redirect_stdout(io.StringIO()):

@@ -18,9 +18,9 @@ from torch import Tensor
 from .. import __version__
 from ..data.audio import read_audio
 from ..data.audio_files import SAMPLE_RATE, read_header
-from ..digest import file_sha256
 from ..errors import CheckpointError, ConfigError, DataError
-from .features_file import FeaturesFile
+from ..files.digest import file_sha256
+from ..hidden_states.features_file import FeaturesFile
 
 FORMAT, VERSION = "s3prl_ekd.features", 1
 _AHEAD = 4  # files that are read while the model works
@@ -89,7 +89,7 @@ def write_features(
         ConfigError: see :func:`choose_layers`.
         CheckpointError: the checkpoint cannot be read, or the output not be written.
     """
-    from ..atomic import whole_file
+    from ..files.atomic import whole_file
     from ..upstream.expert import UpstreamExpert
 
     upstream = UpstreamExpert(str(checkpoint)).to(device).eval()

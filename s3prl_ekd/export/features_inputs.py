@@ -7,7 +7,7 @@ from pathlib import Path, PurePath
 
 from ..data.audio_files import find_audio
 from ..errors import DataError
-from ..plain_files import read_text
+from ..files.text import read_text
 
 
 def collect_audio(given: Sequence[str], lists: Sequence[Path] = ()) -> dict[str, Path]:

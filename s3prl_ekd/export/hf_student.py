@@ -1,4 +1,4 @@
-"""A DistilHuBERT-style Hugging Face folder as a student: the way back of :mod:`.hf_model`."""
+"""A DistilHuBERT-style Hugging Face folder as a student: the way back of :mod:`.huggingface`."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from ..distill.conv_spec import conv_layers_text
 from ..distill.settings import StudentSettings
 from ..distill.student import Student
 from ..errors import CheckpointError, ConfigError, TeacherError
-from ..schema import build
-from ..teacher_sources.hf_folder import check_folder, load_folder
-from ..teacher_sources.hf_layout import fairseq_name
-from .student_file import LoadedStudent
+from ..files.config import build
+from ..student_file import LoadedStudent
+from ..teachers.hf_names import fairseq_name
+from ..teachers.huggingface import check_folder, load_folder
 
 logger = logging.getLogger(__name__)
 

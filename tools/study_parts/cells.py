@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from s3prl_ekd.errors import DataError
-from s3prl_ekd.evaluate.measures import Fold, test_set
-from s3prl_ekd.evaluate.records import Run
-from s3prl_ekd.evaluate.scores import Counts, count_characters, count_errors, read_pairs
+from s3prl_ekd.superb.metrics import Fold, test_set
+from s3prl_ekd.superb.records import Run
+from s3prl_ekd.superb.scores import Counts, count_characters, count_errors, read_pairs
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from s3prl_ekd.errors import SetupError
-from s3prl_ekd.jobs import child_command, child_environment
-from s3prl_ekd.plain_files import read_json
+from s3prl_ekd.files.text import read_json
+from s3prl_ekd.system.jobs import child_command, child_environment
 
 from .folder import Spent, write_json
 

@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from s3prl_ekd import zoo
-from s3prl_ekd.digest import file_sha256
 from s3prl_ekd.errors import ConfigError, SetupError
+from s3prl_ekd.files.digest import file_sha256
+from s3prl_ekd.teachers import zoo
 
 TASKS = ("pr", "asr", "sid", "er")
 ENSEMBLE = ("average", "concat", "separate")

@@ -18,11 +18,11 @@ from typing import Any
 
 import yaml
 
-from s3prl_ekd.atomic import whole_file
 from s3prl_ekd.errors import ConfigError, SetupError
-from s3prl_ekd.evaluate.superb_plan import noise_digest
-from s3prl_ekd.formats import refuse_newer
-from s3prl_ekd.plain_files import read_json
+from s3prl_ekd.files.atomic import whole_file
+from s3prl_ekd.files.formats import refuse_newer
+from s3prl_ekd.files.text import read_json
+from s3prl_ekd.superb.plan import noise_digest
 
 from .design import Setting, file_digest, model_config, rows, runner_config
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from s3prl_ekd.evaluate.records import Run
-from s3prl_ekd.schema import read_yaml
+from s3prl_ekd.files.config import read_yaml
+from s3prl_ekd.superb.records import Run
 
 from .cells import Cell
 

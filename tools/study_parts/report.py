@@ -12,9 +12,9 @@ from pathlib import Path
 
 from marked_text import between
 
-from s3prl_ekd.atomic import whole_file
 from s3prl_ekd.errors import SetupError
-from s3prl_ekd.evaluate.matrix import markdown
+from s3prl_ekd.files.atomic import whole_file
+from s3prl_ekd.pretrain.sweep import markdown
 
 from . import plots
 from .compare import Study

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from s3prl_ekd.evaluate.matrix import markdown
+from s3prl_ekd.pretrain.sweep import markdown
 
 from .cells import METRICS, Metric
 from .compare import Comparison, Study

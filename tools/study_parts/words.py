@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from s3prl_ekd.evaluate.report import condition_title
-from s3prl_ekd.evaluate.report_text import with_interval
+from s3prl_ekd.superb.report import condition_title
+from s3prl_ekd.superb.report_text import with_interval
 
 from .design import CLEAN
 from .intervals import Estimate

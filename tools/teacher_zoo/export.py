@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from s3prl_ekd.atomic import save_whole
 from s3prl_ekd.errors import CheckpointError
+from s3prl_ekd.files.atomic import save_whole
 
 from .models import MaskedPredictor
 

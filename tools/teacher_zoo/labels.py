@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from s3prl_ekd.atomic import whole_file
 from s3prl_ekd.data.audio import read_audio
 from s3prl_ekd.errors import DataError
 from s3prl_ekd.essence.units import fit_units
+from s3prl_ekd.files.atomic import whole_file
 
 from .corpus import Corpus, Utterance
 from .frames import frame_count

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-from s3prl_ekd.atomic import whole_file
 from s3prl_ekd.data.audio import read_audio
 from s3prl_ekd.data.audio_files import SAMPLE_RATE, find_audio
 from s3prl_ekd.data.distortion.pipeline import Distorter
@@ -21,6 +20,7 @@ from s3prl_ekd.data.distortion.settings import (
 )
 from s3prl_ekd.demo.noise import make_noises
 from s3prl_ekd.errors import ConfigError
+from s3prl_ekd.files.atomic import whole_file
 
 from .corpus import Corpus
 from .recipe import Recipe

@@ -16,8 +16,8 @@ import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from s3prl_ekd.atomic import whole_file
 from s3prl_ekd.errors import ConfigError, SetupError
+from s3prl_ekd.files.atomic import whole_file
 
 from . import checkpoint
 from .corpus import Corpus

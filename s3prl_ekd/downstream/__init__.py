@@ -1,0 +1,1 @@
+"""Run s3prl's downstream recipes: checks, resume, cached features, noise."""

@@ -1,0 +1,194 @@
+"""Finished ``-d asr`` runs of s3prl as teachers: waveforms in, posteriors of each frame out."""
+
+from __future__ import annotations
+
+import copy
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from ..errors import CheckpointError, TeacherError
+from ..files.run_checkpoints import newest, read_run
+
+MODELS = ("RNNs", "Wav2Letter")  # the acoustic models of s3prl's asr expert
+
+
+class AsrTeacher(nn.Module):
+    """One finished ASR model, frozen, without dropout.
+
+    Args:
+        upstream: maps a list of waveforms to a dict with hidden states.
+        featurizer: s3prl's Featurizer with the run's layer weights.
+        expert: s3prl's asr DownstreamExpert with the run's weights.
+        name: what messages call it.
+    """
+
+    def __init__(self, upstream: nn.Module, featurizer: nn.Module, expert: nn.Module, name: str):
+        super().__init__()
+        self.upstream, self.featurizer, self.expert, self.name = upstream, featurizer, expert, name
+        self.requires_grad_(False).eval()
+
+    @property
+    def symbols(self) -> list[str]:
+        """The dictionary: what each class stands for."""
+        return list(self.expert.dictionary.symbols)
+
+    def train(self, mode: bool = True) -> AsrTeacher:
+        """Stay in eval mode, whatever holds this teacher."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, waves: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Waveforms ``[sample]`` at 16 kHz -> ``[batch, frame, class]``, lengths ``[batch]``."""
+        features = self.featurizer(list(waves), self.upstream(list(waves)))
+        lengths = torch.tensor([len(feature) for feature in features], dtype=torch.int32)
+        padded = pad_sequence(features, batch_first=True)  # [batch, frame, dim]
+        logits, lengths = self.expert.model(self.expert.projector(padded), lengths)
+        return logits.float().softmax(-1), lengths
+
+
+class AsrEnsemble(nn.ModuleList):
+    """The mean of the teachers' posteriors, each weighing the same (*ours*; the paper's abstract
+    says ensemble and no more).
+
+    Raises:
+        TeacherError: no teacher, or two with different dictionaries.
+    """
+
+    def __init__(self, teachers: Sequence[AsrTeacher]):
+        super().__init__(teachers)
+        if not teachers:
+            raise TeacherError("name at least one teacher")
+        for teacher in teachers[1:]:
+            self.check_symbols(teacher.symbols, teacher.name)
+
+    def check_symbols(self, symbols: Sequence[str], name: str) -> None:
+        """Raise TeacherError unless ``symbols`` is the dictionary of the teachers."""
+        if list(symbols) != self[0].symbols:
+            raise TeacherError(
+                f"{name} has another dictionary ({len(symbols)} symbols) than the teacher "
+                f"{self[0].name} ({len(self[0].symbols)} symbols); use the same dict_path for all"
+            )
+
+    @torch.no_grad()
+    def forward(self, waves: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Waveforms ``[sample]`` at 16 kHz -> mean posteriors ``[batch, frame, class]`` and the
+        number of frames that all teachers have, ``[batch]``.
+
+        Raises:
+            TeacherError: the frame counts of an utterance differ by more than one.
+        """
+        with torch.autocast(waves[0].device.type, enabled=False):  # these are the targets
+            outputs = [teacher(waves) for teacher in self]
+        lengths = common_frames([(t.name, n) for t, (_, n) in zip(self, outputs, strict=True)])
+        frames = min(posteriors.shape[1] for posteriors, _ in outputs)
+        return torch.stack([p[:, :frames] for p, _ in outputs]).mean(0), lengths
+
+
+def common_frames(lengths: Sequence[tuple[str, Tensor]]) -> Tensor:
+    """The smallest frame count of each utterance, ``[batch]``, over models of the same rate.
+
+    Each model is its name and its counts ``[batch]``. Upstreams round the number of frames up or
+    down; a difference of one is cropped.
+
+    Raises:
+        TeacherError: the counts differ by more than one.
+    """
+    stacked = torch.stack([n.cpu().long() for _, n in lengths])  # [model, batch]
+    low, high = stacked.min(0).values, stacked.max(0).values
+    if (high - low).max() > 1:
+        worst = int((high - low).argmax())
+        counts = ", ".join(f"{name}: {int(n[worst])}" for name, n in lengths)
+        raise TeacherError(
+            f"the models have different frame rates (frames of the same utterance: {counts}); use "
+            "upstreams of one rate and the same modelrc.*.total_rate"
+        )
+    return low
+
+
+def load_asr_teacher(path: str | Path) -> AsrTeacher:
+    """Rebuild a finished run with s3prl's own classes, on the CPU.
+
+    Needs ``compat.apply()`` and ``plugin.register()`` before. Paths in the run's arguments and
+    config (upstream checkpoint, dictionary) are looked up from the working folder, as s3prl does.
+
+    Args:
+        path: a checkpoint, or a run's folder: its ``dev-clean-best.ckpt``, else the newest one.
+
+    Raises:
+        CheckpointError: no checkpoint of ``-d asr``, or something it needs is not there.
+    """
+    path = checkpoint_in(Path(path))
+    states = read_run(path)
+    args, config = copy.copy(states["Args"]), copy.deepcopy(states["Config"])
+    if getattr(args, "downstream", None) != "asr" or not {"Featurizer", "Downstream"} <= set(
+        states
+    ):
+        raise CheckpointError(f"{path} is no checkpoint of run_downstream.py -d asr")
+    _check(args, config, path)
+    # What s3prl reads of them to build a model that is only listened to.
+    args.init_ckpt, args.device = str(path), "cpu"
+    config["downstream_expert"]["datarc"]["decoder_args"] = {"decoder_type": "None"}
+    from s3prl.downstream.runner import Runner
+
+    try:
+        runner = Runner(args, config)
+    except (RuntimeError, KeyError, TypeError, ValueError, AttributeError, AssertionError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"{path} cannot be rebuilt as an ASR model: {first}") from None
+    parts = (runner.upstream.model, runner.featurizer.model, runner.downstream.model)
+    return AsrTeacher(*parts, name=str(path))
+
+
+def checkpoint_in(path: Path) -> Path:
+    """A run's folder -> the checkpoint to take; a file is left as it is.
+
+    Raises:
+        CheckpointError: the folder has none.
+    """
+    if not path.is_dir():
+        return path
+    best = path / "dev-clean-best.ckpt"  # s3prl writes it once WER is below 100
+    found = best if best.is_file() else newest(path)
+    if found is None:
+        raise CheckpointError(f"there are no checkpoints (states-*.ckpt) in {path}")
+    return found
+
+
+def _check(args: Namespace, config: dict, path: Path) -> None:
+    """Whatever in a run's arguments would end in a traceback or have s3prl evaluate a text."""
+    from s3prl import hub
+
+    from ..teachers.checkpoint import check_upstream_file
+
+    if getattr(args, "from_hf_hub", False):
+        raise CheckpointError(f"{path}: upstreams from the Hugging Face Hub (--hub) bring code")
+    name = str(getattr(args, "upstream", None))
+    if name.startswith("_") or not callable(getattr(hub, name, None)):
+        raise CheckpointError(f"{path}: s3prl.hub has no upstream {name}")
+    source = getattr(args, "upstream_ckpt", None)
+    if source and "://" not in str(source) and not Path(source).is_file():
+        raise CheckpointError(
+            f"{path}: its upstream {name} was read from {source}, which is not there; start from "
+            "the folder where it was trained"
+        )
+    if source and Path(source).is_file():
+        check_upstream_file(Path(source), name)
+    try:
+        expert = config["downstream_expert"]
+        select, dictionary = expert["modelrc"]["select"], expert["datarc"].get("dict_path")
+    except (KeyError, TypeError, AttributeError):
+        raise CheckpointError(f"{path} has no configuration of -d asr in it") from None
+    if select not in MODELS:  # s3prl evaluates this text
+        raise CheckpointError(
+            f"{path}: modelrc.select is {select!r}; use one of: {', '.join(MODELS)}"
+        )
+    if dictionary is not None and not Path(dictionary).is_file():
+        raise CheckpointError(
+            f"{path}: its dictionary is {dictionary}, which is not there; start from the folder "
+            "where it was trained"
+        )

@@ -1,0 +1,172 @@
+"""Plain data (from YAML) -> frozen dataclasses, with one sentence for whatever does not fit.
+
+The types understood are those the configuration needs: ``bool int float str``, ``Literal``,
+``X | None``, ``tuple[X, ...]``, ``dict[str, X]`` and dataclasses of these. A dataclass may check
+itself in ``__post_init__`` by raising ``ValueError("what is wrong")``; the YAML path is put before.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union
+
+from ..errors import ConfigError
+from .text import CONTROL, MAX_DEPTH, MAX_NUMBER, read_text
+from .yaml_loader import MAX_YAML, parse_yaml
+
+T = TypeVar("T")
+MAX_LIST, MAX_NAMES = 10_000, 1000
+
+
+def read_yaml(path: str | Path) -> dict:
+    """Read a YAML file that holds a mapping. Raises ConfigError naming the file."""
+    text = read_text(path, "configuration", ConfigError, MAX_YAML)
+    data = parse_yaml(text, str(path))
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path} holds no settings: a mapping of keys to values is expected")
+    return data
+
+
+def build(kind: type[T], data: Any, where: str) -> T:
+    """Build ``kind`` from plain ``data``; ``where`` is the YAML path used in messages.
+
+    Raises:
+        ConfigError: unknown key, missing key, wrong type or a value that is not allowed.
+    """
+    return _convert(kind, data, where)
+
+
+def plain(value: Any) -> Any:
+    """The inverse of :func:`build`: dataclasses and tuples become dicts and lists."""
+    if dataclasses.is_dataclass(value):
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, (tuple, list)):
+        return [plain(item) for item in value]
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    return value
+
+
+def _convert(kind: Any, data: Any, where: str) -> Any:
+    if kind is Any:
+        return _any(data, where)
+    origin = typing.get_origin(kind)
+    if dataclasses.is_dataclass(kind):
+        return _dataclass(kind, data, where)
+    if origin is Literal:
+        allowed = typing.get_args(kind)
+        # `True == 1` in Python: compare types too, so that `layers: true` is not layer 1.
+        if not any(type(data) is type(item) and data == item for item in allowed):
+            names = ", ".join(map(str, allowed))
+            raise ConfigError(f"{where}: {_show(data)} is not known; use one of: {names}")
+        return data
+    if origin in (Union, types.UnionType):
+        return _optional(kind, data, where)
+    if origin is tuple:
+        (item, _) = typing.get_args(kind)
+        if not isinstance(data, (list, tuple)):
+            raise ConfigError(f"{where}: a list is expected, not {_show(data)}")
+        if len(data) > MAX_LIST:
+            raise ConfigError(f"{where}: a list of {len(data)} values; {MAX_LIST} are allowed")
+        return tuple(_convert(item, value, f"{where}[{i}]") for i, value in enumerate(data))
+    if origin is dict:
+        if not isinstance(data, dict):
+            raise ConfigError(f"{where}: a mapping is expected, not {_show(data)}")
+        item = typing.get_args(kind)[1]
+        if len(data) > MAX_NAMES:
+            raise ConfigError(f"{where}: a mapping of {len(data)} names; {MAX_NAMES} are allowed")
+        _check_names(data, where)
+        return {key: _convert(item, value, f"{where}.{key}") for key, value in data.items()}
+    return _scalar(kind, data, where)
+
+
+def _check_names(data: dict, where: str) -> None:
+    for key in data:
+        if not isinstance(key, str):
+            raise ConfigError(f"{where}: the name {_show(key)} must be text; put it in quotes")
+        if CONTROL.search(key):
+            raise ConfigError(f"{where}: the name {_show(key)} has a control character in it")
+
+
+def _any(data: Any, where: str, depth: int = 0) -> Any:
+    """What a setting of any type may be: plain data, its numbers finite, its names text."""
+    if depth > MAX_DEPTH:
+        raise ConfigError(f"{where}: it is nested more than {MAX_DEPTH} deep")
+    if isinstance(data, dict):
+        _check_names(data, where)
+        return {key: _any(value, f"{where}.{key}", depth + 1) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [_any(value, f"{where}[{i}]", depth + 1) for i, value in enumerate(data)]
+    if data is None:
+        return None
+    if type(data) not in (bool, int, float, str):
+        raise ConfigError(f"{where}: a number, text or list is expected, not {_show(data)}")
+    return _scalar(type(data), data, where)
+
+
+def _dataclass(kind: Any, data: Any, where: str) -> Any:
+    if not isinstance(data, dict):
+        raise ConfigError(f"{where}: a mapping of settings is expected, not {_show(data)}")
+    hints = typing.get_type_hints(kind)
+    fields = {f.name: f for f in dataclasses.fields(kind) if f.init}
+    for key in data:
+        if key not in fields:
+            close = difflib.get_close_matches(str(key), fields, n=1)
+            guess = f" (did you mean {close[0]}?)" if close else ""
+            raise ConfigError(
+                f"{where}: unknown key {_show(key)}{guess}; known keys: {', '.join(fields)}"
+            )
+    values = {key: _convert(hints[key], value, f"{where}.{key}") for key, value in data.items()}
+    for name, field in fields.items():
+        required = (
+            field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        )
+        if required and name not in values:
+            raise ConfigError(f"{where}: the key {name} is missing")
+    try:
+        return kind(**values)
+    except ValueError as error:
+        raise ConfigError(f"{where}: {error}") from None
+
+
+def _optional(kind: Any, data: Any, where: str) -> Any:
+    inner = [item for item in typing.get_args(kind) if item is not type(None)]
+    if data is None and len(inner) < len(typing.get_args(kind)):
+        return None
+    (only,) = inner  # the configuration uses no other unions
+    return _convert(only, data, where)
+
+
+def _scalar(kind: type, data: Any, where: str) -> Any:
+    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+    if kind is float and isinstance(data, str):
+        # YAML 1.1 reads `1e-6` as text: what is meant is plain.
+        try:
+            data = float(data)
+        except ValueError:
+            pass
+    if type(data) is int and not -MAX_NUMBER <= data < MAX_NUMBER:
+        raise ConfigError(f"{where}: a number of at most 64 bits is expected, not {_show(data)}")
+    if kind is float and type(data) is int:
+        data = float(data)
+    if type(data) is not kind:
+        raise ConfigError(f"{where}: {names[kind]} is expected, not {_show(data)}")
+    if kind is float and not math.isfinite(data):
+        raise ConfigError(f"{where}: a finite number is expected, not {_show(data)}")
+    if kind is str and CONTROL.search(data):
+        raise ConfigError(f"{where}: {_show(data)} has a line break or a control character in it")
+    return data
+
+
+def _show(value: Any) -> str:
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no number of more than 4300 digits
+        return "a number far too large"
+    text = " ".join(text.split())  # a tensor takes several lines
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,1 @@
+"""Hidden states on disk: cached teacher targets, cached downstream features, exported features."""

@@ -1,0 +1,1 @@
+"""Train the student: settings, data, steps, checkpoints."""

@@ -1,0 +1,104 @@
+"""The checkpoint files of a run, each whole or not there.
+
+``states-STEP.ckpt`` at every ``save_step``, of which the newest ``max_keep`` stay; ``last.ckpt``,
+where the run stands: the newest of them under a second name, or what was saved since; and
+``dev-best.ckpt``, of the lowest dev loss.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from ..errors import CheckpointError, SetupError
+from ..files.atomic import remove_leftovers, save_whole, second_name
+from ..files.formats import NewerFormatError
+from ..files.run_checkpoints import LAST, read_run, run_checkpoints
+
+logger = logging.getLogger(__name__)
+
+BEST = "dev-best.ckpt"
+_NUMBERED = re.compile(r"states-(\d+)\.ckpt")
+
+
+class SaveError(SetupError):
+    """A checkpoint could not be written; the message says where and how to go on."""
+
+
+class RunSaves:
+    """Write and tidy the checkpoints in a run's folder.
+
+    Args:
+        folder: exists.
+        max_keep: how many numbered checkpoints stay.
+        hint: how to go on, for messages.
+    """
+
+    def __init__(self, folder: str | Path, max_keep: int, hint: str):
+        self.folder = Path(folder)
+        self.max_keep = max_keep
+        self.hint = hint
+
+    def numbered(self, states: Mapping, step: int) -> Path:
+        """Save as ``states-STEP.ckpt`` and ``last.ckpt``, then remove the oldest beyond max_keep.
+
+        Raises:
+            SaveError: there is no room, for example. What was there before is there still.
+        """
+        path = self._write(states, f"states-{step}.ckpt")
+        try:
+            second_name(path, self.folder / LAST)
+        except OSError as error:
+            raise self._error(self.folder / LAST, error) from None
+        # Of steps to come there may be damaged files, which do not count.
+        numbered = sorted(number for number in self._numbers() if number <= step)
+        for old in numbered[: -self.max_keep]:
+            (self.folder / f"states-{old}.ckpt").unlink(missing_ok=True)
+        return path
+
+    def last(self, states: Mapping) -> Path:
+        """Save as ``last.ckpt`` only. Raises SaveError, as :meth:`numbered` does."""
+        return self._write(states, LAST)
+
+    def best(self, states: Mapping) -> Path:
+        """Save as ``dev-best.ckpt``. Raises SaveError, as :meth:`numbered` does."""
+        return self._write(states, BEST)
+
+    def tidy(self, step: int) -> None:
+        """Begin at ``step`` in a folder that was in use before.
+
+        Halves of files that a killed process left are removed. What was saved after ``step`` is
+        renamed, for a run that goes back there makes its own: ``-a`` would next go on from one of
+        them otherwise.
+        """
+        remove_leftovers(self.folder, "*.ckpt")
+        for path in run_checkpoints(self.folder):
+            try:
+                newer = int(read_run(path)["Step"]) > step
+            except NewerFormatError:
+                raise
+            except (CheckpointError, ValueError, TypeError):
+                continue  # damaged: it is passed over when resuming, and overwritten in time
+            if newer:
+                logger.warning("%s is of a later step: renamed to %s.old", path, path.name)
+                path.replace(path.with_name(f"{path.name}.old"))
+
+    def _numbers(self) -> list[int]:
+        names = (_NUMBERED.fullmatch(path.name) for path in self.folder.glob("states-*.ckpt"))
+        return [int(name[1]) for name in names if name]
+
+    def _write(self, states: Mapping, name: str) -> Path:
+        path = self.folder / name
+        try:
+            save_whole(dict(states), path)
+        except OSError as error:
+            raise self._error(path, error) from None
+        return path
+
+    def _error(self, path: Path, error: OSError) -> SaveError:
+        return SaveError(
+            f"cannot save {path}: {error.strerror}; the checkpoints saved before it are as they "
+            f"were; make room, then {self.hint}"
+        )

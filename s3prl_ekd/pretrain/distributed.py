@@ -1,0 +1,141 @@
+"""The processes of a run: one, or those that torchrun has started, which train one student."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from ..errors import SetupError
+from ..system import torchrun
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Processes:
+    """``rank`` of this process among ``count``.
+
+    One process writes: checkpoints, TensorBoard, the lock, the progress bar. Positions in the data
+    are counted in batches of all processes together, so that a run may go on with another number
+    of them; each has random numbers of its own.
+
+    The methods that ask the others must be called by all of them, in the same order. What they ask
+    is small and goes through the CPU (gloo); gradients are DistributedDataParallel's affair.
+    """
+
+    rank: int = 0
+    count: int = 1
+
+    @property
+    def writer(self) -> bool:
+        return self.rank == 0
+
+    def any(self, mine: bool) -> bool:
+        """Whether it is so in any process: a signal reaches one of them, and all must stop."""
+        if self.count == 1:
+            return bool(mine)
+        flag = torch.tensor(float(mine))
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return bool(flag)
+
+    def sum(self, *mine: float) -> list[float]:
+        """The sums over all processes."""
+        if self.count == 1:
+            return list(mine)
+        total = torch.tensor(mine, dtype=torch.float64)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def gather(self, mine: Any) -> list:
+        """What each process has, by rank: plain data and tensors."""
+        if self.count == 1:
+            return [mine]
+        found: list = [None] * self.count
+        dist.all_gather_object(found, mine)
+        return found
+
+    def first(self, mine: Any) -> Any:
+        """What the first process has that has something; None where none has."""
+        return next((each for each in self.gather(mine) if each is not None), None)
+
+    def own_random_numbers(self, seed: int) -> None:
+        """Let each process draw its own: the same dropout everywhere would waste the batch's width.
+
+        The first one keeps those it has, so that a run of one process does not know of this.
+        """
+        if self.rank:
+            random.seed(seed + self.rank)
+            np.random.seed((seed + self.rank) % 2**32)
+            torch.manual_seed(seed + self.rank)
+
+
+def join(device: str) -> Processes:
+    """Join the processes that torchrun has started; alone, there is nothing to do.
+
+    Args:
+        device: of the run, ``cpu`` or ``cuda``; each process takes the GPU of its local rank.
+
+    Raises:
+        SetupError: there are more processes than GPUs on this machine, or they do not find each
+            other.
+    """
+    if not torchrun.several():
+        return Processes()
+    try:
+        on_cuda = device.startswith("cuda")
+        if on_cuda and device != "cuda":
+            raise SetupError(
+                f"--device {device} is one GPU, and under torchrun each process takes its own: put "
+                "--device cuda, or leave it out"
+            )
+        if on_cuda:
+            local, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+            if local >= there:
+                raise SetupError(
+                    f"torchrun has started more processes than the {there} GPUs of this machine; "
+                    f"give it --nproc_per_node={there}"
+                )
+            torch.cuda.set_device(local)
+        if not dist.is_initialized():
+            dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo")
+    except (KeyError, ValueError, RuntimeError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise SetupError(
+            f"the processes of this run do not find each other: {first}; start them with torchrun"
+        ) from None
+    return Processes(dist.get_rank(), dist.get_world_size())
+
+
+def leave() -> None:
+    """Take leave of the others at the end; after an error they find out for themselves."""
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(torch.zeros(1))  # who leaves first could take a connection with it
+        dist.destroy_process_group()
+
+
+def mean_records(every: Sequence[dict[str, list[float]]]) -> dict[str, list[float]]:
+    """Scalars by name and step: the mean over the processes that have them."""
+    names = dict.fromkeys(name for records in every for name in records)
+    means = {}
+    for name in names:
+        lists = [records[name] for records in every if name in records]
+        length = max(map(len, lists))
+        columns = [[each[i] for each in lists if i < len(each)] for i in range(length)]
+        means[name] = [sum(column) / len(column) for column in columns]
+    return means
+
+
+def lost_another(error: BaseException) -> bool:
+    """Whether an error says that another process is not there any more."""
+    if isinstance(error, getattr(dist, "DistError", ())):
+        return True
+    signs = ("Connection closed", "Connection reset", "Broken pipe", "gloo", "NCCL", "ProcessGroup")
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)

@@ -1,0 +1,289 @@
+"""The adapter between s3prl's pretrain Runner and :mod:`s3prl_ekd.distill`.
+
+s3prl imports ``pretrain.ekd.pretrain_expert.UpstreamPretrainExpert`` and calls the methods below;
+what each must do is written in s3prl's ``pretrain/runner.py``.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .. import __version__, compat
+from ..errors import CheckpointError, DataError, SetupError
+
+compat.apply()
+
+from ..data.batches import Batch, train_loader  # noqa: E402
+from ..data.loader import BatchLoader  # noqa: E402
+from ..distill.distiller import EnsembleDistiller  # noqa: E402
+from ..distill.initialisation import initialise  # noqa: E402
+from ..distill.recompute import recompute  # noqa: E402
+from ..distill.settings import StudentSettings  # noqa: E402
+from ..distill.student import Student  # noqa: E402
+from ..distill.teachers import check_names  # noqa: E402
+from ..essence.units import load_units  # noqa: E402
+from ..files.config import build, plain  # noqa: E402
+from ..student_file import RUN_KEY, contents  # noqa: E402
+from ..teachers import check_precision, load_teachers, teacher_model  # noqa: E402
+from .config_diff import described, differences  # noqa: E402
+from .parallel import Steps  # noqa: E402
+from .settings import RunSettings, load_data_config, load_model_config  # noqa: E402
+from .target_cache.use import check_teachers, check_unit_layer, let_go, open_targets  # noqa: E402
+
+logger = logging.getLogger(__name__)
+
+MULTI_GPU = (
+    "--multi_gpu (DataParallel) does not work with ekd; for several GPUs leave it out and type: "
+    "torchrun --standalone --nproc_per_node=gpu -m s3prl_ekd run_pretrain.py -u ekd -n NAME"
+)
+
+
+class UpstreamPretrainExpert(nn.Module):
+    """EKD as s3prl's Runner wants it.
+
+    Args:
+        datarc: ``pretrain_expert.datarc`` of the runner config.
+        upstream_config: path of the model config, or the dict that a checkpoint kept of it.
+        device: where the student is trained.
+        multi_gpu: must be false; DataParallel is not for this method.
+
+    Raises:
+        EkdError: one sentence for whatever the user can mend.
+    """
+
+    def __init__(self, datarc, upstream_config, device="cuda", multi_gpu=False, **kwargs):
+        super().__init__()
+        if multi_gpu:
+            raise SetupError(MULTI_GPU)
+        self.device = device
+        self.settings = load_model_config(upstream_config)
+        check_names(self.settings.teachers)
+        check_precision(self.settings.teacher_precision, str(device))
+        self.data = load_data_config(datarc)
+        student = Student(self.settings.student)
+        self.targets = None
+        if self.data.target_cache is not None:
+            self.targets = open_targets(self.data.target_cache, self.settings)
+        self.seed = torch.initial_seed()  # what the Runner has seeded torch with
+        self.dataloader = self._loader(self.data.sets)
+        self.dev_dataloader = None
+        if self.data.dev_sets:
+            self.dev_dataloader = self._loader(self.data.dev_sets, shuffle=False)
+        teachers = load_teachers(
+            self.settings.teachers,
+            self.settings.teacher_dropout,
+            self.settings.teacher_path,
+            self.settings.teacher_precision,
+            self.settings.teacher_compile,
+        )
+        units = self.settings.essence.units
+        units = load_units(units) if units else None
+        if self.targets is not None:
+            check_unit_layer(units, self.settings)
+            loaders = [self.dataloader, *filter(None, [self.dev_dataloader])]
+            batches = [batch for loader in loaders for batch in loader.dataset.batches]
+            rows = [row for batch in batches for row in batch]
+            check_teachers(self.targets, teachers, self.settings, self.data, rows)
+        self.distiller = EnsembleDistiller(teachers, student, self.settings, units)
+        init = self.settings.init
+        if init.sources:
+            models = [teacher_model(teachers, name) for name in init.sources]
+            initialise(student, models, conv=init.conv, encoder=init.encoder, layers=init.layers)
+        self.steps = Steps(self.distiller)
+        self._report()
+        if self.targets is not None:
+            let_go(teachers)
+
+    @property
+    def model(self) -> nn.Module:
+        """What the Runner optimises and clips: the student and its heads, no teacher."""
+        return self.distiller.trainable
+
+    def prepare(self, run: RunSettings) -> None:
+        """What the run's settings ask of the student before the first step."""
+        student = self.distiller.student
+        if run.recompute:
+            recompute(student)
+        if run.compile and run.recompute:
+            import torch._dynamo
+
+            # Older versions cut graphs for DistributedDataParallel, but no recomputed ones.
+            torch._dynamo.config.optimize_ddp = False
+        if run.compile:
+            student.compile(dynamic=True)
+
+    @property
+    def batches_learned(self) -> int:
+        """How many batches the running statistics have seen: they change before an update does."""
+        standardiser = self.distiller.standardiser
+        return 0 if standardiser is None else int(standardiser.seen)
+
+    def _loader(self, sets: Sequence[str], shuffle: bool = True) -> BatchLoader:
+        return train_loader(
+            self.data.libri_root,
+            self.data.file_path,
+            sets,
+            batch_size=self.data.train_batch_size,
+            sequence_length=self.data.sequence_length,
+            max_timestep=self.data.max_timestep,
+            num_workers=self.data.num_workers,
+            min_samples=self.settings.student.min_samples,
+            pin_memory=str(self.device).startswith("cuda"),
+            distortion=self.settings.distortion,
+            seed=self.seed,
+            shuffle=shuffle,
+            skip_bad=self.data.on_bad_audio == "skip",
+            max_seconds=self.data.max_seconds,
+            targets=self.targets,
+            timeout=self.data.loader_timeout,
+        )
+
+    def close(self) -> None:
+        """End the processes that read audio."""
+        for loader in filter(None, (self.dataloader, self.dev_dataloader)):
+            loader.close()
+
+    def _report(self) -> None:
+        """The first lines of a run: what is distilled into what, where."""
+        settings = self.settings
+        for name, teacher in self.distiller.teachers.items():
+            logger.info(
+                "teacher %s: %s, %s of %d layers, width %d, %.1f M parameters, frozen, %s",
+                name,
+                settings.teachers[name].model,
+                " ".join(teacher.labels),
+                teacher.depth,
+                teacher.width,
+                _count(teacher) / 1e6,
+                "dropout left on" if settings.teacher_dropout else "eval mode",
+            )
+        logger.info(
+            "aggregation %s; prediction heads: %s",
+            settings.aggregation,
+            ", ".join(
+                f"{name} ({spec.layers} layers of {spec.width})"
+                for name, spec in self.distiller.aggregate.specs.items()
+            ),
+        )
+        if self.targets is not None:
+            logger.info(
+                "targets: from %s, %s; no teacher is run",
+                self.targets.folder,
+                self.targets.index.dtype,
+            )
+        if settings.distortion.setup != "clean":
+            logger.info("distortion: %s", settings.distortion.setup)
+        logger.info(
+            "student: %s parameters, with heads %s, starts from %s; device %s",
+            f"{_count(self.distiller.student):,}",
+            f"{_count(self.model):,}",
+            " and ".join(settings.init.sources) or "random weights",
+            self.device,
+        )
+
+    # The Runner's interface
+
+    def get_train_dataloader(self) -> BatchLoader:
+        return self.dataloader
+
+    def forward(
+        self, data: Batch, records: Mapping[str, list], global_step: int = 0, log_step: int = 1000
+    ) -> tuple[Tensor, Mapping[str, list]]:
+        """The loss of one batch; what is to be logged is appended to ``records``.
+
+        Our Runner keeps the list of bad audio and hands over batches that are not empty; s3prl's
+        knows nothing of either, so what a batch still tells is told here.
+
+        Raises:
+            DataError: an utterance of the batch could not be read.
+        """
+        if data.problem:
+            raise DataError(data.problem)
+        for bad in data.bad:
+            logger.warning("left out %s: %s", bad.path, bad.reason)
+        detail = global_step % log_step == 0
+        loss, parts = self.steps(data, self.device, step=global_step, detail=detail)
+        if data.names:
+            records["loss_mean"].append(loss.detach())
+        for name, value in parts.items():
+            records[name].append(value)  # tensors: reading one here would wait for the device
+        return loss, records
+
+    def log_records(self, records, logger, prefix, global_step, **kwargs) -> None:
+        """Write the mean over the log window of each recorded scalar to TensorBoard."""
+        for name, values in records.items():
+            # Those of a checkpoint are on the CPU, those since then on the device.
+            mean = torch.stack([value.float().cpu() for value in values]).mean().item()
+            logger.add_scalar(f"{prefix}{name}", mean, global_step=global_step)
+
+    def on_before_zero_grad(self) -> None:
+        """Nothing to do between the optimizer's step and the next."""
+
+    def add_state_to_save(self, all_states: dict) -> dict:
+        """Add the student, its heads and the model config to s3prl's checkpoint.
+
+        The config goes under ``Upstream_Config``, where the Runner looks for it on resume; s3prl's
+        distiller puts it over ``Config`` and cannot be resumed.
+        """
+        about = {
+            "made_by": f"s3prl_ekd {__version__}",
+            "config": plain(self.settings),
+            "data": {  # names and numbers: folders of a machine are nobody's business
+                "sets": list(self.data.sets),
+                "train_batch_size": self.data.train_batch_size,
+                "max_seconds": self.data.max_seconds,
+            },
+            "step": all_states["Step"] + 1,
+        }
+        all_states[RUN_KEY] = contents(
+            self.distiller.student, self.distiller.heads, self.distiller.aggregate.specs, about
+        )
+        all_states["Upstream_Config"] = plain(self.settings)
+        if self.distiller.standardiser is not None:
+            all_states["Standardiser"] = self.distiller.standardiser.state_dict()
+        if self.distiller.units is not None:
+            all_states["UnitHead"] = self.distiller.trainable["unit_head"].state_dict()
+        # The Runner counts the step after saving, so its number is one behind the weights and a
+        # resumed run would take that step twice.
+        all_states["Step"] += 1
+        return all_states
+
+    def load_model(self, all_states: dict) -> None:
+        """Take the weights of a checkpoint back.
+
+        Raises:
+            CheckpointError: they are not there or do not fit.
+        """
+        try:
+            saved = all_states[RUN_KEY]
+            theirs = build(StudentSettings, saved["settings"], "the checkpoint's student")
+            sizes = differences(plain(theirs), plain(self.settings.student))
+            if sizes:
+                raise CheckpointError(
+                    f"the checkpoint has a student of another size: {described(sizes)} (checkpoint "
+                    "-> this run); start a new run under another name for a new size"
+                )
+            self.distiller.student.load_state_dict(saved["student"])
+            self.distiller.heads.load_state_dict(saved["heads"])
+            if self.distiller.standardiser is not None:
+                self.distiller.standardiser.load_state_dict(all_states["Standardiser"])
+            if self.distiller.units is not None:
+                self.distiller.trainable["unit_head"].load_state_dict(all_states["UnitHead"])
+            self._go_on_in_the_data(all_states)
+        except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+            first = (str(error).strip().splitlines() or ["unreadable"])[0]
+            raise CheckpointError(f"the checkpoint does not fit this run: {first}") from None
+
+    def _go_on_in_the_data(self, all_states: dict) -> None:
+        """The batch after the last one used: with s3prl's Runner, which has no notion of it."""
+        each = all_states["Config"]["runner"]["gradient_accumulate_steps"]
+        sampler = self.dataloader.sampler
+        sampler.epoch, sampler.position = divmod(all_states["Step"] * each, len(sampler))
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

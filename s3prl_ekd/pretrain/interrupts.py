@@ -1,0 +1,187 @@
+"""Signals that ask a run to leave: it finishes its step and saves first."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from multiprocessing import connection
+from types import FrameType
+from typing import TypeVar
+
+from ..system import torchrun
+
+T = TypeVar("T")
+# SIGTERM: kill, scancel, docker stop. SIGINT: Ctrl-C. SIGUSR1: sbatch --signal=USR1@SECONDS.
+# Windows has no SIGUSR1.
+SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)
+)
+TIMER = hasattr(signal, "setitimer")  # Windows has none: a batch is waited for to its end there
+# One Ctrl-C can be delivered twice: by the terminal, and by a wrapper or torchrun that hands it on.
+SAME_KEY = 0.5  # seconds
+SAME_FROM_TORCHRUN = 5.0
+# How long a batch is waited for after a signal. A step that has not begun can be left out; but
+# of several processes the others wait in it for this one, and they save more if it is made.
+LAST_BATCH = 1.0  # seconds
+LAST_BATCH_OF_SEVERAL = 3.0
+
+
+class StoppedWaiting(Exception):
+    """A signal asks the run to leave, and the next batch does not come."""
+
+
+def exit_code(name: str) -> int:
+    """What shells call a process ended by the signal of that name: 143, 130 or 138."""
+    return 128 + int(signal.Signals[name])
+
+
+class StopSignals:
+    """Within the context, such a signal sets ``received``; the loop looks at it after each step.
+
+    Where the run waits for a batch (:meth:`batches`), StoppedWaiting is raised there. A second
+    signal ends the process at once: KeyboardInterrupt for Ctrl-C, or as if nothing handled it. That
+    works also while the main thread is in code that is not Python's, waiting for another process or
+    for a disk. Outside the main thread, where Python has no signals, the context does nothing.
+
+    Args:
+        quiet: say nothing; of several processes one speaks.
+
+    Attributes:
+        received: the first signal, or None.
+    """
+
+    def __init__(self, quiet: bool = False) -> None:
+        self.quiet = quiet
+        self.received: signal.Signals | None = None
+        self._at = 0.0
+        self._came: float | None = None
+        self._said = self._leaving = False
+        self._waiting_since: float | None = None
+        self._before: dict[signal.Signals, object] = {}
+
+    def __enter__(self) -> StopSignals:
+        self._process = os.getpid()
+        if threading.current_thread() is threading.main_thread():
+            self._before = {each: signal.signal(each, self._handle) for each in SIGNALS}
+            if TIMER:
+                self._before[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._look)
+                pipe, self._pipe = os.pipe()
+                os.set_blocking(self._pipe, False)
+                self._pipe_before = signal.set_wakeup_fd(self._pipe, warn_on_full_buffer=False)
+                threading.Thread(target=self._watch, args=(pipe,), daemon=True).start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if not self._before:
+            return
+        for each in SIGNALS:
+            signal.signal(each, self._before[each])
+        if TIMER:
+            if self.received is not None:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, self._before[signal.SIGALRM])
+            signal.set_wakeup_fd(self._pipe_before)
+            os.write(self._pipe, b"\0")
+            os.close(self._pipe)
+        self._before = {}
+
+    def batches(self, loader: Iterable[T]) -> Iterator[T]:
+        """Iterate over a loader.
+
+        Raises:
+            StoppedWaiting: a signal has come, and no batch in the seconds since.
+        """
+        with self._waiting():
+            iterator = iter(loader)
+        while True:
+            with self._waiting():
+                batch = next(iterator, None)
+            if batch is None:
+                return
+            yield batch
+
+    def waited(self) -> bool:
+        """Whether a signal has come so long ago that a process which waits for a batch has left."""
+        return self._came is not None and time.monotonic() - self._came > _last_batch()
+
+    @contextlib.contextmanager
+    def _waiting(self) -> Iterator[None]:
+        self._waiting_since = time.monotonic()
+        try:
+            yield
+        finally:
+            self._waiting_since = None
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:
+            return  # a worker that has just been forked
+        now = time.monotonic()
+        if self.received is None:
+            self.received, self._at = signal.Signals(number), now
+            if TIMER:
+                signal.setitimer(signal.ITIMER_REAL, 0.5, 0.5)
+            self._say(number)
+        elif _is_second(now - self._at):
+            self._leave(number)
+
+    def _say(self, number: int) -> None:
+        if self._said or self.quiet:
+            return
+        self._said = True
+        again = "Ctrl-C again" if number == signal.SIGINT else "a second signal"
+        said = f"\n{signal.Signals(number).name}: saving after this step; {again} leaves at once\n"
+        # Not print: a handler may come in the middle of another print to the same stream.
+        os.write(2, said.encode())
+
+    def _watch(self, pipe: int) -> None:
+        """Read the numbers of signals as they come, in a thread; :meth:`_handle` may be late."""
+        while (number := os.read(pipe, 1)[0]) != 0:
+            now = time.monotonic()
+            if number not in SIGNALS:
+                continue
+            if self._came is None:
+                self._came = now
+                if not connection.wait([pipe], 0.5) and self.received is None:
+                    self._say(number)
+            elif _is_second(now - self._came):
+                time.sleep(1)  # for the main thread to handle it
+                if not self._leaving:
+                    _kill_children()
+                    os._exit(128 + number)
+        os.close(pipe)
+
+    def _leave(self, number: int) -> None:
+        self._leaving = True
+        for each in SIGNALS:
+            signal.signal(each, signal.SIG_DFL)
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+        try:
+            _kill_children()
+        finally:
+            os.kill(os.getpid(), number)
+
+    def _look(self, number: int, frame: FrameType | None) -> None:
+        """Every half second since the signal."""
+        since = self._waiting_since
+        if since is not None and time.monotonic() - max(since, self._at) > _last_batch():
+            raise StoppedWaiting
+
+
+def _is_second(seconds: float) -> bool:
+    """Whether a signal that comes so long after the first one is another one."""
+    return seconds > (SAME_FROM_TORCHRUN if torchrun.several() else SAME_KEY)
+
+
+def _last_batch() -> float:
+    return LAST_BATCH_OF_SEVERAL if torchrun.several() else LAST_BATCH
+
+
+def _kill_children() -> None:
+    for child in multiprocessing.active_children():
+        child.kill()

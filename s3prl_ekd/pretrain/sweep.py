@@ -1,0 +1,184 @@
+"""Run several experiments over several seeds, and put what came out in one table."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import statistics
+import subprocess
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from ..downstream.script_args import make_folder
+from ..errors import SetupError, printable
+from ..files import trust
+from ..files.atomic import write_text
+from ..files.config import plain
+from ..files.formats import refuse_newer
+from ..files.text import read_json
+from ..system.jobs import child_command, child_environment
+from .curves import teacher_curves
+from .scalars import read_scalars
+from .settings import load_model_config, load_runner_config
+
+RECORD = "matrix.json"  # in a run's folder: what it is, and once finished the seconds it took
+
+
+@dataclass(frozen=True)
+class Run:
+    """One experiment with one seed, in its folder below the working folder."""
+
+    config: Path  # the model config
+    runner: Path  # the runner config
+    seed: int
+    overrides: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.config.stem}-seed{self.seed}"
+
+    @property
+    def digest(self) -> str:
+        """Of what decides the result: both configs as they are read, overrides, seed."""
+        model = plain(load_model_config(self.config))
+        runner = load_runner_config(self.runner, self.overrides)
+        text = json.dumps([model, plain(runner), self.seed], sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    @property
+    def folder(self) -> Path:
+        return Path("result/matrix") / self.name
+
+    @property
+    def words(self) -> list[str]:
+        """The command, as typed."""
+        words = ["run_pretrain.py", "-u", "ekd", "-p", str(self.folder), "-a"]
+        words += ["-c", str(self.runner), "-g", str(self.config), "--seed", str(self.seed)]
+        words += ["-o", self.overrides] if self.overrides else []
+        return words + trust.words()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a finished run has logged last, and the seconds from its start to its end.
+
+    ``distances``: the reconstruction error to each teacher, averaged over its layers. Other than
+    the loss, whose targets differ, these compare between experiments of the same teachers.
+    """
+
+    loss: float
+    distances: Mapping[str, float]
+    seconds: float
+
+
+def run_all(runs: Sequence[Run], jobs: int = 1) -> Iterator[tuple[Run, Outcome]]:
+    """Run what is not finished, ``jobs`` at a time, and yield each run's outcome as it ends.
+
+    Raises:
+        SetupError: a run failed (its log is named), or a folder holds another run of that name.
+    """
+    for run in runs:
+        record = run.folder / RECORD
+        if record.is_file() and _read(record)["digest"] != run.digest:
+            raise SetupError(
+                f"{run.folder} holds a run with other settings; move it away or remove it"
+            )
+    with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(runs), unit=" runs") as bar:
+        waiting = {pool.submit(_run, run, jobs): run for run in runs}
+        try:
+            for done in as_completed(waiting):
+                bar.update()
+                yield waiting[done], done.result()
+        except BaseException:
+            for other in waiting:
+                other.cancel()
+            raise
+
+
+def _run(run: Run, jobs: int) -> Outcome:
+    record = run.folder / RECORD
+    if not record.is_file() or "seconds" not in _read(record):
+        make_folder(run.folder)
+        facts = {"digest": run.digest}
+        write_text(record, json.dumps(facts))
+        start = time.monotonic()
+        threads = str(max(1, (os.cpu_count() or 1) // jobs))
+        with open(run.folder / "log.txt", "a", encoding="utf-8") as log:
+            done = subprocess.run(
+                child_command(run.words),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={"OMP_NUM_THREADS": threads, **child_environment()},
+            )
+        if done.returncode:
+            raise SetupError(f"{run.name} failed; see {run.folder / 'log.txt'}")
+        facts["seconds"] = time.monotonic() - start
+        write_text(record, json.dumps(facts))
+    return outcome(run.folder)
+
+
+def _read(record: Path) -> dict:
+    data = read_json(record, "record", SetupError)
+    refuse_newer(data.get("format", 1), 1, f"the record {record}", SetupError)
+    if not isinstance(data.get("digest"), str):
+        raise SetupError(f"{record} is damaged: it has no digest; remove the folder to run again")
+    return data
+
+
+def outcome(folder: Path) -> Outcome:
+    """Read the last scalars of a finished run."""
+    scalars = read_scalars(folder)
+    distances = {
+        teacher: statistics.fmean(_last(points) for points in layers.values())
+        for teacher, layers in teacher_curves(scalars).items()
+    }
+    return Outcome(
+        _last(scalars["ekd/train-loss_mean"]), distances, _read(folder / RECORD)["seconds"]
+    )
+
+
+def _last(points: Mapping[int, float]) -> float:
+    return points[max(points)]
+
+
+def table(outcomes: Mapping[str, Sequence[Outcome]]) -> list[list[str]]:
+    """Rows of text, a header first: mean and standard deviation over the seeds.
+
+    Args:
+        outcomes: experiment -> one outcome a seed.
+    """
+    teachers = list(
+        dict.fromkeys(name for group in outcomes.values() for o in group for name in o.distances)
+    )
+    rows = [["experiment", "seeds", "loss", *(f"L1 to {name}" for name in teachers), "seconds"]]
+    for name, group in outcomes.items():
+        cells = [name, str(len(group)), _spread([o.loss for o in group])]
+        for teacher in teachers:
+            values = [o.distances[teacher] for o in group if teacher in o.distances]
+            cells.append(_spread(values) if values else "")
+        rows.append([*cells, f"{statistics.fmean(o.seconds for o in group):.0f}"])
+    return rows
+
+
+def _spread(values: Sequence[float]) -> str:
+    mean = f"{statistics.fmean(values):.4f}"
+    return f"{mean} ± {statistics.stdev(values):.4f}" if len(values) > 1 else mean
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table of rows, the first of which is the header; a cell is text and no markup."""
+    rows = [[printable(c).replace("|", "\\|").replace("<", "&lt;") for c in row] for row in rows]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |"
+        for row in rows
+    ]
+    lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
+    return "\n".join(lines)

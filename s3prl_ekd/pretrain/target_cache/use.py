@@ -1,0 +1,141 @@
+"""A run that reads its targets: is the cache of these teachers and this corpus, and what it does
+not go together with."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import nn
+
+from ...data.tables import Utterance
+from ...distill.teachers import TeacherEnsemble
+from ...distill.unit_head import UnitLabels
+from ...errors import ConfigError, DataError
+from ...files.text import CONTROL
+from ...hidden_states.fingerprint import PER_TEACHER, check_aggregated, fitting_part, make_key
+from ...hidden_states.layout import Part
+from ...hidden_states.store import BUILD, INDEX
+from ..config_diff import table_digests
+from ..settings import DataSettings, ModelFile
+from .read import TargetReader
+
+logger = logging.getLogger(__name__)
+
+
+def check_settings(settings: ModelFile) -> None:
+    """Refuse experiments whose targets are not the same at each step.
+
+    Raises:
+        ConfigError: naming the setting.
+    """
+    instead = "or train without pretrain_expert.datarc.target_cache"
+    setup = settings.distortion.setup
+    if setup in ("setup2", "same"):
+        raise ConfigError(
+            f"distortion.setup {setup} lets the teachers hear distorted audio, another one in each "
+            f"epoch, and stored targets are of clean audio; take setup1, {instead}"
+        )
+    check_teacher_settings(settings)
+    if not settings.loss.mask_padding:
+        raise ConfigError(
+            "loss.mask_padding: false has the teachers' outputs for padding in the loss, and "
+            f"stored targets have no padding; put true, {instead}"
+        )
+
+
+def check_teacher_settings(settings: ModelFile) -> None:
+    """Refuse teachers that say something else each time.
+
+    Raises:
+        ConfigError: naming the setting.
+    """
+    if settings.teacher_dropout:
+        raise ConfigError(
+            "teacher_dropout: true gives other targets at each step, which cannot be stored; put "
+            "false, or train without pretrain_expert.datarc.target_cache"
+        )
+
+
+def check_unit_layer(units: UnitLabels | None, settings: ModelFile) -> None:
+    """Refuse units of a layer whose hidden states are not among the stored targets.
+
+    Raises:
+        ConfigError: naming the layer.
+    """
+    if units is None or units.teacher not in settings.teachers:
+        return
+    if (units.layer,) not in settings.teachers[units.teacher].targets:
+        raise ConfigError(
+            f"essence.units are of layer {units.layer} of {units.teacher}, which is not among its "
+            "targets, and stored targets have no other layers; fit units of one of its layers, or "
+            "train without pretrain_expert.datarc.target_cache"
+        )
+
+
+def open_targets(folder: str | Path, settings: ModelFile) -> TargetReader:
+    """The cache of a run; :func:`check_teachers` still has to look at its teachers.
+
+    Raises:
+        EkdError: it is not complete or damaged, or does not go together with the settings.
+    """
+    check_settings(settings)
+    reader = TargetReader(folder)
+    if reader.index.key["contents"] != PER_TEACHER:
+        check_aggregated(settings)
+    return reader
+
+
+def check_teachers(
+    reader: TargetReader,
+    teachers: TeacherEnsemble,
+    settings: ModelFile,
+    data: DataSettings,
+    rows: Sequence[Utterance],
+) -> None:
+    """Refuse a cache that is of something else; else choose the part of it that the run reads.
+
+    Raises:
+        DataError: saying what differs, and what to type.
+    """
+    folder = reader.folder
+    wanted = make_key(
+        teachers,
+        settings,
+        aggregated=reader.index.key["contents"] != PER_TEACHER,
+        tables=table_digests(data.file_path, [*data.sets, *data.dev_sets]),
+        sequence_length=data.sequence_length,
+        max_timestep=data.max_timestep,
+    )
+    try:
+        part, difference = fitting_part(reader.index, wanted, rows)
+        if part is not None:
+            _check_widths(part, teachers)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError):
+        raise DataError(
+            f"{folder / INDEX} is damaged; build another cache with: {BUILD} NEW_FOLDER"
+        ) from None
+    if part is None:
+        raise DataError(
+            f"the target cache {folder} does not serve this run: "
+            f"{CONTROL.sub('?', difference)[:500]}; build another with: {BUILD} NEW_FOLDER"
+        )
+    reader.part = part
+
+
+def _check_widths(part: Part, teachers: TeacherEnsemble) -> None:
+    for name, targets, dim in part.layout:
+        if name in teachers and (len(teachers[name].targets), teachers[name].width) != (
+            targets,
+            dim,
+        ):
+            raise ValueError("widths")
+
+
+def let_go(teachers: TeacherEnsemble) -> None:
+    """Give the teachers' memory back: of each only its shape is left."""
+    for teacher in teachers.values():
+        teacher.upstream, teacher.encoder = nn.Identity(), None
+    gc.collect()

@@ -1,0 +1,203 @@
+"""The student file: plain tensors and plain settings.
+
+``{"format", "version", "settings", "targets", "head_kind", "student", "heads", "about"}``: the
+student's size, the target sets its heads predict, its weights and theirs, and how it was made. A
+run's checkpoint holds the same under s3prl's keys, so both are read here.
+
+A ``.safetensors`` file has the tensors as ``student.KEY`` and ``heads.KEY``, and in its metadata
+``format``, ``version`` and, as JSON, the rest under ``contents``. Any other suffix makes it a file
+of ``torch.save``, a pickle that loads with ``weights_only=True``; both are read.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from .compat import checkpoint_globals
+from .distill.aggregation import TargetSpec
+from .distill.heads import PredictionHeads
+from .distill.settings import StudentSettings
+from .distill.student import Student
+from .distill.student_size import check_size
+from .distill.target_settings import HeadSettings
+from .errors import CheckpointError, ConfigError, EkdError
+from .files.atomic import whole_file
+from .files.build_limit import build_limit
+from .files.config import build, plain
+from .files.formats import CHECKPOINT_PARTS, STUDENT, refuse_newer, refuse_newer_parts
+from .files.safe_load import safe_load
+from .files.safetensors_file import (
+    SUFFIX,
+    is_safetensors,
+    open_safetensors,
+    read_safetensors,
+    write_safetensors,
+)
+from .files.text import first_keys, parse_json
+
+RUN_KEY = STUDENT  # where a run's checkpoint keeps the contents of a student file
+FORMAT, VERSION = "s3prl_ekd.student", CHECKPOINT_PARTS[RUN_KEY]
+_JSON = ("settings", "targets", "head_kind", "about")
+
+
+@dataclass
+class LoadedStudent:
+    """A student read from a file. ``heads`` is None where the file has none."""
+
+    student: Student
+    heads: PredictionHeads | None
+    targets: dict[str, TargetSpec]
+    about: dict[str, Any]
+
+
+def contents(student: Student, heads: PredictionHeads | None, targets, about: Mapping) -> dict:
+    """What a student file holds, as plain data: see the module's text."""
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "settings": plain(student.settings),
+        "targets": {name: plain(spec) for name, spec in targets.items()} if heads else {},
+        "head_kind": heads.kind if heads else "split",
+        "student": _cpu(student.state_dict()),
+        "heads": _cpu(heads.state_dict()) if heads else {},
+        "about": dict(about),
+    }
+
+
+def write_student(loaded: LoadedStudent, path: str | Path, keep_heads: bool = True) -> None:
+    """Write a student file, whole or not at all; its suffix decides the format.
+
+    Raises:
+        CheckpointError: the file cannot be written.
+    """
+    heads = loaded.heads if keep_heads else None
+    path = Path(path)
+    data = contents(loaded.student, heads, loaded.targets, loaded.about)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(path) as file:
+            if path.suffix == SUFFIX:
+                _write_safetensors(data, file)
+            else:
+                torch.save(data, file)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {path}: {error.strerror}") from None
+
+
+def load_student(path: str | Path) -> LoadedStudent:
+    """Read a student file or a run's checkpoint (``states-*.ckpt``), in eval mode.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, of a newer format, asks for code, or is of
+            another kind.
+    """
+    if is_safetensors(path):
+        data = _from_safetensors(path)
+    else:
+        data = safe_load(path, "student checkpoint", allow=checkpoint_globals())
+    refuse_newer_parts(data, path)
+    if RUN_KEY in data and isinstance(data[RUN_KEY], dict):
+        data = data[RUN_KEY]
+    if data.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path} is neither a student file nor a checkpoint of run_pretrain.py -u ekd; its "
+            f"keys are: {first_keys(data)}"
+        )
+    version = data.get("version")
+    refuse_newer(version, VERSION, f"the student file {path}")
+    if type(version) is not int or version < 1:
+        raise CheckpointError(f"{path} is damaged: its format version is {version!r:.20}")
+    try:
+        with build_limit(path):
+            return _built(data)
+    except ConfigError as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from None
+    except EkdError:
+        raise
+    except Exception as error:  # s3prl and torch raise whatever a damaged file makes them raise
+        lines = [line.strip() for line in str(error).strip().splitlines()] or ["unreadable"]
+        raise CheckpointError(f"{path} is damaged: {' '.join(lines[:2])[:500]}") from None
+
+
+def is_student(path: str | Path) -> bool:
+    """Whether a safetensors file is a student's, and not the weights of a Hugging Face folder.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    with open_safetensors(path, "student file") as file:
+        return (file.metadata() or {}).get("format") == FORMAT
+
+
+def _write_safetensors(data: Mapping[str, Any], file: BinaryIO) -> None:
+    """:func:`contents` as a safetensors file. Raises CheckpointError."""
+    tensors = {
+        f"{part}.{key}": tensor
+        for part in ("student", "heads")
+        for key, tensor in data[part].items()
+    }
+    try:
+        text = json.dumps({key: data[key] for key in _JSON}, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"a student file cannot hold this: {error}") from None
+    metadata = {"format": FORMAT, "version": str(VERSION), "contents": text}
+    write_safetensors(file, tensors, metadata)
+
+
+def _from_safetensors(path: str | Path) -> dict[str, Any]:
+    """The inverse. Raises CheckpointError."""
+    what = "student file"
+    metadata, tensors = read_safetensors(path, what)
+    if metadata.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path} is no student file but weights alone; give what s3prl-ekd export student "
+            "writes, or to that command the folder that has them and their config.json"
+        )
+    version: Any = metadata.get("version", "")
+    if re.fullmatch("[0-9]{1,9}", version):
+        version = int(version)
+    refuse_newer(version, VERSION, f"the {what} {path}")  # its contents may be of another kind
+    data = parse_json(metadata.get("contents", ""), path, what, CheckpointError)
+    data |= {"format": FORMAT, "version": version, "student": {}, "heads": {}}
+    for name, tensor in tensors.items():
+        part, _, key = name.partition(".")
+        if part not in ("student", "heads"):
+            raise CheckpointError(f"the {what} {path} is damaged: unknown tensor {name[:60]!r}")
+        data[part][key] = tensor
+    return data
+
+
+def _built(data: Mapping[str, Any]) -> LoadedStudent:
+    settings = build(StudentSettings, data.get("settings"), "settings")
+    check_size(settings)
+    targets = build(dict[str, TargetSpec], data.get("targets"), "targets")
+    student = Student(settings)
+    student.load_state_dict(data["student"])
+    heads = None
+    if targets:
+        kind = build(HeadSettings, {"kind": data.get("head_kind", "split")}, "head_kind").kind
+        heads = PredictionHeads(student.width, targets, kind)
+        heads.load_state_dict(data["heads"])
+    about = build(dict[str, Any], data.get("about"), "about")
+    return LoadedStudent(student.eval(), heads.eval() if heads else None, targets, about)
+
+
+def heads_problem(loaded: LoadedStudent) -> str:
+    """Why the heads' outputs cannot stand among the hidden states; empty where they can."""
+    if loaded.heads is None:
+        return "the file has no prediction heads"
+    widths = {part for spec in loaded.targets.values() for part in spec.parts}
+    if widths != {loaded.student.width}:
+        return f"the heads predict widths {sorted(widths)}, the student has {loaded.student.width}"
+    return ""
+
+
+def _cpu(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {key: value.detach().to("cpu", torch.float32) for key, value in state.items()}

@@ -1,0 +1,1 @@
+"""SUPERB: run the tasks, collect the results, and report them."""

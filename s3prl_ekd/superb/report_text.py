@@ -1,0 +1,226 @@
+"""A report as Markdown for people and as tidy CSV for programs."""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+from collections.abc import Sequence
+
+from ..downstream.tasks import TASKS
+from ..pretrain.sweep import markdown
+from .report import CLEAN, Difference, Report, condition_title
+from .score import LABEL, PUBLISHED, superb_score
+
+MARK = "<!-- written by: s3prl-ekd report -->"  # a folder with it may be written over
+_RUNS = (
+    "For each upstream and task the learning rate with the best mean on dev, among those that have "
+    "all seeds and folds."
+)
+
+
+def as_markdown(report: Report, against: str | None = None, *, published: bool = False) -> str:
+    """Tables with their captions.
+
+    Args:
+        against: also the paired differences of every other upstream to this one.
+        published: also the published rows of SUPERB's public set.
+    """
+    parts = [MARK, "# Downstream results", _caption(report), markdown(_main_table(report))]
+    for condition in report.conditions:
+        if condition != CLEAN:
+            table = markdown(_metric_table(report, condition))
+            parts += [f"## Under noise: {condition_title(condition)}", table]
+    if against is not None and len(report.upstreams) > 1:
+        parts += _differences(report, against)
+    if published:
+        parts += _published()
+    parts += ["## Runs", _RUNS, markdown(_runs_table(report))]
+    notes = [*report.notes, *_unfinished(report)]
+    if notes:
+        parts += ["## Notes", "\n".join(f"- {note}" for note in notes)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _caption(report: Report) -> str:
+    several = any(m.deviation is not None for m in report.measures.values())
+    seeds = " Values are means over seeds; sd is over seeds." if several else ""
+    costs = ""
+    if report.costs:
+        counted = {(c.utterances, c.profiler) for c in report.costs.values()}
+        costs = " GMACs: " + "; ".join(f"sum over {n} utterances, {p}" for n, p in sorted(counted))
+        costs += "."
+    return (
+        "Test sets, in per cent, with 95 % percentile bootstrap intervals over utterances "
+        f"({report.resamples:,} resamples).{seeds} ↓ lower is better, ↑ higher is better. An "
+        f"interval covers the choice of test utterances, not training.{costs} The last column is "
+        f"the {LABEL}; its recipes here: "
+        + ", ".join(sorted({s.runs[0].recipe for s in report.selections.values()}))
+        + ". A task without result leaves no score."
+    )
+
+
+def _main_table(report: Report) -> list[list[str]]:
+    rows = _metric_table(report, CLEAN)
+    head, body = rows[0], rows[1:]
+    table = [[head[0], "params (M)", "GMACs", *head[1:], "SUPERB score ↑"]]
+    for row in body:
+        cost, score = report.costs.get(row[0]), report.scores.get(row[0])
+        cells = ["–", "–"]
+        if cost is not None:
+            cells = [f"{cost.parameters / 1e6:.2f}", f"{cost.macs / 1e9:.2f}"]
+        shown = "–" if score is None else with_interval(score.value, *score.interval, digits=1)
+        table.append([row[0], *cells, *row[1:], shown])
+    return table
+
+
+def _metric_table(report: Report, condition: str) -> list[list[str]]:
+    # on clean speech all four, tested or not: without one of them there is no score
+    tasks = tuple(TASKS) if condition == CLEAN else report.tested(condition)
+    head, body = ["upstream"], [[name] for name in report.upstreams]
+    for task in tasks:
+        found = [report.measures.get((name, task, condition)) for name in report.upstreams]
+        head.append(TASKS[task].title)
+        deviations = [m.deviation if m else None for m in found]
+        several = any(d is not None for d in deviations)
+        if several:
+            head.append(f"{task.upper()} sd")
+        for row, m, deviation in zip(body, found, deviations, strict=True):
+            row.append(with_interval(m.value, *m.interval) if m else "–")
+            if several:
+                row.append("–" if deviation is None else f"{deviation:.2f}")
+    return [head, *body]
+
+
+def with_interval(
+    value: float, low: float, high: float, digits: int = 2, *, signed: bool = False
+) -> str:
+    """``45.12 [43.00, 47.21]``, with a + before what is not negative where ``signed``."""
+    form = f"{'+' if signed else ''}.{digits}f"
+    return f"{value:{form}} [{low:{form}}, {high:{form}}]"
+
+
+def _differences(report: Report, against: str) -> list[str]:
+    parts = [
+        f"## Differences to {against}",
+        f"Each upstream less {against} on the same resampled utterances, with the 95 % interval, "
+        "and the share of resamples in which it is the better one (ties count half). n/a: not "
+        "tested, or not on the same utterances.",
+    ]
+    for condition in report.conditions:
+        tasks = report.tested(condition)
+        head = ["upstream", *(TASKS[task].title for task in tasks)]
+        clean = condition == CLEAN
+        rows = [[*head, "SUPERB score ↑"] if clean else head]
+        for name in report.upstreams:
+            if name == against:
+                continue
+            row = [name]
+            for task in tasks:
+                row.append(_shown(report.difference(name, against, task, condition)))
+            if clean:
+                row.append(_shown(report.score_difference(name, against), digits=1))
+            rows.append(row)
+        parts += [f"### {condition_title(condition)}", markdown(rows)]
+    return parts
+
+
+def _shown(difference: Difference | None, digits: int = 2) -> str:
+    if difference is None:
+        return "n/a"
+    d = difference
+    return f"{with_interval(d.value, d.low, d.high, digits, signed=True)} {100 * d.better:.1f} %"
+
+
+def _published() -> list[str]:
+    rows = [["model", "params (M)", *(task.title for task in TASKS.values()), "SUPERB score ↑"]]
+    rows[0].append("source")
+    for row in PUBLISHED:
+        size = "–" if row.parameters is None else f"{row.parameters:.2f}"
+        values = [f"{row.metrics[task]:.2f}" for task in TASKS]
+        rows.append([row.name, size, *values, f"{superb_score(row.metrics):.1f}", row.source])
+    return [
+        "## Published, for orientation",
+        "SUPERB's public set, its corpora and full recipes, frozen upstream, no language model. "
+        "Results of other recipes or corpora, those of a tiny recipe above all, do not compare.",
+        markdown(rows),
+    ]
+
+
+def _runs_table(report: Report) -> list[list[str]]:
+    rows = [["upstream", "task", "lr", "dev", "seeds", "folds", "test", "steps", "recipe"]]
+    for upstream, task in itertools.product(report.upstreams, report.tasks):
+        chosen = report.selections.get((upstream, task))
+        if chosen is None:
+            continue
+        first = chosen.runs[0]
+        clean = report.measures.get((upstream, task, CLEAN))
+        rows.append(
+            [
+                upstream,
+                task.upper(),
+                f"{chosen.lr:g}",
+                f"{chosen.dev:.2f}",
+                " ".join(map(str, chosen.seeds)),
+                " ".join(fold.removeprefix("fold") for fold in chosen.folds if fold) or "–",
+                f"{clean.utterances} utterances" if clean else "–",
+                str(first.steps),
+                first.recipe,
+            ]
+        )
+    return rows
+
+
+def _unfinished(report: Report) -> list[str]:
+    if not report.unfinished:
+        return []
+    names = ", ".join("/".join(path.parts[-3:]) for path in report.unfinished)
+    return [f"Unfinished and not used: {len(report.unfinished)} ({names})."]
+
+
+def as_csv(report: Report, against: str | None = None) -> str:
+    """One line for each upstream, task and condition, and one for each SUPERB score."""
+    head = "upstream task condition metric value low high sd_over_seeds lr seeds folds utterances"
+    rows: list[Sequence] = [head.split()]
+    if against is not None:
+        rows[0] = [*rows[0], "against", "difference", "difference_low", "difference_high", "better"]
+    for name in report.upstreams:
+        for task in report.tasks:
+            for condition in report.conditions:
+                m = report.measures.get((name, task, condition))
+                if m is None:
+                    continue
+                chosen = m.selection
+                row = [name, task, condition, TASKS[task].metric, *_numbers(m.value, *m.interval)]
+                row += ["" if m.deviation is None else _number(m.deviation), f"{chosen.lr:g}"]
+                row += [" ".join(map(str, chosen.seeds)), " ".join(filter(None, chosen.folds))]
+                row.append(m.utterances)
+                if against is not None:
+                    difference = report.difference(name, against, task, condition)
+                    row += _difference_cells(name, against, difference)
+                rows.append(row)
+        if name in report.scores:
+            score = report.scores[name]
+            row = [name, "all", CLEAN, "superb_score", *_numbers(score.value, *score.interval)]
+            row += [""] * 5
+            if against is not None:
+                row += _difference_cells(name, against, report.score_difference(name, against))
+            rows.append(row)
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
+
+
+def _difference_cells(name: str, against: str, difference: Difference | None) -> list[str]:
+    if name == against or difference is None:
+        return ["" if name == against else against, "", "", "", ""]
+    d = difference
+    return [against, *_numbers(d.value, d.low, d.high, d.better)]
+
+
+def _numbers(*values: float) -> list[str]:
+    return [_number(value) for value in values]
+
+
+def _number(value: float) -> str:
+    return f"{value:.6g}"

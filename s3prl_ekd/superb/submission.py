@@ -1,0 +1,97 @@
+"""The archive that SUPERB's public leaderboard takes, laid out as s3prl's submit.py does it."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Mapping
+from typing import BinaryIO
+
+from ..downstream.tasks import TASKS
+from ..errors import DataError
+from ..files.text import check_inside, check_regular
+from .records import Run
+from .results import Selection
+
+FOLDS = tuple(f"fold{i}" for i in range(1, 6))
+# what the leaderboard scores -> its folder in the archive and the file's name there
+MEMBERS = {
+    ("pr", None): "pr_public/predict.ark",
+    ("sid", None): "sid_public/predict.txt",
+    **{("er", fold): f"er_{fold}_public/predict.txt" for fold in FOLDS},
+    ("asr", None): "asr_public/predict.ark",
+}
+_EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest that ZIP can say: equal contents, equal archives
+
+
+def choose_runs(selections: Mapping[str, Selection]) -> dict[tuple[str, str | None], Run]:
+    """One run for each member there is: of several seeds the one that is best on dev.
+
+    For ER, whose folds belong together, the seed with the best mean over its folds; of equal ones
+    the smallest.
+
+    Args:
+        selections: task -> selection of one upstream.
+    """
+    chosen: dict[tuple[str, str | None], Run] = {}
+    for task, selection in selections.items():
+        sign = -1 if TASKS[task].higher_is_better else 1
+
+        def dev(seed: int, selection: Selection = selection) -> float:
+            return sum(run.dev.value for run in selection.runs if run.seed == seed)
+
+        best = min(selection.seeds, key=lambda seed: (sign * dev(seed), seed))  # noqa: B023
+        chosen |= {(task, run.fold): run for run in selection.runs if run.seed == best}
+    return {key: chosen[key] for key in MEMBERS if key in chosen}
+
+
+def lacking(runs: Mapping[tuple[str, str | None], Run]) -> list[str]:
+    """What a whole submission still needs: ``asr``, ``er fold2``, ..."""
+    return [" ".join(filter(None, key)) for key in MEMBERS if key not in runs]
+
+
+def write_archive(runs: Mapping[tuple[str, str | None], Run], file: BinaryIO) -> list[str]:
+    """Write the archive; the same predictions give the same bytes.
+
+    Returns:
+        The names of its files.
+
+    Raises:
+        DataError: a run has no predictions of the clean test set, or they are a link out of its
+            folder.
+    """
+    contents = {MEMBERS[key]: _predictions(run) for key, run in runs.items()}
+    names = []
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr(_info("predict/"), b"")
+        for member, data in contents.items():
+            folder = member.split("/")[0]
+            archive.writestr(_info(f"predict/{folder}/"), b"")
+            archive.writestr(_info(f"predict/{member}"), data)
+            names.append(f"predict/{member}")
+    return names
+
+
+def _predictions(run: Run) -> bytes:
+    if "clean" not in run.tested:
+        raise DataError(f"{run.folder} was not tested on clean speech; evaluate it again")
+    path, _ = run.files("clean")
+    check_regular(path, "predictions", DataError)
+    check_inside(path, run.folder, "predictions", DataError)
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"cannot read the predictions {path}: {error.strerror}") from None
+    if not data:
+        raise DataError(f"{path} is empty; evaluate the run again")
+    return data
+
+
+def _info(name: str) -> zipfile.ZipInfo:
+    info = zipfile.ZipInfo(name, _EPOCH)
+    info.create_system = 3  # Unix, wherever it is written
+    if name.endswith("/"):
+        info.external_attr = (0o40755 << 16) | 0x10
+    else:
+        info.external_attr = 0o100644 << 16
+        info.compress_type = zipfile.ZIP_DEFLATED
+    return info

@@ -1,0 +1,1 @@
+"""Processes, terminal and locks."""

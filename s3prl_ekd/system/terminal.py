@@ -1,0 +1,97 @@
+"""Standard streams as commands need them, and the end of a command: a sentence and an exit code."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import sys
+from collections.abc import Callable
+
+from ..errors import EkdError, SetupError, exit_with
+
+# The disk or the machine has no more of something, whatever file that shows at.
+_EXHAUSTED = {errno.ENOSPC, errno.EIO, errno.EROFS, errno.EFBIG, errno.EMFILE, errno.ENFILE}
+_EXHAUSTED |= {getattr(errno, "EDQUOT", errno.ENOSPC)}
+
+
+def prepare_streams() -> None:
+    """Open the standard streams that are closed, and let none fail on a character.
+
+    A closed one leaves its number to the first file that is opened, and what the command prints
+    would go there. Characters that the encoding of the terminal lacks are printed as escapes.
+    """
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free: this one
+    if sys.stdout is None:
+        sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115 (till the end)
+    if sys.stderr is None:
+        sys.stderr = open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, ValueError):  # a stand-in, as in tests
+            stream.reconfigure(errors="backslashreplace")
+
+
+def run_command(
+    command: Callable[[], int | None],
+    interrupted: str = "stopped by Ctrl-C",
+    broken_pipe: int = 0,
+    *,
+    files_are_typed: bool = True,
+) -> int:
+    """Run a command, with what a user or the machine can cause shown as one sentence.
+
+    The standard streams have been prepared (:func:`prepare_streams`).
+
+    Args:
+        command: returns its exit code, or None for 0.
+        interrupted: what Ctrl-C prints.
+        broken_pipe: the exit code where nothing reads the output any more, as behind ``| head``.
+        files_are_typed: a file that cannot be used is one that the user named, and no traceback is
+            needed; hours into a run of s3prl's, it is.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        SystemExit: with 2, after an :class:`EkdError` or a refusal of the system.
+    """
+    try:
+        code = command() or 0
+        sys.stdout.flush()
+        return code
+    except EkdError as error:
+        exit_with(error)
+    except KeyboardInterrupt:
+        print(f"\n{interrupted}", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        _discard_output()
+        return broken_pipe
+    except OSError as error:
+        if error.errno not in _EXHAUSTED and not (files_are_typed and error.filename is not None):
+            raise
+        exit_with(SetupError(_refusal(error)))
+
+
+def _refusal(error: OSError) -> str:
+    """What the system refused, and of which file."""
+    if error.filename is not None:
+        return f"cannot use {error.filename}: {error.strerror}"
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return f"{error.strerror}: raise the limit with ulimit -n, or set num_workers lower"
+    try:
+        sys.stdout.flush()
+        os.write(1, b"\n")
+    except OSError:
+        _discard_output()
+        return f"cannot write to the standard output: {error.strerror}"
+    return f"cannot write: {error.strerror}; make room and give the same command again"
+
+
+def _discard_output() -> None:
+    """Send to nowhere what Python would flush, and fail to, when it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

@@ -1,0 +1,156 @@
+"""The doors: check a teacher's source early, load it, load all of a configuration."""
+
+from __future__ import annotations
+
+import difflib
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import nn
+
+from .. import compat
+from ..distill.settings import TeacherSettings
+from ..distill.teachers import Teacher, TeacherEnsemble
+from ..errors import ConfigError, SetupError, TeacherError
+from ..files.atomic import save_whole
+from . import zoo
+from .checkpoint import load_file
+from .fast.fast import fast_encoders
+from .hub import hub_entries, load_hub_name
+from .huggingface import check_folder, load_folder
+
+
+def check_source(model: str, where: str) -> None:
+    """Refuse early, before anything is downloaded or built, what cannot be a teacher.
+
+    Raises:
+        TeacherError: neither a known name (s3prl's hub, :mod:`.zoo`) nor an existing file
+            nor a Hugging Face folder of a known model.
+    """
+    path = Path(model)
+    if model in zoo.NAMES or model in hub_entries() or path.is_file():
+        return
+    if path.is_dir():
+        check_folder(path, where)
+        return
+    if "/" in model or "\\" in model or path.suffix:
+        raise TeacherError(f"{where}: there is no checkpoint {model}")
+    known = sorted([*hub_entries(), *zoo.NAMES])
+    close = difflib.get_close_matches(model, known, n=1)
+    guess = f" (did you mean {close[0]}?)" if close else ""
+    raise TeacherError(
+        f"{where}: unknown teacher {model!r}{guess}; give the path of a checkpoint or one of: "
+        f"{', '.join(known)}"
+    )
+
+
+def load_upstream(model: str, where: str) -> nn.Module:
+    """Load one upstream by name, from a checkpoint file or from a Hugging Face folder.
+
+    Args:
+        model: a hub name, a tiny teacher's name or a path; a file of that path goes before a name.
+        where: the YAML path for messages.
+
+    Raises:
+        TeacherError: unknown name, failed download, or a kind that cannot be read here.
+        CheckpointError: the file is damaged, of another kind, or asks for code.
+    """
+    compat.apply()  # for callers from Python: s3prl's upstreams import torchaudio
+    check_source(model, where)
+    path = Path(model)
+    if path.is_file():
+        return load_file(path, where)
+    if model in zoo.NAMES:
+        return load_tiny(model, where)
+    if model in hub_entries():
+        return load_hub_name(model, where)
+    return load_folder(path, where)
+
+
+def load_tiny(name: str, where: str) -> nn.Module:
+    """Load a tiny teacher of this package, or a random twin of one, as s3prl's expert.
+
+    Args:
+        name: one of :data:`s3prl_ekd.teachers.zoo.NAMES`.
+        where: what messages start with.
+
+    Raises:
+        SetupError: the installation lacks the file.
+        CheckpointError: the file is damaged.
+    """
+    compat.apply()
+    if name not in zoo.TWINS:
+        return load_file(zoo.weights(name), where)
+    from .twin import random_twin
+
+    with tempfile.TemporaryDirectory(prefix="ekd_twin_") as folder:  # s3prl's experts want a path
+        path = Path(folder, f"{name}.pt")
+        save_whole(random_twin(name), path)
+        return load_file(path, where)
+
+
+def check_precision(precision: str, device: str) -> None:
+    """Refuse bfloat16 on a CPU: some claim instructions for it that they have not, and Python dies.
+
+    Args:
+        precision: ``teacher_precision``.
+        device: of the teachers.
+
+    Raises:
+        SetupError: what to set instead.
+    """
+    if precision == "bfloat16" and not device.startswith("cuda"):
+        raise SetupError(
+            f"teacher_precision: bfloat16 needs a CUDA device, and this is {device}; put float32"
+        )
+
+
+def load_teachers(
+    settings: Mapping[str, TeacherSettings],
+    dropout: bool,
+    path: str = "fast",
+    precision: str = "float32",
+    compiled: bool = False,
+) -> TeacherEnsemble:
+    """Load all teachers of a configuration, frozen.
+
+    Args:
+        settings: by name.
+        dropout: leave the teachers' dropout on; they are then run as they are.
+        path, precision, compiled: ``teacher_path``, ``teacher_precision`` and ``teacher_compile``
+            of :class:`~s3prl_ekd.distill.settings.DistillSettings`.
+
+    Raises:
+        TeacherError, CheckpointError: see :func:`load_upstream` and :class:`Teacher`.
+    """
+    for name, teacher in settings.items():
+        check_source(teacher.model, f"teachers.{name}.model")
+    teachers = {}
+    for name, teacher in settings.items():
+        upstream = load_upstream(teacher.model, f"teachers.{name}.model")
+        teachers[name] = Teacher(upstream, teacher.targets, name)
+    if path == "fast" and not dropout:
+        upstreams = {name: teacher.upstream for name, teacher in teachers.items()}
+        for name, encoder in fast_encoders(upstreams, precision, compiled).items():
+            teachers[name].encoder = encoder
+    return TeacherEnsemble(teachers, dropout)
+
+
+def teacher_model(ensemble: TeacherEnsemble, name: str) -> nn.Module:
+    """The model inside a teacher in fairseq's layout, from which a student can start.
+
+    That layout is ``feature_extractor``, ``post_extract_proj``, ``encoder.pos_conv`` and
+    ``encoder.layers``. A Hugging Face model is given as a copy under these names.
+
+    Raises:
+        ConfigError: this teacher has none.
+    """
+    upstream = ensemble[name].upstream
+    if hasattr(upstream, "fairseq_layout"):
+        return upstream.fairseq_layout(f"init.teacher: {name}")
+    student = getattr(upstream, "student", None)  # an EKD student: its backbone is of this layout
+    model = getattr(upstream, "model", None) if student is None else student.backbone
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"init.teacher: {name} has no weights of the student's layout")
+    return model
