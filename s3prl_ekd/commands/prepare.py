@@ -17,18 +17,10 @@ from __future__ import annotations
 import argparse
 
 from ..data.manifest import read_manifest
-from ..prepare import (
-    commands_asr as prepare_asr,
-)
-from ..prepare import (
-    commands_er as prepare_er,
-)
-from ..prepare import (
-    commands_sid as prepare_sid,
-)
-from ..prepare import (
-    pr as prepare_pr,
-)
+from ..prepare import commands_asr as prepare_asr
+from ..prepare import commands_er as prepare_er
+from ..prepare import commands_sid as prepare_sid
+from ..prepare import pr as prepare_pr
 from ..prepare.asr import TABLES, write_split_tables
 from ..prepare.commands_librispeech import LIBRISPEECH
 from ..prepare.common import Task, add_common_options, audio_root, measure_all, print_splits

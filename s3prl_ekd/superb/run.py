@@ -27,8 +27,8 @@ from ..files.run_checkpoints import newest, read_run
 from ..system.lock import FolderLock
 from .plan import CLEAN, Run, noise_digest
 from .records import RECORD, check_paths
-from .superb_call import environment_of, run_command
-from .superb_features import close_features
+from .call import environment_of, run_command
+from .features import close_features
 from .warm import Processes
 
 logger = logging.getLogger(__name__)
@@ -138,7 +138,7 @@ def run_all(
     """Run what is not finished, ``jobs`` at a time.
 
     Args:
-        keep_features: leave kept hidden states where they are (:mod:`.superb_features`).
+        keep_features: leave kept hidden states where they are (:mod:`.features`).
         warm: as for :class:`.warm.Processes`.
 
     Returns:

@@ -17,7 +17,7 @@ import argparse
 import shlex
 from pathlib import Path
 
-from ..errors import CheckpointError
+from ...errors import CheckpointError
 from .export_student import add_checkpoint, add_heads, load
 
 TOLERANCE = 1e-6  # relative to the largest value, if that is above 1
@@ -36,11 +36,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Write the folder; the exit code is 0."""
-    from ..export.hidden_set.package import FILES, package_contents, write_package
-    from ..export.hidden_set.template.expert import UpstreamExpert
-    from ..export.superb_card import model_card
-    from ..files.folder import whole_folder
-    from ..superb.cost import measure_cost
+    from ...export.hidden_set.package import FILES, package_contents, write_package
+    from ...export.hidden_set.template.expert import UpstreamExpert
+    from ...export.hidden_set.card import model_card
+    from ...export.folder import whole_folder
+    from ...superb.cost import measure_cost
     from .cost import print_cost
 
     path, loaded = load(args.checkpoint)
@@ -74,7 +74,7 @@ def _compare(expert, path: Path, heads: bool) -> float:
     """
     import torch
 
-    from ..upstream.expert import UpstreamExpert as Student
+    from ...upstream.expert import UpstreamExpert as Student
 
     generator = torch.Generator().manual_seed(0)
     waves = [0.1 * torch.randn(n, generator=generator) for n in (32000, 9600, 200)]

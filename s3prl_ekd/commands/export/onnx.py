@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..errors import CheckpointError
+from ...errors import CheckpointError
 from .export_student import add_checkpoint, load
 
 
@@ -38,8 +38,8 @@ def main(args: argparse.Namespace) -> int:
     """Write the file or files; the exit code is 0."""
     import torch
 
-    from ..export.onnx import onnx_bytes, require_onnx
-    from ..export.onnx_model_check import OnnxSession, check, quantised, relative_errors, speed
+    from ...export.onnx import onnx_bytes, require_onnx
+    from ...export.onnx_model_check import OnnxSession, check, quantised, relative_errors, speed
 
     outputs = {"fp32": args.output}
     if args.int8:
@@ -79,7 +79,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _write(path: Path, data: bytes) -> None:
-    from ..files.atomic import whole_file
+    from ...files.atomic import whole_file
 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

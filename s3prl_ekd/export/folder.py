@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from ..errors import CheckpointError
-from . import atomic
+from ..files import atomic
 
 
 @contextlib.contextmanager

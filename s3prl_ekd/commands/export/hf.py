@@ -25,9 +25,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Write the folder; the exit code is 0."""
-    from ..export.cards import model_card
-    from ..export.huggingface import FILES, TOLERANCE, check_folder, save_hubert, to_hubert
-    from ..files.folder import whole_folder
+    from ...export.model_card import model_card
+    from ...export.huggingface import FILES, TOLERANCE, check_folder, save_hubert, to_hubert
+    from ...export.folder import whole_folder
 
     path, loaded = load(args.checkpoint)
     with whole_folder(args.output, args.force, FILES) as folder:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..student_file import LoadedStudent
-from .cards import how_made
+from ...student_file import LoadedStudent
+from ..model_card import how_made
 
 _CARD = """\
 # {name}
@@ -66,7 +66,7 @@ def model_card(
     Args:
         loaded: the student; its ``about`` says how it was made.
         heads: those that are kept, as in the package's ``config``.
-        cost: as :func:`..superb.cost.measure_cost` returns it.
+        cost: as :func:`...superb.cost.measure_cost` returns it.
         name: the card's title.
         data: what it was trained on, in the place of what the student's file says of it.
     """

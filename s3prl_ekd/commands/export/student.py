@@ -18,7 +18,7 @@ import argparse
 import shlex
 from pathlib import Path
 
-from ..errors import CheckpointError
+from ...errors import CheckpointError
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -31,12 +31,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Write the file; the exit code is 0."""
-    from ..student_file import write_student
+    from ...student_file import write_student
 
     if args.output.exists() and not args.force:
         raise CheckpointError(f"{args.output} exists; add --force to write over it")
     if (args.checkpoint / "config.json").is_file():  # a run's folder has none
-        from ..export.hf_student import load_hf_student
+        from ...export.hf_student import load_hf_student
 
         path, loaded = args.checkpoint, load_hf_student(args.checkpoint)
     else:
@@ -72,13 +72,13 @@ def add_heads(parser: argparse.ArgumentParser, what: str) -> None:
 
 
 def load(checkpoint: Path):
-    """The file that ``CKPT`` means, and the :class:`..student_file.LoadedStudent` in it.
+    """The file that ``CKPT`` means, and the :class:`...student_file.LoadedStudent` in it.
 
     Raises:
         CheckpointError: there is none, or it is of another kind.
     """
-    from ..files.run_checkpoints import newest
-    from ..student_file import load_student
+    from ...files.run_checkpoints import newest
+    from ...student_file import load_student
 
     path = checkpoint
     if path.is_dir():

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import importlib
 
-# kind -> its line in `export --help`. The module export_KIND.py has a docstring,
+# kind -> its line in `export --help`. The module KIND.py has a docstring,
 # `configure(parser)` and `main(args)`, as a command has; it imports what is heavy inside `main`.
 KINDS = {
     "student": "a student file for -u ekd_student",
@@ -25,7 +25,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Add a subcommand for each of :data:`KINDS`."""
     subparsers = parser.add_subparsers(dest="kind", metavar="KIND", required=True)
     for name, line in KINDS.items():
-        module = importlib.import_module(f"{__package__}.export_{name}")
+        module = importlib.import_module(f"{__package__}.{name}")
         subparser = subparsers.add_parser(
             name,
             help=line,
