@@ -9,8 +9,8 @@ import soundfile
 from s3prl_ekd import cli
 from s3prl_ekd.commands import validate
 from s3prl_ekd.errors import DataError, EkdError, exit_with, printable
-from s3prl_ekd.export.model_card import how_made
 from s3prl_ekd.export.hidden_set.outcome import Outcome
+from s3prl_ekd.export.model_card import how_made
 from s3prl_ekd.pretrain.bad_audio import BadAudioList
 from s3prl_ekd.pretrain.sweep import markdown
 from s3prl_ekd.superb.records import Dev, Record

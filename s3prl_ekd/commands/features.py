@@ -20,7 +20,7 @@ from pathlib import Path
 
 from ..errors import CheckpointError, ConfigError, printable
 from ..files.atomic import write_text
-from .export_student import add_checkpoint, load
+from .export.student import add_checkpoint, load
 
 _SHOWN = 5  # bad files named on the screen; all are in a file
 

@@ -30,8 +30,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Choose, check, pack; see the module's text."""
-    from ..downstream.script_args import make_folder
-    from ..files.atomic import whole_file
+    from ..files.atomic import make_folder, whole_file
     from ..superb.results import check_upstream, read_results, select
     from ..superb.submission import choose_runs, lacking, write_archive
 
@@ -54,7 +53,7 @@ def main(args: argparse.Namespace) -> int:
             f"{upstream} lacks {', '.join(missing)}; run s3prl-ekd superb for it, or add --partial "
             "to pack what there is"
         )
-    make_folder(args.output.parent)
+    make_folder(args.output.parent, SetupError)
     with whole_file(args.output) as file:
         members = write_archive(runs, file)
     for member, run in zip(members, runs.values(), strict=True):

@@ -47,8 +47,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Read, measure, print, write; see the module's text."""
     from ..analysis.plots import require_matplotlib
-    from ..downstream.script_args import make_folder
-    from ..files.atomic import whole_file
+    from ..files.atomic import make_folder, whole_file
     from ..superb.report import make_report
     from ..superb.report_plots import plots
     from ..superb.report_text import MARK, as_csv, as_markdown
@@ -68,7 +67,7 @@ def main(args: argparse.Namespace) -> int:
     text = as_markdown(report, args.against, published=args.published)
     print(text.split("\n", 1)[1].lstrip())
 
-    make_folder(folder)
+    make_folder(folder, SetupError)
     with whole_file(folder / "report.md") as file:
         file.write(text.encode())
     with whole_file(folder / "report.csv") as file:

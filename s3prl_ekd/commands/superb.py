@@ -210,8 +210,7 @@ def _number(option: str, text: str, kind):
 
 def _probe(runs) -> None:
     """Each upstream that is still to run: can it be used, and what does it cost?"""
-    from ..downstream.script_args import make_folder
-    from ..files.atomic import write_text
+    from ..files.atomic import make_folder, write_text
     from ..superb.cost import measure_cost
     from ..superb.probe import build_upstream, probe
     from ..superb.run import upstream_folders
@@ -221,5 +220,5 @@ def _probe(runs) -> None:
         probe(module, upstream.selection, upstream.name)
         path = root / upstream.name / "cost.json"
         if not path.is_file() or not upstream_folders(root, upstream.name):  # of no other model
-            make_folder(path.parent)
+            make_folder(path.parent, SetupError)
             write_text(path, json.dumps(measure_cost(module), indent=1) + "\n")

@@ -16,7 +16,7 @@ from ..errors import ConfigError
 _METHODS = dict.fromkeys(("voxceleb1", "emotion"), ("train", "dev", "test"))
 _SECTIONS = {"asr": "datarc", "ctc": "corpus"}
 _OTHER_LISTS = {"lexicon"}  # of these sections
-_NAME = re.compile(r"\w[\w.-]*", re.ASCII)
+_SPLIT_NAME = re.compile(r"\w[\w.-]*", re.ASCII)
 
 
 def check_splits(
@@ -47,7 +47,7 @@ def check_splits(
         check_fold(datarc.get("test_fold"), f"{where}: downstream_expert.datarc.test_fold")
     known = _known(downstream, config)
     for key, split in named:
-        if known is None and isinstance(split, str) and _NAME.fullmatch(split):
+        if known is None and isinstance(split, str) and _SPLIT_NAME.fullmatch(split):
             continue
         if known is None or split not in known:
             allowed = "a plain name is needed" if known is None else f"use {_listed(known)}"
@@ -60,7 +60,7 @@ def check_fold(fold: Any, where: str) -> None:
     Raises:
         ConfigError: naming ``where`` it stands.
     """
-    if fold is not None and not (isinstance(fold, str) and _NAME.fullmatch(fold)):
+    if fold is not None and not (isinstance(fold, str) and _SPLIT_NAME.fullmatch(fold)):
         raise ConfigError(f"{where} is {fold!r:.60}; fold1, fold2, ... is expected")
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import DataError, printable
-from ..files.atomic import write_csv, write_text
+from ..files.atomic import make_folder, write_csv, write_text
 from .audio_files import find_audio, read_headers, total_hours
 
 SKIPPED = "skipped.txt"
@@ -58,14 +58,6 @@ def write_table(path: str | Path, rows: Iterable[Row]) -> None:
     head = ("", "file_path", "length", "label")
     numbered = ((i, name, length, "") for i, (name, length) in enumerate(sort_rows(rows)))
     write_csv(path, (head, *numbered), line_end="\n")
-
-
-def make_folder(path: Path) -> None:
-    """Make a folder and those above it; :class:`DataError` says why where that fails."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"cannot make the folder {path}: {error.strerror}") from error
 
 
 def group_by_split(

@@ -15,8 +15,7 @@ import soundfile
 from tqdm import tqdm
 
 from ..data.audio_files import find_audio
-from ..data.lengths import make_folder
-from ..files.atomic import whole_file
+from ..files.atomic import make_folder, whole_file
 from .sentences import sentences
 from .voices import SAMPLE_RATE, make_voices, speak
 

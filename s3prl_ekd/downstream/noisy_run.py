@@ -97,13 +97,14 @@ def with_folder(argv: Sequence[str], test: NoisyTest, expdir: Path, override: st
         expdir: where s3prl would write, were it not for us.
         override: what ``-o`` says.
     """
-    from .script_args import make_folder, without
+    from ..files.atomic import make_folder
+    from .script_args import without
 
     options = override.split(",,") if override else []
     if any(option.partition("=")[0].strip() == "args.expdir" for option in options):
         return list(argv)
     folder = expdir / FOLDER / test.name
-    make_folder(folder)
+    make_folder(folder, SetupError)
     text = ",,".join([*options, f"args.expdir={literal(str(folder))}"])
     return [*without(argv, ("-o", "--override")), "-o", text]
 

@@ -20,6 +20,7 @@ from ..compat.isinstance import isinstance_kept
 from ..compat.splits import check_fold, check_splits
 from ..errors import CheckpointError, ConfigError, SetupError
 from ..files import trust
+from ..files.atomic import make_folder
 from ..files.config import read_yaml
 from ..files.formats import refuse_newer_parts
 from ..files.run_checkpoints import read_run
@@ -35,7 +36,6 @@ from .recipes import RECIPES, missing_paths
 from .script_args import (
     INIT_HINT,
     check_run_folder,
-    make_folder,
     options,
     override_text,
     resume_from,
@@ -161,7 +161,7 @@ def own_folder(argv: Sequence[str]) -> Iterator[None]:
     folder = write_folder(args, ROOT, checkpoint)
     with contextlib.ExitStack() as stack:
         if folder is not None and torchrun.rank() == 0:
-            make_folder(folder)
+            make_folder(folder, SetupError)
             split = _asked_split(args)
             name = NAME if split is None else f".{re.sub(r'[^A-Za-z0-9_-]', '_', split)}{NAME}"
             stack.enter_context(FolderLock(folder, name))
@@ -293,4 +293,4 @@ def _check_new(args: argparse.Namespace, model_config: str | None) -> None:
     check_corpus(args.d, config, path, _asked_split(args), fold=args.v)
     if args.m == "train":
         check_run_folder(folder, None)
-    make_folder(folder)
+    make_folder(folder, SetupError)

@@ -179,15 +179,3 @@ def check_device(device: str) -> None:
     except (RuntimeError, AssertionError) as error:
         first = str(error).strip().splitlines()[0]
         raise SetupError(f"--device {device} cannot be used here: {first}") from None
-
-
-def make_folder(folder: Path) -> None:
-    """Make the run's folder before s3prl does, to say why where that fails.
-
-    Raises:
-        SetupError: it cannot be made.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SetupError(f"cannot make the folder {folder}: {error.strerror}") from None

@@ -15,7 +15,8 @@ from ..errors import CheckpointError, ConfigError, TeacherError
 from ..files.config import build
 from ..student_file import LoadedStudent
 from ..teachers.hf_names import fairseq_name
-from ..teachers.huggingface import check_folder, load_folder
+from ..teachers.huggingface import check_folder as check_hf_folder
+from ..teachers.huggingface import load_folder
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ def load_hf_student(folder: str | Path) -> LoadedStudent:
     folder = Path(folder)
     where = "the Hugging Face folder"
     try:
-        kind = check_folder(folder, where)
+        kind = check_hf_folder(folder, where)
         if kind != "hubert":
             raise CheckpointError(f"{folder} has a model of type {kind}; a student is a hubert")
         upstream = load_folder(folder, where)

@@ -22,7 +22,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ..errors import EkdError, SetupError
+from ..errors import DataError, EkdError, SetupError
 
 try:
     import fcntl
@@ -274,3 +274,15 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def make_folder(path: Path, error: type[EkdError] = DataError) -> None:
+    """Make a folder and those above it.
+
+    Raises:
+        EkdError: of the type ``error``; it cannot be made, and the message says why.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        raise error(f"cannot make the folder {path}: {problem.strerror}") from None

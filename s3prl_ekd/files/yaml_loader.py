@@ -32,14 +32,14 @@ class PlainLoader(yaml.SafeLoader):
             node = super().compose_node(parent, index)
             weight = self._weights.get(id(node))
             if weight is None:
-                _refuse("an alias stands for something that it is in itself", mark)
+                _yaml_error("an alias stands for something that it is in itself", mark)
             self._count(weight, mark)
             return node
         before = self._total
         self._count(1, mark)
         self._depth += 1
         if self._depth > MAX_DEPTH:
-            _refuse(f"it is nested more than {MAX_DEPTH} deep", mark)
+            _yaml_error(f"it is nested more than {MAX_DEPTH} deep", mark)
         node = super().compose_node(parent, index)
         self._depth -= 1
         self._weights[id(node)] = self._total - before
@@ -48,7 +48,7 @@ class PlainLoader(yaml.SafeLoader):
     def compose_scalar_node(self, anchor):
         event = self.peek_event()
         if len(event.value) > MAX_SCALAR:
-            _refuse(f"a text of more than {MAX_SCALAR} characters", event.start_mark)
+            _yaml_error(f"a text of more than {MAX_SCALAR} characters", event.start_mark)
         return super().compose_scalar_node(anchor)
 
     def construct_mapping(self, node, deep=False):
@@ -57,22 +57,22 @@ class PlainLoader(yaml.SafeLoader):
             key = self.construct_object(key_node, deep=True)
             if isinstance(key, (str, int, float, bool, type(None))):
                 if key in seen:
-                    _refuse(f"the key {key!r} is written twice", key_node.start_mark)
+                    _yaml_error(f"the key {key!r} is written twice", key_node.start_mark)
                 seen.add(key)
         return super().construct_mapping(node, deep)
 
     def construct_object(self, node, deep=False):
         value = super().construct_object(node, deep)
         if isinstance(value, str) and CONTROL.search(value.removesuffix("\n")):
-            _refuse("a text with a line break or a control character in it", node.start_mark)
+            _yaml_error("a text with a line break or a control character in it", node.start_mark)
         if type(value) is int and not -MAX_NUMBER <= value < MAX_NUMBER:
-            _refuse("a number of more than 64 bits", node.start_mark)
+            _yaml_error("a number of more than 64 bits", node.start_mark)
         return value
 
     def _count(self, weight: int, mark) -> None:
         self._total += weight
         if self._total > MAX_NODES:
-            _refuse(f"it has more than {MAX_NODES:,} values", mark)
+            _yaml_error(f"it has more than {MAX_NODES:,} values", mark)
 
 
 def parse_yaml(text: str, where: str) -> Any:
@@ -93,5 +93,5 @@ def parse_yaml(text: str, where: str) -> Any:
         raise ConfigError(f"{where} is not valid YAML{line}: {what}") from None
 
 
-def _refuse(problem: str, mark) -> NoReturn:
+def _yaml_error(problem: str, mark) -> NoReturn:
     raise ConfigError(f"{problem} (line {mark.line + 1})")

@@ -14,12 +14,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from ..data.lengths import make_folder, write_table
+from ..data.lengths import write_table
 from ..data.manifest import SPLITS, Entry
 from ..errors import DataError
-from ..files.atomic import whole_folder
+from ..files.atomic import make_folder, whole_folder
+from .new_folder import PREPARED, check_free
 
-PREPARED = "prepared.tsv"
 TABLES = "len_for_bucket"
 
 
@@ -110,16 +110,6 @@ def _write(root: Path, utterances: Sequence[Utterance], copy: bool) -> Layout:
         layout.samples[split] = [length for _, length in rows]
     (root / PREPARED).write_text("".join(prepared), encoding="utf-8")
     return layout
-
-
-def check_free(out: Path, *, replace: bool) -> None:
-    """Raise :class:`DataError` unless ``out`` may be written; only a layout is ever replaced."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
-    if not (out / PREPARED).is_file():
-        raise DataError(f"{out} exists and holds something else; give another folder")
-    if not replace:
-        raise DataError(f"{out} has been prepared before; add --replace to make it anew")
 
 
 def _place(source: Path, target: Path, *, copy: bool) -> int:

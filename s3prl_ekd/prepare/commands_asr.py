@@ -7,9 +7,10 @@ from collections.abc import Callable
 
 from ..data.manifest import read_manifest
 from ..errors import DataError
-from .asr import TABLES, Utterance, check_free, write_librispeech
+from .asr import TABLES, Utterance, write_librispeech
 from .char_dict import foreign_characters, normalise
 from .common import audio_root, measure_all, print_splits
+from .new_folder import check_free
 
 DESCRIPTION = """\
 A LibriSpeech layout for `run_downstream.py -d asr`: OUT/{train,dev,test}-clean/SPK/CHAP/ with

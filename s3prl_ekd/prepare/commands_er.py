@@ -9,7 +9,6 @@ from pathlib import Path
 
 from ..data.manifest import Entry, read_manifest
 from ..errors import DataError
-from .asr import check_free
 from .common import Task, audio_root, measure_all
 from .er import (
     AUDIO,
@@ -23,6 +22,7 @@ from .er import (
     write_folds,
 )
 from .iemocap import LABELS, WHOLE, read_iemocap
+from .new_folder import check_free
 
 ABOUT_ER = """\
 Folds for `run_downstream.py -d emotion`: OUT/meta_data/SessionN with the lists of fold N,

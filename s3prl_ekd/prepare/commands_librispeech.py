@@ -9,12 +9,12 @@ from tqdm import tqdm
 
 from ..data.lengths import write_table
 from ..files.atomic import write_text
-from ..files.new_folder import link, new_folder
-from .asr import PREPARED, TABLES, check_free
+from .asr import TABLES
 from .commands_lexicon import LEXICON, lexicon_options, pronounce, some
 from .common import Task, print_splits
 from .lexicon import Pronunciations, write_lexicon
 from .librispeech import NEEDED, check_shape, measure_splits, read_texts
+from .new_folder import PREPARED, check_free, link, new_folder
 
 DESCRIPTION = f"""\
 Check the real LibriSpeech for `run_downstream.py -d asr` and `-d ctc`: DIR has {", ".join(NEEDED)}

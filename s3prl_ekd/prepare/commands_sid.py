@@ -7,12 +7,11 @@ import math
 from pathlib import Path
 
 from ..data.audio_files import SAMPLE_RATE
-from ..data.lengths import make_folder
 from ..data.manifest import SPLITS, read_manifest
 from ..errors import DataError
-from ..files.atomic import write_text
-from .asr import check_free
+from ..files.atomic import make_folder, write_text
 from .common import Task, audio_root, measure_all, print_splits
+from .new_folder import check_free
 from .sid import (
     AUDIO,
     SHORTEST,

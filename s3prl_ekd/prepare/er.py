@@ -17,8 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import DataError
-from ..files.new_folder import link_folder, new_folder
-from .asr import PREPARED
+from .new_folder import PREPARED, link_folder, new_folder
 
 AUDIO = "audio"  # in the folder written: what root in the YAML points to
 META = "meta_data"  # and meta_data

@@ -6,11 +6,11 @@ import argparse
 
 from ..data.manifest import read_manifest
 from ..errors import DataError, SetupError
-from .asr import check_free
 from .char_dict import normalise
 from .commands_asr import layout_options, write_layout
 from .commands_lexicon import LEXICON, lexicon_options, pronounce, some
 from .lexicon import Pronunciations, write_lexicon
+from .new_folder import check_free
 
 DESCRIPTION = """\
 A LibriSpeech layout for `run_downstream.py -d ctc -c downstream/ctc/libriphone.yaml`: as prepare

@@ -19,8 +19,7 @@ import soundfile
 from ..data.audio_files import SAMPLE_RATE, is_passed_over
 from ..data.manifest import SPLITS, Entry
 from ..errors import DataError
-from ..files.new_folder import link, link_folder, new_folder
-from .asr import PREPARED
+from .new_folder import PREPARED, link, link_folder, new_folder
 
 CLASSES = 1251  # s3prl's outputs: the speakers of VoxCeleb1
 FIRST_ID = 10001

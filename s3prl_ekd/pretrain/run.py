@@ -20,7 +20,6 @@ from ..downstream.script_args import (
     INIT_HINT,
     check_device,
     check_run_folder,
-    make_folder,
     options,
     override_text,
     resume_from,
@@ -32,7 +31,7 @@ from ..downstream.script_args import (
 )
 from ..errors import CheckpointError, SetupError
 from ..files import trust
-from ..files.atomic import write_text
+from ..files.atomic import make_folder, write_text
 from ..files.config import plain, read_yaml
 from ..files.run_checkpoints import check_whole, read_run
 from ..system import torchrun
@@ -115,7 +114,7 @@ def _new(argv: list[str], args: argparse.Namespace) -> list[str]:
     load_model_config(args.g or "pretrain/ekd/config_model.yaml")
     argv = with_device(argv, args.device)
     check_run_folder(folder, None)
-    make_folder(folder)
+    make_folder(folder, SetupError)
     return argv
 
 
@@ -182,7 +181,7 @@ def main(script: ModuleType, argv: list[str]) -> None:
     ekd = args.u in (None, "ekd")
     with contextlib.ExitStack() as stack:
         if folder is not None and torchrun.rank() == 0:
-            make_folder(folder)
+            make_folder(folder, SetupError)
             stack.enter_context(FolderLock(folder))  # before s3prl copies the configs there
         if checkpoint is not None:
             values = {"expdir": str(folder), "expname": args.n or folder.name, "override": args.o}

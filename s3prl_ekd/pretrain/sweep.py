@@ -15,10 +15,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ..downstream.script_args import make_folder
 from ..errors import SetupError, printable
 from ..files import trust
-from ..files.atomic import write_text
+from ..files.atomic import make_folder, write_text
 from ..files.config import plain
 from ..files.formats import refuse_newer
 from ..files.text import read_json
@@ -104,7 +103,7 @@ def run_all(runs: Sequence[Run], jobs: int = 1) -> Iterator[tuple[Run, Outcome]]
 def _run(run: Run, jobs: int) -> Outcome:
     record = run.folder / RECORD
     if not record.is_file() or "seconds" not in _read(record):
-        make_folder(run.folder)
+        make_folder(run.folder, SetupError)
         facts = {"digest": run.digest}
         write_text(record, json.dumps(facts))
         start = time.monotonic()

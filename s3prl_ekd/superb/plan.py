@@ -22,8 +22,8 @@ from ..errors import ConfigError, SetupError
 from ..files import trust
 from ..files.config import read_yaml
 from ..files.digest import file_sha256
-from ..prepare.asr import PREPARED
 from ..prepare.er import natural
+from ..prepare.new_folder import PREPARED
 from ..pretrain.settings import apply_overrides
 from ..teachers import zoo
 

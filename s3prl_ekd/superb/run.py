@@ -19,16 +19,15 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ..downstream.script_args import make_folder
 from ..errors import CheckpointError, SetupError
-from ..files.atomic import write_text
+from ..files.atomic import make_folder, write_text
 from ..files.formats import NewerFormatError, refuse_newer
 from ..files.run_checkpoints import newest, read_run
 from ..system.lock import FolderLock
-from .plan import CLEAN, Run, noise_digest
-from .records import RECORD, check_paths
 from .call import environment_of, run_command
 from .features import close_features
+from .plan import CLEAN, Run, noise_digest
+from .records import RECORD, check_paths
 from .warm import Processes
 
 logger = logging.getLogger(__name__)
@@ -195,7 +194,7 @@ def _with_slot(run: Run, slots: queue.Queue, jobs: int, gpus: int, processes: Pr
     slot = slots.get()
     try:
         environment = environment_of(slot, jobs)
-        make_folder(run.folder)
+        make_folder(run.folder, SetupError)
         # The same command, typed twice, trains nothing twice. Training and tests take the folder's
         # own lock; one whose command was killed may still be on its way out.
         with FolderLock(run.folder, PARENT_LOCK):

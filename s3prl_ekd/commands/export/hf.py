@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .export_student import add_checkpoint, load
+from .student import add_checkpoint, load
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -25,9 +25,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Write the folder; the exit code is 0."""
-    from ...export.model_card import model_card
-    from ...export.huggingface import FILES, TOLERANCE, check_folder, save_hubert, to_hubert
     from ...export.folder import whole_folder
+    from ...export.huggingface import FILES, TOLERANCE, check_folder, save_hubert, to_hubert
+    from ...export.model_card import model_card
 
     path, loaded = load(args.checkpoint)
     with whole_folder(args.output, args.force, FILES) as folder:

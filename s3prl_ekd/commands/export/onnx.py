@@ -15,7 +15,7 @@ import argparse
 from pathlib import Path
 
 from ...errors import CheckpointError
-from .export_student import add_checkpoint, load
+from .student import add_checkpoint, load
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

@@ -18,7 +18,7 @@ import shlex
 from pathlib import Path
 
 from ...errors import CheckpointError
-from .export_student import add_checkpoint, add_heads, load
+from .student import add_checkpoint, add_heads, load
 
 TOLERANCE = 1e-6  # relative to the largest value, if that is above 1
 
@@ -36,10 +36,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Write the folder; the exit code is 0."""
+    from ...export.folder import whole_folder
+    from ...export.hidden_set.card import model_card
     from ...export.hidden_set.package import FILES, package_contents, write_package
     from ...export.hidden_set.template.expert import UpstreamExpert
-    from ...export.hidden_set.card import model_card
-    from ...export.folder import whole_folder
     from ...superb.cost import measure_cost
     from .cost import print_cost
 

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import DataError
-from ..prepare.asr import check_free
-from .atomic import whole_folder
+from ..files.atomic import whole_folder
+
+PREPARED = "prepared.tsv"  # in every folder that `prepare` has written
 
 
 @contextlib.contextmanager
@@ -24,6 +25,16 @@ def new_folder(out: Path, *, replace: bool) -> Iterator[Path]:
     check_free(out, replace=replace)
     with whole_folder(out, DataError) as folder:
         yield folder
+
+
+def check_free(out: Path, *, replace: bool) -> None:
+    """Raise :class:`DataError` unless ``out`` may be written; only a layout is ever replaced."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not (out / PREPARED).is_file():
+        raise DataError(f"{out} exists and holds something else; give another folder")
+    if not replace:
+        raise DataError(f"{out} has been prepared before; add --replace to make it anew")
 
 
 def link(source: Path, target: Path) -> bool:
