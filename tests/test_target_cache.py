@@ -13,8 +13,8 @@ import yaml
 from s3prl_ekd.data.batches import DistillationDataset, train_loader
 from s3prl_ekd.errors import ConfigError
 from s3prl_ekd.hidden_states.layout import Block, columns, joined, part_of, parted, pieces
+from s3prl_ekd.hidden_states.reader import TargetReader
 from s3prl_ekd.hidden_states.store import RECORD, read_index, write_index
-from s3prl_ekd.pretrain.target_cache.read import TargetReader
 from s3prl_ekd.workspace import write_workspace
 
 from .cache_cases import (

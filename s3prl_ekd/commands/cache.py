@@ -177,8 +177,8 @@ def _say_size(size, index, args: argparse.Namespace) -> None:
 def _say_distances(args, settings, data, tell, device: str) -> None:
     """What batches of this run's size would have had for targets."""
     from ..data.batches import train_loader
+    from ..hidden_states.reader import TargetReader
     from ..pretrain.target_cache.distance import distances
-    from ..pretrain.target_cache.read import TargetReader
 
     reader = TargetReader(args.output)
     bad = int((reader.records["frames"] == 0).sum())

@@ -151,7 +151,7 @@ def _check_steps(path: str, override: str | None) -> None:
         ConfigError: ``eval_step`` or ``save_step`` is above ``total_steps``, or missing.
     """
     from ..files.config import read_yaml
-    from ..pretrain.settings import apply_overrides
+    from ..files.overrides import apply_overrides
 
     config = read_yaml(path)
     runner = (apply_overrides(config, override) if override else config).get("runner")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -23,10 +23,26 @@ from .loader import BatchLoader, share
 from .sampling import EpochOrder, FixedOrder
 from .tables import Utterance, read_tables
 
-if TYPE_CHECKING:
-    from ..pretrain.target_cache.read import StoredTargets, TargetReader
-
 logger = logging.getLogger(__name__)
+
+
+class BatchTargets(Protocol):
+    """Stored teacher targets of one batch; see :class:`..hidden_states.store.StoredTargets`."""
+
+    def __iter__(self) -> Iterator[Any]: ...
+
+    def on(self, device: str) -> tuple[dict[str, Tensor], Tensor]:
+        """``{name: [batch, target, frame, dim]}`` and the frames ``[batch]`` of each utterance."""
+
+
+class TargetSource(Protocol):
+    """Stored teacher targets of a corpus; see :class:`..hidden_states.store.TargetReader`."""
+
+    seed: int
+
+    def check(self, name: str, samples: int) -> None: ...
+
+    def batch(self, names: Sequence[str]) -> BatchTargets: ...
 
 
 class Batch(NamedTuple):
@@ -46,7 +62,7 @@ class Batch(NamedTuple):
     problem: str = ""
     teacher_waves: Tensor | None = None
     bad: Sequence[Bad] = ()
-    targets: StoredTargets | None = None
+    targets: BatchTargets | None = None
 
 
 class DistillationDataset(Dataset):
@@ -84,7 +100,7 @@ class DistillationDataset(Dataset):
         seed: int = 0,
         skip_bad: bool = False,
         budget: int = 0,
-        targets: TargetReader | None = None,
+        targets: TargetSource | None = None,
     ):
         self.root = Path(root)
         self.batches = bucket(rows, batch_size, budget, sequence_length)
@@ -211,7 +227,7 @@ def train_loader(
     shuffle: bool = True,
     skip_bad: bool = False,
     max_seconds: float = 0,
-    targets: TargetReader | None = None,
+    targets: TargetSource | None = None,
     timeout: float = 0,
 ) -> BatchLoader:
     """A loader of :class:`Batch` over the tables, utterances bucketed by length.

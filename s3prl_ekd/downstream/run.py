@@ -23,9 +23,9 @@ from ..files import trust
 from ..files.atomic import make_folder
 from ..files.config import read_yaml
 from ..files.formats import refuse_newer_parts
+from ..files.overrides import apply_overrides
 from ..files.run_checkpoints import read_run
 from ..files.safe_load import safe_load
-from ..pretrain.settings import apply_overrides
 from ..system import torchrun
 from ..system.lock import NAME, FolderLock
 from . import arguments as cache_arguments

@@ -9,7 +9,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from ..pretrain.target_cache.read import checksum
+from .reader import checksum
 from .store import RECORD, RECORDS, SCALES, TARGETS, Index, digest, read_records, write_index
 
 EVERY = 10.0  # seconds between two moments from which a machine that lost its power could go on

@@ -33,18 +33,13 @@ from ..errors import CheckpointError, SetupError
 from ..files import trust
 from ..files.atomic import make_folder, write_text
 from ..files.config import plain, read_yaml
+from ..files.overrides import apply_overrides, overridden
 from ..files.run_checkpoints import check_whole, read_run
 from ..system import torchrun
 from ..system.lock import FolderLock
 from .config_diff import check_changes, check_same, described, differences
 from .distributed import leave
-from .settings import (
-    apply_overrides,
-    check_runner_config,
-    load_model_config,
-    load_runner_config,
-    overridden,
-)
+from .settings import check_runner_config, load_model_config, load_runner_config
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from ..distill.settings import DistillSettings
 from ..distill.student_size import check_size
 from ..files.config import build, read_yaml
 from ..files.extends import read_extended
-from ..files.overrides import apply_overrides, overridden  # noqa: F401 (others look for it here)
+from ..files.overrides import apply_overrides
 from .fused_adamw_settings import FUSED_ADAMW, check_fused_adamw
 
 # The names that s3prl's get_optimizer knows.

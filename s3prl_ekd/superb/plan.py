@@ -22,9 +22,9 @@ from ..errors import ConfigError, SetupError
 from ..files import trust
 from ..files.config import read_yaml
 from ..files.digest import file_sha256
+from ..files.overrides import apply_overrides
 from ..prepare.er import natural
 from ..prepare.new_folder import PREPARED
-from ..pretrain.settings import apply_overrides
 from ..teachers import zoo
 
 CLEAN = "clean"

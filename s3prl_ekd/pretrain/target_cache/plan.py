@@ -27,7 +27,7 @@ def cached_rows(data: DataSettings, student: StudentSettings) -> list[Utterance]
     """The utterances of ``sets`` and ``dev_sets``, the longest first.
 
     Raises:
-        DataError: see :func:`...read_tables`.
+        DataError: see :func:`....read_tables`.
     """
     rows: dict[str, Utterance] = {}
     bad: list[Bad] | None = [] if data.on_bad_audio == "skip" else None

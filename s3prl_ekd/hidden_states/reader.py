@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...data.bad_audio import BadAudio
-from ...errors import DataError
-from ...hidden_states.layout import Layout, Part, parted, pieces
-from ...hidden_states.numbers import NUMPY, to_tensor
-from ...hidden_states.store import BUILD, SCALES, TARGETS, Index, checked_records, read_index
+from ..data.bad_audio import BadAudio
+from ..errors import DataError
+from .layout import Layout, Part, parted, pieces
+from .numbers import NUMPY, to_tensor
+from .store import BUILD, SCALES, TARGETS, Index, checked_records, read_index
 
 
 class StoredTargets(NamedTuple):
