@@ -7,7 +7,7 @@ import random
 import torch
 from torch import Tensor
 
-from .functional import functional
+from ...compat.torchaudio_functional import functional
 from .sources import AudioPool, is_silent
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..audio_files import SAMPLE_RATE
-from .functional import functional
+from ...compat.torchaudio_functional import functional
 from .sources import is_silent
 
 _GRID = 160  # Hz; see shift_pitch

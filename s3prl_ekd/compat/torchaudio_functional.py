@@ -4,7 +4,7 @@ A module of its own because the order matters: on a torchaudio without its compi
 import fails before :func:`compat.apply`. A spawned worker process imports this afresh.
 """
 
-from ... import compat
+from .. import compat
 
 compat.apply()
 
