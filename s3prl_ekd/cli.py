@@ -10,8 +10,7 @@ from collections.abc import Sequence
 
 from . import __version__
 from .files import trust
-from .system.quiet import log_to_stderr, plain_stdout, quiet_s3prl
-from .system.terminal import prepare_streams, run_command
+from .system.terminal import log_to_stderr, plain_stdout, prepare_streams, quiet_s3prl, run_command
 
 # name -> the line that `s3prl-ekd --help` shows. The module commands/NAME.py has
 # `configure(parser)` and `main(args)`; it is imported only when its command is called,

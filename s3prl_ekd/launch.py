@@ -20,8 +20,7 @@ from types import ModuleType
 
 from .downstream.script_args import INIT_HINT, options
 from .system import torchrun
-from .system.quiet import log_to_stderr, quiet_s3prl
-from .system.terminal import prepare_streams, run_command
+from .system.terminal import log_to_stderr, prepare_streams, quiet_s3prl, run_command
 
 logger = logging.getLogger(__name__)
 

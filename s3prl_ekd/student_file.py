@@ -29,10 +29,8 @@ from .distill.student_size import check_size
 from .distill.target_settings import HeadSettings
 from .errors import CheckpointError, ConfigError, EkdError
 from .files.atomic import whole_file
-from .files.build_limit import build_limit
 from .files.config import build, plain
 from .files.formats import CHECKPOINT_PARTS, STUDENT, refuse_newer, refuse_newer_parts
-from .files.safe_load import safe_load
 from .files.safetensors_file import (
     SUFFIX,
     is_safetensors,
@@ -41,6 +39,7 @@ from .files.safetensors_file import (
     write_safetensors,
 )
 from .files.text import first_keys, parse_json
+from .files.torch_load import build_limit, safe_load
 
 RUN_KEY = STUDENT  # where a run's checkpoint keeps the contents of a student file
 FORMAT, VERSION = "s3prl_ekd.student", CHECKPOINT_PARTS[RUN_KEY]

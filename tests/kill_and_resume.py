@@ -24,7 +24,7 @@ import yaml
 
 from s3prl_ekd.files.run_checkpoints import newest, read_run
 from s3prl_ekd.launch import run_pretrain
-from s3prl_ekd.pretrain.scalars import read_scalars
+from s3prl_ekd.pretrain.tensorboard import read_scalars
 from s3prl_ekd.workspace import write_workspace
 
 SAVE_STEP, STEPS = 4, 24

@@ -26,7 +26,7 @@ from s3prl_ekd.distill.distiller import EnsembleDistiller
 from s3prl_ekd.errors import CheckpointError
 from s3prl_ekd.files.config import build
 from s3prl_ekd.files.run_checkpoints import newest, read_run
-from s3prl_ekd.files.safe_load import safe_load
+from s3prl_ekd.files.torch_load import safe_load
 from s3prl_ekd.launch import run_pretrain
 from s3prl_ekd.pretrain import trainer as runner
 from s3prl_ekd.pretrain.bad_audio import BadAudioList, stored

@@ -10,7 +10,7 @@ import torch
 from s3prl_ekd.data import audio as audio_module
 from s3prl_ekd.data.audio import read_audio
 from s3prl_ekd.data.batches import DistillationDataset, train_loader
-from s3prl_ekd.data.buckets import bucket, within
+from s3prl_ekd.data.sampling import bucket, within
 from s3prl_ekd.data.tables import Utterance, read_table, read_tables
 from s3prl_ekd.errors import DataError
 

@@ -25,7 +25,7 @@ from s3prl_ekd.evaluate.bench_sides import (
     copy_weights,
     padding_share,
 )
-from s3prl_ekd.teachers.sizes import SIZES, TEACHERS, write_teachers
+from s3prl_ekd.teachers.random_weights import SIZES, TEACHERS, write_teachers
 
 from .conftest import command
 

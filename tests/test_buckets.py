@@ -5,7 +5,7 @@ import random
 import pytest
 
 from s3prl_ekd.data.batches import train_loader
-from s3prl_ekd.data.buckets import bucket, padding_share
+from s3prl_ekd.data.sampling import bucket, padding_share
 from s3prl_ekd.data.tables import Utterance
 from s3prl_ekd.errors import ConfigError
 from s3prl_ekd.pretrain.settings import load_runner_config

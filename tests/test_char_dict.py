@@ -9,7 +9,7 @@ import yaml
 from s3prl.downstream.asr.dictionary import Dictionary
 from s3prl.downstream.asr.expert import DownstreamExpert
 
-from s3prl_ekd.prepare.char_dict import dictionary_text, foreign_characters, normalise
+from s3prl_ekd.prepare.asr import dictionary_text, foreign_characters, normalise
 
 RECIPE = Path(__file__).parents[1] / "downstream_recipes" / "asr"
 ALPHABET = list("ABCDEFGHIJKLMNOPQRSTUVWXYZ") + ["'", "|"]

@@ -7,8 +7,7 @@ import pytest
 import yaml
 
 from s3prl_ekd.errors import ConfigError
-from s3prl_ekd.files.config import plain, read_yaml
-from s3prl_ekd.files.overrides import escape_equals, typed
+from s3prl_ekd.files.config import escape_equals, plain, read_yaml, typed
 from s3prl_ekd.pretrain.settings import (
     apply_overrides,
     load_model_config,

@@ -10,8 +10,7 @@ import soundfile
 import torch
 
 from s3prl_ekd import cli
-from s3prl_ekd.analysis.choice import choose_audio
-from s3prl_ekd.analysis.sample import read_excerpt
+from s3prl_ekd.analysis.sample import choose_audio, read_excerpt
 from s3prl_ekd.data import audio as audio_module
 from s3prl_ekd.data.audio import Recording, read_audio
 from s3prl_ekd.data.audio_files import LONGEST, read_header
@@ -25,7 +24,7 @@ from s3prl_ekd.distill.settings import StudentSettings
 from s3prl_ekd.downstream.noise import mix
 from s3prl_ekd.errors import DataError
 from s3prl_ekd.pretrain.settings import DataSettings
-from s3prl_ekd.pretrain.target_cache.plan import cached_rows
+from s3prl_ekd.pretrain.target_cache.build import cached_rows
 
 from .conftest import make_sound
 

@@ -18,9 +18,8 @@ from s3prl_ekd.distill.settings import StudentSettings
 from s3prl_ekd.distill.student import Student
 from s3prl_ekd.errors import DataError
 from s3prl_ekd.student_file import LoadedStudent, write_student
-from s3prl_ekd.superb.cost import LENGTHS, librispeech_lengths, measure_cost
+from s3prl_ekd.superb.cost import LENGTHS, librispeech_lengths, measure_cost, unused_parameters
 from s3prl_ekd.superb.macs import count_macs
-from s3prl_ekd.superb.parameters import unused_parameters
 
 from .conftest import STUDENT
 

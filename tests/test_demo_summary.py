@@ -4,8 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from s3prl_ekd.demo.run import PAIRS, STUDENTS, UPSTREAMS
-from s3prl_ekd.demo.summary import findings, score_table, verdict
+from s3prl_ekd.demo.run import PAIRS, STUDENTS, UPSTREAMS, findings, score_table, verdict
 from s3prl_ekd.superb.report import Difference
 
 

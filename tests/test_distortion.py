@@ -9,9 +9,9 @@ import pytest
 import soundfile
 import torch
 
+from s3prl_ekd.compat.torchaudio_functional import functional
 from s3prl_ekd.data.distortion import convolutive
 from s3prl_ekd.data.distortion.additive import babble, fit, gaussian, mix
-from s3prl_ekd.compat.torchaudio_functional import functional
 from s3prl_ekd.data.distortion.pipeline import Distorter
 from s3prl_ekd.data.distortion.settings import DistortionSettings
 from s3prl_ekd.data.distortion.sources import AudioPool

@@ -16,7 +16,7 @@ from s3prl_ekd.distill.student import Student
 from s3prl_ekd.errors import CheckpointError
 from s3prl_ekd.files.run_checkpoints import read_run
 from s3prl_ekd.prepare.asr import Utterance, write_librispeech
-from s3prl_ekd.pretrain.scalars import read_scalars
+from s3prl_ekd.pretrain.tensorboard import read_scalars
 from s3prl_ekd.student_file import contents
 from s3prl_ekd.workspace import write_workspace
 

@@ -6,8 +6,13 @@ import pytest
 import torch
 
 from s3prl_ekd.errors import TeacherError
-from s3prl_ekd.essence.asr import AsrEnsemble, AsrTeacher, common_frames
-from s3prl_ekd.essence.asr_training import EssenceSettings, MultitaskLoss
+from s3prl_ekd.essence.asr import (
+    AsrEnsemble,
+    AsrTeacher,
+    EssenceSettings,
+    MultitaskLoss,
+    common_frames,
+)
 from s3prl_ekd.essence.selection import Selection
 
 

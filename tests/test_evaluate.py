@@ -5,8 +5,7 @@ from s3prl_ekd.superb.asr import error_rates
 from tensorboardX import SummaryWriter
 
 from s3prl_ekd.errors import DataError
-from s3prl_ekd.pretrain.curves import plot_run, teacher_curves
-from s3prl_ekd.pretrain.scalars import read_scalars
+from s3prl_ekd.pretrain.tensorboard import plot_run, read_scalars, teacher_curves
 
 
 def test_scalars_are_what_was_written(tmp_path):

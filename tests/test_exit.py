@@ -20,11 +20,10 @@ from s3prl_ekd.data.batches import DistillationDataset, leave_signals_to_the_mai
 from s3prl_ekd.data.loader import BatchLoader, workers_end
 from s3prl_ekd.distill.distiller import EnsembleDistiller
 from s3prl_ekd.errors import ConfigError, SetupError
-from s3prl_ekd.pretrain.dev import dev_loss
-from s3prl_ekd.pretrain.interrupts import StoppedWaiting, StopSignals
-from s3prl_ekd.pretrain.memory import workers_explained
-from s3prl_ekd.pretrain.scalars import read_scalars
+from s3prl_ekd.pretrain.interrupts import StoppedWaiting, StopSignals, workers_explained
 from s3prl_ekd.pretrain.settings import check_runner_config
+from s3prl_ekd.pretrain.tensorboard import read_scalars
+from s3prl_ekd.pretrain.trainer import dev_loss
 from s3prl_ekd.workspace import write_workspace
 
 from .cache_cases import cache
@@ -265,14 +264,14 @@ def test_dev_batches_are_waited_for_in_the_same_way(run, folder, monkeypatch):  
         return dev_loss(*args)
 
     monkeypatch.setattr(DistillationDataset, "__getitem__", stuck)
-    monkeypatch.setattr("s3prl_ekd.pretrain.reports.dev_loss", measure)
+    monkeypatch.setattr("s3prl_ekd.pretrain.trainer.dev_loss", measure)
     where = with_dev_table(folder)
     code, said = run("x", "-o", where, dev_sets=["dev"], eval_step=2)
     assert code == 143 and "stopped by SIGTERM at step 2 of 6, all saved" in said
     assert saved("x")["Step"] == 2 and not multiprocessing.active_children()
     # what was to be measured is measured when the run goes on, and then at each of its own steps
     begun.clear()
-    monkeypatch.setattr("s3prl_ekd.pretrain.reports.dev_loss", dev_loss)
+    monkeypatch.setattr("s3prl_ekd.pretrain.trainer.dev_loss", dev_loss)
     code, said = run("x", "-a", "-o", where, dev_sets=["dev"], eval_step=2)
     assert code == 0
     measured = read_scalars("result/pretrain/x")["ekd/dev-loss"]
@@ -286,11 +285,11 @@ def test_a_signal_in_the_last_dev_pass_loses_no_checkpoint(run, folder, monkeypa
         os.kill(os.getpid(), signal.SIGTERM)
         raise StoppedWaiting
 
-    monkeypatch.setattr("s3prl_ekd.pretrain.reports.dev_loss", interrupted)
+    monkeypatch.setattr("s3prl_ekd.pretrain.trainer.dev_loss", interrupted)
     where, more = with_dev_table(folder), {"dev_sets": ["dev"], "eval_step": 6}
     code, said = run("x", "-o", where, **more)
     assert code == 143 and not Path("result/pretrain/x/states-6.ckpt").exists()
-    monkeypatch.setattr("s3prl_ekd.pretrain.reports.dev_loss", dev_loss)
+    monkeypatch.setattr("s3prl_ekd.pretrain.trainer.dev_loss", dev_loss)
     code, said = run("x", "-a", "-o", where, **more)
     assert code == 0 and Path("result/pretrain/x/states-6.ckpt").exists()
     assert list(read_scalars("result/pretrain/x")["ekd/dev-loss"]) == [6]

@@ -25,8 +25,13 @@ from s3prl_ekd.distill.settings import DistillSettings, StudentSettings, Teacher
 from s3prl_ekd.distill.student import Student
 from s3prl_ekd.errors import CheckpointError
 from s3prl_ekd.export.folder import whole_folder
-from s3prl_ekd.export.hf_student import load_hf_student
-from s3prl_ekd.export.huggingface import check_folder, hubert_config, save_hubert, to_hubert
+from s3prl_ekd.export.huggingface import (
+    check_folder,
+    hubert_config,
+    load_hf_student,
+    save_hubert,
+    to_hubert,
+)
 from s3prl_ekd.export.model_card import how_made
 from s3prl_ekd.files.config import plain
 from s3prl_ekd.student_file import LoadedStudent, load_student, write_student

@@ -13,10 +13,13 @@ from torch.nn.utils.rnn import pad_sequence
 from s3prl_ekd.cli import main
 from s3prl_ekd.distill.student import Student
 from s3prl_ekd.errors import CheckpointError
-from s3prl_ekd.export.onnx import OPSETS, OnnxStudent, TimeNorm, onnx_bytes
-from s3prl_ekd.export.onnx_model_check import (
+from s3prl_ekd.export.onnx import (
+    OPSETS,
     OnnxSession,
+    OnnxStudent,
+    TimeNorm,
     check,
+    onnx_bytes,
     quantised,
     real_time_factors,
     relative_errors,

@@ -13,8 +13,8 @@ from s3prl_ekd.distill.settings import StudentSettings
 from s3prl_ekd.distill.student import Student
 from s3prl_ekd.files.config import build
 from s3prl_ekd.files.run_checkpoints import newest, read_run
-from s3prl_ekd.pretrain.fused_adamw import fused_adamw, warmup_schedule
-from s3prl_ekd.pretrain.scalars import read_scalars
+from s3prl_ekd.pretrain.optim import fused_adamw, warmup_schedule
+from s3prl_ekd.pretrain.tensorboard import read_scalars
 from s3prl_ekd.workspace import write_workspace
 
 from .conftest import STUDENT, write_configs

@@ -13,10 +13,9 @@ from s3prl_ekd.distill.teachers import Teacher, TeacherEnsemble
 from s3prl_ekd.errors import TeacherError
 from s3prl_ekd.teachers import load_teachers, load_upstream
 from s3prl_ekd.teachers.fast import conv as fast_conv
+from s3prl_ekd.teachers.fast import encoder as fast
 from s3prl_ekd.teachers.fast import encoder as fast_encoder
-from s3prl_ekd.teachers.fast import fast
-from s3prl_ekd.teachers.fast.fast import family, fast_encoders
-from s3prl_ekd.teachers.fast.fast_inputs import normalised, padded_frames
+from s3prl_ekd.teachers.fast.encoder import family, fast_encoders, normalised, padded_frames
 from s3prl_ekd.teachers.random_weights import hubert_checkpoint, wavlm_checkpoint
 
 from .conftest import SIZES

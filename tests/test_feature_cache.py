@@ -17,11 +17,15 @@ from s3prl.upstream.interfaces import Featurizer
 
 from s3prl_ekd import cli
 from s3prl_ekd.downstream.arguments import CacheOptions, split_arguments
-from s3prl_ekd.downstream.counts import Counts, read_counts
-from s3prl_ekd.downstream.feature_cache import _answer, folder_name
-from s3prl_ekd.downstream.feature_cache_run import cached, excerpt_length
-from s3prl_ekd.downstream.noise import find_noises, mix
-from s3prl_ekd.downstream.noisy_run import NoisyTest, noisy
+from s3prl_ekd.downstream.feature_cache import (
+    Counts,
+    _answer,
+    cached,
+    excerpt_length,
+    folder_name,
+    read_counts,
+)
+from s3prl_ekd.downstream.noise import NoisyTest, find_noises, mix, noisy
 from s3prl_ekd.downstream.run import prepare_downstream
 from s3prl_ekd.errors import SetupError
 from s3prl_ekd.files.run_checkpoints import read_run

@@ -16,8 +16,7 @@ from s3prl_ekd.cli import main
 from s3prl_ekd.commands.features import choose_device
 from s3prl_ekd.distill.student import Student
 from s3prl_ekd.errors import ConfigError, DataError
-from s3prl_ekd.export.features import choose_layers, write_features
-from s3prl_ekd.export.features_inputs import collect_audio
+from s3prl_ekd.export.features import choose_layers, collect_audio, write_features
 from s3prl_ekd.hidden_states.features_file import FeaturesFile
 from s3prl_ekd.student_file import LoadedStudent, write_student
 

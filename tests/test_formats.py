@@ -22,13 +22,12 @@ from s3prl_ekd.errors import CheckpointError, EkdError
 from s3prl_ekd.essence.units import Units, load_units, save_units
 from s3prl_ekd.files import run_checkpoints as checkpoints
 from s3prl_ekd.files.formats import CHECKPOINT_PARTS
-from s3prl_ekd.hidden_states.layout import Block
-from s3prl_ekd.hidden_states.store import Index, read_index, write_index
+from s3prl_ekd.hidden_states.store import Block, Index, read_index, write_index
 from s3prl_ekd.pretrain import run as pretrain_run
 from s3prl_ekd.pretrain import sweep as matrix
 from s3prl_ekd.pretrain.checkpoints import RunSaves
 from s3prl_ekd.student_file import LoadedStudent, contents, load_student, write_student
-from s3prl_ekd.superb import records
+from s3prl_ekd.superb import results as records
 from s3prl_ekd.superb import run as superb
 from s3prl_ekd.teachers import load_upstream
 

@@ -33,8 +33,7 @@ from s3prl_ekd.distill.heads import PredictionHeads
 from s3prl_ekd.distill.settings import StudentSettings
 from s3prl_ekd.distill.student import Student
 from s3prl_ekd.errors import EkdError
-from s3prl_ekd.files.config import plain
-from s3prl_ekd.files.overrides import apply_overrides
+from s3prl_ekd.files.config import apply_overrides, plain
 from s3prl_ekd.pretrain.settings import load_model_config, load_runner_config
 from s3prl_ekd.student_file import LoadedStudent, contents, load_student
 

@@ -10,8 +10,7 @@ from s3prl_ekd import cli
 from s3prl_ekd.downstream.recipes import RECIPES, missing_paths
 from s3prl_ekd.errors import ConfigError
 from s3prl_ekd.pretrain.settings import load_runner_config
-from s3prl_ekd.workspace import files
-from s3prl_ekd.yaml_edit import get, put
+from s3prl_ekd.workspace import files, get, put
 
 TEXT = """\
 # head

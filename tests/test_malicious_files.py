@@ -33,7 +33,7 @@ from s3prl_ekd.distill.student import Student
 from s3prl_ekd.errors import CheckpointError
 from s3prl_ekd.essence.units import load_units
 from s3prl_ekd.files import trust
-from s3prl_ekd.files.safe_load import safe_load
+from s3prl_ekd.files.torch_load import safe_load
 from s3prl_ekd.student_file import contents
 
 from .conftest import (
@@ -233,7 +233,7 @@ def folder(tmp_path_factory, teachers, corpus):
         "transformers",
     ):
         __import__(module)
-    from s3prl_ekd.teachers.hub import hub_entries
+    from s3prl_ekd.teachers.load import hub_entries
 
     hub_entries()
     yield path

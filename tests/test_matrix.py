@@ -5,8 +5,8 @@ import statistics
 
 import pytest
 
-from s3prl_ekd.pretrain.scalars import read_scalars
 from s3prl_ekd.pretrain.sweep import Outcome, markdown, table
+from s3prl_ekd.pretrain.tensorboard import read_scalars
 
 from .conftest import command, write_configs
 

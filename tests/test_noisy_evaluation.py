@@ -12,8 +12,15 @@ from s3prl.upstream.baseline.hubconf import fbank_no_cmvn
 from s3prl.utility.helper import override
 
 from s3prl_ekd import cli
-from s3prl_ekd.downstream.noise import find_noises, mix
-from s3prl_ekd.downstream.noisy_run import NoisyTest, literal, noisy, split_arguments, with_folder
+from s3prl_ekd.downstream.noise import (
+    NoisyTest,
+    find_noises,
+    literal,
+    mix,
+    noisy,
+    split_arguments,
+    with_folder,
+)
 from s3prl_ekd.downstream.run import prepare_downstream
 from s3prl_ekd.errors import DataError, EkdError, SetupError
 

@@ -8,17 +8,17 @@ import pytest
 import soundfile
 
 from s3prl_ekd import cli
-from s3prl_ekd.analysis.choice import choose_audio
+from s3prl_ekd.analysis.sample import choose_audio
 from s3prl_ekd.data.audio_files import find_audio, is_passed_over
 from s3prl_ekd.data.distortion.sources import AudioPool
 from s3prl_ekd.demo.corpus import RECORD, checksum, make_corpus
 from s3prl_ekd.demo.labels import make_labels
 from s3prl_ekd.downstream.noise import find_noises
 from s3prl_ekd.errors import DataError
-from s3prl_ekd.export.features_inputs import collect_audio
+from s3prl_ekd.export.features import collect_audio
 from s3prl_ekd.hidden_states.store import Index
-from s3prl_ekd.prepare.iemocap import SESSIONS, read_iemocap
-from s3prl_ekd.prepare.iemocap import check_shape as check_iemocap
+from s3prl_ekd.prepare.er import SESSIONS, read_iemocap
+from s3prl_ekd.prepare.er import check_shape as check_iemocap
 from s3prl_ekd.prepare.librispeech import measure_splits, read_texts
 from s3prl_ekd.prepare.sid import check_shape as check_voxceleb1
 from s3prl_ekd.pretrain.target_cache.build import begin

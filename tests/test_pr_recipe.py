@@ -9,8 +9,7 @@ import s3prl
 import yaml
 
 from s3prl_ekd.errors import DataError
-from s3prl_ekd.prepare.lexicon import read_lexicon, write_lexicon
-from s3prl_ekd.prepare.phones import PHONES, vocabulary_text
+from s3prl_ekd.prepare.lexicon import PHONES, read_lexicon, vocabulary_text, write_lexicon
 
 from .conftest import REPO, command
 from .phone_corpus import (

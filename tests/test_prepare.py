@@ -114,7 +114,7 @@ def test_s3prl_reads_the_layout(manifest, tmp_path):
     from s3prl.downstream.asr.dataset import SequenceDataset
     from s3prl.downstream.asr.dictionary import Dictionary
 
-    from s3prl_ekd.prepare.char_dict import write_char_dict
+    from s3prl_ekd.prepare.asr import write_char_dict
 
     prepare("asr", manifest, tmp_path / "out")
     write_char_dict(tmp_path / "char.dict")

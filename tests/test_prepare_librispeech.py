@@ -13,7 +13,7 @@ from s3prl.downstream.asr.dataset import SequenceDataset
 from s3prl.downstream.asr.dictionary import Dictionary
 
 from s3prl_ekd.errors import SetupError
-from s3prl_ekd.prepare import g2p
+from s3prl_ekd.prepare import lexicon as g2p
 
 from .conftest import REPO, make_sound, run_python
 from .phone_corpus import dataset, make_tokenizer
@@ -215,7 +215,7 @@ def test_the_real_model(tmp_path):
         "import socket, sys\n"
         "def refuse(*args): raise SystemExit('it asked the network')\n"
         "socket.getaddrinfo = refuse\n"
-        "from s3prl_ekd.prepare.g2p import guess\n"
+        "from s3prl_ekd.prepare.lexicon import guess\n"
         "print(guess(['CLERGYMAN', 'XYLOPHONE', 'SMITHSONS']))"
     )
     found = ast.literal_eval(run_python(code))

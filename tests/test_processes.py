@@ -13,9 +13,9 @@ import yaml
 from s3prl_ekd.data.sampling import EpochOrder, FixedOrder
 from s3prl_ekd.errors import SetupError
 from s3prl_ekd.files.run_checkpoints import newest, read_run
+from s3prl_ekd.pretrain.checkpoints import Progress
 from s3prl_ekd.pretrain.distributed import Processes, join, mean_records
-from s3prl_ekd.pretrain.progress import Progress
-from s3prl_ekd.pretrain.scalars import read_scalars
+from s3prl_ekd.pretrain.tensorboard import read_scalars
 from s3prl_ekd.pretrain.trainer import EkdRunner
 from s3prl_ekd.workspace import write_workspace
 

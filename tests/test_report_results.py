@@ -5,9 +5,8 @@ import json
 import pytest
 
 from s3prl_ekd.errors import EkdError
-from s3prl_ekd.superb.records import Run
 from s3prl_ekd.superb.report import make_report
-from s3prl_ekd.superb.results import incomplete, read_results, select
+from s3prl_ekd.superb.results import Run, incomplete, read_results, select
 from s3prl_ekd.superb.score import ANCHORS, PUBLISHED, superb_score
 
 from .superb_runs import write_cost, write_run

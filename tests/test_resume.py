@@ -8,11 +8,11 @@ import pytest
 import torch
 import yaml
 
-from s3prl_ekd.compat.evaluated import check_names
+from s3prl_ekd.compat.no_eval import check_names
 from s3prl_ekd.errors import ConfigError
 from s3prl_ekd.files.run_checkpoints import newest, read_run
-from s3prl_ekd.pretrain.scalars import read_scalars
 from s3prl_ekd.pretrain.settings import load_model_config
+from s3prl_ekd.pretrain.tensorboard import read_scalars
 
 from .conftest import command, write_configs
 

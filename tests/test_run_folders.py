@@ -19,8 +19,8 @@ from s3prl_ekd import launch
 from s3prl_ekd.errors import EkdError, SetupError
 from s3prl_ekd.files.run_checkpoints import newest, read_run
 from s3prl_ekd.superb import run as superb
-from s3prl_ekd.superb.records import read_run as read_record
 from s3prl_ekd.superb.results import read_results
+from s3prl_ekd.superb.results import read_run as read_record
 from s3prl_ekd.system.lock import NAME, FolderLock
 
 from .conftest import command, write_configs

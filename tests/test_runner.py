@@ -20,11 +20,11 @@ from s3prl_ekd.files.run_checkpoints import newest, read_run
 from s3prl_ekd.pretrain import interrupts as signals
 from s3prl_ekd.pretrain import run as pretrain_run
 from s3prl_ekd.pretrain import trainer as runner
+from s3prl_ekd.pretrain.checkpoints import Progress
 from s3prl_ekd.pretrain.distributed import Processes
 from s3prl_ekd.pretrain.optim import Updater, not_finite
-from s3prl_ekd.pretrain.progress import Progress
-from s3prl_ekd.pretrain.random_state import random_states, set_random_states
-from s3prl_ekd.pretrain.scalars import read_scalars
+from s3prl_ekd.pretrain.resume import random_states, set_random_states
+from s3prl_ekd.pretrain.tensorboard import read_scalars
 from s3prl_ekd.workspace import write_workspace
 
 from .conftest import write_configs

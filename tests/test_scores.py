@@ -7,8 +7,8 @@ import pytest
 from s3prl_ekd.superb.asr import error_rates
 
 from s3prl_ekd.errors import DataError
+from s3prl_ekd.superb.metrics import count_errors, count_run, read_pairs, read_predictions
 from s3prl_ekd.superb.results import read_results
-from s3prl_ekd.superb.scores import count_errors, count_run, read_pairs, read_predictions
 
 from .superb_runs import write_run
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 
-from s3prl_ekd.compat.splits import check_splits
+from s3prl_ekd.compat.no_eval import check_splits
 from s3prl_ekd.downstream.run import prepare_downstream
 from s3prl_ekd.errors import ConfigError, EkdError
 

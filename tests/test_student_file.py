@@ -14,8 +14,8 @@ from s3prl_ekd.distill.aggregation import TargetSpec
 from s3prl_ekd.distill.heads import PredictionHeads
 from s3prl_ekd.distill.student import Student
 from s3prl_ekd.errors import CheckpointError, DataError
-from s3prl_ekd.files.safe_load import safe_load
 from s3prl_ekd.files.safetensors_file import MAX_HEADER, is_safetensors, write_safetensors
+from s3prl_ekd.files.torch_load import safe_load
 from s3prl_ekd.student_file import LoadedStudent, contents, load_student, write_student
 
 TARGETS = {"a": TargetSpec(2, (48,)), "b": TargetSpec(3, (48, 48))}

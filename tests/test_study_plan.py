@@ -24,7 +24,7 @@ from s3prl_ekd.commands import superb
 from s3prl_ekd.distill.losses import distillation_loss
 from s3prl_ekd.distill.settings import LossSettings
 from s3prl_ekd.errors import ConfigError, SetupError
-from s3prl_ekd.files.overrides import apply_overrides
+from s3prl_ekd.files.config import apply_overrides
 from s3prl_ekd.pretrain.settings import load_model_config, load_runner_config
 from s3prl_ekd.superb.plan import noise_digest
 from s3prl_ekd.teachers import zoo

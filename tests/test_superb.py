@@ -15,6 +15,7 @@ from s3prl_ekd.downstream.tasks import choose_tasks
 from s3prl_ekd.errors import DataError, SetupError
 from s3prl_ekd.superb import plan as superb_plan
 from s3prl_ekd.superb import run as superb
+from s3prl_ekd.superb.cost import check_outputs
 from s3prl_ekd.superb.plan import (
     Upstream,
     noise_conditions,
@@ -22,7 +23,6 @@ from s3prl_ekd.superb.plan import (
     parse_upstream,
     steps_overrides,
 )
-from s3prl_ekd.superb.probe import check_outputs
 
 from .superb_workspace import make_workspace, plan
 

@@ -20,7 +20,7 @@ from s3prl_ekd.downstream.tasks import TASKS
 from s3prl_ekd.errors import SetupError
 from s3prl_ekd.superb import run as superb
 from s3prl_ekd.superb import warm as warm_module
-from s3prl_ekd.superb.call import run_command
+from s3prl_ekd.superb.run import run_command
 
 from .superb_workspace import make_workspace, short, states
 

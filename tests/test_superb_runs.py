@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 
-from s3prl_ekd.downstream.counts import read_counts
+from s3prl_ekd.downstream.feature_cache import read_counts
 from s3prl_ekd.downstream.tasks import TASKS
 from s3prl_ekd.errors import SetupError
 from s3prl_ekd.files.run_checkpoints import read_run

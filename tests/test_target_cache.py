@@ -12,9 +12,18 @@ import yaml
 
 from s3prl_ekd.data.batches import DistillationDataset, train_loader
 from s3prl_ekd.errors import ConfigError
-from s3prl_ekd.hidden_states.layout import Block, columns, joined, part_of, parted, pieces
-from s3prl_ekd.hidden_states.reader import TargetReader
-from s3prl_ekd.hidden_states.store import RECORD, read_index, write_index
+from s3prl_ekd.hidden_states.store import (
+    RECORD,
+    Block,
+    TargetReader,
+    columns,
+    joined,
+    part_of,
+    parted,
+    pieces,
+    read_index,
+    write_index,
+)
 from s3prl_ekd.workspace import write_workspace
 
 from .cache_cases import (
@@ -262,8 +271,8 @@ def test_the_benchmark_has_a_side_that_runs_no_teacher(tmp_path):
     from s3prl_ekd.evaluate.bench_clock import Clock
     from s3prl_ekd.evaluate.bench_corpus import write_corpus
     from s3prl_ekd.evaluate.bench_sides import SIDES, Plan
-    from s3prl_ekd.teachers.sizes import SIZES as MODELS
-    from s3prl_ekd.teachers.sizes import write_teachers
+    from s3prl_ekd.teachers.random_weights import SIZES as MODELS
+    from s3prl_ekd.teachers.random_weights import write_teachers
 
     write_corpus(tmp_path, 4, 0.5, None)
     plan = Plan(tmp_path, write_teachers(tmp_path, MODELS["tiny"]), "tiny", "cpu", 2)

@@ -17,11 +17,10 @@ from torch.utils.data import DataLoader
 from s3prl_ekd.data.batches import only_item, train_loader
 from s3prl_ekd.errors import DataError
 from s3prl_ekd.files.run_checkpoints import newest, read_run
-from s3prl_ekd.hidden_states.reader import TargetReader
-from s3prl_ekd.hidden_states.store import RECORD, read_index
+from s3prl_ekd.hidden_states.store import RECORD, TargetReader, read_index
 from s3prl_ekd.launch import run_pretrain
-from s3prl_ekd.pretrain.scalars import read_scalars
-from s3prl_ekd.pretrain.target_cache import plan
+from s3prl_ekd.pretrain.target_cache import build as plan
+from s3prl_ekd.pretrain.tensorboard import read_scalars
 from s3prl_ekd.workspace import write_workspace
 
 from .cache_cases import adapter, cache, configs, files, make_stored

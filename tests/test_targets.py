@@ -21,7 +21,7 @@ from s3prl_ekd.distill.target_settings import (
 from s3prl_ekd.distill.teachers import Teacher, TeacherEnsemble
 from s3prl_ekd.distill.weighting import agreeing_dims, drop_teachers, weights_at
 from s3prl_ekd.errors import TeacherError
-from s3prl_ekd.hidden_states.numbers import to_numbers
+from s3prl_ekd.hidden_states.store import to_numbers
 
 from .experiments import batch_of, distiller, load
 

@@ -13,8 +13,8 @@ from s3prl_ekd.export.hidden_set.outcome import Outcome
 from s3prl_ekd.export.model_card import how_made
 from s3prl_ekd.pretrain.bad_audio import BadAudioList
 from s3prl_ekd.pretrain.sweep import markdown
-from s3prl_ekd.superb.records import Dev, Record
-from s3prl_ekd.system.quiet import PlainFormatter, plain_stdout
+from s3prl_ekd.superb.results import Dev, Record
+from s3prl_ekd.system.terminal import PlainFormatter, plain_stdout
 
 HOSTILE = "a\x1b[31m\x1b]0;title\x07\nerror: gone\r\t\x9b\u202e\udcff|<b>"
 

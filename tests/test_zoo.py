@@ -12,11 +12,10 @@ import s3prl_ekd
 from s3prl_ekd.commands import teachers as teachers_command
 from s3prl_ekd.distill.settings import TeacherSettings
 from s3prl_ekd.errors import CheckpointError, SetupError, TeacherError
-from s3prl_ekd.files.safe_load import safe_load
-from s3prl_ekd.superb.cost import measure_cost
-from s3prl_ekd.superb.probe import build_upstream
+from s3prl_ekd.files.torch_load import safe_load
+from s3prl_ekd.superb.cost import build_upstream, measure_cost
 from s3prl_ekd.teachers import check_source, load_teachers, load_upstream, zoo
-from s3prl_ekd.teachers.twin import random_twin
+from s3prl_ekd.teachers.random_weights import random_twin
 
 # conv, projection, positional conv, 6 layers; HuBERT's head goes with it: 192 for each unit
 WAVLM, HUBERT_BODY = 3_257_352, 3_290_752

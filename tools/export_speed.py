@@ -47,8 +47,7 @@ def main() -> None:
         save_hubert,
         to_hubert,
     )
-    from s3prl_ekd.export.onnx import onnx_bytes
-    from s3prl_ekd.export.onnx_model_check import OnnxSession, check, quantised, relative_errors
+    from s3prl_ekd.export.onnx import OnnxSession, check, onnx_bytes, quantised, relative_errors
     from s3prl_ekd.student_file import load_student
 
     torch.set_num_threads(1)

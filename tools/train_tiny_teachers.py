@@ -126,7 +126,7 @@ def run(args: argparse.Namespace) -> int:
     from s3prl_ekd.analysis.plots import require_matplotlib
     from s3prl_ekd.essence.units import require_sklearn
     from s3prl_ekd.pretrain.interrupts import StopSignals, exit_code
-    from s3prl_ekd.system.quiet import quiet_s3prl
+    from s3prl_ekd.system.terminal import quiet_s3prl
 
     require_sklearn()
     require_matplotlib()

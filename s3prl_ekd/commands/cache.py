@@ -23,7 +23,7 @@ import shlex
 from pathlib import Path
 
 from ..errors import ConfigError, SetupError
-from ..files.overrides import typed
+from ..files.config import typed
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ def main(args: argparse.Namespace) -> int:
 
     from ..hidden_states.fingerprint import check_aggregated, check_worth
     from ..pretrain.settings import load_model_config, load_runner_config
-    from ..pretrain.target_cache.plan import cached_rows
+    from ..pretrain.target_cache.build import cached_rows
     from ..pretrain.target_cache.use import check_teacher_settings
 
     settings = load_model_config(args.upstream_config)
@@ -76,7 +76,7 @@ def main(args: argparse.Namespace) -> int:
     from ..distill.aggregation import build_aggregation
     from ..hidden_states.fingerprint import layout_of
     from ..hidden_states.store import Index
-    from ..pretrain.target_cache.plan import check_room, size_of
+    from ..pretrain.target_cache.build import check_room, size_of
     from ..teachers import check_precision, load_teachers
 
     device = _device(args.device)
@@ -162,7 +162,7 @@ def _build(args, settings, data, rows, teachers, aggregate, index) -> int:
 
 
 def _say_size(size, index, args: argparse.Namespace) -> None:
-    from ..pretrain.target_cache.plan import free_bytes
+    from ..pretrain.target_cache.build import free_bytes
 
     blocks = ", ".join(f"{name} {count} x {dim}" for name, count, dim in index.layout)
     where = args.output or Path(".")
@@ -177,8 +177,8 @@ def _say_size(size, index, args: argparse.Namespace) -> None:
 def _say_distances(args, settings, data, tell, device: str) -> None:
     """What batches of this run's size would have had for targets."""
     from ..data.batches import train_loader
-    from ..hidden_states.reader import TargetReader
-    from ..pretrain.target_cache.distance import distances
+    from ..hidden_states.store import TargetReader
+    from ..pretrain.target_cache.build import distances
 
     reader = TargetReader(args.output)
     bad = int((reader.records["frames"] == 0).sum())

@@ -57,7 +57,7 @@ def main(args: argparse.Namespace) -> int:
 
         cost = package_cost(args.package, lengths)
     else:
-        from ..superb.probe import build_upstream, check_outputs
+        from ..superb.cost import build_upstream, check_outputs
 
         upstream = build_upstream(args.upstream, args.ckpt)
         check_outputs(upstream([_noise()]), selection, args.upstream)

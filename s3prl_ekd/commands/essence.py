@@ -87,8 +87,13 @@ def main(args: argparse.Namespace) -> int:
     argv = prepare_downstream(argv)
     _check_steps(args.config or "downstream/asr/config.yaml", override)
 
-    from ..essence.asr import AsrEnsemble, checkpoint_in, load_asr_teacher
-    from ..essence.asr_training import EssenceSettings, distil_asr
+    from ..essence.asr import (
+        AsrEnsemble,
+        EssenceSettings,
+        checkpoint_in,
+        distil_asr,
+        load_asr_teacher,
+    )
     from ..essence.selection import Selection
 
     teachers = tuple(str(checkpoint_in(Path(path))) for path in args.teachers)
@@ -150,8 +155,7 @@ def _check_steps(path: str, override: str | None) -> None:
     Raises:
         ConfigError: ``eval_step`` or ``save_step`` is above ``total_steps``, or missing.
     """
-    from ..files.config import read_yaml
-    from ..files.overrides import apply_overrides
+    from ..files.config import apply_overrides, read_yaml
 
     config = read_yaml(path)
     runner = (apply_overrides(config, override) if override else config).get("runner")

@@ -63,8 +63,7 @@ def main(args: argparse.Namespace) -> int:
     import torch
     from tqdm import tqdm
 
-    from ..export.features import write_features
-    from ..export.features_inputs import collect_audio
+    from ..export.features import collect_audio, write_features
 
     device = choose_device(args.device)
     audio = collect_audio(args.audio, args.list)

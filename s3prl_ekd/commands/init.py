@@ -17,9 +17,8 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-from ..corpora import Corpora, absolute, other_values
 from ..errors import SetupError
-from ..workspace import experiments, write_workspace
+from ..workspace import Corpora, absolute, experiments, other_values, write_workspace
 
 CORPORA = {
     "librispeech": "train-clean-100/, dev-clean/, test-clean/ in it",

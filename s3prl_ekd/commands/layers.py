@@ -26,7 +26,7 @@ from ..files.atomic import write_text
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options of this command."""
-    from ..analysis.choice import add_sample_options
+    from ..analysis.sample import add_sample_options
     from ..distill.grouping import LINKAGES
     from ..distill.similarity import SIMILARITIES
 
@@ -53,9 +53,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Listen, cluster, write; see the module's text."""
-    from ..analysis.choice import choose_audio
     from ..analysis.plots import plot_trees, require_matplotlib
-    from ..analysis.sample import load_all, sample_layers
+    from ..analysis.sample import choose_audio, load_all, sample_layers
     from ..distill.grouping import cut, layer_tree, require_scipy
     from ..distill.similarity import similarity_matrix
     from ..pretrain.settings import load_model_config
@@ -108,8 +107,7 @@ def grouped_config(
     Raises:
         ConfigError: ``config`` cannot be read, or the copy is no valid configuration.
     """
-    from ..files.config import build
-    from ..files.extends import read_extended
+    from ..files.config import build, read_extended
     from ..pretrain.settings import ModelFile
 
     data = read_extended(config)

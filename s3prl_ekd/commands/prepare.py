@@ -17,13 +17,13 @@ from __future__ import annotations
 import argparse
 
 from ..data.manifest import read_manifest
-from ..prepare import commands_asr as prepare_asr
-from ..prepare import commands_er as prepare_er
-from ..prepare import commands_sid as prepare_sid
+from ..prepare import asr as prepare_asr
+from ..prepare import er as prepare_er
 from ..prepare import pr as prepare_pr
+from ..prepare import sid as prepare_sid
 from ..prepare.asr import TABLES, write_split_tables
-from ..prepare.commands_librispeech import LIBRISPEECH
 from ..prepare.common import Task, add_common_options, audio_root, measure_all, print_splits
+from ..prepare.librispeech import LIBRISPEECH
 
 UNLABELED = """\
 Length tables for distillation: OUT/len_for_bucket/{train,dev,test}.csv, with paths relative to

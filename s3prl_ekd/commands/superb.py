@@ -211,8 +211,7 @@ def _number(option: str, text: str, kind):
 def _probe(runs) -> None:
     """Each upstream that is still to run: can it be used, and what does it cost?"""
     from ..files.atomic import make_folder, write_text
-    from ..superb.cost import measure_cost
-    from ..superb.probe import build_upstream, probe
+    from ..superb.cost import build_upstream, measure_cost, probe
     from ..superb.run import upstream_folders
 
     for upstream, root in {run.upstream: run.root for run in runs}.items():

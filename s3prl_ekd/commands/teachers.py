@@ -24,7 +24,7 @@ from ..files.atomic import write_csv
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the subcommands and their options."""
-    from ..analysis.choice import add_sample_options
+    from ..analysis.sample import add_sample_options
 
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     actions.add_parser("list", help="hub names by family, and the local kinds understood")
@@ -48,8 +48,8 @@ def main(args: argparse.Namespace) -> int:
 
 def _list() -> int:
     from ..teachers.checkpoint import KINDS
-    from ..teachers.hub import names_by_family
     from ..teachers.huggingface import MODEL_TYPES
+    from ..teachers.load import names_by_family
     from ..teachers.zoo import NAMES, TWINS
 
     print("tiny teachers of this package, to try things with:\n")
@@ -69,10 +69,9 @@ def _list() -> int:
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    from ..analysis.choice import choose_audio
     from ..analysis.layer_statistics import aligned, layer_statistics
     from ..analysis.plots import plot_similarity, require_matplotlib
-    from ..analysis.sample import load_all, sample_layers
+    from ..analysis.sample import choose_audio, load_all, sample_layers
     from ..distill.similarity import cka_matrix
     from ..pretrain.settings import load_model_config
 

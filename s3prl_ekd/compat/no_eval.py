@@ -1,21 +1,77 @@
-"""What s3prl evaluates out of files and of ``-o``, read instead: a guard on its modules.
+"""The names in a config that s3prl evaluates: they may be names and nothing else.
+
+s3prl turns ``optimizer.name``, ``modelrc.select`` and their like into classes by ``eval``. In a
+YAML or a checkpoint of somebody else they could be any expression, so they are looked at before.
+
+What s3prl evaluates out of files and of ``-o``, read instead: a guard on its modules.
 
 s3prl's models call ``eval`` on the conv layers that a checkpoint or a config names, wherever that
 comes from, and ``-o`` is evaluated too. Each of its modules that does so gets an ``eval`` of its
 own, which shadows Python's: it reads that one kind of value and runs nothing.
+
+The splits that a downstream run evaluates: names that its recipe has, and nothing else.
+
+s3prl 0.4.18 makes code of them (``eval(f'self.get_{split}_dataloader')`` in the recipes of SID and
+ER), and looks for those of ASR and PR only at the first evaluation, after minutes of training.
 """
 
 from __future__ import annotations
 
 import ast
+import builtins
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from types import ModuleType
 from typing import Any
 
 from ..distill.conv_spec import parse_conv_layers
+from ..errors import ConfigError
 from .child_processes import repeat_in_children
 from .import_hooks import on_import
+
+# The keys whose text s3prl 0.4.18 evaluates, wherever they stand in a recipe.
+EVALUATED = {"select", "module", "pooling", "agg_module", "model_type", "metric", "unk_weight"}
+EVALUATED |= {"feat_type", "utter_module", "ObjectiveLoss"}
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_ALSO = {"-math.inf", "math.inf"}  # what s3prl's own ASR recipe has for unk_weight
+
+
+def check_names(config: Any, where: str) -> None:
+    """Refuse a config in which something that s3prl evaluates is not a plain name.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    for path, value in _found(config, ()):
+        if isinstance(value, str) and not _is_name(value):
+            raise ConfigError(
+                f"{where}: {'.'.join(path)} is {value[:60]!r}, which s3prl would run as code; it "
+                "must be a plain name"
+            )
+
+
+def _is_name(text: str) -> bool:
+    if hasattr(builtins, text):  # exec, open, exit: no class of s3prl's is called so
+        return False
+    return bool(_NAME.fullmatch(text)) or text in _ALSO
+
+
+def _found(config: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
+    if isinstance(config, dict):
+        for key, value in config.items():
+            here = (*path, str(key))
+            named = key == "name" and path and path[-1] in ("optimizer", "scheduler")
+            if key in EVALUATED or named:
+                yield from ((here, item) for item in _items(value))
+            yield from _found(value, here)
+    elif isinstance(config, (list, tuple)):
+        for i, value in enumerate(config):
+            yield from _found(value, (*path, str(i)))
+
+
+def _items(value: Any) -> list:
+    return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 def read_conv_layers(text: Any) -> list[tuple[int, int, int]]:
@@ -72,3 +128,73 @@ def guard() -> None:
 def _run_and_guard(module: ModuleType, run: Callable[[ModuleType], None]) -> None:
     run(module)
     vars(module)["eval"] = READERS[module.__name__]
+
+
+# The experts of SID and ER have one method a split; those of ASR and PR a list of sets, here:
+_METHODS = dict.fromkeys(("voxceleb1", "emotion"), ("train", "dev", "test"))
+_SECTIONS = {"asr": "datarc", "ctc": "corpus"}
+_OTHER_LISTS = {"lexicon"}  # of these sections
+_SPLIT_NAME = re.compile(r"\w[\w.-]*", re.ASCII)
+
+
+def check_splits(
+    downstream: str | None, config: Mapping[str, Any], where: str, asked: str | None = None
+) -> None:
+    """Refuse splits that the recipe has not.
+
+    Args:
+        downstream: the name after ``-d``; of others than the four only the form is checked.
+        config: the recipe, with ``-o`` put in.
+        where: the recipe's file, for messages.
+        asked: the split after ``-t``; None: this run trains, and takes those in ``runner``.
+
+    Raises:
+        ConfigError: naming the key or option, and the splits there are.
+    """
+    runner = config.get("runner")
+    runner = runner if isinstance(runner, Mapping) else {}
+    named = [(f"{where}: runner.train_dataloader", runner.get("train_dataloader", "train"))]
+    several = runner.get("eval_dataloaders") or ()
+    several = several if isinstance(several, (list, tuple)) else [several]
+    named += [(f"{where}: runner.eval_dataloaders", split) for split in several]
+    if asked is not None:
+        named = [("-t", asked)]
+    expert = config.get("downstream_expert")
+    datarc = expert.get("datarc") if isinstance(expert, Mapping) else None
+    if isinstance(datarc, Mapping):
+        check_fold(datarc.get("test_fold"), f"{where}: downstream_expert.datarc.test_fold")
+    known = _known(downstream, config)
+    for key, split in named:
+        if known is None and isinstance(split, str) and _SPLIT_NAME.fullmatch(split):
+            continue
+        if known is None or split not in known:
+            allowed = "a plain name is needed" if known is None else f"use {_listed(known)}"
+            raise ConfigError(f"{key}: there is no split {split!r:.60}; {allowed}")
+
+
+def check_fold(fold: Any, where: str) -> None:
+    """Refuse an ER fold that is no plain name: s3prl puts it into the names of files.
+
+    Raises:
+        ConfigError: naming ``where`` it stands.
+    """
+    if fold is not None and not (isinstance(fold, str) and _SPLIT_NAME.fullmatch(fold)):
+        raise ConfigError(f"{where} is {fold!r:.60}; fold1, fold2, ... is expected")
+
+
+def _known(downstream: str | None, config: Mapping[str, Any]) -> tuple[str, ...] | None:
+    if not isinstance(downstream, str):  # a checkpoint may say anything
+        return None
+    if downstream in _METHODS:
+        return _METHODS[downstream]
+    expert = config.get("downstream_expert")
+    section = expert.get(_SECTIONS.get(downstream)) if isinstance(expert, Mapping) else None
+    if not isinstance(section, Mapping):
+        return None
+    return tuple(
+        key for key, sets in section.items() if isinstance(sets, list) and key not in _OTHER_LISTS
+    )
+
+
+def _listed(names: tuple[str, ...]) -> str:
+    return " or ".join(names) if names else "a list of sets in the recipe, which has none"

@@ -16,11 +16,10 @@ from torch.utils.data import Dataset, get_worker_info
 from ..errors import DataError, SetupError
 from .audio import SAMPLE_RATE, Recording, warn_once
 from .bad_audio import ADVICE, Bad, BadAudio, too_short
-from .buckets import bucket, padding_share, within
-from .distortion.plan import generator
+from .distortion.pipeline import generator
 from .distortion.settings import DistortionSettings
 from .loader import BatchLoader, share
-from .sampling import EpochOrder, FixedOrder
+from .sampling import EpochOrder, FixedOrder, bucket, padding_share, within
 from .tables import Utterance, read_tables
 
 logger = logging.getLogger(__name__)
@@ -78,7 +77,7 @@ class DistillationDataset(Dataset):
         seed: of the excerpts and the distortions. Both follow from seed, epoch and utterance alone:
             torch's own numbers would depend on the worker and on what was drawn before.
         skip_bad: leave utterances out whose files are bad, and say which in the batch.
-        budget: most samples of a batch; see :func:`.buckets.bucket`.
+        budget: most samples of a batch; see :func:`.sampling.bucket`.
         targets: the stored targets of all utterances. They are of undistorted audio, and of one
             excerpt of each long utterance, so this is what every epoch hears of it then.
 

@@ -26,11 +26,9 @@ from tqdm import tqdm
 from ..data.audio_files import is_passed_over
 from ..data.lengths import write_table
 from ..errors import DataError
-from ..files.atomic import whole_folder
-from ..files.digest import file_sha256
+from ..files.atomic import file_sha256, whole_folder
 from ..files.formats import refuse_newer
-from ..prepare.asr import TABLES
-from ..prepare.char_dict import normalise
+from ..prepare.asr import TABLES, normalise
 from .noise import make_noises
 from .sentences import sentences
 from .voices import SAMPLE_RATE, Voice, make_voices, speak, to_int16

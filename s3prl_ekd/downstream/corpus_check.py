@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from ..files.overrides import typed
+from ..files.config import typed
 from ..files.text import CONTROL, read_text
 
 MAX_LIST = 256 << 20  # bytes of a list of files; VoxCeleb1's has 5 million
@@ -278,7 +278,7 @@ def _pr(recipe: _Recipe, splits: Sequence[str]) -> Iterator[_Lookup]:
 
 
 def _splits(runner: Mapping[str, Any]) -> list[str]:
-    """Those of a run that trains, as :mod:`..compat.splits` has checked them."""
+    """Those of a run that trains, as :mod:`..compat.no_eval` has checked them."""
     several = runner.get("eval_dataloaders") or ()
     several = several if isinstance(several, (list, tuple)) else [several]
     return [runner.get("train_dataloader", "train"), *several]

@@ -1,12 +1,20 @@
-"""What stands for s3prl's upstream: hidden states read, or computed utterance by utterance."""
+"""How often a store had what was asked for: said in a run's log, and read there by ``superb``.
+
+What stands for s3prl's upstream: hidden states read, or computed utterance by utterance.
+
+s3prl's downstream ``Runner`` with kept hidden states between the upstream and the Featurizer.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
+import re
 from argparse import Namespace
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,10 +26,44 @@ from torch import Tensor, nn
 from .. import __version__
 from ..data.audio_files import SAMPLE_RATE
 from ..errors import SetupError
-from ..files.digest import file_sha256
+from ..files.atomic import file_sha256
 from ..hidden_states.feature_store import FeatureStore, key_of, rounded
 from ..hidden_states.fingerprint import weights_digest
-from .counts import Counts
+from .arguments import OPTION, CacheOptions
+
+_LINE = re.compile(r"features: (\d+) hits, (\d+) misses, (\d+) excerpts, (\d+) bytes written")
+
+
+@dataclass
+class Counts:
+    """Utterances read, computed and (random excerpts) computed without asking; bytes written."""
+
+    hits: int = 0
+    misses: int = 0
+    excerpts: int = 0
+    written: int = 0
+
+    def __str__(self) -> str:
+        return (
+            f"features: {self.hits} hits, {self.misses} misses, {self.excerpts} excerpts, "
+            f"{self.written} bytes written"
+        )
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(*(a + b for a, b in zip(self._all, other._all, strict=True)))
+
+    @property
+    def _all(self) -> tuple[int, int, int, int]:
+        return self.hits, self.misses, self.excerpts, self.written
+
+
+def read_counts(text: str) -> Counts:
+    """The sum of all that a log says."""
+    total = Counts()
+    for numbers in _LINE.findall(text):
+        total += Counts(*map(int, numbers))
+    return total
+
 
 FRAMES = "ekd_frames"  # beside the hidden states: how many frames each utterance has
 
@@ -213,3 +255,58 @@ def _json_digest(folder: str | None) -> str | None:
 def _sha256(path: str | None) -> str | None:
     """Of a file's contents; None for what is no file: then the weights must do."""
     return file_sha256(path) if path and Path(path).is_file() else None
+
+
+logger = logging.getLogger(__name__)
+
+
+def cached(runner: type, options: CacheOptions) -> type:
+    """A Runner whose upstream is asked once for each waveform.
+
+    The upstream is replaced once the Runner is built: its Featurizer has counted the layers by
+    then. Noise that is added afterwards (:mod:`.noise`) comes before the store.
+
+    Raises (when built):
+        SetupError: the upstream is trained, or there are several processes.
+    """
+
+    class CachedRunner(runner):
+        built = None  # the last one, for its counts
+
+        def __init__(self, args, config):
+            if args.upstream_trainable:
+                raise SetupError(
+                    f"{OPTION} is for a frozen upstream; leave it out, or leave out -f "
+                    "(--upstream_trainable)"
+                )
+            if torch.distributed.is_initialized():
+                raise SetupError(f"{OPTION} is for one process and not for torchrun")
+            super().__init__(args, config)
+            selection = self.featurizer.model.feature_selection
+            name = folder_name(args, self.upstream.model, selection)
+            store = FeatureStore(Path(options.folder), name, options.limit_gb)
+            logger.info("hidden states of each utterance alone, kept in %s", store.folder)
+            self.upstream.model = CachedUpstream(
+                self.upstream.model,
+                selection,
+                store,
+                excerpt_length(config),
+                lambda: self.downstream.model.training,
+            ).eval()
+            self.featurizer.model.register_forward_hook(cut_to_frames)
+            CachedRunner.built = self
+
+        @staticmethod
+        def say_counts() -> None:
+            if CachedRunner.built is not None:
+                logger.info("%s", CachedRunner.built.upstream.model.counts)
+
+    return CachedRunner
+
+
+def excerpt_length(config: Mapping[str, Any]) -> int | None:
+    """Samples of the random excerpts that s3prl's dataset of SID takes of longer training
+    utterances; None for recipes that take utterances whole."""
+    datarc = config.get("downstream_expert", {}).get("datarc") or {}
+    found = datarc.get("max_timestep")
+    return found if isinstance(found, int) and found > 0 else None

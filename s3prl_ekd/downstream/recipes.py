@@ -187,7 +187,7 @@ def _read_yaml(path: Path, remedy: str) -> dict | Problem:
     if not path.is_file():
         return Problem(f"{path} is not there", remedy)
     try:
-        from ..files.yaml_loader import MAX_YAML, parse_yaml
+        from ..files.text import MAX_YAML, parse_yaml
     except ImportError:
         return _missing_module("yaml")
     try:

@@ -15,21 +15,19 @@ from types import ModuleType
 from typing import Any
 
 from ..compat import checkpoint_globals, no_eval, voxceleb1_cache
-from ..compat.evaluated import check_names
 from ..compat.isinstance import isinstance_kept
-from ..compat.splits import check_fold, check_splits
+from ..compat.no_eval import check_fold, check_names, check_splits
 from ..errors import CheckpointError, ConfigError, SetupError
 from ..files import trust
 from ..files.atomic import make_folder
-from ..files.config import read_yaml
+from ..files.config import apply_overrides, read_yaml
 from ..files.formats import refuse_newer_parts
-from ..files.overrides import apply_overrides
 from ..files.run_checkpoints import read_run
-from ..files.safe_load import safe_load
+from ..files.torch_load import safe_load
 from ..system import torchrun
 from ..system.lock import NAME, FolderLock
 from . import arguments as cache_arguments
-from . import noisy_run
+from . import noise as noisy_run
 from .checkpoint_args import replaced_arguments, say_moved
 from .corpus_check import check_corpus
 from .recipes import RECIPES, missing_paths
@@ -56,7 +54,7 @@ def prepare_downstream(argv: list[str]) -> list[str]:
     """Check the arguments of a downstream run and complete them.
 
     Returns:
-        What :func:`main` takes: s3prl's arguments, with ours (:mod:`.noisy_run`,
+        What :func:`main` takes: s3prl's arguments, with ours (:mod:`.noise`,
         :mod:`.`) behind them.
 
     Raises:
@@ -129,7 +127,7 @@ def main(script: ModuleType, argv: list[str]) -> None:
     script.Runner = exact(runner)
     say_counts = None
     if cache is not None:
-        from .feature_cache_run import cached
+        from .feature_cache import cached
 
         script.Runner = cached(script.Runner, cache)
         say_counts = script.Runner.say_counts

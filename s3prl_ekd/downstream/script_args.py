@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import CheckpointError, SetupError
-from ..files.overrides import argument_overrides, escape_equals
+from ..files.config import argument_overrides, escape_equals
 
 logger = logging.getLogger(__name__)
 

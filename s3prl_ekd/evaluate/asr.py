@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..superb.scores import count_characters, count_errors, read_pairs
+from ..superb.metrics import count_characters, count_errors, read_pairs
 
 
 @dataclass(frozen=True)

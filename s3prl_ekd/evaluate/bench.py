@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from .. import __version__, compat
 from ..errors import SetupError
-from ..teachers.sizes import SIZES, write_teachers
+from ..teachers.random_weights import SIZES, write_teachers
 from .bench_clock import STAGES, Clock, seconds
 from .bench_corpus import write_corpus
 from .bench_floor import flop_counter, matrix_rate

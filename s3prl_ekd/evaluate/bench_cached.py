@@ -5,8 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..hidden_states.fingerprint import layout_of, make_key
-from ..hidden_states.reader import TargetReader
-from ..hidden_states.store import Index
+from ..hidden_states.store import Index, TargetReader
 from ..pretrain.config_diff import table_digests
 from ..pretrain.target_cache.build import begin, build, targets_of
 from ..pretrain.target_cache.use import let_go

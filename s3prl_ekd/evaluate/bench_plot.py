@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping
 
-from ..superb.plot_style import COLOURS, add_legend, new_figure
+from ..superb.report_plots import COLOURS, add_legend, new_figure
 from .bench_clock import STAGES
 from .bench_report import STEP, rows, stages
 

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..teachers.sizes import SIZES, Size
+from ..teachers.random_weights import SIZES, Size
 from .bench_clock import Clock
 from .bench_corpus import RATE, SET
 

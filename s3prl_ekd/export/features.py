@@ -1,4 +1,6 @@
-"""Hidden states of audio files, one utterance at a time, into one safetensors file.
+"""Which audio files are meant, and what each is called in the features file.
+
+Hidden states of audio files, one utterance at a time, into one safetensors file.
 
 One at a time and never as a padded batch: the first conv layer normalises over time, so padding
 would change every hidden state. What is written is what the upstream gives for the file alone.
@@ -7,20 +9,61 @@ would change every hidden state. What is written is what the upstream gives for 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import torch
 from torch import Tensor
 
 from .. import __version__
 from ..data.audio import read_audio
-from ..data.audio_files import SAMPLE_RATE, read_header
+from ..data.audio_files import SAMPLE_RATE, find_audio, read_header
 from ..errors import CheckpointError, ConfigError, DataError
-from ..files.digest import file_sha256
+from ..files.atomic import file_sha256
+from ..files.text import read_text
 from ..hidden_states.features_file import FeaturesFile
+
+
+def collect_audio(given: Sequence[str], lists: Sequence[Path] = ()) -> dict[str, Path]:
+    """Files, folders and lists of files -> ``{key: path}``.
+
+    The key of a file in a folder is its path inside that folder; the key of a file that is named,
+    on the command line or in a list, is its path as it is written there. Always with ``/``.
+
+    Raises:
+        DataError: nothing is there, a list cannot be read, or two files have one key.
+    """
+    found: dict[str, Path] = {}
+
+    def add(key: str, path: Path) -> None:
+        if key in found:
+            raise DataError(
+                f"{found[key]} and {path} would both be called {key}; give the folder above both, "
+                "or write two files"
+            )
+        found[key] = path
+
+    for text in given:
+        path = Path(text)
+        if path.is_dir():
+            for name in find_audio(path):
+                add(name, path / name)
+        else:
+            add(PurePath(text).as_posix(), path)
+    for listed in lists:
+        for text in _lines(listed):
+            add(PurePath(text).as_posix(), Path(text))
+    if not found:
+        raise DataError("there are no audio files in what was given (.flac .wav .ogg .opus)")
+    return found
+
+
+def _lines(path: Path) -> list[str]:
+    text = read_text(path, "list", DataError, limit=1 << 28, utf8="utf-8-sig")
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
 
 FORMAT, VERSION = "s3prl_ekd.features", 1
 _AHEAD = 4  # files that are read while the model works
@@ -78,7 +121,7 @@ def write_features(
 
     Args:
         checkpoint: a student file or ``states-*.ckpt``.
-        audio: ``{key: path}``, of :func:`.features_inputs.collect_audio`.
+        audio: ``{key: path}``, of :func:`.features.collect_audio`.
         output: whole or not at all.
         max_seconds: a longer file is a bad one; a full-size student takes 17 MB a second.
         skip_bad: leave out bad files and say so; else the first one is an error.

@@ -4,6 +4,8 @@ Each is written under a temporary name beside its own, ``.NAME.HEX.tmp`` or ``.N
 which no one can foresee or have laid a link at, and renamed at the end. A command that is killed
 leaves its temporary name behind; the next one that writes the same NAME removes it. Whether a
 process is still writing there is asked of the system: each holds an ``flock`` on what it writes.
+
+What a file holds, in a few letters: the same wherever it lies and whatever it is called.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import contextlib
 import csv
 import errno
 import glob
+import hashlib
 import io
 import os
 import re
@@ -286,3 +289,16 @@ def make_folder(path: Path, error: type[EkdError] = DataError) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as problem:
         raise error(f"cannot make the folder {path}: {problem.strerror}") from None
+
+
+def file_sha256(path: str | Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal; the file is not read as a whole.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    total = hashlib.sha256()  # hashlib.file_digest came with Python 3.11
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            total.update(block)
+    return total.hexdigest()

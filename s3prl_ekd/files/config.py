@@ -3,21 +3,32 @@
 The types understood are those the configuration needs: ``bool int float str``, ``Literal``,
 ``X | None``, ``tuple[X, ...]``, ``dict[str, X]`` and dataclasses of these. A dataclass may check
 itself in ``__post_init__`` by raising ``ValueError("what is wrong")``; the YAML path is put before.
+
+One experiment as its difference to another: the key ``extends`` of a model config.
+
+extends: ../config_model.yaml      # relative to this file; one level
+teachers: [hubert, wavlm]          # a list of names takes these of the base's teachers
+aggregation: average               # other keys replace, mappings are merged
+
+``-o``: settings typed on the command line, put over those of a YAML file or a checkpoint.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import math
+import re
+import shlex
 import types
 import typing
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
+from ..compat.no_eval import read_value
 from ..errors import ConfigError
-from .text import CONTROL, MAX_DEPTH, MAX_NUMBER, read_text
-from .yaml_loader import MAX_YAML, parse_yaml
+from .text import CONTROL, MAX_DEPTH, MAX_NUMBER, MAX_YAML, parse_yaml, read_text
 
 T = TypeVar("T")
 MAX_LIST, MAX_NAMES = 10_000, 1000
@@ -170,3 +181,151 @@ def _show(value: Any) -> str:
         return "a number far too large"
     text = " ".join(text.split())  # a tensor takes several lines
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def read_extended(path: str | Path) -> dict[str, Any]:
+    """Read a model config and put it over the one it extends, if any.
+
+    Raises:
+        ConfigError: a file cannot be read, the base extends another one, or a teacher taken from
+            the base is not there.
+    """
+    path = Path(path)
+    data = read_yaml(path)
+    if "extends" not in data:
+        return data
+    name = data.pop("extends")
+    if not isinstance(name, str):
+        raise ConfigError(f"{path}.extends: the path of a YAML file is expected, not {name!r}")
+    base_path = path.parent / name
+    base = read_yaml(base_path)
+    if "extends" in base:
+        raise ConfigError(
+            f"{path}.extends: {base_path} extends another file itself; one level is allowed"
+        )
+    chosen = data.get("teachers")
+    if isinstance(chosen, list):
+        data["teachers"] = _choose(base.get("teachers"), chosen, path)
+        base.pop("teachers", None)
+    return merge(base, data)
+
+
+def _choose(teachers: Any, names: list, path: Path) -> dict:
+    known = teachers if isinstance(teachers, dict) else {}
+    for name in names:
+        if not isinstance(name, str) or name not in known:
+            raise ConfigError(
+                f"{path}.teachers: the file it extends has no teacher {name!r}; "
+                f"it has: {', '.join(map(str, known)) or 'none'}"
+            )
+    return {name: known[name] for name in names}
+
+
+def merge(base: dict, over: dict) -> dict:
+    """``over`` on top of ``base``: mappings are merged key by key, all else is replaced."""
+    merged = copy.deepcopy(base)
+    for key, value in over.items():
+        if isinstance(value, dict) and isinstance(merged.get(key), dict):
+            merged[key] = merge(merged[key], value)
+        else:
+            merged[key] = copy.deepcopy(value)
+    return merged
+
+
+_CODE = re.compile(r"""[()\[\]{}'"`]""")
+_SHELL = re.compile(r"""["$`\\!]""")  # what a shell changes between double quotes
+
+
+def apply_overrides(data: dict, overrides: str) -> dict:
+    """s3prl's ``-o "config.a.b=1,,config.c='x'"`` on a copy of ``data``, plain values only.
+
+    Values are numbers, quoted texts and lists of them; anything else is taken as text, as s3prl
+    takes what it cannot evaluate, unless it has brackets or quotes: it may be meant as code.
+    ``args.*`` overrides are none of the config's business and only looked at.
+
+    Raises:
+        ConfigError: a key or a value is not of that form.
+    """
+    data = copy.deepcopy(data)
+    for option in overrides.split(",,"):
+        key, equals, text = option.strip().partition("=")
+        if not equals:
+            raise ConfigError(
+                f"-o {option.strip()!r}: write config.KEY.KEY=VALUE, several joined by ,,"
+            )
+        first, *path = key.strip().split(".")
+        if first not in ("args", "config"):
+            raise ConfigError(f"-o {key.strip()!r}: the key must start with config. or args.")
+        value = text.strip()
+        try:
+            value = read_value(value)
+        except ValueError:
+            if "=" in value:  # most often a single comma between two settings
+                raise ConfigError(
+                    f"-o {option.strip()!r}: write config.KEY.KEY=VALUE, several joined by ,,; a "
+                    "value with an = sign needs quotes"
+                ) from None
+            if _CODE.search(value):
+                raise ConfigError(
+                    f"-o {key.strip()!r}: {value[:60]!r} is no plain value; write a number, a list "
+                    "or a quoted text"
+                ) from None
+        if first == "args" or not path:
+            continue
+        target = data
+        for name in path[:-1]:
+            target = target.setdefault(name, {})
+            if not isinstance(target, dict):
+                raise ConfigError(f"-o {key.strip()!r}: {name} is not a mapping")
+        target[path[-1]] = value
+    return data
+
+
+def argument_overrides(overrides: str | None) -> dict[str, Any]:
+    """The arguments that ``-o`` sets, without ``args.``, and their values."""
+    values: dict[str, Any] = {}
+    for option in (overrides or "").split(",,"):
+        key, _, text = option.strip().partition("=")
+        if key.strip().startswith("args."):
+            try:
+                value = read_value(text.strip())
+            except ValueError:
+                value = text.strip()
+            values[key.strip().removeprefix("args.")] = value
+    return values
+
+
+def overridden(overrides: str | None) -> frozenset[str]:
+    """The keys of the config that ``-o`` sets, without ``config.``; see :func:`apply_overrides`."""
+    options = (overrides or "").split(",,")
+    keys = (option.partition("=")[0].strip() for option in options)
+    return frozenset(key.removeprefix("config.") for key in keys if key.startswith("config."))
+
+
+def literal(value: Any) -> str:
+    """A plain value as s3prl's ``-o`` takes it: without a further ``=`` sign or comma in a text."""
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(literal, value))}]"
+    return repr(value).replace("=", r"\x3d").replace(",", r"\x2c")
+
+
+def escape_equals(overrides: str) -> str:
+    """``-o`` as s3prl's own script splits it, which allows one ``=`` sign in an option.
+
+    Raises:
+        ConfigError: as :func:`apply_overrides`.
+    """
+    apply_overrides({}, overrides)
+    options = []
+    for option in overrides.split(",,"):
+        key, _, text = option.partition("=")
+        if "=" in text:
+            text = repr(read_value(text.strip())).replace("=", r"\x3d")
+        options.append(f"{key}={text}")
+    return ",,".join(options)
+
+
+def typed(key: str, value: Any) -> str:
+    """``-o "config.KEY=VALUE"``, to be typed in a shell."""
+    text = f"config.{key}={literal(value)}"
+    return f"-o {shlex.quote(text)}" if _SHELL.search(text) else f'-o "{text}"'

@@ -12,7 +12,7 @@ from pathlib import Path
 from ..compat import checkpoint_globals
 from ..errors import CheckpointError
 from .formats import NewerFormatError, refuse_newer_parts
-from .safe_load import safe_load
+from .torch_load import safe_load
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +23,7 @@ def read_run(path: str | Path) -> dict:
     """A run's checkpoint as data.
 
     Raises:
-        CheckpointError: see :func:`.safe_load.safe_load`; NewerFormatError where a newer
+        CheckpointError: see :func:`.torch_load.safe_load`; NewerFormatError where a newer
             s3prl_ekd wrote it.
     """
     states = safe_load(path, "checkpoint", allow=checkpoint_globals())

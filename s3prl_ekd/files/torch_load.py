@@ -1,20 +1,98 @@
-"""What reading a torch file would do, found out before it is read.
+"""A model built from a file's settings may not be much larger than the file's weights.
+
+A file of a kilobyte can ask for a model of a terabyte, or of a million layers. Which settings do
+that differs from model to model, so what is watched is what building does: tensors made, and their
+size.
+
+What reading a torch file would do, found out before it is read.
 
 ``torch.save`` writes a zip archive of uncompressed members, of which ``data.pkl`` is a pickle and
 the others are the tensors' numbers, or, before torch 1.6, several pickles with the numbers behind
 them. A pickle is a program: here it is read as a list of instructions and none is carried out.
+
+Read a torch file as data: plain tensors and containers, never code.
 """
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import math
+import pickle
 import struct
 import tarfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..compat.checkpoints import loader_holes
+from ..errors import CheckpointError
+from . import trust
+from .text import check_data, check_regular, download_problem
 from .torch_pickle import Storages, TorchFileError, follow
+
+_TIMES = 8  # bytes allocated for a byte of the file: half precision, initialisation, copies
+_SPARE_BYTES = 256 << 20
+_SPARE_TENSORS = 4_000  # made in half a second; a model of 48 layers takes about 1500
+_BYTES_OF_ONE = 1 << 18  # of the file, for each more
+# ATen's ways to make a tensor out of nothing; the others start from one that is there.
+_SHAPED = {"empty", "zeros", "ones", "full", "rand", "randn", "empty_strided", "new_empty"}
+_RANGES = {"arange", "range", "linspace", "logspace", "randperm"}
+
+
+@contextlib.contextmanager
+def build_limit(path: str | Path) -> Iterator[None]:
+    """Within it, no more may be built than the file (or a folder's files) could have weights for.
+
+    Raises:
+        CheckpointError: more was asked for.
+    """
+    path = Path(path)
+    files = path.glob("*.safetensors") if path.is_dir() else (path,)
+    held = sum(file.stat().st_size for file in files)
+    with _Watch(path, held, _TIMES * held + _SPARE_BYTES):
+        yield
+
+
+class _Counts:
+    """Apart from the mode, whose subclasses would have torch's compiler imported: a second."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = func.overloadpacket.__name__
+        if name in _SHAPED and str(kwargs.get("device")) != "meta":
+            sizes = args[1] if name == "new_empty" else args[0]
+            self._make(math.prod(sizes), kwargs)
+        elif name in _RANGES:
+            self._make(max((abs(int(n)) for n in args if isinstance(n, (int, float))), default=0))
+        elif name == "eye":
+            rows, columns = (*args, *args)[:2]
+            self._make(rows * columns, kwargs)
+        elif name in ("repeat", "expand_copy"):
+            self._make(math.prod(args[1]) * args[0].numel())
+        return func(*args, **kwargs)
+
+    def _make(self, count: int, kwargs: dict | None = None) -> None:
+        dtype = (kwargs or {}).get("dtype")
+        self._bytes -= count * (dtype.itemsize if dtype is not None else 4)
+        self._tensors -= 1
+        if self._bytes < 0 or self._tensors < 0:
+            raise CheckpointError(
+                f"{self._path} is damaged: it asks for a model far larger than the "
+                f"{self._held:,} bytes that it has"
+            )
+
+
+class _Watch(_Counts, TorchDispatchMode):
+    def __init__(self, path: Path, held: int, most: int):
+        super().__init__()
+        self._path, self._held = path, held
+        self._bytes, self._tensors = most, _SPARE_TENSORS + held // _BYTES_OF_ONE
+
 
 __all__ = ["TorchFileError", "named_globals"]
 
@@ -177,3 +255,146 @@ class _Limited:
 
     def tell(self) -> int:
         return MAX_PICKLE - self._left
+
+
+logger = logging.getLogger(__name__)
+
+_TYPES = (
+    "BFloat16 Half Float Double ComplexFloat ComplexDouble Bool Byte Char Short Int Long".split()
+)
+# All that a file may name beside what the caller allows: tensors, their types, and containers.
+ALLOWED = frozenset(
+    [
+        "collections.OrderedDict",
+        "__builtin__.set",
+        "builtins.set",
+        "torch.Size",
+        "torch.device",
+        "torch._utils._rebuild_tensor",
+        "torch._utils._rebuild_tensor_v2",
+        "torch._utils._rebuild_parameter",
+        "torch.storage.UntypedStorage",
+        *(f"torch.{name}Storage" for name in _TYPES),
+        *(f"torch.{kind}{size}" for kind in ("float", "int", "uint") for size in (8, 16, 32, 64)),
+        *(f"torch.{name}" for name in ("bool", "bfloat16", "complex64", "complex128")),
+    ]
+)
+
+
+def safe_load(path: str | Path, what: str = "checkpoint", allow: Sequence[type] = ()) -> dict:
+    """``torch.load`` with ``weights_only=True``, a list of what is allowed, and our own errors.
+
+    What the file asks for is looked up before any of it is loaded. ``--trust-checkpoint`` (see
+    :mod:`.trust`) is the only way past that list.
+
+    Args:
+        path: the file. Tensors stay on disk until used (memory-mapped) where the format allows.
+        what: the noun for messages.
+        allow: classes that the file may name beside :data:`ALLOWED`.
+
+    Raises:
+        CheckpointError: the file is missing, not the one that was to be downloaded, damaged, no
+            mapping, asks for any other class or function, or declares more than it holds.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise CheckpointError(f"cannot read the {what} {path}: there is no such file")
+    check_regular(path, what, CheckpointError)
+    if problem := download_problem(path):
+        raise CheckpointError(f"the {what} {path} {problem}")
+    try:
+        asked = _first_refused(named_globals(path), allow)
+        if asked is None:
+            data = _load(path, allow)
+        elif trust.trusted():
+            logger.warning(
+                "the %s %s asks for %s, and %s lets it run any code",
+                what,
+                path,
+                asked,
+                trust.OPTION,
+            )
+            data = torch.load(path, map_location="cpu", weights_only=False)
+        else:
+            raise CheckpointError(
+                f"the {what} {path} asks for {asked}, which is code and not data; it is not "
+                "loaded. Use a file of plain tensors, or, if you trust who made it as much as "
+                f"yourself, add {trust.OPTION} to a command that reads runs or upstreams"
+            )
+    except CheckpointError:
+        raise
+    except TorchFileError as error:
+        raise CheckpointError(f"the {what} {path} {error}") from None
+    except OSError as error:
+        reason = error.strerror or "it ends too early"
+        raise CheckpointError(f"cannot read the {what} {path}: {reason}") from None
+    except Exception as error:  # torch passes on whatever a damaged pickle makes Python raise
+        logger.debug("%s: %r", path, error)
+        raise CheckpointError(f"the {what} {path} is damaged or no torch file") from None
+    if not isinstance(data, dict):
+        raise CheckpointError(f"the {what} {path} holds a {type(data).__name__}, not a mapping")
+    if asked is None:
+        _check_loaded(data, f"the {what} {path} cannot be used")
+    return data
+
+
+def scan_for_old_torch(path: str | Path) -> None:
+    """Refuse a file that ``torch.load(weights_only=True)`` of the installed torch does more with
+    than read data. Classes that it names are torch's business.
+
+    Raises:
+        CheckpointError: torch has such holes, and the file is made for them or damaged.
+    """
+    if not loader_holes(torch.__version__):
+        return
+    try:
+        for _ in named_globals(Path(path)):
+            pass
+    except TorchFileError as error:
+        raise CheckpointError(
+            f"the checkpoint {path} {error}; torch {torch.__version__} is not safe with such files "
+            "(s3prl-ekd doctor says more): type pip install 'torch>=2.10', or, if you trust who "
+            f"made it as much as yourself, add {trust.OPTION}"
+        ) from None
+
+
+def _first_refused(names: Iterable[str], allow: Sequence[type]) -> str | None:
+    known = ALLOWED | {f"{kind.__module__}.{kind.__qualname__}" for kind in allow}
+    return next((name for name in names if name not in known), None)
+
+
+def _load(path: Path, allow: Sequence[type]) -> Any:
+    # The context takes away at its end all that it was given: what is allowed already stays out.
+    named = torch.serialization.get_safe_globals()
+    new = [known for known in allow if known not in named]
+    with torch.serialization.safe_globals(new):
+        try:
+            return torch.load(
+                path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+            )
+        except pickle.UnpicklingError:
+            raise TorchFileError("is damaged or no torch file") from None
+
+
+def _check_loaded(data: dict, where: str) -> None:
+    """Tensors that lie in the file as large as they say they are, and data that has an end."""
+    check_data(data, lambda reason: CheckpointError(f"{where}: {reason}"))
+    waiting: list[Any] = [data]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            waiting += value.values()
+        elif isinstance(value, (list, tuple)):
+            waiting += value
+        elif isinstance(value, torch.Tensor):
+            if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized:
+                raise CheckpointError(f"{where}: a tensor in it is not a plain one")
+            if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+                raise CheckpointError(
+                    f"{where}: a tensor declares the shape {_shape(value)}, for which the file has "
+                    f"{value.untyped_storage().nbytes():,} bytes"
+                )
+
+
+def _shape(tensor: torch.Tensor) -> str:
+    return "x".join(map(str, tensor.shape))

@@ -50,7 +50,7 @@ def restrict_torch() -> None:
     """Have s3prl's own ``torch.load`` read data and nothing else, with any torch.
 
     torch 2.5 loads weights only where that is asked for, and before 2.10 a file can do harm even
-    then: there each file is scanned first, as :func:`.safe_load.safe_load` does.
+    then: there each file is scanned first, as :func:`.torch_load.safe_load` does.
     """
     import torch
 
@@ -67,7 +67,7 @@ def _scanning(load: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(load)
     def scan_and_load(f: Any, *args: Any, **kwargs: Any) -> Any:
-        from .safe_load import scan_for_old_torch
+        from .torch_load import scan_for_old_torch
 
         if not _trusted and isinstance(f, (str, os.PathLike)):
             scan_for_old_torch(f)

@@ -4,10 +4,13 @@ A file: ``EKDF``, a CRC-32 of all behind it, then four little-endian 32-bit numb
 value, layers, frames, width) and the values in the machine's byte order, layer by layer: float16,
 or float32 where a value is beyond float16's 65504 or not finite. Names come from the samples alone,
 so several processes may write the same file at once: each writes a temporary one and renames it.
+
+How large a folder is.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -20,7 +23,6 @@ import torch
 from torch import Tensor
 
 from ..files.atomic import whole_file
-from .size import folder_size
 
 logger = logging.getLogger(__name__)
 
@@ -155,3 +157,13 @@ def _decode(data: bytearray) -> Tensor | None:
         return torch.empty(shape, dtype=_DTYPES[size])
     values = torch.frombuffer(data, dtype=_DTYPES[size], offset=_HEAD.size, count=count)
     return values.view(shape)
+
+
+def folder_size(folder: Path) -> int:
+    """Bytes of all files below ``folder``."""
+    total = 0
+    for path, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):  # another process renames and removes
+                total += os.stat(os.path.join(path, name)).st_size
+    return total

@@ -16,13 +16,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..data.buckets import used
+from ..data.sampling import used
 from ..data.tables import Utterance
 from ..distill.settings import DistillSettings
 from ..distill.teachers import PROBE_SAMPLES, TeacherEnsemble
 from ..errors import ConfigError
-from .layout import Block, Layout, Part, part_of
-from .store import Index
+from .store import Block, Index, Layout, Part, part_of
 
 PER_TEACHER = "per teacher"
 TOLERANCE = 0.01  # of the answer; devices and versions differ by far less (ours)

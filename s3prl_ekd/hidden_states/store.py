@@ -1,10 +1,26 @@
-"""The files of a cache's folder.
+"""The numbers of a cache: two bytes each, or one byte and a scale an utterance and layer.
+
+========  =====  =============================================================================
+dtype     bytes  largest error of a number x (to nearest)
+========  =====  =============================================================================
+float16   2      2^-11 |x|, and 2^-25 near 0; nothing above 65504
+bfloat16  2      2^-8 |x|; the range of float32
+int8      1      half a step: the largest |x| of the utterance and layer, by 254
+========  =====  =============================================================================
+
+What the frames of a cache hold, and which part of it a run wants.
+
+The files of a cache's folder.
 
 ``index.json``: what it is, ``complete`` only at the end. ``utterances.json``: whose targets in
 which order, a list apart as it may be long. ``targets.bin``: frames ``[frame, column]``, one
 utterance after the other. ``scales.bin`` (int8): float32 ``[piece]`` an utterance.
 ``utterances.bin``: a :data:`RECORD` an utterance, written after its targets, so its length says how
 far a cut build has come.
+
+Targets of a batch's utterances out of a cache, in whatever process asks for them.
+
+Append one utterance's targets after the other's, so that a cut build loses next to nothing.
 """
 
 from __future__ import annotations
@@ -13,19 +29,150 @@ import hashlib
 import json
 import os
 import shlex
+import time
+import zlib
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from .. import __version__
-from ..errors import DataError
+from ..data.bad_audio import BadAudio
+from ..distill.outliers import usable_frames
+from ..errors import DataError, TeacherError
 from ..files.atomic import whole_file
 from ..files.formats import refuse_newer
 from ..files.text import check_regular, read_json
-from .layout import Block, Layout, columns, pieces
-from .numbers import BYTES
+
+# numpy has no bfloat16: its files hold the bits as int16
+NUMPY = {"float16": np.float16, "bfloat16": np.int16, "int8": np.int8}
+BYTES = {name: np.dtype(kind).itemsize for name, kind in NUMPY.items()}
+STEPS = 127  # of int8, on either side of 0
+
+
+def to_numbers(
+    values: Tensor, layout: Layout, dtype: str, utterance: str
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Targets ``[frame, column]`` of an utterance as they are stored, and their scales ``[piece]``.
+
+    Raises:
+        TeacherError: a number is not finite, too large for float16, or so large that int8 would
+            make zeros of all others.
+    """
+    values = values.float()
+    if not values.isfinite().all():
+        raise TeacherError(f"a teacher's output for {utterance} is not finite; leave it out")
+    if dtype == "bfloat16":
+        return values.to(torch.bfloat16).cpu().view(torch.int16).numpy(), None
+    if dtype == "float16":
+        stored = values.half()
+        if not stored.isfinite().all():
+            raise TeacherError(
+                f"a target of {utterance} is {values.abs().max():g}, and float16 ends at 65504; "
+                "build with --dtype bfloat16"
+            )
+        return stored.cpu().numpy(), None
+    scales, stored, column = [], [], 0
+    for _, count, dim in layout:
+        part = values[:, column : column + count * dim].view(-1, count, dim)
+        if not usable_frames(part).all():
+            raise TeacherError(
+                f"a target of {utterance} is {part.abs().max():g}, and int8 would make zeros of "
+                "all others; build with --dtype bfloat16, or leave the utterance out"
+            )
+        scale = part.abs().amax((0, 2)) / STEPS  # [target]
+        scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+        stored.append((part / scale[:, None]).round().clamp(-STEPS, STEPS).flatten(1))
+        scales.append(scale)
+        column += count * dim
+    return torch.cat(stored, 1).to(torch.int8).cpu().numpy(), torch.cat(scales).cpu().numpy()
+
+
+def to_tensor(stored: np.ndarray, dtype: str) -> Tensor:
+    """The array of :func:`to_numbers`, of any shape, as a tensor of its ``dtype``."""
+    tensor = torch.from_numpy(stored)
+    return tensor.view(torch.bfloat16) if dtype == "bfloat16" else tensor
+
+
+class Block(NamedTuple):
+    """``targets`` vectors of ``dim`` numbers in each frame, of a teacher or a target set."""
+
+    name: str
+    targets: int
+    dim: int
+
+
+Layout = tuple[Block, ...]  # side by side in a frame, in this order
+
+
+def columns(layout: Layout) -> int:
+    """Numbers in a frame."""
+    return sum(block.targets * block.dim for block in layout)
+
+
+def pieces(layout: Layout) -> int:
+    """Vectors in a frame, each of which has a scale where the numbers are int8."""
+    return sum(block.targets for block in layout)
+
+
+def joined(targets: Mapping[str, Tensor], layout: Layout) -> Tensor:
+    """``{name: [1, target, frame, dim]}`` of one utterance as ``[frame, column]``."""
+    flat = [targets[block.name][0].transpose(0, 1).flatten(1) for block in layout]
+    return torch.cat(flat, dim=1)
+
+
+def parted(values: Tensor, scales: Tensor | None, layout: Layout) -> dict[str, Tensor]:
+    """``[batch, frame, column]`` as ``{name: [batch, target, frame, dim]}`` in float32.
+
+    Args:
+        values: as stored.
+        scales: ``[batch, piece]`` to multiply each vector with, or None.
+        layout: of the columns.
+    """
+    batch, frames = values.shape[:2]
+    targets, column, piece = {}, 0, 0
+    for name, count, dim in layout:
+        part = values[..., column : column + count * dim].view(batch, frames, count, dim)
+        part = part.transpose(1, 2).float()  # [batch, target, frame, dim]
+        if scales is not None:
+            part = part * scales[:, piece : piece + count, None, None]
+        targets[name] = part
+        column, piece = column + count * dim, piece + count
+    return targets
+
+
+class Part(NamedTuple):
+    """The share of a cache that a run reads: its ``layout``, the ``spans`` of columns ``(from,
+    to)`` that it is made of, and the numbers of its ``pieces``."""
+
+    layout: Layout
+    spans: tuple[tuple[int, int], ...]
+    pieces: tuple[int, ...]
+
+
+def part_of(layout: Layout, wanted: Mapping[str, Sequence[int]]) -> Part:
+    """Choose blocks, and of each some targets by their numbers, in the order of ``wanted``."""
+    starts, column, piece = {}, 0, 0
+    for block in layout:
+        starts[block.name] = block, column, piece
+        column, piece = column + block.targets * block.dim, piece + block.targets
+    chosen, spans, numbers = [], [], []
+    for name, targets in wanted.items():
+        block, column, piece = starts[name]
+        chosen.append(Block(name, len(targets), block.dim))
+        for target in targets:
+            begin = column + target * block.dim
+            if spans and spans[-1][1] == begin:
+                spans[-1] = spans[-1][0], begin + block.dim
+            else:
+                spans.append((begin, begin + block.dim))
+            numbers.append(piece + target)
+    return Part(tuple(chosen), tuple(spans), tuple(numbers))
+
 
 INDEX, NAMES, RECORDS = "index.json", "utterances.json", "utterances.bin"
 TARGETS, SCALES = "targets.bin", "scales.bin"
@@ -198,3 +345,238 @@ def _damaged(path, why: str) -> DataError:
         f"the target cache is damaged: {path}: {why}; build it anew with --force: {BUILD} "
         f"{Path(path).parent} --force"
     )
+
+
+class StoredTargets(NamedTuple):
+    """Targets of a batch on their way to the device: as they are stored, so no larger than needed.
+
+    ``values`` ``[batch, frame, column]``, zeros behind the end of each; ``frames`` ``[batch]``;
+    ``scales`` ``[batch, piece]`` where the numbers are int8; ``layout`` of the columns.
+    """
+
+    values: Tensor
+    frames: Tensor
+    scales: Tensor | None
+    layout: Layout
+
+    def on(self, device: str) -> tuple[dict[str, Tensor], Tensor]:
+        """``{name: [batch, target, frame, dim]}`` in float32, and how many frames each has."""
+        values = self.values.to(device, non_blocking=True)
+        scales = None if self.scales is None else self.scales.to(device, non_blocking=True)
+        # a pinned copy may come back with lists in the place of tuples
+        return parted(values, scales, self.layout), self.frames.to(device, non_blocking=True)
+
+
+class TargetReader:
+    """A complete cache, read only; any number of processes may have one.
+
+    The files are mapped where they are first read, so a worker process has a map of its own whether
+    it was forked or spawned. An utterance's checksum is looked at when a process first reads it.
+
+    Args:
+        folder: of the cache.
+        index: of it, where it was read already.
+
+    Attributes:
+        seed: of the excerpts that the teachers heard, all drawn as for epoch 0.
+        part: what :meth:`batch` gives; everything, unless it is set.
+
+    Raises:
+        DataError: it is not complete, or damaged.
+    """
+
+    def __init__(self, folder: str | Path, index: Index | None = None):
+        self.folder = Path(folder)
+        self.index = read_index(self.folder) if index is None else index
+        self.records = checked_records(self.folder, self.index)
+        self.seed = self.index.seed
+        ends = np.cumsum(self.records["frames"], dtype=np.int64)
+        self._starts = ends - self.records["frames"]
+        self._rows = {name: row for row, name in enumerate(self.index.utterances)}
+        self._width = self.index.frame_bytes // np.dtype(NUMPY[self.index.dtype]).itemsize
+        every = tuple(range(pieces(self.index.layout)))
+        self.part = Part(self.index.layout, ((0, self._width),), every)
+        self._targets = self._scales = None
+        self._seen = np.zeros(len(self.records), bool)
+
+    def __getstate__(self) -> dict:
+        """Without the maps: pickled for a spawned worker they would be copies of the files."""
+        return {**self.__dict__, "_targets": None, "_scales": None}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._rows
+
+    def check(self, name: str, samples: int) -> None:
+        """Refuse an utterance that has no targets, or not those of these ``samples``.
+
+        Raises:
+            BadAudio: its audio was bad when the cache was built.
+            DataError: the audio is longer or shorter than it was then.
+        """
+        frames, heard, _ = self.records[self._rows[name]]
+        if frames == 0:
+            raise BadAudio(
+                name, "no targets", f"it was bad when the target cache {self.folder} was built"
+            )
+        if heard != samples:
+            raise DataError(
+                f"{name} has {samples} samples to hear and the teachers heard {heard} when the "
+                f"target cache {self.folder} was built: its audio has changed; build another with: "
+                f"{BUILD} NEW_FOLDER"
+            )
+
+    def batch(self, names: Sequence[str]) -> StoredTargets:
+        """The targets of utterances that :meth:`check` has nothing against.
+
+        Raises:
+            DataError: the file's contents have changed since it was built.
+        """
+        if self._targets is None:
+            self._map()
+        rows = [self._rows[name] for name in names]
+        frames = self.records["frames"][rows].astype(np.int64)
+        layout, spans, wanted = self.part
+        width = sum(end - begin for begin, end in spans)
+        values = np.empty((len(rows), frames.max(), width), NUMPY[self.index.dtype])
+        for i, row in enumerate(rows):
+            count, start = frames[i], self._starts[row]
+            stored = self._targets[start : start + count]
+            if not self._seen[row]:
+                self._verify(row, stored)
+            column = 0
+            for begin, end in spans:
+                values[i, :count, column : column + end - begin] = stored[:, begin:end]
+                column += end - begin
+            values[i, count:] = 0
+        scales = None
+        if self._scales is not None:
+            scales = torch.from_numpy(self._scales[rows][:, list(wanted)])
+        return StoredTargets(
+            to_tensor(values, self.index.dtype), torch.from_numpy(frames), scales, layout
+        )
+
+    def _map(self) -> None:
+        if self.records["frames"].any():
+            shape = (-1, self._width)
+            kind = NUMPY[self.index.dtype]
+            self._targets = np.memmap(self.folder / TARGETS, kind, mode="r").reshape(shape)
+        if self.index.scale_bytes:
+            shape = (len(self.records), -1)
+            self._scales = np.memmap(self.folder / SCALES, np.float32, mode="r").reshape(shape)
+
+    def _verify(self, row: int, stored: np.ndarray) -> None:
+        scales = b"" if self._scales is None else self._scales[row].tobytes()
+        if checksum(stored, scales) != self.records["crc"][row]:
+            raise DataError(
+                f"the target cache is damaged: in {self.folder / TARGETS} the targets of "
+                f"{self.index.utterances[row]} have changed since they were written; build it anew "
+                f"with --force: {BUILD} {shlex.quote(str(self.folder))} --force"
+            )
+        self._seen[row] = True
+
+
+def checksum(stored: np.ndarray, scales: bytes = b"") -> int:
+    """CRC-32 of an utterance's targets ``[frame, column]`` and then its scales."""
+    return zlib.crc32(scales, zlib.crc32(stored))
+
+
+EVERY = 10.0  # seconds between two moments from which a machine that lost its power could go on
+
+
+class CacheWriter:
+    """The files of a cache that is being built; what is behind the last whole record is cut off.
+
+    Targets first, their record after them: whatever ends the process, the records that are there
+    are of targets that are there. The same goes for a power cut, as the targets are synced before
+    their records are written.
+
+    Args:
+        folder: exists, and this process alone writes to it.
+        index: not complete; its file is written if there is none.
+
+    Attributes:
+        records: of the utterances done, in the index's order.
+
+    Raises:
+        OSError: the files cannot be written.
+    """
+
+    def __init__(self, folder: Path, index: Index):
+        self.folder, self.index = folder, index
+        self._files: dict[str, BinaryIO] = {}
+        for name in (RECORDS, TARGETS, *([SCALES] if index.scale_bytes else [])):
+            (folder / name).touch()
+        records = read_records(folder)[: len(index.utterances)]
+        sizes = os.path.getsize(folder / TARGETS), 0
+        if index.scale_bytes:
+            sizes = sizes[0], os.path.getsize(folder / SCALES)
+        frames = np.cumsum(records["frames"], dtype=np.int64)
+        done = int(np.searchsorted(frames * index.frame_bytes, sizes[0], side="right"))
+        if index.scale_bytes:
+            done = min(done, sizes[1] // index.scale_bytes)
+        self.records = list(records[:done])
+        ends = {
+            RECORDS: done * RECORD.itemsize,
+            TARGETS: int(frames[done - 1]) * index.frame_bytes if done else 0,
+            SCALES: done * index.scale_bytes,
+        }
+        for name in (TARGETS, SCALES, RECORDS):
+            if name == SCALES and not index.scale_bytes:
+                continue
+            file = self._files[name] = open(folder / name, "r+b")
+            file.truncate(ends[name])
+            file.seek(0, os.SEEK_END)
+        self._waiting: list[np.void] = []
+        self._synced = time.monotonic()
+
+    def add(self, stored: np.ndarray, scales: np.ndarray | None, samples: int) -> None:
+        """The next utterance's targets ``[frame, column]``. Raises OSError."""
+        stored = np.ascontiguousarray(stored)
+        last = b"" if scales is None else scales.astype("<f4").tobytes()
+        self._files[TARGETS].write(stored)
+        if self.index.scale_bytes:
+            self._files[SCALES].write(last)
+        self._record(len(stored), samples, checksum(stored, last))
+
+    def add_bad(self) -> None:
+        """The next utterance has no targets: its audio is bad. Raises OSError."""
+        if self.index.scale_bytes:
+            self._files[SCALES].write(bytes(self.index.scale_bytes))
+        self._record(0, 0, 0)
+
+    def _record(self, frames: int, samples: int, crc: int) -> None:
+        record = np.array((frames, samples, crc), RECORD)[()]
+        self.records.append(record)
+        self._waiting.append(record)
+        if time.monotonic() - self._synced > EVERY:
+            self.save()
+
+    def save(self) -> None:
+        """Put on the disk what was added. Raises OSError."""
+        for name in (TARGETS, SCALES):
+            if name in self._files:
+                self._files[name].flush()
+                os.fsync(self._files[name].fileno())
+        # Taken out first: Ctrl-C on the way may lose records, and must not write them twice.
+        waiting, self._waiting = self._waiting, []
+        self._files[RECORDS].write(b"".join(record.tobytes() for record in waiting))
+        self._files[RECORDS].flush()
+        os.fsync(self._files[RECORDS].fileno())
+        self._synced = time.monotonic()
+
+    def finish(self) -> Index:
+        """All are there: say so in the index. Raises OSError."""
+        self.save()
+        values = {**self.index.__dict__, "complete": True, "digest": digest(self.folder)}
+        index = Index(**values)
+        write_index(self.folder, index)
+        return index
+
+    def close(self) -> None:
+        """Close the files; what was not saved is cut off at the next start."""
+        for file in self._files.values():
+            try:
+                file.close()
+            except OSError:  # a full disk: what is lost was never recorded
+                pass
+        self._files.clear()

@@ -5,10 +5,24 @@
 label, speaker). The name Session is IEMOCAP's; the number of folds is free. The recipe draws its
 dev set from train by itself (``valid_ratio``), over utterances and not over speakers, and always
 with the same seed: so the order of the lines decides which ones are dev.
+
+IEMOCAP's own labels, as SUPERB uses them: four classes, five sessions.
+
+``SessionN/dialog/EmoEvaluation/DIALOG.txt`` has for each utterance a line of its time, name, label
+and valence, activation, dominance, separated by tabs; lines of single annotators follow it:
+
+    [6.2901 - 8.2357]   Ses01F_impro01_F000     neu     [2.5000, 2.5000, 2.5000]
+
+Its audio is ``SessionN/sentences/wav/DIALOG/NAME.wav``. SUPERB keeps neutral, happy, angry and sad,
+takes excited for happy, and leaves out the rest. In the whole corpus that makes 5531 utterances:
+1085, 1023, 1151, 1031 and 1241 in sessions 1 to 5.
+
+``prepare er`` and ``prepare iemocap``: what `run_downstream.py -d emotion` reads.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 from collections import Counter
@@ -16,8 +30,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..data.audio_files import is_passed_over
+from ..data.manifest import Entry, read_manifest
 from ..errors import DataError
-from .new_folder import PREPARED, link_folder, new_folder
+from .common import Task, audio_root, measure_all
+from .new_folder import PREPARED, check_free, link_folder, new_folder
 
 AUDIO = "audio"  # in the folder written: what root in the YAML points to
 META = "meta_data"  # and meta_data
@@ -137,3 +154,180 @@ def summary(folds: Sequence[Fold], labels: Sequence[str]) -> list[str]:
     guess = 100 * max(tested.values()) / tested.total()
     lines.append(f"{len(labels)} classes: {counts}; always guessing one: {guess:.1f} %")
     return lines
+
+
+LABELS = ("neu", "hap", "ang", "sad")  # s3prl's order
+MERGED = {"exc": "hap"}
+SESSIONS = tuple(f"Session{number}" for number in range(1, 6))
+WHOLE = dict(zip(SESSIONS, (1085, 1023, 1151, 1031, 1241), strict=True))
+
+
+def read_iemocap(root: Path) -> list[Item]:
+    """The utterances of the four classes, by session, dialog and place in the dialog.
+
+    Raises:
+        DataError: ``root`` is not IEMOCAP's folder, a session has no labels, or audio is missing.
+    """
+    check_shape(root)
+    items, missing = [], []
+    for session in SESSIONS:
+        before = len(items)
+        for file in sorted((root / session / "dialog" / "EmoEvaluation").glob("*.txt")):
+            if is_passed_over(file.name):
+                continue
+            for name, label in _labels(file):
+                path = f"{session}/sentences/wav/{name.rpartition('_')[0]}/{name}.wav"
+                if not (root / path).is_file():
+                    missing.append(path)
+                items.append(Item(path, label, name.split("_")[0], session))
+        if len(items) == before:
+            raise DataError(
+                f"{root / session / 'dialog' / 'EmoEvaluation'} has no line with a label of "
+                f"{', '.join((*LABELS, *MERGED))}"
+            )
+    if missing:
+        raise DataError(
+            f"{root} lacks the audio of {len(missing)} of {len(items)} labelled utterances: "
+            f"{', '.join(missing[:3])}{', …' * (len(missing) > 3)}"
+        )
+    return items
+
+
+def _labels(file: Path) -> list[tuple[str, str]]:
+    """Name and label of each utterance of one dialog that is of one of the classes."""
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file} is not UTF-8 text (byte {error.start})") from error
+    found = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.startswith("["):
+            continue
+        cells = line.split("\t")
+        if len(cells) < 3 or "_" not in cells[1]:
+            raise DataError(
+                f"{file}: line {number} is not time, name, label and [v, a, d], separated by tabs"
+            )
+        label = MERGED.get(cells[2], cells[2])
+        if label in LABELS:
+            found.append((cells[1], label))
+    return found
+
+
+def check_shape(root: Path) -> None:
+    """Raise :class:`DataError` unless the folders of IEMOCAP's five sessions are in ``root``."""
+    if not root.is_dir():
+        raise DataError(f"{root} is not a folder; give the one with Session1 to Session5 in it")
+    for session in SESSIONS:
+        for below in ("dialog/EmoEvaluation", "sentences/wav"):
+            if not (root / session / below).is_dir():
+                found = (path.parent for path in root.glob("*/Session1"))
+                inside = next((path for path in found if not is_passed_over(path.name)), None)
+                hint = f"; is it {inside}?" if inside else ""
+                raise DataError(f"{root} is not IEMOCAP: it has no {session}/{below}{hint}")
+
+
+ABOUT_ER = """\
+Folds for `run_downstream.py -d emotion`: OUT/meta_data/SessionN with the lists of fold N,
+OUT/audio, a link to the audio, and OUT/prepared.tsv.
+
+Needs the columns path and split, and one with labels. Lines with another label, or none, are left
+out and counted. With --fold-column, each value of that column is tested once and the rest trained
+on, whatever the split; without, there is one fold: test is tested, train and dev are trained on
+(the recipe draws its own dev set from them).
+"""
+
+ABOUT_IEMOCAP = """\
+The five folds of IEMOCAP for `run_downstream.py -d emotion`, as SUPERB makes them: ROOT has
+Session1 to Session5 in it; neu, hap, ang and sad are kept, exc counts as hap. The lines are sorted;
+s3prl's repository carries lists in another order, which give another dev set and the same test set.
+"""
+
+
+def _configure_er(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--labels", metavar="NAME", nargs="+", help="the classes, in this order (default: all)"
+    )
+    parser.add_argument(
+        "--label-column", metavar="NAME", default="emotion", help="(default: emotion)"
+    )
+    parser.add_argument("--fold-column", metavar="NAME", help="e.g. speaker, or fold")
+    parser.add_argument("--replace", action="store_true", help="replace an earlier OUT")
+
+
+def _configure_iemocap(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("root", metavar="ROOT", type=Path)
+    parser.add_argument("--replace", action="store_true", help="replace an earlier OUT")
+
+
+def _prepare_er(args: argparse.Namespace) -> int:
+    check_free(args.out, replace=args.replace)
+    columns = ["path", "split", args.label_column]
+    if args.fold_column:
+        columns.append(args.fold_column)
+    entries = read_manifest(args.manifest, columns=columns)
+    found = (entry.cells[args.label_column] for entry in entries)
+    labels = choose_labels(found, args.labels, args.manifest)
+    kept = [entry for entry in entries if entry.cells[args.label_column] in labels]
+    folds = _folds(args, kept)
+    check_folds(folds, labels, args.manifest)
+    root = audio_root(args)
+    measure_all(args.manifest, root, kept, args.jobs)  # of 16 kHz, mono, and readable
+    if len(kept) < len(entries):
+        print(f"{len(entries) - len(kept)} lines with another label or none left out")
+    _write(args, root, folds, labels)
+    return 0
+
+
+def _folds(args: argparse.Namespace, entries: Sequence[Entry]) -> list[Fold]:
+    items = []
+    for entry in entries:
+        fold = entry.cells[args.fold_column] if args.fold_column else entry.split
+        if not fold:
+            raise DataError(f"{args.manifest}: line {entry.line} has no {args.fold_column}")
+        label, speaker = entry.cells[args.label_column], entry.cells.get("speaker", "")
+        items.append(Item(entry.path, label, speaker, fold))
+    folds = leave_one_out(items)
+    if not args.fold_column:
+        folds = [fold for fold in folds if fold.name == "test"]
+        if not folds:
+            raise DataError(
+                f"{args.manifest} has no labelled line in the split test; add one, or --fold-column"
+            )
+    elif len(folds) < 2:
+        raise DataError(f"{args.manifest}: the column {args.fold_column} has one value only")
+    return folds
+
+
+def _prepare_iemocap(args: argparse.Namespace) -> int:
+    check_free(args.out, replace=args.replace)
+    items = read_iemocap(args.root)
+    folds = leave_one_out(items)
+    check_folds(folds, LABELS, args.root)
+    entries = [Entry(number, item.path, "train", {}) for number, item in enumerate(items, 1)]
+    measure_all(args.root, args.root, entries, args.jobs)
+    _write(args, args.root, folds, LABELS)
+    counts = Counter(item.fold for item in items)
+    if counts != WHOLE:
+        print(
+            f"note: {len(items)} utterances; the whole IEMOCAP gives {sum(WHOLE.values())}, "
+            f"so scores are not comparable with SUPERB's"
+        )
+    return 0
+
+
+def _write(args: argparse.Namespace, root: Path, folds: list[Fold], labels: Sequence[str]) -> None:
+    write_folds(args.out, root, folds, labels, replace=args.replace)
+    print("\n".join(summary(folds, labels)))
+    print(f"wrote {args.out}; in the YAML: root: {args.out / AUDIO}")
+    print(f"               meta_data: {args.out / META}")
+
+
+ER = Task("folds with emotion labels, for -d emotion", ABOUT_ER, _configure_er, _prepare_er)
+IEMOCAP = Task(
+    "the five folds of IEMOCAP, for -d emotion",
+    ABOUT_IEMOCAP,
+    _configure_iemocap,
+    _prepare_iemocap,
+    manifest=False,
+)

@@ -1,22 +1,51 @@
-"""Pronunciation lexicons: words and their phones, as text.
+"""``prepare lexicon``: pronunciations of words, from files and by a model.
 
 One entry a line, a word and its phones with tabs or spaces between. That covers the LibriSpeech
 lexicons (``WORD<tab>PHONES``) and CMUdict in both of its shapes: ``;;;`` starts a comment line, a
 token that starts with ``#`` behind the phones starts a comment, ``WORD(1)`` is another
 pronunciation of ``WORD``, and words are in either case. Of several pronunciations the first in the
 file is taken, as s3prl's PR does, so that a text has one sequence of phones.
+
+Words that no lexicon has are guessed from their letters by g2p_en's model, which learned from
+CMUdict and writes its phones. The maintained package is ``espnet-g2p-en``. It looks words up in
+NLTK's data before it guesses, and fetches that data when it is imported; here words are looked up
+in the user's lexicon, so nothing is fetched and only the guessing is used.
 """
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
-from ..errors import DataError
+from tqdm import tqdm
+
+from ..errors import DataError, SetupError
 from ..files.atomic import write_text
 from ..files.text import check_regular
-from .phones import PHONES
+
+VOWELS = tuple("AA AE AH AO AW AY EH ER EY IH IY OW OY UH UW".split())
+CONSONANTS = tuple("B CH D DH F G HH JH K L M N NG P R S SH T TH V W Y Z ZH".split())
+STRESSES = "012"
+SILENCES = ("SIL", "SPN")  # silence and spoken noise: classes of s3prl's that no lexicon writes
+
+PHONES = frozenset(CONSONANTS) | {vowel + digit for vowel in VOWELS for digit in STRESSES}
+
+
+def vocabulary_text() -> str:
+    """The whole vocabulary file: one phone a line, 71 lines."""
+    return "".join(f"{phone}\n" for phone in (*SILENCES, *sorted(PHONES)))
+
+
+def write_vocabulary(path: str | Path) -> None:
+    """Write the vocabulary file, making its folder."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(vocabulary_text(), encoding="utf-8")
+
 
 Pronunciations = dict[str, tuple[str, ...]]  # word in upper case -> phones
 
@@ -85,3 +114,116 @@ def write_lexicon(path: str | Path, pronunciations: Mapping[str, Sequence[str]])
     """Write ``WORD<tab>PHONES`` lines, sorted by word: what s3prl's PR reads."""
     lines = [f"{word}\t{' '.join(phones)}\n" for word, phones in sorted(pronunciations.items())]
     write_text(path, "".join(lines))
+
+
+LONGEST = 20  # phones; g2p_en stops there, so that many may be a cut word
+_LETTERS = re.compile(r"[A-Z']*[A-Z][A-Z']*")
+
+
+def guess(
+    words: Iterable[str], advance: Callable[[int], object] = lambda done: None
+) -> Pronunciations:
+    """Phones of ``words`` (in upper case); those it has no good guess for are absent.
+
+    No guess is made for a word with other characters than A to Z and the apostrophe. The same word
+    gives the same phones everywhere.
+
+    Args:
+        words: none twice.
+        advance: called with 1 after each word, for a progress bar.
+
+    Raises:
+        SetupError: g2p_en is not installed.
+    """
+    predict = _model()
+    found: Pronunciations = {}
+    for word in words:
+        if _LETTERS.fullmatch(word):
+            # among g2p_en's classes is one UW without a stress, from a slip in its training data
+            phones = tuple("UW1" if phone == "UW" else phone for phone in predict(word.lower()))
+            if 0 < len(phones) < LONGEST and PHONES.issuperset(phones):
+                found[word] = phones
+        advance(1)
+    return found
+
+
+def _model() -> Callable[[str], list[str]]:
+    try:
+        import nltk
+    except ImportError:
+        raise SetupError("--g2p needs a model: pip install 's3prl_ekd[g2p]'") from None
+    with _without_downloads(nltk):
+        try:
+            from g2p_en import g2p
+        except ImportError:
+            raise SetupError("--g2p needs a model: pip install 's3prl_ekd[g2p]'") from None
+    dictionary = g2p.cmudict
+    g2p.cmudict = SimpleNamespace(dict=dict)  # NLTK's, which need not be there
+    try:
+        return g2p.G2p().predict
+    finally:
+        g2p.cmudict = dictionary
+
+
+@contextlib.contextmanager
+def _without_downloads(nltk) -> Iterator[None]:
+    download = nltk.download
+    nltk.download = lambda *args, **kwargs: False
+    try:
+        yield
+    finally:
+        nltk.download = download
+
+
+LEXICON = "lexicon.txt"
+_NAMED = 10  # missing words in a message
+
+
+def lexicon_options(parser: argparse.ArgumentParser) -> None:
+    """``--lexicon`` and ``--g2p``."""
+    parser.add_argument(
+        "--lexicon",
+        metavar="FILE",
+        type=Path,
+        nargs="+",
+        action="extend",
+        default=[],
+        help="pronunciations, as in CMUdict or LibriSpeech's lexicons; of several the first wins",
+    )
+    parser.add_argument(
+        "--g2p",
+        action="store_true",
+        help="guess those of words that no lexicon has (pip install 's3prl_ekd[g2p]')",
+    )
+
+
+def pronounce(args: argparse.Namespace, words: Collection[str]) -> Pronunciations:
+    """The phones of ``words`` by :func:`lexicon_options`; says how many came from where.
+
+    Words that neither a lexicon nor the model knows are absent.
+
+    Raises:
+        DataError: a lexicon cannot be read or has a phone that the vocabulary lacks.
+        SetupError: ``--g2p`` without its package.
+    """
+    found: Pronunciations = {}
+    sources = []
+    for path in args.lexicon:
+        new = read_lexicon([path], words - found.keys())
+        sources.append(f"{len(new)} from {path}")
+        found.update(new)
+    rest = sorted(words - found.keys())
+    if args.g2p:
+        with tqdm(total=len(rest), unit=" words", desc="g2p", delay=0.3) as bar:
+            new = guess(rest, bar.update) if rest else {}
+        sources.append(f"{len(new)} guessed by g2p")
+        found.update(new)
+    sources.append(f"{len(words - found.keys())} without")
+    print(f"pronunciations of {len(words)} words: {', '.join(sources)}")
+    return found
+
+
+def some(words: list[str]) -> str:
+    """The first few of ``words``, for a message."""
+    more = f" and {len(words) - _NAMED} more" if len(words) > _NAMED else ""
+    return ", ".join(words[:_NAMED]) + more

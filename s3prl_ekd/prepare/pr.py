@@ -6,10 +6,8 @@ import argparse
 
 from ..data.manifest import read_manifest
 from ..errors import DataError, SetupError
-from .char_dict import normalise
-from .commands_asr import layout_options, write_layout
-from .commands_lexicon import LEXICON, lexicon_options, pronounce, some
-from .lexicon import Pronunciations, write_lexicon
+from .asr import layout_options, normalise, write_layout
+from .lexicon import LEXICON, Pronunciations, lexicon_options, pronounce, some, write_lexicon
 from .new_folder import check_free
 
 DESCRIPTION = """\

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, DataError
-from ..files import overrides
+from ..files import config as overrides
 
 DATA = "pretrain_expert.datarc"
 SETS = f"{DATA}.sets"

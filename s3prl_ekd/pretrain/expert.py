@@ -30,7 +30,7 @@ from ..files.config import build, plain  # noqa: E402
 from ..student_file import RUN_KEY, contents  # noqa: E402
 from ..teachers import check_precision, load_teachers, teacher_model  # noqa: E402
 from .config_diff import described, differences  # noqa: E402
-from .parallel import Steps  # noqa: E402
+from .distributed import Steps  # noqa: E402
 from .settings import RunSettings, load_data_config, load_model_config  # noqa: E402
 from .target_cache.use import check_teachers, check_unit_layer, let_go, open_targets  # noqa: E402
 

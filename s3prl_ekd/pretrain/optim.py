@@ -1,18 +1,95 @@
-"""One update of the weights from the gradients of one or more batches, as s3prl's Runner makes it,
-and not made where it would not be finite."""
+"""The number format of the student's forward.
+
+torch's fused AdamW beside s3prl's optimizers: one kernel for all weights, and no wait for the
+device. s3prl's ``AdamW_with_schedule`` takes two norms of each weight at each step.
+
+One update of the weights from the gradients of one or more batches, as s3prl's Runner makes it,
+and not made where it would not be finite.
+
+Optimizer, schedule and loss scale of a run, from its config and its checkpoint.
+"""
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from ..data.batches import Batch
-from ..errors import EkdError
+from ..errors import EkdError, SetupError
 from .distributed import Processes
+from .resume import resume_optimizer, resume_scheduler
+from .settings import FUSED_ADAMW, RunSettings
+
+logger = logging.getLogger(__name__)
+
+
+def halves(run: RunSettings, device: str) -> bool:
+    """Whether float16 and a loss scale are used: ``fp16``, on a CUDA device."""
+    return run.fp16 and device.startswith("cuda")
+
+
+def autocast(run: RunSettings, device: str) -> torch.autocast:
+    """The context of the student's forward: float16, bfloat16, or nothing.
+
+    On a CPU it is nothing: bfloat16 is slower there than float32, and some (virtual) processors
+    claim instructions for it that they do not have.
+    """
+    on_cuda = device.startswith("cuda")
+    for name in ("fp16", "bf16"):
+        if getattr(run, name) and not on_cuda:
+            logger.warning("runner.%s needs a CUDA device: training in float32", name)
+    dtype = torch.bfloat16 if run.bf16 else torch.float16
+    return torch.autocast("cuda", dtype, enabled=on_cuda and (run.bf16 or run.fp16))
+
+
+def fused_adamw(model: nn.Module, config: Mapping[str, Any]) -> torch.optim.AdamW:
+    """The optimizer of ``optimizer: {name: FusedAdamW, ...}``, over what is trained.
+
+    Weight decay is as written (default: 0.01), and 0 for biases and the weights of normalisations,
+    which have one dimension.
+    """
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    groups = [
+        {
+            "params": [w for w in trained if w.dim() > 1],
+            "weight_decay": config.get("weight_decay", 0.01),
+        },
+        {"params": [w for w in trained if w.dim() <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        groups,
+        lr=float(config["lr"]),
+        betas=tuple(config.get("betas", (0.9, 0.999))),
+        eps=float(config.get("eps", 1e-6)),
+        fused=True,
+    )
+
+
+def warmup_schedule(
+    optimizer: torch.optim.Optimizer, config: Mapping[str, Any], total_steps: int
+) -> LambdaLR:
+    """A straight line up over ``warmup_proportion`` of the steps (default: 0.07, as s3prl's), then
+    one down to 0 after the last."""
+    return LambdaLR(
+        optimizer, _rate(config.get("warmup_proportion", 0.07) * total_steps, total_steps)
+    )
+
+
+def _rate(warmup: float, total: int) -> Callable[[int], float]:
+    def rate(step: int) -> float:
+        up = (step + 1) / warmup if warmup > 0 else 1.0
+        down = (total - step) / (total - warmup) if total > warmup else 1.0
+        return max(0.0, min(1.0, up, down))
+
+    return rate
+
 
 NAMED = 48  # utterances in a message
 
@@ -125,3 +202,40 @@ def not_finite(step: int, count: int, names: Sequence[str], hint: str) -> NotFin
         f"loss or gradient was not finite in {count} updates in a row, up to step {step}; look at "
         f"the last batch ({shown}{more}), lower optimizer.lr, or raise runner.max_nonfinite; {hint}"
     )
+
+
+def make_updater(runner: Any, states: Mapping) -> Updater:
+    """What makes the updates of a run.
+
+    Args:
+        runner: our Runner; s3prl's part of it makes s3prl's optimizers and schedules.
+        states: the checkpoint to go on from; empty for a new run.
+
+    Raises:
+        CheckpointError: the checkpoint's optimizer does not fit.
+        SetupError: torch refuses the optimizer's settings.
+    """
+    run, config, place = runner.settings, runner.config, runner.progress
+    model = runner.upstream.model
+    ours = config["optimizer"]["name"] == FUSED_ADAMW
+    scaler = torch.amp.GradScaler("cuda", enabled=halves(run, runner.device))
+    if place.scaler:
+        scaler.load_state_dict(place.scaler)
+    try:
+        if ours:
+            optimizer = fused_adamw(model, config["optimizer"])
+        else:
+            optimizer = runner._get_optimizer([model])
+    except (TypeError, ValueError, AttributeError) as error:
+        raise SetupError(f"optimizer {config['optimizer']} cannot be made: {error}") from None
+    if states:
+        resume_optimizer(optimizer, states, runner.args.init_ckpt)
+    scheduler = None
+    if config.get("scheduler"):
+        scheduler = runner._get_scheduler(optimizer)
+    elif ours:
+        scheduler = warmup_schedule(optimizer, config["optimizer"], run.total_steps)
+    if states and scheduler is not None:
+        resume_scheduler(scheduler, optimizer, place.step)
+    clipping, each = run.gradient_clipping, run.gradient_accumulate_steps
+    return Updater(model, optimizer, scheduler, scaler, clipping, each, runner.processes)

@@ -14,7 +14,7 @@ from types import ModuleType
 import yaml
 
 from ..compat import no_eval
-from ..compat.evaluated import check_names
+from ..compat.no_eval import check_names
 from ..downstream.checkpoint_args import replaced_arguments, say_moved
 from ..downstream.script_args import (
     INIT_HINT,
@@ -32,8 +32,7 @@ from ..downstream.script_args import (
 from ..errors import CheckpointError, SetupError
 from ..files import trust
 from ..files.atomic import make_folder, write_text
-from ..files.config import plain, read_yaml
-from ..files.overrides import apply_overrides, overridden
+from ..files.config import apply_overrides, overridden, plain, read_yaml
 from ..files.run_checkpoints import check_whole, read_run
 from ..system import torchrun
 from ..system.lock import FolderLock

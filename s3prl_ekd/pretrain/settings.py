@@ -1,4 +1,6 @@
-"""The YAML files of ``run_pretrain.py -u ekd`` as checked, frozen dataclasses.
+"""``optimizer: {name: FusedAdamW, ...}``, checked without loading torch.
+
+The YAML files of ``run_pretrain.py -u ekd`` as checked, frozen dataclasses.
 
 ``config_model.yaml`` (``-g``) is the method: :class:`ModelFile`.
 ``config_runner.yaml`` (``-c``) is the run: :class:`RunnerFile`; its keys are s3prl's.
@@ -6,18 +8,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from ..compat.evaluated import check_names
+from ..compat.no_eval import check_names
 from ..data.distortion.settings import DistortionSettings
 from ..distill.settings import DistillSettings
 from ..distill.student_size import check_size
-from ..files.config import build, read_yaml
-from ..files.extends import read_extended
-from ..files.overrides import apply_overrides
-from .fused_adamw_settings import FUSED_ADAMW, check_fused_adamw
+from ..files.config import apply_overrides, build, read_extended, read_yaml
+
+FUSED_ADAMW = "FusedAdamW"
+KEYS = ("name", "lr", "weight_decay", "betas", "eps", "warmup_proportion")
+
+
+def check_fused_adamw(config: Mapping[str, Any]) -> None:
+    """Refuse what is no setting of it.
+
+    Raises:
+        ValueError: naming the key.
+    """
+    for key, value in config.items():
+        if key not in KEYS:
+            raise ValueError(
+                f"optimizer.{key}: {FUSED_ADAMW} has no such setting; use {', '.join(KEYS[1:])}"
+            )
+        if key == "betas":
+            known = isinstance(value, list) and len(value) == 2
+            if not known or not all(type(b) in (int, float) and 0 <= b < 1 for b in value):
+                raise ValueError(
+                    f"optimizer.betas is {value!r}; two numbers from 0 to 1 are needed"
+                )
+        elif key not in ("name", "lr"):
+            if type(value) not in (int, float) or value < 0:
+                raise ValueError(f"optimizer.{key} is {value!r}; a number of 0 or more is expected")
+    if config.get("warmup_proportion", 0) > 1:
+        raise ValueError("optimizer.warmup_proportion is more than 1, which is all of the steps")
+
 
 # The names that s3prl's get_optimizer knows.
 OPTIMIZERS = (

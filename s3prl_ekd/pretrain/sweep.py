@@ -22,9 +22,8 @@ from ..files.config import plain
 from ..files.formats import refuse_newer
 from ..files.text import read_json
 from ..system.jobs import child_command, child_environment
-from .curves import teacher_curves
-from .scalars import read_scalars
 from .settings import load_model_config, load_runner_config
+from .tensorboard import read_scalars, teacher_curves
 
 RECORD = "matrix.json"  # in a run's folder: what it is, and once finished the seconds it took
 

@@ -1,4 +1,8 @@
-"""s3prl's pretrain Runner for runs of days: whatever ends one, it goes on as if nothing had.
+"""The loss on utterances that are not trained on.
+
+What a run tells on its way: counts, scalars for TensorBoard, the dev loss.
+
+s3prl's pretrain Runner for runs of days: whatever ends one, it goes on as if nothing had.
 
 The step is s3prl's (forward, accumulate, clip, update, log), and so are the numbers. What is ours
 is around it. A checkpoint holds all that the next step depends on, so that a run which was killed
@@ -9,34 +13,164 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import shlex
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator
-from typing import NoReturn
+from collections.abc import Iterable, Iterator
+from typing import Any, NoReturn
 
+import torch
+from torch import nn
 from tqdm import tqdm
 
 from ..data.batches import Batch
 from ..errors import CheckpointError, SetupError
 from ..files.run_checkpoints import LAST, read_run
-from .bad_audio import BadAudioList, stored
-from .checkpoints import RunSaves, SaveError
-from .distributed import Processes, join, lost_another
-from .interrupts import StoppedWaiting, StopSignals, exit_code
-from .make_updater import make_updater
-from .memory import memory_explained, workers_explained
-from .optim import NotFiniteError, Update
-from .precision import autocast
-from .progress import KEY
-from .random_state import random_states
-from .reports import Reports
-from .resume import resume_random, resumed_progress
+from .bad_audio import BadAudioList, UsableBatches, stored
+from .checkpoints import KEY, RunSaves, SaveError
+from .distributed import Processes, join, lost_another, mean_records
+from .interrupts import StoppedWaiting, StopSignals, exit_code, memory_explained, workers_explained
+from .optim import NotFiniteError, Update, autocast, make_updater, not_finite
+from .resume import random_numbers_untouched, random_states, resume_random, resumed_progress
 from .settings import check_runner_config
 from .tensorboard import NoWriter, ScalarWriter
 
+
+@torch.no_grad()
+def dev_loss(
+    upstream: nn.Module, loader: Iterable[Batch], step: int, device: str
+) -> tuple[float, float]:
+    """The loss over the dev tables, each batch weighted by its samples: the sum, and the weights'.
+
+    Without dropout, and with the same excerpts and distortions at every call. Neither the random
+    numbers of the training nor its running statistics know that it took place.
+
+    Args:
+        upstream: the adapter; in train mode before and after.
+        loader: its dev batches.
+        step: updates done; teacher weights may follow from it.
+        device: of the run.
+    """
+    total = samples = 0.0
+    upstream.eval()
+    try:
+        with random_numbers_untouched(device):
+            for batch in tqdm(loader, dynamic_ncols=True, desc="dev", leave=False):
+                loss, _ = upstream(batch, defaultdict(list), global_step=step, log_step=step + 1)
+                weight = float(batch.lengths.sum())
+                total += loss.item() * weight
+                samples += weight
+    finally:
+        upstream.train()
+    return total, samples
+
+
 logger = logging.getLogger(__name__)
+
+
+class Reports:
+    """The Runner's part that reports; its attributes are the Runner's."""
+
+    args: Any
+    settings: Any
+    device: str
+    hint: str
+    upstream: Any
+    updater: Any
+    processes: Any
+    progress: Any
+    bad: Any
+    logger: Any
+    saves: Any
+    autocast: Any
+    stop: Any
+
+    def _count(self, update: Update) -> None:
+        """Keep what an update has to tell; stop after too many that were not made.
+
+        Raises:
+            NotFiniteError: naming the utterances.
+        """
+        place = self.progress
+        if update.made:
+            place.skipped_in_a_row = 0
+            for name, values in self._new.items():
+                place.records[name] += values
+            return
+        names = [name for each in self.processes.gather(self.updater.names) for name in each]
+        place.skipped += 1
+        place.skipped_in_a_row += 1
+        level = logging.INFO if update.scaling else logging.WARNING
+        logger.log(
+            level if self.processes.writer else logging.DEBUG,
+            "step %d skipped (%d in a row): loss %g, norm of the gradient %g, utterances %s",
+            place.step,
+            place.skipped_in_a_row,
+            update.loss,
+            update.norm,
+            "not looked at: fp16 lowers its scale" if update.scaling else ", ".join(names[:8]),
+        )
+        if place.skipped_in_a_row >= self.settings.max_nonfinite:
+            raise not_finite(place.step, place.skipped_in_a_row, names, self.hint)
+
+    def _log(self, update: Update) -> None:
+        """To TensorBoard, under s3prl's names: of this step, and means since the last point."""
+        place, prefix = self.progress, f"{self.args.upstream}/train-"
+        (loss,) = self.processes.sum(update.loss)
+        self._share_records()
+        scalars = {
+            "loss": loss / self.processes.count,
+            "lr": self.updater.rate(),
+            "gradient-norm": update.norm,
+        }
+        if place.skipped:
+            scalars["skipped"] = place.skipped
+        for name, value in scalars.items():
+            self.logger.add_scalar(prefix + name, value, global_step=place.step)
+        self.upstream.log_records(
+            records=place.records, logger=self.logger, prefix=prefix, global_step=place.step
+        )
+        place.records = defaultdict(list)
+
+    def _measure(self) -> None:
+        """Measure the dev loss, which is due no more; keep the checkpoint of the lowest apart."""
+        place = self.progress
+        batches = UsableBatches(
+            self.upstream.dev_dataloader, self.bad, place.epoch, self.stop.batches
+        )
+        with self.autocast:
+            mine = dev_loss(self.upstream, batches, place.step, self.device)
+        self.bad.commit()
+        total, samples = self.processes.sum(*mine)
+        if not samples:
+            raise self.bad.nothing_left("dev_sets")
+        loss = total / samples
+        self.logger.add_scalar(f"{self.args.upstream}/dev-loss", loss, global_step=place.step)
+        place.dev_due = False  # in the best checkpoint, too
+        better = math.isfinite(loss) and (place.best_loss is None or loss < place.best_loss)
+        if self.processes.writer:
+            best = ", the best" * better
+            tqdm.write(f"[Runner] - dev loss {loss:.5f} at step {place.step}{best}")
+        if better:
+            place.best_loss, place.best_step = loss, place.step
+            states = self._states()
+            if self.processes.writer:
+                self.saves.best(states)
+
+    def _share_records(self) -> None:
+        """The scalars since TensorBoard's last point: the same in all processes, their means."""
+        if self.processes.count > 1:
+            mine = {
+                name: torch.stack([value.float().cpu() for value in values]).tolist()
+                for name, values in self.progress.records.items()
+            }
+            means = mean_records(self.processes.gather(mine))
+            self.progress.records = defaultdict(
+                list, {name: list(torch.tensor(values)) for name, values in means.items()}
+            )
+
 
 ROOT = "result/pretrain"  # s3prl's folder of runs
 

@@ -20,9 +20,8 @@ from ..downstream.recipes import RECIPES, missing_paths, recipe_paths
 from ..downstream.tasks import Task
 from ..errors import ConfigError, SetupError
 from ..files import trust
-from ..files.config import read_yaml
-from ..files.digest import file_sha256
-from ..files.overrides import apply_overrides
+from ..files.atomic import file_sha256
+from ..files.config import apply_overrides, read_yaml
 from ..prepare.er import natural
 from ..prepare.new_folder import PREPARED
 from ..teachers import zoo

@@ -13,10 +13,8 @@ from tqdm import tqdm
 
 from ..downstream.tasks import TASKS
 from ..errors import DataError
-from .bootstrap import RESAMPLES, interval, share_better
-from .metrics import Measure, measure
-from .records import Cost
-from .results import Results, Selection, incomplete, select
+from .metrics import RESAMPLES, Measure, interval, measure, share_better
+from .results import Cost, Results, Selection, incomplete, select
 from .score import superb_score
 
 CLEAN = "clean"

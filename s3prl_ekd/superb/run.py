@@ -1,4 +1,8 @@
-"""Run what :mod:`.plan` says through ``run_downstream.py``: what is finished is kept.
+"""What becomes of an upstream's kept hidden states once its runs are finished.
+
+One command of a downstream run: its environment, its log, and why it failed.
+
+Run what :mod:`.plan` says through ``run_downstream.py``: what is finished is kept.
 
 A cut run goes on at its last checkpoint and ends as if it had not been cut
 (:mod:`..downstream.resume`). One that failed does not stop the others.
@@ -6,10 +10,14 @@ A cut run goes on at its last checkpoint and ends as if it had not been cut
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import os
 import queue
 import shlex
+import shutil
+import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -19,18 +27,99 @@ from typing import Any
 
 from tqdm import tqdm
 
+from ..downstream.feature_cache import Counts, read_counts
 from ..errors import CheckpointError, SetupError
 from ..files.atomic import make_folder, write_text
 from ..files.formats import NewerFormatError, refuse_newer
 from ..files.run_checkpoints import newest, read_run
+from ..hidden_states.feature_store import folder_size
 from ..system.lock import FolderLock
-from .call import environment_of, run_command
-from .features import close_features
 from .plan import CLEAN, Run, noise_digest
-from .records import RECORD, check_paths
+from .results import RECORD, check_paths
 from .warm import Processes
 
 logger = logging.getLogger(__name__)
+
+
+def close_features(runs: Sequence[Run], keep: bool) -> None:
+    """Say how often the hidden states of one upstream were found, and remove them unless ``keep``.
+
+    Args:
+        runs: all of one upstream, finished.
+        keep: the folder is the user's, or was asked for.
+    """
+    first = runs[0]
+    if first.features is None or not Path(first.features.folder).is_dir():
+        return  # nothing was run now
+    folder = Path(first.features.folder)
+    total = Counts()
+    for run in runs:
+        log = run.folder / "log.txt"
+        if log.is_file():
+            total += read_counts(log.read_text(encoding="utf-8", errors="replace"))
+    size = folder_size(folder)
+    if not keep:
+        shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):  # those of other upstreams are there
+            folder.parent.rmdir()
+    logger.info(
+        "%s: hidden states found %d times, computed %d times, and for %d random excerpts; "
+        "%s has %.0f MB%s",
+        first.upstream.name,
+        total.hits,
+        total.misses,
+        total.excerpts,
+        folder,
+        size / 1e6,
+        "" if keep else ", removed now",
+    )
+
+
+def environment_of(slot: int, jobs: int) -> dict[str, str]:
+    """Several jobs: each its share of the cores, and a GPU of its own where there are several."""
+    if jobs == 1:
+        return dict(os.environ)
+    threads = str(max(1, (os.cpu_count() or 1) // jobs))
+    changed = {"OMP_NUM_THREADS": threads, **os.environ}
+    import torch
+
+    count = torch.cuda.device_count()
+    if count:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        names = visible.split(",") if visible else [str(i) for i in range(count)]
+        changed["CUDA_VISIBLE_DEVICES"] = names[slot % len(names)]
+    return changed
+
+
+def run_command(
+    folder: Path, words: list[str], environment: Mapping[str, str], processes: Processes
+) -> None:
+    """Run one command, with all it prints in ``folder/log.txt``.
+
+    Raises:
+        SetupError: it failed; with the sentence that it said, or its last line.
+    """
+    path = folder / "log.txt"
+    begin = path.stat().st_size if path.exists() else 0
+    code = processes.call(words, path, environment)
+    if not code:
+        return
+    text = path.read_bytes()[begin:].decode("utf-8", "replace").strip().splitlines()
+    # its own last word, which a progress bar may have written over as it was closed
+    own = ("error: ", "stopped by ")
+    said = next((line for line in reversed(text) if line.startswith(own)), None)
+    why = said.removeprefix("error: ") if said else (text[-1] if text else "no message")
+    if code < 0 and not said:
+        why = f"ended by {_signal(-code)}; the last line was: {why}"
+    raise SetupError(f"{folder}: {why} (see {path})")
+
+
+def _signal(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
 
 FORMAT = 1
 PARENT_LOCK = ".superb.lock"  # of this command; NAME of system/lock.py is of what it starts
@@ -137,7 +226,7 @@ def run_all(
     """Run what is not finished, ``jobs`` at a time.
 
     Args:
-        keep_features: leave kept hidden states where they are (:mod:`.features`).
+        keep_features: leave kept hidden states where they are (:mod:`.run`).
         warm: as for :class:`.warm.Processes`.
 
     Returns:

@@ -9,8 +9,7 @@ from typing import BinaryIO
 from ..downstream.tasks import TASKS
 from ..errors import DataError
 from ..files.text import check_inside, check_regular
-from .records import Run
-from .results import Selection
+from .results import Run, Selection
 
 FOLDS = tuple(f"fold{i}" for i in range(1, 6))
 # what the leaderboard scores -> its folder in the archive and the file's name there

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 _MODULES = (
     "s3prl_ekd.downstream.resume",
     "s3prl_ekd.downstream.noise",
-    "s3prl_ekd.downstream.feature_cache_run",
+    "s3prl_ekd.downstream.feature_cache",
     "s3prl.downstream.ctc.expert",
     "s3prl.downstream.asr.expert",
     "s3prl.downstream.emotion.expert",

@@ -5,10 +5,11 @@ with s3prl's meaning: 0 is the input of the first transformer layer, n the outpu
 """
 
 from .checkpoint import identify
-from .hub import FAMILIES, hub_entries
 from .load import (
+    FAMILIES,
     check_precision,
     check_source,
+    hub_entries,
     load_teachers,
     load_tiny,
     load_upstream,

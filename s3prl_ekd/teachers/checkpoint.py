@@ -14,10 +14,9 @@ from .. import compat
 from ..compat import no_eval
 from ..distill.conv_spec import parse_conv_layers
 from ..errors import CheckpointError, EkdError, TeacherError
-from ..files.build_limit import build_limit
-from ..files.safe_load import safe_load
 from ..files.safetensors_file import is_safetensors
 from ..files.text import first_keys
+from ..files.torch_load import build_limit, safe_load
 from ..student_file import FORMAT, RUN_KEY, is_student, load_student
 
 logger = logging.getLogger(__name__)

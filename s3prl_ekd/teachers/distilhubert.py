@@ -15,8 +15,8 @@ from ..distill.conv_spec import stride_of
 from ..distill.settings import StudentSettings
 from ..distill.student import build_backbone
 from ..errors import CheckpointError, ConfigError, EkdError
-from ..files.build_limit import build_limit
 from ..files.config import build
+from ..files.torch_load import build_limit
 
 _HEADS = ("output_layer.", "task_embedding.")
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from ..errors import CheckpointError, EkdError, SetupError, TeacherError
-from ..files.build_limit import build_limit
 from ..files.text import check_regular, download_problem, read_json
+from ..files.torch_load import build_limit
 
 logger = logging.getLogger(__name__)
 

@@ -4,15 +4,28 @@ They load through s3prl's own ``hubert_local`` and ``wavlm_local`` as the publis
 only 150 times smaller, so that a whole distillation fits into a minute on a CPU. They
 know nothing of speech, but their features follow it: what a student learns from them is to
 compute the same functions of the sound.
+
+The models of a benchmark: true architectures, random weights.
+
+Random twins: what a tiny teacher was before its first step: architecture without learning.
 """
 
 from __future__ import annotations
 
 import copy
+import os
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+
+from .. import compat
+from ..distill.settings import StudentSettings
+from ..files.atomic import save_whole
+from ..files.torch_load import safe_load
+from .zoo import weights
 
 CONV_LAYERS = "[(64,10,5)] + [(64,3,2)] * 4 + [(64,2,2)] * 2"  # one frame every 320 samples
 
@@ -193,3 +206,167 @@ def _liven(model: torch.nn.Module, gain: float = 1.0) -> None:
 
 def _weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+_CONV = "[({0},10,5)] + [({0},3,2)] * 4 + [({0},2,2)] * 2"
+_LARGE = {
+    "extractor_mode": "layer_norm",
+    "layer_norm_first": True,
+    "conv_bias": False,
+    "normalize": True,
+}
+
+
+@dataclass(frozen=True)
+class Size:
+    """Three teachers, two of HuBERT's kind and a WavLM, and a student of two layers.
+
+    ``layers`` are the teachers' targets; ``more`` what is set beside the widths.
+    """
+
+    channels: int
+    width: int
+    ffn: int
+    heads: int
+    depth: int
+    layers: tuple[int, ...]
+    conv_pos: int
+    conv_pos_groups: int
+    student: StudentSettings
+    more: dict[str, Any] = field(default_factory=dict)
+
+    def config(self) -> dict[str, Any]:
+        """What HuBERT's and WavLM's configs have in common."""
+        return {
+            "conv_feature_layers": _CONV.format(self.channels),
+            "encoder_embed_dim": self.width,
+            "encoder_ffn_embed_dim": self.ffn,
+            "encoder_attention_heads": self.heads,
+            "encoder_layers": self.depth,
+            "conv_pos": self.conv_pos,
+            "conv_pos_groups": self.conv_pos_groups,
+            **self.more,
+        }
+
+
+SIZES = {
+    # That of `s3prl-ekd demo`.
+    "tiny": Size(
+        64, 96, 192, 4, 6, (2, 4, 6), 32, 4,
+        StudentSettings(
+            extractor_conv_feature_layers=_CONV.format(64),
+            encoder_embed_dim=96,
+            encoder_ffn_embed_dim=192,
+            encoder_attention_heads=4,
+            conv_pos=32,
+            conv_pos_groups=4,
+        ),
+    ),
+    # HuBERT Base and WavLM Base+, 94 M parameters each.
+    "base": Size(512, 768, 3072, 12, 12, (4, 8, 12), 128, 16, StudentSettings()),
+    # HuBERT Large and WavLM Large, 315 M parameters each.
+    "large": Size(512, 1024, 4096, 16, 24, (8, 16, 24), 128, 16, StudentSettings(), _LARGE),
+}  # fmt: skip
+TEACHERS = ("hubert", "robust_hubert", "wavlm")
+
+
+def write_teachers(folder: Path, size: Size) -> dict[str, Path]:
+    """Write the three checkpoints in s3prl's formats: teacher name -> file."""
+    paths = {}
+    for seed, name in enumerate(TEACHERS):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            state = _wavlm(size) if name == "wavlm" else _hubert(size)
+        paths[name] = folder / f"{name}.pt"
+        save_whole(state, os.fspath(paths[name]))
+    return paths
+
+
+def _hubert(size: Size) -> dict[str, Any]:
+    from s3prl.upstream.hubert.hubert_model import (
+        HubertConfig,
+        HubertModel,
+        HubertPretrainingConfig,
+    )
+
+    model = {"label_rate": 50.0, **size.config()}
+    task = {"label_rate": 50.0, "normalize": model.pop("normalize", False)}
+    symbols = [["0", "1"]]
+    made = HubertModel(HubertConfig(**model), HubertPretrainingConfig(**task), symbols)
+    return {
+        "task_cfg": task,
+        "model_cfg": model,
+        "model_weight": made.state_dict(),
+        "dictionaries_symbols": symbols,
+    }
+
+
+def _wavlm(size: Size) -> dict[str, Any]:
+    from s3prl.upstream.wavlm.WavLM import WavLM, WavLMConfig
+
+    config = {
+        **size.config(),
+        "relative_position_embedding": True,
+        "num_buckets": 320,
+        "max_distance": 800,
+        "gru_rel_pos": True,
+    }
+    return {"cfg": config, "model": WavLM(WavLMConfig(config)).state_dict()}
+
+
+def random_twin(name: str, seed: int = 1337) -> dict[str, Any]:
+    """The checkpoint of a tiny teacher with fresh random weights in the place of the learned ones.
+
+    Args:
+        name: one of :data:`s3prl_ekd.teachers.zoo.NAMES`. The twins of ``tiny_hubert`` and
+            ``tiny_robust_hubert`` are one.
+        seed: of the weights; the global random state is left as it is.
+
+    Returns:
+        What the teacher's file holds, in s3prl's format, with float16 weights as there.
+
+    Raises:
+        SetupError: there is no such teacher.
+        CheckpointError: its file is damaged.
+    """
+    path = weights(name)
+    states = dict(safe_load(path, "tiny teacher"))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = untrained(states)
+    key = "model_weight" if "model_cfg" in states else "model"
+    states[key] = {name: tensor.detach().half() for name, tensor in model.state_dict().items()}
+    return states
+
+
+def untrained(states: dict[str, Any]) -> nn.Module:
+    """s3prl's HuBERT or WavLM of a checkpoint's configuration, with the weights that training
+    begins with: drawn from torch's global generator.
+
+    Both transformers get BERT's initialisation, as in fairseq. s3prl's HuBERT lacks it, and with
+    PyTorch's own each layer loses a tenth of what differs from frame to frame, and training soon
+    the rest.
+
+    Args:
+        states: of a file in s3prl's format (see :mod:`.random_weights`); weights in it
+            do not count.
+    """
+    compat.apply()
+    if "model_cfg" not in states:
+        from s3prl.upstream.wavlm.WavLM import WavLM, WavLMConfig
+
+        return WavLM(WavLMConfig(states["cfg"]))
+    from s3prl.upstream.hubert.hubert_model import (
+        HubertConfig,
+        HubertModel,
+        HubertPretrainingConfig,
+    )
+    from s3prl.upstream.wavlm.modules import init_bert_params
+
+    model = HubertModel(
+        HubertConfig(**states["model_cfg"]),
+        HubertPretrainingConfig(**states["task_cfg"]),
+        states["dictionaries_symbols"],
+    )
+    model.encoder.apply(init_bert_params)
+    return model

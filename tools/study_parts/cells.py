@@ -8,9 +8,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from s3prl_ekd.errors import DataError
-from s3prl_ekd.superb.metrics import Fold, test_set
-from s3prl_ekd.superb.records import Run
-from s3prl_ekd.superb.scores import Counts, count_characters, count_errors, read_pairs
+from s3prl_ekd.superb.metrics import (
+    Counts,
+    Fold,
+    count_characters,
+    count_errors,
+    read_pairs,
+    test_set,
+)
+from s3prl_ekd.superb.results import Run
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from s3prl_ekd.errors import ConfigError, SetupError
-from s3prl_ekd.files.digest import file_sha256
+from s3prl_ekd.files.atomic import file_sha256
 from s3prl_ekd.teachers import zoo
 
 TASKS = ("pr", "asr", "sid", "er")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import BinaryIO
 
-from s3prl_ekd.superb.plot_style import COLOURS, LINES, MARKERS, add_legend, error_bar, new_figure
+from s3prl_ekd.superb.report_plots import COLOURS, LINES, MARKERS, add_legend, error_bar, new_figure
 
 from .compare import Comparison, Study
 from .design import CLEAN, ENSEMBLE, NONE, Row

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from s3prl_ekd.files.config import read_yaml
-from s3prl_ekd.superb.records import Run
+from s3prl_ekd.superb.results import Run
 
 from .cells import Cell
 

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from s3prl_ekd.errors import DataError
-from s3prl_ekd.superb.records import RECORD, Cost, Run
 from s3prl_ekd.superb.report import sort_conditions
-from s3prl_ekd.superb.results import Results, read_results, select
+from s3prl_ekd.superb.results import RECORD, Cost, Results, Run, read_results, select
 
 from .cells import METRICS, Cell, cells_of
 from .design import Setting, rows, students

@@ -14,8 +14,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from s3prl_ekd.errors import CheckpointError
 from s3prl_ekd.files.atomic import save_whole
 from s3prl_ekd.files.formats import refuse_newer
-from s3prl_ekd.files.safe_load import safe_load
-from s3prl_ekd.pretrain.random_state import random_states, set_random_states
+from s3prl_ekd.files.torch_load import safe_load
+from s3prl_ekd.pretrain.resume import random_states, set_random_states
 
 from .models import MaskedPredictor
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from s3prl_ekd.files.atomic import whole_file
-from s3prl_ekd.superb.plot_style import COLOURS, new_figure
+from s3prl_ekd.superb.report_plots import COLOURS, new_figure
 
 
 def write_log(log: list[dict[str, Any]], about: dict[str, Any], folder: Path) -> None:

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from s3prl_ekd.data.audio import Recording, read_audio
 from s3prl_ekd.data.audio_files import find_audio
-from s3prl_ekd.data.distortion.plan import generator
+from s3prl_ekd.data.distortion.pipeline import generator
 
 from .corpus import Utterance
 from .frames import HOP, samples_of

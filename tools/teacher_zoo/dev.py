@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from s3prl_ekd.pretrain.random_state import random_numbers_untouched
+from s3prl_ekd.pretrain.resume import random_numbers_untouched
 
 from .checkpoint import Trained
 from .corpus import Corpus

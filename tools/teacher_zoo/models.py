@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from s3prl_ekd import compat
-from s3prl_ekd.teachers.random_weights import hubert_checkpoint, wavlm_checkpoint
-from s3prl_ekd.teachers.twin import untrained
+from s3prl_ekd.teachers.random_weights import hubert_checkpoint, untrained, wavlm_checkpoint
 
 from .criterion import Encoded
 from .recipe import Family, Recipe

@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from s3prl_ekd.data.audio_files import SAMPLE_RATE
-from s3prl_ekd.data.buckets import bucket
-from s3prl_ekd.data.distortion.plan import generator
+from s3prl_ekd.data.distortion.pipeline import generator
+from s3prl_ekd.data.sampling import bucket
 from s3prl_ekd.data.tables import Utterance as Row
 
 from .corpus import Utterance

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from s3prl_ekd.data.batches import leave_signals_to_the_main_process
 from s3prl_ekd.data.loader import BatchLoader
-from s3prl_ekd.pretrain.fused_adamw import fused_adamw, warmup_schedule
+from s3prl_ekd.pretrain.optim import fused_adamw, warmup_schedule
 from s3prl_ekd.system.lock import FolderLock
 
 from . import checkpoint

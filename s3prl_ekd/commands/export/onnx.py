@@ -38,8 +38,15 @@ def main(args: argparse.Namespace) -> int:
     """Write the file or files; the exit code is 0."""
     import torch
 
-    from ...export.onnx import onnx_bytes, require_onnx
-    from ...export.onnx_model_check import OnnxSession, check, quantised, relative_errors, speed
+    from ...export.onnx import (
+        OnnxSession,
+        check,
+        onnx_bytes,
+        quantised,
+        relative_errors,
+        require_onnx,
+        speed,
+    )
 
     outputs = {"fp32": args.output}
     if args.int8:

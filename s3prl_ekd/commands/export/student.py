@@ -36,7 +36,7 @@ def main(args: argparse.Namespace) -> int:
     if args.output.exists() and not args.force:
         raise CheckpointError(f"{args.output} exists; add --force to write over it")
     if (args.checkpoint / "config.json").is_file():  # a run's folder has none
-        from ...export.hf_student import load_hf_student
+        from ...export.huggingface import load_hf_student
 
         path, loaded = args.checkpoint, load_hf_student(args.checkpoint)
     else:

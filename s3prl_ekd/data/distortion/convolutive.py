@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..audio_files import SAMPLE_RATE
 from ...compat.torchaudio_functional import functional
+from ..audio_files import SAMPLE_RATE
 from .sources import is_silent
 
 _GRID = 160  # Hz; see shift_pitch

@@ -2,7 +2,7 @@
 
 :mod:`.package` writes it. :mod:`.static_checks` reads it. :mod:`.sandbox` starts :mod:`.child` in a
 process of its own, where ``expert.py`` is imported and run; the two exchange :mod:`.messages`, the
-outputs of the package. The checks (:mod:`.official`, :mod:`.behaviour`, :mod:`.size`) are functions
-of a :class:`.runtime_checks.Package`, which asks that process; they run outside of it.
-:mod:`.isolation` is what the process may not do, :mod:`.descendants` ends what it has started.
+outputs of the package. :mod:`.runtime_checks` are functions of a ``Package``, which asks that
+process; they run outside of it. :mod:`.isolation` is what the process may not do,
+:mod:`.descendants` ends what it has started.
 """

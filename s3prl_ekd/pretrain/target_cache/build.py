@@ -1,4 +1,8 @@
-"""Run the teachers over a corpus, one utterance at a time, and keep what they say.
+"""How far targets computed in padded batches are from those of each utterance alone.
+
+Whose targets go into a cache, how large it gets, and whether the disk has room for it.
+
+Run the teachers over a corpus, one utterance at a time, and keep what they say.
 
 One at a time because their outputs depend on the padding that company brings (the first conv layer
 of the Base models normalises over time). So a stored target is that of the utterance, or of its
@@ -9,39 +13,176 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ...data.audio_files import is_passed_over
+from ...data.audio_files import SAMPLE_RATE, is_passed_over
+from ...data.bad_audio import Bad
 from ...data.batches import DistillationDataset, leave_signals_to_the_main_process, only_item
 from ...data.loader import BatchLoader
-from ...data.sampling import FixedOrder
-from ...data.tables import Utterance
+from ...data.sampling import FixedOrder, used, within
+from ...data.tables import Utterance, read_tables
 from ...distill.aggregation import Separate
+from ...distill.conv_spec import ConvLayers
+from ...distill.settings import StudentSettings
 from ...distill.teachers import TeacherEnsemble
 from ...errors import DataError, SetupError
 from ...files.atomic import remove_leftovers
 from ...hidden_states.fingerprint import same_key
-from ...hidden_states.layout import joined
-from ...hidden_states.numbers import to_numbers
 from ...hidden_states.store import (
     INDEX,
     NAMES,
+    RECORD,
     RECORDS,
     SCALES,
     TARGETS,
+    CacheWriter,
     Index,
+    joined,
     read_index,
+    to_numbers,
     write_index,
 )
-from ...hidden_states.writer import CacheWriter
-from ..memory import is_out_of_memory, workers_explained
+from ..interrupts import is_out_of_memory, workers_explained
+from ..settings import DataSettings
+
+
+class Distance(NamedTuple):
+    """``mean`` and ``worst`` absolute difference, as shares of the mean absolute target."""
+
+    mean: float
+    worst: float
+
+
+def distances(
+    dataset: DistillationDataset, tell: Tell, device: str, batches: int = 4
+) -> Mapping[str, Distance]:
+    """Compare over some batches of a training set, spread over its lengths.
+
+    Args:
+        dataset: with the cache in it, so that its batches carry the stored targets.
+        tell: what computes them; see :func:`.build.targets_of`.
+        device: where the teachers are.
+        batches: how many.
+    """
+    step = max(1, len(dataset) // batches)
+    sums: dict[str, list[float]] = {}
+    for i in range(step // 2, len(dataset), step):
+        batch = dataset[i]
+        if not batch.names:
+            continue
+        pairs = zip(batch.waves, batch.lengths.tolist(), strict=True)
+        live = tell([wave[:length].to(device) for wave, length in pairs])
+        stored, frames = batch.targets.on(device)
+        for name, target in live.items():
+            count = min(target.shape[2], stored[name].shape[2])
+            mask = torch.arange(count, device=frames.device) < frames[:, None]  # [batch, frame]
+            mask = mask[:, None, :, None].expand_as(target[:, :, :count])
+            apart = (target[:, :, :count] - stored[name][:, :, :count]).abs()[mask]
+            sizes = stored[name][:, :, :count].abs()[mask]
+            total = sums.setdefault(name, [0.0, 0.0, 0.0, 0.0])
+            total[0] += float(apart.sum(dtype=torch.float64))
+            total[1] = max(total[1], float(apart.max()))
+            total[2] += float(sizes.sum(dtype=torch.float64))
+            total[3] += sizes.numel()
+    found = {}
+    for name, (apart, worst, size, count) in sums.items():
+        found[name] = Distance(apart / size, worst / (size / count)) if size else Distance(0, 0)
+    return found
+
 
 logger = logging.getLogger(__name__)
+
+SPARE = 64 << 20  # bytes left free for what else goes on
+
+
+def cached_rows(data: DataSettings, student: StudentSettings) -> list[Utterance]:
+    """The utterances of ``sets`` and ``dev_sets``, the longest first.
+
+    Raises:
+        DataError: see :func:`....read_tables`.
+    """
+    rows: dict[str, Utterance] = {}
+    bad: list[Bad] | None = [] if data.on_bad_audio == "skip" else None
+    for sets in (data.sets, data.dev_sets):
+        if sets:
+            every = read_tables(data.file_path, sets, bad)
+            rows |= {row.path: row for row in within(every, data.max_timestep, student.min_samples)}
+    if bad:
+        logger.warning("left out %d: %s: %s", len(bad), bad[0].path, bad[0].reason)
+    return sorted(rows.values(), key=lambda row: (-row.length, row.path))
+
+
+def frames_of(samples: int, conv: ConvLayers) -> int:
+    """Frames of a waveform."""
+    for _, kernel, stride in conv:
+        samples = (samples - kernel) // stride + 1
+    return samples
+
+
+@dataclass(frozen=True)
+class Size:
+    """Of a cache, by the tables' lengths: ``utterances``, ``seconds`` of audio, ``bytes``."""
+
+    utterances: int
+    seconds: float
+    bytes: int
+
+    @property
+    def gigabytes(self) -> float:
+        return self.bytes / 1e9
+
+
+def size_of(
+    rows: Sequence[Utterance], sequence_length: int, index: Index, conv: ConvLayers
+) -> Size:
+    """The size that a cache of these utterances will have."""
+    lengths = [used(row, sequence_length) for row in rows]
+    frames = sum(frames_of(length, conv) for length in lengths)
+    names = sum(len(row.path) + 4 for row in rows)  # in the index
+    each = RECORD.itemsize + index.scale_bytes
+    total = frames * index.frame_bytes + len(rows) * each + names
+    return Size(len(rows), sum(lengths) / SAMPLE_RATE, total)
+
+
+def free_bytes(folder: Path) -> int:
+    """Room on the disk of a folder, or of the nearest one above it that exists.
+
+    Raises:
+        SetupError: it cannot be told.
+    """
+    there = folder.absolute()
+    while not there.exists() and there != there.parent:
+        there = there.parent
+    try:
+        return shutil.disk_usage(there).free
+    except OSError as error:
+        raise SetupError(f"cannot use {there}: {error.strerror}") from None
+
+
+def there_already(folder: Path) -> int:
+    """Bytes of a cut build, or of the cache that is replaced."""
+    files = (folder / name for name in (TARGETS, SCALES, RECORDS))
+    return sum(path.stat().st_size for path in files if path.is_file())
+
+
+def check_room(size: Size, folder: Path) -> None:
+    """Raise SetupError where the disk has not enough room for the rest of a cache."""
+    need, free = size.bytes - there_already(folder) + SPARE, free_bytes(folder)
+    if need > free:
+        raise SetupError(
+            f"the targets need {need / 1e9:.3f} GB more and the disk of {folder} has "
+            f"{free / 1e9:.3f} GB free; name a folder on another disk, or make them smaller with "
+            "--dtype int8 or --aggregated"
+        )
+
 
 Tell = Callable[[Sequence[Tensor]], Mapping[str, Tensor]]
 

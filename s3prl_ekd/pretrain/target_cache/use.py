@@ -16,9 +16,7 @@ from ...distill.unit_head import UnitLabels
 from ...errors import ConfigError, DataError
 from ...files.text import CONTROL
 from ...hidden_states.fingerprint import PER_TEACHER, check_aggregated, fitting_part, make_key
-from ...hidden_states.layout import Part
-from ...hidden_states.reader import TargetReader
-from ...hidden_states.store import BUILD, INDEX
+from ...hidden_states.store import BUILD, INDEX, Part, TargetReader
 from ..config_diff import table_digests
 from ..settings import DataSettings, ModelFile
 

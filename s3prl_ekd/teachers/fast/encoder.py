@@ -1,9 +1,17 @@
-"""A frozen HuBERT, wav2vec 2.0 or WavLM that computes the hidden states asked for, no more."""
+"""What s3prl's experts do to waveforms before the model, for one padded batch.
+
+A frozen HuBERT, wav2vec 2.0 or WavLM that computes the hidden states asked for, no more.
+
+Which teachers can be computed fast, and the encoders that do it.
+
+The experts of s3prl for HuBERT, wav2vec 2.0, WavLM and UniSpeech-SAT, as they come from a hub name
+or a checkpoint; every other upstream stays on the plain path: it is called as it is.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,9 +21,54 @@ from torch import Tensor, nn
 from ...errors import TeacherError
 from . import conv as fast_conv
 from . import layers as fast_layers
-from .conv import ConvExtractor
-from .fast_inputs import normalised, padded_frames
-from .fast_positions import PositionalConv, RelativeBias
+from .conv import ConvExtractor, same_weights
+from .layers import PositionalConv, RelativeBias
+
+_EPS = 1e-5  # of torch's layer_norm, by which s3prl normalises a waveform
+
+
+def normalised(waves: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Each waveform brought to zero mean and unit variance over its valid samples.
+
+    Args:
+        waves: ``[batch, sample]``, 0 behind the end of each.
+        lengths: valid samples of each.
+    """
+    count = torch.tensor(lengths, device=waves.device, dtype=waves.dtype)[:, None]
+    valid = torch.arange(waves.shape[1], device=waves.device) < count  # [batch, sample]
+    centred = (waves - waves.sum(1, keepdim=True) / count) * valid
+    variance = centred.square().sum(1, keepdim=True) / count
+    return centred * torch.rsqrt(variance + _EPS)
+
+
+def padded_frames(
+    lengths: Sequence[int],
+    samples: int,
+    frames: int,
+    conv: Sequence[tuple[int, int]] | None,
+) -> list[int] | None:
+    """How many frames of each utterance are valid, or None where nothing is padded.
+
+    Args:
+        lengths: valid samples of each.
+        samples, frames: of the padded batch.
+        conv: kernel and stride of each conv layer, for wav2vec 2.0, which counts the frames that a
+            waveform of this length gives; None for HuBERT and WavLM, which cut the samples into as
+            many equal blocks as there are frames and keep a block with any sound.
+    """
+    if all(length == samples for length in lengths):
+        return None
+    if conv is None:
+        block = samples // frames
+        return [min(-(-length // block), frames) for length in lengths]
+    counts = []
+    for length in lengths:
+        for kernel, stride in conv:
+            length = (length - kernel) // stride + 1
+        # s3prl marks the last valid frame by its index: of none at all it marks the very last.
+        counts.append(length if length > 0 else frames)
+    return counts
+
 
 logger = logging.getLogger(__name__)
 
@@ -223,3 +276,69 @@ def is_known(model: nn.Module) -> bool:
         and fast_conv.is_known(model.feature_extractor)
         and all(fast_layers.is_known(layer) for layer in encoder.layers)
     )
+
+
+_FAMILIES = {
+    "s3prl.upstream.hubert.expert": "hubert",
+    "s3prl.upstream.wav2vec2.expert": "wav2vec2",
+    "s3prl.upstream.wavlm.expert": "wavlm",
+    "s3prl.upstream.unispeech_sat.expert": "unispeech_sat",
+}
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def family(upstream: nn.Module) -> str | None:
+    """The family of an upstream that can be computed fast, or None."""
+    kind = type(upstream)
+    name = _FAMILIES.get(kind.__module__) if kind.__name__ == "UpstreamExpert" else None
+    if name is None or not is_known(upstream.model):
+        return None
+    if name == "wav2vec2":  # two switches of its expert, which nobody of ours turns
+        usual = upstream.apply_padding_mask and not upstream.numpy_wav_normalize
+        if not usual or upstream.feature_selection is not None:
+            return None
+    return name
+
+
+def normalizes(upstream: nn.Module) -> bool:
+    """Whether an expert of :func:`family` brings waveforms to zero mean and unit variance."""
+    if hasattr(upstream, "wav_normalize"):
+        return bool(upstream.wav_normalize)
+    settings = upstream.task_cfg if hasattr(upstream, "task_cfg") else upstream.cfg
+    return bool(settings.normalize)
+
+
+def fast_encoders(
+    upstreams: Mapping[str, nn.Module], precision: str = "float32", compiled: bool = False
+) -> dict[str, FastEncoder]:
+    """An encoder for each upstream that can have one; extractors of the same weights are one.
+
+    Args:
+        upstreams: by teacher name.
+        precision: one of :data:`PRECISIONS`.
+        compiled: run the layers through ``torch.compile``.
+    """
+    extractors: list[ConvExtractor] = []
+    encoders = {}
+    for name, upstream in upstreams.items():
+        kind = family(upstream)
+        if kind is None:
+            logger.info("teacher %s: plain path, in float32 (%s)", name, type(upstream).__module__)
+            continue
+        module = upstream.model.feature_extractor
+        extractor = next((e for e in extractors if same_weights(e.module, module)), None)
+        if extractor is None:
+            extractor = ConvExtractor(module, PRECISIONS[precision])
+            extractors.append(extractor)
+        encoders[name] = FastEncoder(
+            upstream.model,
+            extractor,
+            normalize=normalizes(upstream),
+            counts_frames=kind == "wav2vec2",
+            precision=PRECISIONS[precision],
+            compiled=compiled,
+            name=name,
+        )
+    if len(extractors) < len(encoders):
+        logger.info("%d teachers, %d different conv extractors", len(encoders), len(extractors))
+    return encoders

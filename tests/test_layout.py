@@ -1,0 +1,122 @@
+"""The layout of the package: few modules at its root, and imports that point one way."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import s3prl_ekd
+
+PACKAGE = Path(s3prl_ekd.__file__).parent
+ROOT_MODULES = 9
+# Each folder or root module imports only from those before it. `__init__` holds the version and
+# nothing of ours at import time.
+ORDER = """
+    __init__ errors distill system compat files student_file teachers data prepare hidden_states
+    essence downstream pretrain pretrain_expert register analysis superb export workspace launch
+    demo commands cli __main__
+""".split()
+
+
+def modules(package: Path) -> dict[str, Path]:
+    """``{dotted name: file}`` of every module below a folder."""
+    found = {}
+    for path in sorted(package.rglob("*.py")):
+        parts = [package.name, *path.relative_to(package).with_suffix("").parts]
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imports(name: str, path: Path, known: dict[str, Path]) -> set[str]:
+    """The modules among ``known`` that a file imports anywhere: at the top, in functions, for
+    types only, or by ``import_module`` with a text."""
+    package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
+    targets = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            targets |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            base = [*base, *(node.module.split(".") if node.module else [])]
+            for alias in node.names:
+                full = ".".join([*base, alias.name])
+                targets.add(full if full in known else ".".join(base))
+        elif isinstance(node, ast.Constant) and node.value in known:
+            targets.add(node.value)
+    return {target for target in targets if target in known} - {name}
+
+
+def graph(package: Path) -> dict[str, set[str]]:
+    known = modules(package)
+    return {name: imports(name, path, known) for name, path in known.items()}
+
+
+def unit(name: str) -> str:
+    """The folder or root module that a module belongs to."""
+    parts = name.split(".")
+    return parts[1] if len(parts) > 1 else "__init__"
+
+
+def upward(edges: dict[str, set[str]]) -> list[str]:
+    """Imports from a folder or root module that stands later in ORDER."""
+    place = {name: number for number, name in enumerate(ORDER)}
+    return [
+        f"{name} imports {target}"
+        for name, targets in edges.items()
+        if unit(name) != "__init__"
+        for target in sorted(targets)
+        if place[unit(target)] > place[unit(name)]
+    ]
+
+
+def cycle(edges: dict[str, set[str]]) -> list[str]:
+    """Modules that import each other in a ring; empty where there is none."""
+    done: set[str] = set()
+
+    def visit(name: str, path: list[str]) -> list[str]:
+        if name in path:
+            return path[path.index(name) :]
+        if name in done:
+            return []
+        for target in sorted(edges[name]):
+            if not target.startswith(f"{name}.") and not name.startswith(f"{target}."):
+                ring = visit(target, [*path, name])
+                if ring:
+                    return ring
+        done.add(name)
+        return []
+
+    return next((ring for name in edges if (ring := visit(name, []))), [])
+
+
+def test_few_modules_at_the_root():
+    assert len(list(PACKAGE.glob("*.py"))) <= ROOT_MODULES
+
+
+def test_every_folder_has_its_place():
+    assert {unit(name) for name in modules(PACKAGE)} == set(ORDER)
+
+
+def test_imports_point_one_way():
+    assert upward(graph(PACKAGE)) == []
+
+
+def test_no_modules_import_each_other():
+    assert cycle(graph(PACKAGE)) == []
+
+
+@pytest.mark.parametrize("inside", ["", "def f():\n    ", "if TYPE_CHECKING:\n    "])
+def test_planted_faults_are_seen(tmp_path, inside):
+    """An import upwards and a ring, at the top, in a function or for types only."""
+    package = tmp_path / "s3prl_ekd"
+    for folder in ("", "files", "data"):
+        (package / folder).mkdir(exist_ok=True)
+        (package / folder / "__init__.py").write_text("")
+    (package / "data/audio.py").write_text(f"{inside}from ..files import text\n")
+    (package / "files/text.py").write_text("")
+    assert upward(graph(package)) == [] and cycle(graph(package)) == []
+    (package / "files/text.py").write_text(f"{inside}from ..data.audio import read\n")
+    assert upward(graph(package)) == ["s3prl_ekd.files.text imports s3prl_ekd.data.audio"]
+    assert set(cycle(graph(package))) == {"s3prl_ekd.files.text", "s3prl_ekd.data.audio"}
