@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from typing import NoReturn
-
-from .system import torchrun
 
 
 def printable(text: str) -> str:
@@ -57,10 +56,16 @@ class SetupError(EkdError):
 
 def exit_with(error: EkdError) -> NoReturn:
     """Print the sentence of ``error`` to stderr and leave with exit code 2."""
-    number = torchrun.rank()
+    number = _rank()
     with contextlib.suppress(OSError):  # the stream is full or closed: the exit code has to do
         print(f"error{f' (process {number})' if number else ''}: {error}", file=sys.stderr)
     raise SystemExit(2)
+
+
+def _rank() -> int:
+    """The number of this process under torchrun; 0 where it is alone."""
+    text = os.environ.get("RANK", "")
+    return int(text) if text.isdecimal() else 0
 
 
 def install_excepthook() -> None:

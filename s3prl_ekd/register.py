@@ -17,6 +17,7 @@ from . import compat
 from .compat import no_eval
 from .compat.child_processes import repeat_in_children
 from .compat.import_hooks import on_import
+from .downstream.ctc_corpus import provide_ctc_corpus
 from .errors import SetupError
 from .teachers import zoo
 
@@ -27,7 +28,6 @@ ENTRIES = ("ekd_student", "ekd_student_local", "ekd_student_url", *zoo.NAMES)
 BARE_NAMES = ("optimizers", "schedulers", "utility", "utility.helper", "upstream", "pretrain")
 
 HUB = "s3prl.hub"
-CTC_CORPUS = "s3prl.downstream.ctc.corpus"  # in s3prl's repository, and not in its wheel
 
 
 def register() -> None:
@@ -65,32 +65,6 @@ def _register_on_import() -> None:
 def _run_and_register(module: ModuleType, run: Callable[[ModuleType], None]) -> None:
     run(module)
     register()
-
-
-def provide_ctc_corpus(folder: Path) -> None:
-    """Make ``s3prl.downstream.ctc.corpus.libriphone`` importable. Calling it twice changes nothing.
-
-    The installed s3prl's own module is taken, else that of the checkout at ``folder``, else ours:
-    :mod:`.downstream.libriphone`.
-
-    Raises:
-        ImportError: s3prl or torch is not installed.
-    """
-    name = f"{CTC_CORPUS}.libriphone"
-    if sys.modules.get(name) is not None:
-        return
-    repeat_in_children(provide_ctc_corpus, folder.resolve())
-    ctc = importlib.import_module("s3prl.downstream.ctc")
-    checkout = folder.resolve() / "downstream" / "ctc"
-    if (checkout / "corpus" / "libriphone.py").is_file():
-        ctc.__path__.append(str(checkout))  # last: the installed one comes first
-    if importlib.util.find_spec(CTC_CORPUS) and importlib.util.find_spec(name):
-        return
-    package = ModuleType(CTC_CORPUS, "Stand-in of s3prl_ekd for a folder that this s3prl lacks.")
-    package.__path__ = []
-    package.libriphone = importlib.import_module("s3prl_ekd.downstream.libriphone")
-    ctc.corpus = sys.modules[CTC_CORPUS] = package
-    sys.modules[name] = package.libriphone
 
 
 def open_pretrain(folder: Path) -> None:

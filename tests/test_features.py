@@ -17,7 +17,7 @@ from s3prl_ekd.commands.features import choose_device
 from s3prl_ekd.distill.student import Student
 from s3prl_ekd.errors import ConfigError, DataError
 from s3prl_ekd.export.features import choose_layers, collect_audio, write_features
-from s3prl_ekd.hidden_states.features_file import FeaturesFile
+from s3prl_ekd.files.safetensors_file import SafetensorsWriter
 from s3prl_ekd.student_file import LoadedStudent, write_student
 
 from .conftest import command, make_sound, run_python
@@ -203,7 +203,7 @@ def test_the_file_is_one_of_safetensors():
         "turned": torch.randn(4, 3, generator=generator).T,
     }
     file = io.BytesIO()
-    features = FeaturesFile(file, [*tensors, "stays away"], {"k": "v"})
+    features = SafetensorsWriter(file, [*tensors, "stays away"], {"k": "v"})
     for key, value in tensors.items():
         features.add(key, value)
     features.finish()
@@ -217,11 +217,11 @@ def test_the_file_is_one_of_safetensors():
 
 def test_more_names_than_a_header_holds():
     with pytest.raises(DataError, match="600,000 tensors are more"):
-        FeaturesFile(io.BytesIO(), (f"{i:010}" for i in range(600_000)), {})
+        SafetensorsWriter(io.BytesIO(), (f"{i:010}" for i in range(600_000)), {})
 
 
 def test_a_key_that_was_not_announced():
-    features = FeaturesFile(io.BytesIO(), ["a"], {})
+    features = SafetensorsWriter(io.BytesIO(), ["a"], {})
     features.add("another" * 200, torch.zeros(1))
     with pytest.raises(ValueError, match="not announced"):
         features.finish()
@@ -230,9 +230,9 @@ def test_a_key_that_was_not_announced():
 def test_memory_does_not_grow_with_the_file(tmp_path):
     code = """
 import resource, sys, torch
-from s3prl_ekd.hidden_states.features_file import FeaturesFile
+from s3prl_ekd.files.safetensors_file import SafetensorsWriter
 with open(sys.argv[1], "wb") as file:
-    features = FeaturesFile(file, map(str, range(100)), {})
+    features = SafetensorsWriter(file, map(str, range(100)), {})
     features.add("0", torch.zeros(250, 1000))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for i in range(1, 100):

@@ -239,7 +239,7 @@ def test_a_renamed_upstream_is_tested_and_reported_under_its_new_name(here, monk
         assert launch.run_downstream() == 0
 
     monkeypatch.setattr(superb, "run_command", run_command)
-    run_all = functools.partial(superb.run_all, warm=False)
+    run_all = functools.partial(superb.run_all)
     out = here / "out/w/out"
     (first,) = short(here, "out/w")
     first = replaced(first, "X")

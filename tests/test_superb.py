@@ -242,7 +242,7 @@ def test_a_second_process_in_a_runs_folder_is_told(here, tmp_path):
     )
     try:
         assert holder.stdout.readline() == "held\n"
-        ((failed, reason),) = superb.run_all([run], warm=False)
+        ((failed, reason),) = superb.run_all([run])
         assert failed is run and "is in use: process" in reason
         assert not (run.folder / superb.RECORD).exists()
     finally:

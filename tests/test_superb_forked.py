@@ -18,9 +18,12 @@ import torch
 from s3prl_ekd.compat import voxceleb1_cache
 from s3prl_ekd.downstream.tasks import TASKS
 from s3prl_ekd.errors import SetupError
+from s3prl_ekd.launch import forked as forking
+from s3prl_ekd.launch.forked import ForkedProcesses
 from s3prl_ekd.superb import run as superb
-from s3prl_ekd.superb import warm as warm_module
 from s3prl_ekd.superb.run import run_command
+from s3prl_ekd.system import jobs
+from s3prl_ekd.system.jobs import Processes
 
 from .superb_workspace import make_workspace, short, states
 
@@ -40,7 +43,7 @@ def here(prepared, monkeypatch):
 def server():
     """Whatever server another test has started in this process: the next is ours, with imports."""
     forkserver._forkserver._stop()
-    yield warm_module.Processes(True)
+    yield ForkedProcesses()
     forkserver._forkserver._stop()
 
 
@@ -49,7 +52,7 @@ def _act(connection, *arguments):
 
     parts = (_start_method, _leave_something, _speak, _compute)
     __main__.main = lambda: connection.send({part.__name__: part() for part in parts})
-    warm_module._child(*arguments)
+    forking._child(*arguments)
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +141,7 @@ def test_threads_after_the_fork(forked):
 
 def test_how_many_threads(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "7")  # 1 was read when torch was imported: conftest.py
-    processes = warm_module.Processes(True)
+    processes = ForkedProcesses()
     for wanted, threads in (("7", 1), ("3", 3), ("4,2", 4), ("", 1), ("many", 1), ("0", 1)):
         assert processes._threads_of({"OMP_NUM_THREADS": wanted}) == threads
     assert processes._threads_of({}) == 1
@@ -147,7 +150,7 @@ def test_how_many_threads(monkeypatch):
 def test_the_fork_server_imports_all_that_a_run_needs():
     code = (
         "import os, sys, weakref; before = [os.fstat(i).st_ino for i in (1, 2)]\n"
-        "from s3prl_ekd.superb import warm_imports as w\n"
+        "from s3prl_ekd.launch import forked_imports as w\n"
         "assert [os.fstat(i).st_ino for i in (1, 2)] == before and sys.stderr is sys.__stderr__\n"
         "print([name for name in w._MODULES if name not in sys.modules])\n"
         "kinds = [type(f.peek()[0]).__name__ for f in list(weakref.finalize._registry)]\n"
@@ -171,29 +174,29 @@ def test_the_fork_server_imports_all_that_a_run_needs():
     ],
 )
 def test_a_server_that_obeys_others_is_not_used(version, private):
-    assert warm_module.has_private_server(version) == private
+    assert forking.has_private_server(version) == private
 
 
 def test_a_process_that_has_gone_is_no_trouble_to_stop(monkeypatch):
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
-    monkeypatch.setattr(warm_module, "_GRACE", 0.0)
-    monkeypatch.setattr(warm_module, "_TO_SAVE", 0.0)
-    processes = warm_module.Processes(False)
+    monkeypatch.setattr(jobs, "_GRACE", 0.0)
+    monkeypatch.setattr(jobs, "_TO_INTERRUPT", 0.0)
+    processes = Processes()
     processes._live.add(gone)
     processes.stop()
 
 
 def test_a_process_that_ignores_ctrl_c_is_terminated(monkeypatch):
-    monkeypatch.setattr(warm_module, "_GRACE", 0.1)
-    monkeypatch.setattr(warm_module, "_TO_SAVE", 0.5)
+    monkeypatch.setattr(jobs, "_GRACE", 0.1)
+    monkeypatch.setattr(jobs, "_TO_INTERRUPT", 0.5)
     code = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print('deaf', "
     child = subprocess.Popen(
         [sys.executable, "-c", code + "flush=True); time.sleep(600)"], stdout=subprocess.PIPE
     )
     try:
         assert child.stdout.readline() == b"deaf\n"
-        processes = warm_module.Processes(False)
+        processes = Processes()
         processes._live.add(child)
         processes.stop()
         assert child.wait(timeout=10) == -signal.SIGTERM
@@ -206,9 +209,9 @@ def test_forked_processes_give_what_new_ones_give(here, tmp_path, monkeypatch, s
     (tmp_path / "tmp").mkdir()
     monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)  # torch's number here: conftest.py
-    assert superb.run_all(runs[:1], warm=True) == []
+    assert superb.run_all(runs[:1], processes=ForkedProcesses()) == []
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    assert superb.run_all(runs[1:], warm=False) == []
+    assert superb.run_all(runs[1:]) == []
     assert not list((tmp_path / "tmp").glob("s3prl_ekd_sid_*"))
     first, second = map(states, runs)
     for part in ("Featurizer", "Downstream", "Optimizer"):
@@ -224,7 +227,7 @@ def test_forked_processes_give_what_new_ones_give(here, tmp_path, monkeypatch, s
 def test_how_a_command_ended_is_known(here, tmp_path, warm, server):
     (run,) = short(tmp_path, "out")
     run.folder.mkdir(parents=True)
-    processes = warm_module.Processes(warm)
+    processes = ForkedProcesses() if warm else Processes()
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     words = ["run_downstream.py", "-m", "train", "-d", "nothing", "-n", "x"]
     with pytest.raises(SetupError, match="there is no configuration downstream/nothing"):
@@ -263,7 +266,7 @@ def test_where_nothing_can_be_forked_commands_are_new_processes(
     folder = tmp_path / ("x" * 120)  # longer than the path of a socket may be
     folder.mkdir()
     monkeypatch.setitem(multiprocessing.current_process()._config, "tempdir", str(folder))
-    processes = warm_module.Processes(True)
+    processes = ForkedProcesses()
     for log in ("a.txt", "b.txt"):
         words = ["doctor", "--nonsense"]
         assert processes.call(words, tmp_path / log, dict(os.environ)) == 2

@@ -20,7 +20,7 @@ from s3prl_ekd.compat import checkpoint_globals
 from s3prl_ekd.errors import CheckpointError
 from s3prl_ekd.export.hidden_set import sandbox as process
 from s3prl_ekd.files import trust
-from s3prl_ekd.files.torch_load import TorchFileError, named_globals, safe_load
+from s3prl_ekd.files.torch_load import TorchFileError, named_globals, restrict_torch, safe_load
 
 NEWEST = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10)
 
@@ -296,7 +296,7 @@ def torch_load(monkeypatch):
     def of(version):
         monkeypatch.setattr(torch, "__version__", version)
         monkeypatch.setattr(torch, "load", torch.load)
-        trust.restrict_torch()
+        restrict_torch()
         return torch.load
 
     yield of
@@ -316,7 +316,7 @@ def test_s3prls_own_loads_are_scanned_with_an_old_torch(tmp_path, torch_load, ve
         return
     with pytest.raises(CheckpointError, match="pytorch_model.bin.*torch>=2.10"):
         load(path, weights_only=True)
-    trust.restrict_torch()
+    restrict_torch()
     assert torch.load is load  # and not one around the other
     trust.take([trust.OPTION])
     path.write_bytes(b"read by torch alone")

@@ -88,6 +88,7 @@ def configure(parser) -> None:
 
 
 def main(args) -> int:
+    from ..launch.forked import processes
     from ..superb import run as superb
 
     runs = plan(args)
@@ -103,7 +104,7 @@ def main(args) -> int:
     superb.check_records(runs)
     _probe([run for run in runs if not superb.is_finished(run)])
     keep = args.keep_features or bool(args.cache_features)
-    failed = superb.run_all(runs, args.jobs, args.gpus, keep_features=keep)
+    failed = superb.run_all(runs, args.jobs, args.gpus, keep_features=keep, processes=processes())
     if failed:
         reasons = "\n".join(f"  {reason}" for _, reason in failed)
         raise SetupError(

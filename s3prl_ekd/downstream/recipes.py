@@ -16,8 +16,8 @@ from pathlib import Path
 from ..compat import voxceleb1_cache
 from ..errors import ConfigError, SetupError
 from ..files.text import read_text
-from ..register import provide_ctc_corpus
 from .corpus_check import check_corpus
+from .ctc_corpus import provide_ctc_corpus
 
 # import name -> what to type, where it is not `pip install NAME`
 INSTALL = {"yaml": "pip install pyyaml", "sklearn": "pip install scikit-learn"}

@@ -23,7 +23,7 @@ from ..files.atomic import make_folder
 from ..files.config import apply_overrides, read_yaml
 from ..files.formats import refuse_newer_parts
 from ..files.run_checkpoints import read_run
-from ..files.torch_load import safe_load
+from ..files.torch_load import restrict_torch, safe_load
 from ..system import torchrun
 from ..system.lock import NAME, FolderLock
 from . import arguments as cache_arguments
@@ -68,7 +68,7 @@ def prepare_downstream(argv: list[str]) -> list[str]:
     cache, argv = cache_arguments.split_arguments(argv)
     argv = with_plain_overrides(argv)
     no_eval.guard()
-    trust.restrict_torch()
+    restrict_torch()
     args = options(argv, "mtoeicdvuknpas", flags="a", long=("device", "local_rank"))
     if noise is not None:
         noisy_run.check(noise, args.m)

@@ -22,8 +22,8 @@ from ..data.audio import read_audio
 from ..data.audio_files import SAMPLE_RATE, find_audio, read_header
 from ..errors import CheckpointError, ConfigError, DataError
 from ..files.atomic import file_sha256
+from ..files.safetensors_file import SafetensorsWriter
 from ..files.text import read_text
-from ..hidden_states.features_file import FeaturesFile
 
 
 def collect_audio(given: Sequence[str], lists: Sequence[Path] = ()) -> dict[str, Path]:
@@ -154,7 +154,7 @@ def write_features(
         output.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(output) as file:
             keys = (f"{key}#{layer}" for key in audio for layer in chosen)
-            features = FeaturesFile(file, keys, metadata)
+            features = SafetensorsWriter(file, keys, metadata)
             for key, wave in progress(_read_ahead(audio, max_seconds), len(audio)):
                 try:
                     if isinstance(wave, DataError):

@@ -16,20 +16,22 @@ Read a torch file as data: plain tensors and containers, never code.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import math
+import os
 import pickle
 import struct
 import tarfile
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..compat.checkpoints import loader_holes
+from ..compat.checkpoints import loader_holes, refuses_by_default
 from ..errors import CheckpointError
 from . import trust
 from .text import check_data, check_regular, download_problem
@@ -398,3 +400,28 @@ def _check_loaded(data: dict, where: str) -> None:
 
 def _shape(tensor: torch.Tensor) -> str:
     return "x".join(map(str, tensor.shape))
+
+
+def restrict_torch() -> None:
+    """Have s3prl's own ``torch.load`` read data and nothing else, with any torch.
+
+    torch 2.5 loads weights only where that is asked for, and before 2.10 a file can do harm even
+    then: there each file is scanned first, as :func:`safe_load` does.
+    """
+    if not trust.trusted() and not refuses_by_default():
+        os.environ[trust.STRICT] = "1"
+    if loader_holes(torch.__version__) and not hasattr(torch.load, "_scans"):
+        torch.load = _scanning(torch.load)
+
+
+def _scanning(load: Callable[..., Any]) -> Callable[..., Any]:
+    """``torch.load`` that scans a file which it is given by its path, unless it is trusted."""
+
+    @functools.wraps(load)
+    def scan_and_load(f: Any, *args: Any, **kwargs: Any) -> Any:
+        if not trust.trusted() and isinstance(f, (str, os.PathLike)):
+            scan_for_old_torch(f)
+        return load(f, *args, **kwargs)
+
+    scan_and_load._scans = True
+    return scan_and_load

@@ -53,7 +53,9 @@ def prepare(argv: list[str]) -> list[str]:
     """
     argv = with_plain_overrides(trust.take(argv))
     no_eval.guard()
-    trust.restrict_torch()
+    from ..files.torch_load import restrict_torch
+
+    restrict_torch()
     args = options(argv, "euncgpoa", flags="a", long=("device", "multi_gpu"))
     if not Path("pretrain").is_dir():
         raise SetupError(f"nothing is set up in this folder (no pretrain/ekd); {INIT_HINT}")

@@ -110,11 +110,10 @@ def build_upstream(hub_name: str, checkpoint: str | None) -> torch.nn.Module:
     """
     from .. import compat
     from .. import register as plugin
-    from ..files import trust
-    from ..files.torch_load import build_limit
+    from ..files.torch_load import build_limit, restrict_torch
     from ..teachers.checkpoint import check_upstream_file
 
-    trust.restrict_torch()
+    restrict_torch()
     compat.apply()
     plugin.register()
     from s3prl import hub

@@ -33,10 +33,10 @@ from ..files.atomic import make_folder, write_text
 from ..files.formats import NewerFormatError, refuse_newer
 from ..files.run_checkpoints import newest, read_run
 from ..hidden_states.feature_store import folder_size
+from ..system.jobs import Processes
 from ..system.lock import FolderLock
 from .plan import CLEAN, Run, noise_digest
 from .results import RECORD, check_paths
-from .warm import Processes
 
 logger = logging.getLogger(__name__)
 
@@ -221,13 +221,13 @@ def run_all(
     gpus: int = 1,
     *,
     keep_features: bool = False,
-    warm: bool | None = None,
+    processes: Processes | None = None,
 ) -> list[tuple[Run, str]]:
     """Run what is not finished, ``jobs`` at a time.
 
     Args:
         keep_features: leave kept hidden states where they are (:mod:`.run`).
-        warm: as for :class:`.warm.Processes`.
+        processes: what starts the commands; None: each is a new process.
 
     Returns:
         The runs that failed, each with its reason.
@@ -236,7 +236,7 @@ def run_all(
     if len(waiting) < len(runs):
         logger.info("%d of %d runs are finished and kept", len(runs) - len(waiting), len(runs))
     failed: list[tuple[Run, str]] = []
-    processes = Processes(warm)
+    processes = processes or Processes()
     open_runs = Counter(run.upstream.name for run in waiting)
     closed: set[str] = set()
     slots: queue.Queue[int] = queue.Queue()

@@ -6,15 +6,20 @@ that lived on would write into its folder beside the one that the next command s
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
 from multiprocessing import connection
+from pathlib import Path
+
+from ..errors import SetupError
 
 logger = logging.getLogger(__name__)
 
@@ -68,3 +73,57 @@ def _end_after(wait) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(_TO_SAVE)
     os.kill(os.getpid(), getattr(signal, "SIGKILL", signal.SIGTERM))
+
+
+_TO_INTERRUPT = 20.0  # seconds for a command to end after Ctrl-C
+_GRACE = 2.0  # seconds for children to leave by themselves: a terminal's Ctrl-C reaches them too
+
+
+class Processes:
+    """Starts commands of ``python -m s3prl_ekd`` and waits for them, from several threads."""
+
+    def __init__(self) -> None:
+        # One lock for starting and for asking how a child ended: starting one also reaps the
+        # others, and two threads that reap the same child would lose its exit code.
+        self._lock = threading.Lock()
+        self._live: set = set()
+        self._stopped = False
+
+    def call(self, argv: Sequence[str], log: Path, environment: Mapping[str, str]) -> int:
+        """Run ``run_downstream.py ...`` or ``torchrun ...``; its output is appended to ``log``.
+
+        Returns:
+            The exit code; below 0: the signal that ended it.
+        """
+        with open(log, "ab") as file, self._lock:
+            self._check()
+            child = subprocess.Popen(
+                child_command(argv),
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                # a log that can be watched
+                env={**child_environment(environment), "PYTHONUNBUFFERED": "1"},
+            )
+            self._live.add(child)
+        code = child.wait()
+        with self._lock:
+            self._live.discard(child)
+        return code
+
+    def _check(self) -> None:
+        if self._stopped:
+            raise SetupError("stopped before it began; give the same command again")
+
+    def stop(self) -> None:
+        """Start nothing any more, and interrupt what still runs after a moment; what does not heed
+        it, as commands do that were begun in the background of a script, is terminated."""
+        self._stopped = True
+        for what, grace in ((signal.SIGINT, _GRACE), (signal.SIGTERM, _TO_INTERRUPT)):
+            deadline = time.monotonic() + grace
+            while self._live and time.monotonic() < deadline:
+                time.sleep(0.05)
+            with self._lock:
+                for child in self._live:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(child.pid, what)

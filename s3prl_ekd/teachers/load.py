@@ -21,8 +21,8 @@ from .. import compat
 from ..distill.settings import TeacherSettings
 from ..distill.teachers import Teacher, TeacherEnsemble
 from ..errors import ConfigError, SetupError, TeacherError
-from ..files import trust
 from ..files.atomic import save_whole
+from ..files.torch_load import restrict_torch
 from . import zoo
 from .checkpoint import load_file
 from .fast.encoder import fast_encoders
@@ -62,7 +62,7 @@ def load_hub_name(name: str, where: str) -> nn.Module:
     """
     import requests  # s3prl downloads with it, so it is there
 
-    trust.restrict_torch()
+    restrict_torch()
     compat.apply()  # again, as torch may refuse more classes by now
     try:
         upstream = hub_entries()[name]()

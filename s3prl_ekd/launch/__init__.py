@@ -1,6 +1,6 @@
 """The commands ``run_pretrain.py`` and ``run_downstream.py``: s3prl's own scripts, unmodified.
 
-Each applies :mod:`.compat`, registers ``ekd_student``, checks what the user typed, and calls the
+Each applies :mod:`..compat`, registers ``ekd_student``, checks what the user typed, and calls the
 script's ``main()``. A script in the working folder (an s3prl checkout) wins over the installed one.
 Scripts are imported and called rather than run as ``__main__``, so that worker processes started by
 spawning can import what they need.
@@ -18,23 +18,23 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 
-from .downstream.script_args import INIT_HINT, options
-from .system import torchrun
-from .system.terminal import log_to_stderr, prepare_streams, quiet_s3prl, run_command
+from ..downstream.script_args import INIT_HINT, options
+from ..system import torchrun
+from ..system.terminal import log_to_stderr, prepare_streams, quiet_s3prl, run_command
 
 logger = logging.getLogger(__name__)
 
 
 def run_pretrain() -> int:
     """Entry point of the command ``run_pretrain.py``."""
-    from .pretrain import run as pretrain_run
+    from ..pretrain import run as pretrain_run
 
     return _launch("run_pretrain", pretrain_run.prepare, pretrain_run.main)
 
 
 def run_downstream() -> int:
     """Entry point of the command ``run_downstream.py``."""
-    from .downstream import run as downstream_run
+    from ..downstream import run as downstream_run
 
     return _launch("run_downstream", downstream_run.prepare_downstream, downstream_run.main)
 
@@ -75,7 +75,7 @@ def _run_script(
             argv = prepare(argv)
         module = import_script(script)
         sys.argv = [f"{script}.py", *argv]
-        from .files.atomic import atomic_saves
+        from ..files.atomic import atomic_saves
 
         with atomic_saves():
             main(module, argv)
@@ -83,8 +83,8 @@ def _run_script(
 
 def import_script(script: str) -> ModuleType:
     """s3prl's module of that name, from the checkout we stand in or from the installed package."""
-    from . import compat
-    from . import register as plugin
+    from .. import compat
+    from .. import register as plugin
 
     compat.apply()
     here = Path.cwd()
@@ -111,7 +111,7 @@ def _somewhere_set_up():
     if Path("pretrain/ekd").is_dir():
         yield
         return
-    from .workspace import write_workspace
+    from ..workspace import write_workspace
 
     before = Path.cwd()
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""What every downstream run imports; the fork server of :mod:`.warm` imports this module alone.
+"""What every downstream run imports; the fork server of :mod:`.forked` imports this module alone.
 
 No thread may be started here and no CUDA touched: neither survives a fork. So torch is imported
 with one thread, and each child sets its own number. What cannot be imported is left to the command

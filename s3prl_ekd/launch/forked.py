@@ -10,32 +10,25 @@ in a checkout of s3prl (whose modules have other names) each command is a new pr
 from __future__ import annotations
 
 import atexit
-import contextlib
 import logging
 import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 import tempfile
-import threading
-import time
 from collections.abc import Mapping, Sequence
 from multiprocessing import connection
 from pathlib import Path
 
-from ..errors import SetupError
-from ..system.jobs import child_command, child_environment, end_with_parent
+from ..system.jobs import Processes, end_with_parent
 
 logger = logging.getLogger(__name__)
 
-PRELOAD = "s3prl_ekd.superb.warm_imports"
+PRELOAD = "s3prl_ekd.launch.forked_imports"
 _THREADS = "OMP_NUM_THREADS"
-_TO_SAVE = 20.0  # seconds for a command to end after Ctrl-C
-_GRACE = 2.0  # seconds for children to leave by themselves: a terminal's Ctrl-C reaches them too
 
 
-def can_be_warm() -> bool:
+def can_fork() -> bool:
     """Whether commands may be forked here."""
     import torch
 
@@ -49,39 +42,30 @@ def has_private_server(version: tuple[int, ...]) -> bool:
     return version >= (3, 11, 1) or (3, 10, 9) <= version < (3, 11)
 
 
-class Processes:
-    """Starts commands of ``python -m s3prl_ekd`` and waits for them, from several threads.
+def processes() -> Processes:
+    """What starts commands: by forking where that can be done, else as new processes."""
+    return ForkedProcesses() if can_fork() else Processes()
 
-    Args:
-        warm: fork them; None: where it can be done.
-    """
 
-    def __init__(self, warm: bool | None = None):
-        self._context = None
-        if can_be_warm() if warm is None else warm:
-            self._context = multiprocessing.get_context("forkserver")
-            self._context.set_forkserver_preload([PRELOAD])
-            self._variable, self._threads = os.environ.get(_THREADS), _torch_threads()
-        # One lock for starting and for asking how a child ended: starting one also reaps the
-        # others, and two threads that reap the same child would lose its exit code.
-        self._lock = threading.Lock()
-        self._live: set = set()
-        self._stopped = False
+class ForkedProcesses(Processes):
+    """Starts commands in forks of a process that has imported torch and s3prl."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._context: multiprocessing.context.ForkServerContext | None
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload([PRELOAD])
+        self._variable, self._threads = os.environ.get(_THREADS), _torch_threads()
 
     def call(self, words: Sequence[str], log: Path, environment: Mapping[str, str]) -> int:
-        """Run ``words`` (``run_downstream.py …`` or ``torchrun …``); what it prints goes to the end
-        of ``log``.
-
-        Returns:
-            Its exit code; less than 0: the signal that ended it.
-        """
+        """See :meth:`Processes.call`; ``torchrun`` is never forked."""
         if words[0] == "torchrun" or self._context is None:
-            return self._spawn(words, log, environment)
+            return super().call(words, log, environment)
         with self._lock:
             self._check()
             child = self._fork(words, log, environment)
         if child is None:
-            return self._spawn(words, log, environment)
+            return super().call(words, log, environment)
         connection.wait([child.sentinel])
         with self._lock:
             self._live.discard(child)
@@ -117,40 +101,6 @@ class Processes:
             return int(first)
         return self._threads
 
-    def _spawn(self, words: Sequence[str], log: Path, environment: Mapping[str, str]) -> int:
-        with open(log, "ab") as file, self._lock:
-            self._check()
-            child = subprocess.Popen(
-                child_command(words),
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                # a log that can be watched
-                env={**child_environment(environment), "PYTHONUNBUFFERED": "1"},
-            )
-            self._live.add(child)
-        code = child.wait()
-        with self._lock:
-            self._live.discard(child)
-        return code
-
-    def _check(self) -> None:
-        if self._stopped:
-            raise SetupError("stopped before it began; give the same command again")
-
-    def stop(self) -> None:
-        """Start nothing any more, and interrupt what still runs after a moment; what does not heed
-        it, as commands do that were begun in the background of a script, is terminated."""
-        self._stopped = True
-        for what, grace in ((signal.SIGINT, _GRACE), (signal.SIGTERM, _TO_SAVE)):
-            deadline = time.monotonic() + grace
-            while self._live and time.monotonic() < deadline:
-                time.sleep(0.05)
-            with self._lock:
-                for child in self._live:
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(child.pid, what)
-
 
 def _torch_threads() -> int:
     import torch
@@ -182,11 +132,11 @@ def _child(
 
     end_with_parent()
     torch.set_num_threads(threads)  # the variable was read when torch was imported
-    from ..__main__ import main
+    from . import SCRIPTS
 
-    sys.argv = ["s3prl-ekd", *words]
+    sys.argv = list(words)
     try:
-        sys.exit(main())
+        sys.exit(SCRIPTS[words[0]]())
     finally:
         atexit._run_exitfuncs()  # a forked child leaves without them
 
