@@ -15,8 +15,8 @@ __all__ = ["__version__", "load_student", "register"]
 
 
 def register() -> None:
-    """Add ``ekd_student`` to ``s3prl.hub``; see :func:`s3prl_ekd.register.register`."""
-    from .register import register as _register
+    """Add ``ekd_student`` to ``s3prl.hub``; see :func:`s3prl_ekd.registration.register`."""
+    from .registration import register as _register
 
     _register()
 

@@ -10,7 +10,7 @@ import pytest
 import soundfile
 
 from s3prl_ekd import compat
-from s3prl_ekd import register as plugin
+from s3prl_ekd import registration as plugin
 from s3prl_ekd.compat.child_processes import repeat_in_children
 from s3prl_ekd.workspace import write_workspace
 

@@ -15,7 +15,7 @@ ROOT_MODULES = 9
 # nothing of ours at import time.
 ORDER = """
     __init__ errors distill system compat files student_file teachers data prepare hidden_states
-    downstream essence pretrain pretrain_expert register analysis superb export workspace launch
+    downstream essence pretrain pretrain_expert registration analysis superb export workspace launch
     demo commands cli __main__
 """.split()
 

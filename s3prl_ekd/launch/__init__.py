@@ -84,7 +84,7 @@ def _run_script(
 def import_script(script: str) -> ModuleType:
     """s3prl's module of that name, from the checkout we stand in or from the installed package."""
     from .. import compat
-    from .. import register as plugin
+    from .. import registration as plugin
 
     compat.apply()
     here = Path.cwd()

@@ -109,7 +109,7 @@ def build_upstream(hub_name: str, checkpoint: str | None) -> torch.nn.Module:
         SetupError: there is no such name, or it cannot be built.
     """
     from .. import compat
-    from .. import register as plugin
+    from .. import registration as plugin
     from ..files.torch_load import build_limit, restrict_torch
     from ..teachers.checkpoint import check_upstream_file
 

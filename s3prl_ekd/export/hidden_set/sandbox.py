@@ -20,18 +20,10 @@ from torch import Tensor
 
 from ...errors import SetupError
 from ...files.torch_load import scan_for_old_torch
-from . import (
-    descendants,
-)
-from . import (
-    runtime_checks as behaviour,
-)
-from . import (
-    runtime_checks as official,
-)
-from . import (
-    runtime_checks as size,
-)
+from . import descendants
+from . import runtime_checks as behaviour
+from . import runtime_checks as official
+from . import runtime_checks as size
 from .messages import BadMessage, receive, send, text
 from .outcome import RUN, Failed, Outcome, Skipped, Warned
 from .runtime_checks import TASKS, Package, PackageError
