@@ -1,8 +1,7 @@
-"""What s3prl reads from the working folder: written once, never overwritten.
+"""The working folder that ``s3prl-ekd init`` writes: s3prl's entry, configs and recipes.
 
-Where a user's corpora lie, checked, and which keys of which files say so.
-
-Values put into a YAML text where they stand: comments, order and layout stay as they are.
+Files are written once and never overwritten. The paths of a user's corpora are checked and put into
+the configs and recipes; comments and layout of the YAML files stay as they are.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Which utterances a command listens to: its options, and a random choice. Loads no torch.
-
-A small calibration set: frames of every layer of every teacher, on the same sound.
-"""
+"""A random sample of utterances, and the teachers' hidden states on it."""
 
 from __future__ import annotations
 

@@ -1,18 +1,10 @@
-"""The names in a config that s3prl evaluates: they may be names and nothing else.
+"""What s3prl passes to ``eval``, read as data or checked instead.
 
-s3prl turns ``optimizer.name``, ``modelrc.select`` and their like into classes by ``eval``. In a
-YAML or a checkpoint of somebody else they could be any expression, so they are looked at before.
-
-What s3prl evaluates out of files and of ``-o``, read instead: a guard on its modules.
-
-s3prl's models call ``eval`` on the conv layers that a checkpoint or a config names, wherever that
-comes from, and ``-o`` is evaluated too. Each of its modules that does so gets an ``eval`` of its
-own, which shadows Python's: it reads that one kind of value and runs nothing.
-
-The splits that a downstream run evaluates: names that its recipe has, and nothing else.
-
-s3prl 0.4.18 makes code of them (``eval(f'self.get_{split}_dataloader')`` in the recipes of SID and
-ER), and looks for those of ASR and PR only at the first evaluation, after minutes of training.
+s3prl's models evaluate the conv layers that a checkpoint or config names, and ``-o``:
+:func:`guard` gives each of its modules that does so an ``eval`` that reads that kind of value and
+runs nothing. ``optimizer.name``, ``modelrc.select`` and the like become classes by ``eval``:
+:func:`check_names` allows names only. The recipes of SID and ER evaluate the names of splits
+(``eval(f'self.get_{split}_dataloader')``): :func:`check_splits` allows those that a recipe has.
 """
 
 from __future__ import annotations

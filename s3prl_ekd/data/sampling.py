@@ -1,6 +1,7 @@
-"""The order of the batches: a function of seed and epoch, which can be entered in the middle.
+"""Which utterances make a batch, and the order of the batches.
 
-Which utterances make a batch: neighbours in length, as many as a limit allows.
+Batches are neighbours in length, as many as a limit allows. Their order is a function of seed and
+epoch that can be entered in the middle.
 """
 
 from __future__ import annotations

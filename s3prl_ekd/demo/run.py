@@ -1,7 +1,4 @@
-"""What the demo's scores say, computed from them: a table, and what can be told apart in it.
-
-The demo: the commands of the README in order, on speech made on the spot.
-"""
+"""``s3prl-ekd demo``: the commands of the README in order on synthesised speech, and a summary."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""How often a store had what was asked for: said in a run's log, and read there by ``superb``.
+"""Cached features in s3prl's downstream Runner: read, or computed utterance by utterance.
 
-What stands for s3prl's upstream: hidden states read, or computed utterance by utterance.
-
-s3prl's downstream ``Runner`` with kept hidden states between the upstream and the Featurizer.
+Each utterance is computed alone, so that its hidden states depend on nothing else: in a padded
+batch s3prl's group norm goes over the padding too, and a short utterance changes with its
+neighbours. How many were read and computed stands in the run's log.
 """
 
 from __future__ import annotations

@@ -1,13 +1,10 @@
-"""Noise on the waveforms of a test set: the same for an utterance wherever it comes.
-
-Which noise, and which part of it, follows from a seed and from the utterance's own samples, and
-from nothing else: not from the order or the size of the batches, nor from the process, nor from the
-ratio, so an utterance has the same noise at 10 and at 0 dB.
-
-``run_downstream.py -m evaluate --noise DIR --snr DB``: a test under noise, with s3prl's experts.
+"""``run_downstream.py -m evaluate --noise DIR --snr DB``: a test under noise, with s3prl's experts.
 
 The waveforms are changed on their way into the upstream, so that every recipe is served alike and
-none is edited. Prediction files go to a folder of their own, ``EXPDIR/noisy/NAME_snrDB``.
+none is edited. Which noise, and which part of it, follows from a seed and from the utterance's own
+samples alone: not from the order or size of the batches, nor from the process, nor from the ratio,
+so an utterance has the same noise at 10 and at 0 dB. Prediction files go to a folder of their own,
+``EXPDIR/noisy/NAME_snrDB``.
 """
 
 from __future__ import annotations

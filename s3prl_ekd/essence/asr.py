@@ -1,10 +1,9 @@
-"""Finished ``-d asr`` runs of s3prl as teachers: waveforms in, posteriors of each frame out.
+"""Essence KD of ASR models inside s3prl's own downstream training (Yang et al. 2019, 1906.10834).
 
-Essence KD of ASR models inside s3prl's own downstream training.
-
-The Runner, the expert, its data, optimizer, evaluation and files are s3prl's. Hooks on the modules
-that the Runner built add the teachers: one keeps the waveforms of a batch, one the student's
-logits, and one puts the multitask loss in the place of the CTC loss.
+Finished ``-d asr`` runs of s3prl are the teachers: waveforms in, posteriors of each frame out. The
+Runner, the expert, its data, optimizer, evaluation and files are s3prl's. Hooks on the modules that
+the Runner built add the teachers: one keeps the waveforms of a batch, one the student's logits, and
+one replaces the CTC loss by the multitask loss.
 """
 
 from __future__ import annotations

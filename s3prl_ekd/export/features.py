@@ -1,6 +1,4 @@
-"""Which audio files are meant, and what each is called in the features file.
-
-Hidden states of audio files, one utterance at a time, into one safetensors file.
+"""Hidden states of audio files, one utterance at a time, in one safetensors file.
 
 One at a time and never as a padded batch: the first conv layer normalises over time, so padding
 would change every hidden state. What is written is what the upstream gives for the file alone.

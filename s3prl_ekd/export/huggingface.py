@@ -1,6 +1,4 @@
-"""A DistilHuBERT-style Hugging Face folder as a student: the way back of :mod:`.huggingface`.
-
-A student as transformers' ``HubertModel``: the same weights under other names.
+"""A student as transformers' ``HubertModel``, the same weights under other names, and the way back.
 
 s3prl's ``DistillerModel`` without heads is a HuBERT without the layer norm in front of its feature
 projection, which ``feat_proj_layer_norm: false`` expresses. The hidden states of the two, counted
@@ -14,7 +12,7 @@ from 0 in a student of N layers:
 (none)                   ``hidden_states[0]``: the input of the first layer, behind the
                          positional convolution and, unless the layers normalise first,
                          a layer norm
-``hidden_states[n]``     ``hidden_states[n]``, n = 1 … N: the output of layer n
+``hidden_states[n]``     ``hidden_states[n]``, n = 1 ... N: the output of layer n
 =======================  ============================================================
 
 Where the layers normalise first, ``last_hidden_state`` is behind one more layer norm, and

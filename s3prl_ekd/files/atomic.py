@@ -1,11 +1,9 @@
-"""Files and folders that appear under their names only once they are complete.
+"""Files and folders that appear under their names only once they are complete; SHA-256 of a file.
 
 Each is written under a temporary name beside its own, ``.NAME.HEX.tmp`` or ``.NAME.HEX.partial``,
-which no one can foresee or have laid a link at, and renamed at the end. A command that is killed
-leaves its temporary name behind; the next one that writes the same NAME removes it. Whether a
-process is still writing there is asked of the system: each holds an ``flock`` on what it writes.
-
-What a file holds, in a few letters: the same wherever it lies and whatever it is called.
+with a random HEX, so that no link can have been laid there, and renamed at the end. A killed
+command leaves its temporary file behind; the next one that writes the same NAME removes it. Each
+process holds an ``flock`` on what it writes, so a file in use is never removed.
 """
 
 from __future__ import annotations

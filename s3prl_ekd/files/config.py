@@ -1,16 +1,16 @@
-"""Plain data (from YAML) -> frozen dataclasses, with one sentence for whatever does not fit.
+"""Configuration: YAML -> frozen dataclasses, with one sentence for each mistake.
 
 The types understood are those the configuration needs: ``bool int float str``, ``Literal``,
 ``X | None``, ``tuple[X, ...]``, ``dict[str, X]`` and dataclasses of these. A dataclass may check
 itself in ``__post_init__`` by raising ``ValueError("what is wrong")``; the YAML path is put before.
 
-One experiment as its difference to another: the key ``extends`` of a model config.
+A model config may be the difference to another, by the key ``extends``::
 
-extends: ../config_model.yaml      # relative to this file; one level
-teachers: [hubert, wavlm]          # a list of names takes these of the base's teachers
-aggregation: average               # other keys replace, mappings are merged
+    extends: ../config_model.yaml      # relative to this file; one level
+    teachers: [hubert, wavlm]          # a list of names takes these of the base's teachers
+    aggregation: average               # other keys replace, mappings are merged
 
-``-o``: settings typed on the command line, put over those of a YAML file or a checkpoint.
+``-o`` on the command line overrides keys of a YAML file or a checkpoint.
 """
 
 from __future__ import annotations

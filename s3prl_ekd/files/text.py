@@ -1,7 +1,4 @@
-"""Text and JSON that anybody may have written: regular files only, of bounded size and depth.
-
-YAML as plain data of bounded size, depth and numbers; what is in it is never run.
-"""
+"""Read text, JSON and YAML of unknown origin as plain data: regular files of bounded size and depth."""
 
 from __future__ import annotations
 

@@ -1,16 +1,12 @@
-"""A model built from a file's settings may not be much larger than the file's weights.
-
-A file of a kilobyte can ask for a model of a terabyte, or of a million layers. Which settings do
-that differs from model to model, so what is watched is what building does: tensors made, and their
-size.
-
-What reading a torch file would do, found out before it is read.
+"""Read torch files as data: plain tensors and containers, never code.
 
 ``torch.save`` writes a zip archive of uncompressed members, of which ``data.pkl`` is a pickle and
 the others are the tensors' numbers, or, before torch 1.6, several pickles with the numbers behind
-them. A pickle is a program: here it is read as a list of instructions and none is carried out.
+them. A pickle is a program: it is read here as a list of instructions first, none carried out, and
+loaded only if all of them are allowed.
 
-Read a torch file as data: plain tensors and containers, never code.
+A file of a kilobyte can also ask for a model of a terabyte. :func:`build_limit` counts the tensors
+made while a model is built from a file's settings, and their size.
 """
 
 from __future__ import annotations

@@ -1,11 +1,9 @@
-"""Hidden states on disk, one file for each waveform.
+"""Downstream features on disk, one file for each waveform.
 
 A file: ``EKDF``, a CRC-32 of all behind it, then four little-endian 32-bit numbers (bytes of a
 value, layers, frames, width) and the values in the machine's byte order, layer by layer: float16,
 or float32 where a value is beyond float16's 65504 or not finite. Names come from the samples alone,
 so several processes may write the same file at once: each writes a temporary one and renames it.
-
-How large a folder is.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The numbers of a cache: two bytes each, or one byte and a scale an utterance and layer.
+"""Teacher targets on disk: number formats, layout, index, writer, reader.
 
 ========  =====  =============================================================================
 dtype     bytes  largest error of a number x (to nearest)
@@ -8,19 +8,11 @@ bfloat16  2      2^-8 |x|; the range of float32
 int8      1      half a step: the largest |x| of the utterance and layer, by 254
 ========  =====  =============================================================================
 
-What the frames of a cache hold, and which part of it a run wants.
-
-The files of a cache's folder.
-
-``index.json``: what it is, ``complete`` only at the end. ``utterances.json``: whose targets in
-which order, a list apart as it may be long. ``targets.bin``: frames ``[frame, column]``, one
-utterance after the other. ``scales.bin`` (int8): float32 ``[piece]`` an utterance.
-``utterances.bin``: a :data:`RECORD` an utterance, written after its targets, so its length says how
-far a cut build has come.
-
-Targets of a batch's utterances out of a cache, in whatever process asks for them.
-
-Append one utterance's targets after the other's, so that a cut build loses next to nothing.
+The files of a folder: ``index.json``, ``complete`` only at the end; ``utterances.json``, the
+utterances in order, apart as the list may be long; ``targets.bin``, frames ``[frame, column]``, one
+utterance after the other; ``scales.bin`` (int8), float32 ``[piece]`` an utterance;
+``utterances.bin``, a :data:`RECORD` an utterance, written after its targets, so that its length
+says how far a killed build has come.
 """
 
 from __future__ import annotations

@@ -1,18 +1,14 @@
-"""The characters of s3prl's ASR recipe, and the dictionary file that lists them.
-
-The file has fairseq's format, one ``SYMBOL COUNT`` a line; s3prl adds four symbols of its own
-(``<s> <pad> </s> <unk>``), which makes 32 classes. s3prl's PyPI package does not carry the file,
-so it is made here from the alphabet. The counts are 1: nothing reads them. The order is ours (the
-boundary, A to Z, the apostrophe), so the output layer of a model trained with another dictionary
-does not fit this one, although both have the same symbols.
-
-Layouts: a manifest's audio under the names that s3prl's recipes expect, and its tables.
+"""``prepare asr``: a manifest's audio and texts in the layout of LibriSpeech.
 
 s3prl's ASR and PR recipes know corpora in the shape of LibriSpeech only: the transcript of
 ``SPLIT/SPK/CHAP/SPK-CHAP-NNNN.flac`` is a line in ``SPK-CHAP.trans.txt`` beside it, and the name
-of an utterance ends at the first dot. A layout is made of links, so it costs no space.
+of an utterance ends at the first dot. The layout is made of links, so it costs no space.
 
-``s3prl-ekd prepare asr``, and what it shares with ``pr``: texts into a LibriSpeech layout.
+The recipe's character dictionary has fairseq's format, one ``SYMBOL COUNT`` a line; s3prl adds four
+symbols of its own (``<s> <pad> </s> <unk>``), which makes 32 classes. s3prl's PyPI package does not
+carry the file, so it is made here from the alphabet. The counts are 1: nothing reads them. The
+order is ours (the boundary, A to Z, the apostrophe), so the output layer of a model trained with
+another dictionary does not fit this one, although both have the same symbols.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Folds with emotion labels, as s3prl's ER recipe reads them.
+"""``prepare er`` and ``prepare iemocap``: what ``run_downstream.py -d emotion`` reads.
 
 ``test_fold: foldN`` makes the recipe read ``META/SessionN/train_meta_data.json`` and
 ``test_meta_data.json``: ``labels`` (name to class) and ``meta_data`` (path below the corpus,
@@ -6,18 +6,15 @@ label, speaker). The name Session is IEMOCAP's; the number of folds is free. The
 dev set from train by itself (``valid_ratio``), over utterances and not over speakers, and always
 with the same seed: so the order of the lines decides which ones are dev.
 
-IEMOCAP's own labels, as SUPERB uses them: four classes, five sessions.
-
-``SessionN/dialog/EmoEvaluation/DIALOG.txt`` has for each utterance a line of its time, name, label
-and valence, activation, dominance, separated by tabs; lines of single annotators follow it:
+In IEMOCAP, ``SessionN/dialog/EmoEvaluation/DIALOG.txt`` has for each utterance a line of its time,
+name, label and valence, activation, dominance, separated by tabs; lines of single annotators
+follow it::
 
     [6.2901 - 8.2357]   Ses01F_impro01_F000     neu     [2.5000, 2.5000, 2.5000]
 
 Its audio is ``SessionN/sentences/wav/DIALOG/NAME.wav``. SUPERB keeps neutral, happy, angry and sad,
 takes excited for happy, and leaves out the rest. In the whole corpus that makes 5531 utterances:
 1085, 1023, 1151, 1031 and 1241 in sessions 1 to 5.
-
-``prepare er`` and ``prepare iemocap``: what `run_downstream.py -d emotion` reads.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
-"""LibriSpeech as it is unpacked: its splits, and the text of each utterance.
+"""``prepare librispeech``: what ASR and PR need beside the real LibriSpeech.
 
-``SPLIT/SPK/CHAP/SPK-CHAP-NNNN.flac``, with a line for each utterance in ``SPK-CHAP.trans.txt``
-beside them. ASR and PR as SUPERB does them train on 100 h and need three of the seven splits.
-
-``s3prl-ekd prepare librispeech``: what ASR and PR need beside the real LibriSpeech.
+LibriSpeech as it is unpacked: ``SPLIT/SPK/CHAP/SPK-CHAP-NNNN.flac``, with a line for each utterance
+in ``SPK-CHAP.trans.txt`` beside them. ASR and PR as SUPERB does them train on 100 h and need three
+of the seven splits.
 """
 
 from __future__ import annotations

@@ -1,11 +1,9 @@
-"""VoxCeleb1's shape, which s3prl's SID recipe asks for: of the real corpus, or of a manifest.
+"""``prepare sid`` and ``prepare voxceleb1``: what ``run_downstream.py -d voxceleb1`` reads.
 
 s3prl looks for ``ROOT/*/wav/idNNNNN/VIDEO/UTTERANCE.wav`` and reads from a list which of them are
 train (1), dev (2) and test (3): one ``DIGIT idNNNNN/VIDEO/UTTERANCE.wav`` a line, the format of
 the identification split that VoxCeleb's authors publish. An utterance's class is NNNNN - 10001, and
 there are 1251 outputs, whatever the corpus.
-
-``prepare sid`` and ``prepare voxceleb1``: what `run_downstream.py -d voxceleb1` reads.
 """
 
 from __future__ import annotations

@@ -1,10 +1,8 @@
-"""Where a run stands, as its checkpoints keep it beside weights and optimizer.
-
-The checkpoint files of a run, each whole or not there.
+"""The checkpoint files of a run, each complete or absent, and the progress that they hold.
 
 ``states-STEP.ckpt`` at every ``save_step``, of which the newest ``max_keep`` stay; ``last.ckpt``,
-where the run stands: the newest of them under a second name, or what was saved since; and
-``dev-best.ckpt``, of the lowest dev loss.
+the newest of them under a second name, or what was saved since; and ``dev-best.ckpt``, of the
+lowest dev loss.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""The processes of a run: one, or those that torchrun has started, which train one student.
-
-One batch through the distiller, in one process or in several that share their gradients.
-"""
+"""The processes of a run, one or those that torchrun has started, and DistributedDataParallel."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Signals that ask a run to leave: it finishes its step and saves first.
-
-Out of memory, in a sentence: the device's, or the machine's, which kills a worker.
-"""
+"""What ends a run early: signals, after which it saves first, and memory that runs out."""
 
 from __future__ import annotations
 

@@ -1,12 +1,8 @@
-"""The number format of the student's forward.
+"""Optimizer, schedule, precision, and one update of the weights.
 
+An update is as s3prl's Runner makes it, and skipped where it would not be finite. ``FusedAdamW`` is
 torch's fused AdamW beside s3prl's optimizers: one kernel for all weights, and no wait for the
 device. s3prl's ``AdamW_with_schedule`` takes two norms of each weight at each step.
-
-One update of the weights from the gradients of one or more batches, as s3prl's Runner makes it,
-and not made where it would not be finite.
-
-Optimizer, schedule and loss scale of a run, from its config and its checkpoint.
 """
 
 from __future__ import annotations

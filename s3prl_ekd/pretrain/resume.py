@@ -1,7 +1,4 @@
-"""The random number generators of Python, NumPy and torch: their states, put away and put back.
-
-Put a run back where its checkpoint stands: place in the data, optimizer, schedule, numbers.
-"""
+"""Restore a run from its checkpoint: position in the data, optimizer, schedule, random states."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""``optimizer: {name: FusedAdamW, ...}``, checked without loading torch.
-
-The YAML files of ``run_pretrain.py -u ekd`` as checked, frozen dataclasses.
+"""The YAML files of ``run_pretrain.py -u ekd`` as checked, frozen dataclasses. Loads no torch.
 
 ``config_model.yaml`` (``-g``) is the method: :class:`ModelFile`.
 ``config_runner.yaml`` (``-c``) is the run: :class:`RunnerFile`; its keys are s3prl's.

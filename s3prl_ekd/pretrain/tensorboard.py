@@ -1,12 +1,8 @@
-"""TensorBoard files of a run that may be killed at any moment.
+"""Write, read and plot the TensorBoard scalars of a run that may be killed at any moment.
 
 tensorboardX's SummaryWriter hands its events to a thread, and ``flush`` does not wait for what is
-still on the way: a killed run lacks points from before its last checkpoint, and no resume brings
+still in its queue: a killed run lacks points from before its last checkpoint, and no resume brings
 them back. Here an event is written when it is added.
-
-Read the scalars of a run's TensorBoard files, without TensorBoard.
-
-Plot a distillation run: the loss, and how near the student is to each teacher's layers.
 """
 
 from __future__ import annotations

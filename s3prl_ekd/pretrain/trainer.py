@@ -1,12 +1,8 @@
-"""The loss on utterances that are not trained on.
+"""s3prl's pretrain Runner for long runs: exact resume, several processes, dev loss, bad audio.
 
-What a run tells on its way: counts, scalars for TensorBoard, the dev loss.
-
-s3prl's pretrain Runner for runs of days: whatever ends one, it goes on as if nothing had.
-
-The step is s3prl's (forward, accumulate, clip, update, log), and so are the numbers. What is ours
-is around it. A checkpoint holds all that the next step depends on, so that a run which was killed
-and resumed ends with the weights of one which was not, bit for bit on one kind of machine.
+The step is s3prl's (forward, accumulate, clip, update, log), and so are the numbers. A checkpoint
+holds all that the next step depends on, so that a run which was killed and resumed ends with the
+weights of one which was not, bit for bit on one kind of machine.
 """
 
 from __future__ import annotations

@@ -1,17 +1,10 @@
-"""Which parameters of an upstream its hidden states depend on.
-
-SUPERB counts every parameter of the module, whether it is used or not; an unused one (a head whose
-output nobody reads, an embedding of pretraining) only makes a submission look larger.
-
-This module needs torch and nothing else.
-
-Whether an upstream is one that s3prl's recipes can use, before hours are spent on it.
-
-What an upstream costs, counted as SUPERB's board counts: parameters and MACs.
+"""What an upstream costs, counted as SUPERB's board counts: parameters and MACs.
 
 MACs are summed over one forward for each of 32 utterances of LibriSpeech test-clean; see
 :mod:`.macs` for what counts. They depend on the lengths alone, so noise of the published lengths
-gives the same figures as the corpus.
+gives the same figures as the corpus. SUPERB counts every parameter of the module, whether its
+hidden states depend on it or not; :func:`unused_parameters` names those that only make a submission
+look larger.
 """
 
 from __future__ import annotations

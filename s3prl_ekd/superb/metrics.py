@@ -1,12 +1,9 @@
-"""Bootstrap over utterances: how far a rate would move on another draw of the test set.
+"""Metrics of the tasks from s3prl's prediction files, with bootstrap intervals.
 
 Percentile intervals (Efron 1979; for word error rates Bisani and Ney, ICASSP 2004): utterances are
 drawn with replacement, the rate of the whole set is computed on each draw, and quantiles over the
-draws bound the interval. Systems that are compared see the same draws.
-
-A task's metric on the test set, with its resamples: mean over seeds, for ER also over folds.
-
-Errors and reference lengths of each utterance, from s3prl's prediction files.
+draws bound the interval. Systems that are compared see the same draws. A task's metric is the mean
+over seeds, for ER also over folds.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""What the plots of a report have in common: colours, labels, a figure without a display.
-
-The plots of a report: bars with intervals, parameters, and the way under noise.
-"""
+"""The plots of a report: bars with intervals, parameters against scores, scores under noise."""
 
 from __future__ import annotations
 

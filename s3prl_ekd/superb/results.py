@@ -1,9 +1,7 @@
-"""What ``s3prl-ekd superb`` leaves of a downstream run, and of an upstream's cost.
+"""The records of ``s3prl-ekd superb``, and the choice among finished runs by their dev scores.
 
 ``ROOT/UPSTREAM/TASK/RUN/superb.json`` says what a run was and where its predictions lie;
 ``ROOT/UPSTREAM/cost.json``, where there is one, how large the upstream is.
-
-All finished runs below some folders, and the choice among them by dev.
 """
 
 from __future__ import annotations

@@ -1,10 +1,6 @@
-"""What becomes of an upstream's kept hidden states once its runs are finished.
+"""Run a plan (:mod:`.plan`) through ``run_downstream.py``: finished runs are kept.
 
-One command of a downstream run: its environment, its log, and why it failed.
-
-Run what :mod:`.plan` says through ``run_downstream.py``: what is finished is kept.
-
-A cut run goes on at its last checkpoint and ends as if it had not been cut
+A run that was cut goes on at its last checkpoint and ends as if it had not been cut
 (:mod:`..downstream.resume`). One that failed does not stop the others.
 """
 

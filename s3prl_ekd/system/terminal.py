@@ -1,7 +1,4 @@
-"""What reaches the terminal: no control characters, and not what s3prl makes other packages say.
-
-Standard streams as commands need them, and the end of a command: a sentence and an exit code.
-"""
+"""What a command prints: streams, control characters, other packages' messages, its exit code."""
 
 from __future__ import annotations
 

@@ -1,9 +1,7 @@
-"""Teachers by s3prl's hub names.
+"""Load the teachers of a configuration: s3prl's hub names, checkpoints, Hugging Face folders.
 
-Names are looked up in s3prl's ``upstream.<family>.hubconf`` modules and not in ``s3prl.hub``,
+Hub names are looked up in s3prl's ``upstream.<family>.hubconf`` modules and not in ``s3prl.hub``,
 which imports all of its 35 families first (seconds, and more packages).
-
-The doors: check a teacher's source early, load it, load all of a configuration.
 """
 
 from __future__ import annotations

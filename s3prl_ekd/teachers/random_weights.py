@@ -1,13 +1,9 @@
-"""Tiny teachers with random weights: the true architectures in s3prl's checkpoint formats.
+"""Teachers with random weights: true architectures in s3prl's checkpoint formats.
 
-They load through s3prl's own ``hubert_local`` and ``wavlm_local`` as the published checkpoints do,
-only 150 times smaller, so that a whole distillation fits into a minute on a CPU. They
-know nothing of speech, but their features follow it: what a student learns from them is to
-compute the same functions of the sound.
-
-The models of a benchmark: true architectures, random weights.
-
-Random twins: what a tiny teacher was before its first step: architecture without learning.
+They load through s3prl's own ``hubert_local`` and ``wavlm_local`` as the published checkpoints do.
+The tiny ones are 150 times smaller, so that a whole distillation fits into a minute on a CPU. They
+know nothing of speech, but their features follow it: a student learns from them to compute the same
+functions of the sound. :func:`twin` gives a tiny teacher of the zoo as it was before training.
 """
 
 from __future__ import annotations

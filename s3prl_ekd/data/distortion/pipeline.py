@@ -1,9 +1,7 @@
-"""What is drawn for one waveform, before anything is read or computed.
+"""Distort a waveform: draw what is done to it, then do it.
 
-Every choice follows from (seed, epoch, utterance, role) alone: neither the number of workers, nor
-the order of the batches, nor what else drew random numbers plays a part.
-
-From settings to distorted waveforms: draw a plan, then carry it out.
+Every draw follows from (seed, epoch, utterance, role) alone: neither the number of workers, nor the
+order of the batches, nor other random numbers change it.
 """
 
 from __future__ import annotations

@@ -1,10 +1,7 @@
-"""The package under check as the checks see it: what its process answers, and measures of that.
+"""Checks of a running hidden-set package, one function a check.
 
-What a package costs: parameters and MACs, as :mod:`...superb.cost` counts them.
-
-What SUPERB's own check does, one function a check; and what comes before it can.
-
-What a package may do that SUPERB's own check does not see, one function a check.
+First what SUPERB's own check does, then what that check does not see. Each asks the package's
+process for outputs and decides here; costs are counted as :mod:`...superb.cost` counts them.
 """
 
 from __future__ import annotations

@@ -1,12 +1,7 @@
-"""How far targets computed in padded batches are from those of each utterance alone.
+"""Run the teachers over a corpus, one utterance at a time, and store their targets.
 
-Whose targets go into a cache, how large it gets, and whether the disk has room for it.
-
-Run the teachers over a corpus, one utterance at a time, and keep what they say.
-
-One at a time because their outputs depend on the padding that company brings (the first conv layer
-of the Base models normalises over time). So a stored target is that of the utterance, or of its
-fixed excerpt, alone.
+One at a time because their outputs depend on padding (the first conv layer of the Base models
+normalises over time): a stored target is that of the utterance, or of its fixed excerpt, alone.
 """
 
 from __future__ import annotations

@@ -1,11 +1,7 @@
-"""What s3prl's experts do to waveforms before the model, for one padded batch.
+"""Frozen HuBERT, wav2vec 2.0, WavLM and UniSpeech-SAT that compute only the hidden states asked for.
 
-A frozen HuBERT, wav2vec 2.0 or WavLM that computes the hidden states asked for, no more.
-
-Which teachers can be computed fast, and the encoders that do it.
-
-The experts of s3prl for HuBERT, wav2vec 2.0, WavLM and UniSpeech-SAT, as they come from a hub name
-or a checkpoint; every other upstream stays on the plain path: it is called as it is.
+For s3prl's experts of these families, from a hub name or a checkpoint; every other upstream is
+called as it is. The waveforms are prepared as the experts prepare them.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Positions in a frozen teacher: the positional convolution, and WavLM's gated relative bias.
+"""Transformer layers of a frozen teacher: one product for q, k and v, fused attention, positions.
 
-One transformer layer of a frozen teacher: one product for q, k and v, fused attention.
+Positions are the positional convolution and WavLM's gated relative bias.
 """
 
 from __future__ import annotations
