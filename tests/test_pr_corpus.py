@@ -13,6 +13,7 @@ import yaml
 from s3prl.downstream.ctc.data import collect_audio_batch, load_dataset
 from torch.utils.data import DataLoader
 
+from s3prl_ekd.downstream import ctc_corpus
 from s3prl_ekd.downstream.libriphone import LibriPhoneDataset
 from s3prl_ekd.errors import DataError
 

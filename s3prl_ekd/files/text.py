@@ -1,4 +1,4 @@
-"""Read text, JSON and YAML of unknown origin as plain data: regular files of bounded size and depth."""
+"""Read text, JSON and YAML of unknown origin as plain data, of bounded size and depth."""
 
 from __future__ import annotations
 

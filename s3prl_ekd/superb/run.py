@@ -222,7 +222,7 @@ def run_all(
     """Run what is not finished, ``jobs`` at a time.
 
     Args:
-        keep_features: leave kept hidden states where they are (:mod:`.run`).
+        keep_features: leave kept hidden states where they are.
         processes: what starts the commands; None: each is a new process.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Frozen HuBERT, wav2vec 2.0, WavLM and UniSpeech-SAT that compute only the hidden states asked for.
+"""Frozen HuBERT, wav2vec 2.0, WavLM, UniSpeech-SAT that compute only the hidden states asked for.
 
 For s3prl's experts of these families, from a hub name or a checkpoint; every other upstream is
 called as it is. The waveforms are prepared as the experts prepare them.
