@@ -1,0 +1,83 @@
+"""tools/step_digests.py: what it sees of a run, and what it calls a difference."""
+
+import hashlib
+import json
+import shutil
+
+import pytest
+import step_digests as tool
+import torch
+
+from s3prl_ekd.demo.tiny_teachers import hubert_checkpoint, wavlm_checkpoint
+
+from .conftest import SIZES
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory, corpus):
+    """The file of one case, with teachers of 12 layers and a corpus of noise."""
+    folder = tmp_path_factory.mktemp("digests")
+    sizes = {**SIZES, "layers": 12}
+    states = {"hubert": hubert_checkpoint(seed=1, **sizes), "wavlm": wavlm_checkpoint(**sizes)}
+    states["robust_hubert"] = states["hubert"]
+    for name, state in states.items():
+        torch.save(state, folder / f"{name}.pt")
+    shutil.copytree(corpus / "audio", folder / "audio")
+    paths = [f"audio/u{i}.flac" for i in range(12)]
+    (folder / "unlabeled.tsv").write_text(
+        "\n".join(["path\tsplit", *(f"{path}\ttrain" for path in paths)]) + "\n"
+    )
+    (folder / "noise.tsv").write_text("\n".join(["path", *paths]) + "\n")
+    words = ["--corpus", str(folder), "--teachers", str(folder), "--only", "more/pre_norm"]
+    assert tool.main(["write", str(folder / "one.json"), *words]) == 0
+    return folder / "one.json"
+
+
+def test_what_is_seen_of_a_run(written):
+    cases = json.loads(written.read_text())
+    assert set(cases) == {"inputs", "more/pre_norm"}
+    audio = written.parent / "audio/u3.flac"
+    assert cases["inputs"]["audio/audio/u3.flac"] == hashlib.sha256(audio.read_bytes()).hexdigest()
+    values = cases["more/pre_norm"]
+    for step in (1, 2, 3):
+        assert values[f"step {step}: ekd/train-loss"] == values[f"loss {step}"]
+        assert float.fromhex(values[f"loss {step}"]) > 0
+    weights = [
+        {value for key, value in values.items() if key.startswith(what)}
+        for what in ("update 1: weight", "update 2: weight", "update 3: weight", "weight at")
+    ]
+    # Shapes tell the tensors apart; the rate is 0 in the last step, and an extractor whose
+    # gradient is multiplied by 0 stays.
+    assert all(len(group) > 40 for group in weights)
+    assert weights[0] != weights[1] != weights[2] == weights[3]
+    same = weights[0] & weights[2]
+    assert {f"[32, {i}, {k}]" for i, k in ((1, 10), (32, 3), (32, 2))} <= {
+        value.rsplit(" ", 1)[0] for value in same
+    }
+    gradients = [key for key in values if key.startswith("update 2: gradient")]
+    count = len([key for key in values if key.startswith("update 2: weight")])
+    assert len(gradients) == count
+
+
+def test_the_first_difference(written, tmp_path, capsys):
+    cases = json.loads(written.read_text())
+    total = sum(map(len, cases.values()))
+    assert tool.main(["compare", str(written), str(written)]) == 0
+    assert f"{total} values of 2 cases are equal" in capsys.readouterr().out
+    other = tmp_path / "other.json"
+    for change in ("changed", "missing"):
+        cases = json.loads(written.read_text())
+        if change == "changed":
+            cases["more/pre_norm"]["loss 2"] = (1.0).hex()
+        else:
+            del cases["more/pre_norm"]["loss 2"]
+        other.write_text(json.dumps(cases))
+        assert tool.main(["compare", str(written), str(other)]) == 1
+        assert "more/pre_norm: loss 2: " in capsys.readouterr().out
+
+
+def test_an_unknown_case(tmp_path, written, capsys):
+    folder = str(written.parent)
+    words = ["--corpus", folder, "--teachers", folder, "--only", "nothing"]
+    assert tool.main(["write", str(tmp_path / "x.json"), *words]) == 2
+    assert "more/units" in capsys.readouterr().err

@@ -1,0 +1,315 @@
+"""Losses, gradients and weights of the first steps of every experiment, to compare versions.
+
+``write`` runs ``run_pretrain.py -u ekd`` for each YAML file of ``pretrain_configs/`` and for some
+more settings, and writes every logged scalar, every loss that is propagated back, and a SHA-256 of
+every gradient (before clipping) and of every weight (before and after each update). ``compare``
+exits with 1 at the first value that is not the same to the last bit. Neither imports anything of
+s3prl_ekd: the commands run in processes of which only torch is watched, so the same tool serves
+versions whose modules differ.
+
+What is reduced: 3 steps, 4 utterances a batch, excerpts of 1.5 s, no fp16 (it needs CUDA), no
+processes that read audio but in the cases that are about them. In config_model.yaml, `model` names
+the files in TEACHERS, hubert.pt, robust_hubert.pt and wavlm.pt, of any width and 12 layers in
+s3prl's formats, and the student has their widths. Layers, groups, dropout, distortions, losses and
+all else are as shipped. The configs that name the tiny teachers of the package run at their full
+size.
+
+A difference need not be a mistake on another machine, with another torch or number of threads:
+make both files in one place. CORPUS has `unlabeled.tsv` and `noise.tsv` with the columns path and,
+in the first, split.
+
+example, in the root of each checkout, with its Python:
+  python -m tools.step_digests write before.json --corpus CORPUS --teachers TEACHERS
+  python -m tools.step_digests write after.json --corpus CORPUS --teachers TEACHERS \\
+      --configs FOLDER_OF_OLD_YAML
+  python -m tools.step_digests compare before.json after.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import atexit
+import csv
+import hashlib
+import json
+import os
+import runpy
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import yaml
+
+RUNNER = """\
+runner: {total_steps: 3, log_step: 1, save_step: 1, fp16: false}
+pretrain_expert:
+  datarc: {libri_root: audio, file_path: tables, sets: [train], train_batch_size: 4, num_workers: 0,
+    sequence_length: 24000}
+"""
+SIZES = ("extractor_conv_feature_layers", "conv_pos", "conv_pos_groups", "encoder_embed_dim")
+SIZES += ("encoder_ffn_embed_dim", "encoder_attention_heads")
+# Name -> what is set in config_model.yaml, and what is typed as -o (DATA: the corpus part).
+MORE = """\
+workers: [{distortion: {setup: setup1}}, DATA.num_workers=2]
+cache: [{aggregation: average}, DATA.target_cache='cache']
+cache_workers: [{}, "DATA.target_cache='cache',,DATA.num_workers=1"]
+s3prl_teachers: [{teacher_path: plain}]
+units: [{aggregation: average, essence: {keep: 0.5, units: units.safetensors}}]
+noise: [{distortion: {setup: setup2, noise: [noise], babble: true}}]
+running: [{aggregation: concat, heads: {kind: linear},
+  targets: {standardise: running, separate_heads: true, drop_teachers: 0.5}}]
+across_teachers: [{aggregation: groups, targets: {across_teachers: true, weight_steps: 2},
+  teachers: {hubert: {groups: [[1, 2], [5, 6, 7]]}, robust_hubert: {groups: [[4], [0, 8]]},
+    wavlm: {groups: [[3], [11, 12]], final_weight: 0.0}}}]
+loss: [{loss: {reconstruction: smooth_l1, cosine: raw, feature_penalty: 0.1},
+  student: {encoder_layerdrop: 0.5, extractor_dropout: 0.1}}]
+average_init: [{init: {teacher: null, average: [hubert, robust_hubert], layers: [0, 6]}}]
+random_init: [{init: {teacher: null}, student: {extractor_mode: layer_norm}}]
+pre_norm: [{student: {layer_norm_first: true, feature_grad_mult: 0.0}}]
+accumulate: [{targets: {residual_heads: true}},
+  "config.runner.gradient_accumulate_steps=2,,config.runner.recompute=True"]
+dev_sets: [{}, "DATA.dev_sets=['dev'],,DATA.max_seconds=4"]
+fused_adamw: [{}, config.optimizer.name='FusedAdamW']
+"""
+CASES = yaml.safe_load(MORE.replace("DATA", "config.pretrain_expert.datarc"))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """0: written, or equal; 1: a case failed, or a value differs; 2: wrong arguments."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    add = commands.add_parser("write", help="run the experiments").add_argument
+    add("out", metavar="FILE.json", type=Path)
+    add("--corpus", type=Path, required=True, help="12 of its utterances are used")
+    add("--teachers", type=Path, required=True, help="folder with hubert.pt ...")
+    add("--configs", type=Path, help="a pretrain_configs/ (default: what `init -x all` writes)")
+    add("--only", metavar="NAME", nargs="+", help="cases, such as experiments/skill or more/units")
+    add("--jobs", type=int, default=1, help="cases at a time (1)")
+    add = commands.add_parser("compare", help="find the first difference").add_argument
+    add("files", metavar="FILE.json", type=Path, nargs=2)
+    args = parser.parse_args(argv)
+    if args.command == "compare":
+        return compare(*(json.loads(path.read_text()) for path in args.files))
+    with tempfile.TemporaryDirectory() as folder:
+        return write(args, Path(folder))
+
+
+def compare(first: dict[str, dict[str, str]], second: dict[str, dict[str, str]]) -> int:
+    """Print how many values are equal, or the first that is not; the exit code."""
+    count = 0
+    for case in sorted({*first, *second}):
+        one, two = first.get(case, {}), second.get(case, {})
+        for key in {**one, **two}:  # in the order in which they came
+            if one.get(key) != two.get(key):
+                print(f"{case}: {key}: {one.get(key)} and {two.get(key)}, after {count} equal ones")
+                return 1
+            count += 1
+    print(f"{count} values of {len(first)} cases are equal")
+    return 0 if count else 1
+
+
+def write(args: argparse.Namespace, folder: Path) -> int:
+    """Run the cases in ``folder`` and write their values; the exit code."""
+    results = {"inputs": prepare(folder, args)}
+    configs = folder / "pretrain/ekd"
+    for name, (settings, *_) in CASES.items():
+        put_over(configs / f"more/{name}.yaml", {"extends": "../config_model.yaml", **settings})
+    names = [str(path.relative_to(configs).with_suffix("")) for path in configs.rglob("*.yaml")]
+    names = sorted(name for name in names if "runner" not in name)
+    cases = [name for name in names if name in (args.only or names)]
+    if len(cases) < len(args.only or []):
+        print(f"--only: the cases are {', '.join(names)}", file=sys.stderr)
+        return 2
+    if not args.only or any("cache" in name or "units" in name for name in cases):
+        model, runner = "pretrain/ekd/config_model.yaml", "pretrain/ekd/config_runner.yaml"
+        run(["-m", "s3prl_ekd", "cache", "-c", runner, "-g", model, "-o", "cache"], folder)
+        data = ["--data", "tables/train.csv", "--audio-root", "audio"]
+        more = ["--teacher", "hubert", "--layer", "6", "--clusters", "8", "-o", "units.safetensors"]
+        run(["-m", "s3prl_ekd", "units", model, *data, *more], folder)
+    failed = []
+
+    def one(name: str) -> None:
+        try:
+            results[name] = run_case(name, folder)
+            print(f"{name}: {len(results[name])} values", flush=True)
+        except RuntimeError as error:
+            failed.append(name)
+            print(f"{name}: {error}", file=sys.stderr)
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        list(pool.map(one, cases))
+    args.out.write_text(json.dumps(results, indent=0))
+    print(f"{sum(map(len, results.values()))} values of {len(cases)} cases -> {args.out}")
+    return 1 if failed else 0
+
+
+def prepare(folder: Path, args: argparse.Namespace) -> dict[str, str]:
+    """Make the working folder: configs, corpus, tables; returns what the inputs are."""
+    import soundfile
+    import torch
+
+    run(["-m", "s3prl_ekd", "init", str(folder), "-x", "all"], folder)
+    configs = folder / "pretrain/ekd"
+    if args.configs:
+        for path in configs.rglob("*.yaml"):
+            path.unlink()
+        ignored = shutil.ignore_patterns("*.py", "__pycache__")
+        shutil.copytree(args.configs, configs, dirs_exist_ok=True, ignore=ignored)
+    for path in configs.glob("*runner.yaml"):
+        put_over(path, yaml.safe_load(RUNNER))
+    path = configs / "config_model.yaml"
+    names = list(yaml.safe_load(path.read_text())["teachers"])
+    files = {name: (args.teachers / f"{name}.pt").resolve() for name in names}
+    sizes = torch.load(files["hubert"], weights_only=True)["model_cfg"]
+    put_over(path, {"teachers": {name: {"model": str(file)} for name, file in files.items()}})
+    put_over(path, {"student": {key: sizes[key.removeprefix("extractor_")] for key in SIZES}})
+
+    rows = read_tsv(args.corpus / "unlabeled.tsv")
+    paths = [row["path"] for row in rows if row["split"] == "train"]
+    noise = [row["path"] for row in read_tsv(args.corpus / "noise.tsv")]
+    chosen = [("audio", path) for path in paths[:: max(1, len(paths) // 12)][:12]]
+    chosen += [("noise", path) for path in noise[:: max(1, len(noise) // 3)][:3]]
+    (folder / "tables").mkdir()
+    tables = {name: [",file_path,length,label"] for name in ("train", "dev")}
+    for number, (kind, name) in enumerate(chosen):
+        copy = folder / kind / name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(args.corpus / name, copy)
+        files[f"{kind}/{name}"] = copy
+        if kind == "audio":
+            table = tables["train" if number < 10 else "dev"]
+            table.append(f"{len(table) - 1},{name},{soundfile.info(copy).frames},")
+    for name, lines in tables.items():
+        (folder / f"tables/{name}.csv").write_text("\n".join(lines) + "\n")
+    return {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in files.items()}
+
+
+def put_over(path: Path, settings: dict) -> None:
+    """Write a YAML file with ``settings`` over what it has; mappings are merged."""
+
+    def merge(base: dict, over: dict) -> dict:
+        for key, value in over.items():
+            both = isinstance(value, dict) and isinstance(base.get(key), dict)
+            base[key] = merge(base[key], value) if both else value
+        return base
+
+    path.parent.mkdir(exist_ok=True)
+    base = yaml.safe_load(path.read_text()) if path.exists() else {}
+    path.write_text(yaml.safe_dump(merge(base, settings), sort_keys=False))
+
+
+def read_tsv(path: Path) -> list[dict[str, str]]:
+    """The rows of a table with tabs and a header, without quotes."""
+    with open(path, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+
+
+def run(argv: list[str], folder: Path) -> None:
+    """Run Python in ``folder`` on one thread.
+
+    Raises:
+        RuntimeError: with what it printed, if its exit code is not 0.
+    """
+    done = subprocess.run(
+        [sys.executable, *argv],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )
+    if done.returncode:
+        raise RuntimeError(f"exit code {done.returncode}\n{done.stdout[-3000:]}")
+
+
+def run_case(name: str, folder: Path) -> dict[str, str]:
+    """The steps of one experiment; what was seen from outside, by what it is.
+
+    Raises:
+        RuntimeError: the command failed, or made fewer updates.
+    """
+    runner = "tiny_runner" if name.startswith("tiny") else "config_runner"
+    runs, words = Path("result/pretrain") / name, ["-n", name]
+    seen = folder / f"{name.replace('/', '.')}.json"
+    words += ["-c", f"pretrain/ekd/{runner}.yaml", "-g", f"pretrain/ekd/{name}.yaml"]
+    for override in CASES.get(name.removeprefix("more/"), [{}])[1:]:
+        words += ["-o", override]
+    words = ["run_pretrain.py", "-u", "ekd", *words, "--device", "cpu"]
+    run([str(Path(__file__).resolve()), "watch", str(seen), *words], folder)
+    values = json.loads(seen.read_text())
+    if "update 3: gradient 0" not in values or "update 4: gradient 0" in values:
+        raise RuntimeError("not 3 updates were seen")
+    return {**read_scalars(folder / runs), **values}
+
+
+def read_scalars(folder: Path) -> dict[str, str]:
+    """All scalars that a run wrote for TensorBoard, exactly."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    values = {}
+    for path in sorted(folder.glob("*events*")):
+        data, at = path.read_bytes(), 0
+        while at < len(data):  # length, its checksum, event, its checksum
+            (size,) = struct.unpack_from("<Q", data, at)
+            event = Event.FromString(data[at + 12 : at + 12 + size])
+            at += size + 16
+            for value in event.summary.value:
+                values[f"step {event.step}: {value.tag}"] = value.simple_value.hex()
+    return values
+
+
+def watch(out: str) -> None:
+    """Record losses, gradients and weights of this process, and write them when it ends."""
+    import torch
+
+    values: dict[str, str] = {}
+    trained: list[torch.Tensor] = []
+    counts = {"loss": 0, "update": 0}
+    backward, clip, process = torch.Tensor.backward, torch.nn.utils.clip_grad_norm_, os.getpid()
+
+    def record(what: str, tensors: list[torch.Tensor | None]) -> None:
+        """Whatever the parameters are called, and in whatever order they come."""
+        digests = [
+            "none"
+            if tensor is None
+            else f"{list(tensor.shape)} "
+            + hashlib.sha256(tensor.detach().contiguous().numpy().tobytes()).hexdigest()[:24]
+            for tensor in tensors
+        ]
+        values.update({f"{what} {i}": digest for i, digest in enumerate(sorted(digests))})
+
+    def watched_backward(self, *args, **kwargs):
+        counts["loss"] += 1
+        values[f"loss {counts['loss']}"] = self.item().hex()
+        return backward(self, *args, **kwargs)
+
+    def watched_clip(parameters, *args, **kwargs):
+        trained[:] = parameters
+        counts["update"] += 1
+        record(f"update {counts['update']}: weight before", trained)
+        record(f"update {counts['update']}: gradient", [weight.grad for weight in trained])
+        return clip(trained, *args, **kwargs)
+
+    def finish() -> None:
+        if os.getpid() == process:
+            record("weight at the end", trained)
+            Path(out).write_text(json.dumps(values))
+
+    torch.Tensor.backward = watched_backward
+    torch.nn.utils.clip_grad_norm_ = torch.nn.utils.clip_grad.clip_grad_norm_ = watched_clip
+    atexit.register(finish)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] != ["watch"]:
+        raise SystemExit(main())
+    sys.path.pop(0)  # this folder
+    watch(sys.argv[2])
+    del sys.argv[1:3]
+    runpy.run_module("s3prl_ekd", run_name="__main__", alter_sys=True)
