@@ -66,7 +66,8 @@ def test_the_wheel_holds_everything_under_one_name(built):
 def test_the_sdist_holds_the_project(built):
     names = {name.split("/", 1)[-1] for name in tarfile.open(built[1]).getnames()}
     wanted = ["setup.py", "pyproject.toml", "constraints.txt", "Makefile", "README.md", "LICENSE"]
-    for path in [*DATA, *MODULES, *wanted, "CITATION.cff", "tests/conftest.py"]:
+    wanted += ["CITATION.cff", "tests/conftest.py", "tests/written_by_0_1/files.tar.gz"]
+    for path in [*DATA, *MODULES, *wanted]:
         assert path in names, path
 
 
