@@ -97,7 +97,11 @@ def main(argv: list[str] | None = None) -> int:
     if args.command == "compare":
         return compare(*(json.loads(path.read_text()) for path in args.files))
     with tempfile.TemporaryDirectory() as folder:
-        return write(args, Path(folder))
+        try:
+            return write(args, Path(folder))
+        except RuntimeError as error:
+            print(error, file=sys.stderr)
+            return 1
 
 
 def compare(first: dict[str, dict[str, str]], second: dict[str, dict[str, str]]) -> int:
@@ -110,12 +114,19 @@ def compare(first: dict[str, dict[str, str]], second: dict[str, dict[str, str]])
                 print(f"{case}: {key}: {one.get(key)} and {two.get(key)}, after {count} equal ones")
                 return 1
             count += 1
-    print(f"{count} values of {len(first)} cases are equal")
+    print(f"{count} values are equal")
     return 0 if count else 1
 
 
 def write(args: argparse.Namespace, folder: Path) -> int:
-    """Run the cases in ``folder`` and write their values; the exit code."""
+    """Run the cases in ``folder`` and write their values; the exit code.
+
+    Raises:
+        RuntimeError: what the cases need could not be made.
+    """
+    code = run(["-c", "import s3prl_ekd; print(s3prl_ekd.__file__)"], folder)
+    if Path(__file__).resolve().parents[1] not in Path(code).resolve().parents:
+        raise RuntimeError(f"{sys.executable} runs another s3prl_ekd than this one: {code}")
     results = {"inputs": prepare(folder, args)}
     configs = folder / "pretrain/ekd"
     for name, (settings, *_) in CASES.items():
@@ -144,7 +155,7 @@ def write(args: argparse.Namespace, folder: Path) -> int:
 
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(one, cases))
-    args.out.write_text(json.dumps(results, indent=0))
+    args.out.write_text(json.dumps(dict(sorted(results.items())), indent=0))
     print(f"{sum(map(len, results.values()))} values of {len(cases)} cases -> {args.out}")
     return 1 if failed else 0
 
@@ -210,8 +221,8 @@ def read_tsv(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
 
 
-def run(argv: list[str], folder: Path) -> None:
-    """Run Python in ``folder`` on one thread.
+def run(argv: list[str], folder: Path) -> str:
+    """Run Python in ``folder`` on one thread and return what it printed.
 
     Raises:
         RuntimeError: with what it printed, if its exit code is not 0.
@@ -226,26 +237,26 @@ def run(argv: list[str], folder: Path) -> None:
     )
     if done.returncode:
         raise RuntimeError(f"exit code {done.returncode}\n{done.stdout[-3000:]}")
+    return done.stdout.strip()
 
 
 def run_case(name: str, folder: Path) -> dict[str, str]:
-    """The steps of one experiment; what was seen from outside, by what it is.
+    """Train one experiment; what was seen of it, by names such as ``update 1: gradient 0``.
 
     Raises:
-        RuntimeError: the command failed, or made fewer updates.
+        RuntimeError: the command failed, or did not make 3 updates.
     """
+    record = folder / f"{name.replace('/', '.')}.json"
+    argv = [str(Path(__file__).resolve()), "watch", str(record), "run_pretrain.py", "-u", "ekd"]
     runner = "tiny_runner" if name.startswith("tiny") else "config_runner"
-    runs, words = Path("result/pretrain") / name, ["-n", name]
-    seen = folder / f"{name.replace('/', '.')}.json"
-    words += ["-c", f"pretrain/ekd/{runner}.yaml", "-g", f"pretrain/ekd/{name}.yaml"]
+    argv += ["-c", f"pretrain/ekd/{runner}.yaml", "-g", f"pretrain/ekd/{name}.yaml"]
     for override in CASES.get(name.removeprefix("more/"), [{}])[1:]:
-        words += ["-o", override]
-    words = ["run_pretrain.py", "-u", "ekd", *words, "--device", "cpu"]
-    run([str(Path(__file__).resolve()), "watch", str(seen), *words], folder)
-    values = json.loads(seen.read_text())
+        argv += ["-o", override]
+    run([*argv, "-n", name, "--device", "cpu"], folder)
+    values = json.loads(record.read_text())
     if "update 3: gradient 0" not in values or "update 4: gradient 0" in values:
         raise RuntimeError("not 3 updates were seen")
-    return {**read_scalars(folder / runs), **values}
+    return {**read_scalars(folder / "result/pretrain" / name), **values}
 
 
 def read_scalars(folder: Path) -> dict[str, str]:
