@@ -8,7 +8,7 @@ import pytest
 import step_digests as tool
 import torch
 
-from s3prl_ekd.demo.tiny_teachers import hubert_checkpoint, wavlm_checkpoint
+from s3prl_ekd.teachers.random_weights import hubert_checkpoint, wavlm_checkpoint
 
 from .conftest import SIZES
 
