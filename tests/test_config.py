@@ -7,13 +7,15 @@ import pytest
 import yaml
 
 from s3prl_ekd.errors import ConfigError
-from s3prl_ekd.files.config import escape_equals, plain, read_yaml, typed
-from s3prl_ekd.pretrain.settings import (
+from s3prl_ekd.files.config import (
     apply_overrides,
-    load_model_config,
-    load_runner_config,
+    escape_equals,
     overridden,
+    plain,
+    read_yaml,
+    typed,
 )
+from s3prl_ekd.pretrain.settings import load_model_config, load_runner_config
 
 CONFIGS = Path(__file__).parent.parent / "pretrain_configs"
 SHIPPED = sorted(CONFIGS.rglob("*.yaml"))

@@ -8,7 +8,7 @@ import sys
 import pytest
 import soundfile
 import torch
-from s3prl_ekd.superb.asr import error_rates
+from s3prl_ekd.evaluate.asr import error_rates
 
 from s3prl_ekd import cli, launch
 from s3prl_ekd.distill.settings import StudentSettings

@@ -1,7 +1,7 @@
 """Scalars, error rates and the plot of a run."""
 
 import pytest
-from s3prl_ekd.superb.asr import error_rates
+from s3prl_ekd.evaluate.asr import error_rates
 from tensorboardX import SummaryWriter
 
 from s3prl_ekd.errors import DataError

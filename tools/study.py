@@ -107,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
     from study_parts.folder import Folder, inputs_of
     from study_parts.parts import is_done, plan
 
-    from s3prl_ekd.downstream.script_args import make_folder
+    from s3prl_ekd.files.atomic import make_folder
     from s3prl_ekd.system.lock import FolderLock
 
     require_packages()
@@ -133,7 +133,7 @@ def run(args: argparse.Namespace) -> int:
         folder.compare(setting)
         return report(setting, folder, parts, args)
     inputs = inputs_of(setting, speech, noise)
-    make_folder(folder.root)
+    make_folder(folder.root, SetupError)
     with FolderLock(folder.root):
         folder.begin(setting, speech, inputs)
         outcome, code = run_parts(parts, setting, folder, noise, args)

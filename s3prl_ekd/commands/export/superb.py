@@ -41,7 +41,7 @@ def main(args: argparse.Namespace) -> int:
     from ...export.hidden_set.package import FILES, package_contents, write_package
     from ...export.hidden_set.template.expert import UpstreamExpert
     from ...superb.cost import measure_cost
-    from .cost import print_cost
+    from ..cost import print_cost
 
     path, loaded = load(args.checkpoint)
     keep = args.heads == "keep" and loaded.heads is not None
