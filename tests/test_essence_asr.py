@@ -8,12 +8,12 @@ import sys
 import pytest
 import soundfile
 import torch
-from s3prl_ekd.evaluate.asr import error_rates
 
 from s3prl_ekd import cli, launch
 from s3prl_ekd.distill.settings import StudentSettings
 from s3prl_ekd.distill.student import Student
 from s3prl_ekd.errors import CheckpointError
+from s3prl_ekd.evaluate.asr import error_rates
 from s3prl_ekd.files.run_checkpoints import read_run
 from s3prl_ekd.prepare.asr import Utterance, write_librispeech
 from s3prl_ekd.pretrain.tensorboard import read_scalars

@@ -1,10 +1,10 @@
 """Scalars, error rates and the plot of a run."""
 
 import pytest
-from s3prl_ekd.evaluate.asr import error_rates
 from tensorboardX import SummaryWriter
 
 from s3prl_ekd.errors import DataError
+from s3prl_ekd.evaluate.asr import error_rates
 from s3prl_ekd.pretrain.tensorboard import plot_run, read_scalars, teacher_curves
 
 

@@ -4,9 +4,9 @@ import random
 
 import jiwer
 import pytest
-from s3prl_ekd.evaluate.asr import error_rates
 
 from s3prl_ekd.errors import DataError
+from s3prl_ekd.evaluate.asr import error_rates
 from s3prl_ekd.superb.metrics import count_errors, count_run, read_pairs, read_predictions
 from s3prl_ekd.superb.results import read_results
 
