@@ -23,10 +23,8 @@ import torch
 from .compat import checkpoint_globals
 from .distill.aggregation import TargetSpec
 from .distill.heads import PredictionHeads
-from .distill.settings import StudentSettings
+from .distill.settings import HeadSettings, StudentSettings, check_size
 from .distill.student import Student
-from .distill.student_size import check_size
-from .distill.target_settings import HeadSettings
 from .errors import CheckpointError, ConfigError, EkdError
 from .files.atomic import whole_file
 from .files.config import build, plain

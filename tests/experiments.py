@@ -8,9 +8,8 @@ from s3prl.upstream.wavlm.hubconf import wavlm_local
 from torch.nn.utils.rnn import pad_sequence
 
 from s3prl_ekd.distill.distiller import EnsembleDistiller
-from s3prl_ekd.distill.settings import DistillSettings
+from s3prl_ekd.distill.settings import DistillSettings, LossSettings, TeacherSettings
 from s3prl_ekd.distill.student import Student
-from s3prl_ekd.distill.target_settings import LossSettings, TeacherSettings
 from s3prl_ekd.distill.teachers import Teacher, TeacherEnsemble
 
 LAYERS = (2, 4)

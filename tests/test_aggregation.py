@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from s3prl_ekd.distill.aggregation import AGGREGATIONS, TeacherShape, build_aggregation, crop_frames
-from s3prl_ekd.distill.target_settings import TargetSettings
+from s3prl_ekd.distill.settings import TargetSettings
 from s3prl_ekd.errors import TeacherError
 
 

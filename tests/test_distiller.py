@@ -9,8 +9,8 @@ from s3prl.upstream.distiller.model import DistillerConfig, DistillerModel
 from torch.nn.utils.rnn import pad_sequence
 
 from s3prl_ekd.distill.initialisation import initialise
+from s3prl_ekd.distill.settings import LossSettings
 from s3prl_ekd.distill.student import Student
-from s3prl_ekd.distill.target_settings import LossSettings
 from s3prl_ekd.distill.teachers import Teacher
 from s3prl_ekd.errors import TeacherError
 

@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from s3prl_ekd.distill.settings import DistillSettings
-from s3prl_ekd.distill.target_settings import TeacherSettings
+from s3prl_ekd.distill.settings import DistillSettings, TeacherSettings
 from s3prl_ekd.distill.teachers import Teacher, TeacherEnsemble
 from s3prl_ekd.errors import TeacherError
 from s3prl_ekd.teachers import load_teachers, load_upstream

@@ -28,7 +28,7 @@ from s3prl_ekd.data.audio_files import read_header
 from s3prl_ekd.data.manifest import read_manifest
 from s3prl_ekd.data.tables import read_table
 from s3prl_ekd.distill.aggregation import TargetSpec
-from s3prl_ekd.distill.conv_spec import conv_layers_text, parse_conv_layers
+from s3prl_ekd.distill.conv_layers import conv_layers_text, parse_conv_layers
 from s3prl_ekd.distill.heads import PredictionHeads
 from s3prl_ekd.distill.settings import StudentSettings
 from s3prl_ekd.distill.student import Student

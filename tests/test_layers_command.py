@@ -10,10 +10,17 @@ import yaml
 
 from s3prl_ekd import cli
 from s3prl_ekd.analysis.layer_statistics import aligned, layer_statistics
+from s3prl_ekd.analysis.layers import (
+    LINKAGES,
+    cka_matrix,
+    cosine_matrix,
+    cut,
+    group_layers,
+    layer_tree,
+    require_scipy,
+)
 from s3prl_ekd.analysis.plots import require_matplotlib
 from s3prl_ekd.analysis.sample import choose_audio, sample_layers
-from s3prl_ekd.distill.grouping import LINKAGES, cut, group_layers, layer_tree, require_scipy
-from s3prl_ekd.distill.similarity import cka_matrix, cosine_matrix
 from s3prl_ekd.errors import ConfigError, DataError, SetupError
 
 from .conftest import write_configs

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from s3prl_ekd.distill.losses import distillation_loss, distillation_terms
-from s3prl_ekd.distill.target_settings import LossSettings
+from s3prl_ekd.distill.settings import LossSettings
 from s3prl_ekd.errors import TeacherError
 
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from s3prl_ekd.distill.similarity import (
+from s3prl_ekd.analysis.layers import (
     LinearCKA,
     cka_matrix,
     cosine_matrix,

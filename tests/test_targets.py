@@ -8,16 +8,15 @@ import torch
 from s3prl_ekd.distill.aggregation import TeacherShape
 from s3prl_ekd.distill.initialisation import initialise
 from s3prl_ekd.distill.losses import distillation_loss, frame_terms
-from s3prl_ekd.distill.outliers import usable_frames
-from s3prl_ekd.distill.standardisation import Moments, Standardiser, hadamard, phi_s
-from s3prl_ekd.distill.student import Student
-from s3prl_ekd.distill.target_settings import (
+from s3prl_ekd.distill.settings import (
     EssenceSettings,
     HeadSettings,
     LossSettings,
     TargetSettings,
     TeacherSettings,
 )
+from s3prl_ekd.distill.student import Student
+from s3prl_ekd.distill.target_norm import Moments, Standardiser, hadamard, phi_s, usable_frames
 from s3prl_ekd.distill.teachers import Teacher, TeacherEnsemble
 from s3prl_ekd.distill.weighting import agreeing_dims, drop_teachers, weights_at
 from s3prl_ekd.errors import TeacherError

@@ -434,7 +434,7 @@ def test_conv_layers_are_checked_before_s3prl_sees_them(tmp_path, monkeypatch, f
 
 
 def test_layers_and_groups_of_a_config_reach_the_teacher(teachers):
-    from s3prl_ekd.distill.target_settings import TeacherSettings
+    from s3prl_ekd.distill.settings import TeacherSettings
     from s3prl_ekd.teachers import load_teachers
 
     settings = {

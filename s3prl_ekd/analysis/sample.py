@@ -16,8 +16,8 @@ from ..data.audio_files import find_audio
 from ..data.bad_audio import Bad, BadAudio
 from ..data.tables import read_table
 from ..distill.aggregation import crop_frames
-from ..distill.outliers import usable_frames
 from ..distill.settings import TeacherSettings
+from ..distill.target_norm import usable_frames
 from ..errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)

@@ -26,9 +26,8 @@ from ..files.atomic import write_text
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options of this command."""
+    from ..analysis.layers import LINKAGES, SIMILARITIES
     from ..analysis.sample import add_sample_options
-    from ..distill.grouping import LINKAGES
-    from ..distill.similarity import SIMILARITIES
 
     parser.add_argument("config", metavar="CONFIG", type=Path, help="a model config, for -g")
     add_sample_options(parser)
@@ -53,10 +52,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Listen, cluster, write; see the module's text."""
+    from ..analysis.layers import cut, layer_tree, require_scipy, similarity_matrix
     from ..analysis.plots import plot_trees, require_matplotlib
     from ..analysis.sample import choose_audio, load_all, sample_layers
-    from ..distill.grouping import cut, layer_tree, require_scipy
-    from ..distill.similarity import similarity_matrix
     from ..pretrain.settings import load_model_config
 
     require_scipy()  # before minutes of listening

@@ -70,9 +70,9 @@ def _list() -> int:
 
 def _inspect(args: argparse.Namespace) -> int:
     from ..analysis.layer_statistics import aligned, layer_statistics
+    from ..analysis.layers import cka_matrix
     from ..analysis.plots import plot_similarity, require_matplotlib
     from ..analysis.sample import choose_audio, load_all, sample_layers
-    from ..distill.similarity import cka_matrix
     from ..pretrain.settings import load_model_config
 
     require_matplotlib()  # before minutes of listening

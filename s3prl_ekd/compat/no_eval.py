@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from types import ModuleType
 from typing import Any
 
-from ..distill.conv_spec import parse_conv_layers
+from ..distill.conv_layers import parse_conv_layers
 from ..errors import ConfigError
 from .child_processes import repeat_in_children
 from .import_hooks import on_import

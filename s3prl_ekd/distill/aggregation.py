@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..errors import TeacherError
-from .target_settings import TargetSettings
+from .settings import TargetSettings
 
 Hidden = Mapping[str, Tensor]  # teacher or target set -> [batch, layer, frame, dim]
 Weights = Mapping[str, float]  # teacher -> its share

@@ -12,10 +12,10 @@ from .aggregation import build_aggregation, one_width
 from .heads import PredictionHeads
 from .losses import distillation_loss, distillation_terms, frame_terms
 from .settings import DistillSettings
-from .standardisation import Standardiser
 from .student import Student
+from .target_norm import Standardiser
 from .teachers import TeacherEnsemble
-from .unit_head import UnitLabels, check_units, unit_terms
+from .unit_loss import UnitLabels, check_units, unit_terms
 from .weighting import agreeing_dims, drop_teachers, weights_at
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import TeacherError
-from .target_settings import LossSettings
+from .settings import LossSettings
 
 RECONSTRUCTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "l1": lambda prediction, target: (prediction - target).abs(),

@@ -12,7 +12,7 @@ import torch
 from s3prl.upstream.distiller.model import DistillerConfig, DistillerModel
 from torch import Tensor, nn
 
-from .conv_spec import conv_layers_text
+from .conv_layers import conv_layers_text
 from .settings import StudentSettings
 
 logger = logging.getLogger(__name__)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from .target_settings import TeacherSettings
+from .settings import TeacherSettings
 
 
 def weights_at(

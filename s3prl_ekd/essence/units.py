@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..distill.outliers import usable_frames
+from ..distill.target_norm import usable_frames
 from ..errors import CheckpointError, DataError, SetupError
 from ..files.atomic import whole_file
 from ..files.formats import refuse_newer

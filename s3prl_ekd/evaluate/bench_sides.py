@@ -64,9 +64,8 @@ class Ours:
         from ..data.batches import train_loader
         from ..data.distortion.settings import DistortionSettings
         from ..distill.distiller import EnsembleDistiller
-        from ..distill.settings import DistillSettings
+        from ..distill.settings import DistillSettings, TeacherSettings
         from ..distill.student import Student
-        from ..distill.target_settings import TeacherSettings
         from ..teachers import load_teachers
 
         models = plan.models

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from .. import compat
-from ..distill.conv_spec import conv_layers_text
+from ..distill.conv_layers import conv_layers_text
 from ..distill.settings import StudentSettings
 from ..distill.student import Student
 from ..errors import CheckpointError, ConfigError, SetupError, TeacherError

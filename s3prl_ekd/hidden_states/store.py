@@ -34,7 +34,7 @@ from torch import Tensor
 
 from .. import __version__
 from ..data.bad_audio import BadAudio
-from ..distill.outliers import usable_frames
+from ..distill.target_norm import usable_frames
 from ..errors import DataError, TeacherError
 from ..files.atomic import whole_file
 from ..files.formats import refuse_newer

@@ -13,8 +13,7 @@ from typing import Any, Literal
 
 from ..compat.no_eval import check_names
 from ..data.distortion.settings import DistortionSettings
-from ..distill.settings import DistillSettings
-from ..distill.student_size import check_size
+from ..distill.settings import DistillSettings, check_size
 from ..files.config import apply_overrides, build, read_extended, read_yaml
 
 FUSED_ADAMW = "FusedAdamW"

@@ -12,7 +12,7 @@ from torch import nn
 
 from .. import compat
 from ..compat import no_eval
-from ..distill.conv_spec import parse_conv_layers
+from ..distill.conv_layers import parse_conv_layers
 from ..errors import CheckpointError, EkdError, TeacherError
 from ..files.safetensors_file import is_safetensors
 from ..files.text import first_keys

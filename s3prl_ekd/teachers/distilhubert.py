@@ -11,7 +11,7 @@ from s3prl.upstream.distiller.model import DistillerModel
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from ..distill.conv_spec import stride_of
+from ..distill.conv_layers import stride_of
 from ..distill.settings import StudentSettings
 from ..distill.student import build_backbone
 from ..errors import CheckpointError, ConfigError, EkdError

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from ..distill.conv_spec import conv_layers_text, parse_conv_layers
+from ..distill.conv_layers import conv_layers_text, parse_conv_layers
 from ..errors import ConfigError
 
 _CONV = r"feature_extractor\.conv_layers\.(\d+)\."

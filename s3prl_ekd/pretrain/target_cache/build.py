@@ -25,7 +25,7 @@ from ...data.loader import BatchLoader
 from ...data.sampling import FixedOrder, used, within
 from ...data.tables import Utterance, read_tables
 from ...distill.aggregation import Separate
-from ...distill.conv_spec import ConvLayers
+from ...distill.conv_layers import ConvLayers
 from ...distill.settings import StudentSettings
 from ...distill.teachers import TeacherEnsemble
 from ...errors import DataError, SetupError

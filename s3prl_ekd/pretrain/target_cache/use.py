@@ -12,7 +12,7 @@ from torch import nn
 
 from ...data.tables import Utterance
 from ...distill.teachers import TeacherEnsemble
-from ...distill.unit_head import UnitLabels
+from ...distill.unit_loss import UnitLabels
 from ...errors import ConfigError, DataError
 from ...files.text import CONTROL
 from ...hidden_states.fingerprint import PER_TEACHER, check_aggregated, fitting_part, make_key

@@ -6,8 +6,8 @@ larger one. ``running`` takes mean and deviation out of every dimension (as UNIC
 divides by one number, which keeps the shape of the distribution: directions of little variance are
 not blown up.
 
-Frames that would spoil the statistics (:mod:`.outliers`) are left out of them, and counted. What
-does not vary is not divided: it would only blow up rounding errors.
+Frames that would spoil the statistics (:func:`usable_frames`) are left out of them, and counted.
+What does not vary is not divided: it would only blow up rounding errors.
 """
 
 from __future__ import annotations
@@ -18,12 +18,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..errors import TeacherError
 from .aggregation import TeacherShape
-from .everywhere import everywhere, is_first
-from .outliers import usable_frames
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +30,46 @@ logger = logging.getLogger(__name__)
 _FLAT = 1e-6
 # or its deviation at most this share of its mean, which is what float32 rounds to.
 _ROUNDING = 1e-6
+# Ours. Largest values of frames of one layer lie within a factor of some tens of each other, those
+# of attention sinks included.
+FACTOR = 1000.0
+LIMIT = 1e15  # squares of a million such values have a sum in float32
+
+
+def usable_frames(frames: Tensor) -> Tensor:
+    """Which frames may go into statistics: ``frames [frame, target, dim]`` -> ``[frame]``, bool.
+
+    A frame is left out where, in one of its targets, a value is not finite or the largest is more
+    than :data:`FACTOR` times that of the median frame among those given.
+    """
+    peaks = frames.abs().amax(-1)  # [frame, target]
+    usable = peaks.isfinite().all(-1)
+    if not usable.any():
+        return usable
+    median = peaks[usable].median(0).values
+    limits = torch.where(median > 0, FACTOR * median, LIMIT).clamp(max=LIMIT)
+    return usable & (peaks <= limits).all(-1)
+
+
+def is_first() -> bool:
+    """Whether this is the process that speaks: the only one, or the first of several."""
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+
+
+def everywhere(*mine: Tensor) -> list[tuple[Tensor, ...]]:
+    """The tensors of every process, by rank; those given, where there is one process.
+
+    Args:
+        mine: of the same shapes and types in all processes, which must all call this.
+    """
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return [mine]
+    columns = []
+    for tensor in mine:
+        found = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+        dist.all_gather(found, tensor.contiguous())
+        columns.append(found)
+    return list(zip(*columns, strict=True))
 
 
 class Moments(nn.Module):
@@ -61,7 +100,7 @@ class Moments(nn.Module):
         processes each adds the frames of all.
 
         Returns:
-            How many frames were left out (:func:`.outliers.usable_frames`).
+            How many frames were left out (:func:`usable_frames`).
         """
         frames = hidden.transpose(1, 2)[mask.bool()].float()  # [valid frame, target, dim]
         usable = usable_frames(frames)

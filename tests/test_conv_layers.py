@@ -2,7 +2,7 @@
 
 import pytest
 
-from s3prl_ekd.distill.conv_spec import (
+from s3prl_ekd.distill.conv_layers import (
     DEFAULT,
     conv_layers_text,
     parse_conv_layers,
