@@ -1,22 +1,32 @@
-"""The whole method in one module: teachers, aggregation, student, heads, loss."""
+"""The whole method in one module: teachers, student, heads, aggregation, loss."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import TeacherError
-from .aggregation import build_aggregation, one_width
+from .aggregation import Targets, build_aggregation, one_width
+from .batch import DistillBatch
 from .heads import PredictionHeads
-from .losses import distillation_loss, distillation_terms, frame_terms
+from .losses import (
+    Comparison,
+    FeaturePenalty,
+    Logs,
+    LossWeights,
+    distillation_loss,
+    distillation_terms,
+)
 from .settings import DistillSettings
-from .student import Student
-from .target_norm import Standardiser
-from .teachers import TeacherEnsemble
-from .unit_loss import UnitLabels, check_units, unit_terms
-from .weighting import agreeing_dims, drop_teachers, weights_at
+from .student import Student, StudentOutput
+from .target_norm import TargetNorm
+from .teachers import HiddenStates, TeacherEnsemble
+from .unit_loss import UnitLabels, UnitLoss
+from .weighting import Agreement, TeacherDropping, weights_at
 
 
 class EnsembleDistiller(nn.Module):
@@ -27,6 +37,11 @@ class EnsembleDistiller(nn.Module):
         student: the student's backbone.
         settings: the experiment.
         units: hard labels for a classification head, or None; see :class:`UnitLabels`.
+
+    Attributes:
+        trainable: student and heads; an optimizer over it sees no teacher.
+        weightings: the options that change how much a frame or dimension counts in the loss.
+        terms: the options that are added to the loss.
 
     Raises:
         TeacherError: the teachers cannot be aggregated this way, have another frame rate, or not
@@ -41,187 +56,149 @@ class EnsembleDistiller(nn.Module):
         units: UnitLabels | None = None,
     ):
         super().__init__()
-        for name, teacher in teachers.items():
-            if teacher.stride != student.settings.stride:
-                raise TeacherError(
-                    f"teachers.{name} gives a frame every {teacher.stride} samples and the student "
-                    f"every {student.settings.stride}; use one frame rate"
-                )
+        check_stride(teachers, student)
         targets, shapes = settings.targets, teachers.shapes
         if settings.essence.keep < 1:
             one_width(shapes, "essence.keep")
         self.settings = settings
         self.teachers = teachers
         self.aggregate = build_aggregation(settings.aggregation, shapes, targets)
-        self.standardiser = None
+        self.target_norm: TargetNorm | None = None
         if targets.standardise != "none":
-            self.standardiser = Standardiser(shapes, targets.standardise, targets.standardise_steps)
+            self.target_norm = TargetNorm(shapes, targets.standardise, targets.standardise_steps)
         heads = PredictionHeads(student.width, self.aggregate.specs, settings.heads.kind)
-        # What is trained, apart from what is not: an optimizer over `trainable` sees no teacher.
         self.trainable = nn.ModuleDict({"student": student, "heads": heads})
-        self.units = units
+        self.weightings = nn.ModuleList()
+        if targets.drop_teachers:
+            self.weightings.append(TeacherDropping(targets.drop_teachers, settings.loss))
+        if settings.essence.keep < 1:
+            self.weightings.append(Agreement(settings.essence.keep))
+        self.terms = nn.ModuleList()
+        self.unit_layer: dict[str, int] = {}  # teacher -> the layer that the units are of
         if units is not None:
-            check_units(units, teachers)
-            self.trainable["unit_head"] = nn.Linear(student.width, units.clusters)
+            unit_loss = UnitLoss(units, teachers, student.width, settings.essence.unit_weight)
+            self.trainable["unit_head"] = unit_loss.head
+            self.terms.append(unit_loss)
+            self.unit_layer = {units.teacher: units.layer}
+        if settings.loss.feature_penalty:
+            self.terms.append(FeaturePenalty(settings.loss.feature_penalty))
 
     @property
     def student(self) -> Student:
-        return self.trainable["student"]
+        return cast(Student, self.trainable["student"])
 
     @property
     def heads(self) -> PredictionHeads:
-        return self.trainable["heads"]
+        return cast(PredictionHeads, self.trainable["heads"])
 
     def forward(
-        self,
-        waves: Tensor,
-        lengths: Tensor,
-        teacher_waves: Tensor | None = None,
-        step: int = 1,
-        detail: bool = False,
-        known: Mapping[str, Tensor] | None = None,
-        known_frames: Tensor | None = None,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+        self, batch: DistillBatch, step: int = 1, detail: bool = False
+    ) -> tuple[Tensor, Logs]:
         """One step of distillation.
 
         Args:
-            waves: what the student hears, ``[batch, sample]`` at 16 kHz, zero-padded at the end.
-            lengths: ``[batch]`` valid samples.
-            teacher_waves: what the teachers hear, of the same shape; None: the same.
+            batch: on the device of the distiller.
             step: the number of the step, from 1, for weights that change over time.
-            detail: also give the terms of every teacher and layer.
-            known: what the teachers have said of these utterances before, in their place: their
-                targets ``{teacher: [batch, target, frame, dim]}``, or ``{target set: [batch,
-                layer, frame, width]}`` where these were aggregated already. The terms of teachers
-                are not known then.
-            known_frames: ``[batch]`` how many of their frames are of the utterance.
+            detail: also log the terms of every teacher and layer.
 
         Returns:
             The scalar loss, and scalars by name for the log.
         """
-        if known is None:
-            heard = waves if teacher_waves is None else teacher_waves
-            unpadded = [wave[:length] for wave, length in zip(heard, lengths.tolist(), strict=True)]
-            also = None if self.units is None else {self.units.teacher: self.units.layer}
-            states = self.teachers.states(unpadded, also)
-            hidden = self.teachers.targets(states)  # {teacher: [batch, layer, frame, dim]}
-        else:
-            states, hidden = None, known
-        out = self.student(waves, lengths)
-        predictions = self.heads(out.last)  # {target set: [batch, layer, frame, width]}
+        teachers, states = self.run_teachers(batch)  # {teacher: [batch, layer, frame, dim]}
+        student = self.run_student(batch)  # .last [batch, frame, dim], .mask [batch, frame]
+        predictions = self.heads(student.last)  # {target set: [batch, layer, frame, width]}
+        cached = batch.target_sets  # of the same names and shapes; empty unless cached aggregated
+        predictions, teachers, cached, mask = align(predictions, teachers, cached, student.mask)
+        teachers = self.normalise(teachers, mask)  # as they are, unless asked for
+        shares = weights_at(self.settings.teachers, step, self.settings.targets.weight_steps)
+        targets = cached or self.aggregate(teachers, shares)  # names and shapes of the predictions
+        compared = Comparison(predictions, targets, mask, teachers, states, student)
+        weights = self.loss_weights(compared, shares)  # of target sets, frames, dimensions
+        loss, logs = distillation_loss(predictions, targets, weights, self.settings.loss)
+        for term in self.terms:  # unit loss, feature penalty
+            extra, more = term(compared)
+            loss, logs = loss + extra, logs | more
+        return loss, logs | self.details(compared) if detail else logs
 
-        frames = min(out.last.shape[1], *(states.shape[2] for states in hidden.values()))
-        hidden = {name: states[:, :, :frames] for name, states in hidden.items()}
-        # In float32 under autocast too: the loss is a sum over many small differences.
-        predictions = {name: states[:, :, :frames].float() for name, states in predictions.items()}
-        valid = out.mask[:, :frames]
-        if known_frames is not None:
-            valid = valid * (torch.arange(frames, device=valid.device) < known_frames[:, None])
-        labels = None if self.units is None else self._labels(states, hidden)
-        aggregated = known is not None and known.keys() != self.teachers.keys()
-        if self.standardiser is not None:
-            hidden = self.standardiser(hidden, valid, learn=self.training)
+    def run_teachers(self, batch: DistillBatch) -> tuple[Targets, Mapping[str, HiddenStates]]:
+        """The teachers' targets and hidden states: those of the cache, if the batch has some."""
+        if batch.cached_targets is not None:
+            teachers = batch.cached_targets.teachers
+            return teachers, self.teachers.states_among(teachers)
+        waves = batch.waves if batch.teacher_waves is None else batch.teacher_waves
+        unpadded = [w[:length] for w, length in zip(waves, batch.lengths.tolist(), strict=True)]
+        states = self.teachers.states(unpadded, self.unit_layer)
+        return self.teachers.targets(states), states
 
-        weights = weights_at(self.settings.teachers, step, self.settings.targets.weight_steps)
-        targets = hidden if aggregated else self.aggregate.targets(hidden, weights)
-        loss, parts = distillation_loss(
-            predictions,
-            targets,
-            self._masks(predictions, targets, valid),
-            self.settings.loss,
-            self.aggregate.set_weights(weights),
-            self._dims(hidden, weights, targets),
-            self._count(valid),
+    def run_student(self, batch: DistillBatch) -> StudentOutput:
+        """The student's output; with cached targets, frames behind the end of these are padding."""
+        output = self.student(batch.waves, batch.lengths)
+        if batch.cached_targets is None:
+            return output
+        frames = torch.arange(output.mask.shape[1], device=output.mask.device)
+        valid = frames < batch.cached_targets.lengths[:, None]  # [batch, frame]
+        return replace(output, mask=output.mask * valid)
+
+    def normalise(self, teachers: Targets, mask: Tensor) -> Targets:
+        """``{teacher: [batch, layer, frame, dim]}``, brought to a common scale if asked for."""
+        return teachers if self.target_norm is None else self.target_norm(teachers, mask)
+
+    def loss_weights(self, compared: Comparison, shares: Mapping[str, float]) -> LossWeights:
+        """How much each frame, target set and dimension counts; ``shares``: of the teachers."""
+        weights = LossWeights(
+            frames=dict.fromkeys(compared.targets, self._frames_that_count(compared)),
+            sets=self.aggregate.set_weights(shares),
+            dims=self.aggregate.dim_weights(shares),
         )
-        if self.units is not None:
-            logits = self.trainable["unit_head"](out.last)
-            unit_loss, parts["unit_accuracy"] = unit_terms(
-                logits, labels, out.mask if known is None else valid
-            )
-            parts["unit_loss"] = unit_loss.detach()
-            loss = loss + self.settings.essence.unit_weight * unit_loss
-        if self.settings.loss.feature_penalty:
-            penalty = out.features.float().pow(2).mean()
-            loss = loss + self.settings.loss.feature_penalty * penalty
-            parts["feature_penalty"] = penalty.detach()
-        if detail and self.standardiser is not None:
-            parts.update(self.standardiser.left_out())
-        if detail and not aggregated:
-            mask = valid if self.settings.loss.mask_padding else None
-            parts.update(self._detail(predictions, hidden, mask))
-        return loss, parts
-
-    def learn_nothing(self) -> None:
-        """Take part in what several processes learn together, without an utterance."""
-        if self.standardiser is not None and self.training:
-            self.standardiser.learn_nothing()
-
-    def _labels(self, states: Mapping | None, hidden: Mapping[str, Tensor]) -> Tensor:
-        """The units ``[batch, frame]``; without the teacher's states, by its layer's target."""
-        name, layer = self.units.teacher, self.units.layer
-        if states is not None:
-            return self.units.label(states[name][layer])
-        return self.units.label(hidden[name][:, self.teachers[name].targets.index((layer,))])
-
-    def _masks(
-        self, predictions: Mapping[str, Tensor], targets: Mapping[str, Tensor], valid: Tensor
-    ) -> dict[str, Tensor | None]:
-        """How much each frame counts, for each target set: padding and dropped teachers."""
-        mask = valid if self.settings.loss.mask_padding else None
-        masks: dict[str, Tensor | None] = dict.fromkeys(targets, mask)
-        probability = self.settings.targets.drop_teachers
-        if probability and self.training:
-            losses = {}
-            for name in self.teachers:
-                rec, cosine = frame_terms(
-                    predictions[name].detach(), targets[name], self.settings.loss
-                )
-                each = (rec + self.settings.loss.cosine_weight * cosine).mean(1)  # [batch, frame]
-                losses[name] = (each * valid).sum(1) / valid.sum(1).clamp(min=1)
-            every = torch.ones_like(valid) if mask is None else mask
-            for name, stays in drop_teachers(losses, probability).items():
-                masks[name] = every * stays[:, None]
-        return masks
-
-    def _count(self, valid: Tensor) -> Tensor | None:
-        """The frames to divide by under teacher dropping: the valid ones, not those that are left.
-
-        A dropped utterance then counts as no loss. Divided by what is left, an utterance would
-        weigh more the more of its neighbours in the batch were dropped.
-        """
-        if not (self.settings.targets.drop_teachers and self.training):
-            return None
-        return (valid if self.settings.loss.mask_padding else torch.ones_like(valid)).sum()
-
-    def _dims(
-        self,
-        hidden: Mapping[str, Tensor],
-        weights: Mapping[str, float],
-        targets: Mapping[str, Tensor],
-    ) -> dict[str, Tensor]:
-        """How much each dimension counts, for the target sets where it is not all the same."""
-        dims = self.aggregate.dim_weights(weights)
-        if self.settings.essence.keep == 1:
-            return dims
-        kept = agreeing_dims(hidden, self.settings.essence.keep)
-        for name, target in targets.items():
-            times = target.shape[-1] // kept.shape[-1]  # concat: once for each teacher
-            share = kept.repeat(1, 1, 1, times)
-            dims[name] = share * dims[name].to(share) if name in dims else share
-        return dims
+        for weighting in self.weightings:  # teacher dropping, agreement of the teachers
+            weights = weighting(weights, compared)
+        return weights
 
     @torch.no_grad()
-    def _detail(
-        self, predictions: Mapping[str, Tensor], hidden: Mapping[str, Tensor], mask: Tensor | None
-    ) -> dict[str, Tensor]:
-        """How far the student is from each teacher's own layers, whatever it was trained on."""
-        parts = {}
-        for name, prediction in self.aggregate.per_teacher(predictions).items():
-            terms = distillation_terms(prediction, hidden[name], mask, self.settings.loss)
-            size = hidden[name].abs().mean((0, 2, 3))
+    def details(self, compared: Comparison) -> Logs:
+        """For the log: how far the student is from each teacher's own layers, whatever it was
+        trained on."""
+        logs: Logs = {} if self.target_norm is None else self.target_norm.left_out()
+        loss, mask = self.settings.loss, self._frames_that_count(compared)
+        predictions = self.aggregate.per_teacher(compared.predictions)
+        for name, target in compared.teachers.items():
+            terms = distillation_terms(predictions[name], target, mask, loss)
+            size = target.abs().mean((0, 2, 3))  # [layer]
             for i, label in enumerate(self.teachers[name].labels):
-                kind = self.settings.loss.reconstruction
-                parts[f"{name}/{kind}_{label}"] = terms.reconstruction[i]
-                parts[f"{name}/cosine_{label}"] = terms.cosine[i]
-                parts[f"{name}/target_abs_{label}"] = size[i]
-        return parts
+                logs[f"{name}/{loss.reconstruction}_{label}"] = terms.reconstruction[i]
+                logs[f"{name}/cosine_{label}"] = terms.cosine[i]
+                logs[f"{name}/target_abs_{label}"] = size[i]
+        return logs
+
+    def empty_step(self) -> None:
+        """Take part in a step of several processes that has no utterance for this one.
+
+        They collect the statistics of targets together, and would wait for it.
+        """
+        if self.target_norm is not None:
+            self.target_norm.empty_step()
+
+    def _frames_that_count(self, compared: Comparison) -> Tensor | None:
+        return compared.mask if self.settings.loss.mask_padding else None
+
+
+def align(
+    predictions: Targets, teachers: Targets, cached: Targets, mask: Tensor
+) -> tuple[Targets, Targets, Targets, Tensor]:
+    """Cut ``[batch, layer, frame, dim]`` and ``mask [batch, frame]`` to the fewest frames."""
+    groups = (predictions, teachers, cached)
+    frames = min(states.shape[2] for group in groups for states in group.values())
+    predictions, teachers, cached = (
+        {name: states[:, :, :frames] for name, states in group.items()} for group in groups
+    )
+    return predictions, teachers, cached, mask[:, :frames]
+
+
+def check_stride(teachers: TeacherEnsemble, student: Student) -> None:
+    """Raise TeacherError unless every teacher has the student's frame rate."""
+    for name, teacher in teachers.items():
+        if teacher.stride != student.settings.stride:
+            raise TeacherError(
+                f"teachers.{name} gives a frame every {teacher.stride} samples and the student "
+                f"every {student.settings.stride}; use one frame rate"
+            )

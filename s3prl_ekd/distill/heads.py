@@ -10,11 +10,29 @@ from torch import Tensor, nn
 from .aggregation import TargetSpec
 
 
-class SplitHead(nn.Module):
+class Head(nn.Module):
     """Predict all layers of one target set from the student's last hidden state.
 
-    s3prl's distiller head (DistilHuBERT, arXiv 2110.01900, section 2): one linear layer to
-    ``layers`` x ``width of the student``, GELU, then a linear layer for each target layer.
+    Args:
+        net: ``[batch, frame, in_width]`` -> ``[batch, frame, layers * out_width]``.
+        layers: number of target layers.
+    """
+
+    def __init__(self, net: nn.Module, layers: int):
+        super().__init__()
+        self.layers = layers
+        self.net = net
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """``[batch, frame, in_width]`` -> ``[batch, layer, frame, out_width]``."""
+        batch, frame, _ = hidden.shape
+        flat: Tensor = self.net(hidden)
+        return flat.reshape(batch, frame, self.layers, -1).transpose(1, 2)
+
+
+class SplitHead(Head):
+    """s3prl's distiller head (DistilHuBERT, arXiv 2110.01900, section 2): one linear layer to
+    ``layers`` x ``in_width``, GELU, then a linear layer for each target layer.
 
     Args:
         in_width: width of the student's hidden state.
@@ -23,31 +41,22 @@ class SplitHead(nn.Module):
     """
 
     def __init__(self, in_width: int, layers: int, out_width: int):
-        super().__init__()
-        self.layers = layers
-        self.net = nn.Sequential(
+        net = nn.Sequential(
             nn.Linear(in_width, in_width * layers),
             nn.GELU(),
             SplitLinear(in_width, layers, out_width),
         )
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """``[batch, frame, in_width]`` -> ``[batch, layer, frame, out_width]``."""
-        batch, frame, _ = hidden.shape
-        flat = self.net(hidden)  # [batch, frame, layer * out_width]
-        return flat.reshape(batch, frame, self.layers, -1).transpose(1, 2)
+        super().__init__(net, layers)
 
 
-class LinearHead(SplitHead):
+class LinearHead(Head):
     """One linear layer for each target layer and nothing else (*ours*); arguments as above."""
 
     def __init__(self, in_width: int, layers: int, out_width: int):
-        nn.Module.__init__(self)
-        self.layers = layers
-        self.net = nn.Linear(in_width, layers * out_width)
+        super().__init__(nn.Linear(in_width, layers * out_width), layers)
 
 
-HEADS = {"split": SplitHead, "linear": LinearHead}
+HEADS: dict[str, type[SplitHead] | type[LinearHead]] = {"split": SplitHead, "linear": LinearHead}
 
 
 class PredictionHeads(nn.ModuleDict):

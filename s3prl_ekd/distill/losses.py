@@ -1,16 +1,24 @@
-"""The distillation loss: a reconstruction term plus a cosine term, over valid frames."""
+"""The distillation loss: a reconstruction term plus a cosine term, over valid frames.
+
+Terms beside it and weightings within it are modules. A *term* takes a :class:`Comparison` and gives
+a scalar to add and scalars for the log. A *weighting* takes :class:`LossWeights` and a
+:class:`Comparison`, and gives the weights changed.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import TeacherError
+from .aggregation import Targets
 from .settings import LossSettings
+from .student import StudentOutput
+from .teachers import HiddenStates
 
 RECONSTRUCTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "l1": lambda prediction, target: (prediction - target).abs(),
@@ -21,9 +29,44 @@ COSINES: dict[str, Callable[[Tensor], Tensor]] = {
     "log_sigmoid": lambda cosine: -F.logsigmoid(cosine),
     "raw": lambda cosine: 1 - cosine,
 }
-
-
 PLAIN = LossSettings()  # L1 and -log sigmoid cos
+Logs = dict[str, Tensor]  # name -> scalar
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A step before its losses.
+
+    ``predictions``, ``targets``: ``{target set: [batch, layer, frame, width]}``. ``mask``:
+    ``[batch, frame]``, 1 where a frame is valid. ``teachers``: what the targets were aggregated
+    from, ``{teacher: [batch, layer, frame, dim]}``; empty if cached targets were aggregated
+    already. ``states``: ``{teacher: hidden states by number}``, neither normalised nor cropped.
+    ``student``: its output, not cropped either.
+    """
+
+    predictions: Targets
+    targets: Targets
+    mask: Tensor
+    teachers: Targets
+    states: Mapping[str, HiddenStates]
+    student: StudentOutput
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """How much frames, target sets and dimensions count in the loss.
+
+    ``frames``: ``{target set: [batch, frame]}``, 0 where a frame is padding; None counts every
+    frame, padding too, as s3prl's distiller does. ``sets``: ``{target set: share}``; None: all the
+    same. ``dims``: ``{target set: weights}``, broadcastable to ``[batch, layer, frame, width]``,
+    for the sets whose dimensions do not count the same. ``frame_count``: what the sum over frames
+    is divided by; None: the sum of ``frames``.
+    """
+
+    frames: Mapping[str, Tensor | None]
+    sets: Mapping[str, float] | None = None
+    dims: Mapping[str, Tensor] = field(default_factory=dict)
+    frame_count: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -103,41 +146,61 @@ def distillation_terms(
 
 
 def distillation_loss(
-    predictions: Mapping[str, Tensor],
-    targets: Mapping[str, Tensor],
-    masks: Mapping[str, Tensor | None],
-    settings: LossSettings = PLAIN,
-    set_weights: Mapping[str, float] | None = None,
-    dims: Mapping[str, Tensor] | None = None,
-    count: Tensor | None = None,
-) -> tuple[Tensor, dict[str, Tensor]]:
+    predictions: Targets, targets: Targets, weights: LossWeights, settings: LossSettings = PLAIN
+) -> tuple[Tensor, Logs]:
     """The loss over all target sets: their mean of ``reconstruction + cosine_weight * cosine``.
 
-    Layers weigh the same within a set, and sets weigh ``set_weights`` among each other (*ours*; for
-    one set this is s3prl's distiller).
+    Layers weigh the same within a set, and sets weigh ``weights.sets`` among each other (*ours*;
+    for one set this is s3prl's distiller).
 
     Args:
-        predictions, targets: ``{target set: [batch, layer, frame, width]}``.
-        masks: ``{target set: [batch, frame]}``; see :func:`distillation_terms`.
-        settings: the loss.
-        set_weights: the share of each set; None: all the same.
-        dims: weights of dimensions for the sets that have them.
-        count: see :func:`distillation_terms`; for masks that leave out more than padding.
+        predictions, targets: ``{target set: [batch, layer, frame, width]}``; at least one set.
+        weights: of frames, sets and dimensions.
+        settings: which reconstruction and which cosine term.
 
     Returns:
         The scalar loss, and the scalars it is made of: ``l1`` (or the other reconstruction's name),
         ``cosine`` and ``loss/SET``.
     """
-    parts: dict[str, Tensor] = {}
-    shares = set_weights or dict.fromkeys(targets, 1.0)
+    logs: Logs = {}
+    shares = weights.sets or dict.fromkeys(targets, 1.0)
     total = sum(shares[name] for name in targets) or 1.0
-    rec_sum = cosine_sum = 0
+    reconstructions, cosines = [], []
     for name, target in targets.items():
-        weights = (dims or {}).get(name)
-        terms = distillation_terms(predictions[name], target, masks[name], settings, weights, count)
-        rec, cosine = terms.reconstruction.mean(), terms.cosine.mean()
-        parts[f"loss/{name}"] = (rec + settings.cosine_weight * cosine).detach()
+        terms = distillation_terms(
+            predictions[name],
+            target,
+            weights.frames[name],
+            settings,
+            weights.dims.get(name),
+            weights.frame_count,
+        )
+        reconstruction, cosine = terms.reconstruction.mean(), terms.cosine.mean()
+        logs[f"loss/{name}"] = (reconstruction + settings.cosine_weight * cosine).detach()
         share = shares[name] / total
-        rec_sum, cosine_sum = rec_sum + share * rec, cosine_sum + share * cosine
-    parts[settings.reconstruction], parts["cosine"] = rec_sum.detach(), cosine_sum.detach()
-    return rec_sum + settings.cosine_weight * cosine_sum, parts
+        reconstructions.append(share * reconstruction)
+        cosines.append(share * cosine)
+    reconstruction, cosine = _sum(reconstructions), _sum(cosines)
+    logs |= {settings.reconstruction: reconstruction.detach(), "cosine": cosine.detach()}
+    return reconstruction + settings.cosine_weight * cosine, logs
+
+
+def _sum(values: Sequence[Tensor]) -> Tensor:
+    first, *others = values
+    return sum(others, first)
+
+
+class FeaturePenalty(nn.Module):
+    """A term: the mean square of the student's conv features (s3prl's ``feat_pen_loss``).
+
+    Args:
+        weight: of the term.
+    """
+
+    def __init__(self, weight: float):
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, step: Comparison) -> tuple[Tensor, Logs]:
+        penalty = step.student.features.float().pow(2).mean()
+        return self.weight * penalty, {"feature_penalty": penalty.detach()}

@@ -17,7 +17,8 @@ from .conv_layers import DEFAULT, ConvLayers, parse_conv_layers, receptive_field
 # Far above any student: HuBERT X-Large, a teacher, has 48 layers and 960 million parameters.
 MAX_LAYERS, MAX_PARAMETERS = 256, 1_000_000_000
 
-Aggregation = Literal["separate", "average", "concat", "groups"]
+# ``groups`` is an older word for ``separate``: teachers.NAME.groups say what is grouped.
+AggregationName = Literal["separate", "average", "concat", "groups"]
 Standardise = Literal["none", "running", "phi_s"]
 
 
@@ -274,7 +275,7 @@ class DistillSettings:
     """
 
     teachers: dict[str, TeacherSettings]
-    aggregation: Aggregation = "separate"
+    aggregation: AggregationName = "separate"
     targets: TargetSettings = field(default_factory=TargetSettings)
     heads: HeadSettings = field(default_factory=HeadSettings)
     student: StudentSettings = field(default_factory=StudentSettings)

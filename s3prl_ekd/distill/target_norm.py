@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import ItemsView, Mapping
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -51,29 +51,29 @@ def usable_frames(frames: Tensor) -> Tensor:
     return usable & (peaks <= limits).all(-1)
 
 
-def is_first() -> bool:
-    """Whether this is the process that speaks: the only one, or the first of several."""
+def is_main_process() -> bool:
+    """Whether this process writes the log: the only one, or that of rank 0."""
     return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
 
 
-def everywhere(*mine: Tensor) -> list[tuple[Tensor, ...]]:
-    """The tensors of every process, by rank; those given, where there is one process.
+def all_gather(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
+    """The tensors of each process, by rank; with one process, ``[tensors]``.
 
     Args:
-        mine: of the same shapes and types in all processes, which must all call this.
+        tensors: of the same shapes and types in all processes, which must all call this.
     """
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return [mine]
+        return [tensors]
     columns = []
-    for tensor in mine:
-        found = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
-        dist.all_gather(found, tensor.contiguous())
-        columns.append(found)
+    for tensor in tensors:
+        gathered = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+        dist.all_gather(gathered, tensor.contiguous())
+        columns.append(gathered)
     return list(zip(*columns, strict=True))
 
 
 class Moments(nn.Module):
-    """Count, mean and covariance (or variance) of frames, accumulated exactly over batches.
+    """Running count, mean and covariance (or variance) of frames, exact over batches.
 
     Args:
         targets: number of targets of the teacher.
@@ -81,23 +81,29 @@ class Moments(nn.Module):
         full: keep the whole covariance ``[target, dim, dim]``, not its diagonal ``[target, dim]``.
     """
 
+    count: Tensor
+    mean: Tensor  # [target, dim]
+    scatter: Tensor  # sum of squares about the mean
+    left_out: Tensor  # frames
+    transform: Tensor  # [target, dim, dim]: PHI-S, as last computed, so that resuming is exact
+
     def __init__(self, targets: int, width: int, full: bool):
         super().__init__()
         self.full = full
         shape = (targets, width, width) if full else (targets, width)
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))
         self.register_buffer("mean", torch.zeros(targets, width))
-        self.register_buffer("scatter", torch.zeros(shape))  # sum of squares about the mean
-        self.register_buffer("left_out", torch.zeros((), dtype=torch.long))  # frames
-        if full:  # PHI-S, as of its last renewal; in the checkpoint, so that resuming is exact
+        self.register_buffer("scatter", torch.zeros(shape))
+        self.register_buffer("left_out", torch.zeros((), dtype=torch.long))
+        if full:
             self.register_buffer("transform", torch.eye(width).repeat(targets, 1, 1))
 
     @torch.no_grad()
     def update(self, hidden: Tensor, mask: Tensor) -> int:
         """Add the valid frames of ``hidden [batch, target, frame, dim]``; ``mask [batch, frame]``.
 
-        Chan's merge of two sets of moments: exact, and stable where means are large. Of several
-        processes each adds the frames of all.
+        Chan's merge of two sets of moments: exact, and stable for large means. With several
+        processes, each adds the frames of all, in the same order, so that their statistics agree.
 
         Returns:
             How many frames were left out (:func:`usable_frames`).
@@ -114,9 +120,9 @@ class Moments(nn.Module):
             scatter = centred.square().sum(0)
         count = torch.tensor(float(len(frames)), dtype=torch.float64, device=mean.device)
         before = int(self.left_out)
-        for *each, more in everywhere(count, mean, scatter, left_out):  # all in one order: agree
-            self._merge(*each)
-            self.left_out += more
+        for *moments, more_left_out in all_gather(count, mean, scatter, left_out):
+            self._merge(*moments)
+            self.left_out += more_left_out
         return int(self.left_out) - before
 
     def _merge(self, count: Tensor, mean: Tensor, scatter: Tensor) -> None:
@@ -131,7 +137,7 @@ class Moments(nn.Module):
 
     @property
     def covariance(self) -> Tensor:
-        """``[target, dim, dim]``, or ``[target, dim]`` variances; over n, not n - 1."""
+        """``[target, dim, dim]``, or variances ``[target, dim]``; over n, not n - 1."""
         return self.scatter / self.count.clamp(min=1).float()
 
     @property
@@ -144,17 +150,24 @@ class Moments(nn.Module):
         return variance <= torch.maximum(_FLAT * median, (_ROUNDING * self.mean).square())
 
 
-class Standardiser(nn.Module):
-    """Standardise each teacher's targets; the statistics are part of a run's checkpoint.
+class TargetNorm(nn.Module):
+    """Normalise each teacher's targets; the statistics are part of a run's checkpoint.
+
+    As with batch normalisation, statistics are updated in train mode and only used in eval mode.
 
     Args:
         teachers: the shapes of the teachers' targets.
         kind: ``running`` or ``phi_s``.
         steps: batches from which the statistics are estimated; they are fixed afterwards.
 
+    Attributes:
+        seen: how many batches have updated the statistics.
+
     Raises:
         TeacherError: PHI-S needs a Hadamard matrix of the teacher's width, and there is none here.
     """
+
+    seen: Tensor
 
     def __init__(self, teachers: Mapping[str, TeacherShape], kind: str, steps: int):
         super().__init__()
@@ -172,53 +185,56 @@ class Standardiser(nn.Module):
         self.register_buffer("seen", torch.zeros((), dtype=torch.long))
 
     @torch.no_grad()
-    def forward(self, hidden: Mapping[str, Tensor], mask: Tensor, learn: bool) -> dict[str, Tensor]:
-        """``{teacher: [batch, target, frame, dim]}``, standardised.
+    def forward(self, teachers: Mapping[str, Tensor], mask: Tensor) -> dict[str, Tensor]:
+        """Normalise targets, in train mode after an update of the statistics.
 
         Args:
-            hidden: the teachers' targets.
+            teachers: ``{teacher: [batch, target, frame, dim]}``.
             mask: ``[batch, frame]``, 1 where a frame is valid.
-            learn: whether this batch may go into the statistics (training, not evaluation).
         """
         seen = int(self.seen)
-        if learn and seen < self.steps:
-            for name, states in hidden.items():
-                self._learn(name, states, mask)
+        if self.training and seen < self.steps:
+            for name, states in teachers.items():
+                self._update(name, states, mask)
             self.seen += 1
-            # PHI-S: a rotation costs an eigendecomposition, so it is renewed at steps 1, 2, 4, ...
+            # PHI-S takes an eigendecomposition, so it is computed at steps 1, 2, 4, ... and the
+            # last one.
             if self.kind == "phi_s" and ((seen + 1) & seen == 0 or seen + 1 == self.steps):
-                for moments in self.moments.values():
+                for _, moments in self._moments():
                     moments.transform.copy_(phi_s(moments.covariance, moments.mean))
-            if seen + 1 == self.steps and is_first():
+            if seen + 1 == self.steps and is_main_process():
                 self._report()
-        return {name: self._standardised(name, states) for name, states in hidden.items()}
+        return {name: self._normalise(name, states) for name, states in teachers.items()}
 
-    def learn_nothing(self) -> None:
+    def empty_step(self) -> None:
         """What :meth:`forward` does, without a frame: other processes may have some."""
         empty = {
             name: moments.mean.new_zeros(0, len(moments.mean), 0, moments.mean.shape[1])
-            for name, moments in self.moments.items()
+            for name, moments in self._moments()
         }
-        self(empty, torch.zeros(0, 0), learn=True)
+        self(empty, torch.zeros(0, 0))
+
+    def _moments(self) -> ItemsView[str, Moments]:
+        return cast("ItemsView[str, Moments]", self.moments.items())
 
     def left_out(self) -> dict[str, Tensor]:
-        """Scalars for the log: how many frames the statistics lack, of teachers where it is any."""
+        """For the log: how many frames the statistics lack, of teachers with any such frame."""
         return {
             f"{name}/frames_left_out": moments.left_out.float()
-            for name, moments in self.moments.items()
+            for name, moments in self._moments()
             if moments.left_out
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Take back the statistics of a checkpoint.
+        """Load the statistics of a checkpoint.
 
         Raises:
-            TeacherError: they are not finite, as version 0.1 left them after such a frame.
+            TeacherError: they are not finite: version 0.1 did not leave such frames out.
         """
-        # version 0.1 did not count
+        # version 0.1 did not count what it left out
         counts = {f"moments.{name}.left_out": torch.zeros(()).long() for name in self.moments}
         result = super().load_state_dict({**counts, **state_dict}, *args, **kwargs)
-        for name, moments in self.moments.items():
+        for name, moments in self._moments():
             if not (moments.mean.isfinite().all() and moments.scatter.isfinite().all()):
                 raise TeacherError(
                     f"the statistics of the teacher {name} in the checkpoint are not finite "
@@ -227,11 +243,11 @@ class Standardiser(nn.Module):
                 )
         return result
 
-    def _learn(self, name: str, states: Tensor, mask: Tensor) -> None:
-        moments = self.moments[name]
+    def _update(self, name: str, states: Tensor, mask: Tensor) -> None:
+        moments = cast(Moments, self.moments[name])
         first = not moments.left_out
         more = moments.update(states, mask)
-        if more and first and is_first():
+        if more and first and is_main_process():
             logger.warning(
                 "teacher %s: %d frames of a batch are not finite or of huge values; such frames "
                 "are left out of the statistics of targets.standardise",
@@ -240,8 +256,8 @@ class Standardiser(nn.Module):
             )
 
     def _report(self) -> None:
-        """What the statistics, which are fixed from now on, were made of."""
-        for name, moments in self.moments.items():
+        """Log what the statistics, which are fixed from now on, were estimated from."""
+        for name, moments in self._moments():
             flat = int(moments.flat.sum()) if self.kind == "running" else 0
             logger.log(
                 logging.WARNING if moments.left_out or flat else logging.INFO,
@@ -253,8 +269,8 @@ class Standardiser(nn.Module):
                 * bool(flat),
             )
 
-    def _standardised(self, name: str, states: Tensor) -> Tensor:
-        moments = self.moments[name]
+    def _normalise(self, name: str, states: Tensor) -> Tensor:
+        moments = cast(Moments, self.moments[name])
         centred = states.float() - moments.mean[:, None]  # [batch, target, frame, dim]
         if self.kind == "running":
             deviation = torch.where(moments.flat, 1.0, moments.covariance.sqrt())

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Protocol
+from collections.abc import ItemsView, Iterable, Mapping, Sequence, ValuesView
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,38 +13,42 @@ from ..errors import TeacherError
 from .aggregation import TeacherShape, crop_frames
 
 PROBE_SAMPLES = 16000  # one second at 16 kHz, to learn an upstream's depth and width
+HiddenStates = Sequence[Tensor] | Mapping[int, Tensor]  # [batch, frame, dim], by their number
 
 
 class Encoder(Protocol):
-    """Another way to a teacher's hidden states, which computes only those asked for."""
+    """A faster way to a teacher's hidden states, which computes only those asked for."""
 
     def hidden_states(
-        self, waves: Tensor, lengths: Sequence[int], layers: Iterable[int], shared: dict
+        self, waves: Tensor, lengths: Sequence[int], layers: Iterable[int], shared: dict[Any, Any]
     ) -> Mapping[int, Tensor]:
         """Hidden states ``[batch, frame, dim]`` in float32 by their number.
 
         Args:
             waves: ``[batch, sample]`` at 16 kHz, 0 behind the end of each.
             lengths: valid samples of each, the longest of which is the batch's.
-            layers: the numbers wanted.
-            shared: empty for a new batch; what its encoders hand to each other.
+            layers: numbers of hidden states.
+            shared: empty for each batch; for what several teachers' encoders have in common.
         """
 
 
 class Teacher(nn.Module):
-    """One frozen s3prl upstream and the layers to be predicted.
+    """One frozen s3prl upstream and its layers that are predicted.
 
     Args:
         upstream: maps a list of unpadded waveforms to a dict with ``hidden_states``.
         targets: layers, indices into ``hidden_states`` (0 is the input of the first transformer
             layer), or groups of layers, each of which is averaged (SKILL, arXiv 2402.16830).
-        name: what messages call it.
+        name: of the teacher, in messages.
 
     Attributes:
-        encoder: a faster way to the same hidden states, or None: the upstream itself is run.
+        encoder: a faster way to the same hidden states; None runs the upstream itself.
+        width: dimensions of a target.
+        depth: number of the last hidden state.
+        stride: samples from one frame to the next.
 
     Raises:
-        TeacherError: the upstream has no such layer.
+        TeacherError: the upstream has no such layer, or the layers differ in width.
     """
 
     encoder: Encoder | None = None
@@ -56,7 +60,7 @@ class Teacher(nn.Module):
         with torch.no_grad():
             noise = torch.randn(PROBE_SAMPLES, generator=torch.Generator().manual_seed(0))
             probe = upstream([noise])["hidden_states"]
-        last = len(probe) - 1
+        self.depth = last = len(probe) - 1
         layers = [layer for target in self.targets for layer in target]
         missing = [layer for layer in layers if layer > last]
         if missing:
@@ -68,8 +72,7 @@ class Teacher(nn.Module):
         if len(widths) > 1:
             raise TeacherError(f"teachers.{name}.layers: layers of several widths {widths}")
         self.width = widths.pop()
-        self.depth = last
-        self.stride = int(upstream.get_downsample_rates("hidden_states"))
+        self.stride = int(cast(Any, upstream).get_downsample_rates("hidden_states"))
 
     @property
     def shape(self) -> TeacherShape:
@@ -82,14 +85,15 @@ class Teacher(nn.Module):
 
     def states(self, waves: Sequence[Tensor]) -> Sequence[Tensor]:
         """All hidden states, ``[batch, frame, dim]`` each, of unpadded waveforms ``[sample]``."""
-        return self.upstream(list(waves))["hidden_states"]
+        states: Sequence[Tensor] = self.upstream(list(waves))["hidden_states"]
+        return states
 
     def forward(self, waves: Sequence[Tensor]) -> Tensor:
         """Unpadded waveforms ``[sample]`` at 16 kHz -> ``[batch, target, frame, dim]``."""
         return self.pick(self.states(waves))
 
-    def pick(self, states: Sequence[Tensor] | Mapping[int, Tensor]) -> Tensor:
-        """The targets among hidden states by their number: ``[batch, target, frame, dim]``."""
+    def pick(self, states: HiddenStates) -> Tensor:
+        """Hidden states by their number -> the targets, ``[batch, target, frame, dim]``."""
         return torch.stack([_mean([states[i] for i in target]) for target in self.targets], dim=1)
 
 
@@ -107,7 +111,7 @@ def _label(target: tuple[int, ...]) -> str:
 
 
 def check_names(names: Iterable[str]) -> None:
-    """Refuse teachers' names that torch's containers have for something else, such as ``half``.
+    """Reject teachers' names that are attributes of torch's containers, such as ``half``.
 
     Raises:
         TeacherError: naming the first.
@@ -120,7 +124,7 @@ def check_names(names: Iterable[str]) -> None:
 
 
 class TeacherEnsemble(nn.ModuleDict):
-    """The teachers by name; always frozen, and in eval mode whatever ``train()`` is called with.
+    """The teachers by name; always frozen, and in eval mode even after ``train()``.
 
     Args:
         teachers: name -> teacher, in the order of the configuration.
@@ -134,8 +138,18 @@ class TeacherEnsemble(nn.ModuleDict):
         self.update(teachers)
 
     def train(self, mode: bool = True) -> TeacherEnsemble:
-        """Runners call this on everything they hold; only with ``dropout`` it is heard."""
-        return super().train(mode and self.dropout)
+        """Set train mode, if ``dropout`` asks for it; else eval mode, whatever ``mode`` is."""
+        super().train(mode and self.dropout)
+        return self
+
+    def __getitem__(self, name: str) -> Teacher:
+        return cast(Teacher, super().__getitem__(name))
+
+    def items(self) -> ItemsView[str, Teacher]:
+        return cast("ItemsView[str, Teacher]", super().items())
+
+    def values(self) -> ValuesView[Teacher]:
+        return cast("ValuesView[Teacher]", super().values())
 
     @property
     def shapes(self) -> dict[str, TeacherShape]:
@@ -144,17 +158,19 @@ class TeacherEnsemble(nn.ModuleDict):
     @torch.no_grad()
     def states(
         self, waves: Sequence[Tensor], also: Mapping[str, int] | None = None
-    ) -> dict[str, Sequence[Tensor] | Mapping[int, Tensor]]:
+    ) -> dict[str, HiddenStates]:
         """The hidden states behind each teacher's targets, by their number.
 
-        Computed in float32 under autocast too: these are the targets. With the teachers' dropout on
-        no encoder is asked, as none has dropout.
+        Computed in float32 under autocast too: these are the targets. Encoders have no dropout, so
+        with the teachers' dropout on, the upstreams are run.
 
         Args:
             waves: waveforms ``[sample]`` at 16 kHz.
-            also: one more layer of a teacher, by its name.
+            also: teacher -> one more layer of it.
         """
-        states, padded, shared = {}, None, {}
+        states: dict[str, HiddenStates] = {}
+        shared: dict[Any, Any] = {}
+        padded: Tensor | None = None
         with torch.autocast(waves[0].device.type, enabled=False):
             for name, teacher in self.items():
                 if teacher.encoder is None or self.dropout:
@@ -162,18 +178,31 @@ class TeacherEnsemble(nn.ModuleDict):
                     continue
                 if padded is None:
                     padded = pad_sequence(list(waves), batch_first=True)  # [batch, sample]
-                    lengths = [len(wave) for wave in waves]
+                lengths = [len(wave) for wave in waves]
                 layers = {layer for target in teacher.targets for layer in target}
                 layers |= {also[name]} if also and name in also else set()
                 states[name] = teacher.encoder.hidden_states(padded, lengths, layers, shared)
         return states
 
     @torch.no_grad()
-    def targets(
-        self, states: Mapping[str, Sequence[Tensor] | Mapping[int, Tensor]]
-    ) -> dict[str, Tensor]:
-        """The targets among them: ``{teacher: [batch, target, frame, dim]}``, of equal frames."""
+    def targets(self, states: Mapping[str, HiddenStates]) -> dict[str, Tensor]:
+        """Hidden states -> ``{teacher: [batch, target, frame, dim]}``, of equal frames."""
         return crop_frames({name: teacher.pick(states[name]) for name, teacher in self.items()})
+
+    def states_among(self, targets: Mapping[str, Tensor]) -> dict[str, HiddenStates]:
+        """The hidden states that are targets by themselves, and not in a group of layers only.
+
+        Args:
+            targets: ``{teacher: [batch, target, frame, dim]}``.
+        """
+        return {
+            name: {
+                layers[0]: states[:, i]
+                for i, layers in enumerate(self[name].targets)
+                if len(layers) == 1
+            }
+            for name, states in targets.items()
+        }
 
     def forward(self, waves: Sequence[Tensor]) -> dict[str, Tensor]:
         """Waveforms ``[sample]`` at 16 kHz -> ``{teacher: [batch, target, frame, dim]}``."""

@@ -11,22 +11,57 @@ from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import TeacherError
+from .losses import Comparison, Logs
 from .teachers import TeacherEnsemble
 
 
 class UnitLabels(Protocol):
-    """What labels frames: of which teacher's layer, into how many classes."""
+    """Labels for the frames of one teacher's layer.
+
+    ``teacher``: its name. ``layer``: the number of the hidden state. ``clusters``: how many classes
+    there are. ``width``: of the hidden state.
+    """
 
     teacher: str
     layer: int
-    clusters: int
-    width: int
+
+    @property
+    def clusters(self) -> int: ...
+
+    @property
+    def width(self) -> int: ...
 
     def label(self, hidden: Tensor) -> Tensor:
         """``[batch, frame, dim]`` -> ``[batch, frame]``, whole numbers below ``clusters``."""
+
+
+class UnitLoss(nn.Module):
+    """A term: the cross-entropy between the units of a teacher's layer and the student's guess.
+
+    Args:
+        units: gives the labels.
+        teachers: one of which the units are of.
+        in_width: width of the student's hidden state.
+        weight: of the term.
+
+    Raises:
+        TeacherError: the units' teacher is not among the teachers, or has no such layer.
+    """
+
+    def __init__(self, units: UnitLabels, teachers: TeacherEnsemble, in_width: int, weight: float):
+        super().__init__()
+        check_units(units, teachers)
+        self.units = units
+        self.weight = weight
+        self.head = nn.Linear(in_width, units.clusters)
+
+    def forward(self, step: Comparison) -> tuple[Tensor, Logs]:
+        labels = self.units.label(step.states[self.units.teacher][self.units.layer])
+        loss, accuracy = unit_terms(self.head(step.student.last), labels, step.student.mask)
+        return self.weight * loss, {"unit_accuracy": accuracy, "unit_loss": loss.detach()}
 
 
 def check_units(units: UnitLabels, teachers: TeacherEnsemble) -> None:
@@ -57,8 +92,8 @@ def unit_terms(logits: Tensor, labels: Tensor, mask: Tensor) -> tuple[Tensor, Te
     """
     frames = min(logits.shape[1], labels.shape[1])
     logits, labels, mask = logits[:, :frames].float(), labels[:, :frames], mask[:, :frames]
-    each = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none")  # [batch, frame]
+    errors = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none")  # [batch, frame]
     count = mask.sum().clamp(min=1)
     with torch.no_grad():
         right = (logits.argmax(-1) == labels) * mask
-    return (each * mask).sum() / count, right.sum() / count
+    return (errors * mask).sum() / count, right.sum() / count

@@ -1,13 +1,15 @@
-"""Who is listened to: teacher weights over time, teachers dropped, dimensions left out."""
+"""Weights of teachers over time, teacher dropping, and the dimensions in which teachers agree."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .settings import TeacherSettings
+from .losses import Comparison, LossWeights, frame_terms
+from .settings import LossSettings, TeacherSettings
 
 
 def weights_at(
@@ -21,6 +23,61 @@ def weights_at(
         last = teacher.weight if teacher.final_weight is None else teacher.final_weight
         weights[name] = teacher.weight + done * (last - teacher.weight)
     return weights
+
+
+class TeacherDropping(nn.Module):
+    """A weighting, in training only: each utterance learns from some of the teachers (UNIC).
+
+    The loss is divided by all valid frames, those of dropped teachers too, so that a dropped
+    utterance counts as no loss. Divided by what is left, an utterance would weigh more the more of
+    its neighbours in the batch were dropped.
+
+    Args:
+        probability: see :func:`drop_teachers`.
+        settings: of the loss whose size decides which teacher always stays.
+    """
+
+    def __init__(self, probability: float, settings: LossSettings):
+        super().__init__()
+        self.probability = probability
+        self.settings = settings
+
+    def forward(self, weights: LossWeights, step: Comparison) -> LossWeights:
+        if not self.training:
+            return weights
+        losses = {}
+        for name in step.teachers:
+            reconstruction, cosine = frame_terms(
+                step.predictions[name].detach(), step.targets[name], self.settings
+            )
+            frames = (reconstruction + self.settings.cosine_weight * cosine).mean(1)
+            losses[name] = (frames * step.mask).sum(1) / step.mask.sum(1).clamp(min=1)  # [batch]
+        counted = step.mask if self.settings.mask_padding else torch.ones_like(step.mask)
+        stays = drop_teachers(losses, self.probability)
+        kept = {name: counted * utterances[:, None] for name, utterances in stays.items()}
+        return replace(weights, frames={**weights.frames, **kept}, frame_count=counted.sum())
+
+
+class Agreement(nn.Module):
+    """A weighting: only the dimensions in which the teachers disagree least count.
+
+    Args:
+        keep: see :func:`agreeing_dims`.
+    """
+
+    def __init__(self, keep: float):
+        super().__init__()
+        self.keep = keep
+
+    def forward(self, weights: LossWeights, step: Comparison) -> LossWeights:
+        agreeing = agreeing_dims(step.teachers, self.keep)
+        dims = {}
+        for name, target in step.targets.items():
+            times = target.shape[-1] // agreeing.shape[-1]  # concat: once for each teacher
+            dims[name] = agreeing.repeat(1, 1, 1, times)
+            if name in weights.dims:
+                dims[name] = dims[name] * weights.dims[name].to(agreeing)
+        return replace(weights, dims=dims)
 
 
 @torch.no_grad()
@@ -48,18 +105,18 @@ def drop_teachers(
 
 
 @torch.no_grad()
-def agreeing_dims(hidden: Mapping[str, Tensor], keep: float) -> Tensor:
+def agreeing_dims(teachers: Mapping[str, Tensor], keep: float) -> Tensor:
     """The dimensions in which the teachers disagree least, frame by frame (*ours*, in the spirit of
     Essence KD, arXiv 1906.10834: learn only from what the ensemble is sure of).
 
     Args:
-        hidden: ``{teacher: [batch, layer, frame, dim]}``, all of one shape; at least two.
+        teachers: ``{teacher: [batch, layer, frame, dim]}``, all of one shape; at least two.
         keep: share of the dimensions that stay, at least one.
 
     Returns:
         ``[batch, layer, frame, dim]``, 1 where a dimension stays and 0 elsewhere.
     """
-    spread = torch.stack(list(hidden.values())).float().var(0, unbiased=False)
+    spread = torch.stack(list(teachers.values())).float().var(0, unbiased=False)
     count = max(1, round(keep * spread.shape[-1]))
     kept = spread.topk(count, dim=-1, largest=False).indices
     return torch.zeros_like(spread).scatter(-1, kept, 1.0)

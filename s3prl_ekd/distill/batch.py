@@ -1,0 +1,50 @@
+"""A batch, as the distiller takes it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class CachedTargets:
+    """Targets of a batch that were computed before the training; no teacher is run for it.
+
+    ``values``: each teacher's own targets, ``{teacher: [batch, target, frame, dim]}``, or, with
+    ``aggregated``, an aggregation of them, ``{target set: [batch, layer, frame, width]}``.
+    ``lengths``: ``[batch]``, valid frames.
+    """
+
+    values: Mapping[str, Tensor]
+    lengths: Tensor
+    aggregated: bool = False
+
+    @property
+    def teachers(self) -> Mapping[str, Tensor]:
+        """Each teacher's own targets; empty if they are aggregated."""
+        return {} if self.aggregated else self.values
+
+    @property
+    def target_sets(self) -> Mapping[str, Tensor]:
+        """The aggregated targets; empty if they are each teacher's own."""
+        return self.values if self.aggregated else {}
+
+
+@dataclass(frozen=True)
+class DistillBatch:
+    """``waves``: input of the student, ``[batch, sample]`` at 16 kHz, zero-padded at the end.
+    ``lengths``: ``[batch]``, valid samples. ``teacher_waves``: input of the teachers, of the same
+    shape; None: the student's. ``cached_targets``: taken in place of teachers that run.
+    """
+
+    waves: Tensor
+    lengths: Tensor
+    teacher_waves: Tensor | None = None
+    cached_targets: CachedTargets | None = None
+
+    @property
+    def target_sets(self) -> Mapping[str, Tensor]:
+        """The cached targets that are aggregated already; empty if there are none."""
+        return {} if self.cached_targets is None else self.cached_targets.target_sets
