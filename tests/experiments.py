@@ -7,6 +7,7 @@ from s3prl.upstream.hubert.hubconf import hubert_local
 from s3prl.upstream.wavlm.hubconf import wavlm_local
 from torch.nn.utils.rnn import pad_sequence
 
+from s3prl_ekd.distill.batch import DistillBatch
 from s3prl_ekd.distill.distiller import EnsembleDistiller
 from s3prl_ekd.distill.settings import DistillSettings, LossSettings, TeacherSettings
 from s3prl_ekd.distill.student import Student
@@ -41,4 +42,5 @@ def distiller(teachers, settings, names, aggregation="separate", loss=None, **mo
 
 
 def batch_of(waves):
-    return pad_sequence(waves, batch_first=True), torch.tensor([len(wave) for wave in waves])
+    lengths = torch.tensor([len(wave) for wave in waves])
+    return DistillBatch(pad_sequence(waves, batch_first=True), lengths)

@@ -26,13 +26,13 @@ EQUAL = {f"t{i}": 1.0 for i in range(3)}
 def test_separate_is_the_teachers_themselves():
     hidden = hidden_of(3, 5)
     aggregate = AGGREGATIONS["separate"](shapes_of(hidden))
-    assert aggregate.targets(hidden, EQUAL) == hidden
+    assert aggregate(hidden, EQUAL) == hidden
     assert {name: spec.width for name, spec in aggregate.specs.items()} == {"t0": 3, "t1": 5}
 
 
 def test_average_is_the_mean_of_every_number():
     hidden = hidden_of(3, 3, 3)
-    target = AGGREGATIONS["average"](shapes_of(hidden)).targets(hidden, EQUAL)["average"]
+    target = AGGREGATIONS["average"](shapes_of(hidden))(hidden, EQUAL)["average"]
     for index in torch.cartesian_prod(*map(torch.arange, target.shape)).tolist():
         mean = sum(hidden[name][tuple(index)].item() for name in hidden) / 3
         assert target[tuple(index)].item() == pytest.approx(mean, abs=1e-6)
@@ -41,18 +41,18 @@ def test_average_is_the_mean_of_every_number():
 def test_average_does_not_care_for_the_order_and_of_equals_is_the_same():
     hidden = hidden_of(3, 3, 3)
     turned = dict(reversed(hidden.items()))
-    one = AGGREGATIONS["average"](shapes_of(hidden)).targets(hidden, EQUAL)["average"]
-    other = AGGREGATIONS["average"](shapes_of(turned)).targets(turned, EQUAL)["average"]
+    one = AGGREGATIONS["average"](shapes_of(hidden))(hidden, EQUAL)["average"]
+    other = AGGREGATIONS["average"](shapes_of(turned))(turned, EQUAL)["average"]
     assert torch.allclose(one, other, atol=1e-7)
     same = {name: hidden["t0"] for name in hidden}
-    mean = AGGREGATIONS["average"](shapes_of(same)).targets(same, EQUAL)["average"]
+    mean = AGGREGATIONS["average"](shapes_of(same))(same, EQUAL)["average"]
     assert torch.allclose(mean, hidden["t0"], atol=1e-7)
 
 
 def test_concat_is_the_teachers_side_by_side_and_comes_apart_again():
     hidden = hidden_of(3, 5, 2)
     aggregate = AGGREGATIONS["concat"](shapes_of(hidden))
-    target = aggregate.targets(hidden, EQUAL)["concat"]
+    target = aggregate(hidden, EQUAL)["concat"]
     assert target.shape == (2, 2, 4, 10)
     assert torch.equal(target[..., :3], hidden["t0"])
     assert torch.equal(target[..., 3:8], hidden["t1"])
@@ -85,7 +85,7 @@ def test_another_frame_rate_is_refused():
 def test_weighted_average_by_hand():
     hidden = {"t0": torch.full((1, 1, 1, 2), 4.0), "t1": torch.full((1, 1, 1, 2), 1.0)}
     aggregate = AGGREGATIONS["average"](shapes_of(hidden))
-    target = aggregate.targets(hidden, {"t0": 3.0, "t1": 1.0})["average"]
+    target = aggregate(hidden, {"t0": 3.0, "t1": 1.0})["average"]
     assert target.flatten().tolist() == pytest.approx([3.25, 3.25])
 
 
@@ -102,9 +102,9 @@ def test_weights_of_separate_sets_and_of_concats_dimensions():
 def test_heads_for_each_teacher_beside_the_aggregates(kind):
     hidden = hidden_of(3, 3)
     both = build_aggregation(kind, shapes_of(hidden), TargetSettings(separate_heads=True))
-    targets = both.targets(hidden, EQUAL)
+    targets = both(hidden, EQUAL)
     assert list(targets) == [kind, "t0", "t1"] == list(both.specs)
-    alone = AGGREGATIONS[kind](shapes_of(hidden)).targets(hidden, EQUAL)[kind]
+    alone = AGGREGATIONS[kind](shapes_of(hidden))(hidden, EQUAL)[kind]
     assert torch.equal(targets[kind], alone) and torch.equal(targets["t1"], hidden["t1"])
     assert both.per_teacher(targets) == {"t0": hidden["t0"], "t1": hidden["t1"]}
 
@@ -113,7 +113,7 @@ def test_residual_heads_predict_the_differences():
     hidden = hidden_of(3, 3, 3)
     settings = TargetSettings(residual_heads=True, residual_weight=0.3)
     aggregate = build_aggregation("separate", shapes_of(hidden), settings)
-    targets = aggregate.targets(hidden, EQUAL)
+    targets = aggregate(hidden, EQUAL)
     assert list(targets) == ["t0", "t1", "t2", "t0-t1", "t1-t2"]
     assert torch.equal(targets["t1-t2"], hidden["t1"] - hidden["t2"])
     assert aggregate.set_weights(EQUAL)["t0-t1"] == 0.3
@@ -125,7 +125,7 @@ def test_groups_are_per_teacher_or_across():
     hidden = hidden_of(3, 3)
     shapes = shapes_of(hidden)
     per_teacher = build_aggregation("groups", shapes, TargetSettings())
-    assert list(per_teacher.targets(hidden, EQUAL)) == ["t0", "t1"]
+    assert list(per_teacher(hidden, EQUAL)) == ["t0", "t1"]
     across = build_aggregation("groups", shapes, TargetSettings(across_teachers=True))
-    (target,) = across.targets(hidden, EQUAL).values()
+    (target,) = across(hidden, EQUAL).values()
     assert torch.allclose(target, (hidden["t0"] + hidden["t1"]) / 2, atol=1e-7)

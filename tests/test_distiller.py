@@ -42,15 +42,15 @@ def test_one_teacher_is_s3prls_distiller(teachers, student_settings, waves, aggr
             **{f"output_layer.{key}": value for key, value in head.net.state_dict().items()},
         }
     )
-    batch, lengths = batch_of(waves)
-    pad_mask = pad_sequence([torch.ones(n) for n in lengths], batch_first=True)
-    feat, _, pred, _ = theirs(batch, pad_mask)
+    inputs = batch_of(waves)
+    pad_mask = pad_sequence([torch.ones(n) for n in inputs.lengths], batch_first=True)
+    feat, _, pred, _ = theirs(inputs.waves, pad_mask)
     with torch.no_grad():
         hidden = load(teachers["hubert"]).eval()(waves)["hidden_states"]
     target = torch.stack([hidden[layer] for layer in LAYERS], dim=1)
     expected = slow_reference_loss(pred, target, feat, 1.0, 0.1)
     expected.backward()
-    loss, _ = ours(batch, lengths)
+    loss, _ = ours(inputs)
     loss.backward()
     assert loss.item() == pytest.approx(expected.item(), abs=1e-6)
     gradients = {name: p.grad for name, p in theirs.named_parameters()}
@@ -75,7 +75,7 @@ def test_equal_teachers_are_as_one(teachers, student_settings, waves, aggregatio
     for head in three.heads.values():
         head.load_state_dict(state)
     batch = batch_of(waves)
-    assert three(*batch)[0].item() == pytest.approx(one(*batch)[0].item(), abs=1e-6)
+    assert three(batch)[0].item() == pytest.approx(one(batch)[0].item(), abs=1e-6)
 
 
 def test_more_zeros_at_the_end_leave_the_masked_loss(teachers, student_settings, waves):
@@ -83,10 +83,10 @@ def test_more_zeros_at_the_end_leave_the_masked_loss(teachers, student_settings,
     GroupNorm's do. The teachers get unpadded waveforms either way."""
     settings = dataclasses.replace(student_settings, extractor_mode="layer_norm")
     ours = distiller(teachers, settings, ["hubert"])
-    batch, lengths = batch_of(waves)
+    batch = batch_of(waves)
     with torch.no_grad():
-        short, _ = ours(batch, lengths)
-        long, _ = ours(F.pad(batch, (0, 6400)), lengths)
+        short, _ = ours(batch)
+        long, _ = ours(dataclasses.replace(batch, waves=F.pad(batch.waves, (0, 6400))))
     assert long.item() == pytest.approx(short.item(), abs=1e-5)
 
 
@@ -99,7 +99,7 @@ def test_a_step_learns_and_reports_every_teacher_and_layer(
     optimizer = torch.optim.Adam(ours.trainable.parameters(), lr=2e-3)
     losses = []
     for _ in range(20):
-        loss, parts = ours(*batch, detail=True)
+        loss, parts = ours(batch, detail=True)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -116,7 +116,7 @@ def test_a_step_learns_and_reports_every_teacher_and_layer(
 def test_what_is_reported_of_each_teacher_adds_up(teachers, student_settings, waves):
     """With separate heads a teacher's loss is the mean of its reported layers."""
     ours = distiller(teachers, student_settings, ["hubert", "wavlm"]).eval()
-    _, parts = ours(*batch_of(waves), detail=True)
+    _, parts = ours(batch_of(waves), detail=True)
     for name in ("t0", "t1"):
         l1 = sum(parts[f"{name}/l1_layer{layer}"] for layer in LAYERS) / 2
         cosine = sum(parts[f"{name}/cosine_layer{layer}"] for layer in LAYERS) / 2
@@ -132,7 +132,7 @@ def test_teachers_stay_frozen_and_in_eval(teachers, student_settings, waves):
     assert not any(p.requires_grad for p in ours.teachers.parameters())
     first, second = (ours.teachers(waves)["t0"] for _ in range(2))
     assert torch.equal(first, second)
-    loss, _ = ours(*batch_of(waves))
+    loss, _ = ours(batch_of(waves))
     loss.backward()
     assert all(p.grad is None for p in ours.teachers.parameters())
     for key, value in ours.teachers.state_dict().items():
@@ -164,7 +164,7 @@ def test_a_layer_that_is_not_there(teachers):
 @pytest.mark.parametrize("aggregation", ["separate", "concat"])
 def test_teachers_of_other_widths(teachers, student_settings, waves, aggregation):
     ours = distiller(teachers, student_settings, ["hubert", "wide"], aggregation)
-    loss, _ = ours(*batch_of(waves), detail=True)
+    loss, _ = ours(batch_of(waves), detail=True)
     assert torch.isfinite(loss)
 
 

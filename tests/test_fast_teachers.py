@@ -244,7 +244,7 @@ def test_a_step_with_fast_teachers_is_the_step_with_plain_ones(teachers, student
             models = {name: teacher.upstream for name, teacher in made.teachers.items()}
             for name, encoder in fast_encoders(models).items():
                 made.teachers[name].encoder = encoder
-        value, parts = made(*batch_of(waves), detail=True)
+        value, parts = made(batch_of(waves), detail=True)
         value.backward()
         grads = {name: weight.grad for name, weight in made.trainable.named_parameters()}
         loss[path] = value.detach(), parts, grads

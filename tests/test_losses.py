@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from s3prl_ekd.distill.losses import distillation_loss, distillation_terms
+from s3prl_ekd.distill.losses import LossWeights, distillation_loss, distillation_terms
 from s3prl_ekd.distill.settings import LossSettings
 from s3prl_ekd.errors import TeacherError
 
@@ -71,7 +71,7 @@ def test_masked_frames_do_not_count():
 def test_all_masked_is_zero_and_has_a_gradient():
     prediction = torch.randn(1, 1, 3, 4, requires_grad=True)
     loss, _ = distillation_loss(
-        {"x": prediction}, {"x": torch.randn(1, 1, 3, 4)}, {"x": torch.zeros(1, 3)}
+        {"x": prediction}, {"x": torch.randn(1, 1, 3, 4)}, LossWeights({"x": torch.zeros(1, 3)})
     )
     loss.backward()
     assert loss.item() == 0 and torch.equal(prediction.grad, torch.zeros_like(prediction))
@@ -87,8 +87,8 @@ def sets(*names):
 def test_sets_weigh_the_same():
     p, t, masks = sets("a", "b")
     half = LossSettings(cosine_weight=0.5)
-    both, parts = distillation_loss(p, t, masks, half)
-    alone = [distillation_loss({n: p[n]}, {n: t[n]}, masks, half)[0] for n in "ab"]
+    both, parts = distillation_loss(p, t, LossWeights(masks), half)
+    alone = [distillation_loss({n: p[n]}, {n: t[n]}, LossWeights(masks), half)[0] for n in "ab"]
     assert both.item() == pytest.approx(sum(a.item() for a in alone) / 2, abs=1e-6)
     assert parts["loss/a"].item() == pytest.approx(alone[0].item(), abs=1e-6)
     assert both.item() == pytest.approx((parts["l1"] + 0.5 * parts["cosine"]).item(), abs=1e-6)
@@ -96,8 +96,8 @@ def test_sets_weigh_the_same():
 
 def test_sets_weigh_what_is_said():
     p, t, masks = sets("a", "b")
-    both, _ = distillation_loss(p, t, masks, set_weights={"a": 3.0, "b": 1.0})
-    alone = [distillation_loss({n: p[n]}, {n: t[n]}, masks)[0].item() for n in "ab"]
+    both, _ = distillation_loss(p, t, LossWeights(masks, {"a": 3.0, "b": 1.0}))
+    alone = [distillation_loss({n: p[n]}, {n: t[n]}, LossWeights(masks))[0].item() for n in "ab"]
     assert both.item() == pytest.approx((3 * alone[0] + alone[1]) / 4, abs=1e-6)
 
 

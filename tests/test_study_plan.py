@@ -21,8 +21,7 @@ from study_parts.folder import Folder, inputs_of
 from study_parts.parts import plan
 
 from s3prl_ekd.commands import superb
-from s3prl_ekd.distill.losses import distillation_loss
-from s3prl_ekd.distill.settings import LossSettings
+from s3prl_ekd.distill.losses import LossWeights, distillation_loss
 from s3prl_ekd.errors import ConfigError, SetupError
 from s3prl_ekd.files.config import apply_overrides
 from s3prl_ekd.pretrain.settings import load_model_config, load_runner_config
@@ -80,7 +79,7 @@ def test_first_weights_of_one_teacher_and_a_loss_of_another(learned_from):
         wanted = {name: targets[name] for name in teachers}
         made = {name: torch.zeros_like(value) for name, value in wanted.items()}
         masks = dict.fromkeys(wanted, torch.ones(2, 5, dtype=torch.bool))
-        losses.append(distillation_loss(made, wanted, masks, LossSettings(), weights)[0])
+        losses.append(distillation_loss(made, wanted, LossWeights(masks, weights))[0])
     assert losses[0] == losses[1] > 0
 
 

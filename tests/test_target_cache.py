@@ -57,7 +57,8 @@ def folder(tmp_path, teachers, corpus, monkeypatch):
 def test_stored_targets_are_s3prls_of_each_utterance_alone(stored, teachers, corpus, dtype):
     """To the format's own rounding, and not to 0: they were rounded once."""
     reader, names = TargetReader(stored / dtype), [f"u{i}.flac" for i in (0, 5, 11)]
-    targets, frames = reader.batch(names).on("cpu")
+    cached = reader.batch(names).on("cpu")
+    targets, frames = cached.teachers, cached.lengths
     assert list(targets) == ["hubert", "robust", "wavlm"]
     for name, expert in experts(teachers).items():
         for i, file in enumerate(names):
@@ -94,7 +95,8 @@ def test_an_excerpt_is_the_same_in_every_epoch_and_for_every_seed(folder, teache
     without = DistillationDataset(corpus / "audio", rows, 3, 9000, 400, seed=3)
     assert torch.equal(first.waves, without[0, 1].waves)
     assert not torch.equal(first.waves, without[8, 1].waves)
-    targets, frames = first.targets.on("cpu")
+    cached = first.targets.on("cpu")
+    targets, frames = cached.teachers, cached.lengths
     for name, expert in experts(teachers).items():
         for i, wave in enumerate(first.waves):
             want = alone(expert, wave[: first.lengths[i]].numpy())
@@ -161,7 +163,8 @@ def test_frames_behind_an_utterances_end_do_not_count(folder, stored):
         loss, _ = expert.steps(batch, "cpu", step=1, detail=False)
         out = expert.distiller.student(batch.waves, batch.lengths)
         predictions = expert.distiller.heads(out.last)
-    targets, frames = batch.targets.on("cpu")
+    cached = batch.targets.on("cpu")
+    targets, frames = cached.teachers, cached.lengths
     want = 0.0
     for name, prediction in predictions.items():
         l1, cosine, count = 0.0, 0.0, 0
@@ -244,8 +247,9 @@ def test_fewer_teachers_and_layers_from_one_cache(folder, stored, teachers):
     }
     (folder / "model.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     expert = adapter(folder, target_cache=str(stored / "int8"))
-    some, _ = expert.dataloader.dataset[1].targets.on("cpu")
-    every, _ = TargetReader(stored / "int8").batch(expert.dataloader.dataset[1].names).on("cpu")
+    batch = expert.dataloader.dataset[1]
+    some = batch.targets.on("cpu").teachers
+    every = TargetReader(stored / "int8").batch(batch.names).on("cpu").teachers
     assert list(some) == ["wavlm", "hubert"]
     assert torch.equal(some["wavlm"], every["wavlm"].flip(1))
     assert torch.equal(some["hubert"], every["hubert"][:, 1:])

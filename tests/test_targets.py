@@ -7,7 +7,7 @@ import torch
 
 from s3prl_ekd.distill.aggregation import TeacherShape
 from s3prl_ekd.distill.initialisation import initialise
-from s3prl_ekd.distill.losses import distillation_loss, frame_terms
+from s3prl_ekd.distill.losses import LossWeights, distillation_loss, frame_terms
 from s3prl_ekd.distill.settings import (
     EssenceSettings,
     HeadSettings,
@@ -16,7 +16,7 @@ from s3prl_ekd.distill.settings import (
     TeacherSettings,
 )
 from s3prl_ekd.distill.student import Student
-from s3prl_ekd.distill.target_norm import Moments, Standardiser, hadamard, phi_s, usable_frames
+from s3prl_ekd.distill.target_norm import Moments, TargetNorm, hadamard, phi_s, usable_frames
 from s3prl_ekd.distill.teachers import Teacher, TeacherEnsemble
 from s3prl_ekd.distill.weighting import agreeing_dims, drop_teachers, weights_at
 from s3prl_ekd.errors import TeacherError
@@ -42,12 +42,12 @@ def test_groups_of_one_layer_are_those_layers(teachers, student_settings, waves)
     )
     groups.trainable.load_state_dict(plain.trainable.state_dict())
     batch = batch_of(waves)
-    assert groups(*batch)[0].item() == pytest.approx(plain(*batch)[0].item(), abs=1e-6)
+    assert groups(batch)[0].item() == pytest.approx(plain(batch)[0].item(), abs=1e-6)
 
 
 def test_groups_are_logged_by_their_layers(teachers, student_settings, waves):
     ours = distiller(teachers, student_settings, ["hubert"], "groups", groups=((1, 2), (3, 4)))
-    _, parts = ours(*batch_of(waves), detail=True)
+    _, parts = ours(batch_of(waves), detail=True)
     assert {"t0/l1_layers1-2", "t0/l1_layers3-4"} <= parts.keys()
 
 
@@ -79,7 +79,7 @@ def test_every_option_learns(teachers, student_settings, waves, option):
     ours.train()
     losses = []
     for step in range(1, 26):
-        loss, parts = ours(*batch, step=step, detail=True)
+        loss, parts = ours(batch, step=step, detail=True)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -90,13 +90,14 @@ def test_every_option_learns(teachers, student_settings, waves, option):
 
 def test_teacher_waves_are_what_the_teachers_hear(teachers, student_settings, waves):
     ours = distiller(teachers, student_settings, ["hubert"])
-    batch, lengths = batch_of(waves)
-    louder = batch * 2 + 0.01
+    batch = batch_of(waves)
+    louder = batch.waves * 2 + 0.01
     with torch.no_grad():
-        crossed, _ = ours(batch, lengths, teacher_waves=louder)
-        out = ours.student(batch, lengths)
-        hidden = ours.teachers([w[:n] for w, n in zip(louder, lengths, strict=True)])
-        expected, _ = distillation_loss(ours.heads(out.last), hidden, {"t0": out.mask})
+        crossed, _ = ours(dataclasses.replace(batch, teacher_waves=louder))
+        out = ours.student(batch.waves, batch.lengths)
+        hidden = ours.teachers([w[:n] for w, n in zip(louder, batch.lengths, strict=True)])
+        weights = LossWeights({"t0": out.mask})
+        expected, _ = distillation_loss(ours.heads(out.last), hidden, weights)
     assert crossed.item() == pytest.approx(expected.item(), abs=1e-6)
 
 
@@ -118,7 +119,7 @@ def test_a_teacher_of_weight_zero_teaches_nothing(teachers, student_settings, wa
         one.student.load_state_dict(two.student.state_dict())
         head = next(iter(two.heads.values()))
         next(iter(one.heads.values())).load_state_dict(head.state_dict())
-        assert two(*batch)[0].item() == pytest.approx(one(*batch)[0].item(), abs=1e-6)
+        assert two(batch)[0].item() == pytest.approx(one(batch)[0].item(), abs=1e-6)
 
 
 def test_dropping_keeps_the_hardest_and_drops_the_others_half_the_time():
@@ -140,10 +141,10 @@ def test_a_dropped_utterance_makes_the_others_no_heavier(teachers, student_setti
     over teachers of what is kept, divided by all valid frames."""
     options = {"targets": TargetSettings(drop_teachers=1.0)}
     ours = distiller(teachers, student_settings, ["hubert", "wavlm"], **options)
-    batch, lengths = batch_of(waves)
-    loss, _ = ours(batch, lengths)
+    batch = batch_of(waves)
+    loss, _ = ours(batch)
     with torch.no_grad():
-        out = ours.student(batch, lengths)
+        out = ours.student(batch.waves, batch.lengths)
         hidden, predictions = ours.teachers(waves), ours.heads(out.last)
         each = {}  # teacher -> [batch], the sum of the loss over an utterance's frames
         for name in hidden:
@@ -159,8 +160,8 @@ def test_dropping_only_in_training(teachers, student_settings, waves):
     plain = distiller(teachers, student_settings, ["hubert", "wavlm"])
     dropping.trainable.load_state_dict(plain.trainable.state_dict())
     batch = batch_of(waves)
-    assert dropping.eval()(*batch)[0].item() == plain.eval()(*batch)[0].item()
-    assert dropping.train()(*batch)[0].item() != plain.train()(*batch)[0].item()
+    assert dropping.eval()(batch)[0].item() == plain.eval()(batch)[0].item()
+    assert dropping.train()(batch)[0].item() != plain.train()(batch)[0].item()
 
 
 def test_agreeing_dims_by_hand():
@@ -200,16 +201,16 @@ def test_moments_are_those_of_all_valid_frames(full):
 
 def test_running_standardisation_gives_mean_0_and_deviation_1():
     states, mask = random_states()
-    standardiser = Standardiser({"a": TeacherShape(((1,), (2,)), 24)}, "running", 10)
-    out = standardiser({"a": states}, mask, learn=True)["a"][:, :, :300]
+    norm = TargetNorm({"a": TeacherShape(((1,), (2,)), 24)}, "running", 10)
+    out = norm({"a": states}, mask)["a"][:, :, :300]
     assert torch.allclose(out.mean((0, 2)), torch.zeros(2, 24), atol=1e-3)
     assert torch.allclose(out.std((0, 2)), torch.ones(2, 24), atol=1e-2)
 
 
 def test_phi_s_spreads_the_variance_evenly_and_keeps_the_shape():
     states, mask = random_states()
-    standardiser = Standardiser({"a": TeacherShape(((1,), (2,)), 24)}, "phi_s", 10)
-    out = standardiser({"a": states}, mask, learn=True)["a"][:, :, :300]
+    norm = TargetNorm({"a": TeacherShape(((1,), (2,)), 24)}, "phi_s", 10)
+    out = norm({"a": states}, mask)["a"][:, :, :300]
     assert torch.allclose(out.mean((0, 2)), torch.zeros(2, 24), atol=1e-3)
     assert torch.allclose(out.var((0, 2)), torch.ones(2, 24), atol=1e-2)
     # one rotation and one scale: the ratios of all distances stay
@@ -229,27 +230,27 @@ def test_hadamard_matrices(size):
 def test_no_hadamard_matrix_no_phi_s():
     assert hadamard(7) is None
     with pytest.raises(TeacherError, match="mine has 7; use running"):
-        Standardiser({"mine": TeacherShape(((1,),), 7)}, "phi_s", 10)
+        TargetNorm({"mine": TeacherShape(((1,),), 7)}, "phi_s", 10)
 
 
 def test_statistics_are_fixed_after_their_steps_and_in_evaluation():
     states, mask = random_states()
-    standardiser = Standardiser({"a": TeacherShape(((1,), (2,)), 24)}, "running", 2)
-    for scale, learn in ((1, True), (1, True), (9, True), (9, False)):
-        standardiser({"a": states * scale}, mask, learn=learn)
-    assert standardiser.moments["a"].count == 2 * 900
+    norm = TargetNorm({"a": TeacherShape(((1,), (2,)), 24)}, "running", 2)
+    for scale, training in ((1, True), (1, True), (9, True), (9, False)):
+        norm.train(training)({"a": states * scale}, mask)
+    assert norm.moments["a"].count == 2 * 900
 
 
 @pytest.mark.parametrize("kind", ["running", "phi_s"])
-def test_a_resumed_standardiser_goes_on_as_if_it_had_not_stopped(kind):
+def test_a_resumed_norm_goes_on_as_if_it_had_not_stopped(kind):
     states, mask = random_states()
     shapes = {"a": TeacherShape(((1,), (2,)), 24)}
-    standardiser, fresh = Standardiser(shapes, kind, 9), Standardiser(shapes, kind, 9)
+    norm, fresh = TargetNorm(shapes, kind, 9), TargetNorm(shapes, kind, 9)
     for scale in (1.0, 1.3, 0.7):  # cut between two renewals of the rotation, at 2 and 4
-        standardiser({"a": states * scale}, mask, learn=True)
-    fresh.load_state_dict(standardiser.state_dict())
-    for scale, learn in ((1.1, False), (0.9, True), (1.2, True)):
-        one, other = (s({"a": states * scale}, mask, learn)["a"] for s in (standardiser, fresh))
+        norm({"a": states * scale}, mask)
+    fresh.load_state_dict(norm.state_dict())
+    for scale, training in ((1.1, False), (0.9, True), (1.2, True)):
+        one, other = (n.train(training)({"a": states * scale}, mask)["a"] for n in (norm, fresh))
         assert torch.equal(one, other)
 
 
@@ -291,8 +292,8 @@ def test_more_layers_than_two(teachers, student_settings, waves):
     deep = dataclasses.replace(student_settings, encoder_layers=4)
     ours = distiller(teachers, deep, ["hubert"])
     initialise(ours.student, [load(teachers["hubert"]).model], conv=True, encoder=True)
-    batch, lengths = batch_of(waves)
-    assert len(ours.student(batch, lengths).hidden_states) == 5
+    batch = batch_of(waves)
+    assert len(ours.student(batch.waves, batch.lengths).hidden_states) == 5
 
 
 class FakeUnits:
@@ -310,13 +311,13 @@ def test_the_unit_head_learns_hard_labels(teachers, student_settings, waves):
     plain.student.load_state_dict(ours.student.state_dict())
     plain.heads.load_state_dict(ours.heads.state_dict())
     batch = batch_of(waves)
-    loss, parts = ours(*batch)
-    alone, _ = plain(*batch)
+    loss, parts = ours(batch)
+    alone, _ = plain(batch)
     assert loss.item() == pytest.approx((alone + parts["unit_loss"]).item(), abs=1e-5)
     # by hand: cross-entropy of the head's logits on the labels of valid frames
     with torch.no_grad():
         hidden = load(teachers["hubert"]).eval()(waves)["hidden_states"][3]
-        out = ours.student(*batch)
+        out = ours.student(batch.waves, batch.lengths)
         chosen = out.mask.bool()
         logits = ours.trainable["unit_head"](out.last)[chosen]
         labels = FakeUnits().label(hidden)[chosen]
@@ -326,7 +327,7 @@ def test_the_unit_head_learns_hard_labels(teachers, student_settings, waves):
     assert parts["unit_accuracy"].item() == pytest.approx(right, abs=1e-6)
     optimizer = torch.optim.Adam(ours.trainable.parameters(), lr=3e-3)
     for _ in range(40):
-        loss, parts = ours(*batch)
+        loss, parts = ours(batch)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -369,42 +370,42 @@ def spoilt(states, value):
 def test_a_frame_of_a_huge_value_stays_out_of_the_statistics(kind, value, caplog):
     states, mask = random_states()
     shapes = {"a": TeacherShape(((1,), (2,)), 24)}
-    standardiser, other = Standardiser(shapes, kind, 2), Standardiser(shapes, kind, 2)
+    norm, other = TargetNorm(shapes, kind, 2), TargetNorm(shapes, kind, 2)
     without = mask.clone()
     without[0, 7] = 0
     for _ in range(2):
-        out = standardiser({"a": spoilt(states, value)}, mask, learn=True)["a"]
+        out = norm({"a": spoilt(states, value)}, mask)["a"]
         wanted = other({"a": states}, without, learn=True)["a"]
-    assert torch.equal(standardiser.moments["a"].scatter, other.moments["a"].scatter)
+    assert torch.equal(norm.moments["a"].scatter, other.moments["a"].scatter)
     assert torch.equal(out[1:], wanted[1:]) and out[1:].abs().mean() > 0.1
-    assert standardiser.left_out() == {"a/frames_left_out": 2.0} and other.left_out() == {}
+    assert norm.left_out() == {"a/frames_left_out": 2.0} and other.left_out() == {}
     texts = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert len(texts) == 2 and "a: 1 frames" in texts[0] and "2 left out" in texts[1]
 
-    again = Standardiser(shapes, kind, 2)
-    again.load_state_dict(standardiser.state_dict())
-    assert again.left_out() == standardiser.left_out()
+    again = TargetNorm(shapes, kind, 2)
+    again.load_state_dict(norm.state_dict())
+    assert again.left_out() == norm.left_out()
 
 
 def test_a_batch_of_nothing_but_huge_values_is_left_out():
     states, mask = random_states()
-    standardiser = Standardiser({"a": TeacherShape(((1,), (2,)), 24)}, "running", 3)
-    standardiser({"a": torch.full_like(states, 1e20)}, mask, learn=True)
-    assert standardiser.moments["a"].count == 0
-    standardiser({"a": states}, mask, learn=True)
-    assert standardiser.moments["a"].count == 900
+    norm = TargetNorm({"a": TeacherShape(((1,), (2,)), 24)}, "running", 3)
+    norm({"a": torch.full_like(states, 1e20)}, mask)
+    assert norm.moments["a"].count == 0
+    norm({"a": states}, mask)
+    assert norm.moments["a"].count == 900
 
 
 @pytest.mark.parametrize("constant", [0.0, 5.0, -300.0])
 def test_a_dimension_that_does_not_vary_is_not_scaled(constant, caplog):
     states, mask = random_states()
     states[:, 0, :, 3] = constant
-    standardiser = Standardiser({"a": TeacherShape(((1,), (2,)), 24)}, "running", 1)
-    standardiser({"a": states}, mask, learn=True)
+    norm = TargetNorm({"a": TeacherShape(((1,), (2,)), 24)}, "running", 1)
+    norm({"a": states}, mask)
     assert "1 dimensions of its targets do not vary" in caplog.text
     noise = torch.randn(states[:, 0, :, 3].shape) * 1e-3
     states[:, 0, :, 3] += noise
-    out = standardiser({"a": states}, mask, learn=False)["a"][:, 0, :, 3]
+    out = norm({"a": states}, mask)["a"][:, 0, :, 3]
     assert torch.allclose(out, noise, atol=1e-4)
 
 
@@ -412,26 +413,26 @@ def test_a_dimension_that_does_not_vary_is_not_scaled(constant, caplog):
 def test_phi_s_of_a_target_that_does_not_vary_is_not_scaled(constant):
     states, mask = random_states()
     states[:, 0] = constant
-    standardiser = Standardiser({"a": TeacherShape(((1,), (2,)), 24)}, "phi_s", 1)
-    standardiser({"a": states}, mask, learn=True)
-    out = standardiser({"a": states + 0.01}, mask, learn=False)["a"]
+    norm = TargetNorm({"a": TeacherShape(((1,), (2,)), 24)}, "phi_s", 1)
+    norm({"a": states}, mask)
+    out = norm({"a": states + 0.01}, mask)["a"]
     assert out[:, 0].abs().max() < 0.1 and out[:, 1, :300].var() > 0.5
 
 
 def test_a_small_scale_is_no_lack_of_variance():
     states, mask = random_states()
-    standardiser = Standardiser({"a": TeacherShape(((1,), (2,)), 24)}, "running", 1)
-    out = standardiser({"a": states * 1e-6}, mask, learn=True)["a"][:, :, :300]
+    norm = TargetNorm({"a": TeacherShape(((1,), (2,)), 24)}, "running", 1)
+    out = norm({"a": states * 1e-6}, mask)["a"][:, :, :300]
     assert torch.allclose(out.std((0, 2)), torch.ones(2, 24), atol=1e-2)
 
 
 def test_statistics_of_version_0_1_are_taken_unless_they_are_spoilt():
-    standardiser = Standardiser({"a": TeacherShape(((1,), (2,)), 24)}, "running", 9)
-    old = {k: v for k, v in standardiser.state_dict().items() if not k.endswith("left_out")}
-    standardiser.load_state_dict(old)
+    norm = TargetNorm({"a": TeacherShape(((1,), (2,)), 24)}, "running", 9)
+    old = {k: v for k, v in norm.state_dict().items() if not k.endswith("left_out")}
+    norm.load_state_dict(old)
     old["moments.a.scatter"] = torch.full((2, 24), torch.inf)
     with pytest.raises(TeacherError, match="teacher a .* not finite"):
-        standardiser.load_state_dict(old)
+        norm.load_state_dict(old)
 
 
 def test_usable_frames():

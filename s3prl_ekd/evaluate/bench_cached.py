@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ..distill.batch import DistillBatch
 from ..hidden_states.fingerprint import layout_of, make_key
 from ..hidden_states.store import Index, TargetReader
 from ..pretrain.config_diff import table_digests
@@ -67,10 +68,10 @@ class Cached(Ours):
                 batch = self.dataset[index]
                 waves, lengths = batch.waves.to(self.device), batch.lengths.to(self.device)
             with clock("teacher forward"):
-                known, frames = batch.targets.on(self.device)
+                targets = batch.targets.on(self.device)
             with clock("loss"):
                 loss, _ = distiller(
-                    waves, lengths, step=index + 1, known=known, known_frames=frames
+                    DistillBatch(waves, lengths, cached_targets=targets), step=index + 1
                 )
         _update(loss, self.optimizer, distiller.trainable, clock)
         return float(loss.detach()), batch.lengths
@@ -81,7 +82,8 @@ class Cached(Ours):
 
     def _compared(self, reader: TargetReader) -> dict[str, float]:
         batch, ensemble = self.dataset[0], self.distiller.teachers
-        stored, frames = reader.batch(batch.names).on(self.device)
+        cached = reader.batch(batch.names).on(self.device)
+        stored, frames = cached.values, cached.lengths
         largest, sums = 0.0, {name: [0.0, 0.0] for name in ensemble}
         waves = zip(batch.waves, batch.lengths, strict=True)
         for row, (wave, length) in enumerate(waves):

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ..distill.batch import DistillBatch
 from ..teachers.random_weights import SIZES, Size
 from .bench_clock import Clock
 from .bench_corpus import RATE, SET
@@ -113,7 +114,7 @@ class Ours:
                 heard = batch.teacher_waves
                 heard = None if heard is None else heard.to(self.device)
             with clock("loss"):
-                loss, _ = distiller(waves, lengths, heard, step=index + 1)
+                loss, _ = distiller(DistillBatch(waves, lengths, heard), step=index + 1)
         _update(loss, self.optimizer, distiller.trainable, clock)
         return float(loss.detach()), batch.lengths
 

@@ -21,9 +21,8 @@ from ..data.tables import Utterance
 from ..distill.settings import DistillSettings
 from ..distill.teachers import PROBE_SAMPLES, TeacherEnsemble
 from ..errors import ConfigError
-from .store import Block, Index, Layout, Part, part_of
+from .store import PER_TEACHER, Block, Index, Layout, Part, part_of
 
-PER_TEACHER = "per teacher"
 TOLERANCE = 0.01  # of the answer; devices and versions differ by far less (ours)
 
 

@@ -34,6 +34,7 @@ from torch import Tensor
 
 from .. import __version__
 from ..data.bad_audio import BadAudio
+from ..distill.batch import CachedTargets
 from ..distill.target_norm import usable_frames
 from ..errors import DataError, TeacherError
 from ..files.atomic import whole_file
@@ -169,6 +170,7 @@ def part_of(layout: Layout, wanted: Mapping[str, Sequence[int]]) -> Part:
 INDEX, NAMES, RECORDS = "index.json", "utterances.json", "utterances.bin"
 TARGETS, SCALES = "targets.bin", "scales.bin"
 FORMAT, VERSION = "s3prl_ekd.target_cache", 1
+PER_TEACHER = "per teacher"  # contents of a key: each teacher's own targets, not aggregated ones
 # frames that are stored (0: its audio is bad); samples that were heard; CRC-32 of targets, scales
 RECORD = np.dtype([("frames", "<u4"), ("samples", "<u4"), ("crc", "<u4")])
 PARTS = {
@@ -343,20 +345,25 @@ class StoredTargets(NamedTuple):
     """Targets of a batch on their way to the device: as they are stored, so no larger than needed.
 
     ``values`` ``[batch, frame, column]``, zeros behind the end of each; ``frames`` ``[batch]``;
-    ``scales`` ``[batch, piece]`` where the numbers are int8; ``layout`` of the columns.
+    ``scales`` ``[batch, piece]`` where the numbers are int8; ``layout`` of the columns;
+    ``aggregated``: they are target sets, and not each teacher's own targets.
     """
 
     values: Tensor
     frames: Tensor
     scales: Tensor | None
     layout: Layout
+    aggregated: bool
 
-    def on(self, device: str) -> tuple[dict[str, Tensor], Tensor]:
-        """``{name: [batch, target, frame, dim]}`` in float32, and how many frames each has."""
+    def on(self, device: str) -> CachedTargets:
+        """In float32, on a device."""
         values = self.values.to(device, non_blocking=True)
         scales = None if self.scales is None else self.scales.to(device, non_blocking=True)
         # a pinned copy may come back with lists in the place of tuples
-        return parted(values, scales, self.layout), self.frames.to(device, non_blocking=True)
+        targets = parted(values, scales, self.layout)
+        return CachedTargets(
+            targets, self.frames.to(device, non_blocking=True), bool(self.aggregated)
+        )
 
 
 class TargetReader:
@@ -444,7 +451,11 @@ class TargetReader:
         if self._scales is not None:
             scales = torch.from_numpy(self._scales[rows][:, list(wanted)])
         return StoredTargets(
-            to_tensor(values, self.index.dtype), torch.from_numpy(frames), scales, layout
+            to_tensor(values, self.index.dtype),
+            torch.from_numpy(frames),
+            scales,
+            layout,
+            self.index.key["contents"] != PER_TEACHER,
         )
 
     def _map(self) -> None:

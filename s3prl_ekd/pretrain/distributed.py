@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..data.batches import Batch
+from ..distill.batch import DistillBatch
 from ..distill.distiller import EnsembleDistiller
 from ..errors import SetupError
 from ..system import torchrun
@@ -147,7 +148,7 @@ def lost_another(error: BaseException) -> bool:
 
 
 class OneStep(nn.Module):
-    """The distiller, called with a batch's tensors.
+    """The distiller, called with a batch on its device.
 
     A process may be left without an utterance where others have some (bad audio). It takes part all
     the same, or they would wait for it: its loss is 0, and so are its gradients.
@@ -158,26 +159,11 @@ class OneStep(nn.Module):
         self.distiller = distiller
 
     def forward(
-        self,
-        waves: Tensor,
-        lengths: Tensor,
-        teacher_waves: Tensor | None,
-        step: int,
-        detail: bool,
-        known: Mapping[str, Tensor] | None,
-        known_frames: Tensor | None,
+        self, batch: DistillBatch, step: int, detail: bool
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        if len(lengths):
-            return self.distiller(
-                waves,
-                lengths,
-                teacher_waves,
-                step=step,
-                detail=detail,
-                known=known,
-                known_frames=known_frames,
-            )
-        self.distiller.learn_nothing()
+        if len(batch.lengths):
+            return self.distiller(batch, step=step, detail=detail)
+        self.distiller.empty_step()
         return sum((weight * 0).sum() for weight in self.distiller.trainable.parameters()), {}
 
 
@@ -228,16 +214,16 @@ class Steps:
         self, batch: Batch, device: str, step: int, detail: bool
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and scalars of a batch; see :meth:`EnsembleDistiller.forward`."""
-        heard = batch.teacher_waves
-        stored = (None, None) if batch.targets is None else batch.targets.on(device)
+        teacher_waves = batch.teacher_waves
+        if teacher_waves is not None:
+            teacher_waves = teacher_waves.to(device, non_blocking=True)
         call = self.plain
         if self.shared is not None and torch.is_grad_enabled():
             call = self.shared
-        return call(
+        on_device = DistillBatch(
             batch.waves.to(device, non_blocking=True),
             batch.lengths.to(device, non_blocking=True),
-            None if heard is None else heard.to(device, non_blocking=True),
-            step,
-            detail,
-            *stored,
+            teacher_waves,
+            None if batch.targets is None else batch.targets.on(device),
         )
+        return call(on_device, step, detail)

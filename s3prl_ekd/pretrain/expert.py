@@ -119,8 +119,8 @@ class UpstreamPretrainExpert(nn.Module):
     @property
     def batches_learned(self) -> int:
         """How many batches the running statistics have seen: they change before an update does."""
-        standardiser = self.distiller.standardiser
-        return 0 if standardiser is None else int(standardiser.seen)
+        target_norm = self.distiller.target_norm
+        return 0 if target_norm is None else int(target_norm.seen)
 
     def _loader(self, sets: Sequence[str], shuffle: bool = True) -> BatchLoader:
         return train_loader(
@@ -243,9 +243,9 @@ class UpstreamPretrainExpert(nn.Module):
             self.distiller.student, self.distiller.heads, self.distiller.aggregate.specs, about
         )
         all_states["Upstream_Config"] = plain(self.settings)
-        if self.distiller.standardiser is not None:
-            all_states["Standardiser"] = self.distiller.standardiser.state_dict()
-        if self.distiller.units is not None:
+        if self.distiller.target_norm is not None:
+            all_states["Standardiser"] = self.distiller.target_norm.state_dict()
+        if "unit_head" in self.distiller.trainable:
             all_states["UnitHead"] = self.distiller.trainable["unit_head"].state_dict()
         # The Runner counts the step after saving, so its number is one behind the weights and a
         # resumed run would take that step twice.
@@ -269,9 +269,9 @@ class UpstreamPretrainExpert(nn.Module):
                 )
             self.distiller.student.load_state_dict(saved["student"])
             self.distiller.heads.load_state_dict(saved["heads"])
-            if self.distiller.standardiser is not None:
-                self.distiller.standardiser.load_state_dict(all_states["Standardiser"])
-            if self.distiller.units is not None:
+            if self.distiller.target_norm is not None:
+                self.distiller.target_norm.load_state_dict(all_states["Standardiser"])
+            if "unit_head" in self.distiller.trainable:
                 self.distiller.trainable["unit_head"].load_state_dict(all_states["UnitHead"])
             self._go_on_in_the_data(all_states)
         except (KeyError, TypeError, AttributeError, RuntimeError) as error:

@@ -24,7 +24,7 @@ from ...data.batches import DistillationDataset, leave_signals_to_the_main_proce
 from ...data.loader import BatchLoader
 from ...data.sampling import FixedOrder, used, within
 from ...data.tables import Utterance, read_tables
-from ...distill.aggregation import Separate
+from ...distill.aggregation import Aggregation
 from ...distill.conv_layers import ConvLayers
 from ...distill.settings import StudentSettings
 from ...distill.teachers import TeacherEnsemble
@@ -75,7 +75,8 @@ def distances(
             continue
         pairs = zip(batch.waves, batch.lengths.tolist(), strict=True)
         live = tell([wave[:length].to(device) for wave, length in pairs])
-        stored, frames = batch.targets.on(device)
+        cached = batch.targets.on(device)
+        stored, frames = cached.values, cached.lengths
         for name, target in live.items():
             count = min(target.shape[2], stored[name].shape[2])
             mask = torch.arange(count, device=frames.device) < frames[:, None]  # [batch, frame]
@@ -183,7 +184,7 @@ Tell = Callable[[Sequence[Tensor]], Mapping[str, Tensor]]
 
 
 def targets_of(
-    teachers: TeacherEnsemble, aggregate: Separate | None, weights: Mapping[str, float]
+    teachers: TeacherEnsemble, aggregate: Aggregation | None, weights: Mapping[str, float]
 ) -> Tell:
     """What is stored of waveforms: ``{name: [batch, target, frame, dim]}``.
 
@@ -196,7 +197,7 @@ def targets_of(
     @torch.no_grad()
     def tell(waves: Sequence[Tensor]) -> Mapping[str, Tensor]:
         hidden = teachers(waves)
-        return hidden if aggregate is None else aggregate.targets(hidden, weights)
+        return hidden if aggregate is None else aggregate(hidden, weights)
 
     return tell
 

@@ -15,8 +15,8 @@ from ...distill.teachers import TeacherEnsemble
 from ...distill.unit_loss import UnitLabels
 from ...errors import ConfigError, DataError
 from ...files.text import CONTROL
-from ...hidden_states.fingerprint import PER_TEACHER, check_aggregated, fitting_part, make_key
-from ...hidden_states.store import BUILD, INDEX, Part, TargetReader
+from ...hidden_states.fingerprint import check_aggregated, fitting_part, make_key
+from ...hidden_states.store import BUILD, INDEX, PER_TEACHER, Part, TargetReader
 from ..config_diff import table_digests
 from ..settings import DataSettings, ModelFile
 
