@@ -139,7 +139,7 @@ class Concat(Aggregation):
         return {"concat": torch.cat([torch.full((n,), weights[name]) for name, n in pieces])}
 
     def per_teacher(self, predictions: Targets) -> dict[str, Tensor]:
-        pieces = predictions["concat"].split(self.specs["concat"].parts, dim=-1)
+        pieces = torch.split(predictions["concat"], list(self.specs["concat"].parts), dim=-1)
         return dict(zip(self.teachers, pieces, strict=True))
 
 

@@ -1,13 +1,14 @@
-"""The conv extractor's layers: text or list -> checked numbers.
+"""The conv extractor's layers: parse the text of the setting without ``eval``.
 
-s3prl and fairseq hold this setting as Python source, ``"[(512,10,5)] + [(512,3,2)] * 4"``, and
-give it to ``eval``. Ours is parsed here, against a grammar of lists, tuples, whole numbers, ``+``
-and ``*`` only, and what s3prl gets to see is a literal that this module has written.
+s3prl and fairseq write this setting as Python source, ``"[(512,10,5)] + [(512,3,2)] * 4"``, and
+evaluate it. Here only lists, tuples, whole numbers, ``+`` and ``*`` are parsed, and s3prl is given
+a literal written from the result.
 """
 
 from __future__ import annotations
 
 import ast
+from typing import Any
 
 from ..errors import ConfigError
 
@@ -28,28 +29,28 @@ def parse_conv_layers(text: str, where: str = "extractor_conv_feature_layers") -
         >>> parse_conv_layers("[(8,10,5)] + [(8,3,2)] * 2")
         ((8, 10, 5), (8, 3, 2), (8, 3, 2))
     """
-    problem = ConfigError(
+    error = ConfigError(
         f"{where}: {str(text)[:80]!r} is not a list of (channels, kernel, stride) triples; "
         f"write it like {DEFAULT!r}"
     )
     if not isinstance(text, str) or len(text) > MAX_TEXT:
-        raise problem
+        raise error
     try:
         layers = _value(ast.parse(text.strip(), mode="eval").body)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        raise problem from None
+        raise error from None
     if not isinstance(layers, list) or not layers:
-        raise problem
+        raise error
     for layer in layers:
         if not (isinstance(layer, tuple) and len(layer) == 3):
-            raise problem
+            raise error
         if not all(type(n) is int and 0 < n <= MAX_NUMBER for n in layer):
-            raise problem
+            raise error
     return tuple(layers)
 
 
 def conv_layers_text(layers: ConvLayers) -> str:
-    """The literal that s3prl may evaluate: digits, commas and brackets only."""
+    """A literal of digits, commas and brackets, which s3prl may evaluate."""
     return "[" + ", ".join(f"({c}, {k}, {s})" for c, k, s in layers) + "]"
 
 
@@ -69,7 +70,8 @@ def receptive_field(layers: ConvLayers) -> int:
     return field
 
 
-def _value(node: ast.AST):
+def _value(node: ast.AST) -> Any:
+    """The value of a literal, of a list + list or a list * number. Raises ValueError otherwise."""
     if isinstance(node, ast.Constant) and type(node.value) is int:
         return node.value
     if isinstance(node, ast.Tuple):
@@ -79,14 +81,14 @@ def _value(node: ast.AST):
     if isinstance(node, ast.BinOp) and isinstance(node.op, (ast.Add, ast.Mult)):
         left, right = _value(node.left), _value(node.right)
         if isinstance(node.op, ast.Add) and isinstance(left, list) and isinstance(right, list):
-            both = left + right
+            layers = left + right
         elif isinstance(node.op, ast.Mult) and isinstance(left, list) and type(right) is int:
             if not 0 <= right * len(left) <= MAX_LAYERS:
                 raise ValueError("too many layers")
-            both = left * right
+            layers = left * right
         else:
             raise ValueError("only list + list and list * number")
-        if len(both) > MAX_LAYERS:
+        if len(layers) > MAX_LAYERS:
             raise ValueError("too many layers")
-        return both
+        return layers
     raise ValueError("not allowed here")

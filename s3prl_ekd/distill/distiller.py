@@ -132,7 +132,7 @@ class EnsembleDistiller(nn.Module):
 
     def run_student(self, batch: DistillBatch) -> StudentOutput:
         """The student's output; with cached targets, frames behind the end of these are padding."""
-        output = self.student(batch.waves, batch.lengths)
+        output: StudentOutput = self.student(batch.waves, batch.lengths)
         if batch.cached_targets is None:
             return output
         frames = torch.arange(output.mask.shape[1], device=output.mask.device)

@@ -26,7 +26,7 @@ def initialise(
     encoder: bool,
     layers: Sequence[int] | None = None,
 ) -> None:
-    """Copy first weights into the student: one teacher's, or the average of several.
+    """Copy one teacher's weights into the student, or the average of several teachers' weights.
 
     Args:
         student: is changed in place.
@@ -39,32 +39,32 @@ def initialise(
     Raises:
         TeacherError: a teacher is not of this layout, or a shape differs.
     """
-    ours = student.backbone
+    backbone = student.backbone
     paths: list[tuple[str, str]] = []  # (in the student, in the teacher)
     if conv:
         paths.append(("feature_extractor", "feature_extractor"))
-        projections = [_get(model, "post_extract_proj") for model in (ours, *teachers)]
+        projections = [_get(model, "post_extract_proj") for model in (backbone, *teachers)]
         if any(projection is not None for projection in projections):
             paths.append(("post_extract_proj", "post_extract_proj"))
     if encoder:
         paths.append(("encoder.pos_conv", "encoder.pos_conv"))
-        chosen = range(student.settings.encoder_layers) if layers is None else layers
-        paths += [(f"encoder.layers.{i}", f"encoder.layers.{n}") for i, n in enumerate(chosen)]
+        sources = range(student.settings.encoder_layers) if layers is None else layers
+        paths += [(f"encoder.layers.{i}", f"encoder.layers.{n}") for i, n in enumerate(sources)]
     for target, source in paths:
-        _copy(ours, teachers, target, source)
+        _copy(backbone, teachers, target, source)
 
 
 def _copy(student: nn.Module, teachers: Sequence[nn.Module], target: str, source: str) -> None:
     into = _get(student, target)
+    modules = [m for m in (_get(teacher, source) for teacher in teachers) if m is not None]
+    if into is None or len(modules) < len(teachers):
+        missing = f"student has no {target}" if into is None else f"teacher has no {source}"
+        raise TeacherError(
+            f"init.teacher does not fit the student: the {missing}; choose another init.teacher, "
+            "change the student's size, or set init.teacher: null"
+        )
     states = []
-    for teacher in teachers:
-        module = _get(teacher, source)
-        if module is None or into is None:
-            who, path = ("teacher", source) if module is None else ("student", target)
-            raise TeacherError(
-                f"init.teacher does not fit the student: the {who} has no {path}; "
-                "choose another init.teacher, change the student's size, or set init.teacher: null"
-            )
+    for module in modules:
         weights = module.state_dict()
         extra = [key for key in weights if WAVLM_ONLY.search(key)]
         for key in extra:
@@ -78,24 +78,22 @@ def _copy(student: nn.Module, teachers: Sequence[nn.Module], target: str, source
     )
 
 
-def _check_fit(weights: Mapping[str, Tensor], wanted: Mapping[str, Tensor], path: str) -> None:
-    for key in sorted(weights.keys() | wanted.keys()):
-        have = list(weights[key].shape) if key in weights else "nothing"
-        want = list(wanted[key].shape) if key in wanted else "nothing"
-        if have != want:
+def _check_fit(teacher: Mapping[str, Tensor], student: Mapping[str, Tensor], path: str) -> None:
+    """Raise TeacherError unless both state dicts have the same keys and shapes."""
+    for key in sorted(teacher.keys() | student.keys()):
+        given = list(teacher[key].shape) if key in teacher else "nothing"
+        expected = list(student[key].shape) if key in student else "nothing"
+        if given != expected:
             raise TeacherError(
-                f"init.teacher does not fit the student: {path}.{key} is {have} in the teacher and "
-                f"{want} in the student; change the student's size or set init.teacher: null"
+                f"init.teacher does not fit the student: {path}.{key} is {given} in the teacher "
+                f"and {expected} in the student; change the student's size or set "
+                "init.teacher: null"
             )
 
 
 def _get(module: nn.Module, path: str) -> nn.Module | None:
-    for name in path.split("."):
-        module = getattr(module, name, None) if not name.isdigit() else _item(module, int(name))
-        if module is None:
-            return None
-    return module
-
-
-def _item(layers: nn.Module, index: int) -> nn.Module | None:
-    return layers[index] if index < len(layers) else None
+    """The submodule of that path, or None."""
+    try:
+        return module.get_submodule(path)
+    except AttributeError:
+        return None

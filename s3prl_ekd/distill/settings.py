@@ -14,7 +14,7 @@ from typing import Literal
 from ..errors import ConfigError
 from .conv_layers import DEFAULT, ConvLayers, parse_conv_layers, receptive_field, stride_of
 
-# Far above any student: HuBERT X-Large, a teacher, has 48 layers and 960 million parameters.
+# Bounds of a student, far above any: HuBERT X-Large, a teacher, has 48 layers and 960 M parameters.
 MAX_LAYERS, MAX_PARAMETERS = 256, 1_000_000_000
 
 # ``groups`` is an older word for ``separate``: teachers.NAME.groups say what is grouped.
@@ -39,7 +39,7 @@ class TeacherSettings:
     weight: float = 1.0
     final_weight: float | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.groups is not None and not (self.groups and all(self.groups)):
             raise ValueError("groups is empty: name at least one layer in each group")
         if not self.layers:
@@ -60,17 +60,18 @@ class TeacherSettings:
 
 @dataclass(frozen=True)
 class TargetSettings:
-    """What is done to the teachers' layers on their way to being targets. All off by default.
+    """How the teachers' layers become targets. All off by default.
 
     ``separate_heads`` (average, concat): heads for each teacher beside the aggregate's (ours: the
-    paper leaves open whether its heads come on top of averaging). ``across_teachers`` (groups): a
-    group's target is averaged over the teachers too. ``residual_heads``: heads that predict the
-    difference of each two neighbouring teachers (after "EKD considering inter-teacher differences",
-    ISCSLP 2024), ``residual_weight`` their share of the loss. ``standardise``: ``running`` mean and
-    deviation of each dimension (UNIC), or ``phi_s`` (PHI-S, arXiv 2410.01680), estimated over the
-    first ``standardise_steps`` steps and fixed then. ``drop_teachers``: for each utterance the
-    teacher of the highest loss stays and each other is dropped with this probability (UNIC uses
-    0.5). ``weight_steps``: see ``teachers.NAME.final_weight``.
+    paper leaves open whether its heads come on top of averaging). ``across_teachers`` (with groups
+    of layers): a group's target is averaged over the teachers too. ``residual_heads``: heads that
+    predict the difference of each two neighbouring teachers (after "EKD considering inter-teacher
+    differences", ISCSLP 2024), ``residual_weight`` their share of the loss. ``standardise``:
+    ``running`` mean and deviation of each dimension (after UNIC), or ``phi_s`` (PHI-S, arXiv
+    2410.01680), estimated over the first ``standardise_steps`` steps and fixed then.
+    ``drop_teachers``: for each utterance the teacher of the highest loss stays and each other is
+    dropped with this probability (UNIC uses 0.5). ``weight_steps``: see
+    ``teachers.NAME.final_weight``.
     """
 
     separate_heads: bool = False
@@ -82,7 +83,7 @@ class TargetSettings:
     drop_teachers: float = 0.0
     weight_steps: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0 <= self.drop_teachers <= 1:
             raise ValueError(f"drop_teachers is {self.drop_teachers}; 0 to 1 is allowed")
         if self.residual_weight < 0:
@@ -114,7 +115,7 @@ class LossSettings:
     mask_padding: bool = True
     feature_penalty: float = 0.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("cosine_weight", "feature_penalty"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; 0 or more is allowed")
@@ -122,7 +123,7 @@ class LossSettings:
 
 @dataclass(frozen=True)
 class EssenceSettings:
-    """Learn only from what the ensemble is sure of (in the spirit of Essence KD, arXiv 1906.10834).
+    """Select what to learn from the ensemble (in the spirit of Essence KD, arXiv 1906.10834).
 
     ``keep``: the share of dimensions of each frame and layer that stay in the loss, those in which
     the teachers disagree least; 1 keeps all (ours: the paper selects among soft class outputs).
@@ -134,7 +135,7 @@ class EssenceSettings:
     units: str | None = None
     unit_weight: float = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0 < self.keep <= 1:
             raise ValueError(f"keep is {self.keep}; above 0 and up to 1 is allowed")
         if self.unit_weight < 0:
@@ -167,7 +168,7 @@ class StudentSettings:
     activation_dropout: float = 0.1
     encoder_layerdrop: float = 0.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         try:
             parse_conv_layers(self.extractor_conv_feature_layers)
         except ConfigError as error:
@@ -205,7 +206,7 @@ class StudentSettings:
 
 
 def matrix_parameters(settings: StudentSettings) -> int:
-    """Parameters in convolutions and matrices: all but biases and norms."""
+    """The number of parameters in convolutions and matrices: all but biases and norms."""
     width, inner = settings.encoder_embed_dim, settings.encoder_ffn_embed_dim
     total, before = 0, 1
     for channels, kernel, _ in settings.conv_layers:
@@ -217,7 +218,11 @@ def matrix_parameters(settings: StudentSettings) -> int:
 
 
 def check_size(settings: StudentSettings) -> None:
-    """Raise ValueError where a student has more than the bounds above."""
+    """Reject a student so large that a slip in a YAML file would ask for terabytes.
+
+    Raises:
+        ValueError: it has more layers or parameters than the bounds above.
+    """
     if settings.encoder_layers > MAX_LAYERS:
         raise ValueError(
             f"encoder_layers is {settings.encoder_layers}; up to {MAX_LAYERS} is allowed"
@@ -246,7 +251,7 @@ class InitSettings:
     conv: bool = True
     encoder: bool = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.teacher is not None and self.average:
             raise ValueError("give teacher or average, not both")
         if self.layers is not None and (not self.layers or min(self.layers) < 0):
@@ -263,15 +268,16 @@ class DistillSettings:
     """One experiment: teachers, how their layers become targets, student, start and loss.
 
     ``aggregation``: ``separate`` gives each teacher its own prediction heads (paper: multiple
-    prediction heads); ``average`` and ``concat`` are the paper's layerwise aggregations; ``groups``
-    predicts groups of layers (SKILL). ``teacher_dropout`` leaves the teachers' dropout on, as
-    s3prl's distiller does by oversight; ours is off.
+    prediction heads); ``average`` and ``concat`` are the paper's layerwise aggregations;
+    ``groups``, an older word, is ``separate`` with ``teachers.NAME.groups`` for every teacher.
+    ``teacher_dropout`` leaves the teachers' dropout on, as s3prl's distiller does by oversight;
+    ours is off.
 
-    ``teacher_path`` (ours): ``fast`` computes HuBERT, wav2vec 2.0 and WavLM teachers another way,
-    with the same results to float32's rounding and only as far up as the highest layer needed;
-    ``plain`` runs s3prl's experts. Other kinds of teachers, and all with ``teacher_dropout``, take
-    the plain path whatever it says. ``teacher_precision`` is what the fast path computes in (the
-    targets come in float32), ``teacher_compile`` runs its layers through ``torch.compile``.
+    ``teacher_path`` (ours): ``fast`` runs our implementation of HuBERT, wav2vec 2.0 and WavLM,
+    which is equal to float32's rounding and stops at the highest layer needed; ``plain`` runs
+    s3prl's experts. Other kinds of teachers, and all with ``teacher_dropout``, always take the
+    plain path. ``teacher_precision`` is what the fast path computes in (the targets come in
+    float32), ``teacher_compile`` runs its layers through ``torch.compile``.
     """
 
     teachers: dict[str, TeacherSettings]
@@ -287,7 +293,7 @@ class DistillSettings:
     teacher_precision: Literal["float32", "bfloat16", "float16"] = "float32"
     teacher_compile: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.teachers:
             raise ValueError("teachers is empty: name at least one")
         for name in self.teachers:
@@ -345,11 +351,12 @@ class DistillSettings:
                 f"aggregation groups needs teachers.{without[0]}.groups; write them, or let "
                 "s3prl-ekd layers find them"
             )
+        one_set = self.aggregation in ("average", "concat")
         counts = {name: len(teacher.targets) for name, teacher in self.teachers.items()}
         layerwise = [
-            word
-            for word, on in (
-                (f"aggregation {self.aggregation}", self.aggregation in ("average", "concat")),
+            setting
+            for setting, on in (
+                (f"aggregation {self.aggregation}", one_set),
                 ("targets.across_teachers", targets.across_teachers),
                 ("targets.residual_heads", targets.residual_heads),
                 ("essence.keep", self.essence.keep < 1),
@@ -362,12 +369,15 @@ class DistillSettings:
                 f"{layerwise[0]} goes layer by layer, so every teacher needs as many layers "
                 f"({shown}); or use aggregation: separate"
             )
-        if targets.across_teachers and self.aggregation != "groups":
-            raise ValueError("targets.across_teachers is for aggregation: groups")
+        if targets.across_teachers and (without or one_set):
+            raise ValueError(
+                "targets.across_teachers averages groups of layers: use aggregation: separate, and "
+                "teachers.NAME.groups for every teacher"
+            )
         if (targets.residual_heads or self.essence.keep < 1) and len(self.teachers) < 2:
-            word = "targets.residual_heads" if targets.residual_heads else "essence.keep"
-            raise ValueError(f"{word} compares teachers: name at least two")
-        one_set = self.aggregation in ("average", "concat") or targets.across_teachers
+            setting = "targets.residual_heads" if targets.residual_heads else "essence.keep"
+            raise ValueError(f"{setting} compares teachers: name at least two")
+        one_set = one_set or targets.across_teachers
         if targets.drop_teachers and one_set and not targets.separate_heads:
             raise ValueError(
                 "targets.drop_teachers needs heads for each teacher: aggregation: separate, or "
@@ -375,17 +385,16 @@ class DistillSettings:
             )
 
 
-# Methods of torch.nn.ModuleDict: a head of such a name could not be stored.
+# Methods of torch.nn.ModuleDict, where heads are stored by these names, and other target sets.
 _TAKEN = {"keys", "items", "values", "pop", "clear", "update", "forward", "type", "train", "to"}
-# Names of target sets that are no teacher's.
 _TAKEN |= {"average", "concat"}
 
 
-def _at_least(settings, name: str, least: int) -> None:
+def _at_least(settings: StudentSettings, name: str, least: int) -> None:
     if getattr(settings, name) < least:
         raise ValueError(f"{name} is {getattr(settings, name)}; {least} or more is allowed")
 
 
-def _probability(settings, name: str) -> None:
+def _probability(settings: StudentSettings, name: str) -> None:
     if not 0 <= getattr(settings, name) < 1:
         raise ValueError(f"{name} is {getattr(settings, name)}; 0 up to below 1 is allowed")

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 from collections.abc import ItemsView, Mapping
 from typing import Any, cast
 
@@ -295,8 +296,10 @@ def phi_s(covariance: Tensor, mean: Tensor | None = None) -> Tensor:
     if mean is not None:
         least = least.maximum((_ROUNDING * mean.double()).square().mean(-1))
     scale = torch.where(variance > least, variance.rsqrt(), 1.0)
-    mix = hadamard(covariance.shape[-1]).to(vectors)
-    return (scale[:, None, None] * vectors @ mix.T).float()
+    mix = hadamard(covariance.shape[-1])
+    assert mix is not None  # TargetNorm has checked the width
+    transform: Tensor = scale[:, None, None] * vectors @ mix.to(vectors).T
+    return transform.float()
 
 
 @functools.cache
@@ -315,7 +318,7 @@ def hadamard(size: int) -> Tensor | None:
                 matrix = torch.cat(
                     [torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)]
                 )
-            return matrix / size**0.5
+            return matrix / math.sqrt(size)
     return None
 
 

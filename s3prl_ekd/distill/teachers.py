@@ -97,7 +97,7 @@ class Teacher(nn.Module):
         return torch.stack([_mean([states[i] for i in target]) for target in self.targets], dim=1)
 
 
-def _mean(states: Sequence[Tensor]) -> Tensor:
+def _mean(states: list[Tensor]) -> Tensor:
     return states[0] if len(states) == 1 else torch.stack(states).mean(0)
 
 
