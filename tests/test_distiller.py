@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from s3prl.upstream.distiller.model import DistillerConfig, DistillerModel
 from torch.nn.utils.rnn import pad_sequence
 
+from s3prl_ekd.distill.batch import CachedTargets
 from s3prl_ekd.distill.initialisation import initialise
 from s3prl_ekd.distill.settings import LossSettings
 from s3prl_ekd.distill.student import Student
@@ -111,6 +112,36 @@ def test_a_step_learns_and_reports_every_teacher_and_layer(
                 assert parts[f"{teacher}/{term}_layer{layer}"].item() > 0
     total = parts["l1"] + parts["cosine"]
     assert total.item() == pytest.approx(losses[-1], abs=1e-5)
+
+
+@pytest.mark.parametrize("aggregation", ["separate", "average", "concat"])
+def test_cached_targets_give_the_loss_of_teachers_that_run(
+    teachers, student_settings, waves, aggregation
+):
+    """Each teacher's own and aggregated ones; frames behind their end count as padding."""
+    ours = distiller(teachers, student_settings, ["hubert", "wavlm"], aggregation)
+    batch = batch_of(waves)
+    with torch.no_grad():
+        live, logs = ours(batch, detail=True)
+        targets = ours.teachers(waves)
+        frames = ours.student(batch.waves, batch.lengths).mask.sum(1)
+        for teacher in ours.teachers.values():
+            teacher.upstream = None  # no teacher is run from here on
+        sets = ours.aggregate(targets, {"t0": 1.0, "t1": 1.0})
+        for cached in (CachedTargets(targets, frames), CachedTargets(sets, frames, True)):
+            loss, stored = ours(dataclasses.replace(batch, cached_targets=cached), detail=True)
+            assert torch.equal(loss, live)
+            if not cached.aggregated:
+                assert stored.keys() == logs.keys()
+            else:  # what each teacher gave is not known
+                assert not any(name.startswith("t0/") for name in stored)
+        half = {name: values.clone() for name, values in targets.items()}
+        for values in half.values():
+            values[:, :, 20:] = 1e6
+        cached = CachedTargets(half, frames.clamp(max=20))
+        cut = CachedTargets({n: v[:, :, :20] for n, v in targets.items()}, frames.clamp(max=20))
+        losses = [ours(dataclasses.replace(batch, cached_targets=c))[0] for c in (cached, cut)]
+        assert losses[0].item() == pytest.approx(losses[1].item(), abs=1e-6)
 
 
 def test_what_is_reported_of_each_teacher_adds_up(teachers, student_settings, waves):

@@ -45,6 +45,21 @@ def test_groups_of_one_layer_are_those_layers(teachers, student_settings, waves)
     assert groups(batch)[0].item() == pytest.approx(plain(batch)[0].item(), abs=1e-6)
 
 
+def test_groups_are_a_matter_of_each_teacher(teachers, student_settings, waves):
+    """``aggregation: groups`` is an older word for ``separate``."""
+    batch, names = batch_of(waves), ["hubert", "wavlm"]
+    for across in (False, True):
+        options = {"targets": TargetSettings(across_teachers=across), "groups": ((1, 2), (3, 4))}
+        one, other = (
+            distiller(teachers, student_settings, names, word, **options)
+            for word in ("separate", "groups")
+        )
+        assert one.aggregate.specs == other.aggregate.specs
+        assert one(batch)[0].item() == other(batch)[0].item()
+    with pytest.raises(ValueError, match="across_teachers averages groups of layers"):
+        distiller(teachers, student_settings, names, targets=TargetSettings(across_teachers=True))
+
+
 def test_groups_are_logged_by_their_layers(teachers, student_settings, waves):
     ours = distiller(teachers, student_settings, ["hubert"], "groups", groups=((1, 2), (3, 4)))
     _, parts = ours(batch_of(waves), detail=True)
@@ -375,7 +390,7 @@ def test_a_frame_of_a_huge_value_stays_out_of_the_statistics(kind, value, caplog
     without[0, 7] = 0
     for _ in range(2):
         out = norm({"a": spoilt(states, value)}, mask)["a"]
-        wanted = other({"a": states}, without, learn=True)["a"]
+        wanted = other({"a": states}, without)["a"]
     assert torch.equal(norm.moments["a"].scatter, other.moments["a"].scatter)
     assert torch.equal(out[1:], wanted[1:]) and out[1:].abs().mean() > 0.1
     assert norm.left_out() == {"a/frames_left_out": 2.0} and other.left_out() == {}
