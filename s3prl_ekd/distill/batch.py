@@ -1,4 +1,4 @@
-"""A batch, as the distiller takes it."""
+"""The distiller's input: waveforms, and targets if they were computed before."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class CachedTargets:
-    """Targets of a batch that were computed before the training; no teacher is run for it.
+    """Precomputed teacher targets of a batch; no teacher is run for it.
 
     ``values``: each teacher's own targets, ``{teacher: [batch, target, frame, dim]}``, or, with
     ``aggregated``, an aggregation of them, ``{target set: [batch, layer, frame, width]}``.
@@ -34,9 +34,11 @@ class CachedTargets:
 
 @dataclass(frozen=True)
 class DistillBatch:
-    """``waves``: input of the student, ``[batch, sample]`` at 16 kHz, zero-padded at the end.
+    """A batch on the distiller's device.
+
+    ``waves``: input of the student, ``[batch, sample]`` at 16 kHz, zero-padded at the end.
     ``lengths``: ``[batch]``, valid samples. ``teacher_waves``: input of the teachers, of the same
-    shape; None: the student's. ``cached_targets``: taken in place of teachers that run.
+    shape; None: the student's. ``cached_targets``: used instead of running the teachers.
     """
 
     waves: Tensor

@@ -121,7 +121,7 @@ class EnsembleDistiller(nn.Module):
         return loss, logs | self.details(compared) if detail else logs
 
     def run_teachers(self, batch: DistillBatch) -> tuple[Targets, Mapping[str, HiddenStates]]:
-        """The teachers' targets and hidden states: those of the cache, if the batch has some."""
+        """The teachers' targets and hidden states, computed or cached."""
         if batch.cached_targets is not None:
             teachers = batch.cached_targets.teachers
             return teachers, self.teachers.states_among(teachers)
@@ -131,7 +131,7 @@ class EnsembleDistiller(nn.Module):
         return self.teachers.targets(states), states
 
     def run_student(self, batch: DistillBatch) -> StudentOutput:
-        """The student's output; with cached targets, frames behind the end of these are padding."""
+        """The student's output; frames for which a cache has no target are masked."""
         output: StudentOutput = self.student(batch.waves, batch.lengths)
         if batch.cached_targets is None:
             return output
@@ -156,8 +156,7 @@ class EnsembleDistiller(nn.Module):
 
     @torch.no_grad()
     def details(self, compared: Comparison) -> Logs:
-        """For the log: how far the student is from each teacher's own layers, whatever it was
-        trained on."""
+        """For the log: the student against each teacher's own layers, under any aggregation."""
         logs: Logs = {} if self.target_norm is None else self.target_norm.left_out()
         loss, mask = self.settings.loss, self._frames_that_count(compared)
         predictions = self.aggregate.per_teacher(compared.predictions)
@@ -171,9 +170,9 @@ class EnsembleDistiller(nn.Module):
         return logs
 
     def empty_step(self) -> None:
-        """Take part in a step of several processes that has no utterance for this one.
+        """Take part in a distributed step without an utterance.
 
-        They collect the statistics of targets together, and would wait for it.
+        The processes gather the statistics of targets together, and would wait for this one.
         """
         if self.target_norm is not None:
             self.target_norm.empty_step()
