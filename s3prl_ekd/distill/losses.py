@@ -35,7 +35,7 @@ Logs = dict[str, Tensor]  # name -> scalar
 
 @dataclass(frozen=True)
 class Comparison:
-    """A step before its losses.
+    """What a step compares: predictions and targets, with what they were made from.
 
     ``predictions``, ``targets``: ``{target set: [batch, layer, frame, width]}``. ``mask``:
     ``[batch, frame]``, 1 where a frame is valid. ``teachers``: what the targets were aggregated
@@ -201,6 +201,6 @@ class FeaturePenalty(nn.Module):
         super().__init__()
         self.weight = weight
 
-    def forward(self, step: Comparison) -> tuple[Tensor, Logs]:
-        penalty = step.student.features.float().pow(2).mean()
+    def forward(self, compared: Comparison) -> tuple[Tensor, Logs]:
+        penalty = compared.student.features.float().pow(2).mean()
         return self.weight * penalty, {"feature_penalty": penalty.detach()}

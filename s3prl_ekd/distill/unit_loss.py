@@ -58,9 +58,9 @@ class UnitLoss(nn.Module):
         self.weight = weight
         self.head = nn.Linear(in_width, units.clusters)
 
-    def forward(self, step: Comparison) -> tuple[Tensor, Logs]:
-        labels = self.units.label(step.states[self.units.teacher][self.units.layer])
-        loss, accuracy = unit_terms(self.head(step.student.last), labels, step.student.mask)
+    def forward(self, compared: Comparison) -> tuple[Tensor, Logs]:
+        labels = self.units.label(compared.states[self.units.teacher][self.units.layer])
+        loss, accuracy = unit_terms(self.head(compared.student.last), labels, compared.student.mask)
         return self.weight * loss, {"unit_accuracy": accuracy, "unit_loss": loss.detach()}
 
 

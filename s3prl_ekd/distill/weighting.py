@@ -42,17 +42,18 @@ class TeacherDropping(nn.Module):
         self.probability = probability
         self.settings = settings
 
-    def forward(self, weights: LossWeights, step: Comparison) -> LossWeights:
+    def forward(self, weights: LossWeights, compared: Comparison) -> LossWeights:
         if not self.training:
             return weights
-        losses = {}
-        for name in step.teachers:
+        mask = compared.mask
+        losses = {}  # teacher -> [batch]
+        for name in compared.teachers:
             reconstruction, cosine = frame_terms(
-                step.predictions[name].detach(), step.targets[name], self.settings
+                compared.predictions[name].detach(), compared.targets[name], self.settings
             )
             frames = (reconstruction + self.settings.cosine_weight * cosine).mean(1)
-            losses[name] = (frames * step.mask).sum(1) / step.mask.sum(1).clamp(min=1)  # [batch]
-        counted = step.mask if self.settings.mask_padding else torch.ones_like(step.mask)
+            losses[name] = (frames * mask).sum(1) / mask.sum(1).clamp(min=1)
+        counted = mask if self.settings.mask_padding else torch.ones_like(mask)
         stays = drop_teachers(losses, self.probability)
         kept = {name: counted * utterances[:, None] for name, utterances in stays.items()}
         return replace(weights, frames={**weights.frames, **kept}, frame_count=counted.sum())
@@ -69,10 +70,10 @@ class Agreement(nn.Module):
         super().__init__()
         self.keep = keep
 
-    def forward(self, weights: LossWeights, step: Comparison) -> LossWeights:
-        agreeing = agreeing_dims(step.teachers, self.keep)
+    def forward(self, weights: LossWeights, compared: Comparison) -> LossWeights:
+        agreeing = agreeing_dims(compared.teachers, self.keep)
         dims = {}
-        for name, target in step.targets.items():
+        for name, target in compared.targets.items():
             times = target.shape[-1] // agreeing.shape[-1]  # concat: once for each teacher
             dims[name] = agreeing.repeat(1, 1, 1, times)
             if name in weights.dims:
