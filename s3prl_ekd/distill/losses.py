@@ -7,7 +7,7 @@ a scalar to add and scalars for the log. A *weighting* takes :class:`LossWeights
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -165,7 +165,7 @@ def distillation_loss(
     logs: Logs = {}
     shares = weights.sets or dict.fromkeys(targets, 1.0)
     total = sum(shares[name] for name in targets) or 1.0
-    reconstructions, cosines = [], []
+    reconstruction = cosine = torch.zeros(())
     for name, target in targets.items():
         terms = distillation_terms(
             predictions[name],
@@ -175,19 +175,13 @@ def distillation_loss(
             weights.dims.get(name),
             weights.frame_count,
         )
-        reconstruction, cosine = terms.reconstruction.mean(), terms.cosine.mean()
-        logs[f"loss/{name}"] = (reconstruction + settings.cosine_weight * cosine).detach()
+        set_reconstruction, set_cosine = terms.reconstruction.mean(), terms.cosine.mean()
+        logs[f"loss/{name}"] = (set_reconstruction + settings.cosine_weight * set_cosine).detach()
         share = shares[name] / total
-        reconstructions.append(share * reconstruction)
-        cosines.append(share * cosine)
-    reconstruction, cosine = _sum(reconstructions), _sum(cosines)
+        reconstruction = reconstruction + share * set_reconstruction
+        cosine = cosine + share * set_cosine
     logs |= {settings.reconstruction: reconstruction.detach(), "cosine": cosine.detach()}
     return reconstruction + settings.cosine_weight * cosine, logs
-
-
-def _sum(values: Sequence[Tensor]) -> Tensor:
-    first, *others = values
-    return sum(others, first)
 
 
 class FeaturePenalty(nn.Module):
