@@ -3,7 +3,13 @@
 import pytest
 import torch
 
-from s3prl_ekd.distill.aggregation import AGGREGATIONS, TeacherShape, build_aggregation, crop_frames
+from s3prl_ekd.distill.aggregation import (
+    AGGREGATIONS,
+    Residual,
+    TeacherShape,
+    build_aggregation,
+    crop_frames,
+)
 from s3prl_ekd.distill.settings import TargetSettings
 from s3prl_ekd.errors import TeacherError
 
@@ -119,6 +125,33 @@ def test_residual_heads_predict_the_differences():
     assert aggregate.set_weights(EQUAL)["t0-t1"] == 0.3
     with pytest.raises(TeacherError, match="targets.residual_heads needs teachers of one width"):
         build_aggregation("separate", shapes_of(hidden_of(3, 5)), settings)
+
+
+@pytest.mark.parametrize("kind", AGGREGATIONS)
+@pytest.mark.parametrize("separate", [False, True])
+@pytest.mark.parametrize("residual", [False, True])
+def test_every_aggregation_keeps_the_contract(kind, separate, residual):
+    """The same target sets everywhere, of the shapes that the specs say."""
+    hidden = hidden_of(3, 3, 3)
+    settings = TargetSettings(separate_heads=separate, residual_heads=residual)
+    aggregate = build_aggregation(kind, shapes_of(hidden), settings)
+    targets = aggregate(hidden, EQUAL)
+    assert targets.keys() == aggregate.specs.keys() == aggregate.set_weights(EQUAL).keys()
+    for name, spec in aggregate.specs.items():
+        assert targets[name].shape == (2, spec.layers, 4, spec.width)
+    unequal = {**EQUAL, "t0": 2.0}
+    for name, dims in aggregate.dim_weights(unequal).items():
+        assert dims.shape == (aggregate.specs[name].width,)
+    parts = aggregate.per_teacher(targets)
+    assert parts.keys() == hidden.keys()
+    assert all(parts[name].shape == hidden[name].shape for name in hidden)
+    if separate or kind == "concat":  # the parts that are a teacher's own
+        assert all(torch.equal(parts[name], hidden[name]) for name in hidden)
+
+
+def test_residuals_are_no_teachers_own():
+    residual = Residual(shapes_of(hidden_of(3, 3)), 1.0)
+    assert residual.per_teacher(residual(hidden_of(3, 3), EQUAL)) == {}
 
 
 def test_groups_are_per_teacher_or_across():
