@@ -128,9 +128,9 @@ def test_two_readers_with_workers_of_both_kinds_at_once(stored, corpus):
 def test_a_killed_build_goes_on_to_the_same_bytes(folder, capfd):
     assert cache(folder, folder / "whole", "--dtype", "int8") == 0
     code = (
-        "import sys, time; from s3prl_ekd import cli; from s3prl_ekd.hidden_states import writer;"
-        "writer.EVERY = -1; add = writer.CacheWriter.add;"
-        "writer.CacheWriter.add = lambda *a: (time.sleep(0.2), add(*a));"
+        "import sys, time; from s3prl_ekd import cli; from s3prl_ekd.hidden_states import store;"
+        "store.EVERY = -1; add = store.CacheWriter.add;"
+        "store.CacheWriter.add = lambda *a: (time.sleep(0.2), add(*a));"
         "sys.exit(cli.main(sys.argv[1:]))"
     )
     words = ["cache", "-c", "runner.yaml", "-g", "model.yaml", "-o", "cut", "--dtype", "int8"]
