@@ -278,6 +278,9 @@ class DistillSettings:
     s3prl's experts. Other kinds of teachers, and all with ``teacher_dropout``, always take the
     plain path. ``teacher_precision`` is what the fast path computes in (the targets come in
     float32), ``teacher_compile`` runs its layers through ``torch.compile``.
+
+    ``student_backend`` (ours): ``ours`` runs the forward of :mod:`.student_forward`, ``s3prl`` that
+    of s3prl's ``DistillerModel``, to compare the two: outputs and gradients are equal.
     """
 
     teachers: dict[str, TeacherSettings]
@@ -292,6 +295,7 @@ class DistillSettings:
     teacher_path: Literal["fast", "plain"] = "fast"
     teacher_precision: Literal["float32", "bfloat16", "float16"] = "float32"
     teacher_compile: bool = False
+    student_backend: Literal["ours", "s3prl"] = "ours"
 
     def __post_init__(self) -> None:
         if not self.teachers:
@@ -327,6 +331,12 @@ class DistillSettings:
             )
         if plain and self.teacher_compile:
             raise ValueError(f"teacher_compile is for the fast path; {why} has no use for it")
+        width = self.student.encoder_embed_dim
+        if self.student_backend == "s3prl" and self.student.conv_layers[-1][0] == width:
+            raise ValueError(
+                f"student_backend: s3prl cannot train a conv extractor as wide as the layers "
+                f"({width}); use student_backend: ours"
+            )
 
     def _check_weights(self) -> None:
         moving = [name for name, t in self.teachers.items() if t.final_weight is not None]

@@ -1,4 +1,4 @@
-"""The student: s3prl's ``DistillerModel`` without its heads."""
+"""The student: s3prl's ``DistillerModel`` without its heads, and a forward of ours over it."""
 
 from __future__ import annotations
 
@@ -6,32 +6,18 @@ import contextlib
 import dataclasses
 import io
 import logging
-from dataclasses import dataclass
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from s3prl.upstream.distiller.model import DistillerConfig, DistillerModel
 from torch import Tensor, nn
 
 from .conv_layers import conv_layers_text
 from .settings import StudentSettings
+from .student_forward import StudentOutput, encode, extract, student_forward
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class StudentOutput:
-    """What one forward gives.
-
-    ``features``: conv features ``[batch, frame, channel]``. ``hidden_states``: the projected
-    features and each transformer layer's output, ``[batch, frame, dim]`` each. ``last``: the
-    encoder's output, which the heads read; it is the last hidden state unless the layers normalise
-    first. ``mask``: ``[batch, frame]``, 1 where a frame is valid, 0 where it is padding.
-    """
-
-    features: Tensor
-    hidden_states: list[Tensor]
-    last: Tensor
-    mask: Tensor
 
 
 def build_backbone(settings: StudentSettings) -> DistillerModel:
@@ -49,19 +35,7 @@ def build_backbone(settings: StudentSettings) -> DistillerModel:
         model = DistillerModel(DistillerConfig(config))
     logger.debug("%s", said.getvalue().strip())
     model.output_layer = nn.Identity()
-    if model.post_extract_proj is None:
-        model.encoder.register_forward_pre_hook(_own_input)
     return model
-
-
-def _own_input(encoder: nn.Module, args: tuple) -> tuple:
-    """The encoder's arguments, its input a copy.
-
-    s3prl's encoder writes zeros over the padding in its input. Where the conv extractor is as wide
-    as the layers, s3prl projects nothing and this input is the extractor's output, which autograd
-    (``feature_grad_mult``) and the feature penalty need as it was.
-    """
-    return args[0].clone(), *args[1:]
 
 
 class Student(nn.Module):
@@ -69,14 +43,21 @@ class Student(nn.Module):
 
     Args:
         settings: its size; see :class:`.settings.StudentSettings`.
+        backend: ``ours`` runs :mod:`.student_forward`, ``s3prl`` the forward of s3prl's model;
+            their outputs and gradients are equal.
+
+    ``recompute``, false at first, turns on activation checkpointing in our forward.
     """
 
-    def __init__(self, settings: StudentSettings):
+    def __init__(self, settings: StudentSettings, backend: Literal["ours", "s3prl"] = "ours"):
         super().__init__()
         self.settings = settings
+        self.backend = backend
+        self.recompute = False
+        self.extract, self.encode = extract, encode
         self.backbone = build_backbone(settings)
         if settings.feature_grad_mult == 0:
-            # s3prl runs the extractor without gradient then; so that nobody counts it as trained
+            # the extractor runs without gradient then; so that nobody counts it as trained
             self.backbone.feature_extractor.requires_grad_(False)
 
     def forward(self, waves: Tensor, lengths: Tensor) -> StudentOutput:
@@ -86,14 +67,51 @@ class Student(nn.Module):
             waves: ``[batch, sample]`` at 16 kHz, zero-padded at the end.
             lengths: ``[batch]``, valid samples of each waveform, ``settings.min_samples`` at least.
         """
-        samples = torch.arange(waves.shape[1], device=waves.device)
-        pad_mask = (samples[None] < lengths[:, None]).to(waves.dtype)  # [batch, sample]
-        features, projected, last, mask, layers = self.backbone(waves, pad_mask, get_hidden=True)
-        if self.backbone.post_extract_proj is None:  # a projection's padding is written over
-            projected = projected.masked_fill(mask[..., None] == 0, 0.0)
-        return StudentOutput(features, [projected, *layers], last.squeeze(1), mask)
+        if self.backend == "s3prl":
+            return s3prl_forward(self.backbone, waves, lengths)
+        layers = draw_layers(self.backbone.encoder)
+        return student_forward(
+            self.backbone, waves, lengths, layers, self.recompute, self.extract, self.encode
+        )
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile the student with the arguments of ``torch.compile``.
+
+        Extractor and encoder become a graph each: Inductor cannot sort strides that are a number of
+        frames computed from a number of samples.
+        """
+        if self.backend == "s3prl":
+            super().compile(*args, **kwargs)
+        else:
+            self.extract = torch.compile(extract, *args, **kwargs)
+            self.encode = torch.compile(encode, *args, **kwargs)
 
     @property
     def width(self) -> int:
         """Dimensions of a hidden state."""
         return self.settings.encoder_embed_dim
+
+
+def draw_layers(encoder: Any) -> list[nn.Module]:
+    """The layers that this forward runs: in training, layer drop leaves some out.
+
+    s3prl draws a number for each layer in eval mode too; so do we, to have the same ones.
+    """
+    draws = [np.random.random() for _ in encoder.layers]
+    return [
+        layer
+        for layer, draw in zip(encoder.layers, draws, strict=True)
+        if not encoder.training or draw > encoder.layerdrop
+    ]
+
+
+def s3prl_forward(backbone: DistillerModel, waves: Tensor, lengths: Tensor) -> StudentOutput:
+    """The same as :func:`.student_forward.student_forward`, by s3prl's own forward.
+
+    Where the conv extractor is as wide as the layers, s3prl writes zeros over the padding of the
+    extractor's output, which autograd refuses unless ``feature_grad_mult`` is 0 or 1.
+    """
+    samples = torch.arange(waves.shape[1], device=waves.device)
+    pad_mask = (samples[None] < lengths[:, None]).to(waves.dtype)  # [batch, sample]
+    features, projected, last, mask, layers = backbone(waves, pad_mask, get_hidden=True)
+    return StudentOutput(features, [projected, *layers], last.squeeze(1), mask)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import __version__, compat
-from ..errors import CheckpointError, DataError, SetupError
+from ..errors import CheckpointError, ConfigError, DataError, SetupError
 
 compat.apply()
 
@@ -21,7 +21,6 @@ from ..data.batches import Batch, train_loader  # noqa: E402
 from ..data.loader import BatchLoader  # noqa: E402
 from ..distill.distiller import EnsembleDistiller  # noqa: E402
 from ..distill.initialisation import initialise  # noqa: E402
-from ..distill.recompute import recompute  # noqa: E402
 from ..distill.settings import StudentSettings  # noqa: E402
 from ..distill.student import Student  # noqa: E402
 from ..distill.teachers import check_names  # noqa: E402
@@ -64,7 +63,7 @@ class UpstreamPretrainExpert(nn.Module):
         check_names(self.settings.teachers)
         check_precision(self.settings.teacher_precision, str(device))
         self.data = load_data_config(datarc)
-        student = Student(self.settings.student)
+        student = Student(self.settings.student, self.settings.student_backend)
         self.targets = None
         if self.data.target_cache is not None:
             self.targets = open_targets(self.data.target_cache, self.settings)
@@ -104,10 +103,15 @@ class UpstreamPretrainExpert(nn.Module):
         return self.distiller.trainable
 
     def prepare(self, run: RunSettings) -> None:
-        """What the run's settings ask of the student before the first step."""
+        """What the run's settings ask of the student before the first step.
+
+        Raises:
+            ConfigError: they do not go with the model config.
+        """
         student = self.distiller.student
-        if run.recompute:
-            recompute(student)
+        if run.recompute and student.backend == "s3prl":
+            raise ConfigError("runner.recompute: true needs student_backend: ours")
+        student.recompute = run.recompute
         if run.compile and run.recompute:
             import torch._dynamo
 
