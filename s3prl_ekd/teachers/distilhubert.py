@@ -13,7 +13,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..distill.conv_layers import stride_of
 from ..distill.settings import StudentSettings
-from ..distill.student import build_backbone
+from ..distill.student import build_backbone, draw_layers
+from ..distill.student_forward import student_forward
 from ..errors import CheckpointError, ConfigError, EkdError
 from ..files.config import build
 from ..files.torch_load import build_limit
@@ -45,11 +46,8 @@ class DistilHubertUpstream(nn.Module):
         """
         waves = pad_sequence(list(wavs), batch_first=True)  # [batch, sample]
         lengths = torch.tensor([len(wav) for wav in wavs], device=waves.device)
-        samples = torch.arange(waves.shape[1], device=waves.device)
-        pad_mask = (samples[None] < lengths[:, None]).to(waves.dtype)
-        out = self.model(waves, pad_mask, get_hidden=True, no_pred=True)
-        _, projected, _, _, layers = out
-        return {"hidden_states": [projected, *layers]}
+        layers = draw_layers(self.model.encoder)
+        return {"hidden_states": student_forward(self.model, waves, lengths, layers).hidden_states}
 
 
 def build_distilhubert(states: Mapping, path: Path) -> DistilHubertUpstream:
