@@ -19,8 +19,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-# The code of a package starts here.
-
 
 class StudentOutput(NamedTuple):
     """The student's outputs.

@@ -1,13 +1,14 @@
-"""The hidden-set package: a student's weights under the names of ``package/expert.py``.
+"""The hidden-set package: a student's weights and the code that runs them with torch alone.
 
 SUPERB's organisers clone a folder of six files and build ``UpstreamExpert`` from it with torch and
-nothing of ours; ``package/`` has the files that are the same for every student.
+nothing of ours; ``template/`` has the files that are the same for every student. ``expert.py`` gets
+the code of :mod:`...distill.student_forward` in the place of its import.
 """
 
 from __future__ import annotations
 
+import inspect
 import json
-import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,31 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...distill import student_forward
 from ...errors import CheckpointError
 from ...student_file import LoadedStudent, heads_problem
 
 TEMPLATES = Path(__file__).parent / "template"
 FILES = ("expert.py", "model.pt", "requirements.txt", "README.md", "LICENSE", "cli.py")
-_COPIED = {"expert.py": "expert.py", "cli.py": "cli.py", "requirements.txt": "requirements.txt"}
-_COPIED["license.txt"] = "LICENSE"
+_COPIED = {"cli.py": "cli.py", "requirements.txt": "requirements.txt", "license.txt": "LICENSE"}
 
-# Names of s3prl's DistillerModel -> names in package/expert.py.
-_RENAMED = (
-    (r"feature_extractor\.conv_layers\.(\d+)\.(\d+)\.(?:1\.)?(\w+)", r"extractor.blocks.\1.\2.\3"),
-    (r"post_extract_proj\.(\w+)", r"projection.\1"),
-    (r"encoder\.pos_conv\.0\.weight_g", "position.magnitude"),
-    (r"encoder\.pos_conv\.0\.weight_v", "position.direction"),
-    (r"encoder\.pos_conv\.0\.bias", "position.bias"),
-    (r"encoder\.layer_norm\.(\w+)", r"norm.\1"),
-    (r"encoder\.layers\.(\d+)\.self_attn\.q_proj\.(\w+)", r"layers.\1.attention.query.\2"),
-    (r"encoder\.layers\.(\d+)\.self_attn\.k_proj\.(\w+)", r"layers.\1.attention.key.\2"),
-    (r"encoder\.layers\.(\d+)\.self_attn\.v_proj\.(\w+)", r"layers.\1.attention.value.\2"),
-    (r"encoder\.layers\.(\d+)\.self_attn\.out_proj\.(\w+)", r"layers.\1.attention.out.\2"),
-    (r"encoder\.layers\.(\d+)\.self_attn_layer_norm\.(\w+)", r"layers.\1.attention_norm.\2"),
-    (r"encoder\.layers\.(\d+)\.fc1\.(\w+)", r"layers.\1.ffn_in.\2"),
-    (r"encoder\.layers\.(\d+)\.fc2\.(\w+)", r"layers.\1.ffn_out.\2"),
-    (r"encoder\.layers\.(\d+)\.final_layer_norm\.(\w+)", r"layers.\1.ffn_norm.\2"),
-)
+# The template's one import of ours: a package has the module's code in its place.
+_IMPORT = "from ....distill.student_forward import student_forward\n"
+_FUTURE = "from __future__ import annotations\n"
 
 # Of a head: our name behind ``net.`` -> its name there and its shape. A ``SplitLinear`` has a plain
 # linear layer, ``[out, in]``, where there is one target layer.
@@ -90,9 +77,9 @@ def package_contents(loaded: LoadedStudent, keep_heads: bool) -> dict[str, Any]:
         "activation_dropout": settings.activation_dropout,
         "extractor_dropout": settings.extractor_dropout,
     }
-    weights = _backbone(loaded.student.backbone.state_dict())
+    weights = loaded.student.backbone.state_dict()
     if settings.layer_norm_first and not heads:  # only the heads read what this norm gives
-        weights = {name: value for name, value in weights.items() if not name.startswith("norm.")}
+        del weights["encoder.layer_norm.weight"], weights["encoder.layer_norm.bias"]
     if heads:
         weights.update(_heads(loaded.heads.state_dict()))
     return {
@@ -101,25 +88,24 @@ def package_contents(loaded: LoadedStudent, keep_heads: bool) -> dict[str, Any]:
     }
 
 
+def expert_source() -> str:
+    """``expert.py`` of a package: the template, the student's forward in place of its import."""
+    template = (TEMPLATES / "expert.py").read_text(encoding="utf-8")
+    before, found, after = template.partition(_IMPORT)
+    assert found, _IMPORT
+    forward = inspect.getsource(student_forward).partition(_FUTURE)[2]
+    return f"{before}# s3prl_ekd/distill/student_forward.py:\n{forward.strip()}\n\n{after}"
+
+
 def write_package(contents: Mapping[str, Any], card: str, folder: Path) -> None:
     """Write the six files into ``folder``."""
     for source, target in _COPIED.items():
         shutil.copyfile(TEMPLATES / source, folder / target)
+    (folder / "expert.py").write_text(expert_source(), encoding="utf-8")
     # As text, because torch 1.13 reads no number with a point with weights_only=True.
     saved = {**contents, "config": json.dumps(contents["config"])}
     torch.save(saved, folder / "model.pt")
     (folder / "README.md").write_text(card, encoding="utf-8")
-
-
-def _backbone(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {_renamed(name): value for name, value in state.items()}
-
-
-def _renamed(name: str) -> str:
-    for pattern, new in _RENAMED:
-        if re.fullmatch(pattern, name):
-            return re.sub(pattern, new, name)
-    raise KeyError(name)  # s3prl's model has a weight that the package does not know
 
 
 def _heads(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -21,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ....distill.student_forward import student_forward
+
 ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu}
 
 
@@ -60,6 +62,8 @@ class UpstreamExpert(nn.Module):
 
 class Student(nn.Module):
     """
+    Its modules have the names that ``student_forward`` reads, which are those of s3prl's distiller.
+
     Args:
         conv_layers: (channels, kernel, stride) of each layer of the extractor.
         conv_norm: "default" normalises in the first layer only, over time; "layer_norm" in each.
@@ -70,6 +74,8 @@ class Student(nn.Module):
         head_kind: "split" or "linear".
         dropout, attention_dropout, activation_dropout, extractor_dropout: while training only.
     """
+
+    feature_grad_mult = 1.0  # fine-tuning trains the extractor like the rest
 
     def __init__(
         self,
@@ -91,15 +97,13 @@ class Student(nn.Module):
         extractor_dropout,
     ):
         super().__init__()
-        self.extractor = ConvExtractor(conv_layers, conv_norm, extractor_dropout)
-        channels = self.extractor.channels
-        self.projection = nn.Linear(channels, dim) if channels != dim else nn.Identity()
-        self.position = PositionalConv(dim, conv_pos, conv_pos_groups)
-        self.norm_first = norm_first
-        # With norm_first only the heads read what this layer gives.
-        self.norm = nn.LayerNorm(dim) if heads or not norm_first else None
-        self.dropout = nn.Dropout(dropout)
-        self.layers = nn.ModuleList(
+        self.feature_extractor = ConvExtractor(conv_layers, conv_norm, extractor_dropout)
+        channels = conv_layers[-1][0]
+        self.post_extract_proj = nn.Linear(channels, dim) if channels != dim else None
+        self.encoder = Encoder(dim, conv_pos, conv_pos_groups, norm_first, dropout)
+        if norm_first and not heads:  # only the heads read what this layer gives
+            self.encoder.layer_norm = nn.Identity()
+        self.encoder.layers = nn.ModuleList(
             TransformerLayer(
                 dim,
                 ffn_dim,
@@ -123,52 +127,40 @@ class Student(nn.Module):
 
     @property
     def stride(self) -> int:
-        return self.extractor.stride
+        """Samples from one frame to the next."""
+        return self.feature_extractor.stride
 
     @property
     def min_samples(self) -> int:
-        return self.extractor.min_samples
+        """The shortest waveform that gives a frame."""
+        return self.feature_extractor.min_samples
 
     def forward(self, waves: Tensor, lengths: Tensor) -> list[Tensor]:
         """``[batch, sample]``, zero-padded, and ``[batch]`` -> list of ``[batch, frame, dim]``."""
-        features = self.extractor(waves)  # [batch, frame, channel]
-        frames = torch.arange(features.shape[1], device=waves.device)
-        padding = frames >= self.extractor.frames(lengths)[:, None]  # [batch, frame]
-
-        hidden = self.projection(features).masked_fill(padding[:, :, None], 0.0)
-        states = [hidden]
-        hidden = hidden + self.position(hidden)
-        if not self.norm_first:
-            hidden = self.norm(hidden)
-        hidden = self.dropout(hidden)
-        for layer in self.layers:
-            hidden = layer(hidden, padding)
-            states.append(hidden)
-
-        if self.heads and self.norm_first:
-            hidden = self.norm(hidden)
+        out = student_forward(self, waves, lengths)
+        states = list(out.hidden_states)
         for name, head in self.heads.items():
-            for prediction in head(hidden):
+            for prediction in head(out.last):
                 states.extend(prediction.split(self.head_parts[name], dim=-1))
         return states
 
 
 class ConvExtractor(nn.Module):
-    """Strided convolutions without biases: ``[batch, sample]`` -> ``[batch, frame, channel]``."""
+    """Strided convolutions without biases, each with dropout, normalisation and GELU."""
 
     def __init__(self, conv_layers, norm: str, dropout: float):
         super().__init__()
         self.shapes = [(kernel, stride) for _, kernel, stride in conv_layers]
-        self.blocks = nn.ModuleList()
-        self.channels = 1
+        self.conv_layers = nn.ModuleList()
+        before = 1
         for i, (channels, kernel, stride) in enumerate(conv_layers):
-            conv = nn.Conv1d(self.channels, channels, kernel, stride, bias=False)
+            block = [nn.Conv1d(before, channels, kernel, stride, bias=False), nn.Dropout(dropout)]
             if norm == "layer_norm":
-                normalise = ChannelNorm(channels)
-            else:
-                normalise = nn.GroupNorm(channels, channels) if i == 0 else nn.Identity()
-            self.blocks.append(nn.Sequential(conv, nn.Dropout(dropout), normalise, nn.GELU()))
-            self.channels = channels
+                block.append(nn.Sequential(Transpose(), nn.LayerNorm(channels), Transpose()))
+            elif i == 0:
+                block.append(nn.GroupNorm(channels, channels))
+            self.conv_layers.append(nn.Sequential(*block, nn.GELU()))
+            before = channels
 
     @property
     def stride(self) -> int:
@@ -179,58 +171,54 @@ class ConvExtractor(nn.Module):
 
     @property
     def min_samples(self) -> int:
-        """The shortest waveform that gives a frame."""
         samples = 1
         for kernel, stride in reversed(self.shapes):
             samples = (samples - 1) * stride + kernel
         return samples
 
-    def frames(self, samples: Tensor) -> Tensor:
-        """How many frames come of so many samples; both ``[batch]``."""
-        for kernel, stride in self.shapes:
-            samples = torch.div(samples - kernel, stride, rounding_mode="floor") + 1
-        return samples
 
-    def forward(self, waves: Tensor) -> Tensor:
-        x = waves[:, None]
-        for block in self.blocks:
-            x = block(x)
+class Transpose(nn.Module):
+    """``[batch, channel, frame]`` -> ``[batch, frame, channel]``, and back."""
+
+    def forward(self, x: Tensor) -> Tensor:
         return x.transpose(1, 2)
 
 
-class ChannelNorm(nn.LayerNorm):
-    """Layer normalisation over the channels of ``[batch, channel, frame]``."""
+class Encoder(nn.Module):
+    """The parts of the transformer beside its layers."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.transpose(1, 2)).transpose(1, 2)
+    def __init__(self, dim: int, conv_pos: int, conv_pos_groups: int, norm_first: bool, dropout):
+        super().__init__()
+        self.pos_conv = nn.Sequential(PositionalConv(dim, conv_pos, conv_pos_groups), nn.GELU())
+        self.layer_norm = nn.LayerNorm(dim)
+        self.layer_norm_first = norm_first
+        self.dropout = dropout
 
 
 class PositionalConv(nn.Module):
     """A wide grouped convolution over time that tells a frame where it stands.
 
-    Its weight is ``direction``, normalised for each place in the kernel, times ``magnitude``.
+    Its weight is ``weight_v``, normalised for each place in the kernel, times ``weight_g``.
     """
 
     def __init__(self, dim: int, kernel: int, groups: int):
         super().__init__()
         self.groups = groups
-        self.direction = nn.Parameter(torch.empty(dim, dim // groups, kernel))
-        self.magnitude = nn.Parameter(torch.empty(1, 1, kernel))
+        self.weight_v = nn.Parameter(torch.empty(dim, dim // groups, kernel))
+        self.weight_g = nn.Parameter(torch.empty(1, 1, kernel))
         self.bias = nn.Parameter(torch.empty(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[batch, frame, dim]`` -> the same shape."""
-        kernel = self.direction.shape[-1]
+        """``[batch, dim, frame]`` -> the same shape."""
+        padding = self.weight_v.shape[-1] // 2
         # What torch's two weight_norm wrappers compute; they change names and warn by version.
-        weight = torch._weight_norm(self.direction, self.magnitude, 2)
-        out = F.conv1d(
-            x.transpose(1, 2), weight, self.bias, padding=kernel // 2, groups=self.groups
-        )
-        return F.gelu(out[:, :, : x.shape[1]]).transpose(1, 2)
+        weight = torch._weight_norm(self.weight_v, self.weight_g, 2)
+        out = F.conv1d(x, weight, self.bias, padding=padding, groups=self.groups)
+        return out[:, :, : x.shape[2]]
 
 
 class TransformerLayer(nn.Module):
-    """Self-attention and a feed-forward network, each normalised before or after its residual."""
+    """The modules of ``transformer_layer``."""
 
     def __init__(
         self,
@@ -244,70 +232,29 @@ class TransformerLayer(nn.Module):
         activation_dropout,
     ):
         super().__init__()
-        self.norm_first = norm_first
-        self.activation = ACTIVATIONS[activation]
-        self.attention = SelfAttention(dim, attention_heads, attention_dropout)
-        self.attention_norm = nn.LayerNorm(dim)
-        self.ffn_in = nn.Linear(dim, ffn_dim)
-        self.ffn_out = nn.Linear(ffn_dim, dim)
-        self.ffn_norm = nn.LayerNorm(dim)
-        self.dropout = nn.Dropout(dropout)
-        self.activation_dropout = nn.Dropout(activation_dropout)
-
-    def feed_forward(self, x: Tensor) -> Tensor:
-        x = self.activation_dropout(self.activation(self.ffn_in(x)))
-        return self.dropout(self.ffn_out(x))
-
-    def forward(self, x: Tensor, padding: Tensor) -> Tensor:
-        if self.norm_first:
-            x = x + self.dropout(self.attention(self.attention_norm(x), padding))
-            return x + self.feed_forward(self.ffn_norm(x))
-        x = self.attention_norm(x + self.dropout(self.attention(x, padding)))
-        return self.ffn_norm(x + self.feed_forward(x))
+        self.layer_norm_first = norm_first
+        self.activation_fn = ACTIVATIONS[activation]
+        self.self_attn = SelfAttention(dim, attention_heads, attention_dropout)
+        self.self_attn_layer_norm = nn.LayerNorm(dim)
+        self.fc1 = nn.Linear(dim, ffn_dim)
+        self.fc2 = nn.Linear(ffn_dim, dim)
+        self.final_layer_norm = nn.LayerNorm(dim)
+        self.dropout1 = nn.Dropout(dropout)
+        self.dropout2 = nn.Dropout(activation_dropout)
+        self.dropout3 = nn.Dropout(dropout)
 
 
 class SelfAttention(nn.Module):
-    """Multi-head scaled dot-product attention that looks at no padded frame.
-
-    It calls the function that s3prl's own models call, for the same numbers to the last bit
-    and the same count by SUPERB's profiler.
-    """
+    """The modules of ``attention``."""
 
     def __init__(self, dim: int, heads: int, dropout: float):
         super().__init__()
-        self.heads = heads
-        self.query = nn.Linear(dim, dim)
-        self.key = nn.Linear(dim, dim)
-        self.value = nn.Linear(dim, dim)
-        self.out = nn.Linear(dim, dim)
-        self.dropout = dropout
-
-    def forward(self, x: Tensor, padding: Tensor) -> Tensor:
-        """``[batch, frame, dim]`` and ``[batch, frame]``, true where padded."""
-        x = x.transpose(0, 1)
-        mixed, _ = F.multi_head_attention_forward(
-            x,
-            x,
-            x,
-            embed_dim_to_check=x.shape[-1],
-            num_heads=self.heads,
-            in_proj_weight=None,
-            in_proj_bias=torch.cat((self.query.bias, self.key.bias, self.value.bias)),
-            bias_k=None,
-            bias_v=None,
-            add_zero_attn=False,
-            dropout_p=self.dropout,
-            out_proj_weight=self.out.weight,
-            out_proj_bias=self.out.bias,
-            training=self.training,
-            key_padding_mask=padding,
-            need_weights=False,
-            use_separate_proj_weight=True,
-            q_proj_weight=self.query.weight,
-            k_proj_weight=self.key.weight,
-            v_proj_weight=self.value.weight,
-        )
-        return mixed.transpose(0, 1)
+        self.num_heads = heads
+        self.q_proj = nn.Linear(dim, dim)
+        self.k_proj = nn.Linear(dim, dim)
+        self.v_proj = nn.Linear(dim, dim)
+        self.out_proj = nn.Linear(dim, dim)
+        self.dropout_module = nn.Dropout(dropout)
 
 
 class SplitHead(nn.Module):
