@@ -1,11 +1,9 @@
 """A student as an ONNX graph: ``waves, lengths`` -> ``hidden_states, frame_lengths``.
 
-The graph is traced from :class:`OnnxStudent`, which says the student's forward again in operations
-that have no data-dependent shapes or loops: the mask is an arithmetic expression, the positional
-convolution's weight norm is folded, attention is matrix products with an added mask. That it gives
-the same is not assumed but checked each time, see :mod:`.onnx`.
-
-What an ONNX student is worth: its distance to torch, its int8 version, its speed.
+The graph is traced from :class:`OnnxStudent`, which runs the student's forward over a copy of its
+modules; in the copy onnxruntime can compute the first norm accurately, and the positional
+convolution's weight norm is folded. That it gives the same is checked each time: the distance to
+torch is measured, and the speed and int8 version too.
 """
 
 from __future__ import annotations
@@ -28,7 +26,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from .. import __version__
-from ..distill.student import Student
+from ..distill.student import Student, build_backbone
+from ..distill.student_forward import student_forward
 from ..errors import CheckpointError, SetupError
 
 INPUTS, OUTPUTS = ("waves", "lengths"), ("hidden_states", "frame_lengths")
@@ -44,7 +43,7 @@ _LIMIT = 2 * 10**9  # bytes; a protobuf cannot be larger than 2 GiB
 
 
 class OnnxStudent(nn.Module):
-    """A student's forward in operations that ONNX has. Shares the student's parameters.
+    """A student's forward with the inputs and outputs of a graph, over a copy of its weights.
 
     Args:
         student: in eval mode.
@@ -52,16 +51,13 @@ class OnnxStudent(nn.Module):
 
     def __init__(self, student: Student):
         super().__init__()
-        backbone = student.backbone
-        self.settings = student.settings
-        self.convs = nn.ModuleList(
-            nn.Sequential(*(TimeNorm(m) if isinstance(m, nn.GroupNorm) else m for m in block))
-            for block in backbone.feature_extractor.conv_layers
-        )
-        self.projection = backbone.post_extract_proj or nn.Identity()
-        self.pos_conv = _without_weight_norm(backbone.encoder.pos_conv)
-        self.layer_norm = backbone.encoder.layer_norm
-        self.layers = nn.ModuleList(OnnxLayer(layer) for layer in backbone.encoder.layers)
+        self.min_samples = student.settings.min_samples
+        self.backbone = build_backbone(student.settings)
+        self.backbone.load_state_dict(student.backbone.state_dict())
+        nn.utils.remove_weight_norm(self.backbone.encoder.pos_conv[0])
+        first = self.backbone.feature_extractor.conv_layers[0]
+        if isinstance(first[2], nn.GroupNorm):
+            first[2] = TimeNorm(first[2])
 
     def forward(self, waves: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Run the student.
@@ -76,26 +72,8 @@ class OnnxStudent(nn.Module):
             ``hidden_states`` ``[layer, batch, frame, dim]``: the projected features and each
             layer's output. ``frame_lengths`` int64 ``[batch]``: valid frames of each.
         """
-        x = waves[:, None]
-        for conv in self.convs:
-            x = conv(x)  # [batch, channel, frame]
-        features = x.transpose(1, 2)  # [batch, frame, channel]
-        frames = lengths.clamp(min=self.settings.min_samples)
-        for _, kernel, stride in self.settings.conv_layers:
-            frames = torch.div(frames - kernel, stride, rounding_mode="trunc") + 1
-        index = torch.ones_like(features[:, :, 0], dtype=torch.int64).cumsum(1)  # 1, 2, ...
-        valid = index <= frames[:, None]  # [batch, frame]
-        x = self.projection(features) * valid[..., None].to(features.dtype)
-        states = [x]
-        # added to the scores: 0 for a valid frame, -inf for padding; [batch, head, query, key]
-        mask = torch.where(valid, 0.0, -math.inf)[:, None, None, :]
-        x = x + self.pos_conv(x.transpose(1, 2)).transpose(1, 2)
-        if not self.settings.layer_norm_first:
-            x = self.layer_norm(x)
-        for layer in self.layers:
-            x = layer(x, mask)
-            states.append(x)
-        return torch.stack(states), frames
+        out = student_forward(self.backbone, waves, lengths.clamp(min=self.min_samples))
+        return torch.stack(out.hidden_states), out.mask.sum(1, dtype=torch.int64)
 
 
 class TimeNorm(nn.Module):
@@ -119,59 +97,6 @@ class TimeNorm(nn.Module):
     def mean(self, x: Tensor) -> Tensor:
         blocks = F.avg_pool1d(F.pad(x, (0, self.block - 1)), self.block)
         return blocks.sum(2, keepdim=True) * (self.block / x.shape[2])
-
-
-class OnnxLayer(nn.Module):
-    """One transformer layer of s3prl's distiller, its attention written out."""
-
-    def __init__(self, layer: nn.Module):
-        super().__init__()
-        attention = layer.self_attn
-        self.q, self.k, self.v = attention.q_proj, attention.k_proj, attention.v_proj
-        self.out = attention.out_proj
-        self.heads = attention.num_heads
-        self.attention_norm = layer.self_attn_layer_norm
-        self.fc1, self.fc2, self.final_norm = layer.fc1, layer.fc2, layer.final_layer_norm
-        self.activation = layer.activation_fn
-        self.norm_first = layer.layer_norm_first
-
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """``[batch, frame, dim]`` and the additive mask ``[batch, 1, 1, frame]`` -> the output."""
-        if self.norm_first:
-            x = x + self.attend(self.attention_norm(x), mask)
-            return x + self.feed_forward(self.final_norm(x))
-        x = self.attention_norm(x + self.attend(x, mask))
-        return self.final_norm(x + self.feed_forward(x))
-
-    def attend(self, x: Tensor, mask: Tensor) -> Tensor:
-        width = self.q.out_features // self.heads
-
-        def split(y: Tensor) -> Tensor:  # [batch, head, frame, width]
-            return y.unflatten(2, (self.heads, width)).transpose(1, 2)
-
-        scores = split(self.q(x) * width**-0.5) @ split(self.k(x)).transpose(2, 3) + mask
-        mixed = scores.softmax(-1) @ split(self.v(x))
-        return self.out(mixed.transpose(1, 2).flatten(2))
-
-    def feed_forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.activation(self.fc1(x)))
-
-
-def _without_weight_norm(pos_conv: nn.Module) -> nn.Sequential:
-    """The positional convolution with its weight as one plain tensor."""
-    conv, *rest = pos_conv
-    plain = nn.Conv1d(
-        conv.in_channels,
-        conv.out_channels,
-        conv.kernel_size,
-        padding=conv.padding,
-        groups=conv.groups,
-    )
-    with torch.no_grad():
-        # as torch.nn.utils.weight_norm with dim=2 has it: one length for each kernel position
-        plain.weight.copy_(torch._weight_norm(conv.weight_v, conv.weight_g, 2))
-        plain.bias.copy_(conv.bias)
-    return nn.Sequential(plain, *rest)
 
 
 def require_onnx() -> None:
