@@ -86,6 +86,34 @@ def test_recomputing_in_a_run(run):
     assert largest_difference(student_of("plain"), student_of("again")) == 0
 
 
+def change_model(**changes):
+    with open("model.yaml") as file:
+        model = yaml.safe_load(file)
+    for name, value in changes.items():
+        if isinstance(value, dict):
+            value = {**model.get(name, {}), **value}
+        model[name] = value
+    with open("model.yaml", "w") as file:
+        yaml.safe_dump(model, file)
+
+
+def test_s3prls_forward_trains_the_same(run):
+    assert run("ours")[0] == 0
+    change_model(student_backend="s3prl")
+    assert run("s3prl")[0] == 0
+    assert largest_difference(student_of("ours"), student_of("s3prl")) == 0
+
+
+def test_what_s3prls_forward_cannot_do_is_refused(run):
+    change_model(student_backend="s3prl")
+    code, said = run("x", recompute=True)
+    assert code == 2 and "runner.recompute" in said and "student_backend" in said
+    wide = STUDENT["extractor_conv_feature_layers"].replace("32,2,2)] * 2", "32,2,2)] + [(48,2,2)]")
+    change_model(student={"extractor_conv_feature_layers": wide}, init={})
+    code, said = run("x")
+    assert code == 2 and "student_backend" in said
+
+
 def test_bfloat16_is_float32_on_a_cpu(run, caplog):
     assert run("plain")[0] == 0 and run("bf16", bf16=True)[0] == 0
     assert "runner.bf16 needs a CUDA device: training in float32" in caplog.text

@@ -1,7 +1,9 @@
 """The student and its heads: sizes of method.md, s3prl's own forward, padding."""
 
 import dataclasses
+import itertools
 
+import numpy as np
 import pytest
 import torch
 from s3prl.upstream.distiller.model import DistillerConfig, DistillerModel
@@ -68,6 +70,92 @@ def test_equals_s3prls_distiller(student_settings, waves):
     assert torch.allclose(ours, pred, atol=1e-6)
 
 
+AS_WIDE = CONV.replace("32,2,2)] * 2", "32,2,2)] + [(48,2,2)]")
+SIZES = [
+    {"extractor_mode": mode, "layer_norm_first": norm_first, "feature_grad_mult": scale, **more}
+    for mode, norm_first, scale, more in itertools.product(
+        ("default", "layer_norm"),
+        (False, True),
+        (0.0, 0.1, 1.0),
+        (
+            {"encoder_layers": 1, "activation_fn": "relu", "conv_pos": 15},
+            {"encoder_layers": 3, "encoder_layerdrop": 0.4, "extractor_dropout": 0.1},
+            {"extractor_conv_feature_layers": AS_WIDE, "encoder_layerdrop": 0.4},
+        ),
+    )
+]
+
+
+def describe(size):
+    return "-".join(str(value) for value in size.values())
+
+
+def own_input(encoder, args):
+    """A copy of the encoder's input, into which s3prl writes zeros over the padding.
+
+    Without a projection that is the extractor's output, which autograd needs as it was.
+    """
+    return args[0].clone(), *args[1:]
+
+
+def run_seeded(student, waves, lengths):
+    """Outputs and gradients, and the next random numbers, of a forward from the same seeds."""
+    torch.manual_seed(2)
+    np.random.seed(3)
+    out = student(waves, lengths)
+    after = torch.rand(1).item(), np.random.random()
+    loss = out.last.square().mean() + out.features.square().mean()
+    for i, state in enumerate(out.hidden_states):
+        loss = loss + (1 + i) * (state * out.mask[..., None]).square().mean()
+    student.zero_grad()
+    loss.backward()
+    return out, {name: weight.grad for name, weight in student.named_parameters()}, after
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("size", SIZES, ids=describe)
+def test_both_backends_give_the_same(size, training):
+    """Outputs and gradients of our forward and of s3prl's, dropout and layer drop included."""
+    settings = StudentSettings(**{**STUDENT, **size})
+    ours = Student(settings).train(training)
+    theirs = Student(settings, "s3prl").train(training)
+    theirs.load_state_dict(ours.state_dict())
+    if theirs.backbone.post_extract_proj is None:
+        theirs.backbone.encoder.register_forward_pre_hook(own_input)
+    lengths = torch.tensor([6000, 400, 3001])  # 400: one frame
+    waves = pad_sequence([torch.randn(n) for n in lengths], batch_first=True)
+
+    out, gradients, after = run_seeded(ours, waves, lengths)
+    expected, expected_gradients, expected_after = run_seeded(theirs, waves, lengths)
+
+    assert after == expected_after
+    assert torch.equal(out.mask, expected.mask) and out.mask.sum(1).tolist() == [18, 1, 9]
+    assert len(out.hidden_states) == len(expected.hidden_states)
+    same = {"atol": 1e-6, "rtol": 0}
+    torch.testing.assert_close(out.features, expected.features, **same)
+    torch.testing.assert_close(out.last, expected.last, **same)
+    for state, other in zip(out.hidden_states[1:], expected.hidden_states[1:], strict=True):
+        torch.testing.assert_close(state, other, **same)
+    projected = expected.hidden_states[0] * expected.mask[..., None]
+    torch.testing.assert_close(out.hidden_states[0], projected, **same)
+    for name, gradient in gradients.items():
+        other = expected_gradients[name]
+        assert (gradient is None) == (other is None), name
+        if gradient is not None:
+            torch.testing.assert_close(gradient, other, **same)
+
+
+def test_layer_drop_leaves_layers_out(student_settings):
+    settings = dataclasses.replace(student_settings, encoder_layers=3, encoder_layerdrop=0.5)
+    student = Student(settings).train()
+    waves, lengths = torch.randn(1, 4000), torch.tensor([4000])
+    np.random.seed(0)
+    layers = [len(student(waves, lengths).hidden_states) - 1 for _ in range(8)]
+    np.random.seed(0)
+    assert layers == [int((np.random.random(3) > 0.5).sum()) for _ in range(8)]
+    assert len(student.eval()(waves, lengths).hidden_states) == 4
+
+
 def test_frames_and_mask_follow_the_conv_arithmetic(student_settings):
     student = Student(student_settings).eval()
     lengths = [16000, 400, 719, 720]
@@ -116,7 +204,6 @@ def test_a_frozen_conv_extractor(student_settings, waves):
     assert frozen.backbone.post_extract_proj.weight.grad is not None
 
 
-AS_WIDE = CONV.replace("32,2,2)] * 2", "32,2,2)] + [(48,2,2)]")
 KINDS = [
     {},
     {"feature_grad_mult": 1.0},
@@ -138,7 +225,6 @@ def test_a_conv_extractor_as_wide_as_the_layers(student_settings, waves, changes
     identity = projecting.backbone.post_extract_proj = torch.nn.Linear(48, 48).requires_grad_(False)
     torch.nn.init.eye_(identity.weight)
     torch.nn.init.zeros_(identity.bias)
-    projecting.backbone.encoder._forward_pre_hooks.clear()  # as it is built with a projection
 
     lengths = torch.tensor([len(wave) for wave in waves])
     batch = pad_sequence(waves, batch_first=True)

@@ -1,5 +1,6 @@
 """`s3prl-ekd validate`: a whole package passes, and each broken one fails where it is broken."""
 
+import inspect
 import json
 import os
 import pickle
@@ -13,6 +14,7 @@ import torch
 from s3prl_ekd.upstream.expert import UpstreamExpert
 
 from s3prl_ekd import cli
+from s3prl_ekd.distill import student_forward
 from s3prl_ekd.distill.aggregation import TargetSpec
 from s3prl_ekd.distill.heads import PredictionHeads
 from s3prl_ekd.distill.settings import StudentSettings
@@ -141,6 +143,38 @@ def test_a_good_one_passes_and_equals_the_student(good, student_file, waves):
     assert len(theirs) == len(mine) == 3 + 2
     for one, other in zip(theirs, mine, strict=True):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=0)
+
+
+AS_WIDE = "[(48,10,5)] + [(48,3,2)] * 4 + [(48,2,2)] * 2"
+OTHER_SIZES = {
+    "norm first": {"layer_norm_first": True, "activation_fn": "relu"},
+    "layer norm": {"extractor_mode": "layer_norm", "conv_pos": 15, "encoder_layers": 1},
+    "no projection": {"extractor_conv_feature_layers": AS_WIDE},
+}
+
+
+@pytest.mark.parametrize("heads", ["split", "linear", None])
+@pytest.mark.parametrize("kind", OTHER_SIZES)
+def test_packages_of_other_students_equal_them(tmp_path, waves, kind, heads):
+    student = Student(StudentSettings(**{**STUDENT, **OTHER_SIZES[kind]})).eval()
+    targets = {"hubert": TargetSpec(2, (48,))} if heads else {}
+    head = PredictionHeads(student.width, targets, heads).eval() if heads else None
+    loaded = LoadedStudent(student, head, targets, {})
+    write_student(loaded, tmp_path / "student.pt")
+    write_package(package_contents(loaded, heads is not None), "", tmp_path)
+    ours = UpstreamExpert(tmp_path / "student.pt").eval()
+    with torch.no_grad():
+        theirs = load_package(tmp_path)(waves)["hidden_states"]
+        mine = ours(waves)["hidden_states_and_heads" if heads else "hidden_states"]
+    assert len(theirs) == len(mine)
+    for one, other in zip(theirs, mine, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=0)
+
+
+def test_a_package_has_the_code_of_the_students_forward(good):
+    code = inspect.getsource(student_forward).partition("import annotations\n")[2]
+    source = (good / "expert.py").read_text()
+    assert code.strip() in source and "s3prl_ekd import" not in source and "from ." not in source
 
 
 @pytest.mark.parametrize("name", [*BROKEN, *SOURCE])
