@@ -186,6 +186,7 @@ def student_forward(
     padding = torch.arange(features.shape[1], device=waves.device) >= frames[:, None]
 
     projected = features if model.post_extract_proj is None else model.post_extract_proj(features)
+    # not masked_fill, which changes the memory layout, in whose order dropout draws
     projected = torch.where(padding[..., None], projected.new_zeros(()), projected)
 
     layers = model.encoder.layers if layers is None else layers
