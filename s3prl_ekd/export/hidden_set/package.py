@@ -2,7 +2,7 @@
 
 SUPERB's organisers clone a folder of six files and build ``UpstreamExpert`` from it with torch and
 nothing of ours; ``template/`` has the files that are the same for every student. ``expert.py`` gets
-the code of :mod:`...distill.student_forward` in the place of its import.
+the code of :mod:`s3prl_ekd.distill.student_forward` in the place of its import.
 """
 
 from __future__ import annotations
