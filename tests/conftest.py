@@ -18,6 +18,7 @@ import torch
 import yaml
 
 from s3prl_ekd import compat
+from s3prl_ekd.data.settings import DataSettings
 from s3prl_ekd.distill.settings import StudentSettings
 from s3prl_ekd.teachers.random_weights import hubert_checkpoint, wavlm_checkpoint
 
@@ -113,6 +114,12 @@ def corpus(tmp_path_factory) -> Path:
         lines.append(f"{i},u{i}.flac,{len(sound)},")
     (root / "tables" / "train.csv").write_text("\n".join(lines) + "\n")
     return root
+
+
+def data_settings(root: Path, batch_size: int, tables: Path | str = ".", **changes) -> DataSettings:
+    """Settings of whole utterances below ``root``, read in this process."""
+    options = {"sequence_length": 0, "num_workers": 0, **changes}
+    return DataSettings(str(root), str(tables), ("train",), batch_size, **options)
 
 
 HOLD = """

@@ -1,5 +1,6 @@
 """Audio files that are no good: what each gives with ``on_bad_audio: error`` and with ``skip``."""
 
+import contextlib
 import logging
 import os
 import shutil
@@ -28,11 +29,11 @@ from s3prl_ekd.files.config import build
 from s3prl_ekd.files.run_checkpoints import newest, read_run
 from s3prl_ekd.files.torch_load import safe_load
 from s3prl_ekd.launch import run_pretrain
-from s3prl_ekd.pretrain import trainer as runner
-from s3prl_ekd.pretrain.bad_audio import BadAudioList, stored
+from s3prl_ekd.pretrain import run as pretrain_run
+from s3prl_ekd.pretrain.bad_audio import BadAudioList, as_tensor
 from s3prl_ekd.workspace import write_workspace
 
-from .conftest import make_sound, write_configs
+from .conftest import data_settings, make_sound, write_configs
 from .kill_and_resume import outcome, unequal
 
 # Every one is 1 s long by its table; the run takes excerpts of 0.5 s, and each meets what is wrong.
@@ -135,9 +136,15 @@ def _write_bad(root, sound):
     (root / "piped.flac").write_bytes(data[:18] + unknown + data[26:])
 
 
-def data(audio, *names, skip=True, **more):
+def dataset_of(root, rows, batch_size, length=8000, skip=True, **options):
+    how = "skip" if skip else "error"
+    settings = data_settings(root, batch_size, sequence_length=length, on_bad_audio=how)
+    return DistillationDataset(settings, rows, 400, **options)
+
+
+def data(audio, *names, skip=True, **options):
     rows = [Utterance(name, 16000) for name in names]
-    return DistillationDataset(audio, rows, 3, 8000, 400, skip_bad=skip, **more)
+    return dataset_of(audio, rows, 3, skip=skip, **options)
 
 
 @pytest.mark.parametrize("name", [*BAD, *OUT_OF_RANGE])
@@ -188,7 +195,7 @@ def test_a_header_that_announces_a_thousand_hours(audio, tmp_path, length):
     lies = struct.pack(">Q", known | (2**36 - 1))
     (tmp_path / "lies.flac").write_bytes(flac[:18] + lies + flac[26:])
     rows = [Utterance("lies.flac", 16000)]
-    ((_, _, reason),) = DistillationDataset(tmp_path, rows, 1, length, 400, skip_bad=True)[0].bad
+    ((_, _, reason),) = dataset_of(tmp_path, rows, 1, length)[0].bad
     assert reason.startswith("it is cut off")
 
 
@@ -199,12 +206,12 @@ def test_babble_is_of_good_files(audio):
     good = data(audio, "u0.flac", "u1.flac", "u2.flac", distortion=settings)[0]
     names = ("u0.flac", "text.flac", "nan.wav", "u1.flac", "missing.flac", "u2.flac")
     rows = [Utterance(name, 16000) for name in names]
-    dataset = DistillationDataset(audio, rows, 6, 8000, 400, settings, skip_bad=True)
+    dataset = dataset_of(audio, rows, 6, distortion=settings)
     for epoch in range(4):
         batch = dataset[(epoch, 0)]
         assert batch.problem == "" and batch.names == good.names and len(batch.bad) == 3
         assert batch.waves.isfinite().all()
-    dataset = DistillationDataset(audio, rows[3:], 1, 8000, 400, settings)
+    dataset = dataset_of(audio, rows[3:], 1, skip=False, distortion=settings)
     problems = {dataset[(epoch, 0)].problem for epoch in range(8)}
     assert any("missing.flac: there is no such file" in each for each in problems)
 
@@ -500,7 +507,7 @@ def test_bad_files_among_dev_and_too_short_by_the_table(run, tmp_path):
 
 
 def test_s3prls_own_runner_skips_too(run, monkeypatch, caplog):
-    monkeypatch.setattr(runner, "extended", lambda base, typed: base)
+    monkeypatch.setattr(pretrain_run, "_our_trainer", lambda *args: contextlib.nullcontext())
     code, said = run("x", tables={"train": mixed()}, train_batch_size=6)
     assert code == 0, said
     states = read_run(newest("result/pretrain/x"))
@@ -514,15 +521,15 @@ def test_s3prls_own_runner_skips_too(run, monkeypatch, caplog):
 
 def a_list(folder, saved=None):
     rows = [Utterance(f"u{i}", 16000) for i in range(7)]
-    return BadAudioList(folder, [DistillationDataset(".", rows, 3, 0, 400, skip_bad=True)], saved)
+    return BadAudioList(folder, [dataset_of(".", rows, 3, 0)], saved)
 
 
 def test_the_list_is_of_the_last_update(tmp_path):
     bad = a_list(tmp_path)
-    bad.found([Bad("a\tb\n.flac", "x", "why"), Bad("c", "x", "one")], 0)
+    bad.record([Bad("a\tb\n.flac", "x", "why"), Bad("c", "x", "one")], 0)
     bad.commit()
-    bad.found([Bad("c", "y", "two"), Bad("d", "y", "two")], 4)
-    assert bad.packed() == {"a\tb\n.flac": ["why", 1, 0], "c": ["one", 1, 0]}
+    bad.record([Bad("c", "y", "two"), Bad("d", "y", "two")], 4)
+    assert bad.state() == {"a\tb\n.flac": ["why", 1, 0], "c": ["one", 1, 0]}
     bad.write()
     assert (tmp_path / "bad_audio.tsv").read_text().splitlines() == [
         "path\treason\ttimes\tfirst epoch",
@@ -531,17 +538,17 @@ def test_the_list_is_of_the_last_update(tmp_path):
         "d\ttwo\t1\t4",
     ]
     bad.commit()
-    again = a_list(tmp_path, bad.packed())
-    again.found([Bad("d", "y", "three")], 5)
+    again = a_list(tmp_path, bad.state())
+    again.record([Bad("d", "y", "three")], 5)
     again.commit()
-    assert again.packed()["d"] == ["two", 2, 4] and len(again.packed()) == 3
+    assert again.state()["d"] == ["two", 2, 4] and len(again.state()) == 3
 
 
 def test_a_list_that_cannot_be_written_is_a_warning(tmp_path, caplog, monkeypatch):
     bad = a_list(tmp_path)
     bad.write()
     assert not list(tmp_path.iterdir())  # nothing was bad
-    bad.found([Bad("a", "x", "why")], 0)
+    bad.record([Bad("a", "x", "why")], 0)
     (tmp_path / "bad_audio.tsv").write_text("old")
 
     def full(file):
@@ -563,17 +570,15 @@ def test_workers_hand_their_findings_over(audio, tmp_path):
     write_tables(tmp_path, {"train": mixed()})
     found = {}
     for workers in (0, 2):
-        loader = train_loader(
+        settings = data_settings(
             audio,
+            6,
             tmp_path / "tables",
-            ["train"],
-            batch_size=6,
             sequence_length=8000,
-            max_timestep=0,
             num_workers=workers,
-            min_samples=400,
-            skip_bad=True,
+            on_bad_audio="skip",
         )
+        loader = train_loader(settings, ["train"], min_samples=400)
         batches = list(loader)
         found[workers] = [(list(batch.bad), batch.names) for batch in batches]
         assert sorted(bad.path for batch in batches for bad in batch.bad) == sorted(BAD)
@@ -583,10 +588,10 @@ def test_workers_hand_their_findings_over(audio, tmp_path):
 def test_a_checkpoint_may_name_a_hundred_thousand_files(tmp_path):
     """As values they would be more than what a checkpoint may have of them."""
     entries = {f"train-other-500/{i}.flac": ["there is no such file", 2, 0] for i in range(100_000)}
-    torch.save({"x": stored(entries)}, tmp_path / "x.ckpt")
+    torch.save({"x": as_tensor(entries)}, tmp_path / "x.ckpt")
     saved = safe_load(tmp_path / "x.ckpt")["x"]
-    assert BadAudioList(tmp_path, [], saved, "x").packed() == entries
-    assert stored({}) == {} and BadAudioList(tmp_path, [], {}, "x").packed() == {}
+    assert BadAudioList(tmp_path, [], saved, "x").state() == entries
+    assert as_tensor({}) == {} and BadAudioList(tmp_path, [], {}, "x").state() == {}
     for spoiled in (torch.tensor([1, 2]), torch.tensor([91] * 100_000, dtype=torch.uint8)):
         with pytest.raises(CheckpointError, match="its list of bad audio"):
             BadAudioList(tmp_path, [], spoiled, "x")

@@ -14,19 +14,12 @@ from s3prl_ekd.data.sampling import bucket, within
 from s3prl_ekd.data.tables import Utterance, read_table, read_tables
 from s3prl_ekd.errors import DataError
 
-from .conftest import make_sound
+from .conftest import data_settings, make_sound
 
 
-def loader(corpus, **changes):
-    options = {
-        "batch_size": 5,
-        "sequence_length": 0,
-        "max_timestep": 0,
-        "num_workers": 0,
-        "min_samples": 400,
-        **changes,
-    }
-    return train_loader(corpus / "audio", corpus / "tables", ["train"], **options)
+def loader(corpus, batch_size=5, seed=0, shuffle=True, **changes):
+    data = data_settings(corpus / "audio", batch_size, corpus / "tables", **changes)
+    return train_loader(data, ["train"], min_samples=400, seed=seed, shuffle=shuffle)
 
 
 def test_every_utterance_comes_once_an_epoch(corpus):
@@ -112,7 +105,9 @@ def test_without_shuffling_all_passes_are_the_same(corpus):
 
 def test_excerpts_are_inside_and_random(corpus):
     rows = read_tables(corpus / "tables", ["train"])
-    data = DistillationDataset(corpus / "audio", rows, 1, 4000, 400)
+    data = DistillationDataset(
+        data_settings(corpus / "audio", 1, sequence_length=4000), rows, min_samples=400
+    )
     whole, _ = soundfile.read(corpus / "audio" / rows[0].path, dtype="float32")
     starts = set()
     for epoch in range(8):
@@ -221,14 +216,7 @@ def test_a_missing_table_and_root(corpus, tmp_path):
         read_tables(tmp_path, ["train"])
     with pytest.raises(DataError, match="libri_root"):
         train_loader(
-            tmp_path / "none",
-            corpus / "tables",
-            ["train"],
-            batch_size=1,
-            sequence_length=0,
-            max_timestep=0,
-            num_workers=0,
-            min_samples=400,
+            data_settings(tmp_path / "none", 1, corpus / "tables"), ["train"], min_samples=400
         )
 
 

@@ -221,7 +221,7 @@ class Items:
     def __init__(self, batch):
         self.batch = batch
 
-    def _heard(self, *args):
+    def _distort(self, *args):
         raise AssertionError("never called")
 
     def __getitem__(self, index):

@@ -10,7 +10,7 @@ from s3prl_ekd.data.tables import Utterance
 from s3prl_ekd.errors import ConfigError
 from s3prl_ekd.pretrain.settings import load_runner_config
 
-from .conftest import write_configs
+from .conftest import data_settings, write_configs
 
 SECOND = 16000
 
@@ -74,17 +74,10 @@ def test_padding_of_a_corpus():
 
 def test_a_loader_with_a_budget(corpus, caplog):
     caplog.set_level("INFO")
-    loader = train_loader(
-        corpus / "audio",
-        corpus / "tables",
-        ["train"],
-        batch_size=100,
-        sequence_length=8000,
-        max_timestep=0,
-        num_workers=0,
-        min_samples=400,
-        max_seconds=1.5,
+    data = data_settings(
+        corpus / "audio", 100, corpus / "tables", sequence_length=8000, max_seconds=1.5
     )
+    loader = train_loader(data, ["train"], min_samples=400)
     sizes = [tuple(batch.waves.shape) for batch in loader]
     assert all(count * samples <= 1.5 * SECOND for count, samples in sizes)
     assert sum(count for count, _ in sizes) == sum(map(len, loader.dataset.batches)) > 5

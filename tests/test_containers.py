@@ -23,10 +23,9 @@ from s3prl_ekd.data.tables import Utterance, read_tables
 from s3prl_ekd.distill.settings import StudentSettings
 from s3prl_ekd.downstream.noise import mix
 from s3prl_ekd.errors import DataError
-from s3prl_ekd.pretrain.settings import DataSettings
 from s3prl_ekd.pretrain.target_cache.build import cached_rows
 
-from .conftest import make_sound
+from .conftest import data_settings, make_sound
 
 SOUND = make_sound(1.0)
 # What libsndfile reads and would take for shorter; the samples' bytes are given.
@@ -221,10 +220,11 @@ def test_lengths_leaves_a_lying_header_out(corpus, tmp_path, capsys):
 
 
 def test_a_table_with_a_lying_header(corpus, tmp_path):
-    options = dict(batch_size=2, sequence_length=0, max_timestep=0, num_workers=0, min_samples=400)
+    data = data_settings(corpus, 2, tmp_path / "tables")
+    skipping = data_settings(corpus, 2, tmp_path / "tables", on_bad_audio="skip")
     with pytest.raises(DataError, match=r"train.csv, line 2: 'lies.flac' .*on_bad_audio='skip'"):
-        train_loader(corpus, tmp_path / "tables", ["train"], **options)
-    loader = train_loader(corpus, tmp_path / "tables", ["train"], skip_bad=True, **options)
+        train_loader(data, ["train"], min_samples=400)
+    loader = train_loader(skipping, ["train"], min_samples=400)
     assert [batch.names for batch in loader] == [["a.flac", "b.flac"]]
     assert [bad.path for bad in loader.dataset.left_out] == ["lies.flac", "none.flac"]
     assert all("table" in bad.reason for bad in loader.dataset.left_out)
@@ -233,7 +233,7 @@ def test_a_table_with_a_lying_header(corpus, tmp_path):
 def test_other_commands_with_such_a_table(corpus, tmp_path, caplog):
     paths = choose_audio(tmp_path / "tables/train.csv", corpus, 9)
     assert [path.name for path in paths] == ["a.flac", "b.flac"] and "left out 2" in caplog.text
-    data = DataSettings(str(corpus), str(tmp_path / "tables"), ("train",), 2, on_bad_audio="skip")
+    data = data_settings(corpus, 2, tmp_path / "tables", on_bad_audio="skip")
     rows = cached_rows(data, StudentSettings())
     assert rows == [Utterance("a.flac", 16000), Utterance("b.flac", 16000)]
 

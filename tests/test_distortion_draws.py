@@ -17,7 +17,7 @@ from s3prl_ekd.data.tables import read_tables
 from s3prl_ekd.errors import ConfigError, DataError
 from s3prl_ekd.files.config import build, plain
 
-from .conftest import make_sound
+from .conftest import data_settings, make_sound
 from .test_distortion import RATE, make_folders, only
 
 
@@ -82,7 +82,8 @@ def test_turning_a_kind_off_leaves_the_other_values():
 def dataset(corpus, setup, length=0, seed=5, **settings):
     rows = read_tables(corpus / "tables", ["train"])
     chosen = DistortionSettings(setup=setup, **settings)
-    return DistillationDataset(corpus / "audio", rows, 4, length, 400, chosen, seed)
+    data = data_settings(corpus / "audio", 4, sequence_length=length)
+    return DistillationDataset(data, rows, 400, chosen, seed)
 
 
 def test_who_hears_what(corpus):
@@ -110,23 +111,16 @@ def test_teacher_and_student_get_the_same_excerpt(corpus):
     assert batch.waves.shape == (4, 4000) and torch.equal(batch.waves, batch.teacher_waves)
 
 
-def options(corpus, **more):
-    return {
-        "root": corpus / "audio",
-        "tables": corpus / "tables",
-        "sets": ["train"],
-        "batch_size": 5,
-        "sequence_length": 6000,
-        "max_timestep": 0,
-        "num_workers": 0,
-        "min_samples": 400,
-        **more,
-    }
+def loader_of(corpus, workers=0, **options):
+    data = data_settings(
+        corpus / "audio", 5, corpus / "tables", sequence_length=6000, num_workers=workers
+    )
+    return train_loader(data, ["train"], min_samples=400, **options)
 
 
 def epochs(corpus, count, workers, **more):
     """What the first epochs give: ``{first utterance of the batch: batch}`` for each."""
-    loader = train_loader(**options(corpus, num_workers=workers, **more))
+    loader = loader_of(corpus, workers, **more)
     return [{batch.names[0]: batch for batch in loader} for _ in range(count)]
 
 
@@ -150,7 +144,7 @@ def test_epochs_differ_and_workers_do_not_matter(corpus):
 def test_an_epoch_can_be_set_on_resume(corpus):
     distortion = DistortionSettings(setup="same")
     _, expected = epochs(corpus, 2, 0, distortion=distortion)
-    loader = train_loader(**options(corpus, distortion=distortion))
+    loader = loader_of(corpus, distortion=distortion)
     loader.sampler.epoch = 1
     for batch in loader:
         assert torch.equal(batch.waves, expected[batch.names[0]].waves)
@@ -159,10 +153,11 @@ def test_an_epoch_can_be_set_on_resume(corpus):
 @pytest.mark.parametrize("distortion", [None, DistortionSettings()])
 def test_clean_batches_are_those_of_a_plain_loader(corpus, distortion):
     """The waveforms of an order of their own, read without any distorter."""
-    loader = train_loader(**options(corpus, distortion=distortion))
+    loader = loader_of(corpus, distortion=distortion)
     ours = list(loader)
     rows = read_tables(corpus / "tables", ["train"])
-    plain_data = DistillationDataset(corpus / "audio", rows, 5, 6000, 400)
+    data = data_settings(corpus / "audio", 5, sequence_length=6000)
+    plain_data = DistillationDataset(data, rows, 400)
     order = [(0, index) for index in loader.sampler.order(0)]
     assert sorted(index for _, index in order) == list(range(len(plain_data)))
     for mine, item in zip(ours, order, strict=True):
@@ -200,7 +195,7 @@ def test_a_broken_noise_file_comes_back_as_a_sentence(corpus, tmp_path):
     (tmp_path / "bad.wav").write_text("no audio")
     settings = only("additive", "noise", noise=[str(tmp_path)])
     rows = read_tables(corpus / "tables", ["train"])
-    batch = DistillationDataset(corpus / "audio", rows, 4, 0, 400, settings)[0]
+    batch = DistillationDataset(data_settings(corpus / "audio", 4), rows, 400, settings)[0]
     assert "bad.wav" in batch.problem and len(batch.waves) == 0
 
 

@@ -25,7 +25,7 @@ from s3prl_ekd.files.formats import CHECKPOINT_PARTS
 from s3prl_ekd.hidden_states.store import Block, Index, read_index, write_index
 from s3prl_ekd.pretrain import run as pretrain_run
 from s3prl_ekd.pretrain import sweep as matrix
-from s3prl_ekd.pretrain.checkpoints import RunSaves
+from s3prl_ekd.pretrain.checkpoints import CheckpointManager
 from s3prl_ekd.student_file import LoadedStudent, contents, load_student, write_student
 from s3prl_ekd.superb import results as records
 from s3prl_ekd.superb import run as superb
@@ -102,7 +102,7 @@ def test_a_newer_checkpoint_is_not_passed_over_for_an_older_one(tmp_path, studen
     torch.save(run(student), tmp_path / "states-1.ckpt")
     torch.save(run(student, 2, EKD_Run={"version": 2}), tmp_path / "states-2.ckpt")
     refused(checkpoints.newest, tmp_path, version=2)
-    refused(RunSaves(tmp_path, 5, "").tidy, 1, version=2)
+    refused(CheckpointManager(tmp_path, 5, "").prune, 1, version=2)
     assert (tmp_path / "states-2.ckpt").exists()
 
 

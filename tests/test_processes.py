@@ -16,7 +16,7 @@ from s3prl_ekd.files.run_checkpoints import newest, read_run
 from s3prl_ekd.pretrain.checkpoints import Progress
 from s3prl_ekd.pretrain.distributed import Processes, join, mean_records
 from s3prl_ekd.pretrain.tensorboard import read_scalars
-from s3prl_ekd.pretrain.trainer import EkdRunner
+from s3prl_ekd.pretrain.trainer import Trainer
 from s3prl_ekd.workspace import write_workspace
 
 from .conftest import STUDENT, write_configs
@@ -298,19 +298,19 @@ def test_one_gpu_for_all_is_refused(monkeypatch):
 
 def test_processes_at_different_steps_are_refused():
     class Two(Processes):
-        def gather(self, mine):
-            return [mine, (mine[0] + 5, *mine[1:])]
+        def all_gather(self, value):
+            return [value, (value[0] + 5, *value[1:])]
 
-    runner = object.__new__(EkdRunner)
-    runner.progress, runner.processes = Progress(step=10), Two(0, 2)
+    trainer = object.__new__(Trainer)
+    trainer.progress, trainer.processes = Progress(step=10), Two(0, 2)
     with pytest.raises(SetupError, match=r"do not stand at the same step .* \(steps 10, 15\)"):
-        runner._check_together()
-    runner.processes = Processes()
-    runner._check_together()
+        trainer.check_same_progress()
+    trainer.processes = Processes()
+    trainer.check_same_progress()
 
 
 def test_one_process_asks_nobody():
     alone = Processes()
     assert alone.any(True) and not alone.any(False)
-    assert alone.sum(1.0, 2.0) == [1.0, 2.0] and alone.gather("x") == ["x"]
+    assert alone.sum(1.0, 2.0) == [1.0, 2.0] and alone.all_gather("x") == ["x"]
     assert alone.first(None) is None and alone.first("x") == "x"

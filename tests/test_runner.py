@@ -1,5 +1,6 @@
 """Our Runner: s3prl's numbers, and what it does when something goes wrong on the way."""
 
+import contextlib
 import math
 import os
 import resource
@@ -19,10 +20,9 @@ from s3prl_ekd.errors import CheckpointError
 from s3prl_ekd.files.run_checkpoints import newest, read_run
 from s3prl_ekd.pretrain import interrupts as signals
 from s3prl_ekd.pretrain import run as pretrain_run
-from s3prl_ekd.pretrain import trainer as runner
 from s3prl_ekd.pretrain.checkpoints import Progress
 from s3prl_ekd.pretrain.distributed import Processes
-from s3prl_ekd.pretrain.optim import Updater, not_finite
+from s3prl_ekd.pretrain.optim import OptimizerStep, not_finite
 from s3prl_ekd.pretrain.resume import random_states, set_random_states
 from s3prl_ekd.pretrain.tensorboard import read_scalars
 from s3prl_ekd.workspace import write_workspace
@@ -76,10 +76,15 @@ def test_the_numbers_are_those_of_s3prls_runner(run, changes, monkeypatch):
     """The same config and seed: weights, optimizer and every scalar, bit for bit."""
     changes = {"gradient_accumulate_steps": 2, "log_step": 2, **changes}
     assert run("ours", **changes)[0] == 0
-    bases = []
-    monkeypatch.setattr(runner, "extended", lambda base, typed: bases.append(base) or base)
+    classes = []
+
+    def s3prls_runner(script, override):
+        classes.append(script.Runner)
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(pretrain_run, "_our_trainer", s3prls_runner)
     assert run("theirs")[0] == 0
-    assert [base.__module__ for base in bases] == ["s3prl.pretrain.runner"]
+    assert [each.__module__ for each in classes] == ["s3prl.pretrain.runner"]
     one, two = saved("ours"), saved("theirs")
     assert "EKD_Run" in one and "EKD_Run" not in two and one["Step"] == two["Step"] == 6
     for part in ("student", "heads"):
@@ -259,7 +264,9 @@ def test_another_error_is_rescued_and_shown_as_it_is(run, monkeypatch):
 def test_a_step_is_saved_wherever_another_process_is_lost(run, monkeypatch, exchange):
     """Each exchange of step 3 with the other processes fails in turn, as when one was killed."""
     left = [None]
-    ask = {name: getattr(Processes, name) for name in ("any", "sum", "gather", "first")}
+    ask = {
+        name: getattr(Processes, name) for name in ("any", "sum", "all_gather", "first", "barrier")
+    }
 
     def exchanging(name):
         def method(self, *values):
@@ -274,7 +281,7 @@ def test_a_step_is_saved_wherever_another_process_is_lost(run, monkeypatch, exch
 
     for name in ask:
         monkeypatch.setattr(Processes, name, exchanging(name))
-    begin = Updater.begin
+    begin = OptimizerStep.begin
 
     def third_step(self):
         begin(self)
@@ -282,7 +289,7 @@ def test_a_step_is_saved_wherever_another_process_is_lost(run, monkeypatch, exch
             left[0] = exchange
 
     seen = []
-    monkeypatch.setattr(Updater, "begin", third_step)
+    monkeypatch.setattr(OptimizerStep, "begin", third_step)
     with pytest.raises(RuntimeError, match="Connection closed"):
         run("x", save_step=5, log_step=1)
     assert saved("x")["Step"] in (2, 3) and newest("result/pretrain/x").name == "last.ckpt"
@@ -379,10 +386,10 @@ def test_random_states_come_back():
     ids=str,
 )
 def test_a_run_state_that_is_none(change):
-    data = Progress().packed([{}])
-    assert Progress.unpacked(data, "x") == Progress()
+    data = Progress().state_dict([{}])
+    assert Progress.from_state_dict(data, "x") == Progress()
     with pytest.raises(CheckpointError, match="^x "):
-        Progress.unpacked(None if change is None else {**data, **change}, "x")
+        Progress.from_state_dict(None if change is None else {**data, **change}, "x")
 
 
 def test_s3prls_runner_is_itself_again_afterwards(run):

@@ -35,6 +35,7 @@ from .cache_cases import (
     files,
     make_stored,
 )
+from .conftest import data_settings
 
 
 @pytest.fixture(scope="module")
@@ -80,19 +81,14 @@ def test_an_excerpt_is_the_same_in_every_epoch_and_for_every_seed(folder, teache
     configs(folder, teachers, corpus, {"sequence_length": 9000}, teacher_path="plain")
     assert cache(folder, "cache", "--seed", "3") == 0
     reader = TargetReader("cache")
-    rows = train_loader(
-        corpus / "audio", corpus / "tables", ["train"],
-        batch_size=3, sequence_length=9000, max_timestep=0, num_workers=0, min_samples=400,
-    ).dataset  # fmt: skip
+    data = data_settings(corpus / "audio", 3, corpus / "tables", sequence_length=9000)
+    rows = train_loader(data, ["train"], min_samples=400).dataset
     rows = [row for batch in rows.batches for row in batch]
-    every = [
-        DistillationDataset(corpus / "audio", rows, 3, 9000, 400, seed=seed, targets=reader)
-        for seed in (3, 4)
-    ]
+    every = [DistillationDataset(data, rows, 400, seed=seed, targets=reader) for seed in (3, 4)]
     first = every[0][0, 1]
     assert torch.equal(first.waves, every[0][8, 1].waves)
     assert torch.equal(first.waves, every[1][8, 1].waves)
-    without = DistillationDataset(corpus / "audio", rows, 3, 9000, 400, seed=3)
+    without = DistillationDataset(data, rows, 400, seed=3)
     assert torch.equal(first.waves, without[0, 1].waves)
     assert not torch.equal(first.waves, without[8, 1].waves)
     cached = first.targets.on("cpu")
@@ -160,7 +156,7 @@ def test_frames_behind_an_utterances_end_do_not_count(folder, stored):
     expert.eval()
     batch = expert.dataloader.dataset[0]
     with torch.no_grad():
-        loss, _ = expert.steps(batch, "cpu", step=1, detail=False)
+        loss, _ = expert(batch, defaultdict(list), global_step=1)
         out = expert.distiller.student(batch.waves, batch.lengths)
         predictions = expert.distiller.heads(out.last)
     cached = batch.targets.on("cpu")
@@ -221,19 +217,22 @@ def test_one_cache_serves_what_changes_over_time(folder, stored, teachers, corpu
 
 def test_units_of_a_stored_layer(folder, stored, monkeypatch):
     from s3prl_ekd.essence.units import Units
-    from s3prl_ekd.pretrain import expert as pretrain_expert
 
     centroids = torch.randn(5, 48, generator=torch.Generator().manual_seed(2))
     config = yaml.safe_load((folder / "model.yaml").read_text())
     config["essence"] = {"units": "units.safetensors"}
     (folder / "model.yaml").write_text(yaml.safe_dump(config))
-    monkeypatch.setattr(pretrain_expert, "load_units", lambda path: Units(centroids, "robust", 4))
+    monkeypatch.setattr(
+        "s3prl_ekd.essence.units.load_units", lambda path: Units(centroids, "robust", 4)
+    )
     one = losses(adapter(folder, train_batch_size=1, target_cache=str(stored / "float16")))
     other = losses(adapter(folder, train_batch_size=1))
     for (loss, parts), (theirs, named) in zip(one, other, strict=True):
         assert parts["unit_loss"] == pytest.approx(named["unit_loss"], abs=0.05)
         assert loss == pytest.approx(theirs, abs=0.05)
-    monkeypatch.setattr(pretrain_expert, "load_units", lambda path: Units(centroids, "robust", 3))
+    monkeypatch.setattr(
+        "s3prl_ekd.essence.units.load_units", lambda path: Units(centroids, "robust", 3)
+    )
     with pytest.raises(ConfigError, match="essence.units are of layer 3 of robust"):
         adapter(folder, target_cache=str(stored / "float16"))
 

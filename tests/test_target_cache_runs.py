@@ -24,7 +24,7 @@ from s3prl_ekd.pretrain.tensorboard import read_scalars
 from s3prl_ekd.workspace import write_workspace
 
 from .cache_cases import adapter, cache, configs, files, make_stored
-from .conftest import STUDENT
+from .conftest import STUDENT, data_settings
 from .kill_and_resume import unequal
 
 
@@ -100,10 +100,12 @@ def test_several_processes_read_one_cache(folder, stored, monkeypatch):
 def test_two_readers_with_workers_of_both_kinds_at_once(stored, corpus):
     def batches(context):
         loader = train_loader(
-            corpus / "audio", corpus / "tables", ["train"],
-            batch_size=2, sequence_length=0, max_timestep=0, num_workers=0, min_samples=400,
-            targets=TargetReader(stored / "int8"), shuffle=False,
-        )  # fmt: skip
+            data_settings(corpus / "audio", 2, corpus / "tables"),
+            ["train"],
+            min_samples=400,
+            targets=TargetReader(stored / "int8"),
+            shuffle=False,
+        )
         if context is None:
             return loader
         loader.dataset.targets.batch(["u1.flac"])  # mapped before the workers are there

@@ -133,24 +133,20 @@ def _build(args, settings, data, rows, teachers, aggregate, index) -> int:
     except OSError as error:
         raise SetupError(f"cannot write into {args.output}: {error.strerror}") from None
     weights = {name: teacher.weight for name, teacher in settings.teachers.items()}
-    tell = targets_of(teachers, aggregate, weights)
+    compute = targets_of(teachers, aggregate, weights)
     if index.complete:
         print(f"{args.output} is complete already")
     else:
         build(
             args.output,
             index,
-            tell,
+            compute,
             rows,
-            root=data.libri_root,
-            sequence_length=data.sequence_length,
+            data,
             min_samples=settings.student.min_samples,
-            skip_bad=data.on_bad_audio == "skip",
-            num_workers=data.num_workers,
             device=device,
-            timeout=data.loader_timeout,
         )
-    _say_distances(args, settings, data, tell, device)
+    _print_distances(args, settings, data, compute, device)
     files = ""
     if (args.config, args.upstream_config) != (RUNNER, MODEL):
         files = " " + shlex.join(["-c", str(args.config), "-g", str(args.upstream_config)])
@@ -174,7 +170,7 @@ def _say_size(size, index, args: argparse.Namespace) -> None:
     )
 
 
-def _say_distances(args, settings, data, tell, device: str) -> None:
+def _print_distances(args, settings, data, compute, device: str) -> None:
     """What batches of this run's size would have had for targets."""
     from ..data.batches import train_loader
     from ..hidden_states.store import TargetReader
@@ -185,16 +181,9 @@ def _say_distances(args, settings, data, tell, device: str) -> None:
     if bad:
         print(f"{bad} utterances have no targets: their audio is bad")
     dataset = train_loader(
-        data.libri_root,
-        data.file_path,
+        dataclasses.replace(data, num_workers=0),
         data.sets,
-        batch_size=data.train_batch_size,
-        sequence_length=data.sequence_length,
-        max_timestep=data.max_timestep,
-        num_workers=0,
         min_samples=settings.student.min_samples,
-        skip_bad=data.on_bad_audio == "skip",
-        max_seconds=data.max_seconds,
         shuffle=False,
         targets=reader,
     ).dataset
@@ -202,7 +191,7 @@ def _say_distances(args, settings, data, tell, device: str) -> None:
         "targets computed in padded batches of this size differ from the stored ones, which are of "
         "each utterance alone, by (shares of the mean absolute target):"
     )
-    for name, distance in distances(dataset, tell, device).items():
+    for name, distance in distances(dataset, compute, device).items():
         print(f"  {name}: {distance.mean:.2%} in the mean, {distance.worst:.1%} at worst")
 
 

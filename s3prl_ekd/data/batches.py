@@ -6,7 +6,7 @@ import logging
 import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -16,11 +16,14 @@ from torch.utils.data import Dataset, get_worker_info
 from ..errors import DataError, SetupError
 from .audio import SAMPLE_RATE, Recording, warn_once
 from .bad_audio import ADVICE, Bad, BadAudio, too_short
-from .distortion.pipeline import generator
 from .distortion.settings import DistortionSettings
 from .loader import BatchLoader, share
-from .sampling import EpochOrder, FixedOrder, bucket, padding_share, within
+from .sampling import EpochOrder, FixedOrder, bucket, generator, padding_share, within
+from .settings import DataSettings
 from .tables import Utterance, read_tables
+
+if TYPE_CHECKING:
+    from .distortion.pipeline import Distorter
 
 logger = logging.getLogger(__name__)
 
@@ -45,14 +48,14 @@ class TargetSource(Protocol):
 
 
 class Batch(NamedTuple):
-    """``waves`` ``[batch, sample]`` at 16 kHz, zero-padded; ``lengths`` ``[batch]`` in samples;
-    ``names`` the utterances' paths; ``problem`` the sentence of a file that could not be read (the
-    other fields are then empty); ``teacher_waves`` what the teachers hear, of the shape of
-    ``waves``, or None where they hear the same as the student; ``bad`` the utterances that are left
-    out because their files are bad. Where all of them are, ``names`` is empty too; ``targets`` what
-    the teachers have said, where that is stored.
+    """A batch as a loader gives it.
 
-    A worker process hands its problems over as data: an exception would come back as a traceback.
+    ``waves``: the student's input, ``[batch, sample]`` at 16 kHz, zero-padded. ``lengths``:
+    ``[batch]``, valid samples. ``names``: the utterances' paths. ``problem``: the error message of
+    a file that could not be read; the batch is then empty. It is data, because an exception would
+    arrive from a worker process as a traceback. ``teacher_waves``: the teachers' input, of the
+    shape of ``waves``; None: the student's. ``bad``: utterances left out because their files are
+    bad; if all are, ``names`` is empty. ``targets``: cached teacher targets.
     """
 
     waves: Tensor
@@ -65,21 +68,17 @@ class Batch(NamedTuple):
 
 
 class DistillationDataset(Dataset):
-    """One item a batch: read its utterances, cut a random excerpt of each long one, pad.
+    """A dataset of whole batches: read the utterances, cut a random excerpt of long ones, pad.
 
     Args:
-        root: the folder that the tables' paths start from.
+        data: the settings of a run.
         rows: the utterances, sorted by length.
-        batch_size: utterances a batch.
-        sequence_length: longest excerpt in samples; 0 takes whole utterances.
         min_samples: shorter waveforms give no frame.
-        distortion: what is done to the waveforms; None or its setup ``clean`` does nothing.
-        seed: of the excerpts and the distortions. Both follow from seed, epoch and utterance alone:
+        distortion: of the waveforms; None or its setup ``clean``: none.
+        seed: of the excerpts and the distortions, which depend on seed, epoch and utterance alone:
             torch's own numbers would depend on the worker and on what was drawn before.
-        skip_bad: leave utterances out whose files are bad, and say which in the batch.
-        budget: most samples of a batch; see :func:`.sampling.bucket`.
-        targets: the stored targets of all utterances. They are of undistorted audio, and of one
-            excerpt of each long utterance, so this is what every epoch hears of it then.
+        targets: cached targets of all utterances. They are of undistorted audio, and of one excerpt
+            of each long utterance, which every epoch then has.
 
     Attributes:
         left_out: utterances that are in no batch, because they are bad by their table already.
@@ -90,32 +89,29 @@ class DistillationDataset(Dataset):
 
     def __init__(
         self,
-        root: str | Path,
+        data: DataSettings,
         rows: Sequence[Utterance],
-        batch_size: int,
-        sequence_length: int,
         min_samples: int,
         distortion: DistortionSettings | None = None,
         seed: int = 0,
-        skip_bad: bool = False,
-        budget: int = 0,
         targets: TargetSource | None = None,
     ):
-        self.root = Path(root)
-        self.batches = bucket(rows, batch_size, budget, sequence_length)
-        self.sequence_length = sequence_length
+        self.root = Path(data.libri_root)
+        most_samples = round(data.max_seconds * SAMPLE_RATE)
+        self.batches = bucket(rows, data.train_batch_size, most_samples, data.sequence_length)
+        self.sequence_length = data.sequence_length
         self.min_samples = min_samples
         self.seed = seed
-        self.skip_bad = skip_bad
+        self.skip_bad = data.on_bad_audio == "skip"
         self.targets = targets
         self.left_out: list[Bad] = []
-        self.distorter = None
+        self.distorter: Distorter | None = None
         if distortion is not None and distortion.setup != "clean":
             from .distortion.pipeline import Distorter  # loads torchaudio, which no one else needs
 
-            self.distorter = Distorter(distortion, seed, root, [row.path for row in rows])
+            self.distorter = Distorter(distortion, seed, self.root, [row.path for row in rows])
             if self.distorter.voices is not None:
-                self.distorter.voices.skip_bad = skip_bad
+                self.distorter.voices.skip_bad = self.skip_bad
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -135,7 +131,7 @@ class DistillationDataset(Dataset):
                         raise DataError(f"{error}; {ADVICE}") from None
                     bad.append(Bad(row.path, error.kind, error.reason))
                 else:
-                    good.append((row.path, *self._heard(wave, row.path, epoch)))
+                    good.append((row.path, *self._distort(wave, row.path, epoch)))
             stored = None
             if good and self.targets is not None:
                 stored = self.targets.batch([name for name, *_ in good])
@@ -152,15 +148,15 @@ class DistillationDataset(Dataset):
         teacher_padded = pad_sequence(teacher_waves, batch_first=True)
         return Batch(padded, lengths, names, teacher_waves=teacher_padded, bad=bad)
 
-    def _heard(self, wave: Tensor, name: str, epoch: int) -> tuple[Tensor, Tensor | None]:
-        """What the student hears of an utterance, and the teacher if it hears something else."""
+    def _distort(self, wave: Tensor, name: str, epoch: int) -> tuple[Tensor, Tensor | None]:
+        """The student's input, and the teacher's if it is different."""
         if self.distorter is None:
             return wave, None
         student, teacher = self.distorter.pair(wave, name, epoch)
         return student, None if self.targets is not None else teacher
 
     def _read(self, row: Utterance, epoch: int) -> Tensor:
-        """The utterance or, of a longer one, its excerpt in an epoch; of its file no more is read.
+        """Read an utterance, or the excerpt of a long one for an epoch.
 
         Raises:
             BadAudio: see the table in :mod:`s3prl_ekd.data.bad_audio`.
@@ -170,9 +166,9 @@ class DistillationDataset(Dataset):
             length = recording.samples
             if length < self.min_samples:
                 raise too_short(path, length, self.min_samples)
-            if abs(length - row.length) > 1:  # tables of others may round in another way
-                said = f"{path} has {length} samples at {SAMPLE_RATE} Hz, its table says"
-                warn_once("length", f"{said} {row.length}: the file's length counts")
+            if abs(length - row.length) > 1:  # other tools' tables may be rounded differently
+                text = f"{path} has {length} samples at {SAMPLE_RATE} Hz, its table says"
+                warn_once("length", f"{text} {row.length}: the file's length counts")
             return recording.read_speech(*self._excerpt(length, row.path, epoch))
 
     def _excerpt(self, length: int, name: str, epoch: int) -> tuple[int, int]:
@@ -199,10 +195,10 @@ def only_item(items: list[Batch]) -> Batch:
 
 
 def leave_signals_to_the_main_process(worker: int) -> None:
-    """``worker_init_fn``: a worker outlives the signals that ask the run to save and leave.
+    """``worker_init_fn``: ignore the signals that ask the run to save and exit.
 
-    Ctrl-C in a terminal and a cluster's signals reach every process of a run. A worker that died of
-    one would take the run with it before it has saved; workers end when the main process does, and
+    Ctrl-C in a terminal and a cluster's signals reach every process of a run. If a worker died of
+    one, the run would end before it has saved. Workers end with the main process, and
     :class:`.loader.BatchLoader` ends them before.
     """
     for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
@@ -211,83 +207,68 @@ def leave_signals_to_the_main_process(worker: int) -> None:
 
 
 def train_loader(
-    root: str | Path,
-    tables: str | Path,
+    data: DataSettings,
     sets: Sequence[str],
     *,
-    batch_size: int,
-    sequence_length: int,
-    max_timestep: int,
-    num_workers: int,
     min_samples: int,
-    pin_memory: bool = False,
     distortion: DistortionSettings | None = None,
     seed: int = 0,
     shuffle: bool = True,
-    skip_bad: bool = False,
-    max_seconds: float = 0,
     targets: TargetSource | None = None,
-    timeout: float = 0,
+    pin_memory: bool = False,
 ) -> BatchLoader:
-    """A loader of :class:`Batch` over the tables, utterances bucketed by length.
+    """A loader of :class:`Batch` over tables, utterances bucketed by length.
 
-    Each pass over it is an epoch with an order, excerpts and distortions of its own. They follow
-    from ``seed`` and the epoch, whatever the number of workers and whatever else draws random
-    numbers; ``loader.sampler.epoch`` and ``.position`` say where the next pass begins. With
-    ``shuffle`` off every pass is the same: batches from long to short, drawn as in epoch 0. With
-    ``skip_bad`` a batch lacks the utterances of bad files, and may have none left. ``max_seconds``
-    limits a batch by its audio, padding counted, beside ``batch_size``; 0: it does not. With
-    ``targets`` the batches have them, and the excerpts are the same in each epoch. ``timeout``: see
-    :class:`.loader.BatchLoader`.
+    Each pass is an epoch with its own order, excerpts and distortions, which depend on seed and
+    epoch alone; ``loader.sampler.epoch`` and ``.position`` say where the next pass begins.
+
+    Args:
+        data: the settings of a run; other tables than its ``sets`` may be read.
+        sets: the tables in ``data.file_path``.
+        min_samples: shorter waveforms give no frame.
+        distortion: of the waveforms; None: clean.
+        seed: of order, excerpts and distortions.
+        shuffle: False: every pass is the same, batches from long to short, drawn as in epoch 0.
+        targets: the batches get cached targets; the excerpts are then the same in each epoch.
+        pin_memory: see :class:`torch.utils.data.DataLoader`.
 
     Raises:
         DataError: a table or the audio root is missing, a row is not valid, nothing is left, or
             a folder that ``distortion`` names cannot be used.
     """
-    if not Path(root).is_dir():
-        raise DataError(f"the audio folder {root} (libri_root) does not exist")
-    wrong: list[Bad] = []
-    every = read_tables(tables, sets, wrong if skip_bad else None)
-    rows = within(every, max_timestep, min_samples)
+    if not Path(data.libri_root).is_dir():
+        raise DataError(f"the audio folder {data.libri_root} (libri_root) does not exist")
+    bad_rows: list[Bad] = []
+    skip_bad = data.on_bad_audio == "skip"
+    all_rows = read_tables(data.file_path, sets, bad_rows if skip_bad else None)
+    rows = within(all_rows, data.max_timestep, min_samples)
     hours = sum(row.length for row in rows) / SAMPLE_RATE / 3600
     logger.info("data: %d utterances, %.2f h, from %s", len(rows), hours, ", ".join(sets))
-    budget = round(max_seconds * SAMPLE_RATE)
-    dataset = DistillationDataset(
-        root,
-        rows,
-        batch_size,
-        sequence_length,
-        min_samples,
-        distortion,
-        seed,
-        skip_bad,
-        budget,
-        targets,
-    )
+    dataset = DistillationDataset(data, rows, min_samples, distortion, seed, targets)
     sizes = [len(batch) for batch in dataset.batches]
     logger.info(
         "data: %d batches of %d to %d utterances, %.1f %% of their samples are padding",
         len(sizes),
         min(sizes),
         max(sizes),
-        100 * padding_share(dataset.batches, sequence_length),
+        100 * padding_share(dataset.batches, data.sequence_length),
     )
     if skip_bad:
-        dataset.left_out.extend(wrong)
-        for row in every:
+        dataset.left_out.extend(bad_rows)
+        for row in all_rows:
             if row.length < min_samples:
                 error = too_short(row.path, row.length, min_samples)
                 dataset.left_out.append(Bad(row.path, error.kind, error.reason))
     return BatchLoader(
         dataset,
-        timeout=timeout,
+        timeout=data.loader_timeout,
         batch_size=1,
         sampler=EpochOrder(len(dataset), seed) if shuffle else FixedOrder(len(dataset)),
-        num_workers=num_workers,
+        num_workers=data.num_workers,
         collate_fn=only_item,
         pin_memory=pin_memory,
         worker_init_fn=leave_signals_to_the_main_process,
-        persistent_workers=num_workers > 0 and shuffle,
+        persistent_workers=data.num_workers > 0 and shuffle,
         # Each pass draws a seed for its workers; from torch's own generator it would shift what
         # the student's dropout draws, and a resumed run begins its passes elsewhere.
         generator=torch.Generator().manual_seed(0),

@@ -1,4 +1,4 @@
-"""A DataLoader whose processes end when the run does, however it ends."""
+"""A DataLoader whose worker processes end with the run, however it ends."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from ..errors import SetupError
 
 SHARED_MEMORY = "/dev/shm"  # where Linux has it
-POLITE = 1.0  # seconds for workers to end by themselves: a batch that is being read is thrown away
+GRACE = 1.0  # seconds for workers to end by themselves; the batch they read is discarded
 
 _workers: weakref.WeakSet[BaseProcess] = weakref.WeakSet()  # of all loaders
 
@@ -35,16 +35,16 @@ class BatchLoader(DataLoader):
         dataset: see DataLoader.
         timeout: seconds without a batch from the workers until a RuntimeError says so; 0 waits for
             ever.
-        **others: see DataLoader.
+        **options: see DataLoader.
 
     Raises:
         SetupError: on iterating: worker processes cannot be started.
     """
 
-    def __init__(self, dataset: Dataset, *, timeout: float = 0.0, **others: Any):
+    def __init__(self, dataset: Dataset, *, timeout: float = 0.0, **options: Any):
         # torch refuses one where the main process reads
-        super().__init__(dataset, timeout=timeout if others.get("num_workers") else 0, **others)
-        self._begun: weakref.WeakSet = weakref.WeakSet()
+        super().__init__(dataset, timeout=timeout if options.get("num_workers") else 0, **options)
+        self._iterators: weakref.WeakSet = weakref.WeakSet()
         self._started: weakref.WeakSet[BaseProcess] = weakref.WeakSet()
 
     def __iter__(self) -> Iterator:
@@ -61,21 +61,23 @@ class BatchLoader(DataLoader):
                 f"cannot start the {self.num_workers} processes that read audio: {error.strerror}; "
                 f"{shared_memory()}; {advice()}"
             ) from None
-        self._begun.add(batches)
+        self._iterators.add(batches)
         for worker in getattr(batches, "_workers", ()):
             self._started.add(worker)
             _workers.add(worker)
         return batches
 
-    def close(self, limit: float = POLITE) -> None:
+    def close(self, limit: float = GRACE) -> None:
         """End the worker processes, those that do not end within ``limit`` seconds by force.
 
         The loader can be iterated over again, with new ones.
         """
-        begun = [batches for batches in self._begun if hasattr(batches, "_shutdown_workers")]
+        iterators = [
+            batches for batches in self._iterators if hasattr(batches, "_shutdown_workers")
+        ]
         # In threads: torch waits for each worker in turn, and for its pinning without a limit.
         threads = [
-            threading.Thread(target=batches._shutdown_workers, daemon=True) for batches in begun
+            threading.Thread(target=batches._shutdown_workers, daemon=True) for batches in iterators
         ]
         for thread in threads:
             thread.start()
@@ -85,7 +87,7 @@ class BatchLoader(DataLoader):
         children = (each for each in multiprocessing.active_children() if each in self._started)
         _kill(children, threads)
         self._iterator = None  # of persistent workers
-        self._begun.clear()
+        self._iterators.clear()
 
 
 @contextlib.contextmanager

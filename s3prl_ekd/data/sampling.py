@@ -1,23 +1,35 @@
 """Which utterances make a batch, and the order of the batches.
 
-Batches are neighbours in length, as many as a limit allows. Their order is a function of seed and
-epoch that can be entered in the middle.
+A batch is of neighbours in length, as many as a limit allows. The order is a function of seed and
+epoch, and a pass can begin at any position in it.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import random
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch.utils.data import Sampler
 
 from ..errors import DataError
-from .distortion.pipeline import generator
 from .tables import Utterance
 
 
-class FixedOrder(Sampler):
+def generator(seed: int, epoch: int, utterance: str, role: str) -> random.Random:
+    """Random numbers that are a function of these four.
+
+    Python's ``hash`` of a text changes from process to process; a digest does not.
+    """
+    # The one part that may hold a newline comes last, so no two quadruples give the same text.
+    text = f"{seed}\n{epoch}\n{role}\n{utterance}"
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=8).digest()
+    return random.Random(int.from_bytes(digest, "big"))
+
+
+class FixedOrder(Sampler[int]):
     """Every index in the same order at each pass; of several processes each takes its share."""
 
     def __init__(self, count: int):
@@ -31,12 +43,12 @@ class FixedOrder(Sampler):
         return iter(range(self.rank, self.count, self.processes))
 
 
-class EpochOrder(Sampler):
+class EpochOrder(Sampler[tuple[int, int]]):
     """Each pass gives every index once, as ``(epoch, index)``, in the order of its epoch.
 
-    No other random number plays a part, so a pass is the same whenever and wherever it is made. The
-    epoch travels with the index: a persistent worker process keeps the dataset it was started
-    with, and would not see an attribute that changes in the main process.
+    The order depends on seed and epoch alone. The epoch is given with the index: a persistent
+    worker process keeps the dataset that it was started with, and would not see an attribute that
+    changes in the main process.
 
     Several processes deal out the passes, laid end to end, like cards: process ``r`` of ``n`` takes
     each ``n``-th batch, from the ``r``-th on. So the sequence is the same for any number of them;
@@ -44,11 +56,11 @@ class EpochOrder(Sampler):
 
     Args:
         count: how many indices.
-        seed: another seed, other orders.
+        seed: of the orders.
 
     Attributes:
         epoch: number of the next pass, from 0.
-        position: how many indices the next pass leaves out at its begin.
+        position: how many indices the next pass skips at its start.
     """
 
     def __init__(self, count: int, seed: int):
@@ -59,7 +71,7 @@ class EpochOrder(Sampler):
         self.position = 0
 
     def go_to(self, epoch: int, position: int, rank: int = 0, processes: int = 1) -> None:
-        """Begin after the first ``position`` batches of a pass, counted over all processes."""
+        """Continue after the first ``position`` batches of a pass, counted over all processes."""
         self.step = processes
         passes, self.position = divmod(position + rank, self.count)
         self.epoch = epoch + passes

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ..data.settings import DataSettings
 from ..distill.batch import DistillBatch
 from ..hidden_states.fingerprint import layout_of, make_key
 from ..hidden_states.store import Index, TargetReader
 from ..pretrain.config_diff import table_digests
 from ..pretrain.target_cache.build import begin, build, targets_of
-from ..pretrain.target_cache.use import let_go
+from ..pretrain.target_cache.use import free
 from .bench_clock import Clock
 from .bench_corpus import SET
 from .bench_sides import Ours, Plan, _charged, _update
@@ -44,22 +45,26 @@ class Cached(Ours):
                 index,
                 targets_of(teachers, None, {}),
                 rows,
-                root=str(plan.folder / "audio"),
-                sequence_length=0,
+                DataSettings(
+                    str(plan.folder / "audio"),
+                    str(plan.folder / "tables"),
+                    (SET,),
+                    1,
+                    num_workers=0,
+                    sequence_length=0,
+                ),
                 min_samples=plan.models.student.min_samples,
-                skip_bad=False,
-                num_workers=0,
                 device=self.device,
             )
         reader = TargetReader(folder)
         self._apart = self._compared(reader)
         self.dataset.targets = reader
-        let_go(teachers)
+        free(teachers)
 
     def step(self, index: int, clock: Clock) -> tuple[float, Tensor]:
         distiller = self.distiller
         with (
-            _charged(self.dataset, "_heard", "distort", clock),
+            _charged(self.dataset, "_distort", "distort", clock),
             _charged(self.dataset.targets, "batch", "teacher forward", clock),
             _charged(distiller.student, "forward", "student forward", clock),
             _charged(distiller.heads, "forward", "student forward", clock),

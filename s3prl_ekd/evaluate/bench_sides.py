@@ -64,6 +64,7 @@ class Ours:
     def __init__(self, plan: Plan, **settings: Any):
         from ..data.batches import train_loader
         from ..data.distortion.settings import DistortionSettings
+        from ..data.settings import DataSettings
         from ..distill.distiller import EnsembleDistiller
         from ..distill.settings import DistillSettings, TeacherSettings
         from ..distill.student import Student
@@ -73,13 +74,15 @@ class Ours:
         teachers = {n: TeacherSettings(str(p), models.layers) for n, p in plan.teachers.items()}
         chosen = DistillSettings(teachers, student=models.student, **settings)
         self.dataset = train_loader(
-            plan.folder / "audio",
-            plan.folder / "tables",
+            DataSettings(
+                str(plan.folder / "audio"),
+                str(plan.folder / "tables"),
+                (SET,),
+                plan.batch,
+                num_workers=0,
+                sequence_length=0,
+            ),
             [SET],
-            batch_size=plan.batch,
-            sequence_length=0,
-            max_timestep=0,
-            num_workers=0,
             min_samples=models.student.min_samples,
             distortion=DistortionSettings(setup="same") if plan.distort else None,
         ).dataset
@@ -102,7 +105,7 @@ class Ours:
     def step(self, index: int, clock: Clock) -> tuple[float, Tensor]:
         distiller = self.distiller
         with (
-            _charged(self.dataset, "_heard", "distort", clock),
+            _charged(self.dataset, "_distort", "distort", clock),
             _charged(distiller.teachers, "states", "teacher forward", clock),
             _charged(distiller.teachers, "targets", "teacher forward", clock),
             _charged(distiller.student, "forward", "student forward", clock),

@@ -9,6 +9,7 @@ spawning can import what they need.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import logging
 import os
@@ -53,7 +54,7 @@ def _launch(
     quiet_s3prl()
     hint = "" if "evaluate" in sys.argv else "; add -a (and leave -e out) to go on"
     return run_command(
-        lambda: _run_script(script, prepare, main),
+        functools.partial(_run_script, script, prepare, main),
         f"stopped by Ctrl-C{hint}",
         broken_pipe=1,
         files_are_typed=False,

@@ -1,4 +1,4 @@
-"""The utterances that ``on_bad_audio: skip`` leaves out: warned of, counted, listed."""
+"""The list of utterances that ``on_bad_audio: skip`` leaves out."""
 
 from __future__ import annotations
 
@@ -28,15 +28,16 @@ Entry = tuple[str, int, int]  # reason, times, first epoch
 
 
 class BadAudioList:
-    """What was left out of a run, as of its last update; and since, which a resumed run finds anew.
+    """The utterances that a run has left out, with the reason and how often.
 
-    It lives in the checkpoints, so that a run that was killed and resumed counts nothing twice.
+    Entries count from the step after which they are committed. The list is part of a checkpoint, so
+    that a run that was killed and resumed counts nothing twice.
 
     Args:
         folder: of the run; the list is written there.
         datasets: of the training and dev tables.
-        saved: :func:`stored` in the checkpoint that the run goes on from.
-        where: what messages call that.
+        saved: :func:`as_tensor` in the checkpoint that the run resumes from.
+        path: of that checkpoint, for messages.
 
     Raises:
         CheckpointError: ``saved`` is no such list.
@@ -47,25 +48,25 @@ class BadAudioList:
         folder: str | Path,
         datasets: Sequence[DistillationDataset],
         saved: Any = None,
-        where: str = "",
+        path: str = "",
     ):
         self.path = Path(folder) / NAME
         self._skipping = any(data.skip_bad for data in datasets)
         self._total = sum(len(data.left_out) + sum(map(len, data.batches)) for data in datasets)
-        self._known = _unpacked({} if saved is None else saved, where)
-        self._since: dict[str, Entry] = {}
-        self._elsewhere: list[dict[str, list]] = []
+        self._entries = _parse({} if saved is None else saved, path)
+        self._uncommitted: dict[str, Entry] = {}
+        self._of_others: list[dict[str, list]] = []  # entries of the other processes
         self._warned: set[str] = set()
         for data in datasets:
-            new = [bad for bad in data.left_out if bad.path not in self._known]
-            self.found(new, 0)
+            new = [bad for bad in data.left_out if bad.path not in self._entries]
+            self.record(new, 0)
         self.commit()
 
-    def found(self, bad: Sequence[Bad], epoch: int) -> None:
-        """Take down what a batch lacks; a warning for the first file of each kind."""
+    def record(self, bad: Sequence[Bad], epoch: int) -> None:
+        """Add the utterances that a batch lacks; warn of the first file of each kind."""
         for path, kind, reason in bad:
-            first, times, begin = self._since.get(path, (reason, 0, epoch))
-            self._since[path] = first, times + 1, begin
+            first, times, begin = self._uncommitted.get(path, (reason, 0, epoch))
+            self._uncommitted[path] = first, times + 1, begin
             if kind not in self._warned:
                 self._warned.add(kind)
                 logger.warning(
@@ -76,32 +77,32 @@ class BadAudioList:
                 )
 
     def commit(self) -> None:
-        """An update is done: what was found on its way belongs to it."""
-        self._known, self._since = self._whole(), {}
+        """Count what was recorded since the last step: the step is done."""
+        self._entries, self._uncommitted = self._all_entries(), {}
 
-    def packed(self) -> dict[str, list]:
-        """The list as of the last update, as plain data."""
-        return {path: list(entry) for path, entry in self._known.items()}
+    def state(self) -> dict[str, list]:
+        """The entries as of the last step, as plain data."""
+        return {path: list(entry) for path, entry in self._entries.items()}
 
-    def gathered(self, every: Sequence[dict[str, list]]) -> dict[str, list]:
-        """The lists of all processes as one, and for :meth:`write` those of the others.
+    def merge(self, states: Sequence[dict[str, list]]) -> dict[str, list]:
+        """Merge the entries of all processes; keep those of the others for :meth:`write`.
 
         Args:
-            every: :meth:`packed` of each process, this one's first.
+            states: :meth:`state` of each process, this one's first.
         """
-        self._elsewhere = list(every[1:])
-        whole: dict[str, list] = {}
-        for entries in every:
+        self._of_others = list(states[1:])
+        merged: dict[str, list] = {}
+        for entries in states:
             for path, (reason, times, epoch) in entries.items():
-                first, before, begin = whole.get(path, (reason, 0, epoch))
-                whole[path] = [first, before + times, min(begin, epoch)]
-        return whole
+                first, before, begin = merged.get(path, (reason, 0, epoch))
+                merged[path] = [first, before + times, min(begin, epoch)]
+        return merged
 
     def write(self) -> None:
-        """Write the list into the run's folder, and say how long it is. A list that cannot be
-        written is a warning: checkpoints matter more."""
-        mine = {path: list(entry) for path, entry in self._whole().items()}
-        entries = self.gathered([mine, *self._elsewhere])
+        """Write the list into the run's folder, and log its length. If it cannot be written, warn:
+        checkpoints matter more."""
+        own = {path: list(entry) for path, entry in self._all_entries().items()}
+        entries = self.merge([own, *self._of_others])
         if not entries:
             if self._skipping:
                 logger.info("no audio file was bad, of %d utterances", self._total)
@@ -124,29 +125,34 @@ class BadAudioList:
         )
 
     def nothing_left(self, what: str) -> DataError:
-        """The error for a pass over ``what`` of which no utterance could be used."""
-        found = [f"the first is {path}, {entry[0]}; " for path, entry in self._whole().items()]
+        """The error for an epoch of ``what`` without a usable utterance."""
+        files = [
+            f"the first is {path}, {entry[0]}; " for path, entry in self._all_entries().items()
+        ]
         return DataError(
-            f"no utterance of a whole pass over {what} can be used: {''.join(found[:1])}check "
+            f"no utterance of a whole pass over {what} can be used: {''.join(files[:1])}check "
             f"libri_root, and see {self.path}"
         )
 
-    def _whole(self) -> dict[str, Entry]:
-        whole = dict(self._known)
-        for path, (reason, times, epoch) in self._since.items():
-            first, before, begin = whole.get(path, (reason, 0, epoch))
-            whole[path] = first, before + times, begin
-        return whole
+    def _all_entries(self) -> dict[str, Entry]:
+        entries = dict(self._entries)
+        for path, (reason, times, epoch) in self._uncommitted.items():
+            first, before, begin = entries.get(path, (reason, 0, epoch))
+            entries[path] = first, before + times, begin
+        return entries
 
 
 class UsableBatches:
-    """The batches of a loader that have an utterance left; the others are in the list.
+    """The batches of a loader that have a usable utterance; what they lack goes into the list.
 
     Args:
         loader: of the batches.
         bad: the list.
         epoch: of the run.
-        wait: what iterates over the loader.
+        iterate: iterates over the loader.
+
+    Raises:
+        DataError: on iterating: an utterance could not be read.
     """
 
     def __init__(
@@ -154,10 +160,10 @@ class UsableBatches:
         loader: DataLoader,
         bad: BadAudioList,
         epoch: int,
-        wait: Callable[[DataLoader], Iterator[Batch]] = iter,
+        iterate: Callable[[DataLoader], Iterator[Batch]] = iter,
     ):
         self.loader = loader
-        self.wait = wait
+        self.iterate = iterate
         self.bad = bad
         self.epoch = epoch
 
@@ -165,30 +171,32 @@ class UsableBatches:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[Batch]:
-        for batch in self.wait(self.loader):
-            self.bad.found(batch.bad, self.epoch)
+        for batch in self.iterate(self.loader):
+            self.bad.record(batch.bad, self.epoch)
+            if batch.problem:
+                raise DataError(batch.problem)
             if batch.names:
                 yield batch._replace(bad=())
 
 
-def stored(entries: Mapping[str, list]) -> Tensor | dict:
-    """The list as a checkpoint holds it: JSON in a tensor, for as values it could be more than what
-    a checkpoint may have of them. An empty list is an empty mapping."""
+def as_tensor(entries: Mapping[str, list]) -> Tensor | dict:
+    """The list as a checkpoint holds it: JSON in a tensor, because the reader limits how many
+    values a checkpoint may have. An empty list is an empty mapping."""
     if not entries:
         return {}
     return torch.frombuffer(bytearray(json.dumps(entries).encode()), dtype=torch.uint8)
 
 
-def _unpacked(data: Any, where: str) -> dict[str, Entry]:
+def _parse(data: Any, checkpoint: str) -> dict[str, Entry]:
     try:
         if isinstance(data, Tensor):
             data = json.loads(data.numpy().tobytes())
         if not isinstance(data, Mapping):
             raise TypeError("no mapping")
         for path, (reason, times, epoch) in data.items():
-            kinds = [type(each) for each in (path, reason, times, epoch)]
-            if kinds != [str, str, int, int]:
+            types = [type(value) for value in (path, reason, times, epoch)]
+            if types != [str, str, int, int]:
                 raise TypeError(f"{path!r} has {reason!r}, {times!r}, {epoch!r}")
         return {path: tuple(entry) for path, entry in data.items()}
     except (TypeError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{where} is damaged: its list of bad audio: {error}") from None
+        raise CheckpointError(f"{checkpoint} is damaged: its list of bad audio: {error}") from None

@@ -30,14 +30,14 @@ VERSION = CHECKPOINT_PARTS[KEY]
 
 @dataclass
 class Progress:
-    """Counted at updates only: between two updates, within an accumulated batch, nothing is saved.
+    """How far a run is; it changes at whole steps only.
 
-    ``step``: updates done, skipped ones included. ``epoch`` and ``batch``: the pass over the data,
+    ``step``: steps done, skipped ones included. ``epoch`` and ``batch``: the pass over the data,
     and how many batches of it are used, by all processes together. ``batches``: of one pass.
-    ``tables``: digest of each corpus table. ``skipped``, ``skipped_in_a_row``: updates that were
-    not finite. ``best_loss``, ``best_step``: of the dev tables. ``scaler``: the loss scale of fp16.
+    ``tables``: digest of each corpus table. ``skipped``, ``skipped_in_a_row``: steps that were not
+    finite. ``best_loss``, ``best_step``: of the dev tables. ``scaler``: the loss scale of fp16.
     ``records``: the scalars since TensorBoard's last point. ``dev_due``: the dev loss of this step
-    is still to be measured: a signal came, or an error, before that was done.
+    is still to be measured; a signal or an error came before.
     """
 
     step: int = 0
@@ -51,15 +51,15 @@ class Progress:
     best_step: int = 0
     scaler: dict[str, Any] = field(default_factory=dict)
     dev_due: bool = False
-    records: Mapping[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
+    records: dict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
 
-    def packed(self, random: list[dict]) -> dict[str, Any]:
+    def state_dict(self, random: list[dict]) -> dict[str, Any]:
         """As plain data and tensors.
 
         Args:
             random: the random states of each process, by rank.
         """
-        data = {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}
+        data = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         data["records"] = {
             name: torch.stack([value.float().cpu() for value in values])
             for name, values in self.records.items()
@@ -67,29 +67,33 @@ class Progress:
         return {"version": VERSION, "random": random, **data}
 
     @staticmethod
-    def unpacked(data: Any, where: str) -> Progress:
-        """The inverse of :meth:`packed`; unknown keys are passed over.
+    def from_state_dict(data: Any, path: str) -> Progress:
+        """The inverse of :meth:`state_dict`; unknown keys are ignored.
+
+        Args:
+            data: of a checkpoint.
+            path: of the checkpoint, for messages.
 
         Raises:
-            CheckpointError: naming ``where``; these are no such data.
+            CheckpointError: ``data`` is damaged or of a newer version.
         """
         try:
-            refuse_newer(data["version"], VERSION, f"{where} ({KEY})")
+            refuse_newer(data["version"], VERSION, f"{path} ({KEY})")
             if data["version"] != VERSION:
                 raise ValueError(f"version {data['version']!r:.20}")
             data = {"dev_due": False, **data}  # version 0.1 did not write it
-            known = {each.name: data[each.name] for each in dataclasses.fields(Progress)}
+            values = {field.name: data[field.name] for field in dataclasses.fields(Progress)}
             counts = ("step", "epoch", "batch", "batches", "skipped", "skipped_in_a_row")
-            if not all(type(known[name]) is int and known[name] >= 0 for name in counts):
+            if not all(type(values[name]) is int and values[name] >= 0 for name in counts):
                 raise TypeError("a count is no whole number")
-            records = {name: list(values.unbind()) for name, values in known["records"].items()}
-            known["records"] = defaultdict(list, records)
-            known["tables"], known["scaler"] = dict(known["tables"]), dict(known["scaler"])
+            records = {name: list(points.unbind()) for name, points in values["records"].items()}
+            values["records"] = defaultdict(list, records)
+            values["tables"], values["scaler"] = dict(values["tables"]), dict(values["scaler"])
             if not isinstance(data["random"], list):
                 raise TypeError("random is no list")
         except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
-            raise CheckpointError(f"{where} is damaged: its run state ({KEY}): {error}") from None
-        return Progress(**known)
+            raise CheckpointError(f"{path} is damaged: its run state ({KEY}): {error}") from None
+        return Progress(**values)
 
 
 logger = logging.getLogger(__name__)
@@ -102,13 +106,13 @@ class SaveError(SetupError):
     """A checkpoint could not be written; the message says where and how to go on."""
 
 
-class RunSaves:
-    """Write and tidy the checkpoints in a run's folder.
+class CheckpointManager:
+    """Write and prune the checkpoints in a run's folder.
 
     Args:
         folder: exists.
         max_keep: how many numbered checkpoints stay.
-        hint: how to go on, for messages.
+        hint: how to resume, for messages.
     """
 
     def __init__(self, folder: str | Path, max_keep: int, hint: str):
@@ -116,37 +120,36 @@ class RunSaves:
         self.max_keep = max_keep
         self.hint = hint
 
-    def numbered(self, states: Mapping, step: int) -> Path:
+    def save_numbered(self, states: Mapping, step: int) -> Path:
         """Save as ``states-STEP.ckpt`` and ``last.ckpt``, then remove the oldest beyond max_keep.
 
         Raises:
-            SaveError: there is no room, for example. What was there before is there still.
+            SaveError: there is no room, for example. Earlier checkpoints are kept.
         """
         path = self._write(states, f"states-{step}.ckpt")
         try:
             second_name(path, self.folder / LAST)
         except OSError as error:
             raise self._error(self.folder / LAST, error) from None
-        # Of steps to come there may be damaged files, which do not count.
+        # Damaged files of later steps may be left, which do not count.
         numbered = sorted(number for number in self._numbers() if number <= step)
         for old in numbered[: -self.max_keep]:
             (self.folder / f"states-{old}.ckpt").unlink(missing_ok=True)
         return path
 
-    def last(self, states: Mapping) -> Path:
-        """Save as ``last.ckpt`` only. Raises SaveError, as :meth:`numbered` does."""
+    def save_last(self, states: Mapping) -> Path:
+        """Save as ``last.ckpt`` only. Raises SaveError, as :meth:`save_numbered` does."""
         return self._write(states, LAST)
 
-    def best(self, states: Mapping) -> Path:
-        """Save as ``dev-best.ckpt``. Raises SaveError, as :meth:`numbered` does."""
+    def save_best(self, states: Mapping) -> Path:
+        """Save as ``dev-best.ckpt``. Raises SaveError, as :meth:`save_numbered` does."""
         return self._write(states, BEST)
 
-    def tidy(self, step: int) -> None:
-        """Begin at ``step`` in a folder that was in use before.
+    def prune(self, step: int) -> None:
+        """Prepare the folder for a run that resumes at ``step``.
 
-        Halves of files that a killed process left are removed. What was saved after ``step`` is
-        renamed, for a run that goes back there makes its own: ``-a`` would next go on from one of
-        them otherwise.
+        Incomplete files of a killed process are removed. Checkpoints of later steps are renamed:
+        the next ``-a`` would resume from one of them otherwise.
         """
         remove_leftovers(self.folder, "*.ckpt")
         for path in run_checkpoints(self.folder):
@@ -155,7 +158,7 @@ class RunSaves:
             except NewerFormatError:
                 raise
             except (CheckpointError, ValueError, TypeError):
-                continue  # damaged: it is passed over when resuming, and overwritten in time
+                continue  # damaged: ignored when resuming, and overwritten in time
             if newer:
                 logger.warning("%s is of a later step: renamed to %s.old", path, path.name)
                 path.replace(path.with_name(f"{path.name}.old"))

@@ -6,7 +6,8 @@ import contextlib
 import logging
 import os
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,11 +31,11 @@ class Processes:
     """``rank`` of this process among ``count``.
 
     One process writes: checkpoints, TensorBoard, the lock, the progress bar. Positions in the data
-    are counted in batches of all processes together, so that a run may go on with another number
-    of them; each has random numbers of its own.
+    are counted in batches of all processes together, so that a run may be resumed with another
+    number of them; each has its own random numbers.
 
-    The methods that ask the others must be called by all of them, in the same order. What they ask
-    is small and goes through the CPU (gloo); gradients are DistributedDataParallel's affair.
+    The methods communicate: all processes must call them, in the same order. What they exchange is
+    small and goes through the CPU (gloo); gradients are left to DistributedDataParallel.
     """
 
     rank: int = 0
@@ -44,38 +45,44 @@ class Processes:
     def writer(self) -> bool:
         return self.rank == 0
 
-    def any(self, mine: bool) -> bool:
-        """Whether it is so in any process: a signal reaches one of them, and all must stop."""
+    def any(self, value: bool) -> bool:
+        """Whether a value is true in any process: a signal reaches one, and all must stop."""
         if self.count == 1:
-            return bool(mine)
-        flag = torch.tensor(float(mine))
+            return bool(value)
+        flag = torch.tensor(float(value))
         dist.all_reduce(flag, dist.ReduceOp.MAX)
         return bool(flag)
 
-    def sum(self, *mine: float) -> list[float]:
+    def sum(self, *values: float) -> list[float]:
         """The sums over all processes."""
         if self.count == 1:
-            return list(mine)
-        total = torch.tensor(mine, dtype=torch.float64)
+            return list(values)
+        total = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(total)
         return total.tolist()
 
-    def gather(self, mine: Any) -> list:
-        """What each process has, by rank: plain data and tensors."""
+    def all_gather(self, value: Any) -> list:
+        """The values of all processes, by rank: plain data and tensors."""
         if self.count == 1:
-            return [mine]
-        found: list = [None] * self.count
-        dist.all_gather_object(found, mine)
-        return found
+            return [value]
+        values: list = [None] * self.count
+        dist.all_gather_object(values, value)
+        return values
 
-    def first(self, mine: Any) -> Any:
-        """What the first process has that has something; None where none has."""
-        return next((each for each in self.gather(mine) if each is not None), None)
+    def first(self, value: Any) -> Any:
+        """The first of the processes' values, by rank, that is not None."""
+        return next((value for value in self.all_gather(value) if value is not None), None)
 
-    def own_random_numbers(self, seed: int) -> None:
-        """Let each process draw its own: the same dropout everywhere would waste the batch's width.
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        if self.count > 1:
+            dist.all_reduce(torch.zeros(1))  # dist.barrier() would take the GPU
 
-        The first one keeps those it has, so that a run of one process does not know of this.
+    def seed_by_rank(self, seed: int) -> None:
+        """Give each process its own random numbers: dropout that is the same in all of them would
+        waste the batch's width.
+
+        The first one keeps those it has, as in a run of one process.
         """
         if self.rank:
             random.seed(seed + self.rank)
@@ -84,7 +91,7 @@ class Processes:
 
 
 def join(device: str) -> Processes:
-    """Join the processes that torchrun has started; alone, there is nothing to do.
+    """Join the processes that torchrun has started, if there are several.
 
     Args:
         device: of the run, ``cpu`` or ``cuda``; each process takes the GPU of its local rank.
@@ -103,11 +110,11 @@ def join(device: str) -> Processes:
                 "--device cuda, or leave it out"
             )
         if on_cuda:
-            local, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-            if local >= there:
+            local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+            if local >= gpus:
                 raise SetupError(
-                    f"torchrun has started more processes than the {there} GPUs of this machine; "
-                    f"give it --nproc_per_node={there}"
+                    f"torchrun has started more processes than the {gpus} GPUs of this machine; "
+                    f"give it --nproc_per_node={gpus}"
                 )
             torch.cuda.set_device(local)
         if not dist.is_initialized():
@@ -121,37 +128,50 @@ def join(device: str) -> Processes:
 
 
 def leave() -> None:
-    """Take leave of the others at the end; after an error they find out for themselves."""
+    """Leave the process group at the end; after an error the other processes see it lost."""
     if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(torch.zeros(1))  # who leaves first could take a connection with it
+        dist.all_reduce(torch.zeros(1))  # a barrier: who leaves first could close a connection
         dist.destroy_process_group()
 
 
-def mean_records(every: Sequence[dict[str, list[float]]]) -> dict[str, list[float]]:
+def mean_records(by_process: Sequence[dict[str, list[float]]]) -> dict[str, list[float]]:
     """Scalars by name and step: the mean over the processes that have them."""
-    names = dict.fromkeys(name for records in every for name in records)
+    names = dict.fromkeys(name for records in by_process for name in records)
     means = {}
     for name in names:
-        lists = [records[name] for records in every if name in records]
+        lists = [records[name] for records in by_process if name in records]
         length = max(map(len, lists))
-        columns = [[each[i] for each in lists if i < len(each)] for i in range(length)]
+        columns = [[values[i] for values in lists if i < len(values)] for i in range(length)]
         means[name] = [sum(column) / len(column) for column in columns]
     return means
 
 
-def lost_another(error: BaseException) -> bool:
-    """Whether an error says that another process is not there any more."""
+def is_lost_process(error: BaseException) -> bool:
+    """Whether an error means that another process has ended."""
     if isinstance(error, getattr(dist, "DistError", ())):
         return True
     signs = ("Connection closed", "Connection reset", "Broken pipe", "gloo", "NCCL", "ProcessGroup")
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
 
 
-class OneStep(nn.Module):
-    """The distiller, called with a batch on its device.
+def distiller_batch(batch: Batch, device: str) -> DistillBatch:
+    """The distiller's part of a batch, on the device."""
+    teacher_waves = batch.teacher_waves
+    if teacher_waves is not None:
+        teacher_waves = teacher_waves.to(device, non_blocking=True)
+    return DistillBatch(
+        batch.waves.to(device, non_blocking=True),
+        batch.lengths.to(device, non_blocking=True),
+        teacher_waves,
+        None if batch.targets is None else batch.targets.on(device),
+    )
+
+
+class DistributedStep(nn.Module):
+    """The distiller's forward for DistributedDataParallel, with batches that may be empty.
 
     A process may be left without an utterance where others have some (bad audio). It takes part all
-    the same, or they would wait for it: its loss is 0, and so are its gradients.
+    the same, or they would wait for it.
     """
 
     def __init__(self, distiller: EnsembleDistiller):
@@ -163,67 +183,45 @@ class OneStep(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         if len(batch.lengths):
             return self.distiller(batch, step=step, detail=detail)
-        self.distiller.empty_step()
-        return sum((weight * 0).sum() for weight in self.distiller.trainable.parameters()), {}
+        return empty_step(self.distiller), {}
 
 
-class Steps:
-    """How the adapter calls the distiller; not a module, so nothing is registered twice.
+def empty_step(distiller: EnsembleDistiller) -> Tensor:
+    """The loss of a batch without an utterance: 0, with gradients of 0."""
+    distiller.empty_step()
+    return torch.stack([(weight * 0).sum() for weight in distiller.trainable.parameters()]).sum()
+
+
+def distribute(distiller: EnsembleDistiller, device: str) -> DistributedDataParallel:
+    """The distiller's forward with gradients averaged over all processes, whose weights become
+    those of the first.
+
+    The teachers are the same everywhere and have no gradients: DistributedDataParallel ignores
+    them.
 
     Args:
         distiller: teachers, student, heads, loss.
+        device: of the run.
     """
+    step = DistributedStep(distiller)
+    teachers = [
+        f"distiller.teachers.{name}"
+        for tensors in (distiller.teachers.named_parameters(), distiller.teachers.named_buffers())
+        for name, _ in tensors
+    ]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(step, teachers)
+    on_cuda = device.startswith("cuda")
+    return DistributedDataParallel(
+        step,
+        device_ids=[torch.cuda.current_device()] if on_cuda else None,
+        broadcast_buffers=False,  # the statistics of the targets agree already
+        # Layers that this process's layer drop has left out get no gradient here.
+        find_unused_parameters=distiller.student.settings.encoder_layerdrop > 0,
+    )
 
-    def __init__(self, distiller: EnsembleDistiller):
-        self.plain = OneStep(distiller)
-        self.shared: DistributedDataParallel | None = None
 
-    def share(self, device: str) -> None:
-        """Average the gradients of all processes from now on; they start from the first one's
-        weights.
-
-        The teachers are the same everywhere and have no gradients: they are left alone.
-
-        Args:
-            device: of the run.
-        """
-        distiller = self.plain.distiller
-        teachers = [
-            f"distiller.teachers.{name}"
-            for part in (distiller.teachers.named_parameters(), distiller.teachers.named_buffers())
-            for name, _ in part
-        ]
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.plain, teachers)
-        # A layer that this process's layer drop has left out gets no gradient here.
-        dropping = distiller.student.settings.encoder_layerdrop > 0
-        on_cuda = device.startswith("cuda")
-        self.shared = DistributedDataParallel(
-            self.plain,
-            device_ids=[torch.cuda.current_device()] if on_cuda else None,
-            broadcast_buffers=False,  # the statistics of the targets agree already
-            find_unused_parameters=dropping,
-        )
-
-    @contextlib.contextmanager
-    def own_gradients(self) -> Iterator[None]:
-        """Within it, gradients stay with their process: all but the last batch of an update."""
-        with self.shared.no_sync() if self.shared is not None else contextlib.nullcontext():
-            yield
-
-    def __call__(
-        self, batch: Batch, device: str, step: int, detail: bool
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss and scalars of a batch; see :meth:`EnsembleDistiller.forward`."""
-        teacher_waves = batch.teacher_waves
-        if teacher_waves is not None:
-            teacher_waves = teacher_waves.to(device, non_blocking=True)
-        call = self.plain
-        if self.shared is not None and torch.is_grad_enabled():
-            call = self.shared
-        on_device = DistillBatch(
-            batch.waves.to(device, non_blocking=True),
-            batch.lengths.to(device, non_blocking=True),
-            teacher_waves,
-            None if batch.targets is None else batch.targets.on(device),
-        )
-        return call(on_device, step, detail)
+def no_sync(module: nn.Module) -> AbstractContextManager[None]:
+    """Within it, gradients stay with their process: all but the last batch of a step."""
+    if isinstance(module, DistributedDataParallel):
+        return module.no_sync()
+    return contextlib.nullcontext()

@@ -1,4 +1,4 @@
-"""The adapter between s3prl's pretrain Runner and :mod:`s3prl_ekd.distill`.
+"""The method as s3prl's pretrain Runner wants it: model, batches, loss, and what is saved.
 
 s3prl imports ``pretrain.ekd.pretrain_expert.UpstreamPretrainExpert`` and calls the methods below;
 what each must do is written in s3prl's ``pretrain/runner.py``.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,19 +20,22 @@ compat.apply()
 
 from ..data.batches import Batch, train_loader  # noqa: E402
 from ..data.loader import BatchLoader  # noqa: E402
+from ..data.sampling import EpochOrder  # noqa: E402
 from ..distill.distiller import EnsembleDistiller  # noqa: E402
 from ..distill.initialisation import initialise  # noqa: E402
 from ..distill.settings import StudentSettings  # noqa: E402
 from ..distill.student import Student  # noqa: E402
 from ..distill.teachers import check_names  # noqa: E402
-from ..essence.units import load_units  # noqa: E402
 from ..files.config import build, plain  # noqa: E402
 from ..student_file import RUN_KEY, contents  # noqa: E402
 from ..teachers import check_precision, load_teachers, teacher_model  # noqa: E402
 from .config_diff import described, differences  # noqa: E402
-from .distributed import Steps  # noqa: E402
+from .distributed import distiller_batch, empty_step  # noqa: E402
 from .settings import RunSettings, load_data_config, load_model_config  # noqa: E402
-from .target_cache.use import check_teachers, check_unit_layer, let_go, open_targets  # noqa: E402
+
+if TYPE_CHECKING:
+    from ..hidden_states.store import TargetReader
+    from .tensorboard import NoWriter, ScalarWriter
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +46,7 @@ MULTI_GPU = (
 
 
 class UpstreamPretrainExpert(nn.Module):
-    """EKD as s3prl's Runner wants it.
+    """Ensemble distillation behind the interface of s3prl's pretrain Runner.
 
     Args:
         datarc: ``pretrain_expert.datarc`` of the runner config.
@@ -51,10 +55,17 @@ class UpstreamPretrainExpert(nn.Module):
         multi_gpu: must be false; DataParallel is not for this method.
 
     Raises:
-        EkdError: one sentence for whatever the user can mend.
+        EkdError: one sentence for what the user can mend.
     """
 
-    def __init__(self, datarc, upstream_config, device="cuda", multi_gpu=False, **kwargs):
+    def __init__(
+        self,
+        datarc: dict[str, Any],
+        upstream_config: str | dict[str, Any],
+        device: str = "cuda",
+        multi_gpu: bool = False,
+        **kwargs: Any,
+    ):
         super().__init__()
         if multi_gpu:
             raise SetupError(MULTI_GPU)
@@ -64,12 +75,14 @@ class UpstreamPretrainExpert(nn.Module):
         check_precision(self.settings.teacher_precision, str(device))
         self.data = load_data_config(datarc)
         student = Student(self.settings.student, self.settings.student_backend)
-        self.targets = None
+        self.targets: TargetReader | None = None
         if self.data.target_cache is not None:
+            from .target_cache.use import check_teachers, check_unit_layer, free, open_targets
+
             self.targets = open_targets(self.data.target_cache, self.settings)
         self.seed = torch.initial_seed()  # what the Runner has seeded torch with
         self.dataloader = self._loader(self.data.sets)
-        self.dev_dataloader = None
+        self.dev_dataloader: BatchLoader | None = None
         if self.data.dev_sets:
             self.dev_dataloader = self._loader(self.data.dev_sets, shuffle=False)
         teachers = load_teachers(
@@ -79,8 +92,11 @@ class UpstreamPretrainExpert(nn.Module):
             self.settings.teacher_precision,
             self.settings.teacher_compile,
         )
-        units = self.settings.essence.units
-        units = load_units(units) if units else None
+        units = None
+        if self.settings.essence.units:
+            from ..essence.units import load_units
+
+            units = load_units(self.settings.essence.units)
         if self.targets is not None:
             check_unit_layer(units, self.settings)
             loaders = [self.dataloader, *filter(None, [self.dev_dataloader])]
@@ -92,10 +108,9 @@ class UpstreamPretrainExpert(nn.Module):
         if init.sources:
             models = [teacher_model(teachers, name) for name in init.sources]
             initialise(student, models, conv=init.conv, encoder=init.encoder, layers=init.layers)
-        self.steps = Steps(self.distiller)
         self._report()
         if self.targets is not None:
-            let_go(teachers)
+            free(teachers)
 
     @property
     def model(self) -> nn.Module:
@@ -103,7 +118,7 @@ class UpstreamPretrainExpert(nn.Module):
         return self.distiller.trainable
 
     def prepare(self, run: RunSettings) -> None:
-        """What the run's settings ask of the student before the first step.
+        """Apply the run's settings to the student, before the first step.
 
         Raises:
             ConfigError: they do not go with the model config.
@@ -128,22 +143,14 @@ class UpstreamPretrainExpert(nn.Module):
 
     def _loader(self, sets: Sequence[str], shuffle: bool = True) -> BatchLoader:
         return train_loader(
-            self.data.libri_root,
-            self.data.file_path,
+            self.data,
             sets,
-            batch_size=self.data.train_batch_size,
-            sequence_length=self.data.sequence_length,
-            max_timestep=self.data.max_timestep,
-            num_workers=self.data.num_workers,
             min_samples=self.settings.student.min_samples,
-            pin_memory=str(self.device).startswith("cuda"),
             distortion=self.settings.distortion,
             seed=self.seed,
             shuffle=shuffle,
-            skip_bad=self.data.on_bad_audio == "skip",
-            max_seconds=self.data.max_seconds,
             targets=self.targets,
-            timeout=self.data.loader_timeout,
+            pin_memory=str(self.device).startswith("cuda"),
         )
 
     def close(self) -> None:
@@ -195,12 +202,15 @@ class UpstreamPretrainExpert(nn.Module):
         return self.dataloader
 
     def forward(
-        self, data: Batch, records: Mapping[str, list], global_step: int = 0, log_step: int = 1000
-    ) -> tuple[Tensor, Mapping[str, list]]:
-        """The loss of one batch; what is to be logged is appended to ``records``.
+        self,
+        data: Batch,
+        records: Mapping[str, list[Tensor]],
+        global_step: int = 0,
+        log_step: int = 1000,
+    ) -> tuple[Tensor, Mapping[str, list[Tensor]]]:
+        """The loss of one batch, for s3prl's own Runner; scalars are appended to ``records``.
 
-        Our Runner keeps the list of bad audio and hands over batches that are not empty; s3prl's
-        knows nothing of either, so what a batch still tells is told here.
+        :class:`.trainer.Trainer` calls the distiller itself.
 
         Raises:
             DataError: an utterance of the batch could not be read.
@@ -210,14 +220,23 @@ class UpstreamPretrainExpert(nn.Module):
         for bad in data.bad:
             logger.warning("left out %s: %s", bad.path, bad.reason)
         detail = global_step % log_step == 0
-        loss, parts = self.steps(data, self.device, step=global_step, detail=detail)
-        if data.names:
-            records["loss_mean"].append(loss.detach())
-        for name, value in parts.items():
-            records[name].append(value)  # tensors: reading one here would wait for the device
+        if not data.names:
+            return empty_step(self.distiller), records
+        batch = distiller_batch(data, self.device)
+        loss, logs = self.distiller(batch, step=global_step, detail=detail)
+        records["loss_mean"].append(loss.detach())
+        for name, value in logs.items():
+            records[name].append(value)  # tensors: float() would wait for the device
         return loss, records
 
-    def log_records(self, records, logger, prefix, global_step, **kwargs) -> None:
+    def log_records(
+        self,
+        records: Mapping[str, list[Tensor]],
+        logger: ScalarWriter | NoWriter,
+        prefix: str,
+        global_step: int,
+        **kwargs: Any,
+    ) -> None:
         """Write the mean over the log window of each recorded scalar to TensorBoard."""
         for name, values in records.items():
             # Those of a checkpoint are on the CPU, those since then on the device.
@@ -225,7 +244,7 @@ class UpstreamPretrainExpert(nn.Module):
             logger.add_scalar(f"{prefix}{name}", mean, global_step=global_step)
 
     def on_before_zero_grad(self) -> None:
-        """Nothing to do between the optimizer's step and the next."""
+        """Part of the interface; nothing to do."""
 
     def add_state_to_save(self, all_states: dict) -> dict:
         """Add the student, its heads and the model config to s3prl's checkpoint.
@@ -236,7 +255,7 @@ class UpstreamPretrainExpert(nn.Module):
         about = {
             "made_by": f"s3prl_ekd {__version__}",
             "config": plain(self.settings),
-            "data": {  # names and numbers: folders of a machine are nobody's business
+            "data": {  # no paths: they would tell of the machine
                 "sets": list(self.data.sets),
                 "train_batch_size": self.data.train_batch_size,
                 "max_seconds": self.data.max_seconds,
@@ -257,15 +276,15 @@ class UpstreamPretrainExpert(nn.Module):
         return all_states
 
     def load_model(self, all_states: dict) -> None:
-        """Take the weights of a checkpoint back.
+        """Load the weights of a checkpoint.
 
         Raises:
-            CheckpointError: they are not there or do not fit.
+            CheckpointError: they are missing or do not fit.
         """
         try:
             saved = all_states[RUN_KEY]
-            theirs = build(StudentSettings, saved["settings"], "the checkpoint's student")
-            sizes = differences(plain(theirs), plain(self.settings.student))
+            student = build(StudentSettings, saved["settings"], "the checkpoint's student")
+            sizes = differences(plain(student), plain(self.settings.student))
             if sizes:
                 raise CheckpointError(
                     f"the checkpoint has a student of another size: {described(sizes)} (checkpoint "
@@ -277,16 +296,17 @@ class UpstreamPretrainExpert(nn.Module):
                 self.distiller.target_norm.load_state_dict(all_states["Standardiser"])
             if "unit_head" in self.distiller.trainable:
                 self.distiller.trainable["unit_head"].load_state_dict(all_states["UnitHead"])
-            self._go_on_in_the_data(all_states)
+            self._skip_used_batches(all_states)
         except (KeyError, TypeError, AttributeError, RuntimeError) as error:
             first = (str(error).strip().splitlines() or ["unreadable"])[0]
             raise CheckpointError(f"the checkpoint does not fit this run: {first}") from None
 
-    def _go_on_in_the_data(self, all_states: dict) -> None:
-        """The batch after the last one used: with s3prl's Runner, which has no notion of it."""
-        each = all_states["Config"]["runner"]["gradient_accumulate_steps"]
+    def _skip_used_batches(self, all_states: dict) -> None:
+        """Set the position in the data from the step: s3prl's own Runner saves none."""
+        accumulate = all_states["Config"]["runner"]["gradient_accumulate_steps"]
         sampler = self.dataloader.sampler
-        sampler.epoch, sampler.position = divmod(all_states["Step"] * each, len(sampler))
+        assert isinstance(sampler, EpochOrder)
+        sampler.epoch, sampler.position = divmod(all_states["Step"] * accumulate, len(sampler))
 
 
 def _count(module: nn.Module) -> int:

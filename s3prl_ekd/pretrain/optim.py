@@ -1,8 +1,8 @@
 """Optimizer, schedule, precision, and one update of the weights.
 
-An update is as s3prl's Runner makes it, and skipped where it would not be finite. ``FusedAdamW`` is
-torch's fused AdamW beside s3prl's optimizers: one kernel for all weights, and no wait for the
-device. s3prl's ``AdamW_with_schedule`` takes two norms of each weight at each step.
+An update is as s3prl's Runner makes it, and skipped where it would not be finite. ``FusedAdamW``,
+an addition to s3prl's optimizers, is torch's fused AdamW: one kernel for all weights, and no wait
+for the device. s3prl's ``AdamW_with_schedule`` takes two norms of each weight at each step.
 """
 
 from __future__ import annotations
@@ -18,17 +18,16 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from ..data.batches import Batch
-from ..errors import EkdError, SetupError
+from ..errors import EkdError
 from .distributed import Processes
-from .resume import resume_optimizer, resume_scheduler
-from .settings import FUSED_ADAMW, RunSettings
+from .settings import RunSettings
 
 logger = logging.getLogger(__name__)
 
 
-def halves(run: RunSettings, device: str) -> bool:
-    """Whether float16 and a loss scale are used: ``fp16``, on a CUDA device."""
-    return run.fp16 and device.startswith("cuda")
+def loss_scaler(run: RunSettings, device: str) -> torch.amp.GradScaler:
+    """The loss scale; enabled for ``fp16`` on a CUDA device."""
+    return torch.amp.GradScaler("cuda", enabled=run.fp16 and device.startswith("cuda"))
 
 
 def autocast(run: RunSettings, device: str) -> torch.autocast:
@@ -95,94 +94,93 @@ class NotFiniteError(EkdError):
 
 
 @dataclass(frozen=True)
-class Update:
-    """``loss`` of all its batches, the gradient's ``norm`` before clipping, and whether it was
-    ``made``. ``scaling``: it was not made because fp16's scale is still too large, as is usual."""
+class StepResult:
+    """Of one step. ``loss``: the sum over its batches. ``norm``: of the gradient, before clipping.
+
+    ``applied``: the weights were updated; they are not where loss or gradient is not finite.
+    ``lowers_scale``: they were not because fp16's loss scale is still too large, as is usual.
+    """
 
     loss: float
     norm: float
-    made: bool
-    scaling: bool
+    applied: bool
+    lowers_scale: bool
 
 
-class Updater:
-    """Backward, accumulate, clip, step.
+class OptimizerStep:
+    """Backward, accumulate, clip, update.
 
     Args:
         model: what is trained.
         optimizer: over its parameters.
-        scheduler: its learning rate, or None.
+        scheduler: of the learning rate, or None.
         scaler: fp16's loss scale; disabled otherwise.
-        clipping: largest norm of the gradient.
-        accumulate: batches an update.
-        processes: of the run; they agree on whether an update is made.
+        run: how many batches a step accumulates, and the largest norm of its gradient.
+        processes: of the run; they agree on whether an update is applied.
+
+    Attributes:
+        names: the utterances of the step, those of batches that are not finite first.
     """
 
     def __init__(
         self,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        scheduler: torch.optim.lr_scheduler.LRScheduler | None,
+        scheduler: LambdaLR | None,
         scaler: torch.amp.GradScaler,
-        clipping: float,
-        accumulate: int,
+        run: RunSettings,
         processes: Processes,
     ):
         self.model = model
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.scaler = scaler
-        self.clipping = clipping
-        self.accumulate = accumulate
+        self.max_norm = run.gradient_clipping
+        self.accumulate = run.gradient_accumulate_steps
         self.processes = processes
         self.begin()
 
     def begin(self) -> None:
-        """Forget the batches of the update before."""
-        self.names: list[str] = []  # of the update's utterances, those of bad batches first
+        """Begin a step; the gradients are zero already."""
+        self.names: list[str] = []
         self._losses: list[float] = []
         self._norm, self._finite = 0.0, False
 
-    def backward(self, loss: Tensor, batch: Batch) -> bool:
-        """Add the gradient of a batch; true when the update has all of its batches."""
+    def backward(self, loss: Tensor, batch: Batch) -> None:
+        """Add the gradient of a batch."""
         if self.accumulate > 1:
             loss = loss / self.accumulate
         self.scaler.scale(loss).backward()
         value = loss.item()  # waits for the device, as the norm below does
         self._losses.append(value)
         self.names = self.names + batch.names if math.isfinite(value) else batch.names + self.names
-        return len(self._losses) == self.accumulate
 
     def clip(self) -> None:
         """Clip the gradient, and agree with all processes on whether loss and norm are finite.
 
-        Weights and optimizer are as before, so that the step before this one can still be saved if
+        Weights and optimizer are unchanged, so that the step before this one can still be saved if
         another process is lost here.
         """
         self.scaler.unscale_(self.optimizer)
-        self._norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), self.clipping))
+        self._norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), self.max_norm))
         finite = math.isfinite(sum(self._losses)) and math.isfinite(self._norm)
         self._finite = not self.processes.any(not finite)
 
-    def update(self) -> Update:
-        """Make the update after :meth:`clip`, unless loss or gradient is not finite; the schedule
-        goes on anyway."""
-        loss, norm, made = sum(self._losses), self._norm, self._finite
-        if made or self.scaler.is_enabled():
-            self._step(made)
+    def update(self) -> StepResult:
+        """Update weights and learning rate; the weights stay if loss or norm is not finite."""
+        loss, norm, finite = sum(self._losses), self._norm, self._finite
+        if finite:
+            self.scaler.step(self.optimizer)  # without a scale: optimizer.step()
+        if finite or self.scaler.is_enabled():
+            self.scaler.update()
         self.optimizer.zero_grad()
         if self.scheduler is not None:
             self.scheduler.step()
-        scaling = not made and math.isfinite(loss) and self.scaler.is_enabled()
-        return Update(loss, norm, made, scaling)
+        lowers_scale = not finite and math.isfinite(loss) and self.scaler.is_enabled()
+        return StepResult(loss, norm, finite, lowers_scale)
 
-    def _step(self, made: bool) -> None:
-        if made:
-            self.scaler.step(self.optimizer)  # without a scale: optimizer.step()
-        self.scaler.update()
-
-    def rate(self) -> float:
-        """The learning rate now."""
+    def learning_rate(self) -> float:
+        """The learning rate of the next step."""
         if hasattr(self.optimizer, "get_lr"):  # s3prl's own: one for each parameter it has moved
             rates = self.optimizer.get_lr()
             if rates:
@@ -198,40 +196,3 @@ def not_finite(step: int, count: int, names: Sequence[str], hint: str) -> NotFin
         f"loss or gradient was not finite in {count} updates in a row, up to step {step}; look at "
         f"the last batch ({shown}{more}), lower optimizer.lr, or raise runner.max_nonfinite; {hint}"
     )
-
-
-def make_updater(runner: Any, states: Mapping) -> Updater:
-    """What makes the updates of a run.
-
-    Args:
-        runner: our Runner; s3prl's part of it makes s3prl's optimizers and schedules.
-        states: the checkpoint to go on from; empty for a new run.
-
-    Raises:
-        CheckpointError: the checkpoint's optimizer does not fit.
-        SetupError: torch refuses the optimizer's settings.
-    """
-    run, config, place = runner.settings, runner.config, runner.progress
-    model = runner.upstream.model
-    ours = config["optimizer"]["name"] == FUSED_ADAMW
-    scaler = torch.amp.GradScaler("cuda", enabled=halves(run, runner.device))
-    if place.scaler:
-        scaler.load_state_dict(place.scaler)
-    try:
-        if ours:
-            optimizer = fused_adamw(model, config["optimizer"])
-        else:
-            optimizer = runner._get_optimizer([model])
-    except (TypeError, ValueError, AttributeError) as error:
-        raise SetupError(f"optimizer {config['optimizer']} cannot be made: {error}") from None
-    if states:
-        resume_optimizer(optimizer, states, runner.args.init_ckpt)
-    scheduler = None
-    if config.get("scheduler"):
-        scheduler = runner._get_scheduler(optimizer)
-    elif ours:
-        scheduler = warmup_schedule(optimizer, config["optimizer"], run.total_steps)
-    if states and scheduler is not None:
-        resume_scheduler(scheduler, optimizer, place.step)
-    clipping, each = run.gradient_clipping, run.gradient_accumulate_steps
-    return Updater(model, optimizer, scheduler, scaler, clipping, each, runner.processes)

@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from ..errors import CheckpointError
 from .checkpoints import KEY, Progress
 from .config_diff import check_tables, table_digests
 from .distributed import Processes
+from .expert import UpstreamPretrainExpert
 
 
 def random_states(device: str = "cpu") -> dict[str, Any]:
@@ -37,7 +37,7 @@ def random_states(device: str = "cpu") -> dict[str, Any]:
 
 
 def set_random_states(states: dict[str, Any], device: str = "cpu") -> None:
-    """Put back what :func:`random_states` gave. The CUDA state is passed over on another device.
+    """Restore :func:`random_states`. The CUDA state is ignored on another device.
 
     Raises:
         ValueError: these are no such states.
@@ -57,7 +57,7 @@ def set_random_states(states: dict[str, Any], device: str = "cpu") -> None:
 
 @contextlib.contextmanager
 def random_numbers_untouched(device: str = "cpu") -> Iterator[None]:
-    """What happens within draws as it likes; the generators are then as they were before."""
+    """Restore the states of all generators on exit."""
     states = random_states(device)
     try:
         yield
@@ -70,18 +70,18 @@ logger = logging.getLogger(__name__)
 
 def resumed_progress(
     states: Mapping,
-    where: str,
-    upstream: nn.Module,
-    typed: Collection[str],
+    path: str,
+    upstream: UpstreamPretrainExpert,
+    overridden: Collection[str],
     processes: Processes,
 ) -> Progress:
-    """Where the checkpoint ``states`` stands; the sampler of ``upstream`` is put there too.
+    """The progress in a checkpoint; the sampler of ``upstream`` is set to it.
 
     Args:
-        states: empty for a new run.
-        where: what messages call it.
-        upstream: the adapter, which has taken the weights already.
-        typed: the config's keys that ``-o`` sets at this start.
+        states: the checkpoint; empty for a new run.
+        path: of the checkpoint, for messages.
+        upstream: has loaded its weights already.
+        overridden: the config's keys that ``-o`` sets at this start.
         processes: of the run.
 
     Raises:
@@ -90,25 +90,25 @@ def resumed_progress(
     data, sampler = upstream.data, upstream.dataloader.sampler
     tables = table_digests(data.file_path, data.sets)
     if KEY in states:
-        place = Progress.unpacked(states[KEY], where)
-        check_tables(place.tables, tables, data.file_path, typed)
-        if place.tables != tables or place.batches != len(sampler):
+        progress = Progress.from_state_dict(states[KEY], path)
+        check_tables(progress.tables, tables, data.file_path, overridden)
+        if progress.tables != tables or progress.batches != len(sampler):
             logger.warning("the batches are others than before: beginning a new pass over them")
-            place.epoch, place.batch = place.epoch + 1, 0
+            progress.epoch, progress.batch = progress.epoch + 1, 0
     else:
-        place = Progress(states.get("Step", 0), epoch=sampler.epoch, batch=sampler.position)
+        progress = Progress(states.get("Step", 0), epoch=sampler.epoch, batch=sampler.position)
         if states:
-            logger.warning("%s is of s3prl's own Runner: random numbers begin anew", where)
-    place.tables, place.batches = tables, len(sampler)
-    sampler.go_to(place.epoch, place.batch, processes.rank, processes.count)
-    return place
+            logger.warning("%s is of s3prl's own Runner: random numbers begin anew", path)
+    progress.tables, progress.batches = tables, len(sampler)
+    sampler.go_to(progress.epoch, progress.batch, processes.rank, processes.count)
+    return progress
 
 
-def resume_random(states: Mapping, where: str, processes: Processes, device: str) -> bool:
-    """Put the random number generators back, where they are those of as many processes.
+def resume_random(states: Mapping, path: str, processes: Processes, device: str) -> bool:
+    """Restore the random states, if they were saved by the same number of processes.
 
     Returns:
-        Whether that was so.
+        Whether they were restored.
 
     Raises:
         CheckpointError: they are damaged.
@@ -122,15 +122,15 @@ def resume_random(states: Mapping, where: str, processes: Processes, device: str
     try:
         set_random_states(saved[processes.rank], device)
     except ValueError as error:
-        raise CheckpointError(f"{where} is damaged: {error}") from None
+        raise CheckpointError(f"{path} is damaged: {error}") from None
     return True
 
 
-def resume_optimizer(optimizer: torch.optim.Optimizer, states: Mapping, where: str) -> None:
-    """Take the moments from the checkpoint, and leave learning rate and its like as configured.
+def resume_optimizer(optimizer: torch.optim.Optimizer, states: Mapping, path: str) -> None:
+    """Load the moments of the checkpoint, and keep learning rate and the like as configured.
 
-    They are the same unless ``-o`` has changed them: without this a run that is made longer would
-    go on at a learning rate of 0, the end of its old schedule.
+    They are the same unless ``-o`` has changed them: otherwise a run that is made longer would
+    continue at a learning rate of 0, the end of its old schedule.
 
     Raises:
         CheckpointError: they are not there or do not fit.
@@ -143,7 +143,7 @@ def resume_optimizer(optimizer: torch.optim.Optimizer, states: Mapping, where: s
         # A copy: else the moments would be pages of the checkpoint's file.
         optimizer.load_state_dict(copy.deepcopy(states["Optimizer"]))
     except (KeyError, ValueError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"the optimizer in {where} does not fit this run: {error}") from None
+        raise CheckpointError(f"the optimizer in {path} does not fit this run: {error}") from None
     for group, new in zip(optimizer.param_groups, fresh, strict=True):
         group.update(new)
 
@@ -151,9 +151,9 @@ def resume_optimizer(optimizer: torch.optim.Optimizer, states: Mapping, where: s
 def resume_scheduler(
     scheduler: torch.optim.lr_scheduler.LambdaLR, optimizer: torch.optim.Optimizer, step: int
 ) -> None:
-    """Let a new schedule be where it would be after ``step`` steps.
+    """Advance a new schedule to ``step``.
 
-    s3prl's are all functions of the step. Their saved state would bring the old learning rate back
+    s3prl's are all functions of the step. Their saved state would restore the old learning rate
     where ``-o`` changes it, and would leave the rate of the first step in the optimizer.
     """
     scheduler.last_epoch = step

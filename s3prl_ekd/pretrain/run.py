@@ -1,17 +1,17 @@
-"""``run_pretrain.py -u ekd``: arguments checked and completed, our Runner in place of s3prl's."""
+"""``run_pretrain.py -u ekd``: arguments checked and completed, our trainer in place of s3prl's
+Runner."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import logging
 import os
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-
-import yaml
 
 from ..compat import no_eval
 from ..compat.no_eval import check_names
@@ -31,7 +31,7 @@ from ..downstream.script_args import (
 )
 from ..errors import CheckpointError, SetupError
 from ..files import trust
-from ..files.atomic import make_folder, write_text
+from ..files.atomic import make_folder
 from ..files.config import apply_overrides, overridden, plain, read_yaml
 from ..files.run_checkpoints import check_whole, read_run
 from ..system import torchrun
@@ -166,7 +166,7 @@ def _check_config(args: argparse.Namespace, states: dict, path: Path) -> None:
 
 
 def main(script: ModuleType, argv: list[str]) -> None:
-    """Call s3prl's script: for ekd with our Runner, and alone in the run's folder.
+    """Call s3prl's script: for ekd with our trainer, and alone in the run's folder.
 
     On resume what was typed has the last word. s3prl means ``-o`` to be of the highest priority,
     but puts all of the checkpoint's arguments, its ``-o`` and its device among them, over it.
@@ -185,7 +185,7 @@ def main(script: ModuleType, argv: list[str]) -> None:
                 values["device"] = args.device
             stack.enter_context(replaced_arguments(args.e, values))
         if ekd:
-            stack.enter_context(_our_runner(script, override_text(args), new=checkpoint is None))
+            stack.enter_context(_our_trainer(script, override_text(args)))
         if torchrun.rank():  # s3prl's scripts print; one of several processes is enough
             stack.enter_context(
                 contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w")))
@@ -201,36 +201,15 @@ def main(script: ModuleType, argv: list[str]) -> None:
 
 
 @contextlib.contextmanager
-def _our_runner(script: ModuleType, override: str | None, new: bool) -> Iterator[None]:
-    """Within it, the script's Runner is ours; that of a new run also writes the config."""
-    from .trainer import extended
+def _our_trainer(script: ModuleType, override: str | None) -> Iterator[None]:
+    """Within it, the script's Runner is our trainer."""
+    from .trainer import Trainer
 
-    base = script.Runner
-    runner = extended(base, overridden(override))
-    script.Runner = _writing_config(runner) if new else runner
+    s3prl_runner = script.Runner
+    script.Runner = functools.partial(  # type: ignore[attr-defined]
+        Trainer, s3prl_runner=s3prl_runner, overridden=overridden(override)
+    )
     try:
         yield
     finally:
-        script.Runner = base
-
-
-def _writing_config(runner: type) -> type:
-    """A Runner that writes the config once all processes are there: s3prl has each of them copy the
-    file before."""
-
-    class Runner(runner):
-        def __init__(self, args, config):
-            super().__init__(args, config)
-            if torchrun.rank() == 0:
-                _write_whole_config(args)
-
-    return Runner
-
-
-def _write_whole_config(args: argparse.Namespace) -> None:
-    """s3prl copies the model config into the run's folder; one that extends another would point to
-    nothing there, so what it comes to takes its place."""
-    if "extends" in read_yaml(args.upstream_config):
-        text = yaml.safe_dump(plain(load_model_config(args.upstream_config)), sort_keys=False)
-        path = Path(args.expdir) / "config_model.yaml"
-        write_text(path, f"# {args.upstream_config} with what it extends\n{text}")
+        script.Runner = s3prl_runner  # type: ignore[attr-defined]

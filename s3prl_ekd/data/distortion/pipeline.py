@@ -6,7 +6,6 @@ order of the batches, nor other random numbers change it.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import random
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ...errors import DataError
+from ..sampling import generator
 from .additive import babble, fit, gaussian, mix
 from .convolutive import reject_band, reverberate, shift_pitch, simulate_impulse
 from .settings import DistortionSettings
@@ -42,17 +42,6 @@ class Plan:
     centre: float
     width: float
     convolutive_seed: int
-
-
-def generator(seed: int, epoch: int, utterance: str, role: str) -> random.Random:
-    """A source of random numbers of its own for these four.
-
-    Python's ``hash`` of a text changes from process to process; a digest does not.
-    """
-    # The one part that may hold a newline comes last, so no two quadruples give the same text.
-    text = f"{seed}\n{epoch}\n{role}\n{utterance}"
-    digest = hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=8).digest()
-    return random.Random(int.from_bytes(digest, "big"))
 
 
 def draw(settings: DistortionSettings, rng: random.Random) -> Plan:

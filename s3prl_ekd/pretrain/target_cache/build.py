@@ -7,6 +7,7 @@ normalises over time): a stored target is that of the utterance, or of its fixed
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +24,7 @@ from ...data.bad_audio import Bad
 from ...data.batches import DistillationDataset, leave_signals_to_the_main_process, only_item
 from ...data.loader import BatchLoader
 from ...data.sampling import FixedOrder, used, within
+from ...data.settings import DataSettings
 from ...data.tables import Utterance, read_tables
 from ...distill.aggregation import Aggregation
 from ...distill.conv_layers import ConvLayers
@@ -46,7 +48,6 @@ from ...hidden_states.store import (
     write_index,
 )
 from ..interrupts import is_out_of_memory, workers_explained
-from ..settings import DataSettings
 
 
 class Distance(NamedTuple):
@@ -57,13 +58,13 @@ class Distance(NamedTuple):
 
 
 def distances(
-    dataset: DistillationDataset, tell: Tell, device: str, batches: int = 4
+    dataset: DistillationDataset, compute: TargetFn, device: str, batches: int = 4
 ) -> Mapping[str, Distance]:
-    """Compare over some batches of a training set, spread over its lengths.
+    """Compare stored targets with computed ones, in some batches spread over the lengths.
 
     Args:
         dataset: with the cache in it, so that its batches carry the stored targets.
-        tell: what computes them; see :func:`.build.targets_of`.
+        compute: see :func:`targets_of`.
         device: where the teachers are.
         batches: how many.
     """
@@ -74,7 +75,7 @@ def distances(
         if not batch.names:
             continue
         pairs = zip(batch.waves, batch.lengths.tolist(), strict=True)
-        live = tell([wave[:length].to(device) for wave, length in pairs])
+        live = compute([wave[:length].to(device) for wave, length in pairs])
         cached = batch.targets.on(device)
         stored, frames = cached.values, cached.lengths
         for name, target in live.items():
@@ -180,26 +181,26 @@ def check_room(size: Size, folder: Path) -> None:
         )
 
 
-Tell = Callable[[Sequence[Tensor]], Mapping[str, Tensor]]
+TargetFn = Callable[[Sequence[Tensor]], Mapping[str, Tensor]]  # of waveforms ``[sample]``
 
 
 def targets_of(
     teachers: TeacherEnsemble, aggregate: Aggregation | None, weights: Mapping[str, float]
-) -> Tell:
-    """What is stored of waveforms: ``{name: [batch, target, frame, dim]}``.
+) -> TargetFn:
+    """The function that computes what is stored: ``{name: [batch, target, frame, dim]}``.
 
     Args:
-        teachers: that are asked.
-        aggregate: whose target sets to give; None: each teacher's own targets.
+        teachers: the frozen teachers.
+        aggregate: for the targets of an aggregation; None: each teacher's own targets.
         weights: of the teachers in the aggregate.
     """
 
     @torch.no_grad()
-    def tell(waves: Sequence[Tensor]) -> Mapping[str, Tensor]:
+    def compute_targets(waves: Sequence[Tensor]) -> Mapping[str, Tensor]:
         hidden = teachers(waves)
         return hidden if aggregate is None else aggregate(hidden, weights)
 
-    return tell
+    return compute_targets
 
 
 def begin(folder: Path, index: Index, force: bool) -> Index:
@@ -252,42 +253,39 @@ def _same(there: Index, index: Index, folder: Path) -> Index:
 def build(
     folder: Path,
     index: Index,
-    tell: Tell,
+    compute: TargetFn,
     rows: Sequence[Utterance],
+    data: DataSettings,
     *,
-    root: str,
-    sequence_length: int,
     min_samples: int,
-    skip_bad: bool,
-    num_workers: int,
     device: str,
-    timeout: float = 0,
 ) -> Index:
-    """Make the rest of a cache; a progress bar shows how far it is.
+    """Build the rest of a cache, with a progress bar.
 
     Args:
         folder: of the cache; this process alone writes to it.
         index: of :func:`begin`, for ``rows`` in this order.
-        tell: see :func:`targets_of`.
-        root, sequence_length, min_samples, skip_bad, num_workers: as in training.
+        compute: see :func:`targets_of`.
+        data: as in training.
+        min_samples: shorter waveforms give no frame.
         device: where the teachers are.
-        timeout: seconds without an utterance from the workers until they are given up; 0: never.
 
     Raises:
         EkdError: audio is bad and not to be skipped, a target cannot be stored, or the disk is
             full; what was done stays done.
     """
-    dataset = DistillationDataset(
-        root, rows, 1, sequence_length, min_samples, seed=index.seed, skip_bad=skip_bad
-    )
+    data = dataclasses.replace(data, train_batch_size=1, max_seconds=0)
+    dataset = DistillationDataset(data, rows, min_samples, seed=index.seed)
     again = "type the same command again, it goes on where it is"
     try:
         writer = CacheWriter(folder, index)
         try:
             with workers_explained(again):
-                _fill(writer, dataset, tell, num_workers, device, timeout)
+                _fill(writer, dataset, compute, data, device)
             if not any(record["frames"] for record in writer.records):
-                raise DataError(f"no utterance of the tables can be used; check libri_root {root}")
+                raise DataError(
+                    f"no utterance of the tables can be used; check libri_root {data.libri_root}"
+                )
             return writer.finish()
         except (Exception, KeyboardInterrupt) as error:
             if isinstance(error, OSError):
@@ -312,20 +310,19 @@ def build(
 def _fill(
     writer: CacheWriter,
     dataset: DistillationDataset,
-    tell: Tell,
-    num_workers: int,
+    compute: TargetFn,
+    data: DataSettings,
     device: str,
-    timeout: float,
 ) -> None:
-    """From the first utterance that is not there to the last."""
+    """Add the utterances that the cache does not have yet."""
     index, order = writer.index, FixedOrder(len(dataset))
     order.rank = done = len(writer.records)
     loader = BatchLoader(
         dataset,
-        timeout=timeout,
+        timeout=data.loader_timeout,
         batch_size=1,
         sampler=order,
-        num_workers=num_workers,
+        num_workers=data.num_workers,
         collate_fn=only_item,
         worker_init_fn=leave_signals_to_the_main_process,
     )
@@ -339,7 +336,7 @@ def _fill(
                 logger.warning("left out %s: %s", batch.bad[0].path, batch.bad[0].reason)
                 writer.add_bad()
             else:
-                targets = joined(tell([batch.waves[0].to(device)]), index.layout)
+                targets = joined(compute([batch.waves[0].to(device)]), index.layout)
                 numbers = to_numbers(targets, index.layout, index.dtype, batch.names[0])
                 writer.add(*numbers, int(batch.lengths[0]))
             bar.update()

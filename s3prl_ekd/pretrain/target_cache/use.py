@@ -1,5 +1,4 @@
-"""A run that reads its targets: is the cache of these teachers and this corpus, and what it does
-not go together with."""
+"""Cached targets in a run: which settings they exclude, and whether a cache fits the run."""
 
 from __future__ import annotations
 
@@ -10,6 +9,7 @@ from pathlib import Path
 
 from torch import nn
 
+from ...data.settings import DataSettings
 from ...data.tables import Utterance
 from ...distill.teachers import TeacherEnsemble
 from ...distill.unit_loss import UnitLabels
@@ -18,13 +18,13 @@ from ...files.text import CONTROL
 from ...hidden_states.fingerprint import check_aggregated, fitting_part, make_key
 from ...hidden_states.store import BUILD, INDEX, PER_TEACHER, Part, TargetReader
 from ..config_diff import table_digests
-from ..settings import DataSettings, ModelFile
+from ..settings import ModelFile
 
 logger = logging.getLogger(__name__)
 
 
 def check_settings(settings: ModelFile) -> None:
-    """Refuse experiments whose targets are not the same at each step.
+    """Reject settings under which targets differ from step to step.
 
     Raises:
         ConfigError: naming the setting.
@@ -45,7 +45,7 @@ def check_settings(settings: ModelFile) -> None:
 
 
 def check_teacher_settings(settings: ModelFile) -> None:
-    """Refuse teachers that say something else each time.
+    """Reject settings that make teacher outputs non-deterministic.
 
     Raises:
         ConfigError: naming the setting.
@@ -74,10 +74,10 @@ def check_unit_layer(units: UnitLabels | None, settings: ModelFile) -> None:
 
 
 def open_targets(folder: str | Path, settings: ModelFile) -> TargetReader:
-    """The cache of a run; :func:`check_teachers` still has to look at its teachers.
+    """Open the cache of a run; :func:`check_teachers` compares it with the teachers.
 
     Raises:
-        EkdError: it is not complete or damaged, or does not go together with the settings.
+        EkdError: it is incomplete or damaged, or the settings exclude it.
     """
     check_settings(settings)
     reader = TargetReader(folder)
@@ -93,13 +93,13 @@ def check_teachers(
     data: DataSettings,
     rows: Sequence[Utterance],
 ) -> None:
-    """Refuse a cache that is of something else; else choose the part of it that the run reads.
+    """Reject a cache of other teachers or data; select the part of it that the run reads.
 
     Raises:
-        DataError: saying what differs, and what to type.
+        DataError: naming what differs, and the command to type.
     """
     folder = reader.folder
-    wanted = make_key(
+    key = make_key(
         teachers,
         settings,
         aggregated=reader.index.key["contents"] != PER_TEACHER,
@@ -108,7 +108,7 @@ def check_teachers(
         max_timestep=data.max_timestep,
     )
     try:
-        part, difference = fitting_part(reader.index, wanted, rows)
+        part, difference = fitting_part(reader.index, key, rows)
         if part is not None:
             _check_widths(part, teachers)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError):
@@ -132,8 +132,8 @@ def _check_widths(part: Part, teachers: TeacherEnsemble) -> None:
             raise ValueError("widths")
 
 
-def let_go(teachers: TeacherEnsemble) -> None:
-    """Give the teachers' memory back: of each only its shape is left."""
+def free(teachers: TeacherEnsemble) -> None:
+    """Free the teachers' weights; keep their shapes."""
     for teacher in teachers.values():
         teacher.upstream, teacher.encoder = nn.Identity(), None
     gc.collect()
