@@ -41,13 +41,16 @@ class BatchLoader(DataLoader):
         SetupError: on iterating: worker processes cannot be started.
     """
 
+    dataset: Any  # a DistillationDataset
+    sampler: Any  # a FixedOrder or an EpochOrder
+
     def __init__(self, dataset: Dataset, *, timeout: float = 0.0, **options: Any):
         # torch refuses one where the main process reads
         super().__init__(dataset, timeout=timeout if options.get("num_workers") else 0, **options)
         self._iterators: weakref.WeakSet = weakref.WeakSet()
         self._started: weakref.WeakSet[BaseProcess] = weakref.WeakSet()
 
-    def __iter__(self) -> Iterator:
+    def __iter__(self) -> Any:
         atexit.unregister(_end_all)
         atexit.register(_end_all)  # before what multiprocessing and torch do at exit
         try:
@@ -107,8 +110,10 @@ def _kill(children: Iterable[BaseProcess], waiting: Iterable[threading.Thread] =
     with _deaths_unseen():
         for child in children:
             child.kill()
-        for each in (*waiting, *children):
-            each.join(1)
+        for thread in waiting:
+            thread.join(1)
+        for child in children:
+            child.join(1)
 
 
 @contextlib.contextmanager

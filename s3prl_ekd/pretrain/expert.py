@@ -20,7 +20,6 @@ compat.apply()
 
 from ..data.batches import Batch, train_loader  # noqa: E402
 from ..data.loader import BatchLoader  # noqa: E402
-from ..data.sampling import EpochOrder  # noqa: E402
 from ..distill.distiller import EnsembleDistiller  # noqa: E402
 from ..distill.initialisation import initialise  # noqa: E402
 from ..distill.settings import StudentSettings  # noqa: E402
@@ -34,6 +33,7 @@ from .distributed import distiller_batch, empty_step  # noqa: E402
 from .settings import RunSettings, load_data_config, load_model_config  # noqa: E402
 
 if TYPE_CHECKING:
+    from ..essence.units import Units
     from ..hidden_states.store import TargetReader
     from .tensorboard import NoWriter, ScalarWriter
 
@@ -92,7 +92,7 @@ class UpstreamPretrainExpert(nn.Module):
             self.settings.teacher_precision,
             self.settings.teacher_compile,
         )
-        units = None
+        units: Units | None = None
         if self.settings.essence.units:
             from ..essence.units import load_units
 
@@ -305,7 +305,6 @@ class UpstreamPretrainExpert(nn.Module):
         """Set the position in the data from the step: s3prl's own Runner saves none."""
         accumulate = all_states["Config"]["runner"]["gradient_accumulate_steps"]
         sampler = self.dataloader.sampler
-        assert isinstance(sampler, EpochOrder)
         sampler.epoch, sampler.position = divmod(all_states["Step"] * accumulate, len(sampler))
 
 

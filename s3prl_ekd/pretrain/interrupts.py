@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterable, Iterator
 from multiprocessing import connection
 from types import FrameType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -69,7 +69,7 @@ class StopSignals:
         self._came: float | None = None
         self._said = self._leaving = False
         self._waiting_since: float | None = None
-        self._before: dict[signal.Signals, object] = {}
+        self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopSignals:
         self._process = os.getpid()

@@ -26,7 +26,8 @@ def random_states(device: str = "cpu") -> dict[str, Any]:
         device: of the run. The state of a CUDA device's generator is on the CPU: no wait for it.
     """
     version, words, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state()
+    state: Any = np.random.get_state()
+    name, keys, position, has_gauss, cached = state
     on_cuda = str(device).startswith("cuda")
     return {
         "python": [version, torch.tensor(words), gauss],

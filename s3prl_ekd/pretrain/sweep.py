@@ -103,7 +103,7 @@ def _run(run: Run, jobs: int) -> Outcome:
     record = run.folder / RECORD
     if not record.is_file() or "seconds" not in _read(record):
         make_folder(run.folder, SetupError)
-        facts = {"digest": run.digest}
+        facts: dict[str, str | float] = {"digest": run.digest}
         write_text(record, json.dumps(facts))
         start = time.monotonic()
         threads = str(max(1, (os.cpu_count() or 1) // jobs))

@@ -25,7 +25,6 @@ from torch import nn
 from tqdm import tqdm
 
 from ..data.batches import Batch
-from ..data.sampling import FixedOrder
 from ..errors import CheckpointError, DataError, SetupError
 from ..files.atomic import write_text
 from ..files.config import plain, read_yaml
@@ -115,6 +114,7 @@ class Trainer:
         self.progress = resumed_progress(
             checkpoint, path, self.upstream, overridden, self.processes
         )
+        self._epoch, self._batch = self.progress.epoch, self.progress.batch  # of the next batch
         self.check_same_progress()
         self.bad_audio = self.make_bad_audio_list(checkpoint, path)
         self.stop = StopSignals(quiet=not self.processes.writer)
@@ -129,7 +129,6 @@ class Trainer:
             self.distiller = distribute(self.upstream.distiller, self.device)
             if self.upstream.dev_dataloader is not None:
                 sampler = self.upstream.dev_dataloader.sampler
-                assert isinstance(sampler, FixedOrder)
                 sampler.rank, sampler.processes = self.processes.rank, self.processes.count
         self.autocast = autocast(self.settings, self.device)
         self.init_ckpt = {}  # s3prl would load optimizer and schedule in its own way

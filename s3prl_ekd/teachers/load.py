@@ -24,7 +24,6 @@ from ..files.torch_load import restrict_torch
 from . import zoo
 from .checkpoint import load_file
 from .fast.encoder import fast_encoders
-from .huggingface import check_folder, load_folder
 
 FAMILIES = ("hubert", "wavlm", "wav2vec2", "data2vec", "unispeech_sat", "distiller")
 _NOT_NAMES = ("_local", "_url", "_custom", "_gdriveid")  # entries that want a path of their own
@@ -88,6 +87,8 @@ def check_source(model: str, where: str) -> None:
     if model in zoo.NAMES or model in hub_entries() or path.is_file():
         return
     if path.is_dir():
+        from .huggingface import check_folder
+
         check_folder(path, where)
         return
     if "/" in model or "\\" in model or path.suffix:
@@ -121,6 +122,8 @@ def load_upstream(model: str, where: str) -> nn.Module:
         return load_tiny(model, where)
     if model in hub_entries():
         return load_hub_name(model, where)
+    from .huggingface import load_folder
+
     return load_folder(path, where)
 
 

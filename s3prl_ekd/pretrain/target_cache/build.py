@@ -69,10 +69,10 @@ def distances(
         batches: how many.
     """
     step = max(1, len(dataset) // batches)
-    sums: dict[str, list[float]] = {}
+    sums: dict[str, list[float]] = {}  # of differences, the largest, of targets, how many
     for i in range(step // 2, len(dataset), step):
         batch = dataset[i]
-        if not batch.names:
+        if batch.targets is None:
             continue
         pairs = zip(batch.waves, batch.lengths.tolist(), strict=True)
         live = compute([wave[:length].to(device) for wave, length in pairs])
@@ -89,10 +89,11 @@ def distances(
             total[1] = max(total[1], float(apart.max()))
             total[2] += float(sizes.sum(dtype=torch.float64))
             total[3] += sizes.numel()
-    found = {}
-    for name, (apart, worst, size, count) in sums.items():
-        found[name] = Distance(apart / size, worst / (size / count)) if size else Distance(0, 0)
-    return found
+    result = {}
+    for name, (total_apart, worst, size, numbers) in sums.items():
+        mean = Distance(total_apart / size, worst / (size / numbers)) if size else Distance(0, 0)
+        result[name] = mean
+    return result
 
 
 logger = logging.getLogger(__name__)

@@ -1,0 +1,78 @@
+"""How much of this package a run of ``run_pretrain.py -u ekd`` needs: calls to the loss, lines."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import s3prl_ekd
+from s3prl_ekd.workspace import write_workspace
+
+from .conftest import write_configs
+
+PACKAGE = Path(s3prl_ekd.__file__).parent
+CALLS = 9
+LINES = 12_400  # of modules that are imported; the aim is 6,000
+
+# Runs, and writes the frames of this package around the loss and its imported modules to OUT.
+PROBE = f"""
+import json, sys
+from s3prl_ekd.launch import run_pretrain
+
+frames = []
+
+def profile(frame, event, arg):
+    if event == "call" and frame.f_code.co_name == "distillation_loss" and not frames:
+        while frame is not None:
+            if frame.f_code.co_filename.startswith({str(PACKAGE)!r}):
+                frames.append(f"{{frame.f_code.co_filename}}: {{frame.f_code.co_name}}")
+            frame = frame.f_back
+
+out = sys.argv.pop(1)
+sys.setprofile(profile)
+code = run_pretrain()
+sys.setprofile(None)
+paths = [getattr(module, "__file__", None) for module in sys.modules.values()]
+with open(out, "w") as file:
+    json.dump({{"frames": frames, "paths": [path for path in paths if path]}}, file)
+sys.exit(code)
+"""
+
+
+@pytest.fixture(scope="module")
+def probed(tmp_path_factory, teachers, corpus):
+    folder = tmp_path_factory.mktemp("run")
+    write_workspace(folder)
+    write_configs(folder, teachers, corpus)
+    argv = ["-u", "ekd", "-c", "runner.yaml", "-g", "model.yaml", "-n", "x", "--device", "cpu"]
+    subprocess.run(
+        [sys.executable, "-c", PROBE, "out.json", *argv],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=True,
+    )
+    return json.loads((folder / "out.json").read_text())
+
+
+def test_few_calls_from_the_command_to_the_loss(probed):
+    """Calls of this package; those of s3prl and torch between them do not count."""
+    frames = probed["frames"]
+    names = [frame.rsplit(": ", 1)[1] for frame in frames]
+    assert names[0] == "distillation_loss" and names[-1] == "run_pretrain"
+    assert len(frames) <= CALLS, frames
+
+
+def test_few_lines_are_imported(probed):
+    paths = {Path(path) for path in probed["paths"]}
+    lines = {
+        str(path.relative_to(PACKAGE)): len(path.read_text(encoding="utf-8").splitlines())
+        for path in paths
+        if path.is_relative_to(PACKAGE) and path.suffix == ".py"
+    }
+    assert "pretrain/trainer.py" in lines
+    assert sum(lines.values()) <= LINES, sorted(lines.items(), key=lambda item: -item[1])
+    for other in ("superb", "analysis", "export", "essence", "demo", "commands", "hidden_states"):
+        assert not [path for path in lines if path.startswith(f"{other}/")], other
