@@ -5,7 +5,7 @@ import statistics
 
 import pytest
 
-from s3prl_ekd.pretrain.sweep import Outcome, markdown, table
+from s3prl_ekd.pretrain.sweep import SweepResult, markdown, table
 from s3prl_ekd.pretrain.tensorboard import read_scalars
 
 from .conftest import command, write_configs
@@ -13,8 +13,8 @@ from .conftest import command, write_configs
 
 def test_the_table_by_hand():
     outcomes = {
-        "a": [Outcome(1.0, {"x": 0.5}, 10.0), Outcome(2.0, {"x": 0.7}, 20.0)],
-        "b": [Outcome(3.0, {"x": 0.1, "y": 0.2}, 1.4)],
+        "a": [SweepResult(1.0, {"x": 0.5}, 10.0), SweepResult(2.0, {"x": 0.7}, 20.0)],
+        "b": [SweepResult(3.0, {"x": 0.1, "y": 0.2}, 1.4)],
     }
     rows = table(outcomes)
     assert rows[0] == ["experiment", "seeds", "loss", "L1 to x", "L1 to y", "seconds"]

@@ -1,4 +1,4 @@
-"""Our Runner: s3prl's numbers, and what it does when something goes wrong on the way."""
+"""Our trainer: s3prl's numbers, and what it does when something goes wrong on the way."""
 
 import contextlib
 import math

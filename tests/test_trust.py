@@ -14,7 +14,7 @@ from s3prl_ekd import cli
 from s3prl_ekd.distill.settings import StudentSettings
 from s3prl_ekd.distill.student import Student
 from s3prl_ekd.files import trust
-from s3prl_ekd.pretrain.sweep import Run
+from s3prl_ekd.pretrain.sweep import SweepRun
 from s3prl_ekd.student_file import contents
 
 from .conftest import STUDENT, command
@@ -78,7 +78,7 @@ def test_commands_for_a_queue_have_it_where_it_was_typed(here, capsys, more):
 
 
 def test_matrix_hands_it_on(tmp_path):
-    run = Run(tmp_path / "model.yaml", tmp_path / "runner.yaml", 1, "")
-    plain = run.words
+    run = SweepRun(tmp_path / "model.yaml", tmp_path / "runner.yaml", 1, "")
+    plain = run.argv
     trust.take([trust.OPTION])
-    assert run.words == [*plain, trust.OPTION]
+    assert run.argv == [*plain, trust.OPTION]

@@ -28,7 +28,7 @@ def configure(parser) -> None:
 def main(args) -> int:
     from ..files.atomic import write_csv
     from ..pretrain.settings import load_model_config, load_runner_config
-    from ..pretrain.sweep import Run, markdown, run_all, table
+    from ..pretrain.sweep import SweepRun, markdown, run_all, table
 
     if not Path("pretrain/ekd").is_dir():
         raise SetupError("nothing is set up in this folder; type: s3prl-ekd init .")
@@ -43,7 +43,7 @@ def main(args) -> int:
     for config in args.configs:
         load_model_config(config)
     runs = [
-        Run(config, args.runner, seed, args.override)
+        SweepRun(config, args.runner, seed, args.override)
         for config in args.configs
         for seed in args.seeds
     ]

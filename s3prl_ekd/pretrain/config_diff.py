@@ -1,4 +1,4 @@
-"""What differs between a checkpoint and the run that resumes it: named, and allowed or not."""
+"""Differences between a checkpoint and the run that resumes it: found, described, refused."""
 
 from __future__ import annotations
 
@@ -81,20 +81,20 @@ def table_digests(folder: str | Path, sets: Sequence[str]) -> dict[str, str]:
 def check_tables(
     saved: Mapping[str, str], now: Mapping[str, str], folder: str | Path, typed: Collection[str]
 ) -> None:
-    """Refuse corpus tables that are others than when the checkpoint was written.
+    """Refuse corpus tables that have changed since the checkpoint was written.
 
     Args:
-        saved: digests in the checkpoint; none, where it is of s3prl's own Runner.
-        now: digests of the tables as they are.
-        folder: where they are.
-        typed: the config's keys that ``-o`` sets. ``sets`` among them takes any tables.
+        saved: digests in the checkpoint; empty if s3prl's own Runner wrote it.
+        now: digests of the present tables.
+        folder: of the tables.
+        typed: the config's keys that ``-o`` sets; with ``sets`` among them any tables are accepted.
 
     Raises:
         DataError: naming the tables.
     """
-    other = [name for name in now if name in saved and saved[name] != now[name]]
-    if other and SETS not in typed:
-        tables = ", ".join(str(Path(folder) / f"{name}.csv") for name in other)
+    changed = [name for name in now if name in saved and saved[name] != now[name]]
+    if changed and SETS not in typed:
+        tables = ", ".join(str(Path(folder) / f"{name}.csv") for name in changed)
         raise DataError(
             f"the contents of the corpus tables have changed since the checkpoint was written: "
             f"{tables}; put the old ones back, or go on with the new ones, in a new pass over the "

@@ -1,4 +1,4 @@
-"""What ends a run early: signals, after which it saves first, and memory that runs out."""
+"""What ends a run early: signals, memory that runs out, workers that die."""
 
 from __future__ import annotations
 
@@ -32,31 +32,31 @@ TIMER = hasattr(signal, "setitimer")  # Windows has none: a batch is waited for 
 # One Ctrl-C can be delivered twice: by the terminal, and by a wrapper or torchrun that hands it on.
 SAME_KEY = 0.5  # seconds
 SAME_FROM_TORCHRUN = 5.0
-# How long a batch is waited for after a signal. A step that has not begun can be left out; but
-# of several processes the others wait in it for this one, and they save more if it is made.
+# How long to wait for the next batch after a signal. One process can leave the step out; of several
+# processes the others wait in it for this one, and one more step is saved if it is done.
 LAST_BATCH = 1.0  # seconds
 LAST_BATCH_OF_SEVERAL = 3.0
 
 
 class StoppedWaiting(Exception):
-    """A signal asks the run to leave, and the next batch does not come."""
+    """After a signal, the next batch has not come in time."""
 
 
 def exit_code(name: str) -> int:
-    """What shells call a process ended by the signal of that name: 143, 130 or 138."""
+    """The exit code of a process that the signal of that name has ended: 143, 130 or 138."""
     return 128 + int(signal.Signals[name])
 
 
 class StopSignals:
-    """Within the context, such a signal sets ``received``; the loop looks at it after each step.
+    """A context in which a signal sets ``received``; the training loop reads it after each step.
 
-    Where the run waits for a batch (:meth:`batches`), StoppedWaiting is raised there. A second
-    signal ends the process at once: KeyboardInterrupt for Ctrl-C, or as if nothing handled it. That
-    works also while the main thread is in code that is not Python's, waiting for another process or
-    for a disk. Outside the main thread, where Python has no signals, the context does nothing.
+    Waiting for a batch (:meth:`batches`) ends with StoppedWaiting. A second signal ends the process
+    at once: KeyboardInterrupt for Ctrl-C, the signal's default otherwise; also while the main
+    thread is in code that is not Python's, waiting for another process or for a disk. Outside the
+    main thread, where Python has no signals, the context does nothing.
 
     Args:
-        quiet: say nothing; of several processes one speaks.
+        quiet: print nothing; of several processes one prints.
 
     Attributes:
         received: the first signal, or None.
@@ -65,9 +65,9 @@ class StopSignals:
     def __init__(self, quiet: bool = False) -> None:
         self.quiet = quiet
         self.received: signal.Signals | None = None
-        self._at = 0.0
-        self._came: float | None = None
-        self._said = self._leaving = False
+        self._handled_at = 0.0  # by the main thread
+        self._seen_at: float | None = None  # by the watching thread
+        self._announced = self._exiting = False
         self._waiting_since: float | None = None
         self._before: dict[signal.Signals, Any] = {}
 
@@ -76,7 +76,7 @@ class StopSignals:
         if threading.current_thread() is threading.main_thread():
             self._before = {each: signal.signal(each, self._handle) for each in SIGNALS}
             if TIMER:
-                self._before[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._look)
+                self._before[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._check_waiting)
                 pipe, self._pipe = os.pipe()
                 os.set_blocking(self._pipe, False)
                 self._pipe_before = signal.set_wakeup_fd(self._pipe, warn_on_full_buffer=False)
@@ -113,8 +113,8 @@ class StopSignals:
             yield batch
 
     def waited(self) -> bool:
-        """Whether a signal has come so long ago that a process which waits for a batch has left."""
-        return self._came is not None and time.monotonic() - self._came > _last_batch()
+        """Whether a signal is so old that a process which waits for a batch has ended."""
+        return self._seen_at is not None and time.monotonic() - self._seen_at > _last_batch()
 
     @contextlib.contextmanager
     def _waiting(self) -> Iterator[None]:
@@ -129,41 +129,41 @@ class StopSignals:
             return  # a worker that has just been forked
         now = time.monotonic()
         if self.received is None:
-            self.received, self._at = signal.Signals(number), now
+            self.received, self._handled_at = signal.Signals(number), now
             if TIMER:
                 signal.setitimer(signal.ITIMER_REAL, 0.5, 0.5)
-            self._say(number)
-        elif _is_second(now - self._at):
-            self._leave(number)
+            self._announce(number)
+        elif _is_second(now - self._handled_at):
+            self._exit(number)
 
-    def _say(self, number: int) -> None:
-        if self._said or self.quiet:
+    def _announce(self, number: int) -> None:
+        if self._announced or self.quiet:
             return
-        self._said = True
+        self._announced = True
         again = "Ctrl-C again" if number == signal.SIGINT else "a second signal"
-        said = f"\n{signal.Signals(number).name}: saving after this step; {again} leaves at once\n"
+        text = f"\n{signal.Signals(number).name}: saving after this step; {again} leaves at once\n"
         # Not print: a handler may come in the middle of another print to the same stream.
-        os.write(2, said.encode())
+        os.write(2, text.encode())
 
     def _watch(self, pipe: int) -> None:
-        """Read the numbers of signals as they come, in a thread; :meth:`_handle` may be late."""
+        """In a thread, read the numbers of signals as they arrive; :meth:`_handle` may be late."""
         while (number := os.read(pipe, 1)[0]) != 0:
             now = time.monotonic()
             if number not in SIGNALS:
                 continue
-            if self._came is None:
-                self._came = now
+            if self._seen_at is None:
+                self._seen_at = now
                 if not connection.wait([pipe], 0.5) and self.received is None:
-                    self._say(number)
-            elif _is_second(now - self._came):
+                    self._announce(number)
+            elif _is_second(now - self._seen_at):
                 time.sleep(1)  # for the main thread to handle it
-                if not self._leaving:
+                if not self._exiting:
                     _kill_children()
                     os._exit(128 + number)
         os.close(pipe)
 
-    def _leave(self, number: int) -> None:
-        self._leaving = True
+    def _exit(self, number: int) -> None:
+        self._exiting = True
         for each in SIGNALS:
             signal.signal(each, signal.SIG_DFL)
         if number == signal.SIGINT:
@@ -173,15 +173,15 @@ class StopSignals:
         finally:
             os.kill(os.getpid(), number)
 
-    def _look(self, number: int, frame: FrameType | None) -> None:
-        """Every half second since the signal."""
+    def _check_waiting(self, number: int, frame: FrameType | None) -> None:
+        """Every half second after a signal: raise StoppedWaiting if the next batch is late."""
         since = self._waiting_since
-        if since is not None and time.monotonic() - max(since, self._at) > _last_batch():
+        if since is not None and time.monotonic() - max(since, self._handled_at) > _last_batch():
             raise StoppedWaiting
 
 
 def _is_second(seconds: float) -> bool:
-    """Whether a signal that comes so long after the first one is another one."""
+    """Whether a signal so long after the first one is a second one, and not the same again."""
     return seconds > (SAME_FROM_TORCHRUN if torchrun.several() else SAME_KEY)
 
 
@@ -194,7 +194,7 @@ def _kill_children() -> None:
         child.kill()
 
 
-# What torch's allocators say: CUDA, MPS, Linux and other CPUs.
+# In the errors of torch's allocators: CUDA, MPS, Linux and other CPUs.
 SIGNS = ("out of memory", "can't allocate memory", "not enough memory")
 
 
@@ -204,12 +204,12 @@ def memory_explained(step: int, batch: Batch, device: str, hint: str) -> Iterato
 
     Args:
         step: number of the step, from 1.
-        batch: what is being computed on.
-        device: where.
-        hint: how to go on.
+        batch: the batch in use.
+        device: of the run.
+        hint: how to resume.
 
     Raises:
-        SetupError: memory was out.
+        SetupError: out of memory.
     """
     try:
         yield
@@ -227,7 +227,7 @@ def memory_explained(step: int, batch: Batch, device: str, hint: str) -> Iterato
 
 @contextlib.contextmanager
 def workers_explained(hint: str) -> Iterator[None]:
-    """Turn what happens to the processes that read audio into a sentence.
+    """Turn errors of the loader's worker processes into a sentence.
 
     Raises:
         SetupError: a worker died, or they gave no batch for the loader's timeout.
@@ -235,8 +235,8 @@ def workers_explained(hint: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        said = str(error)
-        late = re.search(r"DataLoader timed out after (\S+) seconds", said)
+        message = str(error)
+        late = re.search(r"DataLoader timed out after (\S+) seconds", message)
         if late:
             raise SetupError(
                 f"the processes that read audio gave no batch for {float(late[1]):g} s: the disk "
@@ -244,9 +244,9 @@ def workers_explained(hint: str) -> Iterator[None]:
                 f"libri_root can be read; or {advice()}; for a disk that is only slow, raise "
                 f"pretrain_expert.datarc.loader_timeout; {hint}"
             ) from None
-        if "DataLoader worker" not in said:
+        if "DataLoader worker" not in message:
             raise
-        if "Bus error" in said:
+        if "Bus error" in message:
             raise SetupError(
                 f"a process that reads audio has no shared memory left ({shared_memory()}): "
                 f"{advice()}; {hint}"

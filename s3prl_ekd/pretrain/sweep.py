@@ -1,4 +1,4 @@
-"""Run several experiments over several seeds, and put what came out in one table."""
+"""Run several experiments over several seeds; their results in one table."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ RECORD = "matrix.json"  # in a run's folder: what it is, and once finished the s
 
 
 @dataclass(frozen=True)
-class Run:
+class SweepRun:
     """One experiment with one seed, in its folder below the working folder."""
 
     config: Path  # the model config
@@ -43,7 +43,7 @@ class Run:
 
     @property
     def digest(self) -> str:
-        """Of what decides the result: both configs as they are read, overrides, seed."""
+        """Of all that the result depends on: both configs, overrides, seed."""
         model = plain(load_model_config(self.config))
         runner = load_runner_config(self.runner, self.overrides)
         text = json.dumps([model, plain(runner), self.seed], sort_keys=True, default=str)
@@ -54,20 +54,20 @@ class Run:
         return Path("result/matrix") / self.name
 
     @property
-    def words(self) -> list[str]:
+    def argv(self) -> list[str]:
         """The command, as typed."""
-        words = ["run_pretrain.py", "-u", "ekd", "-p", str(self.folder), "-a"]
-        words += ["-c", str(self.runner), "-g", str(self.config), "--seed", str(self.seed)]
-        words += ["-o", self.overrides] if self.overrides else []
-        return words + trust.words()
+        argv = ["run_pretrain.py", "-u", "ekd", "-p", str(self.folder), "-a"]
+        argv += ["-c", str(self.runner), "-g", str(self.config), "--seed", str(self.seed)]
+        argv += ["-o", self.overrides] if self.overrides else []
+        return argv + trust.words()
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What a finished run has logged last, and the seconds from its start to its end.
+class SweepResult:
+    """The last scalars of a finished run, and its duration in seconds.
 
-    ``distances``: the reconstruction error to each teacher, averaged over its layers. Other than
-    the loss, whose targets differ, these compare between experiments of the same teachers.
+    ``distances``: the reconstruction error to each teacher, averaged over its layers; unlike the
+    loss, these compare between experiments of the same teachers.
     """
 
     loss: float
@@ -75,7 +75,7 @@ class Outcome:
     seconds: float
 
 
-def run_all(runs: Sequence[Run], jobs: int = 1) -> Iterator[tuple[Run, Outcome]]:
+def run_all(runs: Sequence[SweepRun], jobs: int = 1) -> Iterator[tuple[SweepRun, SweepResult]]:
     """Run what is not finished, ``jobs`` at a time, and yield each run's outcome as it ends.
 
     Raises:
@@ -99,7 +99,7 @@ def run_all(runs: Sequence[Run], jobs: int = 1) -> Iterator[tuple[Run, Outcome]]
             raise
 
 
-def _run(run: Run, jobs: int) -> Outcome:
+def _run(run: SweepRun, jobs: int) -> SweepResult:
     record = run.folder / RECORD
     if not record.is_file() or "seconds" not in _read(record):
         make_folder(run.folder, SetupError)
@@ -109,7 +109,7 @@ def _run(run: Run, jobs: int) -> Outcome:
         threads = str(max(1, (os.cpu_count() or 1) // jobs))
         with open(run.folder / "log.txt", "a", encoding="utf-8") as log:
             done = subprocess.run(
-                child_command(run.words),
+                child_command(run.argv),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -130,14 +130,14 @@ def _read(record: Path) -> dict:
     return data
 
 
-def outcome(folder: Path) -> Outcome:
+def outcome(folder: Path) -> SweepResult:
     """Read the last scalars of a finished run."""
     scalars = read_scalars(folder)
     distances = {
         teacher: statistics.fmean(_last(points) for points in layers.values())
         for teacher, layers in teacher_curves(scalars).items()
     }
-    return Outcome(
+    return SweepResult(
         _last(scalars["ekd/train-loss_mean"]), distances, _read(folder / RECORD)["seconds"]
     )
 
@@ -146,7 +146,7 @@ def _last(points: Mapping[int, float]) -> float:
     return points[max(points)]
 
 
-def table(outcomes: Mapping[str, Sequence[Outcome]]) -> list[list[str]]:
+def table(outcomes: Mapping[str, Sequence[SweepResult]]) -> list[list[str]]:
     """Rows of text, a header first: mean and standard deviation over the seeds.
 
     Args:

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 class NoWriter:
-    """What a process has that does not write."""
+    """The logger of a process that does not write."""
 
     def add_scalar(self, tag: str, value: float, global_step: int) -> None:
         """Nothing."""
@@ -39,15 +39,15 @@ class NoWriter:
 
 
 class ScalarWriter:
-    """Write scalars to a new file in a run's folder; what s3prl and our adapter ask of a logger.
+    """Write scalars to a new file in a run's folder, with the methods that s3prl calls.
 
     A point that cannot be written is lost with a warning: a full disk is for the checkpoints to
     report, which matter more.
 
     Args:
         folder: exists.
-        after: a run goes on after this step: TensorBoard hides what other files have of later
-            ones. None for a new run.
+        after: the step that the run resumes from: TensorBoard hides later points of other files.
+            None for a new run.
 
     Raises:
         SetupError: no file can be made there.
@@ -56,7 +56,7 @@ class ScalarWriter:
     def __init__(self, folder: str | Path, after: int | None = None):
         self._warned = False
         try:
-            # The name tells the second, and a file of that name would be emptied: here is the rest.
+            # A file's name has the second only, and a file of the same name would be emptied.
             fraction = f".{time.time_ns() % 1_000_000_000:09d}"
             self._events = EventsWriter(str(Path(folder) / "events"), fraction)
         except OSError as error:
@@ -67,7 +67,7 @@ class ScalarWriter:
         self.flush()
 
     def add_scalar(self, tag: str, value: float, global_step: int) -> None:
-        """One point; ``value`` is anything that ``float`` takes."""
+        """Write one point; ``value`` is anything that ``float`` takes."""
         point = Summary.Value(tag=tag, simple_value=float(value))
         self._write(Event(step=global_step, summary=Summary(value=[point])))
 
@@ -108,7 +108,7 @@ def read_scalars(folder: str | Path) -> dict[str, dict[int, float]]:
     A step written twice (a run that was cut and resumed) keeps the later value. A record that was
     cut off at the end of a file is left out.
     """
-    found: dict[str, dict[int, float]] = {}
+    scalars: dict[str, dict[int, float]] = {}
     for path in sorted(Path(folder).glob("events.*"), key=lambda path: path.stat().st_mtime):
         data, at = path.read_bytes(), 0
         while at + _HEADER <= len(data):
@@ -120,8 +120,8 @@ def read_scalars(folder: str | Path) -> dict[str, dict[int, float]]:
             event = event_pb2.Event.FromString(record)
             for value in event.summary.value:
                 if value.WhichOneof("value") == "simple_value":
-                    found.setdefault(value.tag, {})[event.step] = value.simple_value
-    return {tag: dict(sorted(points.items())) for tag, points in found.items()}
+                    scalars.setdefault(value.tag, {})[event.step] = value.simple_value
+    return {tag: dict(sorted(points.items())) for tag, points in scalars.items()}
 
 
 _TEACHER = re.compile(r"ekd/train-(?P<teacher>\w+)/(l1|l2|smooth_l1)_layers?(?P<layer>[\d_-]+)$")

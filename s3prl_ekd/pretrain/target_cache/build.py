@@ -98,21 +98,21 @@ def distances(
 
 logger = logging.getLogger(__name__)
 
-SPARE = 64 << 20  # bytes left free for what else goes on
+SPARE = 64 << 20  # bytes to leave free on the disk
 
 
 def cached_rows(data: DataSettings, student: StudentSettings) -> list[Utterance]:
     """The utterances of ``sets`` and ``dev_sets``, the longest first.
 
     Raises:
-        DataError: see :func:`....read_tables`.
+        DataError: see :func:`...data.tables.read_tables`.
     """
     rows: dict[str, Utterance] = {}
     bad: list[Bad] | None = [] if data.on_bad_audio == "skip" else None
     for sets in (data.sets, data.dev_sets):
         if sets:
-            every = read_tables(data.file_path, sets, bad)
-            rows |= {row.path: row for row in within(every, data.max_timestep, student.min_samples)}
+            table = read_tables(data.file_path, sets, bad)
+            rows |= {row.path: row for row in within(table, data.max_timestep, student.min_samples)}
     if bad:
         logger.warning("left out %d: %s: %s", len(bad), bad[0].path, bad[0].reason)
     return sorted(rows.values(), key=lambda row: (-row.length, row.path))
@@ -165,7 +165,7 @@ def free_bytes(folder: Path) -> int:
         raise SetupError(f"cannot use {there}: {error.strerror}") from None
 
 
-def there_already(folder: Path) -> int:
+def existing_bytes(folder: Path) -> int:
     """Bytes of a cut build, or of the cache that is replaced."""
     files = (folder / name for name in (TARGETS, SCALES, RECORDS))
     return sum(path.stat().st_size for path in files if path.is_file())
@@ -173,7 +173,7 @@ def there_already(folder: Path) -> int:
 
 def check_room(size: Size, folder: Path) -> None:
     """Raise SetupError where the disk has not enough room for the rest of a cache."""
-    need, free = size.bytes - there_already(folder) + SPARE, free_bytes(folder)
+    need, free = size.bytes - existing_bytes(folder) + SPARE, free_bytes(folder)
     if need > free:
         raise SetupError(
             f"the targets need {need / 1e9:.3f} GB more and the disk of {folder} has "
