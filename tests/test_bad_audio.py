@@ -1,6 +1,5 @@
 """Audio files that are no good: what each gives with ``on_bad_audio: error`` and with ``skip``."""
 
-import contextlib
 import logging
 import os
 import shutil
@@ -29,7 +28,6 @@ from s3prl_ekd.files.config import build
 from s3prl_ekd.files.run_checkpoints import newest, read_run
 from s3prl_ekd.files.torch_load import safe_load
 from s3prl_ekd.launch import run_pretrain
-from s3prl_ekd.pretrain import run as pretrain_run
 from s3prl_ekd.pretrain.bad_audio import BadAudioList, as_tensor
 from s3prl_ekd.workspace import write_workspace
 
@@ -507,7 +505,10 @@ def test_bad_files_among_dev_and_too_short_by_the_table(run, tmp_path):
 
 
 def test_s3prls_own_runner_skips_too(run, monkeypatch, caplog):
-    monkeypatch.setattr(pretrain_run, "_our_trainer", lambda *args: contextlib.nullcontext())
+    monkeypatch.setattr(
+        "s3prl_ekd.pretrain.trainer.Trainer",
+        lambda args, config, s3prl_runner, overridden: s3prl_runner(args, config),
+    )
     code, said = run("x", tables={"train": mixed()}, train_batch_size=6)
     assert code == 0, said
     states = read_run(newest("result/pretrain/x"))

@@ -1,6 +1,5 @@
 """Our trainer: s3prl's numbers, and what it does when something goes wrong on the way."""
 
-import contextlib
 import math
 import os
 import resource
@@ -78,11 +77,11 @@ def test_the_numbers_are_those_of_s3prls_runner(run, changes, monkeypatch):
     assert run("ours", **changes)[0] == 0
     classes = []
 
-    def s3prls_runner(script, override):
-        classes.append(script.Runner)
-        return contextlib.nullcontext()
+    def make(args, config, s3prl_runner, overridden):
+        classes.append(s3prl_runner)
+        return s3prl_runner(args, config)
 
-    monkeypatch.setattr(pretrain_run, "_our_trainer", s3prls_runner)
+    monkeypatch.setattr("s3prl_ekd.pretrain.trainer.Trainer", make)
     assert run("theirs")[0] == 0
     assert [each.__module__ for each in classes] == ["s3prl.pretrain.runner"]
     one, two = saved("ours"), saved("theirs")
