@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import cast
 
 import torch
@@ -137,7 +136,7 @@ class EnsembleDistiller(nn.Module):
             return output
         frames = torch.arange(output.mask.shape[1], device=output.mask.device)
         valid = frames < batch.cached_targets.lengths[:, None]  # [batch, frame]
-        return replace(output, mask=output.mask * valid)
+        return output._replace(mask=output.mask * valid)
 
     def normalise(self, teachers: Targets, mask: Tensor) -> Targets:
         """``{teacher: [batch, layer, frame, dim]}``, brought to a common scale if asked for."""
