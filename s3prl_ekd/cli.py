@@ -27,7 +27,6 @@ COMMANDS = {
     "export": "write a student as a file or folder that others can use",
     "validate": "check a package for SUPERB's hidden set, in a process that has only torch",
     "cost": "parameters and MACs of an upstream or a package, as SUPERB's board counts them",
-    "bench": "measure a distillation step, stage by stage, beside s3prl's way of making it",
     "features": "write the hidden states of audio files into one safetensors file",
     "teachers": "list the teachers there are, or look into those of a config",
     "layers": "find groups of layers to distil, by clustering each teacher's layers (SKILL)",
@@ -68,6 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     wanted = next((word for word in argv if not word.startswith("-")), None)
+    if wanted == "bench":
+        parser.error("bench is no command any more; in a checkout, type: python -m tools.bench")
     for name, help_line in COMMANDS.items():
         command = None
         if name == wanted:

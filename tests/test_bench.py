@@ -1,65 +1,48 @@
-"""`s3prl-ekd bench`: its clock, counts and figures by hand, and one small run of it all."""
+"""tools/bench: its timer, counts and figures by hand, its variants compared, and one small run."""
 
 import json
-from types import SimpleNamespace
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import soundfile
 import torch
 
-from s3prl_ekd.errors import DataError, SetupError
-from s3prl_ekd.evaluate import bench_memory
-from s3prl_ekd.evaluate.bench import _operations
-from s3prl_ekd.evaluate.bench_clock import STAGES, Clock, seconds
-from s3prl_ekd.evaluate.bench_corpus import write_corpus
-from s3prl_ekd.evaluate.bench_floor import flop_counter, matrix_rate
-from s3prl_ekd.evaluate.bench_plot import plot_bench
-from s3prl_ekd.evaluate.bench_report import STEP, audio_rate, ratios, rows, spread, summary, table
-from s3prl_ekd.evaluate.bench_sides import (
-    SIDES,
-    Baseline,
-    Ours,
-    Plan,
-    audio_seconds,
-    copy_weights,
-    padding_share,
-)
-from s3prl_ekd.teachers.random_weights import SIZES, TEACHERS, write_teachers
+from s3prl_ekd.errors import DataError
+from tools.bench.__main__ import main
+from tools.bench.inputs import SIZES, write_corpus, write_teachers
+from tools.bench.measure import STAGES, StageTimer, clock, flop_counter, matmul_rate, peak_memory
+from tools.bench.report import STEP, audio_rate, plot, projection, quartiles, summary, table
+from tools.bench.variants import BenchPlan, Ekd, S3prl, copy_weights
 
-from .conftest import command
+from .conftest import REPO, command
 
 
-def test_the_clock_charges_a_stage_without_those_inside_it():
-    time = iter([(0, 0), (3, 1), (7, 2), (12, 4), (20, 5), (21, 6)])
-    clock = Clock(lambda: next(time, (21, 6)))
-    clock.spent.update({"outer": [0.0, 0.0], "inner": [0.0, 0.0]})
-    with clock("outer"):  # from 0
-        with clock("inner"):  # 3 to 7
-            pass
-        assert clock.wrap("inner", lambda x, y: x + y)(1, y=2) == 3  # 12 to 20
-    assert clock.spent == {"outer": [3 + 5 + 1, 1 + 2 + 1], "inner": [4 + 8, 1 + 1]}
+def test_a_stage_is_timed_without_those_inside_it():
+    times = iter([0, 3, 7, 12, 20, 21, 30, 32, 40, 41])
+    timer = StageTimer(lambda: next(times))
 
+    class Model:
+        def forward(self, x, y):
+            return x + y
 
-def test_the_clock_goes_on_after_an_error():
-    time = iter([(0,), (2,), (5,), (9,)])
-    clock = Clock(lambda: next(time))
-    clock.spent.update({"a": [0.0], "b": [0.0]})
-    with pytest.raises(KeyError), clock("a"):
+    model = Model()
+    with timer.method(model, "forward", "student forward"):
+        with timer("loss"):  # from 0 to 21
+            with timer("teacher forward"):  # 3 to 7
+                pass
+            assert model.forward(1, y=2) == 3  # 12 to 20
+    assert vars(model) == {}
+    with pytest.raises(KeyError), timer("backward"):  # 30 to 32
         raise KeyError
-    with clock("b"):
+    with timer("optimizer"):  # 40 to 41
         pass
-    assert clock.spent == {"a": [2], "b": [4]}
-
-
-def test_wall_and_cpu_time_are_in_seconds():
-    clock = Clock(seconds("cpu"))
-    with clock("busy"):
-        begin = seconds("cpu")()[1]
-        while seconds("cpu")()[1] < begin + 0.05:
-            pass
-    wall, cpu = clock.spent["busy"]
-    assert 0.05 <= cpu < 1 and wall >= 0.9 * cpu
+    assert timer.totals == {
+        "data": 0, "teacher forward": 4, "student forward": 8, "loss": 9, "backward": 2,
+        "optimizer": 1,
+    }  # fmt: skip
 
 
 def test_operations_of_a_product_a_convolution_and_attention():
@@ -75,217 +58,159 @@ def test_operations_of_a_product_a_convolution_and_attention():
     with torch.no_grad(), flop_counter() as counter:
         torch.nn.functional.scaled_dot_product_attention(q, q, q)
     assert counter.get_total_flops() == 2 * 2 * (2 * 6 * 6 * 8)
-    assert 1e8 < matrix_rate("cpu", tries=1) < 1e14
-
-
-def test_spread_and_ratios_by_hand():
-    assert spread([4, 1, 3, 2, 5]) == SimpleSpread(3, 2, 4)
-    assert ratios([1, 4, 9], [2, 2, 3]) == SimpleSpread(2, 1.25, 2.5)  # 0.5, 2, 3
-    assert ratios([1, 1], [0, 0]) is None
-
-
-class SimpleSpread:
-    def __init__(self, median, low, high):
-        self.values = median, low, high
-
-    def __eq__(self, other):
-        return self.values == (other.median, other.low, other.high)
+    assert 1e8 < matmul_rate("cpu", repeats=1) < 1e14
 
 
 def result():
-    """A made-up measurement of three turns: ours has half the teacher's time."""
+    """A made-up measurement of three turns: ours takes half the time for the teachers."""
 
-    def side(teacher, optimizer, flops):
-        wall = [dict.fromkeys(STAGES, 0.0) for _ in range(3)]
-        for turn, times in enumerate(wall):
-            times |= {"teacher forward": teacher * (turn + 1), "optimizer": optimizer}
+    def variant(teacher, flops):
+        none = dict.fromkeys(STAGES, 0.0)
         return {
-            "wall": wall,
-            "cpu": [{stage: 2 * time for stage, time in times.items()} for times in wall],
+            "seconds": [
+                {**none, "teacher forward": teacher * turn, "optimizer": 0.1} for turn in (1, 2, 3)
+            ],
             "audio": [4.0, 2.0, 3.0],
-            "flops": {**dict.fromkeys(STAGES, 0.0), "teacher forward": flops},
+            "flops": {**none, "teacher forward": flops},
             "flops_audio": 4.0,
-            "losses": [1.0, 1.0, 1.0],
-            "padding": 0.125,
-            **({"difference": {"largest": 4e-6, "share": 2e-7}} if teacher == 0.1 else {}),
-            "memory": {"peak": 3 * 2**20, "before": 2**20, "kind": "RSS"},
+            "memory": {"peak": 3 * 2**20, "kind": "RSS"},
         }
 
     about = {
         "size": "tiny", "batch": 2, "longest_seconds": 4.0, "turns": 3, "device": "cpu",
-        "threads": 1, "torch": "2", "matrix_rate": 1e9, "distort": False,
+        "threads": 1, "torch": "2", "matmul_rate": 1e9, "time": "wall",
     }  # fmt: skip
-    return {
-        "about": about,
-        "sides": {"baseline": side(0.2, 0.1, 8e7), "ours": side(0.1, 0.1, 4e7)},
-    }
+    return {"about": about, "variants": {"s3prl": variant(0.2, 8e7), "ekd": variant(0.1, 4e7)}}
 
 
-def test_rows_by_hand():
-    made = rows(result())
-    teacher = made["ours"]["teacher forward"]
-    assert teacher.wall == SimpleSpread(0.2, 0.15000000000000002, 0.25)
-    assert teacher.cpu.median == pytest.approx(0.4)
-    assert teacher.ratio.median == teacher.ratio.high == pytest.approx(0.5)
-    assert teacher.cpu_ratio.median == pytest.approx(0.5)
-    # 4e7 operations over 4 s of sound; the median batch has 3 s: 3e7 at 1e9 a second.
-    assert teacher.floor == pytest.approx(0.03)
-    # 0.2 / 0.3, 0.3 / 0.5 and 0.4 / 0.7 of the baseline's turns
-    step = made["ours"][STEP]
-    assert step.ratio.median == pytest.approx(0.6) and step.floor == pytest.approx(0.03)
-    assert made["ours"]["distort"].ratio is None
+def test_figures_by_hand():
+    assert quartiles([4, 1, 3, 2, 5]) == (2, 3, 4)
+    figures = summary(result())["ekd"]
+    teacher, step = figures["teacher forward"], figures[STEP]
+    assert teacher["seconds"] == pytest.approx((0.15, 0.2, 0.25))
+    assert teacher["ratio"] == pytest.approx((0.5, 0.5, 0.5)) and figures["data"]["ratio"] is None
+    # 4e7 operations over 4 s of audio; the median batch has 3 s: 3e7 at 1e9 a second.
+    assert teacher["roofline"] == step["roofline"] == pytest.approx(0.03)
+    # 0.2 / 0.3, 0.3 / 0.5 and 0.4 / 0.7 of the turns of s3prl
+    assert step["ratio"].median == pytest.approx(0.6)
     # 4 s in 0.2 s, 2 s in 0.3 s, 3 s in 0.4 s
-    assert audio_rate(result()["sides"]["ours"]).median == pytest.approx(7.5)
-    assert summary(result())["ours"]["stages"][STEP]["wall"]["median"] == pytest.approx(0.3)
+    assert audio_rate(result()["variants"]["ekd"]) == pytest.approx(7.5)
 
 
-def test_the_table_has_a_column_a_side_and_a_line_a_stage():
-    lines = table(result()).splitlines()
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if "|" in line]
-    assert len({len(line) for line in cells}) == 1
-    by_name = {line[0]: line[1:] for line in cells}
-    assert "distort" not in by_name and "loss" in by_name
-    assert by_name["teacher forward"][:3] == [
-        "400.0 (800.0)", "200.0 (400.0)", "0.50 (0.50 to 0.50)",
+def cells(text):
+    lines = [[c.strip() for c in x.strip("|").split("|")] for x in text.splitlines() if "|" in x]
+    assert len({len(line) for line in lines}) == 1
+    return {line[0]: line[1:] for line in lines}
+
+
+def test_the_table_has_a_line_for_each_stage():
+    lines = cells(table(result()))
+    assert list(lines)[2:] == [
+        *STAGES, f"**{STEP}**", "audio seconds a second", "peak memory (RSS)",
     ]  # fmt: skip
-    assert by_name["teacher forward"][-2:] == ["60.0", "30.0"]
-    assert by_name["padding"][:2] == ["12.5%", "12.5%"]
-    apart = by_name["targets apart from eval mode's: largest (mean share)"]
-    assert apart[:3] == ["", "4.0e-06 (2.0e-07)", ""]
-    assert by_name["peak memory (RSS)"][:2] == ["3 MiB", "3 MiB"]
-    assert "1 GFLOP/s" in lines[-1]
+    assert lines["teacher forward"] == ["400.0", "200.0", "0.50 (0.50 to 0.50)", "60.0", "30.0"]
+    assert lines["peak memory (RSS)"][:2] == ["3 MiB", "3 MiB"]
 
 
-def test_the_plot_is_a_png():
-    assert plot_bench(result())[:8] == b"\x89PNG\r\n\x1a\n"
+def test_hours_at_7_5_audio_seconds_a_second():
+    lines = cells(projection(result(), "ekd"))
+    # 960 h / 7.5, and 200,000 x 24 x 12.3 s = 16,400 h / 7.5
+    assert lines["one pass over LibriSpeech 960 h"] == ["128.0", "16.0", "4.0"]
+    assert lines["200,000 steps of 24 utterances"][0] == "2,186.7"
 
 
-def test_padding_and_audio_by_hand():
-    lengths = [torch.tensor([16000, 8000]), torch.tensor([4000, 4000])]
-    assert padding_share(lengths) == pytest.approx(8000 / 40000)
-    assert audio_seconds(lengths[0]) == 1.5
+def test_the_plot_is_a_png(tmp_path):
+    plot(result(), tmp_path / "bench.png")
+    assert (tmp_path / "bench.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
 @pytest.fixture(scope="module")
 def plan(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bench")
-    write_corpus(folder, 4, 1.0, None)
-    return Plan(folder, write_teachers(folder, SIZES["tiny"]), "tiny", "cpu", 2)
+    write_corpus(folder, 4, 1.0)
+    return BenchPlan(folder, write_teachers(folder, SIZES["tiny"]), "tiny", "cpu", 2)
 
 
 @pytest.fixture(scope="module")
-def sides(plan):
-    made = Ours(plan), Baseline(plan)
-    copy_weights(*made)
-    return made
+def variants(plan):
+    ekd, s3prl = Ekd(plan), S3prl(plan)
+    copy_weights(ekd, s3prl)
+    return ekd, s3prl
 
 
-def test_both_sides_hear_the_same_batches_and_compute_the_same_loss(sides, monkeypatch):
+def test_both_hear_the_same_batches_and_compute_the_same_loss(variants, monkeypatch):
     """In eval mode, over a batch without padding: where s3prl's loss and ours mean the same."""
-    ours, baseline = sides
-    monkeypatch.setattr("s3prl_ekd.evaluate.bench_sides._update", lambda *args: None)
-    ours.distiller.eval()
-    baseline.model.eval()
-    read = baseline._batch
-    try:
-        for index in range(2):
-            waves, each, lengths, mask = read(baseline.buckets.X[index])
-            batch = ours.dataset[index]
-            torch.testing.assert_close(batch.waves, waves)
-            assert batch.lengths.tolist() == lengths.tolist()
-            short = int(lengths.min())
-            cut = batch._replace(waves=waves[:, :short], lengths=torch.full_like(lengths, short))
-            monkeypatch.setattr(
-                baseline,
-                "_batch",
-                lambda files, cut=cut, short=short: (
-                    cut.waves,
-                    [wave[:short] for wave in cut.waves],
-                    cut.lengths,
-                    torch.ones_like(cut.waves),
-                ),
-            )
-            monkeypatch.setattr(ours, "dataset", Items(cut))
-            clock = Clock(lambda: (0.0,))
-            assert ours.step(0, clock)[0] == pytest.approx(baseline.step(index, clock)[0], rel=1e-5)
-            monkeypatch.undo()
-            monkeypatch.setattr("s3prl_ekd.evaluate.bench_sides._update", lambda *args: None)
-    finally:
-        ours.distiller.train()
-        baseline.model.train()
+    ekd, s3prl = variants
+    monkeypatch.setattr("tools.bench.variants._update", lambda *args: None)
+    for module in (ekd.expert, s3prl.model):
+        module.eval()
+    read, dataset, timer = s3prl.read, ekd.dataset, StageTimer(lambda: 0.0)
+    for index in range(2):
+        waves, padded, mask = read(s3prl.buckets.X[index])
+        batch = dataset[index]
+        torch.testing.assert_close(batch.waves, padded)
+        assert batch.lengths.tolist() == [len(wave) for wave in waves] == mask.sum(1).tolist()
+        short = min(map(len, waves))
+        lengths = torch.full_like(batch.lengths, short)
+        cut = batch._replace(waves=batch.waves[:, :short], lengths=lengths)
+        monkeypatch.setattr(ekd, "dataset", [cut])
+        arguments = (list(cut.waves), cut.waves, torch.ones_like(cut.waves))
+        monkeypatch.setattr(s3prl, "read", lambda files, arguments=arguments: arguments)
+        ours, theirs = ekd.step(0, timer), s3prl.step(index, timer)
+        assert ours == pytest.approx(theirs, rel=1e-5)
+        assert ours[1] == 2 * short / 16000  # seconds of audio
+    for module in (ekd.expert, s3prl.model):
+        module.train()
 
 
-class Items:
-    """A dataset of one batch."""
-
-    def __init__(self, batch):
-        self.batch = batch
-
-    def _distort(self, *args):
-        raise AssertionError("never called")
-
-    def __getitem__(self, index):
-        return self.batch
-
-
-def test_a_step_is_charged_to_its_stages_and_changes_the_student_alone(sides):
-    for side, model, frozen in (
-        (sides[0], sides[0].distiller.student, sides[0].distiller.teachers),
-        (sides[1], sides[1].model.distiller, sides[1].model.teachers),
+def test_a_step_has_all_stages_and_changes_the_student_alone(variants):
+    ekd, s3prl = variants
+    for variant, student, teachers in (
+        (ekd, ekd.expert.distiller.student, ekd.expert.distiller.teachers),
+        (s3prl, s3prl.distiller, s3prl.teachers),
     ):
-        before = {name: weight.clone() for name, weight in model.state_dict().items()}
-        teachers = {name: weight.clone() for name, weight in frozen.state_dict().items()}
-        clock = Clock(seconds("cpu"))
-        loss, lengths = side.step(0, clock)
-        assert np.isfinite(loss) and len(lengths) == 2
-        used = {stage for stage, spent in clock.spent.items() if spent[0] > 0}
-        assert used - {"distort"} == set(STAGES) - {"distort"}
-        assert any(not torch.equal(w, before[name]) for name, w in model.state_dict().items())
-        assert all(torch.equal(w, teachers[name]) for name, w in frozen.state_dict().items())
-        # The methods that were charged are the class's own again.
-        assert "forward" not in vars(model) and "states" not in vars(frozen)
+        before = {name: weight.clone() for name, weight in student.state_dict().items()}
+        frozen = {name: weight.clone() for name, weight in teachers.state_dict().items()}
+        timer = StageTimer(clock("cpu"))
+        loss, _ = variant.step(0, timer)
+        assert np.isfinite(loss) and all(timer.totals.values())
+        assert any(not torch.equal(w, before[name]) for name, w in student.state_dict().items())
+        assert all(torch.equal(w, frozen[name]) for name, w in teachers.state_dict().items())
 
 
-def test_both_sides_have_the_same_operations(sides):
+def test_both_have_the_same_operations(variants):
     """The highest layer is a target, so both run all layers; ours pads no frames to an even count,
-    and its heads are three where the baseline has one."""
-    ours, theirs = (_operations(side) for side in sides)
+    and its heads are three where s3prl's is one."""
+    counts = []
+    for variant in variants:
+        with flop_counter() as counter:
+            timer = StageTimer(counter.get_total_flops)
+            variant.step(0, timer)
+        counts.append(timer.totals)
     for stage in ("teacher forward", "student forward", "backward"):
-        assert ours["flops"][stage] == pytest.approx(theirs["flops"][stage], rel=0.02)
-    assert ours["flops"]["optimizer"] == ours["flops"]["read and decode"] == 0
-    assert ours["flops_audio"] == theirs["flops_audio"]
+        assert counts[0][stage] == pytest.approx(counts[1][stage], rel=0.02)
+    assert counts[0]["optimizer"] == counts[0]["data"] == 0
 
 
-def test_the_targets_difference_is_to_the_experts_in_eval_mode(sides):
-    """Rounding apart there is none; a broken encoder is seen, and put back."""
-    ensemble = sides[0].distiller.teachers
-    found = sides[0].difference()
-    assert 0 < found["share"] < 1e-5 and 0 < found["largest"] < 1e-4
-    encoder = ensemble["wavlm"].encoder
-
-    class Doubled:
-        def hidden_states(self, *args):
-            return {n: 2 * state for n, state in encoder.hidden_states(*args).items()}
-
-    ensemble["wavlm"].encoder = Doubled()
-    assert sides[0].difference()["share"] == pytest.approx(1 / 3, abs=1e-4)  # of three teachers
-    assert isinstance(ensemble["wavlm"].encoder, Doubled)
-    ensemble["wavlm"].encoder = encoder
+def test_s3prls_way_is_as_s3prl_has_it(variants):
+    s3prl = variants[1]
+    assert all(module.training for module in s3prl.model.modules())
+    held = sum(len(group["params"]) for group in s3prl.optimizer.param_groups)
+    assert held == len(list(s3prl.model.parameters()))  # the frozen teachers' too
 
 
-def test_the_baseline_is_as_s3prl_has_it(sides):
-    baseline = sides[1]
-    assert all(module.training for module in baseline.model.modules())
-    held = sum(len(group["params"]) for group in baseline.optimizer.param_groups)
-    assert held == len(list(baseline.model.parameters()))  # the frozen teachers' too
-    assert list(baseline.model.teachers) == list(TEACHERS)
-
-
-def test_distortion_is_a_stage_of_its_own(plan):
-    side = Ours(Plan(plan.folder, plan.teachers, "tiny", "cpu", 2, distort=True))
-    clock = Clock(seconds("cpu"))
-    side.step(1, clock)
-    assert clock.spent["distort"][0] > 1e-4
+def test_cached_targets_run_no_teacher(plan):
+    """The same step but for float16, and for padding that the teachers heard."""
+    ekd, cached = Ekd(plan), Ekd(plan, cached=True)
+    timer, losses = StageTimer(clock("cpu")), []
+    for variant in (ekd, cached):
+        torch.manual_seed(3)
+        losses.append(variant.step(0, timer)[0])
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+    assert not list(cached.expert.distiller.teachers.parameters())
+    index = (plan.folder / "targets" / "index.json").stat()
+    Ekd(plan, cached=True)  # as the process does that measures memory
+    assert (plan.folder / "targets" / "index.json").stat() == index
 
 
 def test_real_audio_is_cut_and_counted(tmp_path):
@@ -294,84 +219,67 @@ def test_real_audio_is_cut_and_counted(tmp_path):
     for number, length in enumerate((24000, 9000, 16000)):
         wave = 0.1 * np.sin(np.arange(length))
         soundfile.write(source / f"{number}.wav", wave, 16000, subtype="PCM_16")
-    folder = tmp_path / "folder"
-    folder.mkdir()
-    write_corpus(folder, 3, 1.0, source)
-    assert [soundfile.info(f).frames for f in sorted((folder / "audio").iterdir())] == [
-        16000, 9000, 16000,
-    ]  # fmt: skip
-    (tmp_path / "more").mkdir()
-    with pytest.raises(DataError, match="has 3 audio files and the benchmark wants 4"):
+    for name in ("folder", "more"):
+        (tmp_path / name).mkdir()
+    write_corpus(tmp_path / "folder", 3, 1.0, source)
+    files = sorted((tmp_path / "folder/audio").iterdir())
+    assert [soundfile.info(file).frames for file in files] == [16000, 9000, 16000]
+    with pytest.raises(DataError, match="has 3 audio files and the benchmark needs 4"):
         write_corpus(tmp_path / "more", 4, 1.0, source)
 
 
-def test_peak_memory_is_of_a_process_of_its_own(plan, monkeypatch):
-    assert bench_memory.peak_resident() >= bench_memory.resident() * 0.9 > 10e6
-    found = bench_memory.peak_memory(plan, "ours")
-    assert found["kind"] == "RSS" and found["peak"] > found["before"] > 10e6
-    failed = SimpleNamespace(returncode=1, stderr="Traceback\nMemoryError: no room", stdout="")
-    monkeypatch.setattr(bench_memory.subprocess, "run", lambda *args, **kwargs: failed)
-    with pytest.raises(SetupError, match="peak memory of ours .*MemoryError: no room"):
-        bench_memory.peak_memory(plan, "ours")
+def test_peak_memory_is_that_of_a_process_with_the_models(plan):
+    found = peak_memory(plan, "ekd")
+    assert found["kind"] == "RSS" and 50e6 < found["peak"] < 4e9
+
+
+def bench(*argv):
+    return subprocess.run(
+        [sys.executable, "-m", "tools.bench", *map(str, argv)],
+        cwd=REPO,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
 
 
 def test_the_command_measures_prints_and_writes(tmp_path):
-    done = command("bench", "--seconds", 0.5, "--batch", 2, "--turns", 2, "-o", "out", cwd=tmp_path)
-    assert "| teacher forward |" in done.stdout and "| peak memory (RSS) |" in done.stdout
-    written = json.loads((tmp_path / "out" / "bench.json").read_text())
-    assert list(written["sides"]) == ["baseline", "ours"] and written["about"]["turns"] == 2
-    ours = written["sides"]["ours"]
-    assert [len(ours[key]) for key in ("wall", "cpu", "audio", "losses")] == [2] * 4
-    assert set(ours["wall"][0]) == set(STAGES)
-    step = written["summary"]["ours"]["stages"][STEP]
-    walls = [sum(turn.values()) for turn in ours["wall"]]
-    assert step["wall"]["median"] == pytest.approx(np.median(walls))
-    assert (tmp_path / "out" / "bench.png").read_bytes()[:4] == b"\x89PNG"
-    again = command("bench", "-o", "out", cwd=tmp_path, check=False)
+    out = tmp_path / "bench.json"
+    argv = ("--seconds", 0.5, "--batch", 2, "--turns", 2, "--no-memory", "-o", out)
+    done = bench(*argv)
+    assert done.returncode == 0, done.stderr
+    assert "| teacher forward |" in done.stdout
+    written = json.loads(out.read_text())
+    assert list(written["variants"]) == ["s3prl", "ekd"] and written["about"]["turns"] == 2
+    ekd = written["variants"]["ekd"]
+    assert [len(ekd[key]) for key in ("seconds", "audio", "losses")] == [2] * 3
+    totals = [sum(turn.values()) for turn in ekd["seconds"]]
+    assert written["summary"]["ekd"][STEP]["seconds"][1] == pytest.approx(np.median(totals))
+    again = bench(*argv)
     assert again.returncode == 2 and "bench.json exists" in again.stderr
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (("--batch", "1"), "--batch 1: s3prl's buckets drop single utterances"),
-        (("--turns", "0"), "--turns 0: at least 1"),
-        (("--seconds", "0"), "--seconds 0: 0.1 to 60"),
-        (("--device", "tpu"), "--device tpu: cpu, cuda or cuda:N"),
-        (("--data", "nowhere"), "--data: there is no folder nowhere"),
-    ],
+    "argv",
+    ["--batch 1", "--turns 0", "--seconds 0", "--device tpu", "--data nowhere", "-o no/where.json"],
 )
-def test_mistakes_are_a_sentence(tmp_path, monkeypatch, words, said):
-    import argparse
-
-    from s3prl_ekd.commands import bench
-
-    monkeypatch.chdir(tmp_path)
-    parser = argparse.ArgumentParser()
-    bench.configure(parser)
-    with pytest.raises(SetupError, match="^" + said):
-        bench.main(parser.parse_args(words))
+def test_a_mistake_is_a_sentence(argv, capsys):
+    with pytest.raises(SystemExit) as left:
+        main(argv.split())
+    assert left.value.code == 2
+    assert argv.removeprefix("-o ") in capsys.readouterr().err
 
 
-def test_sizes_and_sides_are_those_of_the_command():
-    from s3prl_ekd.commands import bench
-
-    assert tuple(SIZES) == bench.SIZES
-    assert tuple(SIDES) == ("baseline", *bench._SIDES)
+def test_the_former_command_names_the_new_one(tmp_path):
+    done = command("bench", "--size", "base", cwd=tmp_path, check=False)
+    assert done.returncode == 2 and "python -m tools.bench" in done.stderr
 
 
 @pytest.mark.parametrize(("size", "millions"), [("base", 94), ("large", 316)])
 def test_sizes_are_those_of_the_published_models(size, millions):
     """HuBERT Base and Large have 94.7 and 316.6 million parameters (SUPERB's table)."""
-    from s3prl.upstream.hubert.hubert_model import (
-        HubertConfig,
-        HubertModel,
-        HubertPretrainingConfig,
-    )
+    from s3prl_ekd.teachers.random_weights import hubert_checkpoint
 
-    config = SIZES[size].config()
-    task = HubertPretrainingConfig(normalize=config.pop("normalize", False))
     with torch.device("meta"):
-        model = HubertModel(HubertConfig(label_rate=50.0, **config), task, [["0"]])
-    count = sum(weight.numel() for weight in model.parameters()) / 1e6
-    assert count == pytest.approx(millions, abs=1)
+        weights = hubert_checkpoint(**SIZES[size].teacher)["model_weight"]
+    assert sum(w.numel() for w in weights.values()) / 1e6 == pytest.approx(millions, abs=1)

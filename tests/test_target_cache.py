@@ -1,7 +1,6 @@
 """Targets stored once: they are s3prl's of each utterance alone, and a loss is the same."""
 
 import dataclasses
-import time
 from collections import defaultdict
 
 import numpy as np
@@ -32,7 +31,6 @@ from .cache_cases import (
     cache,
     configs,
     experts,
-    files,
     make_stored,
 )
 from .conftest import data_settings
@@ -265,34 +263,6 @@ def test_distorted_students_have_clean_targets(folder, stored):
     assert one.teacher_waves is None and one.names == two.names
     clean = TargetReader(stored / "float16").batch(one.names)
     assert torch.equal(one.targets.values, clean.values)
-
-
-# The benchmark
-
-
-def test_the_benchmark_has_a_side_that_runs_no_teacher(tmp_path):
-    from s3prl_ekd.evaluate.bench_clock import Clock
-    from s3prl_ekd.evaluate.bench_corpus import write_corpus
-    from s3prl_ekd.evaluate.bench_sides import SIDES, Plan
-    from s3prl_ekd.teachers.random_weights import SIZES as MODELS
-    from s3prl_ekd.teachers.random_weights import write_teachers
-
-    write_corpus(tmp_path, 4, 0.5, None)
-    plan = Plan(tmp_path, write_teachers(tmp_path, MODELS["tiny"]), "tiny", "cpu", 2)
-    ours, side = SIDES["ours"](plan), SIDES["ours-cached"](plan)
-    clock = Clock(lambda: (time.perf_counter(),))
-    torch.manual_seed(3)
-    loss, lengths = ours.step(0, clock)
-    torch.manual_seed(3)
-    mine, its = side.step(0, clock)
-    assert mine == pytest.approx(loss, rel=0.02) and torch.equal(lengths, its)
-    assert not list(side.distiller.teachers.parameters())
-    assert clock.spent["teacher forward"][0] > 0
-    assert 0 < side.difference()["share"] < 2**-11
-    # the second one in the same folder, as the process that measures memory has been before
-    before = files(tmp_path / "targets-float16")
-    SIDES["ours-cached"](plan)
-    assert files(tmp_path / "targets-float16") == before
 
 
 # The layout

@@ -5,19 +5,18 @@ import torch
 from s3prl.upstream.hubert.hubconf import hubert_local
 from s3prl.upstream.wavlm.hubconf import wavlm_local
 
-from s3prl_ekd.teachers.random_weights import (
-    hubert_checkpoint,
-    make_teachers,
-    robust_checkpoint,
-    wavlm_checkpoint,
-)
+from s3prl_ekd.teachers.random_weights import hubert_checkpoint, wavlm_checkpoint
 
-LOADERS = {"hubert": hubert_local, "robust_hubert": hubert_local, "wavlm": wavlm_local}
+LOADERS = {"hubert": hubert_local, "wavlm": wavlm_local}
 
 
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory):
-    return make_teachers(tmp_path_factory.mktemp("teachers"))
+    folder = tmp_path_factory.mktemp("teachers")
+    paths = {name: folder / f"{name}.pt" for name in LOADERS}
+    torch.save(hubert_checkpoint(), paths["hubert"])
+    torch.save(wavlm_checkpoint(), paths["wavlm"])
+    return paths
 
 
 def hidden_states(name, path, waves):
@@ -56,7 +55,6 @@ def test_s3prl_loads_them(paths, name):
 
 def test_they_are_tiny(paths):
     assert all(path.stat().st_size < 3_000_000 for path in paths.values())
-    assert set(paths) == set(LOADERS)
 
 
 @pytest.mark.parametrize("name", LOADERS)
@@ -73,20 +71,6 @@ def test_wavlm_has_the_gated_relative_bias(paths):
     weights = torch.load(paths["wavlm"], weights_only=True)["model"]
     assert "encoder.layers.0.self_attn.relative_attention_bias.weight" in weights
     assert "encoder.layers.5.self_attn.grep_linear.weight" in weights
-
-
-def test_robust_hubert_is_near_hubert(paths):
-    plain = torch.load(paths["hubert"], weights_only=True)
-    robust = torch.load(paths["robust_hubert"], weights_only=True)
-    assert plain["model_cfg"] == robust["model_cfg"]
-    name = "encoder.layers.2.fc1.weight"
-    difference = (robust["model_weight"][name] - plain["model_weight"][name]).std()
-    assert difference == pytest.approx(0.1 * plain["model_weight"][name].std().item(), rel=0.05)
-    wave = [speechlike()]
-    last = [
-        hidden_states("hubert", paths[name], wave)[-1][0] for name in ("hubert", "robust_hubert")
-    ]
-    assert 0.6 < torch.cosine_similarity(*last, dim=1).mean() < 0.999
 
 
 @pytest.mark.parametrize("build", [hubert_checkpoint, wavlm_checkpoint])
@@ -108,10 +92,3 @@ def test_seeds(build):
     assert torch.equal(torch.rand(4), expected)  # the global state is as it was
     assert same(first, build(seed=5, layers=2))
     assert not same(first, build(seed=6, layers=2))
-
-
-def test_robust_leaves_its_source_alone():
-    source = hubert_checkpoint(layers=1)
-    robust = robust_checkpoint(source)
-    assert same(source, hubert_checkpoint(layers=1))
-    assert same(robust, robust_checkpoint(source)) and not same(robust, source)

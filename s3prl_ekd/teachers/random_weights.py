@@ -1,25 +1,20 @@
 """Teachers with random weights: true architectures in s3prl's checkpoint formats.
 
 They load through s3prl's own ``hubert_local`` and ``wavlm_local`` as the published checkpoints do.
-The tiny ones are 150 times smaller, so that a whole distillation fits into a minute on a CPU. They
-know nothing of speech, but their features follow it: a student learns from them to compute the same
-functions of the sound. :func:`twin` gives a tiny teacher of the zoo as it was before training.
+By default they are 150 times smaller. They know nothing of speech, but their features follow it: a
+student learns from them to compute the same functions of the sound. :func:`random_twin` gives a
+tiny teacher of the zoo as it was before training.
 """
 
 from __future__ import annotations
 
-import copy
-import os
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from .. import compat
-from ..distill.settings import StudentSettings
-from ..files.atomic import save_whole
 from ..files.torch_load import safe_load
 from .zoo import weights
 
@@ -56,6 +51,7 @@ def hubert_checkpoint(
     conv_pos_groups: int = 4,
     classes: int = 20,
     normalize: bool = False,
+    config: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """A HuBERT checkpoint in the format of ``s3prl.upstream.hubert.convert``.
 
@@ -68,6 +64,7 @@ def hubert_checkpoint(
         conv_pos, conv_pos_groups: kernel and groups of the positional convolution.
         classes: number of cluster labels.
         normalize: whether waveforms are to be normalised (as for HuBERT Large).
+        config: more of the model's own settings, such as ``layer_norm_first``.
 
     Returns:
         Plain tensors and containers under ``task_cfg``, ``model_cfg``, ``model_weight`` and
@@ -92,6 +89,7 @@ def hubert_checkpoint(
         "conv_pos_groups": conv_pos_groups,
         "final_dim": min(embed_dim, 256),
         "untie_final_proj": True,
+        **(config or {}),
     }
     symbols = [[str(label) for label in range(classes)]]
     with torch.random.fork_rng(devices=[]):
@@ -117,6 +115,7 @@ def wavlm_checkpoint(
     conv_pos: int = 32,
     conv_pos_groups: int = 4,
     normalize: bool = False,
+    config: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """A WavLM checkpoint, ``{"cfg", "model"}``, with gated relative position bias.
 
@@ -138,52 +137,13 @@ def wavlm_checkpoint(
         "num_buckets": 320,
         "max_distance": 800,
         "gru_rel_pos": True,
+        **(config or {}),
     }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = WavLM(WavLMConfig(cfg))
     _liven(model, _WAVLM_GAIN)
     return {"cfg": cfg, "model": _weights(model)}
-
-
-def robust_checkpoint(
-    hubert: dict[str, Any], *, seed: int = 1339, strength: float = 0.1
-) -> dict[str, Any]:
-    """``hubert`` with noise on its weights, as if training had gone on from there.
-
-    Args:
-        hubert: as :func:`hubert_checkpoint` returns it; left as it is.
-        seed: of the noise.
-        strength: standard deviation of the noise relative to that of each tensor.
-    """
-    robust = copy.deepcopy(hubert)
-    generator = torch.Generator().manual_seed(seed)
-    for weight in robust["model_weight"].values():
-        if weight.dim() > 1:  # biases and norms hardly move
-            noise = torch.randn(weight.shape, generator=generator)
-            weight += strength * weight.std() * noise
-    return robust
-
-
-def make_teachers(out: str | Path, seed: int = 1337) -> dict[str, Path]:
-    """Write ``hubert.pt``, ``robust_hubert.pt`` and ``wavlm.pt`` into the folder ``out``.
-
-    Returns:
-        The files by teacher name: ``hubert``, ``robust_hubert``, ``wavlm``.
-    """
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    hubert = hubert_checkpoint(seed=seed)
-    checkpoints = {
-        "hubert": hubert,
-        "robust_hubert": robust_checkpoint(hubert, seed=seed + 1),
-        "wavlm": wavlm_checkpoint(seed=seed + 2),
-    }
-    paths = {}
-    for name, checkpoint in checkpoints.items():
-        paths[name] = out / f"{name}.pt"
-        torch.save(checkpoint, paths[name])
-    return paths
 
 
 def _liven(model: torch.nn.Module, gain: float = 1.0) -> None:
@@ -202,112 +162,6 @@ def _liven(model: torch.nn.Module, gain: float = 1.0) -> None:
 
 def _weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-
-
-_CONV = "[({0},10,5)] + [({0},3,2)] * 4 + [({0},2,2)] * 2"
-_LARGE = {
-    "extractor_mode": "layer_norm",
-    "layer_norm_first": True,
-    "conv_bias": False,
-    "normalize": True,
-}
-
-
-@dataclass(frozen=True)
-class Size:
-    """Three teachers, two of HuBERT's kind and a WavLM, and a student of two layers.
-
-    ``layers`` are the teachers' targets; ``more`` what is set beside the widths.
-    """
-
-    channels: int
-    width: int
-    ffn: int
-    heads: int
-    depth: int
-    layers: tuple[int, ...]
-    conv_pos: int
-    conv_pos_groups: int
-    student: StudentSettings
-    more: dict[str, Any] = field(default_factory=dict)
-
-    def config(self) -> dict[str, Any]:
-        """What HuBERT's and WavLM's configs have in common."""
-        return {
-            "conv_feature_layers": _CONV.format(self.channels),
-            "encoder_embed_dim": self.width,
-            "encoder_ffn_embed_dim": self.ffn,
-            "encoder_attention_heads": self.heads,
-            "encoder_layers": self.depth,
-            "conv_pos": self.conv_pos,
-            "conv_pos_groups": self.conv_pos_groups,
-            **self.more,
-        }
-
-
-SIZES = {
-    # That of `s3prl-ekd demo`.
-    "tiny": Size(
-        64, 96, 192, 4, 6, (2, 4, 6), 32, 4,
-        StudentSettings(
-            extractor_conv_feature_layers=_CONV.format(64),
-            encoder_embed_dim=96,
-            encoder_ffn_embed_dim=192,
-            encoder_attention_heads=4,
-            conv_pos=32,
-            conv_pos_groups=4,
-        ),
-    ),
-    # HuBERT Base and WavLM Base+, 94 M parameters each.
-    "base": Size(512, 768, 3072, 12, 12, (4, 8, 12), 128, 16, StudentSettings()),
-    # HuBERT Large and WavLM Large, 315 M parameters each.
-    "large": Size(512, 1024, 4096, 16, 24, (8, 16, 24), 128, 16, StudentSettings(), _LARGE),
-}  # fmt: skip
-TEACHERS = ("hubert", "robust_hubert", "wavlm")
-
-
-def write_teachers(folder: Path, size: Size) -> dict[str, Path]:
-    """Write the three checkpoints in s3prl's formats: teacher name -> file."""
-    paths = {}
-    for seed, name in enumerate(TEACHERS):
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            state = _wavlm(size) if name == "wavlm" else _hubert(size)
-        paths[name] = folder / f"{name}.pt"
-        save_whole(state, os.fspath(paths[name]))
-    return paths
-
-
-def _hubert(size: Size) -> dict[str, Any]:
-    from s3prl.upstream.hubert.hubert_model import (
-        HubertConfig,
-        HubertModel,
-        HubertPretrainingConfig,
-    )
-
-    model = {"label_rate": 50.0, **size.config()}
-    task = {"label_rate": 50.0, "normalize": model.pop("normalize", False)}
-    symbols = [["0", "1"]]
-    made = HubertModel(HubertConfig(**model), HubertPretrainingConfig(**task), symbols)
-    return {
-        "task_cfg": task,
-        "model_cfg": model,
-        "model_weight": made.state_dict(),
-        "dictionaries_symbols": symbols,
-    }
-
-
-def _wavlm(size: Size) -> dict[str, Any]:
-    from s3prl.upstream.wavlm.WavLM import WavLM, WavLMConfig
-
-    config = {
-        **size.config(),
-        "relative_position_embedding": True,
-        "num_buckets": 320,
-        "max_distance": 800,
-        "gru_rel_pos": True,
-    }
-    return {"cfg": config, "model": WavLM(WavLMConfig(config)).state_dict()}
 
 
 def random_twin(name: str, seed: int = 1337) -> dict[str, Any]:

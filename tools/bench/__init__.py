@@ -1,1 +1,1 @@
-"""Measurements for the makers of s3prl_ekd."""
+"""Benchmark of a distillation step, beside s3prl's way of making it: ``python -m tools.bench``."""

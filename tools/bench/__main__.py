@@ -1,118 +1,151 @@
 """Measure a distillation step, stage by stage, beside s3prl's way of making it.
 
-The baseline is s3prl's distiller with three upstream experts for teachers, and nothing else
-changed; ours is what `run_pretrain.py -u ekd` runs. Both start from the same random weights and
-take turns over the same batches in one process; the peak memory of each is measured in a process
-of its own. The floor is what the counted matrix products would take at the rate that this machine
-reaches in one. A table in Markdown goes to stdout; the figures to FOLDER/bench.json and bench.png.
+`s3prl` is its distiller with three upstream experts for teachers; `ekd` is what
+`run_pretrain.py -u ekd` runs. Both start from the same random weights and make steps on the same
+batches in turns; peak memory is measured in a process of its own. The roofline is what the counted
+matrix products would take at this machine's best rate. Prints a table in Markdown.
 
 example:
-  s3prl-ekd bench
-  s3prl-ekd bench --size base --batch 2 --seconds 3 --turns 3 -o bench_base
-  s3prl-ekd bench --size base --device cuda --batch 24 --seconds 15 --data /data/LibriSpeech
+  python -m tools.bench
+  python -m tools.bench --size base --batch 4 --seconds 4 --variant ekd ekd-cached -o base.json
+  python -m tools.bench --size base --device cuda --batch 24 --seconds 15 --data /data/LibriSpeech
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import platform
+import sys
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from ..errors import SetupError
+import torch
+from tqdm import tqdm
 
-SIZES = ("tiny", "base", "large")
-_SIDES = ("ours", "ours-bf16", "ours-compile", "ours-cached")
+from s3prl_ekd import __version__, compat
+from s3prl_ekd.errors import SetupError
+from s3prl_ekd.files.atomic import write_text
+from s3prl_ekd.system.terminal import quiet_s3prl, run_command
+
+from .inputs import SIZES, write_corpus, write_teachers
+from .measure import StageTimer, clock, flop_counter, matmul_rate, peak_memory
+from .report import plot, projection, summary, table
+from .variants import VARIANTS, BenchPlan, copy_weights
 
 
-def configure(parser: argparse.ArgumentParser) -> None:
-    """Add the options of ``bench``."""
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.bench",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add = parser.add_argument
-    add(
-        "--size", choices=SIZES, default="tiny",
-        help="of the three teachers: demo's, 94 M or 315 M parameters each (default: tiny)",
-    )  # fmt: skip
-    add("--device", default="cpu", metavar="DEVICE", help="cpu or cuda (default: cpu)")
+    add("--size", choices=SIZES, default="tiny", help="of the teachers: demo's, 94 M or 316 M")
+    add("--device", default="cpu", help="cpu, cuda or cuda:N")
     add("--seconds", type=float, default=4.0, help="longest utterance (default: 4)")
     add("--batch", type=int, default=4, metavar="N", help="utterances a batch (default: 4)")
-    add("--turns", type=int, default=5, metavar="N", help="steps of each side (default: 5)")
-    add(
-        "--data", type=Path, metavar="FOLDER",
-        help="take the first audio files of a folder, cut to --seconds (default: noise)",
-    )  # fmt: skip
-    add(
-        "--side", action="append", choices=_SIDES, metavar="SIDE",
-        help=f"what to compare with the baseline, may be given again: {', '.join(_SIDES)} "
-        "(default: ours)",
-    )  # fmt: skip
-    add("--distort", action="store_true", help="let ours distort the waveforms too")
-    add("--no-memory", action="store_true", help="leave the peak memory out")
+    add("--turns", type=int, default=5, metavar="N", help="steps of each variant (default: 5)")
+    add("--data", type=Path, metavar="FOLDER", help="audio to take excerpts of (default: noise)")
+    add("--variant", nargs="+", choices=list(VARIANTS)[1:], default=["ekd"], help="beside s3prl")
+    add("--cpu-time", action="store_true", help="CPU time, which other programs disturb less")
+    add("--no-memory", action="store_true", help="do not measure peak memory")
     add("--plan", action="store_true", help="project hours for larger corpora and more devices")
-    add("-o", "--output", type=Path, metavar="FOLDER", default=Path("bench"))
-    add("--force", action="store_true", help="replace an earlier bench.json and bench.png")
+    add("--plot", type=Path, metavar="PNG", help="also draw the stages")
+    add("-o", "--output", type=Path, metavar="JSON", help="write all measurements to this file")
+    return parser
 
 
-def main(args: argparse.Namespace) -> int:
-    """Measure, print the table, write the two files; the exit code is 0."""
-    if args.batch < 2:
-        raise SetupError(f"--batch {args.batch}: s3prl's buckets drop single utterances; give 2")
-    if args.turns < 1:
-        raise SetupError(f"--turns {args.turns}: at least 1 is needed")
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 2, after one sentence, for a user's mistake."""
+    args = build_parser().parse_args(argv)
+    quiet_s3prl()
+    return run_command(lambda: bench(args))
+
+
+def bench(args: argparse.Namespace) -> None:
+    """Check the options, measure, print and write the results.
+
+    Raises:
+        SetupError: an option cannot be used.
+    """
+    if args.batch < 2 or args.turns < 1:
+        raise SetupError(
+            f"--batch {args.batch} --turns {args.turns}: 2 (s3prl drops single utterances) and 1 "
+            "are the least"
+        )
     if not 0.1 <= args.seconds <= 60:
         raise SetupError(f"--seconds {args.seconds:g}: 0.1 to 60 is allowed")
-    if args.device != "cpu" and not args.device.startswith("cuda"):
-        raise SetupError(f"--device {args.device}: cpu, cuda or cuda:N is allowed")
-    if "ours-bf16" in (args.side or ()) and args.device == "cpu":
-        raise SetupError("--side ours-bf16 needs --device cuda: not every CPU has bfloat16")
+    if args.device != "cpu" and not (args.device.startswith("cuda") and torch.cuda.is_available()):
+        raise SetupError(f"--device {args.device}: torch has no such device here; use cpu")
     if args.data is not None and not args.data.is_dir():
-        raise SetupError(f"--data: there is no folder {args.data}")
-    files = {name: args.output / name for name in ("bench.json", "bench.png")}
-    there = [str(path) for path in files.values() if path.exists()]
-    if there and not args.force:
-        raise SetupError(f"{there[0]} exists; name another folder with -o, or add --force")
-
-    import json
-    import tempfile
-
-    from ..analysis.plots import require_matplotlib
-    from ..evaluate.bench import run_bench
-    from ..evaluate.bench_plot import plot_bench
-    from ..evaluate.bench_report import summary, table
-    from ..files.atomic import whole_file
-
-    require_matplotlib()  # before minutes of measuring
-    try:
-        args.output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SetupError(f"cannot write to {args.output}: {error.strerror}") from None
-    with tempfile.TemporaryDirectory(prefix="s3prl_ekd_bench_") as folder:
-        result = run_bench(
-            Path(folder),
-            size=args.size,
-            device=args.device,
-            longest=args.seconds,
-            batch=args.batch,
-            turns=args.turns,
-            sides=["baseline", *dict.fromkeys(args.side or ["ours"])],
-            source=args.data,
-            distort=args.distort,
-            memory=not args.no_memory,
-        )
+        raise SetupError(f"--data {args.data}: there is no such folder")
+    for path in filter(None, (args.output, args.plot)):
+        if path.exists() or not path.parent.is_dir():
+            raise SetupError(f"{path} exists, or its folder does not; name another file")
+    result = measure(args)
     print(table(result))
-    if args.plan:
-        from ..evaluate.bench_plan import plan_table
+    for name in list(result["variants"])[1:] if args.plan else []:
+        print("\n" + projection(result, name))
+    if args.output:
+        write_text(args.output, json.dumps({**result, "summary": summary(result)}, indent=1) + "\n")
+    if args.plot:
+        plot(result, args.plot)
 
-        for name in list(result["sides"])[1:]:
-            print("\n" + plan_table(result, name))
-    contents = {
-        "bench.json": (
-            json.dumps({**result, "summary": summary(result)}, indent=1) + "\n"
-        ).encode(),
-        "bench.png": plot_bench(result),
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """All measurements: ``about`` the machine and options, and ``variants`` by name.
+
+    In each turn every variant makes one step on the same batch; their order alternates. A step
+    before the first turn, which counts the operations, is not timed. Each variant has ``seconds``
+    (by stage), ``audio`` (seconds) and ``losses`` of each turn, ``flops`` by stage on a batch of
+    ``flops_audio`` seconds, and ``memory``.
+    """
+    compat.apply()
+    names = ["s3prl", *dict.fromkeys(args.variant)]
+    seconds, rate = clock(args.device, args.cpu_time), 0.0
+    results: dict[str, dict[str, Any]] = {name: {} for name in names}
+    with tempfile.TemporaryDirectory(prefix="s3prl_ekd_bench_") as folder:
+        write_corpus(Path(folder), args.batch * args.turns, args.seconds, args.data)
+        teachers = write_teachers(Path(folder), SIZES[args.size])
+        plan = BenchPlan(Path(folder), teachers, args.size, args.device, args.batch)
+        if not args.no_memory:  # before this process takes its own share of a GPU
+            for name in tqdm(names, desc="peak memory", unit="variant"):
+                results[name]["memory"] = peak_memory(plan, name)
+        variants = {name: VARIANTS[name](plan) for name in names}
+        copy_weights(variants[names[1]], variants["s3prl"])
+        for name, variant in variants.items():
+            variant.step(0, StageTimer(seconds))
+            with flop_counter() as flops:
+                timer = StageTimer(lambda: float(flops.get_total_flops()))  # noqa: B023
+                _, audio = variant.step(0, timer)
+            results[name] |= {"flops": timer.totals, "flops_audio": audio}
+            results[name] |= {"seconds": [], "audio": [], "losses": []}
+        for turn in tqdm(range(args.turns), desc="turns", unit="turn"):
+            rate = max(rate, matmul_rate(args.device))  # other programs may slow some turns
+            for name in names if turn % 2 == 0 else names[::-1]:
+                timer = StageTimer(seconds)
+                loss, audio = variants[name].step(turn, timer)
+                results[name]["seconds"].append(timer.totals)
+                results[name]["audio"].append(audio)
+                results[name]["losses"].append(loss)
+    about = {
+        "made_by": f"s3prl_ekd {__version__}",
+        "torch": torch.__version__,
+        "machine": platform.processor() or platform.machine(),
+        "device": "cpu" if args.device == "cpu" else torch.cuda.get_device_name(args.device),
+        "threads": torch.get_num_threads(),
+        "size": args.size,
+        "batch": args.batch,
+        "longest_seconds": args.seconds,
+        "turns": args.turns,
+        "time": "CPU" if args.cpu_time else "wall",
+        "matmul_rate": rate,
     }
-    try:
-        for name, path in files.items():
-            with whole_file(path) as file:
-                file.write(contents[name])
-    except OSError as error:
-        raise SetupError(f"cannot write to {args.output}: {error.strerror}") from None
-    print(f"\nwrote {' and '.join(map(str, files.values()))}")
-    return 0
+    return {"about": about, "variants": results}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,157 +1,141 @@
-"""Medians, ratios and the table of a benchmark."""
+"""The table, the projection and the plot of a benchmark's result."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from .bench_clock import STAGES
+from .measure import STAGES
 
 STEP = "whole step"
+# DistilHuBERT's run (arXiv 2110.01900, section 3): 200,000 updates of 24 utterances of LibriSpeech,
+# 12.3 s long on average; and one pass over the usual corpora. In hours of audio.
+WORKLOADS = {
+    "200,000 steps of 24 utterances": 200_000 * 24 * 12.3 / 3600,
+    "one pass over LibriSpeech 960 h": 960,
+    "one pass over Libri-Light 60k h": 60_000,
+}
+DEVICES = (1, 8, 32)
 
 
-@dataclass(frozen=True)
-class Spread:
-    """A median and the quartiles on both sides of it."""
-
-    median: float
+class Quartiles(NamedTuple):
     low: float
+    median: float
     high: float
 
 
-@dataclass(frozen=True)
-class Row:
-    """One stage of one side, over the turns.
-
-    ``wall`` and ``cpu`` in seconds. ``ratio``: this side's wall time over the first side's in the
-    same turn, ``cpu_ratio`` the same in CPU time, which other programs on the machine disturb less;
-    None where the first side has no such stage. ``floor``: the seconds that its matrix products
-    take at the machine's rate, for a batch of median size.
-    """
-
-    wall: Spread
-    cpu: Spread
-    ratio: Spread | None
-    cpu_ratio: Spread | None
-    floor: float
+def quartiles(values: Sequence[float] | np.ndarray) -> Quartiles:
+    """25 %, 50 % and 75 %, interpolated."""
+    return Quartiles(*map(float, np.percentile(values, [25, 50, 75])))
 
 
-def spread(values: Sequence[float]) -> Spread:
-    """Median and quartiles, between neighbours in proportion."""
-    low, median, high = np.percentile(np.asarray(values, dtype=float), [25, 50, 75])
-    return Spread(float(median), float(low), float(high))
-
-
-def ratios(ours: Sequence[float], theirs: Sequence[float]) -> Spread | None:
-    """The spread of the ratios turn by turn; None where there is nothing to compare with."""
-    if not all(value > 0 for value in theirs):
-        return None
-    return spread([mine / other for mine, other in zip(ours, theirs, strict=True)])
-
-
-def per_turn(turns: Sequence[Mapping[str, float]], stage: str) -> list[float]:
-    """A stage's seconds in each turn; the whole step's are those of all stages."""
+def seconds(variant: Mapping[str, Any], stage: str) -> np.ndarray:
+    """A stage's seconds in each turn, ``[turn]``."""
     if stage == STEP:
-        return [sum(turn.values()) for turn in turns]
-    return [turn[stage] for turn in turns]
+        return np.sum([seconds(variant, each) for each in STAGES], axis=0)
+    return np.array([turn[stage] for turn in variant["seconds"]])
 
 
-def rows(result: Mapping) -> dict[str, dict[str, Row]]:
-    """Side -> stage -> row, over all of :data:`STAGES` and the whole step."""
-    first = next(iter(result["sides"].values()))
-    rate = result["about"]["matrix_rate"]
-    made = {}
-    for name, side in result["sides"].items():
-        # Operations were counted on one batch; the floor is that of a batch of median length.
-        share = spread(side["audio"]).median / side["flops_audio"]
-        flops = {**side["flops"], STEP: sum(side["flops"].values())}
-        made[name] = {
-            stage: Row(
-                spread(per_turn(side["wall"], stage)),
-                spread(per_turn(side["cpu"], stage)),
-                *(
-                    ratios(per_turn(side[time], stage), per_turn(first[time], stage))
-                    for time in ("wall", "cpu")
-                ),
-                flops[stage] * share / rate,
-            )
-            for stage in (*STAGES, STEP)
-        }
-    return made
+def audio_rate(variant: Mapping[str, Any]) -> float:
+    """Seconds of audio per second of whole steps, median over turns."""
+    return float(np.median(np.array(variant["audio"]) / seconds(variant, STEP)))
 
 
-def audio_rate(side: Mapping) -> Spread:
-    """Seconds of sound that a second of whole steps gets through."""
-    steps = per_turn(side["wall"], STEP)
-    return spread([audio / step for audio, step in zip(side["audio"], steps, strict=True)])
+def summary(result: Mapping[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
+    """The figures of the table: variant -> stage -> figures.
+
+    ``seconds``: quartiles over turns. ``ratio``: quartiles of the ratios to the first variant in
+    the same turn; None where it has no such stage. ``roofline``: seconds that the stage's
+    floating point operations take at the rate of a large matrix product, for a median batch.
+    """
+    first = next(iter(result["variants"].values()))
+    figures: dict[str, dict[str, dict[str, Any]]] = {}
+    for name, variant in result["variants"].items():
+        # Operations were counted on one batch: scaled to one of median length.
+        scale = float(np.median(variant["audio"])) / variant["flops_audio"]
+        flops = {**variant["flops"], STEP: sum(variant["flops"].values())}
+        figures[name] = {}
+        for stage in (*STAGES, STEP):
+            own, reference = seconds(variant, stage), seconds(first, stage)
+            figures[name][stage] = {
+                "seconds": quartiles(own),
+                "ratio": quartiles(own / reference) if reference.all() else None,
+                "roofline": flops[stage] * scale / result["about"]["matmul_rate"],
+            }
+    return figures
 
 
-def stages(result: Mapping) -> list[str]:
-    """The stages that there were: without ``--distort`` that one is an empty call."""
-    return [stage for stage in STAGES if stage != "distort" or result["about"]["distort"]]
-
-
-def summary(result: Mapping) -> dict:
-    """What the JSON file has beside the measurements: the figures of the table."""
-    return {
-        name: {
-            "stages": {stage: asdict(row) for stage, row in side.items()},
-            "audio_seconds_per_second": asdict(audio_rate(result["sides"][name])),
-        }
-        for name, side in rows(result).items()
-    }
-
-
-def table(result: Mapping) -> str:
-    """The benchmark in Markdown: a column a side, a line a stage, and what is behind them."""
-    made, sides = rows(result), result["sides"]
-    first, *others = made
-    head = ["", *(f"{name}, ms (CPU)" for name in made)]
-    for name in others:
-        head += [f"{name} / {first}", "in CPU time"]
-    head += [f"floor of {name}, ms" for name in made]
+def table(result: Mapping[str, Any]) -> str:
+    """The benchmark in Markdown: a line a stage."""
+    figures, variants, about = summary(result), result["variants"], result["about"]
+    first, *others = variants
+    head = ["", *(f"{name}, ms" for name in variants)]
+    head += [f"{name} / {first}" for name in others]
+    head += [f"roofline of {name}, ms" for name in variants]
     lines = [head, ["---", *["---:"] * (len(head) - 1)]]
-    for stage in (*stages(result), STEP):
-        cells = [f"**{stage}**" if stage == STEP else stage]
-        cells += [_times(made[name][stage]) for name in made]
-        for name in others:
-            cells += [_ratio(made[name][stage].ratio), _ratio(made[name][stage].cpu_ratio)]
-        cells += [f"{1e3 * made[name][stage].floor:,.1f}" for name in made]
-        lines.append(cells)
-    blank = [""] * (len(head) - 1 - len(made))
-    rates = [f"{_three(audio_rate(sides[name]).median)}" for name in made]
-    lines.append(["audio seconds a second", *rates, *blank])
-    lines.append(["padding", *(f"{sides[name]['padding']:.1%}" for name in made), *blank])
-    if any("difference" in side for side in sides.values()):
-        cells = [_difference(side.get("difference")) for side in sides.values()]
-        lines.append(["targets apart from eval mode's: largest (mean share)", *cells, *blank])
-    if all("memory" in side for side in sides.values()):
-        kind = next(iter(sides.values()))["memory"]["kind"]
-        peaks = [f"{side['memory']['peak'] / 2**20:,.0f} MiB" for side in sides.values()]
-        lines.append([f"peak memory ({kind})", *peaks, *blank])
-    about = result["about"]
+    for stage in (*STAGES, STEP):
+        cells = [figures[name][stage] for name in variants]
+        ratios = [cell["ratio"] for cell in cells[1:]]
+        lines.append(
+            [f"**{stage}**" if stage == STEP else stage]
+            + [f"{1e3 * cell['seconds'].median:,.1f}" for cell in cells]
+            + ["" if r is None else f"{r.median:.2f} ({r.low:.2f} to {r.high:.2f})" for r in ratios]
+            + [f"{1e3 * cell['roofline']:,.1f}" for cell in cells]
+        )
+    blank = [""] * (len(head) - 1 - len(variants))
+    lines.append(
+        ["audio seconds a second", *(f"{audio_rate(v):,.3g}" for v in variants.values()), *blank]
+    )
+    memory = [variant.get("memory") for variant in variants.values()]
+    if all(memory):
+        peaks = [f"{each['peak'] / 2**20:,.0f} MiB" for each in memory]
+        lines.append([f"peak memory ({memory[0]['kind']})", *peaks, *blank])
     note = (
         f"{about['size']}, {about['batch']} utterances of up to {about['longest_seconds']:g} s, "
         f"{about['turns']} turns, {about['device']}, {about['threads']} thread(s), torch "
-        f"{about['torch']}; medians, ratios with quartiles; {about['matrix_rate'] / 1e9:,.0f} "
-        "GFLOP/s in float32 matrix products"
+        f"{about['torch']}; median {about['time']} times, ratios with quartiles; "
+        f"{about['matmul_rate'] / 1e9:,.0f} GFLOP/s in a float32 matrix product"
     )
-    return "\n".join(["| " + " | ".join(line) + " |" for line in lines] + ["", note])
+    return markdown(lines) + "\n\n" + note
 
 
-def _times(row: Row) -> str:
-    return f"{1e3 * row.wall.median:,.1f} ({1e3 * row.cpu.median:,.1f})"
+def projection(result: Mapping[str, Any], name: str) -> str:
+    """Hours for larger corpora and more devices at a variant's measured rate, in Markdown."""
+    rate = audio_rate(result["variants"][name])
+    lines = [[f"hours, {name}", *(f"{n} device{'s' * (n > 1)}" for n in DEVICES)]]
+    lines.append(["---", *["---:"] * len(DEVICES)])
+    for work, hours in WORKLOADS.items():
+        lines.append([work, *(f"{hours / rate / n:,.1f}" for n in DEVICES)])
+    return markdown(lines) + "\n\nA projection: waiting of devices for each other is not in it."
 
 
-def _ratio(ratio: Spread | None) -> str:
-    return "" if ratio is None else f"{ratio.median:.2f} ({ratio.low:.2f} to {ratio.high:.2f})"
+def markdown(lines: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _difference(found: Mapping[str, float] | None) -> str:
-    return "" if found is None else f"{found['largest']:.1e} ({found['share']:.1e})"
+def plot(result: Mapping[str, Any], path: Path) -> None:
+    """Median milliseconds of each stage as stacked bars; dashes: the roofline.
 
+    Raises:
+        SetupError: matplotlib is not installed.
+    """
+    from s3prl_ekd.superb.report_plots import COLOURS, add_legend, new_figure
 
-def _three(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    figures = summary(result)
+    names = list(figures)
+    figure = new_figure(3.6 + 1.1 * len(names), 4.2)
+    axis = figure.subplots()
+    handles, bottom = {}, np.zeros(len(names))
+    for stage, colour in zip(STAGES, COLOURS, strict=False):
+        heights = 1e3 * np.array([figures[name][stage]["seconds"].median for name in names])
+        handles[stage] = axis.bar(names, heights, 0.6, bottom=bottom, color=colour)
+        bottom += heights
+    for number, name in enumerate(names):
+        roofline, ends = 1e3 * figures[name][STEP]["roofline"], (number - 0.4, number + 0.4)
+        handles["roofline"] = axis.hlines(roofline, *ends, colors="black", linestyles="dashed")
+    axis.set_ylabel("milliseconds a step")
+    add_legend(figure, dict(reversed(handles.items())))
+    figure.savefig(path, dpi=150)

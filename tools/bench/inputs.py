@@ -1,0 +1,108 @@
+"""What a benchmark runs on: random teachers of three sizes, and a corpus of noise or real audio."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+import torch
+
+from s3prl_ekd.data.audio import read_audio
+from s3prl_ekd.data.audio_files import find_audio
+from s3prl_ekd.data.lengths import write_table
+from s3prl_ekd.errors import DataError
+from s3prl_ekd.teachers.random_weights import CONV_LAYERS, hubert_checkpoint, wavlm_checkpoint
+
+RATE = 16_000  # Hz
+TABLE = "bench"
+TEACHERS = ("hubert", "robust_hubert", "wavlm")
+PUBLISHED_CONV = "[(512,10,5)] + [(512,3,2)] * 4 + [(512,2,2)] * 2"
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Teachers, their target layers, and a student: arguments of :mod:`.random_weights`, YAML."""
+
+    layers: tuple[int, ...]
+    teacher: dict[str, Any] = field(default_factory=dict)
+    student: dict[str, Any] = field(default_factory=dict)
+
+
+BASE = {
+    "conv_layers": PUBLISHED_CONV,
+    "embed_dim": 768,
+    "ffn_dim": 3072,
+    "heads": 12,
+    "layers": 12,
+    "conv_pos": 128,
+    "conv_pos_groups": 16,
+}
+LARGE = {"embed_dim": 1024, "ffn_dim": 4096, "heads": 16, "layers": 24, "normalize": True}
+LARGE_CONFIG = {"extractor_mode": "layer_norm", "layer_norm_first": True, "conv_bias": True}
+TINY_STUDENT = {
+    "extractor_conv_feature_layers": CONV_LAYERS,
+    "encoder_embed_dim": 96,
+    "encoder_ffn_embed_dim": 192,
+    "encoder_attention_heads": 4,
+    "conv_pos": 32,
+    "conv_pos_groups": 4,
+}
+SIZES = {
+    "tiny": ModelSize((2, 4, 6), {}, TINY_STUDENT),
+    "base": ModelSize((4, 8, 12), BASE),  # HuBERT Base, WavLM Base: 94 M parameters each
+    "large": ModelSize((8, 16, 24), {**BASE, **LARGE, "config": LARGE_CONFIG}),  # 316 M each
+}
+
+
+def write_teachers(folder: Path, size: ModelSize) -> dict[str, Path]:
+    """Write two HuBERT checkpoints and a WavLM one: teacher name -> file."""
+    paths = {}
+    for seed, name in enumerate(TEACHERS):
+        make = wavlm_checkpoint if name == "wavlm" else hubert_checkpoint
+        paths[name] = folder / f"{name}.pt"
+        torch.save(make(seed=seed, **size.teacher), paths[name])
+    return paths
+
+
+def write_corpus(folder: Path, count: int, seconds: float, source: Path | None = None) -> None:
+    """Write ``audio/*.flac`` and ``tables/bench.csv`` into an empty folder.
+
+    Args:
+        folder: an empty folder.
+        count: number of utterances.
+        seconds: the longest; noise has between half of it and all of it.
+        source: take the first audio files of this folder, cut to ``seconds``; None: noise.
+
+    Raises:
+        DataError: the source has too few files, or one that cannot be read.
+    """
+    (folder / "audio").mkdir()
+    (folder / "tables").mkdir()
+    rows = []
+    waves = _noise(count, seconds) if source is None else _excerpts(source, count, seconds)
+    for number, wave in enumerate(waves):
+        name = f"u{number:04d}.flac"
+        soundfile.write(folder / "audio" / name, wave, RATE, subtype="PCM_16")
+        rows.append((name, len(wave)))
+    write_table(folder / "tables" / f"{TABLE}.csv", rows)
+
+
+def _noise(count: int, seconds: float) -> Iterator[np.ndarray]:
+    random = np.random.default_rng(0)
+    for length in random.uniform(0.5, 1.0, count) * seconds * RATE:
+        yield 0.1 * random.standard_normal(int(length)).clip(-4, 4)
+
+
+def _excerpts(source: Path, count: int, seconds: float) -> Iterator[np.ndarray]:
+    names = find_audio(source)[:count]
+    if len(names) < count:
+        raise DataError(
+            f"{source} has {len(names)} audio files and the benchmark needs {count}, a batch for "
+            "each turn; lower --batch or --turns"
+        )
+    for name in names:
+        yield read_audio(source / name)[: int(seconds * RATE)].numpy()
