@@ -34,7 +34,19 @@ from s3prl_ekd.pretrain.expert import UpstreamPretrainExpert  # noqa: E402, F401
 '''
 
 
-EXPERIMENTS = ("experiments", "tiny")  # folders of configs that are written when asked for
+# What a tiny experiment has in place of a shipped one's first comment, base and groups of layers:
+# the teachers of tiny_model.yaml have 6 layers, those of config_model.yaml 12.
+TINY_HEAD = """\
+# The tiny twin of experiments/{name}.yaml, for a laptop.
+#
+#   run_pretrain.py -u ekd -n {name} -c pretrain/ekd/tiny_runner.yaml \\
+#       -g pretrain/ekd/tiny/{name}.yaml
+
+"""
+TINY_CHANGES = (
+    ("../config_model.yaml", "../tiny_model.yaml"),
+    ("[[1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11, 12]]", "[[1, 2], [3, 4], [5, 6]]"),
+)
 
 
 def files(chosen: Collection[str] = ()) -> Iterator[tuple[str, bytes]]:
@@ -45,21 +57,31 @@ def files(chosen: Collection[str] = ()) -> Iterator[tuple[str, bytes]]:
     """
     yield "pretrain/ekd/pretrain_expert.py", ADAPTER.encode()
     for path, data in _tree("s3prl_ekd.pretrain_configs", "pretrain/ekd"):
-        name = path.removeprefix("pretrain/ekd/").removesuffix(".yaml")
-        if not name.startswith(tuple(f"{folder}/" for folder in EXPERIMENTS)) or name in chosen:
+        if not path.startswith("pretrain/ekd/experiments/"):
             yield path, data
+    for name, text in experiments().items():
+        if name in chosen:
+            yield f"pretrain/ekd/{name}.yaml", text.encode()
     yield from _tree("s3prl_ekd.downstream_recipes", "downstream")
 
 
 def experiments() -> dict[str, str]:
-    """Name (``experiments/three_average``, ``tiny/…``) -> what the file says of itself."""
-    found = {}
-    for folder in EXPERIMENTS:
-        for path, data in _tree(f"s3prl_ekd.pretrain_configs.{folder}", folder):
-            comment = data.decode().split("\n#\n")[0]
-            about = " ".join(line.lstrip("# ") for line in comment.splitlines())
-            found[path.removesuffix(".yaml")] = about
-    return dict(sorted(found.items()))
+    """Name -> YAML: ``experiments/three_average`` and so on, and ``tiny/...`` of each."""
+    full, tiny = {}, {}
+    for path, data in _tree("s3prl_ekd.pretrain_configs.experiments", "experiments"):
+        name, text = path.removesuffix(".yaml"), data.decode()
+        full[name] = text
+        name = name.removeprefix("experiments/")
+        tiny[f"tiny/{name}"] = tiny_experiment(name, text)
+    return {**full, **tiny}
+
+
+def tiny_experiment(name: str, text: str) -> str:
+    """An experiment's YAML with its first comment and its base replaced by the tiny ones."""
+    text = text.partition("\n\n")[2]
+    for full, tiny in TINY_CHANGES:
+        text = text.replace(full, tiny)
+    return TINY_HEAD.format(name=name) + text
 
 
 def _tree(package: str, target: str) -> Iterator[tuple[str, bytes]]:

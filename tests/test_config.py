@@ -16,6 +16,7 @@ from s3prl_ekd.files.config import (
     typed,
 )
 from s3prl_ekd.pretrain.settings import load_model_config, load_runner_config
+from s3prl_ekd.workspace import write_workspace
 
 CONFIGS = Path(__file__).parent.parent / "pretrain_configs"
 SHIPPED = sorted(CONFIGS.rglob("*.yaml"))
@@ -86,15 +87,21 @@ def test_the_matrix_is_the_papers():
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.name)
-def test_a_tiny_twin_is_the_same_experiment(path):
+def test_a_tiny_experiment_is_the_same_one(path, tmp_path):
     """The same keys below `extends`, the groups of layers aside: the teachers have fewer."""
-    twin = yaml.safe_load((CONFIGS / "tiny" / path.name).read_text())
-    full = yaml.safe_load(path.read_text())
+    write_workspace(tmp_path, [f"tiny/{path.stem}"])
+    written = tmp_path / "pretrain/ekd/tiny" / path.name
+    assert f"-g pretrain/ekd/tiny/{path.name}" in written.read_text().split("\n\n")[0]
+    assert load_model_config(written).teachers.keys() == load_model_config(path).teachers.keys()
+    tiny, full = yaml.safe_load(written.read_text()), yaml.safe_load(path.read_text())
     assert full.pop("extends") == "../config_model.yaml"
-    assert twin.pop("extends") == "../tiny_model.yaml"
+    assert tiny.pop("extends") == "../tiny_model.yaml"
     if path.stem == "skill":
-        full.pop("teachers"), twin.pop("teachers")
-    assert full == twin
+        for one, size in ((full, 4), (tiny, 2)):  # even thirds of 12 and of 6 layers
+            layers = range(1, 3 * size + 1)
+            thirds = [list(layers[i : i + size]) for i in range(0, 3 * size, size)]
+            assert all(each == {"groups": thirds} for each in one.pop("teachers").values())
+    assert full == tiny
 
 
 def test_the_default_is_the_design():

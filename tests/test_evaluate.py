@@ -1,10 +1,8 @@
-"""Scalars, error rates and the plot of a run."""
+"""Scalars and the plot of a run."""
 
 import pytest
 from tensorboardX import SummaryWriter
 
-from s3prl_ekd.errors import DataError
-from s3prl_ekd.evaluate.asr import error_rates
 from s3prl_ekd.pretrain.tensorboard import plot_run, read_scalars, teacher_curves
 
 
@@ -23,30 +21,6 @@ def test_a_cut_record_is_left_out(tmp_path):
     (path,) = tmp_path.glob("events.*")
     path.write_bytes(path.read_bytes()[:-7])
     assert read_scalars(tmp_path) == {"a": {1: 1.0}}
-
-
-def test_error_rates_by_hand(tmp_path):
-    (tmp_path / "test-noLM-ref.ark").write_text("u1 THE CAT SAT\nu2 A DOG\n")
-    (tmp_path / "test-noLM-hyp.ark").write_text("u2 A DOG\nu1 THE CAT\n")
-    rates = error_rates(tmp_path, "test")
-    assert rates.wer == pytest.approx(100 * 1 / 5)  # one of five words deleted
-    assert rates.cer == pytest.approx(100 * 4 / 16)  # " SAT" of 11 + 5 characters
-    assert rates.utterances == 2
-
-
-def test_an_empty_hypothesis(tmp_path):
-    (tmp_path / "test-noLM-ref.ark").write_text("u1 A DOG\n")
-    (tmp_path / "test-noLM-hyp.ark").write_text("u1 \n")
-    assert error_rates(tmp_path, "test").wer == 100
-
-
-def test_predictions_that_do_not_match(tmp_path):
-    with pytest.raises(DataError, match="cannot read the predictions"):
-        error_rates(tmp_path, "test")
-    (tmp_path / "test-noLM-ref.ark").write_text("u1 A DOG\n")
-    (tmp_path / "test-noLM-hyp.ark").write_text("u2 A DOG\n")
-    with pytest.raises(DataError, match="do not match"):
-        error_rates(tmp_path, "test")
 
 
 def test_curves_and_plot(tmp_path):

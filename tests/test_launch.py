@@ -21,7 +21,7 @@ from s3prl_ekd.pretrain.settings import load_model_config
 from s3prl_ekd.student_file import load_student
 from s3prl_ekd.workspace import experiments
 
-from .conftest import command, write_configs
+from .conftest import REPO, command, write_configs
 
 RUN = ("run_pretrain.py", "-u", "ekd", "-n", "x", "-c", "runner.yaml", "-g", "model.yaml")
 
@@ -70,14 +70,17 @@ def test_init_writes_chosen_experiments(tmp_path):
     folder = tmp_path / "pretrain/ekd/experiments"
     assert [path.name for path in folder.iterdir()] == ["three_average.yaml"]
     assert load_model_config(folder / "three_average.yaml").aggregation == "average"
-    done = command("init", ".", "-x", "experiments/tree_average", cwd=tmp_path, check=False)
+    command("init", ".", "-x", "three_concat", "-x", "three_average", "--tiny", cwd=tmp_path)
+    tiny = sorted((tmp_path / "pretrain/ekd/tiny").iterdir())
+    assert [path.name for path in tiny] == ["three_average.yaml", "three_concat.yaml"]
+    done = command("init", ".", "-x", "tree_average", cwd=tmp_path, check=False)
     assert done.returncode == 2 and "did you mean experiments/three_average?" in done.stderr
 
 
 @pytest.mark.slow
-def test_every_tiny_twin_takes_two_steps(tmp_path, corpus, monkeypatch, capfd):
+def test_every_tiny_experiment_takes_two_steps(tmp_path, corpus, monkeypatch, capfd):
     """All of the tiny matrix, in this process: s3prl's Runner, two steps each."""
-    command("init", ".", "-x", "all", cwd=tmp_path)
+    command("init", ".", "-x", "all", "--tiny", cwd=tmp_path)
     monkeypatch.chdir(tmp_path)
     override = f"config.pretrain_expert.datarc.libri_root='{corpus}/audio'"
     override += f",,config.pretrain_expert.datarc.file_path='{corpus}/tables'"
@@ -85,7 +88,8 @@ def test_every_tiny_twin_takes_two_steps(tmp_path, corpus, monkeypatch, capfd):
     override += ",,config.pretrain_expert.datarc.num_workers=0,,config.runner.log_step=1"
     override += ",,config.runner.save_step=1,,config.pretrain_expert.datarc.sequence_length=8000"
     names = [name for name in experiments() if name.startswith("tiny/")]
-    assert len(names) >= 25
+    shipped = {path.stem for path in (REPO / "pretrain_configs/experiments").glob("*.yaml")}
+    assert {name.removeprefix("tiny/") for name in names} == shipped and len(names) >= 25
     for name in names:
         words = ["-u", "ekd", "-n", name, "-c", "pretrain/ekd/tiny_runner.yaml", "-o", override]
         words += ["-g", f"pretrain/ekd/{name}.yaml", "--device", "cpu"]

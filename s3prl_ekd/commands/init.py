@@ -8,7 +8,7 @@ example:
   s3prl-ekd init my_work && cd my_work
   s3prl-ekd init my_work --librispeech /data/LibriSpeech --voxceleb1 /data/VoxCeleb1 \
       --iemocap /data/IEMOCAP_full_release
-  s3prl-ekd init . -x experiments/three_average -x tiny/three_average
+  s3prl-ekd init . -x three_average --tiny
   s3prl-ekd init --list
 """
 
@@ -39,6 +39,9 @@ def configure(parser) -> None:
         default=[],
         help="also write this experiment; may be given several times; `all` for all of them",
     )
+    parser.add_argument(
+        "--tiny", action="store_true", help="with -x: at a laptop's size, into pretrain/ekd/tiny/"
+    )
     for name, there in CORPORA.items():
         parser.add_argument(f"--{name}", metavar="DIR", type=Path, help=f"the folder with {there}")
     parser.add_argument(
@@ -55,12 +58,17 @@ def configure(parser) -> None:
 
 def main(args) -> int:
     if args.list:
-        for name, about in experiments().items():
-            print(f"{name}\n    {about}")
+        for name, text in experiments().items():
+            about = text.split("\n#\n")[0]  # its first comment
+            print(f"{name}\n    {' '.join(line.lstrip('# ') for line in about.splitlines())}")
         return 0
     if args.dir is None:
         raise SetupError("name the folder to work in: s3prl-ekd init DIR (. for here)")
-    chosen = list(experiments()) if "all" in args.experiment else args.experiment
+    if args.tiny and not args.experiment:
+        raise SetupError("--tiny: name an experiment too, with -x NAME, or -x all")
+    chosen = [_full_name(name, args.tiny) for name in args.experiment]
+    if "all" in args.experiment:
+        chosen = [name for name in experiments() if name.startswith("tiny/") or not args.tiny]
     corpora = Corpora(
         absolute(args.librispeech),
         absolute(args.voxceleb1),
@@ -75,6 +83,13 @@ def main(args) -> int:
         print("", *others, sep="\n")
     print(f"\n{_next(args.dir, corpora)}")
     return 0
+
+
+def _full_name(name: str, tiny: bool) -> str:
+    """``three_average`` -> ``experiments/three_average``, or ``tiny/three_average``."""
+    if tiny:
+        return f"tiny/{name.removeprefix('experiments/').removeprefix('tiny/')}"
+    return name if "/" in name else f"experiments/{name}"
 
 
 def _next(folder: Path, corpora: Corpora) -> str:
