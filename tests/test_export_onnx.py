@@ -14,7 +14,6 @@ from s3prl_ekd.cli import main
 from s3prl_ekd.distill.student import Student
 from s3prl_ekd.errors import CheckpointError
 from s3prl_ekd.export.onnx import (
-    OPSETS,
     OnnxSession,
     OnnxStudent,
     TimeNorm,
@@ -109,7 +108,7 @@ def test_the_graph_equals_torch_at_sizes_it_was_not_traced_at(make, kind):
 
 
 @needs_onnx
-@pytest.mark.parametrize("opset", OPSETS)
+@pytest.mark.parametrize("opset", (17, 18, 19, 20))
 def test_opsets(make, opset):
     import onnx
 

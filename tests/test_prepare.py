@@ -11,6 +11,8 @@ import soundfile
 from s3prl_ekd import cli, compat
 from s3prl_ekd.prepare.asr import speaker_names
 
+from .conftest import REPO
+
 SPEECH = Path(__file__).parents[1].parent / "shared" / "speech"
 HEADER = "path\tduration\tspeaker\ttext\tsplit\n"
 
@@ -114,11 +116,8 @@ def test_s3prl_reads_the_layout(manifest, tmp_path):
     from s3prl.downstream.asr.dataset import SequenceDataset
     from s3prl.downstream.asr.dictionary import Dictionary
 
-    from s3prl_ekd.prepare.asr import write_char_dict
-
     prepare("asr", manifest, tmp_path / "out")
-    write_char_dict(tmp_path / "char.dict")
-    dictionary = Dictionary.load(str(tmp_path / "char.dict"))
+    dictionary = Dictionary.load(str(REPO / "downstream_recipes/asr/char.dict"))
     dataset = SequenceDataset(
         "train",
         bucket_size=2,

@@ -90,17 +90,6 @@ def sentences(rng: random.Random, *, shortest: int = 4, longest: int = 10) -> It
             yield sentence
 
 
-def vocabulary() -> set[str]:
-    """Every word that a sentence can have."""
-    return {
-        word
-        for expansions in GRAMMAR.values()
-        for expansion in expansions
-        for word in expansion.split()
-        if not word.startswith("<")
-    }
-
-
 def _expand(name: str, rng: random.Random) -> str:
     words = []
     for word in rng.choice(GRAMMAR[name]).split():

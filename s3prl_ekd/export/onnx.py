@@ -36,8 +36,7 @@ DYNAMIC = {
     "hidden_states": {1: "batch", 2: "frame"},
     "frame_lengths": {0: "batch"},
 }
-OPSETS = (17, 18, 19, 20)  # 17 brought LayerNormalization; torch's exporter knows no more than 20
-OPSET = 17
+OPSET = 17  # which brought LayerNormalization; torch's exporter knows up to 20
 _LIMIT = 2 * 10**9  # bytes; a protobuf cannot be larger than 2 GiB
 
 

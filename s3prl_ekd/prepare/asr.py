@@ -29,23 +29,9 @@ from ..files.atomic import make_folder, whole_folder
 from .common import audio_root, measure_all, print_splits
 from .new_folder import PREPARED, check_free
 
-WORD_BOUNDARY = "|"  # s3prl's ASR dataset writes it for every space and at the end
 LETTERS = string.ascii_uppercase + "'"  # all that a transcript may have, besides the space
-SYMBOLS = (WORD_BOUNDARY, *LETTERS)
 
 _FOREIGN = re.compile(f"[^{LETTERS} ]")
-
-
-def dictionary_text() -> str:
-    """The whole dictionary file."""
-    return "".join(f"{symbol} 1\n" for symbol in SYMBOLS)
-
-
-def write_char_dict(path: str | Path) -> None:
-    """Write the dictionary file, making its folder."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(dictionary_text(), encoding="utf-8")
 
 
 def normalise(text: str) -> str:

@@ -30,22 +30,8 @@ from ..files.text import check_regular
 VOWELS = tuple("AA AE AH AO AW AY EH ER EY IH IY OW OY UH UW".split())
 CONSONANTS = tuple("B CH D DH F G HH JH K L M N NG P R S SH T TH V W Y Z ZH".split())
 STRESSES = "012"
-SILENCES = ("SIL", "SPN")  # silence and spoken noise: classes of s3prl's that no lexicon writes
 
 PHONES = frozenset(CONSONANTS) | {vowel + digit for vowel in VOWELS for digit in STRESSES}
-
-
-def vocabulary_text() -> str:
-    """The whole vocabulary file: one phone a line, 71 lines."""
-    return "".join(f"{phone}\n" for phone in (*SILENCES, *sorted(PHONES)))
-
-
-def write_vocabulary(path: str | Path) -> None:
-    """Write the vocabulary file, making its folder."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(vocabulary_text(), encoding="utf-8")
-
 
 Pronunciations = dict[str, tuple[str, ...]]  # word in upper case -> phones
 
