@@ -54,6 +54,7 @@ setup(
     package_dir=FOLDERS,
     package_data={
         "": ["*.yaml", "*.txt", "*.dict", "*.tsv", "*.json"],
+        "s3prl_ekd": ["py.typed"],
         "s3prl_ekd.teachers.zoo": ["files/*.pt", "cards/*.md"],
     },
     install_requires=[

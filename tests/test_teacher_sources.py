@@ -18,7 +18,8 @@ from s3prl_ekd.distill.teachers import Teacher, TeacherEnsemble
 from s3prl_ekd.errors import CheckpointError, ConfigError, DataError, TeacherError
 from s3prl_ekd.essence.units import load_units
 from s3prl_ekd.student_file import LoadedStudent, write_student
-from s3prl_ekd.teachers import check_source, identify, load_upstream, teacher_model
+from s3prl_ekd.teachers import check_source, load_upstream, teacher_model
+from s3prl_ekd.teachers.checkpoint import identify
 from s3prl_ekd.teachers.hf_names import fairseq_config, fairseq_model
 from s3prl_ekd.teachers.random_weights import CONV_LAYERS
 

@@ -4,12 +4,9 @@ An upstream maps a list of unpadded 16 kHz waveforms to ``{"hidden_states": [[ba
 with s3prl's meaning: 0 is the input of the first transformer layer, n the output of layer n.
 """
 
-from .checkpoint import identify
 from .load import (
-    FAMILIES,
     check_precision,
     check_source,
-    hub_entries,
     load_teachers,
     load_tiny,
     load_upstream,
@@ -17,11 +14,8 @@ from .load import (
 )
 
 __all__ = [
-    "FAMILIES",
     "check_precision",
     "check_source",
-    "hub_entries",
-    "identify",
     "load_teachers",
     "load_tiny",
     "load_upstream",
