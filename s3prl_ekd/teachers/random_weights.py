@@ -155,9 +155,9 @@ def _liven(model: torch.nn.Module, gain: float = 1.0) -> None:
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if name.startswith("feature_extractor") and weight.dim() == 3:
-                weight -= weight.mean(dim=(1, 2), keepdim=True)
+                weight.sub_(weight.mean(dim=(1, 2), keepdim=True))
             elif name.startswith("encoder.layers") and weight.dim() == 2:
-                weight *= gain
+                weight.mul_(gain)
 
 
 def _weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
