@@ -17,11 +17,10 @@ def main() -> int:
 
         sys.argv.pop(0)
         return torchrun_main()
-    from .launch import SCRIPTS
+    if sys.argv[1:2] in (["run_pretrain.py"], ["run_downstream.py"]):
+        from .launch import SCRIPTS
 
-    if len(sys.argv) > 1 and sys.argv[1] in SCRIPTS:
-        script = sys.argv.pop(1)
-        return SCRIPTS[script]()
+        return SCRIPTS[sys.argv.pop(1)]()
     from .cli import main as cli_main
 
     return cli_main()

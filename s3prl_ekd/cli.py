@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from . import __version__
 from .files import trust
-from .system.terminal import log_to_stderr, plain_stdout, prepare_streams, quiet_s3prl, run_command
+from .system.terminal import errors_shown, log_to_stderr, plain_stdout, prepare_streams, quiet_s3prl
 
 # name -> the line that `s3prl-ekd --help` shows. The module commands/NAME.py has
 # `configure(parser)` and `main(args)`; it is imported only when its command is called,
@@ -88,12 +88,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     log_to_stderr(logging.INFO)
     quiet_s3prl()
-
-    def command_with_plain_output() -> int | None:
-        with plain_stdout():
-            return args.run(args)
-
-    return run_command(command_with_plain_output)
+    with errors_shown(), plain_stdout():
+        return args.run(args) or 0
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import numpy as np
 import soundfile
 
-from s3prl_ekd.commands import superb as command_module
 from s3prl_ekd.files.run_checkpoints import read_run
+from s3prl_ekd.superb import plan as superb_plan
 
 from .conftest import command
 
@@ -57,7 +57,7 @@ def make_workspace(folder: Path) -> Path:
 
 def plan(tmp_path, *upstreams, **changed):
     options = {**OPTIONS, "output": tmp_path / "out", "upstreams": list(upstreams), **changed}
-    return command_module.plan(SimpleNamespace(**options))
+    return superb_plan.plan(SimpleNamespace(**options))
 
 
 def short(tmp_path, out, **changed):

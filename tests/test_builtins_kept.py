@@ -7,6 +7,7 @@ from collections import defaultdict
 from types import SimpleNamespace
 
 from s3prl_ekd.downstream import run as downstream_run
+from s3prl_ekd.request import DownstreamRequest
 
 
 def test_isinstance_is_pythons_after_a_downstream_run(monkeypatch):
@@ -21,7 +22,7 @@ def test_isinstance_is_pythons_after_a_downstream_run(monkeypatch):
     monkeypatch.setattr("sys.argv", ["run_downstream.py"])
     script = SimpleNamespace(Runner=run_downstream.Runner, main=main)
     for _ in range(2):
-        downstream_run.main(script, [])
+        downstream_run.run(script, DownstreamRequest())
         assert builtins.isinstance is before
     assert inside == [False, False]
     assert isinstance(defaultdict(list), dict)
@@ -38,7 +39,8 @@ def test_also_after_one_that_failed(monkeypatch):
 
     monkeypatch.setattr("sys.argv", ["run_downstream.py"])
     try:
-        downstream_run.main(SimpleNamespace(Runner=run_downstream.Runner, main=main), [])
+        script = SimpleNamespace(Runner=run_downstream.Runner, main=main)
+        downstream_run.run(script, DownstreamRequest())
     except SystemExit as left:
         assert left.code == 3
     assert builtins.isinstance is before

@@ -10,9 +10,9 @@ import torch
 import yaml
 
 from s3prl_ekd.downstream.corpus_check import check_corpus
-from s3prl_ekd.downstream.recipes import RECIPES, check_recipe
-from s3prl_ekd.downstream.run import prepare_downstream
-from s3prl_ekd.downstream.tasks import TASKS
+from s3prl_ekd.downstream.requirements import check_recipe
+from s3prl_ekd.downstream.run import prepare
+from s3prl_ekd.downstream.tasks import task_of
 from s3prl_ekd.errors import ConfigError
 from s3prl_ekd.superb.plan import Recipe
 from s3prl_ekd.workspace import write_workspace
@@ -73,8 +73,7 @@ def here(tmp_path, monkeypatch):
 
 
 def config_of(downstream: str, **changed) -> dict:
-    recipe = next(recipe for recipe in RECIPES if recipe.downstream == downstream)
-    config = yaml.safe_load(Path(recipe.config).read_text())
+    config = yaml.safe_load(Path(task_of(downstream).full).read_text())
     for key, value in {**KEYS[downstream], **changed}.items():
         section, name = key.split(".")
         config["downstream_expert"][section][name] = value
@@ -156,11 +155,11 @@ def test_a_resumed_run_looks_too(here):
     states = {"Args": args, "Config": config_of("voxceleb1"), "Step": 1, "Downstream": {}}
     torch.save({**states, "Optimizer": {}}, "run.ckpt")
     for words in (["-m", "train"], ["-m", "evaluate", "-t", "test"]):
-        assert prepare_downstream([*words, "-e", "run.ckpt"])
+        assert prepare([*words, "-e", "run.ckpt"])
     (here / "vox/x").rename(here / "vox/y")
     for words in (["-m", "train"], ["-m", "evaluate", "-t", "test"]):
         with pytest.raises(ConfigError, match=r"datarc\.file_path is vox/x"):
-            prepare_downstream([*words, "-e", "run.ckpt"])
+            prepare([*words, "-e", "run.ckpt"])
     for wrong in (["voxceleb1"], None):
         check_corpus(wrong, config_of("voxceleb1"), "recipe.yaml")
 
@@ -198,14 +197,13 @@ def test_lists_that_cannot_be_used(here, downstream, file, text):
 @pytest.mark.parametrize("downstream, key", FOLDERS)
 def test_every_command_says_it(here, downstream, key):
     """run_downstream.py before it trains, superb before it plans, and doctor."""
-    recipe = next(recipe for recipe in RECIPES if recipe.downstream == downstream)
+    task = task_of(downstream)
     wrong = str(Path(KEYS[downstream][key]).parent)
-    Path(recipe.config).write_text(yaml.safe_dump(config_of(downstream, **{key: wrong})))
-    argv = ["-m", "train", "-u", "fbank", "-d", downstream, "-c", recipe.config, "-n", "run"]
+    Path(task.full).write_text(yaml.safe_dump(config_of(downstream, **{key: wrong})))
+    argv = ["-m", "train", "-u", "fbank", "-d", downstream, "-c", task.full, "-n", "run"]
     with pytest.raises(ConfigError, match=f"{key} is {wrong}, which has 0 of the"):
-        prepare_downstream(argv)
+        prepare(argv)
     assert not (here / "result").exists()
-    task = next(task for task in TASKS.values() if task.downstream == downstream)
     with pytest.raises(ConfigError, match=f"{key} is {wrong}, which has 0 of"):
-        Recipe(task, recipe.config).check(here)
-    assert f"{key} is {wrong}, which has 0 of the" in check_recipe(recipe, here).note
+        Recipe(task, task.full).check(here)
+    assert f"{key} is {wrong}, which has 0 of the" in check_recipe(task, here).note

@@ -17,7 +17,8 @@ import torch
 
 from s3prl_ekd import cli, compat
 from s3prl_ekd.commands import doctor
-from s3prl_ekd.downstream import recipes
+from s3prl_ekd.downstream import requirements
+from s3prl_ekd.downstream.tasks import TASKS, Task
 from s3prl_ekd.errors import SetupError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,11 +45,11 @@ def write(path: Path, text: str = "") -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def recipe(task: str) -> recipes.Recipe:
-    return next(r for r in recipes.RECIPES if r.task == task)
+def recipe(task: str) -> Task:
+    return TASKS[task.lower()]
 
 
-def reasons(problems: list[recipes.Problem]) -> list[str]:
+def reasons(problems: list[requirements.Problem]) -> list[str]:
     return [problem.reason for problem in problems]
 
 
@@ -160,12 +161,12 @@ def test_text_has_every_fact_in_columns(report):
 
 def test_asr_is_ready_once_its_files_are_there(tmp_path):
     asr = recipe("ASR")
-    state = recipes.check_recipe(asr, tmp_path)
+    state = requirements.check_recipe(asr, tmp_path)
     assert not state.ready and not state.modules
-    assert reasons(state.files) == [f"{tmp_path / asr.config} is not there"]
+    assert reasons(state.files) == [f"{tmp_path / asr.full} is not there"]
 
-    write(tmp_path / asr.config, ASR_YAML)
-    state = recipes.check_recipe(asr, tmp_path)
+    write(tmp_path / asr.full, ASR_YAML)
+    state = requirements.check_recipe(asr, tmp_path)
     assert reasons(state.files) == [
         "./downstream/asr/char.dict (downstream_expert.datarc.dict_path) is not there"
     ]
@@ -174,18 +175,18 @@ def test_asr_is_ready_once_its_files_are_there(tmp_path):
     write(tmp_path / "downstream/asr/char.dict", "E 1\n")
     write(tmp_path / "corpus/words.csv", "file_path,length\nwords/1/2/1-2-0.flac,1\n")
     write(tmp_path / "corpus/words/1/2/1-2.trans.txt")
-    state = recipes.check_recipe(asr, tmp_path)
+    state = requirements.check_recipe(asr, tmp_path)
     assert state.ready and "1-2-0.flac" in state.note
     write(tmp_path / "corpus/words/1/2/1-2-0.flac")
-    state = recipes.check_recipe(asr, tmp_path)
+    state = requirements.check_recipe(asr, tmp_path)
     assert state.ready and state.note == ""
 
 
 def test_every_file_of_a_list_is_looked_for(tmp_path):
-    write(tmp_path / recipe("PR").config, CTC_YAML)
+    write(tmp_path / recipe("PR").full, CTC_YAML)
     write(tmp_path / "downstream/ctc/lexicon.txt")
     (tmp_path / "corpus").mkdir()
-    state = recipes.check_recipe(recipe("PR"), tmp_path)
+    state = requirements.check_recipe(recipe("PR"), tmp_path)
     assert "phoneme.txt" in " ".join(reasons(state.files))
     assert "more.txt" in state.note and "lexicon.txt" not in state.note
 
@@ -194,12 +195,12 @@ def test_pr_has_its_corpus_module_whatever_s3prl_brings(tmp_path, monkeypatch):
     names = ("s3prl.downstream.ctc.corpus", "s3prl.downstream.ctc.corpus.libriphone")
     for name in names:
         monkeypatch.setitem(sys.modules, name, None)  # as if the installed one had none
-    assert recipes.check_recipe(recipe("PR"), tmp_path).modules == []
+    assert requirements.check_recipe(recipe("PR"), tmp_path).modules == []
     assert sys.modules[names[1]].__name__ == "s3prl_ekd.downstream.libriphone"
 
     theirs = ModuleType(names[1])
     monkeypatch.setitem(sys.modules, names[1], theirs)
-    assert recipes.check_recipe(recipe("PR"), tmp_path).modules == []
+    assert requirements.check_recipe(recipe("PR"), tmp_path).modules == []
     assert sys.modules[names[1]] is theirs
 
 
@@ -207,8 +208,8 @@ def test_missing_package_is_named_with_what_to_type(tmp_path, monkeypatch):
     for name in [name for name in sys.modules if name.startswith("s3prl.downstream.asr.")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "editdistance", None)
-    state = recipes.check_recipe(recipe("ASR"), tmp_path)
-    wanted = recipes.Problem("editdistance is not installed", "pip install editdistance")
+    state = requirements.check_recipe(recipe("ASR"), tmp_path)
+    wanted = requirements.Problem("editdistance is not installed", "pip install editdistance")
     assert state.modules == [wanted]
 
 
@@ -217,20 +218,20 @@ def test_sid_does_without_librosa(tmp_path, monkeypatch):
         monkeypatch.delitem(sys.modules, name)
     for name in ("librosa", "librosa.util"):
         monkeypatch.setitem(sys.modules, name, None)
-    assert recipes.check_recipe(recipe("SID"), tmp_path).modules == []
+    assert requirements.check_recipe(recipe("SID"), tmp_path).modules == []
 
 
 def test_module_that_fails_otherwise_is_quoted(tmp_path, monkeypatch):
     write(tmp_path / "doctor_probe.py", "print('noise')\nraise ZeroDivisionError('inside')\n")
     monkeypatch.syspath_prepend(tmp_path)
-    (problem,) = recipes.check_modules(("doctor_probe",))
+    (problem,) = requirements.check_modules(("doctor_probe",))
     assert problem.reason == "doctor_probe does not import: ZeroDivisionError: inside"
 
 
 @pytest.mark.parametrize("text, said", [("a: [", "is not YAML"), ("- a", "not a YAML mapping")])
 def test_broken_config_is_a_problem_and_no_traceback(tmp_path, text, said):
     write(tmp_path / "downstream/emotion/config.yaml", text)
-    (problem,) = recipes.check_recipe(recipe("ER"), tmp_path).files
+    (problem,) = requirements.check_recipe(recipe("ER"), tmp_path).files
     assert said in problem.reason and "config.yaml" in problem.reason
 
 

@@ -16,7 +16,6 @@ from s3prl.upstream.hubert.hubconf import hubert_local
 from s3prl.upstream.interfaces import Featurizer
 
 from s3prl_ekd import cli
-from s3prl_ekd.downstream.arguments import CacheOptions, split_arguments
 from s3prl_ekd.downstream.feature_cache import (
     Counts,
     _answer,
@@ -25,11 +24,12 @@ from s3prl_ekd.downstream.feature_cache import (
     folder_name,
     read_counts,
 )
-from s3prl_ekd.downstream.noise import NoisyTest, find_noises, mix, noisy
-from s3prl_ekd.downstream.run import prepare_downstream
+from s3prl_ekd.downstream.noise import find_noises, mix, noisy
+from s3prl_ekd.downstream.run import prepare
 from s3prl_ekd.errors import SetupError
 from s3prl_ekd.files.run_checkpoints import read_run
 from s3prl_ekd.hidden_states.feature_store import FeatureStore, key_of, rounded
+from s3prl_ekd.request import CacheOptions, DownstreamRequest, NoisyTest
 
 from .test_er_recipe import make_manifest
 from .test_noisy_evaluation import noise_folder  # noqa: F401 (a fixture)
@@ -396,9 +396,10 @@ def test_a_trained_upstream_is_refused(tmp_path, waves):
 
 def test_arguments_pass_through():
     options = CacheOptions("-odd", 2.5)
-    assert split_arguments(["-m", "train", *options.words]) == (options, ["-m", "train"])
-    assert split_arguments(["-n", "x", "-o", "a=-1"]) == (None, ["-n", "x", "-o", "a=-1"])
-    assert split_arguments(["--cache-features", "d"])[0] == CacheOptions("d", 50.0)
+    parse = DownstreamRequest.parse
+    assert parse(["-m", "train", *options.argv()]) == DownstreamRequest(mode="train", cache=options)
+    assert parse(["-n", "x", "-o", "a=-1"]).cache is None
+    assert parse(["--cache-features", "d"]).cache == CacheOptions("d", 50.0)
 
 
 @pytest.mark.parametrize(
@@ -417,7 +418,7 @@ def test_mistakes_are_one_sentence(tmp_path, monkeypatch, words, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.pt").touch()
     with pytest.raises(SetupError, match=re.escape(message)) as raised:
-        prepare_downstream(["-m", "train", *words])
+        prepare(["-m", "train", *words])
     assert "\n" not in str(raised.value)
 
 

@@ -88,12 +88,12 @@ def test_checkpoints_of_runs(tmp_path, student, refused, monkeypatch, part):
     monkeypatch.chdir(tmp_path)
     commands = {
         pretrain_run.prepare: ["-e", str(path)],
-        downstream_run.prepare_downstream: ["-m", "evaluate", "-e", str(path)],
+        downstream_run.prepare: ["-m", "evaluate", "-e", str(path)],
     }
     for prepare, argv in commands.items():
         said = refused(prepare, argv)
         assert str(path) in said and part in said
-    refused(downstream_run.prepare_downstream, ["-m", "train", "-d", "asr", "-i", str(path)])
+    refused(downstream_run.prepare, ["-m", "train", "-d", "asr", "-i", str(path)])
     refused(load_student, path)
 
 

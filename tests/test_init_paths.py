@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from s3prl_ekd import cli
-from s3prl_ekd.downstream.recipes import RECIPES, missing_paths
+from s3prl_ekd.downstream.tasks import TASKS, missing_paths
 from s3prl_ekd.errors import ConfigError
 from s3prl_ekd.pretrain.settings import load_runner_config
 from s3prl_ekd.workspace import files, get, put
@@ -104,9 +104,9 @@ def test_every_recipe_finds_its_corpus(corpora, tmp_path, capsys):
     # What `prepare` writes later; the rest of what the recipes name is there.
     for name in ("voxceleb1/split.txt", "iemocap/meta_data", "librispeech/len_for_bucket"):
         (work / "data" / name).mkdir(parents=True)
-    for recipe in RECIPES:
-        config = yaml.safe_load((work / recipe.config).read_text())
-        assert list(missing_paths(config, recipe.files + recipe.data, work)) == []
+    for task in TASKS.values():
+        config = yaml.safe_load((work / task.full).read_text())
+        assert list(missing_paths(config, task.recipe_files + task.corpus, work)) == []
     config = load_runner_config(work / "pretrain/ekd/config_runner.yaml")
     data = config.pretrain_expert.datarc
     assert Path(data.libri_root) == corpora / "librispeech"

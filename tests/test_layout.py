@@ -14,9 +14,9 @@ ROOT_MODULES = 9
 # Each folder or root module imports only from those before it. `__init__` holds the version and
 # nothing of ours at import time.
 ORDER = """
-    __init__ errors distill system compat files student_file teachers data prepare hidden_states
-    downstream essence pretrain pretrain_expert registration analysis superb export workspace launch
-    demo commands cli __main__
+    __init__ errors distill system compat files request student_file teachers data prepare
+    hidden_states downstream essence pretrain pretrain_expert registration analysis superb export
+    workspace launch demo commands cli __main__
 """.split()
 
 

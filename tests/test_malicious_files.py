@@ -695,12 +695,12 @@ def test_lists_of_numbers_are_read_too():
 
 @pytest.mark.parametrize("key", ["feat_type", "utter_module", "ObjectiveLoss"])
 def test_an_upstreams_yaml_names_what_it_names(tmp_path, key):
-    from s3prl_ekd.downstream.run import _check_upstream
+    from s3prl_ekd.downstream.run import check_upstream
     from s3prl_ekd.errors import ConfigError
 
     config = tmp_path / "upstream.yaml"
     config.write_text(yaml.safe_dump({"kaldi": {key: "fbank"}}))
-    _check_upstream("baseline_local", None, str(config))
+    check_upstream("baseline_local", None, str(config))
     config.write_text(yaml.safe_dump({"kaldi": {key: CODE}}))
     with pytest.raises(ConfigError, match=f"kaldi.{key} is .* which s3prl would run as code"):
-        _check_upstream("baseline_local", None, str(config))
+        check_upstream("baseline_local", None, str(config))

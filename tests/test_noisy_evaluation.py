@@ -12,17 +12,11 @@ from s3prl.upstream.baseline.hubconf import fbank_no_cmvn
 from s3prl.utility.helper import override
 
 from s3prl_ekd import cli
-from s3prl_ekd.downstream.noise import (
-    NoisyTest,
-    find_noises,
-    literal,
-    mix,
-    noisy,
-    split_arguments,
-    with_folder,
-)
-from s3prl_ekd.downstream.run import prepare_downstream
+from s3prl_ekd.downstream.noise import find_noises, mix, noisy
+from s3prl_ekd.downstream.run import in_noisy_folder, prepare
 from s3prl_ekd.errors import DataError, EkdError, SetupError
+from s3prl_ekd.files.config import literal
+from s3prl_ekd.request import DownstreamRequest, NoisyTest
 
 from .conftest import command, make_sound, run_python
 from .test_er_recipe import make_manifest
@@ -162,9 +156,10 @@ def test_names_of_folders():
     assert NoisyTest("data/street", 5.0).name == "street_snr5"
     assert NoisyTest("data/street.tsv", -2.5, 3).name == "street_snr-2.5_seed3"
     test = NoisyTest("-odd", -5.0, -1)
-    assert split_arguments(["-m", "evaluate", *test.words]) == (test, ["-m", "evaluate"])
-    assert split_arguments(["-n", "x", "-o", "a=-1"]) == (None, ["-n", "x", "-o", "a=-1"])
-    assert split_arguments(["--noise", "d", "--snr", "-5"])[0] == NoisyTest("d", -5.0)
+    parse = DownstreamRequest.parse
+    assert parse(["-m", "evaluate", *test.argv()]) == DownstreamRequest(mode="evaluate", noise=test)
+    assert parse(["-n", "x", "-o", "a=-1"]) == DownstreamRequest(expname="x", override="a=-1")
+    assert parse(["--noise", "d", "--snr", "-5"]).noise == NoisyTest("d", -5.0)
 
 
 @pytest.mark.parametrize(
@@ -188,7 +183,7 @@ def test_mistakes_are_one_sentence(tmp_path, noise_folder, monkeypatch, words, m
     (tmp_path / "EMPTY").mkdir()
     words = [str(noise_folder) if word == "DIR" else word for word in words]
     with pytest.raises(EkdError, match=re.escape(message)) as raised:
-        prepare_downstream([*words, "-e", "x.ckpt"])
+        prepare([*words, "-e", "x.ckpt"])
     assert isinstance(raised.value, (SetupError, DataError)) and "\n" not in str(raised.value)
 
 
@@ -225,11 +220,12 @@ def test_a_noisy_evaluation_leaves_the_clean_one_alone(tmp_path, noise_folder):
 
 def test_the_folder_goes_among_the_overrides_unless_the_user_put_one_there(tmp_path):
     test, expdir = NoisyTest("street", 5.0), tmp_path / "it's=x"
-    (flag, text) = with_folder(["-o", "config.a=1"], test, expdir, "config.a=1")
+    request = DownstreamRequest(noise=test, expdir=str(expdir), override="config.a=1")
     args, config = Namespace(expdir="old"), {}
-    override(text, args, config)
-    assert flag == "-o" and config == {"a": 1}
+    override(in_noisy_folder(request).override, args, config)
+    assert config == {"a": 1}
     assert args.expdir == str(expdir / "noisy/street_snr5") and (expdir / "noisy").is_dir()
-    words = ["-m", "evaluate", "-o", "config.a=1,, args.expdir = 'mine'"]
-    assert with_folder(words, test, tmp_path / "other", words[-1]) == words
+    options = "config.a=1,, args.expdir = 'mine'"
+    request = DownstreamRequest(noise=test, expdir=str(tmp_path / "other"), override=options)
+    assert in_noisy_folder(request) == request
     assert not (tmp_path / "other").exists()

@@ -9,7 +9,7 @@ from s3prl_ekd import cli
 from s3prl_ekd.commands.init import _next
 from s3prl_ekd.distill.settings import StudentSettings
 from s3prl_ekd.distill.student import Student
-from s3prl_ekd.downstream.recipes import init_command
+from s3prl_ekd.downstream.requirements import init_command
 from s3prl_ekd.student_file import LoadedStudent, write_student
 from s3prl_ekd.workspace import Corpora
 

@@ -9,7 +9,7 @@ import torch
 import yaml
 
 from s3prl_ekd.compat.no_eval import check_splits
-from s3prl_ekd.downstream.run import prepare_downstream
+from s3prl_ekd.downstream.run import prepare
 from s3prl_ekd.errors import ConfigError, EkdError
 
 from .conftest import REPO
@@ -84,12 +84,12 @@ def test_a_downstream_run_looks_before_it_begins(task, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = ["-m", "train", "-u", "fbank", "-d", task, "-n", "x", "-c", "evil.yaml"]
     with pytest.raises(EkdError, match=r"evil\.yaml: runner\.eval_dataloaders: there is no split"):
-        prepare_downstream(words)
+        prepare(words)
     assert not (tmp_path / "result").exists()
     override = f"config.runner.train_dataloader='{DANGER}'"
     (tmp_path / "good.yaml").write_text(yaml.safe_dump(recipe(RECIPES[task][0])))
     with pytest.raises(EkdError, match=r"runner\.train_dataloader: there is no split"):
-        prepare_downstream([*words[:-1], "good.yaml", "-o", override])
+        prepare([*words[:-1], "good.yaml", "-o", override])
 
 
 def test_a_run_that_goes_on_looks_too(tmp_path, monkeypatch):
@@ -107,16 +107,16 @@ def test_a_run_that_goes_on_looks_too(tmp_path, monkeypatch):
     torch.save(states, "good.ckpt")
     config["runner"]["train_dataloader"] = DANGER
     torch.save(states, "evil.ckpt")
-    assert prepare_downstream(["-m", "train", "-e", "good.ckpt"])
+    assert prepare(["-m", "train", "-e", "good.ckpt"])
     with pytest.raises(EkdError, match=r"evil\.ckpt: runner\.train_dataloader: there is no split"):
-        prepare_downstream(["-m", "train", "-e", "evil.ckpt"])
+        prepare(["-m", "train", "-e", "evil.ckpt"])
     for split in ("dev", "nonsplit"):  # -t counts, what a training would take does not
         words = ["-m", "evaluate", "-t", split, "-e", "evil.ckpt"]
         if split == "dev":
-            assert prepare_downstream(words)
+            assert prepare(words)
         else:
             with pytest.raises(EkdError, match=r"^-t: there is no split 'nonsplit'; use train or"):
-                prepare_downstream(words)
+                prepare(words)
 
 
 def test_a_task_that_is_no_name():

@@ -10,9 +10,9 @@ import torch
 from s3prl.utility.helper import override
 
 from s3prl_ekd import cli
-from s3prl_ekd.downstream.script_args import with_plain_overrides
 from s3prl_ekd.downstream.tasks import choose_tasks
 from s3prl_ekd.errors import DataError, SetupError
+from s3prl_ekd.request import DownstreamRequest
 from s3prl_ekd.superb import plan as superb_plan
 from s3prl_ekd.superb import run as superb
 from s3prl_ekd.superb.cost import check_outputs
@@ -51,11 +51,11 @@ def test_the_names_of_upstreams(tmp_path, monkeypatch):
     (tmp_path / "student.pt").touch()
     assert parse_upstream("fbank") == Upstream("fbank", "fbank")
     assert parse_upstream("student.pt") == Upstream("student", "ekd_student", "student.pt")
-    assert parse_upstream("a=student.pt").words == ["-u", "ekd_student", "-k", "student.pt"]
+    assert parse_upstream("a=student.pt") == Upstream("a", "ekd_student", "student.pt")
     hubert = parse_upstream("teacher=hubert_local:student.pt")
     assert hubert == Upstream("teacher", "hubert_local", "student.pt")
     heads = parse_upstream("student.pt", "hidden_states_and_heads")
-    assert heads.words[-2:] == ["-s", "hidden_states_and_heads"]
+    assert heads.selection == "hidden_states_and_heads"
     for wrong in ("nothing.pt", "a=hubert_local:nothing.pt", "../x=student.pt", ".x=student.pt"):
         with pytest.raises(SetupError):
             parse_upstream(wrong)
@@ -91,7 +91,7 @@ def test_commands_with_equals_signs(here, tmp_path, capsys):
     assert train[train.index("-k") + 1] == str(folder / "student.pt")
     assert train[train.index("-c") + 1] == str(recipe)
     assert train[train.index("-p") + 1].startswith(str(folder / "out"))
-    argv = with_plain_overrides(train)
+    argv = DownstreamRequest.parse(train[1:]).argv()
     config = {}
     override(argv[argv.index("-o") + 1], None, config)
     assert config["a"] == "b=c" and config["optimizer"]["lr"]

@@ -1,6 +1,7 @@
 """The runs of `s3prl-ekd superb` as forked processes: they are as new ones would be."""
 
 import atexit
+import dataclasses
 import logging
 import multiprocessing
 import os
@@ -245,7 +246,8 @@ def test_how_a_command_ended_is_known(here, tmp_path, warm, server):
         finally:  # or the run would go on for ever
             how()
 
-    long = [*run.train_words()[:-1], "config.runner.total_steps=1000000"]
+    override = "config.runner.total_steps=1000000"
+    long = dataclasses.replace(run.training(), override=override).command()
     with ThreadPoolExecutor(1) as pool:
         (run.folder / "log.txt").unlink()
         pool.submit(end, lambda: [os.kill(c.pid, signal.SIGKILL) for c in processes._live])

@@ -73,18 +73,18 @@ def test_no_heads_no_key(make, waves):
 
 
 def test_selecting_heads_that_are_not_there_is_a_sentence(make):
-    from s3prl_ekd.downstream.run import prepare_downstream
+    from s3prl_ekd.downstream.run import prepare
     from s3prl_ekd.errors import CheckpointError
 
     words = ["-u", "ekd_student", "-s", "hidden_states_and_heads", "--device", "cpu"]
     with_heads, _ = make()
-    assert prepare_downstream([*words, "-k", str(with_heads)])[:2] == words[:2]
+    assert prepare([*words, "-k", str(with_heads)]).upstream == "ekd_student"
     for path, said in (
         (make(heads=False)[0], "the file has no prediction heads"),
         (make(widths=(48, 64))[0], r"the heads predict widths \[48, 64\], the student has 48"),
     ):
         with pytest.raises(CheckpointError, match=said):
-            prepare_downstream([*words, "-k", str(path)])
+            prepare([*words, "-k", str(path)])
 
 
 def test_short_waveforms(make):

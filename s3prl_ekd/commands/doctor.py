@@ -24,7 +24,8 @@ from importlib import metadata
 from pathlib import Path
 
 from .. import __version__, compat
-from ..downstream import recipes
+from ..downstream import requirements
+from ..downstream.tasks import TASKS, Task
 from ..errors import SetupError
 
 logger = logging.getLogger(__name__)
@@ -69,9 +70,9 @@ def main(args: argparse.Namespace) -> int:
 def examine(folder: Path) -> dict:
     """Everything the report says, as plain values; applies the shims."""
     shims = _shims()
-    pretrain = recipes.check_modules(recipes.PRETRAIN_MODULES)
-    states = {recipe: recipes.check_recipe(recipe, folder) for recipe in recipes.RECIPES}
-    asr_imports = not any(s.modules for r, s in states.items() if r.task == "ASR")
+    pretrain = requirements.check_modules(requirements.PRETRAIN_MODULES)
+    states = {task: requirements.check_recipe(task, folder) for task in TASKS.values()}
+    asr_imports = not any(state.modules for task, state in states.items() if task.name == "asr")
     return {
         "ok": not pretrain and asr_imports,
         "versions": _versions(),
@@ -80,7 +81,7 @@ def examine(folder: Path) -> dict:
         "devices": _devices(),
         "shims": shims,
         "pretrain": {"ready": not pretrain, "problems": [vars(p) for p in pretrain]},
-        "recipes": [_recipe(recipe, state) for recipe, state in states.items()],
+        "recipes": [_recipe(task, state) for task, state in states.items()],
         "folder": _folder(folder),
     }
 
@@ -194,10 +195,10 @@ def _devices() -> dict[str, str]:
     return devices
 
 
-def _recipe(recipe: recipes.Recipe, state: recipes.State) -> dict:
+def _recipe(task: Task, state: requirements.State) -> dict:
     return {
-        "task": recipe.task,
-        "downstream": recipe.downstream,
+        "task": task.name.upper(),
+        "downstream": task.downstream,
         "ready": state.ready,
         "modules": not state.modules,
         "problems": [dataclasses.asdict(p) for p in (*state.modules, *state.files)],
@@ -211,7 +212,7 @@ def _folder(folder: Path) -> dict:
         "path": str(folder.resolve()),
         "pretrain_ekd": not missing,
         "missing": [f"pretrain/ekd/{name}" for name in missing],
-        "remedy": recipes.init_command(folder) if missing else "",
+        "remedy": requirements.init_command(folder) if missing else "",
         "own_scripts": (folder / "run_pretrain.py").is_file() and (folder / "hub.py").is_file(),
     }
 

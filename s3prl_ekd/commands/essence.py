@@ -22,7 +22,6 @@ import sys
 from pathlib import Path
 
 from ..errors import ConfigError, SetupError
-from ..files import trust
 
 logger = logging.getLogger(__name__)
 
@@ -77,14 +76,26 @@ def main(args: argparse.Namespace) -> int:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise SetupError("s3prl-ekd essence runs in one process; start it without torchrun")
     override = _override(args)
-    argv = _arguments(args, override)
 
     # Paths, the recipe and the device are checked and completed as for run_downstream.py itself.
     from .. import launch
-    from ..downstream.run import prepare_downstream
+    from ..downstream.run import checked
+    from ..request import DownstreamRequest, plain_override
 
-    launch.hide_cuda_from_cpu_runs(argv)
-    argv = prepare_downstream(argv)
+    request = checked(
+        DownstreamRequest(
+            mode="train",
+            downstream="asr",
+            upstream=args.student_upstream,
+            upstream_ckpt=args.student_ckpt,
+            config=args.config,
+            expname=args.expname,
+            override=plain_override(override),
+            device=args.device,
+            seed=args.seed,
+            auto_resume=args.auto_resume,
+        )
+    )
     _check_steps(args.config or "downstream/asr/config.yaml", override)
 
     from ..essence.asr import (
@@ -112,7 +123,7 @@ def main(args: argparse.Namespace) -> int:
         len(ensemble[0].symbols),
     )
     try:
-        done = distil_asr(script, argv, ensemble, settings)
+        done = distil_asr(script, request, ensemble, settings)
     except KeyboardInterrupt:
         print("\nstopped by Ctrl-C; add -a to the same command to go on", file=sys.stderr)
         return 130
@@ -131,22 +142,6 @@ def _override(args: argparse.Namespace) -> str | None:
         raise ConfigError(f"--steps is {args.steps}; 1 or more is allowed")
     steps = f"config.runner.total_steps={args.steps}"
     return f"{args.override},,{steps}" if args.override else steps
-
-
-def _arguments(args: argparse.Namespace, override: str | None) -> list[str]:
-    """The words of a training run of s3prl's ``run_downstream``."""
-    argv = ["-m", "train", "-d", "asr", "-u", args.student_upstream, "-n", args.expname]
-    options = (
-        ("-k", args.student_ckpt),
-        ("-c", args.config),
-        ("-o", override),
-        ("--device", args.device),
-        ("--seed", str(args.seed)),
-    )
-    for name, value in options:
-        argv += [name, value] if value is not None else []
-    argv += trust.words()
-    return [*argv, "-a"] if args.auto_resume else argv
 
 
 def _check_steps(path: str, override: str | None) -> None:

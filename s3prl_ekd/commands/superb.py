@@ -22,10 +22,8 @@ import json
 import shlex
 from pathlib import Path
 
-from ..downstream.arguments import LIMIT_GB
 from ..errors import SetupError
-
-FEATURES = ".features"  # below the output
+from ..request import LIMIT_GB
 
 
 def configure(parser) -> None:
@@ -90,16 +88,13 @@ def configure(parser) -> None:
 def main(args) -> int:
     from ..launch.forked import processes
     from ..superb import run as superb
+    from ..superb.plan import plan
 
     runs = plan(args)
-    for upstream in {run.upstream.name: run.upstream for run in runs}.values():
-        for path in (upstream.checkpoint, upstream.hub):
-            if path and "'" in path:
-                raise SetupError(f"{path}: quotes cannot stand in an upstream's name")
     if args.dry_run:
         for run in runs:
-            for words in superb.commands(run, args.gpus):
-                print(superb.shell(words))
+            for argv in superb.commands(run, args.gpus):
+                print(shlex.join(argv))
         return 0
     superb.check_records(runs)
     _probe([run for run in runs if not superb.is_finished(run)])
@@ -113,100 +108,6 @@ def main(args) -> int:
         )
     print(f"{len(runs)} runs finished; next: s3prl-ekd report {shlex.quote(str(args.output))}")
     return 0
-
-
-def plan(args) -> list:
-    """The runs that the options ask for, all checked before the first one begins."""
-    from ..downstream.tasks import choose_tasks
-    from ..superb.plan import Recipe, Run, noise_conditions, parse_upstream, steps_overrides
-
-    tasks = choose_tasks(args.tasks)
-    if args.jobs < 1 or args.gpus < 1:
-        raise SetupError("--jobs and --gpus must be 1 or more")
-    if len(set(args.seeds)) < len(args.seeds):
-        raise SetupError("--seeds names a seed twice")
-    upstreams = [parse_upstream(text, args.selection) for text in args.upstreams]
-    names = [upstream.name for upstream in upstreams]
-    twice = {name for name in names if names.count(name) > 1}
-    if twice:
-        raise SetupError(f"two upstreams are called {twice.pop()}; name them: NAME=CHECKPOINT")
-    recipes_of, rates, steps, more = (
-        _by_task(option, given, tasks)
-        for option, given in (
-            ("--recipe", args.recipe),
-            ("--lr", args.lr),
-            ("--steps", args.steps),
-            ("--override", args.override),
-        )
-    )
-    noises = noise_conditions(args.noise, args.snr)
-    features = {name: _features(args, name) for name in names}
-    runs = []
-    for task in tasks:
-        path = recipes_of.get(task.name, getattr(task, args.recipes))
-        if not Path(path).is_file():
-            raise SetupError(f"there is no recipe {path} in this folder; type: s3prl-ekd init .")
-        parts = []
-        if task.name in steps:
-            parts.append(steps_overrides(_number("--steps", steps[task.name], int)))
-        if task.name in more:
-            parts.append(more[task.name])
-        recipe = Recipe(task, path, ",,".join(parts))
-        recipe.check(Path.cwd())
-        chosen = rates.get(task.name)
-        chosen = [_number("--lr", r, float) for r in chosen.split(",")] if chosen else None
-        for upstream in upstreams:
-            for lr in chosen or [recipe.learning_rate()]:
-                for seed in args.seeds:
-                    for fold in recipe.folds():
-                        facts = (upstream, recipe, lr, seed, fold, args.output, noises)
-                        runs.append(Run(*facts, features[upstream.name]))
-    # an upstream's four tasks together, so that the first numbers to compare come early
-    return sorted(runs, key=lambda run: names.index(run.upstream.name))
-
-
-def _features(args, upstream: str):
-    """Where an upstream's hidden states are kept: a folder of its own, unless the user named one,
-    in which the digests of several keep them apart."""
-    from ..downstream.arguments import OPTION, CacheOptions, check_folder, read_limit
-
-    if args.cache_features is None:
-        if args.keep_features:
-            raise SetupError(f"--keep-features goes with {OPTION}")
-        return None
-    if args.gpus > 1:
-        raise SetupError(f"{OPTION} is for --gpus 1: several processes train without it")
-    folder = args.cache_features or str(args.output / FEATURES / upstream)
-    check_folder(folder)
-    return CacheOptions(folder, read_limit(args.cache_features_gb))
-
-
-def _by_task(option: str, given: list[str], tasks) -> dict[str, str]:
-    """``["pr=1e-3", …]`` -> ``{"pr": "1e-3"}``; without a task's name for all tasks."""
-    from ..downstream.tasks import TASKS
-
-    found = {}
-    for text in given:
-        name, equals, value = text.partition("=")
-        if equals and name in TASKS:
-            found[name] = value
-        elif option == "--recipe" and Path(text).is_file():  # its path may have = signs
-            found.update({task.name: text for task in tasks})
-        elif not equals or (option == "--override" and "." in name):
-            found.update({task.name: text for task in tasks})
-        else:
-            raise SetupError(f"{option} {text}: unknown task {name!r}; known: {', '.join(TASKS)}")
-    return found
-
-
-def _number(option: str, text: str, kind):
-    try:
-        number = kind(text)
-    except ValueError:
-        number = 0
-    if not 0 < number < float("inf"):
-        raise SetupError(f"{option} {text}: a number above 0 is needed")
-    return number
 
 
 def _probe(runs) -> None:

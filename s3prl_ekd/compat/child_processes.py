@@ -31,6 +31,11 @@ def repeat_in_children(function: Callable[..., Any], *args: Any) -> None:
     config.setdefault(_KEY, _Calls())[function] = args
 
 
+def forget_in_children(function: Callable[..., Any]) -> None:
+    """Undo :func:`repeat_in_children` for the children that are started from now on."""
+    multiprocessing.current_process()._config.get(_KEY, {}).pop(function, None)
+
+
 class _Calls(dict):
     """Arguments by function; unpickling it makes the calls."""
 

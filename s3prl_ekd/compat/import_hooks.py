@@ -23,6 +23,11 @@ def on_import(name: str, hook: ImportHook) -> None:
         sys.meta_path.insert(0, _FINDER)
 
 
+def forget_import(name: str) -> None:
+    """Undo :func:`on_import` for a module that is not imported yet."""
+    _FINDER.hooks.pop(name, None)
+
+
 class _Finder(MetaPathFinder):
     """Finds modules where Python would, and gives those with a hook another ``exec_module``."""
 

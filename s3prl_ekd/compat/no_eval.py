@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ast
 import builtins
+import contextlib
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -19,8 +20,8 @@ from typing import Any
 
 from ..distill.conv_layers import parse_conv_layers
 from ..errors import ConfigError
-from .child_processes import repeat_in_children
-from .import_hooks import on_import
+from .child_processes import forget_in_children, repeat_in_children
+from .import_hooks import forget_import, on_import
 
 # The keys whose text s3prl 0.4.18 evaluates, wherever they stand in a recipe.
 EVALUATED = {"select", "module", "pooling", "agg_module", "model_type", "metric", "unk_weight"}
@@ -105,11 +106,35 @@ _READERS: dict[str, Callable[[Any], Any]] = {
 READERS = {f"{root}{name}": reader for name, reader in _READERS.items() for root in ("s3prl.", "")}
 
 
+_for_good = False  # guarded by :func:`guard`
+
+
 def guard() -> None:
     """Keep those modules of s3prl from evaluating, whenever this process or a child imports them.
 
     Calling it twice changes nothing.
     """
+    global _for_good
+    _for_good = True
+    _guard()
+
+
+@contextlib.contextmanager
+def guarded() -> Iterator[None]:
+    """Within it they do not evaluate; on exit neither, if :func:`guard` was called."""
+    _guard()
+    try:
+        yield
+    finally:
+        if not _for_good:
+            forget_in_children(guard)
+            for name in READERS:
+                forget_import(name)
+                if name in sys.modules:
+                    vars(sys.modules[name]).pop("eval", None)
+
+
+def _guard() -> None:
     for name, reader in READERS.items():
         if name in sys.modules:
             vars(sys.modules[name])["eval"] = reader

@@ -23,8 +23,8 @@ from collections.abc import Callable, Iterator
 from types import ModuleType
 
 from ..errors import SetupError
-from .child_processes import repeat_in_children
-from .import_hooks import on_import
+from .child_processes import forget_in_children, repeat_in_children
+from .import_hooks import forget_import, on_import
 
 logger = logging.getLogger(__name__)
 
@@ -32,9 +32,10 @@ DATASET = "s3prl.downstream.voxceleb1.dataset"
 
 
 class FreshFolder(os.PathLike):
-    """A path that is another new, empty folder each time it is asked for."""
+    """A path that is another new, empty folder each time it is asked for, in place of ``path``."""
 
-    def __init__(self) -> None:
+    def __init__(self, path: str | os.PathLike = "") -> None:
+        self.path = path
         self._root: tempfile.TemporaryDirectory | None = None
 
     def __fspath__(self) -> str:
@@ -57,6 +58,20 @@ def guard() -> None:
     repeat_in_children(guard)
 
 
+@contextlib.contextmanager
+def guarded() -> Iterator[None]:
+    """Within it the cache is not used; see :func:`guard`."""
+    guard()
+    try:
+        yield
+    finally:
+        forget_in_children(guard)
+        forget_import(DATASET)
+        folder = getattr(sys.modules.get(DATASET), "CACHE_PATH", None)
+        if isinstance(folder, FreshFolder):
+            sys.modules[DATASET].CACHE_PATH = folder.path
+
+
 def _run_and_change(module: ModuleType, run: Callable[[ModuleType], None]) -> None:
     with _lazy_librosa():
         run(module)
@@ -72,7 +87,7 @@ def _without_cache(module: ModuleType) -> None:
             "corpus; install s3prl 0.4.18"
         )
     logger.debug("file lists are searched anew; %s is not read", module.CACHE_PATH)
-    module.CACHE_PATH = FreshFolder()
+    module.CACHE_PATH = FreshFolder(module.CACHE_PATH)
 
 
 @contextlib.contextmanager

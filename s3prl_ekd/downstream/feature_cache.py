@@ -7,16 +7,18 @@ neighbours. How many were read and computed stands in the run's log.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import math
 import re
 from argparse import Namespace
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -24,12 +26,13 @@ import torch
 from torch import Tensor, nn
 
 from .. import __version__
+from ..compat.replaced import replaced
 from ..data.audio_files import SAMPLE_RATE
 from ..errors import SetupError
 from ..files.atomic import file_sha256
 from ..hidden_states.feature_store import FeatureStore, key_of, rounded
 from ..hidden_states.fingerprint import weights_digest
-from .arguments import OPTION, CacheOptions
+from ..request import CACHE, CacheOptions
 
 _LINE = re.compile(r"features: (\d+) hits, (\d+) misses, (\d+) excerpts, (\d+) bytes written")
 
@@ -260,7 +263,20 @@ def _sha256(path: str | None) -> str | None:
 logger = logging.getLogger(__name__)
 
 
-def cached(runner: type, options: CacheOptions) -> type:
+@contextlib.contextmanager
+def cached_features(script: ModuleType, options: CacheOptions) -> Iterator[None]:
+    """Within it the script's Runner asks its upstream once for each waveform; see :func:`cached`.
+    On exit the log says how often."""
+    runner = cached(script.Runner, options)
+    try:
+        with replaced(script, "Runner", runner):
+            yield
+    finally:
+        if runner.built is not None:
+            logger.info("%s", runner.built.upstream.model.counts)
+
+
+def cached(runner: Any, options: CacheOptions) -> Any:
     """A Runner whose upstream is asked once for each waveform.
 
     The upstream is replaced once the Runner is built: its Featurizer has counted the layers by
@@ -276,11 +292,11 @@ def cached(runner: type, options: CacheOptions) -> type:
         def __init__(self, args, config):
             if args.upstream_trainable:
                 raise SetupError(
-                    f"{OPTION} is for a frozen upstream; leave it out, or leave out -f "
+                    f"{CACHE} is for a frozen upstream; leave it out, or leave out -f "
                     "(--upstream_trainable)"
                 )
             if torch.distributed.is_initialized():
-                raise SetupError(f"{OPTION} is for one process and not for torchrun")
+                raise SetupError(f"{CACHE} is for one process and not for torchrun")
             super().__init__(args, config)
             selection = self.featurizer.model.feature_selection
             name = folder_name(args, self.upstream.model, selection)
@@ -295,11 +311,6 @@ def cached(runner: type, options: CacheOptions) -> type:
             ).eval()
             self.featurizer.model.register_forward_hook(cut_to_frames)
             CachedRunner.built = self
-
-        @staticmethod
-        def say_counts() -> None:
-            if CachedRunner.built is not None:
-                logger.info("%s", CachedRunner.built.upstream.model.counts)
 
     return CachedRunner
 

@@ -9,15 +9,12 @@ so an utterance has the same noise at 10 and at 0 dB. Prediction files go to a f
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import logging
-import math
-import os
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -27,8 +24,10 @@ from ..data.distortion import additive
 from ..data.distortion.pipeline import generator
 from ..data.distortion.sources import is_silent
 from ..data.manifest import read_manifest
-from ..errors import DataError, SetupError
-from ..files.config import literal
+from ..errors import DataError
+from ..request import NoisyTest
+
+logger = logging.getLogger(__name__)
 
 KEPT = 100_000_000  # samples of noise kept in memory: 1.7 h, 400 MB
 
@@ -65,11 +64,6 @@ def _draw(noises: Sequence[Tensor], rng: random.Random) -> Tensor:
         if not is_silent(noise):
             return noise
     raise DataError(f"every one of the {len(noises)} noises is silent")
-
-
-def condition_name(noise: str | Path, snr: float) -> str:
-    """A folder or manifest and a ratio in dB as the name of a test condition: ``babble_snr5``."""
-    return f"{Path(os.path.abspath(noise)).stem}_snr{snr:g}"
 
 
 class NoiseFiles(Sequence):
@@ -122,98 +116,7 @@ def find_noises(path: str | Path) -> NoiseFiles:
     return NoiseFiles(path, names)
 
 
-logger = logging.getLogger(__name__)
-
-FOLDER = "noisy"  # below the run's
-HELP = """\
-Ours, beside s3prl's options below: -m evaluate under noise (predictions: EXPDIR/noisy/NAME_snrDB)
-  --noise DIR       noises to add: a folder of audio, or a manifest (TSV), of which the test split
-  --snr DB          signal-to-noise ratio over each utterance
-  --noise_seed N    other draws of noises and starts (default: 0)
-  e.g. run_downstream.py -m evaluate -t test -e CKPT --noise data/noise --snr 5
-"""
-
-
-@dataclass(frozen=True)
-class NoisyTest:
-    """What is added to the test set."""
-
-    noise: str
-    snr: float  # dB
-    seed: int = 0
-
-    @property
-    def name(self) -> str:
-        """A folder's name: ``NAME_snr5``, and ``NAME_snr5_seed1`` for other seeds than 0."""
-
-        return condition_name(self.noise, self.snr) + (f"_seed{self.seed}" if self.seed else "")
-
-    @property
-    def words(self) -> list[str]:
-        """As typed; ``=`` because a value may begin with a dash."""
-        return [f"--noise={self.noise}", f"--snr={self.snr!r}", f"--noise_seed={self.seed}"]
-
-
-def split_arguments(argv: Sequence[str]) -> tuple[NoisyTest | None, list[str]]:
-    """Our three options, and the other arguments, which are s3prl's.
-
-    Raises:
-        SetupError: one is missing or no number.
-    """
-    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False, allow_abbrev=False)
-    for name in ("--noise", "--snr", "--noise_seed"):
-        parser.add_argument(name, nargs="?", const="")
-    found, others = parser.parse_known_args(list(argv))
-    if found.noise is None and found.snr is None and found.noise_seed is None:
-        return None, others
-    if not found.noise:
-        raise SetupError("name the noises: --noise DIR, a folder of audio or a manifest (TSV)")
-    if not found.snr:
-        raise SetupError("name the signal-to-noise ratio in dB: --snr 5")
-    try:
-        snr = float(found.snr)
-    except ValueError:
-        snr = math.nan
-    if not math.isfinite(snr):
-        raise SetupError(f"--snr {found.snr}: a number of dB is needed, such as 5 or -2.5")
-    try:
-        seed = int(found.noise_seed or 0)
-    except ValueError:
-        raise SetupError(f"--noise_seed {found.noise_seed}: a whole number is needed") from None
-    return NoisyTest(found.noise, snr, seed), others
-
-
-def check(test: NoisyTest, mode: str | None) -> None:
-    """Raise SetupError unless this run only evaluates, DataError unless there are noises."""
-    if mode != "evaluate":
-        raise SetupError(
-            f"--noise goes with -m evaluate only, not with {f'-m {mode}' if mode else 'no -m'}: "
-            "it tests a model that was trained without it"
-        )
-
-    find_noises(test.noise)
-
-
-def with_folder(argv: Sequence[str], test: NoisyTest, expdir: Path, override: str | None):
-    """``argv`` with ``args.expdir`` put among the overrides, unless the user has put it there.
-
-    Args:
-        expdir: where s3prl would write, were it not for us.
-        override: what ``-o`` says.
-    """
-    from ..files.atomic import make_folder
-    from .script_args import without
-
-    options = override.split(",,") if override else []
-    if any(option.partition("=")[0].strip() == "args.expdir" for option in options):
-        return list(argv)
-    folder = expdir / FOLDER / test.name
-    make_folder(folder, SetupError)
-    text = ",,".join([*options, f"args.expdir={literal(str(folder))}"])
-    return [*without(argv, ("-o", "--override")), "-o", text]
-
-
-def noisy(runner: type, test: NoisyTest) -> type:
+def noisy(runner: Any, test: NoisyTest) -> Any:
     """s3prl's downstream ``Runner`` with noise on whatever its upstream hears.
 
     The hook is set once the Runner is built: the second of made-up sound by which s3prl's

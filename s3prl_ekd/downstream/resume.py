@@ -106,7 +106,7 @@ class FollowedLoader:
         return getattr(self._loader, name)
 
 
-def exact(runner: type) -> type:
+def exact(runner: Any) -> Any:
     """s3prl's downstream ``Runner``, made to save and take up its place in the epoch."""
 
     class ExactRunner(runner):

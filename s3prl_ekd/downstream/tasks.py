@@ -1,9 +1,11 @@
-"""The four SUPERB tasks as s3prl runs them: recipes, splits, metrics, names of files."""
+"""The four SUPERB tasks as s3prl runs them: recipes and their paths, splits, metrics, files."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from ..errors import SetupError
 
@@ -21,6 +23,9 @@ class Task:
         metric: ``per``, ``wer`` or ``acc``; in per cent everywhere in this package.
         scale: what makes s3prl's number, as a best checkpoint holds it, per cent.
         hyp, ref: the prediction files; ``{fold}`` stands in ER's.
+        recipe_files: YAML keys, dotted, of the files that come with a recipe.
+        corpus: YAML keys, dotted, of the corpus: the user's to set.
+        modules: what it imports only once it runs, beside the expert.
     """
 
     name: str
@@ -33,6 +38,9 @@ class Task:
     scale: float
     hyp: str
     ref: str
+    recipe_files: tuple[str, ...]
+    corpus: tuple[str, ...]
+    modules: tuple[str, ...] = ()
 
     @property
     def higher_is_better(self) -> bool:
@@ -52,23 +60,41 @@ class Task:
         return self.hyp.format(fold=fold), self.ref.format(fold=fold)
 
 
-_ROWS = (
-    ("pr", "ctc", "libriphone", "test", "dev-best.ckpt", "per", 100.0)
-    + ("test-hyp.ark", "test-ref.ark"),
-    ("sid", "voxceleb1", "config", "test", "dev-best.ckpt", "acc", 100.0)
-    + ("test_predict.txt", "test_truth.txt"),
-    ("er", "emotion", "config", "test", "dev-best.ckpt", "acc", 100.0)
-    + ("test_{fold}_predict.txt", "test_{fold}_truth.txt"),
-    ("asr", "asr", "config", "test-clean", "dev-clean-best.ckpt", "wer", 1.0)
-    + ("test-clean-noLM-hyp.ark", "test-clean-noLM-ref.ark"),
-)
-
+_EXPERT = "downstream_expert"
 TASKS = {
-    name: Task(
-        name, folder, f"downstream/{folder}/{full}.yaml", f"downstream/{folder}/tiny.yaml", *rest
-    )
-    for name, folder, full, *rest in _ROWS
-}
+    "pr": Task(
+        "pr", "ctc", "downstream/ctc/libriphone.yaml", "downstream/ctc/tiny.yaml",
+        "test", "dev-best.ckpt", "per", 100.0, "test-hyp.ark", "test-ref.ark",
+        (f"{_EXPERT}.text.vocab_file",),
+        (f"{_EXPERT}.corpus.path", f"{_EXPERT}.corpus.lexicon"),
+        # s3prl imports it with the first data loader; provide_ctc_corpus sees to it
+        ("s3prl.downstream.ctc.corpus.libriphone",),
+    ),
+    "sid": Task(
+        "sid", "voxceleb1", "downstream/voxceleb1/config.yaml", "downstream/voxceleb1/tiny.yaml",
+        "test", "dev-best.ckpt", "acc", 100.0, "test_predict.txt", "test_truth.txt",
+        (),
+        (f"{_EXPERT}.datarc.file_path", f"{_EXPERT}.datarc.meta_data"),
+    ),
+    "er": Task(
+        "er", "emotion", "downstream/emotion/config.yaml", "downstream/emotion/tiny.yaml",
+        "test", "dev-best.ckpt", "acc", 100.0, "test_{fold}_predict.txt", "test_{fold}_truth.txt",
+        (),
+        (f"{_EXPERT}.datarc.root", f"{_EXPERT}.datarc.meta_data"),
+    ),
+    "asr": Task(
+        "asr", "asr", "downstream/asr/config.yaml", "downstream/asr/tiny.yaml",
+        "test-clean", "dev-clean-best.ckpt", "wer", 1.0,
+        "test-clean-noLM-hyp.ark", "test-clean-noLM-ref.ark",
+        (f"{_EXPERT}.datarc.dict_path",),
+        (f"{_EXPERT}.datarc.libri_root", f"{_EXPERT}.datarc.bucket_file"),
+    ),
+}  # fmt: skip
+
+
+def task_of(downstream: str | None) -> Task | None:
+    """The task of a name after ``-d``; None for s3prl's other recipes."""
+    return next((task for task in TASKS.values() if task.downstream == downstream), None)
 
 
 def choose_tasks(names: Sequence[str]) -> list[Task]:
@@ -81,3 +107,22 @@ def choose_tasks(names: Sequence[str]) -> list[Task]:
         if name not in TASKS:
             raise SetupError(f"unknown task {name!r}; known: {', '.join(TASKS)}")
     return [task for task in TASKS.values() if task.name in names]
+
+
+def recipe_paths(config: Mapping[str, Any], keys: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """``(key, path)`` of each path under dotted ``keys``; none where a key is not set."""
+    for key in keys:
+        value: Any = config
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, Mapping) else None
+        for path in value if isinstance(value, list) else [] if value is None else [value]:
+            yield key, str(path)
+
+
+def missing_paths(
+    config: Mapping[str, Any], keys: Sequence[str], folder: Path
+) -> Iterator[tuple[str, str]]:
+    """``(key, path)`` of each path that ``config`` has under ``keys`` and ``folder`` has not."""
+    for key, path in recipe_paths(config, keys):
+        if not (folder / path).exists():
+            yield key, path

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -22,12 +21,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from ..compat.isinstance import isinstance_kept
-from ..downstream.run import own_folder
+from ..compat.replaced import replaced
+from ..downstream.run import downstream_guards
 from ..errors import CheckpointError, TeacherError
-from ..files.atomic import atomic_saves
 from ..files.config import plain
 from ..files.run_checkpoints import newest, read_run
+from ..request import DownstreamRequest
 from .selection import Selection, select, soft_label_loss
 
 MODELS = ("RNNs", "Wav2Letter")  # the acoustic models of s3prl's asr expert
@@ -322,13 +321,16 @@ class MultitaskLoss:
 
 
 def distil_asr(
-    script: ModuleType, argv: Sequence[str], ensemble: AsrEnsemble, settings: EssenceSettings
+    script: ModuleType,
+    request: DownstreamRequest,
+    ensemble: AsrEnsemble,
+    settings: EssenceSettings,
 ) -> Namespace:
     """Call s3prl's ``run_downstream`` for a training run, with the teachers in its loss.
 
     Args:
         script: the module ``run_downstream``.
-        argv: its arguments, ``-m train`` among them.
+        request: the training, checked.
         ensemble: the teachers. They exist before the script sets its seeds, so that a run with
             ``alpha`` 1 draws the numbers that a run of s3prl alone draws.
         settings: kept under ``essence`` in the checkpoint's ``Config``.
@@ -336,7 +338,7 @@ def distil_asr(
     Returns:
         The arguments as s3prl completed them.
     """
-    make_runner, argv_before = script.Runner, sys.argv
+    make_runner = script.Runner
     seen: dict[str, Namespace] = {}
 
     def make_runner_with_teachers(args: Namespace, config: dict):
@@ -347,10 +349,6 @@ def distil_asr(
         seen["args"] = args
         return runner
 
-    script.Runner, sys.argv = make_runner_with_teachers, [f"{script.__name__}.py", *argv]
-    try:
-        with own_folder(argv), atomic_saves(), isinstance_kept():
-            script.main()
-    finally:
-        script.Runner, sys.argv = make_runner, argv_before
+    with downstream_guards(request), replaced(script, "Runner", make_runner_with_teachers):
+        script.main()
     return seen["args"]

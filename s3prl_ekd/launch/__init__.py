@@ -1,9 +1,9 @@
 """The commands ``run_pretrain.py`` and ``run_downstream.py``: s3prl's own scripts, unmodified.
 
-Each applies :mod:`..compat`, registers ``ekd_student``, checks what the user typed, and calls the
-script's ``main()``. A script in the working folder (an s3prl checkout) wins over the installed one.
-Scripts are imported and called rather than run as ``__main__``, so that worker processes started by
-spawning can import what they need.
+Each parses and checks what the user typed, applies :mod:`..compat`, registers ``ekd_student``, and
+calls the script's ``main()`` within guards. A script in the working folder (an s3prl checkout) wins
+over the installed one. Scripts are imported and called rather than run as ``__main__``, so that
+worker processes started by spawning can import what they need.
 """
 
 from __future__ import annotations
@@ -15,79 +15,64 @@ import logging
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 
-from ..downstream.script_args import INIT_HINT, options
+from ..request import DOWNSTREAM_HELP, INIT_HINT, R
 from ..system import torchrun
-from ..system.terminal import log_to_stderr, prepare_streams, quiet_s3prl, run_command
-
-logger = logging.getLogger(__name__)
+from ..system.terminal import errors_shown, log_to_stderr, prepare_streams, quiet_s3prl
 
 
 def run_pretrain() -> int:
     """Entry point of the command ``run_pretrain.py``."""
-    from ..pretrain import run as pretrain_run
+    from ..pretrain import run
 
-    return _launch("run_pretrain", pretrain_run.prepare, pretrain_run.main)
+    return _launch("run_pretrain", run.prepare, run.run)
 
 
 def run_downstream() -> int:
     """Entry point of the command ``run_downstream.py``."""
-    from ..downstream import run as downstream_run
+    from ..downstream import run
 
-    return _launch("run_downstream", downstream_run.prepare_downstream, downstream_run.main)
+    return _launch("run_downstream", run.prepare, run.run, DOWNSTREAM_HELP)
 
 
 SCRIPTS = {"run_pretrain.py": run_pretrain, "run_downstream.py": run_downstream}
 
 
 def _launch(
-    script: str,
-    prepare: Callable[[list[str]], list[str]],
-    main: Callable[[ModuleType, list[str]], None],
+    name: str,
+    prepare: Callable[[Sequence[str]], R],
+    run: Callable[[ModuleType, R], None],
+    help_text: str = "",
 ) -> int:
     prepare_streams()
-    level = logging.WARNING if torchrun.rank() else logging.INFO  # one of several processes speaks
-    log_to_stderr(level)
+    log_to_stderr(logging.WARNING if torchrun.rank() else logging.INFO)  # one of several speaks
     quiet_s3prl()
-    hint = "" if "evaluate" in sys.argv else "; add -a (and leave -e out) to go on"
-    return run_command(
-        functools.partial(_run_script, script, prepare, main),
-        f"stopped by Ctrl-C{hint}",
-        broken_pipe=1,
-        files_are_typed=False,
-    )
-
-
-def _run_script(
-    script: str,
-    prepare: Callable[[list[str]], list[str]],
-    main: Callable[[ModuleType, list[str]], None],
-) -> None:
     argv = sys.argv[1:]
-    hide_cuda_from_cpu_runs(argv)
-    wants_help = "-h" in argv or "--help" in argv
-    with contextlib.ExitStack() as stack:
-        if wants_help:
-            stack.enter_context(_somewhere_set_up())
+    hint = "" if "evaluate" in argv else "; add -a (and leave -e out) to go on"
+    with errors_shown(f"stopped by Ctrl-C{hint}", broken_pipe=1, files_are_typed=False):
+        if "-h" in argv or "--help" in argv:
+            with _somewhere_set_up():
+                script = import_script(name)
+                print(help_text)
+                sys.argv = [f"{name}.py", "-h"]
+                script.main()
         else:
-            argv = prepare(argv)
-        module = import_script(script)
-        sys.argv = [f"{script}.py", *argv]
-        from ..files.atomic import atomic_saves
-
-        with atomic_saves():
-            main(module, argv)
+            request = prepare(argv)
+            run(import_script(name), request)
+    return 0
 
 
 def import_script(script: str) -> ModuleType:
     """s3prl's module of that name, from the checkout we stand in or from the installed package."""
     from .. import compat
     from .. import registration as plugin
+    from ..files.torch_load import restrict_torch
 
     compat.apply()
+    restrict_torch()
     here = Path.cwd()
     if (here / f"{script}.py").is_file() and (here / "hub.py").is_file():
         sys.path.insert(0, str(here))  # what `python run_pretrain.py` would do
@@ -100,14 +85,8 @@ def import_script(script: str) -> ModuleType:
     return importlib.import_module(f"s3prl.{script}")
 
 
-def hide_cuda_from_cpu_runs(argv: Sequence[str]) -> None:
-    """s3prl's downstream Runner calls ``torch.cuda.device("cpu")`` on a machine with CUDA."""
-    if options(argv, "", long=("device",)).device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
-
-
 @contextlib.contextmanager
-def _somewhere_set_up():
+def _somewhere_set_up() -> Iterator[None]:
     """A folder where ``-h`` works: s3prl lists ``pretrain/`` while it builds its parser."""
     if Path("pretrain/ekd").is_dir():
         yield

@@ -29,11 +29,11 @@ def _import_all() -> None:
     from s3prl_ekd import launch
     from s3prl_ekd.compat import voxceleb1_cache
 
-    voxceleb1_cache.guard()
     launch.import_script("run_downstream")
-    for name in _MODULES:
-        with contextlib.suppress(Exception):
-            importlib.import_module(name)
+    with voxceleb1_cache.guarded():
+        for name in _MODULES:
+            with contextlib.suppress(Exception):
+                importlib.import_module(name)
 
 
 @contextlib.contextmanager

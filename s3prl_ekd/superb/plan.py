@@ -7,26 +7,33 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from argparse import Namespace
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ..downstream.arguments import CacheOptions
 from ..downstream.corpus_check import check_corpus
-from ..downstream.noise import condition_name, find_noises
-from ..downstream.recipes import RECIPES, missing_paths, recipe_paths
-from ..downstream.tasks import Task
+from ..downstream.noise import find_noises
+from ..downstream.tasks import TASKS, Task, choose_tasks, missing_paths, recipe_paths
 from ..errors import ConfigError, SetupError
-from ..files import trust
 from ..files.atomic import file_sha256
 from ..files.config import apply_overrides, read_yaml
 from ..prepare.er import natural
 from ..prepare.new_folder import PREPARED
+from ..request import (
+    CACHE,
+    CacheOptions,
+    DownstreamRequest,
+    NoisyTest,
+    condition_name,
+    read_cache,
+)
 from ..teachers import zoo
 
 CLEAN = "clean"
+FEATURES = ".features"  # below the output
 _NAME = r"[\w.-]+"  # of an upstream, and of its folder
 
 
@@ -38,13 +45,6 @@ class Upstream:
     hub: str
     checkpoint: str | None = None
     selection: str = "hidden_states"
-
-    @property
-    def words(self) -> list[str]:
-        words = ["-u", self.hub]
-        if self.checkpoint is not None:
-            words += ["-k", self.checkpoint]
-        return words if self.selection == "hidden_states" else [*words, "-s", self.selection]
 
     @property
     def identity(self) -> list[str]:
@@ -117,16 +117,13 @@ class Recipe:
         config = read_yaml(self.path)
         return apply_overrides(config, self.overrides) if self.overrides else config
 
-    @property
-    def _paths(self):
-        """Which of its keys are paths."""
-        return next(known for known in RECIPES if known.downstream == self.task.downstream)
-
     def check(self, folder: Path) -> None:
         """Raise ConfigError where a file or a folder that the recipe names is not there, or a
         folder has not the files that the recipe's lists name."""
         config = self.config
-        for key, missing in missing_paths(config, self._paths.files + self._paths.data, folder):
+        for key, missing in missing_paths(
+            config, self.task.recipe_files + self.task.corpus, folder
+        ):
             raise ConfigError(
                 f"{self.path}: {key} is {missing}, which is not there; edit it, prepare the data "
                 f"(s3prl-ekd prepare {self.task.name} -h), or leave {self.task.name} out of --tasks"
@@ -147,7 +144,7 @@ class Recipe:
         """Of the tables that ``s3prl-ekd prepare`` left in the data folders; of data in its own
         layout nothing is known."""
         found = {}
-        for path in recipe_paths(self.config, self._paths.data):
+        for _, path in recipe_paths(self.config, self.task.corpus):
             for place in (folder / path, (folder / path).parent):
                 table = place / PREPARED
                 if table.is_file():
@@ -220,26 +217,31 @@ class Run:
             facts.append("features of each utterance alone")
         return _digest(facts)
 
-    def train_words(self) -> list[str]:
-        """The training command, as typed; ``-a`` takes up a cut run."""
-        words = ["run_downstream.py", "-m", "train", "-a", *self.upstream.words]
-        words += ["-d", self.task.downstream, "-c", self.recipe.path, "-p", str(self.folder)]
-        words += ["--seed", str(self.seed), "-o", self.overrides]
-        return [*words, *self._added]
+    def training(self) -> DownstreamRequest:
+        """The training; a run that was cut is resumed."""
+        return DownstreamRequest(
+            mode="train",
+            auto_resume=True,
+            upstream=self.upstream.hub,
+            upstream_ckpt=self.upstream.checkpoint,
+            upstream_feature_selection=self.upstream.selection,
+            downstream=self.task.downstream,
+            config=self.recipe.path,
+            expdir=str(self.folder),
+            seed=self.seed,
+            override=self.overrides,
+            cache=self.features,
+        )
 
-    def test_words(self, checkpoint: str, condition: str) -> list[str]:
-        """The command of one evaluation; noisy ones write below ``noisy/``."""
-        words = ["run_downstream.py", "-m", "evaluate", "-t", self.task.split]
-        words += ["-e", str(self.folder / checkpoint)]
-        if condition != CLEAN:
-            folder, snr = self.noises[condition]
-            words += ["--noise", folder, "--snr", f"{snr:g}"]
-        return [*words, *self._added]
-
-    @property
-    def _added(self) -> list[str]:
-        """What both commands have beside s3prl's options."""
-        return trust.words() + ([] if self.features is None else self.features.words)
+    def test(self, checkpoint: str, condition: str) -> DownstreamRequest:
+        """One evaluation; noisy ones write below ``noisy/``."""
+        return DownstreamRequest(
+            mode="evaluate",
+            evaluate_split=self.task.split,
+            past_exp=str(self.folder / checkpoint),
+            noise=None if condition == CLEAN else NoisyTest(*self.noises[condition]),
+            cache=self.features,
+        )
 
     @property
     def conditions(self) -> dict[str, str]:
@@ -278,3 +280,100 @@ def noise_digest(folder: str) -> str:
     """Of the names and sizes of the noises in a folder or manifest: a name says too little."""
     noises = find_noises(folder)
     return _digest([[name, os.path.getsize(noises.root / name)] for name in noises.names])
+
+
+def plan(args: Namespace) -> list[Run]:
+    """The runs that the options ask for, all checked before the first one begins.
+
+    Args:
+        args: the options of ``s3prl-ekd superb``; see :mod:`..commands.superb`.
+
+    Raises:
+        EkdError: one sentence for what the user can mend.
+    """
+    tasks = choose_tasks(args.tasks)
+    if args.jobs < 1 or args.gpus < 1:
+        raise SetupError("--jobs and --gpus must be 1 or more")
+    if len(set(args.seeds)) < len(args.seeds):
+        raise SetupError("--seeds names a seed twice")
+    upstreams = [parse_upstream(text, args.selection) for text in args.upstreams]
+    names = [upstream.name for upstream in upstreams]
+    twice = {name for name in names if names.count(name) > 1}
+    if twice:
+        raise SetupError(f"two upstreams are called {twice.pop()}; name them: NAME=CHECKPOINT")
+    recipes_of, rates, steps, more = (
+        _by_task(option, given, tasks)
+        for option, given in (
+            ("--recipe", args.recipe),
+            ("--lr", args.lr),
+            ("--steps", args.steps),
+            ("--override", args.override),
+        )
+    )
+    for upstream in upstreams:
+        for path in (upstream.checkpoint, upstream.hub):
+            if path and "'" in path:
+                raise SetupError(f"{path}: quotes cannot stand in an upstream's name")
+    noises = noise_conditions(args.noise, args.snr)
+    features = {name: _features(args, name) for name in names}
+    runs = []
+    for task in tasks:
+        path = recipes_of.get(task.name, getattr(task, args.recipes))
+        if not Path(path).is_file():
+            raise SetupError(f"there is no recipe {path} in this folder; type: s3prl-ekd init .")
+        parts = []
+        if task.name in steps:
+            parts.append(steps_overrides(_number("--steps", steps[task.name], int)))
+        if task.name in more:
+            parts.append(more[task.name])
+        recipe = Recipe(task, path, ",,".join(parts))
+        recipe.check(Path.cwd())
+        chosen = rates.get(task.name)
+        chosen = [_number("--lr", r, float) for r in chosen.split(",")] if chosen else None
+        for upstream in upstreams:
+            for lr in chosen or [recipe.learning_rate()]:
+                for seed in args.seeds:
+                    for fold in recipe.folds():
+                        facts = (upstream, recipe, lr, seed, fold, args.output, noises)
+                        runs.append(Run(*facts, features[upstream.name]))
+    # an upstream's four tasks together, so that the first numbers to compare come early
+    return sorted(runs, key=lambda run: names.index(run.upstream.name))
+
+
+def _features(args: Namespace, upstream: str) -> CacheOptions | None:
+    """Where an upstream's hidden states are kept: a folder of its own, unless the user named one,
+    in which the digests of several keep them apart."""
+    if args.cache_features is None:
+        if args.keep_features:
+            raise SetupError(f"--keep-features goes with {CACHE}")
+        return None
+    if args.gpus > 1:
+        raise SetupError(f"{CACHE} is for --gpus 1: several processes train without it")
+    folder = args.cache_features or str(args.output / FEATURES / upstream)
+    return read_cache(folder, args.cache_features_gb)
+
+
+def _by_task(option: str, given: Sequence[str], tasks: Sequence[Task]) -> dict[str, str]:
+    """``["pr=1e-3", …]`` -> ``{"pr": "1e-3"}``; without a task's name for all tasks."""
+    found = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if equals and name in TASKS:
+            found[name] = value
+        elif option == "--recipe" and Path(text).is_file():  # its path may have = signs
+            found.update({task.name: text for task in tasks})
+        elif not equals or (option == "--override" and "." in name):
+            found.update({task.name: text for task in tasks})
+        else:
+            raise SetupError(f"{option} {text}: unknown task {name!r}; known: {', '.join(TASKS)}")
+    return found
+
+
+def _number(option: str, text: str, kind: Callable[[str], Any]) -> Any:
+    try:
+        number = kind(text)
+    except ValueError:
+        number = 0
+    if not 0 < number < float("inf"):
+        raise SetupError(f"{option} {text}: a number above 0 is needed")
+    return number

@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import queue
-import shlex
 import shutil
 import signal
 import time
@@ -196,19 +195,15 @@ def is_finished(run: Run) -> bool:
 def commands(run: Run, gpus: int = 1) -> list[list[str]]:
     """Its commands as a user or a cluster's queue would type them."""
     best = run.task.best
-    tests = [run.test_words(best, condition) for condition in run.conditions]
-    return [_distributed(run.train_words(), gpus), *tests]
+    tests = [run.test(best, condition).command() for condition in run.conditions]
+    return [_training(run, gpus), *tests]
 
 
-def _distributed(words: list[str], gpus: int) -> list[str]:
+def _training(run: Run, gpus: int) -> list[str]:
+    argv = run.training().command()
     if gpus == 1:
-        return words
-    return ["torchrun", "--standalone", f"--nproc_per_node={gpus}", "-m", "s3prl_ekd", *words]
-
-
-def shell(words: Sequence[str]) -> str:
-    """For a script."""
-    return shlex.join(words)
+        return argv
+    return ["torchrun", "--standalone", f"--nproc_per_node={gpus}", "-m", "s3prl_ekd", *argv]
 
 
 def run_all(
@@ -318,7 +313,7 @@ def _run(run: Run, call: Callable[[list[str]], None], gpus: int) -> None:
     _write(run.folder, record)
     start = time.monotonic()
     if record["dev"] is None:
-        call(_distributed(run.train_words(), gpus))
+        call(_training(run, gpus))
         checkpoint, value = best_checkpoint(run)
         record["dev"] = {"metric": run.task.metric, "value": value, "checkpoint": checkpoint}
         record["seconds"] += time.monotonic() - start
@@ -326,7 +321,7 @@ def _run(run: Run, call: Callable[[list[str]], None], gpus: int) -> None:
     for condition, folder in run.conditions.items():
         if condition in record["tested"]:
             continue
-        call(run.test_words(record["dev"]["checkpoint"], condition))
+        call(run.test(record["dev"]["checkpoint"], condition).command())
         for name in run.task.files(run.fold):
             if not (run.folder / folder / name).is_file():
                 raise SetupError(f"{run.folder / folder} has no {name} after its evaluation")

@@ -8,7 +8,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TextIO
 
 from ..errors import EkdError, SetupError, exit_with, printable
@@ -95,42 +95,35 @@ def prepare_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def run_command(
-    command: Callable[[], int | None],
-    interrupted: str = "stopped by Ctrl-C",
-    broken_pipe: int = 0,
-    *,
-    files_are_typed: bool = True,
-) -> int:
-    """Run a command, with what a user or the machine can cause shown as one sentence.
+@contextlib.contextmanager
+def errors_shown(
+    interrupted: str = "stopped by Ctrl-C", broken_pipe: int = 0, *, files_are_typed: bool = True
+) -> Iterator[None]:
+    """Within it a command runs; what a user or the machine can cause is shown as one sentence.
 
     The standard streams have been prepared (:func:`prepare_streams`).
 
     Args:
-        command: returns its exit code, or None for 0.
         interrupted: what Ctrl-C prints.
         broken_pipe: the exit code where nothing reads the output any more, as behind ``| head``.
         files_are_typed: a file that cannot be used is one that the user named, and no traceback is
             needed; hours into a run of s3prl's, it is.
 
-    Returns:
-        The exit code.
-
     Raises:
-        SystemExit: with 2, after an :class:`EkdError` or a refusal of the system.
+        SystemExit: with 2, after an :class:`EkdError` or a refusal of the system; with 130, after
+            Ctrl-C; with ``broken_pipe``.
     """
     try:
-        code = command() or 0
+        yield
         sys.stdout.flush()
-        return code
     except EkdError as error:
         exit_with(error)
     except KeyboardInterrupt:
         print(f"\n{interrupted}", file=sys.stderr)
-        return 130
+        raise SystemExit(130) from None
     except BrokenPipeError:
         _discard_output()
-        return broken_pipe
+        raise SystemExit(broken_pipe) from None
     except OSError as error:
         if error.errno not in _EXHAUSTED and not (files_are_typed and error.filename is not None):
             raise

@@ -18,6 +18,7 @@ from ..errors import ConfigError, SetupError
 from ..files.text import read_text
 from .corpus_check import check_corpus
 from .ctc_corpus import provide_ctc_corpus
+from .tasks import Task, missing_paths
 
 # import name -> what to type, where it is not `pip install NAME`
 INSTALL = {"yaml": "pip install pyyaml", "sklearn": "pip install scikit-learn"}
@@ -41,61 +42,6 @@ class Problem:
 
     reason: str
     remedy: str = ""
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """One SUPERB task as ``run_downstream.py`` runs it.
-
-    Attributes:
-        task: its name in SUPERB.
-        downstream: the name after ``-d``.
-        config: the YAML below the working folder.
-        files: YAML keys, dotted, of the files and folders that come with a recipe.
-        data: YAML keys, dotted, of the corpus: the user's to set.
-        modules: what it imports only once it runs, beside the expert.
-    """
-
-    task: str
-    downstream: str
-    config: str
-    files: tuple[str, ...]
-    data: tuple[str, ...]
-    modules: tuple[str, ...] = ()
-
-
-RECIPES = (
-    Recipe(
-        "PR",
-        "ctc",
-        "downstream/ctc/libriphone.yaml",
-        ("downstream_expert.text.vocab_file",),
-        ("downstream_expert.corpus.path", "downstream_expert.corpus.lexicon"),
-        # s3prl imports it with the first data loader; provide_ctc_corpus sees to it
-        ("s3prl.downstream.ctc.corpus.libriphone",),
-    ),
-    Recipe(
-        "SID",
-        "voxceleb1",
-        "downstream/voxceleb1/config.yaml",
-        (),
-        ("downstream_expert.datarc.file_path", "downstream_expert.datarc.meta_data"),
-    ),
-    Recipe(
-        "ER",
-        "emotion",
-        "downstream/emotion/config.yaml",
-        (),
-        ("downstream_expert.datarc.root", "downstream_expert.datarc.meta_data"),
-    ),
-    Recipe(
-        "ASR",
-        "asr",
-        "downstream/asr/config.yaml",
-        ("downstream_expert.datarc.dict_path",),
-        ("downstream_expert.datarc.libri_root", "downstream_expert.datarc.bucket_file"),
-    ),
-)
 
 
 @dataclass
@@ -126,43 +72,32 @@ def check_modules(names: tuple[str, ...]) -> list[Problem]:
     return problems
 
 
-def check_recipe(recipe: Recipe, folder: Path) -> State:
-    """What stands between ``recipe`` and a run in ``folder``."""
-    modules = (
-        "s3prl.run_downstream",
-        f"s3prl.downstream.{recipe.downstream}.expert",
-        *recipe.modules,
-    )
-    if recipe.downstream == "ctc":
-        with contextlib.suppress(ImportError):  # the check below says what is not installed
-            provide_ctc_corpus(folder)
-    if recipe.downstream == "voxceleb1":
-        with contextlib.suppress(SetupError):  # without torch there is nothing to guard
-            voxceleb1_cache.guard()  # and with it, an import that is never used need not succeed
-    state = State(modules=check_modules(modules))
-    config = _read_yaml(folder / recipe.config, init_command(folder))
+def check_recipe(task: Task, folder: Path) -> State:
+    """What stands between the recipe of ``task`` and a run in ``folder``."""
+    modules = ("s3prl.run_downstream", f"s3prl.downstream.{task.downstream}.expert", *task.modules)
+    with contextlib.ExitStack() as stack:
+        if task.downstream == "ctc":
+            with contextlib.suppress(ImportError):  # the check below says what is not installed
+                provide_ctc_corpus(folder)
+        if task.downstream == "voxceleb1":
+            with contextlib.suppress(SetupError):  # without torch there is nothing to guard
+                stack.enter_context(voxceleb1_cache.guarded())  # which needs no librosa
+        state = State(modules=check_modules(modules))
+    config = _read_yaml(folder / task.full, init_command(folder))
     if isinstance(config, Problem):
         state.files.append(config)
         return state
-    for key, path in missing_paths(config, recipe.files, folder):
+    for key, path in missing_paths(config, task.recipe_files, folder):
         state.files.append(Problem(f"{path} ({key}) is not there", init_command(folder)))
-    for key, path in missing_paths(config, recipe.data, folder):
+    for key, path in missing_paths(config, task.corpus, folder):
         state.note = f"set the corpus: -o \"config.{key}='...'\" (now {path}, not there)"
         break
     else:
         try:
-            check_corpus(recipe.downstream, config, recipe.config, folder=folder)
+            check_corpus(task.downstream, config, task.full, folder=folder)
         except ConfigError as error:
             state.note = str(error)
     return state
-
-
-def missing_paths(config: dict, keys: tuple[str, ...], folder: Path) -> Iterator[tuple[str, str]]:
-    """``(key, path)`` of each path that ``config`` has under ``keys`` and ``folder`` has not."""
-    for key in keys:
-        for path in recipe_paths(config, (key,)):
-            if not (folder / path).exists():
-                yield key, path
 
 
 def _import_problem(name: str) -> Problem | None:
@@ -195,18 +130,6 @@ def _read_yaml(path: Path, remedy: str) -> dict | Problem:
     except ConfigError as error:
         return Problem(f"{path} is not YAML: {error}")
     return content if isinstance(content, dict) else Problem(f"{path} is not a YAML mapping")
-
-
-def recipe_paths(config: dict, keys: tuple[str, ...]) -> list[str]:
-    """The paths under dotted keys; none where a key is not set."""
-    found: list[str] = []
-    for key in keys:
-        value = config
-        for part in key.split("."):
-            value = value.get(part) if isinstance(value, dict) else None
-        if value is not None:
-            found += map(str, value if isinstance(value, list) else [value])
-    return found
 
 
 @contextlib.contextmanager
