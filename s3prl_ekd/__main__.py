@@ -1,5 +1,7 @@
 """``python -m s3prl_ekd run_pretrain.py …`` (for torchrun), or any ``s3prl-ekd`` command."""
 
+from __future__ import annotations
+
 import atexit
 import contextlib
 import os
@@ -16,7 +18,8 @@ def main() -> int:
         from torch.distributed.run import main as torchrun_main
 
         sys.argv.pop(0)
-        return torchrun_main()
+        torchrun_main()
+        return 0
     if sys.argv[1:2] in (["run_pretrain.py"], ["run_downstream.py"]):
         from .launch import SCRIPTS
 
@@ -37,6 +40,7 @@ def process() -> NoReturn:
     end_with_parent()
     if not torchrun.several():
         sys.exit(main())
+    code: str | int | None
     try:
         code = main()
     except SystemExit as left:
@@ -49,7 +53,7 @@ def process() -> NoReturn:
     elif not isinstance(code, int):
         print(code, file=sys.stderr)
         code = 1
-    threading._shutdown()  # these two are what Python does first
+    vars(threading)["_shutdown"]()  # these two are what Python does first
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, OSError):  # there is none, or nobody reads it

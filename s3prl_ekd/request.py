@@ -401,13 +401,14 @@ def hide_cuda(request: Request) -> None:
 def log_moved(request: Request, recorded: Any) -> None:
     """Log where a run writes, if its checkpoint has another folder recorded."""
     folder = request.folder
-    if not isinstance(recorded, str) or Path(recorded).resolve() != folder.resolve():
-        logger.info(
-            "%s was saved in the folder %.200r; this command writes to %s",
-            request.checkpoint,
-            recorded,
-            folder,
-        )
+    if folder and isinstance(recorded, str) and Path(recorded).resolve() == folder.resolve():
+        return
+    logger.info(
+        "%s was saved in the folder %.200r; this command writes to %s",
+        request.checkpoint,
+        recorded,
+        folder,
+    )
 
 
 # Guards around s3prl's script that both commands have
@@ -440,7 +441,9 @@ def script_guards(request: Request, lock: str = NAME, **arguments: Any) -> Itera
         yield
 
 
-def _replaced_arguments(request: Request, arguments: dict[str, Any]):
+def _replaced_arguments(
+    request: Request, arguments: dict[str, Any]
+) -> contextlib.AbstractContextManager[None]:
     """Within it, ``torch.load`` of the checkpoint gives ``Args`` with what the command decides.
 
     s3prl lets the arguments in the checkpoint override those of the command. Among them are the
@@ -449,8 +452,8 @@ def _replaced_arguments(request: Request, arguments: dict[str, Any]):
     """
     import torch
 
-    load, folder = torch.load, request.folder
-    values = {"expdir": str(folder), "expname": request.expname or folder.name, **arguments}
+    load, folder = torch.load, str(request.folder)
+    values = {"expdir": folder, "expname": request.expname or Path(folder).name, **arguments}
 
     def load_with_values(f: Any, *args: Any, **kwargs: Any) -> Any:
         states = load(f, *args, **kwargs)

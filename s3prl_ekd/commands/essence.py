@@ -154,9 +154,9 @@ def _check_steps(path: str, override: str | None) -> None:
 
     config = read_yaml(path)
     runner = (apply_overrides(config, override) if override else config).get("runner")
-    steps = {}
+    steps: dict[str, int] = {}
     for name in ("total_steps", "eval_step", "save_step"):
-        steps[name] = runner.get(name) if isinstance(runner, dict) else None
+        steps[name] = runner.get(name, 0) if isinstance(runner, dict) else 0
         if type(steps[name]) is not int or steps[name] < 1:
             raise ConfigError(f"{path}: runner.{name} must be a whole number of 1 or more")
     total = steps.pop("total_steps")

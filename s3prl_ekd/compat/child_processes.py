@@ -27,13 +27,14 @@ def repeat_in_children(function: Callable[..., Any], *args: Any) -> None:
     # A process hands its `_config` on to its children, ahead of their target and arguments
     # (multiprocessing.process.BaseProcess.__init__). The main module is not enough: children do
     # not import that of `python -m s3prl_ekd` or of a console script on Windows.
-    config = multiprocessing.current_process()._config
-    config.setdefault(_KEY, _Calls())[function] = args
+    process: Any = multiprocessing.current_process()
+    process._config.setdefault(_KEY, _Calls())[function] = args
 
 
 def forget_in_children(function: Callable[..., Any]) -> None:
     """Undo :func:`repeat_in_children` for the children that are started from now on."""
-    multiprocessing.current_process()._config.get(_KEY, {}).pop(function, None)
+    process: Any = multiprocessing.current_process()
+    process._config.get(_KEY, {}).pop(function, None)
 
 
 class _Calls(dict):

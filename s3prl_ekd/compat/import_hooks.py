@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
+from typing import Any
 
 # Takes the module and the function that runs its code, which it must call.
 ImportHook = Callable[[ModuleType, Callable[[ModuleType], None]], None]
@@ -42,8 +43,8 @@ class _Finder(MetaPathFinder):
         spec = PathFinder.find_spec(fullname, path, target)
         if spec is None or spec.loader is None:
             return spec
-        hook, run = self.hooks[fullname], spec.loader.exec_module
-        spec.loader.exec_module = functools.partial(_call, hook, run)
+        loader: Any = spec.loader  # this spec's own
+        loader.exec_module = functools.partial(_call, self.hooks[fullname], loader.exec_module)
         return spec
 
 

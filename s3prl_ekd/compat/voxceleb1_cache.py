@@ -21,6 +21,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from types import ModuleType
+from typing import Any
 
 from ..errors import SetupError
 from .child_processes import forget_in_children, repeat_in_children
@@ -67,9 +68,10 @@ def guarded() -> Iterator[None]:
     finally:
         forget_in_children(guard)
         forget_import(DATASET)
-        folder = getattr(sys.modules.get(DATASET), "CACHE_PATH", None)
+        module: Any = sys.modules.get(DATASET)
+        folder = getattr(module, "CACHE_PATH", None)
         if isinstance(folder, FreshFolder):
-            sys.modules[DATASET].CACHE_PATH = folder.path
+            module.CACHE_PATH = folder.path
 
 
 def _run_and_change(module: ModuleType, run: Callable[[ModuleType], None]) -> None:
@@ -78,7 +80,7 @@ def _run_and_change(module: ModuleType, run: Callable[[ModuleType], None]) -> No
     _without_cache(module)
 
 
-def _without_cache(module: ModuleType) -> None:
+def _without_cache(module: Any) -> None:
     if isinstance(getattr(module, "CACHE_PATH", None), FreshFolder):
         return
     if not hasattr(module, "CACHE_PATH"):
@@ -104,7 +106,7 @@ def _lazy_librosa() -> Iterator[None]:
     names = ("librosa", "librosa.util")
     before = {name: sys.modules[name] for name in names if name in sys.modules}
     package, util = map(ModuleType, names)
-    package.util, util.find_files = util, find_files
+    vars(package)["util"], vars(util)["find_files"] = util, find_files
     sys.modules.update(zip(names, (package, util), strict=True))
     try:
         yield

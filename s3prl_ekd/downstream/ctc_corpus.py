@@ -34,6 +34,6 @@ def provide_ctc_corpus(folder: Path) -> None:
         return
     package = ModuleType(CTC_CORPUS, "Stand-in of s3prl_ekd for a folder that this s3prl lacks.")
     package.__path__ = []
-    package.libriphone = importlib.import_module("s3prl_ekd.downstream.libriphone")
-    ctc.corpus = sys.modules[CTC_CORPUS] = package
-    sys.modules[name] = package.libriphone
+    libriphone = importlib.import_module("s3prl_ekd.downstream.libriphone")
+    vars(package)["libriphone"], vars(ctc)["corpus"] = libriphone, package
+    sys.modules.update({CTC_CORPUS: package, name: libriphone})

@@ -104,7 +104,8 @@ class CachedUpstream(nn.Module):
         self._layers: tuple[int, int] | None = None  # how many, and how wide
 
     def get_downsample_rates(self, key: str) -> int:
-        return self.upstream.get_downsample_rates(key)
+        upstream: Any = self.upstream
+        return upstream.get_downsample_rates(key)
 
     @torch.no_grad()
     def forward(self, waves: list[Tensor]) -> dict[str, Any]:
@@ -112,7 +113,7 @@ class CachedUpstream(nn.Module):
         if self.upstream.training:
             raise SetupError("--cache-features needs a frozen upstream, and this one is trained")
         device = waves[0].device
-        states: list[Tensor | None] = [None] * len(waves)  # each [layer, frame, width]
+        states: dict[int, Tensor] = {}  # by the wave's index, [layer, frame, width]
         passing = []
         for index, wave in enumerate(waves):
             if self._excerpt is not None and len(wave) == self._excerpt and self._drawing():
@@ -133,12 +134,12 @@ class CachedUpstream(nn.Module):
             for place, index in enumerate(passing):
                 states[index] = rounded(together[:, place])
         self.counts.written = self._store.written
-        frames = [each.shape[1] for each in states]
+        frames = [states[index].shape[1] for index in range(len(waves))]
         layers, _, width = states[0].shape
         padded = torch.zeros(layers, len(waves), max(frames), width, device=device)
-        for place, each in enumerate(states):
+        for index, each in states.items():
             self._check(each)
-            padded[:, place, : each.shape[1]] = each.to(device)
+            padded[:, index, : each.shape[1]] = each.to(device)
         return {self._selection: list(padded.unbind(0)), FRAMES: frames}
 
     def _compute(self, waves: list[Tensor]) -> Tensor:

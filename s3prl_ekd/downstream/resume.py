@@ -31,7 +31,8 @@ VERSION = CHECKPOINT_PARTS[KEY]
 def generator_states() -> dict[str, Any]:
     """The states of Python's, NumPy's and torch's generators, as plain data and tensors."""
     version, numbers, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state()
+    state: Any = np.random.get_state()  # a tuple; a dict only where it is asked for
+    name, keys, position, has_gauss, cached = state
     return {
         "python": [version, list(numbers), gauss],
         "numpy": [name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],

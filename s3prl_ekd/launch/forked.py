@@ -10,6 +10,7 @@ in a checkout of s3prl (whose modules have other names) each command is a new pr
 from __future__ import annotations
 
 import atexit
+import io
 import logging
 import multiprocessing
 import os
@@ -19,6 +20,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from multiprocessing import connection
 from pathlib import Path
+from typing import cast
 
 from ..system.jobs import Processes, end_with_parent
 
@@ -148,7 +150,7 @@ def _print_to(log: str) -> None:
     os.dup2(handle, 2)
     os.close(handle)
     # None: the descriptor was closed when the fork server began
-    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115 (till the end)
-    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
-    sys.stdout.reconfigure(line_buffering=True)  # a log that can be watched
-    sys.stderr.reconfigure(line_buffering=True, errors="backslashreplace")
+    sys.stdout = out = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115 (till the end)
+    sys.stderr = err = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
+    cast(io.TextIOWrapper, out).reconfigure(line_buffering=True)  # a log that can be watched
+    cast(io.TextIOWrapper, err).reconfigure(line_buffering=True, errors="backslashreplace")

@@ -11,6 +11,7 @@ from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -328,14 +329,11 @@ def plan(args: Namespace) -> list[Run]:
             parts.append(more[task.name])
         recipe = Recipe(task, path, ",,".join(parts))
         recipe.check(Path.cwd())
-        chosen = rates.get(task.name)
-        chosen = [_number("--lr", r, float) for r in chosen.split(",")] if chosen else None
-        for upstream in upstreams:
-            for lr in chosen or [recipe.learning_rate()]:
-                for seed in args.seeds:
-                    for fold in recipe.folds():
-                        facts = (upstream, recipe, lr, seed, fold, args.output, noises)
-                        runs.append(Run(*facts, features[upstream.name]))
+        texts = rates[task.name].split(",") if rates.get(task.name) else []
+        lrs = [_number("--lr", text, float) for text in texts] or [recipe.learning_rate()]
+        for upstream, lr, seed, fold in product(upstreams, lrs, args.seeds, recipe.folds()):
+            facts = (args.output, noises, features[upstream.name])
+            runs.append(Run(upstream, recipe, lr, seed, fold, *facts))
     # an upstream's four tasks together, so that the first numbers to compare come early
     return sorted(runs, key=lambda run: names.index(run.upstream.name))
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import logging
 import os
 import sys
 import warnings
 from collections.abc import Iterator
-from typing import TextIO
+from typing import TextIO, cast
 
 from ..errors import EkdError, SetupError, exit_with, printable
 
@@ -92,7 +93,7 @@ def prepare_streams() -> None:
         sys.stderr = open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, ValueError):  # a stand-in, as in tests
-            stream.reconfigure(errors="backslashreplace")
+            cast(io.TextIOWrapper, stream).reconfigure(errors="backslashreplace")
 
 
 @contextlib.contextmanager
