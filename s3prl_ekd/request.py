@@ -13,7 +13,7 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -51,6 +51,7 @@ class Request:
 
     SCRIPT: ClassVar[str]
     ROOT: ClassVar[str]  # s3prl's folder of runs
+    SAVES_DEVICE: ClassVar[bool] = False  # a resumed run is on the device in its checkpoint
 
     upstream: str | None = _option("u")
     past_exp: str | None = _option("e")
@@ -71,12 +72,15 @@ class Request:
             SetupError: an option has no value, or one of another kind.
             ConfigError: ``-o`` is not of the form that is expected.
         """
-        values, others = cls._read(argv)
-        return cls(**values, others=others)
+        return cls(**cls._read(argv))
 
     @classmethod
-    def _read(cls, argv: Sequence[str], **defaults: Any) -> tuple[dict[str, Any], tuple[str, ...]]:
+    def _read(
+        cls, argv: Sequence[str], ours: Sequence[str] = (), **defaults: Any
+    ) -> dict[str, Any]:
         parser = argparse.ArgumentParser(add_help=False, exit_on_error=False, allow_abbrev=False)
+        for name in ours:
+            parser.add_argument(name, nargs="?", const="")
         for each in fields(cls):
             if not each.metadata:
                 continue
@@ -91,8 +95,8 @@ class Request:
             found, others = parser.parse_known_args(list(argv))
         except argparse.ArgumentError as error:
             raise SetupError(f"the arguments cannot be read: {error}") from None
-        found.override = plain_override(found.override)
-        return vars(found), tuple(others)
+        override = plain_override(found.override)
+        return {**vars(found), "override": override, "others": tuple(others)}
 
     def argv(self) -> list[str]:
         """The arguments of s3prl's script."""
@@ -136,32 +140,20 @@ class Request:
         Raises:
             CheckpointError: there is no such checkpoint.
         """
-        path = None
-        if self.auto_resume and self.named_folder is not None and self.named_folder.is_dir():
-            path = _newest(self.named_folder)
+        if not (self.auto_resume or self.past_exp):
+            return self
+        from .files.run_checkpoints import newest  # which imports torch
+
+        folder = self.named_folder if self.auto_resume else None
+        path = newest(folder) if folder is not None and folder.is_dir() else None
         if path is None and self.past_exp:
             path = Path(self.past_exp)
-            path = _newest(path) if path.is_dir() else path
+            path = newest(path) if path.is_dir() else path
             if path is None or not path.is_file():
                 raise CheckpointError(
                     f"-e {self.past_exp}: there is no such checkpoint (states-*.ckpt)"
                 )
         return replace(self, auto_resume=False, past_exp=None if path is None else str(path))
-
-    def on_a_device(self: R, instead: str = "running") -> R:
-        """The request with ``--device cpu`` where none was named and there is no CUDA device."""
-        import torch
-
-        if self.device is not None or torch.cuda.is_available():
-            return self
-        logger.info("no CUDA device here: %s with --device cpu", instead)
-        return replace(self, device="cpu")
-
-
-def _newest(folder: Path) -> Path | None:
-    from .files.run_checkpoints import newest  # which imports torch
-
-    return newest(folder)
 
 
 def plain_override(text: str | None) -> str | None:
@@ -188,6 +180,7 @@ class PretrainRequest(Request):
 
     SCRIPT = "run_pretrain.py"
     ROOT = "result/pretrain"
+    SAVES_DEVICE = True
 
     upstream_config: str | None = _option("g")
 
@@ -276,7 +269,7 @@ class DownstreamRequest(Request):
     ROOT = "result/downstream"
 
     mode: str | None = _option("m")
-    evaluate_split: str = _option("t", "test")
+    evaluate_split: str | None = _option("t")
     downstream: str | None = _option("d")
     downstream_variant: str | None = _option("v")
     upstream_ckpt: str | None = _option("k")
@@ -291,14 +284,11 @@ class DownstreamRequest(Request):
     @classmethod
     def parse(cls, argv: Sequence[str]) -> DownstreamRequest:
         """See :meth:`Request.parse`."""
-        parser = argparse.ArgumentParser(add_help=False, exit_on_error=False, allow_abbrev=False)
-        for name in ("--noise", "--snr", "--noise_seed", CACHE, CACHE_GB):
-            parser.add_argument(name, nargs="?", const="")
-        ours, rest = parser.parse_known_args(list(argv))
-        noise = read_noise(ours.noise, ours.snr, ours.noise_seed)
-        cache = read_cache(ours.cache_features, ours.cache_features_gb)
-        values, others = cls._read(rest, local_rank=os.environ.get("LOCAL_RANK"))
-        return cls(**values, noise=noise, cache=cache, others=others)
+        ours = ("--noise", "--snr", "--noise_seed", CACHE, CACHE_GB)
+        values = cls._read(argv, ours, local_rank=os.environ.get("LOCAL_RANK"))
+        noise = read_noise(*map(values.pop, ("noise", "snr", "noise_seed")))
+        cache = read_cache(*map(values.pop, ("cache_features", "cache_features_gb")))
+        return cls(**values, noise=noise, cache=cache)
 
     def command(self) -> list[str]:
         """The whole command, as typed."""
@@ -308,7 +298,7 @@ class DownstreamRequest(Request):
     @property
     def split(self) -> str | None:
         """The split to evaluate, of a run that only evaluates."""
-        return self.evaluate_split if self.mode == "evaluate" else None
+        return (self.evaluate_split or "test") if self.mode == "evaluate" else None
 
 
 def read_noise(noise: str | None, snr: str | None, seed: str | None) -> NoisyTest | None:
@@ -358,10 +348,47 @@ def _number(text: str) -> float:
         return math.nan
 
 
+def completed(
+    request: R,
+    option_checks: Iterable[Callable[[R], None]],
+    run_checks: Iterable[Callable[[R, Mapping[str, Any]], None]],
+) -> R:
+    """The request with its checkpoint found, and on a device that is there.
+
+    Args:
+        option_checks: look at what was typed.
+        run_checks: look at the resumed request, and the contents of its checkpoint, empty for a new
+            run.
+
+    Raises:
+        EkdError: of the first check that fails; one sentence for what the user can mend.
+    """
+    if request.device == "cpu":  # or s3prl's downstream Runner calls torch.cuda.device("cpu")
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    for check in option_checks:
+        check(request)
+    request = request.resumed()
+    states: Mapping[str, Any] = {}
+    if request.past_exp:
+        from .files.run_checkpoints import read_run
+
+        states = read_run(request.past_exp)
+    for check_run in run_checks:
+        check_run(request, states)
+    import torch
+
+    saved = states.get("Args") if request.SAVES_DEVICE else None
+    on_cuda = str(getattr(saved, "device", "cuda")).startswith("cuda")
+    if request.device or not on_cuda or torch.cuda.is_available():
+        return request
+    logger.info("no CUDA device here: running with --device cpu")
+    return replace(request, device="cpu")
+
+
 # Checks that both commands have
 
 
-def check_device(request: Request, states: dict[str, Any] | None = None) -> None:
+def check_device(request: Request, states: Mapping[str, Any]) -> None:
     """Raise SetupError unless torch can put something on the device that is named."""
     if request.device is None:
         return
@@ -374,7 +401,7 @@ def check_device(request: Request, states: dict[str, Any] | None = None) -> None
         raise SetupError(f"--device {request.device} cannot be used here: {first}") from None
 
 
-def check_run_folder(request: Request, states: dict[str, Any] | None = None) -> None:
+def check_run_folder(request: Request, states: Mapping[str, Any]) -> None:
     """Raise SetupError where the training would write into a folder that holds another run."""
     from .files.run_checkpoints import run_checkpoints  # which imports torch
 
@@ -390,12 +417,6 @@ def check_run_folder(request: Request, states: dict[str, Any] | None = None) -> 
             f"{folder} holds another run than {checkpoint}; name a new folder, or leave -n and -p "
             f"out to go on in {checkpoint.parent}"
         )
-
-
-def hide_cuda(request: Request) -> None:
-    """s3prl's downstream Runner calls ``torch.cuda.device("cpu")`` on a machine with CUDA."""
-    if request.device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def log_moved(request: Request, recorded: Any) -> None:

@@ -54,7 +54,7 @@ def workspace(tmp_path_factory, teachers, corpus):
 def test_init_creates_keeps_and_never_overwrites(tmp_path):
     first = command("init", "a", cwd=tmp_path).stdout
     assert "created" in first and "kept" not in first
-    expert = tmp_path / "a" / "pretrain" / "ekd" / "pretrain/expert.py"
+    expert = tmp_path / "a" / "pretrain" / "ekd" / "pretrain_expert.py"
     assert expert.is_file() and (tmp_path / "a/pretrain/ekd/config_model.yaml").is_file()
     assert (tmp_path / "a/downstream/asr/config.yaml").is_file()
     expert.write_text("# mine\n")

@@ -41,7 +41,7 @@ PACKAGES = (
     "pandas",
     "editdistance",
 )
-PRETRAIN_FILES = ("config_runner.yaml", "config_model.yaml", "pretrain/expert.py")
+PRETRAIN_FILES = ("config_runner.yaml", "config_model.yaml", "pretrain_expert.py")
 # what to write with soundfile, to be read back with the decoder in use
 FORMATS = {"FLAC": ("FLAC", "PCM_16"), "WAV": ("WAV", "PCM_16"), "Opus": ("OGG", "OPUS")}
 

@@ -120,7 +120,7 @@ def main(args: argparse.Namespace) -> int:
         len(ensemble),
         selection,
         settings.alpha,
-        len(ensemble[0].symbols),
+        len(ensemble.symbols),
     )
     try:
         done = distil_asr(script, request, ensemble, settings)

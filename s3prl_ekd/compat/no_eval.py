@@ -168,12 +168,7 @@ def check_splits(
     Raises:
         ConfigError: naming the key or option, and the splits there are.
     """
-    runner = config.get("runner")
-    runner = runner if isinstance(runner, Mapping) else {}
-    named = [(f"{where}: runner.train_dataloader", runner.get("train_dataloader", "train"))]
-    several = runner.get("eval_dataloaders") or ()
-    several = several if isinstance(several, (list, tuple)) else [several]
-    named += [(f"{where}: runner.eval_dataloaders", split) for split in several]
+    named = [(f"{where}: {key}", split) for key, split in run_splits(config)]
     if asked is not None:
         named = [("-t", asked)]
     expert = config.get("downstream_expert")
@@ -187,6 +182,16 @@ def check_splits(
         if known is None or split not in known:
             allowed = "a plain name is needed" if known is None else f"use {_listed(known)}"
             raise ConfigError(f"{key}: there is no split {split!r:.60}; {allowed}")
+
+
+def run_splits(config: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """The splits of a run that trains, each with its key in the recipe."""
+    runner = config.get("runner")
+    runner = runner if isinstance(runner, Mapping) else {}
+    several = runner.get("eval_dataloaders") or ()
+    several = several if isinstance(several, (list, tuple)) else [several]
+    train = ("runner.train_dataloader", runner.get("train_dataloader", "train"))
+    return [train, *(("runner.eval_dataloaders", split) for split in several)]
 
 
 def check_fold(fold: Any, where: str) -> None:

@@ -16,6 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from ..compat.no_eval import run_splits
 from ..errors import ConfigError
 from ..files.config import typed
 from ..files.text import CONTROL, read_text
@@ -85,8 +86,7 @@ def check_corpus(
     elif downstream == "emotion":
         lookups = _er(recipe, fold)
     else:
-        runner = config.get("runner")
-        splits = [split] if split else _splits(runner if isinstance(runner, Mapping) else {})
+        splits = [split] if split else [name for _, name in run_splits(config)]
         lookups = (_asr if downstream == "asr" else _pr)(recipe, splits)
     for lookup in lookups:
         _check(recipe, lookup)
@@ -275,13 +275,6 @@ def _pr(recipe: _Recipe, splits: Sequence[str]) -> Iterator[_Lookup]:
 
     source = f"the sets of {', '.join(splits)}"
     yield _Lookup("corpus.path", list(sets), source, has_file, "{}/*/*/*.trans.txt")
-
-
-def _splits(runner: Mapping[str, Any]) -> list[str]:
-    """Those of a run that trains, as :mod:`..compat.no_eval` has checked them."""
-    several = runner.get("eval_dataloaders") or ()
-    several = several if isinstance(several, (list, tuple)) else [several]
-    return [runner.get("train_dataloader", "train"), *several]
 
 
 def _listings() -> Callable[[Path], frozenset[str]]:

@@ -15,7 +15,7 @@ import math
 import re
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
@@ -53,11 +53,7 @@ class Counts:
         )
 
     def __add__(self, other: Counts) -> Counts:
-        return Counts(*(a + b for a, b in zip(self._all, other._all, strict=True)))
-
-    @property
-    def _all(self) -> tuple[int, int, int, int]:
-        return self.hits, self.misses, self.excerpts, self.written
+        return Counts(*map(sum, zip(astuple(self), astuple(other), strict=True)))
 
 
 def read_counts(text: str) -> Counts:

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..compat.replaced import replaced
 from ..files.formats import CHECKPOINT_PARTS, RESUME
 
 logger = logging.getLogger(__name__)
@@ -147,10 +148,7 @@ def exact(runner: Any) -> Any:
                     states = {**states, KEY: self._place.state()}
                 return save(states, *rest, **named)
 
-            torch.save = save_with_place
-            try:
+            with replaced(torch, "save", save_with_place):
                 super().train()
-            finally:
-                torch.save = save
 
     return ExactRunner

@@ -7,7 +7,7 @@ import contextlib
 import difflib
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -27,7 +27,7 @@ from ..request import (
     DownstreamRequest,
     check_device,
     check_run_folder,
-    hide_cuda,
+    completed,
     log_moved,
     script_guards,
 )
@@ -40,11 +40,7 @@ NOISY = "noisy"  # below the run's folder: predictions of tests under noise
 
 
 def prepare(argv: Sequence[str]) -> DownstreamRequest:
-    """Read and check the arguments of a command.
-
-    Raises:
-        EkdError: one sentence for what the user can mend.
-    """
+    """Read and check the arguments of a command; see :func:`checked`."""
     return checked(DownstreamRequest.parse(trust.take(argv)))
 
 
@@ -54,14 +50,7 @@ def checked(request: DownstreamRequest) -> DownstreamRequest:
     Raises:
         EkdError: one sentence for what the user can mend.
     """
-    hide_cuda(request)
-    for check in CHECKS_OF_OPTIONS:
-        check(request)
-    request = request.resumed()
-    states = _read_checkpoint(request)
-    for check_run in CHECKS_OF_RUN:
-        check_run(request, states)
-    return in_noisy_folder(request).on_a_device()
+    return in_noisy_folder(completed(request, OPTION_CHECKS, RUN_CHECKS))
 
 
 # Checks of what was typed; the cheap ones come first
@@ -130,27 +119,12 @@ def _student(request: DownstreamRequest) -> str | None:
     return None if path.startswith(("http://", "https://")) else path
 
 
-CHECKS_OF_OPTIONS: tuple[Callable[[DownstreamRequest], None], ...] = (
-    check_mode,
-    check_files,
-    check_noises,
-    check_init,
-    check_heads,
-)
+OPTION_CHECKS = (check_mode, check_files, check_noises, check_init, check_heads)
 
-# Checks of the run, whose checkpoint has been looked for. Each takes the checkpoint's contents too,
-# which are empty for a new run.
+# Checks of the run, with the contents of its checkpoint, which are empty for a new one
 
 
-def _read_checkpoint(request: DownstreamRequest) -> dict[str, Any]:
-    if not request.past_exp:
-        return {}
-    from ..files.run_checkpoints import read_run
-
-    return read_run(request.past_exp)
-
-
-def check_names_given(request: DownstreamRequest, states: dict[str, Any]) -> None:
+def check_names_given(request: DownstreamRequest, states: Mapping[str, Any]) -> None:
     """A new run has a task and a name."""
     if states or request.mode is None:
         return
@@ -160,7 +134,7 @@ def check_names_given(request: DownstreamRequest, states: dict[str, Any]) -> Non
         raise SetupError("name the run: add -n NAME (or -p FOLDER)")
 
 
-def check_recipe(request: DownstreamRequest, states: dict[str, Any]) -> None:
+def check_recipe(request: DownstreamRequest, states: Mapping[str, Any]) -> None:
     """A new run's YAML, with ``-o`` put in, the paths that it names, and the upstream's files.
 
     Raises:
@@ -191,7 +165,7 @@ def check_recipe(request: DownstreamRequest, states: dict[str, Any]) -> None:
     check_corpus(request.downstream, config, path, request.split, fold=fold)
 
 
-def check_resumed(request: DownstreamRequest, states: dict[str, Any]) -> None:
+def check_resumed(request: DownstreamRequest, states: Mapping[str, Any]) -> None:
     """A checkpoint that s3prl is about to read and to build a model from."""
     if not states:
         return
@@ -234,26 +208,20 @@ def check_upstream(name: Any, checkpoint: Any, config: Any) -> None:
     check_upstream_file(Path(checkpoint), str(name))
 
 
-def check_folder(request: DownstreamRequest, states: dict[str, Any]) -> None:
+def check_folder(request: DownstreamRequest, states: Mapping[str, Any]) -> None:
     """The run's folder can be written, and a training finds no other run there."""
     folder = request.folder
     if folder is None or (not states and request.mode is None):
         return
     if request.mode == "train":
-        check_run_folder(request)
+        check_run_folder(request, states)
     if not states:
         make_folder(folder, SetupError)
     elif folder.is_dir() and not os.access(folder, os.W_OK):
         raise SetupError(f"{folder} cannot be written; name another folder with -p")
 
 
-CHECKS_OF_RUN: tuple[Callable[[DownstreamRequest, dict[str, Any]], None], ...] = (
-    check_names_given,
-    check_recipe,
-    check_resumed,
-    check_folder,
-    check_device,
-)
+RUN_CHECKS = (check_names_given, check_recipe, check_resumed, check_folder, check_device)
 
 
 def in_noisy_folder(request: DownstreamRequest) -> DownstreamRequest:

@@ -42,6 +42,8 @@ class AsrTeacher(nn.Module):
         name: what messages call it.
     """
 
+    expert: Any
+
     def __init__(self, upstream: nn.Module, featurizer: nn.Module, expert: nn.Module, name: str):
         super().__init__()
         self.upstream, self.featurizer, self.expert, self.name = upstream, featurizer, expert, name
@@ -78,15 +80,16 @@ class AsrEnsemble(nn.ModuleList):
         super().__init__(teachers)
         if not teachers:
             raise TeacherError("name at least one teacher")
+        self.symbols = teachers[0].symbols
         for teacher in teachers[1:]:
             self.check_symbols(teacher.symbols, teacher.name)
 
     def check_symbols(self, symbols: Sequence[str], name: str) -> None:
         """Raise TeacherError unless ``symbols`` is the dictionary of the teachers."""
-        if list(symbols) != self[0].symbols:
+        if list(symbols) != self.symbols:
             raise TeacherError(
                 f"{name} has another dictionary ({len(symbols)} symbols) than the teacher "
-                f"{self[0].name} ({len(self[0].symbols)} symbols); use the same dict_path for all"
+                f"{self[0].name} ({len(self.symbols)} symbols); use the same dict_path for all"
             )
 
     @torch.no_grad()
@@ -99,7 +102,8 @@ class AsrEnsemble(nn.ModuleList):
         """
         with torch.autocast(waves[0].device.type, enabled=False):  # these are the targets
             outputs = [teacher(waves) for teacher in self]
-        lengths = common_frames([(t.name, n) for t, (_, n) in zip(self, outputs, strict=True)])
+        names = [str(teacher.name) for teacher in self]
+        lengths = common_frames([(t, n) for t, (_, n) in zip(names, outputs, strict=True)])
         frames = min(posteriors.shape[1] for posteriors, _ in outputs)
         return torch.stack([p[:, :frames] for p, _ in outputs]).mean(0), lengths
 
@@ -269,7 +273,7 @@ class MultitaskLoss:
     def _replace_loss(self, module, args: tuple, kwargs: dict, ctc: Tensor) -> Tensor | None:
         logits, lengths, waves = self.logits, self.lengths, self.waves
         self.logits, self.waves = None, ()  # a graph kept here would live through the evaluation
-        if args[0] != self.train_split:
+        if args[0] != self.train_split or logits is None or lengths is None:
             return None
         soft, scalars = self.soft_loss(waves, logits, lengths)
         alpha = self.settings.alpha

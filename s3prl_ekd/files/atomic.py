@@ -23,6 +23,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from ..compat.replaced import replaced
 from ..errors import DataError, EkdError, SetupError
 
 try:
@@ -220,11 +221,8 @@ def atomic_saves() -> Iterator[None]:
             return save(obj, f, *args, **kwargs)
         save_whole(obj, f, lambda obj, file: save(obj, file, *args, **kwargs))
 
-    torch.save = save_atomically
-    try:
+    with replaced(torch, "save", save_atomically):
         yield
-    finally:
-        torch.save = save
 
 
 def _temporary(path: Path, suffix: str) -> Path:

@@ -7,7 +7,7 @@ import functools
 import logging
 import os
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,7 +23,7 @@ from ..request import (
     PretrainRequest,
     check_device,
     check_run_folder,
-    hide_cuda,
+    completed,
     log_moved,
     script_guards,
 )
@@ -40,19 +40,7 @@ def prepare(argv: Sequence[str]) -> PretrainRequest:
     Raises:
         EkdError: one sentence for what the user can mend, before anything heavy is loaded.
     """
-    request = PretrainRequest.parse(trust.take(argv))
-    hide_cuda(request)
-    for check in CHECKS_OF_OPTIONS:
-        check(request)
-    request = request.resumed()
-    states = _read_checkpoint(request)
-    for check_run in CHECKS_OF_RUN:
-        check_run(request, states)
-    if not (states and request.is_ekd):
-        return request.on_a_device()
-    # s3prl takes the checkpoint's own device where none is named
-    on_cuda = str(getattr(states["Args"], "device", "cuda")).startswith("cuda")
-    return request.on_a_device("going on") if on_cuda else request
+    return completed(PretrainRequest.parse(trust.take(argv)), OPTION_CHECKS, RUN_CHECKS)
 
 
 # Checks of what was typed
@@ -75,43 +63,25 @@ def check_processes(request: PretrainRequest) -> None:
         )
 
 
-def check_yaml(request: PretrainRequest) -> None:
-    """The configs of another method than ours are data."""
-    if not request.is_ekd:
-        for path in filter(None, (request.upstream_config, request.config)):
-            read_yaml(path)
+OPTION_CHECKS = (check_workspace, check_processes)
+
+# Checks of the run, with the contents of its checkpoint, which are empty for a new one
 
 
-CHECKS_OF_OPTIONS: tuple[Callable[[PretrainRequest], None], ...] = (
-    check_workspace,
-    check_processes,
-    check_yaml,
-)
-
-# Checks of the run, whose checkpoint has been looked for. Each takes the checkpoint's contents too,
-# which are empty for a new run.
-
-
-def _read_checkpoint(request: PretrainRequest) -> dict[str, Any]:
-    if not request.past_exp:
-        return {}
-    from ..files.run_checkpoints import read_run
-
-    return read_run(request.past_exp)
-
-
-def check_other_method(request: PretrainRequest, states: dict[str, Any]) -> None:
+def check_other_method(request: PretrainRequest, states: Mapping[str, Any]) -> None:
     """The config of another method than ours has nothing in it that would run."""
     if request.is_ekd:
         return
-    path = request.config or request.upstream_config
-    config = states.get("Config") or (read_yaml(path) if path else {})
+    config = {}
+    for path in filter(None, (request.upstream_config, request.config)):
+        config = read_yaml(path)
+    config = states.get("Config", config)
     if request.override:
         config = apply_overrides(config, request.override)
     check_names(config, str(request.past_exp or request.config))
 
 
-def check_new(request: PretrainRequest, states: dict[str, Any]) -> None:
+def check_new(request: PretrainRequest, states: Mapping[str, Any]) -> None:
     """A new run has a method, a name and configs that are valid."""
     if states or not request.is_ekd:
         return
@@ -123,7 +93,7 @@ def check_new(request: PretrainRequest, states: dict[str, Any]) -> None:
     load_model_config(request.upstream_config or "pretrain/ekd/config_model.yaml")
 
 
-def check_resumed(request: PretrainRequest, states: dict[str, Any]) -> None:
+def check_resumed(request: PretrainRequest, states: Mapping[str, Any]) -> None:
     """The checkpoint is whole, and of a run of ours."""
     if not states or not request.is_ekd:
         return
@@ -137,16 +107,16 @@ def check_resumed(request: PretrainRequest, states: dict[str, Any]) -> None:
     check_whole(path)
 
 
-def check_folder(request: PretrainRequest, states: dict[str, Any]) -> None:
+def check_folder(request: PretrainRequest, states: Mapping[str, Any]) -> None:
     """The run's folder holds no other run, and can be made."""
     if not request.is_ekd or request.folder is None:
         return
-    check_run_folder(request)
+    check_run_folder(request, states)
     if not states:
         make_folder(request.folder, SetupError)
 
 
-def check_config(request: PretrainRequest, states: dict[str, Any]) -> None:
+def check_config(request: PretrainRequest, states: Mapping[str, Any]) -> None:
     """A resumed run keeps its config; ``-o`` may change some of it, and the log says what.
 
     Files named by ``-c`` and ``-g`` must say the same, as they do where the command that started
@@ -173,7 +143,7 @@ def check_config(request: PretrainRequest, states: dict[str, Any]) -> None:
         logger.info("changed by -o: %s", described(changes))
 
 
-CHECKS_OF_RUN: tuple[Callable[[PretrainRequest, dict[str, Any]], None], ...] = (
+RUN_CHECKS = (
     check_other_method,
     check_new,
     check_resumed,
