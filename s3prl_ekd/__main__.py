@@ -40,17 +40,15 @@ def process() -> NoReturn:
     end_with_parent()
     if not torchrun.several():
         sys.exit(main())
-    code: str | int | None
+    code: str | int
     try:
         code = main()
     except SystemExit as left:
-        code = left.code
+        code = left.code or 0
     except Exception:
         sys.excepthook(*sys.exc_info())
         code = 1
-    if code is None:
-        code = 0
-    elif not isinstance(code, int):
+    if not isinstance(code, int):
         print(code, file=sys.stderr)
         code = 1
     vars(threading)["_shutdown"]()  # these two are what Python does first

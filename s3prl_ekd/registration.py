@@ -17,6 +17,7 @@ from . import compat
 from .compat import no_eval
 from .compat.child_processes import repeat_in_children
 from .compat.import_hooks import on_import
+from .downstream.requirements import provide_ctc_corpus
 from .errors import SetupError
 from .teachers import zoo
 

@@ -252,6 +252,7 @@ Ours too: a frozen upstream's hidden states, computed once for each waveform (ea
   --cache-features-gb N    write no more once DIR has so many GB (default: 50)
   float16; layers x width x 100 bytes for a second of speech: 1 MB for a model of the base size (13
   x 768), a tenth of that for a tiny one (5 x 192)
+
 """
 
 

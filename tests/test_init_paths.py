@@ -106,7 +106,7 @@ def test_every_recipe_finds_its_corpus(corpora, tmp_path, capsys):
         (work / "data" / name).mkdir(parents=True)
     for task in TASKS.values():
         config = yaml.safe_load((work / task.full).read_text())
-        assert list(missing_paths(config, task.recipe_files + task.corpus, work)) == []
+        assert list(missing_paths(config, task.paths, work)) == []
     config = load_runner_config(work / "pretrain/ekd/config_runner.yaml")
     data = config.pretrain_expert.datarc
     assert Path(data.libri_root) == corpora / "librispeech"

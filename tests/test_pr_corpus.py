@@ -13,7 +13,7 @@ import yaml
 from s3prl.downstream.ctc.data import collect_audio_batch, load_dataset
 from torch.utils.data import DataLoader
 
-from s3prl_ekd.downstream import ctc_corpus
+from s3prl_ekd.downstream import requirements
 from s3prl_ekd.downstream.libriphone import LibriPhoneDataset
 from s3prl_ekd.errors import DataError
 
@@ -111,9 +111,9 @@ def provided(tmp_path, monkeypatch):
     """Our module under s3prl's name, for this test only."""
     if (HOST / "corpus").is_dir():
         pytest.skip("this s3prl is a checkout, whose own corpus module is used")
-    for name in (ctc_corpus.CTC_CORPUS, NAME):
+    for name in (requirements.CTC_CORPUS, NAME):
         monkeypatch.setitem(sys.modules, name, None)
-    ctc_corpus.provide_ctc_corpus(tmp_path)
+    requirements.provide_ctc_corpus(tmp_path)
     return sys.modules[NAME]
 
 
@@ -156,7 +156,7 @@ def test_the_module_of_a_checkout_is_used(tmp_path):
     (corpus / "libriphone.py").write_text("LibriPhoneDataset = 'theirs'\n")
     code = (
         "import sys\nfrom pathlib import Path\n"
-        "from s3prl_ekd.downstream.ctc_corpus import provide_ctc_corpus\n"
+        "from s3prl_ekd.downstream.requirements import provide_ctc_corpus\n"
         "for _ in range(2): provide_ctc_corpus(Path(sys.argv[1]))\n"
         "import s3prl.downstream.ctc.corpus.libriphone as m; print(m.__file__)"
     )

@@ -8,17 +8,21 @@ import importlib.util
 import io
 import logging
 import shlex
+import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 
 from ..compat import voxceleb1_cache
+from ..compat.child_processes import repeat_in_children
 from ..errors import ConfigError, SetupError
 from ..files.text import read_text
 from .corpus_check import check_corpus
-from .ctc_corpus import provide_ctc_corpus
 from .tasks import Task, missing_paths
+
+CTC_CORPUS = "s3prl.downstream.ctc.corpus"  # in s3prl's repository, and not in its wheel
 
 # import name -> what to type, where it is not `pip install NAME`
 INSTALL = {"yaml": "pip install pyyaml", "sklearn": "pip install scikit-learn"}
@@ -98,6 +102,32 @@ def check_recipe(task: Task, folder: Path) -> State:
         except ConfigError as error:
             state.note = str(error)
     return state
+
+
+def provide_ctc_corpus(folder: Path) -> None:
+    """Make ``s3prl.downstream.ctc.corpus.libriphone`` importable. Calling it twice changes nothing.
+
+    The installed s3prl's own module is taken, else that of the checkout at ``folder``, else ours:
+    :mod:`.libriphone`.
+
+    Raises:
+        ImportError: s3prl or torch is not installed.
+    """
+    name = f"{CTC_CORPUS}.libriphone"
+    if sys.modules.get(name) is not None:
+        return
+    repeat_in_children(provide_ctc_corpus, folder.resolve())
+    ctc = importlib.import_module("s3prl.downstream.ctc")
+    checkout = folder.resolve() / "downstream" / "ctc"
+    if (checkout / "corpus" / "libriphone.py").is_file():
+        ctc.__path__.append(str(checkout))  # last: the installed one comes first
+    if importlib.util.find_spec(CTC_CORPUS) and importlib.util.find_spec(name):
+        return
+    package = ModuleType(CTC_CORPUS, "Stand-in of s3prl_ekd for a folder that this s3prl lacks.")
+    package.__path__ = []
+    libriphone = importlib.import_module("s3prl_ekd.downstream.libriphone")
+    vars(package)["libriphone"], vars(ctc)["corpus"] = libriphone, package
+    sys.modules.update({CTC_CORPUS: package, name: libriphone})
 
 
 def _import_problem(name: str) -> Problem | None:

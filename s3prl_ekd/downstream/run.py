@@ -124,24 +124,15 @@ OPTION_CHECKS = (check_mode, check_files, check_noises, check_init, check_heads)
 # Checks of the run, with the contents of its checkpoint, which are empty for a new one
 
 
-def check_names_given(request: DownstreamRequest, states: Mapping[str, Any]) -> None:
-    """A new run has a task and a name."""
+def check_new(request: DownstreamRequest, states: Mapping[str, Any]) -> None:
+    """A new run has a task, a name, and a YAML whose paths are there; with one that is not, s3prl
+    would end in a traceback, minutes later."""
     if states or request.mode is None:
         return
     if not request.downstream:
         raise SetupError("name the task: add -d asr (or ctc, voxceleb1, emotion)")
     if not (request.expdir or request.expname):
         raise SetupError("name the run: add -n NAME (or -p FOLDER)")
-
-
-def check_recipe(request: DownstreamRequest, states: Mapping[str, Any]) -> None:
-    """A new run's YAML, with ``-o`` put in, the paths that it names, and the upstream's files.
-
-    Raises:
-        ConfigError: a path is not there; s3prl would end in a traceback, minutes later.
-    """
-    if states or request.mode is None:
-        return
     task = task_of(request.downstream)
     path = request.config or f"downstream/{request.downstream}/config.yaml"
     if not Path(path).is_file():
@@ -155,7 +146,7 @@ def check_recipe(request: DownstreamRequest, states: Mapping[str, Any]) -> None:
     check_names(config, path)
     check_splits(request.downstream, config, path, request.split)
     if task is not None:
-        for key, missing in missing_paths(config, task.recipe_files + task.corpus, Path.cwd()):
+        for key, missing in missing_paths(config, task.paths, Path.cwd()):
             raise ConfigError(
                 f"{path}: {key} is {missing}, which is not there; edit it or add "
                 f"-o \"config.{key}='PATH'\""
@@ -221,7 +212,7 @@ def check_folder(request: DownstreamRequest, states: Mapping[str, Any]) -> None:
         raise SetupError(f"{folder} cannot be written; name another folder with -p")
 
 
-RUN_CHECKS = (check_names_given, check_recipe, check_resumed, check_folder, check_device)
+RUN_CHECKS = (check_new, check_resumed, check_folder, check_device)
 
 
 def in_noisy_folder(request: DownstreamRequest) -> DownstreamRequest:

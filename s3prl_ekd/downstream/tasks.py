@@ -52,6 +52,11 @@ class Task:
         return f"{self.name.upper()} {self.metric.upper()} {'↑' if self.higher_is_better else '↓'}"
 
     @property
+    def paths(self) -> tuple[str, ...]:
+        """The keys of all paths in the recipe."""
+        return self.recipe_files + self.corpus
+
+    @property
     def worst(self) -> float:
         return 0.0 if self.higher_is_better else 100.0
 

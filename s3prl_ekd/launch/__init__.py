@@ -56,8 +56,8 @@ def _launch(
         if "-h" in argv or "--help" in argv:
             with _somewhere_set_up():
                 script = import_script(name)
-                print(help_text)
                 sys.argv = [f"{name}.py", "-h"]
+                print(help_text, end="")
                 script.main()
         else:
             request = prepare(argv)

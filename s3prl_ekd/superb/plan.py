@@ -122,9 +122,7 @@ class Recipe:
         """Raise ConfigError where a file or a folder that the recipe names is not there, or a
         folder has not the files that the recipe's lists name."""
         config = self.config
-        for key, missing in missing_paths(
-            config, self.task.recipe_files + self.task.corpus, folder
-        ):
+        for key, missing in missing_paths(config, self.task.paths, folder):
             raise ConfigError(
                 f"{self.path}: {key} is {missing}, which is not there; edit it, prepare the data "
                 f"(s3prl-ekd prepare {self.task.name} -h), or leave {self.task.name} out of --tasks"
@@ -302,15 +300,10 @@ def plan(args: Namespace) -> list[Run]:
     twice = {name for name in names if names.count(name) > 1}
     if twice:
         raise SetupError(f"two upstreams are called {twice.pop()}; name them: NAME=CHECKPOINT")
-    recipes_of, rates, steps, more = (
-        _by_task(option, given, tasks)
-        for option, given in (
-            ("--recipe", args.recipe),
-            ("--lr", args.lr),
-            ("--steps", args.steps),
-            ("--override", args.override),
-        )
-    )
+    recipes_of = _by_task("--recipe", args.recipe, tasks)
+    rates = _by_task("--lr", args.lr, tasks)
+    steps = _by_task("--steps", args.steps, tasks)
+    more = _by_task("--override", args.override, tasks)
     for upstream in upstreams:
         for path in (upstream.checkpoint, upstream.hub):
             if path and "'" in path:
