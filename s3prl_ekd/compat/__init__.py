@@ -1,10 +1,9 @@
 """What s3prl 0.4.18 misses on today's torch, torchaudio and huggingface_hub.
 
 Call :func:`apply` before the first ``import s3prl.hub``; the processes that this one starts, such
-as DataLoader workers, call it by themselves
-(:mod:`s3prl_ekd.compat.child_processes`). Each shim asks
-first whether its thing is really missing, so on older packages nothing at all is touched. Importing
-this module loads none of the packages it mends.
+as DataLoader workers, call it by themselves (:mod:`s3prl_ekd.compat.child_processes`). Each shim
+asks first whether its thing is really missing, so on older packages nothing at all is touched.
+Importing this module loads none of the packages it mends.
 """
 
 from __future__ import annotations

@@ -213,9 +213,9 @@ def _answer(upstream: nn.Module, selection: str, device: str) -> str:
     """A digest of the layers for a second of noise.
 
     Of each one's mean absolute value in two digits, and of some hundred values of the last in
-    tenths of that: enough
-    to see another normalisation of the waveform, and so coarse that the last bits, which depend on
-    the number of threads, hardly ever count. Where they do, all is computed anew: no harm else.
+    tenths of that: enough to see another normalisation of the waveform, and so coarse that the last
+    bits, which depend on the number of threads, hardly ever count. Where they do, all is computed
+    anew: no harm else.
     """
     # not centred and not of unit variance, so that a normalisation shows
     noise = 0.1 * torch.randn(SAMPLE_RATE, generator=torch.Generator().manual_seed(0)) + 0.02

@@ -3,8 +3,8 @@
 ``s3prl.downstream.ctc.data`` imports ``LibriPhoneDataset`` from ``.corpus.libriphone``. That folder
 has no ``__init__.py`` in s3prl's repository, so it is in no wheel. Where the host lacks it,
 :func:`.requirements.provide_ctc_corpus` puts this module in its place. Same constructor, same
-items; it also reads every kind of audio, reads each transcript once, gives files of equal length in an
-order that does not depend on the disk, and says what is wrong in a sentence.
+items. It also reads every kind of audio and each transcript once, gives files of equal length in
+an order that does not depend on the disk, and says what is wrong in a sentence.
 """
 
 from __future__ import annotations

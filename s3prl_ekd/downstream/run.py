@@ -233,9 +233,15 @@ def run(script: ModuleType, request: DownstreamRequest) -> None:
     Raises:
         SetupError: s3prl's hub has no such upstream.
     """
-    _check_hub(request.upstream)
+    from s3prl import hub
+
     from .resume import exact
 
+    name = request.upstream
+    if name and not hasattr(hub, name):
+        close = difflib.get_close_matches(name, hub.options(), n=3)
+        guess = f"did you mean {' or '.join(close)}?" if close else "see run_downstream.py -h"
+        raise SetupError(f"-u {name}: s3prl has no such upstream; {guess}")
     with contextlib.ExitStack() as stack:
         stack.enter_context(downstream_guards(request))
         stack.enter_context(replaced(script, "Runner", exact(script.Runner)))
@@ -270,14 +276,3 @@ def downstream_guards(request: DownstreamRequest) -> Iterator[None]:
         workers_end(),
     ):
         yield
-
-
-def _check_hub(name: str | None) -> None:
-    from s3prl import hub
-
-    if name and not hasattr(hub, name):
-        close = difflib.get_close_matches(name, hub.options(), n=3)
-        raise SetupError(
-            f"-u {name}: s3prl has no such upstream; "
-            + (f"did you mean {' or '.join(close)}?" if close else "see run_downstream.py -h")
-        )

@@ -159,11 +159,9 @@ def run(script: ModuleType, request: PretrainRequest) -> None:
     On resume what was typed has the last word. s3prl means ``-o`` to be of the highest priority,
     but puts all of the checkpoint's arguments, its ``-o`` and its device among them, over it.
     """
-    typed: dict[str, Any] = {"override": request.override}
-    if request.device:
-        typed["device"] = request.device
+    device = {"device": request.device} if request.device else {}
     with contextlib.ExitStack() as stack:
-        stack.enter_context(script_guards(request, **typed))
+        stack.enter_context(script_guards(request, override=request.override, **device))
         if request.is_ekd:
             from .trainer import Trainer
 
