@@ -378,6 +378,9 @@ def completed(
         check_run(request, states)
     import torch
 
+    from .files.torch_load import restrict_torch
+
+    restrict_torch()
     saved = states.get("Args") if request.SAVES_DEVICE else None
     on_cuda = str(getattr(saved, "device", "cuda")).startswith("cuda")
     if request.device or not on_cuda or torch.cuda.is_available():

@@ -69,10 +69,8 @@ def import_script(script: str) -> ModuleType:
     """s3prl's module of that name, from the checkout we stand in or from the installed package."""
     from .. import compat
     from .. import registration as plugin
-    from ..files.torch_load import restrict_torch
 
     compat.apply()
-    restrict_torch()
     here = Path.cwd()
     if (here / f"{script}.py").is_file() and (here / "hub.py").is_file():
         sys.path.insert(0, str(here))  # what `python run_pretrain.py` would do
