@@ -49,10 +49,8 @@ def server():
 
 
 def _act(connection, *arguments):
-    from s3prl_ekd import __main__
-
     parts = (_start_method, _leave_something, _speak, _compute)
-    __main__.main = lambda: connection.send({part.__name__: part() for part in parts})
+    forking.SCRIPTS["acting"] = lambda: connection.send({part.__name__: part() for part in parts})
     forking._child(*arguments)
 
 
@@ -64,7 +62,7 @@ def forked(server, tmp_path_factory):
     environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
     environment["TMPDIR"] = str(folder / "tmp")
     here, there = server._context.Pipe()
-    arguments = ([], str(folder / "log.txt"), environment, str(folder), "fork", 2)
+    arguments = (["acting"], str(folder / "log.txt"), environment, str(folder), "fork", 2)
     child = server._context.Process(target=_act, args=(there, *arguments))
     child.start()
     try:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import cast
 
 from ..system.jobs import Processes, end_with_parent
+from . import SCRIPTS
 
 logger = logging.getLogger(__name__)
 
@@ -60,8 +61,8 @@ class ForkedProcesses(Processes):
         self._variable, self._threads = os.environ.get(_THREADS), _torch_threads()
 
     def call(self, words: Sequence[str], log: Path, environment: Mapping[str, str]) -> int:
-        """See :meth:`Processes.call`; ``torchrun`` is never forked."""
-        if words[0] == "torchrun" or self._context is None:
+        """See :meth:`Processes.call`; ``torchrun`` and other commands are never forked."""
+        if words[0] not in SCRIPTS or self._context is None:
             return super().call(words, log, environment)
         with self._lock:
             self._check()
@@ -134,8 +135,6 @@ def _child(
 
     end_with_parent()
     torch.set_num_threads(threads)  # the variable was read when torch was imported
-    from . import SCRIPTS
-
     sys.argv = list(words)
     try:
         sys.exit(SCRIPTS[words[0]]())
