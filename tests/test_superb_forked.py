@@ -267,8 +267,9 @@ def test_where_nothing_can_be_forked_commands_are_new_processes(
     folder.mkdir()
     monkeypatch.setitem(multiprocessing.current_process()._config, "tempdir", str(folder))
     processes = ForkedProcesses()
+    monkeypatch.chdir(tmp_path)
     for log in ("a.txt", "b.txt"):
-        words = ["doctor", "--nonsense"]
+        words = ["run_downstream.py", "-m", "train", "-d", "nothing", "-n", "x"]
         assert processes.call(words, tmp_path / log, dict(os.environ)) == 2
-        assert "unrecognized arguments: --nonsense" in (tmp_path / log).read_text()
+        assert "there is no configuration downstream/nothing" in (tmp_path / log).read_text()
     assert caplog.text.count("no command can be forked here") == 1
