@@ -43,7 +43,6 @@ def register() -> None:
     no_eval.guard()
     from s3prl import hub
 
-    from .downstream.ctc_corpus import provide_ctc_corpus
     from .upstream import hubconf
 
     for name in ENTRIES:
