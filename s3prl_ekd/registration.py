@@ -17,7 +17,6 @@ from . import compat
 from .compat import no_eval
 from .compat.child_processes import repeat_in_children
 from .compat.import_hooks import on_import
-from .downstream.requirements import provide_ctc_corpus
 from .errors import SetupError
 from .teachers import zoo
 
@@ -43,6 +42,7 @@ def register() -> None:
     no_eval.guard()
     from s3prl import hub
 
+    from .downstream.requirements import provide_ctc_corpus
     from .upstream import hubconf
 
     for name in ENTRIES:

@@ -9,7 +9,6 @@ worker processes started by spawning can import what they need.
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib
 import logging
 import os
