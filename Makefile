@@ -13,7 +13,7 @@ INSTALLED := $(VENV)/.installed
 
 help:
 	@echo "make demo    three tiny teachers -> one student -> its scores and theirs, on a synthetic corpus"
-	@echo "make test    lint and tests"
+	@echo "make test    lint, types and tests"
 	@echo "make fuzz    10,000 random inputs for each reader of files (hours; for a nightly job)"
 	@echo "make format  let ruff rewrite the code's layout"
 	@echo "make clean   remove .venv and demo_run"
@@ -30,6 +30,7 @@ fuzz: $(INSTALLED)
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python -m mypy
 
 format: $(INSTALLED)
 	$(BIN)/ruff format .

@@ -39,7 +39,8 @@ ANALYSIS = ["scipy>=1.9", *PLOTS]
 UNITS = ["scikit-learn>=1.3"]
 ONNX = ["onnx>=1.17", "onnxruntime>=1.20"]
 G2P = ["espnet-g2p-en>=2.1.0.post1"]
-DEV = ["pytest>=8", "pytest-xdist>=3.7", "ruff>=0.6", "build>=1", "jiwer>=3", "hypothesis>=6.100"]
+LINT = ["ruff>=0.6", "mypy>=1.11", "types-PyYAML"]
+DEV = ["pytest>=8", "pytest-xdist>=3.7", "build>=1", "jiwer>=3", "hypothesis>=6.100", *LINT]
 
 setup(
     name="s3prl_ekd",
