@@ -10,6 +10,13 @@ before something is asked for. The public doors are
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from .student_file import LoadedStudent
+
 __version__ = "0.1.0"
 __all__ = ["__version__", "load_student", "register"]
 
@@ -21,7 +28,7 @@ def register() -> None:
     _register()
 
 
-def load_student(path):
+def load_student(path: str | Path) -> LoadedStudent:
     """Load a student file or a run's checkpoint; see :func:`.student_file.load_student`."""
     from .student_file import load_student as _load_student
 

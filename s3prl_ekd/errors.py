@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+from types import TracebackType
 from typing import NoReturn
 
 
@@ -79,10 +80,12 @@ def install_excepthook() -> None:
     if getattr(previous, "_s3prl_ekd", False):
         return
 
-    def hook(kind, error, traceback):
+    def hook(
+        kind: type[BaseException], error: BaseException, traceback: TracebackType | None
+    ) -> None:
         if isinstance(error, EkdError):
             exit_with(error)
         previous(kind, error, traceback)
 
-    hook._s3prl_ekd = True
+    hook._s3prl_ekd = True  # type: ignore[attr-defined]
     sys.excepthook = hook

@@ -54,7 +54,12 @@ class LoadedStudent:
     about: dict[str, Any]
 
 
-def contents(student: Student, heads: PredictionHeads | None, targets, about: Mapping) -> dict:
+def contents(
+    student: Student,
+    heads: PredictionHeads | None,
+    targets: Mapping[str, TargetSpec],
+    about: Mapping[str, Any],
+) -> dict[str, Any]:
     """What a student file holds, as plain data: see the module's text."""
     return {
         "format": FORMAT,

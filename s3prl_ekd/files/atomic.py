@@ -29,14 +29,14 @@ from ..errors import DataError, EkdError, SetupError
 try:
     import fcntl
 except ImportError:  # Windows: nothing is locked there, and nothing left behind is removed
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 # Ours, and those of version 0.1: NAME.PID.tmp, .NAME.PID.tmp, .NAME.PID.partial.
 _TEMPORARY = re.compile(r"\.?(?P<name>.+)\.(?:[0-9a-f]{16}|\d+)\.(?:tmp|partial)")
 
 
 @contextlib.contextmanager
-def whole_file(path: str | os.PathLike, *, sync: bool = True) -> Iterator[BinaryIO]:
+def whole_file(path: str | os.PathLike[str], *, sync: bool = True) -> Iterator[BinaryIO]:
     """A file to write to that gets its name once it is complete; until then the old one stays.
 
     Args:
@@ -75,7 +75,7 @@ def whole_file(path: str | os.PathLike, *, sync: bool = True) -> Iterator[Binary
         raise
 
 
-def write_text(path: str | os.PathLike, text: str) -> None:
+def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write a UTF-8 text file, complete or not at all.
 
     Raises:
@@ -86,7 +86,7 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 
 
 def write_csv(
-    path: str | os.PathLike, rows: Iterable[Sequence[Any]], line_end: str = "\r\n"
+    path: str | os.PathLike[str], rows: Iterable[Sequence[Any]], line_end: str = "\r\n"
 ) -> None:
     """Write rows as CSV, complete or not at all. Raises OSError, as :func:`write_text`."""
     text = io.StringIO(newline="")
@@ -94,7 +94,9 @@ def write_csv(
     write_text(path, text.getvalue())
 
 
-def save_whole(obj: Any, path: str | os.PathLike, save: Callable[..., None] | None = None) -> None:
+def save_whole(
+    obj: Any, path: str | os.PathLike[str], save: Callable[..., None] | None = None
+) -> None:
     """``torch.save`` to a path, complete or not at all.
 
     Args:

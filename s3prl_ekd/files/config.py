@@ -34,7 +34,7 @@ T = TypeVar("T")
 MAX_LIST, MAX_NAMES = 10_000, 1000
 
 
-def read_yaml(path: str | Path) -> dict:
+def read_yaml(path: str | Path) -> dict[str, Any]:
     """Read a YAML file that holds a mapping. Raises ConfigError naming the file."""
     text = read_text(path, "configuration", ConfigError, MAX_YAML)
     data = parse_yaml(text, str(path))
@@ -49,7 +49,8 @@ def build(kind: type[T], data: Any, where: str) -> T:
     Raises:
         ConfigError: unknown key, missing key, wrong type or a value that is not allowed.
     """
-    return _convert(kind, data, where)
+    result: T = _convert(kind, data, where)
+    return result
 
 
 def plain(value: Any) -> Any:
@@ -96,7 +97,7 @@ def _convert(kind: Any, data: Any, where: str) -> Any:
     return _scalar(kind, data, where)
 
 
-def _check_names(data: dict, where: str) -> None:
+def _check_names(data: dict[Any, Any], where: str) -> None:
     for key in data:
         if not isinstance(key, str):
             raise ConfigError(f"{where}: the name {_show(key)} must be text; put it in quotes")
@@ -167,9 +168,9 @@ def _scalar(kind: type, data: Any, where: str) -> Any:
         data = float(data)
     if type(data) is not kind:
         raise ConfigError(f"{where}: {names[kind]} is expected, not {_show(data)}")
-    if kind is float and not math.isfinite(data):
+    if isinstance(data, float) and not math.isfinite(data):
         raise ConfigError(f"{where}: a finite number is expected, not {_show(data)}")
-    if kind is str and CONTROL.search(data):
+    if isinstance(data, str) and CONTROL.search(data):
         raise ConfigError(f"{where}: {_show(data)} has a line break or a control character in it")
     return data
 
@@ -210,7 +211,7 @@ def read_extended(path: str | Path) -> dict[str, Any]:
     return merge(base, data)
 
 
-def _choose(teachers: Any, names: list, path: Path) -> dict:
+def _choose(teachers: Any, names: list[Any], path: Path) -> dict[str, Any]:
     known = teachers if isinstance(teachers, dict) else {}
     for name in names:
         if not isinstance(name, str) or name not in known:
@@ -221,7 +222,7 @@ def _choose(teachers: Any, names: list, path: Path) -> dict:
     return {name: known[name] for name in names}
 
 
-def merge(base: dict, over: dict) -> dict:
+def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     """``over`` on top of ``base``: mappings are merged key by key, all else is replaced."""
     merged = copy.deepcopy(base)
     for key, value in over.items():
@@ -236,7 +237,7 @@ _CODE = re.compile(r"""[()\[\]{}'"`]""")
 _SHELL = re.compile(r"""["$`\\!]""")  # what a shell changes between double quotes
 
 
-def apply_overrides(data: dict, overrides: str) -> dict:
+def apply_overrides(data: dict[str, Any], overrides: str) -> dict[str, Any]:
     """s3prl's ``-o "config.a.b=1,,config.c='x'"`` on a copy of ``data``, plain values only.
 
     Values are numbers, quoted texts and lists of them; anything else is taken as text, as s3prl

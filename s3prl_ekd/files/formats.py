@@ -36,7 +36,7 @@ def refuse_newer(
         )
 
 
-def refuse_newer_parts(states: dict, path: Any) -> None:
+def refuse_newer_parts(states: dict[str, Any], path: Any) -> None:
     """Refuse a checkpoint with a newer part of ours in it. Raises NewerFormatError."""
     for key, known in CHECKPOINT_PARTS.items():
         part = states.get(key)

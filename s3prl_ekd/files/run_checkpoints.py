@@ -8,6 +8,7 @@ import zipfile
 import zlib
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 from ..compat import checkpoint_globals
 from ..errors import CheckpointError
@@ -19,7 +20,7 @@ logger = logging.getLogger(__name__)
 LAST = "last.ckpt"  # where a run of -u ekd stands; see pretrain/checkpoints.py
 
 
-def read_run(path: str | Path) -> dict:
+def read_run(path: str | Path) -> dict[str, Any]:
     """A run's checkpoint as data.
 
     Raises:

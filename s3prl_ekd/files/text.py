@@ -6,7 +6,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Hashable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -146,6 +146,7 @@ def check_data(data: Any, error: Callable[[str], EkdError], most: int = 200_000)
         most -= 1
         if most < 0:
             raise error("it has too many values")
+        inside: Collection[Any]
         if isinstance(value, dict):
             inside = [*value, *value.values()]
         elif isinstance(value, (list, tuple, set, frozenset)):
@@ -163,7 +164,7 @@ def check_data(data: Any, error: Callable[[str], EkdError], most: int = 200_000)
         waiting += [(item, depth + 1) for item in inside]
 
 
-def first_keys(data: dict, count: int = 8) -> str:
+def first_keys(data: Mapping[Any, Any], count: int = 8) -> str:
     """Some of a mapping's keys, for messages."""
     return ", ".join(CONTROL.sub("?", str(key)[:60]) for key in list(data)[:count])
 
@@ -205,8 +206,8 @@ class PlainLoader(yaml.SafeLoader):
         self._depth = self._total = 0
         self._weights: dict[int, int] = {}  # id of a finished node -> nodes in it, itself included
 
-    def compose_node(self, parent, index):
-        mark = self.peek_event().start_mark
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
         if self.check_event(yaml.AliasEvent):
             node = super().compose_node(parent, index)
             weight = self._weights.get(id(node))
@@ -224,13 +225,13 @@ class PlainLoader(yaml.SafeLoader):
         self._weights[id(node)] = self._total - before
         return node
 
-    def compose_scalar_node(self, anchor):
-        event = self.peek_event()
+    def compose_scalar_node(self, anchor: Any) -> yaml.ScalarNode:
+        event = self.peek_event()  # type: ignore[no-untyped-call]
         if len(event.value) > MAX_SCALAR:
             _yaml_error(f"a text of more than {MAX_SCALAR} characters", event.start_mark)
         return super().compose_scalar_node(anchor)
 
-    def construct_mapping(self, node, deep=False):
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen = set()
         for key_node, _ in node.value if isinstance(node, yaml.MappingNode) else ():
             key = self.construct_object(key_node, deep=True)
@@ -240,7 +241,7 @@ class PlainLoader(yaml.SafeLoader):
                 seen.add(key)
         return super().construct_mapping(node, deep)
 
-    def construct_object(self, node, deep=False):
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         value = super().construct_object(node, deep)
         if isinstance(value, str) and CONTROL.search(value.removesuffix("\n")):
             _yaml_error("a text with a line break or a control character in it", node.start_mark)
@@ -248,7 +249,7 @@ class PlainLoader(yaml.SafeLoader):
             _yaml_error("a number of more than 64 bits", node.start_mark)
         return value
 
-    def _count(self, weight: int, mark) -> None:
+    def _count(self, weight: int, mark: yaml.Mark) -> None:
         self._total += weight
         if self._total > MAX_NODES:
             _yaml_error(f"it has more than {MAX_NODES:,} values", mark)
@@ -272,5 +273,5 @@ def parse_yaml(text: str, where: str) -> Any:
         raise ConfigError(f"{where} is not valid YAML{line}: {what}") from None
 
 
-def _yaml_error(problem: str, mark) -> NoReturn:
+def _yaml_error(problem: str, mark: yaml.Mark) -> NoReturn:
     raise ConfigError(f"{problem} (line {mark.line + 1})")

@@ -22,7 +22,7 @@ import tarfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -59,7 +59,18 @@ def build_limit(path: str | Path) -> Iterator[None]:
 class _Counts:
     """Apart from the mode, whose subclasses would have torch's compiler imported: a second."""
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    _path: Path
+    _held: int  # bytes of the file
+    _bytes: int  # that may still be made
+    _tensors: int  # that may still be made
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         kwargs = kwargs or {}
         name = func.overloadpacket.__name__
         if name in _SHAPED and str(kwargs.get("device")) != "meta":
@@ -74,7 +85,7 @@ class _Counts:
             self._make(math.prod(args[1]) * args[0].numel())
         return func(*args, **kwargs)
 
-    def _make(self, count: int, kwargs: dict | None = None) -> None:
+    def _make(self, count: int, kwargs: dict[str, Any] | None = None) -> None:
         dtype = (kwargs or {}).get("dtype")
         self._bytes -= count * (dtype.itemsize if dtype is not None else 4)
         self._tensors -= 1
@@ -87,7 +98,7 @@ class _Counts:
 
 class _Watch(_Counts, TorchDispatchMode):
     def __init__(self, path: Path, held: int, most: int):
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._path, self._held = path, held
         self._bytes, self._tensors = most, _SPARE_TENSORS + held // _BYTES_OF_ONE
 
@@ -181,6 +192,7 @@ def _check_contents(file: BinaryIO, size: int) -> int:
     fields = _read(file, _END, end)
     if fields is None or fields[0] != b"PK\x05\x06" or fields[-1]:  # of a comment
         raise TorchFileError("is damaged or no torch file")
+    count: int
     count, length, begin = fields[4:7]
     locator = _read(file, _LOCATOR, end - _LOCATOR.size)
     if locator is not None and locator[0] == b"PK\x06\x07":
@@ -202,7 +214,7 @@ _LOCATOR = struct.Struct("<4sLQL")
 _LARGE_END = struct.Struct("<4sQ2H2L4Q")
 
 
-def _read(file: BinaryIO, kind: struct.Struct, at: int) -> tuple | None:
+def _read(file: BinaryIO, kind: struct.Struct, at: int) -> tuple[Any, ...] | None:
     if at < 0:
         return None
     file.seek(at)
@@ -235,7 +247,7 @@ def _check_members(members: list[zipfile.ZipInfo], size: int) -> dict[str, zipfi
 class _Limited:
     """A stream of which no more than :data:`MAX_PICKLE` bytes can be read."""
 
-    def __init__(self, stream):
+    def __init__(self, stream: IO[bytes]):
         self._stream, self._left = stream, MAX_PICKLE
 
     def read(self, size: int) -> bytes:
@@ -279,7 +291,9 @@ ALLOWED = frozenset(
 )
 
 
-def safe_load(path: str | Path, what: str = "checkpoint", allow: Sequence[type] = ()) -> dict:
+def safe_load(
+    path: str | Path, what: str = "checkpoint", allow: Sequence[type] = ()
+) -> dict[str, Any]:
     """``torch.load`` with ``weights_only=True``, a list of what is allowed, and our own errors.
 
     What the file asks for is looked up before any of it is loaded. ``--trust-checkpoint`` (see
@@ -336,7 +350,7 @@ def safe_load(path: str | Path, what: str = "checkpoint", allow: Sequence[type] 
     return data
 
 
-def scan_for_old_torch(path: str | Path) -> None:
+def scan_for_old_torch(path: str | os.PathLike[str]) -> None:
     """Refuse a file that ``torch.load(weights_only=True)`` of the installed torch does more with
     than read data. Classes that it names are torch's business.
 
@@ -365,7 +379,7 @@ def _load(path: Path, allow: Sequence[type]) -> Any:
     # The context takes away at its end all that it was given: what is allowed already stays out.
     named = torch.serialization.get_safe_globals()
     new = [known for known in allow if known not in named]
-    with torch.serialization.safe_globals(new):
+    with torch.serialization.safe_globals([*new]):
         try:
             return torch.load(
                 path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
@@ -374,7 +388,7 @@ def _load(path: Path, allow: Sequence[type]) -> Any:
             raise TorchFileError("is damaged or no torch file") from None
 
 
-def _check_loaded(data: dict, where: str) -> None:
+def _check_loaded(data: dict[str, Any], where: str) -> None:
     """Tensors that lie in the file as large as they say they are, and data that has an end."""
     check_data(data, lambda reason: CheckpointError(f"{where}: {reason}"))
     waiting: list[Any] = [data]
@@ -419,5 +433,5 @@ def _scanning(load: Callable[..., Any]) -> Callable[..., Any]:
             scan_for_old_torch(f)
         return load(f, *args, **kwargs)
 
-    scan_and_load._scans = True
+    scan_and_load._scans = True  # type: ignore[attr-defined]
     return scan_and_load

@@ -45,14 +45,14 @@ class Name(str):
 
 
 class Storage(NamedTuple):
-    """A tensor's numbers: ``count`` items of ``item_bytes`` bytes."""
+    """A tensor's numbers: ``items`` of ``item_bytes`` bytes each."""
 
-    count: int
+    items: int
     item_bytes: int
 
     @property
     def bytes(self) -> int:
-        return self.count * self.item_bytes
+        return self.items * self.item_bytes
 
 
 @dataclass
@@ -210,7 +210,8 @@ class _Machine:
         arguments, function = self.stack.pop(), self.stack[-1]
         if type(function) is not Name or function in _NOT_CALLED or type(arguments) is not tuple:
             raise TorchFileError("calls what is no function")
-        self.stack[-1] = _CALLS.get(function, lambda *_: Kind.OBJECT)(*arguments)
+        make: Callable[..., Any] = _CALLS.get(function, _object)
+        self.stack[-1] = make(*arguments)
 
     def stop(self, _: Any) -> None:
         self.result = self.stack.pop()
@@ -224,7 +225,7 @@ def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *more: Any) -> Ki
     if len(size) != len(stride) or any(type(each) is not int or each < 0 for each in numbers):
         raise TorchFileError("has a tensor whose shape is not made of whole numbers")
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
-    if 0 not in size and last >= storage.count:
+    if 0 not in size and last >= storage.items:
         raise TorchFileError(
             f"cannot be used: a tensor declares the shape {'x'.join(map(str, size))[:60]}, for "
             f"which it has {storage.bytes:,} bytes"
@@ -238,7 +239,11 @@ def _parameter(tensor: Any, *more: Any) -> Kind:
     return Kind.TENSOR
 
 
-def _size(size: Any = ()) -> tuple:
+def _object(*_: Any) -> Kind:
+    return Kind.OBJECT
+
+
+def _size(size: Any = ()) -> tuple[Any, ...]:
     if type(size) is not tuple:
         raise TorchFileError("has a size that is no tuple")
     return size
