@@ -7,6 +7,7 @@ import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -147,11 +148,11 @@ def identify(states: Mapping, path: Path) -> tuple[str, Mapping]:
             return "data2vec", config
         return "wav2vec2", config
     if "model" in states and ("cfg" in states or "args" in states):
-        config = states.get("cfg")
-        if not isinstance(config, dict) or "conv_feature_layers" not in config:
+        cfg = states.get("cfg")
+        if not isinstance(cfg, dict) or "conv_feature_layers" not in cfg:
             raise _fairseq(path, str(_entry(states, "cfg", "model", "_name") or ""))
-        relative = config.get("relative_position_embedding")
-        return ("wavlm" if relative else "unispeech_sat"), config
+        relative = cfg.get("relative_position_embedding")
+        return ("wavlm" if relative else "unispeech_sat"), cfg
     raise CheckpointError(
         f"{path} is no teacher checkpoint that is known here (s3prl's HuBERT, WavLM, wav2vec2, "
         "data2vec, UniSpeech-SAT or DistilHuBERT format, or a student of ours); its keys are: "
@@ -159,9 +160,9 @@ def identify(states: Mapping, path: Path) -> tuple[str, Mapping]:
     )
 
 
-def _entry(states: Mapping, *path: str):
+def _entry(states: Mapping, *path: str) -> Any:
     """``states[a][b][c]``, or None where there is no such thing."""
-    value = states
+    value: Any = states
     for key in path:
         value = value.get(key) if isinstance(value, dict) else None
     return value

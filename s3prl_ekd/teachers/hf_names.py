@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from ..distill.conv_layers import conv_layers_text, parse_conv_layers
 from ..errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 _CONV = r"feature_extractor\.conv_layers\.(\d+)\."
 _POS = r"encoder\.pos_conv_embed\.conv\."
@@ -48,10 +51,10 @@ def fairseq_name(name: str, layer_norm: bool) -> str:
     return name
 
 
-def fairseq_config(config) -> dict[str, Any]:
+def fairseq_config(config: PreTrainedConfig) -> dict[str, Any]:
     """The settings of s3prl's ``HubertConfig`` or ``WavLMConfig`` for a transformers config."""
     conv = conv_layers_text(
-        zip(config.conv_dim, config.conv_kernel, config.conv_stride, strict=True)
+        tuple(zip(config.conv_dim, config.conv_kernel, config.conv_stride, strict=True))
     )
     parse_conv_layers(conv, "conv_dim, conv_kernel, conv_stride")  # s3prl evaluates this text
     settings = {
@@ -81,7 +84,7 @@ def fairseq_config(config) -> dict[str, Any]:
     return settings
 
 
-def fairseq_model(network: nn.Module, where: str) -> nn.Module:
+def fairseq_model(network: PreTrainedModel, where: str) -> nn.Module:
     """A copy of a transformers model in fairseq's layout: s3prl's ``HubertModel`` or ``WavLM``.
 
     Args:

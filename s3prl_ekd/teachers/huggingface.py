@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +21,9 @@ from torch.nn.utils.rnn import pad_sequence
 from ..errors import CheckpointError, EkdError, SetupError, TeacherError
 from ..files.text import check_regular, download_problem, read_json
 from ..files.torch_load import build_limit
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -142,7 +147,7 @@ class HuggingFaceUpstream(nn.Module):
         normalize: bring each waveform to zero mean and unit variance, as s3prl does.
     """
 
-    def __init__(self, network: nn.Module, normalize: bool):
+    def __init__(self, network: PreTrainedModel, normalize: bool):
         super().__init__()
         self.network = network
         self.normalize = normalize
@@ -190,7 +195,7 @@ class HuggingFaceUpstream(nn.Module):
         mask = self._frame_mask(lengths, waves.shape[1], features.shape[1])
         states: list[Tensor] = []
 
-        def keep(module, args, kwargs):
+        def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             states.append(args[0] if args else kwargs["hidden_states"])
 
         hooks = [
@@ -262,7 +267,7 @@ def _json(path: Path, where: str) -> dict:
 
 
 @contextlib.contextmanager
-def _quiet_transformers():
+def _quiet_transformers() -> Iterator[None]:
     """Without its reports on unused heads and its progress bar: what matters is checked above."""
     from transformers.utils import logging as theirs
 

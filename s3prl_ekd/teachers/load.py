@@ -12,6 +12,7 @@ import importlib
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -25,15 +26,20 @@ from . import zoo
 from .checkpoint import load_file
 from .fast.encoder import fast_encoders
 
+if TYPE_CHECKING:
+    from s3prl.upstream.interfaces import UpstreamBase
+
+    from .huggingface import HuggingFaceUpstream
+
 FAMILIES = ("hubert", "wavlm", "wav2vec2", "data2vec", "unispeech_sat", "distiller")
 _NOT_NAMES = ("_local", "_url", "_custom", "_gdriveid")  # entries that want a path of their own
 
 
 @functools.cache
-def names_by_family() -> Mapping[str, Mapping[str, Callable[..., nn.Module]]]:
+def names_by_family() -> Mapping[str, Mapping[str, Callable[..., UpstreamBase]]]:
     """Family -> hub name -> s3prl's loader, for every entry that needs no path."""
     compat.apply()
-    families = {}
+    families: dict[str, dict[str, Callable[..., UpstreamBase]]] = {}
     for family in FAMILIES:
         module = importlib.import_module(f"s3prl.upstream.{family}.hubconf")
         entries = families[family] = {}
@@ -45,7 +51,7 @@ def names_by_family() -> Mapping[str, Mapping[str, Callable[..., nn.Module]]]:
 
 
 @functools.cache
-def hub_entries() -> Mapping[str, Callable[..., nn.Module]]:
+def hub_entries() -> Mapping[str, Callable[..., UpstreamBase]]:
     """Hub name -> s3prl's loader, over all of :data:`FAMILIES`."""
     families = names_by_family().values()
     return {name: entry for entries in families for name, entry in entries.items()}
@@ -206,7 +212,7 @@ def teacher_model(ensemble: TeacherEnsemble, name: str) -> nn.Module:
         ConfigError: this teacher has none.
     """
     upstream = ensemble[name].upstream
-    if hasattr(upstream, "fairseq_layout"):
+    if isinstance(upstream, HuggingFaceUpstream):
         return upstream.fairseq_layout(f"init.teacher: {name}")
     student = getattr(upstream, "student", None)  # an EKD student: its backbone is of this layout
     model = getattr(upstream, "model", None) if student is None else student.backbone

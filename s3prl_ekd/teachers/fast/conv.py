@@ -11,10 +11,14 @@ it goes into that convolution's weights, one set for each utterance.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+if TYPE_CHECKING:  # WavLM has a class of the same name
+    from s3prl.upstream.wav2vec2.wav2vec2_model import ConvFeatureExtractionModel
 
 _PIECE = 1024  # frames of the second layer a thread works on at a time: 4 MB of its input
 
@@ -45,7 +49,7 @@ class ConvExtractor:
         dtype: what is computed in.
     """
 
-    def __init__(self, module: nn.Module, dtype: torch.dtype = torch.float32):
+    def __init__(self, module: ConvFeatureExtractionModel, dtype: torch.dtype = torch.float32):
         self.module = module
         self.dtype = dtype
         self._made: tuple[torch.device, list[_Block], nn.GroupNorm | None] | None = None
@@ -103,7 +107,7 @@ class ConvExtractor:
         return blocks, group_norm
 
 
-def is_known(module: nn.Module) -> bool:
+def is_known(module: ConvFeatureExtractionModel) -> bool:
     """Whether a module is a stack of convolutions as :class:`ConvExtractor` computes it."""
     layers = getattr(module, "conv_layers", None)
     if (
@@ -120,7 +124,8 @@ def is_known(module: nn.Module) -> bool:
             return False
         if isinstance(norm, nn.GroupNorm) and (number or norm.num_groups != conv.out_channels):
             return False
-    return layers[0][0].in_channels == 1
+    first: Any = layers[0]
+    return first[0].in_channels == 1
 
 
 def same_weights(one: nn.Module, other: nn.Module) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,13 @@ from ...errors import TeacherError
 from . import conv as fast_conv
 from . import layers as fast_layers
 from .conv import ConvExtractor, same_weights
-from .layers import PositionalConv, RelativeBias
+from .layers import Norm, PositionalConv, RelativeBias
+
+if TYPE_CHECKING:
+    from s3prl.upstream.hubert.hubert_model import HubertModel
+    from s3prl.upstream.interfaces import UpstreamBase
+    from s3prl.upstream.wav2vec2.wav2vec2_model import Wav2Vec2Model
+    from s3prl.upstream.wavlm.WavLM import WavLM
 
 _EPS = 1e-5  # of torch's layer_norm, by which s3prl normalises a waveform
 
@@ -78,10 +85,10 @@ class _Parts:
     """What is made of the model's weights for one device."""
 
     device: torch.device
-    norm: tuple
+    norm: Norm
     projection: tuple[Tensor, Tensor] | None
     positions: PositionalConv
-    first_norm: tuple
+    first_norm: Norm
     layers: list[fast_layers.Layer]
     bias: RelativeBias | None
 
@@ -101,7 +108,7 @@ class FastEncoder:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: HubertModel | Wav2Vec2Model | WavLM,
         extractor: ConvExtractor,
         *,
         normalize: bool,
@@ -211,7 +218,9 @@ class FastEncoder:
             100 * float(away) / len(layers),
         )
 
-    def _layer(self, layer, x: Tensor, bias: Tensor | None, keys: Tensor | None) -> Tensor:
+    def _layer(
+        self, layer: fast_layers.Layer, x: Tensor, bias: Tensor | None, keys: Tensor | None
+    ) -> Tensor:
         if not self.compiled:
             return layer(x, bias, keys)
         try:
@@ -231,7 +240,7 @@ class FastEncoder:
             def take(tensor: Tensor) -> Tensor:
                 return tensor.detach().to(device, self.precision)
 
-            def norm(layer: nn.LayerNorm) -> tuple:
+            def norm(layer: nn.LayerNorm) -> Norm:
                 return layer.normalized_shape, take(layer.weight), take(layer.bias), layer.eps
 
             projection = model.post_extract_proj
@@ -255,9 +264,9 @@ def _layer(layer: fast_layers.Layer, x: Tensor, bias: Tensor | None, keys: Tenso
     return layer(x, bias, keys)
 
 
-def is_known(model: nn.Module) -> bool:
+def is_known(model: HubertModel | Wav2Vec2Model | WavLM) -> bool:
     """Whether a model is built as :class:`FastEncoder` computes it; others take the plain path."""
-    encoder = getattr(model, "encoder", None)
+    encoder: Any = getattr(model, "encoder", None)
     positions = getattr(encoder, "pos_conv", None)
     if type(encoder).__name__ != "TransformerEncoder" or not isinstance(positions, nn.Sequential):
         return False
@@ -283,7 +292,7 @@ _FAMILIES = {
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def family(upstream: nn.Module) -> str | None:
+def family(upstream: UpstreamBase) -> str | None:
     """The family of an upstream that can be computed fast, or None."""
     kind = type(upstream)
     name = _FAMILIES.get(kind.__module__) if kind.__name__ == "UpstreamExpert" else None
@@ -296,7 +305,7 @@ def family(upstream: nn.Module) -> str | None:
     return name
 
 
-def normalizes(upstream: nn.Module) -> bool:
+def normalizes(upstream: UpstreamBase) -> bool:
     """Whether an expert of :func:`family` brings waveforms to zero mean and unit variance."""
     if hasattr(upstream, "wav_normalize"):
         return bool(upstream.wav_normalize)
@@ -305,7 +314,7 @@ def normalizes(upstream: nn.Module) -> bool:
 
 
 def fast_encoders(
-    upstreams: Mapping[str, nn.Module], precision: str = "float32", compiled: bool = False
+    upstreams: Mapping[str, UpstreamBase], precision: str = "float32", compiled: bool = False
 ) -> dict[str, FastEncoder]:
     """An encoder for each upstream that can have one; extractors of the same weights are one.
 

@@ -6,10 +6,19 @@ Positions are the positional convolution and WavLM's gated relative bias.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+if TYPE_CHECKING:  # WavLM has classes of the same names
+    from s3prl.upstream.wav2vec2.wav2vec2_model import (
+        MultiheadAttention,
+        TransformerSentenceEncoderLayer,
+    )
+
+Norm = tuple[tuple[int, ...], Tensor, Tensor, float]  # shape, weight, bias, epsilon
 
 
 class PositionalConv:
@@ -21,7 +30,8 @@ class PositionalConv:
     """
 
     def __init__(self, module: nn.Sequential, device: torch.device, dtype: torch.dtype):
-        conv = module[0]
+        conv: Any = module[0]
+        pad: Any = module[1]
         if hasattr(conv, "weight_g"):
             # The plain attribute `weight` does not follow the module to a device, and s3prl's
             # forward makes it anew each time: until then it may be ours, one copy for both.
@@ -32,7 +42,7 @@ class PositionalConv:
         self.weight = weight.to(device, dtype)
         self.bias = conv.bias.detach().to(device, dtype)
         self.padding, self.groups = conv.padding, conv.groups
-        self.remove = module[1].remove
+        self.remove = pad.remove
 
     def __call__(self, x: Tensor) -> Tensor:
         """``[batch, frame, dim]`` -> the same shape."""
@@ -56,7 +66,7 @@ class RelativeBias:
     """
 
     def __init__(
-        self, attention: nn.Module, device: torch.device, dtype: torch.dtype, keep: int = 4
+        self, attention: MultiheadAttention, device: torch.device, dtype: torch.dtype, keep: int = 4
     ):
         self.attention = attention
         self.device, self.dtype = device, dtype
@@ -89,7 +99,7 @@ class Gate:
         device, dtype: where and what is computed in.
     """
 
-    def __init__(self, attention: nn.Module, device: torch.device, dtype: torch.dtype):
+    def __init__(self, attention: MultiheadAttention, device: torch.device, dtype: torch.dtype):
         linear = attention.grep_linear
         self.weight = linear.weight.detach().view(2, 4, -1).sum(1).to(device, dtype)
         self.bias = linear.bias.detach().view(2, 4).sum(1).to(device, dtype)
@@ -114,7 +124,9 @@ class Layer:
         device, dtype: where and what is computed in.
     """
 
-    def __init__(self, module: nn.Module, device: torch.device, dtype: torch.dtype):
+    def __init__(
+        self, module: TransformerSentenceEncoderLayer, device: torch.device, dtype: torch.dtype
+    ):
         attention = module.self_attn
         parts = [attention.q_proj, attention.k_proj, attention.v_proj]
         shared = dtype == torch.float32
@@ -122,7 +134,7 @@ class Layer:
         def take(tensor: Tensor) -> Tensor:
             return tensor.detach().to(device, dtype)
 
-        def norm(layer: nn.LayerNorm) -> tuple:
+        def norm(layer: nn.LayerNorm) -> Norm:
             return layer.normalized_shape, take(layer.weight), take(layer.bias), layer.eps
 
         self.heads = attention.num_heads
@@ -172,7 +184,7 @@ class Layer:
         return gate * bias if keys is None else torch.addcmul(keys, gate, bias[None])
 
 
-def is_known(module: nn.Module) -> bool:
+def is_known(module: TransformerSentenceEncoderLayer) -> bool:
     """Whether a module is a layer as :class:`Layer` computes it."""
     attention = getattr(module, "self_attn", None)
     if type(module).__name__ != "TransformerSentenceEncoderLayer" or attention is None:
