@@ -24,9 +24,10 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from .. import compat
@@ -40,6 +41,9 @@ from ..teachers.hf_names import fairseq_name
 from ..teachers.huggingface import _quiet_transformers as quiet_transformers
 from ..teachers.huggingface import check_folder as check_hf_folder
 from ..teachers.huggingface import load_folder
+
+if TYPE_CHECKING:
+    from transformers import HubertModel
 
 logger = logging.getLogger(__name__)
 
@@ -207,7 +211,7 @@ def hubert_config(settings: StudentSettings):
     )
 
 
-def to_hubert(student: Student) -> nn.Module:
+def to_hubert(student: Student) -> HubertModel:
     """The student's weights in a new ``HubertModel``, in eval mode.
 
     Where the conv extractor is as wide as the layers, s3prl's model has no feature projection;
@@ -238,7 +242,7 @@ def _state(student: Student) -> dict[str, Tensor]:
     return state
 
 
-def save_hubert(model: nn.Module, folder: Path) -> None:
+def save_hubert(model: HubertModel, folder: Path) -> None:
     """Write ``config.json``, ``model.safetensors`` and ``preprocessor_config.json``."""
     with quiet_transformers():
         # one file: no student is as large as transformers' limit for a shard
@@ -277,7 +281,7 @@ def check_folder(folder: Path, student: Student) -> float:
     return worst
 
 
-def hubert_states(model: nn.Module, waves: Tensor, lengths: Tensor) -> list[Tensor]:
+def hubert_states(model: HubertModel, waves: Tensor, lengths: Tensor) -> list[Tensor]:
     """What a student calls ``hidden_states``, and behind it ``last``, out of a ``HubertModel``.
 
     Padded frames of the first, the projected features, are to be set to zero.

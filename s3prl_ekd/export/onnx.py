@@ -8,6 +8,7 @@ torch is measured, and the speed and int8 version too.
 
 from __future__ import annotations
 
+import functools
 import io
 import logging
 import statistics
@@ -132,7 +133,7 @@ def onnx_bytes(student: Student, opset: int = OPSET) -> bytes:
         torch.onnx.export(
             model,
             (waves, torch.tensor([waves.shape[1], waves.shape[1] // 2])),
-            file,
+            file,  # type: ignore[arg-type]  # torch's annotation allows paths only
             input_names=list(INPUTS),
             output_names=list(OUTPUTS),
             opset_version=opset,
@@ -272,18 +273,20 @@ def real_time_factors(
     return factors
 
 
-def speed(student: Student, sessions: Mapping[str, OnnxSession], seconds: float = 5.0):
+def speed(
+    student: Student, sessions: Mapping[str, OnnxSession], seconds: float = 5.0
+) -> dict[str, float]:
     """The median real-time factor of ``torch`` and of each session on one waveform of noise."""
     waves = 0.1 * torch.randn(1, int(seconds * 16_000), generator=torch.Generator().manual_seed(1))
     lengths = torch.tensor([waves.shape[1]])
 
-    def in_torch():
+    def in_torch() -> None:
         with torch.inference_mode():
             student(waves, lengths)
 
     runs: dict[str, Callable[[], object]] = {"torch": in_torch}
     for name, session in sessions.items():
-        runs[name] = lambda session=session: session(waves, lengths)
+        runs[name] = functools.partial(session, waves, lengths)
     factors = real_time_factors(runs, seconds)
     return {name: statistics.median(values) for name, values in factors.items()}
 

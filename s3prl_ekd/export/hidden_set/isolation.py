@@ -27,7 +27,7 @@ class NetworkBlocked(OSError):
 class Watch:
     """What was asked for and refused: ``hosts`` and ``packages``, in order and without repeats."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.hosts: dict[str, None] = {}
         self.packages: dict[str, None] = {}
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -47,7 +47,7 @@ def type_name(value: Any) -> str:
     return value.name if isinstance(value, Other) else type(value).__name__
 
 
-def send(file: BinaryIO, facts: Mapping[str, Any], tensors: Sequence[Tensor] = ()) -> None:
+def send(file: IO[bytes], facts: Mapping[str, Any], tensors: Sequence[Tensor] = ()) -> None:
     """Write a message.
 
     Args:
@@ -73,7 +73,7 @@ def send(file: BinaryIO, facts: Mapping[str, Any], tensors: Sequence[Tensor] = (
     file.flush()
 
 
-def receive(file: BinaryIO) -> tuple[dict[str, Any], list[Tensor]]:
+def receive(file: IO[bytes]) -> tuple[dict[str, Any], list[Tensor]]:
     """Read a message.
 
     Returns:
@@ -94,11 +94,11 @@ def receive(file: BinaryIO) -> tuple[dict[str, Any], list[Tensor]]:
     except (ValueError, TypeError, KeyError, RecursionError):
         raise BadMessage("a message is not of the form that is expected") from None
     counts = [math.prod(shape) for _, shape in sizes]
-    lengths = [count * dtype.itemsize for count, (dtype, _) in zip(counts, sizes, strict=True)]
-    if not isinstance(facts, dict) or sum(lengths) != body or sum(counts) > MAX_NUMBERS:
+    bytes_of = [count * dtype.itemsize for count, (dtype, _) in zip(counts, sizes, strict=True)]
+    if not isinstance(facts, dict) or sum(bytes_of) != body or sum(counts) > MAX_NUMBERS:
         raise BadMessage("a message's tensors are not as long as it says")
     tensors = []
-    for (dtype, shape), length in zip(sizes, lengths, strict=True):
+    for (dtype, shape), length in zip(sizes, bytes_of, strict=True):
         data = _read(file, length)
         if dtype == torch.bool and data.translate(None, b"\0\1"):
             raise BadMessage("a message's truth values are neither 0 nor 1")
@@ -186,7 +186,7 @@ def _shape(shape: Any) -> list[int]:
     return shape
 
 
-def _read(file: BinaryIO, count: int) -> bytearray:
+def _read(file: IO[bytes], count: int) -> bytearray:
     data = bytearray()
     while len(data) < count:
         block = file.read(min(count - len(data), 1 << 24))

@@ -54,6 +54,7 @@ def package_contents(loaded: LoadedStudent, keep_heads: bool) -> dict[str, Any]:
         raise CheckpointError(f"the heads cannot be kept: {problem}; add --heads drop")
     settings = loaded.student.settings
     heads = {}
+    kept = loaded.heads if keep_heads else None
     if keep_heads:
         heads = {
             name: {"layers": spec.layers, "parts": list(spec.parts)}
@@ -71,7 +72,7 @@ def package_contents(loaded: LoadedStudent, keep_heads: bool) -> dict[str, Any]:
         "conv_pos": settings.conv_pos,
         "conv_pos_groups": settings.conv_pos_groups,
         "heads": heads,
-        "head_kind": loaded.heads.kind if heads else "split",
+        "head_kind": "split" if kept is None else kept.kind,
         "dropout": settings.dropout,
         "attention_dropout": settings.attention_dropout,
         "activation_dropout": settings.activation_dropout,
@@ -80,8 +81,8 @@ def package_contents(loaded: LoadedStudent, keep_heads: bool) -> dict[str, Any]:
     weights = loaded.student.backbone.state_dict()
     if settings.layer_norm_first and not heads:  # only the heads read what this norm gives
         del weights["encoder.layer_norm.weight"], weights["encoder.layer_norm.bias"]
-    if heads:
-        weights.update(_heads(loaded.heads.state_dict()))
+    if kept is not None:
+        weights.update(_heads(kept.state_dict()))
     return {
         "config": config,
         "weights": {name: value.detach().clone().contiguous() for name, value in weights.items()},

@@ -210,7 +210,9 @@ def _cost(package: Package) -> dict[str, Any]:
         buckets = facts.get("macs_buckets")
         if not isinstance(buckets, dict) or list(buckets) != list(package.lengths):
             raise BadMessage("an answer has no MACs for each bucket")
-        counts = {key: facts.get(key) for key in ("parameters", "unused", "macs_products")}
+        counts: dict[str, Any] = {
+            key: facts.get(key) for key in ("parameters", "unused", "macs_products")
+        }
         for count in (*counts.values(), *buckets.values()):
             if type(count) not in (int, float) or not (math.isfinite(count) and count >= 0):
                 raise BadMessage("an answer has something else in the place of a count")
@@ -336,6 +338,7 @@ def rates(package: Package) -> str:
 def frames(package: Package) -> str:
     result = _result(package)
     samples = max(len(wave) for wave in package.waves)
+    states: Any
     for task in TASKS:
         states = result.get(task, result.get("hidden_states"))
         if not isinstance(states, (list, tuple)) or not states:

@@ -190,8 +190,10 @@ class _Child:
     """The package's process: requests go in on its standard input, answers come on its standard
     output. One thread moves them, because a process may stop to read or to write at any byte."""
 
-    def __init__(self, process: subprocess.Popen):
+    def __init__(self, process: subprocess.Popen[bytes]):
+        assert process.stdin and process.stdout and process.stderr  # all three are pipes
         self.process = process
+        self.input, self.output, self.errors = process.stdin, process.stdout, process.stderr
         self.ready = False
         self.deadline = time.monotonic() + START
         self.late = f"torch was not imported within {START:g} s"
@@ -211,7 +213,9 @@ class _Child:
         self.late = f"it was not done within {limit:g} s and was ended"
         return facts.get("offline") is True
 
-    def ask(self, request: Mapping[str, Any], tensors: Sequence[Tensor] = ()):
+    def ask(
+        self, request: Mapping[str, Any], tensors: Sequence[Tensor] = ()
+    ) -> tuple[dict[str, Any], list[Tensor]]:
         """The answer to a request, ``(facts, tensors)``.
 
         Raises:
@@ -241,11 +245,11 @@ class _Child:
         return answer
 
     def _exchange(self) -> None:
-        with contextlib.suppress(OSError), self.process.stdin, self.process.stdout:
+        with contextlib.suppress(OSError), self.input, self.output:
             for facts, tensors in iter(self.requests.get, None):
                 try:
-                    send(self.process.stdin, facts, tensors)
-                    self.answers.put(receive(self.process.stdout))
+                    send(self.input, facts, tensors)
+                    self.answers.put(receive(self.output))
                 except BadMessage as error:
                     self.answers.put(error)
                 except (OSError, EOFError):
@@ -254,8 +258,8 @@ class _Child:
 
     def _read_printed(self) -> None:
         """Keep the end of what it prints, so that neither a pipe nor a disk is ever full."""
-        with contextlib.suppress(OSError), self.process.stderr:
-            while block := os.read(self.process.stderr.fileno(), 1 << 16):
+        with contextlib.suppress(OSError), self.errors:
+            while block := os.read(self.errors.fileno(), 1 << 16):
                 self.printed = (self.printed + block)[-4096:]
 
     def _end(self) -> str:

@@ -103,7 +103,7 @@ def _later_python(tree: ast.Module) -> Iterator[tuple[int, str]]:
                 if isinstance(part, ast.BinOp) and isinstance(part.op, ast.BitOr):
                     yield part.lineno, "X | Y in an annotation (from __future__ import annotations)"
                 elif isinstance(part, ast.Subscript) and getattr(part.value, "id", "") in _GENERIC:
-                    name = part.value.id
+                    name = ast.unparse(part.value)
                     yield part.lineno, f"{name}[...] in an annotation (from __future__ import ...)"
 
 
