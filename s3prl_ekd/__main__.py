@@ -13,7 +13,7 @@ from .system import torchrun
 from .system.jobs import end_with_parent
 
 
-def main() -> int:
+def main() -> int | None:
     if sys.argv[1:2] == ["torchrun"]:  # as a child: it ends its own processes when it is ended
         from torch.distributed.run import main as torchrun_main
 
@@ -40,7 +40,7 @@ def process() -> NoReturn:
     end_with_parent()
     if not torchrun.several():
         sys.exit(main())
-    code: str | int
+    code: int | str | None
     try:
         code = main()
     except SystemExit as left:

@@ -10,10 +10,11 @@ import difflib
 import os
 import re
 import shlex
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -98,7 +99,7 @@ def _tree(package: str, target: str) -> Iterator[tuple[str, bytes]]:
 def write_workspace(
     root: Path,
     chosen: Collection[str] = (),
-    values: Mapping[str, Mapping[str, str | list[str]]] | None = None,
+    values: Mapping[str, Mapping[str, Value]] | None = None,
 ) -> list[tuple[str, Path]]:
     """Write what is not there yet, with the ``chosen`` experiments.
 
@@ -162,12 +163,13 @@ class Corpora:
         from .prepare import sid as voxceleb1
         from .prepare.lexicon import read_lexicon
 
-        for option, path, look in (
+        checks: tuple[tuple[str, Any, Callable[[Any], object]], ...] = (
             ("librispeech", self.librispeech, librispeech.check_shape),
             ("voxceleb1", self.voxceleb1, voxceleb1.check_shape),
             ("iemocap", self.iemocap, iemocap.check_shape),
             ("lexicon", self.lexicon or None, lambda paths: read_lexicon(paths, ())),
-        ):
+        )
+        for option, path, look in checks:
             if path is not None:
                 try:
                     look(path)
@@ -215,9 +217,9 @@ class Corpora:
         return [shlex.join(["s3prl-ekd", "prepare", *words]) for words in lines]
 
 
-def absolute(path: Path | None) -> Path | None:
+def absolute(path: Path) -> Path:
     """As the user means it, from the folder in which the command is typed."""
-    return None if path is None else Path(os.path.abspath(path.expanduser()))
+    return Path(os.path.abspath(path.expanduser()))
 
 
 def other_values(root: Path, corpora: Corpora) -> list[str]:

@@ -76,7 +76,9 @@ def report_names(connection):
 
 def test_a_spawned_child_has_our_names_in_the_hub_once_it_imports_that(own_config):
     plugin.register()
-    repeat_in_children(requirements.provide_ctc_corpus, Path.cwd())  # an earlier test may have done it
+    repeat_in_children(
+        requirements.provide_ctc_corpus, Path.cwd()
+    )  # an earlier test may have done it
     receiver, sender = multiprocessing.Pipe(duplex=False)
     child = multiprocessing.get_context("spawn").Process(target=report_names, args=(sender,))
     child.start()

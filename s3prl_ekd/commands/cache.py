@@ -61,7 +61,9 @@ def main(args: argparse.Namespace) -> int:
     from ..pretrain.target_cache.use import check_teacher_settings
 
     settings = load_model_config(args.upstream_config)
-    data = load_runner_config(args.config).pretrain_expert.datarc
+    expert = load_runner_config(args.config).pretrain_expert
+    assert expert is not None  # refused when it was read
+    data = expert.datarc
     check_teacher_settings(settings)
     if args.aggregated:
         check_aggregated(settings)
@@ -94,7 +96,7 @@ def main(args: argparse.Namespace) -> int:
         aggregate = build_aggregation(settings.aggregation, teachers.shapes, settings.targets)
     index = Index(
         dtype=args.dtype,
-        layout=layout_of(teachers, aggregate and aggregate.specs),
+        layout=layout_of(teachers, None if aggregate is None else aggregate.specs),
         seed=args.seed,
         key={},
         utterances=tuple(row.path for row in rows),
@@ -172,7 +174,7 @@ def _say_size(size, index, args: argparse.Namespace) -> None:
 
 def _print_distances(args, settings, data, compute, device: str) -> None:
     """What batches of this run's size would have had for targets."""
-    from ..data.batches import train_loader
+    from ..data.batches import DistillationDataset, train_loader
     from ..hidden_states.store import TargetReader
     from ..pretrain.target_cache.build import distances
 
@@ -187,6 +189,7 @@ def _print_distances(args, settings, data, compute, device: str) -> None:
         shuffle=False,
         targets=reader,
     ).dataset
+    assert isinstance(dataset, DistillationDataset)
     print(
         "targets computed in padded batches of this size differ from the stored ones, which are of "
         "each utterance alone, by (shares of the mean absolute target):"

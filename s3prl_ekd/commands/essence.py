@@ -120,7 +120,7 @@ def main(args: argparse.Namespace) -> int:
         len(ensemble),
         selection,
         settings.alpha,
-        len(ensemble.symbols),
+        len(ensemble.first.symbols),
     )
     try:
         done = distil_asr(script, request, ensemble, settings)
@@ -156,9 +156,10 @@ def _check_steps(path: str, override: str | None) -> None:
     runner = (apply_overrides(config, override) if override else config).get("runner")
     steps: dict[str, int] = {}
     for name in ("total_steps", "eval_step", "save_step"):
-        steps[name] = runner.get(name, 0) if isinstance(runner, dict) else 0
-        if type(steps[name]) is not int or steps[name] < 1:
+        value = runner.get(name) if isinstance(runner, dict) else None
+        if type(value) is not int or value < 1:
             raise ConfigError(f"{path}: runner.{name} must be a whole number of 1 or more")
+        steps[name] = value
     total = steps.pop("total_steps")
     for name, value in steps.items():
         if value > total:

@@ -69,12 +69,10 @@ def main(args) -> int:
     chosen = [_full_name(name, args.tiny) for name in args.experiment]
     if "all" in args.experiment:
         chosen = [name for name in experiments() if name.startswith("tiny/") or not args.tiny]
-    corpora = Corpora(
-        absolute(args.librispeech),
-        absolute(args.voxceleb1),
-        absolute(args.iemocap),
-        [absolute(path) for path in args.lexicon],
-    )
+    named = (args.librispeech, args.voxceleb1, args.iemocap)
+    librispeech, voxceleb1, iemocap = (path and absolute(path) for path in named)
+    lexicon = [absolute(path) for path in args.lexicon]
+    corpora = Corpora(librispeech, voxceleb1, iemocap, lexicon)
     corpora.check()  # before anything is written
     for state, path in write_workspace(args.dir, chosen, corpora.values()):
         print(f"{state:8} {path}")

@@ -82,8 +82,8 @@ def _inspect(args: argparse.Namespace) -> int:
 
     rows = [("teacher", "layer", "norm", "mean", "spread")]
     for name, layers in sample.items():
-        for number, frames in enumerate(layers):
-            found = layer_statistics(frames)
+        for number, hidden in enumerate(layers):
+            found = layer_statistics(hidden)
             values = (f"{found.norm:.3f}", f"{found.mean:.4f}", f"{found.std:.4f}")
             rows.append((name, str(number), *values))
     labels = [(name, number) for name in sample for number in range(len(sample[name]))]

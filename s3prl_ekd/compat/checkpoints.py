@@ -71,9 +71,9 @@ def loader_holes(version: str) -> str:
     from torch.torch_version import TorchVersion
 
     holes = []
-    if TorchVersion(version) < (2, 6):
+    if TorchVersion(version) < "2.6":
         holes.append("run code (CVE-2025-32434)")
-    if TorchVersion(version) < (2, 10):
+    if TorchVersion(version) < "2.10":
         holes.append("overwrite memory (CVE-2026-24747)")
     return " and ".join(holes)
 
@@ -88,7 +88,7 @@ def _unnamed() -> list[type]:
 def _name_classes() -> None:
     import torch
 
-    torch.serialization.add_safe_globals(_unnamed())
+    torch.serialization.add_safe_globals([*_unnamed()])
 
 
 TORCH_LOAD = Shim(

@@ -83,7 +83,7 @@ def _add_distutils() -> None:
         return
     package, util = ModuleType("distutils"), ModuleType("distutils.util")
     package.__path__ = []
-    package.util, util.strtobool = util, strtobool
+    vars(package)["util"], vars(util)["strtobool"] = util, strtobool
     sys.modules.update({"distutils": package, "distutils.util": util})
 
 

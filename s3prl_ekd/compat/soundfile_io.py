@@ -164,7 +164,7 @@ def save(
     if encoding or bits_per_sample:
         eight_bit_wav = container == "WAV" and bits_per_sample == 8  # which has no sign
         encoding = encoding or ("PCM_U" if eight_bit_wav else "PCM_S")
-        subtype = SUBTYPES.get((encoding, bits_per_sample or DEFAULT_BITS.get(encoding)))
+        subtype = SUBTYPES.get((encoding, bits_per_sample or DEFAULT_BITS.get(encoding, 0)))
     subtype = subtype or BY_SAMPLE_TYPE[sample_type]
     if not soundfile.check_format(container, subtype):
         raise DataError(f"{name} cannot hold {encoding} with {bits_per_sample} bits ({uri})")

@@ -53,14 +53,16 @@ def _extension_stand_in() -> ModuleType:
     RIR and SoX names are those of torchaudio 2.5 to 2.8.
     """
     module = ModuleType("torchaudio._extension")
-    module._IS_TORCHAUDIO_EXT_AVAILABLE = False
-    module._IS_ALIGN_AVAILABLE = False
-    module._IS_RIR_AVAILABLE = False
-    module.fail_if_no_align = _unavailable
-    module.fail_if_no_rir = _unavailable
-    module.lazy_import_sox_ext = _NoSox
-    module._check_cuda_version = lambda: None
-    module._load_lib = lambda name: False
+    vars(module).update(
+        _IS_TORCHAUDIO_EXT_AVAILABLE=False,
+        _IS_ALIGN_AVAILABLE=False,
+        _IS_RIR_AVAILABLE=False,
+        fail_if_no_align=_unavailable,
+        fail_if_no_rir=_unavailable,
+        lazy_import_sox_ext=_NoSox,
+        _check_cuda_version=lambda: None,
+        _load_lib=lambda name: False,
+    )
     return module
 
 
@@ -100,7 +102,7 @@ def set_audio_backend(backend: str | None = None) -> None:
 
 
 def _add_set_audio_backend() -> None:
-    importlib.import_module("torchaudio").set_audio_backend = set_audio_backend
+    vars(importlib.import_module("torchaudio"))["set_audio_backend"] = set_audio_backend
 
 
 SET_AUDIO_BACKEND = Shim(

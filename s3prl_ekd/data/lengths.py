@@ -117,9 +117,9 @@ def write_length_tables(
         zip(paths, read_headers(root, paths, jobs=jobs, advance=progress(len(paths))), strict=True)
     )
     skipped = [(path, str(got)) for path, got in headers.items() if isinstance(got, DataError)]
-    bad = {path for path, _ in skipped}
+    samples = {path: got.samples for path, got in headers.items() if not isinstance(got, DataError)}
     rows = {
-        table: sort_rows((path, headers[path].samples) for path in members if path not in bad)
+        table: sort_rows((path, samples[path]) for path in members if path in samples)
         for table, members in groups.items()
     }
     make_folder(out)

@@ -107,6 +107,7 @@ def measure(
     Raises:
         DataError: a file is missing, damaged, of another rate or has more channels.
     """
+    lengths = []
     headers = read_headers(root, [entry.path for entry in entries], jobs=jobs, advance=advance)
     for entry, header in zip(entries, headers, strict=True):
         where = f"{manifest}: line {entry.line}"
@@ -118,4 +119,5 @@ def measure(
                 f"channel{'s' * (header.channels > 1)}; "
                 f"s3prl's recipes need {SAMPLE_RATE} Hz mono, convert it first"
             )
-    return [header.frames for header in headers]
+        lengths.append(header.frames)
+    return lengths

@@ -94,7 +94,7 @@ def _read(path: Path, bad: list[Bad] | None) -> list[tuple[int, Utterance]]:
 
 
 def _rows(reader, path: Path, bad: list[Bad] | None) -> list[tuple[int, Utterance]]:
-    names = next(reader, [])
+    names: list[str] = next(reader, [])
     for name in COLUMNS:
         if names.count(name) != 1:
             number = "no" if name not in names else "more than one"
@@ -121,13 +121,15 @@ def _rows(reader, path: Path, bad: list[Bad] | None) -> list[tuple[int, Utteranc
         first = lines.setdefault(posixpath.normpath(name), reader.line_num)
         if first != reader.line_num:
             raise DataError(f"{here}: {_show(name)} comes twice, first in line {first}; leave one")
-        if wrong:
+        if wrong and bad is not None:
             bad.append(Bad(name, "length", f"its table's length {row.length} {wrong}"))
             left_out += 1
         else:
             rows.append((reader.line_num, row))
     if not rows:
-        why = f"that can be used: {_show(bad[-1].path)}: {bad[-1].reason}" if left_out else ""
+        why = ""
+        if bad and left_out:
+            why = f"that can be used: {_show(bad[-1].path)}: {bad[-1].reason}"
         raise DataError(f"the corpus table {path} has no rows {why}".rstrip() + f"; {REMAKE}")
     return rows
 

@@ -162,7 +162,8 @@ def _make_split(
     bar: tqdm,
 ) -> list[np.ndarray]:
     """Write ``count`` utterances, the talkers in turn; returns them, 16 bit [samples] each."""
-    waves, rows, lines = [], [], {}
+    waves, rows = [], []
+    lines: dict[str, list[str]] = {}
     for index in range(count):
         speaker, voice = talkers[index % len(talkers)]
         folder = f"{split}/{speaker}/{_CHAPTER}"

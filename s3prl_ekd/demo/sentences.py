@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 # A name in angle brackets is replaced by one of its expansions, drawn anew each time.
-GRAMMAR: dict[str, tuple[str, ...]] = {
+GRAMMAR: dict[str, Sequence[str]] = {
     "sentence": (
         "<who> <did> <what>",
         "<who> <did> <what> <place>",

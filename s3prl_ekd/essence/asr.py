@@ -11,11 +11,10 @@ from __future__ import annotations
 import copy
 import logging
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +27,9 @@ from ..files.config import plain
 from ..files.run_checkpoints import newest, read_run
 from ..request import DownstreamRequest
 from .selection import Selection, select, soft_label_loss
+
+if TYPE_CHECKING:
+    from s3prl.downstream.asr.expert import DownstreamExpert
 
 MODELS = ("RNNs", "Wav2Letter")  # the acoustic models of s3prl's asr expert
 
@@ -42,9 +44,9 @@ class AsrTeacher(nn.Module):
         name: what messages call it.
     """
 
-    expert: Any
-
-    def __init__(self, upstream: nn.Module, featurizer: nn.Module, expert: nn.Module, name: str):
+    def __init__(
+        self, upstream: nn.Module, featurizer: nn.Module, expert: DownstreamExpert, name: str
+    ):
         super().__init__()
         self.upstream, self.featurizer, self.expert, self.name = upstream, featurizer, expert, name
         self.requires_grad_(False).eval()
@@ -80,16 +82,24 @@ class AsrEnsemble(nn.ModuleList):
         super().__init__(teachers)
         if not teachers:
             raise TeacherError("name at least one teacher")
-        self.symbols = teachers[0].symbols
         for teacher in teachers[1:]:
             self.check_symbols(teacher.symbols, teacher.name)
 
+    def __iter__(self) -> Iterator[AsrTeacher]:
+        return cast(Iterator[AsrTeacher], super().__iter__())
+
+    @property
+    def first(self) -> AsrTeacher:
+        """One of the teachers, where any will do."""
+        return next(iter(self))
+
     def check_symbols(self, symbols: Sequence[str], name: str) -> None:
         """Raise TeacherError unless ``symbols`` is the dictionary of the teachers."""
-        if list(symbols) != self.symbols:
+        first = self.first
+        if list(symbols) != first.symbols:
             raise TeacherError(
                 f"{name} has another dictionary ({len(symbols)} symbols) than the teacher "
-                f"{self[0].name} ({len(self.symbols)} symbols); use the same dict_path for all"
+                f"{first.name} ({len(first.symbols)} symbols); use the same dict_path for all"
             )
 
     @torch.no_grad()
@@ -102,8 +112,8 @@ class AsrEnsemble(nn.ModuleList):
         """
         with torch.autocast(waves[0].device.type, enabled=False):  # these are the targets
             outputs = [teacher(waves) for teacher in self]
-        names = [str(teacher.name) for teacher in self]
-        lengths = common_frames([(t, n) for t, (_, n) in zip(names, outputs, strict=True)])
+
+        lengths = common_frames([(t.name, n) for t, (_, n) in zip(self, outputs, strict=True)])
         frames = min(posteriors.shape[1] for posteriors, _ in outputs)
         return torch.stack([p[:, :frames] for p, _ in outputs]).mean(0), lengths
 
@@ -275,6 +285,7 @@ class MultitaskLoss:
         self.logits, self.waves = None, ()  # a graph kept here would live through the evaluation
         if args[0] != self.train_split or logits is None or lengths is None:
             return None
+        assert logits is not None and lengths is not None  # the model has run before its loss
         soft, scalars = self.soft_loss(waves, logits, lengths)
         alpha = self.settings.alpha
         # Not 0 times CTC: that is no number where the CTC loss is infinite (zero_infinity off).

@@ -53,6 +53,7 @@ class Units(nn.Module):
         seed: int = 0,
     ):
         super().__init__()
+        self.centroids: Tensor
         self.register_buffer("centroids", centroids.detach().float(), persistent=False)
         self.teacher, self.layer, self.model = teacher, layer, model
         self.inertia, self.frames, self.seed = inertia, frames, seed

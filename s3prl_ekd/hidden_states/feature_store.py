@@ -36,7 +36,7 @@ def key_of(wave: Tensor) -> str:
     """A hash of the samples ``[sample]`` and of how many there are."""
     samples = wave.detach().to("cpu", torch.float32).contiguous()
     digest = hashlib.blake2b(f"{samples.numel()} ".encode(), digest_size=16)
-    digest.update(samples.numpy())
+    digest.update(samples.numpy().data)
     return digest.hexdigest()
 
 

@@ -72,7 +72,7 @@ def weights_digest(module: nn.Module) -> str:
             continue
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         flat = tensor.detach().cpu().contiguous().flatten()
-        digest.update(flat.view(torch.uint8).numpy())
+        digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -178,7 +178,7 @@ def fitting_part(
     key, aggregated = index.key, index.key["contents"] != PER_TEACHER
     if key["contents"] != wanted["contents"]:
         return None, _other_contents(key["contents"], wanted["contents"])
-    parts = {}
+    parts: dict[str, Sequence[int]] = {}
     for name, teacher in wanted["teachers"].items():
         if name not in key["teachers"]:
             return None, f"there is no teacher {name} in it; it has {_list(key['teachers'])}"

@@ -62,13 +62,13 @@ def to_numbers(
     if dtype == "bfloat16":
         return values.to(torch.bfloat16).cpu().view(torch.int16).numpy(), None
     if dtype == "float16":
-        stored = values.half()
-        if not stored.isfinite().all():
+        half = values.half()
+        if not half.isfinite().all():
             raise TeacherError(
                 f"a target of {utterance} is {values.abs().max():g}, and float16 ends at 65504; "
                 "build with --dtype bfloat16"
             )
-        return stored.cpu().numpy(), None
+        return half.cpu().numpy(), None
     scales, stored, column = [], [], 0
     for _, count, dim in layout:
         part = values[:, column : column + count * dim].view(-1, count, dim)
@@ -153,7 +153,8 @@ def part_of(layout: Layout, wanted: Mapping[str, Sequence[int]]) -> Part:
     for block in layout:
         starts[block.name] = block, column, piece
         column, piece = column + block.targets * block.dim, piece + block.targets
-    chosen, spans, numbers = [], [], []
+    chosen, numbers = [], []
+    spans: list[tuple[int, int]] = []
     for name, targets in wanted.items():
         block, column, piece = starts[name]
         chosen.append(Block(name, len(targets), block.dim))
@@ -173,7 +174,7 @@ FORMAT, VERSION = "s3prl_ekd.target_cache", 1
 PER_TEACHER = "per teacher"  # contents of a key: each teacher's own targets, not aggregated ones
 # frames that are stored (0: its audio is bad); samples that were heard; CRC-32 of targets, scales
 RECORD = np.dtype([("frames", "<u4"), ("samples", "<u4"), ("crc", "<u4")])
-PARTS = {
+PARTS: dict[str, type | tuple[type, ...]] = {
     "teachers": dict,
     "teacher_precision": str,
     "contents": (str, dict),
@@ -395,7 +396,8 @@ class TargetReader:
         self._width = self.index.frame_bytes // np.dtype(NUMPY[self.index.dtype]).itemsize
         every = tuple(range(pieces(self.index.layout)))
         self.part = Part(self.index.layout, ((0, self._width),), every)
-        self._targets = self._scales = None
+        self._targets: np.ndarray | None = None  # [frame, column]; no map where nothing is stored
+        self._scales: np.ndarray | None = None
         self._seen = np.zeros(len(self.records), bool)
 
     def __getstate__(self) -> dict:
@@ -432,6 +434,8 @@ class TargetReader:
         """
         if self._targets is None:
             self._map()
+        targets = self._targets
+        assert targets is not None  # check() refuses utterances without any
         rows = [self._rows[name] for name in names]
         frames = self.records["frames"][rows].astype(np.int64)
         layout, spans, wanted = self.part
@@ -439,7 +443,7 @@ class TargetReader:
         values = np.empty((len(rows), frames.max(), width), NUMPY[self.index.dtype])
         for i, row in enumerate(rows):
             count, start = frames[i], self._starts[row]
-            stored = self._targets[start : start + count]
+            stored = targets[start : start + count]
             if not self._seen[row]:
                 self._verify(row, stored)
             column = 0
@@ -480,7 +484,7 @@ class TargetReader:
 
 def checksum(stored: np.ndarray, scales: bytes = b"") -> int:
     """CRC-32 of an utterance's targets ``[frame, column]`` and then its scales."""
-    return zlib.crc32(scales, zlib.crc32(stored))
+    return zlib.crc32(scales, zlib.crc32(stored.data))
 
 
 EVERY = 10.0  # seconds between two moments from which a machine that lost its power could go on
@@ -536,7 +540,7 @@ class CacheWriter:
         """The next utterance's targets ``[frame, column]``. Raises OSError."""
         stored = np.ascontiguousarray(stored)
         last = b"" if scales is None else scales.astype("<f4").tobytes()
-        self._files[TARGETS].write(stored)
+        self._files[TARGETS].write(stored.data)
         if self.index.scale_bytes:
             self._files[SCALES].write(last)
         self._record(len(stored), samples, checksum(stored, last))
@@ -548,7 +552,7 @@ class CacheWriter:
         self._record(0, 0, 0)
 
     def _record(self, frames: int, samples: int, crc: int) -> None:
-        record = np.array((frames, samples, crc), RECORD)[()]
+        record = np.array([(frames, samples, crc)], RECORD)[0]
         self.records.append(record)
         self._waiting.append(record)
         if time.monotonic() - self._synced > EVERY:

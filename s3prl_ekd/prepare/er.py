@@ -166,7 +166,8 @@ def read_iemocap(root: Path) -> list[Item]:
         DataError: ``root`` is not IEMOCAP's folder, a session has no labels, or audio is missing.
     """
     check_shape(root)
-    items, missing = [], []
+    items: list[Item] = []
+    missing = []
     for session in SESSIONS:
         before = len(items)
         for file in sorted((root / session / "dialog" / "EmoEvaluation").glob("*.txt")):

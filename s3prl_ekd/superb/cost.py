@@ -113,7 +113,7 @@ def build_upstream(hub_name: str, checkpoint: str | None) -> torch.nn.Module:
 
     if not hasattr(hub, hub_name):
         raise SetupError(f"{hub_name}: s3prl has no such upstream; see run_downstream.py -h")
-    limit = contextlib.nullcontext()
+    limit: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if checkpoint is not None and Path(checkpoint).exists() and not Path(checkpoint).is_dir():
         check_upstream_file(Path(checkpoint), hub_name)
         limit = build_limit(checkpoint)
@@ -155,7 +155,8 @@ def check_outputs(outputs: Any, selection: str, name: str) -> None:
             "list of tensors [batch, frame, dim]"
         )
     shapes = {tuple(state.shape) if isinstance(state, torch.Tensor) else None for state in states}
-    if len(shapes) != 1 or None in shapes or len(next(iter(shapes))) != 3:
+    shape, *others = shapes or {None}
+    if others or shape is None or len(shape) != 3:
         raise SetupError(
             f"the upstream {name} gives {selection} of shapes {sorted(map(str, shapes))}; all must "
             "be tensors [batch, frame, dim] of one shape"
@@ -252,10 +253,11 @@ def librispeech_lengths(folder: Path) -> dict[str, list[int]]:
         raise DataError(
             f"{folder} has {len(names)} audio files; LibriSpeech's {SPLIT} has {UTTERANCES}"
         )
-    headers = read_headers(folder, names)
-    for header in headers:
+    samples = []
+    for header in read_headers(folder, names):
         if isinstance(header, DataError):
             raise header
-    chosen = sorted(header.samples for header in headers)[::EVERY]
+        samples.append(header.samples)
+    chosen = sorted(samples)[::EVERY]
     size = len(chosen) // len(LENGTHS)
     return {bucket: chosen[i * size : (i + 1) * size] for i, bucket in enumerate(LENGTHS)}

@@ -144,9 +144,9 @@ def _scores(upstreams, tasks, measures) -> dict[str, Score]:
     for name in upstreams:
         found = {t: measures[name, t, CLEAN] for t in tasks if (name, t, CLEAN) in measures}
         value = superb_score({task: m.value for task, m in found.items()})
-        if value is not None:
-            # Linear in each metric, and draws of the same speech are the same in every task.
-            draws = superb_score({task: m.resampled for task, m in found.items()})
+        # Linear in each metric, and draws of the same speech are the same in every task.
+        draws = superb_score({task: m.resampled for task, m in found.items()})
+        if value is not None and draws is not None:
             scores[name] = Score(value, draws)
     return scores
 

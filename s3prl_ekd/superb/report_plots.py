@@ -243,12 +243,8 @@ def plot_noise(report: Report, path: Path | BinaryIO) -> None:
                 if not places:
                     continue
                 shift = 0.3 * (i - (len(report.upstreams) - 1) / 2) / len(report.upstreams)
-                errors = [
-                    sum(pair, [])
-                    for pair in zip(
-                        *(error_bar(m.value, *m.interval) for _, m in places), strict=True
-                    )
-                ]
+                bars = [error_bar(m.value, *m.interval) for _, m in places]
+                errors = [[bar[side][0] for bar in bars] for side in (0, 1)]
                 line = axis.errorbar(
                     [x + shift for x, _ in places],
                     [m.value for _, m in places],
@@ -262,7 +258,8 @@ def plot_noise(report: Report, path: Path | BinaryIO) -> None:
                     linewidth=1.2,
                 )
                 handles.setdefault(name, line)
-            labels = [f"{split_condition(c)[1]:g}" if c != CLEAN else "clean" for c in shown]
+            parts = [split_condition(condition) for condition in shown]
+            labels = ["clean" if part is None else f"{part[1]:g}" for part in parts]
             axis.set_xticks(range(len(shown)), labels)
             axis.set_xlim(-0.4, len(shown) - 0.6)
             axis.set_title(f"{noise}, {direction(task)}", fontsize=9)

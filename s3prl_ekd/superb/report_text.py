@@ -194,7 +194,7 @@ def as_csv(report: Report, against: str | None = None) -> str:
                 row = [name, task, condition, TASKS[task].metric, *_numbers(m.value, *m.interval)]
                 row += ["" if m.deviation is None else _number(m.deviation), f"{chosen.lr:g}"]
                 row += [" ".join(map(str, chosen.seeds)), " ".join(filter(None, chosen.folds))]
-                row.append(m.utterances)
+                row.append(str(m.utterances))
                 if against is not None:
                     difference = report.difference(name, against, task, condition)
                     row += _difference_cells(name, against, difference)

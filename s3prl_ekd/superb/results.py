@@ -234,12 +234,16 @@ def read_results(folders: Sequence[Path]) -> Results:
         if not below:
             raise DataError(f"no runs in {folder}; s3prl-ekd superb writes them")
         found |= below
-    runs, unfinished = [], []
+    runs: list[Run] = []
+    unfinished: list[Path] = []
     for folder in found:
         run = read_run(folder)
-        (unfinished if run is None else runs).append(folder if run is None else run)
+        if run is None:
+            unfinished.append(folder)
+        else:
+            runs.append(run)
     _check_alike(runs)
-    costs = {}
+    costs: dict[str, Cost] = {}
     for run in runs:
         cost = read_cost(run.folder.parent.parent / COST)
         if cost is not None and costs.setdefault(run.upstream, cost) != cost:

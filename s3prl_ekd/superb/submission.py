@@ -13,7 +13,7 @@ from .results import Run, Selection
 
 FOLDS = tuple(f"fold{i}" for i in range(1, 6))
 # what the leaderboard scores -> its folder in the archive and the file's name there
-MEMBERS = {
+MEMBERS: dict[tuple[str, str | None], str] = {
     ("pr", None): "pr_public/predict.ark",
     ("sid", None): "sid_public/predict.txt",
     **{("er", fold): f"er_{fold}_public/predict.txt" for fold in FOLDS},

@@ -41,14 +41,14 @@ def main(args: argparse.Namespace) -> int:
         path, loaded = args.checkpoint, load_hf_student(args.checkpoint)
     else:
         path, loaded = load(args.checkpoint)
-    keep = args.heads == "keep" and loaded.heads is not None
-    write_student(loaded, args.output, keep_heads=keep)
+    heads = loaded.heads if args.heads == "keep" else None
+    write_student(loaded, args.output, keep_heads=heads is not None)
     count = sum(p.numel() for p in loaded.student.parameters())
-    if keep:
-        count += sum(p.numel() for p in loaded.heads.parameters())
+    if heads is not None:
+        count += sum(p.numel() for p in heads.parameters())
     step = loaded.about.get("step")
     print(f"{path}{f' (step {step})' if step is not None else ''} -> {args.output}")
-    print(f"{count:,} parameters, heads {'kept' if keep else 'dropped'}")
+    print(f"{count:,} parameters, heads {'kept' if heads else 'dropped'}")
     path = shlex.quote(str(args.output))
     print(f"next: run_downstream.py -m train -u ekd_student -k {path} -d asr -n my_asr")
     return 0
@@ -80,9 +80,7 @@ def load(checkpoint: Path):
     from ...files.run_checkpoints import newest
     from ...student_file import load_student
 
-    path = checkpoint
-    if path.is_dir():
-        path = newest(path)
-        if path is None:
-            raise CheckpointError(f"there are no checkpoints (states-*.ckpt) in {checkpoint}")
+    path = newest(checkpoint) if checkpoint.is_dir() else checkpoint
+    if path is None:
+        raise CheckpointError(f"there are no checkpoints (states-*.ckpt) in {checkpoint}")
     return path, load_student(path)

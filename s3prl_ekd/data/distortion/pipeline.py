@@ -196,7 +196,7 @@ class Distorter:
         rng = random.Random(plan.additive_seed)
         if plan.additive == "gaussian":
             noise = gaussian(len(wave), rng)
-        elif plan.additive == "babble":
+        elif plan.additive == "babble" and self.voices is not None:
             noise = babble(self.voices, self.settings.babble_voices, len(wave), rng, utterance)
         else:
             noise = fit(self._noise_pool(plan.additive).draw(rng), len(wave), rng)
