@@ -71,7 +71,7 @@ def test_files_have_the_permissions_that_the_user_gives_files(tmp_path):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from s3prl_ekd import atomic
+from s3prl_ekd.files import atomic
 out = Path(sys.argv[1])
 with atomic.whole_file(out / "x.json") as file, atomic.whole_folder(out / "corpus") as folder:
     file.write(b"half"), file.flush()

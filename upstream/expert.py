@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
 from s3prl.upstream.interfaces import UpstreamBase
@@ -25,7 +28,7 @@ class UpstreamExpert(UpstreamBase):
         CheckpointError: the file is missing, damaged, asks for code, or is of another kind.
     """
 
-    def __init__(self, ckpt, model_config=None, **kwargs):
+    def __init__(self, ckpt: str | Path, model_config: object = None, **kwargs: Any):
         super().__init__(**kwargs)
         loaded = load_student(ckpt)
         self.student = loaded.student
@@ -35,7 +38,6 @@ class UpstreamExpert(UpstreamBase):
         # A dropped layer would change the number of hidden states while fine-tuning (-f).
         self.student.backbone.encoder.layerdrop = 0.0
         problem = heads_problem(loaded)
-        self.heads_fit = not problem
         if problem:
             self.heads = None
             logger.info("no hidden_states_and_heads: %s", problem)
@@ -62,17 +64,18 @@ class UpstreamExpert(UpstreamBase):
         if waves.shape[1] < short:  # too short for one frame: silence makes it one
             waves = torch.nn.functional.pad(waves, (0, short - waves.shape[1]))
         out = self.student(waves, lengths.clamp(min=short))
-        result = {
+        result: dict[str, Tensor | list[Tensor]] = {
             "hidden_states": list(out.hidden_states),
             "last_hidden_state": out.hidden_states[-1],
         }
-        if self.heads_fit:
-            result["hidden_states_and_heads"] = result["hidden_states"] + self._head_states(out)
+        if self.heads is not None:
+            heads = self._head_states(self.heads(out.last))
+            result["hidden_states_and_heads"] = [*out.hidden_states, *heads]
         return result
 
-    def _head_states(self, out) -> list[Tensor]:
-        states = []
-        for name, prediction in self.heads(out.last).items():
+    def _head_states(self, predictions: Mapping[str, Tensor]) -> list[Tensor]:
+        states: list[Tensor] = []
+        for name, prediction in predictions.items():
             # [batch, layer, frame, width] -> pieces of the student's width, layer by layer
             for layer in prediction.unbind(1):
                 states += layer.split(self.targets[name].parts, dim=-1)

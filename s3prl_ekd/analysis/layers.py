@@ -81,7 +81,7 @@ def cut(tree: np.ndarray, groups: int, layers: Sequence[int] | None = None) -> G
     layers = range(1, count + 1) if layers is None else layers
     if not 1 <= groups <= count:
         raise ConfigError(f"{groups} groups of {count} layers: 1 to {count} groups are possible")
-    members = {index: (number,) for index, number in enumerate(layers)}
+    members: dict[int, tuple[int, ...]] = {i: (number,) for i, number in enumerate(layers)}
     for step, (left, right, *_) in enumerate(tree[: count - groups]):
         members[count + step] = members.pop(int(left)) + members.pop(int(right))
     return tuple(sorted(tuple(sorted(group)) for group in members.values()))

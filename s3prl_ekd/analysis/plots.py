@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..errors import SetupError
 
+if TYPE_CHECKING:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
-def require_matplotlib():
+
+def require_matplotlib() -> tuple[type[FigureCanvasAgg], type[Figure]]:
     """matplotlib's canvas and figure, without a display.
 
     Raises:

@@ -17,8 +17,12 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..errors import SetupError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -106,7 +110,7 @@ def write_report(path: Path, report: dict) -> None:
     print(f"wrote {path}")
 
 
-def _noise():
+def _noise() -> Tensor:
     import torch
 
     return 0.1 * torch.randn(16_000, generator=torch.Generator().manual_seed(0))

@@ -17,7 +17,7 @@ import argparse
 from pathlib import Path
 
 
-def configure(parser) -> None:
+def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "dir",
         metavar="DIR",
@@ -42,7 +42,7 @@ def configure(parser) -> None:
     )
 
 
-def main(args) -> int:
+def main(args: argparse.Namespace) -> int:
     from ..demo.run import Demo
     from ..downstream.tasks import choose_tasks
 

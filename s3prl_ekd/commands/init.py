@@ -14,6 +14,7 @@ example:
 
 from __future__ import annotations
 
+import argparse
 import shlex
 from pathlib import Path
 
@@ -27,7 +28,7 @@ CORPORA = {
 }
 
 
-def configure(parser) -> None:
+def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "dir", metavar="DIR", type=Path, nargs="?", help="the folder to work in; . for here"
     )
@@ -56,7 +57,7 @@ def configure(parser) -> None:
     parser.add_argument("--list", action="store_true", help="list the experiments and leave")
 
 
-def main(args) -> int:
+def main(args: argparse.Namespace) -> int:
     if args.list:
         for name, text in experiments().items():
             about = text.split("\n#\n")[0]  # its first comment

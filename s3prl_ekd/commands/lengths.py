@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+from collections.abc import Callable
 from pathlib import Path
 
 from tqdm import tqdm
@@ -40,7 +41,7 @@ def main(args: argparse.Namespace) -> int:
     """Write the tables and print what is in them; see :func:`write_length_tables`."""
     with contextlib.ExitStack() as stack:
 
-        def start(total: int):
+        def start(total: int) -> Callable[[int], object]:
             bar = tqdm(total=total, unit=" files", desc="headers", delay=0.3, dynamic_ncols=True)
             return stack.enter_context(bar).update
 

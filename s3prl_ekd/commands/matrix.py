@@ -11,12 +11,13 @@ example:
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 from ..errors import SetupError
 
 
-def configure(parser) -> None:
+def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("configs", metavar="MODEL.yaml", type=Path, nargs="+")
     parser.add_argument("-c", "--runner", metavar="RUNNER.yaml", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1337], help="default: 1337")
@@ -25,7 +26,7 @@ def configure(parser) -> None:
     parser.add_argument("--csv", metavar="FILE", type=Path, help="also write the table there")
 
 
-def main(args) -> int:
+def main(args: argparse.Namespace) -> int:
     from ..files.atomic import write_csv
     from ..pretrain.settings import load_model_config, load_runner_config
     from ..pretrain.sweep import SweepRun, markdown, run_all, table

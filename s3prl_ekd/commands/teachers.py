@@ -16,10 +16,17 @@ from __future__ import annotations
 
 import argparse
 import itertools
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..errors import SetupError
 from ..files.atomic import write_csv
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from ..distill.settings import TeacherSettings
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -110,7 +117,11 @@ def _inspect(args: argparse.Namespace) -> int:
     return 0
 
 
-def _pairs(settings, index, matrix) -> list[tuple[str, str, str]]:
+def _pairs(
+    settings: Mapping[str, TeacherSettings],
+    index: Mapping[tuple[str, int], int],
+    matrix: np.ndarray,
+) -> list[tuple[str, str, str]]:
     """CKA of each two teachers at their first, second, ... configured layers (or groups)."""
     rows = []
     for one, other in itertools.combinations(settings, 2):

@@ -21,8 +21,12 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..errors import SetupError, printable
+
+if TYPE_CHECKING:
+    from ..export.hidden_set.outcome import Outcome
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -80,7 +84,7 @@ def main(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def _print(outcome) -> None:
+def _print(outcome: Outcome) -> None:
     status = outcome.status.upper() if outcome.status == "fail" else outcome.status
     mark = "*" if outcome.official else " "
     print(f"{status:4} {mark} {outcome.name:12}  {printable(outcome.reason)}", flush=True)

@@ -13,6 +13,7 @@ import functools
 import io
 import pickle
 import warnings
+from typing import Any
 
 from .shim import Shim
 
@@ -39,7 +40,7 @@ def _as_in_file(schedule: type) -> type:
     class makes is an object of the real one, which can be saved again.
     """
 
-    def new(cls):
+    def new(cls: type) -> Any:
         return object.__new__(schedule)
 
     return type(schedule.__name__, (), {"__module__": "optimizers", "__new__": new})

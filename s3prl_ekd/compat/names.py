@@ -6,6 +6,7 @@ import importlib
 import sys
 import warnings
 from types import ModuleType
+from typing import Any, NoReturn
 
 from ..errors import SetupError
 from .shim import Shim
@@ -16,12 +17,12 @@ HUB_NAMES = ("HfFolder", "Repository")
 class _Gone(type):
     """A class that can be imported, and raises when it is used."""
 
-    def __getattr__(cls, name: str):
+    def __getattr__(cls, name: str) -> NoReturn:
         if name.startswith("__"):  # what inspection looks for is not use
             raise AttributeError(name)
         raise SetupError(_gone_message(f"{cls.__name__}.{name}"))
 
-    def __call__(cls, *args, **kwargs):
+    def __call__(cls, *args: Any, **kwargs: Any) -> NoReturn:
         raise SetupError(_gone_message(f"{cls.__name__}(...)"))
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, BinaryIO
 from ..errors import DataError
 
 if TYPE_CHECKING:
+    import soundfile
     import torch
 
 Source = str | os.PathLike | BinaryIO
@@ -62,7 +63,7 @@ class AudioMetaData:
     encoding: str
 
 
-def _open(uri: Source):
+def _open(uri: Source) -> soundfile.SoundFile:
     import soundfile
 
     if isinstance(uri, (str, os.PathLike)) and not os.path.isfile(uri):

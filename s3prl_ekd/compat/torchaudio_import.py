@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import importlib
 import sys
+from collections.abc import Callable
 from types import ModuleType
+from typing import Any, NoReturn
 
 from ..errors import SetupError
 from .shim import Shim
@@ -66,9 +68,9 @@ def _extension_stand_in() -> ModuleType:
     return module
 
 
-def _unavailable(function):
+def _unavailable(function: Callable[..., Any]) -> Callable[..., NoReturn]:
     @functools.wraps(function)
-    def refuse(*args, **kwargs):
+    def refuse(*args: Any, **kwargs: Any) -> NoReturn:
         raise RuntimeError(
             f"torchaudio's {function.__name__} needs its compiled part, which does not load "
             "beside this torch; install the torchaudio that belongs to your torch"
@@ -83,7 +85,7 @@ class _NoSox:
     def is_available(self) -> bool:
         return False
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> NoReturn:
         raise RuntimeError(f"torchaudio's SoX bindings do not load here (asked for {name})")
 
 

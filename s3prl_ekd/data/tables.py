@@ -8,6 +8,7 @@ import posixpath
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..errors import DataError
 from .audio_files import LONGEST
@@ -93,7 +94,7 @@ def _read(path: Path, bad: list[Bad] | None) -> list[tuple[int, Utterance]]:
         ) from None
 
 
-def _rows(reader, path: Path, bad: list[Bad] | None) -> list[tuple[int, Utterance]]:
+def _rows(reader: Any, path: Path, bad: list[Bad] | None) -> list[tuple[int, Utterance]]:
     names: list[str] = next(reader, [])
     for name in COLUMNS:
         if names.count(name) != 1:

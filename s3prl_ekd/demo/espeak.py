@@ -17,6 +17,7 @@ import tempfile
 import threading
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -60,7 +61,7 @@ class Espeak:
         self._callback = _CALLBACK(self._collect)  # kept: C holds only a pointer to it
         self._lib.espeak_SetSynthCallback(self._callback)
 
-    def _collect(self, samples, count: int, events) -> int:
+    def _collect(self, samples: Any, count: int, events: Any) -> int:
         if count > 0:
             self._pieces.append(ctypes.string_at(samples, 2 * count))
         return 0  # go on

@@ -242,7 +242,7 @@ class EssenceSettings:
     selection: Selection = field(default_factory=Selection)
     alpha: float = 0.5
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"alpha is {self.alpha}; 0 (teachers only) to 1 (labels only)")
 
@@ -274,13 +274,17 @@ class MultitaskLoss:
         expert.register_forward_hook(self._replace_loss, with_kwargs=True)
         expert.log_records = self._log
 
-    def _keep_waves(self, module, args: tuple) -> None:
+    def _keep_waves(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         self.waves = args[0]
 
-    def _keep_logits(self, module, args: tuple, output: tuple[Tensor, Tensor]) -> None:
+    def _keep_logits(
+        self, module: nn.Module, args: tuple[Any, ...], output: tuple[Tensor, Tensor]
+    ) -> None:
         self.logits, self.lengths = output
 
-    def _replace_loss(self, module, args: tuple, kwargs: dict, ctc: Tensor) -> Tensor | None:
+    def _replace_loss(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], ctc: Tensor
+    ) -> Tensor | None:
         logits, lengths, waves = self.logits, self.lengths, self.waves
         self.logits, self.waves = None, ()  # a graph kept here would live through the evaluation
         if args[0] != self.train_split or logits is None or lengths is None:
@@ -356,7 +360,7 @@ def distil_asr(
     make_runner = script.Runner
     seen: dict[str, Namespace] = {}
 
-    def make_runner_with_teachers(args: Namespace, config: dict):
+    def make_runner_with_teachers(args: Namespace, config: dict[str, Any]) -> Any:
         config["essence"] = plain(settings)
         runner = make_runner(args, config)
         train_split = config["runner"].get("train_dataloader", "train")

@@ -34,7 +34,7 @@ class Selection:
     mass: float | None = None
     confidence: float | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k is {self.top_k}; 1 or more is allowed")
         # `not` around: NaN fails every comparison

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import __version__
 from ..data.audio import read_audio
@@ -177,7 +177,9 @@ def write_features(
     return written
 
 
-def _states(upstream, wave: Tensor, layers: list[int], dtype: torch.dtype, path: Path):
+def _states(
+    upstream: nn.Module, wave: Tensor, layers: list[int], dtype: torch.dtype, path: Path
+) -> list[Tensor]:
     """The chosen hidden states of one waveform, ``[frame, dim]`` each.
 
     Raises:

@@ -43,7 +43,7 @@ from ..teachers.huggingface import check_folder as check_hf_folder
 from ..teachers.huggingface import load_folder
 
 if TYPE_CHECKING:
-    from transformers import HubertModel
+    from transformers import HubertConfig, HubertModel
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +108,7 @@ def load_hf_student(folder: str | Path) -> LoadedStudent:
     return LoadedStudent(student.eval(), None, {}, about)
 
 
-def student_settings(config, folder: Path) -> StudentSettings:
+def student_settings(config: HubertConfig, folder: Path) -> StudentSettings:
     """The size of a student from transformers' ``HubertConfig``.
 
     Raises:
@@ -165,7 +165,7 @@ PREPROCESSOR = {
 }
 
 
-def hubert_config(settings: StudentSettings):
+def hubert_config(settings: StudentSettings) -> HubertConfig:
     """transformers' ``HubertConfig`` of a student's size.
 
     ``extractor_dropout`` and ``feature_grad_mult`` matter in training only and have no counterpart.

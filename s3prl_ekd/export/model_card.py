@@ -64,7 +64,9 @@ _GROUP_NORM = """
   padded batch differ a little, here and in s3prl."""
 
 
-def model_card(loaded: LoadedStudent, name: str, parameters: int, error: float, tolerance: float):
+def model_card(
+    loaded: LoadedStudent, name: str, parameters: int, error: float, tolerance: float
+) -> str:
     """The card's text.
 
     Args:

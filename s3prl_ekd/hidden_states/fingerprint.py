@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch import nn
 
 from ..data.sampling import used
 from ..data.tables import Utterance
-from ..distill.settings import DistillSettings
+from ..distill.settings import DistillSettings, TeacherSettings
 from ..distill.teachers import PROBE_SAMPLES, TeacherEnsemble
 from ..errors import ConfigError
 from .store import PER_TEACHER, Block, Index, Layout, Part, part_of
@@ -136,7 +136,7 @@ def check_worth(settings: DistillSettings) -> None:
         )
 
 
-def _moves(teacher) -> bool:
+def _moves(teacher: TeacherSettings) -> bool:
     return teacher.final_weight is not None and teacher.final_weight != teacher.weight
 
 
@@ -255,5 +255,5 @@ def _layers(target: Sequence[int]) -> str:
     return "+".join(map(str, target))
 
 
-def _list(names) -> str:
+def _list(names: Iterable[str]) -> str:
     return ", ".join(names)

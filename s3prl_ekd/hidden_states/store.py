@@ -335,7 +335,7 @@ def checked_records(folder: Path, index: Index) -> np.ndarray:
     return records
 
 
-def _damaged(path, why: str) -> DataError:
+def _damaged(path: str | Path, why: str) -> DataError:
     return DataError(
         f"the target cache is damaged: {path}: {why}; build it anew with --force: {BUILD} "
         f"{Path(path).parent} --force"

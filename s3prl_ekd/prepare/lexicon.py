@@ -20,6 +20,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 from tqdm import tqdm
 
@@ -152,7 +153,7 @@ def _model() -> Callable[[str], list[str]]:
 
 
 @contextlib.contextmanager
-def _without_downloads(nltk) -> Iterator[None]:
+def _without_downloads(nltk: Any) -> Iterator[None]:
     download = nltk.download
     nltk.download = lambda *args, **kwargs: False
     try:

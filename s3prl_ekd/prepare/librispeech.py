@@ -175,7 +175,7 @@ def _run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _bar(total: int):
+def _bar(total: int) -> Callable[[int], object]:
     return tqdm(total=total, unit=" files", desc="headers", delay=0.3, dynamic_ncols=True).update
 
 

@@ -338,7 +338,7 @@ def _prepare_voxceleb1(args: argparse.Namespace) -> int:
     return 0
 
 
-def _report(out: Path, entries, samples, speakers: int) -> None:
+def _report(out: Path, entries: Sequence[Entry], samples: Sequence[int], speakers: int) -> None:
     lengths = {
         split: [n for entry, n in zip(entries, samples, strict=True) if entry.split == split]
         for split in SPLITS

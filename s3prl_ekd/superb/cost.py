@@ -52,16 +52,22 @@ def unused_parameters(module: nn.Module, states_of: Callable[[list[Tensor]], Sta
         module.train(training)
 
 
-def _without_gradient(parameters, states_of, waves, generator) -> dict[str, nn.Parameter]:
+def _without_gradient(
+    parameters: dict[str, nn.Parameter],
+    states_of: Callable[[list[Tensor]], States],
+    waves: list[Tensor],
+    generator: torch.Generator,
+) -> dict[str, nn.Parameter]:
     flags = {name: parameter.requires_grad for name, parameter in parameters.items()}
     try:
         for parameter in parameters.values():
             parameter.requires_grad_(True)
         with torch.enable_grad():
             states = [state for state in states_of(waves) if state.requires_grad]
-            goal = sum((state.float() * _noise(state, generator)).sum() for state in states)
-        if not states:
-            return parameters
+            if not states:
+                return parameters
+            first, *others = [(state.float() * _noise(state, generator)).sum() for state in states]
+            goal = sum(others, first)
         gradients = torch.autograd.grad(goal, list(parameters.values()), allow_unused=True)
     finally:
         for name, parameter in parameters.items():
@@ -74,10 +80,15 @@ def _without_gradient(parameters, states_of, waves, generator) -> dict[str, nn.P
 
 
 @torch.no_grad()
-def _without_effect(suspects, states_of, waves, generator) -> list[str]:
+def _without_effect(
+    suspects: dict[str, nn.Parameter],
+    states_of: Callable[[list[Tensor]], States],
+    waves: list[Tensor],
+    generator: torch.Generator,
+) -> list[str]:
     before = [state.clone() for state in states_of(waves)]
 
-    def changes(chosen) -> bool:
+    def changes(chosen: list[nn.Parameter]) -> bool:
         kept = [parameter.clone() for parameter in chosen]
         for parameter in chosen:
             parameter.add_(_noise(parameter, generator))

@@ -22,8 +22,10 @@ import inspect
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -91,7 +93,9 @@ class _Products(TorchDispatchMode):
         super().__init__()
         self.counted = counted
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
         kwargs = kwargs or {}
         packet = func._overloadpacket
         if packet in _ALSO:
@@ -116,7 +120,9 @@ class _AttentionTerms(TorchFunctionMode):
         super().__init__()
         self.counted = counted
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
         if func is _ATTENTION:
             given = inspect.signature(func).bind(*args, **(kwargs or {}))
             given.apply_defaults()
@@ -125,7 +131,13 @@ class _AttentionTerms(TorchFunctionMode):
 
 
 def _attention_terms(
-    query, key, value, num_heads: int, in_proj_bias, dropout_p: float, **others
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    num_heads: int,
+    in_proj_bias: Tensor | None,
+    dropout_p: float,
+    **others: Any,
 ) -> int:
     """The board's MACs of one call beside the products; ``query`` is ``[frame, batch, dim]``."""
     bias = query.numel() + key.numel() + value.numel() if in_proj_bias is not None else 0
@@ -134,7 +146,7 @@ def _attention_terms(
     return bias + query.numel() + weights * (4 if dropout_p > 0 else 3)
 
 
-def _stand_in(func, args, kwargs):
+def _stand_in(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Zeros of the shape, type and device that the operator would return."""
     device = next(arg.device for arg in args if isinstance(arg, torch.Tensor))
     try:

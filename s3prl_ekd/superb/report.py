@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -139,7 +139,11 @@ def make_report(results: Results, resamples: int = RESAMPLES) -> Report:
     )
 
 
-def _scores(upstreams, tasks, measures) -> dict[str, Score]:
+def _scores(
+    upstreams: Sequence[str],
+    tasks: Sequence[str],
+    measures: Mapping[tuple[str, str, str], Measure],
+) -> dict[str, Score]:
     scores = {}
     for name in upstreams:
         found = {t: measures[name, t, CLEAN] for t in tasks if (name, t, CLEAN) in measures}
@@ -166,7 +170,11 @@ def _alone(selections: Mapping[tuple[str, str], Selection]) -> list[str]:
     ]
 
 
-def _differing(tasks, conditions, measures) -> list[str]:
+def _differing(
+    tasks: Sequence[str],
+    conditions: Sequence[str],
+    measures: Mapping[tuple[str, str, str], Measure],
+) -> list[str]:
     """A note for each test set that is not the same for all upstreams."""
     notes = []
     for task in tasks:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from ..analysis.plots import require_matplotlib
 from ..downstream.tasks import TASKS
 from .report import CLEAN, Measure, Report, Score, condition_title, split_condition
 from .score import PUBLISHED, superb_score
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # Okabe and Ito's colours, which colour-blind readers tell apart, with grey for their yellow, too
 # light for thin lines; beyond seven upstreams the hatch, or the line's dashes, change.
@@ -19,7 +23,7 @@ MARKERS = "osD^vPX*<>"
 LINES = ("-", "--", "-.", ":")
 
 
-def new_figure(width: float, height: float):
+def new_figure(width: float, height: float) -> Figure:
     """A figure of that size in inches, drawn without a display."""
     canvas, figure_class = require_matplotlib()
     figure = figure_class(figsize=(width, height), layout="constrained")
@@ -27,7 +31,7 @@ def new_figure(width: float, height: float):
     return figure
 
 
-def add_legend(figure, handles: Mapping[str, object], size: int = 9) -> None:
+def add_legend(figure: Figure, handles: Mapping[str, object], size: int = 9) -> None:
     """One legend beside all panels: what it says -> what it shows; ``size`` in points."""
     figure.legend(
         list(handles.values()),
@@ -159,7 +163,7 @@ def plot_parameters(report: Report, path: Path | BinaryIO, *, published: bool = 
 
 
 def _parameter_panel(
-    axis,
+    axis: Axes,
     report: Report,
     known: Sequence[str],
     values: Mapping[str, Measure | Score],
@@ -207,7 +211,7 @@ def _millions(size: float) -> str:
     return f"{size:.3g} M"
 
 
-def _published_points(axis, handles: dict[str, object]) -> None:
+def _published_points(axis: Axes, handles: dict[str, object]) -> None:
     rows = [row for row in PUBLISHED if row.parameters]
     for i, row in enumerate(rows):
         (point,) = axis.plot(

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing import connection
 from pathlib import Path
 
@@ -67,7 +67,7 @@ def end_with_parent() -> None:
     threading.Thread(target=_end_after, args=(wait,), name="parent", daemon=True).start()
 
 
-def _end_after(wait) -> None:
+def _end_after(wait: Callable[[], object]) -> None:
     wait()
     logger.warning("the process that started this one has ended; this one ends, too")
     os.kill(os.getpid(), signal.SIGTERM)

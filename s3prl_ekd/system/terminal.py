@@ -9,8 +9,8 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator
-from typing import TextIO, cast
+from collections.abc import Callable, Iterator
+from typing import Any, TextIO, cast
 
 from ..errors import EkdError, SetupError, exit_with, printable
 
@@ -56,7 +56,7 @@ class _PlainStream:
     def write(self, text: str) -> int:
         return self._stream.write(printable_lines(text))
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
 

@@ -112,7 +112,7 @@ def fairseq_model(network: PreTrainedModel, where: str) -> nn.Module:
     return model.eval()
 
 
-def _empty(config) -> nn.Module:
+def _empty(config: PreTrainedConfig) -> nn.Module:
     settings = fairseq_config(config)
     if config.model_type == "wavlm":
         from s3prl.upstream.wavlm.WavLM import WavLM, WavLMConfig

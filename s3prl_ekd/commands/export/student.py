@@ -17,8 +17,12 @@ from __future__ import annotations
 import argparse
 import shlex
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ...errors import CheckpointError
+
+if TYPE_CHECKING:
+    from ...student_file import LoadedStudent
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -71,7 +75,7 @@ def add_heads(parser: argparse.ArgumentParser, what: str) -> None:
     )
 
 
-def load(checkpoint: Path):
+def load(checkpoint: Path) -> tuple[Path, LoadedStudent]:
     """The file that ``CKPT`` means, and the :class:`...student_file.LoadedStudent` in it.
 
     Raises:

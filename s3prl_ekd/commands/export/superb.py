@@ -16,9 +16,13 @@ from __future__ import annotations
 import argparse
 import shlex
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ...errors import CheckpointError
 from .student import add_checkpoint, add_heads, load
+
+if TYPE_CHECKING:
+    from torch import nn
 
 TOLERANCE = 1e-6  # relative to the largest value, if that is above 1
 
@@ -66,7 +70,7 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def _compare(expert, path: Path, heads: bool) -> float:
+def _compare(expert: nn.Module, path: Path, heads: bool) -> float:
     """The largest difference between the package and ``ekd_student`` on three waveforms.
 
     Raises:

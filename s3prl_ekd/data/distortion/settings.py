@@ -26,7 +26,7 @@ class AdditiveWeights:
     babble: float = 1.0
     clean: float = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _no_negative(self)
 
 
@@ -39,7 +39,7 @@ class ConvolutiveWeights:
     band_reject: float = 1.0
     clean: float = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _no_negative(self)
 
 
@@ -90,7 +90,7 @@ class DistortionSettings:
     band_width_max: float = 1000.0
     convolutive_weights: ConvolutiveWeights = field(default_factory=ConvolutiveWeights)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for low, high in (
             ("snr_min", "snr_max"),
             ("rt60_min", "rt60_max"),
@@ -146,12 +146,12 @@ class DistortionSettings:
         return kinds
 
 
-def _no_negative(weights) -> None:
+def _no_negative(weights: object) -> None:
     for name, value in vars(weights).items():
         if value < 0:
             raise ValueError(f"{name} is {value}; a weight of 0 or more is allowed")
 
 
-def _between(settings, name: str, low: float, high: float) -> None:
+def _between(settings: object, name: str, low: float, high: float) -> None:
     if not low <= getattr(settings, name) <= high:
         raise ValueError(f"{name} is {getattr(settings, name)}; {low} to {high} is allowed")

@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 BLOCKED = ("s3prl", "fairseq", "s3prl_ekd")
 _CALLS = ("socket.connect", "socket.sendto", "socket.sendmsg")  # of (socket, address)
@@ -57,10 +58,10 @@ class _Finder(importlib.abc.MetaPathFinder):
     def __init__(self, watch: Watch):
         self.watch = watch
 
-    def find_spec(self, name, path=None, target=None):
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
         top = name.split(".")[0]
         if top not in BLOCKED:
-            return None
+            return
         self.watch.packages[top] = None
         raise ModuleNotFoundError(f"{name} is not there in SUPERB's evaluation", name=name)
 
@@ -85,11 +86,13 @@ def leave_network() -> bool:
     return True
 
 
-def force_data_only(torch) -> None:
+def force_data_only(torch: Any) -> None:
     """``torch.load`` with ``weights_only=True``, whatever is asked for: no code of a file runs."""
     load = torch.load
 
-    def load_data(f, map_location=None, pickle_module=None, **kwargs):
+    def load_data(
+        f: Any, map_location: Any = None, pickle_module: Any = None, **kwargs: Any
+    ) -> Any:
         return load(f, map_location=map_location, **{**kwargs, "weights_only": True})
 
     torch.load = torch.serialization.load = load_data

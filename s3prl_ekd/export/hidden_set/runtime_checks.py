@@ -134,8 +134,10 @@ class Package:
         """The ``hosts`` or ``packages`` that it has asked for and was refused."""
         return texts(self.facts("refused").get(what))
 
-    def _ask(self, request: Mapping[str, Any], tensors: Sequence[Tensor] = ()):
-        facts, tensors = self.ask(request, tensors)
+    def _ask(
+        self, request: Mapping[str, Any], waves: Sequence[Tensor] = ()
+    ) -> tuple[dict[str, Any], list[Tensor]]:
+        facts, tensors = self.ask(request, waves)
         if "error" in facts:
             error, kind = text(facts["error"]), text(facts.get("type"))
             raise PackageError(error, kind, text(facts.get("module", "")))
