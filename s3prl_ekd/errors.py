@@ -22,6 +22,11 @@ def printable(text: str) -> str:
     )
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's text, or the name of its type where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 class EkdError(Exception):
     """Something the user can mend. The message is one sentence that says what, where and how.
 

@@ -18,7 +18,7 @@ import argparse
 import re
 from pathlib import Path
 
-from ..errors import CheckpointError, ConfigError, printable
+from ..errors import CheckpointError, ConfigError, first_line, printable
 from ..files.atomic import write_text
 from .export.student import add_checkpoint, load
 
@@ -113,6 +113,5 @@ def choose_device(name: str | None) -> str:
     try:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        first = (str(error).strip().splitlines() or ["not available"])[0]
-        raise ConfigError(f"--device {name} cannot be used: {first}") from None
+        raise ConfigError(f"--device {name} cannot be used: {first_line(error)}") from None
     return name

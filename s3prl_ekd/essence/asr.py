@@ -22,7 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..compat.replaced import replaced
 from ..downstream.run import downstream_guards
-from ..errors import CheckpointError, TeacherError
+from ..errors import CheckpointError, TeacherError, first_line
 from ..files.config import plain
 from ..files.run_checkpoints import newest, read_run
 from ..request import DownstreamRequest
@@ -167,8 +167,9 @@ def load_asr_teacher(path: str | Path) -> AsrTeacher:
     try:
         runner = Runner(args, config)
     except (RuntimeError, KeyError, TypeError, ValueError, AttributeError, AssertionError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{path} cannot be rebuilt as an ASR model: {first}") from None
+        raise CheckpointError(
+            f"{path} cannot be rebuilt as an ASR model: {first_line(error)}"
+        ) from None
     parts = (runner.upstream.model, runner.featurizer.model, runner.downstream.model)
     return AsrTeacher(*parts, name=str(path))
 

@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..errors import CheckpointError, DataError
+from ..errors import CheckpointError, DataError, first_line
 from .text import check_regular, download_problem
 
 SUFFIX = ".safetensors"
@@ -69,9 +69,8 @@ def open_safetensors(path: str | Path, what: str) -> Iterator[safe_open]:
     except OSError as error:
         raise CheckpointError(f"cannot read the {what} {path}: {error.strerror or error}") from None
     except (SafetensorError, ValueError, TypeError, RuntimeError) as error:
-        first = (str(error).strip().splitlines() or ["unreadable"])[0]
         raise CheckpointError(
-            f"the {what} {path} is damaged or no safetensors file: {first[:200]}"
+            f"the {what} {path} is damaged or no safetensors file: {first_line(error)[:200]}"
         ) from None
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..errors import DataError, EkdError, SetupError
+from ..errors import DataError, EkdError, SetupError, first_line
 from .macs import count_macs
 
 States = Sequence[Tensor]  # hidden states, [batch, frame, dim] each
@@ -134,9 +134,8 @@ def build_upstream(hub_name: str, checkpoint: str | None) -> torch.nn.Module:
     except EkdError:
         raise
     except Exception as error:  # whatever a foreign upstream raises is the answer
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         what = hub_name if checkpoint is None else f"{hub_name} with {checkpoint}"
-        raise SetupError(f"the upstream {what} cannot be built: {first}") from None
+        raise SetupError(f"the upstream {what} cannot be built: {first_line(error)}") from None
     return upstream.eval()
 
 

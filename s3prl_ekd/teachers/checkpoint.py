@@ -14,7 +14,7 @@ from torch import nn
 from .. import compat
 from ..compat import no_eval
 from ..distill.conv_layers import parse_conv_layers
-from ..errors import CheckpointError, EkdError, TeacherError
+from ..errors import CheckpointError, EkdError, TeacherError, first_line
 from ..files.safetensors_file import is_safetensors
 from ..files.text import first_keys
 from ..files.torch_load import build_limit, safe_load
@@ -80,9 +80,8 @@ def load_file(path: Path, where: str) -> nn.Module:
     except EkdError:
         raise
     except Exception as error:  # s3prl raises whatever the settings in the file lead to
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
-            f"{where}: {path} does not load as a {family} checkpoint: {first}"
+            f"{where}: {path} does not load as a {family} checkpoint: {first_line(error)}"
         ) from None
 
 

@@ -15,7 +15,7 @@ from ..distill.conv_layers import stride_of
 from ..distill.settings import StudentSettings
 from ..distill.student import build_backbone, draw_layers
 from ..distill.student_forward import student_forward
-from ..errors import CheckpointError, ConfigError, EkdError
+from ..errors import CheckpointError, ConfigError, EkdError, first_line
 from ..files.config import build
 from ..files.torch_load import build_limit
 
@@ -84,6 +84,7 @@ def build_distilhubert(states: Mapping, path: Path) -> DistilHubertUpstream:
     except EkdError:
         raise
     except Exception as error:  # s3prl and torch raise whatever a damaged file makes them raise
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{path} does not load as a distiller checkpoint: {first}") from None
+        raise CheckpointError(
+            f"{path} does not load as a distiller checkpoint: {first_line(error)}"
+        ) from None
     return DistilHubertUpstream(model)

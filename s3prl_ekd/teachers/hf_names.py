@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ..distill.conv_layers import conv_layers_text, parse_conv_layers
-from ..errors import ConfigError
+from ..errors import ConfigError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -101,8 +101,9 @@ def fairseq_model(network: PreTrainedModel, where: str) -> nn.Module:
         model = _empty(config)
         missing, extra = model.load_state_dict(weights, strict=False)
     except (RuntimeError, ValueError, TypeError, KeyError, AssertionError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ConfigError(f"{where} cannot be brought into the student's layout: {first}") from None
+        raise ConfigError(
+            f"{where} cannot be brought into the student's layout: {first_line(error)}"
+        ) from None
     wrong = [*extra, *(name for name in missing if not _UNUSED.match(name))]
     if wrong:
         raise ConfigError(

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from ..errors import CheckpointError, EkdError, SetupError, TeacherError
+from ..errors import CheckpointError, EkdError, SetupError, TeacherError, first_line
 from ..files.text import check_regular, download_problem, read_json
 from ..files.torch_load import build_limit
 
@@ -112,9 +112,8 @@ def load_folder(folder: Path, where: str) -> HuggingFaceUpstream:
     except EkdError:
         raise
     except Exception as error:  # transformers raises whatever the settings in the folder lead to
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
-            f"{where}: {folder} does not load with transformers: {first}"
+            f"{where}: {folder} does not load with transformers: {first_line(error)}"
         ) from None
     # transformers fills what is missing with random numbers; only the mask embedding is unused.
     missing = sorted(str(k) for k in info["missing_keys"] if "masked_spec_embed" not in str(k))

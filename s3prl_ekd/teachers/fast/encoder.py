@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...errors import TeacherError
+from ...errors import TeacherError, first_line
 from . import conv as fast_conv
 from . import layers as fast_layers
 from .conv import ConvExtractor, same_weights
@@ -226,10 +226,9 @@ class FastEncoder:
         try:
             return self._run_layer(layer, x, bias, keys)
         except Exception as error:  # no compiler, or one that does not fit: torch raises all sorts
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise TeacherError(
-                f"teachers.{self.name}: torch.compile does not work here ({first}); set "
-                "teacher_compile: false"
+                f"teachers.{self.name}: torch.compile does not work here ({first_line(error)}); "
+                "set teacher_compile: false"
             ) from None
 
     def _on(self, device: torch.device) -> _Parts:
