@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -127,7 +128,7 @@ def _merged(linkage: str, d: np.ndarray, i: int, j: int, k: int, sizes: Sequence
     return math.sqrt(max(0.0, square / (a + b + c)))
 
 
-def require_scipy():
+def require_scipy() -> tuple[Any, Any]:
     """scipy's ``hierarchy`` and ``squareform``. Raises SetupError where it is not installed."""
     try:
         from scipy.cluster import hierarchy

@@ -329,7 +329,9 @@ class MultitaskLoss:
             "classes_kept": (classes * keep).sum() / count,
         }
 
-    def _log(self, split: str, records: dict, logger: Any, global_step: int, **rest) -> Any:
+    def _log(
+        self, split: str, records: dict[str, Any], logger: Any, global_step: int, **rest: Any
+    ) -> Any:
         """s3prl's own log, after our scalars went to TensorBoard beside its ``asr/train-loss``."""
         for key in [key for key in records if key.startswith("essence/")]:
             mean = torch.stack(records.pop(key)).float().mean().item()

@@ -17,7 +17,7 @@ HERE = Path(__file__).resolve().parent
 RATE = 16000
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -50,7 +50,7 @@ def main():
         print(f"wrote {args.save}")
 
 
-def read(path):
+def read(path: str) -> torch.Tensor:
     """A file as a waveform [sample]. WAV needs nothing but Python, other formats soundfile."""
     if path.lower().endswith(".wav"):
         with wave.open(path, "rb") as file:
@@ -66,7 +66,7 @@ def read(path):
     return torch.from_numpy(data[:, 0].copy())
 
 
-def check(path, rate, channels):
+def check(path: str, rate: int, channels: int) -> None:
     if (rate, channels) != (RATE, 1):
         sys.exit(f"{path}: {rate} Hz and {channels} channels; 16 kHz mono is expected")
 

@@ -16,6 +16,7 @@ The architecture is that of wav2vec 2.0 and HuBERT, in the size of DistilHuBERT 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +35,12 @@ class UpstreamExpert(nn.Module):
         kwargs: not used; s3prl passes ``model_config`` and ``refresh``.
     """
 
-    def __init__(self, ckpt="./model.pt", upstream_feature_selection="hidden_states", **kwargs):
+    def __init__(
+        self,
+        ckpt: str | Path = "./model.pt",
+        upstream_feature_selection: str = "hidden_states",
+        **kwargs: object,
+    ):
         super().__init__()
         saved = torch.load(ckpt, map_location="cpu", weights_only=True)
         self.model = Student(**json.loads(saved["config"]))
@@ -79,22 +85,22 @@ class Student(nn.Module):
 
     def __init__(
         self,
-        conv_layers,
-        conv_norm,
-        dim,
-        ffn_dim,
-        attention_heads,
-        layers,
-        activation,
-        norm_first,
-        conv_pos,
-        conv_pos_groups,
-        heads,
-        head_kind,
-        dropout,
-        attention_dropout,
-        activation_dropout,
-        extractor_dropout,
+        conv_layers: list[list[int]],
+        conv_norm: str,
+        dim: int,
+        ffn_dim: int,
+        attention_heads: int,
+        layers: int,
+        activation: str,
+        norm_first: bool,
+        conv_pos: int,
+        conv_pos_groups: int,
+        heads: dict[str, dict],
+        head_kind: str,
+        dropout: float,
+        attention_dropout: float,
+        activation_dropout: float,
+        extractor_dropout: float,
     ):
         super().__init__()
         self.feature_extractor = ConvExtractor(conv_layers, conv_norm, extractor_dropout)
@@ -148,7 +154,7 @@ class Student(nn.Module):
 class ConvExtractor(nn.Module):
     """Strided convolutions without biases, each with dropout, normalisation and GELU."""
 
-    def __init__(self, conv_layers, norm: str, dropout: float):
+    def __init__(self, conv_layers: list[list[int]], norm: str, dropout: float):
         super().__init__()
         self.shapes = [(kernel, stride) for _, kernel, stride in conv_layers]
         self.conv_layers = nn.ModuleList()
@@ -187,10 +193,14 @@ class Transpose(nn.Module):
 class Encoder(nn.Module):
     """The parts of the transformer beside its layers."""
 
-    def __init__(self, dim: int, conv_pos: int, conv_pos_groups: int, norm_first: bool, dropout):
+    layers: nn.ModuleList
+
+    def __init__(
+        self, dim: int, conv_pos: int, conv_pos_groups: int, norm_first: bool, dropout: float
+    ):
         super().__init__()
         self.pos_conv = nn.Sequential(PositionalConv(dim, conv_pos, conv_pos_groups), nn.GELU())
-        self.layer_norm = nn.LayerNorm(dim)
+        self.layer_norm: nn.Module = nn.LayerNorm(dim)
         self.layer_norm_first = norm_first
         self.dropout = dropout
 
@@ -222,14 +232,14 @@ class TransformerLayer(nn.Module):
 
     def __init__(
         self,
-        dim,
-        ffn_dim,
-        attention_heads,
-        activation,
-        norm_first,
-        dropout,
-        attention_dropout,
-        activation_dropout,
+        dim: int,
+        ffn_dim: int,
+        attention_heads: int,
+        activation: str,
+        norm_first: bool,
+        dropout: float,
+        attention_dropout: float,
+        activation_dropout: float,
     ):
         super().__init__()
         self.layer_norm_first = norm_first
