@@ -20,7 +20,8 @@ from s3prl_ekd.compat import checkpoint_globals
 from s3prl_ekd.errors import CheckpointError
 from s3prl_ekd.export.hidden_set import sandbox as process
 from s3prl_ekd.files import trust
-from s3prl_ekd.files.torch_load import TorchFileError, named_globals, restrict_torch, safe_load
+from s3prl_ekd.files.torch_load import named_globals, restrict_torch, safe_load
+from s3prl_ekd.files.torch_pickle import TorchFileError
 
 NEWEST = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10)
 

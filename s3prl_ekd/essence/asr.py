@@ -31,6 +31,8 @@ from .selection import Selection, select, soft_label_loss
 if TYPE_CHECKING:
     from s3prl.downstream.asr.expert import DownstreamExpert
 
+logger = logging.getLogger(__name__)
+
 MODELS = ("RNNs", "Wav2Letter")  # the acoustic models of s3prl's asr expert
 
 
@@ -222,9 +224,6 @@ def _check(args: Namespace, config: dict, path: Path) -> None:
             f"{path}: its dictionary is {dictionary}, which is not there; start from the folder "
             "where it was trained"
         )
-
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)

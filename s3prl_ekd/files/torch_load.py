@@ -33,6 +33,8 @@ from . import trust
 from .text import check_data, check_regular, download_problem
 from .torch_pickle import Storages, TorchFileError, follow
 
+logger = logging.getLogger(__name__)
+
 _TIMES = 8  # bytes allocated for a byte of the file: half precision, initialisation, copies
 _SPARE_BYTES = 256 << 20
 _SPARE_TENSORS = 4_000  # made in half a second; a model of 48 layers takes about 1500
@@ -102,8 +104,6 @@ class _Watch(_Counts, TorchDispatchMode):
         self._path, self._held = path, held
         self._bytes, self._tensors = most, _SPARE_TENSORS + held // _BYTES_OF_ONE
 
-
-__all__ = ["TorchFileError", "named_globals"]
 
 MAX_PICKLE = 4 << 20  # bytes; 5000 tensors take 1.3 million
 MAX_MEMBERS = 65_536  # in the archive: one a tensor
@@ -266,8 +266,6 @@ class _Limited:
     def tell(self) -> int:
         return MAX_PICKLE - self._left
 
-
-logger = logging.getLogger(__name__)
 
 _TYPES = (
     "BFloat16 Half Float Double ComplexFloat ComplexDouble Bool Byte Char Short Int Long".split()

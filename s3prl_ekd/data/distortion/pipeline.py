@@ -21,6 +21,8 @@ from .convolutive import reject_band, reverberate, shift_pitch, simulate_impulse
 from .settings import DistortionSettings
 from .sources import AudioPool
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -63,9 +65,6 @@ def draw(settings: DistortionSettings, rng: random.Random) -> Plan:
 
 def _pick(rng: random.Random, kinds: dict[str, float]) -> str:
     return rng.choices(list(kinds), weights=list(kinds.values()))[0]
-
-
-logger = logging.getLogger(__name__)
 
 
 class Distorter:

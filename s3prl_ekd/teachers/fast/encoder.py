@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from s3prl.upstream.wav2vec2.wav2vec2_model import Wav2Vec2Model
     from s3prl.upstream.wavlm.WavLM import WavLM
 
+logger = logging.getLogger(__name__)
+
 _EPS = 1e-5  # of torch's layer_norm, by which s3prl normalises a waveform
 
 
@@ -72,8 +74,6 @@ def padded_frames(
         counts.append(length if length > 0 else frames)
     return counts
 
-
-logger = logging.getLogger(__name__)
 
 _SECOND = 16_000  # samples
 # What encoders of one batch hand to each other: waveforms and conv features by what makes them.
