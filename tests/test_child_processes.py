@@ -11,8 +11,8 @@ import soundfile
 
 from s3prl_ekd import compat
 from s3prl_ekd import registration as plugin
-from s3prl_ekd.downstream import requirements
 from s3prl_ekd.compat.child_processes import repeat_in_children
+from s3prl_ekd.downstream import requirements
 from s3prl_ekd.workspace import write_workspace
 
 from .conftest import REPO, make_sound, write_configs

@@ -342,7 +342,7 @@ class MultitaskLoss:
 
 
 def distil_asr(
-    script: ModuleType,
+    script: Any,
     request: DownstreamRequest,
     ensemble: AsrEnsemble,
     settings: EssenceSettings,
