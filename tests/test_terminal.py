@@ -8,6 +8,7 @@ import soundfile
 
 from s3prl_ekd import cli
 from s3prl_ekd.commands import validate
+from s3prl_ekd.data.bad_audio import Bad
 from s3prl_ekd.errors import DataError, EkdError, exit_with, printable
 from s3prl_ekd.export.hidden_set.outcome import Outcome
 from s3prl_ekd.export.model_card import how_made
@@ -102,7 +103,7 @@ def test_validate(capsys, tmp_path, monkeypatch):
 
 def test_the_list_of_bad_audio(tmp_path):
     listed = BadAudioList(tmp_path, [])
-    listed._known = {HOSTILE[:-5]: (HOSTILE, 1, 0)}
+    listed.record([Bad(HOSTILE[:-5], "kind", HOSTILE)], 0)
     listed.write()
     text = (tmp_path / "bad_audio.tsv").read_text()
     assert is_plain(text.replace("\t", ""), lines=2) and text.count("\t") == 6
