@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, get_worker_info
 
+from ..distill.batch import CachedTargets
 from ..errors import DataError, SetupError
 from .audio import SAMPLE_RATE, Recording, warn_once
 from .bad_audio import ADVICE, Bad, BadAudio, too_short
@@ -33,8 +34,8 @@ class BatchTargets(Protocol):
 
     def __iter__(self) -> Iterator[Any]: ...
 
-    def on(self, device: str) -> tuple[dict[str, Tensor], Tensor]:
-        """``{name: [batch, target, frame, dim]}`` and the frames ``[batch]`` of each utterance."""
+    def on(self, device: str) -> CachedTargets:
+        """The targets in float32, on the device."""
 
 
 class TargetSource(Protocol):

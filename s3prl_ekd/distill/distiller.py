@@ -21,7 +21,8 @@ from .losses import (
     distillation_terms,
 )
 from .settings import DistillSettings
-from .student import Student, StudentOutput
+from .student import Student
+from .student_forward import StudentOutput
 from .target_norm import TargetNorm
 from .teachers import HiddenStates, TeacherEnsemble
 from .unit_loss import UnitLabels, UnitLoss

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..errors import TeacherError
 from .aggregation import Targets
 from .settings import LossSettings
-from .student import StudentOutput
+from .student_forward import StudentOutput
 from .teachers import HiddenStates
 
 RECONSTRUCTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
