@@ -29,6 +29,8 @@ from .fast.encoder import fast_encoders
 if TYPE_CHECKING:
     from s3prl.upstream.interfaces import UpstreamBase
 
+    from .huggingface import HuggingFaceUpstream
+
 FAMILIES = ("hubert", "wavlm", "wav2vec2", "data2vec", "unispeech_sat", "distiller")
 _NOT_NAMES = ("_local", "_url", "_custom", "_gdriveid")  # entries that want a path of their own
 
@@ -211,7 +213,7 @@ def teacher_model(ensemble: TeacherEnsemble, name: str) -> nn.Module:
     """
     upstream = ensemble[name].upstream
     if hasattr(upstream, "fairseq_layout"):  # a Hugging Face teacher
-        return cast(nn.Module, upstream.fairseq_layout(f"init.teacher: {name}"))
+        return cast("HuggingFaceUpstream", upstream).fairseq_layout(f"init.teacher: {name}")
     student = getattr(upstream, "student", None)  # an EKD student: its backbone is of this layout
     model = getattr(upstream, "model", None) if student is None else student.backbone
     if not isinstance(model, nn.Module):
