@@ -14,8 +14,8 @@ from s3prl_ekd.workspace import write_workspace
 from .conftest import write_configs
 
 PACKAGE = Path(s3prl_ekd.__file__).parent
-CALLS = 9
-LINES = 12_750  # of the modules that are imported; the aim is 6,000
+CALLS = 7
+LINES = 12_850  # of the modules that are imported; the aim is 6,000
 
 # Runs, and writes the frames of this package around the loss and its imported modules to OUT.
 PROBE = f"""
