@@ -31,7 +31,7 @@ from s3prl_ekd.errors import install_excepthook
 
 install_excepthook()
 
-from s3prl_ekd.pretrain.expert import UpstreamPretrainExpert  # noqa: E402, F401
+from s3prl_ekd.pretrain_expert import UpstreamPretrainExpert  # noqa: E402, F401
 '''
 
 

@@ -10,7 +10,8 @@ import soundfile
 import torch
 
 from s3prl_ekd import cli
-from s3prl_ekd.analysis.sample import choose_audio, read_excerpt
+from s3prl_ekd.analysis.choice import choose_audio
+from s3prl_ekd.analysis.sample import read_excerpt
 from s3prl_ekd.data import audio as audio_module
 from s3prl_ekd.data.audio import Recording, read_audio
 from s3prl_ekd.data.audio_files import LONGEST, read_header

@@ -9,6 +9,7 @@ import torch
 import yaml
 
 from s3prl_ekd import cli
+from s3prl_ekd.analysis.choice import choose_audio
 from s3prl_ekd.analysis.layer_statistics import aligned, layer_statistics
 from s3prl_ekd.analysis.layers import (
     LINKAGES,
@@ -19,7 +20,7 @@ from s3prl_ekd.analysis.layers import (
     require_scipy,
 )
 from s3prl_ekd.analysis.plots import require_matplotlib
-from s3prl_ekd.analysis.sample import choose_audio, sample_layers
+from s3prl_ekd.analysis.sample import sample_layers
 from s3prl_ekd.errors import ConfigError, DataError, SetupError
 
 from .conftest import write_configs

@@ -8,7 +8,7 @@ import pytest
 import soundfile
 
 from s3prl_ekd import cli
-from s3prl_ekd.analysis.sample import choose_audio
+from s3prl_ekd.analysis.choice import choose_audio
 from s3prl_ekd.data.audio_files import find_audio, is_passed_over
 from s3prl_ekd.data.distortion.sources import AudioPool
 from s3prl_ekd.demo.corpus import RECORD, checksum, make_corpus

@@ -11,6 +11,10 @@ import torch
 from safetensors.torch import load_file
 
 import s3prl_ekd
+from s3prl_ekd.hidden_states.fingerprint import upstream_class
+from s3prl_ekd.pretrain.sweep import SweepRun
+from s3prl_ekd.teachers.distilhubert import DistilHubertUpstream
+from s3prl_ekd.teachers.huggingface import HuggingFaceUpstream
 
 from .conftest import REPO, run_python
 
@@ -129,3 +133,20 @@ def test_the_module_that_init_wrote_finds_the_method(written):
     path = written / "pretrain/ekd/pretrain_expert.py"
     assert "from s3prl_ekd.pretrain_expert import UpstreamPretrainExpert" in path.read_text()
     assert "torch.nn.modules.module.Module" in run_python(code, str(path))
+
+
+def test_a_sweep_of_that_time_is_known_by_its_digest():
+    """``matrix`` keeps a finished run whose digest is that of its settings."""
+    run = SweepRun(FILES / "model.yaml", FILES / "runner.yaml", 1, "")
+    assert run.digest == "b91b6379b2814544a7e1607471f0622a374adee1c5ce20c24d2149af43f39ca1"
+
+
+@pytest.mark.parametrize(
+    "kind, name",
+    [
+        (HuggingFaceUpstream, "s3prl_ekd.teacher_sources.hf_folder.HuggingFaceUpstream"),
+        (DistilHubertUpstream, "s3prl_ekd.teacher_sources.distilhubert.DistilHubertUpstream"),
+    ],
+)
+def test_teachers_of_ours_keep_their_names_in_caches(kind, name):
+    assert upstream_class(object.__new__(kind)) == name

@@ -26,8 +26,8 @@ from ..files.atomic import write_text
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options of this command."""
+    from ..analysis.choice import add_sample_options
     from ..analysis.layers import LINKAGES, SIMILARITIES
-    from ..analysis.sample import add_sample_options
 
     parser.add_argument("config", metavar="CONFIG", type=Path, help="a model config, for -g")
     add_sample_options(parser)
@@ -52,9 +52,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Listen, cluster, write; see the module's text."""
+    from ..analysis.choice import choose_audio
     from ..analysis.layers import cut, layer_tree, require_scipy, similarity_matrix
     from ..analysis.plots import plot_trees, require_matplotlib
-    from ..analysis.sample import choose_audio, load_all, sample_layers
+    from ..analysis.sample import load_all, sample_layers
     from ..pretrain.settings import load_model_config
 
     require_scipy()  # before minutes of listening

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the subcommands and their options."""
-    from ..analysis.sample import add_sample_options
+    from ..analysis.choice import add_sample_options
 
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     actions.add_parser("list", help="hub names by family, and the local kinds understood")
@@ -76,10 +76,11 @@ def _list() -> int:
 
 
 def _inspect(args: argparse.Namespace) -> int:
+    from ..analysis.choice import choose_audio
     from ..analysis.layer_statistics import aligned, layer_statistics
     from ..analysis.layers import cka_matrix
     from ..analysis.plots import plot_similarity, require_matplotlib
-    from ..analysis.sample import choose_audio, load_all, sample_layers
+    from ..analysis.sample import load_all, sample_layers
     from ..pretrain.settings import load_model_config
 
     require_matplotlib()  # before minutes of listening

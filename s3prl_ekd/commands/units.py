@@ -15,7 +15,7 @@ import logging
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..analysis.sample import add_sample_options, choose_audio
+from ..analysis.choice import add_sample_options, choose_audio
 from ..errors import ConfigError, TeacherError
 
 logger = logging.getLogger(__name__)

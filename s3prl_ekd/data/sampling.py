@@ -17,6 +17,8 @@ from torch.utils.data import Sampler
 from ..errors import DataError
 from .tables import Utterance
 
+logger = logging.getLogger(__name__)
+
 
 def generator(seed: int, epoch: int, utterance: str, role: str) -> random.Random:
     """Random numbers that are a function of these four.
@@ -93,9 +95,6 @@ class EpochOrder(Sampler[tuple[int, int]]):
         passes, self.position = divmod(after, self.count)
         self.epoch = epoch + passes
         return ((epoch, index) for index in self.order(epoch)[position :: self.step])
-
-
-logger = logging.getLogger(__name__)
 
 
 def bucket(

@@ -23,6 +23,27 @@ from ..workspace import write_workspace
 from .corpus import make_corpus
 from .labels import make_labels
 
+SINGLE = "tiny/single_hubert"
+STUDENTS = {"ekd": "tiny_model", "single": SINGLE}  # and their model configs
+TWIN = "tiny_hubert_random"
+# The rows of the last table, and which of them are compared.
+UPSTREAMS = ("fbank", TWIN, *TEACHERS, "single", "ekd")
+PAIRS = (
+    *((teacher, TWIN) for teacher in TEACHERS),
+    ("single", TWIN),
+    ("ekd", TWIN),
+    ("ekd", "single"),
+    ("ekd", TEACHERS[0]),
+)
+NOTE = f"""\
+{TWIN} is tiny_hubert's architecture with random weights; single is the student of
+tiny_hubert alone, ekd that of all three teachers. fbank scores chance on SID and ER: its mean over
+an utterance is zero. Upstreams whose difference has zero in its 95 % interval are not told apart;
+the intervals are over test utterances, for one seed:"""
+CACHE = "cache"  # the teachers' targets, for both students
+# Of --downstream-steps, what each task takes: a linear probe's steps cost least.
+SHARES = {"pr": 2.0, "sid": 0.5, "er": 0.5, "asr": 1.1}
+
 
 def score_table(report: Report, order: Sequence[str]) -> list[tuple[str, ...]]:
     """Rows of text with a head: each upstream's metric on each task with its 95 % interval.
@@ -76,28 +97,6 @@ def verdict(difference: Difference, *, higher: bool) -> str:
     if difference.low <= 0 <= difference.high:
         return "not told apart"
     return "better" if (difference.value > 0) == higher else "worse"
-
-
-SINGLE = "tiny/single_hubert"
-STUDENTS = {"ekd": "tiny_model", "single": SINGLE}  # and their model configs
-TWIN = "tiny_hubert_random"
-# The rows of the last table, and which of them are compared.
-UPSTREAMS = ("fbank", TWIN, *TEACHERS, "single", "ekd")
-PAIRS = (
-    *((teacher, TWIN) for teacher in TEACHERS),
-    ("single", TWIN),
-    ("ekd", TWIN),
-    ("ekd", "single"),
-    ("ekd", TEACHERS[0]),
-)
-NOTE = f"""\
-{TWIN} is tiny_hubert's architecture with random weights; single is the student of
-tiny_hubert alone, ekd that of all three teachers. fbank scores chance on SID and ER: its mean over
-an utterance is zero. Upstreams whose difference has zero in its 95 % interval are not told apart;
-the intervals are over test utterances, for one seed:"""
-CACHE = "cache"  # the teachers' targets, for both students
-# Of --downstream-steps, what each task takes: a linear probe's steps cost least.
-SHARES = {"pr": 2.0, "sid": 0.5, "er": 0.5, "asr": 1.1}
 
 
 @dataclass

@@ -34,7 +34,12 @@ from ..hidden_states.feature_store import FeatureStore, key_of, rounded
 from ..hidden_states.fingerprint import weights_digest
 from ..request import CACHE, CacheOptions
 
+logger = logging.getLogger(__name__)
+
+
 _LINE = re.compile(r"features: (\d+) hits, (\d+) misses, (\d+) excerpts, (\d+) bytes written")
+
+FRAMES = "ekd_frames"  # beside the hidden states: how many frames each utterance has
 
 
 @dataclass
@@ -62,9 +67,6 @@ def read_counts(text: str) -> Counts:
     for numbers in _LINE.findall(text):
         total += Counts(*map(int, numbers))
     return total
-
-
-FRAMES = "ekd_frames"  # beside the hidden states: how many frames each utterance has
 
 
 class CachedUpstream(nn.Module):
@@ -255,9 +257,6 @@ def _json_digest(folder: str | None) -> str | None:
 def _sha256(path: str | None) -> str | None:
     """Of a file's contents; None for what is no file: then the weights must do."""
     return file_sha256(path) if path and Path(path).is_file() else None
-
-
-logger = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager

@@ -144,8 +144,9 @@ def common_frames(lengths: Sequence[tuple[str, Tensor]]) -> Tensor:
 def load_asr_teacher(path: str | Path) -> AsrTeacher:
     """Rebuild a finished run with s3prl's own classes, on the CPU.
 
-    Needs ``compat.apply()`` and ``plugin.register()`` before. Paths in the run's arguments and
-    config (upstream checkpoint, dictionary) are looked up from the working folder, as s3prl does.
+    Needs ``compat.apply()`` and ``registration.register()`` before. Paths in the run's arguments
+    and config (upstream checkpoint, dictionary) are looked up from the working folder, as s3prl
+    does.
 
     Args:
         path: a checkpoint, or a run's folder: its ``dev-clean-best.ckpt``, else the newest one.
@@ -287,7 +288,7 @@ class MultitaskLoss:
     ) -> Tensor | None:
         logits, lengths, waves = self.logits, self.lengths, self.waves
         self.logits, self.waves = None, ()  # a graph kept here would live through the evaluation
-        if args[0] != self.train_split or logits is None or lengths is None:
+        if args[0] != self.train_split:
             return None
         assert logits is not None and lengths is not None  # the model has run before its loss
         soft, scalars = self.soft_loss(waves, logits, lengths)

@@ -23,6 +23,9 @@ from ..files.atomic import file_sha256
 from ..files.safetensors_file import SafetensorsWriter
 from ..files.text import read_text
 
+FORMAT, VERSION = "s3prl_ekd.features", 1
+_AHEAD = 4  # files that are read while the model works
+
 
 def collect_audio(given: Sequence[str], lists: Sequence[Path] = ()) -> dict[str, Path]:
     """Files, folders and lists of files -> ``{key: path}``.
@@ -61,10 +64,6 @@ def collect_audio(given: Sequence[str], lists: Sequence[Path] = ()) -> dict[str,
 def _lines(path: Path) -> list[str]:
     text = read_text(path, "list", DataError, limit=1 << 28, utf8="utf-8-sig")
     return [line.strip() for line in text.splitlines() if line.strip()]
-
-
-FORMAT, VERSION = "s3prl_ekd.features", 1
-_AHEAD = 4  # files that are read while the model works
 
 
 @dataclass

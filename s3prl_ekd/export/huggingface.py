@@ -58,6 +58,18 @@ _FIXED = {
 }
 _UNUSED = "mask_emb"  # of masked prediction; no hidden state needs it
 
+TOLERANCE = 1e-6  # how far a hidden state may be from the student's
+FILES = ("config.json", "model.safetensors", "preprocessor_config.json", "README.md")
+PREPROCESSOR = {
+    "feature_extractor_type": "Wav2Vec2FeatureExtractor",
+    "do_normalize": False,  # a student takes waveforms as they are
+    "feature_size": 1,
+    "padding_side": "right",
+    "padding_value": 0.0,
+    "return_attention_mask": True,
+    "sampling_rate": 16_000,
+}
+
 
 def load_hf_student(folder: str | Path) -> LoadedStudent:
     """Read a folder with ``config.json`` and ``model.safetensors`` as a student without heads.
@@ -150,19 +162,6 @@ def _drop_identity(weights: dict[str, torch.Tensor], folder: Path) -> None:
             f"{folder}: the conv extractor is as wide as the layers, and a student then has no "
             "feature projection; this model has one that is not the identity"
         )
-
-
-TOLERANCE = 1e-6  # how far a hidden state may be from the student's
-FILES = ("config.json", "model.safetensors", "preprocessor_config.json", "README.md")
-PREPROCESSOR = {
-    "feature_extractor_type": "Wav2Vec2FeatureExtractor",
-    "do_normalize": False,  # a student takes waveforms as they are
-    "feature_size": 1,
-    "padding_side": "right",
-    "padding_value": 0.0,
-    "return_attention_mask": True,
-    "sampling_rate": 16_000,
-}
 
 
 def hubert_config(settings: StudentSettings) -> HubertConfig:

@@ -40,6 +40,9 @@ DYNAMIC = {
 OPSET = 17  # which brought LayerNormalization; torch's exporter knows up to 20
 _LIMIT = 2 * 10**9  # bytes; a protobuf cannot be larger than 2 GiB
 
+TOLERANCE = 1e-4  # of a hidden state, or of the layer's largest value where that is above 1
+SECONDS = (0.1, 1.0, 3.0)  # the lengths at which a graph is checked, alone and as a padded batch
+
 
 class OnnxStudent(nn.Module):
     """A student's forward with the inputs and outputs of a graph, over a copy of its weights.
@@ -149,10 +152,6 @@ def onnx_bytes(student: Student, opset: int = OPSET) -> bytes:
     onnx.helper.set_model_props(graph, {name: str(value) for name, value in facts.items()})
     onnx.checker.check_model(graph)
     return graph.SerializeToString()
-
-
-TOLERANCE = 1e-4  # of a hidden state, or of the layer's largest value where that is above 1
-SECONDS = (0.1, 1.0, 3.0)  # the lengths at which a graph is checked, alone and as a padded batch
 
 
 class OnnxSession:

@@ -33,6 +33,9 @@ from .text import CONTROL, MAX_DEPTH, MAX_NUMBER, MAX_YAML, parse_yaml, read_tex
 T = TypeVar("T")
 MAX_LIST, MAX_NAMES = 10_000, 1000
 
+_CODE = re.compile(r"""[()\[\]{}'"`]""")
+_SHELL = re.compile(r"""["$`\\!]""")  # what a shell changes between double quotes
+
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """Read a YAML file that holds a mapping. Raises ConfigError naming the file."""
@@ -231,10 +234,6 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
         else:
             merged[key] = copy.deepcopy(value)
     return merged
-
-
-_CODE = re.compile(r"""[()\[\]{}'"`]""")
-_SHELL = re.compile(r"""["$`\\!]""")  # what a shell changes between double quotes
 
 
 def apply_overrides(data: dict[str, Any], overrides: str) -> dict[str, Any]:

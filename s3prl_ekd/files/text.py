@@ -22,6 +22,10 @@ _WEB_PAGE = re.compile(rb"(\xef\xbb\xbf)?\s*<(!doctype\s+html|html|\?xml)\b", re
 # Line breaks, other control characters and halves of surrogate pairs.
 CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
+MAX_YAML = 1 << 17  # bytes; PyYAML reads about as many in a second or two
+MAX_NODES = 10_000  # scalars, lists and mappings, each alias counted as all that it stands for
+MAX_SCALAR = 4096  # characters; a path has no more
+
 
 def check_regular(
     path: str | Path, what: str, error: type[EkdError], limit: int | None = None
@@ -187,11 +191,6 @@ def _finite(text: str) -> float:
     if abs(number) == float("inf"):
         raise ValueError(f"{text[:60]} is too large")
     return number
-
-
-MAX_YAML = 1 << 17  # bytes; PyYAML reads about as many in a second or two
-MAX_NODES = 10_000  # scalars, lists and mappings, each alias counted as all that it stands for
-MAX_SCALAR = 4096  # characters; a path has no more
 
 
 class PlainLoader(yaml.SafeLoader):

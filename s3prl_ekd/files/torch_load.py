@@ -43,6 +43,35 @@ _BYTES_OF_ONE = 1 << 18  # of the file, for each more
 _SHAPED = {"empty", "zeros", "ones", "full", "rand", "randn", "empty_strided", "new_empty"}
 _RANGES = {"arange", "range", "linspace", "logspace", "randperm"}
 
+MAX_PICKLE = 4 << 20  # bytes; 5000 tensors take 1.3 million
+MAX_MEMBERS = 65_536  # in the archive: one a tensor
+MAX_CONTENTS = 8 << 20  # bytes of the archive's list of members
+_MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # the first two pickles before torch 1.6
+# The end of an archive, and before it where there are large numbers; see PKWARE's APPNOTE.
+_END = struct.Struct("<4s4H2LH")
+_LOCATOR = struct.Struct("<4sLQL")
+_LARGE_END = struct.Struct("<4sQ2H2L4Q")
+_TYPES = (
+    "BFloat16 Half Float Double ComplexFloat ComplexDouble Bool Byte Char Short Int Long".split()
+)
+# All that a file may name beside what the caller allows: tensors, their types, and containers.
+ALLOWED = frozenset(
+    [
+        "collections.OrderedDict",
+        "__builtin__.set",
+        "builtins.set",
+        "torch.Size",
+        "torch.device",
+        "torch._utils._rebuild_tensor",
+        "torch._utils._rebuild_tensor_v2",
+        "torch._utils._rebuild_parameter",
+        "torch.storage.UntypedStorage",
+        *(f"torch.{name}Storage" for name in _TYPES),
+        *(f"torch.{kind}{size}" for kind in ("float", "int", "uint") for size in (8, 16, 32, 64)),
+        *(f"torch.{name}" for name in ("bool", "bfloat16", "complex64", "complex128")),
+    ]
+)
+
 
 @contextlib.contextmanager
 def build_limit(path: str | Path) -> Iterator[None]:
@@ -103,12 +132,6 @@ class _Watch(_Counts, TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self._path, self._held = path, held
         self._bytes, self._tensors = most, _SPARE_TENSORS + held // _BYTES_OF_ONE
-
-
-MAX_PICKLE = 4 << 20  # bytes; 5000 tensors take 1.3 million
-MAX_MEMBERS = 65_536  # in the archive: one a tensor
-MAX_CONTENTS = 8 << 20  # bytes of the archive's list of members
-_MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # the first two pickles before torch 1.6
 
 
 def named_globals(path: Path) -> Iterator[str]:
@@ -208,12 +231,6 @@ def _check_contents(file: BinaryIO, size: int) -> int:
     return count
 
 
-# The end of an archive, and before it where there are large numbers; see PKWARE's APPNOTE.
-_END = struct.Struct("<4s4H2LH")
-_LOCATOR = struct.Struct("<4sLQL")
-_LARGE_END = struct.Struct("<4sQ2H2L4Q")
-
-
 def _read(file: BinaryIO, kind: struct.Struct, at: int) -> tuple[Any, ...] | None:
     if at < 0:
         return None
@@ -265,28 +282,6 @@ class _Limited:
 
     def tell(self) -> int:
         return MAX_PICKLE - self._left
-
-
-_TYPES = (
-    "BFloat16 Half Float Double ComplexFloat ComplexDouble Bool Byte Char Short Int Long".split()
-)
-# All that a file may name beside what the caller allows: tensors, their types, and containers.
-ALLOWED = frozenset(
-    [
-        "collections.OrderedDict",
-        "__builtin__.set",
-        "builtins.set",
-        "torch.Size",
-        "torch.device",
-        "torch._utils._rebuild_tensor",
-        "torch._utils._rebuild_tensor_v2",
-        "torch._utils._rebuild_parameter",
-        "torch.storage.UntypedStorage",
-        *(f"torch.{name}Storage" for name in _TYPES),
-        *(f"torch.{kind}{size}" for kind in ("float", "int", "uint") for size in (8, 16, 32, 64)),
-        *(f"torch.{name}" for name in ("bool", "bfloat16", "complex64", "complex128")),
-    ]
-)
 
 
 def safe_load(

@@ -25,6 +25,16 @@ from .store import PER_TEACHER, Block, Index, Layout, Part, part_of
 
 TOLERANCE = 0.01  # of the answer; devices and versions differ by far less (ours)
 
+# Classes of ours under the names that stand in caches of version 0.1: they have moved since.
+CLASS_NAMES = {
+    "s3prl_ekd.teachers.huggingface.HuggingFaceUpstream": (
+        "s3prl_ekd.teacher_sources.hf_folder.HuggingFaceUpstream"
+    ),
+    "s3prl_ekd.teachers.distilhubert.DistilHubertUpstream": (
+        "s3prl_ekd.teacher_sources.distilhubert.DistilHubertUpstream"
+    ),
+}
+
 
 def make_key(
     teachers: TeacherEnsemble,
@@ -47,9 +57,8 @@ def make_key(
     answers = _answers(teachers)
     known = {}
     for name, teacher in teachers.items():
-        kind = type(teacher.upstream)
         known[name] = {
-            "class": f"{kind.__module__}.{kind.__qualname__}",
+            "class": upstream_class(teacher.upstream),
             "weights": weights_digest(teacher.upstream),
             "answer": answers[name],
             "targets": [list(target) for target in teacher.targets],
@@ -61,7 +70,14 @@ def make_key(
         "sequence_length": sequence_length,
         "max_timestep": max_timestep,
         "tables": dict(tables),
-    }  # the names are PARTS of index.py
+    }  # the names are PARTS of store.py
+
+
+def upstream_class(upstream: object) -> str:
+    """The class of a teacher's upstream, as a cache's key names it."""
+    kind = type(upstream)
+    name = f"{kind.__module__}.{kind.__qualname__}"
+    return CLASS_NAMES.get(name, name)
 
 
 def weights_digest(module: nn.Module) -> str:

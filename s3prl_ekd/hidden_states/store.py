@@ -46,6 +46,33 @@ NUMPY = {"float16": np.float16, "bfloat16": np.int16, "int8": np.int8}
 BYTES = {name: np.dtype(kind).itemsize for name, kind in NUMPY.items()}
 STEPS = 127  # of int8, on either side of 0
 
+INDEX, NAMES, RECORDS = "index.json", "utterances.json", "utterances.bin"
+TARGETS, SCALES = "targets.bin", "scales.bin"
+FORMAT, VERSION = "s3prl_ekd.target_cache", 1
+PER_TEACHER = "per teacher"  # contents of a key: each teacher's own targets, not aggregated ones
+# frames that are stored (0: its audio is bad); samples that were heard; CRC-32 of targets, scales
+RECORD = np.dtype([("frames", "<u4"), ("samples", "<u4"), ("crc", "<u4")])
+PARTS: dict[str, type | tuple[type, ...]] = {
+    "teachers": dict,
+    "teacher_precision": str,
+    "contents": (str, dict),
+    "sequence_length": int,
+    "max_timestep": int,
+    "tables": dict,
+}  # of a key
+KINDS = {
+    "dtype": str,
+    "layout": list,
+    "seed": int,
+    "key": dict,
+    "utterances": str,
+    "complete": bool,
+    "digest": str,
+}  # of the index; of the utterances it has a digest
+MAX_NAMES = 1 << 32  # bytes; some ten million utterances
+BUILD = "s3prl-ekd cache -c RUNNER.yaml -g MODEL.yaml -o"
+EVERY = 10.0  # seconds between two moments from which a machine that lost its power could go on
+
 
 def to_numbers(
     values: Tensor, layout: Layout, dtype: str, utterance: str
@@ -166,33 +193,6 @@ def part_of(layout: Layout, wanted: Mapping[str, Sequence[int]]) -> Part:
                 spans.append((begin, begin + block.dim))
             numbers.append(piece + target)
     return Part(tuple(chosen), tuple(spans), tuple(numbers))
-
-
-INDEX, NAMES, RECORDS = "index.json", "utterances.json", "utterances.bin"
-TARGETS, SCALES = "targets.bin", "scales.bin"
-FORMAT, VERSION = "s3prl_ekd.target_cache", 1
-PER_TEACHER = "per teacher"  # contents of a key: each teacher's own targets, not aggregated ones
-# frames that are stored (0: its audio is bad); samples that were heard; CRC-32 of targets, scales
-RECORD = np.dtype([("frames", "<u4"), ("samples", "<u4"), ("crc", "<u4")])
-PARTS: dict[str, type | tuple[type, ...]] = {
-    "teachers": dict,
-    "teacher_precision": str,
-    "contents": (str, dict),
-    "sequence_length": int,
-    "max_timestep": int,
-    "tables": dict,
-}  # of a key
-KINDS = {
-    "dtype": str,
-    "layout": list,
-    "seed": int,
-    "key": dict,
-    "utterances": str,
-    "complete": bool,
-    "digest": str,
-}  # of the index; of the utterances it has a digest
-MAX_NAMES = 1 << 32  # bytes; some ten million utterances
-BUILD = "s3prl-ekd cache -c RUNNER.yaml -g MODEL.yaml -o"
 
 
 @dataclass(frozen=True)
@@ -485,9 +485,6 @@ class TargetReader:
 def checksum(stored: np.ndarray, scales: bytes = b"") -> int:
     """CRC-32 of an utterance's targets ``[frame, column]`` and then its scales."""
     return zlib.crc32(scales, zlib.crc32(stored.data))
-
-
-EVERY = 10.0  # seconds between two moments from which a machine that lost its power could go on
 
 
 class CacheWriter:

@@ -66,19 +66,18 @@ def _launch(
 
 def import_script(script: str) -> ModuleType:
     """s3prl's module of that name, from the checkout we stand in or from the installed package."""
-    from .. import compat
-    from .. import registration as plugin
+    from .. import compat, registration
 
     compat.apply()
     here = Path.cwd()
     if (here / f"{script}.py").is_file() and (here / "hub.py").is_file():
         sys.path.insert(0, str(here))  # what `python run_pretrain.py` would do
-        plugin.register()
+        registration.register()
         return importlib.import_module(script)
     if script == "run_pretrain":
-        plugin.open_pretrain(here)  # it needs nothing of s3prl.hub, which takes seconds to import
+        registration.open_pretrain(here)  # without s3prl.hub, which takes seconds to import
     else:
-        plugin.register()
+        registration.register()
     return importlib.import_module(f"s3prl.{script}")
 
 

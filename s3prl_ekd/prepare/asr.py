@@ -33,6 +33,17 @@ LETTERS = string.ascii_uppercase + "'"  # all that a transcript may have, beside
 
 _FOREIGN = re.compile(f"[^{LETTERS} ]")
 
+TABLES = "len_for_bucket"
+DESCRIPTION = """\
+A LibriSpeech layout for `run_downstream.py -d asr`: OUT/{train,dev,test}-clean/SPK/CHAP/ with
+audio (links) and transcripts, length tables in OUT/len_for_bucket, and OUT/prepared.tsv, which
+maps the new names to the old paths.
+
+Needs the columns path, speaker, text, split. Texts are written in upper case and may hold A to Z,
+the apostrophe and spaces. Lines without a text are left out and counted.
+"""
+FAULTY = "lines with other characters"
+
 
 def normalise(text: str) -> str:
     """Upper case, and one space between words. Nothing is dropped."""
@@ -42,9 +53,6 @@ def normalise(text: str) -> str:
 def foreign_characters(text: str) -> str:
     """The characters of a normalised text that the dictionary lacks, each once, sorted."""
     return "".join(sorted(set(_FOREIGN.findall(text))))
-
-
-TABLES = "len_for_bucket"
 
 
 @dataclass(frozen=True)
@@ -169,17 +177,6 @@ def write_split_tables(
             write_table(folder / f"{split}.csv", rows)
             written[split] = [length for _, length in rows]
     return written
-
-
-DESCRIPTION = """\
-A LibriSpeech layout for `run_downstream.py -d asr`: OUT/{train,dev,test}-clean/SPK/CHAP/ with
-audio (links) and transcripts, length tables in OUT/len_for_bucket, and OUT/prepared.tsv, which
-maps the new names to the old paths.
-
-Needs the columns path, speaker, text, split. Texts are written in upper case and may hold A to Z,
-the apostrophe and spaces. Lines without a text are left out and counted.
-"""
-FAULTY = "lines with other characters"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

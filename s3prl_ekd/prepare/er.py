@@ -36,6 +36,25 @@ from .new_folder import PREPARED, check_free, link_folder, new_folder
 AUDIO = "audio"  # in the folder written: what root in the YAML points to
 META = "meta_data"  # and meta_data
 
+LABELS = ("neu", "hap", "ang", "sad")  # s3prl's order
+MERGED = {"exc": "hap"}
+SESSIONS = tuple(f"Session{number}" for number in range(1, 6))
+WHOLE = dict(zip(SESSIONS, (1085, 1023, 1151, 1031, 1241), strict=True))
+ABOUT_ER = """\
+Folds for `run_downstream.py -d emotion`: OUT/meta_data/SessionN with the lists of fold N,
+OUT/audio, a link to the audio, and OUT/prepared.tsv.
+
+Needs the columns path and split, and one with labels. Lines with another label, or none, are left
+out and counted. With --fold-column, each value of that column is tested once and the rest trained
+on, whatever the split; without, there is one fold: test is tested, train and dev are trained on
+(the recipe draws its own dev set from them).
+"""
+ABOUT_IEMOCAP = """\
+The five folds of IEMOCAP for `run_downstream.py -d emotion`, as SUPERB makes them: ROOT has
+Session1 to Session5 in it; neu, hap, ang and sad are kept, exc counts as hap. The lines are sorted;
+s3prl's repository carries lists in another order, which give another dev set and the same test set.
+"""
+
 
 @dataclass(frozen=True)
 class Item:
@@ -153,12 +172,6 @@ def summary(folds: Sequence[Fold], labels: Sequence[str]) -> list[str]:
     return lines
 
 
-LABELS = ("neu", "hap", "ang", "sad")  # s3prl's order
-MERGED = {"exc": "hap"}
-SESSIONS = tuple(f"Session{number}" for number in range(1, 6))
-WHOLE = dict(zip(SESSIONS, (1085, 1023, 1151, 1031, 1241), strict=True))
-
-
 def read_iemocap(root: Path) -> list[Item]:
     """The utterances of the four classes, by session, dialog and place in the dialog.
 
@@ -223,23 +236,6 @@ def check_shape(root: Path) -> None:
                 inside = next((path for path in found if not is_passed_over(path.name)), None)
                 hint = f"; is it {inside}?" if inside else ""
                 raise DataError(f"{root} is not IEMOCAP: it has no {session}/{below}{hint}")
-
-
-ABOUT_ER = """\
-Folds for `run_downstream.py -d emotion`: OUT/meta_data/SessionN with the lists of fold N,
-OUT/audio, a link to the audio, and OUT/prepared.tsv.
-
-Needs the columns path and split, and one with labels. Lines with another label, or none, are left
-out and counted. With --fold-column, each value of that column is tested once and the rest trained
-on, whatever the split; without, there is one fold: test is tested, train and dev are trained on
-(the recipe draws its own dev set from them).
-"""
-
-ABOUT_IEMOCAP = """\
-The five folds of IEMOCAP for `run_downstream.py -d emotion`, as SUPERB makes them: ROOT has
-Session1 to Session5 in it; neu, hap, ang and sad are kept, exc counts as hap. The lines are sorted;
-s3prl's repository carries lists in another order, which give another dev set and the same test set.
-"""
 
 
 def _configure_er(parser: argparse.ArgumentParser) -> None:

@@ -38,6 +38,11 @@ Pronunciations = dict[str, tuple[str, ...]]  # word in upper case -> phones
 
 _VARIANT = re.compile(r"\(\d+\)$")
 
+LONGEST = 20  # phones; g2p_en stops there, so that many may be a cut word
+_LETTERS = re.compile(r"[A-Z']*[A-Z][A-Z']*")
+LEXICON = "lexicon.txt"
+_NAMED = 10  # missing words in a message
+
 
 def read_lexicon(
     paths: Sequence[str | Path],
@@ -103,10 +108,6 @@ def write_lexicon(path: str | Path, pronunciations: Mapping[str, Sequence[str]])
     write_text(path, "".join(lines))
 
 
-LONGEST = 20  # phones; g2p_en stops there, so that many may be a cut word
-_LETTERS = re.compile(r"[A-Z']*[A-Z][A-Z']*")
-
-
 def guess(
     words: Iterable[str], advance: Callable[[int], object] = lambda done: None
 ) -> Pronunciations:
@@ -160,10 +161,6 @@ def _without_downloads(nltk: Any) -> Iterator[None]:
         yield
     finally:
         nltk.download = download
-
-
-LEXICON = "lexicon.txt"
-_NAMED = 10  # missing words in a message
 
 
 def lexicon_options(parser: argparse.ArgumentParser) -> None:

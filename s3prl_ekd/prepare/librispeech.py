@@ -25,6 +25,21 @@ from .new_folder import PREPARED, check_free, link, new_folder
 NEEDED = ("train-clean-100", "dev-clean", "test-clean")  # by SUPERB's ASR and PR
 SPLITS = (*NEEDED, "train-clean-360", "train-other-500", "dev-other", "test-other")
 
+DESCRIPTION = f"""\
+Check the real LibriSpeech for `run_downstream.py -d asr` and `-d ctc`: DIR has {", ".join(NEEDED)}
+in it, and each utterance its text. Writes OUT/len_for_bucket, the length tables of every split that
+is there (they serve distillation too), OUT/LibriSpeech, a link to DIR, and with --lexicon or --g2p
+OUT/lexicon.txt, the words of those three splits and their phones, for PR.
+
+A lexicon is a text file with a word and its ARPAbet phones on each line, stress included, as in
+CMUdict. SUPERB's own are in s3prl's repository (downstream/ctc/lexicon); with them scores compare.
+
+example:
+  s3prl-ekd prepare librispeech /data/LibriSpeech -o data/librispeech --lexicon cmudict.dict --g2p
+"""
+AUDIO = "LibriSpeech"
+MISSING = "words_without.txt"
+
 
 def check_shape(root: Path) -> list[str]:
     """The splits that are there, those of :data:`NEEDED` first.
@@ -119,22 +134,6 @@ def measure_splits(
                 f"them again: {'; '.join(bad[:3])}{'; …' * (len(bad) > 3)}"
             )
     return rows
-
-
-DESCRIPTION = f"""\
-Check the real LibriSpeech for `run_downstream.py -d asr` and `-d ctc`: DIR has {", ".join(NEEDED)}
-in it, and each utterance its text. Writes OUT/len_for_bucket, the length tables of every split that
-is there (they serve distillation too), OUT/LibriSpeech, a link to DIR, and with --lexicon or --g2p
-OUT/lexicon.txt, the words of those three splits and their phones, for PR.
-
-A lexicon is a text file with a word and its ARPAbet phones on each line, stress included, as in
-CMUdict. SUPERB's own are in s3prl's repository (downstream/ctc/lexicon); with them scores compare.
-
-example:
-  s3prl-ekd prepare librispeech /data/LibriSpeech -o data/librispeech --lexicon cmudict.dict --g2p
-"""
-AUDIO = "LibriSpeech"
-MISSING = "words_without.txt"
 
 
 def _configure(parser: argparse.ArgumentParser) -> None:

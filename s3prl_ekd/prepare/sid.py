@@ -33,6 +33,21 @@ SHORTEST = 1600  # samples of an excerpt: 0.1 s, four frames
 _LINE = re.compile(r"(\S+)\s+(id(\d{5})/[^/\s]+/[^/\s]+\.wav)")
 _SPEAKER = re.compile(r"id\d{5}")
 
+ABOUT_SID = """\
+A corpus of VoxCeleb1's shape for `run_downstream.py -d voxceleb1`: OUT/audio with links to the
+audio, OUT/split.txt, OUT/speakers.tsv (which speaker each idNNNNN is) and OUT/prepared.tsv.
+
+Needs the columns path, speaker and split. The task is to tell known speakers apart, so each of them
+has utterances in train; the splits are those of the utterances. Where each speaker has one room and
+one microphone, whole utterances are told apart by nearly any features; --test-seconds 1 leaves the
+middle second of dev and test, which is harder.
+"""
+ABOUT_VOXCELEB1 = """\
+Check the real VoxCeleb1 for `run_downstream.py -d voxceleb1`: ROOT has dev/wav and test/wav in it,
+SPLIT_FILE is the identification split that VoxCeleb's authors publish (iden_split.txt). Writes
+OUT/split.txt and OUT/audio, a link to ROOT. What is missing is named, all of it in OUT-missing.txt.
+"""
+
 
 @dataclass(frozen=True)
 class SplitLine:
@@ -254,23 +269,6 @@ def _split_line(split: str, path: str) -> str:
 
 def _write(path: Path, lines: Sequence[str]) -> None:
     path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-
-
-ABOUT_SID = """\
-A corpus of VoxCeleb1's shape for `run_downstream.py -d voxceleb1`: OUT/audio with links to the
-audio, OUT/split.txt, OUT/speakers.tsv (which speaker each idNNNNN is) and OUT/prepared.tsv.
-
-Needs the columns path, speaker and split. The task is to tell known speakers apart, so each of them
-has utterances in train; the splits are those of the utterances. Where each speaker has one room and
-one microphone, whole utterances are told apart by nearly any features; --test-seconds 1 leaves the
-middle second of dev and test, which is harder.
-"""
-
-ABOUT_VOXCELEB1 = """\
-Check the real VoxCeleb1 for `run_downstream.py -d voxceleb1`: ROOT has dev/wav and test/wav in it,
-SPLIT_FILE is the identification split that VoxCeleb's authors publish (iden_split.txt). Writes
-OUT/split.txt and OUT/audio, a link to ROOT. What is missing is named, all of it in OUT-missing.txt.
-"""
 
 
 def _configure_sid(parser: argparse.ArgumentParser) -> None:

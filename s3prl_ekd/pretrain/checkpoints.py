@@ -24,8 +24,14 @@ from ..files.atomic import remove_leftovers, save_whole, second_name
 from ..files.formats import CHECKPOINT_PARTS, RUN_STATE, NewerFormatError, refuse_newer
 from ..files.run_checkpoints import LAST, read_run, run_checkpoints
 
-KEY = RUN_STATE  # in a checkpoint; all of the Runner's own state is under it
+logger = logging.getLogger(__name__)
+
+
+KEY = RUN_STATE  # in a checkpoint; all of the trainer's own state is under it
 VERSION = CHECKPOINT_PARTS[KEY]
+
+BEST = "dev-best.ckpt"
+_NUMBERED = re.compile(r"states-(\d+)\.ckpt")
 
 
 @dataclass
@@ -94,12 +100,6 @@ class Progress:
         except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"{path} is damaged: its run state ({KEY}): {error}") from None
         return Progress(**values)
-
-
-logger = logging.getLogger(__name__)
-
-BEST = "dev-best.ckpt"
-_NUMBERED = re.compile(r"states-(\d+)\.ckpt")
 
 
 class SaveError(SetupError):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, DataError
-from ..files import config as overrides
+from ..files.config import typed as override
 
 DATA = "pretrain_expert.datarc"
 SETS = f"{DATA}.sets"
@@ -98,7 +98,7 @@ def check_tables(
         raise DataError(
             f"the contents of the corpus tables have changed since the checkpoint was written: "
             f"{tables}; put the old ones back, or go on with the new ones, in a new pass over the "
-            f"data, by naming them: {overrides.typed(SETS, list(now))}"
+            f"data, by naming them: {override(SETS, list(now))}"
         )
 
 

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..data.batches import Batch
 from ..distill.batch import DistillBatch
 from ..distill.distiller import EnsembleDistiller
-from ..errors import SetupError
+from ..errors import SetupError, first_line
 from ..system import torchrun
 
 logger = logging.getLogger(__name__)
@@ -120,7 +120,7 @@ def join(device: str) -> Processes:
         if not dist.is_initialized():
             dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo")
     except (KeyError, ValueError, RuntimeError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        first = first_line(error)
         raise SetupError(
             f"the processes of this run do not find each other: {first}; start them with torchrun"
         ) from None

@@ -37,6 +37,9 @@ SAME_FROM_TORCHRUN = 5.0
 LAST_BATCH = 1.0  # seconds
 LAST_BATCH_OF_SEVERAL = 3.0
 
+# In the errors of torch's allocators: CUDA, MPS, Linux and other CPUs.
+SIGNS = ("out of memory", "can't allocate memory", "not enough memory")
+
 
 class StoppedWaiting(Exception):
     """After a signal, the next batch has not come in time."""
@@ -192,10 +195,6 @@ def _last_batch() -> float:
 def _kill_children() -> None:
     for child in multiprocessing.active_children():
         child.kill()
-
-
-# In the errors of torch's allocators: CUDA, MPS, Linux and other CPUs.
-SIGNS = ("out of memory", "can't allocate memory", "not enough memory")
 
 
 @contextlib.contextmanager

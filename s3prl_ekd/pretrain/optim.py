@@ -24,6 +24,8 @@ from .settings import RunSettings
 
 logger = logging.getLogger(__name__)
 
+NAMED = 48  # utterances in a message
+
 
 def loss_scaler(run: RunSettings, device: str) -> torch.amp.GradScaler:
     """The loss scale; enabled for ``fp16`` on a CUDA device."""
@@ -84,9 +86,6 @@ def _rate(warmup: float, total: int) -> Callable[[int], float]:
         return max(0.0, min(1.0, up, down))
 
     return rate
-
-
-NAMED = 48  # utterances in a message
 
 
 class NotFiniteError(EkdError):

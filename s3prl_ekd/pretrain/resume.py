@@ -18,6 +18,8 @@ from .config_diff import check_tables, table_digests
 from .distributed import Processes
 from .expert import UpstreamPretrainExpert
 
+logger = logging.getLogger(__name__)
+
 
 def random_states(device: str = "cpu") -> dict[str, Any]:
     """The states of all generators, as plain data and tensors that a checkpoint may hold.
@@ -64,9 +66,6 @@ def random_numbers_untouched(device: str = "cpu") -> Iterator[None]:
         yield
     finally:
         set_random_states(states, device)
-
-
-logger = logging.getLogger(__name__)
 
 
 def resumed_progress(

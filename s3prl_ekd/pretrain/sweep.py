@@ -45,6 +45,7 @@ class SweepRun:
     def digest(self) -> str:
         """Of all that the result depends on: both configs, overrides, seed."""
         model = plain(load_model_config(self.config))
+        model.pop("student_backend")  # both give equal results; 0.1 had no such key
         runner = load_runner_config(self.runner, self.overrides)
         text = json.dumps([model, plain(runner), self.seed], sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()

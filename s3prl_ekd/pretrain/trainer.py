@@ -29,6 +29,7 @@ from ..errors import CheckpointError, DataError, SetupError
 from ..files.atomic import write_text
 from ..files.config import plain, read_yaml
 from ..files.run_checkpoints import LAST, read_run
+from ..request import PretrainRequest
 from .bad_audio import BadAudioList, UsableBatches, as_tensor
 from .checkpoints import KEY, CheckpointManager, SaveError
 from .distributed import (
@@ -64,8 +65,6 @@ from .settings import FUSED_ADAMW, check_runner_config, load_model_config
 from .tensorboard import NoWriter, ScalarWriter
 
 logger = logging.getLogger(__name__)
-
-ROOT = "result/pretrain"  # s3prl's folder of runs
 
 
 class Trainer:
@@ -561,7 +560,8 @@ def dev_loss(
 def resume_command(args: argparse.Namespace) -> str:
     """The command that resumes a run, from its arguments."""
     name, folder = str(args.expname), str(args.expdir)
-    where = f"-n {shlex.quote(name)}" if folder == f"{ROOT}/{name}" else f"-p {shlex.quote(folder)}"
+    default = f"{PretrainRequest.ROOT}/{name}"
+    where = f"-n {shlex.quote(name)}" if folder == default else f"-p {shlex.quote(folder)}"
     return f"run_pretrain.py -u {args.upstream} {where} -a"
 
 

@@ -25,6 +25,16 @@ States = Sequence[Tensor]  # hidden states, [batch, frame, dim] each
 _SECONDS = 0.5
 _RATE = 16_000
 
+# Samples at 16 kHz: all 2,620 utterances sorted by length, of them every 82nd.
+LENGTHS: Mapping[str, Sequence[int]] = {
+    "short": (20560, 34560, 38480, 42560, 45600, 48720, 52000, 55120),
+    "medium": (59120, 62720, 66400, 71200, 75200, 78640, 82800, 87520),
+    "long": (92720, 98560, 104400, 111120, 118480, 125040, 132720, 142640),
+    "longer": (154000, 166720, 180880, 197920, 217920, 239280, 268160, 326000),
+}
+PROFILER = "s3prl_ekd: products by torch.utils.flop_counter, attention as SUPERB's DeepSpeed fork"
+SPLIT, UTTERANCES, EVERY = "test-clean", 2620, 82
+
 
 def unused_parameters(module: nn.Module, states_of: Callable[[list[Tensor]], States]) -> list[str]:
     """Names of the parameters that no hidden state depends on, in eval mode.
@@ -113,13 +123,13 @@ def build_upstream(hub_name: str, checkpoint: str | None) -> torch.nn.Module:
         SetupError: there is no such name, or it cannot be built.
     """
     from .. import compat
-    from .. import registration as plugin
     from ..files.torch_load import build_limit, restrict_torch
+    from ..registration import register
     from ..teachers.checkpoint import check_upstream_file
 
     restrict_torch()
     compat.apply()
-    plugin.register()
+    register()
     from s3prl import hub
 
     if not hasattr(hub, hub_name):
@@ -181,17 +191,6 @@ def probe(upstream: torch.nn.Module, selection: str, name: str) -> None:
     waves = [0.1 * torch.randn(n, generator=generator) for n in (16000, 9600)]
     with torch.no_grad():
         check_outputs(upstream(waves), selection, name)
-
-
-# Samples at 16 kHz: all 2,620 utterances sorted by length, of them every 82nd.
-LENGTHS: Mapping[str, Sequence[int]] = {
-    "short": (20560, 34560, 38480, 42560, 45600, 48720, 52000, 55120),
-    "medium": (59120, 62720, 66400, 71200, 75200, 78640, 82800, 87520),
-    "long": (92720, 98560, 104400, 111120, 118480, 125040, 132720, 142640),
-    "longer": (154000, 166720, 180880, 197920, 217920, 239280, 268160, 326000),
-}
-PROFILER = "s3prl_ekd: products by torch.utils.flop_counter, attention as SUPERB's DeepSpeed fork"
-SPLIT, UTTERANCES, EVERY = "test-clean", 2620, 82
 
 
 def measure_cost(

@@ -22,6 +22,8 @@ from ..files.text import read_json
 
 RECORD, COST = "superb.json", "cost.json"
 
+_RUN = re.compile(r"lr[^/]+-seed\d+(-(?P<fold>fold\d+))?")
+
 
 @dataclass(frozen=True)
 class Dev:
@@ -177,9 +179,6 @@ def _read_json(path: Path) -> dict | None:
         return read_json(path, "record", DataError)
     except DataError as error:
         raise DataError(f"{path} is damaged: {error}; remove it and run again") from None
-
-
-_RUN = re.compile(r"lr[^/]+-seed\d+(-(?P<fold>fold\d+))?")
 
 
 @dataclass(frozen=True)

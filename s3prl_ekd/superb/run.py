@@ -35,6 +35,10 @@ from .results import RECORD, check_paths
 
 logger = logging.getLogger(__name__)
 
+FORMAT = 1
+PARENT_LOCK = ".superb.lock"  # of this command; NAME of system/lock.py is of what it starts
+LEFTOVER = 10.0  # seconds for a run to end whose command was killed
+
 
 def close_features(runs: Sequence[Run], keep: bool) -> None:
     """Say how often the hidden states of one upstream were found, and remove them unless ``keep``.
@@ -114,11 +118,6 @@ def _signal(number: int) -> str:
         return signal.Signals(number).name
     except ValueError:
         return f"signal {number}"
-
-
-FORMAT = 1
-PARENT_LOCK = ".superb.lock"  # of this command; NAME of system/lock.py is of what it starts
-LEFTOVER = 10.0  # seconds for a run to end whose command was killed
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:

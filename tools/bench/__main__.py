@@ -28,7 +28,7 @@ from tqdm import tqdm
 from s3prl_ekd import __version__, compat
 from s3prl_ekd.errors import SetupError
 from s3prl_ekd.files.atomic import write_text
-from s3prl_ekd.system.terminal import quiet_s3prl, run_command
+from s3prl_ekd.system.terminal import errors_shown, prepare_streams, quiet_s3prl
 
 from .inputs import SIZES, write_corpus, write_teachers
 from .measure import StageTimer, clock, flop_counter, matmul_rate, peak_memory
@@ -59,10 +59,17 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 2, after one sentence, for a user's mistake."""
+    """Run the bench.
+
+    Raises:
+        SystemExit: with 2, after one sentence, for a user's mistake.
+    """
     args = build_parser().parse_args(argv)
+    prepare_streams()
     quiet_s3prl()
-    return run_command(lambda: bench(args))
+    with errors_shown():
+        bench(args)
+    return 0
 
 
 def bench(args: argparse.Namespace) -> None:

@@ -25,7 +25,8 @@ PUBLISHED_CONV = "[(512,10,5)] + [(512,3,2)] * 4 + [(512,2,2)] * 2"
 
 @dataclass(frozen=True)
 class ModelSize:
-    """Teachers, their target layers, and a student: arguments of :mod:`.random_weights`, YAML."""
+    """Teachers, their target layers, and a student, for :mod:`s3prl_ekd.teachers.random_weights`
+    and the YAML files."""
 
     layers: tuple[int, ...]
     teacher: dict[str, Any] = field(default_factory=dict)

@@ -49,6 +49,12 @@ from ...hidden_states.store import (
 )
 from ..interrupts import is_out_of_memory, workers_explained
 
+logger = logging.getLogger(__name__)
+
+
+SPARE = 64 << 20  # bytes to leave free on the disk
+TargetFn = Callable[[Sequence[Tensor]], Mapping[str, Tensor]]  # of waveforms ``[sample]``
+
 
 class Distance(NamedTuple):
     """``mean`` and ``worst`` absolute difference, as shares of the mean absolute target."""
@@ -94,11 +100,6 @@ def distances(
         mean = Distance(total_apart / size, worst / (size / numbers)) if size else Distance(0, 0)
         result[name] = mean
     return result
-
-
-logger = logging.getLogger(__name__)
-
-SPARE = 64 << 20  # bytes to leave free on the disk
 
 
 def cached_rows(data: DataSettings, student: StudentSettings) -> list[Utterance]:
@@ -180,9 +181,6 @@ def check_room(size: Size, folder: Path) -> None:
             f"{free / 1e9:.3f} GB free; name a folder on another disk, or make them smaller with "
             "--dtype int8 or --aggregated"
         )
-
-
-TargetFn = Callable[[Sequence[Tensor]], Mapping[str, Tensor]]  # of waveforms ``[sample]``
 
 
 def targets_of(

@@ -31,6 +31,17 @@ logger = logging.getLogger(__name__)
 
 _EPS = 1e-5  # of torch's layer_norm, by which s3prl normalises a waveform
 
+_SECOND = 16_000  # samples
+# What encoders of one batch hand to each other: waveforms and conv features by what makes them.
+Shared = dict[tuple, Tensor]
+_FAMILIES = {
+    "s3prl.upstream.hubert.expert": "hubert",
+    "s3prl.upstream.wav2vec2.expert": "wav2vec2",
+    "s3prl.upstream.wavlm.expert": "wavlm",
+    "s3prl.upstream.unispeech_sat.expert": "unispeech_sat",
+}
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
 
 def normalised(waves: Tensor, lengths: Sequence[int]) -> Tensor:
     """Each waveform brought to zero mean and unit variance over its valid samples.
@@ -73,11 +84,6 @@ def padded_frames(
         # s3prl marks the last valid frame by its index: of none at all it marks the very last.
         counts.append(length if length > 0 else frames)
     return counts
-
-
-_SECOND = 16_000  # samples
-# What encoders of one batch hand to each other: waveforms and conv features by what makes them.
-Shared = dict[tuple, Tensor]
 
 
 @dataclass
@@ -280,15 +286,6 @@ def is_known(model: HubertModel | Wav2Vec2Model | WavLM) -> bool:
         and fast_conv.is_known(model.feature_extractor)
         and all(fast_layers.is_known(layer) for layer in encoder.layers)
     )
-
-
-_FAMILIES = {
-    "s3prl.upstream.hubert.expert": "hubert",
-    "s3prl.upstream.wav2vec2.expert": "wav2vec2",
-    "s3prl.upstream.wavlm.expert": "wavlm",
-    "s3prl.upstream.unispeech_sat.expert": "unispeech_sat",
-}
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def family(upstream: UpstreamBase) -> str | None:
