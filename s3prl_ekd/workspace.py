@@ -140,6 +140,7 @@ def write_workspace(
     return done
 
 
+Value = str | Sequence[str]
 _AWKWARD = re.compile(r"""['"$`\\!=]|,,""")
 PREPARED = "data/librispeech"  # what the recipes call it: `prepare librispeech DIR -o` this
 
@@ -158,15 +159,13 @@ class Corpora:
 
     def check(self) -> None:
         """Raise DataError, with the option's name, where one is not what it should be."""
-        from .prepare import er as iemocap
-        from .prepare import librispeech
-        from .prepare import sid as voxceleb1
+        from .prepare import er, librispeech, sid
         from .prepare.lexicon import read_lexicon
 
         checks: tuple[tuple[str, Any, Callable[[Any], object]], ...] = (
             ("librispeech", self.librispeech, librispeech.check_shape),
-            ("voxceleb1", self.voxceleb1, voxceleb1.check_shape),
-            ("iemocap", self.iemocap, iemocap.check_shape),
+            ("voxceleb1", self.voxceleb1, sid.check_shape),
+            ("iemocap", self.iemocap, er.check_shape),
             ("lexicon", self.lexicon or None, lambda paths: read_lexicon(paths, ())),
         )
         for option, path, look in checks:
@@ -242,9 +241,6 @@ def _remedy(key: str, value: Value) -> str:
     if _AWKWARD.search(str(value) if isinstance(value, str) else "".join(value)):
         return f"it should be {value}"  # a shell or s3prl would read something else
     return f"edit it, or add to the command {text}"
-
-
-Value = str | Sequence[str]
 
 
 def put(text: str, values: Mapping[str, Value]) -> str:

@@ -187,7 +187,7 @@ AGGREGATIONS: dict[str, type[PerTeacher] | type[Average] | type[Concat]] = {
     "separate": PerTeacher,
     "average": Average,
     "concat": Concat,
-    "groups": PerTeacher,  # an older word for separate: groups are a matter of each teacher
+    "groups": PerTeacher,  # the same: groups of layers are settings of each teacher
 }
 
 

@@ -17,7 +17,7 @@ from .conv_layers import DEFAULT, ConvLayers, parse_conv_layers, receptive_field
 # Bounds of a student, far above any: HuBERT X-Large, a teacher, has 48 layers and 960 M parameters.
 MAX_LAYERS, MAX_PARAMETERS = 256, 1_000_000_000
 
-# ``groups`` is an older word for ``separate``: teachers.NAME.groups say what is grouped.
+# ``groups`` is the same as ``separate``: teachers.NAME.groups say what is grouped.
 AggregationName = Literal["separate", "average", "concat", "groups"]
 Standardise = Literal["none", "running", "phi_s"]
 
@@ -269,7 +269,7 @@ class DistillSettings:
 
     ``aggregation``: ``separate`` gives each teacher its own prediction heads (paper: multiple
     prediction heads); ``average`` and ``concat`` are the paper's layerwise aggregations;
-    ``groups``, an older word, is ``separate`` with ``teachers.NAME.groups`` for every teacher.
+    ``groups`` is the same as ``separate``, with ``teachers.NAME.groups`` for every teacher.
     ``teacher_dropout`` leaves the teachers' dropout on, as s3prl's distiller does by oversight;
     ours is off.
 

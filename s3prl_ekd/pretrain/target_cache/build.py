@@ -2,6 +2,7 @@
 
 One at a time because their outputs depend on padding (the first conv layer of the Base models
 normalises over time): a stored target is that of the utterance, or of its fixed excerpt, alone.
+:func:`distances` measures how far targets computed in padded batches are from the stored ones.
 """
 
 from __future__ import annotations
@@ -54,52 +55,6 @@ logger = logging.getLogger(__name__)
 
 SPARE = 64 << 20  # bytes to leave free on the disk
 TargetFn = Callable[[Sequence[Tensor]], Mapping[str, Tensor]]  # of waveforms ``[sample]``
-
-
-class Distance(NamedTuple):
-    """``mean`` and ``worst`` absolute difference, as shares of the mean absolute target."""
-
-    mean: float
-    worst: float
-
-
-def distances(
-    dataset: DistillationDataset, compute: TargetFn, device: str, batches: int = 4
-) -> Mapping[str, Distance]:
-    """Compare stored targets with computed ones, in some batches spread over the lengths.
-
-    Args:
-        dataset: with the cache in it, so that its batches carry the stored targets.
-        compute: see :func:`targets_of`.
-        device: where the teachers are.
-        batches: how many.
-    """
-    step = max(1, len(dataset) // batches)
-    sums: dict[str, list[float]] = {}  # of differences, the largest, of targets, how many
-    for i in range(step // 2, len(dataset), step):
-        batch = dataset[i]
-        if batch.targets is None:
-            continue
-        pairs = zip(batch.waves, batch.lengths.tolist(), strict=True)
-        live = compute([wave[:length].to(device) for wave, length in pairs])
-        cached = batch.targets.on(device)
-        stored, frames = cached.values, cached.lengths
-        for name, target in live.items():
-            count = min(target.shape[2], stored[name].shape[2])
-            mask = torch.arange(count, device=frames.device) < frames[:, None]  # [batch, frame]
-            mask = mask[:, None, :, None].expand_as(target[:, :, :count])
-            apart = (target[:, :, :count] - stored[name][:, :, :count]).abs()[mask]
-            sizes = stored[name][:, :, :count].abs()[mask]
-            total = sums.setdefault(name, [0.0, 0.0, 0.0, 0.0])
-            total[0] += float(apart.sum(dtype=torch.float64))
-            total[1] = max(total[1], float(apart.max()))
-            total[2] += float(sizes.sum(dtype=torch.float64))
-            total[3] += sizes.numel()
-    result = {}
-    for name, (total_apart, worst, size, numbers) in sums.items():
-        mean = Distance(total_apart / size, worst / (size / numbers)) if size else Distance(0, 0)
-        result[name] = mean
-    return result
 
 
 def cached_rows(data: DataSettings, student: StudentSettings) -> list[Utterance]:
@@ -339,3 +294,50 @@ def _fill(
                 numbers = to_numbers(targets, index.layout, index.dtype, batch.names[0])
                 writer.add(*numbers, int(batch.lengths[0]))
             bar.update()
+
+
+class Distance(NamedTuple):
+    """``mean`` and ``worst`` absolute difference, as shares of the mean absolute target."""
+
+    mean: float
+    worst: float
+
+
+def distances(
+    dataset: DistillationDataset, compute: TargetFn, device: str, batches: int = 4
+) -> Mapping[str, Distance]:
+    """Compare stored targets with computed ones, in some batches spread over the lengths.
+
+    Args:
+        dataset: with the cache in it, so that its batches carry the stored targets.
+        compute: see :func:`targets_of`.
+        device: where the teachers are.
+        batches: how many.
+    """
+    step = max(1, len(dataset) // batches)
+    sums: dict[str, list[float]] = {}  # of differences, the largest, of targets, how many
+    for i in range(step // 2, len(dataset), step):
+        batch = dataset[i]
+        if batch.targets is None:
+            continue
+        pairs = zip(batch.waves, batch.lengths.tolist(), strict=True)
+        live = compute([wave[:length].to(device) for wave, length in pairs])
+        cached = batch.targets.on(device)
+        stored, frames = cached.values, cached.lengths
+        for name, target in live.items():
+            count = min(target.shape[2], stored[name].shape[2])
+            mask = torch.arange(count, device=frames.device) < frames[:, None]  # [batch, frame]
+            mask = mask[:, None, :, None].expand_as(target[:, :, :count])
+            apart = (target[:, :, :count] - stored[name][:, :, :count]).abs()[mask]
+            sizes = stored[name][:, :, :count].abs()[mask]
+            total = sums.setdefault(name, [0.0, 0.0, 0.0, 0.0])
+            total[0] += float(apart.sum(dtype=torch.float64))
+            total[1] = max(total[1], float(apart.max()))
+            total[2] += float(sizes.sum(dtype=torch.float64))
+            total[3] += sizes.numel()
+    result = {}
+    for name, (total_apart, worst, size, numbers) in sums.items():
+        result[name] = (
+            Distance(total_apart / size, worst / (size / numbers)) if size else Distance(0, 0)
+        )
+    return result
