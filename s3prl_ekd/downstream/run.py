@@ -212,7 +212,7 @@ def check_folder(request: DownstreamRequest, states: Mapping[str, Any]) -> None:
         raise SetupError(f"{folder} cannot be written; name another folder with -p")
 
 
-RUN_CHECKS = (check_new, check_resumed, check_folder, check_device)
+RUN_CHECKS = (check_new, check_resumed, check_device, check_folder)
 
 
 def in_noisy_folder(request: DownstreamRequest) -> DownstreamRequest:
