@@ -19,7 +19,7 @@ class DataSettings:
     that cannot be used, ``skip`` leaves such utterances out of their batches and lists them in
     ``bad_audio.tsv``; :mod:`.bad_audio` says which files these are. ``max_seconds``
     (ours): most audio of a batch in seconds, padding counted; ``train_batch_size`` is then the most
-    utterances. 0: as s3prl, ``train_batch_size`` utterances whatever their length.
+    utterances. 0: as in s3prl, ``train_batch_size`` utterances of any length.
     ``loader_timeout`` (ours): seconds that the processes which read audio may take for the next
     batch, after which the run ends with an error. 0 waits for ever; so does ``num_workers: 0``.
     ``target_cache`` (ours): a folder of ``s3prl-ekd cache``, whose targets are used instead of

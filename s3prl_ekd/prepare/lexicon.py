@@ -15,15 +15,14 @@ in the user's lexicon, so nothing is fetched and only the guessing is used.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 from tqdm import tqdm
 
+from ..compat.replaced import replaced
 from ..errors import DataError, SetupError
 from ..files.atomic import write_text
 from ..files.text import check_regular
@@ -140,27 +139,13 @@ def _model() -> Callable[[str], list[str]]:
         import nltk
     except ImportError:
         raise SetupError("--g2p needs a model: pip install 's3prl_ekd[g2p]'") from None
-    with _without_downloads(nltk):
+    with replaced(nltk, "download", lambda *args, **kwargs: False):
         try:
             from g2p_en import g2p
         except ImportError:
             raise SetupError("--g2p needs a model: pip install 's3prl_ekd[g2p]'") from None
-    dictionary = g2p.cmudict
-    g2p.cmudict = SimpleNamespace(dict=dict)  # NLTK's, which need not be there
-    try:
+    with replaced(g2p, "cmudict", SimpleNamespace(dict=dict)):  # NLTK's, which need not be there
         return g2p.G2p().predict
-    finally:
-        g2p.cmudict = dictionary
-
-
-@contextlib.contextmanager
-def _without_downloads(nltk: Any) -> Iterator[None]:
-    download = nltk.download
-    nltk.download = lambda *args, **kwargs: False
-    try:
-        yield
-    finally:
-        nltk.download = download
 
 
 def lexicon_options(parser: argparse.ArgumentParser) -> None:

@@ -16,11 +16,11 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ..errors import SetupError, printable
-from ..files import trust
 from ..files.atomic import make_folder, write_text
 from ..files.config import plain
 from ..files.formats import refuse_newer
 from ..files.text import read_json
+from ..request import PretrainRequest
 from ..system.jobs import child_command, child_environment
 from .settings import load_model_config, load_runner_config
 from .tensorboard import read_scalars, teacher_curves
@@ -57,10 +57,15 @@ class SweepRun:
     @property
     def argv(self) -> list[str]:
         """The command, as typed."""
-        argv = ["run_pretrain.py", "-u", "ekd", "-p", str(self.folder), "-a"]
-        argv += ["-c", str(self.runner), "-g", str(self.config), "--seed", str(self.seed)]
-        argv += ["-o", self.overrides] if self.overrides else []
-        return argv + trust.words()
+        return PretrainRequest(
+            upstream="ekd",
+            expdir=str(self.folder),
+            auto_resume=True,
+            config=str(self.runner),
+            upstream_config=str(self.config),
+            seed=self.seed,
+            override=self.overrides or None,
+        ).command()
 
 
 @dataclass(frozen=True)
