@@ -24,6 +24,7 @@ from .errors import CheckpointError, SetupError
 from .files import trust
 from .files.atomic import atomic_saves, make_folder
 from .files.config import argument_overrides, escape_equals
+from .files.renamed_keys import rename_overrides
 from .system import torchrun
 from .system.lock import NAME, FolderLock
 
@@ -188,6 +189,8 @@ class PretrainRequest(Request):
     def parse(cls, argv: Sequence[str]) -> PretrainRequest:
         """See :meth:`Request.parse`. s3prl wants ``-n`` beside ``-p``: the folder's name."""
         request = super().parse(argv)
+        if request.is_ekd and request.override:
+            request = replace(request, override=rename_overrides(request.override))
         if request.is_ekd and request.expdir and not request.expname:
             return replace(request, expname=Path(request.expdir).name)
         return request

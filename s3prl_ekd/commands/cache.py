@@ -86,14 +86,14 @@ def main(args: argparse.Namespace) -> int:
     teachers = load_teachers(
         settings.teachers,
         settings.teacher_dropout,
-        settings.teacher_path,
+        settings.teacher_backend,
         settings.teacher_precision,
         settings.teacher_compile,
     )
     teachers.eval()
     aggregate = None
     if args.aggregated:
-        aggregate = build_aggregation(settings.aggregation, teachers.shapes, settings.targets)
+        aggregate = build_aggregation(settings, teachers.shapes)
     index = Index(
         dtype=args.dtype,
         layout=layout_of(teachers, None if aggregate is None else aggregate.specs),

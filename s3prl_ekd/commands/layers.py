@@ -2,7 +2,7 @@
 
 Listens to some utterances, measures how alike all transformer layers of a teacher are, clusters
 them hierarchically and writes a copy of CONFIG in which each teacher has `groups` instead of
-`layers`, for `aggregation: groups`: the target of a group is the average of its layers. The
+`layers`: the target of a group is the average of its layers. The
 dendrograms go beside it as PNG. Paper: groups by hierarchical clustering of layer similarities.
 Ours, as the paper leaves open at hand: linear CKA, average linkage on 1 - CKA, three groups.
 
@@ -99,18 +99,18 @@ def main(args: argparse.Namespace) -> int:
 def grouped_config(
     config: Path, groups: Mapping[str, tuple[tuple[int, ...], ...]], how: str
 ) -> str:
-    """The text of a copy of ``config`` with ``aggregation: groups`` and each teacher's groups.
+    """The text of a copy of ``config`` with each teacher's groups of layers.
 
     What ``config`` extends is written out; comments are not kept.
 
     Raises:
         ConfigError: ``config`` cannot be read, or the copy is no valid configuration.
     """
-    from ..files.config import build, read_extended
-    from ..pretrain.settings import ModelFile
+    from ..files.config import build
+    from ..pretrain.settings import ModelFile, read_model_yaml
 
-    data = read_extended(config)
-    data["aggregation"] = "groups"
+    data = read_model_yaml(config)
+    data.setdefault("aggregation", "separate")
     for name, found in groups.items():
         teacher = data["teachers"][name]
         teacher.pop("layers", None)

@@ -1,4 +1,4 @@
-"""The settings of the training data. Loads no torch."""
+"""Settings of the training data; needs no torch."""
 
 from __future__ import annotations
 
@@ -8,57 +8,68 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class DataSettings:
-    """``pretrain_expert.datarc``: where the audio is and how it is batched. Names are s3prl's.
-
-    ``libri_root``: the folder that the tables' paths start from, any corpus. ``file_path``: the
-    folder of length tables (``s3prl-ekd lengths``). ``sets``: the tables to train on.
-    ``sequence_length``: longest excerpt in samples, a random one of each longer utterance; 0 takes
-    whole utterances. ``max_timestep``: as s3prl, drop utterances of that many samples or more
-    (below 0: of that many or fewer). ``dev_sets``: tables to measure the loss on and not to train
-    on (ours); see ``runner.eval_step``. ``on_bad_audio`` (ours): ``error`` stops at the first file
-    that cannot be used, ``skip`` leaves such utterances out of their batches and lists them in
-    ``bad_audio.tsv``; :mod:`.bad_audio` says which files these are. ``max_seconds``
-    (ours): most audio of a batch in seconds, padding counted; ``train_batch_size`` is then the most
-    utterances. 0: as in s3prl, ``train_batch_size`` utterances of any length.
-    ``loader_timeout`` (ours): seconds that the processes which read audio may take for the next
-    batch, after which the run ends with an error. 0 waits for ever; so does ``num_workers: 0``.
-    ``target_cache`` (ours): a folder of ``s3prl-ekd cache``, whose targets are used instead of
-    running teachers; each epoch then has the same excerpt of a long utterance.
-    """
+    """``pretrain_expert.datarc``. The keys without "(ours)" are s3prl's."""
 
     libri_root: str
+    """Folder of the audio, to which the paths in the tables are relative; any corpus."""
+
     file_path: str
+    """Folder of the length tables (``s3prl-ekd length-tables``)."""
+
     sets: tuple[str, ...]
+    """Tables to train on: ``SET.csv`` in ``file_path``."""
+
     train_batch_size: int
+    """Utterances of a batch; with ``max_seconds``, at most so many."""
+
     num_workers: int = 2
+    """Processes that read audio; 0 reads in the training process."""
+
     sequence_length: int = 250000
+    """Longest excerpt, in samples: a longer utterance gives a random excerpt, another one in each
+    epoch. 0: whole utterances."""
+
     max_timestep: int = 0
+    """Above 0: leave out utterances of so many samples or more. Below 0: of so many or fewer."""
+
     dev_sets: tuple[str, ...] = ()
+    """Tables to measure the loss on, at every ``runner.eval_step`` (ours)."""
+
     on_bad_audio: Literal["skip", "error"] = "error"
+    """``error``: stop at the first file that cannot be used. ``skip``: leave it out of its batch
+    and list it in the run's ``bad_audio.tsv`` (ours)."""
+
     max_seconds: float = 0.0
+    """Most audio of a batch in seconds, padding included; 0: no limit (ours)."""
+
     loader_timeout: float = 600.0
+    """Seconds to wait for a batch before the run ends with an error; 0, and ``num_workers: 0``: no
+    limit (ours)."""
+
     target_cache: str | None = None
+    """Folder of ``s3prl-ekd cache``, whose targets are used instead of running the teachers; every
+    epoch then has the same excerpt of a long utterance (ours)."""
 
     def __post_init__(self):
         if not self.sets:
-            raise ValueError("sets is empty: name at least one table")
+            raise ValueError("sets is empty; name at least one table")
         for name in self.dev_sets:
             if name in self.sets:
-                raise ValueError(f"dev_sets names {name!r}, which sets has too: it is trained on")
+                raise ValueError(f"dev_sets: {name!r} is in sets, too, and is trained on")
         if self.train_batch_size < 1 or not 0 <= self.num_workers <= 1024:
-            raise ValueError("train_batch_size must be 1 or more and num_workers 0 to 1024")
+            raise ValueError("train_batch_size must be 1 or more, and num_workers 0 to 1024")
         if self.sequence_length != 0 and self.sequence_length < 400:
             raise ValueError(
-                f"sequence_length is {self.sequence_length} samples; use 0 (whole utterances) or "
-                "400 (one frame) and more"
+                "sequence_length must be 0 (whole utterances) or at least 400 samples (one frame), "
+                f"got {self.sequence_length}"
             )
         if self.loader_timeout != 0 and not 1 <= self.loader_timeout <= 604800:
             raise ValueError(
-                f"loader_timeout is {self.loader_timeout:g} seconds; 1 to 604800 (a week) is "
-                "allowed, and 0 to wait for ever"
+                "loader_timeout must be 1 to 604800 seconds (a week), or 0 for no limit, got "
+                f"{self.loader_timeout:g}"
             )
         if self.max_seconds < 0 or 0 < self.max_seconds * 16000 < self.sequence_length:
             raise ValueError(
-                f"max_seconds is {self.max_seconds:g}; an excerpt of sequence_length has "
-                f"{self.sequence_length / 16000:g} s, and so much must fit; 0 is no limit"
+                "max_seconds must be 0 (no limit) or at least the length of an excerpt, "
+                f"{self.sequence_length / 16000:g} s (sequence_length), got {self.max_seconds:g}"
             )

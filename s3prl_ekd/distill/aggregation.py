@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..errors import TeacherError
-from .settings import TargetSettings
+from .settings import DistillSettings
 
 Targets = Mapping[str, Tensor]  # teacher or target set -> [batch, layer, frame, dim]
 Weights = Mapping[str, float]  # teacher -> its share
@@ -147,7 +147,7 @@ class Residual(Aggregation):
     """The differences of neighbouring teachers, ``FIRST-SECOND``, as target sets of their own."""
 
     def __init__(self, teachers: Mapping[str, TeacherShape], weight: float):
-        width = one_width(teachers, "targets.residual_heads")
+        width = one_width(teachers, "heads.residual")
         names = tuple(teachers)
         self.pairs = {f"{a}-{b}": (a, b) for a, b in pairwise(names)}
         layers = len(teachers[names[0]].targets)
@@ -187,24 +187,23 @@ AGGREGATIONS: dict[str, type[PerTeacher] | type[Average] | type[Concat]] = {
     "separate": PerTeacher,
     "average": Average,
     "concat": Concat,
-    "groups": PerTeacher,  # the same: groups of layers are settings of each teacher
 }
 
 
 def build_aggregation(
-    aggregation: str, teachers: Mapping[str, TeacherShape], settings: TargetSettings
+    settings: DistillSettings, teachers: Mapping[str, TeacherShape]
 ) -> Aggregation:
-    """The aggregation of a configuration.
+    """Build the aggregation of an experiment.
 
     Raises:
         TeacherError: the teachers' widths do not allow it.
     """
-    kind = AGGREGATIONS["average" if settings.across_teachers else aggregation]
+    kind = AGGREGATIONS["average" if settings.targets.across_teachers else settings.aggregation]
     members: list[Aggregation] = [kind(teachers)]
-    if settings.separate_heads and kind is not PerTeacher:
+    if settings.heads.per_teacher and kind is not PerTeacher:
         members.append(PerTeacher(teachers))
-    if settings.residual_heads:
-        members.append(Residual(teachers, settings.residual_weight))
+    if settings.heads.residual:
+        members.append(Residual(teachers, settings.heads.residual_weight))
     return members[0] if len(members) == 1 else Combined(members)
 
 

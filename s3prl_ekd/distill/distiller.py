@@ -57,26 +57,26 @@ class EnsembleDistiller(nn.Module):
     ):
         super().__init__()
         check_stride(teachers, student)
-        targets, shapes = settings.targets, teachers.shapes
-        if settings.essence.keep < 1:
-            one_width(shapes, "essence.keep")
+        shapes = teachers.shapes
+        if settings.loss.agreement < 1:
+            one_width(shapes, "loss.agreement")
         self.settings = settings
         self.teachers = teachers
-        self.aggregate = build_aggregation(settings.aggregation, shapes, targets)
+        self.aggregate = build_aggregation(settings, shapes)
         self.target_norm: TargetNorm | None = None
-        if targets.standardise != "none":
-            self.target_norm = TargetNorm(shapes, targets.standardise, targets.standardise_steps)
+        if settings.target_norm != "none":
+            self.target_norm = TargetNorm(shapes, settings.target_norm, settings.target_norm_steps)
         heads = PredictionHeads(student.width, self.aggregate.specs, settings.heads.kind)
         self.trainable = nn.ModuleDict({"student": student, "heads": heads})
         self.weightings = nn.ModuleList()
-        if targets.drop_teachers:
-            self.weightings.append(TeacherDropping(targets.drop_teachers, settings.loss))
-        if settings.essence.keep < 1:
-            self.weightings.append(Agreement(settings.essence.keep))
+        if settings.targets.drop_teachers:
+            self.weightings.append(TeacherDropping(settings.targets.drop_teachers, settings.loss))
+        if settings.loss.agreement < 1:
+            self.weightings.append(Agreement(settings.loss.agreement))
         self.terms = nn.ModuleList()
         self.unit_layer: dict[str, int] = {}  # teacher -> the layer that the units are of
         if units is not None:
-            unit_loss = UnitLoss(units, teachers, student.width, settings.essence.unit_weight)
+            unit_loss = UnitLoss(units, teachers, student.width, settings.unit_loss.weight)
             self.trainable["unit_head"] = unit_loss.head
             self.terms.append(unit_loss)
             self.unit_layer = {units.teacher: units.layer}

@@ -1,8 +1,9 @@
-"""The settings of the method, as frozen dataclasses that check themselves.
+"""The model config of an experiment, as frozen dataclasses.
 
-Each default says where it comes from: *paper* (arXiv 2302.12757, abstract), *inferred* (from
-DistilHuBERT, arXiv 2110.01900, and s3prl's distiller) or *ours*. No torch is needed to build one,
-so a YAML file is checked before anything heavy is loaded.
+The docstring under each key says what it does and where its default comes from: *paper* (arXiv
+2302.12757, abstract), *inferred* (from DistilHuBERT, arXiv 2110.01900, and s3prl's distiller) or
+*ours*. Values are checked on construction. Building these classes needs no torch, so a YAML file is
+checked before torch is imported.
 """
 
 from __future__ import annotations
@@ -14,159 +15,205 @@ from typing import Literal
 from ..errors import ConfigError
 from .conv_layers import DEFAULT, ConvLayers, parse_conv_layers, receptive_field, stride_of
 
-# Bounds of a student, far above any: HuBERT X-Large, a teacher, has 48 layers and 960 M parameters.
+# Upper limits of a student's size. HuBERT X-Large, a teacher, has 48 layers and 960 M parameters.
 MAX_LAYERS, MAX_PARAMETERS = 256, 1_000_000_000
 
-# ``groups`` is the same as ``separate``: teachers.NAME.groups say what is grouped.
-AggregationName = Literal["separate", "average", "concat", "groups"]
-Standardise = Literal["none", "running", "phi_s"]
+AggregationName = Literal["separate", "average", "concat"]
+TargetNormName = Literal["none", "mean_std", "phi_s"]
 
 
 @dataclass(frozen=True)
 class TeacherSettings:
-    """One teacher: what to load, and which of its layers to predict.
-
-    ``model`` is a hub name of s3prl (``hubert_base``) or the path of a checkpoint. In ``layers``,
-    0 is the input of the first transformer layer and n the output of layer n; 4, 8 and 12 are
-    inferred from DistilHuBERT. ``groups`` (SKILL, arXiv 2402.16830) replaces ``layers``: the target
-    of a group is the average of its layers. ``weight`` is this teacher's share among the others;
-    with ``final_weight`` it moves there in a straight line over ``targets.weight_steps`` (ours).
-    """
+    """One teacher: which model to load and which of its layers to predict."""
 
     model: str
+    """Hub name of s3prl (``hubert_base``), tiny teacher (``tiny_hubert``) or path of a
+    checkpoint."""
+
     layers: tuple[int, ...] = (4, 8, 12)
+    """Layers to predict (inferred from DistilHuBERT). 0 is the input of the first transformer
+    layer, n the output of layer n."""
+
     groups: tuple[tuple[int, ...], ...] | None = None
+    """Groups of layers, in place of ``layers``: the target of a group is the mean of its layers
+    (SKILL, arXiv 2402.16830). ``s3prl-ekd group-layers`` finds groups by clustering."""
+
     weight: float = 1.0
+    """Weight of this teacher relative to the others (ours)."""
+
     final_weight: float | None = None
+    """Weight at step ``targets.weight_steps``, reached linearly from ``weight``; null keeps
+    ``weight`` (ours)."""
 
     def __post_init__(self) -> None:
         if self.groups is not None and not (self.groups and all(self.groups)):
-            raise ValueError("groups is empty: name at least one layer in each group")
+            raise ValueError("groups must have at least one layer in each group")
         if not self.layers:
-            raise ValueError("layers is empty: name at least one layer to predict")
+            raise ValueError("layers is empty; name at least one layer to predict")
         if min(self.layers) < 0 or len(set(self.layers)) < len(self.layers):
-            raise ValueError(f"layers {list(self.layers)} must be distinct numbers from 0 up")
+            raise ValueError(f"layers must be distinct numbers of 0 or more, got {[*self.layers]}")
         members = [layer for group in self.groups or () for layer in group]
         if members and (min(members) < 0 or len(set(members)) < len(members)):
-            raise ValueError("groups must hold distinct layers from 0 up, each in one group")
+            raise ValueError("groups must have distinct layers of 0 or more, each in one group")
         if self.weight < 0 or (self.final_weight is not None and self.final_weight < 0):
             raise ValueError("weight and final_weight must be 0 or more")
 
     @property
     def targets(self) -> tuple[tuple[int, ...], ...]:
-        """The layers behind each target: its groups, or each layer alone."""
+        """The layers averaged for each target: the groups, or each layer alone."""
         return self.groups or tuple((layer,) for layer in self.layers)
 
 
 @dataclass(frozen=True)
 class TargetSettings:
-    """How the teachers' layers become targets. All off by default.
+    """Options for combining the teachers' layers into targets; all off by default."""
 
-    ``separate_heads`` (average, concat): heads for each teacher beside the aggregate's (ours: the
-    paper leaves open whether its heads come on top of averaging). ``across_teachers`` (with groups
-    of layers): a group's target is averaged over the teachers too. ``residual_heads``: heads that
-    predict the difference of each two neighbouring teachers (after "EKD considering inter-teacher
-    differences", ISCSLP 2024), ``residual_weight`` their share of the loss. ``standardise``:
-    ``running`` mean and deviation of each dimension (after UNIC), or ``phi_s`` (PHI-S, arXiv
-    2410.01680), estimated over the first ``standardise_steps`` steps and fixed then.
-    ``drop_teachers``: for each utterance the teacher of the highest loss stays and each other is
-    dropped with this probability (UNIC uses 0.5). ``weight_steps``: see
-    ``teachers.NAME.final_weight``.
-    """
-
-    separate_heads: bool = False
     across_teachers: bool = False
-    residual_heads: bool = False
-    residual_weight: float = 1.0
-    standardise: Standardise = "none"
-    standardise_steps: int = 1000
+    """With ``teachers.NAME.groups``: average each group's target over the teachers too (ours)."""
+
     drop_teachers: float = 0.0
+    """Teacher dropping: for each utterance, the teacher with the highest loss is kept and each of
+    the others is dropped with this probability (after UNIC, arXiv 2408.05088, which uses 0.5; the
+    normalisation of the loss is ours)."""
+
     weight_steps: int = 0
+    """Steps until each teacher's weight reaches ``teachers.NAME.final_weight`` (ours)."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.drop_teachers <= 1:
-            raise ValueError(f"drop_teachers is {self.drop_teachers}; 0 to 1 is allowed")
-        if self.residual_weight < 0:
-            raise ValueError(f"residual_weight is {self.residual_weight}; 0 or more is allowed")
-        if self.standardise_steps < 1 or self.weight_steps < 0:
-            raise ValueError("standardise_steps must be 1 or more and weight_steps 0 or more")
+            raise ValueError(f"drop_teachers must be 0 to 1, got {self.drop_teachers}")
+        if self.weight_steps < 0:
+            raise ValueError(f"weight_steps must be 0 or more, got {self.weight_steps}")
 
 
 @dataclass(frozen=True)
 class HeadSettings:
-    """``kind``: ``split`` is s3prl's head (Linear, GELU, a Linear for each target; inferred),
-    ``linear`` one Linear for each target (ours)."""
+    """The prediction heads."""
 
     kind: Literal["split", "linear"] = "split"
+    """``split``: s3prl's head, a linear layer, GELU and a linear layer for each target (inferred).
+    ``linear``: one linear layer for each target (ours)."""
+
+    per_teacher: bool = False
+    """With ``average`` or ``concat``: heads for each teacher in addition to those of the aggregate
+    (ours: the paper's abstract leaves open whether its heads come on top of averaging)."""
+
+    residual: bool = False
+    """Heads that predict the difference of each teacher and the next one: one of the two parts of
+    "EKD considering inter-teacher differences" (ISCSLP 2024)."""
+
+    residual_weight: float = 1.0
+    """Weight of the residual heads in the loss (ours)."""
+
+    def __post_init__(self) -> None:
+        if self.residual_weight < 0:
+            raise ValueError(f"residual_weight must be 0 or more, got {self.residual_weight}")
 
 
 @dataclass(frozen=True)
 class LossSettings:
-    """``reconstruction`` + ``cosine_weight`` · ``cosine`` (inferred: L1, 1 and log-sigmoid).
-
-    ``cosine``: ``log_sigmoid`` is −log σ(cos), ``raw`` is 1 − cos (DPHuBERT's, up to the constant).
-    ``mask_padding`` keeps padded frames out of the mean (ours; s3prl's distiller has them in).
-    ``feature_penalty`` weighs the mean square of the conv features (s3prl's ``feat_pen_loss``).
-    """
+    """The distillation loss: ``reconstruction`` + ``cosine_weight`` · ``cosine``."""
 
     reconstruction: Literal["l1", "l2", "smooth_l1"] = "l1"
+    """Distance between prediction and target, averaged over dimensions (inferred: L1)."""
+
     cosine: Literal["log_sigmoid", "raw"] = "log_sigmoid"
+    """``log_sigmoid``: −log σ(cos) (inferred). ``raw``: 1 − cos, DPHuBERT's up to the constant."""
+
     cosine_weight: float = 1.0
+    """Weight of the cosine term (inferred)."""
+
+    agreement: float = 1.0
+    """Share of the dimensions of each frame and layer that count in the loss: those in which the
+    teachers differ least. 1: all. After Essence KD (arXiv 1906.10834), which selects among soft
+    class outputs; selecting dimensions is ours."""
+
     mask_padding: bool = True
+    """Leave padded frames out of the mean (ours; s3prl's distiller includes them)."""
+
     feature_penalty: float = 0.0
+    """Weight of the mean square of the conv features (s3prl's ``feat_pen_loss``)."""
 
     def __post_init__(self) -> None:
         for name in ("cosine_weight", "feature_penalty"):
             if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; 0 or more is allowed")
+                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        if not 0 < self.agreement <= 1:
+            raise ValueError(f"agreement must be above 0 and at most 1, got {self.agreement}")
 
 
 @dataclass(frozen=True)
-class EssenceSettings:
-    """Select what to learn from the ensemble (in the spirit of Essence KD, arXiv 1906.10834).
+class UnitLossSettings:
+    """Classification of k-means units, added to the distillation loss (hard labels as in Essence
+    KD, arXiv 1906.10834; units as labels are ours)."""
 
-    ``keep``: the share of dimensions of each frame and layer that stay in the loss, those in which
-    the teachers disagree least; 1 keeps all (ours: the paper selects among soft class outputs).
-    ``units``: a file of ``s3prl-ekd units``; its k-means units of one teacher's layer are the hard
-    labels of a classification head, with the weight ``unit_weight`` beside the distillation.
-    """
+    file: str | None = None
+    """File of ``s3prl-ekd fit-units``: k-means units of one teacher's layer. null: no unit loss."""
 
-    keep: float = 1.0
-    units: str | None = None
-    unit_weight: float = 1.0
+    weight: float = 1.0
+    """Weight of the cross-entropy."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.keep <= 1:
-            raise ValueError(f"keep is {self.keep}; above 0 and up to 1 is allowed")
-        if self.unit_weight < 0:
-            raise ValueError(f"unit_weight is {self.unit_weight}; 0 or more is allowed")
+        if self.weight < 0:
+            raise ValueError(f"weight must be 0 or more, got {self.weight}")
 
 
 @dataclass(frozen=True)
 class StudentSettings:
-    """The student's size and regularisation; names and meaning as s3prl's ``DistillerConfig``.
+    """Size and regularisation of the student; keys and meaning as in s3prl's ``DistillerConfig``.
 
-    The defaults are DistilHuBERT's (inferred): 7 conv layers, 2 transformer layers of width 768,
-    23,491,200 parameters without heads. ``feature_grad_mult`` scales the gradient that reaches the
-    conv extractor; 0 freezes it.
+    The defaults are DistilHuBERT's (inferred): 7 conv layers and 2 transformer layers of width 768,
+    23,491,200 parameters without heads.
     """
 
     extractor_mode: Literal["default", "layer_norm"] = "default"
+    """Normalisation in the conv extractor: group norm after the first layer, or layer norm after
+    each."""
+
     extractor_conv_feature_layers: str = DEFAULT
+    """Conv layers as (channels, kernel, stride), in fairseq's notation."""
+
     extractor_dropout: float = 0.0
+    """Dropout after each conv layer."""
+
     feature_grad_mult: float = 0.1
+    """Factor on the gradient that reaches the conv extractor; 0 freezes it."""
+
     conv_pos: int = 128
+    """Kernel of the convolution that encodes positions, in frames."""
+
     conv_pos_groups: int = 16
+    """Groups of that convolution."""
+
     encoder_layers: int = 2
+    """Transformer layers."""
+
     encoder_embed_dim: int = 768
+    """Width of the transformer layers."""
+
     encoder_ffn_embed_dim: int = 3072
+    """Width of their feed-forward networks."""
+
     encoder_attention_heads: int = 12
+    """Attention heads of each layer."""
+
     activation_fn: Literal["gelu", "relu"] = "gelu"
+    """Activation of the feed-forward networks."""
+
     layer_norm_first: bool = False
+    """Normalise before attention and feed-forward network (pre-norm) instead of after."""
+
     dropout: float = 0.1
+    """Dropout after attention and feed-forward network."""
+
     attention_dropout: float = 0.1
+    """Dropout of the attention weights."""
+
     activation_dropout: float = 0.1
+    """Dropout after the activation of the feed-forward network."""
+
     encoder_layerdrop: float = 0.0
+    """Probability of skipping a transformer layer in training."""
 
     def __post_init__(self) -> None:
         try:
@@ -185,8 +232,8 @@ class StudentSettings:
         for name in ("encoder_attention_heads", "conv_pos_groups"):
             if self.encoder_embed_dim % getattr(self, name):
                 raise ValueError(
-                    f"encoder_embed_dim {self.encoder_embed_dim} cannot be divided by "
-                    f"{name} {getattr(self, name)}"
+                    f"encoder_embed_dim ({self.encoder_embed_dim}) must be a multiple of "
+                    f"{name} ({getattr(self, name)})"
                 )
 
     @property
@@ -206,7 +253,7 @@ class StudentSettings:
 
 
 def matrix_parameters(settings: StudentSettings) -> int:
-    """The number of parameters in convolutions and matrices: all but biases and norms."""
+    """Number of parameters in convolutions and matrices, without biases and norms."""
     width, inner = settings.encoder_embed_dim, settings.encoder_ffn_embed_dim
     total, before = 0, 1
     for channels, kernel, _ in settings.conv_layers:
@@ -218,132 +265,164 @@ def matrix_parameters(settings: StudentSettings) -> int:
 
 
 def check_size(settings: StudentSettings) -> None:
-    """Reject a student so large that a slip in a YAML file would ask for terabytes.
+    """Reject a student of more layers or parameters than ``MAX_LAYERS`` and ``MAX_PARAMETERS``.
+
+    A typing mistake in a YAML file would otherwise allocate terabytes.
 
     Raises:
-        ValueError: it has more layers or parameters than the bounds above.
+        ValueError: the student is larger.
     """
     if settings.encoder_layers > MAX_LAYERS:
         raise ValueError(
-            f"encoder_layers is {settings.encoder_layers}; up to {MAX_LAYERS} is allowed"
+            f"encoder_layers must be at most {MAX_LAYERS}, got {settings.encoder_layers}"
         )
     count = matrix_parameters(settings)
     if count > MAX_PARAMETERS:
         raise ValueError(
-            f"a student of this size has {count:,} parameters; up to {MAX_PARAMETERS:,} is allowed"
+            f"a student of this size has {count:,} parameters; at most {MAX_PARAMETERS:,} are "
+            "allowed"
         )
 
 
 @dataclass(frozen=True)
 class InitSettings:
-    """Where the student's first weights come from (inferred: one teacher's first layers).
-
-    ``teacher`` names one of the teachers; null starts from random weights. ``average`` names
-    several instead, whose weights are averaged (ours; they must be of one shape). ``layers`` says
-    which of the teacher's transformer layers, counted from 0, become the student's, for example
-    [0, 6]; null takes the first ones. ``conv`` copies the conv extractor and the feature
-    projection, ``encoder`` the positional conv and the layers.
-    """
+    """The student's initial weights (inferred: the first layers of one teacher)."""
 
     teacher: str | None = None
+    """The teacher whose weights are copied; null: random weights."""
+
     average: tuple[str, ...] = ()
+    """Several teachers of equal shapes whose weights are averaged, in place of ``teacher``
+    (ours)."""
+
     layers: tuple[int, ...] | None = None
+    """Transformer layers of the teacher to copy, counted from 0, for example [0, 6]; null: the
+    first ones."""
+
     conv: bool = True
+    """Copy the conv extractor and the feature projection."""
+
     encoder: bool = True
+    """Copy the positional convolution and the transformer layers."""
 
     def __post_init__(self) -> None:
         if self.teacher is not None and self.average:
-            raise ValueError("give teacher or average, not both")
+            raise ValueError("teacher and average exclude each other; set one of them")
         if self.layers is not None and (not self.layers or min(self.layers) < 0):
-            raise ValueError("layers must be numbers from 0 up, or null for the first ones")
+            raise ValueError("layers must be numbers of 0 or more, or null for the first layers")
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """The teachers whose weights are taken; none for random weights."""
+        """The teachers whose weights are copied; empty for random weights."""
         return self.average or ((self.teacher,) if self.teacher is not None else ())
 
 
 @dataclass(frozen=True)
 class DistillSettings:
-    """One experiment: teachers, how their layers become targets, student, start and loss.
-
-    ``aggregation``: ``separate`` gives each teacher its own prediction heads (paper: multiple
-    prediction heads); ``average`` and ``concat`` are the paper's layerwise aggregations;
-    ``groups`` is the same as ``separate``, with ``teachers.NAME.groups`` for every teacher.
-    ``teacher_dropout`` leaves the teachers' dropout on, as s3prl's distiller does by oversight;
-    ours is off.
-
-    ``teacher_path`` (ours): ``fast`` runs our implementation of HuBERT, wav2vec 2.0 and WavLM,
-    which is equal to float32's rounding and stops at the highest layer needed; ``plain`` runs
-    s3prl's experts. Other kinds of teachers, and all with ``teacher_dropout``, always take the
-    plain path. ``teacher_precision`` is what the fast path computes in (the targets come in
-    float32), ``teacher_compile`` runs its layers through ``torch.compile``.
-
-    ``student_backend`` (ours): ``ours`` runs the forward of :mod:`.student_forward`, ``s3prl`` that
-    of s3prl's ``DistillerModel``, to compare the two: outputs and gradients are equal.
-    """
+    """One experiment: teachers, targets, student, initial weights and loss."""
 
     teachers: dict[str, TeacherSettings]
+    """The teachers by a name of your choice, which appears in the log and in TensorBoard (paper:
+    "such as HuBERT, RobustHuBERT, and WavLM")."""
+
     aggregation: AggregationName = "separate"
+    """``separate``: prediction heads for each teacher. ``average``: heads for the layerwise average
+    of the teachers. ``concat``: heads for their layerwise concatenation. All three: paper."""
+
     targets: TargetSettings = field(default_factory=TargetSettings)
+    """Options for combining layers into targets."""
+
+    target_norm: TargetNormName = "none"
+    """Normalisation of each teacher's targets before aggregation. ``mean_std``: subtract the mean
+    of each dimension and divide by its standard deviation (after UNIC, arXiv 2408.05088; estimated
+    and frozen our way). ``phi_s``: PHI-S (arXiv 2410.01680)."""
+
+    target_norm_steps: int = 1000
+    """Steps over which the statistics of ``target_norm`` are estimated before they are frozen
+    (ours)."""
+
     heads: HeadSettings = field(default_factory=HeadSettings)
+    """The prediction heads."""
+
     student: StudentSettings = field(default_factory=StudentSettings)
+    """Size and regularisation of the student."""
+
     init: InitSettings = field(default_factory=InitSettings)
+    """The student's initial weights."""
+
     loss: LossSettings = field(default_factory=LossSettings)
-    essence: EssenceSettings = field(default_factory=EssenceSettings)
+    """The distillation loss."""
+
+    unit_loss: UnitLossSettings = field(default_factory=UnitLossSettings)
+    """Classification of k-means units, added to the loss."""
+
     teacher_dropout: bool = False
-    teacher_path: Literal["fast", "plain"] = "fast"
+    """Leave the teachers' dropout on, as s3prl's distiller does by oversight (ours: off)."""
+
+    teacher_backend: Literal["fast", "s3prl"] = "fast"
+    """``fast``: our implementation of HuBERT, wav2vec 2.0 and WavLM, equal to s3prl's up to float32
+    rounding, which stops at the highest layer needed. ``s3prl``: s3prl's own upstreams. Other
+    teachers, and all teachers with ``teacher_dropout``, always run as ``s3prl`` (ours)."""
+
     teacher_precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Precision in which ``fast`` teachers compute; targets are converted to float32 (ours)."""
+
     teacher_compile: bool = False
+    """Compile the layers of ``fast`` teachers with ``torch.compile`` (ours)."""
+
     student_backend: Literal["ours", "s3prl"] = "ours"
+    """Forward pass of the student: ``ours`` (:mod:`~s3prl_ekd.distill.student_forward`) or that of
+    s3prl's ``DistillerModel``, for comparison; outputs and gradients are equal."""
 
     def __post_init__(self) -> None:
         if not self.teachers:
-            raise ValueError("teachers is empty: name at least one")
+            raise ValueError("teachers is empty; name at least one teacher")
+        if self.target_norm_steps < 1:
+            raise ValueError(f"target_norm_steps must be 1 or more, got {self.target_norm_steps}")
         for name in self.teachers:
             # The name becomes part of weight names, TensorBoard tags and file names.
             if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]{0,63}", name) or name in _TAKEN:
                 raise ValueError(
-                    f"teachers: {name!r} cannot be a teacher's name; use letters, digits and _, "
-                    f"starting with a letter, and none of {', '.join(sorted(_TAKEN))}"
+                    f"teachers: {name!r} is not a valid name; use letters, digits and _, "
+                    f"start with a letter, and avoid {', '.join(sorted(_TAKEN))}"
                 )
         for source in self.init.sources:
             if source not in self.teachers:
                 raise ValueError(
-                    f"init: there is no teacher {source!r}; use one of: {', '.join(self.teachers)}"
+                    f"init: no teacher {source!r}; use one of: {', '.join(self.teachers)}"
                 )
         if self.init.layers is not None and len(self.init.layers) != self.student.encoder_layers:
             raise ValueError(
-                f"init.layers names {len(self.init.layers)} layers and the student has "
-                f"{self.student.encoder_layers}; one for each"
+                "init.layers must name a layer for each of the student's "
+                f"{self.student.encoder_layers}, got {len(self.init.layers)}"
             )
         self._check_weights()
         self._check_targets()
-        self._check_speed()
+        self._check_backends()
 
-    def _check_speed(self) -> None:
-        plain = self.teacher_path == "plain" or self.teacher_dropout
-        why = "teacher_dropout: true" if self.teacher_dropout else "teacher_path: plain"
-        if plain and self.teacher_precision != "float32":
+    def _check_backends(self) -> None:
+        slow = self.teacher_backend == "s3prl" or self.teacher_dropout
+        why = "teacher_dropout: true" if self.teacher_dropout else "teacher_backend: s3prl"
+        if slow and self.teacher_precision != "float32":
             raise ValueError(
-                f"teacher_precision {self.teacher_precision} is for the fast path; with {why} the "
-                "teachers run in float32"
+                f"teacher_precision: {self.teacher_precision} needs teacher_backend: fast; with "
+                f"{why} the teachers run in float32"
             )
-        if plain and self.teacher_compile:
-            raise ValueError(f"teacher_compile is for the fast path; {why} has no use for it")
+        if slow and self.teacher_compile:
+            raise ValueError(f"teacher_compile needs teacher_backend: fast; remove it or {why}")
         width = self.student.encoder_embed_dim
         if self.student_backend == "s3prl" and self.student.conv_layers[-1][0] == width:
             raise ValueError(
-                f"student_backend: s3prl cannot train a conv extractor as wide as the layers "
-                f"({width}); use student_backend: ours"
+                "student_backend: s3prl cannot train a student whose conv extractor is as wide as "
+                f"its transformer layers ({width}); use student_backend: ours"
             )
 
     def _check_weights(self) -> None:
-        moving = [name for name, t in self.teachers.items() if t.final_weight is not None]
-        if moving and self.targets.weight_steps == 0:
+        scheduled = [name for name, t in self.teachers.items() if t.final_weight is not None]
+        if scheduled and self.targets.weight_steps == 0:
             raise ValueError(
-                f"teachers.{moving[0]}.final_weight needs targets.weight_steps: the step at which "
-                "it is reached"
+                f"teachers.{scheduled[0]}.final_weight needs targets.weight_steps, the step at "
+                "which it is reached"
             )
         first = sum(teacher.weight for teacher in self.teachers.values())
         last = sum(
@@ -351,60 +430,54 @@ class DistillSettings:
             for teacher in self.teachers.values()
         )
         if first == 0 or last == 0:
-            raise ValueError("teachers: the weights are all 0, at the start or at the end")
+            raise ValueError("teachers: all weights are 0, at the first or at the last step")
 
     def _check_targets(self) -> None:
-        targets = self.targets
-        without = [name for name, teacher in self.teachers.items() if teacher.groups is None]
-        if self.aggregation == "groups" and without:
-            raise ValueError(
-                f"aggregation groups needs teachers.{without[0]}.groups; write them, or let "
-                "s3prl-ekd layers find them"
-            )
-        one_set = self.aggregation in ("average", "concat")
+        aggregated = self.aggregation != "separate" or self.targets.across_teachers
         counts = {name: len(teacher.targets) for name, teacher in self.teachers.items()}
         layerwise = [
             setting
             for setting, on in (
-                (f"aggregation {self.aggregation}", one_set),
-                ("targets.across_teachers", targets.across_teachers),
-                ("targets.residual_heads", targets.residual_heads),
-                ("essence.keep", self.essence.keep < 1),
+                (f"aggregation: {self.aggregation}", self.aggregation != "separate"),
+                ("targets.across_teachers", self.targets.across_teachers),
+                ("heads.residual", self.heads.residual),
+                ("loss.agreement", self.loss.agreement < 1),
             )
             if on
         ]
         if layerwise and len(set(counts.values())) > 1:
             shown = ", ".join(f"{name} has {count}" for name, count in counts.items())
             raise ValueError(
-                f"{layerwise[0]} goes layer by layer, so every teacher needs as many layers "
+                f"{layerwise[0]} works layer by layer and needs as many layers of each teacher "
                 f"({shown}); or use aggregation: separate"
             )
-        if targets.across_teachers and (without or one_set):
+        if self.targets.across_teachers and (
+            self.aggregation != "separate" or any(t.groups is None for t in self.teachers.values())
+        ):
             raise ValueError(
-                "targets.across_teachers averages groups of layers: use aggregation: separate, and "
-                "teachers.NAME.groups for every teacher"
+                "targets.across_teachers needs aggregation: separate, and teachers.NAME.groups for "
+                "every teacher"
             )
-        if (targets.residual_heads or self.essence.keep < 1) and len(self.teachers) < 2:
-            setting = "targets.residual_heads" if targets.residual_heads else "essence.keep"
-            raise ValueError(f"{setting} compares teachers: name at least two")
-        one_set = one_set or targets.across_teachers
-        if targets.drop_teachers and one_set and not targets.separate_heads:
+        if (self.heads.residual or self.loss.agreement < 1) and len(self.teachers) < 2:
+            setting = "heads.residual" if self.heads.residual else "loss.agreement"
+            raise ValueError(f"{setting} compares teachers and needs at least two")
+        if self.targets.drop_teachers and aggregated and not self.heads.per_teacher:
             raise ValueError(
-                "targets.drop_teachers needs heads for each teacher: aggregation: separate, or "
-                "targets.separate_heads: true"
+                "targets.drop_teachers needs heads for each teacher: use aggregation: separate, or "
+                "heads.per_teacher: true"
             )
 
 
-# Methods of torch.nn.ModuleDict, where heads are stored by these names, and other target sets.
+# Methods of torch.nn.ModuleDict, whose keys are teachers' names, and names of other target sets.
 _TAKEN = {"keys", "items", "values", "pop", "clear", "update", "forward", "type", "train", "to"}
 _TAKEN |= {"average", "concat"}
 
 
 def _at_least(settings: StudentSettings, name: str, least: int) -> None:
     if getattr(settings, name) < least:
-        raise ValueError(f"{name} is {getattr(settings, name)}; {least} or more is allowed")
+        raise ValueError(f"{name} must be {least} or more, got {getattr(settings, name)}")
 
 
 def _probability(settings: StudentSettings, name: str) -> None:
     if not 0 <= getattr(settings, name) < 1:
-        raise ValueError(f"{name} is {getattr(settings, name)}; 0 up to below 1 is allowed")
+        raise ValueError(f"{name} must be 0 or more and below 1, got {getattr(settings, name)}")

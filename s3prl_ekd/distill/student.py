@@ -46,14 +46,16 @@ class Student(nn.Module):
         backend: ``ours`` runs :mod:`.student_forward`, ``s3prl`` the forward of s3prl's model;
             their outputs and gradients are equal.
 
-    ``recompute``, false at first, turns on activation checkpointing in our forward.
+    Attributes:
+        activation_checkpointing: whether our forward recomputes activations in the backward pass;
+            False until it is set.
     """
 
     def __init__(self, settings: StudentSettings, backend: Literal["ours", "s3prl"] = "ours"):
         super().__init__()
         self.settings = settings
         self.backend = backend
-        self.recompute = False
+        self.activation_checkpointing = False
         self.extract, self.encode = extract, encode
         self.backbone = build_backbone(settings)
         if settings.feature_grad_mult == 0:
@@ -70,8 +72,9 @@ class Student(nn.Module):
         if self.backend == "s3prl":
             return s3prl_forward(self.backbone, waves, lengths)
         layers = draw_layers(self.backbone.encoder)
+        recompute = self.activation_checkpointing
         return student_forward(
-            self.backbone, waves, lengths, layers, self.recompute, self.extract, self.encode
+            self.backbone, waves, lengths, layers, recompute, self.extract, self.encode
         )
 
     def compile(self, *args: Any, **kwargs: Any) -> None:

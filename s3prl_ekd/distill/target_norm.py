@@ -1,13 +1,13 @@
 """Bring each teacher's targets to a common scale before they are aggregated. Off by default.
 
-Hidden states of different teachers share neither scale nor basis, so a plain mean is ruled by the
-larger one. ``running`` takes mean and deviation out of every dimension (as UNIC does). ``phi_s``
-(PHI-S, arXiv 2410.01680, section 3) rotates so that all dimensions have the same variance and
-divides by one number, which keeps the shape of the distribution: directions of little variance are
-not blown up.
+Hidden states of different teachers share neither scale nor basis, so a plain mean is dominated by
+the larger one. ``mean_std`` normalises each dimension to mean 0 and deviation 1 (after UNIC, arXiv
+2408.05088; statistics over the first steps that are then frozen are ours). ``phi_s`` (PHI-S, arXiv
+2410.01680, section 3) rotates so that all dimensions have the same variance and divides by one
+number, which keeps the shape of the distribution: directions of small variance are not amplified.
 
-Frames that would spoil the statistics (:func:`usable_frames`) are left out of them, and counted.
-What does not vary is not divided: it would only blow up rounding errors.
+Frames that would distort the statistics (:func:`usable_frames`) are left out of them and counted.
+Dimensions that do not vary are not divided, which would only amplify rounding errors.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ class TargetNorm(nn.Module):
 
     Args:
         teachers: the shapes of the teachers' targets.
-        kind: ``running`` or ``phi_s``.
+        kind: ``mean_std`` or ``phi_s``.
         steps: batches from which the statistics are estimated; they are fixed afterwards.
 
     Attributes:
@@ -177,8 +177,8 @@ class TargetNorm(nn.Module):
         for name, teacher in teachers.items():
             if full and hadamard(teacher.width) is None:
                 raise TeacherError(
-                    f"targets.standardise phi_s needs a width of 2^k, 12*2^k or 20*2^k, and {name} "
-                    f"has {teacher.width}; use running"
+                    f"target_norm: phi_s needs a width of 2^k, 12*2^k or 20*2^k, and {name} "
+                    f"has {teacher.width}; use mean_std"
                 )
         self.moments = nn.ModuleDict(
             {name: Moments(len(t.targets), t.width, full) for name, t in teachers.items()}
@@ -239,7 +239,7 @@ class TargetNorm(nn.Module):
             if not (moments.mean.isfinite().all() and moments.scatter.isfinite().all()):
                 raise TeacherError(
                     f"the statistics of the teacher {name} in the checkpoint are not finite "
-                    "(targets.standardise): a frame of a huge value is in them for good; start a "
+                    "(target_norm): a frame of a huge value is in them for good; start a "
                     "new run under another name"
                 )
         return result
@@ -251,7 +251,7 @@ class TargetNorm(nn.Module):
         if more and first and is_main_process():
             logger.warning(
                 "teacher %s: %d frames of a batch are not finite or of huge values; such frames "
-                "are left out of the statistics of targets.standardise",
+                "are left out of the statistics of target_norm",
                 name,
                 more,
             )
@@ -259,7 +259,7 @@ class TargetNorm(nn.Module):
     def _report(self) -> None:
         """Log what the statistics, which are fixed from now on, were estimated from."""
         for name, moments in self._moments():
-            flat = int(moments.flat.sum()) if self.kind == "running" else 0
+            flat = int(moments.flat.sum()) if self.kind == "mean_std" else 0
             logger.log(
                 logging.WARNING if moments.left_out or flat else logging.INFO,
                 "teacher %s: statistics of %d frames, %d left out%s",
@@ -273,7 +273,7 @@ class TargetNorm(nn.Module):
     def _normalise(self, name: str, states: Tensor) -> Tensor:
         moments = cast(Moments, self.moments[name])
         centred = states.float() - moments.mean[:, None]  # [batch, target, frame, dim]
-        if self.kind == "running":
+        if self.kind == "mean_std":
             deviation = torch.where(moments.flat, 1.0, moments.covariance.sqrt())
             return centred / deviation[:, None]
         return torch.einsum("btfd,tde->btfe", centred, moments.transform)

@@ -68,14 +68,14 @@ def check_units(units: UnitLabels, teachers: TeacherEnsemble) -> None:
     """Raise TeacherError unless the units' teacher is among the teachers and has their layer."""
     if units.teacher not in teachers:
         raise TeacherError(
-            f"essence.units are of the teacher {units.teacher!r}; the config has: "
+            f"unit_loss.file has units of the teacher {units.teacher!r}; the config has: "
             f"{', '.join(teachers)}"
         )
     teacher = teachers[units.teacher]
     if units.layer > teacher.depth or units.width != teacher.width:
         raise TeacherError(
-            f"essence.units are of layer {units.layer} with width {units.width}; {units.teacher} "
-            f"has layers 0 to {teacher.depth} of width {teacher.width}"
+            f"unit_loss.file has units of layer {units.layer} with width {units.width}; "
+            f"{units.teacher} has layers 0 to {teacher.depth} of width {teacher.width}"
         )
 
 

@@ -23,6 +23,7 @@ import re
 import shlex
 import types
 import typing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
@@ -187,22 +188,29 @@ def _show(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def read_extended(path: str | Path) -> dict[str, Any]:
-    """Read a model config and put it over the one it extends, if any.
+def read_extended(
+    path: str | Path,
+    convert: Callable[[dict[str, Any], str], dict[str, Any]] = lambda data, _: data,
+) -> dict[str, Any]:
+    """Read a model config and merge it into the one it extends, if any.
+
+    Args:
+        path: of the config.
+        convert: applied to the contents and path of each file before they are merged.
 
     Raises:
         ConfigError: a file cannot be read, the base extends another one, or a teacher taken from
             the base is not there.
     """
     path = Path(path)
-    data = read_yaml(path)
+    data = convert(read_yaml(path), str(path))
     if "extends" not in data:
         return data
     name = data.pop("extends")
     if not isinstance(name, str):
         raise ConfigError(f"{path}.extends: the path of a YAML file is expected, not {name!r}")
     base_path = path.parent / name
-    base = read_yaml(base_path)
+    base = convert(read_yaml(base_path), str(base_path))
     if "extends" in base:
         raise ConfigError(
             f"{path}.extends: {base_path} extends another file itself; one level is allowed"

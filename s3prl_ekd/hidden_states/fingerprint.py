@@ -109,13 +109,12 @@ def _answers(teachers: TeacherEnsemble) -> dict[str, list[float]]:
 
 def aggregation_key(settings: DistillSettings) -> dict[str, Any]:
     """All that the target sets of an aggregation depend on, beside the teachers."""
-    targets = settings.targets
-    return {
+    return {  # keys of version 0.1, as in the caches of users
         "aggregation": settings.aggregation,
         "weights": {name: teacher.weight for name, teacher in settings.teachers.items()},
-        "separate_heads": targets.separate_heads,
-        "across_teachers": targets.across_teachers,
-        "residual_heads": targets.residual_heads,
+        "separate_heads": settings.heads.per_teacher,
+        "across_teachers": settings.targets.across_teachers,
+        "residual_heads": settings.heads.residual,
     }
 
 
@@ -128,10 +127,10 @@ def check_aggregated(settings: DistillSettings) -> None:
     targets = settings.targets
     for word, on in (
         ("teachers.NAME.final_weight", any(_moves(t) for t in settings.teachers.values())),
-        ("targets.standardise", targets.standardise != "none"),
+        ("target_norm", settings.target_norm != "none"),
         ("targets.drop_teachers", targets.drop_teachers > 0),
-        ("essence.keep", settings.essence.keep < 1),
-        ("essence.units", settings.essence.units is not None),
+        ("loss.agreement", settings.loss.agreement < 1),
+        ("unit_loss", settings.unit_loss.file is not None),
     ):
         if on:
             raise ConfigError(
@@ -142,9 +141,8 @@ def check_aggregated(settings: DistillSettings) -> None:
 
 def check_worth(settings: DistillSettings) -> None:
     """Refuse aggregated targets that are nothing but each teacher's own. Raises ConfigError."""
-    targets = settings.targets
-    if settings.aggregation in ("separate", "groups") and not (
-        targets.across_teachers or targets.residual_heads
+    if settings.aggregation == "separate" and not (
+        settings.targets.across_teachers or settings.heads.residual
     ):
         raise ConfigError(
             f"--aggregated: with aggregation {settings.aggregation} the targets are each teacher's "
@@ -166,6 +164,7 @@ def layout_of(teachers: TeacherEnsemble, specs: Mapping | None) -> Layout:
 
 def same_key(one: Mapping, other: Mapping) -> str | None:
     """Where two keys differ, in words, or None: for a build that goes on."""
+    one = {**one, "contents": _contents(one)}
     for part in ("sequence_length", "max_timestep", "teacher_precision", "contents", "tables"):
         if one.get(part) != other.get(part):
             return f"{part} is {other.get(part)} and was {one.get(part)}"
@@ -192,8 +191,8 @@ def fitting_part(
         rows: the run's utterances.
     """
     key, aggregated = index.key, index.key["contents"] != PER_TEACHER
-    if key["contents"] != wanted["contents"]:
-        return None, _other_contents(key["contents"], wanted["contents"])
+    if _contents(key) != wanted["contents"]:
+        return None, _other_contents(_contents(key), wanted["contents"])
     parts: dict[str, Sequence[int]] = {}
     for name, teacher in wanted["teachers"].items():
         if name not in key["teachers"]:
@@ -257,6 +256,14 @@ def _other_teacher(name: str, stored: Mapping, wanted: Mapping) -> str:
     if not all(math.isclose(a, b, rel_tol=TOLERANCE) for a, b in pairs):
         return f"teachers.{name} answers otherwise than the teacher it was built with"
     return ""
+
+
+def _contents(key: Mapping) -> Any:
+    """What the cache of a key stores; version 0.1 wrote `groups` for some `separate` ones."""
+    contents = key["contents"]
+    if isinstance(contents, Mapping) and contents.get("aggregation") == "groups":
+        return {**contents, "aggregation": "separate"}
+    return contents
 
 
 def _other_contents(stored: Any, wanted: Any) -> str:

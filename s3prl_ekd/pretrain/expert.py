@@ -88,15 +88,15 @@ class UpstreamPretrainExpert(nn.Module):
         teachers = load_teachers(
             self.settings.teachers,
             self.settings.teacher_dropout,
-            self.settings.teacher_path,
+            self.settings.teacher_backend,
             self.settings.teacher_precision,
             self.settings.teacher_compile,
         )
         units: Units | None = None
-        if self.settings.essence.units:
+        if self.settings.unit_loss.file:
             from ..essence.units import load_units
 
-            units = load_units(self.settings.essence.units)
+            units = load_units(self.settings.unit_loss.file)
         if self.targets is not None:
             check_unit_layer(units, self.settings)
             loaders = [self.dataloader, *filter(None, [self.dev_dataloader])]
@@ -124,10 +124,10 @@ class UpstreamPretrainExpert(nn.Module):
             ConfigError: they do not go with the model config.
         """
         student = self.distiller.student
-        if run.recompute and student.backend == "s3prl":
-            raise ConfigError("runner.recompute: true needs student_backend: ours")
-        student.recompute = run.recompute
-        if run.compile and run.recompute:
+        if run.activation_checkpointing and student.backend == "s3prl":
+            raise ConfigError("runner.activation_checkpointing: true needs student_backend: ours")
+        student.activation_checkpointing = run.activation_checkpointing
+        if run.compile and run.activation_checkpointing:
             import torch._dynamo
 
             # Older versions cut graphs for DistributedDataParallel, but no recomputed ones.

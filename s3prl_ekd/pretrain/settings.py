@@ -1,7 +1,7 @@
-"""The YAML files of ``run_pretrain.py -u ekd`` as checked, frozen dataclasses. Loads no torch.
+"""The two YAML files of ``run_pretrain.py -u ekd`` as frozen dataclasses; needs no torch.
 
-``config_model.yaml`` (``-g``) is the method: :class:`ModelFile`.
-``config_runner.yaml`` (``-c``) is the run: :class:`RunnerFile`; its keys are s3prl's.
+``config_model.yaml`` (``-g``) has the method: :class:`ModelFile`.
+``config_runner.yaml`` (``-c``) has the run: :class:`RunnerFile`; its keys are s3prl's.
 """
 
 from __future__ import annotations
@@ -16,36 +16,37 @@ from ..data.distortion.settings import DistortionSettings
 from ..data.settings import DataSettings
 from ..distill.settings import DistillSettings, check_size
 from ..files.config import apply_overrides, build, read_extended, read_yaml
+from ..files.renamed_keys import MODEL, RUNNER, rename_keys, rename_overrides
 
 FUSED_ADAMW = "FusedAdamW"
 KEYS = ("name", "lr", "weight_decay", "betas", "eps", "warmup_proportion")
 
 
 def check_fused_adamw(config: Mapping[str, Any]) -> None:
-    """Refuse what is no setting of it.
+    """Check the ``optimizer`` mapping of FusedAdamW.
 
     Raises:
-        ValueError: naming the key.
+        ValueError: a key is unknown or its value not allowed.
     """
     for key, value in config.items():
         if key not in KEYS:
             raise ValueError(
-                f"optimizer.{key}: {FUSED_ADAMW} has no such setting; use {', '.join(KEYS[1:])}"
+                f"optimizer.{key}: unknown key of {FUSED_ADAMW}; use {', '.join(KEYS[1:])}"
             )
         if key == "betas":
-            known = isinstance(value, list) and len(value) == 2
-            if not known or not all(type(b) in (int, float) and 0 <= b < 1 for b in value):
+            pair = isinstance(value, list) and len(value) == 2
+            if not pair or not all(type(b) in (int, float) and 0 <= b < 1 for b in value):
                 raise ValueError(
-                    f"optimizer.betas is {value!r}; two numbers from 0 to 1 are needed"
+                    f"optimizer.betas must be two numbers of 0 or more and below 1, got {value!r}"
                 )
         elif key not in ("name", "lr"):
             if type(value) not in (int, float) or value < 0:
-                raise ValueError(f"optimizer.{key} is {value!r}; a number of 0 or more is expected")
+                raise ValueError(f"optimizer.{key} must be a number of 0 or more, got {value!r}")
     if config.get("warmup_proportion", 0) > 1:
-        raise ValueError("optimizer.warmup_proportion is more than 1, which is all of the steps")
+        raise ValueError("optimizer.warmup_proportion must be at most 1")
 
 
-# The names that s3prl's get_optimizer knows.
+# Optimizers of s3prl's get_optimizer, and ours.
 OPTIMIZERS = (
     "AdamW_with_schedule",
     "BertAdam_with_schedule",
@@ -53,37 +54,56 @@ OPTIMIZERS = (
     "Adam",
     "AdamW",
     "TorchOptim",
-    FUSED_ADAMW,  # ours
+    FUSED_ADAMW,
 )
 
 
 @dataclass(frozen=True)
 class RunSettings:
-    """``runner``: s3prl's pretraining Runner insists on each of these but ``fp16``. Ours:
-
-    ``max_keep`` counts the checkpoints of every ``save_step``. ``last_minutes``: time between two
-    writings of ``last.ckpt``; 0 leaves it to ``save_step`` and to what interrupts the run.
-    ``eval_step``: updates between two looks at ``dev_sets``; None takes ``save_step``.
-    ``max_nonfinite``: updates in a row that may be skipped because loss or gradient is not finite.
-    ``bf16``: the student in bfloat16 where that is safe (autocast, on a CUDA device); targets and
-    loss stay float32. ``compile``: the student through ``torch.compile``. ``recompute``: activation
-    checkpointing, less memory for a second forward of the student.
-    """
+    """The training run. The keys without "(ours)" are those of s3prl's pretraining Runner."""
 
     total_steps: int
+    """Updates of the whole run."""
+
     log_step: int
+    """Updates between two points in TensorBoard."""
+
     save_step: int
+    """Updates between two checkpoints ``states-STEP.ckpt``."""
+
     n_epochs: int
+    """-1; s3prl requires the key, and the length of a run is given by ``total_steps``."""
+
     gradient_clipping: float
+    """Largest norm of the gradient."""
+
     gradient_accumulate_steps: int
+    """Batches of an update."""
+
     max_keep: int
+    """How many checkpoints ``states-STEP.ckpt`` are kept; the oldest are removed."""
+
     fp16: bool = False
-    last_minutes: float = 15.0
+    """Train in half precision with loss scaling; needs CUDA."""
+
+    autosave_minutes: float = 15.0
+    """Minutes between two writings of ``last.ckpt``; 0 writes it at ``save_step`` and on
+    interruption only (ours)."""
+
     eval_step: int | None = None
+    """Updates between two measurements of the loss on ``dev_sets``; null: ``save_step`` (ours)."""
+
     max_nonfinite: int = 20
+    """Stop after as many skipped updates in a row, whose loss or gradient was not finite (ours)."""
+
     bf16: bool = False
+    """Run the student in bfloat16 by autocast, on CUDA; targets and loss stay float32 (ours)."""
+
     compile: bool = False
-    recompute: bool = False
+    """Compile the student with ``torch.compile`` (ours)."""
+
+    activation_checkpointing: bool = False
+    """Recompute the student's activations in the backward pass, to save memory (ours)."""
 
     def __post_init__(self):
         for name in (
@@ -97,14 +117,14 @@ class RunSettings:
         ):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}; 1 or more is allowed")
+                raise ValueError(f"{name} must be 1 or more, got {value}")
         if self.fp16 and self.bf16:
-            raise ValueError("fp16 and bf16 are both true; choose one")
-        if self.last_minutes < 0:
-            raise ValueError(f"last_minutes is {self.last_minutes}; 0 or more is allowed")
+            raise ValueError("fp16 and bf16 exclude each other; set one of them to false")
+        if self.autosave_minutes < 0:
+            raise ValueError(f"autosave_minutes must be 0 or more, got {self.autosave_minutes}")
         if self.n_epochs > 0:
-            # s3prl counts steps by it, but builds the learning rate from total_steps
-            raise ValueError(f"n_epochs is {self.n_epochs}; put -1 and say total_steps")
+            # s3prl would count steps by n_epochs but schedule the learning rate by total_steps
+            raise ValueError(f"n_epochs must be -1, got {self.n_epochs}; set total_steps")
         for name in ("log_step", "save_step"):  # s3prl's Runner asserts these two
             if self.total_steps <= getattr(self, name):
                 raise ValueError(
@@ -115,52 +135,65 @@ class RunSettings:
 
 @dataclass(frozen=True)
 class ExpertSettings:
+    """Settings of the pretrain expert."""
+
     datarc: DataSettings
+    """The training data."""
 
 
 @dataclass(frozen=True)
 class RunnerFile:
-    """``config_runner.yaml``. ``optimizer`` and ``scheduler`` go to s3prl as they are."""
+    """``config_runner.yaml`` (``-c``)."""
 
     runner: RunSettings
+    """The training run."""
+
     optimizer: dict[str, Any] = field(default_factory=dict)
+    """``name``, ``lr`` and the arguments of the optimizer: one of s3prl's, to which they are passed
+    unchanged, or ``FusedAdamW`` (ours: torch's fused AdamW with a linear warm-up and decay)."""
+
     pretrain_expert: ExpertSettings | None = None
+    """Settings of the pretrain expert."""
+
     scheduler: dict[str, Any] | None = None
+    """Learning-rate scheduler of s3prl, to which it is passed unchanged; null: none."""
 
     def __post_init__(self):
         if self.pretrain_expert is None:
             raise ValueError("the key pretrain_expert is missing")
         if self.runner.eval_step is not None and not self.pretrain_expert.datarc.dev_sets:
             raise ValueError(
-                "runner.eval_step is set and there is nothing to measure on: name tables in "
-                "pretrain_expert.datarc.dev_sets"
+                "runner.eval_step needs pretrain_expert.datarc.dev_sets, the tables to measure the "
+                "loss on"
             )
         if not isinstance(self.optimizer.get("name"), str):
-            raise ValueError("optimizer.name is missing; for example AdamW_with_schedule")
+            raise ValueError("the key optimizer.name is missing; for example AdamW_with_schedule")
         if "lr" not in self.optimizer:
-            raise ValueError("optimizer.lr is missing; for example 2.e-4")
+            raise ValueError("the key optimizer.lr is missing; for example 2.e-4")
         if self.optimizer["name"] not in OPTIMIZERS:
             raise ValueError(
-                f"optimizer.name is {self.optimizer['name']!r}; use one of: {', '.join(OPTIMIZERS)}"
+                f"optimizer.name: unknown optimizer {self.optimizer['name']!r}; use one of: "
+                f"{', '.join(OPTIMIZERS)}"
             )
         if self.optimizer["name"] == FUSED_ADAMW:
             check_fused_adamw(self.optimizer)
         for key, value in self.optimizer.items():
             if key not in ("name", "torch_optim_name") and isinstance(value, str):
                 raise ValueError(
-                    f"optimizer.{key} is the text {value!r}; a number is expected, with a point: "
-                    "2.e-4 and not 2e-4"
+                    f"optimizer.{key}: expected a number, got the text {value!r}; YAML needs a "
+                    "point in it: 2.e-4, not 2e-4"
                 )
         rate = self.optimizer["lr"]
         if type(rate) not in (int, float) or rate <= 0:
-            raise ValueError(f"optimizer.lr is {rate!r}; a number above 0 is expected")
+            raise ValueError(f"optimizer.lr must be a number above 0, got {rate!r}")
 
 
 @dataclass(frozen=True)
 class ModelFile(DistillSettings):
-    """``config_model.yaml``: the method, and what is done to the waveforms before it."""
+    """``config_model.yaml`` (``-g``)."""
 
     distortion: DistortionSettings = field(default_factory=DistortionSettings)
+    """Distortion of the waveforms before student and teachers; off by default."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -168,38 +201,52 @@ class ModelFile(DistillSettings):
 
 
 def load_model_config(source: str | Path | dict) -> ModelFile:
-    """Check a model config: a YAML path (it may extend another), or the dict of a checkpoint.
+    """Read and check a model config.
+
+    Args:
+        source: path of a YAML file, which may extend another, or ``Upstream_Config`` of a
+            checkpoint.
 
     Raises:
-        ConfigError: naming the file and the YAML path of the first thing that is not valid.
+        ConfigError: with the file and the YAML path of the first invalid value.
     """
     if not isinstance(source, (str, Path)):
-        return build(ModelFile, source, "the checkpoint's Upstream_Config")
-    return build(ModelFile, read_extended(source), str(source))
+        where = "the checkpoint's Upstream_Config"
+        return build(ModelFile, rename_keys(source, MODEL), where)
+    return build(ModelFile, read_model_yaml(source), str(source))
+
+
+def read_model_yaml(path: str | Path) -> dict[str, Any]:
+    """A model config as plain data, merged with the file it extends; not checked.
+
+    Raises:
+        ConfigError: a file cannot be read or has both the old and the new name of a key.
+    """
+    return read_extended(path, lambda data, path: rename_keys(data, MODEL, path))
 
 
 def load_runner_config(path: str | Path, overrides: str | None = None) -> RunnerFile:
-    """Check a runner config as s3prl will see it, with the ``-o`` overrides put in.
+    """Read and check a runner config with the overrides of ``-o``.
 
     Raises:
-        ConfigError: naming the file and the YAML path of the first thing that is not valid.
+        ConfigError: with the file and the YAML path of the first invalid value.
     """
-    data = read_yaml(path)
+    data = rename_keys(read_yaml(path), RUNNER, str(path))
     if overrides:
-        data = apply_overrides(data, overrides)
+        data = apply_overrides(data, rename_overrides(overrides))
     return check_runner_config(data, str(path))
 
 
 def check_runner_config(data: dict, where: str) -> RunnerFile:
-    """Check a runner config that was read already, for example a checkpoint's.
+    """Check a runner config that was read before, for example the one in a checkpoint.
 
     Raises:
-        ConfigError: naming ``where`` and the YAML path of the first thing that is not valid.
+        ConfigError: with ``where`` and the YAML path of the first invalid value.
     """
     check_names(data, where)
-    return build(RunnerFile, data, where)
+    return build(RunnerFile, rename_keys(data, RUNNER), where)
 
 
 def load_data_config(datarc: dict) -> DataSettings:
-    """Check ``pretrain_expert.datarc`` alone, for runs started by s3prl's plain script."""
+    """Check ``pretrain_expert.datarc`` alone, for runs started by s3prl's own script."""
     return build(DataSettings, datarc, "pretrain_expert.datarc")

@@ -19,6 +19,7 @@ from ..errors import SetupError, printable
 from ..files.atomic import make_folder, write_text
 from ..files.config import plain
 from ..files.formats import refuse_newer
+from ..files.renamed_keys import MODEL, RUNNER, restore_keys
 from ..files.text import read_json
 from ..request import PretrainRequest
 from ..system.jobs import child_command, child_environment
@@ -43,11 +44,26 @@ class SweepRun:
 
     @property
     def digest(self) -> str:
-        """Of all that the result depends on: both configs, overrides, seed."""
-        model = plain(load_model_config(self.config))
-        model.pop("student_backend")  # both give equal results; 0.1 had no such key
-        runner = load_runner_config(self.runner, self.overrides)
-        text = json.dumps([model, plain(runner), self.seed], sort_keys=True, default=str)
+        """SHA-256 of all that the result depends on: both configs, overrides and seed.
+
+        The configs have the keys of version 0.1, so that results of that version are found again.
+        """
+        return self._digest({})
+
+    @property
+    def digests(self) -> tuple[str, ...]:
+        """:attr:`digest`, and that of version 0.1 with ``aggregation: groups``, if it may be."""
+        settings = load_model_config(self.config)
+        grouped = all(teacher.groups is not None for teacher in settings.teachers.values())
+        if settings.aggregation == "separate" and grouped:
+            return (self.digest, self._digest({"aggregation": "groups"}))
+        return (self.digest,)
+
+    def _digest(self, changes: dict[str, str]) -> str:
+        model = restore_keys(plain(load_model_config(self.config)), MODEL) | changes
+        model.pop("student_backend")  # both backends give equal results; not a key of 0.1
+        runner = restore_keys(plain(load_runner_config(self.runner, self.overrides)), RUNNER)
+        text = json.dumps([model, runner, self.seed], sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()
 
     @property

@@ -412,7 +412,7 @@ class Trainer:
                 path = self.checkpoints.save_numbered(checkpoint, step)
                 tqdm.write(f"[Runner] - Save the checkpoint to: {path}")
             self._saved_step, self._saved_at = step, time.monotonic()
-        elif stopping or self.processes.any(0 < run.last_minutes <= minutes):
+        elif stopping or self.processes.any(0 < run.autosave_minutes <= minutes):
             checkpoint = self.checkpoint()
             if self.processes.writer:
                 self.checkpoints.save_last(checkpoint)

@@ -174,7 +174,7 @@ def check_precision(precision: str, device: str) -> None:
 def load_teachers(
     settings: Mapping[str, TeacherSettings],
     dropout: bool,
-    path: str = "fast",
+    backend: str = "fast",
     precision: str = "float32",
     compiled: bool = False,
 ) -> TeacherEnsemble:
@@ -183,8 +183,8 @@ def load_teachers(
     Args:
         settings: by name.
         dropout: leave the teachers' dropout on; they are then run as they are.
-        path, precision, compiled: ``teacher_path``, ``teacher_precision`` and ``teacher_compile``
-            of :class:`~s3prl_ekd.distill.settings.DistillSettings`.
+        backend, precision, compiled: ``teacher_backend``, ``teacher_precision`` and
+            ``teacher_compile`` of :class:`~s3prl_ekd.distill.settings.DistillSettings`.
 
     Raises:
         TeacherError, CheckpointError: see :func:`load_upstream` and :class:`Teacher`.
@@ -195,7 +195,7 @@ def load_teachers(
     for name, teacher in settings.items():
         upstream = load_upstream(teacher.model, f"teachers.{name}.model")
         teachers[name] = Teacher(upstream, teacher.targets, name)
-    if path == "fast" and not dropout:
+    if backend == "fast" and not dropout:
         upstreams = {name: teacher.upstream for name, teacher in teachers.items()}
         for name, encoder in fast_encoders(upstreams, precision, compiled).items():
             teachers[name].encoder = encoder

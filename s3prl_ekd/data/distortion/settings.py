@@ -1,8 +1,8 @@
-"""What may be done to a waveform before student and teacher hear it; no torch is needed here.
+"""Settings of the distortion of waveforms; needs no torch.
 
-Each default says where it comes from: *predecessor* (arXiv 2210.07978, of the same first author),
-*inferred* or *ours*. The ensemble paper itself (arXiv 2302.12757) names distortions among its
-index terms and says no more, so all of this is off unless ``setup`` is set.
+Origins of the defaults: *predecessor* (arXiv 2210.07978, of the same first author), *inferred* or
+*ours*. The ensemble paper (arXiv 2302.12757) has distortion among its index terms and gives no
+details, so distortion is off unless ``setup`` is set.
 """
 
 from __future__ import annotations
@@ -15,16 +15,23 @@ Setup = Literal["clean", "setup1", "setup2", "same"]
 
 @dataclass(frozen=True)
 class AdditiveWeights:
-    """How often each additive kind is drawn, relative to the others (inferred: all alike).
+    """How often each additive kind is drawn, relative to the others (inferred: equally often).
 
-    ``noise`` is the weight of each noise folder: two folders, Gaussian noise and clean are the
-    predecessor's four kinds (MUSAN, WHAM!, Gaussian, clean). A kind that is off does not count.
+    Only kinds that are switched on count.
     """
 
     noise: float = 1.0
+    """Each noise folder. Two folders, Gaussian noise and clean are the predecessor's four kinds
+    (MUSAN, WHAM!, Gaussian, clean)."""
+
     gaussian: float = 1.0
+    """Gaussian noise."""
+
     babble: float = 1.0
+    """Other utterances of the corpus."""
+
     clean: float = 1.0
+    """Nothing is added."""
 
     def __post_init__(self) -> None:
         _no_negative(self)
@@ -32,12 +39,22 @@ class AdditiveWeights:
 
 @dataclass(frozen=True)
 class ConvolutiveWeights:
-    """How often each kind of the second part is drawn, relative to the others (inferred: alike)."""
+    """How often each convolutive kind is drawn, relative to the others (inferred: equally often).
+
+    Only kinds that are switched on count.
+    """
 
     reverb: float = 1.0
+    """Reverberation."""
+
     pitch: float = 1.0
+    """Pitch shift."""
+
     band_reject: float = 1.0
+    """Band-reject filter."""
+
     clean: float = 1.0
+    """Nothing is changed."""
 
     def __post_init__(self) -> None:
         _no_negative(self)
@@ -45,50 +62,69 @@ class ConvolutiveWeights:
 
 @dataclass(frozen=True)
 class DistortionSettings:
-    """Who hears what, and what is drawn: one additive kind and one of the second part a waveform.
-
-    ``setup``: ``clean`` distorts nothing (default). ``setup1`` gives the student a distorted copy
-    and the teacher the clean one; ``setup2`` gives each its own, drawn independently (both
-    predecessor); ``same`` gives both one distorted copy (ours).
-
-    Additive part:
-
-    - ``noise``: folders of noise files, each a kind of its own.
-    - ``gaussian``: white noise (predecessor).
-    - ``babble``: ``babble_voices`` other utterances of the corpus, equally loud (ours).
-    - ``snr_min``, ``snr_max``: bounds in dB of the signal-to-noise ratio, uniform (predecessor).
-
-    Second part:
-
-    - ``impulses``: folders of impulse responses. Without one, a room is simulated: decaying noise
-      with a reverberation time between ``rt60_min`` and ``rt60_max`` seconds and a direct path
-      ``drr_min`` to ``drr_max`` dB above the rest (ours).
-    - ``pitch_cents``: largest shift up or down, uniform (predecessor: 500; uniform is inferred); 0
-      leaves the kind out.
-    - band reject: a centre between ``band_low`` and ``band_high`` Hz, uniform in octaves, and a
-      width between ``band_width_min`` and ``band_width_max`` Hz, uniform (ours; the predecessor
-      names the kind only).
-    """
+    """Distortion of the input: one additive and one convolutive kind for each waveform."""
 
     setup: Setup = "clean"
+    """Input of student and teachers. ``clean``: nothing is distorted. ``setup1``: a distorted copy
+    for the student, clean speech for the teachers; ``setup2``: two independently distorted copies
+    (both predecessor). ``same``: one distorted copy for both (ours)."""
+
     noise: tuple[str, ...] = ()
+    """Folders of noise files; each is an additive kind."""
+
     gaussian: bool = True
+    """White noise as an additive kind (predecessor)."""
+
     babble: bool = False
+    """Other utterances of the corpus as an additive kind (ours)."""
+
     babble_voices: int = 4
+    """Utterances mixed into babble, equally loud (ours)."""
+
     snr_min: float = 10.0
+    """Lowest signal-to-noise ratio in dB; drawn uniformly (predecessor)."""
+
     snr_max: float = 19.0
+    """Highest signal-to-noise ratio in dB (predecessor)."""
+
     additive_weights: AdditiveWeights = field(default_factory=AdditiveWeights)
+    """How often each additive kind is drawn."""
+
     impulses: tuple[str, ...] = ()
+    """Folders of room impulse responses; without one, a room is simulated by decaying noise
+    (ours)."""
+
     rt60_min: float = 0.2
+    """Shortest reverberation time of a simulated room, in seconds (ours)."""
+
     rt60_max: float = 0.8
+    """Longest reverberation time of a simulated room, in seconds (ours)."""
+
     drr_min: float = 0.0
+    """Lowest ratio of direct path to reverberation in a simulated room, in dB (ours)."""
+
     drr_max: float = 10.0
+    """Highest ratio of direct path to reverberation in a simulated room, in dB (ours)."""
+
     pitch_cents: float = 500.0
+    """Largest pitch shift up or down in cents, drawn uniformly (predecessor: 500; uniform is
+    inferred); 0 switches the kind off."""
+
     band_low: float = 200.0
+    """Lowest centre of the band-reject filter in Hz, drawn uniformly in octaves (ours; the
+    predecessor names the kind only)."""
+
     band_high: float = 6000.0
+    """Highest centre of the band-reject filter in Hz (ours)."""
+
     band_width_min: float = 100.0
+    """Smallest width of the band-reject filter in Hz, drawn uniformly (ours)."""
+
     band_width_max: float = 1000.0
+    """Largest width of the band-reject filter in Hz (ours)."""
+
     convolutive_weights: ConvolutiveWeights = field(default_factory=ConvolutiveWeights)
+    """How often each convolutive kind is drawn."""
 
     def __post_init__(self) -> None:
         for low, high in (
@@ -100,7 +136,7 @@ class DistortionSettings:
         ):
             if getattr(self, low) > getattr(self, high):
                 raise ValueError(
-                    f"{low} ({getattr(self, low)}) is above {high} ({getattr(self, high)})"
+                    f"{low} ({getattr(self, low)}) must not be above {high} ({getattr(self, high)})"
                 )
         _between(self, "snr_min", -60, 100)
         _between(self, "snr_max", -60, 100)
@@ -109,7 +145,7 @@ class DistortionSettings:
         _between(self, "rt60_min", 0.01, 10)
         _between(self, "rt60_max", 0.01, 10)
         _between(self, "babble_voices", 1, 64)
-        # 16 kHz ends at 8000 Hz. Narrower than 20 Hz, a filter rings longer than a word lasts.
+        # 8000 Hz is the Nyquist frequency. A filter below 20 Hz rings longer than a word lasts.
         _between(self, "band_low", 20, 7900)
         _between(self, "band_high", 20, 7900)
         _between(self, "band_width_min", 20, 4000)
@@ -121,11 +157,11 @@ class DistortionSettings:
             ("convolutive_weights", self.convolutive_kinds),
         ):
             if not sum(kinds.values()) > 0:
-                raise ValueError(f"{part}: no kind that is on has a weight above 0")
+                raise ValueError(f"{part}: at least one kind needs a weight above 0")
 
     @property
     def additive_kinds(self) -> dict[str, float]:
-        """Weight of each additive kind that is on; ``noise:0`` is the first noise folder."""
+        """Weight of each additive kind switched on; ``noise:0`` is the first noise folder."""
         weights = self.additive_weights
         kinds = {"clean": weights.clean}
         kinds.update({f"noise:{i}": weights.noise for i in range(len(self.noise))})
@@ -137,7 +173,7 @@ class DistortionSettings:
 
     @property
     def convolutive_kinds(self) -> dict[str, float]:
-        """Weight of each kind of the second part that is on."""
+        """Weight of each convolutive kind that is switched on."""
         weights = self.convolutive_weights
         kinds = {"clean": weights.clean, "reverb": weights.reverb}
         if self.pitch_cents:
@@ -149,9 +185,9 @@ class DistortionSettings:
 def _no_negative(weights: object) -> None:
     for name, value in vars(weights).items():
         if value < 0:
-            raise ValueError(f"{name} is {value}; a weight of 0 or more is allowed")
+            raise ValueError(f"{name} must be 0 or more, got {value}")
 
 
 def _between(settings: object, name: str, low: float, high: float) -> None:
     if not low <= getattr(settings, name) <= high:
-        raise ValueError(f"{name} is {getattr(settings, name)}; {low} to {high} is allowed")
+        raise ValueError(f"{name} must be {low} to {high}, got {getattr(settings, name)}")

@@ -67,9 +67,9 @@ def check_unit_layer(units: UnitLabels | None, settings: ModelFile) -> None:
         return
     if (units.layer,) not in settings.teachers[units.teacher].targets:
         raise ConfigError(
-            f"essence.units are of layer {units.layer} of {units.teacher}, which is not among its "
-            "targets, and stored targets have no other layers; fit units of one of its layers, or "
-            "train without pretrain_expert.datarc.target_cache"
+            f"unit_loss.file has units of layer {units.layer} of {units.teacher}, which is not one "
+            "of its target layers, and a target cache has no others; fit units of a target layer, "
+            "or train without pretrain_expert.datarc.target_cache"
         )
 
 

@@ -1,0 +1,122 @@
+"""Keys of version 0.1 in configs and ``-o``: replaced by today's, with one warning each.
+
+They work in this release. Checkpoints of version 0.1 have them too and are read without a warning.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from ..errors import ConfigError
+from ..system import torchrun
+
+logger = logging.getLogger(__name__)
+
+Table = Mapping[str, str]  # old dotted key -> new dotted key
+MODEL: Table = {
+    "teacher_path": "teacher_backend",
+    "targets.standardise": "target_norm",
+    "targets.standardise_steps": "target_norm_steps",
+    "targets.separate_heads": "heads.per_teacher",
+    "targets.residual_heads": "heads.residual",
+    "targets.residual_weight": "heads.residual_weight",
+    "essence.keep": "loss.agreement",
+    "essence.units": "unit_loss.file",
+    "essence.unit_weight": "unit_loss.weight",
+}
+RUNNER: Table = {
+    "runner.recompute": "runner.activation_checkpointing",
+    "runner.last_minutes": "runner.autosave_minutes",
+}
+# New key -> old value -> new value; all in the model config.
+VALUES: Mapping[str, Mapping[str, str]] = {
+    "aggregation": {"groups": "separate"},
+    "teacher_backend": {"plain": "s3prl"},
+    "target_norm": {"running": "mean_std"},
+}
+
+
+def rename_keys(data: dict[str, Any], table: Table, path: str | None = None) -> dict[str, Any]:
+    """Replace old keys and values of a config by the new ones, in a copy.
+
+    Args:
+        data: the config.
+        table: :data:`MODEL` or :data:`RUNNER`.
+        path: the YAML file, for the warnings. None: no warnings, and the new key counts where both
+            are given, as by ``-o`` on the config of an old checkpoint.
+
+    Raises:
+        ConfigError: the file has both the old and the new key, or no mapping where one is needed.
+    """
+    data = copy.deepcopy(data)
+    for old, new in table.items():
+        if not _has(data, old):
+            continue
+        if path:
+            if _has(data, new):
+                raise ConfigError(f"{path}: `{old}` is the old name of `{new}`; remove `{old}`")
+            _warn(path, old, new)
+        _move(data, old, new)
+    for key, values in VALUES.items() if table is MODEL else ():
+        value = data.get(key)
+        if isinstance(value, str) and value in values:
+            data[key] = values[value]
+            if path:
+                _warn(path, f"{key}: {value}", f"{key}: {values[value]}")
+    return data
+
+
+def rename_overrides(overrides: str) -> str:
+    """Replace old keys in the value of ``-o`` by the new ones."""
+    options = overrides.split(",,")
+    for i, option in enumerate(options):
+        key, equals, value = option.strip().partition("=")
+        new = RUNNER.get(key.strip().removeprefix("config."))
+        if new:
+            options[i] = f"config.{new}{equals}{value}"
+            _warn("-o", key.strip(), f"config.{new}")
+    return ",,".join(options)
+
+
+def restore_keys(data: Mapping[str, Any], table: Table) -> dict[str, Any]:
+    """The inverse of :func:`rename_keys`, to compare a config with a record of version 0.1.
+
+    ``aggregation: separate`` stays: it was a value of version 0.1, too.
+    """
+    restored: dict[str, Any] = copy.deepcopy(dict(data))
+    for key, values in VALUES.items() if table is MODEL else ():
+        old_values = {new: old for old, new in values.items() if key != "aggregation"}
+        restored[key] = old_values.get(restored[key], restored[key])
+    for old, new in table.items():
+        if _has(restored, new):
+            _move(restored, new, old)
+    return restored
+
+
+def _has(data: dict[str, Any], key: str) -> bool:
+    section, _, name = key.rpartition(".")
+    parent = data.get(section) if section else data
+    return isinstance(parent, dict) and name in parent
+
+
+def _move(data: dict[str, Any], old: str, new: str) -> None:
+    """Give the value of key ``old`` to ``new``, unless ``new`` has one; drop empty sections."""
+    section, _, name = old.rpartition(".")
+    value = (data[section] if section else data).pop(name)
+    if section and not data[section]:
+        del data[section]
+    section, _, name = new.rpartition(".")
+    target = data.setdefault(section, {}) if section else data
+    if not isinstance(target, dict):
+        raise ConfigError(f"{section}: expected a mapping, got {target!r:.60}")
+    target.setdefault(name, value)
+
+
+@functools.cache  # once a process, however often a file is read
+def _warn(path: str, old: str, new: str) -> None:
+    if torchrun.rank() == 0:
+        logger.warning("%s: `%s` is now `%s`; the old name works until 0.3", path, old, new)
