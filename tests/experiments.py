@@ -1,4 +1,4 @@
-"""Small experiments for the tests of the method."""
+"""Small experiments for tests of the method."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def load(path):
 
 
 def ensemble(teachers, *names, layers=LAYERS, dropout=False):
-    """Teachers by name; a name may be given twice, as `hubert hubert`."""
-    made = {f"t{i}": Teacher(load(teachers[n]), layers, n) for i, n in enumerate(names)}
-    return TeacherEnsemble(made, dropout)
+    """The named teachers as t0, t1, ...; a name may be repeated."""
+    loaded = {f"t{i}": Teacher(load(teachers[n]), layers, n) for i, n in enumerate(names)}
+    return TeacherEnsemble(loaded, dropout)
 
 
 def distiller(teachers, settings, names, aggregation="separate", loss=None, **more):
@@ -31,14 +31,14 @@ def distiller(teachers, settings, names, aggregation="separate", loss=None, **mo
     layers = more.pop("layers", LAYERS)
     groups = more.pop("groups", None)
     units = more.pop("units", None)
-    made = ensemble(teachers, *names, layers=groups or layers)
-    each = {
-        name: TeacherSettings("x", layers, groups, **more.pop(name, {})) for name in made.keys()
+    loaded = ensemble(teachers, *names, layers=groups or layers)
+    teacher_settings = {
+        name: TeacherSettings("x", layers, groups, **more.pop(name, {})) for name in loaded
     }
     experiment = DistillSettings(
-        each, aggregation, student=settings, loss=loss or LossSettings(), **more
+        teacher_settings, aggregation, student=settings, loss=loss or LossSettings(), **more
     )
-    return EnsembleDistiller(made, Student(settings), experiment, units)
+    return EnsembleDistiller(loaded, Student(settings), experiment, units)
 
 
 def batch_of(waves):

@@ -1,5 +1,6 @@
-"""Configs: every shipped YAML is valid, and each mistake is one sentence with its YAML path."""
+"""Configs: every shipped YAML is valid; every mistake is one sentence with its YAML path."""
 
+import re
 import shlex
 from pathlib import Path
 
@@ -64,7 +65,7 @@ def test_the_shipped_files_are_found():
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
-def test_every_shipped_yaml_says_how_to_launch_it_first(path):
+def test_every_shipped_yaml_starts_with_its_command(path):
     comment = path.read_text().split("\n\n")[0]
     assert comment.startswith("# ")
     if path.name != "tiny_runner.yaml":
@@ -76,10 +77,17 @@ def test_every_shipped_yaml_says_how_to_launch_it_first(path):
 EXPERIMENTS = sorted((CONFIGS / "experiments").glob("*.yaml"))
 
 
-def test_the_matrix_is_the_papers():
+def test_the_experiments_of_the_paper_are_shipped():
     names = {path.stem for path in EXPERIMENTS}
     kinds = ("average", "concat", "separate")
-    wanted = {"single_hubert", "single_robust", "single_wavlm", "reference", "skill", "essence"}
+    wanted = {
+        "single_hubert",
+        "single_robust",
+        "single_wavlm",
+        "s3prl_distiller",
+        "skill",
+        "essence",
+    }
     for group in ("hubert_robust", "hubert_wavlm", "robust_wavlm", "three"):
         wanted |= {f"{group}_{kind}" for kind in kinds}
     wanted |= {"robust_setup1", "robust_setup2"}
@@ -104,7 +112,7 @@ def test_a_tiny_experiment_is_the_same_one(path, tmp_path):
     assert full == tiny
 
 
-def test_the_default_is_the_design():
+def test_the_default_experiment():
     settings = load_model_config(CONFIGS / "config_model.yaml")
     assert list(settings.teachers) == ["hubert", "robust_hubert", "wavlm"]
     assert {teacher.layers for teacher in settings.teachers.values()} == {(4, 8, 12)}
@@ -119,118 +127,241 @@ def test_a_config_survives_the_checkpoint():
 
 
 @pytest.mark.parametrize(
-    ("path", "value", "said"),
+    ("path", "value", "parts"),
     [
-        ("aggregation", "averge", "aggregation: 'averge' is not known; use one of: separate"),
-        ("agregation", "average", "unknown key 'agregation' \\(did you mean aggregation\\?\\)"),
-        ("teachers", {}, "teachers is empty"),
-        ("teachers", ["hubert"], "teachers: a mapping is expected"),
-        ("teachers.one.layers", "4,8", "teachers.one.layers: a list is expected"),
-        ("teachers.one.layers", [4, "8"], "layers\\[1\\]: a whole number is expected, not '8'"),
-        ("teachers.one.layers", [True], "layers\\[0\\]: a whole number is expected, not True"),
-        ("teachers.one.layers", [-1], "distinct numbers from 0 up"),
-        ("teachers.one.layers", [4, 4], "distinct numbers from 0 up"),
-        ("teachers.one.model", None, "teachers.one.model: text is expected, not None"),
-        ("teachers.one", {"layers": [1]}, "teachers.one: the key model is missing"),
-        ("teachers.a-b", {"model": "x"}, "'a-b' cannot be a teacher's name"),
-        ("teachers.average", {"model": "x"}, "'average' cannot be a teacher's name"),
-        ("teachers.one.weight", -1.0, "weight and final_weight must be 0 or more"),
-        ("teachers.one.groups", [], "groups is empty"),
-        ("teachers.one.groups", [[1], [1, 2]], "distinct layers from 0 up, each in one group"),
-        ("teachers.one.groups", [1, 2], "groups\\[0\\]: a list is expected, not 1"),
-        ("aggregation", "groups", "needs teachers.one.groups"),
-        ("targets", {"across_teachers": True}, "one has 3, two has 1"),
-        ("targets", {"residual_heads": True}, "targets.residual_heads goes layer by layer"),
-        ("targets", {"drop_teachers": 1.5}, "drop_teachers is 1.5; 0 to 1"),
-        ("targets", {"standardise": "phi"}, "use one of: none, running, phi_s"),
-        ("teachers.one.final_weight", 0.0, "final_weight needs targets.weight_steps"),
-        ("essence", {"keep": 0.0}, "keep is 0.0; above 0"),
-        ("heads", {"kind": "wide"}, "use one of: split, linear"),
-        ("loss", {"reconstruction": "l3"}, "use one of: l1, l2, smooth_l1"),
-        ("distortion", {"setup": "setup3"}, "use one of: clean, setup1, setup2, same"),
-        ("distortion", {"snr_min": 30.0}, "snr_min \\(30.0\\) is above snr_max"),
-        ("init", {"teacher": "one", "average": ["one", "two"]}, "teacher or average, not both"),
-        ("init", {"teacher": "one", "layers": [0]}, "names 1 layers and the student has 2"),
-        ("teachers.keys", {"model": "x"}, "'keys' cannot be a teacher's name"),
-        ("aggregation", "average", "one has 3, two has 1"),
-        ("init", {"teacher": "three"}, "there is no teacher 'three'; use one of: one, two"),
-        ("student", {"encoder_layers": 0}, "student: encoder_layers is 0; 1 or more"),
-        ("student", {"encoder_layers": 2.0}, "encoder_layers: a whole number is expected"),
-        ("student", {"encoder_embed_dim": 100}, "cannot be divided by encoder_attention_heads"),
-        ("student", {"dropout": 1.5}, "dropout is 1.5; 0 up to below 1"),
-        ("student", {"dropout": float("nan")}, "a finite number is expected"),
-        ("student", {"extractor_conv_feature_layers": "exit()"}, "triples"),
-        ("loss", {"cosine_weight": "much"}, "cosine_weight: a number is expected, not 'much'"),
-        ("loss", {"mask_padding": 1}, "mask_padding: true or false is expected, not 1"),
-        ("loss", 3, "loss: a mapping of settings is expected"),
+        ("aggregation", "averge", ".aggregation: 'averge' separate average concat"),
+        ("agregation", "average", "'agregation' aggregation"),
+        ("teachers", {}, "teachers"),
+        ("teachers", ["hubert"], ".teachers:"),
+        ("teachers.one.layers", "4,8", ".teachers.one.layers: '4,8'"),
+        ("teachers.one.layers", [4, "8"], ".teachers.one.layers[1]: '8'"),
+        ("teachers.one.layers", [True], ".teachers.one.layers[0]: True"),
+        ("teachers.one.layers", [-1], ".teachers.one: layers [-1]"),
+        ("teachers.one.layers", [4, 4], ".teachers.one: layers [4, 4]"),
+        ("teachers.one.model", None, ".teachers.one.model: None"),
+        ("teachers.one", {"layers": [1]}, ".teachers.one: model"),
+        ("teachers.a-b", {"model": "x"}, "teachers: 'a-b'"),
+        ("teachers.average", {"model": "x"}, "teachers: 'average'"),
+        ("teachers.one.weight", -1.0, ".teachers.one: weight"),
+        ("teachers.one.groups", [], ".teachers.one: groups"),
+        ("teachers.one.groups", [[1], [1, 2]], ".teachers.one: groups"),
+        ("teachers.one.groups", [1, 2], ".teachers.one.groups[0]: 1"),
+        ("targets", {"across_teachers": True}, "targets.across_teachers one 3 two 1"),
+        ("heads", {"residual": True}, "heads.residual one 3 two 1"),
+        ("heads", {"residual_weight": -1}, ".heads: residual_weight -1.0"),
+        ("targets", {"drop_teachers": 1.5}, ".targets: drop_teachers 1.5"),
+        ("targets", {"weight_steps": -1}, ".targets: weight_steps -1"),
+        ("target_norm", "phi", ".target_norm: 'phi' none mean_std phi_s"),
+        ("target_norm_steps", 0, "target_norm_steps 0"),
+        ("teachers.one.final_weight", 0.0, "teachers.one.final_weight targets.weight_steps"),
+        ("loss", {"agreement": 0.0}, ".loss: agreement 0.0"),
+        ("unit_loss", {"weight": -0.5}, ".unit_loss: weight -0.5"),
+        ("unit_loss", {"fil": "x"}, ".unit_loss: 'fil' file"),
+        ("heads", {"kind": "wide"}, ".heads.kind: 'wide' split linear"),
+        ("loss", {"reconstruction": "l3"}, ".loss.reconstruction: 'l3' l1 l2 smooth_l1"),
+        ("distortion", {"setup": "setup3"}, ".distortion.setup: clean setup1 setup2 same"),
+        ("distortion", {"snr_min": 30.0}, ".distortion: snr_min 30.0 snr_max"),
+        ("init", {"teacher": "one", "average": ["one", "two"]}, ".init: teacher average"),
+        ("init", {"teacher": "one", "layers": [0]}, "init.layers 1 2"),
+        ("teachers.keys", {"model": "x"}, "teachers: 'keys'"),
+        ("aggregation", "average", "aggregation: average one 3 two 1"),
+        ("init", {"teacher": "three"}, "init 'three' one, two"),
+        ("student", {"encoder_layers": 0}, ".student: encoder_layers 0"),
+        ("student", {"encoder_layers": 2.0}, ".student.encoder_layers: 2.0"),
+        ("student", {"encoder_embed_dim": 100}, ".student: 100 encoder_attention_heads 12"),
+        ("student", {"dropout": 1.5}, ".student: dropout 1.5"),
+        ("student", {"dropout": float("nan")}, ".student.dropout: nan"),
+        ("student", {"extractor_conv_feature_layers": "exit()"}, "'exit()'"),
+        ("loss", {"cosine_weight": "much"}, ".loss.cosine_weight: 'much'"),
+        ("loss", {"mask_padding": 1}, ".loss.mask_padding: 1"),
+        ("loss", 3, ".loss: 3"),
     ],
 )
-def test_a_mistake_in_the_model_config(tmp_path, path, value, said):
+def test_a_mistake_in_the_model_config(tmp_path, path, value, parts):
+    """The message has the file, the YAML path, the value and what is allowed, in that order."""
     file = tmp_path / "model.yaml"
     file.write_text(yaml.safe_dump(changed(MODEL, path, value)))
-    with pytest.raises(ConfigError, match=said) as caught:
+    with pytest.raises(ConfigError) as caught:
         load_model_config(file)
-    assert str(caught.value).startswith(str(file))
-    assert "\n" not in str(caught.value)
+    assert_parts(str(caught.value), str(file), parts)
+
+
+def assert_parts(message, file, parts):
+    """One line that starts with the file and has the parts."""
+    assert message.startswith(file) and "\n" not in message
+    missing = [part for part in parts.split() if part not in message.removeprefix(file)]
+    assert not missing, (missing, message)
 
 
 @pytest.mark.parametrize(
-    ("path", "value", "said"),
+    ("path", "value", "parts"),
     [
-        ("runner.total_steps", 5, "total_steps \\(5\\) must be greater than save_step \\(5\\)"),
-        ("runner.total_steps", "many", "runner.total_steps: a whole number is expected"),
-        ("runner.log_step", ..., "runner: the key log_step is missing"),
-        ("runner.log_step", 0, "log_step is 0; 1 or more"),
-        ("runner.fp_16", True, "unknown key 'fp_16' \\(did you mean fp16\\?\\)"),
-        ("optimizer.name", ..., "optimizer.name is missing"),
-        ("optimizer.lr", "fast", "optimizer.lr is the text 'fast'; a number is expected"),
-        ("optimizer.lr", ..., "optimizer.lr is missing"),
-        ("optimizer.name", "Adamm", "optimizer.name is 'Adamm'; use one of: AdamW_with_schedule"),
-        ("optimizer.eps", "1e-6", "optimizer.eps is the text '1e-6'"),
-        ("runner.n_epochs", 3, "n_epochs is 3; put -1 and say total_steps"),
-        ("pretrain_expert", ..., "the key pretrain_expert is missing"),
-        ("pretrain_expert.datarc.sets", [], "sets is empty"),
-        ("pretrain_expert.datarc.sets", "train", "sets: a list is expected, not 'train'"),
-        ("pretrain_expert.datarc.libri_root", ..., "the key libri_root is missing"),
-        ("pretrain_expert.datarc.sequence_length", 100, "sequence_length is 100 samples"),
-        ("runner.max_keep", 0, "max_keep is 0; 1 or more"),
-        ("runner.max_nonfinite", 0, "max_nonfinite is 0; 1 or more"),
-        ("runner.last_minutes", -1, "last_minutes is -1.0; 0 or more"),
-        ("runner.last_minutes", "often", "last_minutes: a number is expected, not 'often'"),
-        ("runner.eval_step", 5, "eval_step is set and there is nothing to measure on"),
-        ("runner.eval_step", 0, "eval_step is 0; 1 or more"),
-        ("runner.max_nonfinit", 3, "unknown key 'max_nonfinit' \\(did you mean max_nonfinite"),
-        ("pretrain_expert.datarc.dev_sets", "dev", "dev_sets: a list is expected, not 'dev'"),
-        ("pretrain_expert.datarc.dev_sets", ["c"], "dev_sets names 'c', which sets has too"),
+        ("runner.total_steps", 5, ".runner: total_steps (5) save_step (5)"),
+        ("runner.total_steps", "many", ".runner.total_steps: 'many'"),
+        ("runner.log_step", ..., ".runner: log_step"),
+        ("runner.log_step", 0, ".runner: log_step 0"),
+        ("runner.fp_16", True, ".runner: 'fp_16' fp16"),
+        ("optimizer.name", ..., "optimizer.name AdamW_with_schedule"),
+        ("optimizer.lr", "fast", "optimizer.lr 'fast' 2.e-4"),
+        ("optimizer.lr", ..., "optimizer.lr 2.e-4"),
+        ("optimizer.name", "Adamm", "optimizer.name 'Adamm' AdamW_with_schedule"),
+        ("optimizer.eps", "1e-6", "optimizer.eps '1e-6'"),
+        ("runner.n_epochs", 3, ".runner: n_epochs 3 -1 total_steps"),
+        ("pretrain_expert", ..., "pretrain_expert"),
+        ("pretrain_expert.datarc.sets", [], ".pretrain_expert.datarc: sets"),
+        ("pretrain_expert.datarc.sets", "train", ".pretrain_expert.datarc.sets: 'train'"),
+        ("pretrain_expert.datarc.libri_root", ..., ".pretrain_expert.datarc: libri_root"),
+        ("pretrain_expert.datarc.sequence_length", 100, "sequence_length 100 400"),
+        ("pretrain_expert.datarc.loader_timeout", 0.5, "loader_timeout 0.5"),
+        ("pretrain_expert.datarc.max_seconds", 1, "max_seconds 1"),
+        ("runner.max_keep", 0, ".runner: max_keep 0"),
+        ("runner.max_nonfinite", 0, ".runner: max_nonfinite 0"),
+        ("runner.autosave_minutes", -1, ".runner: autosave_minutes -1.0"),
+        ("runner.autosave_minutes", "often", ".runner.autosave_minutes: 'often'"),
+        ("runner.eval_step", 5, "runner.eval_step pretrain_expert.datarc.dev_sets"),
+        ("runner.eval_step", 0, ".runner: eval_step 0"),
+        ("runner.max_nonfinit", 3, ".runner: 'max_nonfinit' max_nonfinite"),
+        ("pretrain_expert.datarc.dev_sets", "dev", ".pretrain_expert.datarc.dev_sets: 'dev'"),
+        ("pretrain_expert.datarc.dev_sets", ["c"], "dev_sets 'c'"),
     ],
 )
-def test_a_mistake_in_the_runner_config(tmp_path, path, value, said):
+def test_a_mistake_in_the_runner_config(tmp_path, path, value, parts):
     file = tmp_path / "runner.yaml"
     file.write_text(yaml.safe_dump(changed(RUNNER, path, value)))
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(ConfigError) as caught:
         load_runner_config(file)
+    assert_parts(str(caught.value), str(file), parts)
+
+
+# Keys of version 0.1: the same settings, and one warning for each.
+
+OLD_MODEL = {
+    **MODEL,
+    "teachers": {name: {"model": name, "groups": [[1], [2]]} for name in ("one", "two")},
+    "aggregation": "groups",
+    "targets": {
+        "separate_heads": True,
+        "residual_heads": True,
+        "residual_weight": 0.5,
+        "standardise": "running",
+        "standardise_steps": 7,
+        "drop_teachers": 0.5,
+    },
+    "essence": {"keep": 0.5, "units": "units.safetensors", "unit_weight": 2.0},
+    "teacher_path": "plain",
+}
+NEW_MODEL = {
+    **OLD_MODEL,
+    "aggregation": "separate",
+    "targets": {"drop_teachers": 0.5},
+    "heads": {"per_teacher": True, "residual": True, "residual_weight": 0.5},
+    "target_norm": "mean_std",
+    "target_norm_steps": 7,
+    "loss": {"agreement": 0.5},
+    "unit_loss": {"file": "units.safetensors", "weight": 2.0},
+    "teacher_backend": "s3prl",
+}
+del NEW_MODEL["essence"], NEW_MODEL["teacher_path"]
+OLD_RUNNER = {**RUNNER, "runner": {**RUNNER["runner"], "recompute": True, "last_minutes": 3}}
+NEW_RUNNER = {
+    **RUNNER,
+    "runner": {**RUNNER["runner"], "activation_checkpointing": True, "autosave_minutes": 3},
+}
+NEW_NAMES = {
+    "teacher_path": "teacher_backend",
+    "targets.standardise": "target_norm",
+    "targets.standardise_steps": "target_norm_steps",
+    "targets.separate_heads": "heads.per_teacher",
+    "targets.residual_heads": "heads.residual",
+    "targets.residual_weight": "heads.residual_weight",
+    "essence.keep": "loss.agreement",
+    "essence.units": "unit_loss.file",
+    "essence.unit_weight": "unit_loss.weight",
+    "aggregation: groups": "aggregation: separate",
+    "target_norm: running": "target_norm: mean_std",
+    "teacher_backend: plain": "teacher_backend: s3prl",
+    "runner.recompute": "runner.activation_checkpointing",
+    "runner.last_minutes": "runner.autosave_minutes",
+}
+
+
+def warned(caplog, file):
+    """Old name -> new name, of each warning about a file; none may come twice."""
+    messages = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    pairs = [
+        re.findall("`([^`]+)`", message) for message in messages if message.startswith(f"{file}:")
+    ]
+    assert len(pairs) == len({old for old, _ in pairs})
+    return dict(pairs)
+
+
+def test_old_keys_of_the_model_config(tmp_path, caplog):
+    old, new = tmp_path / "old.yaml", tmp_path / "new.yaml"
+    old.write_text(yaml.safe_dump(OLD_MODEL))
+    new.write_text(yaml.safe_dump(NEW_MODEL))
+    assert load_model_config(old) == load_model_config(new)
+    load_model_config(old)
+    expected = {old: new for old, new in NEW_NAMES.items() if not old.startswith("runner.")}
+    assert warned(caplog, old) == expected and warned(caplog, new) == {}
+
+
+def test_old_keys_of_the_runner_config(tmp_path, caplog):
+    old, new = tmp_path / "old.yaml", tmp_path / "new.yaml"
+    old.write_text(yaml.safe_dump(OLD_RUNNER))
+    new.write_text(yaml.safe_dump(NEW_RUNNER))
+    assert load_runner_config(old) == load_runner_config(new)
+    expected = {old: new for old, new in NEW_NAMES.items() if old.startswith("runner.")}
+    assert warned(caplog, old) == expected and warned(caplog, new) == {}
+
+
+def test_old_keys_in_overrides(tmp_path, caplog):
+    """They count more than the file, under either name."""
+    path = tmp_path / "runner.yaml"
+    for runner in (OLD_RUNNER, NEW_RUNNER):
+        path.write_text(yaml.safe_dump(runner))
+        for key in ("last_minutes", "autosave_minutes"):
+            settings = load_runner_config(path, f"config.runner.{key}=9,,config.runner.log_step=1")
+            assert settings.runner.autosave_minutes == 9 and settings.runner.log_step == 1
+    assert warned(caplog, "-o") == {"config.runner.last_minutes": "config.runner.autosave_minutes"}
+
+
+def test_an_old_and_a_new_name_of_one_key(tmp_path):
+    path = tmp_path / "model.yaml"
+    path.write_text(yaml.safe_dump({**MODEL, "teacher_path": "fast", "teacher_backend": "s3prl"}))
+    with pytest.raises(ConfigError, match="teacher_path.*teacher_backend"):
+        load_model_config(path)
+
+
+def test_old_keys_over_new_ones_in_an_extended_config(tmp_path):
+    """A difference with old keys to a base with new ones, and the reverse."""
+    over = {"extends": "base.yaml", "essence": {"keep": 0.25}, "teacher_path": "fast"}
+    settings = load_model_config(write(tmp_path, base=NEW_MODEL, new=over))
+    assert settings.loss.agreement == 0.25 and settings.teacher_backend == "fast"
+    assert settings.unit_loss.file == "units.safetensors"
+    over = {"extends": "base.yaml", "loss": {"agreement": 0.25}, "teacher_backend": "fast"}
+    assert load_model_config(write(tmp_path, base=OLD_MODEL, new=over)) == settings
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "part"),
     [
-        ("a: [1, 2", "is not valid YAML at line"),
-        ("- 1\n- 2\n", "holds no settings"),
-        ("", "holds no settings"),
-        ("a: 1\nb: 2\na: 3\n", "'a' is written twice \\(line 3\\)"),
-        ("a: !!python/object/apply:os.getcwd []\n", "is not valid YAML"),
-        ("\x00", "is not valid YAML"),
+        ("a: [1, 2", "line 1"),
+        ("- 1\n- 2\n", "x.yaml"),
+        ("", "x.yaml"),
+        ("a: 1\nb: 2\na: 3\n", "'a'.*line 3"),
+        ("a: !!python/object/apply:os.getcwd []\n", "x.yaml"),
+        ("\x00", "x.yaml"),
     ],
 )
-def test_a_file_that_is_no_config(tmp_path, text, said):
+def test_a_file_that_is_not_a_config(tmp_path, text, part):
     file = tmp_path / "x.yaml"
     file.write_text(text)
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(ConfigError, match=part):
         read_yaml(file)
 
 
 def test_a_missing_file(tmp_path):
-    with pytest.raises(ConfigError, match="No such file"):
+    with pytest.raises(ConfigError, match="none.yaml"):
         read_yaml(tmp_path / "none.yaml")
 
 
@@ -240,7 +371,7 @@ def write(folder, **files):
     return folder / "new.yaml"
 
 
-def test_extends_is_a_difference(tmp_path):
+def test_extends_merges_the_keys_that_differ(tmp_path):
     base = {**MODEL, "loss": {"cosine_weight": 2.0, "mask_padding": False}}
     over = {"extends": "base.yaml", "teachers": ["two"], "loss": {"cosine_weight": 3.0}}
     settings = load_model_config(write(tmp_path, base=base, new=over))
@@ -256,21 +387,21 @@ def test_extends_merges_teachers_given_as_a_mapping(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("over", "said"),
+    ("over", "parts"),
     [
-        ({"extends": "none.yaml"}, "none.yaml: No such file"),
-        ({"extends": 3}, "new.yaml.extends: the path of a YAML file is expected, not 3"),
-        ({"extends": "new.yaml"}, "extends another file itself; one level is allowed"),
-        ({"extends": "base.yaml", "teachers": ["ten"]}, "no teacher 'ten'; it has: one, two"),
-        ({"extends": "base.yaml", "loss": {"x": 1}}, "new.yaml.loss: unknown key 'x'"),
+        ({"extends": "none.yaml"}, "none.yaml"),
+        ({"extends": 3}, "new.yaml.extends.*3"),
+        ({"extends": "new.yaml"}, "new.yaml.extends.*new.yaml"),
+        ({"extends": "base.yaml", "teachers": ["ten"]}, "teachers.*'ten'.*one, two"),
+        ({"extends": "base.yaml", "loss": {"x": 1}}, "new.yaml.loss.*'x'"),
     ],
 )
-def test_a_mistake_in_what_is_extended(tmp_path, over, said):
-    with pytest.raises(ConfigError, match=said):
+def test_a_mistake_in_an_extended_config(tmp_path, over, parts):
+    with pytest.raises(ConfigError, match=parts):
         load_model_config(write(tmp_path, base=MODEL, new=over))
 
 
-def test_overrides_are_what_s3prl_makes_of_them():
+def test_overrides_equal_s3prls():
     # Independent: s3prl's own override() on the same data.
     from argparse import Namespace
 
@@ -283,7 +414,7 @@ def test_overrides_are_what_s3prl_makes_of_them():
     assert RUNNER["runner"]["total_steps"] == 10
 
 
-def test_the_keys_that_are_overridden():
+def test_the_overridden_keys():
     text = "config.runner.total_steps=7,, config.a.b = 'x',,args.expdir='config.y'"
     assert overridden(text) == {"runner.total_steps", "a.b"}
     assert overridden(None) == overridden("") == frozenset()

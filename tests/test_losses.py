@@ -1,4 +1,4 @@
-"""The loss against worked-out constants and a twin in plain loops."""
+"""The loss against constants worked out by hand and a slow version in plain loops."""
 
 import math
 
@@ -32,7 +32,7 @@ def slow_terms(prediction, target, mask):
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_equals_a_slow_twin(masked):
+def test_equals_a_slow_version(masked):
     torch.manual_seed(0)
     prediction, target = torch.randn(3, 2, 5, 4), torch.randn(3, 2, 5, 4)
     mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 0, 0, 0, 0]]) if masked else None
@@ -84,7 +84,7 @@ def sets(*names):
     return predictions, targets, dict.fromkeys(names)
 
 
-def test_sets_weigh_the_same():
+def test_target_sets_have_equal_weights():
     p, t, masks = sets("a", "b")
     half = LossSettings(cosine_weight=0.5)
     both, parts = distillation_loss(p, t, LossWeights(masks), half)
@@ -94,7 +94,7 @@ def test_sets_weigh_the_same():
     assert both.item() == pytest.approx((parts["l1"] + 0.5 * parts["cosine"]).item(), abs=1e-6)
 
 
-def test_sets_weigh_what_is_said():
+def test_target_sets_have_the_given_weights():
     p, t, masks = sets("a", "b")
     both, _ = distillation_loss(p, t, LossWeights(masks, {"a": 3.0, "b": 1.0}))
     alone = [distillation_loss({n: p[n]}, {n: t[n]}, LossWeights(masks))[0].item() for n in "ab"]
@@ -103,7 +103,7 @@ def test_sets_weigh_what_is_said():
 
 @pytest.mark.parametrize("reconstruction", ["l1", "l2", "smooth_l1"])
 @pytest.mark.parametrize("cosine", ["log_sigmoid", "raw"])
-def test_every_kind_equals_a_slow_twin(reconstruction, cosine):
+def test_every_kind_equals_a_slow_version(reconstruction, cosine):
     one = {
         "l1": abs,
         "l2": lambda e: e * e,
@@ -133,7 +133,7 @@ def test_worked_out_constants_of_the_other_kinds():
     assert terms.cosine.tolist() == pytest.approx([1 - 0.164399], abs=1e-5)
 
 
-def test_dimensions_of_weight_zero_are_as_if_not_there():
+def test_a_dimension_of_weight_zero_does_not_count():
     p, t, _ = sets("a")
     dims = torch.tensor([1.0, 0.0, 1.0, 0.0])
     kept = distillation_terms(p["a"], t["a"], None, dims=dims)
@@ -142,7 +142,7 @@ def test_dimensions_of_weight_zero_are_as_if_not_there():
     assert torch.allclose(kept.cosine, less.cosine, atol=1e-6)
 
 
-def test_a_dimension_of_weight_two_is_as_if_there_twice():
+def test_a_dimension_of_weight_two_counts_twice():
     p, t, _ = sets("a")
     heavy = distillation_terms(p["a"], t["a"], None, dims=torch.tensor([2.0, 1.0, 1.0, 1.0]))
     index = [0, 0, 1, 2, 3]
@@ -151,6 +151,6 @@ def test_a_dimension_of_weight_two_is_as_if_there_twice():
     assert torch.allclose(heavy.cosine, twice.cosine, atol=1e-6)
 
 
-def test_shapes_that_differ_are_refused():
-    with pytest.raises(TeacherError, match=r"\[1, 1, 3, 4\] do not match .*\[1, 1, 3, 8\]"):
+def test_different_shapes_are_an_error():
+    with pytest.raises(TeacherError, match=r"\[1, 1, 3, 4\].*\[1, 1, 3, 8\]"):
         distillation_terms(torch.zeros(1, 1, 3, 4), torch.zeros(1, 1, 3, 8), None)
