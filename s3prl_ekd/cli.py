@@ -1,4 +1,4 @@
-"""``s3prl-ekd COMMAND``: everything around the two scripts of s3prl."""
+"""The command ``s3prl-ekd COMMAND``."""
 
 from __future__ import annotations
 
@@ -12,33 +12,44 @@ from . import __version__
 from .files import trust
 from .system.terminal import errors_shown, log_to_stderr, plain_stdout, prepare_streams, quiet_s3prl
 
-# name -> the line that `s3prl-ekd --help` shows. The module commands/NAME.py has
-# `configure(parser)` and `main(args)`; it is imported only when its command is called,
-# so that `--help` never waits for torch.
+logger = logging.getLogger(__name__)
+
+# Command -> its line in `s3prl-ekd --help`. The module commands/NAME.py (with _ for -) has
+# `configure(parser)` and `main(args)`. It is imported only for its own command, so that `--help`
+# does not import torch.
 COMMANDS = {
-    "init": "write what s3prl reads from the working folder: configs and recipes",
-    "doctor": "versions, shims, audio, devices, and which recipes could run here",
-    "lengths": "write length tables (len_for_bucket) for a folder of audio",
-    "prepare": "turn a manifest (TSV) or a public corpus into what s3prl's recipes read",
-    "superb": "train and evaluate PR, SID, ER, ASR on students, teachers and baselines",
-    "report": "tables and plots of what superb has run, with bootstrap intervals",
-    "predictions": "pack predict.zip for SUPERB's public leaderboard",
-    "matrix": "distil with several configs and seeds, and compare them in a table",
-    "export": "write a student as a file or folder that others can use",
-    "validate": "check a package for SUPERB's hidden set, in a process that has only torch",
-    "cost": "parameters and MACs of an upstream or a package, as SUPERB's board counts them",
+    "init": "write the configs and recipes that s3prl reads into a working folder",
+    "doctor": "check versions, audio, devices, and which recipes can run here",
+    "length-tables": "write the length tables (len_for_bucket) of a folder of audio",
+    "prepare": "convert a manifest (TSV) or a public corpus to the files of s3prl's recipes",
+    "superb": "train and evaluate PR, SID, ER and ASR on students, teachers and baselines",
+    "report": "write tables and plots of the results of superb, with bootstrap intervals",
+    "predict-zip": "pack predict.zip for SUPERB's public leaderboard",
+    "sweep": "train several configs with several seeds and compare them in a table",
+    "export": "write a student as a file or folder for other software",
+    "validate": "check a package for SUPERB's hidden set in a process with torch only",
+    "cost": "count parameters and MACs of an upstream or a package as SUPERB does",
     "features": "write the hidden states of audio files into one safetensors file",
-    "teachers": "list the teachers there are, or look into those of a config",
-    "layers": "find groups of layers to distil, by clustering each teacher's layers (SKILL)",
-    "cache": "run the teachers once over a corpus and store their targets for all later steps",
-    "units": "fit k-means units on the frames of one teacher's layer",
-    "essence": "distil finished downstream models into one: the essential soft outputs and labels",
-    "demo": "the whole way on a synthetic corpus: three teachers, one student, four tasks",
+    "teachers": "list the known teachers, or compare those of a config",
+    "group-layers": "find groups of layers to distil by clustering each teacher's layers (SKILL)",
+    "cache": "run the teachers once over a corpus and store their targets",
+    "fit-units": "fit k-means units to the frames of one teacher's layer",
+    "essence": "distil trained downstream models into one, by essential soft outputs and labels",
+    "demo": "distil three teachers into a student on a synthetic corpus and evaluate four tasks",
 }
 
-# Those that read runs, students or upstreams; see files/trust.py.
-TRUSTING = {"superb", "matrix", "export", "features", "cost", "teachers", "layers", "cache"}
-TRUSTING |= {"units", "essence"}
+# Commands of version 0.1; they work in this release, with a warning.
+RENAMED = {
+    "lengths": "length-tables",
+    "matrix": "sweep",
+    "predictions": "predict-zip",
+    "layers": "group-layers",
+    "units": "fit-units",
+}
+
+# Commands that read checkpoints, students or upstreams and take --trust-checkpoint.
+TRUSTING = {"superb", "sweep", "export", "features", "cost", "teachers", "group-layers", "cache"}
+TRUSTING |= {"fit-units", "essence"}
 
 EXAMPLE = """\
 example:
@@ -49,7 +60,7 @@ example:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser with all subcommands named, and only the chosen one's options loaded."""
+    """The parser of ``s3prl-ekd``, without its commands."""
     parser = argparse.ArgumentParser(
         prog="s3prl-ekd",
         description="Distil several speech SSL teachers into one student, inside s3prl.",
@@ -61,33 +72,41 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one subcommand; returns the exit code (2 for a user's mistake)."""
+    """Run one command and return its exit code; 2 is a user's mistake."""
     prepare_streams()
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = build_parser()
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    wanted = next((word for word in argv if not word.startswith("-")), None)
-    if wanted == "bench":
-        parser.error("bench is no command any more; in a checkout, type: python -m tools.bench")
-    for name, help_line in COMMANDS.items():
-        command = None
-        if name == wanted:
-            command = importlib.import_module(f"s3prl_ekd.commands.{name}")
-            # of the others the parser says that they have no such option
-            argv = trust.take(argv) if name in TRUSTING else [*trust.take([]), *argv]
+    index = next((i for i, word in enumerate(argv) if not word.startswith("-")), None)
+    old = None
+    if index is not None and argv[index] in RENAMED:
+        old, argv[index] = argv[index], RENAMED[argv[index]]
+    name = None if index is None else argv[index]
+    if name == "bench":
+        parser.error("bench is not a command; in a checkout, type: python -m tools.bench")
+    for command, help_line in COMMANDS.items():
+        module = None
+        if command == name:
+            module = importlib.import_module(f"s3prl_ekd.commands.{command.replace('-', '_')}")
+            # other commands leave --trust-checkpoint to the parser, which rejects it
+            argv = trust.take(argv) if command in TRUSTING else [*trust.take([]), *argv]
         subparser = subparsers.add_parser(
-            name,
+            command,
             help=help_line,
-            description=command.__doc__ if command else help_line,
-            epilog=trust.HELP if name in TRUSTING else None,
+            description=module.__doc__ if module else help_line,
+            epilog=trust.HELP if command in TRUSTING else None,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        if command:
-            command.configure(subparser)
-            subparser.set_defaults(run=command.main)
+        if module:
+            module.configure(subparser)
+            subparser.set_defaults(run=module.main)
     args = parser.parse_args(argv)
     log_to_stderr(logging.INFO)
     quiet_s3prl()
+    if old:
+        logger.warning(
+            "`s3prl-ekd %s` is now `s3prl-ekd %s`; the old name works until 0.3", old, name
+        )
     with errors_shown(), plain_stdout():
         return args.run(args) or 0
 

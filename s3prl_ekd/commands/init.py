@@ -15,11 +15,17 @@ example:
 from __future__ import annotations
 
 import argparse
+import logging
 import shlex
 from pathlib import Path
 
 from ..errors import SetupError
 from ..workspace import Corpora, absolute, experiments, other_values, write_workspace
+
+logger = logging.getLogger(__name__)
+
+# Experiments of version 0.1.
+RENAMED = {"reference": "s3prl_distiller", "three_standardised": "three_phi_s"}
 
 CORPORA = {
     "librispeech": "train-clean-100/, dev-clean/, test-clean/ in it",
@@ -86,6 +92,12 @@ def main(args: argparse.Namespace) -> int:
 
 def _full_name(name: str, tiny: bool) -> str:
     """``three_average`` -> ``experiments/three_average``, or ``tiny/three_average``."""
+    folder, slash, old = name.rpartition("/")
+    if old in RENAMED:
+        name = f"{folder}{slash}{RENAMED[old]}"
+        logger.warning(
+            "experiment `%s` is now `%s`; the old name works until 0.3", old, RENAMED[old]
+        )
     if tiny:
         return f"tiny/{name.removeprefix('experiments/').removeprefix('tiny/')}"
     return name if "/" in name else f"experiments/{name}"
