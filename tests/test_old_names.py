@@ -16,7 +16,7 @@ COMMANDS = {
 
 
 @pytest.fixture
-def run(caplog):
+def run(capsys, caplog):
     """Run a command: exit code, standard output and warnings about names."""
 
     def call(*argv):
