@@ -104,9 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     log_to_stderr(logging.INFO)
     quiet_s3prl()
     if old:
-        logger.warning(
-            "`s3prl-ekd %s` is now `s3prl-ekd %s`; the old name works until 0.3", old, name
-        )
+        logger.warning("command `%s` is now `%s`; the old name works until 0.3", old, name)
     with errors_shown(), plain_stdout():
         return args.run(args) or 0
 
