@@ -1,12 +1,12 @@
-"""The student file: plain tensors and plain settings.
+"""The student file: weights and settings of a student, without code.
 
-``{"format", "version", "settings", "targets", "head_kind", "student", "heads", "about"}``: the
-student's size, the target sets its heads predict, its weights and theirs, and how it was made. A
-run's checkpoint holds the same under s3prl's keys, so both are read here.
+Its keys are ``format``, ``version``, ``settings`` (size of the student), ``targets`` (target sets
+that the heads predict), ``head_kind``, ``student`` and ``heads`` (weights) and ``about`` (how the
+student was trained). A checkpoint of a run has the same contents under one key; both are read here.
 
 A ``.safetensors`` file has the tensors as ``student.KEY`` and ``heads.KEY``, and in its metadata
-``format``, ``version`` and, as JSON, the rest under ``contents``. Any other suffix makes it a file
-of ``torch.save``, a pickle that loads with ``weights_only=True``; both are read.
+``format``, ``version`` and, as JSON in ``contents``, the remaining keys. With any other suffix the
+file is written by ``torch.save`` and can be loaded with ``weights_only=True``.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ from .files.safetensors_file import (
 from .files.text import first_keys, parse_json
 from .files.torch_load import build_limit, safe_load
 
-RUN_KEY = STUDENT  # where a run's checkpoint keeps the contents of a student file
+RUN_KEY = STUDENT  # key of the student in a checkpoint of a run
 FORMAT, VERSION = "s3prl_ekd.student", CHECKPOINT_PARTS[RUN_KEY]
 _JSON = ("settings", "targets", "head_kind", "about")
 
 
 @dataclass
 class LoadedStudent:
-    """A student read from a file. ``heads`` is None where the file has none."""
+    """A student read from a file; ``heads`` is None if the file has no heads."""
 
     student: Student
     heads: PredictionHeads | None
@@ -60,7 +60,7 @@ def contents(
     targets: Mapping[str, TargetSpec],
     about: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """What a student file holds, as plain data: see the module's text."""
+    """The contents of a student file; see the docstring of the module."""
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -74,7 +74,7 @@ def contents(
 
 
 def write_student(loaded: LoadedStudent, path: str | Path, keep_heads: bool = True) -> None:
-    """Write a student file, whole or not at all; its suffix decides the format.
+    """Write a student file atomically; the suffix decides the format.
 
     Raises:
         CheckpointError: the file cannot be written.
@@ -97,8 +97,8 @@ def load_student(path: str | Path) -> LoadedStudent:
     """Read a student file or a run's checkpoint (``states-*.ckpt``), in eval mode.
 
     Raises:
-        CheckpointError: the file is missing, damaged, of a newer format, asks for code, or is of
-            another kind.
+        CheckpointError: the file is missing, damaged, of a newer format or of another kind, or
+            would run code.
     """
     if is_safetensors(path):
         data = _from_safetensors(path)
@@ -109,8 +109,8 @@ def load_student(path: str | Path) -> LoadedStudent:
         data = data[RUN_KEY]
     if data.get("format") != FORMAT:
         raise CheckpointError(
-            f"{path} is neither a student file nor a checkpoint of run_pretrain.py -u ekd; its "
-            f"keys are: {first_keys(data)}"
+            f"{path} is neither a student file nor a checkpoint of run_pretrain.py -u ekd; it has "
+            f"the keys {first_keys(data)}"
         )
     version = data.get("version")
     refuse_newer(version, VERSION, f"the student file {path}")
@@ -118,21 +118,21 @@ def load_student(path: str | Path) -> LoadedStudent:
         raise CheckpointError(f"{path} is damaged: its format version is {version!r:.20}")
     try:
         with build_limit(path):
-            return _built(data)
+            return _build(data)
     except ConfigError as error:
         raise CheckpointError(f"{path} is damaged: {error}") from None
     except EkdError:
         raise
-    except Exception as error:  # s3prl and torch raise whatever a damaged file makes them raise
+    except Exception as error:  # a damaged file can raise anything in s3prl and torch
         lines = [line.strip() for line in str(error).strip().splitlines()] or ["unreadable"]
         raise CheckpointError(f"{path} is damaged: {' '.join(lines[:2])[:500]}") from None
 
 
 def is_student(path: str | Path) -> bool:
-    """Whether a safetensors file is a student's, and not the weights of a Hugging Face folder.
+    """Whether a safetensors file is a student file, and not weights of a Hugging Face folder.
 
     Raises:
-        CheckpointError: it is damaged.
+        CheckpointError: the file is damaged.
     """
     with open_safetensors(path, "student file") as file:
         return (file.metadata() or {}).get("format") == FORMAT
@@ -148,24 +148,24 @@ def _write_safetensors(data: Mapping[str, Any], file: BinaryIO) -> None:
     try:
         text = json.dumps({key: data[key] for key in _JSON}, allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise CheckpointError(f"a student file cannot hold this: {error}") from None
+        raise CheckpointError(f"cannot write the student file: {error}") from None
     metadata = {"format": FORMAT, "version": str(VERSION), "contents": text}
     write_safetensors(file, tensors, metadata)
 
 
 def _from_safetensors(path: str | Path) -> dict[str, Any]:
-    """The inverse. Raises CheckpointError."""
+    """Read :func:`contents` from a safetensors file. Raises CheckpointError."""
     what = "student file"
     metadata, tensors = read_safetensors(path, what)
     if metadata.get("format") != FORMAT:
         raise CheckpointError(
-            f"{path} is no student file but weights alone; give what s3prl-ekd export student "
-            "writes, or to that command the folder that has them and their config.json"
+            f"{path} has weights only and is not a student file; type: s3prl-ekd export student "
+            "FOLDER, with the folder that has the weights and their config.json"
         )
     version: Any = metadata.get("version", "")
     if re.fullmatch("[0-9]{1,9}", version):
         version = int(version)
-    refuse_newer(version, VERSION, f"the {what} {path}")  # its contents may be of another kind
+    refuse_newer(version, VERSION, f"the {what} {path}")  # before its contents are parsed
     data = parse_json(metadata.get("contents", ""), path, what, CheckpointError)
     data |= {"format": FORMAT, "version": version, "student": {}, "heads": {}}
     for name, tensor in tensors.items():
@@ -176,7 +176,7 @@ def _from_safetensors(path: str | Path) -> dict[str, Any]:
     return data
 
 
-def _built(data: Mapping[str, Any]) -> LoadedStudent:
+def _build(data: Mapping[str, Any]) -> LoadedStudent:
     settings = build(StudentSettings, data.get("settings"), "settings")
     check_size(settings)
     targets = build(dict[str, TargetSpec], data.get("targets"), "targets")
@@ -192,7 +192,7 @@ def _built(data: Mapping[str, Any]) -> LoadedStudent:
 
 
 def heads_problem(loaded: LoadedStudent) -> str:
-    """Why the heads' outputs cannot stand among the hidden states; empty where they can."""
+    """Why the outputs of the heads cannot be appended to the hidden states; empty if they can."""
     if loaded.heads is None:
         return "the file has no prediction heads"
     widths = {part for spec in loaded.targets.values() for part in spec.parts}

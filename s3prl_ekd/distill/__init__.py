@@ -1,1 +1,1 @@
-"""The method: teachers, aggregation, heads, loss, student. Knows no files, YAML or Runner."""
+"""The method: teachers, aggregation, heads, loss, student. Needs no files, YAML or Runner."""

@@ -1,14 +1,14 @@
-"""How the chosen layers of several teachers become the student's targets.
+"""Aggregation of the chosen layers of several teachers into the student's targets.
 
-Every aggregation turns ``{teacher: targets [batch, layer, frame, dim]}`` into
-``{target set: targets [batch, layer, frame, width]}``; the student has one set of prediction heads
-for each target set. The rest of the code does not know which aggregation it is.
+An aggregation maps ``{teacher: targets [batch, layer, frame, dim]}`` to
+``{target set: targets [batch, layer, frame, width]}``. The student has one prediction head for each
+target set, and the rest of the code is the same for every aggregation.
 
-``separate`` is the paper's multiple-prediction-head method, ``average`` and ``concat`` are its
-layerwise-average and layerwise-concatenation (arXiv 2302.12757, abstract). That concatenated
-targets are predicted by one wide head is *ours*: the paper's text does not settle it. "Layer"
-stands for a target of a teacher: with ``teachers.NAME.groups`` (SKILL, arXiv 2402.16830) it is the
-average of several layers, under any of the aggregations.
+``separate`` is the paper's method of multiple prediction heads, ``average`` and ``concat`` are its
+layerwise average and layerwise concatenation (arXiv 2302.12757, abstract). Predicting concatenated
+targets by one wide head is *ours*: the abstract does not say how they are predicted. "Layer" is a
+target of a teacher: one of its layers or, with ``teachers.NAME.groups`` (SKILL, arXiv 2402.16830),
+the average of several.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Weights = Mapping[str, float]  # teacher -> its share
 
 @dataclass(frozen=True)
 class TeacherShape:
-    """What a teacher gives: the layers behind each of its targets, and their width."""
+    """Shape of a teacher's targets: the layers averaged for each target, and their width."""
 
     targets: tuple[tuple[int, ...], ...]
     width: int
@@ -38,10 +38,10 @@ class TeacherShape:
 
 @dataclass(frozen=True)
 class TargetSpec:
-    """One target set: its number of layers, and its width in ``parts``.
+    """Shape of a target set: its number of layers, and the widths of its parts.
 
-    ``parts`` are the widths of the pieces along the feature axis: one for each teacher in
-    ``concat``, and a single one in all other target sets.
+    ``parts``: widths along the feature axis, one for each teacher in ``concat`` and a single one in
+    other target sets.
     """
 
     layers: int
@@ -53,10 +53,10 @@ class TargetSpec:
 
 
 class Aggregation(ABC):
-    """Turn the teachers' targets into target sets.
+    """Base class: maps the teachers' targets to target sets.
 
     Attributes:
-        specs: the shape of each target set, by its name.
+        specs: target set -> its shape.
     """
 
     specs: dict[str, TargetSpec]
@@ -68,20 +68,20 @@ class Aggregation(ABC):
 
     @abstractmethod
     def set_weights(self, weights: Weights) -> dict[str, float]:
-        """The share of each target set in the loss."""
+        """Target set -> its weight in the loss."""
 
     def dim_weights(self, weights: Weights) -> dict[str, Tensor]:
-        """Weights ``[width]`` for the target sets whose dimensions do not weigh the same."""
+        """Target set -> weights ``[width]``, for target sets with unequal weights of dimensions."""
         return {}
 
     def per_teacher(self, predictions: Targets) -> dict[str, Tensor]:
-        """The part of the predictions, ``[batch, layer, frame, dim]``, that is to be like each
-        teacher; without the teachers that no part is to be like."""
+        """Teacher -> the part of the predictions that estimates its targets, ``[batch, layer,
+        frame, dim]``; without teachers for which there is no such part."""
         return {}
 
 
 class PerTeacher(Aggregation):
-    """Each teacher is a target set of its own: multiple prediction heads."""
+    """One target set for each teacher: multiple prediction heads."""
 
     def __init__(self, teachers: Mapping[str, TeacherShape]):
         self.specs = {n: TargetSpec(len(t.targets), (t.width,)) for n, t in teachers.items()}
@@ -107,8 +107,8 @@ class Average(Aggregation):
 
     def __call__(self, teachers: Targets, weights: Weights) -> dict[str, Tensor]:
         total = sum(weights[name] for name in self.teachers)
-        first, *others = (teachers[name] * (weights[name] / total) for name in self.teachers)
-        return {"average": sum(others, first)}
+        first, *rest = (teachers[name] * (weights[name] / total) for name in self.teachers)
+        return {"average": sum(rest, first)}
 
     def set_weights(self, weights: Weights) -> dict[str, float]:
         return {"average": 1.0}
@@ -144,7 +144,7 @@ class Concat(Aggregation):
 
 
 class Residual(Aggregation):
-    """The differences of neighbouring teachers, ``FIRST-SECOND``, as target sets of their own."""
+    """Differences of each teacher and the next one: target sets ``FIRST-SECOND``."""
 
     def __init__(self, teachers: Mapping[str, TeacherShape], weight: float):
         width = one_width(teachers, "heads.residual")
@@ -161,7 +161,7 @@ class Residual(Aggregation):
         return dict.fromkeys(self.specs, self.weight)
 
 
-class Combined(Aggregation):
+class CombinedAggregation(Aggregation):
     """Several aggregations side by side: the target sets of all of them."""
 
     def __init__(self, members: Sequence[Aggregation]):
@@ -178,8 +178,7 @@ class Combined(Aggregation):
         return {k: v for member in self.members for k, v in member.dim_weights(weights).items()}
 
     def per_teacher(self, predictions: Targets) -> dict[str, Tensor]:
-        # A later member's part counts: build_aggregation puts a teacher's own heads behind its
-        # share in an aggregate.
+        # Later members override earlier ones: a teacher's own heads come after the aggregate's.
         return {k: v for member in self.members for k, v in member.per_teacher(predictions).items()}
 
 
@@ -204,35 +203,42 @@ def build_aggregation(
         members.append(PerTeacher(teachers))
     if settings.heads.residual:
         members.append(Residual(teachers, settings.heads.residual_weight))
-    return members[0] if len(members) == 1 else Combined(members)
+    return members[0] if len(members) == 1 else CombinedAggregation(members)
 
 
 def one_width(teachers: Mapping[str, TeacherShape], setting: str) -> int:
-    """The width that all teachers share.
+    """The common width of all teachers.
+
+    Args:
+        teachers: shapes by name.
+        setting: the setting that needs one width, for the message.
 
     Raises:
-        TeacherError: they have several; ``setting`` is the one that needs a single width.
+        TeacherError: the teachers have different widths.
     """
     widths = {name: teacher.width for name, teacher in teachers.items()}
     if len(set(widths.values())) > 1:
         shown = ", ".join(f"{name} has {width}" for name, width in widths.items())
         raise TeacherError(
-            f"{setting} needs teachers of one width ({shown}); use aggregation: separate or concat"
+            f"{setting} needs teachers of equal width ({shown}); use aggregation: separate or "
+            "concat"
         )
     return next(iter(widths.values()))
 
 
 def crop_frames(targets: Targets) -> dict[str, Tensor]:
-    """Cut all of ``[batch, layer, frame, dim]`` to the fewest frames among them.
+    """Crop ``[batch, layer, frame, dim]`` of all teachers to the smallest number of frames.
 
-    Upstreams of one stride may differ by a frame at the end (they pad differently).
+    Upstreams of equal stride may differ by a frame at the end, because they pad differently.
 
     Raises:
-        TeacherError: the counts differ by more than two frames: not the same stride.
+        TeacherError: the numbers differ by more than two frames.
     """
     frames = {name: states.shape[2] for name, states in targets.items()}
     fewest = min(frames.values())
     if max(frames.values()) - fewest > 2:
         shown = ", ".join(f"{name}: {count}" for name, count in frames.items())
-        raise TeacherError(f"the teachers' frames do not match ({shown}); use one frame rate")
+        raise TeacherError(
+            f"the teachers give different numbers of frames ({shown}); use one frame rate"
+        )
     return {name: states[:, :, :fewest] for name, states in targets.items()}

@@ -1,4 +1,4 @@
-"""The distiller's input: waveforms, and targets if they were computed before."""
+"""A batch of waveforms, optionally with precomputed teacher targets."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class CachedTargets:
-    """Precomputed teacher targets of a batch; no teacher is run for it.
+    """Precomputed teacher targets of a batch; if given, no teacher is run.
 
-    ``values``: each teacher's own targets, ``{teacher: [batch, target, frame, dim]}``, or, with
-    ``aggregated``, an aggregation of them, ``{target set: [batch, layer, frame, width]}``.
-    ``lengths``: ``[batch]``, valid frames.
+    ``values``: ``{teacher: [batch, target, frame, dim]}``, or with ``aggregated``
+    ``{target set: [batch, layer, frame, width]}``. ``lengths``: ``[batch]``, valid frames.
     """
 
     values: Mapping[str, Tensor]
@@ -23,12 +22,12 @@ class CachedTargets:
 
     @property
     def teachers(self) -> Mapping[str, Tensor]:
-        """Each teacher's own targets; empty if they are aggregated."""
+        """Targets by teacher; empty if they are aggregated."""
         return {} if self.aggregated else self.values
 
     @property
     def target_sets(self) -> Mapping[str, Tensor]:
-        """The aggregated targets; empty if they are each teacher's own."""
+        """Targets by target set; empty if they are not aggregated."""
         return self.values if self.aggregated else {}
 
 
@@ -38,7 +37,7 @@ class DistillBatch:
 
     ``waves``: input of the student, ``[batch, sample]`` at 16 kHz, zero-padded at the end.
     ``lengths``: ``[batch]``, valid samples. ``teacher_waves``: input of the teachers, of the same
-    shape; None: the student's. ``cached_targets``: used instead of running the teachers.
+    shape; None: ``waves``. ``cached_targets``: used instead of running the teachers.
     """
 
     waves: Tensor
@@ -48,5 +47,5 @@ class DistillBatch:
 
     @property
     def target_sets(self) -> Mapping[str, Tensor]:
-        """The cached targets that are aggregated already; empty if there are none."""
+        """Cached targets that are aggregated; empty without such."""
         return {} if self.cached_targets is None else self.cached_targets.target_sets

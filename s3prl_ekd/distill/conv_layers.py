@@ -1,8 +1,8 @@
-"""The conv extractor's layers: parse the text of the setting without ``eval``.
+"""Parsing of the conv extractor's layers, without ``eval``.
 
 s3prl and fairseq write this setting as Python source, ``"[(512,10,5)] + [(512,3,2)] * 4"``, and
-evaluate it. Here only lists, tuples, whole numbers, ``+`` and ``*`` are parsed, and s3prl is given
-a literal written from the result.
+evaluate it. Here only lists, tuples, integers, ``+`` and ``*`` are parsed, and s3prl gets a literal
+written from the result.
 """
 
 from __future__ import annotations
@@ -15,15 +15,16 @@ from ..errors import ConfigError
 ConvLayers = tuple[tuple[int, int, int], ...]
 
 DEFAULT = "[(512,10,5)] + [(512,3,2)] * 4 + [(512,2,2)] * 2"
-# Bounds far above any published extractor: they keep a hostile file from asking for terabytes.
+# Limits far above any published extractor, so that a hostile file cannot allocate terabytes.
 MAX_TEXT, MAX_LAYERS, MAX_NUMBER = 500, 32, 8192
 
 
 def parse_conv_layers(text: str, where: str = "extractor_conv_feature_layers") -> ConvLayers:
-    """Parse conv layers ``(channels, kernel [samples or frames], stride)``, first layer first.
+    """Parse conv layers ``(channels, kernel [samples or frames], stride)``, in order.
 
     Raises:
-        ConfigError: anything but lists of triples of positive whole numbers, ``+`` and ``*``.
+        ConfigError: the text has anything but lists of triples of positive integers, ``+`` and
+            ``*``.
 
     Example:
         >>> parse_conv_layers("[(8,10,5)] + [(8,3,2)] * 2")
@@ -50,7 +51,7 @@ def parse_conv_layers(text: str, where: str = "extractor_conv_feature_layers") -
 
 
 def conv_layers_text(layers: ConvLayers) -> str:
-    """A literal of digits, commas and brackets, which s3prl may evaluate."""
+    """The layers as a Python literal, which s3prl evaluates."""
     return "[" + ", ".join(f"({c}, {k}, {s})" for c, k, s in layers) + "]"
 
 
@@ -63,7 +64,7 @@ def stride_of(layers: ConvLayers) -> int:
 
 
 def receptive_field(layers: ConvLayers) -> int:
-    """The fewest samples that give one frame (400 for the default, 25 ms at 16 kHz)."""
+    """Smallest number of samples that gives a frame (400 for the default, 25 ms at 16 kHz)."""
     field = 1
     for _, kernel, step in reversed(layers):
         field = (field - 1) * step + kernel

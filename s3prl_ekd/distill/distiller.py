@@ -1,4 +1,4 @@
-"""The whole method in one module: teachers, student, heads, aggregation, loss."""
+"""The distillation step: teachers, student, heads, aggregation, loss."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ class EnsembleDistiller(nn.Module):
 
     Args:
         teachers: the frozen teachers, by their names in the settings.
-        student: the student's backbone.
+        student: the student.
         settings: the experiment.
-        units: hard labels for a classification head, or None; see :class:`UnitLabels`.
+        units: hard labels for a classification head, or None.
 
     Attributes:
-        trainable: student and heads; an optimizer over it sees no teacher.
-        weightings: the options that change how much a frame or dimension counts in the loss.
-        terms: the options that are added to the loss.
+        trainable: student and heads, the modules to optimise.
+        weightings: options that change the weights of frames and dimensions in the loss.
+        terms: options that are added to the loss.
 
     Raises:
-        TeacherError: the teachers cannot be aggregated this way, have another frame rate, or not
-            the layer that the units are of.
+        TeacherError: the teachers' widths do not allow the aggregation, their frame rate is not the
+            student's, or the units' layer does not exist.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class EnsembleDistiller(nn.Module):
         if settings.loss.agreement < 1:
             self.weightings.append(Agreement(settings.loss.agreement))
         self.terms = nn.ModuleList()
-        self.unit_layer: dict[str, int] = {}  # teacher -> the layer that the units are of
+        self.unit_layer: dict[str, int] = {}  # teacher -> layer of the units
         if units is not None:
             unit_loss = UnitLoss(units, teachers, student.width, settings.unit_loss.weight)
             self.trainable["unit_head"] = unit_loss.head
@@ -97,23 +97,23 @@ class EnsembleDistiller(nn.Module):
         """One step of distillation.
 
         Args:
-            batch: on the device of the distiller.
-            step: the number of the step, from 1, for weights that change over time.
+            batch: waveforms, on the device of the distiller.
+            step: number of the step from 1, for teacher weights that change over time.
             detail: also log the terms of every teacher and layer.
 
         Returns:
-            The scalar loss, and scalars by name for the log.
+            The scalar loss, and scalars for the log.
         """
         teachers, states = self.run_teachers(batch)  # {teacher: [batch, layer, frame, dim]}
         student = self.run_student(batch)  # .last [batch, frame, dim], .mask [batch, frame]
         predictions = self.heads(student.last)  # {target set: [batch, layer, frame, width]}
-        cached = batch.target_sets  # of the same names and shapes; empty unless cached aggregated
-        predictions, teachers, cached, mask = align(predictions, teachers, cached, student.mask)
-        teachers = self.normalise(teachers, mask)  # as they are, unless asked for
+        cached = batch.target_sets  # aggregated targets of a cache; else empty
+        predictions, teachers, cached, mask = crop(predictions, teachers, cached, student.mask)
+        teachers = self.normalise(teachers, mask)  # identity unless target_norm is set
         shares = weights_at(self.settings.teachers, step, self.settings.targets.weight_steps)
-        targets = cached or self.aggregate(teachers, shares)  # names and shapes of the predictions
+        targets = cached or self.aggregate(teachers, shares)  # keys and shapes of the predictions
         compared = Comparison(predictions, targets, mask, teachers, states, student)
-        weights = self.loss_weights(compared, shares)  # of target sets, frames, dimensions
+        weights = self.loss_weights(compared, shares)  # of frames, target sets, dimensions
         loss, logs = distillation_loss(predictions, targets, weights, self.settings.loss)
         for term in self.terms:  # unit loss, feature penalty
             extra, more = term(compared)
@@ -121,7 +121,7 @@ class EnsembleDistiller(nn.Module):
         return loss, logs | self.details(compared) if detail else logs
 
     def run_teachers(self, batch: DistillBatch) -> tuple[Targets, Mapping[str, HiddenStates]]:
-        """The teachers' targets and hidden states, computed or cached."""
+        """Targets and hidden states of the teachers, computed or from the cache."""
         if batch.cached_targets is not None:
             teachers = batch.cached_targets.teachers
             return teachers, self.teachers.states_among(teachers)
@@ -131,7 +131,7 @@ class EnsembleDistiller(nn.Module):
         return self.teachers.targets(states), states
 
     def run_student(self, batch: DistillBatch) -> StudentOutput:
-        """The student's output; frames for which a cache has no target are masked."""
+        """The student's output; frames without a cached target are masked."""
         output: StudentOutput = self.student(batch.waves, batch.lengths)
         if batch.cached_targets is None:
             return output
@@ -140,13 +140,13 @@ class EnsembleDistiller(nn.Module):
         return output._replace(mask=output.mask * valid)
 
     def normalise(self, teachers: Targets, mask: Tensor) -> Targets:
-        """``{teacher: [batch, layer, frame, dim]}``, brought to a common scale if asked for."""
+        """Apply ``target_norm``, if set, to ``{teacher: [batch, layer, frame, dim]}``."""
         return teachers if self.target_norm is None else self.target_norm(teachers, mask)
 
     def loss_weights(self, compared: Comparison, shares: Mapping[str, float]) -> LossWeights:
-        """How much each frame, target set and dimension counts; ``shares``: of the teachers."""
+        """Weights of frames, target sets and dimensions; ``shares``: weights of the teachers."""
         weights = LossWeights(
-            frames=dict.fromkeys(compared.targets, self._frames_that_count(compared)),
+            frames=dict.fromkeys(compared.targets, self._frame_weights(compared)),
             sets=self.aggregate.set_weights(shares),
             dims=self.aggregate.dim_weights(shares),
         )
@@ -156,9 +156,9 @@ class EnsembleDistiller(nn.Module):
 
     @torch.no_grad()
     def details(self, compared: Comparison) -> Logs:
-        """For the log: the student against each teacher's own layers, under any aggregation."""
+        """Scalars for the log: loss terms of each teacher and layer, under any aggregation."""
         logs: Logs = {} if self.target_norm is None else self.target_norm.left_out()
-        loss, mask = self.settings.loss, self._frames_that_count(compared)
+        loss, mask = self.settings.loss, self._frame_weights(compared)
         predictions = self.aggregate.per_teacher(compared.predictions)
         for name, target in compared.teachers.items():
             terms = distillation_terms(predictions[name], target, mask, loss)
@@ -170,21 +170,23 @@ class EnsembleDistiller(nn.Module):
         return logs
 
     def empty_step(self) -> None:
-        """Take part in a distributed step without an utterance.
+        """Take part in the collective calls of a step without an utterance.
 
-        The processes gather the statistics of targets together, and would wait for this one.
+        The processes gather the statistics of the targets together; the others would wait for this
+        one.
         """
         if self.target_norm is not None:
             self.target_norm.empty_step()
 
-    def _frames_that_count(self, compared: Comparison) -> Tensor | None:
+    def _frame_weights(self, compared: Comparison) -> Tensor | None:
         return compared.mask if self.settings.loss.mask_padding else None
 
 
-def align(
+def crop(
     predictions: Targets, teachers: Targets, cached: Targets, mask: Tensor
 ) -> tuple[Targets, Targets, Targets, Tensor]:
-    """Cut ``[batch, layer, frame, dim]`` and ``mask [batch, frame]`` to the fewest frames."""
+    """Crop ``[batch, layer, frame, dim]`` and ``mask [batch, frame]`` to the smallest number of
+    frames."""
     groups = (predictions, teachers, cached)
     frames = min(states.shape[2] for group in groups for states in group.values())
     predictions, teachers, cached = (
@@ -198,6 +200,6 @@ def check_stride(teachers: TeacherEnsemble, student: Student) -> None:
     for name, teacher in teachers.items():
         if teacher.stride != student.settings.stride:
             raise TeacherError(
-                f"teachers.{name} gives a frame every {teacher.stride} samples and the student "
-                f"every {student.settings.stride}; use one frame rate"
+                f"teachers.{name} has a frame every {teacher.stride} samples, the student every "
+                f"{student.settings.stride}; use a teacher or a student of the same frame rate"
             )

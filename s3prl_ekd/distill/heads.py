@@ -1,4 +1,4 @@
-"""The prediction heads: a module of their own, so dropping them is deleting one object."""
+"""The prediction heads. They are separate from the student, so an export can leave them out."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .aggregation import TargetSpec
 
 
 class Head(nn.Module):
-    """Predict all layers of one target set from the student's last hidden state.
+    """Predicts all layers of one target set from the student's last hidden state.
 
     Args:
         net: ``[batch, frame, in_width]`` -> ``[batch, frame, layers * out_width]``.
@@ -50,7 +50,7 @@ class SplitHead(Head):
 
 
 class LinearHead(Head):
-    """One linear layer for each target layer and nothing else (*ours*); arguments as above."""
+    """One linear layer for each target layer (*ours*); arguments as of :class:`SplitHead`."""
 
     def __init__(self, in_width: int, layers: int, out_width: int):
         super().__init__(nn.Linear(in_width, layers * out_width), layers)
@@ -60,7 +60,13 @@ HEADS: dict[str, type[SplitHead] | type[LinearHead]] = {"split": SplitHead, "lin
 
 
 class PredictionHeads(nn.ModuleDict):
-    """One head for each target set, by its name; ``kind`` is ``split`` or ``linear``."""
+    """One head for each target set, by its name.
+
+    Args:
+        in_width: width of the student's hidden state.
+        specs: target set -> its shape.
+        kind: ``split`` or ``linear``.
+    """
 
     def __init__(self, in_width: int, specs: Mapping[str, TargetSpec], kind: str = "split"):
         super().__init__(

@@ -1,4 +1,4 @@
-"""Give the student a teacher's first weights (inferred: DistilHuBERT's initialisation)."""
+"""Initialisation of the student from a teacher's weights (inferred: as DistilHuBERT does)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .student import Student
 
 logger = logging.getLogger(__name__)
 
-# WavLM's attention has gates and relative positions that HuBERT's, and so the student's, lacks.
+# Parameters of WavLM's attention (gates, relative positions) that the student does not have.
 WAVLM_ONLY = re.compile(r"self_attn\.(grep_linear\.|grep_a$|relative_attention_bias\.)")
 
 
@@ -29,15 +29,15 @@ def initialise(
     """Copy one teacher's weights into the student, or the average of several teachers' weights.
 
     Args:
-        student: is changed in place.
+        student: changed in place.
         teachers: the teachers' own models (fairseq layout: ``feature_extractor``,
             ``post_extract_proj``, ``encoder.pos_conv``, ``encoder.layers``).
         conv: copy the conv extractor and the feature projection.
-        encoder: copy the positional conv and a transformer layer for each of the student's.
-        layers: which transformer layers, counted from 0; None takes the first ones.
+        encoder: copy the positional conv and one transformer layer for each of the student's.
+        layers: the transformer layers to copy, counted from 0; None: the first ones.
 
     Raises:
-        TeacherError: a teacher is not of this layout, or a shape differs.
+        TeacherError: a teacher has another layout or another shape.
     """
     backbone = student.backbone
     paths: list[tuple[str, str]] = []  # (in the student, in the teacher)
@@ -60,7 +60,7 @@ def _copy(student: nn.Module, teachers: Sequence[nn.Module], target: str, source
     if into is None or len(modules) < len(teachers):
         missing = f"student has no {target}" if into is None else f"teacher has no {source}"
         raise TeacherError(
-            f"init.teacher does not fit the student: the {missing}; choose another init.teacher, "
+            f"init.teacher does not fit the student: the {missing}; use another init.teacher, "
             "change the student's size, or set init.teacher: null"
         )
     states = []
@@ -70,7 +70,7 @@ def _copy(student: nn.Module, teachers: Sequence[nn.Module], target: str, source
         for key in extra:
             del weights[key]
         if extra:
-            logger.info("init: %s: left out WavLM's %s", source, ", ".join(extra))
+            logger.info("init: %s: not copied, only in WavLM: %s", source, ", ".join(extra))
         _check_fit(weights, into.state_dict(), source)
         states.append(weights)
     into.load_state_dict(
@@ -81,18 +81,18 @@ def _copy(student: nn.Module, teachers: Sequence[nn.Module], target: str, source
 def _check_fit(teacher: Mapping[str, Tensor], student: Mapping[str, Tensor], path: str) -> None:
     """Raise TeacherError unless both state dicts have the same keys and shapes."""
     for key in sorted(teacher.keys() | student.keys()):
-        given = list(teacher[key].shape) if key in teacher else "nothing"
-        expected = list(student[key].shape) if key in student else "nothing"
-        if given != expected:
+        shape = list(teacher[key].shape) if key in teacher else "missing"
+        expected = list(student[key].shape) if key in student else "missing"
+        if shape != expected:
             raise TeacherError(
-                f"init.teacher does not fit the student: {path}.{key} is {given} in the teacher "
+                f"init.teacher does not fit the student: {path}.{key} is {shape} in the teacher "
                 f"and {expected} in the student; change the student's size or set "
                 "init.teacher: null"
             )
 
 
 def _get(module: nn.Module, path: str) -> nn.Module | None:
-    """The submodule of that path, or None."""
+    """The submodule at a dotted path, or None."""
     try:
         return module.get_submodule(path)
     except AttributeError:

@@ -1,8 +1,8 @@
-"""The distillation loss: a reconstruction term plus a cosine term, over valid frames.
+"""The distillation loss: a reconstruction term plus a cosine term, averaged over valid frames.
 
-Terms beside it and weightings within it are modules. A *term* takes a :class:`Comparison` and gives
-a scalar to add and scalars for the log. A *weighting* takes :class:`LossWeights` and a
-:class:`Comparison`, and gives the weights changed.
+Options of the loss are modules of two kinds. A *term* maps a :class:`Comparison` to a scalar, which
+is added to the loss, and scalars for the log. A *weighting* maps :class:`LossWeights` and a
+:class:`Comparison` to new weights.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ COSINES: dict[str, Callable[[Tensor], Tensor]] = {
     "log_sigmoid": lambda cosine: -F.logsigmoid(cosine),
     "raw": lambda cosine: 1 - cosine,
 }
-PLAIN = LossSettings()  # L1 and -log sigmoid cos
+DEFAULTS = LossSettings()  # L1 and -log sigmoid cos
 Logs = dict[str, Tensor]  # name -> scalar
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What a step compares: predictions and targets, with what they were made from.
+    """Predictions and targets of a step, with the teachers' and the student's outputs.
 
     ``predictions``, ``targets``: ``{target set: [batch, layer, frame, width]}``. ``mask``:
-    ``[batch, frame]``, 1 where a frame is valid. ``teachers``: what the targets were aggregated
-    from, ``{teacher: [batch, layer, frame, dim]}``; empty if cached targets were aggregated
-    already. ``states``: ``{teacher: hidden states by number}``, neither normalised nor cropped.
-    ``student``: its output, not cropped either.
+    ``[batch, frame]``, 1 where a frame is valid. ``teachers``: the targets before aggregation,
+    ``{teacher: [batch, layer, frame, dim]}``; empty if the cached targets are aggregated.
+    ``states``: ``{teacher: hidden states by layer}``, neither normalised nor cropped. ``student``:
+    the student's output, not cropped.
     """
 
     predictions: Targets
@@ -54,13 +54,13 @@ class Comparison:
 
 @dataclass(frozen=True)
 class LossWeights:
-    """How much frames, target sets and dimensions count in the loss.
+    """Weights of frames, target sets and dimensions in the loss.
 
-    ``frames``: ``{target set: [batch, frame]}``, 0 where a frame is padding; None counts every
-    frame, padding too, as s3prl's distiller does. ``sets``: ``{target set: share}``; None: all the
-    same. ``dims``: ``{target set: weights}``, broadcastable to ``[batch, layer, frame, width]``,
-    for the sets whose dimensions do not count the same. ``frame_count``: what the sum over frames
-    is divided by; None: the sum of ``frames``.
+    ``frames``: ``{target set: [batch, frame]}``, 0 where a frame is padding; None: every frame
+    counts, padding included, as in s3prl's distiller. ``sets``: ``{target set: weight}``; None:
+    equal weights. ``dims``: ``{target set: weights}``, broadcastable to
+    ``[batch, layer, frame, width]``, for sets with unequal weights of dimensions. ``frame_count``:
+    divisor of the sum over frames; None: the sum of ``frames``.
     """
 
     frames: Mapping[str, Tensor | None]
@@ -70,8 +70,8 @@ class LossWeights:
 
 
 @dataclass(frozen=True)
-class Terms:
-    """The two terms of one target set, one value a layer: ``[layer]`` each."""
+class LossTerms:
+    """The two loss terms of one target set for each layer: ``[layer]`` each."""
 
     reconstruction: Tensor
     cosine: Tensor
@@ -80,16 +80,16 @@ class Terms:
 def frame_terms(
     prediction: Tensor,
     target: Tensor,
-    settings: LossSettings = PLAIN,
+    settings: LossSettings = DEFAULTS,
     dims: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Both terms of every frame: ``[batch, layer, frame]`` each.
+    """Reconstruction and cosine term of every frame: ``[batch, layer, frame]`` each.
 
     Args:
         prediction: ``[batch, layer, frame, dim]``.
         target: of the same shape.
-        settings: which reconstruction and which cosine term.
-        dims: how much each dimension weighs, broadcastable to ``prediction``; None: all the same.
+        settings: the kinds of the two terms.
+        dims: weights of dimensions, broadcastable to ``prediction``; None: equal weights.
 
     Raises:
         TeacherError: prediction and target differ in shape.
@@ -106,7 +106,7 @@ def frame_terms(
     else:
         dims = dims.to(error).expand_as(error)
         reconstruction = (error * dims).sum(-1) / dims.sum(-1).clamp(min=1e-8)
-        root = dims.sqrt()  # an inner product of both then has the weight once
+        root = dims.sqrt()  # so that the weight is in their inner product once
         prediction, target = prediction * root, target * root
     cosine = F.cosine_similarity(prediction, target, dim=-1)
     return reconstruction, COSINES[settings.cosine](cosine)
@@ -116,50 +116,50 @@ def distillation_terms(
     prediction: Tensor,
     target: Tensor,
     mask: Tensor | None,
-    settings: LossSettings = PLAIN,
+    settings: LossSettings = DEFAULTS,
     dims: Tensor | None = None,
     count: Tensor | None = None,
-) -> Terms:
-    """Reconstruction and cosine term between prediction and target, a value for each layer.
+) -> LossTerms:
+    """Reconstruction and cosine term between prediction and target, for each layer.
 
     With the defaults, L1 and −log σ(cos): DistilHuBERT, arXiv 2110.01900, equation 1 (inferred to
     be EKD's loss too).
 
     Args:
         prediction, target, settings, dims: as for :func:`frame_terms`.
-        mask: ``[batch, frame]``, how much a frame counts, 0 where it is padding; ``None`` counts
-            every frame, padding too, as s3prl's distiller does.
-        count: what the sum over frames is divided by; None: the sum of ``mask``.
+        mask: ``[batch, frame]``, weights of frames, 0 where a frame is padding; None: every frame
+            counts, padding included, as in s3prl's distiller.
+        count: divisor of the sum over frames; None: the sum of ``mask``.
 
     Raises:
         TeacherError: prediction and target differ in shape.
     """
     reconstruction, cosine = frame_terms(prediction, target, settings, dims)
     if mask is None:
-        return Terms(reconstruction.mean((0, 2)), cosine.mean((0, 2)))
+        return LossTerms(reconstruction.mean((0, 2)), cosine.mean((0, 2)))
     weight = mask[:, None].to(reconstruction.dtype)  # [batch, 1, frame]
     count = weight.sum() if count is None else count
     count = torch.where(count > 0, count, 1)  # every frame masked: zero, not NaN
-    return Terms(
+    return LossTerms(
         (reconstruction * weight).sum((0, 2)) / count, (cosine * weight).sum((0, 2)) / count
     )
 
 
 def distillation_loss(
-    predictions: Targets, targets: Targets, weights: LossWeights, settings: LossSettings = PLAIN
+    predictions: Targets, targets: Targets, weights: LossWeights, settings: LossSettings = DEFAULTS
 ) -> tuple[Tensor, Logs]:
-    """The loss over all target sets: their mean of ``reconstruction + cosine_weight * cosine``.
+    """Weighted mean over target sets of ``reconstruction + cosine_weight * cosine``.
 
-    Layers weigh the same within a set, and sets weigh ``weights.sets`` among each other (*ours*;
-    for one set this is s3prl's distiller).
+    Layers have equal weights within a set; sets have the weights ``weights.sets`` (*ours*; with one
+    set this is the loss of s3prl's distiller).
 
     Args:
         predictions, targets: ``{target set: [batch, layer, frame, width]}``; at least one set.
         weights: of frames, sets and dimensions.
-        settings: which reconstruction and which cosine term.
+        settings: the kinds and the weight of the terms.
 
     Returns:
-        The scalar loss, and the scalars it is made of: ``l1`` (or the other reconstruction's name),
+        The scalar loss, and scalars for the log: ``l1`` (or another reconstruction's name),
         ``cosine`` and ``loss/SET``.
     """
     logs: Logs = {}

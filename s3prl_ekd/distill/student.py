@@ -1,4 +1,4 @@
-"""The student: s3prl's ``DistillerModel`` without its heads, and a forward of ours over it."""
+"""The student: s3prl's ``DistillerModel`` without heads, with our forward pass."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ logger = logging.getLogger(__name__)
 
 
 def build_backbone(settings: StudentSettings) -> DistillerModel:
-    """s3prl's ``DistillerModel`` of this size, its output layer an identity.
+    """Build s3prl's ``DistillerModel`` without task embedding and prediction heads.
 
-    The heads live apart (:mod:`.heads`), so "no task embedding, no output layer" is chosen, and
-    with an identity in place of the output layer the model's ``pred`` is the encoder's output.
+    The heads are a separate module (:mod:`.heads`). The output layer is an identity, so the model's
+    ``pred`` is the encoder's output.
     """
     config = dataclasses.asdict(settings)
-    # DistillerModel evaluates this text: it gets a literal written by us from checked numbers.
+    # DistillerModel evaluates this text, so it gets a literal written from checked numbers.
     config["extractor_conv_feature_layers"] = conv_layers_text(settings.conv_layers)
     config.update(task_emb_type="none", out_layer_type="none", n_tasks=1)
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said):  # it reports by print, and of heads it has not
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):  # it prints its settings, also of unused heads
         model = DistillerModel(DistillerConfig(config))
-    logger.debug("%s", said.getvalue().strip())
+    logger.debug("%s", printed.getvalue().strip())
     model.output_layer = nn.Identity()
     return model
 
@@ -42,9 +42,9 @@ class Student(nn.Module):
     """A small speech model: waveforms in, hidden states out.
 
     Args:
-        settings: its size; see :class:`.settings.StudentSettings`.
-        backend: ``ours`` runs :mod:`.student_forward`, ``s3prl`` the forward of s3prl's model;
-            their outputs and gradients are equal.
+        settings: size and regularisation; see :class:`.settings.StudentSettings`.
+        backend: ``ours`` runs :mod:`.student_forward`, ``s3prl`` the forward pass of s3prl's
+            model; their outputs and gradients are equal.
 
     Attributes:
         activation_checkpointing: whether our forward recomputes activations in the backward pass;
@@ -59,7 +59,7 @@ class Student(nn.Module):
         self.extract, self.encode = extract, encode
         self.backbone = build_backbone(settings)
         if settings.feature_grad_mult == 0:
-            # the extractor runs without gradient then; so that nobody counts it as trained
+            # no gradient reaches the extractor: do not count it among the trained parameters
             self.backbone.feature_extractor.requires_grad_(False)
 
     def forward(self, waves: Tensor, lengths: Tensor) -> StudentOutput:
@@ -67,7 +67,7 @@ class Student(nn.Module):
 
         Args:
             waves: ``[batch, sample]`` at 16 kHz, zero-padded at the end.
-            lengths: ``[batch]``, valid samples of each waveform, ``settings.min_samples`` at least.
+            lengths: ``[batch]``, valid samples of each waveform, at least ``settings.min_samples``.
         """
         if self.backend == "s3prl":
             return s3prl_forward(self.backbone, waves, lengths)
@@ -78,10 +78,10 @@ class Student(nn.Module):
         )
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compile the student with the arguments of ``torch.compile``.
+        """Compile extractor and encoder, with the arguments of ``torch.compile``.
 
-        Extractor and encoder become a graph each: Inductor cannot sort strides that are a number of
-        frames computed from a number of samples.
+        They become two graphs: Inductor cannot sort strides that are a symbolic number of frames
+        computed from a number of samples.
         """
         if self.backend == "s3prl":
             super().compile(*args, **kwargs)
@@ -91,14 +91,15 @@ class Student(nn.Module):
 
     @property
     def width(self) -> int:
-        """Dimensions of a hidden state."""
+        """Width of the hidden states."""
         return self.settings.encoder_embed_dim
 
 
 def draw_layers(encoder: Any) -> list[nn.Module]:
-    """The layers that this forward runs: in training, layer drop leaves some out.
+    """Draw the transformer layers of a forward pass: in training, layer drop skips some.
 
-    s3prl draws a number for each layer in eval mode too; so do we, to have the same ones.
+    s3prl draws a random number for each layer in eval mode, too; so do we, to keep the sequence of
+    random numbers equal.
     """
     draws = [np.random.random() for _ in encoder.layers]
     return [
@@ -109,10 +110,10 @@ def draw_layers(encoder: Any) -> list[nn.Module]:
 
 
 def s3prl_forward(backbone: DistillerModel, waves: Tensor, lengths: Tensor) -> StudentOutput:
-    """The same as :func:`.student_forward.student_forward`, by s3prl's own forward.
+    """:func:`.student_forward.student_forward` by s3prl's own code.
 
-    Where the conv extractor is as wide as the layers, s3prl writes zeros over the padding of the
-    extractor's output, which autograd refuses unless ``feature_grad_mult`` is 0 or 1.
+    Where the conv extractor is as wide as the layers, s3prl overwrites the padding of the
+    extractor's output in place, which autograd rejects unless ``feature_grad_mult`` is 0 or 1.
     """
     samples = torch.arange(waves.shape[1], device=waves.device)
     pad_mask = (samples[None] < lengths[:, None]).to(waves.dtype)  # [batch, sample]

@@ -1,11 +1,11 @@
 """The student's forward pass over the modules of s3prl's ``DistillerModel``.
 
-Waveforms go through the conv extractor, a linear projection, a convolution over time that encodes
+The stages are the conv extractor, a linear projection, a convolution over time that encodes
 positions, and the transformer layers (wav2vec 2.0, arXiv 2006.11477; DistilHuBERT, 2110.01900).
-Each stage is one function of its modules and its input.
+Each stage is a function of its modules and its input.
 
-Training, the upstream, ONNX graphs and hidden-set packages all run these functions. A package
-contains a copy of them, so they need nothing but torch 1.13 and Python 3.8.
+Training, the upstream, ONNX graphs and hidden-set packages run these functions. A package contains
+a copy of them, so they need only torch 1.13 and Python 3.8.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ class StudentOutput(NamedTuple):
 
     ``features``: conv features ``[batch, frame, channel]``. ``hidden_states``: the projected
     features and each transformer layer's output, ``[batch, frame, dim]`` each. ``last``: the
-    encoder's output, which the heads read; it is the last hidden state unless the layers normalise
-    first. ``mask``: ``[batch, frame]``, 1 where a frame is valid, 0 where it is padding.
+    encoder's output, which is the input of the heads; with pre-norm layers it is normalised, and
+    otherwise equals the last hidden state. ``mask``: ``[batch, frame]``, 1 where a frame is valid,
+    0 where it is padding.
     """
 
     features: Tensor
@@ -38,14 +39,16 @@ class StudentOutput(NamedTuple):
 def extract(
     blocks: Iterable[Any], waves: Tensor, lengths: Tensor, recompute: bool
 ) -> tuple[Tensor, Tensor]:
-    """Convolve waveforms.
+    """Run the conv extractor.
 
     Args:
-        blocks: each a convolution without padding, then dropout, normalisation, activation.
-        waves, lengths: ``[batch, sample]`` and ``[batch]``.
+        blocks: conv blocks: a convolution without padding, dropout, normalisation, activation.
+        waves: ``[batch, sample]``.
+        lengths: ``[batch]``, valid samples.
+        recompute: see :func:`student_forward`.
 
     Returns:
-        Features ``[batch, frame, channel]``, and how many frames of each are valid, ``[batch]``.
+        Features ``[batch, frame, channel]`` and the number of valid frames, ``[batch]``.
     """
     x = waves[:, None]  # [batch, channel, frame]
     for block in blocks:
@@ -56,7 +59,7 @@ def extract(
 
 
 def scale_gradient(x: Tensor, scale: float) -> Tensor:
-    """``x``, its gradient multiplied by ``scale`` on the way back."""
+    """Identity whose gradient is multiplied by ``scale``."""
     if scale == 0:
         return x.detach()
     if scale == 1:
@@ -65,7 +68,7 @@ def scale_gradient(x: Tensor, scale: float) -> Tensor:
 
 
 class ScaleGradient(torch.autograd.Function):
-    """See :func:`scale_gradient`."""
+    """Autograd function of :func:`scale_gradient`."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: float) -> Tensor:
@@ -80,12 +83,14 @@ class ScaleGradient(torch.autograd.Function):
 def encode(
     encoder: Any, layers: Iterable[Any], x: Tensor, padding: Tensor, recompute: bool
 ) -> tuple[list[Tensor], Tensor]:
-    """Add positions, then run the transformer layers.
+    """Add the positional encoding and run the transformer layers.
 
     Args:
         encoder: has ``pos_conv``, ``layer_norm``, ``layer_norm_first`` and ``dropout``.
         layers: the transformer layers to run.
-        x: ``[batch, frame, dim]``, zero where ``padding [batch, frame]`` is true.
+        x: ``[batch, frame, dim]``, zero where ``padding`` is true.
+        padding: ``[batch, frame]``, true where a frame is padding.
+        recompute: see :func:`student_forward`.
 
     Returns:
         The output of each layer and that of the encoder, ``[batch, frame, dim]`` each.
@@ -96,7 +101,7 @@ def encode(
     x = F.dropout(x, encoder.dropout, encoder.training)
 
     states = []
-    x = x.transpose(0, 1)  # [frame, batch, dim], as torch's attention has it
+    x = x.transpose(0, 1)  # [frame, batch, dim], the layout of torch's attention
     for layer in layers:
         x = run(partial(transformer_layer, layer), x, padding, recompute=recompute)
         states.append(x.transpose(0, 1))
@@ -105,9 +110,9 @@ def encode(
 
 
 def transformer_layer(layer: Any, x: Tensor, padding: Tensor) -> Tensor:
-    """Attention and feed-forward network, each normalised before or after its residual.
+    """Attention and feed-forward network, each with a residual connection and a normalisation.
 
-    ``x`` and the result are ``[frame, batch, dim]``, ``padding [batch, frame]``.
+    ``x`` and the result are ``[frame, batch, dim]``; ``padding`` is ``[batch, frame]``.
     """
     if layer.layer_norm_first:
         x = x + layer.dropout1(attention(layer.self_attn, layer.self_attn_layer_norm(x), padding))
@@ -125,10 +130,11 @@ def feed_forward(layer: Any, x: Tensor) -> Tensor:
 
 
 def attention(module: Any, x: Tensor, padding: Tensor) -> Tensor:
-    """Multi-head self-attention over the frames that are no padding.
+    """Multi-head self-attention over the valid frames.
 
-    It calls the function that s3prl's models call, for the same numbers to the last bit and the
-    same count by SUPERB's profiler. ``x [frame, batch, dim]``, ``padding [batch, frame]``.
+    Calls the same torch function as s3prl's models, so that the results are equal bit for bit and
+    SUPERB's profiler counts the same MACs. ``x``: ``[frame, batch, dim]``; ``padding``:
+    ``[batch, frame]``.
     """
     query, key, value = module.q_proj, module.k_proj, module.v_proj
     mixed, _ = F.multi_head_attention_forward(
@@ -157,7 +163,7 @@ def attention(module: Any, x: Tensor, padding: Tensor) -> Tensor:
 
 
 def run(stage: Callable[..., Tensor], *inputs: Tensor, recompute: bool) -> Tensor:
-    """The output of a stage; with ``recompute``, its activations are not kept for the backward."""
+    """Run a stage; with ``recompute``, its activations are not stored for the backward pass."""
     return checkpoint(stage, *inputs, use_reentrant=False) if recompute else stage(*inputs)
 
 
@@ -170,23 +176,23 @@ def student_forward(
     extract: Callable[..., tuple[Tensor, Tensor]] = extract,
     encode: Callable[..., tuple[list[Tensor], Tensor]] = encode,
 ) -> StudentOutput:
-    """Run a student.
+    """Run the student.
 
     Args:
         model: s3prl's ``DistillerModel``, or modules of the same names.
         waves: ``[batch, sample]`` at 16 kHz, zero-padded at the end.
         lengths: ``[batch]``, valid samples of each waveform, enough for one frame.
-        layers: the transformer layers to run; all of the encoder's by default.
-        recompute: keep only the inputs of conv blocks and transformer layers, and compute the rest
-            again in the backward pass (activation checkpointing).
-        extract, encode: other functions in the place of those above, with the same arguments.
+        layers: the transformer layers to run; None: all of the encoder's.
+        recompute: activation checkpointing: store only the inputs of conv blocks and transformer
+            layers and recompute the rest in the backward pass.
+        extract, encode: replacements of the two functions, for example compiled ones.
     """
     features, frames = extract(model.feature_extractor.conv_layers, waves, lengths, recompute)
     features = scale_gradient(features, model.feature_grad_mult)
     padding = torch.arange(features.shape[1], device=waves.device) >= frames[:, None]
 
     projected = features if model.post_extract_proj is None else model.post_extract_proj(features)
-    # not masked_fill, which changes the memory layout, in whose order dropout draws
+    # not masked_fill: it changes the memory layout, and dropout draws in the order of memory
     projected = torch.where(padding[..., None], projected.new_zeros(()), projected)
 
     layers = model.encoder.layers if layers is None else layers

@@ -1,4 +1,4 @@
-"""Bring each teacher's targets to a common scale before they are aggregated. Off by default.
+"""Normalisation of each teacher's targets before aggregation. Off by default.
 
 Hidden states of different teachers share neither scale nor basis, so a plain mean is dominated by
 the larger one. ``mean_std`` normalises each dimension to mean 0 and deviation 1 (after UNIC, arXiv
@@ -27,21 +27,21 @@ from .aggregation import TeacherShape
 
 logger = logging.getLogger(__name__)
 
-# Ours: a dimension does not vary if its variance is at most this share of the median dimension's,
+# Ours: a dimension is constant if its variance is at most this share of the median dimension's,
 _FLAT = 1e-6
-# or its deviation at most this share of its mean, which is what float32 rounds to.
+# or if its deviation is at most this share of its mean (float32 rounding).
 _ROUNDING = 1e-6
-# Ours. Largest values of frames of one layer lie within a factor of some tens of each other, those
-# of attention sinks included.
+# Ours: an outlier is a frame whose largest value is above FACTOR times the median frame's. In one
+# layer these largest values differ by a factor of some tens, attention sinks included.
 FACTOR = 1000.0
-LIMIT = 1e15  # squares of a million such values have a sum in float32
+LIMIT = 1e15  # the sum of a million squares of such values is finite in float32
 
 
 def usable_frames(frames: Tensor) -> Tensor:
-    """Which frames may go into statistics: ``frames [frame, target, dim]`` -> ``[frame]``, bool.
+    """Find the frames for statistics: ``frames [frame, target, dim]`` -> bool ``[frame]``.
 
-    A frame is left out where, in one of its targets, a value is not finite or the largest is more
-    than :data:`FACTOR` times that of the median frame among those given.
+    A frame is left out if, in one of its targets, a value is not finite or the largest value is
+    above :data:`FACTOR` times the median frame's.
     """
     peaks = frames.abs().amax(-1)  # [frame, target]
     usable = peaks.isfinite().all(-1)
@@ -53,15 +53,15 @@ def usable_frames(frames: Tensor) -> Tensor:
 
 
 def is_main_process() -> bool:
-    """Whether this process writes the log: the only one, or that of rank 0."""
+    """Whether this process is rank 0, or the only one."""
     return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
 
 
 def all_gather(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
-    """The tensors of each process, by rank; with one process, ``[tensors]``.
+    """Gather tensors from all processes, in order of rank; with one process, ``[tensors]``.
 
     Args:
-        tensors: of the same shapes and types in all processes, which must all call this.
+        tensors: of equal shapes and types in all processes; every process must call this.
     """
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return [tensors]
@@ -78,15 +78,15 @@ class Moments(nn.Module):
 
     Args:
         targets: number of targets of the teacher.
-        width: their width.
-        full: keep the whole covariance ``[target, dim, dim]``, not its diagonal ``[target, dim]``.
+        width: width of the targets.
+        full: covariance ``[target, dim, dim]`` instead of variances ``[target, dim]``.
     """
 
     count: Tensor
     mean: Tensor  # [target, dim]
-    scatter: Tensor  # sum of squares about the mean
+    scatter: Tensor  # sum of squared (or outer products of) differences from the mean
     left_out: Tensor  # frames
-    transform: Tensor  # [target, dim, dim]: PHI-S, as last computed, so that resuming is exact
+    transform: Tensor  # [target, dim, dim]: last PHI-S transform, stored for exact resuming
 
     def __init__(self, targets: int, width: int, full: bool):
         super().__init__()
@@ -103,11 +103,12 @@ class Moments(nn.Module):
     def update(self, hidden: Tensor, mask: Tensor) -> int:
         """Add the valid frames of ``hidden [batch, target, frame, dim]``; ``mask [batch, frame]``.
 
-        Chan's merge of two sets of moments: exact, and stable for large means. With several
-        processes, each adds the frames of all, in the same order, so that their statistics agree.
+        Moments are merged by Chan's formula, which is exact and stable for large means. With
+        several processes, each adds the frames of all in order of rank, so that the statistics are
+        equal in all.
 
         Returns:
-            How many frames were left out (:func:`usable_frames`).
+            Number of frames left out (:func:`usable_frames`).
         """
         frames = hidden.transpose(1, 2)[mask.bool()].float()  # [valid frame, target, dim]
         usable = usable_frames(frames)
@@ -120,11 +121,11 @@ class Moments(nn.Module):
         else:
             scatter = centred.square().sum(0)
         count = torch.tensor(float(len(frames)), dtype=torch.float64, device=mean.device)
-        before = int(self.left_out)
-        for *moments, more_left_out in all_gather(count, mean, scatter, left_out):
+        previous = int(self.left_out)
+        for *moments, rank_left_out in all_gather(count, mean, scatter, left_out):
             self._merge(*moments)
-            self.left_out += more_left_out
-        return int(self.left_out) - before
+            self.left_out += rank_left_out
+        return int(self.left_out) - previous
 
     def _merge(self, count: Tensor, mean: Tensor, scatter: Tensor) -> None:
         if not count:
@@ -138,12 +139,12 @@ class Moments(nn.Module):
 
     @property
     def covariance(self) -> Tensor:
-        """``[target, dim, dim]``, or variances ``[target, dim]``; over n, not n - 1."""
+        """``[target, dim, dim]``, or variances ``[target, dim]``; divided by n, not n - 1."""
         return self.scatter / self.count.clamp(min=1).float()
 
     @property
     def flat(self) -> Tensor:
-        """Which dimensions do not vary, ``[target, dim]``."""
+        """Bool ``[target, dim]``: dimensions that are constant."""
         variance = self.covariance
         if self.full:
             variance = variance.diagonal(dim1=-2, dim2=-1)
@@ -152,20 +153,20 @@ class Moments(nn.Module):
 
 
 class TargetNorm(nn.Module):
-    """Normalise each teacher's targets; the statistics are part of a run's checkpoint.
+    """Normalise each teacher's targets; the statistics are saved in checkpoints.
 
-    As with batch normalisation, statistics are updated in train mode and only used in eval mode.
+    As in batch normalisation, statistics are updated in train mode only.
 
     Args:
         teachers: the shapes of the teachers' targets.
         kind: ``mean_std`` or ``phi_s``.
-        steps: batches from which the statistics are estimated; they are fixed afterwards.
+        steps: number of batches after which the statistics are frozen.
 
     Attributes:
-        seen: how many batches have updated the statistics.
+        seen: number of batches that have updated the statistics.
 
     Raises:
-        TeacherError: PHI-S needs a Hadamard matrix of the teacher's width, and there is none here.
+        TeacherError: no Hadamard matrix of a teacher's width, which PHI-S needs, is implemented.
     """
 
     seen: Tensor
@@ -177,7 +178,7 @@ class TargetNorm(nn.Module):
         for name, teacher in teachers.items():
             if full and hadamard(teacher.width) is None:
                 raise TeacherError(
-                    f"target_norm: phi_s needs a width of 2^k, 12*2^k or 20*2^k, and {name} "
+                    f"target_norm: phi_s needs a width of 2^k, 12*2^k or 20*2^k, but {name} "
                     f"has {teacher.width}; use mean_std"
                 )
         self.moments = nn.ModuleDict(
@@ -187,7 +188,7 @@ class TargetNorm(nn.Module):
 
     @torch.no_grad()
     def forward(self, teachers: Mapping[str, Tensor], mask: Tensor) -> dict[str, Tensor]:
-        """Normalise targets, in train mode after an update of the statistics.
+        """Normalise targets; in train mode, update the statistics first.
 
         Args:
             teachers: ``{teacher: [batch, target, frame, dim]}``.
@@ -198,8 +199,7 @@ class TargetNorm(nn.Module):
             for name, states in teachers.items():
                 self._update(name, states, mask)
             self.seen += 1
-            # PHI-S takes an eigendecomposition, so it is computed at steps 1, 2, 4, ... and the
-            # last one.
+            # The eigendecomposition of PHI-S is slow: only at steps 1, 2, 4, ... and the last.
             if self.kind == "phi_s" and ((seen + 1) & seen == 0 or seen + 1 == self.steps):
                 for _, moments in self._moments():
                     moments.transform.copy_(phi_s(moments.covariance, moments.mean))
@@ -208,7 +208,7 @@ class TargetNorm(nn.Module):
         return {name: self._normalise(name, states) for name, states in teachers.items()}
 
     def empty_step(self) -> None:
-        """What :meth:`forward` does, without a frame: other processes may have some."""
+        """Run :meth:`forward` without frames, for the collective calls of other processes."""
         empty = {
             name: moments.mean.new_zeros(0, len(moments.mean), 0, moments.mean.shape[1])
             for name, moments in self._moments()
@@ -219,7 +219,7 @@ class TargetNorm(nn.Module):
         return cast("ItemsView[str, Moments]", self.moments.items())
 
     def left_out(self) -> dict[str, Tensor]:
-        """For the log: how many frames the statistics lack, of teachers with any such frame."""
+        """Scalars for the log: frames left out of the statistics, for teachers with any."""
         return {
             f"{name}/frames_left_out": moments.left_out.float()
             for name, moments in self._moments()
@@ -230,34 +230,34 @@ class TargetNorm(nn.Module):
         """Load the statistics of a checkpoint.
 
         Raises:
-            TeacherError: they are not finite: version 0.1 did not leave such frames out.
+            TeacherError: the statistics are not finite; version 0.1 did not leave out such frames.
         """
-        # version 0.1 did not count what it left out
+        # missing in checkpoints of version 0.1
         counts = {f"moments.{name}.left_out": torch.zeros(()).long() for name in self.moments}
         result = super().load_state_dict({**counts, **state_dict}, *args, **kwargs)
         for name, moments in self._moments():
             if not (moments.mean.isfinite().all() and moments.scatter.isfinite().all()):
                 raise TeacherError(
-                    f"the statistics of the teacher {name} in the checkpoint are not finite "
-                    "(target_norm): a frame of a huge value is in them for good; start a "
-                    "new run under another name"
+                    f"the statistics of teacher {name} in the checkpoint are not finite "
+                    "(target_norm): they include a frame with a huge value; start a new run under "
+                    "another name"
                 )
         return result
 
     def _update(self, name: str, states: Tensor, mask: Tensor) -> None:
         moments = cast(Moments, self.moments[name])
-        first = not moments.left_out
-        more = moments.update(states, mask)
-        if more and first and is_main_process():
+        none_before = not moments.left_out
+        count = moments.update(states, mask)
+        if count and none_before and is_main_process():
             logger.warning(
-                "teacher %s: %d frames of a batch are not finite or of huge values; such frames "
+                "teacher %s: %d frames of a batch have infinite, NaN or huge values; such frames "
                 "are left out of the statistics of target_norm",
                 name,
-                more,
+                count,
             )
 
     def _report(self) -> None:
-        """Log what the statistics, which are fixed from now on, were estimated from."""
+        """Log the number of frames of the statistics, which are frozen now."""
         for name, moments in self._moments():
             flat = int(moments.flat.sum()) if self.kind == "mean_std" else 0
             logger.log(
@@ -266,7 +266,7 @@ class TargetNorm(nn.Module):
                 name,
                 int(moments.count),
                 int(moments.left_out),
-                f"; {flat} dimensions of its targets do not vary: centred, but not scaled"
+                f"; {flat} dimensions of its targets are constant: centred but not scaled"
                 * bool(flat),
             )
 
@@ -280,15 +280,16 @@ class TargetNorm(nn.Module):
 
 
 def phi_s(covariance: Tensor, mean: Tensor | None = None) -> Tensor:
-    """The PHI-S transform: columns to multiply centred rows with.
+    """The PHI-S transform, by which centred rows are multiplied from the right.
 
     Args:
         covariance: ``[target, dim, dim]``.
-        mean: ``[target, dim]``; what varies less than it is rounded is not divided.
+        mean: ``[target, dim]``; targets that vary less than the rounding of their mean are not
+            scaled.
 
     Returns:
-        ``[target, dim, dim]``: rotate to the principal axes, mix them by a Hadamard matrix so that
-        each carries the mean variance, and divide by its root.
+        ``[target, dim, dim]``: a rotation to the principal axes, a Hadamard matrix that spreads the
+        variance evenly over all dimensions, and a division by the mean deviation.
     """
     values, vectors = torch.linalg.eigh(covariance.double())
     variance = values.clamp(min=0).mean(-1)
@@ -304,10 +305,10 @@ def phi_s(covariance: Tensor, mean: Tensor | None = None) -> Tensor:
 
 @functools.cache
 def hadamard(size: int) -> Tensor | None:
-    """An orthogonal matrix ``[size, size]`` all of whose entries are ± size^(-1/2), or None.
+    """An orthogonal matrix ``[size, size]`` with entries ± size^(-1/2), or None.
 
-    Sylvester's doubling of the orders 1, 12 and 20 (the latter two after Paley): 96, 768 and 1024
-    are among them.
+    Built by Sylvester's doubling from the orders 1, 12 and 20 (Paley's construction): among others
+    96, 768 and 1024.
     """
     for prime in (None, 11, 19):
         order = 1 if prime is None else prime + 1

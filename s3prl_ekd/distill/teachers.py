@@ -1,4 +1,4 @@
-"""The teachers: frozen upstreams, asked for some of their hidden states."""
+"""The teachers: frozen upstreams and the layers that are predicted."""
 
 from __future__ import annotations
 
@@ -12,46 +12,46 @@ from torch.nn.utils.rnn import pad_sequence
 from ..errors import TeacherError
 from .aggregation import TeacherShape, crop_frames
 
-PROBE_SAMPLES = 16000  # one second at 16 kHz, to learn an upstream's depth and width
-HiddenStates = Sequence[Tensor] | Mapping[int, Tensor]  # [batch, frame, dim], by their number
+PROBE_SAMPLES = 16000  # one second at 16 kHz, to find the depth and width of an upstream
+HiddenStates = Sequence[Tensor] | Mapping[int, Tensor]  # layer -> [batch, frame, dim]
 
 
-class Encoder(Protocol):
-    """A faster way to a teacher's hidden states, which computes only those asked for."""
+class TeacherEncoder(Protocol):
+    """A faster implementation of a teacher, which computes only the requested hidden states."""
 
     def hidden_states(
         self, waves: Tensor, lengths: Sequence[int], layers: Iterable[int], shared: dict[Any, Any]
     ) -> Mapping[int, Tensor]:
-        """Hidden states ``[batch, frame, dim]`` in float32 by their number.
+        """Layer -> hidden state ``[batch, frame, dim]`` in float32.
 
         Args:
-            waves: ``[batch, sample]`` at 16 kHz, 0 behind the end of each.
-            lengths: valid samples of each, the longest of which is the batch's.
-            layers: numbers of hidden states.
-            shared: empty for each batch; for what several teachers' encoders have in common.
+            waves: ``[batch, sample]`` at 16 kHz, zero-padded at the end.
+            lengths: valid samples of each waveform; the longest fills the batch.
+            layers: the layers to compute.
+            shared: results that the encoders of several teachers share; empty for a new batch.
         """
 
 
 class Teacher(nn.Module):
-    """One frozen s3prl upstream and its layers that are predicted.
+    """A frozen s3prl upstream with the layers to predict.
 
     Args:
         upstream: maps a list of unpadded waveforms to a dict with ``hidden_states``.
-        targets: layers, indices into ``hidden_states`` (0 is the input of the first transformer
-            layer), or groups of layers, each of which is averaged (SKILL, arXiv 2402.16830).
-        name: of the teacher, in messages.
+        targets: layers, as indices into ``hidden_states`` (0 is the input of the first transformer
+            layer), or groups of layers to average (SKILL, arXiv 2402.16830).
+        name: name of the teacher, for messages.
 
     Attributes:
-        encoder: a faster way to the same hidden states; None runs the upstream itself.
-        width: dimensions of a target.
-        depth: number of the last hidden state.
+        encoder: a faster implementation of the upstream; None: the upstream itself is run.
+        width: width of the targets.
+        depth: index of the last hidden state.
         stride: samples from one frame to the next.
 
     Raises:
         TeacherError: the upstream has no such layer, or the layers differ in width.
     """
 
-    encoder: Encoder | None = None
+    encoder: TeacherEncoder | None = None
 
     def __init__(self, upstream: nn.Module, targets: Sequence[int | Sequence[int]], name: str):
         super().__init__()
@@ -65,12 +65,11 @@ class Teacher(nn.Module):
         missing = [layer for layer in layers if layer > last]
         if missing:
             raise TeacherError(
-                f"teachers.{name}.layers: there is no layer {missing[0]}; "
-                f"{name} has layers 0 to {last}"
+                f"teachers.{name}.layers: no layer {missing[0]}; {name} has layers 0 to {last}"
             )
         widths = {probe[layer].shape[-1] for layer in layers}
         if len(widths) > 1:
-            raise TeacherError(f"teachers.{name}.layers: layers of several widths {widths}")
+            raise TeacherError(f"teachers.{name}.layers: layers of different widths {widths}")
         self.width = widths.pop()
         self.stride = int(cast(Any, upstream).get_downsample_rates("hidden_states"))
 
@@ -80,7 +79,7 @@ class Teacher(nn.Module):
 
     @property
     def labels(self) -> list[str]:
-        """A name for each target, for logs: ``layer4``, or ``layers1-3`` for a group."""
+        """Name of each target for logs: ``layer4``, or ``layers1-3`` for a group."""
         return [_label(target) for target in self.targets]
 
     def states(self, waves: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -93,7 +92,7 @@ class Teacher(nn.Module):
         return self.pick(self.states(waves))
 
     def pick(self, states: HiddenStates) -> Tensor:
-        """Hidden states by their number -> the targets, ``[batch, target, frame, dim]``."""
+        """Select and average hidden states: the targets ``[batch, target, frame, dim]``."""
         return torch.stack([_mean([states[i] for i in target]) for target in self.targets], dim=1)
 
 
@@ -110,35 +109,35 @@ def _label(target: tuple[int, ...]) -> str:
     return "layers" + "_".join(map(str, target))
 
 
-def check_names(names: Iterable[str]) -> None:
-    """Reject teachers' names that are attributes of torch's containers, such as ``half``.
+def check_teacher_names(names: Iterable[str]) -> None:
+    """Reject names of teachers that are attributes of torch's containers, such as ``half``.
 
     Raises:
-        TeacherError: naming the first.
+        TeacherError: with the first such name.
     """
     for name in names:
         if hasattr(TeacherEnsemble, name) or name in ("dropout", "kind", "training"):
             raise TeacherError(
-                f"teachers: {name!r} cannot be a teacher's name, torch uses it; take another"
+                f"teachers: {name!r} is not a valid name, because torch uses it; use another name"
             )
 
 
 class TeacherEnsemble(nn.ModuleDict):
-    """The teachers by name; always frozen, and in eval mode even after ``train()``.
+    """The teachers by name, frozen; in eval mode even after ``train()``, unless ``dropout`` is set.
 
     Args:
-        teachers: name -> teacher, in the order of the configuration.
+        teachers: name -> teacher, in the order of the config.
         dropout: leave the teachers' dropout on in training, as s3prl's distiller does.
     """
 
     def __init__(self, teachers: Mapping[str, Teacher], dropout: bool = False):
         super().__init__()
         self.dropout = dropout
-        check_names(teachers)
+        check_teacher_names(teachers)
         self.update(teachers)
 
     def train(self, mode: bool = True) -> TeacherEnsemble:
-        """Set train mode, if ``dropout`` asks for it; else eval mode, whatever ``mode`` is."""
+        """Set train mode only if ``dropout`` is set, else eval mode."""
         super().train(mode and self.dropout)
         return self
 
@@ -159,14 +158,17 @@ class TeacherEnsemble(nn.ModuleDict):
     def states(
         self, waves: Sequence[Tensor], also: Mapping[str, int] | None = None
     ) -> dict[str, HiddenStates]:
-        """The hidden states behind each teacher's targets, by their number.
+        """The hidden states of each teacher's target layers.
 
-        Computed in float32 under autocast too: these are the targets. Encoders have no dropout, so
-        with the teachers' dropout on, the upstreams are run.
+        Computed in float32, under autocast too, because they become targets. Encoders have no
+        dropout; with the teachers' dropout on, the upstreams are run.
 
         Args:
-            waves: waveforms ``[sample]`` at 16 kHz.
-            also: teacher -> one more layer of it.
+            waves: unpadded waveforms ``[sample]`` at 16 kHz.
+            also: teacher -> one more layer to compute.
+
+        Returns:
+            Teacher -> layer -> ``[batch, frame, dim]``.
         """
         states: dict[str, HiddenStates] = {}
         shared: dict[Any, Any] = {}
@@ -186,11 +188,11 @@ class TeacherEnsemble(nn.ModuleDict):
 
     @torch.no_grad()
     def targets(self, states: Mapping[str, HiddenStates]) -> dict[str, Tensor]:
-        """Hidden states -> ``{teacher: [batch, target, frame, dim]}``, of equal frames."""
+        """Select the targets ``{teacher: [batch, target, frame, dim]}``, of equal frames."""
         return crop_frames({name: teacher.pick(states[name]) for name, teacher in self.items()})
 
     def states_among(self, targets: Mapping[str, Tensor]) -> dict[str, HiddenStates]:
-        """The hidden states that are targets by themselves, and not in a group of layers only.
+        """Recover hidden states from targets, where a target is a single layer.
 
         Args:
             targets: ``{teacher: [batch, target, frame, dim]}``.

@@ -1,8 +1,8 @@
-"""Hard labels beside the soft targets: the multitask half of Essence KD (arXiv 1906.10834).
+"""Classification of units: hard labels in addition to the targets, as in Essence KD (1906.10834).
 
-For speech SSL teachers there are no transcripts, so the hard labels are the k-means units of one
-teacher's layer (*ours*), predicted by a linear classification head on the student's last hidden
-state.
+Essence KD's hard labels come from transcripts, which SSL pretraining does not have. Here they are
+the k-means units of one teacher's layer (*ours*), predicted by a linear head on the student's last
+hidden state.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from .teachers import TeacherEnsemble
 class UnitLabels(Protocol):
     """Labels for the frames of one teacher's layer.
 
-    ``teacher``: its name. ``layer``: the number of the hidden state. ``clusters``: how many classes
-    there are. ``width``: of the hidden state.
+    ``teacher``: its name. ``layer``: the layer. ``clusters``: number of classes. ``width``: width
+    of the layer.
     """
 
     teacher: str
@@ -35,17 +35,17 @@ class UnitLabels(Protocol):
     def width(self) -> int: ...
 
     def label(self, hidden: Tensor) -> Tensor:
-        """``[batch, frame, dim]`` -> ``[batch, frame]``, whole numbers below ``clusters``."""
+        """``[batch, frame, dim]`` -> ``[batch, frame]``, integers from 0 to ``clusters - 1``."""
 
 
 class UnitLoss(nn.Module):
-    """A term: the cross-entropy between the units of a teacher's layer and the student's guess.
+    """Loss term: cross-entropy of the units of a teacher's layer.
 
     Args:
-        units: gives the labels.
-        teachers: one of which the units are of.
+        units: the labels.
+        teachers: the teachers, among them the units' one.
         in_width: width of the student's hidden state.
-        weight: of the term.
+        weight: weight of the term.
 
     Raises:
         TeacherError: the units' teacher is not among the teachers, or has no such layer.
@@ -68,7 +68,7 @@ def check_units(units: UnitLabels, teachers: TeacherEnsemble) -> None:
     """Raise TeacherError unless the units' teacher is among the teachers and has their layer."""
     if units.teacher not in teachers:
         raise TeacherError(
-            f"unit_loss.file has units of the teacher {units.teacher!r}; the config has: "
+            f"unit_loss.file has units of teacher {units.teacher!r}; the config has: "
             f"{', '.join(teachers)}"
         )
     teacher = teachers[units.teacher]
@@ -88,12 +88,12 @@ def unit_terms(logits: Tensor, labels: Tensor, mask: Tensor) -> tuple[Tensor, Te
         mask: ``[batch, frame]``, 1 where a frame is valid.
 
     Returns:
-        Two scalars: the mean cross-entropy, and the share of frames whose best unit is right.
+        Two scalars: mean cross-entropy and accuracy.
     """
     frames = min(logits.shape[1], labels.shape[1])
     logits, labels, mask = logits[:, :frames].float(), labels[:, :frames], mask[:, :frames]
     errors = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none")  # [batch, frame]
     count = mask.sum().clamp(min=1)
     with torch.no_grad():
-        right = (logits.argmax(-1) == labels) * mask
-    return (errors * mask).sum() / count, right.sum() / count
+        correct = (logits.argmax(-1) == labels) * mask
+    return (errors * mask).sum() / count, correct.sum() / count

@@ -1,4 +1,4 @@
-"""Weights of teachers over time, teacher dropping, and the dimensions in which teachers agree."""
+"""Teacher weight schedules, teacher dropping, and selection of dimensions by agreement."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from .settings import LossSettings, TeacherSettings
 def weights_at(
     teachers: Mapping[str, TeacherSettings], step: int, weight_steps: int
 ) -> dict[str, float]:
-    """Each teacher's weight at a step (counted from 1): a straight line from ``weight`` to
-    ``final_weight``, reached after ``weight_steps`` steps (*ours*)."""
-    done = min(1.0, max(0, step - 1) / weight_steps) if weight_steps else 0.0
+    """Teacher -> its weight at a step (counted from 1): linear from ``weight`` to ``final_weight``,
+    which is reached after ``weight_steps`` steps (*ours*)."""
+    progress = min(1.0, max(0, step - 1) / weight_steps) if weight_steps else 0.0
     weights = {}
     for name, teacher in teachers.items():
         last = teacher.weight if teacher.final_weight is None else teacher.final_weight
-        weights[name] = teacher.weight + done * (last - teacher.weight)
+        weights[name] = teacher.weight + progress * (last - teacher.weight)
     return weights
 
 
 class TeacherDropping(nn.Module):
-    """A weighting, in training only: each utterance learns from some of the teachers (UNIC).
+    """Weighting: teacher dropping in training, after UNIC (arXiv 2408.05088).
 
-    The loss is divided by all valid frames, those of dropped teachers too, so that a dropped
-    utterance counts as no loss. Divided by what is left, an utterance would weigh more the more of
-    its neighbours in the batch were dropped.
+    The loss is divided by the number of all valid frames, dropped ones included (*ours*). Divided
+    by the remaining frames, the weight of an utterance would depend on how many other utterances of
+    the batch were dropped.
 
     Args:
         probability: see :func:`drop_teachers`.
-        settings: of the loss whose size decides which teacher always stays.
+        settings: the loss by which the hardest teacher is found.
     """
 
     def __init__(self, probability: float, settings: LossSettings):
@@ -55,23 +55,23 @@ class TeacherDropping(nn.Module):
             losses[name] = (frames * mask).sum(1) / mask.sum(1).clamp(min=1)
         counted = mask if self.settings.mask_padding else torch.ones_like(mask)
         stays = drop_teachers(losses, self.probability)
-        kept = {name: counted * utterances[:, None] for name, utterances in stays.items()}
-        return replace(weights, frames={**weights.frames, **kept}, frame_count=counted.sum())
+        remaining = {name: counted * stay[:, None] for name, stay in stays.items()}
+        return replace(weights, frames={**weights.frames, **remaining}, frame_count=counted.sum())
 
 
 class Agreement(nn.Module):
-    """A weighting: only the dimensions in which the teachers disagree least count.
+    """Weighting: only the dimensions in which the teachers differ least count.
 
     Args:
-        keep: see :func:`agreeing_dims`.
+        share: see :func:`agreeing_dims`.
     """
 
-    def __init__(self, keep: float):
+    def __init__(self, share: float):
         super().__init__()
-        self.keep = keep
+        self.share = share
 
     def forward(self, weights: LossWeights, compared: Comparison) -> LossWeights:
-        agreeing = agreeing_dims(compared.teachers, self.keep)
+        agreeing = agreeing_dims(compared.teachers, self.share)
         dims = {}
         for name, target in compared.targets.items():
             times = target.shape[-1] // agreeing.shape[-1]  # concat: once for each teacher
@@ -85,18 +85,17 @@ class Agreement(nn.Module):
 def drop_teachers(
     losses: Mapping[str, Tensor], probability: float, generator: torch.Generator | None = None
 ) -> dict[str, Tensor]:
-    """Teacher dropping (UNIC): which teacher each utterance learns from.
+    """Draw the teachers of each utterance: teacher dropping (UNIC, arXiv 2408.05088).
 
-    The teacher of the highest loss always stays, so that the hardest is not forgotten; each other
-    one is dropped with ``probability``.
+    The teacher with the highest loss is kept; each of the others is dropped with ``probability``.
 
     Args:
         losses: ``{teacher: [batch]}``, the loss of each utterance.
         probability: 0 to 1; UNIC uses 0.5.
-        generator: of the random numbers; None: torch's own, on the CPU.
+        generator: random generator; None: torch's default one, on the CPU.
 
     Returns:
-        ``{teacher: [batch]}``, 1 where it stays and 0 where it is dropped.
+        ``{teacher: [batch]}``, 1 where the teacher is kept and 0 where it is dropped.
     """
     stacked = torch.stack(list(losses.values()))  # [teacher, batch]
     stays = torch.rand(stacked.shape, generator=generator) >= probability
@@ -106,18 +105,18 @@ def drop_teachers(
 
 
 @torch.no_grad()
-def agreeing_dims(teachers: Mapping[str, Tensor], keep: float) -> Tensor:
-    """The dimensions in which the teachers disagree least, frame by frame (*ours*, in the spirit of
-    Essence KD, arXiv 1906.10834: learn only from what the ensemble is sure of).
+def agreeing_dims(teachers: Mapping[str, Tensor], share: float) -> Tensor:
+    """Select the dimensions in which the teachers differ least, frame by frame (*ours*, after
+    Essence KD, arXiv 1906.10834, which selects the soft outputs of high confidence).
 
     Args:
         teachers: ``{teacher: [batch, layer, frame, dim]}``, all of one shape; at least two.
-        keep: share of the dimensions that stay, at least one.
+        share: share of the dimensions to select; at least one is.
 
     Returns:
-        ``[batch, layer, frame, dim]``, 1 where a dimension stays and 0 elsewhere.
+        ``[batch, layer, frame, dim]``, 1 where a dimension is selected and 0 elsewhere.
     """
     spread = torch.stack(list(teachers.values())).float().var(0, unbiased=False)
-    count = max(1, round(keep * spread.shape[-1]))
-    kept = spread.topk(count, dim=-1, largest=False).indices
-    return torch.zeros_like(spread).scatter(-1, kept, 1.0)
+    count = max(1, round(share * spread.shape[-1]))
+    selected = spread.topk(count, dim=-1, largest=False).indices
+    return torch.zeros_like(spread).scatter(-1, selected, 1.0)

@@ -24,7 +24,7 @@ from ..distill.distiller import EnsembleDistiller  # noqa: E402
 from ..distill.initialisation import initialise  # noqa: E402
 from ..distill.settings import StudentSettings  # noqa: E402
 from ..distill.student import Student  # noqa: E402
-from ..distill.teachers import check_names  # noqa: E402
+from ..distill.teachers import check_teacher_names  # noqa: E402
 from ..files.config import build, plain  # noqa: E402
 from ..student_file import RUN_KEY, contents  # noqa: E402
 from ..teachers import check_precision, load_teachers, teacher_model  # noqa: E402
@@ -71,7 +71,7 @@ class UpstreamPretrainExpert(nn.Module):
             raise SetupError(MULTI_GPU)
         self.device = device
         self.settings = load_model_config(upstream_config)
-        check_names(self.settings.teachers)
+        check_teacher_names(self.settings.teachers)
         check_precision(self.settings.teacher_precision, str(device))
         self.data = load_data_config(datarc)
         student = Student(self.settings.student, self.settings.student_backend)
