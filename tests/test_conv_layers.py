@@ -12,14 +12,14 @@ from s3prl_ekd.distill.conv_layers import (
 from s3prl_ekd.errors import ConfigError
 
 
-def test_reads_the_default_as_seven_layers_of_20_ms():
+def test_the_default_has_seven_layers_and_a_stride_of_20_ms():
     layers = parse_conv_layers(DEFAULT)
     assert layers == ((512, 10, 5),) + ((512, 3, 2),) * 4 + ((512, 2, 2),) * 2
     assert stride_of(layers) == 320
     assert receptive_field(layers) == 400
 
 
-def test_what_s3prl_gets_is_our_own_literal():
+def test_s3prl_gets_a_literal():
     layers = parse_conv_layers("[(8, 10, 5)]*2+[(4,3,2)]")
     assert conv_layers_text(layers) == "[(8, 10, 5), (8, 10, 5), (4, 3, 2)]"
     assert parse_conv_layers(conv_layers_text(layers)) == layers
@@ -46,6 +46,6 @@ def test_what_s3prl_gets_is_our_own_literal():
         "\x00",
     ],
 )
-def test_refuses_everything_else(text):
-    with pytest.raises(ConfigError, match="triples"):
-        parse_conv_layers(text)
+def test_any_other_text_is_an_error(text):
+    with pytest.raises(ConfigError, match="student.conv: "):
+        parse_conv_layers(text, "student.conv")

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 from argparse import Namespace
 
 import pytest
@@ -48,7 +49,7 @@ def test_a_round_trip(loaded, tmp_path, name):
     assert is_safetensors(tmp_path / "new" / name) == name.endswith("safetensors")
 
 
-def test_it_is_plain_data(loaded, tmp_path):
+def test_the_file_has_plain_data_only(loaded, tmp_path):
     write_student(loaded, tmp_path / "s.pt")
     data = torch.load(tmp_path / "s.pt", weights_only=True)  # no class allowed at all
     kinds = set()
@@ -80,7 +81,7 @@ def test_a_failed_write_leaves_the_older_file(loaded, tmp_path, monkeypatch, nam
 
     monkeypatch.setattr(torch, "save", full)
     monkeypatch.setattr(student_file, "write_safetensors", lambda file, *_: full(None, file))
-    with pytest.raises(CheckpointError, match="No space left"):
+    with pytest.raises(CheckpointError, match=re.escape(str(path))):
         write_student(loaded, path)
     assert path.read_bytes() == b"older"
     assert list(tmp_path.iterdir()) == [path]
@@ -105,13 +106,13 @@ def test_code_is_not_run(loaded, tmp_path, monkeypatch, protocol):
     assert not (tmp_path / "hacked").exists()
 
 
-def test_code_is_refused_by_name(tmp_path):
+def test_the_message_names_the_code_in_the_file(tmp_path):
     torch.save({"x": Evil()}, tmp_path / "evil.pt")
-    with pytest.raises(CheckpointError, match=r"asks for (posix|nt|os)\.mkdir, which is code"):
+    with pytest.raises(CheckpointError, match=r"evil\.pt.*(posix|nt|os)\.mkdir"):
         load_student(tmp_path / "evil.pt")
 
 
-def test_classes_only_where_they_are_allowed(tmp_path):
+def test_classes_load_only_if_they_are_allowed(tmp_path):
     from s3prl_ekd.compat import checkpoint_globals
 
     torch.save({"Args": Namespace(seed=3)}, tmp_path / "n.pt")
@@ -121,23 +122,23 @@ def test_classes_only_where_they_are_allowed(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "parts"),
     [
-        ({"format": "other"}, "is neither a student file"),
-        ({"version": 99}, "has format version 99"),
-        ({"settings": {"encoder_layers": -1}}, "is damaged: settings: encoder_layers is -1"),
-        ({"settings": {"hidden": 1}}, "unknown key 'hidden'"),
-        ({"settings": {"extractor_conv_feature_layers": "exit()"}}, "triples"),
-        ({"settings": None}, "a mapping of settings is expected"),
-        ({"student": {}}, "is damaged: Error"),
-        ({"targets": {"a": {"layers": 2, "parts": ["x"]}}}, "a whole number is expected"),
-        ({"about": 3}, "is damaged"),
+        ({"format": "other"}, "format, version, settings"),
+        ({"version": 99}, "99"),
+        ({"settings": {"encoder_layers": -1}}, "settings: encoder_layers.* -1"),
+        ({"settings": {"hidden": 1}}, "settings: .*'hidden'"),
+        ({"settings": {"extractor_conv_feature_layers": "exit()"}}, "settings: .*'exit\\(\\)'"),
+        ({"settings": None}, "settings: .*None"),
+        ({"student": {}}, "DistillerModel|Student"),
+        ({"targets": {"a": {"layers": 2, "parts": ["x"]}}}, r"targets.a.parts\[0\]: .*'x'"),
+        ({"about": 3}, "about: .*3"),
     ],
 )
-def test_a_damaged_file(loaded, tmp_path, change, said):
+def test_a_damaged_file(loaded, tmp_path, change, parts):
     data = {**contents(loaded.student, loaded.heads, TARGETS, {}), **change}
     torch.save(data, tmp_path / "bad.pt")
-    with pytest.raises(CheckpointError, match=said) as caught:
+    with pytest.raises(CheckpointError, match=f"bad.pt.*({parts})") as caught:
         load_student(tmp_path / "bad.pt")
     assert "\n" not in str(caught.value)
 
@@ -147,14 +148,14 @@ def test_a_truncated_file(loaded, tmp_path):
     whole = (tmp_path / "s.pt").read_bytes()
     for size in (0, 10, len(whole) // 2, len(whole) - 10):
         (tmp_path / "t.pt").write_bytes(whole[:size])
-        with pytest.raises(CheckpointError, match="damaged or no torch file"):
+        with pytest.raises(CheckpointError, match="t.pt"):
             load_student(tmp_path / "t.pt")
 
 
 def test_a_missing_file_and_a_folder(tmp_path):
-    with pytest.raises(CheckpointError, match="there is no such file"):
+    with pytest.raises(CheckpointError, match="none.pt"):
         load_student(tmp_path / "none.pt")
-    with pytest.raises(CheckpointError, match="it is a folder"):
+    with pytest.raises(CheckpointError, match=re.escape(str(tmp_path))):
         load_student(tmp_path)
 
 
@@ -170,7 +171,7 @@ def parts(loaded, tmp_path):
     return json.loads(data[8 : 8 + length])["__metadata__"], load(data)
 
 
-def test_its_header_says_what_it_is(parts):
+def test_the_header_has_format_and_version(parts):
     metadata, tensors = parts
     assert metadata["format"] == "s3prl_ekd.student" and metadata["version"] == "1"
     data = json.loads(metadata["contents"])
@@ -212,23 +213,23 @@ def test_weights_that_share_memory_or_are_views(loaded, tmp_path, name):
         assert torch.equal(again[key], tensor.float())
 
 
-def test_a_name_does_not_hide_the_format(loaded, tmp_path):
-    """What is in a file counts, as downloads and links have names of their own."""
+def test_the_format_is_found_by_the_contents(loaded, tmp_path):
+    """Not by the suffix, as downloads and links may have another one."""
     write_student(loaded, tmp_path / "s.safetensors")
     os.rename(tmp_path / "s.safetensors", tmp_path / "a.pt")
     assert load_student(tmp_path / "a.pt").about == {"step": 7}
     write_student(loaded, tmp_path / "s.pt")
     os.rename(tmp_path / "s.pt", tmp_path / "b.safetensors")
-    with pytest.raises(CheckpointError, match="no safetensors file"):
+    with pytest.raises(CheckpointError, match="b.safetensors"):
         load_student(tmp_path / "b.safetensors")
 
 
-def test_a_cut_safetensors_file(loaded, tmp_path):
+def test_a_truncated_safetensors_file(loaded, tmp_path):
     write_student(loaded, tmp_path / "s.safetensors")
     whole = (tmp_path / "s.safetensors").read_bytes()
     for size in (0, 3, 8, 9, 1000, len(whole) // 2, len(whole) - 1):
         (tmp_path / "t.safetensors").write_bytes(whole[:size])
-        with pytest.raises(CheckpointError, match="t.safetensors is damaged"):
+        with pytest.raises(CheckpointError, match="t.safetensors"):
             load_student(tmp_path / "t.safetensors")
 
 
@@ -305,7 +306,7 @@ def test_hostile_safetensors(parts, tmp_path, kind):
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 1000
 
 
-def test_what_is_written_as_safetensors_is_floats(tmp_path):
+def test_only_floats_are_written_as_safetensors(tmp_path):
     tensors = {"a": torch.linspace(0, 1, 5, dtype=torch.float64)}
     with open(tmp_path / "x.safetensors", "wb") as file:
         write_safetensors(file, tensors, {"format": "x"})
