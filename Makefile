@@ -1,4 +1,4 @@
-# Two commands are all: `make demo` and `make test`. Both set up .venv first, once.
+# `make demo` and `make test` are enough to begin with. Each sets up .venv the first time.
 
 PYTHON ?= python3
 # More for pip, for example PIP_ARGS="--find-links /wheels" where a CPU build of torch lies.
@@ -9,20 +9,25 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help demo test fuzz lint format setup clean
+.PHONY: help demo test docs fuzz lint format setup clean
 
 help:
-	@echo "make demo    three tiny teachers -> one student -> its scores and theirs, on a synthetic corpus"
-	@echo "make test    lint, types and tests"
+	@echo "make demo    distil three tiny teachers into a student; score both on a synthetic corpus"
+	@echo "make test    lint, types, tests, and a build of the documents"
+	@echo "make docs    the documents as HTML: docs/_build/html/index.html"
 	@echo "make fuzz    10,000 random inputs for each reader of files (hours; for a nightly job)"
-	@echo "make format  let ruff rewrite the code's layout"
-	@echo "make clean   remove .venv and demo_run"
+	@echo "make format  format the code with ruff"
+	@echo "make clean   remove .venv, demo_run and docs/_build"
 
 demo: $(INSTALLED)
 	$(BIN)/s3prl-ekd demo demo_run
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+
+docs: $(INSTALLED)
+	$(BIN)/python -m sphinx -q -b html -n -W --keep-going docs docs/_build/html
+	@echo "docs/_build/html/index.html"
 
 fuzz: $(INSTALLED)
 	FUZZ_EXAMPLES=10000 $(BIN)/python -m pytest -n 0 tests/test_fuzz.py
@@ -46,4 +51,4 @@ $(INSTALLED): setup.py pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo_run
+	rm -rf $(VENV) demo_run docs/_build

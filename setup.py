@@ -23,6 +23,42 @@ FOLDERS = {
 }
 
 
+def public_address():
+    """The project's address, from CITATION.cff; None while there is none."""
+    text = (HERE / "CITATION.cff").read_text(encoding="utf-8")
+    found = re.search(r"^repository-code: *[\"']?([^\s\"']+)", text, re.MULTILINE)
+    return found[1].rstrip("/") if found else None
+
+
+def project_urls(address):
+    if address is None:
+        return {}
+    pages = {"Source": "", "Documentation": "/tree/HEAD/docs", "Issues": "/issues"}
+    pages["Changelog"] = "/blob/HEAD/CHANGELOG.md"
+    return {name: address + path for name, path in pages.items()}
+
+
+def long_description(address):
+    """README.md for a page where relative links lead nowhere.
+
+    With an address they become absolute, without one plain text. Code blocks stay as they are.
+    """
+
+    def replace(found):
+        image, text, target = found.groups()
+        if target.startswith(("https://", "http://", "#")):
+            return found[0]
+        if address is None:
+            return text
+        return f"{image}[{text}]({address}/{'raw' if image else 'blob'}/HEAD/{target})"
+
+    text = (HERE / "README.md").read_text(encoding="utf-8")
+    parts = re.split(r"(^```.*?^```$)", text, flags=re.MULTILINE | re.DOTALL)
+    for i in range(0, len(parts), 2):
+        parts[i] = re.sub(r"(!?)\[([^\]]*)\]\(([^)]*)\)", replace, parts[i])
+    return "".join(parts)
+
+
 def packages():
     """Every folder with an ``__init__.py`` below the four, under its import name."""
     found = []
@@ -40,14 +76,28 @@ UNITS = ["scikit-learn>=1.3"]
 ONNX = ["onnx>=1.17", "onnxruntime>=1.20"]
 G2P = ["espnet-g2p-en>=2.1.0.post1"]
 LINT = ["ruff>=0.6", "mypy>=1.11", "types-PyYAML"]
+DOCS = ["sphinx>=8", "myst-parser>=4", "furo>=2024.8.6"]
 DEV = ["pytest>=8", "pytest-xdist>=3.7", "build>=1", "jiwer>=3", "hypothesis>=6.100", *LINT]
+
+ADDRESS = public_address()
 
 setup(
     name="s3prl_ekd",
     version=VERSION,
     description="Distil several speech SSL teachers into one small student, inside s3prl",
-    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description=long_description(ADDRESS),
     long_description_content_type="text/markdown",
+    author="The s3prl_ekd authors",
+    keywords=[
+        "speech",
+        "self-supervised learning",
+        "knowledge distillation",
+        "s3prl",
+        "SUPERB",
+        "HuBERT",
+        "WavLM",
+    ],
+    project_urls=project_urls(ADDRESS),
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10",
@@ -79,7 +129,8 @@ setup(
         "units": UNITS,
         "onnx": ONNX,
         "g2p": G2P,
-        "dev": DEV + DEMO + ANALYSIS + UNITS + ONNX + G2P,
+        "docs": DOCS,
+        "dev": DEV + DOCS + DEMO + ANALYSIS + UNITS + ONNX + G2P,
     },
     entry_points={
         "console_scripts": [
@@ -91,7 +142,16 @@ setup(
     classifiers=[
         "Development Status :: 3 - Alpha",
         "Intended Audience :: Science/Research",
+        "License :: OSI Approved :: Apache Software License",
+        "Operating System :: POSIX :: Linux",
         "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3 :: Only",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
         "Topic :: Multimedia :: Sound/Audio :: Speech",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
     ],
 )

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from .student_file import LoadedStudent
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["__version__", "load_student", "register"]
 
 
