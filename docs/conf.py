@@ -38,15 +38,15 @@ nitpick_ignore_regex = [
 # Named by docstrings of modules that import them, or too small to be listed.
 nitpick_ignore = [("py:class", "Teacher"), ("py:class", "UnitLabels"), ("py:data", "FACTOR")]
 
-properties: dict[str, list[str]] = {}  # name -> docstring
+kept: dict[str, list[str]] = {}  # name of a property or field -> docstring
 
 
 def before_napoleon(
     app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]
 ) -> None:
     """Keep napoleon from taking the words before a colon for a type; types are annotations here."""
-    if what == "property":
-        properties[name] = list(lines)
+    if what in ("attribute", "data", "property"):
+        kept[name] = list(lines)
     for i, line in enumerate(lines[:-1]):
         if line.strip() == "Returns:":
             lines[i] = line.replace("Returns:", f":returns: {lines[i + 1].strip()}")
@@ -57,8 +57,8 @@ def before_napoleon(
 def after_napoleon(
     app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]
 ) -> None:
-    if name in properties:
-        lines[:] = properties.pop(name)
+    if name in kept:
+        lines[:] = kept.pop(name)
 
 
 def setup(app: Any) -> None:

@@ -7,7 +7,7 @@ In a page::
 
 Each field becomes an entry with its YAML path, type, default and description. A field's
 description is the string literal under it (an attribute docstring); a field that is a dataclass
-becomes a section of its own, introduced by the text above its fields or by its class docstring.
+becomes a section of its own, introduced by the class docstring.
 """
 
 from __future__ import annotations
@@ -77,7 +77,9 @@ def _entry(path: str, hint: Any, field: dataclasses.Field[Any], description: str
         inner, inner_path = typing.get_args(plain)[1], f"{path}.NAME"
     if not dataclasses.is_dataclass(inner):
         return Entry(path, _words(hint), default, description)
-    text = description or _class_text(inner)
+    about = _class_text(inner)
+    text = "\n\n".join(filter(None, [description, about])) if inner is not plain else about
+    text = text or description
     return Entry(inner_path, _words(hint), default, text, entries(inner, f"{inner_path}."))
 
 

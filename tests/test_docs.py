@@ -81,10 +81,14 @@ class Outer:
 
 def test_entries_of_a_dataclass(reference):
     teachers, steps, inner, file, more = reference.entries(Outer)
-    assert (teachers.path, teachers.description) == ("teachers.NAME", "Teachers by name.")
+    about = "How it is done.\n\nOne more paragraph."
+    assert (teachers.path, teachers.description) == (
+        "teachers.NAME",
+        f"Teachers by name.\n\n{about}",
+    )
     assert [each.path for each in teachers.fields] == ["teachers.NAME.kind", "teachers.NAME.layers"]
     assert steps == reference.Entry("steps", "whole number", "required", "")
-    assert inner.description == "How it is done.\n\nOne more paragraph."
+    assert inner.description == about
     kind, layers = inner.fields
     assert kind == reference.Entry("inner.kind", "fast | plain", "fast", "Which *way*.")
     assert (layers.kind, layers.default) == ("list of whole numbers", "[4, 8]")
