@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import importlib.util
 import json
 import re
@@ -16,7 +17,9 @@ from typing import Any, Literal
 
 import pytest
 
+from s3prl_ekd.files import renamed_keys
 from s3prl_ekd.pretrain.settings import ModelFile, RunnerFile
+from s3prl_ekd.superb.score import PUBLISHED
 
 from .conftest import REPO
 
@@ -220,6 +223,64 @@ def test_the_links_of_the_readme_lead_somewhere():
         for target in re.findall(r"\]\(([^)]*)\)", text):
             if not target.startswith(("https://", "#")):
                 assert (REPO / target.partition("#")[0]).exists(), f"{name}: {target}"
+
+
+def test_renamed_keys_are_in_the_changelog():
+    text = (REPO / "CHANGELOG.md").read_text(encoding="utf-8")
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    for old, new in {**renamed_keys.MODEL, **renamed_keys.RUNNER}.items():
+        assert any(f"`{old}" in row and f"`{new}" in row.split("|", 2)[2] for row in rows), old
+
+
+# Numbers and names in README.md
+
+
+def cells(text, start):
+    """The cells of the table row that begins with ``start``."""
+    (row,) = [line for line in text.splitlines() if line.startswith(f"| {start} |")]
+    return [cell.strip() for cell in row.strip("|").split("|")]
+
+
+def test_published_rows_are_those_of_the_report():
+    for name in ("README.md", "docs/students.md"):
+        text = (REPO / name).read_text(encoding="utf-8")
+        (head,) = [line for line in text.splitlines() if "PR PER" in line and "(M)" in line]
+        columns = [cell.strip().split()[0].lower() for cell in head.strip("|").split("|")]
+        text = text.partition(head)[2]
+        rows = [row for row in PUBLISHED if f"\n| {row.name} |" in text]
+        assert len(rows) >= 4
+        for row in rows:
+            shown = dict(zip(columns, cells(text, row.name), strict=True))
+            assert float(shown["parameters"]) == row.parameters, row.name
+            assert {task: float(shown[task]) for task in row.metrics} == row.metrics, row.name
+
+
+def test_tiny_rows_are_those_of_the_study():
+    readme = (REPO / "README.md").read_text(encoding="utf-8")
+    study = (DOCS / "study.md").read_text(encoding="utf-8").split("## Under noise")[0]
+    for here, there in {
+        "`tiny_robust_hubert`, a teacher": ("reference", "tiny_robust_hubert"),
+        "student of `tiny_robust_hubert`": ("large", "tiny_robust_hubert"),
+        "student of three, `average`": ("large", "average"),
+        "student of three, `separate`": ("large", "separate"),
+        "student before distillation": ("large", "none"),
+    }.items():
+        rows = [[c.strip() for c in line.strip("|").split("|")] for line in study.splitlines()]
+        (row,) = [row for row in rows if tuple(row[:2]) == there]
+        size, learned_from, per, wer, cer, sid, er = row
+        assert cells(readme, here)[1:] == [per, sid, er, cer], here
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/method.md"])
+def test_every_experiment_is_in_the_table(name):
+    text = (REPO / name).read_text(encoding="utf-8").partition("## Experiments")[2]
+    named = set(re.findall(r"`([a-z0-9_*]+)`", text))
+    files = {path.stem for path in (REPO / "pretrain_configs/experiments").glob("*.yaml")}
+    patterns = {each for each in named if each.endswith("*")}
+    for experiment in files:
+        assert any(fnmatch.fnmatch(experiment, each) for each in named), experiment
+    for each in patterns:
+        assert fnmatch.filter(files, each), each
 
 
 def test_versions_agree():
