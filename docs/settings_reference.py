@@ -121,7 +121,7 @@ def _words(hint: Any) -> str:
         return " or ".join(_words(each) for each in arguments)
     if origin in (tuple, list):
         inner = _words(arguments[0])
-        return f"list of {PLURALS.get(inner, inner)}"
+        return f"list of {PLURALS.get(inner, inner.replace('list of', 'lists of', 1))}"
     if origin is dict or dataclasses.is_dataclass(hint):
         return "mapping"
     return WORDS.get(hint, getattr(hint, "__name__", str(hint)))

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import pytest
 
 from s3prl_ekd.files import renamed_keys
-from s3prl_ekd.pretrain.settings import ModelFile, RunnerFile
+from s3prl_ekd.pretrain.settings import KEYS, OPTIMIZERS, ModelFile, RunnerFile
 from s3prl_ekd.superb.score import PUBLISHED
 
 from .conftest import REPO
@@ -135,6 +135,12 @@ def test_every_setting_is_in_the_reference(settings, reference, html):
 def test_every_setting_has_a_description(settings, reference):
     entries = reference.leaves(reference.entries(settings))
     assert [entry.path for entry in entries if not entry.description] == []
+
+
+def test_every_optimizer_is_named():
+    text = (DOCS / "configuration.md").read_text(encoding="utf-8")
+    assert [name for name in OPTIMIZERS if f"`{name}`" not in text] == []
+    assert [key for key in KEYS if key != "name" and f"`{key}`" not in text] == []
 
 
 def test_every_page_is_built(html):
