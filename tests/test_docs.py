@@ -25,12 +25,17 @@ from .conftest import REPO
 
 DOCS = REPO / "docs"
 NEEDED = ("sphinx", "myst_parser", "furo")
-missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
-pytestmark = pytest.mark.skipif(bool(missing), reason=f"not installed: {', '.join(missing)}")
 
 
 @pytest.fixture(scope="module")
-def reference():
+def sphinx():
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        pytest.skip(f"not installed: {', '.join(missing)}; type: pip install 's3prl_ekd[docs]'")
+
+
+@pytest.fixture(scope="module")
+def reference(sphinx):
     """docs/settings_reference.py, which is no package."""
     spec = importlib.util.spec_from_file_location(
         "settings_reference", DOCS / "settings_reference.py"
@@ -43,7 +48,7 @@ def reference():
 
 
 @pytest.fixture(scope="module")
-def html(tmp_path_factory):
+def html(sphinx, tmp_path_factory):
     """All pages as HTML, with every warning an error."""
     out = tmp_path_factory.mktemp("docs")
     argv = [sys.executable, "-m", "sphinx", "-q", "-b", "html", "-n", "-W", "--keep-going"]
