@@ -1,0 +1,214 @@
+"""A machine on which the commands of the documents can be typed: corpora, checkpoints, small configs.
+
+What differs from a reader's machine: the corpora below ``/data`` are a few seconds of noise in a
+temporary folder, the checkpoints of s3prl's hub are true to the format but 12 layers of width 48,
+already in s3prl's download cache, and configs that ``init`` wrote are reduced to a few updates.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+import soundfile
+import torch
+import yaml
+
+from s3prl_ekd.distill.settings import StudentSettings
+from s3prl_ekd.distill.student import Student
+from s3prl_ekd.student_file import LoadedStudent, write_student
+from s3prl_ekd.teachers.random_weights import hubert_checkpoint, wavlm_checkpoint
+
+from .conftest import REPO, SIZES, STUDENT, make_sound
+
+WORDS = ["A CAT SAT", "THE DOG", "A DOG SAT", "THE CAT SAT"]
+LEXICON = "A  AH0\nTHE  DH AH0\nCAT  K AE1 T\nDOG  D AO1 G\nSAT  S AE1 T\n"
+SPLITS = ("train-clean-100", "train-clean-360", "train-other-500", "dev-clean", "test-clean")
+FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Snippet:
+    """A fenced block of a page: its language, text and line."""
+
+    language: str
+    text: str
+    line: int
+
+
+def snippets(page: str) -> Iterator[Snippet]:
+    """The fenced blocks of a page of the repository, in order."""
+    text = (REPO / page).read_text(encoding="utf-8")
+    for match in FENCE.finditer(text):
+        yield Snippet(match[1], match[2], text.count("\n", 0, match.start()) + 2)
+
+
+def commands(block: str) -> list[str]:
+    """The commands of an ``sh`` block, one a line, continued lines joined, comments removed."""
+    joined = re.sub(r"\\\n\s*", "", block)
+    lines = (re.sub(r"\s+#.*", "", line).strip() for line in joined.splitlines())
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+class Machine:
+    """A working folder, ``/data``, a home folder, and the shell in which commands are typed.
+
+    Args:
+        root: an empty folder.
+    """
+
+    def __init__(self, root: Path):
+        self.root, self.home, self.data = root, root / "home", root / "data"
+        self.folder = root / "work"
+        self.folder.mkdir()
+        write_data(self.data)
+        write_hub(self.home / ".cache/s3prl/download")
+
+    def write_student(self) -> None:
+        """``student.safetensors`` in the working folder, untrained."""
+        torch.manual_seed(0)
+        student = LoadedStudent(Student(StudentSettings(**STUDENT)), None, {}, {"step": 1})
+        write_student(student, self.folder / "student.safetensors")
+
+    def type(self, command: str, timeout: float = 240) -> str:
+        """Run a command in a shell of its own; stdout and stderr. ``cd`` stays in effect.
+
+        Raises:
+            AssertionError: its exit code is not 0.
+        """
+        command = command.replace("/data/", f"{self.data}/")
+        if command.startswith("cd "):
+            self.folder = self.folder / command.removeprefix("cd ")
+            return ""
+        environment = {**os.environ, "HOME": str(self.home), "OMP_NUM_THREADS": "1"}
+        environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        result = subprocess.run(
+            ["bash", "-c", command],
+            cwd=self.folder,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+        output = result.stdout + result.stderr
+        assert result.returncode == 0, f"{command} -> {result.returncode}\n{output[-3000:]}"
+        assert "Traceback" not in output, f"{command}\n{output[-3000:]}"
+        self.reduce()
+        return output
+
+    def reduce(self) -> None:
+        """Make the configs in the working folder small enough for a test."""
+        for path in self.folder.glob("pretrain/ekd/*_model.yaml"):
+            change(path, {"student": STUDENT})
+        for path in self.folder.glob("pretrain/ekd/*_runner.yaml"):
+            runner = {"total_steps": 2, "log_step": 1, "save_step": 1, "fp16": False}
+            datarc = {"train_batch_size": 2, "num_workers": 0, "sequence_length": 8000}
+            change(path, {"runner": runner, "pretrain_expert": {"datarc": datarc}})
+        for path in self.folder.glob("downstream/*/*.yaml"):
+            runner = {"total_steps": 2, "log_step": 1, "eval_step": 1, "save_step": 1}
+            datarc = {"num_workers": 0, "train_batch_size": 4, "eval_batch_size": 4}
+            change(path, {"runner": runner, "downstream_expert": {"datarc": datarc}})
+
+
+def change(path: Path, values: dict) -> None:
+    """Replace values of keys that a YAML file has, and keys of ``student``."""
+    data = yaml.safe_load(path.read_text())
+
+    def merge(target: dict, source: dict) -> None:
+        for key, value in source.items():
+            if isinstance(value, dict) and key in target and key != "student":
+                merge(target[key], value)
+            elif key in target or key == "fp16":
+                target[key] = value
+
+    merge(data, values)
+    path.write_text(yaml.safe_dump(data, sort_keys=False))
+
+
+def write_sound(path: Path, seconds: float, seed: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    soundfile.write(path, make_sound(seconds, seed=seed), 16000)
+
+
+def write_data(data: Path) -> None:
+    """The corpora that the documents name, each a few utterances of noise."""
+    for number, split in enumerate(SPLITS):
+        lines = []
+        for i in range(4):
+            name = f"1{number}-200-{i:04d}"
+            write_sound(data / f"LibriSpeech/{split}/1{number}/200/{name}.flac", 0.6 + 0.1 * i, i)
+            lines.append(f"{name} {WORDS[i]}\n")
+        chapter = data / f"LibriSpeech/{split}/1{number}/200"
+        (chapter / f"1{number}-200.trans.txt").write_text("".join(lines))
+    (data / "cmudict.dict").write_text(LEXICON)
+    rows = ["path\tspeaker\ttext\temotion\tsplit\n"]
+    for i in range(16):
+        split = "train" if i < 8 else "dev" if i < 12 else "test"
+        write_sound(data / f"my_corpus/{i}.wav", 1.2 + 0.05 * i, i)
+        speaker, emotion = ("ann", "bob")[i % 2], ("calm", "angry")[i // 2 % 2]
+        rows.append(f"{i}.wav\t{speaker}\t{WORDS[i % 4]}\t{emotion}\t{split}\n")
+    for task in ("asr", "pr", "sid", "er"):
+        (data / f"my_corpus/{task}.tsv").write_text("".join(rows))
+    for i in range(3):
+        write_sound(data / f"my_audio/{i}.flac", 0.7 + 0.1 * i, i)
+        write_sound(data / f"noise/{i}.wav", 1.0, 50 + i)
+        write_sound(data / f"dev-clean/{i}.flac", 0.5, i)
+    write_voxceleb1(data / "VoxCeleb1")
+    write_iemocap(data / "IEMOCAP_full_release")
+    torch.save(wavlm_checkpoint(seed=9, **{**SIZES, "layers": 12}), data / "my_wavlm.pt")
+
+
+def write_voxceleb1(folder: Path) -> None:
+    """VoxCeleb1's layout with the official list of splits (1 train, 2 dev, 3 test)."""
+    lines = []
+    for i, (part, speaker) in enumerate((("dev", "id10001"), ("test", "id10270"))):
+        for j, split in enumerate((1, 1, 2, 3)):
+            name = f"{speaker}/video{j}/0000{j}.wav"
+            write_sound(folder / part / "wav" / name, 0.8 + 0.1 * j, 10 * i + j)
+            lines.append(f"{split} {name}\n")
+    (folder / "iden_split.txt").write_text("".join(lines))
+
+
+def write_iemocap(folder: Path) -> None:
+    """IEMOCAP's layout: five sessions, a dialogue each, an utterance of each of four emotions."""
+    for session in range(1, 6):
+        dialogue = f"Ses0{session}F_impro01"
+        lines = ["% [START_TIME - END_TIME] TURN_NAME EMOTION [V, A, D]\n\n"]
+        for i, emotion in enumerate(("neu", "hap", "ang", "sad")):
+            name = f"{dialogue}_F00{i}"
+            sounds = folder / f"Session{session}/sentences/wav/{dialogue}"
+            write_sound(sounds / f"{name}.wav", 0.7 + 0.1 * i, 10 * session + i)
+            lines.append(f"[{i}.0 - {i}.9]\t{name}\t{emotion}\t[2.5, 2.5, 2.5]\n")
+        labels = folder / f"Session{session}/dialog/EmoEvaluation/{dialogue}.txt"
+        labels.parent.mkdir(parents=True)
+        labels.write_text("".join(lines))
+
+
+def write_hub(cache: Path) -> None:
+    """Checkpoints of s3prl's hub where s3prl looks for downloaded ones."""
+    from s3prl.upstream.hubert import hubconf as hubert
+    from s3prl.upstream.wavlm import hubconf as wavlm
+    from s3prl.util import download
+
+    def address(module, entry: str, loader: str) -> str:
+        with mock.patch.object(module, loader, lambda *args, **kwargs: kwargs["ckpt"]):
+            return getattr(module, entry)()
+
+    sizes = {**SIZES, "layers": 12}
+    checkpoints = {
+        address(hubert, "hubert_base", "hubert_custom"): hubert_checkpoint(seed=1, **sizes),
+        address(hubert, "hubert_base_robust_mgr", "hubert_custom"): hubert_checkpoint(
+            seed=2, **sizes
+        ),
+        address(wavlm, "wavlm_base_plus", "wavlm_url"): wavlm_checkpoint(seed=3, **sizes),
+    }
+    cache.mkdir(parents=True)
+    with mock.patch.object(download, "_download_dir", cache):
+        for url, checkpoint in checkpoints.items():
+            torch.save(checkpoint, download._urls_to_filepaths(url, download=False))
