@@ -39,7 +39,7 @@ def test_as_many_as_the_budget_holds():
 
 
 def test_an_excerpt_counts_as_what_it_is():
-    found = bucket(rows(40, 30, 20, 3, 3), 100, 15 * SECOND, longest=5 * SECOND)
+    found = bucket(rows(40, 30, 20, 3, 3), 100, 15 * SECOND, max_length=5 * SECOND)
     assert seconds(found) == [[40, 30, 20], [3, 3]]
     # 3 x 5 s and 2 x 3 s, without padding
     assert padding_share(found, 5 * SECOND) == 0
@@ -59,7 +59,7 @@ def librispeech_like(count, seed=0):
 
 def test_padding_of_a_corpus():
     corpus = librispeech_like(28000)
-    by_budget = bucket(corpus, 500, 360 * SECOND, longest=250000)
+    by_budget = bucket(corpus, 500, 360 * SECOND, max_length=250000)
     by_number = bucket(corpus, 24)
     assert padding_share(by_budget, 250000) < 0.05
     shuffled = corpus[:]

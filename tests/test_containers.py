@@ -14,7 +14,7 @@ from s3prl_ekd.analysis.choice import choose_audio
 from s3prl_ekd.analysis.sample import read_excerpt
 from s3prl_ekd.data import audio as audio_module
 from s3prl_ekd.data.audio import Recording, read_audio
-from s3prl_ekd.data.audio_files import LONGEST, read_header
+from s3prl_ekd.data.audio_files import MAX_SAMPLES, read_header
 from s3prl_ekd.data.bad_audio import BadAudio
 from s3prl_ekd.data.batches import train_loader
 from s3prl_ekd.data.distortion.additive import fit
@@ -209,7 +209,7 @@ def corpus(tmp_path):
     return root
 
 
-@pytest.mark.parametrize("samples", [2**36 - 1, 16001, LONGEST + 1])
+@pytest.mark.parametrize("samples", [2**36 - 1, 16001, MAX_SAMPLES + 1])
 def test_a_flac_that_announces_more_than_it_has(both, samples):
     assert both(lying_flac(samples))[0] == "cut off"
 
@@ -250,7 +250,7 @@ def test_a_day_is_the_limit(both):
     data = encoded("WAV PCM_16", silence)
     header = struct.pack("<I", 8000) + data[28:]  # of 8 kHz: more than a day is half as many
     assert both(data[:24] + header)[0] == 2
-    assert LONGEST == 24 * 3600 * 16000
+    assert MAX_SAMPLES == 24 * 3600 * 16000
 
 
 def test_what_is_borne_is_counted_in_one_line(tmp_path, caplog, monkeypatch):

@@ -110,7 +110,7 @@ def test_babble_is_of_the_others(tmp_path):
     pool = AudioPool("babble", tmp_path, ["a.wav", "b.wav"])
     other, _ = soundfile.read(tmp_path / "b.wav", dtype="float32")
     for seed in range(6):
-        sound = babble(pool, 2, 1600, random.Random(seed), own="a.wav")
+        sound = babble(pool, 2, 1600, random.Random(seed), exclude="a.wav")
         assert np.allclose(sound, 2 * other / math.sqrt(power(other)), atol=1e-5)
 
 
@@ -150,7 +150,7 @@ def test_a_tone_moves_by_the_cents(cents):
     assert shifted.shape == (32000,)
     middle = shifted[4000:28000] * np.hanning(24000)
     found = np.abs(np.fft.rfft(middle, 2**20)).argmax() * RATE / 2**20
-    percent = convolutive.nearest_shift(cents)
+    percent = convolutive.pitch_percent(cents)
     assert abs(1200 * math.log2(found / (4.4 * percent))) < 2  # the vocoder's own error
     assert abs(1200 * math.log2(found / 440) - cents) < 9 + 3  # half a percent is 9 cents
 
@@ -201,7 +201,7 @@ def test_the_band_is_as_wide_as_asked(centre, width):
 def test_the_band_filter_is_torchaudios(centre, width):
     """Impulse response and convolution against the filter run over the wave itself."""
     wave = gaussian(2500, random.Random(3)) * 0.1
-    quality = convolutive.quality(centre, width)
+    quality = convolutive.biquad_quality(centre, width)
     slow = functional.bandreject_biquad(wave.double(), RATE, centre, quality).float()
     assert torch.allclose(convolutive.reject_band(wave, centre, width), slow, atol=1e-6)
 

@@ -1,1 +1,1 @@
-"""Corpus tables, audio reading and batching for distillation."""
+"""Training data: audio files, length tables, batches and distortions."""

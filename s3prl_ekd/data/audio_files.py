@@ -1,6 +1,6 @@
-"""Audio files: which ones lie below a folder, and what their headers say.
+"""Find audio files below a folder and read their headers.
 
-Only headers are read here (a few kilobytes a file), by soundfile: FLAC, WAV, Ogg Vorbis, Opus.
+Formats: FLAC, WAV, Ogg Vorbis, Opus. soundfile reads the headers, a few kilobytes a file.
 """
 
 from __future__ import annotations
@@ -20,36 +20,38 @@ import soundfile
 from ..errors import DataError
 from ..files.text import download_problem
 from .bad_audio import BadAudio
-from .containers import Unusable, bytes_behind, check_whole
+from .containers import UnusableContainer, bytes_after_header, check_complete
 
 logger = logging.getLogger(__name__)
 
-SAMPLE_RATE = 16_000  # Hz; every upstream and every recipe of s3prl works at this rate
+SAMPLE_RATE = 16_000  # Hz; s3prl's upstreams and recipes all use it
 SUFFIXES = (".flac", ".wav", ".ogg", ".opus")
-# Folders that systems make beside people's files; hidden ones (.Trash-1000, .ipynb_checkpoints)
-# need no list. macOS's archiver, Synology, QNAP, fsck, Windows.
+# Folders created by operating systems and storage devices: macOS's archiver, Synology, QNAP, fsck,
+# Windows. Names that start with a dot (.Trash-1000, .ipynb_checkpoints) are ignored anyway.
 SYSTEM_FOLDERS = frozenset(
     ("__macosx", "@eadir", "#recycle", "#snapshot", "@recycle", "lost+found", "$recycle.bin")
 ) | {"system volume information"}
-LONGEST = 24 * 3600 * SAMPLE_RATE  # samples; a day. Beyond it a header or a table lies
+# 24 hours, in samples at 16 kHz. A header or a table with a longer length is taken to be wrong.
+MAX_SAMPLES = 24 * 3600 * SAMPLE_RATE
 _MIN_RATE = 4000  # Hz
-_MAX_KERNEL = 2**24  # values of the filter that resamples
+_MAX_KERNEL = 2**24  # values of the resampling filter
 _UNFINISHED = (
     " by its header, and {} bytes follow it (a recorder that was cut off?); "
     "sox --ignore-length IN.wav OUT.flac may save it"
 )
-_CHUNK = 64  # files a thread takes at once; one at a time costs more than reading the header
-UNKNOWN = 2**40  # libsndfile reports about 2**63 frames where a header does not say
+_CHUNK = 64  # files in a thread's task; a task for each would cost more than reading the header
+# libsndfile reports about 2**63 frames if the header has no length.
+UNKNOWN_FRAMES = 2**40
 
 
 @dataclass(frozen=True)
 class AudioHeader:
-    """What the header of one audio file says."""
+    """The header of one audio file."""
 
     frames: int  # samples per channel, at the file's own rate
     rate: int  # Hz
     channels: int
-    oddity: str = ""  # a warning, see containers.py
+    warning: str = ""  # see containers.py; usually empty
 
     @property
     def samples(self) -> int:
@@ -58,101 +60,102 @@ class AudioHeader:
 
 
 def is_audio(name: str) -> bool:
-    """Whether a file name has one of :data:`SUFFIXES`, in whatever case."""
+    """Whether a file name ends with one of :data:`SUFFIXES`; case is ignored."""
     return name.lower().endswith(SUFFIXES)
 
 
 def is_passed_over(name: str) -> bool:
-    """Whether a file or folder of this name below a folder of audio is no part of the corpus.
+    """Whether a scan of a corpus folder ignores a file or folder of this name.
 
-    That is: it is hidden (``._a.flac`` of macOS, ``.Trash-1000``, ``.ipynb_checkpoints``) or one of
-    :data:`SYSTEM_FOLDERS`. The rule is for names that a scan meets; the folder that a user gives,
-    and those above it, may have any name, and so may what a link points to.
+    Hidden names (``._a.flac`` of macOS, ``.Trash-1000``, ``.ipynb_checkpoints``) and
+    :data:`SYSTEM_FOLDERS` are ignored. The rule is for names below the scanned folder. The scanned
+    folder, its parents and the targets of links may have any name.
     """
     return name.startswith(".") or name.lower() in SYSTEM_FOLDERS
 
 
 def find_audio(folder: str | Path) -> list[str]:
-    """Every audio file below ``folder``, as sorted paths relative to it with ``/`` between parts.
+    """List every audio file below ``folder``: sorted relative paths, with ``/`` as separator.
 
-    Links to files and folders are followed; a link back to a folder that contains it is not. What
-    :func:`is_passed_over` names is not looked at; the log says once how much that was.
+    Links to files and folders are followed, unless a link leads back to a folder that contains it.
+    Names that :func:`is_passed_over` matches are ignored; their number is logged once a folder.
 
     Raises:
         DataError: ``folder`` is not a folder, or a folder below it cannot be listed.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise DataError(f"{folder} is not a folder; give one that contains audio")
-    passed: list[str] = []
-    paths = sorted(_walk(str(folder), "", frozenset(), passed))
-    if passed:
-        _log_passed_over(str(folder), len(passed), min(passed))
+        raise DataError(f"{folder} is not a folder; give a folder of audio files")
+    ignored: list[str] = []
+    paths = sorted(_walk(str(folder), "", frozenset(), ignored))
+    if ignored:
+        _log_ignored(str(folder), len(ignored), min(ignored))
     return paths
 
 
-@functools.lru_cache(maxsize=1024)  # s3prl builds its datasets again for each pass
-def _log_passed_over(folder: str, count: int, first: str) -> None:
+@functools.lru_cache(maxsize=1024)  # once: s3prl builds its datasets again for each pass
+def _log_ignored(folder: str, count: int, example: str) -> None:
     logger.info(
-        "%s: %d hidden or system file(s) and folder(s) passed over, such as %s",
-        folder,
-        count,
-        first,
+        "%s: ignored %d hidden or system file(s) and folder(s), e.g. %s", folder, count, example
     )
 
 
-def _walk(folder: str, below: str, above: frozenset[str], passed: list[str]) -> Iterator[str]:
+def _walk(folder: str, prefix: str, parents: frozenset[str], ignored: list[str]) -> Iterator[str]:
     real = os.path.realpath(folder)
-    if real in above:  # a link that leads upwards would never end
+    if real in parents:  # a link to a parent: following it would never end
         return
     try:
         with os.scandir(folder) as listing:
             entries = list(listing)
     except OSError as error:
-        raise DataError(f"{folder} cannot be listed: {error.strerror}") from error
+        raise DataError(f"cannot list the folder {folder}: {error.strerror}") from error
     for entry in entries:
         if is_passed_over(entry.name):
             if entry.is_dir() or is_audio(entry.name):
-                passed.append(below + entry.name)
+                ignored.append(prefix + entry.name)
         elif entry.is_dir():
-            yield from _walk(entry.path, f"{below}{entry.name}/", above | {real}, passed)
+            yield from _walk(entry.path, f"{prefix}{entry.name}/", parents | {real}, ignored)
         elif is_audio(entry.name):
-            yield below + entry.name
+            yield prefix + entry.name
 
 
 def read_header(path: str | Path) -> AudioHeader:
-    """The header of one file.
+    """Read the header of one file.
 
     Raises:
         BadAudio: see :func:`open_audio`.
     """
     with open_audio(path) as file:
-        return AudioHeader(file.frames, file.samplerate, file.channels, file.oddity)
+        return AudioHeader(file.frames, file.samplerate, file.channels, file.warning)
 
 
 class AudioFile(soundfile.SoundFile):
-    """An open audio file that is as long as it says; :attr:`oddity` is a warning, or empty."""
+    """An open audio file that has passed :func:`open_audio`'s checks.
 
-    oddity = ""
+    Attributes:
+        warning: see :func:`.containers.check_complete`; usually empty.
+    """
+
+    warning = ""
 
 
 def open_audio(path: str | Path) -> AudioFile:
-    """Open a file after checking all that can be told without decoding it.
+    """Open a file and check everything that can be checked without decoding it.
 
-    What makes length tables and what trains open files by this function, so they agree.
+    Length tables and training both open files with this function, so they accept the same files.
 
     Raises:
-        BadAudio: the file is missing, empty, not audio, cut off (:mod:`.containers`), does not say
-            how long it is, is longer than a day, or of a rate that is not read.
+        BadAudio: the file is missing, empty, not audio, truncated (:mod:`.containers`), of unknown
+            length, longer than a day, or at a sample rate that is not supported.
     """
 
     def bad(kind: str, reason: str) -> BadAudio:
         return BadAudio(path, kind, reason)
 
     try:
-        # stat first: soundfile calls whatever is wrong a "System error".
-        about = os.stat(path)
-        if not stat.S_ISREG(about.st_mode):
+        # stat first: soundfile reports any problem as a "System error".
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
             raise bad("missing", "it is not a file")
         file = AudioFile(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -162,27 +165,27 @@ def open_audio(path: str | Path) -> AudioFile:
     except ValueError:  # a NUL in the name
         raise bad("missing", "there is no such file") from None
     except (soundfile.SoundFileError, RuntimeError, TypeError) as error:
-        if about.st_size == 0:
+        if status.st_size == 0:
             raise bad("empty", "it is empty (0 bytes)") from None
-        reason = f"is not audio that can be read ({reason_of(error)})"
+        reason = f"is not audio that can be read ({soundfile_message(error)})"
         raise bad("not audio", f"it {download_problem(path) or reason}") from None
     try:
         if file.frames == 0:
-            behind = bytes_behind(path)
-            reason = f"it holds no samples{_UNFINISHED.format(behind) if behind else ''}"
+            size = bytes_after_header(path)
+            reason = f"it holds no samples{_UNFINISHED.format(size) if size else ''}"
             raise bad("no samples", reason)
-        if file.frames >= UNKNOWN:
+        if file.frames >= UNKNOWN_FRAMES:
             reason = "it does not say how long it is (written to a pipe?); convert it to FLAC again"
             raise bad("unknown length", reason)
-        file.oddity = check_whole(path, file)
-        if file.frames > LONGEST * file.samplerate / SAMPLE_RATE:
+        file.warning = check_complete(path, file)
+        if file.frames > MAX_SAMPLES * file.samplerate / SAMPLE_RATE:
             raise bad("too long", f"its {file.frames} samples are more than a day")
         if not can_be_resampled(file.samplerate):
             reason = f"{file.samplerate} Hz cannot be resampled well to {SAMPLE_RATE} Hz"
             raise bad("rate", reason)
     except BaseException as error:
         file.close()
-        if isinstance(error, Unusable):
+        if isinstance(error, UnusableContainer):
             raise bad(error.kind, error.reason) from None
         if isinstance(error, OSError):
             raise bad("not readable", f"it cannot be read ({error.strerror})") from None
@@ -191,14 +194,15 @@ def open_audio(path: str | Path) -> AudioFile:
 
 
 def can_be_resampled(rate: int) -> bool:
-    """Whether a rate (Hz) is high enough, and has enough in common with 16 kHz."""
+    """Whether a rate (Hz) is high enough, and the filter to resample it to 16 kHz small enough."""
     common = math.gcd(rate, SAMPLE_RATE)
-    period, new = rate // common, SAMPLE_RATE // common
-    return rate >= _MIN_RATE and new * (period + 16 * max(1, period // new)) <= _MAX_KERNEL
+    period, new_period = rate // common, SAMPLE_RATE // common
+    kernel = new_period * (period + 16 * max(1, period // new_period))
+    return rate >= _MIN_RATE and kernel <= _MAX_KERNEL
 
 
-def reason_of(error: Exception) -> str:
-    """What soundfile says is wrong, without its "Error opening ...:"."""
+def soundfile_message(error: Exception) -> str:
+    """The message of a soundfile error, without its prefix "Error opening ...:"."""
     return str(getattr(error, "error_string", None) or error).rstrip(".")
 
 
@@ -207,43 +211,45 @@ def read_headers(
     paths: Sequence[str],
     *,
     jobs: int = 8,
-    advance: Callable[[int], object] = lambda done: None,
+    advance: Callable[[int], object] = lambda count: None,
 ) -> list[AudioHeader | DataError]:
-    """The headers of many files, in the order of ``paths``; an error stands for a bad file.
+    """Read the headers of many files; the result has an error in place of a bad file's header.
 
     Args:
         root: folder that ``paths`` are relative to.
-        paths: as :func:`find_audio` gives them.
-        jobs: threads. On a disk that answers at once one thread is as fast (about 20 000 files
-            a second); on a cold or network disk the waiting overlaps.
-        advance: called with the number of files done since the last call, for a progress bar.
+        paths: as :func:`find_audio` returns them; the result has the same order.
+        jobs: threads. On a fast disk one thread is as fast as several (about 20 000 files a
+            second); on a cold or network disk several threads overlap their waiting.
+        advance: called with the number of files read since the last call, for a progress bar.
     """
     root = str(root)
 
     def read_chunk(chunk: Sequence[str]) -> list[AudioHeader | DataError]:
         return [_header_or_error(os.path.join(root, path)) for path in chunk]
 
-    found: list[AudioHeader | DataError] = []
+    results: list[AudioHeader | DataError] = []
     chunks = [paths[start : start + _CHUNK] for start in range(0, len(paths), _CHUNK)]
     with ThreadPoolExecutor(max(1, jobs)) as pool:
         for headers in pool.map(read_chunk, chunks):
-            found.extend(headers)
+            results.extend(headers)
             advance(len(headers))
-    odd = [
-        f"{path}: {header.oddity}"
-        for path, header in zip(paths, found, strict=True)
-        if isinstance(header, AudioHeader) and header.oddity
+    warnings = [
+        f"{path}: {header.warning}"
+        for path, header in zip(paths, results, strict=True)
+        if isinstance(header, AudioHeader) and header.warning
     ]
-    if odd:
-        logger.warning("%d of %d files may lack their end: %s", len(odd), len(paths), odd[0])
-    return found
+    if warnings:
+        logger.warning(
+            "%d of %d files may be truncated, e.g. %s", len(warnings), len(paths), warnings[0]
+        )
+    return results
 
 
 def _header_or_error(path: str) -> AudioHeader | DataError:
     try:
         path.encode("utf-8")
     except UnicodeEncodeError:
-        return DataError(f"{path!r} is not a UTF-8 name, so no table can hold it")
+        return DataError(f"{path!r}: the file name is not UTF-8, so it cannot be in a table")
     try:
         return read_header(path)
     except DataError as error:
@@ -251,5 +257,5 @@ def _header_or_error(path: str) -> AudioHeader | DataError:
 
 
 def total_hours(samples: Iterable[int]) -> float:
-    """The sum of lengths in samples at 16 kHz, as hours."""
+    """Sum of lengths in samples at 16 kHz, in hours."""
     return sum(samples) / SAMPLE_RATE / 3600

@@ -1,35 +1,36 @@
-"""What makes an audio file unusable in training, and what does not.
+"""Which audio files training rejects, and which it accepts with a warning.
 
 ==================================  ========  ======================================================
-file                                          what becomes of it
+file                                          details
 ==================================  ========  ======================================================
-missing, may not be opened          bad
-0 bytes; a header and no samples    bad
-not audio, of an unknown format     bad
+missing, or cannot be opened        bad
+0 bytes, or header without samples  bad
+not audio, or of unknown format     bad
 header without a length             bad       a FLAC file written to a pipe
-longer than a day                   bad       by its header, or by its table already at the start
-cut off                             bad       decided per container, see :mod:`.containers`
-damaged                             bad       where the excerpt meets the damage
-NaN or infinite samples             bad       where the excerpt has them
-samples beyond 10 (full scale is 1) bad       where the excerpt has them; 16-bit numbers as float
-no sound                            bad       all of the file is 0, or one other value (to 1e-6);
-                                              an excerpt like that is a pause
-shorter than one frame              bad       by its own length; by its table's already at the start
-below 4 kHz, or a rate that has     bad       15 999 Hz: the filter alone would take a gigabyte
-next to nothing in common with ours
-clipped, peaks of 1 to 10           used      float files may be like that, and are not scaled
-announces up to 25 ms more than     used      its own length counts, one warning
-it has; Ogg without an end mark
-stereo, more channels               used      averaged, one warning
-8, 44.1, 48 kHz and the like        used      resampled, one warning
-another length than its table's     used      its own length counts, one warning
-an hour                             used      an excerpt of ``sequence_length``; no more is decoded
+longer than a day                   bad       by its header; by its table: before training starts
+truncated                           bad       depends on the container, see :mod:`.containers`
+damaged                             bad       if the damage is in the excerpt
+NaN or infinite samples             bad       if they are in the excerpt
+samples beyond 10 (full scale: 1)   bad       if in the excerpt; e.g. 16-bit values stored as float
+silent                              bad       the whole file is constant (to 1e-6); a constant
+                                              excerpt of another file is accepted as a pause
+shorter than one frame              bad       by its header; by its table: before training starts
+below 4 kHz, or a rate with too     bad       e.g. 15 999 Hz: its filter would take a gigabyte
+small a common divisor with 16 kHz
+clipped, peaks of 1 to 10           used      possible in float files; they are not scaled
+header announces up to 25 ms more   used      the samples in the file are used; one warning
+than the file has; Ogg without an
+end-of-stream mark
+several channels                    used      averaged; one warning
+other rates, e.g. 8, 44.1, 48 kHz   used      resampled; one warning
+length differs from its table's     used      the file's length is used; one warning
+long, e.g. an hour                  used      only an excerpt of ``sequence_length`` is decoded
 ==================================  ========  ======================================================
 
-What can be told without decoding (to "cut off", and the rate) ``s3prl-ekd lengths`` tells too, and
-leaves such files out of its tables. ``on_bad_audio: error`` stops at the first bad file; ``skip``
-trains on the rest of its batch. Files of noise and impulse responses, which a setting names, are no
-utterances: a bad one always stops.
+What needs no decoding (the rows down to "truncated", and the rate) is also checked by ``s3prl-ekd
+lengths``, which leaves bad files out of its tables. ``on_bad_audio: error`` stops at the first bad
+file; ``skip`` trains on the rest of its batch. A bad noise file or impulse response always stops,
+because a setting names it.
 """
 
 from __future__ import annotations
@@ -39,28 +40,27 @@ from typing import NamedTuple
 
 from ..errors import DataError
 
-ADVICE = (
-    "mend or remove it and remake the tables (s3prl-ekd lengths), or leave such files out: "
+BAD_AUDIO_ADVICE = (
+    "repair or remove it and write the tables again (s3prl-ekd lengths), or skip bad files: "
     "-o \"config.pretrain_expert.datarc.on_bad_audio='skip'\""
 )
 
 
 class Bad(NamedTuple):
-    """An utterance that is left out: its ``path`` as the table has it, and a ``reason`` of one of
-    a few ``kind``s."""
+    """An utterance that is left out because its audio is bad."""
 
-    path: str
-    kind: str
+    path: str  # as in the table
+    kind: str  # see BadAudio
     reason: str
 
 
 class BadAudio(DataError):
-    """A file cannot be used, and for a reason that lies in the file.
+    """An audio file is unusable.
 
     Args:
-        path: of the file.
-        kind: one of a few words: a warning is given for the first file of each.
-        reason: what is wrong with this one.
+        path: the file.
+        kind: category of the reason, such as ``silent``; one warning is logged for each.
+        reason: what is wrong with this file.
     """
 
     def __init__(self, path: str | Path, kind: str, reason: str):
@@ -69,7 +69,7 @@ class BadAudio(DataError):
         self.reason = reason
 
 
-def too_short(path: str | Path, samples: int, least: int) -> BadAudio:
-    """The error for a file of too few samples (at 16 kHz) for one frame."""
-    reason = f"{samples} samples at 16000 Hz are too few for one frame ({least})"
+def too_short_error(path: str | Path, samples: int, min_samples: int) -> BadAudio:
+    """The error for a file with fewer than ``min_samples`` (one frame) at 16 kHz."""
+    reason = f"{samples} samples at 16000 Hz are too few for one frame ({min_samples})"
     return BadAudio(path, "too short", reason)

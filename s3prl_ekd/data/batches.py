@@ -1,4 +1,4 @@
-"""Batches of waveforms of like length, as s3prl buckets them."""
+"""Batches of waveforms of similar length, bucketed as in s3prl."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.utils.data import Dataset, get_worker_info
 from ..distill.batch import CachedTargets
 from ..errors import DataError, SetupError
 from .audio import SAMPLE_RATE, Recording, warn_once
-from .bad_audio import ADVICE, Bad, BadAudio, too_short
+from .bad_audio import BAD_AUDIO_ADVICE, Bad, BadAudio, too_short_error
 from .distortion.settings import DistortionSettings
 from .loader import BatchLoader, share
 from .sampling import EpochOrder, FixedOrder, bucket, generator, padding_share, within
@@ -30,16 +30,16 @@ logger = logging.getLogger(__name__)
 
 
 class BatchTargets(Protocol):
-    """Stored teacher targets of one batch; see :class:`..hidden_states.store.StoredTargets`."""
+    """Cached teacher targets of one batch; see :class:`..hidden_states.store.StoredTargets`."""
 
     def __iter__(self) -> Iterator[Any]: ...
 
     def on(self, device: str) -> CachedTargets:
-        """The targets in float32, on the device."""
+        """Return the targets in float32 on ``device``."""
 
 
 class TargetSource(Protocol):
-    """Stored teacher targets of a corpus; see :class:`..hidden_states.store.TargetReader`."""
+    """Cached teacher targets of a corpus; see :class:`..hidden_states.store.TargetReader`."""
 
     seed: int
 
@@ -49,14 +49,17 @@ class TargetSource(Protocol):
 
 
 class Batch(NamedTuple):
-    """A batch as a loader gives it.
+    """A batch from a loader.
 
-    ``waves``: the student's input, ``[batch, sample]`` at 16 kHz, zero-padded. ``lengths``:
-    ``[batch]``, valid samples. ``names``: the utterances' paths. ``problem``: the error message of
-    a file that could not be read; the batch is then empty. It is data, because an exception would
-    arrive from a worker process as a traceback. ``teacher_waves``: the teachers' input, of the
-    shape of ``waves``; None: the student's. ``bad``: utterances left out because their files are
-    bad; if all are, ``names`` is empty. ``targets``: cached teacher targets.
+    - ``waves``: the student's input, ``[batch, sample]`` at 16 kHz, zero-padded.
+    - ``lengths``: valid samples, ``[batch]``.
+    - ``names``: paths of the utterances.
+    - ``problem``: the error message for a file that cannot be read; the batch is then empty. It is
+      a field because an exception in a worker process would reach the user as a traceback.
+    - ``teacher_waves``: the teachers' input, of the same shape as ``waves``; None: the same input
+      as the student's.
+    - ``bad``: utterances left out because their files are bad; ``names`` is empty if all are.
+    - ``targets``: cached teacher targets.
     """
 
     waves: Tensor
@@ -69,23 +72,23 @@ class Batch(NamedTuple):
 
 
 class DistillationDataset(Dataset):
-    """A dataset of whole batches: read the utterances, cut a random excerpt of long ones, pad.
+    """A dataset whose items are batches: random excerpts of long utterances, padded.
 
     Args:
-        data: the settings of a run.
+        data: the run's data settings.
         rows: the utterances, sorted by length.
-        min_samples: shorter waveforms give no frame.
-        distortion: of the waveforms; None or its setup ``clean``: none.
-        seed: of the excerpts and the distortions, which depend on seed, epoch and utterance alone:
-            torch's own numbers would depend on the worker and on what was drawn before.
-        targets: cached targets of all utterances. They are of undistorted audio, and of one excerpt
-            of each long utterance, which every epoch then has.
+        min_samples: samples of one frame; shorter files are bad.
+        distortion: distortion of the waveforms; None, or setup ``clean``, for none.
+        seed: seed of the excerpts and distortions. They depend on seed, epoch and utterance only;
+            torch's random numbers would depend on the worker and on earlier draws.
+        targets: cached targets of all utterances. They were computed on undistorted audio and on
+            one excerpt of each long utterance, so every epoch uses that excerpt.
 
     Attributes:
-        left_out: utterances that are in no batch, because they are bad by their table already.
+        left_out: utterances that are in no batch because their table entry is bad.
 
     Raises:
-        DataError: a folder that ``distortion`` names cannot be used.
+        DataError: a folder named in ``distortion`` cannot be used.
     """
 
     def __init__(
@@ -98,8 +101,8 @@ class DistillationDataset(Dataset):
         targets: TargetSource | None = None,
     ):
         self.root = Path(data.libri_root)
-        most_samples = round(data.max_seconds * SAMPLE_RATE)
-        self.batches = bucket(rows, data.train_batch_size, most_samples, data.sequence_length)
+        max_samples = round(data.max_seconds * SAMPLE_RATE)
+        self.batches = bucket(rows, data.train_batch_size, max_samples, data.sequence_length)
         self.sequence_length = data.sequence_length
         self.min_samples = min_samples
         self.seed = seed
@@ -108,7 +111,7 @@ class DistillationDataset(Dataset):
         self.left_out: list[Bad] = []
         self.distorter: Distorter | None = None
         if distortion is not None and distortion.setup != "clean":
-            from .distortion.pipeline import Distorter  # loads torchaudio, which no one else needs
+            from .distortion.pipeline import Distorter  # imports torchaudio
 
             self.distorter = Distorter(distortion, seed, self.root, [row.path for row in rows])
             if self.distorter.voices is not None:
@@ -118,7 +121,7 @@ class DistillationDataset(Dataset):
         return len(self.batches)
 
     def __getitem__(self, index: int | tuple[int, int]) -> Batch:
-        """Batch ``index`` (of epoch 0), or batch ``(epoch, index)``."""
+        """Read batch ``index`` of epoch 0, or batch ``(epoch, index)``."""
         epoch, index = index if isinstance(index, tuple) else (0, index)
         good, bad = [], []
         try:
@@ -129,13 +132,13 @@ class DistillationDataset(Dataset):
                         self.targets.check(row.path, len(wave))
                 except BadAudio as error:
                     if not self.skip_bad:
-                        raise DataError(f"{error}; {ADVICE}") from None
+                        raise DataError(f"{error}; {BAD_AUDIO_ADVICE}") from None
                     bad.append(Bad(row.path, error.kind, error.reason))
                 else:
                     good.append((row.path, *self._distort(wave, row.path, epoch)))
-            stored = None
+            targets = None
             if good and self.targets is not None:
-                stored = self.targets.batch([name for name, *_ in good])
+                targets = self.targets.batch([name for name, *_ in good])
         except DataError as error:
             names = [row.path for row in self.batches[index]]
             return Batch(torch.zeros(0), torch.zeros(0), names, str(error))
@@ -144,20 +147,20 @@ class DistillationDataset(Dataset):
         names, waves, teacher_waves = map(list, zip(*good, strict=True))
         lengths = torch.tensor([len(wave) for wave in waves])
         padded = pad_sequence(waves, batch_first=True)
-        if teacher_waves[0] is None:  # the setup decides, so it is the same for the whole batch
-            return Batch(padded, lengths, names, bad=bad, targets=stored)
+        if teacher_waves[0] is None:  # depends on the setup, so the same for all utterances
+            return Batch(padded, lengths, names, bad=bad, targets=targets)
         teacher_padded = pad_sequence(teacher_waves, batch_first=True)
         return Batch(padded, lengths, names, teacher_waves=teacher_padded, bad=bad)
 
     def _distort(self, wave: Tensor, name: str, epoch: int) -> tuple[Tensor, Tensor | None]:
-        """The student's input, and the teacher's if it is different."""
+        """Return the student's input, and the teachers' if it differs."""
         if self.distorter is None:
             return wave, None
         student, teacher = self.distorter.pair(wave, name, epoch)
         return student, None if self.targets is not None else teacher
 
     def _read(self, row: Utterance, epoch: int) -> Tensor:
-        """Read an utterance, or the excerpt of a long one for an epoch.
+        """Read an utterance, or this epoch's excerpt of a long one.
 
         Raises:
             BadAudio: see the table in :mod:`s3prl_ekd.data.bad_audio`.
@@ -166,24 +169,29 @@ class DistillationDataset(Dataset):
         with Recording(path) as recording:
             length = recording.samples
             if length < self.min_samples:
-                raise too_short(path, length, self.min_samples)
-            if abs(length - row.length) > 1:  # other tools' tables may be rounded differently
-                text = f"{path} has {length} samples at {SAMPLE_RATE} Hz, its table says"
-                warn_once("length", f"{text} {row.length}: the file's length counts")
+                raise too_short_error(path, length, self.min_samples)
+            if abs(length - row.length) > 1:  # tables of other tools may round differently
+                actual = f"{path} has {length} samples at {SAMPLE_RATE} Hz"
+                warn_once(
+                    "length", f"{actual}, its table has {row.length}: using the file's length"
+                )
             return recording.read_speech(*self._excerpt(length, row.path, epoch))
 
     def _excerpt(self, length: int, name: str, epoch: int) -> tuple[int, int]:
-        """First sample and number of samples."""
-        room = length - self.sequence_length
-        if self.sequence_length == 0 or room <= 0:
+        """Return the first sample of the excerpt and its number of samples."""
+        last_start = length - self.sequence_length
+        if self.sequence_length == 0 or last_start <= 0:
             return 0, length
         seed, epoch = (self.seed, epoch) if self.targets is None else (self.targets.seed, 0)
-        start = generator(seed, epoch, name, "excerpt").randrange(room + 1)
+        start = generator(seed, epoch, name, "excerpt").randrange(last_start + 1)
         return start, self.sequence_length
 
 
 def only_item(items: list[Batch]) -> Batch:
-    """``collate_fn``: an item is a batch already. A worker puts it into shared memory."""
+    """Return the only item, which is already a batch; for ``collate_fn``.
+
+    In a worker process its tensors are moved to shared memory.
+    """
     batch = items[0]
     if get_worker_info() is None:
         return batch
@@ -196,11 +204,11 @@ def only_item(items: list[Batch]) -> Batch:
 
 
 def leave_signals_to_the_main_process(worker: int) -> None:
-    """``worker_init_fn``: ignore the signals that ask the run to save and exit.
+    """Ignore the signals that make a run save and exit; for ``worker_init_fn``.
 
-    Ctrl-C in a terminal and a cluster's signals reach every process of a run. If a worker died of
-    one, the run would end before it has saved. Workers end with the main process, and
-    :class:`.loader.BatchLoader` ends them before.
+    Ctrl-C in a terminal and a cluster's signals reach every process of a run. If they killed a
+    worker, the run would fail before it saves. :class:`.loader.BatchLoader` ends the workers, and
+    they also exit when the main process does.
     """
     for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
         if hasattr(signal, name):
@@ -218,27 +226,28 @@ def train_loader(
     targets: TargetSource | None = None,
     pin_memory: bool = False,
 ) -> BatchLoader:
-    """A loader of :class:`Batch` over tables, utterances bucketed by length.
+    """Make a loader of :class:`Batch`, with the utterances of tables bucketed by length.
 
     Each pass is an epoch with its own order, excerpts and distortions, which depend on seed and
-    epoch alone; ``loader.sampler.epoch`` and ``.position`` say where the next pass begins.
+    epoch only. The next pass starts at ``loader.sampler.epoch`` and ``loader.sampler.position``.
 
     Args:
-        data: the settings of a run; other tables than its ``sets`` may be read.
-        sets: the tables in ``data.file_path``.
-        min_samples: shorter waveforms give no frame.
-        distortion: of the waveforms; None: clean.
-        seed: of order, excerpts and distortions.
-        shuffle: False: every pass is the same, batches from long to short, drawn as in epoch 0.
-        targets: the batches get cached targets; the excerpts are then the same in each epoch.
+        data: the run's data settings, except for ``sets``.
+        sets: names of the tables in ``data.file_path``.
+        min_samples: samples of one frame; shorter utterances are left out.
+        distortion: distortion of the waveforms; None for none.
+        seed: seed of order, excerpts and distortions.
+        shuffle: if False, every pass is the same: batches from long to short, with the excerpts
+            and distortions of epoch 0.
+        targets: source of cached targets; every epoch then has the same excerpts.
         pin_memory: see :class:`torch.utils.data.DataLoader`.
 
     Raises:
-        DataError: a table or the audio root is missing, a row is not valid, nothing is left, or
-            a folder that ``distortion`` names cannot be used.
+        DataError: a table or the audio root is missing, a row is invalid, no utterance is left, or
+            a folder named in ``distortion`` cannot be used.
     """
     if not Path(data.libri_root).is_dir():
-        raise DataError(f"the audio folder {data.libri_root} (libri_root) does not exist")
+        raise DataError(f"libri_root: no such folder: {data.libri_root}")
     bad_rows: list[Bad] = []
     skip_bad = data.on_bad_audio == "skip"
     all_rows = read_tables(data.file_path, sets, bad_rows if skip_bad else None)
@@ -248,7 +257,7 @@ def train_loader(
     dataset = DistillationDataset(data, rows, min_samples, distortion, seed, targets)
     sizes = [len(batch) for batch in dataset.batches]
     logger.info(
-        "data: %d batches of %d to %d utterances, %.1f %% of their samples are padding",
+        "data: %d batches of %d to %d utterances, %.1f %% padding",
         len(sizes),
         min(sizes),
         max(sizes),
@@ -258,7 +267,7 @@ def train_loader(
         dataset.left_out.extend(bad_rows)
         for row in all_rows:
             if row.length < min_samples:
-                error = too_short(row.path, row.length, min_samples)
+                error = too_short_error(row.path, row.length, min_samples)
                 dataset.left_out.append(Bad(row.path, error.kind, error.reason))
     return BatchLoader(
         dataset,
@@ -270,7 +279,7 @@ def train_loader(
         pin_memory=pin_memory,
         worker_init_fn=leave_signals_to_the_main_process,
         persistent_workers=data.num_workers > 0 and shuffle,
-        # Each pass draws a seed for its workers; from torch's own generator it would shift what
-        # the student's dropout draws, and a resumed run begins its passes elsewhere.
+        # Each pass draws a seed for its workers. Drawn from torch's default generator, it would
+        # change the student's dropout, and a resumed run starts its passes at other steps.
         generator=torch.Generator().manual_seed(0),
     )

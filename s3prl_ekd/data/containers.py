@@ -1,22 +1,23 @@
-"""Whether an audio file holds what its container announces; decided per container.
+"""Detect truncated audio files, container by container.
 
-libsndfile takes a file that was cut off for a shorter one, without a word, in every container that
-announces its size and holds plain samples. So the announced size is read here.
+libsndfile silently reads a truncated file as a shorter one in every container with uncompressed
+samples. So the data size in the header is read here and compared with the file's size.
 
 =====================  ============================================================================
-container              when it is cut off
+container              truncated if
 =====================  ============================================================================
-WAV, RF64, W64, AIFF,  the size of its data goes past the end of the file. Less than 25 ms (one
-CAF, AU, NIST SPHERE   frame) is accepted with a warning: some writers count the header as data, or
-                       round up. A size of nothing but ones, or of 2 GB and more that is not there,
-                       was written to a pipe; the samples that are there are used
-FLAC, MP3              its last sample cannot be decoded. An MP3 without an index, whose length is
+WAV, RF64, W64, AIFF,  the data size exceeds the rest of the file. Up to 25 ms (one frame) is
+CAF, AU, NIST SPHERE   accepted with a warning: some programs count the header as data, or round
+                       up. Sizes that programs write when their output is a pipe (see
+                       ``_is_pipe_size``) are ignored, and the samples in the file are used
+FLAC, MP3              the last sample cannot be decoded. An MP3 without an index, whose length is
                        an estimate, is accepted with a warning
-Ogg (Vorbis, Opus)     its last page is incomplete. A stream whose last page is not marked as the
-                       last one may be cut between two pages, or come from a radio: it is accepted
-                       with a warning
-MP3 in a WAV           is not read: its length is an estimate, and decoding may end before or after
-others                 are not read: nothing in them says whether they are whole
+Ogg (Vorbis, Opus)     the last page is incomplete. A last page without the end-of-stream mark is
+                       accepted with a warning: the file may be truncated between two pages, or
+                       recorded from a live stream
+MP3 in a WAV           not supported: the length is an estimate, and decoding may end before or
+                       after it
+other containers       not supported: they do not record the size of their data
 =====================  ============================================================================
 """
 
@@ -29,8 +30,8 @@ from typing import BinaryIO
 
 import soundfile
 
-# id -> bytes before the first chunk; id and size of a chunk; how much of itself the size counts;
-# what chunks begin at a multiple of
+# magic -> bytes before the first chunk, struct format of a chunk's header (id and size), bytes of
+# that header which the size includes, alignment of chunks in bytes
 _CHUNKED = {
     b"RIFF": (12, "<4sI", 0, 2),
     b"RIFX": (12, ">4sI", 0, 2),
@@ -40,129 +41,136 @@ _CHUNKED = {
     b"caff": (8, ">4sq", 0, 1),
 }
 _DATA = (b"data", b"SSND")
-_KNOWN = ("WAV", "WAVEX", "RF64", "W64", "AIFF", "CAF", "AU", "NIST")  # by soundfile's names
-_MAX_CHUNKS = 1000  # a dozen kinds exist
-_NEAR = 2**16  # bytes
-_PAGE = 27 + 255 + 255 * 255  # bytes of the largest page of Ogg
-_FRAME = 40  # of a second: 25 ms, what one frame of an upstream sees
+_SUPPORTED = ("WAV", "WAVEX", "RF64", "W64", "AIFF", "CAF", "AU", "NIST")  # soundfile's names
+_MAX_CHUNKS = 1000  # about a dozen types exist
+_PIPE_TOLERANCE = 2**16  # bytes
+_MAX_PAGE = 27 + 255 + 255 * 255  # bytes of the largest Ogg page
+_FRAMES_PER_SECOND = 40  # 25 ms, the receptive field of one frame of an upstream
 
 
-class Unusable(Exception):
-    """A file is not whole, or it cannot be told. Attributes: ``kind``, one of a few words, and
-    ``reason``, the end of a sentence."""
+class UnusableContainer(Exception):
+    """A file is truncated, or its container does not allow checking it.
+
+    Args:
+        kind, reason: as in :class:`.bad_audio.BadAudio`.
+    """
 
     def __init__(self, kind: str, reason: str):
         super().__init__(reason)
         self.kind, self.reason = kind, reason
 
 
-def check_whole(path: str | Path, file: soundfile.SoundFile) -> str:
-    """What is odd about a file that can be used all the same; mostly nothing.
+def check_complete(path: str | Path, file: soundfile.SoundFile) -> str:
+    """Check that a file is complete; return a warning if it may not be, else an empty string.
 
     Args:
-        path: of the file.
-        file: the same, open, with a known number of samples above 0; its position changes.
+        path: the file.
+        file: the same file, open, with a known number of samples above 0; its position changes.
 
     Raises:
-        Unusable: it is cut off, or its container is not read; see the table above.
+        UnusableContainer: it is truncated, or its container is not supported; see the table above.
         OSError: it cannot be read.
     """
     if file.format in ("FLAC", "MP3"):
         try:
             file.seek(file.frames - 1)
-            whole = len(file.read(1)) == 1
+            complete = len(file.read(1)) == 1
         except (soundfile.SoundFileError, RuntimeError):
-            whole = False
-        if not whole:
-            raise Unusable(
+            complete = False
+        if not complete:
+            raise UnusableContainer(
                 "cut off",
                 f"it is cut off or damaged: the last of its {file.frames} samples is not there",
             )
-        return _check_index(path) if file.format == "MP3" else ""
+        return _check_mp3_index(path) if file.format == "MP3" else ""
     if file.subtype.startswith("MPEG"):
         reason = "it is an MP3 in a WAV file, of which the length is unknown; convert it to FLAC"
-        raise Unusable("MP3 in a WAV", reason)
+        raise UnusableContainer("MP3 in a WAV", reason)
     with open(path, "rb") as stream:
         size = os.fstat(stream.fileno()).st_size
         if file.format == "OGG":
             return _check_last_page(stream, size)
-        announced = _announced(stream)
-    if announced is None:
-        if file.format in _KNOWN:
-            return "its header has no size of its samples that can be found: it may be cut off"
+        data_range = _data_range(stream)
+    if data_range is None:
+        if file.format in _SUPPORTED:
+            return "no data size found in its header, so it may be truncated"
         reason = f"nothing in a {file.format} file says whether it is whole; convert it to FLAC"
-        raise Unusable("not audio", reason)
-    start, length = announced
-    there = size - start
-    if length is None or not 0 < there < length:
+        raise UnusableContainer("not audio", reason)
+    start, data_size = data_range
+    available = size - start
+    if data_size is None or not 0 < available < data_size:
         return ""
-    missing = length - there
-    packed = file.subtype.startswith("ALAC")  # its table of packets is at the end
-    if packed or missing * file.frames * _FRAME > there * file.samplerate:
-        raise Unusable("cut off", f"it is cut off: its last {missing} bytes are missing")
-    return f"its header announces {missing} bytes more than there are"
+    shortfall = data_size - available
+    is_alac = file.subtype.startswith("ALAC")  # its packet table is at the end of the file
+    if is_alac or shortfall * file.frames * _FRAMES_PER_SECOND > available * file.samplerate:
+        raise UnusableContainer("cut off", f"it is cut off: its last {shortfall} bytes are missing")
+    return f"the data size in its header is {shortfall} bytes too large"
 
 
-def _check_index(path: str | Path) -> str:
+def _check_mp3_index(path: str | Path) -> str:
     with open(path, "rb") as stream:
         _skip_id3(stream)
-        begin = stream.read(4096)
-    if any(index in begin for index in (b"Xing", b"Info", b"VBRI")):
+        start = stream.read(4096)
+    if any(tag in start for tag in (b"Xing", b"Info", b"VBRI")):
         return ""
-    return "it has no index, so its length is an estimate: it may be longer than what is read"
+    return "it has no index, so its length is an estimate and its end may not be read"
 
 
-def bytes_behind(path: str | Path) -> int:
-    """Bytes behind the header of a file that announces that it has no samples.
+def bytes_after_header(path: str | Path) -> int:
+    """Number of bytes after the header of a file whose header gives a data size of 0.
 
     Raises:
         OSError: it cannot be read.
     """
     with open(path, "rb") as stream:
-        announced = _announced(stream)
+        data_range = _data_range(stream)
         size = os.fstat(stream.fileno()).st_size
-    return max(0, size - announced[0]) if announced else 0
+    return max(0, size - data_range[0]) if data_range else 0
 
 
-def _announced(stream: BinaryIO) -> tuple[int, int | None] | None:
-    """Where the samples begin and how many bytes of them are announced, None where the writer did
-    not know; None instead of both for a container that does not say."""
+def _data_range(stream: BinaryIO) -> tuple[int, int | None] | None:
+    """Read the offset of the samples and their size in bytes from the header.
+
+    Returns:
+        ``(offset, size)``, with a size of None if it was written to a pipe; or None if the header
+        has no data size.
+    """
     begin = _skip_id3(stream)
     magic = stream.read(4)
     if magic in (b".snd", b"dns."):
         order = ">II" if magic == b".snd" else "<II"
         start, length = struct.unpack(order, stream.read(8).ljust(8, b"\0"))
-        return begin + start, None if _is_unknown(length) else length
+        return begin + start, None if _is_pipe_size(length) else length
     if magic == b"NIST":
-        return _sphere(stream, begin)
+        return _sphere_data_range(stream, begin)
     if magic not in _CHUNKED:
         return None
-    first, layout, own, padded = _CHUNKED[magic]
-    stream.seek(begin + first)
-    long_size = None
+    chunks_start, layout, included, alignment = _CHUNKED[magic]
+    stream.seek(begin + chunks_start)
+    rf64_size = None
     for _ in range(_MAX_CHUNKS):
         head = stream.read(struct.calcsize(layout))
         if len(head) < struct.calcsize(layout):
             return None
         name, length = struct.unpack(layout, head)
-        length -= own
-        here = stream.tell()
+        length -= included
+        offset = stream.tell()
         if name[:4] in _DATA:
-            wide = layout.endswith("q")
-            if magic == b"RF64" and length == 2**32 - 1 and long_size is not None:
-                length, wide = long_size, True
-            return here, None if _is_unknown(length, wide) else length
+            is_64_bit = layout.endswith("q")
+            if magic == b"RF64" and length == 2**32 - 1 and rf64_size is not None:
+                length, is_64_bit = rf64_size, True
+            return offset, None if _is_pipe_size(length, is_64_bit) else length
         if length < 0:
             return None
         if name == b"ds64":
-            long_size = struct.unpack("<Qq", stream.read(16).ljust(16, b"\0"))[1]
-        end = here + length - begin
-        stream.seek(begin + end + -end % padded)
+            rf64_size = struct.unpack("<Qq", stream.read(16).ljust(16, b"\0"))[1]
+        end = offset + length - begin
+        stream.seek(begin + end + -end % alignment)
     return None
 
 
 def _skip_id3(stream: BinaryIO) -> int:
-    """Bytes of the ID3 tag that some programs put before a file, as libsndfile skips it."""
+    """Seek past an ID3 tag that precedes the header, as libsndfile does; return its length."""
     head = stream.read(10)
     begin = 0
     if len(head) == 10 and head[:3] == b"ID3":
@@ -171,16 +179,19 @@ def _skip_id3(stream: BinaryIO) -> int:
     return begin
 
 
-def _is_unknown(length: int, wide: bool = False) -> bool:
-    """Whether a size of 32 or 64 (``wide``) bits is one that programs put into a pipe: 0xffffffff,
-    2**31, and these less a header or a block; in 64 bits a negative number, or 0xffffffff again."""
-    if wide:
+def _is_pipe_size(length: int, is_64_bit: bool = False) -> bool:
+    """Whether programs write this data size when their output is a pipe.
+
+    In 32 bits: 0xffffffff, 2**31, and these minus a header or a block. In 64 bits: a negative
+    number, or 0xffffffff.
+    """
+    if is_64_bit:
         return length < 0 or length == 2**32 - 1
-    return abs(length - 2**31) <= _NEAR or length >= 2**32 - _NEAR
+    return abs(length - 2**31) <= _PIPE_TOLERANCE or length >= 2**32 - _PIPE_TOLERANCE
 
 
-def _sphere(stream: BinaryIO, begin: int) -> tuple[int, int] | None:
-    """Of NIST SPHERE: a header of lines of text, whose length is in the second one."""
+def _sphere_data_range(stream: BinaryIO, begin: int) -> tuple[int, int] | None:
+    """:func:`_data_range` for NIST SPHERE: a text header whose second line is its length."""
     stream.seek(begin)
     lines = stream.read(1024).split(b"\n")
     try:
@@ -196,13 +207,15 @@ def _sphere(stream: BinaryIO, begin: int) -> tuple[int, int] | None:
 
 
 def _check_last_page(stream: BinaryIO, size: int) -> str:
-    stream.seek(max(0, size - _PAGE))
-    data = stream.read(_PAGE)
-    at = data.rfind(b"OggS\0")
-    if at < 0:
-        return "something follows its last page"
-    head = data[at : at + 27]
-    segments = data[at + 27 : at + 27 + head[26]] if len(head) == 27 else b""
-    if len(head) < 27 or len(segments) < head[26] or at + 27 + head[26] + sum(segments) > len(data):
-        raise Unusable("cut off", "it is cut off: its last page is incomplete")
-    return "" if head[5] & 4 else "its last page is not marked as the last: it may be cut off"
+    """:func:`check_complete` for Ogg. A page: 27 bytes of header, lengths of segments, segments."""
+    stream.seek(max(0, size - _MAX_PAGE))
+    data = stream.read(_MAX_PAGE)
+    page = data.rfind(b"OggS\0")
+    if page < 0:
+        return "its last page is followed by other data"
+    head = data[page : page + 27]
+    table = page + 27
+    segments = data[table : table + head[26]] if len(head) == 27 else b""
+    if len(head) < 27 or len(segments) < head[26] or table + head[26] + sum(segments) > len(data):
+        raise UnusableContainer("cut off", "it is cut off: its last page is incomplete")
+    return "" if head[5] & 4 else "its last page has no end-of-stream mark: it may be truncated"

@@ -1,9 +1,9 @@
-"""Length tables: the CSV files that s3prl reads from its ``len_for_bucket`` folders.
+"""Write length tables: the CSV files in s3prl's ``len_for_bucket`` folders.
 
-A table has the columns (unnamed index), ``file_path``, ``length`` in samples at 16 kHz and an
-empty ``label``; the longest utterance comes first. s3prl makes them with
-``preprocess/generate_len_for_bucket.py``, which its PyPI package lacks, which asks questions and
-which knows three corpora; the tables here hold the same numbers.
+The columns are an unnamed index, ``file_path``, ``length`` in samples at 16 kHz, and ``label``,
+which is empty. The longest utterance comes first. s3prl's script for this,
+``preprocess/generate_len_for_bucket.py``, gives the same numbers, but it is not in s3prl's PyPI
+package, is interactive and supports three corpora only.
 """
 
 from __future__ import annotations
@@ -25,36 +25,38 @@ Row = tuple[str, int]  # file_path, length in samples at 16 kHz
 
 @dataclass(frozen=True)
 class LengthTables:
-    """What :func:`write_length_tables` wrote."""
+    """The result of :func:`write_length_tables`."""
 
     rows: dict[str, list[Row]]  # table name -> rows, longest first
-    skipped: list[tuple[str, str]]  # (file_path, why it is in no table)
-    why_single: str | None  # why there is one table and not one a split, if nobody asked for it
+    skipped: list[tuple[str, str]]  # (file_path, reason) of the files in no table
+    why_single: str | None  # see group_by_split
 
     def summary(self) -> str:
-        """Lines for the screen: utterances and hours of each table, then what was left out."""
+        """Utterances and hours of each table, and the files left out, as text."""
         lines = [
             f"{name}.csv: {len(rows)} utterances, {total_hours(n for _, n in rows):.2f} h"
             for name, rows in zip(map(printable, self.rows), self.rows.values(), strict=True)
         ]
-        every = [row for rows in self.rows.values() for row in rows]
-        lines.append(f"total: {len(every)} utterances, {total_hours(n for _, n in every):.2f} h")
+        all_rows = [row for rows in self.rows.values() for row in rows]
+        lines.append(
+            f"total: {len(all_rows)} utterances, {total_hours(n for _, n in all_rows):.2f} h"
+        )
         if self.why_single:
-            lines.append(f"one table, because {printable(self.why_single)}")
+            lines.append(f"wrote a single table because {printable(self.why_single)}")
         if self.skipped:
             names = ", ".join(printable(path) for path, _ in self.skipped[:3])
             more = f" and {len(self.skipped) - 3} more" if len(self.skipped) > 3 else ""
-            lines.append(f"left out: {len(self.skipped)} ({names}{more}); why: {SKIPPED}")
+            lines.append(f"left out {len(self.skipped)} files ({names}{more}); see {SKIPPED}")
         return "\n".join(lines)
 
 
 def sort_rows(rows: Iterable[Row]) -> list[Row]:
-    """Longest first, equal lengths by path, so that two runs write the same bytes."""
+    """Sort by length, longest first, then by path, so that the order is reproducible."""
     return sorted(rows, key=lambda row: (-row[1], row[0]))
 
 
 def write_table(path: str | Path, rows: Iterable[Row]) -> None:
-    """Write one table as :func:`sort_rows` orders it; a reader never sees half a file."""
+    """Write one table, in the order of :func:`sort_rows`; the write is atomic."""
     head = ("", "file_path", "length", "label")
     numbered = ((i, name, length, "") for i, (name, length) in enumerate(sort_rows(rows)))
     write_csv(path, (head, *numbered), line_end="\n")
@@ -63,21 +65,26 @@ def write_table(path: str | Path, rows: Iterable[Row]) -> None:
 def group_by_split(
     root: Path, paths: Sequence[str], *, name: str | None = None, single: bool = False
 ) -> tuple[dict[str, list[str]], str | None]:
-    """Which files go into which table, and why there is only one although nobody asked for it.
+    """Group files into tables, one for each split if possible.
 
-    One table a first-level folder where every file lies in a folder that is called like a split
-    (``train-clean-100``, ``dev``, ``TEST``); else one table called ``name`` or like ``root``.
+    There is one table for each first-level folder if every file is in a folder with the name of a
+    split (``train-clean-100``, ``dev``, ``TEST``). Otherwise there is a single table with the name
+    ``name`` or the name of ``root``.
+
+    Returns:
+        The paths in each table, and the reason for a single table if it was not requested.
     """
-    whole = name or root.resolve().name or "all"
+    table = name or root.resolve().name or "all"
     if single or name:
-        return {whole: list(paths)}, None
+        return {table: list(paths)}, None
     groups: dict[str, list[str]] = {}
     for path in paths:
         split, slash, _ = path.partition("/")
         if not slash:
-            return {whole: list(paths)}, f"{path} lies directly in {root}"
+            return {table: list(paths)}, f"{path} is directly in {root}, not in a split's folder"
         if not _SPLIT_NAME.match(split):
-            return {whole: list(paths)}, f"{split}/ is not called train…, dev…, test… or valid…"
+            reason = f"the name {split}/ does not start with train, dev, test or valid"
+            return {table: list(paths)}, reason
         groups.setdefault(split, []).append(path)
     return groups, None
 
@@ -89,35 +96,40 @@ def write_length_tables(
     name: str | None = None,
     single: bool = False,
     jobs: int = 8,
-    progress: Callable[[int], Callable[[int], object]] = lambda total: lambda done: None,
+    progress: Callable[[int], Callable[[int], object]] = lambda total: lambda count: None,
 ) -> LengthTables:
-    """Write the tables of every audio file below ``root`` into the folder ``out``.
+    """Write length tables for all audio files below ``root`` into the folder ``out``.
 
-    Files that cannot be read are named with their reasons in ``out/skipped.txt``.
+    Unusable files and the reasons are listed in ``out/skipped.txt``.
 
     Args:
         root: folder of audio; ``file_path`` is relative to it.
-        out: folder of the tables, made if it is not there.
-        name: write one table of this name.
-        single: write one table even where the folders look like splits.
+        out: folder of the tables; created if needed.
+        name: write a single table with this name.
+        single: write a single table even if the folders have names of splits.
         jobs: threads that read headers.
-        progress: given the number of files, returns the ``advance`` of :func:`read_headers`.
+        progress: called with the number of files; returns the ``advance`` of :func:`read_headers`.
 
     Raises:
         DataError: no such folder, no audio, or a table would have no rows.
     """
     root, out = Path(root), Path(out)
     if name is not None and (Path(name).name != name or name in ("", ".", "..")):
-        raise DataError(f"--name {name!r} is not a plain file name")
+        raise DataError(f"--name must be a file name without a folder, got {name!r}")
     paths = find_audio(root)
     if not paths:
-        raise DataError(f"{root} has no audio files (.flac .wav .ogg .opus) in it")
+        raise DataError(f"no audio files (.flac .wav .ogg .opus) below {root}")
     groups, why_single = group_by_split(root, paths, name=name, single=single)
     headers = dict(
         zip(paths, read_headers(root, paths, jobs=jobs, advance=progress(len(paths))), strict=True)
     )
-    skipped = [(path, str(got)) for path, got in headers.items() if isinstance(got, DataError)]
-    samples = {path: got.samples for path, got in headers.items() if not isinstance(got, DataError)}
+    skipped = []
+    samples = {}
+    for path, header in headers.items():
+        if isinstance(header, DataError):
+            skipped.append((path, str(header)))
+        else:
+            samples[path] = header.samples
     rows = {
         table: sort_rows((path, samples[path]) for path in members if path in samples)
         for table, members in groups.items()
@@ -126,14 +138,14 @@ def write_length_tables(
     _write_skipped(out / SKIPPED, skipped)
     for table, members in rows.items():
         if not members:
-            raise DataError(f"no file for the table {table} can be read; see {out / SKIPPED}")
+            raise DataError(f"no usable file for the table {table}; see {out / SKIPPED}")
     for table, members in rows.items():
         write_table(out / f"{table}.csv", members)
     return LengthTables(rows, skipped, why_single)
 
 
 def _write_skipped(path: Path, skipped: Sequence[tuple[str, str]]) -> None:
-    path.unlink(missing_ok=True)  # one of an earlier run would mislead
+    path.unlink(missing_ok=True)  # it may be of an earlier run
     if skipped:
         lines = [f"{ascii(name)[1:-1]}\t{printable(reason)}\n" for name, reason in skipped]
         write_text(path, "".join(lines))

@@ -1,4 +1,4 @@
-"""A DataLoader whose worker processes end with the run, however it ends."""
+"""A DataLoader whose worker processes are ended together with the run, even if it fails."""
 
 from __future__ import annotations
 
@@ -19,44 +19,44 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..errors import SetupError
 
-SHARED_MEMORY = "/dev/shm"  # where Linux has it
-GRACE = 1.0  # seconds for workers to end by themselves; the batch they read is discarded
+SHARED_MEMORY = "/dev/shm"  # on Linux
+GRACE = 1.0  # seconds that workers get to exit by themselves; their current batch is discarded
 
 _workers: weakref.WeakSet[BaseProcess] = weakref.WeakSet()  # of all loaders
 
 
 class BatchLoader(DataLoader):
-    """torch's DataLoader for worker processes that ignore SIGTERM, as those of a run do.
+    """torch's DataLoader for worker processes that ignore SIGTERM, as the workers of a run do.
 
-    torch and Python end workers with SIGTERM, and Python then waits for them without a limit when
-    the main process exits. Here they are killed: they have no state.
+    torch and Python end workers with SIGTERM, and at exit Python waits for them without a limit.
+    This class kills them instead, which is safe because they have no state.
 
     Args:
-        dataset: see DataLoader.
-        timeout: seconds without a batch from the workers until a RuntimeError says so; 0 waits for
-            ever.
-        **options: see DataLoader.
+        dataset, options: see DataLoader.
+        timeout: seconds to wait for a batch from the workers before raising RuntimeError; 0: no
+            limit.
 
     Raises:
-        SetupError: on iterating: worker processes cannot be started.
+        SetupError: on iterating: the worker processes cannot be started.
     """
 
     dataset: Any  # a DistillationDataset
     sampler: Any  # a FixedOrder or an EpochOrder
 
     def __init__(self, dataset: Dataset, *, timeout: float = 0.0, **options: Any):
-        # torch refuses one where the main process reads
+        # torch rejects a timeout without workers
         super().__init__(dataset, timeout=timeout if options.get("num_workers") else 0, **options)
         self._iterators: weakref.WeakSet = weakref.WeakSet()
         self._started: weakref.WeakSet[BaseProcess] = weakref.WeakSet()
 
     def __iter__(self) -> Any:
-        atexit.unregister(_end_all)
-        atexit.register(_end_all)  # before what multiprocessing and torch do at exit
+        # Registered last, so that it runs before the exit handlers of multiprocessing and torch.
+        atexit.unregister(_kill_remaining_workers)
+        atexit.register(_kill_remaining_workers)
         try:
             if self.num_workers:
-                # Semaphores lie in shared memory. Where there is no room, torch's iterator would be
-                # left half made and end in a traceback of its own.
+                # Semaphores are allocated in shared memory. Without this test, torch's iterator
+                # would fail half initialised, with a second traceback when it is deleted.
                 _ = [multiprocessing.Lock() for _ in range(4 * self.num_workers + 8)]
             batches = super().__iter__()
         except OSError as error:
@@ -71,14 +71,15 @@ class BatchLoader(DataLoader):
         return batches
 
     def close(self, limit: float = GRACE) -> None:
-        """End the worker processes, those that do not end within ``limit`` seconds by force.
+        """End the worker processes; kill those that are still running after ``limit`` seconds.
 
-        The loader can be iterated over again, with new ones.
+        The loader can be iterated over again; it then starts new workers.
         """
         iterators = [
             batches for batches in self._iterators if hasattr(batches, "_shutdown_workers")
         ]
-        # In threads: torch waits for each worker in turn, and for its pinning without a limit.
+        # In threads: torch waits for one worker after another, and for its pin-memory thread
+        # without a limit.
         threads = [
             threading.Thread(target=batches._shutdown_workers, daemon=True) for batches in iterators
         ]
@@ -87,15 +88,17 @@ class BatchLoader(DataLoader):
         end = time.monotonic() + limit
         for thread in threads:
             thread.join(max(0.0, end - time.monotonic()))
-        children = (each for each in multiprocessing.active_children() if each in self._started)
-        _kill(children, threads)
-        self._iterator = None  # of persistent workers
+        _kill((p for p in multiprocessing.active_children() if p in self._started), threads)
+        self._iterator = None  # torch keeps it for persistent workers
         self._iterators.clear()
 
 
 @contextlib.contextmanager
 def workers_end() -> Iterator[None]:
-    """For s3prl's own loaders: kill their workers when the run fails, so that it need not wait."""
+    """Kill all child processes if the block raises, so that exit need not wait for them.
+
+    For s3prl's own loaders, which do not end their workers.
+    """
     try:
         yield
     except BaseException:
@@ -104,10 +107,13 @@ def workers_end() -> Iterator[None]:
 
 
 def _kill(children: Iterable[BaseProcess], waiting: Iterable[threading.Thread] = ()) -> None:
-    """Kill processes. ``waiting`` are threads that join them already: one thread alone may reap a
-    process, so these are waited for first."""
+    """Kill processes and join them.
+
+    ``waiting``: threads that are joining the same processes. They are waited for first, because
+    only one thread can reap a process.
+    """
     children = list(children)
-    with _deaths_unseen():
+    with _without_sigchld_handler():
         for child in children:
             child.kill()
         for thread in waiting:
@@ -117,56 +123,57 @@ def _kill(children: Iterable[BaseProcess], waiting: Iterable[threading.Thread] =
 
 
 @contextlib.contextmanager
-def _deaths_unseen() -> Iterator[None]:
-    """Keep torch's handler from raising an error for a worker that is killed on purpose."""
+def _without_sigchld_handler() -> Iterator[None]:
+    """Keep torch's SIGCHLD handler from raising an error for a worker that we kill."""
     number = getattr(signal, "SIGCHLD", None)
     if number is None or threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(number, signal.SIG_DFL)
+    previous = signal.signal(number, signal.SIG_DFL)
     try:
         yield
     finally:
-        signal.signal(number, before)
+        signal.signal(number, previous)
 
 
-def _end_all() -> None:
-    """What is left at exit: of s3prl's own Runner, for example, which closes nothing."""
+def _kill_remaining_workers() -> None:
+    """Kill workers that are still running at exit, e.g. because s3prl's Runner closes no loader."""
     _kill(child for child in multiprocessing.active_children() if child in _workers)
 
 
 def share(tensors: Iterable[Tensor]) -> None:
-    """Move a batch into shared memory, in a worker process, as sending it would.
+    """Move the tensors of a batch to shared memory, in a worker process.
 
-    But a worker that finds no room while it sends a batch only prints so, and the run would wait.
+    Sending the batch would do this, but without room the worker would only print an error and the
+    run would wait.
 
     Raises:
-        SetupError: there is no room.
+        SetupError: shared memory is full.
     """
     try:
         for tensor in tensors:
             tensor.share_memory_()
     except (RuntimeError, OSError) as error:
-        first = (str(error).strip().splitlines() or ["no reason given"])[0]
+        reason = (str(error).strip().splitlines() or ["no reason given"])[0]
         raise SetupError(
-            f"no shared memory for a batch: {shared_memory()}; {advice()} ({first})"
+            f"cannot move a batch to shared memory: {shared_memory()}; {advice()} ({reason})"
         ) from None
 
 
 def shared_memory() -> str:
-    """How much of it there is, in words."""
+    """Free and total shared memory, as text."""
     try:
-        room = os.statvfs(SHARED_MEMORY)
+        status = os.statvfs(SHARED_MEMORY)
     except (AttributeError, OSError):
-        return f"{SHARED_MEMORY} is not there"
-    free, whole = (count * room.f_frsize / 1e6 for count in (room.f_bavail, room.f_blocks))
-    return f"{SHARED_MEMORY} has {free:,.1f} MB free of {whole:,.1f} MB"
+        return f"{SHARED_MEMORY} does not exist"
+    free, total = (count * status.f_frsize / 1e6 for count in (status.f_bavail, status.f_blocks))
+    return f"{SHARED_MEMORY} has {free:,.1f} MB free of {total:,.1f} MB"
 
 
 def advice() -> str:
-    """What to do where it is too small."""
+    """How to get by with too little shared memory, as text."""
     return (
-        f"make {SHARED_MEMORY} larger (docker run --shm-size=16g), or read audio in the main "
-        "process: pretrain_expert.datarc.num_workers: 0 (run_pretrain.py -o "
+        f"enlarge {SHARED_MEMORY} (docker run --shm-size=16g), or read audio in the main process "
+        "with pretrain_expert.datarc.num_workers: 0 (run_pretrain.py -o "
         '"config.pretrain_expert.datarc.num_workers=0")'
     )

@@ -1,8 +1,8 @@
-"""Manifests: a corpus as one tab-separated table, and everything that can be wrong with it.
+"""Read and check manifests: a corpus as a tab-separated table.
 
-UTF-8, a header line, no quoting. The columns may stand in any order and more are allowed. Paths
-are relative (to the manifest's folder, or to a root that the user names), because a manifest and
-its audio travel together.
+A manifest is UTF-8 text with a header line and no quoting. The columns may be in any order; further
+columns are allowed. Paths are relative to the manifest's folder or to a root given by the user, so
+that a manifest can be moved together with its audio.
 """
 
 from __future__ import annotations
@@ -28,64 +28,66 @@ class Entry:
 
 
 def read_manifest(path: str | Path, *, columns: Sequence[str] = ("path", "split")) -> list[Entry]:
-    """Every line of the manifest at ``path``.
+    """Read and check the manifest at ``path``.
 
     Args:
         path: the TSV file.
-        columns: the columns that must be there, ``path`` and ``split`` among them.
+        columns: required columns; must include ``path`` and ``split``.
 
     Raises:
-        DataError: no such file, not UTF-8, columns are missing, a line has another number of
-            cells than the header, a path is absolute, leads upwards, is no audio file or is there
-            twice, a split has another name, or there are no lines. The message names the line.
+        DataError: there is no such file, it is not UTF-8, it has no lines, a column is missing, or
+            a line is invalid: wrong number of cells, a path that is absolute, has ``..`` in it, is
+            not an audio file or is repeated, or an unknown split. The message has the line number.
     """
     path = Path(path)
     if not path.is_file():
-        raise DataError(f"{path} does not exist, or is not a file")
+        raise DataError(f"{path}: no such file")
     try:
-        # Not splitlines(): it also breaks at characters that a text may hold, such as U+2028.
+        # Not splitlines(): it also splits at characters such as U+2028, which a text may contain.
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text (byte {error.start})") from error
+        raise DataError(f"{path}: not UTF-8 (byte {error.start})") from error
     header = lines[0].rstrip("\r").split("\t")
     missing = [column for column in columns if column not in header]
     if missing:
         raise DataError(
-            f"{path}: line 1 lacks the column{'s' * (len(missing) > 1)} {', '.join(missing)} "
-            f"(a tab-separated header; it has: {', '.join(header) or 'nothing'})"
+            f"{path}: line 1: missing column{'s' * (len(missing) > 1)} {', '.join(missing)}; "
+            f"expected a tab-separated header, got: {', '.join(header) or 'an empty line'}"
         )
     entries: list[Entry] = []
     line_of_path: dict[str, int] = {}
     for number, line in enumerate(lines[1:], start=2):
         if not line.strip(" \r"):
             continue
-        where = f"{path}: line {number}"
+        location = f"{path}: line {number}"
         cells = line.rstrip("\r").split("\t")
         if len(cells) != len(header):
-            raise DataError(f"{where} has {len(cells)} cells, the header has {len(header)}")
-        entry = _entry(number, dict(zip(header, cells, strict=True)), where)
-        first = line_of_path.setdefault(entry.path, number)
-        if first != number:
-            raise DataError(f"{where} repeats the path {entry.path} of line {first}")
+            raise DataError(f"{location}: expected {len(header)} cells, got {len(cells)}")
+        entry = _entry(number, dict(zip(header, cells, strict=True)), location)
+        first_line = line_of_path.setdefault(entry.path, number)
+        if first_line != number:
+            raise DataError(f"{location}: the path {entry.path} is also in line {first_line}")
         entries.append(entry)
     if not entries:
-        raise DataError(f"{path} has a header and no lines below it")
+        raise DataError(f"{path}: no lines after the header")
     return entries
 
 
-def _entry(number: int, cells: dict[str, str], where: str) -> Entry:
+def _entry(number: int, cells: dict[str, str], location: str) -> Entry:
     path, split = cells["path"], cells["split"]
     if not path:
-        raise DataError(f"{where} has no path")
-    # Both kinds, so that a manifest is good or bad on every system alike.
+        raise DataError(f"{location}: the path is empty")
+    # POSIX and Windows paths, so that the result is the same on every system.
     if PurePosixPath(path).is_absolute() or PureWindowsPath(path).drive:
-        raise DataError(f"{where} has an absolute path ({path}); paths must be relative")
+        raise DataError(f"{location}: the path must be relative, got {path}")
     if ".." in PurePosixPath(path).parts:
-        raise DataError(f"{where} has a path with .. in it ({path}); name the root instead")
+        raise DataError(
+            f"{location}: the path must not contain .. (set the root folder), got {path}"
+        )
     if not is_audio(path):
-        raise DataError(f"{where}: {path} is not called .flac, .wav, .ogg or .opus")
+        raise DataError(f"{location}: the path must end in .flac, .wav, .ogg or .opus, got {path}")
     if split not in SPLITS:
-        raise DataError(f"{where} has the split {split!r}; known: {', '.join(SPLITS)}")
+        raise DataError(f"{location}: split must be one of {', '.join(SPLITS)}, got {split!r}")
     return Entry(number, str(PurePosixPath(path)), split, cells)
 
 
@@ -95,29 +97,29 @@ def measure(
     entries: Sequence[Entry],
     *,
     jobs: int = 8,
-    advance: Callable[[int], object] = lambda done: None,
+    advance: Callable[[int], object] = lambda count: None,
 ) -> list[int]:
-    """Lengths of the entries in samples, after checking that all are 16 kHz mono.
+    """Check that all entries are 16 kHz mono and return their lengths in samples.
 
     Args:
-        manifest: for messages.
+        manifest: the manifest's path, for error messages.
         root: folder that the paths of ``entries`` are relative to.
         jobs, advance: see :func:`read_headers`.
 
     Raises:
-        DataError: a file is missing, damaged, of another rate or has more channels.
+        DataError: a file is missing or damaged, or is not 16 kHz mono.
     """
     lengths = []
     headers = read_headers(root, [entry.path for entry in entries], jobs=jobs, advance=advance)
     for entry, header in zip(entries, headers, strict=True):
-        where = f"{manifest}: line {entry.line}"
+        location = f"{manifest}: line {entry.line}"
         if isinstance(header, DataError):
-            raise DataError(f"{where}: {header}") from header
+            raise DataError(f"{location}: {header}") from header
         if header.rate != SAMPLE_RATE or header.channels != 1:
             raise DataError(
-                f"{where}: {entry.path} is {header.rate} Hz with {header.channels} "
-                f"channel{'s' * (header.channels > 1)}; "
-                f"s3prl's recipes need {SAMPLE_RATE} Hz mono, convert it first"
+                f"{location}: {entry.path} must be {SAMPLE_RATE} Hz mono for s3prl's recipes, got "
+                f"{header.rate} Hz with {header.channels} channel{'s' * (header.channels > 1)}; "
+                "convert it first"
             )
         lengths.append(header.frames)
     return lengths

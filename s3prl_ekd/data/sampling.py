@@ -1,7 +1,7 @@
-"""Which utterances make a batch, and the order of the batches.
+"""Bucketing of utterances into batches, and samplers for the order of the batches.
 
-A batch is of neighbours in length, as many as a limit allows. The order is a function of seed and
-epoch, and a pass can begin at any position in it.
+A batch has utterances of similar length. The order of the batches is a function of seed and epoch,
+and a pass can start at any position in it.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ logger = logging.getLogger(__name__)
 
 
 def generator(seed: int, epoch: int, utterance: str, role: str) -> random.Random:
-    """Random numbers that are a function of these four.
+    """Make a random generator whose seed is a digest of the arguments.
 
-    Python's ``hash`` of a text changes from process to process; a digest does not.
+    Python's ``hash`` would not do: for a string it differs from process to process.
     """
-    # The one part that may hold a newline comes last, so no two quadruples give the same text.
+    # Only the utterance may contain a newline. It comes last, so the text is unique.
     text = f"{seed}\n{epoch}\n{role}\n{utterance}"
     digest = hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=8).digest()
     return random.Random(int.from_bytes(digest, "big"))
 
 
 class FixedOrder(Sampler[int]):
-    """Every index in the same order at each pass; of several processes each takes its share."""
+    """Sample indices in ascending order; each of several processes gets every n-th index."""
 
     def __init__(self, count: int):
         self.count = count
@@ -46,23 +46,22 @@ class FixedOrder(Sampler[int]):
 
 
 class EpochOrder(Sampler[tuple[int, int]]):
-    """Each pass gives every index once, as ``(epoch, index)``, in the order of its epoch.
+    """Sample every index once a pass, as ``(epoch, index)``, in a random order for each epoch.
 
-    The order depends on seed and epoch alone. The epoch is given with the index: a persistent
-    worker process keeps the dataset that it was started with, and would not see an attribute that
-    changes in the main process.
+    The order depends on seed and epoch only. The epoch is part of the sample because a persistent
+    worker process keeps its own copy of the dataset, in which the main process cannot set it.
 
-    Several processes deal out the passes, laid end to end, like cards: process ``r`` of ``n`` takes
-    each ``n``-th batch, from the ``r``-th on. So the sequence is the same for any number of them;
-    no batch is left over at the end of a pass, and none is given twice.
+    With several processes, the passes form one long sequence, from which process ``r`` of ``n``
+    takes every ``n``-th batch, starting with the ``r``-th. So the sequence is the same for any
+    number of processes, and no batch is dropped or repeated at the end of a pass.
 
     Args:
-        count: how many indices.
-        seed: of the orders.
+        count: number of indices.
+        seed: seed of the orders.
 
     Attributes:
         epoch: number of the next pass, from 0.
-        position: how many indices the next pass skips at its start.
+        position: number of indices that the next pass skips at its start.
     """
 
     def __init__(self, count: int, seed: int):
@@ -73,7 +72,7 @@ class EpochOrder(Sampler[tuple[int, int]]):
         self.position = 0
 
     def go_to(self, epoch: int, position: int, rank: int = 0, processes: int = 1) -> None:
-        """Continue after the first ``position`` batches of a pass, counted over all processes."""
+        """Set the start of the next pass; ``position`` counts the batches of all processes."""
         self.step = processes
         passes, self.position = divmod(position + rank, self.count)
         self.epoch = epoch + passes
@@ -82,79 +81,81 @@ class EpochOrder(Sampler[tuple[int, int]]):
         return self.count
 
     def order(self, epoch: int) -> list[int]:
-        """All indices in the order of an epoch."""
-        source = torch.Generator()
-        source.manual_seed(generator(self.seed, epoch, "", "order").getrandbits(63))
-        return torch.randperm(self.count, generator=source).tolist()
+        """Return all indices in the order of an epoch."""
+        torch_generator = torch.Generator()
+        torch_generator.manual_seed(generator(self.seed, epoch, "", "order").getrandbits(63))
+        return torch.randperm(self.count, generator=torch_generator).tolist()
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        # Not a generator function: that would count an epoch at its first index only.
+        # Not a generator function: it would update the epoch only when the first index is taken.
         epoch, position = self.epoch, self.position
-        taken = range(position, self.count, self.step)
-        after = position + len(taken) * self.step  # in passes laid end to end
-        passes, self.position = divmod(after, self.count)
+        count = len(range(position, self.count, self.step))  # indices of this pass
+        passes, self.position = divmod(position + count * self.step, self.count)
         self.epoch = epoch + passes
         return ((epoch, index) for index in self.order(epoch)[position :: self.step])
 
 
 def bucket(
-    rows: Sequence[Utterance], size: int, budget: int = 0, longest: int = 0
+    rows: Sequence[Utterance], max_utterances: int, max_samples: int = 0, max_length: int = 0
 ) -> list[list[Utterance]]:
-    """Cut rows, sorted by length, into batches of neighbours. The last one may be smaller: unlike
-    s3prl, a single leftover utterance is kept.
+    """Cut rows, sorted by length, into batches of similar length.
+
+    The last batch may be smaller. Unlike in s3prl, it is kept even if it is a single utterance.
 
     Args:
         rows: from long to short.
-        size: most utterances of a batch; with ``budget`` 0 its number, as in s3prl.
-        budget: most samples of a batch, padding counted; 0: any number. A GPU is then as full with
-            short utterances as with long ones. One that is longer by itself is a batch by itself.
-        longest: samples of an excerpt, which is what is used of longer utterances; 0: all.
+        max_utterances: largest number of utterances in a batch; the exact number, as in s3prl, if
+            ``max_samples`` is 0.
+        max_samples: largest number of samples in a batch, including padding; 0: no limit. It keeps
+            a GPU equally full with short and long utterances. A longer utterance is a batch alone.
+        max_length: length in samples of the excerpt of longer utterances; 0: no excerpts.
     """
-    if not budget:
-        return [list(rows[i : i + size]) for i in range(0, len(rows), size)]
+    if not max_samples:
+        return [list(rows[i : i + max_utterances]) for i in range(0, len(rows), max_utterances)]
     batches: list[list[Utterance]] = []
     for row in rows:
-        # The first one of a batch is its longest: it says how long all of them get.
-        fits = batches and (len(batches[-1]) + 1) * used(batches[-1][0], longest) <= budget
-        if fits and len(batches[-1]) < size:
+        # The first utterance of a batch is its longest; the others are padded to it.
+        fits = batches and (len(batches[-1]) + 1) * used(batches[-1][0], max_length) <= max_samples
+        if fits and len(batches[-1]) < max_utterances:
             batches[-1].append(row)
         else:
             batches.append([row])
     return batches
 
 
-def used(row: Utterance, longest: int) -> int:
-    """Samples of an utterance that are used."""
-    return min(row.length, longest) if longest else row.length
+def used(row: Utterance, max_length: int) -> int:
+    """Number of samples of an utterance's excerpt, or of the utterance if it is not longer."""
+    return min(row.length, max_length) if max_length else row.length
 
 
-def padding_share(batches: Sequence[Sequence[Utterance]], longest: int = 0) -> float:
-    """The share of a pass's samples that are padding, by the tables' lengths."""
-    speech = sum(used(row, longest) for batch in batches for row in batch)
-    padded = sum(len(batch) * max(used(row, longest) for row in batch) for batch in batches)
+def padding_share(batches: Sequence[Sequence[Utterance]], max_length: int = 0) -> float:
+    """Share of padding among the samples of a pass, according to the tables."""
+    speech = sum(used(row, max_length) for batch in batches for row in batch)
+    padded = sum(len(batch) * max(used(row, max_length) for row in batch) for batch in batches)
     return 1 - speech / padded
 
 
 def within(rows: Sequence[Utterance], max_timestep: int, min_samples: int) -> list[Utterance]:
-    """Drop what s3prl's ``max_timestep`` excludes and what is too short for one frame; the log
-    says how many of each.
+    """Drop utterances shorter than one frame or excluded by s3prl's ``max_timestep``.
+
+    The numbers of both are logged.
 
     Raises:
-        DataError: nothing is left.
+        DataError: no utterance is left.
     """
-    kept = [row for row in rows if row.length >= min_samples]
-    if len(kept) < len(rows):
-        count = len(rows) - len(kept)
+    long_enough = [row for row in rows if row.length >= min_samples]
+    if len(long_enough) < len(rows):
+        count = len(rows) - len(long_enough)
         logger.warning("data: left out %d utterances below %d samples", count, min_samples)
-    before = len(kept)
     if max_timestep > 0:
-        kept = [row for row in kept if row.length < max_timestep]
+        result = [row for row in long_enough if row.length < max_timestep]
     elif max_timestep < 0:
-        kept = [row for row in kept if row.length > -max_timestep]
-    if len(kept) < before:
-        logger.info(
-            "data: max_timestep %d left out %d utterances", max_timestep, before - len(kept)
-        )
-    if not kept:
-        raise DataError("no utterance is left in the corpus tables; check sets and max_timestep")
-    return kept
+        result = [row for row in long_enough if row.length > -max_timestep]
+    else:
+        result = long_enough
+    if len(result) < len(long_enough):
+        count = len(long_enough) - len(result)
+        logger.info("data: left out %d utterances by max_timestep %d", count, max_timestep)
+    if not result:
+        raise DataError("no utterance is left in the length tables; check sets and max_timestep")
+    return result

@@ -1,4 +1,4 @@
-"""Corpus tables: s3prl's ``len_for_bucket`` CSV files, read and checked."""
+"""Read and check length tables, s3prl's ``len_for_bucket`` CSV files."""
 
 from __future__ import annotations
 
@@ -11,32 +11,32 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
-from .audio_files import LONGEST
-from .bad_audio import ADVICE, Bad
+from .audio_files import MAX_SAMPLES
+from .bad_audio import BAD_AUDIO_ADVICE, Bad
 
 COLUMNS = ("file_path", "length")
-REMAKE = "make tables with: s3prl-ekd lengths AUDIO_FOLDER -o TABLE_FOLDER"
+TABLE_ADVICE = "write tables with: s3prl-ekd lengths AUDIO_FOLDER -o TABLE_FOLDER"
 
 
 @dataclass(frozen=True)
 class Utterance:
-    """One row: a path relative to the corpus root, and its length in samples at 16 kHz."""
+    """One row of a length table."""
 
-    path: str
-    length: int
+    path: str  # relative to the corpus root
+    length: int  # samples at 16 kHz
 
 
 def read_table(path: str | Path, bad: list[Bad] | None = None) -> list[Utterance]:
     """Read one table.
 
     Args:
-        path: of the CSV file.
-        bad: where it is given, rows of files whose header must be wrong (no samples, or more than a
-            day) are put here, and not returned, instead of raised.
+        path: the CSV file.
+        bad: list to which rows with an impossible length (no samples, or more than a day) are
+            added instead of being returned; if None, such a row is an error.
 
     Raises:
-        DataError: the file is missing, empty, no UTF-8, lacks a column, or has a row that is not
-            valid or comes twice; the message names the line.
+        DataError: the file is missing, empty or not UTF-8, a column is missing, or a row is invalid
+            or repeated. The message has the line number.
     """
     return [row for _, row in _read(Path(path), bad)]
 
@@ -44,133 +44,136 @@ def read_table(path: str | Path, bad: list[Bad] | None = None) -> list[Utterance
 def read_tables(
     folder: str | Path, sets: Sequence[str], bad: list[Bad] | None = None
 ) -> list[Utterance]:
-    """All rows of the tables ``folder/SET.csv``, the longest utterance first.
+    """Read the tables ``folder/SET.csv`` and sort all rows, the longest utterance first.
 
     Args:
-        folder: of the tables.
+        folder: folder of the tables.
         sets: names of the tables.
         bad: see :func:`read_table`.
 
     Raises:
-        DataError: see :func:`read_table`; or an utterance is in two of the tables.
+        DataError: as :func:`read_table`, or an utterance is in two of the tables.
     """
     rows: list[Utterance] = []
-    seen: dict[str, str] = {}
+    locations: dict[str, str] = {}
     for path in (Path(folder) / f"{name}.csv" for name in sets):
         for line, row in _read(path, bad):
-            here = f"the corpus table {path}, line {line}"
-            there = seen.setdefault(posixpath.normpath(row.path), here)
-            if there is not here:
+            location = f"{path}: line {line}"
+            previous = locations.setdefault(posixpath.normpath(row.path), location)
+            if previous is not location:
                 raise DataError(
-                    f"{here}: {_show(row.path)} comes twice, first in {there}; take a table or "
-                    "the row out"
+                    f"{location}: {_quote(row.path)} is also in {previous}; remove one of the "
+                    "rows or tables"
                 )
             rows.append(row)
     return sorted(rows, key=lambda row: (-row.length, row.path))
 
 
 def _read(path: Path, bad: list[Bad] | None) -> list[tuple[int, Utterance]]:
-    """The rows with their line numbers, which count from 1, the columns' names included."""
+    """Return the rows with their line numbers; the header is line 1."""
     if path.exists() and not path.is_file():  # reading a pipe may never end
-        raise DataError(f"cannot read the corpus table {path}: it is not a file; {REMAKE}")
+        raise DataError(f"cannot read the length table {path}: not a file; {TABLE_ADVICE}")
     try:
         data = path.read_bytes()
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise DataError(f"cannot read the corpus table {path}: {reason}; {REMAKE}") from None
+        raise DataError(f"cannot read the length table {path}: {reason}; {TABLE_ADVICE}") from None
     try:
-        text = data.decode("utf-8-sig")  # spreadsheet programs put a mark before the first column
+        text = data.decode("utf-8-sig")  # -sig: spreadsheet programs write a BOM
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
         raise DataError(
-            f"the corpus table {path} is not CSV text: line {line} is not UTF-8; {REMAKE}"
+            f"cannot read the length table {path}: line {line} is not UTF-8; {TABLE_ADVICE}"
         ) from None
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     try:
         return _rows(reader, path, bad)
     except csv.Error as error:
         raise DataError(
-            f"the corpus table {path} is not CSV text: line {reader.line_num}: {error}; {REMAKE}"
+            f"cannot read the length table {path}: line {reader.line_num} is not CSV ({error}); "
+            f"{TABLE_ADVICE}"
         ) from None
 
 
 def _rows(reader: Any, path: Path, bad: list[Bad] | None) -> list[tuple[int, Utterance]]:
-    names: list[str] = next(reader, [])
-    for name in COLUMNS:
-        if names.count(name) != 1:
-            number = "no" if name not in names else "more than one"
+    header: list[str] = next(reader, [])
+    for column in COLUMNS:
+        if header.count(column) != 1:
             raise DataError(
-                f"the corpus table {path}, line 1, has {number} column {name}; the first line must "
-                f"name {' and '.join(COLUMNS)}; {REMAKE}"
+                f"{path}: line 1 must be a header with the columns {' and '.join(COLUMNS)}, got "
+                f"{header.count(column)} columns {column}; {TABLE_ADVICE}"
             )
-    name_at, length_at = (names.index(name) for name in COLUMNS)
+    name_column, length_column = (header.index(column) for column in COLUMNS)
     rows: list[tuple[int, Utterance]] = []
     lines: dict[str, int] = {}
     left_out = 0
     for cells in reader:
         if not cells:  # an empty line
             continue
-        here = f"the corpus table {path}, line {reader.line_num}"
-        if len(cells) != len(names):
-            raise DataError(f"{here}, has {len(cells)} cells; the first line names {len(names)}")
-        name, length = cells[name_at], cells[length_at]
-        row = Utterance(name, _length(name, length, here))
-        _check_path(name, here)
-        wrong = _wrong_header(row.length)
-        if wrong and bad is None:
-            raise DataError(f"{here}: {_show(name)} with length {_show(length)} {wrong}; {ADVICE}")
-        first = lines.setdefault(posixpath.normpath(name), reader.line_num)
-        if first != reader.line_num:
-            raise DataError(f"{here}: {_show(name)} comes twice, first in line {first}; leave one")
-        if wrong and bad is not None:
-            bad.append(Bad(name, "length", f"its table's length {row.length} {wrong}"))
+        location = f"{path}: line {reader.line_num}"
+        if len(cells) != len(header):
+            raise DataError(f"{location}: expected {len(header)} cells, got {len(cells)}")
+        name, length = cells[name_column], cells[length_column]
+        row = Utterance(name, _parse_length(name, length, location))
+        _check_path(name, location)
+        problem = _impossible_length(row.length)
+        if problem and bad is None:
+            raise DataError(
+                f"{location}: {_quote(name)} with length {_quote(length)} {problem}; "
+                f"{BAD_AUDIO_ADVICE}"
+            )
+        first_line = lines.setdefault(posixpath.normpath(name), reader.line_num)
+        if first_line != reader.line_num:
+            raise DataError(
+                f"{location}: {_quote(name)} is also in line {first_line}; remove one of the rows"
+            )
+        if problem and bad is not None:
+            bad.append(Bad(name, "length", f"its table's length {row.length} {problem}"))
             left_out += 1
         else:
             rows.append((reader.line_num, row))
     if not rows:
-        why = ""
+        example = ""
         if bad and left_out:
-            why = f"that can be used: {_show(bad[-1].path)}: {bad[-1].reason}"
-        raise DataError(f"the corpus table {path} has no rows {why}".rstrip() + f"; {REMAKE}")
+            example = f" with a possible length ({_quote(bad[-1].path)}: {bad[-1].reason})"
+        raise DataError(f"{path}: the table has no rows{example}; {TABLE_ADVICE}")
     return rows
 
 
-def _length(name: str, text: str, here: str) -> int:
+def _parse_length(name: str, text: str, location: str) -> int:
     try:
         length = float(text)  # pandas may have written 16000.0
     except ValueError:
         length = -1.0
     if not name or not 0 <= length < float("inf") or length != int(length):
         raise DataError(
-            f"{here}: {_show(name)} with length {_show(text)} is not a path with a positive whole "
-            "number of samples"
+            f"{location}: expected a path and its length as a whole number of samples, got "
+            f"{_quote(name)} and {_quote(text)}"
         )
     return int(length)
 
 
-def _wrong_header(length: int) -> str:
-    """Why a file cannot be of this length, whatever its header said to who made the table."""
+def _impossible_length(length: int) -> str:
+    """Why no usable file has this length; empty if one may. The table was made from its header."""
     if length == 0:
         return "has no samples"
-    if length > LONGEST:
+    if length > MAX_SAMPLES:
         return "would be longer than a day; lengths are in samples at 16 kHz"
     return ""
 
 
-def _check_path(name: str, here: str) -> None:
+def _check_path(name: str, location: str) -> None:
     if "\0" in name:
-        raise DataError(f"{here}: the path {_show(name)} has a NUL character in it")
+        raise DataError(f"{location}: the path {_quote(name)} has a NUL character in it")
     if name.startswith("/"):
-        raise DataError(
-            f"{here}: the path {_show(name)} is absolute; it must be relative to libri_root"
-        )
+        raise DataError(f"{location}: the path must be relative to libri_root, got {_quote(name)}")
     if ".." in name.split("/"):
         raise DataError(
-            f"{here}: the path {_show(name)} leads upwards (..); it must stay below libri_root"
+            f"{location}: the path must be below libri_root, without .., got {_quote(name)}"
         )
 
 
-def _show(text: str) -> str:
-    """In quotes, and not longer than a message can be."""
-    shown = repr(text)
-    return shown if len(shown) <= 200 else f"{shown[:197]}..."
+def _quote(text: str) -> str:
+    """Quote a text for a message, shortened to 200 characters."""
+    quoted = repr(text)
+    return quoted if len(quoted) <= 200 else f"{quoted[:197]}..."

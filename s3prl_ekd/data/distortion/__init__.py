@@ -1,1 +1,1 @@
-"""Distortions of the waveforms: noise on them, and a room, another pitch or a gap in the band."""
+"""Waveform distortion: additive noise, reverberation, pitch shift and band rejection."""

@@ -1,4 +1,4 @@
-"""Noise on a waveform: cut to its length, and mixed at an exact signal-to-noise ratio."""
+"""Additive noise, mixed at an exact signal-to-noise ratio (SNR)."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from .sources import AudioPool, is_silent
 
 
 def mix(wave: Tensor, noise: Tensor, snr: float) -> Tensor:
-    """``wave + a · noise``, with a such that 10 · log10(P(wave) / P(a · noise)) is ``snr``.
+    """Add noise at ``snr`` dB: ``wave + a · noise`` with 10 · log10(P(wave) / P(a · noise)) = snr.
 
-    P is the mean square over the whole utterance, pauses included. A silent waveform is returned
-    as it is: it has no signal-to-noise ratio.
+    P is the mean square over the whole utterance, including pauses. A silent waveform is returned
+    unchanged, because its SNR is undefined.
 
     Args:
         wave: ``[sample]``.
@@ -24,7 +24,7 @@ def mix(wave: Tensor, noise: Tensor, snr: float) -> Tensor:
     """
     if is_silent(wave):
         return wave
-    # In double precision: the energies of a quiet minute of samples lie below float32's range.
+    # In double precision: float32 is too coarse for the energies of a quiet minute of samples.
     mixed = functional.add_noise(
         wave.double()[None], noise.double()[None], torch.tensor([snr], dtype=torch.float64)
     )
@@ -32,42 +32,52 @@ def mix(wave: Tensor, noise: Tensor, snr: float) -> Tensor:
 
 
 def fit(noise: Tensor, length: int, rng: random.Random) -> Tensor:
-    """``length`` samples of ``noise`` from a random start: a crop of a longer one, a loop of a
-    shorter one.
+    """Crop or loop ``noise`` to ``length`` samples, from a random start.
 
-    Where the crop would be silent (a recording that begins with zeros), it starts at the loudest
-    sample instead, or as late as it can.
+    If that crop is silent (e.g. in a recording that starts with zeros), it starts instead at the
+    sample that differs most from the silence, or as late as possible.
 
     Args:
-        noise: ``[sample]``, not silent as a whole.
-        length: samples.
+        noise: ``[sample]``; not silent as a whole.
+        length: number of samples.
         rng: draws the start.
     """
     if len(noise) < length:
         start = rng.randrange(len(noise))
         return noise[(start + torch.arange(length)) % len(noise)]
-    last = len(noise) - length
-    start = rng.randrange(last + 1)
+    last_start = len(noise) - length
+    start = rng.randrange(last_start + 1)
     if is_silent(noise[start : start + length]):
-        start = min(int((noise - noise[start]).abs().argmax()), last)
+        start = min(int((noise - noise[start]).abs().argmax()), last_start)
     return noise[start : start + length]
 
 
 def gaussian(length: int, rng: random.Random) -> Tensor:
-    """White Gaussian noise ``[length]``, float32, of variance 1."""
-    source = torch.Generator().manual_seed(rng.getrandbits(63))
-    return torch.randn(length, generator=source)
+    """Draw white Gaussian noise ``[length]``, float32, with variance 1."""
+    generator = torch.Generator().manual_seed(rng.getrandbits(63))
+    return torch.randn(length, generator=generator)
 
 
-def babble(pool: AudioPool, voices: int, length: int, rng: random.Random, own: str) -> Tensor:
-    """The sum ``[length]`` of ``voices`` utterances of ``pool`` other than ``own``, each of mean
-    square 1 over its crop. In a small corpus the same one may come twice, at another start.
+def babble(pool: AudioPool, voices: int, length: int, rng: random.Random, exclude: str) -> Tensor:
+    """Sum ``voices`` utterances of ``pool``, each scaled to mean square 1 over its crop.
+
+    In a small corpus an utterance may be drawn twice, with different starts.
+
+    Args:
+        pool: the utterances.
+        voices: number of utterances.
+        length: number of samples.
+        rng: draws the utterances and the crops.
+        exclude: path of the utterance that the babble is added to.
+
+    Returns:
+        ``[length]``.
 
     Raises:
-        DataError: an utterance cannot be read, or there is no other one.
+        DataError: an utterance cannot be read, or the pool has no other one.
     """
     total = torch.zeros(length)
     for _ in range(voices):
-        voice = fit(pool.draw(rng, other_than=own), length, rng)
+        voice = fit(pool.draw(rng, exclude=exclude), length, rng)
         total += voice / voice.double().square().mean().sqrt().float()
     return total

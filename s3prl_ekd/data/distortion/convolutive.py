@@ -1,6 +1,6 @@
-"""What a room, another pitch or a gap in the band does to a waveform.
+"""Reverberation, pitch shift and band rejection.
 
-Each function takes ``[sample]`` at 16 kHz, float32, and returns as many samples.
+Each distortion takes and returns a float32 waveform ``[sample]`` at 16 kHz of the same length.
 """
 
 from __future__ import annotations
@@ -21,74 +21,75 @@ _FRAME = 512  # samples of the phase vocoder's window, 32 ms; torchaudio's defau
 
 
 def convolve(wave: Tensor, impulse: Tensor) -> Tensor:
-    """The first ``len(wave)`` samples of the convolution of two ``[sample]``."""
-    # torchaudio transforms exactly as many samples as the result has. Where that number has a
-    # large prime factor this takes eight times as long; zeros after the impulse change nothing.
-    spare = -(len(wave) + len(impulse) - 1) % 4096
-    return functional.fftconvolve(wave, pad(impulse, (0, spare)))[: len(wave)]
+    """Convolve two ``[sample]`` and return the first ``len(wave)`` samples."""
+    # torchaudio's FFT has exactly the length of the result, which is eight times slower if that
+    # length has a large prime factor. Padding the impulse with zeros does not change the result.
+    padding = -(len(wave) + len(impulse) - 1) % 4096
+    return functional.fftconvolve(wave, pad(impulse, (0, padding)))[: len(wave)]
 
 
 def reverberate(wave: Tensor, impulse: Tensor, direct: int | None = None) -> Tensor:
-    """Convolve with an impulse response; the result is as loud (mean square) as ``wave``.
+    """Convolve with an impulse response and scale to the mean square of ``wave``.
 
-    The direct path is put at time 0, so the words stay where they were; what comes before it is
-    dropped, and so is the tail after the last sample. That the loudness stays is ours: the level
-    then does not give the room away.
+    The direct path is moved to time 0, so the speech is not delayed. Everything before it is
+    dropped, and so is the tail after the last sample. Keeping the mean square is ours: the level
+    then does not reveal the room.
 
     Args:
         wave: ``[sample]``.
-        impulse: ``[sample]``, not silent. A file of several channels arrives as their average,
-            which adds echoes that no room has: give mono files.
-        direct: where the direct path lies, in samples; by default at the largest sample.
+        impulse: ``[sample]``, not silent. The channels of a file are averaged, which adds echoes
+            that no room has: use mono files.
+        direct: sample of the direct path; by default the one with the largest absolute value.
     """
     if direct is None:
         direct = int(impulse.abs().argmax())
     wet = convolve(wave, impulse[direct:])
     if is_silent(wave) or is_silent(wet):
         return wave
-    return wet * (_loudness(wave) / _loudness(wet))
+    return wet * (_rms(wave) / _rms(wet))
 
 
 def simulate_impulse(rt60: float, drr: float, seed: int) -> Tensor:
-    """A simple room ``[sample]``: a direct path at 0, then Gaussian noise that decays
-    exponentially (ours).
+    """Simulate a room's impulse response ``[sample]``: a direct path at 0, then decaying noise.
 
-    There are no distinct early echoes; measured responses (``impulses``) have them.
+    The noise is Gaussian with exponential decay (ours). Unlike measured responses (``impulses``),
+    it has no distinct early echoes.
 
     Args:
-        rt60: seconds until the noise has fallen by 60 dB; the response ends there.
-        drr: energy of the direct path over that of the noise, in dB.
-        seed: of the noise.
+        rt60: reverberation time, seconds until the noise has fallen by 60 dB; the response ends
+            there.
+        drr: direct-to-reverberant energy ratio in dB.
+        seed: seed of the noise.
     """
     length = max(2, round(rt60 * SAMPLE_RATE))
-    source = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     time = torch.arange(1, length) / (rt60 * SAMPLE_RATE)  # in units of rt60
-    tail = torch.randn(length - 1, generator=source) * 10 ** (-3 * time)
+    tail = torch.randn(length - 1, generator=generator) * 10 ** (-3 * time)
     tail *= 10 ** (-drr / 20) / torch.linalg.vector_norm(tail)
     return torch.cat([torch.ones(1), tail])
 
 
-def nearest_shift(cents: float) -> int:
-    """The shift that :func:`shift_pitch` makes for ``cents``, in percent of the frequency."""
+def pitch_percent(cents: float) -> int:
+    """Frequency ratio for a pitch shift by ``cents``, rounded to a whole percent."""
     return round(100 * 2 ** (cents / 1200))
 
 
 def shift_pitch(wave: Tensor, cents: float) -> Tensor:
-    """Shift all frequencies by ``cents`` (1200 an octave) at the same speed; a phase vocoder.
+    """Shift the pitch by ``cents`` (1200 per octave) with a phase vocoder; the speed is unchanged.
 
-    The shift is rounded to a whole percent of the frequency, 17 cents: torchaudio resamples from
-    a whole number of Hz, and where that shares no large divisor with 16 000 its filter bank alone
-    takes longer than the audio lasts. On multiples of 160 Hz it has 100 filters.
+    The frequency ratio is rounded to a whole percent (17 cents), because torchaudio resamples from
+    a whole number of Hz. If that number has no large common divisor with 16 000, the filter bank
+    takes longer than the audio's duration. For multiples of 160 Hz it has 100 filters.
     """
-    percent = nearest_shift(cents)
+    percent = pitch_percent(cents)
     if percent == 100:
         return wave
-    # torchaudio cuts the rate to a whole number of Hz: aim half a Hz above, not at the edge.
+    # torchaudio truncates the rate to a whole number of Hz; half a Hz keeps rounding errors away.
     rate = percent * _GRID + 0.5
-    # The transform reflects half a window at both ends, so it needs more than that many samples.
-    whole = pad(wave, (0, max(0, _FRAME - len(wave))))
+    # The STFT reflects half a window at both ends, so the input must be longer than that.
+    padded = pad(wave, (0, max(0, _FRAME - len(wave))))
     shifted = functional.pitch_shift(
-        whole,
+        padded,
         SAMPLE_RATE,
         1200 * math.log2(rate / SAMPLE_RATE),
         bins_per_octave=1200,
@@ -98,38 +99,38 @@ def shift_pitch(wave: Tensor, cents: float) -> Tensor:
 
 
 def reject_band(wave: Tensor, centre: float, width: float) -> Tensor:
-    """Take out the band around ``centre`` Hz: nothing is left of ``centre`` itself, and the edges,
-    3 dB down, are ``width`` Hz apart (up to 4000).
+    """Reject a band: zero gain at ``centre`` Hz, -3 dB at edges ``width`` Hz (up to 4000) apart.
 
-    torchaudio's second-order filter. Without torchaudio's compiled part that filter is a Python
-    loop over samples, so it is run on an impulse and the response is convolved with the wave: the
-    same result to float32's precision, and the loop is as long as the filter rings.
+    The filter is torchaudio's second-order one. Without torchaudio's compiled extension it is a
+    Python loop over samples. So it is run on an impulse only, for as long as it rings, and the
+    response is convolved with the wave, which gives the same result to float32's precision.
     """
     impulse = torch.zeros(_ringing(centre, width), dtype=torch.float64)
     impulse[0] = 1
-    # The filter clamps to -1..1 by default; of this impulse's response nothing is beyond.
-    response = functional.bandreject_biquad(impulse, SAMPLE_RATE, centre, quality(centre, width))
+    # The filter clamps its output to -1..1, which this response never leaves.
+    q = biquad_quality(centre, width)
+    response = functional.bandreject_biquad(impulse, SAMPLE_RATE, centre, q)
     return convolve(wave, response.float())
 
 
-def quality(centre: float, width: float) -> float:
-    """The Q that gives the digital filter its width in Hz.
+def biquad_quality(centre: float, width: float) -> float:
+    """The Q for which the digital filter has ``width`` in Hz.
 
-    ``centre / width`` holds for the analogue filter behind it; the bilinear transform squeezes
-    high frequencies, so that at 6000 Hz only 0.3 of the width would be left.
+    ``centre / width`` is the Q of the analogue prototype. The bilinear transform compresses high
+    frequencies: at 6000 Hz only 0.3 of the width would be left.
     """
     alpha = math.tan(math.pi * width / SAMPLE_RATE)
     return math.sin(2 * math.pi * centre / SAMPLE_RATE) / (2 * alpha)
 
 
 def _ringing(centre: float, width: float) -> int:
-    """Samples until the filter's response has fallen by 120 dB, from its slowest pole."""
+    """Number of samples in which the filter's response falls by 120 dB, from its slowest pole."""
     alpha = math.tan(math.pi * width / SAMPLE_RATE)
     poles = np.roots([1 + alpha, -2 * math.cos(2 * math.pi * centre / SAMPLE_RATE), 1 - alpha])
     samples = math.ceil(math.log(1e-6) / math.log(np.abs(poles).max())) + 2
-    # A centre far below the width makes a slow pole; after a second there is nothing to hear.
+    # A centre far below the width gives a slow pole; after a second its response is inaudible.
     return min(samples, SAMPLE_RATE)
 
 
-def _loudness(wave: Tensor) -> float:
+def _rms(wave: Tensor) -> float:
     return math.sqrt(float(wave.double().square().mean()))

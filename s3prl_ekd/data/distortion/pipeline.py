@@ -1,7 +1,7 @@
-"""Distort a waveform: draw what is done to it, then do it.
+"""Draw distortions and apply them to waveforms.
 
-Every draw follows from (seed, epoch, utterance, role) alone: neither the number of workers, nor the
-order of the batches, nor other random numbers change it.
+Draws depend on (seed, epoch, utterance, role) only: not on the number of workers, the order of the
+batches or other random numbers.
 """
 
 from __future__ import annotations
@@ -25,13 +25,16 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Plan:
-    """The distortions of one waveform. A value that its kind does not use is drawn all the same,
-    so that turning a kind on or off does not change the other values.
+class DistortionPlan:
+    """The drawn distortions of one waveform.
 
-    ``additive``: ``clean``, ``noise:FOLDER_NUMBER``, ``gaussian`` or ``babble``, at ``snr`` dB.
-    ``convolutive``: ``clean``, ``reverb``, ``pitch`` or ``band_reject``, with ``rt60`` seconds,
-    ``drr`` dB, ``cents``, ``centre`` and ``width`` Hz. The two seeds choose files, crops and noise.
+    Values are drawn even if the drawn kinds do not use them, so that turning a kind on or off does
+    not change the other values.
+
+    - ``additive``: ``clean``, ``noise:FOLDER_NUMBER``, ``gaussian`` or ``babble``, at ``snr`` dB.
+    - ``convolutive``: ``clean``, ``reverb`` (``rt60`` seconds, ``drr`` dB), ``pitch`` (``cents``)
+      or ``band_reject`` (``centre`` and ``width`` in Hz).
+    - ``additive_seed``, ``convolutive_seed``: seeds for files, crops and noise.
     """
 
     additive: str
@@ -46,10 +49,10 @@ class Plan:
     convolutive_seed: int
 
 
-def draw(settings: DistortionSettings, rng: random.Random) -> Plan:
-    """Draw one additive kind, one of the second part, and a value for each of their settings."""
+def draw(settings: DistortionSettings, rng: random.Random) -> DistortionPlan:
+    """Draw one additive and one convolutive kind, and the values of all kinds."""
     octaves = settings.band_high / settings.band_low
-    return Plan(
+    return DistortionPlan(
         additive=_pick(rng, settings.additive_kinds),
         snr=rng.uniform(settings.snr_min, settings.snr_max),
         additive_seed=rng.getrandbits(63),
@@ -68,20 +71,20 @@ def _pick(rng: random.Random, kinds: dict[str, float]) -> str:
 
 
 class Distorter:
-    """Distort waveforms as ``settings`` say (arXiv 2210.07978; see there what is ours).
+    """Distort waveforms according to ``settings`` (arXiv 2210.07978; they note what is ours).
 
-    The second part comes first, then the noise: a voice in a room, and a noise at the microphone
-    (ours). The signal-to-noise ratio is that of the reverberated, shifted or filtered voice.
+    The convolutive distortion comes first, then the noise, like speech in a room with noise at the
+    microphone (ours). The SNR is relative to the reverberated, shifted or filtered speech.
 
     Args:
-        settings: what is drawn and for whom.
-        seed: another seed, other draws.
+        settings: kinds and ranges to draw from, and which inputs are distorted.
+        seed: seed of the draws.
         root: the folder that ``corpus`` is relative to; for babble.
         corpus: the paths of all utterances; for babble.
 
     Raises:
-        DataError: a folder of noise or impulse responses is missing or holds no audio, or babble
-            is asked of a corpus of fewer than two utterances.
+        DataError: a folder of noise or impulse responses is missing or has no audio, or babble is
+            on and the corpus has fewer than two utterances.
     """
 
     def __init__(
@@ -98,11 +101,11 @@ class Distorter:
         self.voices = None
         if settings.babble:
             if len(corpus) < 2:
-                raise DataError("distortion.babble: the corpus has no second utterance to mix in")
+                raise DataError("distortion.babble needs a corpus of two utterances or more")
             self.voices = AudioPool("distortion.babble", root, corpus)
         count = sum(map(len, self.impulses))
         logger.info(
-            "distortion %s: %s, %g to %g dB; then one of %s; %s",
+            "distortion %s: additive %s, SNR %g to %g dB; convolutive %s, %s",
             settings.setup,
             ", ".join(self._describe(kind) for kind in settings.additive_kinds),
             settings.snr_min,
@@ -121,26 +124,27 @@ class Distorter:
         return self.noise[int(kind.removeprefix("noise:"))]
 
     def generator(self, utterance: str, epoch: int, role: str) -> random.Random:
-        """The random numbers of one utterance in one epoch, for one purpose."""
+        """Make the random generator for an utterance, an epoch and a role."""
         return generator(self.seed, epoch, utterance, role)
 
-    def plan(self, utterance: str, epoch: int, role: str) -> Plan:
-        """What happens to an utterance in an epoch; ``role`` is student, teacher or both."""
+    def plan(self, utterance: str, epoch: int, role: str) -> DistortionPlan:
+        """Draw the distortions of an utterance; ``role`` is student, teacher or both."""
         return draw(self.settings, self.generator(utterance, epoch, role))
 
     def pair(self, wave: Tensor, utterance: str, epoch: int) -> tuple[Tensor, Tensor | None]:
-        """What the student hears, and what the teacher hears if it is something else.
+        """Make the inputs of student and teachers.
 
         Args:
-            wave: ``[sample]`` at 16 kHz, float32; not changed.
-            utterance: the path that stands for the utterance.
+            wave: ``[sample]`` at 16 kHz, float32; not modified.
+            utterance: path of the utterance.
             epoch: from 0.
 
         Returns:
-            Two waveforms ``[sample]`` as long as ``wave``; the second is None where both are one.
+            The student's and the teachers' input, each ``[sample]`` and as long as ``wave``; the
+            second is None if both are the same.
 
         Raises:
-            DataError: a file of noise, an impulse response or an utterance cannot be read.
+            DataError: a noise file, impulse response or babble utterance cannot be read.
         """
         setup = self.settings.setup
         if setup == "clean":
@@ -153,17 +157,17 @@ class Distorter:
         return student, self(wave, utterance, epoch, "teacher")
 
     def __call__(self, wave: Tensor, utterance: str, epoch: int, role: str) -> Tensor:
-        """The waveform ``[sample]`` as its plan has it; see :meth:`pair`."""
+        """Distort ``wave`` by the plan of an utterance and role; see :meth:`pair`."""
         return self.render(wave, self.plan(utterance, epoch, role), utterance)
 
-    def render(self, wave: Tensor, plan: Plan, utterance: str = "") -> Tensor:
-        """Carry out ``plan`` on ``wave`` ``[sample]``; ``utterance`` is kept out of the babble.
+    def render(self, wave: Tensor, plan: DistortionPlan, utterance: str = "") -> Tensor:
+        """Apply ``plan`` to ``wave`` ``[sample]``; babble does not use ``utterance`` itself.
 
-        A result beyond ±1 is scaled down as a whole until it fits (ours: neither the clipping of a
-        converter nor a change of the signal-to-noise ratio).
+        A result with a peak above 1 is scaled to a peak of 1 (ours), which, unlike clipping, does
+        not change the SNR.
 
         Raises:
-            DataError: a file that is needed cannot be read.
+            DataError: a noise file, impulse response or babble utterance cannot be read.
         """
         distorted = self._add(self._convolve(wave, plan), plan, utterance)
         if distorted is wave:
@@ -171,7 +175,7 @@ class Distorter:
         peak = float(distorted.abs().max())
         return distorted / peak if peak > 1 else distorted
 
-    def _convolve(self, wave: Tensor, plan: Plan) -> Tensor:
+    def _convolve(self, wave: Tensor, plan: DistortionPlan) -> Tensor:
         if plan.convolutive == "reverb":
             return self._reverberate(wave, plan)
         if plan.convolutive == "pitch":
@@ -180,16 +184,16 @@ class Distorter:
             return reject_band(wave, plan.centre, plan.width)
         return wave
 
-    def _reverberate(self, wave: Tensor, plan: Plan) -> Tensor:
+    def _reverberate(self, wave: Tensor, plan: DistortionPlan) -> Tensor:
         if not self.impulses:
             impulse = simulate_impulse(plan.rt60, plan.drr, plan.convolutive_seed)
             return reverberate(wave, impulse, direct=0)
         rng = random.Random(plan.convolutive_seed)
-        # By the number of files, so that each response is as likely, whatever its folder.
+        # Weighted by the number of files, so that every impulse response is equally likely.
         (pool,) = rng.choices(self.impulses, weights=[len(pool) for pool in self.impulses])
         return reverberate(wave, pool.draw(rng))
 
-    def _add(self, wave: Tensor, plan: Plan, utterance: str) -> Tensor:
+    def _add(self, wave: Tensor, plan: DistortionPlan, utterance: str) -> Tensor:
         if plan.additive == "clean":
             return wave
         rng = random.Random(plan.additive_seed)

@@ -1,4 +1,4 @@
-"""Audio files to draw from: noise, impulse responses, other utterances."""
+"""Pools of audio files to draw from: noise, impulse responses, utterances for babble."""
 
 from __future__ import annotations
 
@@ -16,29 +16,31 @@ from ..bad_audio import BadAudio
 
 logger = logging.getLogger(__name__)
 
-# Mean square below which a waveform counts as silent: -120 dB of full scale. The last bit of a
-# 16-bit file is some 30 dB louder; an SNR against less than this has no meaning.
+# Mean square below which a waveform counts as silent: -120 dB relative to full scale. The last bit
+# of a 16-bit file is about 30 dB louder. An SNR relative to silence is meaningless.
 SILENCE = 1e-12
 
 
 def is_silent(wave: Tensor) -> bool:
-    """Whether the mean square of ``[sample]`` about its mean is below :data:`SILENCE`: a constant
-    is no sound. Of a single sample, which may be an impulse response, the square itself."""
+    """Whether the variance of ``[sample]`` is at most :data:`SILENCE`, so a constant is silent.
+
+    For a single sample, which may be an impulse response, its square is used.
+    """
     wave = wave.double()
     return not float(wave.var(correction=0) if len(wave) > 1 else wave.square().mean()) > SILENCE
 
 
 class AudioPool:
-    """A list of audio files, found once and read when drawn.
+    """A list of audio files, which are read when drawn.
 
-    Silent files are passed over when they are met (to look for them first would mean to read all
-    of a noise corpus), with a warning that counts those met in this process.
+    A silent file is skipped when it is drawn, with a warning that counts those skipped in this
+    process. Finding silent files in advance would require reading the whole noise corpus.
 
     Attributes:
-        skip_bad: pass over files that cannot be used, too: for a corpus whose bad files are listed.
+        skip_bad: also skip unusable files; for a corpus, whose bad files are reported elsewhere.
 
     Args:
-        what: the setting that names the pool, for messages.
+        setting: the setting that defines the pool, for messages.
         root: the folder that ``names`` are relative to.
         names: paths of the files.
 
@@ -46,57 +48,59 @@ class AudioPool:
         DataError: ``names`` is empty.
     """
 
-    def __init__(self, what: str, root: str | Path, names: Sequence[str]):
+    def __init__(self, setting: str, root: str | Path, names: Sequence[str]):
         if not names:
-            raise DataError(f"{what}: there is no audio file in {root}")
-        self.what = what
+            raise DataError(f"{setting}: no audio files below {root}")
+        self.setting = setting
         self.root = Path(root)
         self.names = names
         self.skip_bad = False
-        self._silent: set[int] = set()
+        self._skipped: set[int] = set()
 
     @classmethod
-    def of_folder(cls, what: str, folder: str) -> AudioPool:
-        """Every audio file below ``folder``.
+    def of_folder(cls, setting: str, folder: str) -> AudioPool:
+        """Make a pool of all audio files below ``folder``.
 
         Raises:
-            DataError: it is not a folder, cannot be listed or holds no audio.
+            DataError: it is not a folder, cannot be listed or has no audio.
         """
         try:
             names = find_audio(folder)
         except DataError as error:
-            raise DataError(f"{what}: {error}") from None
-        return cls(what, folder, names)
+            raise DataError(f"{setting}: {error}") from None
+        return cls(setting, folder, names)
 
     def __len__(self) -> int:
         return len(self.names)
 
-    def draw(self, rng: random.Random, other_than: str | None = None) -> Tensor:
-        """The waveform ``[sample]`` of a file drawn uniformly, or of the next one that is neither
-        silent nor ``other_than``.
+    def draw(self, rng: random.Random, exclude: str | None = None) -> Tensor:
+        """Read a file drawn uniformly, or the next one that is neither silent nor ``exclude``.
+
+        Returns:
+            The waveform ``[sample]``.
 
         Raises:
-            DataError: the file cannot be read, or no other one is left.
+            DataError: the file cannot be read, or no file is left.
         """
-        first = rng.randrange(len(self.names))
-        for step in range(len(self.names)):
-            index = (first + step) % len(self.names)
-            if index in self._silent or self.names[index] == other_than:
+        start = rng.randrange(len(self.names))
+        for offset in range(len(self.names)):
+            index = (start + offset) % len(self.names)
+            if index in self._skipped or self.names[index] == exclude:
                 continue
             try:
                 wave = read_audio(self.root / self.names[index])
             except BadAudio:
                 if not self.skip_bad:
                     raise
-                self._silent.add(index)
+                self._skipped.add(index)
                 continue
             if not is_silent(wave):
                 return wave
-            self._silent.add(index)
+            self._skipped.add(index)
             logger.warning(
-                "%s: %s is silent and passed over (%d so far)",
-                self.what,
+                "%s: skipping %s, which is silent (%d skipped so far)",
+                self.setting,
                 self.root / self.names[index],
-                len(self._silent),
+                len(self._skipped),
             )
-        raise DataError(f"{self.what}: every audio file in {self.root} to draw from is silent")
+        raise DataError(f"{self.setting}: no audio file left below {self.root}: all are silent")
