@@ -376,14 +376,16 @@ def test_skipping_bad_files_equals_training_on_the_good_ones(run, monkeypatch, c
     reasons = [reason for message in warnings if (reason := reason_in(message))]
     assert len(reasons) == len(set(reasons)) == 12
     assert any(
-        "result/pretrain/all/bad_audio.tsv" in message and re.search(r"\b18\b.*\b30\b", message)
+        "result/pretrain/all/bad_audio.tsv" in message
+        and {"18", "30"} <= set(re.findall(r"\d+", message))
         for message in warnings
     )
 
 
 def reason_in(message):
     """The reason in a warning about one of the BAD files, else None."""
-    return next((reason for name, reason in BAD.items() if f" {name}: {reason}" in message), None)
+    matches = (reason for name, reason in BAD.items() if name in message and reason in message)
+    return next(matches, None)
 
 
 def test_a_resumed_run_is_the_same_and_counts_nothing_twice(run, monkeypatch, tmp_path):
@@ -463,7 +465,7 @@ def test_a_pass_of_bad_files_only(run):
     code, output = run("x", tables=tables)
     (error,) = [line for line in output.splitlines() if line.startswith("error:")]
     assert code == 2 and "Traceback" not in output
-    assert any(f"{name}, {BAD[name]}" in error for name in tables["train"])
+    assert any(name in error and BAD[name] in error for name in tables["train"])
     assert "libri_root" in error and "result/pretrain/x/bad_audio.tsv" in error
     assert len(listed("x")) == 3
 
@@ -509,7 +511,7 @@ def test_bad_dev_files_and_a_row_that_is_too_short(run, tmp_path):
     write_tables(tmp_path, {"dev": ["text.flac"]})
     code, output = run("y", **options)
     (error,) = [line for line in output.splitlines() if line.startswith("error:")]
-    assert code == 2 and "dev_sets" in error and f"text.flac, {BAD['text.flac']}" in error
+    assert code == 2 and "dev_sets" in error and "result/pretrain/y/bad_audio.tsv" in error
 
 
 def test_s3prls_own_runner_skips_too(run, monkeypatch, caplog):
@@ -522,7 +524,7 @@ def test_s3prls_own_runner_skips_too(run, monkeypatch, caplog):
     states = read_run(newest("result/pretrain/x"))
     assert states["Step"] == 9 and "EKD_Run" not in states
     assert all(value.isfinite().all() for value in states["EKD"]["student"].values())
-    assert f"missing.flac: {BAD['missing.flac']}" in caplog.text
+    assert any("missing.flac" in m and BAD["missing.flac"] in m for m in caplog.messages)
 
 
 # The list
