@@ -1,4 +1,4 @@
-"""Distortions: what each kind does to the sound, against an independent computation."""
+"""Each kind of distortion, compared with an independent computation."""
 
 import dataclasses
 import math
@@ -36,24 +36,26 @@ def tone(hertz: float, seconds: float = 1.0) -> torch.Tensor:
 
 
 def only(part: str, kind: str, **more) -> DistortionSettings:
-    """Settings that draw nothing but one kind of one part."""
-    off = {
+    """Settings with which only one kind of one part is drawn."""
+    weights = {
         "additive_weights": {"noise": 0, "gaussian": 0, "babble": 0, "clean": 0},
         "convolutive_weights": {"reverb": 0, "pitch": 0, "band_reject": 0, "clean": 0},
     }
-    other = next(name for name in off if not name.startswith(part))
-    off[f"{part}_weights"][kind] = 1
-    off[other]["clean"] = 1
-    return build(DistortionSettings, {"setup": "setup1", **off, **more}, "distortion")
+    other_part = next(name for name in weights if not name.startswith(part))
+    weights[f"{part}_weights"][kind] = 1
+    weights[other_part]["clean"] = 1
+    return build(DistortionSettings, {"setup": "setup1", **weights, **more}, "distortion")
 
 
 def make_folders(tmp_path):
-    """A noise folder (a long, a short and a silent file) and two impulse responses."""
+    """A folder of noise (a long, a short and a silent file) and one of two impulse responses."""
     noise, rooms = tmp_path / "noise", tmp_path / "rooms"
-    (noise / "below").mkdir(parents=True)
+    (noise / "subfolder").mkdir(parents=True)
     rooms.mkdir()
     soundfile.write(noise / "long.wav", make_sound(3.0, seed=21), RATE, subtype="FLOAT")
-    soundfile.write(noise / "below" / "short.wav", make_sound(0.3, seed=22), RATE, subtype="FLOAT")
+    soundfile.write(
+        noise / "subfolder" / "short.wav", make_sound(0.3, seed=22), RATE, subtype="FLOAT"
+    )
     soundfile.write(noise / "zero.wav", np.zeros(5000), RATE, subtype="PCM_16")
     for i in range(2):
         room = 0.1 * make_sound(0.2, seed=30 + i)
@@ -72,11 +74,11 @@ def folders(tmp_path):
 def test_the_snr_is_exact(snr, level):
     wave = level * torch.from_numpy(make_sound(1.0, seed=1))
     noise = torch.from_numpy(make_sound(1.0, seed=2))
-    # What float32 rounds off the sum is noise, too, at about -140 dB of the wave.
+    # float32 rounding of the sum is also noise, at about -140 dB relative to the wave.
     assert snr_of(wave, mix(wave, noise, snr)) == pytest.approx(snr, abs=1e-4)
 
 
-def test_a_silent_wave_stays_silent():
+def test_a_silent_waveform_stays_silent():
     assert mix(torch.zeros(500), torch.ones(500), 10.0).abs().max() == 0
 
 
@@ -89,9 +91,9 @@ def test_a_long_noise_is_cropped_and_a_short_one_looped():
         starts.add(crop[0])
         loop = fit(noise, 25, random.Random(seed)).tolist()
         assert loop == [(int(loop[0]) - 1 + i) % 10 + 1 for i in range(25)]
-    assert starts == set(range(1, 8))  # every place where 4 samples fit
-    late = torch.cat([torch.zeros(1000), torch.ones(3)])
-    assert all(fit(late, 5, random.Random(seed)).sum() > 0 for seed in range(20))
+    assert starts == set(range(1, 8))  # every start of 4 samples in 10
+    silent_start = torch.cat([torch.zeros(1000), torch.ones(3)])
+    assert all(fit(silent_start, 5, random.Random(seed)).sum() > 0 for seed in range(20))
 
 
 def test_gaussian_noise_is_white_and_normal():
@@ -103,8 +105,8 @@ def test_gaussian_noise_is_white_and_normal():
     assert np.array_equal(noise, gaussian(200_000, random.Random(1)).double().numpy())
 
 
-def test_babble_is_of_the_others(tmp_path):
-    """With one other utterance, babble of two voices is that one twice, each of power 1."""
+def test_babble_excludes_the_utterance_itself(tmp_path):
+    """With one other utterance, babble of two voices is twice that one, scaled to power 1."""
     for i, name in enumerate("ab"):
         soundfile.write(tmp_path / f"{name}.wav", make_sound(0.1, seed=i), RATE, subtype="FLOAT")
     pool = AudioPool("babble", tmp_path, ["a.wav", "b.wav"])
@@ -114,7 +116,7 @@ def test_babble_is_of_the_others(tmp_path):
         assert np.allclose(sound, 2 * other / math.sqrt(power(other)), atol=1e-5)
 
 
-def test_reverberation_is_numpys_convolution():
+def test_reverberation_equals_a_convolution_by_numpy():
     wave = torch.from_numpy(make_sound(0.5, seed=3))
     impulse = 0.05 * torch.from_numpy(make_sound(0.2, seed=4))
     impulse[40] = 1.0
@@ -125,7 +127,7 @@ def test_reverberation_is_numpys_convolution():
     assert power(wet) == pytest.approx(power(wave), rel=1e-4)
 
 
-def test_a_late_direct_path_does_not_delay():
+def test_a_late_direct_path_causes_no_delay():
     wave = torch.from_numpy(make_sound(0.3, seed=5))
     late = torch.zeros(900)
     late[700] = -0.5
@@ -133,8 +135,8 @@ def test_a_late_direct_path_does_not_delay():
 
 
 @pytest.mark.parametrize("rt60", [0.2, 0.8])
-def test_a_simulated_room_decays_as_asked(rt60):
-    """Schroeder's backward integral falls by 60 dB in rt60: its slope over the first half."""
+def test_a_simulated_room_has_the_given_rt60_and_drr(rt60):
+    """Schroeder's backward integral falls by 60 dB in rt60; the slope of its first half is used."""
     room = convolutive.simulate_impulse(rt60, drr=6.0, seed=7).double().numpy()
     assert len(room) == round(rt60 * RATE) and room[0] == 1
     assert 10 * math.log10(1 / (room[1:] ** 2).sum()) == pytest.approx(6.0, abs=1e-3)
@@ -145,51 +147,51 @@ def test_a_simulated_room_decays_as_asked(rt60):
 
 
 @pytest.mark.parametrize("cents", [-500, -213, -20, 0, 40, 300, 500])
-def test_a_tone_moves_by_the_cents(cents):
+def test_a_tone_is_shifted_by_the_given_cents(cents):
     shifted = convolutive.shift_pitch(tone(440, 2.0), cents).numpy()
     assert shifted.shape == (32000,)
     middle = shifted[4000:28000] * np.hanning(24000)
-    found = np.abs(np.fft.rfft(middle, 2**20)).argmax() * RATE / 2**20
+    hertz = np.abs(np.fft.rfft(middle, 2**20)).argmax() * RATE / 2**20
     percent = convolutive.pitch_percent(cents)
-    assert abs(1200 * math.log2(found / (4.4 * percent))) < 2  # the vocoder's own error
-    assert abs(1200 * math.log2(found / 440) - cents) < 9 + 3  # half a percent is 9 cents
+    assert abs(1200 * math.log2(hertz / (4.4 * percent))) < 2  # error of the phase vocoder
+    assert abs(1200 * math.log2(hertz / 440) - cents) < 9 + 3  # half a percent is 9 cents
 
 
 def test_every_pitch_shift_is_cheap(monkeypatch):
-    """No shift may ask torchaudio for more than 100 filters, else it takes seconds."""
-    seen = []
-    real = functional.pitch_shift
+    """With more than 100 filters, torchaudio's resampling takes seconds."""
+    rates = []
+    pitch_shift = functional.pitch_shift
 
-    def watched(wave, rate, steps, **more):
-        seen.append(int(rate / 2.0 ** (-float(steps) / more["bins_per_octave"])))
-        return real(wave, rate, steps, **more)
+    def recorded(wave, rate, steps, **more):
+        rates.append(int(rate / 2.0 ** (-float(steps) / more["bins_per_octave"])))
+        return pitch_shift(wave, rate, steps, **more)
 
-    monkeypatch.setattr(functional, "pitch_shift", watched)
+    monkeypatch.setattr(functional, "pitch_shift", recorded)
     for cents in range(-500, 501, 8):
         convolutive.shift_pitch(torch.randn(600), cents)
-    assert len(seen) > 100 and all(rate % 160 == 0 for rate in seen)
+    assert len(rates) > 100 and all(rate % 160 == 0 for rate in rates)
 
 
 @pytest.mark.parametrize(("centre", "width"), [(250, 100), (1000, 500), (3000, 1000), (6000, 100)])
 def test_the_band_is_rejected(centre, width):
     noise = gaussian(4 * RATE, random.Random(2))
     out = convolutive.reject_band(noise, centre, width).numpy()
-    before, after = (np.abs(np.fft.rfft(x)) ** 2 for x in (noise.numpy(), out))
+    power_in, power_out = (np.abs(np.fft.rfft(x)) ** 2 for x in (noise.numpy(), out))
     hertz = np.fft.rfftfreq(4 * RATE, 1 / RATE)
 
     def decibels(low, high):
         inside = (hertz >= low) & (hertz < high)
-        return 10 * math.log10(after[inside].sum() / before[inside].sum())
+        return 10 * math.log10(power_out[inside].sum() / power_in[inside].sum())
 
     assert decibels(centre - width / 20, centre + width / 20) < -15
     assert decibels(centre - width / 3, centre + width / 3) < -6
-    for far in (centre / 4, centre + 3 * width):
-        if far + 50 < 8000:
-            assert -1.5 < decibels(far - 50, far + 50) < 0.2
+    for hertz_outside in (centre / 4, centre + 3 * width):
+        if hertz_outside + 50 < 8000:
+            assert -1.5 < decibels(hertz_outside - 50, hertz_outside + 50) < 0.2
 
 
 @pytest.mark.parametrize(("centre", "width"), [(300, 100), (1500, 1000), (6000, 400)])
-def test_the_band_is_as_wide_as_asked(centre, width):
+def test_the_band_has_the_given_width(centre, width):
     impulse = torch.zeros(RATE)
     impulse[0] = 1
     gain = np.abs(np.fft.rfft(convolutive.reject_band(impulse, centre, width).numpy()))
@@ -198,8 +200,8 @@ def test_the_band_is_as_wide_as_asked(centre, width):
 
 
 @pytest.mark.parametrize(("centre", "width"), [(200, 100), (200, 1000), (2500, 300), (6000, 100)])
-def test_the_band_filter_is_torchaudios(centre, width):
-    """Impulse response and convolution against the filter run over the wave itself."""
+def test_the_band_filter_equals_that_of_torchaudio(centre, width):
+    """Convolution with the impulse response, compared with the filter run on the waveform."""
     wave = gaussian(2500, random.Random(3)) * 0.1
     quality = convolutive.biquad_quality(centre, width)
     slow = functional.bandreject_biquad(wave.double(), RATE, centre, quality).float()
@@ -218,10 +220,10 @@ def test_the_band_filter_is_torchaudios(centre, width):
         ("convolutive", "band_reject"),
     ],
 )
-def test_each_kind_keeps_length_type_and_range(corpus, folders, part, kind, length):
+def test_each_kind_keeps_length_dtype_and_range(corpus, folders, part, kind, length):
     wave = torch.from_numpy(make_sound(1.5, seed=9)[:length].copy())
-    wave *= 0.99 / wave.abs().max()  # loud, so that the sums leave the range
-    kept = wave.clone()
+    wave *= 0.99 / wave.abs().max()  # loud, so that the sums exceed the range
+    original = wave.clone()
     files = sorted(path.name for path in (corpus / "audio").iterdir())
     for more in (folders, {"noise": folders["noise"]}):
         settings = only(part, kind, babble=True, **more)
@@ -231,7 +233,7 @@ def test_each_kind_keeps_length_type_and_range(corpus, folders, part, kind, leng
             assert out.shape == wave.shape and out.dtype == torch.float32
             assert out.isfinite().all() and out.abs().max() <= 1.000001
             assert not torch.equal(out, wave)
-    assert torch.equal(wave, kept)
+    assert torch.equal(wave, original)
     silent = distorter(torch.zeros(length), "u1.flac", 0, "student")
     assert silent.abs().max() == 0
 
@@ -246,7 +248,7 @@ def test_the_pipeline_mixes_at_the_drawn_snr(folders):
             assert snr_of(wave, distorter.render(wave, plan)) == pytest.approx(plan.snr, abs=1e-3)
 
 
-def test_the_noise_goes_on_the_reverberated_voice():
+def test_noise_is_added_after_reverberation():
     wave = 0.1 * torch.from_numpy(make_sound(1.0, seed=11))
     distorter = Distorter(DistortionSettings(setup="setup1"), seed=4)
     plan = dataclasses.replace(
@@ -256,7 +258,7 @@ def test_the_noise_goes_on_the_reverberated_voice():
     assert snr_of(room, distorter.render(wave, plan)) == pytest.approx(plan.snr, abs=1e-3)
 
 
-def test_too_loud_a_sum_is_scaled_as_a_whole():
+def test_a_sum_beyond_full_scale_is_scaled():
     wave = tone(200)
     wave *= 1 / wave.abs().max()
     distorter = Distorter(only("additive", "gaussian"), seed=1)

@@ -10,58 +10,59 @@ import pytest
 RUN = (sys.executable, "-m", "s3prl_ekd")
 
 
-def run(*words, cwd, env=None, limit=None, redirect=""):
-    """A command through a shell that redirects its streams; files may grow to ``limit`` bytes."""
+def run(*argv, cwd, env=None, limit=None, redirect=""):
+    """Run a command in a shell that redirects its streams; ``limit``: largest file in bytes."""
 
-    def limited():
+    def limit_file_size():
         if limit is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
     return subprocess.run(
-        ["sh", "-c", f'exec "$@" {redirect}', "sh", *RUN, *words],
+        ["sh", "-c", f'exec "$@" {redirect}', "sh", *RUN, *argv],
         cwd=cwd,
         env={**os.environ, **(env or {})},
         capture_output=True,
         text=True,
-        preexec_fn=limited,
+        preexec_fn=limit_file_size,
     )
 
 
-def only_sentence(done) -> str:
-    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
-    (line,) = done.stderr.strip().splitlines()
+def error_line(result) -> str:
+    """The only line on standard error of a command that failed with exit code 2."""
+    assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
+    (line,) = result.stderr.strip().splitlines()
     assert line.startswith("error: ")
     return line
 
 
-def test_a_full_disk_leaves_nothing_half_written(tmp_path):
-    """The limit on the size of files stands for it: both are refusals of the system to write."""
-    done = run("init", "work", cwd=tmp_path, limit=1000)
-    assert "work" in only_sentence(done)
+def test_a_full_disk_leaves_no_partial_file(tmp_path):
+    """A limit on the file size simulates it: in both cases a write fails."""
+    result = run("init", "work", cwd=tmp_path, limit=1000)
+    assert "work" in error_line(result)
     files = [path for path in (tmp_path / "work").rglob("*") if path.is_file()]
     assert all(0 < path.stat().st_size <= 1000 and ".tmp" not in path.name for path in files)
     (tmp_path / "work/pretrain/ekd").mkdir(parents=True, exist_ok=True)
     empty = tmp_path / "work/pretrain/ekd/config_model.yaml"
-    empty.write_bytes(b"")  # as version 0.1 left it
-    done = run("init", "work", cwd=tmp_path)
-    assert done.returncode == 0 and empty.stat().st_size
+    empty.write_bytes(b"")  # as version 0.1 may have left it
+    result = run("init", "work", cwd=tmp_path)
+    assert result.returncode == 0 and empty.stat().st_size
     again = run("init", "work", cwd=tmp_path)
     assert again.returncode == 0 and "created" not in again.stdout
 
 
-@pytest.mark.parametrize("words", [("init", "work"), ("init", "--list"), ("--help",)])
-def test_a_full_output_is_a_sentence(tmp_path, words):
-    done = run(*words, cwd=tmp_path, redirect=">/dev/full")
-    if words == ("--help",) and done.returncode == 0:
-        return  # argparse of some Pythons passes over it
-    assert "standard output" in only_sentence(done)
+@pytest.mark.parametrize("argv", [("init", "work"), ("init", "--list"), ("--help",)])
+def test_a_full_standard_output_is_an_error(tmp_path, argv):
+    result = run(*argv, cwd=tmp_path, redirect=">/dev/full")
+    if argv == ("--help",) and result.returncode == 0:
+        return  # argparse of some Python versions ignores the error
+    assert "standard output" in error_line(result)
 
 
 @pytest.mark.parametrize("streams", [">&-", "2>&-", "<&- >&- 2>&-"])
-def test_closed_streams_are_borne(tmp_path, streams):
-    done = run("init", "work", cwd=tmp_path, redirect=streams)
-    assert done.returncode == 0 and "Traceback" not in done.stderr
-    # and nothing that was meant for the terminal is in a file
+def test_closed_streams(tmp_path, streams):
+    result = run("init", "work", cwd=tmp_path, redirect=streams)
+    assert result.returncode == 0 and "Traceback" not in result.stderr
+    # no output for the terminal is written into a file
     assert "created" not in (tmp_path / "work/pretrain/ekd/config_model.yaml").read_text()
     bad = run("init", "work", "-x", "none", cwd=tmp_path, redirect=streams)
     assert bad.returncode == 2
@@ -70,11 +71,11 @@ def test_closed_streams_are_borne(tmp_path, streams):
 def test_an_ascii_locale(tmp_path):
     ascii_only = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
     folder = tmp_path / "grüße"
-    done = run("init", os.fspath(folder), cwd=tmp_path, env=ascii_only)
-    assert done.returncode == 0 and "gr" in done.stdout, done.stderr
+    result = run("init", os.fspath(folder), cwd=tmp_path, env=ascii_only)
+    assert result.returncode == 0 and "gr" in result.stdout, result.stderr
     assert (folder / "pretrain/ekd/config_model.yaml").is_file()
-    done = run("init", os.fspath(folder), "-x", "größe", cwd=tmp_path, env=ascii_only)
-    only_sentence(done)
+    result = run("init", os.fspath(folder), "-x", "größe", cwd=tmp_path, env=ascii_only)
+    error_line(result)
 
 
 def test_a_closed_pipe(tmp_path):

@@ -45,7 +45,7 @@ _SUPPORTED = ("WAV", "WAVEX", "RF64", "W64", "AIFF", "CAF", "AU", "NIST")  # sou
 _MAX_CHUNKS = 1000  # about a dozen types exist
 _PIPE_TOLERANCE = 2**16  # bytes
 _MAX_PAGE = 27 + 255 + 255 * 255  # bytes of the largest Ogg page
-_FRAMES_PER_SECOND = 40  # 25 ms, the receptive field of one frame of an upstream
+_TOLERATED = 40  # 1 / 40 s (25 ms, one frame of an upstream) may be missing at the end
 
 
 class UnusableContainer(Exception):
@@ -102,7 +102,7 @@ def check_complete(path: str | Path, file: soundfile.SoundFile) -> str:
         return ""
     shortfall = data_size - available
     is_alac = file.subtype.startswith("ALAC")  # its packet table is at the end of the file
-    if is_alac or shortfall * file.frames * _FRAMES_PER_SECOND > available * file.samplerate:
+    if is_alac or shortfall * file.frames * _TOLERATED > available * file.samplerate:
         raise UnusableContainer("cut off", f"it is cut off: its last {shortfall} bytes are missing")
     return f"the data size in its header is {shortfall} bytes too large"
 
