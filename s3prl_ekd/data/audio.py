@@ -89,14 +89,14 @@ class Recording:
             channels = f"{file.channels} channels"
             warn_once(channels, f"{self.path} has {channels}: averaging them")
         if file.samplerate == SAMPLE_RATE:
-            return self._in_range(torch.cat(list(self._blocks(start, stop))))
+            return self._check_samples(torch.cat(list(self._blocks(start, stop))))
         rate = f"{file.samplerate} Hz"
         warn_once(rate, f"{self.path} has {rate}: resampling to {SAMPLE_RATE} Hz")
         # Starting and ending at a multiple of the rates' common period keeps the filter's phase the
         # same as over the whole file.
         first_period = max(0, start // self._new_period - _MARGIN)
         end = min(file.frames, (-(-stop // self._new_period) + _MARGIN) * self._period)
-        wave = self._in_range(torch.cat(list(self._blocks(first_period * self._period, end))))
+        wave = self._check_samples(torch.cat(list(self._blocks(first_period * self._period, end))))
         offset = start - first_period * self._new_period
         return _resample(wave, file.samplerate)[offset : offset + stop - start]
 
@@ -144,7 +144,7 @@ class Recording:
             raise self._bad("cut off", f"it is cut off: {self._file.frames} samples are announced")
         return block
 
-    def _in_range(self, wave: Tensor) -> Tensor:
+    def _check_samples(self, wave: Tensor) -> Tensor:
         """Check a part of the file, at its own rate, and return it.
 
         Whether it is constant is also determined here: resampling would leave a ripple.

@@ -18,7 +18,7 @@ from ..errors import DataError, SetupError
 from .audio import SAMPLE_RATE, Recording, warn_once
 from .bad_audio import BAD_AUDIO_ADVICE, Bad, BadAudio, too_short_error
 from .distortion.settings import DistortionSettings
-from .loader import BatchLoader, share
+from .loader import BatchLoader, move_to_shared_memory
 from .sampling import EpochOrder, FixedOrder, bucket, generator, padding_share, within
 from .settings import DataSettings
 from .tables import Utterance, read_tables
@@ -197,7 +197,9 @@ def only_item(items: list[Batch]) -> Batch:
         return batch
     tensors = [batch.waves, batch.lengths, batch.teacher_waves, *(batch.targets or ())]
     try:
-        share(tensor for tensor in tensors if isinstance(tensor, Tensor) and tensor.numel())
+        move_to_shared_memory(
+            tensor for tensor in tensors if isinstance(tensor, Tensor) and tensor.numel()
+        )
     except SetupError as error:
         return Batch(torch.zeros(0), torch.zeros(0), batch.names, str(error))
     return batch
@@ -232,7 +234,7 @@ def train_loader(
     epoch only. The next pass starts at ``loader.sampler.epoch`` and ``loader.sampler.position``.
 
     Args:
-        data: the run's data settings, except for ``sets``.
+        data: the run's data settings; its ``sets`` is not used.
         sets: names of the tables in ``data.file_path``.
         min_samples: samples of one frame; shorter utterances are left out.
         distortion: distortion of the waveforms; None for none.

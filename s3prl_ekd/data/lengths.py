@@ -123,8 +123,8 @@ def write_length_tables(
     headers = dict(
         zip(paths, read_headers(root, paths, jobs=jobs, advance=progress(len(paths))), strict=True)
     )
-    skipped = []
-    samples = {}
+    skipped: list[tuple[str, str]] = []
+    samples: dict[str, int] = {}
     for path, header in headers.items():
         if isinstance(header, DataError):
             skipped.append((path, str(header)))

@@ -88,7 +88,8 @@ class BatchLoader(DataLoader):
         end = time.monotonic() + limit
         for thread in threads:
             thread.join(max(0.0, end - time.monotonic()))
-        _kill((p for p in multiprocessing.active_children() if p in self._started), threads)
+        children = multiprocessing.active_children()
+        _kill([child for child in children if child in self._started], threads)
         self._iterator = None  # torch keeps it for persistent workers
         self._iterators.clear()
 
@@ -141,7 +142,7 @@ def _kill_remaining_workers() -> None:
     _kill(child for child in multiprocessing.active_children() if child in _workers)
 
 
-def share(tensors: Iterable[Tensor]) -> None:
+def move_to_shared_memory(tensors: Iterable[Tensor]) -> None:
     """Move the tensors of a batch to shared memory, in a worker process.
 
     Sending the batch would do this, but without room the worker would only print an error and the

@@ -41,7 +41,7 @@ def read_manifest(path: str | Path, *, columns: Sequence[str] = ("path", "split"
     """
     path = Path(path)
     if not path.is_file():
-        raise DataError(f"{path}: no such file")
+        raise DataError(f"cannot read {path}: no such file, or not a file")
     try:
         # Not splitlines(): it also splits at characters such as U+2028, which a text may contain.
         lines = path.read_text(encoding="utf-8-sig").split("\n")

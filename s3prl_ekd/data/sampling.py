@@ -48,8 +48,9 @@ class FixedOrder(Sampler[int]):
 class EpochOrder(Sampler[tuple[int, int]]):
     """Sample every index once a pass, as ``(epoch, index)``, in a random order for each epoch.
 
-    The order depends on seed and epoch only. The epoch is part of the sample because a persistent
-    worker process keeps its own copy of the dataset, in which the main process cannot set it.
+    The order depends on seed and epoch only. The epoch is yielded with the index because a
+    persistent worker process has its own copy of the dataset, which an attribute set in the main
+    process would not reach.
 
     With several processes, the passes form one long sequence, from which process ``r`` of ``n``
     takes every ``n``-th batch, starting with the ``r``-th. So the sequence is the same for any
@@ -72,7 +73,7 @@ class EpochOrder(Sampler[tuple[int, int]]):
         self.position = 0
 
     def go_to(self, epoch: int, position: int, rank: int = 0, processes: int = 1) -> None:
-        """Set the start of the next pass; ``position`` counts the batches of all processes."""
+        """Resume an epoch after its first ``position`` batches, counted over all processes."""
         self.step = processes
         passes, self.position = divmod(position + rank, self.count)
         self.epoch = epoch + passes
@@ -107,7 +108,7 @@ def bucket(
         max_utterances: largest number of utterances in a batch; the exact number, as in s3prl, if
             ``max_samples`` is 0.
         max_samples: largest number of samples in a batch, including padding; 0: no limit. It keeps
-            a GPU equally full with short and long utterances. A longer utterance is a batch alone.
+            a GPU equally full with short and long utterances. A single utterance may exceed it.
         max_length: length in samples of the excerpt of longer utterances; 0: no excerpts.
     """
     if not max_samples:

@@ -133,10 +133,10 @@ def _rows(reader: Any, path: Path, bad: list[Bad] | None) -> list[tuple[int, Utt
         else:
             rows.append((reader.line_num, row))
     if not rows:
-        example = ""
+        problem = "no rows"
         if bad and left_out:
-            example = f" with a possible length ({_quote(bad[-1].path)}: {bad[-1].reason})"
-        raise DataError(f"{path}: the table has no rows{example}; {TABLE_ADVICE}")
+            problem = f"no usable rows (e.g. {_quote(bad[-1].path)}: {bad[-1].reason})"
+        raise DataError(f"{path}: the table has {problem}; {TABLE_ADVICE}")
     return rows
 
 
@@ -154,7 +154,10 @@ def _parse_length(name: str, text: str, location: str) -> int:
 
 
 def _impossible_length(length: int) -> str:
-    """Why no usable file has this length; empty if one may. The table was made from its header."""
+    """Return why a usable file cannot have this length, or an empty string.
+
+    Tables are made from headers, which may be wrong.
+    """
     if length == 0:
         return "has no samples"
     if length > MAX_SAMPLES:

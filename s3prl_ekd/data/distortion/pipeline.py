@@ -71,7 +71,7 @@ def _pick(rng: random.Random, kinds: dict[str, float]) -> str:
 
 
 class Distorter:
-    """Distort waveforms according to ``settings`` (arXiv 2210.07978; they note what is ours).
+    """Distort waveforms (arXiv 2210.07978; :class:`.DistortionSettings` notes what is ours).
 
     The convolutive distortion comes first, then the noise, like speech in a room with noise at the
     microphone (ours). The SNR is relative to the reverberated, shifted or filtered speech.
