@@ -39,9 +39,9 @@ from .conftest import STUDENT
 def error_of():
     """A function that calls a reader and returns its error message about the version."""
 
-    def call(read, *arguments, version=99, **named):
+    def call(read, *arguments, version=99, **options):
         with pytest.raises(EkdError) as error:
-            read(*arguments, **named)
+            read(*arguments, **options)
         message = str(error.value)
         assert "\n" not in message
         for number in (version, 1):  # the file's version and the supported one

@@ -79,11 +79,11 @@ def test_an_ascii_locale(tmp_path):
 
 
 def test_a_closed_pipe(tmp_path):
-    shown = subprocess.run(
+    result = subprocess.run(
         f"{sys.executable} -m s3prl_ekd init --list | head -n 1",
         shell=True,
         capture_output=True,
         text=True,
         cwd=tmp_path,
     )
-    assert not shown.stderr and len(shown.stdout.splitlines()) == 1
+    assert not result.stderr and len(result.stdout.splitlines()) == 1

@@ -78,7 +78,8 @@ def find_audio(folder: str | Path) -> list[str]:
     """List every audio file below ``folder``: sorted relative paths, with ``/`` as separator.
 
     Links to files and folders are followed, unless a link leads back to a folder that contains it.
-    Names that :func:`is_passed_over` matches are ignored; their number is logged once a folder.
+    Names for which :func:`is_passed_over` is true are ignored. Their number is logged, once for
+    each folder.
 
     Raises:
         DataError: ``folder`` is not a folder, or a folder below it cannot be listed.

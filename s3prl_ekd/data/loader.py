@@ -157,7 +157,7 @@ def move_to_shared_memory(tensors: Iterable[Tensor]) -> None:
     except (RuntimeError, OSError) as error:
         reason = (str(error).strip().splitlines() or ["no reason given"])[0]
         raise SetupError(
-            f"cannot move a batch to shared memory: {shared_memory()}; {advice()} ({reason})"
+            f"cannot move a batch to shared memory ({reason}): {shared_memory()}; {advice()}"
         ) from None
 
 
