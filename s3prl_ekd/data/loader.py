@@ -156,9 +156,8 @@ def move_to_shared_memory(tensors: Iterable[Tensor]) -> None:
             tensor.share_memory_()
     except (RuntimeError, OSError) as error:
         reason = (str(error).strip().splitlines() or ["no reason given"])[0]
-        raise SetupError(
-            f"cannot move a batch to shared memory ({reason}): {shared_memory()}; {advice()}"
-        ) from None
+        problem = f"cannot move a batch to shared memory ({reason})"
+        raise SetupError(f"{problem}: {shared_memory()}; {advice()}") from None
 
 
 def shared_memory() -> str:
