@@ -1,1 +1,1 @@
-"""Looking at teachers before distilling them: sampled frames, statistics, plots."""
+"""Analysis of teachers before distillation: sampled frames, layer similarity, plots."""

@@ -1,4 +1,4 @@
-"""Which utterances a command samples: its options, and a random choice. Loads no torch."""
+"""Random choice of utterances, and its command-line options. Does not import torch."""
 
 from __future__ import annotations
 
@@ -22,47 +22,56 @@ def add_sample_options(parser: argparse.ArgumentParser, utterances: int = 32) ->
         metavar="TABLE_OR_DIR",
         type=Path,
         required=True,
-        help="a length table (.csv), or a folder with audio below it",
+        help="a length table (.csv), or a folder of audio",
     )
     parser.add_argument(
-        "--audio-root", metavar="ROOT", type=Path, help="folder that the table's paths start from"
+        "--audio-root",
+        metavar="ROOT",
+        type=Path,
+        help="the folder of the table's paths",
     )
     parser.add_argument(
         "--utterances",
         metavar="N",
         type=int,
         default=utterances,
-        help="how many to listen to, chosen at random (default: %(default)s)",
+        help="number of utterances, chosen at random (default: %(default)s)",
     )
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="(default: 0)")
-    parser.add_argument("--device", help="default: cuda where there is one")
+    parser.add_argument("--device", help="default: cuda if available")
 
 
 def choose_audio(data: Path, audio_root: Path | None, count: int, seed: int = 0) -> list[Path]:
-    """A random choice of ``count`` utterances (all, where there are fewer), in a fixed order.
+    """Choose up to ``count`` utterances at random; return them sorted.
 
     Args:
-        data: a length table, whose paths start from ``audio_root``, or a folder of audio.
+        data: a folder of audio, or a length table with paths relative to ``audio_root``.
 
     Raises:
         ConfigError: ``count`` is below 1, or ``audio_root`` is missing.
         DataError: there is no audio, or the table cannot be read.
     """
     if count < 1:
-        raise ConfigError(f"--utterances is {count}; 1 or more is allowed")
+        raise ConfigError(f"--utterances must be at least 1, got {count}")
     if data.is_dir():
         root, names = data, find_audio(data)
         if not names:
-            raise DataError(f"there is no audio below {data}")
+            raise DataError(f"no audio below {data}")
     else:
         bad: list[Bad] = []
         names = [row.path for row in read_table(data, bad)]
         if bad:
-            logger.warning("left out %d: %s: %s", len(bad), bad[0].path, bad[0].reason)
+            logger.warning(
+                "skipped %d rows of %s, the first is %s: %s",
+                len(bad),
+                data,
+                bad[0].path,
+                bad[0].reason,
+            )
         if audio_root is None:
             raise ConfigError(
-                "--data is a table, so --audio-root is needed: the folder its paths start from"
+                f"--data {data} is a table: add --audio-root, the folder its paths are relative to"
             )
         root = audio_root
-    chosen = random.Random(seed).sample(names, min(count, len(names)))
-    return [root / name for name in sorted(chosen)]
+    sample = random.Random(seed).sample(names, min(count, len(names)))
+    return [root / name for name in sorted(sample)]

@@ -1,4 +1,4 @@
-"""Numbers about a teacher's layers, and the tables that show them."""
+"""Statistics of a layer's frames, and aligned tables."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """``norm``: mean L2 norm of a frame. ``mean``: over all values. ``std``: their spread."""
+    """``norm``: mean L2 norm of a frame; ``mean`` and ``std``: over all values."""
 
     norm: float
     mean: float
@@ -18,7 +18,7 @@ class LayerStatistics:
 
 
 def layer_statistics(frames: Tensor) -> LayerStatistics:
-    """Of one layer's frames ``[frame, dim]``, computed in float64."""
+    """Statistics of a layer's frames ``[frame, dim]``, computed in float64."""
     frames = frames.double()
     return LayerStatistics(
         frames.norm(dim=-1).mean().item(),
@@ -28,14 +28,14 @@ def layer_statistics(frames: Tensor) -> LayerStatistics:
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Rows as text, the first column to the left and all others to the right; row 0 is a head."""
+    """Format a table: row 0 is the header; the first column is aligned left, the others right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = []
     for row in rows:
-        first, *others = [
+        cells = [
             cell.ljust(width) if column == 0 else cell.rjust(width)
             for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]
-        lines.append("  ".join((first, *others)).rstrip())
+        lines.append("  ".join(cells).rstrip())
     lines.insert(1, "  ".join("-" * width for width in widths))
     return "\n".join(lines)

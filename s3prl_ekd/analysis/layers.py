@@ -1,18 +1,17 @@
-"""How alike layers are, and groups of them by hierarchical clustering (SKILL, arXiv 2402.16830).
+"""Layer similarity, and groups of layers by hierarchical clustering (SKILL, arXiv 2402.16830).
 
-Paper: the groups come from hierarchical clustering of layer similarity measures. Ours, because the
-paper's text at hand does not say: linear CKA as the measure, 1 - similarity as the distance,
-average linkage, and a cut at a chosen number of groups. ``contiguous`` (ours) merges neighbouring
-layers only.
+Paper: the groups come from hierarchical clustering of layer similarities. Ours, because the text at
+hand doesn't say: linear CKA as the similarity, 1 - similarity as the distance, average linkage, and
+a cut at a given number of groups. ``contiguous`` (ours) merges only neighbouring layers.
 
-A tree is scipy's linkage matrix ``[layer - 1, 4]``: the two clusters that merge, the distance at
-which they do, and how many layers they hold together.
+A tree is scipy's linkage matrix ``[layer - 1, 4]``: the two merged clusters, their distance, and
+the number of layers in the merged cluster.
 
-Linear CKA (Kornblith et al. 2019, arXiv 1905.00414, eq. 2 with linear kernels) does not change when
-the features of either set are rotated or scaled, so layers of different teachers and widths can be
-compared. Unrelated sets give about dim / frames and not 0: take several times as many frames as
-dimensions. It is computed between features, ``||Y'X||² / (||X'X|| ||Y'Y||)`` over centred frames:
-the memory goes with the square of the widths and not of the number of frames.
+Linear CKA (Kornblith et al. 2019, arXiv 1905.00414, eq. 2 with linear kernels) is invariant to
+rotation and scaling of the features, so it can compare layers of different teachers and widths.
+Unrelated layers have a CKA of about dim / frames, not 0: use several times more frames than
+dimensions. It is computed between features as ``||Y'X||² / (||X'X|| ||Y'Y||)`` over centred frames,
+so memory grows with the square of the widths, not of the number of frames.
 """
 
 from __future__ import annotations
@@ -39,24 +38,24 @@ def layer_tree(
 
     Args:
         similarity: ``[layer, layer]``, symmetric, at most 1.
-        linkage: one of :data:`LINKAGES`. ``ward`` takes the distances for Euclidean ones.
-        contiguous: only neighbouring layers (or groups of them) may merge.
+        linkage: one of :data:`LINKAGES`. ``ward`` treats the distances as Euclidean.
+        contiguous: merge only neighbouring layers or groups.
 
     Returns:
-        The tree, as scipy writes it.
+        The tree as scipy's linkage matrix.
 
     Raises:
-        ConfigError: no such linkage, fewer than two layers, or a similarity that is no number (a
-            layer that is constant).
+        ConfigError: no such linkage, fewer than two layers, or a similarity is NaN (a constant
+            layer).
         SetupError: scipy is not installed.
     """
     if linkage not in LINKAGES:
-        raise ConfigError(f"linkage {linkage!r} is not known; use one of: {', '.join(LINKAGES)}")
+        raise ConfigError(f"linkage must be one of {', '.join(LINKAGES)}, got {linkage!r}")
     similarity = np.asarray(similarity, dtype=float)
     if len(similarity) < 2:
-        raise ConfigError("a teacher of one layer cannot be grouped")
+        raise ConfigError(f"expected at least two layers to group, got {len(similarity)}")
     if not np.isfinite(similarity).all():
-        raise ConfigError("layers that do not vary over the sample cannot be grouped")
+        raise ConfigError("cannot group layers that are constant over the sample")
     distance = np.clip(1 - (similarity + similarity.T) / 2, 0, None)
     np.fill_diagonal(distance, 0)
     if contiguous:
@@ -65,23 +64,23 @@ def layer_tree(
     return hierarchy.linkage(squareform(distance, checks=False), method=linkage)
 
 
-def cut(tree: np.ndarray, groups: int, layers: Sequence[int] | None = None) -> Groups:
-    """Cut a tree into ``groups`` groups of layers, each sorted, in the order of their first layer.
+def cut_tree(tree: np.ndarray, groups: int, layers: Sequence[int] | None = None) -> Groups:
+    """Cut a tree into ``groups`` sorted groups of layers, ordered by their first layer.
 
-    The merges are undone from the last one, so exactly ``groups`` are left, ties or not.
+    The last merges are undone, so there are exactly ``groups`` groups, also with ties.
 
     Args:
-        tree: as :func:`layer_tree` gives it.
-        groups: how many.
+        tree: the result of :func:`layer_tree`.
+        groups: the number of groups.
         layers: the layers' numbers; 1 to N by default.
 
     Raises:
-        ConfigError: fewer layers than groups.
+        ConfigError: there are fewer layers than groups.
     """
     count = len(tree) + 1
     layers = range(1, count + 1) if layers is None else layers
     if not 1 <= groups <= count:
-        raise ConfigError(f"{groups} groups of {count} layers: 1 to {count} groups are possible")
+        raise ConfigError(f"groups of {count} layers must be 1 to {count}, got {groups}")
     members: dict[int, tuple[int, ...]] = {i: (number,) for i, number in enumerate(layers)}
     for step, (left, right, *_) in enumerate(tree[: count - groups]):
         members[count + step] = members.pop(int(left)) + members.pop(int(right))
@@ -89,33 +88,35 @@ def cut(tree: np.ndarray, groups: int, layers: Sequence[int] | None = None) -> G
 
 
 def _neighbour_tree(distance: np.ndarray, linkage: str) -> np.ndarray:
-    """Agglomeration in which only neighbours merge, nearest first; the earlier pair wins a tie.
+    """Agglomerative clustering that merges only neighbours, nearest first; ties: the earlier pair.
 
-    Distances to a merged cluster follow Lance and Williams (1967), as scipy's do. The nearest
-    neighbours can be farther apart than some merged before, so a merge may come below the one
-    before it; its height is lifted to that, which keeps the tree drawable and changes no group.
+    As in scipy, distances to a merged cluster follow Lance and Williams (1967). A merge can have a
+    smaller distance than the merge before it. Its height is then raised to that of the merge
+    before, so that the tree can be drawn; this changes no group.
     """
     count = len(distance)
     distance = distance.copy()
-    order = list(range(count))  # rows of `distance`, one a cluster, from first layer to last
-    names, sizes = list(range(count)), [1] * count
+    order = list(range(count))  # row of `distance` of each cluster, from first to last layer
+    labels, sizes = list(range(count)), [1] * count
     tree, height = [], 0.0
     for step in range(count - 1):
         gaps = [distance[a, b] for a, b in zip(order, order[1:], strict=False)]
-        at = int(np.argmin(gaps))
-        i, j = order[at], order[at + 1]
-        height = max(height, gaps[at])
-        tree.append([*sorted((names[i], names[j])), height, sizes[i] + sizes[j]])
+        nearest = int(np.argmin(gaps))
+        i, j = order[nearest], order[nearest + 1]
+        height = max(height, gaps[nearest])
+        tree.append([*sorted((labels[i], labels[j])), height, sizes[i] + sizes[j]])
         for k in order:
             if k not in (i, j):
-                new = _merged(linkage, distance, i, j, k, sizes)
-                distance[i, k] = distance[k, i] = new
-        names[i], sizes[i] = count + step, sizes[i] + sizes[j]
-        del order[at + 1]
+                merged = _merged_distance(linkage, distance, i, j, k, sizes)
+                distance[i, k] = distance[k, i] = merged
+        labels[i], sizes[i] = count + step, sizes[i] + sizes[j]
+        del order[nearest + 1]
     return np.array(tree, dtype=float).reshape(-1, 4)
 
 
-def _merged(linkage: str, d: np.ndarray, i: int, j: int, k: int, sizes: Sequence[int]) -> float:
+def _merged_distance(
+    linkage: str, d: np.ndarray, i: int, j: int, k: int, sizes: Sequence[int]
+) -> float:
     """The distance from cluster k to the union of i and j."""
     a, b, c = sizes[i], sizes[j], sizes[k]
     if linkage == "single":
@@ -129,7 +130,7 @@ def _merged(linkage: str, d: np.ndarray, i: int, j: int, k: int, sizes: Sequence
 
 
 def require_scipy() -> tuple[Any, Any]:
-    """scipy's ``hierarchy`` and ``squareform``. Raises SetupError where it is not installed."""
+    """Import scipy's ``hierarchy`` and ``squareform``. Raises SetupError if it is not installed."""
     try:
         from scipy.cluster import hierarchy
         from scipy.spatial.distance import squareform
@@ -141,19 +142,19 @@ def require_scipy() -> tuple[Any, Any]:
 
 
 def cka_matrix(layers: Sequence[Tensor]) -> Tensor:
-    """Linear CKA between all pairs of ``layers``, ``[frame, dim]`` each -> ``[layer, layer]``.
+    """Linear CKA of all pairs of ``layers``, ``[frame, dim]`` each -> ``[layer, layer]``, 0 to 1.
 
-    0 to 1; NaN for a layer that is constant. Each layer is centred and scaled once; the products
-    are float32, which is enough once all layers are of one scale.
+    NaN for a constant layer. Each layer is centred and scaled once in float64; the products are
+    float32, which is precise enough for layers of one scale.
     """
     centred = []
     for layer in layers:
         layer = layer.double()
-        rest = layer - layer.mean(0)
-        constant = rest.norm() <= 1e-6 * layer.norm()
-        rest = (rest / rest.norm()).float()
-        # scaled to norm(x'x) = 1, and NaN for a constant layer
-        centred.append(rest * float("nan") if constant else rest / (rest.T @ rest).norm().sqrt())
+        x = layer - layer.mean(0)
+        constant = x.norm() <= 1e-6 * layer.norm()
+        x = (x / x.norm()).float()
+        # scaled to norm(x'x) = 1
+        centred.append(x * float("nan") if constant else x / (x.T @ x).norm().sqrt())
     count = len(layers)
     matrix = torch.ones(count, count, dtype=torch.float64)
     for i in range(count):
@@ -163,8 +164,10 @@ def cka_matrix(layers: Sequence[Tensor]) -> Tensor:
 
 
 def cosine_matrix(layers: Sequence[Tensor]) -> Tensor:
-    """The mean over frames of the cosine between all pairs of ``layers``, ``[frame, dim]`` each and
-    of one width -> ``[layer, layer]``, -1 to 1."""
+    """Cosine of all pairs of ``layers``, averaged over frames; the layers have one width.
+
+    ``[frame, dim]`` each -> ``[layer, layer]``, -1 to 1.
+    """
     units = torch.stack([F.normalize(layer.double(), dim=-1) for layer in layers])
     return torch.einsum("ifd,jfd->ij", units, units) / units.shape[1]
 
@@ -173,13 +176,11 @@ SIMILARITIES = {"cka": cka_matrix, "cosine": cosine_matrix}
 
 
 def similarity_matrix(layers: Sequence[Tensor], measure: str) -> Tensor:
-    """``[layer, layer]`` by a measure of :data:`SIMILARITIES`.
+    """``[layer, layer]`` similarities by a measure of :data:`SIMILARITIES`.
 
     Raises:
-        ConfigError: there is no such measure.
+        ConfigError: the measure is unknown.
     """
     if measure not in SIMILARITIES:
-        raise ConfigError(
-            f"similarity {measure!r} is not known; use one of: {', '.join(SIMILARITIES)}"
-        )
+        raise ConfigError(f"similarity must be one of {', '.join(SIMILARITIES)}, got {measure!r}")
     return SIMILARITIES[measure](layers)

@@ -1,4 +1,4 @@
-"""Heat maps and dendrograms of layers."""
+"""Heat maps and dendrograms of layer similarities."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 
 def require_matplotlib() -> tuple[type[FigureCanvasAgg], type[Figure]]:
-    """matplotlib's canvas and figure, without a display.
+    """Import matplotlib's canvas and figure for use without a display.
 
     Raises:
-        SetupError: it is not installed.
+        SetupError: matplotlib is not installed.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -30,11 +30,11 @@ def require_matplotlib() -> tuple[type[FigureCanvasAgg], type[Figure]]:
 
 
 def plot_similarity(matrix: np.ndarray, layers: Mapping[str, int], path: Path) -> None:
-    """Draw ``[layer, layer]`` over all teachers' layers as a heat map, PNG.
+    """Draw ``[layer, layer]`` similarities of all teachers' layers as a heat map (PNG).
 
     Args:
         matrix: similarities, 0 to 1.
-        layers: teacher -> how many rows of the matrix are its layers, in the matrix' order.
+        layers: teacher -> its number of layers, in the order of the matrix.
     """
     canvas, figure_class = require_matplotlib()
     size = 2.5 + 0.16 * len(matrix)
@@ -68,12 +68,12 @@ def plot_similarity(matrix: np.ndarray, layers: Mapping[str, int], path: Path) -
 def plot_trees(
     trees: Mapping[str, np.ndarray], groups: Mapping[str, Sequence], ylabel: str, path: Path
 ) -> None:
-    """Draw one dendrogram a teacher, coloured by its groups, PNG.
+    """Draw a dendrogram for each teacher, coloured by its groups (PNG).
 
     Args:
         trees: teacher -> scipy's linkage matrix over the layers 1 to N.
-        groups: teacher -> its groups; the height at which the tree falls into as many is dashed.
-        ylabel: what the height is.
+        groups: teacher -> its groups; a dashed line shows where the tree is cut into them.
+        ylabel: label of the height.
     """
     from scipy.cluster.hierarchy import dendrogram
 
@@ -82,13 +82,13 @@ def plot_trees(
     canvas(figure)
     axes = figure.subplots(1, len(trees), squeeze=False)[0]
     for axis, (name, tree) in zip(axes, trees.items(), strict=True):
-        undone = len(groups[name]) - 1
+        merges = len(tree) - (len(groups[name]) - 1)  # merges below the cut
         heights = [0.0, *tree[:, 2], 1.1 * max(tree[:, 2].max(), 1e-6)]
-        cut = (heights[len(tree) - undone] + heights[len(tree) - undone + 1]) / 2
+        cut = (heights[merges] + heights[merges + 1]) / 2
         labels = [str(layer) for layer in range(1, len(tree) + 2)]
         dendrogram(tree, ax=axis, labels=labels, color_threshold=cut)
         axis.axhline(cut, color="gray", linestyle="--", linewidth=0.8)
-        shown = " | ".join(" ".join(map(str, group)) for group in groups[name])
-        axis.set_title(f"{name}: {shown}", fontsize=9)
+        title = " | ".join(" ".join(map(str, group)) for group in groups[name])
+        axis.set_title(f"{name}: {title}", fontsize=9)
         axis.set(xlabel="layer", ylabel=ylabel)
     figure.savefig(path, dpi=120)

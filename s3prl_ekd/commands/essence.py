@@ -1,9 +1,9 @@
 """Distil finished downstream models into one: Essence Knowledge Distillation.
 
-Teachers are runs of `run_downstream.py -d asr`, of whatever upstreams. Their posteriors of each
-frame are averaged, the essential ones are selected, and a new `-d asr` model on a frozen student
-is trained on these and on the transcripts. Its checkpoints are s3prl's. Leave specaug's time warp
-off: it shifts the student's frames against the teachers'.
+The teachers are runs of `run_downstream.py -d asr` with any upstream. Their frame posteriors are
+averaged and the essential classes selected. A new `-d asr` model on a frozen student is trained on
+these and on the transcripts; its checkpoints are s3prl's. Keep specaug's time warp off: it shifts
+the student's frames relative to the teachers'.
 
 example:
   s3prl-ekd essence asr --teachers result/downstream/asr_hubert result/downstream/asr_wavlm \\
@@ -31,7 +31,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     tasks = parser.add_subparsers(dest="task", metavar="TASK", required=True)
     asr = tasks.add_parser(
         "asr",
-        help="models of -d asr",
+        help="distil models of -d asr",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -41,48 +41,54 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="CKPT",
         nargs="+",
         required=True,
-        help="checkpoints of -d asr, or folders of runs (dev-clean-best.ckpt, else the newest)",
+        help="checkpoints of -d asr, or run folders (dev-clean-best.ckpt, else the newest)",
     )
-    add("--student-upstream", metavar="NAME", default="ekd_student", help="as -u of s3prl")
-    add("--student-ckpt", metavar="FILE", help="as -k of s3prl: the student file")
+    add(
+        "--student-upstream",
+        metavar="NAME",
+        default="ekd_student",
+        help="s3prl's -u",
+    )
+    add("--student-ckpt", metavar="FILE", help="s3prl's -k: the student file")
     add("-c", "--config", metavar="YAML", help="default: downstream/asr/config.yaml")
-    add("-n", "--expname", metavar="NAME", required=True, help="of result/downstream/NAME")
-    add("-o", "--override", metavar="TEXT", help="as -o of s3prl: config.KEY.KEY=VALUE,,...")
-    add("-a", "--auto_resume", action="store_true", help="go on from the newest checkpoint")
-    rule = asr.add_argument_group(
-        "selection", "without any of these the full posteriors are distilled"
-    )
-    rule.add_argument("--top-k", metavar="K", type=int, help="the K most probable classes")
+    add("-n", "--expname", metavar="NAME", required=True, help="write to result/downstream/NAME")
+    add("-o", "--override", metavar="TEXT", help="s3prl's -o: config.KEY.KEY=VALUE,,...")
+    add("-a", "--auto_resume", action="store_true", help="resume from the newest checkpoint")
+    rule = asr.add_argument_group("selection", "without these, the full posteriors are distilled")
+    rule.add_argument("--top-k", metavar="K", type=int, help="keep the K most probable classes")
     rule.add_argument(
-        "--mass", metavar="P", type=float, help="the fewest classes that reach probability P"
+        "--mass", metavar="P", type=float, help="keep the fewest classes that reach probability P"
     )
     rule.add_argument(
-        "--confidence", metavar="P", type=float, help="frames whose best class reaches P"
+        "--confidence",
+        metavar="P",
+        type=float,
+        help="keep frames whose best class reaches P",
     )
     add(
         "--alpha",
         metavar="A",
         type=float,
         default=0.5,
-        help="weight of the CTC loss; 1 - A is the teachers' (default: 0.5)",
+        help="weight of the CTC loss; the teachers' loss has 1 - A (default: 0.5)",
     )
-    add("--steps", metavar="N", type=int, help="instead of the YAML's runner.total_steps")
+    add("--steps", metavar="N", type=int, help="overrides the YAML's runner.total_steps")
     add("--seed", metavar="N", type=int, default=1337, help="(default: 1337, s3prl's)")
-    add("--device", help="default: cuda where there is one")
+    add("--device", help="default: cuda if available")
 
 
 def main(args: argparse.Namespace) -> int:
-    """Check, load the teachers, train; prints what to type next."""
+    """Check the request, load the teachers, train, print the next command."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise SetupError("s3prl-ekd essence runs in one process; start it without torchrun")
+        raise SetupError("s3prl-ekd essence works in one process only; start it without torchrun")
     override = _override(args)
 
-    # Paths, the recipe and the device are checked and completed as for run_downstream.py itself.
+    # Paths, recipe and device are checked and completed as in run_downstream.py.
     from .. import launch
-    from ..downstream.run import checked
+    from ..downstream.run import check_request
     from ..request import DownstreamRequest, plain_override
 
-    request = checked(
+    request = check_request(
         DownstreamRequest(
             mode="train",
             downstream="asr",
@@ -105,11 +111,11 @@ def main(args: argparse.Namespace) -> int:
         distil_asr,
         load_asr_teacher,
     )
-    from ..essence.selection import Selection
+    from ..essence.selection import PosteriorSelection
 
     teachers = tuple(str(checkpoint_in(Path(path))) for path in args.teachers)
     try:
-        selection = Selection(args.top_k, args.mass, args.confidence)
+        selection = PosteriorSelection(args.top_k, args.mass, args.confidence)
         settings = EssenceSettings(teachers, selection, args.alpha)
     except ValueError as error:
         raise ConfigError(str(error)) from None
@@ -123,12 +129,12 @@ def main(args: argparse.Namespace) -> int:
         len(ensemble.first.symbols),
     )
     try:
-        done = distil_asr(script, request, ensemble, settings)
+        completed = distil_asr(script, request, ensemble, settings)
     except KeyboardInterrupt:
-        print("\nstopped by Ctrl-C; add -a to the same command to go on", file=sys.stderr)
+        print("\nstopped by Ctrl-C; add -a to the same command to resume", file=sys.stderr)
         return 130
-    best = Path(done.expdir) / "dev-clean-best.ckpt"
-    path = checkpoint_in(best if best.is_file() else Path(done.expdir))
+    best = Path(completed.expdir) / "dev-clean-best.ckpt"
+    path = checkpoint_in(best if best.is_file() else Path(completed.expdir))
     print(
         f"\ndone; next:\n  run_downstream.py -m evaluate -t test-clean -e {shlex.quote(str(path))}"
     )
@@ -139,13 +145,13 @@ def _override(args: argparse.Namespace) -> str | None:
     if args.steps is None:
         return args.override
     if args.steps < 1:
-        raise ConfigError(f"--steps is {args.steps}; 1 or more is allowed")
+        raise ConfigError(f"--steps must be at least 1, got {args.steps}")
     steps = f"config.runner.total_steps={args.steps}"
     return f"{args.override},,{steps}" if args.override else steps
 
 
 def _check_steps(path: str, override: str | None) -> None:
-    """A run that ends before its first save would leave nothing.
+    """Check that the run evaluates and saves at least once.
 
     Raises:
         ConfigError: ``eval_step`` or ``save_step`` is above ``total_steps``, or missing.
@@ -158,18 +164,20 @@ def _check_steps(path: str, override: str | None) -> None:
     for name in ("total_steps", "eval_step", "save_step"):
         value = runner.get(name) if isinstance(runner, dict) else None
         if type(value) is not int or value < 1:
-            raise ConfigError(f"{path}: runner.{name} must be a whole number of 1 or more")
+            raise ConfigError(
+                f"{path}: runner.{name} must be an integer of at least 1, got {value!r}"
+            )
         steps[name] = value
     total = steps.pop("total_steps")
     for name, value in steps.items():
         if value > total:
             raise ConfigError(
-                f"{path}: runner.{name} ({value}) is above runner.total_steps ({total}), so "
-                f'nothing would be left; add -o "config.runner.{name}={total}"'
+                f"{path}: runner.{name} ({value}) is above runner.total_steps ({total}), so no "
+                f'checkpoint would be saved; add -o "config.runner.{name}={total}"'
             )
         if total % value:
             logger.warning(
-                "runner.%s (%d) does not divide total_steps (%d): the last %d steps are lost",
+                "runner.%s (%d) does not divide total_steps (%d): the last %d steps are not saved",
                 name,
                 value,
                 total,

@@ -1,10 +1,10 @@
 """Write the hidden states of audio files into one safetensors file.
 
-A tensor [frame, dim] for each file and layer, called PATH#LAYER: for a file in a folder PATH is its
-path inside that folder, for a file named here or in a list it is the path as written. Layer 0 is
-the projected features, layer n the output of transformer layer n. Utterances go through the student
-one by one, because padding changes hidden states (the first conv layer normalises over time); they
-are written as they come, so memory does not grow with their number.
+Each file and layer gives a tensor [frame, dim] called PATH#LAYER. PATH is relative to the folder
+for a file found in a folder, and the path as written for a file given here or in a list. Layer 0 is
+the projected features, layer n the output of transformer layer n. The student processes one
+utterance at a time, because padding changes hidden states (the first conv layer normalises over
+time). Each is written immediately, so memory does not grow with their number.
 
 example:
   s3prl-ekd features student.safetensors /data/dev-clean -o dev.safetensors --layers last
@@ -22,43 +22,50 @@ from ..errors import CheckpointError, ConfigError, first_line, printable
 from ..files.atomic import write_text
 from .export.student import add_checkpoint, load
 
-_SHOWN = 5  # bad files named on the screen; all are in a file
+_SHOWN = 5  # bad files printed; all are listed in a file
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options of this command."""
     add_checkpoint(parser)
-    parser.add_argument("audio", metavar="AUDIO", nargs="*", help="audio files or folders of them")
+    parser.add_argument("audio", metavar="AUDIO", nargs="*", help="audio files or folders")
     parser.add_argument(
-        "--list", metavar="FILE", type=Path, action="append", default=[], help="one path a line"
+        "--list",
+        metavar="FILE",
+        type=Path,
+        action="append",
+        default=[],
+        help="file with one path per line",
     )
     parser.add_argument("-o", "--output", metavar="FILE", type=Path, required=True)
-    parser.add_argument("--layers", default="all", help="all, last, or numbers as 0,2 (all)")
+    parser.add_argument(
+        "--layers", default="all", help="all (default), last, or numbers such as 0,2"
+    )
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1 … (default: cuda where there is one)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 … (default: cuda if available)")
     parser.add_argument(
         "--on-bad-audio",
         choices=("skip", "error"),
         default="skip",
-        help="leave out files that cannot be used and name them at the end, or stop at the first",
+        help="skip unusable files and list them at the end (default), or stop at the first",
     )
     parser.add_argument(
         "--max-seconds",
         type=float,
         default=300.0,
-        help="a longer file counts as bad; a full-size student takes 17 MB a second (300)",
+        help="longer files count as bad; a full-size student needs 17 MB per second (default: 300)",
     )
-    parser.add_argument("--force", action="store_true", help="write over an existing FILE")
+    parser.add_argument("--force", action="store_true", help="overwrite an existing FILE")
 
 
 def main(args: argparse.Namespace) -> int:
-    """Write the file and say what was left out; the exit code is 0."""
+    """Write the features and list the skipped files; the exit code is 0."""
     if args.output.exists() and not args.force:
-        raise CheckpointError(f"{args.output} exists; add --force to write over it")
+        raise CheckpointError(f"{args.output} exists; add --force to overwrite it")
     if not args.audio and not args.list:
-        raise ConfigError("name audio files or folders, or a list of files with --list FILE")
+        raise ConfigError("no audio: give files or folders, or a list of files with --list FILE")
     if not args.max_seconds > 0:
-        raise ConfigError(f"--max-seconds is {args.max_seconds}; more than 0 is allowed")
+        raise ConfigError(f"--max-seconds must be above 0, got {args.max_seconds}")
 
     import torch
     from tqdm import tqdm
@@ -87,31 +94,31 @@ def main(args: argparse.Namespace) -> int:
         f"{size / 1e6:.1f} MB, {args.dtype}, on {device}"
     )
     skipped = args.output.with_name(args.output.name + ".skipped.txt")
-    skipped.unlink(missing_ok=True)  # one of an earlier run would mislead
+    skipped.unlink(missing_ok=True)  # it may be from an earlier run
     if written.bad:
-        lines = [f"{ascii(key)[1:-1]}\t{printable(why)}\n" for key, why in written.bad]
+        lines = [f"{ascii(key)[1:-1]}\t{printable(reason)}\n" for key, reason in written.bad]
         write_text(skipped, "".join(lines))
-        print(f"left out: {len(written.bad)} files that cannot be used; all of them: {skipped}")
-        for _, why in written.bad[:_SHOWN]:
-            print(f"  {why}")
+        print(f"skipped: {len(written.bad)} unusable files; full list: {skipped}")
+        for _, reason in written.bad[:_SHOWN]:
+            print(f"  {reason}")
     print(f"next: safetensors.safe_open({str(args.output)!r}, 'pt').keys()")
     return 0
 
 
 def choose_device(name: str | None) -> str:
-    """The device that was asked for, or the one that is there.
+    """Check a device name; by default cuda if available, else cpu.
 
     Raises:
-        ConfigError: it is unknown or not there.
+        ConfigError: the device is unknown or not available.
     """
     import torch
 
     if name is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"cpu|mps|(cuda|xpu)(:\d+)?", name):
-        raise ConfigError(f"--device {name} is not known; use cpu, cuda, cuda:N, xpu or mps")
+        raise ConfigError(f"--device must be cpu, cuda, cuda:N, xpu, xpu:N or mps, got {name}")
     try:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ConfigError(f"--device {name} cannot be used: {first_line(error)}") from None
+        raise ConfigError(f"cannot use --device {name}: {first_line(error)}") from None
     return name

@@ -1,6 +1,6 @@
-"""Fit k-means units on the frames of one teacher's layer.
+"""Fit k-means units on the frames of a teacher's layer.
 
-Writes a safetensors file: the centroids, and in its metadata teacher, layer, width, clusters,
+Writes a safetensors file with the centroids; its metadata has teacher, layer, width, clusters and
 inertia. Needs scikit-learn.
 
 example:
@@ -23,31 +23,35 @@ logger = logging.getLogger(__name__)
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options of this command."""
-    parser.add_argument("config", metavar="CONFIG", type=Path, help="a model config, for -g")
+    parser.add_argument("config", metavar="CONFIG", type=Path, help="a model config (YAML)")
     parser.add_argument("--teacher", metavar="NAME", required=True, help="a teacher of CONFIG")
     parser.add_argument(
-        "--layer", metavar="N", type=int, required=True, help="index into its hidden_states"
+        "--layer",
+        metavar="N",
+        type=int,
+        required=True,
+        help="index into hidden_states",
     )
     parser.add_argument(
         "--clusters", metavar="N", type=int, default=100, help="number of units (default: 100)"
     )
-    add_sample_options(parser, utterances=500)  # about 2 MB each at width 768
+    add_sample_options(parser, utterances=500)  # an utterance needs about 2 MB at width 768
     parser.add_argument("-o", "--output", metavar="FILE", type=Path, required=True)
 
 
 def main(args: argparse.Namespace) -> int:
-    """Fit, write and print what was made."""
+    """Fit the units, write them and print a summary."""
     from ..essence.units import collect_frames, fit_units, require_sklearn, save_units
     from ..pretrain.settings import load_model_config
 
-    for name, least in (("clusters", 2), ("utterances", 1), ("layer", 0), ("seed", 0)):
-        if getattr(args, name) < least:
-            raise ConfigError(f"--{name} is {getattr(args, name)}; {least} or more is allowed")
-    require_sklearn()  # before minutes of listening
+    for name, minimum in (("clusters", 2), ("utterances", 1), ("layer", 0), ("seed", 0)):
+        if getattr(args, name) < minimum:
+            raise ConfigError(f"--{name} must be at least {minimum}, got {getattr(args, name)}")
+    require_sklearn()  # before minutes of computing
     teachers = load_model_config(args.config).teachers
     if args.teacher not in teachers:
         raise ConfigError(
-            f"--teacher {args.teacher}: {args.config} has no such teacher; it has "
+            f"no such teacher in {args.config}: --teacher {args.teacher}; use one of: "
             f"{', '.join(teachers)}"
         )
     paths = choose_audio(args.data, args.audio_root, args.utterances, args.seed)
@@ -64,7 +68,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _hidden_states(args: argparse.Namespace, model: str, paths: list[Path]) -> Iterator:
-    """The layer's output for each utterance, ``[1, frame, dim]``; bad ones are left out."""
+    """Yield the layer's output ``[1, frame, dim]`` for each utterance; skip bad audio."""
     import torch
     from tqdm import tqdm
 
@@ -73,7 +77,7 @@ def _hidden_states(args: argparse.Namespace, model: str, paths: list[Path]) -> I
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     upstream = load_upstream(model, f"teachers.{args.teacher}.model").eval().to(device)
-    for path in tqdm(paths, desc=f"listen with {args.teacher}", unit=" files", dynamic_ncols=True):
+    for path in tqdm(paths, desc=args.teacher, unit=" files", dynamic_ncols=True):
         wave = read_excerpt(path)
         if wave is None:
             continue
@@ -81,6 +85,7 @@ def _hidden_states(args: argparse.Namespace, model: str, paths: list[Path]) -> I
             states = upstream([wave.to(device)])["hidden_states"]
         if args.layer >= len(states):
             raise TeacherError(
-                f"--layer {args.layer}: {args.teacher} has layers 0 to {len(states) - 1}"
+                f"--layer must be 0 to {len(states) - 1}, the layers of {args.teacher}, got "
+                f"{args.layer}"
             )
         yield states[args.layer]

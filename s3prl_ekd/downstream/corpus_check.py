@@ -1,8 +1,8 @@
-"""Whether the corpus that a SUPERB recipe names is where the recipe says, before anything starts.
+"""Check before a run starts that the corpus of a SUPERB recipe is in the folder the recipe names.
 
-s3prl's recipes join a folder of the YAML with the paths of a list (a split file, a table, JSON).
-With a folder one level too high or too deep they end in a traceback (SID: an ``IndexError``; ASR:
-an ``AssertionError``), PR's dev and test only at the first evaluation.
+s3prl's recipes join a folder from the YAML with paths from a list (a split file, a table, JSON).
+If the folder is one level too high or too deep, s3prl fails with a traceback (SID: ``IndexError``;
+ASR: ``AssertionError``). For PR's dev and test sets it fails only at the first evaluation.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..errors import ConfigError
 from ..files.config import typed
 from ..files.text import CONTROL, read_text
 
-MAX_LIST = 256 << 20  # bytes of a list of files; VoxCeleb1's has 5 million
+MAX_LIST = 256 << 20  # bytes of a list of files; VoxCeleb1's has 5 million bytes
 _EXPERT = "downstream_expert"
 _FOLDERS = {
     "ctc": ("corpus.path",),
@@ -35,52 +35,52 @@ _FILES = {
     "asr": ("datarc.dict_path",),
 }
 _OPTIONAL = {"datarc.dict_path"}  # s3prl brings one
-_NEIGHBOURS = 200  # folders below the one named in which the files are looked for
-_DEEPEST = 3  # levels below a set of LibriSpeech: speaker, chapter, and one more
-_SAMPLE = 5  # files of which all must be there for a neighbour to be proposed
+_MAX_SUBFOLDERS = 200  # subfolders searched when the files are not in the folder itself
+_MAX_DEPTH = 3  # levels below a LibriSpeech set: speaker, chapter, and one more
+_SAMPLE = 5  # a folder is suggested if it has about this many files of the list
 
 
 def check_corpus(
     downstream: str | None,
     config: Mapping[str, Any],
-    where: str,
+    source: str,
     split: str | None = None,
     *,
     folder: Path = Path(),
     fold: str | None = None,
 ) -> None:
-    """See that every file that a recipe lists is in the folder that it names.
+    """Check that every file a recipe lists is in the folder the recipe names.
 
     Args:
-        downstream: the name after ``-d``; only the four of SUPERB are checked.
-        config: the recipe, with ``-o`` put in.
-        where: the recipe's file, for messages.
-        split: of a run that only evaluates, which; None: this run trains.
-        folder: that relative paths start at.
-        fold: of ER, where the recipe names none.
+        downstream: the name after ``-d``; only SUPERB's four recipes are checked.
+        config: the recipe with the ``-o`` overrides applied.
+        source: the recipe's file, for messages.
+        split: the split an evaluation runs on; None for training.
+        folder: relative paths start here.
+        fold: ER's test fold, used if the recipe sets none.
 
     Raises:
-        ConfigError: a path is not set, not there, or of the wrong kind; a list cannot be read; or
-            files are missing. It says what was looked for, how many of how many are there, and the
-            folder one level up or down that has them.
+        ConfigError: a path is not set, does not exist or is of the wrong type; a list cannot be
+            read; or files are missing. The message gives the first missing file, how many of the
+            files exist, and a nearby folder that has them.
     """
     expert = config.get(_EXPERT)
     if not isinstance(downstream, str) or not isinstance(expert, Mapping):
-        return  # a checkpoint may say anything; s3prl's own check follows
+        return  # values from a checkpoint may be of any type; s3prl's own check follows
     if downstream not in _FOLDERS:
         return
     corpus = expert.get("corpus")
     name = corpus.get("name") if isinstance(corpus, Mapping) else None
     if downstream == "ctc" and str(name).lower() != "libriphone":
-        return  # another corpus of s3prl's
-    recipe = _Recipe(expert, where, folder)
+        return  # another of s3prl's corpora
+    recipe = _RecipeSection(expert, source, folder)
     for key in _FOLDERS[downstream]:
         if not recipe.path(key).is_dir():
-            raise recipe.error(key, f"{recipe.value(key)}, which is no folder that is there")
+            raise recipe.error(key, f"{recipe.value(key)}, which is not an existing folder")
     for key in _FILES.get(downstream, ()):
         for path in recipe.paths(key):
             if not path.is_file():
-                raise recipe.error(key, f"{path}, which is no file that is there")
+                raise recipe.error(key, f"{path}, which is not an existing file")
     if downstream == "voxceleb1":
         lookups: Iterator[_Lookup] = _sid(recipe)
     elif downstream == "emotion":
@@ -93,11 +93,11 @@ def check_corpus(
 
 
 @dataclass(frozen=True)
-class _Recipe:
-    """The section ``downstream_expert`` of a recipe, and how messages name it."""
+class _RecipeSection:
+    """The ``downstream_expert`` section of a recipe, with the recipe's file name for messages."""
 
     expert: Mapping[str, Any]
-    where: str
+    source: str
     folder: Path
 
     def value(self, key: str) -> Any:
@@ -105,7 +105,7 @@ class _Recipe:
         for part in key.split("."):
             value = value.get(part) if isinstance(value, Mapping) else None
         if value is None and key not in _OPTIONAL:
-            raise ConfigError(f"{self.where}: {_EXPERT}.{key} is not set; add {_typed(key)}")
+            raise ConfigError(f"{self.source}: {_EXPERT}.{key} is not set; add {_option(key)}")
         return value
 
     def paths(self, key: str) -> list[Path]:
@@ -113,100 +113,99 @@ class _Recipe:
         values = value if isinstance(value, list) else [] if value is None else [value]
         for text in values:
             if not isinstance(text, str) or not text or "\0" in text:
-                raise self.error(key, f"{text!r:.80}; a path is needed")
+                raise self.error(key, f"{text!r:.80}, expected a path")
         return [self.folder / text for text in values]
 
     def path(self, key: str) -> Path:
         if not isinstance(self.value(key), str):
-            raise self.error(key, f"{self.value(key)!r:.80}; a path is needed")
+            raise self.error(key, f"{self.value(key)!r:.80}, expected a path")
         return self.paths(key)[0]
 
     def names(self, key: str) -> list[str]:
-        """A list of sets (``["train-clean-100"]``)."""
+        """A list of corpus sets, such as ``["train-clean-100"]``."""
         value = self.value(key)
         value = [value] if isinstance(value, str) else value
         if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
-            raise self.error(key, f"{value!r:.80}; a list of names is needed")
+            raise self.error(key, f"{value!r:.80}, expected a list of names")
         return value
 
-    def error(self, key: str, what: str) -> ConfigError:
+    def error(self, key: str, problem: str) -> ConfigError:
         return ConfigError(
-            f"{self.where}: {_EXPERT}.{key} is {CONTROL.sub('?', what)}; edit it or add "
-            f"{_typed(key)}"
+            f"{self.source}: {_EXPERT}.{key} is {CONTROL.sub('?', problem)}; edit it or add "
+            f"{_option(key)}"
         )
 
 
 @dataclass(frozen=True)
 class _Lookup:
-    """Files that must be below one folder.
+    """Files that must exist below one folder.
 
     Attributes:
-        key: of that folder.
-        names: of the files, as the list has them.
-        source: what lists them.
-        has_file: whether a folder has it.
-        shape: of a file's path below the folder, for messages.
+        key: the folder's YAML key below ``downstream_expert``.
+        names: the file names as listed.
+        listed_in: the file or the sets that list them.
+        has_file: returns whether a folder contains a file name.
+        pattern: a file's path below the folder, for messages.
     """
 
     key: str
     names: Sequence[str]
-    source: str
+    listed_in: str
     has_file: Callable[[Path, str], bool]
-    shape: str
+    pattern: str
 
 
-def _check(recipe: _Recipe, lookup: _Lookup) -> None:
+def _check(recipe: _RecipeSection, lookup: _Lookup) -> None:
     root = recipe.path(lookup.key)
     if not lookup.names:
-        raise ConfigError(f"{recipe.where}: {lookup.source} names no files")
+        raise ConfigError(f"{recipe.source}: {lookup.listed_in} lists no files")
     missing = [name for name in lookup.names if not lookup.has_file(root, name)]
     if not missing:
         return
     count = len(lookup.names) - len(missing)
     key, value = f"{_EXPERT}.{lookup.key}", Path(recipe.value(lookup.key))
     message = (
-        f"{recipe.where}: {key} is {value}, which has {count:,} of the {len(lookup.names):,} files "
-        f"of {lookup.source} (the first one missing: {value / lookup.shape.format(missing[0])})"
+        f"{recipe.source}: {key} is {value}, which has {count:,} of the {len(lookup.names):,} "
+        f"files of {lookup.listed_in} (first missing: {value / lookup.pattern.format(missing[0])})"
     )
-    fitting = None if count else _neighbour(root, lookup)
-    if fitting is not None:
-        proposed = fitting if value.is_absolute() else os.path.relpath(fitting, recipe.folder)
-        remedy = (
-            f"give {proposed}, which has them: edit the YAML or add {typed(key, str(proposed))}"
-        )
+    nearby = None if count else _nearby_folder(root, lookup)
+    if nearby is not None:
+        suggestion = nearby if value.is_absolute() else os.path.relpath(nearby, recipe.folder)
+        remedy = f"{suggestion} has them: edit the YAML or add {typed(key, str(suggestion))}"
     elif count:
-        remedy = "put what is missing there, or make the list again"
+        remedy = "add the missing files, or create the list again"
     else:
-        remedy = f"edit it or add {_typed(lookup.key)}"
+        remedy = f"edit it or add {_option(lookup.key)}"
     raise ConfigError(CONTROL.sub("?", f"{message}; {remedy}"))
 
 
-def _neighbour(root: Path, lookup: _Lookup) -> Path | None:
-    """A folder up to two levels above or one below that has the files."""
+def _nearby_folder(root: Path, lookup: _Lookup) -> Path | None:
+    """Find a folder up to two levels above or one below ``root`` that has the files."""
     step = max(1, len(lookup.names) // _SAMPLE)
     sample = lookup.names[::step]
-    path = Path(os.path.abspath(root))  # not resolved: a link's own parent counts
+    path = Path(os.path.abspath(root))  # keeps symlinks: the parent of the link is meant
     try:
-        below = sorted(entry.path for entry in os.scandir(path) if entry.is_dir())
+        subfolders = sorted(entry.path for entry in os.scandir(path) if entry.is_dir())
     except OSError:
-        below = []
-    for other in (path.parent, path.parent.parent, *map(Path, below[:_NEIGHBOURS])):
-        if all(lookup.has_file(other, name) for name in sample):
-            return other
+        subfolders = []
+    candidates = map(Path, subfolders[:_MAX_SUBFOLDERS])
+    for candidate in (path.parent, path.parent.parent, *candidates):
+        if all(lookup.has_file(candidate, name) for name in sample):
+            return candidate
     return None
 
 
-def _sid(recipe: _Recipe) -> Iterator[_Lookup]:
+def _sid(recipe: _RecipeSection) -> Iterator[_Lookup]:
     path = recipe.path("datarc.meta_data")
     names = []
     for number, line in enumerate(_read(path).splitlines(), start=1):
         fields = line.split()
         if len(fields) < 2 or not fields[0].isdecimal() or fields[1].count("/") != 2:
             raise ConfigError(
-                f"{recipe.where}: {path} line {number} is not of the form "
-                f"'1 id10001/VIDEO/UTTERANCE.wav': {line.strip()[:60]!r}"
+                f"{recipe.source}: {path} line {number}: expected '1 id10001/VIDEO/UTTERANCE.wav', "
+                f"got {line.strip()[:60]!r}"
             )
-        if fields[0] in ("1", "2", "3"):  # s3prl passes over others
+        if fields[0] in ("1", "2", "3"):  # s3prl ignores other numbers
             names.append(fields[1])
     listing = _listings()
 
@@ -222,7 +221,7 @@ def _sid(recipe: _Recipe) -> Iterator[_Lookup]:
     yield _Lookup("datarc.file_path", names, str(path), has_file, "*/wav/{}")
 
 
-def _er(recipe: _Recipe, fold: str | None) -> Iterator[_Lookup]:
+def _er(recipe: _RecipeSection, fold: str | None) -> Iterator[_Lookup]:
     fold = recipe.expert["datarc"].get("test_fold") or fold or "fold1"
     session = str(fold).replace("fold", "Session")
     tables = [f"{session}/{part}_meta_data.json" for part in ("train", "test")]
@@ -236,13 +235,13 @@ def _er(recipe: _Recipe, fold: str | None) -> Iterator[_Lookup]:
                 raise ValueError
         except (ValueError, KeyError, TypeError, RecursionError):
             raise ConfigError(
-                f"{recipe.where}: {path} is not of the form that s3prl's preprocess.py writes; "
-                "make it again with s3prl-ekd prepare er or iemocap"
+                f"{recipe.source}: {path} is not in the format that s3prl's preprocess.py writes; "
+                "create it again with s3prl-ekd prepare er or iemocap"
             ) from None
         yield _Lookup("datarc.root", names, str(path), has_file, "{}")
 
 
-def _asr(recipe: _Recipe, splits: Sequence[str]) -> Iterator[_Lookup]:
+def _asr(recipe: _RecipeSection, splits: Sequence[str]) -> Iterator[_Lookup]:
     sets = {name: None for split in splits for name in recipe.names(f"datarc.{split}")}
     tables = [f"{name}.csv" for name in sets]
     has_file = _file_finder()
@@ -252,7 +251,7 @@ def _asr(recipe: _Recipe, splits: Sequence[str]) -> Iterator[_Lookup]:
         rows = csv.DictReader(_read(path).splitlines())
         if "file_path" not in (rows.fieldnames or ()):
             raise ConfigError(
-                f"{recipe.where}: {path} has no column file_path; make it again with s3prl-ekd "
+                f"{recipe.source}: {path} has no column file_path; create it again with s3prl-ekd "
                 "prepare asr or librispeech"
             )
         names = [row["file_path"] or "" for row in rows]
@@ -261,24 +260,24 @@ def _asr(recipe: _Recipe, splits: Sequence[str]) -> Iterator[_Lookup]:
         yield _Lookup("datarc.libri_root", [*names, *transcripts], str(path), has_file, "{}")
 
 
-def _pr(recipe: _Recipe, splits: Sequence[str]) -> Iterator[_Lookup]:
+def _pr(recipe: _RecipeSection, splits: Sequence[str]) -> Iterator[_Lookup]:
     sets = {name: None for split in splits for name in recipe.names(f"corpus.{split}")}
 
     def has_file(root: Path, name: str) -> bool:
         top = root / name
-        for folder, folders, files in os.walk(top, followlinks=True):
+        for folder, subfolders, files in os.walk(top, followlinks=True):
             if any(file.endswith(".trans.txt") for file in files):
                 return True
-            if len(Path(folder).relative_to(top).parts) >= _DEEPEST:
-                folders.clear()
+            if len(Path(folder).relative_to(top).parts) >= _MAX_DEPTH:
+                subfolders.clear()
         return False
 
-    source = f"the sets of {', '.join(splits)}"
-    yield _Lookup("corpus.path", list(sets), source, has_file, "{}/*/*/*.trans.txt")
+    listed_in = f"the sets of {', '.join(splits)}"
+    yield _Lookup("corpus.path", list(sets), listed_in, has_file, "{}/*/*/*.trans.txt")
 
 
 def _listings() -> Callable[[Path], frozenset[str]]:
-    """The names in a folder, each folder being listed once: a corpus may be on a slow disk."""
+    """Return a cached directory listing: a corpus may be on a slow disk."""
 
     @cache
     def listing(folder: Path) -> frozenset[str]:
@@ -291,7 +290,7 @@ def _listings() -> Callable[[Path], frozenset[str]]:
 
 
 def _file_finder() -> Callable[[Path, str], bool]:
-    """Whether a folder has a file of a name, which may hold folders; of one list of files."""
+    """Return a function that says whether a folder has a file; the name may contain folders."""
     listing = _listings()
     return lambda root, name: os.path.basename(name) in listing((root / name).parent)
 
@@ -300,5 +299,5 @@ def _read(path: Path) -> str:
     return read_text(path, "list of files", ConfigError, MAX_LIST, utf8="utf-8-sig")
 
 
-def _typed(key: str) -> str:
+def _option(key: str) -> str:
     return typed(f"{_EXPERT}.{key}", "PATH")

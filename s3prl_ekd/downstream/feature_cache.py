@@ -1,8 +1,8 @@
-"""Cached features in s3prl's downstream Runner: read, or computed utterance by utterance.
+"""Cached hidden states in s3prl's downstream Runner.
 
-Each utterance is computed alone, so that its hidden states depend on nothing else: in a padded
-batch s3prl's group norm goes over the padding too, and a short utterance changes with its
-neighbours. How many were read and computed stands in the run's log.
+Each utterance goes through the upstream alone, so that its hidden states do not depend on the
+batch: s3prl's group norm includes the padding, which changes the shorter utterances of a batch. The
+run's log has the numbers of cache hits and misses.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from ..compat.replaced import replaced
 from ..data.audio_files import SAMPLE_RATE
 from ..errors import SetupError
 from ..files.atomic import file_sha256
-from ..hidden_states.feature_store import FeatureStore, key_of, rounded
+from ..hidden_states.feature_store import FeatureStore, to_storage_dtype, wave_key
 from ..hidden_states.fingerprint import weights_digest
 from ..request import CACHE, CacheOptions
 
@@ -39,12 +39,12 @@ logger = logging.getLogger(__name__)
 
 _LINE = re.compile(r"features: (\d+) hits, (\d+) misses, (\d+) excerpts, (\d+) bytes written")
 
-FRAMES = "ekd_frames"  # beside the hidden states: how many frames each utterance has
+FRAMES = "ekd_frames"  # key beside the hidden states: the number of frames of each utterance
 
 
 @dataclass
 class Counts:
-    """Utterances read, computed and (random excerpts) computed without asking; bytes written."""
+    """Cache hits, misses, random excerpts (computed without a lookup) and bytes written."""
 
     hits: int = 0
     misses: int = 0
@@ -62,7 +62,7 @@ class Counts:
 
 
 def read_counts(text: str) -> Counts:
-    """The sum of all that a log says."""
+    """Sum the counts in the text of a log."""
     total = Counts()
     for numbers in _LINE.findall(text):
         total += Counts(*map(int, numbers))
@@ -70,20 +70,20 @@ def read_counts(text: str) -> Counts:
 
 
 class CachedUpstream(nn.Module):
-    """A frozen upstream before a store.
+    """Wraps a frozen upstream with an on-disk feature cache.
 
-    What a Featurizer selects is given as a list of ``[batch, frame, width]`` in float32, and under
-    :data:`FRAMES` each utterance's own frames. A value is rounded to what the store would keep
-    whether it was read or computed, so that a run does not depend on what was there before it.
+    The selected hidden states are a list of ``[batch, frame, width]`` in float32; :data:`FRAMES`
+    has the number of frames of each utterance. Computed values are rounded to the stored dtype too,
+    so that a run does not depend on what the cache contained before.
 
     Args:
-        upstream: s3prl's; stays as it is.
-        selection: ``-s``, as the Featurizer took it.
-        store: of this upstream.
-        excerpt: samples of a random excerpt; None where the recipe draws none.
-        training: says whether excerpts are being drawn. They are hardly ever the same again, so
-            they are neither looked for nor kept. As they are all of one length, they need no
-            padding and are computed together.
+        upstream: s3prl's upstream; it is not modified.
+        selection: the Featurizer's ``-s``.
+        store: the cache of this upstream.
+        excerpt: samples of the recipe's random excerpts; None if it draws none.
+        training: returns whether the recipe draws excerpts now. Excerpts hardly ever repeat, so
+            they are not cached. They have one length, so they are computed as one batch without
+            padding.
     """
 
     def __init__(
@@ -98,8 +98,8 @@ class CachedUpstream(nn.Module):
         self.upstream = upstream
         self.counts = Counts()
         self._selection, self._store = selection, store
-        self._excerpt, self._drawing = excerpt, training
-        self._layers: tuple[int, int] | None = None  # how many, and how wide
+        self._excerpt, self._training = excerpt, training
+        self._shape: tuple[int, int] | None = None  # (layers, width)
 
     def get_downsample_rates(self, key: str) -> int:
         upstream: Any = self.upstream
@@ -109,97 +109,96 @@ class CachedUpstream(nn.Module):
     def forward(self, waves: list[Tensor]) -> dict[str, Any]:
         """Args: ``waves``, a list of ``[sample]`` at 16 kHz."""
         if self.upstream.training:
-            raise SetupError("--cache-features needs a frozen upstream, and this one is trained")
+            raise SetupError("--cache-features needs a frozen upstream, but this one is trained")
         device = waves[0].device
-        states: dict[int, Tensor] = {}  # by the wave's index, [layer, frame, width]
-        passing = []
+        states: dict[int, Tensor] = {}  # index of the waveform -> [layer, frame, width]
+        excerpts = []
         for index, wave in enumerate(waves):
-            if self._excerpt is not None and len(wave) == self._excerpt and self._drawing():
-                passing.append(index)
+            if self._excerpt is not None and len(wave) == self._excerpt and self._training():
+                excerpts.append(index)
                 continue
-            key = key_of(wave)
-            found = self._store.read(key)
-            if found is None:
+            key = wave_key(wave)
+            hidden = self._store.read(key)
+            if hidden is None:
                 self.counts.misses += 1
-                found = rounded(self._compute([wave])[:, 0])
-                self._store.write(key, found)
+                hidden = to_storage_dtype(self._compute([wave])[:, 0])
+                self._store.write(key, hidden)
             else:
                 self.counts.hits += 1
-            states[index] = found
-        if passing:
-            together = self._compute([waves[index] for index in passing])
-            self.counts.excerpts += len(passing)
-            for place, index in enumerate(passing):
-                states[index] = rounded(together[:, place])
+            states[index] = hidden
+        if excerpts:
+            batch = self._compute([waves[index] for index in excerpts])
+            self.counts.excerpts += len(excerpts)
+            for i, index in enumerate(excerpts):
+                states[index] = to_storage_dtype(batch[:, i])
         self.counts.written = self._store.written
         frames = [states[index].shape[1] for index in range(len(waves))]
         layers, _, width = states[0].shape
         padded = torch.zeros(layers, len(waves), max(frames), width, device=device)
-        for index, each in states.items():
-            self._check(each)
-            padded[:, index, : each.shape[1]] = each.to(device)
+        for index, hidden in states.items():
+            self._check_shape(hidden)
+            padded[:, index, : hidden.shape[1]] = hidden.to(device)
         return {self._selection: list(padded.unbind(0)), FRAMES: frames}
 
     def _compute(self, waves: list[Tensor]) -> Tensor:
-        """``[layer, batch, frame, width]`` of waveforms of one length."""
+        """Waveforms of one length -> ``[layer, batch, frame, width]``."""
         layers = _layers(self.upstream, waves, self._selection)
         if len({layer.shape for layer in layers}) != 1 or layers[0].dim() != 3:
             raise SetupError(
-                f"--cache-features cannot keep {self._selection} of this upstream: its layers "
+                f"--cache-features cannot store {self._selection} of this upstream: its layers "
                 f"differ in shape ({', '.join(str(tuple(layer.shape)) for layer in layers[:4])})"
             )
         return torch.stack(layers).float()
 
-    def _check(self, states: Tensor) -> None:
+    def _check_shape(self, states: Tensor) -> None:
         layers, _, width = states.shape
-        self._layers = self._layers or (layers, width)
-        if self._layers != (layers, width):
+        self._shape = self._shape or (layers, width)
+        if self._shape != (layers, width):
             raise SetupError(
-                f"--cache-features: this upstream gave {self._layers[0]} layers for one utterance "
-                f"and {layers} for another (layer drop?); leave the option out"
+                f"--cache-features: this upstream returned {self._shape[0]} layers for one "
+                f"utterance and {layers} for another (layer drop?); remove the option"
             )
 
 
 def _layers(upstream: nn.Module, waves: list[Tensor], selection: str) -> list[Tensor]:
-    # what is kept serves runs with fp16 and without
+    # float32: the cache serves runs with and without fp16
     with torch.autocast(waves[0].device.type, enabled=False):
-        found = upstream(waves)[selection]
-    found = list(found.values()) if isinstance(found, Mapping) else found
-    return [found] if isinstance(found, Tensor) else list(found)
+        states = upstream(waves)[selection]
+    states = list(states.values()) if isinstance(states, Mapping) else states
+    return [states] if isinstance(states, Tensor) else list(states)
 
 
 def cut_to_frames(module: nn.Module, args: tuple, output: list[Tensor]) -> list[Tensor]:
-    """A forward hook for s3prl's Featurizer: each utterance's own frames and no padding.
+    """Forward hook for s3prl's Featurizer that removes padded frames.
 
-    The Featurizer keeps ``round(samples / 320)`` frames, which is one more than HuBERT's
-    convolutions give for most lengths. In a batch of s3prl's that one is made of padding for all
-    but the longest utterance, which lacks it; an utterance alone never has it. Without this hook
-    it would be zeros here.
+    The Featurizer keeps ``round(samples / 320)`` frames, for most lengths one more than HuBERT's
+    convolutions produce. In a padded batch this extra frame is computed from padding (the longest
+    utterance lacks it). An utterance computed alone never has it; here it would be zeros.
     """
     _, features = args
-    return [each[:frames] for each, frames in zip(output, features[FRAMES], strict=True)]
+    return [states[:frames] for states, frames in zip(output, features[FRAMES], strict=True)]
 
 
 def folder_name(args: Namespace, upstream: nn.Module, selection: str) -> str:
-    """The name of an upstream's folder: a digest of all that decides its hidden states.
+    """The cache folder's name: a digest of everything that determines the hidden states.
 
     Args:
-        args: of s3prl's script.
-        upstream: as the hub built it; its weights count, wherever they came from, and so does what
-            it answers: not all that decides it need be in files that are known here.
-        selection: ``-s``, as the Featurizer took it.
+        args: the arguments of s3prl's script.
+        upstream: as built by s3prl's hub. The digest includes its weights and its output for a
+            test signal, because settings may come from files that are not hashed here.
+        selection: the Featurizer's ``-s``.
     """
     kind = type(upstream)
     config = args.upstream_model_config
     device = next((p.device.type for p in upstream.parameters()), "cpu")
     facts = {
-        "format": 1,  # of the store's files; another one is another folder, never read here
+        "format": 1,  # of the store's files; a new format gets a new folder
         "hub": args.upstream,
         "class": f"{kind.__module__}.{kind.__qualname__}",
         "weights": weights_digest(upstream),
         "checkpoint": _sha256(args.upstream_ckpt),
         "folder": _json_digest(args.upstream_ckpt),
-        "answer": _answer(upstream, selection, device),
+        "answer": _output_digest(upstream, selection, device),
         "config": _sha256(config) or config,
         "selection": selection,
         "device": device,
@@ -211,43 +210,43 @@ def folder_name(args: Namespace, upstream: nn.Module, selection: str) -> str:
 
 
 @torch.no_grad()
-def _answer(upstream: nn.Module, selection: str, device: str) -> str:
-    """A digest of the layers for a second of noise.
+def _output_digest(upstream: nn.Module, selection: str, device: str) -> str:
+    """A digest of the layers' output for one second of noise.
 
-    Of each one's mean absolute value in two digits, and of some hundred values of the last in
-    tenths of that: enough to see another normalisation of the waveform, and so coarse that the last
-    bits, which depend on the number of threads, hardly ever count. Where they do, all is computed
-    anew: no harm else.
+    It covers each layer's mean absolute value in two digits, and some hundred values of the last
+    layer in tenths of its mean. This detects a different normalisation of the waveform and is
+    coarse enough to ignore rounding, which depends on the number of threads. If rounding does
+    change the digest, the features are only computed again.
     """
-    # not centred and not of unit variance, so that a normalisation shows
+    # neither zero mean nor unit variance, so that a normalisation changes the output
     noise = 0.1 * torch.randn(SAMPLE_RATE, generator=torch.Generator().manual_seed(0)) + 0.02
-    upstream.eval()  # frozen; CachedUpstream refuses any other
-    before = np.random.get_state()  # some upstreams draw for a layer drop that is off
+    upstream.eval()  # CachedUpstream rejects a trained upstream
+    numpy_state = np.random.get_state()  # some upstreams draw numbers for a disabled layer drop
     try:
         layers = [x.double().cpu() for x in _layers(upstream, [noise.to(device)], selection)]
     finally:
-        np.random.set_state(before)
-    last = layers[-1].flatten()
-    size = float(last.abs().mean())
-    some = last[:: max(1, len(last) // 128)] / (size or 1.0)
-    tenths = [round(10 * value) if math.isfinite(value) else None for value in some.tolist()]
-    sizes = [f"{float(layer.abs().mean()):.1e}" for layer in layers]
-    return hashlib.blake2b(f"{sizes} {tenths}".encode(), digest_size=16).hexdigest()
+        np.random.set_state(numpy_state)
+    last_layer = layers[-1].flatten()
+    mean = float(last_layer.abs().mean())
+    sample = last_layer[:: max(1, len(last_layer) // 128)] / (mean or 1.0)
+    tenths = [round(10 * value) if math.isfinite(value) else None for value in sample.tolist()]
+    means = [f"{float(layer.abs().mean()):.1e}" for layer in layers]
+    return hashlib.blake2b(f"{means} {tenths}".encode(), digest_size=16).hexdigest()
 
 
 def _versions() -> dict[str, str | None]:
-    """Of the packages that compute; a folder that is kept may outlive an upgrade."""
-    found: dict[str, str | None] = {}
+    """Versions of the packages that compute the features: a cache may outlive an upgrade."""
+    versions: dict[str, str | None] = {}
     for name in ("s3prl", "torch", "torchaudio", "transformers"):
         try:
-            found[name] = metadata.version(name)
+            versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            found[name] = None
-    return found
+            versions[name] = None
+    return versions
 
 
 def _json_digest(folder: str | None) -> str | None:
-    """Of the names and contents of a Hugging Face folder's settings; None for what is none."""
+    """Digest of the JSON files of a Hugging Face folder; None if it is not a folder."""
     if not folder or not Path(folder).is_dir():
         return None
     files = {path.name: _sha256(str(path)) for path in sorted(Path(folder).glob("*.json"))}
@@ -255,15 +254,14 @@ def _json_digest(folder: str | None) -> str | None:
 
 
 def _sha256(path: str | None) -> str | None:
-    """Of a file's contents; None for what is no file: then the weights must do."""
+    """SHA-256 of a file; None if it is not a file (the digest of the weights remains)."""
     return file_sha256(path) if path and Path(path).is_file() else None
 
 
 @contextlib.contextmanager
 def cached_features(script: ModuleType, options: CacheOptions) -> Iterator[None]:
-    """Within it the script's Runner asks its upstream once for each waveform; see :func:`cached`.
-    On exit the log says how often."""
-    runner = cached(script.Runner, options)
+    """Cache the hidden states of the script's Runner; log the counts on exit."""
+    runner = cached_runner(script.Runner, options)
     try:
         with replaced(script, "Runner", runner):
             yield
@@ -272,32 +270,31 @@ def cached_features(script: ModuleType, options: CacheOptions) -> Iterator[None]
             logger.info("%s", runner.built.upstream.model.counts)
 
 
-def cached(runner: Any, options: CacheOptions) -> Any:
-    """A Runner whose upstream is asked once for each waveform.
+def cached_runner(runner: Any, options: CacheOptions) -> Any:
+    """Subclass s3prl's Runner so that its upstream computes each waveform once.
 
-    The upstream is replaced once the Runner is built: its Featurizer has counted the layers by
-    then. Noise that is added afterwards (:mod:`.noise`) comes before the store.
+    The upstream is replaced after the Runner is built, when its Featurizer has counted the layers.
+    A hook that is added later for noise (:mod:`.noise`) runs before the cache.
 
-    Raises (when built):
+    Raises (when instantiated):
         SetupError: the upstream is trained, or there are several processes.
     """
 
     class CachedRunner(runner):
-        built = None  # the last one, for its counts
+        built = None  # the latest instance, for its counts
 
         def __init__(self, args, config):
             if args.upstream_trainable:
                 raise SetupError(
-                    f"{CACHE} is for a frozen upstream; leave it out, or leave out -f "
-                    "(--upstream_trainable)"
+                    f"{CACHE} needs a frozen upstream; remove {CACHE} or -f (--upstream_trainable)"
                 )
             if torch.distributed.is_initialized():
-                raise SetupError(f"{CACHE} is for one process and not for torchrun")
+                raise SetupError(f"{CACHE} works in one process only, not under torchrun")
             super().__init__(args, config)
             selection = self.featurizer.model.feature_selection
             name = folder_name(args, self.upstream.model, selection)
             store = FeatureStore(Path(options.folder), name, options.limit_gb)
-            logger.info("hidden states of each utterance alone, kept in %s", store.folder)
+            logger.info("caching the hidden states of each utterance in %s", store.folder)
             self.upstream.model = CachedUpstream(
                 self.upstream.model,
                 selection,
@@ -312,8 +309,8 @@ def cached(runner: Any, options: CacheOptions) -> Any:
 
 
 def excerpt_length(config: Mapping[str, Any]) -> int | None:
-    """Samples of the random excerpts that s3prl's dataset of SID takes of longer training
-    utterances; None for recipes that take utterances whole."""
+    """Samples of the random excerpts that s3prl's SID dataset takes from long training utterances;
+    None for recipes that use full utterances."""
     datarc = config.get("downstream_expert", {}).get("datarc") or {}
-    found = datarc.get("max_timestep")
-    return found if isinstance(found, int) and found > 0 else None
+    samples = datarc.get("max_timestep")
+    return samples if isinstance(samples, int) and samples > 0 else None

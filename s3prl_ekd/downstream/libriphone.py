@@ -1,10 +1,10 @@
-"""LibriSpeech with phones for ``-d ctc``: the corpus module that s3prl's PyPI package forgets.
+"""LibriSpeech with phones for ``-d ctc``: the corpus module missing from s3prl's PyPI package.
 
 ``s3prl.downstream.ctc.data`` imports ``LibriPhoneDataset`` from ``.corpus.libriphone``. That folder
-has no ``__init__.py`` in s3prl's repository, so it is in no wheel. Where the host lacks it,
-:func:`.requirements.provide_ctc_corpus` puts this module in its place. Same constructor, same
-items. It also reads every kind of audio and each transcript once, gives files of equal length in
-an order that does not depend on the disk, and says what is wrong in a sentence.
+has no ``__init__.py`` in s3prl's repository, so the wheel does not contain it. If the module is
+missing, :func:`.requirements.provide_ctc_corpus` installs this one. It has the same constructor and
+items. In addition it supports all audio formats, reads each transcript once, orders files of equal
+length independently of the disk, and has error messages.
 """
 
 from __future__ import annotations
@@ -22,31 +22,31 @@ from ..prepare.librispeech import read_texts
 
 logger = logging.getLogger(__name__)
 
-Item = tuple[Path, list[int]]  # audio file, indices of its phones with <eos> at the end
+PhoneItem = tuple[Path, list[int]]  # audio file, phone indices ending in <eos>
 
 
 class LibriPhoneDataset(Dataset):
-    """Utterances of LibriSpeech-like folders with their phones, those with most phones first.
+    """Utterances of a LibriSpeech-like corpus with their phones, sorted by number of phones.
 
-    An item is one :data:`Item` where ``bucket_size`` is 1, else the list of the ``bucket_size``
-    items from the index on: neighbours, so of similar length. There are as many buckets as
-    utterances, so a pass over the dataset meets each utterance about ``bucket_size`` times.
+    With ``bucket_size`` 1 an item is one :data:`PhoneItem`. Otherwise it is a list of
+    ``bucket_size`` consecutive items, which have similar lengths. There are as many buckets as
+    utterances, so an epoch contains each utterance about ``bucket_size`` times.
 
     Args:
-        split: folders below ``path``, such as ``["train-clean-100"]``. The words of
-            ``SPK-CHAP-NNNN.flac`` are a line of ``SPK-CHAP.trans.txt`` beside it.
+        split: folders below ``path``, such as ``["train-clean-100"]``. The transcript of
+            ``SPK-CHAP-NNNN.flac`` is a line of ``SPK-CHAP.trans.txt`` in the same folder.
         tokenizer: s3prl's text encoder of mode ``word``.
-        bucket_size: items in a bucket; there are fewer only where there are fewer utterances.
+        bucket_size: items in a bucket, at most the number of utterances.
         path: the corpus.
         lexicon: text files ``WORD<tab>PHONES``; see :mod:`..prepare.lexicon`.
-        ascending: those with fewest phones first.
-        skip_unknown_words: leave out utterances with a word that the lexicon lacks, and say how
-            many, instead of stopping. s3prl's own module, in a checkout, knows no such setting.
-        others: the rest of the YAML's ``corpus`` block, for other parts of s3prl.
+        ascending: fewest phones first; by default most phones first.
+        skip_unknown_words: skip utterances with a word that is not in the lexicon and log how
+            many, instead of raising. s3prl's own module (in a checkout) has no such setting.
+        unused: other keys of the YAML's ``corpus`` block, for other modules of s3prl.
 
     Raises:
-        DataError: a folder has no audio, an utterance has no text or a word that the lexicon
-            lacks, or the lexicon has a phone that the vocabulary lacks.
+        DataError: a folder has no audio; an utterance has no transcript, or a word that is not in
+            the lexicon; or the lexicon has a phone that is not in the vocabulary.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class LibriPhoneDataset(Dataset):
         lexicon: Sequence[str],
         ascending: bool = False,
         skip_unknown_words: bool = False,
-        **others,
+        **unused,
     ):
         self.path = path
         self.bucket_size = bucket_size
@@ -69,15 +69,16 @@ class LibriPhoneDataset(Dataset):
             {word for words in texts.values() for word in words},
             known=lambda phone: tokenizer.vocab_to_idx(phone) != tokenizer.unk_idx,
         )
-        kept = complete(texts, pronunciations, lexicon, skip=skip_unknown_words)
-        items: list[Item] = []
-        for file in kept:
+        files = files_in_lexicon(texts, pronunciations, lexicon, skip=skip_unknown_words)
+        items: list[PhoneItem] = []
+        for file in files:
             phones = (phone for word in texts[file] for phone in pronunciations[word])
             items.append((file, tokenizer.encode(" ".join(phones))))
-        items.sort(key=lambda item: len(item[1]), reverse=not ascending)  # stable: then by path
+        # stable: items with equally many phones stay sorted by path
+        items.sort(key=lambda item: len(item[1]), reverse=not ascending)
         self.file_list, self.text = zip(*items, strict=True)
 
-    def __getitem__(self, index: int) -> Item | list[Item]:
+    def __getitem__(self, index: int) -> PhoneItem | list[PhoneItem]:
         if self.bucket_size == 1:
             return self.file_list[index], self.text[index]
         start = max(0, min(len(self) - self.bucket_size, index))
@@ -88,19 +89,19 @@ class LibriPhoneDataset(Dataset):
         return len(self.file_list)
 
 
-def complete(
+def files_in_lexicon(
     texts: dict[Path, list[str]],
     pronunciations: Pronunciations,
     lexicon: Sequence[str],
     *,
     skip: bool,
 ) -> list[Path]:
-    """The files all of whose words have a pronunciation.
+    """Select the files whose words all have a pronunciation.
 
     Raises:
-        DataError: there are others and ``skip`` is not set, or nothing is left.
+        DataError: a file has a word without one and ``skip`` is not set, or no file is left.
     """
-    named = ", ".join(map(str, lexicon))
+    lexicon_names = ", ".join(map(str, lexicon))
     unknown = {
         file: [word for word in words if word not in pronunciations]
         for file, words in texts.items()
@@ -110,22 +111,24 @@ def complete(
         count = len({word for words in unknown.values() for word in words})
         more = f" (and {count - 1} more words of this split)" if count > 1 else ""
         raise DataError(
-            f"the lexicon {named} lacks the word {unknown[bad[0]][0]} of the utterance "
-            f"{bad[0].name}{more}; add it, or set downstream_expert.corpus.skip_unknown_words: true"
+            f"{bad[0].name}: the word {unknown[bad[0]][0]} is not in the lexicon {lexicon_names}"
+            f"{more}; add it, or set downstream_expert.corpus.skip_unknown_words: true"
         )
     if len(bad) == len(texts):
-        raise DataError(f"every utterance has a word that the lexicon {named} lacks")
+        raise DataError(f"every utterance has a word that is not in the lexicon {lexicon_names}")
     if bad:
-        _say_once(f"{len(bad)} of {len(texts)} utterances left out: words not in {named}")
+        _warn_once(
+            f"skipped {len(bad)} of {len(texts)} utterances with words not in {lexicon_names}"
+        )
     return [file for file, words in unknown.items() if not words]
 
 
 @functools.cache
-def _say_once(line: str) -> None:
-    """s3prl builds its datasets anew for each pass and evaluation; once is enough."""
-    logger.warning(line)
+def _warn_once(message: str) -> None:
+    """Log a warning once: s3prl rebuilds its datasets for each epoch and evaluation."""
+    logger.warning(message)
 
 
 def _as_list(value: str | Sequence[str]) -> list[str]:
-    """A single name is allowed where s3prl's YAML has a list."""
+    """Accept a single name in place of a list, as s3prl's YAML does."""
     return [value] if isinstance(value, str) else list(value)

@@ -1,10 +1,9 @@
-"""``run_downstream.py -m evaluate --noise DIR --snr DB``: a test under noise, with s3prl's experts.
+"""``run_downstream.py -m evaluate --noise DIR --snr DB``: evaluation with additive noise.
 
-The waveforms are changed on their way into the upstream, so that every recipe is served alike and
-none is edited. Which noise, and which part of it, follows from a seed and from the utterance's own
-samples alone: not from the order or size of the batches, nor from the process, nor from the ratio,
-so an utterance has the same noise at 10 and at 0 dB. Prediction files go to a folder of their own,
-``EXPDIR/noisy/NAME_snrDB``.
+A hook adds the noise to the upstream's input, so it works for every recipe without changing it.
+The noise file and its start depend only on a seed and on the utterance's samples. They do not
+depend on the batch, the process or the SNR: an utterance has the same noise at 10 and at 0 dB.
+Prediction files go to the folder ``EXPDIR/noisy/NAME_snrDB``.
 """
 
 from __future__ import annotations
@@ -29,106 +28,103 @@ from ..request import NoisyTest
 
 logger = logging.getLogger(__name__)
 
-KEPT = 100_000_000  # samples of noise kept in memory: 1.7 h, 400 MB
+MAX_CACHED_SAMPLES = 100_000_000  # samples of noise kept in memory: 1.7 h, 400 MB
 
 
 def mix(wave: Tensor, noises: Sequence[Tensor], snr: float, seed: int = 0) -> Tensor:
-    """``wave`` with one of ``noises`` at ``snr`` dB; a silent ``wave`` is returned as it is.
+    """Add one of ``noises`` to ``wave`` at ``snr`` dB; a silent ``wave`` is returned unchanged.
 
     The power is the mean square over the utterance, pauses included. A shorter noise is repeated, a
-    longer one cut, from a start that is drawn. The sum is neither clipped nor scaled.
+    longer one is cropped at a random start. The sum is neither clipped nor scaled.
 
     Args:
         wave: ``[sample]`` at 16 kHz, on any device.
-        noises: waveforms ``[sample]`` at 16 kHz; silent ones are passed over.
-        snr: dB.
-        seed: another seed, other draws.
+        noises: waveforms ``[sample]`` at 16 kHz; silent ones are skipped.
+        snr: signal-to-noise ratio in dB.
+        seed: seed of the choice of noise and start.
 
     Returns:
-        ``[sample]``, of the type and on the device of ``wave``.
+        ``[sample]`` in the dtype and on the device of ``wave``.
 
     Raises:
-        DataError: a noise cannot be read, or all are silent.
+        DataError: a noise cannot be read, or all noises are silent.
     """
-    plain = wave.detach().float().cpu()
-    digest = hashlib.blake2b(plain.contiguous().numpy().tobytes(), digest_size=16).hexdigest()
+    clean = wave.detach().float().cpu()
+    digest = hashlib.blake2b(clean.contiguous().numpy().tobytes(), digest_size=16).hexdigest()
     rng = generator(seed, epoch=0, utterance=digest, role="test")
-    noise = additive.fit(_draw(noises, rng), len(plain), rng)
-    return additive.mix(plain, noise, snr).to(wave)
+    noise = additive.fit(_draw(noises, rng), len(clean), rng)
+    return additive.mix(clean, noise, snr).to(wave)
 
 
 def _draw(noises: Sequence[Tensor], rng: random.Random) -> Tensor:
-    first = rng.randrange(len(noises))
-    for step in range(len(noises)):
-        noise = noises[(first + step) % len(noises)]
+    start = rng.randrange(len(noises))
+    for offset in range(len(noises)):
+        noise = noises[(start + offset) % len(noises)]
         if not is_silent(noise):
             return noise
-    raise DataError(f"every one of the {len(noises)} noises is silent")
+    raise DataError(f"all {len(noises)} noises are silent")
 
 
 class NoiseFiles(Sequence):
-    """Audio files as waveforms ``[sample]`` at 16 kHz, each read once, when it is first asked for.
+    """Audio files as waveforms ``[sample]`` at 16 kHz, read on first access and cached.
 
-    Of very large collections the first :data:`KEPT` samples that were read stay in memory.
+    At most :data:`MAX_CACHED_SAMPLES` samples are kept in memory.
 
     Args:
         root: the folder that ``names`` are relative to.
-        names: their paths.
+        names: paths of the files.
     """
 
     def __init__(self, root: Path, names: Sequence[str]):
         self.root, self.names = root, names
-        self._read: dict[int, Tensor] = {}
-        self._kept = 0
+        self._cache: dict[int, Tensor] = {}
+        self._cached_samples = 0
 
     def __len__(self) -> int:
         return len(self.names)
 
     def __getitem__(self, index: int) -> Tensor:  # type: ignore[override]  # no slices
-        if index in self._read:
-            return self._read[index]
+        if index in self._cache:
+            return self._cache[index]
         wave = read_audio(self.root / self.names[index])
-        if self._kept + len(wave) <= KEPT:
-            self._kept += len(wave)
-            self._read[index] = wave
+        if self._cached_samples + len(wave) <= MAX_CACHED_SAMPLES:
+            self._cached_samples += len(wave)
+            self._cache[index] = wave
         return wave
 
 
 def find_noises(path: str | Path) -> NoiseFiles:
-    """The noises of a folder of audio, or of the test lines of a manifest (:mod:`..data.manifest`).
+    """Find noises in a folder of audio or in the test split of a manifest (:mod:`..data.manifest`).
 
     Raises:
-        DataError: it is neither, or there is no audio in it.
+        DataError: the path is neither, or it has no audio.
     """
     path = Path(path)
     if path.is_file():
         names = [entry.path for entry in read_manifest(path) if entry.split == "test"]
         if not names:
-            raise DataError(
-                f"{path} has no line in the split test, which is what noises to test are"
-            )
+            raise DataError(f"{path} has no line with split test; --noise uses only these")
         return NoiseFiles(path.parent, names)
     if not path.is_dir():
-        raise DataError(f"{path}: there is no such folder of noises, nor such a manifest (TSV)")
+        raise DataError(f"no such folder of noises or manifest (TSV): {path}")
     names = find_audio(path)
     if not names:
-        raise DataError(f"{path} has no audio (.flac .wav .ogg .opus) in it")
+        raise DataError(f"no audio (.flac .wav .ogg .opus) below {path}")
     return NoiseFiles(path, names)
 
 
-def noisy(runner: Any, test: NoisyTest) -> Any:
-    """s3prl's downstream ``Runner`` with noise on whatever its upstream hears.
+def noisy_runner(runner: Any, test: NoisyTest) -> Any:
+    """Subclass s3prl's downstream ``Runner`` so that noise is added to its upstream's input.
 
-    The hook is set once the Runner is built: the second of made-up sound by which s3prl's
-    Featurizer counts the layers goes by without it.
+    The hook is set after the Runner is built, so it does not apply to the second of random samples
+    with which s3prl's Featurizer counts the layers.
     """
-
     noises = find_noises(test.noise)
-    logger.info("test under noise: one of %d noises at %g dB", len(noises), test.snr)
+    logger.info("noisy evaluation: one of %d noises at %g dB", len(noises), test.snr)
 
     def add_noise(module, args):
-        waves, *others = args
-        return [mix(wave, noises, test.snr, test.seed) for wave in waves], *others
+        waves, *rest = args
+        return [mix(wave, noises, test.snr, test.seed) for wave in waves], *rest
 
     class NoisyRunner(runner):
         def __init__(self, args, config):

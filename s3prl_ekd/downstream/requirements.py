@@ -1,4 +1,4 @@
-"""What the four SUPERB recipes need of the machine and of the working folder."""
+"""Check the packages and files that the four SUPERB recipes need."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from ..files.text import read_text
 from .corpus_check import check_corpus
 from .tasks import Task, missing_paths
 
-CTC_CORPUS = "s3prl.downstream.ctc.corpus"  # in s3prl's repository, and not in its wheel
+CTC_CORPUS = "s3prl.downstream.ctc.corpus"  # in s3prl's repository but not in its wheel
 
-# import name -> what to type, where it is not `pip install NAME`
+# import name -> install command, if it is not `pip install NAME`
 INSTALL = {"yaml": "pip install pyyaml", "sklearn": "pip install scikit-learn"}
 
-# what pretraining imports: student, optimizer, log, and the families of the usual teachers
+# modules that pretraining imports: student, optimizer, logging, and common teacher families
 PRETRAIN_MODULES = (
     "tensorboardX",
     "s3prl.optimizers",
@@ -42,7 +42,7 @@ PRETRAIN_MODULES = (
 
 @dataclass(frozen=True)
 class Problem:
-    """Why something cannot run, and what to type about it (empty if nothing helps)."""
+    """Why something cannot run, and the command that fixes it (empty if there is none)."""
 
     reason: str
     remedy: str = ""
@@ -50,7 +50,7 @@ class Problem:
 
 @dataclass
 class State:
-    """Whether a recipe could run: the modules import, and its files are there."""
+    """Problems that keep a recipe from running: modules that do not import, missing files."""
 
     modules: list[Problem] = field(default_factory=list)
     files: list[Problem] = field(default_factory=list)
@@ -62,12 +62,12 @@ class State:
 
 
 def init_command(folder: Path) -> str:
-    """What writes the configs and dictionaries into ``folder``."""
+    """The command that writes configs and dictionaries into ``folder``."""
     return f"s3prl-ekd init {shlex.quote(str(folder))}"
 
 
 def check_modules(names: tuple[str, ...]) -> list[Problem]:
-    """Import each module by name, silently; the problems met, none twice."""
+    """Import each module, suppressing its output; return the distinct problems."""
     problems = []
     for name in names:
         problem = _import_problem(name)
@@ -77,37 +77,38 @@ def check_modules(names: tuple[str, ...]) -> list[Problem]:
 
 
 def check_recipe(task: Task, folder: Path) -> State:
-    """What stands between the recipe of ``task`` and a run in ``folder``."""
+    """Check whether the recipe of ``task`` can run in ``folder``."""
     modules = ("s3prl.run_downstream", f"s3prl.downstream.{task.downstream}.expert", *task.modules)
     with contextlib.ExitStack() as stack:
         if task.downstream == "ctc":
-            with contextlib.suppress(ImportError):  # the check below says what is not installed
+            with contextlib.suppress(ImportError):  # check_modules below reports what is missing
                 provide_ctc_corpus(folder)
         if task.downstream == "voxceleb1":
-            with contextlib.suppress(SetupError):  # without torch there is nothing to guard
-                stack.enter_context(voxceleb1_cache.guarded())  # which needs no librosa
-        state = State(modules=check_modules(modules))
+            with contextlib.suppress(SetupError):  # torch is missing: nothing to guard
+                # lets SID's modules import without librosa
+                stack.enter_context(voxceleb1_cache.guarded())
+        status = State(modules=check_modules(modules))
     config = _read_yaml(folder / task.full, init_command(folder))
     if isinstance(config, Problem):
-        state.files.append(config)
-        return state
+        status.files.append(config)
+        return status
     for key, path in missing_paths(config, task.recipe_files, folder):
-        state.files.append(Problem(f"{path} ({key}) is not there", init_command(folder)))
+        status.files.append(Problem(f"{path} ({key}) does not exist", init_command(folder)))
     for key, path in missing_paths(config, task.corpus, folder):
-        state.note = f"set the corpus: -o \"config.{key}='...'\" (now {path}, not there)"
+        status.note = f"set the corpus: -o \"config.{key}='...'\" ({path} does not exist)"
         break
     else:
         try:
             check_corpus(task.downstream, config, task.full, folder=folder)
         except ConfigError as error:
-            state.note = str(error)
-    return state
+            status.note = str(error)
+    return status
 
 
 def provide_ctc_corpus(folder: Path) -> None:
-    """Make ``s3prl.downstream.ctc.corpus.libriphone`` importable. Calling it twice changes nothing.
+    """Make ``s3prl.downstream.ctc.corpus.libriphone`` importable; safe to call twice.
 
-    The installed s3prl's own module is taken, else that of the checkout at ``folder``, else ours:
+    Uses the module of the installed s3prl, else that of the checkout at ``folder``, else
     :mod:`.libriphone`.
 
     Raises:
@@ -120,10 +121,12 @@ def provide_ctc_corpus(folder: Path) -> None:
     ctc = importlib.import_module("s3prl.downstream.ctc")
     checkout = folder.resolve() / "downstream" / "ctc"
     if (checkout / "corpus" / "libriphone.py").is_file():
-        ctc.__path__.append(str(checkout))  # last: the installed one comes first
+        ctc.__path__.append(str(checkout))  # appended: an installed module has priority
     if importlib.util.find_spec(CTC_CORPUS) and importlib.util.find_spec(name):
         return
-    package = ModuleType(CTC_CORPUS, "Stand-in of s3prl_ekd for a folder that this s3prl lacks.")
+    package = ModuleType(
+        CTC_CORPUS, "s3prl_ekd's replacement for a folder missing from this s3prl."
+    )
     package.__path__ = []
     libriphone = importlib.import_module("s3prl_ekd.downstream.libriphone")
     vars(package)["libriphone"], vars(ctc)["corpus"] = libriphone, package
@@ -136,8 +139,8 @@ def _import_problem(name: str) -> Problem | None:
             importlib.import_module(name)
         except ModuleNotFoundError as error:
             return _missing_module(error.name or name)
-        except Exception as error:  # any failure while importing is the answer, not ours
-            return Problem(f"{name} does not import: {type(error).__name__}: {error}")
+        except Exception as error:  # report every failure of a foreign module
+            return Problem(f"cannot import {name}: {type(error).__name__}: {error}")
     return None
 
 
@@ -150,7 +153,7 @@ def _missing_module(name: str) -> Problem:
 
 def _read_yaml(path: Path, remedy: str) -> dict | Problem:
     if not path.is_file():
-        return Problem(f"{path} is not there", remedy)
+        return Problem(f"{path} does not exist", remedy)
     try:
         from ..files.text import MAX_YAML, parse_yaml
     except ImportError:
@@ -164,12 +167,12 @@ def _read_yaml(path: Path, remedy: str) -> dict | Problem:
 
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
-    """Keep what modules print, log and warn while they are imported out of a report."""
-    logged = logging.root.manager.disable
+    """Suppress output, log messages and warnings of modules during import."""
+    disabled_level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
         with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logging.disable(logged)
+        logging.disable(disabled_level)

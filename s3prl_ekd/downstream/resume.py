@@ -1,12 +1,12 @@
-"""Downstream runs that go on exactly where they were cut.
+"""Exact resume of downstream runs.
 
-s3prl saves weights, optimizer, schedule, step and epoch; on resume it seeds all generators anew and
-begins the epoch again, so a cut run ends elsewhere than one that was not. Here each checkpoint also
-says how many batches of its epoch were taken, and the generators' states at the epoch's begin and
-now. On resume the taken batches are drawn again and thrown away (that costs their reading), and
-the generators are put back.
+s3prl saves weights, optimizer, schedule, step and epoch. On resume it seeds all random generators
+again and restarts the epoch, so an interrupted run ends with a different result. Here each
+checkpoint also has the number of batches consumed in its epoch, and the random states at the start
+of the epoch and at the time of saving. On resume the consumed batches are read again and discarded,
+which costs their loading time, and the random states are restored.
 
-Not exact: several processes (torchrun), and ``fp16``, whose scale s3prl does not save.
+Not exact: several processes (torchrun), and ``fp16``, as s3prl does not save its loss scale.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from ..files.formats import CHECKPOINT_PARTS, RESUME
 
 logger = logging.getLogger(__name__)
 
-KEY = RESUME  # in a checkpoint of run_downstream.py, beside s3prl's keys
+KEY = RESUME  # in a checkpoint of run_downstream.py, in addition to s3prl's keys
 VERSION = CHECKPOINT_PARTS[KEY]
 
 
-def generator_states() -> dict[str, Any]:
-    """The states of Python's, NumPy's and torch's generators, as plain data and tensors."""
+def random_states() -> dict[str, Any]:
+    """Snapshot the random states of Python, NumPy and torch as plain data and tensors."""
     version, numbers, gauss = random.getstate()
-    state: Any = np.random.get_state()  # a tuple; a dict only where it is asked for
+    state: Any = np.random.get_state()  # a tuple, unless legacy=False
     name, keys, position, has_gauss, cached = state
     return {
         "python": [version, list(numbers), gauss],
@@ -42,8 +42,8 @@ def generator_states() -> dict[str, Any]:
     }
 
 
-def set_generators(states: dict[str, Any]) -> None:
-    """Put back what :func:`generator_states` gave."""
+def set_random_states(states: dict[str, Any]) -> None:
+    """Restore a snapshot of :func:`random_states`."""
     version, numbers, gauss = states["python"]
     random.setstate((version, tuple(numbers), gauss))
     name, keys, position, has_gauss, cached = states["numpy"]
@@ -54,52 +54,53 @@ def set_generators(states: dict[str, Any]) -> None:
 
 
 class Place:
-    """Where in its epoch a run is."""
+    """A run's position in its epoch: consumed batches and random states."""
 
     def __init__(self, saved: dict[str, Any] | None):
-        self.saved = saved  # to go to; None once there, or for a new run
-        self.epoch_start = generator_states()
+        self.saved = saved  # state to restore; None for a new run and once it is restored
+        self.epoch_start = random_states()
         self.batches = 0
 
     def state(self) -> dict[str, Any]:
+        """The entry of a checkpoint."""
         return {
             "version": VERSION,
             "epoch_start": self.epoch_start,
             "batches": self.batches,
-            "now": generator_states(),
+            "now": random_states(),
         }
 
     def begin_epoch(self) -> None:
-        """Before the epoch's loader is made, which may draw numbers too."""
+        """Call this before building the epoch's loader, which may draw random numbers too."""
         if self.saved is not None:
-            set_generators(self.saved["epoch_start"])
-        self.epoch_start = generator_states()
+            set_random_states(self.saved["epoch_start"])
+        self.epoch_start = random_states()
         self.batches = 0
 
-    def follow(self, loader) -> Iterator:
-        """The batches of ``loader``, those that were taken before the cut left out."""
+    def remaining(self, loader) -> Iterator:
+        """Yield the batches of ``loader`` that come after the restored position."""
         batches = iter(loader)
         if self.saved is not None:
-            logger.info("going on after batch %d of the epoch", self.saved["batches"])
-            taken = sum(1 for _ in itertools.islice(batches, self.saved["batches"]))
-            if taken < self.saved["batches"]:  # the data or the batch size is another by now
-                logger.warning("the epoch has %d batches only; the next one begins", taken)
-            self.batches = taken
-            set_generators(self.saved["now"])
+            logger.info("resuming after batch %d of the epoch", self.saved["batches"])
+            skipped = sum(1 for _ in itertools.islice(batches, self.saved["batches"]))
+            if skipped < self.saved["batches"]:  # the data or the batch size has changed
+                logger.warning("the epoch has only %d batches; starting the next epoch", skipped)
+            self.batches = skipped
+            set_random_states(self.saved["now"])
             self.saved = None
         for batch in batches:
             self.batches += 1
             yield batch
 
 
-class FollowedLoader:
-    """A data loader whose batches are counted; everything else is the loader's own."""
+class ResumableLoader:
+    """Wraps a data loader to skip and count batches; other attributes are the loader's."""
 
-    def __init__(self, loader, place: Place):
-        self._loader, self._place = loader, place
+    def __init__(self, loader, position: Place):
+        self._loader, self._position = loader, position
 
     def __iter__(self) -> Iterator:
-        return self._place.follow(self._loader)
+        return self._position.remaining(self._loader)
 
     def __len__(self) -> int:
         return len(self._loader)
@@ -108,30 +109,30 @@ class FollowedLoader:
         return getattr(self._loader, name)
 
 
-def exact(runner: Any) -> Any:
-    """s3prl's downstream ``Runner``, made to save and take up its place in the epoch."""
+def resumable_runner(runner: Any) -> Any:
+    """Subclass s3prl's downstream ``Runner`` to save and restore its position in the epoch."""
 
-    class ExactRunner(runner):
+    class ResumableRunner(runner):
         def __init__(self, args, config):
             super().__init__(args, config)
-            alone = not torch.distributed.is_initialized()
-            saved = self.init_ckpt.get(KEY) if alone and args.mode == "train" else None
-            self._place = Place(saved)
+            single = not torch.distributed.is_initialized()
+            saved = self.init_ckpt.get(KEY) if single and args.mode == "train" else None
+            self._position = Place(saved)
             model = self.downstream.model
             split = config["runner"].get("train_dataloader", "train")
             get_dataloader = model.get_dataloader
 
-            def followed(name, *rest, **named):
+            def get_resumable(name, *args, **kwargs):
                 if name != split:
-                    return get_dataloader(name, *rest, **named)
-                self._place.begin_epoch()
-                return FollowedLoader(get_dataloader(name, *rest, **named), self._place)
+                    return get_dataloader(name, *args, **kwargs)
+                self._position.begin_epoch()
+                return ResumableLoader(get_dataloader(name, *args, **kwargs), self._position)
 
-            model.get_dataloader = followed
+            model.get_dataloader = get_resumable
 
         def _get_scheduler(self, optimizer):
-            # A new schedule sets the optimizer's learning rate to that of step 0 (with a warm-up:
-            # to nothing), and reading its old state does not set it back.
+            # A new schedule sets the optimizer's learning rate to that of step 0 (0 with a
+            # warm-up), and loading the schedule's state does not restore it.
             scheduler = super()._get_scheduler(optimizer)
             if self.init_ckpt.get("Scheduler"):
                 for group, rate in zip(
@@ -143,12 +144,12 @@ def exact(runner: Any) -> Any:
         def train(self):
             save = torch.save
 
-            def save_with_place(states, *rest, **named):
+            def save_with_position(states, *args, **kwargs):
                 if isinstance(states, dict) and "Downstream" in states:
-                    states = {**states, KEY: self._place.state()}
-                return save(states, *rest, **named)
+                    states = {**states, KEY: self._position.state()}
+                return save(states, *args, **kwargs)
 
-            with replaced(torch, "save", save_with_place):
+            with replaced(torch, "save", save_with_position):
                 super().train()
 
-    return ExactRunner
+    return ResumableRunner

@@ -1,4 +1,4 @@
-"""``run_downstream.py``: the request checked, and s3prl's script called within guards."""
+"""``run_downstream.py``: check the request, then call s3prl's script inside guards."""
 
 from __future__ import annotations
 
@@ -36,54 +36,53 @@ from .corpus_check import check_corpus
 from .tasks import missing_paths, task_of
 
 WITH_HEADS = "hidden_states_and_heads"
-NOISY = "noisy"  # below the run's folder: predictions of tests under noise
+NOISY = "noisy"  # subfolder of a run with the predictions of evaluations under noise
 
 
 def prepare(argv: Sequence[str]) -> DownstreamRequest:
-    """Read and check the arguments of a command; see :func:`checked`."""
-    return checked(DownstreamRequest.parse(trust.take(argv)))
+    """Parse and check a command's arguments; see :func:`check_request`."""
+    return check_request(DownstreamRequest.parse(trust.take(argv)))
 
 
-def checked(request: DownstreamRequest) -> DownstreamRequest:
-    """The request with its checkpoint found, its device and its folder set.
+def check_request(request: DownstreamRequest) -> DownstreamRequest:
+    """Check a request and complete it: checkpoint to resume from, device, folder.
 
     Raises:
-        EkdError: one sentence for what the user can mend.
+        EkdError: a mistake that the user can fix.
     """
     return in_noisy_folder(completed(request, OPTION_CHECKS, RUN_CHECKS))
 
 
-# Checks of what was typed; the cheap ones come first
+# Checks of the options; cheap ones come first
 
 
 def check_mode(request: DownstreamRequest) -> None:
-    """``--noise`` only evaluates, ``--cache-features`` is for one process."""
+    """Check that ``--noise`` goes with ``-m evaluate``, ``--cache-features`` with one process."""
     mode = f"-m {request.mode}" if request.mode else "no -m"
     if request.noise is not None and request.mode != "evaluate":
         raise SetupError(
-            f"--noise goes with -m evaluate only, not with {mode}: it tests a model that was "
-            "trained without it"
+            f"--noise needs -m evaluate, got {mode}: it evaluates a model trained without noise"
         )
     if request.cache is not None and request.local_rank is not None:
         raise SetupError(
-            f"{CACHE} is for one process and not for torchrun; leave it out, or train on one GPU"
+            f"{CACHE} works in one process only, not under torchrun; remove it, or train on one GPU"
         )
 
 
 def check_files(request: DownstreamRequest) -> None:
-    """The files after ``-i`` and ``-k`` are there."""
+    """Check that the files after ``-i`` and ``-k`` exist."""
     if request.init_ckpt and not Path(request.init_ckpt).is_file():
-        raise CheckpointError(f"-i {request.init_ckpt}: there is no such checkpoint")
+        raise CheckpointError(f"-i {request.init_ckpt}: no such checkpoint")
     student = _student(request)
     if student and not Path(student).is_file():
         raise CheckpointError(
-            f"-k {student}: there is no such file; a checkpoint of run_pretrain.py or an exported "
-            "student is expected"
+            f"-k {student}: no such file; expected a checkpoint of run_pretrain.py or an exported "
+            "student"
         )
 
 
 def check_noises(request: DownstreamRequest) -> None:
-    """There are noises after ``--noise``."""
+    """Check that ``--noise`` names audio."""
     if request.noise is not None:
         from .noise import find_noises
 
@@ -91,7 +90,7 @@ def check_noises(request: DownstreamRequest) -> None:
 
 
 def check_init(request: DownstreamRequest) -> None:
-    """The checkpoint after ``-i`` is data, and of no newer version."""
+    """Check that the checkpoint after ``-i`` contains no code and is of no newer version."""
     if request.init_ckpt:
         from ..files.torch_load import safe_load
 
@@ -100,19 +99,21 @@ def check_init(request: DownstreamRequest) -> None:
 
 
 def check_heads(request: DownstreamRequest) -> None:
-    """The student has what ``-s`` selects: s3prl would take the plain hidden states instead, with
-    a warning among many lines."""
+    """Check that the student has the heads that ``-s`` selects.
+
+    s3prl would use the hidden states without heads instead, with an easily overlooked warning.
+    """
     student = _student(request)
     if student and request.upstream_feature_selection == WITH_HEADS:
         from ..student_file import heads_problem, load_student
 
         problem = heads_problem(load_student(student))
         if problem:
-            raise CheckpointError(f"-s {WITH_HEADS}: {student} has none, {problem}")
+            raise CheckpointError(f"-s {WITH_HEADS}: {student} has no heads, {problem}")
 
 
 def _student(request: DownstreamRequest) -> str | None:
-    """The student file after ``-k``; None for a URL and for other upstreams."""
+    """The student file after ``-k``; None for a URL or another upstream."""
     path = request.upstream_ckpt
     if not (request.upstream or "").startswith("ekd_student") or not path:
         return None
@@ -121,12 +122,14 @@ def _student(request: DownstreamRequest) -> str | None:
 
 OPTION_CHECKS = (check_mode, check_files, check_noises, check_init, check_heads)
 
-# Checks of the run, with the contents of its checkpoint, which are empty for a new one
+# Checks of the run; ``states`` are the contents of its checkpoint, empty for a new run
 
 
-def check_new(request: DownstreamRequest, states: Mapping[str, Any]) -> None:
-    """A new run has a task, a name, and a YAML whose paths are there; with one that is not, s3prl
-    would end in a traceback, minutes later."""
+def check_new_downstream(request: DownstreamRequest, states: Mapping[str, Any]) -> None:
+    """Check that a new run has a task, a name, and a YAML whose paths exist.
+
+    With a missing path s3prl would fail minutes later, with a traceback.
+    """
     if states or request.mode is None:
         return
     if not request.downstream:
@@ -138,8 +141,8 @@ def check_new(request: DownstreamRequest, states: Mapping[str, Any]) -> None:
     if not Path(path).is_file():
         hint = "" if request.config else f"; {INIT_HINT}"
         if not request.config and task is not None and Path(task.full).is_file():
-            hint = f"; add -c {task.full}"  # s3prl keeps the recipes of -d ctc by corpus
-        raise ConfigError(f"there is no configuration {path} in this folder{hint}")
+            hint = f"; add -c {task.full}"  # s3prl has one recipe for each corpus of -d ctc
+        raise ConfigError(f"no such config in this folder: {path}{hint}")
     config = read_yaml(path)
     if request.override:
         config = apply_overrides(config, request.override)
@@ -148,7 +151,7 @@ def check_new(request: DownstreamRequest, states: Mapping[str, Any]) -> None:
     if task is not None:
         for key, missing in missing_paths(config, task.paths, Path.cwd()):
             raise ConfigError(
-                f"{path}: {key} is {missing}, which is not there; edit it or add "
+                f"{path}: {key} is {missing}, which does not exist; edit it or add "
                 f"-o \"config.{key}='PATH'\""
             )
     check_upstream(request.upstream, request.upstream_ckpt, request.upstream_model_config)
@@ -156,51 +159,53 @@ def check_new(request: DownstreamRequest, states: Mapping[str, Any]) -> None:
     check_corpus(request.downstream, config, path, request.split, fold=fold)
 
 
-def check_resumed(request: DownstreamRequest, states: Mapping[str, Any]) -> None:
-    """A checkpoint that s3prl is about to read and to build a model from."""
+def check_resumed_downstream(request: DownstreamRequest, states: Mapping[str, Any]) -> None:
+    """Check a checkpoint from which s3prl will build a model."""
     if not states:
         return
     path = request.past_exp
     if "Downstream" not in states:
-        raise CheckpointError(f"-e {path} is no checkpoint of run_downstream.py")
+        raise CheckpointError(f"-e {path} is not a checkpoint of run_downstream.py")
     args = vars(states["Args"])
     log_moved(request, args.get("expdir"))
-    for name, plain in (("hub", "torch"), ("from_hf_hub", False), ("push_to_hf_hub", False)):
-        # s3prl would take these from the file, run code of the hub, and upload the run.
-        if args.get(name, plain) not in (plain, str(plain)) and not trust.trusted():
+    for name, default in (("hub", "torch"), ("from_hf_hub", False), ("push_to_hf_hub", False)):
+        # With these from the checkpoint s3prl would run code from a hub and upload the run.
+        if args.get(name, default) not in (default, str(default)) and not trust.trusted():
             raise CheckpointError(
-                f"-e {path} is of a run with --{name} {str(args[name])[:40]!r}; if you trust who "
-                f"made it, add {trust.OPTION}"
+                f"-e {path}: the run was started with --{name} {str(args[name])[:40]!r}; if you "
+                f"trust its author, add {trust.OPTION}"
             )
     check_upstream(
         args.get("upstream"), args.get("upstream_ckpt"), args.get("upstream_model_config")
     )
-    config, where = states["Config"], f"the config in {path}"
+    config, source = states["Config"], f"the config in {path}"
     if request.override:
         config = apply_overrides(config, request.override)
-    check_names(config, where)
+    check_names(config, source)
     downstream, fold = args.get("downstream"), args.get("downstream_variant")
-    check_splits(downstream, config, where, request.split)
+    check_splits(downstream, config, source, request.split)
     check_fold(fold, f"-e {path}: downstream_variant")
-    check_corpus(downstream, config, where, request.split, fold=fold)
+    check_corpus(downstream, config, source, request.split, fold=fold)
 
 
 def check_upstream(name: Any, checkpoint: Any, config: Any) -> None:
-    """The files that s3prl is about to make the upstream of: data, and nothing that would run."""
+    """Check that the files from which s3prl builds the upstream contain no code."""
     for path in (checkpoint, config):
         if path is not None and not isinstance(path, str):
-            raise CheckpointError(f"the upstream {str(name)[:60]!r} has no path but {path!r:.60}")
+            raise CheckpointError(
+                f"the upstream {str(name)[:60]!r}: expected a path, got {path!r:.60}"
+            )
     if config and Path(config).exists():
         check_names(read_yaml(config), config)
     if not checkpoint or not Path(checkpoint).exists() or Path(checkpoint).is_dir():
-        return  # s3prl's business: a URL, an identifier, a folder
+        return  # a URL, an identifier or a folder: checked by s3prl
     from ..teachers.checkpoint import check_upstream_file
 
     check_upstream_file(Path(checkpoint), str(name))
 
 
-def check_folder(request: DownstreamRequest, states: Mapping[str, Any]) -> None:
-    """The run's folder can be written, and a training finds no other run there."""
+def check_downstream_folder(request: DownstreamRequest, states: Mapping[str, Any]) -> None:
+    """Check that the run's folder is writable and, for training, has no other run."""
     folder = request.folder
     if folder is None or (not states and request.mode is None):
         return
@@ -209,14 +214,19 @@ def check_folder(request: DownstreamRequest, states: Mapping[str, Any]) -> None:
     if not states:
         make_folder(folder, SetupError)
     elif folder.is_dir() and not os.access(folder, os.W_OK):
-        raise SetupError(f"{folder} cannot be written; name another folder with -p")
+        raise SetupError(f"cannot write to {folder}; choose another folder with -p")
 
 
-RUN_CHECKS = (check_new, check_resumed, check_device, check_folder)
+RUN_CHECKS = (
+    check_new_downstream,
+    check_resumed_downstream,
+    check_device,
+    check_downstream_folder,
+)
 
 
 def in_noisy_folder(request: DownstreamRequest) -> DownstreamRequest:
-    """A test under noise writes to a folder of its own, unless ``-o`` has put it elsewhere."""
+    """Give an evaluation under noise its own folder, unless ``-o`` sets ``args.expdir``."""
     if request.noise is None or request.folder is None:
         return request
     if "expdir" in argument_overrides(request.override):
@@ -228,50 +238,51 @@ def in_noisy_folder(request: DownstreamRequest) -> DownstreamRequest:
 
 
 def run(script: ModuleType, request: DownstreamRequest) -> None:
-    """Call s3prl's script for a request that has been checked.
+    """Call s3prl's script for a checked request.
 
     Raises:
-        SetupError: s3prl's hub has no such upstream.
+        SetupError: s3prl's hub does not have the upstream.
     """
     from s3prl import hub
 
-    from .resume import exact
+    from .resume import resumable_runner
 
     name = request.upstream
     if name and not hasattr(hub, name):
         close = difflib.get_close_matches(name, hub.options(), n=3)
         guess = f"did you mean {' or '.join(close)}?" if close else "see run_downstream.py -h"
-        raise SetupError(f"-u {name}: s3prl has no such upstream; {guess}")
+        raise SetupError(f"-u {name}: no such upstream in s3prl; {guess}")
     with contextlib.ExitStack() as stack:
         stack.enter_context(downstream_guards(request))
-        stack.enter_context(replaced(script, "Runner", exact(script.Runner)))
+        stack.enter_context(replaced(script, "Runner", resumable_runner(script.Runner)))
         if request.cache is not None:
             from .feature_cache import cached_features
 
             stack.enter_context(cached_features(script, request.cache))
-        if request.noise is not None:  # outermost: noisy waveforms have their own hidden states
-            from .noise import noisy
+        if request.noise is not None:  # outermost, so that the cache gets the noisy waveforms
+            from .noise import noisy_runner
 
-            stack.enter_context(replaced(script, "Runner", noisy(script.Runner, request.noise)))
+            runner = noisy_runner(script.Runner, request.noise)
+            stack.enter_context(replaced(script, "Runner", runner))
         script.main()
 
 
 @contextlib.contextmanager
 def downstream_guards(request: DownstreamRequest) -> Iterator[None]:
-    """Within it s3prl's script may be called for ``request``; see :func:`..request.script_guards`.
+    """Guard a call of s3prl's script for ``request``; see :func:`..request.script_guards`.
 
-    It searches SID's lists of files anew. Its workers end with it, and so does its own
-    ``isinstance``, which it puts into the whole process: each run in a process would make all that
-    follows slower, ten times after some dozens. Several processes may evaluate in one folder at a
-    time, a split each, also while another trains.
+    SID's file lists are not read from s3prl's cache. On exit the data loader's workers are ended,
+    and s3prl's monkeypatch of ``builtins.isinstance`` is undone: it would slow down later runs in
+    this process, tenfold after some dozens of runs. The lock allows several evaluations in one
+    folder at the same time, one for each split, also during training.
     """
     from ..data.loader import workers_end
 
     split = request.split
     lock = NAME if split is None else f".{re.sub(r'[^A-Za-z0-9_-]', '_', split)}{NAME}"
     with (
-        script_guards(request, lock, cache_dir=request.cache_dir),  # downloads go there
-        voxceleb1_cache.guarded(),  # whatever -d says: with -e the task is in the checkpoint
+        script_guards(request, lock, cache_dir=request.cache_dir),  # for downloads
+        voxceleb1_cache.guarded(),  # for every -d: with -e the task is in the checkpoint
         replaced(builtins, "isinstance", isinstance),
         workers_end(),
     ):

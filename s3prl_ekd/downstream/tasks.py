@@ -1,4 +1,4 @@
-"""The four SUPERB tasks as s3prl runs them: recipes and their paths, splits, metrics, files."""
+"""The four SUPERB tasks in s3prl: recipes and their paths, splits, metrics, files."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from ..errors import SetupError
 
 @dataclass(frozen=True)
 class Task:
-    """One task.
+    """A SUPERB task.
 
     Attributes:
-        name: what the user types.
+        name: short name, used on the command line.
         downstream: the name after ``-d``.
-        full, tiny: recipes below the working folder.
-        split: the split that is tested, as ``-t`` wants it.
-        best: the checkpoint that s3prl keeps by dev.
+        full, tiny: paths of the recipes in the working folder.
+        split: the test split, as given to ``-t``.
+        best: the checkpoint with the best dev score, written by s3prl.
         metric: ``per``, ``wer`` or ``acc``; in per cent everywhere in this package.
-        scale: what makes s3prl's number, as a best checkpoint holds it, per cent.
-        hyp, ref: the prediction files; ``{fold}`` stands in ER's.
-        recipe_files: YAML keys, dotted, of the files that come with a recipe.
-        corpus: YAML keys, dotted, of the corpus: the user's to set.
-        modules: what it imports only once it runs, beside the expert.
+        scale: factor that converts the score in s3prl's best checkpoint to per cent.
+        hyp, ref: names of the prediction files; ER's contain ``{fold}``.
+        recipe_files: dotted YAML keys of the files that come with a recipe.
+        corpus: dotted YAML keys of the corpus paths, which the user sets.
+        modules: modules besides the expert that the recipe imports while it runs.
     """
 
     name: str
@@ -48,12 +48,12 @@ class Task:
 
     @property
     def title(self) -> str:
-        """As in SUPERB's tables: ``PR PER ↓``."""
+        """Title as in SUPERB's tables: ``PR PER ↓``."""
         return f"{self.name.upper()} {self.metric.upper()} {'↑' if self.higher_is_better else '↓'}"
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """The keys of all paths in the recipe."""
+        """YAML keys of all paths in the recipe."""
         return self.recipe_files + self.corpus
 
     @property
@@ -61,7 +61,7 @@ class Task:
         return 0.0 if self.higher_is_better else 100.0
 
     def files(self, fold: str | None) -> tuple[str, str]:
-        """Names of the hypotheses and the references in a run's folder."""
+        """File names of hypotheses and references in a run's folder."""
         return self.hyp.format(fold=fold), self.ref.format(fold=fold)
 
 
@@ -72,7 +72,7 @@ TASKS = {
         "test", "dev-best.ckpt", "per", 100.0, "test-hyp.ark", "test-ref.ark",
         (f"{_EXPERT}.text.vocab_file",),
         (f"{_EXPERT}.corpus.path", f"{_EXPERT}.corpus.lexicon"),
-        # s3prl imports it with the first data loader; provide_ctc_corpus sees to it
+        # imported with the first data loader; see requirements.provide_ctc_corpus
         ("s3prl.downstream.ctc.corpus.libriphone",),
     ),
     "sid": Task(
@@ -98,24 +98,24 @@ TASKS = {
 
 
 def task_of(downstream: str | None) -> Task | None:
-    """The task of a name after ``-d``; None for s3prl's other recipes."""
+    """The task for a ``-d`` name; None for s3prl's other recipes."""
     return next((task for task in TASKS.values() if task.downstream == downstream), None)
 
 
 def choose_tasks(names: Sequence[str]) -> list[Task]:
-    """The tasks named, in the order of SUPERB's tables.
+    """The named tasks, in the order of SUPERB's tables.
 
     Raises:
-        SetupError: one is unknown.
+        SetupError: a name is unknown.
     """
     for name in names:
         if name not in TASKS:
-            raise SetupError(f"unknown task {name!r}; known: {', '.join(TASKS)}")
+            raise SetupError(f"unknown task {name!r}; expected one of: {', '.join(TASKS)}")
     return [task for task in TASKS.values() if task.name in names]
 
 
 def recipe_paths(config: Mapping[str, Any], keys: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """``(key, path)`` of each path under dotted ``keys``; none where a key is not set."""
+    """Yield ``(key, path)`` for each path set under the dotted ``keys``."""
     for key in keys:
         value: Any = config
         for part in key.split("."):
@@ -127,7 +127,7 @@ def recipe_paths(config: Mapping[str, Any], keys: Sequence[str]) -> Iterator[tup
 def missing_paths(
     config: Mapping[str, Any], keys: Sequence[str], folder: Path
 ) -> Iterator[tuple[str, str]]:
-    """``(key, path)`` of each path that ``config`` has under ``keys`` and ``folder`` has not."""
+    """Yield ``(key, path)`` for each path in ``config`` that does not exist below ``folder``."""
     for key, path in recipe_paths(config, keys):
         if not (folder / path).exists():
             yield key, path

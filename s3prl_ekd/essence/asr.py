@@ -1,9 +1,9 @@
-"""Essence KD of ASR models inside s3prl's own downstream training (Yang et al. 2019, 1906.10834).
+"""Essence KD of ASR models in s3prl's downstream training (Yang et al. 2019, arXiv 1906.10834).
 
-Finished ``-d asr`` runs of s3prl are the teachers: waveforms in, posteriors of each frame out. The
-Runner, the expert, its data, optimizer, evaluation and files are s3prl's. Hooks on the modules that
-the Runner built add the teachers: one keeps the waveforms of a batch, one the student's logits, and
-one replaces the CTC loss by the multitask loss.
+The teachers are finished ``-d asr`` runs of s3prl: they map waveforms to frame posteriors. Runner,
+expert, data, optimizer, evaluation and files are s3prl's. Hooks on the Runner's modules add the
+teachers: one stores the waveforms of a batch, one stores the student's logits, and one replaces the
+CTC loss by the multitask loss.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ..errors import CheckpointError, TeacherError, first_line
 from ..files.config import plain
 from ..files.run_checkpoints import newest, read_run
 from ..request import DownstreamRequest
-from .selection import Selection, select, soft_label_loss
+from .selection import PosteriorSelection, select_posteriors, soft_label_loss
 
 if TYPE_CHECKING:
     from s3prl.downstream.asr.expert import DownstreamExpert
@@ -37,13 +37,13 @@ MODELS = ("RNNs", "Wav2Letter")  # the acoustic models of s3prl's asr expert
 
 
 class AsrTeacher(nn.Module):
-    """One finished ASR model, frozen, without dropout.
+    """A finished ASR model, frozen, without dropout.
 
     Args:
         upstream: maps a list of waveforms to a dict with hidden states.
         featurizer: s3prl's Featurizer with the run's layer weights.
         expert: s3prl's asr DownstreamExpert with the run's weights.
-        name: what messages call it.
+        name: its name in messages.
     """
 
     def __init__(
@@ -55,11 +55,11 @@ class AsrTeacher(nn.Module):
 
     @property
     def symbols(self) -> list[str]:
-        """The dictionary: what each class stands for."""
+        """The dictionary: the symbol of each class."""
         return list(self.expert.dictionary.symbols)
 
     def train(self, mode: bool = True) -> AsrTeacher:
-        """Stay in eval mode, whatever holds this teacher."""
+        """Stay in eval mode, also when a parent module is set to training."""
         return super().train(False)
 
     @torch.no_grad()
@@ -73,11 +73,12 @@ class AsrTeacher(nn.Module):
 
 
 class AsrEnsemble(nn.ModuleList):
-    """The mean of the teachers' posteriors, each weighing the same (*ours*; the paper's abstract
-    says ensemble and no more).
+    """Mean of the teachers' posteriors, equally weighted.
+
+    The weighting is *ours*: the paper's abstract only says ensemble.
 
     Raises:
-        TeacherError: no teacher, or two with different dictionaries.
+        TeacherError: there is no teacher, or two have different dictionaries.
     """
 
     def __init__(self, teachers: Sequence[AsrTeacher]):
@@ -92,27 +93,28 @@ class AsrEnsemble(nn.ModuleList):
 
     @property
     def first(self) -> AsrTeacher:
-        """One of the teachers, where any will do."""
+        """The first teacher; all have the same dictionary."""
         return next(iter(self))
 
     def check_symbols(self, symbols: Sequence[str], name: str) -> None:
-        """Raise TeacherError unless ``symbols`` is the dictionary of the teachers."""
+        """Raise TeacherError unless ``symbols`` is the teachers' dictionary."""
         first = self.first
         if list(symbols) != first.symbols:
             raise TeacherError(
-                f"{name} has another dictionary ({len(symbols)} symbols) than the teacher "
-                f"{first.name} ({len(first.symbols)} symbols); use the same dict_path for all"
+                f"{name} ({len(symbols)} symbols) and the teacher {first.name} "
+                f"({len(first.symbols)} symbols) have different dictionaries; use the same "
+                "dict_path for all"
             )
 
     @torch.no_grad()
     def forward(self, waves: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Waveforms ``[sample]`` at 16 kHz -> mean posteriors ``[batch, frame, class]`` and the
-        number of frames that all teachers have, ``[batch]``.
+        common frame counts ``[batch]``.
 
         Raises:
             TeacherError: the frame counts of an utterance differ by more than one.
         """
-        with torch.autocast(waves[0].device.type, enabled=False):  # these are the targets
+        with torch.autocast(waves[0].device.type, enabled=False):  # targets in float32
             outputs = [teacher(waves) for teacher in self]
 
         lengths = common_frames([(t.name, n) for t, (_, n) in zip(self, outputs, strict=True)])
@@ -121,10 +123,12 @@ class AsrEnsemble(nn.ModuleList):
 
 
 def common_frames(lengths: Sequence[tuple[str, Tensor]]) -> Tensor:
-    """The smallest frame count of each utterance, ``[batch]``, over models of the same rate.
+    """The smallest frame count of each utterance over models of one frame rate, ``[batch]``.
 
-    Each model is its name and its counts ``[batch]``. Upstreams round the number of frames up or
-    down; a difference of one is cropped.
+    Upstreams round the number of frames up or down, so a difference of one is cropped.
+
+    Args:
+        lengths: name and frame counts ``[batch]`` of each model.
 
     Raises:
         TeacherError: the counts differ by more than one.
@@ -135,24 +139,23 @@ def common_frames(lengths: Sequence[tuple[str, Tensor]]) -> Tensor:
         worst = int((high - low).argmax())
         counts = ", ".join(f"{name}: {int(n[worst])}" for name, n in lengths)
         raise TeacherError(
-            f"the models have different frame rates (frames of the same utterance: {counts}); use "
-            "upstreams of one rate and the same modelrc.*.total_rate"
+            f"the models have different frame rates (frames of one utterance: {counts}); use "
+            "upstreams with the same rate and the same modelrc.*.total_rate"
         )
     return low
 
 
 def load_asr_teacher(path: str | Path) -> AsrTeacher:
-    """Rebuild a finished run with s3prl's own classes, on the CPU.
+    """Rebuild a finished run with s3prl's classes, on the CPU.
 
-    Needs ``compat.apply()`` and ``registration.register()`` before. Paths in the run's arguments
-    and config (upstream checkpoint, dictionary) are looked up from the working folder, as s3prl
-    does.
+    Call ``compat.apply()`` and ``registration.register()`` first. As in s3prl, paths in the run's
+    arguments and config (upstream checkpoint, dictionary) are relative to the working folder.
 
     Args:
-        path: a checkpoint, or a run's folder: its ``dev-clean-best.ckpt``, else the newest one.
+        path: a checkpoint, or a run's folder (its ``dev-clean-best.ckpt``, else the newest).
 
     Raises:
-        CheckpointError: no checkpoint of ``-d asr``, or something it needs is not there.
+        CheckpointError: not a checkpoint of ``-d asr``, or a file it needs is missing.
     """
     path = checkpoint_in(Path(path))
     states = read_run(path)
@@ -160,9 +163,9 @@ def load_asr_teacher(path: str | Path) -> AsrTeacher:
     if getattr(args, "downstream", None) != "asr" or not {"Featurizer", "Downstream"} <= set(
         states
     ):
-        raise CheckpointError(f"{path} is no checkpoint of run_downstream.py -d asr")
-    _check(args, config, path)
-    # What s3prl reads of them to build a model that is only listened to.
+        raise CheckpointError(f"{path} is not a checkpoint of run_downstream.py -d asr")
+    _check_run(args, config, path)
+    # Settings for inference only: load this checkpoint, on the CPU, without a language model.
     args.init_ckpt, args.device = str(path), "cpu"
     config["downstream_expert"]["datarc"]["decoder_args"] = {"decoder_type": "None"}
     from s3prl.downstream.runner import Runner
@@ -171,43 +174,45 @@ def load_asr_teacher(path: str | Path) -> AsrTeacher:
         runner = Runner(args, config)
     except (RuntimeError, KeyError, TypeError, ValueError, AttributeError, AssertionError) as error:
         raise CheckpointError(
-            f"{path} cannot be rebuilt as an ASR model: {first_line(error)}"
+            f"cannot build an ASR model from {path}: {first_line(error)}"
         ) from None
     parts = (runner.upstream.model, runner.featurizer.model, runner.downstream.model)
     return AsrTeacher(*parts, name=str(path))
 
 
 def checkpoint_in(path: Path) -> Path:
-    """A run's folder -> the checkpoint to take; a file is left as it is.
+    """The checkpoint to load from a run's folder; the path of a file is returned unchanged.
 
     Raises:
-        CheckpointError: the folder has none.
+        CheckpointError: the folder has no checkpoint.
     """
     if not path.is_dir():
         return path
     best = path / "dev-clean-best.ckpt"  # s3prl writes it once WER is below 100
-    found = best if best.is_file() else newest(path)
-    if found is None:
-        raise CheckpointError(f"there are no checkpoints (states-*.ckpt) in {path}")
-    return found
+    checkpoint = best if best.is_file() else newest(path)
+    if checkpoint is None:
+        raise CheckpointError(f"no checkpoint (states-*.ckpt) in {path}")
+    return checkpoint
 
 
-def _check(args: Namespace, config: dict, path: Path) -> None:
-    """Whatever in a run's arguments would end in a traceback or have s3prl evaluate a text."""
+def _check_run(args: Namespace, config: dict, path: Path) -> None:
+    """Check arguments that would make s3prl fail with a traceback or evaluate a string."""
     from s3prl import hub
 
     from ..teachers.checkpoint import check_upstream_file
 
     if getattr(args, "from_hf_hub", False):
-        raise CheckpointError(f"{path}: upstreams from the Hugging Face Hub (--hub) bring code")
+        raise CheckpointError(
+            f"{path}: upstreams from the Hugging Face Hub (--hub) are not allowed: they run code"
+        )
     name = str(getattr(args, "upstream", None))
     if name.startswith("_") or not callable(getattr(hub, name, None)):
-        raise CheckpointError(f"{path}: s3prl.hub has no upstream {name}")
+        raise CheckpointError(f"{path}: no such upstream in s3prl.hub: {name}")
     source = getattr(args, "upstream_ckpt", None)
     if source and "://" not in str(source) and not Path(source).is_file():
         raise CheckpointError(
-            f"{path}: its upstream {name} was read from {source}, which is not there; start from "
-            "the folder where it was trained"
+            f"{path}: the checkpoint {source} of its upstream {name} does not exist; start from "
+            "the folder where the run was trained"
         )
     if source and Path(source).is_file():
         check_upstream_file(Path(source), name)
@@ -215,47 +220,49 @@ def _check(args: Namespace, config: dict, path: Path) -> None:
         expert = config["downstream_expert"]
         select, dictionary = expert["modelrc"]["select"], expert["datarc"].get("dict_path")
     except (KeyError, TypeError, AttributeError):
-        raise CheckpointError(f"{path} has no configuration of -d asr in it") from None
-    if select not in MODELS:  # s3prl evaluates this text
+        raise CheckpointError(f"{path} has no config of -d asr") from None
+    if select not in MODELS:  # s3prl evaluates this string
         raise CheckpointError(
-            f"{path}: modelrc.select is {select!r}; use one of: {', '.join(MODELS)}"
+            f"{path}: modelrc.select must be one of {', '.join(MODELS)}, got {select!r}"
         )
     if dictionary is not None and not Path(dictionary).is_file():
         raise CheckpointError(
-            f"{path}: its dictionary is {dictionary}, which is not there; start from the folder "
-            "where it was trained"
+            f"{path}: its dictionary {dictionary} does not exist; start from the folder where the "
+            "run was trained"
         )
 
 
 @dataclass(frozen=True)
 class EssenceSettings:
-    """Teachers, what of them is distilled, and the weight of the labels.
+    """Teachers, selection of their posteriors, and weight of the labels.
 
     The loss is ``alpha`` · CTC + (1 − ``alpha``) · cross-entropy against the selected posteriors
-    (*paper*: a multitask loss of selected soft outputs and hard labels; the weight of a half and
-    CTC as the loss of the labels are *ours*). CTC is a mean over labels and the other over frames.
+    (*paper*: a multitask loss of selected soft outputs and hard labels; *ours*: the weight 0.5 and
+    CTC as the label loss). CTC is a mean over labels, the cross-entropy a mean over frames.
 
     Raises:
         ValueError: ``alpha`` is not between 0 and 1.
     """
 
     teachers: tuple[str, ...]
-    selection: Selection = field(default_factory=Selection)
+    selection: PosteriorSelection = field(default_factory=PosteriorSelection)
     alpha: float = 0.5
 
     def __post_init__(self) -> None:
         if not 0 <= self.alpha <= 1:
-            raise ValueError(f"alpha is {self.alpha}; 0 (teachers only) to 1 (labels only)")
+            raise ValueError(
+                f"alpha must be 0 (teachers only) to 1 (labels only), got {self.alpha}"
+            )
 
 
 class MultitaskLoss:
-    """Hooks on one Runner's student. With ``alpha`` 1 they leave every number as it is.
+    """Adds the teachers' loss to a Runner's student; with ``alpha`` 1 nothing is changed.
 
     Args:
         runner: s3prl's downstream Runner, with an asr expert.
         ensemble: the teachers, on the Runner's device.
         settings: selection and weight.
-        train_split: the split whose loss is replaced; others are evaluation.
+        train_split: the split whose loss is replaced; other splits are for evaluation.
     """
 
     def __init__(
@@ -269,16 +276,16 @@ class MultitaskLoss:
         self.log_records = expert.log_records
         ensemble.check_symbols(expert.dictionary.symbols, "the student")
         if settings.alpha == 1:
-            return  # plain CTC: the teachers need not be asked
-        runner.featurizer.model.register_forward_pre_hook(self._keep_waves)
-        expert.model.register_forward_hook(self._keep_logits)
+            return  # CTC only: no teacher is run
+        runner.featurizer.model.register_forward_pre_hook(self._store_waves)
+        expert.model.register_forward_hook(self._store_logits)
         expert.register_forward_hook(self._replace_loss, with_kwargs=True)
         expert.log_records = self._log
 
-    def _keep_waves(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def _store_waves(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         self.waves = args[0]
 
-    def _keep_logits(
+    def _store_logits(
         self, module: nn.Module, args: tuple[Any, ...], output: tuple[Tensor, Tensor]
     ) -> None:
         self.logits, self.lengths = output
@@ -287,13 +294,13 @@ class MultitaskLoss:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], ctc: Tensor
     ) -> Tensor | None:
         logits, lengths, waves = self.logits, self.lengths, self.waves
-        self.logits, self.waves = None, ()  # a graph kept here would live through the evaluation
+        self.logits, self.waves = None, ()  # don't keep the graph alive during the evaluation
         if args[0] != self.train_split:
             return None
-        assert logits is not None and lengths is not None  # the model has run before its loss
+        assert logits is not None and lengths is not None  # set by _store_logits
         soft, scalars = self.soft_loss(waves, logits, lengths)
         alpha = self.settings.alpha
-        # Not 0 times CTC: that is no number where the CTC loss is infinite (zero_infinity off).
+        # 0 times CTC would be NaN if the CTC loss is infinite (zero_infinity off).
         total = soft if alpha == 0 else alpha * ctc + (1 - alpha) * soft
         for name, value in {**scalars, "soft_loss": soft, "total_loss": total}.items():
             kwargs["records"][f"essence/{name}"].append(value.detach())
@@ -302,7 +309,7 @@ class MultitaskLoss:
     def soft_loss(
         self, waves: Sequence[Tensor], logits: Tensor, lengths: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss against the teachers for a batch, and what the selection left.
+        """The loss against the teachers for a batch, and statistics of the selection.
 
         Args:
             waves: waveforms ``[sample]`` at 16 kHz.
@@ -312,27 +319,27 @@ class MultitaskLoss:
         Raises:
             TeacherError: student and teachers differ by more than one frame.
         """
-        posteriors, available = self.ensemble(waves)
+        posteriors, teacher_lengths = self.ensemble(waves)
         frames = min(posteriors.shape[1], logits.shape[1])
-        valid = common_frames([("teachers", available), ("student", lengths)])
+        valid = common_frames([("teachers", teacher_lengths), ("student", lengths)])
         mask = torch.arange(frames)[None] < valid[:, None]  # [batch, frame]
         mask = mask.to(logits.device)
-        chosen = select(posteriors[:, :frames], self.settings.selection)
-        keep = chosen.keep & mask
+        selected = select_posteriors(posteriors[:, :frames], self.settings.selection)
+        keep = selected.keep & mask
         log_probs = logits[:, :frames].float().log_softmax(-1)
-        loss = soft_label_loss(log_probs, chosen.posteriors, keep)
+        loss = soft_label_loss(log_probs, selected.posteriors, keep)
         count = keep.sum().clamp(min=1)
-        classes = (chosen.posteriors > 0).sum(-1)
+        classes = (selected.posteriors > 0).sum(-1)
         return loss, {
             "frames_kept": keep.sum() / mask.sum().clamp(min=1),
-            "mass_kept": (chosen.mass * keep).sum() / count,
+            "mass_kept": (selected.mass * keep).sum() / count,
             "classes_kept": (classes * keep).sum() / count,
         }
 
     def _log(
         self, split: str, records: dict[str, Any], logger: Any, global_step: int, **rest: Any
     ) -> Any:
-        """s3prl's own log, after our scalars went to TensorBoard beside its ``asr/train-loss``."""
+        """Write our scalars to TensorBoard as ``asr/SPLIT-NAME``, then call s3prl's own log."""
         for key in [key for key in records if key.startswith("essence/")]:
             mean = torch.stack(records.pop(key)).float().mean().item()
             tag = f"asr/{split}-{key.removeprefix('essence/')}"
@@ -352,25 +359,25 @@ def distil_asr(
 
     Args:
         script: the module ``run_downstream``.
-        request: the training, checked.
-        ensemble: the teachers. They exist before the script sets its seeds, so that a run with
-            ``alpha`` 1 draws the numbers that a run of s3prl alone draws.
-        settings: kept under ``essence`` in the checkpoint's ``Config``.
+        request: the checked request of the training.
+        ensemble: the teachers. They are built before the script sets its seeds, so that a run with
+            ``alpha`` 1 draws the same random numbers as a run of s3prl alone.
+        settings: saved under ``essence`` in the checkpoint's ``Config``.
 
     Returns:
-        The arguments as s3prl completed them.
+        The arguments after s3prl has completed them.
     """
     make_runner = script.Runner
-    seen: dict[str, Namespace] = {}
+    completed: dict[str, Namespace] = {}
 
     def make_runner_with_teachers(args: Namespace, config: dict[str, Any]) -> Any:
         config["essence"] = plain(settings)
         runner = make_runner(args, config)
         train_split = config["runner"].get("train_dataloader", "train")
         MultitaskLoss(runner, ensemble.to(args.device), settings, train_split)
-        seen["args"] = args
+        completed["args"] = args
         return runner
 
     with downstream_guards(request), replaced(script, "Runner", make_runner_with_teachers):
         script.main()
-    return seen["args"]
+    return completed["args"]

@@ -1,8 +1,8 @@
-"""Which of a teacher's soft outputs are distilled, and the loss on those that are.
+"""Selection of a teacher's posteriors, and the loss on the selected ones.
 
-Essence Knowledge Distillation (Yang et al. 2019, arXiv 1906.10834) distils not all soft outputs of
-an ensemble but the essential ones; the rest may be noise (*paper*). The rule by which it selects is
-not in its abstract, so the three rules here are *ours*.
+Essence Knowledge Distillation (Yang et al. 2019, arXiv 1906.10834) distils only the essential soft
+outputs of an ensemble, as the rest may be noise (*paper*). The abstract doesn't give the selection
+rule, so the three rules here are *ours*.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from ..errors import TeacherError
 
 
 @dataclass(frozen=True)
-class Selection:
-    """The rules; one that is None does nothing, and a class must pass all that are set.
+class PosteriorSelection:
+    """Selection rules; None disables a rule, and a class must pass all enabled rules.
 
     Attributes:
         top_k: keep the ``top_k`` most probable classes of each frame.
         mass: keep the fewest most probable classes of a frame that together reach this
             probability; above 0, and 1 keeps all.
-        confidence: leave out frames whose most probable class is below this probability.
+        confidence: drop frames whose most probable class is below this probability.
 
     Raises:
-        ValueError: a value that is not allowed.
+        ValueError: a value is out of range.
     """
 
     top_k: int | None = None
@@ -36,79 +36,81 @@ class Selection:
 
     def __post_init__(self) -> None:
         if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k is {self.top_k}; 1 or more is allowed")
-        # `not` around: NaN fails every comparison
+            raise ValueError(f"top_k must be at least 1, got {self.top_k}")
+        # negated, as NaN fails every comparison
         if self.mass is not None and not 0 < self.mass <= 1:
-            raise ValueError(f"mass is {self.mass}; above 0 and up to 1 is allowed")
+            raise ValueError(f"mass must be above 0 and at most 1, got {self.mass}")
         if self.confidence is not None and not 0 <= self.confidence <= 1:
-            raise ValueError(f"confidence is {self.confidence}; 0 to 1 is allowed")
+            raise ValueError(f"confidence must be between 0 and 1, got {self.confidence}")
 
     def __str__(self) -> str:
         rules = {"top_k": self.top_k, "mass": self.mass, "confidence": self.confidence}
-        named = [f"{name} {value}" for name, value in rules.items() if value is not None]
-        return ", ".join(named) or "full posteriors"
+        enabled = [f"{name} {value}" for name, value in rules.items() if value is not None]
+        return ", ".join(enabled) or "full posteriors"
 
 
-class Selected(NamedTuple):
-    """``posteriors`` ``[batch, frame, class]``, 0 where a class was dropped, each frame's sum 1;
-    ``keep`` ``[batch, frame]``, True where a frame counts; ``mass`` ``[batch, frame]``, the
-    probability that the kept classes had before they were scaled up."""
+class SelectedPosteriors(NamedTuple):
+    """The result of :func:`select_posteriors`.
+
+    ``posteriors`` ``[batch, frame, class]``: 0 for dropped classes, each frame sums to 1;
+    ``keep`` ``[batch, frame]``: True for frames that are kept;
+    ``mass`` ``[batch, frame]``: probability of the kept classes before renormalisation.
+    """
 
     posteriors: Tensor
     keep: Tensor
     mass: Tensor
 
 
-def select(posteriors: Tensor, selection: Selection) -> Selected:
-    """Keep the essential outputs of each frame and scale them so that they sum to 1.
+def select_posteriors(posteriors: Tensor, selection: PosteriorSelection) -> SelectedPosteriors:
+    """Keep the essential classes of each frame and renormalise them to sum 1.
 
     Args:
-        posteriors: ``[batch, frame, class]``, not negative. Frames of padding may hold anything
-            finite; mask them where the loss is taken.
-        selection: the rules. Among equally probable classes the one of the lower index goes first.
+        posteriors: ``[batch, frame, class]``, not negative. Padded frames may have any finite
+            values; mask them in the loss.
+        selection: the rules. Equally probable classes are ranked by index.
     """
     ranked, order = posteriors.sort(dim=-1, descending=True, stable=True)  # [batch, frame, class]
-    kept = torch.ones_like(ranked, dtype=torch.bool)
+    mask = torch.ones_like(ranked, dtype=torch.bool)
     if selection.top_k is not None:
-        kept[..., selection.top_k :] = False
+        mask[..., selection.top_k :] = False
     if selection.mass is not None and selection.mass < 1:
-        # A class stays while those before it have not reached the mass. In float64: 0.95 of many
-        # small float32 numbers would be reached a class too early or too late.
-        wide = ranked.double()
-        before = wide.cumsum(-1) - wide
-        kept &= before < selection.mass
-    kept[..., 0] = True  # at least one class a frame, whatever rounding does
-    kept = torch.zeros_like(kept).scatter(-1, order, kept)  # from ranks back to classes
-    chosen = posteriors * kept
-    mass = chosen.sum(-1)  # [batch, frame]
-    targets = chosen / mass.clamp(min=torch.finfo(chosen.dtype).tiny)[..., None]
+        # Keep a class if the classes ranked before it have not reached the mass. With float32, sums
+        # of many small numbers would reach it one class too early or too late.
+        probabilities = ranked.double()
+        mask &= probabilities.cumsum(-1) - probabilities < selection.mass
+    mask[..., 0] = True  # keep at least one class despite rounding
+    mask = torch.zeros_like(mask).scatter(-1, order, mask)  # from rank order to class order
+    selected = posteriors * mask
+    mass = selected.sum(-1)  # [batch, frame]
+    targets = selected / mass.clamp(min=torch.finfo(selected.dtype).tiny)[..., None]
     keep = torch.ones_like(mass, dtype=torch.bool)
     if selection.confidence is not None:
         keep = ranked[..., 0] >= selection.confidence
-    return Selected(targets, keep, mass)
+    return SelectedPosteriors(targets, keep, mass)
 
 
 def soft_label_loss(log_probs: Tensor, targets: Tensor, keep: Tensor) -> Tensor:
-    """Cross-entropy of the student against soft targets, the mean over the frames that count.
+    """Cross-entropy of the student against soft targets, averaged over the kept frames.
 
-    It is KL(targets || student) plus the entropy of the targets, which no student changes: the
+    It equals KL(targets || student) plus the entropy of the targets, which is constant, so its
     gradients are those of the KL divergence.
 
     Args:
         log_probs: the student's log-probabilities ``[batch, frame, class]``.
-        targets: ``[batch, frame, class]``, each frame's sum 1.
-        keep: ``[batch, frame]``, nonzero where a frame counts. With no such frame the loss is 0.
+        targets: ``[batch, frame, class]``, each frame sums to 1.
+        keep: ``[batch, frame]``, nonzero for kept frames. If no frame is kept the loss is 0.
 
     Raises:
         TeacherError: the shapes do not match.
     """
     if log_probs.shape != targets.shape or keep.shape != targets.shape[:2]:
         raise TeacherError(
-            f"log-probabilities of shape {list(log_probs.shape)}, targets of shape "
-            f"{list(targets.shape)} and a mask of shape {list(keep.shape)} do not belong together"
+            f"the shapes of log-probabilities {list(log_probs.shape)}, targets "
+            f"{list(targets.shape)} and mask {list(keep.shape)} do not match"
         )
-    wanted = (targets > 0) & keep.bool()[..., None]
-    # `where` before the product: a dropped class may be at log 0, and 0 times -inf is no number
-    terms = targets * log_probs.float().masked_fill(~wanted, 0.0)
+    mask = (targets > 0) & keep.bool()[..., None]
+    # Fill before the product: a dropped class may have log 0, and 0 times -inf is NaN.
+    terms = targets * log_probs.float().masked_fill(~mask, 0.0)
     count = keep.bool().sum().clamp(min=1)
-    return -(terms.masked_fill(~wanted, 0.0).sum() / count)
+    return -(terms.masked_fill(~mask, 0.0).sum() / count)

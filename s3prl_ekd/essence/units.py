@@ -1,7 +1,7 @@
-"""Discrete units: the nearest of some centroids for each frame of a teacher's layer.
+"""Discrete units: k-means clusters of the frames of a teacher's layer.
 
-k-means units as targets are HuBERT's idea (Hsu et al. 2021, arXiv 2106.07447); here they come from
-a finished teacher. Fitting needs scikit-learn, labelling torch alone.
+k-means units as targets are from HuBERT (Hsu et al. 2021, arXiv 2106.07447); here they come from a
+trained teacher. Fitting needs scikit-learn, labelling only torch.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ logger = logging.getLogger(__name__)
 FORMAT, VERSION = "s3prl_ekd.units", 1
 TEXTS = ("teacher", "model")
 NUMBERS = {"layer": int, "width": int, "clusters": int, "frames": int, "seed": int}
-PASSES = 10  # over all frames; mini-batch k-means hardly moves after a few (ours)
-BATCH = 10_000  # frames a mini-batch, as HuBERT's scripts
+EPOCHS = 10  # over all frames; mini-batch k-means converges after a few (ours)
+BATCH = 10_000  # frames in a mini-batch, as in HuBERT's scripts
 
 
 class Units(nn.Module):
-    """Centroids of one teacher's layer, a module so that they move with the model they serve.
+    """Centroids of a teacher's layer; a module, so that they follow the model to its device.
 
     Args:
-        centroids: ``[cluster, dim]``. Kept out of ``state_dict``: the units file holds them.
-        teacher: its name in the model config.
+        centroids: ``[cluster, dim]``. Not in ``state_dict``: they are read from the units file.
+        teacher: the teacher's name in the model config.
         layer: index into ``hidden_states``.
-        model: what the config loads that teacher from.
-        inertia: mean squared distance of a frame to its centroid, when they were fitted.
-        frames: how many frames they were fitted on.
-        seed: of the fit.
+        model: the teacher's `model` in the config.
+        inertia: mean squared distance of the fitted frames to their centroids.
+        frames: number of frames used in the fit.
+        seed: random seed of the fit.
     """
 
     def __init__(
@@ -68,18 +68,18 @@ class Units(nn.Module):
 
     @torch.no_grad()
     def label(self, hidden: Tensor) -> Tensor:
-        """Frames ``[..., dim]`` -> the index of the nearest centroid ``[...]``, int64.
+        """Frames ``[..., dim]`` -> indices of the nearest centroids ``[...]``, int64.
 
         Raises:
-            CheckpointError: the frames have another width than the centroids.
+            CheckpointError: frames and centroids have different widths.
         """
         if hidden.shape[-1] != self.width:
             raise CheckpointError(
-                f"the units of {self.teacher}, layer {self.layer}, are for width {self.width}; "
-                f"these frames have {hidden.shape[-1]}"
+                f"units of {self.teacher}, layer {self.layer}: expected frames of width "
+                f"{self.width}, got {hidden.shape[-1]}"
             )
         with torch.autocast(hidden.device.type, enabled=False):
-            # |h - c|^2 without |h|^2, the same for every centroid: no [..., cluster, dim] in memory
+            # |h - c|^2 without the constant |h|^2, which avoids a [..., cluster, dim] tensor
             scores = hidden.float() @ self.centroids.T  # [..., cluster]
             return (self.centroids.square().sum(-1) - 2 * scores).argmin(-1)
 
@@ -87,7 +87,7 @@ class Units(nn.Module):
 def fit_units(
     frames: Tensor, clusters: int, seed: int, *, teacher: str, layer: int, model: str = ""
 ) -> Units:
-    """Mini-batch k-means (scikit-learn) over frames ``[frame, dim]``; shows a progress bar.
+    """Fit mini-batch k-means (scikit-learn) to frames ``[frame, dim]``, with a progress bar.
 
     Raises:
         SetupError: scikit-learn is not installed.
@@ -99,10 +99,10 @@ def fit_units(
         raise DataError(f"{count} frames are too few for {clusters} clusters; use more audio")
     kmeans = kmeans_class(clusters, random_state=seed, n_init=1, batch_size=BATCH)
     generator = torch.Generator().manual_seed(seed)
-    size = min(max(BATCH, 3 * clusters), count)  # the first batch places the centroids
-    # A rest smaller than the clusters would be refused as a first batch: whole batches only, and
-    # each pass in a new order, so that no frame is left out for good.
-    steps = list(range(count // size)) * PASSES
+    size = min(max(BATCH, 3 * clusters), count)  # the first batch sets the initial centroids
+    # Full batches only: scikit-learn rejects a first batch smaller than the number of clusters.
+    # Each epoch has a new order, so that no frame is always left out.
+    steps = list(range(count // size)) * EPOCHS
     order = torch.arange(count)
     for i in tqdm(steps, desc="k-means", unit=" batches", dynamic_ncols=True):
         if i == 0:
@@ -118,7 +118,7 @@ def fit_units(
 
 
 def require_sklearn() -> type:
-    """scikit-learn's ``MiniBatchKMeans``. Raises SetupError where it is not installed."""
+    """Import scikit-learn's ``MiniBatchKMeans``. Raises SetupError if it is not installed."""
     try:
         from sklearn.cluster import MiniBatchKMeans
     except ImportError:
@@ -129,26 +129,28 @@ def require_sklearn() -> type:
 
 
 def collect_frames(states: Iterable[Tensor]) -> Tensor:
-    """Hidden states ``[1, frame, dim]``, one utterance each, as ``[frame, dim]`` on the CPU.
+    """Concatenate hidden states ``[1, frame, dim]`` of utterances to ``[frame, dim]`` on the CPU.
 
     Raises:
-        DataError: there is nothing, or a value that is not finite.
+        DataError: there are no frames, or a value is not finite.
     """
     parts = [state[0].float().cpu() for state in states]
     if not parts:
-        raise DataError("no utterance gave a frame; use longer audio")
+        raise DataError("no utterance has a frame; use longer audio")
     frames = torch.cat(parts)
     if not frames.isfinite().all():
-        raise DataError("the teacher's frames hold values that are not finite")
+        raise DataError("the teacher's hidden states are not finite")
     usable = usable_frames(frames[:, None])
     if not usable.all():
-        logger.warning("left out %d of %d frames: huge values", int((~usable).sum()), len(frames))
+        logger.warning(
+            "skipped %d of %d frames with huge values", int((~usable).sum()), len(frames)
+        )
         frames = frames[usable]
     return frames
 
 
 def save_units(units: Units, path: str | Path) -> None:
-    """Write a safetensors file with ``centroids`` and metadata, whole or not at all.
+    """Write ``centroids`` and metadata to a safetensors file atomically.
 
     Raises:
         CheckpointError: the file cannot be written.
@@ -165,20 +167,18 @@ def save_units(units: Units, path: str | Path) -> None:
 
 
 def load_units(path: str | Path) -> Units:
-    """Read a file of :func:`save_units`, on the CPU.
+    """Read a file written by :func:`save_units`, on the CPU.
 
     Raises:
-        CheckpointError: the file is missing, damaged or of another kind.
+        CheckpointError: the file is missing, damaged or not a units file.
     """
     path = Path(path)
     if not path.is_file():
-        raise CheckpointError(
-            f"cannot read the units {path}: there is no such file; make it with: s3prl-ekd units"
-        )
+        raise CheckpointError(f"no such units file: {path}; create it with: s3prl-ekd units")
     try:
         metadata, tensors = read_safetensors(path, "units file")
         if metadata.get("format") != FORMAT:
-            raise CheckpointError(f"{path} is no units file of s3prl-ekd units")
+            raise CheckpointError(f"{path} is not a file written by s3prl-ekd units")
         refuse_newer(int(metadata.get("version", 1)), VERSION, f"the units file {path}")
         centroids = tensors["centroids"]
         numbers = {name: kind(metadata[name]) for name, kind in NUMBERS.items()}
@@ -191,9 +191,9 @@ def load_units(path: str | Path) -> Units:
             numbers["frames"],
             numbers["seed"],
         )
-        fits = centroids.shape == (numbers["clusters"], numbers["width"])
+        shape_matches = centroids.shape == (numbers["clusters"], numbers["width"])
     except (KeyError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{path} is damaged or no units file: {error}") from None
-    if not fits or not centroids.isfinite().all():
-        raise CheckpointError(f"{path} is damaged: its centroids do not fit its metadata")
+        raise CheckpointError(f"{path} is damaged or not a units file: {error}") from None
+    if not shape_matches or not centroids.isfinite().all():
+        raise CheckpointError(f"{path} is damaged: centroids and metadata do not match")
     return units

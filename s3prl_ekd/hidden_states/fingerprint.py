@@ -1,9 +1,9 @@
-"""What stored targets depend on, as plain data, and in words where a run has it otherwise.
+"""Fingerprint of a target cache, and comparison with a run's settings.
 
-A teacher is known by its weights, its class and its answer to a second of noise, never by a path:
-the same file under another name is the same teacher, another one under the same name is not. The
-answer tells what the weights do not (whether a waveform is normalised first, for instance); it is
-compared with a tolerance, as it differs a little from machine to machine.
+A teacher is identified by its weights, its class and its output for one second of noise, never by
+its path: a renamed file is the same teacher, a replaced file is not. The output depends on what the
+weights don't show, such as a normalisation of the waveform. It differs a little between machines,
+so it is compared with a tolerance.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from ..data.tables import Utterance
 from ..distill.settings import DistillSettings, TeacherSettings
 from ..distill.teachers import PROBE_SAMPLES, TeacherEnsemble
 from ..errors import ConfigError
-from .store import PER_TEACHER, Block, Index, Layout, Part, part_of
+from .store import PER_TEACHER, Block, Index, Part, TargetLayout, part_of
 
-TOLERANCE = 0.01  # of the answer; devices and versions differ by far less (ours)
+TOLERANCE = 0.01  # relative, of the output; devices and versions differ by far less (ours)
 
-# Classes of ours under the names that stand in caches of version 0.1: they have moved since.
+# Our classes that have moved since version 0.1 -> their names in caches of that version.
 CLASS_NAMES = {
     "s3prl_ekd.teachers.huggingface.HuggingFaceUpstream": (
         "s3prl_ekd.teacher_sources.hf_folder.HuggingFaceUpstream"
@@ -45,43 +45,43 @@ def make_key(
     sequence_length: int,
     max_timestep: int,
 ) -> dict[str, Any]:
-    """The key of a cache for these settings, of which JSON makes the same again.
+    """The fingerprint of a cache for these settings; it survives JSON unchanged.
 
     Args:
-        teachers: loaded; on any device.
-        settings: of the experiment.
-        aggregated: the target sets after aggregation; else what each teacher gives.
+        teachers: loaded teachers, on any device.
+        settings: the experiment's settings.
+        aggregated: the cache has aggregated target sets, not each teacher's own targets.
         tables: name of each corpus table -> digest.
         sequence_length, max_timestep: as in ``pretrain_expert.datarc``.
     """
-    answers = _answers(teachers)
-    known = {}
+    outputs = _probe_outputs(teachers)
+    records = {}
     for name, teacher in teachers.items():
-        known[name] = {
+        records[name] = {
             "class": upstream_class(teacher.upstream),
             "weights": weights_digest(teacher.upstream),
-            "answer": answers[name],
+            "answer": outputs[name],
             "targets": [list(target) for target in teacher.targets],
         }
     return {
-        "teachers": known,
+        "teachers": records,
         "teacher_precision": settings.teacher_precision,
         "contents": aggregation_key(settings) if aggregated else PER_TEACHER,
         "sequence_length": sequence_length,
         "max_timestep": max_timestep,
         "tables": dict(tables),
-    }  # the names are PARTS of store.py
+    }  # store.KEY_FIELDS has these names
 
 
 def upstream_class(upstream: object) -> str:
-    """The class of a teacher's upstream, as a cache's key names it."""
-    kind = type(upstream)
-    name = f"{kind.__module__}.{kind.__qualname__}"
+    """The name of an upstream's class in a cache's key."""
+    cls = type(upstream)
+    name = f"{cls.__module__}.{cls.__qualname__}"
     return CLASS_NAMES.get(name, name)
 
 
 def weights_digest(module: nn.Module) -> str:
-    """Of all parameters and buffers: names, shapes, types, values."""
+    """Digest of all parameters and buffers: names, shapes, dtypes and values."""
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in sorted(module.state_dict().items()):
         if not isinstance(tensor, torch.Tensor):
@@ -93,23 +93,23 @@ def weights_digest(module: nn.Module) -> str:
 
 
 @torch.no_grad()
-def _answers(teachers: TeacherEnsemble) -> dict[str, list[float]]:
-    """The mean absolute value of each target of each teacher, for a second of noise.
+def _probe_outputs(teachers: TeacherEnsemble) -> dict[str, list[float]]:
+    """Mean absolute value of each teacher's targets for one second of noise.
 
-    Of the upstreams themselves, in float32, whatever is faster in training.
+    Computed by the upstreams in float32, regardless of the faster modes used in training.
     """
     noise = 0.1 * torch.randn(PROBE_SAMPLES, generator=torch.Generator().manual_seed(0))
-    answers = {}
+    outputs = {}
     for name, teacher in teachers.items():
         device = next((p.device for p in teacher.parameters()), torch.device("cpu"))
-        sizes = teacher([noise.to(device)])[0].abs().mean((1, 2))  # [target]
-        answers[name] = [float(f"{size:.6g}") for size in sizes.tolist()]
-    return answers
+        means = teacher([noise.to(device)])[0].abs().mean((1, 2))  # [target]
+        outputs[name] = [float(f"{mean:.6g}") for mean in means.tolist()]
+    return outputs
 
 
 def aggregation_key(settings: DistillSettings) -> dict[str, Any]:
-    """All that the target sets of an aggregation depend on, beside the teachers."""
-    return {  # keys of version 0.1, as in the caches of users
+    """The settings that aggregated target sets depend on, except the teachers."""
+    return {  # keys of version 0.1, as in existing caches
         "aggregation": settings.aggregation,
         "weights": {name: teacher.weight for name, teacher in settings.teachers.items()},
         "separate_heads": settings.heads.per_teacher,
@@ -119,162 +119,165 @@ def aggregation_key(settings: DistillSettings) -> dict[str, Any]:
 
 
 def check_aggregated(settings: DistillSettings) -> None:
-    """Refuse to store aggregated targets where they are not the same at each step.
+    """Reject settings under which aggregated targets change from step to step.
 
     Raises:
-        ConfigError: naming the setting.
+        ConfigError: names the setting.
     """
     targets = settings.targets
-    for word, on in (
-        ("teachers.NAME.final_weight", any(_moves(t) for t in settings.teachers.values())),
+    for key, enabled in (
+        ("teachers.NAME.final_weight", any(_has_schedule(t) for t in settings.teachers.values())),
         ("target_norm", settings.target_norm != "none"),
         ("targets.drop_teachers", targets.drop_teachers > 0),
         ("loss.agreement", settings.loss.agreement < 1),
         ("unit_loss", settings.unit_loss.file is not None),
     ):
-        if on:
+        if enabled:
             raise ConfigError(
-                f"aggregated targets cannot be stored with {word}, which needs each teacher's own "
-                "at each step; build without --aggregated"
+                f"aggregated targets cannot be cached with {key}, which needs each teacher's own "
+                "targets at each step; build without --aggregated"
             )
 
 
 def check_worth(settings: DistillSettings) -> None:
-    """Refuse aggregated targets that are nothing but each teacher's own. Raises ConfigError."""
+    """Reject an aggregation that leaves the teachers' targets unchanged. Raises ConfigError."""
     if settings.aggregation == "separate" and not (
         settings.targets.across_teachers or settings.heads.residual
     ):
         raise ConfigError(
-            f"--aggregated: with aggregation {settings.aggregation} the targets are each teacher's "
-            "own; leave it out"
+            f"--aggregated has no effect: with aggregation {settings.aggregation} the targets are "
+            "each teacher's own; remove it"
         )
 
 
-def _moves(teacher: TeacherSettings) -> bool:
+def _has_schedule(teacher: TeacherSettings) -> bool:
     return teacher.final_weight is not None and teacher.final_weight != teacher.weight
 
 
-def layout_of(teachers: TeacherEnsemble, specs: Mapping | None) -> Layout:
-    """The blocks: of each teacher, or of each target set where ``specs`` names these."""
+def layout_of(teachers: TeacherEnsemble, specs: Mapping | None) -> TargetLayout:
+    """One block for each teacher, or for each target set if ``specs`` are given."""
     if specs is not None:
         return tuple(Block(name, spec.layers, spec.width) for name, spec in specs.items())
     shapes = teachers.shapes
     return tuple(Block(name, len(s.targets), s.width) for name, s in shapes.items())
 
 
-def same_key(one: Mapping, other: Mapping) -> str | None:
-    """Where two keys differ, in words, or None: for a build that goes on."""
-    one = {**one, "contents": _contents(one)}
-    for part in ("sequence_length", "max_timestep", "teacher_precision", "contents", "tables"):
-        if one.get(part) != other.get(part):
-            return f"{part} is {other.get(part)} and was {one.get(part)}"
-    if list(one["teachers"]) != list(other["teachers"]):
-        return f"the teachers are {_list(other['teachers'])} and were {_list(one['teachers'])}"
-    for name, teacher in other["teachers"].items():
-        difference = _other_teacher(name, one["teachers"][name], teacher)
-        if difference or one["teachers"][name]["targets"] != teacher["targets"]:
-            return difference or f"teachers.{name} has other layers"
+def same_key(stored: Mapping, current: Mapping) -> str | None:
+    """Describe how two keys differ, for a build that is resumed; None if they are equal."""
+    stored = {**stored, "contents": _contents(stored)}
+    for field in ("sequence_length", "max_timestep", "teacher_precision", "contents", "tables"):
+        if stored.get(field) != current.get(field):
+            return f"{field} is {current.get(field)}, was {stored.get(field)}"
+    if list(stored["teachers"]) != list(current["teachers"]):
+        return f"teachers are {_list(current['teachers'])}, were {_list(stored['teachers'])}"
+    for name, teacher in current["teachers"].items():
+        difference = _teacher_difference(name, stored["teachers"][name], teacher)
+        if difference or stored["teachers"][name]["targets"] != teacher["targets"]:
+            return difference or f"teachers.{name} has different layers"
     return None
 
 
 def fitting_part(
-    index: Index, wanted: Mapping[str, Any], rows: Sequence[Utterance]
+    index: Index, current: Mapping[str, Any], rows: Sequence[Utterance]
 ) -> tuple[Part | None, str]:
-    """The share of a cache that a run reads, or None and in words what does not fit.
+    """Select the subset of a cache that a run reads, or return None and why the cache does not fit.
 
-    A run may do with fewer teachers, layers or tables than the cache has; aggregated targets
-    must be of just its teachers and layers.
+    A run may use fewer teachers, layers or tables than the cache has. Aggregated targets must have
+    exactly the run's teachers and layers.
 
     Args:
-        index: of the cache.
-        wanted: the run's :func:`make_key`.
+        index: the index of the cache.
+        current: the run's :func:`make_key`.
         rows: the run's utterances.
     """
     key, aggregated = index.key, index.key["contents"] != PER_TEACHER
-    if _contents(key) != wanted["contents"]:
-        return None, _other_contents(_contents(key), wanted["contents"])
-    parts: dict[str, Sequence[int]] = {}
-    for name, teacher in wanted["teachers"].items():
+    if _contents(key) != current["contents"]:
+        return None, _contents_difference(_contents(key), current["contents"])
+    selected: dict[str, Sequence[int]] = {}
+    for name, teacher in current["teachers"].items():
         if name not in key["teachers"]:
-            return None, f"there is no teacher {name} in it; it has {_list(key['teachers'])}"
+            return None, f"it has no teacher {name}, only {_list(key['teachers'])}"
         stored = key["teachers"][name]
-        difference = _other_teacher(name, stored, teacher)
+        difference = _teacher_difference(name, stored, teacher)
         if difference:
             return None, difference
         missing = [target for target in teacher["targets"] if target not in stored["targets"]]
         if missing:
             return None, (
-                f"teachers.{name} has no target of layer {_layers(missing[0])} in it; it has "
-                f"{', '.join(map(_layers, stored['targets']))}"
+                f"teachers.{name}: layer {_layer_names(missing[0])} is not in it, only "
+                f"{', '.join(map(_layer_names, stored['targets']))}"
             )
-        parts[name] = [stored["targets"].index(target) for target in teacher["targets"]]
+        selected[name] = [stored["targets"].index(target) for target in teacher["targets"]]
     if aggregated and (
-        list(wanted["teachers"]) != list(key["teachers"])
-        or any(wanted["teachers"][n]["targets"] != t["targets"] for n, t in key["teachers"].items())
-    ):
-        return None, "it holds the aggregate of other teachers or layers"
-    if key["teacher_precision"] != wanted["teacher_precision"]:
-        return None, (
-            f"teacher_precision is {wanted['teacher_precision']} and was "
-            f"{key['teacher_precision']} when it was built"
+        list(current["teachers"]) != list(key["teachers"])
+        or any(
+            current["teachers"][n]["targets"] != t["targets"] for n, t in key["teachers"].items()
         )
-    difference = _other_corpus(index, wanted, rows)
+    ):
+        return None, "its targets are aggregated over different teachers or layers"
+    if key["teacher_precision"] != current["teacher_precision"]:
+        return None, (
+            f"teacher_precision is {current['teacher_precision']}; the cache was built with "
+            f"{key['teacher_precision']}"
+        )
+    difference = _corpus_difference(index, current, rows)
     if difference:
         return None, difference
     if aggregated:
-        parts = {block.name: range(block.targets) for block in index.layout}
-    return part_of(index.layout, parts), ""
+        selected = {block.name: range(block.targets) for block in index.layout}
+    return part_of(index.layout, selected), ""
 
 
-def _other_corpus(index: Index, wanted: Mapping, rows: Sequence[Utterance]) -> str:
-    theirs, ours = index.key["sequence_length"], wanted["sequence_length"]
-    if any(used(row, theirs) != used(row, ours) for row in rows):
-        return f"sequence_length is {ours} and was {theirs} when it was built"
+def _corpus_difference(index: Index, current: Mapping, rows: Sequence[Utterance]) -> str:
+    stored_length, length = index.key["sequence_length"], current["sequence_length"]
+    if any(used(row, stored_length) != used(row, length) for row in rows):
+        return f"sequence_length is {length}; the cache was built with {stored_length}"
     stored = set(index.key["tables"].values())
-    others = [name for name, digest in wanted["tables"].items() if digest not in stored]
-    if others:
-        return f"the corpus table {others[0]} is not among those it was built from, or has changed"
+    changed = [name for name, digest in current["tables"].items() if digest not in stored]
+    if changed:
+        return f"it was not built from the corpus table {changed[0]}, or the table has changed"
     names = set(index.utterances)
     missing = [row.path for row in rows if row.path not in names]
     if missing:
         return (
-            f"it lacks {len(missing)} utterances, {missing[0]} the first (max_timestep is "
-            f"{wanted['max_timestep']} and was {index.key['max_timestep']} when it was built)"
+            f"{len(missing)} utterances are missing from it, the first is {missing[0]} "
+            f"(max_timestep is {current['max_timestep']}; the cache was built with "
+            f"{index.key['max_timestep']})"
         )
     return ""
 
 
-def _other_teacher(name: str, stored: Mapping, wanted: Mapping) -> str:
-    for part, word in (("weights", "weights"), ("class", "code")):
-        if stored[part] != wanted[part]:
-            return f"teachers.{name} has other {word} than the teacher it was built with"
+def _teacher_difference(name: str, stored: Mapping, current: Mapping) -> str:
+    for field in ("weights", "class"):
+        if stored[field] != current[field]:
+            return f"teachers.{name}: {field} differs from the teacher it was built with"
     pairs = [
         (stored["answer"][stored["targets"].index(target)], value)
-        for target, value in zip(wanted["targets"], wanted["answer"], strict=True)
+        for target, value in zip(current["targets"], current["answer"], strict=True)
         if target in stored["targets"]
     ]
     if not all(math.isclose(a, b, rel_tol=TOLERANCE) for a, b in pairs):
-        return f"teachers.{name} answers otherwise than the teacher it was built with"
+        return f"teachers.{name}: output differs from the teacher it was built with"
     return ""
 
 
 def _contents(key: Mapping) -> Any:
-    """What the cache of a key stores; version 0.1 wrote `groups` for some `separate` ones."""
+    """The ``contents`` of a key; version 0.1 called some `separate` ones `groups`."""
     contents = key["contents"]
     if isinstance(contents, Mapping) and contents.get("aggregation") == "groups":
         return {**contents, "aggregation": "separate"}
     return contents
 
 
-def _other_contents(stored: Any, wanted: Any) -> str:
+def _contents_difference(stored: Any, current: Any) -> str:
     if not isinstance(stored, Mapping):
-        return f"it holds the targets {stored}"
-    differing = [part for part in wanted if stored.get(part) != wanted[part]]
-    shown = ", ".join(f"{part} is {wanted[part]} and was {stored.get(part)}" for part in differing)
-    return f"it holds aggregated targets, and {shown}"
+        return f"its targets are {stored}"
+    fields = [field for field in current if stored.get(field) != current[field]]
+    values = ", ".join(f"{field} is {current[field]}, was {stored.get(field)}" for field in fields)
+    return f"its targets are aggregated and {values}"
 
 
-def _layers(target: Sequence[int]) -> str:
+def _layer_names(target: Sequence[int]) -> str:
     return "+".join(map(str, target))
 
 
