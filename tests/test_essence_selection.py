@@ -1,4 +1,4 @@
-"""Selection and soft-label loss: slow twins, worked-out constants, invariances."""
+"""Posterior selection and soft-label loss: slow references, values by hand, invariances."""
 
 import math
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from s3prl_ekd.errors import TeacherError
-from s3prl_ekd.essence.selection import Selection, select, soft_label_loss
+from s3prl_ekd.essence.selection import PosteriorSelection, select_posteriors, soft_label_loss
 
 
 def random_posteriors(batch=2, frames=5, classes=7, seed=0):
@@ -15,22 +15,22 @@ def random_posteriors(batch=2, frames=5, classes=7, seed=0):
 
 
 def slow_select(posteriors, top_k, mass, confidence):
-    """The same rules over lists: ([batch][frame][class], [batch][frame])."""
+    """The same rules on lists: ([batch][frame][class], [batch][frame])."""
     targets, keep = [], []
     for utterance in posteriors.tolist():
         targets.append([])
         keep.append([])
         for frame in utterance:
             ranked = sorted(range(len(frame)), key=lambda c: (-frame[c], c))
-            kept, reached = set(), 0.0
-            for place, c in enumerate(ranked):
-                if top_k is not None and place >= top_k:
+            classes, total = set(), 0.0
+            for rank, c in enumerate(ranked):
+                if top_k is not None and rank >= top_k:
                     break
-                if mass is not None and mass < 1 and reached >= mass:
+                if mass is not None and mass < 1 and total >= mass:
                     break
-                kept.add(c)
-                reached += frame[c]
-            targets[-1].append([p / reached if c in kept else 0.0 for c, p in enumerate(frame)])
+                classes.add(c)
+                total += frame[c]
+            targets[-1].append([p / total if c in classes else 0.0 for c, p in enumerate(frame)])
             keep[-1].append(confidence is None or max(frame) >= confidence)
     return targets, keep
 
@@ -47,52 +47,57 @@ RULES = [
 
 
 @pytest.mark.parametrize("top_k, mass, confidence", RULES)
-def test_equals_a_slow_twin(top_k, mass, confidence):
+def test_selection_equals_a_slow_reference(top_k, mass, confidence):
     posteriors = random_posteriors()
-    got = select(posteriors, Selection(top_k, mass, confidence))
+    result = select_posteriors(posteriors, PosteriorSelection(top_k, mass, confidence))
     targets, keep = slow_select(posteriors, top_k, mass, confidence)
-    torch.testing.assert_close(got.posteriors, torch.tensor(targets))
-    assert got.keep.tolist() == keep
-    torch.testing.assert_close(got.posteriors.sum(-1), torch.ones(2, 5))
+    torch.testing.assert_close(result.posteriors, torch.tensor(targets))
+    assert result.keep.tolist() == keep
+    torch.testing.assert_close(result.posteriors.sum(-1), torch.ones(2, 5))
 
 
-def test_worked_out_constants():
+def test_selection_by_hand():
     frame = torch.tensor([[[0.5, 0.125, 0.25, 0.125]]])
-    two = select(frame, Selection(top_k=2))
+    two = select_posteriors(frame, PosteriorSelection(top_k=2))
     assert two.posteriors.tolist() == [[[pytest.approx(2 / 3), 0, pytest.approx(1 / 3), 0]]]
     assert two.mass.tolist() == [[0.75]]
-    # 0.75 is reached by two classes exactly; of the equal ones the first is the third
-    assert select(frame, Selection(mass=0.75)).posteriors.count_nonzero() == 2
-    three = select(frame, Selection(mass=0.76)).posteriors
+    # two classes reach exactly 0.75; of the two equal classes the first is added third
+    assert select_posteriors(frame, PosteriorSelection(mass=0.75)).posteriors.count_nonzero() == 2
+    three = select_posteriors(frame, PosteriorSelection(mass=0.76)).posteriors
     assert [value > 0 for value in three.flatten().tolist()] == [True, True, True, False]
-    assert select(frame, Selection(confidence=0.5)).keep.item() is True
-    assert select(frame, Selection(confidence=0.51)).keep.item() is False
+    assert select_posteriors(frame, PosteriorSelection(confidence=0.5)).keep.item() is True
+    assert select_posteriors(frame, PosteriorSelection(confidence=0.51)).keep.item() is False
 
 
-@pytest.mark.parametrize("selection", [Selection(top_k=7), Selection(top_k=99), Selection(mass=1)])
-def test_all_classes_are_the_identity(selection):
+@pytest.mark.parametrize(
+    "selection",
+    [PosteriorSelection(top_k=7), PosteriorSelection(top_k=99), PosteriorSelection(mass=1)],
+)
+def test_keeping_all_classes_changes_nothing(selection):
     posteriors = random_posteriors()
-    torch.testing.assert_close(select(posteriors, selection).posteriors, posteriors)
+    torch.testing.assert_close(select_posteriors(posteriors, selection).posteriors, posteriors)
 
 
 def test_the_order_of_classes_does_not_matter():
     posteriors, order = random_posteriors(), torch.tensor([3, 0, 6, 1, 5, 2, 4])
-    rules = Selection(top_k=4, mass=0.9)
-    moved = select(posteriors[..., order], rules).posteriors
-    torch.testing.assert_close(moved, select(posteriors, rules).posteriors[..., order])
+    rules = PosteriorSelection(top_k=4, mass=0.9)
+    permuted = select_posteriors(posteriors[..., order], rules).posteriors
+    torch.testing.assert_close(
+        permuted, select_posteriors(posteriors, rules).posteriors[..., order]
+    )
 
 
 @pytest.mark.parametrize(
     "rule", [{"top_k": 0}, {"mass": 0.0}, {"mass": 1.1}, {"mass": math.nan}, {"confidence": -0.1}]
 )
-def test_values_that_are_not_allowed(rule):
+def test_values_out_of_range(rule):
     with pytest.raises(ValueError, match=next(iter(rule))):
-        Selection(**rule)
+        PosteriorSelection(**rule)
 
 
-def test_the_rules_are_named():
-    assert str(Selection()) == "full posteriors"
-    assert str(Selection(top_k=4, confidence=0.5)) == "top_k 4, confidence 0.5"
+def test_the_text_of_a_selection():
+    assert str(PosteriorSelection()) == "full posteriors"
+    assert str(PosteriorSelection(top_k=4, confidence=0.5)) == "top_k 4, confidence 0.5"
 
 
 # The loss
@@ -109,14 +114,14 @@ def slow_loss(log_probs, targets, keep):
     return total / max(count, 1)
 
 
-def test_the_loss_equals_a_slow_twin():
+def test_the_loss_equals_a_slow_reference():
     log_probs, targets = random_posteriors(seed=1).log(), random_posteriors(seed=2)
     keep = torch.tensor([[1, 1, 0, 1, 0], [0, 1, 1, 0, 0]])
     loss = soft_label_loss(log_probs, targets, keep).item()
     assert loss == pytest.approx(slow_loss(log_probs, targets, keep), rel=1e-5)
 
 
-def test_the_loss_of_a_worked_out_frame():
+def test_the_loss_by_hand():
     log_probs = torch.tensor([[[0.5, 0.25, 0.25]]]).log()
     targets = torch.tensor([[[0.5, 0.5, 0.0]]])
     # 0.5 ln 2 + 0.5 ln 4
@@ -124,12 +129,12 @@ def test_the_loss_of_a_worked_out_frame():
     assert loss.item() == pytest.approx(1.5 * math.log(2))
 
 
-def test_it_is_the_divergence_up_to_the_entropy_of_the_targets():
+def test_the_loss_is_the_kl_divergence_plus_the_entropy_of_the_targets():
     logits = random_posteriors(seed=1).log().requires_grad_()
     targets = random_posteriors(seed=2)
     keep = torch.ones(2, 5)
-    ours = soft_label_loss(logits.log_softmax(-1), targets, keep)
-    (gradient,) = torch.autograd.grad(ours, logits)
+    loss = soft_label_loss(logits.log_softmax(-1), targets, keep)
+    (gradient,) = torch.autograd.grad(loss, logits)
     divergence = torch.nn.functional.kl_div(
         logits.log_softmax(-1).flatten(0, 1), targets.flatten(0, 1), reduction="batchmean"
     )
@@ -138,18 +143,18 @@ def test_it_is_the_divergence_up_to_the_entropy_of_the_targets():
     # the textbook gradient: (student - target) / frames
     torch.testing.assert_close(gradient, (logits.softmax(-1) - targets) / 10)
     entropy = -(targets * targets.log()).sum(-1).mean()
-    torch.testing.assert_close(ours, divergence + entropy)
+    torch.testing.assert_close(loss, divergence + entropy)
 
 
-def test_all_frames_dropped_is_zero_with_finite_gradients():
+def test_without_kept_frames_loss_and_gradients_are_zero():
     logits = torch.randn(2, 3, 4, requires_grad=True)
-    chosen = select(torch.full((2, 3, 4), 0.25), Selection(confidence=0.9))
-    loss = soft_label_loss(logits.log_softmax(-1), chosen.posteriors, chosen.keep)
+    selected = select_posteriors(torch.full((2, 3, 4), 0.25), PosteriorSelection(confidence=0.9))
+    loss = soft_label_loss(logits.log_softmax(-1), selected.posteriors, selected.keep)
     loss.backward()
     assert loss.item() == 0 and logits.grad.count_nonzero() == 0
 
 
-def test_dropped_classes_and_frames_may_hold_anything():
+def test_dropped_classes_and_frames_may_have_any_values():
     log_probs = torch.tensor([[[-0.1, -math.inf], [math.nan, math.nan]]], requires_grad=True)
     targets = torch.tensor([[[1.0, 0.0], [0.5, 0.5]]])
     loss = soft_label_loss(log_probs, targets, torch.tensor([[1, 0]]))
@@ -158,14 +163,16 @@ def test_dropped_classes_and_frames_may_hold_anything():
     assert log_probs.grad.tolist() == [[[-1, 0], [0, 0]]]
 
 
-def test_shapes_that_do_not_belong_together():
+def test_shapes_that_do_not_match():
     with pytest.raises(TeacherError, match=r"\[1, 2, 3\].*\[1, 2, 4\]"):
         soft_label_loss(torch.zeros(1, 2, 3), torch.zeros(1, 2, 4), torch.ones(1, 2))
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 4), (2, 0, 4)])
-def test_nothing_in_nothing_out(shape):
-    chosen = select(torch.zeros(shape), Selection(top_k=2, mass=0.5, confidence=0.1))
-    assert chosen.posteriors.shape == shape
-    loss = soft_label_loss(torch.zeros(shape), chosen.posteriors, chosen.keep)
+def test_empty_input(shape):
+    selected = select_posteriors(
+        torch.zeros(shape), PosteriorSelection(top_k=2, mass=0.5, confidence=0.1)
+    )
+    assert selected.posteriors.shape == shape
+    loss = soft_label_loss(torch.zeros(shape), selected.posteriors, selected.keep)
     assert loss.item() == 0

@@ -1,4 +1,4 @@
-"""The ensemble and the loss of Essence KD on models of given posteriors, without a run."""
+"""Ensemble and loss of Essence KD, on models with given posteriors, without a run."""
 
 from argparse import Namespace
 
@@ -13,11 +13,11 @@ from s3prl_ekd.essence.asr import (
     MultitaskLoss,
     common_frames,
 )
-from s3prl_ekd.essence.selection import Selection
+from s3prl_ekd.essence.selection import PosteriorSelection
 
 
 class Fake(torch.nn.Module):
-    """An ASR model of given posteriors: features are waveforms cut into frames of 320."""
+    """An ASR model with given posteriors; a frame is 320 samples."""
 
     def __init__(self, posteriors, symbols="ab", extra=0):
         super().__init__()
@@ -48,14 +48,14 @@ def test_the_ensemble_is_the_mean_of_posteriors():
     assert not any(module.training for teacher in ensemble for module in teacher.modules())
 
 
-def test_what_cannot_be_an_ensemble():
-    with pytest.raises(TeacherError, match="at least one"):
+def test_invalid_ensembles():
+    with pytest.raises(TeacherError):
         AsrEnsemble([])
-    with pytest.raises(TeacherError, match="two has another dictionary"):
+    with pytest.raises(TeacherError, match=r"\btwo\b.*\bone\b.*dict_path"):
         AsrEnsemble([fake([0.5, 0.5], name="one"), fake([0.5, 0.5], "ac", name="two")])
-    far = AsrEnsemble([fake([1.0], "a", name="one"), fake([1.0], "a", extra=2, name="two")])
-    with pytest.raises(TeacherError, match="frame rates.*one: 10, two: 12"):
-        far([torch.zeros(3200)])
+    ensemble = AsrEnsemble([fake([1.0], "a", name="one"), fake([1.0], "a", extra=2, name="two")])
+    with pytest.raises(TeacherError, match="one: 10, two: 12"):
+        ensemble([torch.zeros(3200)])
 
 
 def test_common_frames_are_the_smaller_counts():
@@ -63,7 +63,7 @@ def test_common_frames_are_the_smaller_counts():
     assert common_frames(counts).tolist() == [5, 6]
 
 
-def test_settings_check_themselves():
+def test_settings_are_checked():
     with pytest.raises(ValueError, match="alpha"):
         EssenceSettings(("a",), alpha=float("nan"))
 
@@ -77,23 +77,25 @@ def student_loss(selection, logits, lengths, *teachers):
     return loss.soft_loss([torch.zeros(3200), torch.zeros(1600)], logits, lengths)
 
 
-def test_the_soft_loss_counts_the_frames_that_all_have():
+def test_the_soft_loss_covers_the_common_frames():
     logits = torch.zeros(2, 11, 2)
     logits[:, :, 0] = 1.0
-    logits[0, 10] = logits[1, 5:] = 1e4  # beyond what the teachers have
+    logits[0, 10] = logits[1, 5:] = 1e4  # frames that the teachers don't have
     lengths = torch.tensor([11, 5], dtype=torch.int32)
-    loss, scalars = student_loss(Selection(), logits, lengths, fake([0.75, 0.25]))
+    loss, scalars = student_loss(PosteriorSelection(), logits, lengths, fake([0.75, 0.25]))
     log_probs = torch.tensor([1.0, 0.0]).log_softmax(-1)
     assert loss.item() == pytest.approx(-(0.75 * log_probs[0] + 0.25 * log_probs[1]).item())
     assert scalars["classes_kept"] == 2 and scalars["mass_kept"] == pytest.approx(1.0)
-    loss, scalars = student_loss(Selection(top_k=1), logits, lengths, fake([0.75, 0.25]))
+    loss, scalars = student_loss(PosteriorSelection(top_k=1), logits, lengths, fake([0.75, 0.25]))
     assert loss.item() == pytest.approx(-log_probs[0].item())
     assert scalars["classes_kept"] == 1 and scalars["mass_kept"] == pytest.approx(0.75)
-    loss, scalars = student_loss(Selection(confidence=0.8), logits, lengths, fake([0.75, 0.25]))
+    loss, scalars = student_loss(
+        PosteriorSelection(confidence=0.8), logits, lengths, fake([0.75, 0.25])
+    )
     assert loss.item() == 0 and scalars["frames_kept"] == 0
 
 
-def test_a_student_of_another_rate():
+def test_a_student_with_a_different_frame_rate():
     logits, lengths = torch.zeros(2, 20, 2), torch.tensor([20, 10])
     with pytest.raises(TeacherError, match="teachers: 10, student: 20"):
-        student_loss(Selection(), logits, lengths, fake([0.75, 0.25]))
+        student_loss(PosteriorSelection(), logits, lengths, fake([0.75, 0.25]))

@@ -1,4 +1,4 @@
-"""Statistics of a layer's frames, and aligned tables."""
+"""Statistics of a layer's frames, and tables as text."""
 
 from __future__ import annotations
 

@@ -271,10 +271,10 @@ def run(script: ModuleType, request: DownstreamRequest) -> None:
 def downstream_guards(request: DownstreamRequest) -> Iterator[None]:
     """Guard a call of s3prl's script for ``request``; see :func:`..request.script_guards`.
 
-    SID's file lists are not read from s3prl's cache. On exit the data loader's workers are ended,
-    and s3prl's monkeypatch of ``builtins.isinstance`` is undone: it would slow down later runs in
-    this process, tenfold after some dozens of runs. The lock allows several evaluations in one
-    folder at the same time, one for each split, also during training.
+    SID's file lists are not read from s3prl's cache. If the script fails, the data loader's workers
+    are killed. On exit s3prl's monkeypatch of ``builtins.isinstance`` is undone: it would slow down
+    later runs in this process, tenfold after some dozens of runs. The lock allows several
+    evaluations in one folder at the same time, one for each split, also during training.
     """
     from ..data.loader import workers_end
 
