@@ -1,4 +1,4 @@
-"""Linear CKA and frame cosine: slow references, constants by hand, invariances."""
+"""Linear CKA and frame cosine: slow references, values by hand, invariances."""
 
 import math
 
@@ -55,33 +55,33 @@ def test_cka_equals_the_kernel_definition():
 
 
 def test_cka_by_hand():
-    """Two one-dimensional sets: the squared correlation."""
+    """In one dimension it is the squared correlation."""
     x = torch.tensor([[1.0], [2.0], [3.0]])
     y = torch.tensor([[1.0], [3.0], [2.0]])
     assert cka(x, y) == pytest.approx(0.25)
 
 
-def test_cka_does_not_see_rotation_scale_shift_or_order_of_the_two():
+def test_cka_is_invariant_to_rotation_scale_shift_and_order():
     x, y = random(40, 6), random(40, 6, seed=1)
     rotation, _ = torch.linalg.qr(random(6, 6, seed=2))
     assert cka(x, x) == pytest.approx(1)
     assert cka(x, -3 * x @ rotation + 5) == pytest.approx(1)
     assert cka(x, y) == pytest.approx(cka(0.1 * y @ rotation - 2, x))
     stretched = x * torch.tensor([10.0, 1, 1, 1, 1, 1], dtype=torch.float64)
-    assert cka(x, stretched) < 0.9  # but it sees what is no rotation
+    assert cka(x, stretched) < 0.9  # not invariant to other linear maps
     matrix = cka_matrix([x, x @ rotation, y])
     assert torch.allclose(matrix, matrix.T)
     torch.testing.assert_close(matrix.diagonal(), torch.ones(3).double(), atol=1e-6, rtol=0)
     assert matrix[0, 1].item() == pytest.approx(1, abs=1e-6)
 
 
-def test_what_does_not_vary_has_no_cka():
-    flat = torch.full((10, 4), 1e3 / 3)
-    assert cka_matrix([flat, random(10, 4)]).isnan().tolist() == [[True, True], [True, False]]
+def test_the_cka_of_a_constant_layer_is_nan():
+    constant = torch.full((10, 4), 1e3 / 3)
+    assert cka_matrix([constant, random(10, 4)]).isnan().tolist() == [[True, True], [True, False]]
 
 
-def test_a_measure_that_there_is_not():
-    with pytest.raises(ConfigError, match="'cca' is not known; use one of: cka, cosine"):
+def test_an_unknown_measure():
+    with pytest.raises(ConfigError, match="'cca'"):
         similarity_matrix([random(4, 2)], "cca")
 
 

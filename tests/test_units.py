@@ -1,4 +1,6 @@
-"""Units: the labels are scikit-learn's, files keep what they hold, mistakes are sentences."""
+"""Units: labels equal scikit-learn's, files round-trip, errors name what is wrong."""
+
+import re
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from .conftest import write_configs
 
 
 def blobs(count=600, seed=0):
-    """Frames around three far points, ``[frame, 2]``."""
+    """Frames in three distant clusters, ``[frame, 2]``."""
     torch.manual_seed(seed)
     centres = torch.tensor([[0.0, 0.0], [10.0, 0.0], [0.0, 10.0]])
     return centres[torch.arange(count) % 3] + 0.1 * torch.randn(count, 2)
@@ -28,7 +30,7 @@ def test_labels_are_the_nearest_centroids():
     assert units.state_dict() == {}
 
 
-def test_labels_are_scikit_learns():
+def test_labels_equal_scikit_learns():
     cluster = pytest.importorskip("sklearn.cluster")
     frames = torch.randn(2000, 16, generator=torch.Generator().manual_seed(0))
     kmeans = cluster.MiniBatchKMeans(12, random_state=0, n_init=1).fit(frames.numpy())
@@ -39,7 +41,7 @@ def test_labels_are_scikit_learns():
     assert labels.flatten().equal(distances.argmin(-1))
 
 
-def test_the_fit_finds_what_is_there_and_repeats():
+def test_the_fit_finds_the_clusters_and_is_reproducible():
     pytest.importorskip("sklearn")
     frames = blobs()
     units = fit_units(frames, 3, seed=0, teacher="t", layer=2)
@@ -52,24 +54,24 @@ def test_the_fit_finds_what_is_there_and_repeats():
     assert units.centroids.equal(again.centroids)
 
 
-def test_too_little_to_fit():
+def test_too_few_frames():
     pytest.importorskip("sklearn")
-    with pytest.raises(DataError, match="2 frames are too few for 3"):
+    with pytest.raises(DataError, match=r"\b2\b.*\b3\b"):
         fit_units(torch.zeros(2, 4), 3, seed=0, teacher="t", layer=2)
-    with pytest.raises(DataError, match="no utterance"):
+    with pytest.raises(DataError):
         collect_frames([])
-    with pytest.raises(DataError, match="not finite"):
+    with pytest.raises(DataError, match="finite"):
         collect_frames([torch.full((1, 2, 3), torch.nan)])
 
 
-def test_a_frame_of_a_huge_value_is_no_unit(caplog):
+def test_a_frame_with_a_huge_value_is_skipped(caplog):
     states = torch.ones(1, 9, 3)
     states[0, 4] = 1e20
     assert torch.equal(collect_frames([states, torch.ones(1, 2, 3)]), torch.ones(10, 3))
-    assert "left out 1 of 11 frames" in caplog.text
+    assert re.search(r"\b1 of 11\b", caplog.text)
 
 
-def test_a_file_keeps_what_it_holds(tmp_path):
+def test_save_and_load(tmp_path):
     units = Units(torch.randn(5, 4), "hubert", 3, "hubert_base", 0.1234567, 99, 7)
     save_units(units, tmp_path / "new" / "u.safetensors")
     loaded = load_units(tmp_path / "new" / "u.safetensors")
@@ -79,30 +81,30 @@ def test_a_file_keeps_what_it_holds(tmp_path):
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["u.safetensors"]
 
 
-def test_files_that_are_none(tmp_path):
+def test_invalid_files(tmp_path):
     path = tmp_path / "u.safetensors"
-    with pytest.raises(CheckpointError, match="no such file"):
+    with pytest.raises(CheckpointError, match="s3prl-ekd units"):
         load_units(path)
-    path.write_bytes(b"not a file of tensors")
-    with pytest.raises(CheckpointError, match="damaged"):
+    path.write_bytes(b"not a safetensors file")
+    with pytest.raises(CheckpointError, match=r"u\.safetensors"):
         load_units(path)
     save_file({"centroids": torch.zeros(2, 2)}, path)
-    with pytest.raises(CheckpointError, match="no units file of"):
+    with pytest.raises(CheckpointError, match=r"u\.safetensors"):
         load_units(path)
     units = Units(torch.zeros(2, 2), "t", 1)
     save_units(units, path)
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
     save_file({"centroids": torch.zeros(3, 2)}, path, metadata)
-    with pytest.raises(CheckpointError, match="do not fit its metadata"):
+    with pytest.raises(CheckpointError, match="metadata"):
         load_units(path)
     save_file({"centroids": torch.zeros(2, 2)}, path, metadata | {"layer": "x"})
-    with pytest.raises(CheckpointError, match="damaged"):
+    with pytest.raises(CheckpointError, match="'x'"):
         load_units(path)
 
 
-def test_frames_of_another_width():
-    with pytest.raises(CheckpointError, match="width 2; these frames have 3"):
+def test_frames_of_a_different_width():
+    with pytest.raises(CheckpointError, match=r"\b2\b.*\b3\b"):
         Units(torch.zeros(4, 2), "t", 1).label(torch.zeros(1, 5, 3))
 
 
@@ -115,53 +117,53 @@ def config(tmp_path, teachers, corpus):
     return tmp_path / "model.yaml"
 
 
-def units_command(config, data, *words):
+def units_command(config, data, *options):
     base = ["units", config, "--teacher", "robust", "--layer", 2, "--clusters", 5, "--data", data]
-    return cli.main([str(word) for word in (*base, *words)])
+    return cli.main([str(argument) for argument in (*base, *options)])
 
 
 def test_the_command(config, teachers, corpus, tmp_path, capsys):
     pytest.importorskip("sklearn")
     path = tmp_path / "u.safetensors"
     table = corpus / "tables" / "train.csv"
-    words = ("--utterances", 4, "--seed", 3, "--device", "cpu")
-    assert units_command(config, table, "--audio-root", corpus / "audio", *words, "-o", path) == 0
-    assert "5 units of robust, layer 2" in capsys.readouterr().out
+    options = ("--utterances", 4, "--seed", 3, "--device", "cpu")
+    assert units_command(config, table, "--audio-root", corpus / "audio", *options, "-o", path) == 0
+    assert re.search(r"\b5\b.*robust.*\b2\b.*u\.safetensors", capsys.readouterr().out)
     units = load_units(path)
     assert (units.teacher, units.layer, units.width, units.seed) == ("robust", 2, 48, 3)
     assert units.model == str(teachers["robust"])
     wave = torch.randn(8000)
     hidden = load_upstream(units.model, "test").eval()([wave])["hidden_states"][2]
     assert units.label(hidden).shape == hidden.shape[:2]
-    # a folder in the place of the table: the same files, so the same units
-    other = tmp_path / "v.safetensors"
-    units_command(config, corpus / "audio", *words, "-o", other)
-    assert load_units(other).centroids.shape == units.centroids.shape
+    # the folder of the table's audio: units of the same shape
+    path = tmp_path / "v.safetensors"
+    units_command(config, corpus / "audio", *options, "-o", path)
+    assert load_units(path).centroids.shape == units.centroids.shape
 
 
 @pytest.mark.parametrize(
-    "words, sentence",
+    "options, variable",
     [
-        (("--layer", 9), "--layer 9: robust has layers 0 to 4"),
-        (("--teacher", "nobody"), "has no such teacher; it has"),
-        (("--clusters", 1), "--clusters is 1; 2 or more"),
-        (("--clusters", 99999), "too few for 99999 clusters"),
-        (("--data", "none.csv"), "cannot read the corpus table"),
+        (("--layer", 9), r"--layer\b.*\b4\b.*robust.*\b9\b"),
+        (("--teacher", "unknown"), r"--teacher unknown\b.*robust"),
+        (("--clusters", 1), r"--clusters\b.*\b2\b.*\b1\b"),
+        (("--clusters", 99999), r"\b99999\b"),
+        (("--data", "none.csv"), r"none\.csv"),
     ],
 )
-def test_mistakes_are_sentences(config, corpus, tmp_path, capsys, words, sentence):
+def test_wrong_options(config, corpus, tmp_path, capsys, options, variable):
     pytest.importorskip("sklearn")
     with pytest.raises(SystemExit) as stop:
-        units_command(config, corpus / "audio", "--utterances", 1, "-o", tmp_path / "u", *words)
+        units_command(config, corpus / "audio", "--utterances", 1, "-o", tmp_path / "u", *options)
     assert stop.value.code == 2
-    assert sentence in capsys.readouterr().err
+    assert re.search(variable, capsys.readouterr().err)
 
 
-def test_a_table_needs_its_root(config, corpus, tmp_path, capsys):
+def test_a_table_needs_an_audio_root(config, corpus, tmp_path, capsys):
     pytest.importorskip("sklearn")
     with pytest.raises(SystemExit):
         units_command(config, corpus / "tables" / "train.csv", "-o", tmp_path / "u")
-    assert "--audio-root is needed" in capsys.readouterr().err
+    assert "--audio-root" in capsys.readouterr().err
 
 
 def test_without_scikit_learn(config, corpus, tmp_path, capsys, monkeypatch):
