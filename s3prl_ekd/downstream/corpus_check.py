@@ -183,7 +183,7 @@ def _nearby_folder(root: Path, lookup: _Lookup) -> Path | None:
     """Find a folder up to two levels above or one below ``root`` that has the files."""
     step = max(1, len(lookup.names) // _SAMPLE)
     sample = lookup.names[::step]
-    path = Path(os.path.abspath(root))  # keeps symlinks: the parent of the link is meant
+    path = Path(os.path.abspath(root))  # not resolved: a symlink's own parent is searched
     try:
         subfolders = sorted(entry.path for entry in os.scandir(path) if entry.is_dir())
     except OSError:
@@ -290,7 +290,7 @@ def _listings() -> Callable[[Path], frozenset[str]]:
 
 
 def _file_finder() -> Callable[[Path, str], bool]:
-    """Return a function that says whether a folder has a file; the name may contain folders."""
+    """Return a function that returns whether a folder has a file; the name may contain folders."""
     listing = _listings()
     return lambda root, name: os.path.basename(name) in listing((root / name).parent)
 

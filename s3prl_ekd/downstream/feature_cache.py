@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 _LINE = re.compile(r"features: (\d+) hits, (\d+) misses, (\d+) excerpts, (\d+) bytes written")
 
-FRAMES = "ekd_frames"  # key beside the hidden states: the number of frames of each utterance
+FRAMES = "ekd_frames"  # key of the frame counts in the upstream's output
 
 
 @dataclass
@@ -188,13 +188,13 @@ def folder_name(args: Namespace, upstream: nn.Module, selection: str) -> str:
             test signal, because settings may come from files that are not hashed here.
         selection: the Featurizer's ``-s``.
     """
-    kind = type(upstream)
+    cls = type(upstream)
     config = args.upstream_model_config
     device = next((p.device.type for p in upstream.parameters()), "cpu")
     facts = {
         "format": 1,  # of the store's files; a new format gets a new folder
         "hub": args.upstream,
-        "class": f"{kind.__module__}.{kind.__qualname__}",
+        "class": f"{cls.__module__}.{cls.__qualname__}",
         "weights": weights_digest(upstream),
         "checkpoint": _sha256(args.upstream_ckpt),
         "folder": _json_digest(args.upstream_ckpt),
@@ -203,7 +203,7 @@ def folder_name(args: Namespace, upstream: nn.Module, selection: str) -> str:
         "selection": selection,
         "device": device,
         "packages": _versions(),
-        "s3prl_ekd": __version__ if kind.__module__.startswith("s3prl_ekd") else None,
+        "s3prl_ekd": __version__ if cls.__module__.startswith("s3prl_ekd") else None,
     }
     text = json.dumps(facts, sort_keys=True, default=str)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

@@ -29,7 +29,7 @@ KEY = RESUME  # in a checkpoint of run_downstream.py, in addition to s3prl's key
 VERSION = CHECKPOINT_PARTS[KEY]
 
 
-def random_states() -> dict[str, Any]:
+def snapshot_random_states() -> dict[str, Any]:
     """Snapshot the random states of Python, NumPy and torch as plain data and tensors."""
     version, numbers, gauss = random.getstate()
     state: Any = np.random.get_state()  # a tuple, unless legacy=False
@@ -42,8 +42,8 @@ def random_states() -> dict[str, Any]:
     }
 
 
-def set_random_states(states: dict[str, Any]) -> None:
-    """Restore a snapshot of :func:`random_states`."""
+def restore_random_states(states: dict[str, Any]) -> None:
+    """Restore a snapshot of :func:`snapshot_random_states`."""
     version, numbers, gauss = states["python"]
     random.setstate((version, tuple(numbers), gauss))
     name, keys, position, has_gauss, cached = states["numpy"]
@@ -58,23 +58,23 @@ class Place:
 
     def __init__(self, saved: dict[str, Any] | None):
         self.saved = saved  # state to restore; None for a new run and once it is restored
-        self.epoch_start = random_states()
+        self.epoch_start = snapshot_random_states()
         self.batches = 0
 
     def state(self) -> dict[str, Any]:
-        """The entry of a checkpoint."""
+        """This position as an entry of a checkpoint."""
         return {
             "version": VERSION,
             "epoch_start": self.epoch_start,
             "batches": self.batches,
-            "now": random_states(),
+            "now": snapshot_random_states(),
         }
 
     def begin_epoch(self) -> None:
         """Call this before building the epoch's loader, which may draw random numbers too."""
         if self.saved is not None:
-            set_random_states(self.saved["epoch_start"])
-        self.epoch_start = random_states()
+            restore_random_states(self.saved["epoch_start"])
+        self.epoch_start = snapshot_random_states()
         self.batches = 0
 
     def remaining(self, loader) -> Iterator:
@@ -86,7 +86,7 @@ class Place:
             if skipped < self.saved["batches"]:  # the data or the batch size has changed
                 logger.warning("the epoch has only %d batches; starting the next epoch", skipped)
             self.batches = skipped
-            set_random_states(self.saved["now"])
+            restore_random_states(self.saved["now"])
             self.saved = None
         for batch in batches:
             self.batches += 1
