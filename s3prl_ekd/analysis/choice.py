@@ -28,7 +28,7 @@ def add_sample_options(parser: argparse.ArgumentParser, utterances: int = 32) ->
         "--audio-root",
         metavar="ROOT",
         type=Path,
-        help="the folder of the table's paths",
+        help="root folder of the table's paths",
     )
     parser.add_argument(
         "--utterances",

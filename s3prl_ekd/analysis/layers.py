@@ -1,8 +1,9 @@
 """Layer similarity, and groups of layers by hierarchical clustering (SKILL, arXiv 2402.16830).
 
-Paper: the groups come from hierarchical clustering of layer similarities. Ours, because the text at
-hand doesn't say: linear CKA as the similarity, 1 - similarity as the distance, average linkage, and
-a cut at a given number of groups. ``contiguous`` (ours) merges only neighbouring layers.
+Paper: the groups come from hierarchical clustering of layer similarities. Ours, as the paper's text
+known to us leaves it open: linear CKA as the similarity, 1 - similarity as the distance, average
+linkage, and a cut at a given number of groups. ``contiguous`` (ours) merges only neighbouring
+layers.
 
 A tree is scipy's linkage matrix ``[layer - 1, 4]``: the two merged clusters, their distance, and
 the number of layers in the merged cluster.
@@ -80,7 +81,7 @@ def cut_tree(tree: np.ndarray, groups: int, layers: Sequence[int] | None = None)
     count = len(tree) + 1
     layers = range(1, count + 1) if layers is None else layers
     if not 1 <= groups <= count:
-        raise ConfigError(f"groups of {count} layers must be 1 to {count}, got {groups}")
+        raise ConfigError(f"expected 1 to {count} groups of {count} layers, got {groups}")
     members: dict[int, tuple[int, ...]] = {i: (number,) for i, number in enumerate(layers)}
     for step, (left, right, *_) in enumerate(tree[: count - groups]):
         members[count + step] = members.pop(int(left)) + members.pop(int(right))

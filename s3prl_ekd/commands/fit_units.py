@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options of this command."""
-    parser.add_argument("config", metavar="CONFIG", type=Path, help="a model config (YAML)")
+    parser.add_argument("config", metavar="CONFIG", type=Path, help="a model config, as for -g")
     parser.add_argument("--teacher", metavar="NAME", required=True, help="a teacher of CONFIG")
     parser.add_argument(
         "--layer",

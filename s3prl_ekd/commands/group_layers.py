@@ -1,11 +1,11 @@
-"""Group each teacher's layers by clustering, as targets (SKILL, arXiv 2402.16830).
+"""Cluster each teacher's layers into groups to distil (SKILL, arXiv 2402.16830).
 
 Runs the teachers on some utterances, computes the similarities of each teacher's transformer layers
 and clusters them hierarchically. Writes a copy of CONFIG in which each teacher has `groups` instead
 of `layers`: the target of a group is the average of its layers. The
 dendrograms are written next to it as PNG. Paper: groups by hierarchical clustering of layer
-similarities. Ours, as the text at hand leaves it open: linear CKA, average linkage on 1 - CKA,
-three groups.
+similarities. Ours, as the paper's text known to us leaves it open: linear CKA, average linkage on
+1 - CKA, three groups.
 
 example:
   s3prl-ekd layers pretrain/ekd/config_model.yaml --data /data/LibriSpeech \\
@@ -30,7 +30,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     from ..analysis.choice import add_sample_options
     from ..analysis.layers import LINKAGES, SIMILARITIES
 
-    parser.add_argument("config", metavar="CONFIG", type=Path, help="a model config (YAML)")
+    parser.add_argument("config", metavar="CONFIG", type=Path, help="a model config, as for -g")
     add_sample_options(parser)
     parser.add_argument("-o", "--output", metavar="NEW_CONFIG", type=Path, required=True)
     parser.add_argument(

@@ -125,7 +125,7 @@ def files_in_lexicon(
 
 @functools.cache
 def _warn_once(message: str) -> None:
-    """Log a warning once: s3prl rebuilds its datasets for each epoch and evaluation."""
+    """Log a message once: s3prl rebuilds its datasets for each epoch and evaluation."""
     logger.warning(message)
 
 

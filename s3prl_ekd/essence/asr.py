@@ -43,7 +43,7 @@ class AsrTeacher(nn.Module):
         upstream: maps a list of waveforms to a dict with hidden states.
         featurizer: s3prl's Featurizer with the run's layer weights.
         expert: s3prl's asr DownstreamExpert with the run's weights.
-        name: its name in messages.
+        name: used in messages.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class AsrEnsemble(nn.ModuleList):
     def __init__(self, teachers: Sequence[AsrTeacher]):
         super().__init__(teachers)
         if not teachers:
-            raise TeacherError("name at least one teacher")
+            raise TeacherError("expected at least one teacher, got none")
         for teacher in teachers[1:]:
             self.check_symbols(teacher.symbols, teacher.name)
 
@@ -165,7 +165,7 @@ def load_asr_teacher(path: str | Path) -> AsrTeacher:
     ):
         raise CheckpointError(f"{path} is not a checkpoint of run_downstream.py -d asr")
     _check_run(args, config, path)
-    # Settings for inference only: load this checkpoint, on the CPU, without a language model.
+    # For inference only: load this checkpoint, on the CPU, without a language-model decoder.
     args.init_ckpt, args.device = str(path), "cpu"
     config["downstream_expert"]["datarc"]["decoder_args"] = {"decoder_type": "None"}
     from s3prl.downstream.runner import Runner

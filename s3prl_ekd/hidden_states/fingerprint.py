@@ -180,7 +180,7 @@ def same_key(stored: Mapping, current: Mapping) -> str | None:
 def fitting_part(
     index: Index, current: Mapping[str, Any], rows: Sequence[Utterance]
 ) -> tuple[Part | None, str]:
-    """Select the subset of a cache that a run reads, or return None and why the cache does not fit.
+    """Select the subset of a cache that a run reads, or return None and why there is none.
 
     A run may use fewer teachers, layers or tables than the cache has. Aggregated targets must have
     exactly the run's teachers and layers.
@@ -250,14 +250,14 @@ def _corpus_difference(index: Index, current: Mapping, rows: Sequence[Utterance]
 def _teacher_difference(name: str, stored: Mapping, current: Mapping) -> str:
     for field in ("weights", "class"):
         if stored[field] != current[field]:
-            return f"teachers.{name}: {field} differs from the teacher it was built with"
+            return f"teachers.{name}: different {field} than when the cache was built"
     pairs = [
         (stored["answer"][stored["targets"].index(target)], value)
         for target, value in zip(current["targets"], current["answer"], strict=True)
         if target in stored["targets"]
     ]
     if not all(math.isclose(a, b, rel_tol=TOLERANCE) for a, b in pairs):
-        return f"teachers.{name}: output differs from the teacher it was built with"
+        return f"teachers.{name}: different output than when the cache was built"
     return ""
 
 
