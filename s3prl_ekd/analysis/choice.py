@@ -25,10 +25,7 @@ def add_sample_options(parser: argparse.ArgumentParser, utterances: int = 32) ->
         help="a length table (.csv), or a folder of audio",
     )
     parser.add_argument(
-        "--audio-root",
-        metavar="ROOT",
-        type=Path,
-        help="root folder of the table's paths",
+        "--audio-root", metavar="ROOT", type=Path, help="root folder of the table's paths"
     )
     parser.add_argument(
         "--utterances",
@@ -61,13 +58,7 @@ def choose_audio(data: Path, audio_root: Path | None, count: int, seed: int = 0)
         bad: list[Bad] = []
         names = [row.path for row in read_table(data, bad)]
         if bad:
-            logger.warning(
-                "skipped %d rows of %s, the first is %s: %s",
-                len(bad),
-                data,
-                bad[0].path,
-                bad[0].reason,
-            )
+            logger.warning("skipped %d rows: %s: %s", len(bad), bad[0].path, bad[0].reason)
         if audio_root is None:
             raise ConfigError(
                 f"--data {data} is a table: add --audio-root, the folder its paths are relative to"

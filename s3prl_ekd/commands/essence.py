@@ -43,12 +43,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         required=True,
         help="checkpoints of -d asr, or run folders (dev-clean-best.ckpt, else the newest)",
     )
-    add(
-        "--student-upstream",
-        metavar="NAME",
-        default="ekd_student",
-        help="s3prl's -u",
-    )
+    add("--student-upstream", metavar="NAME", default="ekd_student", help="s3prl's -u")
     add("--student-ckpt", metavar="FILE", help="s3prl's -k: the student file")
     add("-c", "--config", metavar="YAML", help="default: downstream/asr/config.yaml")
     add("-n", "--expname", metavar="NAME", required=True, help="write to result/downstream/NAME")
@@ -60,10 +55,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--mass", metavar="P", type=float, help="keep the fewest classes that reach probability P"
     )
     rule.add_argument(
-        "--confidence",
-        metavar="P",
-        type=float,
-        help="keep frames whose best class reaches P",
+        "--confidence", metavar="P", type=float, help="keep frames whose best class reaches P"
     )
     add(
         "--alpha",
@@ -165,7 +157,7 @@ def _check_steps(path: str, override: str | None) -> None:
         value = runner.get(name) if isinstance(runner, dict) else None
         if type(value) is not int or value < 1:
             raise ConfigError(
-                f"{path}: runner.{name} must be an integer of at least 1, got {value!r}"
+                f"{path}: runner.{name} must be an integer of at least 1, got {value!r:.60}"
             )
         steps[name] = value
     total = steps.pop("total_steps")

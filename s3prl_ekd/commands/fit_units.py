@@ -26,11 +26,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG", type=Path, help="a model config, as for -g")
     parser.add_argument("--teacher", metavar="NAME", required=True, help="a teacher of CONFIG")
     parser.add_argument(
-        "--layer",
-        metavar="N",
-        type=int,
-        required=True,
-        help="index into hidden_states",
+        "--layer", metavar="N", type=int, required=True, help="index into hidden_states"
     )
     parser.add_argument(
         "--clusters", metavar="N", type=int, default=100, help="number of units (default: 100)"

@@ -192,9 +192,7 @@ def check_upstream(name: Any, checkpoint: Any, config: Any) -> None:
     """Check that the files from which s3prl builds the upstream contain no code."""
     for path in (checkpoint, config):
         if path is not None and not isinstance(path, str):
-            raise CheckpointError(
-                f"the upstream {str(name)[:60]!r}: expected a path, got {path!r:.60}"
-            )
+            raise CheckpointError(f"upstream {str(name)[:60]!r}: expected a path, got {path!r:.60}")
     if config and Path(config).exists():
         check_names(read_yaml(config), config)
     if not checkpoint or not Path(checkpoint).exists() or Path(checkpoint).is_dir():
@@ -217,12 +215,7 @@ def check_downstream_folder(request: DownstreamRequest, states: Mapping[str, Any
         raise SetupError(f"cannot write to {folder}; choose another folder with -p")
 
 
-RUN_CHECKS = (
-    check_new_downstream,
-    check_resumed_downstream,
-    check_device,
-    check_downstream_folder,
-)
+RUN_CHECKS = (check_new_downstream, check_resumed_downstream, check_device, check_downstream_folder)
 
 
 def in_noisy_folder(request: DownstreamRequest) -> DownstreamRequest:

@@ -173,9 +173,7 @@ def load_asr_teacher(path: str | Path) -> AsrTeacher:
     try:
         runner = Runner(args, config)
     except (RuntimeError, KeyError, TypeError, ValueError, AttributeError, AssertionError) as error:
-        raise CheckpointError(
-            f"cannot build an ASR model from {path}: {first_line(error)}"
-        ) from None
+        raise CheckpointError(f"cannot build an ASR model of {path}: {first_line(error)}") from None
     parts = (runner.upstream.model, runner.featurizer.model, runner.downstream.model)
     return AsrTeacher(*parts, name=str(path))
 
@@ -250,9 +248,7 @@ class EssenceSettings:
 
     def __post_init__(self) -> None:
         if not 0 <= self.alpha <= 1:
-            raise ValueError(
-                f"alpha must be 0 (teachers only) to 1 (labels only), got {self.alpha}"
-            )
+            raise ValueError(f"alpha must be 0 (teachers only) to 1 (labels), got {self.alpha}")
 
 
 class MultitaskLoss:

@@ -142,9 +142,7 @@ def collect_frames(states: Iterable[Tensor]) -> Tensor:
         raise DataError("the teacher's hidden states are not finite")
     usable = usable_frames(frames[:, None])
     if not usable.all():
-        logger.warning(
-            "skipped %d of %d frames with huge values", int((~usable).sum()), len(frames)
-        )
+        logger.warning("skipped %d of %d frames: huge values", int((~usable).sum()), len(frames))
         frames = frames[usable]
     return frames
 
