@@ -1,9 +1,9 @@
-"""What s3prl 0.4.18 misses on today's torch, torchaudio and huggingface_hub.
+"""Shims that let s3prl 0.4.18 run with current torch, torchaudio and huggingface_hub.
 
-Call :func:`apply` before the first ``import s3prl.hub``; the processes that this one starts, such
-as DataLoader workers, call it by themselves (:mod:`s3prl_ekd.compat.child_processes`). Each shim
-asks first whether its thing is really missing, so on older packages nothing at all is touched.
-Importing this module loads none of the packages it mends.
+Call :func:`apply` before the first ``import s3prl.hub``. Child processes, such as DataLoader
+workers, call it automatically (:mod:`s3prl_ekd.compat.child_processes`). Each shim checks first
+whether its attribute is missing, so older packages are not changed. Importing this module does not
+import the packages that it patches.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-# The order matters: what hangs on torchaudio comes after torchaudio itself.
+# The order matters: the shims that need torchaudio come after the one that makes it importable.
 SHIMS: tuple[Shim, ...] = (
     torchaudio_import.IMPORT,
     torchaudio_import.SET_AUDIO_BACKEND,
@@ -44,30 +44,32 @@ _fired: list[str] = []
 
 
 def apply() -> tuple[str, ...]:
-    """Put in place whatever is missing; the log names it (at DEBUG with a line for each thing).
+    """Apply the shims that are needed, and log their names (at DEBUG one line each).
 
-    Calling it again is safe and changes nothing.
+    Further calls change nothing.
 
     Returns:
-        The names of the shims that fired in this process so far, in the order of ``SHIMS``.
+        The names of all shims that have fired in this process, in the order of ``SHIMS``.
 
     Raises:
-        SetupError: torchaudio does not import even without its compiled part.
+        SetupError: torchaudio cannot be imported, even without its compiled extension.
         ImportError: a package that s3prl needs is not installed.
     """
-    now = []
+    applied = []
     for shim in SHIMS:
         if shim.missing():
             shim.apply()
             logger.debug("%s: %s (missing since %s)", shim.name, shim.summary, shim.since)
-            now.append(shim.name)
-    if now:
-        logger.info("stand-ins for s3prl: %s (why: s3prl-ekd doctor)", ", ".join(now))
-        _fired.extend(name for name in now if name not in _fired)
+            applied.append(shim.name)
+    if applied:
+        logger.info(
+            "compatibility shims for s3prl: %s (details: s3prl-ekd doctor)", ", ".join(applied)
+        )
+        _fired.extend(name for name in applied if name not in _fired)
     repeat_in_children(apply)
     return fired()
 
 
 def fired() -> tuple[str, ...]:
-    """The names of the shims that fired in this process so far."""
+    """The names of all shims that have fired in this process."""
     return tuple(shim.name for shim in SHIMS if shim.name in _fired)

@@ -1,4 +1,4 @@
-"""When ``torchaudio.load``, ``save`` and ``info`` are replaced, and what reads audio here."""
+"""Shims for ``torchaudio.load``, ``save`` and ``info``, and the name of the audio decoder."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .torchaudio_import import lacks
 
 
 def audio_decoder() -> str:
-    """What ``torchaudio.load`` reads with here and its version, in words.
+    """The library behind ``torchaudio.load`` and its version, as text.
 
     Raises:
         ImportError: soundfile or torchaudio is not installed.
@@ -44,10 +44,10 @@ def _cannot_load() -> bool:
         file.writeframes(bytes(2 * 160))
     buffer.seek(0)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # 2.8 announces at every call what 2.9 will do
+        warnings.simplefilter("ignore")  # 2.8 warns at each call of the change in 2.9
         try:
             torchaudio.load(buffer)
-        # no torchcodec; a torchcodec that finds no FFmpeg (RuntimeError or OSError)
+        # ImportError: no torchcodec. RuntimeError or OSError: torchcodec finds no FFmpeg.
         except (ImportError, RuntimeError, OSError):
             return True
     return False
@@ -69,7 +69,7 @@ LOAD = Shim(
         "util/pseudo_data.py:37",
     ),
     since="torchaudio 2.9",
-    summary="load and save through soundfile, as torchcodec does not import",
+    summary="load and save through soundfile, as torchcodec cannot be imported",
     missing=_cannot_load,
     apply=_replace_load_and_save,
 )

@@ -1,9 +1,9 @@
-"""Letting ``torch.load`` read what s3prl's runners save, without lifting its guard on pickles.
+"""Let ``torch.load`` with ``weights_only=True`` read the checkpoints of s3prl's runners.
 
-A runner checkpoint is tensors, plain values, the ``argparse.Namespace`` of the command line
-and, after pretraining, the learning rate schedule inside s3prl's optimizer. Since torch 2.6
-``torch.load`` refuses the last two unless they are named. Naming them is all that happens
-here: every other class in a checkpoint is refused as before.
+A runner checkpoint holds tensors, plain values, the ``argparse.Namespace`` of the command line
+and, after pretraining, the learning rate schedule of s3prl's optimizer. Since torch 2.6
+``torch.load`` rejects the last two unless they are in torch's list of safe globals. This module
+adds them to the list. Every other class in a checkpoint is still rejected.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from .shim import Shim
 
 @functools.cache
 def checkpoint_globals() -> tuple[type, ...]:
-    """The classes in a runner checkpoint that are not torch's; the same objects at every call.
+    """The classes of a runner checkpoint that are not torch's; each call returns the same objects.
 
-    The shim gives them to ``torch.serialization.add_safe_globals``. For the context manager
-    ``safe_globals``, leave out what ``get_safe_globals()`` already has: at its end it takes
-    away all that it was given, and the shim's names with it.
+    The shim passes them to ``torch.serialization.add_safe_globals``. If you use the context manager
+    ``safe_globals`` instead, leave out the classes that ``get_safe_globals()`` already has: on exit
+    it removes all classes it was given, also those that the shim added.
     """
     from s3prl.optimizers import SCHEDULES
 
@@ -33,11 +33,11 @@ def checkpoint_globals() -> tuple[type, ...]:
 
 
 def _as_in_file(schedule: type) -> type:
-    """A class under the name that the file may have for ``schedule``.
+    """An alias class of ``schedule`` with the name ``optimizers.NAME``.
 
-    s3prl's pretrain runner imports its optimizers as the top-level module ``optimizers``. torch
-    looks the name up in its list and imports nothing, so no such module has to exist; what the
-    class makes is an object of the real one, which can be saved again.
+    s3prl's pretrain runner imports its optimizers as the top-level module ``optimizers``, and this
+    is the name that a checkpoint has. torch looks the name up in its list without an import, so the
+    module need not exist. Instances are of the real class, so they can be saved again.
     """
 
     def new(cls: type) -> Any:
@@ -46,19 +46,21 @@ def _as_in_file(schedule: type) -> type:
     return type(schedule.__name__, (), {"__module__": "optimizers", "__new__": new})
 
 
-class _NeverNamed:
-    """Asks ``torch.load`` whether it refuses classes that nobody has named."""
+class _UnlistedClass:
+    """A class that is not among torch's safe globals."""
 
 
 def refuses_by_default() -> bool:
-    """Whether ``torch.load`` refuses classes that nobody has named where nothing is said."""
+    """Whether ``torch.load`` without ``weights_only`` rejects classes outside the safe globals."""
     import torch
 
     buffer = io.BytesIO()
-    torch.save(_NeverNamed(), buffer)
+    torch.save(_UnlistedClass(), buffer)
     buffer.seek(0)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch 2.5 announces the change; others, our bypass
+        # torch 2.5 warns of the new default; later versions, if an environment variable turns
+        # weights_only off.
+        warnings.simplefilter("ignore")
         try:
             torch.load(buffer)
         except pickle.UnpicklingError:
@@ -67,8 +69,10 @@ def refuses_by_default() -> bool:
 
 
 def loader_holes(version: str) -> str:
-    """What a file can do to ``torch.load(weights_only=True)`` of a version of torch; empty where no
-    such hole is known."""
+    """What a malicious file can do in spite of ``torch.load(weights_only=True)``, with the CVEs.
+
+    Empty if none is known for this version of torch.
+    """
     from torch.torch_version import TorchVersion
 
     holes = []
@@ -79,17 +83,17 @@ def loader_holes(version: str) -> str:
     return " and ".join(holes)
 
 
-def _unnamed() -> list[type]:
+def _unlisted() -> list[type]:
     import torch
 
-    named = torch.serialization.get_safe_globals()
-    return [known for known in checkpoint_globals() if known not in named]
+    listed = torch.serialization.get_safe_globals()
+    return [cls for cls in checkpoint_globals() if cls not in listed]
 
 
-def _name_classes() -> None:
+def _add_safe_globals() -> None:
     import torch
 
-    torch.serialization.add_safe_globals([*_unnamed()])
+    torch.serialization.add_safe_globals([*_unlisted()])
 
 
 TORCH_LOAD = Shim(
@@ -102,7 +106,7 @@ TORCH_LOAD = Shim(
         "pretrain/runner.py:43",
     ),
     since="torch 2.6",
-    summary="Namespace and s3prl's schedules may be in a checkpoint, and nothing else",
-    missing=lambda: refuses_by_default() and bool(_unnamed()),
-    apply=_name_classes,
+    summary="argparse.Namespace and s3prl's schedules are allowed in a checkpoint",
+    missing=lambda: refuses_by_default() and bool(_unlisted()),
+    apply=_add_safe_globals,
 )

@@ -1,4 +1,4 @@
-"""Change a module as it is imported, whenever and by whomever that is."""
+"""Hooks that run when a module is imported."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
 
-# Takes the module and the function that runs its code, which it must call.
+# Gets the module and the function that executes its code. The hook must call that function.
 ImportHook = Callable[[ModuleType, Callable[[ModuleType], None]], None]
 
 
 def on_import(name: str, hook: ImportHook) -> None:
-    """Have ``hook`` run the code of the module ``name`` once it is imported.
+    """Let ``hook`` execute the module ``name`` when it is imported.
 
-    A module that is imported already stays as it is. A second hook for a name replaces the first.
+    It has no effect on a module that is already imported. A second hook for a name replaces the
+    first.
     """
     _FINDER.hooks[name] = hook
     if _FINDER not in sys.meta_path:
@@ -25,12 +26,12 @@ def on_import(name: str, hook: ImportHook) -> None:
 
 
 def forget_import(name: str) -> None:
-    """Undo :func:`on_import` for a module that is not imported yet."""
+    """Remove the hook of :func:`on_import` from a module that is not imported yet."""
     _FINDER.hooks.pop(name, None)
 
 
 class _Finder(MetaPathFinder):
-    """Finds modules where Python would, and gives those with a hook another ``exec_module``."""
+    """Finds modules on Python's path and replaces ``exec_module`` of those with a hook."""
 
     def __init__(self) -> None:
         self.hooks: dict[str, ImportHook] = {}
@@ -43,7 +44,7 @@ class _Finder(MetaPathFinder):
         spec = PathFinder.find_spec(fullname, path, target)
         if spec is None or spec.loader is None:
             return spec
-        loader: Any = spec.loader  # this spec's own
+        loader: Any = spec.loader  # PathFinder creates a new loader for each spec
         loader.exec_module = functools.partial(_call, self.hooks[fullname], loader.exec_module)
         return spec
 

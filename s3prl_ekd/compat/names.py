@@ -1,4 +1,4 @@
-"""Names that s3prl imports and that other packages have dropped."""
+"""Shims for names that s3prl imports and newer packages have removed."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from .shim import Shim
 HUB_NAMES = ("HfFolder", "Repository")
 
 
-class _Gone(type):
-    """A class that can be imported, and raises when it is used."""
+class _RemovedClass(type):
+    """Metaclass of placeholders that can be imported but raise when they are used."""
 
     def __getattr__(cls, name: str) -> NoReturn:
-        if name.startswith("__"):  # what inspection looks for is not use
+        if name.startswith("__"):  # looked up by inspection, not by s3prl
             raise AttributeError(name)
-        raise SetupError(_gone_message(f"{cls.__name__}.{name}"))
+        raise SetupError(_removed_message(f"{cls.__name__}.{name}"))
 
     def __call__(cls, *args: Any, **kwargs: Any) -> NoReturn:
-        raise SetupError(_gone_message(f"{cls.__name__}(...)"))
+        raise SetupError(_removed_message(f"{cls.__name__}(...)"))
 
 
-def _gone_message(use: str) -> str:
+def _removed_message(use: str) -> str:
     return (
-        f"huggingface_hub.{use} does not exist since huggingface_hub 1.0, so s3prl cannot upload "
-        "or sign in here: leave out --hub huggingface and --push_to_hf_hub"
+        f"huggingface_hub.{use} was removed in huggingface_hub 1.0, so s3prl cannot upload or log "
+        "in; leave out --hub huggingface and --push_to_hf_hub"
     )
 
 
@@ -40,7 +40,7 @@ def _hub_lacks(name: str) -> bool:
 def _add_hub_names() -> None:
     hub = importlib.import_module("huggingface_hub")
     for name in filter(_hub_lacks, HUB_NAMES):
-        setattr(hub, name, _Gone(name, (), {"__module__": __name__}))
+        setattr(hub, name, _RemovedClass(name, (), {"__module__": __name__}))
 
 
 HUGGINGFACE_HUB = Shim(
@@ -57,11 +57,15 @@ FALSE = frozenset({"n", "no", "f", "false", "off", "0"})
 
 
 def strtobool(value: str) -> int:
-    """1 or 0 for the usual words for yes and no, in any case; else :class:`ValueError`."""
-    word = value.lower()
-    if word in TRUE or word in FALSE:
-        return int(word in TRUE)
-    raise ValueError(f"{value!r} is neither yes nor no")
+    """1 for a text in ``TRUE``, 0 for one in ``FALSE``, ignoring case.
+
+    Raises:
+        ValueError: any other text.
+    """
+    lowered = value.lower()
+    if lowered in TRUE or lowered in FALSE:
+        return int(lowered in TRUE)
+    raise ValueError(f"expected yes or no, got {value!r}")
 
 
 def _no_distutils() -> bool:
@@ -75,7 +79,7 @@ def _no_distutils() -> bool:
 
 
 def _add_distutils() -> None:
-    # setuptools brings its own distutils, which appears once setuptools is imported
+    # setuptools has its own distutils, which can be imported once setuptools is
     try:
         importlib.import_module("setuptools")
     except ModuleNotFoundError:
@@ -92,7 +96,7 @@ DISTUTILS = Shim(
     name="distutils.util.strtobool",
     needed_by=("upstream/distiller/builder.py:9", "upstream/mockingjay/builder.py:18"),
     since="Python 3.12",
-    summary="setuptools' own distutils, else a stand-in with strtobool only",
+    summary="setuptools' distutils if installed, else a replacement with strtobool only",
     missing=_no_distutils,
     apply=_add_distutils,
 )

@@ -1,10 +1,13 @@
-"""What s3prl passes to ``eval``, read as data or checked instead.
+"""Keep s3prl from running text of a checkpoint, config or command line as code.
 
-s3prl's models evaluate the conv layers that a checkpoint or config names, and ``-o``:
-:func:`guard` gives each of its modules that does so an ``eval`` that reads that kind of value and
-runs nothing. ``optimizer.name``, ``modelrc.select`` and the like become classes by ``eval``:
-:func:`check_names` allows names only. The recipes of SID and ER evaluate the names of splits
-(``eval(f'self.get_{split}_dataloader')``): :func:`check_splits` allows those that a recipe has.
+s3prl passes such text to ``eval`` in three places:
+
+- The conv layers of a checkpoint or config, and ``-o``. :func:`guard` replaces ``eval`` in those
+  modules of s3prl by a function that parses the expected kind of value.
+- Class names such as ``optimizer.name`` and ``modelrc.select``. :func:`check_names` rejects
+  anything but an identifier.
+- The names of splits in the recipes of SID and ER (``eval(f'self.get_{split}_dataloader')``).
+  :func:`check_splits` rejects splits that the recipe does not have.
 """
 
 from __future__ import annotations
@@ -23,44 +26,49 @@ from ..errors import ConfigError
 from .child_processes import forget_in_children, repeat_in_children
 from .import_hooks import forget_import, on_import
 
-# The keys whose text s3prl 0.4.18 evaluates, wherever they stand in a recipe.
+# The keys whose value s3prl 0.4.18 passes to eval, at any depth of a recipe.
 EVALUATED = {"select", "module", "pooling", "agg_module", "model_type", "metric", "unk_weight"}
 EVALUATED |= {"feat_type", "utter_module", "ObjectiveLoss"}
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_ALSO = {"-math.inf", "math.inf"}  # what s3prl's own ASR recipe has for unk_weight
+_ALLOWED_EXPRESSIONS = {"-math.inf", "math.inf"}  # for unk_weight in s3prl's ASR recipe
 
 
-def check_names(config: Any, where: str) -> None:
-    """Refuse a config in which something that s3prl evaluates is not a plain name.
+def check_names(config: Any, location: str) -> None:
+    """Reject a config in which a value that s3prl passes to ``eval`` is not an identifier.
+
+    Args:
+        config: a parsed YAML file or the config in a checkpoint.
+        location: the file; starts the message.
 
     Raises:
-        ConfigError: naming the key.
+        ConfigError: names the key.
     """
-    for path, value in _found(config, ()):
-        if isinstance(value, str) and not _is_name(value):
+    for path, value in _evaluated_values(config, ()):
+        if isinstance(value, str) and not _is_allowed(value):
             raise ConfigError(
-                f"{where}: {'.'.join(path)} is {value[:60]!r}, which s3prl would run as code; it "
-                "must be a plain name"
+                f"{location}: {'.'.join(path)} must be an identifier, because s3prl runs it as "
+                f"code; got {value[:60]!r}"
             )
 
 
-def _is_name(text: str) -> bool:
-    if hasattr(builtins, text):  # exec, open, exit: no class of s3prl's is called so
+def _is_allowed(text: str) -> bool:
+    if hasattr(builtins, text):  # exec, open, exit, ...: s3prl has no class of these names
         return False
-    return bool(_NAME.fullmatch(text)) or text in _ALSO
+    return bool(_NAME.fullmatch(text)) or text in _ALLOWED_EXPRESSIONS
 
 
-def _found(config: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
+def _evaluated_values(config: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Path and value of each key that s3prl evaluates; of a list, each item."""
     if isinstance(config, dict):
         for key, value in config.items():
-            here = (*path, str(key))
-            named = key == "name" and path and path[-1] in ("optimizer", "scheduler")
-            if key in EVALUATED or named:
-                yield from ((here, item) for item in _items(value))
-            yield from _found(value, here)
+            key_path = (*path, str(key))
+            class_name = key == "name" and path and path[-1] in ("optimizer", "scheduler")
+            if key in EVALUATED or class_name:
+                yield from ((key_path, item) for item in _items(value))
+            yield from _evaluated_values(value, key_path)
     elif isinstance(config, (list, tuple)):
         for i, value in enumerate(config):
-            yield from _found(value, (*path, str(i)))
+            yield from _evaluated_values(value, (*path, str(i)))
 
 
 def _items(value: Any) -> list:
@@ -68,27 +76,31 @@ def _items(value: Any) -> list:
 
 
 def read_conv_layers(text: Any) -> list[tuple[int, int, int]]:
-    """The conv layers that s3prl would evaluate. Raises ConfigError: they are something else."""
+    """Parse conv layers. Raises ConfigError if ``text`` is anything else."""
     return list(parse_conv_layers(text))
 
 
 def read_layers(text: Any) -> Any:
-    """Conv layers, or a list of whole numbers. Raises ConfigError: they are something else."""
+    """Parse conv layers or a list of integers. Raises ConfigError if ``text`` is neither."""
     try:
         value = ast.literal_eval(text)
-    except Exception:  # literal_eval documents five of them
+    except Exception:  # literal_eval documents five exception classes
         return read_conv_layers(text)
-    if isinstance(value, (list, tuple)) and all(type(each) is int for each in value):
+    if isinstance(value, (list, tuple)) and all(type(item) is int for item in value):
         return value
     return read_conv_layers(text)
 
 
 def read_value(text: str) -> Any:
-    """A number, text, list or mapping of ``-o``. Raises ValueError: s3prl then takes the text."""
+    """Parse a value of ``-o`` as a Python literal.
+
+    Raises:
+        ValueError: it is not a literal; s3prl then uses the text itself.
+    """
     try:
         return ast.literal_eval(text)
-    except Exception:  # literal_eval documents five of them
-        raise ValueError("not a plain value") from None
+    except Exception:  # literal_eval documents five exception classes
+        raise ValueError("not a Python literal") from None
 
 
 _READERS: dict[str, Callable[[Any], Any]] = {
@@ -102,31 +114,32 @@ _READERS: dict[str, Callable[[Any], Any]] = {
     "upstream.multires_hubert.hubert_model": read_layers,
     "utility.helper": read_value,
 }
-# Under the bare names too, by which s3prl's checkout and its pretraining code import them.
+# Also under the names without `s3prl.`, which s3prl's checkout and its pretraining code import.
 READERS = {f"{root}{name}": reader for name, reader in _READERS.items() for root in ("s3prl.", "")}
 
 
-_for_good = False  # guarded by :func:`guard`
+_permanent = False  # set by :func:`guard`
 
 
 def guard() -> None:
-    """Keep those modules of s3prl from evaluating, whenever this process or a child imports them.
+    """Replace ``eval`` in the modules of :data:`READERS`, here and in child processes.
 
-    Calling it twice changes nothing.
+    It applies to modules that are imported already and to later imports. Further calls change
+    nothing.
     """
-    global _for_good
-    _for_good = True
-    _guard()
+    global _permanent
+    _permanent = True
+    _install_readers()
 
 
 @contextlib.contextmanager
 def guarded() -> Iterator[None]:
-    """Within it they do not evaluate; on exit neither, if :func:`guard` was called."""
-    _guard()
+    """:func:`guard` for a ``with`` block; undone on exit unless :func:`guard` was called."""
+    _install_readers()
     try:
         yield
     finally:
-        if not _for_good:
+        if not _permanent:
             forget_in_children(guard)
             for name in READERS:
                 forget_import(name)
@@ -134,78 +147,93 @@ def guarded() -> Iterator[None]:
                     vars(sys.modules[name]).pop("eval", None)
 
 
-def _guard() -> None:
+def _install_readers() -> None:
     for name, reader in READERS.items():
         if name in sys.modules:
             vars(sys.modules[name])["eval"] = reader
-        on_import(name, _run_and_guard)
+        on_import(name, _run_and_install_reader)
     repeat_in_children(guard)
 
 
-def _run_and_guard(module: ModuleType, run: Callable[[ModuleType], None]) -> None:
+def _run_and_install_reader(module: ModuleType, run: Callable[[ModuleType], None]) -> None:
     run(module)
     vars(module)["eval"] = READERS[module.__name__]
 
 
-# The experts of SID and ER have one method a split; those of ASR and PR a list of sets, here:
+# s3prl's experts for SID and ER have a method for each split.
 _METHODS = dict.fromkeys(("voxceleb1", "emotion"), ("train", "dev", "test"))
+# Those for ASR and PR read each split's list of data sets from this section of the recipe.
 _SECTIONS = {"asr": "datarc", "ctc": "corpus"}
-_OTHER_LISTS = {"lexicon"}  # of these sections
+_NOT_SPLITS = {"lexicon"}  # lists in these sections that are no split
 _SPLIT_NAME = re.compile(r"\w[\w.-]*", re.ASCII)
 
 
 def check_splits(
-    downstream: str | None, config: Mapping[str, Any], where: str, asked: str | None = None
+    downstream: str | None,
+    config: Mapping[str, Any],
+    location: str,
+    evaluate_split: str | None = None,
 ) -> None:
-    """Refuse splits that the recipe has not.
+    """Reject splits that the recipe does not have.
 
     Args:
-        downstream: the name after ``-d``; of others than the four only the form is checked.
-        config: the recipe, with ``-o`` put in.
-        where: the recipe's file, for messages.
-        asked: the split after ``-t``; None: this run trains, and takes those in ``runner``.
+        downstream: the name after ``-d``. For recipes other than SID, ER, ASR and PR, only the
+            characters of the split are checked.
+        config: the recipe, with the overrides of ``-o``.
+        location: the recipe's file; starts the message.
+        evaluate_split: the split after ``-t``. None for training, which uses the splits in
+            ``runner``.
 
     Raises:
-        ConfigError: naming the key or option, and the splits there are.
+        ConfigError: names the key or option, and the recipe's splits.
     """
-    named = [(f"{where}: {key}", split) for key, split in run_splits(config)]
-    if asked is not None:
-        named = [("-t", asked)]
+    splits = [(f"{location}: {key}", split) for key, split in run_splits(config)]
+    if evaluate_split is not None:
+        splits = [("-t", evaluate_split)]
     expert = config.get("downstream_expert")
     datarc = expert.get("datarc") if isinstance(expert, Mapping) else None
     if isinstance(datarc, Mapping):
-        check_fold(datarc.get("test_fold"), f"{where}: downstream_expert.datarc.test_fold")
-    known = _known(downstream, config)
-    for key, split in named:
-        if known is None and isinstance(split, str) and _SPLIT_NAME.fullmatch(split):
+        check_fold(datarc.get("test_fold"), f"{location}: downstream_expert.datarc.test_fold")
+    available = _recipe_splits(downstream, config)
+    for key, split in splits:
+        if available is None and isinstance(split, str) and _SPLIT_NAME.fullmatch(split):
             continue
-        if known is None or split not in known:
-            allowed = "a plain name is needed" if known is None else f"use {_listed(known)}"
-            raise ConfigError(f"{key}: there is no split {split!r:.60}; {allowed}")
+        if available is None or split not in available:
+            allowed = (
+                "use letters, digits, _, - and ."
+                if available is None
+                else f"use {_listed(available)}"
+            )
+            raise ConfigError(f"{key}: no such split {split!r:.60}; {allowed}")
 
 
 def run_splits(config: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """The splits of a run that trains, each with its key in the recipe."""
+    """The splits that a training run uses, as (key in the recipe, split)."""
     runner = config.get("runner")
     runner = runner if isinstance(runner, Mapping) else {}
-    several = runner.get("eval_dataloaders") or ()
-    several = several if isinstance(several, (list, tuple)) else [several]
+    eval_splits = runner.get("eval_dataloaders") or ()
+    eval_splits = eval_splits if isinstance(eval_splits, (list, tuple)) else [eval_splits]
     train = ("runner.train_dataloader", runner.get("train_dataloader", "train"))
-    return [train, *(("runner.eval_dataloaders", split) for split in several)]
+    return [train, *(("runner.eval_dataloaders", split) for split in eval_splits)]
 
 
-def check_fold(fold: Any, where: str) -> None:
-    """Refuse an ER fold that is no plain name: s3prl puts it into the names of files.
+def check_fold(fold: Any, location: str) -> None:
+    """Reject an ER fold with other characters than a split may have: s3prl uses it in file names.
+
+    Args:
+        fold: the value.
+        location: file and key; starts the message.
 
     Raises:
-        ConfigError: naming ``where`` it stands.
+        ConfigError: the fold has other characters.
     """
     if fold is not None and not (isinstance(fold, str) and _SPLIT_NAME.fullmatch(fold)):
-        raise ConfigError(f"{where} is {fold!r:.60}; fold1, fold2, ... is expected")
+        raise ConfigError(f"{location} must be fold1, fold2, ..., got {fold!r:.60}")
 
 
-def _known(downstream: str | None, config: Mapping[str, Any]) -> tuple[str, ...] | None:
-    if not isinstance(downstream, str):  # a checkpoint may say anything
+def _recipe_splits(downstream: str | None, config: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """The splits of a recipe; None if the recipe is not one of the four."""
+    if not isinstance(downstream, str):  # it may come from a checkpoint
         return None
     if downstream in _METHODS:
         return _METHODS[downstream]
@@ -214,9 +242,9 @@ def _known(downstream: str | None, config: Mapping[str, Any]) -> tuple[str, ...]
     if not isinstance(section, Mapping):
         return None
     return tuple(
-        key for key, sets in section.items() if isinstance(sets, list) and key not in _OTHER_LISTS
+        key for key, sets in section.items() if isinstance(sets, list) and key not in _NOT_SPLITS
     )
 
 
 def _listed(names: tuple[str, ...]) -> str:
-    return " or ".join(names) if names else "a list of sets in the recipe, which has none"
+    return " or ".join(names) if names else "a recipe that lists its data sets; this one has none"

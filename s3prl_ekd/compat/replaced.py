@@ -1,4 +1,4 @@
-"""Replace an attribute of a module for the length of a block."""
+"""Replace an attribute temporarily."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 
 @contextmanager
 def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Within the block ``owner.name`` is ``value``; on exit it is what it was before."""
-    before = getattr(owner, name)
+    """Set ``owner.name`` to ``value`` and restore it on exit."""
+    previous = getattr(owner, name)
     setattr(owner, name, value)
     try:
         yield
     finally:
-        setattr(owner, name, before)
+        setattr(owner, name, previous)

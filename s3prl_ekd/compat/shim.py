@@ -1,4 +1,4 @@
-"""One missing thing and its replacement."""
+"""The type of a compatibility shim."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Shim:
-    """Something that s3prl 0.4.18 uses and that newer packages no longer have.
+    """Replacement for a feature that s3prl 0.4.18 uses and newer packages have removed.
 
     Attributes:
-        name: what is missing, as one would write it in Python.
-        needed_by: the lines of s3prl 0.4.18 that need it, ``file:line``, below ``s3prl/``.
-        since: the release that took it away.
-        summary: what stands in for it, in one line.
-        missing: whether it is missing here and now. Looks at behaviour rather than version
-            numbers, changes nothing, and is False once ``apply`` has run.
-        apply: put the replacement in place.
+        name: the feature's dotted name in Python.
+        needed_by: the lines of s3prl 0.4.18 that use it, as ``file:line`` below ``s3prl/``.
+        since: the release that removed it.
+        summary: the replacement, in one line.
+        missing: whether the feature is missing. It tests behaviour, not version numbers, has no
+            side effects, and returns False once ``apply`` has run.
+        apply: install the replacement.
     """
 
     name: str

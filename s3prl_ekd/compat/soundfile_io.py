@@ -1,7 +1,7 @@
 """``torchaudio.load``, ``save`` and ``info`` through soundfile.
 
-torchaudio 2.9 hands the first two to torchcodec, which needs FFmpeg, and dropped the third.
-soundfile carries its own libsndfile and reads WAV, FLAC, Ogg Vorbis, Opus and MP3.
+In torchaudio 2.9, ``load`` and ``save`` use torchcodec, which needs FFmpeg, and ``info`` is gone.
+soundfile comes with libsndfile and reads WAV, FLAC, Ogg Vorbis, Opus and MP3.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ DESCRIBED = {subtype: described for described, subtype in SUBTYPES.items()}
 LOSSY = {"VORBIS": "VORBIS", "OPUS": "OPUS", "MPEG_LAYER_III": "MP3"}
 DEFAULT_BITS = {"PCM_S": 32, "PCM_U": 8, "PCM_F": 32, "ULAW": 8, "ALAW": 8}
 
-# file extension -> (libsndfile's container, its subtype unless one is asked for);
-# None leaves the choice to the type of the samples
+# file extension -> (libsndfile's container, its default subtype);
+# None: the subtype follows from the type of the samples
 CONTAINERS = {
     "wav": ("WAV", None),
     "flac": ("FLAC", "PCM_16"),
@@ -51,9 +51,10 @@ INTEGER_TYPES = {"PCM_16": "int16", "PCM_24": "int32", "PCM_32": "int32"}
 
 @dataclass
 class AudioMetaData:
-    """What :func:`info` returns: Hz, samples for each channel, channels, bits, encoding.
+    """The result of :func:`info`.
 
-    ``bits_per_sample`` is 0 where the encoding is lossy or not known to us.
+    ``sample_rate`` is in Hz; ``num_frames`` counts the samples of one channel. ``bits_per_sample``
+    is 0 for a lossy or unrecognised encoding.
     """
 
     sample_rate: int
@@ -67,11 +68,11 @@ def _open(uri: Source) -> soundfile.SoundFile:
     import soundfile
 
     if isinstance(uri, (str, os.PathLike)) and not os.path.isfile(uri):
-        raise DataError(f"audio file {os.fspath(uri)} is not there")
+        raise DataError(f"no such audio file: {os.fspath(uri)}")
     try:
         return soundfile.SoundFile(uri)
     except soundfile.LibsndfileError as error:
-        raise DataError(f"audio file {uri} cannot be read: {error}") from error
+        raise DataError(f"cannot read audio file {uri}: {error}") from error
 
 
 def load(
@@ -89,17 +90,17 @@ def load(
     Args:
         uri: a path, or an object with ``read`` and ``seek``.
         frame_offset: samples to skip at the start.
-        num_frames: samples to read for each channel, at most; -1 for all that are left.
-        normalize: False gives the integers of 16, 24 and 32 bit integer WAV as they are;
-            everything else is float32 in [-1, 1] either way.
+        num_frames: the most samples to read of each channel; -1 reads to the end.
+        normalize: if False, 16, 24 and 32 bit integer WAV is returned as integers. All other audio
+            is float32 in [-1, 1] in both cases.
         channels_first: shape [channel, time], or [time, channel] if False.
-        format, buffer_size, backend: accepted and not used; libsndfile finds out by itself.
+        format, buffer_size, backend: ignored; libsndfile detects the format.
 
     Returns:
         The samples, and the sample rate in Hz.
 
     Raises:
-        DataError: the file is not there, or not audio that libsndfile reads.
+        DataError: the file does not exist, or libsndfile cannot read it.
         ValueError: ``frame_offset`` is negative, or ``num_frames`` below -1.
     """
     import torch
@@ -107,12 +108,12 @@ def load(
     if frame_offset < 0 or num_frames < -1:
         raise ValueError(
             f"frame_offset must be 0 or more and num_frames -1 or more, "
-            f"not {frame_offset} and {num_frames}"
+            f"got {frame_offset} and {num_frames}"
         )
     with _open(uri) as file:
-        kept_integer = not normalize and file.format == "WAV"
-        dtype = INTEGER_TYPES.get(file.subtype, "float32") if kept_integer else "float32"
-        # libsndfile refuses to seek behind the end; torchaudio answers with nothing to hear
+        as_integer = not normalize and file.format == "WAV"
+        dtype = INTEGER_TYPES.get(file.subtype, "float32") if as_integer else "float32"
+        # libsndfile raises for an offset beyond the end; torchaudio returns no samples
         file.seek(min(frame_offset, file.frames))
         samples = file.read(num_frames, dtype=dtype, always_2d=True)  # [time, channel]
         sample_rate = file.samplerate
@@ -135,40 +136,41 @@ def save(
     """Write audio as ``torchaudio.save`` does.
 
     Args:
-        uri: a path whose extension names the format, or a writable object (give ``format``).
+        uri: a path, whose extension gives the format, or a writable object with ``format``.
         src: [channel, time] ([time, channel] if not ``channels_first``) or [time]; float32 or
-            float64 in [-1, 1], int16 or int32. WAV keeps the type; FLAC gets 16 bits.
+            float64 in [-1, 1], int16 or int32. WAV keeps the type; FLAC has 16 bits.
         sample_rate: Hz.
-        format: ``wav``, ``flac``, ``ogg``, ``opus`` or ``mp3``, before the extension.
+        format: ``wav``, ``flac``, ``ogg``, ``opus`` or ``mp3``; takes precedence over the
+            extension.
         encoding: ``PCM_S``, ``PCM_U``, ``PCM_F``, ``ULAW`` or ``ALAW``.
         bits_per_sample: 8, 16, 24, 32 or 64, as the encoding allows.
-        buffer_size, backend, compression: accepted and not used.
+        buffer_size, backend, compression: ignored.
 
     Raises:
-        DataError: the format, the encoding, the shape or the type is not among these.
+        DataError: the format, encoding, shape or type is not supported.
     """
     import soundfile
 
     name = format or ("" if hasattr(uri, "write") else Path(uri).suffix.lstrip("."))
     if name.lower() not in CONTAINERS:
-        raise DataError(f"audio format {name!r} of {uri} is not one of {', '.join(CONTAINERS)}")
+        raise DataError(f"{uri}: audio format must be {', '.join(CONTAINERS)}, got {name!r}")
     samples = src.detach().cpu()
     if samples.ndim == 1:
         samples = samples.unsqueeze(0 if channels_first else 1)
     sample_type = str(samples.dtype).removeprefix("torch.")
     if samples.ndim != 2 or sample_type not in BY_SAMPLE_TYPE:
         raise DataError(
-            f"audio for {uri} must be [channel, time] of {', '.join(BY_SAMPLE_TYPE)}, "
-            f"not {list(src.shape)} of {sample_type}"
+            f"{uri}: samples must be [channel, time] of {', '.join(BY_SAMPLE_TYPE)}, "
+            f"got {list(src.shape)} of {sample_type}"
         )
     container, subtype = CONTAINERS[name.lower()]
     if encoding or bits_per_sample:
-        eight_bit_wav = container == "WAV" and bits_per_sample == 8  # which has no sign
+        eight_bit_wav = container == "WAV" and bits_per_sample == 8  # unsigned
         encoding = encoding or ("PCM_U" if eight_bit_wav else "PCM_S")
         subtype = SUBTYPES.get((encoding, bits_per_sample or DEFAULT_BITS.get(encoding, 0)))
     subtype = subtype or BY_SAMPLE_TYPE[sample_type]
     if not soundfile.check_format(container, subtype):
-        raise DataError(f"{name} cannot hold {encoding} with {bits_per_sample} bits ({uri})")
+        raise DataError(f"{uri}: {name} does not support {encoding} with {bits_per_sample} bits")
     samples = samples.t() if channels_first else samples  # [time, channel]
     soundfile.write(uri, samples.numpy(), sample_rate, subtype=subtype, format=container)
 
@@ -176,7 +178,7 @@ def save(
 def info(
     uri: Source, format: str | None = None, buffer_size: int = 4096, backend: str | None = None
 ) -> AudioMetaData:
-    """Read the header only, as ``torchaudio.info`` did; raises :class:`DataError`."""
+    """Read the header, as ``torchaudio.info`` did. Raises :class:`DataError`."""
     with _open(uri) as file:
         encoding, bits = DESCRIBED.get(file.subtype, (LOSSY.get(file.subtype, "UNKNOWN"), 0))
         if file.format == "FLAC":

@@ -1,8 +1,9 @@
 """``torchaudio.sox_effects`` in Python, for the effects of the SUPERB tasks.
 
-Resampling is torchaudio's, not SoX's: the same band, another filter, and where the length is not
-whole one sample more. The rest agrees with SoX to the last bit of float32. Effects outside
-:data:`EFFECTS` (``vad``, ``silence``, ``pad``, ...) are refused by name.
+Resampling uses torchaudio instead of SoX: the band is the same and the filter differs; where the
+resampled length is not an integer, torchaudio returns one sample more. All other effects agree with
+SoX to the last bit of float32. Effects outside :data:`EFFECTS` (``vad``, ``silence``, ``pad``, ...)
+raise an error.
 """
 
 from __future__ import annotations
@@ -20,16 +21,16 @@ from .torchaudio_import import LOAD_FAILURES
 if TYPE_CHECKING:
     import torch
 
-# Every effect: ([channel, time], rate in Hz, arguments) -> ([channel, time], rate in Hz)
+# An effect: ([channel, time], rate in Hz, arguments) -> ([channel, time], rate in Hz)
 
 
 def _channels(wav: torch.Tensor, rate: int, count: str) -> tuple[torch.Tensor, int]:
-    """Mix down to ``count`` channels, or repeat the channels in turn up to it."""
-    have, want = wav.size(0), int(count)
-    if want <= have:
-        # input channel i goes to output channel i modulo `want`, each sum divided by its terms
-        return _stack([wav[i::want].mean(dim=0) for i in range(want)]), rate
-    return _stack([wav[i % have] for i in range(want)]), rate
+    """Mix down to ``count`` channels, or repeat the channels cyclically up to ``count``."""
+    inputs, outputs = wav.size(0), int(count)
+    if outputs <= inputs:
+        # input channel i goes to output channel i modulo `outputs`, which is a mean
+        return _stack([wav[i::outputs].mean(dim=0) for i in range(outputs)]), rate
+    return _stack([wav[i % inputs] for i in range(outputs)]), rate
 
 
 def _rate(wav: torch.Tensor, rate: int, hertz: str) -> tuple[torch.Tensor, int]:
@@ -39,12 +40,12 @@ def _rate(wav: torch.Tensor, rate: int, hertz: str) -> tuple[torch.Tensor, int]:
 
 
 def _speed(wav: torch.Tensor, rate: int, factor: str) -> tuple[torch.Tensor, int]:
-    """Play faster by claiming a higher rate; the samples change in the ``rate`` that follows."""
+    """Declare a higher rate; the ``rate`` effect that follows resamples."""
     return wav, round(rate * float(factor))
 
 
 def _norm(wav: torch.Tensor, rate: int, decibel: str = "0") -> tuple[torch.Tensor, int]:
-    """Scale so that the loudest sample of all channels is at ``decibel`` below full scale."""
+    """Scale all channels by one factor so that their peak is at ``decibel`` dBFS."""
     peak = wav.abs().max() if wav.numel() else 0
     return (wav / peak * _amplitude(decibel) if peak > 0 else wav), rate
 
@@ -56,10 +57,10 @@ def _gain(wav: torch.Tensor, rate: int, decibel: str) -> tuple[torch.Tensor, int
 def _trim(
     wav: torch.Tensor, rate: int, start: str, length: str | None = None
 ) -> tuple[torch.Tensor, int]:
-    """Keep ``length`` from ``start`` on: seconds, or samples with an ``s`` behind the number."""
-    first = _samples(start, rate)
-    last = wav.size(1) if length is None else first + _samples(length, rate)
-    return wav[:, first:last], rate
+    """Keep ``length`` from ``start`` on; both in seconds or, with the suffix ``s``, in samples."""
+    begin = _samples(start, rate)
+    end = wav.size(1) if length is None else begin + _samples(length, rate)
+    return wav[:, begin:end], rate
 
 
 def _samples(position: str, rate: int) -> int:
@@ -67,7 +68,7 @@ def _samples(position: str, rate: int) -> int:
         return int(position[:-1])
     samples = round(float(position) * rate)
     if samples < 0 or position.startswith("+"):
-        raise ValueError(f"{position} is not a number of seconds from the start")
+        raise ValueError(f"expected seconds from the start, got {position}")
     return samples
 
 
@@ -92,7 +93,7 @@ EFFECTS = {
 
 
 def effect_names() -> list[str]:
-    """The effects that can be applied."""
+    """The names of the supported effects."""
     return sorted(EFFECTS)
 
 
@@ -102,32 +103,33 @@ def apply_effects_tensor(
     effects: Sequence[Sequence[str]],
     channels_first: bool = True,
 ) -> tuple[torch.Tensor, int]:
-    """Apply effects in turn.
+    """Apply effects in order.
 
     Args:
         tensor: float samples in [-1, 1], [channel, time] ([time, channel] if not
             ``channels_first``).
         sample_rate: Hz.
-        effects: for each its name and its arguments, all strings: ``[["rate", "16000"]]``.
+        effects: a list for each effect, its name and its arguments as strings:
+            ``[["rate", "16000"]]``.
 
     Returns:
-        The samples in the layout that came in, and their rate in Hz.
+        The samples in the layout of ``tensor``, and their rate in Hz.
 
     Raises:
-        SetupError: an effect is not known here, or its arguments are not understood.
+        SetupError: an effect is not supported, or its arguments are not valid.
     """
     wav = tensor if channels_first else tensor.t()
     for name, *arguments in effects:
         if name not in EFFECTS:
             raise SetupError(
-                f"sox effect {name!r} is not available without SoX, only "
-                f"{', '.join(effect_names())}; torchaudio below 2.9 with libsox has them all"
+                f"sox effect {name!r} needs SoX, which is not available; supported without it: "
+                f"{', '.join(effect_names())}. Install torchaudio below 2.9 with libsox"
             )
         try:
             wav, sample_rate = EFFECTS[name](wav, sample_rate, *arguments)
         except (TypeError, ValueError) as error:
             raise SetupError(
-                f"sox effect {' '.join([name, *arguments])!r} is not understood: {error}"
+                f"sox effect {' '.join([name, *arguments])!r} is not valid: {error}"
             ) from error
     return (wav if channels_first else wav.t()), sample_rate
 
@@ -139,9 +141,9 @@ def apply_effects_file(
     channels_first: bool = True,
     format: str | None = None,
 ) -> tuple[torch.Tensor, int]:
-    """Read a file with ``torchaudio.load`` and apply effects, as :func:`apply_effects_tensor`.
+    """Read a file with ``torchaudio.load`` and apply effects; see :func:`apply_effects_tensor`.
 
-    ``normalize`` and ``format`` are accepted and not used: the samples are always float32.
+    ``normalize`` and ``format`` are ignored: the samples are always float32.
     """
     import torchaudio
 
@@ -160,7 +162,7 @@ def _missing() -> bool:
 def _add_module() -> None:
     import torchaudio
 
-    module = ModuleType("torchaudio.sox_effects", "Stand-in; see s3prl_ekd.compat.sox.")
+    module = ModuleType("torchaudio.sox_effects", "Replacement; see s3prl_ekd.compat.sox.")
     for function in (apply_effects_file, apply_effects_tensor, effect_names):
         setattr(module, function.__name__, function)
     sys.modules[module.__name__] = module
@@ -171,7 +173,7 @@ SOX_EFFECTS = Shim(
     name="torchaudio.sox_effects",
     needed_by=("upstream/mos_prediction/expert.py:9", "downstream/speech_commands/dataset.py:5"),
     since="torchaudio 2.9",
-    summary=f"a stand-in with {', '.join(effect_names())}",
+    summary=f"a replacement in Python with {', '.join(effect_names())}",
     missing=_missing,
     apply=_add_module,
 )

@@ -1,7 +1,7 @@
-"""torchaudio's functions, once what is missing from the installed torchaudio is in place.
+"""``torchaudio.functional``, imported after the shims are applied.
 
-A module of its own because the order matters: on a torchaudio without its compiled part the
-import fails before :func:`compat.apply`. A spawned worker process imports this afresh.
+Where torchaudio's compiled extension does not load, importing torchaudio fails before
+:func:`compat.apply`. Being a module, this also runs in a spawned worker process.
 """
 
 from .. import compat

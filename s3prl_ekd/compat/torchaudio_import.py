@@ -1,4 +1,4 @@
-"""Importing torchaudio where its compiled part does not load, and its lost no-op."""
+"""Shims to import torchaudio without its compiled extension, and for ``set_audio_backend``."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from typing import Any, NoReturn
 from ..errors import SetupError
 from .shim import Shim
 
-# What the dynamic loader (OSError) and torchaudio's own check of the CUDA version
-# (RuntimeError) raise. A torchaudio that is not installed at all is another matter.
+# Raised by the dynamic loader (OSError) and by torchaudio's check of the CUDA version
+# (RuntimeError). ImportError is not among them: torchaudio is then not installed.
 LOAD_FAILURES = (OSError, RuntimeError)
 
 
 def lacks(attribute: str) -> bool:
-    """Whether torchaudio has no such attribute; one that does not import has none."""
+    """Whether torchaudio has no such attribute, or cannot be imported."""
     try:
         return not hasattr(importlib.import_module("torchaudio"), attribute)
     except LOAD_FAILURES:
@@ -36,23 +36,23 @@ def _does_not_import() -> bool:
 def _import_without_extension() -> None:
     for name in [name for name in sys.modules if name.split(".")[0] == "torchaudio"]:
         del sys.modules[name]
-    stand_in = _extension_stand_in()
-    sys.modules[stand_in.__name__] = stand_in
+    replacement = _extension_replacement()
+    sys.modules[replacement.__name__] = replacement
     try:
         importlib.import_module("torchaudio")
     except LOAD_FAILURES as error:
-        del sys.modules[stand_in.__name__]
+        del sys.modules[replacement.__name__]
         raise SetupError(
-            f"torchaudio does not import, not even without its compiled part: {error}; "
-            "install the torchaudio that belongs to your torch"
+            f"cannot import torchaudio, even without its compiled extension: {error}; install the "
+            "torchaudio release that matches your torch"
         ) from error
 
 
-def _extension_stand_in() -> ModuleType:
-    """A ``torchaudio._extension`` that says: there is no compiled part.
+def _extension_replacement() -> ModuleType:
+    """A ``torchaudio._extension`` that reports no compiled extension.
 
-    torchaudio asks these names for what was built and then takes its pure Python branch. The
-    RIR and SoX names are those of torchaudio 2.5 to 2.8.
+    torchaudio reads these names to choose its pure Python code. The RIR and SoX names are those of
+    torchaudio 2.5 to 2.8.
     """
     module = ModuleType("torchaudio._extension")
     vars(module).update(
@@ -70,37 +70,37 @@ def _extension_stand_in() -> ModuleType:
 
 def _unavailable(function: Callable[..., Any]) -> Callable[..., NoReturn]:
     @functools.wraps(function)
-    def refuse(*args: Any, **kwargs: Any) -> NoReturn:
+    def unavailable(*args: Any, **kwargs: Any) -> NoReturn:
         raise RuntimeError(
-            f"torchaudio's {function.__name__} needs its compiled part, which does not load "
-            "beside this torch; install the torchaudio that belongs to your torch"
+            f"torchaudio's {function.__name__} needs torchaudio's compiled extension, which does "
+            "not load with this torch; install the torchaudio release that matches your torch"
         )
 
-    return refuse
+    return unavailable
 
 
 class _NoSox:
-    """SoX bindings that are not there: asked politely they say so, used they raise."""
+    """Missing SoX bindings: ``is_available`` is False, any other attribute raises."""
 
     def is_available(self) -> bool:
         return False
 
     def __getattr__(self, name: str) -> NoReturn:
-        raise RuntimeError(f"torchaudio's SoX bindings do not load here (asked for {name})")
+        raise RuntimeError(f"cannot use {name}: torchaudio's SoX bindings do not load")
 
 
 IMPORT = Shim(
     name="torchaudio",
     needed_by=("run_downstream.py:8", "downstream/runner.py:13", "downstream/asr/dataset.py:25"),
     since="torchaudio 2.9",
-    summary="its compiled part does not load beside this torch, imported without it",
+    summary="imported without its compiled extension, which does not load with this torch",
     missing=_does_not_import,
     apply=_import_without_extension,
 )
 
 
 def set_audio_backend(backend: str | None = None) -> None:
-    """Nothing: there is one way to read audio, and no backend to choose."""
+    """Do nothing: there is only one audio backend."""
 
 
 def _add_set_audio_backend() -> None:

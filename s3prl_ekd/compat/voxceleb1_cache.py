@@ -1,14 +1,17 @@
-"""SID's list of files, searched anew for each data set instead of taken from s3prl's cache.
+"""Bypass s3prl's cache of SID's file lists.
 
-s3prl's ``downstream/voxceleb1/dataset.py`` keeps the paths it found as pickles in its own folder
-(``.cache/train.pkl`` …). Their names do not say which corpus they came from, so the next corpus
-would silently be trained on the files of the one before; and whoever can write into that folder
-could have any code run, because that is what reading a pickle means. Nothing in the YAML turns
-the cache off. So the module is changed as it is imported: each data set gets a folder of its own,
-which is new, private and gone at exit, and in which there never is anything to read.
+s3prl's ``downstream/voxceleb1/dataset.py`` caches the paths of the audio files as pickles in its
+own folder (``.cache/train.pkl`` ...). This has two problems:
 
-The price is the search itself at each start: about 10 s for the 153 516 files of VoxCeleb1 on a
-local disk.
+- The file names don't depend on the corpus, so a second corpus would silently train on the files of
+  the first.
+- Reading a pickle can run code, so anyone who can write into that folder could run code.
+
+The YAML cannot turn the cache off. So this module patches s3prl's module on import: each data set
+gets a new, private, empty folder, which is removed at exit.
+
+Each start then searches for the files: about 10 s for the 153 516 files of VoxCeleb1 on a local
+disk.
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ DATASET = "s3prl.downstream.voxceleb1.dataset"
 
 
 class FreshFolder(os.PathLike):
-    """A path that is another new, empty folder each time it is asked for, in place of ``path``."""
+    """A replacement for ``path`` that creates a new empty folder at each ``os.fspath``."""
 
     def __init__(self, path: str | os.PathLike = "") -> None:
         self.path = path
@@ -46,22 +49,23 @@ class FreshFolder(os.PathLike):
 
 
 def guard() -> None:
-    """Keep s3prl's SID data set off its cache, whenever this process or a child imports it.
+    """Bypass the cache of s3prl's SID data set, here and in child processes.
 
-    Costs nothing where SID is not run. Calling it twice changes nothing.
+    It applies to a module that is imported already and to a later import; it does not import the
+    module. Further calls change nothing.
     """
     if DATASET in sys.modules:
-        _without_cache(sys.modules[DATASET])
+        _replace_cache_path(sys.modules[DATASET])
     else:
-        # Importing it now would do too, but `-e` alone does not say that the task is SID, and the
-        # import of torchaudio needs compat first.
-        on_import(DATASET, _run_and_change)
+        # Not imported here: with `-e` alone the task is not known yet, and its import of torchaudio
+        # needs compat.apply() first.
+        on_import(DATASET, _run_and_replace_cache_path)
     repeat_in_children(guard)
 
 
 @contextlib.contextmanager
 def guarded() -> Iterator[None]:
-    """Within it the cache is not used; see :func:`guard`."""
+    """:func:`guard` for a ``with`` block, undone on exit."""
     guard()
     try:
         yield
@@ -74,37 +78,37 @@ def guarded() -> Iterator[None]:
             module.CACHE_PATH = folder.path
 
 
-def _run_and_change(module: ModuleType, run: Callable[[ModuleType], None]) -> None:
+def _run_and_replace_cache_path(module: ModuleType, run: Callable[[ModuleType], None]) -> None:
     with _lazy_librosa():
         run(module)
-    _without_cache(module)
+    _replace_cache_path(module)
 
 
-def _without_cache(module: Any) -> None:
+def _replace_cache_path(module: Any) -> None:
     if isinstance(getattr(module, "CACHE_PATH", None), FreshFolder):
         return
     if not hasattr(module, "CACHE_PATH"):
         raise SetupError(
-            f"this s3prl's {DATASET} has no CACHE_PATH, so its file lists may be those of another "
-            "corpus; install s3prl 0.4.18"
+            f"{DATASET} has no CACHE_PATH, so its file lists may come from another corpus; install "
+            "s3prl 0.4.18"
         )
-    logger.debug("file lists are searched anew; %s is not read", module.CACHE_PATH)
+    logger.debug("SID: searching for the audio files; cache %s is not used", module.CACHE_PATH)
     module.CACHE_PATH = FreshFolder(module.CACHE_PATH)
 
 
 @contextlib.contextmanager
 def _lazy_librosa() -> Iterator[None]:
-    """Inside, ``librosa.util.find_files`` is there and imports librosa only once it is called.
+    """Provide a ``librosa.util.find_files`` that imports librosa only when it is called.
 
-    The data set imports that name and never calls it; librosa is no dependency of s3prl, and
-    brings numba and a compiler with it.
+    The data set imports this name and never calls it. librosa is not a dependency of s3prl, and
+    needs numba and a compiler.
     """
 
     def find_files(*args, **kwargs):
         return importlib.import_module("librosa.util").find_files(*args, **kwargs)
 
     names = ("librosa", "librosa.util")
-    before = {name: sys.modules[name] for name in names if name in sys.modules}
+    previous = {name: sys.modules[name] for name in names if name in sys.modules}
     package, util = map(ModuleType, names)
     vars(package)["util"], vars(util)["find_files"] = util, find_files
     sys.modules.update(zip(names, (package, util), strict=True))
@@ -113,4 +117,4 @@ def _lazy_librosa() -> Iterator[None]:
     finally:
         for name in names:
             sys.modules.pop(name, None)
-        sys.modules.update(before)
+        sys.modules.update(previous)
