@@ -1,7 +1,7 @@
-"""The doors into s3prl: names in ``s3prl.hub``, the package ``pretrain``, the corpus of PR.
+"""Make this package's upstreams and pretraining method available to an installed s3prl.
 
-s3prl finds an upstream by ``getattr(s3prl.hub, name)`` and a pretraining method by
-``import_module("pretrain.NAME.pretrain_expert")``; nothing of it is edited or copied.
+s3prl looks up an upstream by ``getattr(s3prl.hub, name)`` and a pretraining method by
+``import_module("pretrain.NAME.pretrain_expert")``. No file of s3prl is edited or copied.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from .teachers import zoo
 
 ENTRIES = ("ekd_student", "ekd_student_local", "ekd_student_url", *zoo.NAMES)
 
-# s3prl's pretraining code imports these by their bare names, because it is meant to run inside
-# s3prl's own folder. Under the bare name of the installed module there is one copy of each class.
+# s3prl's pretraining code imports these without the prefix `s3prl.`, because it is written to run
+# inside s3prl's own folder. They become aliases of the installed modules, so that each class exists
+# once.
 BARE_NAMES = ("optimizers", "schedulers", "utility", "utility.helper", "upstream", "pretrain")
 
 HUB = "s3prl.hub"
 
 
 def register() -> None:
-    """Add ``ekd_student`` and the tiny teachers to ``s3prl.hub``, and PR's corpus module where it
-    is missing.
+    """Add ``ekd_student`` and the tiny teachers to ``s3prl.hub``.
 
-    Calling it twice changes nothing.
+    Also provides the corpus module of PR if s3prl lacks it. Further calls change nothing.
 
     Raises:
-        SetupError: the hub has another entry of that name.
+        SetupError: ``s3prl.hub`` has another entry of the same name.
     """
     compat.apply()
     no_eval.guard()
@@ -46,16 +46,18 @@ def register() -> None:
     from .upstream import hubconf
 
     for name in ENTRIES:
-        ours = getattr(hubconf, name)
-        if getattr(hub, name, ours) is not ours:
-            raise SetupError(f"s3prl.hub has another {name} already; remove that plugin first")
-        setattr(hub, name, ours)
+        entry = getattr(hubconf, name)
+        if getattr(hub, name, entry) is not entry:
+            raise SetupError(
+                f"s3prl.hub already has another {name}; remove the plugin that adds it"
+            )
+        setattr(hub, name, entry)
     provide_ctc_corpus(Path.cwd())
     repeat_in_children(_register_on_import)
 
 
 def _register_on_import() -> None:
-    """:func:`register`, once the hub is imported: that takes seconds, and few children use it."""
+    """Call :func:`register` once the hub is imported, which takes seconds and few children do."""
     if HUB in sys.modules:
         register()
     else:
@@ -68,17 +70,17 @@ def _run_and_register(module: ModuleType, run: Callable[[ModuleType], None]) -> 
 
 
 def open_pretrain(folder: Path) -> None:
-    """Make ``pretrain.*`` importable: s3prl's own modules, and those below ``folder/pretrain``.
+    """Make ``pretrain.*`` importable: s3prl's own modules and those below ``folder/pretrain``.
 
-    For an installed s3prl; inside a checkout the bare names are found without help.
+    For an installed s3prl. In a checkout of s3prl they can be imported already.
     """
     for name in BARE_NAMES:
         if name not in sys.modules:
             sys.modules[name] = importlib.import_module(f"s3prl.{name}")
     repeat_in_children(open_pretrain, folder.absolute())
     package = sys.modules["pretrain"]
-    here = str(folder / "pretrain")
-    if here not in package.__path__:
-        package.__path__.append(here)
+    pretrain_folder = str(folder / "pretrain")
+    if pretrain_folder not in package.__path__:
+        package.__path__.append(pretrain_folder)
     if "pretrain.runner" not in sys.modules:
         sys.modules["pretrain.runner"] = importlib.import_module("s3prl.pretrain.runner")

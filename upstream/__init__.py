@@ -1,1 +1,1 @@
-"""The ``ekd_student`` upstream, in the shape of s3prl's ``upstream/<name>/`` folders."""
+"""The ``ekd_student`` upstream, laid out like s3prl's ``upstream/NAME/`` folders."""

@@ -1,4 +1,4 @@
-"""``ekd_student`` as an s3prl upstream: unpadded waveforms in, hidden states out."""
+"""The s3prl upstream ``ekd_student``: hidden states from unpadded waveforms."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ class UpstreamExpert(UpstreamBase):
 
     Args:
         ckpt: a student file or a checkpoint of ``run_pretrain.py -u ekd``.
-        model_config: not used; the file holds all there is to know.
+        model_config: not used; the file has all settings.
 
     Raises:
-        CheckpointError: the file is missing, damaged, asks for code, or is of another kind.
+        CheckpointError: the file is missing, damaged or of another kind, or its pickle names other
+            classes.
     """
 
     def __init__(self, ckpt: str | Path, model_config: object = None, **kwargs: Any):
@@ -35,15 +36,15 @@ class UpstreamExpert(UpstreamBase):
         self.heads = loaded.heads
         self.targets = loaded.targets
         self.about = loaded.about
-        # A dropped layer would change the number of hidden states while fine-tuning (-f).
+        # Layerdrop would change the number of hidden states during fine-tuning (-f).
         self.student.backbone.encoder.layerdrop = 0.0
         problem = heads_problem(loaded)
         if problem:
             self.heads = None
-            logger.info("no hidden_states_and_heads: %s", problem)
+            logger.info("%s: hidden_states_and_heads is not available: %s", ckpt, problem)
 
     def get_downsample_rates(self, key: str) -> int:
-        """Samples a frame: 320 (20 ms at 16 kHz) for the default conv extractor."""
+        """Samples per frame: 320 (20 ms at 16 kHz) for the default conv extractor."""
         return self.student.settings.stride
 
     def forward(self, wavs: list[Tensor]) -> dict[str, Tensor | list[Tensor]]:
@@ -54,16 +55,16 @@ class UpstreamExpert(UpstreamBase):
 
         Returns:
             ``hidden_states``: the projected features and each layer's output, a list of
-            ``[batch, frame, dim]``. ``hidden_states_and_heads``: the same with every head's
-            predicted layers behind, where the file has heads of the student's width.
+            ``[batch, frame, dim]``. ``hidden_states_and_heads``: the same, followed by the layers
+            that each head predicts, if the file has heads of the student's width.
             ``last_hidden_state``: the last of ``hidden_states``.
         """
         lengths = torch.tensor([len(wav) for wav in wavs], device=wavs[0].device)
         waves = pad_sequence(wavs, batch_first=True)
-        short = self.student.settings.min_samples
-        if waves.shape[1] < short:  # too short for one frame: silence makes it one
-            waves = torch.nn.functional.pad(waves, (0, short - waves.shape[1]))
-        out = self.student(waves, lengths.clamp(min=short))
+        min_samples = self.student.settings.min_samples
+        if waves.shape[1] < min_samples:  # shorter than one frame
+            waves = torch.nn.functional.pad(waves, (0, min_samples - waves.shape[1]))
+        out = self.student(waves, lengths.clamp(min=min_samples))
         result: dict[str, Tensor | list[Tensor]] = {
             "hidden_states": list(out.hidden_states),
             "last_hidden_state": out.hidden_states[-1],
@@ -76,7 +77,7 @@ class UpstreamExpert(UpstreamBase):
     def _head_states(self, predictions: Mapping[str, Tensor]) -> list[Tensor]:
         states: list[Tensor] = []
         for name, prediction in predictions.items():
-            # [batch, layer, frame, width] -> pieces of the student's width, layer by layer
+            # [batch, layer, frame, width] -> slices [batch, frame, dim] of the student's width
             for layer in prediction.unbind(1):
                 states += layer.split(self.targets[name].parts, dim=-1)
         return states

@@ -1,4 +1,4 @@
-"""The entries that ``s3prl_ekd.register()`` adds to ``s3prl.hub``, named as s3prl names them."""
+"""Entries that ``s3prl_ekd.register()`` adds to ``s3prl.hub``, with names in s3prl's style."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from .expert import UpstreamExpert as _UpstreamExpert
 
 
 def tiny_hubert(ckpt: str | Path | None = None, *args: Any, **kwargs: Any) -> nn.Module:
-    """HuBERT of 3.3 M parameters that has learned speech; see :mod:`s3prl_ekd.teachers.zoo`."""
+    """HuBERT of 3.3 M parameters, trained on speech; see :mod:`s3prl_ekd.teachers.zoo`."""
     return _tiny("tiny_hubert", ckpt)
 
 
 def tiny_robust_hubert(ckpt: str | Path | None = None, *args: Any, **kwargs: Any) -> nn.Module:
-    """``tiny_hubert``, trained on with noisy and reverberant speech."""
+    """``tiny_hubert``, trained further with noisy and reverberant speech."""
     return _tiny("tiny_robust_hubert", ckpt)
 
 
 def tiny_wavlm(ckpt: str | Path | None = None, *args: Any, **kwargs: Any) -> nn.Module:
-    """WavLM of 3.3 M parameters that has learned speech."""
+    """WavLM of 3.3 M parameters, trained on speech."""
     return _tiny("tiny_wavlm", ckpt)
 
 
@@ -40,7 +40,7 @@ def _tiny(name: str, ckpt: str | Path | None) -> nn.Module:
     from s3prl_ekd.teachers import load_tiny
 
     if ckpt:
-        raise CheckpointError(f"-k {ckpt}: {name} has weights of its own; leave -k out")
+        raise CheckpointError(f"-k {ckpt}: {name} comes with its weights; leave out -k")
     return load_tiny(name, f"upstream {name}")
 
 
@@ -52,7 +52,7 @@ def ekd_student_local(ckpt: str | Path, *args: Any, **kwargs: Any) -> nn.Module:
 def ekd_student_url(
     ckpt: str | Path, refresh: bool = False, *args: Any, **kwargs: Any
 ) -> nn.Module:
-    """A student from a URL, kept in s3prl's cache; ``refresh`` downloads it again."""
+    """A student from a URL, stored in s3prl's download cache; ``refresh`` downloads it again."""
     from s3prl.util.download import _urls_to_filepaths
 
     return ekd_student_local(_urls_to_filepaths(ckpt, refresh=refresh), *args, **kwargs)
@@ -66,7 +66,7 @@ def ekd_student(
         from s3prl_ekd.errors import CheckpointError
 
         raise CheckpointError(
-            "ekd_student needs a checkpoint: add -k STUDENT (a student file or states-*.ckpt)"
+            "-u ekd_student needs a checkpoint: add -k STUDENT (a student file or states-*.ckpt)"
         )
     if str(ckpt).startswith(("http://", "https://")):
         return ekd_student_url(ckpt, refresh, *args, **kwargs)

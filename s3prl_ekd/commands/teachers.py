@@ -1,11 +1,11 @@
-"""List the teachers that can be named in a config, or look at those of one.
+"""List the available teachers, or compare the layers of a config's teachers.
 
-`list` shows the tiny teachers that come with this package (tiny_hubert, tiny_robust_hubert,
-tiny_wavlm), s3prl's hub names by family, and the kinds of files and folders that are understood.
-`inspect` listens to some utterances with each teacher of CONFIG and shows, for every layer, how
-large its frames are, and how alike the teachers are at the layers that CONFIG asks for (linear
-CKA: 1 is the same up to rotation and scale). DIR gets layers.csv, cka.csv and cka.png over all
-layers of all teachers.
+`list` prints the tiny teachers of this package (tiny_hubert, tiny_robust_hubert, tiny_wavlm, ...),
+s3prl's hub names by family, and the supported checkpoint and folder formats. `inspect` runs each
+teacher of CONFIG on some utterances. For every layer it prints the mean norm of a frame and the
+mean and deviation of its values; for the layers in CONFIG, the similarity between teachers (linear
+CKA: 1 means equal up to rotation and scale). It writes layers.csv, cka.csv and cka.png, over all
+layers of all teachers, to DIR.
 
 example:
   s3prl-ekd teachers list
@@ -34,7 +34,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     from ..analysis.choice import add_sample_options
 
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
-    actions.add_parser("list", help="hub names by family, and the local kinds understood")
+    actions.add_parser("list", help="available teachers and supported formats")
     inspect = actions.add_parser("inspect", help="statistics of every layer, CKA between teachers")
     inspect.add_argument("config", metavar="CONFIG", type=Path, help="a model config, for -g")
     add_sample_options(inspect)
@@ -49,7 +49,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """List or inspect; see the module's text."""
+    """List teachers, or inspect those of a config."""
     return _list() if args.action == "list" else _inspect(args)
 
 
@@ -57,21 +57,21 @@ def _list() -> int:
     from ..teachers.checkpoint import KINDS
     from ..teachers.huggingface import MODEL_TYPES
     from ..teachers.load import names_by_family
-    from ..teachers.zoo import NAMES, TWINS
+    from ..teachers.zoo import NAMES, RANDOM_INIT
 
-    print("tiny teachers of this package, to try things with:\n")
+    print("tiny teachers of this package, for trying out distillation:\n")
     for name in NAMES:
-        print(f"    {name}{' (untrained)' if name in TWINS else ''}")
-    print("\nhub names of s3prl, downloaded on first use:")
+        print(f"    {name}{' (random weights)' if name in RANDOM_INIT else ''}")
+    print("\ns3prl's hub names, downloaded on first use:")
     for family, names in names_by_family().items():
         print(f"\n  {family}")
         for name in sorted(names):
             print(f"    {name}")
-    print("\nlocal files, told apart by what is in them:\n")
-    for kind, what in KINDS.items():
-        print(f"  {kind.ljust(max(map(len, KINDS)))}  {what}")
-    print("\nlocal folders (config.json and model.safetensors, as Hugging Face has them):\n")
-    print(f"  model_type {', '.join(MODEL_TYPES)}")
+    print("\nlocal checkpoint files, by format (detected from the contents):\n")
+    for kind, description in KINDS.items():
+        print(f"  {kind.ljust(max(map(len, KINDS)))}  {description}")
+    print("\nlocal Hugging Face folders (config.json and model.safetensors), by model_type:\n")
+    print(f"  {', '.join(MODEL_TYPES)}")
     return 0
 
 
@@ -83,34 +83,34 @@ def _inspect(args: argparse.Namespace) -> int:
     from ..analysis.sample import load_all, sample_layers
     from ..pretrain.settings import load_model_config
 
-    require_matplotlib()  # before minutes of listening
+    require_matplotlib()  # before the teachers run for minutes
     settings = load_model_config(args.config).teachers
     paths = choose_audio(args.data, args.audio_root, args.utterances, args.seed)
     sample = sample_layers(load_all(settings, args.device), paths)
 
     rows = [("teacher", "layer", "norm", "mean", "spread")]
     for name, layers in sample.items():
-        for number, hidden in enumerate(layers):
-            found = layer_statistics(hidden)
-            values = (f"{found.norm:.3f}", f"{found.mean:.4f}", f"{found.std:.4f}")
-            rows.append((name, str(number), *values))
-    labels = [(name, number) for name in sample for number in range(len(sample[name]))]
+        for index, hidden in enumerate(layers):
+            result = layer_statistics(hidden)
+            values = (f"{result.norm:.3f}", f"{result.mean:.4f}", f"{result.std:.4f}")
+            rows.append((name, str(index), *values))
+    labels = [(name, index) for name in sample for index in range(len(sample[name]))]
     matrix = cka_matrix([frames for layers in sample.values() for frames in layers]).numpy()
 
     frames = len(next(iter(sample.values()))[0])
-    print(f"{len(paths)} utterances, {frames} frames of each layer\n")
+    print(f"{len(paths)} utterances, {frames} frames per layer\n")
     print(aligned(rows))
     pairs = _pairs(settings, {label: i for i, label in enumerate(labels)}, matrix)
     if pairs:
         print("\nlinear CKA between teachers at the configured layers\n")
         print(aligned([("teachers", "layers", "CKA"), *pairs]))
 
-    head = ["", *(f"{name} {number}" for name, number in labels)]
-    lines = [[head[i + 1], *(f"{v:.6f}" for v in row)] for i, row in enumerate(matrix)]
+    header = ["", *(f"{name} {index}" for name, index in labels)]
+    lines = [[header[i + 1], *(f"{v:.6f}" for v in row)] for i, row in enumerate(matrix)]
     try:
         args.out.mkdir(parents=True, exist_ok=True)
         write_csv(args.out / "layers.csv", rows)
-        write_csv(args.out / "cka.csv", [head, *lines])
+        write_csv(args.out / "cka.csv", [header, *lines])
         plot_similarity(matrix, {n: len(ls) for n, ls in sample.items()}, args.out / "cka.png")
     except OSError as error:
         raise SetupError(f"cannot write to {args.out}: {error.strerror}") from None
@@ -123,13 +123,15 @@ def _pairs(
     index: Mapping[tuple[str, int], int],
     matrix: np.ndarray,
 ) -> list[tuple[str, str, str]]:
-    """CKA of each two teachers at their first, second, ... configured layers (or groups)."""
+    """CKA of each pair of teachers at their first, second, ... configured layer or group."""
     rows = []
-    for one, other in itertools.combinations(settings, 2):
-        for ours, theirs in zip(settings[one].targets, settings[other].targets, strict=False):
-            # Of a group, its middle layer stands for it.
-            a, b = sorted(ours)[len(ours) // 2], sorted(theirs)[len(theirs) // 2]
-            if (one, a) in index and (other, b) in index:
-                value = matrix[index[one, a], index[other, b]]
-                rows.append((f"{one} - {other}", f"{a} - {b}", f"{value:.4f}"))
+    for first, second in itertools.combinations(settings, 2):
+        targets = zip(settings[first].targets, settings[second].targets, strict=False)
+        for first_group, second_group in targets:
+            # A group is represented by its middle layer.
+            a = sorted(first_group)[len(first_group) // 2]
+            b = sorted(second_group)[len(second_group) // 2]
+            if (first, a) in index and (second, b) in index:
+                value = matrix[index[first, a], index[second, b]]
+                rows.append((f"{first} - {second}", f"{a} - {b}", f"{value:.4f}"))
     return rows

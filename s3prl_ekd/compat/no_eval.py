@@ -199,11 +199,9 @@ def check_splits(
         if available is None and isinstance(split, str) and _SPLIT_NAME.fullmatch(split):
             continue
         if available is None or split not in available:
-            allowed = (
-                "use letters, digits, _, - and ."
-                if available is None
-                else f"use {_listed(available)}"
-            )
+            allowed = "use letters, digits, _, - and ."
+            if available is not None:
+                allowed = f"use {_listed(available)}"
             raise ConfigError(f"{key}: no such split {split!r:.60}; {allowed}")
 
 

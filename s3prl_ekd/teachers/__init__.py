@@ -1,7 +1,8 @@
-"""From the word in a config (``hubert_base``, ``tiny_hubert``, ``/my/hubert.pt``) to an upstream.
+"""Load teachers by name (``hubert_base``, ``tiny_hubert``), checkpoint or Hugging Face folder.
 
-An upstream maps a list of unpadded 16 kHz waveforms to ``{"hidden_states": [[batch, frame, dim]]}``
-with s3prl's meaning: 0 is the input of the first transformer layer, n the output of layer n.
+A loaded teacher is an s3prl upstream: it maps a list of unpadded 16 kHz waveforms to
+``{"hidden_states": [[batch, frame, dim]]}``, where 0 is the input of the first transformer layer
+and n the output of layer n.
 """
 
 from .load import (

@@ -1,4 +1,4 @@
-"""Teachers from one checkpoint file: which kind it is, and its loader."""
+"""Load a teacher from a checkpoint file after detecting its format."""
 
 from __future__ import annotations
 
@@ -29,45 +29,50 @@ KINDS = {
     "wav2vec2": "s3prl's converted wav2vec 2.0",
     "data2vec": "s3prl's converted data2vec-audio",
     "distiller": "s3prl's DistilHuBERT",
-    "ekd_student": "a student file or a run's checkpoint of ours",
+    "ekd_student": "a student file or checkpoint of run_pretrain.py -u ekd",
 }
 _CONVERTED = {"task_cfg", "model_cfg", "model_weight"}
-# Settings that fairseq's data2vec has over its wav2vec 2.0.
+# Settings that fairseq's data2vec has and its wav2vec 2.0 lacks.
 _DATA2VEC_ONLY = {"average_top_k_layers", "ema_decay", "ema_end_decay"}
 
 
-def load_file(path: Path, where: str) -> nn.Module:
+def load_file(path: Path, location: str) -> nn.Module:
     """Load an upstream from a checkpoint of one of :data:`KINDS`.
 
+    Args:
+        path: the file.
+        location: the YAML path or option that names the file; starts messages.
+
     Raises:
-        TeacherError: a fairseq checkpoint, or a file that belongs into a Hugging Face folder.
-        CheckpointError: the file is damaged, of another kind, or asks for code.
+        TeacherError: a fairseq checkpoint, or the weights file of a Hugging Face folder.
+        CheckpointError: the file is damaged, of another kind, or its pickle names other classes.
         ConfigError: its conv layers are not a list of number triples.
     """
     if is_safetensors(path):
         if not is_student(path):
             raise TeacherError(
-                f"{where}: {path} holds weights alone; give the folder that has it and its "
-                "config.json"
+                f"{location}: {path} has weights but no settings; give the folder that contains it "
+                "and config.json"
             )
         from ..upstream.expert import UpstreamExpert
 
-        logger.info("%s: %s is %s", where, path, KINDS["ekd_student"])
+        logger.info("%s: %s is %s", location, path, KINDS["ekd_student"])
         return UpstreamExpert(str(path))
     try:
         states = safe_load(path, "teacher checkpoint", allow=compat.checkpoint_globals())
     except CheckpointError as error:
-        if re.search(r" asks for (fairseq|omegaconf)\.", str(error)):
+        rejected = str(error).replace(str(path), "")  # names the class, such as fairseq.tasks.X
+        if re.search(r"(?<![\w.])(fairseq|omegaconf)\.\w", rejected):
             raise _fairseq(path) from None
         raise
     no_eval.guard()
     family, config = identify(states, path)
-    logger.info("%s: %s is a %s checkpoint: %s", where, path, family, KINDS[family])
+    logger.info("%s: %s is a %s checkpoint: %s", location, path, family, KINDS[family])
     if family == "distiller":
         from .distilhubert import build_distilhubert
 
         return build_distilhubert(states, path)
-    check_conv_layers(config, f"{where}: ", f" in {path}")
+    check_conv_layers(config, f"{location}: ", f" in {path}")
     del states
     if family == "ekd_student":
         from ..upstream.expert import UpstreamExpert
@@ -79,22 +84,22 @@ def load_file(path: Path, where: str) -> nn.Module:
             return getattr(hubconf, f"{family}_local")(str(path))
     except EkdError:
         raise
-    except Exception as error:  # s3prl raises whatever the settings in the file lead to
+    except Exception as error:  # depends on the file's settings
         raise CheckpointError(
-            f"{where}: {path} does not load as a {family} checkpoint: {first_line(error)}"
+            f"{location}: cannot load {path} as a {family} checkpoint: {first_line(error)}"
         ) from None
 
 
 def check_upstream_file(path: Path, upstream: str) -> None:
-    """Look at a checkpoint before s3prl loads it as an upstream of any kind.
+    """Check that a checkpoint is safe for s3prl to load as an upstream of any kind.
 
     Args:
         path: the file.
-        upstream: the name of the hub that will load it.
+        upstream: the hub name of the upstream that will load it.
 
     Raises:
-        CheckpointError: it is damaged or asks for code.
-        ConfigError: the conv layers in it are not a list of number triples.
+        CheckpointError: it is damaged, or its pickle names other classes.
+        ConfigError: its conv layers are not a list of number triples.
     """
     if upstream.startswith("ekd_student"):
         load_student(path)
@@ -106,30 +111,33 @@ def check_upstream_file(path: Path, upstream: str) -> None:
             check_conv_layers(config, "", f" in {path}")
 
 
-def check_conv_layers(config: Mapping, before: str, behind: str) -> None:
-    """Let only a list of number triples pass where s3prl evaluates a text of the file.
+def check_conv_layers(config: Mapping, prefix: str, suffix: str) -> None:
+    """Reject conv layers other than a list of number triples: s3prl passes the text to ``eval``.
 
     Args:
         config: the model's settings in a checkpoint.
-        before, behind: what a message says before and behind the setting's name.
+        prefix, suffix: put before and after the setting's name in the message.
 
     Raises:
-        ConfigError: it is something else.
+        ConfigError: the conv layers are anything else.
     """
     for key in ("conv_feature_layers", "extractor_conv_feature_layers"):
         if config.get(key) is not None:
-            parse_conv_layers(config[key], f"{before}{key}{behind}")
+            parse_conv_layers(config[key], f"{prefix}{key}{suffix}")
 
 
 def identify(states: Mapping, path: Path) -> tuple[str, Mapping]:
-    """The kind of a checkpoint, one of :data:`KINDS`, from its keys, and its model configuration.
+    """Detect the kind of a checkpoint from its keys.
 
-    WavLM and UniSpeech-SAT share one format and one class of s3prl; a checkpoint without WavLM's
-    relative positions is called UniSpeech-SAT.
+    WavLM and UniSpeech-SAT share one format and one class of s3prl; a checkpoint without relative
+    positions counts as UniSpeech-SAT.
+
+    Returns:
+        The kind, one of :data:`KINDS`, and the model's settings.
 
     Raises:
         TeacherError: a fairseq checkpoint.
-        CheckpointError: a kind that is not known here.
+        CheckpointError: any other kind.
     """
     if states.get("format") == FORMAT:
         return "ekd_student", {}
@@ -137,13 +145,13 @@ def identify(states: Mapping, path: Path) -> tuple[str, Mapping]:
         return "ekd_student", {}
     if "Distiller" in states and isinstance(_entry(states, "Config", "distiller"), dict):
         return "distiller", states["Config"]["distiller"]
-    plain = isinstance(states.get("model_weight"), dict)
-    if _CONVERTED <= states.keys() and isinstance(states["model_cfg"], dict) and plain:
+    has_weights = isinstance(states.get("model_weight"), dict)
+    if _CONVERTED <= states.keys() and isinstance(states["model_cfg"], dict) and has_weights:
         config, weights = states["model_cfg"], states["model_weight"]
         if "dictionaries_symbols" in states:
             return "hubert", config
-        named = "data2vec" in str(config.get("_name", ""))
-        if named or _DATA2VEC_ONLY & config.keys() or "_ema" in weights:
+        is_data2vec = "data2vec" in str(config.get("_name", ""))
+        if is_data2vec or _DATA2VEC_ONLY & config.keys() or "_ema" in weights:
             return "data2vec", config
         return "wav2vec2", config
     if "model" in states and ("cfg" in states or "args" in states):
@@ -153,14 +161,14 @@ def identify(states: Mapping, path: Path) -> tuple[str, Mapping]:
         relative = cfg.get("relative_position_embedding")
         return ("wavlm" if relative else "unispeech_sat"), cfg
     raise CheckpointError(
-        f"{path} is no teacher checkpoint that is known here (s3prl's HuBERT, WavLM, wav2vec2, "
-        "data2vec, UniSpeech-SAT or DistilHuBERT format, or a student of ours); its keys are: "
+        f"{path}: unknown checkpoint format; expected s3prl's HuBERT, WavLM, wav2vec2, data2vec, "
+        "UniSpeech-SAT or DistilHuBERT format, or a student file; got the keys "
         f"{first_keys(states)}"
     )
 
 
 def _entry(states: Mapping, *path: str) -> Any:
-    """``states[a][b][c]``, or None where there is no such thing."""
+    """``states[a][b][c]``, or None if a key is missing or its parent is not a dict."""
     value: Any = states
     for key in path:
         value = value.get(key) if isinstance(value, dict) else None
@@ -168,12 +176,12 @@ def _entry(states: Mapping, *path: str) -> Any:
 
 
 def _fairseq(path: Path, name: str = "") -> TeacherError:
-    """fairseq pickles classes of its own: such a file is never loaded here, only told about."""
-    known = {"wav2vec": "wav2vec2", "data2vec": "data2vec", "hubert": "hubert"}
-    family = next((family for part, family in known.items() if part in name), None)
-    others = "" if family else " (or wav2vec2, data2vec in the place of hubert)"
+    """The error for a fairseq checkpoint, which pickles fairseq's classes and is never loaded."""
+    families = {"wav2vec": "wav2vec2", "data2vec": "data2vec", "hubert": "hubert"}
+    family = next((family for part, family in families.items() if part in name), None)
+    alternatives = "" if family else " (wav2vec2 or data2vec instead of hubert for those models)"
     return TeacherError(
-        f"{path} is a fairseq checkpoint; convert it where fairseq is installed with "
-        f"python -m s3prl.upstream.{family or 'hubert'}.convert {path} --output_dir DIR{others} "
-        "and give the file that this writes"
+        f"{path} is a fairseq checkpoint, which is not supported; convert it in an environment "
+        f"with fairseq: python -m s3prl.upstream.{family or 'hubert'}.convert {path} "
+        f"--output_dir DIR{alternatives}, and give the converted file"
     )

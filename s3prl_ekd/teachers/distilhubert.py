@@ -26,23 +26,23 @@ class DistilHubertUpstream(nn.Module):
     """A ``DistillerModel`` as an upstream.
 
     Args:
-        model: s3prl's model, with or without prediction heads; they are not asked.
+        model: s3prl's model, with or without prediction heads, which are not used.
     """
 
     def __init__(self, model: DistillerModel):
         super().__init__()
         self.model = model
-        self.model.encoder.layerdrop = 0.0  # a dropped layer would be a missing hidden state
+        self.model.encoder.layerdrop = 0.0  # layerdrop would remove hidden states
 
     def get_downsample_rates(self, key: str) -> int:
-        """Samples a frame."""
+        """Samples per frame."""
         return stride_of(tuple(self.model.conv_layers))
 
     def forward(self, wavs: list[Tensor]) -> dict[str, list[Tensor]]:
-        """Unpadded waveforms ``[sample]`` at 16 kHz -> ``hidden_states``.
+        """Compute ``hidden_states`` from unpadded waveforms ``[sample]`` at 16 kHz.
 
         They are the projected features and each layer's output, ``[batch, frame, dim]``: s3prl's
-        without the predictions behind them.
+        list without the heads' predictions at its end.
         """
         waves = pad_sequence(list(wavs), batch_first=True)  # [batch, sample]
         lengths = torch.tensor([len(wav) for wav in wavs], device=waves.device)
@@ -53,38 +53,39 @@ class DistilHubertUpstream(nn.Module):
 def build_distilhubert(states: Mapping, path: Path) -> DistilHubertUpstream:
     """Build the upstream from the contents of a checkpoint of s3prl's distiller.
 
-    s3prl's own builder unpickles whatever the file asks for and evaluates its conv layers; here
-    the settings are checked first and the model gets values of ours.
+    s3prl's own builder unpickles any class and passes the conv layers to ``eval``. This one
+    validates the settings first.
 
     Raises:
-        CheckpointError: a setting is not valid or not known here, or the weights do not fit.
+        CheckpointError: a setting is not valid or not supported, or the weights do not fit.
     """
     config = states["Config"]["distiller"]
     for key, allowed in (
         ("attention_type", ("original",)),
-        # "add" and "concat" mix task embeddings into the hidden states, one copy a task.
+        # "add" and "concat" mix task embeddings into the hidden states, one copy for each task.
         ("task_emb_type", ("expand-last", "none", "self-hidden", "concat-last")),
     ):
         if config.get(key, allowed[0]) not in allowed:
-            given = str(config[key])[:60]
+            value = str(config[key])[:60]
             raise CheckpointError(
-                f"{path}: the distiller's {key} is {given!r}; {' or '.join(allowed)} is known"
+                f"{path}: Config.distiller.{key} must be {' or '.join(allowed)}, got {value!r}"
             )
-    known = [field.name for field in fields(StudentSettings)]
-    chosen = {name: config[name] for name in known if name in config}
-    defaults = {"encoder_layers": 1, "feature_grad_mult": 1.0}  # s3prl's, where not ours
+    names = [field.name for field in fields(StudentSettings)]
+    values = {name: config[name] for name in names if name in config}
+    # s3prl's defaults that differ from those of StudentSettings
+    defaults = {"encoder_layers": 1, "feature_grad_mult": 1.0}
     try:
-        settings = build(StudentSettings, {**defaults, **chosen}, "Config.distiller")
+        settings = build(StudentSettings, {**defaults, **values}, "Config.distiller")
         weights = {k: v for k, v in states["Distiller"].items() if not k.startswith(_HEADS)}
         with build_limit(path):
             model = build_backbone(settings)
             model.load_state_dict(weights)
     except ConfigError as error:
-        raise CheckpointError(f"{path} does not load as a distiller checkpoint: {error}") from None
+        raise CheckpointError(f"cannot load {path} as a distiller checkpoint: {error}") from None
     except EkdError:
         raise
-    except Exception as error:  # s3prl and torch raise whatever a damaged file makes them raise
+    except Exception as error:  # depends on the damage in the file
         raise CheckpointError(
-            f"{path} does not load as a distiller checkpoint: {first_line(error)}"
+            f"cannot load {path} as a distiller checkpoint: {first_line(error)}"
         ) from None
     return DistilHubertUpstream(model)

@@ -1,4 +1,4 @@
-"""transformers' names for the weights of a speech model -> fairseq's, which s3prl's models have."""
+"""Convert weight names of transformers' speech models to fairseq's, which s3prl uses."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 _CONV = r"feature_extractor\.conv_layers\.(\d+)\."
 _POS = r"encoder\.pos_conv_embed\.conv\."
 _LAYER = r"(encoder\.layers\.\d+)\."
-# (pattern at the start of transformers' name, fairseq's text)
+# (pattern at the start of transformers' name, its replacement in fairseq's name)
 _RULES = tuple(
     (re.compile(pattern), text)
     for pattern, text in (
@@ -24,7 +24,7 @@ _RULES = tuple(
         (_CONV + r"layer_norm\.", r"feature_extractor.conv_layers.\1.2{norm}."),
         (r"feature_projection\.layer_norm\.", "layer_norm."),
         (r"feature_projection\.projection\.", "post_extract_proj."),
-        # weight_norm has one pair of names since torch 2.0 and another before, which s3prl has
+        # weight_norm: its names since torch 2.0 to the older ones, which s3prl uses
         (_POS + r"parametrizations\.weight\.original0$", "encoder.pos_conv.0.weight_g"),
         (_POS + r"parametrizations\.weight\.original1$", "encoder.pos_conv.0.weight_v"),
         (_POS, "encoder.pos_conv.0."),
@@ -39,12 +39,17 @@ _RULES = tuple(
         (r"masked_spec_embed$", "mask_emb"),
     )
 )
-# What transformers' models have not, or may have not, and no hidden state needs.
+# Weights that transformers' models may lack and no hidden state depends on.
 _UNUSED = re.compile(r"mask_emb$|final_proj\.|label_embs_concat$|layer_norm\.")
 
 
 def fairseq_name(name: str, layer_norm: bool) -> str:
-    """fairseq's name of a tensor; ``layer_norm``: every conv layer has one (else a group norm)."""
+    """fairseq's name of a tensor.
+
+    Args:
+        name: transformers' name.
+        layer_norm: each conv layer has a layer norm; otherwise the first has a group norm.
+    """
     for pattern, text in _RULES:
         if pattern.match(name):
             return pattern.sub(text.replace("{norm}", ".1" if layer_norm else ""), name, count=1)
@@ -52,11 +57,11 @@ def fairseq_name(name: str, layer_norm: bool) -> str:
 
 
 def fairseq_config(config: PreTrainedConfig) -> dict[str, Any]:
-    """The settings of s3prl's ``HubertConfig`` or ``WavLMConfig`` for a transformers config."""
+    """Settings of s3prl's ``HubertConfig`` or ``WavLMConfig`` from a transformers config."""
     conv = conv_layers_text(
         tuple(zip(config.conv_dim, config.conv_kernel, config.conv_stride, strict=True))
     )
-    parse_conv_layers(conv, "conv_dim, conv_kernel, conv_stride")  # s3prl evaluates this text
+    parse_conv_layers(conv, "conv_dim, conv_kernel, conv_stride")  # s3prl passes it to eval
     settings = {
         "extractor_mode": "layer_norm" if config.feat_extract_norm == "layer" else "default",
         "conv_feature_layers": conv,
@@ -66,7 +71,7 @@ def fairseq_config(config: PreTrainedConfig) -> dict[str, Any]:
         "encoder_ffn_embed_dim": config.intermediate_size,
         "encoder_attention_heads": config.num_attention_heads,
         "activation_fn": str(config.hidden_act),
-        # data2vec-audio has no such setting: its layers normalise last
+        # data2vec-audio has no such setting: it is post-norm
         "layer_norm_first": bool(getattr(config, "do_stable_layer_norm", False)),
         "conv_pos": config.num_conv_pos_embeddings,
         "conv_pos_groups": config.num_conv_pos_embedding_groups,
@@ -78,42 +83,42 @@ def fairseq_config(config: PreTrainedConfig) -> dict[str, Any]:
             num_buckets=config.num_buckets,
             max_distance=config.max_bucket_distance,
         )
-    if config.model_type == "data2vec-audio":  # several positional convs on each other
+    if config.model_type == "data2vec-audio":  # a stack of positional convs
         depth = config.num_conv_pos_embeddings
         settings.update(conv_pos=depth * config.conv_pos_kernel_size, pos_conv_depth=depth)
     return settings
 
 
-def fairseq_model(network: PreTrainedModel, where: str) -> nn.Module:
-    """A copy of a transformers model in fairseq's layout: s3prl's ``HubertModel`` or ``WavLM``.
+def fairseq_model(network: PreTrainedModel, location: str) -> nn.Module:
+    """Copy a transformers model into s3prl's ``HubertModel`` or ``WavLM``, in fairseq's layout.
 
     Args:
-        network: HuBERT, WavLM, wav2vec 2.0 or data2vec-audio of transformers.
-        where: what messages start with.
+        network: transformers' HuBERT, WavLM, wav2vec 2.0 or data2vec-audio.
+        location: starts messages.
 
     Raises:
-        ConfigError: the model has parts that fairseq's has not.
+        ConfigError: the model has parts that fairseq's layout lacks.
     """
     config = network.config
     norm = config.feat_extract_norm == "layer"
     weights = {fairseq_name(name, norm): value for name, value in network.state_dict().items()}
     try:
-        model = _empty(config)
+        model = _build_model(config)
         missing, extra = model.load_state_dict(weights, strict=False)
     except (RuntimeError, ValueError, TypeError, KeyError, AssertionError) as error:
         raise ConfigError(
-            f"{where} cannot be brought into the student's layout: {first_line(error)}"
+            f"{location}: cannot convert the model to the student's layout: {first_line(error)}"
         ) from None
-    wrong = [*extra, *(name for name in missing if not _UNUSED.match(name))]
-    if wrong:
+    unmatched = [*extra, *(name for name in missing if not _UNUSED.match(name))]
+    if unmatched:
         raise ConfigError(
-            f"{where} cannot be brought into the student's layout: {wrong[0]} has no counterpart; "
-            "choose another init.teacher or set init.teacher: null"
+            f"{location}: cannot convert the model to the student's layout: {unmatched[0]} has no "
+            "counterpart; choose another init.teacher or set init.teacher: null"
         )
     return model.eval()
 
 
-def _empty(config: PreTrainedConfig) -> nn.Module:
+def _build_model(config: PreTrainedConfig) -> nn.Module:
     settings = fairseq_config(config)
     if config.model_type == "wavlm":
         from s3prl.upstream.wavlm.WavLM import WavLM, WavLMConfig
@@ -128,9 +133,9 @@ def _empty(config: PreTrainedConfig) -> nn.Module:
 
         depth = settings.pop("pos_conv_depth", 1)
         model_config = HubertConfig(label_rate=50.0, **settings)
-        model_config.pos_conv_depth = depth  # s3prl's encoder, shared by both families, reads it
+        model_config.pos_conv_depth = depth  # read by s3prl's encoder
         task = HubertPretrainingConfig(label_rate=50.0, sample_rate=16_000)
         model = HubertModel(model_config, task, [None])
-    if model.post_extract_proj is None:  # transformers projects where the widths are equal too
+    if model.post_extract_proj is None:  # transformers projects even if the widths are equal
         model.post_extract_proj = nn.Linear(model.embed, config.hidden_size)
     return model

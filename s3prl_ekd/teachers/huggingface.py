@@ -1,7 +1,7 @@
-"""Teachers from a Hugging Face folder: ``config.json`` and ``model.safetensors``, nothing else.
+"""Load a teacher from a Hugging Face folder with ``config.json`` and ``model.safetensors``.
 
-The model is transformers' own; its parts are called one by one, so that a padded batch gets the
-frame mask that s3prl would give it, and the hidden states are taken where s3prl takes them.
+The model is transformers' own. Its modules are called one by one, so that a padded batch gets
+s3prl's frame mask, and the hidden states are those that s3prl returns.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# model_type -> transformers' class. Naming it leaves a folder's own classes (auto_map) out of play.
+# model_type -> transformers' class. A class that the folder names itself (auto_map) is not used.
 MODEL_TYPES = {
     "hubert": "HubertModel",
     "wavlm": "WavLMModel",
@@ -36,93 +36,100 @@ MODEL_TYPES = {
 }
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 _SAMPLE_RATE = 16_000  # Hz
-_MAX_HEADER = 8 << 20  # bytes of names and shapes; 1000 tensors take 100,000
+_MAX_HEADER = 8 << 20  # bytes of names and shapes; 1000 tensors take 100,000 bytes
 
 
-def check_folder(folder: Path, where: str) -> str:
-    """The ``model_type`` of a folder that can be loaded.
+def check_folder(folder: Path, location: str) -> str:
+    """Check that a folder can be loaded, and return its ``model_type``.
 
     Raises:
-        TeacherError: no Hugging Face folder, a model that is not known, weights as a pickle or not
+        TeacherError: not a Hugging Face folder, an unsupported model, weights in a pickle or not
             downloaded, or another sample rate.
     """
     if not (folder / "config.json").is_file():
         raise TeacherError(
-            f"{where}: {folder} is a folder without a config.json; name a checkpoint file in it, "
-            "or a Hugging Face folder (config.json and model.safetensors)"
+            f"{location}: no config.json in folder {folder}; give a checkpoint file, or a Hugging "
+            "Face folder with config.json and model.safetensors"
         )
-    kind = _json(folder / "config.json", where).get("model_type")
+    kind = _json(folder / "config.json", location).get("model_type")
     if kind not in MODEL_TYPES:
         raise TeacherError(
-            f"{where}: {folder} has a model of type {kind!r}; known are {', '.join(MODEL_TYPES)}"
+            f"{location}: {folder / 'config.json'}: model_type must be {', '.join(MODEL_TYPES)}, "
+            f"got {kind!r}"
         )
-    if (folder / "adapter_config.json").exists():  # transformers would load another model too
-        raise TeacherError(f"{where}: {folder} has an adapter; merge it into the weights first")
+    if (folder / "adapter_config.json").exists():  # transformers would load a second model
+        raise TeacherError(
+            f"{location}: {folder} has an adapter (adapter_config.json), which is not supported; "
+            "merge it into the weights"
+        )
     if not any((folder / name).is_file() for name in _WEIGHTS):
         pickles = (folder / "pytorch_model.bin").is_file()
         raise TeacherError(
-            f"{where}: {folder} has no model.safetensors"
+            f"{location}: no model.safetensors in {folder}"
             + (
-                "; pytorch_model.bin is a pickle and is not loaded: convert it with transformers' "
-                "model.save_pretrained(FOLDER)"
+                "; pytorch_model.bin is a pickle, which is not loaded: convert it with "
+                "transformers' model.save_pretrained(FOLDER)"
                 if pickles
                 else ""
             )
         )
     for weights in sorted(folder.glob("*.safetensors")):
         if problem := download_problem(weights):
-            raise TeacherError(f"{where}: {weights} {problem}")
-    path, settings = _audio_settings(folder, where)
+            raise TeacherError(f"{location}: {weights} {problem}")
+    path, settings = _audio_settings(folder, location)
     rate = settings.get("sampling_rate", _SAMPLE_RATE)
     if rate != _SAMPLE_RATE:
-        raise TeacherError(f"{where}: {path} wants {rate!r} Hz; teachers get {_SAMPLE_RATE} Hz")
+        raise TeacherError(
+            f"{location}: {path}: sampling_rate must be {_SAMPLE_RATE} Hz, got {rate!r}"
+        )
     return kind
 
 
-def load_folder(folder: Path, where: str) -> HuggingFaceUpstream:
-    """Load a local Hugging Face folder; nothing is fetched, and no code of the folder is run.
+def load_folder(folder: Path, location: str) -> HuggingFaceUpstream:
+    """Load a local Hugging Face folder, without downloads and without running code of the folder.
 
     Raises:
         TeacherError: see :func:`check_folder`.
         CheckpointError: the weights do not fit ``config.json``, or some are missing.
         SetupError: transformers is not installed.
     """
-    kind = check_folder(folder, where)
+    kind = check_folder(folder, location)
     for weights in folder.glob("*.safetensors"):
-        _check_header(weights, where)
+        _check_header(weights, location)
     try:
         import transformers
     except ImportError:
         raise SetupError(
-            f"{where}: a Hugging Face folder needs transformers; type: pip install transformers"
+            f"{location}: a Hugging Face folder needs transformers; run: pip install transformers"
         ) from None
     try:
         with _quiet_transformers():
-            kind_of_model = getattr(transformers, MODEL_TYPES[kind])
-            fused = getattr(kind_of_model, "_supports_sdpa", False)
+            model_class = getattr(transformers, MODEL_TYPES[kind])
+            fused = getattr(model_class, "_supports_sdpa", False)
             with build_limit(folder):
-                model, info = kind_of_model.from_pretrained(
+                model, info = model_class.from_pretrained(
                     str(folder),
                     local_files_only=True,
                     use_safetensors=True,
-                    # Both give the same; a config must not choose another, which may be fetched.
+                    # Both compute the same. Set here, because the config could name another
+                    # implementation, which transformers may download.
                     attn_implementation="sdpa" if fused else "eager",
                     output_loading_info=True,
                 )
     except EkdError:
         raise
-    except Exception as error:  # transformers raises whatever the settings in the folder lead to
+    except Exception as error:  # depends on the settings in the folder
         raise CheckpointError(
-            f"{where}: {folder} does not load with transformers: {first_line(error)}"
+            f"{location}: cannot load {folder} with transformers: {first_line(error)}"
         ) from None
-    # transformers fills what is missing with random numbers; only the mask embedding is unused.
+    # transformers initialises missing tensors at random. Only the mask embedding is never used.
     missing = sorted(str(k) for k in info["missing_keys"] if "masked_spec_embed" not in str(k))
     if missing:
         raise CheckpointError(
-            f"{where}: the weights in {folder} lack {len(missing)} of the model's tensors, "
-            f"{missing[0]} among them"
+            f"{location}: the weights in {folder} lack {len(missing)} tensors of the model: "
+            f"{missing[0]}{', ...' if len(missing) > 1 else ''}"
         )
-    _, settings = _audio_settings(folder, where)
+    _, settings = _audio_settings(folder, location)
     normalize = settings.get("do_normalize")
     if not isinstance(normalize, bool):
         # Published models with layer norm in the conv extractor were trained on normalised
@@ -130,34 +137,35 @@ def load_folder(folder: Path, where: str) -> HuggingFaceUpstream:
         normalize = model.config.feat_extract_norm == "layer"
     logger.info(
         "%s: %s is a Hugging Face %s model; waveforms are %s",
-        where,
+        location,
         folder,
         kind,
-        "normalised" if normalize else "taken as they are",
+        "normalised" if normalize else "not normalised",
     )
     return HuggingFaceUpstream(model.float(), normalize)
 
 
 class HuggingFaceUpstream(nn.Module):
-    """A model of transformers as an s3prl upstream.
+    """A transformers model as an s3prl upstream.
 
     Args:
-        network: HuBERT, WavLM, wav2vec 2.0 or data2vec-audio, without a task's head.
-        normalize: bring each waveform to zero mean and unit variance, as s3prl does.
+        network: HuBERT, WavLM, wav2vec 2.0 or data2vec-audio, without a task head.
+        normalize: normalise each waveform to zero mean and unit variance, as s3prl does.
     """
 
     def __init__(self, network: PreTrainedModel, normalize: bool):
         super().__init__()
         self.network = network
         self.normalize = normalize
-        network.config.layerdrop = 0.0  # a dropped layer would be a missing hidden state
+        network.config.layerdrop = 0.0  # layerdrop would remove hidden states
         config = network.config
         self._conv = list(zip(config.conv_kernel, config.conv_stride, strict=True))
-        # mHuBERT; in training mode it would make its mean and variance those of the batch
+        # mHuBERT has one; in training mode it would use the batch's mean and variance
         self._batch_norm = getattr(network.encoder.pos_conv_embed, "batch_norm", None)
-        # s3prl's HuBERT and WavLM reckon a frame's padding otherwise than the two others; of
-        # mHuBERT it has none, and a frame too many would leave something of the batch norm.
-        self._blocks = config.model_type in ("hubert", "wavlm") and self._batch_norm is None
+        # s3prl's HuBERT and WavLM count a waveform's valid frames differently from the other two
+        # families. mHuBERT is not in s3prl; it uses the exact count, because in a padding frame
+        # taken as valid the batch norm's output would remain.
+        self._counts_blocks = config.model_type in ("hubert", "wavlm") and self._batch_norm is None
 
     def train(self, mode: bool = True) -> HuggingFaceUpstream:
         super().train(mode)
@@ -166,22 +174,22 @@ class HuggingFaceUpstream(nn.Module):
         return self
 
     def get_downsample_rates(self, key: str) -> int:
-        """Samples a frame."""
+        """Samples per frame."""
         return math.prod(stride for _, stride in self._conv)
 
-    def fairseq_layout(self, where: str) -> nn.Module:
-        """A copy of the weights under fairseq's names. Raises ConfigError where that cannot be."""
+    def fairseq_layout(self, location: str) -> nn.Module:
+        """Copy the weights into fairseq's layout. Raises ConfigError if that is not possible."""
         from .hf_names import fairseq_model
 
-        return fairseq_model(self.network, where)
+        return fairseq_model(self.network, location)
 
     def forward(self, wavs: list[Tensor]) -> dict[str, list[Tensor]]:
-        """Unpadded waveforms ``[sample]`` at 16 kHz -> ``hidden_states``.
+        """Compute ``hidden_states`` from unpadded waveforms ``[sample]`` at 16 kHz.
 
         ``hidden_states`` is a list of ``[batch, frame, dim]``: the input of the first transformer
-        layer (behind the positional convolution and, unless the layers normalise first, the layer
-        norm), then each layer's output; the last is behind the encoder's final layer norm where
-        the layers normalise first.
+        layer, then each layer's output. The first is taken after the positional convolution and,
+        in a post-norm model, the layer norm. In a pre-norm model the last is taken after the
+        encoder's final layer norm.
         """
         if self.normalize:
             wavs = [F.layer_norm(wav, wav.shape) for wav in wavs]
@@ -194,16 +202,17 @@ class HuggingFaceUpstream(nn.Module):
         mask = self._frame_mask(lengths, waves.shape[1], features.shape[1])
         states: list[Tensor] = []
 
-        def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             states.append(args[0] if args else kwargs["hidden_states"])
 
         hooks = [
-            layer.register_forward_pre_hook(keep, with_kwargs=True)
+            layer.register_forward_pre_hook(record, with_kwargs=True)
             for layer in self.network.encoder.layers
         ]
         if self._batch_norm is not None and mask is not None:
-            # It makes something else of the zeros behind a shorter utterance, which the positional
-            # convolution would take into its last frames; alone it has zeros there.
+            # The batch norm turns the zeros after a shorter utterance into other values, which the
+            # positional convolution would mix into its last frames. Unbatched, the convolution
+            # pads with zeros.
             hooks.append(
                 self._batch_norm.register_forward_hook(
                     lambda module, args, normalised: normalised * mask[:, None]
@@ -217,65 +226,76 @@ class HuggingFaceUpstream(nn.Module):
         return {"hidden_states": [*states, out[0]]}
 
     def _frame_mask(self, lengths: Tensor, samples: int, frames: int) -> Tensor | None:
-        """Which frames are valid, ``[batch, frame]``, as the family's s3prl expert has it."""
+        """Mask of the valid frames ``[batch, frame]``, computed as in the family's s3prl expert.
+
+        None if all waveforms have the same length.
+        """
         if bool((lengths == samples).all()):
             return None
         index = torch.arange(frames, device=lengths.device)[None]  # [1, frame]
-        if self._blocks:
-            # The samples are cut into as many equal blocks; a block with any sound is valid.
+        if self._counts_blocks:
+            # The samples are divided into one block per frame, all equal; a block with at least
+            # one valid sample is valid.
             return index * (samples // frames) < lengths[:, None]
         for kernel, stride in self._conv:
             lengths = torch.div(lengths - kernel, stride, rounding_mode="floor") + 1
         return index < lengths[:, None]
 
 
-def _audio_settings(folder: Path, where: str) -> tuple[Path, dict]:
-    """What the model's waveforms were like in its training, and the file that says so.
+def _audio_settings(folder: Path, location: str) -> tuple[Path, dict]:
+    """The feature extractor's settings (sample rate, normalisation), and the file they are from.
 
-    transformers 5 saves a processor's settings in one file, the feature extractor's as a part of
-    it; where both files are there, it takes this part, and so do we. An empty mapping: no file says
-    anything.
+    transformers 5 saves all settings of a processor in one file, with the feature extractor's as
+    a section. If both files exist, it uses this section, and so does this function. The settings
+    are empty if there is no file.
     """
     path = folder / "processor_config.json"
     if path.is_file():
-        settings = _json(path, where)
+        settings = _json(path, location)
         for part in ("feature_extractor", "audio_processor"):
             if part in settings:
                 if not isinstance(settings[part], dict):
-                    raise TeacherError(f"{where}: {path}: {part} is {settings[part]!r:.40}")
+                    raise TeacherError(
+                        f"{location}: {path}: {part} must be a mapping, got {settings[part]!r:.40}"
+                    )
                 return path, settings[part]
     path = folder / "preprocessor_config.json"
-    return path, _json(path, where) if path.is_file() else {}
+    return path, _json(path, location) if path.is_file() else {}
 
 
-def _check_header(path: Path, where: str) -> None:
+def _check_header(path: Path, location: str) -> None:
     check_regular(path, "weights", CheckpointError)
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
     if length > _MAX_HEADER:
         raise CheckpointError(
-            f"{where}: {path} does not load with transformers: its header has {length:,} bytes"
+            f"{location}: cannot load {path}: its header has {length:,} bytes, the limit is "
+            f"{_MAX_HEADER:,}"
         )
 
 
-def _json(path: Path, where: str) -> dict:
+def _json(path: Path, location: str) -> dict:
     try:
         return read_json(path, "file", TeacherError)
     except TeacherError as error:
-        raise TeacherError(f"{where}: {error}") from None
+        raise TeacherError(f"{location}: {error}") from None
 
 
 @contextlib.contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """Without its reports on unused heads and its progress bar: what matters is checked above."""
-    from transformers.utils import logging as theirs
+    """Silence transformers' warnings on unused heads and its progress bar.
 
-    level, bar = theirs.get_verbosity(), theirs.is_progress_bar_enabled()
-    theirs.set_verbosity_error()
-    theirs.disable_progress_bar()
+    :func:`load_folder` reports what matters of them.
+    """
+    from transformers.utils import logging as transformers_logging
+
+    level = transformers_logging.get_verbosity()
+    progress_bar = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
-        theirs.set_verbosity(level)
-        if bar:
-            theirs.enable_progress_bar()
+        transformers_logging.set_verbosity(level)
+        if progress_bar:
+            transformers_logging.enable_progress_bar()

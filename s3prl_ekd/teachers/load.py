@@ -1,7 +1,7 @@
-"""Load the teachers of a configuration: s3prl's hub names, checkpoints, Hugging Face folders.
+"""Load the teachers of a config: s3prl's hub names, checkpoints, Hugging Face folders.
 
-Hub names are looked up in s3prl's ``upstream.<family>.hubconf`` modules and not in ``s3prl.hub``,
-which imports all of its 35 families first (seconds, and more packages).
+Hub names are looked up in s3prl's ``upstream.<family>.hubconf`` modules. ``s3prl.hub`` would import
+all of its 35 families first, which takes seconds and needs more packages.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ if TYPE_CHECKING:
     from .huggingface import HuggingFaceUpstream
 
 FAMILIES = ("hubert", "wavlm", "wav2vec2", "data2vec", "unispeech_sat", "distiller")
-_NOT_NAMES = ("_local", "_url", "_custom", "_gdriveid")  # entries that want a path of their own
+_NEEDS_PATH = ("_local", "_url", "_custom", "_gdriveid")  # entries that need a path
 
 
 @functools.cache
 def names_by_family() -> Mapping[str, Mapping[str, Callable[..., UpstreamBase]]]:
-    """Family -> hub name -> s3prl's loader, for every entry that needs no path."""
+    """Family -> hub name -> s3prl's loader, for every entry that doesn't need a path."""
     compat.apply()
     families: dict[str, dict[str, Callable[..., UpstreamBase]]] = {}
     for family in FAMILIES:
         module = importlib.import_module(f"s3prl.upstream.{family}.hubconf")
         entries = families[family] = {}
         for name, value in vars(module).items():
-            own = callable(value) and getattr(value, "__module__", None) == module.__name__
-            if own and not name.startswith("_") and not name.endswith(_NOT_NAMES):
+            is_entry = callable(value) and getattr(value, "__module__", None) == module.__name__
+            if is_entry and not name.startswith("_") and not name.endswith(_NEEDS_PATH):
                 entries[name] = value
     return families
 
@@ -57,37 +57,37 @@ def hub_entries() -> Mapping[str, Callable[..., UpstreamBase]]:
     return {name: entry for entries in families for name, entry in entries.items()}
 
 
-def load_hub_name(name: str, where: str) -> nn.Module:
-    """Download (or find in s3prl's cache) and load one upstream.
+def load_hub_name(name: str, location: str) -> nn.Module:
+    """Load one upstream, downloaded or from s3prl's download cache.
 
     Raises:
         TeacherError: the download failed.
     """
-    import requests  # s3prl downloads with it, so it is there
+    import requests  # a dependency of s3prl, which downloads with it
 
     restrict_torch()
-    compat.apply()  # again, as torch may refuse more classes by now
+    compat.apply()  # again, because torch.load may reject more classes after restrict_torch()
     try:
         upstream = hub_entries()[name]()
     except (requests.RequestException, OSError) as error:
         raise TeacherError(
-            f"{where}: the download of {name} failed ({type(error).__name__}); fetch it on a "
-            "machine with network access and give the path of the file instead"
+            f"{location}: cannot download {name} ({type(error).__name__}); download it on another "
+            "machine and give the path of the file"
         ) from None
     if name in names_by_family()["distiller"]:
         from .distilhubert import DistilHubertUpstream
 
-        # s3prl's expert puts the heads' predictions behind the layers; a teacher has layers only.
+        # s3prl's expert appends the heads' predictions to the hidden states.
         return DistilHubertUpstream(upstream.model.model)
     return upstream
 
 
-def check_source(model: str, where: str) -> None:
-    """Refuse early, before anything is downloaded or built, what cannot be a teacher.
+def check_source(model: str, location: str) -> None:
+    """Reject a source that cannot be a teacher, before anything is downloaded or built.
 
     Raises:
-        TeacherError: neither a known name (s3prl's hub, :mod:`.zoo`) nor an existing file
-            nor a Hugging Face folder of a known model.
+        TeacherError: not a name (s3prl's hub, :mod:`.zoo`), an existing file, or a Hugging Face
+            folder with a supported model.
     """
     path = Path(model)
     if model in zoo.NAMES or model in hub_entries() or path.is_file():
@@ -95,79 +95,82 @@ def check_source(model: str, where: str) -> None:
     if path.is_dir():
         from .huggingface import check_folder
 
-        check_folder(path, where)
+        check_folder(path, location)
         return
     if "/" in model or "\\" in model or path.suffix:
-        raise TeacherError(f"{where}: there is no checkpoint {model}")
-    known = sorted([*hub_entries(), *zoo.NAMES])
-    close = difflib.get_close_matches(model, known, n=1)
+        raise TeacherError(f"{location}: no such checkpoint: {model}")
+    names = sorted([*hub_entries(), *zoo.NAMES])
+    close = difflib.get_close_matches(model, names, n=1)
     guess = f" (did you mean {close[0]}?)" if close else ""
     raise TeacherError(
-        f"{where}: unknown teacher {model!r}{guess}; give the path of a checkpoint or one of: "
-        f"{', '.join(known)}"
+        f"{location}: no such teacher {model!r}{guess}; give the path of a checkpoint or one of: "
+        f"{', '.join(names)}"
     )
 
 
-def load_upstream(model: str, where: str) -> nn.Module:
+def load_upstream(model: str, location: str) -> nn.Module:
     """Load one upstream by name, from a checkpoint file or from a Hugging Face folder.
 
     Args:
-        model: a hub name, a tiny teacher's name or a path; a file of that path goes before a name.
-        where: the YAML path for messages.
+        model: a hub name, a tiny teacher's name or a path. A file of that name takes precedence.
+        location: the YAML path; starts messages.
 
     Raises:
-        TeacherError: unknown name, failed download, or a kind that cannot be read here.
-        CheckpointError: the file is damaged, of another kind, or asks for code.
+        TeacherError: unknown name, failed download, or an unsupported kind.
+        CheckpointError: the file is damaged, of another kind, or its pickle names other classes.
     """
-    compat.apply()  # for callers from Python: s3prl's upstreams import torchaudio
-    check_source(model, where)
+    compat.apply()  # for Python callers: s3prl's upstreams import torchaudio
+    check_source(model, location)
     path = Path(model)
     if path.is_file():
-        return load_file(path, where)
+        return load_file(path, location)
     if model in zoo.NAMES:
-        return load_tiny(model, where)
+        return load_tiny(model, location)
     if model in hub_entries():
-        return load_hub_name(model, where)
+        return load_hub_name(model, location)
     from .huggingface import load_folder
 
-    return load_folder(path, where)
+    return load_folder(path, location)
 
 
-def load_tiny(name: str, where: str) -> nn.Module:
-    """Load a tiny teacher of this package, or a random twin of one, as s3prl's expert.
+def load_tiny(name: str, location: str) -> nn.Module:
+    """Load a tiny teacher of this package, trained or randomly initialised, as s3prl's expert.
 
     Args:
         name: one of :data:`s3prl_ekd.teachers.zoo.NAMES`.
-        where: what messages start with.
+        location: starts messages.
 
     Raises:
-        SetupError: the installation lacks the file.
+        SetupError: the file is missing from the installation.
         CheckpointError: the file is damaged.
     """
     compat.apply()
-    if name not in zoo.TWINS:
-        return load_file(zoo.weights(name), where)
-    from .random_weights import random_twin
+    if name not in zoo.RANDOM_INIT:
+        return load_file(zoo.weights(name), location)
+    from .random_weights import random_init
 
-    with tempfile.TemporaryDirectory(prefix="ekd_twin_") as folder:  # s3prl's experts want a path
+    # s3prl's experts need a path
+    with tempfile.TemporaryDirectory(prefix="ekd_random_init_") as folder:
         path = Path(folder, f"{name}.pt")
-        save_whole(random_twin(name), path)
-        return load_file(path, where)
+        save_whole(random_init(name), path)
+        return load_file(path, location)
 
 
 def check_precision(precision: str, device: str) -> None:
-    """Refuse bfloat16 on a CPU: some claim instructions for it that they have not, and Python dies.
+    """Reject bfloat16 on a CPU.
+
+    Some CPUs report bfloat16 instructions that they don't have, and Python then crashes.
 
     Args:
         precision: ``teacher_precision``.
         device: of the teachers.
 
     Raises:
-        SetupError: what to set instead.
+        SetupError: bfloat16 without a CUDA device.
     """
     if precision == "bfloat16" and not device.startswith("cuda"):
         raise SetupError(
-            f"teacher_precision: bfloat16 needs a CUDA device, and this is {device}; put float32"
+            f"teacher_precision: bfloat16 needs a CUDA device, got {device}; set float32"
         )
 
 
@@ -178,11 +181,11 @@ def load_teachers(
     precision: str = "float32",
     compiled: bool = False,
 ) -> TeacherEnsemble:
-    """Load all teachers of a configuration, frozen.
+    """Load all teachers of a config, frozen.
 
     Args:
-        settings: by name.
-        dropout: leave the teachers' dropout on; they are then run as they are.
+        settings: by teacher name.
+        dropout: leave the teachers' dropout on; s3prl's own forward then runs.
         backend, precision, compiled: ``teacher_backend``, ``teacher_precision`` and
             ``teacher_compile`` of :class:`~s3prl_ekd.distill.settings.DistillSettings`.
 
@@ -203,19 +206,22 @@ def load_teachers(
 
 
 def teacher_model(ensemble: TeacherEnsemble, name: str) -> nn.Module:
-    """The model inside a teacher in fairseq's layout, from which a student can start.
+    """A teacher's model in fairseq's layout, to initialise a student from.
 
-    That layout is ``feature_extractor``, ``post_extract_proj``, ``encoder.pos_conv`` and
-    ``encoder.layers``. A Hugging Face model is given as a copy under these names.
+    The layout is ``feature_extractor``, ``post_extract_proj``, ``encoder.pos_conv`` and
+    ``encoder.layers``. A Hugging Face model is copied into this layout.
 
     Raises:
-        ConfigError: this teacher has none.
+        ConfigError: the teacher has no such model.
     """
     upstream = ensemble[name].upstream
     if hasattr(upstream, "fairseq_layout"):  # a Hugging Face teacher
         return cast("HuggingFaceUpstream", upstream).fairseq_layout(f"init.teacher: {name}")
-    student = getattr(upstream, "student", None)  # an EKD student: its backbone is of this layout
+    student = getattr(upstream, "student", None)  # the backbone of an EKD student has this layout
     model = getattr(upstream, "model", None) if student is None else student.backbone
     if not isinstance(model, nn.Module):
-        raise ConfigError(f"init.teacher: {name} has no weights of the student's layout")
+        raise ConfigError(
+            f"init.teacher: {name} has no weights in the student's layout; choose another "
+            "init.teacher or set init.teacher: null"
+        )
     return model

@@ -1,9 +1,9 @@
-"""Teachers with random weights: true architectures in s3prl's checkpoint formats.
+"""Checkpoints with random weights: HuBERT and WavLM in s3prl's checkpoint formats.
 
-They load through s3prl's own ``hubert_local`` and ``wavlm_local`` as the published checkpoints do.
-By default they are 150 times smaller. They know nothing of speech, but their features follow it: a
-student learns from them to compute the same functions of the sound. :func:`random_twin` gives a
-tiny teacher of the zoo as it was before training.
+They load through s3prl's own ``hubert_local`` and ``wavlm_local``, like the published checkpoints.
+By default they are 150 times smaller. They are not trained, but their features depend on the input:
+a student can learn to compute the same functions of the waveform. :func:`random_init` gives a tiny
+teacher of the zoo with its initial weights.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from torch import nn
 
 from .. import compat
 from ..files.torch_load import safe_load
-from .zoo import weights
+from . import zoo
 
 CONV_LAYERS = "[(64,10,5)] + [(64,3,2)] * 4 + [(64,2,2)] * 2"  # one frame every 320 samples
 
-# Settings of HuBERT Base and WavLM Base alike that do not depend on the size.
+# Settings that HuBERT Base and WavLM Base share, independent of the size.
 _SHARED: dict[str, Any] = {
     "extractor_mode": "default",
     "conv_bias": False,
@@ -34,8 +34,8 @@ _SHARED: dict[str, Any] = {
     "dropout_features": 0.1,
     "feature_grad_mult": 0.1,
 }
-# WavLM's own initialisation is so small that six layers add nothing to their input; with this
-# factor they change it about as much as HuBERT's do.
+# WavLM's initialisation is so small that six layers hardly change their input. With this factor
+# they change it about as much as HuBERT's layers.
 _WAVLM_GAIN = 3.0
 
 
@@ -56,18 +56,18 @@ def hubert_checkpoint(
     """A HuBERT checkpoint in the format of ``s3prl.upstream.hubert.convert``.
 
     Args:
-        seed: of the weights; the global random state is left alone.
+        seed: of the weights; the global random state does not change.
         conv_layers: fairseq's notation, ``[(channels, kernel, stride), ...]``.
-        embed_dim, ffn_dim: widths of the transformer and of its feed-forward part.
-        heads: attention heads; they must divide ``embed_dim``.
-        layers: transformer layers; the upstream gives one hidden state more.
+        embed_dim, ffn_dim: widths of the transformer and of its feed-forward network.
+        heads: attention heads; must divide ``embed_dim``.
+        layers: transformer layers; the upstream returns one hidden state more.
         conv_pos, conv_pos_groups: kernel and groups of the positional convolution.
         classes: number of cluster labels.
-        normalize: whether waveforms are to be normalised (as for HuBERT Large).
-        config: more of the model's own settings, such as ``layer_norm_first``.
+        normalize: whether the upstream normalises waveforms, as HuBERT Large does.
+        config: further settings of the model, such as ``layer_norm_first``.
 
     Returns:
-        Plain tensors and containers under ``task_cfg``, ``model_cfg``, ``model_weight`` and
+        Tensors and builtin containers under ``task_cfg``, ``model_cfg``, ``model_weight`` and
         ``dictionaries_symbols``.
     """
     from s3prl.upstream.hubert.hubert_model import (
@@ -95,7 +95,7 @@ def hubert_checkpoint(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = HubertModel(HubertConfig(**model_cfg), HubertPretrainingConfig(**task_cfg), symbols)
-    _liven(model)
+    _increase_variation(model)
     return {
         "task_cfg": task_cfg,
         "model_cfg": model_cfg,
@@ -119,7 +119,7 @@ def wavlm_checkpoint(
 ) -> dict[str, Any]:
     """A WavLM checkpoint, ``{"cfg", "model"}``, with gated relative position bias.
 
-    Arguments as in :func:`hubert_checkpoint`.
+    For the arguments see :func:`hubert_checkpoint`.
     """
     from s3prl.upstream.wavlm.WavLM import WavLM, WavLMConfig
 
@@ -142,15 +142,15 @@ def wavlm_checkpoint(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = WavLM(WavLMConfig(cfg))
-    _liven(model, _WAVLM_GAIN)
+    _increase_variation(model, _WAVLM_GAIN)
     return {"cfg": cfg, "model": _weights(model)}
 
 
-def _liven(model: torch.nn.Module, gain: float = 1.0) -> None:
-    """Make the features of a random network vary over time and from layer to layer.
+def _increase_variation(model: torch.nn.Module, gain: float = 1.0) -> None:
+    """Make the features of a random network vary over time and between layers.
 
-    As PyTorch leaves them, the convolutions give much the same vector for every frame: their
-    outputs are positive on average, and so a constant prevails. Filters of mean zero cure that.
+    With PyTorch's initialisation all frames get nearly the same vector: the convolutions' outputs
+    are positive on average, so a constant dominates. Zero-mean filters prevent this.
     """
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -164,22 +164,22 @@ def _weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
 
-def random_twin(name: str, seed: int = 1337) -> dict[str, Any]:
-    """The checkpoint of a tiny teacher with fresh random weights in the place of the learned ones.
+def random_init(name: str, seed: int = 1337) -> dict[str, Any]:
+    """The checkpoint of a tiny teacher with random instead of trained weights.
 
     Args:
-        name: one of :data:`s3prl_ekd.teachers.zoo.NAMES`. The twins of ``tiny_hubert`` and
-            ``tiny_robust_hubert`` are one.
-        seed: of the weights; the global random state is left as it is.
+        name: one of :data:`s3prl_ekd.teachers.zoo.NAMES`. ``tiny_hubert`` and
+            ``tiny_robust_hubert`` give the same checkpoint.
+        seed: of the weights; the global random state does not change.
 
     Returns:
-        What the teacher's file holds, in s3prl's format, with float16 weights as there.
+        The contents of the teacher's file with other weights: s3prl's format, float16.
 
     Raises:
-        SetupError: there is no such teacher.
+        SetupError: no such teacher.
         CheckpointError: its file is damaged.
     """
-    path = weights(name)
+    path = zoo.weights(name)
     states = dict(safe_load(path, "tiny teacher"))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -190,16 +190,14 @@ def random_twin(name: str, seed: int = 1337) -> dict[str, Any]:
 
 
 def untrained(states: dict[str, Any]) -> nn.Module:
-    """s3prl's HuBERT or WavLM of a checkpoint's configuration, with the weights that training
-    begins with: drawn from torch's global generator.
+    """Build s3prl's HuBERT or WavLM from a checkpoint's settings, with initial weights.
 
-    Both transformers get BERT's initialisation, as in fairseq. s3prl's HuBERT lacks it, and with
-    PyTorch's own each layer loses a tenth of what differs from frame to frame, and training soon
-    the rest.
+    Both transformers get BERT's initialisation, as in fairseq. s3prl's HuBERT lacks it: with
+    PyTorch's initialisation each layer reduces the variation between frames by a tenth, and
+    training soon removes the rest. Draws from torch's global generator.
 
     Args:
-        states: of a file in s3prl's format (see :mod:`.random_weights`); weights in it
-            do not count.
+        states: a checkpoint in s3prl's format; its weights are not used.
     """
     compat.apply()
     if "model_cfg" not in states:

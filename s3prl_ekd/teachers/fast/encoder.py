@@ -1,7 +1,7 @@
-"""Frozen HuBERT, wav2vec 2.0, WavLM, UniSpeech-SAT that compute only the hidden states asked for.
+"""Fast forward of a frozen HuBERT, wav2vec 2.0, WavLM or UniSpeech-SAT, up to the highest target.
 
-For s3prl's experts of these families, from a hub name or a checkpoint; every other upstream is
-called as it is. The waveforms are prepared as the experts prepare them.
+It supports s3prl's experts of these families, from a hub name or a checkpoint, and prepares the
+waveforms in the same way. All other upstreams run s3prl's own forward.
 """
 
 from __future__ import annotations
@@ -16,10 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...errors import TeacherError, first_line
-from . import conv as fast_conv
-from . import layers as fast_layers
-from .conv import ConvExtractor, same_weights
-from .layers import Norm, PositionalConv, RelativeBias
+from .conv import ConvExtractor, same_weights, supports_conv
+from .layers import FastLayer, Norm, PositionalConv, RelativeBias, supports_layer
 
 if TYPE_CHECKING:
     from s3prl.upstream.hubert.hubert_model import HubertModel
@@ -29,10 +27,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_EPS = 1e-5  # of torch's layer_norm, by which s3prl normalises a waveform
+_EPS = 1e-5  # of torch's layer_norm, which s3prl uses to normalise a waveform
 
-_SECOND = 16_000  # samples
-# What encoders of one batch hand to each other: waveforms and conv features by what makes them.
+_ONE_SECOND = 16_000  # samples
+# Normalised waveforms and conv features of one batch, which its teachers' encoders share.
 Shared = dict[tuple, Tensor]
 _FAMILIES = {
     "s3prl.upstream.hubert.expert": "hubert",
@@ -44,11 +42,11 @@ PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": t
 
 
 def normalised(waves: Tensor, lengths: Sequence[int]) -> Tensor:
-    """Each waveform brought to zero mean and unit variance over its valid samples.
+    """Normalise each waveform to zero mean and unit variance over its valid samples.
 
     Args:
-        waves: ``[batch, sample]``, 0 behind the end of each.
-        lengths: valid samples of each.
+        waves: ``[batch, sample]``, padded with 0.
+        lengths: valid samples of each waveform.
     """
     count = torch.tensor(lengths, device=waves.device, dtype=waves.dtype)[:, None]
     valid = torch.arange(waves.shape[1], device=waves.device) < count  # [batch, sample]
@@ -63,14 +61,14 @@ def padded_frames(
     frames: int,
     conv: Sequence[tuple[int, int]] | None,
 ) -> list[int] | None:
-    """How many frames of each utterance are valid, or None where nothing is padded.
+    """Number of valid frames of each utterance, or None without padding.
 
     Args:
-        lengths: valid samples of each.
+        lengths: valid samples of each utterance.
         samples, frames: of the padded batch.
-        conv: kernel and stride of each conv layer, for wav2vec 2.0, which counts the frames that a
-            waveform of this length gives; None for HuBERT and WavLM, which cut the samples into as
-            many equal blocks as there are frames and keep a block with any sound.
+        conv: for wav2vec 2.0, kernel and stride of each conv layer; s3prl counts the frames that
+            the unpadded waveform has. None for HuBERT and WavLM: s3prl divides the samples into
+            one block per frame, all equal, and a block with at least one valid sample is valid.
     """
     if all(length == samples for length in lengths):
         return None
@@ -81,35 +79,35 @@ def padded_frames(
     for length in lengths:
         for kernel, stride in conv:
             length = (length - kernel) // stride + 1
-        # s3prl marks the last valid frame by its index: of none at all it marks the very last.
+        # s3prl marks the last valid frame by index; without one, index -1 is the batch's last frame
         counts.append(length if length > 0 else frames)
     return counts
 
 
 @dataclass
-class _Parts:
-    """What is made of the model's weights for one device."""
+class _DeviceWeights:
+    """The model's weights, converted for one device."""
 
     device: torch.device
     norm: Norm
     projection: tuple[Tensor, Tensor] | None
     positions: PositionalConv
-    first_norm: Norm
-    layers: list[fast_layers.Layer]
+    encoder_norm: Norm
+    layers: list[FastLayer]
     bias: RelativeBias | None
 
 
 class FastEncoder:
-    """An upstream expert of s3prl, computed another way: the same hidden states.
+    """Computes the hidden states of an s3prl upstream expert faster.
 
     Args:
-        model: the expert's model; see :func:`is_known`.
-        extractor: its conv extractor; encoders of the same weights may have one in common.
-        normalize: bring each waveform to zero mean and unit variance.
-        counts_frames: reckon padding as wav2vec 2.0 does, not as HuBERT and WavLM.
-        precision: what is computed in; hidden states come in float32 whatever it is.
+        model: the expert's model; see :func:`supports_encoder`.
+        extractor: its conv extractor; encoders with the same conv weights may share one.
+        normalize: normalise each waveform to zero mean and unit variance.
+        counts_frames: count valid frames as s3prl's wav2vec 2.0, instead of its HuBERT and WavLM.
+        precision: of the computation; hidden states are always float32.
         compiled: run the layers through ``torch.compile``.
-        name: what messages call it.
+        name: the teacher's name, for messages.
     """
 
     def __init__(
@@ -129,8 +127,8 @@ class FastEncoder:
         self.counts_frames = counts_frames
         self.precision = precision
         self.name = name
-        self._parts: _Parts | None = None
-        self._told = False
+        self._weights: _DeviceWeights | None = None
+        self._precision_logged = False
         self._run_layer = _layer
         self.compiled = compiled
         if compiled:
@@ -144,24 +142,25 @@ class FastEncoder:
         layers: Iterable[int],
         shared: Shared | None = None,
     ) -> dict[int, Tensor]:
-        """Hidden states by their number: 0 is the first layer's input, n the output of layer n.
+        """Compute hidden states by index: 0 is the first layer's input, n the output of layer n.
 
         Args:
-            waves: ``[batch, sample]`` at 16 kHz, 0 behind the end of each.
-            lengths: valid samples of each, the longest of which is the batch's.
-            layers: which are wanted; no layer above the highest is computed.
-            shared: a dict, empty at first, that the teachers of one batch pass on.
+            waves: ``[batch, sample]`` at 16 kHz, padded with 0.
+            lengths: valid samples of each waveform; the longest fills the batch.
+            layers: indices of the hidden states; layers above the highest are not computed.
+            shared: a dict for this batch, empty for its first teacher, in which the encoders cache
+                what they share.
 
         Returns:
-            ``[batch, frame, dim]`` each, in float32: inference tensors, which must be copied (as
-            by ``torch.stack``) before autograd may see them.
+            ``[batch, frame, dim]`` each, float32. They are inference tensors: copy them (as
+            ``torch.stack`` does) before using them with autograd.
         """
         shared = {} if shared is None else shared
-        wanted = set(layers)
-        if self.precision != torch.float32 and not self._told:
-            self._told = True
-            self._tell_difference(waves, lengths, wanted)
-        parts = self._on(waves.device)
+        indices = set(layers)
+        if self.precision != torch.float32 and not self._precision_logged:
+            self._precision_logged = True
+            self._log_precision_error(waves, lengths, indices)
+        weights = self._weights_on(waves.device)
         features = self._features(waves, lengths, shared)  # [batch, frame, channel]
         valid = padded_frames(
             lengths,
@@ -169,45 +168,45 @@ class FastEncoder:
             features.shape[1],
             self.extractor.spec if self.counts_frames else None,
         )
-        x = F.layer_norm(features, *parts.norm)
-        if parts.projection is not None:
-            x = F.linear(x, *parts.projection)
-        keys = None
+        x = F.layer_norm(features, *weights.norm)
+        if weights.projection is not None:
+            x = F.linear(x, *weights.projection)
+        key_mask = None
         if valid is not None:
             index = torch.arange(x.shape[1], device=x.device)
             padding = index >= torch.tensor(valid, device=x.device)[:, None]  # [batch, frame]
             x = x.masked_fill(padding[:, :, None], 0)
-            keys = torch.zeros_like(padding, dtype=x.dtype).masked_fill_(padding, -torch.inf)
-            keys = keys[:, None, None]
-        x = parts.positions(x).add_(x)
+            key_mask = torch.zeros_like(padding, dtype=x.dtype).masked_fill_(padding, -torch.inf)
+            key_mask = key_mask[:, None, None]
+        x = weights.positions(x).add_(x)
         norm_first = self.model.encoder.layer_norm_first
         if not norm_first:
-            x = F.layer_norm(x, *parts.first_norm)
-        bias = None if parts.bias is None else parts.bias(x.shape[1])
-        states = {0: x} if 0 in wanted else {}
-        for number, layer in enumerate(parts.layers[: max(wanted)], 1):
-            x = self._layer(layer, x, bias, keys)
-            if number in wanted:
-                states[number] = x
-        if norm_first and len(parts.layers) in states:
-            # s3prl takes the last one behind the encoder's final norm.
-            states[len(parts.layers)] = F.layer_norm(x, *parts.first_norm)
-        return {number: state.float() for number, state in states.items()}
+            x = F.layer_norm(x, *weights.encoder_norm)
+        bias = None if weights.bias is None else weights.bias(x.shape[1])
+        states = {0: x} if 0 in indices else {}
+        for index, layer in enumerate(weights.layers[: max(indices)], 1):
+            x = self._layer(layer, x, bias, key_mask)
+            if index in indices:
+                states[index] = x
+        if norm_first and len(weights.layers) in states:
+            # s3prl's last hidden state is after the encoder's final norm.
+            states[len(weights.layers)] = F.layer_norm(x, *weights.encoder_norm)
+        return {index: state.float() for index, state in states.items()}
 
     def _features(self, waves: Tensor, lengths: Sequence[int], shared: Shared) -> Tensor:
         key = ("features", id(self.extractor), self.normalize)
         if key not in shared:
             if self.normalize:
-                ready = ("normalised",)
-                if ready not in shared:
-                    shared[ready] = normalised(waves, lengths)
-                waves = shared[ready]
+                waves_key = ("normalised",)
+                if waves_key not in shared:
+                    shared[waves_key] = normalised(waves, lengths)
+                waves = shared[waves_key]
             shared[key] = self.extractor(waves)
         return shared[key].to(self.precision)
 
-    def _tell_difference(self, waves: Tensor, lengths: Sequence[int], layers: set[int]) -> None:
-        """Log once how far a lower precision is from float32, over a second of sound."""
-        length = min(lengths[0], _SECOND)
+    def _log_precision_error(self, waves: Tensor, lengths: Sequence[int], layers: set[int]) -> None:
+        """Log the error of a lower precision relative to float32, over one second of audio."""
+        length = min(lengths[0], _ONE_SECOND)
         waves = waves[:1, :length]
         exact = FastEncoder(
             self.model,
@@ -215,86 +214,88 @@ class FastEncoder:
             normalize=self.normalize,
             counts_frames=self.counts_frames,
         ).hidden_states(waves, [length], layers)
-        ours = self.hidden_states(waves, [length], layers)
-        away = sum((ours[n] - exact[n]).abs().mean() / exact[n].abs().mean() for n in layers)
+        rounded = self.hidden_states(waves, [length], layers)
+        error = sum((rounded[n] - exact[n]).abs().mean() / exact[n].abs().mean() for n in layers)
         logger.info(
-            "teacher %s: %s targets differ from float32 by %.3f %% of their mean size",
+            "teacher %s: %s targets differ from float32 by %.3f %% of their mean absolute value",
             self.name,
             str(self.precision).removeprefix("torch."),
-            100 * float(away) / len(layers),
+            100 * float(error) / len(layers),
         )
 
     def _layer(
-        self, layer: fast_layers.Layer, x: Tensor, bias: Tensor | None, keys: Tensor | None
+        self, layer: FastLayer, x: Tensor, bias: Tensor | None, key_mask: Tensor | None
     ) -> Tensor:
         if not self.compiled:
-            return layer(x, bias, keys)
+            return layer(x, bias, key_mask)
         try:
-            return self._run_layer(layer, x, bias, keys)
-        except Exception as error:  # no compiler, or one that does not fit: torch raises all sorts
+            return self._run_layer(layer, x, bias, key_mask)
+        # A missing or unsuitable compiler: torch raises various classes.
+        except Exception as error:
             raise TeacherError(
-                f"teachers.{self.name}: torch.compile does not work here ({first_line(error)}); "
-                "set teacher_compile: false"
+                f"teachers.{self.name}: torch.compile failed ({first_line(error)}); set "
+                "teacher_compile: false"
             ) from None
 
-    def _on(self, device: torch.device) -> _Parts:
-        """The weights on the device of a batch, made at the first one."""
-        if self._parts is None or self._parts.device != device:
+    def _weights_on(self, device: torch.device) -> _DeviceWeights:
+        """The weights on ``device``, converted at the first call."""
+        if self._weights is None or self._weights.device != device:
             model, encoder = self.model, self.model.encoder
 
-            def take(tensor: Tensor) -> Tensor:
+            def convert(tensor: Tensor) -> Tensor:
                 return tensor.detach().to(device, self.precision)
 
             def norm(layer: nn.LayerNorm) -> Norm:
-                return layer.normalized_shape, take(layer.weight), take(layer.bias), layer.eps
+                return layer.normalized_shape, convert(layer.weight), convert(layer.bias), layer.eps
 
             projection = model.post_extract_proj
             attention = encoder.layers[0].self_attn
             relative = getattr(attention, "has_relative_attention_bias", False)
-            # Some of these tensors become the module's parameters: plain tensors, not inference's.
+            # Some of these tensors become the module's parameters, so they must not be inference
+            # tensors.
             with torch.inference_mode(False), torch.no_grad():
-                self._parts = _Parts(
+                self._weights = _DeviceWeights(
                     device,
                     norm(model.layer_norm),
-                    (take(projection.weight), take(projection.bias)) if projection else None,
+                    (convert(projection.weight), convert(projection.bias)) if projection else None,
                     PositionalConv(encoder.pos_conv, device, self.precision),
                     norm(encoder.layer_norm),
-                    [fast_layers.Layer(layer, device, self.precision) for layer in encoder.layers],
+                    [FastLayer(layer, device, self.precision) for layer in encoder.layers],
                     RelativeBias(attention, device, self.precision) if relative else None,
                 )
-        return self._parts
+        return self._weights
 
 
-def _layer(layer: fast_layers.Layer, x: Tensor, bias: Tensor | None, keys: Tensor | None) -> Tensor:
-    return layer(x, bias, keys)
+def _layer(layer: FastLayer, x: Tensor, bias: Tensor | None, key_mask: Tensor | None) -> Tensor:
+    return layer(x, bias, key_mask)
 
 
-def is_known(model: HubertModel | Wav2Vec2Model | WavLM) -> bool:
-    """Whether a model is built as :class:`FastEncoder` computes it; others take the plain path."""
+def supports_encoder(model: HubertModel | Wav2Vec2Model | WavLM) -> bool:
+    """Whether :class:`FastEncoder` can compute this model; if not, s3prl's own forward runs."""
     encoder: Any = getattr(model, "encoder", None)
     positions = getattr(encoder, "pos_conv", None)
     if type(encoder).__name__ != "TransformerEncoder" or not isinstance(positions, nn.Sequential):
         return False
     usual = len(positions) == 3 and type(positions[0]) is nn.Conv1d
     usual = usual and type(positions[2]) is nn.GELU
-    odd = getattr(model, "input_quantizer", None) is not None
-    odd = odd or getattr(model, "crop_seq_to_multiple", 1) != 1
+    unusual = getattr(model, "input_quantizer", None) is not None
+    unusual = unusual or getattr(model, "crop_seq_to_multiple", 1) != 1
     return (
         usual
-        and not odd
+        and not unusual
         and len(encoder.layers) > 0
-        and fast_conv.is_known(model.feature_extractor)
-        and all(fast_layers.is_known(layer) for layer in encoder.layers)
+        and supports_conv(model.feature_extractor)
+        and all(supports_layer(layer) for layer in encoder.layers)
     )
 
 
 def family(upstream: UpstreamBase) -> str | None:
-    """The family of an upstream that can be computed fast, or None."""
-    kind = type(upstream)
-    name = _FAMILIES.get(kind.__module__) if kind.__name__ == "UpstreamExpert" else None
-    if name is None or not is_known(upstream.model):
+    """The family of an upstream that :class:`FastEncoder` supports, or None."""
+    cls = type(upstream)
+    name = _FAMILIES.get(cls.__module__) if cls.__name__ == "UpstreamExpert" else None
+    if name is None or not supports_encoder(upstream.model):
         return None
-    if name == "wav2vec2":  # two switches of its expert, which nobody of ours turns
+    if name == "wav2vec2":  # these options of its expert must have their defaults
         usual = upstream.apply_padding_mask and not upstream.numpy_wav_normalize
         if not usual or upstream.feature_selection is not None:
             return None
@@ -302,7 +303,7 @@ def family(upstream: UpstreamBase) -> str | None:
 
 
 def normalizes(upstream: UpstreamBase) -> bool:
-    """Whether an expert of :func:`family` brings waveforms to zero mean and unit variance."""
+    """Whether an expert of :func:`family` normalises waveforms to zero mean and unit variance."""
     if hasattr(upstream, "wav_normalize"):
         return bool(upstream.wav_normalize)
     settings = upstream.task_cfg if hasattr(upstream, "task_cfg") else upstream.cfg
@@ -312,7 +313,7 @@ def normalizes(upstream: UpstreamBase) -> bool:
 def fast_encoders(
     upstreams: Mapping[str, UpstreamBase], precision: str = "float32", compiled: bool = False
 ) -> dict[str, FastEncoder]:
-    """An encoder for each upstream that can have one; extractors of the same weights are one.
+    """Build an encoder for each supported upstream; equal conv extractors are shared.
 
     Args:
         upstreams: by teacher name.
@@ -322,9 +323,14 @@ def fast_encoders(
     extractors: list[ConvExtractor] = []
     encoders = {}
     for name, upstream in upstreams.items():
-        kind = family(upstream)
-        if kind is None:
-            logger.info("teacher %s: plain path, in float32 (%s)", name, type(upstream).__module__)
+        family_name = family(upstream)
+        if family_name is None:
+            logger.info(
+                "teacher %s: not supported by the fast backend, using its own forward in float32 "
+                "(%s)",
+                name,
+                type(upstream).__module__,
+            )
             continue
         module = upstream.model.feature_extractor
         extractor = next((e for e in extractors if same_weights(e.module, module)), None)
@@ -335,11 +341,11 @@ def fast_encoders(
             upstream.model,
             extractor,
             normalize=normalizes(upstream),
-            counts_frames=kind == "wav2vec2",
+            counts_frames=family_name == "wav2vec2",
             precision=PRECISIONS[precision],
             compiled=compiled,
             name=name,
         )
     if len(extractors) < len(encoders):
-        logger.info("%d teachers, %d different conv extractors", len(encoders), len(extractors))
+        logger.info("%d teachers share %d conv extractors", len(encoders), len(extractors))
     return encoders

@@ -1,17 +1,17 @@
-"""Three tiny teachers that have learned speech, shipped with the package.
+"""Tiny teachers that ship with the package: three trained on speech, two with random weights.
 
     tiny_hubert             HuBERT, two iterations of masked prediction of units
-    tiny_robust_hubert      the same model, trained on with noisy and reverberant speech
-    tiny_wavlm              WavLM: masked prediction while other speech or noise is mixed in
-    tiny_hubert_random      the architecture of the first two with fresh random weights
-    tiny_wavlm_random       the architecture of the third with fresh random weights
+    tiny_robust_hubert      tiny_hubert, trained further with noisy and reverberant speech
+    tiny_wavlm              WavLM: masked prediction from mixtures with other speech or noise
+    tiny_hubert_random      the architecture of the first two, random weights
+    tiny_wavlm_random       the architecture of the third, random weights
 
-The names stand wherever a teacher's source does (``teachers.NAME.model`` in a model config), and
-are upstreams of ``s3prl.hub`` (``run_downstream.py -u tiny_wavlm``). The classes are s3prl's own,
-with 6 layers of 192 and 3.3 M parameters; one frame every 320 samples at 16 kHz. ``files/`` has the
-weights in float16 in s3prl's checkpoint formats; ``cards/`` says of each what it was trained on and
-under which licences, how, and what it cannot do. They are there to try distillation offline and in
-minutes, not to be features for anything real. ``tools/train_tiny_teachers.py`` made them.
+They are for trying out distillation offline in minutes; they are not useful as speech features.
+Use the names as ``teachers.NAME.model`` in a model config, or as upstreams of ``s3prl.hub``
+(``run_downstream.py -u tiny_wavlm``). The classes are s3prl's own, with 6 layers of width 192 and
+3.3 M parameters; one frame every 320 samples at 16 kHz. ``files/`` has the weights in float16 in
+s3prl's checkpoint formats. ``cards/`` has the model cards: training data and licences, recipe,
+scores, limits. ``tools/train_tiny_teachers.py`` trained them.
 """
 
 from __future__ import annotations
@@ -21,31 +21,35 @@ from pathlib import Path
 from ...errors import SetupError
 
 TEACHERS = ("tiny_hubert", "tiny_robust_hubert", "tiny_wavlm")
-# random twin -> the teacher whose architecture it has
-TWINS = {"tiny_hubert_random": "tiny_hubert", "tiny_wavlm_random": "tiny_wavlm"}
-NAMES = (*TEACHERS, *TWINS)
+# teacher with random weights -> trained teacher of the same architecture
+RANDOM_INIT = {"tiny_hubert_random": "tiny_hubert", "tiny_wavlm_random": "tiny_wavlm"}
+NAMES = (*TEACHERS, *RANDOM_INIT)
 
 _HERE = Path(__file__).parent
 
 
 def weights(name: str) -> Path:
-    """The checkpoint of one of :data:`TEACHERS`, or of the teacher that a twin is modelled on.
+    """Path of a teacher's checkpoint; for one of :data:`RANDOM_INIT`, of its trained teacher's.
 
     Raises:
-        SetupError: no such name, or the installation lacks the file.
+        SetupError: no such name, or the file is missing from the installation.
     """
-    return _find(TWINS.get(name, name), "files", ".pt")
+    return _find(RANDOM_INIT.get(name, name), "files", ".pt")
 
 
 def card(name: str) -> Path:
-    """The model card (Markdown) of one of :data:`TEACHERS`. Raises: see :func:`weights`."""
+    """Path of the model card (Markdown) of one of :data:`TEACHERS`.
+
+    Raises:
+        SetupError: no such name, or the file is missing from the installation.
+    """
     return _find(name, "cards", ".md")
 
 
 def _find(name: str, folder: str, suffix: str) -> Path:
     if name not in TEACHERS:
-        raise SetupError(f"there is no tiny teacher {name!r}; known: {', '.join(NAMES)}")
+        raise SetupError(f"no such tiny teacher {name!r}; use one of: {', '.join(NAMES)}")
     path = _HERE / folder / f"{name}{suffix}"
     if not path.is_file():
-        raise SetupError(f"{path} is missing from this installation; install s3prl_ekd again")
+        raise SetupError(f"{path} is missing from the installation; reinstall s3prl_ekd")
     return path
