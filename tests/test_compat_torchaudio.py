@@ -1,4 +1,4 @@
-"""torchaudio without its compiled part, and its load, save and info through soundfile."""
+"""torchaudio without its compiled extension; its load, save and info through soundfile."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def applied():
 BROKEN = """
 import importlib, sys
 
-class Refuse:
+class FailingFinder:
     def find_spec(self, name, path=None, target=None):
         if name == sys.argv[1]:
             raise OSError("libcudart.so: cannot open shared object file")
 
-sys.meta_path.insert(0, Refuse())
+sys.meta_path.insert(0, FailingFinder())
 from s3prl_ekd.compat import SHIMS
 from s3prl_ekd.errors import SetupError
 
@@ -45,8 +45,8 @@ assert shim.missing()
 try:
     shim.apply()
 except SetupError as error:
-    left = sorted(name for name in sys.modules if name == "torchaudio._extension")
-    print(["SetupError", "libcudart" in str(error), left])
+    modules = sorted(name for name in sys.modules if name == "torchaudio._extension")
+    print(["SetupError", "libcudart" in str(error), modules])
     sys.exit()
 assert not shim.missing()
 
@@ -62,23 +62,23 @@ try:
         torch.zeros(1, 4, 3), torch.ones(1, 2, dtype=torch.int32), blank=0
     )
 except RuntimeError as error:
-    print([out[0].tolist(), "compiled part" in str(error)])
+    print([out[0].tolist(), "forced_align" in str(error)])
 """
 
 
-def test_torchaudio_works_in_python_where_its_library_does_not_load():
-    filtered, refused = json.loads(
+def test_torchaudio_works_without_its_compiled_extension():
+    filtered, raised = json.loads(
         run_python(BROKEN, "torchaudio._extension").replace("True", "true")
     )
     assert filtered == [1, 0.5, 0.25, 0.125, 0.0625, 0.03125]
-    assert refused
+    assert raised
 
 
-def test_torchaudio_broken_elsewhere_is_one_sentence_and_leaves_no_stand_in():
+def test_torchaudio_that_fails_elsewhere_raises_and_leaves_no_replacement():
     assert run_python(BROKEN, "torchaudio.functional") == "['SetupError', True, []]"
 
 
-def test_torchaudio_that_is_not_installed_is_not_mended(monkeypatch):
+def test_torchaudio_that_is_not_installed_is_not_replaced(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchaudio", None)
     with pytest.raises(ModuleNotFoundError, match="torchaudio"):
         torchaudio_import.IMPORT.missing()
@@ -97,7 +97,7 @@ def recording(request, tmp_path, noise) -> Path:
     return path
 
 
-def test_load_gives_the_samples_of_the_file(recording, noise):
+def test_load_returns_the_samples_of_the_file(recording, noise):
     wav, rate = soundfile_io.load(recording)
     assert rate == 16000 and wav.dtype == torch.float32 and wav.is_contiguous()
     assert np.array_equal(wav.numpy(), noise.T / np.float32(32768))
@@ -118,12 +118,12 @@ def test_load_reads_a_part(recording, noise, arguments, part):
     assert np.array_equal(wav.numpy(), noise[part].T / np.float32(32768))
 
 
-def test_load_time_first_and_from_memory(recording, noise):
+def test_load_channels_last_and_from_memory(recording, noise):
     wav, _ = soundfile_io.load(io.BytesIO(recording.read_bytes()), channels_first=False)
     assert np.array_equal(wav.numpy(), noise / np.float32(32768))
 
 
-def test_load_keeps_the_integers_of_wav_only(recording, noise):
+def test_load_returns_integers_for_wav_only(recording, noise):
     wav, _ = soundfile_io.load(recording, normalize=False)
     if recording.suffix == ".wav":
         assert wav.dtype == torch.int16 and np.array_equal(wav.numpy(), noise.T)
@@ -131,17 +131,17 @@ def test_load_keeps_the_integers_of_wav_only(recording, noise):
         assert wav.dtype == torch.float32
 
 
-def test_load_says_which_file(tmp_path):
-    with pytest.raises(DataError, match="nowhere.wav is not there"):
-        soundfile_io.load(tmp_path / "nowhere.wav")
+def test_load_errors_name_the_file(tmp_path):
+    with pytest.raises(DataError, match=r"missing\.wav"):
+        soundfile_io.load(tmp_path / "missing.wav")
     (tmp_path / "text.wav").write_text("no audio")
-    with pytest.raises(DataError, match="text.wav cannot be read"):
+    with pytest.raises(DataError, match=r"text\.wav"):
         soundfile_io.load(tmp_path / "text.wav")
 
 
 @pytest.mark.parametrize("arguments", [{"frame_offset": -1}, {"num_frames": -2}])
-def test_load_refuses_negative_counts(recording, arguments):
-    with pytest.raises(ValueError, match="0 or more"):
+def test_load_rejects_negative_counts(recording, arguments):
+    with pytest.raises(ValueError, match="frame_offset.*num_frames"):
         soundfile_io.load(recording, **arguments)
 
 
@@ -178,17 +178,17 @@ def test_save_keeps_float_and_integer_samples_exactly(tmp_path, noise):
 
 
 @pytest.mark.parametrize(
-    "name, wav, arguments, said",
+    "name, wav, arguments, message",
     [
         ("a.xyz", torch.zeros(1, 4), {}, "xyz"),
         ("a.wav", torch.zeros(1, 1, 4), {}, r"\[1, 1, 4\]"),
         ("a.wav", torch.zeros(1, 4, dtype=torch.bool), {}, "bool"),
         ("a.flac", torch.zeros(1, 4), {"encoding": "ULAW"}, "ULAW"),
-        ("a.flac", torch.zeros(1, 4), {"bits_per_sample": 64}, "64 bits"),
+        ("a.flac", torch.zeros(1, 4), {"bits_per_sample": 64}, r"\b64\b"),
     ],
 )
-def test_save_refuses_what_it_cannot_write(tmp_path, name, wav, arguments, said):
-    with pytest.raises(DataError, match=said):
+def test_save_rejects_unsupported_audio(tmp_path, name, wav, arguments, message):
+    with pytest.raises(DataError, match=message):
         soundfile_io.save(tmp_path / name, wav, 16000, **arguments)
 
 

@@ -1,7 +1,8 @@
-"""Teachers by path: every kind loads, with s3prl's hidden states; what cannot is one sentence."""
+"""Teachers by path: every format gives s3prl's hidden states; unsupported files raise an error."""
 
 import json
 import logging
+import re
 import shutil
 
 import pytest
@@ -52,22 +53,22 @@ MODELS = {
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """A Hugging Face folder of random weights of each of MODELS; the large ones normalise."""
+    """A Hugging Face folder with random weights for each of MODELS; the large ones normalise."""
     transformers = pytest.importorskip("transformers")
-    made = {}
-    for name, (family, more) in MODELS.items():
-        folder = made[name] = tmp_path_factory.mktemp("hf") / name
-        config = getattr(transformers, f"{family}Config")(**{**HF_SIZE, **more})
+    folders = {}
+    for name, (family, changes) in MODELS.items():
+        folder = folders[name] = tmp_path_factory.mktemp("hf") / name
+        config = getattr(transformers, f"{family}Config")(**{**HF_SIZE, **changes})
         torch.manual_seed(7)
         network = getattr(transformers, f"{family}Model")(config).eval()
-        with torch.no_grad():  # away from the initial zeros and ones: every tensor matters
+        with torch.no_grad():  # no initial zeros and ones, so that every tensor counts
             for weight in network.parameters():
                 weight += 0.05 * torch.randn(weight.shape)
         network.save_pretrained(folder)
-        if more:
+        if changes:
             settings = {"do_normalize": True, "sampling_rate": 16000}
             (folder / "preprocessor_config.json").write_text(json.dumps(settings))
-    return made
+    return folders
 
 
 @torch.no_grad()
@@ -75,8 +76,14 @@ def hidden(upstream, waves):
     return upstream.eval()(list(waves))["hidden_states"]
 
 
+def detected_kinds(caplog):
+    """The checkpoint kinds that load_file has logged."""
+    records = [r for r in caplog.records if r.name == "s3prl_ekd.teachers.checkpoint"]
+    return [record.args[2] for record in records]
+
+
 def as_s3prl(network, path):
-    """Write the weights of a transformers model as the checkpoint that s3prl would load."""
+    """Write the weights of a transformers model as a checkpoint in s3prl's format."""
     config, weights = network.config, fairseq_model(network, "here").state_dict()
     family = config.model_type
     normalize = config.feat_extract_norm == "layer"
@@ -106,40 +113,39 @@ def as_s3prl(network, path):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_hugging_face_folder_gives_transformers_hidden_states(folders, waves, name):
-    """On one unpadded waveform at a time, where padding has no say."""
+    """On unpadded waveforms."""
     from transformers import AutoModel
 
     upstream = load_upstream(str(folders[name]), "here")
     network = AutoModel.from_pretrained(folders[name]).eval()
     for wave in waves:
-        ready = layer_norm(wave, wave.shape) if MODELS[name][1] else wave
+        prepared = layer_norm(wave, wave.shape) if MODELS[name][1] else wave
         with torch.no_grad():
-            out = network(ready[None], output_hidden_states=True)
-        # transformers 5 takes its last hidden state before the final layer norm, 4 behind it
-        theirs = (*out.hidden_states[:-1], out.last_hidden_state)
-        ours = hidden(upstream, [wave])
-        assert len(ours) == len(theirs) == 4
-        for our, their in zip(ours, theirs, strict=True):
-            torch.testing.assert_close(our, their, atol=1e-5, rtol=1e-5)
+            out = network(prepared[None], output_hidden_states=True)
+        # The last of hidden_states is before the final layer norm in transformers 5, after it in 4.
+        expected = (*out.hidden_states[:-1], out.last_hidden_state)
+        states = hidden(upstream, [wave])
+        assert len(states) == len(expected) == 4
+        for state, reference in zip(states, expected, strict=True):
+            torch.testing.assert_close(state, reference, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_hugging_face_folder_equals_s3prls_loader(folders, tmp_path, name, caplog):
-    """On padded batches of every kind of length, padded frames included."""
+    """On padded batches of various lengths, padding frames included."""
     upstream = load_upstream(str(folders[name]), "here")
-    path = as_s3prl(upstream.network, tmp_path / "same.pt")
+    path = as_s3prl(upstream.network, tmp_path / "reference.pt")
     with caplog.at_level(logging.INFO):
         reference = load_upstream(str(path), "here")
-    family = name.removesuffix("_large")
-    assert f"same.pt is a {family} checkpoint" in caplog.text
+    assert detected_kinds(caplog) == [name.removesuffix("_large")]
     assert upstream.get_downsample_rates("hidden_states") == 320
     generator = torch.Generator().manual_seed(5)
     for lengths in ((16000, 12345, 7000), (16079, 16000), (9000,), (8000, 8000), (12000, 720)):
         waves = [0.1 * torch.randn(n, generator=generator) for n in lengths]
-        ours, theirs = hidden(upstream, waves), hidden(reference, waves)
-        assert len(ours) == len(theirs) == 4
-        for our, their in zip(ours, theirs, strict=True):
-            torch.testing.assert_close(our, their, atol=1e-5, rtol=1e-5)
+        states, expected = hidden(upstream, waves), hidden(reference, waves)
+        assert len(states) == len(expected) == 4
+        for state, other in zip(states, expected, strict=True):
+            torch.testing.assert_close(state, other, atol=1e-5, rtol=1e-5)
 
 
 def test_normalisation_follows_the_preprocessor_then_the_config(folders, tmp_path, waves):
@@ -150,28 +156,29 @@ def test_normalisation_follows_the_preprocessor_then_the_config(folders, tmp_pat
     (copy / "preprocessor_config.json").unlink()
     assert load_upstream(str(copy), "here").normalize  # layer norm in the conv extractor
     (copy / "preprocessor_config.json").write_text('{"sampling_rate": 8000}')
-    with pytest.raises(TeacherError, match="wants 8000 Hz; teachers get 16000 Hz"):
+    with pytest.raises(TeacherError, match=r"preprocessor_config\.json.*\b8000\b"):
         load_upstream(str(copy), "here")
 
 
 @pytest.mark.parametrize("part", ["feature_extractor", "audio_processor"])
-def test_a_processors_settings_are_read_and_go_first(folders, tmp_path, part):
-    """As transformers 5 saves them."""
-    copy = shutil.copytree(folders["hubert_large"], tmp_path / "copy")  # its other file: True
+def test_a_processors_settings_take_precedence(folders, tmp_path, part):
+    """In the layout of transformers 5."""
+    # do_normalize is true in its preprocessor_config.json
+    copy = shutil.copytree(folders["hubert_large"], tmp_path / "copy")
     processor = copy / "processor_config.json"
     processor.write_text(json.dumps({part: {"do_normalize": False, "sampling_rate": 16000}}))
     assert not load_upstream(str(copy), "here").normalize
     processor.write_text(json.dumps({"processor_class": "Wav2Vec2Processor"}))  # an older layout
     assert load_upstream(str(copy), "here").normalize
     processor.write_text(json.dumps({part: {"sampling_rate": 8000}}))
-    with pytest.raises(TeacherError, match="processor_config.json wants 8000 Hz"):
+    with pytest.raises(TeacherError, match=r"/processor_config\.json.*\b8000\b"):
         check_source(str(copy), "here")
     processor.write_text(json.dumps({part: "none"}))
-    with pytest.raises(TeacherError, match=f"processor_config.json: {part} is 'none'"):
+    with pytest.raises(TeacherError, match=rf"/processor_config\.json.*{part}.*'none'"):
         check_source(str(copy), "here")
 
 
-def test_what_transformers_saves_is_what_we_read(folders, tmp_path):
+def test_settings_saved_by_transformers_are_read(folders, tmp_path):
     transformers = pytest.importorskip("transformers", minversion="5")
     copy = shutil.copytree(folders["hubert_large"], tmp_path / "copy")
     (copy / "preprocessor_config.json").unlink()
@@ -183,8 +190,8 @@ def test_what_transformers_saves_is_what_we_read(folders, tmp_path):
     assert not load_upstream(str(copy), "here").normalize
 
 
-def test_padding_says_nothing_through_a_batch_norm_before_the_positions(tmp_path, waves):
-    """mHuBERT's; the conv layers here normalise each frame alone, so nothing else leaks."""
+def test_padding_has_no_effect_through_a_batch_norm_before_the_positions(tmp_path, waves):
+    """mHuBERT has one. The conv layers have layer norms, so padding has no effect through them."""
     transformers = pytest.importorskip("transformers")
     config = transformers.HubertConfig(**{**HF_SIZE, **LARGE}, conv_pos_batch_norm=True)
     torch.manual_seed(7)
@@ -199,37 +206,37 @@ def test_padding_says_nothing_through_a_batch_norm_before_the_positions(tmp_path
     for i, wave in enumerate(waves):
         for padded, alone in zip(together, hidden(upstream, [wave]), strict=True):
             torch.testing.assert_close(padded[i, : alone.shape[1]], alone[0], atol=1e-5, rtol=1e-5)
-    before = norm.running_mean.clone()
+    running_mean = norm.running_mean.clone()
     ensemble = TeacherEnsemble({"m": Teacher(upstream, (1,), "m")}, dropout=True).train()
     ensemble(waves)
-    assert torch.equal(upstream._batch_norm.running_mean, before)
+    assert torch.equal(upstream._batch_norm.running_mean, running_mean)
 
 
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 378342945\n"
 PAGE = "\n<!DOCTYPE html>\n<html class=''><head></head></html>"
 
 
-@pytest.mark.parametrize(("text", "said"), [(LFS, "git lfs pull"), (PAGE, "/resolve/")])
-def test_what_was_not_downloaded_is_called_so(folders, tmp_path, waves, text, said):
+@pytest.mark.parametrize(("text", "hint"), [(LFS, "git lfs pull"), (PAGE, "/resolve/")])
+def test_git_lfs_pointers_and_web_pages_are_detected(folders, tmp_path, waves, text, hint):
     copy = shutil.copytree(folders["hubert"], tmp_path / "copy")
     for name in ("model.safetensors", "config.json"):
         (copy / name).write_text(text)
-        with pytest.raises(TeacherError, match=f"{name} is .*{said}"):
+        with pytest.raises(TeacherError, match=f"{name}.*{hint}"):
             check_source(str(copy), "here")
     path = tmp_path / "teacher.pt"
     path.write_text(text)
-    with pytest.raises(CheckpointError, match=f"teacher.pt is .*{said}"):
+    with pytest.raises(CheckpointError, match=f"teacher.pt.*{hint}"):
         load_upstream(str(path), "here")
-    with pytest.raises(CheckpointError, match=f"teacher.pt is .*{said}"):
+    with pytest.raises(CheckpointError, match=f"teacher.pt.*{hint}"):
         load_units(path)
-    with pytest.raises(DataError, match=f"teacher.pt: it is .*{said}"):
+    with pytest.raises(DataError, match=f"teacher.pt.*{hint}"):
         read_header(path)
-    with pytest.raises(BadAudio, match=f"teacher.pt: it is .*{said}"):
+    with pytest.raises(BadAudio, match=f"teacher.pt.*{hint}"):
         read_audio(path)
 
 
-def test_a_hugging_face_teacher_stays_whole_in_training_mode(folders, waves):
-    """Dropout left on (teacher_dropout) drops no layer and masks no frame."""
+def test_a_hugging_face_teacher_in_training_mode_has_all_hidden_states(folders, waves):
+    """With teacher_dropout, no layer is dropped and no frame masked."""
     teacher = Teacher(load_upstream(str(folders["wavlm"]), "here"), (0, 3), "w")
     ensemble = TeacherEnsemble({"w": teacher}, dropout=True).train()
     for _ in range(5):
@@ -243,58 +250,61 @@ def test_a_student_starts_from_a_hugging_face_teacher(folders, name):
     source = teacher_model(TeacherEnsemble({name: teacher}), name)
     initialise(student, [source], conv=True, encoder=True)
     network = teacher.upstream.network
-    theirs = network.encoder.layers[1].feed_forward.output_dense.weight
-    assert torch.equal(student.backbone.encoder.layers[1].fc2.weight, theirs)
-    theirs = network.feature_projection.projection.weight
-    assert torch.equal(student.backbone.post_extract_proj.weight, theirs)
+    expected = network.encoder.layers[1].feed_forward.output_dense.weight
+    assert torch.equal(student.backbone.encoder.layers[1].fc2.weight, expected)
+    expected = network.feature_projection.projection.weight
+    assert torch.equal(student.backbone.post_extract_proj.weight, expected)
 
 
-def test_what_has_no_counterpart_is_refused_as_a_start(folders):
+def test_a_teacher_with_an_unknown_layer_cannot_initialise_a_student(folders):
     upstream = load_upstream(str(folders["hubert"]), "here")
     upstream.network.encoder.extra = torch.nn.Linear(1, 1)
     ensemble = TeacherEnsemble({"h": Teacher(upstream, (1,), "h")})
-    with pytest.raises(ConfigError, match="init.teacher: h .*encoder.extra"):
+    with pytest.raises(ConfigError, match=r"init\.teacher: h\b.*encoder\.extra"):
         teacher_model(ensemble, "h")
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "parts"),
     [
-        (lambda f: (f / "config.json").unlink(), "a folder without a config.json"),
-        (lambda f: (f / "config.json").write_text("{"), "config.json cannot be read as JSON"),
-        (lambda f: (f / "config.json").write_text("[]"), "a JSON object is expected"),
+        (lambda f: (f / "config.json").unlink(), ["config.json", "model.safetensors"]),
+        (lambda f: (f / "config.json").write_text("{"), ["config.json", "JSON"]),
+        (lambda f: (f / "config.json").write_text("[]"), ["config.json", "JSON"]),
         (
             lambda f: (f / "config.json").write_text('{"model_type": "bert"}'),
-            "a model of type 'bert'; known are hubert, wavlm, wav2vec2, data2vec-audio",
+            ["config.json", "'bert'", "hubert, wavlm, wav2vec2, data2vec-audio"],
         ),
         (
             lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
-            "has no model.safetensors; pytorch_model.bin is a pickle and is not loaded",
+            ["model.safetensors", "pytorch_model.bin"],
         ),
     ],
 )
-def test_a_folder_that_is_none_is_refused_early(folders, tmp_path, change, said):
+def test_a_folder_of_another_kind_is_rejected_early(folders, tmp_path, change, parts):
     copy = shutil.copytree(folders["hubert"], tmp_path / "copy")
     change(copy)
-    with pytest.raises(TeacherError, match=said):
+    with pytest.raises(TeacherError) as error:
         check_source(str(copy), "teachers.h.model")
+    for part in ("teachers.h.model", str(copy), *parts):
+        assert part in str(error.value)
 
 
-def test_damaged_or_missing_weights_are_refused(folders, tmp_path):
+def test_damaged_or_missing_weights_are_rejected(folders, tmp_path):
     from safetensors.torch import load_file, save_file
 
     copy = shutil.copytree(folders["hubert"], tmp_path / "copy")
     weights = load_file(copy / "model.safetensors")
     del weights["encoder.layers.1.final_layer_norm.weight"]
     save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match="lack 1 of the model's tensors, encoder.layers.1"):
+    with pytest.raises(CheckpointError, match=r"\b1\b.*encoder\.layers\.1\.final_layer"):
         load_upstream(str(copy), "here")
-    with pytest.raises(TeacherError, match="give the folder that has it"):
+    with pytest.raises(TeacherError, match=r"model\.safetensors.*config\.json"):
         load_upstream(str(copy / "model.safetensors"), "here")
     (copy / "model.safetensors").write_bytes(b"none")
-    with pytest.raises(CheckpointError, match="does not load with transformers"):
+    header = int.from_bytes(b"none", "little")  # bytes, according to the first 8 bytes
+    with pytest.raises(CheckpointError, match=f"{header:,}"):
         load_upstream(str(copy), "here")
-    with pytest.raises(CheckpointError, match="model.safetensors is damaged"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
         load_upstream(str(copy / "model.safetensors"), "here")
 
 
@@ -311,10 +321,10 @@ def test_code_in_a_folder_is_not_run(folders, tmp_path):
 # DistilHuBERT
 
 
-def distilhubert(**more):
+def distilhubert(**changes):
     from s3prl.upstream.distiller.model import DistillerConfig, DistillerModel
 
-    config = {**STUDENT, "n_tasks": 3, "pred_layer_id": [4, 8, 12], "final_dim": 48, **more}
+    config = {**STUDENT, "n_tasks": 3, "pred_layer_id": [4, 8, 12], "final_dim": 48, **changes}
     model = DistillerModel(DistillerConfig({**config, "extractor_conv_feature_layers": CONV}))
     return {"Distiller": model.state_dict(), "Config": {"distiller": config, "teacher": {}}}
 
@@ -325,10 +335,10 @@ def test_distilhubert_gives_s3prls_layers_without_the_predictions(tmp_path, wave
     torch.save(distilhubert(), tmp_path / "distil.ckpt")
     upstream = load_upstream(str(tmp_path / "distil.ckpt"), "here")
     reference = UpstreamExpert(str(tmp_path / "distil.ckpt"))
-    ours, theirs = hidden(upstream, waves), hidden(reference, waves)
-    assert len(ours) == 3 and len(theirs) == 6
-    for our, their in zip(ours, theirs[:3], strict=True):
-        torch.testing.assert_close(our, their, atol=1e-6, rtol=1e-6)
+    states, expected = hidden(upstream, waves), hidden(reference, waves)
+    assert len(states) == 3 and len(expected) == 6
+    for state, other in zip(states, expected[:3], strict=True):
+        torch.testing.assert_close(state, other, atol=1e-6, rtol=1e-6)
     assert upstream.get_downsample_rates("hidden_states") == 320
     ensemble = TeacherEnsemble({"d": Teacher(upstream, (1, 2), "d")})
     initialise(
@@ -337,25 +347,27 @@ def test_distilhubert_gives_s3prls_layers_without_the_predictions(tmp_path, wave
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "parts"),
     [
         (
             {"extractor_conv_feature_layers": "__import__('os').mkdir('hacked')"},
-            "not a list of .channels, kernel, stride. triples",
+            ["extractor_conv_feature_layers"],
         ),
-        ({"task_emb_type": "add"}, "task_emb_type is 'add'; expand-last or none"),
-        ({"attention_type": "sparse"}, "attention_type is 'sparse'; original is known"),
-        ({"encoder_layers": 1}, "does not load as a distiller checkpoint"),
-        ({"conv_pos": "many"}, "conv_pos: a whole number is expected"),
+        ({"task_emb_type": "add"}, ["task_emb_type", "'add'", "expand-last"]),
+        ({"attention_type": "sparse"}, ["attention_type", "'sparse'", "original"]),
+        ({"encoder_layers": 1}, ["state_dict"]),  # torch's message
+        ({"conv_pos": "many"}, ["conv_pos"]),
     ],
 )
-def test_a_distilhubert_that_is_refused(tmp_path, monkeypatch, change, said):
+def test_an_unsupported_distilhubert_is_rejected(tmp_path, monkeypatch, change, parts):
     monkeypatch.chdir(tmp_path)
     state = distilhubert()
     state["Config"]["distiller"].update(change)
     torch.save(state, tmp_path / "distil.ckpt")
-    with pytest.raises(CheckpointError, match=said):
+    with pytest.raises(CheckpointError) as error:
         load_upstream("distil.ckpt", "here")
+    for part in ("distil.ckpt", *parts):
+        assert part in str(error.value)
     assert not (tmp_path / "hacked").exists()
 
 
@@ -372,7 +384,7 @@ def test_an_ekd_student_is_a_teacher(tmp_path, waves, student_settings, name):
     initialise(Student(student_settings), [teacher_model(ensemble, "s")], conv=True, encoder=True)
 
 
-def test_unispeech_sat_is_told_from_wavlm(teachers, tmp_path, waves, caplog):
+def test_unispeech_sat_is_distinguished_from_wavlm(teachers, tmp_path, waves, caplog):
     state = torch.load(teachers["wavlm"], weights_only=True)
     assert identify(state, "x")[0] == "wavlm"
     state["cfg"].update(relative_position_embedding=False, gru_rel_pos=False)
@@ -381,12 +393,12 @@ def test_unispeech_sat_is_told_from_wavlm(teachers, tmp_path, waves, caplog):
     torch.save(state, tmp_path / "sat.pt")
     with caplog.at_level(logging.INFO):
         upstream = load_upstream(str(tmp_path / "sat.pt"), "here")
-    assert "sat.pt is a unispeech_sat checkpoint" in caplog.text
+    assert detected_kinds(caplog) == ["unispeech_sat"]
     assert len(hidden(upstream, waves)) == 5
 
 
 class Dictionary:
-    """Stands for fairseq's, which its checkpoints pickle."""
+    """A replacement for the class of fairseq that its checkpoints pickle."""
 
 
 Dictionary.__module__, Dictionary.__qualname__ = "fairseq.data.dictionary", "Dictionary"
@@ -402,8 +414,8 @@ Dictionary.__module__, Dictionary.__qualname__ = "fairseq.data.dictionary", "Dic
         ("pickled", "hubert"),
     ],
 )
-def test_a_fairseq_checkpoint_says_how_to_convert_it(tmp_path, monkeypatch, state, family):
-    if state == "pickled":  # as fairseq writes HuBERT's: with objects of its own
+def test_a_fairseq_checkpoint_gives_the_command_to_convert_it(tmp_path, monkeypatch, state, family):
+    if state == "pickled":  # fairseq's HuBERT checkpoints contain objects of its classes
         import sys
         import types
 
@@ -414,23 +426,22 @@ def test_a_fairseq_checkpoint_says_how_to_convert_it(tmp_path, monkeypatch, stat
         monkeypatch.setitem(sys.modules, "fairseq.data.dictionary", module)
         state = {"cfg": {}, "model": {}, "task_state": {"dictionaries": [Dictionary()]}}
     torch.save(state, tmp_path / "fair.pt")
-    with pytest.raises(TeacherError) as caught:
+    command = re.escape(f"python -m s3prl.upstream.{family}.convert {tmp_path / 'fair.pt'}")
+    with pytest.raises(TeacherError, match=command):
         load_upstream(str(tmp_path / "fair.pt"), "here")
-    said = str(caught.value)
-    assert "is a fairseq checkpoint; convert it where fairseq is installed" in said
-    assert f"python -m s3prl.upstream.{family}.convert" in said
 
 
 @pytest.mark.parametrize("family", ["wav2vec2", "data2vec"])
-def test_conv_layers_are_checked_before_s3prl_sees_them(tmp_path, monkeypatch, family):
+def test_conv_layers_are_checked_before_s3prl_evaluates_them(tmp_path, monkeypatch, family):
     monkeypatch.chdir(tmp_path)
     config = {"conv_feature_layers": "__import__('os').mkdir('hacked')", "_name": family}
     torch.save({"task_cfg": {"a": 1}, "model_cfg": config, "model_weight": {}}, "evil.pt")
-    with pytest.raises(ConfigError, match="conv_feature_layers in evil.pt"):
+    with pytest.raises(ConfigError, match=r"conv_feature_layers.*evil\.pt"):
         load_upstream("evil.pt", "here")
     config["conv_feature_layers"] = CONV_LAYERS
     torch.save({"task_cfg": {"a": 1}, "model_cfg": config, "model_weight": {}}, "empty.pt")
-    with pytest.raises(CheckpointError, match=f"does not load as a {family} checkpoint"):
+    assert not (tmp_path / "hacked").exists()
+    with pytest.raises(CheckpointError, match=rf"empty\.pt.*\b{family}\b"):
         load_upstream("empty.pt", "here")
 
 
@@ -439,9 +450,9 @@ def test_layers_and_groups_of_a_config_reach_the_teacher(teachers):
     from s3prl_ekd.teachers import load_teachers
 
     settings = {
-        "plain": TeacherSettings(str(teachers["hubert"]), (2, 4)),
-        "grouped": TeacherSettings(str(teachers["wavlm"]), groups=((1, 2), (3,))),
+        "layers": TeacherSettings(str(teachers["hubert"]), (2, 4)),
+        "groups": TeacherSettings(str(teachers["wavlm"]), groups=((1, 2), (3,))),
     }
     loaded = load_teachers(settings, dropout=False)
-    assert loaded["plain"].targets == ((2,), (4,))
-    assert loaded["grouped"].targets == ((1, 2), (3,))
+    assert loaded["layers"].targets == ((2,), (4,))
+    assert loaded["groups"].targets == ((1, 2), (3,))

@@ -1,4 +1,4 @@
-"""Tiny teachers: s3prl's own loaders take them, and their features follow the sound."""
+"""Teachers with random weights load in s3prl, and their features depend on the waveform."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def hidden_states(name, path, waves):
 
 
 def speechlike(samples=32_000, seed=0):
-    """Noise through a resonance that wanders, in syllables: [samples] at 16 kHz."""
+    """A noisy tone of varying pitch with the rhythm of syllables: [sample] at 16 kHz."""
     generator = torch.Generator().manual_seed(seed)
     time = torch.arange(samples) / 16_000
     noise = torch.randn(samples, generator=generator)
@@ -35,11 +35,11 @@ def speechlike(samples=32_000, seed=0):
     return 0.1 * (carrier + 0.3 * noise) * torch.sin(2 * torch.pi * 2 * time).clamp(min=0)
 
 
-def same(first, second):
+def equal(first, second):
     if isinstance(first, torch.Tensor):
         return torch.equal(first, second)
     if isinstance(first, dict):
-        return first.keys() == second.keys() and all(same(first[k], second[k]) for k in first)
+        return first.keys() == second.keys() and all(equal(first[k], second[k]) for k in first)
     return first == second
 
 
@@ -53,12 +53,12 @@ def test_s3prl_loads_them(paths, name):
     assert all(torch.isfinite(state).all() for state in states)
 
 
-def test_they_are_tiny(paths):
+def test_files_are_small(paths):
     assert all(path.stat().st_size < 3_000_000 for path in paths.values())
 
 
 @pytest.mark.parametrize("name", LOADERS)
-def test_features_change_over_time_and_from_layer_to_layer(paths, name):
+def test_features_vary_over_time_and_between_layers(paths, name):
     states = [state[0] for state in hidden_states(name, paths[name], [speechlike()])]
     for state in (states[0], states[-1]):
         spread = state.std(dim=0).norm() / state.norm(dim=1).mean()
@@ -89,6 +89,6 @@ def test_seeds(build):
     expected = torch.rand(4)
     torch.manual_seed(3)
     first = build(seed=5, layers=2)
-    assert torch.equal(torch.rand(4), expected)  # the global state is as it was
-    assert same(first, build(seed=5, layers=2))
-    assert not same(first, build(seed=6, layers=2))
+    assert torch.equal(torch.rand(4), expected)  # the global random state is unchanged
+    assert equal(first, build(seed=5, layers=2))
+    assert not equal(first, build(seed=6, layers=2))

@@ -1,4 +1,4 @@
-"""Each tiny teacher's card says what a user must know, and nothing in it is left open."""
+"""The tiny teachers' model cards are complete."""
 
 import re
 
@@ -8,8 +8,8 @@ from s3prl_ekd.teachers import zoo
 
 from .conftest import REPO
 
-# From the sources' own pages, by way of the training data's LICENSES.md.
-WANTED = (
+# From the sources' pages and the LICENSES.md of the training data.
+REQUIRED = (
     "Librispeech: an ASR corpus based on public domain audio books",
     "Vassil Panayotov, Guoguo Chen, Daniel Povey, Sanjeev Khudanpur",
     "https://creativecommons.org/licenses/by/4.0/",
@@ -33,33 +33,33 @@ def name(request):
 
 def test_a_card_names_its_sources_and_their_licences(name):
     text = re.sub(r"\s+", " ", zoo.card(name).read_text(encoding="utf-8"))
-    for part in WANTED:
+    for part in REQUIRED:
         assert part in text, part
-    for other in zoo.TEACHERS:
-        assert (f"# {other} " in f"{text} ") == (other == name)
+    for teacher in zoo.TEACHERS:
+        assert (f"# {teacher} " in f"{text} ") == (teacher == name)
     for section in ("Data", "Licence", "Recipe", "Scores", "Limits"):
         assert f"## {section}" in text, section
 
 
-def test_the_card_of_the_robust_one_names_its_noise():
+def test_the_card_of_tiny_robust_hubert_names_its_noise():
     text = re.sub(r"\s+", " ", zoo.card("tiny_robust_hubert").read_text(encoding="utf-8"))
     for part in ("CC BY 3.0", "K. J. Piczak", "UncleSigmund", "vhlam", "ESC: Dataset for"):
         assert part in text, part
 
 
-def test_a_card_is_filled_in(name):
-    """Fails while a number is still `{{...}}`: whoever trains the weights writes it."""
+def test_a_card_has_no_placeholders(name):
+    """No number is still `{{...}}`, to be filled in after training."""
     assert re.findall(r"\{\{.*?\}\}", zoo.card(name).read_text(encoding="utf-8")) == []
 
 
-def test_a_card_has_scores_beside_a_twin(name):
+def test_a_card_compares_scores_with_random_weights(name):
     text = zoo.card(name).read_text(encoding="utf-8")
     scores = text.split("<!-- scores:")[1].split("<!-- end of scores -->")[0]
     rows = [line.split("|")[1].strip() for line in scores.splitlines() if line.startswith("|")]
     assert rows.count(name) == 1 and rows.count("less") == 1
-    assert sum(row.endswith("_random") for row in rows) == 2  # its scores, and less it
+    assert sum(row.endswith("_random") for row in rows) == 2  # scores, and difference to them
 
 
-def test_the_readme_is_filled_in():
+def test_the_readme_has_no_placeholders():
     text = (REPO / "README.md").read_text(encoding="utf-8")
     assert re.findall(r"\{\{.*?\}\}", text) == []

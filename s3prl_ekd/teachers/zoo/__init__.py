@@ -25,7 +25,7 @@ TEACHERS = ("tiny_hubert", "tiny_robust_hubert", "tiny_wavlm")
 RANDOM_INIT = {"tiny_hubert_random": "tiny_hubert", "tiny_wavlm_random": "tiny_wavlm"}
 NAMES = (*TEACHERS, *RANDOM_INIT)
 
-_HERE = Path(__file__).parent
+_FOLDER = Path(__file__).parent
 
 
 def weights(name: str) -> Path:
@@ -49,7 +49,7 @@ def card(name: str) -> Path:
 def _find(name: str, folder: str, suffix: str) -> Path:
     if name not in TEACHERS:
         raise SetupError(f"no such tiny teacher {name!r}; use one of: {', '.join(NAMES)}")
-    path = _HERE / folder / f"{name}{suffix}"
+    path = _FOLDER / folder / f"{name}{suffix}"
     if not path.is_file():
         raise SetupError(f"{path} is missing from the installation; reinstall s3prl_ekd")
     return path
