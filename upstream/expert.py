@@ -25,8 +25,8 @@ class UpstreamExpert(UpstreamBase):
         model_config: not used; the file has all settings.
 
     Raises:
-        CheckpointError: the file is missing, damaged or of another kind, or its pickle names other
-            classes.
+        CheckpointError: the file is missing, damaged or of another kind, or its pickle contains
+            code.
     """
 
     def __init__(self, ckpt: str | Path, model_config: object = None, **kwargs: Any):

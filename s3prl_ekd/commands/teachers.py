@@ -2,10 +2,10 @@
 
 `list` prints the tiny teachers of this package (tiny_hubert, tiny_robust_hubert, tiny_wavlm, ...),
 s3prl's hub names by family, and the supported checkpoint and folder formats. `inspect` runs each
-teacher of CONFIG on some utterances. For every layer it prints the mean norm of a frame and the
-mean and deviation of its values; for the layers in CONFIG, the similarity between teachers (linear
-CKA: 1 means equal up to rotation and scale). It writes layers.csv, cka.csv and cka.png, over all
-layers of all teachers, to DIR.
+teacher of CONFIG on some utterances. For every layer it prints the mean norm of a frame, and the
+mean and standard deviation of its values. For the layers in CONFIG it prints the similarity between
+teachers (linear CKA: 1 means equal up to rotation and scale). It writes layers.csv, cka.csv and
+cka.png, over all layers of all teachers, to DIR.
 
 example:
   s3prl-ekd teachers list

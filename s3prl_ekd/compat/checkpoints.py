@@ -33,10 +33,10 @@ def checkpoint_globals() -> tuple[type, ...]:
 
 
 def _as_in_file(schedule: type) -> type:
-    """An alias class of ``schedule`` with the name ``optimizers.NAME``.
+    """An alias of the class ``schedule`` with the name ``optimizers.NAME``.
 
-    s3prl's pretrain runner imports its optimizers as the top-level module ``optimizers``, and this
-    is the name that a checkpoint has. torch looks the name up in its list without an import, so the
+    This is the name in a checkpoint, because s3prl's pretrain runner imports its optimizers as the
+    top-level module ``optimizers``. torch looks the name up in its list without an import, so the
     module need not exist. Instances are of the real class, so they can be saved again.
     """
 
@@ -69,9 +69,9 @@ def refuses_by_default() -> bool:
 
 
 def loader_holes(version: str) -> str:
-    """What a malicious file can do in spite of ``torch.load(weights_only=True)``, with the CVEs.
+    """Known vulnerabilities of ``torch.load(weights_only=True)`` in a version of torch, as text.
 
-    Empty if none is known for this version of torch.
+    Empty if there are none.
     """
     from torch.torch_version import TorchVersion
 

@@ -5,7 +5,7 @@ s3prl passes such text to ``eval`` in three places:
 - The conv layers of a checkpoint or config, and ``-o``. :func:`guard` replaces ``eval`` in those
   modules of s3prl by a function that parses the expected kind of value.
 - Class names such as ``optimizer.name`` and ``modelrc.select``. :func:`check_names` rejects
-  anything but an identifier.
+  anything but an identifier, and Python's builtins.
 - The names of splits in the recipes of SID and ER (``eval(f'self.get_{split}_dataloader')``).
   :func:`check_splits` rejects splits that the recipe does not have.
 """
@@ -34,7 +34,7 @@ _ALLOWED_EXPRESSIONS = {"-math.inf", "math.inf"}  # for unk_weight in s3prl's AS
 
 
 def check_names(config: Any, location: str) -> None:
-    """Reject a config in which a value that s3prl passes to ``eval`` is not an identifier.
+    """Reject a config in which a value that s3prl passes to ``eval`` could run code.
 
     Args:
         config: a parsed YAML file or the config in a checkpoint.
@@ -46,8 +46,8 @@ def check_names(config: Any, location: str) -> None:
     for path, value in _evaluated_values(config, ()):
         if isinstance(value, str) and not _is_allowed(value):
             raise ConfigError(
-                f"{location}: {'.'.join(path)} must be an identifier, because s3prl runs it as "
-                f"code; got {value[:60]!r}"
+                f"{location}: {'.'.join(path)} must be an identifier and no Python builtin, "
+                f"because s3prl runs it as code; got {value[:60]!r}"
             )
 
 
@@ -216,14 +216,14 @@ def run_splits(config: Mapping[str, Any]) -> list[tuple[str, Any]]:
 
 
 def check_fold(fold: Any, location: str) -> None:
-    """Reject an ER fold with other characters than a split may have: s3prl uses it in file names.
+    """Reject an ER fold with characters that a split cannot have: s3prl uses it in file names.
 
     Args:
         fold: the value.
         location: file and key; starts the message.
 
     Raises:
-        ConfigError: the fold has other characters.
+        ConfigError: the fold has such characters.
     """
     if fold is not None and not (isinstance(fold, str) and _SPLIT_NAME.fullmatch(fold)):
         raise ConfigError(f"{location} must be fold1, fold2, ..., got {fold!r:.60}")

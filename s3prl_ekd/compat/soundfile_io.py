@@ -153,7 +153,7 @@ def save(
 
     name = format or ("" if hasattr(uri, "write") else Path(uri).suffix.lstrip("."))
     if name.lower() not in CONTAINERS:
-        raise DataError(f"{uri}: audio format must be {', '.join(CONTAINERS)}, got {name!r}")
+        raise DataError(f"{uri}: format must be one of {', '.join(CONTAINERS)}; got {name!r}")
     samples = src.detach().cpu()
     if samples.ndim == 1:
         samples = samples.unsqueeze(0 if channels_first else 1)

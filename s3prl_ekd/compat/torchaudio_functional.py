@@ -1,7 +1,7 @@
 """``torchaudio.functional``, imported after the shims are applied.
 
 Where torchaudio's compiled extension does not load, importing torchaudio fails before
-:func:`compat.apply`. Being a module, this also runs in a spawned worker process.
+:func:`compat.apply`. As a module, this also runs in spawned worker processes.
 """
 
 from .. import compat

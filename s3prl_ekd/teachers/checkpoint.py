@@ -45,7 +45,7 @@ def load_file(path: Path, location: str) -> nn.Module:
 
     Raises:
         TeacherError: a fairseq checkpoint, or the weights file of a Hugging Face folder.
-        CheckpointError: the file is damaged, of another kind, or its pickle names other classes.
+        CheckpointError: the file is damaged, of another kind, or its pickle contains code.
         ConfigError: its conv layers are not a list of number triples.
     """
     if is_safetensors(path):
@@ -84,7 +84,7 @@ def load_file(path: Path, location: str) -> nn.Module:
             return getattr(hubconf, f"{family}_local")(str(path))
     except EkdError:
         raise
-    except Exception as error:  # depends on the file's settings
+    except Exception as error:  # s3prl raises various classes for invalid settings
         raise CheckpointError(
             f"{location}: cannot load {path} as a {family} checkpoint: {first_line(error)}"
         ) from None
@@ -98,7 +98,7 @@ def check_upstream_file(path: Path, upstream: str) -> None:
         upstream: the hub name of the upstream that will load it.
 
     Raises:
-        CheckpointError: it is damaged, or its pickle names other classes.
+        CheckpointError: it is damaged, or its pickle contains code.
         ConfigError: its conv layers are not a list of number triples.
     """
     if upstream.startswith("ekd_student"):

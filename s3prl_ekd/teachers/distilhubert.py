@@ -84,7 +84,7 @@ def build_distilhubert(states: Mapping, path: Path) -> DistilHubertUpstream:
         raise CheckpointError(f"cannot load {path} as a distiller checkpoint: {error}") from None
     except EkdError:
         raise
-    except Exception as error:  # depends on the damage in the file
+    except Exception as error:  # s3prl and torch raise various classes for a damaged file
         raise CheckpointError(
             f"cannot load {path} as a distiller checkpoint: {first_line(error)}"
         ) from None

@@ -54,8 +54,8 @@ def check_folder(folder: Path, location: str) -> str:
     kind = _json(folder / "config.json", location).get("model_type")
     if kind not in MODEL_TYPES:
         raise TeacherError(
-            f"{location}: {folder / 'config.json'}: model_type must be {', '.join(MODEL_TYPES)}, "
-            f"got {kind!r}"
+            f"{location}: {folder / 'config.json'}: model_type must be one of "
+            f"{', '.join(MODEL_TYPES)}; got {kind!r}"
         )
     if (folder / "adapter_config.json").exists():  # transformers would load a second model
         raise TeacherError(
@@ -118,7 +118,7 @@ def load_folder(folder: Path, location: str) -> HuggingFaceUpstream:
                 )
     except EkdError:
         raise
-    except Exception as error:  # depends on the settings in the folder
+    except Exception as error:  # transformers raises various classes for invalid settings
         raise CheckpointError(
             f"{location}: cannot load {folder} with transformers: {first_line(error)}"
         ) from None
@@ -163,8 +163,8 @@ class HuggingFaceUpstream(nn.Module):
         # mHuBERT has one; in training mode it would use the batch's mean and variance
         self._batch_norm = getattr(network.encoder.pos_conv_embed, "batch_norm", None)
         # s3prl's HuBERT and WavLM count a waveform's valid frames differently from the other two
-        # families. mHuBERT is not in s3prl; it uses the exact count, because in a padding frame
-        # taken as valid the batch norm's output would remain.
+        # families. mHuBERT is not in s3prl. It uses the exact count: its batch norm changes zeros,
+        # so no padding frame may count as valid.
         self._counts_blocks = config.model_type in ("hubert", "wavlm") and self._batch_norm is None
 
     def train(self, mode: bool = True) -> HuggingFaceUpstream:
@@ -211,8 +211,8 @@ class HuggingFaceUpstream(nn.Module):
         ]
         if self._batch_norm is not None and mask is not None:
             # The batch norm turns the zeros after a shorter utterance into other values, which the
-            # positional convolution would mix into its last frames. Unbatched, the convolution
-            # pads with zeros.
+            # positional convolution would mix into its last frames. Without a batch, it gets zeros
+            # there.
             hooks.append(
                 self._batch_norm.register_forward_hook(
                     lambda module, args, normalised: normalised * mask[:, None]

@@ -117,7 +117,7 @@ def load_upstream(model: str, location: str) -> nn.Module:
 
     Raises:
         TeacherError: unknown name, failed download, or an unsupported kind.
-        CheckpointError: the file is damaged, of another kind, or its pickle names other classes.
+        CheckpointError: the file is damaged, of another kind, or its pickle contains code.
     """
     compat.apply()  # for Python callers: s3prl's upstreams import torchaudio
     check_source(model, location)

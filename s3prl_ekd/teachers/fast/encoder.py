@@ -1,7 +1,8 @@
-"""Fast forward of a frozen HuBERT, wav2vec 2.0, WavLM or UniSpeech-SAT, up to the highest target.
+"""Fast inference for frozen HuBERT, wav2vec 2.0, WavLM and UniSpeech-SAT teachers.
 
-It supports s3prl's experts of these families, from a hub name or a checkpoint, and prepares the
-waveforms in the same way. All other upstreams run s3prl's own forward.
+Layers above the highest target are not computed. This supports s3prl's experts of these families,
+from a hub name or a checkpoint, and prepares the waveforms as they do. All other upstreams run
+their own forward.
 """
 
 from __future__ import annotations
@@ -104,7 +105,8 @@ class FastEncoder:
         model: the expert's model; see :func:`supports_encoder`.
         extractor: its conv extractor; encoders with the same conv weights may share one.
         normalize: normalise each waveform to zero mean and unit variance.
-        counts_frames: count valid frames as s3prl's wav2vec 2.0, instead of its HuBERT and WavLM.
+        counts_frames: count valid frames as s3prl's wav2vec 2.0 does; if False, as its HuBERT and
+            WavLM do. See :func:`padded_frames`.
         precision: of the computation; hidden states are always float32.
         compiled: run the layers through ``torch.compile``.
         name: the teacher's name, for messages.
@@ -271,7 +273,7 @@ def _layer(layer: FastLayer, x: Tensor, bias: Tensor | None, key_mask: Tensor | 
 
 
 def supports_encoder(model: HubertModel | Wav2Vec2Model | WavLM) -> bool:
-    """Whether :class:`FastEncoder` can compute this model; if not, s3prl's own forward runs."""
+    """Whether :class:`FastEncoder` can compute this model."""
     encoder: Any = getattr(model, "encoder", None)
     positions = getattr(encoder, "pos_conv", None)
     if type(encoder).__name__ != "TransformerEncoder" or not isinstance(positions, nn.Sequential):

@@ -33,8 +33,9 @@ class PositionalConv:
         conv: Any = module[0]
         pad: Any = module[1]
         if hasattr(conv, "weight_g"):
-            # `conv.weight` is an attribute that s3prl's forward recomputes at each call, and that
-            # module.to() does not move. Setting it to this tensor saves a second copy until then.
+            # The module's forward recomputes the attribute `conv.weight` at each call. Until its
+            # next call the attribute can share this tensor, which saves a copy; module.to() would
+            # not move it.
             weight = torch._weight_norm(conv.weight_v, conv.weight_g, 2).detach()
             conv.weight = weight
         else:
@@ -62,7 +63,7 @@ class RelativeBias:
     Args:
         attention: that of the first layer, which has the table.
         device, dtype: of the bias.
-        cache_size: the most numbers of frames in the cache.
+        cache_size: how many biases the cache holds.
     """
 
     def __init__(
