@@ -1,10 +1,10 @@
-"""Parameters and MACs of an upstream or a package, counted as SUPERB's board counts them.
+"""Count parameters and MACs of an upstream or a package, as SUPERB's leaderboard counts them.
 
-MACs are summed over 32 utterances of LibriSpeech test-clean, one a forward, in four buckets of
-eight by length. Without the corpus the published lengths stand for them: the figures are the same,
-because they depend on the lengths alone. Products of matrices and convolutions are counted, and in
+MACs are summed over 32 utterances of LibriSpeech test-clean, each in a forward of its own, in four
+buckets of eight by length. Without the corpus their published lengths are used: the figures are the
+same, because they depend on the lengths alone. Matrix products and convolutions are counted, and in
 torch's multi_head_attention_forward a few terms that SUPERB's profiler adds. A parameter is unused
-if no hidden state depends on it; the board counts it all the same.
+if no hidden state depends on it; the leaderboard counts it as well.
 
 example:
   s3prl-ekd cost my_package -o cost.json
@@ -29,32 +29,34 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``cost``."""
     parser.add_argument(
         "package", metavar="PACKAGE_DIR", type=Path, nargs="?",
-        help="a package of `export superb`; its expert.py is run, in a process of its own",
+        help="written by `export superb`; its expert.py is run in a separate process",
     )  # fmt: skip
-    parser.add_argument("-u", "--upstream", metavar="NAME", help="instead: a name of s3prl's hub")
+    parser.add_argument(
+        "-u", "--upstream", metavar="NAME", help="a name of s3prl's hub, instead of PACKAGE_DIR"
+    )
     parser.add_argument("-k", "--ckpt", metavar="CKPT", help="the checkpoint of -u")
     parser.add_argument(
         "-s", "--selection", metavar="KEY",
-        help="what of -u counts as used, as in run_downstream.py (default: hidden_states)",
+        help="outputs of -u that count, as in run_downstream.py (default: hidden_states)",
     )  # fmt: skip
     parser.add_argument(
-        "--librispeech", metavar="DIR", type=Path, help="read the lengths from LibriSpeech"
+        "--librispeech", metavar="DIR", type=Path, help="read the lengths from this corpus"
     )
     parser.add_argument("-o", "--output", metavar="FILE.json", type=Path)
 
 
 def main(args: argparse.Namespace) -> int:
-    """Measure, print, and write the JSON if asked to; the exit code is 0."""
+    """Count, print, and write the JSON with ``-o``; the exit code is 0."""
     from ..superb.cost import LENGTHS, librispeech_lengths, measure_cost
 
     if (args.package is None) == (args.upstream is None):
-        raise SetupError("name a package's folder, or an upstream with -u NAME: one of the two")
-    for option, given in (("-k", args.ckpt), ("-s", args.selection)):
-        if args.package is not None and given is not None:
-            raise SetupError(f"{option} goes with -u; a package has its own model.pt and keys")
+        raise SetupError("expected either PACKAGE_DIR or -u NAME")
+    for option, value in (("-k", args.ckpt), ("-s", args.selection)):
+        if args.package is not None and value is not None:
+            raise SetupError(f"{option} needs -u; a package has its own model.pt and keys")
     selection = args.selection or "hidden_states"
     if args.output is not None:
-        check_report(args.output)  # before minutes of counting
+        check_report(args.output)  # before counting, which takes minutes
     lengths = librispeech_lengths(args.librispeech) if args.librispeech else LENGTHS
     if args.package is not None:
         from ..export.hidden_set.sandbox import package_cost
@@ -73,7 +75,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def print_cost(cost: dict) -> None:
-    """The contents of ``cost.json`` as a few lines."""
+    """Print the contents of ``cost.json`` as a few lines."""
     unused = f" ({cost['unused']:,} of them unused)" if cost["unused"] else ""
     print(f"parameters  {cost['parameters']:,}{unused}")
     buckets = " + ".join(f"{name} {macs / 1e9:.3f}" for name, macs in cost["macs_buckets"].items())
@@ -85,9 +87,13 @@ def print_cost(cost: dict) -> None:
 
 
 def check_report(path: Path) -> None:
-    """See that a report can be written there. Raises SetupError."""
+    """Check that a file can be written at ``path``, and create its folder.
+
+    Raises:
+        SetupError: it cannot.
+    """
     if path.is_dir():
-        raise SetupError(f"cannot write {path}: it is a folder; give the name of a file")
+        raise SetupError(f"cannot write {path}: it is a folder, expected a file name")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -95,10 +101,10 @@ def check_report(path: Path) -> None:
 
 
 def write_report(path: Path, report: dict) -> None:
-    """Write a report as JSON, whole or not at all, and say so; an older one is replaced.
+    """Write a report as JSON atomically, replacing an existing file, and print its path.
 
     Raises:
-        SetupError: it cannot be written.
+        SetupError: the file cannot be written.
     """
     from ..files.atomic import whole_file
 

@@ -1,8 +1,8 @@
-"""Pack predict.zip for SUPERB's public leaderboard, as s3prl's submit.py lays it out.
+"""Pack predict.zip for SUPERB's public leaderboard, with the layout of s3prl's submit.py.
 
-DIR is what `s3prl-ekd superb` has written. For each task the learning rate that is best on dev is
-taken, and of several seeds the one that is best on dev. The leaderboard scores ER only with all
-five folds, so without --partial all of PR, SID, ER (fold 1 to 5) and ASR must be there.
+DIR is a folder that `s3prl-ekd superb` wrote. For each task the learning rate with the best dev
+metric is used, and of several seeds the best one on dev. PR, SID, ER (folds 1 to 5, because the
+leaderboard scores ER only with all of them) and ASR are required, unless --partial is given.
 
 example:
   s3prl-ekd predictions result/superb/student -o predict.zip
@@ -21,37 +21,38 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options of this command."""
     parser.add_argument("folders", metavar="DIR", type=Path, nargs="+")
     parser.add_argument("-o", "--output", metavar="FILE", type=Path, required=True)
-    parser.add_argument("--upstream", metavar="NAME", help="whose, where DIR has several")
+    parser.add_argument("--upstream", metavar="NAME", help="which upstream, if DIR has several")
     parser.add_argument(
-        "--partial", action="store_true", help="pack what there is; other tasks stay unscored"
+        "--partial", action="store_true", help="allow missing tasks; they get no score"
     )
-    parser.add_argument("--force", action="store_true", help="write over an existing FILE")
+    parser.add_argument("--force", action="store_true", help="overwrite FILE")
 
 
 def main(args: argparse.Namespace) -> int:
-    """Choose, check, pack; see the module's text."""
+    """Choose the runs, check that none is missing, and pack; the exit code is 0."""
     from ..files.atomic import make_folder, whole_file
-    from ..superb.results import check_upstream, read_results, select
-    from ..superb.submission import choose_runs, lacking, write_archive
+    from ..superb.results import check_upstream_name, read_results, select
+    from ..superb.submission import choose_runs, missing_members, write_archive
 
     if args.output.exists() and not args.force:
-        raise SetupError(f"{args.output} exists; add --force to write over it")
+        raise SetupError(f"{args.output} exists; add --force to overwrite it")
     results = read_results(args.folders)
     selections = select(results.runs, results.unfinished)
     names = tuple(dict.fromkeys(upstream for upstream, _ in selections))
     if args.upstream is not None:
-        check_upstream(args.upstream, names)
+        check_upstream_name(args.upstream, names)
     elif not names:
-        raise SetupError("no run is finished there; start s3prl-ekd superb again")
+        folders = ", ".join(map(str, args.folders))
+        raise SetupError(f"no complete run in {folders}; run s3prl-ekd superb again")
     elif len(names) > 1:
-        raise SetupError(f"a submission is of one upstream; add --upstream: {', '.join(names)}")
+        raise SetupError(f"several upstreams; choose one with --upstream: {', '.join(names)}")
     upstream = args.upstream or names[0]
     runs = choose_runs({task: s for (name, task), s in selections.items() if name == upstream})
-    missing = lacking(runs)
+    missing = missing_members(runs)
     if missing and not (args.partial and runs):
         raise SetupError(
-            f"{upstream} lacks {', '.join(missing)}; run s3prl-ekd superb for it, or add --partial "
-            "to pack what there is"
+            f"no complete run of {upstream} for {', '.join(missing)}; run s3prl-ekd superb, or add "
+            "--partial to leave them out"
         )
     make_folder(args.output.parent, SetupError)
     with whole_file(args.output) as file:
@@ -59,6 +60,6 @@ def main(args: argparse.Namespace) -> int:
     for member, run in zip(members, runs.values(), strict=True):
         print(f"{member}  <- {run.folder.name}")
     if missing:
-        print(f"not in it, and so not scored: {', '.join(missing)}")
+        print(f"missing, so without a score: {', '.join(missing)}")
     print(f"wrote {args.output}")
     return 0

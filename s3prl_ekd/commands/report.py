@@ -1,8 +1,8 @@
-"""Tables and plots of downstream runs, with bootstrap intervals, from their prediction files.
+"""Report downstream runs as tables and plots, with bootstrap intervals.
 
-DIR is what `s3prl-ekd superb` has written: its root (result/superb), or the folder of an upstream,
-a task or a run; several may be given. For each upstream and task the learning rate that is best on
-dev is taken. Prints Markdown and writes report.md, report.csv and plots into FOLDER.
+DIR is a folder that `s3prl-ekd superb` wrote: its output (result/superb), or the folder of an
+upstream, a task or a run in it. For each upstream and task the learning rate with the best dev
+metric is reported. Prints Markdown, and writes report.md, report.csv and plots into FOLDER.
 
 example:
   s3prl-ekd report result/superb
@@ -24,42 +24,42 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options of this command."""
     parser.add_argument("folders", metavar="DIR", type=Path, nargs="+")
     parser.add_argument(
-        "-o", "--output", metavar="FOLDER", type=Path, help="default: report in the first DIR"
+        "-o", "--output", metavar="FOLDER", type=Path, help="default: report/ in the first DIR"
     )
     parser.add_argument(
-        "--against", metavar="UPSTREAM", help="also every upstream's difference to this one"
+        "--against", metavar="UPSTREAM", help="add the differences of all upstreams to this one"
     )
     parser.add_argument(
         "--resamples",
         metavar="N",
         type=int,
         default=10_000,
-        help="bootstrap resamples (default: 10000)",
+        help="number of bootstrap resamples (default: 10000)",
     )
     parser.add_argument(
-        "--published", action="store_true", help="also published rows of SUPERB's public set"
+        "--published", action="store_true", help="add published results on SUPERB's public set"
     )
     parser.add_argument(
-        "--force", action="store_true", help="write over files that no report has written"
+        "--force", action="store_true", help="overwrite files that this command did not write"
     )
 
 
 def main(args: argparse.Namespace) -> int:
-    """Read, measure, print, write; see the module's text."""
+    """Read the runs, print the report and write it; the exit code is 0."""
     from ..analysis.plots import require_matplotlib
     from ..files.atomic import make_folder, whole_file
     from ..superb.report import make_report
     from ..superb.report_plots import plots
     from ..superb.report_text import MARK, as_csv, as_markdown
-    from ..superb.results import check_upstream, read_results, select
+    from ..superb.results import check_upstream_name, read_results, select
 
     if not 100 <= args.resamples <= 1_000_000:
-        raise SetupError(f"--resamples is {args.resamples}; 100 to 1000000 is allowed")
+        raise SetupError(f"--resamples must be from 100 to 1000000, got {args.resamples}")
     results = read_results(args.folders)
     folder = args.output or args.folders[0] / "report"
     _check_free(folder, MARK, args.force)
     if args.against is not None:
-        check_upstream(
+        check_upstream_name(
             args.against,
             dict.fromkeys(name for name, _ in select(results.runs, results.unfinished)),
         )
@@ -73,7 +73,7 @@ def main(args: argparse.Namespace) -> int:
     with whole_file(folder / "report.csv") as file:
         file.write(as_csv(report, args.against).encode())
     for name in PLOTS:
-        (folder / name).unlink(missing_ok=True)  # none may be left of an earlier report
+        (folder / name).unlink(missing_ok=True)  # remove plots of an earlier report
     written = ["report.md", "report.csv"]
     try:
         require_matplotlib()
@@ -88,16 +88,16 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _check_free(folder: Path, mark: str, force: bool) -> None:
-    there = [folder / name for name in FILES if (folder / name).exists()]
-    if not there or force:
+    existing = [folder / name for name in FILES if (folder / name).exists()]
+    if not existing or force:
         return
     try:
         with open(folder / "report.md", encoding="utf-8") as file:
-            ours = file.readline().strip() == mark
+            is_report = file.readline().strip() == mark
     except (OSError, UnicodeDecodeError):
-        ours = False
-    if not ours:
+        is_report = False
+    if not is_report:
         raise SetupError(
-            f"{there[0]} was not written by this command; choose another folder with -o, or add "
-            "--force to write over it"
+            f"{existing[0]} exists and was not written by this command; choose another folder with "
+            "-o, or add --force to overwrite it"
         )

@@ -1,12 +1,12 @@
 """Train and evaluate SUPERB's PR, SID, ER and ASR on one or more upstreams.
 
-Every run goes through run_downstream.py with s3prl's recipes, in a folder of `s3prl-ekd init`.
-What is finished is kept and what was cut goes on, so the same command may be given again. ER runs
-over all its folds; of several learning rates the one that is best on dev counts.
+Runs s3prl's recipes through run_downstream.py, in a folder made by `s3prl-ekd init`. Finished runs
+are skipped and interrupted ones resumed, so the same command can be repeated. ER is run on all its
+folds. With several learning rates, `s3prl-ekd report` uses the one with the best dev metric.
 
-An UPSTREAM is a student file (student.safetensors), a name of s3prl's hub (fbank), or either with a
-name of its own: mine=student.safetensors, teacher=hubert_local:teachers/hubert.pt. A path may have
-= signs.
+UPSTREAM is a student file (student.safetensors) or a name of s3prl's hub (fbank), optionally with a
+name for reports: mine=student.safetensors, teacher=hubert_local:teachers/hubert.pt. Paths may
+contain =.
 
 example:
   s3prl-ekd superb student.safetensors fbank_no_cmvn --recipes tiny
@@ -30,13 +30,16 @@ def configure(parser) -> None:
     parser.add_argument("upstreams", metavar="UPSTREAM", nargs="+")
     parser.add_argument(
         "--tasks", nargs="+", metavar="TASK", default=["pr", "sid", "er", "asr"],
-        help="pr sid er asr (default: all four)",
+        help="any of pr sid er asr (default: all four)",
     )  # fmt: skip
     parser.add_argument(
-        "--recipes", choices=("full", "tiny"), default="full", help="SUPERB's, or a laptop's"
+        "--recipes",
+        choices=("full", "tiny"),
+        default="full",
+        help="full: SUPERB's recipes (default); tiny: small ones that run on a laptop",
     )
     parser.add_argument(
-        "--recipe", metavar="TASK=YAML", action="append", default=[], help="a recipe of your own"
+        "--recipe", metavar="TASK=YAML", action="append", default=[], help="use another recipe"
     )
     parser.add_argument(
         "--lr", metavar="TASK=LR[,LR]", action="append", default=[],
@@ -44,41 +47,44 @@ def configure(parser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--steps", metavar="TASK=N", action="append", default=[],
-        help="steps of training, with four evaluations (default: the recipe's)",
+        help="training steps, with four evaluations (default: the recipe's)",
     )  # fmt: skip
     parser.add_argument(
         "--override", metavar="TASK=TEXT", action="append", default=[],
-        help="more for run_downstream.py's -o",
+        help="overrides in the notation of run_downstream.py's -o",
     )  # fmt: skip
     parser.add_argument("--seeds", type=int, nargs="+", default=[1337], help="default: 1337")
     parser.add_argument(
         "-s", "--selection", default="hidden_states", metavar="KEY",
-        help="of the students' outputs: hidden_states (default) or hidden_states_and_heads",
+        help="which outputs of students are used: hidden_states (default) or "
+        "hidden_states_and_heads",
     )  # fmt: skip
     parser.add_argument(
         "--noise", metavar="DIR", nargs="+", default=[],
-        help="test again under these noises: folders of audio, or manifests (their test split)",
+        help="also test under these noises: folders of audio, or manifests (test split)",
     )  # fmt: skip
-    parser.add_argument("--snr", type=float, nargs="+", default=[], help="in dB, for --noise")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, a GPU each")
+    parser.add_argument("--snr", type=float, nargs="+", default=[], help="SNRs in dB for --noise")
     parser.add_argument(
-        "--gpus", type=int, default=1, help="GPUs for one training, through torchrun (default: 1)"
+        "--jobs", type=int, default=1, help="runs in parallel, each on one GPU (default: 1)"
+    )
+    parser.add_argument(
+        "--gpus", type=int, default=1, help="GPUs of one training, through torchrun (default: 1)"
     )
     parser.add_argument(
         "--cache-features", nargs="?", const="", metavar="DIR",
-        help="compute hidden states once for each utterance, alone, and keep them in DIR (default: "
-        "OUTPUT/.features, removed once an upstream's runs are finished). Layers x width x 100 "
-        "bytes for a second of speech: 1 MB for a model of the base size (13 x 768), 0.1 MB for a "
-        "tiny one (5 x 192). Scores differ a little from those over padded batches",
+        help="compute each utterance's hidden states once, without padding, and cache them in DIR "
+        "(default: OUTPUT/.features, removed when an upstream's runs are finished). A second of "
+        "speech takes layers x width x 100 bytes: 1 MB for a base model (13 x 768), 0.1 MB for a "
+        "tiny one (5 x 192). Scores differ slightly from those with padded batches",
     )  # fmt: skip
     parser.add_argument(
         "--cache-features-gb", metavar="GB", default=str(LIMIT_GB),
-        help=f"keep no more than this (default: {LIMIT_GB:g})",
+        help=f"limit of the cache in GB (default: {LIMIT_GB:g})",
     )  # fmt: skip
     parser.add_argument(
         "--keep-features", action="store_true", help="do not remove OUTPUT/.features"
     )
-    parser.add_argument("--dry-run", action="store_true", help="print the commands and leave")
+    parser.add_argument("--dry-run", action="store_true", help="print the commands and exit")
     parser.add_argument(
         "-o", "--output", metavar="DIR", type=Path, default=Path("result/superb"),
         help="default: result/superb",
@@ -88,38 +94,39 @@ def configure(parser) -> None:
 def main(args) -> int:
     from ..launch.forked import processes
     from ..superb import run as superb
-    from ..superb.plan import plan
+    from ..superb.plan import plan_runs
 
-    runs = plan(args)
+    runs = plan_runs(args)
     if args.dry_run:
         for run in runs:
             for argv in superb.commands(run, args.gpus):
                 print(shlex.join(argv))
         return 0
     superb.check_records(runs)
-    _probe([run for run in runs if not superb.is_finished(run)])
+    _check_upstreams([run for run in runs if not superb.is_finished(run)])
     keep = args.keep_features or bool(args.cache_features)
     failed = superb.run_all(runs, args.jobs, args.gpus, keep_features=keep, processes=processes())
     if failed:
         reasons = "\n".join(f"  {reason}" for _, reason in failed)
         raise SetupError(
-            f"{len(failed)} of {len(runs)} runs failed; give the same command again once it is "
-            f"mended:\n{reasons}"
+            f"{len(failed)} of {len(runs)} runs failed; fix the cause and repeat the command:\n"
+            f"{reasons}"
         )
     print(f"{len(runs)} runs finished; next: s3prl-ekd report {shlex.quote(str(args.output))}")
     return 0
 
 
-def _probe(runs) -> None:
-    """Each upstream that is still to run: can it be used, and what does it cost?"""
+def _check_upstreams(runs) -> None:
+    """Check each upstream of ``runs`` with a forward, and write its ``cost.json``."""
     from ..files.atomic import make_folder, write_text
-    from ..superb.cost import build_upstream, measure_cost, probe
-    from ..superb.run import upstream_folders
+    from ..superb.cost import build_upstream, check_forward, measure_cost
+    from ..superb.run import recorded_folders
 
     for upstream, root in {run.upstream: run.root for run in runs}.items():
         module = build_upstream(upstream.hub, upstream.checkpoint)
-        probe(module, upstream.selection, upstream.name)
+        check_forward(module, upstream.selection, upstream.name)
         path = root / upstream.name / "cost.json"
-        if not path.is_file() or not upstream_folders(root, upstream.name):  # of no other model
+        # without a finished or interrupted run, an existing cost.json may be of another model
+        if not path.is_file() or not recorded_folders(root, upstream.name):
             make_folder(path.parent, SetupError)
             write_text(path, json.dumps(measure_cost(module), indent=1) + "\n")

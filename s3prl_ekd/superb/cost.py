@@ -1,10 +1,10 @@
-"""What an upstream costs, counted as SUPERB's board counts: parameters and MACs.
+"""Count an upstream's parameters and MACs, as SUPERB's leaderboard counts them.
 
 MACs are summed over one forward for each of 32 utterances of LibriSpeech test-clean; see
-:mod:`.macs` for what counts. They depend on the lengths alone, so noise of the published lengths
-gives the same figures as the corpus. SUPERB counts every parameter of the module, whether its
-hidden states depend on it or not; :func:`unused_parameters` names those that only make a submission
-look larger.
+:mod:`.macs` for the counting rules. They depend on the utterances' lengths alone, so noise of the
+published lengths gives the same figures as the corpus. SUPERB counts all parameters of the module,
+including those that no hidden state depends on; :func:`unused_parameters` lists these, since they
+only make a submission look larger.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from tqdm import tqdm
 from ..errors import DataError, EkdError, SetupError, first_line
 from .macs import count_macs
 
-States = Sequence[Tensor]  # hidden states, [batch, frame, dim] each
+HiddenStates = Sequence[Tensor]  # [batch, frame, dim] each
 _SECONDS = 0.5
 _RATE = 16_000
 
-# Samples at 16 kHz: all 2,620 utterances sorted by length, of them every 82nd.
+# In samples at 16 kHz: every 82nd of the 2,620 utterances sorted by length.
 LENGTHS: Mapping[str, Sequence[int]] = {
     "short": (20560, 34560, 38480, 42560, 45600, 48720, 52000, 55120),
     "medium": (59120, 62720, 66400, 71200, 75200, 78640, 82800, 87520),
@@ -36,17 +36,19 @@ PROFILER = "s3prl_ekd: products by torch.utils.flop_counter, attention as SUPERB
 SPLIT, UTTERANCES, EVERY = "test-clean", 2620, 82
 
 
-def unused_parameters(module: nn.Module, states_of: Callable[[list[Tensor]], States]) -> list[str]:
+def unused_parameters(
+    module: nn.Module, states_of: Callable[[list[Tensor]], HiddenStates]
+) -> list[str]:
     """Names of the parameters that no hidden state depends on, in eval mode.
 
-    A parameter is used if a backward from a random weighted sum of all hidden states gives it a
-    gradient that is not zero throughout. (The plain sum would not do: that of a layer
-    normalisation's output is constant.) One without is put to the test: it is used if other values
-    in its place change any hidden state; so what runs under ``torch.no_grad`` counts as used.
+    A parameter is used if a random weighted sum of all hidden states has a non-zero gradient with
+    respect to it. (An unweighted sum does not work: that of a layer normalisation's output is
+    constant.) A parameter without gradient is used if changing its values changes any hidden state;
+    so parameters that run under ``torch.no_grad`` count as used.
 
     Args:
-        module: on any device; it is left as it was.
-        states_of: runs it on unpadded waveforms ``[sample]``.
+        module: on any device. Parameters, flags and training mode are restored.
+        states_of: runs the module on unpadded waveforms ``[sample]``.
     """
     parameters = dict(module.named_parameters())
     device = next((parameter.device for parameter in parameters.values()), torch.device("cpu"))
@@ -56,15 +58,15 @@ def unused_parameters(module: nn.Module, states_of: Callable[[list[Tensor]], Sta
     training = module.training
     module.eval()
     try:
-        suspects = _without_gradient(parameters, states_of, waves, generator)
-        return _without_effect(suspects, states_of, waves, generator)
+        candidates = _without_gradient(parameters, states_of, waves, generator)
+        return _without_effect(candidates, states_of, waves, generator)
     finally:
         module.train(training)
 
 
 def _without_gradient(
     parameters: dict[str, nn.Parameter],
-    states_of: Callable[[list[Tensor]], States],
+    states_of: Callable[[list[Tensor]], HiddenStates],
     waves: list[Tensor],
     generator: torch.Generator,
 ) -> dict[str, nn.Parameter]:
@@ -76,9 +78,9 @@ def _without_gradient(
             states = [state for state in states_of(waves) if state.requires_grad]
             if not states:
                 return parameters
-            first, *others = [(state.float() * _noise(state, generator)).sum() for state in states]
-            goal = sum(others, first)
-        gradients = torch.autograd.grad(goal, list(parameters.values()), allow_unused=True)
+            first, *rest = [(state.float() * _noise(state, generator)).sum() for state in states]
+            total = sum(rest, first)
+        gradients = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
     finally:
         for name, parameter in parameters.items():
             parameter.requires_grad_(flags[name])
@@ -91,25 +93,26 @@ def _without_gradient(
 
 @torch.no_grad()
 def _without_effect(
-    suspects: dict[str, nn.Parameter],
-    states_of: Callable[[list[Tensor]], States],
+    candidates: dict[str, nn.Parameter],
+    states_of: Callable[[list[Tensor]], HiddenStates],
     waves: list[Tensor],
     generator: torch.Generator,
 ) -> list[str]:
-    before = [state.clone() for state in states_of(waves)]
+    original = [state.clone() for state in states_of(waves)]
 
-    def changes(chosen: list[nn.Parameter]) -> bool:
-        kept = [parameter.clone() for parameter in chosen]
-        for parameter in chosen:
+    def has_effect(changed: list[nn.Parameter]) -> bool:
+        saved = [parameter.clone() for parameter in changed]
+        for parameter in changed:
             parameter.add_(_noise(parameter, generator))
-        after = states_of(waves)
-        for parameter, value in zip(chosen, kept, strict=True):
+        states = states_of(waves)
+        for parameter, value in zip(changed, saved, strict=True):
             parameter.copy_(value)
-        return any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
+        return any(not torch.equal(a, b) for a, b in zip(original, states, strict=True))
 
-    if not suspects or not changes(list(suspects.values())):  # all at once: most often the case
-        return list(suspects)
-    return [name for name, parameter in suspects.items() if not changes([parameter])]
+    # usually none has an effect: try all at once first
+    if not candidates or not has_effect(list(candidates.values())):
+        return list(candidates)
+    return [name for name, parameter in candidates.items() if not has_effect([parameter])]
 
 
 def _noise(like: Tensor, generator: torch.Generator) -> Tensor:
@@ -117,10 +120,10 @@ def _noise(like: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def build_upstream(hub_name: str, checkpoint: str | None) -> torch.nn.Module:
-    """The upstream of that hub name, as s3prl's downstream Runner builds it, in eval mode.
+    """Build an upstream as s3prl's downstream Runner does, in eval mode.
 
     Raises:
-        SetupError: there is no such name, or it cannot be built.
+        SetupError: no such name in ``s3prl.hub``, or the upstream cannot be built.
     """
     from .. import compat
     from ..files.torch_load import build_limit, restrict_torch
@@ -133,7 +136,7 @@ def build_upstream(hub_name: str, checkpoint: str | None) -> torch.nn.Module:
     from s3prl import hub
 
     if not hasattr(hub, hub_name):
-        raise SetupError(f"{hub_name}: s3prl has no such upstream; see run_downstream.py -h")
+        raise SetupError(f"no such upstream in s3prl: {hub_name}; see run_downstream.py -h")
     limit: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if checkpoint is not None and Path(checkpoint).exists() and not Path(checkpoint).is_dir():
         check_upstream_file(Path(checkpoint), hub_name)
@@ -143,50 +146,59 @@ def build_upstream(hub_name: str, checkpoint: str | None) -> torch.nn.Module:
             upstream = getattr(hub, hub_name)(ckpt=checkpoint, model_config=None, refresh=False)
     except EkdError:
         raise
-    except Exception as error:  # whatever a foreign upstream raises is the answer
-        what = hub_name if checkpoint is None else f"{hub_name} with {checkpoint}"
-        raise SetupError(f"the upstream {what} cannot be built: {first_line(error)}") from None
+    except Exception as error:  # an upstream may raise anything
+        upstream_text = hub_name if checkpoint is None else f"{hub_name} with {checkpoint}"
+        raise SetupError(f"cannot build upstream {upstream_text}: {first_line(error)}") from None
     return upstream.eval()
 
 
 def check_outputs(outputs: Any, selection: str, name: str) -> None:
-    """What s3prl's Featurizer wants: a dict with a list of tensors ``[batch, frame, dim]``.
+    """Check an upstream's outputs for s3prl's Featurizer: a dict with a list of tensors
+    ``[batch, frame, dim]``.
 
-    A tuple of tensors is taken too, as some upstreams of s3prl give one; SUPERB's hidden set is
-    stricter, see ``s3prl-ekd validate``.
+    A tuple of tensors is allowed too, because some upstreams of s3prl return one. SUPERB's hidden
+    set is stricter, see ``s3prl-ekd validate``.
+
+    Args:
+        selection: the key of the list.
+        name: the upstream's name in errors.
 
     Raises:
-        SetupError: it is something else.
+        SetupError: the outputs have another type or shape, or are not finite.
     """
     if not isinstance(outputs, dict):
         raise SetupError(
-            f"the upstream {name} returns a {type(outputs).__name__}; its forward must return a "
-            'dict with "hidden_states", a list of tensors [batch, frame, dim]'
+            f"upstream {name}: forward must return a dict with {selection}, a list of tensors "
+            f"[batch, frame, dim], got {type(outputs).__name__}"
         )
     if selection not in outputs:
-        known = ", ".join(map(str, outputs)) or "nothing"
-        raise SetupError(f"the upstream {name} gives no {selection}; it gives: {known}")
+        keys = ", ".join(map(str, outputs)) or "an empty dict"
+        raise SetupError(f"upstream {name}: no {selection} in its outputs; it returns: {keys}")
     states = outputs[selection]
     if isinstance(states, torch.Tensor):
         states = [states]
     if not isinstance(states, (list, tuple)):
         raise SetupError(
-            f"the upstream {name} gives {selection} as a {type(states).__name__}; it must be a "
-            "list of tensors [batch, frame, dim]"
+            f"upstream {name}: {selection} must be a list of tensors [batch, frame, dim], got "
+            f"{type(states).__name__}"
         )
     shapes = {tuple(state.shape) if isinstance(state, torch.Tensor) else None for state in states}
-    shape, *others = shapes or {None}
-    if others or shape is None or len(shape) != 3:
+    shape, *more_shapes = shapes or {None}
+    if more_shapes or shape is None or len(shape) != 3:
         raise SetupError(
-            f"the upstream {name} gives {selection} of shapes {sorted(map(str, shapes))}; all must "
-            "be tensors [batch, frame, dim] of one shape"
+            f"upstream {name}: {selection} must be tensors [batch, frame, dim] of the same shape, "
+            f"got {sorted(map(str, shapes))}"
         )
     if not all(torch.isfinite(state).all() for state in states):
-        raise SetupError(f"the upstream {name} gives values that are not finite in {selection}")
+        raise SetupError(f"upstream {name}: {selection} has values that are not finite")
 
 
-def probe(upstream: torch.nn.Module, selection: str, name: str) -> None:
-    """One forward on two waveforms of 1 and 0.6 s. Raises SetupError; see :func:`check_outputs`."""
+def check_forward(upstream: torch.nn.Module, selection: str, name: str) -> None:
+    """Run one forward on two waveforms of 1 and 0.6 s, and check its outputs.
+
+    Raises:
+        SetupError: see :func:`check_outputs`.
+    """
     generator = torch.Generator().manual_seed(0)
     waves = [0.1 * torch.randn(n, generator=generator) for n in (16000, 9600)]
     with torch.no_grad():
@@ -199,18 +211,20 @@ def measure_cost(
     selection: str | Sequence[str] = "hidden_states",
     progress: Callable = tqdm,
 ) -> dict[str, Any]:
-    """The contents of ``cost.json``.
+    """Count parameters and MACs: the contents of ``cost.json``.
 
     Args:
-        module: an upstream, ``list of [sample] -> {"hidden_states": [...]}``; put in eval mode.
-        lengths: of the utterances in samples, by bucket.
-        selection: the key or keys whose hidden states count as outputs.
-        progress: wraps what is iterated over, as ``tqdm`` does.
+        module: an upstream, ``list of [sample] -> {"hidden_states": [...]}``. It is put into eval
+            mode.
+        lengths: bucket -> lengths of its utterances in samples.
+        selection: the key or keys of the outputs; parameters that none of them depends on are
+            unused.
+        progress: wraps an iterable, as ``tqdm`` does.
 
     Returns:
-        ``parameters``; ``unused``, those of them that no hidden state depends on; ``macs`` and
-        ``macs_buckets``, MACs as the board counts them; ``macs_products``, those of matrix products
-        and convolutions alone; ``utterances``; ``profiler``.
+        ``parameters``; ``unused``, the parameters that no output depends on; ``macs`` and
+        ``macs_buckets``, MACs as the leaderboard counts them; ``macs_products``, the MACs of matrix
+        products and convolutions alone; ``utterances``, their number; ``profiler``.
     """
     module.eval()
     keys = [selection] if isinstance(selection, str) else list(selection)
@@ -218,8 +232,8 @@ def measure_cost(
     unused = unused_parameters(module, lambda waves: hidden_states(module(waves), keys))
     device = next((parameter.device for parameter in parameters.values()), torch.device("cpu"))
     buckets, products = dict.fromkeys(lengths, 0.0), 0
-    work = [(bucket, samples) for bucket, many in lengths.items() for samples in many]
-    for bucket, samples in progress(work, desc="MACs", unit=" utterances", leave=False):
+    utterances = [(bucket, samples) for bucket, group in lengths.items() for samples in group]
+    for bucket, samples in progress(utterances, desc="MACs", unit=" utterances", leave=False):
         with count_macs() as macs:
             module([torch.zeros(samples, device=device).uniform_(-1, 1)])
         buckets[bucket] += macs.total
@@ -230,29 +244,35 @@ def measure_cost(
         "macs": sum(buckets.values()),
         "macs_buckets": buckets,
         "macs_products": float(products),
-        "utterances": len(work),
+        "utterances": len(utterances),
         "profiler": PROFILER,
     }
 
 
 def hidden_states(result: Mapping[str, Any], keys: Sequence[str]) -> list[Tensor]:
-    """What ``keys`` select from an upstream's result; as SUPERB, ``hidden_states`` for a missing
-    one. A single tensor (a baseline's) stands for a list of one."""
+    """The hidden states under ``keys`` of an upstream's result, in one list.
+
+    For a missing key ``hidden_states`` is used, as in SUPERB. A single tensor, as s3prl's baselines
+    return, counts as a list of one.
+    """
     states = []
     for key in keys:
-        found = result.get(key, result["hidden_states"])
-        states += [found] if isinstance(found, Tensor) else list(found)
+        value = result.get(key, result["hidden_states"])
+        states += [value] if isinstance(value, Tensor) else list(value)
     return states
 
 
 def librispeech_lengths(folder: Path) -> dict[str, list[int]]:
-    """The lengths of the 32 utterances, read from the headers of LibriSpeech test-clean.
+    """Read the lengths of the 32 utterances from the audio headers of LibriSpeech test-clean.
 
     Args:
-        folder: ``test-clean``, or the folder that has it.
+        folder: ``test-clean``, or its parent.
+
+    Returns:
+        Bucket -> lengths in samples.
 
     Raises:
-        DataError: it is not there, not whole, or a file of it cannot be read.
+        DataError: the folder is missing or incomplete, or a file cannot be read.
     """
     from ..data.audio_files import find_audio, read_headers
 
@@ -260,13 +280,14 @@ def librispeech_lengths(folder: Path) -> dict[str, list[int]]:
     names = find_audio(folder)
     if len(names) != UTTERANCES:
         raise DataError(
-            f"{folder} has {len(names)} audio files; LibriSpeech's {SPLIT} has {UTTERANCES}"
+            f"{folder}: expected the {UTTERANCES} audio files of LibriSpeech {SPLIT}, got "
+            f"{len(names)}"
         )
     samples = []
     for header in read_headers(folder, names):
         if isinstance(header, DataError):
             raise header
         samples.append(header.samples)
-    chosen = sorted(samples)[::EVERY]
-    size = len(chosen) // len(LENGTHS)
-    return {bucket: chosen[i * size : (i + 1) * size] for i, bucket in enumerate(LENGTHS)}
+    lengths = sorted(samples)[::EVERY]
+    size = len(lengths) // len(LENGTHS)
+    return {bucket: lengths[i * size : (i + 1) * size] for i, bucket in enumerate(LENGTHS)}

@@ -1,18 +1,18 @@
-"""Count the multiply-accumulates (MACs) of a forward, as SUPERB's board counts them.
+"""Count the multiply-accumulates (MACs) of a forward, as SUPERB's leaderboard counts them.
 
-The board's figures come from the profiling tool of the SLT 2022 challenge, a fork of DeepSpeed's
-flops profiler. It counts
+The leaderboard's figures come from the profiling tool of the SLT 2022 challenge, a fork of
+DeepSpeed's flops profiler. It counts
 
-* matrix products and convolutions: one MAC for each multiplication in them;
+* matrix products and convolutions: one MAC for each multiplication;
 * in ``torch.nn.functional.multi_head_attention_forward`` also the biases and the scaling of the
-  projections (a MAC for each number), and for each attention weight one for the mask, two for the
-  softmax, one for the dropout if there is any.
+  projections (one MAC for each element), and for each attention weight one MAC for the mask, two
+  for the softmax, and one for the dropout if there is any.
 
-It counts no other attention's softmax, no normalisation, activation, bias or residual. By this
-rule HuBERT Base has exactly the 1,669,156,022,848 MACs that the tool's authors print; its products
-alone are 1,665,522,780,160.
+It does not count the softmax of any other attention, nor normalisations, activations, other biases
+or residuals. With these rules HuBERT Base has exactly the 1,669,156,022,848 MACs that the tool's
+authors print; its products alone have 1,665,522,780,160.
 
-This module needs torch and nothing else.
+This module imports only torch.
 """
 
 from __future__ import annotations
@@ -34,8 +34,9 @@ from torch.utils.flop_counter import flop_registry
 
 _ATTENTION = torch.nn.functional.multi_head_attention_forward
 _ATEN = torch.ops.aten
-# Products that torch's flop counter leaves out: operator -> its two factors among the arguments.
-_ALSO = {
+# Products that torch's flop counter does not count: operator -> indices of its factors in the
+# arguments.
+_UNREGISTERED = {
     _ATEN.addmm_: (1, 2),
     _ATEN.baddbmm_: (1, 2),
     _ATEN.addmv: (1, 2),
@@ -45,8 +46,13 @@ _ALSO = {
 
 
 @dataclass
-class Macs:
-    """``products``: matrix products and convolutions; ``attention``: what the board adds."""
+class MacCount:
+    """A number of MACs.
+
+    Attributes:
+        products: of matrix products and convolutions.
+        attention: of the other terms that the leaderboard counts in attention.
+    """
 
     products: int = 0
     attention: int = 0
@@ -57,15 +63,15 @@ class Macs:
 
 
 @contextlib.contextmanager
-def count_macs() -> Iterator[Macs]:
-    """Count within the block; the numbers in what it gives grow with each forward.
+def count_macs() -> Iterator[MacCount]:
+    """Count the MACs of all forwards in the ``with`` block.
 
-    Products are counted by their shapes and not computed: zeros stand for their results, so that a
-    large model is counted in seconds. What a model returns within the block means nothing.
+    Products are counted by their shapes and not computed: their results are zeros, so that a large
+    model takes seconds. The model's outputs in the block are meaningless.
     """
-    counted = Macs()
+    counted = MacCount()
     fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # it hides the products of nn.MultiheadAttention
+    torch.backends.mha.set_fastpath_enabled(False)  # it hides nn.MultiheadAttention's products
     try:
         with (
             warnings.catch_warnings(),
@@ -82,14 +88,14 @@ def count_macs() -> Iterator[Macs]:
 
 @contextlib.contextmanager
 def _without_mkldnn() -> Iterator[None]:
-    """oneDNN computes an LSTM in one operator, which hides its products."""
-    warnings.filterwarnings("ignore", message="TF32 acceleration")  # setting the flags warns of it
+    """Disable oneDNN, which computes an LSTM in one operator and so hides its products."""
+    warnings.filterwarnings("ignore", message="TF32 acceleration")  # raised by setting the flags
     with torch.backends.mkldnn.flags(enabled=False):
         yield
 
 
 class _Products(TorchDispatchMode):
-    def __init__(self, counted: Macs):
+    def __init__(self, counted: MacCount):
         super().__init__()
         self.counted = counted
 
@@ -98,17 +104,17 @@ class _Products(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         packet = func._overloadpacket
-        if packet in _ALSO:
-            first, second = (args[i] for i in _ALSO[packet])
+        if packet in _UNREGISTERED:
+            first, second = (args[i] for i in _UNREGISTERED[packet])
             columns = second.shape[-1] if second.dim() > 1 else 1
             self.counted.products += first.numel() * columns
             return func(*args, **kwargs)
         if packet in flop_registry:
-            result = _stand_in(func, args, kwargs)
+            result = _zeros_result(func, args, kwargs)
             self.counted.products += flop_registry[packet](*args, **kwargs, out_val=result) // 2
             return result
         if func is not torch.ops.prim.device.default:
-            with self:  # an operator of several parts, whole as in inference mode
+            with self:  # split a composite operator, as inference mode leaves it in one piece
                 result = func.decompose(*args, **kwargs)
             if result is not NotImplemented:
                 return result
@@ -116,7 +122,7 @@ class _Products(TorchDispatchMode):
 
 
 class _AttentionTerms(TorchFunctionMode):
-    def __init__(self, counted: Macs):
+    def __init__(self, counted: MacCount):
         super().__init__()
         self.counted = counted
 
@@ -124,9 +130,9 @@ class _AttentionTerms(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         if func is _ATTENTION:
-            given = inspect.signature(func).bind(*args, **(kwargs or {}))
-            given.apply_defaults()
-            self.counted.attention += _attention_terms(**given.arguments)
+            bound = inspect.signature(func).bind(*args, **(kwargs or {}))
+            bound.apply_defaults()
+            self.counted.attention += _attention_terms(**bound.arguments)
         return func(*args, **(kwargs or {}))
 
 
@@ -137,20 +143,20 @@ def _attention_terms(
     num_heads: int,
     in_proj_bias: Tensor | None,
     dropout_p: float,
-    **others: Any,
+    **unused: Any,
 ) -> int:
-    """The board's MACs of one call beside the products; ``query`` is ``[frame, batch, dim]``."""
+    """MACs of one attention call other than its products; ``query`` is ``[frame, batch, dim]``."""
     bias = query.numel() + key.numel() + value.numel() if in_proj_bias is not None else 0
     batch = query.shape[1] if query.dim() == 3 else 1
     weights = batch * num_heads * query.shape[0] * key.shape[0]
     return bias + query.numel() + weights * (4 if dropout_p > 0 else 3)
 
 
-def _stand_in(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Zeros of the shape, type and device that the operator would return."""
+def _zeros_result(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Zeros of the shape, dtype and device of the operator's result."""
     device = next(arg.device for arg in args if isinstance(arg, torch.Tensor))
     try:
         meta = func(*tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), args), **kwargs)
-    except (NotImplementedError, RuntimeError):  # no way to know the shape but to compute
+    except (NotImplementedError, RuntimeError):  # no meta kernel: compute the result
         return func(*args, **kwargs)
     return tree_map_only(torch.Tensor, lambda tensor: torch.zeros_like(tensor, device=device), meta)

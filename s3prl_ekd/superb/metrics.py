@@ -1,9 +1,9 @@
-"""Metrics of the tasks from s3prl's prediction files, with bootstrap intervals.
+"""Compute task metrics from s3prl's prediction files, with bootstrap intervals.
 
-Percentile intervals (Efron 1979; for word error rates Bisani and Ney, ICASSP 2004): utterances are
-drawn with replacement, the rate of the whole set is computed on each draw, and quantiles over the
-draws bound the interval. Systems that are compared see the same draws. A task's metric is the mean
-over seeds, for ER also over folds.
+Percentile bootstrap (Efron 1979; for word error rates Bisani and Ney, ICASSP 2004): utterances are
+resampled with replacement, the rate is computed on each resample, and quantiles of these rates are
+the interval's bounds. Systems that are compared share the same resamples. A task's metric is the
+mean over seeds, for ER also over folds.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ..errors import DataError
 from .results import Run, Selection
 
 RESAMPLES = 10_000
-_CELLS = 2_000_000  # of [resample, utterance] at a time: about 50 MB
+_CELLS = 2_000_000  # size of a block [resample, utterance]: about 50 MB
 
 
 def resampled_rates(
@@ -33,61 +33,62 @@ def resampled_rates(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> np.ndarray:
-    """Per cent of errors of each system on each resample of the utterances.
+    """Compute the error rate of each system on bootstrap resamples of the utterances.
 
-    The draws depend on ``names`` and ``seed`` alone: whatever was tested on the same utterances
-    (other systems, other tasks, the same speech under noise) is compared on the same draws, and
-    other test sets are drawn independently.
+    The resamples depend on ``names`` and ``seed`` alone. So results on the same utterances are
+    paired (other systems, other tasks, the same speech under noise), and different test sets are
+    resampled independently.
 
     Args:
-        errors: ``[system, utterance]``.
-        lengths: ``[utterance]``, each at least 1.
+        errors: number of errors, ``[system, utterance]``.
+        lengths: number of reference tokens, ``[utterance]``, each at least 1.
         names: ``[utterance]``.
-        resamples: how many draws.
+        resamples: number of resamples.
 
     Returns:
-        ``[system, resample]``.
+        Error rates in per cent, ``[system, resample]``.
     """
     count = len(names)
     digest = hashlib.sha256("\n".join(names).encode()).digest()
     rng = np.random.default_rng([seed, int.from_bytes(digest[:8], "big")])
-    columns = np.concatenate([errors, lengths[None]]).T.astype(np.float64)  # (utterance, system+1)
+    columns = np.concatenate([errors, lengths[None]]).T.astype(np.float64)  # [utterance, system+1]
     sums = []
     for start in range(0, resamples, max(1, _CELLS // count)):
         rows = min(max(1, _CELLS // count), resamples - start)
         drawn = rng.integers(count, size=(rows, count))
         drawn += count * np.arange(rows)[:, None]
-        times = np.bincount(drawn.ravel(), minlength=rows * count).reshape(rows, count)
-        sums.append(times.astype(np.float64) @ columns)  # (resample, system+1)
+        weights = np.bincount(drawn.ravel(), minlength=rows * count).reshape(rows, count)
+        sums.append(weights.astype(np.float64) @ columns)  # [resample, system+1]
     total = np.concatenate(sums)
     return 100 * (total[:, :-1] / total[:, -1:]).T
 
 
 def interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float]:
-    """The central ``level`` of ``values`` ``[resample]``: its percentile interval."""
+    """The percentile interval that holds the central ``level`` of ``values`` ``[resample]``."""
     low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 
 def share_better(difference: np.ndarray, *, higher: bool) -> float:
-    """Share of resamples in which a difference is for the better; a tie counts as half of one.
+    """The fraction of resamples in which the first system is better; a tie counts as half.
 
     Args:
-        difference: ``[resample]``.
-        higher: whether a higher value is the better one.
+        difference: first system's metric minus the second's, ``[resample]``.
+        higher: whether a higher metric is better.
     """
     wins = difference > 0 if higher else difference < 0
     return float(wins.mean() + 0.5 * (difference == 0).mean())
 
 
 @dataclass(frozen=True, eq=False)
-class Measure:
+class TaskMetric:
     """The metric of one upstream and task under one condition, in per cent.
 
     Attributes:
-        by_seed: the metric of each seed alone; ``value`` is their mean.
-        resampled: ``[resample]``, ``value`` on each draw of the utterances.
-        utterances: in the test set, all folds together.
+        value: the mean of ``by_seed``.
+        by_seed: the metric of each seed.
+        resampled: ``value`` on each resample of the utterances, ``[resample]``.
+        utterances: size of the test set, all folds together.
         test_set: :func:`test_set` of its folds.
     """
 
@@ -106,18 +107,18 @@ class Measure:
 
     @property
     def deviation(self) -> float | None:
-        """Standard deviation over seeds; None where there is one."""
+        """Standard deviation over seeds; None for a single seed."""
         return statistics.stdev(self.by_seed) if len(self.by_seed) > 1 else None
 
 
 @dataclass(frozen=True, eq=False)
 class Fold:
-    """What the seeds of an upstream made of one test set.
+    """Errors of all seeds of an upstream on the test set of one fold.
 
     Attributes:
         names: ``[utterance]``.
-        lengths: ``[utterance]``, as in :class:`Counts`.
-        errors: ``[seed, utterance]``.
+        lengths: reference tokens, ``[utterance]``, as in :class:`Counts`.
+        errors: ``[seed, utterance]``, as in :class:`Counts`.
     """
 
     names: tuple[str, ...]
@@ -126,30 +127,33 @@ class Fold:
 
 
 def test_set(folds: Sequence[Fold]) -> tuple:
-    """Equal for folds of the same utterances and references: only then are draws paired."""
+    """A key that is equal for the same utterances and reference lengths.
+
+    Only metrics with equal keys have paired resamples.
+    """
     return tuple((fold.names, fold.lengths.tobytes()) for fold in folds)
 
 
-def measure(
+def compute_metrics(
     selections: Sequence[Selection], condition: str, resamples: int = RESAMPLES
-) -> list[Measure]:
-    """Measure the upstreams that were tested under ``condition``, all of one task.
+) -> list[TaskMetric]:
+    """Compute one task's metric for each upstream that was tested under ``condition``.
 
-    A fold's rate is over all of its utterances (errors / reference tokens); ER is the mean of its
-    folds' accuracies, as SUPERB takes it, and each fold is resampled by itself.
+    A fold's rate is over all of its utterances (errors / reference tokens). ER is the mean of the
+    folds' accuracies, as in SUPERB. Each fold is resampled separately.
 
     Raises:
         DataError: predictions are missing or damaged, or the seeds of one upstream were tested on
             different utterances.
     """
     tested = [s for s in selections if all(condition in run.tested for run in s.runs)]
-    folds = [_folds(selection, condition) for selection in tested]
-    alike: dict[tuple, list[int]] = {}  # test set -> which of `tested`
+    folds = [_fold_errors(selection, condition) for selection in tested]
+    by_test_set: dict[tuple, list[int]] = {}  # test set -> indices into `tested`
     for i, group in enumerate(folds):
-        alike.setdefault(test_set(group), []).append(i)
-    found: dict[int, Measure] = {}
-    for key, members in alike.items():
-        # All systems of one test set at once: drawing costs more than counting.
+        by_test_set.setdefault(test_set(group), []).append(i)
+    results: dict[int, TaskMetric] = {}
+    for key, members in by_test_set.items():
+        # All systems of one test set at once: drawing costs more than summing.
         drawn, rates = [], []
         for stack in zip(*(folds[i] for i in members), strict=True):
             first, errors = stack[0], np.concatenate([fold.errors for fold in stack])
@@ -162,7 +166,7 @@ def measure(
             seeds, draws = by_system[start:end], by_draw[start:end].mean(axis=0)
             if TASKS[tested[i].task].metric == "acc":
                 seeds, draws = 100 - seeds, 100 - draws
-            found[i] = Measure(
+            results[i] = TaskMetric(
                 selection=tested[i],
                 condition=condition,
                 value=float(seeds.mean()),
@@ -172,11 +176,11 @@ def measure(
                 test_set=key,
             )
             start = end
-    return [found[i] for i in range(len(tested))]
+    return [results[i] for i in range(len(tested))]
 
 
-def _folds(selection: Selection, condition: str) -> list[Fold]:
-    found = []
+def _fold_errors(selection: Selection, condition: str) -> list[Fold]:
+    folds = []
     for name in selection.folds:
         runs = [run for run in selection.runs if run.fold == name]
         counts: list[Counts] = [count_run(run, condition) for run in runs]
@@ -184,22 +188,22 @@ def _folds(selection: Selection, condition: str) -> list[Fold]:
         for run, other in zip(runs[1:], counts[1:], strict=True):
             if other.names != first.names or (other.lengths != first.lengths).any():
                 raise DataError(
-                    f"{runs[0].folder} and {run.folder} were not tested on the same utterances "
-                    f"({condition}); evaluate them on one test set"
+                    f"{runs[0].folder} and {run.folder} were tested on different utterances "
+                    f"({condition}); evaluate both on the same test set"
                 )
         errors = np.stack([count.errors for count in counts])
-        found.append(Fold(first.names, first.lengths, errors))
-    return found
+        folds.append(Fold(first.names, first.lengths, errors))
+    return folds
 
 
 @dataclass(frozen=True)
 class Counts:
-    """Errors of each utterance, and what they are counted against.
+    """Errors and reference lengths of each utterance.
 
     Attributes:
         names: ``[utterance]``, sorted.
-        errors: ``[utterance]``; edit operations, or 1 for a wrong label.
-        lengths: ``[utterance]``; reference tokens, or 1 for a label.
+        errors: edit operations, or 1 for a wrong label, ``[utterance]``.
+        lengths: reference tokens, or 1 for a label, ``[utterance]``.
     """
 
     names: tuple[str, ...]
@@ -208,45 +212,46 @@ class Counts:
 
     @property
     def rate(self) -> float:
-        """Errors in per cent of the references of the whole set: WER, PER, or 100 - accuracy."""
+        """Error rate of the whole test set in per cent: WER, PER, or 100 - accuracy."""
         return 100 * float(self.errors.sum()) / float(self.lengths.sum())
 
 
 def read_predictions(path: str | Path) -> dict[str, str]:
-    """``utterance text`` lines -> text by utterance; an empty text is allowed.
+    """Read lines of ``UTTERANCE TEXT`` as {utterance: text}; the text may be empty.
 
-    s3prl keeps only the stem of a file as the utterance's name. One that comes again is told apart
-    by its place: ``u``, ``u (2)``; predictions and references have the same order.
+    s3prl names an utterance by the stem of its file, so names may repeat. Repetitions are numbered
+    in the order of the file: ``u``, ``u (2)``. Predictions and references have the same order.
 
     Raises:
-        DataError: the file cannot be read, or has a line without a name.
+        DataError: the file cannot be read, or a line has no utterance name.
     """
     try:
-        # not splitlines(): it would also cut at separators that may stand within a text
+        # not splitlines(): it also splits at separators that may be part of a text
         lines = Path(path).read_text(encoding="utf-8").split("\n")
     except OSError as error:
         raise DataError(f"cannot read the predictions {path}: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise DataError(f"cannot read the predictions {path}: they are not UTF-8 text") from None
+        raise DataError(f"cannot read the predictions {path}: not UTF-8 text") from None
     if lines[-1] == "":
         lines.pop()
-    found: dict[str, str] = {}
-    seen: Counter[str] = Counter()
+    texts: dict[str, str] = {}
+    occurrences: Counter[str] = Counter()
     for number, line in enumerate(lines, start=1):
         name, _, text = line.partition(" ")
         if not name:
-            raise DataError(f"{path}: line {number} has no utterance's name")
-        seen[name] += 1
-        found[name if seen[name] == 1 else f"{name} ({seen[name]})"] = text.strip()
-    return found
+            raise DataError(f"{path}: line {number}: no utterance name; expected UTTERANCE TEXT")
+        occurrences[name] += 1
+        count = occurrences[name]
+        texts[name if count == 1 else f"{name} ({count})"] = text.strip()
+    return texts
 
 
 def read_pairs(hypotheses: Path, references: Path) -> list[tuple[str, str, str]]:
-    """(utterance, hypothesis, reference) of every utterance, sorted by name.
+    """Read (utterance, hypothesis, reference) of all utterances, sorted by name.
 
     Raises:
-        DataError: a file cannot be read, the two do not hold the same utterances, there are none,
-            or a reference is empty.
+        DataError: a file cannot be read, the files have different utterances or none, or a
+            reference is empty.
     """
     hyp, ref = read_predictions(hypotheses), read_predictions(references)
     if not ref:
@@ -254,23 +259,23 @@ def read_pairs(hypotheses: Path, references: Path) -> list[tuple[str, str, str]]
     differing = sorted(hyp.keys() ^ ref.keys())
     if differing:
         raise DataError(
-            f"{hypotheses} and {references.name} do not match: {differing[0]} is in only one of "
-            "them; evaluate the run again"
+            f"{hypotheses} and {references.name} have different utterances: {differing[0]} is in "
+            "only one of them; evaluate the run again"
         )
     for name, text in ref.items():
         if not text:
             raise DataError(
-                f"{references}: the reference of {name} is empty, so it has no error rate; take it "
-                "out of the test set"
+                f"{references}: the reference of {name} is empty, so its error rate is undefined; "
+                "remove it from the test set"
             )
     return [(name, hyp[name], ref[name]) for name in sorted(ref)]
 
 
 def count_errors(pairs: Sequence[tuple[str, str, str]], *, labels: bool) -> Counts:
-    """Errors of each utterance of ``pairs`` (:func:`read_pairs`).
+    """Count the errors of each utterance of ``pairs`` (:func:`read_pairs`).
 
     Args:
-        labels: whether a text is one label, right or wrong, or a sequence of tokens.
+        labels: whether a text is a single label instead of a sequence of tokens.
     """
     if labels:
         errors = [int(hyp != ref) for _, hyp, ref in pairs]
@@ -283,8 +288,8 @@ def count_errors(pairs: Sequence[tuple[str, str, str]], *, labels: bool) -> Coun
 
 
 def count_characters(pairs: Sequence[tuple[str, str, str]]) -> Counts:
-    """Edit operations on characters, spaces included, of each utterance of ``pairs``
-    (:func:`read_pairs`): where hardly a word is right, they still tell systems apart."""
+    """Count the character edits, spaces included, of each utterance of ``pairs``
+    (:func:`read_pairs`). Systems with a WER near 100 % still differ in CER."""
     errors = [editdistance.eval(hyp, ref) for _, hyp, ref in pairs]
     lengths = [len(ref) for _, _, ref in pairs]
     names = tuple(name for name, _, _ in pairs)
@@ -292,7 +297,7 @@ def count_characters(pairs: Sequence[tuple[str, str, str]]) -> Counts:
 
 
 def count_run(run: Run, condition: str) -> Counts:
-    """Errors of a run's predictions of the test set under ``condition``.
+    """Count the errors of a run on the test set under ``condition``.
 
     Raises:
         DataError: as in :func:`read_pairs`.

@@ -1,4 +1,4 @@
-"""What `s3prl-ekd superb` is to run: upstreams × tasks × learning rates × seeds × folds."""
+"""Plan the runs of `s3prl-ekd superb`: upstreams × tasks × learning rates × seeds × folds."""
 
 from __future__ import annotations
 
@@ -34,13 +34,20 @@ from ..request import (
 from ..teachers import zoo
 
 CLEAN = "clean"
-FEATURES = ".features"  # below the output
-_NAME = r"[\w.-]+"  # of an upstream, and of its folder
+FEATURES = ".features"  # cached hidden states, in the output folder
+_NAME = r"[\w.-]+"  # an upstream's name, which is also its folder's
 
 
 @dataclass(frozen=True)
 class Upstream:
-    """What is evaluated: a name of s3prl's hub, with a checkpoint where it wants one."""
+    """An upstream to evaluate.
+
+    Attributes:
+        name: the name in reports, and of its folder.
+        hub: the name in ``s3prl.hub``.
+        checkpoint: path or URL; None if ``hub`` needs none.
+        selection: the key of the upstream's outputs that the featurizer uses.
+    """
 
     name: str
     hub: str
@@ -49,20 +56,20 @@ class Upstream:
 
     @property
     def identity(self) -> list[str]:
-        """What decides its outputs: not the path of the checkpoint but its contents."""
+        """Hub name, SHA-256 of the checkpoint's contents (its path if not a file), selection."""
         path = self.checkpoint
-        if path is None and self.hub in zoo.NAMES:  # a file of ours, which another version changes
+        if path is None and self.hub in zoo.NAMES:  # weights that change with the package's version
             path = str(zoo.weights(self.hub))
-        known = _sha256(path) if path is not None and Path(path).is_file() else str(path)
-        return [self.hub, known, self.selection]
+        contents = _sha256(path) if path is not None and Path(path).is_file() else str(path)
+        return [self.hub, contents, self.selection]
 
     @property
     def digest(self) -> str:
-        """Of :attr:`identity`."""
+        """SHA-256 of :attr:`identity`."""
         return _digest(self.identity)
 
 
-_sha256 = cache(file_sha256)  # asked for every run of an upstream
+_sha256 = cache(file_sha256)  # every run of an upstream needs it
 
 
 def _digest(facts: Any) -> str:
@@ -70,44 +77,48 @@ def _digest(facts: Any) -> str:
 
 
 def parse_upstream(text: str, selection: str = "hidden_states") -> Upstream:
-    """``student.pt``, ``fbank``, ``NAME=student.pt``, ``NAME=HUB`` or ``NAME=HUB:CHECKPOINT``.
+    """Parse ``student.pt``, ``fbank``, ``NAME=student.pt``, ``NAME=HUB`` or
+    ``NAME=HUB:CHECKPOINT``.
 
-    Paths may have ``=`` signs: a file that is there is meant whole, and what stands before the
-    first sign is a name only if it can be one. A name taken from a file has ``-`` in the place of
-    what a name cannot have.
+    Paths may contain ``=``. If ``text`` is a file, all of it is the path; otherwise the part before
+    the first ``=`` is the name, if it is a valid one. A name derived from a file name has ``-`` in
+    place of characters that a name must not contain.
 
     Raises:
-        SetupError: a file that is not there, or a name that cannot be a folder's.
+        SetupError: no such file, or the name cannot be a folder's.
     """
-    name, equals, what = text.partition("=")
+    name, equals, source = text.partition("=")
     if not equals or Path(text).is_file() or not re.fullmatch(_NAME, name):
-        name, what = "", text
-    hub, colon, checkpoint = what.partition(":")
-    if Path(what).is_file():
-        chosen = Upstream(name or _named_after(what), "ekd_student", what, selection)
-    elif colon and not what.startswith(("http://", "https://")):
+        name, source = "", text
+    hub, colon, checkpoint = source.partition(":")
+    if Path(source).is_file():
+        upstream = Upstream(name or _name_from(source), "ekd_student", source, selection)
+    elif colon and not source.startswith(("http://", "https://")):
         if not Path(checkpoint).exists():
-            raise SetupError(f"{text}: there is no such file: {checkpoint}")
-        chosen = Upstream(name or f"{hub}-{_named_after(checkpoint)}", hub, checkpoint)
-    elif re.fullmatch(r"\w+", what):
-        chosen = Upstream(name or what, what)
+            raise SetupError(f"{text}: no such file: {checkpoint}")
+        upstream = Upstream(name or f"{hub}-{_name_from(checkpoint)}", hub, checkpoint)
+    elif re.fullmatch(r"\w+", source):
+        upstream = Upstream(name or source, source)
     else:
         raise SetupError(
-            f"{text}: there is no such file; an upstream is a student file, a name of s3prl's hub, "
+            f"{text}: no such file; UPSTREAM must be a student file, a name of s3prl's hub, "
             "NAME=student.pt or NAME=HUB:CHECKPOINT"
         )
-    if not re.fullmatch(_NAME, chosen.name) or chosen.name.startswith("."):
-        raise SetupError(f"{text}: the name {chosen.name!r} may have letters, digits, _ - and .")
-    return chosen
+    if not re.fullmatch(_NAME, upstream.name) or upstream.name.startswith("."):
+        raise SetupError(
+            f"{text}: an upstream's name must consist of letters, digits, _, - and ., and not "
+            f"start with ., got {upstream.name!r}"
+        )
+    return upstream
 
 
-def _named_after(path: str) -> str:
+def _name_from(path: str) -> str:
     return re.sub(r"[^\w.-]", "-", Path(path).stem)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A task's YAML with what the user changed in it."""
+    """A task's YAML with the user's overrides."""
 
     task: Task
     path: str
@@ -119,17 +130,24 @@ class Recipe:
         return apply_overrides(config, self.overrides) if self.overrides else config
 
     def check(self, folder: Path) -> None:
-        """Raise ConfigError where a file or a folder that the recipe names is not there, or a
-        folder has not the files that the recipe's lists name."""
+        """Check that the recipe's paths exist and hold the files that its lists name.
+
+        Args:
+            folder: relative paths are resolved against it.
+
+        Raises:
+            ConfigError: a file or folder is missing.
+        """
         config = self.config
         for key, missing in missing_paths(config, self.task.paths, folder):
             raise ConfigError(
-                f"{self.path}: {key} is {missing}, which is not there; edit it, prepare the data "
-                f"(s3prl-ekd prepare {self.task.name} -h), or leave {self.task.name} out of --tasks"
+                f"{self.path}: {key}: no such file or folder {missing}; edit the recipe, prepare "
+                f"the data (s3prl-ekd prepare {self.task.name} -h), or leave {self.task.name} out "
+                "of --tasks"
             )
         try:
             folds = self.folds()
-        except ConfigError:  # the check may know where they are
+        except ConfigError:  # check_corpus may find the right folder and name it in its error
             check_corpus(self.task.downstream, config, self.path, folder=folder)
             raise
         for fold in folds:
@@ -140,41 +158,59 @@ class Recipe:
             check_corpus(self.task.downstream, config, self.path, folder=folder)
 
     def data_digests(self, folder: Path) -> list[str]:
-        """Of the tables that ``s3prl-ekd prepare`` left in the data folders; of data in its own
-        layout nothing is known."""
-        found = {}
+        """SHA-256 of each table that ``s3prl-ekd prepare`` wrote into the data folders.
+
+        Empty for a corpus that was not prepared by it.
+        """
+        digests = {}
         for _, path in recipe_paths(self.config, self.task.corpus):
-            for place in (folder / path, (folder / path).parent):
-                table = place / PREPARED
+            for parent in (folder / path, (folder / path).parent):
+                table = parent / PREPARED
                 if table.is_file():
-                    found[table.resolve()] = file_sha256(table)
-        return sorted(found.values())
+                    digests[table.resolve()] = file_sha256(table)
+        return sorted(digests.values())
 
     def folds(self) -> list[str | None]:
-        """ER: ``fold1`` … for each session that has metadata; one run without a fold else."""
+        """For ER ``fold1``, ``fold2``, ... for each session with metadata; else ``[None]``."""
         if self.task.name != "er":
             return [None]
         meta = Path(self.config["downstream_expert"]["datarc"]["meta_data"])
-        found = sorted((path.name for path in meta.glob("Session*")), key=natural)
-        if not found:
-            raise ConfigError(f"{self.path}: {meta} has no Session1, Session2, ...")
-        return [name.replace("Session", "fold") for name in found]
+        sessions = sorted((path.name for path in meta.glob("Session*")), key=natural)
+        if not sessions:
+            raise ConfigError(
+                f"{self.path}: downstream_expert.datarc.meta_data: expected Session1, Session2, "
+                f"... in {meta}, found none"
+            )
+        return [name.replace("Session", "fold") for name in sessions]
 
     def learning_rate(self) -> float:
         return float(self.config["optimizer"]["lr"])
 
 
 def steps_overrides(steps: int) -> str:
-    """Overrides for a run of ``steps`` steps with four evaluations, none of them lost."""
-    every = max(1, steps // 4)
-    total = every * max(1, steps // every)
-    keys = {"total_steps": total, "log_step": every, "eval_step": every, "save_step": every}
+    """Overrides for ``steps`` training steps with four evaluations.
+
+    ``total_steps`` is rounded down to a multiple of the evaluation interval, so that no step comes
+    after the last evaluation.
+    """
+    interval = max(1, steps // 4)
+    total = interval * max(1, steps // interval)
+    keys = {
+        "total_steps": total, "log_step": interval, "eval_step": interval, "save_step": interval
+    }  # fmt: skip
     return ",,".join(f"config.runner.{key}={value}" for key, value in keys.items())
 
 
 @dataclass(frozen=True)
-class Run:
-    """One downstream model: trained once, tested under one or more conditions."""
+class PlannedRun:
+    """One downstream model to train once and test under one or more conditions.
+
+    Attributes:
+        root: the output folder of all runs.
+        noises: condition -> (folder or manifest of noises, SNR in dB).
+        features: cache of hidden states, computed for each utterance alone (no padding); None:
+            s3prl's padded batches.
+    """
 
     upstream: Upstream
     recipe: Recipe
@@ -183,7 +219,7 @@ class Run:
     fold: str | None
     root: Path = Path("result/superb")
     noises: Mapping[str, tuple[str, float]] = field(default_factory=dict, hash=False)
-    features: CacheOptions | None = None  # hidden states of each utterance alone, kept
+    features: CacheOptions | None = None
 
     @property
     def task(self) -> Task:
@@ -208,16 +244,16 @@ class Run:
 
     @property
     def digest(self) -> str:
-        """Of what decides the result."""
+        """SHA-256 of everything that determines the result."""
         config = apply_overrides(read_yaml(self.recipe.path), self.overrides)
         facts = [self.upstream.identity, config, self.task.downstream, self.seed]
         facts += self.recipe.data_digests(Path.cwd())
-        if self.features is not None:  # without padding, hidden states differ a little
+        if self.features is not None:  # hidden states differ slightly without padding
             facts.append("features of each utterance alone")
         return _digest(facts)
 
     def training(self) -> DownstreamRequest:
-        """The training; a run that was cut is resumed."""
+        """The request that trains the run, resuming it if it was interrupted."""
         return DownstreamRequest(
             mode="train",
             auto_resume=True,
@@ -233,7 +269,7 @@ class Run:
         )
 
     def test(self, checkpoint: str, condition: str) -> DownstreamRequest:
-        """One evaluation; noisy ones write below ``noisy/``."""
+        """The request that tests a checkpoint; under noise it writes into ``noisy/CONDITION``."""
         return DownstreamRequest(
             mode="evaluate",
             evaluate_split=self.task.split,
@@ -244,120 +280,136 @@ class Run:
 
     @property
     def conditions(self) -> dict[str, str]:
-        """Condition -> folder of its prediction files, below the run's."""
+        """Condition -> folder of its prediction files, relative to the run's folder."""
         return {CLEAN: ".", **{name: f"noisy/{name}" for name in self.noises}}
 
 
 def noise_conditions(folders: Sequence[str], snrs: Sequence[float]) -> dict:
-    """``{babble_snr5: (folder, 5.0), …}``.
+    """Build the noise conditions: ``{babble_snr5: (folder, 5.0), ...}``.
 
     Raises:
-        SetupError: only one of the two was given, two conditions have one name, or a ratio is no
-            number of dB.
-        DataError: no noises are there; found out now, and not when the training is done.
+        SetupError: ``folders`` or ``snrs`` alone is given, two conditions have the same name, or an
+            SNR is not finite.
+        DataError: a folder or manifest has no noises. Checked here so that the error comes before
+            training.
     """
     if bool(folders) != bool(snrs):
-        raise SetupError("--noise and --snr go together: --noise FOLDER --snr 10 5 0")
-    found: dict[str, tuple[str, float]] = {}
+        raise SetupError("--noise and --snr must be given together: --noise FOLDER --snr 10 5 0")
+    conditions: dict[str, tuple[str, float]] = {}
     for folder in folders:
         find_noises(folder)
         for snr in snrs:
             if not math.isfinite(snr):
-                raise SetupError(f"--snr {snr}: a number of dB is needed, such as 5")
+                raise SetupError(f"--snr must be finite, in dB, such as 5, got {snr}")
             name = condition_name(folder, snr)
-            if name in found:
+            if name in conditions:
                 raise SetupError(
-                    f"--noise {found[name][0]} and {folder} at {snr:g} dB have one name, {name}; "
-                    "rename a folder, or name each once"
+                    f"--noise {conditions[name][0]} and {folder} at {snr:g} dB have the same "
+                    f"condition name {name}; rename a folder, or give each folder and SNR once"
                 )
-            found[name] = (folder, float(snr))
-    return found
+            conditions[name] = (folder, float(snr))
+    return conditions
 
 
 @cache
 def noise_digest(folder: str) -> str:
-    """Of the names and sizes of the noises in a folder or manifest: a name says too little."""
+    """SHA-256 of the names and sizes of the noise files in a folder or manifest."""
     noises = find_noises(folder)
     return _digest([[name, os.path.getsize(noises.root / name)] for name in noises.names])
 
 
-def plan(args: Namespace) -> list[Run]:
-    """The runs that the options ask for, all checked before the first one begins.
+def plan_runs(args: Namespace) -> list[PlannedRun]:
+    """List the runs of a command, and check all of them before the first one starts.
 
     Args:
         args: the options of ``s3prl-ekd superb``; see :mod:`..commands.superb`.
 
     Raises:
-        EkdError: one sentence for what the user can mend.
+        EkdError: an option, a recipe, an upstream or a corpus is wrong.
     """
     tasks = choose_tasks(args.tasks)
     if args.jobs < 1 or args.gpus < 1:
-        raise SetupError("--jobs and --gpus must be 1 or more")
+        raise SetupError(
+            f"--jobs and --gpus must be 1 or more, got --jobs {args.jobs} --gpus {args.gpus}"
+        )
     if len(set(args.seeds)) < len(args.seeds):
-        raise SetupError("--seeds names a seed twice")
+        raise SetupError(f"--seeds must differ, got {' '.join(map(str, args.seeds))}")
     upstreams = [parse_upstream(text, args.selection) for text in args.upstreams]
     names = [upstream.name for upstream in upstreams]
-    twice = {name for name in names if names.count(name) > 1}
-    if twice:
-        raise SetupError(f"two upstreams are called {twice.pop()}; name them: NAME=CHECKPOINT")
-    recipes_of = _by_task("--recipe", args.recipe, tasks)
+    duplicates = {name for name in names if names.count(name) > 1}
+    if duplicates:
+        raise SetupError(
+            f"two upstreams have the name {duplicates.pop()}; give them different names: "
+            "NAME=CHECKPOINT"
+        )
+    recipe_paths_by_task = _by_task("--recipe", args.recipe, tasks)
     rates = _by_task("--lr", args.lr, tasks)
     steps = _by_task("--steps", args.steps, tasks)
-    more = _by_task("--override", args.override, tasks)
+    overrides = _by_task("--override", args.override, tasks)
     for upstream in upstreams:
         for path in (upstream.checkpoint, upstream.hub):
             if path and "'" in path:
-                raise SetupError(f"{path}: quotes cannot stand in an upstream's name")
+                raise SetupError(f"upstream {path}: quotes (') are not allowed in its name or path")
     noises = noise_conditions(args.noise, args.snr)
     features = {name: _features(args, name) for name in names}
     runs = []
     for task in tasks:
-        path = recipes_of.get(task.name, getattr(task, args.recipes))
+        path = recipe_paths_by_task.get(task.name, getattr(task, args.recipes))
         if not Path(path).is_file():
-            raise SetupError(f"there is no recipe {path} in this folder; type: s3prl-ekd init .")
+            raise SetupError(f"no such recipe {path} in this folder; type: s3prl-ekd init .")
         parts = []
         if task.name in steps:
             parts.append(steps_overrides(_number("--steps", steps[task.name], int)))
-        if task.name in more:
-            parts.append(more[task.name])
+        if task.name in overrides:
+            parts.append(overrides[task.name])
         recipe = Recipe(task, path, ",,".join(parts))
         recipe.check(Path.cwd())
         texts = rates[task.name].split(",") if rates.get(task.name) else []
         lrs = [_number("--lr", text, float) for text in texts] or [recipe.learning_rate()]
         for upstream, lr, seed, fold in product(upstreams, lrs, args.seeds, recipe.folds()):
-            facts = (args.output, noises, features[upstream.name])
-            runs.append(Run(upstream, recipe, lr, seed, fold, *facts))
-    # an upstream's four tasks together, so that the first numbers to compare come early
+            cache_options = features[upstream.name]
+            runs.append(
+                PlannedRun(upstream, recipe, lr, seed, fold, args.output, noises, cache_options)
+            )
+    # upstream by upstream: the first one's results on all tasks come early
     return sorted(runs, key=lambda run: names.index(run.upstream.name))
 
 
 def _features(args: Namespace, upstream: str) -> CacheOptions | None:
-    """Where an upstream's hidden states are kept: a folder of its own, unless the user named one,
-    in which the digests of several keep them apart."""
+    """The feature cache of an upstream, or None without ``--cache-features``.
+
+    Each upstream has its own folder, unless the user named one: fingerprints keep several upstreams
+    apart in it.
+    """
     if args.cache_features is None:
         if args.keep_features:
-            raise SetupError(f"--keep-features goes with {CACHE}")
+            raise SetupError(f"--keep-features needs {CACHE}")
         return None
     if args.gpus > 1:
-        raise SetupError(f"{CACHE} is for --gpus 1: several processes train without it")
+        raise SetupError(
+            f"{CACHE} needs --gpus 1, got --gpus {args.gpus}: training in several processes does "
+            "not use the cache"
+        )
     folder = args.cache_features or str(args.output / FEATURES / upstream)
     return read_cache(folder, args.cache_features_gb)
 
 
-def _by_task(option: str, given: Sequence[str], tasks: Sequence[Task]) -> dict[str, str]:
-    """``["pr=1e-3", …]`` -> ``{"pr": "1e-3"}``; without a task's name for all tasks."""
-    found = {}
-    for text in given:
+def _by_task(option: str, texts: Sequence[str], tasks: Sequence[Task]) -> dict[str, str]:
+    """``["pr=1e-3", ...]`` -> ``{"pr": "1e-3"}``; a value without a task's name is for all."""
+    values = {}
+    for text in texts:
         name, equals, value = text.partition("=")
         if equals and name in TASKS:
-            found[name] = value
-        elif option == "--recipe" and Path(text).is_file():  # its path may have = signs
-            found.update({task.name: text for task in tasks})
+            values[name] = value
+        elif option == "--recipe" and Path(text).is_file():  # a path may contain =
+            values.update({task.name: text for task in tasks})
         elif not equals or (option == "--override" and "." in name):
-            found.update({task.name: text for task in tasks})
+            values.update({task.name: text for task in tasks})
         else:
-            raise SetupError(f"{option} {text}: unknown task {name!r}; known: {', '.join(TASKS)}")
-    return found
+            raise SetupError(
+                f"{option} {text}: no such task {name!r}; expected one of: {', '.join(TASKS)}"
+            )
+    return values
 
 
 def _number(option: str, text: str, kind: Callable[[str], Any]) -> Any:
@@ -366,5 +418,5 @@ def _number(option: str, text: str, kind: Callable[[str], Any]) -> Any:
     except ValueError:
         number = 0
     if not 0 < number < float("inf"):
-        raise SetupError(f"{option} {text}: a number above 0 is needed")
+        raise SetupError(f"{option} must be a number above 0, got {text}")
     return number

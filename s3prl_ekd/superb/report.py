@@ -1,4 +1,4 @@
-"""Everything that a report on downstream runs says, as values: metrics, scores, differences."""
+"""Build a report on downstream runs as values: metrics, SUPERB scores, differences."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from ..downstream.tasks import TASKS
 from ..errors import DataError
-from .metrics import RESAMPLES, Measure, interval, measure, share_better
+from .metrics import RESAMPLES, TaskMetric, compute_metrics, interval, share_better
 from .results import Cost, Results, Selection, incomplete, select
 from .score import superb_score
 
@@ -22,8 +22,8 @@ _NOISE = re.compile(r"(?P<noise>.+)_snr(?P<snr>-?\d+(\.\d+)?)")
 
 
 @dataclass(frozen=True, eq=False)
-class Score:
-    """The SUPERB score of an upstream, and on each resample ``[resample]``."""
+class SuperbScore:
+    """The SUPERB score of an upstream, and its values on the resamples, ``[resample]``."""
 
     value: float
     resampled: np.ndarray
@@ -35,10 +35,11 @@ class Score:
 
 @dataclass(frozen=True)
 class Difference:
-    """One upstream less another on the same utterances, in the metric's unit.
+    """One upstream's metric or score minus another's on the same utterances.
 
     Attributes:
-        better: share of the resamples in which it is the better one, ties by half.
+        low, high: the 95 % bootstrap interval of ``value``.
+        better: fraction of resamples in which the first upstream is better; a tie counts as half.
     """
 
     value: float
@@ -49,32 +50,33 @@ class Difference:
 
 @dataclass(frozen=True, eq=False)
 class Report:
-    """What there is to tell. All orders are the order of rows, columns and bars.
+    """The values of a report. Tables and plots use the order of the fields' elements.
 
     Attributes:
-        measures: (upstream, task, condition) -> metric; what was not tested has no entry.
-        scores: upstream -> SUPERB score on ``clean``, for those that have all four tasks.
-        notes: a sentence each about what is missing or was left out.
+        measures: (upstream, task, condition) -> metric; no entry if not tested.
+        scores: upstream -> SUPERB score on ``clean``; only upstreams with all four tasks.
+        notes: sentences about what is missing or not comparable.
+        resamples: number of bootstrap resamples.
     """
 
     upstreams: tuple[str, ...]
     tasks: tuple[str, ...]
     conditions: tuple[str, ...]
     selections: Mapping[tuple[str, str], Selection]
-    measures: Mapping[tuple[str, str, str], Measure]
-    scores: Mapping[str, Score]
+    measures: Mapping[tuple[str, str, str], TaskMetric]
+    scores: Mapping[str, SuperbScore]
     costs: Mapping[str, Cost]
     unfinished: tuple[Path, ...]
     notes: tuple[str, ...]
     resamples: int
 
     def tested(self, condition: str) -> tuple[str, ...]:
-        """The tasks that any upstream was tested in under ``condition``."""
-        found = {task for _, task, c in self.measures if c == condition}
-        return tuple(task for task in self.tasks if task in found)
+        """The tasks in which at least one upstream was tested under ``condition``."""
+        tested = {task for _, task, c in self.measures if c == condition}
+        return tuple(task for task in self.tasks if task in tested)
 
     def difference(self, one: str, other: str, task: str, condition: str) -> Difference | None:
-        """``one`` less ``other``; None where a metric is missing or the test sets differ."""
+        """``one`` minus ``other``; None if a metric is missing or the test sets differ."""
         a = self.measures.get((one, task, condition))
         b = self.measures.get((other, task, condition))
         if a is None or b is None or a.test_set != b.test_set:
@@ -82,7 +84,7 @@ class Report:
         return _difference(a, b, higher=TASKS[task].higher_is_better)
 
     def score_difference(self, one: str, other: str) -> Difference | None:
-        """The same of the SUPERB score: paired only if every task is."""
+        """Difference of the SUPERB scores; None if any task has no difference on ``clean``."""
         if one not in self.scores or other not in self.scores:
             return None
         if any(self.difference(one, other, task, CLEAN) is None for task in self.tasks):
@@ -90,28 +92,30 @@ class Report:
         return _difference(self.scores[one], self.scores[other], higher=True)
 
 
-def _difference(a: Measure | Score, b: Measure | Score, *, higher: bool) -> Difference:
+def _difference(
+    a: TaskMetric | SuperbScore, b: TaskMetric | SuperbScore, *, higher: bool
+) -> Difference:
     draws = a.resampled - b.resampled
     low, high = interval(draws)
     return Difference(a.value - b.value, low, high, share_better(draws, higher=higher))
 
 
 def make_report(results: Results, resamples: int = RESAMPLES) -> Report:
-    """Choose by dev, read the predictions of what is chosen, and measure.
+    """Choose the learning rates by dev, read those runs' predictions, and compute the metrics.
 
     Raises:
-        DataError: predictions are missing or damaged, or no run can be used.
+        DataError: predictions are missing or damaged, or no run is complete.
     """
     selections = select(results.runs, results.unfinished)
     notes = [f"Not complete: {line}." for line in incomplete(results.runs, results.unfinished)]
     if not selections:
         count = len(results.unfinished)
-        why = (
+        reason = (
             notes[0]
             if notes
             else f"{count} unfinished: " + ", ".join(str(path) for path in results.unfinished[:3])
         )
-        raise DataError(f"there is nothing to report yet ({why}); start s3prl-ekd superb again")
+        raise DataError(f"no complete run to report ({reason}); run s3prl-ekd superb again")
     measures = {}
     tasks = tuple(task for task in TASKS if any(key[1] == task for key in selections))
     conditions = sort_conditions(
@@ -120,11 +124,11 @@ def make_report(results: Results, resamples: int = RESAMPLES) -> Report:
     cells = list(itertools.product(tasks, conditions))
     for task, condition in tqdm(cells, desc="bootstrap", leave=False, disable=None):
         group = [selection for key, selection in selections.items() if key[1] == task]
-        for found in measure(group, condition, resamples):
-            measures[found.selection.upstream, task, condition] = found
+        for metric in compute_metrics(group, condition, resamples):
+            measures[metric.selection.upstream, task, condition] = metric
     upstreams = tuple(u for u in results.upstreams if any(key[0] == u for key in selections))
-    notes += _differing(tasks, conditions, measures)
-    notes += _alone(selections)
+    notes += _test_set_notes(tasks, conditions, measures)
+    notes += _padding_notes(selections)
     return Report(
         upstreams=upstreams,
         tasks=tasks,
@@ -142,67 +146,66 @@ def make_report(results: Results, resamples: int = RESAMPLES) -> Report:
 def _scores(
     upstreams: Sequence[str],
     tasks: Sequence[str],
-    measures: Mapping[tuple[str, str, str], Measure],
-) -> dict[str, Score]:
+    measures: Mapping[tuple[str, str, str], TaskMetric],
+) -> dict[str, SuperbScore]:
     scores = {}
     for name in upstreams:
-        found = {t: measures[name, t, CLEAN] for t in tasks if (name, t, CLEAN) in measures}
-        value = superb_score({task: m.value for task, m in found.items()})
-        # Linear in each metric, and draws of the same speech are the same in every task.
-        draws = superb_score({task: m.resampled for task, m in found.items()})
+        by_task = {t: measures[name, t, CLEAN] for t in tasks if (name, t, CLEAN) in measures}
+        value = superb_score({task: m.value for task, m in by_task.items()})
+        # The score is linear in each metric, and tasks on the same utterances share resamples.
+        draws = superb_score({task: m.resampled for task, m in by_task.items()})
         if value is not None and draws is not None:
-            scores[name] = Score(value, draws)
+            scores[name] = SuperbScore(value, draws)
     return scores
 
 
-def _alone(selections: Mapping[tuple[str, str], Selection]) -> list[str]:
-    """Which hidden states are of each utterance alone: a sentence, or none where none are."""
-    alone = [key for key, chosen in selections.items() if chosen.runs[0].features_alone]
+def _padding_notes(selections: Mapping[tuple[str, str], Selection]) -> list[str]:
+    """A note that lists the runs whose hidden states were computed without padding."""
+    alone = [key for key, selection in selections.items() if selection.runs[0].features_alone]
     if not alone:
         return []
-    text = "Features of each utterance alone (--cache-features)"
+    text = "Hidden states of each utterance alone, without padding (--cache-features)"
     if len(alone) == len(selections):
         return [f"{text}."]
     names = ", ".join(f"{upstream}/{task}" for upstream, task in alone)
     return [
-        f"{text} for {names}, of padded batches for the others; the two differ a little, so do "
-        "not compare them closely."
+        f"{text}: {names}; of padded batches: all other runs. Scores differ slightly between the "
+        "two, so small differences mean nothing."
     ]
 
 
-def _differing(
+def _test_set_notes(
     tasks: Sequence[str],
     conditions: Sequence[str],
-    measures: Mapping[tuple[str, str, str], Measure],
+    measures: Mapping[tuple[str, str, str], TaskMetric],
 ) -> list[str]:
-    """A note for each test set that is not the same for all upstreams."""
+    """A note for each task and condition whose test set differs between upstreams."""
     notes = []
-    for task in tasks:
-        for condition in conditions:
-            found = {name: m for (name, t, c), m in measures.items() if (t, c) == (task, condition)}
-            if len({m.test_set for m in found.values()}) > 1:
-                sizes = ", ".join(f"{name} {m.utterances}" for name, m in found.items())
-                notes.append(
-                    f"{task.upper()}, {condition}: not tested on the same utterances "
-                    f"(numbers of them: {sizes}), so these are not comparable."
-                )
+    for task, condition in itertools.product(tasks, conditions):
+        by_name = {name: m for (name, t, c), m in measures.items() if (t, c) == (task, condition)}
+        if len({m.test_set for m in by_name.values()}) > 1:
+            sizes = ", ".join(f"{name} {m.utterances}" for name, m in by_name.items())
+            notes.append(
+                f"{task.upper()}, {condition}: test sets differ (utterances: {sizes}), so these "
+                "results are not comparable."
+            )
     return notes
 
 
 def split_condition(condition: str) -> tuple[str, float] | None:
-    """Noise and SNR in dB of a condition such as ``babble_snr5``; None for any other."""
+    """Split ``babble_snr5`` into noise and SNR in dB; None for a condition of another form."""
     match = _NOISE.fullmatch(condition)
     return (match["noise"], float(match["snr"])) if match else None
 
 
 def sort_conditions(conditions: Iterable[str]) -> tuple[str, ...]:
-    """Clean first, then noise by noise from the highest SNR to the lowest."""
+    """Sort conditions: clean, then by noise, each from the highest SNR to the lowest."""
 
-    def place(condition: str) -> tuple:
+    def key(condition: str) -> tuple:
         noise, snr = split_condition(condition) or (condition, 0.0)
         return condition != CLEAN, noise, -snr
 
-    return tuple(sorted(set(conditions), key=place))
+    return tuple(sorted(set(conditions), key=key))
 
 
 def condition_title(condition: str) -> str:

@@ -1,4 +1,4 @@
-"""The plots of a report: bars with intervals, parameters against scores, scores under noise."""
+"""Plot a report: metrics as bars, scores against parameters, metrics against SNR."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from ..analysis.plots import require_matplotlib
 from ..downstream.tasks import TASKS
-from .report import CLEAN, Measure, Report, Score, condition_title, split_condition
+from .report import CLEAN, Report, SuperbScore, TaskMetric, condition_title, split_condition
 from .score import PUBLISHED, superb_score
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, which colour-blind readers tell apart, with grey for their yellow, too
-# light for thin lines; beyond seven upstreams the hatch, or the line's dashes, change.
+# Okabe and Ito's palette for colour-blind readers, with grey instead of its yellow, which is too
+# light for thin lines. Beyond seven upstreams the colours repeat with another hatch or dash.
 COLOURS = "#0072B2 #E69F00 #009E73 #CC79A7 #56B4E9 #D55E00 #777777".split()
 HATCHES = ("", "////", "....", "xxxx")
 MARKERS = "osD^vPX*<>"
@@ -24,7 +24,7 @@ LINES = ("-", "--", "-.", ":")
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """A figure of that size in inches, drawn without a display."""
+    """Create a figure of a size in inches, without a display."""
     canvas, figure_class = require_matplotlib()
     figure = figure_class(figsize=(width, height), layout="constrained")
     canvas(figure)
@@ -32,7 +32,12 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def add_legend(figure: Figure, handles: Mapping[str, object], size: int = 9) -> None:
-    """One legend beside all panels: what it says -> what it shows; ``size`` in points."""
+    """Add one legend to the right of all panels.
+
+    Args:
+        handles: label -> matplotlib artist.
+        size: of the font, in points.
+    """
     figure.legend(
         list(handles.values()),
         list(handles),
@@ -43,51 +48,56 @@ def add_legend(figure: Figure, handles: Mapping[str, object], size: int = 9) -> 
 
 
 def error_bar(value: float, low: float, high: float) -> list[list[float]]:
-    """matplotlib's ``xerr`` or ``yerr``; 0 where the value lies outside (a skewed draw of few
-    utterances)."""
+    """matplotlib's ``xerr`` or ``yerr`` of one point.
+
+    A side is 0 if ``value`` is outside the interval on that side, which happens with few
+    utterances.
+    """
     return [[max(0.0, value - low)], [max(0.0, high - value)]]
 
 
 def direction(task: str) -> str:
-    """A task's name and which way is the better one."""
+    """A task's name, and whether higher or lower is better."""
     better = "higher is better ↑" if TASKS[task].higher_is_better else "lower is better ↓"
     return f"{task.upper()}: {better}"
 
 
 def unit(task: str) -> str:
-    """The label of an axis with the task's metric."""
+    """The axis label of a task's metric."""
     metric = TASKS[task].metric
     return "accuracy (%)" if metric == "acc" else f"{metric.upper()} (%)"
 
 
 def plots(report: Report, *, published: bool = False) -> dict[str, Callable[[BinaryIO], None]]:
-    """File name -> what draws it, for the plots that this report has data for."""
-    found: dict[str, Callable[[BinaryIO], None]] = {"scores.png": lambda p: plot_scores(report, p)}
+    """File name -> function that draws the plot, for plots that the report has data for."""
+    drawers: dict[str, Callable[[BinaryIO], None]] = {
+        "scores.png": lambda p: plot_scores(report, p)
+    }
     costs = [report.costs[name] for name in report.upstreams if name in report.costs]
     if any(cost.parameters for cost in costs):
-        found["params.png"] = lambda p: plot_parameters(report, p, published=published)
+        drawers["params.png"] = lambda p: plot_parameters(report, p, published=published)
     if noises(report):
-        found["noise.png"] = lambda p: plot_noise(report, p)
-    return found
+        drawers["noise.png"] = lambda p: plot_noise(report, p)
+    return drawers
 
 
 def noises(report: Report) -> dict[str, list[str]]:
-    """Noise -> its conditions by falling SNR, for noises at several SNRs."""
-    found: dict[str, list[str]] = {}
+    """Noise -> its conditions by descending SNR, for noises tested at several SNRs."""
+    by_noise: dict[str, list[str]] = {}
     for condition in report.conditions:
         parts = split_condition(condition)
         if parts:
-            found.setdefault(parts[0], []).append(condition)
-    return {noise: conditions for noise, conditions in found.items() if len(conditions) > 1}
+            by_noise.setdefault(parts[0], []).append(condition)
+    return {noise: conditions for noise, conditions in by_noise.items() if len(conditions) > 1}
 
 
 def plot_scores(report: Report, path: Path | BinaryIO) -> None:
-    """A panel a task, a group of bars a condition, a bar an upstream; bars bear the interval."""
+    """Plot a panel for each task: bars of the upstreams with intervals, grouped by condition."""
     count, groups = len(report.upstreams), len(report.conditions)
-    wide = 0.26 * groups * (count + 1.2)  # inches of bars in a panel
-    columns = 1 if wide > 5 else min(2, len(report.tasks))
+    bars_width = 0.26 * groups * (count + 1.2)  # of a panel, in inches
+    columns = 1 if bars_width > 5 else min(2, len(report.tasks))
     rows = -(-len(report.tasks) // columns)
-    figure = new_figure(columns * (1.1 + max(2.4, min(wide, 16))) + 2.2, 2.7 * rows)
+    figure = new_figure(columns * (1.1 + max(2.4, min(bars_width, 16))) + 2.2, 2.7 * rows)
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     handles: dict[str, object] = {}
     for axis, task in zip(axes, report.tasks, strict=False):
@@ -120,7 +130,7 @@ def plot_scores(report: Report, path: Path | BinaryIO) -> None:
             centres, [condition_title(c).replace(", ", "\n") for c in report.conditions]
         )
         end = (groups - 1) * (count + 1.2) + count - 1
-        margin = max(1.0, (4 - end) / 2)  # one bar alone must not fill the panel
+        margin = max(1.0, (4 - end) / 2)  # so that a single bar does not fill the panel
         axis.set_xlim(-margin, end + margin)
         axis.tick_params(axis="x", length=0, labelsize=8)
         axis.set_title(direction(task), fontsize=10)
@@ -135,23 +145,26 @@ def plot_scores(report: Report, path: Path | BinaryIO) -> None:
 
 
 def plot_parameters(report: Report, path: Path | BinaryIO, *, published: bool = False) -> None:
-    """Parameters, on a log axis, against the score, or where one lacks it against each metric."""
-    known = [name for name in report.upstreams if name in report.costs]
-    panels: list[tuple[str, str, Mapping[str, Measure | Score]]] = []
-    if all(name in report.scores for name in known):
+    """Plot the SUPERB score against parameters (log axis).
+
+    If an upstream has no score, plot each task's metric instead.
+    """
+    names = [name for name in report.upstreams if name in report.costs]
+    panels: list[tuple[str, str, Mapping[str, TaskMetric | SuperbScore]]] = []
+    if all(name in report.scores for name in names):
         panels.append(("SUPERB score: higher is better ↑", "score (public anchors)", report.scores))
     else:
         for task in report.tasks:
-            keys = {name: (name, task, CLEAN) for name in known}
-            found = {n: report.measures[key] for n, key in keys.items() if key in report.measures}
-            panels.append((direction(task), unit(task), found))
+            keys = {name: (name, task, CLEAN) for name in names}
+            values = {n: report.measures[key] for n, key in keys.items() if key in report.measures}
+            panels.append((direction(task), unit(task), values))
     columns = min(2, len(panels))
     rows = -(-len(panels) // columns)
     figure = new_figure(4.4 * columns + 2.4, 3.4 * rows)
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     handles: dict[str, object] = {}
     for axis, (title, label, values) in zip(axes, panels, strict=False):
-        _parameter_panel(axis, report, known, values, handles)
+        _parameter_panel(axis, report, names, values, handles)
         axis.set_title(title, fontsize=10)
         axis.set_ylabel(label)
         if values is report.scores and published:
@@ -165,30 +178,30 @@ def plot_parameters(report: Report, path: Path | BinaryIO, *, published: bool = 
 def _parameter_panel(
     axis: Axes,
     report: Report,
-    known: Sequence[str],
-    values: Mapping[str, Measure | Score],
+    names: Sequence[str],
+    values: Mapping[str, TaskMetric | SuperbScore],
     handles: dict[str, object],
 ) -> None:
     from matplotlib.ticker import LogLocator
 
     axis.set_xscale("log", subs=[])
-    sizes = [report.costs[name].parameters / 1e6 for name in known]
-    for place, name in enumerate(known):
+    sizes = [report.costs[name].parameters / 1e6 for name in names]
+    for index, name in enumerate(names):
         if name not in values:
             continue
         i, m = report.upstreams.index(name), values[name]
         colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
-        size = sizes[place]
-        if size == 0:  # no place on a log axis
+        size = sizes[index]
+        if size == 0:  # cannot be shown on a log axis: a horizontal line
             line = axis.axhline(m.value, color=colour, linestyle="--")
             low, high = m.interval
             axis.axhspan(low, high, color=colour, alpha=0.15, linewidth=0)
             handles.setdefault(f"{name} (none)", line)
             continue
-        # Students of one size would lie on each other: side by side they can be told apart.
-        aside = sizes[:place].count(size) - (sizes.count(size) - 1) / 2
+        # Upstreams of the same size would overlap: shift them sideways.
+        offset = sizes[:index].count(size) - (sizes.count(size) - 1) / 2
         point = axis.errorbar(
-            size * 1.06**aside,
+            size * 1.06**offset,
             m.value,
             yerr=error_bar(m.value, *m.interval),
             color=colour,
@@ -228,30 +241,32 @@ def _published_points(axis: Axes, handles: dict[str, object]) -> None:
 
 
 def plot_noise(report: Report, path: Path | BinaryIO) -> None:
-    """A row a task, a column a noise: the metric against SNR, a line an upstream, clean beside."""
-    found = noises(report)
-    noisy = {task for conditions in found.values() for c in conditions for task in report.tested(c)}
+    """Plot the metric against SNR: a row for each task, a column for each noise, a line for each
+    upstream, with clean speech as the rightmost point."""
+    by_noise = noises(report)
+    conditions = [condition for group in by_noise.values() for condition in group]
+    noisy = {task for condition in conditions for task in report.tested(condition)}
     tasks = [task for task in report.tasks if task in noisy]
-    figure = new_figure(3.6 * len(found) + 2.6, 2.7 * len(tasks))
-    axes = figure.subplots(len(tasks), len(found), squeeze=False, sharey="row")
+    figure = new_figure(3.6 * len(by_noise) + 2.6, 2.7 * len(tasks))
+    axes = figure.subplots(len(tasks), len(by_noise), squeeze=False, sharey="row")
     handles: dict[str, object] = {}
     for task, row in zip(tasks, axes, strict=True):
-        for axis, (noise, falling) in zip(row, found.items(), strict=True):
-            shown = [*reversed(falling), CLEAN]  # from the worst to the best
+        for axis, (noise, descending) in zip(row, by_noise.items(), strict=True):
+            shown = [*reversed(descending), CLEAN]  # ascending SNR
             for i, name in enumerate(report.upstreams):
-                places = [
+                points = [
                     (x, report.measures[name, task, condition])
                     for x, condition in enumerate(shown)
                     if (name, task, condition) in report.measures
                 ]
-                if not places:
+                if not points:
                     continue
                 shift = 0.3 * (i - (len(report.upstreams) - 1) / 2) / len(report.upstreams)
-                bars = [error_bar(m.value, *m.interval) for _, m in places]
+                bars = [error_bar(m.value, *m.interval) for _, m in points]
                 errors = [[bar[side][0] for bar in bars] for side in (0, 1)]
                 line = axis.errorbar(
-                    [x + shift for x, _ in places],
-                    [m.value for _, m in places],
+                    [x + shift for x, _ in points],
+                    [m.value for _, m in points],
                     yerr=errors,
                     color=COLOURS[i % len(COLOURS)],
                     marker=MARKERS[i % len(MARKERS)],

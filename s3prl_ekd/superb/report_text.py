@@ -1,4 +1,4 @@
-"""A report as Markdown for people and as tidy CSV for programs."""
+"""Format a report as Markdown and as tidy CSV."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from ..pretrain.sweep import markdown
 from .report import CLEAN, Difference, Report, condition_title
 from .score import LABEL, PUBLISHED, superb_score
 
-MARK = "<!-- written by: s3prl-ekd report -->"  # a folder with it may be written over
+MARK = "<!-- written by: s3prl-ekd report -->"  # such a report may be overwritten
 _RUNS = (
-    "For each upstream and task the learning rate with the best mean on dev, among those that have "
-    "all seeds and folds."
+    "For each upstream and task the learning rate with the best mean dev metric, of those with all "
+    "seeds and folds."
 )
 
 
 def as_markdown(report: Report, against: str | None = None, *, published: bool = False) -> str:
-    """Tables with their captions.
+    """Format the report as Markdown tables with captions.
 
     Args:
-        against: also the paired differences of every other upstream to this one.
-        published: also the published rows of SUPERB's public set.
+        against: add the paired differences of all other upstreams to this one.
+        published: add published results on SUPERB's public set.
     """
     parts = [MARK, "# Downstream results", _caption(report), markdown(_main_table(report))]
     for condition in report.conditions:
@@ -44,19 +44,19 @@ def as_markdown(report: Report, against: str | None = None, *, published: bool =
 
 def _caption(report: Report) -> str:
     several = any(m.deviation is not None for m in report.measures.values())
-    seeds = " Values are means over seeds; sd is over seeds." if several else ""
+    seeds = " Values are means over seeds; sd is the standard deviation over seeds."
     costs = ""
     if report.costs:
-        counted = {(c.utterances, c.profiler) for c in report.costs.values()}
-        costs = " GMACs: " + "; ".join(f"sum over {n} utterances, {p}" for n, p in sorted(counted))
+        ways = {(c.utterances, c.profiler) for c in report.costs.values()}
+        costs = " GMACs: " + "; ".join(f"sum over {n} utterances, {p}" for n, p in sorted(ways))
         costs += "."
     return (
-        "Test sets, in per cent, with 95 % percentile bootstrap intervals over utterances "
-        f"({report.resamples:,} resamples).{seeds} ↓ lower is better, ↑ higher is better. An "
-        f"interval covers the choice of test utterances, not training.{costs} The last column is "
-        f"the {LABEL}; its recipes here: "
+        "Test set metrics in per cent, with 95 % percentile bootstrap intervals over utterances "
+        f"({report.resamples:,} resamples).{seeds if several else ''} ↓ lower is better, ↑ higher "
+        "is better. An interval covers the sampling of test utterances, not the randomness of "
+        f"training.{costs} The last column is the {LABEL}; recipes used here: "
         + ", ".join(sorted({s.runs[0].recipe for s in report.selections.values()}))
-        + ". A task without result leaves no score."
+        + ". An upstream without a result on all four tasks has no score."
     )
 
 
@@ -69,23 +69,23 @@ def _main_table(report: Report) -> list[list[str]]:
         cells = ["–", "–"]
         if cost is not None:
             cells = [f"{cost.parameters / 1e6:.2f}", f"{cost.macs / 1e9:.2f}"]
-        shown = "–" if score is None else with_interval(score.value, *score.interval, digits=1)
-        table.append([row[0], *cells, *row[1:], shown])
+        cell = "–" if score is None else with_interval(score.value, *score.interval, digits=1)
+        table.append([row[0], *cells, *row[1:], cell])
     return table
 
 
 def _metric_table(report: Report, condition: str) -> list[list[str]]:
-    # on clean speech all four, tested or not: without one of them there is no score
+    # The clean table has all four tasks, tested or not, because the score needs all of them.
     tasks = tuple(TASKS) if condition == CLEAN else report.tested(condition)
     head, body = ["upstream"], [[name] for name in report.upstreams]
     for task in tasks:
-        found = [report.measures.get((name, task, condition)) for name in report.upstreams]
+        column = [report.measures.get((name, task, condition)) for name in report.upstreams]
         head.append(TASKS[task].title)
-        deviations = [m.deviation if m else None for m in found]
+        deviations = [m.deviation if m else None for m in column]
         several = any(d is not None for d in deviations)
         if several:
             head.append(f"{task.upper()} sd")
-        for row, m, deviation in zip(body, found, deviations, strict=True):
+        for row, m, deviation in zip(body, column, deviations, strict=True):
             row.append(with_interval(m.value, *m.interval) if m else "–")
             if several:
                 row.append("–" if deviation is None else f"{deviation:.2f}")
@@ -95,7 +95,7 @@ def _metric_table(report: Report, condition: str) -> list[list[str]]:
 def with_interval(
     value: float, low: float, high: float, digits: int = 2, *, signed: bool = False
 ) -> str:
-    """``45.12 [43.00, 47.21]``, with a + before what is not negative where ``signed``."""
+    """Format ``45.12 [43.00, 47.21]``; if ``signed``, with a + before non-negative numbers."""
     form = f"{'+' if signed else ''}.{digits}f"
     return f"{value:{form}} [{low:{form}}, {high:{form}}]"
 
@@ -103,9 +103,9 @@ def with_interval(
 def _differences(report: Report, against: str) -> list[str]:
     parts = [
         f"## Differences to {against}",
-        f"Each upstream less {against} on the same resampled utterances, with the 95 % interval, "
-        "and the share of resamples in which it is the better one (ties count half). n/a: not "
-        "tested, or not on the same utterances.",
+        f"Each upstream minus {against} on the same resampled utterances, with the 95 % interval, "
+        f"and the percentage of resamples in which it is better than {against} (ties count half). "
+        "n/a: not tested, or tested on different utterances.",
     ]
     for condition in report.conditions:
         tasks = report.tested(condition)
@@ -117,15 +117,15 @@ def _differences(report: Report, against: str) -> list[str]:
                 continue
             row = [name]
             for task in tasks:
-                row.append(_shown(report.difference(name, against, task, condition)))
+                row.append(_difference_cell(report.difference(name, against, task, condition)))
             if clean:
-                row.append(_shown(report.score_difference(name, against), digits=1))
+                row.append(_difference_cell(report.score_difference(name, against), digits=1))
             rows.append(row)
         parts += [f"### {condition_title(condition)}", markdown(rows)]
     return parts
 
 
-def _shown(difference: Difference | None, digits: int = 2) -> str:
+def _difference_cell(difference: Difference | None, digits: int = 2) -> str:
     if difference is None:
         return "n/a"
     d = difference
@@ -136,13 +136,13 @@ def _published() -> list[str]:
     rows = [["model", "params (M)", *(task.title for task in TASKS.values()), "SUPERB score ↑"]]
     rows[0].append("source")
     for row in PUBLISHED:
-        size = "–" if row.parameters is None else f"{row.parameters:.2f}"
+        parameters = "–" if row.parameters is None else f"{row.parameters:.2f}"
         values = [f"{row.metrics[task]:.2f}" for task in TASKS]
-        rows.append([row.name, size, *values, f"{superb_score(row.metrics):.1f}", row.source])
+        rows.append([row.name, parameters, *values, f"{superb_score(row.metrics):.1f}", row.source])
     return [
         "## Published, for orientation",
         "SUPERB's public set, its corpora and full recipes, frozen upstream, no language model. "
-        "Results of other recipes or corpora, those of a tiny recipe above all, do not compare.",
+        "Not comparable with results of other recipes or corpora, least of all of tiny recipes.",
         markdown(rows),
     ]
 
@@ -150,19 +150,19 @@ def _published() -> list[str]:
 def _runs_table(report: Report) -> list[list[str]]:
     rows = [["upstream", "task", "lr", "dev", "seeds", "folds", "test", "steps", "recipe"]]
     for upstream, task in itertools.product(report.upstreams, report.tasks):
-        chosen = report.selections.get((upstream, task))
-        if chosen is None:
+        selection = report.selections.get((upstream, task))
+        if selection is None:
             continue
-        first = chosen.runs[0]
+        first = selection.runs[0]
         clean = report.measures.get((upstream, task, CLEAN))
         rows.append(
             [
                 upstream,
                 task.upper(),
-                f"{chosen.lr:g}",
-                f"{chosen.dev:.2f}",
-                " ".join(map(str, chosen.seeds)),
-                " ".join(fold.removeprefix("fold") for fold in chosen.folds if fold) or "–",
+                f"{selection.lr:g}",
+                f"{selection.dev:.2f}",
+                " ".join(map(str, selection.seeds)),
+                " ".join(fold.removeprefix("fold") for fold in selection.folds if fold) or "–",
                 f"{clean.utterances} utterances" if clean else "–",
                 str(first.steps),
                 first.recipe,
@@ -175,11 +175,11 @@ def _unfinished(report: Report) -> list[str]:
     if not report.unfinished:
         return []
     names = ", ".join("/".join(path.parts[-3:]) for path in report.unfinished)
-    return [f"Unfinished and not used: {len(report.unfinished)} ({names})."]
+    return [f"Unfinished runs, not used: {len(report.unfinished)} ({names})."]
 
 
 def as_csv(report: Report, against: str | None = None) -> str:
-    """One line for each upstream, task and condition, and one for each SUPERB score."""
+    """Format the report as CSV: a row for each upstream, task and condition, and for each score."""
     head = "upstream task condition metric value low high sd_over_seeds lr seeds folds utterances"
     rows: list[Sequence] = [head.split()]
     if against is not None:
@@ -190,10 +190,11 @@ def as_csv(report: Report, against: str | None = None) -> str:
                 m = report.measures.get((name, task, condition))
                 if m is None:
                     continue
-                chosen = m.selection
+                selection = m.selection
                 row = [name, task, condition, TASKS[task].metric, *_numbers(m.value, *m.interval)]
-                row += ["" if m.deviation is None else _number(m.deviation), f"{chosen.lr:g}"]
-                row += [" ".join(map(str, chosen.seeds)), " ".join(filter(None, chosen.folds))]
+                row += ["" if m.deviation is None else _number(m.deviation), f"{selection.lr:g}"]
+                row += [" ".join(map(str, selection.seeds))]
+                row += [" ".join(filter(None, selection.folds))]
                 row.append(str(m.utterances))
                 if against is not None:
                     difference = report.difference(name, against, task, condition)

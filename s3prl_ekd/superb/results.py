@@ -1,7 +1,7 @@
-"""The records of ``s3prl-ekd superb``, and the choice among finished runs by their dev scores.
+"""Read the records of ``s3prl-ekd superb``, and choose learning rates by the dev metric.
 
-``ROOT/UPSTREAM/TASK/RUN/superb.json`` says what a run was and where its predictions lie;
-``ROOT/UPSTREAM/cost.json``, where there is one, how large the upstream is.
+``ROOT/UPSTREAM/TASK/RUN/superb.json`` describes a run and the folders of its predictions.
+``ROOT/UPSTREAM/cost.json``, if it exists, holds the upstream's parameters and MACs.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _RUN = re.compile(r"lr[^/]+-seed\d+(-(?P<fold>fold\d+))?")
 
 @dataclass(frozen=True)
 class Dev:
-    """A metric in per cent on the development set, and the checkpoint that reached it."""
+    """A run's metric on the development set, in per cent, and the checkpoint that has it."""
 
     metric: Literal["per", "wer", "acc"]
     value: float
@@ -39,12 +39,15 @@ class Record:
     """The contents of ``superb.json``.
 
     Attributes:
+        split: the test set's name.
+        digest: SHA-256 of what determines the result.
         tested: condition (``clean``, ``babble_snr5``) -> folder of its predictions, relative to
-            the run's.
-        model: of what decides the upstream's outputs; None in records of earlier versions.
-        noises: condition -> digest of its noises.
-        features_alone: the hidden states are of each utterance alone (``--cache-features``), and
-            not of padded batches.
+            the run's folder.
+        features_alone: hidden states were computed for each utterance alone
+            (``--cache-features``), not in padded batches.
+        model: SHA-256 of what determines the upstream's outputs; None in records of earlier
+            versions.
+        noises: condition -> SHA-256 of its noises.
     """
 
     format: Literal[1]
@@ -69,57 +72,72 @@ class Record:
 
     def __post_init__(self) -> None:
         if (self.fold is not None) != (self.task == "er"):
-            raise ValueError("fold must be named for er, and null for every other task")
+            raise ValueError(
+                f"fold must be set for task er, and null for other tasks, got {self.fold!r} for "
+                f"{self.task}"
+            )
         if self.fold is not None and not re.fullmatch(r"fold\d+", self.fold):
-            raise ValueError(f"fold is {self.fold!r}; fold1, fold2, ... is expected")
+            raise ValueError(f"fold must be fold1, fold2, ..., got {self.fold!r}")
         task = TASKS[self.task]
         if self.split != task.split or self.dev.metric != task.metric:
             raise ValueError(
-                f"split and dev.metric of {task.name} must be {task.split} and {task.metric}"
+                f"split and dev.metric of task {task.name} must be {task.split} and {task.metric}, "
+                f"got {self.split!r} and {self.dev.metric!r}"
             )
         if not self.upstream.strip() or not self.tested:
             raise ValueError("upstream and tested must not be empty")
-        for name in (self.upstream, self.recipe, *self.tested):  # they go into reports
+        for name in (self.upstream, self.recipe, *self.tested):  # printed in reports
             if not name.isprintable():
-                raise ValueError(f"{name!r} is no name: it has characters that cannot be printed")
+                raise ValueError(
+                    "upstream, recipe and the keys of tested must have printable characters only, "
+                    f"got {name!r}"
+                )
         if self.lr <= 0:
-            raise ValueError(f"lr is {self.lr:g}; a number above 0 is expected")
+            raise ValueError(f"lr must be above 0, got {self.lr:g}")
         check_paths({"tested": self.tested, "dev": vars(self.dev)})
 
 
 def check_paths(record: Mapping[str, Any]) -> None:
-    """Refuse a record whose paths lead out of the run's folder: they name what is read and written.
+    """Check that a record's paths stay inside the run's folder: files there are read and written.
 
     Raises:
-        ValueError, TypeError: naming the entry.
+        ValueError, TypeError: a path leads out of the folder, or is not a string.
     """
     checkpoint = (record.get("dev") or {}).get("checkpoint")
     if checkpoint is not None and PurePosixPath(checkpoint).name != checkpoint:
-        raise ValueError(f"dev.checkpoint is {checkpoint!r}, which is no name of a file in the run")
+        raise ValueError(
+            f"dev.checkpoint must be a file name in the run's folder, got {checkpoint!r}"
+        )
     for condition, folder in record.get("tested", {}).items():
         path = PurePosixPath(folder)
         if path.is_absolute() or ".." in path.parts:
-            raise ValueError(f"tested.{condition} is {folder!r}, which is outside the run")
+            raise ValueError(
+                f"tested.{condition} must be a path inside the run's folder, got {folder!r}"
+            )
 
 
 @dataclass(frozen=True)
 class Run(Record):
-    """A finished run: its record and where it lies."""
+    """The record of a finished run, and its folder."""
 
     folder: Path = field(kw_only=True)
 
     def files(self, condition: str) -> tuple[Path, Path]:
-        """Predictions and references of the test set under ``condition``."""
-        where = self.folder / self.tested[condition]
+        """The prediction and the reference file of the test set under ``condition``."""
+        folder = self.folder / self.tested[condition]
         hyp, ref = TASKS[self.task].files(self.fold)
-        return where / hyp, where / ref
+        return folder / hyp, folder / ref
 
 
 @dataclass(frozen=True)
 class Cost:
-    """The contents of ``cost.json``: parameters, and MACs over some utterances.
+    """The contents of ``cost.json``; see :mod:`.cost`.
 
-    ``macs_products`` are those of matrix products and convolutions alone.
+    Attributes:
+        unused: parameters that no hidden state depends on.
+        macs: total over the utterances.
+        macs_buckets: MACs by bucket of utterance lengths.
+        macs_products: MACs of matrix products and convolutions alone.
     """
 
     parameters: int
@@ -136,13 +154,13 @@ class Cost:
 
 
 def read_run(folder: Path) -> Run | None:
-    """The finished run in ``folder``, or None where it is not finished.
+    """Read the run in ``folder``; None if it is not finished.
 
-    The folder's place, ``ROOT/UPSTREAM/TASK/RUN``, says which upstream it is of: it may have been
-    renamed since.
+    The upstream's name is taken from the path ``ROOT/UPSTREAM/TASK/RUN``, because the folder may
+    have been renamed since the record was written.
 
     Raises:
-        DataError: its record is damaged.
+        DataError: the record is damaged.
     """
     path = folder / RECORD
     data = _read_json(path)
@@ -151,15 +169,15 @@ def read_run(folder: Path) -> Run | None:
     refuse_newer(data.get("format"), 1, f"the record {path}", DataError)
     if data.get("finished") is False:
         return None
-    facts = vars(build(Record, data, str(path)))
-    task = folder.resolve().parent
-    if task.name == facts["task"]:
-        facts = {**facts, "upstream": task.parent.name}
-    return Run(**facts, folder=folder)
+    fields = vars(build(Record, data, str(path)))
+    task_folder = folder.resolve().parent
+    if task_folder.name == fields["task"]:
+        fields = {**fields, "upstream": task_folder.parent.name}
+    return Run(**fields, folder=folder)
 
 
 def read_cost(path: Path) -> Cost | None:
-    """The cost of an upstream, or None where nobody has measured it.
+    """Read an upstream's ``cost.json``; None if there is no such file.
 
     Raises:
         DataError: the file is damaged.
@@ -172,18 +190,18 @@ def read_cost(path: Path) -> Cost | None:
 
 
 def _read_json(path: Path) -> dict | None:
-    """A JSON mapping; None where there is no such file."""
+    """Read a JSON mapping; None if there is no such file."""
     if not path.exists():
         return None
     try:
         return read_json(path, "record", DataError)
     except DataError as error:
-        raise DataError(f"{path} is damaged: {error}; remove it and run again") from None
+        raise DataError(f"{path} is damaged: {error}; remove it and run superb again") from None
 
 
 @dataclass(frozen=True)
 class Results:
-    """What was found: finished runs, folders of unfinished ones, costs by upstream."""
+    """Finished runs, folders of unfinished runs, and costs by upstream."""
 
     runs: tuple[Run, ...]
     unfinished: tuple[Path, ...]
@@ -196,10 +214,10 @@ class Results:
 
 @dataclass(frozen=True)
 class Selection:
-    """The runs of one upstream and task at the learning rate that is best on dev.
+    """The runs of one upstream and task at the learning rate with the best dev metric.
 
     Attributes:
-        dev: the mean over seeds and folds, per cent.
+        dev: the dev metric, averaged over seeds and folds, in per cent.
         runs: one for each seed and fold, sorted.
     """
 
@@ -219,43 +237,46 @@ class Selection:
 
 
 def read_results(folders: Sequence[Path]) -> Results:
-    """Read every run below ``folders``: roots, or folders of an upstream, a task or a run.
+    """Read all runs in ``folders``, each a root or the folder of an upstream, a task or a run.
 
     Raises:
-        DataError: a folder is missing or has no runs; a record is damaged; two runs claim to be
-            the same, or two of one upstream and task were run differently.
+        DataError: a folder is missing or has no runs; a record or cost is damaged; two runs have
+            the same upstream, task, learning rate, seed and fold; or runs of one upstream differ in
+            a way that makes them incomparable.
     """
-    found: dict[Path, None] = {}
+    run_folders: dict[Path, None] = {}
     for folder in folders:
         if not folder.is_dir():
-            raise DataError(f"{folder} is not a folder; name one that s3prl-ekd superb has written")
-        below = dict.fromkeys(path.resolve() for path in _run_folders(folder, 3))
-        if not below:
-            raise DataError(f"no runs in {folder}; s3prl-ekd superb writes them")
-        found |= below
+            raise DataError(f"no such folder {folder}; name one that s3prl-ekd superb wrote")
+        inside = dict.fromkeys(path.resolve() for path in _run_folders(folder, 3))
+        if not inside:
+            raise DataError(f"no runs in {folder}; name a folder that s3prl-ekd superb wrote")
+        run_folders |= inside
     runs: list[Run] = []
     unfinished: list[Path] = []
-    for folder in found:
+    for folder in run_folders:
         run = read_run(folder)
         if run is None:
             unfinished.append(folder)
         else:
             runs.append(run)
-    _check_alike(runs)
+    _check_comparable(runs)
     costs: dict[str, Cost] = {}
     for run in runs:
         cost = read_cost(run.folder.parent.parent / COST)
         if cost is not None and costs.setdefault(run.upstream, cost) != cost:
-            raise DataError(f"two files {COST} of {run.upstream} differ; report one folder alone")
+            raise DataError(
+                f"two {COST} files of upstream {run.upstream} differ; report the folders separately"
+            )
     return Results(tuple(runs), tuple(unfinished), costs)
 
 
-def check_upstream(name: str, known: Collection[str]) -> None:
-    """Raises DataError, with the names there are, where ``name`` is not in ``known``."""
-    if name not in known:
-        close = difflib.get_close_matches(name, known, n=1)
+def check_upstream_name(name: str, names: Collection[str]) -> None:
+    """Raise DataError if ``name`` is not one of the upstreams ``names``."""
+    if name not in names:
+        close = difflib.get_close_matches(name, names, n=1)
         guess = f" (did you mean {close[0]}?)" if close else ""
-        raise DataError(f"no upstream {name} here{guess}; there are: {', '.join(known)}")
+        raise DataError(f"no such upstream {name}{guess}; expected one of: {', '.join(names)}")
 
 
 def _run_folders(folder: Path, depth: int) -> Iterator[Path]:
@@ -267,105 +288,113 @@ def _run_folders(folder: Path, depth: int) -> Iterator[Path]:
                 yield from _run_folders(child, depth - 1)
 
 
-def _check_alike(runs: Iterable[Run]) -> None:
-    same: dict[tuple, Run] = {}
-    upstreams: dict[str, Run] = {}
-    tasks: dict[tuple, Run] = {}
+def _check_comparable(runs: Iterable[Run]) -> None:
+    first_by_key: dict[tuple, Run] = {}
+    first_by_upstream: dict[str, Run] = {}
+    first_by_task: dict[tuple, Run] = {}
     for run in runs:
-        twin = same.setdefault((run.upstream, run.task, run.lr, run.seed, run.fold), run)
-        if twin is not run:
-            raise DataError(f"{twin.folder} and {run.folder} say they are the same run; name one")
-        other = upstreams.setdefault(run.upstream, run)
-        models = {r.model for r in (other, run) if r.model is not None}
-        if (other.hub, other.checkpoint) != (run.hub, run.checkpoint) or len(models) > 1:
+        first = first_by_key.setdefault((run.upstream, run.task, run.lr, run.seed, run.fold), run)
+        if first is not run:
             raise DataError(
-                f"{other.folder} and {run.folder} are of different models under one name, "
-                f"{run.upstream}; report them apart"
+                f"{first.folder} and {run.folder} have the same upstream, task, lr, seed and fold; "
+                "report only one of them"
             )
-        other = tasks.setdefault((run.upstream, run.task), run)
-        if (other.recipe, other.steps, other.split) != (run.recipe, run.steps, run.split):
+        first = first_by_upstream.setdefault(run.upstream, run)
+        models = {r.model for r in (first, run) if r.model is not None}
+        if (first.hub, first.checkpoint) != (run.hub, run.checkpoint) or len(models) > 1:
             raise DataError(
-                f"{other.folder} and {run.folder} differ in recipe, steps or test set; "
-                "report them apart"
+                f"{first.folder} and {run.folder} use different models under the upstream name "
+                f"{run.upstream}; report them separately"
             )
-        if other.features_alone != run.features_alone:
+        first = first_by_task.setdefault((run.upstream, run.task), run)
+        if (first.recipe, first.steps, first.split) != (run.recipe, run.steps, run.split):
             raise DataError(
-                f"of {other.folder} and {run.folder} one ran with --cache-features and one "
-                "without it, which differ a little; report them apart"
+                f"{first.folder} and {run.folder} differ in recipe, steps or test set; "
+                "report them separately"
+            )
+        if first.features_alone != run.features_alone:
+            raise DataError(
+                f"only one of {first.folder} and {run.folder} was run with --cache-features; "
+                "scores differ slightly without padding; report them separately"
             )
 
 
 def select(
     runs: Iterable[Run], unfinished: Collection[Path] = ()
 ) -> dict[tuple[str, str], Selection]:
-    """For each upstream and task the learning rate that is best on dev.
+    """Choose for each upstream and task the learning rate with the best dev metric.
 
-    Best is the lowest (per, wer) or highest (acc) mean over seeds and folds, among the learning
-    rates that have every seed and fold that any of them has; the smallest one where several are
-    equal. An upstream and task without such a learning rate is left out: see :func:`incomplete`.
+    Best is the lowest (PER, WER) or highest (accuracy) mean over seeds and folds; of equal learning
+    rates the smallest. Only complete learning rates count: those with every seed and fold that any
+    learning rate of that upstream and task has. Without a complete one the upstream and task are
+    left out; see :func:`incomplete`.
 
     Args:
         runs: finished runs.
-        unfinished: folders of others. Their folds are needed too: ER over some of its folds is
-            another number than over all.
+        unfinished: folders of unfinished runs. Their folds are required too, because ER is a mean
+            over all folds.
 
     Returns:
-        (upstream, task) -> selection, in the order of the runs.
+        (upstream, task) -> runs at the best learning rate, in the order of ``runs``.
     """
-    chosen = {}
-    for (upstream, task), rates in _by_rate(runs).items():
-        wanted = _wanted(rates, _folds(unfinished, upstream, task))
+    selections = {}
+    for (upstream, task), runs_by_lr in _by_lr(runs).items():
+        required = _required_keys(runs_by_lr, _unfinished_folds(unfinished, upstream, task))
         sign = -1 if TASKS[task].higher_is_better else 1
-        whole = [lr for lr, group in rates.items() if group.keys() == wanted]
-        devs = {lr: math.fsum(r.dev.value for r in rates[lr].values()) for lr in whole}
-        if whole:
-            best = min(whole, key=lambda lr: (sign * devs[lr], lr))  # noqa: B023 (used at once)
-            ordered = tuple(rates[best][key] for key in sorted(rates[best], key=_order))
-            chosen[upstream, task] = Selection(
-                upstream, task, best, devs[best] / len(ordered), ordered
+        complete = [lr for lr, group in runs_by_lr.items() if group.keys() == required]
+        sums = {lr: math.fsum(r.dev.value for r in runs_by_lr[lr].values()) for lr in complete}
+        if complete:
+            best = min(complete, key=lambda lr: (sign * sums[lr], lr))  # noqa: B023 (used at once)
+            group = runs_by_lr[best]
+            ordered = tuple(group[key] for key in sorted(group, key=_numeric_key))
+            selections[upstream, task] = Selection(
+                upstream, task, best, sums[best] / len(ordered), ordered
             )
-    return chosen
+    return selections
 
 
 def incomplete(runs: Iterable[Run], unfinished: Collection[Path] = ()) -> list[str]:
-    """A line for each upstream, task and learning rate that lacks a seed or a fold.
+    """List the seeds and folds that are missing.
 
     Args: as for :func:`select`.
+
+    Returns:
+        A line for each upstream, task and learning rate that is not complete.
     """
     lines = []
-    for (upstream, task), rates in _by_rate(runs).items():
-        wanted = _wanted(rates, _folds(unfinished, upstream, task))
-        for lr, group in sorted(rates.items()):
-            lacking = [
+    for (upstream, task), runs_by_lr in _by_lr(runs).items():
+        required = _required_keys(runs_by_lr, _unfinished_folds(unfinished, upstream, task))
+        for lr, group in sorted(runs_by_lr.items()):
+            missing = [
                 f"seed {seed}{f' {fold}' if fold else ''}"
-                for seed, fold in sorted(wanted - group.keys(), key=_order)
+                for seed, fold in sorted(required - group.keys(), key=_numeric_key)
             ]
-            if lacking:
-                lines.append(f"{upstream}, {task}, lr {lr:g}: no {', '.join(lacking)}")
+            if missing:
+                lines.append(f"{upstream}, {task}, lr {lr:g}: no {', '.join(missing)}")
     return lines
 
 
-def _by_rate(runs: Iterable[Run]) -> dict[tuple[str, str], dict[float, dict[tuple, Run]]]:
+def _by_lr(runs: Iterable[Run]) -> dict[tuple[str, str], dict[float, dict[tuple, Run]]]:
     """(upstream, task) -> learning rate -> (seed, fold) -> run."""
-    found: dict[tuple[str, str], dict[float, dict[tuple, Run]]] = {}
+    grouped: dict[tuple[str, str], dict[float, dict[tuple, Run]]] = {}
     for run in runs:
-        rates = found.setdefault((run.upstream, run.task), {})
-        rates.setdefault(run.lr, {})[run.seed, run.fold] = run
-    return found
+        runs_by_lr = grouped.setdefault((run.upstream, run.task), {})
+        runs_by_lr.setdefault(run.lr, {})[run.seed, run.fold] = run
+    return grouped
 
 
-def _folds(unfinished: Iterable[Path], upstream: str, task: str) -> set[str]:
-    """The folds of unfinished runs of ``upstream`` and ``task``, by the names of their folders."""
-    found = {_RUN.fullmatch(p.name) for p in unfinished if p.parts[-3:-1] == (upstream, task)}
-    return {match["fold"] for match in found if match and match["fold"]}
+def _unfinished_folds(unfinished: Iterable[Path], upstream: str, task: str) -> set[str]:
+    """The folds of unfinished runs of ``upstream`` and ``task``, from their folder names."""
+    matches = {_RUN.fullmatch(p.name) for p in unfinished if p.parts[-3:-1] == (upstream, task)}
+    return {match["fold"] for match in matches if match and match["fold"]}
 
 
-def _wanted(rates: dict[float, dict[tuple, Run]], folds: set[str]) -> set[tuple]:
-    """Every seed with every fold."""
-    keys = [key for group in rates.values() for key in group]
+def _required_keys(runs_by_lr: dict[float, dict[tuple, Run]], folds: set[str]) -> set[tuple]:
+    """(seed, fold) of every seed with every fold."""
+    keys = [key for group in runs_by_lr.values() for key in group]
     return {(seed, fold) for seed, _ in keys for fold in folds.union(fold for _, fold in keys)}
 
 
-def _order(key: tuple[int, str | None]) -> tuple[int, int]:
+def _numeric_key(key: tuple[int, str | None]) -> tuple[int, int]:
     seed, fold = key
     return seed, int(fold.removeprefix("fold")) if fold else 0

@@ -1,7 +1,7 @@
-"""Run a plan (:mod:`.plan`) through ``run_downstream.py``: finished runs are kept.
+"""Run a plan (:mod:`.plan`) through ``run_downstream.py``.
 
-A run that was cut goes on at its last checkpoint and ends as if it had not been cut
-(:mod:`..downstream.resume`). One that failed does not stop the others.
+Finished runs are skipped. An interrupted run resumes from its last checkpoint and ends as it would
+have without the interruption (:mod:`..downstream.resume`). A run that fails does not stop the rest.
 """
 
 from __future__ import annotations
@@ -30,26 +30,26 @@ from ..files.run_checkpoints import newest, read_run
 from ..hidden_states.feature_store import folder_size
 from ..system.jobs import Processes
 from ..system.lock import FolderLock
-from .plan import CLEAN, Run, noise_digest
+from .plan import CLEAN, PlannedRun, noise_digest
 from .results import RECORD, check_paths
 
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
-PARENT_LOCK = ".superb.lock"  # of this command; NAME of system/lock.py is of what it starts
-LEFTOVER = 10.0  # seconds for a run to end whose command was killed
+PARENT_LOCK = ".superb.lock"  # held by this command; its child processes hold system/lock.py's NAME
+ORPHAN_TIMEOUT = 10.0  # seconds for a child process to exit after its command was killed
 
 
-def close_features(runs: Sequence[Run], keep: bool) -> None:
-    """Say how often the hidden states of one upstream were found, and remove them unless ``keep``.
+def finish_feature_cache(runs: Sequence[PlannedRun], keep: bool) -> None:
+    """Log the cache hits of one upstream's runs, and remove the cache unless ``keep``.
 
     Args:
-        runs: all of one upstream, finished.
-        keep: the folder is the user's, or was asked for.
+        runs: all runs of one upstream, finished.
+        keep: whether the user named the folder or gave ``--keep-features``.
     """
     first = runs[0]
     if first.features is None or not Path(first.features.folder).is_dir():
-        return  # nothing was run now
+        return  # no cache, or removed by an earlier command
     folder = Path(first.features.folder)
     total = Counts()
     for run in runs:
@@ -59,61 +59,67 @@ def close_features(runs: Sequence[Run], keep: bool) -> None:
     size = folder_size(folder)
     if not keep:
         shutil.rmtree(folder, ignore_errors=True)
-        with contextlib.suppress(OSError):  # those of other upstreams are there
+        with contextlib.suppress(OSError):  # not empty: caches of other upstreams
             folder.parent.rmdir()
     logger.info(
-        "%s: hidden states found %d times, computed %d times, and for %d random excerpts; "
-        "%s has %.0f MB%s",
+        "%s: feature cache: %d hits, %d misses, %d random excerpts (not cached); %s: %.0f MB%s",
         first.upstream.name,
         total.hits,
         total.misses,
         total.excerpts,
         folder,
         size / 1e6,
-        "" if keep else ", removed now",
+        "" if keep else ", removed",
     )
 
 
-def environment_of(slot: int, jobs: int) -> dict[str, str]:
-    """Several jobs: each its share of the cores, and a GPU of its own where there are several."""
+def job_environment(slot: int, jobs: int) -> dict[str, str]:
+    """Environment variables of a job's commands.
+
+    With several jobs the cores are shared equally, unless ``OMP_NUM_THREADS`` is set, and the GPUs
+    are assigned in turn.
+
+    Args:
+        slot: index of the job, from 0.
+    """
     if jobs == 1:
         return dict(os.environ)
     threads = str(max(1, (os.cpu_count() or 1) // jobs))
-    changed = {"OMP_NUM_THREADS": threads, **os.environ}
+    environment = {"OMP_NUM_THREADS": threads, **os.environ}
     import torch
 
     count = torch.cuda.device_count()
     if count:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         names = visible.split(",") if visible else [str(i) for i in range(count)]
-        changed["CUDA_VISIBLE_DEVICES"] = names[slot % len(names)]
-    return changed
+        environment["CUDA_VISIBLE_DEVICES"] = names[slot % len(names)]
+    return environment
 
 
 def run_command(
-    folder: Path, words: list[str], environment: Mapping[str, str], processes: Processes
+    folder: Path, argv: list[str], environment: Mapping[str, str], processes: Processes
 ) -> None:
-    """Run one command, with all it prints in ``folder/log.txt``.
+    """Run one command and append its output to ``folder/log.txt``.
 
     Raises:
-        SetupError: it failed; with the sentence that it said, or its last line.
+        SetupError: the command failed; with its error message, or the last line it printed.
     """
     path = folder / "log.txt"
-    begin = path.stat().st_size if path.exists() else 0
-    code = processes.call(words, path, environment)
+    offset = path.stat().st_size if path.exists() else 0
+    code = processes.call(argv, path, environment)
     if not code:
         return
-    text = path.read_bytes()[begin:].decode("utf-8", "replace").strip().splitlines()
-    # its own last word, which a progress bar may have written over as it was closed
-    own = ("error: ", "stopped by ")
-    said = next((line for line in reversed(text) if line.startswith(own)), None)
-    why = said.removeprefix("error: ") if said else (text[-1] if text else "no message")
-    if code < 0 and not said:
-        why = f"ended by {_signal(-code)}; the last line was: {why}"
-    raise SetupError(f"{folder}: {why} (see {path})")
+    lines = path.read_bytes()[offset:].decode("utf-8", "replace").strip().splitlines()
+    # not always the last line: a progress bar may print after it when it is closed
+    prefixes = ("error: ", "stopped by ")
+    message = next((line for line in reversed(lines) if line.startswith(prefixes)), None)
+    reason = message.removeprefix("error: ") if message else (lines[-1] if lines else "no output")
+    if code < 0 and not message:
+        reason = f"killed by {_signal_name(-code)}; last line of output: {reason}"
+    raise SetupError(f"{folder}: {reason} (see {path})")
 
 
-def _signal(number: int) -> str:
+def _signal_name(number: int) -> str:
     try:
         return signal.Signals(number).name
     except ValueError:
@@ -121,10 +127,10 @@ def _signal(number: int) -> str:
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
-    """What a run's folder says of itself; None where it says nothing.
+    """Read a run's ``superb.json``; None if there is no such file.
 
     Raises:
-        SetupError: it cannot be read.
+        SetupError: the file is damaged, or of a newer format.
     """
     path = folder / RECORD
     if not path.is_file():
@@ -137,14 +143,16 @@ def read_record(folder: Path) -> dict[str, Any] | None:
         check_paths(record)
         return record
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise SetupError(f"{path} is damaged; remove {folder} to run it again") from None
+        raise SetupError(f"cannot read {path}: damaged; remove {folder} to run it again") from None
 
 
-def check_records(runs: Sequence[Run]) -> None:
-    """Raise SetupError where a folder holds another run: nothing is ever trained over it.
+def check_records(runs: Sequence[PlannedRun]) -> None:
+    """Check that records in the runs' folders belong to these runs, so that none is overwritten.
 
-    Also where a test under a noise of that name was made with other noises, or another task's runs
-    of the upstream are of another model: the report would show the two as one.
+    Raises:
+        SetupError: a folder holds a different run; a condition of the same name was tested with
+            different noises; or runs of the upstream, of any task, used a different model (a report
+            would show both as one).
     """
     for run in runs:
         record = read_record(run.folder)
@@ -152,53 +160,53 @@ def check_records(runs: Sequence[Run]) -> None:
             continue
         if record["digest"] != run.digest:
             raise SetupError(
-                f"{run.folder} holds a run of another checkpoint, recipe, setting or corpus; move "
-                "it away, name the upstream otherwise (NAME=CHECKPOINT), or choose another -o"
+                f"{run.folder} holds a run with a different checkpoint, recipe, setting or corpus; "
+                "move it away, rename the upstream (NAME=CHECKPOINT), or choose another -o"
                 f"{_features_hint(run, record)}"
             )
-        for condition, known in record.get("noises", {}).items():
-            if condition in run.noises and known != noise_digest(run.noises[condition][0]):
+        for condition, digest in record.get("noises", {}).items():
+            if condition in run.noises and digest != noise_digest(run.noises[condition][0]):
                 raise SetupError(
-                    f"{run.folder} was tested under {condition} with other noises than those of "
-                    f"{run.noises[condition][0]}; give that folder another name"
+                    f"{run.folder}: condition {condition} was tested with different noises than "
+                    f"those in {run.noises[condition][0]}; rename that folder"
                 )
     for upstream, root in {run.upstream: run.root for run in runs}.items():
-        for folder in upstream_folders(root, upstream.name):
+        for folder in recorded_folders(root, upstream.name):
             model = (read_record(folder) or {}).get("model")
             if model is not None and model != upstream.digest:
                 raise SetupError(
-                    f"{folder} is of another model than {upstream.name} is now; move "
-                    f"{root / upstream.name} away, name the upstream otherwise (NAME=CHECKPOINT), "
-                    "or choose another -o"
+                    f"{folder} holds a run of a different model than {upstream.name} is now; move "
+                    f"{root / upstream.name} away, rename the upstream (NAME=CHECKPOINT), or "
+                    "choose another -o"
                 )
 
 
-def upstream_folders(root: Path, name: str) -> list[Path]:
-    """The folders of an upstream's runs that have a record, of any task."""
+def recorded_folders(root: Path, name: str) -> list[Path]:
+    """Folders of an upstream's runs, of all tasks, that have a record."""
     return sorted(path.parent for path in (root / name).glob(f"*/*/{RECORD}"))
 
 
-def _features_hint(run: Run, record: Mapping[str, Any]) -> str:
+def _features_hint(run: PlannedRun, record: Mapping[str, Any]) -> str:
     alone = record.get("features_alone", False)
     if alone == (run.features is not None):
         return ""
-    return f" (it ran {'with' if alone else 'without'} --cache-features)"
+    return f" (that run was {'with' if alone else 'without'} --cache-features)"
 
 
-def is_finished(run: Run) -> bool:
-    """Trained, and tested under every condition that is asked for."""
+def is_finished(run: PlannedRun) -> bool:
+    """Whether a run is trained, and tested under all of its conditions."""
     record = read_record(run.folder)
     return bool(record and record["finished"] and run.conditions.keys() <= record["tested"].keys())
 
 
-def commands(run: Run, gpus: int = 1) -> list[list[str]]:
-    """Its commands as a user or a cluster's queue would type them."""
+def commands(run: PlannedRun, gpus: int = 1) -> list[list[str]]:
+    """The commands of a run, to type or to submit to a cluster's queue."""
     best = run.task.best
     tests = [run.test(best, condition).command() for condition in run.conditions]
     return [_training(run, gpus), *tests]
 
 
-def _training(run: Run, gpus: int) -> list[str]:
+def _training(run: PlannedRun, gpus: int) -> list[str]:
     argv = run.training().command()
     if gpus == 1:
         return argv
@@ -206,38 +214,38 @@ def _training(run: Run, gpus: int) -> list[str]:
 
 
 def run_all(
-    runs: Sequence[Run],
+    runs: Sequence[PlannedRun],
     jobs: int = 1,
     gpus: int = 1,
     *,
     keep_features: bool = False,
     processes: Processes | None = None,
-) -> list[tuple[Run, str]]:
-    """Run what is not finished, ``jobs`` at a time.
+) -> list[tuple[PlannedRun, str]]:
+    """Run the unfinished runs, ``jobs`` in parallel.
 
     Args:
-        keep_features: leave kept hidden states where they are.
-        processes: what starts the commands; None: each is a new process.
+        keep_features: do not remove the feature caches.
+        processes: starts the commands; None: a new process for each.
 
     Returns:
-        The runs that failed, each with its reason.
+        (run, error message) of each run that failed.
     """
-    waiting = [run for run in runs if not is_finished(run)]
-    if len(waiting) < len(runs):
-        logger.info("%d of %d runs are finished and kept", len(runs) - len(waiting), len(runs))
-    failed: list[tuple[Run, str]] = []
+    pending = [run for run in runs if not is_finished(run)]
+    if len(pending) < len(runs):
+        logger.info("skipping %d of %d runs: already finished", len(runs) - len(pending), len(runs))
+    failed: list[tuple[PlannedRun, str]] = []
     processes = processes or Processes()
-    open_runs = Counter(run.upstream.name for run in waiting)
-    closed: set[str] = set()
+    pending_counts = Counter(run.upstream.name for run in pending)
+    finished_upstreams: set[str] = set()
     slots: queue.Queue[int] = queue.Queue()
     for slot in range(jobs):
         slots.put(slot)
     with (
-        tqdm(total=len(runs), initial=len(runs) - len(waiting), unit=" runs", desc="superb") as bar,
+        tqdm(total=len(runs), initial=len(runs) - len(pending), unit=" runs", desc="superb") as bar,
         ThreadPoolExecutor(jobs) as pool,
     ):
         futures = {
-            pool.submit(_with_slot, run, slots, jobs, gpus, processes): run for run in waiting
+            pool.submit(_run_in_slot, run, slots, jobs, gpus, processes): run for run in pending
         }
         try:
             for future in as_completed(futures):
@@ -246,10 +254,10 @@ def run_all(
                 bar.set_postfix_str(f"{run.upstream.name}/{run.task.name}/{run.name}")
                 try:
                     future.result()
-                    open_runs[run.upstream.name] -= 1
-                    if not open_runs[run.upstream.name]:  # none failed: those stay counted
-                        close_features(_of(run.upstream.name, runs), keep_features)
-                        closed.add(run.upstream.name)
+                    pending_counts[run.upstream.name] -= 1
+                    if not pending_counts[run.upstream.name]:  # failed runs are never subtracted
+                        finish_feature_cache(_runs_of(run.upstream.name, runs), keep_features)
+                        finished_upstreams.add(run.upstream.name)
                 except SetupError as error:
                     failed.append((run, str(error)))
                     tqdm.write(f"failed: {error}")
@@ -258,33 +266,38 @@ def run_all(
                 future.cancel()
             processes.stop()
             raise
-    if not keep_features:  # what a call left that was cut between its last run and this
-        for name in {run.upstream.name: None for run in runs if run.upstream.name not in closed}:
-            if all(is_finished(run) for run in _of(name, runs)):
-                close_features(_of(name, runs), keep_features)
+    if not keep_features:  # caches of a command that was killed after its last run
+        for name in dict.fromkeys(run.upstream.name for run in runs):
+            own_runs = _runs_of(name, runs)
+            if name not in finished_upstreams and all(is_finished(run) for run in own_runs):
+                finish_feature_cache(own_runs, keep_features)
     return failed
 
 
-def _of(upstream: str, runs: Sequence[Run]) -> list[Run]:
+def _runs_of(upstream: str, runs: Sequence[PlannedRun]) -> list[PlannedRun]:
     return [run for run in runs if run.upstream.name == upstream]
 
 
-def _with_slot(run: Run, slots: queue.Queue, jobs: int, gpus: int, processes: Processes) -> None:
+def _run_in_slot(
+    run: PlannedRun, slots: queue.Queue, jobs: int, gpus: int, processes: Processes
+) -> None:
     slot = slots.get()
     try:
-        environment = environment_of(slot, jobs)
+        environment = job_environment(slot, jobs)
         make_folder(run.folder, SetupError)
-        # The same command, typed twice, trains nothing twice. Training and tests take the folder's
-        # own lock; one whose command was killed may still be on its way out.
+        # The first lock keeps a second `superb` out. The second one is the lock that training and
+        # tests take: wait for a child process whose `superb` was killed.
         with FolderLock(run.folder, PARENT_LOCK):
-            with FolderLock(run.folder, wait=LEFTOVER):
+            with FolderLock(run.folder, wait=ORPHAN_TIMEOUT):
                 pass
-            _run(run, lambda words: run_command(run.folder, words, environment, processes), gpus)
+            _train_and_test(
+                run, lambda argv: run_command(run.folder, argv, environment, processes), gpus
+            )
     finally:
         slots.put(slot)
 
 
-def _run(run: Run, call: Callable[[list[str]], None], gpus: int) -> None:
+def _train_and_test(run: PlannedRun, call: Callable[[list[str]], None], gpus: int) -> None:
     record = read_record(run.folder) or {
         "format": FORMAT,
         "upstream": run.upstream.name,
@@ -307,7 +320,9 @@ def _run(run: Run, call: Callable[[list[str]], None], gpus: int) -> None:
         "noises": {},
     }
     if record["upstream"] != run.upstream.name:
-        logger.info("%s was %s; it has been renamed", run.folder, record["upstream"])
+        logger.info(
+            "%s: upstream renamed from %s to %s", run.folder, record["upstream"], run.upstream.name
+        )
         record["upstream"] = run.upstream.name
     _write(run.folder, record)
     start = time.monotonic()
@@ -323,7 +338,7 @@ def _run(run: Run, call: Callable[[list[str]], None], gpus: int) -> None:
         call(run.test(record["dev"]["checkpoint"], condition).command())
         for name in run.task.files(run.fold):
             if not (run.folder / folder / name).is_file():
-                raise SetupError(f"{run.folder / folder} has no {name} after its evaluation")
+                raise SetupError(f"the evaluation wrote no {run.folder / folder / name}")
         record["tested"][condition] = folder
         if condition in run.noises:
             digest = noise_digest(run.noises[condition][0])
@@ -333,26 +348,29 @@ def _run(run: Run, call: Callable[[list[str]], None], gpus: int) -> None:
     _write(run.folder, record)
 
 
-def best_checkpoint(run: Run) -> tuple[str, float]:
-    """The checkpoint that s3prl chose by dev, and its score in per cent.
+def best_checkpoint(run: PlannedRun) -> tuple[str, float]:
+    """The best checkpoint on dev, as s3prl saved it, and its metric in per cent.
 
-    s3prl keeps none while all is wrong (100 % errors, 0 % right): then the last one is taken.
+    s3prl saves none while the metric is at its worst (error rate 100 %, accuracy 0 %); then the
+    last checkpoint is used.
 
     Raises:
-        SetupError: the run left no checkpoint.
+        SetupError: there is no checkpoint, or it is damaged.
     """
     best = run.folder / run.task.best
     if not best.is_file():
         last = newest(run.folder)
         if last is None:
-            raise SetupError(f"{run.folder} has no checkpoint after its training")
+            raise SetupError(f"the training saved no checkpoint in {run.folder}")
         return last.name, run.task.worst
     try:
         score = read_run(best)["Downstream"]["best_score"]
     except NewerFormatError as error:
         raise SetupError(str(error)) from None
     except (CheckpointError, KeyError, TypeError):
-        raise SetupError(f"{best} is damaged; remove {run.folder} to run it again") from None
+        raise SetupError(
+            f"cannot read {best}: damaged; remove {run.folder} to run it again"
+        ) from None
     return best.name, float(score) * run.task.scale
 
 

@@ -1,4 +1,4 @@
-"""The archive that SUPERB's public leaderboard takes, laid out as s3prl's submit.py does it."""
+"""Write the archive for SUPERB's public leaderboard, with the layout of s3prl's submit.py."""
 
 from __future__ import annotations
 
@@ -12,50 +12,53 @@ from ..files.text import check_inside, check_regular
 from .results import Run, Selection
 
 FOLDS = tuple(f"fold{i}" for i in range(1, 6))
-# what the leaderboard scores -> its folder in the archive and the file's name there
+# (task, fold) -> path in the archive, below predict/
 MEMBERS: dict[tuple[str, str | None], str] = {
     ("pr", None): "pr_public/predict.ark",
     ("sid", None): "sid_public/predict.txt",
     **{("er", fold): f"er_{fold}_public/predict.txt" for fold in FOLDS},
     ("asr", None): "asr_public/predict.ark",
 }
-_EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest that ZIP can say: equal contents, equal archives
+_EPOCH = (1980, 1, 1, 0, 0, 0)  # ZIP's earliest date: equal contents give equal archives
 
 
 def choose_runs(selections: Mapping[str, Selection]) -> dict[tuple[str, str | None], Run]:
-    """One run for each member there is: of several seeds the one that is best on dev.
+    """Choose one seed for each task: the one with the best dev metric.
 
-    For ER, whose folds belong together, the seed with the best mean over its folds; of equal ones
-    the smallest.
+    All folds of ER come from one seed, the one with the best mean over folds. Of equal seeds the
+    smallest is chosen.
 
     Args:
-        selections: task -> selection of one upstream.
+        selections: task -> runs of one upstream.
+
+    Returns:
+        (task, fold) -> run, in the order of the archive.
     """
-    chosen: dict[tuple[str, str | None], Run] = {}
+    runs: dict[tuple[str, str | None], Run] = {}
     for task, selection in selections.items():
         sign = -1 if TASKS[task].higher_is_better else 1
 
-        def dev(seed: int, selection: Selection = selection) -> float:
+        def dev_sum(seed: int, selection: Selection = selection) -> float:
             return sum(run.dev.value for run in selection.runs if run.seed == seed)
 
-        best = min(selection.seeds, key=lambda seed: (sign * dev(seed), seed))  # noqa: B023
-        chosen |= {(task, run.fold): run for run in selection.runs if run.seed == best}
-    return {key: chosen[key] for key in MEMBERS if key in chosen}
+        best = min(selection.seeds, key=lambda seed: (sign * dev_sum(seed), seed))  # noqa: B023
+        runs |= {(task, run.fold): run for run in selection.runs if run.seed == best}
+    return {key: runs[key] for key in MEMBERS if key in runs}
 
 
-def lacking(runs: Mapping[tuple[str, str | None], Run]) -> list[str]:
-    """What a whole submission still needs: ``asr``, ``er fold2``, ..."""
+def missing_members(runs: Mapping[tuple[str, str | None], Run]) -> list[str]:
+    """Tasks and folds of a complete submission that are not in ``runs``: ``asr``, ``er fold2``."""
     return [" ".join(filter(None, key)) for key in MEMBERS if key not in runs]
 
 
 def write_archive(runs: Mapping[tuple[str, str | None], Run], file: BinaryIO) -> list[str]:
-    """Write the archive; the same predictions give the same bytes.
+    """Write the archive. The same predictions give the same bytes.
 
     Returns:
-        The names of its files.
+        The names of its files, in the order of ``runs``.
 
     Raises:
-        DataError: a run has no predictions of the clean test set, or they are a link out of its
+        DataError: a run has no predictions on the clean test set, or they are a symlink out of its
             folder.
     """
     contents = {MEMBERS[key]: _predictions(run) for key, run in runs.items()}
@@ -72,7 +75,7 @@ def write_archive(runs: Mapping[tuple[str, str | None], Run], file: BinaryIO) ->
 
 def _predictions(run: Run) -> bytes:
     if "clean" not in run.tested:
-        raise DataError(f"{run.folder} was not tested on clean speech; evaluate it again")
+        raise DataError(f"{run.folder}: not tested on clean speech; evaluate the run again")
     path, _ = run.files("clean")
     check_regular(path, "predictions", DataError)
     check_inside(path, run.folder, "predictions", DataError)
@@ -87,7 +90,7 @@ def _predictions(run: Run) -> bytes:
 
 def _info(name: str) -> zipfile.ZipInfo:
     info = zipfile.ZipInfo(name, _EPOCH)
-    info.create_system = 3  # Unix, wherever it is written
+    info.create_system = 3  # Unix, on every platform: equal archives
     if name.endswith("/"):
         info.external_attr = (0o40755 << 16) | 0x10
     else:
