@@ -1,8 +1,8 @@
-"""Kill ``s3prl-ekd superb`` at random moments, and rename what it has written.
+"""Kill ``s3prl-ekd superb`` at random moments, and rename its output folders.
 
-Each time: SIGKILL to the command alone, the same command at once, until it has finished; its
-weights and predictions are compared with those of one that was left alone. Then the upstream's
-folder is renamed, another run made under its old name, and the renamed one tested under noise:
+Each time: send SIGKILL to the command (not to its child processes), repeat the command at once and
+let it finish, and compare weights and predictions with those of an uninterrupted run. Then rename
+the upstream's folder, make another run under the old name, and test the renamed run under noise:
 nothing may change in the other folder.
 
 example:
@@ -35,11 +35,11 @@ RUN = "sid/lr0.003-seed1337"
 STEPS = 240
 
 
-def superb(folder: Path, out: str, name: str, *words: str) -> subprocess.Popen:
-    more = "sid=config.downstream_expert.datarc.train_batch_size=4"
-    more += ",,config.downstream_expert.datarc.max_timestep=4000"
+def superb(folder: Path, out: str, name: str, *options: str) -> subprocess.Popen:
+    override = "sid=config.downstream_expert.datarc.train_batch_size=4"
+    override += ",,config.downstream_expert.datarc.max_timestep=4000"
     argv = ["superb", f"{name}=fbank_no_cmvn", "--tasks", "sid", "--recipes", "tiny", "-o", out]
-    argv += ["--steps", f"sid={STEPS}", "--override", more, *words]
+    argv += ["--steps", f"sid={STEPS}", "--override", override, *options]
     return subprocess.Popen(
         [sys.executable, "-m", "s3prl_ekd", *argv],
         cwd=folder,
@@ -49,25 +49,25 @@ def superb(folder: Path, out: str, name: str, *words: str) -> subprocess.Popen:
     )
 
 
-def finish(folder: Path, out: str, name: str, *words: str) -> None:
-    """The command to its end."""
-    assert superb(folder, out, name, *words).wait() == 0, (folder / out / name).as_posix()
+def finish(folder: Path, out: str, name: str, *options: str) -> None:
+    """Run the command to its end."""
+    assert superb(folder, out, name, *options).wait() == 0, (folder / out / name).as_posix()
 
 
-def kill_and_start_again(folder: Path, out: str, rng: random.Random) -> tuple[int, float]:
-    """Returns the step that was saved when it was killed, and the seconds that were left to it."""
+def kill_and_repeat(folder: Path, out: str, rng: random.Random) -> tuple[int, float]:
+    """Return the last step saved before the kill, and the seconds of the repeated command."""
     run = folder / out / "x" / RUN
     process = superb(folder, out, "x")
     start = time.monotonic()
-    goal = rng.randrange(-1, STEPS)  # -1: before anything is saved
+    kill_step = rng.randrange(-1, STEPS)  # -1: before the first checkpoint
     wait = rng.uniform(0, 0.3)
     while process.poll() is None:
         steps = [int(path.stem.removeprefix("states-")) for path in run.glob("states-*.ckpt")]
-        if max(steps, default=-1) >= goal and (steps or run.is_dir()):
+        if max(steps, default=-1) >= kill_step and (steps or run.is_dir()):
             time.sleep(wait)
             break
         if time.monotonic() - start > 120:
-            raise AssertionError("the run does not begin")
+            raise AssertionError("the run did not start")
         time.sleep(0.02)
     assert process.poll() is None, "it ended before it was killed"
     process.send_signal(signal.SIGKILL)
@@ -80,7 +80,7 @@ def kill_and_start_again(folder: Path, out: str, rng: random.Random) -> tuple[in
 
 
 def compare(folder: Path, one: str, other: str) -> list[str]:
-    """What differs between the runs of two folders: weights and predictions."""
+    """Names of the weights and prediction files that differ between two output folders."""
     runs = [folder / out / "x" / RUN for out in (one, other)]
     differing = []
     first, second = (read_run(newest(run)) for run in runs)
@@ -95,7 +95,11 @@ def compare(folder: Path, one: str, other: str) -> list[str]:
 
 
 def rename_and_test(folder: Path, out: str) -> list[str]:
-    """What was misplaced; the folder of ``x`` becomes ``y``, a new ``x`` is made, ``y`` tested."""
+    """Rename upstream ``x`` to ``y``, make a new ``x``, and test ``y`` under noise.
+
+    Returns:
+        Files of ``x`` that changed meanwhile, and missing ones of ``y``.
+    """
     root = folder / out
     (root / "x").rename(root / "y")
     finish(folder, out, "x")
@@ -113,30 +117,30 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--times", type=int, default=10, help="how often (default: 10)")
+    parser.add_argument("--times", type=int, default=10, help="number of repetitions (default: 10)")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     rng = random.Random(args.seed)
-    lost = 0
+    errors = 0
     with tempfile.TemporaryDirectory() as name:
         folder = make_workspace(Path(name))
         (folder / "rain").mkdir()
         soundfile.write(folder / "rain/rain.wav", make_sound(1.0), 16000)
-        finish(folder, "whole", "x")
+        finish(folder, "uninterrupted", "x")
         for number in range(args.times):
-            out = f"cut{number}"
-            saved, seconds = kill_and_start_again(folder, out, rng)
-            differing = compare(folder, "whole", out)
+            out = f"killed{number}"
+            saved, seconds = kill_and_repeat(folder, out, rng)
+            differing = compare(folder, "uninterrupted", out)
             misplaced = rename_and_test(folder, out)
-            lost += len(differing) + len(misplaced)
+            errors += len(differing) + len(misplaced)
             print(
-                f"{number + 1}: killed with step {saved} of {STEPS} saved, {seconds:.0f} s to the "
-                f"end; unequal: {len(differing)} {differing[:3]}; misplaced: {len(misplaced)} "
-                f"{misplaced[:3]}",
+                f"{number + 1}: killed with step {saved} of {STEPS} saved, repeated in "
+                f"{seconds:.0f} s; different: {len(differing)} {differing[:3]}; "
+                f"misplaced: {len(misplaced)} {misplaced[:3]}",
                 flush=True,
             )
-    print(f"{args.times} times killed and renamed; lost or misplaced: {lost}")
-    return int(lost > 0)
+    print(f"killed and renamed {args.times} times; different or misplaced: {errors}")
+    return int(errors > 0)
 
 
 if __name__ == "__main__":

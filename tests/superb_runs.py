@@ -1,4 +1,4 @@
-"""Finished downstream runs as `s3prl-ekd superb` leaves them, written by hand."""
+"""Write finished downstream runs in the format of `s3prl-ekd superb`."""
 
 from __future__ import annotations
 
@@ -34,21 +34,23 @@ def write_run(
     dev: float = 50.0,
     **changes,
 ) -> Path:
-    """One run; ``pairs`` of the clean test set, or condition -> pairs. Returns its folder.
+    """Write one run and return its folder.
 
-    ``changes`` replace entries of superb.json, and add new ones.
+    Args:
+        pairs: of the clean test set, or condition -> pairs.
+        changes: entries of superb.json to replace or add.
     """
     if not isinstance(next(iter(pairs.values()), None), Mapping):
         pairs = {"clean": pairs}
     name = f"lr{lr:g}-seed{seed}" + (f"-{fold}" if fold else "")
     folder = root / upstream / task / name
     tested = {c: "." if c == "clean" else f"noisy/{c}" for c in pairs}
-    for condition, chosen in pairs.items():
-        where = folder / tested[condition]
-        where.mkdir(parents=True, exist_ok=True)
+    for condition, utterances in pairs.items():
+        predictions = folder / tested[condition]
+        predictions.mkdir(parents=True, exist_ok=True)
         for i, file in enumerate(FILES[task]):
-            lines = [f"{name} {texts[i]}\n" for name, texts in chosen.items()]
-            (where / file.format(fold=fold)).write_text("".join(lines), encoding="utf-8")
+            lines = [f"{name} {texts[i]}\n" for name, texts in utterances.items()]
+            (predictions / file.format(fold=fold)).write_text("".join(lines), encoding="utf-8")
     record = {
         "format": 1,
         "upstream": upstream,
@@ -73,7 +75,7 @@ def write_run(
 
 
 def write_cost(root: Path, upstream: str, parameters: int, macs: float) -> None:
-    """``cost.json`` of an upstream."""
+    """Write the ``cost.json`` of an upstream."""
     cost = {
         "parameters": parameters,
         "unused": 0,

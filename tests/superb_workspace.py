@@ -1,4 +1,4 @@
-"""A workspace in which `s3prl-ekd superb` runs in seconds, and what it is asked to do there."""
+"""A working folder in which `s3prl-ekd superb` takes seconds, and plans for it."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,7 +31,7 @@ OPTIONS = {
 
 
 def make_workspace(folder: Path) -> Path:
-    """SID and ER data: three speakers, each with an emotion of its own."""
+    """Write SID and ER data of three speakers with one emotion each."""
     audio = folder / "audio"
     audio.mkdir()
     rng, lines = np.random.default_rng(1), ["path\tspeaker\temotion\tsplit\n"]
@@ -50,23 +50,24 @@ def make_workspace(folder: Path) -> Path:
         cwd=folder,
         check=False,
     )
-    if not (folder / "data/er").is_dir():  # glad is bob alone: folds by split then
+    if not (folder / "data/er").is_dir():  # only bob is glad, so folds by speaker fail: by split
         command("prepare", "er", "audio/all.tsv", "-o", "data/er", cwd=folder)
     return folder
 
 
-def plan(tmp_path, *upstreams, **changed):
-    options = {**OPTIONS, "output": tmp_path / "out", "upstreams": list(upstreams), **changed}
-    return superb_plan.plan(SimpleNamespace(**options))
+def plan_runs(tmp_path, *upstreams, **changes):
+    options = {**OPTIONS, "output": tmp_path / "out", "upstreams": list(upstreams), **changes}
+    return superb_plan.plan_runs(SimpleNamespace(**options))
 
 
-def short(tmp_path, out, **changed):
-    more = "sid=config.downstream_expert.datarc.train_batch_size=4"
-    more += ",,config.downstream_expert.datarc.max_timestep=9000"
-    return plan(
-        tmp_path / out, "fbank_no_cmvn", tasks=["sid"], steps=["sid=8"], override=[more], **changed
-    )
+def short(tmp_path, out, **changes):
+    """SID runs of eight steps."""
+    override = "sid=config.downstream_expert.datarc.train_batch_size=4"
+    override += ",,config.downstream_expert.datarc.max_timestep=9000"
+    options = {"tasks": ["sid"], "steps": ["sid=8"], "override": [override], **changes}
+    return plan_runs(tmp_path / out, "fbank_no_cmvn", **options)
 
 
-def states(run):
+def last_states(run):
+    """The contents of the last checkpoint of :func:`short`."""
     return read_run(run.folder / "states-8.ckpt")

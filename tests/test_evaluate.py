@@ -1,4 +1,4 @@
-"""Scalars and the plot of a run."""
+"""Reading and plotting the TensorBoard scalars of a run."""
 
 import pytest
 from tensorboardX import SummaryWriter
@@ -6,15 +6,15 @@ from tensorboardX import SummaryWriter
 from s3prl_ekd.pretrain.tensorboard import plot_run, read_scalars, teacher_curves
 
 
-def test_scalars_are_what_was_written(tmp_path):
+def test_scalars_are_read_by_step(tmp_path):
     with SummaryWriter(str(tmp_path)) as writer:
         for step in (2, 1, 3):
             writer.add_scalar("a/b", step / 4, step)
-        writer.add_text("note", "no scalar", 1)
+        writer.add_text("note", "not a scalar", 1)
     assert read_scalars(tmp_path) == {"a/b": {1: 0.25, 2: 0.5, 3: 0.75}}
 
 
-def test_a_cut_record_is_left_out(tmp_path):
+def test_a_truncated_event_is_skipped(tmp_path):
     with SummaryWriter(str(tmp_path)) as writer:
         writer.add_scalar("a", 1.0, 1)
         writer.add_scalar("a", 2.0, 2)

@@ -1,6 +1,7 @@
-"""Errors of each utterance: by hand, against s3prl's own metric, and against jiwer."""
+"""Errors of each utterance: by hand, against s3prl's metric, and against jiwer."""
 
 import random
+import re
 
 import jiwer
 import pytest
@@ -38,19 +39,19 @@ def test_labels_are_right_or_wrong(tmp_path):
     assert counts.errors.tolist() == [0, 1, 0, 1] and counts.lengths.tolist() == [1, 1, 1, 1]
 
 
-def garbled(tokens, seed, count=40):
-    """Utterance -> (hypothesis, reference): about a third of the tokens damaged in some way."""
+def random_pairs(tokens, seed, count=40):
+    """Utterance -> (hypothesis, reference), with errors in about a third of the tokens."""
     rng = random.Random(seed)
     pairs = {}
     for i in range(count):
         reference = [rng.choice(tokens) for _ in range(rng.randint(1, 25))]
         hypothesis = []
         for token in reference:
-            fate = rng.random()
-            if fate < 0.1:
+            draw = rng.random()
+            if draw < 0.1:
                 continue
-            hypothesis.append(rng.choice(tokens) if fate < 0.25 else token)
-            if fate > 0.9:
+            hypothesis.append(rng.choice(tokens) if draw < 0.25 else token)
+            if draw > 0.9:
                 hypothesis.append(rng.choice(tokens))
         pairs[f"spk-{i:04d}"] = (" ".join(hypothesis), " ".join(reference))
     return pairs
@@ -62,7 +63,7 @@ WORDS = "THE A CAT DOG RAN FAR UPON IT'S BLUE SEA".split()
 
 @pytest.mark.parametrize("task, tokens", [("pr", PHONES), ("asr", WORDS)])
 def test_equal_to_jiwer_on_the_same_files(tmp_path, task, tokens):
-    folder = write_run(tmp_path, "student", task, garbled(tokens, seed=task))
+    folder = write_run(tmp_path, "student", task, random_pairs(tokens, seed=task))
     run = read_results([folder]).runs[0]
     hyp, ref = (
         dict(line.split(" ", 1) for line in path.read_text().splitlines())
@@ -72,7 +73,7 @@ def test_equal_to_jiwer_on_the_same_files(tmp_path, task, tokens):
     expected = jiwer.process_words([ref[n] for n in names], [hyp[n] for n in names])
     counts = count_run(run, "clean")
     assert counts.rate == pytest.approx(100 * expected.wer, abs=1e-9)
-    assert 20 < counts.rate < 60  # something was damaged
+    assert 20 < counts.rate < 60
     errors = expected.substitutions + expected.deletions + expected.insertions
     assert counts.errors.sum() == errors
     assert counts.errors.tolist() == [
@@ -86,7 +87,7 @@ def test_equal_to_jiwer_on_the_same_files(tmp_path, task, tokens):
 
 def test_equal_to_s3prl(tmp_path):
     metric = pytest.importorskip("s3prl.downstream.ctc.metric")
-    pairs = garbled(PHONES, seed=3)
+    pairs = random_pairs(PHONES, seed=3)
     folder = write_run(tmp_path, "student", "pr", pairs)
     expected = metric.per(
         hypothesis=[hyp for hyp, _ in pairs.values()],
@@ -96,42 +97,43 @@ def test_equal_to_s3prl(tmp_path):
     assert counts.rate == pytest.approx(100 * expected, abs=1e-9)
 
 
-def test_a_name_that_comes_again_is_told_apart_by_its_place(tmp_path):
+def test_repeated_names_are_numbered(tmp_path):
     path = tmp_path / "test_predict.txt"
     path.write_text("a happy\nb sad\na angry\n")
     assert read_predictions(path) == {"a": "happy", "b": "sad", "a (2)": "angry"}
 
 
-def test_separators_within_a_text_end_no_line(tmp_path):
+def test_unicode_line_separators_do_not_end_a_line(tmp_path):
     path = tmp_path / "hyp.ark"
     path.write_text("a ONE\x85TWO\u2028THREE\n", encoding="utf-8")
     assert list(read_predictions(path)) == ["a"]
 
 
 @pytest.mark.parametrize(
-    "hyp, ref, said",
+    "hyp, ref, pattern",
     [
-        (None, "a x\n", "cannot read the predictions .*hyp: No such file"),
-        ("a x\n", None, "cannot read the predictions .*ref: No such file"),
-        ("a x\n", "a x\nb y\n", "do not match: b is in only one of them"),
-        ("a x\nb y\n", "a x\n", "do not match: b is in only one"),
-        ("", "", "ref is empty; evaluate the run again"),
-        ("a x\n", "a \n", "the reference of a is empty, so it has no error rate"),
-        ("a x\n", "a\n", "the reference of a is empty"),
-        (" x\n", "a x\n", "hyp: line 1 has no utterance's name"),
-        ("a x\n\nb y\n", "a x\n", "hyp: line 2 has no utterance's name"),
-        (b"a \xff\n", "a x\n", "hyp: they are not UTF-8 text"),
+        (None, "a x\n", "/hyp: No such file"),
+        ("a x\n", None, "/ref: No such file"),
+        ("a x\n", "a x\nb y\n", r"/hyp .*\bref\b.*\bb\b"),
+        ("a x\nb y\n", "a x\n", r"/hyp .*\bref\b.*\bb\b"),
+        ("", "", r"/ref\b.*empty"),
+        ("a x\n", "a \n", r"/ref: .*\ba\b.*empty"),
+        ("a x\n", "a\n", r"/ref: .*\ba\b.*empty"),
+        (" x\n", "a x\n", "/hyp: line 1"),
+        ("a x\n\nb y\n", "a x\n", "/hyp: line 2"),
+        (b"a \xff\n", "a x\n", "/hyp: .*UTF-8"),
     ],
 )
-def test_damaged_files_are_a_sentence(tmp_path, hyp, ref, said):
+def test_errors_of_damaged_files(tmp_path, hyp, ref, pattern):
     for name, text in (("hyp", hyp), ("ref", ref)):
         if text is not None:
             (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(DataError, match=said) as caught:
+    with pytest.raises(DataError) as caught:
         read_pairs(tmp_path / "hyp", tmp_path / "ref")
-    assert "\n" not in str(caught.value)
+    message = str(caught.value)
+    assert re.search(pattern, message) and "\n" not in message
 
 
-def test_an_empty_hypothesis_is_all_wrong():
+def test_an_empty_hypothesis_has_only_deletions():
     counts = count_errors([("u", "", "a b c")], labels=False)
     assert counts.errors.tolist() == [3] and counts.rate == 100

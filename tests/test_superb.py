@@ -1,6 +1,7 @@
-"""`s3prl-ekd superb`: what it plans, and what it refuses."""
+"""The plan of `s3prl-ekd superb`, and its errors."""
 
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from s3prl_ekd.superb.plan import (
     steps_overrides,
 )
 
-from .superb_workspace import make_workspace, plan
+from .superb_workspace import make_workspace, plan_runs
 
 
 @pytest.fixture(scope="module")
@@ -38,15 +39,16 @@ def here(prepared, monkeypatch):
     return prepared
 
 
-def fails(capsys, *words) -> str:
-    with pytest.raises(SystemExit) as stop:
-        cli.main(["superb", *map(str, words)])
+def error_of(capsys, *argv) -> str:
+    """The error message of ``s3prl-ekd superb ARGV``."""
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["superb", *map(str, argv)])
     error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.count("error: ") == 1, error
+    assert caught.value.code == 2 and error.count("error: ") == 1, error
     return error
 
 
-def test_the_names_of_upstreams(tmp_path, monkeypatch):
+def test_parse_upstream(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "student.pt").touch()
     assert parse_upstream("fbank") == Upstream("fbank", "fbank")
@@ -56,20 +58,20 @@ def test_the_names_of_upstreams(tmp_path, monkeypatch):
     assert hubert == Upstream("teacher", "hubert_local", "student.pt")
     heads = parse_upstream("student.pt", "hidden_states_and_heads")
     assert heads.selection == "hidden_states_and_heads"
-    for wrong in ("nothing.pt", "a=hubert_local:nothing.pt", "../x=student.pt", ".x=student.pt"):
-        with pytest.raises(SetupError):
-            parse_upstream(wrong)
+    for text in ("nothing.pt", "a=hubert_local:nothing.pt", "../x=student.pt", ".x=student.pt"):
+        with pytest.raises(SetupError, match=re.escape(text)):
+            parse_upstream(text)
 
 
 @pytest.mark.parametrize("path", ["runs/lr=1e-4/student.pt", "epoch=3.ckpt", "a=b=c d.pt"])
 def test_paths_with_equals_signs(tmp_path, monkeypatch, path):
-    """A file that is there is meant whole, and the first sign ends a name only if there is one."""
+    """An existing file is a path without a name, also if it contains =."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / path).touch()
     name = parse_upstream(path).name
     assert "=" not in name and parse_upstream(path) == Upstream(name, "ekd_student", path)
-    assert parse_upstream(f"mine={path}") == Upstream("mine", "ekd_student", path)
+    assert parse_upstream(f"name={path}") == Upstream("name", "ekd_student", path)
     assert parse_upstream(f"hubert_local:{path}").checkpoint == path
     teacher = parse_upstream(f"teacher=hubert_local:{path}")
     assert teacher == Upstream("teacher", "hubert_local", path)
@@ -78,15 +80,15 @@ def test_paths_with_equals_signs(tmp_path, monkeypatch, path):
 
 
 def test_commands_with_equals_signs(here, tmp_path, capsys):
-    """What is printed can be typed, and `run_downstream.py` reads it as it was meant."""
+    """`run_downstream.py` parses the printed commands correctly."""
     folder = tmp_path / "lr=1e-4 x"
     folder.mkdir()
     (folder / "student.pt").touch()
     recipe = folder / "tiny.yaml"
     recipe.write_text((here / "downstream/voxceleb1/tiny.yaml").read_text())
-    words = [str(folder / "student.pt"), "--tasks", "sid", "--recipe", str(recipe), "--dry-run"]
-    words += ["--override", "config.a='b=c'", "-o", str(folder / "out")]
-    assert cli.main(["superb", *words]) == 0
+    options = [str(folder / "student.pt"), "--tasks", "sid", "--recipe", str(recipe), "--dry-run"]
+    options += ["--override", "config.a='b=c'", "-o", str(folder / "out")]
+    assert cli.main(["superb", *options]) == 0
     train = shlex.split(capsys.readouterr().out.splitlines()[0])
     assert train[train.index("-k") + 1] == str(folder / "student.pt")
     assert train[train.index("-c") + 1] == str(recipe)
@@ -97,7 +99,7 @@ def test_commands_with_equals_signs(here, tmp_path, capsys):
     assert config["a"] == "b=c" and config["optimizer"]["lr"]
 
 
-def test_a_checkpoint_counts_by_its_contents(tmp_path):
+def test_identity_depends_on_the_contents_of_a_checkpoint(tmp_path):
     (tmp_path / "a.pt").write_bytes(b"one")
     (tmp_path / "b.pt").write_bytes(b"one")
     (tmp_path / "c.pt").write_bytes(b"two")
@@ -106,22 +108,22 @@ def test_a_checkpoint_counts_by_its_contents(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "steps, total, every", [(400, 400, 100), (10, 10, 2), (3, 3, 1), (7, 7, 1)]
+    "steps, total, interval", [(400, 400, 100), (10, 10, 2), (3, 3, 1), (7, 7, 1)]
 )
-def test_no_step_is_lost_at_the_end(steps, total, every):
+def test_the_last_step_is_evaluated(steps, total, interval):
     assert f"config.runner.total_steps={total}," in steps_overrides(steps)
-    assert f"config.runner.eval_step={every}" in steps_overrides(steps)
-    assert total % every == 0
+    assert f"config.runner.eval_step={interval}" in steps_overrides(steps)
+    assert total % interval == 0
 
 
-def test_tasks_come_in_the_order_of_superb():
+def test_tasks_have_the_order_of_superb():
     assert [task.name for task in choose_tasks(["asr", "pr"])] == ["pr", "asr"]
-    with pytest.raises(SetupError, match="unknown task 'ks'; known: pr, sid, er, asr"):
+    with pytest.raises(SetupError, match=r"\bks\b.*pr, sid, er, asr"):
         choose_tasks(["ks"])
 
 
-def test_the_plan_is_the_product_of_all(here, tmp_path):
-    runs = plan(tmp_path, "fbank", "mfcc", lr=["sid=1e-3,5e-3"], seeds=[1, 2])
+def test_the_plan_is_a_product(here, tmp_path):
+    runs = plan_runs(tmp_path, "fbank", "mfcc", lr=["sid=1e-3,5e-3"], seeds=[1, 2])
     sid = [run for run in runs if run.task.name == "sid"]
     assert len(sid) == 2 * 2 * 2
     assert {run.name for run in sid} == {
@@ -135,22 +137,22 @@ def test_the_plan_is_the_product_of_all(here, tmp_path):
     assert all("test_fold='fold1'" in run.overrides for run in er if run.fold == "fold1")
 
 
-def test_a_run_is_known_by_what_decides_its_result(here, tmp_path):
-    (first,) = plan(tmp_path, "fbank", tasks=["sid"])
-    (same,) = plan(tmp_path / "elsewhere", "fbank", tasks=["sid"])
-    (other,) = plan(tmp_path, "fbank", tasks=["sid"], steps=["sid=8"])
+def test_the_digest_of_a_run_covers_what_determines_its_result(here, tmp_path):
+    (first,) = plan_runs(tmp_path, "fbank", tasks=["sid"])
+    (same,) = plan_runs(tmp_path / "elsewhere", "fbank", tasks=["sid"])
+    (other,) = plan_runs(tmp_path, "fbank", tasks=["sid"], steps=["sid=8"])
     assert first.digest == same.digest != other.digest
     first.folder.mkdir(parents=True)
     record = {"format": superb.FORMAT, "digest": other.digest}
     (first.folder / superb.RECORD).write_text(json.dumps(record))
-    with pytest.raises(SetupError, match="holds a run of another checkpoint, recipe, setting or"):
+    with pytest.raises(SetupError, match=rf"{first.folder} .*NAME=CHECKPOINT.* -o"):
         superb.check_records([first])
     (first.folder / superb.RECORD).write_text("[]")
-    with pytest.raises(SetupError, match="is damaged; remove"):
+    with pytest.raises(SetupError, match=str(first.folder / superb.RECORD)):
         superb.check_records([first])
 
 
-def test_noise_and_snr_belong_together(tmp_path):
+def test_noise_and_snr_are_given_together(tmp_path):
     (tmp_path / "babble").mkdir()
     (tmp_path / "babble" / "a.flac").touch()
     folder = str(tmp_path / "babble")
@@ -160,68 +162,68 @@ def test_noise_and_snr_belong_together(tmp_path):
     }
     assert noise_conditions([], []) == {}
     for folders, snrs in (([folder], []), ([], [5.0])):
-        with pytest.raises(SetupError, match="--noise and --snr go together"):
+        with pytest.raises(SetupError, match="--noise FOLDER --snr 10 5 0"):
             noise_conditions(folders, snrs)
 
 
-def test_two_noises_of_one_name_are_refused(tmp_path, monkeypatch):
-    """Their tests would lie in one folder: the second would be taken for done."""
+def test_noise_conditions_of_the_same_name_are_an_error(tmp_path, monkeypatch):
+    """Both would be tested into one folder, so the second would be skipped as finished."""
     for name in ("a", "b"):
         (tmp_path / name / "rain").mkdir(parents=True)
         (tmp_path / name / "rain" / "1.flac").touch()
     a, b = str(tmp_path / "a/rain"), str(tmp_path / "b/rain")
-    with pytest.raises(SetupError, match=r"b/rain at 5 dB have one name, rain_snr5; rename"):
+    with pytest.raises(SetupError, match=r"a/rain .*b/rain .*rain_snr5"):
         noise_conditions([a, b], [5.0])
     with pytest.raises(SetupError, match="rain_snr5"):
         noise_conditions([a], [5.0, 5.0])
     for snr in (float("nan"), float("inf")):
-        with pytest.raises(SetupError, match="a number of dB is needed"):
+        with pytest.raises(SetupError, match=rf"--snr.*{snr}"):
             noise_conditions([a], [snr])
     monkeypatch.chdir(a)
-    assert list(noise_conditions(["."], [5.0])) == ["rain_snr5"]  # as its folder will be called
+    assert list(noise_conditions(["."], [5.0])) == ["rain_snr5"]
     assert noise_digest(a) == noise_digest(b)
     (tmp_path / "b/rain/2.flac").touch()
     noise_digest.cache_clear()
     assert noise_digest(a) != noise_digest(b)
 
 
-def record_of(run, **changes):
-    """As a finished run leaves it."""
+def write_record(run, **changes):
+    """Write the record of a finished run."""
     run.folder.mkdir(parents=True, exist_ok=True)
     record = {"format": superb.FORMAT, "digest": run.digest, "model": run.upstream.digest}
     record |= {"finished": True, "tested": {"clean": "."}, "noises": {}}
     (run.folder / superb.RECORD).write_text(json.dumps(record | changes))
 
 
-def test_a_test_under_other_noises_of_that_name_is_not_kept(here, tmp_path):
+def test_a_condition_tested_with_different_noises_is_an_error(here, tmp_path):
     for name in ("a", "b"):
         (tmp_path / name / "rain").mkdir(parents=True)
         (tmp_path / name / "rain" / f"{name}.flac").touch()
     a, b = str(tmp_path / "a/rain"), str(tmp_path / "b/rain")
-    words = {"tasks": ["sid"], "snr": [5.0]}
-    (run,) = plan(tmp_path, "fbank", noise=[a], **words)
-    record_of(run, noises={"rain_snr5": noise_digest(a)})
+    options = {"tasks": ["sid"], "snr": [5.0]}
+    (run,) = plan_runs(tmp_path, "fbank", noise=[a], **options)
+    write_record(run, noises={"rain_snr5": noise_digest(a)})
     superb.check_records([run])
-    (run,) = plan(tmp_path, "fbank", noise=[b], **words)
-    with pytest.raises(SetupError, match="tested under rain_snr5 with other noises than those"):
+    (run,) = plan_runs(tmp_path, "fbank", noise=[b], **options)
+    with pytest.raises(SetupError, match=f"{run.folder}.* rain_snr5 .*{b}"):
         superb.check_records([run])
 
 
-def test_another_model_under_the_same_name_is_refused(here, tmp_path):
-    """Of another task, too: the report would show the two as one."""
+def test_another_model_under_the_same_name_is_an_error(here, tmp_path):
+    """Also if it has runs of another task only: the report would show both as one upstream."""
     (tmp_path / "s.pt").write_bytes(b"one")
-    sid, er, *_ = plan(tmp_path, str(tmp_path / "s.pt"))
-    record_of(sid)
+    sid, er, *_ = plan_runs(tmp_path, str(tmp_path / "s.pt"))
+    write_record(sid)
     superb.check_records([er])
     (tmp_path / "s.pt").write_bytes(b"two, exported later")
     superb_plan._sha256.cache_clear()
-    with pytest.raises(SetupError, match="is of another model than s is now; move"):
+    with pytest.raises(SetupError, match=f"{sid.folder} .*model.*{sid.root / 's'} "):
         superb.check_records([er])
 
 
-def test_a_corpus_prepared_anew_makes_another_run(here, tmp_path):
-    """Its files may have the same names: whole utterances, or a second of each."""
-    (run,) = plan(tmp_path, "fbank", tasks=["sid"])
+def test_the_digest_of_a_run_covers_the_corpus(here, tmp_path):
+    """A corpus prepared with other options may have the same file names."""
+    (run,) = plan_runs(tmp_path, "fbank", tasks=["sid"])
     before, table = run.digest, here / "data/sid/prepared.tsv"
     text = table.read_text()
     try:
@@ -232,8 +234,8 @@ def test_a_corpus_prepared_anew_makes_another_run(here, tmp_path):
     assert run.digest == before
 
 
-def test_a_second_process_in_a_runs_folder_is_told(here, tmp_path):
-    (run,) = plan(tmp_path, "fbank", tasks=["sid"])
+def test_a_run_in_a_locked_folder_fails(here, tmp_path):
+    (run,) = plan_runs(tmp_path, "fbank", tasks=["sid"])
     run.folder.mkdir(parents=True)
     code = "import sys; from s3prl_ekd.system.lock import FolderLock\n"
     code += f"with FolderLock({str(run.folder)!r}): print('held', flush=True); sys.stdin.read()"
@@ -243,27 +245,27 @@ def test_a_second_process_in_a_runs_folder_is_told(here, tmp_path):
     try:
         assert holder.stdout.readline() == "held\n"
         ((failed, reason),) = superb.run_all([run])
-        assert failed is run and "is in use: process" in reason
+        assert failed is run and str(run.folder) in reason and str(holder.pid) in reason
         assert not (run.folder / superb.RECORD).exists()
     finally:
         holder.communicate()
 
 
-def test_what_is_no_noise_is_said_before_any_training(tmp_path):
+def test_missing_noises_are_an_error_before_training(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "no_split.tsv").write_text("path\ta.flac\n")
     (tmp_path / "no_test.tsv").write_text("path\tsplit\na.flac\ttrain\n")
-    for name, said in (
-        ("nowhere", "there is no such folder of noises"),
-        ("empty", "has no audio"),
-        ("no_split.tsv", "split"),
-        ("no_test.tsv", "has no line in the split test"),
+    for name, pattern in (
+        ("nowhere", "nowhere"),
+        ("empty", "empty"),
+        ("no_split.tsv", "no_split.tsv.*split"),
+        ("no_test.tsv", "no_test.tsv.* test"),
     ):
-        with pytest.raises(DataError, match=said):
+        with pytest.raises(DataError, match=pattern):
             noise_conditions([str(tmp_path / name)], [5.0])
 
 
-def test_the_commands_can_be_given_to_a_queue(here, tmp_path, capsys):
+def test_dry_run_prints_the_commands(here, tmp_path, capsys):
     cli.main(["superb", "fbank", "--tasks", "sid", "--recipes", "tiny", "--dry-run", "--gpus", "4"])
     train, test = map(shlex.split, capsys.readouterr().out.splitlines())
     assert train[:3] == ["torchrun", "--standalone", "--nproc_per_node=4"]
@@ -273,43 +275,42 @@ def test_the_commands_can_be_given_to_a_queue(here, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "words, said",
+    "argv, pattern",
     [
-        (["fbank", "--tasks", "ks"], "unknown task 'ks'"),
-        (["fbank", "fbank", "--tasks", "sid"], "two upstreams are called fbank"),
-        (["nothing.pt"], "nothing.pt: there is no such file"),
-        (["fbank", "--tasks", "asr"], "libri_root is ./data/corpus, which is not there"),
-        (["fbank", "--tasks", "sid", "--lr", "sid=fast"], "--lr fast: a number above 0"),
-        (["fbank", "--tasks", "sid", "--lr", "sdi=1"], "--lr sdi=1: unknown task 'sdi'"),
-        (["fbank", "--tasks", "sid", "--seeds", "1", "1"], "--seeds names a seed twice"),
-        (["fbank", "--tasks", "sid", "--jobs", "0"], "--jobs and --gpus must be 1 or more"),
-        (["fbank", "--tasks", "sid", "--snr", "5"], "--noise and --snr go together"),
-        (["no_such_model", "--tasks", "sid"], "s3prl has no such upstream"),
-        (["fbank", "--tasks", "sid", "--recipe", "sid=x.yaml"], "there is no recipe x.yaml"),
-        (["fbank", "--tasks", "sid", "--keep-features"], "goes with --cache-features"),
-        (["fbank", "--cache-features", "--gpus", "2"], "--cache-features is for --gpus 1"),
-        (["fbank", "--cache-features", "audio/all.tsv"], "audio/all.tsv: this is a file; a folder"),
-        (
-            ["fbank", "--cache-features", "--cache-features-gb", "x"],
-            "--cache-features-gb x: a number of gigabytes above 0",
-        ),
+        (["fbank", "--tasks", "ks"], r"\bks\b.*pr, sid, er, asr"),
+        (["fbank", "fbank", "--tasks", "sid"], r"\bfbank\b.*NAME=CHECKPOINT"),
+        (["nothing.pt"], r"nothing\.pt.*NAME=HUB:CHECKPOINT"),
+        (["fbank", "--tasks", "asr"], r"asr/tiny\.yaml.*libri_root.*data/corpus"),
+        (["fbank", "--tasks", "sid", "--lr", "sid=fast"], "--lr.*fast"),
+        (["fbank", "--tasks", "sid", "--lr", "sdi=1"], "--lr sdi=1.*pr, sid, er, asr"),
+        (["fbank", "--tasks", "sid", "--seeds", "1", "1"], "--seeds"),
+        (["fbank", "--tasks", "sid", "--jobs", "0"], "--jobs 0"),
+        (["fbank", "--tasks", "sid", "--gpus", "0"], "--gpus 0"),
+        (["fbank", "--tasks", "sid", "--snr", "5"], "--noise FOLDER --snr"),
+        (["no_such_model", "--tasks", "sid"], "no_such_model.*run_downstream.py -h"),
+        (["fbank", "--tasks", "sid", "--recipe", "sid=x.yaml"], r"x\.yaml.*s3prl-ekd init"),
+        (["fbank", "--tasks", "sid", "--keep-features"], "--keep-features.*--cache-features"),
+        (["fbank", "--cache-features", "--gpus", "2"], "--cache-features.*--gpus 1.*2"),
+        (["fbank", "--cache-features", "audio/all.tsv"], r"audio/all\.tsv"),
+        (["fbank", "--cache-features", "--cache-features-gb", "x"], r"--cache-features-gb.*\bx\b"),
     ],
 )
-def test_mistakes_are_a_sentence(here, capsys, words, said, tmp_path):
-    assert said in fails(capsys, *words, "--recipes", "tiny", "-o", tmp_path / "out")
+def test_errors(here, capsys, argv, pattern, tmp_path):
+    error = error_of(capsys, *argv, "--recipes", "tiny", "-o", tmp_path / "out")
+    assert re.search(pattern, error), error
 
 
-def test_an_upstream_that_the_recipes_cannot_use_is_named():
+def test_check_outputs():
     state = torch.zeros(2, 49, 8)
     check_outputs({"hidden_states": [state, state]}, "hidden_states", "x")
     check_outputs({"hidden_states": (state, state)}, "hidden_states", "x")  # s3prl's own HuBERT
-    for outputs, said in (
-        ((state, state), "x returns a tuple; its forward must return a dict"),
-        ({"last": state}, "gives no hidden_states; it gives: last"),
-        ({"hidden_states": {"a": state}}, "as a dict"),
-        ({"hidden_states": [state, state[:, :3]]}, "all must be tensors"),
-        ({"hidden_states": [state[0]]}, "all must be tensors"),
-        ({"hidden_states": [state / 0]}, "not finite"),
+    for outputs, pattern in (
+        ((state, state), r"\bx\b.* dict .*tuple"),
+        ({"last": state}, r"\bx\b.*hidden_states.* last$"),
+        ({"hidden_states": {"a": state}}, r"\bx\b.*hidden_states.* dict$"),
+        ({"hidden_states": [state, state[:, :3]]}, r"\bx\b.*\(2, 3, 8\).*\(2, 49, 8\)"),
+        ({"hidden_states": [state[0]]}, r"\bx\b.*\(49, 8\)"),
+        ({"hidden_states": [state / 0]}, r"\bx\b.*finite"),
     ):
-        with pytest.raises(SetupError, match=said):
+        with pytest.raises(SetupError, match=pattern):
             check_outputs(outputs, "hidden_states", "x")
