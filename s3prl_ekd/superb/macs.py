@@ -114,7 +114,7 @@ class _Products(TorchDispatchMode):
             self.counted.products += flop_registry[packet](*args, **kwargs, out_val=result) // 2
             return result
         if func is not torch.ops.prim.device.default:
-            with self:  # split a composite operator, as inference mode leaves it in one piece
+            with self:  # count inside composite operators, which inference mode passes whole
                 result = func.decompose(*args, **kwargs)
             if result is not NotImplemented:
                 return result

@@ -45,7 +45,7 @@ class Upstream:
     Attributes:
         name: the name in reports, and of its folder.
         hub: the name in ``s3prl.hub``.
-        checkpoint: path or URL; None if ``hub`` needs none.
+        checkpoint: its path; None if ``hub`` needs none.
         selection: the key of the upstream's outputs that the featurizer uses.
     """
 
@@ -300,7 +300,7 @@ def noise_conditions(folders: Sequence[str], snrs: Sequence[float]) -> dict:
         find_noises(folder)
         for snr in snrs:
             if not math.isfinite(snr):
-                raise SetupError(f"--snr must be finite, in dB, such as 5, got {snr}")
+                raise SetupError(f"--snr must be a finite number of dB, such as 5, got {snr}")
             name = condition_name(folder, snr)
             if name in conditions:
                 raise SetupError(

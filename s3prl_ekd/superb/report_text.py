@@ -44,17 +44,17 @@ def as_markdown(report: Report, against: str | None = None, *, published: bool =
 
 def _caption(report: Report) -> str:
     several = any(m.deviation is not None for m in report.measures.values())
-    seeds = " Values are means over seeds; sd is the standard deviation over seeds."
+    seeds = " Means over seeds; sd: standard deviation over seeds." if several else ""
     costs = ""
     if report.costs:
-        ways = {(c.utterances, c.profiler) for c in report.costs.values()}
-        costs = " GMACs: " + "; ".join(f"sum over {n} utterances, {p}" for n, p in sorted(ways))
+        counts = {(c.utterances, c.profiler) for c in report.costs.values()}
+        costs = " GMACs: " + "; ".join(f"sum over {n} utterances, {p}" for n, p in sorted(counts))
         costs += "."
     return (
         "Test set metrics in per cent, with 95 % percentile bootstrap intervals over utterances "
-        f"({report.resamples:,} resamples).{seeds if several else ''} ↓ lower is better, ↑ higher "
-        "is better. An interval covers the sampling of test utterances, not the randomness of "
-        f"training.{costs} The last column is the {LABEL}; recipes used here: "
+        f"({report.resamples:,} resamples).{seeds} ↓ lower is better, ↑ higher is better. An "
+        "interval covers the sampling of test utterances, not the randomness of training."
+        f"{costs} The last column is the {LABEL}; recipes used here: "
         + ", ".join(sorted({s.runs[0].recipe for s in report.selections.values()}))
         + ". An upstream without a result on all four tasks has no score."
     )

@@ -36,7 +36,7 @@ from .results import RECORD, check_paths
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
-PARENT_LOCK = ".superb.lock"  # held by this command; its child processes hold system/lock.py's NAME
+PARENT_LOCK = ".superb.lock"  # of this command; its child processes take FolderLock's default lock
 ORPHAN_TIMEOUT = 10.0  # seconds for a child process to exit after its command was killed
 
 
@@ -255,7 +255,7 @@ def run_all(
                 try:
                     future.result()
                     pending_counts[run.upstream.name] -= 1
-                    if not pending_counts[run.upstream.name]:  # failed runs are never subtracted
+                    if not pending_counts[run.upstream.name]:  # 0 only if no run has failed
                         finish_feature_cache(_runs_of(run.upstream.name, runs), keep_features)
                         finished_upstreams.add(run.upstream.name)
                 except SetupError as error:
