@@ -89,7 +89,7 @@ def test_prediction_files(tmp_path):
         ({"task": "ks"}, r"\btask\b.*\bks\b"),
         ({"format": 2}, r"\bformat\b.*\b2\b"),
         ({"format": 0}, r"\bformat\b.*\b0\b"),
-        ({"fold": "fold1"}, r"\bfold\b.*\ber\b.*'fold1'.*\bpr\b"),
+        ({"fold": "fold1"}, r"\bfold\b.*\ber\b.*'fold1'"),
         ({"task": "er", "fold": "../x"}, r"\bfold\b.*'\.\./x'"),
         ({"dev": {"metric": "wer", "value": 1.0}}, r"dev\.metric.* per\b.*'wer'"),
         ({"dev": {"metric": "per", "value": float("nan")}}, "NaN"),

@@ -87,11 +87,7 @@ def print_cost(cost: dict) -> None:
 
 
 def check_report(path: Path) -> None:
-    """Check that a file can be written at ``path``, and create its folder.
-
-    Raises:
-        SetupError: it cannot.
-    """
+    """Raise SetupError if no file can be written at ``path``; create its folder."""
     if path.is_dir():
         raise SetupError(f"cannot write {path}: it is a folder, expected a file name")
     try:

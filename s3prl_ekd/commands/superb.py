@@ -33,11 +33,9 @@ def configure(parser) -> None:
         help="any of pr sid er asr (default: all four)",
     )  # fmt: skip
     parser.add_argument(
-        "--recipes",
-        choices=("full", "tiny"),
-        default="full",
-        help="full: SUPERB's recipes (default); tiny: small ones that run on a laptop",
-    )
+        "--recipes", choices=("full", "tiny"), default="full",
+        help="SUPERB's recipes (default), or tiny ones for a laptop",
+    )  # fmt: skip
     parser.add_argument(
         "--recipe", metavar="TASK=YAML", action="append", default=[], help="use another recipe"
     )
@@ -56,8 +54,7 @@ def configure(parser) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1337], help="default: 1337")
     parser.add_argument(
         "-s", "--selection", default="hidden_states", metavar="KEY",
-        help="which outputs of students are used: hidden_states (default) or "
-        "hidden_states_and_heads",
+        help="outputs of students: hidden_states (default) or hidden_states_and_heads",
     )  # fmt: skip
     parser.add_argument(
         "--noise", metavar="DIR", nargs="+", default=[],
@@ -126,7 +123,7 @@ def _check_upstreams(runs) -> None:
         module = build_upstream(upstream.hub, upstream.checkpoint)
         check_forward(module, upstream.selection, upstream.name)
         path = root / upstream.name / "cost.json"
-        # without a finished or interrupted run, an existing cost.json may be of another model
+        # without records the file may be of another model
         if not path.is_file() or not recorded_folders(root, upstream.name):
             make_folder(path.parent, SetupError)
             write_text(path, json.dumps(measure_cost(module), indent=1) + "\n")

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from ..errors import DataError, EkdError, SetupError, first_line
 from .macs import count_macs
 
-HiddenStates = Sequence[Tensor]  # [batch, frame, dim] each
+States = Sequence[Tensor]  # hidden states, [batch, frame, dim] each
 _SECONDS = 0.5
 _RATE = 16_000
 
@@ -36,9 +36,7 @@ PROFILER = "s3prl_ekd: products by torch.utils.flop_counter, attention as SUPERB
 SPLIT, UTTERANCES, EVERY = "test-clean", 2620, 82
 
 
-def unused_parameters(
-    module: nn.Module, states_of: Callable[[list[Tensor]], HiddenStates]
-) -> list[str]:
+def unused_parameters(module: nn.Module, states_of: Callable[[list[Tensor]], States]) -> list[str]:
     """Names of the parameters that no hidden state depends on, in eval mode.
 
     A parameter is used if a random weighted sum of all hidden states has a non-zero gradient with
@@ -66,7 +64,7 @@ def unused_parameters(
 
 def _without_gradient(
     parameters: dict[str, nn.Parameter],
-    states_of: Callable[[list[Tensor]], HiddenStates],
+    states_of: Callable[[list[Tensor]], States],
     waves: list[Tensor],
     generator: torch.Generator,
 ) -> dict[str, nn.Parameter]:
@@ -94,7 +92,7 @@ def _without_gradient(
 @torch.no_grad()
 def _without_effect(
     candidates: dict[str, nn.Parameter],
-    states_of: Callable[[list[Tensor]], HiddenStates],
+    states_of: Callable[[list[Tensor]], States],
     waves: list[Tensor],
     generator: torch.Generator,
 ) -> list[str]:
@@ -147,21 +145,17 @@ def build_upstream(hub_name: str, checkpoint: str | None) -> torch.nn.Module:
     except EkdError:
         raise
     except Exception as error:  # an upstream may raise anything
-        upstream_text = hub_name if checkpoint is None else f"{hub_name} with {checkpoint}"
-        raise SetupError(f"cannot build upstream {upstream_text}: {first_line(error)}") from None
+        source = hub_name if checkpoint is None else f"{hub_name} with {checkpoint}"
+        raise SetupError(f"cannot build upstream {source}: {first_line(error)}") from None
     return upstream.eval()
 
 
 def check_outputs(outputs: Any, selection: str, name: str) -> None:
-    """Check an upstream's outputs for s3prl's Featurizer: a dict with a list of tensors
-    ``[batch, frame, dim]``.
+    """Check that ``outputs[selection]`` is a list of tensors ``[batch, frame, dim]``, as s3prl's
+    Featurizer needs it.
 
-    A tuple of tensors is allowed too, because some upstreams of s3prl return one. SUPERB's hidden
-    set is stricter, see ``s3prl-ekd validate``.
-
-    Args:
-        selection: the key of the list.
-        name: the upstream's name in errors.
+    A tuple is allowed too, because some upstreams of s3prl return one. SUPERB's hidden set is
+    stricter, see ``s3prl-ekd validate``.
 
     Raises:
         SetupError: the outputs have another type or shape, or are not finite.
@@ -194,11 +188,7 @@ def check_outputs(outputs: Any, selection: str, name: str) -> None:
 
 
 def check_forward(upstream: torch.nn.Module, selection: str, name: str) -> None:
-    """Run one forward on two waveforms of 1 and 0.6 s, and check its outputs.
-
-    Raises:
-        SetupError: see :func:`check_outputs`.
-    """
+    """Check the outputs of a forward on waveforms of 1 and 0.6 s with :func:`check_outputs`."""
     generator = torch.Generator().manual_seed(0)
     waves = [0.1 * torch.randn(n, generator=generator) for n in (16000, 9600)]
     with torch.no_grad():
@@ -214,11 +204,9 @@ def measure_cost(
     """Count parameters and MACs: the contents of ``cost.json``.
 
     Args:
-        module: an upstream, ``list of [sample] -> {"hidden_states": [...]}``. It is put into eval
-            mode.
+        module: an upstream, ``list of [sample] -> {"hidden_states": [...]}``; put in eval mode.
         lengths: bucket -> lengths of its utterances in samples.
-        selection: the key or keys of the outputs; parameters that none of them depends on are
-            unused.
+        selection: the key or keys of the outputs that decide which parameters are used.
         progress: wraps an iterable, as ``tqdm`` does.
 
     Returns:
@@ -250,10 +238,9 @@ def measure_cost(
 
 
 def hidden_states(result: Mapping[str, Any], keys: Sequence[str]) -> list[Tensor]:
-    """The hidden states under ``keys`` of an upstream's result, in one list.
+    """The hidden states under ``keys``; for a missing key ``hidden_states``, as in SUPERB.
 
-    For a missing key ``hidden_states`` is used, as in SUPERB. A single tensor, as s3prl's baselines
-    return, counts as a list of one.
+    A single tensor, as s3prl's baselines return it, counts as a list of one.
     """
     states = []
     for key in keys:
@@ -268,9 +255,6 @@ def librispeech_lengths(folder: Path) -> dict[str, list[int]]:
     Args:
         folder: ``test-clean``, or its parent.
 
-    Returns:
-        Bucket -> lengths in samples.
-
     Raises:
         DataError: the folder is missing or incomplete, or a file cannot be read.
     """
@@ -280,8 +264,7 @@ def librispeech_lengths(folder: Path) -> dict[str, list[int]]:
     names = find_audio(folder)
     if len(names) != UTTERANCES:
         raise DataError(
-            f"{folder}: expected the {UTTERANCES} audio files of LibriSpeech {SPLIT}, got "
-            f"{len(names)}"
+            f"{folder}: expected the {UTTERANCES} files of LibriSpeech {SPLIT}, got {len(names)}"
         )
     samples = []
     for header in read_headers(folder, names):

@@ -34,8 +34,7 @@ from torch.utils.flop_counter import flop_registry
 
 _ATTENTION = torch.nn.functional.multi_head_attention_forward
 _ATEN = torch.ops.aten
-# Products that torch's flop counter does not count: operator -> indices of its factors in the
-# arguments.
+# Products that torch's flop counter does not count: operator -> its factors' argument indices.
 _UNREGISTERED = {
     _ATEN.addmm_: (1, 2),
     _ATEN.baddbmm_: (1, 2),
@@ -47,12 +46,7 @@ _UNREGISTERED = {
 
 @dataclass
 class MacCount:
-    """A number of MACs.
-
-    Attributes:
-        products: of matrix products and convolutions.
-        attention: of the other terms that the leaderboard counts in attention.
-    """
+    """MACs of matrix products and convolutions, and of attention's other terms."""
 
     products: int = 0
     attention: int = 0

@@ -40,10 +40,9 @@ def resampled_rates(
     resampled independently.
 
     Args:
-        errors: number of errors, ``[system, utterance]``.
-        lengths: number of reference tokens, ``[utterance]``, each at least 1.
+        errors: ``[system, utterance]``.
+        lengths: reference tokens, ``[utterance]``, each at least 1.
         names: ``[utterance]``.
-        resamples: number of resamples.
 
     Returns:
         Error rates in per cent, ``[system, resample]``.
@@ -127,10 +126,7 @@ class Fold:
 
 
 def test_set(folds: Sequence[Fold]) -> tuple:
-    """A key that is equal for the same utterances and reference lengths.
-
-    Only metrics with equal keys have paired resamples.
-    """
+    """Key of the utterances and reference lengths; equal keys mean paired resamples."""
     return tuple((fold.names, fold.lengths.tobytes()) for fold in folds)
 
 

@@ -40,19 +40,12 @@ _NAME = r"[\w.-]+"  # an upstream's name, which is also its folder's
 
 @dataclass(frozen=True)
 class Upstream:
-    """An upstream to evaluate.
+    """An upstream to evaluate: a name in ``s3prl.hub``, and a checkpoint if it needs one."""
 
-    Attributes:
-        name: the name in reports, and of its folder.
-        hub: the name in ``s3prl.hub``.
-        checkpoint: its path; None if ``hub`` needs none.
-        selection: the key of the upstream's outputs that the featurizer uses.
-    """
-
-    name: str
+    name: str  # in reports, and of its folder
     hub: str
     checkpoint: str | None = None
-    selection: str = "hidden_states"
+    selection: str = "hidden_states"  # key of the outputs that the featurizer uses
 
     @property
     def identity(self) -> list[str]:
@@ -77,12 +70,11 @@ def _digest(facts: Any) -> str:
 
 
 def parse_upstream(text: str, selection: str = "hidden_states") -> Upstream:
-    """Parse ``student.pt``, ``fbank``, ``NAME=student.pt``, ``NAME=HUB`` or
-    ``NAME=HUB:CHECKPOINT``.
+    """Parse ``FILE``, ``HUB``, ``NAME=FILE``, ``NAME=HUB`` or ``NAME=HUB:CHECKPOINT``.
 
-    Paths may contain ``=``. If ``text`` is a file, all of it is the path; otherwise the part before
-    the first ``=`` is the name, if it is a valid one. A name derived from a file name has ``-`` in
-    place of characters that a name must not contain.
+    Paths may contain ``=``: an existing file is never split, and the part before the first ``=`` is
+    a name only if it is a valid one. In a name derived from a file name ``-`` replaces characters
+    that are not allowed.
 
     Raises:
         SetupError: no such file, or the name cannot be a folder's.
@@ -106,8 +98,8 @@ def parse_upstream(text: str, selection: str = "hidden_states") -> Upstream:
         )
     if not re.fullmatch(_NAME, upstream.name) or upstream.name.startswith("."):
         raise SetupError(
-            f"{text}: an upstream's name must consist of letters, digits, _, - and ., and not "
-            f"start with ., got {upstream.name!r}"
+            f"{text}: a name must consist of letters, digits, _ - . (not first), got "
+            f"{upstream.name!r}"
         )
     return upstream
 
@@ -130,24 +122,16 @@ class Recipe:
         return apply_overrides(config, self.overrides) if self.overrides else config
 
     def check(self, folder: Path) -> None:
-        """Check that the recipe's paths exist and hold the files that its lists name.
-
-        Args:
-            folder: relative paths are resolved against it.
-
-        Raises:
-            ConfigError: a file or folder is missing.
-        """
+        """Raise ConfigError if a path in the recipe, or a file in its lists, is missing."""
         config = self.config
         for key, missing in missing_paths(config, self.task.paths, folder):
             raise ConfigError(
-                f"{self.path}: {key}: no such file or folder {missing}; edit the recipe, prepare "
-                f"the data (s3prl-ekd prepare {self.task.name} -h), or leave {self.task.name} out "
-                "of --tasks"
+                f"{self.path}: {key}: no such path {missing}; edit it, prepare the data "
+                f"(s3prl-ekd prepare {self.task.name} -h), or leave {self.task.name} out of --tasks"
             )
         try:
             folds = self.folds()
-        except ConfigError:  # check_corpus may find the right folder and name it in its error
+        except ConfigError:  # check_corpus may name the right folder
             check_corpus(self.task.downstream, config, self.path, folder=folder)
             raise
         for fold in folds:
@@ -158,10 +142,7 @@ class Recipe:
             check_corpus(self.task.downstream, config, self.path, folder=folder)
 
     def data_digests(self, folder: Path) -> list[str]:
-        """SHA-256 of each table that ``s3prl-ekd prepare`` wrote into the data folders.
-
-        Empty for a corpus that was not prepared by it.
-        """
+        """SHA-256 of each table that ``s3prl-ekd prepare`` wrote into the data folders, if any."""
         digests = {}
         for _, path in recipe_paths(self.config, self.task.corpus):
             for parent in (folder / path, (folder / path).parent):
@@ -177,10 +158,7 @@ class Recipe:
         meta = Path(self.config["downstream_expert"]["datarc"]["meta_data"])
         sessions = sorted((path.name for path in meta.glob("Session*")), key=natural)
         if not sessions:
-            raise ConfigError(
-                f"{self.path}: downstream_expert.datarc.meta_data: expected Session1, Session2, "
-                f"... in {meta}, found none"
-            )
+            raise ConfigError(f"{self.path}: {meta} has no Session1, Session2, ...")
         return [name.replace("Session", "fold") for name in sessions]
 
     def learning_rate(self) -> float:
@@ -190,26 +168,20 @@ class Recipe:
 def steps_overrides(steps: int) -> str:
     """Overrides for ``steps`` training steps with four evaluations.
 
-    ``total_steps`` is rounded down to a multiple of the evaluation interval, so that no step comes
-    after the last evaluation.
+    ``total_steps`` is rounded down to a multiple of the evaluation period: no step comes after the
+    last evaluation.
     """
-    interval = max(1, steps // 4)
-    total = interval * max(1, steps // interval)
-    keys = {
-        "total_steps": total, "log_step": interval, "eval_step": interval, "save_step": interval
-    }  # fmt: skip
+    period = max(1, steps // 4)
+    total = period * max(1, steps // period)
+    keys = {"total_steps": total, "log_step": period, "eval_step": period, "save_step": period}
     return ",,".join(f"config.runner.{key}={value}" for key, value in keys.items())
 
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One downstream model to train once and test under one or more conditions.
+    """One downstream model to train once and test on clean speech and under noise.
 
-    Attributes:
-        root: the output folder of all runs.
-        noises: condition -> (folder or manifest of noises, SNR in dB).
-        features: cache of hidden states, computed for each utterance alone (no padding); None:
-            s3prl's padded batches.
+    ``noises``: condition -> (folder or manifest, SNR in dB).
     """
 
     upstream: Upstream
@@ -219,7 +191,7 @@ class PlannedRun:
     fold: str | None
     root: Path = Path("result/superb")
     noises: Mapping[str, tuple[str, float]] = field(default_factory=dict, hash=False)
-    features: CacheOptions | None = None
+    features: CacheOptions | None = None  # hidden states computed without padding, cached
 
     @property
     def task(self) -> Task:
@@ -290,8 +262,7 @@ def noise_conditions(folders: Sequence[str], snrs: Sequence[float]) -> dict:
     Raises:
         SetupError: ``folders`` or ``snrs`` alone is given, two conditions have the same name, or an
             SNR is not finite.
-        DataError: a folder or manifest has no noises. Checked here so that the error comes before
-            training.
+        DataError: a folder or manifest has no noises (checked here, before training).
     """
     if bool(folders) != bool(snrs):
         raise SetupError("--noise and --snr must be given together: --noise FOLDER --snr 10 5 0")
@@ -329,20 +300,15 @@ def plan_runs(args: Namespace) -> list[PlannedRun]:
     """
     tasks = choose_tasks(args.tasks)
     if args.jobs < 1 or args.gpus < 1:
-        raise SetupError(
-            f"--jobs and --gpus must be 1 or more, got --jobs {args.jobs} --gpus {args.gpus}"
-        )
+        raise SetupError(f"--jobs and --gpus must be 1 or more, got {args.jobs} and {args.gpus}")
     if len(set(args.seeds)) < len(args.seeds):
         raise SetupError(f"--seeds must differ, got {' '.join(map(str, args.seeds))}")
     upstreams = [parse_upstream(text, args.selection) for text in args.upstreams]
     names = [upstream.name for upstream in upstreams]
     duplicates = {name for name in names if names.count(name) > 1}
     if duplicates:
-        raise SetupError(
-            f"two upstreams have the name {duplicates.pop()}; give them different names: "
-            "NAME=CHECKPOINT"
-        )
-    recipe_paths_by_task = _by_task("--recipe", args.recipe, tasks)
+        raise SetupError(f"two upstreams are named {duplicates.pop()}; name them NAME=CHECKPOINT")
+    paths = _by_task("--recipe", args.recipe, tasks)
     rates = _by_task("--lr", args.lr, tasks)
     steps = _by_task("--steps", args.steps, tasks)
     overrides = _by_task("--override", args.override, tasks)
@@ -354,7 +320,7 @@ def plan_runs(args: Namespace) -> list[PlannedRun]:
     features = {name: _features(args, name) for name in names}
     runs = []
     for task in tasks:
-        path = recipe_paths_by_task.get(task.name, getattr(task, args.recipes))
+        path = paths.get(task.name, getattr(task, args.recipes))
         if not Path(path).is_file():
             raise SetupError(f"no such recipe {path} in this folder; type: s3prl-ekd init .")
         parts = []
@@ -367,10 +333,8 @@ def plan_runs(args: Namespace) -> list[PlannedRun]:
         texts = rates[task.name].split(",") if rates.get(task.name) else []
         lrs = [_number("--lr", text, float) for text in texts] or [recipe.learning_rate()]
         for upstream, lr, seed, fold in product(upstreams, lrs, args.seeds, recipe.folds()):
-            cache_options = features[upstream.name]
-            runs.append(
-                PlannedRun(upstream, recipe, lr, seed, fold, args.output, noises, cache_options)
-            )
+            options = (args.output, noises, features[upstream.name])
+            runs.append(PlannedRun(upstream, recipe, lr, seed, fold, *options))
     # upstream by upstream: the first one's results on all tasks come early
     return sorted(runs, key=lambda run: names.index(run.upstream.name))
 
@@ -378,18 +342,14 @@ def plan_runs(args: Namespace) -> list[PlannedRun]:
 def _features(args: Namespace, upstream: str) -> CacheOptions | None:
     """The feature cache of an upstream, or None without ``--cache-features``.
 
-    Each upstream has its own folder, unless the user named one: fingerprints keep several upstreams
-    apart in it.
+    Each upstream has its own folder. In a folder that the user names fingerprints keep them apart.
     """
     if args.cache_features is None:
         if args.keep_features:
             raise SetupError(f"--keep-features needs {CACHE}")
         return None
     if args.gpus > 1:
-        raise SetupError(
-            f"{CACHE} needs --gpus 1, got --gpus {args.gpus}: training in several processes does "
-            "not use the cache"
-        )
+        raise SetupError(f"{CACHE} needs --gpus 1: several training processes don't use it")
     folder = args.cache_features or str(args.output / FEATURES / upstream)
     return read_cache(folder, args.cache_features_gb)
 
@@ -406,9 +366,7 @@ def _by_task(option: str, texts: Sequence[str], tasks: Sequence[Task]) -> dict[s
         elif not equals or (option == "--override" and "." in name):
             values.update({task.name: text for task in tasks})
         else:
-            raise SetupError(
-                f"{option} {text}: no such task {name!r}; expected one of: {', '.join(TASKS)}"
-            )
+            raise SetupError(f"{option} {text}: no such task; expected: {', '.join(TASKS)}")
     return values
 
 

@@ -56,7 +56,6 @@ class Report:
         measures: (upstream, task, condition) -> metric; no entry if not tested.
         scores: upstream -> SUPERB score on ``clean``; only upstreams with all four tasks.
         notes: sentences about what is missing or not comparable.
-        resamples: number of bootstrap resamples.
     """
 
     upstreams: tuple[str, ...]

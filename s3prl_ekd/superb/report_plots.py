@@ -32,12 +32,7 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def add_legend(figure: Figure, handles: Mapping[str, object], size: int = 9) -> None:
-    """Add one legend to the right of all panels.
-
-    Args:
-        handles: label -> matplotlib artist.
-        size: of the font, in points.
-    """
+    """Add one legend (label -> artist) to the right of all panels; ``size`` in points."""
     figure.legend(
         list(handles.values()),
         list(handles),
@@ -48,11 +43,7 @@ def add_legend(figure: Figure, handles: Mapping[str, object], size: int = 9) -> 
 
 
 def error_bar(value: float, low: float, high: float) -> list[list[float]]:
-    """matplotlib's ``xerr`` or ``yerr`` of one point.
-
-    A side is 0 if ``value`` is outside the interval on that side, which happens with few
-    utterances.
-    """
+    """matplotlib's ``xerr`` or ``yerr``; 0 where ``value`` is outside, as with few utterances."""
     return [[max(0.0, value - low)], [max(0.0, high - value)]]
 
 
@@ -145,10 +136,7 @@ def plot_scores(report: Report, path: Path | BinaryIO) -> None:
 
 
 def plot_parameters(report: Report, path: Path | BinaryIO, *, published: bool = False) -> None:
-    """Plot the SUPERB score against parameters (log axis).
-
-    If an upstream has no score, plot each task's metric instead.
-    """
+    """Plot the score, or each task's metric if a score is missing, against parameters (log)."""
     names = [name for name in report.upstreams if name in report.costs]
     panels: list[tuple[str, str, Mapping[str, TaskMetric | SuperbScore]]] = []
     if all(name in report.scores for name in names):
@@ -241,11 +229,9 @@ def _published_points(axis: Axes, handles: dict[str, object]) -> None:
 
 
 def plot_noise(report: Report, path: Path | BinaryIO) -> None:
-    """Plot the metric against SNR: a row for each task, a column for each noise, a line for each
-    upstream, with clean speech as the rightmost point."""
+    """Plot metrics against SNR, then clean: a row for each task, a column for each noise."""
     by_noise = noises(report)
-    conditions = [condition for group in by_noise.values() for condition in group]
-    noisy = {task for condition in conditions for task in report.tested(condition)}
+    noisy = {t for conditions in by_noise.values() for c in conditions for t in report.tested(c)}
     tasks = [task for task in report.tasks if task in noisy]
     figure = new_figure(3.6 * len(by_noise) + 2.6, 2.7 * len(tasks))
     axes = figure.subplots(len(tasks), len(by_noise), squeeze=False, sharey="row")

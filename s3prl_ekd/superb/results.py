@@ -39,14 +39,11 @@ class Record:
     """The contents of ``superb.json``.
 
     Attributes:
-        split: the test set's name.
         digest: SHA-256 of what determines the result.
         tested: condition (``clean``, ``babble_snr5``) -> folder of its predictions, relative to
             the run's folder.
-        features_alone: hidden states were computed for each utterance alone
-            (``--cache-features``), not in padded batches.
-        model: SHA-256 of what determines the upstream's outputs; None in records of earlier
-            versions.
+        features_alone: hidden states without padding (``--cache-features``).
+        model: SHA-256 of what determines the upstream's outputs; None in records of old versions.
         noises: condition -> SHA-256 of its noises.
     """
 
@@ -72,26 +69,20 @@ class Record:
 
     def __post_init__(self) -> None:
         if (self.fold is not None) != (self.task == "er"):
-            raise ValueError(
-                f"fold must be set for task er, and null for other tasks, got {self.fold!r} for "
-                f"{self.task}"
-            )
+            raise ValueError(f"fold must be set for er and null otherwise, got {self.fold!r}")
         if self.fold is not None and not re.fullmatch(r"fold\d+", self.fold):
             raise ValueError(f"fold must be fold1, fold2, ..., got {self.fold!r}")
         task = TASKS[self.task]
         if self.split != task.split or self.dev.metric != task.metric:
             raise ValueError(
-                f"split and dev.metric of task {task.name} must be {task.split} and {task.metric}, "
-                f"got {self.split!r} and {self.dev.metric!r}"
+                f"split and dev.metric of {task.name} must be {task.split} and {task.metric}, got "
+                f"{self.split!r} and {self.dev.metric!r}"
             )
         if not self.upstream.strip() or not self.tested:
             raise ValueError("upstream and tested must not be empty")
         for name in (self.upstream, self.recipe, *self.tested):  # printed in reports
             if not name.isprintable():
-                raise ValueError(
-                    "upstream, recipe and the keys of tested must have printable characters only, "
-                    f"got {name!r}"
-                )
+                raise ValueError(f"expected printable characters in names, got {name!r}")
         if self.lr <= 0:
             raise ValueError(f"lr must be above 0, got {self.lr:g}")
         check_paths({"tested": self.tested, "dev": vars(self.dev)})
@@ -105,15 +96,11 @@ def check_paths(record: Mapping[str, Any]) -> None:
     """
     checkpoint = (record.get("dev") or {}).get("checkpoint")
     if checkpoint is not None and PurePosixPath(checkpoint).name != checkpoint:
-        raise ValueError(
-            f"dev.checkpoint must be a file name in the run's folder, got {checkpoint!r}"
-        )
+        raise ValueError(f"dev.checkpoint must be a file name without path, got {checkpoint!r}")
     for condition, folder in record.get("tested", {}).items():
         path = PurePosixPath(folder)
         if path.is_absolute() or ".." in path.parts:
-            raise ValueError(
-                f"tested.{condition} must be a path inside the run's folder, got {folder!r}"
-            )
+            raise ValueError(f"tested.{condition} must be inside the run's folder, got {folder!r}")
 
 
 @dataclass(frozen=True)
@@ -135,9 +122,8 @@ class Cost:
 
     Attributes:
         unused: parameters that no hidden state depends on.
-        macs: total over the utterances.
-        macs_buckets: MACs by bucket of utterance lengths.
-        macs_products: MACs of matrix products and convolutions alone.
+        macs: sum over the utterances; ``macs_buckets`` by length, ``macs_products`` of matrix
+            products and convolutions alone.
     """
 
     parameters: int
@@ -156,8 +142,7 @@ class Cost:
 def read_run(folder: Path) -> Run | None:
     """Read the run in ``folder``; None if it is not finished.
 
-    The upstream's name is taken from the path ``ROOT/UPSTREAM/TASK/RUN``, because the folder may
-    have been renamed since the record was written.
+    The upstream's name is that of the path ``ROOT/UPSTREAM/TASK/RUN``: it may have been renamed.
 
     Raises:
         DataError: the record is damaged.
@@ -241,8 +226,8 @@ def read_results(folders: Sequence[Path]) -> Results:
 
     Raises:
         DataError: a folder is missing or has no runs; a record or cost is damaged; two runs have
-            the same upstream, task, learning rate, seed and fold; or runs of one upstream differ in
-            a way that makes them incomparable.
+            the same upstream, task, learning rate, seed and fold; or runs of an upstream are not
+            comparable.
     """
     run_folders: dict[Path, None] = {}
     for folder in folders:
@@ -265,9 +250,7 @@ def read_results(folders: Sequence[Path]) -> Results:
     for run in runs:
         cost = read_cost(run.folder.parent.parent / COST)
         if cost is not None and costs.setdefault(run.upstream, cost) != cost:
-            raise DataError(
-                f"two {COST} files of upstream {run.upstream} differ; report the folders separately"
-            )
+            raise DataError(f"two {COST} of {run.upstream} differ; report the folders separately")
     return Results(tuple(runs), tuple(unfinished), costs)
 
 
@@ -324,10 +307,9 @@ def select(
 ) -> dict[tuple[str, str], Selection]:
     """Choose for each upstream and task the learning rate with the best dev metric.
 
-    Best is the lowest (PER, WER) or highest (accuracy) mean over seeds and folds; of equal learning
-    rates the smallest. Only complete learning rates count: those with every seed and fold that any
-    learning rate of that upstream and task has. Without a complete one the upstream and task are
-    left out; see :func:`incomplete`.
+    Best is the lowest (PER, WER) or highest (accuracy) mean over seeds and folds; of equal ones the
+    smallest learning rate. Only learning rates with every seed and fold that any of them has count.
+    Without such a one the upstream and task are left out; see :func:`incomplete`.
 
     Args:
         runs: finished runs.
@@ -354,12 +336,9 @@ def select(
 
 
 def incomplete(runs: Iterable[Run], unfinished: Collection[Path] = ()) -> list[str]:
-    """List the seeds and folds that are missing.
+    """List missing seeds and folds: a line for each upstream, task and incomplete learning rate.
 
     Args: as for :func:`select`.
-
-    Returns:
-        A line for each upstream, task and learning rate that is not complete.
     """
     lines = []
     for (upstream, task), runs_by_lr in _by_lr(runs).items():

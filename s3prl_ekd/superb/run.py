@@ -41,12 +41,7 @@ ORPHAN_TIMEOUT = 10.0  # seconds for a child process to exit after its command w
 
 
 def finish_feature_cache(runs: Sequence[PlannedRun], keep: bool) -> None:
-    """Log the cache hits of one upstream's runs, and remove the cache unless ``keep``.
-
-    Args:
-        runs: all runs of one upstream, finished.
-        keep: whether the user named the folder or gave ``--keep-features``.
-    """
+    """Log the cache hits of all runs of one upstream, and remove its cache unless ``keep``."""
     first = runs[0]
     if first.features is None or not Path(first.features.folder).is_dir():
         return  # no cache, or removed by an earlier command
@@ -74,14 +69,8 @@ def finish_feature_cache(runs: Sequence[PlannedRun], keep: bool) -> None:
 
 
 def job_environment(slot: int, jobs: int) -> dict[str, str]:
-    """Environment variables of a job's commands.
-
-    With several jobs the cores are shared equally, unless ``OMP_NUM_THREADS`` is set, and the GPUs
-    are assigned in turn.
-
-    Args:
-        slot: index of the job, from 0.
-    """
+    """Environment of the commands in a job's slot: with several jobs an equal share of the cores,
+    unless ``OMP_NUM_THREADS`` is set, and one GPU."""
     if jobs == 1:
         return dict(os.environ)
     threads = str(max(1, (os.cpu_count() or 1) // jobs))
@@ -147,12 +136,11 @@ def read_record(folder: Path) -> dict[str, Any] | None:
 
 
 def check_records(runs: Sequence[PlannedRun]) -> None:
-    """Check that records in the runs' folders belong to these runs, so that none is overwritten.
+    """Check that records in the runs' folders are of these runs, so that none is overwritten.
 
     Raises:
-        SetupError: a folder holds a different run; a condition of the same name was tested with
-            different noises; or runs of the upstream, of any task, used a different model (a report
-            would show both as one).
+        SetupError: a folder holds another run; a condition was tested with other noises; or runs of
+            the upstream, of any task, are of another model (a report would show both as one).
     """
     for run in runs:
         record = read_record(run.folder)
@@ -285,8 +273,8 @@ def _run_in_slot(
     try:
         environment = job_environment(slot, jobs)
         make_folder(run.folder, SetupError)
-        # The first lock keeps a second `superb` out. The second one is the lock that training and
-        # tests take: wait for a child process whose `superb` was killed.
+        # The first lock keeps a second `superb` out. Training and tests take the second one: wait
+        # for a child process whose `superb` was killed.
         with FolderLock(run.folder, PARENT_LOCK):
             with FolderLock(run.folder, wait=ORPHAN_TIMEOUT):
                 pass
@@ -320,9 +308,7 @@ def _train_and_test(run: PlannedRun, call: Callable[[list[str]], None], gpus: in
         "noises": {},
     }
     if record["upstream"] != run.upstream.name:
-        logger.info(
-            "%s: upstream renamed from %s to %s", run.folder, record["upstream"], run.upstream.name
-        )
+        logger.info("%s: upstream renamed, it was %s", run.folder, record["upstream"])
         record["upstream"] = run.upstream.name
     _write(run.folder, record)
     start = time.monotonic()
@@ -368,9 +354,7 @@ def best_checkpoint(run: PlannedRun) -> tuple[str, float]:
     except NewerFormatError as error:
         raise SetupError(str(error)) from None
     except (CheckpointError, KeyError, TypeError):
-        raise SetupError(
-            f"cannot read {best}: damaged; remove {run.folder} to run it again"
-        ) from None
+        raise SetupError(f"{best} is damaged; remove {run.folder} to run it again") from None
     return best.name, float(score) * run.task.scale
 
 
