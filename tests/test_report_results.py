@@ -87,7 +87,7 @@ def test_prediction_files(tmp_path):
         ({"lr": -1.0}, r"\blr\b.*-1"),
         ({"seed": 1.5}, r"\bseed\b"),
         ({"task": "ks"}, r"\btask\b.*\bks\b"),
-        ({"format": 2}, r"\bformat\b.*\b2\b"),
+        ({"format": 2}, r"\b2\b.*pip install"),
         ({"format": 0}, r"\bformat\b.*\b0\b"),
         ({"fold": "fold1"}, r"\bfold\b.*\ber\b.*'fold1'"),
         ({"task": "er", "fold": "../x"}, r"\bfold\b.*'\.\./x'"),
