@@ -144,8 +144,8 @@ def plot_parameters(report: Report, path: Path | BinaryIO, *, published: bool = 
     else:
         for task in report.tasks:
             keys = {name: (name, task, CLEAN) for name in names}
-            values = {n: report.measures[key] for n, key in keys.items() if key in report.measures}
-            panels.append((direction(task), unit(task), values))
+            by_name = {n: report.measures[key] for n, key in keys.items() if key in report.measures}
+            panels.append((direction(task), unit(task), by_name))
     columns = min(2, len(panels))
     rows = -(-len(panels) // columns)
     figure = new_figure(4.4 * columns + 2.4, 3.4 * rows)
