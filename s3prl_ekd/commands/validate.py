@@ -1,20 +1,20 @@
-"""Check a package for SUPERB's hidden set: what the organisers check, and what they may meet.
+"""Check a package for SUPERB's hidden set: the official checks, and more.
 
-First the folder is read. Then its expert.py is imported and run, in a process of its own that has
-torch but neither s3prl, fairseq nor s3prl_ekd, a home that is empty, few of your environment's
-variables (no tokens), a time limit, and on most Linux systems no network; nothing is executed out
-of model.pt. The process gives outputs only: all checks of them are made outside of it, and it is
-ended with all that it has started.
+First the files are read without running them. Then expert.py is imported and run in a separate
+process, which has torch but not s3prl, fairseq or s3prl_ekd; an empty home folder; few of your
+environment variables (no tokens); a time limit; and, on most Linux systems, no network. No code in
+model.pt is executed. The process returns only outputs; the checks run outside of it. At the end it
+is killed with all processes that it has started.
 
-Not prevented: the package runs as you. It can read and change your files, use memory, disk and GPU,
-and give outputs that its model does not compute. Validate what you would run anyway; run a
-stranger's package in a container (docs/security.md).
+Not prevented: the package runs as your user. It can read and change your files, use memory, disk
+and GPU, and return outputs that its model did not compute. Validate only code that you would run
+anyway; run a stranger's package in a container (docs/security.md).
 
-`*` marks the official checks. The exit code is 1 if a check fails; a warning is not a failure.
+`*` marks the official checks. The exit code is 1 if a check fails, else 0; warnings do not count.
 
 example:
   s3prl-ekd validate my_package
-  s3prl-ekd validate somebody_elses_package --json report.json --timeout 1800
+  s3prl-ekd validate another_package --json report.json --timeout 1800
 """
 
 from __future__ import annotations
@@ -38,29 +38,33 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         type=float,
         default=600.0,
-        help="for all checks that run the package (default: 600)",
+        help="limit for all checks that run the package (default: 600)",
     )
     parser.add_argument(
-        "--librispeech", metavar="DIR", type=Path, help="count MACs over LibriSpeech's own lengths"
+        "--librispeech",
+        metavar="DIR",
+        type=Path,
+        help="read the utterance lengths for MACs from this LibriSpeech test-clean (default: "
+        "built-in lengths)",
     )
 
 
 def main(args: argparse.Namespace) -> int:
-    """Print a line for each check; 1 if one failed, else 0."""
+    """Print a line for each check; return 1 if one failed, else 0."""
     from ..export.hidden_set.sandbox import validate
     from ..superb.cost import LENGTHS, librispeech_lengths
     from .cost import check_report, write_report
 
     if not args.timeout > 0:
-        raise SetupError(f"--timeout {args.timeout:g}: a number of seconds above 0 is needed")
+        raise SetupError(f"--timeout must be above 0 seconds, got {args.timeout:g}")
     if args.json is not None:
         check_report(args.json)
     lengths = librispeech_lengths(args.librispeech) if args.librispeech else LENGTHS
-    outcomes, cost = validate(args.package, lengths, args.timeout, _print)
+    results, cost = validate(args.package, lengths, args.timeout, _print)
     counts = {status: 0 for status in ("pass", "fail", "warn", "skip")}
-    for outcome in outcomes:
-        counts[outcome.status] += 1
-    failed = [outcome.name for outcome in outcomes if outcome.status == "fail"]
+    for result in results:
+        counts[result.status] += 1
+    failed = [result.name for result in results if result.status == "fail"]
     print(
         f"{counts['pass']} passed, {counts['fail']} failed, {counts['warn']} warnings, "
         f"{counts['skip']} skipped" + (f"; failed: {', '.join(failed)}" if failed else "")
@@ -71,12 +75,12 @@ def main(args: argparse.Namespace) -> int:
             "ok": not failed,
             "checks": [
                 {
-                    "name": outcome.name,
-                    "official": outcome.official,
-                    "status": outcome.status,
-                    "reason": outcome.reason,
+                    "name": result.name,
+                    "official": result.official,
+                    "status": result.status,
+                    "reason": result.reason,
                 }
-                for outcome in outcomes
+                for result in results
             ],
             "cost": cost,
         }
@@ -84,7 +88,7 @@ def main(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def _print(outcome: Outcome) -> None:
-    status = outcome.status.upper() if outcome.status == "fail" else outcome.status
-    mark = "*" if outcome.official else " "
-    print(f"{status:4} {mark} {outcome.name:12}  {printable(outcome.reason)}", flush=True)
+def _print(result: Outcome) -> None:
+    status = result.status.upper() if result.status == "fail" else result.status
+    mark = "*" if result.official else " "
+    print(f"{status:4} {mark} {result.name:12}  {printable(result.reason)}", flush=True)

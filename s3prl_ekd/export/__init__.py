@@ -1,1 +1,1 @@
-"""What leaves a finished run: students and hidden states as files and folders for others."""
+"""Export students and hidden states to files and folders."""

@@ -1,7 +1,7 @@
-"""Hidden states of audio files, one utterance at a time, in one safetensors file.
+"""Extract hidden states of audio files into one safetensors file.
 
-One at a time and never as a padded batch: the first conv layer normalises over time, so padding
-would change every hidden state. What is written is what the upstream gives for the file alone.
+Utterances are run one by one, never as a padded batch: the first conv layer normalises over time,
+so padding would change every hidden state.
 """
 
 from __future__ import annotations
@@ -24,41 +24,48 @@ from ..files.safetensors_file import SafetensorsWriter
 from ..files.text import read_text
 
 FORMAT, VERSION = "s3prl_ekd.features", 1
-_AHEAD = 4  # files that are read while the model works
+_READ_AHEAD = 4  # files read in advance, while the model runs
 
 
-def collect_audio(given: Sequence[str], lists: Sequence[Path] = ()) -> dict[str, Path]:
-    """Files, folders and lists of files -> ``{key: path}``.
+def collect_audio(paths: Sequence[str], lists: Sequence[Path] = ()) -> dict[str, Path]:
+    """Collect audio files as ``{key: path}``.
 
-    The key of a file in a folder is its path inside that folder; the key of a file that is named,
-    on the command line or in a list, is its path as it is written there. Always with ``/``.
+    The key of a file in a folder is its path relative to that folder; the key of a file named on
+    the command line or in a list is its path as written. Keys use ``/``.
+
+    Args:
+        paths: files and folders.
+        lists: text files with one path per line.
 
     Raises:
-        DataError: nothing is there, a list cannot be read, or two files have one key.
+        DataError: no audio files, a list that cannot be read, or two files with the same key.
     """
-    found: dict[str, Path] = {}
+    audio: dict[str, Path] = {}
 
     def add(key: str, path: Path) -> None:
-        if key in found:
+        if key in audio:
             raise DataError(
-                f"{found[key]} and {path} would both be called {key}; give the folder above both, "
-                "or write two files"
+                f"{audio[key]} and {path} would both have the key {key}; name a folder that "
+                "contains both, or write two output files"
             )
-        found[key] = path
+        audio[key] = path
 
-    for text in given:
+    for text in paths:
         path = Path(text)
         if path.is_dir():
             for name in find_audio(path):
                 add(name, path / name)
         else:
             add(PurePath(text).as_posix(), path)
-    for listed in lists:
-        for text in _lines(listed):
+    for list_file in lists:
+        for text in _lines(list_file):
             add(PurePath(text).as_posix(), Path(text))
-    if not found:
-        raise DataError("there are no audio files in what was given (.flac .wav .ogg .opus)")
-    return found
+    if not audio:
+        raise DataError(
+            "no audio files (.flac .wav .ogg .opus) in "
+            + ", ".join([*paths, *(str(path) for path in lists)])
+        )
+    return audio
 
 
 def _lines(path: Path) -> list[str]:
@@ -67,19 +74,19 @@ def _lines(path: Path) -> list[str]:
 
 
 @dataclass
-class Written:
-    """What :func:`write_features` did."""
+class FeatureSummary:
+    """Result of :func:`write_features`."""
 
     files: int = 0
     seconds: float = 0.0  # of audio
-    bad: list[tuple[str, str]] = field(default_factory=list)  # (key, why) of files left out
+    bad: list[tuple[str, str]] = field(default_factory=list)  # (key, reason) of files left out
 
 
 def choose_layers(text: str, count: int) -> list[int]:
-    """``all``, ``last`` or numbers like ``0,2`` -> indices into ``count`` hidden states.
+    """Parse ``all``, ``last`` or numbers like ``0,2`` to indices into ``count`` hidden states.
 
     Raises:
-        ConfigError: something else, or a layer that is not there.
+        ConfigError: another text, a repeated layer or a layer out of range.
     """
     if text == "all":
         return list(range(count))
@@ -90,11 +97,11 @@ def choose_layers(text: str, count: int) -> list[int]:
     except ValueError:
         layers = []
     if not layers or len(set(layers)) < len(layers):
-        raise ConfigError(f"--layers {text!r}: write all, last, or different numbers as 0,2")
+        raise ConfigError(f"--layers must be all, last, or distinct numbers like 0,2, got {text!r}")
     for layer in layers:
         if not 0 <= layer < count:
             raise ConfigError(
-                f"--layers: there is no layer {layer}; this student has 0 to {count - 1}"
+                f"--layers: no such layer: {layer}; this student has layers 0 to {count - 1}"
             )
     return layers
 
@@ -110,88 +117,88 @@ def write_features(
     max_seconds: float = 300.0,
     skip_bad: bool = False,
     progress: Callable[[Iterable, int], Iterable] = lambda items, total: items,
-) -> Written:
-    """Write a tensor ``KEY#LAYER`` ``[frame, dim]`` for each file and layer.
+) -> FeatureSummary:
+    """Write one tensor ``KEY#LAYER`` ``[frame, dim]`` per file and layer.
 
-    The metadata are ``format``, ``version``, ``sample_rate`` (Hz), ``stride`` (samples a frame),
+    Metadata: ``format``, ``version``, ``sample_rate`` (Hz), ``stride`` (samples per frame),
     ``layers``, ``dim``, ``checkpoint`` (name), ``checkpoint_sha256`` and ``made_by``.
 
     Args:
         checkpoint: a student file or ``states-*.ckpt``.
-        audio: ``{key: path}``, of :func:`.features.collect_audio`.
-        output: whole or not at all.
-        max_seconds: a longer file is a bad one; a full-size student takes 17 MB a second.
-        skip_bad: leave out bad files and say so; else the first one is an error.
-        progress: wraps the files, whose number it is given, for a progress bar.
+        audio: ``{key: path}`` from :func:`collect_audio`.
+        output: written atomically.
+        max_seconds: a longer file counts as bad; a full-size student needs 17 MB per second.
+        skip_bad: leave out bad files and list them in the summary; else the first is an error.
+        progress: wraps the iterable of files, given their number; for a progress bar.
 
     Raises:
-        DataError: a bad file, or none that is good.
+        DataError: a bad file, or no good file.
         ConfigError: see :func:`choose_layers`.
-        CheckpointError: the checkpoint cannot be read, or the output not be written.
+        CheckpointError: the checkpoint cannot be read or the output cannot be written.
     """
     from ..files.atomic import whole_file
     from ..upstream.expert import UpstreamExpert
 
     upstream = UpstreamExpert(str(checkpoint)).to(device).eval()
     settings = upstream.student.settings
-    chosen = choose_layers(layers, settings.encoder_layers + 1)
+    indices = choose_layers(layers, settings.encoder_layers + 1)
     metadata = {
         "format": FORMAT,
         "version": str(VERSION),
         "sample_rate": str(SAMPLE_RATE),
         "stride": str(settings.stride),
-        "layers": ",".join(map(str, chosen)),
+        "layers": ",".join(map(str, indices)),
         "dim": str(upstream.student.width),
         "checkpoint": checkpoint.name,
         "checkpoint_sha256": file_sha256(checkpoint),
         "made_by": f"s3prl_ekd {__version__}",
     }
-    written = Written()
+    summary = FeatureSummary()
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(output) as file:
-            keys = (f"{key}#{layer}" for key in audio for layer in chosen)
+            keys = (f"{key}#{layer}" for key in audio for layer in indices)
             features = SafetensorsWriter(file, keys, metadata)
             for key, wave in progress(_read_ahead(audio, max_seconds), len(audio)):
                 try:
                     if isinstance(wave, DataError):
                         raise wave
-                    states = _states(upstream, wave.to(device), chosen, dtype, audio[key])
+                    states = _states(upstream, wave.to(device), indices, dtype, audio[key])
                 except DataError as error:
                     if not skip_bad:
                         raise
-                    written.bad.append((key, str(error)))
+                    summary.bad.append((key, str(error)))
                     continue
-                for layer, state in zip(chosen, states, strict=True):
+                for layer, state in zip(indices, states, strict=True):
                     features.add(f"{key}#{layer}", state)
-                written.files += 1
-                written.seconds += len(wave) / SAMPLE_RATE
-            if not written.files:
-                raise DataError(f"none of the {len(audio)} files is good: {written.bad[0][1]}")
+                summary.files += 1
+                summary.seconds += len(wave) / SAMPLE_RATE
+            if not summary.files:
+                raise DataError(f"all {len(audio)} files are bad; the first: {summary.bad[0][1]}")
             features.finish()
     except OSError as error:
-        if error.errno is None:  # not the system's
+        if error.errno is None:  # not raised by the operating system
             raise
         raise CheckpointError(f"cannot write {output}: {error.strerror}") from None
-    return written
+    return summary
 
 
 def _states(
     upstream: nn.Module, wave: Tensor, layers: list[int], dtype: torch.dtype, path: Path
 ) -> list[Tensor]:
-    """The chosen hidden states of one waveform, ``[frame, dim]`` each.
+    """Hidden states ``layers`` of one waveform, ``[frame, dim]`` each.
 
     Raises:
-        DataError: a value is not finite, or too large for ``dtype``.
+        DataError: a value is not finite or too large for ``dtype``.
     """
     with torch.inference_mode():
-        every = upstream([wave])["hidden_states"]
-        states = [every[layer][0].to(dtype).cpu() for layer in layers]
+        hidden_states = upstream([wave])["hidden_states"]
+        states = [hidden_states[layer][0].to(dtype).cpu() for layer in layers]
     for state in states:
         if not state.isfinite().all():
             raise DataError(
-                f"the hidden states of {path} are not all finite in {str(dtype).split('.')[-1]}"
-                + ("" if dtype == torch.float32 else "; --dtype float32 may hold them")
+                f"{path}: hidden states are not all finite in {str(dtype).split('.')[-1]}"
+                + ("" if dtype == torch.float32 else "; try --dtype float32")
             )
     return states
 
@@ -199,16 +206,16 @@ def _states(
 def _read_ahead(
     audio: Mapping[str, Path], max_seconds: float
 ) -> Iterator[tuple[str, Tensor | DataError]]:
-    """Each file's key and waveform, or why there is none; a few are read in advance."""
-    waiting: deque = deque()
+    """Yield each file's key and waveform, or the error; a thread reads a few files ahead."""
+    pending: deque = deque()
     pool = ThreadPoolExecutor(1)
     try:
         for key, path in audio.items():
-            waiting.append((key, pool.submit(_read, path, max_seconds)))
-            if len(waiting) > _AHEAD:
-                first, job = waiting.popleft()
-                yield first, job.result()
-        for key, job in waiting:
+            pending.append((key, pool.submit(_read, path, max_seconds)))
+            if len(pending) > _READ_AHEAD:
+                oldest, job = pending.popleft()
+                yield oldest, job.result()
+        for key, job in pending:
             yield key, job.result()
     finally:
         pool.shutdown(cancel_futures=True)
@@ -219,11 +226,13 @@ def _read(path: Path, max_seconds: float) -> Tensor | DataError:
         try:
             str(path).encode("utf-8")
         except UnicodeEncodeError:
-            raise DataError(f"{path!r} is not a UTF-8 name, so no key can hold it") from None
-        seconds = read_header(path).samples / SAMPLE_RATE  # before an hour of it is in memory
+            raise DataError(
+                f"{path!r}: the file name is not UTF-8, so it cannot be a key"
+            ) from None
+        seconds = read_header(path).samples / SAMPLE_RATE  # before reading the audio
         if seconds > max_seconds:
             raise DataError(
-                f"{path} is {seconds:.0f} s long, more than --max-seconds {max_seconds:g}"
+                f"{path} is {seconds:.0f} s long, longer than --max-seconds {max_seconds:g}"
             )
         wave = read_audio(path, speech=True)
     except DataError as error:

@@ -1,4 +1,4 @@
-"""A folder that gets its name when it is whole, and replaces only what it may."""
+"""Write an export folder atomically, without replacing files that are not of an export."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ from ..files import atomic
 
 
 @contextlib.contextmanager
-def whole_folder(out: Path, force: bool, files: Collection[str]) -> Iterator[Path]:
-    """A new folder to write into, which becomes ``out`` at the end if nothing was raised.
+def export_folder(out: Path, force: bool, files: Collection[str]) -> Iterator[Path]:
+    """Yield a temporary folder that is renamed to ``out`` if the block raises nothing.
 
     Args:
-        out: the folder's name; an empty folder there is no obstacle.
-        force: replace a folder that has nothing but ``files`` in it.
-        files: the names of what is to be written.
+        out: may be an existing empty folder.
+        force: replace an existing folder that contains only ``files``.
+        files: names of the files that the export writes.
 
     Raises:
-        CheckpointError: ``out`` is in the way, or the folder cannot be made.
+        CheckpointError: ``out`` exists and may not be replaced, or cannot be written.
     """
     if out.exists() and not out.is_dir():
-        raise CheckpointError(f"{out} is a file; give the name of a folder")
-    there = sorted(os.listdir(out)) if out.exists() else []
-    if there and not force:
+        raise CheckpointError(f"{out} is a file; name a folder")
+    existing = sorted(os.listdir(out)) if out.exists() else []
+    if existing and not force:
         raise CheckpointError(f"{out} exists; add --force to write over it")
-    strange = [name for name in there if name not in files]
-    if strange:
+    foreign = [name for name in existing if name not in files]
+    if foreign:
         raise CheckpointError(
-            f"{out} holds {strange[0]}, which is not of an export: give another name"
+            f"{out} contains {foreign[0]}, which no export writes; name another folder"
         )
     with atomic.whole_folder(out, CheckpointError) as folder:
         yield folder
         mask = os.umask(0)
         os.umask(mask)
-        for file in folder.iterdir():  # safetensors makes files that only their owner can read
+        for file in folder.iterdir():  # safetensors creates files that only their owner can read
             file.chmod(0o666 & ~mask)

@@ -1,22 +1,21 @@
-"""A student as transformers' ``HubertModel``, the same weights under other names, and the way back.
+"""Convert a student to transformers' ``HubertModel`` and back: same weights, renamed.
 
-s3prl's ``DistillerModel`` without heads is a HuBERT without the layer norm in front of its feature
-projection, which ``feat_proj_layer_norm: false`` expresses. The hidden states of the two, counted
-from 0 in a student of N layers:
+s3prl's ``DistillerModel`` without heads is a HuBERT without the layer norm before its feature
+projection (``feat_proj_layer_norm: false``). Hidden states of both, for a student of N layers:
 
 =======================  ============================================================
 ``ekd_student``          ``HubertModel``
 =======================  ============================================================
 ``hidden_states[0]``     ``feature_projection(feature_extractor(waves))``, zero at padded
                          frames; not among its ``hidden_states``
-(none)                   ``hidden_states[0]``: the input of the first layer, behind the
-                         positional convolution and, unless the layers normalise first,
+(none)                   ``hidden_states[0]``: the input of the first layer, after the
+                         positional convolution and, with ``layer_norm_first: false``,
                          a layer norm
 ``hidden_states[n]``     ``hidden_states[n]``, n = 1 ... N: the output of layer n
 =======================  ============================================================
 
-Where the layers normalise first, ``last_hidden_state`` is behind one more layer norm, and
-transformers 4 puts it in the place of ``hidden_states[N]``; transformers 5 does not.
+With ``layer_norm_first: true``, ``last_hidden_state`` has passed one more layer norm.
+transformers 4 returns it as ``hidden_states[N]`` too; transformers 5 does not.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# HubertConfig's settings that a student has no choice in: name -> the only value.
+# HubertConfig's settings that are fixed for a student: name -> the only allowed value.
 _FIXED = {
     "feat_proj_layer_norm": False,
     "conv_bias": False,
@@ -56,13 +55,13 @@ _FIXED = {
     "layer_norm_eps": 1e-5,
     "adapter_attn_dim": None,
 }
-_UNUSED = "mask_emb"  # of masked prediction; no hidden state needs it
+_UNUSED = "mask_emb"  # for masked prediction; no hidden state depends on it
 
-TOLERANCE = 1e-6  # how far a hidden state may be from the student's
+TOLERANCE = 1e-6  # largest allowed difference from the student's hidden states
 FILES = ("config.json", "model.safetensors", "preprocessor_config.json", "README.md")
 PREPROCESSOR = {
     "feature_extractor_type": "Wav2Vec2FeatureExtractor",
-    "do_normalize": False,  # a student takes waveforms as they are
+    "do_normalize": False,  # a student expects waveforms that are not normalised
     "feature_size": 1,
     "padding_side": "right",
     "padding_value": 0.0,
@@ -72,24 +71,24 @@ PREPROCESSOR = {
 
 
 def load_hf_student(folder: str | Path) -> LoadedStudent:
-    """Read a folder with ``config.json`` and ``model.safetensors`` as a student without heads.
+    """Load a folder with ``config.json`` and ``model.safetensors`` as a student without heads.
 
-    Settings that matter in training only and that transformers has not (``feature_grad_mult``,
-    ``extractor_dropout``) get their defaults.
+    Training settings that transformers lacks (``feature_grad_mult``, ``extractor_dropout``) get
+    their defaults.
 
     Raises:
-        CheckpointError: no such folder, no ``HubertModel`` of a student's kind, or weights that
-            do not fit.
+        CheckpointError: no such folder, a model that is not a ``HubertModel`` with a student's
+            architecture, or weights that do not fit it.
         SetupError: transformers is not installed.
     """
     compat.apply()  # transformers imports torchaudio
     folder = Path(folder)
-    where = "the Hugging Face folder"
+    label = "the Hugging Face folder"
     try:
-        kind = check_hf_folder(folder, where)
-        if kind != "hubert":
-            raise CheckpointError(f"{folder} has a model of type {kind}; a student is a hubert")
-        upstream = load_folder(folder, where)
+        model_type = check_hf_folder(folder, label)
+        if model_type != "hubert":
+            raise CheckpointError(f"{folder} has model_type {model_type}; expected hubert")
+        upstream = load_folder(folder, label)
     except TeacherError as error:
         raise CheckpointError(str(error)) from None
     network = upstream.network
@@ -97,12 +96,13 @@ def load_hf_student(folder: str | Path) -> LoadedStudent:
     if upstream.normalize:
         if settings.extractor_mode == "layer_norm":
             raise CheckpointError(
-                f"{folder} wants normalised waveforms (do_normalize), which a student does not "
-                "have: its hidden states would be others"
+                f"{folder} expects normalised waveforms (do_normalize: true), but a student does "
+                "not normalise them, so its hidden states would differ"
             )
         logger.warning(
-            "%s was made with normalised waveforms (do_normalize) and a student takes them as they "
-            "are; its first layer normalises, so this changes little unless they are very quiet",
+            "%s expects normalised waveforms (do_normalize: true), but a student does not normalise"
+            " waveforms. Its first conv layer normalises over time, so hidden states change little "
+            "unless the audio is very quiet",
             folder,
         )
     layer_norm = settings.extractor_mode == "layer_norm"
@@ -114,23 +114,23 @@ def load_hf_student(folder: str | Path) -> LoadedStudent:
     try:
         student.backbone.load_state_dict(weights)
     except RuntimeError as error:
-        first = str(error).strip().splitlines()[-1].strip()
-        raise CheckpointError(f"{folder} does not fit a student: {first}") from None
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise CheckpointError(f"{folder}: weights do not fit a student: {reason}") from None
     about = {"source": f"the Hugging Face folder {folder.resolve().name}", "step": None}
     return LoadedStudent(student.eval(), None, {}, about)
 
 
 def student_settings(config: HubertConfig, folder: Path) -> StudentSettings:
-    """The size of a student from transformers' ``HubertConfig``.
+    """Convert transformers' ``HubertConfig`` to a student's settings.
 
     Raises:
-        CheckpointError: the model has something that a student has not.
+        CheckpointError: the model's architecture is not a student's.
     """
-    for name, only in _FIXED.items():
-        value = getattr(config, name, only)
-        if value != only:
+    for name, expected in _FIXED.items():
+        value = getattr(config, name, expected)
+        if value != expected:
             raise CheckpointError(
-                f"{folder}: {name} is {value} in config.json; a student has {only}, as DistilHuBERT"
+                f"{folder}/config.json: {name} must be {expected}, as in DistilHuBERT, got {value}"
             )
     conv = zip(config.conv_dim, config.conv_kernel, config.conv_stride, strict=True)
     values = {
@@ -151,24 +151,28 @@ def student_settings(config: HubertConfig, folder: Path) -> StudentSettings:
     try:
         return build(StudentSettings, values, "config.json")
     except ConfigError as error:
-        raise CheckpointError(f"{folder} is no student: {error}") from None
+        raise CheckpointError(f"{folder} cannot be a student: {error}") from None
 
 
 def _drop_identity(weights: dict[str, torch.Tensor], folder: Path) -> None:
-    """s3prl's model projects nothing where the widths are equal; transformers' always does."""
+    """Remove an identity projection: s3prl's model has none if the widths are equal.
+
+    Raises:
+        CheckpointError: the projection is not the identity.
+    """
     weight, bias = weights.pop("post_extract_proj.weight"), weights.pop("post_extract_proj.bias")
     if not torch.equal(weight, torch.eye(len(weight))) or bias.any():
         raise CheckpointError(
-            f"{folder}: the conv extractor is as wide as the layers, and a student then has no "
-            "feature projection; this model has one that is not the identity"
+            f"{folder}: feature_projection.projection is not the identity, but a student has no "
+            "feature projection if its conv extractor is as wide as its layers"
         )
 
 
 def hubert_config(settings: StudentSettings) -> HubertConfig:
-    """transformers' ``HubertConfig`` of a student's size.
+    """Convert a student's settings to transformers' ``HubertConfig``.
 
-    ``extractor_dropout`` and ``feature_grad_mult`` matter in training only and have no counterpart.
-    No layer is ever dropped, so that the number of hidden states stays in fine-tuning too.
+    The training settings ``extractor_dropout`` and ``feature_grad_mult`` have no counterpart. Layer
+    dropout is 0, so fine-tuning does not change the number of hidden states.
 
     Raises:
         SetupError: transformers is not installed.
@@ -178,7 +182,7 @@ def hubert_config(settings: StudentSettings) -> HubertConfig:
         from transformers import HubertConfig
     except ImportError:
         raise SetupError(
-            "this needs transformers; type: pip install transformers safetensors"
+            "transformers is not installed; type: pip install transformers safetensors"
         ) from None
     channels, kernels, strides = zip(*settings.conv_layers, strict=True)
     return HubertConfig(
@@ -203,7 +207,7 @@ def hubert_config(settings: StudentSettings) -> HubertConfig:
         attention_dropout=settings.attention_dropout,
         activation_dropout=settings.activation_dropout,
         layerdrop=0.0,
-        # without these the model has a mask embedding, which a student has not
+        # no SpecAugment, hence no mask embedding: a student has none
         apply_spec_augment=False,
         mask_time_prob=0.0,
         mask_feature_prob=0.0,
@@ -211,10 +215,10 @@ def hubert_config(settings: StudentSettings) -> HubertConfig:
 
 
 def to_hubert(student: Student) -> HubertModel:
-    """The student's weights in a new ``HubertModel``, in eval mode.
+    """Copy the student's weights to a new ``HubertModel`` in eval mode.
 
-    Where the conv extractor is as wide as the layers, s3prl's model has no feature projection;
-    transformers' gets the identity.
+    If the conv extractor is as wide as the layers, s3prl's model has no feature projection, and
+    that of transformers becomes the identity.
 
     Raises:
         SetupError: transformers is not installed.
@@ -223,13 +227,13 @@ def to_hubert(student: Student) -> HubertModel:
     config = hubert_config(settings)
     from transformers import HubertModel
 
-    own = {name: value.detach().float().cpu() for name, value in _state(student).items()}
+    weights = {name: value.detach().float().cpu() for name, value in _state(student).items()}
     layer_norm = settings.extractor_mode == "layer_norm"
     with quiet_transformers():
         model = HubertModel(config)
     names = {name: fairseq_name(name, layer_norm) for name in model.state_dict()}
-    model.load_state_dict({theirs: own.pop(ours) for theirs, ours in names.items()})
-    assert not own, f"not taken: {sorted(own)}"
+    model.load_state_dict({hf_name: weights.pop(name) for hf_name, name in names.items()})
+    assert not weights, f"weights without a counterpart: {sorted(weights)}"
     return model.eval()
 
 
@@ -244,20 +248,21 @@ def _state(student: Student) -> dict[str, Tensor]:
 def save_hubert(model: HubertModel, folder: Path) -> None:
     """Write ``config.json``, ``model.safetensors`` and ``preprocessor_config.json``."""
     with quiet_transformers():
-        # one file: no student is as large as transformers' limit for a shard
+        # a single file; transformers may split it into shards otherwise
         model.save_pretrained(folder, safe_serialization=True, max_shard_size="100GB")
     text = json.dumps(PREPROCESSOR, indent=2) + "\n"
     (folder / "preprocessor_config.json").write_text(text, encoding="utf-8")
 
 
-def check_folder(folder: Path, student: Student) -> float:
-    """Load a folder as anybody would and compare it with the student on a padded batch.
+def check_hf_export(folder: Path, student: Student) -> float:
+    """Load a folder with ``AutoModel`` and compare it with the student on a padded batch.
 
     Returns:
-        The largest difference of a hidden state, padded frames included.
+        The largest absolute difference in a hidden state, padded frames included.
 
     Raises:
-        CheckpointError: it is above :data:`TOLERANCE`, relative to the largest value if above 1.
+        CheckpointError: the difference is above :data:`TOLERANCE`, which is relative to the layer's
+            largest value if that is above 1.
     """
     from transformers import AutoModel
 
@@ -265,41 +270,43 @@ def check_folder(folder: Path, student: Student) -> float:
         model = AutoModel.from_pretrained(str(folder), local_files_only=True).eval()
     waves, lengths = sample_batch(student.settings)
     with torch.no_grad():
-        ours = student.eval()(waves, lengths)
-        theirs = hubert_states(model, waves, lengths)
-    theirs[0] = theirs[0] * ours.mask[..., None]
+        output = student.eval()(waves, lengths)
+        hf_states = hubert_states(model, waves, lengths)
+    hf_states[0] = hf_states[0] * output.mask[..., None]
     worst = 0.0
-    for mine, other in zip([*ours.hidden_states, ours.last], theirs, strict=True):
-        error = (mine - other).abs().max().item()
-        if not error <= TOLERANCE * max(1.0, mine.abs().max().item()):
+    for state, hf_state in zip([*output.hidden_states, output.last], hf_states, strict=True):
+        error = (state - hf_state).abs().max().item()
+        if not error <= TOLERANCE * max(1.0, state.abs().max().item()):
             raise CheckpointError(
-                f"the Hugging Face model is {error:.1e} away from the student, more than "
-                f"{TOLERANCE:.0e}; nothing is written (transformers of another version may help)"
+                f"the Hugging Face model differs from the student by {error:.1e} (at most "
+                f"{TOLERANCE:.0e} is allowed); nothing is written. Another version of transformers "
+                "may help"
             )
         worst = max(worst, error)
     return worst
 
 
 def hubert_states(model: HubertModel, waves: Tensor, lengths: Tensor) -> list[Tensor]:
-    """What a student calls ``hidden_states``, and behind it ``last``, out of a ``HubertModel``.
+    """A student's ``hidden_states`` followed by its ``last``, computed by a ``HubertModel``.
 
-    Padded frames of the first, the projected features, are to be set to zero.
+    Differs from the student in one point: padded frames of the first state, the projected features,
+    are not zero.
 
     Args:
-        model: of :func:`to_hubert`, or loaded from its folder.
+        model: from :func:`to_hubert`, or loaded from its folder.
         waves: ``[batch, sample]`` at 16 kHz, zero-padded at the end.
         lengths: ``[batch]``, valid samples.
     """
-    kept: list[Tensor] = []
-    # The output of each layer itself: transformers 4 and 5 differ in the last of hidden_states.
+    states: list[Tensor] = []
+    # Hooks on the layers, because transformers 4 and 5 differ in the last of hidden_states.
     hooks = [
         layer.register_forward_hook(
-            lambda _, __, out: kept.append(out[0] if isinstance(out, tuple) else out)
+            lambda _, __, out: states.append(out[0] if isinstance(out, tuple) else out)
         )
         for layer in model.encoder.layers
     ]
     hooks.append(
-        model.feature_projection.register_forward_hook(lambda _, __, out: kept.append(out))
+        model.feature_projection.register_forward_hook(lambda _, __, out: states.append(out))
     )
     mask = torch.arange(waves.shape[1])[None] < lengths[:, None]  # [batch, sample]
     try:
@@ -307,11 +314,11 @@ def hubert_states(model: HubertModel, waves: Tensor, lengths: Tensor) -> list[Te
     finally:
         for hook in hooks:
             hook.remove()
-    return [*kept, out.last_hidden_state]
+    return [*states, out.last_hidden_state]
 
 
 def sample_batch(settings: StudentSettings) -> tuple[Tensor, Tensor]:
-    """Three waveforms of noise, about 1, 0.7 and 0.1 s, padded: ``waves, lengths``."""
+    """A padded batch ``waves, lengths`` of noise: about 1, 0.7 and 0.1 s."""
     generator = torch.Generator().manual_seed(0)
     counts = [max(settings.min_samples, count) for count in (16_000, 11_111, 1_600)]
     waves = [0.1 * torch.randn(count, generator=generator) for count in counts]

@@ -22,37 +22,43 @@ tags:
 # {name}
 
 A small speech model: conv extractor, {layers} transformer layer{plural} of width {width},
-{parameters:,} parameters.
-It was distilled with s3prl_ekd (Ensemble Knowledge Distillation of self-supervised speech models,
-[arXiv 2302.12757](https://arxiv.org/abs/2302.12757)) and is a `HubertModel` of transformers with
-`feat_proj_layer_norm: false`, as DistilHuBERT is.
+{parameters:,} parameters. It is a `HubertModel` of transformers with `feat_proj_layer_norm: false`,
+as DistilHuBERT is. It was exported with s3prl_ekd, which implements Ensemble Knowledge Distillation
+of self-supervised speech models ([arXiv 2302.12757](https://arxiv.org/abs/2302.12757)).
+
+This card reports no evaluation: measure the model on your task before you rely on it.
 
 ## Use
 
+Install `torch`, `transformers` and `safetensors`. In the folder of this card:
+
 ```python
+import numpy as np
 from transformers import AutoFeatureExtractor, AutoModel
 
-prepare = AutoFeatureExtractor.from_pretrained("FOLDER")
-model = AutoModel.from_pretrained("FOLDER").eval()
-batch = prepare([wave_a, wave_b], sampling_rate=16000, padding=True, return_tensors="pt")
-states = model(**batch, output_hidden_states=True).hidden_states
+extractor = AutoFeatureExtractor.from_pretrained(".")
+model = AutoModel.from_pretrained(".").eval()
+waves = [0.1 * np.random.randn(16000), 0.1 * np.random.randn(8000)]  # put your audio here
+batch = extractor(waves, sampling_rate=16000, padding=True, return_tensors="pt")
+states = model(**batch, output_hidden_states=True).hidden_states  # [batch, frame, dim] each
 ```
 
 - Waveforms are 16 kHz, mono, not normalised, and at least {min_samples} samples long.
   A frame is {stride} samples ({milliseconds:g} ms).
-- Give the attention mask with a padded batch.{padding}
-- Prediction heads are not part of a `HubertModel` and are left out.
+- Pass the attention mask with a padded batch, as above.{padding}
+- A `HubertModel` has no prediction heads: if the student had some, they are not in this folder.
 
 ## Hidden states
 
-| here | in `ekd_student` of s3prl_ekd |
+| in this model | in `ekd_student` of s3prl_ekd |
 |---|---|
 | `model.feature_projection(model.feature_extractor(waves).transpose(1, 2))` | `hidden_states[0]`, where padded frames are zero |
-| `hidden_states[0]`: the input of the first layer, behind the positional convolution{norm} | none |
+| `hidden_states[0]`: the input of the first layer, after the positional convolution{norm} | none |
 | `hidden_states[n]`, n = 1 to {layers}: the output of layer n | `hidden_states[n]` |
 {last}
-The two agree to {tolerance:.0e} in float32 on a padded batch; this was checked when the folder was
-written (largest difference {error:.1e}).
+When the folder was written, the two were compared in float32 on a padded batch of noise: they
+differed by at most {error:.1e}; {tolerance:.0e} is allowed, relative to a layer's largest value if
+that is above 1.
 
 ## How it was made
 
@@ -60,21 +66,21 @@ written (largest difference {error:.1e}).
 """  # noqa: E501 (a table's row is one line)
 
 _GROUP_NORM = """
-  The first conv layer normalises over time, padding included: an utterance alone and the same in a
-  padded batch differ a little, here and in s3prl."""
+  The first conv layer normalises over time, padding included. So the hidden states of an utterance
+  change with the amount of padding, here as in s3prl; run utterances one by one to avoid this."""
 
 
-def model_card(
+def hf_card(
     loaded: LoadedStudent, name: str, parameters: int, error: float, tolerance: float
 ) -> str:
-    """The card's text.
+    """Text of the card.
 
     Args:
-        loaded: the student; its ``about`` says how it was made.
-        name: the card's title.
-        parameters: of the Hugging Face model.
-        error: the largest difference that was found between the two models.
-        tolerance: the difference that is allowed.
+        loaded: the student; its ``about`` records how it was trained.
+        name: title of the card.
+        parameters: parameter count of the Hugging Face model.
+        error: largest difference between the two models, as measured.
+        tolerance: largest allowed difference.
     """
     settings = loaded.student.settings
     return _CARD.format(
@@ -99,17 +105,17 @@ def _last_row(settings: StudentSettings) -> str:
     if not settings.layer_norm_first:
         return ""
     return (
-        "| `last_hidden_state`: behind the final layer norm; transformers 4 has it in the place of "
-        f"`hidden_states[{settings.encoder_layers}]` | what the prediction heads read |\n"
+        "| `last_hidden_state`: after the final layer norm; transformers 4 returns it as "
+        f"`hidden_states[{settings.encoder_layers}]` too | the input of the prediction heads |\n"
     )
 
 
 def how_made(about: Mapping[str, Any], data: str = "") -> str:
-    """How it was made, as a Markdown list; what is not known is left out.
+    """A Markdown list of how the student was trained; missing facts are left out.
 
     Args:
-        about: of a :class:`..student_file.LoadedStudent`.
-        data: what it was trained on, in the place of what ``about`` says of it.
+        about: ``about`` of a :class:`..student_file.LoadedStudent`.
+        data: description of the training data; replaces the one in ``about``.
     """
     config = about.get("config")
     config = config if isinstance(config, Mapping) else {}
@@ -139,19 +145,19 @@ def how_made(about: Mapping[str, Any], data: str = "") -> str:
         lines.append(f"- taken from: {about['source']}")
     if about.get("made_by"):
         lines.append(f"- made by: {about['made_by']}")
-    # what a file says of itself is text, and neither HTML nor lines of the card
+    # texts from the file must become neither HTML nor further lines of the card
     lines = [printable(line).replace("<", "&lt;") for line in lines]
-    return "\n".join(lines) or "The student file does not say."
+    return "\n".join(lines) or "The student file does not record it."
 
 
 def _data(about: Mapping[str, Any]) -> str:
-    """The tables and batches of a run; nothing where a file does not say."""
+    """Length tables and batch size of a run; empty if the file does not record them."""
     data = _mapping(about, "data")
     sets, size = data.get("sets"), data.get("train_batch_size")
     if not isinstance(sets, list) or not sets or not isinstance(size, int):
         return ""
-    most = "at most " if data.get("max_seconds") else ""
-    return f"{', '.join(map(str, sets))} (batches of {most}{size} utterances)"
+    limit = "at most " if data.get("max_seconds") else ""
+    return f"{', '.join(map(str, sets))} (batches of {limit}{size} utterances)"
 
 
 def _mapping(config: Mapping, key: str) -> Mapping:
@@ -160,5 +166,5 @@ def _mapping(config: Mapping, key: str) -> Mapping:
 
 
 def _model(model: Any) -> str:
-    """A hub name as it is; of a path the last part: folders of a machine are nobody's business."""
+    """A hub name, or the last part of a path: folders of the user's machine stay private."""
     return f"`{PurePath(str(model).replace(chr(92), '/')).name}`"

@@ -1,4 +1,4 @@
-"""Write a trained student as something others can use.
+"""Export a trained student to another format.
 
 example:
   s3prl-ekd export student result/pretrain/my_student/states-10000.ckpt -o student.safetensors
@@ -11,11 +11,11 @@ from __future__ import annotations
 import argparse
 import importlib
 
-# kind -> its line in `export --help`. The module KIND.py has a docstring,
-# `configure(parser)` and `main(args)`, as a command has; it imports what is heavy inside `main`.
+# KIND -> its line in `export --help`. Each module KIND.py has a docstring, `configure(parser)` and
+# `main(args)`, like a command; it imports torch inside `main`, so that `--help` is fast.
 KINDS = {
     "student": "a student file for -u ekd_student",
-    "superb": "a package for SUPERB's hidden set: a folder that needs torch and nothing of ours",
+    "superb": "a package for SUPERB's hidden set: a folder that needs only torch",
     "hf": "a folder for transformers: AutoModel.from_pretrained(FOLDER)",
     "onnx": "an ONNX file with dynamic batch and time",
 }
@@ -37,5 +37,5 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Run the kind that was chosen; returns its exit code."""
+    """Run the export of the given KIND; return its exit code."""
     return args.export(args)

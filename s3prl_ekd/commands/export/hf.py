@@ -1,8 +1,8 @@
-"""Write a student as a folder for transformers: a HubertModel.
+"""Export a student as a HubertModel for transformers.
 
-The folder holds config.json, model.safetensors, preprocessor_config.json and a model card
-(README.md). It is loaded again and compared with the student, padded rows included, before it gets
-its name. The card says which hidden states are the student's.
+DIR gets config.json, model.safetensors, preprocessor_config.json and README.md, a model card that
+explains how its hidden states correspond to the student's. The model is loaded again and compared
+with the student on a padded batch; if they differ, DIR is not written.
 
 example:
   s3prl-ekd export hf student.safetensors -o my_student_hf
@@ -20,26 +20,26 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``export hf``."""
     add_checkpoint(parser)
     parser.add_argument("-o", "--output", metavar="DIR", type=Path, required=True)
-    parser.add_argument("--force", action="store_true", help="replace an existing model folder")
+    parser.add_argument("--force", action="store_true", help="replace an existing export in DIR")
 
 
 def main(args: argparse.Namespace) -> int:
-    """Write the folder; the exit code is 0."""
-    from ...export.folder import whole_folder
-    from ...export.huggingface import FILES, TOLERANCE, check_folder, save_hubert, to_hubert
-    from ...export.model_card import model_card
+    """Write the folder; return exit code 0."""
+    from ...export.folder import export_folder
+    from ...export.huggingface import FILES, TOLERANCE, check_hf_export, save_hubert, to_hubert
+    from ...export.model_card import hf_card
 
     path, loaded = load(args.checkpoint)
-    with whole_folder(args.output, args.force, FILES) as folder:
+    with export_folder(args.output, args.force, FILES) as folder:
         model = to_hubert(loaded.student)
         save_hubert(model, folder)
-        error = check_folder(folder, loaded.student)
+        error = check_hf_export(folder, loaded.student)
         count = sum(parameter.numel() for parameter in model.parameters())
-        card = model_card(loaded, args.output.resolve().name, count, error, TOLERANCE)
+        card = hf_card(loaded, args.output.resolve().name, count, error, TOLERANCE)
         (folder / "README.md").write_text(card, encoding="utf-8")
         size = sum(file.stat().st_size for file in folder.iterdir())
     print(f"{path} -> {args.output} ({size / 1e6:.1f} MB)")
-    print(f"{count:,} parameters, prediction heads left out")
-    print(f"hidden states equal the student's: largest difference {error:.1e} on a padded batch")
+    print(f"{count:,} parameters, without prediction heads")
+    print(f"largest difference from the student's hidden states on a padded batch: {error:.1e}")
     print(f"next: transformers.AutoModel.from_pretrained({str(args.output)!r})")
     return 0

@@ -1,9 +1,10 @@
-"""Write a student as an ONNX file with dynamic batch and time.
+"""Export a student as an ONNX file with dynamic batch size and length.
 
 Inputs: `waves` [batch, sample], float32, 16 kHz, zero-padded at the end, and `lengths` [batch],
-int64, the valid samples of each. Outputs: `hidden_states` [layer, batch, frame, dim], the projected
-features and each layer's output, and `frame_lengths` [batch]. The graph is compared with torch at
-three lengths and on a padded batch before the file gets its name. Needs the extra onnx.
+int64, valid samples. Outputs: `hidden_states` [layer, batch, frame, dim], the projected features
+and each layer's output, and `frame_lengths` [batch], int64, valid frames. The graph is compared
+with torch on waveforms of three lengths and on a padded batch; if they differ, FILE is not written.
+Needs onnx and onnxruntime (pip install 's3prl_ekd[onnx]').
 
 example:
   s3prl-ekd export onnx student.safetensors -o student.onnx --int8
@@ -25,17 +26,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--int8",
         action="store_true",
-        help="a second file, FILE with .int8 in its name: matrix products in int8 (dynamic "
+        help="also write FILE with .int8 before its suffix: matrix products in int8 (dynamic "
         "quantisation); its size, speed and error are printed",
     )
     parser.add_argument(
         "--opset", type=int, default=17, choices=(17, 18, 19, 20), help="default: 17"
     )
-    parser.add_argument("--force", action="store_true", help="write over existing files")
+    parser.add_argument("--force", action="store_true", help="overwrite existing files")
 
 
 def main(args: argparse.Namespace) -> int:
-    """Write the file or files; the exit code is 0."""
+    """Write the file or files; return exit code 0."""
     import torch
 
     from ...export.onnx import (
@@ -54,29 +55,33 @@ def main(args: argparse.Namespace) -> int:
     for path in outputs.values():
         if path.exists() and not args.force:
             raise CheckpointError(f"{path} exists; add --force to write over it")
-    require_onnx()  # before anything is loaded
+    require_onnx()  # before the checkpoint is loaded
     source, loaded = load(args.checkpoint)
     student = loaded.student
-    threads = torch.get_num_threads()  # as many for both, or the speeds would say nothing
+    threads = torch.get_num_threads()  # the same for onnxruntime, so that speeds are comparable
     graphs = {"fp32": onnx_bytes(student, args.opset)}
     sessions = {"fp32": OnnxSession(graphs["fp32"], threads)}
     worst = check(student, sessions["fp32"])
-    print(f"{source}: the ONNX graph equals torch, largest difference {worst:.1e}")
+    print(f"{source}: largest difference of the ONNX graph from torch: {worst:.1e}")
     if args.int8:
         graphs["int8"] = quantised(graphs["fp32"])
         sessions["int8"] = OnnxSession(graphs["int8"], threads)
     errors = {name: relative_errors(student, session) for name, session in sessions.items()}
     for name, values in errors.items():
         if not max(values) < 1:
-            raise CheckpointError(f"the {name} graph gives something else (error {max(values)})")
+            raise CheckpointError(
+                f"the relative error of the {name} graph is {max(values)}, expected below 1; "
+                "nothing is written"
+            )
     factors = speed(student, sessions)
     for name, path in outputs.items():
         _write(path, graphs[name])
         *_, alone, batch = errors[name]
         print(
             f"{path}: {len(graphs[name]) / 1e6:.1f} MB, "
-            f"{factors['torch'] / factors[name]:.2f} times torch's speed, relative error of the "
-            f"last layer {alone:.1e} (noise of 3 s), {batch:.1e} (padded batch of 0.1, 1 and 3 s)"
+            f"{factors['torch'] / factors[name]:.2f} times the speed of torch, relative error of "
+            f"the last layer {alone:.1e} (3 s of noise), {batch:.1e} "
+            "(padded batch of 0.1, 1 and 3 s)"
         )
     print(
         f"next: onnxruntime.InferenceSession({str(args.output)!r}).run(None, "

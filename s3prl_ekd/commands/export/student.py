@@ -1,11 +1,11 @@
-"""Write a trained student as a file that stands alone.
+"""Export a trained student to a single file of tensors and settings, without training state.
 
-The file holds plain tensors and plain settings; it is what `run_downstream.py -u ekd_student -k
-FILE` reads, as it reads a run's own checkpoints. FILE.safetensors is in safetensors format, whose
-reading runs no code with any torch; any other name, such as FILE.pt, makes a file of torch.save,
-which loads with `weights_only=True`.
+`run_downstream.py -u ekd_student -k FILE` loads it. FILE.safetensors is written in safetensors
+format: loading it runs no code, with any version of torch. Any other name, such as FILE.pt, is
+written by torch.save and loads with `weights_only=True`.
 
-A Hugging Face folder of that architecture (`export hf`, DistilHuBERT) becomes one too.
+CKPT may also be a Hugging Face folder with a student's architecture (from `export hf`, or
+DistilHuBERT).
 
 example:
   s3prl-ekd export student result/pretrain/my_student/states-10000.ckpt -o student.safetensors
@@ -29,17 +29,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``export student``."""
     add_checkpoint(parser)
     parser.add_argument("-o", "--output", metavar="FILE", type=Path, required=True)
-    add_heads(parser, "the prediction heads: keep them for -s hidden_states_and_heads")
-    parser.add_argument("--force", action="store_true", help="write over an existing FILE")
+    add_heads(parser, "the prediction heads; -s hidden_states_and_heads needs them")
+    parser.add_argument("--force", action="store_true", help="overwrite an existing FILE")
 
 
 def main(args: argparse.Namespace) -> int:
-    """Write the file; the exit code is 0."""
+    """Write the file; return exit code 0."""
     from ...student_file import write_student
 
     if args.output.exists() and not args.force:
         raise CheckpointError(f"{args.output} exists; add --force to write over it")
-    if (args.checkpoint / "config.json").is_file():  # a run's folder has none
+    if (args.checkpoint / "config.json").is_file():  # a run's folder has no such file
         from ...export.huggingface import load_hf_student
 
         path, loaded = args.checkpoint, load_hf_student(args.checkpoint)
@@ -59,7 +59,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def add_checkpoint(parser: argparse.ArgumentParser) -> None:
-    """The student to export; :func:`load` reads it."""
+    """Add the argument ``CKPT``; :func:`load` reads it."""
     parser.add_argument(
         "checkpoint",
         metavar="CKPT",
@@ -68,23 +68,26 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_heads(parser: argparse.ArgumentParser, what: str) -> None:
-    """The option ``--heads keep|drop``; ``what`` is its help."""
+def add_heads(parser: argparse.ArgumentParser, help_text: str) -> None:
+    """Add the option ``--heads keep|drop``."""
     parser.add_argument(
-        "--heads", choices=("keep", "drop"), default="keep", help=f"{what} (default: keep)"
+        "--heads", choices=("keep", "drop"), default="keep", help=f"{help_text} (default: keep)"
     )
 
 
 def load(checkpoint: Path) -> tuple[Path, LoadedStudent]:
-    """The file that ``CKPT`` means, and the :class:`...student_file.LoadedStudent` in it.
+    """Load a student file or a checkpoint; of a run's folder, the newest checkpoint.
+
+    Returns:
+        The path of the file, and its contents.
 
     Raises:
-        CheckpointError: there is none, or it is of another kind.
+        CheckpointError: no such file, no checkpoint in the folder, or the file has no student.
     """
     from ...files.run_checkpoints import newest
     from ...student_file import load_student
 
     path = newest(checkpoint) if checkpoint.is_dir() else checkpoint
     if path is None:
-        raise CheckpointError(f"there are no checkpoints (states-*.ckpt) in {checkpoint}")
+        raise CheckpointError(f"no checkpoints (states-*.ckpt) in {checkpoint}")
     return path, load_student(path)

@@ -1,8 +1,9 @@
-"""SUPERB's hidden-set package: write it, and check it as the organisers do.
+"""Write and validate packages for SUPERB's hidden set.
 
-:mod:`.package` writes it. :mod:`.static_checks` reads it. :mod:`.sandbox` starts :mod:`.child` in a
-process of its own, where ``expert.py`` is imported and run; the two exchange :mod:`.messages`, the
-outputs of the package. :mod:`.runtime_checks` are functions of a ``Package``, which asks that
-process; they run outside of it. :mod:`.isolation` is what the process may not do,
-:mod:`.descendants` ends what it has started.
+- :mod:`.package` writes a package, :mod:`.card` its model card.
+- :mod:`.static_checks` checks its files without running them.
+- :mod:`.sandbox` runs :mod:`.child` in a separate process, which imports and runs ``expert.py`` and
+  returns its outputs as :mod:`.messages`.
+- :mod:`.runtime_checks` checks these outputs, outside of that process.
+- :mod:`.isolation` blocks network and packages in it, :mod:`.descendants` kills what it started.
 """

@@ -12,8 +12,10 @@ _CARD = """\
 # {name}
 
 A small speech model for SUPERB: waveforms at 16 kHz in, a list of hidden states out. It was
-distilled with s3prl_ekd (Ensemble Knowledge Distillation of self-supervised speech models,
-[arXiv 2302.12757](https://arxiv.org/abs/2302.12757)).
+exported with s3prl_ekd, which implements Ensemble Knowledge Distillation of self-supervised speech
+models ([arXiv 2302.12757](https://arxiv.org/abs/2302.12757)).
+
+This card reports no scores: evaluate the model on your task before you rely on it.
 
 | | |
 |---|---|
@@ -25,24 +27,27 @@ distilled with s3prl_ekd (Ensemble Knowledge Distillation of self-supervised spe
 
 ## Use
 
+In this folder, with torch 1.13 or later and no other package:
+
 ```python
 import torch
 from expert import UpstreamExpert
 
 model = UpstreamExpert("model.pt").eval()
-states = model([torch.rand(16000), torch.rand(8000)])["hidden_states"]  # [batch, frame, dim] each
+waves = [torch.rand(16000), torch.rand(8000)]  # put your audio here: 16 kHz, mono
+states = model(waves)["hidden_states"]  # [batch, frame, dim] each
 ```
 
-`expert.py` needs torch 1.13 or later and nothing else; `python cli.py FILE.wav` runs it on a file.
-With s3prl and a huggingface_hub below 1.0, `run_downstream.py --hub huggingface -u NAME` loads it
-from a repository.
+`python cli.py` runs it on noise; `python cli.py --help` shows how to run it on audio files.
+s3prl can load it from the Hugging Face Hub (`run_downstream.py --hub huggingface`, with the name of
+the repository after `-u`), but only with an old huggingface_hub that still has `HfApi.login`.
 
 ## Hidden states
 
 - 0: the projected features of the conv extractor
 - 1 to {layers}: the output of each transformer layer{before_norm}
 {heads}
-Padded frames at the end of a batch carry no information.{padding}
+In a batch, frames beyond the end of an utterance are padding; ignore them.{padding}
 
 ## How it was made
 
@@ -50,30 +55,31 @@ Padded frames at the end of a batch carry no information.{padding}
 {fine_tuning}
 """  # noqa: E501 (a table's row is one line)
 
-_GROUP_NORM = """ The first conv layer normalises over time, padding
-included: an utterance alone and the same in a padded batch differ a little."""
+_GROUP_NORM = """ The first conv
+layer normalises over time, padding included. So the hidden states of an utterance change with the
+amount of padding; run utterances one by one to avoid this."""
 
 
-def model_card(
+def package_card(
     loaded: LoadedStudent,
     heads: Mapping[str, Any],
     cost: Mapping[str, Any],
     name: str,
     data: str = "",
 ) -> str:
-    """The card's text.
+    """Text of the card.
 
     Args:
-        loaded: the student; its ``about`` says how it was made.
-        heads: those that are kept, as in the package's ``config``.
-        cost: as :func:`...superb.cost.measure_cost` returns it.
-        name: the card's title.
-        data: what it was trained on, in the place of what the student's file says of it.
+        loaded: the student; its ``about`` records how it was trained.
+        heads: the heads in the package, as in its ``config``.
+        cost: from :func:`...superb.cost.measure_cost`.
+        name: title of the card.
+        data: description of the training data; replaces the one in the student file.
     """
     settings = loaded.student.settings
     buckets = {bucket: macs / 1e9 for bucket, macs in cost["macs_buckets"].items()}
     states = settings.encoder_layers + 1
-    kept = sum(head["layers"] * len(head["parts"]) for head in heads.values())
+    head_states = sum(head["layers"] * len(head["parts"]) for head in heads.values())
     return _CARD.format(
         name=name,
         parameters=cost["parameters"],
@@ -86,29 +92,33 @@ def model_card(
         width=settings.encoder_embed_dim,
         stride=settings.stride,
         milliseconds=settings.stride / 16,
-        states=f"{states + kept}: {states} of the student, {kept} of its heads" if kept else states,
+        states=(
+            f"{states + head_states}: {states} of the student, {head_states} of its heads"
+            if head_states
+            else states
+        ),
         before_norm=", before the last layer norm" if settings.layer_norm_first else "",
-        heads=_heads(heads, settings.encoder_layers + 1),
+        heads=_head_lines(heads, settings.encoder_layers + 1),
         padding=_GROUP_NORM if settings.extractor_mode == "default" else "",
         made=how_made(loaded.about, data),
-        fine_tuning=_gradient(settings.feature_grad_mult),
+        fine_tuning=_gradient_note(settings.feature_grad_mult),
     )
 
 
-def _heads(heads: Mapping[str, Any], first: int) -> str:
-    """The lines of the heads' hidden states, numbered from ``first``."""
+def _head_lines(heads: Mapping[str, Any], start: int) -> str:
+    """List the hidden states of the heads, numbered from ``start``."""
     lines = []
     for name, head in heads.items():
         count = head["layers"] * len(head["parts"])
-        span = f"{first}" if count == 1 else f"{first} to {first + count - 1}"
-        lines.append(f"- {span}: what the head `{name}` predicts of its teacher's layers\n")
-        first += count
+        span = f"{start}" if count == 1 else f"{start} to {start + count - 1}"
+        lines.append(f"- {span}: the teacher layers that the head `{name}` predicts\n")
+        start += count
     return "".join(lines)
 
 
-def _gradient(scale: float) -> str:
-    """A difference to ``ekd_student`` that no output shows."""
+def _gradient_note(scale: float) -> str:
+    """A note that, unlike ``ekd_student``, the package does not scale the extractor's gradient."""
     if scale == 1:
         return ""
-    what = "was not trained" if scale == 0 else f"was trained with its gradient times {scale:g}"
-    return f"\nThe conv extractor {what}; this package does not scale gradients when fine-tuned.\n"
+    note = "was not trained" if scale == 0 else f"was trained with its gradient times {scale:g}"
+    return f"\nThe conv extractor {note}; in fine-tuning, this package does not scale gradients.\n"

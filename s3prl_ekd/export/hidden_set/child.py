@@ -1,8 +1,7 @@
-"""The process that a package is run in, started by :mod:`.sandbox`.
+"""The process in which a package runs, started by :mod:`.sandbox`.
 
-It answers requests, one message (:mod:`.messages`) for each, with what the package gives: outputs,
-counts, the text of an exception. What that means for a check is decided by who asks. No name of
-ours is importable once the package is.
+It replies to each request with one message (:mod:`.messages`): outputs, counts or the text of an
+exception. The parent process judges them. The package cannot import s3prl_ekd.
 """
 
 from __future__ import annotations
@@ -17,88 +16,88 @@ from typing import Any
 import torch
 
 from ...superb.cost import measure_cost
-from .isolation import Watch, force_data_only
+from .isolation import AccessBlocker, force_data_only
 from .messages import BadMessage, describe, receive, send
 
-_MANY = 20  # names that are listed at most
+_MAX_NAMES = 20  # in a list of a reply
 
 
 def main(offline: bool) -> None:
-    """Answer on what is standard output now what standard input asks, until that ends.
+    """Read requests from standard input and reply on standard output until the input ends.
 
     Args:
-        offline: whether :func:`.isolation.leave_network` has worked.
+        offline: result of :func:`.isolation.leave_network`.
     """
-    requests, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
-    nothing = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(nothing, 0)
-    os.dup2(2, 1)  # what the package prints is no answer
-    os.close(nothing)
-    plan, _ = receive(requests)
-    server = Server(Path(plan["folder"]), plan["lengths"], plan["tasks"])
-    server.watch.block()
+    requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    devnull = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(devnull, 0)
+    os.dup2(2, 1)  # what the package prints must not mix with replies
+    os.close(devnull)
+    setup, _ = receive(requests)
+    server = PackageServer(Path(setup["folder"]), setup["lengths"], setup["tasks"])
+    server.blocker.block()
     force_data_only(torch)
     torch.manual_seed(0)
-    send(answers, {"offline": offline})
+    send(replies, {"offline": offline})
     while True:
         try:
             request, waves = receive(requests)
         except EOFError:
             return
         try:
-            send(answers, *server.answer(request, waves))
+            send(replies, *server.reply(request, waves))
         except BadMessage as error:
-            send(answers, {"error": str(error), "type": "BadMessage"})
-        except BaseException as error:  # SystemExit of an expert.py, too
-            facts = {"error": told(error, server.folder), "type": type(error).__name__}
+            send(replies, {"error": str(error), "type": "BadMessage"})
+        except BaseException as error:  # also SystemExit raised by expert.py
+            facts = {"error": exception_line(error, server.folder), "type": type(error).__name__}
             if isinstance(error, ModuleNotFoundError):
                 facts["module"] = str(error.name or "").split(".")[0]
-            send(answers, facts)
+            send(replies, facts)
 
 
-class Server:
-    """A package: its class and its model, once they are asked for.
+class PackageServer:
+    """Runs a package on request.
 
     Args:
-        folder: of the package.
-        lengths: of the utterances that MACs are counted over, by bucket.
-        tasks: whose hidden states count as outputs.
+        folder: folder of the package.
+        lengths: lengths (samples) of the utterances for counting MACs, by bucket.
+        tasks: tasks whose hidden states count as outputs.
     """
 
     def __init__(self, folder: Path, lengths: Mapping[str, Sequence[int]], tasks: Sequence[str]):
         self.folder, self.lengths, self.tasks = folder, lengths, tasks
-        self.watch = Watch()
+        self.blocker = AccessBlocker()
         self.expert: Any = None
         self.model: Any = None
 
-    def answer(self, request: Mapping[str, Any], waves: list) -> tuple[dict[str, Any], list]:
-        """Facts and tensors that answer a request."""
-        do = request["do"]
-        if do == "forward":
+    def reply(self, request: Mapping[str, Any], waves: list) -> tuple[dict[str, Any], list]:
+        """Run a request; return facts and tensors."""
+        action = request["do"]
+        if action == "forward":
             return self._forward(waves, request["train"], request["device"])
-        if do == "build":
+        if action == "build":
             return self._build(request["keywords"]), []
-        if do == "rate":
+        if action == "rate":
             return self._rate(request["task"]), []
         return {
             "weights": self._weights,
             "import": self._import,
             "cuda": self._cuda,
             "cost": self._cost,
-            "refused": self._refused,
-        }[do](), []
+            "blocked": self._blocked,
+        }[action](), []
 
     def _weights(self) -> dict[str, Any]:
         try:
             saved = torch.load(self.folder / "model.pt", map_location="cpu", weights_only=True)
-        except Exception as error:  # of many kinds, for a damaged file
+        except Exception as error:  # damaged files raise exceptions of many classes
             lines = [line.strip() for line in str(error).splitlines() if "GLOBAL" in line]
-            return {"problem": lines[0] if lines else told(error, self.folder)}
-        keys = [str(key) for key in saved][:_MANY] if isinstance(saved, dict) else None
+            return {"problem": lines[0] if lines else exception_line(error, self.folder)}
+        keys = [str(key) for key in saved][:_MAX_NAMES] if isinstance(saved, dict) else None
         return {"type": type(saved).__name__, "keys": keys}
 
     def _import(self) -> dict[str, Any]:
-        """As s3prl's Runner imports it: the folder at the end of the path."""
+        """Import like s3prl's Runner: with the folder at the end of ``sys.path``."""
         sys.path.append(str(self.folder))
         from expert import UpstreamExpert
 
@@ -129,9 +128,9 @@ class Server:
 
     def _rate(self, task: str) -> dict[str, Any]:
         rate = self.model.get_downsample_rates(task)
-        whole = isinstance(rate, int) and not isinstance(rate, bool)
+        is_int = isinstance(rate, int) and not isinstance(rate, bool)
         return {
-            "rate": int(rate) if whole else None,
+            "rate": int(rate) if is_int else None,
             "type": type(rate).__name__,
             "text": repr(rate)[:100],
         }
@@ -142,15 +141,18 @@ class Server:
     def _cost(self) -> dict[str, Any]:
         return measure_cost(self.model, self.lengths, self.tasks, progress=lambda work, **_: work)
 
-    def _refused(self) -> dict[str, Any]:
-        hosts, packages = list(self.watch.hosts)[:_MANY], list(self.watch.packages)[:_MANY]
+    def _blocked(self) -> dict[str, Any]:
+        hosts, packages = (
+            list(self.blocker.hosts)[:_MAX_NAMES],
+            list(self.blocker.packages)[:_MAX_NAMES],
+        )
         return {"hosts": hosts, "packages": packages}
 
 
-def told(error: BaseException, folder: Path) -> str:
-    """An exception of the package as one line, with the place in its own code."""
-    first = (str(error).strip().splitlines() or [""])[0][:300]
-    line = f"{type(error).__name__}: {first}" if first else type(error).__name__
+def exception_line(error: BaseException, folder: Path) -> str:
+    """An exception as one line, with its location in the package's code."""
+    message = (str(error).strip().splitlines() or [""])[0][:300]
+    line = f"{type(error).__name__}: {message}" if message else type(error).__name__
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         path = Path(frame.filename)
         if folder in path.parents:

@@ -1,4 +1,4 @@
-"""End a process with all that it has started, also what has left its session (on Linux)."""
+"""Kill a process and its descendants, on Linux also those that have left its session."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-# of <linux/prctl.h>
+# from <linux/prctl.h>
 _GET_DUMPABLE, _SET_DUMPABLE = 3, 4
 _SET_SUBREAPER, _GET_SUBREAPER = 36, 37
-_PATIENCE = 10.0  # seconds in which killed processes must be gone
+_KILL_TIMEOUT = 10.0  # seconds
 
 
 @contextlib.contextmanager
-def guarded() -> Iterator[None]:
-    """Within it, processes that lose their parent become children of this one, where
-    :func:`end` finds them, and this one's memory and environment cannot be read by them.
+def adopt_orphans() -> Iterator[None]:
+    """Become the subreaper of orphaned descendants, so that :func:`kill_tree` finds them.
 
-    Without effect where there is no Linux.
+    Also makes this process non-dumpable: they cannot read its memory and environment. Both are
+    undone on exit. No effect except on Linux.
     """
     if sys.platform != "linux":
         yield
         return
     prctl = ctypes.CDLL(None).prctl
-    before = ctypes.c_int()
-    prctl(_GET_SUBREAPER, ctypes.byref(before), 0, 0, 0)
+    subreaper = ctypes.c_int()
+    prctl(_GET_SUBREAPER, ctypes.byref(subreaper), 0, 0, 0)
     dumpable = prctl(_GET_DUMPABLE, 0, 0, 0, 0)
     prctl(_SET_SUBREAPER, 1, 0, 0, 0)
     prctl(_SET_DUMPABLE, 0, 0, 0, 0)
@@ -38,18 +38,18 @@ def guarded() -> Iterator[None]:
         yield
     finally:
         prctl(_SET_DUMPABLE, dumpable, 0, 0, 0)
-        prctl(_SET_SUBREAPER, before.value, 0, 0, 0)
+        prctl(_SET_SUBREAPER, subreaper.value, 0, 0, 0)
 
 
-def end(process: subprocess.Popen, started: int) -> list[int]:
-    """Kill ``process``, its session, and within :func:`guarded` all that it has started.
+def kill_tree(process: subprocess.Popen, started: int) -> list[int]:
+    """Kill ``process``, its session and, within :func:`adopt_orphans`, all its descendants.
 
     Args:
-        process: the leader of a session.
-        started: :func:`start_time` of it; what this process had started before is not touched.
+        process: leader of a session.
+        started: its :func:`start_time`; children of this process that started earlier are left.
 
     Returns:
-        Those that could not be ended in time, by number.
+        Process ids that are still alive after a timeout.
     """
     with contextlib.suppress(ProcessLookupError, PermissionError):
         if hasattr(os, "killpg"):
@@ -57,9 +57,9 @@ def end(process: subprocess.Popen, started: int) -> list[int]:
         else:
             process.kill()
     process.wait()
-    deadline = time.monotonic() + _PATIENCE
+    deadline = time.monotonic() + _KILL_TIMEOUT
     while True:
-        # Each that dies hands its children up to this process: they come in the next round.
+        # Children of a killed process become children of this one: the next round kills them.
         orphans = [pid for pid in _children() if pid != process.pid and start_time(pid) >= started]
         if not orphans or time.monotonic() > deadline:
             return orphans
@@ -71,7 +71,7 @@ def end(process: subprocess.Popen, started: int) -> list[int]:
 
 
 def start_time(pid: int) -> int:
-    """When a process was started, in clock ticks of the system; 0 if that is not known."""
+    """Start time of a process in clock ticks since boot; 0 if unknown."""
     fields = _fields(pid)
     return int(fields[19]) if fields else 0
 
@@ -79,13 +79,13 @@ def start_time(pid: int) -> int:
 def _children() -> list[int]:
     if sys.platform != "linux":
         return []
-    own = str(os.getpid())
+    parent = str(os.getpid())
     pids = [int(name) for name in os.listdir("/proc") if name.isdigit()]
-    return [pid for pid in pids if (fields := _fields(pid)) and fields[1] == own]
+    return [pid for pid in pids if (fields := _fields(pid)) and fields[1] == parent]
 
 
 def _fields(pid: int) -> list[str]:
-    """The fields of ``/proc/PID/stat`` behind the name: state, parent, ...; none if it is gone."""
+    """Fields of ``/proc/PID/stat`` after the name: state, parent, ...; empty if it has ended."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

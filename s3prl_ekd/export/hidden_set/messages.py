@@ -1,7 +1,7 @@
-"""What passes between ``validate`` and the process that runs a package: JSON and plain tensors.
+"""Messages between ``validate`` and the process that runs a package: JSON and tensors.
 
-A message is two lengths of eight bytes, a JSON object and the numbers of its tensors. Reading one
-executes nothing, and allocates no more than the limits below: the other side is not trusted.
+A message consists of two lengths of eight bytes, a JSON object and the data of its tensors. The
+sender is not trusted: reading a message runs no code and allocates at most the limits below.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-MAX_JSON = 1 << 20  # bytes of a message's JSON
-MAX_NUMBERS = 1 << 28  # in a message's tensors: 1 GiB of float32
-MAX_TEXT = 500  # characters of a text that is shown
+MAX_JSON = 1 << 20  # bytes of JSON in a message
+MAX_NUMBERS = 1 << 28  # tensor elements in a message: 1 GiB of float32
+MAX_TEXT = 500  # characters of a text
 _DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (
@@ -24,18 +24,18 @@ _DTYPES = {
         *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
     )
 }
-_DEPTH = 8  # of lists in lists
+_DEPTH = 8  # of nested lists, tuples and dicts
 
 
 class BadMessage(Exception):
-    """A message is not of this format, or too large."""
+    """A message is malformed or too large."""
 
 
-class Other:
-    """Stands for an object that is neither a list, a tuple, a dict nor a plain tensor.
+class OpaqueObject:
+    """Placeholder for an object other than a list, tuple, dict or plain tensor.
 
     Attributes:
-        name: of its type.
+        name: the name of its type.
     """
 
     def __init__(self, name: str):
@@ -43,31 +43,33 @@ class Other:
 
 
 def type_name(value: Any) -> str:
-    """The name of the type that ``value`` has, or stands for."""
-    return value.name if isinstance(value, Other) else type(value).__name__
+    """The name of the type of ``value``; of a placeholder, that of the original object."""
+    return value.name if isinstance(value, OpaqueObject) else type(value).__name__
 
 
 def send(file: IO[bytes], facts: Mapping[str, Any], tensors: Sequence[Tensor] = ()) -> None:
     """Write a message.
 
     Args:
-        facts: what JSON can hold.
-        tensors: of any device; sent as CPU tensors.
+        facts: JSON-serialisable values.
+        tensors: on any device; sent as CPU tensors.
 
     Raises:
-        BadMessage: it is larger than a message may be.
+        BadMessage: it is too large.
     """
     numbers = sum(tensor.numel() for tensor in tensors)
-    plain = [_plain(tensor) for tensor in tensors] if numbers <= MAX_NUMBERS else []
-    head = json.dumps({"facts": facts, "tensors": [_layout(tensor) for tensor in plain]}).encode()
+    cpu_tensors = [_to_cpu(tensor) for tensor in tensors] if numbers <= MAX_NUMBERS else []
+    head = json.dumps(
+        {"facts": facts, "tensors": [_layout(tensor) for tensor in cpu_tensors]}
+    ).encode()
     if len(head) > MAX_JSON or numbers > MAX_NUMBERS:
         raise BadMessage(
-            f"{numbers:,} numbers in tensors and {len(head):,} bytes of their description are "
-            f"more than is read ({MAX_NUMBERS:,} and {MAX_JSON:,})"
+            f"{numbers:,} tensor elements and {len(head):,} bytes of JSON exceed the limits "
+            f"({MAX_NUMBERS:,} and {MAX_JSON:,})"
         )
-    body = sum(tensor.numel() * tensor.element_size() for tensor in plain)
+    body = sum(tensor.numel() * tensor.element_size() for tensor in cpu_tensors)
     file.write(len(head).to_bytes(8, "little") + body.to_bytes(8, "little") + head)
-    for tensor in plain:
+    for tensor in cpu_tensors:
         if tensor.numel():
             file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
     file.flush()
@@ -77,38 +79,41 @@ def receive(file: IO[bytes]) -> tuple[dict[str, Any], list[Tensor]]:
     """Read a message.
 
     Returns:
-        Its facts, and CPU tensors.
+        The facts and the CPU tensors.
 
     Raises:
         EOFError: the file ends.
-        BadMessage: it is no message.
+        BadMessage: the message is malformed or too large.
     """
     lengths = _read(file, 16)
     head, body = (int.from_bytes(part, "little") for part in (lengths[:8], lengths[8:]))
     if head > MAX_JSON or body > 8 * MAX_NUMBERS:
-        raise BadMessage("a message is too large")
+        raise BadMessage(
+            f"a message has {head:,} bytes of JSON and {body:,} bytes of tensors; at most "
+            f"{MAX_JSON:,} and {8 * MAX_NUMBERS:,} are allowed"
+        )
     try:
         message = json.loads(_read(file, head))
         facts, layouts = message["facts"], message["tensors"]
         sizes = [(_DTYPES[dtype], _shape(shape)) for dtype, shape in layouts]
     except (ValueError, TypeError, KeyError, RecursionError):
-        raise BadMessage("a message is not of the form that is expected") from None
+        raise BadMessage("a message is malformed") from None
     counts = [math.prod(shape) for _, shape in sizes]
-    bytes_of = [count * dtype.itemsize for count, (dtype, _) in zip(counts, sizes, strict=True)]
-    if not isinstance(facts, dict) or sum(bytes_of) != body or sum(counts) > MAX_NUMBERS:
-        raise BadMessage("a message's tensors are not as long as it says")
+    byte_counts = [count * dtype.itemsize for count, (dtype, _) in zip(counts, sizes, strict=True)]
+    if not isinstance(facts, dict) or sum(byte_counts) != body or sum(counts) > MAX_NUMBERS:
+        raise BadMessage("the tensors of a message do not match their shapes or are too large")
     tensors = []
-    for (dtype, shape), length in zip(sizes, bytes_of, strict=True):
+    for (dtype, shape), length in zip(sizes, byte_counts, strict=True):
         data = _read(file, length)
         if dtype == torch.bool and data.translate(None, b"\0\1"):
-            raise BadMessage("a message's truth values are neither 0 nor 1")
+            raise BadMessage("a bool tensor of a message has values other than 0 and 1")
         flat = torch.frombuffer(data, dtype=dtype) if length else torch.empty(0, dtype=dtype)
         tensors.append(flat.reshape(shape))
     return facts, tensors
 
 
 def describe(value: Any, tensors: list[Tensor], depth: int = _DEPTH) -> dict[str, Any]:
-    """A package's result as JSON; its tensors are added to ``tensors``, each once."""
+    """Describe a package's result as JSON; append its tensors to ``tensors``, each once."""
     if isinstance(value, Tensor):
         if value.layout != torch.strided or value.dtype not in _DTYPES.values():
             return {"other": f"{type(value).__name__} of {value.dtype}"}
@@ -117,8 +122,8 @@ def describe(value: Any, tensors: list[Tensor], depth: int = _DEPTH) -> dict[str
             tensors.append(value)
         return {"tensor": index, "device": str(value.device)}
     if depth and isinstance(value, (list, tuple)):
-        kind = "list" if isinstance(value, list) else "tuple"
-        return {kind: [describe(item, tensors, depth - 1) for item in value]}
+        container = "list" if isinstance(value, list) else "tuple"
+        return {container: [describe(item, tensors, depth - 1) for item in value]}
     if depth and isinstance(value, dict):
         items = [[str(key), describe(item, tensors, depth - 1)] for key, item in value.items()]
         return {"dict": items}
@@ -126,21 +131,24 @@ def describe(value: Any, tensors: list[Tensor], depth: int = _DEPTH) -> dict[str
 
 
 def rebuild(described: Any, tensors: Sequence[Tensor], devices: dict[int, str]) -> Any:
-    """What :func:`describe` described, of plain lists, tuples, dicts, tensors and :class:`Other`.
+    """Rebuild a result from its description by :func:`describe`.
 
     Args:
-        described: as the other side sent it.
-        tensors: those that came with it.
-        devices: gets, under the ``id`` of each tensor used, the device that it was on.
+        described: the description, as received.
+        tensors: the tensors received with it.
+        devices: filled with the original device of each tensor used, keyed by its ``id``.
+
+    Returns:
+        Lists, tuples, dicts, tensors and :class:`OpaqueObject`, nested.
 
     Raises:
-        BadMessage: it is no description.
+        BadMessage: the description is malformed.
     """
     try:
         if "tensor" in described:
             index, device = described["tensor"], described["device"]
             if type(index) is not int or not 0 <= index < len(tensors):
-                raise BadMessage("a message names a tensor that it does not have")
+                raise BadMessage("a message refers to a tensor that it does not contain")
             devices[id(tensors[index])] = text(device)
             return tensors[index]
         if "list" in described:
@@ -149,28 +157,28 @@ def rebuild(described: Any, tensors: Sequence[Tensor], devices: dict[int, str]) 
             return tuple(rebuild(item, tensors, devices) for item in described["tuple"])
         if "dict" in described:
             return {text(k): rebuild(item, tensors, devices) for k, item in described["dict"]}
-        return Other(text(described["other"]))
+        return OpaqueObject(text(described["other"]))
     except (TypeError, ValueError, KeyError, RecursionError):
-        raise BadMessage("a message describes no result") from None
+        raise BadMessage("the description of a result is malformed") from None
 
 
 def text(value: Any) -> str:
-    """A text of a message as one short line of printable characters. Raises BadMessage."""
+    """Clean a text of a message: one short line of printable characters. Raises BadMessage."""
     if not isinstance(value, str):
-        raise BadMessage("a message has something else in the place of a text")
+        raise BadMessage(f"a message has a {type(value).__name__}, expected a text")
     line = " ".join(value[: 4 * MAX_TEXT].split())
     return "".join(char if char.isprintable() else "?" for char in line[:MAX_TEXT])
 
 
 def texts(value: Any) -> list[str]:
-    """A list of texts of a message. Raises BadMessage."""
+    """Clean a list of texts of a message. Raises BadMessage."""
     if not isinstance(value, list):
-        raise BadMessage("a message has something else in the place of a list of texts")
+        raise BadMessage(f"a message has a {type(value).__name__}, expected a list of texts")
     return [text(item) for item in value]
 
 
-def _plain(tensor: Tensor) -> Tensor:
-    """On the CPU, without gradient, subclass or gaps."""
+def _to_cpu(tensor: Tensor) -> Tensor:
+    """A contiguous CPU tensor without gradient or subclass."""
     return tensor.detach().as_subclass(Tensor).cpu().resolve_neg().contiguous()
 
 

@@ -1,4 +1,4 @@
-"""The checks by name, and what came out of one."""
+"""Names and descriptions of the checks, and the outcome of a check."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from typing import Literal
 
 Status = Literal["pass", "fail", "warn", "skip"]
 
-# Name -> what it is about, in the order of the report.
+# Name -> what must hold, in the order of the report. SUPERB's own checks:
 OFFICIAL = {
-    "files": "expert.py and model.pt are there",
+    "files": "expert.py and model.pt exist",
     "build": "UpstreamExpert is built on the CPU from model.pt",
-    "forward": "one forward on waveforms of 2, 1.8 and 3.7 s gives a dict",
-    "lists": "for each task a list of tensors [batch, frame, dim] of one shape",
-    "rates": "get_downsample_rates gives an int for each task",
-    "frames": "as many frames as the longest waveform has by that rate, give or take 4",
+    "forward": "forward on waveforms of 2, 1.8 and 3.7 s returns a dict",
+    "lists": "each task has a list of tensors [batch, frame, dim] of the same shape",
+    "rates": "get_downsample_rates returns an int for each task",
+    "frames": "the frame count matches that rate for the longest waveform, within 4 frames",
 }
-READ = {  # by us, without running anything
+STATIC_CHECKS = {  # without running the package
     "files": OFFICIAL["files"],
-    "submission": "requirements.txt, README.md, LICENSE and cli.py are there",
-    "syntax": "Python 3.8 understands every .py",
-    "torch 1.13": "no function of a later torch is named",
-    "requirements": "requirements.txt has what expert.py imports",
+    "submission": "requirements.txt, README.md, LICENSE and cli.py exist",
+    "syntax": "every .py is valid in Python 3.8",
+    "torch 1.13": "no function of a later torch is used",
+    "requirements": "requirements.txt names what expert.py imports",
 }
-RUN = {  # in a process of its own
+RUNTIME_CHECKS = {  # in a separate process
     "weights": "model.pt loads as data (weights_only=True)",
     "import": "from expert import UpstreamExpert, without s3prl, fairseq and s3prl_ekd",
     "build": OFFICIAL["build"],
@@ -32,26 +32,26 @@ RUN = {  # in a process of its own
     "lists": OFFICIAL["lists"],
     "rates": OFFICIAL["rates"],
     "frames": OFFICIAL["frames"],
-    "values": "finite float32",
-    "device": "outputs are on the waveforms' device",
-    "gpu": "runs on a GPU and gives the same",
-    "inputs": "the waveforms are left as they were",
-    "repeat": "two passes in eval mode are identical",
-    "modes": "as many layers in train mode as in eval mode",
-    "order": "the order of a batch changes nothing",
-    "batching": "an utterance alone and in a batch",
-    "0.05 s": "a waveform of 0.05 s",
-    "1 s": "a waveform of 1 s",
-    "35 s": "a waveform of 35 s",
-    "network": "nothing is fetched",
-    "parameters": "how many, and how many unused",
+    "values": "hidden states are finite float32",
+    "device": "hidden states are on the device of the waveforms",
+    "gpu": "hidden states on a GPU equal those on the CPU",
+    "inputs": "forward does not change the waveforms",
+    "repeat": "two forwards in eval mode are identical",
+    "modes": "the same number of layers in train and eval mode",
+    "order": "the order of the batch does not change hidden states",
+    "batching": "hidden states of an utterance alone and in a batch (information only)",
+    "0.05 s": "forward on a waveform of 0.05 s",
+    "1 s": "forward on a waveform of 1 s",
+    "35 s": "forward on a waveform of 35 s",
+    "network": "no network access",
+    "parameters": "parameter count, and how many are unused",
     "macs": "MACs over SUPERB's 32 utterances",
 }
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one check said; ``reason`` is one line."""
+    """Outcome of one check; ``reason`` is one line."""
 
     name: str
     status: Status
@@ -59,17 +59,17 @@ class Outcome:
 
     @property
     def official(self) -> bool:
-        """Whether SUPERB's own check has it too."""
+        """Whether it is one of SUPERB's own checks."""
         return self.name in OFFICIAL
 
 
-class Failed(Exception):
-    """A check failed; the message is its reason."""
+class CheckFailed(Exception):
+    """A check failed; the message is the reason."""
 
 
-class Warned(Exception):
-    """A check has something to say that need not be a fault."""
+class CheckWarning(Exception):
+    """A check found something that may be a fault; the message is the reason."""
 
 
-class Skipped(Exception):
-    """A check could not run; the message says why."""
+class CheckSkipped(Exception):
+    """A check could not run; the message is the reason."""

@@ -1,8 +1,8 @@
-"""The hidden-set package: a student's weights and the code that runs them with torch alone.
+"""Write a hidden-set package: a student's weights, and code that runs them with torch alone.
 
-SUPERB's organisers clone a folder of six files and build ``UpstreamExpert`` from it with torch and
-nothing of ours; ``template/`` has the files that are the same for every student. ``expert.py`` gets
-the code of :mod:`s3prl_ekd.distill.student_forward` in the place of its import.
+SUPERB's organisers clone a folder of six files and build ``UpstreamExpert`` from it, without
+s3prl_ekd. ``template/`` has the files that are the same for every student. In ``expert.py``, the
+code of :mod:`s3prl_ekd.distill.student_forward` replaces its import.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ TEMPLATES = Path(__file__).parent / "template"
 FILES = ("expert.py", "model.pt", "requirements.txt", "README.md", "LICENSE", "cli.py")
 _COPIED = {"cli.py": "cli.py", "requirements.txt": "requirements.txt", "license.txt": "LICENSE"}
 
-# The template's one import of ours: a package has the module's code in its place.
+# The template's only import from s3prl_ekd; expert_source() replaces it by the module's code.
 _IMPORT = "from ....distill.student_forward import student_forward\n"
 _FUTURE = "from __future__ import annotations\n"
 
-# Of a head: our name behind ``net.`` -> its name there and its shape. A ``SplitLinear`` has a plain
-# linear layer, ``[out, in]``, where there is one target layer.
+# Weights of a head: the name after ``net.`` -> its name in the package, and a function that
+# reshapes it. ``SplitLinear`` is one linear layer, ``[out, in]``, if the head predicts one layer.
 _HEAD_WEIGHTS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
     "0.weight": ("hidden.weight", lambda value: value),
     "0.bias": ("hidden.bias", lambda value: value),
@@ -44,19 +44,19 @@ _HEAD_WEIGHTS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
 
 
 def package_contents(loaded: LoadedStudent, keep_heads: bool) -> dict[str, Any]:
-    """What ``model.pt`` holds: ``config``, the arguments of its ``Student``, and ``weights``.
+    """Contents of ``model.pt``: ``config`` (arguments of its ``Student``) and ``weights``.
 
     Raises:
-        CheckpointError: the heads are to be kept and cannot stand among the hidden states.
+        CheckpointError: ``keep_heads``, but the heads' outputs cannot become hidden states.
     """
     problem = heads_problem(loaded)
     if keep_heads and problem:
-        raise CheckpointError(f"the heads cannot be kept: {problem}; add --heads drop")
+        raise CheckpointError(f"cannot keep the heads: {problem}; add --heads drop")
     settings = loaded.student.settings
-    heads = {}
-    kept = loaded.heads if keep_heads else None
+    head_config = {}
+    heads = loaded.heads if keep_heads else None
     if keep_heads:
-        heads = {
+        head_config = {
             name: {"layers": spec.layers, "parts": list(spec.parts)}
             for name, spec in loaded.targets.items()
         }
@@ -71,18 +71,18 @@ def package_contents(loaded: LoadedStudent, keep_heads: bool) -> dict[str, Any]:
         "norm_first": settings.layer_norm_first,
         "conv_pos": settings.conv_pos,
         "conv_pos_groups": settings.conv_pos_groups,
-        "heads": heads,
-        "head_kind": "split" if kept is None else kept.kind,
+        "heads": head_config,
+        "head_kind": "split" if heads is None else heads.kind,
         "dropout": settings.dropout,
         "attention_dropout": settings.attention_dropout,
         "activation_dropout": settings.activation_dropout,
         "extractor_dropout": settings.extractor_dropout,
     }
     weights = loaded.student.backbone.state_dict()
-    if settings.layer_norm_first and not heads:  # only the heads read what this norm gives
+    if settings.layer_norm_first and not head_config:  # only the heads use this norm
         del weights["encoder.layer_norm.weight"], weights["encoder.layer_norm.bias"]
-    if kept is not None:
-        weights.update(_heads(kept.state_dict()))
+    if heads is not None:
+        weights.update(_head_weights(heads.state_dict()))
     return {
         "config": config,
         "weights": {name: value.detach().clone().contiguous() for name, value in weights.items()},
@@ -90,12 +90,12 @@ def package_contents(loaded: LoadedStudent, keep_heads: bool) -> dict[str, Any]:
 
 
 def expert_source() -> str:
-    """``expert.py`` of a package: the template, the student's forward in place of its import."""
+    """Text of ``expert.py``: the template with the code of ``student_forward`` filled in."""
     template = (TEMPLATES / "expert.py").read_text(encoding="utf-8")
-    before, found, after = template.partition(_IMPORT)
-    assert found, _IMPORT
+    head, marker, tail = template.partition(_IMPORT)
+    assert marker, _IMPORT
     forward = inspect.getsource(student_forward).partition(_FUTURE)[2]
-    return f"{before}# s3prl_ekd/distill/student_forward.py:\n{forward.strip()}\n\n{after}"
+    return f"{head}# s3prl_ekd/distill/student_forward.py:\n{forward.strip()}\n\n{tail}"
 
 
 def write_package(contents: Mapping[str, Any], card: str, folder: Path) -> None:
@@ -103,16 +103,16 @@ def write_package(contents: Mapping[str, Any], card: str, folder: Path) -> None:
     for source, target in _COPIED.items():
         shutil.copyfile(TEMPLATES / source, folder / target)
     (folder / "expert.py").write_text(expert_source(), encoding="utf-8")
-    # As text, because torch 1.13 reads no number with a point with weights_only=True.
+    # As JSON text: with weights_only=True, torch 1.13 cannot load floats.
     saved = {**contents, "config": json.dumps(contents["config"])}
     torch.save(saved, folder / "model.pt")
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
-def _heads(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _head_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     weights = {}
     for name, value in state.items():
-        head, _, rest = name.partition(".net.")
-        new, reshape = _HEAD_WEIGHTS[rest]
-        weights[f"heads.{head}.{new}"] = reshape(value)
+        head, _, suffix = name.partition(".net.")
+        new_suffix, reshape = _HEAD_WEIGHTS[suffix]
+        weights[f"heads.{head}.{new_suffix}"] = reshape(value)
     return weights

@@ -1,7 +1,8 @@
-"""Checks of a running hidden-set package, one function a check.
+"""Checks of a running hidden-set package, one function per check.
 
-First what SUPERB's own check does, then what that check does not see. Each asks the package's
-process for outputs and decides here; costs are counted as :mod:`...superb.cost` counts them.
+Each requests outputs from the package's process and judges them in this process. A check returns
+its reason for passing, or raises CheckFailed, CheckWarning or CheckSkipped. Costs are counted as in
+:mod:`...superb.cost`.
 """
 
 from __future__ import annotations
@@ -18,20 +19,21 @@ import torch
 from torch import Tensor
 
 from ...superb.cost import PROFILER
+from .isolation import BLOCKED
 from .messages import BadMessage, rebuild, text, texts, type_name
-from .outcome import Failed, Skipped, Warned
+from .outcome import CheckFailed, CheckSkipped, CheckWarning
 
 RATE = 16_000  # Hz
 TASKS = ("PR", "SID", "ER", "ASR", "ASV", "SD", "QbE", "ST", "SS", "SE", "secret")
-SECONDS = (2.0, 1.8, 3.7)  # of the official batch
+SECONDS = (2.0, 1.8, 3.7)  # of SUPERB's batch
 
 
 class PackageError(Exception):
-    """The package raised an exception; the message is that exception's, and where.
+    """The package raised an exception; the message has its text and location.
 
     Attributes:
-        type: the name of the exception's type.
-        module: of a ModuleNotFoundError, the top module that is missing, else "".
+        type: the class name of the exception.
+        module: the missing top-level module if it is a ModuleNotFoundError, else "".
     """
 
     def __init__(self, message: str, type: str, module: str):
@@ -39,8 +41,8 @@ class PackageError(Exception):
         self.type, self.module = type, module
 
 
-class Ask(Protocol):
-    """Sends a request to the package's process and returns the answer, ``(facts, tensors)``."""
+class RequestFn(Protocol):
+    """Sends a request to the package's process and returns the reply, ``(facts, tensors)``."""
 
     def __call__(
         self, request: Mapping[str, Any], tensors: Sequence[Tensor] = ()
@@ -48,13 +50,13 @@ class Ask(Protocol):
 
 
 @dataclass
-class Answer:
-    """What one forward gave.
+class ForwardResult:
+    """Result of one forward.
 
     Attributes:
-        result: of plain lists, tuples, dicts, CPU tensors and :class:`.messages.Other`.
-        waves: the waveforms after it.
-        devices: the device that a tensor was on, by its ``id``.
+        result: lists, tuples, dicts, CPU tensors and :class:`.messages.OpaqueObject`, nested.
+        waves: the waveforms after the forward.
+        devices: original device of each tensor, keyed by its ``id``.
     """
 
     result: Any
@@ -64,160 +66,171 @@ class Answer:
 
 @dataclass
 class Package:
-    """What the checks share. Its other fields are filled by the first checks; those that need one
-    that is not filled are skipped.
+    """State shared by the checks.
+
+    The first checks fill the other fields; later checks are skipped if a field they need is unset.
 
     Attributes:
-        folder: of the package.
-        lengths: of the utterances that MACs are counted over, by bucket.
-        ask: reaches the process in which the package runs.
-        offline: whether that process has no network at all.
+        folder: folder of the package.
+        lengths: lengths (samples) of the utterances for counting MACs, by bucket.
+        send_request: sends a request to the process in which the package runs.
+        offline: whether that process has no network.
     """
 
     folder: Path
     lengths: Mapping[str, Sequence[int]]
-    ask: Ask
+    send_request: RequestFn
     offline: bool = False
     weights_read: bool = False
     imported: bool = False
     built: bool = False
-    result: Any = None  # of the official forward
+    result: Any = None  # of forward on SUPERB's batch
     cost: dict[str, Any] | None = None
     waves: list[Tensor] = field(default_factory=lambda: noise(*SECONDS))
 
     def facts(self, do: str, **request: Any) -> dict[str, Any]:
-        """The facts that answer a request. Raises PackageError."""
-        return self._ask({"do": do, **request})[0]
+        """Send a request and return the facts of the reply. Raises PackageError."""
+        return self._request({"do": do, **request})[0]
 
-    def forward(self, waves: list[Tensor], train: bool = False, device: str = "cpu") -> Answer:
-        """One forward without gradient, in train or eval mode.
+    def forward(
+        self, waves: list[Tensor], train: bool = False, device: str = "cpu"
+    ) -> ForwardResult:
+        """Run one forward without gradients, in train or eval mode.
 
         Raises:
-            Skipped: there is no model.
-            PackageError: it raises an exception.
+            CheckSkipped: no model was built.
+            PackageError: the package raised an exception.
         """
         if not self.built:
-            raise Skipped("there is no model: see the checks above")
-        facts, tensors = self._ask({"do": "forward", "train": train, "device": device}, waves)
+            raise CheckSkipped("no model: see the checks above")
+        facts, tensors = self._request({"do": "forward", "train": train, "device": device}, waves)
         devices: dict[int, str] = {}
-        after = rebuild(facts.get("waves"), tensors, {})
-        if not isinstance(after, list) or not all(isinstance(wave, Tensor) for wave in after):
-            raise BadMessage("an answer lacks the waveforms")
-        return Answer(rebuild(facts.get("result"), tensors, devices), after, devices)
+        waves_after = rebuild(facts.get("waves"), tensors, {})
+        if not isinstance(waves_after, list) or not all(
+            isinstance(wave, Tensor) for wave in waves_after
+        ):
+            raise BadMessage("a reply lacks the waveforms")
+        return ForwardResult(rebuild(facts.get("result"), tensors, devices), waves_after, devices)
 
     def run(self, waves: list[Tensor], train: bool = False) -> list[Tensor]:
-        """All hidden states of one forward, ``[batch, frame, dim]`` each.
+        """Run one forward and return all its hidden states, ``[batch, frame, dim]`` each.
 
         Raises:
-            Skipped: the model's results are not of that kind, which another check says.
+            CheckSkipped: the result has another form, which another check reports.
         """
         return states_of(self.forward(waves, train).result)
 
     def rate(self, task: str = "secret") -> int:
-        """Samples a frame. Raises Skipped where that is no number."""
+        """Samples per frame. Raises CheckSkipped if it is not a positive int."""
         rate, _ = self.rate_or_text(task)
         if rate is None or rate <= 0:
-            raise Skipped("get_downsample_rates gives no frame rate: see rates")
+            raise CheckSkipped("get_downsample_rates returns no valid rate: see rates")
         return rate
 
     def rate_or_text(self, task: str) -> tuple[int | None, str]:
-        """What get_downsample_rates gives for a task: an int, or None and what it is instead."""
+        """Samples per frame, or None if get_downsample_rates returns no int; and a description."""
         if not self.built:
-            raise Skipped("there is no model: see the checks above")
+            raise CheckSkipped("no model: see the checks above")
         facts = self.facts("rate", task=task)
         rate = facts.get("rate")
         if rate is not None and type(rate) is not int:
-            raise BadMessage("an answer's frame rate is no int")
+            raise BadMessage("the frame rate in a reply is not an int")
         return rate, f"{text(facts.get('text'))}, a {text(facts.get('type'))}"
 
-    def refused(self, what: str) -> list[str]:
-        """The ``hosts`` or ``packages`` that it has asked for and was refused."""
-        return texts(self.facts("refused").get(what))
+    def blocked(self, kind: str) -> list[str]:
+        """Names of the ``hosts`` or ``packages`` to which access was blocked."""
+        return texts(self.facts("blocked").get(kind))
 
-    def _ask(
+    def _request(
         self, request: Mapping[str, Any], waves: Sequence[Tensor] = ()
     ) -> tuple[dict[str, Any], list[Tensor]]:
-        facts, tensors = self.ask(request, waves)
+        facts, tensors = self.send_request(request, waves)
         if "error" in facts:
-            error, kind = text(facts["error"]), text(facts.get("type"))
-            raise PackageError(error, kind, text(facts.get("module", "")))
+            error, class_name = text(facts["error"]), text(facts.get("type"))
+            raise PackageError(error, class_name, text(facts.get("module", "")))
         return facts, tensors
 
 
 def states_of(result: Any) -> list[Tensor]:
-    """Every hidden state that some task gets, each once. Raises Skipped: see :meth:`Package.run`"""
+    """All hidden states of all tasks, each once. Raises CheckSkipped, see :meth:`Package.run`."""
     if not isinstance(result, dict) or "hidden_states" not in result:
-        raise Skipped("forward gives no dict with hidden_states: see forward")
-    found: dict[int, Tensor] = {}
+        raise CheckSkipped("forward returns no dict with hidden_states: see forward and lists")
+    states_by_id: dict[int, Tensor] = {}
     for task in TASKS:
         states = result.get(task, result["hidden_states"])
         states = [states] if isinstance(states, Tensor) else states
         if not isinstance(states, (list, tuple)):
-            raise Skipped("hidden_states are no list: see lists")
+            raise CheckSkipped("hidden_states is not a list: see lists")
         for state in states:
             if not isinstance(state, Tensor) or state.dim() != 3:
-                raise Skipped("hidden_states are no tensors [batch, frame, dim]: see lists")
-            found[id(state)] = state
-    return list(found.values())
+                raise CheckSkipped("hidden states are not tensors [batch, frame, dim]: see lists")
+            states_by_id[id(state)] = state
+    return list(states_by_id.values())
 
 
 def noise(*seconds: float) -> list[Tensor]:
-    """Waveforms ``[sample]`` between 0 and 1, as the official check makes them; always the same."""
+    """Waveforms ``[sample]``, uniform in [0, 1) like those of SUPERB's check; fixed seed."""
     generator = torch.Generator().manual_seed(0)
     return [torch.rand(int(s * RATE), generator=generator) for s in seconds]
 
 
-def check_frames(frames: int, samples: int, rate: int) -> None:
-    """SUPERB's tolerance: less than 5 frames. Raises Failed."""
+def require_frame_count(frames: int, samples: int, rate: int) -> None:
+    """Raise CheckFailed if the count is off by 5 frames or more (SUPERB's tolerance)."""
     if abs(round(samples / rate) - frames) >= 5:
-        raise Failed(
-            f"{frames} frames for {samples} samples; at {rate} samples a frame it would be "
-            f"{round(samples / rate)}"
+        raise CheckFailed(
+            f"{frames} frames for {samples} samples; expected about {round(samples / rate)} at "
+            f"{rate} samples per frame"
         )
 
 
-def distance(first: Tensor, second: Tensor, of: Callable = torch.max) -> float:
-    """The largest difference, or ``of`` all (``torch.mean``), in units of the first's deviation;
-    infinite where not comparable."""
-    if first.shape != second.shape:
+def distance(reference: Tensor, other: Tensor, reduce: Callable = torch.max) -> float:
+    """Largest (or mean) absolute difference, in standard deviations of ``reference``.
+
+    Args:
+        reduce: ``torch.max`` or ``torch.mean``.
+
+    Returns:
+        The difference; infinite if shapes differ or a value is not finite.
+    """
+    if reference.shape != other.shape:
         return math.inf
-    if not first.numel():
+    if not reference.numel():
         return 0.0
-    first, second = first.detach().double().cpu(), second.detach().double().cpu()
-    scale = first.std(unbiased=False).item() or 1.0
-    found = (of((first - second).abs()) / scale).item()
-    return found if math.isfinite(found) else math.inf
+    reference, other = reference.detach().double().cpu(), other.detach().double().cpu()
+    scale = reference.std(unbiased=False).item() or 1.0
+    result = (reduce((reference - other).abs()) / scale).item()
+    return result if math.isfinite(result) else math.inf
 
 
-def parameters(package: Package) -> str:
+def check_parameters(package: Package) -> str:
     cost = _cost(package)
-    text = f"{cost['parameters']:,}"
+    count = f"{cost['parameters']:,}"
     if cost["unused"]:
-        raise Warned(f"{text}, of which no hidden state needs {cost['unused']:,}: they count too")
-    return f"{text}, all of them used"
+        raise CheckWarning(f"{count}, of which {cost['unused']:,} affect no hidden state but count")
+    return f"{count}, all used"
 
 
-def macs(package: Package) -> str:
+def check_macs(package: Package) -> str:
     cost = _cost(package)
     buckets = " + ".join(f"{value / 1e9:.3f}" for value in cost["macs_buckets"].values())
     return f"{cost['macs'] / 1e9:,.3f} G = {buckets} over {cost['utterances']} utterances"
 
 
 def _cost(package: Package) -> dict[str, Any]:
-    """As :func:`...superb.cost.measure_cost` gives it, of the counts that the process sends."""
+    """The cost as in :func:`...superb.cost.measure_cost`, from counts of the package's process."""
     if not package.built:
-        raise Skipped("there is no model: see the checks above")
+        raise CheckSkipped("no model: see the checks above")
     if package.cost is None:
         facts = package.facts("cost")
         buckets = facts.get("macs_buckets")
         if not isinstance(buckets, dict) or list(buckets) != list(package.lengths):
-            raise BadMessage("an answer has no MACs for each bucket")
+            raise BadMessage("a reply does not have the MACs of each bucket")
         counts: dict[str, Any] = {
             key: facts.get(key) for key in ("parameters", "unused", "macs_products")
         }
         for count in (*counts.values(), *buckets.values()):
             if type(count) not in (int, float) or not (math.isfinite(count) and count >= 0):
-                raise BadMessage("an answer has something else in the place of a count")
+                raise BadMessage("a count in a reply is not a finite number of at least 0")
         package.cost = {
             "parameters": int(counts["parameters"]),
             "unused": int(counts["unused"]),
@@ -230,259 +243,288 @@ def _cost(package: Package) -> dict[str, Any]:
     return package.cost
 
 
-def weights(package: Package) -> str:
+def check_weights(package: Package) -> str:
     facts = package.facts("weights")
     if "problem" in facts:
-        raise Failed(
-            f"model.pt is not plain data, and nothing is built from it: {text(facts['problem'])}"
+        raise CheckFailed(
+            f"model.pt does not load with weights_only=True: {text(facts['problem'])}"
         )
     package.weights_read = True
-    kind = f"a {text(facts.get('type'))}"
-    return kind if facts.get("keys") is None else f"{kind} with {', '.join(texts(facts['keys']))}"
+    type_text = f"a {text(facts.get('type'))}"
+    return (
+        type_text
+        if facts.get("keys") is None
+        else f"{type_text} with {', '.join(texts(facts['keys']))}"
+    )
 
 
-def import_(package: Package) -> str:
+def check_import(package: Package) -> str:
     if not package.weights_read:
-        raise Skipped("model.pt is not plain data, so nothing of the package is run")
+        raise CheckSkipped("model.pt did not load, so the package is not run: see weights")
     try:
         facts = package.facts("import")
     except PackageError as error:
         if not error.module:
             raise
-        if error.module in package.refused("packages"):
-            raise Failed(f"it needs {error.module}: {error}") from None
+        if error.module in package.blocked("packages"):
+            raise CheckFailed(f"the package needs {error.module}: {error}") from None
         hint = f"{error.module} is not installed here; pip install -r requirements.txt"
-        raise Failed(f"{error}; {hint}") from None
+        raise CheckFailed(f"{error}; {hint}") from None
     file = facts.get("file")
     if not isinstance(file, str) or not file.startswith(str(package.folder)):
-        raise Failed(f"another module of the name expert is in the way: {text(file)}")
+        raise CheckFailed(f"imported another module named expert: {text(file)}")
     package.imported = True
-    refused = ", ".join(package.refused("packages"))
-    return f"without {refused}, which it asked for" if refused else "asks for none of them"
+    blocked = ", ".join(package.blocked("packages"))
+    return (
+        f"works without {blocked}, which it tries to import"
+        if blocked
+        else f"imports none of {', '.join(BLOCKED)}"
+    )
 
 
-def build(package: Package) -> str:
+def check_build(package: Package) -> str:
     start = time.perf_counter()
     facts = _build(package, {})
     if facts.get("module") is not True:
-        raise Failed(f"UpstreamExpert gives a {text(facts.get('type'))}, no torch.nn.Module")
-    return f"in {time.perf_counter() - start:.1f} s, from a folder elsewhere"
+        raise CheckFailed(
+            f"UpstreamExpert is a {text(facts.get('type'))}, expected a torch.nn.Module"
+        )
+    return f"in {time.perf_counter() - start:.1f} s, from another working folder"
 
 
-def keywords(package: Package) -> str:
+def check_keywords(package: Package) -> str:
     try:
         _build(package, {"model_config": None, "refresh": False, "of_a_later_s3prl": 1})
     except PackageError as error:
         if error.type == "TypeError":
-            raise Failed(f"add **kwargs to __init__: {error}") from None
+            raise CheckFailed(f"add **kwargs to __init__: {error}") from None
         raise
-    return "model_config, refresh and one that there is not"
+    return "model_config, refresh and an unknown one"
 
 
 def _build(package: Package, keywords: dict) -> dict:
+    """Build an UpstreamExpert in the package's process."""
     if not package.imported:
-        raise Skipped("there is no UpstreamExpert: see import")
+        raise CheckSkipped("no UpstreamExpert: see import")
     facts = package.facts("build", keywords=keywords)
     package.built = package.built or facts.get("module") is True
     return facts
 
 
-def forward(package: Package) -> str:
+def check_forward(package: Package) -> str:
     package.result = package.forward(package.waves).result
     if not isinstance(package.result, dict):
-        raise Failed(f"forward gives a {type_name(package.result)}, not a dict")
+        raise CheckFailed(f"forward returns a {type_name(package.result)}, expected a dict")
     return "a dict with " + ", ".join(package.result)
 
 
-def lists(package: Package) -> str:
+def check_lists(package: Package) -> str:
     result = _result(package)
     if "hidden_states" not in result:
-        raise Failed("there is no hidden_states in what forward gives")
+        raise CheckFailed("the dict that forward returns has no key hidden_states")
     for task in TASKS:
         states = result.get(task, result["hidden_states"])
         name = task if task in result else "hidden_states"
         if not isinstance(states, list):
-            raise Failed(f"{name} is a {type_name(states)}, not a list")
+            raise CheckFailed(f"{name} is a {type_name(states)}, expected a list")
         if not states:
-            raise Failed(f"{name} is an empty list")
+            raise CheckFailed(f"{name} is an empty list")
         for i, state in enumerate(states):
             if not isinstance(state, Tensor):
-                raise Failed(f"{name}[{i}] is a {type_name(state)}, not a tensor")
+                raise CheckFailed(f"{name}[{i}] is a {type_name(state)}, expected a tensor")
             if state.dim() != 3:
-                raise Failed(
-                    f"{name}[{i}] has {state.dim()} dimensions, {list(state.shape)}; "
-                    "[batch, frame, dim] are needed"
+                raise CheckFailed(
+                    f"{name}[{i}] has shape {list(state.shape)}, expected [batch, frame, dim]"
                 )
             if state.shape != states[0].shape:
-                raise Failed(
-                    f"{name}[{i}] is {list(state.shape)} and {name}[0] is {list(states[0].shape)}; "
-                    "one shape is needed"
+                raise CheckFailed(
+                    f"{name}[{i}] has shape {list(state.shape)}, expected that of {name}[0], "
+                    f"{list(states[0].shape)}"
                 )
         if len(states[0]) != len(package.waves):
-            raise Failed(f"{name} has {len(states[0])} rows for {len(package.waves)} waveforms")
+            raise CheckFailed(
+                f"{name} has batch size {len(states[0])} for {len(package.waves)} waveforms"
+            )
     states = result["hidden_states"]
-    own = [task for task in TASKS if task in result]
-    return f"{len(states)} of {list(states[0].shape)}" + (f", own for {own}" if own else "")
+    tasks = [task for task in TASKS if task in result]
+    extra = f"; separate lists for {', '.join(tasks)}" if tasks else ""
+    return f"{len(states)} hidden states of {list(states[0].shape)}{extra}"
 
 
-def rates(package: Package) -> str:
-    found = {}
+def check_rates(package: Package) -> str:
+    tasks = {}
     for task in TASKS:
-        rate, what = package.rate_or_text(task)
+        rate, description = package.rate_or_text(task)
         if rate is None:
-            raise Failed(f"for {task} it gives {what}; an int is needed")
+            raise CheckFailed(f"for {task} it returns {description}, expected an int")
         if rate <= 0:
-            raise Failed(f"for {task} it gives {rate}")
-        found[rate] = task
-    return " and ".join(f"{rate} samples a frame" for rate in found)
+            raise CheckFailed(f"for {task} it returns {rate}, expected a positive int")
+        tasks[rate] = task
+    return " and ".join(f"{rate} samples per frame" for rate in tasks)
 
 
-def frames(package: Package) -> str:
+def check_frames(package: Package) -> str:
     result = _result(package)
     samples = max(len(wave) for wave in package.waves)
     states: Any
     for task in TASKS:
         states = result.get(task, result.get("hidden_states"))
         if not isinstance(states, (list, tuple)) or not states:
-            raise Skipped("there is no list of hidden states: see lists")
+            raise CheckSkipped("no list of hidden states: see lists")
         if not isinstance(states[0], Tensor) or states[0].dim() < 2:
-            raise Skipped("hidden states have no frames: see lists")
-        check_frames(states[0].shape[1], samples, package.rate(task))
-    return f"{states[0].shape[1]} for {samples} samples"
+            raise CheckSkipped("hidden states have no frames: see lists")
+        require_frame_count(states[0].shape[1], samples, package.rate(task))
+    return f"{states[0].shape[1]} frames for {samples} samples"
 
 
 def _result(package: Package) -> dict:
     if not isinstance(package.result, dict):
-        raise Skipped("forward gave no dict: see forward")
+        raise CheckSkipped("forward returned no dict: see forward")
     return package.result
 
 
-TOLERANCE = 1e-3  # of a layer's deviation: float32 sums in another order, over all its layers
+TOLERANCE = 1e-3  # in standard deviations: float32 rounding error, accumulated over all layers
 
 
-def values(package: Package) -> str:
+def check_values(package: Package) -> str:
     for i, state in enumerate(package.run(package.waves)):
         if state.dtype != torch.float32:
-            raise Failed(f"hidden state {i} is {state.dtype}; torch.float32 is needed")
+            raise CheckFailed(f"hidden state {i} is {state.dtype}, expected torch.float32")
         if torch.isnan(state).any():
-            raise Failed(f"hidden state {i} has NaN")
+            raise CheckFailed(f"hidden state {i} has NaN")
         if not torch.isfinite(state).all():
-            raise Failed(f"hidden state {i} has infinite values")
+            raise CheckFailed(f"hidden state {i} has infinite values")
     return "finite float32"
 
 
-def device(package: Package) -> str:
-    answer = package.forward(package.waves)
-    for i, state in enumerate(states_of(answer.result)):
-        place = answer.devices[id(state)]
-        if torch.device(place).type != "cpu":
-            raise Failed(f"hidden state {i} is on {place}, the waveforms are on the CPU")
+def check_output_device(package: Package) -> str:
+    output = package.forward(package.waves)
+    for i, state in enumerate(states_of(output.result)):
+        state_device = output.devices[id(state)]
+        if torch.device(state_device).type != "cpu":
+            raise CheckFailed(
+                f"hidden state {i} is on {state_device}, the waveforms are on the CPU"
+            )
     return "cpu"
 
 
-def gpu(package: Package) -> str:
+def check_gpu(package: Package) -> str:
     if not package.built:
-        raise Skipped("there is no model: see the checks above")
+        raise CheckSkipped("no model: see the checks above")
     name = package.facts("cuda").get("name")
     if name is None:
-        raise Skipped("there is no CUDA device here")
+        raise CheckSkipped("no CUDA device")
     expected = package.run(package.waves)
-    answer = package.forward(package.waves, device="cuda")
-    states = states_of(answer.result)
-    where = {answer.devices[id(state)] for state in states}
-    if any(not place.startswith("cuda") for place in where):
-        raise Failed(f"hidden states are on {', '.join(sorted(where))}, the waveforms on cuda")
+    output = package.forward(package.waves, device="cuda")
+    states = states_of(output.result)
+    devices = {output.devices[id(state)] for state in states}
+    if any(not device.startswith("cuda") for device in devices):
+        raise CheckFailed(
+            f"hidden states are on {', '.join(sorted(devices))}, the waveforms on cuda"
+        )
     largest = max(map(distance, expected, states), default=0.0)
     if not largest < 0.1:
-        raise Failed(f"hidden states differ from the CPU's by {largest:.1e} deviations")
-    return f"{text(name)}, {largest:.1e} deviations from the CPU"
+        raise CheckFailed(
+            f"hidden states differ from those on the CPU by {largest:.1e} standard deviations"
+        )
+    return f"{text(name)}: differs from the CPU by at most {largest:.1e} standard deviations"
 
 
-def inputs(package: Package) -> str:
-    after = package.forward(package.waves).waves
-    for i, (wave, before) in enumerate(zip(after, package.waves, strict=True)):
-        if not torch.equal(wave, before):
-            raise Failed(f"forward changes waveform {i} in place, which other code still needs")
+def check_inputs(package: Package) -> str:
+    waves_after = package.forward(package.waves).waves
+    for i, (wave, original) in enumerate(zip(waves_after, package.waves, strict=True)):
+        if not torch.equal(wave, original):
+            raise CheckFailed(
+                f"forward changes waveform {i} in place; the caller may still need it"
+            )
     return "unchanged"
 
 
-def repeat(package: Package) -> str:
+def check_repeat(package: Package) -> str:
     first, second = package.run(package.waves), package.run(package.waves)
-    _same_count(first, second, "a second pass")
+    _same_count(first, second, "the second forward")
     largest = max(map(distance, first, second), default=0.0)
     if largest > 0:
-        raise Failed(
-            f"two passes in eval mode differ by {largest:.1e} deviations: dropout, or other chance"
+        raise CheckFailed(
+            f"two forwards in eval mode differ by {largest:.1e} standard deviations; is dropout or "
+            "other randomness active?"
         )
     return "identical"
 
 
-def modes(package: Package) -> str:
+def check_modes(package: Package) -> str:
     waves = noise(0.5)
     expected = len(package.run(waves))
     counts = {len(package.run(waves, train=True)) for _ in range(10)}
     if counts != {expected}:
-        raise Failed(
-            f"{expected} layers in eval mode and {' or '.join(map(str, sorted(counts)))} in train "
-            "mode: layers are dropped, or added"
+        raise CheckFailed(
+            f"{expected} layers in eval mode, but {' or '.join(map(str, sorted(counts)))} in train "
+            "mode (layer dropout?)"
         )
     return f"{expected} layers"
 
 
-def order(package: Package) -> str:
+def check_order(package: Package) -> str:
     first = package.run(package.waves)
     second = package.run(package.waves[::-1])
-    _same_count(first, second, "another order")
+    _same_count(first, second, "the reversed batch")
     largest = max(distance(a, b.flip(0)) for a, b in zip(first, second, strict=True))
     if not largest < TOLERANCE:
-        raise Failed(f"the reversed batch differs by {largest:.1e} deviations")
-    return f"differences up to {largest:.0e} deviations"
+        raise CheckFailed(
+            f"in the reversed batch, hidden states differ by {largest:.1e} standard deviations"
+        )
+    return f"differs by at most {largest:.0e} standard deviations"
 
 
-def batching(package: Package) -> str:
+def check_batching(package: Package) -> str:
     together = package.run(package.waves)
-    found, means = [], []
+    maxima, means = [], []
     for i, wave in enumerate(package.waves):
         for alone, batched in zip(package.run([wave]), together, strict=True):
             count = alone.shape[1]
             if batched.shape[1] < count:
-                raise Failed(
-                    f"waveform {i} alone has {count} frames, in the batch {batched.shape[1]}"
+                raise CheckFailed(
+                    f"waveform {i} has {count} frames alone, but {batched.shape[1]} in the batch"
                 )
-            found.append(distance(alone[0], batched[i, :count]))
+            maxima.append(distance(alone[0], batched[i, :count]))
             means.append(distance(alone[0], batched[i, :count], torch.mean))
-    largest = max(found)
+    largest = max(maxima)
     if largest < TOLERANCE:
-        return f"the same, to {largest:.0e} deviations"
+        return f"equal, within {largest:.0e} standard deviations"
     return (
-        f"they differ by up to {largest:.2g} deviations, {sum(means) / len(means):.2g} on average: "
-        "padding is not without effect"
+        f"padding changes hidden states by up to {largest:.2g} standard deviations, "
+        f"{sum(means) / len(means):.2g} on average"
     )
 
 
-def length(seconds: float, package: Package) -> str:
-    """One waveform of that length alone: no crash, the right count of frames, finite."""
+def check_length(seconds: float, package: Package) -> str:
+    """Run one waveform of that length: finite hidden states with the expected frame count."""
     states = package.run(noise(seconds))
     for i, state in enumerate(states):
         if state.shape[1] == 0:
-            raise Failed(f"hidden state {i} has no frame")
+            raise CheckFailed(f"hidden state {i} has no frames")
         if not torch.isfinite(state).all():
-            raise Failed(f"hidden state {i} is not finite")
-        check_frames(state.shape[1], int(seconds * RATE), package.rate())
+            raise CheckFailed(f"hidden state {i} is not finite")
+        require_frame_count(state.shape[1], int(seconds * RATE), package.rate())
     return f"{states[0].shape[1]} frames"
 
 
-short, middle, long = (functools.partial(length, seconds) for seconds in (0.05, 1.0, 35.0))
+check_short, check_middle, check_long = (
+    functools.partial(check_length, seconds) for seconds in (0.05, 1.0, 35.0)
+)
 
 
-def network(package: Package) -> str:
-    hosts = package.refused("hosts")
+def check_network(package: Package) -> str:
+    hosts = package.blocked("hosts")
     if hosts:
-        raise Failed(f"it asks for {', '.join(hosts[:5])}; SUPERB's machines may have no network")
-    only = "" if package.offline else " by Python code; other code is not followed on this system"
-    return f"nothing was asked for, at import, build or forward{only}"
+        raise CheckFailed(
+            f"network access to {', '.join(hosts[:5])}; SUPERB's machines may have no network"
+        )
+    scope = "" if package.offline else " by Python code; other code is not checked on this system"
+    return f"none at import, build or forward{scope}"
 
 
-def _same_count(first: list, second: list, what: str) -> None:
+def _same_count(first: list, second: list, second_name: str) -> None:
+    """Raise CheckFailed if two forwards return different numbers of layers."""
     if len(first) != len(second):
-        raise Failed(f"{what} gives {len(second)} layers, the first {len(first)}")
+        raise CheckFailed(f"{second_name} returns {len(second)} layers, the first {len(first)}")

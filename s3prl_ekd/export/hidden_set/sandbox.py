@@ -1,4 +1,4 @@
-"""Start the process in which a package is run, follow it, and end it when its time is over."""
+"""Run a package in a separate process with a time limit, and run the checks on its outputs."""
 
 from __future__ import annotations
 
@@ -21,18 +21,16 @@ from torch import Tensor
 from ...errors import SetupError
 from ...files.torch_load import scan_for_old_torch
 from . import descendants
-from . import runtime_checks as behaviour
-from . import runtime_checks as official
-from . import runtime_checks as size
+from . import runtime_checks as checks
 from .messages import BadMessage, receive, send, text
-from .outcome import RUN, Failed, Outcome, Skipped, Warned
+from .outcome import RUNTIME_CHECKS, CheckFailed, CheckSkipped, CheckWarning, Outcome
 from .runtime_checks import TASKS, Package, PackageError
 from .static_checks import read_checks
 
 logger = logging.getLogger(__name__)
 
 ROOT = Path(__file__).parents[3]  # the folder that holds s3prl_ekd
-# The network is left before torch starts threads. sys.argv names no file.
+# leave_network() must run before torch starts threads. With -c, sys.argv contains no file name.
 _PROGRAM = f"""
 import sys
 sys.path[0] = {str(ROOT)!r}
@@ -42,68 +40,68 @@ from s3prl_ekd.export.hidden_set.child import main
 del sys.path[0]
 main(offline)
 """
-LIMIT = 600.0  # seconds that the checks may take
-START = 300.0  # seconds until the first of them, in which torch is imported
-# Nothing that was downloaded before is found, and no program that is started gets out.
+TIME_LIMIT = 600.0  # seconds for all checks together
+START_TIMEOUT = 300.0  # seconds until the process is ready; it imports torch
+# Set to an empty folder and to a dead proxy: no caches of downloads, no network for programs.
 _HOMES = ("HOME", "XDG_CACHE_HOME", "TORCH_HOME", "HF_HOME", "USERPROFILE", "TMPDIR", "TEMP", "TMP")
 _PROXIES = ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy", "ALL_PROXY")
-# What Python, torch and a GPU need of the environment.
-_KEPT = {
+# Environment variables that Python, torch and a GPU need.
+_PASSED_VARIABLES = {
     *("PATH", "LANG", "LANGUAGE", "TZ", "SYSTEMROOT", "VIRTUAL_ENV", "CONDA_PREFIX"),
     *("PYTHONPATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "CUDA_HOME", "CUDA_PATH"),
     *("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "NVIDIA_VISIBLE_DEVICES"),
     *("HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "KMP_DUPLICATE_LIB_OK"),
 }
 CHECKS: dict[str, Callable[[Package], str]] = {
-    "weights": official.weights,
-    "import": official.import_,
-    "build": official.build,
-    "keywords": official.keywords,
-    "forward": official.forward,
-    "lists": official.lists,
-    "rates": official.rates,
-    "frames": official.frames,
-    "values": behaviour.values,
-    "device": behaviour.device,
-    "gpu": behaviour.gpu,
-    "inputs": behaviour.inputs,
-    "repeat": behaviour.repeat,
-    "modes": behaviour.modes,
-    "order": behaviour.order,
-    "batching": behaviour.batching,
-    "0.05 s": behaviour.short,
-    "1 s": behaviour.middle,
-    "35 s": behaviour.long,
-    "network": behaviour.network,
-    "parameters": size.parameters,
-    "macs": size.macs,
+    "weights": checks.check_weights,
+    "import": checks.check_import,
+    "build": checks.check_build,
+    "keywords": checks.check_keywords,
+    "forward": checks.check_forward,
+    "lists": checks.check_lists,
+    "rates": checks.check_rates,
+    "frames": checks.check_frames,
+    "values": checks.check_values,
+    "device": checks.check_output_device,
+    "gpu": checks.check_gpu,
+    "inputs": checks.check_inputs,
+    "repeat": checks.check_repeat,
+    "modes": checks.check_modes,
+    "order": checks.check_order,
+    "batching": checks.check_batching,
+    "0.05 s": checks.check_short,
+    "1 s": checks.check_middle,
+    "35 s": checks.check_long,
+    "network": checks.check_network,
+    "parameters": checks.check_parameters,
+    "macs": checks.check_macs,
 }
 
 
 def validate(
     folder: Path,
     lengths: Mapping[str, Sequence[int]],
-    limit: float = LIMIT,
+    limit: float = TIME_LIMIT,
     show: Callable[[Outcome], object] = lambda outcome: None,
-    names: Sequence[str] = tuple(RUN),
+    names: Sequence[str] = tuple(RUNTIME_CHECKS),
 ) -> tuple[list[Outcome], dict[str, Any] | None]:
     """Check a package.
 
     Args:
-        folder: of the package; its ``expert.py`` is run in a process of its own.
-        lengths: of the utterances that MACs are counted over, by bucket.
-        limit: seconds that the checks in this process may take.
-        show: called with each outcome as it comes.
-        names: the checks to run there, of :data:`.outcome.RUN`.
+        folder: folder of the package; its ``expert.py`` runs in a separate process.
+        lengths: lengths (samples) of the utterances for counting MACs, by bucket.
+        limit: seconds for all checks that run the package.
+        show: called with each outcome as soon as it is known.
+        names: the checks of :data:`.outcome.RUNTIME_CHECKS` to run.
 
     Returns:
-        All outcomes, and the cost as :func:`...superb.cost.measure_cost` gives it, or None.
+        All outcomes, and the cost as in :func:`...superb.cost.measure_cost`, or None.
 
     Raises:
-        SetupError: there is no such folder.
-        CheckpointError: the installed torch cannot load its ``model.pt`` safely.
+        SetupError: no such folder.
+        CheckpointError: the installed torch cannot load ``model.pt`` safely.
     """
-    folder = _existing(folder)
+    folder = _checked_folder(folder)
     outcomes: list[Outcome] = []
     cost = None
 
@@ -115,169 +113,181 @@ def validate(
         add(outcome)
     if outcomes[0].status == "fail":
         for name in names:
-            add(Outcome(name, "skip", "the package is not complete: see files"))
+            add(Outcome(name, "skip", "the package is incomplete: see files"))
         return outcomes, None
-    for found in run_checks(folder, lengths, limit, names):
-        if isinstance(found, Outcome):
-            add(found)
+    for result in run_checks(folder, lengths, limit, names):
+        if isinstance(result, Outcome):
+            add(result)
         else:
-            cost = found
+            cost = result
     return outcomes, cost
 
 
 def package_cost(folder: Path, lengths: Mapping[str, Sequence[int]]) -> dict[str, Any]:
-    """The cost of a package, see :func:`...superb.cost.measure_cost`.
+    """Measure the cost of a package as in :func:`...superb.cost.measure_cost`.
 
     Raises:
-        SetupError: there is none, or it does not run.
+        SetupError: no package in ``folder``, or it does not run.
     """
-    folder = _existing(folder)
+    folder = _checked_folder(folder)
     for name in ("expert.py", "model.pt"):
         if not (folder / name).is_file():
-            raise SetupError(f"{folder} is no package: it has no {name}")
+            raise SetupError(f"{folder} is not a hidden-set package: it has no {name}")
     names = ("weights", "import", "build", "forward", "parameters")
-    for found in run_checks(folder, lengths, LIMIT, names):
-        if isinstance(found, Outcome) and found.status in ("fail", "skip"):
-            raise SetupError(f"{folder}: {found.name}: {found.reason}")
-        if not isinstance(found, Outcome):
-            cost = found
+    for result in run_checks(folder, lengths, TIME_LIMIT, names):
+        if isinstance(result, Outcome) and result.status in ("fail", "skip"):
+            raise SetupError(f"{folder}: {result.name}: {result.reason}")
+        if not isinstance(result, Outcome):
+            cost = result
     return cost
 
 
 def run_checks(
     folder: Path, lengths: Mapping[str, Sequence[int]], limit: float, names: Sequence[str]
 ) -> Iterator[Outcome | dict[str, Any]]:
-    """The outcomes of ``names``, as they come, and at the end the cost if it was measured."""
-    gone = ""
-    with _started(folder) as child:
-        package = Package(folder, lengths, child.ask)
+    """Run the checks ``names``; yield each outcome, then the cost if it was measured."""
+    failed_in = ""
+    with _package_process(folder) as child:
+        package = Package(folder, lengths, child.request)
         for name in names:
-            if gone:
-                yield Outcome(name, "skip", f"the process did not come to it: see {gone}")
+            if failed_in:
+                yield Outcome(name, "skip", f"not run, because the process failed: see {failed_in}")
                 continue
             try:
                 if not child.ready:
-                    plan = {"folder": str(folder), "lengths": lengths, "tasks": TASKS}
-                    package.offline = child.begin(plan, limit)
+                    setup = {"folder": str(folder), "lengths": lengths, "tasks": TASKS}
+                    package.offline = child.begin(setup, limit)
                 outcome = _outcome(name, package)
-            except (BadMessage, _Gone) as error:
-                gone, outcome = name, Outcome(name, "fail", str(error))
+            except (BadMessage, _ProcessEnded) as error:
+                failed_in, outcome = name, Outcome(name, "fail", str(error))
             yield outcome
         if package.cost is not None:
             yield package.cost
 
 
 def _outcome(name: str, package: Package) -> Outcome:
+    """Run one check."""
     try:
         return Outcome(name, "pass", CHECKS[name](package))
-    except (Failed, PackageError) as error:
+    except (CheckFailed, PackageError) as error:
         return Outcome(name, "fail", str(error))
-    except Warned as error:
+    except CheckWarning as error:
         return Outcome(name, "warn", str(error))
-    except Skipped as error:
+    except CheckSkipped as error:
         return Outcome(name, "skip", str(error))
-    except (BadMessage, _Gone):
+    except (BadMessage, _ProcessEnded):
         raise
-    except Exception as error:  # outputs of shapes that the check does not expect
+    except Exception as error:  # outputs that the check did not expect
         return Outcome(name, "fail", f"{type(error).__name__}: {text(str(error))}")
 
 
-class _Gone(Exception):
-    """The package's process gives no answer; the message says why."""
+class _ProcessEnded(Exception):
+    """The package's process ended or timed out; the message is the reason."""
 
 
-class _Child:
-    """The package's process: requests go in on its standard input, answers come on its standard
-    output. One thread moves them, because a process may stop to read or to write at any byte."""
+class _PackageProcess:
+    """The package's process: takes requests on standard input, replies on standard output.
+
+    A thread sends and receives, because reading from and writing to the process may block.
+    """
 
     def __init__(self, process: subprocess.Popen[bytes]):
         assert process.stdin and process.stdout and process.stderr  # all three are pipes
         self.process = process
         self.input, self.output, self.errors = process.stdin, process.stdout, process.stderr
         self.ready = False
-        self.deadline = time.monotonic() + START
-        self.late = f"torch was not imported within {START:g} s"
+        self.deadline = time.monotonic() + START_TIMEOUT
+        self.timeout_message = f"torch was not imported within {START_TIMEOUT:g} s"
         self.requests: queue.SimpleQueue = queue.SimpleQueue()
-        self.answers: queue.SimpleQueue = queue.SimpleQueue()
-        self.printed = b""
+        self.replies: queue.SimpleQueue = queue.SimpleQueue()
+        self.stderr_tail = b""
         threading.Thread(target=self._exchange, daemon=True).start()
-        self.printing = threading.Thread(target=self._read_printed, daemon=True)
-        self.printing.start()
+        self.stderr_reader = threading.Thread(target=self._read_stderr, daemon=True)
+        self.stderr_reader.start()
 
-    def begin(self, plan: Mapping[str, Any], limit: float) -> bool:
-        """Send the plan; from the first answer on, ``limit`` seconds are left for all others.
-        Returns whether the process is without network."""
-        facts, _ = self.ask(plan)
+    def begin(self, setup: Mapping[str, Any], limit: float) -> bool:
+        """Send the setup, wait until the process is ready, and start the time limit.
+
+        Args:
+            setup: folder, lengths and tasks.
+            limit: seconds for all following requests together.
+
+        Returns:
+            Whether the process has no network.
+        """
+        facts, _ = self.request(setup)
         self.ready = True
         self.deadline = time.monotonic() + limit
-        self.late = f"it was not done within {limit:g} s and was ended"
+        self.timeout_message = f"timeout: the checks took longer than {limit:g} s"
         return facts.get("offline") is True
 
-    def ask(
+    def request(
         self, request: Mapping[str, Any], tensors: Sequence[Tensor] = ()
     ) -> tuple[dict[str, Any], list[Tensor]]:
-        """The answer to a request, ``(facts, tensors)``.
+        """Send a request and return the reply, ``(facts, tensors)``.
 
         Raises:
-            _Gone: the process has ended, or the time is over.
-            BadMessage: its answer is none.
+            _ProcessEnded: the process has ended or timed out.
+            BadMessage: the request or the reply is too large, or the reply is malformed.
         """
         self.requests.put((request, tensors))
-        ended = None
+        give_up_at = None
         while True:
             try:
-                answer = self.answers.get(timeout=0.1)
+                reply = self.replies.get(timeout=0.1)
                 break
             except queue.Empty:
                 pass
             if time.monotonic() > self.deadline:
-                raise _Gone(self.late)
-            if self.process.poll() is not None:  # one that it has left may hold the pipe open
-                ended = ended or time.monotonic() + 2
-                if time.monotonic() > ended:
-                    raise _Gone(self._end())
-        if isinstance(answer, BadMessage):
-            raise answer
-        if answer is None:
+                raise _ProcessEnded(self.timeout_message)
+            if self.process.poll() is not None:  # a descendant may hold the pipe open
+                give_up_at = give_up_at or time.monotonic() + 2
+                if time.monotonic() > give_up_at:
+                    raise _ProcessEnded(self._end_reason())
+        if isinstance(reply, BadMessage):
+            raise reply
+        if reply is None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(2)
-            raise _Gone(self._end())
-        return answer
+            raise _ProcessEnded(self._end_reason())
+        return reply
 
     def _exchange(self) -> None:
+        """Send queued requests and queue the replies; None means that the process is gone."""
         with contextlib.suppress(OSError), self.input, self.output:
             for facts, tensors in iter(self.requests.get, None):
                 try:
                     send(self.input, facts, tensors)
-                    self.answers.put(receive(self.output))
+                    self.replies.put(receive(self.output))
                 except BadMessage as error:
-                    self.answers.put(error)
+                    self.replies.put(error)
                 except (OSError, EOFError):
-                    self.answers.put(None)
+                    self.replies.put(None)
                     return
 
-    def _read_printed(self) -> None:
-        """Keep the end of what it prints, so that neither a pipe nor a disk is ever full."""
+    def _read_stderr(self) -> None:
+        """Read all of stderr, so that the pipe never fills; keep the last 4096 bytes."""
         with contextlib.suppress(OSError), self.errors:
             while block := os.read(self.errors.fileno(), 1 << 16):
-                self.printed = (self.printed + block)[-4096:]
+                self.stderr_tail = (self.stderr_tail + block)[-4096:]
 
-    def _end(self) -> str:
+    def _end_reason(self) -> str:
+        """Why the process gives no reply: its exit code and last line on stderr."""
         code = self.process.poll()
         if code is None:
             return "the process has closed its pipes"
-        self.printing.join(1)
-        lines = self.printed.decode(errors="replace").strip().splitlines()
-        last = text(lines[-1]) if lines else "it wrote nothing"
-        return f"the process ended ({_how(code)}): {last}"
+        self.stderr_reader.join(1)
+        lines = self.stderr_tail.decode(errors="replace").strip().splitlines()
+        last_line = text(lines[-1]) if lines else "no output"
+        return f"the process ended ({_exit_text(code)}): {last_line}"
 
 
 @contextlib.contextmanager
-def _started(folder: Path) -> Iterator[_Child]:
-    """The process, with a home of its own; all of it is gone at the end of the block."""
+def _package_process(folder: Path) -> Iterator[_PackageProcess]:
+    """Start the process with an empty home folder; on exit, kill it and its descendants."""
     with (
         tempfile.TemporaryDirectory(prefix="s3prl_ekd_", ignore_cleanup_errors=True) as home,
-        descendants.guarded(),
+        descendants.adopt_orphans(),
     ):
         process = subprocess.Popen(
             [sys.executable, "-c", _PROGRAM],
@@ -289,39 +299,45 @@ def _started(folder: Path) -> Iterator[_Child]:
             start_new_session=True,
         )
         started = descendants.start_time(process.pid)
-        child = _Child(process)
+        child = _PackageProcess(process)
         try:
             yield child
         finally:
             child.requests.put(None)
-            left = descendants.end(process, started)
-            if left:
-                logger.warning("%s started processes that could not be ended: %s", folder, left)
+            alive = descendants.kill_tree(process, started)
+            if alive:
+                logger.warning("%s started processes that could not be killed: %s", folder, alive)
 
 
 def _environment(home: str) -> dict[str, str]:
-    """What the process may know of this one's environment, by name; no token is among it."""
-    kept = {
+    """Environment of the process: an allowlist of this process's variables, without tokens."""
+    environment = {
         name: value
         for name, value in os.environ.items()
-        if name in _KEPT or name.startswith("LC_") or name.endswith("_NUM_THREADS")
+        if name in _PASSED_VARIABLES or name.startswith("LC_") or name.endswith("_NUM_THREADS")
     }
-    kept.update(dict.fromkeys(_HOMES, home))
-    kept.update(dict.fromkeys(_PROXIES, "http://127.0.0.1:9"))
-    kept.update(no_proxy="", NO_PROXY="", PYTHONDONTWRITEBYTECODE="1", PIP_NO_INDEX="1")
-    return kept
+    environment.update(dict.fromkeys(_HOMES, home))
+    environment.update(dict.fromkeys(_PROXIES, "http://127.0.0.1:9"))
+    environment.update(no_proxy="", NO_PROXY="", PYTHONDONTWRITEBYTECODE="1", PIP_NO_INDEX="1")
+    return environment
 
 
-def _how(code: int) -> str:
+def _exit_text(code: int) -> str:
     if code < 0:
         with contextlib.suppress(ValueError):
             return signal.Signals(-code).name
     return f"exit code {code}"
 
 
-def _existing(folder: Path) -> Path:
+def _checked_folder(folder: Path) -> Path:
+    """The resolved path of an existing package folder.
+
+    Raises:
+        SetupError: no such folder.
+        CheckpointError: the installed torch cannot load ``model.pt`` safely.
+    """
     if not folder.is_dir():
-        raise SetupError(f"{folder} is no folder; give that of a package (expert.py, model.pt)")
-    if (folder / "model.pt").is_file():  # the process that loads it has torch alone
+        raise SetupError(f"{folder} is not a folder; name that of a package (expert.py, model.pt)")
+    if (folder / "model.pt").is_file():  # here, because the process cannot import it
         scan_for_old_torch(folder / "model.pt")
     return folder.resolve()

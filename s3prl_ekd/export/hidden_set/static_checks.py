@@ -1,4 +1,4 @@
-"""What can be said of a package by reading it; nothing is imported or run here."""
+"""Checks of a package's files, without importing or running them."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from .isolation import BLOCKED
-from .outcome import READ, Failed, Outcome, Skipped, Warned
+from .outcome import STATIC_CHECKS, CheckFailed, CheckSkipped, CheckWarning, Outcome
 
-NEEDED = ("expert.py", "model.pt")
-SUBMITTED = ("requirements.txt", "README.md", "LICENSE", "cli.py")
-PYTHON = (3, 8)
-LARGEST = 8 << 20  # bytes of a .py or a requirements.txt
+REQUIRED_FILES = ("expert.py", "model.pt")
+SUBMISSION_FILES = ("requirements.txt", "README.md", "LICENSE", "cli.py")
+PYTHON_VERSION = (3, 8)
+MAX_BYTES = 8 << 20  # of a .py or a requirements.txt
 
-# Names that torch 1.13 lacks, as they are written.
+# Names that torch 1.13 lacks -> the torch version that added them.
 _LATER_TORCH = {
     "scaled_dot_product_attention": "2.0",
     "torch.compile": "2.0",
@@ -32,7 +32,7 @@ _GENERIC = {"list", "dict", "tuple", "set", "frozenset", "type"}
 
 
 def read_checks(folder: Path) -> Iterator[Outcome]:
-    """The outcomes of :data:`.outcome.READ`."""
+    """Run the checks in :data:`.outcome.STATIC_CHECKS`."""
     checks: dict[str, Callable[[Path], str]] = {
         "files": _files,
         "submission": _submission,
@@ -40,50 +40,52 @@ def read_checks(folder: Path) -> Iterator[Outcome]:
         "torch 1.13": _torch,
         "requirements": _requirements,
     }
-    for name in READ:
+    for name in STATIC_CHECKS:
         try:
             yield Outcome(name, "pass", checks[name](folder))
-        except Failed as error:
+        except CheckFailed as error:
             yield Outcome(name, "fail", str(error))
-        except Warned as error:
+        except CheckWarning as error:
             yield Outcome(name, "warn", str(error))
-        except Skipped as error:
+        except CheckSkipped as error:
             yield Outcome(name, "skip", str(error))
         except (RecursionError, MemoryError):
-            yield Outcome(name, "fail", "a .py is nested too deeply to be read")
+            yield Outcome(name, "fail", "a .py file is nested too deeply to be parsed")
 
 
 def _files(folder: Path) -> str:
-    missing = [name for name in NEEDED if not (folder / name).is_file()]
+    missing = [name for name in REQUIRED_FILES if not (folder / name).is_file()]
     if missing:
-        raise Failed(f"{' and '.join(missing)} missing in {folder}")
-    return ", ".join(f"{name} {(folder / name).stat().st_size:,} bytes" for name in NEEDED)
+        raise CheckFailed(f"no {' and '.join(missing)} in {folder}")
+    return ", ".join(f"{name} {(folder / name).stat().st_size:,} bytes" for name in REQUIRED_FILES)
 
 
 def _submission(folder: Path) -> str:
-    missing = [name for name in SUBMITTED if not (folder / name).is_file()]
+    missing = [name for name in SUBMISSION_FILES if not (folder / name).is_file()]
     if missing:
-        raise Failed(f"{', '.join(missing)} missing in {folder}")
-    return ", ".join(SUBMITTED)
+        raise CheckFailed(f"no {', '.join(missing)} in {folder}")
+    return ", ".join(SUBMISSION_FILES)
 
 
 def _syntax(folder: Path) -> str:
     count = 0
     for path, text in _sources(folder):
-        where = path.relative_to(folder)
+        name = path.relative_to(folder)
         try:
-            tree = ast.parse(text, str(where), feature_version=PYTHON)
+            tree = ast.parse(text, str(name), feature_version=PYTHON_VERSION)
         except (SyntaxError, ValueError) as error:
             line = getattr(error, "lineno", None) or 1
-            raise Failed(f"{where} line {line}: {getattr(error, 'msg', None) or error}") from None
-        for line, what in _later_python(tree):
-            raise Failed(f"{where} line {line}: {what}, which Python 3.8 does not have")
+            raise CheckFailed(
+                f"{name} line {line}: {getattr(error, 'msg', None) or error}"
+            ) from None
+        for line, feature in _later_python(tree):
+            raise CheckFailed(f"{name} line {line}: {feature} does not exist in Python 3.8")
         count += 1
     return f"{count} files, Python 3.8"
 
 
 def _later_python(tree: ast.Module) -> Iterator[tuple[int, str]]:
-    """What is good syntax and fails all the same when Python 3.8 runs it."""
+    """Find code that Python 3.8 parses but cannot run: ``(line, feature)``."""
     postponed = any(
         isinstance(node, ast.ImportFrom)
         and node.module == "__future__"
@@ -112,17 +114,17 @@ def _torch(folder: Path) -> str:
         for node in ast.walk(tree):
             if not isinstance(node, (ast.Attribute, ast.ImportFrom)):
                 continue
-            for name in _written(node):
+            for name in _full_names(node):
                 for later, version in _LATER_TORCH.items():
                     if f".{name}".endswith(f".{later}"):
-                        raise Warned(
-                            f"{path.relative_to(folder)} line {node.lineno} has {later}, which "
-                            f"came with torch {version}"
+                        raise CheckWarning(
+                            f"{path.relative_to(folder)} line {node.lineno}: {later} needs torch "
+                            f"{version}"
                         )
-    return "none of those that we know"
+    return "no function that is known to need a later torch"
 
 
-def _written(node: ast.Attribute | ast.ImportFrom) -> list[str]:
+def _full_names(node: ast.Attribute | ast.ImportFrom) -> list[str]:
     if isinstance(node, ast.Attribute):
         return [ast.unparse(node)]
     return [f"{node.module}.{name.name}" for name in node.names]
@@ -132,30 +134,33 @@ def _requirements(folder: Path) -> str:
     imported: dict[str, str] = {}
     _collect(folder, folder / "expert.py", imported, set())
     if not imported:
-        return "expert.py imports torch and Python's own modules only"
+        return "expert.py imports only torch and the standard library"
     path = folder / "requirements.txt"
     listed = ""
     if path.is_file():
         _check_size(path, folder)
         listed = path.read_text(encoding="utf-8", errors="replace")
-    named = {
-        _normal(match[0])
+    required = {
+        _normalise(match[0])
         for line in listed.splitlines()
         if (match := re.match(r"[A-Za-z0-9][A-Za-z0-9._-]*", line.strip()))
     }
     distributions = importlib.metadata.packages_distributions()
-    for module, where in imported.items():
-        names = {_normal(name) for name in distributions.get(module, [])} | {_normal(module)}
-        if not names & named and module not in BLOCKED:
-            raise Failed(f"{where} imports {module}, which requirements.txt does not name")
+    for module, location in imported.items():
+        names = {_normalise(name) for name in distributions.get(module, [])} | {_normalise(module)}
+        if not names & required and module not in BLOCKED:
+            raise CheckFailed(f"{location}: imports {module}, which requirements.txt does not name")
     return "imports " + ", ".join(imported)
 
 
-def _collect(folder: Path, path: Path, imported: dict[str, str], seen: set[Path]) -> None:
-    """Top modules that ``path`` and its neighbours import, without Python's own and torch."""
-    if path in seen or not path.is_file():
+def _collect(folder: Path, path: Path, imported: dict[str, str], visited: set[Path]) -> None:
+    """Add to ``imported`` what ``path``, and the package's files that it imports, import.
+
+    Only top-level modules other than torch and the standard library, with the place of the import.
+    """
+    if path in visited or not path.is_file():
         return
-    seen.add(path)
+    visited.add(path)
     tree = _tree(path)
     optional = {
         id(inner)
@@ -173,19 +178,19 @@ def _collect(folder: Path, path: Path, imported: dict[str, str], seen: set[Path]
         else:
             continue
         for name in names:
-            for near in _near(folder, path.parent, name):
-                _collect(folder, near, imported, seen)
+            for file in _package_files(folder, path.parent, name):
+                _collect(folder, file, imported, visited)
             top = name.split(".")[0]
-            local = getattr(node, "level", 0) or any(_near(folder, path.parent, top))
-            known = top in sys.stdlib_module_names or top in ("torch", "__future__")
-            if not local and not known and id(node) not in optional:
+            local = getattr(node, "level", 0) or any(_package_files(folder, path.parent, top))
+            builtin = top in sys.stdlib_module_names or top in ("torch", "__future__")
+            if not local and not builtin and id(node) not in optional:
                 imported.setdefault(top, f"{path.relative_to(folder)} line {node.lineno}")
 
 
-def _near(folder: Path, beside: Path, name: str) -> Iterator[Path]:
-    """Files of the package that a dotted name may mean."""
+def _package_files(folder: Path, parent: Path, name: str) -> Iterator[Path]:
+    """Files of the package that a dotted module name may mean, in ``folder`` or ``parent``."""
     parts = [part for part in name.split(".") if part]
-    for root in {folder, beside}:
+    for root in {folder, parent}:
         for count in range(len(parts), 0, -1):
             base = root.joinpath(*parts[:count])
             yield from (p for p in (base.with_suffix(".py"), base / "__init__.py") if p.is_file())
@@ -200,15 +205,15 @@ def _sources(folder: Path) -> Iterator[tuple[Path, str]]:
             with tokenize.open(path) as file:
                 yield path, file.read()
         except (SyntaxError, UnicodeDecodeError) as error:
-            raise Failed(f"{path.relative_to(folder)} cannot be read: {error}") from None
+            raise CheckFailed(f"cannot read {path.relative_to(folder)}: {error}") from None
 
 
 def _check_size(path: Path, folder: Path) -> None:
-    """Raise Failed where reading it could go on for ever."""
+    """Raise CheckFailed for a file that may not end (named pipe) or is too large."""
     if not path.is_file():
-        raise Failed(f"{path.relative_to(folder)} is no file")
-    if path.stat().st_size > LARGEST:
-        raise Failed(f"{path.relative_to(folder)} has more than {LARGEST:,} bytes")
+        raise CheckFailed(f"{path.relative_to(folder)} is not a regular file")
+    if path.stat().st_size > MAX_BYTES:
+        raise CheckFailed(f"{path.relative_to(folder)} is larger than {MAX_BYTES:,} bytes")
 
 
 def _trees(folder: Path) -> Iterator[tuple[Path, ast.Module]]:
@@ -221,8 +226,8 @@ def _tree(path: Path) -> ast.Module:
         with tokenize.open(path) as file:
             return ast.parse(file.read())
     except (SyntaxError, ValueError):
-        raise Skipped(f"{path.name} cannot be parsed; see syntax") from None
+        raise CheckSkipped(f"cannot parse {path.name}: see syntax") from None
 
 
-def _normal(name: str) -> str:
+def _normalise(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()

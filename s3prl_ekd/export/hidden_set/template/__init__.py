@@ -1,1 +1,1 @@
-"""The files of a hidden-set package, as they are: they run alone and import nothing of ours."""
+"""Files copied into every hidden-set package; they import nothing from s3prl_ekd."""

@@ -1,4 +1,4 @@
-"""Run the model: on audio files, or on noise to see that it works.
+"""Run the model on audio files, or on noise to test that it works.
 
 example:
   python cli.py
@@ -21,8 +21,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("audio", metavar="AUDIO", nargs="*", help="16 kHz, mono (default: noise)")
-    parser.add_argument("--ckpt", default=str(HERE / "model.pt"), help="default: model.pt here")
+    parser.add_argument(
+        "audio", metavar="AUDIO", nargs="*", help="audio file, 16 kHz mono (default: noise)"
+    )
+    parser.add_argument(
+        "--ckpt", default=str(HERE / "model.pt"), help="default: model.pt in the folder of cli.py"
+    )
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--save", metavar="FILE.pt", help="write the hidden states to a file")
     args = parser.parse_args()
@@ -40,7 +44,7 @@ def main() -> None:
 
     rate = model.get_downsample_rates("hidden_states")
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    print(f"{parameters:,} parameters, a frame is {rate} samples")
+    print(f"{parameters:,} parameters, {rate} samples per frame")
     print(f"{len(waves)} waveforms of {[len(wave) for wave in waves]} samples")
     for i, state in enumerate(states):
         mean, deviation = state.mean().item(), state.std().item()
@@ -51,11 +55,11 @@ def main() -> None:
 
 
 def read(path: str) -> torch.Tensor:
-    """A file as a waveform [sample]. WAV needs nothing but Python, other formats soundfile."""
+    """Read a waveform [sample]. Formats other than WAV need the package soundfile."""
     if path.lower().endswith(".wav"):
         with wave.open(path, "rb") as file:
             if file.getsampwidth() != 2:
-                sys.exit(f"{path}: 16-bit WAV is expected")
+                sys.exit(f"{path}: expected 16-bit WAV, got {8 * file.getsampwidth()}-bit")
             check(path, file.getframerate(), file.getnchannels())
             data = bytearray(file.readframes(file.getnframes()))
         return torch.frombuffer(data, dtype=torch.int16).float() / 32768
@@ -67,8 +71,9 @@ def read(path: str) -> torch.Tensor:
 
 
 def check(path: str, rate: int, channels: int) -> None:
+    """Exit unless the audio is 16 kHz mono."""
     if (rate, channels) != (RATE, 1):
-        sys.exit(f"{path}: {rate} Hz and {channels} channels; 16 kHz mono is expected")
+        sys.exit(f"{path}: expected 16000 Hz and 1 channel, got {rate} Hz and {channels} channels")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""A distilled speech student as an upstream for SUPERB and s3prl. Needs torch (1.13 or later).
+"""A distilled speech student as an upstream for SUPERB and s3prl. Needs only torch (1.13 or later).
 
-Waveforms at 16 kHz go through a convolutional extractor (7 layers, one frame every 20 ms, unless
-config says otherwise), a linear projection, a convolution for the position, and a few transformer
-layers. The hidden states are the projected features and each layer's output; behind them come, if
-the package has them, the outputs of the prediction heads that the student was distilled with.
+The model: waveforms at 16 kHz, a conv extractor (7 layers and one frame every 20 ms, unless the
+config differs), a linear projection, a positional convolution and a few transformer layers. Hidden
+states: the projected features and each layer's output, followed by the outputs of the prediction
+heads from distillation if the package has them.
 
+    >>> import torch
     >>> from expert import UpstreamExpert
     >>> expert = UpstreamExpert("model.pt").eval()
     >>> expert([torch.rand(16000), torch.rand(8000)])["hidden_states"][-1].shape
@@ -28,9 +29,10 @@ ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu}
 
 
 class UpstreamExpert(nn.Module):
-    """
+    """The upstream that s3prl loads.
+
     Args:
-        ckpt: path of ``model.pt``: tensors under "weights", the settings as JSON under "config".
+        ckpt: path of ``model.pt``: tensors under "weights", settings as JSON under "config".
         upstream_feature_selection: not used; all hidden states are returned.
         kwargs: not used; s3prl passes ``model_config`` and ``refresh``.
     """
@@ -47,11 +49,12 @@ class UpstreamExpert(nn.Module):
         self.model.load_state_dict(saved["weights"])
 
     def get_downsample_rates(self, key: str) -> int:
-        """Samples from one frame to the next."""
+        """Samples per frame."""
         return self.model.stride
 
     def forward(self, wavs: list[Tensor]) -> dict[str, list[Tensor]]:
-        """
+        """Run the student.
+
         Args:
             wavs: waveforms ``[sample]`` at 16 kHz, not padded, of any lengths.
 
@@ -60,28 +63,30 @@ class UpstreamExpert(nn.Module):
         """
         lengths = torch.tensor([len(wav) for wav in wavs], device=wavs[0].device)
         waves = nn.utils.rnn.pad_sequence(wavs, batch_first=True)
-        shortest = self.model.min_samples
-        if waves.shape[1] < shortest:  # too short for one frame: silence makes it one
-            waves = F.pad(waves, (0, shortest - waves.shape[1]))
-        return {"hidden_states": self.model(waves, lengths.clamp(min=shortest))}
+        min_samples = self.model.min_samples
+        if waves.shape[1] < min_samples:  # too short for one frame: pad with silence
+            waves = F.pad(waves, (0, min_samples - waves.shape[1]))
+        return {"hidden_states": self.model(waves, lengths.clamp(min=min_samples))}
 
 
 class Student(nn.Module):
-    """
-    Its modules have the names that ``student_forward`` reads, which are those of s3prl's distiller.
+    """The student with its prediction heads.
+
+    Module names are those of s3prl's distiller, which ``student_forward`` uses.
 
     Args:
         conv_layers: (channels, kernel, stride) of each layer of the extractor.
-        conv_norm: "default" normalises in the first layer only, over time; "layer_norm" in each.
-        dim, ffn_dim, attention_heads, layers, activation, norm_first: of the transformer.
+        conv_norm: "default" normalises over time in the first layer only; "layer_norm" normalises
+            in each layer.
+        dim, ffn_dim, attention_heads, layers, activation, norm_first: settings of the transformer.
         conv_pos, conv_pos_groups: kernel and groups of the positional convolution.
-        heads: {name: {"layers", "parts"}} of the prediction heads; ``parts`` are the widths into
-            which an output is cut, so that each piece is a hidden state.
+        heads: {name: {"layers", "parts"}} of the prediction heads; each output is split into
+            ``parts`` (widths), and each part is a hidden state.
         head_kind: "split" or "linear".
-        dropout, attention_dropout, activation_dropout, extractor_dropout: while training only.
+        dropout, attention_dropout, activation_dropout, extractor_dropout: used in training only.
     """
 
-    feature_grad_mult = 1.0  # fine-tuning trains the extractor like the rest
+    feature_grad_mult = 1.0  # no gradient scaling in the extractor
 
     def __init__(
         self,
@@ -107,7 +112,7 @@ class Student(nn.Module):
         channels = conv_layers[-1][0]
         self.post_extract_proj = nn.Linear(channels, dim) if channels != dim else None
         self.encoder = Encoder(dim, conv_pos, conv_pos_groups, norm_first, dropout)
-        if norm_first and not heads:  # only the heads read what this layer gives
+        if norm_first and not heads:  # only the heads use this norm
             self.encoder.layer_norm = nn.Identity()
         self.encoder.layers = nn.ModuleList(
             TransformerLayer(
@@ -133,12 +138,12 @@ class Student(nn.Module):
 
     @property
     def stride(self) -> int:
-        """Samples from one frame to the next."""
+        """Samples per frame."""
         return self.feature_extractor.stride
 
     @property
     def min_samples(self) -> int:
-        """The shortest waveform that gives a frame."""
+        """Samples of the shortest waveform that has one frame."""
         return self.feature_extractor.min_samples
 
     def forward(self, waves: Tensor, lengths: Tensor) -> list[Tensor]:
@@ -152,21 +157,24 @@ class Student(nn.Module):
 
 
 class ConvExtractor(nn.Module):
-    """Strided convolutions without biases, each with dropout, normalisation and GELU."""
+    """Strided convolutions without bias, each followed by dropout, normalisation and GELU."""
 
     def __init__(self, conv_layers: list[list[int]], norm: str, dropout: float):
         super().__init__()
         self.shapes = [(kernel, stride) for _, kernel, stride in conv_layers]
         self.conv_layers = nn.ModuleList()
-        before = 1
+        in_channels = 1
         for i, (channels, kernel, stride) in enumerate(conv_layers):
-            block = [nn.Conv1d(before, channels, kernel, stride, bias=False), nn.Dropout(dropout)]
+            block = [
+                nn.Conv1d(in_channels, channels, kernel, stride, bias=False),
+                nn.Dropout(dropout),
+            ]
             if norm == "layer_norm":
                 block.append(nn.Sequential(Transpose(), nn.LayerNorm(channels), Transpose()))
             elif i == 0:
                 block.append(nn.GroupNorm(channels, channels))
             self.conv_layers.append(nn.Sequential(*block, nn.GELU()))
-            before = channels
+            in_channels = channels
 
     @property
     def stride(self) -> int:
@@ -191,7 +199,7 @@ class Transpose(nn.Module):
 
 
 class Encoder(nn.Module):
-    """The parts of the transformer beside its layers."""
+    """The transformer's positional convolution and norm; ``Student`` adds its layers."""
 
     layers: nn.ModuleList
 
@@ -206,9 +214,9 @@ class Encoder(nn.Module):
 
 
 class PositionalConv(nn.Module):
-    """A wide grouped convolution over time that tells a frame where it stands.
+    """A wide grouped convolution over time that encodes relative positions (wav2vec 2.0).
 
-    Its weight is ``weight_v``, normalised for each place in the kernel, times ``weight_g``.
+    Weight norm: its weight is ``weight_v``, normalised per kernel position, times ``weight_g``.
     """
 
     def __init__(self, dim: int, kernel: int, groups: int):
@@ -221,14 +229,14 @@ class PositionalConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``[batch, dim, frame]`` -> the same shape."""
         padding = self.weight_v.shape[-1] // 2
-        # What torch's two weight_norm wrappers compute; they change names and warn by version.
+        # As in torch's weight_norm wrappers, whose parameter names depend on the torch version.
         weight = torch._weight_norm(self.weight_v, self.weight_g, 2)
         out = F.conv1d(x, weight, self.bias, padding=padding, groups=self.groups)
         return out[:, :, : x.shape[2]]
 
 
 class TransformerLayer(nn.Module):
-    """The modules of ``transformer_layer``."""
+    """Modules used by ``transformer_layer``."""
 
     def __init__(
         self,
@@ -255,7 +263,7 @@ class TransformerLayer(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """The modules of ``attention``."""
+    """Modules used by ``attention``."""
 
     def __init__(self, dim: int, heads: int, dropout: float):
         super().__init__()
@@ -268,7 +276,7 @@ class SelfAttention(nn.Module):
 
 
 class SplitHead(nn.Module):
-    """Predicts several layers of a teacher: a linear layer and GELU, then one layer for each."""
+    """Predicts several teacher layers: a linear layer and GELU, then one linear layer for each."""
 
     def __init__(self, dim: int, layers: int, width: int):
         super().__init__()
@@ -277,14 +285,14 @@ class SplitHead(nn.Module):
         self.bias = nn.Parameter(torch.empty(layers, 1, 1, width))
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """``[batch, frame, dim]`` -> for each layer ``[batch, frame, width]``."""
+        """``[batch, frame, dim]`` -> a list of ``[batch, frame, width]``, one per layer."""
         hidden = F.gelu(self.hidden(x)).unflatten(-1, (len(self.weight), -1))
         out = torch.einsum("btld,ldw->lbtw", hidden, self.weight) + self.bias
         return list(out.unbind(0))
 
 
 class LinearHead(nn.Module):
-    """Predicts several layers of a teacher, each by one linear layer."""
+    """Predicts several teacher layers, each by one linear layer."""
 
     def __init__(self, dim: int, layers: int, width: int):
         super().__init__()
@@ -292,5 +300,5 @@ class LinearHead(nn.Module):
         self.out = nn.Linear(dim, layers * width)
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """``[batch, frame, dim]`` -> for each layer ``[batch, frame, width]``."""
+        """``[batch, frame, dim]`` -> a list of ``[batch, frame, width]``, one per layer."""
         return list(self.out(x).chunk(self.layers, dim=-1))
