@@ -46,19 +46,19 @@ states = model(**batch, output_hidden_states=True).hidden_states  # [batch, fram
 - Waveforms are 16 kHz, mono, not normalised, and at least {min_samples} samples long.
   A frame is {stride} samples ({milliseconds:g} ms).
 - Pass the attention mask with a padded batch, as above.{padding}
-- A `HubertModel` has no prediction heads: if the student had some, they are not in this folder.
+- A `HubertModel` has no prediction heads; those of the student are left out.
 
 ## Hidden states
 
 | in this model | in `ekd_student` of s3prl_ekd |
 |---|---|
-| `model.feature_projection(model.feature_extractor(waves).transpose(1, 2))` | `hidden_states[0]`, where padded frames are zero |
+| `model.feature_projection(model.feature_extractor(batch["input_values"]).transpose(1, 2))` | `hidden_states[0]`, where padded frames are zero |
 | `hidden_states[0]`: the input of the first layer, after the positional convolution{norm} | none |
 | `hidden_states[n]`, n = 1 to {layers}: the output of layer n | `hidden_states[n]` |
 {last}
-When the folder was written, the two were compared in float32 on a padded batch of noise: they
-differed by at most {error:.1e}; {tolerance:.0e} is allowed, relative to a layer's largest value if
-that is above 1.
+Both were compared in float32 on a padded batch of noise when this folder was written. The largest
+difference was {error:.1e} (allowed: {tolerance:.0e}, relative to a layer's largest value if that is
+above 1).
 
 ## How it was made
 
