@@ -34,7 +34,7 @@ RUNTIME_CHECKS = {  # in a separate process
     "frames": OFFICIAL["frames"],
     "values": "hidden states are finite float32",
     "device": "hidden states are on the device of the waveforms",
-    "gpu": "hidden states on a GPU equal those on the CPU",
+    "gpu": "hidden states on a GPU agree with those on the CPU",
     "inputs": "forward does not change the waveforms",
     "repeat": "two forwards in eval mode are identical",
     "modes": "the same number of layers in train and eval mode",
@@ -51,7 +51,7 @@ RUNTIME_CHECKS = {  # in a separate process
 
 @dataclass(frozen=True)
 class Outcome:
-    """Outcome of one check; ``reason`` is one line."""
+    """The outcome of one check; ``reason`` is one line."""
 
     name: str
     status: Status

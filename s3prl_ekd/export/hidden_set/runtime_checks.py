@@ -268,7 +268,7 @@ def check_import(package: Package) -> str:
             raise
         if error.module in package.blocked("packages"):
             raise CheckFailed(f"the package needs {error.module}: {error}") from None
-        hint = f"{error.module} is not installed here; pip install -r requirements.txt"
+        hint = f"{error.module} is not installed; type: pip install -r requirements.txt"
         raise CheckFailed(f"{error}; {hint}") from None
     file = facts.get("file")
     if not isinstance(file, str) or not file.startswith(str(package.folder)):
