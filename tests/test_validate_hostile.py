@@ -1,5 +1,7 @@
-"""`s3prl-ekd validate` and packages that mean harm: every verdict is made of their outputs, outside
-of their process, and nothing of theirs is left when it is over."""
+"""`s3prl-ekd validate` on write_hostile packages.
+
+Checks run outside of the package's process, on its outputs, and none of its processes is left.
+"""
 
 import io
 import json
@@ -16,18 +18,17 @@ import torch
 
 from s3prl_ekd.distill.settings import StudentSettings
 from s3prl_ekd.distill.student import Student
-from s3prl_ekd.export.hidden_set import messages
-from s3prl_ekd.export.hidden_set import sandbox as process
+from s3prl_ekd.export.hidden_set import messages, sandbox
 from s3prl_ekd.export.hidden_set.package import package_contents, write_package
 from s3prl_ekd.student_file import LoadedStudent
 
 from .conftest import STUDENT
 
-FIRST = ("weights", "import", "build", "forward", "lists")
+FIRST_CHECKS = ("weights", "import", "build", "forward", "lists")
 
 
 @pytest.fixture(scope="module")
-def honest(tmp_path_factory):
+def honest_package(tmp_path_factory):
     torch.manual_seed(7)
     folder = tmp_path_factory.mktemp("honest")
     student = Student(StudentSettings(**STUDENT)).eval()
@@ -38,16 +39,16 @@ def honest(tmp_path_factory):
 
 
 @pytest.fixture
-def hostile(honest, tmp_path):
-    """Writes a package with code at the top of its expert.py, and in its forward."""
+def write_hostile(honest_package, tmp_path):
+    """Writes a package with extra code: at module level of its expert.py, and in its forward."""
 
     def write(top: str = "", forward: str = "return out") -> Path:
         folder = tmp_path / "package"
-        shutil.copytree(honest, folder)
+        shutil.copytree(honest_package, folder)
         source = (folder / "expert.py").read_text()
         body = f"        out = _Good.forward(self, wavs)\n        {forward}\n"
-        spoilt = "_Good = UpstreamExpert\n\n\nclass UpstreamExpert(_Good):\n"
-        source += f"\n\n{top}\n\n\n{spoilt}    def forward(self, wavs):\n{body}"
+        subclass = "_Good = UpstreamExpert\n\n\nclass UpstreamExpert(_Good):\n"
+        source += f"\n\n{top}\n\n\n{subclass}    def forward(self, wavs):\n{body}"
         (folder / "expert.py").write_text(source)
         return folder
 
@@ -55,15 +56,17 @@ def hostile(honest, tmp_path):
 
 
 def has_namespaces() -> bool:
-    """Whether this system lets a process leave the network."""
+    """Whether this system allows network namespaces."""
     code = "from s3prl_ekd.export.hidden_set.isolation import leave_network; print(leave_network())"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return done.stdout == "True\n"
+    process = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    return process.stdout == "True\n"
 
 
-def outcomes(folder, names=FIRST, limit=100.0):
-    found, _ = process.validate(folder, {"short": [16_000]}, limit, names=names)
-    return {outcome.name: outcome for outcome in found}
+def outcomes(folder, names=FIRST_CHECKS, limit=100.0):
+    results, _ = sandbox.validate(folder, {"short": [16_000]}, limit, names=names)
+    return {outcome.name: outcome for outcome in results}
 
 
 ATTACK = """
@@ -77,9 +80,9 @@ def note(name, text):
         file.write(text)
 
 
-def attempt(what):
+def attempt(function):
     try:
-        what()
+        function()
     except BaseException as error:
         return repr(error)
 
@@ -121,8 +124,9 @@ attempt(lambda: udp.connect(HERE) or udp.send(b"out"))
 """
 
 
-def test_what_it_reads_sends_and_leaves(hostile, tmp_path, monkeypatch):
-    """No token, no file of ours named to it, no datagram, no process, and no pipe that is full."""
+def test_environment_network_processes_and_pipes(write_hostile, tmp_path, monkeypatch):
+    """The package gets no token and no file name of ours, sends no datagram, leaves no process
+    behind, and cannot block a pipe by filling it."""
     notes = tmp_path / "notes"
     notes.mkdir()
     monkeypatch.setenv("HF_TOKEN", "a-secret-token")
@@ -132,14 +136,14 @@ def test_what_it_reads_sends_and_leaves(hostile, tmp_path, monkeypatch):
         listener.bind(("127.0.0.1", 0))
         listener.setblocking(False)
         port = listener.getsockname()[1]
-        # Code that Python does not follow is held back where the system has namespaces.
+        # Only a network namespace blocks other programs.
         program = "subprocess.run([sys.executable, '-c', SEND])" if offline else ""
         top = ATTACK.format(notes=str(notes), port=port, program=program)
-        found = outcomes(hostile(top), (*FIRST, "network"))
+        results = outcomes(write_hostile(top), (*FIRST_CHECKS, "network"))
         with pytest.raises(BlockingIOError):
             listener.recv(10)
-    assert [found[name].status for name in FIRST] == ["pass"] * len(FIRST)
-    assert found["network"].status == "fail" and "127.0.0.1" in found["network"].reason
+    assert [results[name].status for name in FIRST_CHECKS] == ["pass"] * len(FIRST_CHECKS)
+    assert results["network"].status == "fail" and "127.0.0.1" in results["network"].reason
     environment = (notes / "environment").read_text()
     assert "'OMP_NUM_THREADS': '1'" in environment and "a-secret-token" not in environment
     if offline and (notes / "parent").exists():
@@ -162,14 +166,14 @@ for number in range(64):
 """
 
 
-def test_forged_answers_are_no_verdicts(hostile):
-    """What it writes into the pipes is read as outputs, which are then wrong or missing."""
-    found = outcomes(hostile(FORGE), (*FIRST, "values"))
-    assert found["values"].status != "pass" and found["forward"].status != "pass"
-    assert "fail" in {outcome.status for outcome in found.values()}
+def test_forged_replies_do_not_pass_checks(write_hostile):
+    """Data that it writes to the pipes is read as its outputs, which are then wrong or missing."""
+    results = outcomes(write_hostile(FORGE), (*FIRST_CHECKS, "values"))
+    assert results["values"].status != "pass" and results["forward"].status != "pass"
+    assert "fail" in {outcome.status for outcome in results.values()}
 
 
-ENDS = {  # what forward does -> what the reason names
+FAILURES = {  # code in forward -> text in the reason
     "__import__('os')._exit(0)": "exit code 0",
     "__import__('os').closerange(0, 64)": "",
     "raise SystemExit(0)": "SystemExit",
@@ -177,11 +181,11 @@ ENDS = {  # what forward does -> what the reason names
 }
 
 
-@pytest.mark.parametrize("line", ENDS)
-def test_an_end_in_the_middle_is_a_failure(hostile, line):
-    found = outcomes(hostile(forward=line))
-    assert found["forward"].status == "fail" and ENDS[line] in found["forward"].reason
-    assert found["lists"].status == "skip"
+@pytest.mark.parametrize("line", FAILURES)
+def test_a_process_that_ends_fails_the_check(write_hostile, line):
+    results = outcomes(write_hostile(forward=line))
+    assert results["forward"].status == "fail" and FAILURES[line] in results["forward"].reason
+    assert results["lists"].status == "skip"
 
 
 OBJECTS = """
@@ -201,24 +205,25 @@ Code.__name__ = chr(27) + "[2J" + "x" * 100_000
 """
 
 
-def test_objects_come_as_plain_data(hostile, tmp_path):
-    """A subclass's numbers, and of other objects the name of their type, printable and short."""
+def test_objects_are_received_as_plain_data(write_hostile, tmp_path):
+    """Tensors without their subclass; of other objects a short printable name of their type."""
     top = OBJECTS.format(path=str(tmp_path / "ran"))
     line = "return {**out, 'hidden_states': [s.as_subclass(Sub) for s in out['hidden_states']], "
     line += "'PR': Code()}"
-    found = outcomes(hostile(top, line))
-    assert found["forward"].status == "pass" and found["lists"].status == "fail"
-    assert found["lists"].reason.startswith("PR is a ?[2Jxx") and len(found["lists"].reason) < 600
+    results = outcomes(write_hostile(top, line))
+    assert results["forward"].status == "pass" and results["lists"].status == "fail"
+    reason = results["lists"].reason
+    assert reason.startswith("PR ") and "?[2Jxx" in reason and len(reason) < 600
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes here")
-def test_files_that_cannot_be_read_as_code(hostile):
-    """A named pipe would be waited for; nesting is more than Python's own parser bears."""
-    folder = hostile()
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes")
+def test_files_that_cannot_be_parsed(write_hostile):
+    """Opening a named pipe would block; deep nesting exceeds the limits of Python's parser."""
+    folder = write_hostile()
     os.mkfifo(folder / "pipe.py")
-    found = outcomes(folder, ())
-    assert found["syntax"].status == "fail" and "pipe.py" in found["syntax"].reason
+    results = outcomes(folder, ())
+    assert results["syntax"].status == "fail" and "pipe.py" in results["syntax"].reason
     (folder / "pipe.py").unlink()
     (folder / "deep.py").write_text("x = " + "-" * 50_000 + "1\n")
     assert outcomes(folder, ())["syntax"].status == "fail"
@@ -229,15 +234,15 @@ def test_files_that_cannot_be_read_as_code(hostile):
 TENSORS = [torch.randn(2, 3), torch.tensor(7), torch.tensor([True, False]), torch.empty(0, 4)]
 
 
-def test_messages_come_through():
+def test_messages_round_trip():
     file = io.BytesIO()
-    described = [torch.randn(3).half(), TENSORS[0][:, ::2], *TENSORS]
-    messages.send(file, {"a": [1, None, "ü"]}, described)
+    sent = [torch.randn(3).half(), TENSORS[0][:, ::2], *TENSORS]
+    messages.send(file, {"a": [1, None, "ü"]}, sent)
     file.seek(0)
     facts, tensors = messages.receive(file)
     assert facts == {"a": [1, None, "ü"]}
-    for one, other in zip(described, tensors, strict=True):
-        assert one.dtype == other.dtype and torch.equal(one, other)
+    for original, received in zip(sent, tensors, strict=True):
+        assert original.dtype == received.dtype and torch.equal(original, received)
 
 
 def _message(head: bytes, body: bytes = b"") -> bytes:
@@ -248,45 +253,45 @@ def _tensors(*layouts, facts=None, body=b"") -> bytes:
     return _message(json.dumps({"facts": facts or {}, "tensors": layouts}).encode(), body)
 
 
-BAD = {
+MALFORMED = {
     "a huge head": (1 << 62).to_bytes(8, "little") + bytes(8),
     "a huge body": bytes(8) + (1 << 62).to_bytes(8, "little"),
     "no JSON": _message(b"{"),
     "deep JSON": _message(b"[" * 100_000),
     "a list": _message(b"[]"),
-    "a long number": _message(b"9" * 10_000),
-    "facts that are none": _tensors(facts=["a"]),
-    "no such type": _tensors(["object", [1]], body=bytes(8)),
+    "a long integer": _message(b"9" * 10_000),
+    "facts that are no dict": _tensors(facts=["a"]),
+    "unknown dtype": _tensors(["object", [1]], body=bytes(8)),
     "a negative size": _tensors(["float32", [-1, -1]], body=bytes(4)),
-    "a size that is true": _tensors(["uint8", [True]], body=bytes(1)),
-    "too few numbers": _tensors(["float32", [2]], body=bytes(4)),
-    "too many numbers": _tensors(["float32", [2]], body=bytes(12)),
-    "a product that is huge": _tensors(["uint8", [1 << 28, 1 << 28]]),
+    "a bool as size": _tensors(["uint8", [True]], body=bytes(1)),
+    "too few bytes": _tensors(["float32", [2]], body=bytes(4)),
+    "too many bytes": _tensors(["float32", [2]], body=bytes(12)),
+    "a huge number of elements": _tensors(["uint8", [1 << 28, 1 << 28]]),
     "many dimensions": _tensors(["uint8", [1] * 100_000], body=bytes(1)),
-    "a truth value of 2": _tensors(["bool", [1]], body=b"\2"),
+    "a bool of value 2": _tensors(["bool", [1]], body=b"\2"),
 }
 
 
-@pytest.mark.parametrize("name", BAD)
-def test_what_is_no_message_is_refused(name):
+@pytest.mark.parametrize("name", MALFORMED)
+def test_malformed_messages_are_an_error(name):
     with pytest.raises(messages.BadMessage):
-        messages.receive(io.BytesIO(BAD[name]))
+        messages.receive(io.BytesIO(MALFORMED[name]))
 
 
-def test_damaged_messages_are_refused_or_read():
+def test_damaged_messages_raise_only_expected_exceptions():
     file = io.BytesIO()
     tensors: list[torch.Tensor] = []
     result = {"hidden_states": [*TENSORS], "PR": (TENSORS[0], {"a": object()})}
     facts = {"result": messages.describe(result, tensors)}
     messages.send(file, facts, tensors)
-    whole, draw = file.getvalue(), random.Random(0)
+    message, rng = file.getvalue(), random.Random(0)
     assert list(messages.rebuild(facts["result"], tensors, {})) == ["hidden_states", "PR"]
     for _ in range(500):
-        data = bytearray(whole)
-        for _ in range(draw.randint(1, 3)):
-            data[draw.randrange(16, len(data))] = draw.randrange(256)
+        data = bytearray(message)
+        for _ in range(rng.randint(1, 3)):
+            data[rng.randrange(16, len(data))] = rng.randrange(256)
         try:
-            got, read = messages.receive(io.BytesIO(data))
-            messages.rebuild(got["result"], read, {})
+            received, received_tensors = messages.receive(io.BytesIO(data))
+            messages.rebuild(received["result"], received_tensors, {})
         except (messages.BadMessage, EOFError, KeyError) as error:
             assert not isinstance(error, KeyError) or error.args == ("result",)
