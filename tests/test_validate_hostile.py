@@ -1,4 +1,4 @@
-"""`s3prl-ekd validate` on write_hostile packages.
+"""`s3prl-ekd validate` on hostile packages.
 
 Checks run outside of the package's process, on its outputs, and none of its processes is left.
 """
