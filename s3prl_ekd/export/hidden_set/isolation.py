@@ -15,12 +15,9 @@ from pathlib import Path
 from typing import Any
 
 BLOCKED = ("s3prl", "fairseq", "s3prl_ekd")
-_CALLS = ("socket.connect", "socket.sendto", "socket.sendmsg")  # arguments: socket, address
-_LOOKUPS = (
-    "socket.getaddrinfo",
-    "socket.gethostbyname",
-    "socket.gethostbyaddr",
-)  # arguments: host, ...
+# Audit events of Python, with arguments (socket, address) and (host, ...).
+_CALLS = ("socket.connect", "socket.sendto", "socket.sendmsg")
+_LOOKUPS = ("socket.getaddrinfo", "socket.gethostbyname", "socket.gethostbyaddr")
 _NEW_USER, _NEW_NET = 0x10000000, 0x40000000  # CLONE_NEWUSER and CLONE_NEWNET of <linux/sched.h>
 _DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
 
@@ -43,7 +40,7 @@ class AccessBlocker:
     def block(self) -> None:
         """Start blocking; it cannot be undone in this process."""
         for name in [name for name in sys.modules if name.split(".")[0] in BLOCKED]:
-            del sys.modules[name]  # imported by this process before
+            del sys.modules[name]  # so that the package cannot import it
         sys.meta_path.insert(0, _Finder(self))
         sys.addaudithook(self._audit)
 

@@ -92,6 +92,7 @@ def _later_python(tree: ast.Module) -> Iterator[tuple[int, str]]:
         and any(name.name == "annotations" for name in node.names)
         for node in tree.body
     )
+    without_future = "in an annotation without from __future__ import annotations"
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "zip":
             if any(keyword.arg == "strict" for keyword in node.keywords):
@@ -103,10 +104,9 @@ def _later_python(tree: ast.Module) -> Iterator[tuple[int, str]]:
         for annotation in (getattr(node, "annotation", None), getattr(node, "returns", None)):
             for part in ast.walk(annotation) if isinstance(annotation, ast.AST) else ():
                 if isinstance(part, ast.BinOp) and isinstance(part.op, ast.BitOr):
-                    yield part.lineno, "X | Y in an annotation (from __future__ import annotations)"
+                    yield part.lineno, f"X | Y {without_future}"
                 elif isinstance(part, ast.Subscript) and getattr(part.value, "id", "") in _GENERIC:
-                    name = ast.unparse(part.value)
-                    yield part.lineno, f"{name}[...] in an annotation (from __future__ import ...)"
+                    yield part.lineno, f"{ast.unparse(part.value)}[...] {without_future}"
 
 
 def _torch(folder: Path) -> str:
