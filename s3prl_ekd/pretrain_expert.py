@@ -1,4 +1,4 @@
-"""The import that ``init`` writes into a working folder; see :mod:`.pretrain.expert`."""
+"""The module that ``s3prl-ekd init`` makes working folders import; see :mod:`.pretrain.expert`."""
 
 from .pretrain.expert import UpstreamPretrainExpert
 

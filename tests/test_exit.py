@@ -20,7 +20,7 @@ from s3prl_ekd.data.batches import DistillationDataset, leave_signals_to_the_mai
 from s3prl_ekd.data.loader import BatchLoader, workers_end
 from s3prl_ekd.distill.distiller import EnsembleDistiller
 from s3prl_ekd.errors import ConfigError, SetupError
-from s3prl_ekd.pretrain.interrupts import StoppedWaiting, StopSignals, workers_explained
+from s3prl_ekd.pretrain.interrupts import StoppedWaiting, StopSignals, explain_worker_errors
 from s3prl_ekd.pretrain.settings import check_runner_config
 from s3prl_ekd.pretrain.tensorboard import read_scalars
 from s3prl_ekd.pretrain.trainer import dev_loss
@@ -131,7 +131,7 @@ def test_a_timeout_is_a_sentence():
     loader = numbers(0, timeout=1)
     batches = iter(loader)
     with pytest.raises(SetupError, match=r"no batch for 1 s.*/dev/shm.*num_workers.*; go on$"):
-        with workers_explained("go on"):
+        with explain_worker_errors("go on"):
             next(batches)
     loader.close()
     assert not multiprocessing.active_children()

@@ -5,7 +5,7 @@ import statistics
 
 import pytest
 
-from s3prl_ekd.pretrain.sweep import SweepResult, markdown, table
+from s3prl_ekd.pretrain.sweep import SweepResult, markdown, results_table
 from s3prl_ekd.pretrain.tensorboard import read_scalars
 
 from .conftest import command, write_configs
@@ -16,7 +16,7 @@ def test_the_table_by_hand():
         "a": [SweepResult(1.0, {"x": 0.5}, 10.0), SweepResult(2.0, {"x": 0.7}, 20.0)],
         "b": [SweepResult(3.0, {"x": 0.1, "y": 0.2}, 1.4)],
     }
-    rows = table(outcomes)
+    rows = results_table(outcomes)
     assert rows[0] == ["experiment", "seeds", "loss", "L1 to x", "L1 to y", "seconds"]
     assert rows[1] == ["a", "2", "1.5000 ± 0.7071", "0.6000 ± 0.1414", "", "15"]
     assert rows[2] == ["b", "1", "3.0000", "0.1000", "0.2000", "1"]

@@ -14,7 +14,7 @@ from s3prl_ekd.data.sampling import EpochOrder, FixedOrder
 from s3prl_ekd.errors import SetupError
 from s3prl_ekd.files.run_checkpoints import newest, read_run
 from s3prl_ekd.pretrain.checkpoints import Progress
-from s3prl_ekd.pretrain.distributed import Processes, join, mean_records
+from s3prl_ekd.pretrain.distributed import ProcessGroup, join_process_group, mean_records
 from s3prl_ekd.pretrain.tensorboard import read_scalars
 from s3prl_ekd.pretrain.trainer import Trainer
 from s3prl_ekd.workspace import write_workspace
@@ -293,11 +293,11 @@ def test_means_of_what_processes_have():
 def test_one_gpu_for_all_is_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SetupError, match="--device cuda:1 is one GPU"):
-        join("cuda:1")
+        join_process_group("cuda:1")
 
 
 def test_processes_at_different_steps_are_refused():
-    class Two(Processes):
+    class Two(ProcessGroup):
         def all_gather(self, value):
             return [value, (value[0] + 5, *value[1:])]
 
@@ -305,12 +305,12 @@ def test_processes_at_different_steps_are_refused():
     trainer.progress, trainer.processes = Progress(step=10), Two(0, 2)
     with pytest.raises(SetupError, match=r"do not stand at the same step .* \(steps 10, 15\)"):
         trainer.check_same_progress()
-    trainer.processes = Processes()
+    trainer.processes = ProcessGroup()
     trainer.check_same_progress()
 
 
 def test_one_process_asks_nobody():
-    alone = Processes()
+    alone = ProcessGroup()
     assert alone.any(True) and not alone.any(False)
     assert alone.sum(1.0, 2.0) == [1.0, 2.0] and alone.all_gather("x") == ["x"]
-    assert alone.first(None) is None and alone.first("x") == "x"
+    assert alone.first_not_none(None) is None and alone.first_not_none("x") == "x"

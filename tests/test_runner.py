@@ -19,8 +19,8 @@ from s3prl_ekd.errors import CheckpointError
 from s3prl_ekd.files.run_checkpoints import newest, read_run
 from s3prl_ekd.pretrain import interrupts as signals
 from s3prl_ekd.pretrain.checkpoints import Progress
-from s3prl_ekd.pretrain.distributed import Processes
-from s3prl_ekd.pretrain.optim import OptimizerStep, not_finite
+from s3prl_ekd.pretrain.distributed import ProcessGroup
+from s3prl_ekd.pretrain.optim import OptimizerStep, not_finite_error
 from s3prl_ekd.pretrain.resume import random_states, set_random_states
 from s3prl_ekd.pretrain.tensorboard import read_scalars
 from s3prl_ekd.workspace import write_workspace
@@ -166,7 +166,7 @@ def test_a_second_ctrl_c_leaves_at_once(run, monkeypatch):
     monkeypatch.setattr(EnsembleDistiller, "forward", signalled)
     code, said = run("once")
     assert code == 130 and "stopped by SIGINT at step 1" in said  # the same key, twice
-    monkeypatch.setattr(signals, "SAME_KEY", -1.0)
+    monkeypatch.setattr(signals, "SAME_SIGNAL", -1.0)
     code, said = run("twice")
     assert code == 130 and "stopped by Ctrl-C; add -a" in said
     assert not os.path.exists("result/pretrain/twice/last.ckpt")
@@ -218,7 +218,7 @@ def test_too_much_that_is_not_finite_stops_the_run(run, monkeypatch):
 
 def test_many_utterances_are_not_all_named():
     names = [f"u{i}.flac" for i in range(100)]
-    assert "u47.flac and 52 more)" in str(not_finite(5, 2, names, "go on"))
+    assert "u47.flac and 52 more)" in str(not_finite_error(5, 2, names, "go on"))
 
 
 def test_one_nan_does_not_stay_in_the_statistics():
@@ -263,7 +263,8 @@ def test_a_step_is_saved_wherever_another_process_is_lost(run, monkeypatch, exch
     """Each exchange of step 3 with the other processes fails in turn, as when one was killed."""
     left = [None]
     ask = {
-        name: getattr(Processes, name) for name in ("any", "sum", "all_gather", "first", "barrier")
+        name: getattr(ProcessGroup, name)
+        for name in ("any", "sum", "all_gather", "first_not_none", "barrier")
     }
 
     def exchanging(name):
@@ -278,7 +279,7 @@ def test_a_step_is_saved_wherever_another_process_is_lost(run, monkeypatch, exch
         return method
 
     for name in ask:
-        monkeypatch.setattr(Processes, name, exchanging(name))
+        monkeypatch.setattr(ProcessGroup, name, exchanging(name))
     begin = OptimizerStep.begin
 
     def third_step(self):

@@ -100,9 +100,9 @@ def test_an_excerpt_is_the_same_in_every_epoch_and_for_every_seed(folder, teache
 def test_float16_ends_somewhere(folder, capfd, monkeypatch):
     from s3prl_ekd.pretrain.target_cache import build
 
-    tell = build.targets_of
+    tell = build.make_target_fn
     monkeypatch.setattr(
-        build, "targets_of", lambda *a: lambda w: {n: t * 1e5 for n, t in tell(*a)(w).items()}
+        build, "make_target_fn", lambda *a: lambda w: {n: t * 1e5 for n, t in tell(*a)(w).items()}
     )
     assert cache(folder, "cache") == 2
     said = capfd.readouterr().err

@@ -1,12 +1,12 @@
-"""Run the teachers once over a corpus and store their targets, so that no step runs a teacher.
+"""Compute the teachers' targets once for a corpus, so that training runs no teacher.
 
-Takes the files of a run: -c says which corpus and which excerpts, -g which teachers and layers. By
-default each teacher's targets are stored, which serve any aggregation, weights, standardisation and
-teacher dropping, and any choice among these teachers and layers; --aggregated stores what one
-aggregation makes of them, which is smaller. Teachers hear each utterance, or its one excerpt, alone
-and clean: padding would change what they say. Says the size first and refuses what does not fit on
-the disk. When it is cut, the same command goes on. Then train with
-pretrain_expert.datarc.target_cache: CACHE.
+The corpus and the excerpts are those of -c, the teachers and layers those of -g. By default the
+cache has the targets of each teacher. It then works with any aggregation, weights, standardisation
+and teacher dropping, and with any subset of these teachers and layers. With --aggregated it has
+the targets after aggregation: smaller, but for this aggregation only. Teachers run on one clean
+utterance (or its fixed excerpt) at a time, because padding would change their outputs. The command
+prints the size first, and stops if the disk has too little space. If it is interrupted, run it
+again to continue. Then train with pretrain_expert.datarc.target_cache: CACHE.
 
 example:
   s3prl-ekd cache --size
@@ -28,7 +28,7 @@ from ..files.config import typed
 logger = logging.getLogger(__name__)
 
 RUNNER, MODEL = "pretrain/ekd/config_runner.yaml", "pretrain/ekd/config_model.yaml"
-_SEED = 1337  # run_pretrain.py's
+_SEED = 1337  # the default of run_pretrain.py
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -36,24 +36,36 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("-c", "--config", metavar="RUNNER", default=RUNNER, help=f"(default: {RUNNER})")
     add("-g", "--upstream-config", metavar="MODEL", default=MODEL, help=f"(default: {MODEL})")
-    add("-o", "--output", metavar="CACHE", type=Path, help="a folder, made if it is not there")
+    add(
+        "-o",
+        "--output",
+        metavar="CACHE",
+        type=Path,
+        help="folder to write; made if it does not exist",
+    )
     add(
         "--dtype", choices=("float16", "bfloat16", "int8"), default="float16",
-        help="of the numbers; int8 has a scale for each utterance and layer (default: float16)",
+        help="number format; int8 has a scale for each utterance and layer (default: float16)",
     )  # fmt: skip
-    add("--aggregated", action="store_true", help="the targets after aggregation, not before")
-    add("--size", action="store_true", help="only say how large it would be")
-    add("--seed", metavar="N", type=int, default=_SEED, help=f"of the excerpts (default: {_SEED})")
-    add("--device", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
-    add("--force", action="store_true", help="replace the cache that is in CACHE")
+    add("--aggregated", action="store_true", help="store targets after aggregation")
+    add("--size", action="store_true", help="only print the size of the cache")
+    add(
+        "--seed",
+        metavar="N",
+        type=int,
+        default=_SEED,
+        help=f"seed of the excerpts (default: {_SEED})",
+    )
+    add("--device", help="cpu, cuda, cuda:1 ... (default: cuda if available)")
+    add("--force", action="store_true", help="replace the cache in CACHE")
 
 
 def main(args: argparse.Namespace) -> int:
-    """Say the size, build, compare with batches; the exit code is 0."""
+    """Print the size, build the cache, compare it with padded batches."""
     if args.output is None and not args.size:
-        raise ConfigError("name the folder of the cache with -o CACHE, or add --size")
+        raise ConfigError("no folder for the cache; add -o CACHE, or --size to print the size only")
     if args.output is not None and args.output.exists() and not args.output.is_dir():
-        raise SetupError(f"-o {args.output} is a file; name a folder")
+        raise SetupError(f"-o {args.output} is a file; it must be a folder")
 
     from ..hidden_states.fingerprint import check_aggregated, check_worth
     from ..pretrain.settings import load_model_config, load_runner_config
@@ -62,13 +74,13 @@ def main(args: argparse.Namespace) -> int:
 
     settings = load_model_config(args.upstream_config)
     expert = load_runner_config(args.config).pretrain_expert
-    assert expert is not None  # refused when it was read
+    assert expert is not None  # checked by load_runner_config
     data = expert.datarc
     check_teacher_settings(settings)
     if args.aggregated:
         check_aggregated(settings)
         check_worth(settings)
-    rows = cached_rows(data, settings.student)  # before the teachers, which take longer
+    rows = cached_rows(data, settings.student)  # before loading the teachers, which is slower
 
     import torch
 
@@ -78,7 +90,7 @@ def main(args: argparse.Namespace) -> int:
     from ..distill.aggregation import build_aggregation
     from ..hidden_states.fingerprint import layout_of
     from ..hidden_states.store import Index
-    from ..pretrain.target_cache.build import check_room, size_of
+    from ..pretrain.target_cache.build import check_room, estimate_size
     from ..teachers import check_precision, load_teachers
 
     device = _device(args.device)
@@ -101,11 +113,11 @@ def main(args: argparse.Namespace) -> int:
         key={},
         utterances=tuple(row.path for row in rows),
     )
-    size = size_of(rows, data.sequence_length, index, settings.student.conv_layers)
-    _say_size(size, index, args)
+    size = estimate_size(rows, data.sequence_length, index, settings.student.conv_layers)
+    _print_size(size, index, args)
     if args.size:
         return 0
-    _make(args.output)
+    _make_folder(args.output)
     check_room(size, args.output)
 
     from ..system.lock import FolderLock
@@ -119,7 +131,7 @@ def main(args: argparse.Namespace) -> int:
 def _build(args, settings, data, rows, teachers, aggregate, index) -> int:
     from ..hidden_states.fingerprint import make_key
     from ..pretrain.config_diff import table_digests
-    from ..pretrain.target_cache.build import begin, build, targets_of
+    from ..pretrain.target_cache.build import begin, build_cache, make_target_fn
 
     key = make_key(
         teachers,
@@ -135,11 +147,11 @@ def _build(args, settings, data, rows, teachers, aggregate, index) -> int:
     except OSError as error:
         raise SetupError(f"cannot write into {args.output}: {error.strerror}") from None
     weights = {name: teacher.weight for name, teacher in settings.teachers.items()}
-    compute = targets_of(teachers, aggregate, weights)
+    compute = make_target_fn(teachers, aggregate, weights)
     if index.complete:
-        print(f"{args.output} is complete already")
+        print(f"{args.output} is already complete")
     else:
-        build(
+        build_cache(
             args.output,
             index,
             compute,
@@ -148,7 +160,7 @@ def _build(args, settings, data, rows, teachers, aggregate, index) -> int:
             min_samples=settings.student.min_samples,
             device=device,
         )
-    _print_distances(args, settings, data, compute, device)
+    _print_differences(args, settings, data, compute, device)
     files = ""
     if (args.config, args.upstream_config) != (RUNNER, MODEL):
         files = " " + shlex.join(["-c", str(args.config), "-g", str(args.upstream_config)])
@@ -159,29 +171,29 @@ def _build(args, settings, data, rows, teachers, aggregate, index) -> int:
     return 0
 
 
-def _say_size(size, index, args: argparse.Namespace) -> None:
+def _print_size(size, index, args: argparse.Namespace) -> None:
     from ..pretrain.target_cache.build import free_bytes
 
     blocks = ", ".join(f"{name} {count} x {dim}" for name, count, dim in index.layout)
-    where = args.output or Path(".")
+    folder = args.output or Path(".")
     print(
-        f"{size.utterances} utterances, {size.seconds / 3600:.2f} h; {index.dtype}, a frame has "
-        f"{blocks}: {size.gigabytes:.3f} GB; {free_bytes(where) / 1e9:.1f} GB are free for "
-        f"{where.absolute()}",
+        f"{size.utterances} utterances, {size.seconds / 3600:.2f} h; {index.dtype}, "
+        f"{blocks} per frame: {size.gigabytes:.3f} GB; {free_bytes(folder) / 1e9:.1f} GB free for "
+        f"{folder.absolute()}",
         flush=True,
     )
 
 
-def _print_distances(args, settings, data, compute, device: str) -> None:
-    """What batches of this run's size would have had for targets."""
+def _print_differences(args, settings, data, compute, device: str) -> None:
+    """Print how much targets computed in padded batches of this run differ from the cached ones."""
     from ..data.batches import DistillationDataset, train_loader
     from ..hidden_states.store import TargetReader
-    from ..pretrain.target_cache.build import distances
+    from ..pretrain.target_cache.build import relative_differences
 
     reader = TargetReader(args.output)
     bad = int((reader.records["frames"] == 0).sum())
     if bad:
-        print(f"{bad} utterances have no targets: their audio is bad")
+        print(f"{bad} utterances have no targets because of bad audio")
     dataset = train_loader(
         dataclasses.replace(data, num_workers=0),
         data.sets,
@@ -191,26 +203,26 @@ def _print_distances(args, settings, data, compute, device: str) -> None:
     ).dataset
     assert isinstance(dataset, DistillationDataset)
     print(
-        "targets computed in padded batches of this size differ from the stored ones, which are of "
-        "each utterance alone, by (shares of the mean absolute target):"
+        "difference to targets computed in padded batches of this size (relative to the mean "
+        "absolute target):"
     )
-    for name, distance in distances(dataset, compute, device).items():
-        print(f"  {name}: {distance.mean:.2%} in the mean, {distance.worst:.1%} at worst")
+    for name, difference in relative_differences(dataset, compute, device).items():
+        print(f"  {name}: mean {difference.mean:.2%}, maximum {difference.worst:.1%}")
 
 
-def _device(wanted: str | None) -> str:
+def _device(name: str | None) -> str:
     import torch
 
-    device = wanted or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = name or ("cuda" if torch.cuda.is_available() else "cpu")
     if device != "cpu" and not device.startswith("cuda"):
-        raise SetupError(f"--device {device}: cpu, cuda or cuda:N is allowed")
+        raise SetupError(f"--device must be cpu, cuda or cuda:N, got {device}")
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise SetupError("--device cuda: torch sees no CUDA device here; use --device cpu")
+        raise SetupError("--device cuda: torch finds no CUDA device; use --device cpu")
     return device
 
 
-def _make(folder: Path) -> None:
+def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise SetupError(f"cannot write to {folder}: {error.strerror}") from None
+        raise SetupError(f"cannot make {folder}: {error.strerror}") from None

@@ -1,4 +1,4 @@
-"""The list of utterances that ``on_bad_audio: skip`` leaves out."""
+"""``bad_audio.tsv``: the utterances that ``on_bad_audio: skip`` leaves out of a run."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ from ..files.atomic import whole_file
 
 logger = logging.getLogger(__name__)
 
-NAME = "bad_audio.tsv"
+FILE_NAME = "bad_audio.tsv"
 COLUMNS = ("path", "reason", "times", "first epoch")
-# As in PostgreSQL's text format: a line stays a line, a cell a cell.
+# Escapes as in PostgreSQL's text format, so that a cell has no tab and no line break.
 _ESCAPED = str.maketrans({"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"})
 
-Entry = tuple[str, int, int]  # reason, times, first epoch
+BadAudioRow = tuple[str, int, int]  # reason, times, first epoch
 
 
 class BadAudioList:
     """The utterances that a run has left out, with the reason and how often.
 
-    Entries count from the step after which they are committed. The list is part of a checkpoint, so
-    that a run that was killed and resumed counts nothing twice.
+    What is recorded counts once the step is committed. The list is part of a checkpoint, so that a
+    run that is killed and resumed counts nothing twice.
 
     Args:
         folder: of the run; the list is written there.
         datasets: of the training and dev tables.
-        saved: :func:`as_tensor` in the checkpoint that the run resumes from.
+        saved: the list in the checkpoint that the run resumes from, as :func:`as_tensor` made it.
         path: of that checkpoint, for messages.
 
     Raises:
-        CheckpointError: ``saved`` is no such list.
+        CheckpointError: ``saved`` is invalid.
     """
 
     def __init__(
@@ -50,62 +50,64 @@ class BadAudioList:
         saved: Any = None,
         path: str = "",
     ):
-        self.path = Path(folder) / NAME
+        self.path = Path(folder) / FILE_NAME
         self._skipping = any(data.skip_bad for data in datasets)
         self._total = sum(len(data.left_out) + sum(map(len, data.batches)) for data in datasets)
         self._entries = _parse({} if saved is None else saved, path)
-        self._uncommitted: dict[str, Entry] = {}
-        self._of_others: list[dict[str, list]] = []  # entries of the other processes
-        self._warned: set[str] = set()
+        self._uncommitted: dict[str, BadAudioRow] = {}
+        self._from_other_ranks: list[dict[str, list]] = []  # entries of the other ranks
+        self._warned_kinds: set[str] = set()
         for data in datasets:
             new = [bad for bad in data.left_out if bad.path not in self._entries]
             self.record(new, 0)
         self.commit()
 
     def record(self, bad: Sequence[Bad], epoch: int) -> None:
-        """Add the utterances that a batch lacks; warn of the first file of each kind."""
+        """Add the bad utterances of a batch; log the first of each kind of error."""
         for path, kind, reason in bad:
-            first, times, begin = self._uncommitted.get(path, (reason, 0, epoch))
-            self._uncommitted[path] = first, times + 1, begin
-            if kind not in self._warned:
-                self._warned.add(kind)
+            first_reason, times, first_epoch = self._uncommitted.get(path, (reason, 0, epoch))
+            self._uncommitted[path] = first_reason, times + 1, first_epoch
+            if kind not in self._warned_kinds:
+                self._warned_kinds.add(kind)
                 logger.warning(
-                    "left out %s: %s (said once for files of this kind; all will be in %s)",
+                    "left out %s: %s (logged once for each kind of error; see %s for all files)",
                     path,
                     reason,
                     self.path,
                 )
 
     def commit(self) -> None:
-        """Count what was recorded since the last step: the step is done."""
+        """Count what was recorded during the step, which is complete."""
         self._entries, self._uncommitted = self._all_entries(), {}
 
     def state(self) -> dict[str, list]:
-        """The entries as of the last step, as plain data."""
+        """The committed entries, as plain data."""
         return {path: list(entry) for path, entry in self._entries.items()}
 
     def merge(self, states: Sequence[dict[str, list]]) -> dict[str, list]:
-        """Merge the entries of all processes; keep those of the others for :meth:`write`.
+        """Merge the entries of all processes; keep the other processes' for :meth:`write`.
 
         Args:
             states: :meth:`state` of each process, this one's first.
         """
-        self._of_others = list(states[1:])
+        self._from_other_ranks = list(states[1:])
         merged: dict[str, list] = {}
         for entries in states:
             for path, (reason, times, epoch) in entries.items():
-                first, before, begin = merged.get(path, (reason, 0, epoch))
-                merged[path] = [first, before + times, min(begin, epoch)]
+                first_reason, count, first_epoch = merged.get(path, (reason, 0, epoch))
+                merged[path] = [first_reason, count + times, min(first_epoch, epoch)]
         return merged
 
     def write(self) -> None:
-        """Write the list into the run's folder, and log its length. If it cannot be written, warn:
-        checkpoints matter more."""
+        """Write the list into the run's folder and log its length.
+
+        If that fails, only log a warning, because checkpoints matter more.
+        """
         own = {path: list(entry) for path, entry in self._all_entries().items()}
-        entries = self.merge([own, *self._of_others])
+        entries = self.merge([own, *self._from_other_ranks])
         if not entries:
             if self._skipping:
-                logger.info("no audio file was bad, of %d utterances", self._total)
+                logger.info("no bad audio in %d utterances", self._total)
             return
         lines = ["\t".join(COLUMNS)]
         for path, (reason, times, epoch) in sorted(entries.items()):
@@ -118,41 +120,41 @@ class BadAudioList:
             logger.warning("cannot write %s: %s", self.path, error.strerror)
             return
         logger.warning(
-            "%d of %d utterances were left out, their audio is bad: see %s",
+            "%d of %d utterances left out because of bad audio: see %s",
             len(entries),
             self._total,
             self.path,
         )
 
-    def nothing_left(self, what: str) -> DataError:
-        """The error for an epoch of ``what`` without a usable utterance."""
+    def no_usable_audio(self, tables: str) -> DataError:
+        """The error for an epoch over ``tables`` (``sets``, ``dev_sets``) without usable audio."""
         files = [
             f"the first is {path}, {entry[0]}; " for path, entry in self._all_entries().items()
         ]
         return DataError(
-            f"no utterance of a whole pass over {what} can be used: {''.join(files[:1])}check "
-            f"libri_root, and see {self.path}"
+            f"no usable utterance in an epoch over the tables of {tables}: {''.join(files[:1])}"
+            f"check libri_root, and see {self.path}"
         )
 
-    def _all_entries(self) -> dict[str, Entry]:
+    def _all_entries(self) -> dict[str, BadAudioRow]:
         entries = dict(self._entries)
         for path, (reason, times, epoch) in self._uncommitted.items():
-            first, before, begin = entries.get(path, (reason, 0, epoch))
-            entries[path] = first, before + times, begin
+            first_reason, count, first_epoch = entries.get(path, (reason, 0, epoch))
+            entries[path] = first_reason, count + times, first_epoch
         return entries
 
 
 class UsableBatches:
-    """The batches of a loader that have a usable utterance; what they lack goes into the list.
+    """Iterate over the batches with a usable utterance; record bad audio in the list.
 
     Args:
-        loader: of the batches.
+        loader: gives the batches.
         bad: the list.
-        epoch: of the run.
+        epoch: current epoch, for the list.
         iterate: iterates over the loader.
 
     Raises:
-        DataError: on iterating: an utterance could not be read.
+        DataError: during iteration, if an utterance could not be read.
     """
 
     def __init__(
@@ -180,23 +182,25 @@ class UsableBatches:
 
 
 def as_tensor(entries: Mapping[str, list]) -> Tensor | dict:
-    """The list as a checkpoint holds it: JSON in a tensor, because the reader limits how many
-    values a checkpoint may have. An empty list is an empty mapping."""
+    """Encode the list for a checkpoint: JSON in a uint8 tensor; ``{}`` for an empty list.
+
+    Our reader of checkpoints limits their number of values, and a tensor is one value.
+    """
     if not entries:
         return {}
     return torch.frombuffer(bytearray(json.dumps(entries).encode()), dtype=torch.uint8)
 
 
-def _parse(data: Any, checkpoint: str) -> dict[str, Entry]:
+def _parse(data: Any, checkpoint: str) -> dict[str, BadAudioRow]:
     try:
         if isinstance(data, Tensor):
             data = json.loads(data.numpy().tobytes())
         if not isinstance(data, Mapping):
-            raise TypeError("no mapping")
+            raise TypeError("not a mapping")
         for path, (reason, times, epoch) in data.items():
             types = [type(value) for value in (path, reason, times, epoch)]
             if types != [str, str, int, int]:
                 raise TypeError(f"{path!r} has {reason!r}, {times!r}, {epoch!r}")
         return {path: tuple(entry) for path, entry in data.items()}
     except (TypeError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{checkpoint} is damaged: its list of bad audio: {error}") from None
+        raise CheckpointError(f"{checkpoint} is damaged: bad_audio: {error}") from None

@@ -1,8 +1,8 @@
-"""The checkpoint files of a run, each complete or absent, and the progress that they hold.
+"""The checkpoints of a run and the progress stored in them.
 
-``states-STEP.ckpt`` at every ``save_step``, of which the newest ``max_keep`` stay; ``last.ckpt``,
-the newest of them under a second name, or what was saved since; and ``dev-best.ckpt``, of the
-lowest dev loss.
+A run writes ``states-STEP.ckpt`` at every ``save_step`` and keeps the newest ``max_keep``.
+``last.ckpt`` is the newest of them under a second name, or a later checkpoint. ``dev-best.ckpt``
+has the lowest dev loss. A file is either complete or absent.
 """
 
 from __future__ import annotations
@@ -27,23 +27,30 @@ from ..files.run_checkpoints import LAST, read_run, run_checkpoints
 logger = logging.getLogger(__name__)
 
 
-KEY = RUN_STATE  # in a checkpoint; all of the trainer's own state is under it
-VERSION = CHECKPOINT_PARTS[KEY]
+RUN_STATE_KEY = RUN_STATE  # the key of the trainer's own state in a checkpoint
+VERSION = CHECKPOINT_PARTS[RUN_STATE_KEY]
 
-BEST = "dev-best.ckpt"
+BEST_NAME = "dev-best.ckpt"
 _NUMBERED = re.compile(r"states-(\d+)\.ckpt")
 
 
 @dataclass
 class Progress:
-    """How far a run is; it changes at whole steps only.
+    """The progress of a run; it changes only when a step is complete.
 
-    ``step``: steps done, skipped ones included. ``epoch`` and ``batch``: the pass over the data,
-    and how many batches of it are used, by all processes together. ``batches``: of one pass.
-    ``tables``: digest of each corpus table. ``skipped``, ``skipped_in_a_row``: steps that were not
-    finite. ``best_loss``, ``best_step``: of the dev tables. ``scaler``: the loss scale of fp16.
-    ``records``: the scalars since TensorBoard's last point. ``dev_due``: the dev loss of this step
-    is still to be measured; a signal or an error came before.
+    Attributes:
+        step: completed steps, skipped ones included.
+        epoch: current epoch.
+        batch: batches of this epoch that all processes together have used.
+        batches: batches of an epoch.
+        tables: digest of each corpus table.
+        skipped: steps whose loss or gradient was not finite.
+        skipped_in_a_row: the latest of them, without a finite step between.
+        best_loss: lowest dev loss.
+        best_step: step of the lowest dev loss.
+        scaler: state of the fp16 loss scaler.
+        dev_due: the dev loss of this step is not computed yet, because of a signal or an error.
+        records: scalars since the last TensorBoard point.
     """
 
     step: int = 0
@@ -60,7 +67,7 @@ class Progress:
     records: dict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
 
     def state_dict(self, random: list[dict]) -> dict[str, Any]:
-        """As plain data and tensors.
+        """Return the progress as plain data and tensors.
 
         Args:
             random: the random states of each process, by rank.
@@ -74,44 +81,44 @@ class Progress:
 
     @staticmethod
     def from_state_dict(data: Any, path: str) -> Progress:
-        """The inverse of :meth:`state_dict`; unknown keys are ignored.
+        """Inverse of :meth:`state_dict`; unknown keys are ignored.
 
         Args:
-            data: of a checkpoint.
+            data: output of :meth:`state_dict`, from a checkpoint.
             path: of the checkpoint, for messages.
 
         Raises:
             CheckpointError: ``data`` is damaged or of a newer version.
         """
         try:
-            refuse_newer(data["version"], VERSION, f"{path} ({KEY})")
+            refuse_newer(data["version"], VERSION, f"{path} ({RUN_STATE_KEY})")
             if data["version"] != VERSION:
                 raise ValueError(f"version {data['version']!r:.20}")
             data = {"dev_due": False, **data}  # version 0.1 did not write it
             values = {field.name: data[field.name] for field in dataclasses.fields(Progress)}
             counts = ("step", "epoch", "batch", "batches", "skipped", "skipped_in_a_row")
             if not all(type(values[name]) is int and values[name] >= 0 for name in counts):
-                raise TypeError("a count is no whole number")
+                raise TypeError(f"expected whole numbers for {', '.join(counts)}")
             records = {name: list(points.unbind()) for name, points in values["records"].items()}
             values["records"] = defaultdict(list, records)
             values["tables"], values["scaler"] = dict(values["tables"]), dict(values["scaler"])
             if not isinstance(data["random"], list):
-                raise TypeError("random is no list")
+                raise TypeError("random must be a list")
         except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
-            raise CheckpointError(f"{path} is damaged: its run state ({KEY}): {error}") from None
+            raise CheckpointError(f"{path} is damaged: {RUN_STATE_KEY}: {error}") from None
         return Progress(**values)
 
 
 class SaveError(SetupError):
-    """A checkpoint could not be written; the message says where and how to go on."""
+    """A checkpoint could not be written."""
 
 
 class CheckpointManager:
     """Write and prune the checkpoints in a run's folder.
 
     Args:
-        folder: exists.
-        max_keep: how many numbered checkpoints stay.
+        folder: an existing folder.
+        max_keep: how many numbered checkpoints to keep.
         hint: how to resume, for messages.
     """
 
@@ -121,35 +128,35 @@ class CheckpointManager:
         self.hint = hint
 
     def save_numbered(self, states: Mapping, step: int) -> Path:
-        """Save as ``states-STEP.ckpt`` and ``last.ckpt``, then remove the oldest beyond max_keep.
+        """Save as ``states-STEP.ckpt`` and ``last.ckpt``; keep the newest ``max_keep``.
 
         Raises:
-            SaveError: there is no room, for example. Earlier checkpoints are kept.
+            SaveError: it cannot be written, for example on a full disk. Earlier checkpoints stay.
         """
         path = self._write(states, f"states-{step}.ckpt")
         try:
             second_name(path, self.folder / LAST)
         except OSError as error:
             raise self._error(self.folder / LAST, error) from None
-        # Damaged files of later steps may be left, which do not count.
+        # A file of a later step can only be a damaged one; see prune().
         numbered = sorted(number for number in self._numbers() if number <= step)
         for old in numbered[: -self.max_keep]:
             (self.folder / f"states-{old}.ckpt").unlink(missing_ok=True)
         return path
 
     def save_last(self, states: Mapping) -> Path:
-        """Save as ``last.ckpt`` only. Raises SaveError, as :meth:`save_numbered` does."""
+        """Save as ``last.ckpt`` only. Raises SaveError like :meth:`save_numbered`."""
         return self._write(states, LAST)
 
     def save_best(self, states: Mapping) -> Path:
-        """Save as ``dev-best.ckpt``. Raises SaveError, as :meth:`save_numbered` does."""
-        return self._write(states, BEST)
+        """Save as ``dev-best.ckpt``. Raises SaveError like :meth:`save_numbered`."""
+        return self._write(states, BEST_NAME)
 
     def prune(self, step: int) -> None:
         """Prepare the folder for a run that resumes at ``step``.
 
-        Incomplete files of a killed process are removed. Checkpoints of later steps are renamed:
-        the next ``-a`` would resume from one of them otherwise.
+        Remove incomplete files of a killed process. Rename checkpoints of later steps, because the
+        next ``-a`` would resume from one of them.
         """
         remove_leftovers(self.folder, "*.ckpt")
         for path in run_checkpoints(self.folder):
@@ -158,9 +165,9 @@ class CheckpointManager:
             except NewerFormatError:
                 raise
             except (CheckpointError, ValueError, TypeError):
-                continue  # damaged: ignored when resuming, and overwritten in time
+                continue  # damaged: resuming ignores it, and a later save overwrites it
             if newer:
-                logger.warning("%s is of a later step: renamed to %s.old", path, path.name)
+                logger.warning("%s is from a later step: renamed to %s.old", path, path.name)
                 path.replace(path.with_name(f"{path.name}.old"))
 
     def _numbers(self) -> list[int]:
@@ -177,6 +184,6 @@ class CheckpointManager:
 
     def _error(self, path: Path, error: OSError) -> SaveError:
         return SaveError(
-            f"cannot save {path}: {error.strerror}; the checkpoints saved before it are as they "
-            f"were; make room, then {self.hint}"
+            f"cannot save {path}: {error.strerror}; earlier checkpoints are unchanged; free some "
+            f"space, then {self.hint}"
         )

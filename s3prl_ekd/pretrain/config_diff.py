@@ -1,4 +1,4 @@
-"""Differences between a checkpoint and the run that resumes it: found, described, refused."""
+"""Compare the config and corpus tables of a checkpoint with those of the run that resumes it."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from ..files.config import typed as override
 DATA = "pretrain_expert.datarc"
 SETS = f"{DATA}.sets"
 
-# `-o` may change anything of the run but these: the optimizer's state is of the one that made it.
+# Keys that `-o` cannot change on resume: the optimizer's state fits that optimizer only.
 FIXED = ("optimizer.name", "optimizer.torch_optim_name")
 MISSING = "(not set)"
 
 
-def differences(old: Mapping, new: Mapping) -> dict[str, tuple[Any, Any]]:
-    """Dotted key -> (old value, new value), for each value that differs; lists are one value."""
-    before, after = _flat(old), _flat(new)
-    keys = [*before, *(key for key in after if key not in before)]
-    pairs = {key: (before.get(key, MISSING), after.get(key, MISSING)) for key in keys}
+def config_differences(old: Mapping, new: Mapping) -> dict[str, tuple[Any, Any]]:
+    """Compare two configs: dotted key -> (old value, new value). A list counts as one value."""
+    old_values, new_values = _flat(old), _flat(new)
+    keys = [*old_values, *(key for key in new_values if key not in old_values)]
+    pairs = {key: (old_values.get(key, MISSING), new_values.get(key, MISSING)) for key in keys}
     return {key: (a, b) for key, (a, b) in pairs.items() if not _same(a, b)}
 
 
-def described(changes: Mapping[str, tuple[Any, Any]]) -> str:
-    """``key OLD -> NEW`` for each, joined."""
+def describe_changes(changes: Mapping[str, tuple[Any, Any]]) -> str:
+    """The changes as text: ``key OLD -> NEW, key OLD -> NEW``."""
     return ", ".join(f"{key} {_show(old)} -> {_show(new)}" for key, (old, new) in changes.items())
 
 
-def check_changes(changes: Mapping[str, tuple[Any, Any]], where: str) -> None:
-    """Refuse what cannot be changed on resume.
+def check_changes(changes: Mapping[str, tuple[Any, Any]], checkpoint: str) -> None:
+    """Reject changes that a resumed run does not allow.
 
     Raises:
         CheckpointError: naming the keys.
@@ -40,30 +40,32 @@ def check_changes(changes: Mapping[str, tuple[Any, Any]], where: str) -> None:
     fixed = {key: change for key, change in changes.items() if key in FIXED}
     if fixed:
         raise CheckpointError(
-            f"the run in {where} cannot go on with {described(fixed)}: its optimizer's state does "
-            "not fit another optimizer; start a new run under another name"
+            f"cannot resume {checkpoint} with {describe_changes(fixed)}: its optimizer state is for "
+            "one optimizer only; start a new run under another name"
         )
 
 
-def check_same(given: str, changes: Mapping[str, tuple[Any, Any]], where: str, letter: str) -> None:
-    """Refuse a config file named beside ``-a`` or ``-e`` that is not the run's own.
+def check_config_file(
+    path: str, changes: Mapping[str, tuple[Any, Any]], checkpoint: str, option: str
+) -> None:
+    """Reject a config file that differs from the config of the resumed run.
 
     Raises:
-        CheckpointError: naming the keys, and how to change them where that is possible.
+        CheckpointError: naming the keys, and how to change them if that is possible.
     """
     if not changes:
         return
-    hint = f"leave {letter} out"
-    if letter == "-c":
+    hint = f"leave out {option}"
+    if option == "-c":
         hint += ', or change the run with -o "config.KEY=VALUE"'
     raise CheckpointError(
-        f"{letter} {given} differs from the config in {where}, which a resumed run keeps: "
-        f"{described(changes)}; {hint}, or start a new run under another name"
+        f"{option} {path} differs from the config in {checkpoint}, which a resumed run keeps: "
+        f"{describe_changes(changes)}; {hint}, or start a new run under another name"
     )
 
 
 def table_digests(folder: str | Path, sets: Sequence[str]) -> dict[str, str]:
-    """A digest of the contents of each corpus table ``folder/SET.csv``; its date does not matter.
+    """Digest of the contents of each corpus table ``folder/SET.csv``.
 
     Raises:
         DataError: a table cannot be read.
@@ -79,37 +81,39 @@ def table_digests(folder: str | Path, sets: Sequence[str]) -> dict[str, str]:
 
 
 def check_tables(
-    saved: Mapping[str, str], now: Mapping[str, str], folder: str | Path, typed: Collection[str]
+    saved: Mapping[str, str],
+    current: Mapping[str, str],
+    folder: str | Path,
+    overridden: Collection[str],
 ) -> None:
-    """Refuse corpus tables that have changed since the checkpoint was written.
+    """Reject corpus tables that have changed since the checkpoint was written.
 
     Args:
         saved: digests in the checkpoint; empty if s3prl's own Runner wrote it.
-        now: digests of the present tables.
+        current: digests of the tables now.
         folder: of the tables.
-        typed: the config's keys that ``-o`` sets; with ``sets`` among them any tables are accepted.
+        overridden: config keys that ``-o`` sets; if ``sets`` is one of them, all tables are valid.
 
     Raises:
         DataError: naming the tables.
     """
-    changed = [name for name in now if name in saved and saved[name] != now[name]]
-    if changed and SETS not in typed:
+    changed = [name for name in current if name in saved and saved[name] != current[name]]
+    if changed and SETS not in overridden:
         tables = ", ".join(str(Path(folder) / f"{name}.csv") for name in changed)
         raise DataError(
-            f"the contents of the corpus tables have changed since the checkpoint was written: "
-            f"{tables}; put the old ones back, or go on with the new ones, in a new pass over the "
-            f"data, by naming them: {override(SETS, list(now))}"
+            f"corpus tables have changed since the checkpoint was written: {tables}; restore them, "
+            f"or train on the new ones from a new epoch with {override(SETS, list(current))}"
         )
 
 
 def _flat(data: Mapping, path: str = "") -> dict[str, Any]:
     flat = {}
     for key, value in data.items():
-        here = f"{path}.{key}" if path else str(key)
+        dotted = f"{path}.{key}" if path else str(key)
         if isinstance(value, Mapping) and value:
-            flat.update(_flat(value, here))
+            flat.update(_flat(value, dotted))
         else:
-            flat[here] = value
+            flat[dotted] = value
     return flat
 
 

@@ -1,4 +1,4 @@
-"""The processes of a run, one or those that torchrun has started, and DistributedDataParallel."""
+"""The process group of a run, and DistributedDataParallel for the distiller."""
 
 from __future__ import annotations
 
@@ -27,62 +27,66 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Processes:
-    """``rank`` of this process among ``count``.
+class ProcessGroup:
+    """The processes that train together: one, or those that torchrun has started.
 
-    One process writes: checkpoints, TensorBoard, the lock, the progress bar. Positions in the data
-    are counted in batches of all processes together, so that a run may be resumed with another
-    number of them; each has its own random numbers.
+    Rank 0 writes checkpoints, TensorBoard and the lock, and shows the progress bar. Positions in
+    the data count the batches of all processes, so a run can be resumed with another number of
+    processes. Each process has its own random states.
 
-    The methods communicate: all processes must call them, in the same order. What they exchange is
-    small and goes through the CPU (gloo); gradients are left to DistributedDataParallel.
+    ``any``, ``sum``, ``all_gather``, ``first_not_none`` and ``barrier`` are collective: all
+    processes must call them, in the same order. They exchange little data, over the CPU (gloo).
+    DistributedDataParallel averages the gradients.
+
+    Attributes:
+        rank: of this process.
+        world_size: number of processes.
     """
 
     rank: int = 0
-    count: int = 1
+    world_size: int = 1
 
     @property
-    def writer(self) -> bool:
+    def is_main(self) -> bool:
         return self.rank == 0
 
     def any(self, value: bool) -> bool:
-        """Whether a value is true in any process: a signal reaches one, and all must stop."""
-        if self.count == 1:
+        """Whether ``value`` is true in any process."""
+        if self.world_size == 1:
             return bool(value)
         flag = torch.tensor(float(value))
         dist.all_reduce(flag, dist.ReduceOp.MAX)
         return bool(flag)
 
     def sum(self, *values: float) -> list[float]:
-        """The sums over all processes."""
-        if self.count == 1:
+        """Sum each value over all processes."""
+        if self.world_size == 1:
             return list(values)
         total = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(total)
         return total.tolist()
 
     def all_gather(self, value: Any) -> list:
-        """The values of all processes, by rank: plain data and tensors."""
-        if self.count == 1:
+        """The values of all processes, by rank; plain data or tensors."""
+        if self.world_size == 1:
             return [value]
-        values: list = [None] * self.count
+        values: list = [None] * self.world_size
         dist.all_gather_object(values, value)
         return values
 
-    def first(self, value: Any) -> Any:
-        """The first of the processes' values, by rank, that is not None."""
+    def first_not_none(self, value: Any) -> Any:
+        """The value of the lowest rank whose value is not None; None if there is no such rank."""
         return next((value for value in self.all_gather(value) if value is not None), None)
 
     def barrier(self) -> None:
         """Wait for all processes."""
-        if self.count > 1:
-            dist.all_reduce(torch.zeros(1))  # dist.barrier() would take the GPU
+        if self.world_size > 1:
+            dist.all_reduce(torch.zeros(1))  # dist.barrier() would use the GPU
 
     def seed_by_rank(self, seed: int) -> None:
-        """Give each process its own random numbers: dropout that is the same in all of them would
-        waste the batch's width.
+        """Seed each rank but 0 differently, so that dropout differs between processes.
 
-        The first one keeps those it has, as in a run of one process.
+        Rank 0 keeps its random states, as in a run of one process.
         """
         if self.rank:
             random.seed(seed + self.rank)
@@ -90,52 +94,52 @@ class Processes:
             torch.manual_seed(seed + self.rank)
 
 
-def join(device: str) -> Processes:
-    """Join the processes that torchrun has started, if there are several.
+def join_process_group(device: str) -> ProcessGroup:
+    """Initialise torch.distributed, if torchrun has started several processes.
 
     Args:
-        device: of the run, ``cpu`` or ``cuda``; each process takes the GPU of its local rank.
+        device: of the run, ``cpu`` or ``cuda``; each process uses the GPU of its local rank.
 
     Raises:
-        SetupError: there are more processes than GPUs on this machine, or they do not find each
-            other.
+        SetupError: there are more processes than GPUs on this machine, or they cannot connect.
     """
     if not torchrun.several():
-        return Processes()
+        return ProcessGroup()
     try:
         on_cuda = device.startswith("cuda")
         if on_cuda and device != "cuda":
             raise SetupError(
-                f"--device {device} is one GPU, and under torchrun each process takes its own: put "
-                "--device cuda, or leave it out"
+                f"--device {device} is a single GPU, but torchrun has started several processes; "
+                "use --device cuda, or leave it out"
             )
         if on_cuda:
             local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
             if local >= gpus:
                 raise SetupError(
-                    f"torchrun has started more processes than the {gpus} GPUs of this machine; "
-                    f"give it --nproc_per_node={gpus}"
+                    f"torchrun has started more processes than this machine has GPUs ({gpus}); "
+                    f"use --nproc_per_node={gpus}"
                 )
             torch.cuda.set_device(local)
         if not dist.is_initialized():
             dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo")
     except (KeyError, ValueError, RuntimeError) as error:
-        first = first_line(error)
         raise SetupError(
-            f"the processes of this run do not find each other: {first}; start them with torchrun"
+            f"the processes of this run cannot connect: {first_line(error)}; start them with "
+            "torchrun"
         ) from None
-    return Processes(dist.get_rank(), dist.get_world_size())
+    return ProcessGroup(dist.get_rank(), dist.get_world_size())
 
 
-def leave() -> None:
-    """Leave the process group at the end; after an error the other processes see it lost."""
+def leave_process_group() -> None:
+    """Destroy the process group at the end of a run that has not failed."""
     if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(torch.zeros(1))  # a barrier: who leaves first could close a connection
+        # A barrier, because the first to leave could close a connection that others still use.
+        dist.all_reduce(torch.zeros(1))
         dist.destroy_process_group()
 
 
 def mean_records(by_process: Sequence[dict[str, list[float]]]) -> dict[str, list[float]]:
-    """Scalars by name and step: the mean over the processes that have them."""
+    """Average records (name -> one value a step) over the processes that have the value."""
     names = dict.fromkeys(name for records in by_process for name in records)
     means = {}
     for name in names:
@@ -150,12 +154,12 @@ def is_lost_process(error: BaseException) -> bool:
     """Whether an error means that another process has ended."""
     if isinstance(error, getattr(dist, "DistError", ())):
         return True
-    signs = ("Connection closed", "Connection reset", "Broken pipe", "gloo", "NCCL", "ProcessGroup")
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+    texts = ("Connection closed", "Connection reset", "Broken pipe", "gloo", "NCCL", "ProcessGroup")
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
 
 
 def distiller_batch(batch: Batch, device: str) -> DistillBatch:
-    """The distiller's part of a batch, on the device."""
+    """The distiller's input for a batch, on the device."""
     teacher_waves = batch.teacher_waves
     if teacher_waves is not None:
         teacher_waves = teacher_waves.to(device, non_blocking=True)
@@ -168,10 +172,10 @@ def distiller_batch(batch: Batch, device: str) -> DistillBatch:
 
 
 class DistributedStep(nn.Module):
-    """The distiller's forward for DistributedDataParallel, with batches that may be empty.
+    """The distiller's forward for DistributedDataParallel, which also accepts an empty batch.
 
-    A process may be left without an utterance where others have some (bad audio). It takes part all
-    the same, or they would wait for it.
+    Bad audio can leave one process without an utterance. It still runs a step, because the other
+    processes would wait for it.
     """
 
     def __init__(self, distiller: EnsembleDistiller):
@@ -187,21 +191,15 @@ class DistributedStep(nn.Module):
 
 
 def empty_step(distiller: EnsembleDistiller) -> Tensor:
-    """The loss of a batch without an utterance: 0, with gradients of 0."""
+    """The loss of an empty batch: 0, with gradients of 0."""
     distiller.empty_step()
     return torch.stack([(weight * 0).sum() for weight in distiller.trainable.parameters()]).sum()
 
 
-def distribute(distiller: EnsembleDistiller, device: str) -> DistributedDataParallel:
-    """The distiller's forward with gradients averaged over all processes, whose weights become
-    those of the first.
+def wrap_ddp(distiller: EnsembleDistiller, device: str) -> DistributedDataParallel:
+    """Wrap the distiller in DistributedDataParallel, which copies rank 0's weights to all ranks.
 
-    The teachers are the same everywhere and have no gradients: DistributedDataParallel ignores
-    them.
-
-    Args:
-        distiller: teachers, student, heads, loss.
-        device: of the run.
+    It ignores the teachers: they have no gradients and are equal in all processes.
     """
     step = DistributedStep(distiller)
     teachers = [
@@ -214,14 +212,14 @@ def distribute(distiller: EnsembleDistiller, device: str) -> DistributedDataPara
     return DistributedDataParallel(
         step,
         device_ids=[torch.cuda.current_device()] if on_cuda else None,
-        broadcast_buffers=False,  # the statistics of the targets agree already
-        # Layers that this process's layer drop has left out get no gradient here.
+        broadcast_buffers=False,  # the target statistics are equal already
+        # Layer drop leaves layers without a gradient, different ones in each process.
         find_unused_parameters=distiller.student.settings.encoder_layerdrop > 0,
     )
 
 
 def no_sync(module: nn.Module) -> AbstractContextManager[None]:
-    """Within it, gradients stay with their process: all but the last batch of a step."""
+    """Context without gradient averaging, for all but the last batch of a step."""
     if isinstance(module, DistributedDataParallel):
         return module.no_sync()
     return contextlib.nullcontext()

@@ -1,7 +1,7 @@
-"""The method as s3prl's pretrain Runner wants it: model, batches, loss, and what is saved.
+"""Ensemble distillation behind the interface of s3prl's pretrain Runner.
 
-s3prl imports ``pretrain.ekd.pretrain_expert.UpstreamPretrainExpert`` and calls the methods below;
-what each must do is written in s3prl's ``pretrain/runner.py``.
+s3prl imports ``pretrain.ekd.pretrain_expert.UpstreamPretrainExpert``. Its ``pretrain/runner.py``
+calls the methods of the interface.
 """
 
 from __future__ import annotations
@@ -28,34 +28,34 @@ from ..distill.teachers import check_teacher_names  # noqa: E402
 from ..files.config import build, plain  # noqa: E402
 from ..student_file import RUN_KEY, contents  # noqa: E402
 from ..teachers import check_precision, load_teachers, teacher_model  # noqa: E402
-from .config_diff import described, differences  # noqa: E402
+from .config_diff import config_differences, describe_changes  # noqa: E402
 from .distributed import distiller_batch, empty_step  # noqa: E402
 from .settings import RunSettings, load_data_config, load_model_config  # noqa: E402
 
 if TYPE_CHECKING:
     from ..essence.units import Units
     from ..hidden_states.store import TargetReader
-    from .tensorboard import NoWriter, ScalarWriter
+    from .tensorboard import NullWriter, ScalarWriter
 
 logger = logging.getLogger(__name__)
 
 MULTI_GPU = (
-    "--multi_gpu (DataParallel) does not work with ekd; for several GPUs leave it out and type: "
+    "ekd does not support --multi_gpu (DataParallel); leave it out, and for several GPUs type: "
     "torchrun --standalone --nproc_per_node=gpu -m s3prl_ekd run_pretrain.py -u ekd -n NAME"
 )
 
 
 class UpstreamPretrainExpert(nn.Module):
-    """Ensemble distillation behind the interface of s3prl's pretrain Runner.
+    """Teachers, student, heads and data loaders of a run.
 
     Args:
         datarc: ``pretrain_expert.datarc`` of the runner config.
-        upstream_config: path of the model config, or the dict that a checkpoint kept of it.
-        device: where the student is trained.
-        multi_gpu: must be false; DataParallel is not for this method.
+        upstream_config: path of the model config, or the model config of a checkpoint.
+        device: the training device.
+        multi_gpu: must be false; DataParallel is not supported.
 
     Raises:
-        EkdError: one sentence for what the user can mend.
+        EkdError: wrong settings, or files that cannot be read.
     """
 
     def __init__(
@@ -77,10 +77,15 @@ class UpstreamPretrainExpert(nn.Module):
         student = Student(self.settings.student, self.settings.student_backend)
         self.targets: TargetReader | None = None
         if self.data.target_cache is not None:
-            from .target_cache.use import check_teachers, check_unit_layer, free, open_targets
+            from .target_cache.use import (
+                check_teachers,
+                check_unit_layer,
+                free_teachers,
+                open_targets,
+            )
 
             self.targets = open_targets(self.data.target_cache, self.settings)
-        self.seed = torch.initial_seed()  # what the Runner has seeded torch with
+        self.seed = torch.initial_seed()  # set by s3prl's script
         self.dataloader = self._loader(self.data.sets)
         self.dev_dataloader: BatchLoader | None = None
         if self.data.dev_sets:
@@ -108,20 +113,20 @@ class UpstreamPretrainExpert(nn.Module):
         if init.sources:
             models = [teacher_model(teachers, name) for name in init.sources]
             initialise(student, models, conv=init.conv, encoder=init.encoder, layers=init.layers)
-        self._report()
+        self._log_setup()
         if self.targets is not None:
-            free(teachers)
+            free_teachers(teachers)
 
     @property
     def model(self) -> nn.Module:
-        """What the Runner optimises and clips: the student and its heads, no teacher."""
+        """The trained modules, which the Runner optimises and clips: student and heads."""
         return self.distiller.trainable
 
     def prepare(self, run: RunSettings) -> None:
-        """Apply the run's settings to the student, before the first step.
+        """Apply the run's settings to the student before the first step.
 
         Raises:
-            ConfigError: they do not go with the model config.
+            ConfigError: they are incompatible with the model config.
         """
         student = self.distiller.student
         if run.activation_checkpointing and student.backend == "s3prl":
@@ -130,14 +135,14 @@ class UpstreamPretrainExpert(nn.Module):
         if run.compile and run.activation_checkpointing:
             import torch._dynamo
 
-            # Older versions cut graphs for DistributedDataParallel, but no recomputed ones.
+            # In older versions DDPOptimizer cannot split graphs with activation checkpointing.
             torch._dynamo.config.optimize_ddp = False
         if run.compile:
             student.compile(dynamic=True)
 
     @property
-    def batches_learned(self) -> int:
-        """How many batches the running statistics have seen: they change before an update does."""
+    def target_norm_batches(self) -> int:
+        """Batches in the running target statistics, which the forward pass updates."""
         target_norm = self.distiller.target_norm
         return 0 if target_norm is None else int(target_norm.seen)
 
@@ -154,12 +159,12 @@ class UpstreamPretrainExpert(nn.Module):
         )
 
     def close(self) -> None:
-        """End the processes that read audio."""
+        """End the loaders' worker processes."""
         for loader in filter(None, (self.dataloader, self.dev_dataloader)):
             loader.close()
 
-    def _report(self) -> None:
-        """The first lines of a run: what is distilled into what, where."""
+    def _log_setup(self) -> None:
+        """Log teachers, aggregation, heads, distortion, student and device."""
         settings = self.settings
         for name, teacher in self.distiller.teachers.items():
             logger.info(
@@ -170,7 +175,7 @@ class UpstreamPretrainExpert(nn.Module):
                 teacher.depth,
                 teacher.width,
                 _count(teacher) / 1e6,
-                "dropout left on" if settings.teacher_dropout else "eval mode",
+                "dropout on" if settings.teacher_dropout else "eval mode",
             )
         logger.info(
             "aggregation %s; prediction heads: %s",
@@ -182,21 +187,21 @@ class UpstreamPretrainExpert(nn.Module):
         )
         if self.targets is not None:
             logger.info(
-                "targets: from %s, %s; no teacher is run",
+                "targets: cached in %s, %s; the teachers do not run",
                 self.targets.folder,
                 self.targets.index.dtype,
             )
         if settings.distortion.setup != "clean":
             logger.info("distortion: %s", settings.distortion.setup)
         logger.info(
-            "student: %s parameters, with heads %s, starts from %s; device %s",
+            "student: %s parameters, with heads %s, initialised from %s; device %s",
             f"{_count(self.distiller.student):,}",
             f"{_count(self.model):,}",
             " and ".join(settings.init.sources) or "random weights",
             self.device,
         )
 
-    # The Runner's interface
+    # s3prl's interface
 
     def get_train_dataloader(self) -> BatchLoader:
         return self.dataloader
@@ -208,9 +213,9 @@ class UpstreamPretrainExpert(nn.Module):
         global_step: int = 0,
         log_step: int = 1000,
     ) -> tuple[Tensor, Mapping[str, list[Tensor]]]:
-        """The loss of one batch, for s3prl's own Runner; scalars are appended to ``records``.
+        """Compute the loss of one batch and append its scalars to ``records``.
 
-        :class:`.trainer.Trainer` calls the distiller itself.
+        For s3prl's own Runner; :class:`.trainer.Trainer` calls the distiller directly.
 
         Raises:
             DataError: an utterance of the batch could not be read.
@@ -226,36 +231,36 @@ class UpstreamPretrainExpert(nn.Module):
         loss, logs = self.distiller(batch, step=global_step, detail=detail)
         records["loss_mean"].append(loss.detach())
         for name, value in logs.items():
-            records[name].append(value)  # tensors: float() would wait for the device
+            records[name].append(value)  # a tensor, because float() would synchronise the device
         return loss, records
 
     def log_records(
         self,
         records: Mapping[str, list[Tensor]],
-        logger: ScalarWriter | NoWriter,
+        logger: ScalarWriter | NullWriter,
         prefix: str,
         global_step: int,
         **kwargs: Any,
     ) -> None:
         """Write the mean over the log window of each recorded scalar to TensorBoard."""
         for name, values in records.items():
-            # Those of a checkpoint are on the CPU, those since then on the device.
+            # Scalars of a checkpoint are on the CPU, later ones on the device.
             mean = torch.stack([value.float().cpu() for value in values]).mean().item()
             logger.add_scalar(f"{prefix}{name}", mean, global_step=global_step)
 
     def on_before_zero_grad(self) -> None:
-        """Part of the interface; nothing to do."""
+        """Do nothing; part of the interface."""
 
     def add_state_to_save(self, all_states: dict) -> dict:
         """Add the student, its heads and the model config to s3prl's checkpoint.
 
-        The config goes under ``Upstream_Config``, where the Runner looks for it on resume; s3prl's
-        distiller puts it over ``Config`` and cannot be resumed.
+        The config goes under ``Upstream_Config``, where the Runner reads it on resume. (s3prl's
+        distiller stores it in ``Config``, and so its runs cannot be resumed.)
         """
         about = {
             "made_by": f"s3prl_ekd {__version__}",
             "config": plain(self.settings),
-            "data": {  # no paths: they would tell of the machine
+            "data": {  # without paths, which are private
                 "sets": list(self.data.sets),
                 "train_batch_size": self.data.train_batch_size,
                 "max_seconds": self.data.max_seconds,
@@ -270,25 +275,26 @@ class UpstreamPretrainExpert(nn.Module):
             all_states["Standardiser"] = self.distiller.target_norm.state_dict()
         if "unit_head" in self.distiller.trainable:
             all_states["UnitHead"] = self.distiller.trainable["unit_head"].state_dict()
-        # The Runner counts the step after saving, so its number is one behind the weights and a
-        # resumed run would take that step twice.
+        # The Runner increments the step after saving. Without the 1 a resumed run would repeat
+        # the last step.
         all_states["Step"] += 1
         return all_states
 
     def load_model(self, all_states: dict) -> None:
-        """Load the weights of a checkpoint.
+        """Load weights and target statistics from a checkpoint.
 
         Raises:
-            CheckpointError: they are missing or do not fit.
+            CheckpointError: some are missing or do not fit.
         """
         try:
             saved = all_states[RUN_KEY]
             student = build(StudentSettings, saved["settings"], "the checkpoint's student")
-            sizes = differences(plain(student), plain(self.settings.student))
+            sizes = config_differences(plain(student), plain(self.settings.student))
             if sizes:
                 raise CheckpointError(
-                    f"the checkpoint has a student of another size: {described(sizes)} (checkpoint "
-                    "-> this run); start a new run under another name for a new size"
+                    "the checkpoint's student has another architecture: "
+                    f"{describe_changes(sizes)} (checkpoint -> this run); start a new run under "
+                    "another name"
                 )
             self.distiller.student.load_state_dict(saved["student"])
             self.distiller.heads.load_state_dict(saved["heads"])
@@ -302,7 +308,7 @@ class UpstreamPretrainExpert(nn.Module):
             raise CheckpointError(f"the checkpoint does not fit this run: {first}") from None
 
     def _skip_used_batches(self, all_states: dict) -> None:
-        """Set the position in the data from the step: s3prl's own Runner saves none."""
+        """Derive the position in the data from the step; s3prl's own Runner does not save it."""
         accumulate = all_states["Config"]["runner"]["gradient_accumulate_steps"]
         sampler = self.dataloader.sampler
         sampler.epoch, sampler.position = divmod(all_states["Step"] * accumulate, len(sampler))

@@ -1,4 +1,4 @@
-"""What ends a run early: signals, memory that runs out, workers that die."""
+"""Interruptions of a run: signals, out of memory, data loader workers that die or hang."""
 
 from __future__ import annotations
 
@@ -28,38 +28,40 @@ T = TypeVar("T")
 SIGNALS = tuple(
     getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)
 )
-TIMER = hasattr(signal, "setitimer")  # Windows has none: a batch is waited for to its end there
-# One Ctrl-C can be delivered twice: by the terminal, and by a wrapper or torchrun that hands it on.
-SAME_KEY = 0.5  # seconds
-SAME_FROM_TORCHRUN = 5.0
-# How long to wait for the next batch after a signal. One process can leave the step out; of several
-# processes the others wait in it for this one, and one more step is saved if it is done.
-LAST_BATCH = 1.0  # seconds
-LAST_BATCH_OF_SEVERAL = 3.0
+HAS_TIMER = hasattr(signal, "setitimer")  # not on Windows: no limit there on the wait for a batch
+# A signal within this time repeats the first one: the terminal delivers Ctrl-C, and so does a
+# wrapper or torchrun that forwards it.
+SAME_SIGNAL = 0.5  # seconds
+SAME_SIGNAL_DISTRIBUTED = 5.0
+# How long to wait for the next batch after a signal. A single process can drop the step. One of
+# several waits longer: the others are in the same step and wait for it, and then the step is saved.
+BATCH_WAIT = 1.0  # seconds
+BATCH_WAIT_DISTRIBUTED = 3.0
 
 # In the errors of torch's allocators: CUDA, MPS, Linux and other CPUs.
-SIGNS = ("out of memory", "can't allocate memory", "not enough memory")
+OUT_OF_MEMORY_TEXTS = ("out of memory", "can't allocate memory", "not enough memory")
 
 
 class StoppedWaiting(Exception):
-    """After a signal, the next batch has not come in time."""
+    """After a signal, the next batch has not arrived in time."""
 
 
 def exit_code(name: str) -> int:
-    """The exit code of a process that the signal of that name has ended: 143, 130 or 138."""
+    """The exit code for the signal of that name: 143 (SIGTERM), 130 (SIGINT), 138 (SIGUSR1)."""
     return 128 + int(signal.Signals[name])
 
 
 class StopSignals:
-    """A context in which a signal sets ``received``; the training loop reads it after each step.
+    """Context in which a signal sets ``received``; the training loop reads it after each step.
 
-    Waiting for a batch (:meth:`batches`) ends with StoppedWaiting. A second signal ends the process
-    at once: KeyboardInterrupt for Ctrl-C, the signal's default otherwise; also while the main
-    thread is in code that is not Python's, waiting for another process or for a disk. Outside the
-    main thread, where Python has no signals, the context does nothing.
+    A wait for a batch (:meth:`batches`) ends with StoppedWaiting soon after the signal. A second
+    signal ends the process at once, with KeyboardInterrupt for Ctrl-C and the signal's default
+    action otherwise. It does so even while the main thread is in native code, waiting for another
+    process or a disk. In other threads than the main one, where Python cannot handle signals, the
+    context does nothing.
 
     Args:
-        quiet: print nothing; of several processes one prints.
+        quiet: print nothing; only one of several processes prints.
 
     Attributes:
         received: the first signal, or None.
@@ -68,43 +70,44 @@ class StopSignals:
     def __init__(self, quiet: bool = False) -> None:
         self.quiet = quiet
         self.received: signal.Signals | None = None
-        self._handled_at = 0.0  # by the main thread
-        self._seen_at: float | None = None  # by the watching thread
+        self._handled_at = 0.0  # when the main thread handled the first signal
+        self._seen_at: float | None = None  # when the watching thread read it
         self._announced = self._exiting = False
         self._waiting_since: float | None = None
-        self._before: dict[signal.Signals, Any] = {}
+        self._old_handlers: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopSignals:
         self._process = os.getpid()
         if threading.current_thread() is threading.main_thread():
-            self._before = {each: signal.signal(each, self._handle) for each in SIGNALS}
-            if TIMER:
-                self._before[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._check_waiting)
+            self._old_handlers = {name: signal.signal(name, self._handle) for name in SIGNALS}
+            if HAS_TIMER:
+                old_handler = signal.signal(signal.SIGALRM, self._check_waiting)
+                self._old_handlers[signal.SIGALRM] = old_handler
                 pipe, self._pipe = os.pipe()
                 os.set_blocking(self._pipe, False)
-                self._pipe_before = signal.set_wakeup_fd(self._pipe, warn_on_full_buffer=False)
+                self._old_wakeup_fd = signal.set_wakeup_fd(self._pipe, warn_on_full_buffer=False)
                 threading.Thread(target=self._watch, args=(pipe,), daemon=True).start()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if not self._before:
+        if not self._old_handlers:
             return
-        for each in SIGNALS:
-            signal.signal(each, self._before[each])
-        if TIMER:
+        for number in SIGNALS:
+            signal.signal(number, self._old_handlers[number])
+        if HAS_TIMER:
             if self.received is not None:
                 signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, self._before[signal.SIGALRM])
-            signal.set_wakeup_fd(self._pipe_before)
+            signal.signal(signal.SIGALRM, self._old_handlers[signal.SIGALRM])
+            signal.set_wakeup_fd(self._old_wakeup_fd)
             os.write(self._pipe, b"\0")
             os.close(self._pipe)
-        self._before = {}
+        self._old_handlers = {}
 
     def batches(self, loader: Iterable[T]) -> Iterator[T]:
         """Iterate over a loader.
 
         Raises:
-            StoppedWaiting: a signal has come, and no batch in the seconds since.
+            StoppedWaiting: a signal has arrived, and no batch within the wait after it.
         """
         with self._waiting():
             iterator = iter(loader)
@@ -115,9 +118,10 @@ class StopSignals:
                 return
             yield batch
 
-    def waited(self) -> bool:
-        """Whether a signal is so old that a process which waits for a batch has ended."""
-        return self._seen_at is not None and time.monotonic() - self._seen_at > _last_batch()
+    def is_batch_overdue(self) -> bool:
+        """Whether the wait for a batch after a signal is over, so that another process which
+        was waiting for one has ended."""
+        return self._seen_at is not None and time.monotonic() - self._seen_at > _batch_wait()
 
     @contextlib.contextmanager
     def _waiting(self) -> Iterator[None]:
@@ -129,27 +133,27 @@ class StopSignals:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:
-            return  # a worker that has just been forked
+            return  # in a worker just after the fork
         now = time.monotonic()
         if self.received is None:
             self.received, self._handled_at = signal.Signals(number), now
-            if TIMER:
+            if HAS_TIMER:
                 signal.setitimer(signal.ITIMER_REAL, 0.5, 0.5)
             self._announce(number)
-        elif _is_second(now - self._handled_at):
+        elif _is_new_signal(now - self._handled_at):
             self._exit(number)
 
     def _announce(self, number: int) -> None:
         if self._announced or self.quiet:
             return
         self._announced = True
-        again = "Ctrl-C again" if number == signal.SIGINT else "a second signal"
-        text = f"\n{signal.Signals(number).name}: saving after this step; {again} leaves at once\n"
-        # Not print: a handler may come in the middle of another print to the same stream.
+        second = "Ctrl-C again" if number == signal.SIGINT else "a second signal"
+        text = f"\n{signal.Signals(number).name}: saving after this step; {second} exits at once\n"
+        # Not print(): a handler may interrupt another print to the same stream.
         os.write(2, text.encode())
 
     def _watch(self, pipe: int) -> None:
-        """In a thread, read the numbers of signals as they arrive; :meth:`_handle` may be late."""
+        """Read the numbers of signals as they arrive, in a thread; :meth:`_handle` can be late."""
         while (number := os.read(pipe, 1)[0]) != 0:
             now = time.monotonic()
             if number not in SIGNALS:
@@ -158,8 +162,8 @@ class StopSignals:
                 self._seen_at = now
                 if not connection.wait([pipe], 0.5) and self.received is None:
                     self._announce(number)
-            elif _is_second(now - self._seen_at):
-                time.sleep(1)  # for the main thread to handle it
+            elif _is_new_signal(now - self._seen_at):
+                time.sleep(1)  # give the main thread time to handle it
                 if not self._exiting:
                     _kill_children()
                     os._exit(128 + number)
@@ -167,8 +171,8 @@ class StopSignals:
 
     def _exit(self, number: int) -> None:
         self._exiting = True
-        for each in SIGNALS:
-            signal.signal(each, signal.SIG_DFL)
+        for name in SIGNALS:
+            signal.signal(name, signal.SIG_DFL)
         if number == signal.SIGINT:
             raise KeyboardInterrupt
         try:
@@ -177,19 +181,19 @@ class StopSignals:
             os.kill(os.getpid(), number)
 
     def _check_waiting(self, number: int, frame: FrameType | None) -> None:
-        """Every half second after a signal: raise StoppedWaiting if the next batch is late."""
+        """Raise StoppedWaiting if the next batch is late; called every 0.5 s after a signal."""
         since = self._waiting_since
-        if since is not None and time.monotonic() - max(since, self._handled_at) > _last_batch():
+        if since is not None and time.monotonic() - max(since, self._handled_at) > _batch_wait():
             raise StoppedWaiting
 
 
-def _is_second(seconds: float) -> bool:
-    """Whether a signal so long after the first one is a second one, and not the same again."""
-    return seconds > (SAME_FROM_TORCHRUN if torchrun.several() else SAME_KEY)
+def _is_new_signal(seconds: float) -> bool:
+    """Whether a signal this long after the first is a second one, not the first delivered twice."""
+    return seconds > (SAME_SIGNAL_DISTRIBUTED if torchrun.several() else SAME_SIGNAL)
 
 
-def _last_batch() -> float:
-    return LAST_BATCH_OF_SEVERAL if torchrun.several() else LAST_BATCH
+def _batch_wait() -> float:
+    return BATCH_WAIT_DISTRIBUTED if torchrun.several() else BATCH_WAIT
 
 
 def _kill_children() -> None:
@@ -198,12 +202,12 @@ def _kill_children() -> None:
 
 
 @contextlib.contextmanager
-def memory_explained(step: int, batch: Batch, device: str, hint: str) -> Iterator[None]:
-    """Turn "out of memory" into a sentence with the batch's size and what to lower.
+def explain_out_of_memory(step: int, batch: Batch, device: str, hint: str) -> Iterator[None]:
+    """Turn "out of memory" into an error with the batch's size and the settings to lower.
 
     Args:
         step: number of the step, from 1.
-        batch: the batch in use.
+        batch: the current batch.
         device: of the run.
         hint: how to resume.
 
@@ -220,43 +224,45 @@ def memory_explained(step: int, batch: Batch, device: str, hint: str) -> Iterato
         raise SetupError(
             f"out of memory on {device} at step {step}: the batch has {count} utterances, padded "
             f"to {seconds:.1f} s each ({count * seconds:.0f} s in all); lower train_batch_size "
-            f"(and raise gradient_accumulate_steps as much), or sequence_length; {hint}"
+            f"(and raise gradient_accumulate_steps accordingly), or sequence_length; {hint}"
         ) from None
 
 
 @contextlib.contextmanager
-def workers_explained(hint: str) -> Iterator[None]:
-    """Turn errors of the loader's worker processes into a sentence.
+def explain_worker_errors(hint: str) -> Iterator[None]:
+    """Turn errors of the data loader's workers into an error that says what to change.
 
     Raises:
-        SetupError: a worker died, or they gave no batch for the loader's timeout.
+        SetupError: a worker died, or no batch arrived within the loader's timeout.
     """
     try:
         yield
     except RuntimeError as error:
         message = str(error)
-        late = re.search(r"DataLoader timed out after (\S+) seconds", message)
-        if late:
+        timeout = re.search(r"DataLoader timed out after (\S+) seconds", message)
+        if timeout:
             raise SetupError(
-                f"the processes that read audio gave no batch for {float(late[1]):g} s: the disk "
-                f"does not answer, or shared memory is full ({shared_memory()}); see that "
-                f"libri_root can be read; or {advice()}; for a disk that is only slow, raise "
+                f"the data loader's workers gave no batch for {float(timeout[1]):g} s: the disk "
+                f"does not respond, or shared memory is full ({shared_memory()}); check that "
+                f"libri_root can be read, or {advice()}; if the disk is only slow, raise "
                 f"pretrain_expert.datarc.loader_timeout; {hint}"
             ) from None
         if "DataLoader worker" not in message:
             raise
         if "Bus error" in message:
             raise SetupError(
-                f"a process that reads audio has no shared memory left ({shared_memory()}): "
+                f"a data loader worker ran out of shared memory ({shared_memory()}): "
                 f"{advice()}; {hint}"
             ) from None
         raise SetupError(
-            f"a process that reads audio was killed ({error}): often the machine's memory is full; "
-            f"lower pretrain_expert.datarc.num_workers; {hint}"
+            f"a data loader worker was killed ({error}), often because the machine ran out of "
+            f"memory; lower pretrain_expert.datarc.num_workers; {hint}"
         ) from None
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
-    return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in SIGNS)
+    return isinstance(error, RuntimeError) and any(
+        text in str(error).lower() for text in OUT_OF_MEMORY_TEXTS
+    )

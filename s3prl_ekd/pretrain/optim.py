@@ -1,8 +1,9 @@
-"""Optimizer, schedule, precision, and one update of the weights.
+"""Optimizer, learning rate schedule, precision, and the update of the weights.
 
-An update is as s3prl's Runner makes it, and skipped where it would not be finite. ``FusedAdamW``,
-an addition to s3prl's optimizers, is torch's fused AdamW: one kernel for all weights, and no wait
-for the device. s3prl's ``AdamW_with_schedule`` takes two norms of each weight at each step.
+The update is that of s3prl's Runner, but a step whose loss or gradient is not finite is skipped.
+``FusedAdamW``, an addition to s3prl's optimizers, is torch's fused AdamW: one kernel for all
+weights, no synchronisation with the device. (s3prl's ``AdamW_with_schedule`` computes two norms of
+each weight at each step.)
 """
 
 from __future__ import annotations
@@ -19,38 +20,38 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from ..data.batches import Batch
 from ..errors import EkdError
-from .distributed import Processes
+from .distributed import ProcessGroup
 from .settings import RunSettings
 
 logger = logging.getLogger(__name__)
 
-NAMED = 48  # utterances in a message
+MAX_NAMES = 48  # utterances in a message
 
 
 def loss_scaler(run: RunSettings, device: str) -> torch.amp.GradScaler:
-    """The loss scale; enabled for ``fp16`` on a CUDA device."""
+    """The loss scaler; enabled for ``fp16`` on a CUDA device."""
     return torch.amp.GradScaler("cuda", enabled=run.fp16 and device.startswith("cuda"))
 
 
 def autocast(run: RunSettings, device: str) -> torch.autocast:
-    """The context of the student's forward: float16, bfloat16, or nothing.
+    """The autocast context of the student's forward: float16, bfloat16 or disabled.
 
-    On a CPU it is nothing: bfloat16 is slower there than float32, and some (virtual) processors
-    claim instructions for it that they do not have.
+    It is disabled on a CPU. There bfloat16 is slower than float32, and some (virtual) processors
+    report bfloat16 instructions that they lack.
     """
     on_cuda = device.startswith("cuda")
     for name in ("fp16", "bf16"):
         if getattr(run, name) and not on_cuda:
-            logger.warning("runner.%s needs a CUDA device: training in float32", name)
+            logger.warning("runner.%s requires a CUDA device: training in float32", name)
     dtype = torch.bfloat16 if run.bf16 else torch.float16
     return torch.autocast("cuda", dtype, enabled=on_cuda and (run.bf16 or run.fp16))
 
 
 def fused_adamw(model: nn.Module, config: Mapping[str, Any]) -> torch.optim.AdamW:
-    """The optimizer of ``optimizer: {name: FusedAdamW, ...}``, over what is trained.
+    """Make the optimizer of ``optimizer: {name: FusedAdamW, ...}``.
 
-    Weight decay is as written (default: 0.01), and 0 for biases and the weights of normalisations,
-    which have one dimension.
+    Weight decay is ``weight_decay`` (default: 0.01), and 0 for one-dimensional parameters: biases
+    and the weights of normalisation layers.
     """
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     groups = [
@@ -72,8 +73,8 @@ def fused_adamw(model: nn.Module, config: Mapping[str, Any]) -> torch.optim.Adam
 def warmup_schedule(
     optimizer: torch.optim.Optimizer, config: Mapping[str, Any], total_steps: int
 ) -> LambdaLR:
-    """A straight line up over ``warmup_proportion`` of the steps (default: 0.07, as s3prl's), then
-    one down to 0 after the last."""
+    """Linear warm-up over ``warmup_proportion`` of the steps (default: 0.07, as in s3prl), then
+    linear decay, which reaches 0 after the last step."""
     return LambdaLR(
         optimizer, _rate(config.get("warmup_proportion", 0.07) * total_steps, total_steps)
     )
@@ -89,15 +90,18 @@ def _rate(warmup: float, total: int) -> Callable[[int], float]:
 
 
 class NotFiniteError(EkdError):
-    """Too many updates in a row were not finite; the message names the utterances."""
+    """Too many steps in a row were not finite; the message names the utterances."""
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """Of one step. ``loss``: the sum over its batches. ``norm``: of the gradient, before clipping.
+    """The result of a step.
 
-    ``applied``: the weights were updated; they are not where loss or gradient is not finite.
-    ``lowers_scale``: they were not because fp16's loss scale is still too large, as is usual.
+    Attributes:
+        loss: sum over the step's batches.
+        norm: of the gradient, before clipping.
+        applied: whether the weights were updated. They are not if loss or gradient is not finite.
+        lowers_scale: not updated because fp16's loss scale is still too large, which is usual.
     """
 
     loss: float
@@ -107,18 +111,18 @@ class StepResult:
 
 
 class OptimizerStep:
-    """Backward, accumulate, clip, update.
+    """Backward, accumulation, clipping and update.
 
     Args:
-        model: what is trained.
-        optimizer: over its parameters.
+        model: the trained modules.
+        optimizer: over their parameters.
         scheduler: of the learning rate, or None.
-        scaler: fp16's loss scale; disabled otherwise.
-        run: how many batches a step accumulates, and the largest norm of its gradient.
-        processes: of the run; they agree on whether an update is applied.
+        scaler: fp16's loss scaler; disabled otherwise.
+        run: has the number of accumulated batches and the gradient's maximal norm.
+        processes: of the run; they all apply the update, or none does.
 
     Attributes:
-        names: the utterances of the step, those of batches that are not finite first.
+        names: the utterances of the step; those of batches whose loss is not finite come first.
     """
 
     def __init__(
@@ -128,7 +132,7 @@ class OptimizerStep:
         scheduler: LambdaLR | None,
         scaler: torch.amp.GradScaler,
         run: RunSettings,
-        processes: Processes,
+        processes: ProcessGroup,
     ):
         self.model = model
         self.optimizer = optimizer
@@ -146,19 +150,19 @@ class OptimizerStep:
         self._norm, self._finite = 0.0, False
 
     def backward(self, loss: Tensor, batch: Batch) -> None:
-        """Add the gradient of a batch."""
+        """Accumulate the gradient of a batch."""
         if self.accumulate > 1:
             loss = loss / self.accumulate
         self.scaler.scale(loss).backward()
-        value = loss.item()  # waits for the device, as the norm below does
+        value = loss.item()  # synchronises with the device, as the norm in clip() does
         self._losses.append(value)
         self.names = self.names + batch.names if math.isfinite(value) else batch.names + self.names
 
     def clip(self) -> None:
-        """Clip the gradient, and agree with all processes on whether loss and norm are finite.
+        """Clip the gradient; check with all processes whether loss and norm are finite.
 
-        Weights and optimizer are unchanged, so that the step before this one can still be saved if
-        another process is lost here.
+        Weights and optimizer do not change, so that the previous step can still be saved if another
+        process is lost here.
         """
         self.scaler.unscale_(self.optimizer)
         self._norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), self.max_norm))
@@ -166,10 +170,10 @@ class OptimizerStep:
         self._finite = not self.processes.any(not finite)
 
     def update(self) -> StepResult:
-        """Update weights and learning rate; the weights stay if loss or norm is not finite."""
+        """Update weights and learning rate; keep the weights if loss or norm is not finite."""
         loss, norm, finite = sum(self._losses), self._norm, self._finite
         if finite:
-            self.scaler.step(self.optimizer)  # without a scale: optimizer.step()
+            self.scaler.step(self.optimizer)  # optimizer.step() if the scaler is disabled
         if finite or self.scaler.is_enabled():
             self.scaler.update()
         self.optimizer.zero_grad()
@@ -180,18 +184,19 @@ class OptimizerStep:
 
     def learning_rate(self) -> float:
         """The learning rate of the next step."""
-        if hasattr(self.optimizer, "get_lr"):  # s3prl's own: one for each parameter it has moved
+        if hasattr(self.optimizer, "get_lr"):  # s3prl's optimizers: one for each updated parameter
             rates = self.optimizer.get_lr()
             if rates:
                 return rates[0]
         return self.optimizer.param_groups[0]["lr"]
 
 
-def not_finite(step: int, count: int, names: Sequence[str], hint: str) -> NotFiniteError:
-    """The error for ``count`` updates in a row that were not finite."""
-    shown = ", ".join(names[:NAMED])
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+def not_finite_error(step: int, count: int, names: Sequence[str], hint: str) -> NotFiniteError:
+    """The error for ``count`` steps in a row that were not finite."""
+    shown = ", ".join(names[:MAX_NAMES])
+    more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
     return NotFiniteError(
-        f"loss or gradient was not finite in {count} updates in a row, up to step {step}; look at "
-        f"the last batch ({shown}{more}), lower optimizer.lr, or raise runner.max_nonfinite; {hint}"
+        f"loss or gradient was not finite in {count} steps in a row, up to step {step}; check the "
+        f"utterances of that step ({shown}{more}), lower optimizer.lr, or raise "
+        f"runner.max_nonfinite; {hint}"
     )

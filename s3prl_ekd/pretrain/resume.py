@@ -13,19 +13,19 @@ import numpy as np
 import torch
 
 from ..errors import CheckpointError
-from .checkpoints import KEY, Progress
+from .checkpoints import RUN_STATE_KEY, Progress
 from .config_diff import check_tables, table_digests
-from .distributed import Processes
+from .distributed import ProcessGroup
 from .expert import UpstreamPretrainExpert
 
 logger = logging.getLogger(__name__)
 
 
 def random_states(device: str = "cpu") -> dict[str, Any]:
-    """The states of all generators, as plain data and tensors that a checkpoint may hold.
+    """The states of the generators of Python, NumPy, torch and CUDA, as plain data and tensors.
 
     Args:
-        device: of the run. The state of a CUDA device's generator is on the CPU: no wait for it.
+        device: of the run. Reading a CUDA generator's state does not synchronise with the device.
     """
     version, words, gauss = random.getstate()
     state: Any = np.random.get_state()
@@ -40,10 +40,10 @@ def random_states(device: str = "cpu") -> dict[str, Any]:
 
 
 def set_random_states(states: dict[str, Any], device: str = "cpu") -> None:
-    """Restore :func:`random_states`. The CUDA state is ignored on another device.
+    """Restore the states of :func:`random_states`. On a CPU the CUDA state is ignored.
 
     Raises:
-        ValueError: these are no such states.
+        ValueError: ``states`` is invalid.
     """
     try:
         version, words, gauss = states["python"]
@@ -55,7 +55,7 @@ def set_random_states(states: dict[str, Any], device: str = "cpu") -> None:
         if states["cuda"] is not None and str(device).startswith("cuda"):
             torch.cuda.set_rng_state(states["cuda"], device)
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
-        raise ValueError(f"no states of random number generators: {error}") from None
+        raise ValueError(f"invalid random states: {error}") from None
 
 
 @contextlib.contextmanager
@@ -73,51 +73,55 @@ def resumed_progress(
     path: str,
     upstream: UpstreamPretrainExpert,
     overridden: Collection[str],
-    processes: Processes,
+    processes: ProcessGroup,
 ) -> Progress:
-    """The progress in a checkpoint; the sampler of ``upstream`` is set to it.
+    """Read the progress from a checkpoint, and set the position of ``upstream``'s sampler to it.
 
     Args:
         states: the checkpoint; empty for a new run.
         path: of the checkpoint, for messages.
-        upstream: has loaded its weights already.
-        overridden: the config's keys that ``-o`` sets at this start.
+        upstream: with the checkpoint's weights loaded.
+        overridden: config keys that ``-o`` sets in this command.
         processes: of the run.
 
     Raises:
-        EkdError: the checkpoint is damaged, or the corpus tables are others than then.
+        EkdError: the checkpoint is damaged, or the corpus tables have changed since.
     """
     data, sampler = upstream.data, upstream.dataloader.sampler
     tables = table_digests(data.file_path, data.sets)
-    if KEY in states:
-        progress = Progress.from_state_dict(states[KEY], path)
+    if RUN_STATE_KEY in states:
+        progress = Progress.from_state_dict(states[RUN_STATE_KEY], path)
         check_tables(progress.tables, tables, data.file_path, overridden)
         if progress.tables != tables or progress.batches != len(sampler):
-            logger.warning("the batches are others than before: beginning a new pass over them")
+            logger.warning("the batches changed since the checkpoint; starting a new epoch")
             progress.epoch, progress.batch = progress.epoch + 1, 0
     else:
         progress = Progress(states.get("Step", 0), epoch=sampler.epoch, batch=sampler.position)
         if states:
-            logger.warning("%s is of s3prl's own Runner: random numbers begin anew", path)
+            logger.warning("%s is from s3prl's own Runner: random states start from the seed", path)
     progress.tables, progress.batches = tables, len(sampler)
-    sampler.go_to(progress.epoch, progress.batch, processes.rank, processes.count)
+    sampler.go_to(progress.epoch, progress.batch, processes.rank, processes.world_size)
     return progress
 
 
-def resume_random(states: Mapping, path: str, processes: Processes, device: str) -> bool:
-    """Restore the random states, if they were saved by the same number of processes.
+def resume_random(states: Mapping, path: str, processes: ProcessGroup, device: str) -> bool:
+    """Restore this process's random states, if the number of processes is that of the checkpoint.
 
     Returns:
         Whether they were restored.
 
     Raises:
-        CheckpointError: they are damaged.
+        CheckpointError: the saved states are damaged.
     """
-    if KEY not in states:
+    if RUN_STATE_KEY not in states:
         return False
-    saved = states[KEY]["random"]
-    if len(saved) != processes.count:
-        logger.warning("another number of processes than before: random numbers begin anew")
+    saved = states[RUN_STATE_KEY]["random"]
+    if len(saved) != processes.world_size:
+        logger.warning(
+            "random states start from the seed: the checkpoint has %d processes, this run %d",
+            len(saved),
+            processes.world_size,
+        )
         return False
     try:
         set_random_states(saved[processes.rank], device)
@@ -127,25 +131,27 @@ def resume_random(states: Mapping, path: str, processes: Processes, device: str)
 
 
 def resume_optimizer(optimizer: torch.optim.Optimizer, states: Mapping, path: str) -> None:
-    """Load the moments of the checkpoint, and keep learning rate and the like as configured.
+    """Load the checkpoint's moments; keep learning rate and other settings as configured.
 
-    They are the same unless ``-o`` has changed them: otherwise a run that is made longer would
-    continue at a learning rate of 0, the end of its old schedule.
+    With the checkpoint's settings, ``-o`` could not change them, and a run that is made longer
+    would continue at a learning rate of 0, the end of its old schedule.
 
     Raises:
-        CheckpointError: they are not there or do not fit.
+        CheckpointError: the moments are missing or do not fit.
     """
-    fresh = [
+    configured = [
         {key: value for key, value in group.items() if key != "params"}
         for group in optimizer.param_groups
     ]
     try:
-        # A copy: else the moments would be pages of the checkpoint's file.
+        # A copy, because the checkpoint's tensors are memory-mapped from its file.
         optimizer.load_state_dict(copy.deepcopy(states["Optimizer"]))
     except (KeyError, ValueError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"the optimizer in {path} does not fit this run: {error}") from None
-    for group, new in zip(optimizer.param_groups, fresh, strict=True):
-        group.update(new)
+        raise CheckpointError(
+            f"{path}: its optimizer state does not fit this run: {error}"
+        ) from None
+    for group, settings in zip(optimizer.param_groups, configured, strict=True):
+        group.update(settings)
 
 
 def resume_scheduler(
@@ -153,8 +159,8 @@ def resume_scheduler(
 ) -> None:
     """Advance a new schedule to ``step``.
 
-    s3prl's are all functions of the step. Their saved state would restore the old learning rate
-    where ``-o`` changes it, and would leave the rate of the first step in the optimizer.
+    All of s3prl's schedules are functions of the step. Their saved state is not loaded: it would
+    undo a learning rate set by ``-o``, and leave the first step's rate in the optimizer.
     """
     scheduler.last_epoch = step
     scheduler._step_count = step + 1

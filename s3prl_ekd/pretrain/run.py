@@ -1,4 +1,4 @@
-"""``run_pretrain.py``: the request checked, and s3prl's script called with our trainer."""
+"""``run_pretrain.py``: check the request, call s3prl's script with :class:`.trainer.Trainer`."""
 
 from __future__ import annotations
 
@@ -28,48 +28,48 @@ from ..request import (
     script_guards,
 )
 from ..system import torchrun
-from .config_diff import check_changes, check_same, described, differences
+from .config_diff import check_changes, check_config_file, config_differences, describe_changes
 from .settings import check_runner_config, load_model_config, load_runner_config
 
 logger = logging.getLogger(__name__)
 
 
 def prepare(argv: Sequence[str]) -> PretrainRequest:
-    """Read and check the arguments of a command.
+    """Parse and check the arguments of a command, before torch is imported.
 
     Raises:
-        EkdError: one sentence for what the user can mend, before anything heavy is loaded.
+        EkdError: wrong arguments, settings or files.
     """
     return completed(PretrainRequest.parse(trust.take(argv)), OPTION_CHECKS, RUN_CHECKS)
 
 
-# Checks of what was typed
+# Checks of the arguments
 
 
 def check_workspace(request: PretrainRequest) -> None:
-    """The working folder has been set up."""
+    """Check that ``s3prl-ekd init`` has set up the working folder."""
     if not Path("pretrain").is_dir():
-        raise SetupError(f"nothing is set up in this folder (no pretrain/ekd); {INIT_HINT}")
+        raise SetupError(f"no pretrain/ekd in this folder; {INIT_HINT}")
     if request.upstream == "ekd" and not Path("pretrain/ekd").is_dir():
-        raise SetupError(f"ekd is not set up in this folder (no pretrain/ekd); {INIT_HINT}")
+        raise SetupError(f"no pretrain/ekd in this folder; {INIT_HINT}")
 
 
-def check_processes(request: PretrainRequest) -> None:
-    """Another method than ours runs in one process."""
+def check_single_process(request: PretrainRequest) -> None:
+    """Reject several processes for an upstream other than ekd."""
     if torchrun.several() and not request.is_ekd:
         raise SetupError(
-            f"s3prl's own Runner, which -u {request.upstream} has, does not join processes, each "
-            "would train a model of its own; start it without torchrun"
+            f"-u {request.upstream} uses s3prl's own Runner, which cannot train in several "
+            "processes; start it without torchrun"
         )
 
 
-OPTION_CHECKS = (check_workspace, check_processes)
+OPTION_CHECKS = (check_workspace, check_single_process)
 
-# Checks of the run, with the contents of its checkpoint, which are empty for a new one
+# Checks of the run; ``states`` is the contents of its checkpoint, empty for a new run
 
 
 def check_other_method(request: PretrainRequest, states: Mapping[str, Any]) -> None:
-    """The config of another method than ours has nothing in it that would run."""
+    """Check that the config of another upstream holds no code that s3prl would evaluate."""
     if request.is_ekd:
         return
     config = {}
@@ -81,34 +81,34 @@ def check_other_method(request: PretrainRequest, states: Mapping[str, Any]) -> N
     check_names(config, str(request.past_exp or request.config))
 
 
-def check_new(request: PretrainRequest, states: Mapping[str, Any]) -> None:
-    """A new run has a method, a name and configs that are valid."""
+def check_new_settings(request: PretrainRequest, states: Mapping[str, Any]) -> None:
+    """Check that a new run has an upstream, a name and valid configs."""
     if states or not request.is_ekd:
         return
     if request.upstream is None:
-        raise SetupError("name the method: run_pretrain.py -u ekd -n NAME")
+        raise SetupError("-u is missing; type: run_pretrain.py -u ekd -n NAME")
     if not (request.expdir or request.expname):
-        raise SetupError("name the run: add -n NAME (or -p FOLDER)")
+        raise SetupError("the run has no name; add -n NAME (or -p FOLDER)")
     load_runner_config(request.config or "pretrain/ekd/config_runner.yaml", request.override)
     load_model_config(request.upstream_config or "pretrain/ekd/config_model.yaml")
 
 
-def check_resumed(request: PretrainRequest, states: Mapping[str, Any]) -> None:
-    """The checkpoint is whole, and of a run of ours."""
+def check_checkpoint(request: PretrainRequest, states: Mapping[str, Any]) -> None:
+    """Check that the checkpoint is complete, and of a run with ``-u ekd``."""
     if not states or not request.is_ekd:
         return
     from ..files.run_checkpoints import check_whole
 
     path = str(request.past_exp)
     if "Upstream_Config" not in states:
-        raise CheckpointError(f"{path} is no checkpoint of run_pretrain.py -u ekd")
+        raise CheckpointError(f"{path} is not a checkpoint of run_pretrain.py -u ekd")
     if getattr(states["Args"], "upstream", None) != "ekd":
-        raise CheckpointError(f"{path} is of a run with another method than ekd")
+        raise CheckpointError(f"{path} is a checkpoint of a run with another upstream than ekd")
     check_whole(path)
 
 
-def check_folder(request: PretrainRequest, states: Mapping[str, Any]) -> None:
-    """The run's folder holds no other run, and can be made."""
+def check_output_folder(request: PretrainRequest, states: Mapping[str, Any]) -> None:
+    """Check that the run's folder holds no other run; make it for a new run."""
     if not request.is_ekd or request.folder is None:
         return
     check_run_folder(request, states)
@@ -116,48 +116,50 @@ def check_folder(request: PretrainRequest, states: Mapping[str, Any]) -> None:
         make_folder(request.folder, SetupError)
 
 
-def check_config(request: PretrainRequest, states: Mapping[str, Any]) -> None:
-    """A resumed run keeps its config; ``-o`` may change some of it, and the log says what.
+def check_resumed_config(request: PretrainRequest, states: Mapping[str, Any]) -> None:
+    """Check that a resumed run keeps its config, but for the changes by ``-o``; log those.
 
-    Files named by ``-c`` and ``-g`` must say the same, as they do where the command that started
-    the run is typed again with ``-a``.
+    The files of ``-c`` and ``-g`` must equal the config in the checkpoint. They do if the user
+    repeats the command that started the run and adds ``-a``.
     """
     if not states or not request.is_ekd:
         return
     path, text = str(request.past_exp), request.override
     log_moved(request, getattr(states["Args"], "expdir", None))
-    logger.info("resume from %s at step %s", path, states["Step"])
-    kept = check_runner_config(states["Config"], f"the config in {path}")
+    logger.info("resuming from %s at step %s", path, states["Step"])
+    saved = check_runner_config(states["Config"], f"the config in {path}")
     config = apply_overrides(states["Config"], text) if text else states["Config"]
-    now = check_runner_config(config, f"the config in {path} with -o")
-    changes = differences(plain(kept), plain(now))
+    current = check_runner_config(config, f"the config in {path} with -o")
+    changes = config_differences(plain(saved), plain(current))
     check_changes(changes, path)
     if request.config:
-        named = differences(plain(now), plain(load_runner_config(request.config, text)))
-        check_same(request.config, named, path, "-c")
+        in_file = load_runner_config(request.config, text)
+        file_changes = config_differences(plain(current), plain(in_file))
+        check_config_file(request.config, file_changes, path, "-c")
     if request.upstream_config:
         model = load_model_config(states["Upstream_Config"])
-        named = differences(plain(model), plain(load_model_config(request.upstream_config)))
-        check_same(request.upstream_config, named, path, "-g")
+        in_file = load_model_config(request.upstream_config)
+        file_changes = config_differences(plain(model), plain(in_file))
+        check_config_file(request.upstream_config, file_changes, path, "-g")
     if changes:
-        logger.info("changed by -o: %s", described(changes))
+        logger.info("changed by -o: %s", describe_changes(changes))
 
 
 RUN_CHECKS = (
     check_other_method,
-    check_new,
-    check_resumed,
+    check_new_settings,
+    check_checkpoint,
     check_device,
-    check_folder,
-    check_config,
+    check_output_folder,
+    check_resumed_config,
 )
 
 
 def run(script: ModuleType, request: PretrainRequest) -> None:
-    """Call s3prl's script for a request that has been checked: for ekd with our trainer.
+    """Call s3prl's script for a checked request; for ekd with :class:`.trainer.Trainer`.
 
-    On resume what was typed has the last word. s3prl means ``-o`` to be of the highest priority,
-    but puts all of the checkpoint's arguments, its ``-o`` and its device among them, over it.
+    On resume ``-o`` and ``--device`` of this command take priority over those in the checkpoint.
+    s3prl intends so for ``-o``, but overwrites all arguments with the checkpoint's.
     """
     device = {"device": request.device} if request.device else {}
     with contextlib.ExitStack() as stack:
@@ -169,13 +171,13 @@ def run(script: ModuleType, request: PretrainRequest) -> None:
                 Trainer, s3prl_runner=script.Runner, overridden=overridden(request.override)
             )
             stack.enter_context(replaced(script, "Runner", trainer))
-        if torchrun.rank():  # s3prl's scripts print; one of several processes is enough
-            nowhere = stack.enter_context(open(os.devnull, "w"))
-            stack.enter_context(contextlib.redirect_stdout(nowhere))
+        if torchrun.rank():  # only the main process shows what s3prl's script prints
+            devnull = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(contextlib.redirect_stdout(devnull))
         script.main()
-    from .distributed import leave
+    from .distributed import leave_process_group
 
-    leave()
+    leave_process_group()
     if request.is_ekd and torchrun.rank() == 0:
         print(
             f"\ndone: the student is in {request.folder}; next:\n"

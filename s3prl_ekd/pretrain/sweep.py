@@ -1,4 +1,4 @@
-"""Run several experiments over several seeds; their results in one table."""
+"""Pretrain with several model configs and seeds, and tabulate the results."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from ..system.jobs import child_command, child_environment
 from .settings import load_model_config, load_runner_config
 from .tensorboard import read_scalars, teacher_curves
 
-RECORD = "matrix.json"  # in a run's folder: what it is, and once finished the seconds it took
+RECORD = "matrix.json"  # in a run's folder: its digest, and its duration once it is finished
 
 
 @dataclass(frozen=True)
 class SweepRun:
-    """One experiment with one seed, in its folder below the working folder."""
+    """A run of one model config with one seed."""
 
     config: Path  # the model config
     runner: Path  # the runner config
@@ -72,7 +72,7 @@ class SweepRun:
 
     @property
     def argv(self) -> list[str]:
-        """The command, as typed."""
+        """The command's arguments."""
         return PretrainRequest(
             upstream="ekd",
             expdir=str(self.folder),
@@ -86,10 +86,13 @@ class SweepRun:
 
 @dataclass(frozen=True)
 class SweepResult:
-    """The last scalars of a finished run, and its duration in seconds.
+    """The last scalars of a finished run, and its duration.
 
-    ``distances``: the reconstruction error to each teacher, averaged over its layers; unlike the
-    loss, these compare between experiments of the same teachers.
+    Attributes:
+        loss: the training loss.
+        distances: reconstruction error for each teacher, averaged over its layers. Unlike losses,
+            distances are comparable between experiments with the same teachers.
+        seconds: duration.
     """
 
     loss: float
@@ -97,27 +100,28 @@ class SweepResult:
     seconds: float
 
 
-def run_all(runs: Sequence[SweepRun], jobs: int = 1) -> Iterator[tuple[SweepRun, SweepResult]]:
-    """Run what is not finished, ``jobs`` at a time, and yield each run's outcome as it ends.
+def run_sweep(runs: Sequence[SweepRun], jobs: int = 1) -> Iterator[tuple[SweepRun, SweepResult]]:
+    """Start or resume unfinished runs, ``jobs`` in parallel; yield each result when it is there.
 
     Raises:
-        SetupError: a run failed (its log is named), or a folder holds another run of that name.
+        SetupError: a run failed (the message names its log), or a folder holds a run of the same
+            name with other settings.
     """
     for run in runs:
         record = run.folder / RECORD
         if record.is_file() and _read(record)["digest"] != run.digest:
             raise SetupError(
-                f"{run.folder} holds a run with other settings; move it away or remove it"
+                f"{run.folder} holds a run with other settings; move or remove the folder"
             )
     with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(runs), unit=" runs") as bar:
-        waiting = {pool.submit(_run, run, jobs): run for run in runs}
+        futures = {pool.submit(_run, run, jobs): run for run in runs}
         try:
-            for done in as_completed(waiting):
+            for future in as_completed(futures):
                 bar.update()
-                yield waiting[done], done.result()
+                yield futures[future], future.result()
         except BaseException:
-            for other in waiting:
-                other.cancel()
+            for future in futures:
+                future.cancel()
             raise
 
 
@@ -125,34 +129,34 @@ def _run(run: SweepRun, jobs: int) -> SweepResult:
     record = run.folder / RECORD
     if not record.is_file() or "seconds" not in _read(record):
         make_folder(run.folder, SetupError)
-        facts: dict[str, str | float] = {"digest": run.digest}
-        write_text(record, json.dumps(facts))
+        content: dict[str, str | float] = {"digest": run.digest}
+        write_text(record, json.dumps(content))
         start = time.monotonic()
         threads = str(max(1, (os.cpu_count() or 1) // jobs))
         with open(run.folder / "log.txt", "a", encoding="utf-8") as log:
-            done = subprocess.run(
+            process = subprocess.run(
                 child_command(run.argv),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env={"OMP_NUM_THREADS": threads, **child_environment()},
             )
-        if done.returncode:
+        if process.returncode:
             raise SetupError(f"{run.name} failed; see {run.folder / 'log.txt'}")
-        facts["seconds"] = time.monotonic() - start
-        write_text(record, json.dumps(facts))
-    return outcome(run.folder)
+        content["seconds"] = time.monotonic() - start
+        write_text(record, json.dumps(content))
+    return read_result(run.folder)
 
 
 def _read(record: Path) -> dict:
     data = read_json(record, "record", SetupError)
     refuse_newer(data.get("format", 1), 1, f"the record {record}", SetupError)
     if not isinstance(data.get("digest"), str):
-        raise SetupError(f"{record} is damaged: it has no digest; remove the folder to run again")
+        raise SetupError(f"{record} is damaged: no digest; remove the folder and run again")
     return data
 
 
-def outcome(folder: Path) -> SweepResult:
+def read_result(folder: Path) -> SweepResult:
     """Read the last scalars of a finished run."""
     scalars = read_scalars(folder)
     distances = {
@@ -168,22 +172,21 @@ def _last(points: Mapping[int, float]) -> float:
     return points[max(points)]
 
 
-def table(outcomes: Mapping[str, Sequence[SweepResult]]) -> list[list[str]]:
-    """Rows of text, a header first: mean and standard deviation over the seeds.
+def results_table(results: Mapping[str, Sequence[SweepResult]]) -> list[list[str]]:
+    """Rows of text, the first the header: mean ± standard deviation over the seeds.
 
     Args:
-        outcomes: experiment -> one outcome a seed.
+        results: experiment -> a result for each seed.
     """
-    teachers = list(
-        dict.fromkeys(name for group in outcomes.values() for o in group for name in o.distances)
-    )
+    every_result = [result for group in results.values() for result in group]
+    teachers = list(dict.fromkeys(name for result in every_result for name in result.distances))
     rows = [["experiment", "seeds", "loss", *(f"L1 to {name}" for name in teachers), "seconds"]]
-    for name, group in outcomes.items():
-        cells = [name, str(len(group)), _spread([o.loss for o in group])]
+    for name, group in results.items():
+        cells = [name, str(len(group)), _spread([result.loss for result in group])]
         for teacher in teachers:
-            values = [o.distances[teacher] for o in group if teacher in o.distances]
+            values = [r.distances[teacher] for r in group if teacher in r.distances]
             cells.append(_spread(values) if values else "")
-        rows.append([*cells, f"{statistics.fmean(o.seconds for o in group):.0f}"])
+        rows.append([*cells, f"{statistics.fmean(result.seconds for result in group):.0f}"])
     return rows
 
 
@@ -193,7 +196,7 @@ def _spread(values: Sequence[float]) -> str:
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table of rows, the first of which is the header; a cell is text and no markup."""
+    """A Markdown table; the first row is the header. Markup in cells is escaped."""
     rows = [[printable(c).replace("|", "\\|").replace("<", "&lt;") for c in row] for row in rows]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [

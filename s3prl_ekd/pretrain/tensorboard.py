@@ -1,8 +1,8 @@
-"""Write, read and plot the TensorBoard scalars of a run that may be killed at any moment.
+"""Write, read and plot the TensorBoard scalars of a run.
 
-tensorboardX's SummaryWriter hands its events to a thread, and ``flush`` does not wait for what is
-still in its queue: a killed run lacks points from before its last checkpoint, and no resume brings
-them back. Here an event is written when it is added.
+tensorboardX's SummaryWriter queues its events for a thread, and ``flush`` does not drain the queue.
+A run that is killed then lacks points from before its last checkpoint, and resuming does not
+restore them. Here an event is written when it is added.
 """
 
 from __future__ import annotations
@@ -25,77 +25,77 @@ from ..errors import SetupError
 logger = logging.getLogger(__name__)
 
 
-class NoWriter:
-    """The logger of a process that does not write."""
+class NullWriter:
+    """The scalar writer of the ranks other than 0: it writes nothing."""
 
     def add_scalar(self, tag: str, value: float, global_step: int) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def flush(self) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def close(self) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
 class ScalarWriter:
-    """Write scalars to a new file in a run's folder, with the methods that s3prl calls.
+    """Write scalars to a new event file in a run's folder, with the methods that s3prl calls.
 
-    A point that cannot be written is lost with a warning: a full disk is for the checkpoints to
-    report, which matter more.
+    If a point cannot be written, it is lost and a warning is logged. On a full disk saving a
+    checkpoint raises the error.
 
     Args:
-        folder: exists.
-        after: the step that the run resumes from: TensorBoard hides later points of other files.
-            None for a new run.
+        folder: an existing folder.
+        resume_step: step of the checkpoint that the run resumes from, None for a new run.
+            TensorBoard then hides later points of older files.
 
     Raises:
-        SetupError: no file can be made there.
+        SetupError: the file cannot be created.
     """
 
-    def __init__(self, folder: str | Path, after: int | None = None):
+    def __init__(self, folder: str | Path, resume_step: int | None = None):
         self._warned = False
         try:
-            # A file's name has the second only, and a file of the same name would be emptied.
+            # The default name has seconds only, and an existing file of that name is overwritten.
             fraction = f".{time.time_ns() % 1_000_000_000:09d}"
             self._events = EventsWriter(str(Path(folder) / "events"), fraction)
         except OSError as error:
             raise SetupError(f"cannot write into {folder}: {error.strerror}") from None
-        if after is not None:
-            begin = SessionLog(status=SessionLog.START)
-            self._write(Event(step=after + 1, session_log=begin))
+        if resume_step is not None:
+            session_start = SessionLog(status=SessionLog.START)
+            self._write(Event(step=resume_step + 1, session_log=session_start))
         self.flush()
 
     def add_scalar(self, tag: str, value: float, global_step: int) -> None:
-        """Write one point; ``value`` is anything that ``float`` takes."""
+        """Write one point; ``value`` can be anything that ``float()`` accepts."""
         point = Summary.Value(tag=tag, simple_value=float(value))
         self._write(Event(step=global_step, summary=Summary(value=[point])))
 
     def flush(self) -> None:
-        """Hand all points to the operating system, and ask it to put them on the disk."""
+        """Flush all points and sync them to disk."""
         if self._events is not None:
-            with self._no_error():
+            with self._log_errors():
                 self._events.flush()
 
     def close(self) -> None:
-        """Flush and close; a second time does nothing."""
+        """Flush and close; a second call does nothing."""
         if self._events is not None:
-            with self._no_error():
+            with self._log_errors():
                 self._events.close()
             self._events = None
 
     def _write(self, event: Event) -> None:
         event.wall_time = time.time()
-        with self._no_error():
+        with self._log_errors():
             self._events.write_event(event)
 
     @contextlib.contextmanager
-    def _no_error(self) -> Iterator[None]:
+    def _log_errors(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
             if not self._warned:
-                logger.warning("TensorBoard's file cannot be written: %s", error.strerror)
+                logger.warning("cannot write the TensorBoard file: %s", error.strerror)
             self._warned = True
 
 
@@ -105,16 +105,16 @@ _HEADER, _FOOTER = 12, 4  # bytes around a record: its length with a checksum, a
 def read_scalars(folder: str | Path) -> dict[str, dict[int, float]]:
     """All scalars in ``folder/events.*``: tag -> step -> value.
 
-    A step written twice (a run that was cut and resumed) keeps the later value. A record that was
-    cut off at the end of a file is left out.
+    If a step was written twice, by a run that was interrupted and resumed, the later value counts.
+    A truncated record at the end of a file is ignored.
     """
     scalars: dict[str, dict[int, float]] = {}
     for path in sorted(Path(folder).glob("events.*"), key=lambda path: path.stat().st_mtime):
-        data, at = path.read_bytes(), 0
-        while at + _HEADER <= len(data):
-            (size,) = struct.unpack_from("<Q", data, at)
-            record = data[at + _HEADER : at + _HEADER + size]
-            at += _HEADER + size + _FOOTER
+        data, offset = path.read_bytes(), 0
+        while offset + _HEADER <= len(data):
+            (size,) = struct.unpack_from("<Q", data, offset)
+            record = data[offset + _HEADER : offset + _HEADER + size]
+            offset += _HEADER + size + _FOOTER
             if len(record) < size:
                 break
             event = event_pb2.Event.FromString(record)
@@ -128,7 +128,7 @@ _TEACHER = re.compile(r"ekd/train-(?P<teacher>\w+)/(l1|l2|smooth_l1)_layers?(?P<
 
 
 def teacher_curves(scalars: Mapping[str, Mapping[int, float]]) -> dict[str, dict[str, dict]]:
-    """``{teacher: {layer: {step: L1}}}`` from a run's scalars (:mod:`.tensorboard`).
+    """Extract ``{teacher: {layer: {step: L1}}}`` from the scalars of :func:`read_scalars`.
 
     A layer is a number as text, or ``1-3`` for a group of layers.
     """
@@ -145,7 +145,7 @@ def _first_layer(item: tuple[str, dict]) -> int:
 
 
 def plot_run(scalars: Mapping[str, Mapping[int, float]], path: str | Path) -> None:
-    """Draw the loss beside one panel a teacher and write it as PNG.
+    """Plot the loss and, in a panel for each teacher, its L1 distances; write a PNG file.
 
     Raises:
         SetupError: matplotlib is not installed.
@@ -154,7 +154,7 @@ def plot_run(scalars: Mapping[str, Mapping[int, float]], path: str | Path) -> No
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
-        raise SetupError("plots need matplotlib; type: pip install 's3prl_ekd[plots]'") from None
+        raise SetupError("plots require matplotlib; type: pip install 's3prl_ekd[plots]'") from None
     curves = teacher_curves(scalars)
     panels = 1 + len(curves)
     figure = Figure(figsize=(3.4 * panels, 3), layout="constrained")

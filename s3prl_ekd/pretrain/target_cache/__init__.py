@@ -1,1 +1,1 @@
-"""Teacher targets computed once for a corpus and read from disk in every later step."""
+"""Teacher targets that are computed once for a corpus and read from disk during training."""

@@ -1,8 +1,8 @@
-"""Run the teachers over a corpus, one utterance at a time, and store their targets.
+"""Build a target cache: run the teachers over a corpus, one utterance at a time.
 
-One at a time because their outputs depend on padding (the first conv layer of the Base models
-normalises over time): a stored target is that of the utterance, or of its fixed excerpt, alone.
-:func:`distances` measures how far targets computed in padded batches are from the stored ones.
+A padded batch would change the targets, because the first conv layer of the Base models normalises
+over time. So a cached target is that of a single utterance, or of its fixed excerpt.
+:func:`relative_differences` compares cached targets with targets computed in padded batches.
 """
 
 from __future__ import annotations
@@ -48,17 +48,17 @@ from ...hidden_states.store import (
     to_numbers,
     write_index,
 )
-from ..interrupts import is_out_of_memory, workers_explained
+from ..interrupts import explain_worker_errors, is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
 
 SPARE = 64 << 20  # bytes to leave free on the disk
-TargetFn = Callable[[Sequence[Tensor]], Mapping[str, Tensor]]  # of waveforms ``[sample]``
+TargetFn = Callable[[Sequence[Tensor]], Mapping[str, Tensor]]  # from waveforms ``[sample]``
 
 
 def cached_rows(data: DataSettings, student: StudentSettings) -> list[Utterance]:
-    """The utterances of ``sets`` and ``dev_sets``, the longest first.
+    """Read the utterances of ``sets`` and ``dev_sets``, longest first.
 
     Raises:
         DataError: see :func:`...data.tables.read_tables`.
@@ -70,20 +70,26 @@ def cached_rows(data: DataSettings, student: StudentSettings) -> list[Utterance]
             table = read_tables(data.file_path, sets, bad)
             rows |= {row.path: row for row in within(table, data.max_timestep, student.min_samples)}
     if bad:
-        logger.warning("left out %d: %s: %s", len(bad), bad[0].path, bad[0].reason)
+        logger.warning("left out %d utterances, first %s: %s", len(bad), bad[0].path, bad[0].reason)
     return sorted(rows.values(), key=lambda row: (-row.length, row.path))
 
 
-def frames_of(samples: int, conv: ConvLayers) -> int:
-    """Frames of a waveform."""
+def frame_count(samples: int, conv: ConvLayers) -> int:
+    """Number of frames of a waveform."""
     for _, kernel, stride in conv:
         samples = (samples - kernel) // stride + 1
     return samples
 
 
 @dataclass(frozen=True)
-class Size:
-    """Of a cache, by the tables' lengths: ``utterances``, ``seconds`` of audio, ``bytes``."""
+class CacheSize:
+    """Size of a cache, estimated from the lengths in the tables.
+
+    Attributes:
+        utterances: number of utterances.
+        seconds: of audio.
+        bytes: on disk.
+    """
 
     utterances: int
     seconds: float
@@ -94,59 +100,63 @@ class Size:
         return self.bytes / 1e9
 
 
-def size_of(
+def estimate_size(
     rows: Sequence[Utterance], sequence_length: int, index: Index, conv: ConvLayers
-) -> Size:
-    """The size that a cache of these utterances will have."""
+) -> CacheSize:
+    """Estimate the size of a cache of these utterances."""
     lengths = [used(row, sequence_length) for row in rows]
-    frames = sum(frames_of(length, conv) for length in lengths)
+    frames = sum(frame_count(length, conv) for length in lengths)
     names = sum(len(row.path) + 4 for row in rows)  # in the index
-    each = RECORD.itemsize + index.scale_bytes
-    total = frames * index.frame_bytes + len(rows) * each + names
-    return Size(len(rows), sum(lengths) / SAMPLE_RATE, total)
+    utterance_bytes = RECORD.itemsize + index.scale_bytes
+    total = frames * index.frame_bytes + len(rows) * utterance_bytes + names
+    return CacheSize(len(rows), sum(lengths) / SAMPLE_RATE, total)
 
 
 def free_bytes(folder: Path) -> int:
-    """Room on the disk of a folder, or of the nearest one above it that exists.
+    """Free bytes on the disk of a folder, or of its nearest existing parent.
 
     Raises:
-        SetupError: it cannot be told.
+        SetupError: the disk's usage cannot be read.
     """
-    there = folder.absolute()
-    while not there.exists() and there != there.parent:
-        there = there.parent
+    existing = folder.absolute()
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
     try:
-        return shutil.disk_usage(there).free
+        return shutil.disk_usage(existing).free
     except OSError as error:
-        raise SetupError(f"cannot use {there}: {error.strerror}") from None
+        raise SetupError(f"cannot use {existing}: {error.strerror}") from None
 
 
 def existing_bytes(folder: Path) -> int:
-    """Bytes of a cut build, or of the cache that is replaced."""
+    """Bytes of an interrupted build, or of the cache to be replaced."""
     files = (folder / name for name in (TARGETS, SCALES, RECORDS))
     return sum(path.stat().st_size for path in files if path.is_file())
 
 
-def check_room(size: Size, folder: Path) -> None:
-    """Raise SetupError where the disk has not enough room for the rest of a cache."""
-    need, free = size.bytes - existing_bytes(folder) + SPARE, free_bytes(folder)
-    if need > free:
+def check_room(size: CacheSize, folder: Path) -> None:
+    """Check that the rest of a cache fits on the disk.
+
+    Raises:
+        SetupError: it does not.
+    """
+    required, free = size.bytes - existing_bytes(folder) + SPARE, free_bytes(folder)
+    if required > free:
         raise SetupError(
-            f"the targets need {need / 1e9:.3f} GB more and the disk of {folder} has "
-            f"{free / 1e9:.3f} GB free; name a folder on another disk, or make them smaller with "
-            "--dtype int8 or --aggregated"
+            f"the target cache requires {required / 1e9:.3f} GB more, but the disk of {folder} has "
+            f"{free / 1e9:.3f} GB free; choose a folder on another disk, or use --dtype int8 or "
+            "--aggregated"
         )
 
 
-def targets_of(
+def make_target_fn(
     teachers: TeacherEnsemble, aggregate: Aggregation | None, weights: Mapping[str, float]
 ) -> TargetFn:
-    """The function that computes what is stored: ``{name: [batch, target, frame, dim]}``.
+    """Make the function that computes the targets: ``{name: [batch, target, frame, dim]}``.
 
     Args:
         teachers: the frozen teachers.
-        aggregate: for the targets of an aggregation; None: each teacher's own targets.
-        weights: of the teachers in the aggregate.
+        aggregate: the aggregation to apply, or None for per-teacher targets.
+        weights: of the teachers in the aggregation.
     """
 
     @torch.no_grad()
@@ -158,53 +168,59 @@ def targets_of(
 
 
 def begin(folder: Path, index: Index, force: bool) -> Index:
-    """The index to build by: a new one, or the one that is there if it is of the same.
+    """Write the index of a new build, or read that of an interrupted one.
+
+    Args:
+        folder: of the cache.
+        index: of this command.
+        force: replace the cache in the folder.
 
     Raises:
-        DataError: the folder has a cache of something else, or no cache at all.
+        DataError: the folder has the cache of another command, or other files.
         OSError: it cannot be written.
     """
     path = folder / INDEX
     files = (NAMES, TARGETS, SCALES, RECORDS)
-    for name in (INDEX, *files):  # they are written in place, so a link would lead out of here
+    for name in (INDEX, *files):  # written in place, so a symlink could point out of the folder
         remove_leftovers(folder, name)
         if (folder / name).is_symlink():
-            raise DataError(f"{folder / name} is a link; a target cache has plain files only")
-    others = [p.name for p in folder.iterdir() if p.name not in (*files, INDEX)]
-    others = [name for name in others if not is_passed_over(name)]
-    if others:
+            raise DataError(f"{folder / name} is a symlink; a target cache has regular files only")
+    other_files = [p.name for p in folder.iterdir() if p.name not in (*files, INDEX)]
+    other_files = [name for name in other_files if not is_passed_over(name)]
+    if other_files:
         raise DataError(
-            f"{folder} holds something else than a target cache ({others[0]}); name a new folder"
+            f"{folder} has files that are not of a target cache ({other_files[0]}); choose another "
+            "folder"
         )
     if path.exists() and not force:
-        return _same(read_index(folder), index, folder)
+        return _check_same_build(read_index(folder), index, folder)
     for name in (INDEX, *files):
         (folder / name).unlink(missing_ok=True)
     write_index(folder, index)
     return index
 
 
-def _same(there: Index, index: Index, folder: Path) -> Index:
+def _check_same_build(existing: Index, index: Index, folder: Path) -> Index:
     try:
-        difference = same_key(there.key, index.key)
+        difference = same_key(existing.key, index.key)
     except (KeyError, TypeError, ValueError, AttributeError):
         difference = "its index.json is damaged"
     for part in ("dtype", "seed"):
-        if getattr(there, part) != getattr(index, part):
-            difference = f"{part} is {getattr(index, part)} and was {getattr(there, part)}"
+        if getattr(existing, part) != getattr(index, part):
+            difference = f"{part} is {getattr(index, part)} and was {getattr(existing, part)}"
     if not difference and (
-        there.utterances != index.utterances or list(there.layout) != list(index.layout)
+        existing.utterances != index.utterances or list(existing.layout) != list(index.layout)
     ):
-        difference = "its utterances or layout are others"
+        difference = "its utterances or layout differ"
     if difference:
         raise DataError(
-            f"{folder} holds the targets of something else: {difference}; name another folder, or "
+            f"{folder} holds a different target cache: {difference}; choose another folder, or "
             "add --force to replace it"
         )
-    return there
+    return existing
 
 
-def build(
+def build_cache(
     folder: Path,
     index: Index,
     compute: TargetFn,
@@ -214,63 +230,64 @@ def build(
     min_samples: int,
     device: str,
 ) -> Index:
-    """Build the rest of a cache, with a progress bar.
+    """Build a cache, or the rest of it, with a progress bar.
 
     Args:
-        folder: of the cache; this process alone writes to it.
+        folder: of the cache; only this process writes to it.
         index: of :func:`begin`, for ``rows`` in this order.
-        compute: see :func:`targets_of`.
+        compute: see :func:`make_target_fn`.
+        rows: the utterances.
         data: as in training.
-        min_samples: shorter waveforms give no frame.
-        device: where the teachers are.
+        min_samples: shorter waveforms have no frame.
+        device: of the teachers.
 
     Raises:
-        EkdError: audio is bad and not to be skipped, a target cannot be stored, or the disk is
-            full; what was done stays done.
+        EkdError: audio is bad and not skipped, a target exceeds the dtype, or the disk is full.
+            The same command continues from there.
     """
     data = dataclasses.replace(data, train_batch_size=1, max_seconds=0)
     dataset = DistillationDataset(data, rows, min_samples, seed=index.seed)
-    again = "type the same command again, it goes on where it is"
+    hint = "run the same command again to continue"
     try:
         writer = CacheWriter(folder, index)
         try:
-            with workers_explained(again):
-                _fill(writer, dataset, compute, data, device)
+            with explain_worker_errors(hint):
+                _compute_missing(writer, dataset, compute, data, device)
             if not any(record["frames"] for record in writer.records):
                 raise DataError(
-                    f"no utterance of the tables can be used; check libri_root {data.libri_root}"
+                    f"no usable utterance in the tables; check libri_root {data.libri_root}"
                 )
             return writer.finish()
         except (Exception, KeyboardInterrupt) as error:
             if isinstance(error, OSError):
                 raise
             writer.save()
-            done = len(writer.records)
-            logger.warning("%d of %d utterances are done; %s", done, len(rows), again)
+            count = len(writer.records)
+            logger.warning("cached %d of %d utterances; %s", count, len(rows), hint)
             if not is_out_of_memory(error):
                 raise
             raise SetupError(
-                f"out of memory on {device} at one utterance; lower sequence_length, or name "
-                "another device"
+                f"out of memory on {device} with a batch of one utterance; lower sequence_length, "
+                "or use another --device"
             ) from None
         finally:
             writer.close()
     except OSError as error:
         raise SetupError(
-            f"cannot write the target cache {folder}: {error.strerror}; make room and {again}"
+            f"cannot write the target cache {folder}: {error.strerror}; free some space and {hint}"
         ) from None
 
 
-def _fill(
+def _compute_missing(
     writer: CacheWriter,
     dataset: DistillationDataset,
     compute: TargetFn,
     data: DataSettings,
     device: str,
 ) -> None:
-    """Add the utterances that the cache does not have yet."""
+    """Compute and write the targets of the utterances that the cache lacks."""
     index, order = writer.index, FixedOrder(len(dataset))
-    order.rank = done = len(writer.records)
+    order.rank = cached = len(writer.records)
     loader = BatchLoader(
         dataset,
         timeout=data.loader_timeout,
@@ -281,7 +298,7 @@ def _fill(
         worker_init_fn=leave_signals_to_the_main_process,
     )
     count = len(dataset)
-    bar = tqdm(total=count, initial=done, unit="utt", desc="targets", dynamic_ncols=True)
+    bar = tqdm(total=count, initial=cached, unit="utt", desc="targets", dynamic_ncols=True)
     with bar, contextlib.closing(loader):
         for batch in loader:
             if batch.problem:
@@ -296,48 +313,51 @@ def _fill(
             bar.update()
 
 
-class Distance(NamedTuple):
-    """``mean`` and ``worst`` absolute difference, as shares of the mean absolute target."""
+class RelativeDifference(NamedTuple):
+    """Mean and maximal absolute difference, divided by the mean absolute target."""
 
     mean: float
     worst: float
 
 
-def distances(
+def relative_differences(
     dataset: DistillationDataset, compute: TargetFn, device: str, batches: int = 4
-) -> Mapping[str, Distance]:
-    """Compare stored targets with computed ones, in some batches spread over the lengths.
+) -> Mapping[str, RelativeDifference]:
+    """Compare cached targets with targets computed in padded batches, for batches of all lengths.
 
     Args:
-        dataset: with the cache in it, so that its batches carry the stored targets.
-        compute: see :func:`targets_of`.
-        device: where the teachers are.
-        batches: how many.
+        dataset: of a run with this cache, so that its batches have the cached targets.
+        compute: see :func:`make_target_fn`.
+        device: of the teachers.
+        batches: number of batches.
     """
     step = max(1, len(dataset) // batches)
-    sums: dict[str, list[float]] = {}  # of differences, the largest, of targets, how many
+    # Sum of differences, largest difference, sum of absolute targets, number of values.
+    sums: dict[str, list[float]] = {}
     for i in range(step // 2, len(dataset), step):
         batch = dataset[i]
         if batch.targets is None:
             continue
         pairs = zip(batch.waves, batch.lengths.tolist(), strict=True)
-        live = compute([wave[:length].to(device) for wave, length in pairs])
-        cached = batch.targets.on(device)
-        stored, frames = cached.values, cached.lengths
-        for name, target in live.items():
-            count = min(target.shape[2], stored[name].shape[2])
+        computed = compute([wave[:length].to(device) for wave, length in pairs])
+        on_device = batch.targets.on(device)
+        cached, frames = on_device.values, on_device.lengths
+        for name, target in computed.items():
+            count = min(target.shape[2], cached[name].shape[2])
             mask = torch.arange(count, device=frames.device) < frames[:, None]  # [batch, frame]
             mask = mask[:, None, :, None].expand_as(target[:, :, :count])
-            apart = (target[:, :, :count] - stored[name][:, :, :count]).abs()[mask]
-            sizes = stored[name][:, :, :count].abs()[mask]
+            difference = (target[:, :, :count] - cached[name][:, :, :count]).abs()[mask]
+            magnitude = cached[name][:, :, :count].abs()[mask]
             total = sums.setdefault(name, [0.0, 0.0, 0.0, 0.0])
-            total[0] += float(apart.sum(dtype=torch.float64))
-            total[1] = max(total[1], float(apart.max()))
-            total[2] += float(sizes.sum(dtype=torch.float64))
-            total[3] += sizes.numel()
+            total[0] += float(difference.sum(dtype=torch.float64))
+            total[1] = max(total[1], float(difference.max()))
+            total[2] += float(magnitude.sum(dtype=torch.float64))
+            total[3] += magnitude.numel()
     result = {}
-    for name, (total_apart, worst, size, numbers) in sums.items():
+    for name, (differences, worst, magnitudes, values) in sums.items():
         result[name] = (
-            Distance(total_apart / size, worst / (size / numbers)) if size else Distance(0, 0)
+            RelativeDifference(differences / magnitudes, worst / (magnitudes / values))
+            if magnitudes
+            else RelativeDifference(0, 0)
         )
     return result

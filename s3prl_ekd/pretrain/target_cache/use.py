@@ -1,4 +1,4 @@
-"""Cached targets in a run: which settings they exclude, and whether a cache fits the run."""
+"""Use a target cache in a run: check that settings, teachers and data allow it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 def check_settings(settings: ModelFile) -> None:
-    """Reject settings under which targets differ from step to step.
+    """Reject settings whose targets differ between epochs, or include padding.
 
     Raises:
         ConfigError: naming the setting.
@@ -33,14 +33,14 @@ def check_settings(settings: ModelFile) -> None:
     setup = settings.distortion.setup
     if setup in ("setup2", "same"):
         raise ConfigError(
-            f"distortion.setup {setup} lets the teachers hear distorted audio, another one in each "
-            f"epoch, and stored targets are of clean audio; take setup1, {instead}"
+            f"distortion.setup {setup} gives the teachers distorted audio, differently in each "
+            f"epoch, but cached targets are of clean audio; use setup1, {instead}"
         )
     check_teacher_settings(settings)
     if not settings.loss.mask_padding:
         raise ConfigError(
-            "loss.mask_padding: false has the teachers' outputs for padding in the loss, and "
-            f"stored targets have no padding; put true, {instead}"
+            "loss.mask_padding: false includes the teachers' outputs for padding in the loss, but "
+            f"cached targets have no padding; use true, {instead}"
         )
 
 
@@ -52,13 +52,13 @@ def check_teacher_settings(settings: ModelFile) -> None:
     """
     if settings.teacher_dropout:
         raise ConfigError(
-            "teacher_dropout: true gives other targets at each step, which cannot be stored; put "
-            "false, or train without pretrain_expert.datarc.target_cache"
+            "teacher_dropout: true gives different targets at each step, which cannot be cached; "
+            "use false, or train without pretrain_expert.datarc.target_cache"
         )
 
 
 def check_unit_layer(units: UnitLabels | None, settings: ModelFile) -> None:
-    """Refuse units of a layer whose hidden states are not among the stored targets.
+    """Reject units of a layer that is not among the cached targets.
 
     Raises:
         ConfigError: naming the layer.
@@ -74,10 +74,10 @@ def check_unit_layer(units: UnitLabels | None, settings: ModelFile) -> None:
 
 
 def open_targets(folder: str | Path, settings: ModelFile) -> TargetReader:
-    """Open the cache of a run; :func:`check_teachers` compares it with the teachers.
+    """Open the target cache of a run; :func:`check_teachers` compares it with the teachers.
 
     Raises:
-        EkdError: it is incomplete or damaged, or the settings exclude it.
+        EkdError: it is incomplete or damaged, or the settings do not allow a cache.
     """
     check_settings(settings)
     reader = TargetReader(folder)
@@ -93,10 +93,10 @@ def check_teachers(
     data: DataSettings,
     rows: Sequence[Utterance],
 ) -> None:
-    """Reject a cache of other teachers or data; select the part of it that the run reads.
+    """Reject a cache of other teachers or data; select the part of it that the run needs.
 
     Raises:
-        DataError: naming what differs, and the command to type.
+        DataError: naming the difference, and the command that builds a cache.
     """
     folder = reader.folder
     key = make_key(
@@ -117,7 +117,7 @@ def check_teachers(
         ) from None
     if part is None:
         raise DataError(
-            f"the target cache {folder} does not serve this run: "
+            f"the target cache {folder} does not fit this run: "
             f"{CONTROL.sub('?', difference)[:500]}; build another with: {BUILD} NEW_FOLDER"
         )
     reader.part = part
@@ -132,7 +132,7 @@ def _check_widths(part: Part, teachers: TeacherEnsemble) -> None:
             raise ValueError("widths")
 
 
-def free(teachers: TeacherEnsemble) -> None:
+def free_teachers(teachers: TeacherEnsemble) -> None:
     """Free the teachers' weights; keep their shapes."""
     for teacher in teachers.values():
         teacher.upstream, teacher.encoder = nn.Identity(), None
