@@ -1,4 +1,4 @@
-"""Caches of stored targets for tests: their configs, the command, and s3prl's own answers."""
+"""Target caches for tests: configs, the command, and s3prl's own hidden states."""
 
 import torch
 import yaml
@@ -8,30 +8,31 @@ from s3prl_ekd.pretrain.expert import UpstreamPretrainExpert
 
 from .conftest import STUDENT, write_configs
 
-STILL = {**STUDENT, **dict.fromkeys(("dropout", "attention_dropout", "activation_dropout"), 0.0)}
+DROPOUTS = ("dropout", "attention_dropout", "activation_dropout")
+NO_DROPOUT = {**STUDENT, **dict.fromkeys(DROPOUTS, 0.0)}
 LAYERS = (2, 4)  # of write_configs
 
 
 def configs(folder, teachers, corpus, data=None, **model):
-    """``runner.yaml`` and ``model.yaml``, whole utterances unless ``data`` says otherwise."""
-    write_configs(folder, teachers, corpus, **{"student": STILL, **model})
+    """Write ``runner.yaml`` and ``model.yaml``, without excerpts unless ``data`` sets them."""
+    write_configs(folder, teachers, corpus, **{"student": NO_DROPOUT, **model})
     config = yaml.safe_load((folder / "runner.yaml").read_text())
     config["pretrain_expert"]["datarc"] |= {"sequence_length": 0, **(data or {})}
     (folder / "runner.yaml").write_text(yaml.safe_dump(config))
 
 
-def cache(folder, out, *words):
-    """``s3prl-ekd cache`` in this process; the exit code."""
+def cache(folder, out, *argv):
+    """Run ``s3prl-ekd cache`` in this process; return the exit code."""
     names = [str(folder / name) for name in ("runner.yaml", "model.yaml")]
-    more = ["--device", "cpu", "-o", str(out), *words]
+    more = ["--device", "cpu", "-o", str(out), *argv]
     try:
         return cli.main(["cache", "-c", names[0], "-g", names[1], *more])
-    except SystemExit as left:
-        return left.code
+    except SystemExit as error:
+        return error.code
 
 
 def make_stored(folder, teachers, corpus):
-    """Complete caches by dtype, of whole utterances and plain teachers."""
+    """Build a cache of each dtype, of full utterances and s3prl's teachers."""
     configs(folder, teachers, corpus, teacher_path="plain")
     for dtype in ("float16", "bfloat16", "int8"):
         assert cache(folder, folder / dtype, "--dtype", dtype) == 0
@@ -52,18 +53,19 @@ def adapter(folder, **changes):
 
 
 def experts(teachers):
-    """s3prl's own upstreams, which know nothing of ours."""
+    """s3prl's own upstreams."""
     from s3prl.upstream.hubert.expert import UpstreamExpert as Hubert
     from s3prl.upstream.wavlm.expert import UpstreamExpert as WavLM
 
-    kinds = {"hubert": Hubert, "robust": Hubert, "wavlm": WavLM}
-    return {name: kind(str(teachers[name])).eval() for name, kind in kinds.items()}
+    classes = {"hubert": Hubert, "robust": Hubert, "wavlm": WavLM}
+    return {name: expert(str(teachers[name])).eval() for name, expert in classes.items()}
 
 
-def alone(expert, sound):
+def hidden_states(expert, sound):
+    """The target layers of one utterance: ``[layer, frame, dim]``."""
     with torch.no_grad():
         states = expert([torch.from_numpy(sound)])["hidden_states"]
-    return torch.stack([states[layer][0] for layer in LAYERS])  # [layer, frame, dim]
+    return torch.stack([states[layer][0] for layer in LAYERS])
 
 
 def files(path):

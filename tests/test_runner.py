@@ -1,7 +1,8 @@
-"""Our trainer: s3prl's numbers, and what it does when something goes wrong on the way."""
+"""The trainer: the same numbers as s3prl's Runner; signals, errors and checkpoints."""
 
 import math
 import os
+import re
 import resource
 import shutil
 import signal
@@ -42,9 +43,9 @@ def folder(tmp_path, teachers, corpus, monkeypatch):
 
 @pytest.fixture
 def run(folder, pretrain):
-    """Run in this process with keys of the runner config changed; (code, stdout + stderr)."""
+    """Run in this process with changes to the runner config; returns (exit code, output)."""
 
-    def run(name, *words, **changes):
+    def run(name, *argv, **changes):
         config = yaml.safe_load((folder / "runner.yaml").read_text())
         for key, value in changes.items():
             part = config["runner"]
@@ -55,14 +56,14 @@ def run(folder, pretrain):
             part[key] = value
         (folder / "runner.yaml").write_text(yaml.safe_dump(config))
         files = ("-c", "runner.yaml", "-g", "model.yaml")
-        return pretrain(*files, "-n", name, "--device", "cpu", *words)
+        return pretrain(*files, "-n", name, "--device", "cpu", *argv)
 
     return run
 
 
-def saved(name, which=None):
-    where = f"result/pretrain/{name}"
-    return read_run(f"{where}/{which}" if which else newest(where))
+def saved(name, file=None):
+    folder = f"result/pretrain/{name}"
+    return read_run(f"{folder}/{file}" if file else newest(folder))
 
 
 ADAM = {"name": "TorchOptim", "torch_optim_name": "Adam", "lr": 1e-3}
@@ -70,8 +71,8 @@ LINEAR = {"name": "linear_schedule_with_warmup", "num_warmup_steps": 2}
 
 
 @pytest.mark.parametrize("changes", [{}, {"optimizer": ADAM, "scheduler": LINEAR}], ids=str)
-def test_the_numbers_are_those_of_s3prls_runner(run, changes, monkeypatch):
-    """The same config and seed: weights, optimizer and every scalar, bit for bit."""
+def test_equals_s3prls_runner(run, changes, monkeypatch):
+    """With the same config and seed: weights, optimizer and scalars, bit for bit."""
     changes = {"gradient_accumulate_steps": 2, "log_step": 2, **changes}
     assert run("ours", **changes)[0] == 0
     classes = []
@@ -81,26 +82,25 @@ def test_the_numbers_are_those_of_s3prls_runner(run, changes, monkeypatch):
         return s3prl_runner(args, config)
 
     monkeypatch.setattr("s3prl_ekd.pretrain.trainer.Trainer", make)
-    assert run("theirs")[0] == 0
-    assert [each.__module__ for each in classes] == ["s3prl.pretrain.runner"]
-    one, two = saved("ours"), saved("theirs")
+    assert run("s3prl")[0] == 0
+    assert [runner.__module__ for runner in classes] == ["s3prl.pretrain.runner"]
+    one, two = saved("ours"), saved("s3prl")
     assert "EKD_Run" in one and "EKD_Run" not in two and one["Step"] == two["Step"] == 6
     for part in ("student", "heads"):
         assert not unequal(one["EKD"][part], two["EKD"][part])
-    for mine, other in zip(
-        one["Optimizer"]["state"].values(), two["Optimizer"]["state"].values(), strict=True
-    ):
-        assert not unequal(mine, other)
-    scalars = [read_scalars(f"result/pretrain/{name}") for name in ("ours", "theirs")]
-    rates = [each.pop("ekd/train-lr") for each in scalars]
+    states = [checkpoint["Optimizer"]["state"].values() for checkpoint in (one, two)]
+    for state_one, state_two in zip(*states, strict=True):
+        assert not unequal(state_one, state_two)
+    scalars = [read_scalars(f"result/pretrain/{name}") for name in ("ours", "s3prl")]
+    rates = [points.pop("ekd/train-lr") for points in scalars]
     assert scalars[0] == scalars[1]
-    if not changes.get("scheduler"):  # of a schedule s3prl logs the rate that it starts from
+    if not changes.get("scheduler"):  # with a schedule s3prl logs the previous step's rate
         assert rates[0] == rates[1]
 
 
 @pytest.mark.parametrize("changes", [{}, {"optimizer": ADAM, "scheduler": LINEAR}], ids=str)
-def test_a_signal_saves_and_a_resume_loses_nothing(run, changes, monkeypatch, folder):
-    number, code_of = (signal.SIGTERM, 143) if changes else (signal.SIGUSR1, 138)
+def test_resume_after_a_signal_is_exact(run, changes, monkeypatch, folder):
+    number, exit_code = (signal.SIGTERM, 143) if changes else (signal.SIGUSR1, 138)
     changes = {"gradient_accumulate_steps": 2, "save_step": 5, **changes}
     assert run("alone", **changes)[0] == 0
     forward = EnsembleDistiller.forward
@@ -113,13 +113,13 @@ def test_a_signal_saves_and_a_resume_loses_nothing(run, changes, monkeypatch, fo
         return forward(self, *args, step=step, **kwargs)
 
     monkeypatch.setattr(EnsembleDistiller, "forward", signalled)
-    code, said = run("cut")
-    assert code == code_of and seen == [1, 1, 2, 2]
-    assert f"stopped by {number.name} at step 2 of 6, all saved; go on with: run_pre" in said
-    assert "go on with: run_pretrain.py -u ekd -n cut -a" in said and "Traceback" not in said
+    code, output = run("cut")
+    assert code == exit_code and seen == [1, 1, 2, 2]
+    assert re.search(rf"{number.name}\b.*\b2\b.*\b6\b.*run_pretrain.py -u ekd -n cut -a", output)
+    assert "Traceback" not in output
     assert [path.name for path in folder.glob("result/pretrain/cut/*.ckpt")] == ["last.ckpt"]
     assert signal.getsignal(number) == signal.SIG_DFL
-    code, said = run("cut", "-a")
+    code, output = run("cut", "-a")
     assert code == 0 and seen[4:] == [3, 3, 4, 4, 5, 5, 6, 6]
     shutil.copytree("result/pretrain/alone", "a/result/pretrain/x")
     shutil.copytree("result/pretrain/cut", "b/result/pretrain/x")
@@ -134,12 +134,13 @@ def _outcome(folder):
     return outcome(folder)
 
 
-def test_ctrl_c_reaches_the_whole_group(folder):
-    """As from a terminal: the workers get it too, and the run saves all the same."""
+def test_ctrl_c_to_the_process_group(folder):
+    """As from a terminal: the loader's workers get SIGINT too, and the run still saves."""
     more = "config.runner.total_steps=100000,,config.pretrain_expert.datarc.num_workers=2"
+    argv = ["run_pretrain.py", *RUN, "-n", "x", "-o", more]
     with open(folder / "log.txt", "w") as log:
         running = subprocess.Popen(
-            [sys.executable, "-m", "s3prl_ekd", "run_pretrain.py", *RUN, "-n", "x", "-o", more],
+            [sys.executable, "-m", "s3prl_ekd", *argv],
             start_new_session=True,
             stdout=log,
             stderr=log,
@@ -150,12 +151,12 @@ def test_ctrl_c_reaches_the_whole_group(folder):
             time.sleep(0.02)
         os.killpg(running.pid, signal.SIGINT)
         assert running.wait(60) == 130
-    said = (folder / "log.txt").read_text(errors="replace")
-    assert "stopped by SIGINT at step " in said and "Traceback" not in said
+    output = (folder / "log.txt").read_text(errors="replace")
+    assert "SIGINT" in output and "Traceback" not in output
     assert saved("x", "last.ckpt")["Step"] >= 3
 
 
-def test_a_second_ctrl_c_leaves_at_once(run, monkeypatch):
+def test_a_second_ctrl_c_exits_at_once(run, monkeypatch):
     forward = EnsembleDistiller.forward
 
     def signalled(self, *args, **kwargs):
@@ -164,11 +165,12 @@ def test_a_second_ctrl_c_leaves_at_once(run, monkeypatch):
         return forward(self, *args, **kwargs)
 
     monkeypatch.setattr(EnsembleDistiller, "forward", signalled)
-    code, said = run("once")
-    assert code == 130 and "stopped by SIGINT at step 1" in said  # the same key, twice
+    code, output = run("once")
+    # Within SAME_SIGNAL the second one repeats the first.
+    assert code == 130 and "SIGINT" in output and saved("once")["Step"] == 1
     monkeypatch.setattr(signals, "SAME_SIGNAL", -1.0)
-    code, said = run("twice")
-    assert code == 130 and "stopped by Ctrl-C; add -a" in said
+    code, output = run("twice")
+    assert code == 130 and "Ctrl-C" in output
     assert not os.path.exists("result/pretrain/twice/last.ckpt")
 
 
@@ -176,7 +178,7 @@ def spoiled(monkeypatch, how, steps):
     forward = EnsembleDistiller.forward
 
     def forward_spoiled(self, *args, step=1, **kwargs):
-        loss, parts = forward(self, *args, step=step, **kwargs)
+        loss, logs = forward(self, *args, step=step, **kwargs)
         if step in steps:
             if how == "loss":
                 loss = loss * math.nan
@@ -184,44 +186,51 @@ def spoiled(monkeypatch, how, steps):
                 loss.register_hook(lambda gradient: gradient * math.inf)
             else:
                 raise how
-        return loss, parts
+        return loss, logs
 
     monkeypatch.setattr(EnsembleDistiller, "forward", forward_spoiled)
 
 
 @pytest.mark.parametrize("how", ["loss", "gradient"])
-def test_what_is_not_finite_is_skipped_and_counted(run, monkeypatch, how, caplog):
+def test_steps_that_are_not_finite_are_skipped(run, monkeypatch, how, caplog):
     spoiled(monkeypatch, how, {2, 4})
     assert run("x", save_step=2, log_step=1)[0] == 0
-    assert "2 updates of this run were skipped: not finite" in caplog.text
-    assert "step 2 skipped (1 in a row): loss " in caplog.text
-    assert "utterances u" in caplog.text
+    logged = [r.args for r in caplog.records if r.name == "s3prl_ekd.pretrain.trainer"]
+    skipped = [values for values in logged if len(values) == 5]
+    assert [values[:2] for values in skipped] == [(2, 1), (4, 1)] and logged[-1] == (2,)
+    assert all(re.match(r"u\d+\.flac\b", values[4]) for values in skipped)
     one, three = saved("x", "states-2.ckpt"), saved("x")
     assert three["EKD_Run"]["skipped"] == 2 and three["EKD_Run"]["skipped_in_a_row"] == 0
-    # The optimizer has counted 1 step of 2, and 4 of 6.
-    assert {each["step"] for each in one["Optimizer"]["state"].values()} == {1}
-    assert {each["step"] for each in three["Optimizer"]["state"].values()} == {4}
+    # The optimizer has made 1 of 2 steps, then 4 of 6.
+    assert {state["step"] for state in one["Optimizer"]["state"].values()} == {1}
+    assert {state["step"] for state in three["Optimizer"]["state"].values()} == {4}
     assert all(torch.isfinite(value).all() for value in three["EKD"]["student"].values())
     scalars = read_scalars("result/pretrain/x")
-    assert list(scalars["ekd/train-loss_mean"]) == [1, 3, 5, 6]  # means of what was learned from
+    assert list(scalars["ekd/train-loss_mean"]) == [
+        1,
+        3,
+        5,
+        6,
+    ]  # no point if the window has only a skipped step
     assert scalars["ekd/train-skipped"] == {2: 1, 3: 1, 4: 2, 5: 2, 6: 2}
 
 
-def test_too_much_that_is_not_finite_stops_the_run(run, monkeypatch):
+def test_too_many_skipped_steps_stop_the_run(run, monkeypatch):
     spoiled(monkeypatch, "loss", {2, 3, 4, 5})
-    code, said = run("x", max_nonfinite=3, save_step=1)
-    (error,) = [line for line in said.splitlines() if line.startswith("error:")]
-    assert code == 2 and "not finite in 3 updates in a row, up to step 4" in error
+    code, output = run("x", max_nonfinite=3, save_step=1)
+    (error,) = [line for line in output.splitlines() if line.startswith("error:")]
+    assert code == 2 and re.search(r"\b3\b.*\b4\b.*\.flac", error)
     assert error.count(".flac") == 3 and "runner.max_nonfinite" in error
     assert newest("result/pretrain/x").name == "states-3.ckpt"
 
 
-def test_many_utterances_are_not_all_named():
+def test_a_message_names_48_utterances():
     names = [f"u{i}.flac" for i in range(100)]
-    assert "u47.flac and 52 more)" in str(not_finite_error(5, 2, names, "go on"))
+    message = str(not_finite_error(5, 2, names, "HINT"))
+    assert re.search(r"u47\.flac\b.*\b52\b", message) and "u48.flac" not in message
 
 
-def test_one_nan_does_not_stay_in_the_statistics():
+def test_a_nan_is_left_out_of_the_target_statistics():
     moments, clean = Moments(1, 2, full=False), Moments(1, 2, full=False)
     frames = torch.randn(1, 1, 5, 2, generator=torch.Generator().manual_seed(0))
     clean.update(frames[:, :, :4], torch.ones(1, 4))
@@ -239,19 +248,19 @@ def test_one_nan_does_not_stay_in_the_statistics():
     ],
     ids=["cuda", "cpu", "python"],
 )
-def test_out_of_memory_names_the_batchs_size(run, monkeypatch, error):
+def test_out_of_memory_names_the_size_of_the_batch(run, monkeypatch, error):
     spoiled(monkeypatch, error, {3})
-    code, said = run("x", save_step=5, sequence_length=4000)
-    assert code == 2 and "Traceback" not in said
-    assert (
-        "error: out of memory on cpu at step 3: the batch has 3 utterances, padded to 0.2 s each "
-        "(1 s in all); lower train_batch_size" in said
-    )
-    # and what was learned before is not lost
+    code, output = run("x", save_step=5, sequence_length=4000)
+    assert code == 2 and "Traceback" not in output
+    (error,) = [line for line in output.splitlines() if line.startswith("error:")]
+    assert re.search(r"\bcpu\b.*\b3\b.*\b3\b.*\b0\.2 s\b.*\b1 s\b", error)
+    for text in ("train_batch_size", "sequence_length", "run_pretrain.py -u ekd -n x -a"):
+        assert text in error
+    # The step before is saved.
     assert saved("x")["Step"] == 2 and newest("result/pretrain/x").name == "last.ckpt"
 
 
-def test_another_error_is_rescued_and_shown_as_it_is(run, monkeypatch):
+def test_other_errors_save_the_last_step(run, monkeypatch):
     spoiled(monkeypatch, RuntimeError("a defect"), {4})
     with pytest.raises(RuntimeError, match="a defect"):
         run("x", save_step=5)
@@ -259,101 +268,103 @@ def test_another_error_is_rescued_and_shown_as_it_is(run, monkeypatch):
 
 
 @pytest.mark.parametrize("exchange", range(6))
-def test_a_step_is_saved_wherever_another_process_is_lost(run, monkeypatch, exchange):
-    """Each exchange of step 3 with the other processes fails in turn, as when one was killed."""
-    left = [None]
-    ask = {
+def test_a_step_is_saved_if_another_process_is_lost(run, monkeypatch, exchange):
+    """One collective call of step 3 fails, as if another process was killed."""
+    remaining = [None]
+    methods = {
         name: getattr(ProcessGroup, name)
         for name in ("any", "sum", "all_gather", "first_not_none", "barrier")
     }
 
-    def exchanging(name):
+    def failing(name):
         def method(self, *values):
-            if left[0] is not None:
-                if left[0] == 0:
-                    left[0] = None
+            if remaining[0] is not None:
+                if remaining[0] == 0:
+                    remaining[0] = None
                     raise RuntimeError("[gloo] Connection closed by peer")
-                left[0] -= 1
-            return ask[name](self, *values)
+                remaining[0] -= 1
+            return methods[name](self, *values)
 
         return method
 
-    for name in ask:
-        monkeypatch.setattr(ProcessGroup, name, exchanging(name))
+    for name in methods:
+        monkeypatch.setattr(ProcessGroup, name, failing(name))
     begin = OptimizerStep.begin
 
     def third_step(self):
         begin(self)
-        if seen.append(1) or len(seen) == 4:  # once when it is made
-            left[0] = exchange
+        calls.append(1)
+        if len(calls) == 4:  # the first call is in __init__
+            remaining[0] = exchange
 
-    seen = []
+    calls = []
     monkeypatch.setattr(OptimizerStep, "begin", third_step)
     with pytest.raises(RuntimeError, match="Connection closed"):
         run("x", save_step=5, log_step=1)
     assert saved("x")["Step"] in (2, 3) and newest("result/pretrain/x").name == "last.ckpt"
 
 
-def test_a_full_disk_is_a_sentence_and_takes_nothing_away(run, folder):
+def test_a_full_disk_keeps_the_checkpoints(run, folder):
     assert run("x", total_steps=5)[0] == 0
     before = {path: path.read_bytes() for path in folder.glob("result/pretrain/x/*.ckpt")}
     assert len(before) == 3
-    more = "config.runner.total_steps=9,,config.runner.save_step=6,,config.runner.max_keep=1"
-    words = ["run_pretrain.py", "-u", "ekd", "-n", "x", "-a", "-o", more]
+    overrides = "config.runner.total_steps=9,,config.runner.save_step=6,,config.runner.max_keep=1"
+    argv = ["run_pretrain.py", "-u", "ekd", "-n", "x", "-a", "-o", overrides]
 
-    def no_room():  # for a file of more than this
+    def limit_file_size():
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 
     done = subprocess.run(
-        [sys.executable, "-m", "s3prl_ekd", *words],
-        preexec_fn=no_room,
+        [sys.executable, "-m", "s3prl_ekd", *argv],
+        preexec_fn=limit_file_size,
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
-    said = "error: cannot save result/pretrain/x/states-6.ckpt: File too large; the checkpoints "
-    assert said in done.stderr and "make room, then go on with: run_pretrain.py -u" in done.stderr
+    (error,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert "result/pretrain/x/states-6.ckpt" in error and "File too large" in error
+    assert "run_pretrain.py -u ekd -n x -a" in error
     after = {path: path.read_bytes() for path in folder.glob("result/pretrain/x/*.ckpt*")}
     assert after == before
 
 
-@pytest.mark.parametrize("rest", [1, 2])
-def test_newest_and_last(run, folder, rest):
-    code, said = run("x", total_steps=6, save_step=1, log_step=1, max_keep=rest)
+@pytest.mark.parametrize("max_keep", [1, 2])
+def test_newest_and_last(run, folder, max_keep):
+    code, output = run("x", total_steps=6, save_step=1, log_step=1, max_keep=max_keep)
     assert code == 0
     names = {path.name for path in folder.glob("result/pretrain/x/*.ckpt")}
-    assert names == {"last.ckpt", *(f"states-{7 - i}.ckpt" for i in range(1, rest + 1))}
+    assert names == {"last.ckpt", *(f"states-{7 - i}.ckpt" for i in range(1, max_keep + 1))}
     assert os.path.samefile("result/pretrain/x/last.ckpt", "result/pretrain/x/states-6.ckpt")
     assert newest("result/pretrain/x").name == "states-6.ckpt"
 
 
-def test_the_best_by_dev_loss(run, folder, corpus):
+def test_the_best_checkpoint_by_dev_loss(run, folder, corpus):
     assert run("without", log_step=1, save_step=5)[0] == 0
     rows = (corpus / "tables/train.csv").read_text().splitlines()
     for name in ("train", "dev"):
         (folder / f"{name}.csv").write_text("\n".join(rows if name == "train" else rows[:5]) + "\n")
-    here = f"config.pretrain_expert.datarc.file_path='{folder}'"
-    code, said = run("with", "-o", here, dev_sets=["dev"], eval_step=1)
-    assert code == 0, said
+    tables = f"config.pretrain_expert.datarc.file_path='{folder}'"
+    code, output = run("with", "-o", tables, dev_sets=["dev"], eval_step=1)
+    assert code == 0, output
     losses = read_scalars("result/pretrain/with")["ekd/dev-loss"]
     assert list(losses) == [1, 2, 3, 4, 5, 6]
     best = min(losses, key=losses.get)
     states = saved("with", "dev-best.ckpt")
     assert states["Step"] == best and states["EKD_Run"]["best_step"] == best
     assert states["EKD_Run"]["best_loss"] == pytest.approx(losses[best], rel=1e-6)
-    # looking does not change what is looked at
+    # The dev loss does not change the training.
     for part in ("student", "heads"):
         assert not unequal(saved("without")["EKD"][part], saved("with")["EKD"][part])
 
 
-def test_last_by_the_clock(run, folder):
-    code, said = run("x", last_minutes=1e-9, save_step=5, total_steps=6, log_step=1)
+def test_last_minutes(run, folder):
+    code, output = run("x", last_minutes=1e-9, save_step=5, total_steps=6, log_step=1)
     assert code == 0 and saved("x", "last.ckpt")["Step"] == 6
-    assert "states-5.ckpt" in said and "states-4.ckpt" not in said
+    assert "states-5.ckpt" in output and "states-4.ckpt" not in output
 
 
-def test_random_states_come_back():
+def test_random_states_are_restored():
     import random
 
     import numpy as np
@@ -367,7 +378,7 @@ def test_random_states_come_back():
     assert draw() != first
     set_random_states(states)
     assert draw() == first
-    with pytest.raises(ValueError, match="no states of random number generators"):
+    with pytest.raises(ValueError):
         set_random_states({**states, "torch": torch.zeros(3)})
 
 
@@ -384,14 +395,14 @@ def test_random_states_come_back():
     ],
     ids=str,
 )
-def test_a_run_state_that_is_none(change):
+def test_an_invalid_run_state(change):
     data = Progress().state_dict([{}])
     assert Progress.from_state_dict(data, "x") == Progress()
-    with pytest.raises(CheckpointError, match="^x "):
+    with pytest.raises(CheckpointError, match=r"\bx\b"):
         Progress.from_state_dict(None if change is None else {**data, **change}, "x")
 
 
-def test_s3prls_runner_is_itself_again_afterwards(run):
+def test_s3prls_runner_is_restored_afterwards(run):
     import s3prl.run_pretrain as script
 
     before = script.Runner, script.get_pretrain_args, script.override

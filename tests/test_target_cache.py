@@ -1,4 +1,4 @@
-"""Targets stored once: they are s3prl's of each utterance alone, and a loss is the same."""
+"""Target caches: equal to s3prl's hidden states of single utterances, and the same loss."""
 
 import dataclasses
 from collections import defaultdict
@@ -27,10 +27,10 @@ from s3prl_ekd.workspace import write_workspace
 
 from .cache_cases import (
     adapter,
-    alone,
     cache,
     configs,
     experts,
+    hidden_states,
     make_stored,
 )
 from .conftest import data_settings
@@ -49,12 +49,12 @@ def folder(tmp_path, teachers, corpus, monkeypatch):
     return tmp_path
 
 
-# What is stored
+# Contents of a cache
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "int8"])
-def test_stored_targets_are_s3prls_of_each_utterance_alone(stored, teachers, corpus, dtype):
-    """To the format's own rounding, and not to 0: they were rounded once."""
+def test_targets_equal_s3prls_hidden_states(stored, teachers, corpus, dtype):
+    """Up to the rounding of the dtype, and with that rounding."""
     reader, names = TargetReader(stored / dtype), [f"u{i}.flac" for i in (0, 5, 11)]
     cached = reader.batch(names).on("cpu")
     targets, frames = cached.teachers, cached.lengths
@@ -63,15 +63,15 @@ def test_stored_targets_are_s3prls_of_each_utterance_alone(stored, teachers, cor
         for i, file in enumerate(names):
             sound, _ = soundfile.read(corpus / "audio" / file, dtype="float32")
             reader.check(file, len(sound))
-            want = alone(expert, sound)
-            assert frames[i] == want.shape[1]
-            got = targets[name][i, :, : frames[i]]
+            expected = hidden_states(expert, sound)
+            assert frames[i] == expected.shape[1]
+            result = targets[name][i, :, : frames[i]]
             if dtype == "int8":
-                bound = want.abs().amax((1, 2), keepdim=True) / 254 * 1.0001 + 1e-7
+                bound = expected.abs().amax((1, 2), keepdim=True) / 254 * 1.0001 + 1e-7
             else:
-                bound = want.abs() * (2**-11 if dtype == "float16" else 2**-8) + 2**-24
-            assert ((got - want).abs() <= bound).all()
-            assert (got != want).any()
+                bound = expected.abs() * (2**-11 if dtype == "float16" else 2**-8) + 2**-24
+            assert ((result - expected).abs() <= bound).all()
+            assert (result != expected).any()
             assert not targets[name][i, :, frames[i] :].any()
 
 
@@ -82,10 +82,10 @@ def test_an_excerpt_is_the_same_in_every_epoch_and_for_every_seed(folder, teache
     data = data_settings(corpus / "audio", 3, corpus / "tables", sequence_length=9000)
     rows = train_loader(data, ["train"], min_samples=400).dataset
     rows = [row for batch in rows.batches for row in batch]
-    every = [DistillationDataset(data, rows, 400, seed=seed, targets=reader) for seed in (3, 4)]
-    first = every[0][0, 1]
-    assert torch.equal(first.waves, every[0][8, 1].waves)
-    assert torch.equal(first.waves, every[1][8, 1].waves)
+    datasets = [DistillationDataset(data, rows, 400, seed=seed, targets=reader) for seed in (3, 4)]
+    first = datasets[0][0, 1]
+    assert torch.equal(first.waves, datasets[0][8, 1].waves)
+    assert torch.equal(first.waves, datasets[1][8, 1].waves)
     without = DistillationDataset(data, rows, 400, seed=3)
     assert torch.equal(first.waves, without[0, 1].waves)
     assert not torch.equal(first.waves, without[8, 1].waves)
@@ -93,20 +93,26 @@ def test_an_excerpt_is_the_same_in_every_epoch_and_for_every_seed(folder, teache
     targets, frames = cached.teachers, cached.lengths
     for name, expert in experts(teachers).items():
         for i, wave in enumerate(first.waves):
-            want = alone(expert, wave[: first.lengths[i]].numpy())
-            assert torch.allclose(targets[name][i, :, : frames[i]], want, rtol=2**-10, atol=1e-6)
+            expected = hidden_states(expert, wave[: first.lengths[i]].numpy())
+            assert torch.allclose(
+                targets[name][i, :, : frames[i]], expected, rtol=2**-10, atol=1e-6
+            )
 
 
-def test_float16_ends_somewhere(folder, capfd, monkeypatch):
+def test_targets_beyond_float16_are_rejected(folder, capfd, monkeypatch):
     from s3prl_ekd.pretrain.target_cache import build
 
-    tell = build.make_target_fn
-    monkeypatch.setattr(
-        build, "make_target_fn", lambda *a: lambda w: {n: t * 1e5 for n, t in tell(*a)(w).items()}
-    )
+    make = build.make_target_fn
+
+    def make_large(*args):
+        compute = make(*args)
+        return lambda waves: {name: 1e5 * target for name, target in compute(waves).items()}
+
+    monkeypatch.setattr(build, "make_target_fn", make_large)
     assert cache(folder, "cache") == 2
-    said = capfd.readouterr().err
-    assert "float16 ends at 65504; build with --dtype bfloat16" in said and "u11.flac" in said
+    error = capfd.readouterr().err
+    for text in ("float16", "--dtype bfloat16", "u11.flac"):
+        assert text in error
     assert cache(folder, "other", "--dtype", "bfloat16") == 0
 
 
@@ -114,42 +120,44 @@ def test_float16_ends_somewhere(folder, capfd, monkeypatch):
 
 
 def losses(expert, step=50):
-    """Of each batch of epoch 0, in the table's order."""
+    """Loss and scalars of each batch of epoch 0, in the table's order."""
     expert.eval()
-    found = []
+    results = []
     for i in range(len(expert.dataloader.dataset)):
         records = defaultdict(list)
         with torch.no_grad():
             batch = expert.dataloader.dataset[i]
             loss, _ = expert(batch, records, global_step=step, log_step=50)
-        found.append((loss.item(), {name: v[0].item() for name, v in records.items()}))
-    return found
+        results.append((loss.item(), {name: v[0].item() for name, v in records.items()}))
+    return results
 
 
-def of_layers(scalars):
+def layer_scalars(scalars):
     return [name for name in scalars if "_layer" in name]
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_a_batch_of_one_has_the_loss_of_teachers_that_run(folder, stored, dtype):
-    """L1 moves by no more than the mean rounding, -log sigmoid of the cosine by no more than the
-    angle does; a set's two terms, three sets."""
+def test_a_batch_of_one_has_the_loss_without_a_cache(folder, stored, dtype):
+    """L1 changes by at most the mean rounding, -log sigmoid of the cosine by at most the change of
+    the angle; two terms for each of three target sets."""
     cached = adapter(folder, train_batch_size=1, target_cache=str(stored / dtype))
     for teacher in cached.distiller.teachers.values():
-        assert not list(teacher.parameters())  # nobody could be run
+        assert not list(teacher.parameters())  # no teacher is loaded
     live = adapter(folder, train_batch_size=1)
     rounding = 2**-11 if dtype == "float16" else 2**-8
     pairs = zip(losses(cached), losses(live), strict=True)
-    for (one, its), (other, theirs) in pairs:
-        assert its.keys() == theirs.keys() and len(of_layers(its)) == 3 * 2 * 3
-        size = max(value for name, value in theirs.items() if "target_abs" in name)
-        assert abs(one - other) <= 3 * rounding * (size + 2) + 1e-5
-        for name in its:
-            assert abs(its[name] - theirs[name]) <= rounding * (size + 2) + 1e-5, name
+    for (cached_loss, cached_scalars), (live_loss, live_scalars) in pairs:
+        assert cached_scalars.keys() == live_scalars.keys()
+        assert len(layer_scalars(cached_scalars)) == 3 * 2 * 3
+        size = max(value for name, value in live_scalars.items() if "target_abs" in name)
+        assert abs(cached_loss - live_loss) <= 3 * rounding * (size + 2) + 1e-5
+        for name in cached_scalars:
+            difference = abs(cached_scalars[name] - live_scalars[name])
+            assert difference <= rounding * (size + 2) + 1e-5, name
 
 
-def test_frames_behind_an_utterances_end_do_not_count(folder, stored):
-    """A padded batch: the mean over each utterance's own frames, worked out alone."""
+def test_padding_frames_do_not_count(folder, stored):
+    """The loss of a padded batch equals that computed for each utterance without padding."""
     expert = adapter(folder, train_batch_size=12, target_cache=str(stored / "float16"))
     expert.eval()
     batch = expert.dataloader.dataset[0]
@@ -159,7 +167,7 @@ def test_frames_behind_an_utterances_end_do_not_count(folder, stored):
         predictions = expert.distiller.heads(out.last)
     cached = batch.targets.on("cpu")
     targets, frames = cached.teachers, cached.lengths
-    want = 0.0
+    expected = 0.0
     for name, prediction in predictions.items():
         l1, cosine, count = 0.0, 0.0, 0
         for i in range(12):
@@ -169,8 +177,8 @@ def test_frames_behind_an_utterances_end_do_not_count(folder, stored):
             similar = torch.cosine_similarity(p, t, dim=-1)
             cosine -= torch.nn.functional.logsigmoid(similar).sum().item()
             count += n * 2
-        want += (l1 + cosine) / count / 3
-    assert loss.item() == pytest.approx(want, rel=1e-5)
+        expected += (l1 + cosine) / count / 3
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
 
 
 AVERAGED = {
@@ -182,14 +190,14 @@ AVERAGED = {
 
 
 @pytest.mark.parametrize("how", AVERAGED)
-def test_aggregated_equals_per_teacher(folder, stored, teachers, corpus, how):
+def test_an_aggregated_cache_equals_one_per_teacher(folder, stored, teachers, corpus, how):
     configs(folder, teachers, corpus, teacher_path="plain", **AVERAGED[how])
     assert cache(folder, "aggregated", "--aggregated") == 0
     one = losses(adapter(folder, target_cache="aggregated"))
     other = losses(adapter(folder, target_cache=str(stored / "float16")))
-    for (loss, parts), (theirs, named) in zip(one, other, strict=True):
-        assert loss == pytest.approx(theirs, rel=2**-9)
-        assert not of_layers(parts) and len(of_layers(named)) == 3 * 2 * 3
+    for (loss, scalars), (reference, reference_scalars) in zip(one, other, strict=True):
+        assert loss == pytest.approx(reference, rel=2**-9)
+        assert not layer_scalars(scalars) and len(layer_scalars(reference_scalars)) == 3 * 2 * 3
 
 
 @pytest.mark.parametrize(
@@ -201,19 +209,19 @@ def test_aggregated_equals_per_teacher(folder, stored, teachers, corpus, how):
     ],
     ids=str,
 )
-def test_one_cache_serves_what_changes_over_time(folder, stored, teachers, corpus, model):
+def test_settings_that_change_the_targets_over_time(folder, stored, teachers, corpus, model):
     configs(folder, teachers, corpus, teacher_path="plain", **model)
-    found = []
+    losses = []
     for changes in ({"target_cache": str(stored / "float16")}, {}):
         expert = adapter(folder, train_batch_size=1, **changes)
         expert.train()
         torch.manual_seed(1)
         batch = expert.dataloader.dataset[2]
-        found.append(expert(batch, defaultdict(list), global_step=3)[0].item())
-    assert found[0] == pytest.approx(found[1], rel=5e-3)
+        losses.append(expert(batch, defaultdict(list), global_step=3)[0].item())
+    assert losses[0] == pytest.approx(losses[1], rel=5e-3)
 
 
-def test_units_of_a_stored_layer(folder, stored, monkeypatch):
+def test_units_of_a_cached_layer(folder, stored, monkeypatch):
     from s3prl_ekd.essence.units import Units
 
     centroids = torch.randn(5, 48, generator=torch.Generator().manual_seed(2))
@@ -225,18 +233,18 @@ def test_units_of_a_stored_layer(folder, stored, monkeypatch):
     )
     one = losses(adapter(folder, train_batch_size=1, target_cache=str(stored / "float16")))
     other = losses(adapter(folder, train_batch_size=1))
-    for (loss, parts), (theirs, named) in zip(one, other, strict=True):
-        assert parts["unit_loss"] == pytest.approx(named["unit_loss"], abs=0.05)
-        assert loss == pytest.approx(theirs, abs=0.05)
+    for (loss, scalars), (reference, reference_scalars) in zip(one, other, strict=True):
+        assert scalars["unit_loss"] == pytest.approx(reference_scalars["unit_loss"], abs=0.05)
+        assert loss == pytest.approx(reference, abs=0.05)
     monkeypatch.setattr(
         "s3prl_ekd.essence.units.load_units", lambda path: Units(centroids, "robust", 3)
     )
-    with pytest.raises(ConfigError, match="essence.units are of layer 3 of robust"):
+    with pytest.raises(ConfigError, match=r"essence.units.*\b3\b.*\brobust\b"):
         adapter(folder, target_cache=str(stored / "float16"))
 
 
 def test_fewer_teachers_and_layers_from_one_cache(folder, stored, teachers):
-    """In another order too; int8, so that the scales are chosen as well."""
+    """In another order too; int8, to check that the scales follow."""
     config = yaml.safe_load((folder / "model.yaml").read_text())
     config["teachers"] = {
         "wavlm": {"model": str(teachers["wavlm"]), "layers": [4, 2]},
@@ -245,14 +253,14 @@ def test_fewer_teachers_and_layers_from_one_cache(folder, stored, teachers):
     (folder / "model.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     expert = adapter(folder, target_cache=str(stored / "int8"))
     batch = expert.dataloader.dataset[1]
-    some = batch.targets.on("cpu").teachers
-    every = TargetReader(stored / "int8").batch(batch.names).on("cpu").teachers
-    assert list(some) == ["wavlm", "hubert"]
-    assert torch.equal(some["wavlm"], every["wavlm"].flip(1))
-    assert torch.equal(some["hubert"], every["hubert"][:, 1:])
+    subset = batch.targets.on("cpu").teachers
+    full = TargetReader(stored / "int8").batch(batch.names).on("cpu").teachers
+    assert list(subset) == ["wavlm", "hubert"]
+    assert torch.equal(subset["wavlm"], full["wavlm"].flip(1))
+    assert torch.equal(subset["hubert"], full["hubert"][:, 1:])
 
 
-def test_distorted_students_have_clean_targets(folder, stored):
+def test_a_distorted_student_has_clean_targets(folder, stored):
     config = yaml.safe_load((folder / "model.yaml").read_text())
     config["distortion"] = {"setup": "setup1"}
     (folder / "model.yaml").write_text(yaml.safe_dump(config))
@@ -268,23 +276,23 @@ def test_distorted_students_have_clean_targets(folder, stored):
 # The layout
 
 
-def test_blocks_go_in_and_come_out():
+def test_join_and_split_blocks():
     layout = (Block("a", 2, 3), Block("b", 1, 4))
-    made = {"a": torch.arange(30.0).view(1, 2, 5, 3), "b": -torch.arange(20.0).view(1, 1, 5, 4)}
+    targets = {"a": torch.arange(30.0).view(1, 2, 5, 3), "b": -torch.arange(20.0).view(1, 1, 5, 4)}
     assert (columns(layout), pieces(layout)) == (10, 3)
-    flat = joined(made, layout)
+    flat = joined(targets, layout)
     assert flat[2].tolist() == [6, 7, 8, 21, 22, 23, -8, -9, -10, -11]
-    back = parted(flat[None], None, layout)
-    assert all(torch.equal(back[name], made[name]) for name in made)
+    result = parted(flat[None], None, layout)
+    assert all(torch.equal(result[name], targets[name]) for name in targets)
     scaled = parted(flat[None], torch.tensor([[1.0, 2.0, 3.0]]), layout)
-    assert torch.equal(scaled["a"][:, 1], 2 * made["a"][:, 1])
-    assert torch.equal(scaled["b"], 3 * made["b"])
+    assert torch.equal(scaled["a"][:, 1], 2 * targets["a"][:, 1])
+    assert torch.equal(scaled["b"], 3 * targets["b"])
     part = part_of(layout, {"b": [0], "a": [1]})
     assert part == ((Block("b", 1, 4), Block("a", 1, 3)), ((6, 10), (3, 6)), (2, 1))
     assert part_of(layout, {"a": [0, 1], "b": [0]}).spans == ((0, 10),)
 
 
-def test_an_index_stays_what_it_is(tmp_path, stored):
+def test_write_and_read_an_index(tmp_path, stored):
     index = read_index(stored / "int8")
     write_index(tmp_path, index)
     assert read_index(tmp_path) == index

@@ -34,14 +34,14 @@ _SEED = 1337  # the default of run_pretrain.py
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options of this command."""
     add = parser.add_argument
-    add("-c", "--config", metavar="RUNNER", default=RUNNER, help=f"(default: {RUNNER})")
-    add("-g", "--upstream-config", metavar="MODEL", default=MODEL, help=f"(default: {MODEL})")
+    add("-c", "--config", metavar="RUNNER", default=RUNNER, help=f"default: {RUNNER}")
+    add("-g", "--upstream-config", metavar="MODEL", default=MODEL, help=f"default: {MODEL}")
     add(
         "-o",
         "--output",
         metavar="CACHE",
         type=Path,
-        help="folder to write; made if it does not exist",
+        help="folder to write",
     )
     add(
         "--dtype", choices=("float16", "bfloat16", "int8"), default="float16",
@@ -54,7 +54,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         type=int,
         default=_SEED,
-        help=f"seed of the excerpts (default: {_SEED})",
+        help=f"for excerpts (default: {_SEED})",
     )
     add("--device", help="cpu, cuda, cuda:1 ... (default: cuda if available)")
     add("--force", action="store_true", help="replace the cache in CACHE")

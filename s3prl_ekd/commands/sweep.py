@@ -24,7 +24,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--jobs", type=int, default=1, help="runs in parallel (default: 1)")
     parser.add_argument("-o", "--override", default="", help="as for run_pretrain.py")
     parser.add_argument(
-        "--csv", metavar="FILE", type=Path, help="also write the table to this file"
+        "--csv", metavar="FILE", type=Path, help="write the table there, too"
     )
 
 

@@ -30,8 +30,8 @@ BadAudioRow = tuple[str, int, int]  # reason, times, first epoch
 class BadAudioList:
     """The utterances that a run has left out, with the reason and how often.
 
-    What is recorded counts once the step is committed. The list is part of a checkpoint, so that a
-    run that is killed and resumed counts nothing twice.
+    :meth:`record` collects entries, :meth:`commit` adds them once the step is complete. Checkpoints
+    contain the list, so that a run that is killed and resumed counts nothing twice.
 
     Args:
         folder: of the run; the list is written there.
@@ -58,8 +58,7 @@ class BadAudioList:
         self._from_other_ranks: list[dict[str, list]] = []  # entries of the other ranks
         self._warned_kinds: set[str] = set()
         for data in datasets:
-            new = [bad for bad in data.left_out if bad.path not in self._entries]
-            self.record(new, 0)
+            self.record([bad for bad in data.left_out if bad.path not in self._entries], 0)
         self.commit()
 
     def record(self, bad: Sequence[Bad], epoch: int) -> None:
@@ -77,7 +76,7 @@ class BadAudioList:
                 )
 
     def commit(self) -> None:
-        """Count what was recorded during the step, which is complete."""
+        """Add the entries recorded during the step, which is complete."""
         self._entries, self._uncommitted = self._all_entries(), {}
 
     def state(self) -> dict[str, list]:
@@ -103,8 +102,8 @@ class BadAudioList:
 
         If that fails, only log a warning, because checkpoints matter more.
         """
-        own = {path: list(entry) for path, entry in self._all_entries().items()}
-        entries = self.merge([own, *self._from_other_ranks])
+        entries_here = {path: list(entry) for path, entry in self._all_entries().items()}
+        entries = self.merge([entries_here, *self._from_other_ranks])
         if not entries:
             if self._skipping:
                 logger.info("no bad audio in %d utterances", self._total)

@@ -40,8 +40,8 @@ def check_changes(changes: Mapping[str, tuple[Any, Any]], checkpoint: str) -> No
     fixed = {key: change for key, change in changes.items() if key in FIXED}
     if fixed:
         raise CheckpointError(
-            f"cannot resume {checkpoint} with {describe_changes(fixed)}: its optimizer state is for "
-            "one optimizer only; start a new run under another name"
+            f"cannot resume {checkpoint} with {describe_changes(fixed)}: its optimizer state does "
+            "not fit another optimizer; start a new run under another name"
         )
 
 

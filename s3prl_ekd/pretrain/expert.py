@@ -304,8 +304,8 @@ class UpstreamPretrainExpert(nn.Module):
                 self.distiller.trainable["unit_head"].load_state_dict(all_states["UnitHead"])
             self._skip_used_batches(all_states)
         except (KeyError, TypeError, AttributeError, RuntimeError) as error:
-            first = (str(error).strip().splitlines() or ["unreadable"])[0]
-            raise CheckpointError(f"the checkpoint does not fit this run: {first}") from None
+            reason = (str(error).strip().splitlines() or ["unreadable"])[0]
+            raise CheckpointError(f"the checkpoint does not fit this run: {reason}") from None
 
     def _skip_used_batches(self, all_states: dict) -> None:
         """Derive the position in the data from the step; s3prl's own Runner does not save it."""

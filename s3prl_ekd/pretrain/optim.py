@@ -193,10 +193,10 @@ class OptimizerStep:
 
 def not_finite_error(step: int, count: int, names: Sequence[str], hint: str) -> NotFiniteError:
     """The error for ``count`` steps in a row that were not finite."""
-    shown = ", ".join(names[:MAX_NAMES])
+    listed = ", ".join(names[:MAX_NAMES])
     more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
     return NotFiniteError(
         f"loss or gradient was not finite in {count} steps in a row, up to step {step}; check the "
-        f"utterances of that step ({shown}{more}), lower optimizer.lr, or raise "
+        f"utterances of that step ({listed}{more}), lower optimizer.lr, or raise "
         f"runner.max_nonfinite; {hint}"
     )

@@ -27,12 +27,12 @@ def random_states(device: str = "cpu") -> dict[str, Any]:
     Args:
         device: of the run. Reading a CUDA generator's state does not synchronise with the device.
     """
-    version, words, gauss = random.getstate()
+    version, internal, gauss = random.getstate()
     state: Any = np.random.get_state()
     name, keys, position, has_gauss, cached = state
     on_cuda = str(device).startswith("cuda")
     return {
-        "python": [version, torch.tensor(words), gauss],
+        "python": [version, torch.tensor(internal), gauss],
         "numpy": [name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state(device) if on_cuda else None,
@@ -46,8 +46,8 @@ def set_random_states(states: dict[str, Any], device: str = "cpu") -> None:
         ValueError: ``states`` is invalid.
     """
     try:
-        version, words, gauss = states["python"]
-        random.setstate((version, tuple(words.tolist()), gauss))
+        version, internal, gauss = states["python"]
+        random.setstate((version, tuple(internal.tolist()), gauss))
         name, keys, position, has_gauss, cached = states["numpy"]
         keys = keys.numpy().astype(np.uint32)
         np.random.set_state((name, keys, position, has_gauss, cached))

@@ -348,7 +348,7 @@ class Trainer:
             raise not_finite_error(progress.step, progress.skipped_in_a_row, names, self.hint)
 
     def snapshot(self) -> None:
-        """Record what the next step changes before it is complete: random states, position in the
+        """Save in memory what a step changes before it is complete: random states, position in the
         data, number of batches in the target statistics."""
         self._epoch, self._batch = self.progress.epoch, self.progress.batch
         self._random = random_states(self.device)
