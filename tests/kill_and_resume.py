@@ -1,5 +1,5 @@
-"""Kill a run with SIGKILL at random moments, resume it each time with -a, compare with one that
-was left alone: weights, optimizer, random numbers, TensorBoard.
+"""Kill a run with SIGKILL at random moments, resume it each time with -a, and compare weights,
+optimizer, random states and TensorBoard with an uninterrupted run.
 
 example:
   python -m tests.kill_and_resume --kills 10 --workers 2
@@ -28,8 +28,8 @@ from s3prl_ekd.pretrain.tensorboard import read_scalars
 from s3prl_ekd.workspace import write_workspace
 
 SAVE_STEP, STEPS = 4, 24
-# Everything that has a state or draws random numbers: dropout of student and teachers, layer drop
-# (NumPy), distortions, excerpts, running statistics, dropped teachers, weights that change.
+# Everything with a state or random numbers: dropout of student and teachers, layer drop (NumPy),
+# distortions, excerpts, running target statistics, teacher dropping, scheduled teacher weights.
 MODEL = {
     "targets": {"standardise": "phi_s", "drop_teachers": 0.5, "weight_steps": 20},
     "teacher_dropout": True,
@@ -38,7 +38,7 @@ MODEL = {
 
 
 def write_run(folder: Path, teachers: dict[str, Path], corpus: Path, workers: int) -> None:
-    """Configs of a run of 24 updates of 2 batches over an epoch of 4."""
+    """Write the configs of a run of 24 steps of 2 batches; an epoch has 4 batches."""
     from .conftest import STUDENT, write_configs
 
     write_workspace(folder)
@@ -67,9 +67,9 @@ def write_run(folder: Path, teachers: dict[str, Path], corpus: Path, workers: in
 
 
 def start(folder: Path) -> int:
-    """Start or go on with the run in a process of a group of its own; its number.
+    """Start or resume the run in a new process group; return the process id.
 
-    Forked, with all modules loaded: a fresh interpreter would take seconds to come so far.
+    The process is forked with all modules loaded, because a new interpreter would need seconds.
     """
     pid = os.fork()
     if pid:
@@ -81,11 +81,11 @@ def start(folder: Path) -> int:
         log = os.open("log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1)
         os.dup2(log, 2)
-        words = "run_pretrain.py -u ekd -n x -a -c runner.yaml -g model.yaml --device cpu"
-        sys.argv = words.split()
+        command = "run_pretrain.py -u ekd -n x -a -c runner.yaml -g model.yaml --device cpu"
+        sys.argv = command.split()
         code = run_pretrain()
-    except SystemExit as left:
-        code = left.code
+    except SystemExit as error:
+        code = error.code
     except BaseException:
         traceback.print_exc()
     finally:
@@ -93,30 +93,33 @@ def start(folder: Path) -> int:
         os._exit(code)
 
 
-def leave_alone(folder: Path) -> None:
-    """The run to its end."""
+def run_to_the_end(folder: Path) -> None:
+    """Start or resume the run, and wait for its end."""
     _, status = os.waitpid(start(folder), 0)
     assert status == 0, (folder / "log.txt").read_text()[-3000:]
 
 
 def step_of(log: Path, offset: int) -> int:
-    """The step that the progress bar shows, in what was written to the log from ``offset`` on."""
+    """The last step that the progress bar has shown in the log after ``offset``; -1 if none."""
     if not log.exists():
         return -1
-    shown = re.findall(rf"(\d+)/{STEPS} \[", log.read_text(errors="replace")[offset:])
-    return int(shown[-1]) if shown else -1
+    steps = re.findall(rf"(\d+)/{STEPS} \[", log.read_text(errors="replace")[offset:])
+    return int(steps[-1]) if steps else -1
 
 
 def kill_and_resume(folder: Path, kills: int, rng: random.Random) -> list[tuple[int, int]]:
-    """The run, killed ``kills`` times; for each the step that the bar showed, and that saved.
+    """Run to the end and kill the process ``kills`` times.
 
-    One in six dies while it starts, the others at a random moment of the steps that are left.
+    One in six is killed during start-up, the others at a random moment of the remaining steps.
+
+    Returns:
+        The step of the progress bar and the saved step at each kill.
     """
     log, moments, saved = folder / "log.txt", [], 0
     while len(moments) < kills:
         offset = len(log.read_text(errors="replace")) if log.exists() else 0
-        left = kills - len(moments)
-        steps = rng.uniform(0, min(STEPS - 2 - saved, 2 * (STEPS - saved) / (left + 1)))
+        remaining = kills - len(moments)
+        steps = rng.uniform(0, min(STEPS - 2 - saved, 2 * (STEPS - saved) / (remaining + 1)))
         pid = start(folder)
         if rng.random() < 1 / 6:
             time.sleep(rng.uniform(0, 1))
@@ -128,19 +131,19 @@ def kill_and_resume(folder: Path, kills: int, rng: random.Random) -> list[tuple[
         if rng.random() < 0.5:
             os.killpg(pid, signal.SIGKILL)
         else:
-            os.kill(pid, signal.SIGKILL)  # its workers are left behind
+            os.kill(pid, signal.SIGKILL)  # its workers stay alive
         _, status = os.waitpid(pid, 0)
-        assert status == signal.SIGKILL, "it ended before it was killed"
-        at = step_of(log, offset)
+        assert status == signal.SIGKILL, "the run ended before the kill"
+        shown = step_of(log, offset)
         path = newest(folder / "result/pretrain/x")
         saved = read_run(path)["Step"] if path else 0
-        moments.append((at, saved))
-    leave_alone(folder)
+        moments.append((shown, saved))
+    run_to_the_end(folder)
     return moments
 
 
 def outcome(folder: Path) -> dict[str, object]:
-    """All that a run leaves, as flat values: the checkpoint's, and TensorBoard's."""
+    """Everything that a run writes, as flat values: last and best checkpoint, TensorBoard."""
     run = folder / "result/pretrain/x"
     states = read_run(newest(run))
     states = {key: value for key, value in states.items() if key not in ("Args", "Config")}
@@ -150,25 +153,25 @@ def outcome(folder: Path) -> dict[str, object]:
 
 def _flat(value, path):
     if isinstance(value, dict):
-        for key, each in value.items():
-            yield from _flat(each, f"{path}/{key}")
+        for key, item in value.items():
+            yield from _flat(item, f"{path}/{key}")
     elif isinstance(value, (list, tuple)):
-        for i, each in enumerate(value):
-            yield from _flat(each, f"{path}/{i}")
+        for i, item in enumerate(value):
+            yield from _flat(item, f"{path}/{i}")
     elif isinstance(value, (torch.Tensor, int, float, str, type(None))):
         yield path, value
 
 
 def unequal(one: dict[str, object], two: dict[str, object]) -> list[str]:
-    """The names of what differs in as much as one bit."""
+    """The names of the values that are not equal bit for bit."""
     names = []
     for name in one.keys() | two.keys():
         a, b = one.get(name), two.get(name)
         if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
-            same = a.dtype == b.dtype and torch.equal(a, b)
+            equal = a.dtype == b.dtype and torch.equal(a, b)
         else:
-            same = type(a) is type(b) and a == b
-        if not same:
+            equal = type(a) is type(b) and a == b
+        if not equal:
             names.append(name)
     return sorted(names)
 
@@ -193,8 +196,8 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--kills", type=int, default=10)
-    parser.add_argument("--workers", type=int, default=0, help="processes that read audio")
-    parser.add_argument("--seed", type=int, default=None, help="of the moments")
+    parser.add_argument("--workers", type=int, default=0, help="data loader workers")
+    parser.add_argument("--seed", type=int, default=None, help="seed of the moments")
     args = parser.parse_args()
     rng = random.Random(args.seed)
     with tempfile.TemporaryDirectory() as name:
@@ -210,16 +213,16 @@ def main() -> int:
             teachers[teacher] = root / f"{teacher}.pt"
             torch.save(make(seed=i, **SIZES), teachers[teacher])
         _write_corpus(root)
-        for folder in ("alone", "killed"):
+        for folder in ("uninterrupted", "killed"):
             (root / folder).mkdir()
             write_run(root / folder, teachers, root, args.workers)
-        leave_alone(root / "alone")
+        run_to_the_end(root / "uninterrupted")
         moments = kill_and_resume(root / "killed", args.kills, rng)
         print(f"killed {args.kills} times, at (step, saved step) of {STEPS}: {moments}")
-        one, two = outcome(root / "alone"), outcome(root / "killed")
-        differ = unequal(one, two)
-        print(f"{len(one)} values compared; unequal: {len(differ)} {differ[:10]}")
-        return bool(differ)
+        one, two = outcome(root / "uninterrupted"), outcome(root / "killed")
+        names = unequal(one, two)
+        print(f"{len(one)} values compared; unequal: {len(names)} {names[:10]}")
+        return bool(names)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""``python -m tests.spoiled_run COMMAND``: s3prl_ekd's command in which something goes wrong.
+"""``python -m tests.spoiled_run COMMAND``: an s3prl_ekd command that fails or hangs on purpose.
 
-The environment says what, so that workers which are spawned have it too. SPOILED is ``error`` (a
-step fails), ``stuck`` (the workers give no batch any more), ``endless`` (a step takes for ever) or
-``foreign`` (the same, in code that is not Python's); SPOILED_RANK names the process of several that
-it concerns.
-SPOILED_AT is a file that is made when the error is raised, or the first worker is stuck.
+Controlled by environment variables, which spawned workers inherit:
+
+- SPOILED: ``error`` (a step raises), ``stuck`` (the loader's workers hang), ``endless`` (a step
+  hangs in Python) or ``native`` (a step hangs in native code).
+- SPOILED_RANK: the rank that fails, of several processes.
+- SPOILED_MARKER: a file that is made when the error is raised or the process or worker hangs.
 """
 
 from __future__ import annotations
@@ -17,33 +18,33 @@ from pathlib import Path
 from s3prl_ekd.data.batches import DistillationDataset
 from s3prl_ekd.distill.distiller import EnsembleDistiller
 
-STEP = 3  # the first that is not as it should be
+STEP = 3  # the first step that fails
 
 
-def spoil(how: str, at: Path) -> None:
-    """Patch this process, and those which it forks, until it ends."""
+def spoil(how: str, marker: Path) -> None:
+    """Patch this process; processes that it forks inherit the patch."""
     forward, item = EnsembleDistiller.forward, DistillationDataset.__getitem__
-    begun = Path(f"{at}.begun")
+    started = Path(f"{marker}.started")
 
     def spoiled_forward(self, *args, step=1, **kwargs):
         if step >= STEP:
-            begun.touch()
+            started.touch()
             if how == "error":
-                at.touch()
+                marker.touch()
                 raise RuntimeError("a defect")
             while how == "endless":
-                at.touch()
+                marker.touch()
                 time.sleep(1)
-            if how == "foreign":
-                at.touch()
+            if how == "native":
+                marker.touch()
                 libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
                 for _ in range(2):
-                    libc.pthread_mutex_lock(mutex)  # the second time it waits for itself
+                    libc.pthread_mutex_lock(mutex)  # the second call deadlocks
         return forward(self, *args, step=step, **kwargs)
 
     def spoiled_item(self, index):
-        if how == "stuck" and begun.exists():
-            at.touch()
+        if how == "stuck" and started.exists():
+            marker.touch()
             while True:
                 time.sleep(1)
         return item(self, index)
@@ -53,7 +54,7 @@ def spoil(how: str, at: Path) -> None:
 
 
 if os.environ.get("SPOILED_RANK", "0") == os.environ.get("RANK", "0"):
-    spoil(os.environ.get("SPOILED", ""), Path(os.environ.get("SPOILED_AT", "")))
+    spoil(os.environ.get("SPOILED", ""), Path(os.environ.get("SPOILED_MARKER", "")))
 
 if __name__ == "__main__":
     from s3prl_ekd.__main__ import process

@@ -1,4 +1,4 @@
-"""Killed and resumed, a run ends as if it had not been; ten kills and more: kill_and_resume.py."""
+"""A run that is killed and resumed equals an uninterrupted one; see kill_and_resume.py."""
 
 import subprocess
 import sys
@@ -10,8 +10,8 @@ from .conftest import REPO
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_killed_run_ends_as_one_left_alone(workers):
-    # In an interpreter of its own: it forks, and pytest's has threads by now.
+def test_a_killed_run_equals_an_uninterrupted_one(workers):
+    # In another interpreter: it forks, and this one has threads.
     done = subprocess.run(
         [
             *(sys.executable, "-W", "ignore", "-m", "tests.kill_and_resume"),

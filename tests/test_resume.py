@@ -1,7 +1,8 @@
-"""What a resumed run takes from where: weights from the checkpoint, the rest as typed."""
+"""Resuming: what comes from the checkpoint, what from the command, and which errors there are."""
 
 import functools
 import os
+import re
 import shutil
 
 import pytest
@@ -31,7 +32,7 @@ def finished(tmp_path_factory, teachers, corpus):
 
 @pytest.fixture
 def run(finished, tmp_path, monkeypatch, pretrain_script):
-    """Type something in a copy of that folder, in this process; returns (code, stdout + stderr)."""
+    """Run in this process in a copy of that folder; returns (exit code, output)."""
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
 
@@ -42,65 +43,64 @@ def latest():
     return read_run(newest("result/pretrain/x"))
 
 
-def test_a_longer_run_has_the_learning_rate_of_its_length(run):
+def test_a_longer_run_has_the_schedule_of_its_length(run):
     more = "config.runner.total_steps=12,,config.optimizer.lr=5.e-3"
-    code, said = run("-u", "ekd", "-n", "x", "-a", "-o", more)
+    code, output = run("-u", "ekd", "-n", "x", "-a", "-o", more)
     assert code == 0 and latest()["Step"] == 12
     rates = read_scalars("result/pretrain/x")["ekd/train-lr"]
     # s3prl's schedule by hand: linear from lr at 10 % of the steps to 0 at the end
     for step in (8, 10):
         assert rates[step] == pytest.approx(5e-3 * (1 - step / 12) / 0.9, rel=1e-4)
-    # and what was typed once does not come back, nor is it lost
-    code, said = run("-u", "ekd", "-n", "x", "-a")
-    assert code == 0 and "Training for 12 steps" in said
+    # A later resume keeps what -o has set.
+    code, output = run("-u", "ekd", "-n", "x", "-a")
+    assert code == 0 and re.search(r"\b12 steps\b", output)
 
 
-def test_a_folder_in_use_is_not_written_into(run):
+def test_a_new_run_in_the_folder_of_another(run):
     before = {path.name for path in newest("result/pretrain/x").parent.iterdir()}
-    code, said = run("-u", "ekd", "-n", "x", "-c", "runner.yaml", "-g", "model.yaml")
-    assert code == 2 and "holds a run already: add -a to go on with it" in said
+    code, output = run("-u", "ekd", "-n", "x", "-c", "runner.yaml", "-g", "model.yaml")
+    assert code == 2 and "result/pretrain/x" in output and "-a" in output
     assert {path.name for path in newest("result/pretrain/x").parent.iterdir()} == before
 
 
 def test_the_config_of_a_resumed_run_is_checked(run):
-    code, said = run("-u", "ekd", "-n", "x", "-a", "-o", "config.runner.save_step=0")
-    assert code == 2 and "save_step is 0; 1 or more is allowed" in said
+    code, output = run("-u", "ekd", "-n", "x", "-a", "-o", "config.runner.save_step=0")
+    assert code == 2 and re.search(r"\bsave_step\b.*\b0\b", only_error(output))
 
 
-@pytest.mark.parametrize("where", ["override", "optimizer", "scheduler"])
-def test_a_checkpoint_of_plain_data_runs_no_code(run, tmp_path, where):
-    """s3prl would evaluate each of these texts."""
-    evil = "__import__('os').mkdir('hacked')"
+@pytest.mark.parametrize("key", ["override", "optimizer", "scheduler"])
+def test_text_in_a_checkpoint_is_not_evaluated(run, tmp_path, key):
+    """s3prl would evaluate it."""
+    code_text = "__import__('os').mkdir('hacked')"
     path = newest("result/pretrain/x")
     states = read_run(path)
-    if where == "override":
-        states["Args"].override = f"config.runner.fp16={evil}"
+    if key == "override":
+        states["Args"].override = f"config.runner.fp16={code_text}"
     else:
-        states["Config"][where] = {"name": f"{evil} or Adam", "lr": 0.1}
-    torch.save(states, "new.ckpt")  # not in place: the tensors are still in the file
+        states["Config"][key] = {"name": f"{code_text} or Adam", "lr": 0.1}
+    torch.save(states, "new.ckpt")  # not in place, because the tensors are memory-mapped
     os.replace("new.ckpt", path)
-    code, said = run("-u", "ekd", "-n", "x", "-a")
+    code, output = run("-u", "ekd", "-n", "x", "-a")
     assert not (tmp_path / "hacked").exists()
-    assert code == (0 if where == "override" else 2)
-    if where != "override":
-        assert f"{where}.name is" in said and "would run as code" in said
+    assert code == (0 if key == "override" else 2)
+    if key != "override":
+        assert f"{key}.name" in only_error(output)
 
 
-def test_the_run_keeps_its_whole_config(run, tmp_path):
+def test_the_config_in_the_folder_has_extends_resolved(run, tmp_path):
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "small.yaml").write_text("extends: ../model.yaml\naggregation: average\n")
-    words = ("-u", "ekd", "-n", "y", "-c", "runner.yaml", "-g", "sub/small.yaml")
-    code, said = run(*words)
+    code, output = run("-u", "ekd", "-n", "y", "-c", "runner.yaml", "-g", "sub/small.yaml")
     assert code == 0
-    kept = load_model_config("result/pretrain/y/config_model.yaml")
-    assert kept == load_model_config("sub/small.yaml") and kept.aggregation == "average"
+    written = load_model_config("result/pretrain/y/config_model.yaml")
+    assert written == load_model_config("sub/small.yaml") and written.aggregation == "average"
 
 
-def test_a_device_that_is_not_there(run):
+def test_a_missing_device(run):
     if torch.cuda.is_available():
-        pytest.skip("there is one here")
-    code, said = run("-u", "ekd", "-n", "x", "-a", "--device", "cuda:9")
-    assert code == 2 and "--device cuda:9 cannot be used here" in said
+        pytest.skip("this machine has a GPU")
+    code, output = run("-u", "ekd", "-n", "x", "-a", "--device", "cuda:9")
+    assert code == 2 and "--device cuda:9" in only_error(output)
 
 
 @pytest.mark.parametrize(
@@ -114,8 +114,8 @@ def test_a_device_that_is_not_there(run):
         {"downstream_expert": {"modelrc": {"a": [{"pooling": "a.b"}]}}},
     ],
 )
-def test_what_s3prl_evaluates_must_be_a_name(config):
-    with pytest.raises(ConfigError, match="must be a plain name"):
+def test_text_that_s3prl_evaluates_must_be_a_name(config):
+    with pytest.raises(ConfigError, match="x.yaml"):
         check_names(config, "x.yaml")
 
 
@@ -127,16 +127,16 @@ def test_names_and_other_texts_pass():
     check_names({"corpus": {"name": "a b"}, "x": {"unk_weight": "-math.inf"}}, "x.yaml")
 
 
-def only_error(said):
-    (line,) = [line for line in said.splitlines() if line.startswith("error:")]
-    assert "Traceback" not in said
+def only_error(output):
+    (line,) = [line for line in output.splitlines() if line.startswith("error:")]
+    assert "Traceback" not in output
     return line
 
 
-def test_the_command_typed_again_goes_on(run):
-    """-c and -g are the run's own, and so is the -o that it was started with."""
+def test_the_same_command_again(run):
+    """With the config files and the -o of the run."""
     same = ("-c", "runner.yaml", "-g", "model.yaml", "-o", "config.runner.log_step=1")
-    code, said = run("-u", "ekd", "-n", "x", "-a", *same)
+    code, output = run("-u", "ekd", "-n", "x", "-a", *same)
     assert code == 0 and latest()["Step"] == 6
 
 
@@ -145,9 +145,9 @@ def test_a_runner_config_that_differs(run, tmp_path):
     config["runner"]["total_steps"] = 12
     config["pretrain_expert"]["datarc"]["train_batch_size"] = 2
     (tmp_path / "runner.yaml").write_text(yaml.safe_dump(config))
-    code, said = run("-u", "ekd", "-n", "x", "-a", "-c", "runner.yaml")
-    error = only_error(said)
-    assert code == 2 and "-c runner.yaml differs from the config in result/pretrain/x/" in error
+    code, output = run("-u", "ekd", "-n", "x", "-a", "-c", "runner.yaml")
+    error = only_error(output)
+    assert code == 2 and re.search(r"-c runner\.yaml\b.*result/pretrain/x/", error)
     assert "runner.total_steps 6 -> 12" in error and "runner.log_step 1 -> 2" in error
     assert "pretrain_expert.datarc.train_batch_size 3 -> 2" in error
     assert '-o "config.KEY=VALUE"' in error and latest()["Step"] == 6
@@ -157,18 +157,18 @@ def test_a_model_config_that_differs(run, tmp_path):
     model = yaml.safe_load((tmp_path / "model.yaml").read_text())
     model["student"]["encoder_layers"] = 1
     (tmp_path / "model.yaml").write_text(yaml.safe_dump(model))
-    code, said = run("-u", "ekd", "-n", "x", "-a", "-g", "model.yaml")
-    assert code == 2 and "student.encoder_layers 2 -> 1" in only_error(said)
+    code, output = run("-u", "ekd", "-n", "x", "-a", "-g", "model.yaml")
+    assert code == 2 and "student.encoder_layers 2 -> 1" in only_error(output)
 
 
 def test_another_optimizer(run):
-    code, said = run("-u", "ekd", "-n", "x", "-a", "-o", "config.optimizer.name='AdamW'")
-    error = only_error(said)
+    code, output = run("-u", "ekd", "-n", "x", "-a", "-o", "config.optimizer.name='AdamW'")
+    error = only_error(output)
     assert code == 2 and "optimizer.name 'AdamW_with_schedule' -> 'AdamW'" in error
 
 
 def changed_checkpoint(change):
-    """Change what the newest checkpoint holds."""
+    """Change the contents of the newest checkpoint."""
     path = newest("result/pretrain/x")
     states = read_run(path)
     change(states)
@@ -178,60 +178,60 @@ def changed_checkpoint(change):
 
 
 @pytest.mark.parametrize(
-    ("change", "said_of_it"),
+    ("change", "pattern"),
     [
         (
             lambda states: states["EKD"]["settings"].update(encoder_ffn_embed_dim=32),
-            "a student of another size: encoder_ffn_embed_dim 32 -> 64 (checkpoint -> this run)",
+            "encoder_ffn_embed_dim 32 -> 64",
         ),
-        (lambda states: states["EKD"].pop("heads"), "does not fit this run: 'heads'"),
-        (lambda states: states.pop("Optimizer"), "does not fit this run: 'Optimizer'"),
-        (lambda states: states["EKD_Run"].update(epoch=-3), "is damaged: its run state"),
+        (lambda states: states["EKD"].pop("heads"), "'heads'"),
+        (lambda states: states.pop("Optimizer"), "'Optimizer'"),
+        (lambda states: states["EKD_Run"].update(epoch=-3), r"states-6\.ckpt\b.*\bepoch\b"),
         (
             lambda states: states["EKD_Run"]["random"][0].update(torch=torch.zeros(3)),
-            "is damaged: no states of random number generators",
+            r"states-6\.ckpt\b.*\brandom\b",
         ),
     ],
 )
-def test_a_checkpoint_that_does_not_fit(run, change, said_of_it):
+def test_a_checkpoint_that_does_not_fit(run, change, pattern):
     changed_checkpoint(change)
-    code, said = run("-u", "ekd", "-n", "x", "-a", "-o", "config.runner.total_steps=9")
-    assert code == 2 and said_of_it in only_error(said)
+    code, output = run("-u", "ekd", "-n", "x", "-a", "-o", "config.runner.total_steps=9")
+    assert code == 2 and re.search(pattern, only_error(output))
 
 
-def test_a_checkpoint_of_s3prls_runner_goes_on(run, caplog):
+def test_resume_a_checkpoint_of_s3prls_runner(run, caplog):
     changed_checkpoint(lambda states: states.pop("EKD_Run"))
-    code, said = run("-u", "ekd", "-n", "x", "-a", "-o", "config.runner.total_steps=9")
-    assert code == 0 and "is of s3prl's own Runner: random numbers begin anew" in caplog.text
-    # 6 updates of a batch each were 1 pass of 4 batches and 2 batches; now there are 9.
-    place = latest()["EKD_Run"]
-    assert (place["epoch"], place["batch"], latest()["Step"]) == (2, 1, 9)
+    code, output = run("-u", "ekd", "-n", "x", "-a", "-o", "config.runner.total_steps=9")
+    assert code == 0 and "states-6.ckpt" in caplog.text
+    # 6 steps of a batch each are 1 epoch of 4 batches, and 2 batches; now there are 9 steps.
+    progress = latest()["EKD_Run"]
+    assert (progress["epoch"], progress["batch"], latest()["Step"]) == (2, 1, 9)
 
 
 def test_a_corpus_table_that_has_changed(run, tmp_path, corpus, caplog):
-    """By its contents: a new date is no change."""
+    """Its contents count, not its modification time."""
     shutil.copytree(corpus / "tables", "tables")
-    here = (
+    longer = (
         f"config.runner.total_steps=9,,config.pretrain_expert.datarc.file_path='{tmp_path}/tables'"
     )
     table = tmp_path / "tables" / "train.csv"
     os.utime(table)
-    assert run("-u", "ekd", "-n", "x", "-a", "-o", here)[0] == 0
+    assert run("-u", "ekd", "-n", "x", "-a", "-o", longer)[0] == 0
     table.write_text(table.read_text().rsplit("\n", 4)[0] + "\n")
-    more = here.replace("=9", "=12")
-    code, said = run("-u", "ekd", "-n", "x", "-a", "-o", more)
-    error = only_error(said)
-    assert code == 2 and f"have changed since the checkpoint was written: {table}" in error
+    more = longer.replace("=9", "=12")
+    code, output = run("-u", "ekd", "-n", "x", "-a", "-o", more)
+    error = only_error(output)
+    assert code == 2 and str(table) in error
     sets = "config.pretrain_expert.datarc.sets=['train']"
     assert f'-o "{sets}"' in error and latest()["Step"] == 9
-    code, said = run("-u", "ekd", "-n", "x", "-a", "-o", f"{more},,{sets}")
-    assert code == 0 and "beginning a new pass over them" in caplog.text
-    place = latest()["EKD_Run"]
-    assert (place["epoch"], place["batch"], place["batches"]) == (4, 0, 3)
+    code, output = run("-u", "ekd", "-n", "x", "-a", "-o", f"{more},,{sets}")
+    assert code == 0
+    progress = latest()["EKD_Run"]  # a new epoch, 3, in which 3 steps use 3 batches
+    assert (progress["epoch"], progress["batch"], progress["batches"]) == (4, 0, 3)
 
 
 @pytest.mark.parametrize("how", ["bit", "half", "nothing"])
-def test_a_damaged_newest_checkpoint_is_passed_over(run, how, caplog, tmp_path):
+def test_a_damaged_newest_checkpoint_is_skipped(run, how, caplog, tmp_path):
     caplog.set_level("INFO")
     path = newest("result/pretrain/x")
     assert path.name == "states-6.ckpt"
@@ -243,28 +243,28 @@ def test_a_damaged_newest_checkpoint_is_passed_over(run, how, caplog, tmp_path):
         del data[len(data) // 2 if how == "half" else 0 :]
     for name in ("states-6.ckpt", "last.ckpt"):
         (path.parent / name).write_bytes(bytes(data))
-    code, said = run("-u", "ekd", "-n", "x", "-a")
+    code, output = run("-u", "ekd", "-n", "x", "-a")
     assert code == 0 and latest()["Step"] == 6
-    assert "passed over: the checkpoint result/pretrain/x/states-6.ckpt is damaged" in caplog.text
-    assert "resume from result/pretrain/x/states-3.ckpt at step 3" in caplog.text
-    # named, it is refused
+    assert "result/pretrain/x/states-6.ckpt" in caplog.text
+    assert re.search(r"result/pretrain/x/states-3\.ckpt\b.*\b3\b", caplog.text)
+    # With -e it is an error.
     (path.parent / "states-6.ckpt").write_bytes(bytes(data))
-    code, said = run("-e", str(path))
-    assert code == 2 and "is damaged" in only_error(said)
+    code, output = run("-e", str(path))
+    assert code == 2 and str(path) in only_error(output)
 
 
-def test_nothing_but_damaged_checkpoints(run):
+def test_only_damaged_checkpoints(run):
     for path in newest("result/pretrain/x").parent.glob("*.ckpt"):
         path.write_bytes(path.read_bytes()[:-1000])
-    code, said = run("-u", "ekd", "-n", "x", "-a")
-    assert code == 2 and "none of the 3 checkpoints in result/pretrain/x can be read" in said
+    code, output = run("-u", "ekd", "-n", "x", "-a")
+    assert code == 2 and re.search(r"\b3\b.*\bresult/pretrain/x\b", only_error(output))
 
 
-def test_going_back_sets_aside_what_came_later(run):
+def test_resuming_an_earlier_step_renames_later_checkpoints(run):
     folder = newest("result/pretrain/x").parent
-    (folder / "states-5.ckpt.123.tmp").write_bytes(b"half")  # of a run that was killed
+    (folder / "states-5.ckpt.123.tmp").write_bytes(b"half")  # as a killed run leaves it
     more = "config.runner.total_steps=5,,config.runner.save_step=4"
-    code, said = run("-e", str(folder / "states-3.ckpt"), "-o", more)
+    code, output = run("-e", str(folder / "states-3.ckpt"), "-o", more)
     assert code == 0 and latest()["Step"] == 5
     names = {path.name for path in folder.glob("*.ckpt*")}
     assert names == {
@@ -273,11 +273,11 @@ def test_going_back_sets_aside_what_came_later(run):
     }
 
 
-def test_a_run_that_was_moved_goes_on_where_it_is(run, tmp_path):
+def test_resume_a_moved_run(run, tmp_path):
     shutil.move("result/pretrain/x", tmp_path / "moved")
     more = "config.runner.total_steps=8"
-    code, said = run("-u", "ekd", "-p", str(tmp_path / "moved"), "-a", "-o", more)
+    code, output = run("-u", "ekd", "-p", str(tmp_path / "moved"), "-a", "-o", more)
     assert code == 0 and read_run(newest(tmp_path / "moved"))["Step"] == 8
     assert not os.path.exists("result/pretrain/x")
-    code, said = run("-u", "ekd", "-p", "moved", "-a")  # the same by another name
+    code, output = run("-u", "ekd", "-p", "moved", "-a")  # the same folder by a relative path
     assert code == 0

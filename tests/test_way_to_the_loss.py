@@ -1,4 +1,4 @@
-"""How much of this package a run of ``run_pretrain.py -u ekd`` needs: calls to the loss, lines."""
+"""How much of this package ``run_pretrain.py -u ekd`` needs: calls to the loss, imported lines."""
 
 import json
 import os
@@ -15,9 +15,9 @@ from .conftest import write_configs
 
 PACKAGE = Path(s3prl_ekd.__file__).parent
 CALLS = 7
-LINES = 12_850  # of the modules that are imported; the aim is 6,000
+LINES = 12_850  # of the imported modules; the goal is 6,000
 
-# Runs, and writes the frames of this package around the loss and its imported modules to OUT.
+# Runs, and writes to OUT this package's frames around the loss, and the paths of all modules.
 PROBE = f"""
 import json, sys
 from s3prl_ekd.launch import run_pretrain
@@ -58,7 +58,7 @@ def probed(tmp_path_factory, teachers, corpus):
 
 
 def test_few_calls_from_the_command_to_the_loss(probed):
-    """Calls of this package; those of s3prl and torch between them do not count."""
+    """Calls in this package; those in s3prl and torch do not count."""
     frames = probed["frames"]
     names = [frame.rsplit(": ", 1)[1] for frame in frames]
     assert names[0] == "distillation_loss" and names[-1] == "run_pretrain"

@@ -1,7 +1,6 @@
-"""Measure how long a run that failed, or that waits for a batch, takes to end.
+"""Measure how long a run takes to end after an error or a signal.
 
-Each run is a process of its own, or two of torchrun's. What is measured begins with the error, or
-with the signal, and ends when the last process is gone.
+Each run is one process, or two of torchrun. The time ends when the last process has ended.
 
 example:
   python -m tests.time_to_exit --runs 10
@@ -34,8 +33,14 @@ TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m")
 
 @dataclass(frozen=True)
 class Case:
-    """``how`` a run is spoiled (see spoiled_run.py), in the process ``rank``; the ``signals`` that
-    it gets, each with the seconds to the next one."""
+    """A way for a run to end.
+
+    Attributes:
+        how: what fails, see spoiled_run.py.
+        signals: sent to the run, each with the seconds to the next one.
+        processes: of the run.
+        rank: of the process that fails.
+    """
 
     how: str
     signals: Sequence[tuple[int, float]] = ()
@@ -48,81 +53,90 @@ CASES = {
     "SIGTERM while it waits for a batch": Case("stuck", [(signal.SIGTERM, 0)]),
     "SIGINT while it waits for a batch": Case("stuck", [(signal.SIGINT, 0)]),
     "two SIGTERM": Case("endless", [(signal.SIGTERM, 2), (signal.SIGTERM, 0)]),
-    "two SIGTERM, in code that is not Python's": Case(
-        "foreign", [(signal.SIGTERM, 2), (signal.SIGTERM, 0)]
-    ),
+    "two SIGTERM in native code": Case("native", [(signal.SIGTERM, 2), (signal.SIGTERM, 0)]),
     "an error in the second process of two": Case("error", processes=2, rank=1),
     "SIGTERM while the second of two waits": Case("stuck", [(signal.SIGTERM, 0)], 2, 1),
 }
 
 
 @dataclass(frozen=True)
-class Ended:
-    """How it ended: ``seconds`` since the error or the last signal, ``code``, what it ``said``, the
-    ``step`` that is saved, how many processes were ``left``."""
+class RunEnd:
+    """How a run ended.
+
+    Attributes:
+        seconds: since the error or the last signal.
+        code: exit code.
+        output: stdout and stderr.
+        step: of the last checkpoint.
+        left: number of processes still alive.
+    """
 
     seconds: float
     code: int
-    said: str
+    output: str
     step: int
     left: int
 
 
-def end_of(folder: Path, case: Case, name: str = "x", limit: float = 60) -> Ended:
-    """Start a run in a folder that :func:`write_run` or a test has prepared, and see it end.
+def end_of(folder: Path, case: Case, name: str = "x", limit: float = 60) -> RunEnd:
+    """Run ``case`` in a folder that :func:`write_run` or a test has prepared.
 
     Raises:
-        subprocess.TimeoutExpired: it has not ended within ``limit`` seconds; it is killed.
+        subprocess.TimeoutExpired: it did not end within ``limit`` seconds and was killed.
     """
-    at, log = folder / f"{name}.at", folder / f"{name}.log"
+    marker, log = folder / f"{name}.marker", folder / f"{name}.log"
     module = [*(TORCHRUN if case.processes > 1 else ()), "tests.spoiled_run", "run_pretrain.py"]
-    words = ["-u", "ekd", "-n", name, "-c", "runner.yaml", "-g", "model.yaml", "--device", "cpu"]
+    argv = ["-u", "ekd", "-n", name, "-c", "runner.yaml", "-g", "model.yaml", "--device", "cpu"]
     data, run = "config.pretrain_expert.datarc", "config.runner"
-    words += ["-o", f"{data}.num_workers=2,,{run}.total_steps=1000,,{run}.save_step=900"]
-    more = {"SPOILED": case.how, "SPOILED_AT": str(at), "SPOILED_RANK": str(case.rank)}
+    argv += ["-o", f"{data}.num_workers=2,,{run}.total_steps=1000,,{run}.save_step=900"]
+    variables = {
+        "SPOILED": case.how,
+        "SPOILED_MARKER": str(marker),
+        "SPOILED_RANK": str(case.rank),
+    }
     paths = os.pathsep.join(filter(None, [str(REPO), os.environ.get("PYTHONPATH")]))
     with open(log, "wb") as file:
         running = subprocess.Popen(
-            [sys.executable, "-m", *module, *words],
+            [sys.executable, "-m", *module, *argv],
             cwd=folder,
             stdout=file,
             stderr=file,
-            env={**os.environ, **more, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
+            env={**os.environ, **variables, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
         )
-    everyone: list[int] = []
+    processes: list[int] = []
     try:
-        while not at.exists():
+        while not marker.exists():
             time.sleep(0.02)
             assert running.poll() is None, log.read_text(errors="replace")[-3000:]
-        began = at.stat().st_mtime
-        everyone = [running.pid, *_below(running.pid)]
+        start = marker.stat().st_mtime
+        processes = [running.pid, *_descendants(running.pid)]
         if case.signals:
-            time.sleep(1.5)  # what was read ahead is used up
+            time.sleep(1.5)  # until the prefetched batches are used
         for number, pause in case.signals:
-            began = time.time()
+            start = time.time()
             running.send_signal(number)
             time.sleep(pause)
         code = running.wait(limit)
-        seconds = time.time() - began
+        seconds = time.time() - start
         time.sleep(0.2)
-        left = [pid for pid in everyone if _alive(pid)]
+        left = [pid for pid in processes if _alive(pid)]
     finally:
-        for pid in everyone:
+        for pid in processes:
             if _alive(pid):
                 os.kill(pid, signal.SIGKILL)
         running.wait()
     saved = newest(folder / "result/pretrain" / name)
     step = read_run(saved)["Step"] if saved else 0
-    return Ended(seconds, code, log.read_text(errors="replace"), step, len(left))
+    return RunEnd(seconds, code, log.read_text(errors="replace"), step, len(left))
 
 
-def _below(pid: int) -> list[int]:
-    """All processes that come from this one."""
+def _descendants(pid: int) -> list[int]:
+    """All descendants of a process."""
     try:
-        found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     except OSError:
         return []
-    return [each for child in map(int, found) for each in (child, *_below(child))]
+    return [pid for child in map(int, children) for pid in (child, *_descendants(child))]
 
 
 def _alive(pid: int) -> bool:
@@ -133,7 +147,7 @@ def _alive(pid: int) -> bool:
 
 
 def write_run(folder: Path) -> None:
-    """Teachers, a corpus and the configs of a run."""
+    """Write teachers, a corpus and the configs of a run."""
     from .kill_and_resume import _write_corpus
 
     teachers = {}
@@ -150,7 +164,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--runs", type=int, default=10, help="of each case (default: 10)")
+    parser.add_argument("--runs", type=int, default=10, help="runs of each case (default: 10)")
     args = parser.parse_args()
     slowest = 0.0
     with tempfile.TemporaryDirectory() as name:
@@ -162,9 +176,9 @@ def main() -> int:
             slowest = max(slowest, seconds[-1])
             codes = sorted({end.code for end in ends})
             print(
-                f"{title}: {statistics.median(seconds):.1f} s, at most {seconds[-1]:.1f} s; exit "
-                f"codes {codes}; processes left: {sum(end.left for end in ends)}; steps saved: "
-                f"{sorted({end.step for end in ends})}",
+                f"{title}: median {statistics.median(seconds):.1f} s, maximum {seconds[-1]:.1f} s; "
+                f"exit codes {codes}; processes left: {sum(end.left for end in ends)}; "
+                f"steps saved: {sorted({end.step for end in ends})}",
                 flush=True,
             )
     return slowest > LIMIT
