@@ -103,16 +103,10 @@ def test_the_folder_in_a_checkpoint_is_not_made(pretrain):
 def prepared(tmp_path_factory):
     """A folder with data of SID and ER, and a run of SID in ``result/downstream/x``."""
     folder = make_workspace(tmp_path_factory.mktemp("superb"))
-    intervals = ",,".join(
-        f"config.runner.{key}=4" for key in ("log_step", "eval_step", "save_step")
-    )
+    steps = {"total_steps": 8, "log_step": 4, "eval_step": 4, "save_step": 4}
+    overrides = ",,".join(f"config.runner.{key}={value}" for key, value in steps.items())
     argv = ["-m", "train", "-u", "fbank_no_cmvn", "-d", "voxceleb1", "--device", "cpu", "-n", "x"]
-    argv += [
-        "-c",
-        "downstream/voxceleb1/tiny.yaml",
-        "-o",
-        f"config.runner.total_steps=8,,{intervals}",
-    ]
+    argv += ["-c", "downstream/voxceleb1/tiny.yaml", "-o", overrides]
     command("run_downstream.py", *argv, cwd=folder)
     return folder
 
@@ -147,7 +141,7 @@ def test_predictions_go_to_the_folder_of_the_checkpoint(downstream, workspace, c
     assert (workspace / "copy/test_predict.txt").stat().st_size and contents(
         workspace / "result"
     ) == before
-    assert re.search(r"\bcopy\b", caplog.text)
+    assert re.search(r"result/downstream/x\b.*\bcopy\b", caplog.text)
 
 
 def test_folders_in_a_checkpoint_are_ignored(downstream, workspace):
