@@ -36,26 +36,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("-c", "--config", metavar="RUNNER", default=RUNNER, help=f"default: {RUNNER}")
     add("-g", "--upstream-config", metavar="MODEL", default=MODEL, help=f"default: {MODEL}")
-    add(
-        "-o",
-        "--output",
-        metavar="CACHE",
-        type=Path,
-        help="folder to write",
-    )
+    add("-o", "--output", metavar="CACHE", type=Path, help="folder to write")
     add(
         "--dtype", choices=("float16", "bfloat16", "int8"), default="float16",
         help="number format; int8 has a scale for each utterance and layer (default: float16)",
     )  # fmt: skip
     add("--aggregated", action="store_true", help="store targets after aggregation")
     add("--size", action="store_true", help="only print the size of the cache")
-    add(
-        "--seed",
-        metavar="N",
-        type=int,
-        default=_SEED,
-        help=f"for excerpts (default: {_SEED})",
-    )
+    add("--seed", metavar="N", type=int, default=_SEED, help=f"for excerpts (default: {_SEED})")
     add("--device", help="cpu, cuda, cuda:1 ... (default: cuda if available)")
     add("--force", action="store_true", help="replace the cache in CACHE")
 

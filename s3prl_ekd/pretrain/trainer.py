@@ -310,7 +310,7 @@ class Trainer:
             if batch.names:
                 self._step_records["loss_mean"].append(loss.detach())
             for name, value in logs.items():
-                self._step_records[name].append(value)  # tensors: float() would wait for the device
+                self._step_records[name].append(value)  # tensors, which need no synchronisation
         with explain_out_of_memory(step, batch, self.device, self.hint):
             self.optimizer_step.clip()
             self._weights_unchanged = False
