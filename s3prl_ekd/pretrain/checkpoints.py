@@ -36,34 +36,20 @@ _NUMBERED = re.compile(r"states-(\d+)\.ckpt")
 
 @dataclass
 class Progress:
-    """The progress of a run; it changes only when a step is complete.
+    """The progress of a run; it changes only when a step is complete."""
 
-    Attributes:
-        step: completed steps, skipped ones included.
-        epoch: current epoch.
-        batch: batches of this epoch that all processes together have used.
-        batches: batches of an epoch.
-        tables: digest of each corpus table.
-        skipped: steps whose loss or gradient was not finite.
-        skipped_in_a_row: the latest of them, without a finite step between.
-        best_loss: lowest dev loss.
-        best_step: step of the lowest dev loss.
-        scaler: state of the fp16 loss scaler.
-        dev_due: the dev loss of this step is not computed yet, because of a signal or an error.
-        records: scalars since the last TensorBoard point.
-    """
-
-    step: int = 0
+    step: int = 0  # completed steps, skipped ones included
     epoch: int = 0
-    batch: int = 0
-    batches: int = 0
-    tables: dict[str, str] = field(default_factory=dict)
-    skipped: int = 0
+    batch: int = 0  # batches of this epoch that all processes together have used
+    batches: int = 0  # batches of an epoch
+    tables: dict[str, str] = field(default_factory=dict)  # digest of each corpus table
+    skipped: int = 0  # steps whose loss or gradient was not finite
     skipped_in_a_row: int = 0
-    best_loss: float | None = None
-    best_step: int = 0
-    scaler: dict[str, Any] = field(default_factory=dict)
-    dev_due: bool = False
+    best_loss: float | None = None  # lowest dev loss
+    best_step: int = 0  # and its step
+    scaler: dict[str, Any] = field(default_factory=dict)  # state of the fp16 loss scaler
+    dev_due: bool = False  # a signal or an error came before the dev loss of this step
+    # Scalars since the last TensorBoard point.
     records: dict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
 
     def state_dict(self, random: list[dict]) -> dict[str, Any]:

@@ -81,10 +81,7 @@ def table_digests(folder: str | Path, sets: Sequence[str]) -> dict[str, str]:
 
 
 def check_tables(
-    saved: Mapping[str, str],
-    current: Mapping[str, str],
-    folder: str | Path,
-    overridden: Collection[str],
+    saved: Mapping[str, str], current: Mapping[str, str], folder: str | Path, keys: Collection[str]
 ) -> None:
     """Reject corpus tables that have changed since the checkpoint was written.
 
@@ -92,13 +89,13 @@ def check_tables(
         saved: digests in the checkpoint; empty if s3prl's own Runner wrote it.
         current: digests of the tables now.
         folder: of the tables.
-        overridden: config keys that ``-o`` sets; if ``sets`` is one of them, all tables are valid.
+        keys: config keys that ``-o`` sets; if ``sets`` is one of them, all tables are valid.
 
     Raises:
         DataError: naming the tables.
     """
     changed = [name for name in current if name in saved and saved[name] != current[name]]
-    if changed and SETS not in overridden:
+    if changed and SETS not in keys:
         tables = ", ".join(str(Path(folder) / f"{name}.csv") for name in changed)
         raise DataError(
             f"corpus tables have changed since the checkpoint was written: {tables}; restore them, "

@@ -37,10 +37,6 @@ class ProcessGroup:
     ``any``, ``sum``, ``all_gather``, ``first_not_none`` and ``barrier`` are collective: all
     processes must call them, in the same order. They exchange little data, over the CPU (gloo).
     DistributedDataParallel averages the gradients.
-
-    Attributes:
-        rank: of this process.
-        world_size: number of processes.
     """
 
     rank: int = 0

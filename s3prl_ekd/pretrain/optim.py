@@ -95,19 +95,12 @@ class NotFiniteError(EkdError):
 
 @dataclass(frozen=True)
 class StepResult:
-    """The result of a step.
+    """The result of a step."""
 
-    Attributes:
-        loss: sum over the step's batches.
-        norm: of the gradient, before clipping.
-        applied: whether the weights were updated. They are not if loss or gradient is not finite.
-        lowers_scale: not updated because fp16's loss scale is still too large, which is usual.
-    """
-
-    loss: float
-    norm: float
-    applied: bool
-    lowers_scale: bool
+    loss: float  # sum over the step's batches
+    norm: float  # of the gradient, before clipping
+    applied: bool  # whether the weights were updated: not if loss or gradient is not finite
+    lowers_scale: bool  # not updated because fp16's loss scale is still too large, which is usual
 
 
 class OptimizerStep:

@@ -88,11 +88,8 @@ class SweepRun:
 class SweepResult:
     """The last scalars of a finished run, and its duration.
 
-    Attributes:
-        loss: the training loss.
-        distances: reconstruction error for each teacher, averaged over its layers. Unlike losses,
-            distances are comparable between experiments with the same teachers.
-        seconds: duration.
+    ``distances`` are the reconstruction error for each teacher, averaged over its layers. Unlike
+    losses, they are comparable between experiments with the same teachers.
     """
 
     loss: float

@@ -147,11 +147,7 @@ class Trainer:
             write_model_config(args)
 
     def check_same_progress(self) -> None:
-        """Check that all processes have read the same checkpoint and corpus tables.
-
-        Raises:
-            SetupError: they have not.
-        """
+        """Raise SetupError if the processes have different checkpoints or corpus tables."""
         progress = self.progress
         positions = self.processes.all_gather(
             (progress.step, progress.epoch, progress.batch, progress.batches, progress.tables)
@@ -224,13 +220,8 @@ class Trainer:
             disable=not self.processes.is_main,
         )
         closing = contextlib.closing(self.upstream)
-        with (
-            bar,
-            self.stop_signals,
-            closing,
-            explain_worker_errors(self.hint),
-            self.save_on_error(),
-        ):
+        explained = explain_worker_errors(self.hint)
+        with bar, self.stop_signals, closing, explained, self.save_on_error():
             batches = self.batches()
             if progress.dev_due and self.upstream.dev_dataloader is not None:
                 self.measure_dev_loss()
@@ -446,12 +437,7 @@ class Trainer:
             self.exit(received)
 
     def exit(self, received: str, saved: bool = True) -> NoReturn:
-        """Print which step is saved, and exit with the signal's exit code.
-
-        Args:
-            received: name of the signal.
-            saved: whether the current step is saved.
-        """
+        """Print which step is saved, and exit with the exit code of the signal ``received``."""
         if self.processes.is_main:
             saved_step = self.progress.step if saved else self._saved_step
             tqdm.write(

@@ -83,17 +83,11 @@ def frame_count(samples: int, conv: ConvLayers) -> int:
 
 @dataclass(frozen=True)
 class CacheSize:
-    """Size of a cache, estimated from the lengths in the tables.
-
-    Attributes:
-        utterances: number of utterances.
-        seconds: of audio.
-        bytes: on disk.
-    """
+    """Size of a cache, estimated from the lengths in the tables."""
 
     utterances: int
-    seconds: float
-    bytes: int
+    seconds: float  # of audio
+    bytes: int  # on disk
 
     @property
     def gigabytes(self) -> float:
@@ -134,11 +128,7 @@ def existing_bytes(folder: Path) -> int:
 
 
 def check_room(size: CacheSize, folder: Path) -> None:
-    """Check that the rest of a cache fits on the disk.
-
-    Raises:
-        SetupError: it does not.
-    """
+    """Raise SetupError if the rest of a cache does not fit on the disk."""
     required, free = size.bytes - existing_bytes(folder) + SPARE, free_bytes(folder)
     if required > free:
         raise SetupError(
@@ -168,15 +158,10 @@ def make_target_fn(
 
 
 def begin(folder: Path, index: Index, force: bool) -> Index:
-    """Write the index of a new build, or read that of an interrupted one.
-
-    Args:
-        folder: of the cache.
-        index: of this command.
-        force: replace the cache in the folder.
+    """Write ``index`` for a new build, or return the index of an interrupted build of the same.
 
     Raises:
-        DataError: the folder has the cache of another command, or other files.
+        DataError: the folder has another cache and ``force`` is false, or has other files.
         OSError: it cannot be written.
     """
     path = folder / INDEX
@@ -236,7 +221,6 @@ def build_cache(
         folder: of the cache; only this process writes to it.
         index: of :func:`begin`, for ``rows`` in this order.
         compute: see :func:`make_target_fn`.
-        rows: the utterances.
         data: as in training.
         min_samples: shorter waveforms have no frame.
         device: of the teachers.
