@@ -47,7 +47,7 @@ class ProcessGroup:
         return self.rank == 0
 
     def any(self, value: bool) -> bool:
-        """Whether ``value`` is true in any process."""
+        """Whether ``value`` is true in any process; a signal, for example, reaches only one."""
         if self.world_size == 1:
             return bool(value)
         flag = torch.tensor(float(value))
@@ -127,7 +127,10 @@ def join_process_group(device: str) -> ProcessGroup:
 
 
 def leave_process_group() -> None:
-    """Destroy the process group at the end of a run that has not failed."""
+    """Destroy the process group at the end of a run.
+
+    Not called after an error: the other processes then see a lost connection.
+    """
     if dist.is_available() and dist.is_initialized():
         # A barrier, because the first to leave could close a connection that others still use.
         dist.all_reduce(torch.zeros(1))

@@ -117,11 +117,8 @@ def resume_random(states: Mapping, path: str, processes: ProcessGroup, device: s
         return False
     saved = states[RUN_STATE_KEY]["random"]
     if len(saved) != processes.world_size:
-        logger.warning(
-            "random states start from the seed: the checkpoint has %d processes, this run %d",
-            len(saved),
-            processes.world_size,
-        )
+        counts = f"the checkpoint has {len(saved)} processes, this run {processes.world_size}"
+        logger.warning("random states start from the seed: %s", counts)
         return False
     try:
         set_random_states(saved[processes.rank], device)

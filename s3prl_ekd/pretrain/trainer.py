@@ -262,9 +262,8 @@ class Trainer:
     def batches(self) -> Iterator[Batch]:
         """Yield training batches, epoch after epoch, from where the last step ended.
 
-        The position counts batches of the sampler, so it counts a batch without a usable utterance
-        too. Such a batch is skipped in a single process. One of several processes yields it,
-        because each takes part in each step.
+        The position counts batches of the sampler, also those without a usable utterance. A single
+        process skips such a batch. One of several yields it, because all take part in each step.
 
         Raises:
             DataError: an utterance could not be read, or an epoch has no usable utterance.
@@ -414,9 +413,8 @@ class Trainer:
         """Save a checkpoint if one is due; save and exit after a signal."""
         run, step = self.settings, self.progress.step
         minutes = (time.monotonic() - self._saved_at) / 60
-        received = self.processes.first_not_none(
-            self.stop_signals.received and self.stop_signals.received.name
-        )
+        signal = self.stop_signals.received
+        received = self.processes.first_not_none(signal and signal.name)
         is_last = step == run.total_steps
         stopping = received is not None and not is_last
         if self.is_due(run.save_step):
@@ -503,9 +501,9 @@ class Trainer:
                 self.bad_audio.write()
 
     def save_last_step(self, wait: float = 3) -> bool:
-        """Save the last completed step, if weights and target statistics are still those of it.
+        """Save the last completed step, unless weights or target statistics have changed since.
 
-        Rank 1 does it if rank 0 is lost.
+        If rank 0 is lost, rank 1 saves it.
 
         Args:
             wait: seconds for which rank 1 waits for rank 0 to save.
