@@ -133,14 +133,12 @@ def check_resumed_config(request: PretrainRequest, states: Mapping[str, Any]) ->
     changes = config_differences(plain(saved), plain(current))
     check_changes(changes, path)
     if request.config:
-        in_file = load_runner_config(request.config, text)
-        file_changes = config_differences(plain(current), plain(in_file))
-        check_config_file(request.config, file_changes, path, "-c")
+        in_file = plain(load_runner_config(request.config, text))
+        check_config_file(request.config, config_differences(plain(current), in_file), path, "-c")
     if request.upstream_config:
-        model = load_model_config(states["Upstream_Config"])
-        in_file = load_model_config(request.upstream_config)
-        file_changes = config_differences(plain(model), plain(in_file))
-        check_config_file(request.upstream_config, file_changes, path, "-g")
+        model = plain(load_model_config(states["Upstream_Config"]))
+        in_file = plain(load_model_config(request.upstream_config))
+        check_config_file(request.upstream_config, config_differences(model, in_file), path, "-g")
     if changes:
         logger.info("changed by -o: %s", describe_changes(changes))
 
