@@ -385,7 +385,7 @@ def test_a_process_ends(folder, title, codes, output):
     ("title", "output"),
     [
         ("an error in the second process of two", "[rank1]: RuntimeError: a defect"),
-        ("SIGTERM while the second of two waits", "SIGTERM"),
+        ("SIGTERM while the second of two waits", "run_pretrain.py -u ekd -n x -a"),
     ],
 )
 def test_the_other_processes_end_too(folder, title, output):
