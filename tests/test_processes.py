@@ -196,7 +196,7 @@ def test_a_lost_process_ends_the_run_with_a_checkpoint(folder, lost):
     output = (folder / "log.txt").read_text(errors="replace")
     saved = states(folder, "x")
     assert saved["Step"] >= 1 and newest(events).name == "last.ckpt"
-    error = rf"error: .*\b{saved['Step']}\b.*run_pretrain.py -u ekd -n x -a"
+    error = rf"\berror\b.*\b{saved['Step']}\b.*run_pretrain.py -u ekd -n x -a"
     assert re.search(error, output), output[-3000:]
     if lost == 0:  # resuming is tested with the other case
         return
