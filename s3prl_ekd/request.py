@@ -22,7 +22,7 @@ from .compat import no_eval
 from .compat.replaced import replaced
 from .errors import CheckpointError, SetupError
 from .files import trust
-from .files.atomic import atomic_saves, make_folder
+from .files.atomic import patch_torch_save, make_folder
 from .files.config import argument_overrides, escape_equals
 from .files.renamed_keys import rename_overrides
 from .system import torchrun
@@ -113,7 +113,7 @@ class Request:
 
     def command(self) -> list[str]:
         """The whole command, as typed."""
-        return [self.SCRIPT, *self.argv(), *trust.words()]
+        return [self.SCRIPT, *self.argv(), *trust.trust_argv()]
 
     @property
     def named_folder(self) -> Path | None:
@@ -460,7 +460,7 @@ def script_guards(request: Request, lock: str = NAME, **arguments: Any) -> Itera
     with contextlib.ExitStack() as stack:
         stack.enter_context(replaced(sys, "argv", [request.SCRIPT, *request.argv()]))
         stack.enter_context(no_eval.guarded())
-        stack.enter_context(atomic_saves())
+        stack.enter_context(patch_torch_save())
         if request.folder is not None and torchrun.rank() == 0:
             make_folder(request.folder, SetupError)
             stack.enter_context(FolderLock(request.folder, lock))  # before s3prl writes there

@@ -10,7 +10,7 @@ import torch
 
 from s3prl_ekd.errors import DataError
 from s3prl_ekd.files import atomic
-from s3prl_ekd.files.atomic import atomic_saves
+from s3prl_ekd.files.atomic import patch_torch_save
 
 
 def test_a_save_that_fails_leaves_the_older_file(tmp_path):
@@ -22,7 +22,7 @@ def test_a_save_that_fails_leaves_the_older_file(tmp_path):
             raise OSError(28, "No space left on device")
 
     original = torch.save
-    with pytest.raises(OSError, match="No space left"), atomic_saves():
+    with pytest.raises(OSError, match="No space left"), patch_torch_save():
         torch.save({"tensor": torch.zeros(1000), "last": Unsavable()}, path)
     assert torch.save is original
     assert torch.load(path, weights_only=True) == {"step": 1}
@@ -31,7 +31,7 @@ def test_a_save_that_fails_leaves_the_older_file(tmp_path):
 
 def test_paths_and_files(tmp_path):
     buffer = io.BytesIO()
-    with atomic_saves():
+    with patch_torch_save():
         torch.save({"a": 1}, str(tmp_path / "a.pt"))
         torch.save({"b": 2}, buffer)
     assert torch.load(tmp_path / "a.pt", weights_only=True) == {"a": 1}

@@ -1,9 +1,10 @@
-"""Files and folders that appear under their names only once they are complete; SHA-256 of a file.
+"""Atomic writes of files and folders; SHA-256 of a file.
 
-Each is written under a temporary name beside its own, ``.NAME.HEX.tmp`` or ``.NAME.HEX.partial``,
-with a random HEX, so that no link can have been laid there, and renamed at the end. A killed
-command leaves its temporary file behind; the next one that writes the same NAME removes it. Each
-process holds an ``flock`` on what it writes, so a file in use is never removed.
+A file is written under a temporary name in the same folder, ``.NAME.HEX.tmp`` (a folder:
+``.NAME.HEX.partial``), and renamed when it is complete. HEX is random, so that nobody can place a
+link there in advance. A killed command leaves its temporary file behind; the next command that
+writes the same NAME removes it. The writer holds an ``flock`` on the temporary file, so that a file
+in use is never removed.
 """
 
 from __future__ import annotations
@@ -28,47 +29,51 @@ from ..errors import DataError, EkdError, SetupError
 
 try:
     import fcntl
-except ImportError:  # Windows: nothing is locked there, and nothing left behind is removed
+except ImportError:  # Windows: no locks, so leftovers are not removed
     fcntl = None  # type: ignore[assignment]
 
-# Ours, and those of version 0.1: NAME.PID.tmp, .NAME.PID.tmp, .NAME.PID.partial.
+# Our temporary names, and those of version 0.1: NAME.PID.tmp, .NAME.PID.tmp, .NAME.PID.partial.
 _TEMPORARY = re.compile(r"\.?(?P<name>.+)\.(?:[0-9a-f]{16}|\d+)\.(?:tmp|partial)")
 
 
 @contextlib.contextmanager
 def whole_file(path: str | os.PathLike[str], *, sync: bool = True) -> Iterator[BinaryIO]:
-    """A file to write to that gets its name once it is complete; until then the old one stays.
+    """Open a temporary file for writing; rename it to ``path`` when the block ends.
+
+    Until then an existing file at ``path`` stays unchanged. If the block raises, the temporary file
+    is removed.
 
     Args:
-        path: where to. The folder exists.
-        sync: wait until it is on the disk, and remove what killed commands left of this name; for
-            files that are many and easily made again, neither is worth its time.
+        path: the file to write. Its folder must exist.
+        sync: flush to disk (fsync), and remove temporary files that killed commands left for this
+            name. False for many small files that are easily computed again.
 
     Raises:
-        OSError: it cannot be written, or is a folder, pipe or device; nothing is left of it.
+        OSError: the file cannot be written, or ``path`` is a folder, pipe or device.
             ``filename`` is set.
     """
     path = Path(path)
     try:
         if path.exists() and not path.is_file():
-            raise OSError(errno.EEXIST, "it is not a plain file, and is not replaced")
+            raise OSError(errno.EEXIST, "not a regular file, so it is not replaced")
         if sync:
             remove_leftovers(path.parent, glob.escape(_short(path.name)))
         temporary, handle = _new_file(path)
-        held = os.dup(handle) if fcntl else None  # beyond the file's closing, till it has its name
+        # Keeps the flock after the file is closed, until the rename is done.
+        lock_handle = os.dup(handle) if fcntl else None
         try:
             with open(handle, "wb") as file:
                 yield file
                 file.flush()
                 if sync:
-                    os.fsync(handle)  # the name must not come before the contents
+                    os.fsync(handle)  # contents must be on disk before the rename
             os.replace(temporary, path)
             if sync:
                 _sync_folder(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
-            if held is not None:
-                os.close(held)
+            if lock_handle is not None:
+                os.close(lock_handle)
     except OSError as error:
         if error.filename is None and error.errno is not None:
             error.filename = os.fspath(path)
@@ -76,10 +81,10 @@ def whole_file(path: str | os.PathLike[str], *, sync: bool = True) -> Iterator[B
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write a UTF-8 text file, complete or not at all.
+    """Write a UTF-8 text file atomically.
 
     Raises:
-        OSError: it cannot be written; what was there is as it was.
+        OSError: the file cannot be written; an existing one is unchanged.
     """
     with whole_file(path) as file:
         file.write(text.encode("utf-8"))
@@ -88,24 +93,24 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 def write_csv(
     path: str | os.PathLike[str], rows: Iterable[Sequence[Any]], line_end: str = "\r\n"
 ) -> None:
-    """Write rows as CSV, complete or not at all. Raises OSError, as :func:`write_text`."""
+    """Write rows as a CSV file atomically. Raises OSError as :func:`write_text` does."""
     text = io.StringIO(newline="")
-    csv.writer(text, lineterminator=line_end).writerows(rows)  # quotes commas, newlines in names
+    csv.writer(text, lineterminator=line_end).writerows(rows)  # quotes commas and newlines
     write_text(path, text.getvalue())
 
 
 def save_whole(
     obj: Any, path: str | os.PathLike[str], save: Callable[..., None] | None = None
 ) -> None:
-    """``torch.save`` to a path, complete or not at all.
+    """``torch.save`` to a path, atomically.
 
     Args:
-        obj: what to save.
-        path: where to.
-        save: ``torch.save`` or what stands for it, ``(obj, file) -> None``.
+        obj: the object to save.
+        path: the file to write.
+        save: ``(obj, file) -> None``, used instead of ``torch.save``.
 
     Raises:
-        OSError: it cannot be written; what was there is as it was.
+        OSError: the file cannot be written; an existing one is unchanged.
     """
     import torch
 
@@ -113,19 +118,19 @@ def save_whole(
         with whole_file(path) as file:
             (save or torch.save)(obj, file)
     except RuntimeError as error:
-        # A full disk makes torch's writer fail a second time, while it closes the archive.
+        # On a full disk torch's writer raises again while it closes the archive.
         if isinstance(error.__context__, OSError):
             raise error.__context__ from None
         raise
 
 
 def second_name(path: Path, name: Path) -> None:
-    """Let the file ``path`` have ``name`` too, in place of what has it now.
+    """Give the file ``path`` a second name, replacing any file of that name.
 
-    A hard link costs no room; where the file system has none, the contents are copied.
+    It is a hard link, or a copy where the file system has no hard links.
 
     Raises:
-        OSError: neither works; what had the name keeps it.
+        OSError: neither works; an existing file ``name`` is unchanged.
     """
     temporary = _temporary(name, "tmp")
     try:
@@ -138,20 +143,22 @@ def second_name(path: Path, name: Path) -> None:
         os.replace(temporary, name)
         _sync_folder(name.parent)
     finally:
-        temporary.unlink(missing_ok=True)  # renaming one link of a file onto another does nothing
+        temporary.unlink(missing_ok=True)  # rename does nothing if both link to the same file
 
 
 @contextlib.contextmanager
 def whole_folder(out: Path, error: type[EkdError] = SetupError) -> Iterator[Path]:
-    """A folder to write into, which becomes ``out`` at the end of the block if nothing is raised.
+    """Make a temporary folder to write into; rename it to ``out`` when the block ends.
+
+    If the block raises, the temporary folder is removed.
 
     Args:
-        out: the folder's name; where it is a link, what it leads to is replaced and the link stays.
-            Whatever is there gives way: the caller has checked that it may.
-        error: what is raised where the system refuses.
+        out: the folder's final name. An existing folder is replaced: the caller has checked that it
+            may be. If ``out`` is a symlink, its target is replaced and the link stays.
+        error: class of the exception for system errors.
 
     Raises:
-        EkdError: of the class ``error``: the folder cannot be made, filled or renamed.
+        EkdError: of class ``error``: the folder cannot be created, written or renamed.
     """
     target = out.resolve()
     partial = _temporary(target, "partial")
@@ -160,16 +167,16 @@ def whole_folder(out: Path, error: type[EkdError] = SetupError) -> Iterator[Path
         target.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(target.parent, glob.escape(_short(target.name)))
         partial.mkdir()
-        handle = _hold(partial)
+        handle = _lock_folder(partial)
         yield partial
         if target.exists():
             shutil.rmtree(target)
         partial.rename(target)
         _sync_folder(target.parent)
-    except OSError as refused:
-        if refused.errno is None:  # not the system's
+    except OSError as os_error:
+        if os_error.errno is None:  # raised by a library, not by the operating system
             raise
-        raise error(f"cannot write {out}: {refused.strerror}") from None
+        raise error(f"cannot write {out}: {os_error.strerror}") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         if handle is not None:
@@ -180,8 +187,8 @@ def remove_leftovers(folder: Path, names: str) -> None:
     """Remove the temporary files and folders that killed commands left.
 
     Args:
-        folder: where they are.
-        names: a pattern of the names that they were to get, such as ``*.ckpt``.
+        folder: the folder to clean.
+        names: glob pattern of their final names, such as ``*.ckpt``.
     """
     try:
         entries = list(os.scandir(folder))
@@ -197,7 +204,7 @@ def remove_leftovers(folder: Path, names: str) -> None:
             try:
                 if fcntl is None:
                     continue
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # else it is being written
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails if it is being written
                 if entry.is_dir(follow_symlinks=False):
                     shutil.rmtree(path, ignore_errors=True)
                 else:
@@ -207,12 +214,11 @@ def remove_leftovers(folder: Path, names: str) -> None:
 
 
 @contextlib.contextmanager
-def atomic_saves() -> Iterator[None]:
-    """Within it, ``torch.save`` to a path writes a temporary file and renames it.
+def patch_torch_save() -> Iterator[None]:
+    """Patch ``torch.save`` to write atomically; undone on exit.
 
-    s3prl's Runners write straight to the name: a run that is cut while it saves would leave half of
-    a checkpoint, and where the name is an old one (``dev-clean-best.ckpt``) the complete one before
-    it would be gone.
+    s3prl's Runners write directly to the final name. A run killed while saving would leave a
+    truncated checkpoint, and would lose the one it overwrites (``dev-clean-best.ckpt``).
     """
     import torch
 
@@ -232,25 +238,25 @@ def _temporary(path: Path, suffix: str) -> Path:
 
 
 def _short(name: str) -> str:
-    """A name that leaves room for a suffix: file systems take 255 bytes."""
+    """Shorten a name to leave room for a suffix: file systems allow 255 bytes."""
     return name if len(os.fsencode(name)) <= 200 else name[:50]
 
 
 def _new_file(path: Path) -> tuple[Path, int]:
-    """A temporary file for ``path``, made by this call and held by this process."""
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL  # fails where a link lies, too
+    """Create and lock a temporary file for ``path``."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL  # O_EXCL refuses symlinks too
     flags |= getattr(os, "O_BINARY", 0)
     while True:
         temporary = _temporary(path, "tmp")
         handle = os.open(temporary, flags, 0o666)
         _flock(handle)
-        if os.fstat(handle).st_nlink:  # else another process took it for a leftover just now
+        if os.fstat(handle).st_nlink:  # else another process has just removed it as a leftover
             return temporary, handle
         os.close(handle)
 
 
-def _hold(folder: Path) -> int | None:
-    """Hold a folder that is being filled, until the handle is closed; None where none can be."""
+def _lock_folder(folder: Path) -> int | None:
+    """Lock a folder until the returned handle is closed; None if that is not possible."""
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         _flock(handle)
@@ -260,14 +266,14 @@ def _hold(folder: Path) -> int | None:
 
 def _flock(handle: int) -> None:
     if fcntl is not None:
-        with contextlib.suppress(OSError):  # a file system without locks: leftovers stay there
+        with contextlib.suppress(OSError):  # no locks on this file system: leftovers stay
             fcntl.flock(handle, fcntl.LOCK_EX)
 
 
 def _sync_folder(folder: Path) -> None:
-    """Ask for the folder's entries to be on the disk: a name is part of its folder, not its file.
+    """fsync a folder, so that a new file name in it is on disk too.
 
-    Some file systems refuse to sync folders; only this certainty is lost then.
+    Ignored where the file system cannot sync folders.
     """
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
@@ -278,25 +284,25 @@ def _sync_folder(folder: Path) -> None:
 
 
 def make_folder(path: Path, error: type[EkdError] = DataError) -> None:
-    """Make a folder and those above it.
+    """Create a folder and its parents.
 
     Raises:
-        EkdError: of the type ``error``; it cannot be made, and the message says why.
+        EkdError: of class ``error``: it cannot be created.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
-    except OSError as problem:
-        raise error(f"cannot make the folder {path}: {problem.strerror}") from None
+    except OSError as os_error:
+        raise error(f"cannot create the folder {path}: {os_error.strerror}") from None
 
 
 def file_sha256(path: str | Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal; the file is not read as a whole.
+    """SHA-256 of a file in hexadecimal, read block by block.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: the file cannot be read.
     """
-    total = hashlib.sha256()  # hashlib.file_digest came with Python 3.11
+    digest = hashlib.sha256()  # hashlib.file_digest needs Python 3.11
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
-            total.update(block)
-    return total.hexdigest()
+            digest.update(block)
+    return digest.hexdigest()

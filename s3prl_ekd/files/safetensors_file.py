@@ -1,9 +1,9 @@
-"""Read safetensors files that anybody may have written, and write our own tensor by tensor.
+"""Read untrusted safetensors files, and write safetensors files one tensor at a time.
 
-A safetensors file is eight bytes of header length, a JSON header and the tensors' bytes. The header
-comes first and says what follows, so safetensors' own writer wants all tensors at once. Here room
-for the header is kept free, the tensors follow as they come, and the header is written last, filled
-up with the spaces that the format allows.
+A safetensors file is eight bytes of header length, a JSON header with all names and offsets, and
+the tensors' bytes. safetensors' own writer needs all tensors in memory at once. The writer here
+reserves space for the header, appends the tensors one by one, and writes the header last, padded
+with spaces as the format allows.
 """
 
 from __future__ import annotations
@@ -27,8 +27,7 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def is_safetensors(path: str | Path) -> bool:
-    """Whether a file is one for :func:`read_safetensors`, by its suffix or by what it begins with:
-    a downloaded one may have any name."""
+    """Detect a safetensors file by its suffix or its first bytes: a download may have any name."""
     path = Path(path)
     if path.suffix == SUFFIX:
         return True
@@ -36,7 +35,7 @@ def is_safetensors(path: str | Path) -> bool:
         return False
     try:
         with path.open("rb") as file:
-            head = file.read(9)  # eight bytes of length and the first of a JSON object
+            head = file.read(9)  # header length and the first byte of the JSON header
     except OSError:
         return False
     return head[8:] == b"{"
@@ -44,14 +43,14 @@ def is_safetensors(path: str | Path) -> bool:
 
 @contextlib.contextmanager
 def open_safetensors(path: str | Path, what: str) -> Iterator[safe_open]:
-    """A file whose metadata and tensors can be asked for.
+    """Open an untrusted safetensors file for reading.
 
     Args:
         path: the file.
-        what: the noun for messages.
+        what: noun for error messages, such as "checkpoint".
 
     Raises:
-        CheckpointError: it is missing or damaged, also where that shows while it is open.
+        CheckpointError: the file is missing or damaged; raised also for errors within the block.
     """
     check_regular(path, what, CheckpointError)
     if problem := download_problem(path):
@@ -61,8 +60,8 @@ def open_safetensors(path: str | Path, what: str) -> Iterator[safe_open]:
             length = int.from_bytes(file.read(8), "little")
         if length > MAX_HEADER:
             raise CheckpointError(
-                f"the {what} {path} is damaged or no safetensors file: its header has {length:,} "
-                "bytes"
+                f"the {what} {path} is damaged or not a safetensors file: its header has "
+                f"{length:,} bytes"
             )
         with safe_open(str(path), framework="pt") as file:
             yield file
@@ -70,16 +69,15 @@ def open_safetensors(path: str | Path, what: str) -> Iterator[safe_open]:
         raise CheckpointError(f"cannot read the {what} {path}: {error.strerror or error}") from None
     except (SafetensorError, ValueError, TypeError, RuntimeError) as error:
         raise CheckpointError(
-            f"the {what} {path} is damaged or no safetensors file: {first_line(error)[:200]}"
+            f"the {what} {path} is damaged or not a safetensors file: {first_line(error)[:200]}"
         ) from None
 
 
 def read_safetensors(path: str | Path, what: str) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """The metadata and the tensors of a file, on the CPU.
+    """Read the metadata and the tensors of a safetensors file, on the CPU.
 
     Raises:
-        CheckpointError: see :func:`open_safetensors`; or a tensor has numbers of another type than
-            :data:`FLOATS`.
+        CheckpointError: see :func:`open_safetensors`; or a tensor's dtype is not in :data:`FLOATS`.
     """
     with open_safetensors(path, what) as file:
         metadata = file.metadata() or {}
@@ -87,52 +85,50 @@ def read_safetensors(path: str | Path, what: str) -> tuple[dict[str, str], dict[
     for name, tensor in tensors.items():
         if tensor.dtype not in FLOATS:
             raise CheckpointError(
-                f"the {what} {path} is damaged: {name[:60]!r} has the type {tensor.dtype}, and "
-                "float32, float16, bfloat16 or float64 is allowed"
+                f"the {what} {path} is damaged: the dtype of {name[:60]!r} must be float32, "
+                f"float16, bfloat16 or float64, got {tensor.dtype}"
             )
     return metadata, tensors
 
 
 DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
-_HEADER_LIMIT = 100_000_000  # bytes; safetensors reads no longer header
-_ENTRY_BYTES = 200  # bytes; more than dtype, shape and offsets of an entry can take
+_HEADER_LIMIT = 100_000_000  # bytes; safetensors rejects longer headers
+_ENTRY_BYTES = 200  # bytes; an upper bound for dtype, shape and offsets of one tensor
 
 
 class SafetensorsWriter:
-    """A safetensors file that is being written.
+    """Write a safetensors file one tensor at a time.
 
     Args:
-        file: open for writing, able to seek.
-        keys: every key that may come, each at most once; some may stay away.
-        metadata: texts that the file keeps.
+        file: open for writing, seekable.
+        keys: all names that :meth:`add` may be called with; not all of them must be added.
+        metadata: stored in the header.
 
     Raises:
-        DataError: there are more keys than a safetensors file can hold.
+        DataError: more keys than a safetensors header can hold.
     """
 
     def __init__(self, file: BinaryIO, keys: Iterable[str], metadata: Mapping[str, str]):
         self.file = file
         self.header: dict[str, object] = {"__metadata__": dict(metadata)}
-        room = len(json.dumps(self.header)) + _ENTRY_BYTES
+        size = len(json.dumps(self.header)) + _ENTRY_BYTES
         count = 0
         for key in keys:
-            room += len(json.dumps(key)) + _ENTRY_BYTES
+            size += len(json.dumps(key)) + _ENTRY_BYTES
             count += 1
-        self.room = room + -room % 8  # the tensors begin at a multiple of eight
-        if self.room > _HEADER_LIMIT:
+        self.header_bytes = size + -size % 8  # the tensors begin at a multiple of eight
+        if self.header_bytes > _HEADER_LIMIT:
             raise DataError(
-                f"{count:,} tensors are more than one safetensors file can name; "
-                "give fewer files at once, or --layers last"
+                f"{count:,} tensors are too many for one safetensors file; give fewer files at "
+                "once, or --layers last"
             )
         self.offset = 0
-        file.write(b"\0" * (8 + self.room))
+        file.write(b"\0" * (8 + self.header_bytes))
 
     def add(self, key: str, tensor: Tensor) -> None:
-        """Write one tensor behind the others. Raises DataError: it has no float numbers."""
+        """Append a tensor. Raises DataError if its dtype is not a float type."""
         if tensor.dtype not in DTYPES:
-            raise DataError(
-                f"{key!r:.80} has numbers of the type {tensor.dtype}; floats are written"
-            )
+            raise DataError(f"the dtype of {key!r:.80} must be a float type, got {tensor.dtype}")
         data = tensor.detach().cpu().contiguous()
         raw = data.flatten().view(torch.uint8).numpy()  # numpy has no bfloat16
         self.header[key] = {
@@ -144,25 +140,25 @@ class SafetensorsWriter:
         self.offset += raw.nbytes
 
     def finish(self) -> None:
-        """Write the header; the file can be read from here on."""
+        """Write the header, which completes the file."""
         text = json.dumps(self.header).encode("utf-8")
-        if len(text) > self.room:
-            raise ValueError("a key came that was not announced")
+        if len(text) > self.header_bytes:
+            raise ValueError("a tensor was added whose name is not in keys")
         self.file.seek(0)
-        self.file.write(self.room.to_bytes(8, "little"))
-        self.file.write(text.ljust(self.room))
+        self.file.write(self.header_bytes.to_bytes(8, "little"))
+        self.file.write(text.ljust(self.header_bytes))
         self.file.seek(0, 2)
 
 
 def write_safetensors(
     file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 ) -> None:
-    """Write a file; views and tensors that share memory are written each for itself.
+    """Write tensors as a safetensors file; tensors that share memory are written separately.
 
-    safetensors' own writer puts the metadata in another order each time. Here the same contents
-    are the same bytes, by which ``superb`` knows a checkpoint again.
+    Equal contents give equal bytes, unlike with safetensors' own writer, which orders the metadata
+    differently each time. ``superb`` identifies a checkpoint by its SHA-256.
     """
-    written = SafetensorsWriter(file, tensors, metadata)
+    writer = SafetensorsWriter(file, tensors, metadata)
     for name, tensor in tensors.items():
-        written.add(name, tensor)
-    written.finish()
+        writer.add(name, tensor)
+    writer.finish()

@@ -1,4 +1,4 @@
-"""Read text, JSON and YAML of unknown origin as plain data, of bounded size and depth."""
+"""Read untrusted text, JSON and YAML files, with limits on size and nesting."""
 
 from __future__ import annotations
 
@@ -14,176 +14,191 @@ import yaml
 
 from ..errors import ConfigError, EkdError
 
-MAX_TEXT = 1 << 20  # bytes; the largest file that we write by hand or by program is far below
-MAX_DEPTH = 50  # brackets within brackets
-MAX_NUMBER = 2**63  # Python's numbers have no end, and cannot be shown beyond 4300 digits
+MAX_TEXT = 1 << 20  # bytes; far above the largest file that the package writes
+MAX_DEPTH = 50  # levels of nesting
+MAX_NUMBER = 2**63  # Python's ints are unbounded, and cannot be printed beyond 4300 digits
 _LFS = b"version https://git-lfs.github.com/spec/"
 _WEB_PAGE = re.compile(rb"(\xef\xbb\xbf)?\s*<(!doctype\s+html|html|\?xml)\b", re.IGNORECASE)
 # Line breaks, other control characters and halves of surrogate pairs.
 CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
-MAX_YAML = 1 << 17  # bytes; PyYAML reads about as many in a second or two
-MAX_NODES = 10_000  # scalars, lists and mappings, each alias counted as all that it stands for
-MAX_SCALAR = 4096  # characters; a path has no more
+MAX_YAML = 1 << 17  # bytes; PyYAML parses this in one or two seconds
+MAX_NODES = 10_000  # scalars, lists and mappings; an alias counts as all nodes that it refers to
+MAX_SCALAR = 4096  # characters; the longest path
 
 
 def check_regular(
     path: str | Path, what: str, error: type[EkdError], limit: int | None = None
 ) -> None:
-    """Refuse what is no regular file: reading a pipe or a device may never end.
+    """Raise ``error`` unless ``path`` is a regular file: reading a pipe or device may never end.
 
     Args:
         path: the file.
-        what: the noun for messages.
-        error: what is raised.
-        limit: the most bytes it may have; None for any size.
+        what: noun for error messages, such as "length table".
+        error: class of the exception.
+        limit: maximum size in bytes; None for any size.
     """
     try:
-        found = os.stat(path)
-    except OSError as problem:
-        shown = CONTROL.sub("?", str(path))  # a path out of a file may be any text
-        raise error(f"cannot read the {what} {shown[:500]}: {problem.strerror}") from None
+        status = os.stat(path)
+    except OSError as os_error:
+        name = CONTROL.sub("?", str(path))[:500]  # a path read from a file may be any text
+        raise error(f"cannot read the {what} {name}: {os_error.strerror}") from None
     except ValueError:
-        raise error(f"cannot read the {what} {str(path)[:500]!r}: that is no path") from None
-    if stat.S_ISDIR(found.st_mode):
+        raise error(f"cannot read the {what} {str(path)[:500]!r}: not a valid path") from None
+    if stat.S_ISDIR(status.st_mode):
         raise error(f"cannot read the {what} {path}: it is a folder")
-    if not stat.S_ISREG(found.st_mode):
+    if not stat.S_ISREG(status.st_mode):
         raise error(f"cannot read the {what} {path}: it is a pipe or a device, not a file")
-    if limit is not None and found.st_size > limit:
+    if limit is not None and status.st_size > limit:
         raise error(
-            f"the {what} {path} has {found.st_size:,} bytes; {limit:,} are allowed, so it is no "
-            f"{what}"
+            f"cannot read the {what} {path}: it has {status.st_size:,} bytes, at most {limit:,} "
+            "are allowed"
         )
 
 
 def download_problem(path: str | Path) -> str:
-    """Why a file is not the one that was to be downloaded: a clone without Git LFS leaves a pointer
-    in its place, a wrong or expired link a web page.
+    """Detect a failed download: a Git LFS pointer, or a web page from a wrong or expired link.
 
     Returns:
-        What continues "the file ...", with what to do; empty where it is neither or unreadable.
+        The rest of a sentence that begins with "the file", with what to do; "" if the file is
+        neither or cannot be read.
     """
     try:
         with open(path, "rb") as file:
-            begin = file.read(512)
+            head = file.read(512)
     except (OSError, ValueError):
         return ""
-    if begin.startswith(_LFS):
+    if head.startswith(_LFS):
         return "is a Git LFS pointer, not the file itself; type in its folder: git lfs pull"
-    if _WEB_PAGE.match(begin):
+    if _WEB_PAGE.match(head):
         return (
-            "is a web page, not the file itself; download it again from the link of the raw file "
-            "(on Hugging Face the one with /resolve/, not /blob/)"
+            "is a web page, not the file itself; download it again from the link to the raw file "
+            "(on Hugging Face the link with /resolve/, not /blob/)"
         )
     return ""
 
 
 def check_inside(path: Path, folder: Path, what: str, error: type[EkdError]) -> None:
-    """Refuse a path whose links lead out of a folder that others may have written: its contents are
-    about to be given away. Links within the folder are followed.
+    """Raise ``error`` if a symlink on the way to ``path`` leads out of ``folder``.
+
+    For files that are about to be published from a folder that others may have written. Symlinks
+    within the folder are allowed.
 
     Args:
         path: below ``folder``.
-        folder: may be a link itself.
-        what: the noun for messages.
-        error: what is raised.
+        folder: may be a symlink itself.
+        what: noun for error messages.
+        error: class of the exception.
     """
-    place, home = folder, folder.resolve()
+    current, root = folder, folder.resolve()
     for part in path.relative_to(folder).parts:
-        place = place / part
-        if place.is_symlink() and not place.resolve().is_relative_to(home):
+        current = current / part
+        if current.is_symlink() and not current.resolve().is_relative_to(root):
             raise error(
-                f"cannot take the {what} {path}: {place} is a link to {place.resolve()}, which is "
-                f"not in {folder}; put the file itself there if it is to be given away"
+                f"cannot include the {what} {path}: {current} is a symlink to {current.resolve()}, "
+                f"outside {folder}; to publish the file, copy it there"
             )
 
 
 def read_text(
     path: str | Path, what: str, error: type[EkdError], limit: int = MAX_TEXT, utf8: str = "utf-8"
 ) -> str:
-    """The text of a regular UTF-8 file; arguments as for :func:`check_regular`."""
+    """Read a UTF-8 text file; arguments as for :func:`check_regular`."""
     check_regular(path, what, error, limit)
     try:
         return Path(path).read_text(encoding=utf8)
-    except OSError as problem:
-        raise error(f"cannot read the {what} {path}: {problem.strerror}") from None
-    except UnicodeDecodeError as problem:
+    except OSError as os_error:
+        raise error(f"cannot read the {what} {path}: {os_error.strerror}") from None
+    except UnicodeDecodeError as decode_error:
         raise error(
-            f"cannot read the {what} {path}: it is not UTF-8 text (byte {problem.start})"
+            f"cannot read the {what} {path}: it is not UTF-8 text (byte {decode_error.start})"
         ) from None
 
 
 def read_json(path: str | Path, what: str, error: type[EkdError]) -> dict[str, Any]:
-    """A JSON object: no key twice, finite numbers, at most :data:`MAX_DEPTH` deep."""
+    """Read a JSON file whose top level is an object; see :func:`parse_json`."""
     return parse_json(read_text(path, what, error), path, what, error)
 
 
 def parse_json(text: str, path: str | Path, what: str, error: type[EkdError]) -> dict[str, Any]:
-    """The same of a text out of the file ``path``."""
+    """Parse a JSON object: unique keys, finite numbers, nested at most :data:`MAX_DEPTH` deep.
+
+    Args:
+        text: the contents of the file ``path``, or a part of them.
+        path: named in messages.
+        what: noun for error messages.
+        error: class of the exception.
+    """
     try:
         data = json.loads(
-            text, object_pairs_hook=_no_key_twice, parse_constant=_refuse, parse_float=_finite
+            text, object_pairs_hook=_unique_keys, parse_constant=_reject_nan, parse_float=_finite
         )
-    except (ValueError, RecursionError) as problem:
-        if other := download_problem(path):
-            raise error(f"the {what} {path} {other}") from None
-        reason = "it is nested too deeply" if isinstance(problem, RecursionError) else problem
-        raise error(f"{path} cannot be read as JSON: {reason}") from None
+    except (ValueError, RecursionError) as json_error:
+        if problem := download_problem(path):
+            raise error(f"the {what} {path} {problem}") from None
+        too_deep = isinstance(json_error, RecursionError)
+        reason = "it is nested too deeply" if too_deep else json_error
+        raise error(f"cannot read {path} as JSON: {reason}") from None
     if not isinstance(data, dict):
-        raise error(f"the {what} {path} is damaged: a JSON object is expected")
+        raise error(f"the {what} {path} is damaged: expected a JSON object")
     check_data(data, lambda reason: error(f"the {what} {path} is damaged: {reason}"))
     return data
 
 
-def check_data(data: Any, error: Callable[[str], EkdError], most: int = 200_000) -> None:
-    """Refuse data that is small in a file and endless to whoever walks through it.
+def check_data(data: Any, error: Callable[[str], EkdError], limit: int = 200_000) -> None:
+    """Reject data that is small in a file but takes too long to traverse.
 
-    A list may hold another twice, that one another twice, and so on: what counts is how often a
-    walk would meet a value.
+    A list may contain another list twice, that one a third list twice, and so on. So a value counts
+    each time that a traversal reaches it.
+
+    Args:
+        data: containers and scalars.
+        error: makes the exception from the reason.
+        limit: maximum number of values.
 
     Raises:
-        EkdError: made by ``error`` from the reason.
+        EkdError: too many values, too deeply nested, or a number of more than 64 bits.
     """
-    waiting = [(data, 0)]
-    while waiting:
-        value, depth = waiting.pop()
-        most -= 1
-        if most < 0:
+    queue = [(data, 0)]
+    while queue:
+        value, depth = queue.pop()
+        limit -= 1
+        if limit < 0:
             raise error("it has too many values")
-        inside: Collection[Any]
+        children: Collection[Any]
         if isinstance(value, dict):
-            inside = [*value, *value.values()]
+            children = [*value, *value.values()]
         elif isinstance(value, (list, tuple, set, frozenset)):
-            inside = value
+            children = value
         elif type(value) is int and not -MAX_NUMBER <= value < 2 * MAX_NUMBER:
             raise error("it has a number of more than 64 bits")
         elif hasattr(value, "__dict__"):  # argparse.Namespace, of a run's checkpoint
-            inside = list(vars(value).values())
+            children = list(vars(value).values())
         else:
             continue
         if depth >= MAX_DEPTH:
-            raise error(f"it is nested more than {MAX_DEPTH} deep")
-        if len(inside) > most:
+            raise error(f"it is nested more than {MAX_DEPTH} levels deep")
+        if len(children) > limit:
             raise error("it has too many values")
-        waiting += [(item, depth + 1) for item in inside]
+        queue += [(item, depth + 1) for item in children]
 
 
 def first_keys(data: Mapping[Any, Any], count: int = 8) -> str:
-    """Some of a mapping's keys, for messages."""
+    """The first keys of a mapping, for error messages."""
     return ", ".join(CONTROL.sub("?", str(key)[:60]) for key in list(data)[:count])
 
 
-def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     data = dict(pairs)
     if len(data) < len(pairs):
         keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {twice[:60]!r} is written twice")
+        duplicate = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"duplicate key {duplicate[:60]!r}")
     return data
 
 
-def _refuse(name: str) -> NoReturn:
-    raise ValueError(f"a finite number is expected, not {name}")
+def _reject_nan(name: str) -> NoReturn:  # NaN, Infinity, -Infinity
+    raise ValueError(f"expected a finite number, got {name}")
 
 
 def _finite(text: str) -> float:
@@ -194,82 +209,82 @@ def _finite(text: str) -> float:
 
 
 class PlainLoader(yaml.SafeLoader):
-    """``yaml.SafeLoader`` with bounds, that refuses a key written twice.
+    """``yaml.SafeLoader`` with limits on size and nesting, and without duplicate keys.
 
-    The bounds are kept while the nodes are composed, so that a hostile file is left where it goes
-    beyond them: aliases that double each other ten times stand for a thousand values.
+    The limits are checked while nodes are composed, so that a hostile file is rejected early: ten
+    aliases, each used twice by the next, expand to a thousand values.
     """
 
     def __init__(self, stream: str):
         super().__init__(stream)
         self._depth = self._total = 0
-        self._weights: dict[int, int] = {}  # id of a finished node -> nodes in it, itself included
+        self._sizes: dict[int, int] = {}  # id of a composed node -> number of nodes in it
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
         if self.check_event(yaml.AliasEvent):
             node = super().compose_node(parent, index)
-            weight = self._weights.get(id(node))
-            if weight is None:
-                _yaml_error("an alias stands for something that it is in itself", mark)
-            self._count(weight, mark)
+            size = self._sizes.get(id(node))
+            if size is None:
+                _yaml_error("an alias refers to a node that contains it", mark)
+            self._count(size, mark)
             return node
-        before = self._total
+        start = self._total
         self._count(1, mark)
         self._depth += 1
         if self._depth > MAX_DEPTH:
-            _yaml_error(f"it is nested more than {MAX_DEPTH} deep", mark)
+            _yaml_error(f"nested more than {MAX_DEPTH} levels deep", mark)
         node = super().compose_node(parent, index)
         self._depth -= 1
-        self._weights[id(node)] = self._total - before
+        self._sizes[id(node)] = self._total - start
         return node
 
     def compose_scalar_node(self, anchor: Any) -> yaml.ScalarNode:
         event = self.peek_event()  # type: ignore[no-untyped-call]
         if len(event.value) > MAX_SCALAR:
-            _yaml_error(f"a text of more than {MAX_SCALAR} characters", event.start_mark)
+            _yaml_error(f"text of more than {MAX_SCALAR} characters", event.start_mark)
         return super().compose_scalar_node(anchor)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen = set()
+        keys = set()
         for key_node, _ in node.value if isinstance(node, yaml.MappingNode) else ():
             key = self.construct_object(key_node, deep=True)
             if isinstance(key, (str, int, float, bool, type(None))):
-                if key in seen:
-                    _yaml_error(f"the key {key!r} is written twice", key_node.start_mark)
-                seen.add(key)
+                if key in keys:
+                    _yaml_error(f"duplicate key {key!r}", key_node.start_mark)
+                keys.add(key)
         return super().construct_mapping(node, deep)
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         value = super().construct_object(node, deep)
         if isinstance(value, str) and CONTROL.search(value.removesuffix("\n")):
-            _yaml_error("a text with a line break or a control character in it", node.start_mark)
+            _yaml_error("text with a line break or a control character", node.start_mark)
         if type(value) is int and not -MAX_NUMBER <= value < MAX_NUMBER:
-            _yaml_error("a number of more than 64 bits", node.start_mark)
+            _yaml_error("number of more than 64 bits", node.start_mark)
         return value
 
-    def _count(self, weight: int, mark: yaml.Mark) -> None:
-        self._total += weight
+    def _count(self, size: int, mark: yaml.Mark) -> None:
+        self._total += size
         if self._total > MAX_NODES:
-            _yaml_error(f"it has more than {MAX_NODES:,} values", mark)
+            _yaml_error(f"more than {MAX_NODES:,} values", mark)
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """Plain data out of YAML text.
+    """Parse untrusted YAML; ``where`` is the file for error messages.
 
     Raises:
-        ConfigError: it is not YAML, or goes beyond a bound; ``where`` and the line are named.
+        ConfigError: it is not valid YAML or exceeds a limit.
     """
     try:
         return yaml.load(text, Loader=PlainLoader)  # a SafeLoader
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
-    except Exception as error:  # PyYAML passes on what Python raises: an IndexError for `!!int ""`
+    except Exception as error:  # PyYAML does not wrap all errors: `!!int ""` is an IndexError
         mark = getattr(error, "problem_mark", None)
         line = f" at line {mark.line + 1}" if mark else ""
-        what = getattr(error, "problem", None) or str(error) or type(error).__name__
-        what = CONTROL.sub(" ", " ".join(str(what).split()))[:200]
-        raise ConfigError(f"{where} is not valid YAML{line}: {what}") from None
+        problem = getattr(error, "problem", None) or str(error) or type(error).__name__
+        problem = CONTROL.sub(" ", " ".join(str(problem).split()))[:200]
+        raise ConfigError(f"{where} is not valid YAML{line}: {problem}") from None
 
 
 def _yaml_error(problem: str, mark: yaml.Mark) -> NoReturn:

@@ -1,12 +1,12 @@
-"""Read torch files as data: plain tensors and containers, never code.
+"""Load untrusted torch files: tensors and containers, never code.
 
-``torch.save`` writes a zip archive of uncompressed members, of which ``data.pkl`` is a pickle and
-the others are the tensors' numbers, or, before torch 1.6, several pickles with the numbers behind
-them. A pickle is a program: it is read here as a list of instructions first, none carried out, and
-loaded only if all of them are allowed.
+``torch.save`` writes a zip archive of uncompressed members: the pickle ``data.pkl``, and one
+storage for each tensor. Before torch 1.6 it wrote several pickles followed by the storages. A
+pickle is a program. Its opcodes are first scanned without executing any, and the file is loaded
+only if all of them are allowed.
 
-A file of a kilobyte can also ask for a model of a terabyte. :func:`build_limit` counts the tensors
-made while a model is built from a file's settings, and their size.
+The settings in a file of a kilobyte can also describe a model of a terabyte. :func:`build_limit`
+limits the number and size of the tensors allocated while a model is built from a file.
 """
 
 from __future__ import annotations
@@ -31,30 +31,33 @@ from ..compat.checkpoints import loader_holes, refuses_by_default
 from ..errors import CheckpointError
 from . import trust
 from .text import check_data, check_regular, download_problem
-from .torch_pickle import Storages, TorchFileError, follow
+from .torch_pickle import StorageTable, TorchFileError, scan_pickle
 
 logger = logging.getLogger(__name__)
 
-_TIMES = 8  # bytes allocated for a byte of the file: half precision, initialisation, copies
-_SPARE_BYTES = 256 << 20
-_SPARE_TENSORS = 4_000  # made in half a second; a model of 48 layers takes about 1500
-_BYTES_OF_ONE = 1 << 18  # of the file, for each more
-# ATen's ways to make a tensor out of nothing; the others start from one that is there.
+# Limits on allocations while a model is built from a file of N bytes:
+# _BYTES_PER_BYTE * N + _BASE_BYTES bytes, and _BASE_TENSORS + N / _BYTES_PER_TENSOR tensors.
+_BYTES_PER_BYTE = 8  # half precision, initialisation, copies
+_BASE_BYTES = 256 << 20
+_BASE_TENSORS = 4_000  # allocated in half a second; a model of 48 layers takes about 1500
+_BYTES_PER_TENSOR = 1 << 18
+# ATen operators that allocate a tensor without an input tensor.
 _SHAPED = {"empty", "zeros", "ones", "full", "rand", "randn", "empty_strided", "new_empty"}
 _RANGES = {"arange", "range", "linspace", "logspace", "randperm"}
 
 MAX_PICKLE = 4 << 20  # bytes; 5000 tensors take 1.3 million
-MAX_MEMBERS = 65_536  # in the archive: one a tensor
-MAX_CONTENTS = 8 << 20  # bytes of the archive's list of members
+MAX_MEMBERS = 65_536  # of the archive: one for each tensor
+MAX_DIRECTORY = 8 << 20  # bytes of the archive's central directory
 _MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # the first two pickles before torch 1.6
-# The end of an archive, and before it where there are large numbers; see PKWARE's APPNOTE.
+# Zip records at the end of an archive (PKWARE's APPNOTE): end of central directory, and for zip64
+# before it the zip64 end of central directory and its locator.
 _END = struct.Struct("<4s4H2LH")
-_LOCATOR = struct.Struct("<4sLQL")
-_LARGE_END = struct.Struct("<4sQ2H2L4Q")
-_TYPES = (
+_ZIP64_LOCATOR = struct.Struct("<4sLQL")
+_ZIP64_END = struct.Struct("<4sQ2H2L4Q")
+_STORAGE_TYPES = (
     "BFloat16 Half Float Double ComplexFloat ComplexDouble Bool Byte Char Short Int Long".split()
 )
-# All that a file may name beside what the caller allows: tensors, their types, and containers.
+# The globals that any pickle may name: tensors, dtypes, containers.
 ALLOWED = frozenset(
     [
         "collections.OrderedDict",
@@ -66,7 +69,7 @@ ALLOWED = frozenset(
         "torch._utils._rebuild_tensor_v2",
         "torch._utils._rebuild_parameter",
         "torch.storage.UntypedStorage",
-        *(f"torch.{name}Storage" for name in _TYPES),
+        *(f"torch.{name}Storage" for name in _STORAGE_TYPES),
         *(f"torch.{kind}{size}" for kind in ("float", "int", "uint") for size in (8, 16, 32, 64)),
         *(f"torch.{name}" for name in ("bool", "bfloat16", "complex64", "complex128")),
     ]
@@ -75,25 +78,31 @@ ALLOWED = frozenset(
 
 @contextlib.contextmanager
 def build_limit(path: str | Path) -> Iterator[None]:
-    """Within it, no more may be built than the file (or a folder's files) could have weights for.
+    """Within the block, limit tensor allocations by the size of a checkpoint.
+
+    Args:
+        path: the checkpoint, or a folder of safetensors files.
 
     Raises:
-        CheckpointError: more was asked for.
+        CheckpointError: far more is allocated than the checkpoint can have weights for.
     """
     path = Path(path)
     files = path.glob("*.safetensors") if path.is_dir() else (path,)
-    held = sum(file.stat().st_size for file in files)
-    with _Watch(path, held, _TIMES * held + _SPARE_BYTES):
+    with _AllocationLimit(path, sum(file.stat().st_size for file in files)):
         yield
 
 
-class _Counts:
-    """Apart from the mode, whose subclasses would have torch's compiler imported: a second."""
+class _AllocationCounter:
+    """Counts allocations.
+
+    Separate from the dispatch mode: a ``__torch_dispatch__`` defined in a subclass of the mode
+    makes torch import its compiler, which takes a second.
+    """
 
     _path: Path
-    _held: int  # bytes of the file
-    _bytes: int  # that may still be made
-    _tensors: int  # that may still be made
+    _file_bytes: int
+    _bytes: int  # that may still be allocated
+    _tensors: int  # that may still be allocated
 
     def __torch_dispatch__(
         self,
@@ -106,71 +115,74 @@ class _Counts:
         name = func.overloadpacket.__name__
         if name in _SHAPED and str(kwargs.get("device")) != "meta":
             sizes = args[1] if name == "new_empty" else args[0]
-            self._make(math.prod(sizes), kwargs)
+            self._count(math.prod(sizes), kwargs)
         elif name in _RANGES:
-            self._make(max((abs(int(n)) for n in args if isinstance(n, (int, float))), default=0))
+            self._count(max((abs(int(n)) for n in args if isinstance(n, (int, float))), default=0))
         elif name == "eye":
             rows, columns = (*args, *args)[:2]
-            self._make(rows * columns, kwargs)
+            self._count(rows * columns, kwargs)
         elif name in ("repeat", "expand_copy"):
-            self._make(math.prod(args[1]) * args[0].numel())
+            self._count(math.prod(args[1]) * args[0].numel())
         return func(*args, **kwargs)
 
-    def _make(self, count: int, kwargs: dict[str, Any] | None = None) -> None:
+    def _count(self, numbers: int, kwargs: dict[str, Any] | None = None) -> None:
         dtype = (kwargs or {}).get("dtype")
-        self._bytes -= count * (dtype.itemsize if dtype is not None else 4)
+        self._bytes -= numbers * (dtype.itemsize if dtype is not None else 4)
         self._tensors -= 1
         if self._bytes < 0 or self._tensors < 0:
             raise CheckpointError(
-                f"{self._path} is damaged: it asks for a model far larger than the "
-                f"{self._held:,} bytes that it has"
+                f"{self._path} is damaged: its settings describe a model far larger than its "
+                f"{self._file_bytes:,} bytes"
             )
 
 
-class _Watch(_Counts, TorchDispatchMode):
-    def __init__(self, path: Path, held: int, most: int):
+class _AllocationLimit(_AllocationCounter, TorchDispatchMode):
+    def __init__(self, path: Path, file_bytes: int):
         super().__init__()  # type: ignore[no-untyped-call]
-        self._path, self._held = path, held
-        self._bytes, self._tensors = most, _SPARE_TENSORS + held // _BYTES_OF_ONE
+        self._path, self._file_bytes = path, file_bytes
+        self._bytes = _BYTES_PER_BYTE * file_bytes + _BASE_BYTES
+        self._tensors = _BASE_TENSORS + file_bytes // _BYTES_PER_TENSOR
 
 
 def named_globals(path: Path) -> Iterator[str]:
-    """The classes and functions that a torch file asks for, as ``module.name``.
+    """The classes and functions that a torch file names, as ``module.name``.
 
     Raises:
-        TorchFileError: it is no torch file, one that takes far more room once it is read, or one
-            that makes ``torch.load(weights_only=True)`` of some version do more than read data
-            (:mod:`.torch_pickle`).
+        TorchFileError: it is not a torch file, takes far more memory than its size, or exploits a
+            bug of ``torch.load(weights_only=True)`` in some version (:mod:`.torch_pickle`).
         OSError: it cannot be read.
     """
     with path.open("rb") as file:
         if file.read(4) == b"PK\x03\x04":
-            yield from _in_archive(path, file)
+            yield from _scan_archive(path, file)
             return
         file.seek(0)
-        yield from _in_pickles(file, path.stat().st_size)
+        yield from _scan_legacy(file, path.stat().st_size)
 
 
-def _in_pickles(file: BinaryIO, size: int) -> Iterator[str]:
-    """torch's format before 1.6: a magic number, a version, facts of the machine, the object, the
-    names of its storages, and behind these pickles the storages."""
+def _scan_legacy(file: BinaryIO, size: int) -> Iterator[str]:
+    """Scan a file of torch before 1.6.
+
+    It has five pickles (a magic number, a version, system information, the object, the keys of its
+    storages), followed by the storages.
+    """
     if _is_tar(file.read(tarfile.BLOCKSIZE)):
         raise TorchFileError(
-            "is a tar archive as torch wrote it before 0.1.10, and reading one can run code; load "
-            "it where you trust it and write it again with torch.save"
+            "is a tar archive of torch before 0.1.10, and reading one can run code; if you trust "
+            "it, load it with an old torch and write it again with torch.save"
         )
     file.seek(0)
-    limited, storages = _Limited(file), Storages(parts=6)
+    limited, storages = _Limited(file), StorageTable(parts=6)
     for expected in (_MAGIC, _PROTOCOL, None, None, None):
-        result = yield from follow(limited, storages)
+        result = yield from scan_pickle(limited, storages)
         if expected is not None and result != expected:
-            raise TorchFileError("is damaged or no torch file")
+            raise TorchFileError("is damaged or not a torch file")
     if storages.bytes > size:
-        raise TorchFileError(f"declares tensors of {storages.bytes:,} bytes and has {size:,}")
+        raise TorchFileError(f"declares tensors of {storages.bytes:,} bytes but has {size:,} bytes")
 
 
 def _is_tar(block: bytes) -> bool:
-    """Whether Python's tarfile, which old torch asks first, would take it for an archive."""
+    """Whether Python's tarfile, which old torch tries first, accepts this header."""
     try:
         tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
     except tarfile.HeaderError:
@@ -178,77 +190,85 @@ def _is_tar(block: bytes) -> bool:
     return True
 
 
-def _in_archive(path: Path, file: BinaryIO) -> Iterator[str]:
+def _scan_archive(path: Path, file: BinaryIO) -> Iterator[str]:
     size = path.stat().st_size
-    count = _check_contents(file, size)
+    count = _check_directory(file, size)
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
             if len(members) != count:
-                raise TorchFileError("is damaged: its list of contents has another length")
+                raise TorchFileError(
+                    f"is damaged: its central directory declares {count} members but has "
+                    f"{len(members)}"
+                )
             records = _check_members(members, size)
             if "data.pkl" not in records:
-                raise TorchFileError("is no torch file: it has no data.pkl")
+                raise TorchFileError("is not a torch file: it has no data.pkl")
             if "constants.pkl" in records:
-                raise TorchFileError("is a program (TorchScript) and not data")
+                raise TorchFileError("is a TorchScript program, not data")
             member = records["data.pkl"]
             if member.file_size > MAX_PICKLE:
-                raise TorchFileError(f"has a pickle of {member.file_size:,} bytes")
+                raise TorchFileError(
+                    f"has a pickle of {member.file_size:,} bytes; {MAX_PICKLE:,} are allowed"
+                )
             sizes = {
                 name.removeprefix("data/"): record.file_size
                 for name, record in records.items()
                 if name.startswith("data/")
             }
             with archive.open(member) as stream:
-                yield from follow(_Limited(stream), Storages(parts=5, records=sizes))
+                yield from scan_pickle(_Limited(stream), StorageTable(parts=5, records=sizes))
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, ValueError):
-        raise TorchFileError("is damaged or no torch file") from None
+        raise TorchFileError("is damaged or not a torch file") from None
 
 
-def _check_contents(file: BinaryIO, size: int) -> int:
-    """How many members the archive has; whoever opens it reads the list of them whole.
+def _check_directory(file: BinaryIO, size: int) -> int:
+    """The number of members in the archive, after checks of its central directory.
 
-    Python finds that list from the end of the file, and torch by the place that the end gives. They
-    must be the same: else one list could be looked through here, and another be loaded.
+    Its size is limited, since opening an archive reads all of it. Python locates the directory
+    backwards from the end record, torch by the offset in the end record. Both must be the same
+    place: otherwise one directory could be scanned here and another one loaded.
     """
     end = size - _END.size
-    fields = _read(file, _END, end)
-    if fields is None or fields[0] != b"PK\x05\x06" or fields[-1]:  # of a comment
-        raise TorchFileError("is damaged or no torch file")
+    fields = _read_record(file, _END, end)
+    if fields is None or fields[0] != b"PK\x05\x06" or fields[-1]:  # length of a comment
+        raise TorchFileError("is damaged or not a torch file")
     count: int
-    count, length, begin = fields[4:7]
-    locator = _read(file, _LOCATOR, end - _LOCATOR.size)
+    count, length, start = fields[4:7]
+    locator = _read_record(file, _ZIP64_LOCATOR, end - _ZIP64_LOCATOR.size)
     if locator is not None and locator[0] == b"PK\x06\x07":
-        end -= _LOCATOR.size + _LARGE_END.size
-        fields = _read(file, _LARGE_END, end)
+        end -= _ZIP64_LOCATOR.size + _ZIP64_END.size
+        fields = _read_record(file, _ZIP64_END, end)
         if fields is None or fields[0] != b"PK\x06\x06" or locator[2] != end:
-            raise TorchFileError("is damaged or no torch file")
-        count, length, begin = fields[7:10]
-    if length > MAX_CONTENTS:
-        raise TorchFileError(f"has a list of contents of {length:,} bytes")
-    if begin + length != end:
-        raise TorchFileError("is damaged: its list of contents is not where it says")
+            raise TorchFileError("is damaged or not a torch file")
+        count, length, start = fields[7:10]
+    if length > MAX_DIRECTORY:
+        raise TorchFileError(
+            f"has a central directory of {length:,} bytes; {MAX_DIRECTORY:,} are allowed"
+        )
+    if start + length != end:
+        raise TorchFileError("is damaged: the offset of its central directory is wrong")
     return count
 
 
-def _read(file: BinaryIO, kind: struct.Struct, at: int) -> tuple[Any, ...] | None:
-    if at < 0:
+def _read_record(file: BinaryIO, record: struct.Struct, offset: int) -> tuple[Any, ...] | None:
+    if offset < 0:
         return None
-    file.seek(at)
-    data = file.read(kind.size)
-    return kind.unpack(data) if len(data) == kind.size else None
+    file.seek(offset)
+    data = file.read(record.size)
+    return record.unpack(data) if len(data) == record.size else None
 
 
 def _check_members(members: list[zipfile.ZipInfo], size: int) -> dict[str, zipfile.ZipInfo]:
     """The members by their names inside the archive's one folder."""
     if len(members) > MAX_MEMBERS:
-        raise TorchFileError(f"has {len(members):,} members")
-    # The name as it stands in the file: Python may show another (a NUL in it, an extra field).
+        raise TorchFileError(f"has {len(members):,} members; {MAX_MEMBERS:,} are allowed")
+    # orig_filename is the name in the file; filename may differ (a NUL byte, an extra field).
     names = [member.orig_filename for member in members]
-    if len({name.lower() for name in names}) < len(names):  # torch ignores upper and lower case
-        raise TorchFileError("has two members of one name")
+    if len({name.lower() for name in names}) < len(names):  # torch ignores case
+        raise TorchFileError("has two members of the same name")
     if len({name.partition("/")[0] for name in names}) > 1 or any("\0" in name for name in names):
-        raise TorchFileError("is no torch file: its members are not in one folder")
+        raise TorchFileError("is not a torch file: its members are not in one folder")
     for member in members:
         if member.flag_bits & 1:
             raise TorchFileError("is encrypted")
@@ -257,12 +277,12 @@ def _check_members(members: list[zipfile.ZipInfo], size: int) -> dict[str, zipfi
                 f"has a compressed member ({member.filename[:60]!r}), which torch.save never writes"
             )
     if sum(member.file_size for member in members) > size:
-        raise TorchFileError("has members that take more room than the file")
+        raise TorchFileError("is damaged: its members are larger than the file")
     return {name.partition("/")[2]: member for name, member in zip(names, members, strict=True)}
 
 
 class _Limited:
-    """A stream of which no more than :data:`MAX_PICKLE` bytes can be read."""
+    """A stream from which at most :data:`MAX_PICKLE` bytes can be read."""
 
     def __init__(self, stream: IO[bytes]):
         self._stream, self._left = stream, MAX_PICKLE
@@ -287,68 +307,69 @@ class _Limited:
 def safe_load(
     path: str | Path, what: str = "checkpoint", allow: Sequence[type] = ()
 ) -> dict[str, Any]:
-    """``torch.load`` with ``weights_only=True``, a list of what is allowed, and our own errors.
+    """Load a torch file with ``weights_only=True`` after scanning its pickle.
 
-    What the file asks for is looked up before any of it is loaded. ``--trust-checkpoint`` (see
-    :mod:`.trust`) is the only way past that list.
+    Only the classes in :data:`ALLOWED` and ``allow`` may be named in the pickle, except with
+    ``--trust-checkpoint`` (see :mod:`.trust`).
 
     Args:
-        path: the file. Tensors stay on disk until used (memory-mapped) where the format allows.
-        what: the noun for messages.
-        allow: classes that the file may name beside :data:`ALLOWED`.
+        path: the file. Tensors are memory-mapped where the format allows.
+        what: noun for error messages.
+        allow: further classes that the pickle may name.
 
     Raises:
-        CheckpointError: the file is missing, not the one that was to be downloaded, damaged, no
-            mapping, asks for any other class or function, or declares more than it holds.
+        CheckpointError: the file is missing, damaged or a failed download, is not a dict, names any
+            other class or function, or declares tensors larger than the file.
     """
     path = Path(path)
     if not path.exists():
-        raise CheckpointError(f"cannot read the {what} {path}: there is no such file")
+        raise CheckpointError(f"cannot read the {what} {path}: no such file")
     check_regular(path, what, CheckpointError)
     if problem := download_problem(path):
         raise CheckpointError(f"the {what} {path} {problem}")
     try:
-        asked = _first_refused(named_globals(path), allow)
-        if asked is None:
+        forbidden = _first_forbidden(named_globals(path), allow)
+        if forbidden is None:
             data = _load(path, allow)
         elif trust.trusted():
             logger.warning(
-                "the %s %s asks for %s, and %s lets it run any code",
+                "the %s %s names %s; %s allows it to run any code",
                 what,
                 path,
-                asked,
+                forbidden,
                 trust.OPTION,
             )
             data = torch.load(path, map_location="cpu", weights_only=False)
         else:
             raise CheckpointError(
-                f"the {what} {path} asks for {asked}, which is code and not data; it is not "
-                "loaded. Use a file of plain tensors, or, if you trust who made it as much as "
-                f"yourself, add {trust.OPTION} to a command that reads runs or upstreams"
+                f"cannot load the {what} {path}: its pickle names {forbidden}, which can run code. "
+                "Use a file of tensors only, or, if you trust its author with your account, add "
+                f"{trust.OPTION} to a command that reads runs or upstreams"
             )
     except CheckpointError:
         raise
     except TorchFileError as error:
         raise CheckpointError(f"the {what} {path} {error}") from None
     except OSError as error:
-        reason = error.strerror or "it ends too early"
+        reason = error.strerror or "unexpected end of file"
         raise CheckpointError(f"cannot read the {what} {path}: {reason}") from None
-    except Exception as error:  # torch passes on whatever a damaged pickle makes Python raise
+    except Exception as error:  # a damaged pickle can raise anything
         logger.debug("%s: %r", path, error)
-        raise CheckpointError(f"the {what} {path} is damaged or no torch file") from None
+        raise CheckpointError(f"the {what} {path} is damaged or not a torch file") from None
     if not isinstance(data, dict):
-        raise CheckpointError(f"the {what} {path} holds a {type(data).__name__}, not a mapping")
-    if asked is None:
+        raise CheckpointError(f"the {what} {path} must contain a dict, got a {type(data).__name__}")
+    if forbidden is None:
         _check_loaded(data, f"the {what} {path} cannot be used")
     return data
 
 
 def scan_for_old_torch(path: str | os.PathLike[str]) -> None:
-    """Refuse a file that ``torch.load(weights_only=True)`` of the installed torch does more with
-    than read data. Classes that it names are torch's business.
+    """Reject a file that exploits a bug of the installed torch's ``weights_only=True``.
+
+    The classes that the pickle names are left to torch.
 
     Raises:
-        CheckpointError: torch has such holes, and the file is made for them or damaged.
+        CheckpointError: this torch has such bugs, and the file exploits them or is damaged.
     """
     if not loader_holes(torch.__version__):
         return
@@ -357,46 +378,47 @@ def scan_for_old_torch(path: str | os.PathLike[str]) -> None:
             pass
     except TorchFileError as error:
         raise CheckpointError(
-            f"the checkpoint {path} {error}; torch {torch.__version__} is not safe with such files "
-            "(s3prl-ekd doctor says more): type pip install 'torch>=2.10', or, if you trust who "
-            f"made it as much as yourself, add {trust.OPTION}"
+            f"the checkpoint {path} {error}; torch {torch.__version__} cannot load such files "
+            "safely (see s3prl-ekd doctor): type pip install 'torch>=2.10', or, if you trust its "
+            f"author with your account, add {trust.OPTION}"
         ) from None
 
 
-def _first_refused(names: Iterable[str], allow: Sequence[type]) -> str | None:
-    known = ALLOWED | {f"{kind.__module__}.{kind.__qualname__}" for kind in allow}
-    return next((name for name in names if name not in known), None)
+def _first_forbidden(names: Iterable[str], allow: Sequence[type]) -> str | None:
+    allowed = ALLOWED | {f"{cls.__module__}.{cls.__qualname__}" for cls in allow}
+    return next((name for name in names if name not in allowed), None)
 
 
 def _load(path: Path, allow: Sequence[type]) -> Any:
-    # The context takes away at its end all that it was given: what is allowed already stays out.
-    named = torch.serialization.get_safe_globals()
-    new = [known for known in allow if known not in named]
-    with torch.serialization.safe_globals([*new]):
+    # safe_globals removes all its classes on exit, so leave out those that are allowed already.
+    present = torch.serialization.get_safe_globals()
+    with torch.serialization.safe_globals([cls for cls in allow if cls not in present]):
         try:
             return torch.load(
                 path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
             )
         except pickle.UnpicklingError:
-            raise TorchFileError("is damaged or no torch file") from None
+            raise TorchFileError("is damaged or not a torch file") from None
 
 
-def _check_loaded(data: dict[str, Any], where: str) -> None:
-    """Tensors that lie in the file as large as they say they are, and data that has an end."""
-    check_data(data, lambda reason: CheckpointError(f"{where}: {reason}"))
-    waiting: list[Any] = [data]
-    while waiting:
-        value = waiting.pop()
+def _check_loaded(data: dict[str, Any], message: str) -> None:
+    """Raise CheckpointError for endless data, or tensors larger than their storages."""
+    check_data(data, lambda reason: CheckpointError(f"{message}: {reason}"))
+    queue: list[Any] = [data]
+    while queue:
+        value = queue.pop()
         if isinstance(value, dict):
-            waiting += value.values()
+            queue += value.values()
         elif isinstance(value, (list, tuple)):
-            waiting += value
+            queue += value
         elif isinstance(value, torch.Tensor):
             if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized:
-                raise CheckpointError(f"{where}: a tensor in it is not a plain one")
+                raise CheckpointError(
+                    f"{message}: it has a tensor that is not dense, on the CPU and unquantized"
+                )
             if value.numel() * value.element_size() > value.untyped_storage().nbytes():
                 raise CheckpointError(
-                    f"{where}: a tensor declares the shape {_shape(value)}, for which the file has "
+                    f"{message}: a tensor declares the shape {_shape(value)}, but its storage has "
                     f"{value.untyped_storage().nbytes():,} bytes"
                 )
 
@@ -406,10 +428,11 @@ def _shape(tensor: torch.Tensor) -> str:
 
 
 def restrict_torch() -> None:
-    """Have s3prl's own ``torch.load`` read data and nothing else, with any torch.
+    """Make s3prl's own calls of ``torch.load`` safe, with any version of torch.
 
-    torch 2.5 loads weights only where that is asked for, and before 2.10 a file can do harm even
-    then: there each file is scanned first, as :func:`safe_load` does.
+    torch 2.5 has ``weights_only=False`` as its default: an environment variable changes it. Before
+    torch 2.10 a file can do harm even with ``weights_only=True``: there each file is scanned first,
+    as in :func:`safe_load`.
     """
     if not trust.trusted() and not refuses_by_default():
         os.environ[trust.STRICT] = "1"
@@ -418,7 +441,7 @@ def restrict_torch() -> None:
 
 
 def _scanning(load: Callable[..., Any]) -> Callable[..., Any]:
-    """``torch.load`` that scans a file which it is given by its path, unless it is trusted."""
+    """Wrap ``torch.load`` to scan files given by path, unless checkpoints are trusted."""
 
     @functools.wraps(load)
     def scan_and_load(f: Any, *args: Any, **kwargs: Any) -> Any:

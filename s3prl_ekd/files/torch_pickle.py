@@ -1,9 +1,10 @@
-"""What the pickle of a torch file does, followed on stand-ins: nothing in it is carried out.
+"""Scan the pickle of a torch file by abstract interpretation, without executing it.
 
-``torch.load(weights_only=True)`` of torch before 2.10 sets items of whatever the pickle names and
-takes the size of a storage from the pickle (CVE-2026-24747); both write outside the memory of a
-tensor. So each instruction is followed here first: a list, mapping, tensor or object is a
-:class:`Kind`, a number or text itself, and only what ``torch.save`` writes is let through.
+``torch.load(weights_only=True)`` before torch 2.10 sets items of any object that the pickle names
+and takes the size of a storage from the pickle (CVE-2026-24747); both can write outside a tensor's
+memory. So each opcode is interpreted here first, on placeholders: a list, mapping, tensor or object
+is represented by a :class:`Placeholder`, a number or text by itself. Only what ``torch.save``
+writes is accepted.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Any, NamedTuple
 
-MAX_INSTRUCTIONS = 500_000  # 5000 tensors take 130,000; about a second to follow
+MAX_OPCODES = 500_000  # 5000 tensors take 130,000; the maximum takes about a second
 _ITEM_BYTES = {
     **dict.fromkeys(("torch.BoolStorage", "torch.ByteStorage", "torch.CharStorage"), 1),
     **dict.fromkeys(("torch.ShortStorage", "torch.HalfStorage", "torch.BFloat16Storage"), 2),
@@ -27,11 +28,11 @@ _ITEM_BYTES = {
 
 
 class TorchFileError(Exception):
-    """The file is not as ``torch.save`` writes it; the message continues "the file ..."."""
+    """``torch.save`` does not write such a file; the message continues "the file ..."."""
 
 
-class Kind(Enum):
-    """The stand-in for an object: ``{"a": 1}`` in the pickle is a MAPPING, without contents."""
+class Placeholder(Enum):
+    """Represents an object by its kind, without contents: ``{"a": 1}`` is a MAPPING."""
 
     LIST = auto()
     MAPPING = auto()
@@ -40,12 +41,12 @@ class Kind(Enum):
     OBJECT = auto()  # of a class that the caller may allow
 
 
-class Name(str):
-    """A class or function that the pickle names: ``module.name``."""
+class GlobalName(str):
+    """A class or function that the pickle names, as ``module.name``."""
 
 
 class Storage(NamedTuple):
-    """A tensor's numbers: ``items`` of ``item_bytes`` bytes each."""
+    """A storage of ``items`` numbers of ``item_bytes`` bytes each."""
 
     items: int
     item_bytes: int
@@ -56,100 +57,106 @@ class Storage(NamedTuple):
 
 
 @dataclass
-class Storages:
-    """The storages that a file's pickles name.
+class StorageTable:
+    """The storages that a file's pickles refer to.
 
     Attributes:
-        parts: of a storage's name: five in an archive, six in the format before torch 1.6.
-        records: name -> bytes in the archive; None where sizes are not known beforehand.
-        seen: what was named so far.
+        parts: length of a storage's persistent id: 5 in an archive, 6 before torch 1.6.
+        records: key -> bytes in the archive; None for files before torch 1.6.
+        storages: key -> storage, of all references so far.
     """
 
     parts: int
     records: Mapping[str, int] | None = None
-    seen: dict[Any, Storage] = field(default_factory=dict)
+    storages: dict[Any, Storage] = field(default_factory=dict)
 
-    def add(self, name: Any) -> Storage:
-        """The storage that a ``BINPERSID`` instruction names. Raises TorchFileError."""
-        if type(name) is not tuple or len(name) != self.parts or name[0] != "storage":
-            raise TorchFileError("refers to something that is no tensor's storage")
-        _, item, key, _, count = name[:5]
-        # Types first: a tuple may hold another twice, that one another, and hashing it never ends.
-        kinds = (type(item), type(count)) == (Name, int) and type(key) in (str, int)
-        # Other letters torch may decode otherwise: into the name of another record.
-        known = kinds and item in _ITEM_BYTES and str(key).isascii()
-        if not known or count < 0 or name[5:] not in ((), (None,)):
-            raise TorchFileError("has a storage of no known type or size")
-        storage = Storage(count, _ITEM_BYTES[item])
+    def add(self, persistent_id: Any) -> Storage:
+        """The storage that a ``BINPERSID`` opcode refers to. Raises TorchFileError."""
+        if (
+            type(persistent_id) is not tuple
+            or len(persistent_id) != self.parts
+            or persistent_id[0] != "storage"
+        ):
+            raise TorchFileError("has a persistent id that is not of a storage")
+        _, storage_type, key, _, count = persistent_id[:5]
+        # Check types before hashing: hashing tuples nested in tuples many times takes too long.
+        typed = (type(storage_type), type(count)) == (GlobalName, int) and type(key) in (str, int)
+        # ASCII only: torch may decode other characters differently, to the key of another record.
+        valid = typed and storage_type in _ITEM_BYTES and str(key).isascii()
+        if not valid or count < 0 or persistent_id[5:] not in ((), (None,)):
+            raise TorchFileError("has a storage of unknown type or size")
+        storage = Storage(count, _ITEM_BYTES[storage_type])
         if self.records is not None and self.records.get(str(key)) != storage.bytes:
-            found = self.records.get(str(key))
+            size = self.records.get(str(key))
             raise TorchFileError(
-                f"declares {storage.bytes:,} bytes for the storage {str(key)[:40]!r} and has "
-                f"{'no such record' if found is None else f'{found:,}'}"
+                f"declares {storage.bytes:,} bytes for the storage {str(key)[:40]!r} but has "
+                f"{'no such record' if size is None else f'{size:,}'}"
             )
-        if self.seen.setdefault(key, storage) != storage:
+        if self.storages.setdefault(key, storage) != storage:
             raise TorchFileError(f"declares the storage {str(key)[:40]!r} twice, differently")
         return storage
 
     @property
     def bytes(self) -> int:
-        """Of all that were named."""
-        return sum(storage.bytes for storage in self.seen.values())
+        """Total size of the storages."""
+        return sum(storage.bytes for storage in self.storages.values())
 
 
-def follow(stream: Any, storages: Storages) -> Generator[str, None, Any]:
-    """Follow one pickle.
+def scan_pickle(stream: Any, storages: StorageTable) -> Generator[str, None, Any]:
+    """Interpret one pickle on placeholders.
 
     Args:
-        stream: what :func:`pickletools.genops` reads.
-        storages: takes down the storages that it names.
+        stream: readable by :func:`pickletools.genops`.
+        storages: the table to which referenced storages are added.
 
     Yields:
-        Each class or function that the pickle names, and at the end an instruction that
-        ``torch.load(weights_only=True)`` refuses, if there is one.
+        Each class or function that the pickle names. At the end, the first opcode that
+        ``torch.load(weights_only=True)`` does not support, if there is one.
 
     Returns:
-        What the pickle holds, as a stand-in.
+        The pickle's result: a number, a text, a tuple or a :class:`Placeholder`.
 
     Raises:
-        TorchFileError: it is damaged, or does what no file of ``torch.save`` does.
+        TorchFileError: the pickle is damaged, or does what ``torch.save`` never does.
     """
     machine: _Machine | None = _Machine(storages)
-    unknown, texts = "", ["", ""]
+    unsupported, texts = "", ["", ""]
     try:
         for count, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
-            if count > MAX_INSTRUCTIONS:
-                raise TorchFileError(f"has a pickle of more than {MAX_INSTRUCTIONS:,} instructions")
+            if count > MAX_OPCODES:
+                raise TorchFileError(f"has a pickle of more than {MAX_OPCODES:,} opcodes")
             name = opcode.name
             if name in ("GLOBAL", "INST"):
-                argument = Name(".".join(str(argument).split(" ", 1)))
+                argument = GlobalName(".".join(str(argument).split(" ", 1)))
                 yield argument
             elif name == "STACK_GLOBAL" or name.startswith("EXT"):
-                # torch.save never writes these. What they name is on the stack: mostly the last
-                # two texts, but that is not known before it is run.
+                # torch.save never writes these. The name is on the stack: usually the last two
+                # texts, but only running the pickle would show it.
                 yield f"{'.'.join(texts)[:80]} on the pickle's stack"
             elif isinstance(argument, str):
                 texts = [texts[1], argument]
             if machine is None:
                 continue
-            step = _STEPS.get(name)
-            if step is None:
-                machine, unknown = None, name
+            execute = _OPCODES.get(name)
+            if execute is None:
+                machine, unsupported = None, name
             else:
-                step(machine, argument)
+                execute(machine, argument)
     except (ValueError, LookupError, TypeError, OverflowError, MemoryError, EOFError):
-        raise TorchFileError("is damaged or no torch file") from None
+        raise TorchFileError("is damaged or not a torch file") from None
     if machine is None:
-        yield f"the pickle instruction {unknown}"
+        yield f"the pickle opcode {unsupported}"
         return None
     return machine.result
 
 
 class _Machine:
-    def __init__(self, storages: Storages):
+    """The pickle machine: a stack, the stacks saved by ``MARK``, and a memo."""
+
+    def __init__(self, storages: StorageTable):
         self.storages = storages
         self.stack: list[Any] = []
-        self.marked: list[list[Any]] = []
+        self.saved_stacks: list[list[Any]] = []
         self.memo: dict[int, Any] = {}
         self.result: Any = None
 
@@ -157,16 +164,16 @@ class _Machine:
         self.stack.append(value)
 
     def mark(self, _: Any) -> None:
-        self.marked.append(self.stack)
+        self.saved_stacks.append(self.stack)
         self.stack = []
 
-    def since_mark(self) -> list[Any]:
-        items, self.stack = self.stack, self.marked.pop()
+    def pop_mark(self) -> list[Any]:
+        items, self.stack = self.stack, self.saved_stacks.pop()
         return items
 
     def make_tuple(self, count: int | None) -> None:
         if count is None:
-            self.push(tuple(self.since_mark()))
+            self.push(tuple(self.pop_mark()))
         else:
             if len(self.stack) < count:
                 raise IndexError
@@ -174,17 +181,17 @@ class _Machine:
             self.stack[-count:] = [items]
 
     def add_to_list(self, several: bool) -> None:
-        self.since_mark() if several else self.stack.pop()
-        if self.stack[-1] is not Kind.LIST:
-            raise TorchFileError("appends to what is no list")
+        self.pop_mark() if several else self.stack.pop()
+        if self.stack[-1] is not Placeholder.LIST:
+            raise TorchFileError("appends to an object that is not a list")
 
     def set_items(self, several: bool) -> None:
         if several:
-            self.since_mark()
+            self.pop_mark()
         else:
             del self.stack[-2:]
-        if self.stack[-1] is not Kind.MAPPING:
-            raise TorchFileError("sets items of what is no mapping")
+        if self.stack[-1] is not Placeholder.MAPPING:
+            raise TorchFileError("sets items of an object that is not a mapping")
 
     def put(self, index: int) -> None:
         self.memo[index] = self.stack[-1]
@@ -197,75 +204,76 @@ class _Machine:
 
     def build(self, _: Any) -> None:
         self.stack.pop()
-        if self.stack[-1] not in (Kind.MAPPING, Kind.OBJECT):
-            raise TorchFileError("changes the inside of what is no object")
+        if self.stack[-1] not in (Placeholder.MAPPING, Placeholder.OBJECT):
+            raise TorchFileError("sets the state of a value that is not an object")
 
     def make_object(self, _: Any) -> None:
         self.stack.pop()
-        if type(self.stack[-1]) is not Name or self.stack[-1] in _NOT_CALLED:
-            raise TorchFileError("makes an object of what is no class")
-        self.stack[-1] = Kind.OBJECT
+        if type(self.stack[-1]) is not GlobalName or self.stack[-1] in _NOT_CALLED:
+            raise TorchFileError("creates an object of a value that is not a class")
+        self.stack[-1] = Placeholder.OBJECT
 
     def call(self, _: Any) -> None:
         arguments, function = self.stack.pop(), self.stack[-1]
-        if type(function) is not Name or function in _NOT_CALLED or type(arguments) is not tuple:
-            raise TorchFileError("calls what is no function")
-        make: Callable[..., Any] = _CALLS.get(function, _object)
-        self.stack[-1] = make(*arguments)
+        callable_name = type(function) is GlobalName and function not in _NOT_CALLED
+        if not callable_name or type(arguments) is not tuple:
+            raise TorchFileError("calls a value that is not a function")
+        result: Callable[..., Any] = _CALLS.get(function, _object)
+        self.stack[-1] = result(*arguments)
 
     def stop(self, _: Any) -> None:
         self.result = self.stack.pop()
 
 
-def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *more: Any) -> Kind:
-    """A tensor whose numbers all lie in its storage."""
+def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> Placeholder:
+    """A tensor. Raises TorchFileError unless it lies within its storage."""
     if type(storage) is not Storage or type(size) is not tuple or type(stride) is not tuple:
         raise TorchFileError("has a tensor without a storage or a shape")
     numbers = (offset, *size, *stride)
-    if len(size) != len(stride) or any(type(each) is not int or each < 0 for each in numbers):
+    if len(size) != len(stride) or any(type(n) is not int or n < 0 for n in numbers):
         raise TorchFileError("has a tensor whose shape is not made of whole numbers")
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
     if 0 not in size and last >= storage.items:
         raise TorchFileError(
-            f"cannot be used: a tensor declares the shape {'x'.join(map(str, size))[:60]}, for "
-            f"which it has {storage.bytes:,} bytes"
+            f"cannot be used: a tensor declares the shape {'x'.join(map(str, size))[:60]}, but its "
+            f"storage has {storage.bytes:,} bytes"
         )
-    return Kind.TENSOR
+    return Placeholder.TENSOR
 
 
-def _parameter(tensor: Any, *more: Any) -> Kind:
-    if tensor is not Kind.TENSOR:
-        raise TorchFileError("has a parameter that is no tensor")
-    return Kind.TENSOR
+def _parameter(tensor: Any, *_: Any) -> Placeholder:
+    if tensor is not Placeholder.TENSOR:
+        raise TorchFileError("has a parameter that is not a tensor")
+    return Placeholder.TENSOR
 
 
-def _object(*_: Any) -> Kind:
-    return Kind.OBJECT
+def _object(*_: Any) -> Placeholder:
+    return Placeholder.OBJECT
 
 
 def _size(size: Any = ()) -> tuple[Any, ...]:
     if type(size) is not tuple:
-        raise TorchFileError("has a size that is no tuple")
+        raise TorchFileError("has a torch.Size that is not made from a tuple")
     return size
 
 
-# What these give; anything else that is called gives an object.
+# function -> its result; a call of any other function results in an OBJECT.
 _CALLS: dict[str, Callable[..., Any]] = {
     "torch._utils._rebuild_tensor": _tensor,
     "torch._utils._rebuild_tensor_v2": _tensor,
     "torch._utils._rebuild_parameter": _parameter,
     "torch.Size": _size,
-    "collections.OrderedDict": lambda *_: Kind.MAPPING,
-    "collections.defaultdict": lambda *_: Kind.MAPPING,
-    "builtins.set": lambda *_: Kind.SET,
-    "__builtin__.set": lambda *_: Kind.SET,
+    "collections.OrderedDict": lambda *_: Placeholder.MAPPING,
+    "collections.defaultdict": lambda *_: Placeholder.MAPPING,
+    "builtins.set": lambda *_: Placeholder.SET,
+    "__builtin__.set": lambda *_: Placeholder.SET,
 }
-# Storages are made by BINPERSID alone: torch.storage.UntypedStorage(10**12) would take that room.
+# Only BINPERSID may create storages: UntypedStorage(10**12) would allocate a terabyte.
 _NOT_CALLED = _ITEM_BYTES.keys()
 _PUSHED = {
-    "EMPTY_LIST": Kind.LIST,
-    "EMPTY_DICT": Kind.MAPPING,
-    "EMPTY_SET": Kind.SET,
+    "EMPTY_LIST": Placeholder.LIST,
+    "EMPTY_DICT": Placeholder.MAPPING,
+    "EMPTY_SET": Placeholder.SET,
     "EMPTY_TUPLE": (),
     "NONE": None,
     "NEWTRUE": True,
@@ -278,8 +286,8 @@ def _pushes(value: Any) -> Callable[[_Machine, Any], None]:
     return lambda machine, _: machine.push(value)
 
 
-# The instructions that torch.load(weights_only=True) knows.
-_STEPS: dict[str, Callable[[_Machine, Any], None]] = {
+# The opcodes that torch.load(weights_only=True) supports.
+_OPCODES: dict[str, Callable[[_Machine, Any], None]] = {
     "PROTO": lambda machine, _: None,
     "GLOBAL": _Machine.push,
     "MARK": _Machine.mark,

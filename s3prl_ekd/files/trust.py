@@ -1,8 +1,7 @@
-"""``--trust-checkpoint``: the one way to read a checkpoint that asks for code. Never a default.
+"""``--trust-checkpoint``: load checkpoints whose pickle can run code. Off by default.
 
-For old files of s3prl or of others, whose pickles name classes beside tensors and plain values.
-Loading one runs whatever it says. It counts for the one command that it is typed for, and those
-that this one starts.
+For old checkpoints of s3prl or other tools, whose pickles name classes. Loading one can run any
+code. The option applies to one command and to the commands that it starts.
 """
 
 from __future__ import annotations
@@ -12,33 +11,33 @@ from collections.abc import Sequence
 
 OPTION = "--trust-checkpoint"
 HELP = f"""\
-  {OPTION}    load checkpoints that ask for code (old files of s3prl), and run that code;
-                        only for files from somebody whom you would let use your account
+  {OPTION}    load checkpoints whose pickle can run code (old files of s3prl); only for
+                        files from people whom you would let use your account
 """
-# What torch.load does where nobody says weights_only, as in s3prl.
+# torch's environment variables for torch.load without weights_only, as s3prl calls it.
 FREE, STRICT = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
 _trusted = False
 
 
 def take(argv: Sequence[str]) -> list[str]:
-    """``argv`` without the option; from now on checkpoints are trusted if it was there.
+    """Remove the option from ``argv``, and trust checkpoints from now on if it was in it.
 
-    s3prl's own ``torch.load`` goes by it too: trusted or not, with any torch.
+    Applies to s3prl's own calls of ``torch.load`` too, with any version of torch.
     """
     global _trusted
     _trusted = OPTION in argv
     os.environ.pop(STRICT if _trusted else FREE, None)
     if _trusted:
         os.environ[FREE] = "1"
-    return [word for word in argv if word != OPTION]
+    return [argument for argument in argv if argument != OPTION]
 
 
 def trusted() -> bool:
-    """Whether checkpoints that ask for code are loaded."""
+    """Whether checkpoints whose pickle can run code are loaded."""
     return _trusted
 
 
-def words() -> list[str]:
-    """What a command that starts others hands on to them."""
+def trust_argv() -> list[str]:
+    """The option as arguments for a child command; empty if it was not given."""
     return [OPTION] if _trusted else []
