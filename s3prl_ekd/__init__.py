@@ -1,11 +1,11 @@
 """s3prl_ekd: distil several speech SSL teachers into one small student, inside s3prl.
 
-Importing this package is cheap and has no side effect: neither torch nor s3prl is loaded
-before something is asked for. The public doors are
+Importing this package is cheap and has no side effects: torch and s3prl are imported when needed.
+The public interface is
 
-* :func:`register`: make ``ekd_student`` known to ``s3prl.hub`` (and so to ``S3PRLUpstream``);
-* the commands ``run_pretrain.py``, ``run_downstream.py`` and ``s3prl-ekd``;
-* :func:`load_student`: a trained student as a plain ``torch.nn.Module``.
+* :func:`register`: add ``ekd_student`` to ``s3prl.hub`` (and so to ``S3PRLUpstream``);
+* :func:`load_student`: load a trained student as a ``torch.nn.Module``;
+* the commands ``run_pretrain.py``, ``run_downstream.py`` and ``s3prl-ekd``.
 """
 
 from __future__ import annotations

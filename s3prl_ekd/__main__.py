@@ -1,4 +1,4 @@
-"""``python -m s3prl_ekd run_pretrain.py …`` (for torchrun), or any ``s3prl-ekd`` command."""
+"""``python -m s3prl_ekd COMMAND ...``: any ``s3prl-ekd`` command, a script of s3prl or torchrun."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .system.jobs import end_with_parent
 
 
 def main() -> int | None:
-    if sys.argv[1:2] == ["torchrun"]:  # as a child: it ends its own processes when it is ended
+    if sys.argv[1:2] == ["torchrun"]:  # in this process: on SIGTERM it ends its workers
         from torch.distributed.run import main as torchrun_main
 
         sys.argv.pop(0)
@@ -30,12 +30,12 @@ def main() -> int | None:
 
 
 def process() -> NoReturn:
-    """:func:`main` as a whole process, and its end.
+    """Run :func:`main` and exit the process.
 
-    One of several ends before Python takes itself down. The threads of torch.distributed are there
-    until then, and one that comes to need Python meanwhile aborts the process ("terminate called
-    without an active exception"): rarely, but torchrun calls a run that is finished failed then.
-    What waits for the end is called all the same: threads, and whatever was given to atexit.
+    Under torchrun the process exits with ``os._exit``, before Python's interpreter shutdown: a
+    thread of torch.distributed that needs the interpreter then aborts the process ("terminate
+    called without an active exception"). That is rare, but torchrun reports the finished run as
+    failed. Threads are joined and atexit functions called first, as in a normal exit.
     """
     end_with_parent()
     if not torchrun.several():
@@ -43,18 +43,18 @@ def process() -> NoReturn:
     code: int | str | None
     try:
         code = main()
-    except SystemExit as left:
-        code = left.code or 0
+    except SystemExit as system_exit:
+        code = system_exit.code or 0
     except Exception:
         sys.excepthook(*sys.exc_info())
         code = 1
     if not isinstance(code, int):
         print(code, file=sys.stderr)
         code = 1
-    vars(threading)["_shutdown"]()  # these two are what Python does first
+    vars(threading)["_shutdown"]()  # the first two steps of a normal exit
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(AttributeError, OSError):  # there is none, or nobody reads it
+        with contextlib.suppress(AttributeError, OSError):  # no stream, or a broken pipe
             stream.flush()
     os._exit(code)
 

@@ -1,8 +1,8 @@
-"""What ``run_pretrain.py`` and ``run_downstream.py`` are asked for, and the run that it names.
+"""The arguments of ``run_pretrain.py`` and ``run_downstream.py`` as a typed request.
 
 A command is parsed once into a :class:`PretrainRequest` or :class:`DownstreamRequest`. Checks and
-guards read the request; :meth:`Request.argv` writes it as the arguments of s3prl's script. Options
-of s3prl on which nothing here depends pass through as typed.
+guards read the request; :meth:`Request.argv` converts it to the arguments of s3prl's script. Other
+options of s3prl are passed on unchanged.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .compat import no_eval
 from .compat.replaced import replaced
 from .errors import CheckpointError, SetupError
 from .files import trust
-from .files.atomic import patch_torch_save, make_folder
+from .files.atomic import make_folder, patch_torch_save
 from .files.config import argument_overrides, escape_equals
 from .files.renamed_keys import rename_overrides
 from .system import torchrun
@@ -30,29 +30,29 @@ from .system.lock import NAME, FolderLock
 
 logger = logging.getLogger(__name__)
 
-R = TypeVar("R", bound="Request")
+RequestT = TypeVar("RequestT", bound="Request")
 INIT_HINT = "type: s3prl-ekd init ."
 
 
 def _option(letter: str = "", default: Any = None, kind: Any = str) -> Any:
-    """A field that is an option of s3prl's script, ``--NAME`` and ``-letter``."""
+    """A dataclass field for an option of s3prl's script, ``--NAME`` and ``-letter``."""
     return field(default=default, metadata={"letter": letter, "kind": kind})
 
 
 @dataclass(frozen=True)
 class Request:
-    """The options that both of s3prl's scripts have, under s3prl's names; None: not given.
+    """The options common to both scripts, under s3prl's names; None if not given.
 
     Attributes:
-        override: as s3prl splits it, see :func:`plain_override`.
-        past_exp: a checkpoint or a folder; after :meth:`resumed` the checkpoint, or None.
+        override: the value of ``-o``, see :func:`plain_override`.
+        past_exp: a checkpoint or a run's folder; after :meth:`resumed` the checkpoint, or None.
         auto_resume: False after :meth:`resumed`.
-        others: s3prl's other options, as typed.
+        passthrough: s3prl's other options, unchanged.
     """
 
     SCRIPT: ClassVar[str]
     ROOT: ClassVar[str]  # s3prl's folder of runs
-    SAVES_DEVICE: ClassVar[bool] = False  # a resumed run is on the device in its checkpoint
+    SAVES_DEVICE: ClassVar[bool] = False  # whether a resumed run uses its checkpoint's device
 
     upstream: str | None = _option("u")
     past_exp: str | None = _option("e")
@@ -63,61 +63,62 @@ class Request:
     override: str | None = _option("o")
     auto_resume: bool = _option("a", False, bool)
     device: str | None = _option()
-    others: tuple[str, ...] = ()
+    passthrough: tuple[str, ...] = ()
 
     @classmethod
-    def parse(cls: type[R], argv: Sequence[str]) -> R:
-        """Read the arguments of a command.
+    def parse(cls: type[RequestT], argv: Sequence[str]) -> RequestT:
+        """Parse the arguments of a command.
 
         Raises:
-            SetupError: an option has no value, or one of another kind.
-            ConfigError: ``-o`` is not of the form that is expected.
+            SetupError: an option has no value or a value of the wrong type.
+            ConfigError: ``-o`` is invalid.
         """
-        return cls(**cls._read(argv))
+        return cls(**cls._parse_options(argv))
 
     @classmethod
-    def _read(
+    def _parse_options(
         cls, argv: Sequence[str], ours: Sequence[str] = (), **defaults: Any
     ) -> dict[str, Any]:
         parser = argparse.ArgumentParser(add_help=False, exit_on_error=False, allow_abbrev=False)
         for name in ours:
             parser.add_argument(name, nargs="?", const="")
-        for each in fields(cls):
-            if not each.metadata:
+        for option in fields(cls):
+            if not option.metadata:
                 continue
-            letter, kind = each.metadata["letter"], each.metadata["kind"]
-            names = [*([f"-{letter}"] if letter else []), f"--{each.name}"]
-            if each.name == "local_rank":
-                names.append("--local-rank")  # as torch.distributed.launch has it
-            reading = {"action": "store_true"} if kind is bool else {"type": kind}
-            default = defaults.get(each.name, each.default)
-            parser.add_argument(*names, dest=each.name, default=default, **reading)
+            letter, kind = option.metadata["letter"], option.metadata["kind"]
+            names = [*([f"-{letter}"] if letter else []), f"--{option.name}"]
+            if option.name == "local_rank":
+                names.append("--local-rank")  # the spelling of torch.distributed.launch
+            value_type = {"action": "store_true"} if kind is bool else {"type": kind}
+            default = defaults.get(option.name, option.default)
+            parser.add_argument(*names, dest=option.name, default=default, **value_type)
         try:
-            found, others = parser.parse_known_args(list(argv))
+            options, passthrough = parser.parse_known_args(list(argv))
         except argparse.ArgumentError as error:
-            raise SetupError(f"the arguments cannot be read: {error}") from None
-        override = plain_override(found.override)
-        return {**vars(found), "override": override, "others": tuple(others)}
+            raise SetupError(f"cannot parse the arguments: {error}") from None
+        override = plain_override(options.override)
+        return {**vars(options), "override": override, "passthrough": tuple(passthrough)}
 
     def argv(self) -> list[str]:
-        """The arguments of s3prl's script."""
+        """The arguments for s3prl's script."""
         shared = len(fields(Request))
         argv: list[str] = []
-        for each in (*fields(self)[shared:], *fields(self)[:shared]):  # -m comes first
-            value = getattr(self, each.name)
-            if not each.metadata or value is None or value == each.default:
+        for option in (*fields(self)[shared:], *fields(self)[:shared]):  # -m comes first
+            value = getattr(self, option.name)
+            if not option.metadata or value is None or value == option.default:
                 continue
-            name = f"-{each.metadata['letter']}" if each.metadata["letter"] else f"--{each.name}"
-            argv += [name] if value is True else _typed(name, f"--{each.name}", value)
-        return [*argv, *self.others]
+            letter = option.metadata["letter"]
+            name = f"-{letter}" if letter else f"--{option.name}"
+            argv += [name] if value is True else _option_argv(name, f"--{option.name}", value)
+        return [*argv, *self.passthrough]
 
     def command(self) -> list[str]:
-        """The whole command, as typed."""
+        """The complete command to type, with our own options."""
         return [self.SCRIPT, *self.argv(), *trust.trust_argv()]
 
     @property
     def named_folder(self) -> Path | None:
-        """The folder of ``-o "args.expdir='FOLDER'"``, else of ``-p``, else of ``-n``."""
+        """The folder that the options name: ``-o args.expdir``, else ``-p``, else ``-n``."""
         folder = argument_overrides(self.override).get("expdir") or self.expdir
         if folder:
             return Path(str(folder))
@@ -125,18 +126,18 @@ class Request:
 
     @property
     def checkpoint(self) -> Path | None:
-        """The checkpoint of ``-e``; once :meth:`resumed` is done, that of ``-a`` too."""
+        """The checkpoint of ``-e``; after :meth:`resumed`, that of ``-a`` too."""
         return Path(self.past_exp) if self.past_exp else None
 
     @property
     def folder(self) -> Path | None:
-        """The folder that the run writes to, whatever folder is recorded in the checkpoint."""
+        """The folder that the run writes to; not the folder recorded in the checkpoint."""
         return self.named_folder or (self.checkpoint.parent if self.checkpoint else None)
 
-    def resumed(self: R) -> R:
-        """The request with the file of the checkpoint that ``-a`` or ``-e`` asks for, if any.
+    def resumed(self: RequestT) -> RequestT:
+        """A copy in which ``-a`` or ``-e`` is replaced by the path of its checkpoint, if any.
 
-        As with s3prl, ``-a`` comes before ``-e`` where the run's folder has checkpoints.
+        As in s3prl, ``-a`` takes precedence over ``-e`` if the run's folder has checkpoints.
 
         Raises:
             CheckpointError: there is no such checkpoint.
@@ -151,33 +152,32 @@ class Request:
             path = Path(self.past_exp)
             path = newest(path) if path.is_dir() else path
             if path is None or not path.is_file():
-                raise CheckpointError(
-                    f"-e {self.past_exp}: there is no such checkpoint (states-*.ckpt)"
-                )
+                raise CheckpointError(f"-e {self.past_exp}: no such checkpoint (states-*.ckpt)")
         return replace(self, auto_resume=False, past_exp=None if path is None else str(path))
 
 
 def plain_override(text: str | None) -> str | None:
-    """The value of ``-o`` with ``=`` signs written so that s3prl's script takes them.
+    """Escape ``=`` signs within the values of ``-o``, for s3prl's script.
 
-    None where nothing is overridden: s3prl takes "None" for that too.
+    Returns:
+        The escaped text; None for no override, which s3prl also writes as "None".
 
     Raises:
-        ConfigError: it is not of the form that is expected.
+        ConfigError: ``-o`` is invalid.
     """
     if not text or text.lower() == "none":
         return None
     return text if text.count("=") == text.count(",,") + 1 else escape_equals(text)
 
 
-def _typed(name: str, long: str, value: Any) -> list[str]:
-    """An option and its value; joined by ``=`` where the value begins with a dash."""
+def _option_argv(name: str, long: str, value: Any) -> list[str]:
+    """An option and its value, as ``--option=value`` if the value begins with a dash."""
     return [f"{long}={value}"] if str(value).startswith("-") else [name, str(value)]
 
 
 @dataclass(frozen=True)
 class PretrainRequest(Request):
-    """``run_pretrain.py``."""
+    """The options of ``run_pretrain.py``."""
 
     SCRIPT = "run_pretrain.py"
     ROOT = "result/pretrain"
@@ -187,7 +187,7 @@ class PretrainRequest(Request):
 
     @classmethod
     def parse(cls, argv: Sequence[str]) -> PretrainRequest:
-        """See :meth:`Request.parse`. s3prl wants ``-n`` beside ``-p``: the folder's name."""
+        """See :meth:`Request.parse`. Sets ``-n`` from ``-p``, since s3prl requires both."""
         request = super().parse(argv)
         if request.is_ekd and request.override:
             request = replace(request, override=rename_overrides(request.override))
@@ -197,18 +197,18 @@ class PretrainRequest(Request):
 
     @property
     def is_ekd(self) -> bool:
-        """Whether ours is the method; a run that is resumed need not name it."""
+        """Whether the upstream is ours; a resumed run need not name it."""
         return self.upstream in (None, "ekd")
 
 
 def condition_name(noise: str | Path, snr: float) -> str:
-    """A folder or manifest and a ratio in dB as the name of a test condition: ``babble_snr5``."""
+    """Name a test condition by its noise (folder or manifest) and SNR in dB: ``babble_snr5``."""
     return f"{Path(os.path.abspath(noise)).stem}_snr{snr:g}"
 
 
 @dataclass(frozen=True)
 class NoisyTest:
-    """``--noise``, ``--snr``, ``--noise_seed``: what is added to the test set."""
+    """Noise added to the test set: ``--noise``, ``--snr``, ``--noise_seed``."""
 
     noise: str
     snr: float  # dB
@@ -216,14 +216,14 @@ class NoisyTest:
 
     @property
     def name(self) -> str:
-        """A folder's name: ``NAME_snr5``, and ``NAME_snr5_seed1`` for other seeds than 0."""
+        """Folder name: ``NAME_snr5``, or ``NAME_snr5_seed1`` if the seed is not 0."""
         return condition_name(self.noise, self.snr) + (f"_seed{self.seed}" if self.seed else "")
 
     def argv(self) -> list[str]:
-        """As typed."""
-        argv = [("--noise", self.noise), ("--snr", f"{self.snr!r}".removesuffix(".0"))]
-        argv += [("--noise_seed", str(self.seed))] if self.seed else []
-        return [word for name, value in argv for word in _typed(name, name, value)]
+        """The options as arguments."""
+        options = [("--noise", self.noise), ("--snr", f"{self.snr!r}".removesuffix(".0"))]
+        options += [("--noise_seed", str(self.seed))] if self.seed else []
+        return [argument for name, value in options for argument in _option_argv(name, name, value)]
 
 
 CACHE, CACHE_GB = "--cache-features", "--cache-features-gb"
@@ -232,41 +232,41 @@ LIMIT_GB = 50.0
 
 @dataclass(frozen=True)
 class CacheOptions:
-    """``--cache-features``, ``--cache-features-gb``: a folder of hidden states, and its limit."""
+    """The feature cache: ``--cache-features`` (its folder), ``--cache-features-gb`` (its limit)."""
 
     folder: str
     limit_gb: float = LIMIT_GB
 
     def argv(self) -> list[str]:
-        """As typed."""
-        argv = _typed(CACHE, CACHE, self.folder)
+        """The options as arguments."""
+        argv = _option_argv(CACHE, CACHE, self.folder)
         return argv if self.limit_gb == LIMIT_GB else [*argv, CACHE_GB, f"{self.limit_gb!r}"]
 
 
 DOWNSTREAM_HELP = """\
-Ours, beside s3prl's options below: -m evaluate under noise (predictions: EXPDIR/noisy/NAME_snrDB)
-  --noise DIR       noises to add: a folder of audio, or a manifest (TSV), of which the test split
+Options of s3prl_ekd (s3prl's own follow below). Evaluate with added noise (-m evaluate; predictions
+go to EXPDIR/noisy/NAME_snrDB):
+  --noise DIR       noises to add: a folder of audio, or the test split of a manifest (TSV)
   --snr DB          signal-to-noise ratio over each utterance
-  --noise_seed N    other draws of noises and starts (default: 0)
+  --noise_seed N    seed for the choice of noises and their start times (default: 0)
   e.g. run_downstream.py -m evaluate -t test -e CKPT --noise data/noise --snr 5
 
-Ours too: a frozen upstream's hidden states, computed once for each waveform (each utterance alone)
-  --cache-features DIR     keep them there, for other epochs, evaluations, seeds and tasks
-  --cache-features-gb N    write no more once DIR has so many GB (default: 50)
-  float16; layers x width x 100 bytes for a second of speech: 1 MB for a model of the base size (13
-  x 768), a tenth of that for a tiny one (5 x 192)
+Cache a frozen upstream's hidden states on disk, computed once for each utterance, without padding:
+  --cache-features DIR     the cache, shared by epochs, evaluations, seeds and tasks
+  --cache-features-gb N    stop writing when DIR has N GB (default: 50)
+  Size in float16: layers x width x 100 bytes for a second of speech: 1 MB for a base model (13 x
+  768), a tenth of that for a tiny one (5 x 192)
 
 """
 
 
 @dataclass(frozen=True)
 class DownstreamRequest(Request):
-    """``run_downstream.py``.
+    """The options of ``run_downstream.py``.
 
     Attributes:
-        local_rank: the number of this process under torchrun, which tells it by the environment;
-            s3prl's script reads it from its arguments.
-        noise, cache: options of ours.
+        local_rank: torchrun sets it as an environment variable, s3prl's script expects an argument.
+        noise, cache: our own options.
     """
 
     SCRIPT = "run_downstream.py"
@@ -289,63 +289,66 @@ class DownstreamRequest(Request):
     def parse(cls, argv: Sequence[str]) -> DownstreamRequest:
         """See :meth:`Request.parse`."""
         ours = ("--noise", "--snr", "--noise_seed", CACHE, CACHE_GB)
-        values = cls._read(argv, ours, local_rank=os.environ.get("LOCAL_RANK"))
-        noise = read_noise(*map(values.pop, ("noise", "snr", "noise_seed")))
+        values = cls._parse_options(argv, ours, local_rank=os.environ.get("LOCAL_RANK"))
+        noise = parse_noise_options(*map(values.pop, ("noise", "snr", "noise_seed")))
         cache = read_cache(*map(values.pop, ("cache_features", "cache_features_gb")))
         return cls(**values, noise=noise, cache=cache)
 
     def command(self) -> list[str]:
-        """The whole command, as typed."""
-        ours = (part.argv() for part in (self.noise, self.cache) if part is not None)
-        return [*super().command(), *(word for argv in ours for word in argv)]
+        """See :meth:`Request.command`."""
+        noise = self.noise.argv() if self.noise is not None else []
+        cache = self.cache.argv() if self.cache is not None else []
+        return [*super().command(), *noise, *cache]
 
     @property
     def split(self) -> str | None:
-        """The split to evaluate, of a run that only evaluates."""
+        """The split to evaluate; None unless ``-m evaluate``."""
         return (self.evaluate_split or "test") if self.mode == "evaluate" else None
 
 
-def read_noise(noise: str | None, snr: str | None, seed: str | None) -> NoisyTest | None:
-    """The options of a test under noise; None where none was given.
+def parse_noise_options(noise: str | None, snr: str | None, seed: str | None) -> NoisyTest | None:
+    """Parse the options of a test with added noise; None if none is given.
 
     Raises:
-        SetupError: one is missing or no number.
+        SetupError: an option is missing or not a number.
     """
     if noise is None and snr is None and seed is None:
         return None
     if not noise:
-        raise SetupError("name the noises: --noise DIR, a folder of audio or a manifest (TSV)")
+        raise SetupError(
+            "--noise is missing: add --noise DIR, a folder of audio or a manifest (TSV)"
+        )
     if not snr:
-        raise SetupError("name the signal-to-noise ratio in dB: --snr 5")
+        raise SetupError("--snr is missing: add the signal-to-noise ratio in dB, such as --snr 5")
     decibels = _number(snr)
     if not math.isfinite(decibels):
-        raise SetupError(f"--snr {snr}: a number of dB is needed, such as 5 or -2.5")
+        raise SetupError(f"--snr must be a number of dB, such as 5 or -2.5, got {snr}")
     try:
         return NoisyTest(noise, decibels, int(seed or 0))
     except ValueError:
-        raise SetupError(f"--noise_seed {seed}: a whole number is needed") from None
+        raise SetupError(f"--noise_seed must be a whole number, got {seed}") from None
 
 
 def read_cache(folder: str | None, limit_gb: str | None) -> CacheOptions | None:
-    """The options of cached features; None where none was given.
+    """Parse the options of the feature cache; None if none is given.
 
     Raises:
-        SetupError: the folder is missing or a file, or the limit is no number above 0.
+        SetupError: no folder is given, it is a file, or the limit is not a number above 0.
     """
     if folder is None and limit_gb is None:
         return None
     if not folder:
-        raise SetupError(f"name the folder of the hidden states: {CACHE} result/features")
+        raise SetupError(f"{CACHE} needs a folder, such as {CACHE} result/features")
     limit = LIMIT_GB if limit_gb is None else _number(limit_gb)
     if not 0 < limit < math.inf:
-        raise SetupError(f"{CACHE_GB} {limit_gb}: a number of gigabytes above 0 is needed")
+        raise SetupError(f"{CACHE_GB} must be a number of gigabytes above 0, got {limit_gb}")
     if Path(folder).exists() and not Path(folder).is_dir():
-        raise SetupError(f"{CACHE} {folder}: this is a file; a folder for hidden states is needed")
+        raise SetupError(f"{CACHE} must be a folder, got a file: {folder}")
     return CacheOptions(folder, limit)
 
 
 def _number(text: str) -> float:
-    """NaN for what is no number."""
+    """``float(text)``; NaN if it is not a number."""
     try:
         return float(text)
     except ValueError:
@@ -353,21 +356,27 @@ def _number(text: str) -> float:
 
 
 def completed(
-    request: R,
-    option_checks: Iterable[Callable[[R], None]],
-    run_checks: Iterable[Callable[[R, Mapping[str, Any]], None]],
-) -> R:
-    """The request with its checkpoint found, and on a device that is there.
+    request: RequestT,
+    option_checks: Iterable[Callable[[RequestT], None]],
+    run_checks: Iterable[Callable[[RequestT, Mapping[str, Any]], None]],
+) -> RequestT:
+    """Run the checks, find the checkpoint to resume from, and choose the device.
 
     Args:
-        option_checks: look at what was typed.
-        run_checks: look at the resumed request, and the contents of its checkpoint, empty for a new
-            run.
+        request: as parsed.
+        option_checks: checks of the options alone.
+        run_checks: checks of the resumed request and its checkpoint's contents, which are empty for
+            a new run.
+
+    Returns:
+        The resumed request, with ``--device cpu`` if there is no CUDA device.
 
     Raises:
-        EkdError: of the first check that fails; one sentence for what the user can mend.
+        EkdError: from the first check that fails.
     """
-    if request.device == "cpu":  # or s3prl's downstream Runner calls torch.cuda.device("cpu")
+    if (
+        request.device == "cpu"
+    ):  # otherwise s3prl's downstream Runner calls torch.cuda.device("cpu")
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     for check in option_checks:
         check(request)
@@ -384,19 +393,19 @@ def completed(
     from .files.torch_load import restrict_torch
 
     restrict_torch()
-    saved = states.get("Args") if request.SAVES_DEVICE else None
-    on_cuda = str(getattr(saved, "device", "cuda")).startswith("cuda")
+    saved_args = states.get("Args") if request.SAVES_DEVICE else None
+    on_cuda = str(getattr(saved_args, "device", "cuda")).startswith("cuda")
     if request.device or not on_cuda or torch.cuda.is_available():
         return request
-    logger.info("no CUDA device here: running with --device cpu")
+    logger.info("no CUDA device: running with --device cpu")
     return replace(request, device="cpu")
 
 
-# Checks that both commands have
+# Checks of both commands
 
 
 def check_device(request: Request, states: Mapping[str, Any]) -> None:
-    """Raise SetupError unless torch can put something on the device that is named."""
+    """Raise SetupError unless torch can allocate a tensor on the device of ``--device``."""
     if request.device is None:
         return
     import torch
@@ -404,55 +413,53 @@ def check_device(request: Request, states: Mapping[str, Any]) -> None:
     try:
         torch.empty(1, device=request.device)
     except (RuntimeError, AssertionError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise SetupError(f"--device {request.device} cannot be used here: {first}") from None
+        reason = str(error).strip().splitlines()[0]
+        raise SetupError(f"cannot use --device {request.device}: {reason}") from None
 
 
 def check_run_folder(request: Request, states: Mapping[str, Any]) -> None:
-    """Raise SetupError where the training would write into a folder that holds another run."""
+    """Raise SetupError if the run would write into the folder of another run."""
     from .files.run_checkpoints import run_checkpoints  # which imports torch
 
     folder, checkpoint = request.folder, request.checkpoint
     if folder is None or not run_checkpoints(folder):
         return
     if checkpoint is None:
-        raise SetupError(
-            f"{folder} holds a run already: add -a to go on with it, or take another name"
-        )
+        raise SetupError(f"{folder} already has a run: add -a to resume it, or name another folder")
     if folder.resolve() != checkpoint.parent.resolve():
         raise SetupError(
-            f"{folder} holds another run than {checkpoint}; name a new folder, or leave -n and -p "
-            f"out to go on in {checkpoint.parent}"
+            f"{folder} has another run than {checkpoint}: name a new folder, or resume in "
+            f"{checkpoint.parent} without -n and -p"
         )
 
 
 def log_moved(request: Request, recorded: Any) -> None:
-    """Log where a run writes, if its checkpoint has another folder recorded."""
+    """Log the folder that a run writes to if its checkpoint records another one."""
     folder = request.folder
     if folder and isinstance(recorded, str) and Path(recorded).resolve() == folder.resolve():
         return
     logger.info(
-        "%s was saved in the folder %.200r; this command writes to %s",
+        "%s records the folder %.200r; this run writes to %s",
         request.checkpoint,
         recorded,
         folder,
     )
 
 
-# Guards around s3prl's script that both commands have
+# Guards of both commands around s3prl's script
 
 
 @contextlib.contextmanager
 def script_guards(request: Request, lock: str = NAME, **arguments: Any) -> Iterator[None]:
-    """Within it s3prl's script may be called for ``request``.
+    """Context in which s3prl's script is called for ``request``; all patches are undone on exit.
 
-    It reads the request as its arguments, evaluates no text, saves whole files, and writes to the
-    request's folder, and alone there.
+    ``sys.argv`` is the request's, ``eval`` is restricted, ``torch.save`` is atomic, the run's folder
+    is locked, and a checkpoint cannot change the folder.
 
     Args:
         request: checked and resumed.
-        lock: name of the folder's lock.
-        arguments: s3prl's arguments that the command decides, whatever the checkpoint has.
+        lock: name of the lock file.
+        arguments: s3prl's arguments that override those in the checkpoint.
 
     Raises:
         SetupError: another process writes to the folder.
@@ -465,18 +472,18 @@ def script_guards(request: Request, lock: str = NAME, **arguments: Any) -> Itera
             make_folder(request.folder, SetupError)
             stack.enter_context(FolderLock(request.folder, lock))  # before s3prl writes there
         if request.past_exp:
-            stack.enter_context(_replaced_arguments(request, arguments))
+            stack.enter_context(_checkpoint_arguments(request, arguments))
         yield
 
 
-def _replaced_arguments(
+def _checkpoint_arguments(
     request: Request, arguments: dict[str, Any]
 ) -> contextlib.AbstractContextManager[None]:
-    """Within it, ``torch.load`` of the checkpoint gives ``Args`` with what the command decides.
+    """Patch ``torch.load`` to replace arguments in the checkpoint's ``Args``; undone on exit.
 
     s3prl lets the arguments in the checkpoint override those of the command. Among them are the
-    folder that the run writes to and the one that downloads go to; a file that was copied, renamed
-    or made by somebody else would then decide where this command writes.
+    folders that the run and its downloads are written to, so that a copied, renamed or untrusted
+    checkpoint would decide where this command writes.
     """
     import torch
 

@@ -75,7 +75,7 @@ def test_a_command_is_read_as_it_was_written():
         seed=0,
         noise=NoisyTest("-street", -2.5, 3),
         cache=CacheOptions("-kept", 2.5),
-        others=("-f",),
+        passthrough=("-f",),
     )
     script, *argv = request.command()
     assert script == "run_downstream.py" and DownstreamRequest.parse(argv) == request

@@ -15,7 +15,7 @@ from s3prl_ekd.export.model_card import how_made
 from s3prl_ekd.pretrain.bad_audio import BadAudioList
 from s3prl_ekd.pretrain.sweep import markdown
 from s3prl_ekd.superb.results import Dev, Record
-from s3prl_ekd.system.terminal import PlainFormatter, plain_stdout
+from s3prl_ekd.system.terminal import PrintableFormatter, plain_stdout
 
 HOSTILE = "a\x1b[31m\x1b]0;title\x07\nerror: gone\r\t\x9b\u202e\udcff|<b>"
 
@@ -42,16 +42,16 @@ def test_an_error_is_one_line(kind, capsys):
 
 def test_a_log_line():
     record = logging.LogRecord("s3prl_ekd.x", 20, "", 1, "left out %s", (HOSTILE,), None)
-    text = PlainFormatter("%(levelname)s %(message)s").format(record)
+    text = PrintableFormatter("%(levelname)s %(message)s").format(record)
     assert is_plain(f"{text}\n") and text.startswith("INFO left out a\\x1b")
     record = logging.LogRecord("s3prl.x", 20, "", 1, "two\nlines \x1b", (), None)
-    assert PlainFormatter().format(record) == "two\nlines \\x1b"
+    assert PrintableFormatter().format(record) == "two\nlines \\x1b"
     try:
         raise ValueError("x")
     except ValueError as error:
         info = (type(error), error, error.__traceback__)
     record = logging.LogRecord("s3prl_ekd.x", 40, "", 1, "x", (), info)
-    assert "\n  File " in PlainFormatter().format(record)  # a traceback stays one
+    assert "\n  File " in PrintableFormatter().format(record)  # a traceback stays one
 
 
 def test_stdout(capsys):

@@ -47,18 +47,18 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return data
 
 
-def build(kind: type[T], data: Any, where: str) -> T:
+def build(kind: type[T], data: Any, location: str) -> T:
     """Convert dicts, lists and scalars to the type ``kind``, usually a dataclass.
 
     Args:
         kind: the type to return.
         data: dicts, lists and scalars, as read from YAML or JSON.
-        where: YAML path for error messages.
+        location: YAML path for error messages.
 
     Raises:
         ConfigError: unknown key, missing key, wrong type or a value that is not allowed.
     """
-    result: T = _convert(kind, data, where)
+    result: T = _convert(kind, data, location)
     return result
 
 
@@ -73,66 +73,66 @@ def plain(value: Any) -> Any:
     return value
 
 
-def _convert(kind: Any, data: Any, where: str) -> Any:
+def _convert(kind: Any, data: Any, location: str) -> Any:
     if kind is Any:
-        return _any(data, where)
+        return _any(data, location)
     origin = typing.get_origin(kind)
     if dataclasses.is_dataclass(kind):
-        return _dataclass(kind, data, where)
+        return _dataclass(kind, data, location)
     if origin is Literal:
         allowed = typing.get_args(kind)
         # True == 1 in Python: compare types too, so that `layers: true` is not layer 1.
         if not any(type(data) is type(item) and data == item for item in allowed):
             names = ", ".join(map(str, allowed))
-            raise ConfigError(f"{where} must be one of {names}, got {_show(data)}")
+            raise ConfigError(f"{location} must be one of {names}, got {_show(data)}")
         return data
     if origin in (Union, types.UnionType):
-        return _optional(kind, data, where)
+        return _optional(kind, data, location)
     if origin is tuple:
         (item, _) = typing.get_args(kind)
         if not isinstance(data, (list, tuple)):
-            raise ConfigError(f"{where}: expected a list, got {_show(data)}")
+            raise ConfigError(f"{location}: expected a list, got {_show(data)}")
         if len(data) > MAX_LIST:
-            raise ConfigError(f"{where}: a list may have {MAX_LIST} values, got {len(data)}")
-        return tuple(_convert(item, value, f"{where}[{i}]") for i, value in enumerate(data))
+            raise ConfigError(f"{location}: a list may have {MAX_LIST} values, got {len(data)}")
+        return tuple(_convert(item, value, f"{location}[{i}]") for i, value in enumerate(data))
     if origin is dict:
         if not isinstance(data, dict):
-            raise ConfigError(f"{where}: expected a mapping, got {_show(data)}")
+            raise ConfigError(f"{location}: expected a mapping, got {_show(data)}")
         item = typing.get_args(kind)[1]
         if len(data) > MAX_NAMES:
-            raise ConfigError(f"{where}: a mapping may have {MAX_NAMES} keys, got {len(data)}")
-        _check_keys(data, where)
-        return {key: _convert(item, value, f"{where}.{key}") for key, value in data.items()}
-    return _scalar(kind, data, where)
+            raise ConfigError(f"{location}: a mapping may have {MAX_NAMES} keys, got {len(data)}")
+        _check_keys(data, location)
+        return {key: _convert(item, value, f"{location}.{key}") for key, value in data.items()}
+    return _scalar(kind, data, location)
 
 
-def _check_keys(data: dict[Any, Any], where: str) -> None:
+def _check_keys(data: dict[Any, Any], location: str) -> None:
     for key in data:
         if not isinstance(key, str):
-            raise ConfigError(f"{where}: the key {_show(key)} must be text; put it in quotes")
+            raise ConfigError(f"{location}: the key {_show(key)} must be text; put it in quotes")
         if CONTROL.search(key):
-            raise ConfigError(f"{where}: the key {_show(key)} contains a control character")
+            raise ConfigError(f"{location}: the key {_show(key)} contains a control character")
 
 
-def _any(data: Any, where: str, depth: int = 0) -> Any:
+def _any(data: Any, location: str, depth: int = 0) -> Any:
     """Check a setting of type ``Any``: containers and scalars, finite numbers, keys as text."""
     if depth > MAX_DEPTH:
-        raise ConfigError(f"{where}: nested more than {MAX_DEPTH} levels deep")
+        raise ConfigError(f"{location}: nested more than {MAX_DEPTH} levels deep")
     if isinstance(data, dict):
-        _check_keys(data, where)
-        return {key: _any(value, f"{where}.{key}", depth + 1) for key, value in data.items()}
+        _check_keys(data, location)
+        return {key: _any(value, f"{location}.{key}", depth + 1) for key, value in data.items()}
     if isinstance(data, (list, tuple)):
-        return [_any(value, f"{where}[{i}]", depth + 1) for i, value in enumerate(data)]
+        return [_any(value, f"{location}[{i}]", depth + 1) for i, value in enumerate(data)]
     if data is None:
         return None
     if type(data) not in (bool, int, float, str):
-        raise ConfigError(f"{where}: expected a number, text or list, got {_show(data)}")
-    return _scalar(type(data), data, where)
+        raise ConfigError(f"{location}: expected a number, text or list, got {_show(data)}")
+    return _scalar(type(data), data, location)
 
 
-def _dataclass(kind: Any, data: Any, where: str) -> Any:
+def _dataclass(kind: Any, data: Any, location: str) -> Any:
     if not isinstance(data, dict):
-        raise ConfigError(f"{where}: expected a mapping of settings, got {_show(data)}")
+        raise ConfigError(f"{location}: expected a mapping of settings, got {_show(data)}")
     hints = typing.get_type_hints(kind)
     fields = {f.name: f for f in dataclasses.fields(kind) if f.init}
     for key in data:
@@ -140,30 +140,30 @@ def _dataclass(kind: Any, data: Any, where: str) -> Any:
             close = difflib.get_close_matches(str(key), fields, n=1)
             guess = f" (did you mean {close[0]}?)" if close else ""
             raise ConfigError(
-                f"{where}: unknown key {_show(key)}{guess}; allowed keys: {', '.join(fields)}"
+                f"{location}: unknown key {_show(key)}{guess}; allowed keys: {', '.join(fields)}"
             )
-    values = {key: _convert(hints[key], value, f"{where}.{key}") for key, value in data.items()}
+    values = {key: _convert(hints[key], value, f"{location}.{key}") for key, value in data.items()}
     for name, field in fields.items():
         required = (
             field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         )
         if required and name not in values:
-            raise ConfigError(f"{where}: the key {name} is missing")
+            raise ConfigError(f"{location}: the key {name} is missing")
     try:
         return kind(**values)
     except ValueError as error:
-        raise ConfigError(f"{where}: {error}") from None
+        raise ConfigError(f"{location}: {error}") from None
 
 
-def _optional(kind: Any, data: Any, where: str) -> Any:
+def _optional(kind: Any, data: Any, location: str) -> Any:
     inner = [item for item in typing.get_args(kind) if item is not type(None)]
     if data is None and len(inner) < len(typing.get_args(kind)):
         return None
     (member,) = inner  # the settings use no other unions
-    return _convert(member, data, where)
+    return _convert(member, data, location)
 
 
-def _scalar(kind: type, data: Any, where: str) -> Any:
+def _scalar(kind: type, data: Any, location: str) -> Any:
     names = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
     if kind is float and isinstance(data, str):
         # YAML 1.1 reads `1e-6` as text.
@@ -172,15 +172,15 @@ def _scalar(kind: type, data: Any, where: str) -> Any:
         except ValueError:
             pass
     if type(data) is int and not -MAX_NUMBER <= data < MAX_NUMBER:
-        raise ConfigError(f"{where}: expected a number of at most 64 bits, got {_show(data)}")
+        raise ConfigError(f"{location}: expected a number of at most 64 bits, got {_show(data)}")
     if kind is float and type(data) is int:
         data = float(data)
     if type(data) is not kind:
-        raise ConfigError(f"{where}: expected {names[kind]}, got {_show(data)}")
+        raise ConfigError(f"{location}: expected {names[kind]}, got {_show(data)}")
     if isinstance(data, float) and not math.isfinite(data):
-        raise ConfigError(f"{where}: expected a finite number, got {_show(data)}")
+        raise ConfigError(f"{location}: expected a finite number, got {_show(data)}")
     if isinstance(data, str) and CONTROL.search(data):
-        raise ConfigError(f"{where}: {_show(data)} contains a line break or a control character")
+        raise ConfigError(f"{location}: {_show(data)} contains a line break or a control character")
     return data
 
 

@@ -18,20 +18,20 @@ class NewerFormatError(CheckpointError):
 
 
 def refuse_newer(
-    version: Any, supported: int, what: str, error: type[EkdError] = NewerFormatError
+    version: Any, supported: int, noun: str, error: type[EkdError] = NewerFormatError
 ) -> None:
     """Reject a file of a newer format. A version that is not an int is left to the caller.
 
     Args:
         version: the version in the file.
         supported: the newest version that this package reads; it reads all older ones.
-        what: noun and path of the file, for the message.
+        noun: noun and path of the file, for the message.
         error: class of the exception.
     """
     if type(version) is int and version > supported:
         versions = "format version 1" if supported == 1 else f"format versions 1 to {supported}"
         raise error(
-            f"{what} has format version {version}, but s3prl_ekd {__version__} reads {versions}; "
+            f"{noun} has format version {version}, but s3prl_ekd {__version__} reads {versions}; "
             "type: pip install --upgrade s3prl_ekd"
         )
 

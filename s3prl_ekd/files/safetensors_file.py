@@ -42,50 +42,50 @@ def is_safetensors(path: str | Path) -> bool:
 
 
 @contextlib.contextmanager
-def open_safetensors(path: str | Path, what: str) -> Iterator[safe_open]:
+def open_safetensors(path: str | Path, noun: str) -> Iterator[safe_open]:
     """Open an untrusted safetensors file for reading.
 
     Args:
         path: the file.
-        what: noun for error messages, such as "checkpoint".
+        noun: what the file is, for error messages, such as "checkpoint".
 
     Raises:
         CheckpointError: the file is missing or damaged; raised also for errors within the block.
     """
-    check_regular(path, what, CheckpointError)
+    check_regular(path, noun, CheckpointError)
     if problem := download_problem(path):
-        raise CheckpointError(f"the {what} {path} {problem}")
+        raise CheckpointError(f"the {noun} {path} {problem}")
     try:
         with Path(path).open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
         if length > MAX_HEADER:
             raise CheckpointError(
-                f"the {what} {path} is damaged or not a safetensors file: its header has "
+                f"the {noun} {path} is damaged or not a safetensors file: its header has "
                 f"{length:,} bytes"
             )
         with safe_open(str(path), framework="pt") as file:
             yield file
     except OSError as error:
-        raise CheckpointError(f"cannot read the {what} {path}: {error.strerror or error}") from None
+        raise CheckpointError(f"cannot read the {noun} {path}: {error.strerror or error}") from None
     except (SafetensorError, ValueError, TypeError, RuntimeError) as error:
         raise CheckpointError(
-            f"the {what} {path} is damaged or not a safetensors file: {first_line(error)[:200]}"
+            f"the {noun} {path} is damaged or not a safetensors file: {first_line(error)[:200]}"
         ) from None
 
 
-def read_safetensors(path: str | Path, what: str) -> tuple[dict[str, str], dict[str, Tensor]]:
+def read_safetensors(path: str | Path, noun: str) -> tuple[dict[str, str], dict[str, Tensor]]:
     """Read the metadata and the tensors of a safetensors file, on the CPU.
 
     Raises:
         CheckpointError: see :func:`open_safetensors`; or a tensor's dtype is not in :data:`FLOATS`.
     """
-    with open_safetensors(path, what) as file:
+    with open_safetensors(path, noun) as file:
         metadata = file.metadata() or {}
         tensors = {name: file.get_tensor(name) for name in file.keys()}
     for name, tensor in tensors.items():
         if tensor.dtype not in FLOATS:
             raise CheckpointError(
-                f"the {what} {path} is damaged: the dtype of {name[:60]!r} must be float32, "
+                f"the {noun} {path} is damaged: the dtype of {name[:60]!r} must be float32, "
                 f"float16, bfloat16 or float64, got {tensor.dtype}"
             )
     return metadata, tensors

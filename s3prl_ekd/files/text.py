@@ -28,13 +28,13 @@ MAX_SCALAR = 4096  # characters; the longest path
 
 
 def check_regular(
-    path: str | Path, what: str, error: type[EkdError], limit: int | None = None
+    path: str | Path, noun: str, error: type[EkdError], limit: int | None = None
 ) -> None:
     """Raise ``error`` unless ``path`` is a regular file: reading a pipe or device may never end.
 
     Args:
         path: the file.
-        what: noun for error messages, such as "length table".
+        noun: what the file is, for error messages, such as "length table".
         error: class of the exception.
         limit: maximum size in bytes; None for any size.
     """
@@ -42,16 +42,16 @@ def check_regular(
         status = os.stat(path)
     except OSError as os_error:
         name = CONTROL.sub("?", str(path))[:500]  # a path read from a file may be any text
-        raise error(f"cannot read the {what} {name}: {os_error.strerror}") from None
+        raise error(f"cannot read the {noun} {name}: {os_error.strerror}") from None
     except ValueError:
-        raise error(f"cannot read the {what} {str(path)[:500]!r}: not a valid path") from None
+        raise error(f"cannot read the {noun} {str(path)[:500]!r}: not a valid path") from None
     if stat.S_ISDIR(status.st_mode):
-        raise error(f"cannot read the {what} {path}: it is a folder")
+        raise error(f"cannot read the {noun} {path}: it is a folder")
     if not stat.S_ISREG(status.st_mode):
-        raise error(f"cannot read the {what} {path}: it is a pipe or a device, not a file")
+        raise error(f"cannot read the {noun} {path}: it is a pipe or a device, not a file")
     if limit is not None and status.st_size > limit:
         raise error(
-            f"cannot read the {what} {path}: it has {status.st_size:,} bytes, at most {limit:,} "
+            f"cannot read the {noun} {path}: it has {status.st_size:,} bytes, at most {limit:,} "
             "are allowed"
         )
 
@@ -78,7 +78,7 @@ def download_problem(path: str | Path) -> str:
     return ""
 
 
-def check_inside(path: Path, folder: Path, what: str, error: type[EkdError]) -> None:
+def check_inside(path: Path, folder: Path, noun: str, error: type[EkdError]) -> None:
     """Raise ``error`` if a symlink on the way to ``path`` leads out of ``folder``.
 
     For files that are about to be published from a folder that others may have written. Symlinks
@@ -87,7 +87,7 @@ def check_inside(path: Path, folder: Path, what: str, error: type[EkdError]) -> 
     Args:
         path: below ``folder``.
         folder: may be a symlink itself.
-        what: noun for error messages.
+        noun: what the file is, for error messages.
         error: class of the exception.
     """
     current, root = folder, folder.resolve()
@@ -95,38 +95,38 @@ def check_inside(path: Path, folder: Path, what: str, error: type[EkdError]) -> 
         current = current / part
         if current.is_symlink() and not current.resolve().is_relative_to(root):
             raise error(
-                f"cannot include the {what} {path}: {current} is a symlink to {current.resolve()}, "
+                f"cannot include the {noun} {path}: {current} is a symlink to {current.resolve()}, "
                 f"outside {folder}; to publish the file, copy it there"
             )
 
 
 def read_text(
-    path: str | Path, what: str, error: type[EkdError], limit: int = MAX_TEXT, utf8: str = "utf-8"
+    path: str | Path, noun: str, error: type[EkdError], limit: int = MAX_TEXT, utf8: str = "utf-8"
 ) -> str:
     """Read a UTF-8 text file; arguments as for :func:`check_regular`."""
-    check_regular(path, what, error, limit)
+    check_regular(path, noun, error, limit)
     try:
         return Path(path).read_text(encoding=utf8)
     except OSError as os_error:
-        raise error(f"cannot read the {what} {path}: {os_error.strerror}") from None
+        raise error(f"cannot read the {noun} {path}: {os_error.strerror}") from None
     except UnicodeDecodeError as decode_error:
         raise error(
-            f"cannot read the {what} {path}: it is not UTF-8 text (byte {decode_error.start})"
+            f"cannot read the {noun} {path}: it is not UTF-8 text (byte {decode_error.start})"
         ) from None
 
 
-def read_json(path: str | Path, what: str, error: type[EkdError]) -> dict[str, Any]:
+def read_json(path: str | Path, noun: str, error: type[EkdError]) -> dict[str, Any]:
     """Read a JSON file whose top level is an object; see :func:`parse_json`."""
-    return parse_json(read_text(path, what, error), path, what, error)
+    return parse_json(read_text(path, noun, error), path, noun, error)
 
 
-def parse_json(text: str, path: str | Path, what: str, error: type[EkdError]) -> dict[str, Any]:
+def parse_json(text: str, path: str | Path, noun: str, error: type[EkdError]) -> dict[str, Any]:
     """Parse a JSON object: unique keys, finite numbers, nested at most :data:`MAX_DEPTH` deep.
 
     Args:
         text: the contents of the file ``path``, or a part of them.
         path: named in messages.
-        what: noun for error messages.
+        noun: what the file is, for error messages.
         error: class of the exception.
     """
     try:
@@ -135,13 +135,13 @@ def parse_json(text: str, path: str | Path, what: str, error: type[EkdError]) ->
         )
     except (ValueError, RecursionError) as json_error:
         if problem := download_problem(path):
-            raise error(f"the {what} {path} {problem}") from None
+            raise error(f"the {noun} {path} {problem}") from None
         too_deep = isinstance(json_error, RecursionError)
         reason = "it is nested too deeply" if too_deep else json_error
         raise error(f"cannot read {path} as JSON: {reason}") from None
     if not isinstance(data, dict):
-        raise error(f"the {what} {path} is damaged: expected a JSON object")
-    check_data(data, lambda reason: error(f"the {what} {path} is damaged: {reason}"))
+        raise error(f"the {noun} {path} is damaged: expected a JSON object")
+    check_data(data, lambda reason: error(f"the {noun} {path} is damaged: {reason}"))
     return data
 
 
@@ -269,8 +269,8 @@ class PlainLoader(yaml.SafeLoader):
             _yaml_error(f"more than {MAX_NODES:,} values", mark)
 
 
-def parse_yaml(text: str, where: str) -> Any:
-    """Parse untrusted YAML; ``where`` is the file for error messages.
+def parse_yaml(text: str, location: str) -> Any:
+    """Parse untrusted YAML; ``location`` is the file for error messages.
 
     Raises:
         ConfigError: it is not valid YAML or exceeds a limit.
@@ -278,13 +278,13 @@ def parse_yaml(text: str, where: str) -> Any:
     try:
         return yaml.load(text, Loader=PlainLoader)  # a SafeLoader
     except ConfigError as error:
-        raise ConfigError(f"{where}: {error}") from None
+        raise ConfigError(f"{location}: {error}") from None
     except Exception as error:  # PyYAML does not wrap all errors: `!!int ""` is an IndexError
         mark = getattr(error, "problem_mark", None)
         line = f" at line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error) or type(error).__name__
         problem = CONTROL.sub(" ", " ".join(str(problem).split()))[:200]
-        raise ConfigError(f"{where} is not valid YAML{line}: {problem}") from None
+        raise ConfigError(f"{location} is not valid YAML{line}: {problem}") from None
 
 
 def _yaml_error(problem: str, mark: yaml.Mark) -> NoReturn:

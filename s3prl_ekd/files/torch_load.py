@@ -305,7 +305,7 @@ class _Limited:
 
 
 def safe_load(
-    path: str | Path, what: str = "checkpoint", allow: Sequence[type] = ()
+    path: str | Path, noun: str = "checkpoint", allow: Sequence[type] = ()
 ) -> dict[str, Any]:
     """Load a torch file with ``weights_only=True`` after scanning its pickle.
 
@@ -314,7 +314,7 @@ def safe_load(
 
     Args:
         path: the file. Tensors are memory-mapped where the format allows.
-        what: noun for error messages.
+        noun: what the file is, for error messages.
         allow: further classes that the pickle may name.
 
     Raises:
@@ -323,10 +323,10 @@ def safe_load(
     """
     path = Path(path)
     if not path.exists():
-        raise CheckpointError(f"cannot read the {what} {path}: no such file")
-    check_regular(path, what, CheckpointError)
+        raise CheckpointError(f"cannot read the {noun} {path}: no such file")
+    check_regular(path, noun, CheckpointError)
     if problem := download_problem(path):
-        raise CheckpointError(f"the {what} {path} {problem}")
+        raise CheckpointError(f"the {noun} {path} {problem}")
     try:
         forbidden = _first_forbidden(named_globals(path), allow)
         if forbidden is None:
@@ -334,7 +334,7 @@ def safe_load(
         elif trust.trusted():
             logger.warning(
                 "the %s %s names %s; %s allows it to run any code",
-                what,
+                noun,
                 path,
                 forbidden,
                 trust.OPTION,
@@ -342,24 +342,24 @@ def safe_load(
             data = torch.load(path, map_location="cpu", weights_only=False)
         else:
             raise CheckpointError(
-                f"cannot load the {what} {path}: its pickle names {forbidden}, which can run code. "
+                f"cannot load the {noun} {path}: its pickle names {forbidden}, which can run code. "
                 "Use a file of tensors only, or, if you trust its author with your account, add "
                 f"{trust.OPTION} to a command that reads runs or upstreams"
             )
     except CheckpointError:
         raise
     except TorchFileError as error:
-        raise CheckpointError(f"the {what} {path} {error}") from None
+        raise CheckpointError(f"the {noun} {path} {error}") from None
     except OSError as error:
         reason = error.strerror or "unexpected end of file"
-        raise CheckpointError(f"cannot read the {what} {path}: {reason}") from None
+        raise CheckpointError(f"cannot read the {noun} {path}: {reason}") from None
     except Exception as error:  # a damaged pickle can raise anything
         logger.debug("%s: %r", path, error)
-        raise CheckpointError(f"the {what} {path} is damaged or not a torch file") from None
+        raise CheckpointError(f"the {noun} {path} is damaged or not a torch file") from None
     if not isinstance(data, dict):
-        raise CheckpointError(f"the {what} {path} must contain a dict, got a {type(data).__name__}")
+        raise CheckpointError(f"the {noun} {path} must contain a dict, got a {type(data).__name__}")
     if forbidden is None:
-        _check_loaded(data, f"the {what} {path} cannot be used")
+        _check_loaded(data, f"the {noun} {path} cannot be used")
     return data
 
 

@@ -1,9 +1,9 @@
-"""The commands ``run_pretrain.py`` and ``run_downstream.py``: s3prl's own scripts, unmodified.
+"""The commands ``run_pretrain.py`` and ``run_downstream.py``, which call s3prl's unmodified scripts.
 
-Each parses and checks what the user typed, applies :mod:`..compat`, registers ``ekd_student``, and
-calls the script's ``main()`` within guards. A script in the working folder (an s3prl checkout) wins
-over the installed one. Scripts are imported and called rather than run as ``__main__``, so that
-worker processes started by spawning can import what they need.
+Each command parses and checks its arguments, applies :mod:`..compat`, registers ``ekd_student``,
+and calls the ``main()`` of s3prl's script. A script in the working folder (an s3prl checkout) takes
+precedence over the installed one. Scripts are imported rather than run as ``__main__``, so that
+spawned worker processes can import their classes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 
-from ..request import DOWNSTREAM_HELP, INIT_HINT, R
+from ..request import DOWNSTREAM_HELP, INIT_HINT, RequestT
 from ..system import torchrun
 from ..system.terminal import errors_shown, log_to_stderr, prepare_streams, quiet_s3prl
 
@@ -42,18 +42,18 @@ SCRIPTS = {"run_pretrain.py": run_pretrain, "run_downstream.py": run_downstream}
 
 def _launch(
     name: str,
-    prepare: Callable[[Sequence[str]], R],
-    run: Callable[[ModuleType, R], None],
+    prepare: Callable[[Sequence[str]], RequestT],
+    run: Callable[[ModuleType, RequestT], None],
     help_text: str = "",
 ) -> int:
     prepare_streams()
-    log_to_stderr(logging.WARNING if torchrun.rank() else logging.INFO)  # one of several speaks
+    log_to_stderr(logging.WARNING if torchrun.rank() else logging.INFO)  # only rank 0 logs progress
     quiet_s3prl()
     argv = sys.argv[1:]
-    hint = "" if "evaluate" in argv else "; add -a (and leave -e out) to go on"
-    with errors_shown(f"stopped by Ctrl-C{hint}", broken_pipe=1, files_are_typed=False):
+    hint = "" if "evaluate" in argv else "; add -a (without -e) to resume"
+    with errors_shown(f"stopped by Ctrl-C{hint}", broken_pipe=1, user_files=False):
         if "-h" in argv or "--help" in argv:
-            with _somewhere_set_up():
+            with _initialised_folder():
                 script = import_script(name)
                 sys.argv = [f"{name}.py", "-h"]
                 print(help_text, end="")
@@ -65,36 +65,39 @@ def _launch(
 
 
 def import_script(script: str) -> ModuleType:
-    """s3prl's module of that name, from the checkout we stand in or from the installed package."""
+    """Import s3prl's script from the checkout in the working folder, else from the package."""
     from .. import compat, registration
 
     compat.apply()
-    here = Path.cwd()
-    if (here / f"{script}.py").is_file() and (here / "hub.py").is_file():
-        sys.path.insert(0, str(here))  # what `python run_pretrain.py` would do
+    folder = Path.cwd()
+    if (folder / f"{script}.py").is_file() and (folder / "hub.py").is_file():
+        sys.path.insert(0, str(folder))  # as `python run_pretrain.py` does
         registration.register()
         return importlib.import_module(script)
     if script == "run_pretrain":
-        registration.open_pretrain(here)  # without s3prl.hub, which takes seconds to import
+        registration.open_pretrain(folder)  # without s3prl.hub, which takes seconds to import
     else:
         registration.register()
     return importlib.import_module(f"s3prl.{script}")
 
 
 @contextlib.contextmanager
-def _somewhere_set_up() -> Iterator[None]:
-    """A folder where ``-h`` works: s3prl lists ``pretrain/`` while it builds its parser."""
+def _initialised_folder() -> Iterator[None]:
+    """Work in a temporary folder from ``init`` if the current one has no ``pretrain/ekd``.
+
+    s3prl's parser lists ``pretrain/``, so ``-h`` would fail without it.
+    """
     if Path("pretrain/ekd").is_dir():
         yield
         return
     from ..workspace import write_workspace
 
-    before = Path.cwd()
+    previous = Path.cwd()
     with tempfile.TemporaryDirectory() as folder:
         write_workspace(Path(folder))
         os.chdir(folder)
         try:
             yield
         finally:
-            os.chdir(before)
-            print(f"\nekd is not set up in this folder yet; {INIT_HINT}")
+            os.chdir(previous)
+            print(f"\nthis folder has no pretrain/ekd yet; {INIT_HINT}")

@@ -1,8 +1,8 @@
-"""What every downstream run imports; the fork server of :mod:`.forked` imports this module alone.
+"""Preload the imports of downstream runs in the fork server of :mod:`.forked`.
 
-No thread may be started here and no CUDA touched: neither survives a fork. So torch is imported
-with one thread, and each child sets its own number. What cannot be imported is left to the command
-that needs it, which says so in its log.
+Threads and CUDA do not survive a fork, so none may be started here. torch is imported with one
+thread, and each child sets its own number. An import that fails here is skipped: it fails again,
+with its message, in the command that needs it.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ def _import_all() -> None:
 
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
-    """By descriptor: what the imports keep of ``sys.stderr`` must be the real one."""
-    with open(os.devnull, "w") as nowhere, contextlib.ExitStack() as stack:
+    """Silence output by descriptor: the imports may keep ``sys.stderr``, so it must not change."""
+    with open(os.devnull, "w") as devnull, contextlib.ExitStack() as stack:
         for number in (1, 2):
             saved = os.dup(number)
             stack.callback(os.close, saved)
             stack.callback(os.dup2, saved, number)
-            os.dup2(nowhere.fileno(), number)
+            os.dup2(devnull.fileno(), number)
         try:
             yield
         finally:
@@ -52,7 +52,7 @@ def _silent() -> Iterator[None]:
                 stream.flush()
 
 
-os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")  # read as libraries are loaded
+os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")  # read when the libraries are loaded
 with contextlib.suppress(Exception), warnings.catch_warnings(), _silent():
     warnings.simplefilter("ignore")
     _import_all()

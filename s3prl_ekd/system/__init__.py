@@ -1,1 +1,1 @@
-"""Processes, terminal and locks."""
+"""Child processes, locks, the terminal, torchrun's environment."""

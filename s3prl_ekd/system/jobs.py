@@ -1,7 +1,7 @@
-"""Processes that a command starts end with it, however it ends.
+"""Start child commands, and end a child when its parent has ended.
 
-A command that is killed (``kill -9``, out of memory) cannot stop what it has started. A training
-that lived on would write into its folder beside the one that the next command starts there.
+A command that is killed (``kill -9``, out of memory) cannot stop its children. A training that
+outlived it would write into the same folder as the next command's training.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from ..errors import SetupError
 
 logger = logging.getLogger(__name__)
 
-PARENT = "S3PRL_EKD_PARENT"  # environment: the process whose end is this one's, too
-_LOOK_EVERY = 0.5  # seconds
-_TO_SAVE = 30.0  # seconds from SIGTERM to SIGKILL
+PARENT = "S3PRL_EKD_PARENT"  # environment variable: the parent's process id
+_POLL_SECONDS = 0.5
+_SAVE_SECONDS = 30.0  # from SIGTERM to SIGKILL
 
 
 def child_command(argv: Sequence[str]) -> list[str]:
-    """The command of a process for one of our commands, or for ``torchrun``, as a list.
+    """The argv of a child process.
 
     Args:
         argv: ``run_downstream.py ...``, ``superb ...`` or ``torchrun ...``.
@@ -38,29 +38,29 @@ def child_command(argv: Sequence[str]) -> list[str]:
 
 
 def child_environment(environment: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The environment of such a process: ``environment`` (default: ours), and who its parent is."""
+    """``environment`` (default: ``os.environ``) with :data:`PARENT` set to this process."""
     return {**(os.environ if environment is None else environment), PARENT: str(os.getpid())}
 
 
 def end_with_parent() -> None:
-    """End this process when the one that started it has ended; without such a one, do nothing.
+    """Start a thread that ends this process when its parent has ended.
 
-    SIGTERM comes first, so that a run of ``-u ekd`` saves its last step. The variable is removed
-    from the environment, so that processes which this one starts do not watch for the same parent.
-    Windows does not show a parent's end, and nothing is done there.
+    SIGTERM is sent first, so that a run of ``-u ekd`` saves its last step. :data:`PARENT` is
+    removed from the environment: it is not the parent of this process's children. Does nothing if
+    the process was not started by one of our commands, or on Windows.
     """
-    forked = multiprocessing.parent_process()
-    number = os.environ.pop(PARENT, None)
-    if forked is not None:
+    parent = multiprocessing.parent_process()
+    parent_pid = os.environ.pop(PARENT, None)
+    if parent is not None:  # forked
 
         def wait() -> None:
-            connection.wait([forked.sentinel])
+            connection.wait([parent.sentinel])
 
-    elif number is not None and number.isdecimal() and os.name == "posix":
+    elif parent_pid is not None and parent_pid.isdecimal() and os.name == "posix":
 
         def wait() -> None:
-            while os.getppid() == int(number):
-                time.sleep(_LOOK_EVERY)
+            while os.getppid() == int(parent_pid):
+                time.sleep(_POLL_SECONDS)
 
     else:
         return
@@ -69,40 +69,45 @@ def end_with_parent() -> None:
 
 def _end_after(wait: Callable[[], object]) -> None:
     wait()
-    logger.warning("the process that started this one has ended; this one ends, too")
+    logger.warning("the parent process has ended; stopping")
     os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(_TO_SAVE)
+    time.sleep(_SAVE_SECONDS)
     os.kill(os.getpid(), getattr(signal, "SIGKILL", signal.SIGTERM))
 
 
-_TO_INTERRUPT = 20.0  # seconds for a command to end after Ctrl-C
-_GRACE = 2.0  # seconds for children to leave by themselves: a terminal's Ctrl-C reaches them too
+_TO_INTERRUPT = 20.0  # seconds from SIGINT to SIGTERM
+_GRACE = 2.0  # seconds until SIGINT: a terminal's Ctrl-C reaches the children anyway
 
 
 class Processes:
-    """Starts commands of ``python -m s3prl_ekd`` and waits for them, from several threads."""
+    """Run commands of ``python -m s3prl_ekd`` as child processes, from several threads."""
 
     def __init__(self) -> None:
-        # One lock for starting and for asking how a child ended: starting one also reaps the
-        # others, and two threads that reap the same child would lose its exit code.
+        # One lock for starting and for reading exit codes: Popen also reaps other children, and if
+        # two threads reap the same child, its exit code is lost.
         self._lock = threading.Lock()
-        self._live: set = set()
+        self._live: set = set()  # running children
         self._stopped = False
 
     def call(self, argv: Sequence[str], log: Path, environment: Mapping[str, str]) -> int:
-        """Run ``run_downstream.py ...`` or ``torchrun ...``; its output is appended to ``log``.
+        """Run a command, wait for it, and append its output to ``log``.
+
+        Args:
+            argv: ``run_downstream.py ...`` or ``torchrun ...``.
+            log: the log file.
+            environment: the environment variables of the child.
 
         Returns:
-            The exit code; below 0: the signal that ended it.
+            The exit code; if negative, the signal that ended it.
         """
         with open(log, "ab") as file, self._lock:
-            self._check()
+            self._check_stopped()
             child = subprocess.Popen(
                 child_command(argv),
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
-                # a log that can be watched
+                # unbuffered: the log can be followed
                 env={**child_environment(environment), "PYTHONUNBUFFERED": "1"},
             )
             self._live.add(child)
@@ -111,19 +116,21 @@ class Processes:
             self._live.discard(child)
         return code
 
-    def _check(self) -> None:
+    def _check_stopped(self) -> None:
         if self._stopped:
-            raise SetupError("stopped before it began; give the same command again")
+            raise SetupError("stopped before it started; give the same command again")
 
     def stop(self) -> None:
-        """Start nothing any more, and interrupt what still runs after a moment; what does not heed
-        it, as commands do that were begun in the background of a script, is terminated."""
+        """Start no further children, and end those that run.
+
+        SIGINT first, then SIGTERM: commands in the background of a shell script ignore SIGINT.
+        """
         self._stopped = True
-        for what, grace in ((signal.SIGINT, _GRACE), (signal.SIGTERM, _TO_INTERRUPT)):
-            deadline = time.monotonic() + grace
+        for number, seconds in ((signal.SIGINT, _GRACE), (signal.SIGTERM, _TO_INTERRUPT)):
+            deadline = time.monotonic() + seconds
             while self._live and time.monotonic() < deadline:
                 time.sleep(0.05)
             with self._lock:
                 for child in self._live:
                     with contextlib.suppress(ProcessLookupError):
-                        os.kill(child.pid, what)
+                        os.kill(child.pid, number)

@@ -1,4 +1,4 @@
-"""One process a folder: the second one is told who writes there."""
+"""A lock on a folder, so that only one process at a time writes to it."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ _BUSY = (errno.EACCES, errno.EAGAIN)  # another process holds it
 
 
 class FolderLock:
-    """Hold a folder for as long as the context lasts, and no longer than the process lives.
+    """Context manager that locks a folder for this process.
 
-    A POSIX record lock belongs to one process. The system releases it when that process ends,
-    killed or not, so no stale lock has to be removed by hand; and unlike ``flock`` it is not
-    inherited by DataLoader workers, which outlive a killed run by some seconds. It holds across
-    hosts where the shared file system has locks; where it has none, a warning says so.
+    It is a POSIX record lock. The operating system releases it when the process ends, even if
+    killed, so that there are no stale locks. Unlike ``flock`` it is not inherited by DataLoader
+    workers, which outlive a killed run by some seconds. It works across hosts if the shared file
+    system supports locks; if not, a warning is logged.
 
     Args:
-        folder: exists.
-        name: of the lock's file, for a folder in which two kinds of work do not disturb each other.
-        wait: seconds to wait for a process that holds it.
+        folder: an existing folder.
+        name: the lock file, for folders in which two kinds of work may run side by side.
+        wait: seconds to wait for another process to release the lock.
 
     Raises:
-        SetupError: on entering: another process holds it (its number and host are named), the
-            folder cannot be written, or the lock's file is a link or no plain file.
+        SetupError: on entering: another process holds the lock (its process id and host are named),
+            the folder is not writable, or the lock file is a symlink or not a regular file.
     """
 
     def __init__(self, folder: str | Path, name: str = NAME, wait: float = 0.0):
@@ -66,18 +66,18 @@ class FolderLock:
                 if error.errno in _BUSY:
                     raise SetupError(
                         f"{self.folder} is in use: {holder} is writing to it; wait for it, stop "
-                        "it, or give this run another name"
+                        "it, or name another folder"
                     ) from None
                 logger.warning(
-                    "no lock on %s (%s): make sure that no second run writes to it",
+                    "cannot lock %s (%s): make sure that no other run writes to it",
                     self.folder,
                     error.strerror,
                 )
                 return self
         owner = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%F %T")}
-        # A second name, which a backup by hard links gives: its contents are not ours to change.
+        # Do not write through a hard link (of a backup): that would change the other file.
         if os.fstat(file.fileno()).st_nlink == 1:
-            with contextlib.suppress(OSError):  # a full disk: locked all the same, without a name
+            with contextlib.suppress(OSError):  # a full disk: locked, but the holder is not named
                 file.truncate(0)
                 file.write(json.dumps(owner) + "\n")
                 file.flush()
@@ -88,14 +88,14 @@ class FolderLock:
         if self._file is not None:
             with contextlib.suppress(OSError):
                 if os.fstat(self._file.fileno()).st_nlink == 1:
-                    self._file.truncate(0)  # it stays: removing it could remove another's lock
+                    self._file.truncate(0)  # not removed: it may be another process's by now
             with contextlib.suppress(OSError):
                 self._file.close()
             self._file = None
 
     def _open(self) -> TextIO:
-        """The lock's file: never what a link leads to, which would be emptied."""
-        # O_NONBLOCK: opening a named pipe would wait for a reader.
+        """Open the lock file; not through a symlink, since its target would be emptied."""
+        # O_NONBLOCK: else opening a named pipe would wait for its other end.
         flags = os.O_RDWR | os.O_CREAT | os.O_APPEND
         flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
         try:
@@ -105,12 +105,12 @@ class FolderLock:
         except OSError as error:
             if error.errno == errno.ELOOP:
                 raise SetupError(
-                    f"{self.path} is a link; a lock is a plain file, remove it"
+                    f"{self.path} must be a regular file, but is a symlink: remove it"
                 ) from None
-            raise SetupError(f"cannot write into {self.folder}: {error.strerror}") from None
+            raise SetupError(f"cannot write to {self.folder}: {error.strerror}") from None
         if not stat.S_ISREG(os.fstat(handle).st_mode):
             os.close(handle)
-            raise SetupError(f"{self.path} is not a plain file, as a lock is; remove it")
+            raise SetupError(f"{self.path} must be a regular file: remove it")
         return open(handle, "a+", encoding="utf-8")
 
 
@@ -120,12 +120,12 @@ def _lock(file: TextIO) -> None:
     else:
         import msvcrt
 
-        file.seek(1 << 30)  # beyond the text, which others read
+        file.seek(1 << 30)  # behind the text: other processes could not read locked bytes
         msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
 
 
 def _holder(file: TextIO) -> str:
-    """The process that the file names, in words; the contents may be anything."""
+    """Describe the process named in the lock file, whose contents may be damaged."""
     try:
         file.seek(0)
         owner = json.loads(file.read(1000))

@@ -1,4 +1,4 @@
-"""What a command prints: streams, control characters, other packages' messages, its exit code."""
+"""Standard streams, logging, control characters, and errors as messages and exit codes."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from ..errors import EkdError, SetupError, exit_with, printable
 
 
 def log_to_stderr(level: int) -> None:
-    """``LEVEL name: message``, a line each, unless a log has been set up before."""
+    """Log lines ``LEVEL name: message`` to stderr, unless logging is configured already."""
     handler = logging.StreamHandler()
     handler.setFormatter(PlainFormatter("%(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=level, handlers=[handler])
 
 
-class PlainFormatter(logging.Formatter):
-    """Messages without control characters; those of this package are one line each."""
+class PrintableFormatter(logging.Formatter):
+    """Escape control characters in messages; messages of this package become one line."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        plain = printable if record.name.startswith("s3prl_ekd") else printable_lines
-        record.message = plain(record.message)
+        escape = printable if record.name.startswith("s3prl_ekd") else printable_lines
+        record.message = escape(record.message)
         return super().formatMessage(record)
 
 
 def printable_lines(text: str) -> str:
-    """Like :func:`printable`, but newlines and tabs stay."""
+    """Like :func:`printable`, but keep newlines and tabs."""
     if text.isprintable():
         return text
     return "\n".join("\t".join(map(printable, line.split("\t"))) for line in text.split("\n"))
@@ -40,16 +40,16 @@ def printable_lines(text: str) -> str:
 
 @contextlib.contextmanager
 def plain_stdout() -> Iterator[None]:
-    """Within the block what is printed has no control characters but newlines and tabs.
+    """Within the block, escape control characters printed to stdout, but newlines and tabs.
 
-    A newline in a name cannot be told from one of ours here: lines that hold names out of files
-    pass them through :func:`..errors.printable` first.
+    A newline within a name is not detected here: callers pass names from untrusted files through
+    :func:`..errors.printable`.
     """
-    with contextlib.redirect_stdout(_PlainStream(sys.stdout)):
+    with contextlib.redirect_stdout(_PrintableStream(sys.stdout)):
         yield
 
 
-class _PlainStream:
+class _PrintableStream:
     def __init__(self, stream: TextIO):
         self._stream = stream
 
@@ -61,58 +61,58 @@ class _PlainStream:
 
 
 def quiet_s3prl() -> None:
-    """Silence deprecations that s3prl cannot mend in a run, and its dumps of model configs."""
-    # torch.cuda.amp and torch.nn.utils.weight_norm, said anew at every step or layer
+    """Silence deprecation warnings caused by s3prl's code, and its dumps of model configs."""
+    # torch.cuda.amp and torch.nn.utils.weight_norm, repeated at every step or layer
     warnings.filterwarnings("ignore", category=FutureWarning, message=r"`torch\.")
-    # WavLM's attention passes a bool mask beside a float one
+    # WavLM's attention passes one bool and one float mask
     warnings.filterwarnings("ignore", message="Support for mismatched key_padding_mask")
     # s3prl's own optimizers
     warnings.filterwarnings("ignore", message="This overload of add_ is deprecated")
     logging.getLogger("s3prl").setLevel(logging.WARNING)
 
 
-# The disk or the machine has no more of something, whatever file that shows at.
+# Disk or system resources are exhausted; the file at which it happens does not matter.
 _EXHAUSTED = {errno.ENOSPC, errno.EIO, errno.EROFS, errno.EFBIG, errno.EMFILE, errno.ENFILE}
 _EXHAUSTED |= {getattr(errno, "EDQUOT", errno.ENOSPC)}
 
 
 def prepare_streams() -> None:
-    """Open the standard streams that are closed, and let none fail on a character.
+    """Reopen closed standard streams on /dev/null, and escape unencodable characters.
 
-    A closed one leaves its number to the first file that is opened, and what the command prints
-    would go there. Characters that the encoding of the terminal lacks are printed as escapes.
+    If a standard stream is closed, the next file opened gets its descriptor, and output would be
+    written into that file.
     """
     for number in (0, 1, 2):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free: this one
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free descriptor: this one
     if sys.stdout is None:
-        sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115 (till the end)
+        sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115 (until exit)
     if sys.stderr is None:
         sys.stderr = open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(AttributeError, ValueError):  # a stand-in, as in tests
+        with contextlib.suppress(AttributeError, ValueError):  # not a real stream, as in tests
             cast(io.TextIOWrapper, stream).reconfigure(errors="backslashreplace")
 
 
 @contextlib.contextmanager
 def errors_shown(
-    interrupted: str = "stopped by Ctrl-C", broken_pipe: int = 0, *, files_are_typed: bool = True
+    interrupted: str = "stopped by Ctrl-C", broken_pipe: int = 0, *, user_files: bool = True
 ) -> Iterator[None]:
-    """Within it a command runs; what a user or the machine can cause is shown as one sentence.
+    """Run a command; print expected errors as one line without a traceback, and exit.
 
-    The standard streams have been prepared (:func:`prepare_streams`).
+    Call :func:`prepare_streams` before.
 
     Args:
-        interrupted: what Ctrl-C prints.
-        broken_pipe: the exit code where nothing reads the output any more, as behind ``| head``.
-        files_are_typed: a file that cannot be used is one that the user named, and no traceback is
-            needed; hours into a run of s3prl's, it is.
+        interrupted: message for Ctrl-C.
+        broken_pipe: exit code if the output is no longer read, as with ``| head``.
+        user_files: show an OSError about a file as a message: the user has named the file. False
+            for runs of s3prl's scripts, where an OSError hours later needs its traceback.
 
     Raises:
-        SystemExit: with 2, after an :class:`EkdError` or a refusal of the system; with 130, after
-            Ctrl-C; with ``broken_pipe``.
+        SystemExit: 2 after an :class:`EkdError` or an OSError; 130 after Ctrl-C; ``broken_pipe``
+            after a broken pipe.
     """
     try:
         yield
@@ -126,13 +126,12 @@ def errors_shown(
         _discard_output()
         raise SystemExit(broken_pipe) from None
     except OSError as error:
-        if error.errno not in _EXHAUSTED and not (files_are_typed and error.filename is not None):
+        if error.errno not in _EXHAUSTED and not (user_files and error.filename is not None):
             raise
-        exit_with(SetupError(_refusal(error)))
+        exit_with(SetupError(_os_error_message(error)))
 
 
-def _refusal(error: OSError) -> str:
-    """What the system refused, and of which file."""
+def _os_error_message(error: OSError) -> str:
     if error.filename is not None:
         return f"cannot use {error.filename}: {error.strerror}"
     if error.errno in (errno.EMFILE, errno.ENFILE):
@@ -143,9 +142,9 @@ def _refusal(error: OSError) -> str:
     except OSError:
         _discard_output()
         return f"cannot write to the standard output: {error.strerror}"
-    return f"cannot write: {error.strerror}; make room and give the same command again"
+    return f"cannot write: {error.strerror}; free some space and give the same command again"
 
 
 def _discard_output() -> None:
-    """Send to nowhere what Python would flush, and fail to, when it ends."""
+    """Redirect stdout to /dev/null: Python flushes it at exit, which would fail."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

@@ -1,4 +1,4 @@
-"""What torchrun tells its processes, by their environment."""
+"""The environment variables that torchrun sets."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import os
 
 
 def several() -> bool:
-    """Whether this is one of several processes."""
+    """Whether torchrun has started more than one process."""
     return _number("WORLD_SIZE", 1) > 1
 
 
 def rank() -> int:
-    """The number of this process among all of the run; 0 where it is alone."""
+    """The rank of this process; 0 without torchrun."""
     return _number("RANK", 0) if several() else 0
 
 
