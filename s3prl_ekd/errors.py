@@ -57,8 +57,7 @@ class DataError(EkdError):
 
 
 class SetupError(EkdError):
-    """Something is missing in the folder or environment, or an option is invalid; the message says
-    what to type."""
+    """The folder or environment lacks something, or an option is invalid; says what to type."""
 
 
 def exit_with(error: EkdError) -> NoReturn:

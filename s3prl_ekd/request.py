@@ -77,10 +77,10 @@ class Request:
 
     @classmethod
     def _parse_options(
-        cls, argv: Sequence[str], ours: Sequence[str] = (), **defaults: Any
+        cls, argv: Sequence[str], extra_options: Sequence[str] = (), **defaults: Any
     ) -> dict[str, Any]:
         parser = argparse.ArgumentParser(add_help=False, exit_on_error=False, allow_abbrev=False)
-        for name in ours:
+        for name in extra_options:
             parser.add_argument(name, nargs="?", const="")
         for option in fields(cls):
             if not option.metadata:
@@ -170,9 +170,9 @@ def plain_override(text: str | None) -> str | None:
     return text if text.count("=") == text.count(",,") + 1 else escape_equals(text)
 
 
-def _option_argv(name: str, long: str, value: Any) -> list[str]:
+def _option_argv(name: str, long_name: str, value: Any) -> list[str]:
     """An option and its value, as ``--option=value`` if the value begins with a dash."""
-    return [f"{long}={value}"] if str(value).startswith("-") else [name, str(value)]
+    return [f"{long_name}={value}"] if str(value).startswith("-") else [name, str(value)]
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,7 @@ class PretrainRequest(Request):
 
     @property
     def is_ekd(self) -> bool:
-        """Whether the upstream is ours; a resumed run need not name it."""
+        """Whether the upstream is ``ekd``; a resumed run need not name it."""
         return self.upstream in (None, "ekd")
 
 
@@ -288,8 +288,8 @@ class DownstreamRequest(Request):
     @classmethod
     def parse(cls, argv: Sequence[str]) -> DownstreamRequest:
         """See :meth:`Request.parse`."""
-        ours = ("--noise", "--snr", "--noise_seed", CACHE, CACHE_GB)
-        values = cls._parse_options(argv, ours, local_rank=os.environ.get("LOCAL_RANK"))
+        extra_options = ("--noise", "--snr", "--noise_seed", CACHE, CACHE_GB)
+        values = cls._parse_options(argv, extra_options, local_rank=os.environ.get("LOCAL_RANK"))
         noise = parse_noise_options(*map(values.pop, ("noise", "snr", "noise_seed")))
         cache = read_cache(*map(values.pop, ("cache_features", "cache_features_gb")))
         return cls(**values, noise=noise, cache=cache)
@@ -453,8 +453,8 @@ def log_moved(request: Request, recorded: Any) -> None:
 def script_guards(request: Request, lock: str = NAME, **arguments: Any) -> Iterator[None]:
     """Context in which s3prl's script is called for ``request``; all patches are undone on exit.
 
-    ``sys.argv`` is the request's, ``eval`` is restricted, ``torch.save`` is atomic, the run's folder
-    is locked, and a checkpoint cannot change the folder.
+    ``sys.argv`` comes from the request, ``eval`` is restricted, ``torch.save`` is atomic, the run's
+    folder is locked, and a checkpoint cannot change the folder.
 
     Args:
         request: checked and resumed.

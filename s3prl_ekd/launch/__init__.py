@@ -1,4 +1,4 @@
-"""The commands ``run_pretrain.py`` and ``run_downstream.py``, which call s3prl's unmodified scripts.
+"""The commands ``run_pretrain.py`` and ``run_downstream.py``: they call s3prl's unmodified scripts.
 
 Each command parses and checks its arguments, applies :mod:`..compat`, registers ``ekd_student``,
 and calls the ``main()`` of s3prl's script. A script in the working folder (an s3prl checkout) takes

@@ -18,7 +18,7 @@ from ..errors import EkdError, SetupError, exit_with, printable
 def log_to_stderr(level: int) -> None:
     """Log lines ``LEVEL name: message`` to stderr, unless logging is configured already."""
     handler = logging.StreamHandler()
-    handler.setFormatter(PlainFormatter("%(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(PrintableFormatter("%(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=level, handlers=[handler])
 
 
