@@ -1,4 +1,4 @@
-"""Children that are fresh interpreters: spawned ones, and those of a fork server."""
+"""Child processes with a new interpreter, by spawn or a fork server, get our patches too."""
 
 import multiprocessing
 import os
@@ -22,28 +22,28 @@ from .preparing import prepare
 _called: list[str] = []
 
 
-def note(text):
+def record(text):
     _called.append(text)
 
 
 @pytest.fixture
 def own_config(monkeypatch):
-    """What the test has repeated in children stays with the test."""
+    """Undo :func:`repeat_in_children` after the test."""
     process = multiprocessing.current_process()
     monkeypatch.setattr(process, "_config", dict(process._config))
     monkeypatch.delitem(process._config, "s3prl_ekd", raising=False)
 
 
-def report(connection, method, below):
-    """Of this process, and of a child of its own."""
+def report(connection, method, depth):
+    """Send the state of this process, then of a child, ``depth`` levels deep."""
     connection.send((_called, compat.fired()))
-    if below:
-        start(connection, method, below - 1)
+    if depth:
+        start(connection, method, depth - 1)
 
 
-def start(connection, method, below=0):
+def start(connection, method, depth=0):
     context = multiprocessing.get_context(method)
-    child = context.Process(target=report, args=(connection, method, below))
+    child = context.Process(target=report, args=(connection, method, depth))
     child.start()
     child.join(120)
     assert child.exitcode == 0
@@ -53,12 +53,12 @@ METHODS = [name for name in multiprocessing.get_all_start_methods() if name != "
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_children_and_theirs_repeat_the_calls_in_order(own_config, method):
-    repeat_in_children(note, "replaced")
+def test_children_and_grandchildren_repeat_the_calls_in_order(own_config, method):
+    repeat_in_children(record, "replaced")
     compat.apply()
-    repeat_in_children(note, "first")
+    repeat_in_children(record, "first")
     receiver, sender = multiprocessing.Pipe(duplex=False)
-    start(sender, method, below=1)
+    start(sender, method, depth=1)
     for _ in range(2):
         assert receiver.poll(10)
         called, fired = receiver.recv()
@@ -66,15 +66,15 @@ def test_children_and_theirs_repeat_the_calls_in_order(own_config, method):
 
 
 def report_names(connection):
-    before = plugin.HUB in sys.modules
+    imported = plugin.HUB in sys.modules
     from s3prl import hub
     from s3prl.downstream.ctc.corpus.libriphone import LibriPhoneDataset  # noqa: F401
 
     guarded = vars(sys.modules["s3prl.upstream.distiller.model"]).get("eval")
-    connection.send([before, hasattr(hub, "ekd_student"), guarded.__module__])
+    connection.send([imported, hasattr(hub, "ekd_student"), guarded.__module__])
 
 
-def test_a_spawned_child_has_our_names_in_the_hub_once_it_imports_that(own_config):
+def test_spawned_child_has_our_upstream_when_it_imports_the_hub(own_config):
     plugin.register()
     repeat_in_children(
         requirements.provide_ctc_corpus, Path.cwd()
@@ -99,7 +99,7 @@ if __name__ == "__main__":
         assert run_downstream() == 0
         print("done", task, flush=True)
 """
-RUNS = {  # -d, and what its loaders read
+RUNS = {  # task (-d) -> settings of its data loaders
     "ctc": {
         "corpus.num_workers": 1,
         "corpus.path": "data/pr",
@@ -117,7 +117,8 @@ RUNS["emotion"].update({"datarc.root": "data/er/audio", "datarc.meta_data": "dat
 
 @pytest.fixture
 def recipes(tmp_path, monkeypatch, capsys):
-    """A folder with the data of all four recipes, and ``runs.txt`` with a step of each."""
+    """A folder with data for all four recipes, and ``runs.txt``: arguments of a one-step run of
+    each."""
     monkeypatch.chdir(tmp_path)
     write_workspace(tmp_path)
     Path("audio").mkdir()
@@ -131,22 +132,22 @@ def recipes(tmp_path, monkeypatch, capsys):
     Path("audio/all.tsv").write_text("".join(lines))
     Path("cmudict.txt").write_text(CMUDICT)
     for task in ("pr", "asr", "sid", "er"):
-        more = ("--lexicon", "cmudict.txt") if task == "pr" else ()
-        assert prepare(task, "audio/all.tsv", "-o", f"data/{task}", *more) == 0
+        lexicon = ("--lexicon", "cmudict.txt") if task == "pr" else ()
+        assert prepare(task, "audio/all.tsv", "-o", f"data/{task}", *lexicon) == 0
     capsys.readouterr()
     steps = {"total_steps": 1, "log_step": 1, "save_step": 1, "eval_step": 100}
     with open("runs.txt", "w") as file:
         for task, settings in RUNS.items():
             options = [f"config.runner.{key}={value}" for key, value in steps.items()]
             options += [f"config.downstream_expert.{k}={v!r}" for k, v in settings.items()]
-            words = ("-m", "train", "-u", "fbank_no_cmvn", "-c", f"downstream/{task}/tiny.yaml")
-            words = (*words, "-o", ",,".join(options), "-d", task, "-n", task)
-            file.write("\t".join(words) + "\n")
+            argv = ("-m", "train", "-u", "fbank_no_cmvn", "-c", f"downstream/{task}/tiny.yaml")
+            argv = (*argv, "-o", ",,".join(options), "-d", task, "-n", task)
+            file.write("\t".join(argv) + "\n")
     return tmp_path
 
 
-def test_the_workers_of_all_four_recipes(recipes):
-    (recipes / "script.py").write_text(RECIPES)  # not -c: its children have no main module
+def test_workers_of_all_four_recipes(recipes):
+    (recipes / "script.py").write_text(RECIPES)  # spawned children import __main__
     out = subprocess.run(
         [sys.executable, "script.py"],
         cwd=recipes,
@@ -162,17 +163,17 @@ def test_the_workers_of_all_four_recipes(recipes):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_workers_of_pretraining(tmp_path, monkeypatch, teachers, corpus, pretrain, method):
+def test_workers_of_pretraining(tmp_path, monkeypatch, teachers, corpus, pretrain, method):
     monkeypatch.chdir(tmp_path)
     write_workspace(tmp_path)
     write_configs(tmp_path, teachers, corpus, distortion={"setup": "setup1"})
-    words = ("-c", "runner.yaml", "-g", "model.yaml", "-n", "a", "-o")
+    argv = ("-c", "runner.yaml", "-g", "model.yaml", "-n", "a", "-o")
     options = "config.pretrain_expert.datarc.num_workers=1,,config.runner.total_steps=2"
     options += ",,config.runner.save_step=1,,config.runner.log_step=1"
-    before = multiprocessing.get_start_method()
+    previous = multiprocessing.get_start_method()
     multiprocessing.set_start_method(method, force=True)
     try:
-        code, out = pretrain(*words, options)
+        code, out = pretrain(*argv, options)
     finally:
-        multiprocessing.set_start_method(before, force=True)
+        multiprocessing.set_start_method(previous, force=True)
     assert code == 0, out

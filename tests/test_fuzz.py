@@ -1,7 +1,7 @@
-"""Any input at all: a valid object, or our own error in one line, and never another exception.
+"""Fuzzing: any input gives a valid object or our own one-line error, never another exception.
 
-300 examples each, always the same ones. ``make fuzz`` sets FUZZ_EXAMPLES: more, and new ones at
-each run; a failure prints the lines that repeat it.
+300 fixed examples for each test. ``make fuzz`` sets FUZZ_EXAMPLES for more, random ones; a failure
+prints the lines that reproduce it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from s3prl_ekd.student_file import LoadedStudent, contents, load_student
 
 from .conftest import safetensors_student
 
-_home = tempfile.TemporaryDirectory()  # hypothesis keeps its tables there, and not in the tree
+_home = tempfile.TemporaryDirectory()  # keeps hypothesis's files out of the repository
 set_hypothesis_home_dir(_home.name)
 NIGHTLY = "FUZZ_EXAMPLES" in os.environ
 fuzz = settings(
@@ -110,28 +110,28 @@ VALUES = st.recursive(
 )
 
 
-def places(data, here=()):
-    """The path of everything in ``data``."""
-    yield here
+def paths(data, prefix=()):
+    """The path (a tuple of keys and indices) of each value in ``data``."""
+    yield prefix
     if isinstance(data, dict):
-        inside = data.items()
+        items = data.items()
     elif isinstance(data, (list, tuple)):
-        inside = enumerate(data)
+        items = enumerate(data)
     else:
         return
-    for key, value in inside:
-        yield from places(value, (*here, key))
+    for key, value in items:
+        yield from paths(value, (*prefix, key))
 
 
 def changed(data, path, change, key, value):
-    """A copy of ``data`` with something replaced, put in or taken away at ``path``."""
+    """A copy of ``data`` with a value replaced, inserted or deleted at ``path``."""
     if path:
         items = dict(data) if isinstance(data, dict) else list(data)
-        first, *rest = path
+        index, *rest = path
         if change == "delete" and not rest:
-            del items[first]
+            del items[index]
         else:
-            items[first] = changed(items[first], rest, change, key, value)
+            items[index] = changed(items[index], rest, change, key, value)
         return items
     if change == "insert" and isinstance(data, dict):
         return {**data, key: value}
@@ -142,9 +142,9 @@ def changed(data, path, change, key, value):
 
 @st.composite
 def mutations(draw, start, values=VALUES):
-    """``start`` with one to three things in it changed."""
+    """``start`` with one to three values changed."""
     for _ in range(draw(st.integers(1, 3))):
-        path = draw(st.sampled_from(list(places(start))))
+        path = draw(st.sampled_from(list(paths(start))))
         change = draw(st.sampled_from(["replace", "delete", "insert"]))
         key = draw(st.sampled_from([1, None, "extends", "model", "x"]) | st.text(max_size=5))
         start = changed(start, path, change, key, draw(values))
@@ -153,32 +153,32 @@ def mutations(draw, start, values=VALUES):
     return start
 
 
-def torn(start: bytes):
-    """``start`` with some bytes changed, cut off, or doubled."""
+def corrupted(start: bytes):
+    """``start`` with some bytes changed, truncated or repeated."""
     edits = st.lists(
         st.tuples(st.integers(0, len(start) - 1), st.integers(0, 255)), min_size=1, max_size=6
     )
 
     def apply(change):
-        pairs, cut, again = change
+        pairs, cut, repeated = change
         data = bytearray(start)
         for position, byte in pairs:
             data[position] = byte
         data = data[: len(data) - cut]
-        return bytes(data[:again] + data) if again else bytes(data)
+        return bytes(data[:repeated] + data)
 
     size = st.just(0) | st.integers(0, len(start))
     return st.tuples(edits, size, size).map(apply)
 
 
-def meets(read, *arguments):
-    """What ``read`` gives, or None where it refuses in one line."""
+def read_or_error(read, *arguments):
+    """The result of ``read``, or None if it raises a one-line EkdError."""
     try:
         return read(*arguments)
     except EkdError as error:
-        said = str(error)
-        assert said and "\n" not in said and len(said) < 5000
-        said.encode("utf-8", "surrogateescape")
+        message = str(error)
+        assert message and "\n" not in message and len(message) < 5000
+        message.encode("utf-8", "surrogateescape")
         return None
 
 
@@ -197,10 +197,10 @@ def test_config_of_any_text(kind, file, data):
     load, valid = LOADERS[kind]
     text = yaml.safe_dump(valid).encode()
     pieces = st.sampled_from(["a: ", "- ", "&a ", "*a", "<<: ", "!!int ", "!!python/name:os ", "?"])
-    made = st.lists(pieces | st.text(max_size=4) | HOSTILE, max_size=12).map("".join)
-    made = made.map(lambda said: said.encode("utf-8", "surrogatepass"))
-    file.write_bytes(data.draw(st.binary(max_size=60) | made | torn(text)))
-    meets(load, file)
+    yaml_like = st.lists(pieces | st.text(max_size=4) | HOSTILE, max_size=12).map("".join)
+    yaml_like = yaml_like.map(lambda string: string.encode("utf-8", "surrogatepass"))
+    file.write_bytes(data.draw(st.binary(max_size=60) | yaml_like | corrupted(text)))
+    read_or_error(load, file)
 
 
 @pytest.mark.parametrize("kind", LOADERS)
@@ -211,8 +211,8 @@ def test_config_of_any_values(kind, file, data):
     extra = SCALARS | st.dates() | st.datetimes() | st.binary(max_size=4) | VALUES
     mutated = data.draw(mutations(valid, extra))
     file.write_text(yaml.safe_dump(mutated), encoding="utf-8")
-    loaded = meets(load, file)
-    if loaded is not None:  # and the other way round it is the same
+    loaded = read_or_error(load, file)
+    if loaded is not None:  # written and read again, it is equal
         file.write_text(yaml.safe_dump(plain(loaded)), encoding="utf-8")
         assert load(file) == loaded
 
@@ -221,7 +221,7 @@ def test_config_of_any_values(kind, file, data):
 @fuzz
 def test_config_of_any_values_in_a_checkpoint(data):
     more = VALUES | st.dates() | st.binary(max_size=3)
-    meets(load_model_config, data.draw(mutations(MODEL, more) | more))
+    read_or_error(load_model_config, data.draw(mutations(MODEL, more) | more))
 
 
 CELLS = st.sampled_from(["a.flac", "16000", "", "1e400", "nan", '"', "../x.flac", "１２"])
@@ -238,24 +238,24 @@ def table(header, lines, separator):
 @given(
     data=st.binary(max_size=80)
     | LINES.map(lambda lines: table(["file_path", "length"], lines, ","))
-    | torn(b",file_path,length,label\n0,a/b.flac,16000,\n1,c.flac,32000.0,X\n")
+    | corrupted(b",file_path,length,label\n0,a/b.flac,16000,\n1,c.flac,32000.0,X\n")
 )
 @fuzz
 def test_corpus_table(file, data):
     file.write_bytes(data)
-    rows = meets(read_table, file)
+    rows = read_or_error(read_table, file)
     assert rows is None or all(row.path and row.length > 0 for row in rows)
 
 
 @given(
     data=st.binary(max_size=80)
     | LINES.map(lambda lines: table(["path", "split"], lines, "\t"))
-    | torn(b"path\tsplit\ttext\na.flac\ttrain\tA B\nb/c.wav\ttest\tC\n")
+    | corrupted(b"path\tsplit\ttext\na.flac\ttrain\tA B\nb/c.wav\ttest\tC\n")
 )
 @fuzz
 def test_manifest(file, data):
     file.write_bytes(data)
-    entries = meets(read_manifest, file)
+    entries = read_or_error(read_manifest, file)
     for entry in entries or ():
         assert not entry.path.startswith("/") and ".." not in entry.path.split("/")
 
@@ -273,13 +273,13 @@ AUDIO += [("AIFF", "PCM_16"), ("AU", "PCM_16"), ("NIST", "PCM_16"), ("FLAC", "PC
 AUDIO += [("OGG", "VORBIS"), ("OGG", "OPUS")]
 
 
-@given(data=st.sampled_from(AUDIO).flatmap(lambda kind: torn(audio(*kind))))
+@given(data=st.sampled_from(AUDIO).flatmap(lambda kind: corrupted(audio(*kind))))
 @fuzz
 def test_audio_file(file, data):
     file.write_bytes(data)
-    header = meets(read_header, file)
-    wave = meets(read_audio, file)
-    if header is None:  # what is in no table is not trained on either
+    header = read_or_error(read_header, file)
+    wave = read_or_error(read_audio, file)
+    if header is None:  # a file that is left out of the length tables is not read either
         assert wave is None
     elif wave is not None:
         assert abs(header.samples - len(wave)) <= 1 and float(wave.abs().max()) <= 20
@@ -291,9 +291,9 @@ GRAMMAR = st.sampled_from(list("[](),+*-0123456789 ") + ["(8,10,5)", "[(8,3,2)]"
 @given(text=st.lists(GRAMMAR, max_size=14).map("".join) | st.text(max_size=40) | VALUES)
 @fuzz
 def test_conv_layers(text):
-    layers = meets(parse_conv_layers, text)
+    layers = read_or_error(parse_conv_layers, text)
     if layers is not None:
-        # Independent: the text was Python all along, and means the same to it.
+        # Independent oracle: the text is Python.
         assert eval(text, {"__builtins__": {}}) == list(layers)  # noqa: S307
         assert parse_conv_layers(conv_layers_text(layers)) == layers
 
@@ -320,7 +320,7 @@ PARTS = st.sampled_from(
 @fuzz
 def test_overrides(text):
     before = yaml.safe_dump(RUNNER)
-    changed_config = meets(apply_overrides, RUNNER, text)
+    changed_config = read_or_error(apply_overrides, RUNNER, text)
     assert yaml.safe_dump(RUNNER) == before
     assert changed_config is None or isinstance(changed_config, dict)
 
@@ -345,19 +345,19 @@ def tiny_student():
     return contents(student, PredictionHeads(4, TARGETS), TARGETS, {"step": 7, "made_by": "me"})
 
 
-def saved(data, **how) -> bytes:
+def saved(data, **options) -> bytes:
     buffer = io.BytesIO()
-    torch.save(data, buffer, **how)
+    torch.save(data, buffer, **options)
     return buffer.getvalue()
 
 
-def zipped(pickle: bytes, whole: bytes) -> bytes:
-    """The archive ``whole`` with another pickle in it, all checksums right."""
+def zipped(pickle: bytes, archive: bytes) -> bytes:
+    """``archive`` with its pickle replaced and valid checksums."""
     buffer = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(whole)) as old, zipfile.ZipFile(buffer, "w") as new:
-        for member in old.infolist():
-            own = member.filename.endswith("data.pkl")
-            new.writestr(member.filename, pickle if own else old.read(member))
+    with zipfile.ZipFile(io.BytesIO(archive)) as source, zipfile.ZipFile(buffer, "w") as target:
+        for member in source.infolist():
+            is_pickle = member.filename.endswith("data.pkl")
+            target.writestr(member.filename, pickle if is_pickle else source.read(member))
     return buffer.getvalue()
 
 
@@ -369,19 +369,20 @@ with zipfile.ZipFile(io.BytesIO(ARCHIVE)) as _archive:
     PICKLE = _archive.read(_name)
 
 
-def is_student(file, data: bytes) -> None:
+def check_student(file, data: bytes) -> None:
+    """A student that loads can be run."""
     file.write_bytes(data)
-    loaded = meets(load_student, file)
+    loaded = read_or_error(load_student, file)
     if loaded is not None:
         assert isinstance(loaded, LoadedStudent)
         with torch.no_grad():
             loaded.student(torch.zeros(1, 4000), torch.tensor([4000]))
 
 
-@given(data=st.binary(max_size=60) | torn(ARCHIVE) | torn(LEGACY))
+@given(data=st.binary(max_size=60) | corrupted(ARCHIVE) | corrupted(LEGACY))
 @fuzz
 def test_student_file_of_any_bytes(file, data):
-    is_student(file, data)
+    check_student(file, data)
 
 
 SAFE = safetensors_student(STUDENT)
@@ -389,19 +390,20 @@ _length = int.from_bytes(SAFE[:8], "little")
 HEADER, BODY = SAFE[8 : 8 + _length], SAFE[8 + _length :]
 
 
-@given(data=torn(SAFE))
+@given(data=corrupted(SAFE))
 @fuzz
 def test_safetensors_student_file_of_any_bytes(file, data):
-    is_student(file.with_name("file.safetensors"), data)
+    check_student(file.with_name("file.safetensors"), data)
 
 
 @given(
-    data=torn(HEADER) | mutations(json.loads(HEADER)).map(lambda made: json.dumps(made).encode())
+    data=corrupted(HEADER)
+    | mutations(json.loads(HEADER)).map(lambda header: json.dumps(header).encode())
 )
 @fuzz
 def test_safetensors_student_file_of_any_header(file, data):
     whole = len(data).to_bytes(8, "little") + data + BODY
-    is_student(file.with_name("file.safetensors"), whole)
+    check_student(file.with_name("file.safetensors"), whole)
 
 
 @given(data=mutations({key: STUDENT[key] for key in ("settings", "targets", "head_kind", "about")}))
@@ -411,13 +413,13 @@ def test_safetensors_student_file_of_any_contents(file, data):
     header["__metadata__"]["contents"] = json.dumps(data)
     text = json.dumps(header).encode()
     whole = len(text).to_bytes(8, "little") + text + BODY
-    is_student(file.with_name("file.safetensors"), whole)
+    check_student(file.with_name("file.safetensors"), whole)
 
 
-@given(data=torn(PICKLE))
+@given(data=corrupted(PICKLE))
 @fuzz
 def test_student_file_of_any_pickle(file, data):
-    is_student(file, zipped(data, ARCHIVE))
+    check_student(file, zipped(data, ARCHIVE))
 
 
 TENSORS = st.sampled_from(
@@ -438,4 +440,4 @@ DAMAGED = st.sampled_from([datetime.date(2026, 1, 1), b"x", {1, 2}, 1j, (1, 2)])
 @given(data=mutations(STUDENT, DAMAGED))
 @fuzz
 def test_student_file_of_any_values(file, data):
-    is_student(file, saved(data))
+    check_student(file, saved(data))

@@ -1,4 +1,4 @@
-"""The layout of the package: few modules at its root, and imports that point one way."""
+"""The layout of the package: few modules at its root, and imports in one direction only."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import s3prl_ekd
 
 PACKAGE = Path(s3prl_ekd.__file__).parent
 ROOT_MODULES = 9
-# Each folder or root module imports only from those before it. `__init__` holds the version and
-# nothing of ours at import time.
+# Each folder or root module imports only from earlier ones. `__init__` imports none of our modules
+# at import time.
 ORDER = """
     __init__ errors distill system compat files request student_file teachers data prepare
     hidden_states downstream essence pretrain pretrain_expert registration analysis superb export
@@ -21,17 +21,17 @@ ORDER = """
 
 
 def modules(package: Path) -> dict[str, Path]:
-    """``{dotted name: file}`` of every module below a folder."""
-    found = {}
+    """``{dotted name: file}`` of all modules below a folder."""
+    result = {}
     for path in sorted(package.rglob("*.py")):
         parts = [package.name, *path.relative_to(package).with_suffix("").parts]
-        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
-    return found
+        result[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return result
 
 
-def imports(name: str, path: Path, known: dict[str, Path]) -> set[str]:
-    """The modules among ``known`` that a file imports anywhere: at the top, in functions, for
-    types only, or by ``import_module`` with a text."""
+def imports(name: str, path: Path, package_modules: dict[str, Path]) -> set[str]:
+    """The modules among ``package_modules`` that a file imports: at module level, in functions, for
+    type checking, or by name with ``import_module``."""
     package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
     targets = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -42,15 +42,15 @@ def imports(name: str, path: Path, known: dict[str, Path]) -> set[str]:
             base = [*base, *(node.module.split(".") if node.module else [])]
             for alias in node.names:
                 full = ".".join([*base, alias.name])
-                targets.add(full if full in known else ".".join(base))
-        elif isinstance(node, ast.Constant) and node.value in known:
+                targets.add(full if full in package_modules else ".".join(base))
+        elif isinstance(node, ast.Constant) and node.value in package_modules:
             targets.add(node.value)
-    return {target for target in targets if target in known} - {name}
+    return {target for target in targets if target in package_modules} - {name}
 
 
 def graph(package: Path) -> dict[str, set[str]]:
-    known = modules(package)
-    return {name: imports(name, path, known) for name, path in known.items()}
+    paths = modules(package)
+    return {name: imports(name, path, paths) for name, path in paths.items()}
 
 
 def unit(name: str) -> str:
@@ -60,32 +60,32 @@ def unit(name: str) -> str:
 
 
 def upward(edges: dict[str, set[str]]) -> list[str]:
-    """Imports from a folder or root module that stands later in ORDER."""
-    place = {name: number for number, name in enumerate(ORDER)}
+    """Imports from a later folder or root module in ORDER."""
+    position = {name: number for number, name in enumerate(ORDER)}
     return [
         f"{name} imports {target}"
         for name, targets in edges.items()
         if unit(name) != "__init__"
         for target in sorted(targets)
-        if place[unit(target)] > place[unit(name)]
+        if position[unit(target)] > position[unit(name)]
     ]
 
 
 def cycle(edges: dict[str, set[str]]) -> list[str]:
-    """Modules that import each other in a ring; empty where there is none."""
-    done: set[str] = set()
+    """An import cycle; empty if there is none."""
+    visited: set[str] = set()
 
     def visit(name: str, path: list[str]) -> list[str]:
         if name in path:
             return path[path.index(name) :]
-        if name in done:
+        if name in visited:
             return []
         for target in sorted(edges[name]):
             if not target.startswith(f"{name}.") and not name.startswith(f"{target}."):
                 ring = visit(target, [*path, name])
                 if ring:
                     return ring
-        done.add(name)
+        visited.add(name)
         return []
 
     return next((ring for name in edges if (ring := visit(name, []))), [])
@@ -95,28 +95,28 @@ def test_few_modules_at_the_root():
     assert len(list(PACKAGE.glob("*.py"))) <= ROOT_MODULES
 
 
-def test_every_folder_has_its_place():
+def test_order_is_complete():
     assert {unit(name) for name in modules(PACKAGE)} == set(ORDER)
 
 
-def test_imports_point_one_way():
+def test_no_imports_from_later_folders():
     assert upward(graph(PACKAGE)) == []
 
 
-def test_no_modules_import_each_other():
+def test_no_import_cycles():
     assert cycle(graph(PACKAGE)) == []
 
 
-@pytest.mark.parametrize("inside", ["", "def f():\n    ", "if TYPE_CHECKING:\n    "])
-def test_planted_faults_are_seen(tmp_path, inside):
-    """An import upwards and a ring, at the top, in a function or for types only."""
+@pytest.mark.parametrize("block", ["", "def f():\n    ", "if TYPE_CHECKING:\n    "])
+def test_the_checks_find_violations(tmp_path, block):
+    """A forbidden import and a cycle: at module level, in a function, for type checking."""
     package = tmp_path / "s3prl_ekd"
     for folder in ("", "files", "data"):
         (package / folder).mkdir(exist_ok=True)
         (package / folder / "__init__.py").write_text("")
-    (package / "data/audio.py").write_text(f"{inside}from ..files import text\n")
+    (package / "data/audio.py").write_text(f"{block}from ..files import text\n")
     (package / "files/text.py").write_text("")
     assert upward(graph(package)) == [] and cycle(graph(package)) == []
-    (package / "files/text.py").write_text(f"{inside}from ..data.audio import read\n")
+    (package / "files/text.py").write_text(f"{block}from ..data.audio import read\n")
     assert upward(graph(package)) == ["s3prl_ekd.files.text imports s3prl_ekd.data.audio"]
     assert set(cycle(graph(package))) == {"s3prl_ekd.files.text", "s3prl_ekd.data.audio"}

@@ -1,4 +1,4 @@
-"""What comes out of files is text: it moves no cursor, begins no line, and is no markup."""
+"""Texts from files are escaped: no control characters, line breaks or markup in output."""
 
 import logging
 
@@ -20,30 +20,30 @@ from s3prl_ekd.system.terminal import PrintableFormatter, plain_stdout
 HOSTILE = "a\x1b[31m\x1b]0;title\x07\nerror: gone\r\t\x9b\u202e\udcff|<b>"
 
 
-def is_plain(text, lines=1):
-    """No control character is left but the newlines that end so many lines."""
-    *whole, rest = text.split("\n")
-    return len(whole) == lines and rest == "" and all(map(str.isprintable, whole))
+def is_escaped(text, lines=1):
+    """Whether ``text`` is ``lines`` lines without other control characters."""
+    *complete, rest = text.split("\n")
+    return len(complete) == lines and rest == "" and all(map(str.isprintable, complete))
 
 
 def test_printable():
-    said = printable(HOSTILE)
-    assert said.isprintable() and said == printable(said)
-    assert said.startswith("a\\x1b[31m") and "\\nerror" in said and "\\udcff" in said
+    text = printable(HOSTILE)
+    assert text.isprintable() and text == printable(text)
+    assert text.startswith("a\\x1b[31m") and "\\nerror" in text and "\\udcff" in text
     assert printable("Grüße, 音声 – ⅓ (a|b)") == "Grüße, 音声 – ⅓ (a|b)"
 
 
 @pytest.mark.parametrize("kind", [EkdError, DataError])
-def test_an_error_is_one_line(kind, capsys):
-    with pytest.raises(SystemExit) as left:
+def test_error_is_one_line(kind, capsys):
+    with pytest.raises(SystemExit) as exit_info:
         exit_with(kind(f"cannot use {HOSTILE}"))
-    assert left.value.code == 2 and is_plain(capsys.readouterr().err)
+    assert exit_info.value.code == 2 and is_escaped(capsys.readouterr().err)
 
 
-def test_a_log_line():
+def test_log_lines():
     record = logging.LogRecord("s3prl_ekd.x", 20, "", 1, "left out %s", (HOSTILE,), None)
     text = PrintableFormatter("%(levelname)s %(message)s").format(record)
-    assert is_plain(f"{text}\n") and text.startswith("INFO left out a\\x1b")
+    assert is_escaped(f"{text}\n") and text.startswith("INFO left out a\\x1b")
     record = logging.LogRecord("s3prl.x", 20, "", 1, "two\nlines \x1b", (), None)
     assert PrintableFormatter().format(record) == "two\nlines \\x1b"
     try:
@@ -51,7 +51,7 @@ def test_a_log_line():
     except ValueError as error:
         info = (type(error), error, error.__traceback__)
     record = logging.LogRecord("s3prl_ekd.x", 40, "", 1, "x", (), info)
-    assert "\n  File " in PrintableFormatter().format(record)  # a traceback stays one
+    assert "\n  File " in PrintableFormatter().format(record)  # tracebacks keep their lines
 
 
 def test_stdout(capsys):
@@ -59,14 +59,14 @@ def test_stdout(capsys):
         print(f"wrote {HOSTILE}")
         print("a\tb", end="", flush=True)
     out = capsys.readouterr().out
-    assert is_plain(out.replace("\t", "") + "\n", lines=3) and out.endswith("\na\tb")
+    assert is_escaped(out.replace("\t", "") + "\n", lines=3) and out.endswith("\na\tb")
     print("\x1b")
     assert capsys.readouterr().out == "\x1b\n"
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """A folder that is no split, with a good and a bad file, whose names are no good either."""
+    """A folder with a valid and an unreadable audio file; all names have control characters."""
     root = tmp_path / "a\x1b[2J\nb"
     root.mkdir()
     wave = 0.1 * np.random.default_rng(0).standard_normal(4000)
@@ -77,15 +77,15 @@ def folder(tmp_path):
 
 def test_lengths(folder, tmp_path, capsys):
     assert cli.main(["lengths", str(folder), "-o", str(tmp_path / "out"), "--name", "all"]) == 0
-    # a table, the total, what was left out, where it was written
-    assert is_plain(capsys.readouterr().out, lines=4)
+    # a table, the total, the skipped files, the output folder
+    assert is_escaped(capsys.readouterr().out, lines=4)
     (line,) = (tmp_path / "out/skipped.txt").read_text().splitlines()
     assert line.count("\t") == 1 and line.replace("\t", "").isprintable()
     assert cli.main(["lengths", str(folder), "-o", str(tmp_path / "out")]) == 0
-    assert is_plain(capsys.readouterr().out, lines=5)
+    assert is_escaped(capsys.readouterr().out, lines=5)
     with pytest.raises(SystemExit):
         cli.main(["lengths", str(folder / "nowhere"), "-o", str(tmp_path / "out")])
-    assert is_plain(capsys.readouterr().err)
+    assert is_escaped(capsys.readouterr().err)
 
 
 def test_validate(capsys, tmp_path, monkeypatch):
@@ -96,28 +96,28 @@ def test_validate(capsys, tmp_path, monkeypatch):
 
     monkeypatch.setattr("s3prl_ekd.export.hidden_set.sandbox.validate", checks)
     assert cli.main(["validate", str(tmp_path)]) == 1
-    assert is_plain(capsys.readouterr().out, lines=2)
-    validate._print(Outcome("files", "fail", HOSTILE))  # also where nothing stands before stdout
-    assert is_plain(capsys.readouterr().out)
+    assert is_escaped(capsys.readouterr().out, lines=2)
+    validate._print(Outcome("files", "fail", HOSTILE))  # also without the redirected stdout
+    assert is_escaped(capsys.readouterr().out)
 
 
-def test_the_list_of_bad_audio(tmp_path, monkeypatch):
-    # pytest-xdist cannot hand over captured log lines with bytes that are no UTF-8.
+def test_bad_audio_list(tmp_path, monkeypatch):
+    # pytest-xdist cannot transfer captured log lines with bytes that are not UTF-8.
     monkeypatch.setattr(logging.getLogger("s3prl_ekd.pretrain.bad_audio"), "disabled", True)
     listed = BadAudioList(tmp_path, [])
     listed.record([Bad(HOSTILE[:-5], "kind", HOSTILE)], 0)
     listed.write()
     text = (tmp_path / "bad_audio.tsv").read_text()
-    assert is_plain(text.replace("\t", ""), lines=2) and text.count("\t") == 6
+    assert is_escaped(text.replace("\t", ""), lines=2) and text.count("\t") == 6
 
 
-def test_a_table_in_a_report():
+def test_markdown_table():
     lines = markdown([["upstream", "per"], [HOSTILE, "1 | 2"]]).splitlines()
     assert len(lines) == 3 and all(map(str.isprintable, lines))
     assert "<" not in lines[2] and lines[2].replace("\\|", "").count("|") == 3
 
 
-def test_a_record_whose_name_is_none():
+def test_record_with_control_characters_in_a_name():
     facts = dict(
         format=1, upstream="x", hub="fbank", checkpoint=None, task="asr", lr=1.0, seed=1, fold=None,
         steps=1, recipe="tiny", split="test-clean", digest="", dev=Dev("wer", 1.0),
@@ -129,7 +129,7 @@ def test_a_record_whose_name_is_none():
             Record(**{**facts, key: value})
 
 
-def test_a_model_card():
+def test_model_card():
     teachers = {HOSTILE: {"model": f"x/{HOSTILE}", "layers": [1]}}
     config = {"teachers": teachers, "aggregation": HOSTILE}
     lines = how_made({"config": config, "step": 3, "source": HOSTILE}).split("\n")

@@ -1,4 +1,4 @@
-"""``--trust-checkpoint``: it counts for one command, and for those that this one starts."""
+"""``--trust-checkpoint`` applies to one command and to the commands that it starts."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def untrusted_afterwards():
 
 
 class Touch:
-    """Code that leaves a file when it is loaded."""
+    """Unpickling it creates a file."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -38,7 +38,7 @@ class Touch:
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """A workspace with SID data of two speakers, and a student whose file has code in it."""
+    """A workspace with SID data of two speakers, and a student file that contains code."""
     rng, lines = np.random.default_rng(1), ["path\tspeaker\tsplit\n"]
     for speaker in ("ann", "bob"):
         for i, split in enumerate(("train",) * 4 + ("dev", "test")):
@@ -55,30 +55,30 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_superb_hands_it_on_to_its_runs(here):
-    """Probe, training and tests, the last two in processes of their own, all read the file."""
-    words = ["superb", "mine=old.pt", "--tasks", "sid", "--recipes", "tiny", "--steps", "sid=4"]
-    done = command(*words, cwd=here, check=False)
-    assert done.returncode == 2 and done.stderr.count("error: ") == 1
-    assert "which is code and not data" in done.stderr and trust.OPTION in done.stderr
+def test_superb_passes_it_to_its_runs(here):
+    """The probe, the training and the tests read the file; the last two are child processes."""
+    argv = ["superb", "mine=old.pt", "--tasks", "sid", "--recipes", "tiny", "--steps", "sid=4"]
+    result = command(*argv, cwd=here, check=False)
+    assert result.returncode == 2 and result.stderr.count("error: ") == 1
+    assert "pathlib" in result.stderr and trust.OPTION in result.stderr
     assert not (here / "code has run").exists()
-    command(*words, trust.OPTION, cwd=here)
+    command(*argv, trust.OPTION, cwd=here)
     assert (here / "code has run").exists()
     assert list(here.glob("result/superb/mine/sid/*/test_predict.txt"))
 
 
-@pytest.mark.parametrize("more", [[], [trust.OPTION]])
-def test_commands_for_a_queue_have_it_where_it_was_typed(here, capsys, more):
+@pytest.mark.parametrize("options", [[], [trust.OPTION]])
+def test_dry_run_prints_it(here, capsys, options):
     capsys.readouterr()
-    cli.main(["superb", "fbank", "--tasks", "sid", "--recipes", "tiny", "--dry-run", *more])
+    cli.main(["superb", "fbank", "--tasks", "sid", "--recipes", "tiny", "--dry-run", *options])
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2
     for line in lines:
-        assert (trust.OPTION in shlex.split(line)) == bool(more)
+        assert (trust.OPTION in shlex.split(line)) == bool(options)
 
 
-def test_matrix_hands_it_on(tmp_path):
+def test_sweep_passes_it_to_its_runs(tmp_path):
     run = SweepRun(tmp_path / "model.yaml", tmp_path / "runner.yaml", 1, "")
-    plain = run.argv
+    argv = run.argv
     trust.take([trust.OPTION])
-    assert run.argv == [*plain, trust.OPTION]
+    assert run.argv == [*argv, trust.OPTION]

@@ -1,7 +1,7 @@
-"""Where Python lacks what only POSIX has, as under Windows, the package imports and a student runs.
+"""Without POSIX-only modules and functions, as on Windows, the package imports and a student runs.
 
-A simulation: other packages take their POSIX branches here, so they are imported first, and ours
-once modules and names have been taken away.
+Simulated: other packages need POSIX here, so they are imported first; ours are imported after the
+modules and names have been removed.
 """
 
 import json
@@ -54,10 +54,10 @@ print(json.dumps([code, os.path.getsize(out) > 0, failed]))
 """
 
 
-def test_all_imports_and_a_student_runs(tmp_path, student_settings):
+def test_all_modules_import_and_a_student_runs(tmp_path, student_settings):
     write_student(LoadedStudent(Student(student_settings), None, {}, {}), tmp_path / "student.pt")
     soundfile.write(tmp_path / "a.wav", make_sound(0.5), 16000)
-    words = (str(tmp_path / name) for name in ("student.pt", "a.wav", "out.safetensors"))
-    code, written, failed = json.loads(run_python(CODE, *words))
+    argv = (str(tmp_path / name) for name in ("student.pt", "a.wav", "out.safetensors"))
+    code, written, failed = json.loads(run_python(CODE, *argv))
     assert code == 0 and written
     assert not failed
