@@ -32,7 +32,7 @@ from ..errors import ConfigError
 from .text import CONTROL, MAX_DEPTH, MAX_NUMBER, MAX_YAML, parse_yaml, read_text
 
 T = TypeVar("T")
-MAX_LIST, MAX_NAMES = 10_000, 1000
+_MAX_LIST, _MAX_KEYS = 10_000, 1000
 
 _CODE = re.compile(r"""[()\[\]{}'"`]""")
 _SHELL = re.compile(r"""["$`\\!]""")  # special to a shell between double quotes
@@ -92,15 +92,19 @@ def _convert(kind: Any, data: Any, location: str) -> Any:
         (item, _) = typing.get_args(kind)
         if not isinstance(data, (list, tuple)):
             raise ConfigError(f"{location}: expected a list, got {_show(data)}")
-        if len(data) > MAX_LIST:
-            raise ConfigError(f"{location}: a list may have {MAX_LIST} values, got {len(data)}")
+        if len(data) > _MAX_LIST:
+            raise ConfigError(
+                f"{location}: a list may have at most {_MAX_LIST} values, got {len(data)}"
+            )
         return tuple(_convert(item, value, f"{location}[{i}]") for i, value in enumerate(data))
     if origin is dict:
         if not isinstance(data, dict):
             raise ConfigError(f"{location}: expected a mapping, got {_show(data)}")
         item = typing.get_args(kind)[1]
-        if len(data) > MAX_NAMES:
-            raise ConfigError(f"{location}: a mapping may have {MAX_NAMES} keys, got {len(data)}")
+        if len(data) > _MAX_KEYS:
+            raise ConfigError(
+                f"{location}: a mapping may have at most {_MAX_KEYS} keys, got {len(data)}"
+            )
         _check_keys(data, location)
         return {key: _convert(item, value, f"{location}.{key}") for key, value in data.items()}
     return _scalar(kind, data, location)
