@@ -374,9 +374,8 @@ def completed(
     Raises:
         EkdError: from the first check that fails.
     """
-    if (
-        request.device == "cpu"
-    ):  # otherwise s3prl's downstream Runner calls torch.cuda.device("cpu")
+    # Without a visible GPU s3prl's downstream Runner does not call torch.cuda.device("cpu").
+    if request.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     for check in option_checks:
         check(request)

@@ -62,7 +62,7 @@ class ForkedProcesses(Processes):
         self._omp_threads, self._threads = os.environ.get(_THREADS), _torch_threads()
 
     def call(self, argv: Sequence[str], log: Path, environment: Mapping[str, str]) -> int:
-        """See :meth:`Processes.call`; only ``run_pretrain.py`` and ``run_downstream.py`` fork."""
+        """See :meth:`Processes.call`; only s3prl's scripts are forked."""
         if argv[0] not in SCRIPTS or self._context is None:
             return super().call(argv, log, environment)
         with self._lock:
