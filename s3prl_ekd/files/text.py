@@ -124,7 +124,7 @@ def parse_json(text: str, path: str | Path, noun: str, error: type[EkdError]) ->
     """Parse a JSON object: unique keys, finite numbers, nested at most :data:`MAX_DEPTH` deep.
 
     Args:
-        text: the contents of the file ``path``, or a part of them.
+        text: the contents of the file, or a part of them.
         path: named in messages.
         noun: what the file is, for error messages.
         error: class of the exception.
@@ -151,13 +151,9 @@ def check_data(data: Any, error: Callable[[str], EkdError], limit: int = 200_000
     A list may contain another list twice, that one a third list twice, and so on. So a value counts
     each time that a traversal reaches it.
 
-    Args:
-        data: containers and scalars.
-        error: makes the exception from the reason.
-        limit: maximum number of values.
-
     Raises:
-        EkdError: too many values, too deeply nested, or a number of more than 64 bits.
+        EkdError: made by ``error`` from the reason: more than ``limit`` values, too deeply nested,
+            or a number of more than 64 bits.
     """
     queue = [(data, 0)]
     while queue:

@@ -70,20 +70,20 @@ class StorageTable:
     records: Mapping[str, int] | None = None
     storages: dict[Any, Storage] = field(default_factory=dict)
 
-    def add(self, persistent_id: Any) -> Storage:
+    def add(self, reference: Any) -> Storage:
         """The storage that a ``BINPERSID`` opcode refers to. Raises TorchFileError."""
         if (
-            type(persistent_id) is not tuple
-            or len(persistent_id) != self.parts
-            or persistent_id[0] != "storage"
+            type(reference) is not tuple
+            or len(reference) != self.parts
+            or reference[0] != "storage"
         ):
             raise TorchFileError("has a persistent id that is not of a storage")
-        _, storage_type, key, _, count = persistent_id[:5]
+        _, storage_type, key, _, count = reference[:5]
         # Check types before hashing: hashing tuples nested in tuples many times takes too long.
         typed = (type(storage_type), type(count)) == (GlobalName, int) and type(key) in (str, int)
         # ASCII only: torch may decode other characters differently, to the key of another record.
         valid = typed and storage_type in _ITEM_BYTES and str(key).isascii()
-        if not valid or count < 0 or persistent_id[5:] not in ((), (None,)):
+        if not valid or count < 0 or reference[5:] not in ((), (None,)):
             raise TorchFileError("has a storage of unknown type or size")
         storage = Storage(count, _ITEM_BYTES[storage_type])
         if self.records is not None and self.records.get(str(key)) != storage.bytes:

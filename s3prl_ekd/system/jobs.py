@@ -90,12 +90,7 @@ class Processes:
         self._stopped = False
 
     def call(self, argv: Sequence[str], log: Path, environment: Mapping[str, str]) -> int:
-        """Run a command, wait for it, and append its output to ``log``.
-
-        Args:
-            argv: ``run_downstream.py ...`` or ``torchrun ...``.
-            log: the log file.
-            environment: the environment variables of the child.
+        """Run ``run_downstream.py ...`` or ``torchrun ...``, and append its output to ``log``.
 
         Returns:
             The exit code; if negative, the signal that ended it.
