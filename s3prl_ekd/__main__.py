@@ -38,7 +38,7 @@ def process() -> NoReturn:
     failed. Threads are joined and atexit functions called first, as in a normal exit.
     """
     end_with_parent()
-    if not torchrun.several():
+    if not torchrun.is_distributed():
         sys.exit(main())
     code: int | str | None
     try:

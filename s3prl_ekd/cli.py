@@ -10,7 +10,13 @@ from collections.abc import Sequence
 
 from . import __version__
 from .files import trust
-from .system.terminal import errors_shown, log_to_stderr, plain_stdout, prepare_streams, quiet_s3prl
+from .system.terminal import (
+    log_to_stderr,
+    prepare_streams,
+    printable_stdout,
+    quiet_s3prl,
+    show_errors,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +95,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if command == name:
             module = importlib.import_module(f"s3prl_ekd.commands.{command.replace('-', '_')}")
             # other commands leave --trust-checkpoint to the parser, which rejects it
-            argv = trust.take(argv) if command in TRUSTING else [*trust.take([]), *argv]
+            argv = (
+                trust.read_option(argv) if command in TRUSTING else [*trust.read_option([]), *argv]
+            )
         subparser = subparsers.add_parser(
             command,
             help=help_line,
@@ -105,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     quiet_s3prl()
     if old:
         logger.warning("command `%s` is now `%s`; the old name works until 0.3", old, name)
-    with errors_shown(), plain_stdout():
+    with show_errors(), printable_stdout():
         return args.run(args) or 0
 
 

@@ -39,7 +39,7 @@ def register() -> None:
         SetupError: ``s3prl.hub`` has another entry of the same name.
     """
     compat.apply()
-    no_eval.guard()
+    no_eval.block_eval()
     from s3prl import hub
 
     from .downstream.requirements import provide_ctc_corpus
@@ -69,7 +69,7 @@ def _run_and_register(module: ModuleType, run: Callable[[ModuleType], None]) -> 
     register()
 
 
-def open_pretrain(folder: Path) -> None:
+def expose_pretrain(folder: Path) -> None:
     """Make ``pretrain.*`` importable: s3prl's own modules and those below ``folder/pretrain``.
 
     For an installed s3prl. In a checkout of s3prl they can be imported already.
@@ -77,7 +77,7 @@ def open_pretrain(folder: Path) -> None:
     for name in BARE_NAMES:
         if name not in sys.modules:
             sys.modules[name] = importlib.import_module(f"s3prl.{name}")
-    repeat_in_children(open_pretrain, folder.absolute())
+    repeat_in_children(expose_pretrain, folder.absolute())
     package = sys.modules["pretrain"]
     pretrain_folder = str(folder / "pretrain")
     if pretrain_folder not in package.__path__:

@@ -26,7 +26,7 @@ from .files.atomic import make_folder, patch_torch_save
 from .files.config import argument_overrides, escape_equals
 from .files.renamed_keys import rename_overrides
 from .system import torchrun
-from .system.lock import NAME, FolderLock
+from .system.lock import LOCK_FILE, FolderLock
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ class Request:
     """The options common to both scripts, under s3prl's names; None if not given.
 
     Attributes:
-        override: the value of ``-o``, see :func:`plain_override`.
+        override: the value of ``-o``, see :func:`escape_override`.
         past_exp: a checkpoint or a run's folder; after :meth:`resumed` the checkpoint, or None.
         auto_resume: False after :meth:`resumed`.
         passthrough: s3prl's other options, unchanged.
@@ -96,7 +96,7 @@ class Request:
             options, passthrough = parser.parse_known_args(list(argv))
         except argparse.ArgumentError as error:
             raise SetupError(f"cannot parse the arguments: {error}") from None
-        override = plain_override(options.override)
+        override = escape_override(options.override)
         return {**vars(options), "override": override, "passthrough": tuple(passthrough)}
 
     def argv(self) -> list[str]:
@@ -144,19 +144,19 @@ class Request:
         """
         if not (self.auto_resume or self.past_exp):
             return self
-        from .files.run_checkpoints import newest  # which imports torch
+        from .files.run_checkpoints import newest_checkpoint  # which imports torch
 
         folder = self.named_folder if self.auto_resume else None
-        path = newest(folder) if folder is not None and folder.is_dir() else None
+        path = newest_checkpoint(folder) if folder is not None and folder.is_dir() else None
         if path is None and self.past_exp:
             path = Path(self.past_exp)
-            path = newest(path) if path.is_dir() else path
+            path = newest_checkpoint(path) if path.is_dir() else path
             if path is None or not path.is_file():
                 raise CheckpointError(f"-e {self.past_exp}: no such checkpoint (states-*.ckpt)")
         return replace(self, auto_resume=False, past_exp=None if path is None else str(path))
 
 
-def plain_override(text: str | None) -> str | None:
+def escape_override(text: str | None) -> str | None:
     """Escape ``=`` signs within the values of ``-o``, for s3prl's script.
 
     Returns:
@@ -291,7 +291,7 @@ class DownstreamRequest(Request):
         extra_options = ("--noise", "--snr", "--noise_seed", CACHE, CACHE_GB)
         values = cls._parse_options(argv, extra_options, local_rank=os.environ.get("LOCAL_RANK"))
         noise = parse_noise_options(*map(values.pop, ("noise", "snr", "noise_seed")))
-        cache = read_cache(*map(values.pop, ("cache_features", "cache_features_gb")))
+        cache = parse_cache_options(*map(values.pop, ("cache_features", "cache_features_gb")))
         return cls(**values, noise=noise, cache=cache)
 
     def command(self) -> list[str]:
@@ -329,7 +329,7 @@ def parse_noise_options(noise: str | None, snr: str | None, seed: str | None) ->
         raise SetupError(f"--noise_seed must be a whole number, got {seed}") from None
 
 
-def read_cache(folder: str | None, limit_gb: str | None) -> CacheOptions | None:
+def parse_cache_options(folder: str | None, limit_gb: str | None) -> CacheOptions | None:
     """Parse the options of the feature cache; None if none is given.
 
     Raises:
@@ -355,7 +355,7 @@ def _number(text: str) -> float:
         return math.nan
 
 
-def completed(
+def check_and_resume(
     request: RequestT,
     option_checks: Iterable[Callable[[RequestT], None]],
     run_checks: Iterable[Callable[[RequestT, Mapping[str, Any]], None]],
@@ -382,9 +382,9 @@ def completed(
     request = request.resumed()
     states: Mapping[str, Any] = {}
     if request.past_exp:
-        from .files.run_checkpoints import read_run
+        from .files.run_checkpoints import read_checkpoint
 
-        states = read_run(request.past_exp)
+        states = read_checkpoint(request.past_exp)
     for check_run in run_checks:
         check_run(request, states)
     import torch
@@ -449,7 +449,7 @@ def log_moved(request: Request, recorded: Any) -> None:
 
 
 @contextlib.contextmanager
-def script_guards(request: Request, lock: str = NAME, **arguments: Any) -> Iterator[None]:
+def script_guards(request: Request, lock: str = LOCK_FILE, **arguments: Any) -> Iterator[None]:
     """Context in which s3prl's script is called for ``request``; all patches are undone on exit.
 
     ``sys.argv`` comes from the request, ``eval`` is restricted, ``torch.save`` is atomic, the run's
@@ -465,7 +465,7 @@ def script_guards(request: Request, lock: str = NAME, **arguments: Any) -> Itera
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(replaced(sys, "argv", [request.SCRIPT, *request.argv()]))
-        stack.enter_context(no_eval.guarded())
+        stack.enter_context(no_eval.eval_blocked())
         stack.enter_context(patch_torch_save())
         if request.folder is not None and torchrun.rank() == 0:
             make_folder(request.folder, SetupError)

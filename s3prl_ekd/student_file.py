@@ -26,9 +26,9 @@ from .distill.heads import PredictionHeads
 from .distill.settings import HeadSettings, StudentSettings, check_size
 from .distill.student import Student
 from .errors import CheckpointError, ConfigError, EkdError
-from .files.atomic import whole_file
-from .files.config import build, plain
-from .files.formats import CHECKPOINT_PARTS, STUDENT, refuse_newer, refuse_newer_parts
+from .files.atomic import atomic_file
+from .files.config import from_plain_data, to_plain_data
+from .files.formats import CHECKPOINT_PARTS, STUDENT, check_format_version, check_part_versions
 from .files.safetensors_file import (
     SUFFIX,
     is_safetensors,
@@ -64,8 +64,8 @@ def contents(
     return {
         "format": FORMAT,
         "version": VERSION,
-        "settings": plain(student.settings),
-        "targets": {name: plain(spec) for name, spec in targets.items()} if heads else {},
+        "settings": to_plain_data(student.settings),
+        "targets": {name: to_plain_data(spec) for name, spec in targets.items()} if heads else {},
         "head_kind": heads.kind if heads else "split",
         "student": _cpu(student.state_dict()),
         "heads": _cpu(heads.state_dict()) if heads else {},
@@ -84,7 +84,7 @@ def write_student(loaded: LoadedStudent, path: str | Path, keep_heads: bool = Tr
     data = contents(loaded.student, heads, loaded.targets, loaded.about)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(path) as file:
+        with atomic_file(path) as file:
             if path.suffix == SUFFIX:
                 _write_safetensors(data, file)
             else:
@@ -104,7 +104,7 @@ def load_student(path: str | Path) -> LoadedStudent:
         data = _from_safetensors(path)
     else:
         data = safe_load(path, "student checkpoint", allow=checkpoint_globals())
-    refuse_newer_parts(data, path)
+    check_part_versions(data, path)
     if RUN_KEY in data and isinstance(data[RUN_KEY], dict):
         data = data[RUN_KEY]
     if data.get("format") != FORMAT:
@@ -113,7 +113,7 @@ def load_student(path: str | Path) -> LoadedStudent:
             f"the keys {first_keys(data)}"
         )
     version = data.get("version")
-    refuse_newer(version, VERSION, f"the student file {path}")
+    check_format_version(version, VERSION, f"the student file {path}")
     if type(version) is not int or version < 1:
         raise CheckpointError(f"{path} is damaged: its format version is {version!r:.20}")
     try:
@@ -165,7 +165,7 @@ def _from_safetensors(path: str | Path) -> dict[str, Any]:
     version: Any = metadata.get("version", "")
     if re.fullmatch("[0-9]{1,9}", version):
         version = int(version)
-    refuse_newer(version, VERSION, f"the {what} {path}")  # before its contents are parsed
+    check_format_version(version, VERSION, f"the {what} {path}")  # before its contents are parsed
     data = parse_json(metadata.get("contents", ""), path, what, CheckpointError)
     data |= {"format": FORMAT, "version": version, "student": {}, "heads": {}}
     for name, tensor in tensors.items():
@@ -177,17 +177,19 @@ def _from_safetensors(path: str | Path) -> dict[str, Any]:
 
 
 def _build(data: Mapping[str, Any]) -> LoadedStudent:
-    settings = build(StudentSettings, data.get("settings"), "settings")
+    settings = from_plain_data(StudentSettings, data.get("settings"), "settings")
     check_size(settings)
-    targets = build(dict[str, TargetSpec], data.get("targets"), "targets")
+    targets = from_plain_data(dict[str, TargetSpec], data.get("targets"), "targets")
     student = Student(settings)
     student.load_state_dict(data["student"])
     heads = None
     if targets:
-        kind = build(HeadSettings, {"kind": data.get("head_kind", "split")}, "head_kind").kind
+        kind = from_plain_data(
+            HeadSettings, {"kind": data.get("head_kind", "split")}, "head_kind"
+        ).kind
         heads = PredictionHeads(student.width, targets, kind)
         heads.load_state_dict(data["heads"])
-    about = build(dict[str, Any], data.get("about"), "about")
+    about = from_plain_data(dict[str, Any], data.get("about"), "about")
     return LoadedStudent(student.eval(), heads.eval() if heads else None, targets, about)
 
 

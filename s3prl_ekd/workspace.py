@@ -19,8 +19,8 @@ from typing import Any
 import yaml
 
 from .errors import ConfigError, DataError, SetupError
-from .files.atomic import whole_file
-from .files.text import PlainLoader, parse_yaml
+from .files.atomic import atomic_file
+from .files.text import BoundedLoader, parse_yaml
 
 # The adapter that s3prl imports as pretrain.ekd.pretrain_expert. The hook is for runs started by
 # s3prl's plain script, which would show a user's mistake as a traceback.
@@ -132,7 +132,7 @@ def write_workspace(
                 done.append(("kept", path))
                 continue
             path.parent.mkdir(parents=True, exist_ok=True)
-            with whole_file(path) as file:  # also over an empty one, which a full disk left
+            with atomic_file(path) as file:  # also over an empty one, which a full disk left
                 file.write(data)
             done.append(("created", path))
         except OSError as error:
@@ -262,7 +262,7 @@ def put(text: str, values: Mapping[str, Value]) -> str:
 def _replacement(text: str, key: str, value: Value) -> tuple[int, int, str]:
     """From where to where, and by what."""
     parse_yaml(text, "the file")  # or nothing is put into it
-    node = yaml.compose(text, Loader=PlainLoader)
+    node = yaml.compose(text, Loader=BoundedLoader)
     for part in key.split("."):
         pairs = node.value if isinstance(node, yaml.MappingNode) else []
         node = next((below for name, below in pairs if name.value == part), None)

@@ -1,4 +1,4 @@
-"""A machine on which the commands of the documents can be typed: corpora, checkpoints, small configs.
+"""A machine for typing the commands of the documents: corpora, checkpoints, small configs.
 
 What differs from a reader's machine: the corpora below ``/data`` are a few seconds of noise in a
 temporary folder, the checkpoints of s3prl's hub are true to the format but 12 layers of width 48,

@@ -22,7 +22,7 @@ import soundfile
 import torch
 import yaml
 
-from s3prl_ekd.files.run_checkpoints import newest, read_run
+from s3prl_ekd.files.run_checkpoints import newest_checkpoint, read_checkpoint
 from s3prl_ekd.launch import run_pretrain
 from s3prl_ekd.pretrain.tensorboard import read_scalars
 from s3prl_ekd.workspace import write_workspace
@@ -135,8 +135,8 @@ def kill_and_resume(folder: Path, kills: int, rng: random.Random) -> list[tuple[
         _, status = os.waitpid(pid, 0)
         assert status == signal.SIGKILL, "the run ended before the kill"
         shown = step_of(log, offset)
-        path = newest(folder / "result/pretrain/x")
-        saved = read_run(path)["Step"] if path else 0
+        path = newest_checkpoint(folder / "result/pretrain/x")
+        saved = read_checkpoint(path)["Step"] if path else 0
         moments.append((shown, saved))
     run_to_the_end(folder)
     return moments
@@ -145,9 +145,9 @@ def kill_and_resume(folder: Path, kills: int, rng: random.Random) -> list[tuple[
 def outcome(folder: Path) -> dict[str, object]:
     """Everything that a run writes, as flat values: last and best checkpoint, TensorBoard."""
     run = folder / "result/pretrain/x"
-    states = read_run(newest(run))
+    states = read_checkpoint(newest_checkpoint(run))
     states = {key: value for key, value in states.items() if key not in ("Args", "Config")}
-    best = read_run(run / "dev-best.ckpt")["EKD"]["student"]
+    best = read_checkpoint(run / "dev-best.ckpt")["EKD"]["student"]
     return dict(_flat({**states, "best": best, "scalars": read_scalars(run)}, ""))
 
 

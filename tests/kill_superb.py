@@ -25,7 +25,7 @@ import soundfile
 import torch
 
 from s3prl_ekd.downstream.tasks import TASKS
-from s3prl_ekd.files.run_checkpoints import newest, read_run
+from s3prl_ekd.files.run_checkpoints import newest_checkpoint, read_checkpoint
 
 from .conftest import make_sound
 from .superb_workspace import make_workspace
@@ -72,8 +72,8 @@ def kill_and_repeat(folder: Path, out: str, rng: random.Random) -> tuple[int, fl
     assert process.poll() is None, "it ended before it was killed"
     process.send_signal(signal.SIGKILL)
     process.wait()
-    path = newest(run)
-    saved = read_run(path)["Step"] if path else 0
+    path = newest_checkpoint(run)
+    saved = read_checkpoint(path)["Step"] if path else 0
     start = time.monotonic()
     finish(folder, out, "x")
     return saved, time.monotonic() - start
@@ -83,7 +83,7 @@ def compare(folder: Path, one: str, other: str) -> list[str]:
     """Names of the weights and prediction files that differ between two output folders."""
     runs = [folder / out / "x" / RUN for out in (one, other)]
     differing = []
-    first, second = (read_run(newest(run)) for run in runs)
+    first, second = (read_checkpoint(newest_checkpoint(run)) for run in runs)
     for part in ("Featurizer", "Downstream"):
         for key, value in first[part].items():
             if isinstance(value, torch.Tensor) and not torch.equal(value, second[part][key]):

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import soundfile
 
-from s3prl_ekd.files.run_checkpoints import read_run
+from s3prl_ekd.files.run_checkpoints import read_checkpoint
 from s3prl_ekd.superb import plan as superb_plan
 
 from .conftest import command
@@ -60,7 +60,7 @@ def plan_runs(tmp_path, *upstreams, **changes):
     return superb_plan.plan_runs(SimpleNamespace(**options))
 
 
-def short(tmp_path, out, **changes):
+def short_runs(tmp_path, out, **changes):
     """SID runs of eight steps."""
     override = "sid=config.downstream_expert.datarc.train_batch_size=4"
     override += ",,config.downstream_expert.datarc.max_timestep=9000"
@@ -69,5 +69,5 @@ def short(tmp_path, out, **changes):
 
 
 def last_states(run):
-    """The contents of the last checkpoint of :func:`short`."""
-    return read_run(run.folder / "states-8.ckpt")
+    """The contents of the last checkpoint of :func:`short_runs`."""
+    return read_checkpoint(run.folder / "states-8.ckpt")

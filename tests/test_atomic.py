@@ -74,7 +74,7 @@ import os, signal, sys
 from pathlib import Path
 from s3prl_ekd.files import atomic
 out = Path(sys.argv[1])
-with atomic.whole_file(out / "x.json") as file, atomic.whole_folder(out / "corpus") as folder:
+with atomic.atomic_file(out / "x.json") as file, atomic.atomic_folder(out / "corpus") as folder:
     file.write(b"half"), file.flush()
     (folder / "half").write_text("half")
     print("writing", flush=True)
@@ -97,7 +97,7 @@ def test_leftovers_of_killed_commands_are_removed(tmp_path):
 
     def write():
         atomic.write_text(tmp_path / "x.json", "complete")
-        with atomic.whole_folder(tmp_path / "corpus") as folder:
+        with atomic.atomic_folder(tmp_path / "corpus") as folder:
             (folder / "a").write_text("complete")
 
     write()  # keeps the files of the running process, removes leftovers
@@ -115,20 +115,20 @@ def test_leftovers_of_killed_commands_are_removed(tmp_path):
 
 
 def test_failed_folder_keeps_the_previous_one(tmp_path):
-    with atomic.whole_folder(tmp_path / "x") as folder:
+    with atomic.atomic_folder(tmp_path / "x") as folder:
         (folder / "a").touch()
-    with pytest.raises(ZeroDivisionError), atomic.whole_folder(tmp_path / "x") as folder:
+    with pytest.raises(ZeroDivisionError), atomic.atomic_folder(tmp_path / "x") as folder:
         (folder / "b").touch()
         raise ZeroDivisionError
     assert [path.name for path in tmp_path.iterdir()] == ["x"] and (tmp_path / "x/a").exists()
     with pytest.raises(DataError, match="x/y"):
         (tmp_path / "x/y").touch()
-        with atomic.whole_folder(tmp_path / "x/y/z", DataError):
+        with atomic.atomic_folder(tmp_path / "x/y/z", DataError):
             pass
 
 
 def test_write_error_has_the_filename(tmp_path):
-    with pytest.raises(OSError) as caught, atomic.whole_file(tmp_path / "x"):
+    with pytest.raises(OSError) as caught, atomic.atomic_file(tmp_path / "x"):
         raise OSError(28, "No space left on device")
     assert caught.value.filename == str(tmp_path / "x") and not list(tmp_path.iterdir())
 

@@ -1,4 +1,4 @@
-"""Bad audio files, with ``on_bad_audio: error`` and with ``skip``."""
+"""BadUtterance audio files, with ``on_bad_audio: error`` and with ``skip``."""
 
 import logging
 import os
@@ -18,15 +18,15 @@ from torchaudio.functional import resample
 
 from s3prl_ekd.data import audio as audio_module
 from s3prl_ekd.data.audio import Recording, read_audio
-from s3prl_ekd.data.bad_audio import Bad
+from s3prl_ekd.data.bad_audio import BadUtterance
 from s3prl_ekd.data.batches import DistillationDataset, train_loader
 from s3prl_ekd.data.distortion.settings import DistortionSettings
-from s3prl_ekd.data.sampling import EpochOrder
+from s3prl_ekd.data.sampling import EpochSampler
 from s3prl_ekd.data.tables import Utterance
 from s3prl_ekd.distill.distiller import EnsembleDistiller
 from s3prl_ekd.errors import CheckpointError
-from s3prl_ekd.files.config import build
-from s3prl_ekd.files.run_checkpoints import newest, read_run
+from s3prl_ekd.files.config import from_plain_data
+from s3prl_ekd.files.run_checkpoints import newest_checkpoint, read_checkpoint
 from s3prl_ekd.files.torch_load import safe_load
 from s3prl_ekd.launch import run_pretrain
 from s3prl_ekd.pretrain.bad_audio import BadAudioList, as_tensor
@@ -200,7 +200,7 @@ def test_a_header_with_a_thousand_hours(audio, tmp_path, length):
 def test_babble_skips_bad_files(audio):
     weights = {"clean": 0, "gaussian": 0}
     config = {"setup": "same", "babble": True, "additive_weights": weights}
-    settings = build(DistortionSettings, config, "distortion")
+    settings = from_plain_data(DistortionSettings, config, "distortion")
     good = data(audio, "u0.flac", "u1.flac", "u2.flac", distortion=settings)[0]
     names = ("u0.flac", "text.flac", "nan.wav", "u1.flac", "missing.flac", "u2.flac")
     rows = [Utterance(name, 16000) for name in names]
@@ -335,7 +335,7 @@ def batches_used(seed, steps):
     """``(epoch, index)`` of the batches that a run of ``steps`` reads, computed independently."""
     used, epoch = [], 0
     while steps:
-        for index in EpochOrder(5, seed).order(epoch):
+        for index in EpochSampler(5, seed).order(epoch):
             if steps:
                 used.append((epoch, index))
                 steps -= index != EMPTY
@@ -346,22 +346,22 @@ def batches_used(seed, steps):
 def test_skipping_bad_files_equals_training_on_the_good_ones(run, monkeypatch, caplog):
     code, output = run("all", tables={"train": mixed()}, train_batch_size=6)
     assert code == 0, output
-    states = read_run(newest("result/pretrain/all"))
+    states = read_checkpoint(newest_checkpoint("result/pretrain/all"))
     seed = states["Args"].seed
-    order = EpochOrder.order
+    order = EpochSampler.order
 
     def order_without_empty(self, epoch):
         indices = order(SimpleNamespace(seed=self.seed, count=5), epoch)
         return [index - (index > EMPTY) for index in indices if index != EMPTY]
 
-    monkeypatch.setattr(EpochOrder, "order", order_without_empty)
+    monkeypatch.setattr(EpochSampler, "order", order_without_empty)
     code, _ = run("good", tables={"train": GOOD}, train_batch_size=3)
     assert code == 0 and not os.path.exists("result/pretrain/good/bad_audio.tsv")
-    good = read_run(newest("result/pretrain/good"))
+    good = read_checkpoint(newest_checkpoint("result/pretrain/good"))
     assert states["Step"] == good["Step"] == 9
     for part in ("student", "heads"):
         assert not unequal(states["EKD"][part], good["EKD"][part])
-    monkeypatch.setattr(EpochOrder, "order", order)
+    monkeypatch.setattr(EpochSampler, "order", order)
 
     rows = [mixed()[i : i + 6] for i in range(0, 30, 6)]
     uses = [(epoch, name) for epoch, index in batches_used(seed, 9) for name in rows[index]]
@@ -423,7 +423,7 @@ def _equal(folder, *names):
         shutil.rmtree(folder / "compared", ignore_errors=True)
         copy = folder / "compared/result/pretrain/x"
         shutil.copytree(f"result/pretrain/{name}", copy)
-        (copy / "dev-best.ckpt").write_bytes(newest(copy).read_bytes())
+        (copy / "dev-best.ckpt").write_bytes(newest_checkpoint(copy).read_bytes())
         outcomes.append(outcome(folder / "compared"))
     assert len(outcomes[0]) > 100 and not unequal(*outcomes)
     assert isinstance(outcomes[0]["/EKD_Run/bad_audio"], torch.Tensor)  # the list is compared, too
@@ -484,11 +484,13 @@ def test_a_corpus_that_disappears(run, audio, tmp_path, monkeypatch):
     monkeypatch.setattr(EnsembleDistiller, "forward", removed)
     code, output = run("x", **options)
     assert code == 2 and "result/pretrain/x/bad_audio.tsv" in output
-    assert read_run(newest("result/pretrain/x"))["Step"] == 3
+    assert read_checkpoint(newest_checkpoint("result/pretrain/x"))["Step"] == 3
     (tmp_path / "away").rename(tmp_path / "copy")
     monkeypatch.setattr(EnsembleDistiller, "forward", forward)
     assert run("x", "-a")[0] == 0 and run("alone", **options)[0] == 0
-    one, two = (read_run(newest(f"result/pretrain/{name}")) for name in ("x", "alone"))
+    one, two = (
+        read_checkpoint(newest_checkpoint(f"result/pretrain/{name}")) for name in ("x", "alone")
+    )
     assert not unequal(one["EKD"]["student"], two["EKD"]["student"])
     assert one["EKD_Run"]["bad_audio"] == {}  # as in the checkpoint of step 3
 
@@ -521,7 +523,7 @@ def test_s3prls_own_runner_skips_too(run, monkeypatch, caplog):
     )
     code, output = run("x", tables={"train": mixed()}, train_batch_size=6)
     assert code == 0, output
-    states = read_run(newest("result/pretrain/x"))
+    states = read_checkpoint(newest_checkpoint("result/pretrain/x"))
     assert states["Step"] == 9 and "EKD_Run" not in states
     assert all(value.isfinite().all() for value in states["EKD"]["student"].values())
     assert any("missing.flac" in m and BAD["missing.flac"] in m for m in caplog.messages)
@@ -537,9 +539,9 @@ def make_list(folder, saved=None):
 
 def test_the_state_is_that_of_the_last_step(tmp_path):
     bad = make_list(tmp_path)
-    bad.record([Bad("a\tb\n.flac", "x", "why"), Bad("c", "x", "one")], 0)
+    bad.record([BadUtterance("a\tb\n.flac", "x", "why"), BadUtterance("c", "x", "one")], 0)
     bad.commit()
-    bad.record([Bad("c", "y", "two"), Bad("d", "y", "two")], 4)
+    bad.record([BadUtterance("c", "y", "two"), BadUtterance("d", "y", "two")], 4)
     assert bad.state() == {"a\tb\n.flac": ["why", 1, 0], "c": ["one", 1, 0]}
     bad.write()
     assert (tmp_path / "bad_audio.tsv").read_text().splitlines() == [
@@ -550,7 +552,7 @@ def test_the_state_is_that_of_the_last_step(tmp_path):
     ]
     bad.commit()
     resumed = make_list(tmp_path, bad.state())
-    resumed.record([Bad("d", "y", "three")], 5)
+    resumed.record([BadUtterance("d", "y", "three")], 5)
     resumed.commit()
     assert resumed.state()["d"] == ["two", 2, 4] and len(resumed.state()) == 3
 
@@ -559,7 +561,7 @@ def test_a_list_that_cannot_be_written_is_a_warning(tmp_path, caplog, monkeypatc
     bad = make_list(tmp_path)
     bad.write()
     assert not list(tmp_path.iterdir())  # an empty list is not written
-    bad.record([Bad("a", "x", "why")], 0)
+    bad.record([BadUtterance("a", "x", "why")], 0)
     (tmp_path / "bad_audio.tsv").write_text("old")
 
     def disk_full(file):

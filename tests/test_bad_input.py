@@ -11,7 +11,7 @@ import soundfile
 import torch
 import yaml
 
-from s3prl_ekd.files.run_checkpoints import newest, read_run
+from s3prl_ekd.files.run_checkpoints import newest_checkpoint, read_checkpoint
 from s3prl_ekd.launch import run_pretrain
 
 from .conftest import STUDENT, command, write_configs, write_librispeech_names
@@ -161,7 +161,7 @@ def test_stereo_and_other_rates_give_a_warning(base, tmp_path, teachers, corpus)
     result = command(*RUN, "-o", override, cwd=tmp_path)
     for pattern in (r"\b2 channels\b", r"\b8000 Hz\b", r"\b44100 Hz\b"):
         assert re.search(pattern, result.stderr)
-    assert read_run(newest(tmp_path / "result/pretrain/x"))["Step"] == 6
+    assert read_checkpoint(newest_checkpoint(tmp_path / "result/pretrain/x"))["Step"] == 6
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from s3prl_ekd.data import audio as audio_module
 from s3prl_ekd.data.audio import read_audio
 from s3prl_ekd.data.bad_audio import BadAudio
 from s3prl_ekd.data.batches import DistillationDataset, train_loader
-from s3prl_ekd.data.sampling import bucket, within
+from s3prl_ekd.data.sampling import bucket, filter_by_length
 from s3prl_ekd.data.tables import Utterance, read_table, read_tables
 from s3prl_ekd.errors import DataError
 
@@ -130,16 +130,16 @@ def test_excerpts_are_random_parts_of_the_file(corpus):
 )
 def test_max_timestep_is_that_of_s3prl(limit, expected):
     rows = [Utterance(str(n), n) for n in (500, 1000, 2000)]
-    assert [row.length for row in within(rows, limit, 400)] == expected
+    assert [row.length for row in filter_by_length(rows, limit, 400)] == expected
 
 
 def test_too_short_utterances_are_counted(caplog):
     rows = [Utterance(str(n), n) for n in (100, 399, 400)]
     with caplog.at_level(logging.WARNING):
-        assert [row.length for row in within(rows, 0, 400)] == [400]
+        assert [row.length for row in filter_by_length(rows, 0, 400)] == [400]
     assert re.search(r"\b2\b.*\b400\b", caplog.text)
     with pytest.raises(DataError, match="max_timestep"):
-        within(rows, 50, 400)
+        filter_by_length(rows, 50, 400)
 
 
 H = "file_path,length\n"

@@ -12,9 +12,9 @@ from s3prl_ekd.files.config import (
     apply_overrides,
     escape_equals,
     overridden,
-    plain,
+    override_option,
     read_yaml,
-    typed,
+    to_plain_data,
 )
 from s3prl_ekd.pretrain.settings import load_model_config, load_runner_config
 from s3prl_ekd.workspace import write_workspace
@@ -123,7 +123,7 @@ def test_the_default_experiment():
 
 def test_a_config_survives_the_checkpoint():
     settings = load_model_config(CONFIGS / "config_model.yaml")
-    assert load_model_config(plain(settings)) == settings
+    assert load_model_config(to_plain_data(settings)) == settings
 
 
 @pytest.mark.parametrize(
@@ -434,7 +434,7 @@ def test_values_with_equals_signs(value):
     theirs = {}
     override(escape_equals(text), Namespace(), theirs)
     assert apply_overrides({}, text) == theirs == {"a": {"b": 1}, "c": value}
-    _, word = shlex.split(typed("c", value))
+    _, word = shlex.split(override_option("c", value))
     override(word, Namespace(), printed := {})
     assert list(printed["c"]) == list(value)
 

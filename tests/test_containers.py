@@ -18,7 +18,7 @@ from s3prl_ekd.data.audio import Recording, read_audio
 from s3prl_ekd.data.audio_files import MAX_SAMPLES, read_header
 from s3prl_ekd.data.bad_audio import BadAudio
 from s3prl_ekd.data.batches import train_loader
-from s3prl_ekd.data.distortion.additive import fit
+from s3prl_ekd.data.distortion.additive import crop_or_loop
 from s3prl_ekd.data.distortion.sources import AudioPool, is_silent
 from s3prl_ekd.data.lengths import write_length_tables
 from s3prl_ekd.data.tables import Utterance, read_tables
@@ -292,7 +292,7 @@ def test_a_constant_and_a_loud_file(unusual, caplog):
         with pytest.raises(BadAudio) as error:
             read_audio(unusual / "loud.wav", speech=speech)
         assert error.value.kind == "out of range"
-    # as the commands that compare layers and fit units read it
+    # as the commands that compare layers and crop_or_loop units read it
     excerpts = [read_excerpt(unusual / f"{name}.wav") for name in ("dc", "loud", "good")]
     assert [wave is None for wave in excerpts] == [True, True, False]
     for name in ("dc", "loud", "good"):
@@ -308,5 +308,5 @@ def test_a_constant_file_is_not_used_as_noise(unusual, caplog):
     with pytest.raises(DataError):
         mix(draws[0], noises, snr=5)
     assert not is_silent(torch.ones(1))  # an impulse response of one sample
-    crop = fit(torch.cat([torch.full((900,), 0.3), draws[0][:100]]), 100, random.Random(1))
+    crop = crop_or_loop(torch.cat([torch.full((900,), 0.3), draws[0][:100]]), 100, random.Random(1))
     assert not is_silent(crop)

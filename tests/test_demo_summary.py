@@ -28,7 +28,7 @@ class Report:
     """Of two upstreams on PR (less is better), ASR and SID (more is better); ``b`` has no SID."""
 
     upstreams, tasks = ("a", "b"), ("pr", "sid", "asr")
-    measures = {
+    metrics = {
         ("a", "pr", "clean"): SimpleNamespace(value=50.04, interval=(48.0, 52.06)),
         ("a", "sid", "clean"): SimpleNamespace(value=90.0, interval=(80.0, 100.0)),
         ("a", "asr", "clean"): SimpleNamespace(value=99.0, interval=(98.0, 100.0)),

@@ -11,11 +11,11 @@ import torch
 
 from s3prl_ekd.compat.torchaudio_functional import functional
 from s3prl_ekd.data.distortion import convolutive
-from s3prl_ekd.data.distortion.additive import babble, fit, gaussian, mix
+from s3prl_ekd.data.distortion.additive import babble, crop_or_loop, gaussian, mix
 from s3prl_ekd.data.distortion.pipeline import Distorter
 from s3prl_ekd.data.distortion.settings import DistortionSettings
 from s3prl_ekd.data.distortion.sources import AudioPool
-from s3prl_ekd.files.config import build
+from s3prl_ekd.files.config import from_plain_data
 
 from .conftest import make_sound
 
@@ -44,7 +44,7 @@ def only(part: str, kind: str, **more) -> DistortionSettings:
     other_part = next(name for name in weights if not name.startswith(part))
     weights[f"{part}_weights"][kind] = 1
     weights[other_part]["clean"] = 1
-    return build(DistortionSettings, {"setup": "setup1", **weights, **more}, "distortion")
+    return from_plain_data(DistortionSettings, {"setup": "setup1", **weights, **more}, "distortion")
 
 
 def make_folders(tmp_path):
@@ -86,14 +86,14 @@ def test_a_long_noise_is_cropped_and_a_short_one_looped():
     noise = torch.arange(1.0, 11.0)
     starts = set()
     for seed in range(40):
-        crop = fit(noise, 4, random.Random(seed)).tolist()
+        crop = crop_or_loop(noise, 4, random.Random(seed)).tolist()
         assert crop == list(range(int(crop[0]), int(crop[0]) + 4))
         starts.add(crop[0])
-        loop = fit(noise, 25, random.Random(seed)).tolist()
+        loop = crop_or_loop(noise, 25, random.Random(seed)).tolist()
         assert loop == [(int(loop[0]) - 1 + i) % 10 + 1 for i in range(25)]
     assert starts == set(range(1, 8))  # every start of 4 samples in 10
     silent_start = torch.cat([torch.zeros(1000), torch.ones(3)])
-    assert all(fit(silent_start, 5, random.Random(seed)).sum() > 0 for seed in range(20))
+    assert all(crop_or_loop(silent_start, 5, random.Random(seed)).sum() > 0 for seed in range(20))
 
 
 def test_gaussian_noise_is_white_and_normal():

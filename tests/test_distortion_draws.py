@@ -16,7 +16,7 @@ from s3prl_ekd.data.distortion.settings import DistortionSettings
 from s3prl_ekd.data.distortion.sources import AudioPool
 from s3prl_ekd.data.tables import read_tables
 from s3prl_ekd.errors import ConfigError, DataError
-from s3prl_ekd.files.config import build, plain
+from s3prl_ekd.files.config import from_plain_data, to_plain_data
 
 from .conftest import data_settings, make_sound
 from .test_distortion import RATE, make_folders, only
@@ -28,7 +28,7 @@ def folders(tmp_path):
 
 
 def test_kinds_are_drawn_in_proportion_to_their_weights(folders):
-    settings = build(
+    settings = from_plain_data(
         DistortionSettings,
         {
             "noise": [*folders["noise"], *folders["noise"]],
@@ -227,7 +227,7 @@ def test_a_bad_noise_file_gives_a_batch_with_an_error_message(corpus, tmp_path):
 )
 def test_bad_settings(settings, parts):
     with pytest.raises(ConfigError, match=r"\bd\b") as error:
-        build(DistortionSettings, settings, "d")
+        from_plain_data(DistortionSettings, settings, "d")
     assert "\n" not in str(error.value)
     for part in parts:
         assert re.search(rf"(?<![\w.]){re.escape(part)}(?!\w)", str(error.value)), part
@@ -235,5 +235,5 @@ def test_bad_settings(settings, parts):
 
 def test_settings_survive_a_checkpoint():
     settings = DistortionSettings(setup="setup2", noise=("a",), babble=True)
-    assert build(DistortionSettings, plain(settings), "d") == settings
+    assert from_plain_data(DistortionSettings, to_plain_data(settings), "d") == settings
     assert DistortionSettings().setup == "clean"

@@ -49,7 +49,7 @@ def recipe(task: str) -> Task:
     return TASKS[task.lower()]
 
 
-def reasons(problems: list[requirements.Problem]) -> list[str]:
+def reasons(problems: list[requirements.RequirementProblem]) -> list[str]:
     return [problem.reason for problem in problems]
 
 
@@ -209,7 +209,9 @@ def test_missing_package_is_named_with_what_to_type(tmp_path, monkeypatch):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "editdistance", None)
     state = requirements.check_recipe(recipe("ASR"), tmp_path)
-    wanted = requirements.Problem("editdistance is not installed", "pip install editdistance")
+    wanted = requirements.RequirementProblem(
+        "editdistance is not installed", "pip install editdistance"
+    )
     assert state.modules == [wanted]
 
 

@@ -13,7 +13,7 @@ from s3prl_ekd import cli, launch
 from s3prl_ekd.distill.settings import StudentSettings
 from s3prl_ekd.distill.student import Student
 from s3prl_ekd.errors import CheckpointError
-from s3prl_ekd.files.run_checkpoints import read_run
+from s3prl_ekd.files.run_checkpoints import read_checkpoint
 from s3prl_ekd.prepare.asr import Utterance, write_librispeech
 from s3prl_ekd.pretrain.tensorboard import read_scalars
 from s3prl_ekd.student_file import contents
@@ -83,7 +83,7 @@ def essence(name, *options, teachers=("hubert", "wavlm"), override=STEPS):
 
 
 def states(name, step=4):
-    return read_run(f"result/downstream/{name}/states-{step}.ckpt")
+    return read_checkpoint(f"result/downstream/{name}/states-{step}.ckpt")
 
 
 @pytest.fixture(scope="module")

@@ -17,8 +17,8 @@ import yaml
 from torch.utils.data import Dataset
 
 from s3prl_ekd.data import loader as loaders
-from s3prl_ekd.data.batches import DistillationDataset, leave_signals_to_the_main_process
-from s3prl_ekd.data.loader import BatchLoader, workers_end
+from s3prl_ekd.data.batches import DistillationDataset, ignore_stop_signals
+from s3prl_ekd.data.loader import BatchLoader, kill_workers_on_error
 from s3prl_ekd.distill.distiller import EnsembleDistiller
 from s3prl_ekd.errors import ConfigError, SetupError
 from s3prl_ekd.pretrain.interrupts import StoppedWaiting, StopSignals, explain_worker_errors
@@ -64,7 +64,7 @@ class Numbers(Dataset):
 
 
 def numbers(stuck=None, **more):
-    more = {"num_workers": 2, "worker_init_fn": leave_signals_to_the_main_process, **more}
+    more = {"num_workers": 2, "worker_init_fn": ignore_stop_signals, **more}
     return BatchLoader(Numbers(stuck), **more)
 
 
@@ -149,14 +149,14 @@ def test_no_room_for_a_semaphore(monkeypatch):
 
 def test_no_shared_memory_folder(monkeypatch, tmp_path):
     monkeypatch.setattr(loaders, "SHARED_MEMORY", str(tmp_path / "none"))
-    assert str(tmp_path / "none") in loaders.shared_memory()
+    assert str(tmp_path / "none") in loaders.shared_memory_usage()
 
 
 def test_workers_of_other_loaders_end_with_a_failed_run():
     """Those of s3prl: torch would wait five seconds for each worker."""
     loader = torch.utils.data.DataLoader(Numbers(3), num_workers=2)
     start = time.monotonic()
-    with pytest.raises(RuntimeError, match="a defect"), workers_end():
+    with pytest.raises(RuntimeError, match="a defect"), kill_workers_on_error():
         for number in loader:
             if number == 2:
                 raise RuntimeError("a defect")

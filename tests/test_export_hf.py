@@ -34,7 +34,7 @@ from s3prl_ekd.export.huggingface import (
     to_hubert,
 )
 from s3prl_ekd.export.model_card import how_made
-from s3prl_ekd.files.config import plain
+from s3prl_ekd.files.config import to_plain_data
 from s3prl_ekd.student_file import LoadedStudent, load_student, write_student
 
 VARIANTS = {
@@ -149,8 +149,8 @@ def test_round_trip_keeps_weights_bit_for_bit(write, tmp_path, variant):
     layers = {"extractor_conv_feature_layers": ""}  # the same layers, as a different text
     default = {"feature_grad_mult": 0.1}  # has no counterpart in transformers
     assert original.student.settings.conv_layers == restored.student.settings.conv_layers
-    assert {**plain(restored.student.settings), **layers} == {
-        **plain(original.student.settings),
+    assert {**to_plain_data(restored.student.settings), **layers} == {
+        **to_plain_data(original.student.settings),
         **layers,
         **default,
     }
@@ -278,7 +278,11 @@ def test_folder_and_card(write, tmp_path, capsys):
         "hubert": TeacherSettings("hubert_base"),
         "mine": TeacherSettings("/home/somebody/secret/wavlm.pt", (2, 4)),
     }
-    about = {"config": plain(DistillSettings(teachers)), "step": 1234, "made_by": "s3prl_ekd 9"}
+    about = {
+        "config": to_plain_data(DistillSettings(teachers)),
+        "step": 1234,
+        "made_by": "s3prl_ekd 9",
+    }
     path, out = write(about), tmp_path / "named"
     argv = ["export", "hf", str(path), "-o", str(out)]
     main(argv)

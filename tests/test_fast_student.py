@@ -11,8 +11,8 @@ import yaml
 
 from s3prl_ekd.distill.settings import StudentSettings
 from s3prl_ekd.distill.student import Student
-from s3prl_ekd.files.config import build
-from s3prl_ekd.files.run_checkpoints import newest, read_run
+from s3prl_ekd.files.config import from_plain_data
+from s3prl_ekd.files.run_checkpoints import newest_checkpoint, read_checkpoint
 from s3prl_ekd.pretrain.optim import fused_adamw, warmup_schedule
 from s3prl_ekd.pretrain.tensorboard import read_scalars
 from s3prl_ekd.workspace import write_workspace
@@ -40,7 +40,7 @@ def run(tmp_path, teachers, corpus, monkeypatch, pretrain):
 
 
 def student_of(name):
-    return read_run(newest(f"result/pretrain/{name}"))["EKD"]["student"]
+    return read_checkpoint(newest_checkpoint(f"result/pretrain/{name}"))["EKD"]["student"]
 
 
 def largest_difference(first, second):
@@ -49,7 +49,7 @@ def largest_difference(first, second):
 
 def test_activation_checkpointing_changes_neither_loss_nor_gradients():
     torch.manual_seed(0)
-    settings = build(StudentSettings, {**STUDENT, "encoder_layerdrop": 0.0}, "test")
+    settings = from_plain_data(StudentSettings, {**STUDENT, "encoder_layerdrop": 0.0}, "test")
     student = Student(settings).train()
     waves, lengths = torch.randn(2, 8000), torch.tensor([8000, 5000])
 

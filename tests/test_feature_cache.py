@@ -17,7 +17,7 @@ from s3prl.upstream.interfaces import Featurizer
 
 from s3prl_ekd import cli
 from s3prl_ekd.downstream.feature_cache import (
-    Counts,
+    CacheCounts,
     _output_digest,
     cached_runner,
     excerpt_length,
@@ -27,7 +27,7 @@ from s3prl_ekd.downstream.feature_cache import (
 from s3prl_ekd.downstream.noise import find_noises, mix, noisy_runner
 from s3prl_ekd.downstream.run import prepare
 from s3prl_ekd.errors import SetupError
-from s3prl_ekd.files.run_checkpoints import read_run
+from s3prl_ekd.files.run_checkpoints import read_checkpoint
 from s3prl_ekd.hidden_states.feature_store import FeatureStore, to_storage_dtype, wave_key
 from s3prl_ekd.request import CacheOptions, DownstreamRequest, NoisyTest
 
@@ -426,10 +426,10 @@ def test_wrong_options_are_one_line_errors(tmp_path, monkeypatch, options, varia
 
 
 def test_counts_are_read_from_a_log():
-    first, second = Counts(1, 2, 3, 4), Counts(10, 20, 30, 40)
+    first, second = CacheCounts(1, 2, 3, 4), CacheCounts(10, 20, 30, 40)
     log = f"test acc: 0.5\nINFO s3prl_ekd: {first}\nnonsense\nINFO s3prl_ekd: {second}\n"
-    assert read_counts(log) == first + second == Counts(11, 22, 33, 44)
-    assert read_counts("") == Counts()
+    assert read_counts(log) == first + second == CacheCounts(11, 22, 33, 44)
+    assert read_counts("") == CacheCounts()
 
 
 # --- runs
@@ -476,7 +476,9 @@ def test_with_batch_size_1_a_cached_run_equals_s3prls(downstream, teachers, work
     downstream(*train_argv("plain", teachers))
     counts = downstream(*train_argv("cached", teachers, "--cache-features", "features"))
     assert counts.misses == len(files(work / "features")) > 0 and counts.hits > 0
-    plain, cached = (read_run(work / name / "states-12.ckpt") for name in ("plain", "cached"))
+    plain, cached = (
+        read_checkpoint(work / name / "states-12.ckpt") for name in ("plain", "cached")
+    )
     for part in ("Featurizer", "Downstream"):
         for key, value in plain[part].items():
             if isinstance(value, torch.Tensor):
@@ -485,7 +487,7 @@ def test_with_batch_size_1_a_cached_run_equals_s3prls(downstream, teachers, work
     downstream(*test, "plain/states-12.ckpt")
     first = downstream(*test, "cached/states-12.ckpt", "--cache-features", "features")
     second = downstream(*test, "cached/states-12.ckpt", "--cache-features", "features")
-    assert first.misses and second == Counts(first.hits + first.misses)
+    assert first.misses and second == CacheCounts(first.hits + first.misses)
     name = "test_fold1_predict.txt"
     assert (work / "plain" / name).read_text() == (work / "cached" / name).read_text()
 
@@ -497,7 +499,9 @@ def test_an_interrupted_cached_run_resumes_exactly(downstream, teachers, work):
     argv = ("-m", "train", "-e", "resumed/states-6.ckpt", "-o", "args.expdir='resumed'")
     counts = downstream(*argv, "--cache-features", "second")
     assert counts.misses  # the second cache was empty
-    full, resumed = (read_run(work / name / "states-12.ckpt") for name in ("full", "resumed"))
+    full, resumed = (
+        read_checkpoint(work / name / "states-12.ckpt") for name in ("full", "resumed")
+    )
     assert resumed["Step"] == 12
     assert math.isfinite(sum(v.sum() for v in resumed["Featurizer"].values()))
     for part in ("Featurizer", "Downstream"):

@@ -23,7 +23,7 @@ from s3prl_ekd.errors import CheckpointError, EkdError
 from s3prl_ekd.essence.units import Units, load_units, save_units
 from s3prl_ekd.files import run_checkpoints as checkpoints
 from s3prl_ekd.files.formats import CHECKPOINT_PARTS
-from s3prl_ekd.hidden_states.store import Block, Index, read_index, write_index
+from s3prl_ekd.hidden_states.store import Index, TargetBlock, read_index, write_index
 from s3prl_ekd.pretrain import run as pretrain_run
 from s3prl_ekd.pretrain import sweep as matrix
 from s3prl_ekd.pretrain.checkpoints import CheckpointManager
@@ -103,20 +103,20 @@ def test_a_newer_checkpoint_is_not_skipped_for_an_older_one(tmp_path, student, e
     """A run resumed from step 1 would overwrite the newer checkpoint of step 2."""
     torch.save(run(student), tmp_path / "states-1.ckpt")
     torch.save(run(student, 2, EKD_Run={"version": 2}), tmp_path / "states-2.ckpt")
-    error_of(checkpoints.newest, tmp_path, version=2)
+    error_of(checkpoints.newest_checkpoint, tmp_path, version=2)
     error_of(CheckpointManager(tmp_path, 5, "").prune, 1, version=2)
     assert (tmp_path / "states-2.ckpt").exists()
 
 
 def test_a_downstream_checkpoint_without_a_version_can_be_read(tmp_path, student):
-    state = downstream_resume.Place(None).state()
+    state = downstream_resume.EpochPosition(None).state()
     assert state.pop("version") == 1
     torch.save(run(student, EKD_Resume=state), tmp_path / "states-1.ckpt")
-    assert checkpoints.read_run(tmp_path / "states-1.ckpt")["EKD_Resume"]["batches"] == 0
+    assert checkpoints.read_checkpoint(tmp_path / "states-1.ckpt")["EKD_Resume"]["batches"] == 0
 
 
 def test_target_caches(tmp_path, error_of):
-    write_index(tmp_path, Index("float16", (Block("a", 1, 2),), 0, {}, ()))
+    write_index(tmp_path, Index("float16", (TargetBlock("a", 1, 2),), 0, {}, ()))
     path = tmp_path / "index.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 99, "layout": None}))
     assert str(tmp_path) in error_of(read_index, tmp_path)
@@ -138,7 +138,7 @@ def test_units(tmp_path, error_of):
 def test_records_of_superb(tmp_path, error_of, finished):
     path = tmp_path / "superb.json"
     path.write_text(json.dumps({"format": 99, "finished": finished, "of": "a later version"}))
-    for read in (superb.read_record, records.read_run):
+    for read in (superb.read_record, records.read_finished_run):
         message = error_of(read, tmp_path)
         assert str(path) in message and "remove" not in message
 

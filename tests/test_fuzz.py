@@ -33,7 +33,7 @@ from s3prl_ekd.distill.heads import PredictionHeads
 from s3prl_ekd.distill.settings import StudentSettings
 from s3prl_ekd.distill.student import Student
 from s3prl_ekd.errors import EkdError
-from s3prl_ekd.files.config import apply_overrides, plain
+from s3prl_ekd.files.config import apply_overrides, to_plain_data
 from s3prl_ekd.pretrain.settings import load_model_config, load_runner_config
 from s3prl_ekd.student_file import LoadedStudent, contents, load_student
 
@@ -213,7 +213,7 @@ def test_config_of_any_values(kind, file, data):
     file.write_text(yaml.safe_dump(mutated), encoding="utf-8")
     loaded = read_or_error(load, file)
     if loaded is not None:  # written and read again, it is equal
-        file.write_text(yaml.safe_dump(plain(loaded)), encoding="utf-8")
+        file.write_text(yaml.safe_dump(to_plain_data(loaded)), encoding="utf-8")
         assert load(file) == loaded
 
 

@@ -15,7 +15,7 @@ from tensorboardX.proto import event_pb2
 
 from s3prl_ekd.downstream.run import prepare
 from s3prl_ekd.errors import CheckpointError
-from s3prl_ekd.files.run_checkpoints import newest, read_run
+from s3prl_ekd.files.run_checkpoints import newest_checkpoint, read_checkpoint
 from s3prl_ekd.launch import run_pretrain
 from s3prl_ekd.pretrain.settings import load_model_config
 from s3prl_ekd.student_file import load_student
@@ -99,7 +99,7 @@ def test_every_tiny_experiment_takes_two_steps(tmp_path, corpus, monkeypatch, ca
         argv += ["-g", f"pretrain/ekd/{name}.yaml", "--device", "cpu"]
         monkeypatch.setattr(sys, "argv", ["run_pretrain.py", *argv])
         assert run_pretrain() == 0, name
-        states = read_run(newest(tmp_path / "result/pretrain" / name))
+        states = read_checkpoint(newest_checkpoint(tmp_path / "result/pretrain" / name))
         assert states["Step"] == 2, name
         assert all(torch.isfinite(value).all() for value in states["EKD"]["student"].values())
 
@@ -126,11 +126,11 @@ def test_tensorboard_has_every_teacher_and_layer(workspace):
 
 def test_the_checkpoint_keeps_s3prls_keys(workspace):
     run = workspace / "result/pretrain/x"
-    states = read_run(newest(run))
+    states = read_checkpoint(newest_checkpoint(run))
     assert {"Optimizer", "Step", "Args", "Config", "Upstream_Config"} <= states.keys()
     assert states["Config"]["runner"]["total_steps"] == 6  # not overwritten by the model's
     assert states["Upstream_Config"]["teachers"]["wavlm"]["layers"] == [2, 4]
-    assert states["Step"] == 6 and newest(run).name.startswith("states-")
+    assert states["Step"] == 6 and newest_checkpoint(run).name.startswith("states-")
     # Teachers are not optimised: the optimizer has at most one state for each student tensor.
     trained = len(states["EKD"]["student"]) + len(states["EKD"]["heads"])
     assert 0 < len(states["Optimizer"]["state"]) <= trained
@@ -147,7 +147,7 @@ def test_resume_from_the_newest_valid_checkpoint(workspace, tmp_path):
     assert re.search(r"\bstep 6\b", result.stderr)
     assert "Training for 8 steps" in result.stdout  # s3prl's own message
     (run / "states-9.ckpt").unlink()
-    assert read_run(newest(run))["Step"] == 8
+    assert read_checkpoint(newest_checkpoint(run))["Step"] == 8
     steps = [step for step, _ in scalars(run)["ekd/train-loss"]]
     assert steps[-1] == 8 and steps.count(6) == 1
 
@@ -155,10 +155,10 @@ def test_resume_from_the_newest_valid_checkpoint(workspace, tmp_path):
 def test_a_resumed_run_starts_with_the_saved_weights(workspace, tmp_path):
     """A step with learning rate 0 (the schedule is finished) does not change the student."""
     shutil.copytree(workspace / "pretrain", tmp_path / "pretrain")
-    saved = newest(workspace / "result/pretrain/x")
+    saved = newest_checkpoint(workspace / "result/pretrain/x")
     override = f"config.runner.total_steps=7,,args.expdir='{tmp_path}/again'"
     command("run_pretrain.py", "-e", saved, "-o", override, cwd=tmp_path)
-    before, after = (load_student(path) for path in (saved, newest(tmp_path / "again")))
+    before, after = (load_student(path) for path in (saved, newest_checkpoint(tmp_path / "again")))
     assert after.about["step"] == 7
     for key, value in before.student.state_dict().items():
         # s3prl's weight decay is scaled by the learning rate, so it has no effect either
@@ -169,7 +169,7 @@ def test_export_student(workspace, tmp_path):
     run = workspace / "result/pretrain/x"
     out = command("export", "student", run, "-o", tmp_path / "s.pt", cwd=tmp_path).stdout
     assert "s.pt" in out and re.search(r"\bstep 6\b", out)
-    from_run, exported = load_student(newest(run)), load_student(tmp_path / "s.pt")
+    from_run, exported = load_student(newest_checkpoint(run)), load_student(tmp_path / "s.pt")
     for key, value in from_run.student.state_dict().items():
         assert torch.equal(exported.student.state_dict()[key], value)
     torch.load(tmp_path / "s.pt", weights_only=True)
@@ -242,12 +242,12 @@ def test_in_a_checkout(tmp_path, teachers, corpus, s3prl_script):
         script.write_text(script.read_text() + "\nprint('the script of the checkout')\n")
         result = command("run_pretrain.py", *argv, cwd=tmp_path)
         assert "the script of the checkout" in result.stdout
-    path = newest(tmp_path / "result/pretrain/x")
+    path = newest_checkpoint(tmp_path / "result/pretrain/x")
     assert load_student(path).about["step"] == 6
     # Our command resumes both: the schedule's class has another module name in the first.
     options = ("-o", "config.runner.total_steps=7")
     command("run_pretrain.py", "-u", "ekd", "-n", "x", "-a", *options, cwd=tmp_path)
-    assert read_run(newest(tmp_path / "result/pretrain/x"))["Step"] == 7
+    assert read_checkpoint(newest_checkpoint(tmp_path / "result/pretrain/x"))["Step"] == 7
 
 
 @pytest.mark.parametrize(
@@ -279,9 +279,9 @@ def test_broken_pipe(tmp_path):
 def test_newest_checkpoint_is_by_step_not_by_name(tmp_path):
     for name, step in (("states-epoch-2.ckpt", 50), ("states-40.ckpt", 40)):
         torch.save({"Step": step, "Args": Namespace(), "Config": {}}, tmp_path / name)
-    assert newest(tmp_path).name == "states-epoch-2.ckpt"
+    assert newest_checkpoint(tmp_path).name == "states-epoch-2.ckpt"
     (tmp_path / "sub").mkdir()
-    assert newest(tmp_path / "sub") is None
+    assert newest_checkpoint(tmp_path / "sub") is None
     (tmp_path / "sub" / "states-1.ckpt").write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"\b1 checkpoints .*sub"):
-        newest(tmp_path / "sub")
+        newest_checkpoint(tmp_path / "sub")

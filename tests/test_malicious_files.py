@@ -209,7 +209,7 @@ class Rejected:
 @pytest.fixture
 def rejected(capsys, monkeypatch):
     yield Rejected(capsys, monkeypatch)
-    trust.take([])
+    trust.read_option([])
 
 
 @pytest.fixture(scope="module")
@@ -564,7 +564,7 @@ def test_s3prl_does_not_evaluate_overrides(here, monkeypatch):
     """Even if one passes our checks."""
     from s3prl_ekd.compat import no_eval
 
-    no_eval.guard()
+    no_eval.block_eval()
     from s3prl.utility.helper import override
 
     config = {}
@@ -642,17 +642,19 @@ def test_trust_checkpoint(here, capsys):
     """The option loads a file with (harmless) code; without it the file is rejected."""
     torch.save({"x": Evil()}, here / "old.ckpt")
     MARKER.unlink(missing_ok=True)
-    assert trust.take(["-e", "a"]) == ["-e", "a"] and not trust.trusted()
+    assert trust.read_option(["-e", "a"]) == ["-e", "a"] and not trust.trusted()
     with pytest.raises(CheckpointError, match="posix.system.*--trust-checkpoint"):
         safe_load(here / "old.ckpt")
     assert not MARKER.exists()
     try:
-        assert trust.take(["-e", "--trust-checkpoint", "a"]) == ["-e", "a"] and trust.trusted()
+        assert (
+            trust.read_option(["-e", "--trust-checkpoint", "a"]) == ["-e", "a"] and trust.trusted()
+        )
         assert safe_load(here / "old.ckpt") == {"x": 0}
         assert MARKER.exists()
         assert os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] == "1"
     finally:
-        trust.take([])
+        trust.read_option([])
         MARKER.unlink(missing_ok=True)
     assert not trust.trusted() and "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD" not in os.environ
 
@@ -675,7 +677,7 @@ def test_evals_of_layers_are_replaced(module, name):
     from s3prl_ekd.errors import ConfigError
 
     compat.apply()
-    no_eval.guard()
+    no_eval.block_eval()
     loaded = importlib.import_module(f"s3prl.upstream.{module}")
     assert f"eval(cfg.{name})" in Path(loaded.__file__).read_text()
     assert loaded.eval("[(512, 10, 5)] + [(512, 3, 2)] * 2")[1:] == [(512, 3, 2)] * 2
@@ -692,12 +694,12 @@ def test_read_layers_reads_lists_of_numbers():
 
 @pytest.mark.parametrize("key", ["feat_type", "utter_module", "ObjectiveLoss"])
 def test_code_in_the_yaml_of_an_upstream(tmp_path, key):
-    from s3prl_ekd.downstream.run import check_upstream
+    from s3prl_ekd.downstream.run import check_upstream_paths
     from s3prl_ekd.errors import ConfigError
 
     config = tmp_path / "upstream.yaml"
     config.write_text(yaml.safe_dump({"kaldi": {key: "fbank"}}))
-    check_upstream("baseline_local", None, str(config))
+    check_upstream_paths("baseline_local", None, str(config))
     config.write_text(yaml.safe_dump({"kaldi": {key: CODE}}))
     with pytest.raises(ConfigError, match=f"kaldi.{key}"):
-        check_upstream("baseline_local", None, str(config))
+        check_upstream_paths("baseline_local", None, str(config))

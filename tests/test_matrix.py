@@ -6,7 +6,7 @@ import statistics
 
 import pytest
 
-from s3prl_ekd.pretrain.sweep import SweepResult, markdown, results_table
+from s3prl_ekd.pretrain.sweep import SweepResult, markdown_table, results_table
 from s3prl_ekd.pretrain.tensorboard import read_scalars
 
 from .conftest import command, write_configs
@@ -21,7 +21,7 @@ def test_the_table():
     assert rows[0] == ["experiment", "seeds", "loss", "L1 to x", "L1 to y", "seconds"]
     assert rows[1] == ["a", "2", "1.5000 ± 0.7071", "0.6000 ± 0.1414", "", "15"]
     assert rows[2] == ["b", "1", "3.0000", "0.1000", "0.2000", "1"]
-    assert markdown(rows).splitlines()[1].startswith("|------------|")
+    assert markdown_table(rows).splitlines()[1].startswith("|------------|")
 
 
 def test_finished_runs_are_kept(tmp_path, teachers, corpus):

@@ -15,7 +15,7 @@ from s3prl_ekd import cli
 from s3prl_ekd.downstream.noise import find_noises, mix, noisy_runner
 from s3prl_ekd.downstream.run import in_noisy_folder, prepare
 from s3prl_ekd.errors import DataError, EkdError, SetupError
-from s3prl_ekd.files.config import literal
+from s3prl_ekd.files.config import override_value
 from s3prl_ekd.request import DownstreamRequest, NoisyTest
 
 from .conftest import command, make_sound, run_python
@@ -148,7 +148,7 @@ def test_hidden_states_equal_those_of_waveforms_mixed_by_hand(waves, noise_folde
 @pytest.mark.parametrize("path", ["a/b_snr5", "it's", "a=b,,c", 'q"=\\', "x y"])
 def test_any_folder_name_passes_s3prls_override(path, capsys):
     args = Namespace(expdir="old")
-    override(f"config.a.b=1,,args.expdir={literal(path)}", args, {})
+    override(f"config.a.b=1,,args.expdir={override_value(path)}", args, {})
     assert args.expdir == path
 
 

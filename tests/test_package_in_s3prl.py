@@ -24,7 +24,7 @@ from s3prl_ekd.distill.aggregation import TargetSpec
 from s3prl_ekd.distill.heads import PredictionHeads
 from s3prl_ekd.distill.settings import StudentSettings
 from s3prl_ekd.distill.student import Student
-from s3prl_ekd.files.run_checkpoints import read_run
+from s3prl_ekd.files.run_checkpoints import read_checkpoint
 from s3prl_ekd.student_file import LoadedStudent, write_student
 from s3prl_ekd.workspace import write_workspace
 
@@ -126,7 +126,9 @@ def train(workspace, monkeypatch):
             assert launch.run_downstream() == 0
         finally:
             sys.modules.pop("expert", None)
-        return recording, read_run(workspace / "result" / "downstream" / name / "states-2.ckpt")
+        return recording, read_checkpoint(
+            workspace / "result" / "downstream" / name / "states-2.ckpt"
+        )
 
     return train
 

@@ -10,7 +10,7 @@ import soundfile
 
 from s3prl_ekd import cli
 from s3prl_ekd.analysis.choice import choose_audio
-from s3prl_ekd.data.audio_files import find_audio, is_passed_over
+from s3prl_ekd.data.audio_files import find_audio, is_hidden_or_system
 from s3prl_ekd.data.distortion.sources import AudioPool
 from s3prl_ekd.demo.corpus import RECORD, checksum, make_corpus
 from s3prl_ekd.demo.labels import make_labels
@@ -22,7 +22,7 @@ from s3prl_ekd.prepare.er import SESSIONS, read_iemocap
 from s3prl_ekd.prepare.er import check_shape as check_iemocap
 from s3prl_ekd.prepare.librispeech import measure_splits, read_texts
 from s3prl_ekd.prepare.sid import check_shape as check_voxceleb1
-from s3prl_ekd.pretrain.target_cache.build import begin
+from s3prl_ekd.pretrain.target_cache.build import start_build
 
 APPLE_DOUBLE = b"\0\5\x16\7\0\2\0\0Mac OS X        "  # start of a ._ file of macOS
 IGNORED = (
@@ -142,12 +142,12 @@ def test_the_corpus_of_the_demo(folder, tmp_path, monkeypatch):
 def test_a_target_cache_folder_with_a_ds_store(tmp_path):
     (tmp_path / ".DS_Store").write_bytes(APPLE_DOUBLE)
     index = Index("float16", (("a", 1, 4),), 1, {}, ("a.flac",))
-    begin(tmp_path, index, force=False)
+    start_build(tmp_path, index, force=False)
     (tmp_path / "notes.txt").touch()
     with pytest.raises(DataError, match="notes.txt"):
-        begin(tmp_path, index, force=False)
+        start_build(tmp_path, index, force=False)
 
 
 @pytest.mark.parametrize("name", ["a.flac", "_a.flac", "MACOSX", "a.", "…"])
 def test_names_that_are_not_ignored(name):
-    assert not is_passed_over(name)
+    assert not is_hidden_or_system(name)

@@ -11,9 +11,9 @@ import pytest
 import torch
 import yaml
 
-from s3prl_ekd.data.sampling import EpochOrder, FixedOrder
+from s3prl_ekd.data.sampling import EpochSampler, FixedOrderSampler
 from s3prl_ekd.errors import SetupError
-from s3prl_ekd.files.run_checkpoints import newest, read_run
+from s3prl_ekd.files.run_checkpoints import newest_checkpoint, read_checkpoint
 from s3prl_ekd.pretrain.checkpoints import Progress
 from s3prl_ekd.pretrain.distributed import ProcessGroup, join_process_group, mean_records
 from s3prl_ekd.pretrain.tensorboard import read_scalars
@@ -76,7 +76,7 @@ def run(folder, start, name, *argv, code=0):
 
 
 def states(folder, name):
-    return read_run(newest(folder / "result/pretrain" / name))
+    return read_checkpoint(newest_checkpoint(folder / "result/pretrain" / name))
 
 
 def weights(folder, name):
@@ -134,7 +134,7 @@ def test_two_processes_equal_one_with_two_accumulated_batches(folder):
     run(folder, PYTHON, "one")
     one, two = weights(folder, "one"), weights(folder, "two")
     assert (one - two).abs().max() < 1e-5
-    start = read_run(folder / "result/pretrain/one/states-10.ckpt")["EKD"]["student"]
+    start = read_checkpoint(folder / "result/pretrain/one/states-10.ckpt")["EKD"]["student"]
     end = states(folder, "one")["EKD"]["student"]
     moved = max((start[name] - end[name]).abs().max() for name in start)
     assert moved > 1e-3  # more than a hundred times the tolerance
@@ -195,7 +195,7 @@ def test_a_lost_process_ends_the_run_with_a_checkpoint(folder, lost):
         assert running.wait(60) != 0
     output = (folder / "log.txt").read_text(errors="replace")
     saved = states(folder, "x")
-    assert saved["Step"] >= 1 and newest(events).name == "last.ckpt"
+    assert saved["Step"] >= 1 and newest_checkpoint(events).name == "last.ckpt"
     error = rf"\berror\b.*\b{saved['Step']}\b.*run_pretrain.py -u ekd -n x -a"
     assert re.search(error, output), output[-3000:]
     if lost == 0:  # resuming is tested with the other case
@@ -273,13 +273,13 @@ def rank_of(agent, rank):
 
 @pytest.mark.parametrize(("count", "processes"), [(7, 1), (7, 2), (7, 3), (8, 4), (2, 5), (1, 3)])
 def test_ranks_take_turns_in_the_order_of_one_process(count, processes):
-    order = EpochOrder(count, seed=3)
+    order = EpochSampler(count, seed=3)
     items = [item for _ in range(4 * processes**2 + 3) for item in order]
     for start in (0, 1, count - 1):
         by_rank = []
         for rank in range(processes):
-            order = EpochOrder(count, seed=3)
-            order.go_to(0, start, rank, processes)
+            order = EpochSampler(count, seed=3)
+            order.seek(0, start, rank, processes)
             by_rank.append([item for _ in range(3 * processes) for item in order])
         for i in range(min(map(len, by_rank))):
             position = start + i * processes
@@ -287,7 +287,7 @@ def test_ranks_take_turns_in_the_order_of_one_process(count, processes):
 
 
 def test_ranks_take_turns_in_the_fixed_order():
-    orders = [FixedOrder(5) for _ in range(3)]
+    orders = [FixedOrderSampler(5) for _ in range(3)]
     for rank, order in enumerate(orders):
         order.rank, order.processes = rank, 3
     assert [list(order) for order in orders] == [[0, 3], [1, 4], [2]]

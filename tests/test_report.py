@@ -13,7 +13,7 @@ from s3prl_ekd.errors import DataError
 from s3prl_ekd.superb.metrics import compute_metrics
 from s3prl_ekd.superb.report import make_report, sort_conditions
 from s3prl_ekd.superb.report_text import MARK, as_csv, as_markdown
-from s3prl_ekd.superb.results import read_results, select
+from s3prl_ekd.superb.results import read_results, select_best_lr
 from s3prl_ekd.superb.score import LABEL, superb_score
 
 from .conftest import command
@@ -64,7 +64,7 @@ def test_er_is_the_mean_of_its_folds(tmp_path):
     # 3 of 4 right and 1 of 10: the mean of 75 and 10 is 42.5; of all 14 it would be 28.6
     write_run(tmp_path, "s", "er", labels(3, 1, "a"), fold="fold1")
     write_run(tmp_path, "s", "er", labels(1, 9, "b"), fold="fold2")
-    selections = list(select(read_results([tmp_path]).runs).values())
+    selections = list(select_best_lr(read_results([tmp_path]).runs).values())
     (metric,) = compute_metrics(selections, "clean", 4000)
     assert metric.value == 42.5 and metric.utterances == 14 and metric.deviation is None
     # folds are resampled separately: variances p(1-p)/n add, and the mean of two halves the sd
@@ -76,7 +76,7 @@ def test_er_is_the_mean_of_its_folds(tmp_path):
 def test_the_interval_lies_around_the_metric(tmp_path):
     # 80 of 100 right: 80 -+ 1.96 * sqrt(0.8 * 0.2 / 100) = 72.2 to 87.8; errors would be 12 to 28
     write_run(tmp_path, "s", "sid", labels(80, 20))
-    metric = report_of(tmp_path, resamples=4000).measures["s", "sid", "clean"]
+    metric = report_of(tmp_path, resamples=4000).metrics["s", "sid", "clean"]
     assert metric.value == 80 and metric.interval == pytest.approx((72.2, 87.8), abs=1.01)
 
 
@@ -86,7 +86,7 @@ def test_seeds_are_averaged_on_the_same_resamples(tmp_path):
     two = {f"u{i}": ("y" if i % 2 else "x", "x") for i in range(40)}
     write_run(tmp_path, "s", "sid", one, seed=1)
     write_run(tmp_path, "s", "sid", two, seed=2)
-    selections = list(select(read_results([tmp_path]).runs).values())
+    selections = list(select_best_lr(read_results([tmp_path]).runs).values())
     (metric,) = compute_metrics(selections, "clean", 200)
     assert metric.by_seed == (50, 50) and metric.deviation == 0
     assert metric.resampled == pytest.approx(np.full(200, 50.0)) and metric.interval == (50, 50)
@@ -95,7 +95,7 @@ def test_seeds_are_averaged_on_the_same_resamples(tmp_path):
 def test_the_deviation_over_seeds_by_hand(tmp_path):
     for seed, right in ((1, 60), (2, 70), (3, 80)):
         write_run(tmp_path, "s", "sid", labels(right, 100 - right), seed=seed)
-    metric = report_of(tmp_path).measures["s", "sid", "clean"]
+    metric = report_of(tmp_path).metrics["s", "sid", "clean"]
     assert metric.value == pytest.approx(70) and metric.deviation == pytest.approx(10)
 
 
@@ -110,9 +110,9 @@ def test_upstreams_reported_together_or_separately(tmp_path):
     write_four(tmp_path, "a", pr=2)
     write_four(tmp_path, "b", pr=4)
     write_run(tmp_path, "c", "pr", words(3, count=7))  # another test set
-    together = report_of(tmp_path).measures
+    together = report_of(tmp_path).metrics
     for name in "abc":
-        alone = report_of(tmp_path / name).measures[name, "pr", "clean"]
+        alone = report_of(tmp_path / name).metrics[name, "pr", "clean"]
         assert (alone.resampled == together[name, "pr", "clean"].resampled).all()
         assert alone.value == together[name, "pr", "clean"].value
     assert [together[n, "pr", "clean"].value for n in "abc"] == pytest.approx([20, 40, 30])

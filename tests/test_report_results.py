@@ -7,7 +7,7 @@ import pytest
 
 from s3prl_ekd.errors import EkdError
 from s3prl_ekd.superb.report import make_report
-from s3prl_ekd.superb.results import Run, incomplete, read_results, select
+from s3prl_ekd.superb.results import FinishedRun, incomplete, read_results, select_best_lr
 from s3prl_ekd.superb.score import ANCHORS, PUBLISHED, superb_score
 
 from .superb_runs import write_cost, write_run
@@ -148,7 +148,7 @@ def test_runs_that_are_not_comparable_are_an_error(tmp_path):
 
 
 def selections_of(root):
-    return select(read_results([root]).runs)
+    return select_best_lr(read_results([root]).runs)
 
 
 def test_the_learning_rate_with_the_best_mean_on_dev(tmp_path):
@@ -184,7 +184,7 @@ def test_er_needs_all_folds(tmp_path):
         write_run(tmp_path, "other", "er", PAIRS, fold=f"fold{i}")
     write_run(tmp_path, "s", "er", PAIRS, fold="fold3", finished=False)
     results = read_results([tmp_path])
-    assert set(select(results.runs, results.unfinished)) == {("other", "er")}
+    assert set(select_best_lr(results.runs, results.unfinished)) == {("other", "er")}
     assert incomplete(results.runs, results.unfinished) == ["s, er, lr 0.001: no seed 1337 fold3"]
 
 
@@ -192,7 +192,7 @@ def test_no_complete_learning_rate(tmp_path):
     write_run(tmp_path, "s", "pr", PAIRS, lr=0.1, seed=1)
     write_run(tmp_path, "s", "pr", PAIRS, lr=0.2, seed=2)
     runs = read_results([tmp_path]).runs
-    assert select(runs) == {}
+    assert select_best_lr(runs) == {}
     assert incomplete(runs) == ["s, pr, lr 0.1: no seed 2", "s, pr, lr 0.2: no seed 1"]
 
 
@@ -202,7 +202,7 @@ def test_the_order_of_equal_learning_rates_and_of_folds(tmp_path):
             write_run(tmp_path, "s", "er", PAIRS, lr=lr, fold=f"fold{i}", dev=50.0)
     er = selections_of(tmp_path)["s", "er"]
     assert er.lr == 0.001 and er.folds == ("fold1", "fold2", "fold10")
-    assert all(isinstance(run, Run) for run in er.runs)
+    assert all(isinstance(run, FinishedRun) for run in er.runs)
 
 
 def test_the_score_of_hubert_base_by_hand():

@@ -9,9 +9,9 @@ import pytest
 import torch
 import yaml
 
-from s3prl_ekd.compat.no_eval import check_names
+from s3prl_ekd.compat.no_eval import reject_code
 from s3prl_ekd.errors import ConfigError
-from s3prl_ekd.files.run_checkpoints import newest, read_run
+from s3prl_ekd.files.run_checkpoints import newest_checkpoint, read_checkpoint
 from s3prl_ekd.pretrain.settings import load_model_config
 from s3prl_ekd.pretrain.tensorboard import read_scalars
 
@@ -40,7 +40,7 @@ def run(finished, tmp_path, monkeypatch, pretrain_script):
 
 
 def latest():
-    return read_run(newest("result/pretrain/x"))
+    return read_checkpoint(newest_checkpoint("result/pretrain/x"))
 
 
 def test_a_longer_run_has_the_schedule_of_its_length(run):
@@ -57,10 +57,10 @@ def test_a_longer_run_has_the_schedule_of_its_length(run):
 
 
 def test_a_new_run_in_the_folder_of_another(run):
-    before = {path.name for path in newest("result/pretrain/x").parent.iterdir()}
+    before = {path.name for path in newest_checkpoint("result/pretrain/x").parent.iterdir()}
     code, output = run("-u", "ekd", "-n", "x", "-c", "runner.yaml", "-g", "model.yaml")
     assert code == 2 and "result/pretrain/x" in output and "-a" in output
-    assert {path.name for path in newest("result/pretrain/x").parent.iterdir()} == before
+    assert {path.name for path in newest_checkpoint("result/pretrain/x").parent.iterdir()} == before
 
 
 def test_the_config_of_a_resumed_run_is_checked(run):
@@ -72,8 +72,8 @@ def test_the_config_of_a_resumed_run_is_checked(run):
 def test_text_in_a_checkpoint_is_not_evaluated(run, tmp_path, key):
     """s3prl would evaluate it."""
     code_text = "__import__('os').mkdir('hacked')"
-    path = newest("result/pretrain/x")
-    states = read_run(path)
+    path = newest_checkpoint("result/pretrain/x")
+    states = read_checkpoint(path)
     if key == "override":
         states["Args"].override = f"config.runner.fp16={code_text}"
     else:
@@ -116,15 +116,15 @@ def test_a_missing_device(run):
 )
 def test_text_that_s3prl_evaluates_must_be_a_name(config):
     with pytest.raises(ConfigError, match="x.yaml"):
-        check_names(config, "x.yaml")
+        reject_code(config, "x.yaml")
 
 
 def test_names_and_other_texts_pass():
     from .conftest import REPO
 
     for path in (REPO / "downstream_recipes").rglob("*.yaml"):
-        check_names(yaml.safe_load(path.read_text()), path.name)
-    check_names({"corpus": {"name": "a b"}, "x": {"unk_weight": "-math.inf"}}, "x.yaml")
+        reject_code(yaml.safe_load(path.read_text()), path.name)
+    reject_code({"corpus": {"name": "a b"}, "x": {"unk_weight": "-math.inf"}}, "x.yaml")
 
 
 def only_error(output):
@@ -169,8 +169,8 @@ def test_another_optimizer(run):
 
 def changed_checkpoint(change):
     """Change the contents of the newest checkpoint."""
-    path = newest("result/pretrain/x")
-    states = read_run(path)
+    path = newest_checkpoint("result/pretrain/x")
+    states = read_checkpoint(path)
     change(states)
     torch.save(states, "new.ckpt")
     for name in (path, path.with_name("last.ckpt")):
@@ -235,11 +235,11 @@ def test_a_corpus_table_that_has_changed(run, tmp_path, corpus, caplog):
 @pytest.mark.parametrize("how", ["bit", "half", "nothing"])
 def test_a_damaged_newest_checkpoint_is_skipped(run, how, caplog, tmp_path):
     caplog.set_level("INFO")
-    path = newest("result/pretrain/x")
+    path = newest_checkpoint("result/pretrain/x")
     assert path.name == "states-6.ckpt"
     data = bytearray(path.read_bytes())
     if how == "bit":
-        weights = read_run(path)["EKD"]["student"]["backbone.encoder.layers.0.fc1.weight"]
+        weights = read_checkpoint(path)["EKD"]["student"]["backbone.encoder.layers.0.fc1.weight"]
         data[data.index(weights.numpy().tobytes()) + 100] ^= 1
     else:
         del data[len(data) // 2 if how == "half" else 0 :]
@@ -256,14 +256,14 @@ def test_a_damaged_newest_checkpoint_is_skipped(run, how, caplog, tmp_path):
 
 
 def test_only_damaged_checkpoints(run):
-    for path in newest("result/pretrain/x").parent.glob("*.ckpt"):
+    for path in newest_checkpoint("result/pretrain/x").parent.glob("*.ckpt"):
         path.write_bytes(path.read_bytes()[:-1000])
     code, output = run("-u", "ekd", "-n", "x", "-a")
     assert code == 2 and re.search(r"\b3\b.*\bresult/pretrain/x\b", only_error(output))
 
 
 def test_resuming_an_earlier_step_renames_later_checkpoints(run):
-    folder = newest("result/pretrain/x").parent
+    folder = newest_checkpoint("result/pretrain/x").parent
     (folder / "states-5.ckpt.123.tmp").write_bytes(b"half")  # as a killed run leaves it
     more = "config.runner.total_steps=5,,config.runner.save_step=4"
     code, output = run("-e", str(folder / "states-3.ckpt"), "-o", more)
@@ -279,7 +279,7 @@ def test_resume_a_moved_run(run, tmp_path):
     shutil.move("result/pretrain/x", tmp_path / "moved")
     more = "config.runner.total_steps=8"
     code, output = run("-u", "ekd", "-p", str(tmp_path / "moved"), "-a", "-o", more)
-    assert code == 0 and read_run(newest(tmp_path / "moved"))["Step"] == 8
+    assert code == 0 and read_checkpoint(newest_checkpoint(tmp_path / "moved"))["Step"] == 8
     assert not os.path.exists("result/pretrain/x")
     code, output = run("-u", "ekd", "-p", "moved", "-a")  # the same folder by a relative path
     assert code == 0

@@ -18,22 +18,24 @@ import torch
 
 from s3prl_ekd import launch
 from s3prl_ekd.errors import EkdError, SetupError
-from s3prl_ekd.files.run_checkpoints import newest, read_run
+from s3prl_ekd.files.run_checkpoints import newest_checkpoint, read_checkpoint
 from s3prl_ekd.superb import run as superb
+from s3prl_ekd.superb.results import read_finished_run as read_record
 from s3prl_ekd.superb.results import read_results
-from s3prl_ekd.superb.results import read_run as read_record
-from s3prl_ekd.system.lock import NAME, FolderLock
+from s3prl_ekd.system.lock import LOCK_FILE, FolderLock
 
 from .conftest import command, write_configs
 from .superb_runs import write_run
-from .superb_workspace import make_workspace, short
+from .superb_workspace import make_workspace, short_runs
 
 TRAIN = ("run_pretrain.py", "-u", "ekd", "-n", "x", "-c", "runner.yaml", "-g", "model.yaml")
 
 
 def contents(folder: Path) -> dict[str, str]:
     """SHA-256 of each file below a folder, without locks."""
-    paths = (path for path in folder.rglob("*") if path.is_file() and not path.name.endswith(NAME))
+    paths = (
+        path for path in folder.rglob("*") if path.is_file() and not path.name.endswith(LOCK_FILE)
+    )
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in paths
@@ -70,7 +72,7 @@ def test_resuming_a_copied_run_writes_to_the_copy(pretrain, caplog):
     code, _ = pretrain("-e", "copy/states-3.ckpt", *LONGER)
     assert code == 0 and re.search(rf"{original}\b.*\bcopy\b", caplog.text)
     assert contents(original) == before
-    states = read_run(newest(copied))
+    states = read_checkpoint(newest_checkpoint(copied))
     assert states["Step"] == 9 and states["Args"].expdir == "copy"
 
 
@@ -78,7 +80,7 @@ def test_p_names_the_folder_of_a_resumed_run(pretrain):
     original = Path("result/pretrain/x")
     before = contents(original)
     code, _ = pretrain("-e", str(original / "states-3.ckpt"), "-p", "elsewhere", *LONGER)
-    assert code == 0 and read_run(newest("elsewhere"))["Step"] == 9
+    assert code == 0 and read_checkpoint(newest_checkpoint("elsewhere"))["Step"] == 9
     assert contents(original) == before
     elsewhere = contents(Path("elsewhere"))
     code, output = pretrain("-e", str(original / "states-6.ckpt"), "-p", "elsewhere", *LONGER)
@@ -88,12 +90,12 @@ def test_p_names_the_folder_of_a_resumed_run(pretrain):
 
 def test_the_folder_in_a_checkpoint_is_not_made(pretrain):
     Path("work").mkdir()
-    states = read_run("result/pretrain/x/states-6.ckpt")
+    states = read_checkpoint("result/pretrain/x/states-6.ckpt")
     states["Args"].expdir, states["Args"].expname = os.path.abspath("foreign/folder"), "folder"
     torch.save(states, "work/states-6.ckpt")
     code, _ = pretrain("-e", "work/states-6.ckpt", *LONGER)
     assert code == 0 and not Path("foreign").exists()
-    assert read_run(newest("work"))["Step"] == 9
+    assert read_checkpoint(newest_checkpoint("work"))["Step"] == 9
 
 
 # Downstream
@@ -144,7 +146,7 @@ def test_predictions_go_to_the_folder_of_the_checkpoint(downstream, workspace, c
 
 
 def test_folders_in_a_checkpoint_are_ignored(downstream, workspace):
-    states = read_run("result/downstream/x/states-8.ckpt")
+    states = read_checkpoint("result/downstream/x/states-8.ckpt")
     for name in ("expdir", "cache_dir"):
         setattr(states["Args"], name, str(workspace / "foreign" / name))
     (workspace / "copy").mkdir()
@@ -159,7 +161,7 @@ def test_folders_in_a_checkpoint_are_ignored(downstream, workspace):
 @pytest.mark.parametrize("change", ["fold", "variant"])
 def test_a_fold_must_be_a_name(downstream, workspace, change, capfd):
     """s3prl uses it in file names."""
-    states = read_run("result/downstream/x/states-8.ckpt")
+    states = read_checkpoint("result/downstream/x/states-8.ckpt")
     states["Args"].downstream = "emotion"
     if change == "fold":
         states["Config"]["downstream_expert"]["datarc"]["test_fold"] = "/../../x"
@@ -176,7 +178,8 @@ def test_resuming_a_moved_training(downstream, workspace):
     longer = "config.runner.total_steps=12"
     assert downstream("-m", "train", "-e", "moved/states-8.ckpt", "-o", longer) == 0
     assert (
-        read_run("moved/states-12.ckpt")["Step"] == 12 and not Path("result/downstream/x").exists()
+        read_checkpoint("moved/states-12.ckpt")["Step"] == 12
+        and not Path("result/downstream/x").exists()
     )
 
 
@@ -186,7 +189,7 @@ def test_a_checkpoint_that_is_a_symlink(downstream, workspace):
     os.symlink(workspace / "result/downstream/x/states-8.ckpt", "linked/states-8.ckpt")
     longer = "config.runner.total_steps=12"
     assert downstream("-m", "train", "-e", "linked/states-8.ckpt", "-o", longer) == 0
-    assert read_run("linked/states-12.ckpt")["Step"] == 12
+    assert read_checkpoint("linked/states-12.ckpt")["Step"] == 12
 
 
 NEW = (
@@ -222,7 +225,7 @@ def test_two_trainings_in_one_folder(downstream, workspace, lock_holder, capfd):
     assert contents(folder) == before
     # Testing in the same folder is allowed.
     assert downstream(*EVALUATE, "-e", str(folder / "states-8.ckpt")) == 0
-    process = lock_holder(folder, f".test{NAME}")
+    process = lock_holder(folder, f".test{LOCK_FILE}")
     with pytest.raises(SystemExit):
         downstream(*EVALUATE, "-e", str(folder / "states-8.ckpt"))
     assert f"process {process.pid}" in capfd.readouterr().err
@@ -242,17 +245,17 @@ def test_a_renamed_upstream_is_reported_under_its_new_name(workspace, monkeypatc
         assert launch.run_downstream() == 0
 
     monkeypatch.setattr(superb, "run_command", run_command)
-    run_all = functools.partial(superb.run_all)
+    run_plan = functools.partial(superb.run_plan)
     out = workspace / "out/w/out"
-    (first,) = short(workspace, "out/w")
+    (first,) = short_runs(workspace, "out/w")
     first = replaced(first, "X")
-    assert run_all([first]) == []
+    assert run_plan([first]) == []
     (out / "X").rename(out / "Y")
-    assert run_all([first]) == []  # again X
+    assert run_plan([first]) == []  # again X
     before = contents(out / "X")
-    (noisy,) = short(workspace, "out/w", noise=[str(rain)], snr=[0.0])
+    (noisy,) = short_runs(workspace, "out/w", noise=[str(rain)], snr=[0.0])
     second = replaced(noisy, "Y")
-    assert run_all([second]) == []
+    assert run_plan([second]) == []
     assert contents(out / "X") == before
     assert (second.folder / "noisy/rain_snr0/test_predict.txt").is_file()
     results = read_results([out])
@@ -291,7 +294,7 @@ def test_trainings_end_if_the_superb_command_is_killed(workspace):
     argv = ["superb", "fbank_no_cmvn", "--tasks", "sid", "--recipes", "tiny", "-o", "out"]
     argv += ["--steps", "sid=4000"]
     parent = subprocess.Popen([sys.executable, "-m", "s3prl_ekd", *argv], stderr=subprocess.DEVNULL)
-    lock = workspace / "out/fbank_no_cmvn/sid/lr0.003-seed1337" / NAME
+    lock = workspace / "out/fbank_no_cmvn/sid/lr0.003-seed1337" / LOCK_FILE
     child = None
     deadline = time.monotonic() + 120
     while child is None:

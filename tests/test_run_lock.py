@@ -13,7 +13,7 @@ import pytest
 
 from s3prl_ekd.errors import SetupError
 from s3prl_ekd.launch import run_pretrain
-from s3prl_ekd.system.lock import NAME, FolderLock
+from s3prl_ekd.system.lock import LOCK_FILE, FolderLock
 from s3prl_ekd.workspace import write_workspace
 
 from .conftest import HOLD, write_configs
@@ -28,9 +28,9 @@ def test_second_process_gets_an_error_that_names_the_first(tmp_path, lock_holder
     assert re.search(rf"\b{process.pid}\b", message)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert json.loads((tmp_path / NAME).read_text())["pid"] == process.pid  # still in the file
+    assert json.loads((tmp_path / LOCK_FILE).read_text())["pid"] == process.pid  # still in the file
     with FolderLock(tmp_path):
-        assert json.loads((tmp_path / NAME).read_text())["pid"] == os.getpid()
+        assert json.loads((tmp_path / LOCK_FILE).read_text())["pid"] == os.getpid()
     with FolderLock(tmp_path):
         pass
 
@@ -38,7 +38,7 @@ def test_second_process_gets_an_error_that_names_the_first(tmp_path, lock_holder
 @pytest.mark.parametrize("text", ["", "{}", "[1]", '{"pid": "x"}', "no json", "\x00" * 2000])
 def test_lock_file_with_damaged_contents(tmp_path, lock_holder, text):
     lock_holder(tmp_path)
-    (tmp_path / NAME).write_text(text)
+    (tmp_path / LOCK_FILE).write_text(text)
     with pytest.raises(SetupError, match=re.escape(str(tmp_path))):
         FolderLock(tmp_path).__enter__()
 
@@ -87,7 +87,7 @@ def test_two_runs_in_one_folder(tmp_path, teachers, corpus, monkeypatch, capfd, 
     process = lock_holder(folder)
     new = ("-c", "runner.yaml", "-g", "model.yaml")
     assert re.search(rf"result/pretrain/x\b.*\b{process.pid}\b", error(*new))
-    assert [path.name for path in folder.iterdir()] == [NAME]  # not even a config is written
+    assert [path.name for path in folder.iterdir()] == [LOCK_FILE]  # not even a config is written
     process.kill()
     process.wait()
     monkeypatch.setattr(sys, "argv", ["x", "-u", "ekd", "-n", "x", "--device", "cpu", *new])
@@ -106,14 +106,14 @@ def test_lock_file_must_be_a_regular_file(tmp_path, kind):
     folder = tmp_path / "run"
     folder.mkdir()
     if kind == "symlink":
-        os.symlink(target, folder / NAME)
+        os.symlink(target, folder / LOCK_FILE)
     elif kind == "dangling":
-        os.symlink(tmp_path / "new", folder / NAME)
+        os.symlink(tmp_path / "new", folder / LOCK_FILE)
     elif kind == "pipe":
-        os.mkfifo(folder / NAME)
+        os.mkfifo(folder / LOCK_FILE)
     else:
-        (folder / NAME).mkdir()
-    with pytest.raises(SetupError, match=NAME if kind != "folder" else "run"):
+        (folder / LOCK_FILE).mkdir()
+    with pytest.raises(SetupError, match=LOCK_FILE if kind != "folder" else "run"):
         FolderLock(folder).__enter__()
     assert target.read_text() == "original" and not (tmp_path / "new").exists()
 
@@ -122,7 +122,7 @@ def test_waiting_for_a_process_that_ends(tmp_path, lock_holder):
     process = lock_holder(tmp_path)
     threading.Timer(0.5, process.kill).start()
     with FolderLock(tmp_path, wait=60):
-        assert json.loads((tmp_path / NAME).read_text())["pid"] == os.getpid()
+        assert json.loads((tmp_path / LOCK_FILE).read_text())["pid"] == os.getpid()
 
 
 def test_hard_linked_lock_file_is_locked_but_not_written(tmp_path, lock_holder):
@@ -130,7 +130,7 @@ def test_hard_linked_lock_file_is_locked_but_not_written(tmp_path, lock_holder):
     target = tmp_path / "target"
     target.write_text("original")
     (tmp_path / "run").mkdir()
-    os.link(target, tmp_path / "run" / NAME)
+    os.link(target, tmp_path / "run" / LOCK_FILE)
     lock_holder(tmp_path / "run")
     with pytest.raises(SetupError, match=re.escape(str(tmp_path / "run"))):
         FolderLock(tmp_path / "run").__enter__()

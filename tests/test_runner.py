@@ -17,7 +17,7 @@ import yaml
 from s3prl_ekd.distill.distiller import EnsembleDistiller
 from s3prl_ekd.distill.target_norm import Moments
 from s3prl_ekd.errors import CheckpointError
-from s3prl_ekd.files.run_checkpoints import newest, read_run
+from s3prl_ekd.files.run_checkpoints import newest_checkpoint, read_checkpoint
 from s3prl_ekd.pretrain import interrupts as signals
 from s3prl_ekd.pretrain.checkpoints import Progress
 from s3prl_ekd.pretrain.distributed import ProcessGroup
@@ -63,7 +63,7 @@ def run(folder, pretrain):
 
 def saved(name, file=None):
     folder = f"result/pretrain/{name}"
-    return read_run(f"{folder}/{file}" if file else newest(folder))
+    return read_checkpoint(f"{folder}/{file}" if file else newest_checkpoint(folder))
 
 
 ADAM = {"name": "TorchOptim", "torch_optim_name": "Adam", "lr": 1e-3}
@@ -129,7 +129,7 @@ def test_resume_after_a_signal_is_exact(run, changes, monkeypatch, folder):
 
 def _outcome(folder):
     (folder / "result/pretrain/x/dev-best.ckpt").write_bytes(
-        newest(folder / "result/pretrain/x").read_bytes()
+        newest_checkpoint(folder / "result/pretrain/x").read_bytes()
     )
     return outcome(folder)
 
@@ -221,7 +221,7 @@ def test_too_many_skipped_steps_stop_the_run(run, monkeypatch):
     (error,) = [line for line in output.splitlines() if line.startswith("error:")]
     assert code == 2 and re.search(r"\b3\b.*\b4\b.*\.flac", error)
     assert error.count(".flac") == 3 and "runner.max_nonfinite" in error
-    assert newest("result/pretrain/x").name == "states-3.ckpt"
+    assert newest_checkpoint("result/pretrain/x").name == "states-3.ckpt"
 
 
 def test_a_message_names_48_utterances():
@@ -257,7 +257,7 @@ def test_out_of_memory_names_the_size_of_the_batch(run, monkeypatch, error):
     for text in ("train_batch_size", "sequence_length", "run_pretrain.py -u ekd -n x -a"):
         assert text in error
     # The step before is saved.
-    assert saved("x")["Step"] == 2 and newest("result/pretrain/x").name == "last.ckpt"
+    assert saved("x")["Step"] == 2 and newest_checkpoint("result/pretrain/x").name == "last.ckpt"
 
 
 def test_other_errors_save_the_last_step(run, monkeypatch):
@@ -301,7 +301,9 @@ def test_a_step_is_saved_if_another_process_is_lost(run, monkeypatch, exchange):
     monkeypatch.setattr(OptimizerStep, "begin", third_step)
     with pytest.raises(RuntimeError, match="Connection closed"):
         run("x", save_step=5, log_step=1)
-    assert saved("x")["Step"] in (2, 3) and newest("result/pretrain/x").name == "last.ckpt"
+    assert (
+        saved("x")["Step"] in (2, 3) and newest_checkpoint("result/pretrain/x").name == "last.ckpt"
+    )
 
 
 def test_a_full_disk_keeps_the_checkpoints(run, folder):
@@ -336,7 +338,7 @@ def test_newest_and_last(run, folder, max_keep):
     names = {path.name for path in folder.glob("result/pretrain/x/*.ckpt")}
     assert names == {"last.ckpt", *(f"states-{7 - i}.ckpt" for i in range(1, max_keep + 1))}
     assert os.path.samefile("result/pretrain/x/last.ckpt", "result/pretrain/x/states-6.ckpt")
-    assert newest("result/pretrain/x").name == "states-6.ckpt"
+    assert newest_checkpoint("result/pretrain/x").name == "states-6.ckpt"
 
 
 def test_the_best_checkpoint_by_dev_loss(run, folder, corpus):

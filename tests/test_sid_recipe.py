@@ -50,7 +50,7 @@ def dataset(monkeypatch):
     for name in [name for name in sys.modules if name.startswith("s3prl.downstream.voxceleb1")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
-    voxceleb1_cache.guard()
+    voxceleb1_cache.bypass_cache()
     from s3prl.downstream.voxceleb1.dataset import SpeakerClassifiDataset
 
     return SpeakerClassifiDataset
@@ -225,7 +225,7 @@ def test_an_s3prl_without_that_path_is_refused(monkeypatch):
     module = type(sys)(voxceleb1_cache.DATASET)
     monkeypatch.setitem(sys.modules, voxceleb1_cache.DATASET, module)
     with pytest.raises(SetupError, match="CACHE_PATH"):
-        voxceleb1_cache.guard()
+        voxceleb1_cache.bypass_cache()
 
 
 # --- runs

@@ -234,12 +234,12 @@ def test_inputs_change_with_what_is_in_them_and_not_with_where_they_are(tmp_path
 
 def test_a_tiny_teacher_counts_by_its_file_and_its_name(tmp_path, monkeypatch):
     found = typed("--teacher", "a=tiny_hubert", "--teacher", "b=tiny_hubert_random").plain()
-    digest = hashlib.sha256(zoo.weights("tiny_hubert").read_bytes()).hexdigest()[:16]
+    digest = hashlib.sha256(zoo.checkpoint_path("tiny_hubert").read_bytes()).hexdigest()[:16]
     wanted = {"a": f"tiny_hubert {digest}", "b": f"tiny_hubert_random {digest}"}
     assert found["teachers"] == wanted
     other = tmp_path / "other.pt"
     other.write_bytes(b"another version")
-    monkeypatch.setattr(zoo, "weights", lambda name: other)
+    monkeypatch.setattr(zoo, "checkpoint_path", lambda name: other)
     assert typed().plain()["teachers"] != {name: f"{name} {digest}" for name in SINGLE}
     digest = hashlib.sha256(b"another version").hexdigest()[:16]
     assert typed().plain()["teachers"] == {name: f"{name} {digest}" for name in SINGLE}

@@ -244,7 +244,7 @@ def test_a_run_in_a_locked_folder_fails(here, tmp_path):
     )
     try:
         assert holder.stdout.readline() == "held\n"
-        ((failed, reason),) = superb.run_all([run])
+        ((failed, reason),) = superb.run_plan([run])
         assert failed is run and str(run.folder) in reason and str(holder.pid) in reason
         assert not (run.folder / superb.RECORD).exists()
     finally:

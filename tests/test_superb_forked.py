@@ -20,13 +20,13 @@ from s3prl_ekd.compat import voxceleb1_cache
 from s3prl_ekd.downstream.tasks import TASKS
 from s3prl_ekd.errors import SetupError
 from s3prl_ekd.launch import forked as forking
-from s3prl_ekd.launch.forked import ForkedProcesses
+from s3prl_ekd.launch.forked import ForkServerRunner
 from s3prl_ekd.superb import run as superb
 from s3prl_ekd.superb.run import run_command
 from s3prl_ekd.system import jobs
-from s3prl_ekd.system.jobs import Processes
+from s3prl_ekd.system.jobs import CommandRunner
 
-from .superb_workspace import last_states, make_workspace, short
+from .superb_workspace import last_states, make_workspace, short_runs
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def here(prepared, monkeypatch):
 def server():
     """A fork server with our imports; one that another test started is stopped first."""
     forkserver._forkserver._stop()
-    yield ForkedProcesses()
+    yield ForkServerRunner()
     forkserver._forkserver._stop()
 
 
@@ -90,7 +90,7 @@ _FOLDERS = []
 
 def _leave_folder():
     atexit.register(print, "at the end")
-    _FOLDERS.append(voxceleb1_cache.FreshFolder())  # referenced by a module, as in s3prl
+    _FOLDERS.append(voxceleb1_cache.EmptyFolder())  # referenced by a module, as in s3prl
     folder = os.fspath(_FOLDERS[0])
     assert os.path.isdir(folder)
     return folder
@@ -140,7 +140,7 @@ def test_threads_after_the_fork(forked):
 
 def test_the_number_of_threads(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "7")  # 1 was read when torch was imported: conftest.py
-    processes = ForkedProcesses()
+    processes = ForkServerRunner()
     for value, threads in (("7", 1), ("3", 3), ("4,2", 4), ("", 1), ("many", 1), ("0", 1)):
         assert processes._threads_of({"OMP_NUM_THREADS": value}) == threads
     assert processes._threads_of({}) == 1
@@ -181,7 +181,7 @@ def test_stopping_a_process_that_has_exited(monkeypatch):
     process.wait()
     monkeypatch.setattr(jobs, "_GRACE", 0.0)
     monkeypatch.setattr(jobs, "_TO_INTERRUPT", 0.0)
-    processes = Processes()
+    processes = CommandRunner()
     processes._live.add(process)
     processes.stop()
 
@@ -195,7 +195,7 @@ def test_a_process_that_ignores_ctrl_c_is_terminated(monkeypatch):
     )
     try:
         assert child.stdout.readline() == b"ready\n"
-        processes = Processes()
+        processes = CommandRunner()
         processes._live.add(child)
         processes.stop()
         assert child.wait(timeout=10) == -signal.SIGTERM
@@ -204,13 +204,13 @@ def test_a_process_that_ignores_ctrl_c_is_terminated(monkeypatch):
 
 
 def test_forked_and_new_processes_give_the_same_results(here, tmp_path, monkeypatch, server):
-    runs = [short(tmp_path, out)[0] for out in ("forked", "new")]
+    runs = [short_runs(tmp_path, out)[0] for out in ("forked", "new")]
     (tmp_path / "tmp").mkdir()
     monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)  # torch's number here: conftest.py
-    assert superb.run_all(runs[:1], processes=ForkedProcesses()) == []
+    assert superb.run_plan(runs[:1], processes=ForkServerRunner()) == []
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    assert superb.run_all(runs[1:]) == []
+    assert superb.run_plan(runs[1:]) == []
     assert not list((tmp_path / "tmp").glob("s3prl_ekd_sid_*"))
     first, second = map(last_states, runs)
     for part in ("Featurizer", "Downstream", "Optimizer"):
@@ -224,9 +224,9 @@ def test_forked_and_new_processes_give_the_same_results(here, tmp_path, monkeypa
 
 @pytest.mark.parametrize("fork", [True, False])
 def test_errors_of_a_command(here, tmp_path, fork, server):
-    (run,) = short(tmp_path, "out")
+    (run,) = short_runs(tmp_path, "out")
     run.folder.mkdir(parents=True)
-    processes = ForkedProcesses() if fork else Processes()
+    processes = ForkServerRunner() if fork else CommandRunner()
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     argv = ["run_downstream.py", "-m", "train", "-d", "nothing", "-n", "x"]
     with pytest.raises(SetupError, match="downstream/nothing"):
@@ -268,7 +268,7 @@ def test_commands_are_new_processes_if_no_fork_server_can_start(
     folder = tmp_path / ("x" * 120)  # longer than the path of a socket may be
     folder.mkdir()
     monkeypatch.setitem(multiprocessing.current_process()._config, "tempdir", str(folder))
-    processes = ForkedProcesses()
+    processes = ForkServerRunner()
     monkeypatch.chdir(tmp_path)
     for log in ("a.txt", "b.txt"):
         argv = ["run_downstream.py", "-m", "train", "-d", "nothing", "-n", "x"]

@@ -14,10 +14,10 @@ import torch
 from s3prl_ekd.downstream.feature_cache import read_counts
 from s3prl_ekd.downstream.tasks import TASKS
 from s3prl_ekd.errors import SetupError
-from s3prl_ekd.files.run_checkpoints import read_run
+from s3prl_ekd.files.run_checkpoints import read_checkpoint
 from s3prl_ekd.superb import run as superb
 
-from .superb_workspace import last_states, make_workspace, plan_runs, short
+from .superb_workspace import last_states, make_workspace, plan_runs, short_runs
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def test_a_killed_run_resumes_with_the_same_result(prepared):
     assert "Loading Optimizer weights from the previous experiment" in log.read_text()[offset:]
 
     outputs = ("uninterrupted", "killed")
-    first, second = (read_run(prepared / out / run / "states-16.ckpt") for out in outputs)
+    first, second = (read_checkpoint(prepared / out / run / "states-16.ckpt") for out in outputs)
     for key, value in first["Downstream"].items():
         assert torch.equal(value, second["Downstream"][key]), key
     for name in TASKS["sid"].files(None):
@@ -100,7 +100,7 @@ def _fail():
 
 def test_cached_features_are_removed_when_an_upstreams_runs_are_finished(here, tmp_path, caplog):
     caplog.set_level("INFO")
-    first, second = runs = short(tmp_path, "default", seeds=[1, 2], cache_features="")
+    first, second = runs = short_runs(tmp_path, "default", seeds=[1, 2], cache_features="")
     folder = tmp_path / "default/out/.features"
     file_counts = []
 
@@ -111,7 +111,7 @@ def test_cached_features_are_removed_when_an_upstreams_runs_are_finished(here, t
     finish = superb.finish_feature_cache
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(superb, "finish_feature_cache", count_and_finish)
-        assert superb.run_all(runs) == []
+        assert superb.run_plan(runs) == []
     # half of the 18 training utterances are longer than 9000 samples: random excerpts, not cached;
     # dev and test have 6 each
     assert file_counts == [9 + 6 + 6] and not folder.exists()
@@ -123,16 +123,16 @@ def test_cached_features_are_removed_when_an_upstreams_runs_are_finished(here, t
     assert record["finished"] and record["features_alone"]
 
     (folder / "fbank_no_cmvn/00").mkdir(parents=True)  # left by a command that was killed
-    assert superb.run_all(runs, keep_features=True) == [] and folder.exists()
-    assert superb.run_all(runs) == [] and not folder.exists()
+    assert superb.run_plan(runs, keep_features=True) == [] and folder.exists()
+    assert superb.run_plan(runs) == [] and not folder.exists()
     (folder / "fbank_no_cmvn/00").mkdir(parents=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(superb, "is_finished", lambda run: run is not first)
         patch.setattr(superb, "_train_and_test", lambda *arguments: _fail())
-        assert len(superb.run_all(runs)) == 1 and folder.exists()
+        assert len(superb.run_plan(runs)) == 1 and folder.exists()
 
-    (third,) = short(tmp_path, "named", cache_features=str(tmp_path / "kept"), seeds=[1])
-    assert superb.run_all([third], keep_features=True) == []
+    (third,) = short_runs(tmp_path, "named", cache_features=str(tmp_path / "kept"), seeds=[1])
+    assert superb.run_plan([third], keep_features=True) == []
     assert sum(path.is_file() for path in (tmp_path / "kept").rglob("*")) == 21
     for key, value in last_states(first)["Downstream"].items():
         assert torch.equal(value, last_states(third)["Downstream"][key]), key

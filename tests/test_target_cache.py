@@ -13,14 +13,14 @@ from s3prl_ekd.data.batches import DistillationDataset, train_loader
 from s3prl_ekd.errors import ConfigError
 from s3prl_ekd.hidden_states.store import (
     RECORD,
-    Block,
+    TargetBlock,
     TargetReader,
-    columns,
-    joined,
-    part_of,
-    parted,
-    pieces,
+    frame_width,
+    pack_targets,
     read_index,
+    select_targets,
+    unpack_targets,
+    vectors_per_frame,
     write_index,
 )
 from s3prl_ekd.workspace import write_workspace
@@ -277,19 +277,19 @@ def test_a_distorted_student_has_clean_targets(folder, stored):
 
 
 def test_join_and_split_blocks():
-    layout = (Block("a", 2, 3), Block("b", 1, 4))
+    layout = (TargetBlock("a", 2, 3), TargetBlock("b", 1, 4))
     targets = {"a": torch.arange(30.0).view(1, 2, 5, 3), "b": -torch.arange(20.0).view(1, 1, 5, 4)}
-    assert (columns(layout), pieces(layout)) == (10, 3)
-    flat = joined(targets, layout)
+    assert (frame_width(layout), vectors_per_frame(layout)) == (10, 3)
+    flat = pack_targets(targets, layout)
     assert flat[2].tolist() == [6, 7, 8, 21, 22, 23, -8, -9, -10, -11]
-    result = parted(flat[None], None, layout)
+    result = unpack_targets(flat[None], None, layout)
     assert all(torch.equal(result[name], targets[name]) for name in targets)
-    scaled = parted(flat[None], torch.tensor([[1.0, 2.0, 3.0]]), layout)
+    scaled = unpack_targets(flat[None], torch.tensor([[1.0, 2.0, 3.0]]), layout)
     assert torch.equal(scaled["a"][:, 1], 2 * targets["a"][:, 1])
     assert torch.equal(scaled["b"], 3 * targets["b"])
-    part = part_of(layout, {"b": [0], "a": [1]})
-    assert part == ((Block("b", 1, 4), Block("a", 1, 3)), ((6, 10), (3, 6)), (2, 1))
-    assert part_of(layout, {"a": [0, 1], "b": [0]}).spans == ((0, 10),)
+    part = select_targets(layout, {"b": [0], "a": [1]})
+    assert part == ((TargetBlock("b", 1, 4), TargetBlock("a", 1, 3)), ((6, 10), (3, 6)), (2, 1))
+    assert select_targets(layout, {"a": [0, 1], "b": [0]}).spans == ((0, 10),)
 
 
 def test_write_and_read_an_index(tmp_path, stored):

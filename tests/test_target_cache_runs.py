@@ -15,9 +15,9 @@ import torch
 import yaml
 from torch.utils.data import DataLoader
 
-from s3prl_ekd.data.batches import only_item, train_loader
+from s3prl_ekd.data.batches import train_loader, unwrap_batch
 from s3prl_ekd.errors import DataError
-from s3prl_ekd.files.run_checkpoints import newest, read_run
+from s3prl_ekd.files.run_checkpoints import newest_checkpoint, read_checkpoint
 from s3prl_ekd.hidden_states.store import RECORD, TargetReader, read_index
 from s3prl_ekd.launch import run_pretrain
 from s3prl_ekd.pretrain.target_cache import build
@@ -71,7 +71,9 @@ def test_a_resumed_run_ends_with_the_same_weights(folder, stored, teachers, corp
     (folder / "result/pretrain/cut").mkdir()
     shutil.copy("result/pretrain/whole/states-3.ckpt", "result/pretrain/cut")
     assert start(monkeypatch, "cut", "-a") == 0
-    one, two = (read_run(newest(f"result/pretrain/{name}")) for name in ("whole", "cut"))
+    one, two = (
+        read_checkpoint(newest_checkpoint(f"result/pretrain/{name}")) for name in ("whole", "cut")
+    )
     assert one["Step"] == two["Step"] == 6
     for part in ("student", "heads"):
         assert not unequal(one["EKD"][part], two["EKD"][part])
@@ -92,7 +94,10 @@ def test_several_processes_read_one_cache(folder, stored, monkeypatch):
     subprocess.run([sys.executable, *torchrun, *command, "-n", "two"], check=True, env=env)
     twice = "config.runner.gradient_accumulate_steps=2"
     assert start(monkeypatch, "one", *NEW, "-o", twice) == 0
-    one, two = (read_run(newest(f"result/pretrain/{name}"))["EKD"] for name in ("one", "two"))
+    one, two = (
+        read_checkpoint(newest_checkpoint(f"result/pretrain/{name}"))["EKD"]
+        for name in ("one", "two")
+    )
     for part in ("student", "heads"):
         for name, weight in one[part].items():
             assert torch.allclose(weight, two[part][name], atol=1e-5), name
@@ -111,7 +116,11 @@ def test_forked_and_spawned_workers_at_once(stored, corpus):
             return loader
         loader.dataset.targets.batch(["u1.flac"])  # mapped before the workers start
         return DataLoader(
-            loader.dataset, 1, num_workers=2, collate_fn=only_item, multiprocessing_context=context
+            loader.dataset,
+            1,
+            num_workers=2,
+            collate_fn=unwrap_batch,
+            multiprocessing_context=context,
         )
 
     expected = list(batches(None))
@@ -132,7 +141,7 @@ def test_a_killed_build_continues_to_the_same_bytes(folder, capfd):
     assert cache(folder, folder / "whole", "--dtype", "int8") == 0
     code = (
         "import sys, time; from s3prl_ekd import cli; from s3prl_ekd.hidden_states import store;"
-        "store.EVERY = -1; add = store.CacheWriter.add;"
+        "store.SYNC_SECONDS = -1; add = store.CacheWriter.add;"
         "store.CacheWriter.add = lambda *a: (time.sleep(0.2), add(*a));"
         "sys.exit(cli.main(sys.argv[1:]))"
     )

@@ -20,7 +20,7 @@ from s3prl_ekd.distill.target_norm import Moments, TargetNorm, hadamard, phi_s, 
 from s3prl_ekd.distill.teachers import Teacher, TeacherEnsemble
 from s3prl_ekd.distill.weighting import agreeing_dims, drop_teachers, weights_at
 from s3prl_ekd.errors import TeacherError
-from s3prl_ekd.hidden_states.store import to_numbers
+from s3prl_ekd.hidden_states.store import encode_targets
 
 from .experiments import batch_of, distiller, load
 
@@ -460,7 +460,7 @@ def test_usable_frames():
 def test_an_outlier_that_int8_cannot_store_is_an_error():
     layout = (("a", 2, 4),)
     values = torch.randn(10, 8)
-    to_numbers(values, layout, "int8", "u1")
+    encode_targets(values, layout, "int8", "u1")
     values[3, 5] = 1e6
     with pytest.raises(TeacherError, match="u1.*1e.06.*int8.*bfloat16"):
-        to_numbers(values, layout, "int8", "u1")
+        encode_targets(values, layout, "int8", "u1")

@@ -8,14 +8,14 @@ import soundfile
 
 from s3prl_ekd import cli
 from s3prl_ekd.commands import validate
-from s3prl_ekd.data.bad_audio import Bad
+from s3prl_ekd.data.bad_audio import BadUtterance
 from s3prl_ekd.errors import DataError, EkdError, exit_with, printable
-from s3prl_ekd.export.hidden_set.outcome import Outcome
+from s3prl_ekd.export.hidden_set.outcome import CheckOutcome
 from s3prl_ekd.export.model_card import how_made
 from s3prl_ekd.pretrain.bad_audio import BadAudioList
-from s3prl_ekd.pretrain.sweep import markdown
-from s3prl_ekd.superb.results import Dev, Record
-from s3prl_ekd.system.terminal import PrintableFormatter, plain_stdout
+from s3prl_ekd.pretrain.sweep import markdown_table
+from s3prl_ekd.superb.results import DevMetric, RunRecord
+from s3prl_ekd.system.terminal import PrintableFormatter, printable_stdout
 
 HOSTILE = "a\x1b[31m\x1b]0;title\x07\nerror: gone\r\t\x9b\u202e\udcff|<b>"
 
@@ -55,7 +55,7 @@ def test_log_lines():
 
 
 def test_stdout(capsys):
-    with plain_stdout():
+    with printable_stdout():
         print(f"wrote {HOSTILE}")
         print("a\tb", end="", flush=True)
     out = capsys.readouterr().out
@@ -90,14 +90,14 @@ def test_lengths(folder, tmp_path, capsys):
 
 def test_validate(capsys, tmp_path, monkeypatch):
     def checks(package, lengths, timeout, say):
-        outcomes = [Outcome("files", "fail", HOSTILE)]
+        outcomes = [CheckOutcome("files", "fail", HOSTILE)]
         say(outcomes[0])
         return outcomes, None
 
     monkeypatch.setattr("s3prl_ekd.export.hidden_set.sandbox.validate", checks)
     assert cli.main(["validate", str(tmp_path)]) == 1
     assert is_escaped(capsys.readouterr().out, lines=2)
-    validate._print(Outcome("files", "fail", HOSTILE))  # also without the redirected stdout
+    validate._print(CheckOutcome("files", "fail", HOSTILE))  # also without the redirected stdout
     assert is_escaped(capsys.readouterr().out)
 
 
@@ -105,14 +105,14 @@ def test_bad_audio_list(tmp_path, monkeypatch):
     # pytest-xdist cannot transfer captured log lines with bytes that are not UTF-8.
     monkeypatch.setattr(logging.getLogger("s3prl_ekd.pretrain.bad_audio"), "disabled", True)
     listed = BadAudioList(tmp_path, [])
-    listed.record([Bad(HOSTILE[:-5], "kind", HOSTILE)], 0)
+    listed.record([BadUtterance(HOSTILE[:-5], "kind", HOSTILE)], 0)
     listed.write()
     text = (tmp_path / "bad_audio.tsv").read_text()
     assert is_escaped(text.replace("\t", ""), lines=2) and text.count("\t") == 6
 
 
 def test_markdown_table():
-    lines = markdown([["upstream", "per"], [HOSTILE, "1 | 2"]]).splitlines()
+    lines = markdown_table([["upstream", "per"], [HOSTILE, "1 | 2"]]).splitlines()
     assert len(lines) == 3 and all(map(str.isprintable, lines))
     assert "<" not in lines[2] and lines[2].replace("\\|", "").count("|") == 3
 
@@ -120,13 +120,13 @@ def test_markdown_table():
 def test_record_with_control_characters_in_a_name():
     facts = dict(
         format=1, upstream="x", hub="fbank", checkpoint=None, task="asr", lr=1.0, seed=1, fold=None,
-        steps=1, recipe="tiny", split="test-clean", digest="", dev=Dev("wer", 1.0),
+        steps=1, recipe="tiny", split="test-clean", digest="", dev=DevMetric("wer", 1.0),
         tested={"clean": "."}, seconds=1.0, finished=True,
     )  # fmt: skip
-    Record(**facts)
+    RunRecord(**facts)
     for key, value in (("upstream", HOSTILE), ("recipe", HOSTILE), ("tested", {HOSTILE: "."})):
         with pytest.raises(ValueError, match="x1b"):
-            Record(**{**facts, key: value})
+            RunRecord(**{**facts, key: value})
 
 
 def test_model_card():

@@ -158,10 +158,10 @@ def test_pickle_of_another_protocol(tmp_path):
     with pytest.raises(CheckpointError, match="FRAME.*--trust-checkpoint"):
         safe_load(path)
     try:
-        trust.take([trust.OPTION])
+        trust.read_option([trust.OPTION])
         assert safe_load(path) == {"a": [1, "x"]}
     finally:
-        trust.take([])
+        trust.read_option([])
 
 
 def test_valid_handwritten_pickle(tmp_path):
@@ -302,7 +302,7 @@ def torch_load(monkeypatch):
         return torch.load
 
     yield load_of
-    trust.take([])
+    trust.read_option([])
 
 
 @pytest.mark.parametrize("version", ["2.5.1+cu124", "2.9.0", "2.10.0"])
@@ -320,7 +320,7 @@ def test_old_torch_scans_the_files_that_s3prl_loads(tmp_path, torch_load, versio
         load(path, weights_only=True)
     restrict_torch()
     assert torch.load is load  # not wrapped twice
-    trust.take([trust.OPTION])
+    trust.read_option([trust.OPTION])
     path.write_bytes(b"not scanned")
     with pytest.raises((IndexError, RuntimeError, pickle.UnpicklingError)):
         load(path, weights_only=True)
@@ -352,8 +352,8 @@ def test_other_mapping_classes_need_trust(tmp_path):
     torch.save({"counts": defaultdict(list, a=[1])}, path)
     with pytest.raises(CheckpointError, match="collections.defaultdict"):
         safe_load(path)
-    trust.take([trust.OPTION])
+    trust.read_option([trust.OPTION])
     try:
         assert safe_load(path)["counts"] == {"a": [1]}
     finally:
-        trust.take([])
+        trust.read_option([])

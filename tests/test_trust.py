@@ -23,7 +23,7 @@ from .conftest import STUDENT, command
 @pytest.fixture(autouse=True)
 def untrusted_afterwards():
     yield
-    trust.take([])
+    trust.read_option([])
 
 
 class Touch:
@@ -80,5 +80,5 @@ def test_dry_run_prints_it(here, capsys, options):
 def test_sweep_passes_it_to_its_runs(tmp_path):
     run = SweepRun(tmp_path / "model.yaml", tmp_path / "runner.yaml", 1, "")
     argv = run.argv
-    trust.take([trust.OPTION])
+    trust.read_option([trust.OPTION])
     assert run.argv == [*argv, trust.OPTION]

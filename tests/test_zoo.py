@@ -24,7 +24,7 @@ WAVLM, HUBERT_BODY = 3_257_352, 3_290_752
 def parameters(name: str) -> int:
     if family(name) == "wavlm":
         return WAVLM
-    return HUBERT_BODY + 192 * len(safe_load(zoo.weights(name))["dictionaries_symbols"][0])
+    return HUBERT_BODY + 192 * len(safe_load(zoo.checkpoint_path(name))["dictionaries_symbols"][0])
 
 
 def family(name: str) -> str:
@@ -38,7 +38,7 @@ def states_of(waves, upstream):
 
 @pytest.mark.parametrize("name", zoo.TEACHERS)
 def test_a_file_is_in_s3prls_format_small_and_finite(name, waves):
-    path = zoo.weights(name)
+    path = zoo.checkpoint_path(name)
     assert path.stat().st_size < 7_000_000
     states = safe_load(path)
     weights = states["model" if family(name) == "wavlm" else "model_weight"]
@@ -71,7 +71,7 @@ def test_random_init_gives_the_initial_weights_of_training(name):
     from teacher_zoo.models import MaskedPredictor
     from teacher_zoo.recipe import Recipe
 
-    states = safe_load(zoo.weights(name))
+    states = safe_load(zoo.checkpoint_path(name))
     classes = len(states["dictionaries_symbols"][0]) if family(name) == "hubert" else 200
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(11)
@@ -114,7 +114,7 @@ def test_errors(monkeypatch, tmp_path):
     with pytest.raises(TeacherError, match=r"\(did you mean tiny_robust_hubert\?\)"):
         check_source("tiny_robust_huber", "here")
     with pytest.raises(SetupError, match="'tiny_bert'.*tiny_hubert, "):
-        zoo.weights("tiny_bert")
+        zoo.checkpoint_path("tiny_bert")
     with pytest.raises(CheckpointError, match=r"-k x\.pt.*tiny_wavlm"):
         build_upstream("tiny_wavlm", "x.pt")
     monkeypatch.setattr(zoo, "_FOLDER", tmp_path)

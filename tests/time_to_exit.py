@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from s3prl_ekd.files.run_checkpoints import newest, read_run
+from s3prl_ekd.files.run_checkpoints import newest_checkpoint, read_checkpoint
 from s3prl_ekd.workspace import write_workspace
 
 from .conftest import REPO, SIZES, hubert_checkpoint, wavlm_checkpoint, write_configs
@@ -125,8 +125,8 @@ def end_of(folder: Path, case: Case, name: str = "x", limit: float = 60) -> RunE
             if _alive(pid):
                 os.kill(pid, signal.SIGKILL)
         running.wait()
-    saved = newest(folder / "result/pretrain" / name)
-    step = read_run(saved)["Step"] if saved else 0
+    saved = newest_checkpoint(folder / "result/pretrain" / name)
+    step = read_checkpoint(saved)["Step"] if saved else 0
     return RunEnd(seconds, code, log.read_text(errors="replace"), step, len(left))
 
 

@@ -42,7 +42,7 @@ def main() -> None:
     from s3prl_ekd.distill.settings import StudentSettings
     from s3prl_ekd.distill.student import Student
     from s3prl_ekd.export.huggingface import (
-        check_folder,
+        check_hf_export,
         quiet_transformers,
         save_hubert,
         to_hubert,
@@ -56,7 +56,7 @@ def main() -> None:
     student = (student or Student(StudentSettings())).eval()
     with tempfile.TemporaryDirectory() as folder:
         save_hubert(to_hubert(student), Path(folder))
-        error = check_folder(Path(folder), student)
+        error = check_hf_export(Path(folder), student)
         from transformers import AutoModel
 
         with quiet_transformers():

@@ -37,10 +37,10 @@ from study_parts.options import require_packages
 from study_parts.words import shown
 
 from s3prl_ekd.errors import EkdError, SetupError
-from s3prl_ekd.files.atomic import whole_file
-from s3prl_ekd.pretrain.sweep import markdown
+from s3prl_ekd.files.atomic import atomic_file
+from s3prl_ekd.pretrain.sweep import markdown_table
 from s3prl_ekd.superb.report import CLEAN, condition_title, sort_conditions
-from s3prl_ekd.superb.results import Selection, incomplete, read_results, select
+from s3prl_ekd.superb.results import SelectedRuns, incomplete, read_results, select_best_lr
 from s3prl_ekd.teachers import zoo
 
 BEGIN, END = "<!-- scores: tools/zoo_scores.py -->", "<!-- end of scores -->"
@@ -55,7 +55,7 @@ TWIN_OF = {
 class Scores:
     """What is finished: (upstream, task) -> runs, (upstream, metric, condition) -> draws."""
 
-    selections: dict[tuple[str, str], Selection]
+    selections: dict[tuple[str, str], SelectedRuns]
     drawn: dict[tuple[str, str, str], Draws]
 
     def columns(self, name: str) -> list[tuple[Metric, str]]:
@@ -104,7 +104,7 @@ def read(folder: Path) -> Scores:
     results = read_results([folder])
     for line in incomplete(results.runs, results.unfinished):
         print(f"left out: {line}", file=sys.stderr)
-    selections = select(results.runs, results.unfinished)
+    selections = select_best_lr(results.runs, results.unfinished)
     drawn = {}
     for (upstream, task), selection in selections.items():
         seeds: dict[int, list] = {}
@@ -144,9 +144,9 @@ def section(scores: Scores, name: str) -> str:
             f"Runs: {runs}. Per cent, mean over the seeds ± their standard deviation; in brackets "
             "its 95 % interval over other test utterances (bootstrap) and other seeds of the "
             "downstream training (Student's t, wide with so few).",
-            markdown(table),
+            markdown_table(table),
             f"{name} less another, paired by seed and utterance:",
-            markdown(less),
+            markdown_table(less),
         )
     )
 
@@ -199,7 +199,7 @@ def write_between(path: Path, text: str) -> None:
     if not path.is_file():
         raise SetupError(f"there is no card {path}")
     card = between(path.read_text(encoding="utf-8"), BEGIN, END, text, path)
-    with whole_file(path) as file:
+    with atomic_file(path) as file:
         file.write(card.encode())
 
 

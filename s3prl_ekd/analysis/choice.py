@@ -8,7 +8,7 @@ import random
 from pathlib import Path
 
 from ..data.audio_files import find_audio
-from ..data.bad_audio import Bad
+from ..data.bad_audio import BadUtterance
 from ..data.tables import read_table
 from ..errors import ConfigError, DataError
 
@@ -55,7 +55,7 @@ def choose_audio(data: Path, audio_root: Path | None, count: int, seed: int = 0)
         if not names:
             raise DataError(f"no audio below {data}")
     else:
-        bad: list[Bad] = []
+        bad: list[BadUtterance] = []
         names = [row.path for row in read_table(data, bad)]
         if bad:
             logger.warning("skipped %d rows: %s: %s", len(bad), bad[0].path, bad[0].reason)

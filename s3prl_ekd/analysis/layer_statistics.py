@@ -27,7 +27,7 @@ def layer_statistics(frames: Tensor) -> LayerStatistics:
     )
 
 
-def aligned(rows: Sequence[Sequence[str]]) -> str:
+def format_table(rows: Sequence[Sequence[str]]) -> str:
     """Format a table: row 0 is the header; the first column is flush left, the others right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = []

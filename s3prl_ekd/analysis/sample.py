@@ -23,7 +23,9 @@ MIN_SAMPLES = 400  # length of one frame
 MAX_FRAMES = 4096  # of all utterances: 13 layers of width 768 need 160 MB for each teacher
 
 
-def load_all(settings: Mapping[str, TeacherSettings], device: str | None) -> dict[str, nn.Module]:
+def load_upstreams(
+    settings: Mapping[str, TeacherSettings], device: str | None
+) -> dict[str, nn.Module]:
     """Load the upstreams of a config, frozen, on ``device``: teacher name -> upstream.
 
     Raises:

@@ -23,7 +23,7 @@ import shlex
 from pathlib import Path
 
 from ..errors import ConfigError, SetupError
-from ..files.config import typed
+from ..files.config import override_option
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ def main(args: argparse.Namespace) -> int:
     if args.output is not None and args.output.exists() and not args.output.is_dir():
         raise SetupError(f"-o {args.output} is a file; it must be a folder")
 
-    from ..hidden_states.fingerprint import check_aggregated, check_worth
+    from ..hidden_states.fingerprint import check_aggregated, check_aggregation_differs
     from ..pretrain.settings import load_model_config, load_runner_config
     from ..pretrain.target_cache.build import cached_rows
     from ..pretrain.target_cache.use import check_teacher_settings
@@ -67,7 +67,7 @@ def main(args: argparse.Namespace) -> int:
     check_teacher_settings(settings)
     if args.aggregated:
         check_aggregated(settings)
-        check_worth(settings)
+        check_aggregation_differs(settings)
     rows = cached_rows(data, settings.student)  # before loading the teachers, which is slower
 
     import torch
@@ -76,7 +76,7 @@ def main(args: argparse.Namespace) -> int:
 
     compat.apply()
     from ..distill.aggregation import build_aggregation
-    from ..hidden_states.fingerprint import layout_of
+    from ..hidden_states.fingerprint import target_layout
     from ..hidden_states.store import Index
     from ..pretrain.target_cache.build import check_room, estimate_size
     from ..teachers import check_precision, load_teachers
@@ -96,7 +96,7 @@ def main(args: argparse.Namespace) -> int:
         aggregate = build_aggregation(settings, teachers.shapes)
     index = Index(
         dtype=args.dtype,
-        layout=layout_of(teachers, None if aggregate is None else aggregate.specs),
+        layout=target_layout(teachers, None if aggregate is None else aggregate.specs),
         seed=args.seed,
         key={},
         utterances=tuple(row.path for row in rows),
@@ -117,11 +117,11 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _build(args, settings, data, rows, teachers, aggregate, index) -> int:
-    from ..hidden_states.fingerprint import make_key
+    from ..hidden_states.fingerprint import cache_key
     from ..pretrain.config_diff import table_digests
-    from ..pretrain.target_cache.build import begin, build_cache, make_target_fn
+    from ..pretrain.target_cache.build import build_cache, make_target_fn, start_build
 
-    key = make_key(
+    key = cache_key(
         teachers,
         settings,
         aggregated=args.aggregated,
@@ -131,7 +131,7 @@ def _build(args, settings, data, rows, teachers, aggregate, index) -> int:
     )
     device = str(next(teachers.parameters()).device)
     try:
-        index = begin(args.output, dataclasses.replace(index, key=key), args.force)
+        index = start_build(args.output, dataclasses.replace(index, key=key), args.force)
     except OSError as error:
         raise SetupError(f"cannot write into {args.output}: {error.strerror}") from None
     weights = {name: teacher.weight for name, teacher in settings.teachers.items()}
@@ -154,7 +154,7 @@ def _build(args, settings, data, rows, teachers, aggregate, index) -> int:
         files = " " + shlex.join(["-c", str(args.config), "-g", str(args.upstream_config)])
     print(
         f"train with: run_pretrain.py -u ekd -n NAME{files} "
-        + typed("pretrain_expert.datarc.target_cache", str(args.output))
+        + override_option("pretrain_expert.datarc.target_cache", str(args.output))
     )
     return 0
 

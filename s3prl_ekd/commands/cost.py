@@ -102,10 +102,10 @@ def write_report(path: Path, report: dict) -> None:
     Raises:
         SetupError: the file cannot be written.
     """
-    from ..files.atomic import whole_file
+    from ..files.atomic import atomic_file
 
     try:
-        with whole_file(path) as file:
+        with atomic_file(path) as file:
             file.write((json.dumps(report, indent=1) + "\n").encode())
     except OSError as error:
         raise SetupError(f"cannot write {path}: {error.strerror}") from None

@@ -129,7 +129,7 @@ def _torch_load() -> str:
         import torch
     except ImportError:
         return "torch does not import"
-    if not (holes := compat.loader_holes(torch.__version__)):
+    if not (holes := compat.torch_load_cves(torch.__version__)):
         return "reads data only (weights_only=True)"
     return (
         f"a file can {holes} in torch {torch.__version__}, even with weights_only=True; s3prl_ekd "
@@ -195,7 +195,7 @@ def _devices() -> dict[str, str]:
     return devices
 
 
-def _recipe(task: Task, state: requirements.State) -> dict:
+def _recipe(task: Task, state: requirements.RecipeStatus) -> dict:
     return {
         "task": task.name.upper(),
         "downstream": task.downstream,

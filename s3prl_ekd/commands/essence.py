@@ -78,7 +78,7 @@ def main(args: argparse.Namespace) -> int:
     # Paths, recipe and device are checked and completed as in run_downstream.py.
     from .. import launch
     from ..downstream.run import check_request
-    from ..request import DownstreamRequest, plain_override
+    from ..request import DownstreamRequest, escape_override
 
     request = check_request(
         DownstreamRequest(
@@ -88,7 +88,7 @@ def main(args: argparse.Namespace) -> int:
             upstream_ckpt=args.student_ckpt,
             config=args.config,
             expname=args.expname,
-            override=plain_override(override),
+            override=escape_override(override),
             device=args.device,
             seed=args.seed,
             auto_resume=args.auto_resume,

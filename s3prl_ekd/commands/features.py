@@ -20,7 +20,7 @@ from pathlib import Path
 
 from ..errors import CheckpointError, ConfigError, first_line, printable
 from ..files.atomic import write_text
-from .export.student import add_checkpoint, load
+from .export.student import add_checkpoint, load_checkpoint
 
 _SHOWN = 5  # bad files printed; all are listed in a file
 
@@ -74,7 +74,7 @@ def main(args: argparse.Namespace) -> int:
 
     device = choose_device(args.device)
     audio = collect_audio(args.audio, args.list)
-    path, _ = load(args.checkpoint)
+    path, _ = load_checkpoint(args.checkpoint)
     written = write_features(
         path,
         audio,

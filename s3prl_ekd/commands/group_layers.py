@@ -60,7 +60,7 @@ def main(args: argparse.Namespace) -> int:
     from ..analysis.choice import choose_audio
     from ..analysis.layers import cut_tree, layer_tree, require_scipy, similarity_matrix
     from ..analysis.plots import plot_trees, require_matplotlib
-    from ..analysis.sample import load_all, sample_layers
+    from ..analysis.sample import load_upstreams, sample_layers
     from ..pretrain.settings import load_model_config
 
     require_scipy()  # before minutes of computing
@@ -73,7 +73,7 @@ def main(args: argparse.Namespace) -> int:
             raise ConfigError(f"{path} exists; add --force to overwrite it")
     settings = load_model_config(args.config).teachers
     paths = choose_audio(args.data, args.audio_root, args.utterances, args.seed)
-    sample = sample_layers(load_all(settings, args.device), paths)
+    sample = sample_layers(load_upstreams(settings, args.device), paths)
 
     trees, groups = {}, {}
     for name, layers in sample.items():
@@ -112,7 +112,7 @@ def grouped_config(
     Raises:
         ConfigError: ``config`` cannot be read, or the copy is not a valid config.
     """
-    from ..files.config import build
+    from ..files.config import from_plain_data
     from ..pretrain.settings import ModelFile, read_model_yaml
 
     data = read_model_yaml(config)
@@ -121,7 +121,7 @@ def grouped_config(
         teacher = data["teachers"][name]
         teacher.pop("layers", None)
         teacher["groups"] = [list(group) for group in layer_groups]
-    build(ModelFile, data, f"{config} with groups of layers")
+    from_plain_data(ModelFile, data, f"{config} with groups of layers")
     body = yaml.safe_dump(data, sort_keys=False, default_flow_style=None, width=100)
     return (
         f"# {config.name} with groups of layers (SKILL, arXiv 2402.16830), found by:\n"

@@ -30,14 +30,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Choose the runs, check that none is missing, and pack; the exit code is 0."""
-    from ..files.atomic import make_folder, whole_file
-    from ..superb.results import check_upstream_name, read_results, select
+    from ..files.atomic import atomic_file, make_folder
+    from ..superb.results import check_upstream_name, read_results, select_best_lr
     from ..superb.submission import choose_runs, missing_members, write_archive
 
     if args.output.exists() and not args.force:
         raise SetupError(f"{args.output} exists; add --force to overwrite it")
     results = read_results(args.folders)
-    selections = select(results.runs, results.unfinished)
+    selections = select_best_lr(results.runs, results.unfinished)
     names = tuple(dict.fromkeys(upstream for upstream, _ in selections))
     if args.upstream is not None:
         check_upstream_name(args.upstream, names)
@@ -55,7 +55,7 @@ def main(args: argparse.Namespace) -> int:
             "--partial to leave them out"
         )
     make_folder(args.output.parent, SetupError)
-    with whole_file(args.output) as file:
+    with atomic_file(args.output) as file:
         members = write_archive(runs, file)
     for member, run in zip(members, runs.values(), strict=True):
         print(f"{member}  <- {run.folder.name}")

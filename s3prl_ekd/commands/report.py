@@ -47,11 +47,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Read the runs, print the report and write it; the exit code is 0."""
     from ..analysis.plots import require_matplotlib
-    from ..files.atomic import make_folder, whole_file
+    from ..files.atomic import atomic_file, make_folder
     from ..superb.report import make_report
     from ..superb.report_plots import plots
     from ..superb.report_text import MARK, as_csv, as_markdown
-    from ..superb.results import check_upstream_name, read_results, select
+    from ..superb.results import check_upstream_name, read_results, select_best_lr
 
     if not 100 <= args.resamples <= 1_000_000:
         raise SetupError(f"--resamples must be from 100 to 1000000, got {args.resamples}")
@@ -61,16 +61,16 @@ def main(args: argparse.Namespace) -> int:
     if args.against is not None:
         check_upstream_name(
             args.against,
-            dict.fromkeys(name for name, _ in select(results.runs, results.unfinished)),
+            dict.fromkeys(name for name, _ in select_best_lr(results.runs, results.unfinished)),
         )
     report = make_report(results, args.resamples)
     text = as_markdown(report, args.against, published=args.published)
     print(text.split("\n", 1)[1].lstrip())
 
     make_folder(folder, SetupError)
-    with whole_file(folder / "report.md") as file:
+    with atomic_file(folder / "report.md") as file:
         file.write(text.encode())
-    with whole_file(folder / "report.csv") as file:
+    with atomic_file(folder / "report.csv") as file:
         file.write(as_csv(report, args.against).encode())
     for name in PLOTS:
         (folder / name).unlink(missing_ok=True)  # remove plots of an earlier report
@@ -78,7 +78,7 @@ def main(args: argparse.Namespace) -> int:
     try:
         require_matplotlib()
         for name, draw in plots(report, published=args.published).items():
-            with whole_file(folder / name) as file:
+            with atomic_file(folder / name) as file:
                 draw(file)
             written.append(name)
     except SetupError as error:

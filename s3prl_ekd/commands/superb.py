@@ -89,7 +89,7 @@ def configure(parser) -> None:
 
 
 def main(args) -> int:
-    from ..launch.forked import processes
+    from ..launch.forked import command_runner
     from ..superb import run as superb
     from ..superb.plan import plan_runs
 
@@ -102,7 +102,9 @@ def main(args) -> int:
     superb.check_records(runs)
     _check_upstreams([run for run in runs if not superb.is_finished(run)])
     keep = args.keep_features or bool(args.cache_features)
-    failed = superb.run_all(runs, args.jobs, args.gpus, keep_features=keep, processes=processes())
+    failed = superb.run_plan(
+        runs, args.jobs, args.gpus, keep_features=keep, processes=command_runner()
+    )
     if failed:
         reasons = "\n".join(f"  {reason}" for _, reason in failed)
         raise SetupError(

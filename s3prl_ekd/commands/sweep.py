@@ -23,15 +23,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1337], help="default: 1337")
     parser.add_argument("--jobs", type=int, default=1, help="runs in parallel (default: 1)")
     parser.add_argument("-o", "--override", default="", help="as for run_pretrain.py")
-    parser.add_argument(
-        "--csv", metavar="FILE", type=Path, help="write the table there, too"
-    )
+    parser.add_argument("--csv", metavar="FILE", type=Path, help="write the table there, too")
 
 
 def main(args: argparse.Namespace) -> int:
     from ..files.atomic import write_csv
     from ..pretrain.settings import load_model_config, load_runner_config
-    from ..pretrain.sweep import SweepRun, markdown, results_table, run_sweep
+    from ..pretrain.sweep import SweepRun, markdown_table, results_table, run_sweep
 
     if not Path("pretrain/ekd").is_dir():
         raise SetupError("no pretrain/ekd in this folder; type: s3prl-ekd init .")
@@ -53,7 +51,7 @@ def main(args: argparse.Namespace) -> int:
     results = dict(run_sweep(runs, args.jobs))
     grouped = {name: [results[run] for run in runs if run.config.stem == name] for name in names}
     rows = results_table(grouped)
-    print(markdown(rows))
+    print(markdown_table(rows))
     if args.csv:
         write_csv(args.csv, rows)
     return 0

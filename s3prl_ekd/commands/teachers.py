@@ -77,16 +77,16 @@ def _list() -> int:
 
 def _inspect(args: argparse.Namespace) -> int:
     from ..analysis.choice import choose_audio
-    from ..analysis.layer_statistics import aligned, layer_statistics
+    from ..analysis.layer_statistics import format_table, layer_statistics
     from ..analysis.layers import cka_matrix
     from ..analysis.plots import plot_similarity, require_matplotlib
-    from ..analysis.sample import load_all, sample_layers
+    from ..analysis.sample import load_upstreams, sample_layers
     from ..pretrain.settings import load_model_config
 
     require_matplotlib()  # before the teachers run for minutes
     settings = load_model_config(args.config).teachers
     paths = choose_audio(args.data, args.audio_root, args.utterances, args.seed)
-    sample = sample_layers(load_all(settings, args.device), paths)
+    sample = sample_layers(load_upstreams(settings, args.device), paths)
 
     rows = [("teacher", "layer", "norm", "mean", "spread")]
     for name, layers in sample.items():
@@ -99,11 +99,11 @@ def _inspect(args: argparse.Namespace) -> int:
 
     frames = len(next(iter(sample.values()))[0])
     print(f"{len(paths)} utterances, {frames} frames per layer\n")
-    print(aligned(rows))
+    print(format_table(rows))
     pairs = _pairs(settings, {label: i for i, label in enumerate(labels)}, matrix)
     if pairs:
         print("\nlinear CKA between teachers at the configured layers\n")
-        print(aligned([("teachers", "layers", "CKA"), *pairs]))
+        print(format_table([("teachers", "layers", "CKA"), *pairs]))
 
     header = ["", *(f"{name} {index}" for name, index in labels)]
     lines = [[header[i + 1], *(f"{v:.6f}" for v in row)] for i, row in enumerate(matrix)]

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 from ..errors import SetupError, printable
 
 if TYPE_CHECKING:
-    from ..export.hidden_set.outcome import Outcome
+    from ..export.hidden_set.outcome import CheckOutcome
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -88,7 +88,7 @@ def main(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def _print(result: Outcome) -> None:
+def _print(result: CheckOutcome) -> None:
     status = result.status.upper() if result.status == "fail" else result.status
     mark = "*" if result.official else " "
     print(f"{status:4} {mark} {result.name:12}  {printable(result.reason)}", flush=True)

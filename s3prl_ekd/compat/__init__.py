@@ -12,7 +12,7 @@ import logging
 
 from . import audio, checkpoints, names, sox, torchaudio_import
 from .audio import audio_decoder
-from .checkpoints import checkpoint_globals, loader_holes
+from .checkpoints import checkpoint_globals, torch_load_cves
 from .child_processes import repeat_in_children
 from .shim import Shim
 
@@ -23,7 +23,7 @@ __all__ = [
     "audio_decoder",
     "checkpoint_globals",
     "fired",
-    "loader_holes",
+    "torch_load_cves",
 ]
 
 logger = logging.getLogger(__name__)

@@ -50,7 +50,7 @@ class _UnlistedClass:
     """A class that is not among torch's safe globals."""
 
 
-def refuses_by_default() -> bool:
+def weights_only_by_default() -> bool:
     """Whether ``torch.load`` without ``weights_only`` rejects classes outside the safe globals."""
     import torch
 
@@ -68,7 +68,7 @@ def refuses_by_default() -> bool:
     return False
 
 
-def loader_holes(version: str) -> str:
+def torch_load_cves(version: str) -> str:
     """Known vulnerabilities of ``torch.load(weights_only=True)`` in a version of torch, as text.
 
     Empty if there are none.
@@ -107,6 +107,6 @@ TORCH_LOAD = Shim(
     ),
     since="torch 2.6",
     summary="argparse.Namespace and s3prl's schedules are allowed in a checkpoint",
-    missing=lambda: refuses_by_default() and bool(_unlisted()),
+    missing=lambda: weights_only_by_default() and bool(_unlisted()),
     apply=_add_safe_globals,
 )

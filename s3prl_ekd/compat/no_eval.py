@@ -2,9 +2,9 @@
 
 s3prl passes such text to ``eval`` in three places:
 
-- The conv layers of a checkpoint or config, and ``-o``. :func:`guard` replaces ``eval`` in those
-  modules of s3prl by a function that parses the expected kind of value.
-- Class names such as ``optimizer.name`` and ``modelrc.select``. :func:`check_names` rejects
+- The conv layers of a checkpoint or config, and ``-o``. :func:`block_eval` replaces ``eval`` in
+  those modules of s3prl by a function that parses the expected kind of value.
+- Class names such as ``optimizer.name`` and ``modelrc.select``. :func:`reject_code` rejects
   anything but an identifier, and Python's builtins.
 - The names of splits in the recipes of SID and ER (``eval(f'self.get_{split}_dataloader')``).
   :func:`check_splits` rejects splits that the recipe does not have.
@@ -33,7 +33,7 @@ _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _ALLOWED_EXPRESSIONS = {"-math.inf", "math.inf"}  # for unk_weight in s3prl's ASR recipe
 
 
-def check_names(config: Any, location: str) -> None:
+def reject_code(config: Any, location: str) -> None:
     """Reject a config in which a value that s3prl passes to ``eval`` could run code.
 
     Args:
@@ -118,10 +118,10 @@ _READERS: dict[str, Callable[[Any], Any]] = {
 READERS = {f"{root}{name}": reader for name, reader in _READERS.items() for root in ("s3prl.", "")}
 
 
-_permanent = False  # set by :func:`guard`
+_permanent = False  # set by :func:`block_eval`
 
 
-def guard() -> None:
+def block_eval() -> None:
     """Replace ``eval`` in the modules of :data:`READERS`, here and in child processes.
 
     It applies to modules that are imported already and to later imports. Further calls change
@@ -133,14 +133,14 @@ def guard() -> None:
 
 
 @contextlib.contextmanager
-def guarded() -> Iterator[None]:
-    """:func:`guard` for a ``with`` block; undone on exit unless :func:`guard` was called."""
+def eval_blocked() -> Iterator[None]:
+    """:func:`block_eval` for a ``with`` block; undone on exit, unless it was called before."""
     _install_readers()
     try:
         yield
     finally:
         if not _permanent:
-            forget_in_children(guard)
+            forget_in_children(block_eval)
             for name in READERS:
                 forget_import(name)
                 if name in sys.modules:
@@ -152,7 +152,7 @@ def _install_readers() -> None:
         if name in sys.modules:
             vars(sys.modules[name])["eval"] = reader
         on_import(name, _run_and_install_reader)
-    repeat_in_children(guard)
+    repeat_in_children(block_eval)
 
 
 def _run_and_install_reader(module: ModuleType, run: Callable[[ModuleType], None]) -> None:

@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 DATASET = "s3prl.downstream.voxceleb1.dataset"
 
 
-class FreshFolder(os.PathLike):
+class EmptyFolder(os.PathLike):
     """A replacement for ``path`` that creates a new empty folder at each ``os.fspath``."""
 
     def __init__(self, path: str | os.PathLike = "") -> None:
@@ -48,7 +48,7 @@ class FreshFolder(os.PathLike):
         return tempfile.mkdtemp(dir=self._root.name)
 
 
-def guard() -> None:
+def bypass_cache() -> None:
     """Bypass the cache of s3prl's SID data set, here and in child processes.
 
     It applies to a module that is imported already and to a later import; it does not import the
@@ -60,21 +60,21 @@ def guard() -> None:
         # Not imported here: with `-e` alone the task is not known yet, and its import of torchaudio
         # needs compat.apply() first.
         on_import(DATASET, _run_and_replace_cache_path)
-    repeat_in_children(guard)
+    repeat_in_children(bypass_cache)
 
 
 @contextlib.contextmanager
-def guarded() -> Iterator[None]:
-    """:func:`guard` for a ``with`` block, undone on exit."""
-    guard()
+def cache_bypassed() -> Iterator[None]:
+    """:func:`bypass_cache` for a ``with`` block, undone on exit."""
+    bypass_cache()
     try:
         yield
     finally:
-        forget_in_children(guard)
+        forget_in_children(bypass_cache)
         forget_import(DATASET)
         module: Any = sys.modules.get(DATASET)
         folder = getattr(module, "CACHE_PATH", None)
-        if isinstance(folder, FreshFolder):
+        if isinstance(folder, EmptyFolder):
             module.CACHE_PATH = folder.path
 
 
@@ -85,7 +85,7 @@ def _run_and_replace_cache_path(module: ModuleType, run: Callable[[ModuleType], 
 
 
 def _replace_cache_path(module: Any) -> None:
-    if isinstance(getattr(module, "CACHE_PATH", None), FreshFolder):
+    if isinstance(getattr(module, "CACHE_PATH", None), EmptyFolder):
         return
     if not hasattr(module, "CACHE_PATH"):
         raise SetupError(
@@ -93,7 +93,7 @@ def _replace_cache_path(module: Any) -> None:
             "s3prl 0.4.18"
         )
     logger.debug("SID: searching for the audio files; cache %s is not used", module.CACHE_PATH)
-    module.CACHE_PATH = FreshFolder(module.CACHE_PATH)
+    module.CACHE_PATH = EmptyFolder(module.CACHE_PATH)
 
 
 @contextlib.contextmanager

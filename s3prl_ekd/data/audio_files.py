@@ -64,7 +64,7 @@ def is_audio(name: str) -> bool:
     return name.lower().endswith(SUFFIXES)
 
 
-def is_passed_over(name: str) -> bool:
+def is_hidden_or_system(name: str) -> bool:
     """Whether a scan of a corpus folder ignores a file or folder of this name.
 
     Hidden names (``._a.flac`` of macOS, ``.Trash-1000``, ``.ipynb_checkpoints``) and
@@ -78,8 +78,8 @@ def find_audio(folder: str | Path) -> list[str]:
     """List every audio file below ``folder``: sorted relative paths, with ``/`` as separator.
 
     Links to files and folders are followed, unless a link leads back to a folder that contains it.
-    Names for which :func:`is_passed_over` is true are ignored. Their number is logged, once for
-    each folder.
+    Names for which :func:`is_hidden_or_system` is true are ignored. Their number is logged, once
+    for each folder.
 
     Raises:
         DataError: ``folder`` is not a folder, or a folder below it cannot be listed.
@@ -111,7 +111,7 @@ def _walk(folder: str, prefix: str, parents: frozenset[str], ignored: list[str])
     except OSError as error:
         raise DataError(f"cannot list the folder {folder}: {error.strerror}") from error
     for entry in entries:
-        if is_passed_over(entry.name):
+        if is_hidden_or_system(entry.name):
             if entry.is_dir() or is_audio(entry.name):
                 ignored.append(prefix + entry.name)
         elif entry.is_dir():

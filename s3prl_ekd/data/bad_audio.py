@@ -46,7 +46,7 @@ BAD_AUDIO_ADVICE = (
 )
 
 
-class Bad(NamedTuple):
+class BadUtterance(NamedTuple):
     """An utterance that is left out because its audio is bad."""
 
     path: str  # as in the table

@@ -16,10 +16,17 @@ from torch.utils.data import Dataset, get_worker_info
 from ..distill.batch import CachedTargets
 from ..errors import DataError, SetupError
 from .audio import SAMPLE_RATE, Recording, warn_once
-from .bad_audio import BAD_AUDIO_ADVICE, Bad, BadAudio, too_short_error
+from .bad_audio import BAD_AUDIO_ADVICE, BadAudio, BadUtterance, too_short_error
 from .distortion.settings import DistortionSettings
 from .loader import BatchLoader, move_to_shared_memory
-from .sampling import EpochOrder, FixedOrder, bucket, generator, padding_share, within
+from .sampling import (
+    EpochSampler,
+    FixedOrderSampler,
+    bucket,
+    filter_by_length,
+    generator,
+    padding_share,
+)
 from .settings import DataSettings
 from .tables import Utterance, read_tables
 
@@ -67,7 +74,7 @@ class Batch(NamedTuple):
     names: list[str]
     problem: str = ""
     teacher_waves: Tensor | None = None
-    bad: Sequence[Bad] = ()
+    bad: Sequence[BadUtterance] = ()
     targets: BatchTargets | None = None
 
 
@@ -108,7 +115,7 @@ class DistillationDataset(Dataset):
         self.seed = seed
         self.skip_bad = data.on_bad_audio == "skip"
         self.targets = targets
-        self.left_out: list[Bad] = []
+        self.left_out: list[BadUtterance] = []
         self.distorter: Distorter | None = None
         if distortion is not None and distortion.setup != "clean":
             from .distortion.pipeline import Distorter  # imports torchaudio
@@ -133,7 +140,7 @@ class DistillationDataset(Dataset):
                 except BadAudio as error:
                     if not self.skip_bad:
                         raise DataError(f"{error}; {BAD_AUDIO_ADVICE}") from None
-                    bad.append(Bad(row.path, error.kind, error.reason))
+                    bad.append(BadUtterance(row.path, error.kind, error.reason))
                 else:
                     good.append((row.path, *self._distort(wave, row.path, epoch)))
             targets = None
@@ -187,7 +194,7 @@ class DistillationDataset(Dataset):
         return start, self.sequence_length
 
 
-def only_item(items: list[Batch]) -> Batch:
+def unwrap_batch(items: list[Batch]) -> Batch:
     """Return the only item, which is already a batch; for ``collate_fn``.
 
     In a worker process its tensors are moved to shared memory.
@@ -205,7 +212,7 @@ def only_item(items: list[Batch]) -> Batch:
     return batch
 
 
-def leave_signals_to_the_main_process(worker: int) -> None:
+def ignore_stop_signals(worker: int) -> None:
     """Ignore the signals that make a run save and exit; for ``worker_init_fn``.
 
     Ctrl-C in a terminal and a cluster's signals reach every process of a run. If they killed a
@@ -250,10 +257,10 @@ def train_loader(
     """
     if not Path(data.libri_root).is_dir():
         raise DataError(f"libri_root: no such folder: {data.libri_root}")
-    bad_rows: list[Bad] = []
+    bad_rows: list[BadUtterance] = []
     skip_bad = data.on_bad_audio == "skip"
     all_rows = read_tables(data.file_path, sets, bad_rows if skip_bad else None)
-    rows = within(all_rows, data.max_timestep, min_samples)
+    rows = filter_by_length(all_rows, data.max_timestep, min_samples)
     hours = sum(row.length for row in rows) / SAMPLE_RATE / 3600
     logger.info("data: %d utterances, %.2f h, from %s", len(rows), hours, ", ".join(sets))
     dataset = DistillationDataset(data, rows, min_samples, distortion, seed, targets)
@@ -270,16 +277,16 @@ def train_loader(
         for row in all_rows:
             if row.length < min_samples:
                 error = too_short_error(row.path, row.length, min_samples)
-                dataset.left_out.append(Bad(row.path, error.kind, error.reason))
+                dataset.left_out.append(BadUtterance(row.path, error.kind, error.reason))
     return BatchLoader(
         dataset,
         timeout=data.loader_timeout,
         batch_size=1,
-        sampler=EpochOrder(len(dataset), seed) if shuffle else FixedOrder(len(dataset)),
+        sampler=EpochSampler(len(dataset), seed) if shuffle else FixedOrderSampler(len(dataset)),
         num_workers=data.num_workers,
-        collate_fn=only_item,
+        collate_fn=unwrap_batch,
         pin_memory=pin_memory,
-        worker_init_fn=leave_signals_to_the_main_process,
+        worker_init_fn=ignore_stop_signals,
         persistent_workers=data.num_workers > 0 and shuffle,
         # Each pass draws a seed for its workers. Drawn from torch's default generator, it would
         # change the student's dropout, and a resumed run starts its passes at other steps.

@@ -20,14 +20,14 @@ from .audio_files import find_audio, read_headers, total_hours
 SKIPPED = "skipped.txt"
 _SPLIT_NAME = re.compile(r"(train|dev|test|valid)", re.IGNORECASE)
 
-Row = tuple[str, int]  # file_path, length in samples at 16 kHz
+LengthRow = tuple[str, int]  # file_path, length in samples at 16 kHz
 
 
 @dataclass(frozen=True)
 class LengthTables:
     """The result of :func:`write_length_tables`."""
 
-    rows: dict[str, list[Row]]  # table name -> rows, longest first
+    rows: dict[str, list[LengthRow]]  # table name -> rows, longest first
     skipped: list[tuple[str, str]]  # (file_path, reason) of the files in no table
     why_single: str | None  # see group_by_split
 
@@ -50,12 +50,12 @@ class LengthTables:
         return "\n".join(lines)
 
 
-def sort_rows(rows: Iterable[Row]) -> list[Row]:
+def sort_rows(rows: Iterable[LengthRow]) -> list[LengthRow]:
     """Sort by length, longest first, then by path, so that the order is reproducible."""
     return sorted(rows, key=lambda row: (-row[1], row[0]))
 
 
-def write_table(path: str | Path, rows: Iterable[Row]) -> None:
+def write_table(path: str | Path, rows: Iterable[LengthRow]) -> None:
     """Write one table, in the order of :func:`sort_rows`; the write is atomic."""
     head = ("", "file_path", "length", "label")
     numbered = ((i, name, length, "") for i, (name, length) in enumerate(sort_rows(rows)))

@@ -41,7 +41,7 @@ class BatchLoader(DataLoader):
     """
 
     dataset: Any  # a DistillationDataset
-    sampler: Any  # a FixedOrder or an EpochOrder
+    sampler: Any  # a FixedOrderSampler or an EpochSampler
 
     def __init__(self, dataset: Dataset, *, timeout: float = 0.0, **options: Any):
         # torch rejects a timeout without workers
@@ -62,7 +62,7 @@ class BatchLoader(DataLoader):
         except OSError as error:
             raise SetupError(
                 f"cannot start the {self.num_workers} processes that read audio: {error.strerror}; "
-                f"{shared_memory()}; {advice()}"
+                f"{shared_memory_usage()}; {shared_memory_advice()}"
             ) from None
         self._iterators.add(batches)
         for worker in getattr(batches, "_workers", ()):
@@ -95,7 +95,7 @@ class BatchLoader(DataLoader):
 
 
 @contextlib.contextmanager
-def workers_end() -> Iterator[None]:
+def kill_workers_on_error() -> Iterator[None]:
     """Kill all child processes if the block raises, so that exit need not wait for them.
 
     For s3prl's own loaders, which do not end their workers.
@@ -157,10 +157,10 @@ def move_to_shared_memory(tensors: Iterable[Tensor]) -> None:
     except (RuntimeError, OSError) as error:
         reason = (str(error).strip().splitlines() or ["no reason given"])[0]
         problem = f"cannot move a batch to shared memory ({reason})"
-        raise SetupError(f"{problem}: {shared_memory()}; {advice()}") from None
+        raise SetupError(f"{problem}: {shared_memory_usage()}; {shared_memory_advice()}") from None
 
 
-def shared_memory() -> str:
+def shared_memory_usage() -> str:
     """Free and total shared memory, as text."""
     try:
         status = os.statvfs(SHARED_MEMORY)
@@ -170,7 +170,7 @@ def shared_memory() -> str:
     return f"{SHARED_MEMORY} has {free:,.1f} MB free of {total:,.1f} MB"
 
 
-def advice() -> str:
+def shared_memory_advice() -> str:
     """How to get by with too little shared memory, as text."""
     return (
         f"enlarge {SHARED_MEMORY} (docker run --shm-size=16g), or read audio in the main process "

@@ -18,7 +18,7 @@ SPLITS = ("train", "dev", "test")
 
 
 @dataclass(frozen=True)
-class Entry:
+class ManifestEntry:
     """One line of a manifest."""
 
     line: int  # in the file, counted from 1
@@ -27,7 +27,9 @@ class Entry:
     cells: dict[str, str]  # every column by name
 
 
-def read_manifest(path: str | Path, *, columns: Sequence[str] = ("path", "split")) -> list[Entry]:
+def read_manifest(
+    path: str | Path, *, columns: Sequence[str] = ("path", "split")
+) -> list[ManifestEntry]:
     """Read and check the manifest at ``path``.
 
     Args:
@@ -54,7 +56,7 @@ def read_manifest(path: str | Path, *, columns: Sequence[str] = ("path", "split"
             f"{path}: line 1: missing column{'s' * (len(missing) > 1)} {', '.join(missing)}; "
             f"expected a tab-separated header, got: {', '.join(header) or 'an empty line'}"
         )
-    entries: list[Entry] = []
+    entries: list[ManifestEntry] = []
     line_of_path: dict[str, int] = {}
     for number, line in enumerate(lines[1:], start=2):
         if not line.strip(" \r"):
@@ -73,7 +75,7 @@ def read_manifest(path: str | Path, *, columns: Sequence[str] = ("path", "split"
     return entries
 
 
-def _entry(number: int, cells: dict[str, str], location: str) -> Entry:
+def _entry(number: int, cells: dict[str, str], location: str) -> ManifestEntry:
     path, split = cells["path"], cells["split"]
     if not path:
         raise DataError(f"{location}: the path is empty")
@@ -88,13 +90,13 @@ def _entry(number: int, cells: dict[str, str], location: str) -> Entry:
         raise DataError(f"{location}: the path must end in .flac, .wav, .ogg or .opus, got {path}")
     if split not in SPLITS:
         raise DataError(f"{location}: split must be one of {', '.join(SPLITS)}, got {split!r}")
-    return Entry(number, str(PurePosixPath(path)), split, cells)
+    return ManifestEntry(number, str(PurePosixPath(path)), split, cells)
 
 
-def measure(
+def audio_lengths(
     manifest: Path,
     root: Path,
-    entries: Sequence[Entry],
+    entries: Sequence[ManifestEntry],
     *,
     jobs: int = 8,
     advance: Callable[[int], object] = lambda count: None,

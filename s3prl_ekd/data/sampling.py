@@ -31,7 +31,7 @@ def generator(seed: int, epoch: int, utterance: str, role: str) -> random.Random
     return random.Random(int.from_bytes(digest, "big"))
 
 
-class FixedOrder(Sampler[int]):
+class FixedOrderSampler(Sampler[int]):
     """Sample indices in ascending order; each of several processes gets every n-th index."""
 
     def __init__(self, count: int):
@@ -45,7 +45,7 @@ class FixedOrder(Sampler[int]):
         return iter(range(self.rank, self.count, self.processes))
 
 
-class EpochOrder(Sampler[tuple[int, int]]):
+class EpochSampler(Sampler[tuple[int, int]]):
     """Sample every index once a pass, as ``(epoch, index)``, in a random order for each epoch.
 
     The order depends on seed and epoch only. The epoch is yielded with the index because a
@@ -72,7 +72,7 @@ class EpochOrder(Sampler[tuple[int, int]]):
         self.epoch = 0
         self.position = 0
 
-    def go_to(self, epoch: int, position: int, rank: int = 0, processes: int = 1) -> None:
+    def seek(self, epoch: int, position: int, rank: int = 0, processes: int = 1) -> None:
         """Resume an epoch after its first ``position`` batches, counted over all processes."""
         self.step = processes
         passes, self.position = divmod(position + rank, self.count)
@@ -136,7 +136,9 @@ def padding_share(batches: Sequence[Sequence[Utterance]], max_length: int = 0) -
     return 1 - speech / padded
 
 
-def within(rows: Sequence[Utterance], max_timestep: int, min_samples: int) -> list[Utterance]:
+def filter_by_length(
+    rows: Sequence[Utterance], max_timestep: int, min_samples: int
+) -> list[Utterance]:
     """Drop utterances shorter than one frame or excluded by s3prl's ``max_timestep``.
 
     The numbers of both are logged.

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import DataError
 from .audio_files import MAX_SAMPLES
-from .bad_audio import BAD_AUDIO_ADVICE, Bad
+from .bad_audio import BAD_AUDIO_ADVICE, BadUtterance
 
 COLUMNS = ("file_path", "length")
 TABLE_ADVICE = "write tables with: s3prl-ekd lengths AUDIO_FOLDER -o TABLE_FOLDER"
@@ -26,7 +26,7 @@ class Utterance:
     length: int  # samples at 16 kHz
 
 
-def read_table(path: str | Path, bad: list[Bad] | None = None) -> list[Utterance]:
+def read_table(path: str | Path, bad: list[BadUtterance] | None = None) -> list[Utterance]:
     """Read one table.
 
     Args:
@@ -42,7 +42,7 @@ def read_table(path: str | Path, bad: list[Bad] | None = None) -> list[Utterance
 
 
 def read_tables(
-    folder: str | Path, sets: Sequence[str], bad: list[Bad] | None = None
+    folder: str | Path, sets: Sequence[str], bad: list[BadUtterance] | None = None
 ) -> list[Utterance]:
     """Read the tables ``folder/SET.csv`` and sort all rows, the longest utterance first.
 
@@ -69,7 +69,7 @@ def read_tables(
     return sorted(rows, key=lambda row: (-row.length, row.path))
 
 
-def _read(path: Path, bad: list[Bad] | None) -> list[tuple[int, Utterance]]:
+def _read(path: Path, bad: list[BadUtterance] | None) -> list[tuple[int, Utterance]]:
     """Return the rows with their line numbers; the header is line 1."""
     if path.exists() and not path.is_file():  # reading a pipe may never end
         raise DataError(f"cannot read the length table {path}: not a file; {TABLE_ADVICE}")
@@ -95,7 +95,7 @@ def _read(path: Path, bad: list[Bad] | None) -> list[tuple[int, Utterance]]:
         ) from None
 
 
-def _rows(reader: Any, path: Path, bad: list[Bad] | None) -> list[tuple[int, Utterance]]:
+def _rows(reader: Any, path: Path, bad: list[BadUtterance] | None) -> list[tuple[int, Utterance]]:
     header: list[str] = next(reader, [])
     for column in COLUMNS:
         if header.count(column) != 1:
@@ -128,7 +128,7 @@ def _rows(reader: Any, path: Path, bad: list[Bad] | None) -> list[tuple[int, Utt
                 f"{location}: {_quote(name)} is also in line {first_line}; remove one of the rows"
             )
         if problem and bad is not None:
-            bad.append(Bad(name, "length", f"its table's length {row.length} {problem}"))
+            bad.append(BadUtterance(name, "length", f"its table's length {row.length} {problem}"))
             left_out += 1
         else:
             rows.append((reader.line_num, row))

@@ -23,11 +23,11 @@ import numpy as np
 import soundfile
 from tqdm import tqdm
 
-from ..data.audio_files import is_passed_over
+from ..data.audio_files import is_hidden_or_system
 from ..data.lengths import write_table
 from ..errors import DataError
-from ..files.atomic import file_sha256, whole_folder
-from ..files.formats import refuse_newer
+from ..files.atomic import atomic_folder, file_sha256
+from ..files.formats import check_format_version
 from ..prepare.asr import TABLES, normalise
 from .noise import make_noises
 from .sentences import sentences
@@ -78,18 +78,18 @@ def make_corpus(
             return record
     elif record is None and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DataError(f"{out} exists and is no demo corpus; give another folder")
-    with whole_folder(out, DataError) as folder:
+    with atomic_folder(out, DataError) as folder:
         return _make(folder, parameters)
 
 
 def checksum(root: Path) -> str:
     """SHA-256 over the names and bytes of every file of a corpus but its record and what
-    :func:`is_passed_over` names (a ``.DS_Store`` is no reason to make it again)."""
+    :func:`is_hidden_or_system` names (a ``.DS_Store`` is no reason to make it again)."""
     total = hashlib.sha256()
     for path in sorted(path for path in root.rglob("*") if path.is_file()):
         below = path.relative_to(root)
         name = below.as_posix()
-        if name != RECORD and not any(map(is_passed_over, below.parts)):
+        if name != RECORD and not any(map(is_hidden_or_system, below.parts)):
             total.update(f"{file_sha256(path)}  {name}\n".encode())
     return total.hexdigest()
 
@@ -115,7 +115,7 @@ def _read_record(out: Path) -> dict[str, Any] | None:
     if not complete or not isinstance(record["parameters"], dict):
         return None
     version = record["parameters"].get("version")
-    refuse_newer(version, VERSION, f"the demo corpus {out}", DataError)
+    check_format_version(version, VERSION, f"the demo corpus {out}", DataError)
     return record
 
 

@@ -15,7 +15,7 @@ import soundfile
 from tqdm import tqdm
 
 from ..data.audio_files import find_audio
-from ..files.atomic import make_folder, whole_file
+from ..files.atomic import atomic_file, make_folder
 from .sentences import sentences
 from .voices import SAMPLE_RATE, make_voices, speak
 
@@ -73,7 +73,7 @@ def _moods(out: Path, count: int, seed: int) -> list[str]:
     for name, text, voice, rate, pitch in tqdm(work, desc="demo moods", unit=" utterances"):
         if not (out / name).is_file():
             wave = speak(text, voice, rate=rate, pitch=pitch)
-            with whole_file(out / name) as file:
+            with atomic_file(out / name) as file:
                 soundfile.write(file, wave, SAMPLE_RATE, subtype="PCM_16", format="FLAC")
         speaker, _, mood = Path(name).stem.split("-")
         lines.append(f"{name}\t{speaker}\t{mood}\t{speaker.rstrip('0123456789')}")
@@ -85,5 +85,5 @@ def _text(lines: list[str]) -> bytes:
 
 
 def _write(path: Path, data: bytes) -> None:
-    with whole_file(path) as file:
+    with atomic_file(path) as file:
         file.write(data)

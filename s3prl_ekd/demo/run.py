@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ..downstream.tasks import TASKS
 from ..errors import SetupError
-from ..files.run_checkpoints import newest, read_run
+from ..files.run_checkpoints import newest_checkpoint, read_checkpoint
 from ..pretrain.tensorboard import plot_run, read_scalars, teacher_curves
 from ..superb.report import CLEAN, Difference, Report, make_report
 from ..superb.report_text import with_interval
@@ -58,7 +58,7 @@ def score_table(report: Report, order: Sequence[str]) -> list[tuple[str, ...]]:
             continue
         cells = []
         for task in report.tasks:
-            found = report.measures.get((name, task, CLEAN))
+            found = report.metrics.get((name, task, CLEAN))
             cells.append(with_interval(found.value, *found.interval, digits=1) if found else "")
         rows.append((name, *cells))
     return rows
@@ -189,8 +189,8 @@ class Demo:
     @staticmethod
     def _step(folder: Path) -> int:
         """The step of the newest checkpoint in a run's folder; 0 where there is none."""
-        latest = newest(folder) if folder.is_dir() else None
-        return 0 if latest is None else read_run(latest)["Step"]
+        latest = newest_checkpoint(folder) if folder.is_dir() else None
+        return 0 if latest is None else read_checkpoint(latest)["Step"]
 
     def _superb(self) -> None:
         expert = "config.downstream_expert"

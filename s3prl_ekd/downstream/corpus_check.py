@@ -18,7 +18,7 @@ from typing import Any
 
 from ..compat.no_eval import run_splits
 from ..errors import ConfigError
-from ..files.config import typed
+from ..files.config import override_option
 from ..files.text import CONTROL, read_text
 
 MAX_LIST = 256 << 20  # bytes of a list of files; VoxCeleb1's has 5 million bytes
@@ -171,7 +171,9 @@ def _check(recipe: _RecipeSection, lookup: _Lookup) -> None:
     nearby = None if count else _nearby_folder(root, lookup)
     if nearby is not None:
         suggestion = nearby if value.is_absolute() else os.path.relpath(nearby, recipe.folder)
-        remedy = f"{suggestion} has them: edit the YAML or add {typed(key, str(suggestion))}"
+        remedy = (
+            f"{suggestion} has them: edit the YAML or add {override_option(key, str(suggestion))}"
+        )
     elif count:
         remedy = "add the missing files, or create the list again"
     else:
@@ -300,4 +302,4 @@ def _read(path: Path) -> str:
 
 
 def _option(key: str) -> str:
-    return typed(f"{_EXPERT}.{key}", "PATH")
+    return override_option(f"{_EXPERT}.{key}", "PATH")

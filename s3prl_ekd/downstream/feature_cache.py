@@ -43,7 +43,7 @@ FRAMES = "ekd_frames"  # key of the frame counts in the upstream's output
 
 
 @dataclass
-class Counts:
+class CacheCounts:
     """Cache hits, misses, random excerpts (computed without a lookup) and bytes written."""
 
     hits: int = 0
@@ -57,15 +57,15 @@ class Counts:
             f"{self.written} bytes written"
         )
 
-    def __add__(self, other: Counts) -> Counts:
-        return Counts(*map(sum, zip(astuple(self), astuple(other), strict=True)))
+    def __add__(self, other: CacheCounts) -> CacheCounts:
+        return CacheCounts(*map(sum, zip(astuple(self), astuple(other), strict=True)))
 
 
-def read_counts(text: str) -> Counts:
+def read_counts(text: str) -> CacheCounts:
     """Sum the counts in the text of a log."""
-    total = Counts()
+    total = CacheCounts()
     for numbers in _LINE.findall(text):
-        total += Counts(*map(int, numbers))
+        total += CacheCounts(*map(int, numbers))
     return total
 
 
@@ -96,7 +96,7 @@ class CachedUpstream(nn.Module):
     ):
         super().__init__()
         self.upstream = upstream
-        self.counts = Counts()
+        self.counts = CacheCounts()
         self._selection, self._store = selection, store
         self._excerpt, self._training = excerpt, training
         self._shape: tuple[int, int] | None = None  # (layers, width)

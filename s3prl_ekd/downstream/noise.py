@@ -52,7 +52,7 @@ def mix(wave: Tensor, noises: Sequence[Tensor], snr: float, seed: int = 0) -> Te
     clean = wave.detach().float().cpu()
     digest = hashlib.blake2b(clean.contiguous().numpy().tobytes(), digest_size=16).hexdigest()
     rng = generator(seed, epoch=0, utterance=digest, role="test")
-    noise = additive.fit(_draw(noises, rng), len(clean), rng)
+    noise = additive.crop_or_loop(_draw(noises, rng), len(clean), rng)
     return additive.mix(clean, noise, snr).to(wave)
 
 

@@ -41,7 +41,7 @@ PRETRAIN_MODULES = (
 
 
 @dataclass(frozen=True)
-class Problem:
+class RequirementProblem:
     """Why something cannot run, and the command that fixes it (empty if there is none)."""
 
     reason: str
@@ -49,11 +49,11 @@ class Problem:
 
 
 @dataclass
-class State:
+class RecipeStatus:
     """Problems that keep a recipe from running: modules that do not import, missing files."""
 
-    modules: list[Problem] = field(default_factory=list)
-    files: list[Problem] = field(default_factory=list)
+    modules: list[RequirementProblem] = field(default_factory=list)
+    files: list[RequirementProblem] = field(default_factory=list)
     note: str = ""
 
     @property
@@ -66,7 +66,7 @@ def init_command(folder: Path) -> str:
     return f"s3prl-ekd init {shlex.quote(str(folder))}"
 
 
-def check_modules(names: tuple[str, ...]) -> list[Problem]:
+def check_modules(names: tuple[str, ...]) -> list[RequirementProblem]:
     """Import each module, suppressing its output; return the distinct problems."""
     problems = []
     for name in names:
@@ -76,7 +76,7 @@ def check_modules(names: tuple[str, ...]) -> list[Problem]:
     return problems
 
 
-def check_recipe(task: Task, folder: Path) -> State:
+def check_recipe(task: Task, folder: Path) -> RecipeStatus:
     """Check whether the recipe of ``task`` can run in ``folder``."""
     modules = ("s3prl.run_downstream", f"s3prl.downstream.{task.downstream}.expert", *task.modules)
     with contextlib.ExitStack() as stack:
@@ -86,14 +86,16 @@ def check_recipe(task: Task, folder: Path) -> State:
         if task.downstream == "voxceleb1":
             with contextlib.suppress(SetupError):  # torch is missing: nothing to guard
                 # lets SID's modules import without librosa
-                stack.enter_context(voxceleb1_cache.guarded())
-        status = State(modules=check_modules(modules))
+                stack.enter_context(voxceleb1_cache.cache_bypassed())
+        status = RecipeStatus(modules=check_modules(modules))
     config = _read_yaml(folder / task.full, init_command(folder))
-    if isinstance(config, Problem):
+    if isinstance(config, RequirementProblem):
         status.files.append(config)
         return status
     for key, path in missing_paths(config, task.recipe_files, folder):
-        status.files.append(Problem(f"{path} ({key}) does not exist", init_command(folder)))
+        status.files.append(
+            RequirementProblem(f"{path} ({key}) does not exist", init_command(folder))
+        )
     for key, path in missing_paths(config, task.corpus, folder):
         status.note = f"set the corpus: -o \"config.{key}='...'\" ({path} does not exist)"
         break
@@ -133,27 +135,29 @@ def provide_ctc_corpus(folder: Path) -> None:
     sys.modules.update({CTC_CORPUS: package, name: libriphone})
 
 
-def _import_problem(name: str) -> Problem | None:
+def _import_problem(name: str) -> RequirementProblem | None:
     with _silence():
         try:
             importlib.import_module(name)
         except ModuleNotFoundError as error:
             return _missing_module(error.name or name)
         except Exception as error:  # report every failure of a foreign module
-            return Problem(f"cannot import {name}: {type(error).__name__}: {error}")
+            return RequirementProblem(f"cannot import {name}: {type(error).__name__}: {error}")
     return None
 
 
-def _missing_module(name: str) -> Problem:
+def _missing_module(name: str) -> RequirementProblem:
     package = name.partition(".")[0]
     if importlib.util.find_spec(package) is not None:
-        return Problem(f"module {name} is missing from {package}")
-    return Problem(f"{package} is not installed", INSTALL.get(package, f"pip install {package}"))
+        return RequirementProblem(f"module {name} is missing from {package}")
+    return RequirementProblem(
+        f"{package} is not installed", INSTALL.get(package, f"pip install {package}")
+    )
 
 
-def _read_yaml(path: Path, remedy: str) -> dict | Problem:
+def _read_yaml(path: Path, remedy: str) -> dict | RequirementProblem:
     if not path.is_file():
-        return Problem(f"{path} does not exist", remedy)
+        return RequirementProblem(f"{path} does not exist", remedy)
     try:
         from ..files.text import MAX_YAML, parse_yaml
     except ImportError:
@@ -161,8 +165,12 @@ def _read_yaml(path: Path, remedy: str) -> dict | Problem:
     try:
         content = parse_yaml(read_text(path, "recipe", ConfigError, MAX_YAML), "it")
     except ConfigError as error:
-        return Problem(f"{path} is not YAML: {error}")
-    return content if isinstance(content, dict) else Problem(f"{path} is not a YAML mapping")
+        return RequirementProblem(f"{path} is not YAML: {error}")
+    return (
+        content
+        if isinstance(content, dict)
+        else RequirementProblem(f"{path} is not a YAML mapping")
+    )
 
 
 @contextlib.contextmanager

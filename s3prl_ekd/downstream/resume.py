@@ -53,7 +53,7 @@ def restore_random_states(states: dict[str, Any]) -> None:
         torch.cuda.set_rng_state_all(states["cuda"])
 
 
-class Place:
+class EpochPosition:
     """A run's position in its epoch: consumed batches and random states."""
 
     def __init__(self, saved: dict[str, Any] | None):
@@ -96,7 +96,7 @@ class Place:
 class ResumableLoader:
     """Wraps a data loader to skip and count batches; other attributes are the loader's."""
 
-    def __init__(self, loader, position: Place):
+    def __init__(self, loader, position: EpochPosition):
         self._loader, self._position = loader, position
 
     def __iter__(self) -> Iterator:
@@ -117,7 +117,7 @@ def resumable_runner(runner: Any) -> Any:
             super().__init__(args, config)
             single = not torch.distributed.is_initialized()
             saved = self.init_ckpt.get(KEY) if single and args.mode == "train" else None
-            self._position = Place(saved)
+            self._position = EpochPosition(saved)
             model = self.downstream.model
             split = config["runner"].get("train_dataloader", "train")
             get_dataloader = model.get_dataloader

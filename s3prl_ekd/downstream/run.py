@@ -14,24 +14,24 @@ from types import ModuleType
 from typing import Any
 
 from ..compat import checkpoint_globals, voxceleb1_cache
-from ..compat.no_eval import check_fold, check_names, check_splits
+from ..compat.no_eval import check_fold, check_splits, reject_code
 from ..compat.replaced import replaced
 from ..errors import CheckpointError, ConfigError, SetupError
 from ..files import trust
 from ..files.atomic import make_folder
-from ..files.config import apply_overrides, argument_overrides, literal, read_yaml
-from ..files.formats import refuse_newer_parts
+from ..files.config import apply_overrides, argument_overrides, override_value, read_yaml
+from ..files.formats import check_part_versions
 from ..request import (
     CACHE,
     INIT_HINT,
     DownstreamRequest,
+    check_and_resume,
     check_device,
     check_run_folder,
-    completed,
     log_moved,
     script_guards,
 )
-from ..system.lock import NAME
+from ..system.lock import LOCK_FILE
 from .corpus_check import check_corpus
 from .tasks import missing_paths, task_of
 
@@ -41,7 +41,7 @@ NOISY = "noisy"  # subfolder of a run with the predictions of evaluations under 
 
 def prepare(argv: Sequence[str]) -> DownstreamRequest:
     """Parse and check a command's arguments; see :func:`check_request`."""
-    return check_request(DownstreamRequest.parse(trust.take(argv)))
+    return check_request(DownstreamRequest.parse(trust.read_option(argv)))
 
 
 def check_request(request: DownstreamRequest) -> DownstreamRequest:
@@ -50,7 +50,7 @@ def check_request(request: DownstreamRequest) -> DownstreamRequest:
     Raises:
         EkdError: a mistake that the user can fix.
     """
-    return in_noisy_folder(completed(request, OPTION_CHECKS, RUN_CHECKS))
+    return in_noisy_folder(check_and_resume(request, OPTION_CHECKS, RUN_CHECKS))
 
 
 # Checks of the options; cheap ones come first
@@ -95,7 +95,7 @@ def check_init(request: DownstreamRequest) -> None:
         from ..files.torch_load import safe_load
 
         states = safe_load(request.init_ckpt, "checkpoint", allow=checkpoint_globals())
-        refuse_newer_parts(states, request.init_ckpt)
+        check_part_versions(states, request.init_ckpt)
 
 
 def check_heads(request: DownstreamRequest) -> None:
@@ -146,7 +146,7 @@ def check_new_downstream(request: DownstreamRequest, states: Mapping[str, Any]) 
     config = read_yaml(path)
     if request.override:
         config = apply_overrides(config, request.override)
-    check_names(config, path)
+    reject_code(config, path)
     check_splits(request.downstream, config, path, request.split)
     if task is not None:
         for key, missing in missing_paths(config, task.paths, Path.cwd()):
@@ -154,7 +154,7 @@ def check_new_downstream(request: DownstreamRequest, states: Mapping[str, Any]) 
                 f"{path}: {key} is {missing}, which does not exist; edit it or add "
                 f"-o \"config.{key}='PATH'\""
             )
-    check_upstream(request.upstream, request.upstream_ckpt, request.upstream_model_config)
+    check_upstream_paths(request.upstream, request.upstream_ckpt, request.upstream_model_config)
     fold = request.downstream_variant
     check_corpus(request.downstream, config, path, request.split, fold=fold)
 
@@ -175,26 +175,26 @@ def check_resumed_downstream(request: DownstreamRequest, states: Mapping[str, An
                 f"-e {path}: the run was started with --{name} {str(args[name])[:40]!r}; if you "
                 f"trust its author, add {trust.OPTION}"
             )
-    check_upstream(
+    check_upstream_paths(
         args.get("upstream"), args.get("upstream_ckpt"), args.get("upstream_model_config")
     )
     config, source = states["Config"], f"the config in {path}"
     if request.override:
         config = apply_overrides(config, request.override)
-    check_names(config, source)
+    reject_code(config, source)
     downstream, fold = args.get("downstream"), args.get("downstream_variant")
     check_splits(downstream, config, source, request.split)
     check_fold(fold, f"-e {path}: downstream_variant")
     check_corpus(downstream, config, source, request.split, fold=fold)
 
 
-def check_upstream(name: Any, checkpoint: Any, config: Any) -> None:
+def check_upstream_paths(name: Any, checkpoint: Any, config: Any) -> None:
     """Check that the files from which s3prl builds the upstream contain no code."""
     for path in (checkpoint, config):
         if path is not None and not isinstance(path, str):
             raise CheckpointError(f"upstream {str(name)[:60]!r}: expected a path, got {path!r:.60}")
     if config and Path(config).exists():
-        check_names(read_yaml(config), config)
+        reject_code(read_yaml(config), config)
     if not checkpoint or not Path(checkpoint).exists() or Path(checkpoint).is_dir():
         return  # a URL, an identifier or a folder: checked by s3prl
     from ..teachers.checkpoint import check_upstream_file
@@ -226,7 +226,7 @@ def in_noisy_folder(request: DownstreamRequest) -> DownstreamRequest:
         return request
     folder = request.folder / NOISY / request.noise.name
     make_folder(folder, SetupError)
-    text = f"args.expdir={literal(str(folder))}"
+    text = f"args.expdir={override_value(str(folder))}"
     return replace(request, override=f"{request.override},,{text}" if request.override else text)
 
 
@@ -269,14 +269,14 @@ def downstream_guards(request: DownstreamRequest) -> Iterator[None]:
     later runs in this process, tenfold after some dozens of runs. The lock allows several
     evaluations in one folder at the same time, one for each split, also during training.
     """
-    from ..data.loader import workers_end
+    from ..data.loader import kill_workers_on_error
 
     split = request.split
-    lock = NAME if split is None else f".{re.sub(r'[^A-Za-z0-9_-]', '_', split)}{NAME}"
+    lock = LOCK_FILE if split is None else f".{re.sub(r'[^A-Za-z0-9_-]', '_', split)}{LOCK_FILE}"
     with (
         script_guards(request, lock, cache_dir=request.cache_dir),  # for downloads
-        voxceleb1_cache.guarded(),  # for every -d: with -e the task is in the checkpoint
+        voxceleb1_cache.cache_bypassed(),  # for every -d: with -e the task is in the checkpoint
         replaced(builtins, "isinstance", isinstance),
-        workers_end(),
+        kill_workers_on_error(),
     ):
         yield

@@ -23,8 +23,8 @@ from torch.nn.utils.rnn import pad_sequence
 from ..compat.replaced import replaced
 from ..downstream.run import downstream_guards
 from ..errors import CheckpointError, TeacherError, first_line
-from ..files.config import plain
-from ..files.run_checkpoints import newest, read_run
+from ..files.config import to_plain_data
+from ..files.run_checkpoints import newest_checkpoint, read_checkpoint
 from ..request import DownstreamRequest
 from .selection import PosteriorSelection, select_posteriors, soft_label_loss
 
@@ -158,7 +158,7 @@ def load_asr_teacher(path: str | Path) -> AsrTeacher:
         CheckpointError: not a checkpoint of ``-d asr``, or a file it needs is missing.
     """
     path = checkpoint_in(Path(path))
-    states = read_run(path)
+    states = read_checkpoint(path)
     args, config = copy.copy(states["Args"]), copy.deepcopy(states["Config"])
     if getattr(args, "downstream", None) != "asr" or not {"Featurizer", "Downstream"} <= set(
         states
@@ -187,7 +187,7 @@ def checkpoint_in(path: Path) -> Path:
     if not path.is_dir():
         return path
     best = path / "dev-clean-best.ckpt"  # s3prl writes it once WER is below 100
-    checkpoint = best if best.is_file() else newest(path)
+    checkpoint = best if best.is_file() else newest_checkpoint(path)
     if checkpoint is None:
         raise CheckpointError(f"no checkpoint (states-*.ckpt) in {path}")
     return checkpoint
@@ -367,7 +367,7 @@ def distil_asr(
     completed: dict[str, Namespace] = {}
 
     def make_runner_with_teachers(args: Namespace, config: dict[str, Any]) -> Any:
-        config["essence"] = plain(settings)
+        config["essence"] = to_plain_data(settings)
         runner = make_runner(args, config)
         train_split = config["runner"].get("train_dataloader", "train")
         MultitaskLoss(runner, ensemble.to(args.device), settings, train_split)

@@ -16,8 +16,8 @@ from tqdm import tqdm
 
 from ..distill.target_norm import usable_frames
 from ..errors import CheckpointError, DataError, SetupError
-from ..files.atomic import whole_file
-from ..files.formats import refuse_newer
+from ..files.atomic import atomic_file
+from ..files.formats import check_format_version
 from ..files.safetensors_file import read_safetensors, write_safetensors
 
 logger = logging.getLogger(__name__)
@@ -158,7 +158,7 @@ def save_units(units: Units, path: str | Path) -> None:
     metadata |= {name: str(getattr(units, name)) for name in (*TEXTS, *NUMBERS)}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(path) as file:
+        with atomic_file(path) as file:
             write_safetensors(file, {"centroids": units.centroids}, metadata)
     except OSError as error:
         raise CheckpointError(f"cannot write {path}: {error.strerror}") from None
@@ -177,7 +177,7 @@ def load_units(path: str | Path) -> Units:
         metadata, tensors = read_safetensors(path, "units file")
         if metadata.get("format") != FORMAT:
             raise CheckpointError(f"{path} is not a file written by s3prl-ekd units")
-        refuse_newer(int(metadata.get("version", 1)), VERSION, f"the units file {path}")
+        check_format_version(int(metadata.get("version", 1)), VERSION, f"the units file {path}")
         centroids = tensors["centroids"]
         numbers = {name: kind(metadata[name]) for name, kind in NUMBERS.items()}
         units = Units(

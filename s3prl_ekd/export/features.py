@@ -136,7 +136,7 @@ def write_features(
         ConfigError: see :func:`choose_layers`.
         CheckpointError: the checkpoint cannot be read or the output cannot be written.
     """
-    from ..files.atomic import whole_file
+    from ..files.atomic import atomic_file
     from ..upstream.expert import UpstreamExpert
 
     upstream = UpstreamExpert(str(checkpoint)).to(device).eval()
@@ -156,7 +156,7 @@ def write_features(
     summary = FeatureSummary()
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(output) as file:
+        with atomic_file(output) as file:
             keys = (f"{key}#{layer}" for key in audio for layer in indices)
             features = SafetensorsWriter(file, keys, metadata)
             for key, wave in progress(_read_ahead(audio, max_seconds), len(audio)):

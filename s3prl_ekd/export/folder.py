@@ -33,7 +33,7 @@ def export_folder(out: Path, force: bool, files: Collection[str]) -> Iterator[Pa
         raise CheckpointError(
             f"{out} contains {foreign[0]}, which no export writes; name another folder"
         )
-    with atomic.whole_folder(out, CheckpointError) as folder:
+    with atomic.atomic_folder(out, CheckpointError) as folder:
         yield folder
         mask = os.umask(0)
         os.umask(mask)

@@ -34,12 +34,11 @@ from ..distill.conv_layers import conv_layers_text
 from ..distill.settings import StudentSettings
 from ..distill.student import Student
 from ..errors import CheckpointError, ConfigError, SetupError, TeacherError
-from ..files.config import build
+from ..files.config import from_plain_data
 from ..student_file import LoadedStudent
 from ..teachers.hf_names import fairseq_name
 from ..teachers.huggingface import _quiet_transformers as quiet_transformers
-from ..teachers.huggingface import check_folder as check_hf_folder
-from ..teachers.huggingface import load_folder
+from ..teachers.huggingface import check_hf_folder, load_folder
 
 if TYPE_CHECKING:
     from transformers import HubertConfig, HubertModel
@@ -149,7 +148,7 @@ def student_settings(config: HubertConfig, folder: Path) -> StudentSettings:
         "activation_dropout": config.activation_dropout,
     }
     try:
-        return build(StudentSettings, values, "config.json")
+        return from_plain_data(StudentSettings, values, "config.json")
     except ConfigError as error:
         raise CheckpointError(f"{folder} cannot be a student: {error}") from None
 

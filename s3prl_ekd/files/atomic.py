@@ -37,7 +37,7 @@ _TEMPORARY = re.compile(r"\.?(?P<name>.+)\.(?:[0-9a-f]{16}|\d+)\.(?:tmp|partial)
 
 
 @contextlib.contextmanager
-def whole_file(path: str | os.PathLike[str], *, sync: bool = True) -> Iterator[BinaryIO]:
+def atomic_file(path: str | os.PathLike[str], *, sync: bool = True) -> Iterator[BinaryIO]:
     """Open a temporary file for writing; rename it to ``path`` when the block ends.
 
     Until then an existing file at ``path`` stays unchanged. If the block raises, the temporary file
@@ -86,7 +86,7 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     Raises:
         OSError: the file cannot be written; an existing one is unchanged.
     """
-    with whole_file(path) as file:
+    with atomic_file(path) as file:
         file.write(text.encode("utf-8"))
 
 
@@ -99,7 +99,7 @@ def write_csv(
     write_text(path, text.getvalue())
 
 
-def save_whole(
+def atomic_torch_save(
     obj: Any, path: str | os.PathLike[str], save: Callable[..., None] | None = None
 ) -> None:
     """``torch.save`` to a path, atomically.
@@ -115,7 +115,7 @@ def save_whole(
     import torch
 
     try:
-        with whole_file(path) as file:
+        with atomic_file(path) as file:
             (save or torch.save)(obj, file)
     except RuntimeError as error:
         # On a full disk torch's writer raises again while it closes the archive.
@@ -124,7 +124,7 @@ def save_whole(
         raise
 
 
-def second_name(path: Path, name: Path) -> None:
+def link_or_copy(path: Path, name: Path) -> None:
     """Give the file ``path`` a second name, replacing any file of that name.
 
     It is a hard link, or a copy where the file system has no hard links.
@@ -136,7 +136,7 @@ def second_name(path: Path, name: Path) -> None:
     try:
         os.link(path, temporary)
     except OSError:
-        with whole_file(name) as file, path.open("rb") as source:
+        with atomic_file(name) as file, path.open("rb") as source:
             shutil.copyfileobj(source, file, 1 << 24)
         return
     try:
@@ -147,7 +147,7 @@ def second_name(path: Path, name: Path) -> None:
 
 
 @contextlib.contextmanager
-def whole_folder(out: Path, error: type[EkdError] = SetupError) -> Iterator[Path]:
+def atomic_folder(out: Path, error: type[EkdError] = SetupError) -> Iterator[Path]:
     """Make a temporary folder to write into; rename it to ``out`` when the block ends.
 
     If the block raises, the temporary folder is removed.
@@ -227,7 +227,7 @@ def patch_torch_save() -> Iterator[None]:
     def save_atomically(obj: Any, f: Any, *args: Any, **kwargs: Any) -> None:
         if not isinstance(f, (str, os.PathLike)):
             return save(obj, f, *args, **kwargs)
-        save_whole(obj, f, lambda obj, file: save(obj, file, *args, **kwargs))
+        atomic_torch_save(obj, f, lambda obj, file: save(obj, file, *args, **kwargs))
 
     with replaced(torch, "save", save_atomically):
         yield

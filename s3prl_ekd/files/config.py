@@ -47,7 +47,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return data
 
 
-def build(kind: type[T], data: Any, location: str) -> T:
+def from_plain_data(kind: type[T], data: Any, location: str) -> T:
     """Convert dicts, lists and scalars to the type ``kind``, usually a dataclass.
 
     Args:
@@ -62,14 +62,14 @@ def build(kind: type[T], data: Any, location: str) -> T:
     return result
 
 
-def plain(value: Any) -> Any:
-    """Convert dataclasses and tuples to dicts and lists; the inverse of :func:`build`."""
+def to_plain_data(value: Any) -> Any:
+    """Convert dataclasses and tuples to dicts and lists; the inverse of :func:`from_plain_data`."""
     if dataclasses.is_dataclass(value):
-        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {f.name: to_plain_data(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, (tuple, list)):
-        return [plain(item) for item in value]
+        return [to_plain_data(item) for item in value]
     if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
+        return {key: to_plain_data(item) for key, item in value.items()}
     return value
 
 
@@ -319,10 +319,10 @@ def overridden(overrides: str | None) -> frozenset[str]:
     return frozenset(key.removeprefix("config.") for key in keys if key.startswith("config."))
 
 
-def literal(value: Any) -> str:
+def override_value(value: Any) -> str:
     """Format a value for s3prl's ``-o``, with ``=`` signs and commas in texts escaped."""
     if isinstance(value, (list, tuple)):
-        return f"[{', '.join(map(literal, value))}]"
+        return f"[{', '.join(map(override_value, value))}]"
     return repr(value).replace("=", r"\x3d").replace(",", r"\x2c")
 
 
@@ -342,7 +342,7 @@ def escape_equals(overrides: str) -> str:
     return ",,".join(options)
 
 
-def typed(key: str, value: Any) -> str:
+def override_option(key: str, value: Any) -> str:
     """Format ``-o "config.KEY=VALUE"`` for a shell."""
-    text = f"config.{key}={literal(value)}"
+    text = f"config.{key}={override_value(value)}"
     return f"-o {shlex.quote(text)}" if _SHELL.search(text) else f'-o "{text}"'

@@ -17,7 +17,7 @@ class NewerFormatError(CheckpointError):
     """A checkpoint was written by a newer s3prl_ekd. Never skipped like a damaged one."""
 
 
-def refuse_newer(
+def check_format_version(
     version: Any, supported: int, noun: str, error: type[EkdError] = NewerFormatError
 ) -> None:
     """Reject a file of a newer format. A version that is not an int is left to the caller.
@@ -36,9 +36,11 @@ def refuse_newer(
         )
 
 
-def refuse_newer_parts(states: dict[str, Any], path: Any) -> None:
+def check_part_versions(states: dict[str, Any], path: Any) -> None:
     """Reject a checkpoint that contains a part of a newer format. Raises NewerFormatError."""
     for key, supported in CHECKPOINT_PARTS.items():
         part = states.get(key)
         if isinstance(part, dict):
-            refuse_newer(part.get("version", 1), supported, f"{key} in the checkpoint {path}")
+            check_format_version(
+                part.get("version", 1), supported, f"{key} in the checkpoint {path}"
+            )

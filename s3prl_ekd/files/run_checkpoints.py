@@ -12,15 +12,15 @@ from typing import Any
 
 from ..compat import checkpoint_globals
 from ..errors import CheckpointError
-from .formats import NewerFormatError, refuse_newer_parts
+from .formats import NewerFormatError, check_part_versions
 from .torch_load import safe_load
 
 logger = logging.getLogger(__name__)
 
-LAST = "last.ckpt"  # latest checkpoint of a run of -u ekd; see pretrain/checkpoints.py
+LAST_CHECKPOINT = "last.ckpt"  # latest checkpoint of a run of -u ekd; see pretrain/checkpoints.py
 
 
-def read_run(path: str | Path) -> dict[str, Any]:
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a run's checkpoint without executing code.
 
     Raises:
@@ -28,7 +28,7 @@ def read_run(path: str | Path) -> dict[str, Any]:
             ``Config``. NewerFormatError if a newer s3prl_ekd wrote it.
     """
     states = safe_load(path, "checkpoint", allow=checkpoint_globals())
-    refuse_newer_parts(states, path)
+    check_part_versions(states, path)
     missing = [key for key in ("Step", "Args", "Config") if key not in states]
     if missing:
         raise CheckpointError(f"{path} is not a checkpoint of a run: it has no {missing[0]}")
@@ -44,11 +44,11 @@ def read_run(path: str | Path) -> dict[str, Any]:
 def run_checkpoints(folder: str | Path) -> list[Path]:
     """The checkpoints in a run's folder from which it can be resumed, sorted by name."""
     paths = sorted(Path(folder).glob("states-*.ckpt"))
-    last = Path(folder) / LAST
+    last = Path(folder) / LAST_CHECKPOINT
     return [*paths, last] if last.is_file() else paths
 
 
-def newest(folder: str | Path) -> Path | None:
+def newest_checkpoint(folder: str | Path) -> Path | None:
     """The checkpoint with the highest step in a run's folder; None if there is none.
 
     s3prl sorts by the number in the name instead, which puts the last one, ``states-epoch-N.ckpt``,
@@ -62,14 +62,16 @@ def newest(folder: str | Path) -> Path | None:
     steps: dict[Path, int] = {}
     for path in paths:
         try:
-            steps[path] = int(read_run(path)["Step"])
+            steps[path] = int(read_checkpoint(path)["Step"])
         except NewerFormatError:  # resuming from an older one would overwrite this valid one
             raise
         except (CheckpointError, ValueError, TypeError) as error:
             logger.warning("skipped: %s", error)
-    for path in sorted(steps, key=lambda path: (steps[path], path.name != LAST), reverse=True):
+    for path in sorted(
+        steps, key=lambda path: (steps[path], path.name != LAST_CHECKPOINT), reverse=True
+    ):
         try:
-            check_whole(path)
+            verify_checksums(path)
             return path
         except CheckpointError as error:
             logger.warning("skipped: %s", error)
@@ -78,7 +80,7 @@ def newest(folder: str | Path) -> Path | None:
     return None
 
 
-def check_whole(path: str | Path) -> None:
+def verify_checksums(path: str | Path) -> None:
     """Read the whole checkpoint and verify its CRC-32 checksums.
 
     ``torch.load`` does not, so a flipped bit in the weights would go unnoticed.

@@ -204,7 +204,7 @@ def _finite(text: str) -> float:
     return number
 
 
-class PlainLoader(yaml.SafeLoader):
+class BoundedLoader(yaml.SafeLoader):
     """``yaml.SafeLoader`` with limits on size and nesting, and without duplicate keys.
 
     The limits are checked while nodes are composed, so that a hostile file is rejected early: ten
@@ -272,7 +272,7 @@ def parse_yaml(text: str, location: str) -> Any:
         ConfigError: it is not valid YAML or exceeds a limit.
     """
     try:
-        return yaml.load(text, Loader=PlainLoader)  # a SafeLoader
+        return yaml.load(text, Loader=BoundedLoader)  # a SafeLoader
     except ConfigError as error:
         raise ConfigError(f"{location}: {error}") from None
     except Exception as error:  # PyYAML does not wrap all errors: `!!int ""` is an IndexError

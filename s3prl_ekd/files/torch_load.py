@@ -27,7 +27,7 @@ from typing import IO, Any, BinaryIO
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..compat.checkpoints import loader_holes, refuses_by_default
+from ..compat.checkpoints import torch_load_cves, weights_only_by_default
 from ..errors import CheckpointError
 from . import trust
 from .text import check_data, check_regular, download_problem
@@ -371,7 +371,7 @@ def scan_for_old_torch(path: str | os.PathLike[str]) -> None:
     Raises:
         CheckpointError: this torch has such bugs, and the file exploits them or is damaged.
     """
-    if not loader_holes(torch.__version__):
+    if not torch_load_cves(torch.__version__):
         return
     try:
         for _ in named_globals(Path(path)):
@@ -434,9 +434,9 @@ def restrict_torch() -> None:
     torch 2.10 a file can do harm even with ``weights_only=True``: there each file is scanned first,
     as in :func:`safe_load`.
     """
-    if not trust.trusted() and not refuses_by_default():
+    if not trust.trusted() and not weights_only_by_default():
         os.environ[trust.STRICT] = "1"
-    if loader_holes(torch.__version__) and not hasattr(torch.load, "_scans"):
+    if torch_load_cves(torch.__version__) and not hasattr(torch.load, "_scans"):
         torch.load = _scanning(torch.load)
 
 

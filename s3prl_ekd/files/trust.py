@@ -20,7 +20,7 @@ FREE, STRICT = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_WEIGHTS_ONLY_LOA
 _trusted = False
 
 
-def take(argv: Sequence[str]) -> list[str]:
+def read_option(argv: Sequence[str]) -> list[str]:
     """Remove the option from ``argv``, and trust checkpoints from now on if it was in it.
 
     Applies to s3prl's own calls of ``torch.load`` too, with any version of torch.

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..files.atomic import whole_file
+from ..files.atomic import atomic_file
 
 logger = logging.getLogger(__name__)
 
@@ -133,7 +133,7 @@ class FeatureStore:
 
 def _put(data: bytes, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path, sync=False) as file:  # the CRC detects a truncated file
+    with atomic_file(path, sync=False) as file:  # the CRC detects a truncated file
         file.write(data)
 
 

@@ -21,7 +21,7 @@ from ..data.tables import Utterance
 from ..distill.settings import DistillSettings, TeacherSettings
 from ..distill.teachers import PROBE_SAMPLES, TeacherEnsemble
 from ..errors import ConfigError
-from .store import PER_TEACHER, Block, Index, Part, TargetLayout, part_of
+from .store import PER_TEACHER, Index, TargetBlock, TargetLayout, TargetSubset, select_targets
 
 TOLERANCE = 0.01  # relative, of the output; devices and versions differ by far less (ours)
 
@@ -36,7 +36,7 @@ CLASS_NAMES = {
 }
 
 
-def make_key(
+def cache_key(
     teachers: TeacherEnsemble,
     settings: DistillSettings,
     *,
@@ -139,7 +139,7 @@ def check_aggregated(settings: DistillSettings) -> None:
             )
 
 
-def check_worth(settings: DistillSettings) -> None:
+def check_aggregation_differs(settings: DistillSettings) -> None:
     """Reject an aggregation that leaves the teachers' targets unchanged. Raises ConfigError."""
     if settings.aggregation == "separate" and not (
         settings.targets.across_teachers or settings.heads.residual
@@ -154,15 +154,15 @@ def _has_schedule(teacher: TeacherSettings) -> bool:
     return teacher.final_weight is not None and teacher.final_weight != teacher.weight
 
 
-def layout_of(teachers: TeacherEnsemble, specs: Mapping | None) -> TargetLayout:
+def target_layout(teachers: TeacherEnsemble, specs: Mapping | None) -> TargetLayout:
     """One block for each teacher, or for each target set if ``specs`` are given."""
     if specs is not None:
-        return tuple(Block(name, spec.layers, spec.width) for name, spec in specs.items())
+        return tuple(TargetBlock(name, spec.layers, spec.width) for name, spec in specs.items())
     shapes = teachers.shapes
-    return tuple(Block(name, len(s.targets), s.width) for name, s in shapes.items())
+    return tuple(TargetBlock(name, len(s.targets), s.width) for name, s in shapes.items())
 
 
-def same_key(stored: Mapping, current: Mapping) -> str | None:
+def key_difference(stored: Mapping, current: Mapping) -> str | None:
     """Describe how two keys differ, for a build that is resumed; None if they are equal."""
     stored = {**stored, "contents": _contents(stored)}
     for field in ("sequence_length", "max_timestep", "teacher_precision", "contents", "tables"):
@@ -177,9 +177,9 @@ def same_key(stored: Mapping, current: Mapping) -> str | None:
     return None
 
 
-def fitting_part(
+def matching_subset(
     index: Index, current: Mapping[str, Any], rows: Sequence[Utterance]
-) -> tuple[Part | None, str]:
+) -> tuple[TargetSubset | None, str]:
     """Select the subset of a cache that a run reads, or return None and why there is none.
 
     A run may use fewer teachers, layers or tables than the cache has. Aggregated targets must have
@@ -187,7 +187,7 @@ def fitting_part(
 
     Args:
         index: the index of the cache.
-        current: the run's :func:`make_key`.
+        current: the run's :func:`cache_key`.
         rows: the run's utterances.
     """
     key, aggregated = index.key, index.key["contents"] != PER_TEACHER
@@ -225,7 +225,7 @@ def fitting_part(
         return None, difference
     if aggregated:
         selected = {block.name: range(block.targets) for block in index.layout}
-    return part_of(index.layout, selected), ""
+    return select_targets(index.layout, selected), ""
 
 
 def _corpus_difference(index: Index, current: Mapping, rows: Sequence[Utterance]) -> str:

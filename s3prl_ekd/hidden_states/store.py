@@ -40,8 +40,8 @@ from ..data.bad_audio import BadAudio
 from ..distill.batch import CachedTargets
 from ..distill.target_norm import usable_frames
 from ..errors import DataError, TeacherError
-from ..files.atomic import whole_file
-from ..files.formats import refuse_newer
+from ..files.atomic import atomic_file
+from ..files.formats import check_format_version
 from ..files.text import check_regular, read_json
 
 # numpy has no bfloat16: its bits are stored as int16
@@ -49,7 +49,7 @@ NUMPY = {"float16": np.float16, "bfloat16": np.int16, "int8": np.int8}
 BYTES = {name: np.dtype(dtype).itemsize for name, dtype in NUMPY.items()}
 INT8_MAX = 127
 
-INDEX, NAMES, RECORDS = "index.json", "utterances.json", "utterances.bin"
+INDEX, UTTERANCES, RECORDS = "index.json", "utterances.json", "utterances.bin"
 TARGETS, SCALES = "targets.bin", "scales.bin"
 FORMAT, VERSION = "s3prl_ekd.target_cache", 1
 PER_TEACHER = "per teacher"  # `contents` of a key whose targets are not aggregated
@@ -74,10 +74,10 @@ INDEX_FIELDS = {
 }  # `utterances` is the digest of utterances.json
 MAX_NAMES = 1 << 32  # bytes; some ten million utterances
 BUILD = "s3prl-ekd cache -c RUNNER.yaml -g MODEL.yaml -o"
-EVERY = 10.0  # seconds between two syncs to disk: the most that a power failure loses
+SYNC_SECONDS = 10.0  # seconds between two syncs to disk: the most that a power failure loses
 
 
-def to_numbers(
+def encode_targets(
     values: Tensor, layout: TargetLayout, dtype: str, utterance: str
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Convert targets ``[frame, column]`` to the stored dtype and scales ``[vector]``.
@@ -121,7 +121,7 @@ def stored_to_tensor(stored: np.ndarray, dtype: str) -> Tensor:
     return tensor.view(torch.bfloat16) if dtype == "bfloat16" else tensor
 
 
-class Block(NamedTuple):
+class TargetBlock(NamedTuple):
     """A teacher's or target set's share of a frame: ``targets`` vectors of ``dim`` numbers."""
 
     name: str
@@ -129,26 +129,28 @@ class Block(NamedTuple):
     dim: int
 
 
-TargetLayout = tuple[Block, ...]  # the blocks of a frame, in this order
+TargetLayout = tuple[TargetBlock, ...]  # the blocks of a frame, in this order
 
 
-def columns(layout: TargetLayout) -> int:
+def frame_width(layout: TargetLayout) -> int:
     """Number of values in a frame."""
     return sum(block.targets * block.dim for block in layout)
 
 
-def pieces(layout: TargetLayout) -> int:
+def vectors_per_frame(layout: TargetLayout) -> int:
     """Number of vectors in a frame; with int8 each has a scale."""
     return sum(block.targets for block in layout)
 
 
-def joined(targets: Mapping[str, Tensor], layout: TargetLayout) -> Tensor:
+def pack_targets(targets: Mapping[str, Tensor], layout: TargetLayout) -> Tensor:
     """``{name: [1, target, frame, dim]}`` of one utterance -> ``[frame, column]``."""
     flat = [targets[block.name][0].transpose(0, 1).flatten(1) for block in layout]
     return torch.cat(flat, dim=1)
 
 
-def parted(values: Tensor, scales: Tensor | None, layout: TargetLayout) -> dict[str, Tensor]:
+def unpack_targets(
+    values: Tensor, scales: Tensor | None, layout: TargetLayout
+) -> dict[str, Tensor]:
     """``[batch, frame, column]`` -> ``{name: [batch, target, frame, dim]}`` in float32.
 
     Args:
@@ -168,7 +170,7 @@ def parted(values: Tensor, scales: Tensor | None, layout: TargetLayout) -> dict[
     return targets
 
 
-class Part(NamedTuple):
+class TargetSubset(NamedTuple):
     """The subset of a cache that a run reads.
 
     ``layout``: its blocks; ``spans``: the ``(begin, end)`` of its values in a stored frame;
@@ -180,7 +182,7 @@ class Part(NamedTuple):
     vectors: tuple[int, ...]
 
 
-def part_of(layout: TargetLayout, selected: Mapping[str, Sequence[int]]) -> Part:
+def select_targets(layout: TargetLayout, selected: Mapping[str, Sequence[int]]) -> TargetSubset:
     """Select blocks by name, and targets of each by index, in the order of ``selected``."""
     starts, column, vector = {}, 0, 0
     for block in layout:
@@ -190,7 +192,7 @@ def part_of(layout: TargetLayout, selected: Mapping[str, Sequence[int]]) -> Part
     spans: list[tuple[int, int]] = []
     for name, targets in selected.items():
         block, column, vector = starts[name]
-        blocks.append(Block(name, len(targets), block.dim))
+        blocks.append(TargetBlock(name, len(targets), block.dim))
         for target in targets:
             begin = column + target * block.dim
             if spans and spans[-1][1] == begin:
@@ -198,7 +200,7 @@ def part_of(layout: TargetLayout, selected: Mapping[str, Sequence[int]]) -> Part
             else:
                 spans.append((begin, begin + block.dim))
             vectors.append(vector + target)
-    return Part(tuple(blocks), tuple(spans), tuple(vectors))
+    return TargetSubset(tuple(blocks), tuple(spans), tuple(vectors))
 
 
 @dataclass(frozen=True)
@@ -218,23 +220,23 @@ class Index:
 
     @property
     def frame_bytes(self) -> int:
-        return columns(self.layout) * BYTES[self.dtype]
+        return frame_width(self.layout) * BYTES[self.dtype]
 
     @property
     def scale_bytes(self) -> int:
         """Bytes of the scales of an utterance."""
-        return 4 * pieces(self.layout) if self.dtype == "int8" else 0
+        return 4 * vectors_per_frame(self.layout) if self.dtype == "int8" else 0
 
 
 def write_index(folder: Path, index: Index) -> None:
     """Write ``utterances.json``, then ``index.json``, each atomically. Raises OSError."""
     names = json.dumps(index.utterances, indent=0, ensure_ascii=True).encode()
-    with whole_file(folder / NAMES) as file:
+    with atomic_file(folder / UTTERANCES) as file:
         file.write(names)
     data = {"format": FORMAT, "version": VERSION, "made_by": f"s3prl_ekd {__version__}"}
     data |= asdict(index) | {"layout": [list(block) for block in index.layout]}
     data["utterances"] = _digest(names)
-    with whole_file(folder / INDEX) as file:
+    with atomic_file(folder / INDEX) as file:
         file.write(json.dumps(data, indent=1).encode() + b"\n")
 
 
@@ -248,17 +250,17 @@ def read_index(folder: Path) -> Index:
     try:
         data = read_json(folder / INDEX, "index of the target cache", DataError)
         if data.get("format") == FORMAT and data.get("version") != VERSION:
-            refuse_newer(data.get("version"), VERSION, f"the target cache {folder}")
+            check_format_version(data.get("version"), VERSION, f"the target cache {folder}")
             raise DataError(
                 f"{folder}: expected a target cache of version {VERSION}, got version "
                 f"{str(data.get('version'))[:20]}"
             )
-        check_regular(folder / NAMES, "list of utterances", DataError, MAX_NAMES)
-        return _index(data, (folder / NAMES).read_bytes())
+        check_regular(folder / UTTERANCES, "list of utterances", DataError, MAX_NAMES)
+        return _index(data, (folder / UTTERANCES).read_bytes())
     except DataError as error:
         raise DataError(f"{error}; build a cache with: {BUILD} NEW_FOLDER") from None
     except OSError as error:
-        raise DataError(f"cannot read {folder / NAMES}: {error.strerror}") from None
+        raise DataError(f"cannot read {folder / UTTERANCES}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(
             f"{folder / INDEX} is damaged or not the index of a target cache: {str(error)[:200]}; "
@@ -272,7 +274,7 @@ def _index(data: dict[str, Any], names: bytes) -> Index:
     for name, kind in INDEX_FIELDS.items():
         if type(data[name]) is not kind:
             raise TypeError(f"invalid `{name}`")
-    layout = tuple(Block(*block) for block in data["layout"])
+    layout = tuple(TargetBlock(*block) for block in data["layout"])
     for name, targets, dim in layout:
         if not (type(name) is str and type(targets) is int and type(dim) is int):
             raise TypeError("invalid `layout`")
@@ -283,10 +285,10 @@ def _index(data: dict[str, Any], names: bytes) -> Index:
     if not all(isinstance(data["key"].get(name), kind) for name, kind in KEY_FIELDS.items()):
         raise TypeError("invalid `key`")
     if _digest(names) != data["utterances"]:
-        raise ValueError(f"{NAMES} has changed")
+        raise ValueError(f"{UTTERANCES} has changed")
     utterances = json.loads(names)
     if type(utterances) is not list or not all(type(name) is str for name in utterances):
-        raise TypeError(f"{NAMES} is not a list of strings")
+        raise TypeError(f"{UTTERANCES} is not a list of strings")
     values = {name: data[name] for name in INDEX_FIELDS}
     return Index(**values | {"layout": layout, "utterances": tuple(utterances)})
 
@@ -369,7 +371,7 @@ class StoredTargets(NamedTuple):
         values = self.values.to(device, non_blocking=True)
         scales = None if self.scales is None else self.scales.to(device, non_blocking=True)
         # pinning memory may turn the tuples of the layout into lists
-        targets = parted(values, scales, self.layout)
+        targets = unpack_targets(values, scales, self.layout)
         return CachedTargets(
             targets, self.frames.to(device, non_blocking=True), bool(self.aggregated)
         )
@@ -387,7 +389,7 @@ class TargetReader:
 
     Attributes:
         seed: of the excerpts that the teachers got, all drawn as for epoch 0.
-        part: the subset that :meth:`batch` returns; by default everything.
+        subset: the subset that :meth:`batch` returns; by default everything.
 
     Raises:
         DataError: the cache is not complete, or damaged.
@@ -402,8 +404,8 @@ class TargetReader:
         self._starts = ends - self.records["frames"]
         self._rows = {name: row for row, name in enumerate(self.index.utterances)}
         self._width = self.index.frame_bytes // np.dtype(NUMPY[self.index.dtype]).itemsize
-        all_vectors = tuple(range(pieces(self.index.layout)))
-        self.part = Part(self.index.layout, ((0, self._width),), all_vectors)
+        all_vectors = tuple(range(vectors_per_frame(self.index.layout)))
+        self.subset = TargetSubset(self.index.layout, ((0, self._width),), all_vectors)
         self._targets: np.ndarray | None = None  # [frame, column]; None if no frame is stored
         self._scales: np.ndarray | None = None
         self._verified = np.zeros(len(self.records), bool)
@@ -446,7 +448,7 @@ class TargetReader:
         assert targets is not None  # check() rejects utterances without targets
         rows = [self._rows[name] for name in names]
         frames = self.records["frames"][rows].astype(np.int64)
-        layout, spans, vectors = self.part
+        layout, spans, vectors = self.subset
         width = sum(end - begin for begin, end in spans)
         values = np.empty((len(rows), frames.max(), width), NUMPY[self.index.dtype])
         for i, row in enumerate(rows):
@@ -560,7 +562,7 @@ class CacheWriter:
         record = np.array([(frames, samples, crc)], RECORD)[0]
         self.records.append(record)
         self._unsaved.append(record)
-        if time.monotonic() - self._synced > EVERY:
+        if time.monotonic() - self._synced > SYNC_SECONDS:
             self.save()
 
     def save(self) -> None:

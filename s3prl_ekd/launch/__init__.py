@@ -20,7 +20,7 @@ from types import ModuleType
 
 from ..request import DOWNSTREAM_HELP, INIT_HINT, RequestT
 from ..system import torchrun
-from ..system.terminal import errors_shown, log_to_stderr, prepare_streams, quiet_s3prl
+from ..system.terminal import log_to_stderr, prepare_streams, quiet_s3prl, show_errors
 
 
 def run_pretrain() -> int:
@@ -51,7 +51,7 @@ def _launch(
     quiet_s3prl()
     argv = sys.argv[1:]
     hint = "" if "evaluate" in argv else "; add -a (without -e) to resume"
-    with errors_shown(f"stopped by Ctrl-C{hint}", broken_pipe=1, user_files=False):
+    with show_errors(f"stopped by Ctrl-C{hint}", broken_pipe=1, user_files=False):
         if "-h" in argv or "--help" in argv:
             with _initialised_folder():
                 script = import_script(name)
@@ -75,7 +75,7 @@ def import_script(script: str) -> ModuleType:
         registration.register()
         return importlib.import_module(script)
     if script == "run_pretrain":
-        registration.open_pretrain(folder)  # without s3prl.hub, which takes seconds to import
+        registration.expose_pretrain(folder)  # without s3prl.hub, which takes seconds to import
     else:
         registration.register()
     return importlib.import_module(f"s3prl.{script}")

@@ -22,7 +22,7 @@ from multiprocessing import connection
 from pathlib import Path
 from typing import cast
 
-from ..system.jobs import Processes, end_with_parent
+from ..system.jobs import CommandRunner, end_with_parent
 from . import SCRIPTS
 
 logger = logging.getLogger(__name__)
@@ -46,12 +46,12 @@ def has_private_server(version: tuple[int, ...]) -> bool:
     return version >= (3, 11, 1) or (3, 10, 9) <= version < (3, 11)
 
 
-def processes() -> Processes:
+def command_runner() -> CommandRunner:
     """A runner of commands: by forking if possible, else as new processes."""
-    return ForkedProcesses() if can_fork() else Processes()
+    return ForkServerRunner() if can_fork() else CommandRunner()
 
 
-class ForkedProcesses(Processes):
+class ForkServerRunner(CommandRunner):
     """Run commands in forks of a process that has imported torch and s3prl."""
 
     def __init__(self) -> None:
@@ -62,7 +62,7 @@ class ForkedProcesses(Processes):
         self._omp_threads, self._threads = os.environ.get(_THREADS), _torch_threads()
 
     def call(self, argv: Sequence[str], log: Path, environment: Mapping[str, str]) -> int:
-        """See :meth:`Processes.call`; only s3prl's scripts are forked."""
+        """See :meth:`CommandRunner.call`; only s3prl's scripts are forked."""
         if argv[0] not in SCRIPTS or self._context is None:
             return super().call(argv, log, environment)
         with self._lock:

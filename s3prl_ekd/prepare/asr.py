@@ -23,9 +23,9 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from ..data.lengths import write_table
-from ..data.manifest import SPLITS, Entry, read_manifest
+from ..data.manifest import SPLITS, ManifestEntry, read_manifest
 from ..errors import DataError
-from ..files.atomic import make_folder, whole_folder
+from ..files.atomic import atomic_folder, make_folder
 from .common import audio_root, measure_all, print_splits
 from .new_folder import PREPARED, check_free
 
@@ -110,7 +110,7 @@ def write_librispeech(
         DataError: ``out`` exists and is not an earlier layout that may be replaced.
     """
     check_free(out, replace=replace)
-    with whole_folder(out, DataError) as folder:
+    with atomic_folder(out, DataError) as folder:
         return _write(folder, utterances, copy)
 
 
@@ -162,7 +162,7 @@ def _place(source: Path, target: Path, *, copy: bool) -> int:
 
 
 def write_split_tables(
-    folder: Path, entries: Sequence[Entry], samples: Sequence[int]
+    folder: Path, entries: Sequence[ManifestEntry], samples: Sequence[int]
 ) -> dict[str, list[int]]:
     """One length table a split (``train.csv`` …) in ``folder``; returns the lengths of each."""
     make_folder(folder)

@@ -10,7 +10,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ..data.audio_files import total_hours
-from ..data.manifest import Entry, measure
+from ..data.manifest import ManifestEntry, audio_lengths
 
 
 @dataclass(frozen=True)
@@ -51,12 +51,12 @@ def audio_root(args: argparse.Namespace) -> Path:
     return args.audio_root or args.manifest.parent
 
 
-def measure_all(table: Path, root: Path, entries: list[Entry], jobs: int) -> list[int]:
-    """Lengths in samples, behind a progress bar; see :func:`..data.manifest.measure`."""
+def measure_all(table: Path, root: Path, entries: list[ManifestEntry], jobs: int) -> list[int]:
+    """Lengths in samples, behind a progress bar; see :func:`..data.manifest.audio_lengths`."""
     with tqdm(
         total=len(entries), unit=" files", desc="headers", delay=0.3, dynamic_ncols=True
     ) as bar:
-        return measure(table, root, entries, jobs=jobs, advance=bar.update)
+        return audio_lengths(table, root, entries, jobs=jobs, advance=bar.update)
 
 
 def print_splits(splits: dict[str, list[int]]) -> None:

@@ -27,8 +27,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..data.audio_files import is_passed_over
-from ..data.manifest import Entry, read_manifest
+from ..data.audio_files import is_hidden_or_system
+from ..data.manifest import ManifestEntry, read_manifest
 from ..errors import DataError
 from .common import Task, audio_root, measure_all
 from .new_folder import PREPARED, check_free, link_folder, new_folder
@@ -184,7 +184,7 @@ def read_iemocap(root: Path) -> list[Item]:
     for session in SESSIONS:
         before = len(items)
         for file in sorted((root / session / "dialog" / "EmoEvaluation").glob("*.txt")):
-            if is_passed_over(file.name):
+            if is_hidden_or_system(file.name):
                 continue
             for name, label in _labels(file):
                 path = f"{session}/sentences/wav/{name.rpartition('_')[0]}/{name}.wav"
@@ -233,7 +233,7 @@ def check_shape(root: Path) -> None:
         for below in ("dialog/EmoEvaluation", "sentences/wav"):
             if not (root / session / below).is_dir():
                 found = (path.parent for path in root.glob("*/Session1"))
-                inside = next((path for path in found if not is_passed_over(path.name)), None)
+                inside = next((path for path in found if not is_hidden_or_system(path.name)), None)
                 hint = f"; is it {inside}?" if inside else ""
                 raise DataError(f"{root} is not IEMOCAP: it has no {session}/{below}{hint}")
 
@@ -273,7 +273,7 @@ def _prepare_er(args: argparse.Namespace) -> int:
     return 0
 
 
-def _folds(args: argparse.Namespace, entries: Sequence[Entry]) -> list[Fold]:
+def _folds(args: argparse.Namespace, entries: Sequence[ManifestEntry]) -> list[Fold]:
     items = []
     for entry in entries:
         fold = entry.cells[args.fold_column] if args.fold_column else entry.split
@@ -298,7 +298,9 @@ def _prepare_iemocap(args: argparse.Namespace) -> int:
     items = read_iemocap(args.root)
     folds = leave_one_out(items)
     check_folds(folds, LABELS, args.root)
-    entries = [Entry(number, item.path, "train", {}) for number, item in enumerate(items, 1)]
+    entries = [
+        ManifestEntry(number, item.path, "train", {}) for number, item in enumerate(items, 1)
+    ]
     measure_all(args.root, args.root, entries, args.jobs)
     _write(args, args.root, folds, LABELS)
     counts = Counter(item.fold for item in items)

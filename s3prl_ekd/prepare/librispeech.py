@@ -14,7 +14,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ..data.audio_files import SAMPLE_RATE, find_audio, read_headers
-from ..data.lengths import Row, write_table
+from ..data.lengths import LengthRow, write_table
 from ..errors import DataError
 from ..files.atomic import write_text
 from .asr import TABLES
@@ -104,7 +104,7 @@ def measure_splits(
     *,
     jobs: int = 8,
     progress: Callable[[int], Callable[[int], object]] = lambda total: lambda done: None,
-) -> dict[str, list[Row]]:
+) -> dict[str, list[LengthRow]]:
     """Path below ``root`` and length in samples of each utterance of ``splits``.
 
     Args:
@@ -116,7 +116,7 @@ def measure_splits(
     """
     names = {split: [f"{split}/{name}" for name in find_audio(root / split)] for split in splits}
     advance = progress(sum(map(len, names.values())))
-    rows: dict[str, list[Row]] = {}
+    rows: dict[str, list[LengthRow]] = {}
     for split, paths in names.items():
         rows[split], bad = [], []
         for path, header in zip(

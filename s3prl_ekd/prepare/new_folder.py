@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import DataError
-from ..files.atomic import whole_folder
+from ..files.atomic import atomic_folder
 
 PREPARED = "prepared.tsv"  # in every folder that `prepare` has written
 
@@ -23,7 +23,7 @@ def new_folder(out: Path, *, replace: bool) -> Iterator[Path]:
         DataError: ``out`` exists and may not be replaced, or cannot be made.
     """
     check_free(out, replace=replace)
-    with whole_folder(out, DataError) as folder:
+    with atomic_folder(out, DataError) as folder:
         yield folder
 
 

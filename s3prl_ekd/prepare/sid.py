@@ -18,8 +18,8 @@ from pathlib import Path
 
 import soundfile
 
-from ..data.audio_files import SAMPLE_RATE, is_passed_over
-from ..data.manifest import SPLITS, Entry, read_manifest
+from ..data.audio_files import SAMPLE_RATE, is_hidden_or_system
+from ..data.manifest import SPLITS, ManifestEntry, read_manifest
 from ..errors import DataError
 from ..files.atomic import make_folder, write_text
 from .common import Task, audio_root, measure_all, print_splits
@@ -117,7 +117,7 @@ def check_speakers(labelled: Sequence[tuple[str, str]], where: Path) -> None:
         raise DataError(f"{where} has {len(trained)} speaker(s); s3prl's SID takes 2 to {CLASSES}")
 
 
-def locate(root: Path, lines: Sequence[SplitLine]) -> tuple[list[Entry], list[str]]:
+def locate(root: Path, lines: Sequence[SplitLine]) -> tuple[list[ManifestEntry], list[str]]:
     """Where each file of a split lies below ``ROOT/*/wav``, and those that lie nowhere.
 
     Returns:
@@ -142,7 +142,7 @@ def locate(root: Path, lines: Sequence[SplitLine]) -> tuple[list[Entry], list[st
         if folder is None:
             missing.append(line.path)
         else:
-            entries.append(Entry(line.line, f"{folder}/{name}", line.split, {}))
+            entries.append(ManifestEntry(line.line, f"{folder}/{name}", line.split, {}))
     return entries, missing
 
 
@@ -154,7 +154,7 @@ def check_shape(root: Path) -> list[str]:
     """
     if not root.is_dir():
         raise DataError(f"{root} is not a folder; give the one with dev/wav and test/wav in it")
-    folders = (path for path in root.iterdir() if not is_passed_over(path.name))
+    folders = (path for path in root.iterdir() if not is_hidden_or_system(path.name))
     parts = sorted(path.name for path in folders if (path / "wav").is_dir())
     wavs = [root / part / "wav" for part in parts]
     if any(_SPEAKER.fullmatch(path.name) for wav in wavs for path in wav.iterdir()):
@@ -178,7 +178,12 @@ def _names(folder: Path) -> list[str]:
 
 
 def write_corpus(
-    out: Path, root: Path, lines: Sequence[SplitLine], entries: Sequence[Entry], *, replace: bool
+    out: Path,
+    root: Path,
+    lines: Sequence[SplitLine],
+    entries: Sequence[ManifestEntry],
+    *,
+    replace: bool,
 ) -> None:
     """``out/split.txt`` and ``out/audio``, a link to the real corpus."""
     with new_folder(out, replace=replace) as folder:
@@ -191,7 +196,7 @@ def write_corpus(
 def write_manifest(
     out: Path,
     root: Path,
-    entries: Sequence[Entry],
+    entries: Sequence[ManifestEntry],
     samples: Sequence[int],
     *,
     copy: bool = False,
@@ -239,7 +244,9 @@ def write_manifest(
     return copied
 
 
-def cut(entries: Sequence[Entry], samples: Sequence[int], test_seconds: float | None) -> list[int]:
+def cut(
+    entries: Sequence[ManifestEntry], samples: Sequence[int], test_seconds: float | None
+) -> list[int]:
     """Lengths in samples at 16 kHz once dev and test are cut to ``test_seconds``."""
     if test_seconds is None:
         return list(samples)
@@ -336,7 +343,9 @@ def _prepare_voxceleb1(args: argparse.Namespace) -> int:
     return 0
 
 
-def _report(out: Path, entries: Sequence[Entry], samples: Sequence[int], speakers: int) -> None:
+def _report(
+    out: Path, entries: Sequence[ManifestEntry], samples: Sequence[int], speakers: int
+) -> None:
     lengths = {
         split: [n for entry, n in zip(entries, samples, strict=True) if entry.split == split]
         for split in SPLITS

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ..data.bad_audio import Bad
+from ..data.bad_audio import BadUtterance
 from ..data.batches import Batch, DistillationDataset
 from ..errors import CheckpointError, DataError, printable
-from ..files.atomic import whole_file
+from ..files.atomic import atomic_file
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ class BadAudioList:
             self.record([bad for bad in data.left_out if bad.path not in self._entries], 0)
         self.commit()
 
-    def record(self, bad: Sequence[Bad], epoch: int) -> None:
+    def record(self, bad: Sequence[BadUtterance], epoch: int) -> None:
         """Add the bad utterances of a batch; log the first of each kind of error."""
         for path, kind, reason in bad:
             first_reason, times, first_epoch = self._uncommitted.get(path, (reason, 0, epoch))
@@ -113,7 +113,7 @@ class BadAudioList:
             texts = (printable(text.translate(_ESCAPED)) for text in (path, reason))
             lines.append("\t".join([*texts, str(times), str(epoch)]))
         try:
-            with whole_file(self.path) as file:
+            with atomic_file(self.path) as file:
                 file.write("".join(f"{line}\n" for line in lines).encode())
         except OSError as error:
             logger.warning("cannot write %s: %s", self.path, error.strerror)

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, SetupError
-from ..files.atomic import remove_leftovers, save_whole, second_name
-from ..files.formats import CHECKPOINT_PARTS, RUN_STATE, NewerFormatError, refuse_newer
-from ..files.run_checkpoints import LAST, read_run, run_checkpoints
+from ..files.atomic import atomic_torch_save, link_or_copy, remove_leftovers
+from ..files.formats import CHECKPOINT_PARTS, RUN_STATE, NewerFormatError, check_format_version
+from ..files.run_checkpoints import LAST_CHECKPOINT, read_checkpoint, run_checkpoints
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ class Progress:
             CheckpointError: ``data`` is damaged or of a newer version.
         """
         try:
-            refuse_newer(data["version"], VERSION, f"{path} ({RUN_STATE_KEY})")
+            check_format_version(data["version"], VERSION, f"{path} ({RUN_STATE_KEY})")
             if data["version"] != VERSION:
                 raise ValueError(f"version {data['version']!r:.20}")
             data = {"dev_due": False, **data}  # version 0.1 did not write it
@@ -121,9 +121,9 @@ class CheckpointManager:
         """
         path = self._write(states, f"states-{step}.ckpt")
         try:
-            second_name(path, self.folder / LAST)
+            link_or_copy(path, self.folder / LAST_CHECKPOINT)
         except OSError as error:
-            raise self._error(self.folder / LAST, error) from None
+            raise self._error(self.folder / LAST_CHECKPOINT, error) from None
         # A file of a later step can only be a damaged one; see prune().
         numbered = sorted(number for number in self._numbers() if number <= step)
         for old in numbered[: -self.max_keep]:
@@ -132,7 +132,7 @@ class CheckpointManager:
 
     def save_last(self, states: Mapping) -> Path:
         """Save as ``last.ckpt`` only. Raises SaveError like :meth:`save_numbered`."""
-        return self._write(states, LAST)
+        return self._write(states, LAST_CHECKPOINT)
 
     def save_best(self, states: Mapping) -> Path:
         """Save as ``dev-best.ckpt``. Raises SaveError like :meth:`save_numbered`."""
@@ -147,7 +147,7 @@ class CheckpointManager:
         remove_leftovers(self.folder, "*.ckpt")
         for path in run_checkpoints(self.folder):
             try:
-                newer = int(read_run(path)["Step"]) > step
+                newer = int(read_checkpoint(path)["Step"]) > step
             except NewerFormatError:
                 raise
             except (CheckpointError, ValueError, TypeError):
@@ -163,7 +163,7 @@ class CheckpointManager:
     def _write(self, states: Mapping, name: str) -> Path:
         path = self.folder / name
         try:
-            save_whole(dict(states), path)
+            atomic_torch_save(dict(states), path)
         except OSError as error:
             raise self._error(path, error) from None
         return path

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, DataError
-from ..files.config import typed as override
+from ..files.config import override_option as override
 
 DATA = "pretrain_expert.datarc"
 SETS = f"{DATA}.sets"

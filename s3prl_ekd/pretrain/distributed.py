@@ -99,7 +99,7 @@ def join_process_group(device: str) -> ProcessGroup:
     Raises:
         SetupError: there are more processes than GPUs on this machine, or they cannot connect.
     """
-    if not torchrun.several():
+    if not torchrun.is_distributed():
         return ProcessGroup()
     try:
         on_cuda = device.startswith("cuda")

@@ -25,7 +25,7 @@ from ..distill.initialisation import initialise  # noqa: E402
 from ..distill.settings import StudentSettings  # noqa: E402
 from ..distill.student import Student  # noqa: E402
 from ..distill.teachers import check_teacher_names  # noqa: E402
-from ..files.config import build, plain  # noqa: E402
+from ..files.config import from_plain_data, to_plain_data  # noqa: E402
 from ..student_file import RUN_KEY, contents  # noqa: E402
 from ..teachers import check_precision, load_teachers, teacher_model  # noqa: E402
 from .config_diff import config_differences, describe_changes  # noqa: E402
@@ -259,7 +259,7 @@ class UpstreamPretrainExpert(nn.Module):
         """
         about = {
             "made_by": f"s3prl_ekd {__version__}",
-            "config": plain(self.settings),
+            "config": to_plain_data(self.settings),
             "data": {  # without paths, which are private
                 "sets": list(self.data.sets),
                 "train_batch_size": self.data.train_batch_size,
@@ -270,7 +270,7 @@ class UpstreamPretrainExpert(nn.Module):
         all_states[RUN_KEY] = contents(
             self.distiller.student, self.distiller.heads, self.distiller.aggregate.specs, about
         )
-        all_states["Upstream_Config"] = plain(self.settings)
+        all_states["Upstream_Config"] = to_plain_data(self.settings)
         if self.distiller.target_norm is not None:
             all_states["Standardiser"] = self.distiller.target_norm.state_dict()
         if "unit_head" in self.distiller.trainable:
@@ -288,8 +288,10 @@ class UpstreamPretrainExpert(nn.Module):
         """
         try:
             saved = all_states[RUN_KEY]
-            student = build(StudentSettings, saved["settings"], "the checkpoint's student")
-            sizes = config_differences(plain(student), plain(self.settings.student))
+            student = from_plain_data(
+                StudentSettings, saved["settings"], "the checkpoint's student"
+            )
+            sizes = config_differences(to_plain_data(student), to_plain_data(self.settings.student))
             if sizes:
                 raise CheckpointError(
                     "the checkpoint's student has another architecture: "

@@ -18,7 +18,7 @@ import torch
 
 from ..data.audio_files import SAMPLE_RATE
 from ..data.batches import Batch
-from ..data.loader import advice, shared_memory
+from ..data.loader import shared_memory_advice, shared_memory_usage
 from ..errors import SetupError
 from ..system import torchrun
 
@@ -189,11 +189,11 @@ class StopSignals:
 
 def _is_new_signal(seconds: float) -> bool:
     """Whether a signal this long after the first is a second one, not the first delivered twice."""
-    return seconds > (SAME_SIGNAL_DISTRIBUTED if torchrun.several() else SAME_SIGNAL)
+    return seconds > (SAME_SIGNAL_DISTRIBUTED if torchrun.is_distributed() else SAME_SIGNAL)
 
 
 def _batch_wait() -> float:
-    return BATCH_WAIT_DISTRIBUTED if torchrun.several() else BATCH_WAIT
+    return BATCH_WAIT_DISTRIBUTED if torchrun.is_distributed() else BATCH_WAIT
 
 
 def _kill_children() -> None:
@@ -243,16 +243,16 @@ def explain_worker_errors(hint: str) -> Iterator[None]:
         if timeout:
             raise SetupError(
                 f"the data loader's workers gave no batch for {float(timeout[1]):g} s: the disk "
-                f"does not respond, or shared memory is full ({shared_memory()}); check that "
-                f"libri_root can be read, or {advice()}; if the disk is only slow, raise "
-                f"pretrain_expert.datarc.loader_timeout; {hint}"
+                f"does not respond, or shared memory is full ({shared_memory_usage()}); check that "
+                f"libri_root can be read, or {shared_memory_advice()}; if the disk is only slow, "
+                f"raise pretrain_expert.datarc.loader_timeout; {hint}"
             ) from None
         if "DataLoader worker" not in message:
             raise
         if "Bus error" in message:
             raise SetupError(
-                f"a data loader worker ran out of shared memory ({shared_memory()}): "
-                f"{advice()}; {hint}"
+                f"a data loader worker ran out of shared memory ({shared_memory_usage()}): "
+                f"{shared_memory_advice()}; {hint}"
             ) from None
         raise SetupError(
             f"a data loader worker was killed ({error}), often because the machine ran out of "

@@ -59,7 +59,7 @@ def set_random_states(states: dict[str, Any], device: str = "cpu") -> None:
 
 
 @contextlib.contextmanager
-def random_numbers_untouched(device: str = "cpu") -> Iterator[None]:
+def preserve_random_states(device: str = "cpu") -> Iterator[None]:
     """Restore the states of all generators on exit."""
     states = random_states(device)
     try:
@@ -100,7 +100,7 @@ def resumed_progress(
         if states:
             logger.warning("%s is from s3prl's own Runner: random states start from the seed", path)
     progress.tables, progress.batches = tables, len(sampler)
-    sampler.go_to(progress.epoch, progress.batch, processes.rank, processes.world_size)
+    sampler.seek(progress.epoch, progress.batch, processes.rank, processes.world_size)
     return progress
 
 

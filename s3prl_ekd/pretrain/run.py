@@ -12,18 +12,18 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ..compat.no_eval import check_names
+from ..compat.no_eval import reject_code
 from ..compat.replaced import replaced
 from ..errors import CheckpointError, SetupError
 from ..files import trust
 from ..files.atomic import make_folder
-from ..files.config import apply_overrides, overridden, plain, read_yaml
+from ..files.config import apply_overrides, overridden, read_yaml, to_plain_data
 from ..request import (
     INIT_HINT,
     PretrainRequest,
+    check_and_resume,
     check_device,
     check_run_folder,
-    completed,
     log_moved,
     script_guards,
 )
@@ -40,7 +40,9 @@ def prepare(argv: Sequence[str]) -> PretrainRequest:
     Raises:
         EkdError: wrong arguments, settings or files.
     """
-    return completed(PretrainRequest.parse(trust.take(argv)), OPTION_CHECKS, RUN_CHECKS)
+    return check_and_resume(
+        PretrainRequest.parse(trust.read_option(argv)), OPTION_CHECKS, RUN_CHECKS
+    )
 
 
 # Checks of the arguments
@@ -56,7 +58,7 @@ def check_workspace(request: PretrainRequest) -> None:
 
 def check_single_process(request: PretrainRequest) -> None:
     """Reject several processes for an upstream other than ekd."""
-    if torchrun.several() and not request.is_ekd:
+    if torchrun.is_distributed() and not request.is_ekd:
         raise SetupError(
             f"-u {request.upstream} uses s3prl's own Runner, which cannot train in several "
             "processes; start it without torchrun"
@@ -78,7 +80,7 @@ def check_other_method(request: PretrainRequest, states: Mapping[str, Any]) -> N
     config = states.get("Config", config)
     if request.override:
         config = apply_overrides(config, request.override)
-    check_names(config, str(request.past_exp or request.config))
+    reject_code(config, str(request.past_exp or request.config))
 
 
 def check_new_settings(request: PretrainRequest, states: Mapping[str, Any]) -> None:
@@ -97,14 +99,14 @@ def check_checkpoint(request: PretrainRequest, states: Mapping[str, Any]) -> Non
     """Check that the checkpoint is complete, and of a run with ``-u ekd``."""
     if not states or not request.is_ekd:
         return
-    from ..files.run_checkpoints import check_whole
+    from ..files.run_checkpoints import verify_checksums
 
     path = str(request.past_exp)
     if "Upstream_Config" not in states:
         raise CheckpointError(f"{path} is not a checkpoint of run_pretrain.py -u ekd")
     if getattr(states["Args"], "upstream", None) != "ekd":
         raise CheckpointError(f"{path} is a checkpoint of a run with another upstream than ekd")
-    check_whole(path)
+    verify_checksums(path)
 
 
 def check_output_folder(request: PretrainRequest, states: Mapping[str, Any]) -> None:
@@ -130,14 +132,16 @@ def check_resumed_config(request: PretrainRequest, states: Mapping[str, Any]) ->
     saved = check_runner_config(states["Config"], f"the config in {path}")
     config = apply_overrides(states["Config"], text) if text else states["Config"]
     current = check_runner_config(config, f"the config in {path} with -o")
-    changes = config_differences(plain(saved), plain(current))
+    changes = config_differences(to_plain_data(saved), to_plain_data(current))
     check_changes(changes, path)
     if request.config:
-        in_file = plain(load_runner_config(request.config, text))
-        check_config_file(request.config, config_differences(plain(current), in_file), path, "-c")
+        in_file = to_plain_data(load_runner_config(request.config, text))
+        check_config_file(
+            request.config, config_differences(to_plain_data(current), in_file), path, "-c"
+        )
     if request.upstream_config:
-        model = plain(load_model_config(states["Upstream_Config"]))
-        in_file = plain(load_model_config(request.upstream_config))
+        model = to_plain_data(load_model_config(states["Upstream_Config"]))
+        in_file = to_plain_data(load_model_config(request.upstream_config))
         check_config_file(request.upstream_config, config_differences(model, in_file), path, "-g")
     if changes:
         logger.info("changed by -o: %s", describe_changes(changes))

@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..compat.no_eval import check_names
+from ..compat.no_eval import reject_code
 from ..data.distortion.settings import DistortionSettings
 from ..data.settings import DataSettings
 from ..distill.settings import DistillSettings, check_size
-from ..files.config import apply_overrides, build, read_extended, read_yaml
+from ..files.config import apply_overrides, from_plain_data, read_extended, read_yaml
 from ..files.renamed_keys import MODEL, RUNNER, rename_keys, rename_overrides
 
 FUSED_ADAMW = "FusedAdamW"
@@ -212,8 +212,8 @@ def load_model_config(source: str | Path | dict) -> ModelFile:
     """
     if not isinstance(source, (str, Path)):
         where = "the checkpoint's Upstream_Config"
-        return build(ModelFile, rename_keys(source, MODEL), where)
-    return build(ModelFile, read_model_yaml(source), str(source))
+        return from_plain_data(ModelFile, rename_keys(source, MODEL), where)
+    return from_plain_data(ModelFile, read_model_yaml(source), str(source))
 
 
 def read_model_yaml(path: str | Path) -> dict[str, Any]:
@@ -243,10 +243,10 @@ def check_runner_config(data: dict, where: str) -> RunnerFile:
     Raises:
         ConfigError: with ``where`` and the YAML path of the first invalid value.
     """
-    check_names(data, where)
-    return build(RunnerFile, rename_keys(data, RUNNER), where)
+    reject_code(data, where)
+    return from_plain_data(RunnerFile, rename_keys(data, RUNNER), where)
 
 
 def load_data_config(datarc: dict) -> DataSettings:
     """Check ``pretrain_expert.datarc`` alone, for runs started by s3prl's own script."""
-    return build(DataSettings, datarc, "pretrain_expert.datarc")
+    return from_plain_data(DataSettings, datarc, "pretrain_expert.datarc")

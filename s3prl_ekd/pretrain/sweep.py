@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 from ..errors import SetupError, printable
 from ..files.atomic import make_folder, write_text
-from ..files.config import plain
-from ..files.formats import refuse_newer
+from ..files.config import to_plain_data
+from ..files.formats import check_format_version
 from ..files.renamed_keys import MODEL, RUNNER, restore_keys
 from ..files.text import read_json
 from ..request import PretrainRequest
@@ -60,9 +60,11 @@ class SweepRun:
         return (self.digest,)
 
     def _digest(self, changes: dict[str, str]) -> str:
-        model = restore_keys(plain(load_model_config(self.config)), MODEL) | changes
+        model = restore_keys(to_plain_data(load_model_config(self.config)), MODEL) | changes
         model.pop("student_backend")  # both backends give equal results; not a key of 0.1
-        runner = restore_keys(plain(load_runner_config(self.runner, self.overrides)), RUNNER)
+        runner = restore_keys(
+            to_plain_data(load_runner_config(self.runner, self.overrides)), RUNNER
+        )
         text = json.dumps([model, runner, self.seed], sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -147,7 +149,7 @@ def _run(run: SweepRun, jobs: int) -> SweepResult:
 
 def _read(record: Path) -> dict:
     data = read_json(record, "record", SetupError)
-    refuse_newer(data.get("format", 1), 1, f"the record {record}", SetupError)
+    check_format_version(data.get("format", 1), 1, f"the record {record}", SetupError)
     if not isinstance(data.get("digest"), str):
         raise SetupError(f"{record} is damaged: no digest; remove the folder and run again")
     return data
@@ -192,7 +194,7 @@ def _spread(values: Sequence[float]) -> str:
     return f"{mean} ± {statistics.stdev(values):.4f}" if len(values) > 1 else mean
 
 
-def markdown(rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table; the first row is the header. Markup in cells is escaped."""
     rows = [[printable(c).replace("|", "\\|").replace("<", "&lt;") for c in row] for row in rows]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]

@@ -27,8 +27,8 @@ from tqdm import tqdm
 from ..data.batches import Batch
 from ..errors import CheckpointError, DataError, SetupError
 from ..files.atomic import write_text
-from ..files.config import plain, read_yaml
-from ..files.run_checkpoints import LAST, read_run
+from ..files.config import read_yaml, to_plain_data
+from ..files.run_checkpoints import LAST_CHECKPOINT, read_checkpoint
 from ..request import PretrainRequest
 from .bad_audio import BadAudioList, UsableBatches, as_tensor
 from .checkpoints import RUN_STATE_KEY, CheckpointManager, SaveError
@@ -60,7 +60,7 @@ from .optim import (
     warmup_schedule,
 )
 from .resume import (
-    random_numbers_untouched,
+    preserve_random_states,
     random_states,
     resume_optimizer,
     resume_random,
@@ -111,7 +111,7 @@ class Trainer:
         self.hint = f"resume with: {resume_command(args)}"
         self.checkpoints = CheckpointManager(args.expdir, self.settings.max_keep, self.hint)
 
-        checkpoint = read_run(args.init_ckpt) if args.init_ckpt else {}
+        checkpoint = read_checkpoint(args.init_ckpt) if args.init_ckpt else {}
         path = str(args.init_ckpt)
         self.init_ckpt = checkpoint
         self.upstream: UpstreamPretrainExpert = s3prl_runner._get_upstream(self)
@@ -532,9 +532,9 @@ class Trainer:
         return True
 
     def is_saved_by_other_rank(self) -> bool:
-        path = self.checkpoints.folder / LAST
+        path = self.checkpoints.folder / LAST_CHECKPOINT
         try:
-            return path.exists() and read_run(path)["Step"] >= self.progress.step
+            return path.exists() and read_checkpoint(path)["Step"] >= self.progress.step
         except CheckpointError:  # damaged
             return False
 
@@ -560,7 +560,7 @@ def dev_loss(
     total = samples = 0.0
     upstream.eval()
     try:
-        with random_numbers_untouched(device):
+        with preserve_random_states(device):
             for batch in tqdm(loader, dynamic_ncols=True, desc="dev", leave=False):
                 loss, _ = upstream.distiller(distiller_batch(batch, device), step=step)
                 weight = float(batch.lengths.sum())
@@ -585,6 +585,8 @@ def write_model_config(args: argparse.Namespace) -> None:
     s3prl has copied the file there, where the path in ``extends`` is no longer valid.
     """
     if "extends" in read_yaml(args.upstream_config):
-        text = yaml.safe_dump(plain(load_model_config(args.upstream_config)), sort_keys=False)
+        text = yaml.safe_dump(
+            to_plain_data(load_model_config(args.upstream_config)), sort_keys=False
+        )
         path = Path(args.expdir) / "config_model.yaml"
         write_text(path, f"# {args.upstream_config}, with extends resolved\n{text}")

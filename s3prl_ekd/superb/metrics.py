@@ -20,7 +20,7 @@ import numpy as np
 
 from ..downstream.tasks import TASKS
 from ..errors import DataError
-from .results import Run, Selection
+from .results import FinishedRun, SelectedRuns
 
 RESAMPLES = 10_000
 _CELLS = 2_000_000  # size of a block [resample, utterance]: about 50 MB
@@ -91,7 +91,7 @@ class TaskMetric:
         test_set: :func:`test_set` of its folds.
     """
 
-    selection: Selection
+    selection: SelectedRuns
     condition: str
     value: float
     by_seed: tuple[float, ...]
@@ -111,13 +111,13 @@ class TaskMetric:
 
 
 @dataclass(frozen=True, eq=False)
-class Fold:
+class FoldErrors:
     """Errors of all seeds of an upstream on the test set of one fold.
 
     Attributes:
         names: ``[utterance]``.
-        lengths: reference tokens, ``[utterance]``, as in :class:`Counts`.
-        errors: ``[seed, utterance]``, as in :class:`Counts`.
+        lengths: reference tokens, ``[utterance]``, as in :class:`ErrorCounts`.
+        errors: ``[seed, utterance]``, as in :class:`ErrorCounts`.
     """
 
     names: tuple[str, ...]
@@ -125,13 +125,13 @@ class Fold:
     errors: np.ndarray
 
 
-def test_set(folds: Sequence[Fold]) -> tuple:
+def test_set(folds: Sequence[FoldErrors]) -> tuple:
     """Key of the utterances and reference lengths; equal keys mean paired resamples."""
     return tuple((fold.names, fold.lengths.tobytes()) for fold in folds)
 
 
 def compute_metrics(
-    selections: Sequence[Selection], condition: str, resamples: int = RESAMPLES
+    selections: Sequence[SelectedRuns], condition: str, resamples: int = RESAMPLES
 ) -> list[TaskMetric]:
     """Compute one task's metric for each upstream that was tested under ``condition``.
 
@@ -175,11 +175,11 @@ def compute_metrics(
     return [results[i] for i in range(len(tested))]
 
 
-def _fold_errors(selection: Selection, condition: str) -> list[Fold]:
+def _fold_errors(selection: SelectedRuns, condition: str) -> list[FoldErrors]:
     folds = []
     for name in selection.folds:
         runs = [run for run in selection.runs if run.fold == name]
-        counts: list[Counts] = [count_run(run, condition) for run in runs]
+        counts: list[ErrorCounts] = [count_run(run, condition) for run in runs]
         first = counts[0]
         for run, other in zip(runs[1:], counts[1:], strict=True):
             if other.names != first.names or (other.lengths != first.lengths).any():
@@ -188,12 +188,12 @@ def _fold_errors(selection: Selection, condition: str) -> list[Fold]:
                     f"({condition}); evaluate both on the same test set"
                 )
         errors = np.stack([count.errors for count in counts])
-        folds.append(Fold(first.names, first.lengths, errors))
+        folds.append(FoldErrors(first.names, first.lengths, errors))
     return folds
 
 
 @dataclass(frozen=True)
-class Counts:
+class ErrorCounts:
     """Errors and reference lengths of each utterance.
 
     Attributes:
@@ -267,7 +267,7 @@ def read_pairs(hypotheses: Path, references: Path) -> list[tuple[str, str, str]]
     return [(name, hyp[name], ref[name]) for name in sorted(ref)]
 
 
-def count_errors(pairs: Sequence[tuple[str, str, str]], *, labels: bool) -> Counts:
+def count_errors(pairs: Sequence[tuple[str, str, str]], *, labels: bool) -> ErrorCounts:
     """Count the errors of each utterance of ``pairs`` (:func:`read_pairs`).
 
     Args:
@@ -280,19 +280,19 @@ def count_errors(pairs: Sequence[tuple[str, str, str]], *, labels: bool) -> Coun
         errors = [editdistance.eval(hyp.split(), ref.split()) for _, hyp, ref in pairs]
         lengths = [len(ref.split()) for _, _, ref in pairs]
     names = tuple(name for name, _, _ in pairs)
-    return Counts(names, np.array(errors, dtype=np.int64), np.array(lengths, dtype=np.int64))
+    return ErrorCounts(names, np.array(errors, dtype=np.int64), np.array(lengths, dtype=np.int64))
 
 
-def count_characters(pairs: Sequence[tuple[str, str, str]]) -> Counts:
+def count_characters(pairs: Sequence[tuple[str, str, str]]) -> ErrorCounts:
     """Count the character edits, spaces included, of each utterance of ``pairs``
     (:func:`read_pairs`). Systems with a WER near 100 % still differ in CER."""
     errors = [editdistance.eval(hyp, ref) for _, hyp, ref in pairs]
     lengths = [len(ref) for _, _, ref in pairs]
     names = tuple(name for name, _, _ in pairs)
-    return Counts(names, np.array(errors, dtype=np.int64), np.array(lengths, dtype=np.int64))
+    return ErrorCounts(names, np.array(errors, dtype=np.int64), np.array(lengths, dtype=np.int64))
 
 
-def count_run(run: Run, condition: str) -> Counts:
+def count_run(run: FinishedRun, condition: str) -> ErrorCounts:
     """Count the errors of a run on the test set under ``condition``.
 
     Raises:

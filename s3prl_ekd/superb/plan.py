@@ -29,7 +29,7 @@ from ..request import (
     DownstreamRequest,
     NoisyTest,
     condition_name,
-    read_cache,
+    parse_cache_options,
 )
 from ..teachers import zoo
 
@@ -52,7 +52,7 @@ class Upstream:
         """Hub name, SHA-256 of the checkpoint's contents (its path if not a file), selection."""
         path = self.checkpoint
         if path is None and self.hub in zoo.NAMES:  # weights that change with the package's version
-            path = str(zoo.weights(self.hub))
+            path = str(zoo.checkpoint_path(self.hub))
         contents = _sha256(path) if path is not None and Path(path).is_file() else str(path)
         return [self.hub, contents, self.selection]
 
@@ -351,7 +351,7 @@ def _features(args: Namespace, upstream: str) -> CacheOptions | None:
     if args.gpus > 1:
         raise SetupError(f"{CACHE} needs --gpus 1: several training processes don't use it")
     folder = args.cache_features or str(args.output / FEATURES / upstream)
-    return read_cache(folder, args.cache_features_gb)
+    return parse_cache_options(folder, args.cache_features_gb)
 
 
 def _by_task(option: str, texts: Sequence[str], tasks: Sequence[Task]) -> dict[str, str]:

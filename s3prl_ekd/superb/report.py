@@ -14,7 +14,7 @@ from tqdm import tqdm
 from ..downstream.tasks import TASKS
 from ..errors import DataError
 from .metrics import RESAMPLES, TaskMetric, compute_metrics, interval, share_better
-from .results import Cost, Results, Selection, incomplete, select
+from .results import Cost, Results, SelectedRuns, incomplete, select_best_lr
 from .score import superb_score
 
 CLEAN = "clean"
@@ -53,7 +53,7 @@ class Report:
     """The values of a report. Tables and plots use the order of the fields' elements.
 
     Attributes:
-        measures: (upstream, task, condition) -> metric; no entry if not tested.
+        metrics: (upstream, task, condition) -> metric; no entry if not tested.
         scores: upstream -> SUPERB score on ``clean``; only upstreams with all four tasks.
         notes: sentences about what is missing or not comparable.
     """
@@ -61,8 +61,8 @@ class Report:
     upstreams: tuple[str, ...]
     tasks: tuple[str, ...]
     conditions: tuple[str, ...]
-    selections: Mapping[tuple[str, str], Selection]
-    measures: Mapping[tuple[str, str, str], TaskMetric]
+    selections: Mapping[tuple[str, str], SelectedRuns]
+    metrics: Mapping[tuple[str, str, str], TaskMetric]
     scores: Mapping[str, SuperbScore]
     costs: Mapping[str, Cost]
     unfinished: tuple[Path, ...]
@@ -71,13 +71,13 @@ class Report:
 
     def tested(self, condition: str) -> tuple[str, ...]:
         """The tasks in which at least one upstream was tested under ``condition``."""
-        tested = {task for _, task, c in self.measures if c == condition}
+        tested = {task for _, task, c in self.metrics if c == condition}
         return tuple(task for task in self.tasks if task in tested)
 
     def difference(self, one: str, other: str, task: str, condition: str) -> Difference | None:
         """``one`` minus ``other``; None if a metric is missing or the test sets differ."""
-        a = self.measures.get((one, task, condition))
-        b = self.measures.get((other, task, condition))
+        a = self.metrics.get((one, task, condition))
+        b = self.metrics.get((other, task, condition))
         if a is None or b is None or a.test_set != b.test_set:
             return None
         return _difference(a, b, higher=TASKS[task].higher_is_better)
@@ -105,7 +105,7 @@ def make_report(results: Results, resamples: int = RESAMPLES) -> Report:
     Raises:
         DataError: predictions are missing or damaged, or no run is complete.
     """
-    selections = select(results.runs, results.unfinished)
+    selections = select_best_lr(results.runs, results.unfinished)
     notes = [f"Not complete: {line}." for line in incomplete(results.runs, results.unfinished)]
     if not selections:
         count = len(results.unfinished)
@@ -115,7 +115,7 @@ def make_report(results: Results, resamples: int = RESAMPLES) -> Report:
             else f"{count} unfinished: " + ", ".join(str(path) for path in results.unfinished[:3])
         )
         raise DataError(f"no complete run to report ({reason}); run s3prl-ekd superb again")
-    measures = {}
+    metrics = {}
     tasks = tuple(task for task in TASKS if any(key[1] == task for key in selections))
     conditions = sort_conditions(
         condition for s in selections.values() for run in s.runs for condition in run.tested
@@ -124,17 +124,17 @@ def make_report(results: Results, resamples: int = RESAMPLES) -> Report:
     for task, condition in tqdm(cells, desc="bootstrap", leave=False, disable=None):
         group = [selection for key, selection in selections.items() if key[1] == task]
         for metric in compute_metrics(group, condition, resamples):
-            measures[metric.selection.upstream, task, condition] = metric
+            metrics[metric.selection.upstream, task, condition] = metric
     upstreams = tuple(u for u in results.upstreams if any(key[0] == u for key in selections))
-    notes += _test_set_notes(tasks, conditions, measures)
+    notes += _test_set_notes(tasks, conditions, metrics)
     notes += _padding_notes(selections)
     return Report(
         upstreams=upstreams,
         tasks=tasks,
         conditions=conditions,
         selections=selections,
-        measures=measures,
-        scores=_scores(upstreams, tasks, measures),
+        metrics=metrics,
+        scores=_scores(upstreams, tasks, metrics),
         costs=results.costs,
         unfinished=results.unfinished,
         notes=tuple(notes),
@@ -145,11 +145,11 @@ def make_report(results: Results, resamples: int = RESAMPLES) -> Report:
 def _scores(
     upstreams: Sequence[str],
     tasks: Sequence[str],
-    measures: Mapping[tuple[str, str, str], TaskMetric],
+    metrics: Mapping[tuple[str, str, str], TaskMetric],
 ) -> dict[str, SuperbScore]:
     scores = {}
     for name in upstreams:
-        by_task = {t: measures[name, t, CLEAN] for t in tasks if (name, t, CLEAN) in measures}
+        by_task = {t: metrics[name, t, CLEAN] for t in tasks if (name, t, CLEAN) in metrics}
         value = superb_score({task: m.value for task, m in by_task.items()})
         # The score is linear in each metric, and tasks on the same utterances share resamples.
         draws = superb_score({task: m.resampled for task, m in by_task.items()})
@@ -158,7 +158,7 @@ def _scores(
     return scores
 
 
-def _padding_notes(selections: Mapping[tuple[str, str], Selection]) -> list[str]:
+def _padding_notes(selections: Mapping[tuple[str, str], SelectedRuns]) -> list[str]:
     """A note that lists the runs whose hidden states were computed without padding."""
     alone = [key for key, selection in selections.items() if selection.runs[0].features_alone]
     if not alone:
@@ -176,12 +176,12 @@ def _padding_notes(selections: Mapping[tuple[str, str], Selection]) -> list[str]
 def _test_set_notes(
     tasks: Sequence[str],
     conditions: Sequence[str],
-    measures: Mapping[tuple[str, str, str], TaskMetric],
+    metrics: Mapping[tuple[str, str, str], TaskMetric],
 ) -> list[str]:
     """A note for each task and condition whose test set differs between upstreams."""
     notes = []
     for task, condition in itertools.product(tasks, conditions):
-        by_name = {name: m for (name, t, c), m in measures.items() if (t, c) == (task, condition)}
+        by_name = {name: m for (name, t, c), m in metrics.items() if (t, c) == (task, condition)}
         if len({m.test_set for m in by_name.values()}) > 1:
             sizes = ", ".join(f"{name} {m.utterances}" for name, m in by_name.items())
             notes.append(

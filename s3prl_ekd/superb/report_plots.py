@@ -94,7 +94,7 @@ def plot_scores(report: Report, path: Path | BinaryIO) -> None:
     for axis, task in zip(axes, report.tasks, strict=False):
         for i, name in enumerate(report.upstreams):
             for g, condition in enumerate(report.conditions):
-                m = report.measures.get((name, task, condition))
+                m = report.metrics.get((name, task, condition))
                 if m is None:
                     continue
                 x = g * (count + 1.2) + i
@@ -144,7 +144,7 @@ def plot_parameters(report: Report, path: Path | BinaryIO, *, published: bool = 
     else:
         for task in report.tasks:
             keys = {name: (name, task, CLEAN) for name in names}
-            by_name = {n: report.measures[key] for n, key in keys.items() if key in report.measures}
+            by_name = {n: report.metrics[key] for n, key in keys.items() if key in report.metrics}
             panels.append((direction(task), unit(task), by_name))
     columns = min(2, len(panels))
     rows = -(-len(panels) // columns)
@@ -241,9 +241,9 @@ def plot_noise(report: Report, path: Path | BinaryIO) -> None:
             shown = [*reversed(descending), CLEAN]  # ascending SNR
             for i, name in enumerate(report.upstreams):
                 points = [
-                    (x, report.measures[name, task, condition])
+                    (x, report.metrics[name, task, condition])
                     for x, condition in enumerate(shown)
-                    if (name, task, condition) in report.measures
+                    if (name, task, condition) in report.metrics
                 ]
                 if not points:
                     continue

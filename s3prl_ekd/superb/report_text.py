@@ -8,7 +8,7 @@ import itertools
 from collections.abc import Sequence
 
 from ..downstream.tasks import TASKS
-from ..pretrain.sweep import markdown
+from ..pretrain.sweep import markdown_table
 from .report import CLEAN, Difference, Report, condition_title
 from .score import LABEL, PUBLISHED, superb_score
 
@@ -26,16 +26,16 @@ def as_markdown(report: Report, against: str | None = None, *, published: bool =
         against: add the paired differences of all other upstreams to this one.
         published: add published results on SUPERB's public set.
     """
-    parts = [MARK, "# Downstream results", _caption(report), markdown(_main_table(report))]
+    parts = [MARK, "# Downstream results", _caption(report), markdown_table(_main_table(report))]
     for condition in report.conditions:
         if condition != CLEAN:
-            table = markdown(_metric_table(report, condition))
+            table = markdown_table(_metric_table(report, condition))
             parts += [f"## Under noise: {condition_title(condition)}", table]
     if against is not None and len(report.upstreams) > 1:
         parts += _differences(report, against)
     if published:
         parts += _published()
-    parts += ["## Runs", _RUNS, markdown(_runs_table(report))]
+    parts += ["## Runs", _RUNS, markdown_table(_runs_table(report))]
     notes = [*report.notes, *_unfinished(report)]
     if notes:
         parts += ["## Notes", "\n".join(f"- {note}" for note in notes)]
@@ -43,7 +43,7 @@ def as_markdown(report: Report, against: str | None = None, *, published: bool =
 
 
 def _caption(report: Report) -> str:
-    several = any(m.deviation is not None for m in report.measures.values())
+    several = any(m.deviation is not None for m in report.metrics.values())
     seeds = " Means over seeds; sd: standard deviation over seeds." if several else ""
     costs = ""
     if report.costs:
@@ -79,7 +79,7 @@ def _metric_table(report: Report, condition: str) -> list[list[str]]:
     tasks = tuple(TASKS) if condition == CLEAN else report.tested(condition)
     head, body = ["upstream"], [[name] for name in report.upstreams]
     for task in tasks:
-        column = [report.measures.get((name, task, condition)) for name in report.upstreams]
+        column = [report.metrics.get((name, task, condition)) for name in report.upstreams]
         head.append(TASKS[task].title)
         deviations = [m.deviation if m else None for m in column]
         several = any(d is not None for d in deviations)
@@ -121,7 +121,7 @@ def _differences(report: Report, against: str) -> list[str]:
             if clean:
                 row.append(_difference_cell(report.score_difference(name, against), digits=1))
             rows.append(row)
-        parts += [f"### {condition_title(condition)}", markdown(rows)]
+        parts += [f"### {condition_title(condition)}", markdown_table(rows)]
     return parts
 
 
@@ -143,7 +143,7 @@ def _published() -> list[str]:
         "## Published, for orientation",
         "SUPERB's public set, its corpora and full recipes, frozen upstream, no language model. "
         "Not comparable with results of other recipes or corpora, least of all of tiny recipes.",
-        markdown(rows),
+        markdown_table(rows),
     ]
 
 
@@ -154,7 +154,7 @@ def _runs_table(report: Report) -> list[list[str]]:
         if selection is None:
             continue
         first = selection.runs[0]
-        clean = report.measures.get((upstream, task, CLEAN))
+        clean = report.metrics.get((upstream, task, CLEAN))
         rows.append(
             [
                 upstream,
@@ -187,7 +187,7 @@ def as_csv(report: Report, against: str | None = None) -> str:
     for name in report.upstreams:
         for task in report.tasks:
             for condition in report.conditions:
-                m = report.measures.get((name, task, condition))
+                m = report.metrics.get((name, task, condition))
                 if m is None:
                     continue
                 selection = m.selection

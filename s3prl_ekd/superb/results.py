@@ -16,8 +16,8 @@ from typing import Any, Literal
 
 from ..downstream.tasks import TASKS
 from ..errors import DataError
-from ..files.config import build
-from ..files.formats import refuse_newer
+from ..files.config import from_plain_data
+from ..files.formats import check_format_version
 from ..files.text import read_json
 
 RECORD, COST = "superb.json", "cost.json"
@@ -26,7 +26,7 @@ _RUN = re.compile(r"lr[^/]+-seed\d+(-(?P<fold>fold\d+))?")
 
 
 @dataclass(frozen=True)
-class Dev:
+class DevMetric:
     """A run's metric on the development set, in per cent, and the checkpoint that has it."""
 
     metric: Literal["per", "wer", "acc"]
@@ -35,7 +35,7 @@ class Dev:
 
 
 @dataclass(frozen=True)
-class Record:
+class RunRecord:
     """The contents of ``superb.json``.
 
     Attributes:
@@ -59,7 +59,7 @@ class Record:
     recipe: str
     split: str
     digest: str
-    dev: Dev
+    dev: DevMetric
     tested: dict[str, str]
     seconds: float
     finished: Literal[True]
@@ -104,7 +104,7 @@ def check_paths(record: Mapping[str, Any]) -> None:
 
 
 @dataclass(frozen=True)
-class Run(Record):
+class FinishedRun(RunRecord):
     """The record of a finished run, and its folder."""
 
     folder: Path = field(kw_only=True)
@@ -139,7 +139,7 @@ class Cost:
             raise ValueError("parameters and macs must not be negative")
 
 
-def read_run(folder: Path) -> Run | None:
+def read_finished_run(folder: Path) -> FinishedRun | None:
     """Read the run in ``folder``; None if it is not finished.
 
     The upstream's name is that of the path ``ROOT/UPSTREAM/TASK/RUN``: it may have been renamed.
@@ -151,14 +151,14 @@ def read_run(folder: Path) -> Run | None:
     data = _read_json(path)
     if data is None:
         return None
-    refuse_newer(data.get("format"), 1, f"the record {path}", DataError)
+    check_format_version(data.get("format"), 1, f"the record {path}", DataError)
     if data.get("finished") is False:
         return None
-    fields = vars(build(Record, data, str(path)))
+    fields = vars(from_plain_data(RunRecord, data, str(path)))
     task_folder = folder.resolve().parent
     if task_folder.name == fields["task"]:
         fields = {**fields, "upstream": task_folder.parent.name}
-    return Run(**fields, folder=folder)
+    return FinishedRun(**fields, folder=folder)
 
 
 def read_cost(path: Path) -> Cost | None:
@@ -170,8 +170,8 @@ def read_cost(path: Path) -> Cost | None:
     data = _read_json(path)
     if data is None:
         return None
-    refuse_newer(data.get("format", 1), 1, f"the record {path}", DataError)
-    return build(Cost, data, str(path))
+    check_format_version(data.get("format", 1), 1, f"the record {path}", DataError)
+    return from_plain_data(Cost, data, str(path))
 
 
 def _read_json(path: Path) -> dict | None:
@@ -188,7 +188,7 @@ def _read_json(path: Path) -> dict | None:
 class Results:
     """Finished runs, folders of unfinished runs, and costs by upstream."""
 
-    runs: tuple[Run, ...]
+    runs: tuple[FinishedRun, ...]
     unfinished: tuple[Path, ...]
     costs: dict[str, Cost]
 
@@ -198,7 +198,7 @@ class Results:
 
 
 @dataclass(frozen=True)
-class Selection:
+class SelectedRuns:
     """The runs of one upstream and task at the learning rate with the best dev metric.
 
     Attributes:
@@ -210,7 +210,7 @@ class Selection:
     task: str
     lr: float
     dev: float
-    runs: tuple[Run, ...]
+    runs: tuple[FinishedRun, ...]
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -237,10 +237,10 @@ def read_results(folders: Sequence[Path]) -> Results:
         if not inside:
             raise DataError(f"no runs in {folder}; name a folder that s3prl-ekd superb wrote")
         run_folders |= inside
-    runs: list[Run] = []
+    runs: list[FinishedRun] = []
     unfinished: list[Path] = []
     for folder in run_folders:
-        run = read_run(folder)
+        run = read_finished_run(folder)
         if run is None:
             unfinished.append(folder)
         else:
@@ -271,10 +271,10 @@ def _run_folders(folder: Path, depth: int) -> Iterator[Path]:
                 yield from _run_folders(child, depth - 1)
 
 
-def _check_comparable(runs: Iterable[Run]) -> None:
-    first_by_key: dict[tuple, Run] = {}
-    first_by_upstream: dict[str, Run] = {}
-    first_by_task: dict[tuple, Run] = {}
+def _check_comparable(runs: Iterable[FinishedRun]) -> None:
+    first_by_key: dict[tuple, FinishedRun] = {}
+    first_by_upstream: dict[str, FinishedRun] = {}
+    first_by_task: dict[tuple, FinishedRun] = {}
     for run in runs:
         first = first_by_key.setdefault((run.upstream, run.task, run.lr, run.seed, run.fold), run)
         if first is not run:
@@ -302,9 +302,9 @@ def _check_comparable(runs: Iterable[Run]) -> None:
             )
 
 
-def select(
-    runs: Iterable[Run], unfinished: Collection[Path] = ()
-) -> dict[tuple[str, str], Selection]:
+def select_best_lr(
+    runs: Iterable[FinishedRun], unfinished: Collection[Path] = ()
+) -> dict[tuple[str, str], SelectedRuns]:
     """Choose for each upstream and task the learning rate with the best dev metric.
 
     Best is the lowest (PER, WER) or highest (accuracy) mean over seeds and folds; of equal ones the
@@ -329,16 +329,16 @@ def select(
             best = min(complete, key=lambda lr: (sign * sums[lr], lr))  # noqa: B023 (used at once)
             group = runs_by_lr[best]
             ordered = tuple(group[key] for key in sorted(group, key=_numeric_key))
-            selections[upstream, task] = Selection(
+            selections[upstream, task] = SelectedRuns(
                 upstream, task, best, sums[best] / len(ordered), ordered
             )
     return selections
 
 
-def incomplete(runs: Iterable[Run], unfinished: Collection[Path] = ()) -> list[str]:
+def incomplete(runs: Iterable[FinishedRun], unfinished: Collection[Path] = ()) -> list[str]:
     """List missing seeds and folds: a line for each upstream, task and incomplete learning rate.
 
-    Args: as for :func:`select`.
+    Args: as for :func:`select_best_lr`.
     """
     lines = []
     for (upstream, task), runs_by_lr in _by_lr(runs).items():
@@ -353,9 +353,11 @@ def incomplete(runs: Iterable[Run], unfinished: Collection[Path] = ()) -> list[s
     return lines
 
 
-def _by_lr(runs: Iterable[Run]) -> dict[tuple[str, str], dict[float, dict[tuple, Run]]]:
+def _by_lr(
+    runs: Iterable[FinishedRun],
+) -> dict[tuple[str, str], dict[float, dict[tuple, FinishedRun]]]:
     """(upstream, task) -> learning rate -> (seed, fold) -> run."""
-    grouped: dict[tuple[str, str], dict[float, dict[tuple, Run]]] = {}
+    grouped: dict[tuple[str, str], dict[float, dict[tuple, FinishedRun]]] = {}
     for run in runs:
         runs_by_lr = grouped.setdefault((run.upstream, run.task), {})
         runs_by_lr.setdefault(run.lr, {})[run.seed, run.fold] = run
@@ -368,7 +370,9 @@ def _unfinished_folds(unfinished: Iterable[Path], upstream: str, task: str) -> s
     return {match["fold"] for match in matches if match and match["fold"]}
 
 
-def _required_keys(runs_by_lr: dict[float, dict[tuple, Run]], folds: set[str]) -> set[tuple]:
+def _required_keys(
+    runs_by_lr: dict[float, dict[tuple, FinishedRun]], folds: set[str]
+) -> set[tuple]:
     """(seed, fold) of every seed with every fold."""
     keys = [key for group in runs_by_lr.values() for key in group]
     return {(seed, fold) for seed, _ in keys for fold in folds.union(fold for _, fold in keys)}

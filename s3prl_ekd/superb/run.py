@@ -22,13 +22,13 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ..downstream.feature_cache import Counts, read_counts
+from ..downstream.feature_cache import CacheCounts, read_counts
 from ..errors import CheckpointError, SetupError
 from ..files.atomic import make_folder, write_text
-from ..files.formats import NewerFormatError, refuse_newer
-from ..files.run_checkpoints import newest, read_run
+from ..files.formats import NewerFormatError, check_format_version
+from ..files.run_checkpoints import newest_checkpoint, read_checkpoint
 from ..hidden_states.feature_store import folder_size
-from ..system.jobs import Processes
+from ..system.jobs import CommandRunner
 from ..system.lock import FolderLock
 from .plan import CLEAN, PlannedRun, noise_digest
 from .results import RECORD, check_paths
@@ -46,7 +46,7 @@ def finish_feature_cache(runs: Sequence[PlannedRun], keep: bool) -> None:
     if first.features is None or not Path(first.features.folder).is_dir():
         return  # no cache, or removed by an earlier command
     folder = Path(first.features.folder)
-    total = Counts()
+    total = CacheCounts()
     for run in runs:
         log = run.folder / "log.txt"
         if log.is_file():
@@ -86,7 +86,7 @@ def job_environment(slot: int, jobs: int) -> dict[str, str]:
 
 
 def run_command(
-    folder: Path, argv: list[str], environment: Mapping[str, str], processes: Processes
+    folder: Path, argv: list[str], environment: Mapping[str, str], processes: CommandRunner
 ) -> None:
     """Run one command and append its output to ``folder/log.txt``.
 
@@ -126,7 +126,7 @@ def read_record(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        refuse_newer(record["format"], FORMAT, f"the record {path}", SetupError)
+        check_format_version(record["format"], FORMAT, f"the record {path}", SetupError)
         if record["format"] != FORMAT:
             raise ValueError
         check_paths(record)
@@ -201,13 +201,13 @@ def _training(run: PlannedRun, gpus: int) -> list[str]:
     return ["torchrun", "--standalone", f"--nproc_per_node={gpus}", "-m", "s3prl_ekd", *argv]
 
 
-def run_all(
+def run_plan(
     runs: Sequence[PlannedRun],
     jobs: int = 1,
     gpus: int = 1,
     *,
     keep_features: bool = False,
-    processes: Processes | None = None,
+    processes: CommandRunner | None = None,
 ) -> list[tuple[PlannedRun, str]]:
     """Run the unfinished runs, ``jobs`` in parallel.
 
@@ -222,7 +222,7 @@ def run_all(
     if len(pending) < len(runs):
         logger.info("skipping %d of %d runs: already finished", len(runs) - len(pending), len(runs))
     failed: list[tuple[PlannedRun, str]] = []
-    processes = processes or Processes()
+    processes = processes or CommandRunner()
     pending_counts = Counter(run.upstream.name for run in pending)
     finished_upstreams: set[str] = set()
     slots: queue.Queue[int] = queue.Queue()
@@ -267,7 +267,7 @@ def _runs_of(upstream: str, runs: Sequence[PlannedRun]) -> list[PlannedRun]:
 
 
 def _run_in_slot(
-    run: PlannedRun, slots: queue.Queue, jobs: int, gpus: int, processes: Processes
+    run: PlannedRun, slots: queue.Queue, jobs: int, gpus: int, processes: CommandRunner
 ) -> None:
     slot = slots.get()
     try:
@@ -345,12 +345,12 @@ def best_checkpoint(run: PlannedRun) -> tuple[str, float]:
     """
     best = run.folder / run.task.best
     if not best.is_file():
-        last = newest(run.folder)
+        last = newest_checkpoint(run.folder)
         if last is None:
             raise SetupError(f"the training saved no checkpoint in {run.folder}")
         return last.name, run.task.worst
     try:
-        score = read_run(best)["Downstream"]["best_score"]
+        score = read_checkpoint(best)["Downstream"]["best_score"]
     except NewerFormatError as error:
         raise SetupError(str(error)) from None
     except (CheckpointError, KeyError, TypeError):

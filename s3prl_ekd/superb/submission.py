@@ -9,7 +9,7 @@ from typing import BinaryIO
 from ..downstream.tasks import TASKS
 from ..errors import DataError
 from ..files.text import check_inside, check_regular
-from .results import Run, Selection
+from .results import FinishedRun, SelectedRuns
 
 FOLDS = tuple(f"fold{i}" for i in range(1, 6))
 # (task, fold) -> path in the archive, below predict/
@@ -22,7 +22,9 @@ MEMBERS: dict[tuple[str, str | None], str] = {
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # ZIP's earliest date: equal contents give equal archives
 
 
-def choose_runs(selections: Mapping[str, Selection]) -> dict[tuple[str, str | None], Run]:
+def choose_runs(
+    selections: Mapping[str, SelectedRuns],
+) -> dict[tuple[str, str | None], FinishedRun]:
     """Choose one seed for each task: the one with the best dev metric.
 
     All folds of ER come from one seed, the one with the best mean over folds. Of equal seeds the
@@ -34,11 +36,11 @@ def choose_runs(selections: Mapping[str, Selection]) -> dict[tuple[str, str | No
     Returns:
         (task, fold) -> run, in the order of the archive.
     """
-    runs: dict[tuple[str, str | None], Run] = {}
+    runs: dict[tuple[str, str | None], FinishedRun] = {}
     for task, selection in selections.items():
         sign = -1 if TASKS[task].higher_is_better else 1
 
-        def dev_sum(seed: int, selection: Selection = selection) -> float:
+        def dev_sum(seed: int, selection: SelectedRuns = selection) -> float:
             return sum(run.dev.value for run in selection.runs if run.seed == seed)
 
         best = min(selection.seeds, key=lambda seed: (sign * dev_sum(seed), seed))  # noqa: B023
@@ -46,12 +48,12 @@ def choose_runs(selections: Mapping[str, Selection]) -> dict[tuple[str, str | No
     return {key: runs[key] for key in MEMBERS if key in runs}
 
 
-def missing_members(runs: Mapping[tuple[str, str | None], Run]) -> list[str]:
+def missing_members(runs: Mapping[tuple[str, str | None], FinishedRun]) -> list[str]:
     """Tasks and folds of a complete submission that are not in ``runs``: ``asr``, ``er fold2``."""
     return [" ".join(filter(None, key)) for key in MEMBERS if key not in runs]
 
 
-def write_archive(runs: Mapping[tuple[str, str | None], Run], file: BinaryIO) -> list[str]:
+def write_archive(runs: Mapping[tuple[str, str | None], FinishedRun], file: BinaryIO) -> list[str]:
     """Write the archive. The same predictions give the same bytes.
 
     Returns:
@@ -73,7 +75,7 @@ def write_archive(runs: Mapping[tuple[str, str | None], Run], file: BinaryIO) ->
     return names
 
 
-def _predictions(run: Run) -> bytes:
+def _predictions(run: FinishedRun) -> bytes:
     if "clean" not in run.tested:
         raise DataError(f"{run.folder}: not tested on clean speech; evaluate the run again")
     path, _ = run.files("clean")

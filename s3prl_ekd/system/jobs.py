@@ -79,7 +79,7 @@ _TO_INTERRUPT = 20.0  # seconds from SIGINT to SIGTERM
 _GRACE = 2.0  # seconds until SIGINT: a terminal's Ctrl-C reaches the children anyway
 
 
-class Processes:
+class CommandRunner:
     """Run commands of ``python -m s3prl_ekd`` as child processes, from several threads."""
 
     def __init__(self) -> None:

@@ -22,7 +22,7 @@ except ImportError:  # Windows
 
 logger = logging.getLogger(__name__)
 
-NAME = ".lock"
+LOCK_FILE = ".lock"
 _BUSY = (errno.EACCES, errno.EAGAIN)  # another process holds it
 
 
@@ -44,7 +44,7 @@ class FolderLock:
             the folder is not writable, or the lock file is a symlink or not a regular file.
     """
 
-    def __init__(self, folder: str | Path, name: str = NAME, wait: float = 0.0):
+    def __init__(self, folder: str | Path, name: str = LOCK_FILE, wait: float = 0.0):
         self.folder = Path(folder)
         self.path = self.folder / name
         self.wait = wait

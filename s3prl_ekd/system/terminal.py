@@ -39,7 +39,7 @@ def printable_lines(text: str) -> str:
 
 
 @contextlib.contextmanager
-def plain_stdout() -> Iterator[None]:
+def printable_stdout() -> Iterator[None]:
     """Within the block, escape control characters printed to stdout, but newlines and tabs.
 
     A newline within a name is not detected here: callers pass names from untrusted files through
@@ -97,7 +97,7 @@ def prepare_streams() -> None:
 
 
 @contextlib.contextmanager
-def errors_shown(
+def show_errors(
     interrupted: str = "stopped by Ctrl-C", broken_pipe: int = 0, *, user_files: bool = True
 ) -> Iterator[None]:
     """Run a command; print expected errors as one line without a traceback, and exit.

@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 
 
-def several() -> bool:
+def is_distributed() -> bool:
     """Whether torchrun has started more than one process."""
     return _number("WORLD_SIZE", 1) > 1
 
 
 def rank() -> int:
     """The rank of this process; 0 without torchrun."""
-    return _number("RANK", 0) if several() else 0
+    return _number("RANK", 0) if is_distributed() else 0
 
 
 def _number(name: str, default: int) -> int:

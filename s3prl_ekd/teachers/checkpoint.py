@@ -65,7 +65,7 @@ def load_file(path: Path, location: str) -> nn.Module:
         if re.search(r"(?<![\w.])(fairseq|omegaconf)\.\w", rejected):
             raise _fairseq(path) from None
         raise
-    no_eval.guard()
+    no_eval.block_eval()
     family, config = identify(states, path)
     logger.info("%s: %s is a %s checkpoint: %s", location, path, family, KINDS[family])
     if family == "distiller":

@@ -16,7 +16,7 @@ from ..distill.settings import StudentSettings
 from ..distill.student import build_backbone, draw_layers
 from ..distill.student_forward import student_forward
 from ..errors import CheckpointError, ConfigError, EkdError, first_line
-from ..files.config import build
+from ..files.config import from_plain_data
 from ..files.torch_load import build_limit
 
 _HEADS = ("output_layer.", "task_embedding.")
@@ -75,7 +75,7 @@ def build_distilhubert(states: Mapping, path: Path) -> DistilHubertUpstream:
     # s3prl's defaults that differ from those of StudentSettings
     defaults = {"encoder_layers": 1, "feature_grad_mult": 1.0}
     try:
-        settings = build(StudentSettings, {**defaults, **values}, "Config.distiller")
+        settings = from_plain_data(StudentSettings, {**defaults, **values}, "Config.distiller")
         weights = {k: v for k, v in states["Distiller"].items() if not k.startswith(_HEADS)}
         with build_limit(path):
             model = build_backbone(settings)

@@ -39,7 +39,7 @@ _SAMPLE_RATE = 16_000  # Hz
 _MAX_HEADER = 8 << 20  # bytes of names and shapes; 1000 tensors take 100,000 bytes
 
 
-def check_folder(folder: Path, location: str) -> str:
+def check_hf_folder(folder: Path, location: str) -> str:
     """Check that a folder can be loaded, and return its ``model_type``.
 
     Raises:
@@ -89,11 +89,11 @@ def load_folder(folder: Path, location: str) -> HuggingFaceUpstream:
     """Load a local Hugging Face folder, without downloads and without running code of the folder.
 
     Raises:
-        TeacherError: see :func:`check_folder`.
+        TeacherError: see :func:`check_hf_folder`.
         CheckpointError: the weights do not fit ``config.json``, or some are missing.
         SetupError: transformers is not installed.
     """
-    kind = check_folder(folder, location)
+    kind = check_hf_folder(folder, location)
     for weights in folder.glob("*.safetensors"):
         _check_header(weights, location)
     try:

@@ -20,7 +20,7 @@ from .. import compat
 from ..distill.settings import TeacherSettings
 from ..distill.teachers import Teacher, TeacherEnsemble
 from ..errors import ConfigError, SetupError, TeacherError
-from ..files.atomic import save_whole
+from ..files.atomic import atomic_torch_save
 from ..files.torch_load import restrict_torch
 from . import zoo
 from .checkpoint import load_file
@@ -93,9 +93,9 @@ def check_source(model: str, location: str) -> None:
     if model in zoo.NAMES or model in hub_entries() or path.is_file():
         return
     if path.is_dir():
-        from .huggingface import check_folder
+        from .huggingface import check_hf_folder
 
-        check_folder(path, location)
+        check_hf_folder(path, location)
         return
     if "/" in model or "\\" in model or path.suffix:
         raise TeacherError(f"{location}: no such checkpoint: {model}")
@@ -146,13 +146,13 @@ def load_tiny(name: str, location: str) -> nn.Module:
     """
     compat.apply()
     if name not in zoo.RANDOM_INIT:
-        return load_file(zoo.weights(name), location)
+        return load_file(zoo.checkpoint_path(name), location)
     from .random_weights import random_init
 
     # s3prl's experts need a path
     with tempfile.TemporaryDirectory(prefix="ekd_random_init_") as folder:
         path = Path(folder, f"{name}.pt")
-        save_whole(random_init(name), path)
+        atomic_torch_save(random_init(name), path)
         return load_file(path, location)
 
 

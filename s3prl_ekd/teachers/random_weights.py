@@ -179,17 +179,17 @@ def random_init(name: str, seed: int = 1337) -> dict[str, Any]:
         SetupError: no such teacher.
         CheckpointError: its file is damaged.
     """
-    path = zoo.weights(name)
+    path = zoo.checkpoint_path(name)
     states = dict(safe_load(path, "tiny teacher"))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = untrained(states)
+        model = untrained_model(states)
     key = "model_weight" if "model_cfg" in states else "model"
     states[key] = {name: tensor.detach().half() for name, tensor in model.state_dict().items()}
     return states
 
 
-def untrained(states: dict[str, Any]) -> nn.Module:
+def untrained_model(states: dict[str, Any]) -> nn.Module:
     """Build s3prl's HuBERT or WavLM from a checkpoint's settings, with initial weights.
 
     Both transformers get BERT's initialisation, as in fairseq. s3prl's HuBERT lacks it: with

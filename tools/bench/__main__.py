@@ -28,7 +28,7 @@ from tqdm import tqdm
 from s3prl_ekd import __version__, compat
 from s3prl_ekd.errors import SetupError
 from s3prl_ekd.files.atomic import write_text
-from s3prl_ekd.system.terminal import errors_shown, prepare_streams, quiet_s3prl
+from s3prl_ekd.system.terminal import prepare_streams, quiet_s3prl, show_errors
 
 from .inputs import SIZES, write_corpus, write_teachers
 from .measure import StageTimer, clock, flop_counter, matmul_rate, peak_memory
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     prepare_streams()
     quiet_s3prl()
-    with errors_shown():
+    with show_errors():
         bench(args)
     return 0
 

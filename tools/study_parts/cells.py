@@ -9,14 +9,14 @@ import numpy as np
 
 from s3prl_ekd.errors import DataError
 from s3prl_ekd.superb.metrics import (
-    Counts,
-    Fold,
+    ErrorCounts,
+    FoldErrors,
     count_characters,
     count_errors,
     read_pairs,
     test_set,
 )
-from s3prl_ekd.superb.results import Run
+from s3prl_ekd.superb.results import FinishedRun
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Cell:
     metric: Metric
     condition: str
     seeds: tuple[int, ...]
-    folds: tuple[Fold, ...]
+    folds: tuple[FoldErrors, ...]
 
     @property
     def test_set(self) -> tuple:
@@ -62,7 +62,7 @@ class Cell:
         return test_set(self.folds)
 
 
-def cells_of(row: str, metric: Metric, seeds: dict[int, list[Run]]) -> Iterable[Cell]:
+def cells_of(row: str, metric: Metric, seeds: dict[int, list[FinishedRun]]) -> Iterable[Cell]:
     """One cell a condition, over the seeds whose folds were all tested under it.
 
     Raises:
@@ -87,11 +87,11 @@ def cells_of(row: str, metric: Metric, seeds: dict[int, list[Run]]) -> Iterable[
                         f"the seeds of {row} were not tested on the same utterances of "
                         f"{metric.task} ({condition}); evaluate them on one test set"
                     )
-            folds.append(Fold(names, lengths, np.stack([c.errors for c in counts])))
+            folds.append(FoldErrors(names, lengths, np.stack([c.errors for c in counts])))
         yield Cell(row, metric, condition, tuple(chosen), tuple(folds))
 
 
-def _count(run: Run, metric: Metric, condition: str) -> Counts:
+def _count(run: FinishedRun, metric: Metric, condition: str) -> ErrorCounts:
     pairs = read_pairs(*run.files(condition))
     if metric.characters:
         return count_characters(pairs)

@@ -129,7 +129,7 @@ class Setting:
 def _digest(source: str) -> str:
     """Of what a source holds; a tiny teacher keeps its name, as its random twin has its file."""
     if source in zoo.NAMES:
-        return f"{source} {file_digest(zoo.weights(source))}"
+        return f"{source} {file_digest(zoo.checkpoint_path(source))}"
     return file_digest(Path(source)) if Path(source).is_file() else source
 
 

@@ -19,8 +19,8 @@ from typing import Any
 import yaml
 
 from s3prl_ekd.errors import ConfigError, SetupError
-from s3prl_ekd.files.atomic import whole_file
-from s3prl_ekd.files.formats import refuse_newer
+from s3prl_ekd.files.atomic import atomic_file
+from s3prl_ekd.files.formats import check_format_version
 from s3prl_ekd.files.text import read_json
 from s3prl_ekd.superb.plan import noise_digest
 
@@ -118,7 +118,7 @@ class Folder:
         from teacher_zoo.recipe import differences
 
         before = read_json(self._study, "setting", ConfigError)
-        refuse_newer(before.get("version", 1), 1, f"the study {self._study}", ConfigError)
+        check_format_version(before.get("version", 1), 1, f"the study {self._study}", ConfigError)
         now = json.loads(json.dumps(setting.plain()))
         changed = differences(before.get("setting", {}), now)
         if inputs is not None:
@@ -130,7 +130,7 @@ class Folder:
             )
 
     def _yaml(self, name: str, contents: dict[str, Any]) -> None:
-        with whole_file(self.root / "configs" / f"{name}.yaml") as file:
+        with atomic_file(self.root / "configs" / f"{name}.yaml") as file:
             file.write(yaml.safe_dump(contents, sort_keys=False).encode())
 
 
@@ -155,5 +155,5 @@ def inputs_of(setting: Setting, speech: Path, noise: Path) -> dict[str, str]:
 def write_json(path: Path, contents: Any) -> None:
     """Whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as file:
+    with atomic_file(path) as file:
         file.write((json.dumps(contents, indent=1) + "\n").encode())

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from s3prl_ekd.files.config import read_yaml
-from s3prl_ekd.superb.results import Run
+from s3prl_ekd.superb.results import FinishedRun
 
 from .cells import Cell
 
@@ -15,8 +15,8 @@ FACTS = {"features_alone": "features", "steps": "steps", "recipe": "recipe"}
 
 def differing(
     names: Iterable[str],
-    of_students: Sequence[Run],
-    grouped: Mapping[tuple[str, str], Mapping[int, list[Run]]],
+    of_students: Sequence[FinishedRun],
+    grouped: Mapping[tuple[str, str], Mapping[int, list[FinishedRun]]],
     cells: Mapping[tuple[str, str, str], Cell],
 ) -> dict[str, tuple[str, ...]]:
     """``name/task`` of references -> what differs: features, steps, recipe, probe, test set.
@@ -50,7 +50,7 @@ def differing(
     return found
 
 
-def _probe(run: Run) -> Any:
+def _probe(run: FinishedRun) -> Any:
     """The downstream model, of the config that s3prl keeps; None where there is none."""
     kept = sorted(run.folder.glob("config_*.yaml"))
     expert = read_yaml(kept[-1]).get("downstream_expert", {}) if kept else {}

@@ -13,8 +13,8 @@ from pathlib import Path
 from marked_text import between
 
 from s3prl_ekd.errors import SetupError
-from s3prl_ekd.files.atomic import whole_file
-from s3prl_ekd.pretrain.sweep import markdown
+from s3prl_ekd.files.atomic import atomic_file
+from s3prl_ekd.pretrain.sweep import markdown_table
 
 from . import plots
 from .compare import Study
@@ -41,7 +41,7 @@ def write_report(study: Study, folder: Folder, parts: list[Part], docs: Path) ->
     try:
         docs.mkdir(parents=True, exist_ok=True)
         for name, picture in pictures.items():
-            with whole_file(docs / name) as file:
+            with atomic_file(docs / name) as file:
                 picture(file)
         body = "\n".join(sections(study, folder, parts, list(pictures)))
         before = text.read_text(encoding="utf-8") if text.exists() else f"{TITLE}\n{BEGIN}\n{END}\n"
@@ -53,7 +53,7 @@ def write_report(study: Study, folder: Folder, parts: list[Part], docs: Path) ->
 
 
 def _put(path: Path, data: bytes) -> None:
-    with whole_file(path) as file:
+    with atomic_file(path) as file:
         file.write(data)
 
 
@@ -62,7 +62,7 @@ def sections(study: Study, folder: Folder, parts: list[Part], pictures: list[str
     yield from _setting(study)
     for condition in study.found.conditions:
         yield f"## {title(condition)}\n"
-        yield markdown(list(_table(study, condition))) + "\n"
+        yield markdown_table(list(_table(study, condition))) + "\n"
     if study.means:
         yield (
             f"Mean over the seeds and, in brackets, its {LEVEL:.0%} interval. It covers other test "
@@ -170,5 +170,5 @@ def _time(folder: Folder, parts: list[Part]) -> Iterator[str]:
         cells = (f"{clock / count:.0f}", f"{cpu / count:.0f}", f"{cpu / 60:.1f}")
         table.append([f"{kind} (all students of a seed)" if kind == "evaluate" else kind]
                      + [str(count), *cells])  # fmt: skip
-    yield markdown(table) + "\n"
+    yield markdown_table(table) + "\n"
     yield f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}.\n"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from s3prl_ekd.pretrain.sweep import markdown
+from s3prl_ekd.pretrain.sweep import markdown_table
 
 from .cells import METRICS, Metric
 from .compare import Comparison, Study
@@ -44,7 +44,7 @@ def differences(study: Study) -> Iterator[str]:
     for condition in study.found.conditions:
         chosen = [c for c in study.comparisons if c.condition == condition]
         yield f"{title(condition)}:\n"
-        yield markdown(list(_difference_table(study, chosen))) + "\n"
+        yield markdown_table(list(_difference_table(study, chosen))) + "\n"
     over_seeds = [c for c in study.comparisons if c.estimate.over_seeds]
     count, total = len(over_seeds), len(study.comparisons)
     if count < total:

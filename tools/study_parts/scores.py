@@ -9,7 +9,14 @@ from pathlib import Path
 
 from s3prl_ekd.errors import DataError
 from s3prl_ekd.superb.report import sort_conditions
-from s3prl_ekd.superb.results import RECORD, Cost, Results, Run, read_results, select
+from s3prl_ekd.superb.results import (
+    RECORD,
+    Cost,
+    FinishedRun,
+    Results,
+    read_results,
+    select_best_lr,
+)
 
 from .cells import METRICS, Cell, cells_of
 from .design import Setting, rows, students
@@ -53,7 +60,7 @@ def read_study(setting: Setting, superb: Path, references: Sequence[Path] = ()) 
     results = Results((), (), {})
     if any(superb.glob(f"*/*/*/{RECORD}")):
         results = read_results([superb])
-    grouped: dict[tuple[str, str], dict[int, list[Run]]] = {}
+    grouped: dict[tuple[str, str], dict[int, list[FinishedRun]]] = {}
     known = {student.name: student for student in students(setting)}
     for run in results.runs:
         student = known.get(run.upstream)
@@ -68,7 +75,7 @@ def read_study(setting: Setting, superb: Path, references: Sequence[Path] = ()) 
     names = []
     if references:
         others = read_results(list(references))
-        for (name, task), selection in select(others.runs, others.unfinished).items():
+        for (name, task), selection in select_best_lr(others.runs, others.unfinished).items():
             if name in taken:
                 raise DataError(f"--reference: a row is called {name} already")
             names.append(name)
@@ -102,8 +109,8 @@ def read_study(setting: Setting, superb: Path, references: Sequence[Path] = ()) 
     )
 
 
-def _check_alike(runs: Iterable[Run]) -> None:
-    first: dict[str, Run] = {}
+def _check_alike(runs: Iterable[FinishedRun]) -> None:
+    first: dict[str, FinishedRun] = {}
     for run in runs:
         other = first.setdefault(run.task, run)
         for what in ("lr", "steps", "recipe", "split", "features_alone"):
@@ -114,7 +121,7 @@ def _check_alike(runs: Iterable[Run]) -> None:
                 )
 
 
-def _drop_incomplete(grouped: dict[tuple[str, str], dict[int, list[Run]]]) -> None:
+def _drop_incomplete(grouped: dict[tuple[str, str], dict[int, list[FinishedRun]]]) -> None:
     """A seed counts where it has every fold that any student has."""
     folds: dict[str, set] = {}
     for (_, task), seeds in grouped.items():

@@ -12,8 +12,8 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from s3prl_ekd.errors import CheckpointError
-from s3prl_ekd.files.atomic import save_whole
-from s3prl_ekd.files.formats import refuse_newer
+from s3prl_ekd.files.atomic import atomic_torch_save
+from s3prl_ekd.files.formats import check_format_version
 from s3prl_ekd.files.torch_load import safe_load
 from s3prl_ekd.pretrain.resume import random_states, set_random_states
 
@@ -62,7 +62,7 @@ def save(path: Path, stage: str, parts: Trained, progress: Progress) -> None:
         "random": random_states(parts.device),
         "progress": vars(progress),
     }
-    save_whole(states, path)
+    atomic_torch_save(states, path)
 
 
 def load_model(
@@ -81,7 +81,7 @@ def load_model(
     states = safe_load(path, "training checkpoint")
     if states.get("format") != FORMAT or states.get("stage") != stage:
         raise CheckpointError(f"{path} is no checkpoint of the stage {stage}; delete it")
-    refuse_newer(states.get("version", 1), VERSION, f"the checkpoint {path}")
+    check_format_version(states.get("version", 1), VERSION, f"the checkpoint {path}")
     try:
         weights = dict(states["model"])
         if not with_head:

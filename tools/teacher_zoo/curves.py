@@ -6,13 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from s3prl_ekd.files.atomic import whole_file
+from s3prl_ekd.files.atomic import atomic_file
 from s3prl_ekd.superb.report_plots import COLOURS, new_figure
 
 
 def write_log(log: list[dict[str, Any]], about: dict[str, Any], folder: Path) -> None:
     """``log.json``: ``about`` and the points; ``curves.png`` over them."""
-    with whole_file(folder / "log.json") as file:
+    with atomic_file(folder / "log.json") as file:
         file.write(json.dumps({**about, "points": log}, indent=1).encode())
     if log:
         _draw(log, about, folder / "curves.png")
@@ -40,5 +40,5 @@ def _draw(log: list[dict[str, Any]], about: dict[str, Any], path: Path) -> None:
         axis.grid(alpha=0.3)
     right.legend(frameon=False, fontsize=8)
     figure.suptitle(f"{about['stage']}: {about['steps']} steps")
-    with whole_file(path) as file:
+    with atomic_file(path) as file:
         figure.savefig(file, format="png", dpi=120)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from s3prl_ekd.pretrain.resume import random_numbers_untouched
+from s3prl_ekd.pretrain.resume import preserve_random_states
 
 from .checkpoint import Trained
 from .corpus import Corpus
@@ -46,7 +46,7 @@ class Dev:
         The run's random numbers are as before; the model is in training mode after it."""
         window: dict[str, float] = {}
         parts.model.eval()
-        with random_numbers_untouched(parts.device):
+        with preserve_random_states(parts.device):
             seed_everything(self.recipe.seed)
             for batch in self.batches:
                 _, waves, labels = self.excerpts[batch]

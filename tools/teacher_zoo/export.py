@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from s3prl_ekd.errors import CheckpointError
-from s3prl_ekd.files.atomic import save_whole
+from s3prl_ekd.files.atomic import atomic_torch_save
 
 from .models import MaskedPredictor
 
@@ -36,5 +36,5 @@ def export(model: MaskedPredictor, path: Path) -> int:
     size = sum(tensor.numel() for tensor in weights.values()) * 2
     if size > LIMIT:
         raise CheckpointError(f"{path} would have {size:,} bytes; {LIMIT:,} are allowed")
-    save_whole({**model.checkpoint, key: weights}, path)
+    atomic_torch_save({**model.checkpoint, key: weights}, path)
     return path.stat().st_size

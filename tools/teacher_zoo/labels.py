@@ -16,7 +16,7 @@ from tqdm import tqdm
 from s3prl_ekd.data.audio import read_audio
 from s3prl_ekd.errors import DataError
 from s3prl_ekd.essence.units import fit_units
-from s3prl_ekd.files.atomic import whole_file
+from s3prl_ekd.files.atomic import atomic_file
 
 from .corpus import Corpus, Utterance
 from .frames import frame_count
@@ -91,7 +91,7 @@ def _frames(features: Features, utterance: Utterance) -> Tensor:
 
 def save_labels(labels: Labels, path: Path) -> None:
     """Whole or not at all."""
-    with whole_file(path) as file:
+    with atomic_file(path) as file:
         np.savez_compressed(
             file, flat=labels.flat, offsets=labels.offsets, centroids=labels.centroids
         )

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from s3prl_ekd import compat
-from s3prl_ekd.teachers.random_weights import hubert_checkpoint, untrained, wavlm_checkpoint
+from s3prl_ekd.teachers.random_weights import hubert_checkpoint, untrained_model, wavlm_checkpoint
 
 from .criterion import Encoded
 from .recipe import Family, Recipe
@@ -47,7 +47,7 @@ class MaskedPredictor(nn.Module):
         compat.apply()
         self.family = family
         self.checkpoint = _configuration(family, recipe, classes)
-        self.backbone = untrained(self.checkpoint)
+        self.backbone = untrained_model(self.checkpoint)
         if family == "wavlm":
             self.wavlm_head = CosineHead(recipe.size.width, classes)
 

@@ -20,7 +20,7 @@ from s3prl_ekd.data.distortion.settings import (
 )
 from s3prl_ekd.demo.noise import make_noises
 from s3prl_ekd.errors import ConfigError
-from s3prl_ekd.files.atomic import whole_file
+from s3prl_ekd.files.atomic import atomic_file
 
 from .corpus import Corpus
 from .recipe import Recipe
@@ -45,7 +45,7 @@ def noise_folder(corpus: Corpus, folder: Path, seed: int) -> Path:
     speech = [read_audio(corpus.train[i].path).numpy().astype(np.float64) for i in chosen]
     for take in range(_TAKES):
         for name, clip in make_noises(rng, speech, _SECONDS).items():
-            with whole_file(folder / f"{name}-{take}.flac") as file:
+            with atomic_file(folder / f"{name}-{take}.flac") as file:
                 soundfile.write(file, clip.clip(-1, 1), SAMPLE_RATE, format="FLAC")
     done.touch()
     return folder
@@ -78,9 +78,9 @@ def recorded_noise(files: Sequence[Path], folder: Path, begun: bool) -> None:
     shutil.rmtree(folder, ignore_errors=True)  # of a start that was cut here
     folder.mkdir(parents=True)
     for path in files:
-        with whole_file(folder / path.name) as file:
+        with atomic_file(folder / path.name) as file:
             file.write(path.read_bytes())
-    with whole_file(listed) as file:  # last: without it nothing of the folder is heard
+    with atomic_file(listed) as file:  # last: without it nothing of the folder is heard
         file.write(json.dumps(facts, indent=1).encode())
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from s3prl_ekd.data.batches import leave_signals_to_the_main_process
+from s3prl_ekd.data.batches import ignore_stop_signals
 from s3prl_ekd.data.loader import BatchLoader
 from s3prl_ekd.pretrain.optim import fused_adamw, warmup_schedule
 from s3prl_ekd.system.lock import FolderLock
@@ -148,7 +148,7 @@ class _Run:
             num_workers=pace.workers,
             pin_memory=pace.device.startswith("cuda"),
             generator=torch.Generator(),  # or the loader would draw from the run's
-            worker_init_fn=leave_signals_to_the_main_process,
+            worker_init_fn=ignore_stop_signals,
             prefetch_factor=4 if pace.workers else None,
         )
 

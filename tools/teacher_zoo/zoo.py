@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from s3prl_ekd.errors import ConfigError, SetupError
-from s3prl_ekd.files.atomic import whole_file
+from s3prl_ekd.files.atomic import atomic_file
 
 from . import checkpoint
 from .corpus import Corpus
@@ -107,7 +107,7 @@ def begin(zoo: Path, corpus: Corpus, recipe: Recipe) -> None:
         return
     try:
         zoo.mkdir(parents=True, exist_ok=True)
-        with whole_file(path) as file:
+        with atomic_file(path) as file:
             file.write(json.dumps(about, indent=1).encode())
     except OSError as error:
         raise SetupError(f"{zoo} cannot be written to: {error.strerror}") from None

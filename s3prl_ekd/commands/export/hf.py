@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .student import add_checkpoint, load
+from .student import add_checkpoint, load_checkpoint
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -29,7 +29,7 @@ def main(args: argparse.Namespace) -> int:
     from ...export.huggingface import FILES, TOLERANCE, check_hf_export, save_hubert, to_hubert
     from ...export.model_card import hf_card
 
-    path, loaded = load(args.checkpoint)
+    path, loaded = load_checkpoint(args.checkpoint)
     with export_folder(args.output, args.force, FILES) as folder:
         model = to_hubert(loaded.student)
         save_hubert(model, folder)

@@ -16,7 +16,7 @@ import argparse
 from pathlib import Path
 
 from ...errors import CheckpointError
-from .student import add_checkpoint, load
+from .student import add_checkpoint, load_checkpoint
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -56,7 +56,7 @@ def main(args: argparse.Namespace) -> int:
         if path.exists() and not args.force:
             raise CheckpointError(f"{path} exists; add --force to write over it")
     require_onnx()  # before the checkpoint is loaded
-    source, loaded = load(args.checkpoint)
+    source, loaded = load_checkpoint(args.checkpoint)
     student = loaded.student
     threads = torch.get_num_threads()  # the same for onnxruntime, so that speeds are comparable
     graphs = {"fp32": onnx_bytes(student, args.opset)}
@@ -91,11 +91,11 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _write(path: Path, data: bytes) -> None:
-    from ...files.atomic import whole_file
+    from ...files.atomic import atomic_file
 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(path) as file:
+        with atomic_file(path) as file:
             file.write(data)
     except OSError as error:
         raise CheckpointError(f"cannot write {path}: {error.strerror}") from None

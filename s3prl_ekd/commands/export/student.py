@@ -44,7 +44,7 @@ def main(args: argparse.Namespace) -> int:
 
         path, loaded = args.checkpoint, load_hf_student(args.checkpoint)
     else:
-        path, loaded = load(args.checkpoint)
+        path, loaded = load_checkpoint(args.checkpoint)
     heads = loaded.heads if args.heads == "keep" else None
     write_student(loaded, args.output, keep_heads=heads is not None)
     count = sum(p.numel() for p in loaded.student.parameters())
@@ -59,7 +59,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def add_checkpoint(parser: argparse.ArgumentParser) -> None:
-    """Add the argument ``CKPT``; :func:`load` reads it."""
+    """Add the argument ``CKPT``; :func:`load_checkpoint` reads it."""
     parser.add_argument(
         "checkpoint",
         metavar="CKPT",
@@ -75,7 +75,7 @@ def add_heads(parser: argparse.ArgumentParser, help_text: str) -> None:
     )
 
 
-def load(checkpoint: Path) -> tuple[Path, LoadedStudent]:
+def load_checkpoint(checkpoint: Path) -> tuple[Path, LoadedStudent]:
     """Load a student file or a checkpoint; of a run's folder, the newest checkpoint.
 
     Returns:
@@ -84,10 +84,10 @@ def load(checkpoint: Path) -> tuple[Path, LoadedStudent]:
     Raises:
         CheckpointError: no such file, no checkpoint in the folder, or the file has no student.
     """
-    from ...files.run_checkpoints import newest
+    from ...files.run_checkpoints import newest_checkpoint
     from ...student_file import load_student
 
-    path = newest(checkpoint) if checkpoint.is_dir() else checkpoint
+    path = newest_checkpoint(checkpoint) if checkpoint.is_dir() else checkpoint
     if path is None:
         raise CheckpointError(f"no checkpoints (states-*.ckpt) in {checkpoint}")
     return path, load_student(path)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...errors import CheckpointError
-from .student import add_checkpoint, add_heads, load
+from .student import add_checkpoint, add_heads, load_checkpoint
 
 if TYPE_CHECKING:
     from torch import nn
@@ -50,7 +50,7 @@ def main(args: argparse.Namespace) -> int:
     from ...superb.cost import measure_cost
     from ..cost import print_cost
 
-    path, loaded = load(args.checkpoint)
+    path, loaded = load_checkpoint(args.checkpoint)
     keep = args.heads == "keep" and loaded.heads is not None
     contents = package_contents(loaded, keep)
     with export_folder(args.output, args.force, FILES) as folder:

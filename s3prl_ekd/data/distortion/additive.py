@@ -31,7 +31,7 @@ def mix(wave: Tensor, noise: Tensor, snr: float) -> Tensor:
     return mixed[0].float()
 
 
-def fit(noise: Tensor, length: int, rng: random.Random) -> Tensor:
+def crop_or_loop(noise: Tensor, length: int, rng: random.Random) -> Tensor:
     """Crop or loop ``noise`` to ``length`` samples, from a random start.
 
     If that crop is silent (e.g. in a recording that starts with zeros), it starts instead at the
@@ -78,6 +78,6 @@ def babble(pool: AudioPool, voices: int, length: int, rng: random.Random, exclud
     """
     total = torch.zeros(length)
     for _ in range(voices):
-        voice = fit(pool.draw(rng, exclude=exclude), length, rng)
+        voice = crop_or_loop(pool.draw(rng, exclude=exclude), length, rng)
         total += voice / voice.double().square().mean().sqrt().float()
     return total

@@ -50,7 +50,7 @@ RUNTIME_CHECKS = {  # in a separate process
 
 
 @dataclass(frozen=True)
-class Outcome:
+class CheckOutcome:
     """The outcome of one check; ``reason`` is one line."""
 
     name: str

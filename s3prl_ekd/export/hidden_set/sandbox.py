@@ -23,7 +23,7 @@ from ...files.torch_load import scan_for_old_torch
 from . import descendants
 from . import runtime_checks as checks
 from .messages import BadMessage, receive, send, text
-from .outcome import RUNTIME_CHECKS, CheckFailed, CheckSkipped, CheckWarning, Outcome
+from .outcome import RUNTIME_CHECKS, CheckFailed, CheckOutcome, CheckSkipped, CheckWarning
 from .runtime_checks import TASKS, Package, PackageError
 from .static_checks import read_checks
 
@@ -82,9 +82,9 @@ def validate(
     folder: Path,
     lengths: Mapping[str, Sequence[int]],
     limit: float = TIME_LIMIT,
-    show: Callable[[Outcome], object] = lambda outcome: None,
+    show: Callable[[CheckOutcome], object] = lambda outcome: None,
     names: Sequence[str] = tuple(RUNTIME_CHECKS),
-) -> tuple[list[Outcome], dict[str, Any] | None]:
+) -> tuple[list[CheckOutcome], dict[str, Any] | None]:
     """Check a package.
 
     Args:
@@ -102,10 +102,10 @@ def validate(
         CheckpointError: the installed torch cannot load ``model.pt`` safely.
     """
     folder = _checked_folder(folder)
-    outcomes: list[Outcome] = []
+    outcomes: list[CheckOutcome] = []
     cost = None
 
-    def add(outcome: Outcome) -> None:
+    def add(outcome: CheckOutcome) -> None:
         outcomes.append(outcome)
         show(outcome)
 
@@ -113,10 +113,10 @@ def validate(
         add(outcome)
     if outcomes[0].status == "fail":
         for name in names:
-            add(Outcome(name, "skip", "the package is incomplete: see files"))
+            add(CheckOutcome(name, "skip", "the package is incomplete: see files"))
         return outcomes, None
     for result in run_checks(folder, lengths, limit, names):
-        if isinstance(result, Outcome):
+        if isinstance(result, CheckOutcome):
             add(result)
         else:
             cost = result
@@ -135,23 +135,25 @@ def package_cost(folder: Path, lengths: Mapping[str, Sequence[int]]) -> dict[str
             raise SetupError(f"{folder} is not a hidden-set package: it has no {name}")
     names = ("weights", "import", "build", "forward", "parameters")
     for result in run_checks(folder, lengths, TIME_LIMIT, names):
-        if isinstance(result, Outcome) and result.status in ("fail", "skip"):
+        if isinstance(result, CheckOutcome) and result.status in ("fail", "skip"):
             raise SetupError(f"{folder}: {result.name}: {result.reason}")
-        if not isinstance(result, Outcome):
+        if not isinstance(result, CheckOutcome):
             cost = result
     return cost
 
 
 def run_checks(
     folder: Path, lengths: Mapping[str, Sequence[int]], limit: float, names: Sequence[str]
-) -> Iterator[Outcome | dict[str, Any]]:
+) -> Iterator[CheckOutcome | dict[str, Any]]:
     """Run the checks ``names``; yield each outcome, then the cost if it was measured."""
     failed_in = ""
     with _package_process(folder) as child:
         package = Package(folder, lengths, child.request)
         for name in names:
             if failed_in:
-                yield Outcome(name, "skip", f"not run, because the process failed: see {failed_in}")
+                yield CheckOutcome(
+                    name, "skip", f"not run, because the process failed: see {failed_in}"
+                )
                 continue
             try:
                 if not child.ready:
@@ -159,26 +161,26 @@ def run_checks(
                     package.offline = child.begin(setup, limit)
                 outcome = _outcome(name, package)
             except (BadMessage, _ProcessEnded) as error:
-                failed_in, outcome = name, Outcome(name, "fail", str(error))
+                failed_in, outcome = name, CheckOutcome(name, "fail", str(error))
             yield outcome
         if package.cost is not None:
             yield package.cost
 
 
-def _outcome(name: str, package: Package) -> Outcome:
+def _outcome(name: str, package: Package) -> CheckOutcome:
     """Run one check."""
     try:
-        return Outcome(name, "pass", CHECKS[name](package))
+        return CheckOutcome(name, "pass", CHECKS[name](package))
     except (CheckFailed, PackageError) as error:
-        return Outcome(name, "fail", str(error))
+        return CheckOutcome(name, "fail", str(error))
     except CheckWarning as error:
-        return Outcome(name, "warn", str(error))
+        return CheckOutcome(name, "warn", str(error))
     except CheckSkipped as error:
-        return Outcome(name, "skip", str(error))
+        return CheckOutcome(name, "skip", str(error))
     except (BadMessage, _ProcessEnded):
         raise
     except Exception as error:  # outputs that the check did not expect
-        return Outcome(name, "fail", f"{type(error).__name__}: {text(str(error))}")
+        return CheckOutcome(name, "fail", f"{type(error).__name__}: {text(str(error))}")
 
 
 class _ProcessEnded(Exception):

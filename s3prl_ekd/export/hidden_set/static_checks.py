@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from .isolation import BLOCKED
-from .outcome import STATIC_CHECKS, CheckFailed, CheckSkipped, CheckWarning, Outcome
+from .outcome import STATIC_CHECKS, CheckFailed, CheckOutcome, CheckSkipped, CheckWarning
 
 REQUIRED_FILES = ("expert.py", "model.pt")
 SUBMISSION_FILES = ("requirements.txt", "README.md", "LICENSE", "cli.py")
@@ -31,7 +31,7 @@ _LATER_TORCH = {
 _GENERIC = {"list", "dict", "tuple", "set", "frozenset", "type"}
 
 
-def read_checks(folder: Path) -> Iterator[Outcome]:
+def read_checks(folder: Path) -> Iterator[CheckOutcome]:
     """Run the checks in :data:`.outcome.STATIC_CHECKS`."""
     checks: dict[str, Callable[[Path], str]] = {
         "files": _files,
@@ -42,15 +42,15 @@ def read_checks(folder: Path) -> Iterator[Outcome]:
     }
     for name in STATIC_CHECKS:
         try:
-            yield Outcome(name, "pass", checks[name](folder))
+            yield CheckOutcome(name, "pass", checks[name](folder))
         except CheckFailed as error:
-            yield Outcome(name, "fail", str(error))
+            yield CheckOutcome(name, "fail", str(error))
         except CheckWarning as error:
-            yield Outcome(name, "warn", str(error))
+            yield CheckOutcome(name, "warn", str(error))
         except CheckSkipped as error:
-            yield Outcome(name, "skip", str(error))
+            yield CheckOutcome(name, "skip", str(error))
         except (RecursionError, MemoryError):
-            yield Outcome(name, "fail", "a .py file is nested too deeply to be parsed")
+            yield CheckOutcome(name, "fail", "a .py file is nested too deeply to be parsed")
 
 
 def _files(folder: Path) -> str:

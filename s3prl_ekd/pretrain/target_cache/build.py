@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ...data.audio_files import SAMPLE_RATE, is_passed_over
-from ...data.bad_audio import Bad
-from ...data.batches import DistillationDataset, leave_signals_to_the_main_process, only_item
+from ...data.audio_files import SAMPLE_RATE, is_hidden_or_system
+from ...data.bad_audio import BadUtterance
+from ...data.batches import DistillationDataset, ignore_stop_signals, unwrap_batch
 from ...data.loader import BatchLoader
-from ...data.sampling import FixedOrder, used, within
+from ...data.sampling import FixedOrderSampler, filter_by_length, used
 from ...data.settings import DataSettings
 from ...data.tables import Utterance, read_tables
 from ...distill.aggregation import Aggregation
@@ -33,19 +33,19 @@ from ...distill.settings import StudentSettings
 from ...distill.teachers import TeacherEnsemble
 from ...errors import DataError, SetupError
 from ...files.atomic import remove_leftovers
-from ...hidden_states.fingerprint import same_key
+from ...hidden_states.fingerprint import key_difference
 from ...hidden_states.store import (
     INDEX,
-    NAMES,
     RECORD,
     RECORDS,
     SCALES,
     TARGETS,
+    UTTERANCES,
     CacheWriter,
     Index,
-    joined,
+    encode_targets,
+    pack_targets,
     read_index,
-    to_numbers,
     write_index,
 )
 from ..interrupts import explain_worker_errors, is_out_of_memory
@@ -64,11 +64,14 @@ def cached_rows(data: DataSettings, student: StudentSettings) -> list[Utterance]
         DataError: see :func:`...data.tables.read_tables`.
     """
     rows: dict[str, Utterance] = {}
-    bad: list[Bad] | None = [] if data.on_bad_audio == "skip" else None
+    bad: list[BadUtterance] | None = [] if data.on_bad_audio == "skip" else None
     for sets in (data.sets, data.dev_sets):
         if sets:
             table = read_tables(data.file_path, sets, bad)
-            rows |= {row.path: row for row in within(table, data.max_timestep, student.min_samples)}
+            rows |= {
+                row.path: row
+                for row in filter_by_length(table, data.max_timestep, student.min_samples)
+            }
     if bad:
         logger.warning("left out %d utterances, first %s: %s", len(bad), bad[0].path, bad[0].reason)
     return sorted(rows.values(), key=lambda row: (-row.length, row.path))
@@ -157,7 +160,7 @@ def make_target_fn(
     return compute_targets
 
 
-def begin(folder: Path, index: Index, force: bool) -> Index:
+def start_build(folder: Path, index: Index, force: bool) -> Index:
     """Write ``index`` for a new build, or return the index of an interrupted build of the same.
 
     Raises:
@@ -165,13 +168,13 @@ def begin(folder: Path, index: Index, force: bool) -> Index:
         OSError: it cannot be written.
     """
     path = folder / INDEX
-    files = (NAMES, TARGETS, SCALES, RECORDS)
+    files = (UTTERANCES, TARGETS, SCALES, RECORDS)
     for name in (INDEX, *files):  # written in place, so a symlink could point out of the folder
         remove_leftovers(folder, name)
         if (folder / name).is_symlink():
             raise DataError(f"{folder / name} is a symlink; a target cache has regular files only")
     other_files = [p.name for p in folder.iterdir() if p.name not in (*files, INDEX)]
-    other_files = [name for name in other_files if not is_passed_over(name)]
+    other_files = [name for name in other_files if not is_hidden_or_system(name)]
     if other_files:
         raise DataError(
             f"{folder} has files that are not of a target cache ({other_files[0]}); choose another "
@@ -187,7 +190,7 @@ def begin(folder: Path, index: Index, force: bool) -> Index:
 
 def _check_same_build(existing: Index, index: Index, folder: Path) -> Index:
     try:
-        difference = same_key(existing.key, index.key)
+        difference = key_difference(existing.key, index.key)
     except (KeyError, TypeError, ValueError, AttributeError):
         difference = "its index.json is damaged"
     for part in ("dtype", "seed"):
@@ -219,7 +222,7 @@ def build_cache(
 
     Args:
         folder: of the cache; only this process writes to it.
-        index: of :func:`begin`, for ``rows`` in this order.
+        index: of :func:`start_build`, for ``rows`` in this order.
         compute: see :func:`make_target_fn`.
         data: as in training.
         min_samples: shorter waveforms have no frame.
@@ -270,7 +273,7 @@ def _compute_missing(
     device: str,
 ) -> None:
     """Compute and write the targets of the utterances that the cache lacks."""
-    index, order = writer.index, FixedOrder(len(dataset))
+    index, order = writer.index, FixedOrderSampler(len(dataset))
     order.rank = cached = len(writer.records)
     loader = BatchLoader(
         dataset,
@@ -278,8 +281,8 @@ def _compute_missing(
         batch_size=1,
         sampler=order,
         num_workers=data.num_workers,
-        collate_fn=only_item,
-        worker_init_fn=leave_signals_to_the_main_process,
+        collate_fn=unwrap_batch,
+        worker_init_fn=ignore_stop_signals,
     )
     count = len(dataset)
     bar = tqdm(total=count, initial=cached, unit="utt", desc="targets", dynamic_ncols=True)
@@ -291,8 +294,8 @@ def _compute_missing(
                 logger.warning("left out %s: %s", batch.bad[0].path, batch.bad[0].reason)
                 writer.add_bad()
             else:
-                targets = joined(compute([batch.waves[0].to(device)]), index.layout)
-                numbers = to_numbers(targets, index.layout, index.dtype, batch.names[0])
+                targets = pack_targets(compute([batch.waves[0].to(device)]), index.layout)
+                numbers = encode_targets(targets, index.layout, index.dtype, batch.names[0])
                 writer.add(*numbers, int(batch.lengths[0]))
             bar.update()
 

@@ -15,8 +15,8 @@ from ...distill.teachers import TeacherEnsemble
 from ...distill.unit_loss import UnitLabels
 from ...errors import ConfigError, DataError
 from ...files.text import CONTROL
-from ...hidden_states.fingerprint import check_aggregated, fitting_part, make_key
-from ...hidden_states.store import BUILD, INDEX, PER_TEACHER, Part, TargetReader
+from ...hidden_states.fingerprint import cache_key, check_aggregated, matching_subset
+from ...hidden_states.store import BUILD, INDEX, PER_TEACHER, TargetReader, TargetSubset
 from ..config_diff import table_digests
 from ..settings import ModelFile
 
@@ -93,13 +93,13 @@ def check_teachers(
     data: DataSettings,
     rows: Sequence[Utterance],
 ) -> None:
-    """Reject a cache of other teachers or data; select the part of it that the run needs.
+    """Reject a cache of other teachers or data; select the subset of it that the run needs.
 
     Raises:
         DataError: naming the difference, and the command that builds a cache.
     """
     folder = reader.folder
-    key = make_key(
+    key = cache_key(
         teachers,
         settings,
         aggregated=reader.index.key["contents"] != PER_TEACHER,
@@ -108,23 +108,23 @@ def check_teachers(
         max_timestep=data.max_timestep,
     )
     try:
-        part, difference = fitting_part(reader.index, key, rows)
-        if part is not None:
-            _check_widths(part, teachers)
+        subset, difference = matching_subset(reader.index, key, rows)
+        if subset is not None:
+            _check_widths(subset, teachers)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError):
         raise DataError(
             f"{folder / INDEX} is damaged; build another cache with: {BUILD} NEW_FOLDER"
         ) from None
-    if part is None:
+    if subset is None:
         raise DataError(
             f"the target cache {folder} does not fit this run: "
             f"{CONTROL.sub('?', difference)[:500]}; build another with: {BUILD} NEW_FOLDER"
         )
-    reader.part = part
+    reader.subset = subset
 
 
-def _check_widths(part: Part, teachers: TeacherEnsemble) -> None:
-    for name, targets, dim in part.layout:
+def _check_widths(subset: TargetSubset, teachers: TeacherEnsemble) -> None:
+    for name, targets, dim in subset.layout:
         if name in teachers and (len(teachers[name].targets), teachers[name].width) != (
             targets,
             dim,

@@ -175,8 +175,8 @@ class FastEncoder:
             x = F.linear(x, *weights.projection)
         key_mask = None
         if valid is not None:
-            index = torch.arange(x.shape[1], device=x.device)
-            padding = index >= torch.tensor(valid, device=x.device)[:, None]  # [batch, frame]
+            frames = torch.arange(x.shape[1], device=x.device)
+            padding = frames >= torch.tensor(valid, device=x.device)[:, None]  # [batch, frame]
             x = x.masked_fill(padding[:, :, None], 0)
             key_mask = torch.zeros_like(padding, dtype=x.dtype).masked_fill_(padding, -torch.inf)
             key_mask = key_mask[:, None, None]

@@ -28,7 +28,7 @@ NAMES = (*TEACHERS, *RANDOM_INIT)
 _FOLDER = Path(__file__).parent
 
 
-def weights(name: str) -> Path:
+def checkpoint_path(name: str) -> Path:
     """Path of a teacher's checkpoint; for one of :data:`RANDOM_INIT`, of its trained teacher's.
 
     Raises:
