@@ -33,7 +33,7 @@ def cache(folder, out, *argv):
 
 def make_stored(folder, teachers, corpus):
     """Build a cache of each dtype, of full utterances and s3prl's teachers."""
-    configs(folder, teachers, corpus, teacher_path="plain")
+    configs(folder, teachers, corpus, teacher_backend="s3prl")
     for dtype in ("float16", "bfloat16", "int8"):
         assert cache(folder, folder / dtype, "--dtype", dtype) == 0
     return folder

@@ -31,7 +31,8 @@ SAVE_STEP, STEPS = 4, 24
 # Everything with a state or random numbers: dropout of student and teachers, layer drop (NumPy),
 # distortions, excerpts, running target statistics, teacher dropping, scheduled teacher weights.
 MODEL = {
-    "targets": {"standardise": "phi_s", "drop_teachers": 0.5, "weight_steps": 20},
+    "target_norm": "phi_s",
+    "targets": {"drop_teachers": 0.5, "weight_steps": 20},
     "teacher_dropout": True,
     "distortion": {"setup": "setup2", "babble": True},
 }
@@ -55,7 +56,7 @@ def write_run(folder: Path, teachers: dict[str, Path], corpus: Path, workers: in
         max_keep=2,
         gradient_accumulate_steps=2,
         eval_step=5,
-        last_minutes=0.004,
+        autosave_minutes=0.004,
     )
     data = runner["pretrain_expert"]["datarc"]
     dev = (corpus / "tables" / "train.csv").read_text().splitlines()[:4]

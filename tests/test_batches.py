@@ -143,7 +143,7 @@ def test_too_short_utterances_are_counted(caplog):
 
 
 H = "file_path,length\n"
-MAKE_TABLES = "s3prl-ekd lengths"  # the command to type
+MAKE_TABLES = "s3prl-ekd length-tables"  # the command to type
 SKIP_BAD = "on_bad_audio='skip'"  # the option that skips impossible lengths
 
 
@@ -222,7 +222,7 @@ def test_a_table_as_s3prl_writes_it(tmp_path):
 
 
 def test_a_missing_table_and_root(corpus, tmp_path):
-    with pytest.raises(DataError, match="s3prl-ekd lengths AUDIO_FOLDER -o TABLE_FOLDER"):
+    with pytest.raises(DataError, match="s3prl-ekd length-tables AUDIO_FOLDER -o TABLE_FOLDER"):
         read_tables(tmp_path, ["train"])
     with pytest.raises(DataError, match="libri_root"):
         train_loader(

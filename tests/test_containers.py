@@ -221,7 +221,7 @@ def test_a_flac_with_too_large_a_length(opened, samples):
 
 
 def test_lengths_leaves_out_a_wrong_header(corpus, tmp_path, capsys):
-    assert cli.main(["lengths", str(corpus), "-o", str(tmp_path / "new")]) == 0
+    assert cli.main(["length-tables", str(corpus), "-o", str(tmp_path / "new")]) == 0
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "wrong.flac" in line]
     assert re.search(r"\b1\b", line) and "skipped.txt" in line
     assert {row.path for row in read_tables(tmp_path / "new", ["audio"])} == {"a.flac", "b.flac"}

@@ -61,7 +61,7 @@ def test_activation_checkpointing_changes_neither_loss_nor_gradients():
 
     expected, names = gradients(), list(student.state_dict())
     expected_bytes = saved_bytes(student, waves, lengths)
-    student.recompute = True
+    student.activation_checkpointing = True
     recomputed = gradients()
     assert expected.keys() == recomputed.keys() and len(expected) > 20
     assert all(torch.equal(expected[name], recomputed[name]) for name in expected)
@@ -84,7 +84,7 @@ def saved_bytes(student, waves, lengths):
 
 
 def test_activation_checkpointing_in_a_run(run):
-    assert run("default")[0] == 0 and run("recomputed", recompute=True)[0] == 0
+    assert run("default")[0] == 0 and run("recomputed", activation_checkpointing=True)[0] == 0
     assert largest_difference(student_of("default"), student_of("recomputed")) == 0
 
 
@@ -108,8 +108,8 @@ def test_s3prls_forward_trains_the_same(run):
 
 def test_settings_that_s3prls_forward_lacks_are_rejected(run):
     change_model(student_backend="s3prl")
-    code, output = run("x", recompute=True)
-    assert code == 2 and "runner.recompute" in output and "student_backend" in output
+    code, output = run("x", activation_checkpointing=True)
+    assert code == 2 and "runner.activation_checkpointing" in output and "student_backend" in output
     wide = STUDENT["extractor_conv_feature_layers"].replace("32,2,2)] * 2", "32,2,2)] + [(48,2,2)]")
     change_model(student={"extractor_conv_feature_layers": wide}, init={})
     code, output = run("x")

@@ -350,9 +350,9 @@ def test_weights_are_converted_again_for_another_device(upstreams, waves):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"teacher_path": "plain", "teacher_precision": "bfloat16"},
+        {"teacher_backend": "s3prl", "teacher_precision": "bfloat16"},
         {"teacher_dropout": True, "teacher_precision": "float16"},
-        {"teacher_path": "plain", "teacher_compile": True},
+        {"teacher_backend": "s3prl", "teacher_compile": True},
     ],
 )
 def test_contradicting_settings_are_rejected(settings):

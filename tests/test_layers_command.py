@@ -204,12 +204,14 @@ def run(tmp_path, monkeypatch, capsys, teachers, corpus):
 
 
 def test_layers_writes_a_config_with_groups(run, tmp_path):
-    output = run("layers", "model.yaml", "-o", "new/skill.yaml", "--groups", "2", "--contiguous")
+    output = run(
+        "group-layers", "model.yaml", "-o", "new/skill.yaml", "--groups", "2", "--contiguous"
+    )
     text = (tmp_path / "new/skill.yaml").read_text()
     assert text.startswith("# model.yaml with groups of layers (SKILL, arXiv 2402.16830)")
     assert "cka, average linkage, contiguous, 4 utterances" in text
     data, original = yaml.safe_load(text), yaml.safe_load((tmp_path / "model.yaml").read_text())
-    assert data["aggregation"] == "groups" and data["student"] == original["student"]
+    assert data["aggregation"] == "separate" and data["student"] == original["student"]
     for name, teacher in data["teachers"].items():
         assert "layers" not in teacher and teacher["model"] == original["teachers"][name]["model"]
         assert len(teacher["groups"]) == 2
@@ -229,15 +231,15 @@ def test_layers_writes_a_config_with_groups(run, tmp_path):
 )
 def test_errors_of_layers(run, capsys, options, variable):
     with pytest.raises(SystemExit) as stop:
-        run("layers", "model.yaml", *options)
+        run("group-layers", "model.yaml", *options)
     assert stop.value.code == 2
     assert re.search(variable, capsys.readouterr().err)
 
 
 def test_layers_overwrites_with_force(run, tmp_path):
-    argv = ("layers", "model.yaml", "-o", "model.yaml", "--force", "--similarity", "cosine")
+    argv = ("group-layers", "model.yaml", "-o", "model.yaml", "--force", "--similarity", "cosine")
     run(*argv, "--linkage", "complete")
-    assert yaml.safe_load((tmp_path / "model.yaml").read_text())["aggregation"] == "groups"
+    assert yaml.safe_load((tmp_path / "model.yaml").read_text())["aggregation"] == "separate"
 
 
 def test_teachers_inspect(run, tmp_path):

@@ -168,7 +168,7 @@ def test_header_of_a_missing_file(tmp_path):
 
 
 def test_command(corpus, tmp_path, capsys):
-    assert cli.main(["lengths", str(corpus), "-o", str(tmp_path / "out"), "--jobs", "2"]) == 0
+    assert cli.main(["length-tables", str(corpus), "-o", str(tmp_path / "out"), "--jobs", "2"]) == 0
     dev, train, total, *_ = capsys.readouterr().out.splitlines()
     for line, name, count in ((dev, "dev-clean.csv", 2), (train, "train-clean-100.csv", 3)):
         assert name in line and re.search(rf"\b{count}\b", line)
@@ -178,7 +178,7 @@ def test_command(corpus, tmp_path, capsys):
 @pytest.mark.parametrize("folder, part", [("nowhere", "nowhere"), ("", ".flac")])
 def test_command_without_audio(tmp_path, capsys, folder, part):
     with pytest.raises(SystemExit) as stop:
-        cli.main(["lengths", str(tmp_path / folder), "-o", str(tmp_path / "out")])
+        cli.main(["length-tables", str(tmp_path / folder), "-o", str(tmp_path / "out")])
     assert stop.value.code == 2
     error = capsys.readouterr().err
     assert str(tmp_path / folder) in error and part in error
@@ -188,7 +188,7 @@ def test_command_without_audio(tmp_path, capsys, folder, part):
 def test_command_with_a_file_as_output_folder(corpus, tmp_path, capsys):
     (tmp_path / "out").write_text("x")
     with pytest.raises(SystemExit) as stop:
-        cli.main(["lengths", str(corpus), "-o", str(tmp_path / "out")])
+        cli.main(["length-tables", str(corpus), "-o", str(tmp_path / "out")])
     assert stop.value.code == 2 and str(tmp_path / "out") in capsys.readouterr().err
     assert (tmp_path / "out").read_text() == "x"
 

@@ -330,9 +330,9 @@ DATA = ("--data", "audio")
 ON_TEACHERS = {
     "run_pretrain.py": lambda model: (*PRETRAIN, "-c", "runner.yaml", "-g", model),
     "teachers": lambda model: ("teachers", "inspect", model, *DATA, "-o", f"{model}.out"),
-    "layers": lambda model: ("layers", model, *DATA, "-o", f"{model}.out.yaml"),
+    "layers": lambda model: ("group-layers", model, *DATA, "-o", f"{model}.out.yaml"),
     "units": lambda model: (
-        *("units", model, *DATA, "--teacher", "hubert", "--layer", "2"),
+        *("fit-units", model, *DATA, "--teacher", "hubert", "--layer", "2"),
         *("--clusters", "2", "-o", f"{model}.out"),
     ),
 }
@@ -478,8 +478,8 @@ ON_YAMLS = {
     "run_pretrain.py -c": lambda file: (*PRETRAIN, "-c", file, "-g", "model.yaml"),
     "run_downstream.py -c": lambda file: (*TRAIN[:-2], "-u", "fbank", "-c", file),
     "superb --recipe": lambda file: ("superb", "fbank", "--recipe", f"asr={file}"),
-    "matrix": lambda file: ("matrix", file, "-c", "runner.yaml"),
-    "matrix -c": lambda file: ("matrix", "model.yaml", "-c", file),
+    "matrix": lambda file: ("sweep", file, "-c", "runner.yaml"),
+    "matrix -c": lambda file: ("sweep", "model.yaml", "-c", file),
     "teachers": ON_TEACHERS["teachers"],
     "layers": ON_TEACHERS["layers"],
     "units": ON_TEACHERS["units"],
@@ -603,7 +603,7 @@ JSONS = {
 
 
 @pytest.mark.parametrize("kind", JSONS)
-@pytest.mark.parametrize("command", ["report", "predictions", "export student"])
+@pytest.mark.parametrize("command", ["report", "predict-zip", "export student"])
 def test_json(rejected, here, command, kind):
     folder = here / "lr0.1-seed1"
     folder.mkdir()

@@ -28,7 +28,7 @@ def test_finished_runs_are_kept(tmp_path, teachers, corpus):
     command("init", ".", cwd=tmp_path)
     write_configs(tmp_path, teachers, corpus)
     (tmp_path / "other.yaml").write_text("extends: model.yaml\naggregation: average\n")
-    argv = ("matrix", "model.yaml", "other.yaml", "-c", "runner.yaml", "--seeds", "1", "2")
+    argv = ("sweep", "model.yaml", "other.yaml", "-c", "runner.yaml", "--seeds", "1", "2")
     first = command(*argv, "--jobs", "2", "--csv", "t.csv", cwd=tmp_path)
     rows = list(csv.reader((tmp_path / "t.csv").open()))
     assert [row[0] for row in rows] == ["experiment", "model", "other"]
@@ -49,15 +49,15 @@ def test_finished_runs_are_kept(tmp_path, teachers, corpus):
 def test_a_folder_with_other_settings(tmp_path, teachers, corpus):
     command("init", ".", cwd=tmp_path)
     write_configs(tmp_path, teachers, corpus)
-    argv = ("matrix", "model.yaml", "-c", "runner.yaml")
+    argv = ("sweep", "model.yaml", "-c", "runner.yaml")
     command(*argv, cwd=tmp_path)
     done = command(*argv, "-o", "config.optimizer.lr=0.5", cwd=tmp_path, check=False)
     assert done.returncode == 2 and "result/matrix/model-seed1337" in done.stderr
 
 
 def test_errors(tmp_path):
-    done = command("matrix", "a.yaml", "-c", "b.yaml", cwd=tmp_path, check=False)
+    done = command("sweep", "a.yaml", "-c", "b.yaml", cwd=tmp_path, check=False)
     assert done.returncode == 2 and "s3prl-ekd init ." in done.stderr
     command("init", ".", cwd=tmp_path)
-    done = command("matrix", "a.yaml", "-c", "b.yaml", cwd=tmp_path, check=False)
+    done = command("sweep", "a.yaml", "-c", "b.yaml", cwd=tmp_path, check=False)
     assert done.returncode == 2 and re.search(r"\bb\.yaml\b.*No such file", done.stderr)

@@ -37,7 +37,7 @@ def write_all(root, upstream="student", leave_out=(), **options):
 
 
 def pack(*argv):
-    return main(["predictions", *map(str, argv)])
+    return main(["predict-zip", *map(str, argv)])
 
 
 def error_of(capsys, *argv):

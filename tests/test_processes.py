@@ -155,7 +155,7 @@ def test_resume_with_another_number_of_processes(folder):
     """10 steps of two processes, then 10 of one with two accumulated batches, equal 20 steps of
     two. So do the target statistics, which are of all processes."""
     model = yaml.safe_load((folder / "model.yaml").read_text())
-    model["targets"] = {"standardise": "running", "standardise_steps": 12}
+    model |= {"target_norm": "mean_std", "target_norm_steps": 12}
     (folder / "model.yaml").write_text(yaml.safe_dump(model))
     change(folder, total_steps=STEPS, save_step=10, log_step=5, train_batch_size=2)
     run(folder, torchrun(2), "x", "-o", "config.runner.total_steps=11")

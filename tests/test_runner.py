@@ -360,8 +360,8 @@ def test_the_best_checkpoint_by_dev_loss(run, folder, corpus):
         assert not unequal(saved("without")["EKD"][part], saved("with")["EKD"][part])
 
 
-def test_last_minutes(run, folder):
-    code, output = run("x", last_minutes=1e-9, save_step=5, total_steps=6, log_step=1)
+def test_autosave_minutes(run, folder):
+    code, output = run("x", autosave_minutes=1e-9, save_step=5, total_steps=6, log_step=1)
     assert code == 0 and saved("x", "last.ckpt")["Step"] == 6
     assert "states-5.ckpt" in output and "states-4.ckpt" not in output
 

@@ -76,7 +76,7 @@ def test_targets_equal_s3prls_hidden_states(stored, teachers, corpus, dtype):
 
 
 def test_an_excerpt_is_the_same_in_every_epoch_and_for_every_seed(folder, teachers, corpus):
-    configs(folder, teachers, corpus, {"sequence_length": 9000}, teacher_path="plain")
+    configs(folder, teachers, corpus, {"sequence_length": 9000}, teacher_backend="s3prl")
     assert cache(folder, "cache", "--seed", "3") == 0
     reader = TargetReader("cache")
     data = data_settings(corpus / "audio", 3, corpus / "tables", sequence_length=9000)
@@ -184,14 +184,14 @@ def test_padding_frames_do_not_count(folder, stored):
 AVERAGED = {
     "average": {"aggregation": "average"},
     "concat": {"aggregation": "concat"},
-    "both": {"aggregation": "average", "targets": {"separate_heads": True}},
-    "residual": {"targets": {"residual_heads": True}},
+    "both": {"aggregation": "average", "heads": {"per_teacher": True}},
+    "residual": {"heads": {"residual": True}},
 }
 
 
 @pytest.mark.parametrize("how", AVERAGED)
 def test_an_aggregated_cache_equals_one_per_teacher(folder, stored, teachers, corpus, how):
-    configs(folder, teachers, corpus, teacher_path="plain", **AVERAGED[how])
+    configs(folder, teachers, corpus, teacher_backend="s3prl", **AVERAGED[how])
     assert cache(folder, "aggregated", "--aggregated") == 0
     one = losses(adapter(folder, target_cache="aggregated"))
     other = losses(adapter(folder, target_cache=str(stored / "float16")))
@@ -203,14 +203,14 @@ def test_an_aggregated_cache_equals_one_per_teacher(folder, stored, teachers, co
 @pytest.mark.parametrize(
     "model",
     [
-        {"targets": {"standardise": "running"}},
+        {"target_norm": "mean_std"},
         {"targets": {"drop_teachers": 0.5}},
-        {"aggregation": "average", "essence": {"keep": 0.5}},
+        {"aggregation": "average", "loss": {"agreement": 0.5}},
     ],
     ids=str,
 )
 def test_settings_that_change_the_targets_over_time(folder, stored, teachers, corpus, model):
-    configs(folder, teachers, corpus, teacher_path="plain", **model)
+    configs(folder, teachers, corpus, teacher_backend="s3prl", **model)
     losses = []
     for changes in ({"target_cache": str(stored / "float16")}, {}):
         expert = adapter(folder, train_batch_size=1, **changes)
@@ -226,7 +226,7 @@ def test_units_of_a_cached_layer(folder, stored, monkeypatch):
 
     centroids = torch.randn(5, 48, generator=torch.Generator().manual_seed(2))
     config = yaml.safe_load((folder / "model.yaml").read_text())
-    config["essence"] = {"units": "units.safetensors"}
+    config["unit_loss"] = {"file": "units.safetensors"}
     (folder / "model.yaml").write_text(yaml.safe_dump(config))
     monkeypatch.setattr(
         "s3prl_ekd.essence.units.load_units", lambda path: Units(centroids, "robust", 4)
@@ -239,7 +239,7 @@ def test_units_of_a_cached_layer(folder, stored, monkeypatch):
     monkeypatch.setattr(
         "s3prl_ekd.essence.units.load_units", lambda path: Units(centroids, "robust", 3)
     )
-    with pytest.raises(ConfigError, match=r"essence.units.*\b3\b.*\brobust\b"):
+    with pytest.raises(ConfigError, match=r"unit_loss.file.*\b3\b.*\brobust\b"):
         adapter(folder, target_cache=str(stored / "float16"))
 
 

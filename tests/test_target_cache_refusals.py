@@ -54,7 +54,7 @@ MISFITS = {
         r"\bwide\b.*\bhubert, robust, wavlm\b",
     ),
     "precision": (
-        lambda folder, t: {"teacher_path": "fast", "teacher_precision": "float16"},
+        lambda folder, t: {"teacher_backend": "fast", "teacher_precision": "float16"},
         {},
         r"teacher_precision\b.*\bfloat16\b.*\bfloat32\b",
     ),
@@ -110,8 +110,8 @@ def test_an_aggregated_cache_fits_no_other_aggregation(folder, stored, teachers,
     configs(folder, teachers, corpus, aggregation="concat")
     with pytest.raises(DataError, match=r"\bconcat\b.*\baverage\b"):
         adapter(folder, target_cache="cache")
-    configs(folder, teachers, corpus, aggregation="average", targets={"standardise": "phi_s"})
-    with pytest.raises(ConfigError, match="targets.standardise"):
+    configs(folder, teachers, corpus, aggregation="average", target_norm="phi_s")
+    with pytest.raises(ConfigError, match="target_norm"):
         adapter(folder, target_cache="cache")
     configs(folder, teachers, corpus)
     with pytest.raises(DataError, match=r"\bseparate\b.*\baverage\b"):
@@ -138,12 +138,12 @@ def test_settings_without_fixed_targets(folder, stored, teachers, corpus, model,
     ("model", "pattern"),
     [
         ({}, "separate"),
-        ({"aggregation": "average", "targets": {"standardise": "running"}}, "targets.standardise"),
+        ({"aggregation": "average", "target_norm": "mean_std"}, "target_norm"),
         (
-            {"targets": {"drop_teachers": 0.5, "residual_heads": True}},
+            {"targets": {"drop_teachers": 0.5}, "heads": {"residual": True}},
             "targets.drop_teachers",
         ),
-        ({"aggregation": "average", "essence": {"keep": 0.5}}, "essence.keep"),
+        ({"aggregation": "average", "loss": {"agreement": 0.5}}, "loss.agreement"),
         ({"teacher_dropout": True}, "teacher_dropout: true"),
     ],
     ids=str,

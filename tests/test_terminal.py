@@ -76,15 +76,17 @@ def folder(tmp_path):
 
 
 def test_lengths(folder, tmp_path, capsys):
-    assert cli.main(["lengths", str(folder), "-o", str(tmp_path / "out"), "--name", "all"]) == 0
+    assert (
+        cli.main(["length-tables", str(folder), "-o", str(tmp_path / "out"), "--name", "all"]) == 0
+    )
     # a table, the total, the skipped files, the output folder
     assert is_escaped(capsys.readouterr().out, lines=4)
     (line,) = (tmp_path / "out/skipped.txt").read_text().splitlines()
     assert line.count("\t") == 1 and line.replace("\t", "").isprintable()
-    assert cli.main(["lengths", str(folder), "-o", str(tmp_path / "out")]) == 0
+    assert cli.main(["length-tables", str(folder), "-o", str(tmp_path / "out")]) == 0
     assert is_escaped(capsys.readouterr().out, lines=5)
     with pytest.raises(SystemExit):
-        cli.main(["lengths", str(folder / "nowhere"), "-o", str(tmp_path / "out")])
+        cli.main(["length-tables", str(folder / "nowhere"), "-o", str(tmp_path / "out")])
     assert is_escaped(capsys.readouterr().err)
 
 

@@ -83,7 +83,7 @@ def test_save_and_load(tmp_path):
 
 def test_invalid_files(tmp_path):
     path = tmp_path / "u.safetensors"
-    with pytest.raises(CheckpointError, match="s3prl-ekd units"):
+    with pytest.raises(CheckpointError, match="s3prl-ekd fit-units"):
         load_units(path)
     path.write_bytes(b"not a safetensors file")
     with pytest.raises(CheckpointError, match=r"u\.safetensors"):
@@ -118,7 +118,18 @@ def config(tmp_path, teachers, corpus):
 
 
 def units_command(config, data, *options):
-    base = ["units", config, "--teacher", "robust", "--layer", 2, "--clusters", 5, "--data", data]
+    base = [
+        "fit-units",
+        config,
+        "--teacher",
+        "robust",
+        "--layer",
+        2,
+        "--clusters",
+        5,
+        "--data",
+        data,
+    ]
     return cli.main([str(argument) for argument in (*base, *options)])
 
 

@@ -4,7 +4,7 @@ Writes a safetensors file with the centroids; its metadata has teacher, layer, w
 inertia. Needs scikit-learn.
 
 example:
-  s3prl-ekd units pretrain/ekd/config_model.yaml --teacher hubert --layer 9 --clusters 100 \\
+  s3prl-ekd fit-units pretrain/ekd/config_model.yaml --teacher hubert --layer 9 --clusters 100 \\
       --data data/len_for_bucket/train.csv --audio-root /data/LibriSpeech -o units.safetensors
 """
 

@@ -8,7 +8,7 @@ similarities. Ours, as the paper's text known to us leaves it open: linear CKA, 
 1 - CKA, three groups.
 
 example:
-  s3prl-ekd layers pretrain/ekd/config_model.yaml --data /data/LibriSpeech \\
+  s3prl-ekd group-layers pretrain/ekd/config_model.yaml --data /data/LibriSpeech \\
       -o pretrain/ekd/skill.yaml
 """
 
@@ -125,5 +125,5 @@ def grouped_config(
     body = yaml.safe_dump(data, sort_keys=False, default_flow_style=None, width=100)
     return (
         f"# {config.name} with groups of layers (SKILL, arXiv 2402.16830), found by:\n"
-        f"#   s3prl-ekd layers, {method}\n" + body
+        f"#   s3prl-ekd group-layers, {method}\n" + body
     )

@@ -6,8 +6,8 @@ train-clean-100, dev-clean, ...), each folder gets a table; otherwise there is a
 Unusable files are listed in OUT/skipped.txt.
 
 example:
-  s3prl-ekd lengths /data/LibriSpeech -o data/len_for_bucket
-  s3prl-ekd lengths /data/my_audio -o data/len_for_bucket --name train
+  s3prl-ekd length-tables /data/LibriSpeech -o data/len_for_bucket
+  s3prl-ekd length-tables /data/my_audio -o data/len_for_bucket --name train
 
 Then set in the YAML: libri_root: DIR, and file_path (or bucket_file): OUT.
 """

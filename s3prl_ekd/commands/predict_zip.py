@@ -5,8 +5,8 @@ metric is used, and of several seeds the best one on dev. PR, SID, ER (folds 1 t
 leaderboard scores ER only with all of them) and ASR are required, unless --partial is given.
 
 example:
-  s3prl-ekd predictions result/superb/student -o predict.zip
-  s3prl-ekd predictions result/superb --upstream student -o predict.zip --partial
+  s3prl-ekd predict-zip result/superb/student -o predict.zip
+  s3prl-ekd predict-zip result/superb --upstream student -o predict.zip --partial
 """
 
 from __future__ import annotations

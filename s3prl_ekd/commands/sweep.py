@@ -6,7 +6,7 @@ with the same targets, distances to a teacher between experiments with the same 
 
 example:
   s3prl-ekd init . -x all
-  s3prl-ekd matrix pretrain/ekd/tiny/*.yaml -c pretrain/ekd/tiny_runner.yaml --seeds 1 2 3
+  s3prl-ekd sweep pretrain/ekd/tiny/*.yaml -c pretrain/ekd/tiny_runner.yaml --seeds 1 2 3
 """
 
 from __future__ import annotations

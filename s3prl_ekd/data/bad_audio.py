@@ -41,7 +41,7 @@ from typing import NamedTuple
 from ..errors import DataError
 
 BAD_AUDIO_ADVICE = (
-    "repair or remove it and write the tables again (s3prl-ekd lengths), or skip bad files: "
+    "repair or remove it and write the tables again (s3prl-ekd length-tables), or skip bad files: "
     "-o \"config.pretrain_expert.datarc.on_bad_audio='skip'\""
 )
 

@@ -15,7 +15,7 @@ from .audio_files import MAX_SAMPLES
 from .bad_audio import BAD_AUDIO_ADVICE, BadUtterance
 
 COLUMNS = ("file_path", "length")
-TABLE_ADVICE = "write tables with: s3prl-ekd lengths AUDIO_FOLDER -o TABLE_FOLDER"
+TABLE_ADVICE = "write tables with: s3prl-ekd length-tables AUDIO_FOLDER -o TABLE_FOLDER"
 
 
 @dataclass(frozen=True)

@@ -280,7 +280,7 @@ class Demo:
             f"  {self.folder / 'pretrain' / 'ekd'}    the configs: yours to change\n"
             f"\nnext, with your own teachers and corpus:\n"
             f"  s3prl-ekd init my_work && cd my_work\n"
-            f"  s3prl-ekd lengths AUDIO_FOLDER -o data/len_for_bucket\n"
+            f"  s3prl-ekd length-tables AUDIO_FOLDER -o data/len_for_bucket\n"
             f"  (edit pretrain/ekd/config_model.yaml and config_runner.yaml)\n"
             f"  run_pretrain.py -u ekd -n my_student"
         )

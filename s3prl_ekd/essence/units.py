@@ -172,11 +172,11 @@ def load_units(path: str | Path) -> Units:
     """
     path = Path(path)
     if not path.is_file():
-        raise CheckpointError(f"no such units file: {path}; create it with: s3prl-ekd units")
+        raise CheckpointError(f"no such units file: {path}; create it with: s3prl-ekd fit-units")
     try:
         metadata, tensors = read_safetensors(path, "units file")
         if metadata.get("format") != FORMAT:
-            raise CheckpointError(f"{path} is not a file written by s3prl-ekd units")
+            raise CheckpointError(f"{path} is not a file written by s3prl-ekd fit-units")
         check_format_version(int(metadata.get("version", 1)), VERSION, f"the units file {path}")
         centroids = tensors["centroids"]
         numbers = {name: kind(metadata[name]) for name, kind in NUMBERS.items()}
