@@ -76,13 +76,17 @@ class Machine:
         student = LoadedStudent(Student(StudentSettings(**STUDENT)), None, {}, {"step": 1})
         write_student(student, self.folder / "student.safetensors")
 
+    def local(self, text: str) -> str:
+        """A text of a page with the paths of this machine."""
+        return re.sub(r"(?<![\w.])/data/", f"{self.data}/", text)
+
     def type(self, command: str, timeout: float = 240) -> str:
         """Run a command in a shell of its own; stdout and stderr. ``cd`` stays in effect.
 
         Raises:
             AssertionError: its exit code is not 0.
         """
-        command = command.replace("/data/", f"{self.data}/")
+        command = self.local(command)
         if command.startswith("cd "):
             self.folder = self.folder / command.removeprefix("cd ")
             return ""

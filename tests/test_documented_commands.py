@@ -1,15 +1,17 @@
 """Every command and snippet of README and docs/ is run as typed, page by page, top to bottom."""
 
+import shutil
 import sys
-from pathlib import Path
 
 import pytest
+import yaml
 
 from s3prl_ekd.files.config import merge, read_yaml
 from s3prl_ekd.pretrain.settings import ModelFile, check_runner_config, load_model_config
 
 from .conftest import REPO
 from .documented import Machine, commands, snippets
+from .test_predictions import write_all
 
 PAGES = ["README.md", "CONTRIBUTING.md", "ARCHITECTURE.md"]
 PAGES += sorted(str(path.relative_to(REPO)) for path in (REPO / "docs").glob("*.md"))
@@ -73,7 +75,7 @@ def test_commands_of_a_page(page, tmp_path):
         machine.type(command)
     for snippet in snippets(page):
         if snippet.language == "yaml":
-            put_into_config(machine.folder, snippet.text)
+            put_into_config(machine, snippet.text)
         if snippet.language == "python":
             machine.type(f"{sys.executable} - <<'END'\n{snippet.text}END")
         if snippet.language != "sh":
@@ -81,17 +83,26 @@ def test_commands_of_a_page(page, tmp_path):
         for command in commands(snippet.text):
             if reason(command) is None and command not in typed:
                 typed.add(command)
+                if command.startswith("s3prl-ekd report"):
+                    write_all(machine.folder / "result/superb")  # as `superb` writes results
                 dry = command.startswith(DRY_RUN)
                 machine.type(f"{command} --dry-run" if dry else command)
 
 
-def put_into_config(folder: Path, text: str) -> None:
-    """Merge a YAML snippet into the config that it is of, if there is one, and check it."""
-    import yaml
+def put_into_config(machine: Machine, text: str) -> None:
+    """Check a YAML snippet, and merge it into the config of the working folder that it belongs to.
 
-    values = yaml.safe_load(text)
+    A snippet with ``extends`` is a config of its own.
+    """
+    values = yaml.safe_load(machine.local(text))
+    if "extends" in values:
+        path = machine.root / "configs/experiments/snippet.yaml"
+        shutil.copytree(REPO / "pretrain_configs", machine.root / "configs", dirs_exist_ok=True)
+        path.write_text(text)
+        load_model_config(path)
+        return
     kind = "model" if values.keys() <= ModelFile.__dataclass_fields__.keys() else "runner"
-    path = folder / f"pretrain/ekd/config_{kind}.yaml"
+    path = machine.folder / f"pretrain/ekd/config_{kind}.yaml"
     shipped = REPO / f"pretrain_configs/config_{kind}.yaml"
     merged = merge(read_yaml(path if path.is_file() else shipped), values)
     if kind == "model":
