@@ -150,7 +150,7 @@ def test_costs_and_sweeps(tmp_path, error_of):
     assert records.read_cost(path) == cost
     path.write_text(json.dumps(asdict(cost) | {"format": 99}))
     assert str(path) in error_of(records.read_cost, path)
-    path = tmp_path / "matrix.json"
+    path = tmp_path / "sweep.json"
     path.write_text(json.dumps({"format": 99}))
     assert str(path) in error_of(matrix._read, path)
 

@@ -5,7 +5,7 @@ finished runs are kept, interrupted ones are resumed. Losses are comparable only
 with the same targets, distances to a teacher between experiments with the same teachers.
 
 example:
-  s3prl-ekd init . -x all
+  s3prl-ekd init . -x all --tiny
   s3prl-ekd sweep pretrain/ekd/tiny/*.yaml -c pretrain/ekd/tiny_runner.yaml --seeds 1 2 3
 """
 

@@ -26,7 +26,8 @@ from ..system.jobs import child_command, child_environment
 from .settings import load_model_config, load_runner_config
 from .tensorboard import read_scalars, teacher_curves
 
-RECORD = "matrix.json"  # in a run's folder: its digest, and its duration once it is finished
+RECORD = "sweep.json"  # in a run's folder: its digest, and its duration once it is finished
+OLD_ROOT, OLD_RECORD = Path("result/matrix"), "matrix.json"  # of version 0.1
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,13 @@ class SweepRun:
 
     @property
     def folder(self) -> Path:
-        return Path("result/matrix") / self.name
+        """Folder of the run: that of version 0.1 if it exists, else ``result/sweep/NAME``."""
+        old = OLD_ROOT / self.name
+        return old if (old / OLD_RECORD).is_file() else Path("result/sweep") / self.name
+
+    @property
+    def record(self) -> Path:
+        return self.folder / (OLD_RECORD if self.folder.parent == OLD_ROOT else RECORD)
 
     @property
     def argv(self) -> list[str]:
@@ -107,8 +114,7 @@ def run_sweep(runs: Sequence[SweepRun], jobs: int = 1) -> Iterator[tuple[SweepRu
             name with other settings.
     """
     for run in runs:
-        record = run.folder / RECORD
-        if record.is_file() and _read(record)["digest"] != run.digest:
+        if run.record.is_file() and _read(run.record)["digest"] not in run.digests:
             raise SetupError(
                 f"{run.folder} holds a run with other settings; move or remove the folder"
             )
@@ -125,7 +131,7 @@ def run_sweep(runs: Sequence[SweepRun], jobs: int = 1) -> Iterator[tuple[SweepRu
 
 
 def _run(run: SweepRun, jobs: int) -> SweepResult:
-    record = run.folder / RECORD
+    record = run.record
     if not record.is_file() or "seconds" not in _read(record):
         make_folder(run.folder, SetupError)
         content: dict[str, str | float] = {"digest": run.digest}
@@ -144,7 +150,7 @@ def _run(run: SweepRun, jobs: int) -> SweepResult:
             raise SetupError(f"{run.name} failed; see {run.folder / 'log.txt'}")
         content["seconds"] = time.monotonic() - start
         write_text(record, json.dumps(content))
-    return read_result(run.folder)
+    return read_result(run)
 
 
 def _read(record: Path) -> dict:
@@ -155,16 +161,15 @@ def _read(record: Path) -> dict:
     return data
 
 
-def read_result(folder: Path) -> SweepResult:
+def read_result(run: SweepRun) -> SweepResult:
     """Read the last scalars of a finished run."""
-    scalars = read_scalars(folder)
+    scalars = read_scalars(run.folder)
     distances = {
         teacher: statistics.fmean(_last(points) for points in layers.values())
         for teacher, layers in teacher_curves(scalars).items()
     }
-    return SweepResult(
-        _last(scalars["ekd/train-loss_mean"]), distances, _read(folder / RECORD)["seconds"]
-    )
+    loss = _last(scalars["ekd/train-loss_mean"])
+    return SweepResult(loss, distances, _read(run.record)["seconds"])
 
 
 def _last(points: Mapping[int, float]) -> float:

@@ -34,16 +34,32 @@ def test_finished_runs_are_kept(tmp_path, teachers, corpus):
     assert [row[0] for row in rows] == ["experiment", "model", "other"]
     losses = []
     for seed in (1, 2):
-        scalars = read_scalars(tmp_path / f"result/matrix/other-seed{seed}")
+        scalars = read_scalars(tmp_path / f"result/sweep/other-seed{seed}")
         losses.append(scalars["ekd/train-loss_mean"][6])
     assert losses[0] != losses[1]
     mean, spread = rows[2][2].split(" ± ")
     assert float(mean) == pytest.approx(statistics.fmean(losses), abs=1e-4)
     assert float(spread) == pytest.approx(statistics.stdev(losses), abs=1e-4)
-    log = tmp_path / "result/matrix/model-seed1/log.txt"
+    log = tmp_path / "result/sweep/model-seed1/log.txt"
     size = log.stat().st_size
     second = command(*argv, cwd=tmp_path)
     assert second.stdout == first.stdout and log.stat().st_size == size
+
+
+def test_results_of_version_0_1_are_found(tmp_path, teachers, corpus):
+    """Its folder and record had other names; a finished run there is not run again."""
+    command("init", ".", cwd=tmp_path)
+    write_configs(tmp_path, teachers, corpus)
+    argv = ("sweep", "model.yaml", "-c", "runner.yaml", "--seeds", "1")
+    first = command(*argv, cwd=tmp_path)
+    folder = tmp_path / "result/matrix/model-seed1"
+    folder.parent.mkdir()
+    (tmp_path / "result/sweep/model-seed1").rename(folder)
+    (folder / "sweep.json").rename(folder / "matrix.json")
+    size = (folder / "log.txt").stat().st_size
+    second = command(*argv, cwd=tmp_path)
+    assert second.stdout == first.stdout and (folder / "log.txt").stat().st_size == size
+    assert list((tmp_path / "result/sweep").iterdir()) == []
 
 
 def test_a_folder_with_other_settings(tmp_path, teachers, corpus):
@@ -52,7 +68,7 @@ def test_a_folder_with_other_settings(tmp_path, teachers, corpus):
     argv = ("sweep", "model.yaml", "-c", "runner.yaml")
     command(*argv, cwd=tmp_path)
     done = command(*argv, "-o", "config.optimizer.lr=0.5", cwd=tmp_path, check=False)
-    assert done.returncode == 2 and "result/matrix/model-seed1337" in done.stderr
+    assert done.returncode == 2 and "result/sweep/model-seed1337" in done.stderr
 
 
 def test_errors(tmp_path):
