@@ -1,8 +1,8 @@
-"""Turn a manifest (TSV) or a public corpus into what s3prl reads: one subcommand for each.
+"""Convert a manifest (TSV) or a public corpus to the files that s3prl's recipes read.
 
 A manifest is a tab-separated UTF-8 table with a header line. It needs the columns path
-(relative to the manifest's folder, or to --audio-root) and split (train, dev, test); a task may
-need more. The audio must be 16 kHz, mono.
+(relative to the manifest's folder, or to --audio-root) and split (train, dev, test); most tasks
+need more columns. The audio must be 16 kHz, mono.
 
 example:
   s3prl-ekd prepare asr my_corpus/asr.tsv -o data/corpus
@@ -17,17 +17,14 @@ from __future__ import annotations
 import argparse
 
 from ..data.manifest import read_manifest
-from ..prepare import asr as prepare_asr
-from ..prepare import er as prepare_er
-from ..prepare import pr as prepare_pr
-from ..prepare import sid as prepare_sid
+from ..prepare import asr, er, pr, sid
 from ..prepare.asr import TABLES, write_split_tables
-from ..prepare.common import Task, add_common_options, audio_root, measure_all, print_splits
+from ..prepare.common import PrepareTask, add_common_options, audio_root, print_splits, read_lengths
 from ..prepare.librispeech import LIBRISPEECH
 
 UNLABELED = """\
-Length tables for distillation: OUT/len_for_bucket/{train,dev,test}.csv, with paths relative to
-the manifest's folder (or --audio-root). Needs the columns path and split; nothing is copied.
+Write length tables for distillation: OUT/len_for_bucket/{train,dev,test}.csv, with paths relative
+to the manifest's folder (or --audio-root). Needs the columns path and split. No audio is copied.
 """
 
 
@@ -46,13 +43,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Run the subcommand that was chosen."""
+    """Run the subcommand ``args.task``."""
     return TASKS[args.task].run(args)
 
 
 def _prepare_unlabeled(args: argparse.Namespace) -> int:
     entries = read_manifest(args.manifest)
-    samples = measure_all(args.manifest, audio_root(args), entries, args.jobs)
+    samples = read_lengths(args.manifest, audio_root(args), entries, args.jobs)
     folder = args.out / TABLES
     print_splits(write_split_tables(folder, entries, samples))
     print(f"wrote {folder}; in the YAML: libri_root: {audio_root(args)}")
@@ -61,25 +58,25 @@ def _prepare_unlabeled(args: argparse.Namespace) -> int:
 
 
 TASKS = {
-    "asr": Task(
+    "asr": PrepareTask(
         "LibriSpeech layout with transcripts, for -d asr",
-        prepare_asr.DESCRIPTION,
-        prepare_asr.configure,
-        prepare_asr.run,
+        asr.DESCRIPTION,
+        asr.configure,
+        asr.prepare_asr,
     ),
-    "pr": Task(
+    "pr": PrepareTask(
         "LibriSpeech layout with a lexicon, for -d ctc",
-        prepare_pr.DESCRIPTION,
-        prepare_pr.configure,
-        prepare_pr.run,
+        pr.DESCRIPTION,
+        pr.configure,
+        pr.prepare_pr,
     ),
     "librispeech": LIBRISPEECH,
-    "sid": prepare_sid.SID,
-    "voxceleb1": prepare_sid.VOXCELEB1,
-    "er": prepare_er.ER,
-    "iemocap": prepare_er.IEMOCAP,
-    "unlabeled": Task(
-        "length tables alone, for distillation",
+    "sid": sid.SID,
+    "voxceleb1": sid.VOXCELEB1,
+    "er": er.ER,
+    "iemocap": er.IEMOCAP,
+    "unlabeled": PrepareTask(
+        "length tables only, for distillation",
         UNLABELED,
         lambda parser: None,
         _prepare_unlabeled,

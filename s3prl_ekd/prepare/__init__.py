@@ -1,1 +1,1 @@
-"""From a corpus as people have it to the files that s3prl's recipes read."""
+"""Convert a manifest or a public corpus to the files that s3prl's recipes read."""

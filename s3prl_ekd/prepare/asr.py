@@ -1,14 +1,14 @@
-"""``prepare asr``: a manifest's audio and texts in the layout of LibriSpeech.
+"""``prepare asr``: convert a manifest to the folder layout of LibriSpeech.
 
-s3prl's ASR and PR recipes know corpora in the shape of LibriSpeech only: the transcript of
-``SPLIT/SPK/CHAP/SPK-CHAP-NNNN.flac`` is a line in ``SPK-CHAP.trans.txt`` beside it, and the name
-of an utterance ends at the first dot. The layout is made of links, so it costs no space.
+s3prl's ASR and PR recipes read this layout only: the transcript of
+``SPLIT/SPK/CHAP/SPK-CHAP-NNNN.flac`` is a line of ``SPK-CHAP.trans.txt`` in the same folder, and an
+utterance's name ends at the first dot. Audio files are symlinks, so the layout takes no space.
 
-The recipe's character dictionary has fairseq's format, one ``SYMBOL COUNT`` a line; s3prl adds four
-symbols of its own (``<s> <pad> </s> <unk>``), which makes 32 classes. s3prl's PyPI package does not
-carry the file, so it is made here from the alphabet. The counts are 1: nothing reads them. The
-order is ours (the boundary, A to Z, the apostrophe), so the output layer of a model trained with
-another dictionary does not fit this one, although both have the same symbols.
+The recipe's character dictionary ``char.dict`` has fairseq's format, one ``SYMBOL COUNT`` a line.
+s3prl adds four symbols (``<s> <pad> </s> <unk>``), which makes 32 classes. s3prl's PyPI package
+lacks the file, so ours is made from the alphabet. All counts are 1; nothing reads them. The order
+is ours (the word boundary, A to Z, the apostrophe), so the output layer of a model trained with
+another dictionary does not fit, even if the symbols are the same.
 """
 
 from __future__ import annotations
@@ -25,98 +25,99 @@ from pathlib import Path, PurePosixPath
 from ..data.lengths import write_table
 from ..data.manifest import SPLITS, ManifestEntry, read_manifest
 from ..errors import DataError
-from ..files.atomic import atomic_folder, make_folder
-from .common import audio_root, measure_all, print_splits
-from .new_folder import PREPARED, check_free
+from ..files.atomic import make_folder, whole_folder
+from .common import audio_root, print_splits, read_lengths
+from .new_folder import PREPARED, check_replaceable
 
-LETTERS = string.ascii_uppercase + "'"  # all that a transcript may have, besides the space
+LETTERS = string.ascii_uppercase + "'"  # the characters of a transcript, except the space
 
 _FOREIGN = re.compile(f"[^{LETTERS} ]")
 
 TABLES = "len_for_bucket"
 DESCRIPTION = """\
-A LibriSpeech layout for `run_downstream.py -d asr`: OUT/{train,dev,test}-clean/SPK/CHAP/ with
-audio (links) and transcripts, length tables in OUT/len_for_bucket, and OUT/prepared.tsv, which
-maps the new names to the old paths.
+Write a LibriSpeech layout for `run_downstream.py -d asr`: OUT/{train,dev,test}-clean/SPK/CHAP/
+with audio (symlinks) and transcripts, length tables in OUT/len_for_bucket, and OUT/prepared.tsv,
+which maps the new names to the manifest's paths.
 
-Needs the columns path, speaker, text, split. Texts are written in upper case and may hold A to Z,
-the apostrophe and spaces. Lines without a text are left out and counted.
+Needs the columns path, speaker, text, split. Texts are converted to upper case; allowed are A to Z,
+the apostrophe and spaces. Lines without a text are skipped and counted.
 """
-FAULTY = "lines with other characters"
+INVALID_LINES = "lines with other characters"
 
 
 def normalise(text: str) -> str:
-    """Upper case, and one space between words. Nothing is dropped."""
+    """Convert to upper case with one space between words. No character is dropped."""
     return " ".join(text.upper().split())
 
 
 def foreign_characters(text: str) -> str:
-    """The characters of a normalised text that the dictionary lacks, each once, sorted."""
+    """Return the characters of a normalised text that the dictionary lacks: sorted, unique."""
     return "".join(sorted(set(_FOREIGN.findall(text))))
 
 
 @dataclass(frozen=True)
 class Utterance:
-    """One utterance on its way into a layout."""
+    """One line of a manifest, checked, with its length."""
 
     source: Path  # the audio file
-    original: str  # its path in the manifest
+    original: str  # the path in the manifest
     speaker: str
-    text: str  # normalised; see prepare/asr.py
+    text: str  # normalised, see :func:`normalise`
     split: str  # one of SPLITS
     samples: int  # at 16 kHz
 
 
 @dataclass
-class Layout:
-    """What :func:`write_librispeech` wrote."""
+class WrittenLayout:
+    """Counts of what :func:`write_librispeech` wrote."""
 
     samples: dict[str, list[int]] = field(default_factory=dict)  # split folder -> lengths
-    copied: int = 0  # files that could not be linked, or were asked to be copied
+    copied: int = 0  # files copied, not linked
 
 
 def speaker_names(speakers: Iterable[str]) -> dict[str, str]:
-    """For each speaker a name of letters and digits only, no two alike.
+    """Map each speaker to a unique name of letters and digits.
 
-    A dash or a dot inside would break the utterance's name where s3prl takes it apart.
+    s3prl splits utterance names at dashes and dots, so a speaker's name must have neither.
     """
     names: dict[str, str] = {}
-    taken: set[str] = set()
+    used: set[str] = set()
     for speaker in sorted(set(speakers)):
-        plain = re.sub(r"[^A-Za-z0-9]", "", speaker) or "speaker"
-        name, number = plain, 1
-        while name.lower() in taken:  # lower: some file systems do not tell A from a
+        base = re.sub(r"[^A-Za-z0-9]", "", speaker) or "speaker"
+        name, number = base, 1
+        while name.lower() in used:  # some file systems ignore case
             number += 1
-            name = f"{plain}x{number}"
-        taken.add(name.lower())
+            name = f"{base}x{number}"
+        used.add(name.lower())
         names[speaker] = name
     return names
 
 
 def write_librispeech(
     out: Path, utterances: Sequence[Utterance], *, copy: bool = False, replace: bool = False
-) -> Layout:
+) -> WrittenLayout:
     """Write ``utterances`` as a LibriSpeech layout with length tables and ``prepared.tsv``.
 
-    Folders are ``train-clean``, ``dev-clean`` and ``test-clean``; the chapter is 1, 2 or 3, so a
-    speaker of two splits has no name twice. The folder appears under its name when all is there.
+    The folders are ``train-clean``, ``dev-clean`` and ``test-clean``. The chapter is the split's
+    number, 1 to 3, so names are unique for a speaker of several splits. ``out`` is written under a
+    temporary name and renamed when complete.
 
     Args:
-        out: the layout's folder.
-        copy: copy the audio; else link it, and copy only where linking fails.
+        out: the folder to write.
+        copy: copy the audio; by default it is linked, and copied only where linking fails.
         replace: replace an earlier layout at ``out``.
 
     Raises:
-        DataError: ``out`` exists and is not an earlier layout that may be replaced.
+        DataError: ``out`` exists, and is not a layout or ``replace`` is not set.
     """
-    check_free(out, replace=replace)
-    with atomic_folder(out, DataError) as folder:
+    check_replaceable(out, replace=replace)
+    with whole_folder(out, DataError) as folder:
         return _write(folder, utterances, copy)
 
 
-def _write(root: Path, utterances: Sequence[Utterance], copy: bool) -> Layout:
+def _write(root: Path, utterances: Sequence[Utterance], copy: bool) -> WrittenLayout:
     names = speaker_names(utterance.speaker for utterance in utterances)
-    layout = Layout()
+    layout = WrittenLayout()
     tables: dict[str, list[tuple[str, int]]] = {}
     transcripts: dict[PurePosixPath, list[str]] = {}
     prepared = ["id\tpath\tspeaker\tsplit\tsamples\n"]
@@ -130,7 +131,7 @@ def _write(root: Path, utterances: Sequence[Utterance], copy: bool) -> Layout:
         lines.append(f"{name} {utterance.text}\n")
         file = folder / (name + utterance.source.suffix.lower())
         (root / folder).mkdir(parents=True, exist_ok=True)
-        layout.copied += _place(utterance.source, root / file, copy=copy)
+        layout.copied += _link_or_copy(utterance.source, root / file, copy=copy)
         tables.setdefault(split, []).append((str(file), utterance.samples))
         cells = (name, utterance.original, utterance.speaker, utterance.split, utterance.samples)
         prepared.append("\t".join(map(str, cells)) + "\n")
@@ -144,8 +145,8 @@ def _write(root: Path, utterances: Sequence[Utterance], copy: bool) -> Layout:
     return layout
 
 
-def _place(source: Path, target: Path, *, copy: bool) -> int:
-    """Link ``target`` to ``source``, or copy it; returns the number of files copied."""
+def _link_or_copy(source: Path, target: Path, *, copy: bool) -> int:
+    """Link ``target`` to ``source``, or copy it; return the number of files copied, 0 or 1."""
     source = source.resolve()
     if not copy:
         try:
@@ -155,7 +156,7 @@ def _place(source: Path, target: Path, *, copy: bool) -> int:
         try:
             os.symlink(link, target)
             return 0
-        except OSError:  # a file system without links
+        except OSError:  # a file system without symlinks
             pass
     shutil.copyfile(source, target)
     return 1
@@ -164,9 +165,9 @@ def _place(source: Path, target: Path, *, copy: bool) -> int:
 def write_split_tables(
     folder: Path, entries: Sequence[ManifestEntry], samples: Sequence[int]
 ) -> dict[str, list[int]]:
-    """One length table a split (``train.csv`` …) in ``folder``; returns the lengths of each."""
+    """Write ``folder/{train,dev,test}.csv``; return the lengths of each split that has entries."""
     make_folder(folder)
-    written = {}
+    lengths = {}
     for split in SPLITS:
         rows = [
             (entry.path, length)
@@ -175,80 +176,80 @@ def write_split_tables(
         ]
         if rows:
             write_table(folder / f"{split}.csv", rows)
-            written[split] = [length for _, length in rows]
-    return written
+            lengths[split] = [length for _, length in rows]
+    return lengths
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``prepare asr``."""
-    layout_options(parser, FAULTY)
+    add_layout_options(parser, INVALID_LINES)
 
 
-def run(args: argparse.Namespace) -> int:
-    """Write the layout; the exit code is 0."""
-    write_layout(args, _fault, FAULTY)
+def prepare_asr(args: argparse.Namespace) -> int:
+    """Run ``prepare asr``; return exit code 0."""
+    write_layout(args, _check_characters, INVALID_LINES)
     print(f"wrote {args.out}; in the YAML: libri_root: {args.out}")
     print(f"               bucket_file: {args.out / TABLES}")
     return 0
 
 
-def _fault(text: str) -> str:
-    foreign = foreign_characters(text)
-    if not foreign:
+def _check_characters(text: str) -> str:
+    characters = foreign_characters(text)
+    if not characters:
         return ""
-    return f"has a text with {foreign!r}; only A to Z, the apostrophe and spaces are allowed"
+    return f"the text has {characters!r}; allowed are A to Z, the apostrophe and spaces"
 
 
-def layout_options(parser: argparse.ArgumentParser, faulty: str) -> None:
-    """The options that :func:`write_layout` reads; ``faulty`` as there."""
+def add_layout_options(parser: argparse.ArgumentParser, invalid_lines: str) -> None:
+    """Add the options that :func:`write_layout` reads; ``invalid_lines`` is the same as there."""
     parser.add_argument("--copy", action="store_true", help="copy the audio instead of linking it")
     parser.add_argument(
         "--drop-bad",
         action="store_true",
-        help=f"leave out {faulty}, instead of stopping",
+        help=f"skip {invalid_lines} (default: stop with an error)",
     )
     parser.add_argument("--replace", action="store_true", help="replace an earlier OUT")
 
 
 def write_layout(
-    args: argparse.Namespace, fault: Callable[[str], str], faulty: str
+    args: argparse.Namespace, check_text: Callable[[str], str], invalid_lines: str
 ) -> list[Utterance]:
-    """Write the manifest's utterances as a LibriSpeech layout at ``args.out``, and say what came.
+    """Write the manifest's utterances as a LibriSpeech layout at ``args.out``; print a summary.
 
     Args:
-        args: of a subcommand with the common options and :func:`layout_options`.
-        fault: what is wrong with a normalised text, in words; empty where nothing is.
-        faulty: what to call lines with a fault.
+        args: arguments of a subcommand with the common options and :func:`add_layout_options`.
+        check_text: returns the error of a normalised text, or "" if the text is valid.
+        invalid_lines: noun phrase for lines with an invalid text, for messages.
 
     Returns:
         The utterances written.
 
     Raises:
-        DataError: ``args.out`` may not be written, the manifest or the audio is not as it has to
-            be, or a line has a fault and ``args.drop_bad`` is not set.
+        DataError: ``args.out`` must not be replaced, the manifest or an audio file is invalid, or a
+            text is invalid and ``args.drop_bad`` is not set.
     """
-    check_free(args.out, replace=args.replace)  # before minutes of reading
+    check_replaceable(args.out, replace=args.replace)  # before minutes of reading
     entries = read_manifest(args.manifest, columns=("path", "speaker", "text", "split"))
-    kept, texts, silent, bad = [], [], 0, 0
+    valid, texts, n_empty, n_invalid = [], [], 0, 0
     for entry in entries:
         text = normalise(entry.cells["text"])
-        wrong = fault(text)
+        problem = check_text(text)
         if not text:
-            silent += 1
-        elif wrong and args.drop_bad:
-            bad += 1
-        elif wrong:
+            n_empty += 1
+        elif problem and args.drop_bad:
+            n_invalid += 1
+        elif problem:
             raise DataError(
-                f"{args.manifest}: line {entry.line} {wrong} (--drop-bad leaves such lines out)"
+                f"{args.manifest}: line {entry.line}: {problem}; to skip such lines, add --drop-bad"
             )
         elif not entry.cells["speaker"]:
             raise DataError(f"{args.manifest}: line {entry.line} has no speaker")
         else:
-            kept.append(entry)
+            valid.append(entry)
             texts.append(text)
-    if not kept:
-        raise DataError(f"{args.manifest} has no line with a text that can be used")
-    samples = measure_all(args.manifest, audio_root(args), kept, args.jobs)
+    if not valid:
+        raise DataError(f"{args.manifest}: no line has a valid text")
+    samples = read_lengths(args.manifest, audio_root(args), valid, args.jobs)
     utterances = [
         Utterance(
             source=audio_root(args) / entry.path,
@@ -258,15 +259,15 @@ def write_layout(
             split=entry.split,
             samples=length,
         )
-        for entry, text, length in zip(kept, texts, samples, strict=True)
+        for entry, text, length in zip(valid, texts, samples, strict=True)
     ]
     layout = write_librispeech(args.out, utterances, copy=args.copy, replace=args.replace)
     print_splits(layout.samples)
-    for count, what in (
-        (silent, "lines without a text left out"),
-        (bad, f"{faulty} left out"),
+    for count, text in (
+        (n_empty, "lines without a text skipped"),
+        (n_invalid, f"{invalid_lines} skipped"),
         (layout.copied, "files copied, not linked"),
     ):
         if count:
-            print(f"{count} {what}")
+            print(f"{count} {text}")
     return utterances

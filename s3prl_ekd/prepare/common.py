@@ -1,4 +1,4 @@
-"""What the subcommands of ``prepare`` share: their options, the headers, the lines they print."""
+"""Options, reading of audio headers and printing, shared by the subcommands of ``prepare``."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from ..data.manifest import ManifestEntry, audio_lengths
 
 
 @dataclass(frozen=True)
-class Task:
+class PrepareTask:
     """One subcommand of ``prepare``.
 
     Attributes:
-        help: its line in the list of tasks.
-        description: what its own ``--help`` says.
+        help: one line for the list of subcommands.
+        description: the text of its ``--help``.
         configure: adds its options.
-        run: does it, and returns the exit code.
-        manifest: it reads a manifest; else ``configure`` adds what it reads instead.
+        run: runs it and returns the exit code.
+        manifest: whether it reads a manifest; if not, ``configure`` adds its input arguments.
     """
 
     help: str
@@ -33,7 +33,7 @@ class Task:
 
 
 def add_common_options(parser: argparse.ArgumentParser, *, manifest: bool) -> None:
-    """OUT and --jobs, and before them the manifest and its root where the task reads one."""
+    """Add OUT and --jobs; if ``manifest``, also MANIFEST.tsv and --audio-root."""
     if manifest:
         parser.add_argument("manifest", metavar="MANIFEST.tsv", type=Path)
         parser.add_argument(
@@ -42,17 +42,25 @@ def add_common_options(parser: argparse.ArgumentParser, *, manifest: bool) -> No
             type=Path,
             help="folder that the paths are relative to (default: the manifest's folder)",
         )
-    parser.add_argument("-o", "--out", metavar="OUT", type=Path, required=True)
-    parser.add_argument("--jobs", metavar="N", type=int, default=8, help="threads (default: 8)")
+    parser.add_argument(
+        "-o", "--out", metavar="OUT", type=Path, required=True, help="the folder to write"
+    )
+    parser.add_argument(
+        "--jobs",
+        metavar="N",
+        type=int,
+        default=8,
+        help="threads that read audio headers (default: 8)",
+    )
 
 
 def audio_root(args: argparse.Namespace) -> Path:
-    """The folder that the manifest's paths are relative to."""
+    """Return the folder that the manifest's paths are relative to."""
     return args.audio_root or args.manifest.parent
 
 
-def measure_all(table: Path, root: Path, entries: list[ManifestEntry], jobs: int) -> list[int]:
-    """Lengths in samples, behind a progress bar; see :func:`..data.manifest.audio_lengths`."""
+def read_lengths(table: Path, root: Path, entries: list[Entry], jobs: int) -> list[int]:
+    """Read the lengths in samples with :func:`..data.manifest.measure`; show a progress bar."""
     with tqdm(
         total=len(entries), unit=" files", desc="headers", delay=0.3, dynamic_ncols=True
     ) as bar:
@@ -60,6 +68,6 @@ def measure_all(table: Path, root: Path, entries: list[ManifestEntry], jobs: int
 
 
 def print_splits(splits: dict[str, list[int]]) -> None:
-    """Utterances and hours of each split; lengths are in samples at 16 kHz."""
+    """Print the utterances and hours of each split; ``splits`` has lengths in samples, 16 kHz."""
     for name, lengths in splits.items():
         print(f"{name}: {len(lengths)} utterances, {total_hours(lengths):.2f} h")

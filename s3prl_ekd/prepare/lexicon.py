@@ -1,15 +1,15 @@
-"""``prepare lexicon``: pronunciations of words, from files and by a model.
+"""Pronunciations of words, from lexicon files or from a grapheme-to-phoneme (G2P) model.
 
-One entry a line, a word and its phones with tabs or spaces between. That covers the LibriSpeech
-lexicons (``WORD<tab>PHONES``) and CMUdict in both of its shapes: ``;;;`` starts a comment line, a
-token that starts with ``#`` behind the phones starts a comment, ``WORD(1)`` is another
-pronunciation of ``WORD``, and words are in either case. Of several pronunciations the first in the
-file is taken, as s3prl's PR does, so that a text has one sequence of phones.
+A line of a lexicon is a word and its phones, separated by tabs or spaces. This covers the
+LibriSpeech lexicons (``WORD<tab>PHONES``) and both forms of CMUdict: ``;;;`` starts a comment line,
+a token that starts with ``#`` starts a comment after the phones, ``WORD(1)`` is another
+pronunciation of ``WORD``, and words may be in upper or lower case. The first pronunciation in the
+file is used, as in s3prl's PR, so a text has one phone sequence.
 
-Words that no lexicon has are guessed from their letters by g2p_en's model, which learned from
-CMUdict and writes its phones. The maintained package is ``espnet-g2p-en``. It looks words up in
-NLTK's data before it guesses, and fetches that data when it is imported; here words are looked up
-in the user's lexicon, so nothing is fetched and only the guessing is used.
+Phones of words that no lexicon has can be predicted from their letters by g2p_en's model, which was
+trained on CMUdict. The maintained package is ``espnet-g2p-en``. It looks words up in NLTK's data
+first and downloads that data on import; we look words up in the user's lexicon, so we block the
+download and use the model only.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ Pronunciations = dict[str, tuple[str, ...]]  # word in upper case -> phones
 
 _VARIANT = re.compile(r"\(\d+\)$")
 
-LONGEST = 20  # phones; g2p_en stops there, so that many may be a cut word
+MAX_PHONES = 20  # g2p_en stops there, so a prediction of this length may be truncated
 _LETTERS = re.compile(r"[A-Z']*[A-Z][A-Z']*")
 LEXICON = "lexicon.txt"
-_NAMED = 10  # missing words in a message
+_MAX_LISTED = 10  # words in a message
 
 
 def read_lexicon(
@@ -48,39 +48,39 @@ def read_lexicon(
     words: Collection[str],
     known: Callable[[str], bool] = PHONES.__contains__,
 ) -> Pronunciations:
-    """The pronunciations of ``words``; those that no file has are absent from the answer.
+    """Look up ``words``; words that no file has are absent from the result.
 
-    Lines of other words are passed over unread, so a lexicon may hold what nobody asks for.
+    Only the lines of ``words`` are checked; the phones of other words may be invalid.
 
     Args:
-        paths: lexicons; an earlier one comes first.
-        words: in upper case.
+        paths: lexicons; the first one that has a word is used.
+        words: words in upper case.
         known: whether the recipe's vocabulary has a phone.
 
     Raises:
-        DataError: a file is missing, a word that is asked for has no phones, or one that the
+        DataError: a file cannot be read, or one of ``words`` has no phones or a phone that the
             vocabulary lacks. The message names the line.
     """
-    found: Pronunciations = {}
+    pronunciations: Pronunciations = {}
     for path in map(Path, paths):
         for number, line in enumerate(_lines(path), start=1):
             cells = line.split()
             if not cells or line.startswith(";;;"):
                 continue
             word = _VARIANT.sub("", cells[0]).upper()
-            if word not in words or word in found:
+            if word not in words or word in pronunciations:
                 continue
             phones = _without_comment(cells[1:])
             if not phones:
-                raise DataError(f"{path}: line {number} has the word {word} and no phones")
+                raise DataError(f"{path}: line {number}: the word {word} has no phones")
             for phone in phones:
                 if not known(phone):
                     raise DataError(
-                        f"{path}: line {number} has the phone {phone!r}, which the vocabulary "
-                        "lacks (ARPAbet; vowels carry their stress, as in AH0)"
+                        f"{path}: line {number}: the vocabulary has no phone {phone!r}; expected "
+                        "ARPAbet, vowels with stress, such as AH0"
                     )
-            found[word] = phones
-    return found
+            pronunciations[word] = phones
+    return pronunciations
 
 
 def _lines(path: Path) -> list[str]:
@@ -97,41 +97,41 @@ def _lines(path: Path) -> list[str]:
 
 
 def _without_comment(cells: Sequence[str]) -> tuple[str, ...]:
-    end = next((at for at, cell in enumerate(cells) if cell.startswith("#")), len(cells))
+    end = next((i for i, cell in enumerate(cells) if cell.startswith("#")), len(cells))
     return tuple(cells[:end])
 
 
 def write_lexicon(path: str | Path, pronunciations: Mapping[str, Sequence[str]]) -> None:
-    """Write ``WORD<tab>PHONES`` lines, sorted by word: what s3prl's PR reads."""
+    """Write ``WORD<tab>PHONES`` lines, sorted by word, the format that s3prl's PR reads."""
     lines = [f"{word}\t{' '.join(phones)}\n" for word, phones in sorted(pronunciations.items())]
     write_text(path, "".join(lines))
 
 
-def guess(
-    words: Iterable[str], advance: Callable[[int], object] = lambda done: None
+def predict_phones(
+    words: Iterable[str], advance: Callable[[int], object] = lambda count: None
 ) -> Pronunciations:
-    """Phones of ``words`` (in upper case); those it has no good guess for are absent.
+    """Predict the phones of ``words`` with g2p_en; deterministic.
 
-    No guess is made for a word with other characters than A to Z and the apostrophe. The same word
-    gives the same phones everywhere.
+    Words with characters other than A to Z and the apostrophe, and words with an invalid or
+    truncated prediction, are absent from the result.
 
     Args:
-        words: none twice.
+        words: unique words in upper case.
         advance: called with 1 after each word, for a progress bar.
 
     Raises:
         SetupError: g2p_en is not installed.
     """
     predict = _model()
-    found: Pronunciations = {}
+    pronunciations: Pronunciations = {}
     for word in words:
         if _LETTERS.fullmatch(word):
-            # among g2p_en's classes is one UW without a stress, from a slip in its training data
+            # g2p_en has a class UW without stress, from an error in its training data
             phones = tuple("UW1" if phone == "UW" else phone for phone in predict(word.lower()))
-            if 0 < len(phones) < LONGEST and PHONES.issuperset(phones):
-                found[word] = phones
+            if 0 < len(phones) < MAX_PHONES and PHONES.issuperset(phones):
+                pronunciations[word] = phones
         advance(1)
-    return found
+    return pronunciations
 
 
 def _model() -> Callable[[str], list[str]]:
@@ -144,12 +144,12 @@ def _model() -> Callable[[str], list[str]]:
             from g2p_en import g2p
         except ImportError:
             raise SetupError("--g2p needs a model: pip install 's3prl_ekd[g2p]'") from None
-    with replaced(g2p, "cmudict", SimpleNamespace(dict=dict)):  # NLTK's, which need not be there
+    with replaced(g2p, "cmudict", SimpleNamespace(dict=dict)):  # NLTK's, which may not be installed
         return g2p.G2p().predict
 
 
-def lexicon_options(parser: argparse.ArgumentParser) -> None:
-    """``--lexicon`` and ``--g2p``."""
+def add_lexicon_options(parser: argparse.ArgumentParser) -> None:
+    """Add ``--lexicon`` and ``--g2p``."""
     parser.add_argument(
         "--lexicon",
         metavar="FILE",
@@ -157,42 +157,42 @@ def lexicon_options(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         action="extend",
         default=[],
-        help="pronunciations, as in CMUdict or LibriSpeech's lexicons; of several the first wins",
+        help="pronunciations, as in CMUdict or LibriSpeech's lexicons; the first of a word is used",
     )
     parser.add_argument(
         "--g2p",
         action="store_true",
-        help="guess those of words that no lexicon has (pip install 's3prl_ekd[g2p]')",
+        help="predict the phones of other words (pip install 's3prl_ekd[g2p]')",
     )
 
 
-def pronounce(args: argparse.Namespace, words: Collection[str]) -> Pronunciations:
-    """The phones of ``words`` by :func:`lexicon_options`; says how many came from where.
+def collect_pronunciations(args: argparse.Namespace, words: Collection[str]) -> Pronunciations:
+    """Find the phones of ``words`` as ``--lexicon`` and ``--g2p`` say; print counts by source.
 
-    Words that neither a lexicon nor the model knows are absent.
+    Words that have no pronunciation are absent from the result.
 
     Raises:
         DataError: a lexicon cannot be read or has a phone that the vocabulary lacks.
-        SetupError: ``--g2p`` without its package.
+        SetupError: ``--g2p`` is set and its package is not installed.
     """
-    found: Pronunciations = {}
+    pronunciations: Pronunciations = {}
     sources = []
     for path in args.lexicon:
-        new = read_lexicon([path], words - found.keys())
-        sources.append(f"{len(new)} from {path}")
-        found.update(new)
-    rest = sorted(words - found.keys())
+        from_file = read_lexicon([path], words - pronunciations.keys())
+        sources.append(f"{len(from_file)} from {path}")
+        pronunciations.update(from_file)
+    remaining = sorted(words - pronunciations.keys())
     if args.g2p:
-        with tqdm(total=len(rest), unit=" words", desc="g2p", delay=0.3) as bar:
-            new = guess(rest, bar.update) if rest else {}
-        sources.append(f"{len(new)} guessed by g2p")
-        found.update(new)
-    sources.append(f"{len(words - found.keys())} without")
+        with tqdm(total=len(remaining), unit=" words", desc="g2p", delay=0.3) as bar:
+            predicted = predict_phones(remaining, bar.update) if remaining else {}
+        sources.append(f"{len(predicted)} predicted by g2p")
+        pronunciations.update(predicted)
+    sources.append(f"{len(words - pronunciations.keys())} missing")
     print(f"pronunciations of {len(words)} words: {', '.join(sources)}")
-    return found
+    return pronunciations
 
 
-def some(words: list[str]) -> str:
-    """The first few of ``words``, for a message."""
-    more = f" and {len(words) - _NAMED} more" if len(words) > _NAMED else ""
-    return ", ".join(words[:_NAMED]) + more
+def shorten_list(words: list[str]) -> str:
+    """Join the first words for a message; count the rest."""
+    more = f" and {len(words) - _MAX_LISTED} more" if len(words) > _MAX_LISTED else ""
+    return ", ".join(words[:_MAX_LISTED]) + more

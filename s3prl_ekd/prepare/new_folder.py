@@ -1,4 +1,4 @@
-"""Folders that are there whole or not at all, and links in them that can be moved with them."""
+"""Output folders of ``prepare``: written atomically, with relative symlinks."""
 
 from __future__ import annotations
 
@@ -10,52 +10,58 @@ from pathlib import Path
 from ..errors import DataError
 from ..files.atomic import atomic_folder
 
-PREPARED = "prepared.tsv"  # in every folder that `prepare` has written
+PREPARED = "prepared.tsv"  # marks a folder that `prepare` wrote
 
 
 @contextlib.contextmanager
 def new_folder(out: Path, *, replace: bool) -> Iterator[Path]:
-    """A folder to write into, which becomes ``out`` at the end of the block, if all went well.
+    """Yield a temporary folder, which is renamed to ``out`` if the block ends without an exception.
 
-    Whoever writes leaves a ``prepared.tsv`` in it: only a folder that has one is ever replaced.
+    The block must write a ``prepared.tsv``: only a folder with one can be replaced later.
 
     Raises:
-        DataError: ``out`` exists and may not be replaced, or cannot be made.
+        DataError: ``out`` exists and must not be replaced, or cannot be created.
     """
-    check_free(out, replace=replace)
-    with atomic_folder(out, DataError) as folder:
+    check_replaceable(out, replace=replace)
+    with whole_folder(out, DataError) as folder:
         yield folder
 
 
-def check_free(out: Path, *, replace: bool) -> None:
-    """Raise :class:`DataError` unless ``out`` may be written; only a layout is ever replaced."""
+def check_replaceable(out: Path, *, replace: bool) -> None:
+    """Check that ``out`` is missing or empty or, with ``replace``, a folder that `prepare` wrote.
+
+    Raises:
+        DataError: it is not.
+    """
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not (out / PREPARED).is_file():
-        raise DataError(f"{out} exists and holds something else; give another folder")
+        raise DataError(f"{out} exists and was not written by `prepare`; use another output folder")
     if not replace:
-        raise DataError(f"{out} has been prepared before; add --replace to make it anew")
+        raise DataError(f"{out} exists already; to replace it, add --replace")
 
 
 def link(source: Path, target: Path) -> bool:
-    """Make ``target`` a relative link to the file or folder ``source``; False where none can be."""
+    """Make ``target`` a relative symlink to ``source``; return False where symlinks fail."""
     source = source.resolve()
     try:
-        where = os.path.relpath(source, target.parent.resolve())
+        pointer = os.path.relpath(source, target.parent.resolve())
     except ValueError:  # another drive
-        where = str(source)
+        pointer = str(source)
     try:
-        os.symlink(where, target, target_is_directory=source.is_dir())
-    except OSError:  # a file system without links
+        os.symlink(pointer, target, target_is_directory=source.is_dir())
+    except OSError:  # a file system without symlinks
         return False
     return True
 
 
 def link_folder(source: Path, target: Path) -> None:
-    """Like :func:`link`, for a folder of audio that nobody wants to have copied.
+    """Make ``target`` a symlink to the audio folder ``source``, which is too large to copy.
 
     Raises:
-        DataError: links cannot be made there.
+        DataError: symlinks cannot be made there.
     """
     if not link(source, target):
-        raise DataError(f"no link to {source} can be made in {target.parent}; choose another disk")
+        raise DataError(
+            f"cannot make a symlink to {source} in {target.parent}; use another file system"
+        )

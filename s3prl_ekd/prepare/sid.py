@@ -1,9 +1,9 @@
-"""``prepare sid`` and ``prepare voxceleb1``: what ``run_downstream.py -d voxceleb1`` reads.
+"""``prepare sid`` and ``prepare voxceleb1``: VoxCeleb1's layout and split file for SID.
 
-s3prl looks for ``ROOT/*/wav/idNNNNN/VIDEO/UTTERANCE.wav`` and reads from a list which of them are
-train (1), dev (2) and test (3): one ``DIGIT idNNNNN/VIDEO/UTTERANCE.wav`` a line, the format of
-the identification split that VoxCeleb's authors publish. An utterance's class is NNNNN - 10001, and
-there are 1251 outputs, whatever the corpus.
+s3prl reads ``ROOT/*/wav/idNNNNN/VIDEO/UTTERANCE.wav`` and a split file with lines of
+``DIGIT idNNNNN/VIDEO/UTTERANCE.wav``, where 1 is train, 2 is dev and 3 is test. This is the format
+of the identification split that VoxCeleb's authors publish. An utterance's class is NNNNN - 10001;
+the model has 1251 outputs for every corpus.
 """
 
 from __future__ import annotations
@@ -22,30 +22,31 @@ from ..data.audio_files import SAMPLE_RATE, is_hidden_or_system
 from ..data.manifest import SPLITS, ManifestEntry, read_manifest
 from ..errors import DataError
 from ..files.atomic import make_folder, write_text
-from .common import Task, audio_root, measure_all, print_splits
-from .new_folder import PREPARED, check_free, link, link_folder, new_folder
+from .common import PrepareTask, audio_root, print_splits, read_lengths
+from .new_folder import PREPARED, check_replaceable, link, link_folder, new_folder
 
-CLASSES = 1251  # s3prl's outputs: the speakers of VoxCeleb1
+CLASSES = 1251  # outputs of s3prl's model: the speakers of VoxCeleb1
 FIRST_ID = 10001
-AUDIO = "audio"  # in the folder written: what file_path in the YAML points to
-SPLIT_FILE = "split.txt"  # and meta_data
-SHORTEST = 1600  # samples of an excerpt: 0.1 s, four frames
+# Names in the output folder, for the YAML keys `file_path` and `meta_data`.
+AUDIO = "audio"
+SPLIT_FILE = "split.txt"
+MIN_SAMPLES = 1600  # of an excerpt: 0.1 s, four frames
 _LINE = re.compile(r"(\S+)\s+(id(\d{5})/[^/\s]+/[^/\s]+\.wav)")
 _SPEAKER = re.compile(r"id\d{5}")
 
-ABOUT_SID = """\
-A corpus of VoxCeleb1's shape for `run_downstream.py -d voxceleb1`: OUT/audio with links to the
-audio, OUT/split.txt, OUT/speakers.tsv (which speaker each idNNNNN is) and OUT/prepared.tsv.
+SID_DESCRIPTION = """\
+Write a corpus in VoxCeleb1's layout for `run_downstream.py -d voxceleb1`: OUT/audio with symlinks
+to the audio, OUT/split.txt, OUT/speakers.tsv (the speaker of each idNNNNN) and OUT/prepared.tsv.
 
-Needs the columns path, speaker and split. The task is to tell known speakers apart, so each of them
-has utterances in train; the splits are those of the utterances. Where each speaker has one room and
-one microphone, whole utterances are told apart by nearly any features; --test-seconds 1 leaves the
-middle second of dev and test, which is harder.
+Needs the columns path, speaker and split. The task is closed-set identification, so each speaker
+must have utterances in train. If each speaker was recorded in one room with one microphone, nearly
+any features identify them from a full utterance. --test-seconds 1 makes the task harder: it uses
+the middle second of each dev and test utterance.
 """
-ABOUT_VOXCELEB1 = """\
-Check the real VoxCeleb1 for `run_downstream.py -d voxceleb1`: ROOT has dev/wav and test/wav in it,
+VOXCELEB1_DESCRIPTION = """\
+Check VoxCeleb1 for `run_downstream.py -d voxceleb1`: ROOT contains dev/wav and test/wav;
 SPLIT_FILE is the identification split that VoxCeleb's authors publish (iden_split.txt). Writes
-OUT/split.txt and OUT/audio, a link to ROOT. What is missing is named, all of it in OUT-missing.txt.
+OUT/split.txt and OUT/audio, a symlink to ROOT. If files are missing, OUT-missing.txt lists them.
 """
 
 
@@ -59,84 +60,88 @@ class SplitLine:
 
 
 def read_split_file(path: Path) -> list[SplitLine]:
-    """The lines of an identification split.
+    """Read an identification split.
 
     Raises:
-        DataError: no such file, a line of another form, an unknown digit, a speaker that has no
-            output, a file named twice, or a split without lines.
+        DataError: the file cannot be read, a line has a wrong format, an unknown digit, a speaker
+            outside of s3prl's classes or a duplicate path, or :func:`check_speakers` fails.
     """
     if not path.is_file():
-        raise DataError(f"{path} does not exist, or is not a file")
+        raise DataError(f"{path} is missing or not a file")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text (byte {error.start})") from error
-    found: list[SplitLine] = []
+    split_lines: list[SplitLine] = []
     line_of_path: dict[str, int] = {}
     for number, line in enumerate(text.splitlines(), start=1):
         if not line.strip():
             continue
-        where = f"{path}: line {number}"
+        location = f"{path}: line {number}"
         match = _LINE.fullmatch(line.strip())
         if not match:
             raise DataError(
-                f"{where} is not of the form '1 id10001/VIDEO/UTTERANCE.wav': {line.strip()[:60]!r}"
+                f"{location}: expected '1 id10001/VIDEO/UTTERANCE.wav', got {line.strip()[:60]!r}"
             )
         digit, name, speaker = match.groups()
         if digit not in ("1", "2", "3"):
-            raise DataError(f"{where} has the split {digit!r}; known: 1 (train), 2 (dev), 3 (test)")
+            raise DataError(
+                f"{location}: the split must be 1 (train), 2 (dev) or 3 (test), got {digit!r}"
+            )
         if not 0 <= int(speaker) - FIRST_ID < CLASSES:
             raise DataError(
-                f"{where} has the speaker id{speaker}; s3prl's classes are id{FIRST_ID} to "
-                f"id{FIRST_ID + CLASSES - 1}"
+                f"{location}: the speaker must be id{FIRST_ID} to id{FIRST_ID + CLASSES - 1}, "
+                f"got id{speaker}"
             )
         first = line_of_path.setdefault(name, number)
         if first != number:
-            raise DataError(f"{where} repeats {name} of line {first}")
-        found.append(SplitLine(number, SPLITS[int(digit) - 1], name))
-    check_speakers([(line.path[:7], line.split) for line in found], path)
-    return found
+            raise DataError(f"{location} repeats {name} of line {first}")
+        split_lines.append(SplitLine(number, SPLITS[int(digit) - 1], name))
+    check_speakers([(line.path[:7], line.split) for line in split_lines], path)
+    return split_lines
 
 
-def check_speakers(labelled: Sequence[tuple[str, str]], where: Path) -> None:
-    """Raise :class:`DataError` unless ``(speaker, split)`` pairs are a closed set to be told apart.
+def check_speakers(utterances: Sequence[tuple[str, str]], source: Path) -> None:
+    """Check that ``(speaker, split)`` pairs are a closed-set identification task.
 
-    Every split has lines, there are 2 to 1251 speakers, and each of dev and test is in train.
+    Raises:
+        DataError: a split is empty, a speaker of dev or test is not in train, or there are fewer
+            than 2 or more than 1251 speakers.
     """
     for split in SPLITS:
-        if not any(name == split for _, name in labelled):
-            raise DataError(f"{where} has no {split} utterances; SID needs {', '.join(SPLITS)}")
-    trained = {speaker for speaker, split in labelled if split == "train"}
-    for speaker, split in labelled:
-        if speaker not in trained:
+        if not any(name == split for _, name in utterances):
+            raise DataError(f"{source} has no {split} utterances; SID needs {', '.join(SPLITS)}")
+    train_speakers = {speaker for speaker, split in utterances if split == "train"}
+    for speaker, split in utterances:
+        if speaker not in train_speakers:
             raise DataError(
-                f"{where} has the speaker {speaker} in {split} and not in train, so there is "
-                "nothing to identify it by"
+                f"{source}: the speaker {speaker} is in {split} but not in train; SID needs every "
+                "speaker in train"
             )
-    if not 2 <= len(trained) <= CLASSES:
-        raise DataError(f"{where} has {len(trained)} speaker(s); s3prl's SID takes 2 to {CLASSES}")
+    if not 2 <= len(train_speakers) <= CLASSES:
+        raise DataError(f"{source} has {len(train_speakers)} speaker(s); SID needs 2 to {CLASSES}")
 
 
-def locate(root: Path, lines: Sequence[SplitLine]) -> tuple[list[ManifestEntry], list[str]]:
-    """Where each file of a split lies below ``ROOT/*/wav``, and those that lie nowhere.
+def find_files(root: Path, lines: Sequence[SplitLine]) -> tuple[list[Entry], list[str]]:
+    """Find the files of a split below ``root/*/wav``.
 
     Returns:
-        Entries with paths relative to ``root`` (``dev/wav/id10001/…``), in the order of ``lines``,
+        Entries with paths relative to ``root`` (``dev/wav/id10001/…``), in the order of ``lines``;
         and the paths of the split file that are missing.
 
     Raises:
-        DataError: ``root`` has not the shape of VoxCeleb1.
+        DataError: ``root`` does not have VoxCeleb1's layout.
     """
     parts = check_shape(root)
     listed: dict[str, dict[str, str]] = {}
     entries, missing = [], []
     for line in lines:
         video, _, name = line.path.rpartition("/")
-        if video not in listed:  # a folder is listed once, for all of its utterances
+        if video not in listed:  # list each folder once
             listed[video] = {
                 file: f"{part}/wav/{video}"
-                for part in reversed(parts)  # the first part wins, as a name is in one of them
-                for file in _names(root / part / "wav" / video)
+                for part in reversed(parts)  # if two parts have the file, use the first
+                for file in _list_names(root / part / "wav" / video)
             }
         folder = listed[video].get(name)
         if folder is None:
@@ -147,30 +152,30 @@ def locate(root: Path, lines: Sequence[SplitLine]) -> tuple[list[ManifestEntry],
 
 
 def check_shape(root: Path) -> list[str]:
-    """The folders of ``root`` that have a ``wav`` in them: ``dev`` and ``test``.
+    """Return the folders in ``root`` that contain ``wav``: ``dev`` and ``test``.
 
     Raises:
-        DataError: there are none, or no speakers (``idNNNNN``) in them.
+        DataError: there are none, or they have no speakers (``idNNNNN``).
     """
     if not root.is_dir():
-        raise DataError(f"{root} is not a folder; give the one with dev/wav and test/wav in it")
-    folders = (path for path in root.iterdir() if not is_hidden_or_system(path.name))
+        raise DataError(f"{root} is not a folder; use the one that contains dev/wav and test/wav")
+    folders = (path for path in root.iterdir() if not is_passed_over(path.name))
     parts = sorted(path.name for path in folders if (path / "wav").is_dir())
     wavs = [root / part / "wav" for part in parts]
     if any(_SPEAKER.fullmatch(path.name) for wav in wavs for path in wav.iterdir()):
         return parts
     if parts:
-        why = f"{wavs[0]} has no speakers (id10001, …) in it; unpack VoxCeleb1's archives there"
+        reason = f"{wavs[0]} has no speakers (id10001, …); unpack VoxCeleb1's archives there"
     elif (root / "wav").is_dir():
-        why = f"{root} has wav directly in it; give the folder above, {root.resolve().parent}"
+        reason = f"{root} contains wav directly; use its parent, {root.resolve().parent}"
     elif any(_SPEAKER.fullmatch(path.name) for path in root.iterdir()):
-        why = f"{root} has the speakers directly in it; they belong into {root / 'dev' / 'wav'}"
+        reason = f"{root} contains the speakers directly; move them to {root / 'dev' / 'wav'}"
     else:
-        why = f"{root} has no dev/wav and no test/wav; unpack VoxCeleb1's archives there"
-    raise DataError(why)
+        reason = f"{root} has no dev/wav and no test/wav; unpack VoxCeleb1's archives there"
+    raise DataError(reason)
 
 
-def _names(folder: Path) -> list[str]:
+def _list_names(folder: Path) -> list[str]:
     try:
         return os.listdir(folder)
     except (FileNotFoundError, NotADirectoryError):
@@ -185,7 +190,7 @@ def write_corpus(
     *,
     replace: bool,
 ) -> None:
-    """``out/split.txt`` and ``out/audio``, a link to the real corpus."""
+    """Write ``out/split.txt``, and link ``out/audio`` to VoxCeleb1."""
     with new_folder(out, replace=replace) as folder:
         link_folder(root, folder / AUDIO)
         _write(folder / SPLIT_FILE, [_split_line(line.split, line.path) for line in lines])
@@ -203,21 +208,21 @@ def write_manifest(
     replace: bool = False,
     test_seconds: float | None = None,
 ) -> int:
-    """A corpus of VoxCeleb1's shape from a manifest's ``entries``; the split stands for the video.
+    """Write the utterances of a manifest in VoxCeleb1's layout, with the split as VIDEO.
 
-    ``out/audio/all/wav/id10001/train/00001.wav`` is a link to the audio, of whatever format: who
-    reads it looks at the header and not at the name. ``speakers.tsv`` says which speaker each id
-    is, ``prepared.tsv`` which file each utterance.
+    ``out/audio/all/wav/id10001/train/00001.wav`` is a symlink to the audio. The audio may have any
+    format: readers use its header and not the suffix. ``speakers.tsv`` maps ids to speakers,
+    ``prepared.tsv`` maps utterances to the manifest's paths.
 
     Args:
         root: folder that the paths of ``entries`` are relative to.
-        samples: their lengths at 16 kHz, for ``prepared.tsv``; those of :func:`cut` where
-            ``test_seconds`` is given.
-        copy: write 16-bit WAV files instead of links.
-        test_seconds: of dev and test only so much, from the middle, as WAV.
+        samples: lengths at 16 kHz, for ``prepared.tsv``; if ``test_seconds`` is set, the lengths
+            from :func:`truncate_lengths`.
+        copy: write 16-bit WAV files instead of symlinks.
+        test_seconds: for dev and test, write only the middle ``test_seconds``, as WAV.
 
     Returns:
-        The number of files written instead of linked.
+        The number of files written and not linked.
     """
     speakers = sorted({entry.cells["speaker"] for entry in entries})
     ids = {speaker: f"id{FIRST_ID + index}" for index, speaker in enumerate(speakers)}
@@ -231,7 +236,7 @@ def write_manifest(
             target = folder / AUDIO / "all" / "wav" / name
             target.parent.mkdir(parents=True, exist_ok=True)
             seconds = None if entry.split == "train" else test_seconds
-            copied += _place(root / entry.path, target, copy=copy, seconds=seconds)
+            copied += _link_or_write(root / entry.path, target, copy=copy, seconds=seconds)
             splits.append(_split_line(entry.split, name))
             prepared.append(f"{name}\t{entry.path}\t{speaker}\t{entry.split}\t{length}")
         _write(folder / SPLIT_FILE, splits)
@@ -244,29 +249,29 @@ def write_manifest(
     return copied
 
 
-def cut(
-    entries: Sequence[ManifestEntry], samples: Sequence[int], test_seconds: float | None
+def truncate_lengths(
+    entries: Sequence[Entry], samples: Sequence[int], test_seconds: float | None
 ) -> list[int]:
-    """Lengths in samples at 16 kHz once dev and test are cut to ``test_seconds``."""
+    """Limit the lengths of dev and test to ``test_seconds``; in samples at 16 kHz."""
     if test_seconds is None:
         return list(samples)
-    most = round(test_seconds * SAMPLE_RATE)
+    limit = round(test_seconds * SAMPLE_RATE)
     return [
-        length if entry.split == "train" else min(length, most)
+        length if entry.split == "train" else min(length, limit)
         for entry, length in zip(entries, samples, strict=True)
     ]
 
 
-def _place(source: Path, target: Path, *, copy: bool, seconds: float | None) -> int:
-    """Link, or write a 16-bit WAV where that is asked for, links cannot be made, or only the
-    middle ``seconds`` are wanted."""
+def _link_or_write(source: Path, target: Path, *, copy: bool, seconds: float | None) -> int:
+    """Link ``target`` to ``source``; write a 16-bit WAV if ``copy``, if ``seconds`` is set (then
+    only the middle ``seconds``), or where symlinks fail. Return the number of files written."""
     if not copy and seconds is None and link(source, target):
         return 0
-    sound, rate = soundfile.read(source, dtype="int16")
+    wave, rate = soundfile.read(source, dtype="int16")
     if seconds is not None:
-        spare = max(0, len(sound) - round(seconds * rate))
-        sound = sound[spare // 2 : len(sound) - (spare - spare // 2)]
-    soundfile.write(target, sound, rate, subtype="PCM_16", format="WAV")
+        excess = max(0, len(wave) - round(seconds * rate))
+        wave = wave[excess // 2 : len(wave) - (excess - excess // 2)]
+    soundfile.write(target, wave, rate, subtype="PCM_16", format="WAV")
     return 1
 
 
@@ -283,9 +288,9 @@ def _configure_sid(parser: argparse.ArgumentParser) -> None:
         "--test-seconds",
         metavar="S",
         type=float,
-        help="of each dev and test utterance only its middle, as WAV (default: all of it)",
+        help="write only the middle S seconds of dev and test utterances, as WAV (default: all)",
     )
-    parser.add_argument("--copy", action="store_true", help="write WAV files instead of links")
+    parser.add_argument("--copy", action="store_true", help="write WAV files instead of symlinks")
     parser.add_argument("--replace", action="store_true", help="replace an earlier OUT")
 
 
@@ -297,71 +302,74 @@ def _configure_voxceleb1(parser: argparse.ArgumentParser) -> None:
 
 def _prepare_sid(args: argparse.Namespace) -> int:
     _check_test_seconds(args.test_seconds)
-    check_free(args.out, replace=args.replace)  # before minutes of reading
+    check_replaceable(args.out, replace=args.replace)  # before minutes of reading
     entries = read_manifest(args.manifest, columns=("path", "speaker", "split"))
     for entry in entries:
         if not entry.cells["speaker"]:
             raise DataError(f"{args.manifest}: line {entry.line} has no speaker")
     check_speakers([(entry.cells["speaker"], entry.split) for entry in entries], args.manifest)
     root = audio_root(args)
-    samples = measure_all(args.manifest, root, entries, args.jobs)
-    samples = cut(entries, samples, args.test_seconds)
+    samples = read_lengths(args.manifest, root, entries, args.jobs)
+    samples = truncate_lengths(entries, samples, args.test_seconds)
     copied = write_manifest(
         args.out, root, entries, samples,
         copy=args.copy, replace=args.replace, test_seconds=args.test_seconds,
     )  # fmt: skip
-    _report(args.out, entries, samples, len({entry.cells["speaker"] for entry in entries}))
+    _print_summary(args.out, entries, samples, len({entry.cells["speaker"] for entry in entries}))
     if copied:
         print(f"{copied} files written as WAV, not linked")
     return 0
 
 
 def _check_test_seconds(seconds: float | None) -> None:
-    if seconds is not None and not SHORTEST <= seconds * SAMPLE_RATE < math.inf:
+    if seconds is not None and not MIN_SAMPLES <= seconds * SAMPLE_RATE < math.inf:
         raise DataError(
-            f"--test-seconds {seconds:g}: a finite length of {SHORTEST / SAMPLE_RATE:g} s or more "
-            "is needed, for a few frames of features"
+            f"--test-seconds must be finite and {MIN_SAMPLES / SAMPLE_RATE:g} or more, "
+            f"got {seconds:g}"
         )
 
 
 def _prepare_voxceleb1(args: argparse.Namespace) -> int:
-    check_free(args.out, replace=args.replace)
+    check_replaceable(args.out, replace=args.replace)
     lines = read_split_file(args.split_file)
-    entries, missing = locate(args.root, lines)
-    list_of_missing = args.out.with_name(f"{args.out.resolve().name}-missing.txt")
-    list_of_missing.unlink(missing_ok=True)  # one of an earlier try would mislead
+    entries, missing = find_files(args.root, lines)
+    missing_list = args.out.with_name(f"{args.out.resolve().name}-missing.txt")
+    missing_list.unlink(missing_ok=True)  # an earlier list would mislead
     if missing:
-        make_folder(list_of_missing.parent)
-        write_text(list_of_missing, "".join(f"{path}\n" for path in missing))
+        make_folder(missing_list.parent)
+        write_text(missing_list, "".join(f"{path}\n" for path in missing))
         raise DataError(
             f"{args.root} lacks {len(missing)} of the {len(lines)} files of {args.split_file}: "
-            f"{', '.join(missing[:3])}{', …' * (len(missing) > 3)}; all of them: {list_of_missing}"
+            f"{', '.join(missing[:3])}{', …' * (len(missing) > 3)}; full list: {missing_list}"
         )
-    samples = measure_all(args.split_file, args.root, entries, args.jobs)
+    samples = read_lengths(args.split_file, args.root, entries, args.jobs)
     write_corpus(args.out, args.root, lines, entries, replace=args.replace)
-    _report(args.out, entries, samples, len({line.path[:7] for line in lines}))
+    _print_summary(args.out, entries, samples, len({line.path[:7] for line in lines}))
     return 0
 
 
-def _report(
-    out: Path, entries: Sequence[ManifestEntry], samples: Sequence[int], speakers: int
+def _print_summary(
+    out: Path, entries: Sequence[Entry], samples: Sequence[int], speakers: int
 ) -> None:
     lengths = {
         split: [n for entry, n in zip(entries, samples, strict=True) if entry.split == split]
         for split in SPLITS
     }
     print_splits(lengths)
-    print(f"{speakers} speakers: chance is {100 / speakers:.1f} %")
+    print(f"{speakers} speakers: chance accuracy {100 / speakers:.1f} %")
     print(f"wrote {out}; in the YAML: file_path: {out / AUDIO}")
     print(f"               meta_data: {out / SPLIT_FILE}")
 
 
-SID = Task(
-    "VoxCeleb1's layout and split file, for -d voxceleb1", ABOUT_SID, _configure_sid, _prepare_sid
+SID = PrepareTask(
+    "VoxCeleb1's layout from a manifest, for -d voxceleb1",
+    SID_DESCRIPTION,
+    _configure_sid,
+    _prepare_sid,
 )
-VOXCELEB1 = Task(
-    "check the real VoxCeleb1 against its split, for -d voxceleb1",
-    ABOUT_VOXCELEB1,
+VOXCELEB1 = PrepareTask(
+    "check VoxCeleb1 against its split file, for -d voxceleb1",
+    VOXCELEB1_DESCRIPTION,
     _configure_voxceleb1,
     _prepare_voxceleb1,
     manifest=False,
