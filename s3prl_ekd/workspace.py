@@ -1,7 +1,7 @@
-"""The working folder that ``s3prl-ekd init`` writes: s3prl's entry, configs and recipes.
+"""The working folder of ``s3prl-ekd init``: the expert that s3prl imports, configs and recipes.
 
-Files are written once and never overwritten. The paths of a user's corpora are checked and put into
-the configs and recipes; comments and layout of the YAML files stay as they are.
+Existing files are never overwritten. Paths of corpora are checked and inserted into the YAML files,
+whose comments and formatting are preserved.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from .errors import ConfigError, DataError, SetupError
 from .files.atomic import atomic_file
 from .files.text import BoundedLoader, parse_yaml
 
-# The adapter that s3prl imports as pretrain.ekd.pretrain_expert. The hook is for runs started by
-# s3prl's plain script, which would show a user's mistake as a traceback.
+# s3prl imports this module as pretrain.ekd.pretrain_expert. The hook is for runs that s3prl's own
+# script starts: without it, a user error is printed as a traceback.
 ADAPTER = '''\
-"""s3prl looks here for the method; it lives in the installed package s3prl_ekd."""
+"""s3prl imports the method from here. The code is in the installed package s3prl_ekd."""
 
 from s3prl_ekd.errors import install_excepthook
 
@@ -35,10 +35,10 @@ from s3prl_ekd.pretrain_expert import UpstreamPretrainExpert  # noqa: E402, F401
 '''
 
 
-# What a tiny experiment has in place of a shipped one's first comment, base and groups of layers:
-# the teachers of tiny_model.yaml have 6 layers, those of config_model.yaml 12.
+# A tiny experiment is a full one with another first comment, base config and layer groups: the
+# teachers of tiny_model.yaml have 6 layers, those of config_model.yaml 12.
 TINY_HEAD = """\
-# The tiny twin of experiments/{name}.yaml, for a laptop.
+# A tiny version of experiments/{name}.yaml, for a laptop.
 #
 #   run_pretrain.py -u ekd -n {name} -c pretrain/ekd/tiny_runner.yaml \\
 #       -g pretrain/ekd/tiny/{name}.yaml
@@ -50,24 +50,24 @@ TINY_CHANGES = (
 )
 
 
-def files(chosen: Collection[str] = ()) -> Iterator[tuple[str, bytes]]:
-    """Relative path and contents of each file of a workspace.
+def workspace_files(selected: Collection[str] = ()) -> Iterator[tuple[str, bytes]]:
+    """Yield relative path and contents of each file of a working folder.
 
     Args:
-        chosen: experiments to write beside the default one, as :func:`experiments` names them.
+        selected: experiments to add to the default one, by the names of :func:`experiments`.
     """
     yield "pretrain/ekd/pretrain_expert.py", ADAPTER.encode()
     for path, data in _tree("s3prl_ekd.pretrain_configs", "pretrain/ekd"):
         if not path.startswith("pretrain/ekd/experiments/"):
             yield path, data
     for name, text in experiments().items():
-        if name in chosen:
+        if name in selected:
             yield f"pretrain/ekd/{name}.yaml", text.encode()
     yield from _tree("s3prl_ekd.downstream_recipes", "downstream")
 
 
 def experiments() -> dict[str, str]:
-    """Name -> YAML: ``experiments/three_average`` and so on, and ``tiny/...`` of each."""
+    """Map names (``experiments/NAME``, then ``tiny/NAME``) to the YAML of all experiments."""
     full, tiny = {}, {}
     for path, data in _tree("s3prl_ekd.pretrain_configs.experiments", "experiments"):
         name, text = path.removesuffix(".yaml"), data.decode()
@@ -78,7 +78,7 @@ def experiments() -> dict[str, str]:
 
 
 def tiny_experiment(name: str, text: str) -> str:
-    """An experiment's YAML with its first comment and its base replaced by the tiny ones."""
+    """Convert an experiment's YAML to its tiny version, see :data:`TINY_CHANGES`."""
     text = text.partition("\n\n")[2]
     for full, tiny in TINY_CHANGES:
         text = text.replace(full, tiny)
@@ -98,56 +98,56 @@ def _tree(package: str, target: str) -> Iterator[tuple[str, bytes]]:
 
 def write_workspace(
     root: Path,
-    chosen: Collection[str] = (),
-    values: Mapping[str, Mapping[str, Value]] | None = None,
+    selected: Collection[str] = (),
+    values: Mapping[str, Mapping[str, YamlValue]] | None = None,
 ) -> list[tuple[str, Path]]:
-    """Write what is not there yet, with the ``chosen`` experiments.
+    """Write the files that do not exist yet.
 
     Args:
-        root: the working folder, made if it is not there.
-        chosen: see :func:`files`.
-        values: file below ``root`` -> dotted key -> what it gets instead of our default.
+        root: the working folder, created if missing.
+        selected: see :func:`workspace_files`.
+        values: file below ``root`` -> dotted key -> value that replaces our default.
 
     Returns:
         ``("created" | "kept", path)`` of each file.
 
     Raises:
-        SetupError: the folder cannot be written, or there is no such experiment.
+        SetupError: the folder cannot be written, or an experiment does not exist.
     """
-    known = experiments()
-    for name in chosen:
-        if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            guess = f" (did you mean {close[0]}?)" if close else ""
+    names = experiments()
+    for name in selected:
+        if name not in names:
+            close = difflib.get_close_matches(name, names, n=1)
+            hint = f" (did you mean {close[0]}?)" if close else ""
             raise SetupError(
-                f"there is no experiment {name!r}{guess}; see them with: s3prl-ekd init --list"
+                f"no such experiment: {name!r}{hint}; list them with: s3prl-ekd init --list"
             )
-    done = []
-    for name, data in files(chosen):
+    results = []
+    for name, data in workspace_files(selected):
         path = root / name
         if values and name in values:
-            data = put(data.decode(), values[name]).encode()
+            data = set_yaml_values(data.decode(), values[name]).encode()
         try:
             if os.path.lexists(path) and (path.is_symlink() or path.stat().st_size):
-                done.append(("kept", path))
+                results.append(("kept", path))
                 continue
             path.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_file(path) as file:  # also over an empty one, which a full disk left
+            with whole_file(path) as file:  # replaces an empty file, which a full disk may leave
                 file.write(data)
-            done.append(("created", path))
+            results.append(("created", path))
         except OSError as error:
             raise SetupError(f"cannot write {path}: {error.strerror}") from None
-    return done
+    return results
 
 
-Value = str | Sequence[str]
-_AWKWARD = re.compile(r"""['"$`\\!=]|,,""")
-PREPARED = "data/librispeech"  # what the recipes call it: `prepare librispeech DIR -o` this
+YamlValue = str | Sequence[str]
+_UNSAFE_IN_OVERRIDE = re.compile(r"""['"$`\\!=]|,,""")
+PREPARED_LIBRISPEECH = "data/librispeech"  # output of `prepare librispeech` in the recipes
 
 
 @dataclass(frozen=True)
-class Corpora:
-    """Absolute paths; None or nothing where the user named none."""
+class CorpusPaths:
+    """Absolute paths of the user's corpora; None or empty if not given."""
 
     librispeech: Path | None = None
     voxceleb1: Path | None = None
@@ -158,7 +158,7 @@ class Corpora:
         return bool(self.librispeech or self.voxceleb1 or self.iemocap or self.lexicon)
 
     def check(self) -> None:
-        """Raise DataError, with the option's name, where one is not what it should be."""
+        """Raise DataError, with the option's name, if a corpus or a lexicon is invalid."""
         from .prepare import er, librispeech, sid
         from .prepare.lexicon import read_lexicon
 
@@ -168,122 +168,120 @@ class Corpora:
             ("iemocap", self.iemocap, er.check_shape),
             ("lexicon", self.lexicon or None, lambda paths: read_lexicon(paths, ())),
         )
-        for option, path, look in checks:
+        for option, path, check in checks:
             if path is not None:
                 try:
-                    look(path)
+                    check(path)
                 except DataError as error:
                     raise DataError(f"--{option}: {error}") from None
 
-    def values(self) -> dict[str, dict[str, Value]]:
-        """File below the working folder -> dotted key -> what belongs there."""
-        found: dict[str, dict[str, Value]] = {}
+    def values(self) -> dict[str, dict[str, YamlValue]]:
+        """Map file below the working folder -> dotted YAML key -> value."""
+        values: dict[str, dict[str, YamlValue]] = {}
 
-        def put(file: str, key: str, value: Value) -> None:
-            found.setdefault(file, {})[key] = value
+        def add(file: str, key: str, value: YamlValue) -> None:
+            values.setdefault(file, {})[key] = value
 
         if self.librispeech:
             root = str(self.librispeech)
-            put("pretrain/ekd/config_runner.yaml", "pretrain_expert.datarc.libri_root", root)
-            tables = f"./{PREPARED}/len_for_bucket"
-            put("pretrain/ekd/config_runner.yaml", "pretrain_expert.datarc.file_path", tables)
-            put("downstream/asr/config.yaml", "downstream_expert.datarc.libri_root", root)
-            put("downstream/ctc/libriphone.yaml", "downstream_expert.corpus.path", root)
+            add("pretrain/ekd/config_runner.yaml", "pretrain_expert.datarc.libri_root", root)
+            tables = f"./{PREPARED_LIBRISPEECH}/len_for_bucket"
+            add("pretrain/ekd/config_runner.yaml", "pretrain_expert.datarc.file_path", tables)
+            add("downstream/asr/config.yaml", "downstream_expert.datarc.libri_root", root)
+            add("downstream/ctc/libriphone.yaml", "downstream_expert.corpus.path", root)
         if self.lexicon:
             files = [str(path) for path in self.lexicon]
-            put("downstream/ctc/libriphone.yaml", "downstream_expert.corpus.lexicon", files)
+            add("downstream/ctc/libriphone.yaml", "downstream_expert.corpus.lexicon", files)
         if self.voxceleb1:
             root = str(self.voxceleb1)
-            put("downstream/voxceleb1/config.yaml", "downstream_expert.datarc.file_path", root)
+            add("downstream/voxceleb1/config.yaml", "downstream_expert.datarc.file_path", root)
         if self.iemocap:
             root = str(self.iemocap)
-            put("downstream/emotion/config.yaml", "downstream_expert.datarc.root", root)
-        return found
+            add("downstream/emotion/config.yaml", "downstream_expert.datarc.root", root)
+        return values
 
     def commands(self) -> list[str]:
-        """What to type next, for each corpus."""
+        """Return the next command for each corpus."""
         lines = []
         if self.librispeech:
-            words = ["librispeech", str(self.librispeech), "-o", PREPARED]
-            lines.append(
-                [*words, *([] if self.lexicon else ["--lexicon", "cmudict.dict", "--g2p"])]
-            )
+            argv = ["librispeech", str(self.librispeech), "-o", PREPARED_LIBRISPEECH]
+            lines.append([*argv, *([] if self.lexicon else ["--lexicon", "cmudict.dict", "--g2p"])])
         if self.voxceleb1:
-            words = [str(self.voxceleb1), "iden_split.txt"]
-            lines.append(["voxceleb1", *words, "-o", "data/voxceleb1"])
+            argv = ["voxceleb1", str(self.voxceleb1), "iden_split.txt"]
+            lines.append([*argv, "-o", "data/voxceleb1"])
         if self.iemocap:
             lines.append(["iemocap", str(self.iemocap), "-o", "data/iemocap"])
-        return [shlex.join(["s3prl-ekd", "prepare", *words]) for words in lines]
+        return [shlex.join(["s3prl-ekd", "prepare", *argv]) for argv in lines]
 
 
-def absolute(path: Path) -> Path:
-    """As the user means it, from the folder in which the command is typed."""
+def absolute_path(path: Path) -> Path:
+    """Expand ``~``, and make the path absolute without resolving symlinks."""
     return Path(os.path.abspath(path.expanduser()))
 
 
-def other_values(root: Path, corpora: Corpora) -> list[str]:
-    """A line for each key of a file in ``root`` that says something else than ``corpora``."""
+def report_differences(root: Path, corpora: CorpusPaths) -> list[str]:
+    """Return a line for each YAML key in ``root`` whose value differs from ``corpora``."""
     lines = []
-    for file, wanted in corpora.values().items():
-        for key, value in wanted.items():
+    for file, values in corpora.values().items():
+        for key, value in values.items():
             try:
-                there = get((root / file).read_text(encoding="utf-8"), key)
+                current = get_yaml_value((root / file).read_text(encoding="utf-8"), key)
             except (ConfigError, OSError, UnicodeDecodeError) as error:
-                lines.append(f"{file} cannot be read ({error}); {key} belongs there")
+                lines.append(f"cannot read {file} ({error}); it should have {key}: {value}")
                 continue
-            if there != value:
-                lines.append(f"{file} was kept and has {key}: {there}; {_remedy(key, value)}")
+            if current != value:
+                lines.append(f"{file} was kept and has {key}: {current}; {_remedy(key, value)}")
     return lines
 
 
-def _remedy(key: str, value: Value) -> str:
-    text = f'-o "config.{key}={value!r}"'
-    if _AWKWARD.search(str(value) if isinstance(value, str) else "".join(value)):
-        return f"it should be {value}"  # a shell or s3prl would read something else
-    return f"edit it, or add to the command {text}"
+def _remedy(key: str, value: YamlValue) -> str:
+    override = f'-o "config.{key}={value!r}"'
+    if _UNSAFE_IN_OVERRIDE.search(str(value) if isinstance(value, str) else "".join(value)):
+        return f"change it to {value}"  # the shell or s3prl would alter the override
+    return f"change it, or add to the command: {override}"
 
 
-def put(text: str, values: Mapping[str, Value]) -> str:
-    """``text`` with other values under dotted keys.
+def set_yaml_values(text: str, values: Mapping[str, YamlValue]) -> str:
+    """Replace values in a YAML text; comments and formatting are preserved.
 
     Args:
         text: YAML, a mapping.
-        values: key -> a text, or a list of texts for a key that has a list.
+        values: dotted key -> string, or list of strings if the key has a list.
 
     Raises:
-        ConfigError: it is not YAML, a key is not there, or it has a value of another kind.
+        ConfigError: ``text`` is not YAML, a key does not exist, or its value has another type.
     """
     for key, value in values.items():
-        start, end, new = _replacement(text, key, value)
-        text = text[:start] + new + text[end:]
+        start, end, replacement = _replacement(text, key, value)
+        text = text[:start] + replacement + text[end:]
     return text
 
 
-def _replacement(text: str, key: str, value: Value) -> tuple[int, int, str]:
-    """From where to where, and by what."""
-    parse_yaml(text, "the file")  # or nothing is put into it
-    node = yaml.compose(text, Loader=BoundedLoader)
+def _replacement(text: str, key: str, value: YamlValue) -> tuple[int, int, str]:
+    """Return start and end of the characters to replace, and their replacement."""
+    parse_yaml(text, "the file")  # rejects invalid YAML
+    node = yaml.compose(text, Loader=PlainLoader)
     for part in key.split("."):
         pairs = node.value if isinstance(node, yaml.MappingNode) else []
-        node = next((below for name, below in pairs if name.value == part), None)
+        node = next((value_node for name, value_node in pairs if name.value == part), None)
     start, end = (node.start_mark.index, node.end_mark.index) if node else (0, 0)
     if isinstance(node, yaml.ScalarNode) and isinstance(value, str):
-        return start, end, quoted(value)
+        return start, end, quote_yaml(value)
     if isinstance(node, yaml.SequenceNode) and not isinstance(value, str):
         if node.flow_style:
-            return start, end, f"[{', '.join(map(quoted, value))}]"
-        # A block's own end lies behind the comments that follow it.
+            return start, end, f"[{', '.join(map(quote_yaml, value))}]"
+        # The end mark of a block sequence is after the comments that follow it.
         dash = "\n" + " " * node.start_mark.column + "- "
         end = node.value[-1].end_mark.index
-        return node.value[0].start_mark.index, end, dash.join(map(quoted, value))
-    raise ConfigError(f"the key {key} is not there, or holds something else than a path")
+        return node.value[0].start_mark.index, end, dash.join(map(quote_yaml, value))
+    raise ConfigError(f"the key {key} does not exist, or its value is not a path")
 
 
-def get(text: str, key: str) -> Value | None:
-    """What a YAML text has under a dotted key; None where there is no such key.
+def get_yaml_value(text: str, key: str) -> YamlValue | None:
+    """Return the value of a dotted key in a YAML text, or None if the key does not exist.
 
     Raises:
-        ConfigError: it is not YAML.
+        ConfigError: ``text`` is not YAML.
     """
     value = parse_yaml(text, "the file")
     for part in key.split("."):
@@ -291,6 +289,6 @@ def get(text: str, key: str) -> Value | None:
     return value
 
 
-def quoted(text: str) -> str:
-    """In single quotes, in which YAML takes every character as it is."""
+def quote_yaml(text: str) -> str:
+    """Quote for YAML with single quotes, in which no character is special but the quote."""
     return "'" + text.replace("'", "''") + "'"

@@ -1,11 +1,11 @@
-"""The whole way on a synthetic corpus: three tiny teachers, two students, four tasks, a table.
+"""Distil and evaluate on a synthetic corpus: three tiny teachers, two students, four tasks.
 
-The teachers come with the package and have learned speech. One student is distilled from all
-three, one from a single one; both, the teachers, fbank, and a model with random weights are
-evaluated.
+The teachers are part of the package and were trained on speech. One student is distilled from all
+three teachers, the other from one. Both are evaluated and compared with the teachers, fbank, and a
+model with random weights.
 
-Everything is written below DIR. What is finished is kept when the command is given again, and an
-interrupted distillation goes on from its last checkpoint.
+All files are written below DIR. If the command is repeated, it skips finished steps and resumes an
+interrupted distillation from its last checkpoint.
 
 example:
   s3prl-ekd demo demo_run
@@ -24,21 +24,27 @@ def configure(parser: argparse.ArgumentParser) -> None:
         type=Path,
         nargs="?",
         default=Path("demo_run"),
-        help="default: %(default)s",
+        help="the folder to write (default: %(default)s)",
     )
     parser.add_argument(
-        "--steps", type=_positive, default=200, help="of distillation (%(default)s)"
+        "--steps",
+        type=_positive,
+        default=200,
+        help="steps of each distillation (default: %(default)s)",
     )
     parser.add_argument(
         "--downstream-steps", type=_positive, default=120,
-        help="of a task (%(default)s); PR takes twice as many, SID and ER half, ASR 1.1 times",
+        help="steps of a task (default: %(default)s); times 2 (PR), 0.5 (SID, ER), 1.1 (ASR)",
     )  # fmt: skip
     parser.add_argument(
         "--tasks", nargs="+", metavar="TASK", default=["pr", "sid", "er", "asr"],
-        help="pr sid er asr (default: all four)",
+        help="tasks to evaluate: pr sid er asr (default: all four)",
     )  # fmt: skip
     parser.add_argument(
-        "--utterances", type=_positive, default=400, help="for training (%(default)s)"
+        "--utterances",
+        type=_positive,
+        default=400,
+        help="training utterances (default: %(default)s)",
     )
 
 
@@ -58,5 +64,5 @@ def _positive(text: str) -> int:
     except ValueError:
         number = 0
     if number < 4:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 4 or more")
+        raise argparse.ArgumentTypeError(f"expected an integer of 4 or more, got {text!r}")
     return number

@@ -1,9 +1,8 @@
-"""Say what is installed here, what had to be mended, and which recipes could run.
+"""Check the installation, and which recipes can run.
 
-Versions, the audio decoder and the formats it reads, the devices, every shim for s3prl 0.4.18
-(fired, or not needed here), and for PR, SID, ER and ASR whether s3prl's recipe could start in
-the working folder, with what to type where it could not. The exit code is 0 when pretraining
-and ASR have all their modules, else 1.
+Prints versions, the audio decoder and its formats, devices, every shim for s3prl 0.4.18 (fired or
+not needed), and for PR, SID, ER and ASR whether s3prl's recipe can start in the working folder; if
+not, what to type. The exit code is 0 if pretraining and ASR have all their modules, else 1.
 
 example:
   s3prl-ekd doctor
@@ -42,7 +41,7 @@ PACKAGES = (
     "editdistance",
 )
 PRETRAIN_FILES = ("config_runner.yaml", "config_model.yaml", "pretrain_expert.py")
-# what to write with soundfile, to be read back with the decoder in use
+# Format -> container and subtype that soundfile writes and the decoder must read.
 FORMATS = {"FLAC": ("FLAC", "PCM_16"), "WAV": ("WAV", "PCM_16"), "Opus": ("OGG", "OPUS")}
 
 
@@ -51,11 +50,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "folder", nargs="?", type=Path, default=Path("."), help="working folder (default: here)"
     )
-    parser.add_argument("--json", action="store_true", help="print the same as JSON")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
 
 
 def main(args: argparse.Namespace) -> int:
-    """Print the report; 0 if pretraining and ASR have all their modules, else 1.
+    """Print the report; return 0 if pretraining and ASR have all their modules, else 1.
 
     Raises:
         SetupError: ``args.folder`` is not a folder.
@@ -68,11 +67,11 @@ def main(args: argparse.Namespace) -> int:
 
 
 def examine(folder: Path) -> dict:
-    """Everything the report says, as plain values; applies the shims."""
+    """Apply the shims; return the report as values that JSON can store."""
     shims = _shims()
     pretrain = requirements.check_modules(requirements.PRETRAIN_MODULES)
-    states = {task: requirements.check_recipe(task, folder) for task in TASKS.values()}
-    asr_imports = not any(state.modules for task, state in states.items() if task.name == "asr")
+    recipes = {task: requirements.check_recipe(task, folder) for task in TASKS.values()}
+    asr_imports = not any(status.modules for task, status in recipes.items() if task.name == "asr")
     return {
         "ok": not pretrain and asr_imports,
         "versions": _versions(),
@@ -81,7 +80,7 @@ def examine(folder: Path) -> dict:
         "devices": _devices(),
         "shims": shims,
         "pretrain": {"ready": not pretrain, "problems": [vars(p) for p in pretrain]},
-        "recipes": [_recipe(task, state) for task, state in states.items()],
+        "recipes": [_recipe(task, status) for task, status in recipes.items()],
         "folder": _folder(folder),
     }
 
@@ -90,7 +89,7 @@ def _shims() -> list[dict]:
     failure = ""
     try:
         compat.apply()
-    except (ImportError, SetupError) as error:  # e.g. no torch at all: report, do not stop
+    except (ImportError, SetupError) as error:  # e.g. torch is not installed: report it
         failure = f"failed: {error}"
     return [
         {
@@ -105,7 +104,7 @@ def _shims() -> list[dict]:
 
 
 def _versions() -> dict[str, str | None]:
-    """Package -> version and build, None if it is not installed."""
+    """Map package -> version and build, or None if it is not installed."""
     versions: dict[str, str | None] = {"python": platform.python_version()}
     versions["s3prl_ekd"] = __version__
     versions["s3prl"] = _s3prl()
@@ -124,17 +123,17 @@ def _versions() -> dict[str, str | None]:
 
 
 def _torch_load() -> str:
-    """In one sentence what the installed torch does with checkpoints of strangers."""
+    """Describe in a sentence how safely the installed torch loads untrusted checkpoints."""
     try:
         import torch
     except ImportError:
-        return "torch does not import"
-    if not (holes := compat.torch_load_cves(torch.__version__)):
+        return "cannot import torch"
+    if not (attacks := compat.loader_holes(torch.__version__)):
         return "reads data only (weights_only=True)"
     return (
-        f"a file can {holes} in torch {torch.__version__}, even with weights_only=True; s3prl_ekd "
-        "scans each checkpoint first and refuses such files, other programs here do not; type: pip "
-        "install --upgrade 'torch>=2.10'"
+        f"a file can {attacks} in torch {torch.__version__}, even with weights_only=True; s3prl_ekd "
+        "scans each checkpoint and rejects such files, other programs do not; type: pip install "
+        "--upgrade 'torch>=2.10'"
     )
 
 
@@ -151,14 +150,14 @@ def _audio() -> dict:
     try:
         return {
             "decoder": compat.audio_decoder(),
-            "formats": {name: _round_trip(*how) for name, how in FORMATS.items()},
+            "formats": {name: _round_trip(*spec) for name, spec in FORMATS.items()},
         }
     except ImportError as error:
         return {"decoder": None, "formats": {}, "problem": str(error)}
 
 
 def _round_trip(container: str, subtype: str) -> bool:
-    """Whether half a second of a 200 Hz tone comes back through ``torchaudio.load``."""
+    """Return whether ``torchaudio.load`` decodes a 200 Hz tone of 0.5 s correctly."""
     import numpy as np
     import soundfile
     import torchaudio
@@ -169,17 +168,17 @@ def _round_trip(container: str, subtype: str) -> bool:
         soundfile.write(buffer, tone, 16000, format=container, subtype=subtype)
         buffer.seek(0)
         wav, rate = torchaudio.load(buffer)
-    except Exception as error:  # every way to fail is the same answer
+    except Exception as error:  # any error means that the format cannot be read
         logger.debug("%s: %s", container, error)
         return False
-    # lossy codecs may pad; what they return must still be the tone
-    heard = wav[0, :8000].double().numpy()
-    same_length = rate == 16000 and len(heard) == 8000
-    return bool(same_length and np.corrcoef(heard, tone)[0, 1] > 0.95)
+    # Lossy codecs may pad, and change the samples a little.
+    decoded = wav[0, :8000].double().numpy()
+    same_length = rate == 16000 and len(decoded) == 8000
+    return bool(same_length and np.corrcoef(decoded, tone)[0, 1] > 0.95)
 
 
 def _devices() -> dict[str, str]:
-    """Device -> what it is, in words."""
+    """Map device -> description."""
     try:
         import torch
     except ImportError:
@@ -195,14 +194,14 @@ def _devices() -> dict[str, str]:
     return devices
 
 
-def _recipe(task: Task, state: requirements.RecipeStatus) -> dict:
+def _recipe(task: Task, status: requirements.State) -> dict:
     return {
         "task": task.name.upper(),
         "downstream": task.downstream,
-        "ready": state.ready,
-        "modules": not state.modules,
-        "problems": [dataclasses.asdict(p) for p in (*state.modules, *state.files)],
-        "note": state.note,
+        "ready": status.ready,
+        "modules": not status.modules,
+        "problems": [dataclasses.asdict(p) for p in (*status.modules, *status.files)],
+        "note": status.note,
     }
 
 
@@ -218,32 +217,32 @@ def _folder(folder: Path) -> dict:
 
 
 def as_text(report: dict) -> str:
-    """The report as aligned columns under headings."""
+    """Format the report as aligned columns under headings."""
     audio, folder = report["audio"], report["folder"]
-    formats = {name: "yes" if reads else "no" for name, reads in audio["formats"].items()}
+    formats = {name: "yes" if readable else "no" for name, readable in audio["formats"].items()}
     decoder = audio["decoder"] or f"none: {audio['problem']}"
-    tasks = [("pretraining", *_verdict(report["pretrain"]))]
+    tasks = [("pretraining", *_readiness(report["pretrain"]))]
     for recipe in report["recipes"]:
-        tasks.append((f"{recipe['task']} (-d {recipe['downstream']})", *_verdict(recipe)))
+        tasks.append((f"{recipe['task']} (-d {recipe['downstream']})", *_readiness(recipe)))
     setup = "set up" if folder["pretrain_ekd"] else f"not set up; type: {folder['remedy']}"
     scripts = "of this s3prl checkout" if folder["own_scripts"] else "of the installed s3prl"
     sections = {
         "versions": [(k, v or "MISSING") for k, v in report["versions"].items()],
         "checkpoints": [("torch.load", report["torch_load"])],
         "audio": [("decoder", decoder), *formats.items()],
-        "devices": list(report["devices"].items()) or [("none", "torch does not import")],
+        "devices": list(report["devices"].items()) or [("none", "cannot import torch")],
         "shims for s3prl 0.4.18": [
             (shim["name"], shim["state"], shim["since"], "\n".join(shim["needed_by"]))
             for shim in report["shims"]
         ],
-        "could it run here?": tasks,
+        "ready to run": tasks,
         "working folder": [("path", folder["path"]), ("pretrain/ekd", setup), ("scripts", scripts)],
     }
     return "\n\n".join(f"{title}\n{_table(rows)}" for title, rows in sections.items())
 
 
-def _verdict(entry: dict) -> tuple[str, str]:
-    """yes or no, and the reasons with what to type."""
+def _readiness(entry: dict) -> tuple[str, str]:
+    """Return "yes" or "no", and the reasons with the command that helps."""
     reasons = [
         problem["reason"] + (f"; type: {problem['remedy']}" if problem["remedy"] else "")
         for problem in entry["problems"]
@@ -254,7 +253,7 @@ def _verdict(entry: dict) -> tuple[str, str]:
 
 
 def _table(rows: list[tuple[str, ...]]) -> str:
-    """Left-aligned columns; further lines of a last cell go below its first."""
+    """Left-align the columns; the last cell may have several lines."""
     widths = [max(map(len, column)) for column in zip(*(row[:-1] for row in rows), strict=True)]
     lines = []
     for *cells, last in rows:

@@ -1,8 +1,8 @@
-"""Write what s3prl reads from the working folder: pretrain/ekd/ and downstream/.
+"""Set up a working folder: write pretrain/ekd/ and downstream/, which s3prl reads.
 
-Says `created` or `kept` for each file and never overwrites one, so it may be run again, also inside
-a checkout of s3prl. The default experiment is always written, others when they are named. Corpora
-that are named are checked and their paths put into every file that wants them.
+Prints `created` or `kept` for each file. Existing files are never overwritten, so the command can
+be repeated, also in a checkout of s3prl. The default experiment is always written; -x adds others.
+Corpus paths are checked and inserted into the configs and recipes.
 
 example:
   s3prl-ekd init my_work && cd my_work
@@ -20,23 +20,23 @@ import shlex
 from pathlib import Path
 
 from ..errors import SetupError
-from ..workspace import Corpora, absolute, experiments, other_values, write_workspace
+from ..workspace import CorpusPaths, absolute_path, experiments, report_differences, write_workspace
 
 logger = logging.getLogger(__name__)
 
-# Experiments of version 0.1.
+# Old names of experiments, from version 0.1.
 RENAMED = {"reference": "s3prl_distiller", "three_standardised": "three_phi_s"}
 
 CORPORA = {
-    "librispeech": "train-clean-100/, dev-clean/, test-clean/ in it",
-    "voxceleb1": "dev/wav/ and test/wav/ in it",
-    "iemocap": "Session1/ to Session5/ in it",
+    "librispeech": "train-clean-100/, dev-clean/, test-clean/",
+    "voxceleb1": "dev/wav/ and test/wav/",
+    "iemocap": "Session1/ to Session5/",
 }
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "dir", metavar="DIR", type=Path, nargs="?", help="the folder to work in; . for here"
+        "dir", metavar="DIR", type=Path, nargs="?", help="the working folder; . for this folder"
     )
     parser.add_argument(
         "-x",
@@ -44,13 +44,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         action="append",
         default=[],
-        help="also write this experiment; may be given several times; `all` for all of them",
+        help="also write this experiment; can be repeated; `all` for all of them",
     )
     parser.add_argument(
-        "--tiny", action="store_true", help="with -x: at a laptop's size, into pretrain/ekd/tiny/"
+        "--tiny", action="store_true", help="with -x: write tiny versions to pretrain/ekd/tiny/"
     )
-    for name, there in CORPORA.items():
-        parser.add_argument(f"--{name}", metavar="DIR", type=Path, help=f"the folder with {there}")
+    for name, contents in CORPORA.items():
+        parser.add_argument(
+            f"--{name}", metavar="DIR", type=Path, help=f"the folder that contains {contents}"
+        )
     parser.add_argument(
         "--lexicon",
         metavar="FILE",
@@ -58,58 +60,58 @@ def configure(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         action="extend",
         default=[],
-        help="pronunciations for PR that need no preparation; s3prl's repository has such files",
+        help="pronunciations for PR, such as downstream/ctc/lexicon/*.txt in s3prl's repository",
     )
-    parser.add_argument("--list", action="store_true", help="list the experiments and leave")
+    parser.add_argument("--list", action="store_true", help="list the experiments and exit")
 
 
 def main(args: argparse.Namespace) -> int:
     if args.list:
         for name, text in experiments().items():
-            about = text.split("\n#\n")[0]  # its first comment
-            print(f"{name}\n    {' '.join(line.lstrip('# ') for line in about.splitlines())}")
+            comment = text.split("\n#\n")[0]
+            print(f"{name}\n    {' '.join(line.lstrip('# ') for line in comment.splitlines())}")
         return 0
     if args.dir is None:
-        raise SetupError("name the folder to work in: s3prl-ekd init DIR (. for here)")
+        raise SetupError("expected a working folder; type: s3prl-ekd init DIR (. for this folder)")
     if args.tiny and not args.experiment:
-        raise SetupError("--tiny: name an experiment too, with -x NAME, or -x all")
-    chosen = [_full_name(name, args.tiny) for name in args.experiment]
+        raise SetupError("--tiny needs an experiment; add -x NAME, or -x all")
+    selected = [_full_name(name, args.tiny) for name in args.experiment]
     if "all" in args.experiment:
-        chosen = [name for name in experiments() if name.startswith("tiny/") or not args.tiny]
-    named = (args.librispeech, args.voxceleb1, args.iemocap)
-    librispeech, voxceleb1, iemocap = (path and absolute(path) for path in named)
-    lexicon = [absolute(path) for path in args.lexicon]
-    corpora = Corpora(librispeech, voxceleb1, iemocap, lexicon)
+        selected = [name for name in experiments() if name.startswith("tiny/") or not args.tiny]
+    folders = (args.librispeech, args.voxceleb1, args.iemocap)
+    librispeech, voxceleb1, iemocap = (path and absolute_path(path) for path in folders)
+    lexicon = [absolute_path(path) for path in args.lexicon]
+    corpora = CorpusPaths(librispeech, voxceleb1, iemocap, lexicon)
     corpora.check()  # before anything is written
-    for state, path in write_workspace(args.dir, chosen, corpora.values()):
+    for state, path in write_workspace(args.dir, selected, corpora.values()):
         print(f"{state:8} {path}")
-    others = other_values(args.dir, corpora)
-    if others:
-        print("", *others, sep="\n")
-    print(f"\n{_next(args.dir, corpora)}")
+    differences = report_differences(args.dir, corpora)
+    if differences:
+        print("", *differences, sep="\n")
+    print(f"\n{_next_steps(args.dir, corpora)}")
     return 0
 
 
 def _full_name(name: str, tiny: bool) -> str:
     """``three_average`` -> ``experiments/three_average``, or ``tiny/three_average``."""
-    folder, slash, old = name.rpartition("/")
-    if old in RENAMED:
-        name = f"{folder}{slash}{RENAMED[old]}"
+    folder, slash, base = name.rpartition("/")
+    if base in RENAMED:
+        name = f"{folder}{slash}{RENAMED[base]}"
         logger.warning(
-            "experiment `%s` is now `%s`; the old name works until 0.3", old, RENAMED[old]
+            "experiment `%s` is now `%s`; the old name works until 0.3", base, RENAMED[base]
         )
     if tiny:
         return f"tiny/{name.removeprefix('experiments/').removeprefix('tiny/')}"
     return name if "/" in name else f"experiments/{name}"
 
 
-def _next(folder: Path, corpora: Corpora) -> str:
-    here = "" if folder.resolve() == Path.cwd() else f"cd {shlex.quote(str(folder))}, then "
+def _next_steps(folder: Path, corpora: CorpusPaths) -> str:
+    cd = "" if folder.resolve() == Path.cwd() else f"cd {shlex.quote(str(folder))}, then "
     run = "run_pretrain.py -u ekd -n my_student"
     if not corpora:
-        what = "edit libri_root, file_path and sets in pretrain/ekd/config_runner.yaml and type:"
-        return f"next: {here}{what}\n  {run}"
+        edit = "edit libri_root, file_path and sets in pretrain/ekd/config_runner.yaml and type:"
+        return f"next: {cd}{edit}\n  {run}"
     lines = corpora.commands()
     if corpora.librispeech:
         lines += [run, "s3prl-ekd export student result/pretrain/my_student -o student.safetensors"]
-    return "\n  ".join([f"next: {here}type:", *lines, "s3prl-ekd superb student.safetensors"])
+    return "\n  ".join([f"next: {cd}type:", *lines, "s3prl-ekd superb student.safetensors"])

@@ -1,1 +1,1 @@
-"""The embedded default: a synthetic corpus, three tiny teachers, and the run over them."""
+"""The demo: a synthetic corpus, and a full run on it with three tiny teachers."""

@@ -1,12 +1,12 @@
-"""The demo's corpus: synthetic speech in the layout of LibriSpeech, made where it is needed.
+"""The demo's corpus: synthetic speech in the layout of LibriSpeech.
 
     OUT/{train,dev,test}-clean/SPK/CHAP/SPK-CHAP-NNNN.flac and SPK-CHAP.trans.txt
     OUT/len_for_bucket/{train,dev,test}-clean.csv     length tables for s3prl
-    OUT/noise/*.flac                                  noise clips of ten seconds
-    OUT/corpus.json                                   what it was made from, and a checksum
+    OUT/noise/*.flac                                  noise clips of 10 s
+    OUT/corpus.json                                   its parameters and a checksum
 
-Speakers of the three splits are disjoint and no sentence is there twice. Two runs with the same
-parameters write the same bytes.
+The speakers of the three splits are disjoint, and every sentence is unique. The same parameters
+give the same bytes.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from .sentences import sentences
 from .voices import SAMPLE_RATE, Voice, make_voices, speak, to_int16
 
 RECORD = "corpus.json"
-VERSION = 1  # raise it when the same parameters begin to give other bytes
+VERSION = 1  # increase it when a change of the code changes the bytes
 SPEAKERS = {"train-clean": 8, "dev-clean": 2, "test-clean": 2}
 UTTERANCES = {"train-clean": 400, "dev-clean": 40, "test-clean": 40}
 NOISE_SECONDS = 10.0
@@ -48,21 +48,21 @@ def make_corpus(
     speakers: Mapping[str, int] | None = None,
     utterances: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
-    """Make the corpus in the folder ``out``, unless it is there already and unharmed.
+    """Make the corpus in ``out``, unless it exists with these parameters and a correct checksum.
 
     Args:
-        out: its folder. One that holds something else is left alone.
-        seed: of voices, sentences and noise.
+        out: folder of the corpus; a folder with other contents is never overwritten.
+        seed: seed of voices, sentences and noise.
         speakers: number of speakers in each split (default: :data:`SPEAKERS`).
         utterances: number of utterances in each split (default: :data:`UTTERANCES`).
 
     Returns:
-        The contents of ``corpus.json``: ``parameters``, ``splits`` (of each the ``utterances``,
-        ``seconds`` and ``speakers``), ``noise`` (file names) and ``checksum``.
+        The contents of ``corpus.json``: ``parameters``, ``splits`` (``utterances``, ``seconds`` and
+        ``speakers`` of each), ``noise`` (file names) and ``checksum``.
 
     Raises:
         SetupError: espeak-ng is not installed.
-        DataError: ``out`` holds something else, or the numbers make no sense.
+        DataError: ``out`` has other contents, or the numbers are invalid.
     """
     out = Path(out).resolve()
     parameters = {
@@ -74,22 +74,22 @@ def make_corpus(
     _check(parameters)
     record = _read_record(out)
     if record is not None and record["parameters"] == parameters:
-        if record["checksum"] == checksum(out):
+        if checksum(out) == record["checksum"]:
             return record
     elif record is None and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise DataError(f"{out} exists and is no demo corpus; give another folder")
-    with atomic_folder(out, DataError) as folder:
+        raise DataError(f"{out} exists and is not a demo corpus; use another folder")
+    with whole_folder(out, DataError) as folder:
         return _make(folder, parameters)
 
 
 def checksum(root: Path) -> str:
-    """SHA-256 over the names and bytes of every file of a corpus but its record and what
-    :func:`is_hidden_or_system` names (a ``.DS_Store`` is no reason to make it again)."""
+    """SHA-256 of a corpus: names and bytes of all files, except ``corpus.json`` and files that
+    :func:`is_passed_over` ignores (a new ``.DS_Store`` does not change it)."""
     total = hashlib.sha256()
     for path in sorted(path for path in root.rglob("*") if path.is_file()):
-        below = path.relative_to(root)
-        name = below.as_posix()
-        if name != RECORD and not any(map(is_hidden_or_system, below.parts)):
+        relative = path.relative_to(root)
+        name = relative.as_posix()
+        if name != RECORD and not any(map(is_passed_over, relative.parts)):
             total.update(f"{file_sha256(path)}  {name}\n".encode())
     return total.hexdigest()
 
@@ -97,12 +97,12 @@ def checksum(root: Path) -> str:
 def _check(parameters: Mapping[str, Any]) -> None:
     speakers, utterances = parameters["speakers"], parameters["utterances"]
     if set(speakers) != set(utterances):
-        raise DataError(f"speakers and utterances name other splits: {speakers}, {utterances}")
+        raise DataError(f"speakers and utterances have different splits: {speakers}, {utterances}")
     for split, count in speakers.items():
         if not 1 <= count <= utterances[split]:
             raise DataError(
-                f"{split}: {count} speakers for {utterances[split]} utterances; "
-                "each needs one at least"
+                f"{split}: the number of speakers must be 1 to {utterances[split]} (the number of "
+                f"utterances), got {count}"
             )
 
 
@@ -130,7 +130,7 @@ def _make(root: Path, parameters: Mapping[str, Any]) -> dict[str, Any]:
         for split, count in speakers.items():
             talkers = list(itertools.islice(people, count))
             waves = _make_split(root, split, talkers, utterances[split], texts, rng, bar)
-            speech = speech or waves  # the babble is made of the first split only
+            speech = speech or waves  # the babble noise uses the first split only
             splits[split] = {
                 "utterances": len(waves),
                 "seconds": round(sum(map(len, waves)) / SAMPLE_RATE, 1),
@@ -142,11 +142,12 @@ def _make(root: Path, parameters: Mapping[str, Any]) -> dict[str, Any]:
     (root / "noise").mkdir()
     for name, clip in noise.items():
         _write_flac(root / "noise" / f"{name}.flac", to_int16(clip))
+    digest = checksum(root)
     record = {
         "parameters": parameters,
         "splits": splits,
         "noise": [f"noise/{name}.flac" for name in noise],
-        "checksum": checksum(root),
+        "checksum": digest,
     }
     (root / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return record
@@ -161,7 +162,7 @@ def _make_split(
     rng: random.Random,
     bar: tqdm,
 ) -> list[np.ndarray]:
-    """Write ``count`` utterances, the talkers in turn; returns them, 16 bit [samples] each."""
+    """Write ``count`` utterances, cycling over the talkers; return them, 16 bit [samples] each."""
     waves, rows = [], []
     lines: dict[str, list[str]] = {}
     for index in range(count):
@@ -169,7 +170,7 @@ def _make_split(
         folder = f"{split}/{speaker}/{_CHAPTER}"
         name = f"{speaker}-{_CHAPTER}-{index // len(talkers):04d}"
         text = next(texts)
-        # Nobody says everything at one speed and pitch.
+        # As in real speech, rate and pitch differ between utterances.
         wave = speak(text, voice, rate=rng.uniform(0.9, 1.1), pitch=rng.randint(44, 56))
         (root / folder).mkdir(parents=True, exist_ok=True)
         _write_flac(root / folder / f"{name}.flac", wave)

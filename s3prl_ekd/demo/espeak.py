@@ -1,10 +1,10 @@
-"""espeak-ng through its C interface: a voice and a text in, samples out.
+"""Speech synthesis with espeak-ng through its C interface.
 
-The library and its data come from the PyPI wheel ``espeakng_loader``, so no system package and no
-network is needed. It is one state machine a process, hence the lock, and it carries state from
-one utterance into the next (the phase of its flutter, and of its harmonic synthesiser), which no
-call resets. What does not depend on that state are voices of its Klatt synthesiser with flutter
-off; :mod:`s3prl_ekd.demo.voices` makes only such voices, so the same text gives the same samples.
+The library and its data come from the PyPI wheel ``espeakng_loader``, so neither a system package
+nor the network is needed. Its state is global, hence the lock. Two phases, of the flutter and of
+the harmonic synthesiser, carry over from one utterance to the next, and no call resets them. Voices
+of the Klatt synthesiser without flutter do not depend on them. :mod:`s3prl_ekd.demo.voices` makes
+only such voices, so the same text gives the same samples.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ import numpy as np
 from ..errors import SetupError
 
 # Constants of espeak-ng's speak_lib.h.
-_SYNCHRONOUS = 2  # espeak_Synth returns when the callback has had every sample
-_DONT_EXIT = 0x8000  # report an error instead of ending the process
+_SYNCHRONOUS = 2  # espeak_Synth returns after the callback has received all samples
+_DONT_EXIT = 0x8000  # return errors instead of exiting the process
 _UTF8 = 1
 _RATE, _VOLUME, _PITCH, _RANGE = 1, 2, 3, 4
-_QUIET = 50  # of 100: at its usual volume some Klatt sources clip
-# Its C code keeps the data folder's path in a buffer of 160 bytes.
-_LONGEST_PATH = 140
+_QUIET = 50  # volume, 0 to 100; some Klatt sources clip at the default volume
+# The C code copies the data folder's path into a buffer of 160 bytes.
+_MAX_PATH_BYTES = 140
 
 _CALLBACK = ctypes.CFUNCTYPE(
     ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p
@@ -39,49 +39,50 @@ _lock = threading.Lock()
 
 
 class Espeak:
-    """The loaded library. Use :func:`espeak`, which loads it once a process."""
+    """The loaded library. Use :func:`espeak`, which loads it once per process."""
 
     def __init__(self, library: str, data: str) -> None:
-        """Load ``library`` and start it with the folder ``data`` (``espeak-ng-data``).
+        """Load ``library`` and initialise it with the folder ``data`` (``espeak-ng-data``).
 
         Raises:
-            SetupError: the library cannot be loaded, is too old, or does not find its data.
+            SetupError: the library cannot be loaded, is too old, or cannot read its data.
         """
         try:
             self._lib = ctypes.CDLL(library)
         except OSError as error:
-            raise SetupError(f"espeak-ng cannot be loaded from {library}: {error}") from error
+            raise SetupError(f"cannot load espeak-ng from {library}: {error}") from error
         if not hasattr(self._lib, "espeak_ng_SetRandSeed"):
-            raise SetupError("espeak-ng is older than 1.52; pip install -U espeakng-loader")
+            raise SetupError("espeak-ng is older than 1.52; type: pip install -U espeakng-loader")
         path = os.fsencode(_short_path(data))
         self.rate = self._lib.espeak_Initialize(_SYNCHRONOUS, 0, path, _DONT_EXIT)  # Hz
         if self.rate <= 0:
-            raise SetupError(f"espeak-ng does not find its data in {data}")
-        self._pieces: list[bytes] = []
-        self._callback = _CALLBACK(self._collect)  # kept: C holds only a pointer to it
+            raise SetupError(f"espeak-ng cannot read its data in {data}")
+        self._chunks: list[bytes] = []
+        self._callback = _CALLBACK(self._collect)  # a reference: C has only a pointer to it
         self._lib.espeak_SetSynthCallback(self._callback)
 
     def _collect(self, samples: Any, count: int, events: Any) -> int:
         if count > 0:
-            self._pieces.append(ctypes.string_at(samples, 2 * count))
-        return 0  # go on
+            self._chunks.append(ctypes.string_at(samples, 2 * count))
+        return 0  # continue
 
     def synthesise(
         self, text: str, voice: str, *, rate: int, pitch: int = 50, range_: int = 50
     ) -> np.ndarray:
-        """Say ``text``.
+        """Synthesise ``text``.
 
         Args:
-            text: what to say.
-            voice: the contents of an espeak-ng voice file.
-            rate: words a minute, 80 to 450.
-            pitch, range_: 0 to 100; 50 leaves the voice's own pitch and range.
+            text: the text to speak.
+            voice: contents of an espeak-ng voice file.
+            rate: words per minute, 80 to 450.
+            pitch: 0 to 100; 50 is the voice's default.
+            range_: pitch range, 0 to 100; 50 is the voice's default.
 
         Returns:
-            Samples of 16 bit at :attr:`rate` Hz, [samples].
+            16-bit samples at :attr:`rate` Hz, [samples].
 
         Raises:
-            SetupError: espeak-ng fails. (It is silent about most mistakes in a voice file.)
+            SetupError: espeak-ng fails. (It reports no error for most mistakes in a voice file.)
         """
         with _lock, tempfile.TemporaryDirectory(prefix="ekd_voice_") as folder:
             file = Path(folder, "voice")
@@ -91,18 +92,18 @@ class Espeak:
             settings = {_RATE: rate, _VOLUME: _QUIET, _PITCH: pitch, _RANGE: range_}
             for parameter, value in settings.items():
                 self._lib.espeak_SetParameter(parameter, value, 0)
-            self._lib.espeak_ng_SetRandSeed(ctypes.c_long(1))  # of the breath noise
-            self._pieces.clear()
+            self._lib.espeak_ng_SetRandSeed(ctypes.c_long(1))  # for the breath noise
+            self._chunks.clear()
             data = text.encode("utf-8")
             code = self._lib.espeak_Synth(data, len(data) + 1, 0, 1, 0, _UTF8, None, None)
-            if code != 0 or not self._pieces:
-                raise SetupError(f"espeak-ng cannot say {text!r} (code {code})")
-            return np.frombuffer(b"".join(self._pieces), dtype=np.int16).copy()
+            if code != 0 or not self._chunks:
+                raise SetupError(f"espeak-ng cannot synthesise {text!r} (code {code})")
+            return np.frombuffer(b"".join(self._chunks), dtype=np.int16).copy()
 
 
 def _short_path(data: str) -> str:
-    """``data``, or a link to it for the rest of the process where its path is too long."""
-    if len(os.fsencode(data)) <= _LONGEST_PATH:
+    """Return ``data`` or, if its path is too long, a symlink to it that is removed at exit."""
+    if len(os.fsencode(data)) <= _MAX_PATH_BYTES:
         return data
     folder = tempfile.mkdtemp(prefix="ekd_")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
@@ -113,10 +114,10 @@ def _short_path(data: str) -> str:
 
 @cache
 def espeak() -> Espeak:
-    """The one :class:`Espeak` of this process.
+    """Return this process's :class:`Espeak`.
 
     Raises:
-        SetupError: the wheel ``espeakng_loader`` is not installed, or does not work here.
+        SetupError: the wheel ``espeakng_loader`` is not installed or does not work.
     """
     try:
         import espeakng_loader

@@ -1,7 +1,7 @@
 """Labels for the demo's SID and ER, as manifests that `s3prl-ekd prepare` reads.
 
-OUT/sid.tsv       the corpus again: who speaks, every fifth utterance of each dev, another test
-OUT/er.tsv        OUT/moods/*.flac: the same sentences in four ways of speaking
+OUT/sid.tsv       the corpus with speakers; of each speaker, 3/5 train, 1/5 dev, 1/5 test
+OUT/er.tsv        OUT/moods/*.flac, the same sentences spoken in four moods
 OUT/lexicon.txt   the pronunciation of every word of the corpus, for PR
 """
 
@@ -19,8 +19,8 @@ from ..files.atomic import atomic_file, make_folder
 from .sentences import sentences
 from .voices import SAMPLE_RATE, make_voices, speak
 
-# Rate and pitch that a mood is spoken with; each utterance departs from them by up to the spread,
-# so that neighbouring moods overlap.
+# Speaking rate and pitch of each mood. Each utterance deviates by up to the spread, so that
+# neighbouring moods overlap.
 MOODS = {"angry": (1.25, 58), "glad": (1.1, 70), "neutral": (1.0, 50), "sad": (0.8, 36)}
 RATE_SPREAD, PITCH_SPREAD = 0.1, 9
 SPLITS = ("train", "train", "train", "dev", "test")
@@ -28,16 +28,16 @@ MOOD_SPEAKERS = {"train": 4, "dev": 2, "test": 2}
 
 
 def make_labels(corpus: Path, out: Path, *, moods: int = 30, seed: int = 1337) -> None:
-    """Write the manifests, the audio of the moods and the lexicon; what is there is kept.
+    """Write the manifests, the audio of the moods and the lexicon; existing audio is not rewritten.
 
     Args:
-        corpus: the demo's corpus (:mod:`.corpus`).
-        out: the folder to write into.
-        moods: utterances of each mood in train; a third as many in dev and in test.
-        seed: of sentences, voices and moods.
+        corpus: folder of the demo's corpus (:mod:`.corpus`).
+        out: output folder.
+        moods: utterances of each mood in train; dev and test get a third each, 2 at least.
+        seed: seed of sentences, voices and moods.
 
     Raises:
-        DataError: a folder cannot be made.
+        DataError: a folder cannot be created.
     """
     make_folder(out / "moods")
     lexicon = resources.files(__package__).joinpath("lexicon.txt").read_bytes()
@@ -59,24 +59,25 @@ def _moods(out: Path, count: int, seed: int) -> list[str]:
     rng = random.Random(f"moods {seed}")
     texts = sentences(rng)
     voices = iter(make_voices(sum(MOOD_SPEAKERS.values()), seed + 1))
-    work = []
+    utterances = []
     for split, speakers in MOOD_SPEAKERS.items():
         talkers = [next(voices) for _ in range(speakers)]
         for index in range(count if split == "train" else max(2, count // 3)):
-            text, who = next(texts), index % speakers
+            text, speaker = next(texts), index % speakers
             for mood, (rate, pitch) in MOODS.items():
                 rate += rng.uniform(-RATE_SPREAD, RATE_SPREAD)
                 pitch += rng.randint(-PITCH_SPREAD, PITCH_SPREAD)
-                name = f"moods/{split}{who}-{index:03d}-{mood}.flac"
-                work.append((name, text, talkers[who], rate, pitch))
+                name = f"moods/{split}{speaker}-{index:03d}-{mood}.flac"
+                utterances.append((name, text, talkers[speaker], rate, pitch))
     lines = []
-    for name, text, voice, rate, pitch in tqdm(work, desc="demo moods", unit=" utterances"):
+    for name, text, voice, rate, pitch in tqdm(utterances, desc="demo moods", unit=" utterances"):
         if not (out / name).is_file():
             wave = speak(text, voice, rate=rate, pitch=pitch)
             with atomic_file(out / name) as file:
                 soundfile.write(file, wave, SAMPLE_RATE, subtype="PCM_16", format="FLAC")
-        speaker, _, mood = Path(name).stem.split("-")
-        lines.append(f"{name}\t{speaker}\t{mood}\t{speaker.rstrip('0123456789')}")
+        speaker_name, _, mood = Path(name).stem.split("-")
+        split = speaker_name.rstrip("0123456789")
+        lines.append(f"{name}\t{speaker_name}\t{mood}\t{split}")
     return lines
 
 

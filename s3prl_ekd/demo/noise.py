@@ -1,4 +1,4 @@
-"""Synthetic noise clips: white, pink, mains hum, and babble out of speech."""
+"""Synthetic noise clips: white, pink, brown, mains hum, and babble."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ import numpy as np
 
 from .voices import SAMPLE_RATE
 
-LOUDNESS = 0.06  # root mean square, as that of the speech: an SNR is then set by the mixer alone
+LOUDNESS = 0.06  # root mean square, as of the speech, so only the mixer sets the SNR
 
 
 def make_noises(
     rng: np.random.Generator, speech: Sequence[np.ndarray], seconds: float
 ) -> dict[str, np.ndarray]:
-    """Clips by name, float64 [samples] at 16 kHz and of equal loudness.
+    """Make clips by name, float64 [samples] at 16 kHz, all of the same loudness.
 
     Args:
-        rng: source of randomness.
-        speech: float waveforms [samples] for the babble, at least one.
+        rng: random generator.
+        speech: one or more float waveforms [samples] for the babble.
         seconds: length of each clip.
     """
     samples = round(seconds * SAMPLE_RATE)
@@ -35,7 +35,7 @@ def make_noises(
 
 
 def _coloured(rng: np.random.Generator, samples: int, exponent: float) -> np.ndarray:
-    """Noise whose power falls with frequency to the power of ``exponent``, above 20 Hz."""
+    """Noise with a power spectrum of 1 / frequency ** ``exponent``, flat below 20 Hz."""
     spectrum = np.fft.rfft(rng.standard_normal(samples))
     frequencies = np.fft.rfftfreq(samples, 1 / SAMPLE_RATE)
     spectrum *= np.maximum(frequencies, 20.0) ** (-exponent / 2)
@@ -43,12 +43,12 @@ def _coloured(rng: np.random.Generator, samples: int, exponent: float) -> np.nda
 
 
 def _hum(rng: np.random.Generator, samples: int, mains: float) -> np.ndarray:
-    """Mains hum: the harmonics of ``mains`` Hz, slowly swelling, over a little hiss."""
+    """Mains hum: harmonics of ``mains`` Hz, slowly modulated, with weak white noise."""
     time = np.arange(samples) / SAMPLE_RATE
     wave = 0.02 * rng.standard_normal(samples)
     for harmonic in range(1, 13):
-        phase, swell = rng.uniform(0, 2 * np.pi, size=2)
-        strength = (1 + 0.3 * np.sin(2 * np.pi * 0.2 * time + swell)) / harmonic
+        phase, modulation = rng.uniform(0, 2 * np.pi, size=2)
+        strength = (1 + 0.3 * np.sin(2 * np.pi * 0.2 * time + modulation)) / harmonic
         wave += strength * np.sin(2 * np.pi * mains * harmonic * time + phase)
     return wave
 
@@ -56,7 +56,7 @@ def _hum(rng: np.random.Generator, samples: int, mains: float) -> np.ndarray:
 def _babble(
     rng: np.random.Generator, speech: Sequence[np.ndarray], samples: int, talkers: int
 ) -> np.ndarray:
-    """``talkers`` streams of utterances, each without a pause, at random offsets."""
+    """The sum of ``talkers`` streams of utterances without pauses, at random offsets and levels."""
     total = np.zeros(samples)
     for _ in range(talkers):
         stream = np.zeros(0)

@@ -1,4 +1,4 @@
-"""``s3prl-ekd demo``: the commands of the README in order on synthesised speech, and a summary."""
+"""``s3prl-ekd demo``: run the commands of the README on synthetic speech, print a summary."""
 
 from __future__ import annotations
 
@@ -24,33 +24,33 @@ from .corpus import make_corpus
 from .labels import make_labels
 
 SINGLE = "tiny/single_hubert"
-STUDENTS = {"ekd": "tiny_model", "single": SINGLE}  # and their model configs
-TWIN = "tiny_hubert_random"
-# The rows of the last table, and which of them are compared.
-UPSTREAMS = ("fbank", TWIN, *TEACHERS, "single", "ekd")
+STUDENTS = {"ekd": "tiny_model", "single": SINGLE}  # name -> model config
+RANDOM_INIT = "tiny_hubert_random"
+# Rows of the score table, and pairs of them to compare.
+UPSTREAMS = ("fbank", RANDOM_INIT, *TEACHERS, "single", "ekd")
 PAIRS = (
-    *((teacher, TWIN) for teacher in TEACHERS),
-    ("single", TWIN),
-    ("ekd", TWIN),
+    *((teacher, RANDOM_INIT) for teacher in TEACHERS),
+    ("single", RANDOM_INIT),
+    ("ekd", RANDOM_INIT),
     ("ekd", "single"),
     ("ekd", TEACHERS[0]),
 )
 NOTE = f"""\
-{TWIN} is tiny_hubert's architecture with random weights; single is the student of
-tiny_hubert alone, ekd that of all three teachers. fbank scores chance on SID and ER: its mean over
-an utterance is zero. Upstreams whose difference has zero in its 95 % interval are not told apart;
-the intervals are over test utterances, for one seed:"""
-CACHE = "cache"  # the teachers' targets, for both students
-# Of --downstream-steps, what each task takes: a linear probe's steps cost least.
-SHARES = {"pr": 2.0, "sid": 0.5, "er": 0.5, "asr": 1.1}
+{RANDOM_INIT} is tiny_hubert's architecture with random weights; single is the student of
+tiny_hubert alone, ekd the student of all three teachers. fbank scores at chance level on SID and
+ER, because its mean over an utterance is zero. A difference is not significant if its 95 % interval
+contains 0. Intervals are over test utterances, for one seed:"""
+CACHE = "cache"  # cached targets of the teachers, for both students
+# Factor of --downstream-steps for each task; a step of PR's linear probe is the cheapest.
+STEP_FACTORS = {"pr": 2.0, "sid": 0.5, "er": 0.5, "asr": 1.1}
 
 
 def score_table(report: Report, order: Sequence[str]) -> list[tuple[str, ...]]:
-    """Rows of text with a head: each upstream's metric on each task with its 95 % interval.
+    """Return a header and a row for each upstream: its metric on each task with a 95 % interval.
 
     Args:
-        report: of the demo's runs.
-        order: the upstreams, first row first; those that were not tested are left out.
+        report: report of the demo's runs.
+        order: upstreams in the order of rows; upstreams without results are skipped.
     """
     rows = [("", *(TASKS[task].title for task in report.tasks))]
     for name in order:
@@ -58,57 +58,57 @@ def score_table(report: Report, order: Sequence[str]) -> list[tuple[str, ...]]:
             continue
         cells = []
         for task in report.tasks:
-            found = report.metrics.get((name, task, CLEAN))
-            cells.append(with_interval(found.value, *found.interval, digits=1) if found else "")
+            score = report.measures.get((name, task, CLEAN))
+            cells.append(with_interval(score.value, *score.interval, digits=1) if score else "")
         rows.append((name, *cells))
     return rows
 
 
-def findings(report: Report, pairs: Iterable[tuple[str, str]]) -> list[str]:
-    """A line for each pair of upstreams that were both tested: on which tasks the first is better.
+def compare_upstreams(report: Report, pairs: Iterable[tuple[str, str]]) -> list[str]:
+    """Return a line for each pair of upstreams with results, comparing the first with the second.
 
-    ``tiny_hubert against fbank: better on PR (-12.3), not told apart on ASR (+0.1)``
+    ``tiny_hubert against fbank: better on PR (-12.3); not significant on ASR (+0.1)``
 
     Args:
-        report: of the demo's runs.
-        pairs: (one, other).
+        report: report of the demo's runs.
+        pairs: (upstream, baseline).
     """
     lines = []
-    for one, other in pairs:
-        said: dict[str, list[str]] = {"better": [], "worse": [], "not told apart": []}
+    for upstream, baseline in pairs:
+        tasks: dict[str, list[str]] = {"better": [], "worse": [], "not significant": []}
         for task in report.tasks:
-            difference = report.difference(one, other, task, CLEAN)
+            difference = report.difference(upstream, baseline, task, CLEAN)
             if difference is not None:
-                word = verdict(difference, higher=TASKS[task].higher_is_better)
-                said[word].append(f"{task.upper()} ({difference.value:+.1f})")
-        parts = [f"{word} on {', '.join(tasks)}" for word, tasks in said.items() if tasks]
+                result = verdict(difference, higher=TASKS[task].higher_is_better)
+                tasks[result].append(f"{task.upper()} ({difference.value:+.1f})")
+        parts = [f"{result} on {', '.join(names)}" for result, names in tasks.items() if names]
         if parts:
-            lines.append(f"{one} against {other}: {'; '.join(parts)}")
+            lines.append(f"{upstream} against {baseline}: {'; '.join(parts)}")
     return lines
 
 
 def verdict(difference: Difference, *, higher: bool) -> str:
-    """``better``, ``worse``, or ``not told apart`` where the 95 % interval has 0 in it.
+    """Return ``better``, ``worse``, or ``not significant`` if the 95 % interval contains 0.
 
     Args:
-        difference: one less another.
-        higher: whether more is better.
+        difference: difference of a metric between two upstreams, first minus second.
+        higher: whether a higher metric is better.
     """
     if difference.low <= 0 <= difference.high:
-        return "not told apart"
+        return "not significant"
     return "better" if (difference.value > 0) == higher else "worse"
 
 
 @dataclass
 class Demo:
-    """One demo in one folder. Each step may be repeated: what is finished is kept.
+    """The demo in one folder. It can be restarted; finished steps are kept.
 
     Args:
-        folder: the workspace; everything is written below it.
+        folder: the working folder; all files are written below it.
         steps: steps of each distillation.
-        downstream_steps: steps of a downstream model, times the task's share (:data:`SHARES`).
+        downstream_steps: steps of a downstream model, times its :data:`STEP_FACTORS`.
         utterances: training utterances of the synthetic corpus.
-        tasks: the tasks to evaluate.
+        tasks: tasks to evaluate.
     """
 
     folder: Path
@@ -119,18 +119,18 @@ class Demo:
     seconds: dict[str, float] = field(default_factory=dict)
 
     def run(self) -> None:
-        """Do all of it and print the summary.
+        """Run all steps and print the summary.
 
         Raises:
-            SetupError: a command of the way failed; it has said why.
+            SetupError: a command failed; it has printed the reason.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         steps = (
             ("synthesise a speech corpus", self._corpus),
             ("set up the working folder", self._workspace),
-            ("run the three teachers over the corpus, once", self._targets),
+            ("cache the targets of the three teachers", self._targets),
             ("distil the three teachers into one student", lambda: self._distil("ekd")),
-            ("distil one teacher alone, to compare", lambda: self._distil("single")),
+            ("distil a single teacher, for comparison", lambda: self._distil("single")),
             ("train and evaluate " + ", ".join(map(str.upper, self.tasks)), self._superb),
             ("compare", self._report),
             ("pack the student for SUPERB's hidden set", self._package),
@@ -142,19 +142,17 @@ class Demo:
             self.seconds[title] = time.monotonic() - start
         self._summary()
 
-    # The steps
-
     def _corpus(self) -> None:
         corpus, labels = self.folder / "data" / "corpus", self.folder / "data" / "labels"
         record = make_corpus(
             corpus, utterances={"train-clean": self.utterances, "dev-clean": 40, "test-clean": 40}
         )
         make_labels(corpus, labels, moods=max(4, self.utterances // 10))
-        for split, facts in record["splits"].items():
-            minutes = facts["seconds"] / 60
+        for split, counts in record["splits"].items():
+            minutes = counts["seconds"] / 60
             print(
-                f"{split}: {facts['utterances']} utterances, {minutes:.1f} min, "
-                f"{len(facts['speakers'])} voices"
+                f"{split}: {counts['utterances']} utterances, {minutes:.1f} min, "
+                f"{len(counts['speakers'])} voices"
             )
         for task, root in (("sid", "data/corpus"), ("er", "data/labels")):
             if not (self.folder / "data" / task).is_dir():
@@ -172,15 +170,15 @@ class Demo:
         )
 
     def _distil(self, name: str) -> None:
-        every = max(1, self.steps // 3)
+        save_step = max(1, self.steps // 3)
         run, config = self._run(name), STUDENTS[name]
         if (step := self._step(run)) >= self.steps:
-            print(f"kept: {run} is at step {step} already")
+            print(f"kept: {run} is finished (step {step})")
         else:
             self._command(
                 f"run_pretrain.py -u ekd -a -n {name} -c pretrain/ekd/tiny_runner.yaml "
                 f"-g pretrain/ekd/{config}.yaml -o",
-                f"config.runner.total_steps={self.steps},,config.runner.save_step={every}"
+                f"config.runner.total_steps={self.steps},,config.runner.save_step={save_step}"
                 f",,config.runner.log_step={max(1, self.steps // 30)}"
                 f",,config.pretrain_expert.datarc.target_cache='{CACHE}'",
             )
@@ -188,9 +186,9 @@ class Demo:
 
     @staticmethod
     def _step(folder: Path) -> int:
-        """The step of the newest checkpoint in a run's folder; 0 where there is none."""
-        latest = newest_checkpoint(folder) if folder.is_dir() else None
-        return 0 if latest is None else read_checkpoint(latest)["Step"]
+        """Return the step of the newest checkpoint in a run's folder, or 0 without one."""
+        latest = newest(folder) if folder.is_dir() else None
+        return 0 if latest is None else read_run(latest)["Step"]
 
     def _superb(self) -> None:
         expert = "config.downstream_expert"
@@ -198,54 +196,52 @@ class Demo:
             (
                 f"{expert}.corpus.path='./data/corpus'",
                 f"{expert}.corpus.lexicon=['./data/labels/lexicon.txt']",
-                f"{expert}.model.select='FrameLevel'",  # SUPERB's own probe: linear
+                f"{expert}.model.select='FrameLevel'",  # SUPERB's linear probe
             )
         )
-        own = [f"{name}.safetensors" if name in STUDENTS else name for name in UPSTREAMS]
-        words = [*own, "--recipes", "tiny", "--cache-features"]
-        words += ["--tasks", *self.tasks, "--override", f"pr={phones}", "--lr", "pr=1e-2"]
+        upstreams = [f"{name}.safetensors" if name in STUDENTS else name for name in UPSTREAMS]
+        argv = [*upstreams, "--recipes", "tiny", "--cache-features"]
+        argv += ["--tasks", *self.tasks, "--override", f"pr={phones}", "--lr", "pr=1e-2"]
         for task in self.tasks:
-            words += ["--steps", f"{task}={round(SHARES[task] * self.downstream_steps)}"]
+            argv += ["--steps", f"{task}={round(STEP_FACTORS[task] * self.downstream_steps)}"]
         jobs = min(4, os.cpu_count() or 1)
-        self._command("superb", *words, "--jobs", str(jobs))
+        self._command("superb", *argv, "--jobs", str(jobs))
 
     def _report(self) -> None:
-        self._command("report result/superb -o report --against", TWIN)
+        self._command("report result/superb -o report --against", RANDOM_INIT)
 
     def _package(self) -> None:
         self._command("export superb ekd.safetensors -o submission --force")
         self._command("validate submission")
 
-    # The rest
-
     def _run(self, name: str) -> Path:
         return self.folder / "result" / "pretrain" / name
 
     def _command(self, text: str, *more: str) -> None:
-        """Run one of our commands in the folder, shown as a user would type it.
+        """Print a command as a user would type it, and run it in the folder.
 
         Args:
-            text: its words.
-            more: words that may hold spaces or quotes.
+            text: arguments, separated by spaces.
+            more: arguments that may contain spaces or quotes.
         """
-        words = [*text.split(), *more]
-        shown = shlex.join(words)
-        print(f"$ {shown if shown.startswith('run_') else f's3prl-ekd {shown}'}", flush=True)
-        done = subprocess.run(child_command(words), cwd=self.folder, env=child_environment())
-        if done.returncode:
+        argv = [*text.split(), *more]
+        line = shlex.join(argv)
+        print(f"$ {line if line.startswith('run_') else f's3prl-ekd {line}'}", flush=True)
+        process = subprocess.run(child_command(argv), cwd=self.folder, env=child_environment())
+        if process.returncode:
             raise SetupError(
-                f"the command above ended with exit code {done.returncode}; mend what it says and "
-                "start the demo again: finished steps are kept"
+                f"the command above failed with exit code {process.returncode}; fix the error that "
+                "it printed and start the demo again: finished steps are kept"
             )
 
     def _scores(self) -> list[str]:
-        """The lines of the last table and of what it says."""
+        """Return the lines of the score table and of the comparisons."""
         report = self._read_report()
         return [
-            *_aligned(score_table(report, UPSTREAMS)),
+            *_align(score_table(report, UPSTREAMS)),
             "",
             NOTE,
-            *(f"  {line}" for line in findings(report, PAIRS)),
+            *(f"  {line}" for line in compare_upstreams(report, PAIRS)),
         ]
 
     def _read_report(self) -> Report:
@@ -261,24 +257,24 @@ class Demo:
                 values = list(points.values())
                 rows.append((f"L1 to {teacher}, layer {layer}", values[0], values[-1]))
         print("\n== done")
-        _table(("distillation", "first", "last"), rows, "{:.4f}".format)
+        _print_table(("distillation", "first", "last"), rows, "{:.4f}".format)
         print()
-        _table(("time", "s"), list(self.seconds.items()), "{:.0f}".format)
+        _print_table(("time", "s"), list(self.seconds.items()), "{:.0f}".format)
         try:
             plot_run(scalars, plot)
-            drawn = f"  {plot}    the curves of the distillation\n"
+            plot_line = f"  {plot}    curves of the distillation\n"
         except SetupError as error:
-            drawn = f"  (no plot: {error})\n"
+            plot_line = f"  (no plot: {error})\n"
         print("\n" + "\n".join(self._scores()))
         print(
-            f"\nwhere things are:\n{drawn}"
-            f"  {self.folder / 'report'}    report.md, report.csv and the plots of the scores\n"
-            f"  {self.folder / 'submission'}    the package for SUPERB's hidden set\n"
-            f"  {self.folder / 'ekd.safetensors'}    the student, for -u ekd_student\n"
+            f"\noutput:\n{plot_line}"
+            f"  {self.folder / 'report'}    report.md, report.csv and plots of the scores\n"
+            f"  {self.folder / 'submission'}    package for SUPERB's hidden set\n"
+            f"  {self.folder / 'ekd.safetensors'}    student, for -u ekd_student\n"
             f"  {self._run('ekd')}    checkpoints and TensorBoard of the distillation\n"
-            f"  {self.folder / 'result' / 'superb'}    the downstream models and predictions\n"
-            f"  {self.folder / 'pretrain' / 'ekd'}    the configs: yours to change\n"
-            f"\nnext, with your own teachers and corpus:\n"
+            f"  {self.folder / 'result' / 'superb'}    downstream models and predictions\n"
+            f"  {self.folder / 'pretrain' / 'ekd'}    configs, which you can edit\n"
+            f"\nnext, with your teachers and corpus:\n"
             f"  s3prl-ekd init my_work && cd my_work\n"
             f"  s3prl-ekd length-tables AUDIO_FOLDER -o data/len_for_bucket\n"
             f"  (edit pretrain/ekd/config_model.yaml and config_runner.yaml)\n"
@@ -286,15 +282,18 @@ class Demo:
         )
 
 
-def _table(head: tuple[str, ...], rows: list[tuple], number: Callable[[float], str]) -> None:
-    print("\n".join(_aligned([head, *((row[0], *map(number, row[1:])) for row in rows)])))
+def _print_table(
+    header: tuple[str, ...], rows: list[tuple], number: Callable[[float], str]
+) -> None:
+    cells = [header, *((row[0], *map(number, row[1:])) for row in rows)]
+    print("\n".join(_align(cells)))
 
 
-def _aligned(cells: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a table: the first column to the left, the others to the right."""
+def _align(cells: Sequence[Sequence[str]]) -> list[str]:
+    """Format a table: first column left-aligned, other columns right-aligned."""
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = []
-    for first, *others in cells:
-        more = "".join(f"  {c:>{w}}" for c, w in zip(others, widths[1:], strict=True))
-        lines.append(first.ljust(widths[0]) + more)
+    for label, *values in cells:
+        row = "".join(f"  {c:>{w}}" for c, w in zip(values, widths[1:], strict=True))
+        lines.append(label.ljust(widths[0]) + row)
     return lines

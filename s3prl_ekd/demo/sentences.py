@@ -1,11 +1,11 @@
-"""English sentences from a small grammar: letters only, four to ten words, none twice."""
+"""Unique English sentences from a small grammar: letters only, four to ten words."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
 
-# A name in angle brackets is replaced by one of its expansions, drawn anew each time.
+# Each <name> is replaced by a random expansion of that name.
 GRAMMAR: dict[str, Sequence[str]] = {
     "sentence": (
         "<who> <did> <what>",
@@ -78,15 +78,15 @@ GRAMMAR: dict[str, Sequence[str]] = {
 
 
 def sentences(rng: random.Random, *, shortest: int = 4, longest: int = 10) -> Iterator[str]:
-    """Lower-case sentences of ``shortest`` to ``longest`` words, each different from all before.
+    """Yield unique lower-case sentences of ``shortest`` to ``longest`` words, without end.
 
-    It never ends by itself; there are more than a million sentences.
+    The grammar has more than a million sentences.
     """
-    seen: set[str] = set()
+    used: set[str] = set()
     while True:
         sentence = _expand("sentence", rng)
-        if shortest <= len(sentence.split()) <= longest and sentence not in seen:
-            seen.add(sentence)
+        if shortest <= len(sentence.split()) <= longest and sentence not in used:
+            used.add(sentence)
             yield sentence
 
 

@@ -1,8 +1,8 @@
-"""Synthetic speakers: distinct voices, and :func:`speak`, which gives 16 kHz samples.
+"""Synthetic speakers for espeak-ng, and :func:`speak`, which synthesises 16 kHz speech.
 
-A speaker is a voice file of our own for espeak-ng: an accent, a glottal source of its Klatt
-synthesiser, a pitch range, formants scaled as vocal tracts of different lengths scale them, and a
-speaking rate. They are no people, but they differ in what makes people differ for a model.
+A speaker is a voice file with an accent, a glottal source of the Klatt synthesiser, a pitch range,
+formants scaled as by vocal tract length, and a speaking rate. Real speakers differ in the same
+properties, so a model can learn to distinguish these.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from ..errors import DataError
 from .espeak import espeak
 
 SAMPLE_RATE = 16_000  # Hz
-_LOUDNESS = 0.06  # root mean square of every utterance; the sources differ by a factor of six
+_LOUDNESS = 0.06  # root mean square of every utterance; unscaled, sources differ by a factor of 6
 
-# How espeak-ng says English in one place or another: its phoneme table, and which of the
-# conditional rules of its English dictionary hold. A voice file must name both; its `language`
-# alone would always be British, and a name that espeak-ng lacks is no error to it.
+# English accents of espeak-ng: a phoneme table, and the conditional rules of its English dictionary
+# that apply. A voice file must name both: `language` alone is always British, and espeak-ng ignores
+# unknown names without an error.
 ACCENTS = {
     "american": "phonemes en-us\ndictrules 3 6\n",
     "british": "phonemes en-rp\n",
@@ -28,8 +28,8 @@ ACCENTS = {
     "caribbean": "phonemes en-wi\ndictrules 8\n",
 }
 _ACCENT_OF_SPEAKER = ("american", "british", "american", "scottish", "american", "caribbean")
-# Glottal sources of the Klatt synthesiser. Five of its six: with a cycle of another length than
-# that of the accents, speakers of one accent have different sources.
+# Glottal sources of the Klatt synthesiser: five of its six. Accents and sources have cycles of
+# different lengths, so speakers of one accent have different sources.
 _SOURCES = (1, 2, 4, 5, 6)
 
 
@@ -41,13 +41,13 @@ class Voice:
     female: bool
     source: int  # Klatt source, 1 to 6
     pitch: tuple[int, int]  # Hz, lowest and highest of the intonation
-    formants: tuple[int, ...]  # frequency in percent of the accent's own, formants 0 to 5
+    formants: tuple[int, ...]  # frequency in percent of the accent's, formants 0 to 5
     widths: tuple[int, ...]  # bandwidth in percent, formants 0 to 5
     consonants: int  # strength of the consonants in percent
-    rate: int  # words a minute
+    rate: int  # words per minute
 
     def file(self) -> str:
-        """The contents of the voice file; why flutter is off: see :mod:`.espeak`."""
+        """Contents of the voice file. Flutter is off for reproducibility, see :mod:`.espeak`."""
         formants = "".join(
             f"formant {number} {frequency} 100 {width}\n"
             for number, (frequency, width) in enumerate(
@@ -63,17 +63,17 @@ class Voice:
 
 
 def make_voices(count: int, seed: int = 1337) -> list[Voice]:
-    """``count`` voices, female and male in turn, spread over the ranges of their sex.
+    """Make ``count`` voices, alternately female and male, with pitch spread over the sex's range.
 
-    The first voices are the same whatever ``count`` is, so a corpus can grow by speakers.
+    The first voices do not depend on ``count``, so speakers can be added to a corpus.
     """
     rng = random.Random(f"voices {seed}")
     voices = []
     for number in range(count):
         female = number % 2 == 0
-        # A golden-ratio sequence fills a range evenly at any length; drawing would cluster.
-        place = (0.5 + (number // 2) * 0.618034) % 1
-        low = round(145 + 55 * place) if female else round(72 + 43 * place)
+        # A golden-ratio sequence covers a range evenly at any length; random draws cluster.
+        fraction = (0.5 + (number // 2) * 0.618034) % 1
+        low = round(145 + 55 * fraction) if female else round(72 + 43 * fraction)
         tract = (108 + 14 * rng.random()) if female else (90 + 14 * rng.random())
         voices.append(
             Voice(
@@ -91,23 +91,23 @@ def make_voices(count: int, seed: int = 1337) -> list[Voice]:
 
 
 def speak(text: str, voice: Voice, *, rate: float = 1.0, pitch: int = 50) -> np.ndarray:
-    """Say ``text``; the same arguments give the same samples, in any order and any process.
+    """Synthesise ``text``; deterministic, also across calls and processes.
 
     Args:
         text: an English sentence.
-        voice: who says it.
-        rate: factor on the voice's speaking rate.
-        pitch: 0 to 100; 50 is the voice's own.
+        voice: the speaker.
+        rate: factor of the voice's speaking rate.
+        pitch: 0 to 100; 50 is the voice's default.
 
     Returns:
-        16 kHz mono samples of 16 bit, [samples].
+        16-bit mono samples at 16 kHz, [samples].
 
     Raises:
         SetupError: espeak-ng is not installed.
         DataError: ``text`` is empty.
     """
     if not text.strip():
-        raise DataError("there is nothing to say in an empty text")
+        raise DataError("cannot synthesise an empty text")
     engine = espeak()
     samples = engine.synthesise(text, voice.file(), rate=round(voice.rate * rate), pitch=pitch)
     wave = _resample(samples.astype(np.float64) / 32768, engine.rate)
@@ -115,7 +115,7 @@ def speak(text: str, voice: Voice, *, rate: float = 1.0, pitch: int = 50) -> np.
 
 
 def to_int16(wave: np.ndarray, peak: float = 0.95) -> np.ndarray:
-    """Samples of 16 bit from ``wave`` in [-1, 1], made softer where it exceeds ``peak``."""
+    """Convert ``wave`` in [-1, 1] to 16 bit; scale it down if it exceeds ``peak``."""
     loudest = np.abs(wave).max()
     if loudest > peak:
         wave = wave * (peak / loudest)
@@ -123,14 +123,14 @@ def to_int16(wave: np.ndarray, peak: float = 0.95) -> np.ndarray:
 
 
 def _resample(wave: np.ndarray, rate: int) -> np.ndarray:
-    """From ``rate`` Hz to 16 kHz, float64 [samples] in and out."""
+    """Resample from ``rate`` Hz to 16 kHz, float64 [samples] in and out."""
     if rate == SAMPLE_RATE:
         return wave
     from ..compat import apply
 
-    apply()  # torchaudio does not import everywhere without it
+    apply()  # some versions of torchaudio cannot be imported without it
     import torch
     from torchaudio.functional import resample
 
-    # float64, so that rounding to 16 bit hides how the sums were ordered (number of threads).
+    # In float64, rounding to 16 bit hides the order of the sums, which depends on threads.
     return resample(torch.from_numpy(wave), rate, SAMPLE_RATE).numpy()

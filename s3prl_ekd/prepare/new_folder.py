@@ -28,11 +28,7 @@ def new_folder(out: Path, *, replace: bool) -> Iterator[Path]:
 
 
 def check_replaceable(out: Path, *, replace: bool) -> None:
-    """Check that ``out`` is missing or empty or, with ``replace``, a folder that `prepare` wrote.
-
-    Raises:
-        DataError: it is not.
-    """
+    """Raise DataError if ``out`` has contents, unless `prepare` wrote it and ``replace`` is set."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not (out / PREPARED).is_file():
