@@ -1,9 +1,9 @@
-# `make demo` and `make test` are enough to begin with. Each sets up .venv the first time.
+# The main commands are `make demo` and `make test`. Both create .venv if it is missing.
 
 PYTHON ?= python3
-# More for pip, for example PIP_ARGS="--find-links /wheels" where a CPU build of torch lies.
+# Options for pip, for example PIP_ARGS="--find-links /wheels" to use a CPU build of torch from there.
 PIP_ARGS ?=
-# Tests at a time; each may take 2 GB.
+# Parallel test processes; each may need 2 GB.
 JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
@@ -12,12 +12,11 @@ INSTALLED := $(VENV)/.installed
 .PHONY: help demo test docs fuzz lint format setup clean
 
 help:
-	@echo "make demo    distil three tiny teachers into a student; score both on a synthetic corpus"
-	@echo "make test    lint, types, tests, and a build of the documents"
-	@echo "make docs    the documents as HTML: docs/_build/html/index.html"
-	@echo "make fuzz    10,000 random inputs for each reader of files (hours; for a nightly job)"
+	@echo "make demo    three tiny teachers -> one student, evaluated on a synthetic corpus"
+	@echo "make test    lint, types and tests"
+	@echo "make fuzz    10,000 random inputs for each file reader (hours; for a nightly job)"
 	@echo "make format  format the code with ruff"
-	@echo "make clean   remove .venv, demo_run and docs/_build"
+	@echo "make clean   remove .venv and demo_run"
 
 demo: $(INSTALLED)
 	$(BIN)/s3prl-ekd demo demo_run

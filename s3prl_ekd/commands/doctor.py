@@ -131,9 +131,9 @@ def _torch_load() -> str:
     if not (attacks := compat.loader_holes(torch.__version__)):
         return "reads data only (weights_only=True)"
     return (
-        f"a file can {attacks} in torch {torch.__version__}, even with weights_only=True; s3prl_ekd "
-        "scans each checkpoint and rejects such files, other programs do not; type: pip install "
-        "--upgrade 'torch>=2.10'"
+        f"a file can {attacks} in torch {torch.__version__}, even with weights_only=True; "
+        "s3prl_ekd scans each checkpoint and rejects such files, other programs do not; type: pip "
+        "install --upgrade 'torch>=2.10'"
     )
 
 
