@@ -1,4 +1,4 @@
-"""A small corpus with words, and what PR makes of it."""
+"""Helpers: a small corpus with words, prepared for PR, and its data set."""
 
 from pathlib import Path
 
@@ -31,8 +31,8 @@ def make_tokenizer():
 
 
 def make_manifest(folder: Path) -> Path:
-    """Fourteen utterances of 0.4 to 1 s: six to train on, four each of dev and test. Beside the
-    manifest's folder lies ``cmudict.txt``."""
+    """Write ``speech/all.tsv`` with 14 utterances of 0.4 to 1 s (6 train, 4 dev, 4 test), and
+    ``cmudict.txt``."""
     lines = ["path\tspeaker\ttext\tsplit\n"]
     for i in range(14):
         split = "train" if i < 6 else "dev" if i < 10 else "test"
@@ -45,15 +45,15 @@ def make_manifest(folder: Path) -> Path:
     return folder / "speech/all.tsv"
 
 
-def words_of(manifest: Path, out: Path, *options) -> list:
-    """The words behind ``s3prl-ekd prepare``."""
+def prepare_argv(manifest: Path, out: Path, *options) -> list:
+    """The arguments of ``s3prl-ekd prepare`` for this corpus."""
     return ["pr", manifest, "-o", out, "--lexicon", manifest.parents[1] / "cmudict.txt", *options]
 
 
 def make_layout(manifest: Path) -> Path:
-    """As ``prepare pr`` makes it."""
+    """Run ``prepare pr``; return its output folder."""
     out = manifest.parents[1] / "layout"
-    assert prepare(*words_of(manifest, out)) == 0
+    assert prepare(*prepare_argv(manifest, out)) == 0
     return out
 
 

@@ -1,5 +1,6 @@
-"""`s3prl-ekd prepare` in this process, its mistakes, and the lists of a classification run."""
+"""Helpers: run `s3prl-ekd prepare` in this process, check its messages, compute accuracies."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -7,23 +8,42 @@ import pytest
 from s3prl_ekd import cli
 
 
-def prepare(*words) -> int:
-    """The exit code of ``s3prl-ekd prepare WORDS``."""
-    return cli.main(["prepare", *map(str, words)])
+def prepare(*argv) -> int:
+    """Run ``s3prl-ekd prepare ARGV``; return its exit code."""
+    return cli.main(["prepare", *map(str, argv)])
 
 
-def fails(capsys, *words) -> str:
-    """The one sentence with which ``s3prl-ekd prepare WORDS`` is refused."""
+def fails(capsys, *argv) -> str:
+    """Run ``s3prl-ekd prepare ARGV``, which must fail with exit code 2; return the error line."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
-        prepare(*words)
+        prepare(*argv)
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1, error
     return error
 
 
+def without_folders(text: str) -> str:
+    """Replace absolute paths by ``/NAME``: the names of temporary folders have words and digits."""
+    return re.sub(r"/\S*/", "/", text)
+
+
+def numbers(text: str) -> list[int]:
+    """Return the integers in a message, in order; paths and names with digits do not count."""
+    return [int(n) for n in re.findall(r"(?<![\w.-])\d+(?!\.?\w)", without_folders(text))]
+
+
+def check_message(message: str, *parts: str | int) -> None:
+    """Assert that a message has all parts: integers, paths (with a /) and other strings."""
+    for part in parts:
+        if isinstance(part, int):
+            assert part in numbers(message), (part, message)
+        else:
+            assert part in (message if "/" in part else without_folders(message)), (part, message)
+
+
 def accuracy(folder: Path, name: str) -> float:
-    """From the two lists of a run, ``NAME_predict.txt`` and ``NAME_truth.txt``, line by line."""
+    """Compute the accuracy from a run's ``NAME_predict.txt`` and ``NAME_truth.txt``."""
     predicted = (folder / f"{name}_predict.txt").read_text().splitlines()
     truth = (folder / f"{name}_truth.txt").read_text().splitlines()
     assert [line.split(" ")[0] for line in predicted] == [line.split(" ")[0] for line in truth]

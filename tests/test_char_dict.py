@@ -1,4 +1,4 @@
-"""The character dictionary and the two ASR recipes, as s3prl's own classes read them."""
+"""The character dictionary and the two ASR recipes, read by s3prl's classes."""
 
 from collections import defaultdict
 from pathlib import Path
@@ -24,7 +24,7 @@ def recipe(name):
     return yaml.safe_load((RECIPE / name).read_text(encoding="utf-8"))
 
 
-def test_the_file_has_all_letters_of_a_transcript_and_the_word_boundary():
+def test_the_file_has_all_letters_and_the_word_boundary():
     text = (RECIPE / "char.dict").read_text(encoding="utf-8")
     assert text == "".join(f"{symbol} 1\n" for symbol in "|" + LETTERS)
 
@@ -35,7 +35,7 @@ def test_s3prl_loads_28_symbols_and_adds_4(dictionary):
     assert dictionary.symbols[:4] == ["<s>", "<pad>", "</s>", "<unk>"]
 
 
-def test_every_letter_has_an_index_of_its_own(dictionary):
+def test_indices_are_unique(dictionary):
     line = " ".join(ALPHABET)
     encoded = dictionary.encode_line(line, add_if_not_exist=False, append_eos=False).tolist()
     assert dictionary.unk() not in encoded
@@ -47,11 +47,11 @@ def test_normalise_and_foreign_characters():
     assert normalise("  it's\ta  Day\n") == "IT'S A DAY"
     assert foreign_characters("IT'S A DAY") == ""
     assert foreign_characters("NO. 42, É É") == ",.24É"
-    assert foreign_characters("ASTRE|K") == "|"  # the boundary itself may not be in a text
+    assert foreign_characters("ASTRE|K") == "|"  # a text must not contain the word boundary
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "tiny.yaml"])
-def test_steps_divide_the_run(name):
+def test_total_steps_is_a_multiple_of_the_other_steps(name):
     runner = recipe(name)["runner"]
     for key in ("log_step", "eval_step", "save_step"):
         assert runner["total_steps"] % runner[key] == 0, key
@@ -59,7 +59,7 @@ def test_steps_divide_the_run(name):
     assert (RECIPE / name).read_text(encoding="utf-8").startswith("# ASR")
 
 
-def test_full_size_is_superb():
+def test_the_full_recipe_has_superbs_numbers():
     config = recipe("config.yaml")
     assert config["runner"]["total_steps"] == 200_000
     assert config["optimizer"] == {"name": "TorchOptim", "torch_optim_name": "Adam", "lr": 1e-4}
@@ -68,24 +68,24 @@ def test_full_size_is_superb():
     assert config["specaug"]["time_mask_width_range"] == [0, 40]
 
 
-def test_full_size_equals_a_checkout_of_s3prl():
+def test_the_full_recipe_equals_that_of_a_checkout():
     import s3prl
 
     path = Path(s3prl.__file__).parent / "downstream/asr/config.yaml"
     if not path.is_file():
         pytest.skip("s3prl from PyPI has no downstream/asr/config.yaml; a checkout has")
-    theirs = yaml.safe_load(path.read_text())
-    ours = recipe("config.yaml")
-    for config in (ours, theirs):
+    expected = yaml.safe_load(path.read_text())
+    recipe_config = recipe("config.yaml")
+    for config in (recipe_config, expected):
         for key in ("libri_root", "bucket_file"):
             del config["downstream_expert"]["datarc"][key]
         for key in ("kenlm_model", "lexicon"):
             del config["downstream_expert"]["datarc"]["decoder_args"][key]
-    assert ours == theirs
+    assert recipe_config == expected
 
 
 def test_the_tiny_model_trains(tmp_path):
-    """s3prl's expert from tiny.yaml: CTC on random features falls, and decodes what it learnt."""
+    """s3prl's expert with tiny.yaml overfits random features: CTC falls, decoding is right."""
     config = recipe("tiny.yaml")["downstream_expert"]
     config["datarc"]["dict_path"] = str(RECIPE / "char.dict")
     torch.manual_seed(0)

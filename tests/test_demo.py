@@ -1,4 +1,4 @@
-"""The demo, short: every step of the way as a user starts it, and again when it was cut."""
+"""A short demo as a user starts it: all steps, and a second run that keeps finished steps."""
 
 import csv
 import re
@@ -17,13 +17,13 @@ SHORT = ("--steps", "6", "--downstream-steps", "8", "--utterances", "24", "--tas
 def demo(tmp_path_factory):
     pytest.importorskip("espeakng_loader")
     folder = tmp_path_factory.mktemp("demo")
-    done = command("demo", "d", *SHORT, cwd=folder, timeout=900)
-    return folder / "d", done.stdout
+    process = command("demo", "d", *SHORT, cwd=folder, timeout=900)
+    return folder / "d", process.stdout
 
 
-def test_it_goes_all_the_way(demo):
-    folder, said = demo
-    assert "0 failed" in said and "Traceback" not in said
+def test_all_steps_are_done(demo):
+    folder, printed = demo
+    assert not re.search(r"[1-9] failed", printed) and "Traceback" not in printed
     files = ("ekd.safetensors", "single.safetensors", "distillation.png", "cache/index.json")
     files += ("report/scores.png", "submission/expert.py")
     for name in (*files, "data/corpus/corpus.json", "data/labels/er.tsv"):
@@ -32,8 +32,8 @@ def test_it_goes_all_the_way(demo):
         assert load_student(folder / f"{name}.safetensors").about["step"] == 6
 
 
-def test_the_table_is_s3prls_numbers(demo):
-    """The report's values, from the prediction files, and those that s3prl's experts printed."""
+def test_the_report_has_s3prls_scores(demo):
+    """The report's values, from prediction files, equal those that s3prl's experts print."""
     folder, _ = demo
     with open(folder / "report/report.csv", encoding="utf-8") as file:
         rows = {(row["upstream"], row["task"]): row for row in csv.DictReader(file)}
@@ -45,43 +45,47 @@ def test_the_table_is_s3prls_numbers(demo):
         assert float(row["value"]) == pytest.approx(scale * float(printed), abs=1e-4)
 
 
-def test_it_ends_with_what_the_table_says(demo):
-    """Each line's tasks are better, worse or neither as the intervals of report.csv have it."""
-    folder, said = demo
-    said = said.split("== done")[1]
+def test_the_summary_agrees_with_the_report(demo):
+    """The score table and the differences follow from report.csv."""
+    folder, printed = demo
+    summary = printed.split("== done")[1]
     with open(folder / "report/report.csv", encoding="utf-8") as file:
         value = {
             (row["upstream"], row["task"]): float(row["value"]) for row in csv.DictReader(file)
         }
     for name in UPSTREAMS:
-        (line,) = re.findall(rf"^{name} +[\d.]+ \[.*", said, re.M)
-        printed = re.findall(r"([\d.]+) \[", line)
-        assert [float(n) for n in printed] == [round(value[name, t], 1) for t in ("er", "asr")]
-    for one, other in PAIRS:
-        (line,) = re.findall(rf"^  {one} against {other}: (.*)", said, re.M)
-        told = dict(re.findall(r"(ER|ASR) \(([+-][\d.]+)\)", line))
+        (line,) = re.findall(rf"^{name} +[\d.]+ \[.*", summary, re.M)
+        scores = re.findall(r"([\d.]+) \[", line)
+        assert [float(score) for score in scores] == [
+            round(value[name, t], 1) for t in ("er", "asr")
+        ]
+    for upstream, baseline in PAIRS:
+        (line,) = re.findall(rf"^  {upstream} against {baseline}: (.*)", summary, re.M)
+        differences = dict(re.findall(r"(ER|ASR) \(([+-][\d.]+)\)", line))
         for task in ("er", "asr"):
-            difference = value[one, task] - value[other, task]
-            assert float(told[task.upper()]) == pytest.approx(difference, abs=0.06)
+            difference = value[upstream, task] - value[baseline, task]
+            assert float(differences[task.upper()]) == pytest.approx(difference, abs=0.06)
 
 
-def test_again_keeps_what_is_finished(demo):
+def test_a_second_run_keeps_finished_steps(demo):
     folder, _ = demo
-    kept = ("data/corpus/corpus.json", "result/superb/ekd/er/lr0.001-seed1337-fold1/log.txt")
-    before = [(folder / name).stat().st_mtime_ns for name in kept]
-    said = command("demo", "d", *SHORT, cwd=folder.parent, timeout=900).stdout
-    assert said.count("is at step 6 already") == 2 and "14 runs finished" in said
-    assert [(folder / name).stat().st_mtime_ns for name in kept] == before
+    names = ("data/corpus/corpus.json", "result/superb/ekd/er/lr0.001-seed1337-fold1/log.txt")
+    before = [(folder / name).stat().st_mtime_ns for name in names]
+    printed = command("demo", "d", *SHORT, cwd=folder.parent, timeout=900).stdout
+    assert len(re.findall(r"^kept: .*\b6\b", printed, re.M)) == 2  # both distillations
+    assert re.search(r"\b14\b", printed)  # the downstream runs
+    assert [(folder / name).stat().st_mtime_ns for name in names] == before
 
 
 @pytest.mark.parametrize("value", ["0", "x", "-5"])
-def test_a_wrong_number(tmp_path, value):
-    done = command("demo", "d", f"--steps={value}", cwd=tmp_path, check=False)
-    assert done.returncode == 2 and "whole number of 4 or more" in done.stderr
+def test_an_invalid_number(tmp_path, value):
+    process = command("demo", "d", f"--steps={value}", cwd=tmp_path, check=False)
+    assert process.returncode == 2 and "--steps" in process.stderr
+    assert re.search(rf"\b4\b.*'{value}'", process.stderr)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_unknown_task(tmp_path):
-    done = command("demo", "d", "--tasks", "ks", cwd=tmp_path, check=False)
-    assert done.returncode == 2 and "unknown task 'ks'" in done.stderr
+    process = command("demo", "d", "--tasks", "ks", cwd=tmp_path, check=False)
+    assert process.returncode == 2 and "'ks'" in process.stderr
     assert list(tmp_path.iterdir()) == []

@@ -1,31 +1,31 @@
-"""What the demo says of its scores follows from them."""
+"""The demo's summary of its scores."""
 
 from types import SimpleNamespace
 
 import pytest
 
-from s3prl_ekd.demo.run import PAIRS, STUDENTS, UPSTREAMS, findings, score_table, verdict
+from s3prl_ekd.demo.run import PAIRS, STUDENTS, UPSTREAMS, compare_upstreams, score_table, verdict
 from s3prl_ekd.superb.report import Difference
 
 
 @pytest.mark.parametrize(
-    ("low", "value", "high", "higher", "said"),
+    ("low", "value", "high", "higher", "expected"),
     [
         (1.0, 2.0, 3.0, True, "better"),
         (1.0, 2.0, 3.0, False, "worse"),
         (-3.0, -2.0, -1.0, True, "worse"),
         (-3.0, -2.0, -1.0, False, "better"),
-        (-0.1, 2.0, 3.0, True, "not told apart"),
-        (0.0, 2.0, 3.0, False, "not told apart"),
-        (0.0, 0.0, 0.0, True, "not told apart"),
+        (-0.1, 2.0, 3.0, True, "not significant"),
+        (0.0, 2.0, 3.0, False, "not significant"),
+        (0.0, 0.0, 0.0, True, "not significant"),
     ],
 )
-def test_a_verdict(low, value, high, higher, said):
-    assert verdict(Difference(value, low, high, 0.5), higher=higher) == said
+def test_verdict(low, value, high, higher, expected):
+    assert verdict(Difference(value, low, high, 0.5), higher=higher) == expected
 
 
 class Report:
-    """Of two upstreams on PR (less is better), ASR and SID (more is better); ``b`` has no SID."""
+    """A report of two upstreams on PR (lower is better), ASR and SID; ``b`` has no SID."""
 
     upstreams, tasks = ("a", "b"), ("pr", "sid", "asr")
     metrics = {
@@ -36,16 +36,19 @@ class Report:
         ("b", "asr", "clean"): SimpleNamespace(value=98.5, interval=(97.0, 99.0)),
     }
 
-    def difference(self, one, other, task, condition):
+    def difference(self, upstream, baseline, task, condition):
         assert condition == "clean"
-        known = {("a", "b", "pr"): (-9.96, -11.0, -9.0), ("a", "b", "asr"): (0.5, -0.2, 1.3)}
-        found = known.get((one, other, task))
-        return found and Difference(*found, 0.5)
+        differences = {
+            ("a", "b", "pr"): (-9.96, -11.0, -9.0),
+            ("a", "b", "asr"): (0.5, -0.2, 1.3),
+        }
+        difference = differences.get((upstream, baseline, task))
+        return difference and Difference(*difference, 0.5)
 
 
-def test_findings_and_table():
-    assert findings(Report(), [("a", "b"), ("a", "c")]) == [
-        "a against b: better on PR (-10.0); not told apart on ASR (+0.5)"
+def test_comparison_and_table():
+    assert compare_upstreams(Report(), [("a", "b"), ("a", "c")]) == [
+        "a against b: better on PR (-10.0); not significant on ASR (+0.5)"
     ]
     assert score_table(Report(), ("b", "c", "a")) == [
         ("", "PR PER ↓", "SID ACC ↑", "ASR WER ↓"),
@@ -54,6 +57,6 @@ def test_findings_and_table():
     ]
 
 
-def test_what_is_compared_is_evaluated():
+def test_compared_upstreams_are_evaluated():
     assert set(STUDENTS) < set(UPSTREAMS) and len(set(UPSTREAMS)) == len(UPSTREAMS) == 7
     assert {name for pair in PAIRS for name in pair} < set(UPSTREAMS)

@@ -1,4 +1,4 @@
-"""What a user installs: wheel, sdist and editable hold the same, and importing is cheap."""
+"""Wheel and sdist contain all files; importing is fast."""
 
 import ast
 import shutil
@@ -15,7 +15,7 @@ from s3prl_ekd.teachers.zoo import TEACHERS
 from .conftest import REPO
 
 DATA = [
-    "s3prl_ekd/py.typed",  # its annotations hold for whoever imports it (PEP 561)
+    "s3prl_ekd/py.typed",  # type annotations for other packages (PEP 561)
     *(str(path.relative_to(REPO)) for path in (REPO / "pretrain_configs").rglob("*.yaml")),
     *(
         str(path.relative_to(REPO))
@@ -34,7 +34,7 @@ MODULES = [
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """A wheel and an sdist of a copy of the project, built by its own backend."""
+    """A wheel and an sdist of a copy of the project, built with its backend."""
     copy = tmp_path_factory.mktemp("build") / "project"
     ignored = shutil.ignore_patterns(
         ".git", ".venv", "*.egg-info", "__pycache__", "demo_run", "build"
@@ -42,19 +42,19 @@ def built(tmp_path_factory):
     shutil.copytree(REPO, copy, ignore=ignored)
     for kind in ("wheel", "sdist"):
         code = f"import sys; from setuptools import build_meta as b; b.build_{kind}(sys.argv[1])"
-        words = [sys.executable, "-c", code, str(copy.parent)]
-        done = subprocess.run(words, cwd=copy, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+        argv = [sys.executable, "-c", code, str(copy.parent)]
+        process = subprocess.run(argv, cwd=copy, capture_output=True, text=True)
+        assert process.returncode == 0, process.stderr
     (wheel,) = copy.parent.glob("*.whl")
     (sdist,) = copy.parent.glob("*.tar.gz")
     return wheel, sdist
 
 
-def test_there_is_data_to_look_for():
+def test_the_file_lists_are_not_empty():
     assert len(DATA) >= 40 and len(MODULES) > 40
 
 
-def test_the_wheel_holds_everything_under_one_name(built):
+def test_the_wheel_has_all_files_in_one_package(built):
     names = set(zipfile.ZipFile(built[0]).namelist())
     for path in DATA + MODULES:
         inside = path if path.startswith("s3prl_ekd/") else f"s3prl_ekd/{path}"
@@ -64,35 +64,35 @@ def test_the_wheel_holds_everything_under_one_name(built):
     assert {top for top in tops if not top.endswith(".dist-info")} == {"s3prl_ekd"}
 
 
-def test_the_sdist_holds_the_project(built):
+def test_the_sdist_has_all_files(built):
     names = {name.split("/", 1)[-1] for name in tarfile.open(built[1]).getnames()}
-    wanted = ["setup.py", "pyproject.toml", "constraints.txt", "Makefile", "README.md", "LICENSE"]
-    wanted += ["CITATION.cff", "tests/conftest.py", "tests/written_by_0_1/files.tar.gz"]
-    for path in [*DATA, *MODULES, *wanted]:
+    others = ["setup.py", "pyproject.toml", "constraints.txt", "Makefile", "README.md", "LICENSE"]
+    others += ["CITATION.cff", "tests/conftest.py", "tests/written_by_0_1/files.tar.gz"]
+    for path in [*DATA, *MODULES, *others]:
         assert path in names, path
 
 
 def test_an_unpacked_wheel_works(built, tmp_path):
-    """Without this checkout on the path: data found, doors found."""
+    """Without this checkout on the path: it finds its data files and the hubconf."""
     zipfile.ZipFile(built[0]).extractall(tmp_path / "site")
     code = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
-        # an editable install of the checkout would answer before the folder does
+        # an editable install of the checkout has precedence over the folder
         "sys.meta_path[:] = [f for f in sys.meta_path if '_EditableFinder' not in repr(f)]\n"
         "import s3prl_ekd, s3prl_ekd.workspace as w\n"
         "assert s3prl_ekd.__file__.startswith(sys.argv[1]), s3prl_ekd.__file__\n"
-        "print(*(name for name, _ in w.files()))\n"
+        "print(*(name for name, _ in w.workspace_files()))\n"
         "import s3prl_ekd.upstream.hubconf as h; print(h.ekd_student.__name__)\n"
     )
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path / "site")],
         cwd=tmp_path,
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0, done.stderr
+    assert process.returncode == 0, process.stderr
     for name in ("pretrain/ekd/config_model.yaml", "downstream/asr/char.dict", "ekd_student"):
-        assert name in done.stdout.split()
+        assert name in process.stdout.split()
 
 
 def test_this_install_has_the_data():
@@ -101,25 +101,25 @@ def test_this_install_has_the_data():
     assert (resources.files("s3prl_ekd.downstream_recipes") / "asr" / "config.yaml").is_file()
 
 
-def test_importing_is_cheap():
-    """Neither torch nor s3prl; less than 50 ms over an empty interpreter (the best of several)."""
+def test_importing_is_fast():
+    """It imports neither torch nor s3prl, and takes less than 50 ms (the minimum of several runs)."""
     code = (
         "import sys, time; start = time.perf_counter(); import s3prl_ekd\n"
         "print(time.perf_counter() - start, 'torch' in sys.modules, 's3prl' in sys.modules)"
     )
-    took = []
+    durations = []
     for _ in range(5):
         out = subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, check=True
         )
         seconds, torch_loaded, s3prl_loaded = out.stdout.split()
         assert (torch_loaded, s3prl_loaded) == ("False", "False")
-        took.append(float(seconds))
-    assert min(took) < 0.05
+        durations.append(float(seconds))
+    assert min(durations) < 0.05
 
 
-def test_the_method_knows_nothing_of_ours_but_errors():
-    """distill/ imports itself, errors, torch and s3prl: arrows point one way."""
+def test_distill_imports_only_errors():
+    """Of this package, distill/ imports only itself and errors."""
     for path in (REPO / "s3prl_ekd" / "distill").glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom):

@@ -19,9 +19,9 @@ from .phone_corpus import (
     make_layout,
     make_manifest,
     make_tokenizer,
-    words_of,
+    prepare_argv,
 )
-from .preparing import fails, prepare
+from .preparing import check_message, fails, prepare
 
 SPEECH = REPO.parent / "shared" / "speech"
 HOST = Path(s3prl.__file__).parent / "downstream" / "ctc"
@@ -42,8 +42,8 @@ def layout(manifest):
     return make_layout(manifest)
 
 
-def refused(capsys, manifest, out, *options):
-    error = fails(capsys, *words_of(manifest, out, *options))
+def prepare_fails(capsys, manifest, out, *options):
+    error = fails(capsys, *prepare_argv(manifest, out, *options))
     assert not out.exists()
     return error
 
@@ -55,22 +55,22 @@ def recipe(name):
 # --- vocabulary and configurations
 
 
-def test_the_vocabulary_has_two_silences_and_all_phones_of_a_lexicon():
+def test_the_vocabulary_has_two_silences_and_all_phones():
     assert VOCABULARY.read_text(encoding="utf-8").split() == ["SIL", "SPN", *sorted(PHONES)]
     assert len(PHONES) == 24 + 3 * 15
     assert len({phone.rstrip("012") for phone in PHONES}) == 39
 
 
-def test_s3prl_loads_it_and_every_phone_comes_back(tokenizer):
+def test_s3prl_encodes_and_decodes_every_phone(tokenizer):
     assert tokenizer.vocab_size == 74
     indices = tokenizer.encode(" ".join(sorted(PHONES)))
     assert tokenizer.unk_idx not in indices and len(set(indices)) == len(PHONES) + 1
-    assert indices[-1] == tokenizer.eos_idx and min(indices[:-1]) == 5  # behind SIL and SPN
+    assert indices[-1] == tokenizer.eos_idx and min(indices[:-1]) == 5  # after SIL and SPN
     assert tokenizer.decode(indices).split() == sorted(PHONES)
 
 
 @pytest.mark.parametrize("name", ["libriphone.yaml", "tiny.yaml"])
-def test_steps_divide_the_run(name):
+def test_total_steps_is_a_multiple_of_the_other_steps(name):
     config = recipe(name)
     for key in ("log_step", "eval_step", "save_step"):
         assert config["runner"]["total_steps"] % config["runner"][key] == 0, key
@@ -79,7 +79,7 @@ def test_steps_divide_the_run(name):
     assert (RECIPE / name).read_text(encoding="utf-8").startswith("# PR")
 
 
-def test_full_size_is_superb():
+def test_the_full_recipe_has_superbs_numbers():
     config = recipe("libriphone.yaml")
     assert config["runner"]["total_steps"] == 100_000
     assert config["runner"]["gradient_accumulate_steps"] == 2
@@ -89,40 +89,40 @@ def test_full_size_is_superb():
     assert config["downstream_expert"]["model"]["project_dim"] == 256
 
 
-def test_vocabulary_and_full_size_equal_a_checkout_of_s3prl():
+def test_vocabulary_and_full_recipe_equal_those_of_a_checkout():
     if not (HOST / "libriphone.yaml").is_file():
         pytest.skip("s3prl from PyPI has no downstream/ctc/libriphone.yaml; a checkout has")
     assert (HOST / "vocab/phoneme.txt").read_text().split() == VOCABULARY.read_text().split()
-    theirs, ours = yaml.safe_load((HOST / "libriphone.yaml").read_text()), recipe("libriphone.yaml")
-    for config in (ours, theirs):
+    expected = yaml.safe_load((HOST / "libriphone.yaml").read_text())
+    recipe_config = recipe("libriphone.yaml")
+    for config in (recipe_config, expected):
         for key in ("path", "lexicon", "num_workers", "skip_unknown_words"):
             config["downstream_expert"]["corpus"].pop(key, None)
-    assert ours == theirs
+    assert recipe_config == expected
 
 
 # --- lexicon
 
 
-def test_lexicon_takes_first_pronunciations_of_the_words_asked_for(manifest, tmp_path):
+def test_read_lexicon_returns_first_pronunciations(manifest, tmp_path):
     words = {"A", "CAT", "DOG", "EMU"}
-    found = read_lexicon([tmp_path / "cmudict.txt"], words)
-    assert found == {"A": ("AH0",), "CAT": ("K", "AE1", "T"), "DOG": ("D", "AO1", "G")}
-    write_lexicon(tmp_path / "short.txt", found)
+    first = read_lexicon([tmp_path / "cmudict.txt"], words)
+    assert first == {"A": ("AH0",), "CAT": ("K", "AE1", "T"), "DOG": ("D", "AO1", "G")}
+    write_lexicon(tmp_path / "short.txt", first)
     assert (tmp_path / "short.txt").read_text() == "A\tAH0\nCAT\tK AE1 T\nDOG\tD AO1 G\n"
     (tmp_path / "more.txt").write_bytes(b"A  EY1\nEMU  IY1 M Y UW0\nD\xc9J\xc0  D EY1\n")
     both = read_lexicon([tmp_path / "short.txt", tmp_path / "more.txt"], words | {"DÉJÀ"})
-    assert both == {**found, "EMU": ("IY1", "M", "Y", "UW0"), "DÉJÀ": ("D", "EY1")}
+    assert both == {**first, "EMU": ("IY1", "M", "Y", "UW0"), "DÉJÀ": ("D", "EY1")}
 
 
-@pytest.mark.parametrize(
-    "line, message", [("CAT", "line 1 has the word CAT and no phones"), ("CAT K AE T", "'AE'")]
-)
-def test_bad_lexicons_name_the_line(tmp_path, line, message):
+@pytest.mark.parametrize("line, part", [("CAT", "CAT"), ("CAT K AE T", "'AE'")])
+def test_errors_of_a_lexicon_name_the_line(tmp_path, line, part):
     (tmp_path / "l.txt").write_text(line + "\n")
     assert read_lexicon([tmp_path / "l.txt"], {"DOG"}) == {}
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(DataError) as raised:
         read_lexicon([tmp_path / "l.txt"], {"CAT"})
-    with pytest.raises(DataError, match="cannot read the lexicon"):
+    check_message(str(raised.value), str(tmp_path / "l.txt"), 1, part)
+    with pytest.raises(DataError, match="none.txt"):
         read_lexicon([tmp_path / "none.txt"], {"CAT"})
 
 
@@ -139,20 +139,20 @@ def test_prepare_writes_layout_and_lexicon(layout):
     assert (layout / "train-clean/ann/1/ann-1-0005.flac").is_file()
 
 
-def test_prepare_names_words_without_a_pronunciation(manifest, tmp_path, capsys):
+def test_prepare_lists_words_without_a_pronunciation(manifest, tmp_path, capsys):
     manifest.write_text(manifest.read_text().replace("A CAT'S DOG", "2 CATS DOG"))
-    error = refused(capsys, manifest, tmp_path / "out")
-    assert "lacks 2 words" in error and ": 2, CATS;" in error and "--drop-bad" in error
-    assert prepare(*words_of(manifest, tmp_path / "out", "--drop-bad")) == 0
+    error = prepare_fails(capsys, manifest, tmp_path / "out")
+    check_message(error, 2, "2, CATS", "--drop-bad", str(tmp_path / "cmudict.txt"))
+    assert prepare(*prepare_argv(manifest, tmp_path / "out", "--drop-bad")) == 0
     printed = capsys.readouterr().out
-    assert "2 lines with words that the lexicon lacks left out" in printed
-    assert "2 words without a pronunciation: 2, CATS" in printed
+    assert re.search("^2 lines", printed, re.MULTILINE)
+    assert re.search("^2 words.* 2, CATS", printed, re.MULTILINE)
     assert "CAT'S" not in (tmp_path / "out/lexicon.txt").read_text()
 
 
-def test_prepare_refuses_phones_that_the_vocabulary_lacks(manifest, tmp_path, capsys):
+def test_prepare_rejects_phones_that_the_vocabulary_lacks(manifest, tmp_path, capsys):
     manifest.write_text(manifest.read_text().replace("DOG DOG", "ODD DOG"))
-    assert "line 9 has the phone 'XX'" in refused(capsys, manifest, tmp_path / "out")
+    check_message(prepare_fails(capsys, manifest, tmp_path / "out"), "cmudict.txt", 9, "'XX'")
 
 
 # --- the commands
@@ -170,14 +170,14 @@ def test_train_and_evaluate(layout, tmp_path):
     }
     override = ",,".join(f"config.{key}={value!r}" for key, value in overrides.items())
     recipe = ("-u", "fbank", "-d", "ctc", "-c", "downstream/ctc/tiny.yaml")
-    run = ("run_downstream.py", "-m", "train", *recipe, "-n", "pr", "-o", override)
-    done = command(*run, cwd=tmp_path)
-    assert len(re.findall(r"train per: \d", done.stdout)) == 2
+    argv = ("run_downstream.py", "-m", "train", *recipe, "-n", "pr", "-o", override)
+    process = command(*argv, cwd=tmp_path)
+    assert len(re.findall(r"train per: \d", process.stdout)) == 2
     folder = tmp_path / "result/downstream/pr"
-    assert printed_per(done.stdout, "dev") == pytest.approx(per(folder, "dev"))
+    assert printed_per(process.stdout, "dev") == pytest.approx(per(folder, "dev"))
     best = str(folder / "dev-best.ckpt")
-    done = command("run_downstream.py", "-m", "evaluate", "-t", "test", "-e", best, cwd=tmp_path)
-    assert printed_per(done.stdout, "test") == pytest.approx(per(folder, "test"))
+    process = command("run_downstream.py", "-m", "evaluate", "-t", "test", "-e", best, cwd=tmp_path)
+    assert printed_per(process.stdout, "test") == pytest.approx(per(folder, "test"))
     refs = (folder / "test-ref.ark").read_text().splitlines()
     assert sorted(refs)[0] == "ann-3-0000 D AO1 G D AO1 G" and len(refs) == 4
 
@@ -188,7 +188,7 @@ def printed_per(log, split):
 
 
 def per(folder, split):
-    """Phone errors over phones, from the files of a run."""
+    """Compute the phone error rate from the prediction files of a run."""
     hyp, ref = (
         dict(line.split(" ", 1) for line in (folder / f"{split}-{kind}.ark").open())
         for kind in ("hyp", "ref")
@@ -200,8 +200,8 @@ def per(folder, split):
 @pytest.mark.skipif(not SPEECH.is_dir(), reason="the speech corpus beside the repository is absent")
 def test_real_speech(tmp_path, tokenizer):
     out = tmp_path / "out"
-    words = ("pr", SPEECH / "pr.tsv", "-o", out, "--lexicon", SPEECH / "lexicon.txt")
-    assert prepare(*words) == 0
+    argv = ("pr", SPEECH / "pr.tsv", "-o", out, "--lexicon", SPEECH / "lexicon.txt")
+    assert prepare(*argv) == 0
     lines = (SPEECH / "pr.tsv").read_text(encoding="utf-8").splitlines()
     header = lines[0].split("\t")
     rows = [dict(zip(header, line.split("\t"), strict=True)) for line in lines[1:]]

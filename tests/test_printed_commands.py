@@ -1,4 +1,4 @@
-"""What a command prints to be typed next can be typed, whatever its paths are called."""
+"""The next command that is printed can be typed, for any path."""
 
 import shlex
 
@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from s3prl_ekd import cli
-from s3prl_ekd.commands.init import _next
+from s3prl_ekd.commands.init import _next_steps
 from s3prl_ekd.distill.settings import StudentSettings
 from s3prl_ekd.distill.student import Student
 from s3prl_ekd.downstream.requirements import init_command
 from s3prl_ekd.student_file import LoadedStudent, write_student
-from s3prl_ekd.workspace import Corpora
+from s3prl_ekd.workspace import CorpusPaths
 
 from .conftest import STUDENT
 
@@ -26,7 +26,7 @@ def student(tmp_path_factory):
     return path
 
 
-def next_words(capsys) -> list[str]:
+def next_argv(capsys) -> list[str]:
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("next: ")]
     (line,) = lines
     return shlex.split(line.removeprefix("next: "))
@@ -36,7 +36,7 @@ def next_words(capsys) -> list[str]:
 def test_after_an_export(student, tmp_path, capsys, kind):
     out = tmp_path / AWKWARD
     assert cli.main(["export", kind, str(student), "-o", str(out)]) == 0
-    assert str(out) in next_words(capsys)
+    assert str(out) in next_argv(capsys)
 
 
 def test_python_after_an_export(student, tmp_path, capsys):
@@ -48,6 +48,6 @@ def test_python_after_an_export(student, tmp_path, capsys):
 
 def test_after_init(tmp_path):
     folder = tmp_path / AWKWARD
-    first = _next(folder, Corpora(None, None, None, [])).partition(", then")[0]
-    assert shlex.split(first.removeprefix("next: ")) == ["cd", str(folder)]
+    cd = _next_steps(folder, CorpusPaths(None, None, None, [])).partition(", then")[0]
+    assert shlex.split(cd.removeprefix("next: ")) == ["cd", str(folder)]
     assert shlex.split(init_command(folder))[-1] == str(folder)

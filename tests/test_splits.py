@@ -1,7 +1,8 @@
-"""Which splits a downstream run may evaluate: looked at before s3prl makes code of their names."""
+"""Names of splits are checked before s3prl evaluates them as code."""
 
 from __future__ import annotations
 
+import re
 from argparse import Namespace
 
 import pytest
@@ -28,11 +29,11 @@ def recipe(path):
     return yaml.safe_load((REPO / "downstream_recipes" / path).read_text(encoding="utf-8"))
 
 
-def test_s3prl_would_run_the_name_of_a_split():
-    """Its ER expert, that is; the one of SID has the same line."""
+def test_s3prl_evaluates_the_name_of_a_split():
+    """In its ER expert; SID's has the same line."""
     from s3prl.downstream.emotion.expert import DownstreamExpert
 
-    ran = []
+    calls = []
 
     class Expert:
         get_dataloader = DownstreamExpert.get_dataloader
@@ -41,10 +42,10 @@ def test_s3prl_would_run_the_name_of_a_split():
             return None
 
         def run(self):
-            ran.append(True)
+            calls.append(True)
 
     Expert().get_dataloader(DANGER)
-    assert ran
+    assert calls
 
 
 @pytest.mark.parametrize("task", RECIPES)
@@ -57,14 +58,15 @@ def test_the_recipes_have_the_splits_they_name(task):
             names = [name for name in LIBRISPEECH if name in config["downstream_expert"]["datarc"]]
         for name in names:
             check_splits(task, config, path, name)
-        with pytest.raises(ConfigError) as said:
+        with pytest.raises(ConfigError) as raised:
             check_splits(task, config, path, "nonsplit")
-        assert str(said.value) == f"-t: there is no split 'nonsplit'; use {' or '.join(names)}"
+        parts = set(re.findall(r"[\w-]+", str(raised.value)))
+        assert {"-t", "nonsplit", *names} <= parts and not parts & set(LIBRISPEECH) - set(names)
 
 
 @pytest.mark.parametrize("task", [*RECIPES, "others"])
 @pytest.mark.parametrize("bad", [DANGER, ["dev"], {"dev": 1}, None, 3, "", "-x", "a b"])
-def test_a_name_that_is_none_is_refused(task, bad):
+def test_invalid_names_are_rejected(task, bad):
     config = recipe(RECIPES.get(task, ["asr/tiny.yaml"])[0])
     check_splits(task, config, "x.yaml")
     for key, value in (("train_dataloader", bad), ("eval_dataloaders", ["dev", bad])):
@@ -72,27 +74,27 @@ def test_a_name_that_is_none_is_refused(task, bad):
         changed["runner"].setdefault("eval_dataloaders", ["dev"])
         if task == "asr" and key == "eval_dataloaders":
             value[0] = "dev-clean"
-        with pytest.raises(ConfigError, match=rf"^x\.yaml: runner\.{key}: there is no split"):
+        with pytest.raises(ConfigError, match=rf"x\.yaml.*runner\.{key}"):
             check_splits(task, changed, "x.yaml")
 
 
 @pytest.mark.parametrize("task", ["voxceleb1", "emotion"])
-def test_a_downstream_run_looks_before_it_begins(task, tmp_path, monkeypatch):
+def test_a_downstream_run_checks_before_it_starts(task, tmp_path, monkeypatch):
     config = recipe(RECIPES[task][0])
     config["runner"]["eval_dataloaders"] = [DANGER]
     (tmp_path / "evil.yaml").write_text(yaml.safe_dump(config))
     monkeypatch.chdir(tmp_path)
-    words = ["-m", "train", "-u", "fbank", "-d", task, "-n", "x", "-c", "evil.yaml"]
-    with pytest.raises(EkdError, match=r"evil\.yaml: runner\.eval_dataloaders: there is no split"):
-        prepare(words)
+    argv = ["-m", "train", "-u", "fbank", "-d", task, "-n", "x", "-c", "evil.yaml"]
+    with pytest.raises(EkdError, match=r"evil\.yaml.*runner\.eval_dataloaders"):
+        prepare(argv)
     assert not (tmp_path / "result").exists()
     override = f"config.runner.train_dataloader='{DANGER}'"
     (tmp_path / "good.yaml").write_text(yaml.safe_dump(recipe(RECIPES[task][0])))
-    with pytest.raises(EkdError, match=r"runner\.train_dataloader: there is no split"):
-        prepare([*words[:-1], "good.yaml", "-o", override])
+    with pytest.raises(EkdError, match=r"runner\.train_dataloader"):
+        prepare([*argv[:-1], "good.yaml", "-o", override])
 
 
-def test_a_run_that_goes_on_looks_too(tmp_path, monkeypatch):
+def test_a_resumed_run_checks_too(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     args = Namespace(expdir="x", downstream="emotion", upstream="fbank", upstream_ckpt=None)
     config = recipe("emotion/tiny.yaml")
@@ -108,18 +110,18 @@ def test_a_run_that_goes_on_looks_too(tmp_path, monkeypatch):
     config["runner"]["train_dataloader"] = DANGER
     torch.save(states, "evil.ckpt")
     assert prepare(["-m", "train", "-e", "good.ckpt"])
-    with pytest.raises(EkdError, match=r"evil\.ckpt: runner\.train_dataloader: there is no split"):
+    with pytest.raises(EkdError, match=r"evil\.ckpt.*runner\.train_dataloader"):
         prepare(["-m", "train", "-e", "evil.ckpt"])
-    for split in ("dev", "nonsplit"):  # -t counts, what a training would take does not
-        words = ["-m", "evaluate", "-t", split, "-e", "evil.ckpt"]
+    for split in ("dev", "nonsplit"):  # only -t is checked, not the splits of training
+        argv = ["-m", "evaluate", "-t", split, "-e", "evil.ckpt"]
         if split == "dev":
-            assert prepare(words)
+            assert prepare(argv)
         else:
-            with pytest.raises(EkdError, match=r"^-t: there is no split 'nonsplit'; use train or"):
-                prepare(words)
+            with pytest.raises(EkdError, match=r"-t\b.*nonsplit"):
+                prepare(argv)
 
 
-def test_a_task_that_is_no_name():
+def test_an_invalid_task_name():
     check_splits(["asr"], recipe("asr/tiny.yaml"), "x.ckpt")
-    with pytest.raises(ConfigError, match=r"a plain name is needed"):
+    with pytest.raises(ConfigError, match=re.escape(DANGER)):
         check_splits(["asr"], recipe("asr/tiny.yaml"), "x.ckpt", DANGER)
