@@ -1,4 +1,4 @@
-"""Shared pieces: tiny teachers on disk, a small corpus of made-up sound, a student's size."""
+"""Shared fixtures and helpers: tiny teachers, a small synthetic corpus, running commands."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from s3prl_ekd.distill.settings import StudentSettings
 from s3prl_ekd.teachers.random_weights import hubert_checkpoint, wavlm_checkpoint
 
 REPO = Path(__file__).parent.parent
-# Ctrl-C is ignored by what a script begins in the background, and by all that this starts; the
-# tests send it.
+# A shell script starts background processes with SIGINT ignored, and their children inherit this.
+# Tests send SIGINT, so restore the default handler.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 CONV = "[(32,10,5)] + [(32,3,2)] * 4 + [(32,2,2)] * 2"
@@ -49,11 +49,11 @@ STUDENT = {
 
 
 compat.apply()  # before a test module imports s3prl
-torch.set_num_threads(1)  # the models are tiny: threads cost more than they bring
+torch.set_num_threads(1)  # with tiny models, threads are slower
 
 
 def safetensors_student(data: dict) -> bytes:
-    """What ``student_file.contents`` gives, good or not, as a safetensors file."""
+    """Serialise contents of a student file, valid or not, as safetensors."""
     from s3prl_ekd.student_file import _write_safetensors
 
     file = io.BytesIO()
@@ -63,7 +63,7 @@ def safetensors_student(data: dict) -> bytes:
 
 @pytest.fixture(scope="session")
 def teachers(tmp_path_factory) -> dict[str, Path]:
-    """Checkpoints of the true formats: hubert, robust, wavlm (width 48) and wide (width 64)."""
+    """Checkpoints in the original formats: hubert, robust, wavlm (width 48), wide (width 64)."""
     folder = tmp_path_factory.mktemp("teachers")
     states = {
         "hubert": hubert_checkpoint(seed=1, **SIZES),
@@ -80,7 +80,7 @@ def teachers(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture
 def student_settings() -> StudentSettings:
-    """A tiny student without dropout: two forwards give the same."""
+    """A tiny student without dropout, so that its forward is deterministic."""
     none = {"dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0}
     return StudentSettings(**STUDENT, **none)
 
@@ -97,27 +97,27 @@ def make_sound(seconds: float, rate: int = 16000, channels: int = 1, seed: int =
     rng = np.random.default_rng(seed)
     count = int(seconds * rate)
     envelope = 0.2 * (1 + np.sin(np.linspace(0, 6 * np.pi * seconds, count)))
-    sound = (envelope[:, None] * rng.standard_normal((count, channels)) * 0.2).clip(-1, 1)
-    return sound.astype(np.float32) if channels > 1 else sound[:, 0].astype(np.float32)
+    wave = (envelope[:, None] * rng.standard_normal((count, channels)) * 0.2).clip(-1, 1)
+    return wave.astype(np.float32) if channels > 1 else wave[:, 0].astype(np.float32)
 
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> Path:
-    """``audio/`` with 12 utterances of 0.5 to 1.6 s and ``tables/train.csv`` over them."""
+    """``audio/`` with 12 utterances of 0.5 to 1.6 s, and their table ``tables/train.csv``."""
     root = tmp_path_factory.mktemp("corpus")
     (root / "audio").mkdir()
     (root / "tables").mkdir()
     lines = [",file_path,length,label"]
     for i in range(12):
-        sound = make_sound(0.5 + 0.1 * i, seed=i)
-        soundfile.write(root / "audio" / f"u{i}.flac", sound, 16000)
-        lines.append(f"{i},u{i}.flac,{len(sound)},")
+        wave = make_sound(0.5 + 0.1 * i, seed=i)
+        soundfile.write(root / "audio" / f"u{i}.flac", wave, 16000)
+        lines.append(f"{i},u{i}.flac,{len(wave)},")
     (root / "tables" / "train.csv").write_text("\n".join(lines) + "\n")
     return root
 
 
 def data_settings(root: Path, batch_size: int, tables: Path | str = ".", **changes) -> DataSettings:
-    """Settings of whole utterances below ``root``, read in this process."""
+    """Settings for full utterances below ``root``, without worker processes."""
     options = {"sequence_length": 0, "num_workers": 0, **changes}
     return DataSettings(str(root), str(tables), ("train",), batch_size, **options)
 
@@ -133,12 +133,12 @@ with FolderLock(*sys.argv[1:]):
 
 @pytest.fixture
 def lock_holder():
-    """Hold a folder in another process until the test ends: ``lock_holder(folder, lock_name)``."""
+    """Lock a folder in another process until the test ends: ``lock_holder(folder, lock_name)``."""
     processes = []
 
-    def hold(*words):
+    def hold(*argv):
         process = subprocess.Popen(
-            [sys.executable, "-c", HOLD, *map(str, words)], stdout=subprocess.PIPE, text=True
+            [sys.executable, "-c", HOLD, *map(str, argv)], stdout=subprocess.PIPE, text=True
         )
         processes.append(process)
         assert process.stdout.readline() == "held\n"
@@ -151,7 +151,7 @@ def lock_holder():
 
 
 def write_librispeech_names(folder: Path, *splits: str) -> None:
-    """One empty utterance a split in LibriSpeech's layout, and its table: a corpus for checks."""
+    """Write an empty utterance per split in LibriSpeech's layout, and its length table."""
     for name in splits:
         chapter = folder / name / "1/2"
         chapter.mkdir(parents=True)
@@ -161,10 +161,10 @@ def write_librispeech_names(folder: Path, *splits: str) -> None:
 
 
 def write_configs(folder: Path, teachers: dict[str, Path], corpus: Path, **model) -> None:
-    """``model.yaml`` and ``runner.yaml`` of a run of 6 tiny steps over the three teachers."""
-    chosen = {name: teachers[name] for name in ("hubert", "robust", "wavlm")}
+    """Write ``model.yaml`` and ``runner.yaml`` for 6 small steps with three teachers."""
+    models = {name: teachers[name] for name in ("hubert", "robust", "wavlm")}
     settings = {
-        "teachers": {n: {"model": str(p), "layers": [2, 4]} for n, p in chosen.items()},
+        "teachers": {n: {"model": str(p), "layers": [2, 4]} for n, p in models.items()},
         "aggregation": "separate",
         "student": STUDENT,
         "init": {"teacher": "hubert"},
@@ -199,34 +199,34 @@ def write_configs(folder: Path, teachers: dict[str, Path], corpus: Path, **model
 
 @pytest.fixture
 def pretrain(pretrain_script):
-    """``run_pretrain.py -u ekd WORDS`` in this process; gives (code, stdout + stderr)."""
+    """Run ``run_pretrain.py -u ekd ARGV`` in this process; return (code, stdout + stderr)."""
     return functools.partial(pretrain_script, "-u", "ekd")
 
 
 @pytest.fixture
 def pretrain_script(monkeypatch, capfd):
-    """``run_pretrain.py WORDS`` in this process; gives (code, stdout + stderr)."""
+    """Run ``run_pretrain.py ARGV`` in this process; return (code, stdout + stderr)."""
     from s3prl_ekd.launch import run_pretrain
 
-    def run(*words):
+    def run(*argv):
         capfd.readouterr()
-        monkeypatch.setattr(sys, "argv", ["run_pretrain.py", *words])
+        monkeypatch.setattr(sys, "argv", ["run_pretrain.py", *argv])
         try:
             code = run_pretrain()
-        except SystemExit as left:
-            code = left.code
-        out = capfd.readouterr()
-        return code, out.out + out.err
+        except SystemExit as stop:
+            code = stop.code
+        output = capfd.readouterr()
+        return code, output.out + output.err
 
     return run
 
 
 def command(
-    *words: str, cwd: Path, check: bool = True, timeout: float = 300, **env: str
+    *argv: str, cwd: Path, check: bool = True, timeout: float = 300, **env: str
 ) -> subprocess.CompletedProcess:
-    """Run ``python -m s3prl_ekd WORDS`` as a user would, in ``cwd``, for ``timeout`` seconds."""
-    done = subprocess.run(
-        [sys.executable, "-m", "s3prl_ekd", *map(str, words)],
+    """Run ``python -m s3prl_ekd ARGV`` as a user would, in ``cwd``, for at most ``timeout`` s."""
+    process = subprocess.run(
+        [sys.executable, "-m", "s3prl_ekd", *map(str, argv)],
         cwd=cwd,
         capture_output=True,
         text=True,
@@ -234,13 +234,14 @@ def command(
         env={**os.environ, "OMP_NUM_THREADS": "1", **env},
     )
     if check:
-        assert done.returncode == 0, f"{words} -> {done.returncode}\n{done.stdout}\n{done.stderr}"
-    return done
+        output = f"{process.stdout}\n{process.stderr}"
+        assert process.returncode == 0, f"{argv} -> {process.returncode}\n{output}"
+    return process
 
 
 @pytest.fixture
 def complete(monkeypatch) -> dict[str, ModuleType]:
-    """Stand-ins of packages old enough to have all that s3prl asks for."""
+    """Stubs of packages of old versions, which have all names that s3prl uses."""
     stubs = {
         name: ModuleType(name)
         for name in (
@@ -256,20 +257,20 @@ def complete(monkeypatch) -> dict[str, ModuleType]:
     stubs["huggingface_hub"].HfFolder = stubs["huggingface_hub"].Repository = object
     for name, module in stubs.items():
         monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")  # what torch 2.5 did by itself
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")  # the default of torch 2.5
     monkeypatch.setattr(compat, "_fired", [])
     return stubs
 
 
 def run_python(code: str, *args: str) -> str:
-    """The last line that ``code`` prints in an interpreter of its own."""
+    """Run ``code`` in a new interpreter; return the last line that it prints."""
     path = os.pathsep.join(filter(None, [str(REPO), os.environ.get("PYTHONPATH")]))
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", code, *args],
         env={**os.environ, "PYTHONPATH": path},
         capture_output=True,
         text=True,
         timeout=120,
     )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip().splitlines()[-1]
+    assert process.returncode == 0, process.stderr
+    return process.stdout.strip().splitlines()[-1]

@@ -1,4 +1,4 @@
-"""What ``s3prl-ekd doctor`` says, against what is known by other ways."""
+"""The report of ``s3prl-ekd doctor``, compared with other sources."""
 
 from __future__ import annotations
 
@@ -60,18 +60,18 @@ def empty(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def report(empty) -> dict:
-    """The report on an empty folder, from the command itself in a fresh interpreter."""
+    """The command's report on an empty folder, from a new interpreter."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    command = [sys.executable, "-m", "s3prl_ekd.cli", "doctor", str(empty), "--json"]
-    done = subprocess.run(
-        command,
+    argv = [sys.executable, "-m", "s3prl_ekd.cli", "doctor", str(empty), "--json"]
+    process = subprocess.run(
+        argv,
         env={**os.environ, "PYTHONPATH": path},
         capture_output=True,
         text=True,
         timeout=120,
     )
-    report = json.loads(done.stdout)  # nothing else may be on stdout
-    assert done.returncode == (0 if report["ok"] else 1), done.stderr
+    report = json.loads(process.stdout)  # stdout has only the report
+    assert process.returncode == (0 if report["ok"] else 1), process.stderr
     return report
 
 
@@ -79,7 +79,7 @@ def report(empty) -> dict:
 
 
 @pytest.mark.parametrize(
-    ("version", "holes"),
+    ("version", "cves"),
     [
         ("2.5.1+cu124", ["CVE-2025-32434", "CVE-2026-24747"]),
         ("2.9.1", ["CVE-2026-24747"]),
@@ -87,23 +87,23 @@ def report(empty) -> dict:
         ("2.13.0+cpu", []),
     ],
 )
-def test_an_old_torch_is_named_unsafe(monkeypatch, report, version, holes):
+def test_an_old_torch_is_reported_as_unsafe(monkeypatch, report, version, cves):
     monkeypatch.setattr(torch, "__version__", version)
-    said = doctor._torch_load()
-    assert re.findall(r"CVE-[\d-]+", said) == holes
-    assert (version in said and "torch>=2.10" in said) == bool(holes)
-    assert said in doctor.as_text({**report, "torch_load": said})
+    text = doctor._torch_load()
+    assert re.findall(r"CVE-[\d-]+", text) == cves
+    assert (version in text and "torch>=2.10" in text) == bool(cves)
+    assert text in doctor.as_text({**report, "torch_load": text})
 
 
 def test_versions_are_those_installed(report):
-    for name in doctor.PACKAGES[1:]:  # torch has its build behind the version
+    for name in doctor.PACKAGES[1:]:  # torch has its build after the version
         assert report["versions"][name] == metadata.version(name)
     assert report["versions"]["torch"].startswith(f"{torch.__version__} (")
     assert report["versions"]["s3prl"].startswith(metadata.version("s3prl"))
     assert report["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
 
 
-def test_audio_names_libsndfile_and_reads_three_formats(report):
+def test_the_decoder_is_libsndfile_and_reads_three_formats(report):
     assert soundfile.__libsndfile_version__ in report["audio"]["decoder"]
     assert report["audio"]["formats"] == {"FLAC": True, "WAV": True, "Opus": True}
 
@@ -122,7 +122,7 @@ def test_shims_are_reported_as_they_fired(report):
         assert shim["since"] and shim["needed_by"]
 
 
-def test_pretraining_and_asr_have_their_modules_here(report):
+def test_pretraining_and_asr_have_their_modules(report):
     assert report["ok"] and report["pretrain"] == {"ready": True, "problems": []}
     assert {r["task"]: r["downstream"] for r in report["recipes"]} == {
         "PR": "ctc",
@@ -133,7 +133,7 @@ def test_pretraining_and_asr_have_their_modules_here(report):
     assert [r["modules"] for r in report["recipes"] if r["task"] in ("ER", "ASR")] == [True, True]
 
 
-def test_empty_folder_is_told_to_type_init(report, empty):
+def test_the_remedy_for_an_empty_folder_is_init(report, empty):
     init = f"s3prl-ekd init {empty}"
     assert report["folder"]["pretrain_ekd"] is False and report["folder"]["remedy"] == init
     for entry in report["recipes"]:
@@ -141,81 +141,79 @@ def test_empty_folder_is_told_to_type_init(report, empty):
         assert init in [problem["remedy"] for problem in entry["problems"]]
 
 
-def test_text_has_every_fact_in_columns(report):
-    lines = doctor.as_text({**report, "versions": {**report["versions"], "pandas": None}})
-    rows = [line.split(None, 1) for line in lines.splitlines() if line.startswith("  ")]
+def test_text_has_the_report_in_columns(report):
+    text = doctor.as_text({**report, "versions": {**report["versions"], "pandas": None}})
+    rows = [line.split(None, 1) for line in text.splitlines() if line.startswith("  ")]
     assert ["pandas", "MISSING"] in rows
     assert ["numpy", metadata.version("numpy")] in rows
-    versions = lines.split("\n\n")[0].splitlines()[1:]
+    versions = text.split("\n\n")[0].splitlines()[1:]
     starts = {len(line) - len(line[2:].split(None, 1)[1]) for line in versions}
-    assert len(starts) == 1  # the second column is straight
+    assert len(starts) == 1  # the second column is aligned
     for shim in compat.SHIMS:
         assert any(row[0] == shim.name and shim.since in row[1] for row in rows)
-        assert all(place in lines for place in shim.needed_by)
+        assert all(line in text for line in shim.needed_by)
     for entry in report["recipes"]:
-        assert f"{entry['task']} (-d {entry['downstream']})" in lines
+        assert f"{entry['task']} (-d {entry['downstream']})" in text
 
 
 # --- recipes
 
 
-def test_asr_is_ready_once_its_files_are_there(tmp_path):
+def test_asr_is_ready_when_its_files_exist(tmp_path):
     asr = recipe("ASR")
-    state = requirements.check_recipe(asr, tmp_path)
-    assert not state.ready and not state.modules
-    assert reasons(state.files) == [f"{tmp_path / asr.full} is not there"]
+    status = requirements.check_recipe(asr, tmp_path)
+    assert not status.ready and not status.modules
+    (reason,) = reasons(status.files)
+    assert str(tmp_path / asr.full) in reason
 
     write(tmp_path / asr.full, ASR_YAML)
-    state = requirements.check_recipe(asr, tmp_path)
-    assert reasons(state.files) == [
-        "./downstream/asr/char.dict (downstream_expert.datarc.dict_path) is not there"
-    ]
-    assert "libri_root" in state.note and "corpus" in state.note
+    status = requirements.check_recipe(asr, tmp_path)
+    (reason,) = reasons(status.files)
+    assert "./downstream/asr/char.dict" in reason
+    assert "downstream_expert.datarc.dict_path" in reason
+    assert "libri_root" in status.note and "corpus" in status.note
 
     write(tmp_path / "downstream/asr/char.dict", "E 1\n")
     write(tmp_path / "corpus/words.csv", "file_path,length\nwords/1/2/1-2-0.flac,1\n")
     write(tmp_path / "corpus/words/1/2/1-2.trans.txt")
-    state = requirements.check_recipe(asr, tmp_path)
-    assert state.ready and "1-2-0.flac" in state.note
+    status = requirements.check_recipe(asr, tmp_path)
+    assert status.ready and "1-2-0.flac" in status.note
     write(tmp_path / "corpus/words/1/2/1-2-0.flac")
-    state = requirements.check_recipe(asr, tmp_path)
-    assert state.ready and state.note == ""
+    status = requirements.check_recipe(asr, tmp_path)
+    assert status.ready and status.note == ""
 
 
-def test_every_file_of_a_list_is_looked_for(tmp_path):
+def test_every_file_of_a_list_is_checked(tmp_path):
     write(tmp_path / recipe("PR").full, CTC_YAML)
     write(tmp_path / "downstream/ctc/lexicon.txt")
     (tmp_path / "corpus").mkdir()
-    state = requirements.check_recipe(recipe("PR"), tmp_path)
-    assert "phoneme.txt" in " ".join(reasons(state.files))
-    assert "more.txt" in state.note and "lexicon.txt" not in state.note
+    status = requirements.check_recipe(recipe("PR"), tmp_path)
+    assert "phoneme.txt" in " ".join(reasons(status.files))
+    assert "more.txt" in status.note and "lexicon.txt" not in status.note
 
 
-def test_pr_has_its_corpus_module_whatever_s3prl_brings(tmp_path, monkeypatch):
+def test_pr_has_a_corpus_module_with_and_without_s3prls(tmp_path, monkeypatch):
     names = ("s3prl.downstream.ctc.corpus", "s3prl.downstream.ctc.corpus.libriphone")
     for name in names:
-        monkeypatch.setitem(sys.modules, name, None)  # as if the installed one had none
+        monkeypatch.setitem(sys.modules, name, None)  # as if the installed s3prl had none
     assert requirements.check_recipe(recipe("PR"), tmp_path).modules == []
     assert sys.modules[names[1]].__name__ == "s3prl_ekd.downstream.libriphone"
 
-    theirs = ModuleType(names[1])
-    monkeypatch.setitem(sys.modules, names[1], theirs)
+    module = ModuleType(names[1])
+    monkeypatch.setitem(sys.modules, names[1], module)
     assert requirements.check_recipe(recipe("PR"), tmp_path).modules == []
-    assert sys.modules[names[1]] is theirs
+    assert sys.modules[names[1]] is module
 
 
-def test_missing_package_is_named_with_what_to_type(tmp_path, monkeypatch):
+def test_the_remedy_for_a_missing_package_is_pip_install(tmp_path, monkeypatch):
     for name in [name for name in sys.modules if name.startswith("s3prl.downstream.asr.")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "editdistance", None)
-    state = requirements.check_recipe(recipe("ASR"), tmp_path)
-    wanted = requirements.RequirementProblem(
-        "editdistance is not installed", "pip install editdistance"
-    )
-    assert state.modules == [wanted]
+    (problem,) = requirements.check_recipe(recipe("ASR"), tmp_path).modules
+    assert "editdistance" in problem.reason and problem.remedy == "pip install editdistance"
 
 
-def test_sid_does_without_librosa(tmp_path, monkeypatch):
+def test_sid_does_not_need_librosa(tmp_path, monkeypatch):
     for name in [name for name in sys.modules if name.startswith("s3prl.downstream.voxceleb1")]:
         monkeypatch.delitem(sys.modules, name)
     for name in ("librosa", "librosa.util"):
@@ -223,18 +221,19 @@ def test_sid_does_without_librosa(tmp_path, monkeypatch):
     assert requirements.check_recipe(recipe("SID"), tmp_path).modules == []
 
 
-def test_module_that_fails_otherwise_is_quoted(tmp_path, monkeypatch):
+def test_the_exception_of_an_import_is_reported(tmp_path, monkeypatch):
     write(tmp_path / "doctor_probe.py", "print('noise')\nraise ZeroDivisionError('inside')\n")
     monkeypatch.syspath_prepend(tmp_path)
     (problem,) = requirements.check_modules(("doctor_probe",))
-    assert problem.reason == "doctor_probe does not import: ZeroDivisionError: inside"
+    assert "doctor_probe" in problem.reason
+    assert "ZeroDivisionError: inside" in problem.reason
 
 
-@pytest.mark.parametrize("text, said", [("a: [", "is not YAML"), ("- a", "not a YAML mapping")])
-def test_broken_config_is_a_problem_and_no_traceback(tmp_path, text, said):
+@pytest.mark.parametrize("text, word", [("a: [", "YAML"), ("- a", "mapping")])
+def test_an_invalid_config_is_reported(tmp_path, text, word):
     write(tmp_path / "downstream/emotion/config.yaml", text)
     (problem,) = requirements.check_recipe(recipe("ER"), tmp_path).files
-    assert said in problem.reason and "config.yaml" in problem.reason
+    assert word in problem.reason and "config.yaml" in problem.reason
 
 
 # --- the command
@@ -246,7 +245,7 @@ def test_exit_code_is_1_when_asr_cannot_import(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "editdistance", None)
     assert cli.main(["doctor", str(tmp_path)]) == 1
     printed = capsys.readouterr().out
-    assert "editdistance is not installed; type: pip install editdistance" in printed
+    assert "pip install editdistance" in printed
 
 
 def test_exit_code_is_1_when_pretraining_cannot_import(tmp_path, monkeypatch, capsys):
@@ -258,15 +257,15 @@ def test_exit_code_is_1_when_pretraining_cannot_import(tmp_path, monkeypatch, ca
 
 def test_shims_that_cannot_be_applied_are_reported(monkeypatch):
     def fail():
-        raise SetupError("torchaudio does not import")
+        raise SetupError("no torchaudio")
 
     monkeypatch.setattr(compat, "apply", fail)
     monkeypatch.setattr(compat, "_fired", [])
     states = {shim["state"] for shim in doctor._shims()}
-    assert states == {"failed: torchaudio does not import"}
+    assert states == {"failed: no torchaudio"}
 
 
-def test_folder_is_set_up_when_all_three_files_are_there(tmp_path):
+def test_a_folder_with_all_three_files_is_set_up(tmp_path):
     for name in ("config_runner.yaml", "config_model.yaml"):
         write(tmp_path / "pretrain/ekd" / name)
     assert doctor._folder(tmp_path)["missing"] == ["pretrain/ekd/pretrain_expert.py"]
@@ -275,11 +274,12 @@ def test_folder_is_set_up_when_all_three_files_are_there(tmp_path):
     assert doctor._folder(tmp_path)["own_scripts"] is False
 
 
-def test_folder_that_is_not_there_is_one_sentence(tmp_path, capsys):
+def test_a_missing_folder(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
-        cli.main(["doctor", str(tmp_path / "nowhere")])
+        cli.main(["doctor", str(tmp_path / "missing")])
     assert stop.value.code == 2
-    assert capsys.readouterr().err == f"error: {tmp_path / 'nowhere'} is not a folder\n"
+    error = capsys.readouterr().err
+    assert str(tmp_path / "missing") in error and error.count("\n") == 1
 
 
 def test_help_shows_an_example(capsys):
@@ -288,7 +288,7 @@ def test_help_shows_an_example(capsys):
     assert "s3prl-ekd doctor my_experiment --json" in capsys.readouterr().out
 
 
-def test_report_without_torch_says_so_and_does_not_stop(tmp_path, monkeypatch, capsys):
+def test_report_without_torch(tmp_path, monkeypatch, capsys):
     blocked = [n for n in sys.modules if n.split(".")[0] in ("torch", "torchaudio", "s3prl")]
     for name in {*blocked, "torch", "torchaudio"}:
         monkeypatch.setitem(sys.modules, name, None)

@@ -1,4 +1,4 @@
-"""`init --librispeech DIR ...`: paths put into the recipes once, with the comments left alone."""
+"""`init --librispeech DIR ...` inserts paths into the YAML files and preserves comments."""
 
 import re
 from pathlib import Path
@@ -10,7 +10,7 @@ from s3prl_ekd import cli
 from s3prl_ekd.downstream.tasks import TASKS, missing_paths
 from s3prl_ekd.errors import ConfigError
 from s3prl_ekd.pretrain.settings import load_runner_config
-from s3prl_ekd.workspace import files, get, put
+from s3prl_ekd.workspace import get_yaml_value, set_yaml_values, workspace_files
 
 TEXT = """\
 # head
@@ -20,7 +20,7 @@ a:
   files:
     - 'one'          # first
     - two
-    # about what follows
+    # a comment after the list
   flow: [x, 'y']
   b: {path: z}
 last: 1
@@ -35,32 +35,33 @@ CHANGED = {
 }
 
 
-def test_values_are_replaced_and_nothing_else():
-    new = put(TEXT, {"a.path": "/it's #1: here", "a.plain": "x", "a.b.path": "/z"})
+def test_only_values_are_replaced():
+    new = set_yaml_values(TEXT, {"a.path": "/it's #1: here", "a.plain": "x", "a.b.path": "/z"})
     assert new == TEXT.replace("'./old'", "'/it''s #1: here'").replace("old value", "'x'").replace(
         "{path: z}", "{path: '/z'}"
     )
-    assert get(new, "a.path") == "/it's #1: here"
-    new = put(TEXT, {"a.files": ["/p", "/q", "/r"], "a.flow": ["/s"]})
+    assert get_yaml_value(new, "a.path") == "/it's #1: here"
+    new = set_yaml_values(TEXT, {"a.files": ["/p", "/q", "/r"], "a.flow": ["/s"]})
     assert yaml.safe_load(new)["a"]["files"] == ["/p", "/q", "/r"]
-    assert get(new, "a.flow") == ["/s"] and "\n    # about what follows\n" in new
-    assert put(TEXT, {"a.files": ["/p"]}).count("\n") == TEXT.count("\n") - 1
+    assert get_yaml_value(new, "a.flow") == ["/s"] and "\n    # a comment after the list\n" in new
+    shorter = set_yaml_values(TEXT, {"a.files": ["/p"]})
+    assert shorter.count("\n") == TEXT.count("\n") - 1
 
 
 @pytest.mark.parametrize(
     "key, value", [("a.none", "x"), ("none.path", "x"), ("a.path.x", "x"), ("a.files", "x")]
 )
-def test_keys_that_are_not_there(key, value):
-    with pytest.raises(ConfigError, match=re.escape(f"the key {key} is not there")):
-        put(TEXT, {key: value})
-    with pytest.raises(ConfigError, match="is not there"):
-        put(TEXT, {"a.path": ["a list"]})
-    assert get(TEXT, "a.none") is None and get(TEXT, "a.path.x") is None
+def test_missing_keys_and_other_types(key, value):
+    with pytest.raises(ConfigError, match=re.escape(key)):
+        set_yaml_values(TEXT, {key: value})
+    with pytest.raises(ConfigError, match="a.path"):
+        set_yaml_values(TEXT, {"a.path": ["a list"]})
+    assert get_yaml_value(TEXT, "a.none") is None and get_yaml_value(TEXT, "a.path.x") is None
 
 
 @pytest.fixture
 def corpora(tmp_path):
-    """Folders of the three corpora's shapes, in one with a space and a quote in its name."""
+    """The three corpora, below a folder with a space and a quote in its name."""
     return make_corpora(tmp_path / "Ann's data")
 
 
@@ -70,25 +71,25 @@ def make_corpora(data: Path) -> Path:
     for part, speaker in (("dev", "id10001"), ("test", "id10270")):
         (data / "voxceleb1" / part / "wav" / speaker).mkdir(parents=True)
     for number in range(1, 6):
-        for below in ("dialog/EmoEvaluation", "sentences/wav"):
-            (data / "iemocap" / f"Session{number}" / below).mkdir(parents=True)
+        for name in ("dialog/EmoEvaluation", "sentences/wav"):
+            (data / "iemocap" / f"Session{number}" / name).mkdir(parents=True)
     (data / "lexicon.txt").write_text("A\tAH0\n")
     return data
 
 
 def options(corpora: Path) -> list[str]:
-    words = [word for name in NAMES for word in (f"--{name}", str(corpora / name))]
-    return [*words, "--lexicon", str(corpora / "lexicon.txt")]
+    argv = [word for name in NAMES for word in (f"--{name}", str(corpora / name))]
+    return [*argv, "--lexicon", str(corpora / "lexicon.txt")]
 
 
-def init(*words) -> int:
-    return cli.main(["init", *map(str, words)])
+def init(*argv) -> int:
+    return cli.main(["init", *map(str, argv)])
 
 
-def fails(capsys, *words) -> str:
+def fails(capsys, *argv) -> str:
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
-        init(*words)
+        init(*argv)
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1, error
     return error
@@ -101,7 +102,7 @@ def test_every_recipe_finds_its_corpus(corpora, tmp_path, capsys):
     for name in NAMES:
         assert f"s3prl-ekd prepare {name} " in printed
     assert "kept" not in printed and "prepare librispeech" in printed
-    # What `prepare` writes later; the rest of what the recipes name is there.
+    # Files that `prepare` writes later. All other paths in the recipes exist already.
     for name in ("voxceleb1/split.txt", "iemocap/meta_data", "librispeech/len_for_bucket"):
         (work / "data" / name).mkdir(parents=True)
     for task in TASKS.values():
@@ -112,18 +113,18 @@ def test_every_recipe_finds_its_corpus(corpora, tmp_path, capsys):
     assert Path(data.libri_root) == corpora / "librispeech"
     assert (work / data.file_path).is_dir()
 
-    # Against the files as they are shipped: other values on the lines that hold paths, no more.
-    for name, shipped in files():
-        ours, theirs = (work / name).read_text().split("\n"), shipped.decode().split("\n")
-        assert len(ours) == len(theirs)
-        changed = [(a, b) for a, b in zip(ours, theirs, strict=True) if a != b]
+    # Only lines with paths differ from the packaged files.
+    for name, packaged in workspace_files():
+        lines, expected = (work / name).read_text().split("\n"), packaged.decode().split("\n")
+        assert len(lines) == len(expected)
+        changed = [(a, b) for a, b in zip(lines, expected, strict=True) if a != b]
         assert bool(changed) == (name in CHANGED), name
-        for mine, other in changed:
-            assert str(tmp_path).replace("'", "''") in mine or "data/librispeech" in mine
-            assert mine.partition("  #")[2] == other.partition("  #")[2]  # the comment
+        for line, packaged_line in changed:
+            assert str(tmp_path).replace("'", "''") in line or "data/librispeech" in line
+            assert line.partition("  #")[2] == packaged_line.partition("  #")[2]  # the comment
 
 
-def test_relative_paths_are_those_of_the_folder_one_stands_in(corpora, tmp_path, monkeypatch):
+def test_paths_are_relative_to_the_current_folder(corpora, tmp_path, monkeypatch):
     monkeypatch.chdir(corpora)
     init("../work", "--iemocap", "iemocap")
     config = yaml.safe_load((tmp_path / "work/downstream/emotion/config.yaml").read_text())
@@ -131,47 +132,51 @@ def test_relative_paths_are_those_of_the_folder_one_stands_in(corpora, tmp_path,
     assert config["downstream_expert"]["datarc"]["meta_data"] == "./data/iemocap/meta_data"
 
 
-def test_kept_files_stay_and_are_told_of(tmp_path, capsys):
+def test_existing_files_are_kept_and_differences_reported(tmp_path, capsys):
     corpora, work = make_corpora(tmp_path / "my data"), tmp_path / "work"
     init(work)
-    mine = work / "downstream/emotion/config.yaml"
-    mine.write_text(mine.read_text().replace("./data/iemocap/audio", "/mine"))
+    edited = work / "downstream/emotion/config.yaml"
+    edited.write_text(edited.read_text().replace("./data/iemocap/audio", "/edited"))
     (work / "downstream/asr/config.yaml").unlink()
     (work / "downstream/voxceleb1/config.yaml").write_text("a: [\n")
-    before = mine.read_text()
+    before = edited.read_text()
     capsys.readouterr()
     assert init(work, *options(corpora)) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert f"kept     {mine}" in lines and mine.read_text() == before
-    (line,) = [line for line in lines if "emotion" in line and "was kept and has" in line]
-    assert "datarc.root: /mine; edit it, or add to the command -o " in line
-    # and what it says to add is what s3prl's override understands
+    assert f"kept     {edited}" in lines and edited.read_text() == before
+    differences = lines[lines.index("") + 1 : lines.index("", lines.index("") + 1)]
+    assert len(differences) == 6  # two keys of config_runner and of libriphone, voxceleb1, emotion
+    (line,) = [line for line in differences if "emotion" in line]
+    assert "datarc.root: /edited" in line
+    # s3prl can parse the suggested override
     key, _, value = line.partition('-o "')[2].rstrip('"').partition("=")
     assert eval(value) == str(corpora / "iemocap") and key.endswith("datarc.root")
-    assert not [line for line in lines if "asr/config.yaml was kept" in line]
-    assert [line for line in lines if "voxceleb1/config.yaml cannot be read" in line]
-    assert len([line for line in lines if "was kept and has" in line]) == 5
-    odd = make_corpora(tmp_path / "a=b's")
-    init(work, "--iemocap", odd / "iemocap")
-    assert f"datarc.root: /mine; it should be {odd / 'iemocap'}\n" in capsys.readouterr().out
+    assert not [line for line in differences if "asr/config.yaml" in line]
+    assert [line for line in differences if "voxceleb1/config.yaml" in line]
+    unsafe = make_corpora(tmp_path / "a=b's")
+    init(work, "--iemocap", unsafe / "iemocap")
+    (line,) = re.findall(".*datarc.root: /edited.*", capsys.readouterr().out)
+    assert line.endswith(f" {unsafe / 'iemocap'}") and "-o " not in line
     init(work, "--librispeech", corpora / "librispeech")
-    assert "asr/config.yaml was kept" not in capsys.readouterr().out  # it has that path already
+    # asr/config.yaml has this path already
+    assert capsys.readouterr().out.count("asr/config.yaml") == 1
 
 
-def test_what_is_missing_is_named_and_nothing_written(corpora, tmp_path, capsys):
+def test_invalid_corpora_are_rejected_before_writing(corpora, tmp_path, capsys):
     work = tmp_path / "work"
     (corpora / "librispeech/dev-clean").rmdir()
     error = fails(capsys, work, *options(corpora))
-    assert error.startswith("error: --librispeech: ") and "lacks dev-clean/; unpack" in error
+    assert error.startswith("error: --librispeech: ") and "dev-clean.tar.gz" in error
     error = fails(capsys, work, "--voxceleb1", corpora / "voxceleb1/dev")
-    assert "--voxceleb1: " in error and f"the folder above, {corpora / 'voxceleb1'}" in error
+    assert "--voxceleb1: " in error
+    assert re.search(rf"{re.escape(str(corpora / 'voxceleb1'))}(?!/)", error)
     (corpora / "voxceleb1/dev/wav/id10001").rmdir()
     (corpora / "voxceleb1/test/wav/id10270").rmdir()
     error = fails(capsys, work, "--voxceleb1", corpora / "voxceleb1")
-    assert "dev/wav has no speakers (id10001, …)" in error
+    assert str(corpora / "voxceleb1/dev/wav") in error and "id10001" in error
     (corpora / "iemocap/Session4/sentences/wav").rmdir()
     error = fails(capsys, work, "--iemocap", corpora / "iemocap")
-    assert "--iemocap: " in error and "it has no Session4/sentences/wav" in error
+    assert "--iemocap: " in error and "Session4/sentences/wav" in error
     error = fails(capsys, work, "--lexicon", corpora / "none.txt")
-    assert "--lexicon: cannot read the lexicon" in error
+    assert "--lexicon: " in error and str(corpora / "none.txt") in error
     assert not work.exists()

@@ -102,7 +102,7 @@ def test_this_install_has_the_data():
 
 
 def test_importing_is_fast():
-    """It imports neither torch nor s3prl, and takes less than 50 ms (the minimum of several runs)."""
+    """It imports neither torch nor s3prl, and takes less than 50 ms (minimum of 5 runs)."""
     code = (
         "import sys, time; start = time.perf_counter(); import s3prl_ekd\n"
         "print(time.perf_counter() - start, 'torch' in sys.modules, 's3prl' in sys.modules)"
