@@ -112,10 +112,10 @@ def write_librispeech(
     """
     check_replaceable(out, replace=replace)
     with whole_folder(out, DataError) as folder:
-        return _write(folder, utterances, copy)
+        return _write_files(folder, utterances, copy)
 
 
-def _write(root: Path, utterances: Sequence[Utterance], copy: bool) -> WrittenLayout:
+def _write_files(root: Path, utterances: Sequence[Utterance], copy: bool) -> WrittenLayout:
     names = speaker_names(utterance.speaker for utterance in utterances)
     layout = WrittenLayout()
     tables: dict[str, list[tuple[str, int]]] = {}

@@ -276,17 +276,17 @@ def _prepare_er(args: argparse.Namespace) -> int:
     occurring = (entry.cells[args.label_column] for entry in entries)
     labels = choose_labels(occurring, args.labels, args.manifest)
     labelled = [entry for entry in entries if entry.cells[args.label_column] in labels]
-    folds = _folds(args, labelled)
+    folds = _make_folds(args, labelled)
     check_folds(folds, labels, args.manifest)
     root = audio_root(args)
     read_lengths(args.manifest, root, labelled, args.jobs)  # checks for readable, 16 kHz, mono
     if len(labelled) < len(entries):
         print(f"{len(entries) - len(labelled)} lines without a selected label skipped")
-    _write(args, root, folds, labels)
+    _write_and_print(args, root, folds, labels)
     return 0
 
 
-def _folds(args: argparse.Namespace, entries: Sequence[ManifestEntry]) -> list[Fold]:
+def _make_folds(args: argparse.Namespace, entries: Sequence[Entry]) -> list[Fold]:
     items = []
     for entry in entries:
         fold = entry.cells[args.fold_column] if args.fold_column else entry.split
@@ -313,7 +313,7 @@ def _prepare_iemocap(args: argparse.Namespace) -> int:
     check_folds(folds, LABELS, args.root)
     entries = [Entry(number, item.path, "train", {}) for number, item in enumerate(items, 1)]
     read_lengths(args.root, args.root, entries, args.jobs)
-    _write(args, args.root, folds, LABELS)
+    _write_and_print(args, args.root, folds, LABELS)
     counts = Counter(item.fold for item in items)
     if counts != FULL_COUNTS:
         print(
@@ -323,7 +323,9 @@ def _prepare_iemocap(args: argparse.Namespace) -> int:
     return 0
 
 
-def _write(args: argparse.Namespace, root: Path, folds: list[Fold], labels: Sequence[str]) -> None:
+def _write_and_print(
+    args: argparse.Namespace, root: Path, folds: list[Fold], labels: Sequence[str]
+) -> None:
     write_folds(args.out, root, folds, labels, replace=args.replace)
     print("\n".join(fold_summary(folds, labels)))
     print(f"wrote {args.out}; in the YAML: root: {args.out / AUDIO}")

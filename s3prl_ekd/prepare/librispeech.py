@@ -150,7 +150,7 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--replace", action="store_true", help="replace an earlier OUT")
 
 
-def _run(args: argparse.Namespace) -> int:
+def _prepare_librispeech(args: argparse.Namespace) -> int:
     check_replaceable(args.out, replace=args.replace)  # before minutes of reading
     splits = check_shape(args.root)
     texts = read_texts(args.root, NEEDED)
@@ -205,6 +205,6 @@ LIBRISPEECH = PrepareTask(
     "check LibriSpeech; length tables and a lexicon, for -d asr and -d ctc",
     DESCRIPTION,
     _configure,
-    _run,
+    _prepare_librispeech,
     manifest=False,
 )

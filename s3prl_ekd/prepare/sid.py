@@ -182,23 +182,18 @@ def _list_names(folder: Path) -> list[str]:
         return []
 
 
-def write_corpus(
-    out: Path,
-    root: Path,
-    lines: Sequence[SplitLine],
-    entries: Sequence[ManifestEntry],
-    *,
-    replace: bool,
+def write_voxceleb1(
+    out: Path, root: Path, lines: Sequence[SplitLine], entries: Sequence[Entry], *, replace: bool
 ) -> None:
     """Write ``out/split.txt``, and link ``out/audio`` to VoxCeleb1."""
     with new_folder(out, replace=replace) as folder:
         link_folder(root, folder / AUDIO)
-        _write(folder / SPLIT_FILE, [_split_line(line.split, line.path) for line in lines])
+        _write_lines(folder / SPLIT_FILE, [_split_line(line.split, line.path) for line in lines])
         rows = [f"{line.path}\t{entry.path}" for line, entry in zip(lines, entries, strict=True)]
-        _write(folder / PREPARED, ["id\tpath", *rows])
+        _write_lines(folder / PREPARED, ["id\tpath", *rows])
 
 
-def write_manifest(
+def write_sid_corpus(
     out: Path,
     root: Path,
     entries: Sequence[ManifestEntry],
@@ -208,7 +203,7 @@ def write_manifest(
     replace: bool = False,
     test_seconds: float | None = None,
 ) -> int:
-    """Write the utterances of a manifest in VoxCeleb1's layout, with the split as VIDEO.
+    """Write a manifest's utterances in VoxCeleb1's layout; the folder VIDEO is the split.
 
     ``out/audio/all/wav/id10001/train/00001.wav`` is a symlink to the audio. The audio may have any
     format: readers use its header and not the suffix. ``speakers.tsv`` maps ids to speakers,
@@ -239,20 +234,22 @@ def write_manifest(
             copied += _link_or_write(root / entry.path, target, copy=copy, seconds=seconds)
             splits.append(_split_line(entry.split, name))
             prepared.append(f"{name}\t{entry.path}\t{speaker}\t{entry.split}\t{length}")
-        _write(folder / SPLIT_FILE, splits)
-        _write(folder / PREPARED, prepared)
+        _write_lines(folder / SPLIT_FILE, splits)
+        _write_lines(folder / PREPARED, prepared)
         table = [
             "\t".join([ids[name], str(index), name, *(str(counts[name, s]) for s in SPLITS)])
             for index, name in enumerate(speakers)
         ]
-        _write(folder / "speakers.tsv", ["\t".join(["id", "class", "speaker", *SPLITS]), *table])
+        _write_lines(
+            folder / "speakers.tsv", ["\t".join(["id", "class", "speaker", *SPLITS]), *table]
+        )
     return copied
 
 
 def truncate_lengths(
     entries: Sequence[Entry], samples: Sequence[int], test_seconds: float | None
 ) -> list[int]:
-    """Limit the lengths of dev and test to ``test_seconds``; in samples at 16 kHz."""
+    """Limit the lengths (samples at 16 kHz) of dev and test to ``test_seconds``."""
     if test_seconds is None:
         return list(samples)
     limit = round(test_seconds * SAMPLE_RATE)
@@ -279,7 +276,7 @@ def _split_line(split: str, path: str) -> str:
     return f"{SPLITS.index(split) + 1} {path}"
 
 
-def _write(path: Path, lines: Sequence[str]) -> None:
+def _write_lines(path: Path, lines: Sequence[str]) -> None:
     path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
@@ -311,7 +308,7 @@ def _prepare_sid(args: argparse.Namespace) -> int:
     root = audio_root(args)
     samples = read_lengths(args.manifest, root, entries, args.jobs)
     samples = truncate_lengths(entries, samples, args.test_seconds)
-    copied = write_manifest(
+    copied = write_sid_corpus(
         args.out, root, entries, samples,
         copy=args.copy, replace=args.replace, test_seconds=args.test_seconds,
     )  # fmt: skip
@@ -343,7 +340,7 @@ def _prepare_voxceleb1(args: argparse.Namespace) -> int:
             f"{', '.join(missing[:3])}{', …' * (len(missing) > 3)}; full list: {missing_list}"
         )
     samples = read_lengths(args.split_file, args.root, entries, args.jobs)
-    write_corpus(args.out, args.root, lines, entries, replace=args.replace)
+    write_voxceleb1(args.out, args.root, lines, entries, replace=args.replace)
     _print_summary(args.out, entries, samples, len({line.path[:7] for line in lines}))
     return 0
 
