@@ -53,7 +53,7 @@ def check_shape(root: Path) -> list[str]:
     """Return the splits in ``root``, those of :data:`NEEDED` first.
 
     Raises:
-        DataError: shorten_list of :data:`NEEDED` are missing; the message lists them.
+        DataError: one of :data:`NEEDED` is missing; the message lists all that are.
     """
     if not root.is_dir():
         raise DataError(f"{root} is not a folder; use the one that contains {', '.join(NEEDED)}")

@@ -68,8 +68,8 @@ def _check_words(text: str, pronunciations: Pronunciations) -> str:
 
 def _missing_words(args: argparse.Namespace, words: list[str]) -> str:
     files = ", ".join(map(str, args.lexicon)) or "(none given)"
-    remedy = "add them to it" if args.g2p else "add them to it, predict their phones with --g2p"
+    g2p = "" if args.g2p else ", predict their phones with --g2p"
     return (
         f"the lexicon {files} lacks {len(words)} word{'s' * (len(words) > 1)} of {args.manifest}: "
-        f"{shorten_list(words)}; {remedy}, or skip their lines with --drop-bad"
+        f"{shorten_list(words)}; add them to a lexicon{g2p}, or skip their lines with --drop-bad"
     )
