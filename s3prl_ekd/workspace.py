@@ -132,7 +132,7 @@ def write_workspace(
                 results.append(("kept", path))
                 continue
             path.parent.mkdir(parents=True, exist_ok=True)
-            with whole_file(path) as file:  # replaces an empty file, which a full disk may leave
+            with atomic_file(path) as file:  # replaces an empty file, which a full disk may leave
                 file.write(data)
             results.append(("created", path))
         except OSError as error:
@@ -163,9 +163,9 @@ class CorpusPaths:
         from .prepare.lexicon import read_lexicon
 
         checks: tuple[tuple[str, Any, Callable[[Any], object]], ...] = (
-            ("librispeech", self.librispeech, librispeech.check_shape),
-            ("voxceleb1", self.voxceleb1, sid.check_shape),
-            ("iemocap", self.iemocap, er.check_shape),
+            ("librispeech", self.librispeech, librispeech.check_librispeech),
+            ("voxceleb1", self.voxceleb1, sid.check_voxceleb1),
+            ("iemocap", self.iemocap, er.check_iemocap),
             ("lexicon", self.lexicon or None, lambda paths: read_lexicon(paths, ())),
         )
         for option, path, check in checks:
@@ -260,7 +260,7 @@ def set_yaml_values(text: str, values: Mapping[str, YamlValue]) -> str:
 def _replacement(text: str, key: str, value: YamlValue) -> tuple[int, int, str]:
     """Return start and end of the characters to replace, and their replacement."""
     parse_yaml(text, "the file")  # rejects invalid YAML
-    node = yaml.compose(text, Loader=PlainLoader)
+    node = yaml.compose(text, Loader=BoundedLoader)
     for part in key.split("."):
         pairs = node.value if isinstance(node, yaml.MappingNode) else []
         node = next((value_node for name, value_node in pairs if name.value == part), None)

@@ -16,7 +16,7 @@ import pytest
 import soundfile
 
 from s3prl_ekd.demo import espeak as espeak_module
-from s3prl_ekd.demo.corpus import checksum, make_corpus
+from s3prl_ekd.demo.corpus import corpus_checksum, make_corpus
 from s3prl_ekd.demo.sentences import GRAMMAR, sentences
 from s3prl_ekd.demo.voices import ACCENTS, make_voices, speak, to_int16
 from s3prl_ekd.errors import DataError, SetupError
@@ -222,7 +222,7 @@ def test_a_complete_corpus_is_kept_and_others_are_made_again(tmp_path):
     deleted = next(root.rglob("101-1-0001.flac"))
     deleted.unlink()
     assert make_corpus(root, **sizes) == record and deleted.is_file()
-    assert checksum(root) == record["checksum"]
+    assert corpus_checksum(root) == record["checksum"]
 
     larger = make_corpus(root, speakers={"train": 1}, utterances={"train": 3})
     assert len(list((root / "train").rglob("*.flac"))) == 3

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from s3prl_ekd.prepare.er import natural
+from s3prl_ekd.prepare.er import natural_sort_key
 
 from .conftest import command
 from .preparing import accuracy, check_message, fails, numbers, prepare
@@ -89,7 +89,7 @@ def test_one_fold_by_split(manifest, tmp_path, capsys):
 
 def test_natural_order():
     names = ["Session10", "Session9", "b", "2", "10", "a1b"]
-    assert sorted(names, key=natural) == ["2", "10", "Session9", "Session10", "a1b", "b"]
+    assert sorted(names, key=natural_sort_key) == ["2", "10", "Session9", "Session10", "a1b", "b"]
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from s3prl_ekd.distill.settings import StudentSettings
 from s3prl_ekd.distill.student import Student
 from s3prl_ekd.errors import CheckpointError
 from s3prl_ekd.files.run_checkpoints import read_checkpoint
-from s3prl_ekd.prepare.asr import Utterance, write_librispeech
+from s3prl_ekd.prepare.asr import TranscribedUtterance, write_librispeech
 from s3prl_ekd.pretrain.tensorboard import read_scalars
 from s3prl_ekd.student_file import contents
 from s3prl_ekd.superb.metrics import count_errors, read_pairs
@@ -56,7 +56,9 @@ def workspace(folder, teachers):
         split = "train" if i < 8 else ("dev", "test")[i % 2]
         text = f"{WORDS[i % 5]} {WORDS[(i + 2) % 5]}"
         source = folder / "sound" / f"u{i}.flac"
-        utterances.append(Utterance(source, source.name, f"s{i % 2}", text, split, len(sound)))
+        utterances.append(
+            TranscribedUtterance(source, source.name, f"s{i % 2}", text, split, len(sound))
+        )
     write_librispeech(folder / "data" / "corpus", utterances)
     torch.manual_seed(0)
     student = Student(StudentSettings(**STUDENT))

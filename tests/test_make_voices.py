@@ -5,7 +5,7 @@ import re
 import make_voices
 import pytest
 
-from s3prl_ekd.demo.corpus import checksum, make_corpus
+from s3prl_ekd.demo.corpus import corpus_checksum, make_corpus
 
 
 def test_it_is_that_call_of_make_corpus(tmp_path, capsys):
@@ -20,7 +20,7 @@ def test_it_is_that_call_of_make_corpus(tmp_path, capsys):
         speakers={"train-clean": 3, "dev-clean": 2},
         utterances={"train-clean": 6, "dev-clean": 50},
     )
-    assert checksum(tmp_path / "v") == made["checksum"]
+    assert corpus_checksum(tmp_path / "v") == made["checksum"]
     assert len(list((tmp_path / "v" / "train-clean").rglob("*.flac"))) == 6
 
 

@@ -12,16 +12,15 @@ from s3prl_ekd import cli
 from s3prl_ekd.analysis.choice import choose_audio
 from s3prl_ekd.data.audio_files import find_audio, is_hidden_or_system
 from s3prl_ekd.data.distortion.sources import AudioPool
-from s3prl_ekd.demo.corpus import RECORD, checksum, make_corpus
+from s3prl_ekd.demo.corpus import RECORD, corpus_checksum, make_corpus
 from s3prl_ekd.demo.labels import make_labels
 from s3prl_ekd.downstream.noise import find_noises
 from s3prl_ekd.errors import DataError
 from s3prl_ekd.export.features import collect_audio
 from s3prl_ekd.hidden_states.store import Index
-from s3prl_ekd.prepare.er import SESSIONS, read_iemocap
-from s3prl_ekd.prepare.er import check_shape as check_iemocap
+from s3prl_ekd.prepare.er import SESSIONS, check_iemocap, read_iemocap
 from s3prl_ekd.prepare.librispeech import measure_splits, read_texts
-from s3prl_ekd.prepare.sid import check_shape as check_voxceleb1
+from s3prl_ekd.prepare.sid import check_voxceleb1
 from s3prl_ekd.pretrain.target_cache.build import start_build
 
 APPLE_DOUBLE = b"\0\5\x16\7\0\2\0\0Mac OS X        "  # start of a ._ file of macOS
@@ -125,10 +124,10 @@ def test_the_corpus_of_the_demo(folder, tmp_path, monkeypatch):
     (corpus / "train-clean/101/1").mkdir(parents=True)
     sound, _ = soundfile.read(folder / "a.flac")
     soundfile.write(corpus / "train-clean/101/1/101-1-0000.flac", sound, 16000)
-    expected = checksum(corpus)
+    expected = corpus_checksum(corpus)
     for name in (".DS_Store", "train-clean/101/1/._101-1-0000.flac"):
         (corpus / name).write_bytes(APPLE_DOUBLE)
-    assert checksum(corpus) == expected
+    assert corpus_checksum(corpus) == expected
     monkeypatch.setattr("s3prl_ekd.demo.labels._moods", lambda *args: [])
     make_labels(corpus, tmp_path / "labels")
     assert (tmp_path / "labels/sid.tsv").read_text().count("101-1-0000.flac") == 1

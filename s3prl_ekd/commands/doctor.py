@@ -128,7 +128,7 @@ def _torch_load() -> str:
         import torch
     except ImportError:
         return "cannot import torch"
-    if not (attacks := compat.loader_holes(torch.__version__)):
+    if not (attacks := compat.torch_load_cves(torch.__version__)):
         return "reads data only (weights_only=True)"
     return (
         f"a file can {attacks} in torch {torch.__version__}, even with weights_only=True; "
@@ -194,7 +194,7 @@ def _devices() -> dict[str, str]:
     return devices
 
 
-def _recipe(task: Task, status: requirements.State) -> dict:
+def _recipe(task: Task, status: requirements.RecipeStatus) -> dict:
     return {
         "task": task.name.upper(),
         "downstream": task.downstream,

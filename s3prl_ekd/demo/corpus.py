@@ -74,22 +74,22 @@ def make_corpus(
     _check(parameters)
     record = _read_record(out)
     if record is not None and record["parameters"] == parameters:
-        if checksum(out) == record["checksum"]:
+        if corpus_checksum(out) == record["checksum"]:
             return record
     elif record is None and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DataError(f"{out} exists and is not a demo corpus; use another folder")
-    with whole_folder(out, DataError) as folder:
+    with atomic_folder(out, DataError) as folder:
         return _make(folder, parameters)
 
 
-def checksum(root: Path) -> str:
+def corpus_checksum(root: Path) -> str:
     """SHA-256 of a corpus: names and bytes of all files, except ``corpus.json`` and files that
-    :func:`is_passed_over` ignores (a new ``.DS_Store`` does not change it)."""
+    :func:`is_hidden_or_system` ignores (a new ``.DS_Store`` does not change it)."""
     total = hashlib.sha256()
     for path in sorted(path for path in root.rglob("*") if path.is_file()):
         relative = path.relative_to(root)
         name = relative.as_posix()
-        if name != RECORD and not any(map(is_passed_over, relative.parts)):
+        if name != RECORD and not any(map(is_hidden_or_system, relative.parts)):
             total.update(f"{file_sha256(path)}  {name}\n".encode())
     return total.hexdigest()
 
@@ -142,7 +142,7 @@ def _make(root: Path, parameters: Mapping[str, Any]) -> dict[str, Any]:
     (root / "noise").mkdir()
     for name, clip in noise.items():
         _write_flac(root / "noise" / f"{name}.flac", to_int16(clip))
-    digest = checksum(root)
+    digest = corpus_checksum(root)
     record = {
         "parameters": parameters,
         "splits": splits,

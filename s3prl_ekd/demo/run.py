@@ -12,7 +12,6 @@ from pathlib import Path
 
 from ..downstream.tasks import TASKS
 from ..errors import SetupError
-from ..files.run_checkpoints import newest_checkpoint, read_checkpoint
 from ..pretrain.tensorboard import plot_run, read_scalars, teacher_curves
 from ..superb.report import CLEAN, Difference, Report, make_report
 from ..superb.report_text import with_interval
@@ -58,7 +57,7 @@ def score_table(report: Report, order: Sequence[str]) -> list[tuple[str, ...]]:
             continue
         cells = []
         for task in report.tasks:
-            score = report.measures.get((name, task, CLEAN))
+            score = report.metrics.get((name, task, CLEAN))
             cells.append(with_interval(score.value, *score.interval, digits=1) if score else "")
         rows.append((name, *cells))
     return rows
@@ -187,8 +186,8 @@ class Demo:
     @staticmethod
     def _step(folder: Path) -> int:
         """Return the step of the newest checkpoint in a run's folder, or 0 without one."""
-        latest = newest(folder) if folder.is_dir() else None
-        return 0 if latest is None else read_run(latest)["Step"]
+        latest = newest_checkpoint(folder) if folder.is_dir() else None
+        return 0 if latest is None else read_checkpoint(latest)["Step"]
 
     def _superb(self) -> None:
         expert = "config.downstream_expert"

@@ -67,7 +67,7 @@ class LibriPhoneDataset(Dataset):
         pronunciations = read_lexicon(
             lexicon,
             {word for words in texts.values() for word in words},
-            known=lambda phone: tokenizer.vocab_to_idx(phone) != tokenizer.unk_idx,
+            is_phone=lambda phone: tokenizer.vocab_to_idx(phone) != tokenizer.unk_idx,
         )
         files = files_in_lexicon(texts, pronunciations, lexicon, skip=skip_unknown_words)
         items: list[PhoneItem] = []

@@ -25,7 +25,7 @@ from pathlib import Path, PurePosixPath
 from ..data.lengths import write_table
 from ..data.manifest import SPLITS, ManifestEntry, read_manifest
 from ..errors import DataError
-from ..files.atomic import make_folder, whole_folder
+from ..files.atomic import atomic_folder, make_folder
 from .common import audio_root, print_splits, read_lengths
 from .new_folder import PREPARED, check_replaceable
 
@@ -56,7 +56,7 @@ def foreign_characters(text: str) -> str:
 
 
 @dataclass(frozen=True)
-class Utterance:
+class TranscribedUtterance:
     """One line of a manifest, checked, with its length."""
 
     source: Path  # the audio file
@@ -94,7 +94,11 @@ def speaker_names(speakers: Iterable[str]) -> dict[str, str]:
 
 
 def write_librispeech(
-    out: Path, utterances: Sequence[Utterance], *, copy: bool = False, replace: bool = False
+    out: Path,
+    utterances: Sequence[TranscribedUtterance],
+    *,
+    copy: bool = False,
+    replace: bool = False,
 ) -> WrittenLayout:
     """Write ``utterances`` as a LibriSpeech layout with length tables and ``prepared.tsv``.
 
@@ -111,11 +115,13 @@ def write_librispeech(
         DataError: ``out`` exists, and is not a layout or ``replace`` is not set.
     """
     check_replaceable(out, replace=replace)
-    with whole_folder(out, DataError) as folder:
+    with atomic_folder(out, DataError) as folder:
         return _write_files(folder, utterances, copy)
 
 
-def _write_files(root: Path, utterances: Sequence[Utterance], copy: bool) -> WrittenLayout:
+def _write_files(
+    root: Path, utterances: Sequence[TranscribedUtterance], copy: bool
+) -> WrittenLayout:
     names = speaker_names(utterance.speaker for utterance in utterances)
     layout = WrittenLayout()
     tables: dict[str, list[tuple[str, int]]] = {}
@@ -213,7 +219,7 @@ def add_layout_options(parser: argparse.ArgumentParser, invalid_lines: str) -> N
 
 def write_layout(
     args: argparse.Namespace, check_text: Callable[[str], str], invalid_lines: str
-) -> list[Utterance]:
+) -> list[TranscribedUtterance]:
     """Write the manifest's utterances as a LibriSpeech layout at ``args.out``; print a summary.
 
     Args:
@@ -251,7 +257,7 @@ def write_layout(
         raise DataError(f"{args.manifest}: no line has a valid text")
     samples = read_lengths(args.manifest, audio_root(args), valid, args.jobs)
     utterances = [
-        Utterance(
+        TranscribedUtterance(
             source=audio_root(args) / entry.path,
             original=entry.path,
             speaker=entry.cells["speaker"],

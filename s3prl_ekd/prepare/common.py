@@ -59,8 +59,8 @@ def audio_root(args: argparse.Namespace) -> Path:
     return args.audio_root or args.manifest.parent
 
 
-def read_lengths(table: Path, root: Path, entries: list[Entry], jobs: int) -> list[int]:
-    """Read the lengths in samples with :func:`..data.manifest.measure`; show a progress bar."""
+def read_lengths(table: Path, root: Path, entries: list[ManifestEntry], jobs: int) -> list[int]:
+    """Read the lengths in samples (:func:`..data.manifest.audio_lengths`) with a progress bar."""
     with tqdm(
         total=len(entries), unit=" files", desc="headers", delay=0.3, dynamic_ncols=True
     ) as bar:

@@ -105,7 +105,7 @@ def choose_labels(
     return labels
 
 
-def natural(text: str) -> list[tuple[int, int, str]]:
+def natural_sort_key(text: str) -> list[tuple[int, int, str]]:
     """Sort key that orders digits as numbers: fold9 before fold10."""
     parts = re.split(r"(\d+)", text)
     return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts if part]
@@ -119,7 +119,7 @@ def leave_one_out(items: Sequence[LabelledUtterance]) -> list[Fold]:
             [item for item in items if item.fold != name],
             [item for item in items if item.fold == name],
         )
-        for name in sorted({item.fold for item in items}, key=natural)
+        for name in sorted({item.fold for item in items}, key=natural_sort_key)
     ]
 
 
@@ -183,7 +183,7 @@ def read_iemocap(root: Path) -> list[LabelledUtterance]:
     Raises:
         DataError: ``root`` is not IEMOCAP's folder, a session has no labels, or audio is missing.
     """
-    check_shape(root)
+    check_iemocap(root)
     items: list[LabelledUtterance] = []
     missing = []
     for session in SESSIONS:
@@ -230,7 +230,7 @@ def _read_labels(file: Path) -> list[tuple[str, str]]:
     return labels
 
 
-def check_shape(root: Path) -> None:
+def check_iemocap(root: Path) -> None:
     """Raise :class:`DataError` unless the folders of IEMOCAP's five sessions are in ``root``."""
     if not root.is_dir():
         raise DataError(f"{root} is not a folder; use the one that contains Session1 to Session5")
@@ -238,7 +238,9 @@ def check_shape(root: Path) -> None:
         for name in ("dialog/EmoEvaluation", "sentences/wav"):
             if not (root / session / name).is_dir():
                 parents = (path.parent for path in root.glob("*/Session1"))
-                inside = next((path for path in parents if not is_passed_over(path.name)), None)
+                inside = next(
+                    (path for path in parents if not is_hidden_or_system(path.name)), None
+                )
                 hint = f"; is it {inside}?" if inside else ""
                 raise DataError(f"{root} is not IEMOCAP: it has no {session}/{name}{hint}")
 
@@ -286,7 +288,7 @@ def _prepare_er(args: argparse.Namespace) -> int:
     return 0
 
 
-def _make_folds(args: argparse.Namespace, entries: Sequence[Entry]) -> list[Fold]:
+def _make_folds(args: argparse.Namespace, entries: Sequence[ManifestEntry]) -> list[Fold]:
     items = []
     for entry in entries:
         fold = entry.cells[args.fold_column] if args.fold_column else entry.split
@@ -311,7 +313,9 @@ def _prepare_iemocap(args: argparse.Namespace) -> int:
     items = read_iemocap(args.root)
     folds = leave_one_out(items)
     check_folds(folds, LABELS, args.root)
-    entries = [Entry(number, item.path, "train", {}) for number, item in enumerate(items, 1)]
+    entries = [
+        ManifestEntry(number, item.path, "train", {}) for number, item in enumerate(items, 1)
+    ]
     read_lengths(args.root, args.root, entries, args.jobs)
     _write_and_print(args, args.root, folds, LABELS)
     counts = Counter(item.fold for item in items)

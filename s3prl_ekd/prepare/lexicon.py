@@ -46,7 +46,7 @@ _MAX_LISTED = 10  # words in a message
 def read_lexicon(
     paths: Sequence[str | Path],
     words: Collection[str],
-    known: Callable[[str], bool] = PHONES.__contains__,
+    is_phone: Callable[[str], bool] = PHONES.__contains__,
 ) -> Pronunciations:
     """Look up ``words``; words that no file has are absent from the result.
 
@@ -55,7 +55,7 @@ def read_lexicon(
     Args:
         paths: lexicons; the first one that has a word is used.
         words: words in upper case.
-        known: whether the recipe's vocabulary has a phone.
+        is_phone: whether the recipe's vocabulary has a phone.
 
     Raises:
         DataError: a file cannot be read, or one of ``words`` has no phones or a phone that the
@@ -74,7 +74,7 @@ def read_lexicon(
             if not phones:
                 raise DataError(f"{path}: line {number}: the word {word} has no phones")
             for phone in phones:
-                if not known(phone):
+                if not is_phone(phone):
                     raise DataError(
                         f"{path}: line {number}: the vocabulary has no phone {phone!r}; expected "
                         "ARPAbet, vowels with stress, such as AH0"

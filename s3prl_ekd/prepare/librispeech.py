@@ -49,7 +49,7 @@ AUDIO = "LibriSpeech"
 MISSING = "words_without.txt"  # words that have no pronunciation
 
 
-def check_shape(root: Path) -> list[str]:
+def check_librispeech(root: Path) -> list[str]:
     """Return the splits in ``root``, those of :data:`NEEDED` first.
 
     Raises:
@@ -112,7 +112,7 @@ def measure_splits(
     *,
     jobs: int = 8,
     progress: Callable[[int], Callable[[int], object]] = lambda total: lambda count: None,
-) -> dict[str, list[Row]]:
+) -> dict[str, list[LengthRow]]:
     """Return the path below ``root`` and the length in samples of each utterance, by split.
 
     Args:
@@ -152,7 +152,7 @@ def _configure(parser: argparse.ArgumentParser) -> None:
 
 def _prepare_librispeech(args: argparse.Namespace) -> int:
     check_replaceable(args.out, replace=args.replace)  # before minutes of reading
-    splits = check_shape(args.root)
+    splits = check_librispeech(args.root)
     texts = read_texts(args.root, NEEDED)
     words = {word for line in texts.values() for word in line}
     make_lexicon = bool(args.lexicon or args.g2p)

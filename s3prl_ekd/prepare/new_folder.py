@@ -23,7 +23,7 @@ def new_folder(out: Path, *, replace: bool) -> Iterator[Path]:
         DataError: ``out`` exists and must not be replaced, or cannot be created.
     """
     check_replaceable(out, replace=replace)
-    with whole_folder(out, DataError) as folder:
+    with atomic_folder(out, DataError) as folder:
         yield folder
 
 

@@ -122,7 +122,7 @@ def check_speakers(utterances: Sequence[tuple[str, str]], source: Path) -> None:
         raise DataError(f"{source} has {len(train_speakers)} speaker(s); SID needs 2 to {CLASSES}")
 
 
-def find_files(root: Path, lines: Sequence[SplitLine]) -> tuple[list[Entry], list[str]]:
+def find_files(root: Path, lines: Sequence[SplitLine]) -> tuple[list[ManifestEntry], list[str]]:
     """Find the files of a split below ``root/*/wav``.
 
     Returns:
@@ -132,7 +132,7 @@ def find_files(root: Path, lines: Sequence[SplitLine]) -> tuple[list[Entry], lis
     Raises:
         DataError: ``root`` does not have VoxCeleb1's layout.
     """
-    parts = check_shape(root)
+    parts = check_voxceleb1(root)
     listed: dict[str, dict[str, str]] = {}
     entries, missing = [], []
     for line in lines:
@@ -151,7 +151,7 @@ def find_files(root: Path, lines: Sequence[SplitLine]) -> tuple[list[Entry], lis
     return entries, missing
 
 
-def check_shape(root: Path) -> list[str]:
+def check_voxceleb1(root: Path) -> list[str]:
     """Return the folders in ``root`` that contain ``wav``: ``dev`` and ``test``.
 
     Raises:
@@ -159,7 +159,7 @@ def check_shape(root: Path) -> list[str]:
     """
     if not root.is_dir():
         raise DataError(f"{root} is not a folder; use the one that contains dev/wav and test/wav")
-    folders = (path for path in root.iterdir() if not is_passed_over(path.name))
+    folders = (path for path in root.iterdir() if not is_hidden_or_system(path.name))
     parts = sorted(path.name for path in folders if (path / "wav").is_dir())
     wavs = [root / part / "wav" for part in parts]
     if any(_SPEAKER.fullmatch(path.name) for wav in wavs for path in wav.iterdir()):
@@ -183,7 +183,12 @@ def _list_names(folder: Path) -> list[str]:
 
 
 def write_voxceleb1(
-    out: Path, root: Path, lines: Sequence[SplitLine], entries: Sequence[Entry], *, replace: bool
+    out: Path,
+    root: Path,
+    lines: Sequence[SplitLine],
+    entries: Sequence[ManifestEntry],
+    *,
+    replace: bool,
 ) -> None:
     """Write ``out/split.txt``, and link ``out/audio`` to VoxCeleb1."""
     with new_folder(out, replace=replace) as folder:
@@ -247,7 +252,7 @@ def write_sid_corpus(
 
 
 def truncate_lengths(
-    entries: Sequence[Entry], samples: Sequence[int], test_seconds: float | None
+    entries: Sequence[ManifestEntry], samples: Sequence[int], test_seconds: float | None
 ) -> list[int]:
     """Limit the lengths (samples at 16 kHz) of dev and test to ``test_seconds``."""
     if test_seconds is None:
@@ -346,7 +351,7 @@ def _prepare_voxceleb1(args: argparse.Namespace) -> int:
 
 
 def _print_summary(
-    out: Path, entries: Sequence[Entry], samples: Sequence[int], speakers: int
+    out: Path, entries: Sequence[ManifestEntry], samples: Sequence[int], speakers: int
 ) -> None:
     lengths = {
         split: [n for entry, n in zip(entries, samples, strict=True) if entry.split == split]

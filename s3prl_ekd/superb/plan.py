@@ -21,7 +21,7 @@ from ..downstream.tasks import TASKS, Task, choose_tasks, missing_paths, recipe_
 from ..errors import ConfigError, SetupError
 from ..files.atomic import file_sha256
 from ..files.config import apply_overrides, read_yaml
-from ..prepare.er import natural
+from ..prepare.er import natural_sort_key
 from ..prepare.new_folder import PREPARED
 from ..request import (
     CACHE,
@@ -156,7 +156,7 @@ class Recipe:
         if self.task.name != "er":
             return [None]
         meta = Path(self.config["downstream_expert"]["datarc"]["meta_data"])
-        sessions = sorted((path.name for path in meta.glob("Session*")), key=natural)
+        sessions = sorted((path.name for path in meta.glob("Session*")), key=natural_sort_key)
         if not sessions:
             raise ConfigError(f"{self.path}: {meta} has no Session1, Session2, ...")
         return [name.replace("Session", "fold") for name in sessions]
