@@ -13,10 +13,11 @@ INSTALLED := $(VENV)/.installed
 
 help:
 	@echo "make demo    three tiny teachers -> one student, evaluated on a synthetic corpus"
-	@echo "make test    lint, types and tests"
+	@echo "make test    lint, types, tests, and a build of the documents"
+	@echo "make docs    the documents as HTML: docs/_build/html/index.html"
 	@echo "make fuzz    10,000 random inputs for each file reader (hours; for a nightly job)"
 	@echo "make format  format the code with ruff"
-	@echo "make clean   remove .venv and demo_run"
+	@echo "make clean   remove .venv, demo_run and docs/_build"
 
 demo: $(INSTALLED)
 	$(BIN)/s3prl-ekd demo demo_run

@@ -11,7 +11,7 @@ import torch
 
 from s3prl_ekd.compat.torchaudio_functional import functional
 from s3prl_ekd.data.distortion import convolutive
-from s3prl_ekd.data.distortion.additive import babble, crop_or_loop, gaussian, mix
+from s3prl_ekd.data.distortion.additive import babble, crop_or_loop, gaussian, mix_at_snr
 from s3prl_ekd.data.distortion.pipeline import Distorter
 from s3prl_ekd.data.distortion.settings import DistortionSettings
 from s3prl_ekd.data.distortion.sources import AudioPool
@@ -75,11 +75,11 @@ def test_the_snr_is_exact(snr, level):
     wave = level * torch.from_numpy(make_sound(1.0, seed=1))
     noise = torch.from_numpy(make_sound(1.0, seed=2))
     # float32 rounding of the sum is also noise, at about -140 dB relative to the wave.
-    assert snr_of(wave, mix(wave, noise, snr)) == pytest.approx(snr, abs=1e-4)
+    assert snr_of(wave, mix_at_snr(wave, noise, snr)) == pytest.approx(snr, abs=1e-4)
 
 
 def test_a_silent_waveform_stays_silent():
-    assert mix(torch.zeros(500), torch.ones(500), 10.0).abs().max() == 0
+    assert mix_at_snr(torch.zeros(500), torch.ones(500), 10.0).abs().max() == 0
 
 
 def test_a_long_noise_is_cropped_and_a_short_one_looped():

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ..downstream.tasks import TASKS
 from ..errors import SetupError
+from ..files.run_checkpoints import newest_checkpoint, read_checkpoint
 from ..pretrain.tensorboard import plot_run, read_scalars, teacher_curves
 from ..superb.report import CLEAN, Difference, Report, make_report
 from ..superb.report_text import with_interval

@@ -53,7 +53,7 @@ def mix(wave: Tensor, noises: Sequence[Tensor], snr: float, seed: int = 0) -> Te
     digest = hashlib.blake2b(clean.contiguous().numpy().tobytes(), digest_size=16).hexdigest()
     rng = generator(seed, epoch=0, utterance=digest, role="test")
     noise = additive.crop_or_loop(_draw(noises, rng), len(clean), rng)
-    return additive.mix(clean, noise, snr).to(wave)
+    return additive.mix_at_snr(clean, noise, snr).to(wave)
 
 
 def _draw(noises: Sequence[Tensor], rng: random.Random) -> Tensor:

@@ -11,7 +11,7 @@ from ...compat.torchaudio_functional import functional
 from .sources import AudioPool, is_silent
 
 
-def mix(wave: Tensor, noise: Tensor, snr: float) -> Tensor:
+def mix_at_snr(wave: Tensor, noise: Tensor, snr: float) -> Tensor:
     """Add noise at ``snr`` dB: ``wave + a · noise`` with 10 · log10(P(wave) / P(a · noise)) = snr.
 
     P is the mean square over the whole utterance, including pauses. A silent waveform is returned

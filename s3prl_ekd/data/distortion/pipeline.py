@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...errors import DataError
 from ..sampling import generator
-from .additive import babble, crop_or_loop, gaussian, mix
+from .additive import babble, crop_or_loop, gaussian, mix_at_snr
 from .convolutive import reject_band, reverberate, shift_pitch, simulate_impulse
 from .settings import DistortionSettings
 from .sources import AudioPool
@@ -203,4 +203,4 @@ class Distorter:
             noise = babble(self.voices, self.settings.babble_voices, len(wave), rng, utterance)
         else:
             noise = crop_or_loop(self._noise_pool(plan.additive).draw(rng), len(wave), rng)
-        return mix(wave, noise, plan.snr)
+        return mix_at_snr(wave, noise, plan.snr)
