@@ -1,1 +1,1 @@
-"""The ASR recipe: two configurations and the character dictionary."""
+"""The ER recipe: two configurations."""

@@ -1,1 +1,1 @@
-"""The ASR recipe: two configurations and the character dictionary."""
+"""The SID recipe: two configurations."""

@@ -34,8 +34,10 @@ def add_sample_options(parser: argparse.ArgumentParser, utterances: int = 32) ->
         default=utterances,
         help="number of utterances, chosen at random (default: %(default)s)",
     )
-    parser.add_argument("--seed", metavar="N", type=int, default=0, help="(default: 0)")
-    parser.add_argument("--device", help="default: cuda if available")
+    parser.add_argument(
+        "--seed", metavar="N", type=int, default=0, help="seed of the choice (default: 0)"
+    )
+    parser.add_argument("--device", help="device of the models (default: cuda if available)")
 
 
 def choose_audio(data: Path, audio_root: Path | None, count: int, seed: int = 0) -> list[Path]:

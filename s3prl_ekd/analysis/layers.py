@@ -1,9 +1,8 @@
 """Layer similarity, and groups of layers by hierarchical clustering (SKILL, arXiv 2402.16830).
 
-Paper: the groups come from hierarchical clustering of layer similarities. Ours, as the paper's text
-known to us leaves it open: linear CKA as the similarity, 1 - similarity as the distance, average
-linkage, and a cut at a given number of groups. ``contiguous`` (ours) merges only neighbouring
-layers.
+Paper: the groups come from hierarchical clustering of layer similarities. Ours, as we found no more
+in the paper's text: linear CKA as the similarity, 1 - similarity as the distance, average linkage,
+and a cut at a given number of groups. ``contiguous`` (ours) merges only neighbouring layers.
 
 A tree is scipy's linkage matrix ``[layer - 1, 4]``: the two merged clusters, their distance, and
 the number of layers in the merged cluster.
@@ -165,7 +164,7 @@ def cka_matrix(layers: Sequence[Tensor]) -> Tensor:
 
 
 def cosine_matrix(layers: Sequence[Tensor]) -> Tensor:
-    """Cosine of all pairs of ``layers``, averaged over frames; the layers have one width.
+    """Cosine of all pairs of ``layers``, averaged over frames; all layers must have one width.
 
     ``[frame, dim]`` each -> ``[layer, layer]``, -1 to 1.
     """

@@ -18,9 +18,9 @@ from ..errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
 
-EXCERPT = 250_000  # samples used of an utterance, 15.6 s: limits the teachers' memory
+EXCERPT = 250_000  # samples used per utterance, 15.6 s, to limit the teachers' memory
 MIN_SAMPLES = 400  # length of one frame
-MAX_FRAMES = 4096  # of all utterances: 13 layers of width 768 need 160 MB for each teacher
+MAX_FRAMES = 4096  # over all utterances: 13 layers of width 768 take 160 MB per teacher
 
 
 def load_upstreams(
@@ -35,8 +35,8 @@ def load_upstreams(
     from ..teachers import check_source, load_upstream
 
     try:
-        target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=target)
+        torch_device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=torch_device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"cannot use --device {device}: {reason}") from None
@@ -46,7 +46,7 @@ def load_upstreams(
         name: load_upstream(teacher.model, f"teachers.{name}.model")
         .eval()
         .requires_grad_(False)
-        .to(target)
+        .to(torch_device)
         for name, teacher in settings.items()
     }
 
@@ -60,7 +60,7 @@ def read_excerpt(path: Path) -> Tensor | None:
         logger.warning("skipped %s: %s", path, error.reason)
         return None
     if len(wave) < MIN_SAMPLES:
-        logger.warning("skipped %s: %d samples are too short for a frame", path, len(wave))
+        logger.warning("skipped %s: %d samples are too few for one frame", path, len(wave))
         return None
     return wave
 

@@ -21,7 +21,7 @@ from ..errors import ConfigError
 from ..files.config import override_option
 from ..files.text import CONTROL, read_text
 
-MAX_LIST = 256 << 20  # bytes of a list of files; VoxCeleb1's has 5 million bytes
+MAX_LIST = 256 << 20  # bytes of a list of files; VoxCeleb1's has 5 MB
 _EXPERT = "downstream_expert"
 _FOLDERS = {
     "ctc": ("corpus.path",),
@@ -34,10 +34,10 @@ _FILES = {
     "voxceleb1": ("datarc.meta_data",),
     "asr": ("datarc.dict_path",),
 }
-_OPTIONAL = {"datarc.dict_path"}  # s3prl brings one
+_OPTIONAL = {"datarc.dict_path"}  # s3prl has a default dictionary
 _MAX_SUBFOLDERS = 200  # subfolders searched when the files are not in the folder itself
 _MAX_DEPTH = 3  # levels below a LibriSpeech set: speaker, chapter, and one more
-_SAMPLE = 5  # a folder is suggested if it has about this many files of the list
+_SAMPLE = 5  # suggest a folder if it has about this many files, evenly spaced in the list
 
 
 def check_corpus(
@@ -279,7 +279,7 @@ def _pr(recipe: _RecipeSection, splits: Sequence[str]) -> Iterator[_Lookup]:
 
 
 def _listings() -> Callable[[Path], frozenset[str]]:
-    """Return a cached directory listing: a corpus may be on a slow disk."""
+    """Return a function that lists a folder once: a corpus may be on a slow disk."""
 
     @cache
     def listing(folder: Path) -> frozenset[str]:
@@ -292,7 +292,7 @@ def _listings() -> Callable[[Path], frozenset[str]]:
 
 
 def _file_finder() -> Callable[[Path, str], bool]:
-    """Return a function that returns whether a folder has a file; the name may contain folders."""
+    """Return a function that checks if a folder has a file; the name may contain folders."""
     listing = _listings()
     return lambda root, name: os.path.basename(name) in listing((root / name).parent)
 

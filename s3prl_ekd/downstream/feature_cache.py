@@ -72,9 +72,9 @@ def read_counts(text: str) -> CacheCounts:
 class CachedUpstream(nn.Module):
     """Wraps a frozen upstream with an on-disk feature cache.
 
-    The selected hidden states are a list of ``[batch, frame, width]`` in float32; :data:`FRAMES`
-    has the number of frames of each utterance. Computed values are rounded to the stored dtype too,
-    so that a run does not depend on what the cache contained before.
+    Returns the selected hidden states as a list of ``[batch, frame, width]`` in float32, and each
+    utterance's number of frames under :data:`FRAMES`. Cache misses are rounded to the stored dtype
+    too, so that the values do not depend on the cache's contents.
 
     Args:
         upstream: s3prl's upstream; it is not modified.
@@ -172,8 +172,8 @@ def cut_to_frames(module: nn.Module, args: tuple, output: list[Tensor]) -> list[
     """Forward hook for s3prl's Featurizer that removes padded frames.
 
     The Featurizer keeps ``round(samples / 320)`` frames, for most lengths one more than HuBERT's
-    convolutions produce. In a padded batch this extra frame is computed from padding (the longest
-    utterance lacks it). An utterance computed alone never has it; here it would be zeros.
+    convolutions produce. In a padded batch this extra frame is computed from padding, except in the
+    longest utterance, which lacks it. For utterances computed alone it would be zeros.
     """
     _, features = args
     return [states[:frames] for states, frames in zip(output, features[FRAMES], strict=True)]
@@ -235,7 +235,7 @@ def _output_digest(upstream: nn.Module, selection: str, device: str) -> str:
 
 
 def _versions() -> dict[str, str | None]:
-    """Versions of the packages that compute the features: a cache may outlive an upgrade."""
+    """Versions of the packages that compute the features, since an upgrade may change them."""
     versions: dict[str, str | None] = {}
     for name in ("s3prl", "torch", "torchaudio", "transformers"):
         try:
@@ -254,7 +254,7 @@ def _json_digest(folder: str | None) -> str | None:
 
 
 def _sha256(path: str | None) -> str | None:
-    """SHA-256 of a file; None if it is not a file (the digest of the weights remains)."""
+    """SHA-256 of a file; None if it is not a file (the weights are hashed too)."""
     return file_sha256(path) if path and Path(path).is_file() else None
 
 

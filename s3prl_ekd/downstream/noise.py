@@ -116,8 +116,8 @@ def find_noises(path: str | Path) -> NoiseFiles:
 def noisy_runner(runner: Any, test: NoisyTest) -> Any:
     """Subclass s3prl's downstream ``Runner`` so that noise is added to its upstream's input.
 
-    The hook is set after the Runner is built, so it does not apply to the second of random samples
-    with which s3prl's Featurizer counts the layers.
+    The hook is set after the Runner is built, so no noise is added to the one second of random
+    samples from which s3prl's Featurizer counts the layers.
     """
     noises = find_noises(test.noise)
     logger.info("noisy evaluation: one of %d noises at %g dB", len(noises), test.snr)

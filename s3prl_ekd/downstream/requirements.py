@@ -42,7 +42,7 @@ PRETRAIN_MODULES = (
 
 @dataclass(frozen=True)
 class RequirementProblem:
-    """Why something cannot run, and the command that fixes it (empty if there is none)."""
+    """What is missing or fails, and the command that fixes it (empty if there is none)."""
 
     reason: str
     remedy: str = ""

@@ -1,7 +1,7 @@
 """Exact resume of downstream runs.
 
-s3prl saves weights, optimizer, schedule, step and epoch. On resume it seeds all random generators
-again and restarts the epoch, so an interrupted run ends with a different result. Here each
+s3prl saves weights, optimizer, schedule, step and epoch. On resume it reseeds all random generators
+and restarts the epoch, so an interrupted run ends with a different result. Here each
 checkpoint also has the number of batches consumed in its epoch, and the random states at the start
 of the epoch and at the time of saving. On resume the consumed batches are read again and discarded,
 which costs their loading time, and the random states are restored.
@@ -84,7 +84,7 @@ class EpochPosition:
             logger.info("resuming after batch %d of the epoch", self.saved["batches"])
             skipped = sum(1 for _ in itertools.islice(batches, self.saved["batches"]))
             if skipped < self.saved["batches"]:  # the data or the batch size has changed
-                logger.warning("the epoch has only %d batches; starting the next epoch", skipped)
+                logger.warning("the epoch now has %d batches; starting the next epoch", skipped)
             self.batches = skipped
             restore_random_states(self.saved["now"])
             self.saved = None

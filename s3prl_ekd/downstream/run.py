@@ -57,7 +57,7 @@ def check_request(request: DownstreamRequest) -> DownstreamRequest:
 
 
 def check_mode(request: DownstreamRequest) -> None:
-    """Check that ``--noise`` goes with ``-m evaluate``, ``--cache-features`` with one process."""
+    """Check that ``--noise`` is used with ``-m evaluate``, ``--cache-features`` without torchrun."""
     mode = f"-m {request.mode}" if request.mode else "no -m"
     if request.noise is not None and request.mode != "evaluate":
         raise SetupError(
@@ -82,7 +82,7 @@ def check_files(request: DownstreamRequest) -> None:
 
 
 def check_noises(request: DownstreamRequest) -> None:
-    """Check that ``--noise`` names audio."""
+    """Check that ``--noise`` is a folder or manifest with audio."""
     if request.noise is not None:
         from .noise import find_noises
 
@@ -90,7 +90,7 @@ def check_noises(request: DownstreamRequest) -> None:
 
 
 def check_init(request: DownstreamRequest) -> None:
-    """Check that the checkpoint after ``-i`` contains no code and is of no newer version."""
+    """Check that the checkpoint after ``-i`` contains no code and has a supported version."""
     if request.init_ckpt:
         from ..files.torch_load import safe_load
 
@@ -169,7 +169,7 @@ def check_resumed_downstream(request: DownstreamRequest, states: Mapping[str, An
     args = vars(states["Args"])
     log_moved(request, args.get("expdir"))
     for name, default in (("hub", "torch"), ("from_hf_hub", False), ("push_to_hf_hub", False)):
-        # With these from the checkpoint s3prl would run code from a hub and upload the run.
+        # With these arguments in the checkpoint, s3prl would run code from a hub or upload the run.
         if args.get(name, default) not in (default, str(default)) and not trust.trusted():
             raise CheckpointError(
                 f"-e {path}: the run was started with --{name} {str(args[name])[:40]!r}; if you "
@@ -203,7 +203,7 @@ def check_upstream_paths(name: Any, checkpoint: Any, config: Any) -> None:
 
 
 def check_downstream_folder(request: DownstreamRequest, states: Mapping[str, Any]) -> None:
-    """Check that the run's folder is writable and, for training, has no other run."""
+    """Check that the run's folder is writable and, for training, contains no other run."""
     folder = request.folder
     if folder is None or (not states and request.mode is None):
         return

@@ -1,3 +1,3 @@
-"""Essence knowledge distillation and discrete units: targets that are classes, not features."""
+"""Essence knowledge distillation and discrete units: targets are classes, not features."""
 
 from __future__ import annotations

@@ -173,7 +173,7 @@ def load_asr_teacher(path: str | Path) -> AsrTeacher:
     try:
         runner = Runner(args, config)
     except (RuntimeError, KeyError, TypeError, ValueError, AttributeError, AssertionError) as error:
-        raise CheckpointError(f"cannot build an ASR model of {path}: {first_line(error)}") from None
+        raise CheckpointError(f"cannot build the model of {path}: {first_line(error)}") from None
     parts = (runner.upstream.model, runner.featurizer.model, runner.downstream.model)
     return AsrTeacher(*parts, name=str(path))
 
@@ -232,7 +232,7 @@ def _check_run(args: Namespace, config: dict, path: Path) -> None:
 
 @dataclass(frozen=True)
 class EssenceSettings:
-    """Teachers, selection of their posteriors, and weight of the labels.
+    """Teachers, selection of their posteriors, and weight of the CTC loss.
 
     The loss is ``alpha`` · CTC + (1 − ``alpha``) · cross-entropy against the selected posteriors
     (*paper*: a multitask loss of selected soft outputs and hard labels; *ours*: the weight 0.5 and
@@ -252,7 +252,7 @@ class EssenceSettings:
 
 
 class MultitaskLoss:
-    """Adds the teachers' loss to a Runner's student; with ``alpha`` 1 nothing is changed.
+    """Adds the teachers' loss to a Runner's training; with ``alpha`` 1 the loss stays CTC.
 
     Args:
         runner: s3prl's downstream Runner, with an asr expert.
@@ -335,7 +335,7 @@ class MultitaskLoss:
     def _log(
         self, split: str, records: dict[str, Any], logger: Any, global_step: int, **rest: Any
     ) -> Any:
-        """Write our scalars to TensorBoard as ``asr/SPLIT-NAME``, then call s3prl's own log."""
+        """Write our scalars to TensorBoard as ``asr/SPLIT-NAME``, then call s3prl's method."""
         for key in [key for key in records if key.startswith("essence/")]:
             mean = torch.stack(records.pop(key)).float().mean().item()
             tag = f"asr/{split}-{key.removeprefix('essence/')}"

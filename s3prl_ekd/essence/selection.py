@@ -1,8 +1,8 @@
 """Selection of a teacher's posteriors, and the loss on the selected ones.
 
 Essence Knowledge Distillation (Yang et al. 2019, arXiv 1906.10834) distils only the essential soft
-outputs of an ensemble, as the rest may be noise (*paper*). The abstract doesn't give the selection
-rule, so the three rules here are *ours*.
+outputs of an ensemble, as the rest may be noise (*paper*). The abstract does not give the
+selection rule, so the three rules here are *ours*.
 """
 
 from __future__ import annotations
@@ -75,8 +75,8 @@ def select_posteriors(posteriors: Tensor, selection: PosteriorSelection) -> Sele
     if selection.top_k is not None:
         mask[..., selection.top_k :] = False
     if selection.mass is not None and selection.mass < 1:
-        # Keep a class if the classes ranked before it have not reached the mass. With float32, sums
-        # of many small numbers would reach it one class too early or too late.
+        # Keep a class if the classes ranked before it have not reached the mass. In float32,
+        # rounding of the sums could keep one class too many or too few.
         probabilities = ranked.double()
         mask &= probabilities.cumsum(-1) - probabilities < selection.mass
     mask[..., 0] = True  # keep at least one class despite rounding

@@ -30,7 +30,7 @@ BATCH = 10_000  # frames in a mini-batch, as in HuBERT's scripts
 
 
 class Units(nn.Module):
-    """Centroids of a teacher's layer; a module, so that they follow the model to its device.
+    """Centroids of a teacher's layer; a module, so that ``.to(device)`` moves them.
 
     Args:
         centroids: ``[cluster, dim]``. Not in ``state_dict``: they are read from the units file.
@@ -101,7 +101,7 @@ def fit_units(
     generator = torch.Generator().manual_seed(seed)
     size = min(max(BATCH, 3 * clusters), count)  # the first batch sets the initial centroids
     # Full batches only: scikit-learn rejects a first batch smaller than the number of clusters.
-    # Each epoch has a new order, so that no frame is always left out.
+    # Each epoch is shuffled, so that the remainder differs.
     steps = list(range(count // size)) * EPOCHS
     order = torch.arange(count)
     for i in tqdm(steps, desc="k-means", unit=" batches", dynamic_ncols=True):

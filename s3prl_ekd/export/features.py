@@ -86,7 +86,7 @@ def choose_layers(text: str, count: int) -> list[int]:
     """Parse ``all``, ``last`` or numbers like ``0,2`` to indices into ``count`` hidden states.
 
     Raises:
-        ConfigError: another text, a repeated layer or a layer out of range.
+        ConfigError: the text has another form, or a layer is repeated or out of range.
     """
     if text == "all":
         return list(range(count))
@@ -206,7 +206,7 @@ def _states(
 def _read_ahead(
     audio: Mapping[str, Path], max_seconds: float
 ) -> Iterator[tuple[str, Tensor | DataError]]:
-    """Yield each file's key and waveform, or the error; a thread reads a few files ahead."""
+    """Yield each file's key and waveform (or error); a thread reads a few files ahead."""
     pending: deque = deque()
     pool = ThreadPoolExecutor(1)
     try:

@@ -1,4 +1,4 @@
-"""Write an export folder atomically, without replacing files that are not of an export."""
+"""Write an export folder atomically, without replacing files that no export wrote."""
 
 from __future__ import annotations
 
@@ -28,10 +28,11 @@ def export_folder(out: Path, force: bool, files: Collection[str]) -> Iterator[Pa
     existing = sorted(os.listdir(out)) if out.exists() else []
     if existing and not force:
         raise CheckpointError(f"{out} exists; add --force to write over it")
-    foreign = [name for name in existing if name not in files]
-    if foreign:
+    other_files = [name for name in existing if name not in files]
+    if other_files:
         raise CheckpointError(
-            f"{out} contains {foreign[0]}, which no export writes; name another folder"
+            f"{out} contains {other_files[0]}, which this export does not write; name another "
+            "folder"
         )
     with atomic.atomic_folder(out, CheckpointError) as folder:
         yield folder

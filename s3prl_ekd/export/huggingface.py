@@ -14,7 +14,7 @@ projection (``feat_proj_layer_norm: false``). Hidden states of both, for a stude
 ``hidden_states[n]``     ``hidden_states[n]``, n = 1 ... N: the output of layer n
 =======================  ============================================================
 
-With ``layer_norm_first: true``, ``last_hidden_state`` has passed one more layer norm.
+With ``layer_norm_first: true``, ``last_hidden_state`` is layer N's output after a layer norm.
 transformers 4 returns it as ``hidden_states[N]`` too; transformers 5 does not.
 """
 
@@ -206,7 +206,7 @@ def hubert_config(settings: StudentSettings) -> HubertConfig:
         attention_dropout=settings.attention_dropout,
         activation_dropout=settings.activation_dropout,
         layerdrop=0.0,
-        # no SpecAugment, hence no mask embedding: a student has none
+        # without SpecAugment there is no mask embedding, as in a student
         apply_spec_augment=False,
         mask_time_prob=0.0,
         mask_feature_prob=0.0,
@@ -288,8 +288,7 @@ def check_hf_export(folder: Path, student: Student) -> float:
 def hubert_states(model: HubertModel, waves: Tensor, lengths: Tensor) -> list[Tensor]:
     """A student's ``hidden_states`` followed by its ``last``, computed by a ``HubertModel``.
 
-    Differs from the student in one point: padded frames of the first state, the projected features,
-    are not zero.
+    Unlike the student's, padded frames of the first state (the projected features) are not zero.
 
     Args:
         model: from :func:`to_hubert`, or loaded from its folder.

@@ -26,7 +26,7 @@ A small speech model: conv extractor, {layers} transformer layer{plural} of widt
 as DistilHuBERT is. It was exported with s3prl_ekd, which implements Ensemble Knowledge Distillation
 of self-supervised speech models ([arXiv 2302.12757](https://arxiv.org/abs/2302.12757)).
 
-This card reports no evaluation: measure the model on your task before you rely on it.
+This card reports no scores; evaluate the model on your task before you rely on it.
 
 ## Use
 
@@ -66,7 +66,7 @@ above 1).
 """  # noqa: E501 (a table's row is one line)
 
 _GROUP_NORM = """
-  The first conv layer normalises over time, padding included. So the hidden states of an utterance
+  The first conv layer normalises over time, padding included, so the hidden states of an utterance
   change with the amount of padding, here as in s3prl; run utterances one by one to avoid this."""
 
 

@@ -80,8 +80,8 @@ class OnnxStudent(nn.Module):
 class TimeNorm(nn.Module):
     """The first conv layer's GroupNorm with one group per channel: normalises over time.
 
-    It sums in blocks. onnxruntime adds values one by one, which loses four digits over ten thousand
-    frames, most of them near zero in a padded utterance.
+    It sums in blocks. onnxruntime sums sequentially, which loses four digits over ten thousand
+    frames if most are near zero, as in a padded utterance.
     """
 
     block = 64
@@ -125,7 +125,7 @@ def onnx_bytes(student: Student, opset: int = OPSET) -> bytes:
 
     size = sum(p.numel() for p in student.parameters()) * 4
     if size > _LIMIT:
-        raise CheckpointError(f"the student has {size / 1e9:.1f} GB; at most 2 GB fit an ONNX file")
+        raise CheckpointError(f"the student has {size / 1e9:.1f} GB; an ONNX file holds at most 2")
     model = OnnxStudent(student).eval()
     waves = torch.zeros(2, 4 * student.settings.min_samples)  # any sizes: both are dynamic
     file = io.BytesIO()
@@ -260,7 +260,7 @@ def quantised(graph: bytes) -> bytes:
 def real_time_factors(
     runs: Mapping[str, Callable[[], object]], seconds: float, repeats: int = 5
 ) -> dict[str, list[float]]:
-    """Time several functions in alternation, so that other load affects all of them alike.
+    """Time several functions alternately, so that other load affects all of them equally.
 
     Args:
         runs: name -> function that processes ``seconds`` of audio.

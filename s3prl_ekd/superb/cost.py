@@ -41,11 +41,11 @@ def unused_parameters(module: nn.Module, states_of: Callable[[list[Tensor]], Sta
 
     A parameter is used if a random weighted sum of all hidden states has a non-zero gradient with
     respect to it. (An unweighted sum does not work: that of a layer normalisation's output is
-    constant.) A parameter without gradient is used if changing its values changes any hidden state;
-    so parameters that run under ``torch.no_grad`` count as used.
+    constant.) A parameter without gradient is used if changing its values changes any hidden state,
+    so parameters of modules that run under ``torch.no_grad`` count as used.
 
     Args:
-        module: on any device. Parameters, flags and training mode are restored.
+        module: on any device. Parameters, ``requires_grad`` and training mode are restored.
         states_of: runs the module on unpadded waveforms ``[sample]``.
     """
     parameters = dict(module.named_parameters())
@@ -107,7 +107,7 @@ def _without_effect(
             parameter.copy_(value)
         return any(not torch.equal(a, b) for a, b in zip(original, states, strict=True))
 
-    # usually none has an effect: try all at once first
+    # usually none has an effect, so change all at once first
     if not candidates or not has_effect(list(candidates.values())):
         return list(candidates)
     return [name for name, parameter in candidates.items() if not has_effect([parameter])]

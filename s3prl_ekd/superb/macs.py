@@ -108,7 +108,7 @@ class _Products(TorchDispatchMode):
             self.counted.products += flop_registry[packet](*args, **kwargs, out_val=result) // 2
             return result
         if func is not torch.ops.prim.device.default:
-            with self:  # count inside composite operators, which inference mode passes whole
+            with self:  # count inside composite operators, which inference mode does not decompose
                 result = func.decompose(*args, **kwargs)
             if result is not NotImplemented:
                 return result

@@ -63,7 +63,7 @@ def resampled_rates(
 
 
 def interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float]:
-    """The percentile interval that holds the central ``level`` of ``values`` ``[resample]``."""
+    """The percentile interval with the central fraction ``level`` of ``values`` ``[resample]``."""
     low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 

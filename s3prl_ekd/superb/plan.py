@@ -35,14 +35,14 @@ from ..teachers import zoo
 
 CLEAN = "clean"
 FEATURES = ".features"  # cached hidden states, in the output folder
-_NAME = r"[\w.-]+"  # an upstream's name, which is also its folder's
+_NAME = r"[\w.-]+"  # an upstream's name, also the name of its folder
 
 
 @dataclass(frozen=True)
 class Upstream:
     """An upstream to evaluate: a name in ``s3prl.hub``, and a checkpoint if it needs one."""
 
-    name: str  # in reports, and of its folder
+    name: str  # shown in reports; also the folder's name
     hub: str
     checkpoint: str | None = None
     selection: str = "hidden_states"  # key of the outputs that the featurizer uses
@@ -77,7 +77,7 @@ def parse_upstream(text: str, selection: str = "hidden_states") -> Upstream:
     that are not allowed.
 
     Raises:
-        SetupError: no such file, or the name cannot be a folder's.
+        SetupError: no such file, or the name is not allowed as a folder name.
     """
     name, equals, source = text.partition("=")
     if not equals or Path(text).is_file() or not re.fullmatch(_NAME, name):
@@ -168,8 +168,8 @@ class Recipe:
 def steps_overrides(steps: int) -> str:
     """Overrides for ``steps`` training steps with four evaluations.
 
-    ``total_steps`` is rounded down to a multiple of the evaluation period: no step comes after the
-    last evaluation.
+    ``total_steps`` is rounded down to a multiple of the evaluation period, so that the last step is
+    evaluated.
     """
     period = max(1, steps // 4)
     total = period * max(1, steps // period)
@@ -191,7 +191,7 @@ class PlannedRun:
     fold: str | None
     root: Path = Path("result/superb")
     noises: Mapping[str, tuple[str, float]] = field(default_factory=dict, hash=False)
-    features: CacheOptions | None = None  # hidden states computed without padding, cached
+    features: CacheOptions | None = None  # if set, hidden states are computed without padding
 
     @property
     def task(self) -> Task:
@@ -220,7 +220,7 @@ class PlannedRun:
         config = apply_overrides(read_yaml(self.recipe.path), self.overrides)
         facts = [self.upstream.identity, config, self.task.downstream, self.seed]
         facts += self.recipe.data_digests(Path.cwd())
-        if self.features is not None:  # hidden states differ slightly without padding
+        if self.features is not None:  # padding changes the hidden states
             facts.append("features of each utterance alone")
         return _digest(facts)
 
@@ -335,27 +335,28 @@ def plan_runs(args: Namespace) -> list[PlannedRun]:
         for upstream, lr, seed, fold in product(upstreams, lrs, args.seeds, recipe.folds()):
             options = (args.output, noises, features[upstream.name])
             runs.append(PlannedRun(upstream, recipe, lr, seed, fold, *options))
-    # upstream by upstream: the first one's results on all tasks come early
+    # all runs of the first upstream come first, so its results on all tasks are known early
     return sorted(runs, key=lambda run: names.index(run.upstream.name))
 
 
 def _features(args: Namespace, upstream: str) -> CacheOptions | None:
     """The feature cache of an upstream, or None without ``--cache-features``.
 
-    Each upstream has its own folder. In a folder that the user names fingerprints keep them apart.
+    By default each upstream has its own folder. In a folder given by the user, each has a subfolder
+    named after its fingerprint.
     """
     if args.cache_features is None:
         if args.keep_features:
             raise SetupError(f"--keep-features needs {CACHE}")
         return None
     if args.gpus > 1:
-        raise SetupError(f"{CACHE} needs --gpus 1: several training processes don't use it")
+        raise SetupError(f"{CACHE} needs --gpus 1: it works with one training process only")
     folder = args.cache_features or str(args.output / FEATURES / upstream)
     return parse_cache_options(folder, args.cache_features_gb)
 
 
 def _by_task(option: str, texts: Sequence[str], tasks: Sequence[Task]) -> dict[str, str]:
-    """``["pr=1e-3", ...]`` -> ``{"pr": "1e-3"}``; a value without a task's name is for all."""
+    """``["pr=1e-3", ...]`` -> ``{"pr": "1e-3"}``; a value without a task's name applies to all."""
     values = {}
     for text in texts:
         name, equals, value = text.partition("=")

@@ -43,7 +43,7 @@ def add_legend(figure: Figure, handles: Mapping[str, object], size: int = 9) -> 
 
 
 def error_bar(value: float, low: float, high: float) -> list[list[float]]:
-    """matplotlib's ``xerr`` or ``yerr``; 0 where ``value`` is outside, as with few utterances."""
+    """matplotlib's ``yerr``; 0 on a side where ``value`` is outside (with few utterances)."""
     return [[max(0.0, value - low)], [max(0.0, high - value)]]
 
 

@@ -12,10 +12,10 @@ from ..pretrain.sweep import markdown_table
 from .report import CLEAN, Difference, Report, condition_title
 from .score import LABEL, PUBLISHED, superb_score
 
-MARK = "<!-- written by: s3prl-ekd report -->"  # such a report may be overwritten
+MARK = "<!-- written by: s3prl-ekd report -->"  # a file with this mark may be overwritten
 _RUNS = (
-    "For each upstream and task the learning rate with the best mean dev metric, of those with all "
-    "seeds and folds."
+    "For each upstream and task, the learning rate with the best mean dev metric among those with "
+    "all seeds and folds."
 )
 
 

@@ -89,10 +89,10 @@ class RunRecord:
 
 
 def check_paths(record: Mapping[str, Any]) -> None:
-    """Check that a record's paths stay inside the run's folder: files there are read and written.
+    """Check that a record's paths stay inside the run's folder, as they are read and written.
 
     Raises:
-        ValueError, TypeError: a path leads out of the folder, or is not a string.
+        ValueError, TypeError: a path is outside the folder, or is not a string.
     """
     checkpoint = (record.get("dev") or {}).get("checkpoint")
     if checkpoint is not None and PurePosixPath(checkpoint).name != checkpoint:
@@ -142,7 +142,8 @@ class Cost:
 def read_finished_run(folder: Path) -> FinishedRun | None:
     """Read the run in ``folder``; None if it is not finished.
 
-    The upstream's name is that of the path ``ROOT/UPSTREAM/TASK/RUN``: it may have been renamed.
+    The upstream's name is taken from the path ``ROOT/UPSTREAM/TASK/RUN``, as the folder may have
+    been renamed.
 
     Raises:
         DataError: the record is damaged.
@@ -298,7 +299,7 @@ def _check_comparable(runs: Iterable[FinishedRun]) -> None:
         if first.features_alone != run.features_alone:
             raise DataError(
                 f"only one of {first.folder} and {run.folder} was run with --cache-features; "
-                "scores differ slightly without padding; report them separately"
+                "scores with and without it are not comparable; report them separately"
             )
 
 
@@ -307,9 +308,9 @@ def select_best_lr(
 ) -> dict[tuple[str, str], SelectedRuns]:
     """Choose for each upstream and task the learning rate with the best dev metric.
 
-    Best is the lowest (PER, WER) or highest (accuracy) mean over seeds and folds; of equal ones the
-    smallest learning rate. Only learning rates with every seed and fold that any of them has count.
-    Without such a one the upstream and task are left out; see :func:`incomplete`.
+    Best is the lowest (PER, WER) or highest (accuracy) mean over seeds and folds; ties go to
+    the smallest learning rate. A learning rate is considered only if it has every seed with every
+    fold. If there is none, the upstream and task are left out; see :func:`incomplete`.
 
     Args:
         runs: finished runs.
@@ -336,7 +337,7 @@ def select_best_lr(
 
 
 def incomplete(runs: Iterable[FinishedRun], unfinished: Collection[Path] = ()) -> list[str]:
-    """List missing seeds and folds: a line for each upstream, task and incomplete learning rate.
+    """List missing seeds and folds, one line per upstream, task and incomplete learning rate.
 
     Args: as for :func:`select_best_lr`.
     """

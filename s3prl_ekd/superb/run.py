@@ -36,7 +36,7 @@ from .results import RECORD, check_paths
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
-PARENT_LOCK = ".superb.lock"  # of this command; its child processes take FolderLock's default lock
+PARENT_LOCK = ".superb.lock"  # held by `superb`; its child processes take FolderLock's default lock
 ORPHAN_TIMEOUT = 10.0  # seconds for a child process to exit after its command was killed
 
 
@@ -69,8 +69,8 @@ def finish_feature_cache(runs: Sequence[PlannedRun], keep: bool) -> None:
 
 
 def job_environment(slot: int, jobs: int) -> dict[str, str]:
-    """Environment of the commands in a job's slot: with several jobs an equal share of the cores,
-    unless ``OMP_NUM_THREADS`` is set, and one GPU."""
+    """Environment of the commands in a job's slot. With several jobs, each gets one GPU and, unless
+    ``OMP_NUM_THREADS`` is set, an equal share of the cores."""
     if jobs == 1:
         return dict(os.environ)
     threads = str(max(1, (os.cpu_count() or 1) // jobs))
@@ -91,7 +91,7 @@ def run_command(
     """Run one command and append its output to ``folder/log.txt``.
 
     Raises:
-        SetupError: the command failed; with its error message, or the last line it printed.
+        SetupError: the command failed; the message is its error, or the last line it printed.
     """
     path = folder / "log.txt"
     offset = path.stat().st_size if path.exists() else 0
@@ -136,11 +136,11 @@ def read_record(folder: Path) -> dict[str, Any] | None:
 
 
 def check_records(runs: Sequence[PlannedRun]) -> None:
-    """Check that records in the runs' folders are of these runs, so that none is overwritten.
+    """Check that existing records belong to these runs, so that no other run is overwritten.
 
     Raises:
-        SetupError: a folder holds another run; a condition was tested with other noises; or runs of
-            the upstream, of any task, are of another model (a report would show both as one).
+        SetupError: a folder contains another run; a condition was tested with other noises; or runs
+            of the upstream, on any task, used another model (a report would show both as one).
     """
     for run in runs:
         record = read_record(run.folder)
@@ -170,7 +170,7 @@ def check_records(runs: Sequence[PlannedRun]) -> None:
 
 
 def recorded_folders(root: Path, name: str) -> list[Path]:
-    """Folders of an upstream's runs, of all tasks, that have a record."""
+    """Folders of an upstream's runs on all tasks that have a record."""
     return sorted(path.parent for path in (root / name).glob(f"*/*/{RECORD}"))
 
 
@@ -243,7 +243,7 @@ def run_plan(
                 try:
                     future.result()
                     pending_counts[run.upstream.name] -= 1
-                    if not pending_counts[run.upstream.name]:  # 0 only if no run has failed
+                    if not pending_counts[run.upstream.name]:  # not reached if a run failed
                         finish_feature_cache(_runs_of(run.upstream.name, runs), keep_features)
                         finished_upstreams.add(run.upstream.name)
                 except SetupError as error:
@@ -254,7 +254,7 @@ def run_plan(
                 future.cancel()
             processes.stop()
             raise
-    if not keep_features:  # caches of a command that was killed after its last run
+    if not keep_features:  # caches left by a command that was killed after its last run
         for name in dict.fromkeys(run.upstream.name for run in runs):
             own_runs = _runs_of(name, runs)
             if name not in finished_upstreams and all(is_finished(run) for run in own_runs):
@@ -273,8 +273,8 @@ def _run_in_slot(
     try:
         environment = job_environment(slot, jobs)
         make_folder(run.folder, SetupError)
-        # The first lock keeps a second `superb` out. Training and tests take the second one: wait
-        # for a child process whose `superb` was killed.
+        # The first lock excludes a second `superb`. The second one is held by training and tests:
+        # wait for a child process whose `superb` was killed.
         with FolderLock(run.folder, PARENT_LOCK):
             with FolderLock(run.folder, wait=ORPHAN_TIMEOUT):
                 pass

@@ -27,8 +27,8 @@ def choose_runs(
 ) -> dict[tuple[str, str | None], FinishedRun]:
     """Choose one seed for each task: the one with the best dev metric.
 
-    All folds of ER come from one seed, the one with the best mean over folds. Of equal seeds the
-    smallest is chosen.
+    All folds of ER come from one seed, the one with the best mean over folds. Ties go to the
+    smallest seed.
 
     Args:
         selections: task -> runs of one upstream.

@@ -5,5 +5,5 @@
 - :mod:`.sandbox` runs :mod:`.child` in a separate process, which imports and runs ``expert.py`` and
   returns its outputs as :mod:`.messages`.
 - :mod:`.runtime_checks` checks these outputs, outside of that process.
-- :mod:`.isolation` blocks network and packages in it, :mod:`.descendants` kills what it started.
+- :mod:`.isolation` blocks network and packages in it, :mod:`.descendants` kills its children.
 """

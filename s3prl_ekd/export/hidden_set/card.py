@@ -15,7 +15,7 @@ A small speech model for SUPERB: waveforms at 16 kHz in, a list of hidden states
 exported with s3prl_ekd, which implements Ensemble Knowledge Distillation of self-supervised speech
 models ([arXiv 2302.12757](https://arxiv.org/abs/2302.12757)).
 
-This card reports no scores: evaluate the model on your task before you rely on it.
+This card reports no scores; evaluate the model on your task before you rely on it.
 
 | | |
 |---|---|
@@ -56,7 +56,7 @@ In a batch, frames beyond the end of an utterance are padding; ignore them.{padd
 """  # noqa: E501 (a table's row is one line)
 
 _GROUP_NORM = """ The first conv
-layer normalises over time, padding included. So the hidden states of an utterance change with the
+layer normalises over time, padding included, so the hidden states of an utterance change with the
 amount of padding; run utterances one by one to avoid this."""
 
 

@@ -1,7 +1,7 @@
 """The process in which a package runs, started by :mod:`.sandbox`.
 
 It replies to each request with one message (:mod:`.messages`): outputs, counts or the text of an
-exception. The parent process judges them. The package cannot import s3prl_ekd.
+exception. The parent process checks them. The package cannot import s3prl_ekd.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class PackageServer:
         return {"type": type(saved).__name__, "keys": keys}
 
     def _import(self) -> dict[str, Any]:
-        """Import like s3prl's Runner: with the folder at the end of ``sys.path``."""
+        """Import as s3prl's Runner does, with the folder at the end of ``sys.path``."""
         sys.path.append(str(self.folder))
         from expert import UpstreamExpert
 

@@ -30,7 +30,7 @@ class AccessBlocker:
     """Blocks network access and imports, and records them.
 
     Attributes:
-        hosts, packages: what was blocked, in order, each once (dict keys).
+        hosts, packages: names of what was blocked, in order, as dict keys.
     """
 
     def __init__(self) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 MAX_JSON = 1 << 20  # bytes of JSON in a message
 MAX_NUMBERS = 1 << 28  # tensor elements in a message: 1 GiB of float32
-MAX_TEXT = 500  # characters of a text
+MAX_TEXT = 500  # characters of a string
 _DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (
@@ -163,17 +163,17 @@ def rebuild(described: Any, tensors: Sequence[Tensor], devices: dict[int, str]) 
 
 
 def text(value: Any) -> str:
-    """Clean a text of a message: one short line of printable characters. Raises BadMessage."""
+    """Reduce a string of a message to one short printable line. Raises BadMessage."""
     if not isinstance(value, str):
-        raise BadMessage(f"a message has a {type(value).__name__}, expected a text")
+        raise BadMessage(f"a message has a {type(value).__name__}, expected a string")
     line = " ".join(value[: 4 * MAX_TEXT].split())
     return "".join(char if char.isprintable() else "?" for char in line[:MAX_TEXT])
 
 
 def texts(value: Any) -> list[str]:
-    """Clean a list of texts of a message. Raises BadMessage."""
+    """Apply :func:`text` to a list of a message. Raises BadMessage."""
     if not isinstance(value, list):
-        raise BadMessage(f"a message has a {type(value).__name__}, expected a list of texts")
+        raise BadMessage(f"a message has a {type(value).__name__}, expected a list of strings")
     return [text(item) for item in value]
 
 

@@ -1,4 +1,4 @@
-"""Names and descriptions of the checks, and the outcome of a check."""
+"""The checks' names and descriptions, and the outcome of a check."""
 
 from __future__ import annotations
 

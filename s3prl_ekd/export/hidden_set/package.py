@@ -47,7 +47,7 @@ def package_contents(loaded: LoadedStudent, keep_heads: bool) -> dict[str, Any]:
     """Contents of ``model.pt``: ``config`` (arguments of its ``Student``) and ``weights``.
 
     Raises:
-        CheckpointError: ``keep_heads``, but the heads' outputs cannot become hidden states.
+        CheckpointError: ``keep_heads`` is set, but the heads cannot be exported as hidden states.
     """
     problem = heads_problem(loaded)
     if keep_heads and problem:

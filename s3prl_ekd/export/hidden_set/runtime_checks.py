@@ -1,6 +1,6 @@
 """Checks of a running hidden-set package, one function per check.
 
-Each requests outputs from the package's process and judges them in this process. A check returns
+Each requests outputs from the package's process and checks them in this process. A check returns
 its reason for passing, or raises CheckFailed, CheckWarning or CheckSkipped. Costs are counted as in
 :mod:`...superb.cost`.
 """
@@ -206,7 +206,9 @@ def check_parameters(package: Package) -> str:
     cost = _cost(package)
     count = f"{cost['parameters']:,}"
     if cost["unused"]:
-        raise CheckWarning(f"{count}, of which {cost['unused']:,} affect no hidden state but count")
+        raise CheckWarning(
+            f"{count}, of which {cost['unused']:,} affect no hidden state (SUPERB counts them)"
+        )
     return f"{count}, all used"
 
 

@@ -42,7 +42,8 @@ main(offline)
 """
 TIME_LIMIT = 600.0  # seconds for all checks together
 START_TIMEOUT = 300.0  # seconds until the process is ready; it imports torch
-# Set to an empty folder and to a dead proxy: no caches of downloads, no network for programs.
+# Set to an empty folder and to a closed port, so that programs find no cached downloads and no
+# network.
 _HOMES = ("HOME", "XDG_CACHE_HOME", "TORCH_HOME", "HF_HOME", "USERPROFILE", "TMPDIR", "TEMP", "TMP")
 _PROXIES = ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy", "ALL_PROXY")
 # Environment variables that Python, torch and a GPU need.

@@ -154,9 +154,9 @@ def _requirements(folder: Path) -> str:
 
 
 def _collect(folder: Path, path: Path, imported: dict[str, str], visited: set[Path]) -> None:
-    """Add to ``imported`` what ``path``, and the package's files that it imports, import.
+    """Add the top-level modules that ``path`` imports, directly or through files of the package.
 
-    Only top-level modules other than torch and the standard library, with the place of the import.
+    ``imported`` maps a module to the place of the import, without torch and the standard library.
     """
     if path in visited or not path.is_file():
         return
@@ -188,7 +188,7 @@ def _collect(folder: Path, path: Path, imported: dict[str, str], visited: set[Pa
 
 
 def _package_files(folder: Path, parent: Path, name: str) -> Iterator[Path]:
-    """Files of the package that a dotted module name may mean, in ``folder`` or ``parent``."""
+    """Files in ``folder`` or ``parent`` that a dotted module name may refer to."""
     parts = [part for part in name.split(".") if part]
     for root in {folder, parent}:
         for count in range(len(parts), 0, -1):
@@ -209,7 +209,7 @@ def _sources(folder: Path) -> Iterator[tuple[Path, str]]:
 
 
 def _check_size(path: Path, folder: Path) -> None:
-    """Raise CheckFailed for a file that may not end (named pipe) or is too large."""
+    """Raise CheckFailed if a file is not regular (a named pipe may never end) or is too large."""
     if not path.is_file():
         raise CheckFailed(f"{path.relative_to(folder)} is not a regular file")
     if path.stat().st_size > MAX_BYTES:

@@ -11,7 +11,8 @@ heads from distillation if the package has them.
     >>> expert([torch.rand(16000), torch.rand(8000)])["hidden_states"][-1].shape
     torch.Size([2, 49, 768])
 
-The architecture is that of wav2vec 2.0 and HuBERT, in the size of DistilHuBERT (arXiv 2110.01900).
+The architecture is that of wav2vec 2.0 and HuBERT, usually in the size of DistilHuBERT (arXiv
+2110.01900).
 """
 
 from __future__ import annotations
@@ -157,7 +158,7 @@ class Student(nn.Module):
 
 
 class ConvExtractor(nn.Module):
-    """Strided convolutions without bias, each followed by dropout, normalisation and GELU."""
+    """Strided convolutions without bias, each followed by dropout, a norm (if any) and GELU."""
 
     def __init__(self, conv_layers: list[list[int]], norm: str, dropout: float):
         super().__init__()
