@@ -57,7 +57,7 @@ def check_request(request: DownstreamRequest) -> DownstreamRequest:
 
 
 def check_mode(request: DownstreamRequest) -> None:
-    """Check that ``--noise`` is used with ``-m evaluate``, ``--cache-features`` without torchrun."""
+    """Check that ``--noise`` has ``-m evaluate``, and ``--cache-features`` no torchrun."""
     mode = f"-m {request.mode}" if request.mode else "no -m"
     if request.noise is not None and request.mode != "evaluate":
         raise SetupError(

@@ -377,5 +377,6 @@ def _number(option: str, text: str, kind: Callable[[str], Any]) -> Any:
     except ValueError:
         number = 0
     if not 0 < number < float("inf"):
-        raise SetupError(f"{option} must be a number above 0, got {text}")
+        name = "an integer" if kind is int else "a number"
+        raise SetupError(f"{option} must be {name} above 0, got {text}")
     return number

@@ -243,7 +243,7 @@ def run_plan(
                 try:
                     future.result()
                     pending_counts[run.upstream.name] -= 1
-                    if not pending_counts[run.upstream.name]:  # not reached if a run failed
+                    if not pending_counts[run.upstream.name]:  # stays above 0 if a run fails
                         finish_feature_cache(_runs_of(run.upstream.name, runs), keep_features)
                         finished_upstreams.add(run.upstream.name)
                 except SetupError as error:
@@ -337,7 +337,7 @@ def _train_and_test(run: PlannedRun, call: Callable[[list[str]], None], gpus: in
 def best_checkpoint(run: PlannedRun) -> tuple[str, float]:
     """The best checkpoint on dev, as s3prl saved it, and its metric in per cent.
 
-    s3prl saves none while the metric is at its worst (error rate 100 %, accuracy 0 %); then the
+    s3prl saves none while the metric is at its worst (WER of 100 % or more, accuracy 0 %); then the
     last checkpoint is used.
 
     Raises:
