@@ -28,7 +28,7 @@ def layer_statistics(frames: Tensor) -> LayerStatistics:
 
 
 def format_table(rows: Sequence[Sequence[str]]) -> str:
-    """Format a table: row 0 is the header; the first column is flush left, the others right."""
+    """Format a table with header row 0; only the first column is left-aligned."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = []
     for row in rows:

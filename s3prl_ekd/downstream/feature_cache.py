@@ -1,6 +1,6 @@
 """Cached hidden states in s3prl's downstream Runner.
 
-Each utterance goes through the upstream alone, so that its hidden states do not depend on the
+Each utterance is run through the upstream alone, so that its hidden states do not depend on the
 batch: s3prl's group norm includes the padding, which changes the shorter utterances of a batch. The
 run's log has the numbers of cache hits and misses.
 """

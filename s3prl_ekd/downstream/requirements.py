@@ -141,7 +141,7 @@ def _import_problem(name: str) -> RequirementProblem | None:
             importlib.import_module(name)
         except ModuleNotFoundError as error:
             return _missing_module(error.name or name)
-        except Exception as error:  # report every failure of a foreign module
+        except Exception as error:  # a third-party module may raise anything
             return RequirementProblem(f"cannot import {name}: {type(error).__name__}: {error}")
     return None
 

@@ -1,7 +1,7 @@
 """Read the records of ``s3prl-ekd superb``, and choose learning rates by the dev metric.
 
 ``ROOT/UPSTREAM/TASK/RUN/superb.json`` describes a run and the folders of its predictions.
-``ROOT/UPSTREAM/cost.json``, if it exists, holds the upstream's parameters and MACs.
+``ROOT/UPSTREAM/cost.json``, if it exists, contains the upstream's parameters and MACs.
 """
 
 from __future__ import annotations

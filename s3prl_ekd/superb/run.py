@@ -148,8 +148,8 @@ def check_records(runs: Sequence[PlannedRun]) -> None:
             continue
         if record["digest"] != run.digest:
             raise SetupError(
-                f"{run.folder} holds a run with a different checkpoint, recipe, setting or corpus; "
-                "move it away, rename the upstream (NAME=CHECKPOINT), or choose another -o"
+                f"{run.folder} contains a run with a different checkpoint, recipe, setting or "
+                "corpus; move it away, rename the upstream (NAME=CHECKPOINT), or choose another -o"
                 f"{_features_hint(run, record)}"
             )
         for condition, digest in record.get("noises", {}).items():
@@ -163,8 +163,8 @@ def check_records(runs: Sequence[PlannedRun]) -> None:
             model = (read_record(folder) or {}).get("model")
             if model is not None and model != upstream.digest:
                 raise SetupError(
-                    f"{folder} holds a run of a different model than {upstream.name} is now; move "
-                    f"{root / upstream.name} away, rename the upstream (NAME=CHECKPOINT), or "
+                    f"{folder} contains a run of a different model than the current "
+                    f"{upstream.name}; move {root / upstream.name} away, rename the upstream (NAME=CHECKPOINT), or "
                     "choose another -o"
                 )
 

@@ -1,6 +1,6 @@
 """Block network access and imports of s3prl, fairseq and s3prl_ekd in the package's process.
 
-This reveals dependencies of honest packages; it does not confine hostile code.
+This finds unintended dependencies; it does not confine hostile code.
 """
 
 from __future__ import annotations

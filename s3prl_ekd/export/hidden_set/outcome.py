@@ -7,7 +7,7 @@ from typing import Literal
 
 Status = Literal["pass", "fail", "warn", "skip"]
 
-# Name -> what must hold, in the order of the report. SUPERB's own checks:
+# Name -> what is checked, in the order of the report. SUPERB's own checks:
 OFFICIAL = {
     "files": "expert.py and model.pt exist",
     "build": "UpstreamExpert is built on the CPU from model.pt",

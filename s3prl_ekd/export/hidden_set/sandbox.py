@@ -29,7 +29,7 @@ from .static_checks import read_checks
 
 logger = logging.getLogger(__name__)
 
-ROOT = Path(__file__).parents[3]  # the folder that holds s3prl_ekd
+ROOT = Path(__file__).parents[3]  # the folder that contains s3prl_ekd
 # leave_network() must run before torch starts threads. With -c, sys.argv contains no file name.
 _PROGRAM = f"""
 import sys
@@ -243,7 +243,7 @@ class _PackageProcess:
                 pass
             if time.monotonic() > self.deadline:
                 raise _ProcessEnded(self.timeout_message)
-            if self.process.poll() is not None:  # a descendant may hold the pipe open
+            if self.process.poll() is not None:  # a descendant may keep the pipe open
                 give_up_at = give_up_at or time.monotonic() + 2
                 if time.monotonic() > give_up_at:
                     raise _ProcessEnded(self._end_reason())
@@ -256,7 +256,7 @@ class _PackageProcess:
         return reply
 
     def _exchange(self) -> None:
-        """Send queued requests and queue the replies; None means that the process is gone."""
+        """Send queued requests and queue the replies; None means that the process has ended."""
         with contextlib.suppress(OSError), self.input, self.output:
             for facts, tensors in iter(self.requests.get, None):
                 try:
