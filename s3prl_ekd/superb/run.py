@@ -164,8 +164,8 @@ def check_records(runs: Sequence[PlannedRun]) -> None:
             if model is not None and model != upstream.digest:
                 raise SetupError(
                     f"{folder} contains a run of a different model than the current "
-                    f"{upstream.name}; move {root / upstream.name} away, rename the upstream (NAME=CHECKPOINT), or "
-                    "choose another -o"
+                    f"{upstream.name}; move {root / upstream.name} away, rename the upstream "
+                    "(NAME=CHECKPOINT), or choose another -o"
                 )
 
 
