@@ -56,6 +56,11 @@ def test_parse_upstream(tmp_path, monkeypatch):
     assert parse_upstream("a=student.pt") == Upstream("a", "ekd_student", "student.pt")
     hubert = parse_upstream("teacher=hubert_local:student.pt")
     assert hubert == Upstream("teacher", "hubert_local", "student.pt")
+    named = parse_upstream("a=ekd_student:student.pt", "hidden_states_and_heads")
+    assert named == Upstream("a", "ekd_student", "student.pt", "hidden_states_and_heads")
+    assert parse_upstream("x=hubert_local:student.pt", "hidden_states_and_heads").selection == (
+        "hidden_states"
+    )
     heads = parse_upstream("student.pt", "hidden_states_and_heads")
     assert heads.selection == "hidden_states_and_heads"
     for text in ("nothing.pt", "a=hubert_local:nothing.pt", "../x=student.pt", ".x=student.pt"):
