@@ -67,7 +67,7 @@ class Recording:
         if self._file.warning:
             warn_once(f"incomplete {self._file.format}", f"{self.path}: {self._file.warning}")
         common = math.gcd(self._file.samplerate, SAMPLE_RATE)
-        # The shortest common period of both rates, in samples at each of them.
+        # The shortest common period of both rates, in samples at the old and the new rate.
         self._period, self._new_period = self._file.samplerate // common, SAMPLE_RATE // common
         self.samples = -(-self._file.frames * self._new_period // self._period)
         return self
@@ -141,7 +141,9 @@ class Recording:
     def _decode(self, frames: int) -> np.ndarray:
         block = self._file.read(frames, dtype="float32", always_2d=True)
         if len(block) < frames:
-            raise self._bad("cut off", f"it is cut off: {self._file.frames} samples are announced")
+            raise self._bad(
+                "cut off", f"it is cut off: its header gives {self._file.frames} samples"
+            )
         return block
 
     def _check_samples(self, wave: Tensor) -> Tensor:

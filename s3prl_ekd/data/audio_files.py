@@ -36,8 +36,8 @@ MAX_SAMPLES = 24 * 3600 * SAMPLE_RATE
 _MIN_RATE = 4000  # Hz
 _MAX_KERNEL = 2**24  # values of the resampling filter
 _UNFINISHED = (
-    " by its header, and {} bytes follow it (a recorder that was cut off?); "
-    "sox --ignore-length IN.wav OUT.flac may save it"
+    " according to its header, but {} bytes follow (an interrupted recording?); try to repair it "
+    "with: sox --ignore-length IN.wav OUT.flac"
 )
 _CHUNK = 64  # files in a thread's task; a task for each would cost more than reading the header
 # libsndfile reports about 2**63 frames if the header has no length.
@@ -94,7 +94,7 @@ def find_audio(folder: str | Path) -> list[str]:
     return paths
 
 
-@functools.lru_cache(maxsize=1024)  # once: s3prl builds its datasets again for each pass
+@functools.lru_cache(maxsize=1024)  # once, although s3prl makes its datasets again for each pass
 def _log_ignored(folder: str, count: int, example: str) -> None:
     logger.info(
         "%s: ignored %d hidden or system file(s) and folder(s), e.g. %s", folder, count, example
@@ -143,7 +143,7 @@ class AudioFile(soundfile.SoundFile):
 def open_audio(path: str | Path) -> AudioFile:
     """Open a file and check everything that can be checked without decoding it.
 
-    Length tables and training both open files with this function, so they accept the same files.
+    ``length-tables`` and training both use this function, so they accept the same files.
 
     Raises:
         BadAudio: the file is missing, empty, not audio, truncated (:mod:`.containers`), of unknown

@@ -6,7 +6,7 @@ file                                          details
 missing, or cannot be opened        bad
 0 bytes, or header without samples  bad
 not audio, or of unknown format     bad
-header without a length             bad       a FLAC file written to a pipe
+header without a length             bad       e.g. a FLAC file written to a pipe
 longer than a day                   bad       by its header; by its table: before training starts
 truncated                           bad       depends on the container, see :mod:`.containers`
 damaged                             bad       if the damage is in the excerpt
@@ -18,7 +18,7 @@ shorter than one frame              bad       by its header; by its table: befor
 below 4 kHz, or a rate with too     bad       e.g. 15 999 Hz: its filter would take a gigabyte
 small a common divisor with 16 kHz
 clipped, peaks of 1 to 10           used      possible in float files; they are not scaled
-header announces up to 25 ms more   used      the samples in the file are used; one warning
+header gives up to 25 ms more       used      the samples in the file are used; one warning
 than the file has; Ogg without an
 end-of-stream mark
 several channels                    used      averaged; one warning
@@ -27,10 +27,10 @@ length differs from its table's     used      the file's length is used; one war
 long, e.g. an hour                  used      only an excerpt of ``sequence_length`` is decoded
 ==================================  ========  ======================================================
 
-What needs no decoding (the rows down to "truncated", and the rate) is also checked by ``s3prl-ekd
-lengths``, which leaves bad files out of its tables. ``on_bad_audio: error`` stops at the first bad
-file; ``skip`` trains on the rest of its batch. A bad noise file or impulse response always stops,
-because a setting names it.
+``s3prl-ekd length-tables`` also makes the checks that need no decoding (the rows down to
+"truncated", and the rate) and leaves bad files out of its tables. ``on_bad_audio: error`` stops the
+run at the first bad file; ``skip`` trains on the rest of its batch. A bad noise file or impulse
+response always stops the run, because a setting names its folder.
 """
 
 from __future__ import annotations

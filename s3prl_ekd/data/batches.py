@@ -61,8 +61,8 @@ class Batch(NamedTuple):
     - ``waves``: the student's input, ``[batch, sample]`` at 16 kHz, zero-padded.
     - ``lengths``: valid samples, ``[batch]``.
     - ``names``: paths of the utterances.
-    - ``problem``: the error message for a file that cannot be read; the batch is then empty. It is
-      a field because an exception in a worker process would reach the user as a traceback.
+    - ``problem``: an error message; ``waves`` is then empty. It is a field because an exception in
+      a worker process would reach the user as a traceback.
     - ``teacher_waves``: the teachers' input, of the same shape as ``waves``; None: the same input
       as the student's.
     - ``bad``: utterances left out because their files are bad; ``names`` is empty if all are.
@@ -178,10 +178,11 @@ class DistillationDataset(Dataset):
             if length < self.min_samples:
                 raise too_short_error(path, length, self.min_samples)
             if abs(length - row.length) > 1:  # tables of other tools may round differently
-                actual = f"{path} has {length} samples at {SAMPLE_RATE} Hz"
-                warn_once(
-                    "length", f"{actual}, its table has {row.length}: using the file's length"
+                message = (
+                    f"{path} has {length} samples at {SAMPLE_RATE} Hz, its table gives "
+                    f"{row.length}: using the file's length"
                 )
+                warn_once("length", message)
             return recording.read_speech(*self._excerpt(length, row.path, epoch))
 
     def _excerpt(self, length: int, name: str, epoch: int) -> tuple[int, int]:
@@ -235,7 +236,7 @@ def train_loader(
     targets: TargetSource | None = None,
     pin_memory: bool = False,
 ) -> BatchLoader:
-    """Make a loader of :class:`Batch`, with the utterances of tables bucketed by length.
+    """Make a loader of :class:`Batch` for the utterances of tables, bucketed by length.
 
     Each pass is an epoch with its own order, excerpts and distortions, which depend on seed and
     epoch only. The next pass starts at ``loader.sampler.epoch`` and ``loader.sampler.position``.
@@ -256,7 +257,7 @@ def train_loader(
             a folder named in ``distortion`` cannot be used.
     """
     if not Path(data.libri_root).is_dir():
-        raise DataError(f"libri_root: no such folder: {data.libri_root}")
+        raise DataError(f"pretrain_expert.datarc.libri_root: no such folder: {data.libri_root}")
     bad_rows: list[BadUtterance] = []
     skip_bad = data.on_bad_audio == "skip"
     all_rows = read_tables(data.file_path, sets, bad_rows if skip_bad else None)

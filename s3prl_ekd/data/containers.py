@@ -84,7 +84,7 @@ def check_complete(path: str | Path, file: soundfile.SoundFile) -> str:
             )
         return _check_mp3_index(path) if file.format == "MP3" else ""
     if file.subtype.startswith("MPEG"):
-        reason = "it is an MP3 in a WAV file, of which the length is unknown; convert it to FLAC"
+        reason = "it is an MP3 in a WAV file, whose length is unknown; convert it to FLAC"
         raise UnusableContainer("MP3 in a WAV", reason)
     with open(path, "rb") as stream:
         size = os.fstat(stream.fileno()).st_size
@@ -94,7 +94,7 @@ def check_complete(path: str | Path, file: soundfile.SoundFile) -> str:
     if data_range is None:
         if file.format in _SUPPORTED:
             return "no data size found in its header, so it may be truncated"
-        reason = f"nothing in a {file.format} file says whether it is whole; convert it to FLAC"
+        reason = f"{file.format} files do not record the size of their data; convert it to FLAC"
         raise UnusableContainer("not audio", reason)
     start, data_size = data_range
     available = size - start
@@ -132,8 +132,8 @@ def _data_range(stream: BinaryIO) -> tuple[int, int | None] | None:
     """Read the offset of the samples and their size in bytes from the header.
 
     Returns:
-        ``(offset, size)``, with a size of None if it was written to a pipe; or None if the header
-        has no data size.
+        ``(offset, size)``, where size is None if the file was written to a pipe; or None if the
+        header has no data size.
     """
     begin = _skip_id3(stream)
     magic = stream.read(4)

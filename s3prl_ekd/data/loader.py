@@ -145,8 +145,8 @@ def _kill_remaining_workers() -> None:
 def move_to_shared_memory(tensors: Iterable[Tensor]) -> None:
     """Move the tensors of a batch to shared memory, in a worker process.
 
-    Sending the batch would do this, but without room the worker would only print an error and the
-    run would wait.
+    Sending the batch does the same, but if shared memory is full, the worker would only print an
+    error and the run would hang.
 
     Raises:
         SetupError: shared memory is full.
@@ -171,7 +171,7 @@ def shared_memory_usage() -> str:
 
 
 def shared_memory_advice() -> str:
-    """How to get by with too little shared memory, as text."""
+    """Advice for too little shared memory, as text."""
     return (
         f"enlarge {SHARED_MEMORY} (docker run --shm-size=16g), or read audio in the main process "
         "with pretrain_expert.datarc.num_workers: 0 (run_pretrain.py -o "

@@ -49,8 +49,8 @@ class EpochSampler(Sampler[tuple[int, int]]):
     """Sample every index once a pass, as ``(epoch, index)``, in a random order for each epoch.
 
     The order depends on seed and epoch only. The epoch is yielded with the index because a
-    persistent worker process has its own copy of the dataset, which an attribute set in the main
-    process would not reach.
+    persistent worker process has its own copy of the dataset, and would not see an attribute that
+    the main process sets.
 
     With several processes, the passes form one long sequence, from which process ``r`` of ``n``
     takes every ``n``-th batch, starting with the ``r``-th. So the sequence is the same for any
@@ -131,9 +131,9 @@ def used(row: Utterance, max_length: int) -> int:
 
 def padding_share(batches: Sequence[Sequence[Utterance]], max_length: int = 0) -> float:
     """Share of padding among the samples of a pass, according to the tables."""
-    speech = sum(used(row, max_length) for batch in batches for row in batch)
+    valid = sum(used(row, max_length) for batch in batches for row in batch)
     padded = sum(len(batch) * max(used(row, max_length) for row in batch) for batch in batches)
-    return 1 - speech / padded
+    return 1 - valid / padded
 
 
 def filter_by_length(
@@ -141,7 +141,7 @@ def filter_by_length(
 ) -> list[Utterance]:
     """Drop utterances shorter than one frame or excluded by s3prl's ``max_timestep``.
 
-    The numbers of both are logged.
+    Both counts are logged.
 
     Raises:
         DataError: no utterance is left.
@@ -160,5 +160,8 @@ def filter_by_length(
         count = len(long_enough) - len(result)
         logger.info("data: left out %d utterances by max_timestep %d", count, max_timestep)
     if not result:
-        raise DataError("no utterance is left in the length tables; check sets and max_timestep")
+        raise DataError(
+            "no utterance is left in the length tables; check sets and max_timestep of "
+            "pretrain_expert.datarc"
+        )
     return result

@@ -20,17 +20,17 @@ class DataSettings:
     """Tables to train on: ``SET.csv`` in ``file_path``."""
 
     train_batch_size: int
-    """Utterances of a batch; with ``max_seconds``, at most so many."""
+    """Utterances in a batch; the maximum if ``max_seconds`` is set."""
 
     num_workers: int = 2
     """Processes that read audio; 0 reads in the training process."""
 
     sequence_length: int = 250000
-    """Longest excerpt, in samples: a longer utterance gives a random excerpt, another one in each
-    epoch. 0: whole utterances."""
+    """Length of excerpts, in samples: of a longer utterance a random excerpt is used, a different
+    one in each epoch. 0: whole utterances."""
 
     max_timestep: int = 0
-    """Above 0: leave out utterances of so many samples or more. Below 0: of so many or fewer."""
+    """N above 0: leave out utterances of N samples or more. -N: of N samples or fewer. 0: none."""
 
     dev_sets: tuple[str, ...] = ()
     """Tables to measure the loss on, at every ``runner.eval_step`` (ours)."""
@@ -40,7 +40,7 @@ class DataSettings:
     and list it in the run's ``bad_audio.tsv`` (ours)."""
 
     max_seconds: float = 0.0
-    """Most audio of a batch in seconds, padding included; 0: no limit (ours)."""
+    """Maximal audio in a batch, in seconds, including padding; 0: no limit (ours)."""
 
     loader_timeout: float = 600.0
     """Seconds to wait for a batch before the run ends with an error; 0, and ``num_workers: 0``: no
@@ -55,7 +55,7 @@ class DataSettings:
             raise ValueError("sets is empty; name at least one table")
         for name in self.dev_sets:
             if name in self.sets:
-                raise ValueError(f"dev_sets: {name!r} is in sets, too, and is trained on")
+                raise ValueError(f"dev_sets: {name!r} is also in sets; remove it from one of them")
         if self.train_batch_size < 1 or not 0 <= self.num_workers <= 1024:
             raise ValueError("train_batch_size must be 1 or more, and num_workers 0 to 1024")
         if self.sequence_length != 0 and self.sequence_length < 400:

@@ -100,8 +100,8 @@ def _rows(reader: Any, path: Path, bad: list[BadUtterance] | None) -> list[tuple
     for column in COLUMNS:
         if header.count(column) != 1:
             raise DataError(
-                f"{path}: line 1 must be a header with the columns {' and '.join(COLUMNS)}, got "
-                f"{header.count(column)} columns {column}; {TABLE_ADVICE}"
+                f"{path}: line 1 must be a header with the columns {' and '.join(COLUMNS)}; it has "
+                f"the column {column} {header.count(column)} times; {TABLE_ADVICE}"
             )
     name_column, length_column = (header.index(column) for column in COLUMNS)
     rows: list[tuple[int, Utterance]] = []

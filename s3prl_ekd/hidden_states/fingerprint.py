@@ -1,9 +1,9 @@
 """Fingerprint of a target cache, and comparison with a run's settings.
 
 A teacher is identified by its weights, its class and its output for one second of noise, never by
-its path: a renamed file is the same teacher, a replaced file is not. The output depends on what the
-weights don't show, such as a normalisation of the waveform. It differs a little between machines,
-so it is compared with a tolerance.
+its path: a renamed file is the same teacher, a replaced file is not. The output also
+shows what is not in the weights, such as a normalisation of the waveform. It differs a little
+between machines, so it is compared with a tolerance.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ def cache_key(
     sequence_length: int,
     max_timestep: int,
 ) -> dict[str, Any]:
-    """The fingerprint of a cache for these settings; it survives JSON unchanged.
+    """The fingerprint of a cache for these settings, as JSON data.
 
     Args:
         teachers: loaded teachers, on any device.
         settings: the experiment's settings.
         aggregated: the cache has aggregated target sets, not each teacher's own targets.
-        tables: name of each corpus table -> digest.
+        tables: name of each length table -> digest.
         sequence_length, max_timestep: as in ``pretrain_expert.datarc``.
     """
     outputs = _probe_outputs(teachers)
@@ -96,7 +96,7 @@ def weights_digest(module: nn.Module) -> str:
 def _probe_outputs(teachers: TeacherEnsemble) -> dict[str, list[float]]:
     """Mean absolute value of each teacher's targets for one second of noise.
 
-    Computed by the upstreams in float32, regardless of the faster modes used in training.
+    Computed by the upstreams in float32, also if training uses a faster mode.
     """
     noise = 0.1 * torch.randn(PROBE_SAMPLES, generator=torch.Generator().manual_seed(0))
     outputs = {}
@@ -119,7 +119,7 @@ def aggregation_key(settings: DistillSettings) -> dict[str, Any]:
 
 
 def check_aggregated(settings: DistillSettings) -> None:
-    """Reject settings under which aggregated targets change from step to step.
+    """Reject settings that need each teacher's own targets at each step.
 
     Raises:
         ConfigError: names the setting.
@@ -180,7 +180,7 @@ def key_difference(stored: Mapping, current: Mapping) -> str | None:
 def matching_subset(
     index: Index, current: Mapping[str, Any], rows: Sequence[Utterance]
 ) -> tuple[TargetSubset | None, str]:
-    """Select the subset of a cache that a run reads, or return None and why there is none.
+    """Select the subset of a cache that a run reads, or return None and the reason.
 
     A run may use fewer teachers, layers or tables than the cache has. Aggregated targets must have
     exactly the run's teachers and layers.
@@ -235,7 +235,7 @@ def _corpus_difference(index: Index, current: Mapping, rows: Sequence[Utterance]
     stored = set(index.key["tables"].values())
     changed = [name for name, digest in current["tables"].items() if digest not in stored]
     if changed:
-        return f"it was not built from the corpus table {changed[0]}, or the table has changed"
+        return f"it was not built from the length table {changed[0]}, or the table has changed"
     names = set(index.utterances)
     missing = [row.path for row in rows if row.path not in names]
     if missing:
@@ -262,7 +262,7 @@ def _teacher_difference(name: str, stored: Mapping, current: Mapping) -> str:
 
 
 def _contents(key: Mapping) -> Any:
-    """The ``contents`` of a key; version 0.1 called some `separate` ones `groups`."""
+    """The ``contents`` of a key, with ``aggregation: groups`` of version 0.1 as ``separate``."""
     contents = key["contents"]
     if isinstance(contents, Mapping) and contents.get("aggregation") == "groups":
         return {**contents, "aggregation": "separate"}

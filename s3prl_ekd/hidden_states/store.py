@@ -11,7 +11,7 @@ int8      1      half a step: the largest |x| of the utterance and layer, divide
 The files of a cache folder:
 
 - ``index.json``: the :class:`Index`; ``complete`` is set at the end of the build;
-- ``utterances.json``: the utterances in order, a separate file as the list may be long;
+- ``utterances.json``: the utterances in order, separate because the list may be long;
 - ``targets.bin``: frames ``[frame, column]``, utterance after utterance;
 - ``scales.bin`` (int8 only): float32 ``[vector]`` for each utterance;
 - ``utterances.bin``: a :data:`RECORD` for each utterance, written after its targets. Its length
@@ -72,7 +72,7 @@ INDEX_FIELDS = {
     "complete": bool,
     "digest": str,
 }  # `utterances` is the digest of utterances.json
-MAX_NAMES = 1 << 32  # bytes; some ten million utterances
+MAX_LIST_BYTES = 1 << 32  # of utterances.json; tens of millions of utterances
 BUILD = "s3prl-ekd cache -c RUNNER.yaml -g MODEL.yaml -o"
 SYNC_SECONDS = 10.0  # seconds between two syncs to disk: the most that a power failure loses
 
@@ -255,7 +255,7 @@ def read_index(folder: Path) -> Index:
                 f"{folder}: expected a target cache of version {VERSION}, got version "
                 f"{str(data.get('version'))[:20]}"
             )
-        check_regular(folder / UTTERANCES, "list of utterances", DataError, MAX_NAMES)
+        check_regular(folder / UTTERANCES, "list of utterances", DataError, MAX_LIST_BYTES)
         return _index(data, (folder / UTTERANCES).read_bytes())
     except DataError as error:
         raise DataError(f"{error}; build a cache with: {BUILD} NEW_FOLDER") from None
@@ -422,7 +422,7 @@ class TargetReader:
 
         Raises:
             BadAudio: its audio was bad when the cache was built.
-            DataError: the excerpt does not have as many samples as when the cache was built.
+            DataError: the excerpt had another number of samples when the cache was built.
         """
         frames, cached_samples, _ = self.records[self._rows[name]]
         if frames == 0:
@@ -498,11 +498,11 @@ def targets_crc(stored: np.ndarray, scales: bytes = b"") -> int:
 
 
 class CacheWriter:
-    """Writes the files of a cache; truncates them to the last complete record at the start.
+    """Writes the files of a cache; at the start, truncates them to the last complete record.
 
     An utterance's record is written after its targets, so an interrupted build has no record
-    without targets. This holds after a power failure too, as the targets are synced before their
-    records are written.
+    without targets. This also holds after a power failure, because the targets are synced before
+    their records are written.
 
     Args:
         folder: an existing folder to which only this process writes.
@@ -553,7 +553,7 @@ class CacheWriter:
         self._record(len(stored), samples, targets_crc(stored, scale_bytes))
 
     def add_bad(self) -> None:
-        """Append an utterance without targets, as its audio is bad. Raises OSError."""
+        """Append an utterance with bad audio, without targets. Raises OSError."""
         if self.index.scale_bytes:
             self._files[SCALES].write(bytes(self.index.scale_bytes))
         self._record(0, 0, 0)

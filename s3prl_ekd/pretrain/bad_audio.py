@@ -31,7 +31,7 @@ class BadAudioList:
     """The utterances that a run has left out, with the reason and how often.
 
     :meth:`record` collects entries, :meth:`commit` adds them once the step is complete. Checkpoints
-    contain the list, so that a run that is killed and resumed counts nothing twice.
+    contain the list, so that a resumed run counts no utterance twice.
 
     Args:
         folder: of the run; the list is written there.
@@ -183,7 +183,7 @@ class UsableBatches:
 def as_tensor(entries: Mapping[str, list]) -> Tensor | dict:
     """Encode the list for a checkpoint: JSON in a uint8 tensor; ``{}`` for an empty list.
 
-    Our reader of checkpoints limits their number of values, and a tensor is one value.
+    Our checkpoint reader limits the number of values, and a tensor counts as one.
     """
     if not entries:
         return {}

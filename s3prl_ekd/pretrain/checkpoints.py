@@ -42,14 +42,14 @@ class Progress:
     epoch: int = 0
     batch: int = 0  # batches of this epoch that all processes together have used
     batches: int = 0  # batches of an epoch
-    tables: dict[str, str] = field(default_factory=dict)  # digest of each corpus table
+    tables: dict[str, str] = field(default_factory=dict)  # digest of each length table
     skipped: int = 0  # steps whose loss or gradient was not finite
     skipped_in_a_row: int = 0
     best_loss: float | None = None  # lowest dev loss
     best_step: int = 0  # and its step
     scaler: dict[str, Any] = field(default_factory=dict)  # state of the fp16 loss scaler
-    dev_due: bool = False  # a signal or an error came before the dev loss of this step
-    # Scalars since the last TensorBoard point.
+    dev_due: bool = False  # the run ended before the dev loss of this step was measured
+    # scalars since the last TensorBoard point
     records: dict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
 
     def state_dict(self, random: list[dict]) -> dict[str, Any]:

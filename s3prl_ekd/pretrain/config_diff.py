@@ -1,4 +1,4 @@
-"""Compare the config and corpus tables of a checkpoint with those of the run that resumes it."""
+"""Compare the config and length tables of a checkpoint with those of the run that resumes it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..files.config import override_option as override
 DATA = "pretrain_expert.datarc"
 SETS = f"{DATA}.sets"
 
-# Keys that `-o` cannot change on resume: the optimizer's state fits that optimizer only.
+# Keys that `-o` cannot change on resume: the saved optimizer state would not fit.
 FIXED = ("optimizer.name", "optimizer.torch_optim_name")
 MISSING = "(not set)"
 
@@ -65,7 +65,7 @@ def check_config_file(
 
 
 def table_digests(folder: str | Path, sets: Sequence[str]) -> dict[str, str]:
-    """Digest of the contents of each corpus table ``folder/SET.csv``.
+    """Digest of the contents of each length table ``folder/SET.csv``.
 
     Raises:
         DataError: a table cannot be read.
@@ -76,20 +76,20 @@ def table_digests(folder: str | Path, sets: Sequence[str]) -> dict[str, str]:
         try:
             digests[name] = hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
         except OSError as error:
-            raise DataError(f"cannot read the corpus table {path}: {error.strerror}") from None
+            raise DataError(f"cannot read the length table {path}: {error.strerror}") from None
     return digests
 
 
 def check_tables(
     saved: Mapping[str, str], current: Mapping[str, str], folder: str | Path, keys: Collection[str]
 ) -> None:
-    """Reject corpus tables that have changed since the checkpoint was written.
+    """Reject length tables that have changed since the checkpoint was written.
 
     Args:
         saved: digests in the checkpoint; empty if s3prl's own Runner wrote it.
         current: digests of the tables now.
         folder: of the tables.
-        keys: config keys that ``-o`` sets; if ``sets`` is one of them, all tables are valid.
+        keys: config keys that ``-o`` sets; if ``sets`` is one of them, no table is rejected.
 
     Raises:
         DataError: naming the tables.
@@ -98,7 +98,7 @@ def check_tables(
     if changed and SETS not in keys:
         tables = ", ".join(str(Path(folder) / f"{name}.csv") for name in changed)
         raise DataError(
-            f"corpus tables have changed since the checkpoint was written: {tables}; restore them, "
+            f"length tables have changed since the checkpoint was written: {tables}; restore them, "
             f"or train on the new ones from a new epoch with {override(SETS, list(current))}"
         )
 

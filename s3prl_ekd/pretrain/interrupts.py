@@ -29,12 +29,12 @@ SIGNALS = tuple(
     getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)
 )
 HAS_TIMER = hasattr(signal, "setitimer")  # not on Windows: no limit there on the wait for a batch
-# A signal within this time repeats the first one: the terminal delivers Ctrl-C, and so does a
-# wrapper or torchrun that forwards it.
+# A signal within this time counts as the first one delivered twice, e.g. Ctrl-C by the terminal
+# and by torchrun or a wrapper that forwards it.
 SAME_SIGNAL = 0.5  # seconds
 SAME_SIGNAL_DISTRIBUTED = 5.0
-# How long to wait for the next batch after a signal. A single process can drop the step. One of
-# several waits longer: the others are in the same step and wait for it, and then the step is saved.
+# How long to wait for the next batch after a signal. A single process can drop the step. With
+# several processes the wait is longer: the others may already wait for this one in the same step.
 BATCH_WAIT = 1.0  # seconds
 BATCH_WAIT_DISTRIBUTED = 3.0
 
@@ -57,8 +57,8 @@ class StopSignals:
     A wait for a batch (:meth:`batches`) ends with StoppedWaiting soon after the signal. A second
     signal ends the process at once, with KeyboardInterrupt for Ctrl-C and the signal's default
     action otherwise. It does so even while the main thread is in native code, waiting for another
-    process or a disk. In other threads than the main one, where Python cannot handle signals, the
-    context does nothing.
+    process or a disk. Outside the main thread, where Python cannot handle signals, the context does
+    nothing.
 
     Args:
         quiet: print nothing; only one of several processes prints.
@@ -119,8 +119,8 @@ class StopSignals:
             yield batch
 
     def is_batch_overdue(self) -> bool:
-        """Whether the wait for a batch after a signal is over, so that another process which
-        was waiting for one has ended."""
+        """Whether the wait for a batch after a signal is over, so that another process that
+        was waiting for a batch has ended."""
         return self._seen_at is not None and time.monotonic() - self._seen_at > _batch_wait()
 
     @contextlib.contextmanager
@@ -223,7 +223,7 @@ def explain_out_of_memory(step: int, batch: Batch, device: str, hint: str) -> It
         seconds = samples / SAMPLE_RATE
         raise SetupError(
             f"out of memory on {device} at step {step}: the batch has {count} utterances, padded "
-            f"to {seconds:.1f} s each ({count * seconds:.0f} s in all); lower train_batch_size "
+            f"to {seconds:.1f} s each ({count * seconds:.0f} s in total); lower train_batch_size "
             f"(and raise gradient_accumulate_steps accordingly), or sequence_length; {hint}"
         ) from None
 
@@ -242,8 +242,8 @@ def explain_worker_errors(hint: str) -> Iterator[None]:
         timeout = re.search(r"DataLoader timed out after (\S+) seconds", message)
         if timeout:
             raise SetupError(
-                f"the data loader's workers gave no batch for {float(timeout[1]):g} s: the disk "
-                f"does not respond, or shared memory is full ({shared_memory_usage()}); check that "
+                f"the data loader's workers returned no batch for {float(timeout[1]):g} s: the "
+                f"disk does not respond, or shared memory is full ({shared_memory_usage()}); check that "
                 f"libri_root can be read, or {shared_memory_advice()}; if the disk is only slow, "
                 f"raise pretrain_expert.datarc.loader_timeout; {hint}"
             ) from None

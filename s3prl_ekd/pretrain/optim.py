@@ -100,7 +100,7 @@ class StepResult:
     loss: float  # sum over the step's batches
     norm: float  # of the gradient, before clipping
     applied: bool  # whether the weights were updated: not if loss or gradient is not finite
-    lowers_scale: bool  # not updated because fp16's loss scale is still too large, which is usual
+    lowers_scale: bool  # not updated because fp16's loss scale is too large, which is normal
 
 
 class OptimizerStep:
@@ -111,8 +111,8 @@ class OptimizerStep:
         optimizer: over their parameters.
         scheduler: of the learning rate, or None.
         scaler: fp16's loss scaler; disabled otherwise.
-        run: has the number of accumulated batches and the gradient's maximal norm.
-        processes: of the run; they all apply the update, or none does.
+        run: for the number of accumulated batches and the gradient's maximal norm.
+        processes: of the run; either all of them apply the update or none.
 
     Attributes:
         names: the utterances of the step; those of batches whose loss is not finite come first.

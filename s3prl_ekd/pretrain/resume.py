@@ -85,7 +85,7 @@ def resumed_progress(
         processes: of the run.
 
     Raises:
-        EkdError: the checkpoint is damaged, or the corpus tables have changed since.
+        EkdError: the checkpoint is damaged, or the length tables have changed since.
     """
     data, sampler = upstream.data, upstream.dataloader.sampler
     tables = table_digests(data.file_path, data.sets)

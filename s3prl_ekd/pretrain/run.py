@@ -70,7 +70,7 @@ OPTION_CHECKS = (check_workspace, check_single_process)
 # Checks of the run; ``states`` is the contents of its checkpoint, empty for a new run
 
 
-def check_other_method(request: PretrainRequest, states: Mapping[str, Any]) -> None:
+def check_other_upstream(request: PretrainRequest, states: Mapping[str, Any]) -> None:
     """Check that the config of another upstream holds no code that s3prl would evaluate."""
     if request.is_ekd:
         return
@@ -119,10 +119,10 @@ def check_output_folder(request: PretrainRequest, states: Mapping[str, Any]) -> 
 
 
 def check_resumed_config(request: PretrainRequest, states: Mapping[str, Any]) -> None:
-    """Check that a resumed run keeps its config, but for the changes by ``-o``; log those.
+    """Check that a resumed run keeps its config, except for changes by ``-o``; log these.
 
-    The files of ``-c`` and ``-g`` must equal the config in the checkpoint. They do if the user
-    repeats the command that started the run and adds ``-a``.
+    The files of ``-c`` and ``-g`` must equal the config in the checkpoint. They do if the command
+    that started the run is repeated with ``-a``.
     """
     if not states or not request.is_ekd:
         return
@@ -148,7 +148,7 @@ def check_resumed_config(request: PretrainRequest, states: Mapping[str, Any]) ->
 
 
 RUN_CHECKS = (
-    check_other_method,
+    check_other_upstream,
     check_new_settings,
     check_checkpoint,
     check_device,
@@ -161,7 +161,7 @@ def run(script: ModuleType, request: PretrainRequest) -> None:
     """Call s3prl's script for a checked request; for ekd with :class:`.trainer.Trainer`.
 
     On resume ``-o`` and ``--device`` of this command take priority over those in the checkpoint.
-    s3prl intends so for ``-o``, but overwrites all arguments with the checkpoint's.
+    s3prl intends this for ``-o``, but overwrites all arguments with the checkpoint's.
     """
     device = {"device": request.device} if request.device else {}
     with contextlib.ExitStack() as stack:

@@ -26,7 +26,7 @@ def check_fused_adamw(config: Mapping[str, Any]) -> None:
     """Check the ``optimizer`` mapping of FusedAdamW.
 
     Raises:
-        ValueError: a key is unknown or its value not allowed.
+        ValueError: a key is unknown or its value is invalid.
     """
     for key, value in config.items():
         if key not in KEYS:
@@ -37,7 +37,7 @@ def check_fused_adamw(config: Mapping[str, Any]) -> None:
             pair = isinstance(value, list) and len(value) == 2
             if not pair or not all(type(b) in (int, float) and 0 <= b < 1 for b in value):
                 raise ValueError(
-                    f"optimizer.betas must be two numbers of 0 or more and below 1, got {value!r}"
+                    f"optimizer.betas must be two numbers from 0 to below 1, got {value!r}"
                 )
         elif key not in ("name", "lr"):
             if type(value) not in (int, float) or value < 0:
@@ -63,22 +63,22 @@ class RunSettings:
     """The training run. The keys without "(ours)" are those of s3prl's pretraining Runner."""
 
     total_steps: int
-    """Updates of the whole run."""
+    """Optimizer steps of the whole run."""
 
     log_step: int
-    """Updates between two points in TensorBoard."""
+    """Steps between two points in TensorBoard."""
 
     save_step: int
-    """Updates between two checkpoints ``states-STEP.ckpt``."""
+    """Steps between two checkpoints ``states-STEP.ckpt``."""
 
     n_epochs: int
-    """-1; s3prl requires the key, and the length of a run is given by ``total_steps``."""
+    """-1; s3prl requires the key, but ``total_steps`` sets the length of a run."""
 
     gradient_clipping: float
     """Largest norm of the gradient."""
 
     gradient_accumulate_steps: int
-    """Batches of an update."""
+    """Batches per step."""
 
     max_keep: int
     """How many checkpoints ``states-STEP.ckpt`` are kept; the oldest are removed."""
@@ -87,14 +87,14 @@ class RunSettings:
     """Train in half precision with loss scaling; needs CUDA."""
 
     autosave_minutes: float = 15.0
-    """Minutes between two writings of ``last.ckpt``; 0 writes it at ``save_step`` and on
-    interruption only (ours)."""
+    """Minutes between two saves of ``last.ckpt``; 0: only at ``save_step`` and on interruption
+    (ours)."""
 
     eval_step: int | None = None
-    """Updates between two measurements of the loss on ``dev_sets``; null: ``save_step`` (ours)."""
+    """Steps between two measurements of the loss on ``dev_sets``; null: ``save_step`` (ours)."""
 
     max_nonfinite: int = 20
-    """Stop after as many skipped updates in a row, whose loss or gradient was not finite (ours)."""
+    """Stop after this many steps in a row whose loss or gradient was not finite (ours)."""
 
     bf16: bool = False
     """Run the student in bfloat16 by autocast, on CUDA; targets and loss stay float32 (ours)."""
@@ -167,9 +167,9 @@ class RunnerFile:
                 "loss on"
             )
         if not isinstance(self.optimizer.get("name"), str):
-            raise ValueError("the key optimizer.name is missing; for example AdamW_with_schedule")
+            raise ValueError("the key optimizer.name is missing; for example: AdamW_with_schedule")
         if "lr" not in self.optimizer:
-            raise ValueError("the key optimizer.lr is missing; for example 2.e-4")
+            raise ValueError("the key optimizer.lr is missing; for example: 2.e-4")
         if self.optimizer["name"] not in OPTIMIZERS:
             raise ValueError(
                 f"optimizer.name: unknown optimizer {self.optimizer['name']!r}; use one of: "
@@ -193,7 +193,7 @@ class ModelFile(DistillSettings):
     """``config_model.yaml`` (``-g``)."""
 
     distortion: DistortionSettings = field(default_factory=DistortionSettings)
-    """Distortion of the waveforms before student and teachers; off by default."""
+    """Distortion of the input of student and teachers; off by default."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -217,7 +217,7 @@ def load_model_config(source: str | Path | dict) -> ModelFile:
 
 
 def read_model_yaml(path: str | Path) -> dict[str, Any]:
-    """A model config as plain data, merged with the file it extends; not checked.
+    """Read a model config as plain data, merged with the file it extends; do not check it.
 
     Raises:
         ConfigError: a file cannot be read or has both the old and the new name of a key.

@@ -32,7 +32,7 @@ OLD_ROOT, OLD_RECORD = Path("result/matrix"), "matrix.json"  # of version 0.1
 
 @dataclass(frozen=True)
 class SweepRun:
-    """A run of one model config with one seed."""
+    """One model config with one seed."""
 
     config: Path  # the model config
     runner: Path  # the runner config
@@ -45,15 +45,16 @@ class SweepRun:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of all that the result depends on: both configs, overrides and seed.
+        """SHA-256 of everything the result depends on: both configs, overrides and seed.
 
-        The configs have the keys of version 0.1, so that results of that version are found again.
+        The configs have the keys of version 0.1, so that results of that version are found.
         """
         return self._digest({})
 
     @property
     def digests(self) -> tuple[str, ...]:
-        """:attr:`digest`, and that of version 0.1 with ``aggregation: groups``, if it may be."""
+        """:attr:`digest`; if the config equals ``aggregation: groups`` of version 0.1, also that
+        version's digest."""
         settings = load_model_config(self.config)
         grouped = all(teacher.groups is not None for teacher in settings.teachers.values())
         if settings.aggregation == "separate" and grouped:
@@ -107,7 +108,7 @@ class SweepResult:
 
 
 def run_sweep(runs: Sequence[SweepRun], jobs: int = 1) -> Iterator[tuple[SweepRun, SweepResult]]:
-    """Start or resume unfinished runs, ``jobs`` in parallel; yield each result when it is there.
+    """Start or resume unfinished runs, ``jobs`` in parallel; yield results as they come.
 
     Raises:
         SetupError: a run failed (the message names its log), or a folder holds a run of the same
@@ -182,8 +183,8 @@ def results_table(results: Mapping[str, Sequence[SweepResult]]) -> list[list[str
     Args:
         results: experiment -> a result for each seed.
     """
-    every_result = [result for group in results.values() for result in group]
-    teachers = list(dict.fromkeys(name for result in every_result for name in result.distances))
+    all_results = [result for group in results.values() for result in group]
+    teachers = list(dict.fromkeys(name for result in all_results for name in result.distances))
     rows = [["experiment", "seeds", "loss", *(f"L1 to {name}" for name in teachers), "seconds"]]
     for name, group in results.items():
         cells = [name, str(len(group)), _spread([result.loss for result in group])]

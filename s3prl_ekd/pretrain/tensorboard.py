@@ -1,8 +1,8 @@
 """Write, read and plot the TensorBoard scalars of a run.
 
 tensorboardX's SummaryWriter queues its events for a thread, and ``flush`` does not drain the queue.
-A run that is killed then lacks points from before its last checkpoint, and resuming does not
-restore them. Here an event is written when it is added.
+A killed run then lacks points from before its last checkpoint, and resuming does not restore them.
+Here an event is written when it is added.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 class NullWriter:
-    """The scalar writer of the ranks other than 0: it writes nothing."""
+    """The scalar writer of ranks other than 0; writes nothing."""
 
     def add_scalar(self, tag: str, value: float, global_step: int) -> None:
         """Do nothing."""
@@ -128,7 +128,7 @@ _TEACHER = re.compile(r"ekd/train-(?P<teacher>\w+)/(l1|l2|smooth_l1)_layers?(?P<
 
 
 def teacher_curves(scalars: Mapping[str, Mapping[int, float]]) -> dict[str, dict[str, dict]]:
-    """Extract ``{teacher: {layer: {step: L1}}}`` from the scalars of :func:`read_scalars`.
+    """Extract ``{teacher: {layer: {step: distance}}}`` from the scalars of :func:`read_scalars`.
 
     A layer is a number as text, or ``1-3`` for a group of layers.
     """

@@ -74,7 +74,7 @@ logger = logging.getLogger(__name__)
 
 
 class Trainer:
-    """Train to ``total_steps``, from random weights or from a checkpoint.
+    """Train to ``total_steps``, as a new run or from a checkpoint.
 
     Replaces s3prl's Runner in its script, which calls ``train()`` and ``logger.close()``.
 
@@ -147,20 +147,20 @@ class Trainer:
             write_model_config(args)
 
     def check_same_progress(self) -> None:
-        """Raise SetupError if the processes have different checkpoints or corpus tables."""
+        """Raise SetupError if the processes have different checkpoints or length tables."""
         progress = self.progress
         positions = self.processes.all_gather(
             (progress.step, progress.epoch, progress.batch, progress.batches, progress.tables)
         )
         if any(position != positions[0] for position in positions):
             raise SetupError(
-                "the processes of this run have different checkpoints or corpus tables (steps "
+                "the processes of this run have different checkpoints or length tables (steps "
                 f"{', '.join(str(step) for step, *_ in positions)}); run all of them in the same "
                 "working folder, with the same tables"
             )
 
     def make_bad_audio_list(self, checkpoint: Mapping[str, Any], path: str) -> BadAudioList:
-        """Make the bad audio list; only the main process resumes that of the checkpoint."""
+        """Make the bad audio list; only the main process continues the one in the checkpoint."""
         if not self.processes.is_main:
             return BadAudioList(self.args.expdir, [])
         loaders = (self.upstream.dataloader, self.upstream.dev_dataloader)
@@ -169,7 +169,7 @@ class Trainer:
         return BadAudioList(self.args.expdir, datasets, saved, path)
 
     def make_optimizer_step(self, checkpoint: Mapping[str, Any]) -> OptimizerStep:
-        """Make optimizer, schedule and loss scaler, with their state in the checkpoint if any.
+        """Make optimizer, schedule and loss scaler, with their states from the checkpoint, if any.
 
         Raises:
             CheckpointError: the checkpoint's optimizer does not fit.
@@ -238,7 +238,9 @@ class Trainer:
                 self.save_or_stop()
                 bar.update()
         if progress.skipped and self.processes.is_main:
-            logger.warning("%d steps of this run were skipped: not finite", progress.skipped)
+            logger.warning(
+                "%d steps of this run were skipped (loss or gradient not finite)", progress.skipped
+            )
 
     def print_plan(self) -> None:
         run = self.settings
@@ -481,7 +483,7 @@ class Trainer:
         except (SaveError, NotFiniteError):
             raise
         except StoppedWaiting:
-            # No wait for the main process: it is waiting too, perhaps for this one.
+            # wait=0, because the main process is waiting too, perhaps for this one.
             assert self.stop_signals.received is not None
             self.exit(self.stop_signals.received.name, self.save_last_step(wait=0))
         except Exception as error:

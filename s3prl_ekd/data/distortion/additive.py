@@ -24,7 +24,7 @@ def mix_at_snr(wave: Tensor, noise: Tensor, snr: float) -> Tensor:
     """
     if is_silent(wave):
         return wave
-    # In double precision: float32 is too coarse for the energies of a quiet minute of samples.
+    # In double precision, because sums over a long, quiet waveform are inexact in float32.
     mixed = functional.add_noise(
         wave.double()[None], noise.double()[None], torch.tensor([snr], dtype=torch.float64)
     )

@@ -32,8 +32,8 @@ def reverberate(wave: Tensor, impulse: Tensor, direct: int | None = None) -> Ten
     """Convolve with an impulse response and scale to the mean square of ``wave``.
 
     The direct path is moved to time 0, so the speech is not delayed. Everything before it is
-    dropped, and so is the tail after the last sample. Keeping the mean square is ours: the level
-    then does not reveal the room.
+    dropped, and so is the tail after the last sample. Keeping the mean square is ours; the level
+    then does not depend on the room.
 
     Args:
         wave: ``[sample]``.
@@ -84,7 +84,7 @@ def shift_pitch(wave: Tensor, cents: float) -> Tensor:
     percent = pitch_percent(cents)
     if percent == 100:
         return wave
-    # torchaudio truncates the rate to a whole number of Hz; half a Hz keeps rounding errors away.
+    # torchaudio truncates the rate to whole Hz; adding 0.5 guards against rounding errors.
     rate = percent * _GRID + 0.5
     # The STFT reflects half a window at both ends, so the input must be longer than that.
     padded = pad(wave, (0, max(0, _FRAME - len(wave))))

@@ -67,7 +67,7 @@ class DistortionSettings:
     setup: Setup = "clean"
     """Input of student and teachers. ``clean``: nothing is distorted. ``setup1``: a distorted copy
     for the student, clean speech for the teachers; ``setup2``: two independently distorted copies
-    (both predecessor). ``same``: one distorted copy for both (ours)."""
+    (both: predecessor). ``same``: one distorted copy for both (ours)."""
 
     noise: tuple[str, ...] = ()
     """Folders of noise files; each is an additive kind."""

@@ -103,4 +103,4 @@ class AudioPool:
                 self.root / self.names[index],
                 len(self._skipped),
             )
-        raise DataError(f"{self.setting}: no audio file left below {self.root}: all are silent")
+        raise DataError(f"{self.setting}: no usable audio file below {self.root}")

@@ -161,7 +161,7 @@ def make_target_fn(
 
 
 def start_build(folder: Path, index: Index, force: bool) -> Index:
-    """Write ``index`` for a new build, or return the index of an interrupted build of the same.
+    """Write ``index`` for a new build, or return that of an interrupted build of the same cache.
 
     Raises:
         DataError: the folder has another cache and ``force`` is false, or has other files.
@@ -295,13 +295,13 @@ def _compute_missing(
                 writer.add_bad()
             else:
                 targets = pack_targets(compute([batch.waves[0].to(device)]), index.layout)
-                numbers = encode_targets(targets, index.layout, index.dtype, batch.names[0])
-                writer.add(*numbers, int(batch.lengths[0]))
+                encoded = encode_targets(targets, index.layout, index.dtype, batch.names[0])
+                writer.add(*encoded, int(batch.lengths[0]))
             bar.update()
 
 
 class RelativeDifference(NamedTuple):
-    """Mean and maximal absolute difference, divided by the mean absolute target."""
+    """Mean and maximum of the absolute difference, divided by the mean absolute target."""
 
     mean: float
     worst: float

@@ -67,8 +67,8 @@ def check_unit_layer(units: UnitLabels | None, settings: ModelFile) -> None:
         return
     if (units.layer,) not in settings.teachers[units.teacher].targets:
         raise ConfigError(
-            f"unit_loss.file has units of layer {units.layer} of {units.teacher}, which is not one "
-            "of its target layers, and a target cache has no others; fit units of a target layer, "
+            f"unit_loss.file has units of layer {units.layer} of {units.teacher}, which is not "
+            "among its targets, and a target cache has only these; fit units of a target layer, "
             "or train without pretrain_expert.datarc.target_cache"
         )
 
