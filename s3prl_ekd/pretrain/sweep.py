@@ -108,7 +108,7 @@ class SweepResult:
 
 
 def run_sweep(runs: Sequence[SweepRun], jobs: int = 1) -> Iterator[tuple[SweepRun, SweepResult]]:
-    """Start or resume unfinished runs, ``jobs`` in parallel; yield results as they come.
+    """Start or resume unfinished runs, ``jobs`` in parallel; yield each result when its run ends.
 
     Raises:
         SetupError: a run failed (the message names its log), or a folder holds a run of the same
