@@ -84,7 +84,7 @@ def _entry(number: int, cells: dict[str, str], location: str) -> ManifestEntry:
         raise DataError(f"{location}: the path must be relative, got {path}")
     if ".." in PurePosixPath(path).parts:
         raise DataError(
-            f"{location}: the path must not contain .. (prepare has --audio-root), got {path}"
+            f"{location}: the path must not contain .. (for prepare, set --audio-root), got {path}"
         )
     if not is_audio(path):
         raise DataError(f"{location}: the path must end in .flac, .wav, .ogg or .opus, got {path}")

@@ -68,13 +68,13 @@ class EpochSampler(Sampler[tuple[int, int]]):
     def __init__(self, count: int, seed: int):
         self.count = count
         self.seed = seed
-        self.step = 1
+        self.processes = 1
         self.epoch = 0
         self.position = 0
 
     def seek(self, epoch: int, position: int, rank: int = 0, processes: int = 1) -> None:
         """Resume an epoch after its first ``position`` batches, counted over all processes."""
-        self.step = processes
+        self.processes = processes
         passes, self.position = divmod(position + rank, self.count)
         self.epoch = epoch + passes
 
@@ -90,10 +90,10 @@ class EpochSampler(Sampler[tuple[int, int]]):
     def __iter__(self) -> Iterator[tuple[int, int]]:
         # Not a generator function: it would update the epoch only when the first index is taken.
         epoch, position = self.epoch, self.position
-        count = len(range(position, self.count, self.step))  # indices of this pass
-        passes, self.position = divmod(position + count * self.step, self.count)
+        count = len(range(position, self.count, self.processes))  # indices of this pass
+        passes, self.position = divmod(position + count * self.processes, self.count)
         self.epoch = epoch + passes
-        return ((epoch, index) for index in self.order(epoch)[position :: self.step])
+        return ((epoch, index) for index in self.order(epoch)[position :: self.processes])
 
 
 def bucket(

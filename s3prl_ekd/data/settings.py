@@ -43,8 +43,8 @@ class DataSettings:
     """Maximal audio in a batch, in seconds, including padding; 0: no limit (ours)."""
 
     loader_timeout: float = 600.0
-    """Seconds to wait for a batch before the run ends with an error; 0, and ``num_workers: 0``: no
-    limit (ours)."""
+    """Seconds to wait for a batch before the run ends with an error; no limit if this or
+    ``num_workers`` is 0 (ours)."""
 
     target_cache: str | None = None
     """Folder of ``s3prl-ekd cache``, whose targets are used instead of running the teachers; every

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, DataError
-from ..files.config import override_option as override
+from ..files.config import override_option
 
 DATA = "pretrain_expert.datarc"
 SETS = f"{DATA}.sets"
@@ -99,7 +99,7 @@ def check_tables(
         tables = ", ".join(str(Path(folder) / f"{name}.csv") for name in changed)
         raise DataError(
             f"length tables have changed since the checkpoint was written: {tables}; restore them, "
-            f"or train on the new ones from a new epoch with {override(SETS, list(current))}"
+            f"or train on the new ones from a new epoch with {override_option(SETS, list(current))}"
         )
 
 

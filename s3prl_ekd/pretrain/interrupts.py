@@ -242,9 +242,9 @@ def explain_worker_errors(hint: str) -> Iterator[None]:
         timeout = re.search(r"DataLoader timed out after (\S+) seconds", message)
         if timeout:
             raise SetupError(
-                f"the data loader's workers returned no batch for {float(timeout[1]):g} s: the "
-                f"disk does not respond, or shared memory is full ({shared_memory_usage()}); check "
-                f"that libri_root can be read, or {shared_memory_advice()}; if the disk is only slow, "
+                f"the data loader's workers sent no batch for {float(timeout[1]):g} s: the disk "
+                f"does not respond, or shared memory is full ({shared_memory_usage()}); check that "
+                f"libri_root can be read, or {shared_memory_advice()}; if the disk is only slow, "
                 f"raise pretrain_expert.datarc.loader_timeout; {hint}"
             ) from None
         if "DataLoader worker" not in message:

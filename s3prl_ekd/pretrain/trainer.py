@@ -416,9 +416,9 @@ class Trainer:
         run, step = self.settings, self.progress.step
         minutes = (time.monotonic() - self._saved_at) / 60
         signal = self.stop_signals.received
-        received = self.processes.first_not_none(signal and signal.name)
+        signal_name = self.processes.first_not_none(signal and signal.name)
         is_last = step == run.total_steps
-        stopping = received is not None and not is_last
+        stopping = signal_name is not None and not is_last
         if self.is_due(run.save_step):
             checkpoint = self.checkpoint()
             if self.processes.is_main:
@@ -434,18 +434,18 @@ class Trainer:
             # torchrun kills the remaining processes half a minute after the first one exits.
             self.processes.barrier()
         if stopping:
-            self.exit(received)
+            self.exit(signal_name)
 
-    def exit(self, received: str, saved: bool = True) -> NoReturn:
-        """Print which step is saved, and exit with the exit code of the signal ``received``."""
+    def exit(self, signal_name: str, saved: bool = True) -> NoReturn:
+        """Print which step is saved, and exit with the exit code of a signal."""
         if self.processes.is_main:
             saved_step = self.progress.step if saved else self._saved_step
             tqdm.write(
-                f"stopped by {received} at step {self.progress.step} of "
+                f"stopped by {signal_name} at step {self.progress.step} of "
                 f"{self.settings.total_steps}, saved at step {saved_step}; {self.hint}",
                 file=sys.stderr,
             )
-        raise SystemExit(exit_code(received))
+        raise SystemExit(exit_code(signal_name))
 
     def checkpoint(self, alone: bool = False) -> dict[str, Any]:
         """The contents of a checkpoint: s3prl's keys, the upstream's, and the trainer's state.

@@ -274,7 +274,7 @@ def _compute_missing(
 ) -> None:
     """Compute and write the targets of the utterances that the cache lacks."""
     index, order = writer.index, FixedOrderSampler(len(dataset))
-    order.rank = cached = len(writer.records)
+    order.rank = cached = len(writer.records)  # start at the first missing utterance
     loader = BatchLoader(
         dataset,
         timeout=data.loader_timeout,
@@ -318,10 +318,10 @@ def relative_differences(
         device: of the teachers.
         batches: number of batches.
     """
-    step = max(1, len(dataset) // batches)
+    stride = max(1, len(dataset) // batches)
     # Sum of differences, largest difference, sum of absolute targets, number of values.
     sums: dict[str, list[float]] = {}
-    for i in range(step // 2, len(dataset), step):
+    for i in range(stride // 2, len(dataset), stride):
         batch = dataset[i]
         if batch.targets is None:
             continue
