@@ -32,10 +32,10 @@ def main() -> int | None:
 def process() -> NoReturn:
     """Run :func:`main` and exit the process.
 
-    Under torchrun the process exits with ``os._exit``, before Python's interpreter shutdown: a
-    thread of torch.distributed that needs the interpreter then aborts the process ("terminate
-    called without an active exception"). That is rare, but torchrun reports the finished run as
-    failed. Threads are joined and atexit functions called first, as in a normal exit.
+    Under torchrun the process exits with ``os._exit``, without Python's interpreter shutdown, in
+    which a thread of torch.distributed sometimes aborts the process ("terminate called without an
+    active exception"): torchrun would report the finished run as failed. Threads are joined and
+    atexit functions called first, as in a normal exit.
     """
     end_with_parent()
     if not torchrun.is_distributed():

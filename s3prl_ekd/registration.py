@@ -57,7 +57,7 @@ def register() -> None:
 
 
 def _register_on_import() -> None:
-    """Call :func:`register` once the hub is imported, which takes seconds and few children do."""
+    """Call :func:`register` when the hub is imported; few children do, and it takes seconds."""
     if HUB in sys.modules:
         register()
     else:

@@ -1,8 +1,8 @@
 """The arguments of ``run_pretrain.py`` and ``run_downstream.py`` as a typed request.
 
-A command is parsed once into a :class:`PretrainRequest` or :class:`DownstreamRequest`. Checks and
-guards read the request; :meth:`Request.argv` converts it to the arguments of s3prl's script. Other
-options of s3prl are passed on unchanged.
+A command is parsed once into a :class:`PretrainRequest` or :class:`DownstreamRequest`, which is
+passed to checks and guards. :meth:`Request.argv` converts it to the arguments of s3prl's script.
+Other options of s3prl are passed on unchanged.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ class Request:
 
     @property
     def folder(self) -> Path | None:
-        """The folder that the run writes to; not the folder recorded in the checkpoint."""
+        """The folder that the run writes to, which may differ from the one in its checkpoint."""
         return self.named_folder or (self.checkpoint.parent if self.checkpoint else None)
 
     def resumed(self: RequestT) -> RequestT:
@@ -254,8 +254,8 @@ go to EXPDIR/noisy/NAME_snrDB):
 Cache a frozen upstream's hidden states on disk, computed once for each utterance, without padding:
   --cache-features DIR     the cache, shared by epochs, evaluations, seeds and tasks
   --cache-features-gb N    stop writing when DIR has N GB (default: 50)
-  Size in float16: layers x width x 100 bytes for a second of speech: 1 MB for a base model (13 x
-  768), a tenth of that for a tiny one (5 x 192)
+  Size in float16: hidden states x width x 100 bytes per second of speech: 1 MB for a base model
+  (13 x 768), a tenth of that for a tiny one (5 x 192)
 
 """
 
@@ -374,7 +374,7 @@ def check_and_resume(
     Raises:
         EkdError: from the first check that fails.
     """
-    # Without a visible GPU s3prl's downstream Runner does not call torch.cuda.device("cpu").
+    # Hide the GPUs: with one, s3prl's downstream Runner calls torch.cuda.device("cpu") and fails.
     if request.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     for check in option_checks:
@@ -427,7 +427,7 @@ def check_run_folder(request: Request, states: Mapping[str, Any]) -> None:
         raise SetupError(f"{folder} already has a run: add -a to resume it, or name another folder")
     if folder.resolve() != checkpoint.parent.resolve():
         raise SetupError(
-            f"{folder} has another run than {checkpoint}: name a new folder, or resume in "
+            f"{folder} has a run, but not that of {checkpoint}: name a new folder, or resume in "
             f"{checkpoint.parent} without -n and -p"
         )
 
@@ -480,9 +480,9 @@ def _checkpoint_arguments(
 ) -> contextlib.AbstractContextManager[None]:
     """Patch ``torch.load`` to replace arguments in the checkpoint's ``Args``; undone on exit.
 
-    s3prl lets the arguments in the checkpoint override those of the command. Among them are the
-    folders that the run and its downloads are written to, so that a copied, renamed or untrusted
-    checkpoint would decide where this command writes.
+    In s3prl the arguments in the checkpoint override those of the command, including the folders of
+    the run and its downloads. With a copied, renamed or untrusted checkpoint, this command would
+    write elsewhere.
     """
     import torch
 

@@ -49,7 +49,7 @@ def apply() -> tuple[str, ...]:
     Further calls change nothing.
 
     Returns:
-        The names of all shims that have fired in this process, in the order of ``SHIMS``.
+        The names of all shims applied in this process, in the order of ``SHIMS``.
 
     Raises:
         SetupError: torchaudio cannot be imported, even without its compiled extension.
@@ -71,5 +71,5 @@ def apply() -> tuple[str, ...]:
 
 
 def fired() -> tuple[str, ...]:
-    """The names of all shims that have fired in this process."""
+    """The names of all shims applied in this process, in the order of ``SHIMS``."""
     return tuple(shim.name for shim in SHIMS if shim.name in _fired)

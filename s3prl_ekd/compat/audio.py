@@ -44,7 +44,7 @@ def _cannot_load() -> bool:
         file.writeframes(bytes(2 * 160))
     buffer.seek(0)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # 2.8 warns at each call of the change in 2.9
+        warnings.simplefilter("ignore")  # 2.8 warns at each call that 2.9 will change
         try:
             torchaudio.load(buffer)
         # ImportError: no torchcodec. RuntimeError or OSError: torchcodec finds no FFmpeg.

@@ -24,16 +24,16 @@ def checkpoint_globals() -> tuple[type, ...]:
 
     The shim passes them to ``torch.serialization.add_safe_globals``. If you use the context manager
     ``safe_globals`` instead, leave out the classes that ``get_safe_globals()`` already has: on exit
-    it removes all classes it was given, also those that the shim added.
+    it removes all classes it was given, including those that the shim added.
     """
     from s3prl.optimizers import SCHEDULES
 
     schedules = tuple(dict.fromkeys(SCHEDULES.values()))
-    return (argparse.Namespace, *schedules, *map(_as_in_file, schedules))
+    return (argparse.Namespace, *schedules, *map(_alias, schedules))
 
 
-def _as_in_file(schedule: type) -> type:
-    """An alias of the class ``schedule`` with the name ``optimizers.NAME``.
+def _alias(schedule: type) -> type:
+    """An alias of the class ``schedule`` named ``optimizers.NAME``.
 
     This is the name in a checkpoint, because s3prl's pretrain runner imports its optimizers as the
     top-level module ``optimizers``. torch looks the name up in its list without an import, so the
@@ -75,12 +75,12 @@ def torch_load_cves(version: str) -> str:
     """
     from torch.torch_version import TorchVersion
 
-    holes = []
+    vulnerabilities = []
     if TorchVersion(version) < "2.6":
-        holes.append("run code (CVE-2025-32434)")
+        vulnerabilities.append("run code (CVE-2025-32434)")
     if TorchVersion(version) < "2.10":
-        holes.append("overwrite memory (CVE-2026-24747)")
-    return " and ".join(holes)
+        vulnerabilities.append("overwrite memory (CVE-2026-24747)")
+    return " and ".join(vulnerabilities)
 
 
 def _unlisted() -> list[type]:

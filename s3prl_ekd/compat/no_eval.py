@@ -4,8 +4,8 @@ s3prl passes such text to ``eval`` in three places:
 
 - The conv layers of a checkpoint or config, and ``-o``. :func:`block_eval` replaces ``eval`` in
   those modules of s3prl by a function that parses the expected kind of value.
-- Class names such as ``optimizer.name`` and ``modelrc.select``. :func:`reject_code` rejects
-  anything but an identifier, and Python's builtins.
+- Class names such as ``optimizer.name`` and ``modelrc.select``. :func:`reject_code` accepts
+  only identifiers that are not Python builtins.
 - The names of splits in the recipes of SID and ER (``eval(f'self.get_{split}_dataloader')``).
   :func:`check_splits` rejects splits that the recipe does not have.
 """
@@ -46,7 +46,7 @@ def reject_code(config: Any, location: str) -> None:
     for path, value in _evaluated_values(config, ()):
         if isinstance(value, str) and not _is_allowed(value):
             raise ConfigError(
-                f"{location}: {'.'.join(path)} must be an identifier and no Python builtin, "
+                f"{location}: {'.'.join(path)} must be an identifier and not a Python builtin, "
                 f"because s3prl runs it as code; got {value[:60]!r}"
             )
 
@@ -164,7 +164,7 @@ def _run_and_install_reader(module: ModuleType, run: Callable[[ModuleType], None
 _METHODS = dict.fromkeys(("voxceleb1", "emotion"), ("train", "dev", "test"))
 # Those for ASR and PR read each split's list of data sets from this section of the recipe.
 _SECTIONS = {"asr": "datarc", "ctc": "corpus"}
-_NOT_SPLITS = {"lexicon"}  # lists in these sections that are no split
+_NOT_SPLITS = {"lexicon"}  # lists in these sections that are not splits
 _SPLIT_NAME = re.compile(r"\w[\w.-]*", re.ASCII)
 
 

@@ -31,7 +31,7 @@ SUBTYPES = {
     ("ULAW", 8): "ULAW",
     ("ALAW", 8): "ALAW",
 }
-DESCRIBED = {subtype: described for described, subtype in SUBTYPES.items()}
+ENCODINGS = {subtype: encoding for encoding, subtype in SUBTYPES.items()}
 LOSSY = {"VORBIS": "VORBIS", "OPUS": "OPUS", "MPEG_LAYER_III": "MP3"}
 DEFAULT_BITS = {"PCM_S": 32, "PCM_U": 8, "PCM_F": 32, "ULAW": 8, "ALAW": 8}
 
@@ -90,7 +90,7 @@ def load(
     Args:
         uri: a path, or an object with ``read`` and ``seek``.
         frame_offset: samples to skip at the start.
-        num_frames: the most samples to read of each channel; -1 reads to the end.
+        num_frames: maximum number of samples of each channel; -1 reads to the end.
         normalize: if False, 16, 24 and 32 bit integer WAV is returned as integers. All other audio
             is float32 in [-1, 1] in both cases.
         channels_first: shape [channel, time], or [time, channel] if False.
@@ -180,7 +180,7 @@ def info(
 ) -> AudioMetaData:
     """Read the header, as ``torchaudio.info`` did. Raises :class:`DataError`."""
     with _open(uri) as file:
-        encoding, bits = DESCRIBED.get(file.subtype, (LOSSY.get(file.subtype, "UNKNOWN"), 0))
+        encoding, bits = ENCODINGS.get(file.subtype, (LOSSY.get(file.subtype, "UNKNOWN"), 0))
         if file.format == "FLAC":
             encoding = "FLAC"
         return AudioMetaData(file.samplerate, file.frames, file.channels, bits, encoding)

@@ -28,7 +28,7 @@ def _channels(wav: torch.Tensor, rate: int, count: str) -> tuple[torch.Tensor, i
     """Mix down to ``count`` channels, or repeat the channels cyclically up to ``count``."""
     inputs, outputs = wav.size(0), int(count)
     if outputs <= inputs:
-        # input channel i goes to output channel i modulo `outputs`, which is a mean
+        # output channel k is the mean of the input channels i with i % outputs == k
         return _stack([wav[i::outputs].mean(dim=0) for i in range(outputs)]), rate
     return _stack([wav[i % inputs] for i in range(outputs)]), rate
 

@@ -7,11 +7,10 @@ own folder (``.cache/train.pkl`` ...). This has two problems:
   the first.
 - Reading a pickle can run code, so anyone who can write into that folder could run code.
 
-The YAML cannot turn the cache off. So this module patches s3prl's module on import: each data set
+No setting turns the cache off. So this module patches s3prl's module on import: each data set
 gets a new, private, empty folder, which is removed at exit.
 
-Each start then searches for the files: about 10 s for the 153 516 files of VoxCeleb1 on a local
-disk.
+Each run then searches for the files: about 10 s for the 153,516 files of VoxCeleb1 on a local disk.
 """
 
 from __future__ import annotations

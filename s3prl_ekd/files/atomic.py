@@ -1,8 +1,8 @@
 """Atomic writes of files and folders; SHA-256 of a file.
 
 A file is written under a temporary name in the same folder, ``.NAME.HEX.tmp`` (a folder:
-``.NAME.HEX.partial``), and renamed when it is complete. HEX is random, so that nobody can place a
-link there in advance. A killed command leaves its temporary file behind; the next command that
+``.NAME.HEX.partial``), and renamed when it is complete. HEX is random, so that no link can be
+placed there in advance. A killed command leaves its temporary file behind; the next command that
 writes the same NAME removes it. The writer holds an ``flock`` on the temporary file, so that a file
 in use is never removed.
 """
@@ -46,7 +46,7 @@ def atomic_file(path: str | os.PathLike[str], *, sync: bool = True) -> Iterator[
     Args:
         path: the file to write. Its folder must exist.
         sync: flush to disk (fsync), and remove temporary files that killed commands left for this
-            name. False for many small files that are easily computed again.
+            name. False for many small files that are easy to recompute.
 
     Raises:
         OSError: the file cannot be written, or ``path`` is a folder, pipe or device.
@@ -125,9 +125,9 @@ def atomic_torch_save(
 
 
 def link_or_copy(path: Path, name: Path) -> None:
-    """Give the file ``path`` a second name, replacing any file of that name.
+    """Hard-link the file ``path`` as ``name``, or copy it where hard links are not supported.
 
-    It is a hard link, or a copy where the file system has no hard links.
+    An existing file ``name`` is replaced.
 
     Raises:
         OSError: neither works; an existing file ``name`` is unchanged.
@@ -153,7 +153,7 @@ def atomic_folder(out: Path, error: type[EkdError] = SetupError) -> Iterator[Pat
     If the block raises, the temporary folder is removed.
 
     Args:
-        out: the folder's final name. An existing folder is replaced: the caller has checked that it
+        out: the folder's final name. An existing folder is replaced; the caller must check that it
             may be. If ``out`` is a symlink, its target is replaced and the link stays.
         error: class of the exception for system errors.
 
@@ -250,7 +250,7 @@ def _new_file(path: Path) -> tuple[Path, int]:
         temporary = _temporary(path, "tmp")
         handle = os.open(temporary, flags, 0o666)
         _flock(handle)
-        if os.fstat(handle).st_nlink:  # else another process has just removed it as a leftover
+        if os.fstat(handle).st_nlink:  # 0: another process has removed it as a leftover
             return temporary, handle
         os.close(handle)
 
@@ -266,7 +266,7 @@ def _lock_folder(folder: Path) -> int | None:
 
 def _flock(handle: int) -> None:
     if fcntl is not None:
-        with contextlib.suppress(OSError):  # no locks on this file system: leftovers stay
+        with contextlib.suppress(OSError):  # a file system without locks
             fcntl.flock(handle, fcntl.LOCK_EX)
 
 

@@ -2,7 +2,7 @@
 
 Supported types: ``bool int float str``, ``Literal``, ``X | None``, ``tuple[X, ...]``,
 ``dict[str, X]`` and dataclasses of these. A dataclass may validate itself in ``__post_init__`` by
-raising ``ValueError("what is wrong")``; the YAML path is put before the message.
+raising ``ValueError("what is wrong")``; the YAML path is prepended to the message.
 
 A model config may extend another one::
 
@@ -35,7 +35,7 @@ T = TypeVar("T")
 _MAX_LIST, _MAX_KEYS = 10_000, 1000
 
 _CODE = re.compile(r"""[()\[\]{}'"`]""")
-_SHELL = re.compile(r"""["$`\\!]""")  # special to a shell between double quotes
+_SHELL = re.compile(r"""["$`\\!]""")  # special in a shell within double quotes
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -191,7 +191,7 @@ def _scalar(kind: type, data: Any, location: str) -> Any:
 def _show(value: Any) -> str:
     try:
         text = repr(value)
-    except ValueError:  # Python refuses to print a number of more than 4300 digits
+    except ValueError:  # Python does not print integers of more than 4300 digits
         return "a number far too large"
     text = " ".join(text.split())  # the repr of a tensor has several lines
     return text if len(text) <= 60 else text[:57] + "..."
@@ -256,9 +256,9 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 def apply_overrides(data: dict[str, Any], overrides: str) -> dict[str, Any]:
     """Apply s3prl's ``-o "config.a.b=1,,config.c='x'"`` to a copy of ``data``.
 
-    Values are numbers, quoted texts and lists of them. Any other value is taken as text, as s3prl
-    does with what it cannot evaluate; but with brackets or quotes in it, it may be code and is
-    rejected. ``args.*`` overrides are checked and otherwise ignored.
+    Values are numbers, quoted strings and lists of them. Any other value is taken as a string, as
+    in s3prl, unless it contains brackets or quotes: it may then be code and is rejected.
+    ``args.*`` overrides are checked and otherwise ignored.
 
     Raises:
         ConfigError: a key or a value is not of this form.
@@ -284,7 +284,7 @@ def apply_overrides(data: dict[str, Any], overrides: str) -> dict[str, Any]:
                 ) from None
             if _CODE.search(value):
                 raise ConfigError(
-                    f"-o {key.strip()!r}: expected a number, a list or a quoted text, got "
+                    f"-o {key.strip()!r}: expected a number, a list or a quoted string, got "
                     f"{value[:60]!r}"
                 ) from None
         if root == "args" or not path:
@@ -320,7 +320,7 @@ def overridden(overrides: str | None) -> frozenset[str]:
 
 
 def override_value(value: Any) -> str:
-    """Format a value for s3prl's ``-o``, with ``=`` signs and commas in texts escaped."""
+    """Format a value for s3prl's ``-o``, with ``=`` signs and commas in strings escaped."""
     if isinstance(value, (list, tuple)):
         return f"[{', '.join(map(override_value, value))}]"
     return repr(value).replace("=", r"\x3d").replace(",", r"\x2c")

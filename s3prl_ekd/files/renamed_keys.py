@@ -1,6 +1,7 @@
-"""Keys of version 0.1 in configs and ``-o``: replaced by today's, with one warning each.
+"""Rename the keys of version 0.1 in configs and ``-o``, with one warning each.
 
-They work in this release. Checkpoints of version 0.1 have them too and are read without a warning.
+Both names work in this release. Checkpoints of version 0.1 have the old keys and are read without a
+warning.
 """
 
 from __future__ import annotations
@@ -46,8 +47,8 @@ def rename_keys(data: dict[str, Any], table: Table, path: str | None = None) -> 
     Args:
         data: the config.
         table: :data:`MODEL` or :data:`RUNNER`.
-        path: the YAML file, for the warnings. None: no warnings, and the new key counts where both
-            are given, as by ``-o`` on the config of an old checkpoint.
+        path: the YAML file, for the warnings. None: no warnings, and the new key takes precedence
+            if both are given, as by ``-o`` on the config of an old checkpoint.
 
     Raises:
         ConfigError: the file has both the old and the new key, or no mapping where one is needed.
@@ -104,7 +105,7 @@ def _has(data: dict[str, Any], key: str) -> bool:
 
 
 def _move(data: dict[str, Any], old: str, new: str) -> None:
-    """Give the value of key ``old`` to ``new``, unless ``new`` has one; drop empty sections."""
+    """Move the value of key ``old`` to ``new``, unless ``new`` has one; drop empty sections."""
     section, _, name = old.rpartition(".")
     value = (data[section] if section else data).pop(name)
     if section and not data[section]:
@@ -116,7 +117,7 @@ def _move(data: dict[str, Any], old: str, new: str) -> None:
     target.setdefault(name, value)
 
 
-@functools.cache  # once a process, however often a file is read
+@functools.cache  # once per process and key, even if a file is read again
 def _warn(path: str, old: str, new: str) -> None:
     if torchrun.rank() == 0:
         logger.warning("%s: `%s` is now `%s`; the old name works until 0.3", path, old, new)

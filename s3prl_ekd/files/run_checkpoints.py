@@ -1,5 +1,4 @@
-"""Find and read the checkpoints of a run: ``states-*.ckpt`` of s3prl's Runners, and ``last.ckpt``
-of our trainer."""
+"""Find and read a run's checkpoints: s3prl's ``states-*.ckpt``, our trainer's ``last.ckpt``."""
 
 from __future__ import annotations
 
@@ -51,9 +50,9 @@ def run_checkpoints(folder: str | Path) -> list[Path]:
 def newest_checkpoint(folder: str | Path) -> Path | None:
     """The checkpoint with the highest step in a run's folder; None if there is none.
 
-    s3prl sorts by the number in the name instead, which puts the last one, ``states-epoch-N.ckpt``,
-    first. Damaged files are skipped with a warning. If two files have the same step, the one with a
-    number in its name is returned.
+    s3prl sorts by the number in the name instead, which puts ``states-epoch-N.ckpt``, the last one
+    written, first. Damaged files are skipped with a warning. If two files have the same step, the
+    one with a number in its name is returned.
 
     Raises:
         CheckpointError: none of the checkpoints can be read, or one has a newer format.

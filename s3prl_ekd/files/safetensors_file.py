@@ -1,6 +1,6 @@
 """Read untrusted safetensors files, and write safetensors files one tensor at a time.
 
-A safetensors file is eight bytes of header length, a JSON header with all names and offsets, and
+A safetensors file has eight bytes of header length, a JSON header with all names and offsets, and
 the tensors' bytes. safetensors' own writer needs all tensors in memory at once. The writer here
 reserves space for the header, appends the tensors one by one, and writes the header last, padded
 with spaces as the format allows.

@@ -16,10 +16,10 @@ from ..errors import ConfigError, EkdError
 
 MAX_TEXT = 1 << 20  # bytes; far above the largest file that the package writes
 MAX_DEPTH = 50  # levels of nesting
-MAX_NUMBER = 2**63  # Python's ints are unbounded, and cannot be printed beyond 4300 digits
+MAX_NUMBER = 2**63  # Python's ints are unbounded, but are not printed beyond 4300 digits
 _LFS = b"version https://git-lfs.github.com/spec/"
 _WEB_PAGE = re.compile(rb"(\xef\xbb\xbf)?\s*<(!doctype\s+html|html|\?xml)\b", re.IGNORECASE)
-# Line breaks, other control characters and halves of surrogate pairs.
+# Line breaks, other control characters and lone surrogates.
 CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 MAX_YAML = 1 << 17  # bytes; PyYAML parses this in one or two seconds
@@ -41,7 +41,7 @@ def check_regular(
     try:
         status = os.stat(path)
     except OSError as os_error:
-        name = CONTROL.sub("?", str(path))[:500]  # a path read from a file may be any text
+        name = CONTROL.sub("?", str(path))[:500]  # a path from a file may have any characters
         raise error(f"cannot read the {noun} {name}: {os_error.strerror}") from None
     except ValueError:
         raise error(f"cannot read the {noun} {str(path)[:500]!r}: not a valid path") from None
@@ -148,8 +148,8 @@ def parse_json(text: str, path: str | Path, noun: str, error: type[EkdError]) ->
 def check_data(data: Any, error: Callable[[str], EkdError], limit: int = 200_000) -> None:
     """Reject data that is small in a file but takes too long to traverse.
 
-    A list may contain another list twice, that one a third list twice, and so on. So a value counts
-    each time that a traversal reaches it.
+    If a list contains another list twice, that one a third list twice, and so on, the work doubles
+    each time. So a value counts each time that a traversal reaches it.
 
     Raises:
         EkdError: made by ``error`` from the reason: more than ``limit`` values, too deeply nested,
@@ -208,7 +208,7 @@ class BoundedLoader(yaml.SafeLoader):
     """``yaml.SafeLoader`` with limits on size and nesting, and without duplicate keys.
 
     The limits are checked while nodes are composed, so that a hostile file is rejected early: ten
-    aliases, each used twice by the next, expand to a thousand values.
+    anchored lists, each with two aliases of the previous one, expand to a thousand values.
     """
 
     def __init__(self, stream: str):

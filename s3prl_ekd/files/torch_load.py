@@ -5,8 +5,8 @@ storage for each tensor. Before torch 1.6 it wrote several pickles followed by t
 pickle is a program. Its opcodes are first scanned without executing any, and the file is loaded
 only if all of them are allowed.
 
-The settings in a file of a kilobyte can also describe a model of a terabyte. :func:`build_limit`
-limits the number and size of the tensors allocated while a model is built from a file.
+A small file can also have settings of a model that needs a terabyte. :func:`build_limit` limits
+the number and size of the tensors allocated while a model is built from a file.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ MAX_PICKLE = 4 << 20  # bytes; 5000 tensors take 1.3 million
 MAX_MEMBERS = 65_536  # of the archive: one for each tensor
 MAX_DIRECTORY = 8 << 20  # bytes of the archive's central directory
 _MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # the first two pickles before torch 1.6
-# Zip records at the end of an archive (PKWARE's APPNOTE): end of central directory, and for zip64
-# before it the zip64 end of central directory and its locator.
+# Zip records at the end of an archive (PKWARE's APPNOTE): the end of central directory and, before
+# it in a zip64 archive, the zip64 end of central directory and its locator.
 _END = struct.Struct("<4s4H2LH")
 _ZIP64_LOCATOR = struct.Struct("<4sLQL")
 _ZIP64_END = struct.Struct("<4sQ2H2L4Q")
@@ -84,7 +84,7 @@ def build_limit(path: str | Path) -> Iterator[None]:
         path: the checkpoint, or a folder of safetensors files.
 
     Raises:
-        CheckpointError: far more is allocated than the checkpoint can have weights for.
+        CheckpointError: far more is allocated than the checkpoint's weights need.
     """
     path = Path(path)
     files = path.glob("*.safetensors") if path.is_dir() else (path,)
@@ -260,7 +260,7 @@ def _read_record(file: BinaryIO, record: struct.Struct, offset: int) -> tuple[An
 
 
 def _check_members(members: list[zipfile.ZipInfo], size: int) -> dict[str, zipfile.ZipInfo]:
-    """The members by their names inside the archive's one folder."""
+    """The members by name, without the archive's top folder, after checks."""
     if len(members) > MAX_MEMBERS:
         raise TorchFileError(f"has {len(members):,} members; {MAX_MEMBERS:,} are allowed")
     # orig_filename is the name in the file; filename may differ (a NUL byte, an extra field).
@@ -366,7 +366,7 @@ def safe_load(
 def scan_for_old_torch(path: str | os.PathLike[str]) -> None:
     """Reject a file that exploits a bug of the installed torch's ``weights_only=True``.
 
-    The classes that the pickle names are left to torch.
+    torch itself checks the classes that the pickle names.
 
     Raises:
         CheckpointError: this torch has such bugs, and the file exploits them or is damaged.
@@ -402,7 +402,7 @@ def _load(path: Path, allow: Sequence[type]) -> Any:
 
 
 def _check_loaded(data: dict[str, Any], message: str) -> None:
-    """Raise CheckpointError for endless data, or tensors larger than their storages."""
+    """Raise CheckpointError for data that takes too long to traverse, or an invalid tensor."""
     check_data(data, lambda reason: CheckpointError(f"{message}: {reason}"))
     queue: list[Any] = [data]
     while queue:
@@ -430,9 +430,9 @@ def _shape(tensor: torch.Tensor) -> str:
 def restrict_torch() -> None:
     """Make s3prl's own calls of ``torch.load`` safe, with any version of torch.
 
-    torch 2.5 has ``weights_only=False`` as its default: an environment variable changes it. Before
-    torch 2.10 a file can do harm even with ``weights_only=True``: there each file is scanned first,
-    as in :func:`safe_load`.
+    torch 2.5 has ``weights_only=False`` as its default; an environment variable changes it. Before
+    torch 2.10 a file can overwrite memory even with ``weights_only=True``; with these versions each
+    file is scanned first, as in :func:`safe_load`.
     """
     if not trust.trusted() and not weights_only_by_default():
         os.environ[trust.STRICT] = "1"

@@ -3,7 +3,7 @@
 ``torch.load(weights_only=True)`` before torch 2.10 sets items of any object that the pickle names
 and takes the size of a storage from the pickle (CVE-2026-24747); both can write outside a tensor's
 memory. So each opcode is interpreted here first, on placeholders: a list, mapping, tensor or object
-is represented by a :class:`Placeholder`, a number or text by itself. Only what ``torch.save``
+is represented by a :class:`Placeholder`, a number or string by itself. Only what ``torch.save``
 writes is accepted.
 """
 
@@ -28,7 +28,7 @@ _ITEM_BYTES = {
 
 
 class TorchFileError(Exception):
-    """``torch.save`` does not write such a file; the message continues "the file ..."."""
+    """A file that ``torch.save`` would not write; the message continues "the file ..."."""
 
 
 class Placeholder(Enum):
@@ -79,9 +79,9 @@ class StorageTable:
         ):
             raise TorchFileError("has a persistent id that is not of a storage")
         _, storage_type, key, _, count = reference[:5]
-        # Check types before hashing: hashing tuples nested in tuples many times takes too long.
+        # Check types before hashing: hashing a deeply nested tuple takes too long.
         typed = (type(storage_type), type(count)) == (GlobalName, int) and type(key) in (str, int)
-        # ASCII only: torch may decode other characters differently, to the key of another record.
+        # ASCII only: torch may decode other characters differently and read another record.
         valid = typed and storage_type in _ITEM_BYTES and str(key).isascii()
         if not valid or count < 0 or reference[5:] not in ((), (None,)):
             raise TorchFileError("has a storage of unknown type or size")
@@ -114,13 +114,13 @@ def scan_pickle(stream: Any, storages: StorageTable) -> Generator[str, None, Any
         ``torch.load(weights_only=True)`` does not support, if there is one.
 
     Returns:
-        The pickle's result: a number, a text, a tuple or a :class:`Placeholder`.
+        The pickle's result: a number, a string, a tuple or a :class:`Placeholder`.
 
     Raises:
         TorchFileError: the pickle is damaged, or does what ``torch.save`` never does.
     """
     machine: _Machine | None = _Machine(storages)
-    unsupported, texts = "", ["", ""]
+    unsupported, strings = "", ["", ""]
     try:
         for count, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
             if count > MAX_OPCODES:
@@ -131,10 +131,10 @@ def scan_pickle(stream: Any, storages: StorageTable) -> Generator[str, None, Any
                 yield argument
             elif name == "STACK_GLOBAL" or name.startswith("EXT"):
                 # torch.save never writes these. The name is on the stack: usually the last two
-                # texts, but only running the pickle would show it.
-                yield f"{'.'.join(texts)[:80]} on the pickle's stack"
+                # strings, but only executing the pickle would show it.
+                yield f"{'.'.join(strings)[:80]} on the pickle's stack"
             elif isinstance(argument, str):
-                texts = [texts[1], argument]
+                strings = [strings[1], argument]
             if machine is None:
                 continue
             execute = _OPCODES.get(name)
@@ -210,7 +210,7 @@ class _Machine:
     def make_object(self, _: Any) -> None:
         self.stack.pop()
         if type(self.stack[-1]) is not GlobalName or self.stack[-1] in _NOT_CALLED:
-            raise TorchFileError("creates an object of a value that is not a class")
+            raise TorchFileError("creates an instance of a value that is not a class")
         self.stack[-1] = Placeholder.OBJECT
 
     def call(self, _: Any) -> None:
@@ -231,7 +231,7 @@ def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> Place
         raise TorchFileError("has a tensor without a storage or a shape")
     numbers = (offset, *size, *stride)
     if len(size) != len(stride) or any(type(n) is not int or n < 0 for n in numbers):
-        raise TorchFileError("has a tensor whose shape is not made of whole numbers")
+        raise TorchFileError("has a tensor with an invalid shape, stride or offset")
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
     if 0 not in size and last >= storage.items:
         raise TorchFileError(

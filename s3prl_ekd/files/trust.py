@@ -1,6 +1,6 @@
 """``--trust-checkpoint``: load checkpoints whose pickle can run code. Off by default.
 
-For old checkpoints of s3prl or other tools, whose pickles name classes. Loading one can run any
+For old checkpoints of s3prl or other tools, whose pickles name classes. Loading them can run any
 code. The option applies to one command and to the commands that it starts.
 """
 
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 OPTION = "--trust-checkpoint"
 HELP = f"""\
   {OPTION}    load checkpoints whose pickle can run code (old files of s3prl); only for
-                        files from people whom you would let use your account
+                        files whose authors you trust with your account
 """
 # torch's environment variables for torch.load without weights_only, as s3prl calls it.
 FREE, STRICT = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
@@ -21,7 +21,7 @@ _trusted = False
 
 
 def read_option(argv: Sequence[str]) -> list[str]:
-    """Remove the option from ``argv``, and trust checkpoints from now on if it was in it.
+    """Remove the option from ``argv``; trust checkpoints from now on only if it was given.
 
     Applies to s3prl's own calls of ``torch.load`` too, with any version of torch.
     """

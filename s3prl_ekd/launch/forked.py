@@ -2,9 +2,10 @@
 
 The imports take seconds, and a downstream run is two commands or more. Python's fork server
 (:mod:`multiprocessing`) imports once and forks for each command. Nothing else is shared: a child
-has the state of a new process after its imports, except that NumPy's BLAS keeps one thread. Each
-command is a new process instead with CUDA, under torchrun, outside Linux, on a Python whose fork
-server obeys other users, and in a checkout of s3prl (where modules have other names).
+has the state of a new process after its imports, except that NumPy's BLAS keeps one thread. With
+CUDA, under torchrun, outside Linux, with a Python whose fork server accepts requests of other
+users, and in a checkout of s3prl (where modules have other names), each command starts a new
+process instead.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ class ForkServerRunner(CommandRunner):
         return code
 
     def _fork(self, argv: Sequence[str], log: Path, environment: Mapping[str, str]):
-        """The child process; None if forking fails: then no later command is forked either."""
+        """Fork a child process; None if that fails, and then no later command is forked either."""
         if self._context is None:  # forking has failed in another thread
             return None
         child = self._context.Process(

@@ -38,7 +38,7 @@ def _import_all() -> None:
 
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
-    """Silence output by descriptor: the imports may keep ``sys.stderr``, so it must not change."""
+    """Silence output by descriptor: imports may store ``sys.stderr``, so it must not change."""
     with open(os.devnull, "w") as devnull, contextlib.ExitStack() as stack:
         for number in (1, 2):
             saved = os.dup(number)

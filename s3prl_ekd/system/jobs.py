@@ -1,7 +1,7 @@
 """Start child commands, and end a child when its parent has ended.
 
-A command that is killed (``kill -9``, out of memory) cannot stop its children. A training that
-outlived it would write into the same folder as the next command's training.
+A command that is killed (``kill -9``, out of memory) cannot stop its children. A training run
+that outlived it would write into the same folder as the next command's run.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def _end_after(wait: Callable[[], object]) -> None:
 
 
 _TO_INTERRUPT = 20.0  # seconds from SIGINT to SIGTERM
-_GRACE = 2.0  # seconds until SIGINT: a terminal's Ctrl-C reaches the children anyway
+_GRACE = 2.0  # seconds before SIGINT: a terminal's Ctrl-C reaches the children anyway
 
 
 class CommandRunner:
@@ -93,7 +93,7 @@ class CommandRunner:
         """Run ``run_downstream.py ...`` or ``torchrun ...``, and append its output to ``log``.
 
         Returns:
-            The exit code; if negative, the signal that ended it.
+            The exit code; -N if signal N ended the process.
         """
         with open(log, "ab") as file, self._lock:
             self._check_stopped()
@@ -113,7 +113,7 @@ class CommandRunner:
 
     def _check_stopped(self) -> None:
         if self._stopped:
-            raise SetupError("stopped before it started; give the same command again")
+            raise SetupError("stopped before this run started; give the same command again")
 
     def stop(self) -> None:
         """Start no further children, and end those that run.

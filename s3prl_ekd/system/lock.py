@@ -23,7 +23,7 @@ except ImportError:  # Windows
 logger = logging.getLogger(__name__)
 
 LOCK_FILE = ".lock"
-_BUSY = (errno.EACCES, errno.EAGAIN)  # another process holds it
+_BUSY = (errno.EACCES, errno.EAGAIN)  # another process holds the lock
 
 
 class FolderLock:
@@ -88,7 +88,7 @@ class FolderLock:
         if self._file is not None:
             with contextlib.suppress(OSError):
                 if os.fstat(self._file.fileno()).st_nlink == 1:
-                    self._file.truncate(0)  # not removed: it may be another process's by now
+                    self._file.truncate(0)  # not removed: another process may have opened it
             with contextlib.suppress(OSError):
                 self._file.close()
             self._file = None
@@ -120,7 +120,7 @@ def _lock(file: TextIO) -> None:
     else:
         import msvcrt
 
-        file.seek(1 << 30)  # behind the text: other processes could not read locked bytes
+        file.seek(1 << 30)  # after the text: other processes cannot read locked bytes
         msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
 
 

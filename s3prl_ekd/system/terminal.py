@@ -40,7 +40,7 @@ def printable_lines(text: str) -> str:
 
 @contextlib.contextmanager
 def printable_stdout() -> Iterator[None]:
-    """Within the block, escape control characters printed to stdout, but newlines and tabs.
+    """Within the block, escape control characters printed to stdout, except newlines and tabs.
 
     A newline within a name is not detected here: callers pass names from untrusted files through
     :func:`..errors.printable`.
@@ -71,7 +71,7 @@ def quiet_s3prl() -> None:
     logging.getLogger("s3prl").setLevel(logging.WARNING)
 
 
-# Disk or system resources are exhausted; the file at which it happens does not matter.
+# Exhausted disk or system resources: an error of the system, whichever file it occurs at.
 _EXHAUSTED = {errno.ENOSPC, errno.EIO, errno.EROFS, errno.EFBIG, errno.EMFILE, errno.ENFILE}
 _EXHAUSTED |= {getattr(errno, "EDQUOT", errno.ENOSPC)}
 
@@ -102,7 +102,7 @@ def show_errors(
 ) -> Iterator[None]:
     """Run a command; print expected errors as one line without a traceback, and exit.
 
-    Call :func:`prepare_streams` before.
+    Call :func:`prepare_streams` first.
 
     Args:
         interrupted: message for Ctrl-C.

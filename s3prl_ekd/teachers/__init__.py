@@ -1,8 +1,8 @@
 """Load teachers by name (``hubert_base``, ``tiny_hubert``), checkpoint or Hugging Face folder.
 
 A loaded teacher is an s3prl upstream: it maps a list of unpadded 16 kHz waveforms to
-``{"hidden_states": [[batch, frame, dim]]}``, where 0 is the input of the first transformer layer
-and n the output of layer n.
+``{"hidden_states": [[batch, frame, dim], ...]}``, where index 0 is the input of the first
+transformer layer and index n the output of layer n.
 """
 
 from .load import (

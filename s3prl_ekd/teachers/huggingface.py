@@ -100,7 +100,7 @@ def load_folder(folder: Path, location: str) -> HuggingFaceUpstream:
         import transformers
     except ImportError:
         raise SetupError(
-            f"{location}: a Hugging Face folder needs transformers; run: pip install transformers"
+            f"{location}: a Hugging Face folder needs transformers; type: pip install transformers"
         ) from None
     try:
         with _quiet_transformers():
@@ -122,7 +122,7 @@ def load_folder(folder: Path, location: str) -> HuggingFaceUpstream:
         raise CheckpointError(
             f"{location}: cannot load {folder} with transformers: {first_line(error)}"
         ) from None
-    # transformers initialises missing tensors at random. Only the mask embedding is never used.
+    # transformers initialises missing tensors at random; the mask embedding alone is never used.
     missing = sorted(str(k) for k in info["missing_keys"] if "masked_spec_embed" not in str(k))
     if missing:
         raise CheckpointError(
@@ -211,8 +211,8 @@ class HuggingFaceUpstream(nn.Module):
         ]
         if self._batch_norm is not None and mask is not None:
             # The batch norm turns the zeros after a shorter utterance into other values, which the
-            # positional convolution would mix into its last frames. Without a batch, it gets zeros
-            # there.
+            # positional convolution would mix into its last frames. An utterance processed alone
+            # has zeros there.
             hooks.append(
                 self._batch_norm.register_forward_hook(
                     lambda module, args, normalised: normalised * mask[:, None]
@@ -285,7 +285,7 @@ def _json(path: Path, location: str) -> dict:
 def _quiet_transformers() -> Iterator[None]:
     """Silence transformers' warnings on unused heads and its progress bar.
 
-    :func:`load_folder` reports what matters of them.
+    :func:`load_folder` checks for missing weights itself.
     """
     from transformers.utils import logging as transformers_logging
 

@@ -1,7 +1,7 @@
 """Load the teachers of a config: s3prl's hub names, checkpoints, Hugging Face folders.
 
 Hub names are looked up in s3prl's ``upstream.<family>.hubconf`` modules. ``s3prl.hub`` would import
-all of its 35 families first, which takes seconds and needs more packages.
+all of its families first, which takes seconds and needs more packages.
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ def check_precision(precision: str, device: str) -> None:
 
     Args:
         precision: ``teacher_precision``.
-        device: of the teachers.
+        device: the teachers' device.
 
     Raises:
         SetupError: bfloat16 without a CUDA device.
@@ -185,7 +185,7 @@ def load_teachers(
 
     Args:
         settings: by teacher name.
-        dropout: leave the teachers' dropout on; s3prl's own forward then runs.
+        dropout: keep the teachers' dropout on; they then run s3prl's own forward.
         backend, precision, compiled: ``teacher_backend``, ``teacher_precision`` and
             ``teacher_compile`` of :class:`~s3prl_ekd.distill.settings.DistillSettings`.
 

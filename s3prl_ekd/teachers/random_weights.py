@@ -1,9 +1,9 @@
 """Checkpoints with random weights: HuBERT and WavLM in s3prl's checkpoint formats.
 
 They load through s3prl's own ``hubert_local`` and ``wavlm_local``, like the published checkpoints.
-By default they are 150 times smaller. They are not trained, but their features depend on the input:
-a student can learn to compute the same functions of the waveform. :func:`random_init` gives a tiny
-teacher of the zoo with its initial weights.
+By default they are 150 times smaller. They are not trained, but their features depend on the input,
+so a student can learn to predict them. :func:`random_init` gives a tiny teacher of the zoo with
+random weights.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def hubert_checkpoint(
         conv_layers: fairseq's notation, ``[(channels, kernel, stride), ...]``.
         embed_dim, ffn_dim: widths of the transformer and of its feed-forward network.
         heads: attention heads; must divide ``embed_dim``.
-        layers: transformer layers; the upstream returns one hidden state more.
+        layers: transformer layers; the upstream returns one more hidden state.
         conv_pos, conv_pos_groups: kernel and groups of the positional convolution.
         classes: number of cluster labels.
         normalize: whether the upstream normalises waveforms, as HuBERT Large does.

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_EPS = 1e-5  # of torch's layer_norm, which s3prl uses to normalise a waveform
+_EPS = 1e-5  # default of torch's layer_norm, with which s3prl normalises a waveform
 
 _ONE_SECOND = 16_000  # samples
 # Normalised waveforms and conv features of one batch, which its teachers' encoders share.
@@ -131,10 +131,10 @@ class FastEncoder:
         self.name = name
         self._weights: _DeviceWeights | None = None
         self._precision_logged = False
-        self._run_layer = _layer
+        self._run = _run
         self.compiled = compiled
         if compiled:
-            self._run_layer = torch.compile(_layer, dynamic=True)
+            self._run = torch.compile(_run, dynamic=True)
 
     @torch.inference_mode()
     def hidden_states(
@@ -150,8 +150,7 @@ class FastEncoder:
             waves: ``[batch, sample]`` at 16 kHz, padded with 0.
             lengths: valid samples of each waveform; the longest fills the batch.
             layers: indices of the hidden states; layers above the highest are not computed.
-            shared: a dict for this batch, empty for its first teacher, in which the encoders cache
-                what they share.
+            shared: cache of this batch for encoders of several teachers; empty for the first.
 
         Returns:
             ``[batch, frame, dim]`` each, float32. They are inference tensors: copy them (as
@@ -187,7 +186,7 @@ class FastEncoder:
         bias = None if weights.bias is None else weights.bias(x.shape[1])
         states = {0: x} if 0 in indices else {}
         for index, layer in enumerate(weights.layers[: max(indices)], 1):
-            x = self._layer(layer, x, bias, key_mask)
+            x = self._apply(layer, x, bias, key_mask)
             if index in indices:
                 states[index] = x
         if norm_first and len(weights.layers) in states:
@@ -225,13 +224,13 @@ class FastEncoder:
             100 * float(error) / len(layers),
         )
 
-    def _layer(
+    def _apply(
         self, layer: FastLayer, x: Tensor, bias: Tensor | None, key_mask: Tensor | None
     ) -> Tensor:
         if not self.compiled:
             return layer(x, bias, key_mask)
         try:
-            return self._run_layer(layer, x, bias, key_mask)
+            return self._run(layer, x, bias, key_mask)
         # A missing or unsuitable compiler: torch raises various classes.
         except Exception as error:
             raise TeacherError(
@@ -268,7 +267,7 @@ class FastEncoder:
         return self._weights
 
 
-def _layer(layer: FastLayer, x: Tensor, bias: Tensor | None, key_mask: Tensor | None) -> Tensor:
+def _run(layer: FastLayer, x: Tensor, bias: Tensor | None, key_mask: Tensor | None) -> Tensor:
     return layer(x, bias, key_mask)
 
 

@@ -61,9 +61,9 @@ class RelativeBias:
     distances, and the matrix is gathered from it.
 
     Args:
-        attention: that of the first layer, which has the table.
+        attention: of the first layer, which has the embedding table.
         device, dtype: of the bias.
-        cache_size: how many biases the cache holds.
+        cache_size: maximum number of cached biases.
     """
 
     def __init__(

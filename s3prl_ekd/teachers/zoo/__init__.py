@@ -8,10 +8,10 @@
 
 They are for trying out distillation offline in minutes; they are not useful as speech features.
 Use the names as ``teachers.NAME.model`` in a model config, or as upstreams of ``s3prl.hub``
-(``run_downstream.py -u tiny_wavlm``). The classes are s3prl's own, with 6 layers of width 192 and
-3.3 M parameters; one frame every 320 samples at 16 kHz. ``files/`` has the weights in float16 in
-s3prl's checkpoint formats. ``cards/`` has the model cards: training data and licences, recipe,
-scores, limits. ``tools/train_tiny_teachers.py`` trained them.
+(``run_downstream.py -u tiny_wavlm``). The classes are s3prl's own, with 6 layers of width 192,
+3.3 M parameters, and one frame every 320 samples at 16 kHz. ``files/`` has the weights in float16
+in s3prl's checkpoint formats. ``cards/`` has the model cards: training data and licences, recipe,
+scores, limits. They were trained with ``tools/train_tiny_teachers.py``.
 """
 
 from __future__ import annotations
