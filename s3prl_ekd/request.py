@@ -52,7 +52,7 @@ class Request:
 
     SCRIPT: ClassVar[str]
     ROOT: ClassVar[str]  # s3prl's folder of runs
-    SAVES_DEVICE: ClassVar[bool] = False  # whether a resumed run uses its checkpoint's device
+    RESTORES_DEVICE: ClassVar[bool] = False  # whether a resumed run uses its checkpoint's device
 
     upstream: str | None = _option("u")
     past_exp: str | None = _option("e")
@@ -181,7 +181,7 @@ class PretrainRequest(Request):
 
     SCRIPT = "run_pretrain.py"
     ROOT = "result/pretrain"
-    SAVES_DEVICE = True
+    RESTORES_DEVICE = True
 
     upstream_config: str | None = _option("g")
 
@@ -392,7 +392,7 @@ def check_and_resume(
     from .files.torch_load import restrict_torch
 
     restrict_torch()
-    saved_args = states.get("Args") if request.SAVES_DEVICE else None
+    saved_args = states.get("Args") if request.RESTORES_DEVICE else None
     on_cuda = str(getattr(saved_args, "device", "cuda")).startswith("cuda")
     if request.device or not on_cuda or torch.cuda.is_available():
         return request

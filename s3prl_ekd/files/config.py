@@ -242,10 +242,10 @@ def _select_teachers(teachers: Any, names: list[Any], path: Path) -> dict[str, A
     return {name: base_teachers[name] for name in names}
 
 
-def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """Merge ``over`` into a copy of ``base``: mappings key by key, other values replaced."""
+def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Merge ``changes`` into a copy of ``base``: mappings key by key, other values replaced."""
     merged = copy.deepcopy(base)
-    for key, value in over.items():
+    for key, value in changes.items():
         if isinstance(value, dict) and isinstance(merged.get(key), dict):
             merged[key] = merge(merged[key], value)
         else:

@@ -46,7 +46,7 @@ _SHAPED = {"empty", "zeros", "ones", "full", "rand", "randn", "empty_strided", "
 _RANGES = {"arange", "range", "linspace", "logspace", "randperm"}
 
 MAX_PICKLE = 4 << 20  # bytes; 5000 tensors take 1.3 million
-MAX_MEMBERS = 65_536  # of the archive: one for each tensor
+MAX_MEMBERS = 65_536  # in an archive; each storage is one
 MAX_DIRECTORY = 8 << 20  # bytes of the archive's central directory
 _MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # the first two pickles before torch 1.6
 # Zip records at the end of an archive (PKWARE's APPNOTE): the end of central directory and, before
@@ -101,8 +101,8 @@ class _AllocationCounter:
 
     _path: Path
     _file_bytes: int
-    _bytes: int  # that may still be allocated
-    _tensors: int  # that may still be allocated
+    _bytes_left: int
+    _tensors_left: int
 
     def __torch_dispatch__(
         self,
@@ -127,9 +127,9 @@ class _AllocationCounter:
 
     def _count(self, numbers: int, kwargs: dict[str, Any] | None = None) -> None:
         dtype = (kwargs or {}).get("dtype")
-        self._bytes -= numbers * (dtype.itemsize if dtype is not None else 4)
-        self._tensors -= 1
-        if self._bytes < 0 or self._tensors < 0:
+        self._bytes_left -= numbers * (dtype.itemsize if dtype is not None else 4)
+        self._tensors_left -= 1
+        if self._bytes_left < 0 or self._tensors_left < 0:
             raise CheckpointError(
                 f"{self._path} is damaged: its settings describe a model far larger than its "
                 f"{self._file_bytes:,} bytes"
@@ -140,8 +140,8 @@ class _AllocationLimit(_AllocationCounter, TorchDispatchMode):
     def __init__(self, path: Path, file_bytes: int):
         super().__init__()  # type: ignore[no-untyped-call]
         self._path, self._file_bytes = path, file_bytes
-        self._bytes = _BYTES_PER_BYTE * file_bytes + _BASE_BYTES
-        self._tensors = _BASE_TENSORS + file_bytes // _BYTES_PER_TENSOR
+        self._bytes_left = _BYTES_PER_BYTE * file_bytes + _BASE_BYTES
+        self._tensors_left = _BASE_TENSORS + file_bytes // _BYTES_PER_TENSOR
 
 
 def named_globals(path: Path) -> Iterator[str]:
@@ -169,7 +169,7 @@ def _scan_legacy(file: BinaryIO, size: int) -> Iterator[str]:
     if _is_tar(file.read(tarfile.BLOCKSIZE)):
         raise TorchFileError(
             "is a tar archive of torch before 0.1.10, and reading one can run code; if you trust "
-            "it, load it with an old torch and write it again with torch.save"
+            "it, load it with an old torch and save it again with torch.save"
         )
     file.seek(0)
     limited, storages = _Limited(file), StorageTable(parts=6)
@@ -344,7 +344,7 @@ def safe_load(
             raise CheckpointError(
                 f"cannot load the {noun} {path}: its pickle names {forbidden}, which can run code. "
                 "Use a file of tensors only, or, if you trust its author with your account, add "
-                f"{trust.OPTION} to a command that reads runs or upstreams"
+                f"{trust.OPTION} (for commands that load runs or upstreams)"
             )
     except CheckpointError:
         raise

@@ -79,7 +79,7 @@ class StorageTable:
         ):
             raise TorchFileError("has a persistent id that is not of a storage")
         _, storage_type, key, _, count = reference[:5]
-        # Check types before hashing: hashing a deeply nested tuple takes too long.
+        # Check types before hashing: hashing nested tuples can take exponential time.
         typed = (type(storage_type), type(count)) == (GlobalName, int) and type(key) in (str, int)
         # ASCII only: torch may decode other characters differently and read another record.
         valid = typed and storage_type in _ITEM_BYTES and str(key).isascii()
@@ -282,7 +282,7 @@ _PUSHED = {
 _CONSTANTS = "BININT BININT1 BININT2 LONG1 BINFLOAT BINUNICODE SHORT_BINSTRING".split()
 
 
-def _pushes(value: Any) -> Callable[[_Machine, Any], None]:
+def _push_value(value: Any) -> Callable[[_Machine, Any], None]:
     return lambda machine, _: machine.push(value)
 
 
@@ -309,5 +309,5 @@ _OPCODES: dict[str, Callable[[_Machine, Any], None]] = {
     "BUILD": _Machine.build,
     "STOP": _Machine.stop,
     **dict.fromkeys(_CONSTANTS, _Machine.push),
-    **{name: _pushes(value) for name, value in _PUSHED.items()},
+    **{name: _push_value(value) for name, value in _PUSHED.items()},
 }

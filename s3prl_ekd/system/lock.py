@@ -74,12 +74,12 @@ class FolderLock:
                     error.strerror,
                 )
                 return self
-        owner = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%F %T")}
+        record = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%F %T")}
         # Do not write through a hard link (of a backup): that would change the other file.
         if os.fstat(file.fileno()).st_nlink == 1:
             with contextlib.suppress(OSError):  # a full disk: locked, but the holder is not named
                 file.truncate(0)
-                file.write(json.dumps(owner) + "\n")
+                file.write(json.dumps(record) + "\n")
                 file.flush()
         self._file = file
         return self
@@ -128,8 +128,8 @@ def _holder(file: TextIO) -> str:
     """Describe the process named in the lock file, whose contents may be damaged."""
     try:
         file.seek(0)
-        owner = json.loads(file.read(1000))
-        pid, host, since = int(owner["pid"]), str(owner["host"])[:80], str(owner["since"])[:20]
+        record = json.loads(file.read(1000))
+        pid, host, since = int(record["pid"]), str(record["host"])[:80], str(record["since"])[:20]
         return f"process {pid} on {host} (since {since})"
     except (OSError, ValueError, KeyError, TypeError):
         return "another process"
