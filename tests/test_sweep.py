@@ -18,7 +18,7 @@ def test_the_table():
         "b": [SweepResult(3.0, {"x": 0.1, "y": 0.2}, 1.4)],
     }
     rows = results_table(results)
-    assert rows[0] == ["experiment", "seeds", "loss", "L1 to x", "L1 to y", "seconds"]
+    assert rows[0] == ["experiment", "seeds", "loss", "distance to x", "distance to y", "seconds"]
     assert rows[1] == ["a", "2", "1.5000 ± 0.7071", "0.6000 ± 0.1414", "", "15"]
     assert rows[2] == ["b", "1", "3.0000", "0.1000", "0.2000", "1"]
     assert markdown_table(rows).splitlines()[1].startswith("|------------|")

@@ -348,7 +348,7 @@ def checked_records(folder: Path, index: Index) -> np.ndarray:
 def _damaged(path: str | Path, reason: str) -> DataError:
     return DataError(
         f"the target cache is damaged: {path}: {reason}; build it again with: {BUILD} "
-        f"{Path(path).parent} --force"
+        f"{shlex.quote(str(Path(path).parent))} --force"
     )
 
 

@@ -124,7 +124,9 @@ class RunSettings:
             raise ValueError(f"autosave_minutes must be 0 or more, got {self.autosave_minutes}")
         if self.n_epochs > 0:
             # s3prl would count steps by n_epochs but schedule the learning rate by total_steps
-            raise ValueError(f"n_epochs must be -1, got {self.n_epochs}; set total_steps")
+            raise ValueError(
+                f"n_epochs must not be above 0 (-1 is usual), got {self.n_epochs}; set total_steps"
+            )
         for name in ("log_step", "save_step"):  # s3prl's Runner asserts these two
             if self.total_steps <= getattr(self, name):
                 raise ValueError(

@@ -185,7 +185,9 @@ def results_table(results: Mapping[str, Sequence[SweepResult]]) -> list[list[str
     """
     all_results = [result for group in results.values() for result in group]
     teachers = list(dict.fromkeys(name for result in all_results for name in result.distances))
-    rows = [["experiment", "seeds", "loss", *(f"L1 to {name}" for name in teachers), "seconds"]]
+    rows = [
+        ["experiment", "seeds", "loss", *(f"distance to {name}" for name in teachers), "seconds"]
+    ]
     for name, group in results.items():
         cells = [name, str(len(group)), _spread([result.loss for result in group])]
         for teacher in teachers:

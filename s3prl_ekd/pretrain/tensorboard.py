@@ -145,7 +145,7 @@ def _first_layer(item: tuple[str, dict]) -> int:
 
 
 def plot_run(scalars: Mapping[str, Mapping[int, float]], path: str | Path) -> None:
-    """Plot the loss and, in a panel for each teacher, its L1 distances; write a PNG file.
+    """Plot the loss and, in a panel for each teacher, the distance to its layers; write a PNG file.
 
     Raises:
         SetupError: matplotlib is not installed.
@@ -162,12 +162,12 @@ def plot_run(scalars: Mapping[str, Mapping[int, float]], path: str | Path) -> No
     axes = figure.subplots(1, panels, squeeze=False)[0]
     loss = scalars.get("ekd/train-loss_mean", {})
     axes[0].plot(list(loss), list(loss.values()), color="black")
-    axes[0].set(title="loss", xlabel="step", ylabel="L1 + λ · (−log σ cos)")
+    axes[0].set(title="loss", xlabel="step", ylabel="distance + λ · cosine term")
     top = max((max(points.values()) for c in curves.values() for points in c.values()), default=1)
     for axis, (teacher, layers) in zip(axes[1:], curves.items(), strict=True):
         for layer, points in sorted(layers.items(), key=_first_layer):
             axis.plot(list(points), list(points.values()), label=f"layer {layer}")
-        axis.set(title=f"to {teacher}", xlabel="step", ylabel="L1", ylim=(0, 1.05 * top))
+        axis.set(title=f"to {teacher}", xlabel="step", ylabel="distance", ylim=(0, 1.05 * top))
         axis.legend(frameon=False)
     for axis in axes:
         axis.grid(alpha=0.3)
