@@ -40,7 +40,7 @@ COMMANDS = {
     "group-layers": "find groups of layers to distil by clustering each teacher's layers (SKILL)",
     "cache": "run the teachers once over a corpus and store their targets",
     "fit-units": "fit k-means units to the frames of one teacher's layer",
-    "essence": "distil trained downstream models into one, by essential soft outputs and labels",
+    "essence": "distil trained ASR models into a new one (Essence KD)",
     "demo": "distil three teachers into a student on a synthetic corpus and evaluate four tasks",
 }
 

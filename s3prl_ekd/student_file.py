@@ -2,7 +2,7 @@
 
 Its keys are ``format``, ``version``, ``settings`` (size of the student), ``targets`` (target sets
 that the heads predict), ``head_kind``, ``student`` and ``heads`` (weights) and ``about`` (how the
-student was trained). A checkpoint of a run has the same contents under one key; both are read here.
+student was trained). A checkpoint of a run has the same contents under the key ``EKD``.
 
 A ``.safetensors`` file has the tensors as ``student.KEY`` and ``heads.KEY``, and in its metadata
 ``format``, ``version`` and, as JSON in ``contents``, the remaining keys. With any other suffix the

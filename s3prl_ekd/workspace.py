@@ -238,7 +238,7 @@ def _remedy(key: str, value: YamlValue) -> str:
     override = f'-o "config.{key}={value!r}"'
     if _UNSAFE_IN_OVERRIDE.search(str(value) if isinstance(value, str) else "".join(value)):
         return f"change it to {value}"  # the shell or s3prl would alter the override
-    return f"change it, or add to the command: {override}"
+    return f"change it there, or add to the command: {override}"
 
 
 def set_yaml_values(text: str, values: Mapping[str, YamlValue]) -> str:

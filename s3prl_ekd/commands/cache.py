@@ -1,12 +1,12 @@
 """Compute the teachers' targets once for a corpus, so that training runs no teacher.
 
 The corpus and the excerpts are those of -c, the teachers and layers those of -g. By default the
-cache has the targets of each teacher. It then works with any aggregation, weights, standardisation
-and teacher dropping, and with any subset of these teachers and layers. With --aggregated it has
-the targets after aggregation: smaller, but for this aggregation only. Teachers run on one clean
-utterance (or its fixed excerpt) at a time, because padding would change their outputs. The command
-prints the size first, and stops if the disk has too little space. If it is interrupted, run it
-again to continue. Then train with pretrain_expert.datarc.target_cache: CACHE.
+cache has the targets of each teacher. It then works with any aggregation, weights, target
+normalisation and teacher dropping, and with any subset of these teachers and layers. With
+--aggregated it has the targets after aggregation: smaller, but for this aggregation only. Teachers
+run on one clean utterance (or its fixed excerpt) at a time, because padding would change their
+outputs. The command prints the size first, and stops if the disk has too little space. If it is
+interrupted, run it again to continue. Then train with pretrain_expert.datarc.target_cache: CACHE.
 
 example:
   s3prl-ekd cache --size

@@ -2,9 +2,9 @@
 
 MACs are summed over 32 utterances of LibriSpeech test-clean, each in a forward of its own, in four
 buckets of eight by length. Without the corpus their published lengths are used: the figures are the
-same, because they depend on the lengths alone. Matrix products and convolutions are counted, and in
-torch's multi_head_attention_forward a few terms that SUPERB's profiler adds. A parameter is unused
-if no hidden state depends on it; the leaderboard counts it as well.
+same, because they depend on the lengths alone. Matrix products and convolutions are counted, and
+the terms that SUPERB's profiler adds for torch's multi_head_attention_forward. A parameter is
+unused if no hidden state depends on it; the leaderboard counts it as well.
 
 example:
   s3prl-ekd cost my_package -o cost.json
@@ -34,7 +34,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-u", "--upstream", metavar="NAME", help="a name of s3prl's hub, instead of PACKAGE_DIR"
     )
-    parser.add_argument("-k", "--ckpt", metavar="CKPT", help="the checkpoint of -u")
+    parser.add_argument("-k", "--ckpt", metavar="CKPT", help="checkpoint of the upstream -u")
     parser.add_argument(
         "-s", "--selection", metavar="KEY",
         help="outputs of -u that count, as in run_downstream.py (default: hidden_states)",

@@ -4,7 +4,7 @@ Each file and layer gives a tensor [frame, dim] called PATH#LAYER. PATH is relat
 for a file found in a folder, and the path as written for a file given here or in a list. Layer 0 is
 the projected features, layer n the output of transformer layer n. The student processes one
 utterance at a time, because padding changes hidden states (the first conv layer normalises over
-time). Each is written immediately, so memory does not grow with their number.
+time). Its hidden states are written immediately, so memory does not grow with the number of files.
 
 example:
   s3prl-ekd features student.safetensors /data/dev-clean -o dev.safetensors --layers last
@@ -42,7 +42,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--layers", default="all", help="all (default), last, or numbers such as 0,2"
     )
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1 … (default: cuda if available)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda if available)")
     parser.add_argument(
         "--on-bad-audio",
         choices=("skip", "error"),

@@ -2,10 +2,9 @@
 
 Runs the teachers on some utterances, computes the similarities of each teacher's transformer layers
 and clusters them hierarchically. Writes a copy of CONFIG in which each teacher has `groups` instead
-of `layers`: the target of a group is the average of its layers. The
-dendrograms are written next to it as PNG. Paper: groups by hierarchical clustering of layer
-similarities. Ours, as the paper's text known to us leaves it open: linear CKA, average linkage on
-1 - CKA, three groups.
+of `layers`: the target of a group is the average of its layers. The dendrograms are written next to
+it as PNG. Paper: groups by hierarchical clustering of layer similarities. Ours, because the paper's
+text known to us does not give them: linear CKA, average linkage on 1 - CKA, three groups.
 
 example:
   s3prl-ekd group-layers pretrain/ekd/config_model.yaml --data /data/LibriSpeech \\

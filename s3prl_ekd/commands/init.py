@@ -6,7 +6,7 @@ Corpus paths are checked and inserted into the configs and recipes.
 
 example:
   s3prl-ekd init my_work && cd my_work
-  s3prl-ekd init my_work --librispeech /data/LibriSpeech --voxceleb1 /data/VoxCeleb1 \
+  s3prl-ekd init my_work --librispeech /data/LibriSpeech --voxceleb1 /data/VoxCeleb1 \\
       --iemocap /data/IEMOCAP_full_release
   s3prl-ekd init . -x three_average --tiny
   s3prl-ekd init --list

@@ -22,8 +22,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-c", "--runner", metavar="RUNNER.yaml", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1337], help="default: 1337")
     parser.add_argument("--jobs", type=int, default=1, help="runs in parallel (default: 1)")
-    parser.add_argument("-o", "--override", default="", help="as for run_pretrain.py")
-    parser.add_argument("--csv", metavar="FILE", type=Path, help="write the table there, too")
+    parser.add_argument("-o", "--override", default="", help="-o of run_pretrain.py")
+    parser.add_argument("--csv", metavar="FILE", type=Path, help="also write the table to FILE")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -35,7 +35,9 @@ def main(args: argparse.Namespace) -> int:
         raise SetupError("no pretrain/ekd in this folder; type: s3prl-ekd init .")
     names = [config.stem for config in args.configs]
     if len(set(names)) < len(names) or len(set(args.seeds)) < len(args.seeds):
-        raise SetupError("two configs have the same file name, or two seeds are equal")
+        raise SetupError(
+            "two configs have the same file name, or two seeds are equal; rename or remove one"
+        )
     if args.jobs < 1:
         raise SetupError(f"--jobs must be 1 or more, got {args.jobs}")
     if args.csv:

@@ -36,7 +36,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     actions.add_parser("list", help="available teachers and supported formats")
     inspect = actions.add_parser("inspect", help="statistics of every layer, CKA between teachers")
-    inspect.add_argument("config", metavar="CONFIG", type=Path, help="a model config, for -g")
+    inspect.add_argument("config", metavar="CONFIG", type=Path, help="a model config, as for -g")
     add_sample_options(inspect)
     inspect.add_argument(
         "-o",

@@ -76,7 +76,7 @@ class Aggregation(ABC):
 
     def per_teacher(self, predictions: Targets) -> dict[str, Tensor]:
         """Teacher -> the part of the predictions that estimates its targets, ``[batch, layer,
-        frame, dim]``; without teachers for which there is no such part."""
+        frame, dim]``; teachers without such a part are omitted."""
         return {}
 
 
@@ -144,7 +144,7 @@ class Concat(Aggregation):
 
 
 class Residual(Aggregation):
-    """Differences of each teacher and the next one: target sets ``FIRST-SECOND``."""
+    """Differences between each teacher and the next: target sets ``FIRST-SECOND``."""
 
     def __init__(self, teachers: Mapping[str, TeacherShape], weight: float):
         width = one_width(teachers, "heads.residual")

@@ -37,7 +37,7 @@ class DistillBatch:
 
     ``waves``: input of the student, ``[batch, sample]`` at 16 kHz, zero-padded at the end.
     ``lengths``: ``[batch]``, valid samples. ``teacher_waves``: input of the teachers, of the same
-    shape; None: ``waves``. ``cached_targets``: used instead of running the teachers.
+    shape; None: the same as ``waves``. ``cached_targets``: used instead of running the teachers.
     """
 
     waves: Tensor
@@ -47,5 +47,5 @@ class DistillBatch:
 
     @property
     def target_sets(self) -> Mapping[str, Tensor]:
-        """Cached targets that are aggregated; empty without such."""
+        """Cached targets by target set; empty if there are no aggregated ones."""
         return {} if self.cached_targets is None else self.cached_targets.target_sets

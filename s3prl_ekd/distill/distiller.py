@@ -112,13 +112,13 @@ class EnsembleDistiller(nn.Module):
         teachers = self.normalise(teachers, mask)  # identity unless target_norm is set
         shares = weights_at(self.settings.teachers, step, self.settings.targets.weight_steps)
         targets = cached or self.aggregate(teachers, shares)  # keys and shapes of the predictions
-        compared = Comparison(predictions, targets, mask, teachers, states, student)
-        weights = self.loss_weights(compared, shares)  # of frames, target sets, dimensions
+        comparison = Comparison(predictions, targets, mask, teachers, states, student)
+        weights = self.loss_weights(comparison, shares)  # of frames, target sets, dimensions
         loss, logs = distillation_loss(predictions, targets, weights, self.settings.loss)
         for term in self.terms:  # unit loss, feature penalty
-            extra, more = term(compared)
-            loss, logs = loss + extra, logs | more
-        return loss, logs | self.details(compared) if detail else logs
+            value, scalars = term(comparison)
+            loss, logs = loss + value, logs | scalars
+        return loss, logs | self.details(comparison) if detail else logs
 
     def run_teachers(self, batch: DistillBatch) -> tuple[Targets, Mapping[str, HiddenStates]]:
         """Targets and hidden states of the teachers, computed or from the cache."""
@@ -143,24 +143,24 @@ class EnsembleDistiller(nn.Module):
         """Apply ``target_norm``, if set, to ``{teacher: [batch, layer, frame, dim]}``."""
         return teachers if self.target_norm is None else self.target_norm(teachers, mask)
 
-    def loss_weights(self, compared: Comparison, shares: Mapping[str, float]) -> LossWeights:
+    def loss_weights(self, comparison: Comparison, shares: Mapping[str, float]) -> LossWeights:
         """Weights of frames, target sets and dimensions; ``shares``: weights of the teachers."""
         weights = LossWeights(
-            frames=dict.fromkeys(compared.targets, self._frame_weights(compared)),
+            frames=dict.fromkeys(comparison.targets, self._frame_weights(comparison)),
             sets=self.aggregate.set_weights(shares),
             dims=self.aggregate.dim_weights(shares),
         )
         for weighting in self.weightings:  # teacher dropping, agreement of the teachers
-            weights = weighting(weights, compared)
+            weights = weighting(weights, comparison)
         return weights
 
     @torch.no_grad()
-    def details(self, compared: Comparison) -> Logs:
+    def details(self, comparison: Comparison) -> Logs:
         """Scalars for the log: loss terms of each teacher and layer, under any aggregation."""
         logs: Logs = {} if self.target_norm is None else self.target_norm.left_out()
-        loss, mask = self.settings.loss, self._frame_weights(compared)
-        predictions = self.aggregate.per_teacher(compared.predictions)
-        for name, target in compared.teachers.items():
+        loss, mask = self.settings.loss, self._frame_weights(comparison)
+        predictions = self.aggregate.per_teacher(comparison.predictions)
+        for name, target in comparison.teachers.items():
             terms = distillation_terms(predictions[name], target, mask, loss)
             size = target.abs().mean((0, 2, 3))  # [layer]
             for i, label in enumerate(self.teachers[name].labels):
@@ -170,16 +170,15 @@ class EnsembleDistiller(nn.Module):
         return logs
 
     def empty_step(self) -> None:
-        """Take part in the collective calls of a step without an utterance.
+        """Make the collective calls of a step, without an utterance.
 
-        The processes gather the statistics of the targets together; the others would wait for this
-        one.
+        Without them, the other processes would wait in the all_gather of the target statistics.
         """
         if self.target_norm is not None:
             self.target_norm.empty_step()
 
-    def _frame_weights(self, compared: Comparison) -> Tensor | None:
-        return compared.mask if self.settings.loss.mask_padding else None
+    def _frame_weights(self, comparison: Comparison) -> Tensor | None:
+        return comparison.mask if self.settings.loss.mask_padding else None
 
 
 def crop(

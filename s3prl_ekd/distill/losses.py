@@ -106,7 +106,7 @@ def frame_terms(
     else:
         dims = dims.to(error).expand_as(error)
         reconstruction = (error * dims).sum(-1) / dims.sum(-1).clamp(min=1e-8)
-        root = dims.sqrt()  # so that the weight is in their inner product once
+        root = dims.sqrt()  # so that each weight enters the inner product once
         prediction, target = prediction * root, target * root
     cosine = F.cosine_similarity(prediction, target, dim=-1)
     return reconstruction, COSINES[settings.cosine](cosine)
@@ -155,8 +155,8 @@ def distillation_loss(
 
     Args:
         predictions, targets: ``{target set: [batch, layer, frame, width]}``; at least one set.
-        weights: of frames, sets and dimensions.
-        settings: the kinds and the weight of the terms.
+        weights: weights of frames, sets and dimensions.
+        settings: the kinds of the two terms and the weight of the cosine term.
 
     Returns:
         The scalar loss, and scalars for the log: ``l1`` (or another reconstruction's name),
@@ -188,13 +188,13 @@ class FeaturePenalty(nn.Module):
     """A term: the mean square of the student's conv features (s3prl's ``feat_pen_loss``).
 
     Args:
-        weight: of the term.
+        weight: weight of the term.
     """
 
     def __init__(self, weight: float):
         super().__init__()
         self.weight = weight
 
-    def forward(self, compared: Comparison) -> tuple[Tensor, Logs]:
-        penalty = compared.student.features.float().pow(2).mean()
+    def forward(self, comparison: Comparison) -> tuple[Tensor, Logs]:
+        penalty = comparison.student.features.float().pow(2).mean()
         return self.weight * penalty, {"feature_penalty": penalty.detach()}

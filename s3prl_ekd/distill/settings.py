@@ -42,7 +42,7 @@ class TeacherSettings:
     """Weight of this teacher relative to the others (ours)."""
 
     final_weight: float | None = None
-    """Weight at step ``targets.weight_steps``, reached linearly from ``weight``; null keeps
+    """Weight after ``targets.weight_steps`` steps, reached linearly from ``weight``; null keeps
     ``weight`` (ours)."""
 
     def __post_init__(self) -> None:
@@ -99,7 +99,7 @@ class HeadSettings:
     (ours: the paper's abstract leaves open whether its heads come on top of averaging)."""
 
     residual: bool = False
-    """Heads that predict the difference of each teacher and the next one: one of the two parts of
+    """Heads that predict the difference between each teacher and the next: one of the two parts of
     "EKD considering inter-teacher differences" (ISCSLP 2024)."""
 
     residual_weight: float = 1.0
@@ -421,8 +421,8 @@ class DistillSettings:
         scheduled = [name for name, t in self.teachers.items() if t.final_weight is not None]
         if scheduled and self.targets.weight_steps == 0:
             raise ValueError(
-                f"teachers.{scheduled[0]}.final_weight needs targets.weight_steps, the step at "
-                "which it is reached"
+                f"teachers.{scheduled[0]}.final_weight needs targets.weight_steps, the number of "
+                "steps after which it is reached"
             )
         first = sum(teacher.weight for teacher in self.teachers.values())
         last = sum(
@@ -430,7 +430,9 @@ class DistillSettings:
             for teacher in self.teachers.values()
         )
         if first == 0 or last == 0:
-            raise ValueError("teachers: all weights are 0, at the first or at the last step")
+            raise ValueError(
+                "teachers: all weights are 0 at the first or the last step; set one above 0"
+            )
 
     def _check_targets(self) -> None:
         aggregated = self.aggregation != "separate" or self.targets.across_teachers
@@ -448,8 +450,8 @@ class DistillSettings:
         if layerwise and len(set(counts.values())) > 1:
             shown = ", ".join(f"{name} has {count}" for name, count in counts.items())
             raise ValueError(
-                f"{layerwise[0]} works layer by layer and needs as many layers of each teacher "
-                f"({shown}); or use aggregation: separate"
+                f"{layerwise[0]} works layer by layer and needs the same number of "
+                f"layers from each teacher ({shown}); or use aggregation: separate"
             )
         if self.targets.across_teachers and (
             self.aggregation != "separate" or any(t.groups is None for t in self.teachers.values())

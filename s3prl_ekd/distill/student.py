@@ -31,7 +31,7 @@ def build_backbone(settings: StudentSettings) -> DistillerModel:
     config["extractor_conv_feature_layers"] = conv_layers_text(settings.conv_layers)
     config.update(task_emb_type="none", out_layer_type="none", n_tasks=1)
     printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):  # it prints its settings, also of unused heads
+    with contextlib.redirect_stdout(printed):  # it prints its settings, including those of heads
         model = DistillerModel(DistillerConfig(config))
     logger.debug("%s", printed.getvalue().strip())
     model.output_layer = nn.Identity()
@@ -80,8 +80,8 @@ class Student(nn.Module):
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile extractor and encoder, with the arguments of ``torch.compile``.
 
-        They become two graphs: Inductor cannot sort strides that are a symbolic number of frames
-        computed from a number of samples.
+        They become two graphs: in a single graph, the number of frames is a symbolic expression of
+        the number of samples, and Inductor cannot sort strides that contain it.
         """
         if self.backend == "s3prl":
             super().compile(*args, **kwargs)
@@ -110,10 +110,10 @@ def draw_layers(encoder: Any) -> list[nn.Module]:
 
 
 def s3prl_forward(backbone: DistillerModel, waves: Tensor, lengths: Tensor) -> StudentOutput:
-    """:func:`.student_forward.student_forward` by s3prl's own code.
+    """Run s3prl's own forward; the result is that of :func:`.student_forward.student_forward`.
 
-    Where the conv extractor is as wide as the layers, s3prl overwrites the padding of the
-    extractor's output in place, which autograd rejects unless ``feature_grad_mult`` is 0 or 1.
+    Where the conv extractor is as wide as the transformer layers, s3prl overwrites the padding of
+    the extractor's output in place, which autograd rejects unless ``feature_grad_mult`` is 0 or 1.
     """
     samples = torch.arange(waves.shape[1], device=waves.device)
     pad_mask = (samples[None] < lengths[:, None]).to(waves.dtype)  # [batch, sample]

@@ -42,7 +42,7 @@ def extract(
     """Run the conv extractor.
 
     Args:
-        blocks: conv blocks: a convolution without padding, dropout, normalisation, activation.
+        blocks: conv blocks, each an unpadded convolution, dropout, normalisation, activation.
         waves: ``[batch, sample]``.
         lengths: ``[batch]``, valid samples.
         recompute: see :func:`student_forward`.
@@ -123,7 +123,7 @@ def transformer_layer(layer: Any, x: Tensor, padding: Tensor) -> Tensor:
 
 
 def feed_forward(layer: Any, x: Tensor) -> Tensor:
-    """``[..., dim]`` -> the same shape."""
+    """Apply the feed-forward network to ``[..., dim]``; the result has the same shape."""
     x = layer.dropout2(layer.activation_fn(layer.fc1(x)))
     x = layer.dropout3(layer.fc2(x))
     return x
@@ -185,7 +185,7 @@ def student_forward(
         layers: the transformer layers to run; None: all of the encoder's.
         recompute: activation checkpointing: store only the inputs of conv blocks and transformer
             layers and recompute the rest in the backward pass.
-        extract, encode: replacements of the two functions, for example compiled ones.
+        extract, encode: replacements for these two functions, for example compiled ones.
     """
     features, frames = extract(model.feature_extractor.conv_layers, waves, lengths, recompute)
     features = scale_gradient(features, model.feature_grad_mult)

@@ -31,8 +31,8 @@ logger = logging.getLogger(__name__)
 _FLAT = 1e-6
 # or if its deviation is at most this share of its mean (float32 rounding).
 _ROUNDING = 1e-6
-# Ours: an outlier is a frame whose largest value is above FACTOR times the median frame's. In one
-# layer these largest values differ by a factor of some tens, attention sinks included.
+# Ours: an outlier is a frame whose largest value is above FACTOR times the median frame's. Within a
+# layer, the largest values of frames differ by a factor of tens, attention sinks included.
 FACTOR = 1000.0
 LIMIT = 1e15  # the sum of a million squares of such values is finite in float32
 
@@ -284,8 +284,8 @@ def phi_s(covariance: Tensor, mean: Tensor | None = None) -> Tensor:
 
     Args:
         covariance: ``[target, dim, dim]``.
-        mean: ``[target, dim]``; targets that vary less than the rounding of their mean are not
-            scaled.
+        mean: ``[target, dim]``; targets whose deviation is below the rounding error of their mean
+            are not scaled.
 
     Returns:
         ``[target, dim, dim]``: a rotation to the principal axes, a Hadamard matrix that spreads the
@@ -305,7 +305,7 @@ def phi_s(covariance: Tensor, mean: Tensor | None = None) -> Tensor:
 
 @functools.cache
 def hadamard(size: int) -> Tensor | None:
-    """An orthogonal matrix ``[size, size]`` with entries ± size^(-1/2), or None.
+    """An orthogonal matrix ``[size, size]`` with entries ± size^(-1/2); None if not implemented.
 
     Built by Sylvester's doubling from the orders 1, 12 and 20 (Paley's construction): among others
     96, 768 and 1024.

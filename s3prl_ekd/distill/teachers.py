@@ -26,7 +26,7 @@ class TeacherEncoder(Protocol):
 
         Args:
             waves: ``[batch, sample]`` at 16 kHz, zero-padded at the end.
-            lengths: valid samples of each waveform; the longest fills the batch.
+            lengths: valid samples of each waveform; the largest is the width of ``waves``.
             layers: the layers to compute.
             shared: results that the encoders of several teachers share; empty for a new batch.
         """
@@ -69,7 +69,9 @@ class Teacher(nn.Module):
             )
         widths = {probe[layer].shape[-1] for layer in layers}
         if len(widths) > 1:
-            raise TeacherError(f"teachers.{name}.layers: layers of different widths {widths}")
+            raise TeacherError(
+                f"teachers.{name}.layers: layers of different widths {widths}; use layers of one width"
+            )
         self.width = widths.pop()
         self.stride = int(cast(Any, upstream).get_downsample_rates("hidden_states"))
 
@@ -165,7 +167,7 @@ class TeacherEnsemble(nn.ModuleDict):
 
         Args:
             waves: unpadded waveforms ``[sample]`` at 16 kHz.
-            also: teacher -> one more layer to compute.
+            also: teacher -> one layer to compute in addition to its targets'.
 
         Returns:
             Teacher -> layer -> ``[batch, frame, dim]``.

@@ -39,11 +39,11 @@ class UnitLabels(Protocol):
 
 
 class UnitLoss(nn.Module):
-    """Loss term: cross-entropy of the units of a teacher's layer.
+    """A term: cross-entropy of the units of a teacher's layer.
 
     Args:
         units: the labels.
-        teachers: the teachers, among them the units' one.
+        teachers: the teachers, including the one of the units.
         in_width: width of the student's hidden state.
         weight: weight of the term.
 
@@ -58,9 +58,11 @@ class UnitLoss(nn.Module):
         self.weight = weight
         self.head = nn.Linear(in_width, units.clusters)
 
-    def forward(self, compared: Comparison) -> tuple[Tensor, Logs]:
-        labels = self.units.label(compared.states[self.units.teacher][self.units.layer])
-        loss, accuracy = unit_terms(self.head(compared.student.last), labels, compared.student.mask)
+    def forward(self, comparison: Comparison) -> tuple[Tensor, Logs]:
+        labels = self.units.label(comparison.states[self.units.teacher][self.units.layer])
+        loss, accuracy = unit_terms(
+            self.head(comparison.student.last), labels, comparison.student.mask
+        )
         return self.weight * loss, {"unit_accuracy": accuracy, "unit_loss": loss.detach()}
 
 
@@ -84,7 +86,7 @@ def unit_terms(logits: Tensor, labels: Tensor, mask: Tensor) -> tuple[Tensor, Te
 
     Args:
         logits: ``[batch, frame, unit]``.
-        labels: ``[batch, frame]``; may have a frame more or fewer.
+        labels: ``[batch, frame]``; its number of frames may differ by one.
         mask: ``[batch, frame]``, 1 where a frame is valid.
 
     Returns:

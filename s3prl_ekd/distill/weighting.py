@@ -26,15 +26,15 @@ def weights_at(
 
 
 class TeacherDropping(nn.Module):
-    """Weighting: teacher dropping in training, after UNIC (arXiv 2408.05088).
+    """A weighting: teacher dropping in training, after UNIC (arXiv 2408.05088).
 
-    The loss is divided by the number of all valid frames, dropped ones included (*ours*). Divided
-    by the remaining frames, the weight of an utterance would depend on how many other utterances of
-    the batch were dropped.
+    The loss is divided by the number of all valid frames, dropped ones included (*ours*). If it
+    were divided by the remaining frames, the weight of an utterance would depend on how many other
+    utterances of the batch were dropped.
 
     Args:
         probability: see :func:`drop_teachers`.
-        settings: the loss by which the hardest teacher is found.
+        settings: the loss by which the teachers are compared.
     """
 
     def __init__(self, probability: float, settings: LossSettings):
@@ -42,25 +42,25 @@ class TeacherDropping(nn.Module):
         self.probability = probability
         self.settings = settings
 
-    def forward(self, weights: LossWeights, compared: Comparison) -> LossWeights:
+    def forward(self, weights: LossWeights, comparison: Comparison) -> LossWeights:
         if not self.training:
             return weights
-        mask = compared.mask
+        mask = comparison.mask
         losses = {}  # teacher -> [batch]
-        for name in compared.teachers:
+        for name in comparison.teachers:
             reconstruction, cosine = frame_terms(
-                compared.predictions[name].detach(), compared.targets[name], self.settings
+                comparison.predictions[name].detach(), comparison.targets[name], self.settings
             )
             frames = (reconstruction + self.settings.cosine_weight * cosine).mean(1)
             losses[name] = (frames * mask).sum(1) / mask.sum(1).clamp(min=1)
         counted = mask if self.settings.mask_padding else torch.ones_like(mask)
-        stays = drop_teachers(losses, self.probability)
-        remaining = {name: counted * stay[:, None] for name, stay in stays.items()}
+        selected = drop_teachers(losses, self.probability)  # teacher -> [batch]
+        remaining = {name: counted * flags[:, None] for name, flags in selected.items()}
         return replace(weights, frames={**weights.frames, **remaining}, frame_count=counted.sum())
 
 
 class Agreement(nn.Module):
-    """Weighting: only the dimensions in which the teachers differ least count.
+    """A weighting: only the dimensions in which the teachers differ least are in the loss.
 
     Args:
         share: see :func:`agreeing_dims`.
@@ -70,11 +70,11 @@ class Agreement(nn.Module):
         super().__init__()
         self.share = share
 
-    def forward(self, weights: LossWeights, compared: Comparison) -> LossWeights:
-        agreeing = agreeing_dims(compared.teachers, self.share)
+    def forward(self, weights: LossWeights, comparison: Comparison) -> LossWeights:
+        agreeing = agreeing_dims(comparison.teachers, self.share)
         dims = {}
-        for name, target in compared.targets.items():
-            times = target.shape[-1] // agreeing.shape[-1]  # concat: once for each teacher
+        for name, target in comparison.targets.items():
+            times = target.shape[-1] // agreeing.shape[-1]  # concat: the number of teachers
             dims[name] = agreeing.repeat(1, 1, 1, times)
             if name in weights.dims:
                 dims[name] = dims[name] * weights.dims[name].to(agreeing)
@@ -98,10 +98,10 @@ def drop_teachers(
         ``{teacher: [batch]}``, 1 where the teacher is kept and 0 where it is dropped.
     """
     stacked = torch.stack(list(losses.values()))  # [teacher, batch]
-    stays = torch.rand(stacked.shape, generator=generator) >= probability
+    selected = torch.rand(stacked.shape, generator=generator) >= probability
     hardest = stacked.argmax(0, keepdim=True)
-    stays = stays.to(stacked.device).scatter(0, hardest, True)
-    return dict(zip(losses, stays.to(stacked.dtype), strict=True))
+    selected = selected.to(stacked.device).scatter(0, hardest, True)
+    return dict(zip(losses, selected.to(stacked.dtype), strict=True))
 
 
 @torch.no_grad()

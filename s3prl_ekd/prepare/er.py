@@ -112,7 +112,7 @@ def natural_sort_key(text: str) -> list[tuple[int, int, str]]:
 
 
 def leave_one_out(items: Sequence[LabelledUtterance]) -> list[Fold]:
-    """Make a fold for each part of the corpus, which tests that part and trains on the others."""
+    """Make one fold per part of the corpus, with that part as test set and the others as train."""
     return [
         Fold(
             name,
@@ -131,8 +131,8 @@ def check_folds(folds: Sequence[Fold], labels: Sequence[str], source: Path) -> N
         missing = set(labels) - {item.label for item in fold.train}
         if missing:
             raise DataError(
-                f"{source} has no training utterance of {', '.join(sorted(missing))} when testing "
-                f"{fold.name}; use other folds, or fewer classes (--labels)"
+                f"{source}: the fold that tests {fold.name} has no training utterance of "
+                f"{', '.join(sorted(missing))}; use other folds, or fewer classes (--labels)"
             )
 
 

@@ -157,7 +157,7 @@ def add_lexicon_options(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         action="extend",
         default=[],
-        help="pronunciations, as in CMUdict or LibriSpeech's lexicons; the first of a word is used",
+        help="pronunciations, as in CMUdict or LibriSpeech's lexicons; a word's first one is used",
     )
     parser.add_argument(
         "--g2p",
@@ -167,7 +167,7 @@ def add_lexicon_options(parser: argparse.ArgumentParser) -> None:
 
 
 def collect_pronunciations(args: argparse.Namespace, words: Collection[str]) -> Pronunciations:
-    """Find the phones of ``words`` as ``--lexicon`` and ``--g2p`` say; print counts by source.
+    """Find the phones of ``words`` by ``--lexicon`` and ``--g2p``; print counts by source.
 
     Words that have no pronunciation are absent from the result.
 

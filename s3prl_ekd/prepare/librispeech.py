@@ -36,8 +36,8 @@ DESCRIPTION = f"""\
 Check LibriSpeech for `run_downstream.py -d asr` and `-d ctc`: DIR must contain
 {", ".join(NEEDED)}, and each utterance must have a transcript.
 Writes OUT/len_for_bucket, the length tables of all splits found (also used for distillation), and
-OUT/LibriSpeech, a symlink to DIR. With --lexicon or --g2p, also writes OUT/lexicon.txt for PR, the
-words of these three splits and their phones.
+OUT/LibriSpeech, a symlink to DIR. With --lexicon or --g2p, also writes OUT/lexicon.txt for PR, with
+the words of these three splits and their phones.
 
 A lexicon is a text file with a word and its ARPAbet phones with stress on each line, as in CMUdict.
 For scores comparable with SUPERB's, use its lexicons, downstream/ctc/lexicon in s3prl's repository.
@@ -167,7 +167,7 @@ def _prepare_librispeech(args: argparse.Namespace) -> int:
             write_lexicon(folder / LEXICON, pronunciations)
         if missing:
             write_text(folder / MISSING, "".join(f"{word}\n" for word in missing))
-        link(args.root, folder / AUDIO)  # may fail: a file system may have no symlinks
+        link(args.root, folder / AUDIO)  # optional: a file system may have no symlinks
         lines = [f"{split}\t{len(rows[split])}\n" for split in splits]
         write_text(folder / PREPARED, "".join(["split\tutterances\n", *lines]))
     print_splits({split: [length for _, length in rows[split]] for split in splits})

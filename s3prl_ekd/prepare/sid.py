@@ -208,7 +208,7 @@ def write_sid_corpus(
     replace: bool = False,
     test_seconds: float | None = None,
 ) -> int:
-    """Write a manifest's utterances in VoxCeleb1's layout; the folder VIDEO is the split.
+    """Write a manifest's utterances in VoxCeleb1's layout, with the split as VIDEO.
 
     ``out/audio/all/wav/id10001/train/00001.wav`` is a symlink to the audio. The audio may have any
     format: readers use its header and not the suffix. ``speakers.tsv`` maps ids to speakers,
