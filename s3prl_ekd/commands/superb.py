@@ -72,7 +72,7 @@ def configure(parser) -> None:
         help="compute each utterance's hidden states once, without padding, and cache them in DIR "
         "(default: OUTPUT/.features, removed when an upstream's runs are finished). A second of "
         "speech takes layers x width x 100 bytes: 1 MB for a base model (13 x 768), 0.1 MB for a "
-        "tiny one (5 x 192). Scores are not comparable with those from padded batches",
+        "tiny one (7 x 192). Scores are not comparable with those from padded batches",
     )  # fmt: skip
     parser.add_argument(
         "--cache-features-gb", metavar="GB", default=str(LIMIT_GB),

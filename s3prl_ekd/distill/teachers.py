@@ -70,7 +70,8 @@ class Teacher(nn.Module):
         widths = {probe[layer].shape[-1] for layer in layers}
         if len(widths) > 1:
             raise TeacherError(
-                f"teachers.{name}.layers: layers of different widths {widths}; use layers of one width"
+                f"teachers.{name}.layers: layers of different widths {widths}; use layers of one "
+                "width"
             )
         self.width = widths.pop()
         self.stride = int(cast(Any, upstream).get_downsample_rates("hidden_states"))
@@ -167,7 +168,7 @@ class TeacherEnsemble(nn.ModuleDict):
 
         Args:
             waves: unpadded waveforms ``[sample]`` at 16 kHz.
-            also: teacher -> one layer to compute in addition to its targets'.
+            also: teacher -> one layer to compute in addition to its target layers.
 
         Returns:
             Teacher -> layer -> ``[batch, frame, dim]``.
