@@ -11,4 +11,4 @@ SINGLE = ["tiny_hubert", "tiny_robust_hubert", "tiny_wavlm"]
 
 def typed(*words: str):
     """The setting of a command line."""
-    return tool.setting_of(tool.make_parser().parse_args(["FOLDER", *words]))
+    return tool.parse_setting(tool.make_parser().parse_args(["FOLDER", *words]))

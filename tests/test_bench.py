@@ -15,7 +15,7 @@ from tools.bench.__main__ import main
 from tools.bench.inputs import SIZES, write_corpus, write_teachers
 from tools.bench.measure import STAGES, StageTimer, clock, flop_counter, matmul_rate, peak_memory
 from tools.bench.report import STEP, audio_rate, plot, projection, quartiles, summary, table
-from tools.bench.variants import BenchPlan, Ekd, S3prl, copy_weights
+from tools.bench.variants import BenchPlan, EkdVariant, S3prlVariant, copy_weights
 
 from .conftest import REPO, command
 
@@ -133,7 +133,7 @@ def plan(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def variants(plan):
-    ekd, s3prl = Ekd(plan), S3prl(plan)
+    ekd, s3prl = EkdVariant(plan), S3prlVariant(plan)
     copy_weights(ekd, s3prl)
     return ekd, s3prl
 
@@ -201,7 +201,7 @@ def test_s3prls_way_is_as_s3prl_has_it(variants):
 
 def test_cached_targets_run_no_teacher(plan):
     """The same step but for float16, and for padding that the teachers heard."""
-    ekd, cached = Ekd(plan), Ekd(plan, cached=True)
+    ekd, cached = EkdVariant(plan), EkdVariant(plan, cached=True)
     timer, losses = StageTimer(clock("cpu")), []
     for variant in (ekd, cached):
         torch.manual_seed(3)
@@ -209,7 +209,7 @@ def test_cached_targets_run_no_teacher(plan):
     assert losses[0] == pytest.approx(losses[1], rel=0.02)
     assert not list(cached.expert.distiller.teachers.parameters())
     index = (plan.folder / "targets" / "index.json").stat()
-    Ekd(plan, cached=True)  # as the process does that measures memory
+    EkdVariant(plan, cached=True)  # as the process does that measures memory
     assert (plan.folder / "targets" / "index.json").stat() == index
 
 

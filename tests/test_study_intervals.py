@@ -6,8 +6,8 @@ import math
 
 import numpy as np
 import pytest
-from study_parts.cells import Cell, FoldErrors
-from study_parts.intervals import difference, draw, mean
+from study_parts.cells import Cell, Fold
+from study_parts.intervals import bootstrap, mean_estimate, paired_difference
 
 from .study_cases import PR, SID
 
@@ -22,7 +22,7 @@ def cell(errors, lengths=None, metric=PR, seeds=(1, 2, 3), row="r", names=None) 
 def test_seeds_alone_give_students_t_by_hand():
     # All utterances alike, so the test set adds nothing: rates 10, 20, 30 %; s = 10,
     # t(0.975, 2) = 4.302653, half width 4.302653 * 10 / sqrt(3) = 24.8413.
-    found = mean(draw(cell([[1] * 6, [2] * 6, [3] * 6])))
+    found = mean_estimate(bootstrap(cell([[1] * 6, [2] * 6, [3] * 6])))
     assert found.value == pytest.approx(20)
     assert found.high - found.value == pytest.approx(24.8413, abs=1e-3)
     assert found.low == 0  # 20 - 24.8 is no error rate
@@ -33,17 +33,17 @@ def test_utterances_alone_give_the_normal_interval_by_hand():
     # Three seeds with the same errors: 0 or 10 of 10 on half of 400 utterances. The rate's standard
     # error is 50 / sqrt(400) = 2.5, half width 1.96 * 2.5 = 4.9.
     errors = [[0, 10] * 200] * 3
-    found = mean(draw(cell(errors)))
+    found = mean_estimate(bootstrap(cell(errors)))
     assert found.value == pytest.approx(50)
     assert found.high - found.low == pytest.approx(2 * 4.9, rel=0.04)
-    one = mean(draw(cell(errors[:1], seeds=(1,))))
+    one = mean_estimate(bootstrap(cell(errors[:1], seeds=(1,))))
     assert not one.over_seeds and one.high - one.low == pytest.approx(found.high - found.low)
 
 
 def test_accuracies_are_what_errors_leave_and_end_at_100():
-    found = mean(draw(cell([[0] * 20, [0] * 19 + [1]], [1] * 20, SID, seeds=(1, 2))))
+    found = mean_estimate(bootstrap(cell([[0] * 20, [0] * 19 + [1]], [1] * 20, SID, seeds=(1, 2))))
     assert found.value == pytest.approx(97.5) and found.high == 100
-    worst = mean(draw(cell([[1] * 5, [1] * 5], [1] * 5, SID, seeds=(1, 2))))
+    worst = mean_estimate(bootstrap(cell([[1] * 5, [1] * 5], [1] * 5, SID, seeds=(1, 2))))
     assert (worst.value, worst.low, worst.high) == (0, 0, 0)
 
 
@@ -52,8 +52,8 @@ def test_differences_equal_a_slow_twin():
     a, b = rng.integers(0, 10, (3, 40)), rng.integers(2, 10, (3, 40))
     lengths = rng.integers(5, 15, 40)
     names = tuple(f"u{i}" for i in range(40))
-    one, other = (draw(cell(x, lengths, names=names), 3000) for x in (a, b))
-    found = difference(one, other)
+    one, other = (bootstrap(cell(x, lengths, names=names), 3000) for x in (a, b))
+    found = paired_difference(one, other)
     by_seed = []
     for s in range(3):
         by_seed.append(100 * (sum(a[s]) - sum(b[s])) / sum(lengths))
@@ -80,18 +80,25 @@ def test_differences_equal_a_slow_twin():
 
 def test_a_constant_gap_is_told_apart_though_the_seeds_scatter():
     base = np.array([[1, 4, 2, 6, 3, 5] * 5, [4, 7, 5, 9, 6, 8] * 5, [2, 5, 3, 7, 4, 6] * 5])
-    a, b = draw(cell(base + 1)), draw(cell(base))
-    assert mean(a).low < mean(b).high  # the rows overlap
-    found = difference(a, b)
-    assert (found.value, found.low, found.high) == pytest.approx((10, 10, 10)) and found.clear
+    a, b = bootstrap(cell(base + 1)), bootstrap(cell(base))
+    assert mean_estimate(a).low < mean_estimate(b).high  # the rows overlap
+    found = paired_difference(a, b)
+    assert (found.value, found.low, found.high) == pytest.approx(
+        (10, 10, 10)
+    ) and found.excludes_zero
 
 
 def test_differences_want_the_same_test_set_and_shared_seeds():
-    a = draw(cell([[1, 2], [2, 3]], seeds=(1, 2)))
-    assert difference(a, draw(cell([[1, 2], [2, 3]], seeds=(1, 2), names=("u0", "x")))) is None
-    assert difference(a, draw(cell([[1, 2], [2, 3]], seeds=(3, 4)))) is None
-    found = difference(a, draw(cell([[9, 9], [1, 1]], seeds=(5, 2))))
-    assert found.by_seed == pytest.approx((15,)) and not found.over_seeds and not found.clear
+    a = bootstrap(cell([[1, 2], [2, 3]], seeds=(1, 2)))
+    assert (
+        paired_difference(a, bootstrap(cell([[1, 2], [2, 3]], seeds=(1, 2), names=("u0", "x"))))
+        is None
+    )
+    assert paired_difference(a, bootstrap(cell([[1, 2], [2, 3]], seeds=(3, 4)))) is None
+    found = paired_difference(a, bootstrap(cell([[9, 9], [1, 1]], seeds=(5, 2))))
+    assert (
+        found.by_seed == pytest.approx((15,)) and not found.over_seeds and not found.excludes_zero
+    )
 
 
 def test_intervals_cover_what_they_say():
@@ -103,6 +110,6 @@ def test_intervals_cover_what_they_say():
         luck = rng.normal(0, 6, 3)  # seeds: more than the utterances, or t would not show
         rates = np.clip(50 + hard[None] + luck[:, None] + rng.normal(0, 8, (3, 60)), 0, 100)
         names = tuple(f"{trial}-{i}" for i in range(60))
-        found = mean(draw(cell(np.round(rates), np.full(60, 100), names=names), 300))
+        found = mean_estimate(bootstrap(cell(np.round(rates), np.full(60, 100), names=names), 300))
         hits += found.low <= 50 <= found.high
     assert 0.92 <= hits / trials <= 0.99

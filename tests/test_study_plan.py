@@ -16,8 +16,8 @@ import study as tool
 import torch
 import yaml
 from s3prl.optimizers import get_optimizer
-from study_parts.design import Row, model_config, runner_config, students
-from study_parts.folder import Folder, inputs_of
+from study_parts.design import StudyRow, model_config, runner_config, students
+from study_parts.folder import StudyFolder, input_digests
 from study_parts.parts import plan
 
 from s3prl_ekd.commands import superb
@@ -74,7 +74,7 @@ def test_first_weights_of_one_teacher_and_a_loss_of_another(learned_from):
     shape, losses = (2, 3, 5, 192), []  # [batch, layer, frame, width]
     targets = {name: torch.randn(shape) for name in SINGLE}
     for each in (typed(), typed("--init", "none")):
-        teachers = load_model_config(model_config(each, Row("small", learned_from))).teachers
+        teachers = load_model_config(model_config(each, StudyRow("small", learned_from))).teachers
         weights = {name: teacher.weight for name, teacher in teachers.items()}
         wanted = {name: targets[name] for name in teachers}
         made = {name: torch.zeros_like(value) for name, value in wanted.items()}
@@ -85,8 +85,8 @@ def test_first_weights_of_one_teacher_and_a_loss_of_another(learned_from):
 
 def test_the_configs_are_what_the_product_takes(tmp_path):
     setting = typed()
-    folder = Folder(tmp_path)
-    folder.begin(setting, Path("/speech"), {})
+    folder = StudyFolder(tmp_path)
+    folder.start(setting, Path("/speech"), {})
     for row in {s.row for s in students(setting)}:
         loaded = load_model_config(tmp_path / f"configs/{row.name}.yaml")
         assert all(t.layers == (2, 4, 6) for t in loaded.teachers.values())
@@ -104,25 +104,25 @@ def test_any_number_of_steps_makes_a_runner_config(tmp_path, steps):
 
 
 def test_the_plan_computes_targets_once_and_evaluates_seed_after_seed():
-    parts = plan(typed(), Path("/s"), Path("/s/esc10"), 2)
-    names = [part.name for part in parts]
+    jobs = plan(typed(), Path("/s"), Path("/s/esc10"), 2)
+    names = [job.name for job in jobs]
     assert len(set(names)) == len(names)
-    kinds = [part.kind for part in parts if part.kind != "prepare"]
+    kinds = [job.kind for job in jobs if job.kind != "prepare"]
     assert kinds == ["cache"] + (["start", *["distil"] * 6] * 2 + ["evaluate"]) * 3
-    cache = next(part for part in parts if part.kind == "cache")
-    assert model_config(typed(), Row("large", "separate"))["teachers"].keys() == set(SINGLE)
+    cache = next(job for job in jobs if job.kind == "cache")
+    assert model_config(typed(), StudyRow("large", "separate"))["teachers"].keys() == set(SINGLE)
     assert "configs/large-separate.yaml" in cache.commands[0]
-    for part in parts:
-        assert set(part.needs) <= set(names[: names.index(part.name)])
-    for part in parts:
-        if part.kind in ("start", "distil"):
-            train = part.commands[0]
-            runner = "runner" if part.kind == "distil" else "start"
+    for job in jobs:
+        assert set(job.needs) <= set(names[: names.index(job.name)])
+    for job in jobs:
+        if job.kind in ("start", "distil"):
+            train = job.commands[0]
+            runner = "runner" if job.kind == "distil" else "start"
             assert train[train.index("-c") + 1] == f"configs/{runner}.yaml"
-            seed = part.name[-1]
+            seed = job.name[-1]
             assert train[train.index("--seed") + 1] == seed
             assert train[-1].endswith("target_cache='cache'")
-    words = parts[-1].commands[0]
+    words = jobs[-1].commands[0]
     assert words[words.index("--seeds") + 1] == "3"
     assert sum(word.endswith("-seed3.pt") for word in words) == 14
     assert words[-1] == "--cache-features"
@@ -131,7 +131,7 @@ def test_the_plan_computes_targets_once_and_evaluates_seed_after_seed():
 def test_the_control_keeps_its_first_weights():
     """Bit by bit, after as many steps of s3prl's optimizer as its runner config has."""
     torch.manual_seed(0)
-    config = runner_config(typed(), Path("/speech"), taught=False)
+    config = runner_config(typed(), Path("/speech"), trained=False)
     model = torch.nn.Sequential(torch.nn.Linear(7, 5), torch.nn.LayerNorm(5))
     with torch.no_grad():
         model[0].weight[0] = 0.0
@@ -199,10 +199,10 @@ def test_mistakes_are_one_sentence(tmp_path, monkeypatch, capsys, words, said):
 
 
 def test_another_setting_in_the_same_folder_is_refused(tmp_path):
-    Folder(tmp_path).begin(typed(), tmp_path, {})
-    Folder(tmp_path).begin(typed(), tmp_path, {})
+    StudyFolder(tmp_path).start(typed(), tmp_path, {})
+    StudyFolder(tmp_path).start(typed(), tmp_path, {})
     with pytest.raises(ConfigError, match=r"steps \(200, now 10\)"):
-        Folder(tmp_path).begin(typed("--steps", "10"), tmp_path, {})
+        StudyFolder(tmp_path).start(typed("--steps", "10"), tmp_path, {})
 
 
 def test_inputs_change_with_what_is_in_them_and_not_with_where_they_are(tmp_path):
@@ -214,35 +214,35 @@ def test_inputs_change_with_what_is_in_them_and_not_with_where_they_are(tmp_path
         return root, root / "esc10"
 
     setting = typed("--tasks", "pr", "sid")
-    before = inputs_of(setting, *made("a"))
+    before = input_digests(setting, *made("a"))
     assert before.keys() == {"unlabeled.tsv", "pr.tsv", "sid.tsv", "lexicon.txt", "noise"}
     assert before["pr.tsv"] == hashlib.sha256(b"pr.tsv").hexdigest()[:16]
     where = made("b")
-    assert inputs_of(setting, *where) == before
+    assert input_digests(setting, *where) == before
     for file, key in (("pr.tsv", "pr.tsv"), ("lexicon.txt", "lexicon.txt"),
                       ("esc10/rain/1.wav", "noise"), ("esc10/2.wav", "noise")):  # fmt: skip
-        last = inputs_of(setting, *where)
+        last = input_digests(setting, *where)
         (where[0] / file).write_text("another length")
         noise_digest.cache_clear()  # a process looks once
-        now = inputs_of(setting, *where)
+        now = input_digests(setting, *where)
         assert {k for k in now if now[k] != last[k]} == {key}
-    assert "lexicon.txt" not in inputs_of(typed("--tasks", "sid"), *where)
+    assert "lexicon.txt" not in input_digests(typed("--tasks", "sid"), *where)
     (where[0] / "pr.tsv").unlink()
     with pytest.raises(SetupError, match=r"pr\.tsv cannot be read"):
-        inputs_of(setting, *where)
+        input_digests(setting, *where)
 
 
 def test_a_tiny_teacher_counts_by_its_file_and_its_name(tmp_path, monkeypatch):
-    found = typed("--teacher", "a=tiny_hubert", "--teacher", "b=tiny_hubert_random").plain()
-    digest = hashlib.sha256(zoo.checkpoint_path("tiny_hubert").read_bytes()).hexdigest()[:16]
+    found = typed("--teacher", "a=tiny_hubert", "--teacher", "b=tiny_hubert_random").as_json()
+    digest = hashlib.sha256(zoo.weights("tiny_hubert").read_bytes()).hexdigest()[:16]
     wanted = {"a": f"tiny_hubert {digest}", "b": f"tiny_hubert_random {digest}"}
     assert found["teachers"] == wanted
     other = tmp_path / "other.pt"
     other.write_bytes(b"another version")
-    monkeypatch.setattr(zoo, "checkpoint_path", lambda name: other)
-    assert typed().plain()["teachers"] != {name: f"{name} {digest}" for name in SINGLE}
+    monkeypatch.setattr(zoo, "weights", lambda name: other)
+    assert typed().as_json()["teachers"] != {name: f"{name} {digest}" for name in SINGLE}
     digest = hashlib.sha256(b"another version").hexdigest()[:16]
-    assert typed().plain()["teachers"] == {name: f"{name} {digest}" for name in SINGLE}
+    assert typed().as_json()["teachers"] == {name: f"{name} {digest}" for name in SINGLE}
 
 
 @pytest.mark.parametrize("name", ["scipy", "matplotlib"])
@@ -281,7 +281,7 @@ def test_a_teachers_file_counts_by_what_is_in_it(tmp_path):
         (tmp_path / f"{name}.pt").write_text("weights")
     words = ["--teacher", f"x={tmp_path}/a.pt", "--teacher", "y"]
     moved = ["--teacher", f"x={tmp_path}/b.pt", "--teacher", "y"]
-    assert typed(*words).plain() == typed(*moved).plain()
-    before = typed(*words).plain()
+    assert typed(*words).as_json() == typed(*moved).as_json()
+    before = typed(*words).as_json()
     (tmp_path / "a.pt").write_text("others")
-    assert typed(*words).plain() != before
+    assert typed(*words).as_json() != before

@@ -12,7 +12,7 @@ import yaml
 from marked_text import between
 from study_parts.compare import make_study
 from study_parts.design import students
-from study_parts.folder import Folder
+from study_parts.folder import StudyFolder
 from study_parts.report import BEGIN, END
 from study_parts.report_differences import sentence
 from study_parts.scores import read_study
@@ -66,30 +66,30 @@ def test_the_numbers_of_a_small_study(tmp_path):
     setting = typed("--seeds", "1", "2")
     write_students(tmp_path / "superb", setting)
     found = read_study(setting, tmp_path / "superb")
-    assert (found.finished, found.wanted) == (112, 112)
+    assert (found.finished, found.planned) == (112, 112)
     study = make_study(setting, found, 200)
-    assert study.whole == 14 * 5 * 2
+    assert study.complete_cells == 14 * 5 * 2
     assert study.best == {(s, t): "tiny_hubert" for s in ("small", "large") for t in setting.tasks}
     assert study.means["small-average", "pr per", "clean"].value == pytest.approx(100 * 5 / 24)
     assert study.means["large-average", "sid accuracy", "clean"].value == pytest.approx(100 * 5 / 6)
     # a wrong word has two edits (a letter in place of another, one more): of 7 characters a text
     assert study.means["small-average", "asr cer", "clean"].value == pytest.approx(100 * 10 / 42)
     assert len(study.comparisons) == 2 * 5 * 2 * 6
-    by = {(c.size, c.metric.key, c.condition, c.one, c.other): c for c in study.comparisons}
+    by = {(c.size, c.metric.key, c.condition, c.row, c.baseline): c for c in study.comparisons}
     c = by["small", "pr per", "esc10_snr5", "average", "tiny_hubert"]
-    assert c.best_single and c.better and c.estimate.value == pytest.approx(-100 * 2 / 24)
+    assert c.is_best_single and c.improves and c.estimate.value == pytest.approx(-100 * 2 / 24)
     c = by["small", "sid accuracy", "clean", "concat", "average"]
-    assert not c.best_single and not c.better and c.estimate.value == pytest.approx(-100 / 6)
-    assert not c.control and c.difference == "concat − average"
+    assert not c.is_best_single and not c.improves and c.estimate.value == pytest.approx(-100 / 6)
+    assert not c.is_control and c.label == "concat − average"
     c = by["large", "er accuracy", "clean", "average", "none"]  # 1 of 6 is wrong, and 3 + 2
-    assert c.control and c.better and c.estimate.value == pytest.approx(100 * 4 / 6)
-    assert not c.best_single and c.difference == "average − none"
+    assert c.is_control and c.improves and c.estimate.value == pytest.approx(100 * 4 / 6)
+    assert not c.is_best_single and c.label == "average − none"
 
 
 def test_the_report_has_the_numbers_and_keeps_the_prose(tmp_path, capsys):
     out, docs = tmp_path / "out", tmp_path / "docs"
     setting = typed("--seeds", "1", "2")
-    Folder(out).begin(setting, tmp_path, {})
+    StudyFolder(out).start(setting, tmp_path, {})
     left_out = ("large-separate-seed2", "pr")
     write_students(out / "result/superb", setting, skip=[left_out])
     reference = tmp_path / "reference"
@@ -136,7 +136,7 @@ def test_the_report_has_the_numbers_and_keeps_the_prose(tmp_path, capsys):
 
 def test_a_study_that_has_just_begun_has_a_report(tmp_path):
     out, docs = tmp_path / "out", tmp_path / "docs"
-    Folder(out).begin(typed(), tmp_path, {})
+    StudyFolder(out).start(typed(), tmp_path, {})
     assert tool.main([str(tmp_path), "-o", str(out), "--docs", str(docs), "--report-only"]) == 0
     text = (docs / "study.md").read_text()
     assert "0 of 168 downstream models are finished; 0 of 140 cells" in text
@@ -148,7 +148,7 @@ def test_sentences_say_what_the_numbers_say(tmp_path):
     study = make_study(setting, read_study(setting, tmp_path), 200)
     c = next(
         c for c in study.comparisons
-        if (c.size, c.metric, c.condition, c.one) == ("small", SID, "clean", "average")
+        if (c.size, c.metric, c.condition, c.row) == ("small", SID, "clean", "average")
     )  # fmt: skip
     estimate = dataclasses.replace(c.estimate, value=12.34, low=2.0, high=22.68)
     assert sentence(dataclasses.replace(c, estimate=estimate)) == (
@@ -156,7 +156,7 @@ def test_sentences_say_what_the_numbers_say(tmp_path):
         "12.3 [2.0, 22.7] points."
     )
     c = dataclasses.replace(c, metric=CER, condition="esc10_snr5", other="average", one="concat",
-                            best_single=False, estimate=estimate)  # fmt: skip
+                            is_best_single=False, estimate=estimate)  # fmt: skip
     assert sentence(c) == (
         "ASR CER, under noise: esc10, 5 dB SNR, size small: concat is behind average by 12.3 "
         "[2.0, 22.7] points."
@@ -181,7 +181,7 @@ def test_single_teachers_that_tie_on_dev_have_no_best(tmp_path):
     out, docs = tmp_path / "out", tmp_path / "docs"
     words = ["--seeds", "1", "2", "--tasks", "asr", "sid"]
     setting = typed(*words)
-    Folder(out).begin(setting, tmp_path, {})
+    StudyFolder(out).start(setting, tmp_path, {})
     write_students(out / "result/superb", setting)
     for student in students(setting):
         for dev, among in ((100.0, SINGLE), (99.0, SINGLE[1:])):
@@ -192,8 +192,8 @@ def test_single_teachers_that_tie_on_dev_have_no_best(tmp_path):
     study = make_study(setting, read_study(setting, out / "result/superb"), 50)
     assert study.best == {(s, t): None if t == "asr" else "tiny_hubert"
                           for s in ("small", "large") for t in ("asr", "sid")}  # fmt: skip
-    assert not any(c.best_single and c.metric.task == "asr" for c in study.comparisons)
-    assert any(c.best_single and c.metric.task == "sid" for c in study.comparisons)
+    assert not any(c.is_best_single and c.metric.task == "asr" for c in study.comparisons)
+    assert any(c.is_best_single and c.metric.task == "sid" for c in study.comparisons)
     words = [str(tmp_path), "-o", str(out), "--docs", str(docs), *words, "--report-only"]
     assert tool.main(words) == 0
     text = (docs / "study.md").read_text()
@@ -207,7 +207,7 @@ def test_references_that_were_not_run_like_the_students_are_named(tmp_path):
     out, docs, other = tmp_path / "out", tmp_path / "docs", tmp_path / "other"
     words = ["--seeds", "1", "2", "--tasks", "pr", "sid", "er"]
     setting = typed(*words)
-    Folder(out).begin(setting, tmp_path, {})
+    StudyFolder(out).start(setting, tmp_path, {})
     write_students(out / "result/superb", setting, features_alone=True)
     linear = {"downstream_expert": {"model": {"select": "FrameLevel"}}}
     for folder in (out / "result/superb").glob("*/pr/*"):
@@ -231,13 +231,13 @@ def test_references_that_were_not_run_like_the_students_are_named(tmp_path):
     reference("fewer", "sid", {"clean": fewer})
     reference("noisy", "er", {"clean": pairs("er", 1), "esc10_snr0": fewer})
     found = read_study(setting, out / "result/superb", [other])
-    assert found.differing == {
+    assert found.reference_differences == {
         "padded/pr": ("features",),
         "longer/pr": ("steps", "recipe"),
         "deep/pr": ("probe",),
         "fewer/sid": ("test set",),
     }
-    assert found.alone == ("pr", "sid", "er")
+    assert found.features_alone == ("pr", "sid", "er")
     words = [str(tmp_path), "-o", str(out), "--docs", str(docs), *words, "--report-only"]
     assert tool.main([*words, "--reference", str(other)]) == 0
     text = (docs / "study.md").read_text()
@@ -253,7 +253,7 @@ def test_only_the_tasks_with_features_alone_are_named(tmp_path):
     for task in ("pr", "sid"):
         write_run(tmp_path, "small-average-seed1", task, pairs(task, 1), seed=1,
                   features_alone=task == "sid")  # fmt: skip
-    assert read_study(setting, tmp_path).alone == ("sid",)
+    assert read_study(setting, tmp_path).features_alone == ("sid",)
 
 
 def test_a_condition_in_which_some_folds_were_not_tested_is_left_out(tmp_path):

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 import study as tool
 from study_parts import children, run
-from study_parts.folder import Folder, Spent
+from study_parts.folder import StudyFolder, TimeSpent
 from study_parts.parts import plan
 
 from s3prl_ekd.errors import SetupError
@@ -193,7 +193,7 @@ def test_a_kill_leaves_a_study_that_goes_on(faked, tmp_path):
         "import study; from study_parts import children\n"
         "children.LAUNCH = {launch!r}\n"
         "sys.exit(study.main({words!r}))\n"
-    ).format(tools=str(REPO / "tools"), launch=children.LAUNCH, words=faked.words)
+    ).format(tools=str(REPO / "tools"), launch=children.LAUNCH_ARGV, words=faked.words)
     env = {**os.environ, "HANG": "s-b-"}
     with subprocess.Popen([sys.executable, "-c", code], env=env, stderr=subprocess.DEVNULL) as one:
         half = faked.out / "result/pretrain/s-b-seed7/half"
@@ -207,13 +207,13 @@ def test_a_kill_leaves_a_study_that_goes_on(faked, tmp_path):
     assert len(groups) == 1
     try:
         with pytest.raises(SetupError, match="still running"):
-            children.check_none_left(faked.out / "running.json")
+            children.check_no_leftovers(faked.out / "running.json")
         assert faked() == (2, [])  # it would meet the one that is left
     finally:
         for pid in groups:
             os.killpg(int(pid), signal.SIGKILL)
     late = time.monotonic() + 20
-    while any(children._birth(int(pid)) for pid in groups) and time.monotonic() < late:
+    while any(children._start_time(int(pid)) for pid in groups) and time.monotonic() < late:
         time.sleep(0.05)
     code, calls = faked()
     assert code == 0 and "s-b-seed7" in calls[0]
@@ -228,7 +228,7 @@ def test_processor_time_has_that_of_processes_nobody_waits_for(tmp_path, monkeyp
     busy += "while not os.path.exists('done'): time.sleep(0.01)\ntime.sleep(0.3)\n"
     monkeypatch.setattr(children, "LAUNCH", (sys.executable, "-IS", "-c", busy))
     monkeypatch.setattr(children, "LOOK", 0.01)
-    child = children.Child([()], tmp_path, tmp_path / "log")
+    child = children.JobProcess([()], tmp_path, tmp_path / "log")
     try:
         while child.poll() is None:
             time.sleep(0.01)
@@ -241,7 +241,7 @@ def test_processor_time_has_that_of_processes_nobody_waits_for(tmp_path, monkeyp
 def test_a_group_that_is_gone_is_no_mistake(tmp_path, monkeypatch, error):
     """macOS refuses to signal a group of ended processes; Linux does not know it any more."""
     monkeypatch.setattr(children, "LAUNCH", (sys.executable, "-IS", "-c", ""))
-    child = children.Child([()], tmp_path, tmp_path / "log")
+    child = children.JobProcess([()], tmp_path, tmp_path / "log")
     while child.poll() is None:
         time.sleep(0.01)
     sent = []
@@ -277,19 +277,24 @@ def test_dry_run_writes_nothing_and_prints_what_is_left(faked, capsys):
 
 def test_time_left_follows_the_parts_that_were_measured(faked, tmp_path):
     setting = typed("--seeds", "7", "--size", "s=16,32,1", "--teacher", "a", "--teacher", "b")
-    folder = Folder(tmp_path / "f")
-    folder.begin(setting, tmp_path, {})
-    parts = plan(setting, tmp_path, tmp_path, 2)
-    for part in parts[:7]:
-        (folder.root / part.makes).mkdir(parents=True, exist_ok=True)
-        folder.finish(part.name, Spent(1.0, 1.0))
-    distils = [part for part in parts if part.kind == "distil"]
-    for part in distils[:2]:
-        (folder.root / part.makes).touch()
-        folder.finish(part.name, Spent(600.0, 600.0))
-    with run.Progress(parts, setting, folder, jobs=2) as progress:
+    folder = StudyFolder(tmp_path / "f")
+    folder.start(setting, tmp_path, {})
+    jobs = plan(setting, tmp_path, tmp_path, 2)
+    for job in jobs[:7]:
+        (folder.root / job.output).mkdir(parents=True, exist_ok=True)
+        folder.mark_done(job.name, TimeSpent(1.0, 1.0))
+    distils = [job for job in jobs if job.kind == "distil"]
+    for job in distils[:2]:
+        (folder.root / job.output).touch()
+        folder.mark_done(job.name, TimeSpent(600.0, 600.0))
+    with run.ProgressBar(jobs, setting, folder, parallel=2) as progress:
         progress.show({}, always=True)
         assert (progress.bar.n, progress.total) == (9, 13 + 24)
-        guessed = 6 * (run.GUESS["pr"] + run.GUESS["asr"] + run.GUESS["sid"] + run.GUESS["er"])
-        minutes = (run.GUESS["start"] + 3 * 600 + guessed) / 2 / 60
+        guessed = 6 * (
+            run.GUESSED_SECONDS["pr"]
+            + run.GUESSED_SECONDS["asr"]
+            + run.GUESSED_SECONDS["sid"]
+            + run.GUESSED_SECONDS["er"]
+        )
+        minutes = (run.GUESSED_SECONDS["start"] + 3 * 600 + guessed) / 2 / 60
         assert f"about {minutes:.0f} min left" in progress.bar.postfix

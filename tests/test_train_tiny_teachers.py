@@ -19,16 +19,16 @@ import train_tiny_teachers as tool
 from teacher_zoo import curves, noises
 from teacher_zoo import recipe as recipes
 from teacher_zoo.corpus import Corpus, Utterance, read_corpus
-from teacher_zoo.criterion import Encoded, criterion, spread
-from teacher_zoo.dataset import Excerpts
+from teacher_zoo.criterion import EncodedBatch, criterion, spread
+from teacher_zoo.dataset import ExcerptDataset
 from teacher_zoo.export import export
-from teacher_zoo.frames import frame_count, samples_of
-from teacher_zoo.labels import Labels, load_labels, make_labels
+from teacher_zoo.frames import frame_count, sample_count
+from teacher_zoo.labels import UnitLabels, load_labels, make_labels
 from teacher_zoo.mfcc import mfcc
 from teacher_zoo.mixing import mix_batch, mix_over
 from teacher_zoo.models import MaskedPredictor
-from teacher_zoo.plan import Endless, epoch_batches
-from teacher_zoo.trainer import Pace, train
+from teacher_zoo.plan import EndlessBatchSampler, epoch_batches
+from teacher_zoo.trainer import TrainingOptions, train
 from teacher_zoo.zoo import make_zoo
 
 from s3prl_ekd.data.audio import read_audio
@@ -37,12 +37,12 @@ from s3prl_ekd.teachers.checkpoint import load_file
 
 from .conftest import REPO
 
-SIZE = recipes.Size(
+SIZE = recipes.TeacherSize(
     channels=16, width=32, ffn=48, heads=4, layers=4, conv_pos=16, conv_pos_groups=4
 )
 UNITS = recipes.UnitSettings(mfcc_clusters=8, hidden_clusters=6, layer=2, frames=400)
 TINY = recipes.Recipe(steps=6, batch_seconds=3.0, mix=0.7, mix_noise=0.5, size=SIZE, units=UNITS)
-PACE = Pace(log_every=2, dev_every=4)
+OPTIONS = TrainingOptions(log_every=2, dev_every=4)
 STAGES = list(recipes.STAGES)
 
 
@@ -58,7 +58,7 @@ def zoo(speech, tmp_path_factory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(noises, "_TAKES", 1)
         patch.setattr(noises, "_SECONDS", 3.0)
-        files = make_zoo(recipes.TEACHERS, speech, TINY, folder, PACE)
+        files = make_zoo(recipes.TEACHERS, speech, TINY, folder, OPTIONS)
     assert list(files) == list(recipes.TEACHERS)
     return folder
 
@@ -115,7 +115,7 @@ def test_a_later_iteration_goes_on_with_a_head_of_its_own(speech, zoo, tmp_path,
         return False
 
     monkeypatch.setattr("teacher_zoo.trainer._Run.__call__", before_the_first_step)
-    assert make_zoo(("hubert",), speech, TINY, tmp_path / "zoo", PACE) is None
+    assert make_zoo(("hubert",), speech, TINY, tmp_path / "zoo", OPTIONS) is None
     source = weights(zoo, "hubert_1")
     assert began.keys() == source.keys()
     other = {name for name in began if not torch.equal(began[name], source[name])}
@@ -124,10 +124,15 @@ def test_a_later_iteration_goes_on_with_a_head_of_its_own(speech, zoo, tmp_path,
     assert other == {
         "backbone.label_embs_concat", "backbone.final_proj.weight", "backbone.final_proj.bias"
     }  # fmt: skip
-    twin = torch.load(zoo / "random/tiny_hubert.pt", weights_only=True)["model_weight"]
+    export_random_init = torch.load(zoo / "random/tiny_hubert.pt", weights_only=True)[
+        "model_weight"
+    ]
     for name in other:  # the head that a model of that seed begins with
         torch.testing.assert_close(
-            twin[name.removeprefix("backbone.")].float(), began[name], atol=1e-3, rtol=1e-3
+            export_random_init[name.removeprefix("backbone.")].float(),
+            began[name],
+            atol=1e-3,
+            rtol=1e-3,
         )
 
 
@@ -135,8 +140,8 @@ def test_recordings_of_noise_distort_what_the_robust_one_hears(speech, zoo, tmp_
     clip = tmp_path / "given" / "saw.wav"
     clip.parent.mkdir()
     soundfile.write(clip, 0.3 * np.sign(np.sin(np.arange(48_000) / 20)), 16_000)
-    folder = tmp_path / "zoo" / noises.RECORDED
-    noises.recorded_noise(noises.find_noise([clip.parent]), folder, begun=False)
+    folder = tmp_path / "zoo" / noises.RECORDED_NOISE
+    noises.copy_recordings(noises.find_noise([clip.parent]), folder, already_trained=False)
     shutil.copytree(zoo / "noise", tmp_path / "zoo" / "noise")
     settings = noises.make_distorter(tmp_path / "zoo" / "noise", TINY).settings
     assert settings.noise == (str(tmp_path / "zoo" / "noise"), str(folder))
@@ -144,17 +149,19 @@ def test_recordings_of_noise_distort_what_the_robust_one_hears(speech, zoo, tmp_
     labels = load_labels(zoo / "units-hubert_1.npz", speech)
     batch = next(iter(epoch_batches(speech.train, 3.0, 2.0, 1, 0)))
     heard = [
-        Excerpts(speech.train, labels, 0, "distorted", TINY, place)[batch][1]
+        ExcerptDataset(speech.train, labels, 0, "distorted", TINY, place)[batch][1]
         for place in (zoo / "noise", tmp_path / "zoo" / "noise")
     ]
     assert heard[0].shape == heard[1].shape and not torch.equal(*heard)
     (folder / "saw.wav").unlink()
-    noises.recorded_noise([clip], folder, begun=True)  # the same names and sizes: goes on
-    for files, begun in (([], False), ([clip, REPO / "README.md"], False)):
+    noises.copy_recordings(
+        [clip], folder, already_trained=True
+    )  # the same names and sizes: goes on
+    for files, already_trained in (([], False), ([clip, REPO / "README.md"], False)):
         with pytest.raises(ConfigError, match="was begun with 1 recordings"):
-            noises.recorded_noise(files, folder, begun)
+            noises.copy_recordings(files, folder, already_trained)
     with pytest.raises(ConfigError, match="was begun with 0 recordings"):
-        make_zoo(("robust_hubert",), speech, TINY, zoo, PACE, noise=[clip])
+        make_zoo(("robust_hubert",), speech, TINY, zoo, OPTIONS, noise=[clip])
     with pytest.raises(ConfigError, match="no such file or folder"):
         noises.find_noise([tmp_path / "none"])
     with pytest.raises(ConfigError, match="two files are called saw.wav"):
@@ -220,7 +227,7 @@ def test_hubert_predicts_as_s3prls_class_does(monkeypatch):
     """Logits, loss and penalty against HubertModel.forward with its compute_nce."""
     torch.manual_seed(3)
     model = MaskedPredictor("hubert", TINY, 8).eval()
-    waves = 0.1 * torch.randn(3, samples_of(24))
+    waves = 0.1 * torch.randn(3, sample_count(24))
     labels = torch.randint(8, (3, 24))
     masked = torch.rand(3, 24) < 0.5
 
@@ -244,7 +251,7 @@ def test_hubert_predicts_as_s3prls_class_does(monkeypatch):
 def test_wavlm_is_encoded_as_s3prls_class_does():
     torch.manual_seed(4)
     model = MaskedPredictor("wavlm", TINY, 8).eval()
-    waves = 0.1 * torch.randn(2, samples_of(40))
+    waves = 0.1 * torch.randn(2, sample_count(40))
     np.random.seed(5)
     theirs, _ = model.backbone.extract_features(waves, mask=True)
     np.random.seed(5)
@@ -274,7 +281,7 @@ def test_untrained_layers_keep_frames_apart(family, speech):
 def test_bfloat16_runs_and_is_close(family):
     torch.manual_seed(6)
     model = MaskedPredictor(family, TINY, 8).eval()
-    waves = 0.1 * torch.randn(2, samples_of(30))
+    waves = 0.1 * torch.randn(2, sample_count(30))
     labels = torch.randint(8, (2, 30))
     losses = []
     # Without oneDNN: some virtual processors claim bfloat16 instructions that they do not have.
@@ -304,7 +311,7 @@ def test_criterion_against_loops():
             sums[hide] += math.log(sum(math.exp(s) for s in scores)) - scores[label]
             counts[hide] += 1
             right += hide and scores.index(max(scores)) == label
-    encoded = Encoded(hidden, masked, torch.tensor(0.02))
+    encoded = EncodedBatch(hidden, masked, torch.tensor(0.02))
     got = criterion(encoded, labels, lambda x: x @ table, 0.6, 10.0)
     expected = 0.6 * sums[True] / counts[True] + 0.4 * sums[False] / counts[False] + 0.2
     assert float(got.loss) == pytest.approx(expected, rel=1e-5)
@@ -329,8 +336,8 @@ def test_frames_are_those_of_the_extractor(samples):
     with torch.no_grad():
         frames = model.backbone.feature_extractor(torch.randn(1, samples)).shape[-1]
     assert frame_count(samples) == frames
-    assert frame_count(samples_of(frames)) == frames
-    assert frame_count(samples_of(frames) - 1) == frames - 1
+    assert frame_count(sample_count(frames)) == frames
+    assert frame_count(sample_count(frames) - 1) == frames - 1
     assert mfcc(torch.randn(samples)).shape == (frames, 39)
 
 
@@ -355,7 +362,7 @@ def test_units_tell_two_tones_apart(tmp_path):
         soundfile.write(path, sound, 16000)
         utterances.append(Utterance(path.name, str(path), 24000))
     labels = make_labels(Corpus((utterances[0],), (utterances[1],)), mfcc, 2, 1000, 1, "tones")
-    first, second = labels.of(0), labels.of(1)
+    first, second = labels.of_utterance(0), labels.of_utterance(1)
     assert len(first) == len(second) == 74
     # frame t covers [320 t, 320 t + 400); differences look 4 frames of 10 ms further
     inside = [slice(3, 21), slice(28, 46), slice(53, 71)]
@@ -380,9 +387,9 @@ def test_an_epoch_has_each_utterance_once_and_no_batch_too_much():
     assert sorted(indices) == list(range(200))
     for batch in first:
         assert batch.seconds <= 20.0 and batch.frames % 2 == 0
-        assert samples_of(batch.frames) <= 8 * 16000
+        assert sample_count(batch.frames) <= 8 * 16000
         for index, start in batch.excerpts:
-            assert 0 <= 320 * start <= utterances[index].length - samples_of(batch.frames)
+            assert 0 <= 320 * start <= utterances[index].length - sample_count(batch.frames)
     heard = sum(batch.seconds for batch in first)
     assert heard > 0.85 * sum(min(u.length, 128_000) for u in utterances) / 16000
     assert first == epoch_batches(utterances, 20.0, 8.0, 1, 0)
@@ -391,7 +398,7 @@ def test_an_epoch_has_each_utterance_once_and_no_batch_too_much():
         epoch_batches(utterances, 20.0, 8.0, 2, 0),
     )
     assert all(first != other for other in others)
-    stream = iter(Endless(utterances, 20.0, 8.0, 1, 0, len(first) - 2))
+    stream = iter(EndlessBatchSampler(utterances, 20.0, 8.0, 1, 0, len(first) - 2))
     assert [next(stream) for _ in range(4)] == first[-2:] + others[0][:2]
 
 
@@ -399,19 +406,19 @@ def test_labels_belong_to_the_samples_they_come_with(speech, zoo):
     """Each frame's label is its own number: so the waveform's place in its file is known."""
     counts = [frame_count(u.length) for u in speech.all]
     flat = np.concatenate([np.arange(n) for n in counts]).astype(np.uint16)
-    labels = Labels(flat, np.cumsum([0, *counts]), np.zeros((200, 1)))
+    labels = UnitLabels(flat, np.cumsum([0, *counts]), np.zeros((200, 1)))
     recipe = dataclasses.replace(TINY, crop_seconds=0.6)
     begins = set()
-    excerpts = Excerpts(speech.train, labels, 0, "clean", recipe, zoo / "noise")
+    excerpts = ExcerptDataset(speech.train, labels, 0, "clean", recipe, zoo / "noise")
     for batch in epoch_batches(speech.train, 3.0, 0.6, 1, 0):
         _, waves, targets = excerpts[batch]
         for (index, _), wave, target in zip(batch.excerpts, waves, targets, strict=True):
             whole, begin = read_audio(speech.train[index].path), int(target[0])
             assert torch.equal(target, torch.arange(begin, begin + batch.frames))
-            assert torch.equal(wave, whole[320 * begin : 320 * begin + samples_of(batch.frames)])
+            assert torch.equal(wave, whole[320 * begin : 320 * begin + sample_count(batch.frames)])
             begins.add(begin)
     assert len(begins) > 3
-    dev = Excerpts(speech.dev, labels, len(speech.train), "distorted", recipe, zoo / "noise")
+    dev = ExcerptDataset(speech.dev, labels, len(speech.train), "distorted", recipe, zoo / "noise")
     (batch,) = epoch_batches(speech.dev, 3.0, 0.6, 1, -1)
     _, waves, targets = dev[batch]
     begin = int(targets[0, 0])
@@ -452,7 +459,7 @@ def test_a_run_that_is_cut_ends_as_one_that_was_not(zoo, speech, tmp_path, monke
     monkeypatch.setattr(curves, "_draw", lambda *_: None)  # slow, and tested elsewhere
     shutil.copytree(zoo / "noise", tmp_path / "noise")
     taken, runs, files = 0, 0, None
-    pace = dataclasses.replace(PACE, workers=1)
+    options = dataclasses.replace(OPTIONS, workers=1)
 
     def stop(step: int) -> bool:
         nonlocal taken
@@ -460,7 +467,7 @@ def test_a_run_that_is_cut_ends_as_one_that_was_not(zoo, speech, tmp_path, monke
         return taken % 4 == 0
 
     while files is None:
-        files = make_zoo(recipes.TEACHERS, speech, TINY, tmp_path, pace, stop)
+        files = make_zoo(recipes.TEACHERS, speech, TINY, tmp_path, options, stop)
         runs += 1
         torch.rand(runs), np.random.rand(runs), random.random()
         assert runs < 10
@@ -481,7 +488,7 @@ def test_a_run_that_is_cut_ends_as_one_that_was_not(zoo, speech, tmp_path, monke
 
 def test_a_finished_zoo_is_left_as_it_is(zoo, speech):
     before = {p: p.stat().st_mtime_ns for p in zoo.rglob("checkpoint.pt")}
-    assert make_zoo(("wavlm",), speech, TINY, zoo, PACE) == {"wavlm": zoo / "tiny_wavlm.pt"}
+    assert make_zoo(("wavlm",), speech, TINY, zoo, OPTIONS) == {"wavlm": zoo / "tiny_wavlm.pt"}
     assert before == {p: p.stat().st_mtime_ns for p in zoo.rglob("checkpoint.pt")}
 
 
@@ -504,15 +511,15 @@ def test_the_loss_falls(speech, tmp_path):
         TINY, steps=120, batch_seconds=5.0, lr=5e-3, mask_length=2, mask_prob=0.3
     )
     stage = recipes.STAGES["hubert_1"]
-    pace = Pace(log_every=60, dev_every=60)
-    assert train(stage, recipe, corpus, labels, tmp_path, pace) is not None
+    options = TrainingOptions(log_every=60, dev_every=60)
+    assert train(stage, recipe, corpus, labels, tmp_path, options) is not None
     log = json.loads((tmp_path / "hubert_1/log.json").read_text())
     assert log["points"][-1]["dev_masked_loss"] < 0.7 * log["floor_loss"]
     assert log["points"][-1]["dev_accuracy"] > log["floor_accuracy"] + 0.2
 
 
 def test_stages_that_a_teacher_needs():
-    names = [[s.name for s in recipes.needed((t,))] for t in recipes.TEACHERS]
+    names = [[s.name for s in recipes.required_stages((t,))] for t in recipes.TEACHERS]
     assert names == [
         ["hubert_1", "hubert"],
         ["hubert_1", "hubert", "robust_hubert"],
@@ -525,10 +532,10 @@ def test_stages_that_a_teacher_needs():
 
 def test_another_recipe_or_corpus_is_refused(zoo, speech):
     with pytest.raises(ConfigError, match=r"recipe\.lr \(0\.001, now 0\.5\); give the same"):
-        make_zoo(("hubert",), speech, dataclasses.replace(TINY, lr=0.5), zoo, PACE)
+        make_zoo(("hubert",), speech, dataclasses.replace(TINY, lr=0.5), zoo, OPTIONS)
     fewer = Corpus(speech.train[1:], speech.dev)
     with pytest.raises(ConfigError, match=r"other settings: corpus \("):
-        make_zoo(("hubert",), fewer, TINY, zoo, PACE)
+        make_zoo(("hubert",), fewer, TINY, zoo, OPTIONS)
 
 
 def test_damaged_files_are_one_sentence(zoo, speech, tmp_path):
@@ -540,7 +547,7 @@ def test_damaged_files_are_one_sentence(zoo, speech, tmp_path):
             (folder / copied).write_bytes((zoo / copied).read_bytes())
         (folder / name).write_bytes((zoo / name).read_bytes()[:-300])
         with pytest.raises(kind, match=Path(name).name):
-            make_zoo(("hubert",), speech, TINY, folder, PACE)
+            make_zoo(("hubert",), speech, TINY, folder, OPTIONS)
 
 
 def test_mistakes_on_the_command_line(corpus, tmp_path, capsys):

@@ -135,12 +135,12 @@ def run(args: argparse.Namespace) -> int:
     from teacher_zoo.corpus import hours, read_corpus
     from teacher_zoo.noises import find_noise
     from teacher_zoo.recipe import TEACHERS
-    from teacher_zoo.trainer import Pace
+    from teacher_zoo.trainer import TrainingOptions
     from teacher_zoo.zoo import make_zoo
 
     started = time.monotonic()
-    recipe = recipe_of(args)
-    device = device_of(args.device)
+    recipe = parse_recipe(args)
+    device = parse_device(args.device)
     on_cuda = device.startswith("cuda")
     workers = args.workers if args.workers is not None else min(8, os.cpu_count() or 1) * on_cuda
     noise = find_noise(args.noise)
@@ -156,9 +156,9 @@ def run(args: argparse.Namespace) -> int:
             return late or signals.received is not None
 
         every = min(50, max(1, recipe.steps // 100))
-        pace = Pace(device, workers, log_every=every, dev_every=10 * every)
+        options = TrainingOptions(device, workers, log_every=every, dev_every=10 * every)
         files = make_zoo(
-            tuple(args.teacher or TEACHERS), corpus, recipe, Path(args.out), pace, stop, noise
+            tuple(args.teacher or TEACHERS), corpus, recipe, Path(args.out), options, stop, noise
         )
     if files is None:
         print(f"{args.out}: saved; the same command goes on from here")
@@ -177,13 +177,13 @@ def print_summary(out: str) -> int:
     return 0
 
 
-def recipe_of(args: argparse.Namespace):
+def parse_recipe(args: argparse.Namespace):
     """The recipe with what was typed.
 
     Raises:
         ConfigError: a number makes no sense.
     """
-    from teacher_zoo.recipe import Recipe, check
+    from teacher_zoo.recipe import Recipe, check_recipe
 
     default = Recipe()
     units = dataclasses.replace(
@@ -192,13 +192,13 @@ def recipe_of(args: argparse.Namespace):
     names = ("steps", "batch_seconds", "crop_seconds", "lr", "dropout", "alpha", "seed")
     recipe = dataclasses.replace(default, units=units, **{n: getattr(args, n) for n in names})
     try:
-        check(recipe)
+        check_recipe(recipe)
     except ValueError as error:
         raise ConfigError(str(error)) from None
     return recipe
 
 
-def device_of(name: str | None) -> str:
+def parse_device(name: str | None) -> str:
     """The device to train on.
 
     Raises:

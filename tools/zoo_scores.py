@@ -31,10 +31,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from marked_text import between
-from study_parts.cells import METRICS, Metric, cells_of
-from study_parts.intervals import Draws, difference, draw, mean
+from study_parts.cells import METRICS, Metric, make_cells
+from study_parts.intervals import BootstrapRates, bootstrap, mean_estimate, paired_difference
 from study_parts.options import require_packages
-from study_parts.words import shown
+from study_parts.words import format_estimate
 
 from s3prl_ekd.errors import EkdError, SetupError
 from s3prl_ekd.files.atomic import atomic_file
@@ -44,7 +44,7 @@ from s3prl_ekd.superb.results import SelectedRuns, incomplete, read_results, sel
 from s3prl_ekd.teachers import zoo
 
 BEGIN, END = "<!-- scores: tools/zoo_scores.py -->", "<!-- end of scores -->"
-TWIN_OF = {
+RANDOM_INIT_OF = {
     "tiny_hubert": "tiny_hubert_random",
     "tiny_robust_hubert": "tiny_hubert_random",
     "tiny_wavlm": "tiny_wavlm_random",
@@ -52,11 +52,11 @@ TWIN_OF = {
 
 
 @dataclass(frozen=True)
-class Scores:
+class TeacherScores:
     """What is finished: (upstream, task) -> runs, (upstream, metric, condition) -> draws."""
 
-    selections: dict[tuple[str, str], SelectedRuns]
-    drawn: dict[tuple[str, str, str], Draws]
+    selections: dict[tuple[str, str], Selection]
+    drawn: dict[tuple[str, str, str], BootstrapRates]
 
     def columns(self, name: str) -> list[tuple[Metric, str]]:
         """Metrics and conditions that every upstream with that task was tested in."""
@@ -95,7 +95,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def read(folder: Path) -> Scores:
+def read(folder: Path) -> TeacherScores:
     """All that is finished below ``folder``; what is not is said.
 
     Raises:
@@ -112,18 +112,18 @@ def read(folder: Path) -> Scores:
             seeds.setdefault(run.seed, []).append(run)
         for metric in METRICS:
             if metric.task == task:
-                for cell in cells_of(upstream, metric, seeds):
-                    drawn[upstream, metric.key, cell.condition] = draw(cell)
-    return Scores(selections, drawn)
+                for cell in make_cells(upstream, metric, seeds):
+                    drawn[upstream, metric.key, cell.condition] = bootstrap(cell)
+    return TeacherScores(selections, drawn)
 
 
-def section(scores: Scores, name: str) -> str:
+def section(scores: TeacherScores, name: str) -> str:
     """The tables of one teacher: its scores beside others, and what it is better than.
 
     Raises:
         SetupError: it has no finished run, or the others were not run like it.
     """
-    others = [TWIN_OF[name], *(["tiny_hubert"] if name == "tiny_robust_hubert" else [])]
+    others = [RANDOM_INIT_OF[name], *(["tiny_hubert"] if name == "tiny_robust_hubert" else [])]
     others += ["fbank", "fbank_no_cmvn"]
     columns = scores.columns(name)
     if not columns:
@@ -155,20 +155,22 @@ def _title(metric: Metric, condition: str) -> str:
     return metric.title + ("" if condition == CLEAN else f", {condition_title(condition)}")
 
 
-def _score(draws: Draws | None) -> str:
+def _score(draws: BootstrapRates | None) -> str:
     if draws is None:
         return "–"
-    estimate = mean(draws)
+    estimate = mean_estimate(draws)
     several = len(estimate.by_seed) > 1
-    return shown(estimate) + (f" ±{statistics.stdev(estimate.by_seed):.1f}" if several else "")
+    return format_estimate(estimate) + (
+        f" ±{statistics.stdev(estimate.by_seed):.1f}" if several else ""
+    )
 
 
-def _difference(one: Draws, other: Draws | None) -> str:
-    found = difference(one, other) if other is not None else None
-    return "–" if found is None else shown(found, sign=True)
+def _difference(one: BootstrapRates, other: BootstrapRates | None) -> str:
+    found = paired_difference(one, other) if other is not None else None
+    return "–" if found is None else format_estimate(found, sign=True)
 
 
-def _run(scores: Scores, name: str, others: list[str], task: str) -> str:
+def _run(scores: TeacherScores, name: str, others: list[str], task: str) -> str:
     """How the runs of a task were made, all alike."""
     facts = {
         (row, run.steps, Path(run.recipe).as_posix(), run.features_alone, chosen.seeds, run.lr)

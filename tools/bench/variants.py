@@ -43,7 +43,7 @@ class BenchPlan:
         return SIZES[self.size]
 
 
-class Ekd:
+class EkdVariant:
     """A step as ``run_pretrain.py -u ekd`` makes it.
 
     Args:
@@ -93,7 +93,7 @@ class Ekd:
         return float(loss.detach()), float(batch.lengths.sum()) / RATE
 
 
-class S3prl:
+class S3prlVariant:
     """s3prl's distiller with K teachers in place of one, and nothing else changed.
 
     Upstream experts on lists of waveforms, everything in train mode and float32, s3prl's buckets,
@@ -168,15 +168,15 @@ class S3prl:
 
 # The first is what the others are compared with.
 VARIANTS: dict[str, Callable[[BenchPlan], Any]] = {
-    "s3prl": S3prl,
-    "ekd": Ekd,
-    "ekd-bf16": functools.partial(Ekd, teacher_precision="bfloat16"),
-    "ekd-compile": functools.partial(Ekd, teacher_compile=True),
-    "ekd-cached": functools.partial(Ekd, cached=True),
+    "s3prl": S3prlVariant,
+    "ekd": EkdVariant,
+    "ekd-bf16": functools.partial(EkdVariant, teacher_precision="bfloat16"),
+    "ekd-compile": functools.partial(EkdVariant, teacher_compile=True),
+    "ekd-cached": functools.partial(EkdVariant, cached=True),
 }
 
 
-def copy_weights(ekd: Ekd, s3prl: S3prl) -> None:
+def copy_weights(ekd: EkdVariant, s3prl: S3prlVariant) -> None:
     """Give s3prl's student and heads the weights of ours."""
     backbone = ekd.expert.distiller.student.backbone.state_dict()
     heads = [head.net for head in ekd.expert.distiller.heads.values()]

@@ -1,1 +1,1 @@
-"""What tools/study.py is made of: design, parts that are run, numbers, report."""
+"""Modules of tools/study.py: design, jobs, statistics, report."""

@@ -1,4 +1,4 @@
-"""A number of the table before it is one: errors of each seed and utterance."""
+"""A cell of the results table: the errors of each seed and utterance."""
 
 from __future__ import annotations
 
@@ -21,7 +21,12 @@ from s3prl_ekd.superb.results import FinishedRun
 
 @dataclass(frozen=True)
 class Metric:
-    """One column. ``characters``: an ASR run's errors are counted in characters."""
+    """One column of the table.
+
+    Attributes:
+        higher: higher is better (accuracies).
+        characters: count the errors of an ASR run in characters.
+    """
 
     task: str
     name: str
@@ -48,7 +53,11 @@ METRICS = (
 
 @dataclass(frozen=True)
 class Cell:
-    """One row of the table in one metric under one condition."""
+    """The errors behind one number: one row, one metric, one test condition.
+
+    Attributes:
+        folds: errors of each fold, ``[seed, utterance]``.
+    """
 
     row: str
     metric: Metric
@@ -58,37 +67,37 @@ class Cell:
 
     @property
     def test_set(self) -> tuple:
-        """Equal for cells that were tested on the same utterances."""
+        """Equal for two cells if they were tested on the same utterances."""
         return test_set(self.folds)
 
 
-def cells_of(row: str, metric: Metric, seeds: dict[int, list[FinishedRun]]) -> Iterable[Cell]:
-    """One cell a condition, over the seeds whose folds were all tested under it.
+def make_cells(row: str, metric: Metric, seeds: dict[int, list[Run]]) -> Iterable[Cell]:
+    """Make a cell for each test condition, from the seeds with all folds tested under it.
 
     Raises:
         DataError: the seeds were not tested on the same utterances.
     """
     conditions = {c for runs in seeds.values() for run in runs for c in run.tested}
     for condition in conditions:
-        chosen = {
+        complete = {
             seed: sorted(runs, key=lambda run: run.fold or "")
             for seed, runs in sorted(seeds.items())
             if all(condition in run.tested for run in runs)
         }
-        if not chosen:  # of no seed all folds were tested
+        if not complete:
             continue
-        per_seed = [[_count(run, metric, condition) for run in runs] for runs in chosen.values()]
+        per_seed = [[_count(run, metric, condition) for run in runs] for runs in complete.values()]
         folds = []
         for counts in zip(*per_seed, strict=True):
             names, lengths = counts[0].names, counts[0].lengths
             for other in counts[1:]:
                 if other.names != names or (other.lengths != lengths).any():
                     raise DataError(
-                        f"the seeds of {row} were not tested on the same utterances of "
-                        f"{metric.task} ({condition}); evaluate them on one test set"
+                        f"{row}, {metric.task} ({condition}): the seeds have different test "
+                        "utterances; evaluate all seeds on one test set"
                     )
-            folds.append(FoldErrors(names, lengths, np.stack([c.errors for c in counts])))
-        yield Cell(row, metric, condition, tuple(chosen), tuple(folds))
+            folds.append(Fold(names, lengths, np.stack([c.errors for c in counts])))
+        yield Cell(row, metric, condition, tuple(complete), tuple(folds))
 
 
 def _count(run: FinishedRun, metric: Metric, condition: str) -> ErrorCounts:

@@ -1,4 +1,4 @@
-"""The table's numbers, and the differences that the question asks for."""
+"""Means of the table and the differences between rows."""
 
 from __future__ import annotations
 
@@ -7,64 +7,68 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from .cells import METRICS, Metric
-from .design import ENSEMBLE, NONE, Row, Setting, rows
-from .intervals import RESAMPLES, Estimate, difference, draw, mean
-from .scores import Found
+from .design import ENSEMBLES, NONE, StudyRow, StudySetting, rows
+from .intervals import RESAMPLES, Estimate, bootstrap, mean_estimate, paired_difference
+from .scores import StudyResults
 
 AVERAGE = "average"
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One row less another of the same size; positive is not always better, see ``better``."""
+    """Difference of two rows of the same size: ``row`` less ``baseline``.
+
+    Attributes:
+        is_best_single: whether ``baseline`` is the single teacher that was best on dev.
+    """
 
     size: str
     metric: Metric
     condition: str
-    one: str
-    other: str
-    best_single: bool  # whether ``other`` is the single teacher that was best on dev
+    row: str
+    baseline: str
+    is_best_single: bool
     estimate: Estimate
 
     @property
-    def control(self) -> bool:
-        """Whether it asks if distillation has taught anything: average less none."""
-        return self.other == NONE
+    def is_control(self) -> bool:
+        """Whether the baseline is the student without distillation."""
+        return self.baseline == NONE
 
     @property
-    def difference(self) -> str:
-        """``average − best single``."""
-        return f"{self.one} − {'best single' if self.best_single else self.other}"
+    def label(self) -> str:
+        """Name of the difference, such as ``average − best single``."""
+        return f"{self.row} − {'best single' if self.is_best_single else self.baseline}"
 
     @property
-    def better(self) -> bool:
-        """Whether ``one`` has the better mean."""
+    def improves(self) -> bool:
+        """Whether ``row`` has the better mean; higher or lower, depending on the metric."""
         return (self.estimate.value > 0) == self.metric.higher and self.estimate.value != 0
 
 
 @dataclass(frozen=True)
 class Study:
-    """All numbers of a report.
+    """All numbers of the report.
 
     Attributes:
         means: (row, metric's key, condition) -> mean.
-        comparisons: best single first, then against average.
-        best: (size, task) -> the single teacher whose students are best on dev; None: several are.
+        comparisons: with the best single teacher first, then with average, then with none.
+        best: (size, task) -> the single teacher whose students are best on dev; None: a tie.
     """
 
-    setting: Setting
-    found: Found
+    setting: StudySetting
+    results: StudyResults
     means: dict[tuple[str, str, str], Estimate]
     comparisons: tuple[Comparison, ...]
     best: dict[tuple[str, str], str | None]
 
     @property
-    def whole(self) -> int:
-        """Cells of the students that have all seeds."""
+    def complete_cells(self) -> int:
+        """Number of the students' cells that have all seeds."""
         names = {row.name for row in rows(self.setting)}
         return sum(
             len(cell.seeds) == len(self.setting.seeds)
-            for (row, _, _), cell in self.found.cells.items()
+            for (row, _, _), cell in self.results.cells.items()
             if row in names
         )
 
@@ -73,45 +77,49 @@ class Study:
         return tuple(metric for metric in METRICS if metric.task in self.setting.tasks)
 
 
-def make_study(setting: Setting, found: Found, resamples: int = RESAMPLES) -> Study:
-    """Means, and differences: of the ensembles to the best single teacher and to average, and of
-    average to no teacher.
+def make_study(setting: StudySetting, results: StudyResults, resamples: int = RESAMPLES) -> Study:
+    """Compute the means and the differences.
 
-    The best single teacher is chosen by dev, on which no number of the table is measured: chosen
-    by the test set, it would look better than it is. A little too good it still looks, as the seeds
-    that are lucky on dev are so on the test set. Where single teachers tie there, as they do
-    while dev has nothing but errors, none is best and nothing is compared with it.
+    The ensembles are compared with the best single teacher and with average; average is compared
+    with no teacher. The best single teacher is chosen on dev, since a choice on the test set would
+    favour it. It is still favoured a little: a seed that is lucky on dev tends to be lucky on the
+    test set too. If single teachers tie on dev (all of them have only errors, for example), none is
+    best and there is no comparison with it.
     """
-    drawn = {key: draw(cell, resamples) for key, cell in found.cells.items()}
+    drawn = {key: bootstrap(cell, resamples) for key, cell in results.cells.items()}
     best = {}
     for size in setting.sizes:
         for task in setting.tasks:
-            devs = {name: found.dev.get((Row(size, name).name, task)) for name in setting.teachers}
+            devs = {
+                name: results.dev.get((StudyRow(size, name).name, task))
+                for name in setting.teachers
+            }
             if None not in devs.values():
                 best[size, task] = _best(devs, task)
     comparisons = []
     for size in setting.sizes:
         for metric in METRICS:
-            for condition in found.conditions:
-                for one, other in _pairs(best.get((size, metric.task))):
-                    a = drawn.get((Row(size, one).name, metric.key, condition))
-                    b = drawn.get((Row(size, other).name, metric.key, condition))
-                    estimate = difference(a, b) if a and b else None
+            for condition in results.conditions:
+                for row, baseline in _pairs(best.get((size, metric.task))):
+                    a = drawn.get((StudyRow(size, row).name, metric.key, condition))
+                    b = drawn.get((StudyRow(size, baseline).name, metric.key, condition))
+                    estimate = paired_difference(a, b) if a and b else None
                     if estimate:
-                        facts = (size, metric, condition, one, other, other in setting.teachers)
-                        comparisons.append(Comparison(*facts, estimate))
-    means = {key: mean(draws) for key, draws in drawn.items()}
-    return Study(setting, found, means, tuple(comparisons), best)
+                        is_single = baseline in setting.teachers
+                        fields = (size, metric, condition, row, baseline, is_single)
+                        comparisons.append(Comparison(*fields, estimate))
+    means = {key: mean_estimate(draws) for key, draws in drawn.items()}
+    return Study(setting, results, means, tuple(comparisons), best)
 
 
 def _pairs(best: str | None) -> Sequence[tuple[str, str]]:
-    against_best = [(one, best) for one in ENSEMBLE] if best else []
-    against_average = [(one, AVERAGE) for one in ENSEMBLE if one != AVERAGE]
+    against_best = [(row, best) for row in ENSEMBLES] if best else []
+    against_average = [(row, AVERAGE) for row in ENSEMBLES if row != AVERAGE]
     return [*against_best, *against_average, (AVERAGE, NONE)]
 
 
 def _best(devs: Mapping[str, float], task: str) -> str | None:
-    """Best on dev, clean, over the seeds; None where several are."""
+    """The teacher that is best on clean dev, averaged over the seeds; None for a tie."""
     higher = next(metric.higher for metric in METRICS if metric.task == task)
     top = (max if higher else min)(devs.values())
     names = [name for name, value in devs.items() if math.isclose(value, top, abs_tol=1e-9)]

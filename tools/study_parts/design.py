@@ -1,4 +1,4 @@
-"""The question as a grid: which students there are, and everything that they have in common."""
+"""Design of the study: the grid of students and the settings they share."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from s3prl_ekd.files.atomic import file_sha256
 from s3prl_ekd.teachers import zoo
 
 TASKS = ("pr", "asr", "sid", "er")
-ENSEMBLE = ("average", "concat", "separate")
-NONE = "none"  # the control: a student with its first weights, which no one has taught
+ENSEMBLES = ("average", "concat", "separate")
+NONE = "none"  # the control: a student with its initial weights, not distilled
 CLEAN = "clean"
-NO_STEP = 1e-60  # a learning rate is above 0; in float32 this one is 0
+ZERO_LR = 1e-60  # passes the check for a positive learning rate, and is 0 in float32
 
-# What the downstream runs have beside the tiny recipes, as s3prl-ekd superb takes it. PR has
-# SUPERB's own probe, a linear one: on students this small it learns in minutes, in which the
-# recipe's BiLSTM hardly begins. SID trains on whole utterances, whose features can be kept.
-DOWNSTREAM = {
+# Options of s3prl-ekd superb that change the tiny recipes. PR has SUPERB's linear probe: on students so
+# small it learns in minutes, while the recipe's BiLSTM hardly improves in that time. SID trains on
+# whole utterances, so that their features can be cached.
+DOWNSTREAM_OPTIONS = {
     "pr": ("--lr", "pr=1e-2")
     + ("--override", "pr=config.downstream_expert.model.select='FrameLevel'"),
     "asr": ("--lr", "asr=3e-3"),
@@ -31,54 +31,61 @@ PROBES = {"pr": "a linear probe", "asr": "the recipe's BiLSTM"}
 
 
 @dataclass(frozen=True)
-class Size:
-    """A student of seven convolutions and some transformer layers, 320 samples a frame."""
+class StudentSize:
+    """Size of a student with seven convolutions, at 320 samples a frame.
+
+    Attributes:
+        channels: of each convolution.
+        width: of the transformer layers.
+        layers: number of transformer layers.
+    """
 
     channels: int
     width: int
     layers: int
 
-    def student(self, begun: bool) -> dict[str, Any]:
-        """The ``student`` of a model config.
+    def student(self, from_teacher: bool) -> dict[str, Any]:
+        """The ``student`` section of a model config.
 
         Args:
-            begun: it has a teacher's first weights, and so the shape of the tiny teachers; its
-                extractor stays what it is.
+            from_teacher: initialised from a teacher; then it has the shape of the tiny teachers
+                and a frozen conv extractor.
         """
         c = self.channels
         return {
             "extractor_conv_feature_layers": f"[({c},10,5)] + [({c},3,2)] * 4 + [({c},2,2)] * 2",
-            "conv_pos": 128 if begun else 32,
-            "conv_pos_groups": 16 if begun else 4,
+            "conv_pos": 128 if from_teacher else 32,
+            "conv_pos_groups": 16 if from_teacher else 4,
             "encoder_layers": self.layers,
             "encoder_embed_dim": self.width,
-            "encoder_ffn_embed_dim": (4 if begun else 2) * self.width,
+            "encoder_ffn_embed_dim": (4 if from_teacher else 2) * self.width,
             "encoder_attention_heads": 4,
-            **({"feature_grad_mult": 0.0} if begun else {}),
+            **({"feature_grad_mult": 0.0} if from_teacher else {}),
         }
 
 
 @dataclass(frozen=True)
-class Setting:
-    """All that decides the numbers. One value for all students, so that only what is compared
-    differs: teachers, aggregation, size, seed.
+class StudySetting:
+    """Settings that influence the results, the same for all students; students differ only in
+    teachers, aggregation, size and seed.
 
     Attributes:
-        teachers: name -> source, as a model config takes it.
-        layers: of each teacher, whose outputs are the targets.
-        init: the teacher whose weights all students begin with; None: random ones.
+        teachers: name -> source, as in a model config.
+        layers: target layers of each teacher.
+        init: the teacher that initialises all students; None: random weights.
         sizes: name -> size.
-        seeds: of the distillation; the downstream runs on a student have the same.
+        seeds: of the distillation; a student's downstream runs have the same seed.
         steps, batch, seconds, lr: of each distillation; ``seconds`` is the longest excerpt.
         tasks: task -> steps of its downstream training.
         snr: dB of the noisy test.
-        sid_seconds: what is left of each dev and test utterance of SID.
-        all_folds: ER leaves out each speaker once, and does not take the manifest's split.
+        sid_seconds: seconds kept from each dev and test utterance of SID.
+        all_folds: ER is cross-validated, leaving out one speaker at a time; else it has the
+            manifest's split.
     """
 
     teachers: dict[str, str]
     layers: tuple[int, ...]
-    sizes: dict[str, Size]
+    sizes: dict[str, StudentSize]
     init: str | None = None
     seeds: tuple[int, ...] = (1, 2, 3)
     steps: int = 200
@@ -92,74 +99,82 @@ class Setting:
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "seconds", "lr", "sid_seconds"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ConfigError(f"--{name.replace('_', '-')}: a number above 0 is needed")
+            value = getattr(self, name)
+            if not 0 < value < float("inf"):
+                raise ConfigError(f"--{name.replace('_', '-')} must be above 0, got {value}")
         if self.steps < 4:
-            raise ConfigError("--steps: 4 or more are needed")
+            raise ConfigError(f"--steps must be 4 or more, got {self.steps}")
         if len(set(self.seeds)) < len(self.seeds):
-            raise ConfigError("--seeds names a seed twice")
+            raise ConfigError(f"--seeds has a duplicate: {' '.join(map(str, self.seeds))}")
         if len(self.teachers) < 2:
-            raise ConfigError("--teacher: two teachers or more are needed, to have an ensemble")
+            raise ConfigError(
+                f"--teacher: an ensemble needs 2 teachers or more, got {', '.join(self.teachers)}"
+            )
         if self.init is not None and self.init not in self.teachers:
             raise ConfigError(
-                f"--init {self.init}: none is allowed, or one of: {', '.join(self.teachers)}"
+                f"--init must be none or one of {', '.join(self.teachers)}; got {self.init}"
             )
         multiple = 4 if self.init is None else 16  # heads; groups of the positional convolution
-        for size, about in self.sizes.items():
-            if min(about.channels, about.width, about.layers) < 1 or about.width % multiple:
+        for name, size in self.sizes.items():
+            if min(size.channels, size.width, size.layers) < 1 or size.width % multiple:
                 raise ConfigError(
-                    f"--size {size}: channels, width and layers are needed, above 0 and the width "
-                    f"a multiple of {multiple}"
+                    f"--size {name}: channels, width and layers must be above 0 and the width a "
+                    f"multiple of {multiple}; got {size.channels},{size.width},{size.layers}"
                 )
 
-    def plain(self) -> dict[str, Any]:
-        """As JSON keeps it, with digests of the teachers' files: the paths do not matter.
+    def as_json(self) -> dict[str, Any]:
+        """The settings as stored in ``study.json``, with digests in place of the teachers' paths.
 
         Raises:
             SetupError: a tiny teacher's file is missing from this installation.
         """
-        found = asdict(self)
-        found["downstream"] = {
-            task: " ".join(DOWNSTREAM[task]) for task in self.tasks or () if task in DOWNSTREAM
+        record = asdict(self)
+        record["downstream"] = {
+            task: " ".join(DOWNSTREAM_OPTIONS[task])
+            for task in self.tasks or ()
+            if task in DOWNSTREAM_OPTIONS
         }
-        found["teachers"] = {name: _digest(source) for name, source in self.teachers.items()}
-        return {key: list(v) if isinstance(v, tuple) else v for key, v in found.items()}
+        record["teachers"] = {name: _digest(source) for name, source in self.teachers.items()}
+        return {key: list(v) if isinstance(v, tuple) else v for key, v in record.items()}
 
 
 def _digest(source: str) -> str:
-    """Of what a source holds; a tiny teacher keeps its name, as its random twin has its file."""
+    """Digest of a teacher's file, or the source itself if it is no file.
+
+    A tiny teacher's name is part of the digest: its random initialisation has the same file.
+    """
     if source in zoo.NAMES:
         return f"{source} {file_digest(zoo.checkpoint_path(source))}"
     return file_digest(Path(source)) if Path(source).is_file() else source
 
 
 def file_digest(path: Path) -> str:
-    """The start of its SHA-256: enough to see that a file is another one."""
+    """First 16 hexadecimal digits of the SHA-256 of a file."""
     return file_sha256(path)[:16]
 
 
-def resolved(setting: Setting) -> Setting:
-    """Sources that are files get whole paths: the runs start in another folder.
+def with_absolute_paths(setting: StudySetting) -> StudySetting:
+    """Make the paths of teachers absolute, since the runs start in another folder.
 
     Raises:
-        SetupError: one looks like a file and is not there.
+        SetupError: no such file.
     """
-    found = {}
+    teachers = {}
     for name, source in setting.teachers.items():
         if ("/" in source or Path(source).is_file()) and "://" not in source:
             if not Path(source).exists():
-                raise SetupError(f"--teacher {name}: there is no such file: {source}")
+                raise SetupError(f"--teacher {name}: no such file: {source}")
             source = os.path.abspath(source)
-        found[name] = source
-    return replace(setting, teachers=found)
+        teachers[name] = source
+    return replace(setting, teachers=teachers)
 
 
 @dataclass(frozen=True)
-class Row:
-    """Students that differ in nothing but the seed: a row of the table."""
+class StudyRow:
+    """A row of the table: students that differ only in the seed."""
 
     size: str
-    learned_from: str  # a teacher's name, the aggregation over all of them, or none
+    learned_from: str  # a teacher, an aggregation over all teachers, or none
 
     @property
     def name(self) -> str:
@@ -167,79 +182,79 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Student:
-    """One distillation; of the control, the student before it."""
+class StudyStudent:
+    """One student: a row and a seed."""
 
-    row: Row
+    row: StudyRow
     seed: int
 
     @property
     def name(self) -> str:
-        """Of its folder, its file, and its upstream."""
+        """Name of the student's run folder, file and upstream."""
         return f"{self.row.name}-seed{self.seed}"
 
 
-def rows(setting: Setting) -> Iterator[Row]:
-    """Size after size: no teacher, each single teacher, all of them under each aggregation."""
+def rows(setting: StudySetting) -> Iterator[StudyRow]:
+    """Rows of each size: no teacher, each single teacher, all teachers under each aggregation."""
     for size in setting.sizes:
-        for learned_from in (NONE, *setting.teachers, *ENSEMBLE):
-            yield Row(size, learned_from)
+        for learned_from in (NONE, *setting.teachers, *ENSEMBLES):
+            yield StudyRow(size, learned_from)
 
 
-def students(setting: Setting) -> list[Student]:
-    """Seed after seed, so that a study that is cut has whole comparisons."""
-    return [Student(row, seed) for seed in setting.seeds for row in rows(setting)]
+def students(setting: StudySetting) -> list[StudyStudent]:
+    """All students, sorted by seed, so that a study that is stopped has complete comparisons."""
+    return [StudyStudent(row, seed) for seed in setting.seeds for row in rows(setting)]
 
 
-def model_config(setting: Setting, row: Row) -> dict[str, Any]:
-    """What ``run_pretrain.py -g`` reads.
+def model_config(setting: StudySetting, row: StudyRow) -> dict[str, Any]:
+    """The model config of a row (``run_pretrain.py -g``).
 
-    First weights are random or those of one teacher for all rows, also for students that do not
-    learn from it: it is named with weight 0 then. So rows differ in their targets alone. The
-    control, too, needs a teacher to be named.
+    All rows have the same initial weights, random or from one teacher, so they differ only in their
+    targets. For rows that are not distilled from that teacher, it is listed with weight 0. The
+    control is listed with a teacher, too, since a config needs one.
     """
-    ensemble = row.learned_from in ENSEMBLE
-    learned = set(setting.teachers) if ensemble else {row.learned_from}
+    ensemble = row.learned_from in ENSEMBLES
+    target_teachers = set(setting.teachers) if ensemble else {row.learned_from}
     if row.learned_from == NONE:
-        learned = {setting.init or next(iter(setting.teachers))}
+        target_teachers = {setting.init or next(iter(setting.teachers))}
     teachers = {
         name: {"model": source, "layers": list(setting.layers)}
-        | ({} if name in learned else {"weight": 0.0})
+        | ({} if name in target_teachers else {"weight": 0.0})
         for name, source in setting.teachers.items()
-        if name in learned or name == setting.init
+        if name in target_teachers or name == setting.init
     }
     return {
         "teachers": teachers,
         "aggregation": row.learned_from if ensemble else "separate",
-        "student": setting.sizes[row.size].student(begun=setting.init is not None),
+        "student": setting.sizes[row.size].student(from_teacher=setting.init is not None),
         "init": {"teacher": setting.init},
         "loss": {"cosine_weight": 1.0},
     }
 
 
-def runner_config(setting: Setting, speech: Path, taught: bool = True) -> dict[str, Any]:
-    """What ``run_pretrain.py -c`` reads, the same for every student.
+def runner_config(setting: StudySetting, speech: Path, trained: bool = True) -> dict[str, Any]:
+    """The runner config (``run_pretrain.py -c``), the same for every student.
 
     Args:
         speech: the folder with the manifests.
-        taught: False for the control: a few steps of no length leave the weights what they are.
+        trained: False for the control: a few steps with learning rate 0 in float32.
     """
-    steps = setting.steps if taught else 4
-    every = max(1, steps // 4)
+    steps = setting.steps if trained else 4
+    interval = max(1, steps // 4)
     return {
         "runner": {
             "total_steps": steps,
             "gradient_clipping": 5.0,
             "gradient_accumulate_steps": 1,
-            "log_step": every,
-            "save_step": 2 * every if 2 * every < steps else 1,
+            "log_step": interval,
+            "save_step": 2 * interval if 2 * interval < steps else 1,
             "max_keep": 1,
             "n_epochs": -1,
             "fp16": False,
         },
         "optimizer": {
             "name": "AdamW_with_schedule",
-            "lr": float(setting.lr) if taught else NO_STEP,
+            "lr": float(setting.lr) if trained else ZERO_LR,
             "warmup_proportion": 0.1,
             "betas": [0.9, 0.98],
             "eps": 1e-6,

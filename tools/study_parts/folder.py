@@ -1,12 +1,12 @@
-"""The study's folder: what was asked, what is done, where everything lies.
+"""The study's folder: settings, finished jobs, paths.
 
-OUT/study.json               the setting and digests of the data; others are refused
-OUT/pretrain, downstream     of `s3prl-ekd init`
-OUT/data, configs, cache     corpora, model and runner configs, the teachers' targets
-OUT/done/PART.json           a finished part, with its seconds
-OUT/logs/PART.txt            all that a part has said
-OUT/students/NAME.pt         the students
-OUT/result/pretrain, superb  the runs
+OUT/study.json               settings and digests of the data, checked at each start
+OUT/pretrain, downstream     written by `s3prl-ekd init`
+OUT/data, configs, cache     corpora, model and runner configs, cached teacher targets
+OUT/done/JOB.json            a finished job, with its seconds
+OUT/logs/JOB.txt             output of a job
+OUT/students/NAME.pt         student files
+OUT/result/pretrain, superb  run folders
 """
 
 from __future__ import annotations
@@ -24,23 +24,19 @@ from s3prl_ekd.files.formats import check_format_version
 from s3prl_ekd.files.text import read_json
 from s3prl_ekd.superb.plan import noise_digest
 
-from .design import Setting, file_digest, model_config, rows, runner_config
+from .design import StudySetting, file_digest, model_config, rows, runner_config
 
 
 @dataclass(frozen=True)
-class Spent:
-    """Seconds of a finished part: by the clock, and of processors."""
+class TimeSpent:
+    """Wall-clock and CPU seconds of a finished job."""
 
     seconds: float
     cpu: float
 
 
-class Folder:
-    """Paths of a study, and its short records.
-
-    Args:
-        root: the folder.
-    """
+class StudyFolder:
+    """Paths and records in the folder ``root`` of a study."""
 
     def __init__(self, root: Path):
         self.root = root.absolute()
@@ -49,84 +45,84 @@ class Folder:
     def superb(self) -> Path:
         return self.root / "result/superb"
 
-    def student(self, name: str) -> Path:
+    def student_path(self, name: str) -> Path:
         return self.root / "students" / f"{name}.pt"
 
-    def log(self, part: str) -> Path:
-        return self.root / "logs" / f"{part}.txt"
+    def log_path(self, job: str) -> Path:
+        return self.root / "logs" / f"{job}.txt"
 
-    def spent(self, part: str) -> Spent | None:
-        """What a part took; None where it is not finished."""
-        path = self.root / "done" / f"{part}.json"
+    def time_spent(self, job: str) -> TimeSpent | None:
+        """Time of a job; None if it is not finished."""
+        path = self.root / "done" / f"{job}.json"
         if not path.is_file():
             return None
         try:
-            found = read_json(path, "record", SetupError)
-            return Spent(float(found["seconds"]), float(found["cpu"]))
+            record = read_json(path, "record", SetupError)
+            return TimeSpent(float(record["seconds"]), float(record["cpu"]))
         except (KeyError, TypeError, ValueError):
-            raise SetupError(f"{path} is damaged; remove it to run the part again") from None
+            raise SetupError(f"{path} is damaged; delete it to run the job again") from None
 
-    def finish(self, part: str, spent: Spent) -> None:
-        """Say that a part is finished."""
-        write_json(self.root / "done" / f"{part}.json", vars(spent))
+    def mark_done(self, job: str, spent: TimeSpent) -> None:
+        """Record that a job is finished."""
+        write_json(self.root / "done" / f"{job}.json", vars(spent))
 
-    def begin(self, setting: Setting, speech: Path, inputs: dict[str, str]) -> None:
-        """Write the configs, and ``study.json`` where there is none; where there is, compare first.
+    def start(self, setting: StudySetting, speech: Path, inputs: dict[str, str]) -> None:
+        """Start or resume a study: compare with ``study.json`` if there is one; write the configs.
 
-        Call it with the folder's lock. ``study.json`` comes last, so a start that was killed
-        before is begun anew. The configs are written at each start: corpus and teachers may have
-        moved, and only what is in them counts.
+        Needs the folder's lock. ``study.json`` is written last, so a start that is killed before
+        can be repeated with other settings. The configs are written at each start, since the paths
+        of corpus and teachers may have changed; only their contents are compared.
 
         Args:
             speech: the folder with the manifests.
-            inputs: of :func:`inputs_of`.
+            inputs: from :func:`input_digests`.
 
         Raises:
-            ConfigError: the study was begun with another setting or other data.
-            SetupError: the folder cannot be written to.
+            ConfigError: the study was started with other settings or data.
+            SetupError: cannot write to the folder.
         """
-        begun = self.begun
-        if begun:
-            self.compare(setting, inputs)
+        resumed = self.exists
+        if resumed:
+            self.check_unchanged(setting, inputs)
         try:
             for name in ("configs", "done", "logs", "students"):
                 (self.root / name).mkdir(parents=True, exist_ok=True)
             for row in rows(setting):
                 self._yaml(row.name, model_config(setting, row))
             self._yaml("runner", runner_config(setting, speech))
-            self._yaml("start", runner_config(setting, speech, taught=False))
-            if not begun:
-                write_json(self._study, {"setting": setting.plain(), "inputs": inputs})
+            self._yaml("start", runner_config(setting, speech, trained=False))
+            if not resumed:
+                write_json(self._study, {"setting": setting.as_json(), "inputs": inputs})
         except OSError as error:
-            raise SetupError(f"{self.root} cannot be written to: {error.strerror}") from None
+            raise SetupError(f"cannot write to {self.root}: {error.strerror}") from None
 
     @property
     def _study(self) -> Path:
         return self.root / "study.json"
 
     @property
-    def begun(self) -> bool:
-        """Whether a study is there."""
+    def exists(self) -> bool:
+        """Whether the folder has a study."""
         return self._study.is_file()
 
-    def compare(self, setting: Setting, inputs: dict[str, str] | None = None) -> None:
-        """Refuse what the study that is there was not begun with. None: do not compare the data.
+    def check_unchanged(self, setting: StudySetting, inputs: dict[str, str] | None = None) -> None:
+        """Check that settings and data are those of ``study.json``; None: the settings only.
 
         Raises:
-            ConfigError: naming what differs.
+            ConfigError: with the keys that differ.
         """
-        from teacher_zoo.recipe import differences
+        from teacher_zoo.recipe import changed_keys
 
         before = read_json(self._study, "setting", ConfigError)
-        check_format_version(before.get("version", 1), 1, f"the study {self._study}", ConfigError)
-        now = json.loads(json.dumps(setting.plain()))
-        changed = differences(before.get("setting", {}), now)
+        refuse_newer(before.get("version", 1), 1, f"the study {self._study}", ConfigError)
+        now = json.loads(json.dumps(setting.as_json()))
+        changed = changed_keys(before.get("setting", {}), now)
         if inputs is not None:
-            changed += differences(before.get("inputs", {}), inputs)
+            changed += changed_keys(before.get("inputs", {}), inputs)
         if changed:
             raise ConfigError(
-                f"{self.root} was begun with other settings or data: {', '.join(changed)}; give "
-                "the same ones to go on, or another folder with -o"
+                f"{self.root}: the settings or data have changed: {', '.join(changed)}; use the "
+                "same ones to resume, or another folder with -o"
             )
 
     def _yaml(self, name: str, contents: dict[str, Any]) -> None:
@@ -134,26 +130,26 @@ class Folder:
             file.write(yaml.safe_dump(contents, sort_keys=False).encode())
 
 
-def inputs_of(setting: Setting, speech: Path, noise: Path) -> dict[str, str]:
-    """Digests of the manifests, the lexicon, and the noises' names and sizes.
+def input_digests(setting: StudySetting, speech: Path, noise: Path) -> dict[str, str]:
+    """Digests of the manifests, of the lexicon, and of the noises' names and sizes.
 
     Raises:
-        DataError: there are no noises.
-        SetupError: one of them cannot be read.
+        DataError: the noise folder has no audio.
+        SetupError: cannot read a file.
     """
     names = [f"{name}.tsv" for name in ("unlabeled", *setting.tasks)]
     names += ["lexicon.txt"] if "pr" in setting.tasks else []
     try:
-        found = {name: file_digest(speech / name) for name in names}
-        # the folder's name stands in the name of the condition
+        digests = {name: file_digest(speech / name) for name in names}
+        # the name of the test condition contains the folder's name
         noises = f"{noise.name} {noise_digest(str(noise))}"
     except OSError as error:
-        raise SetupError(f"{error.filename} cannot be read: {error.strerror}") from None
-    return found | {"noise": noises}
+        raise SetupError(f"cannot read {error.filename}: {error.strerror}") from None
+    return digests | {"noise": noises}
 
 
 def write_json(path: Path, contents: Any) -> None:
-    """Whole or not at all."""
+    """Write a JSON file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as file:
         file.write((json.dumps(contents, indent=1) + "\n").encode())

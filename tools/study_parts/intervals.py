@@ -1,12 +1,12 @@
-"""Means over seeds and their differences, with intervals over seeds and test utterances.
+"""Means over seeds and their differences, with confidence intervals over seeds and utterances.
 
-Two things would come out otherwise in a study made anew: the test utterances, and the seeds. The
-first part of the variance is that of the mean over the seeds under a bootstrap of the utterances,
-drawn alike for all rows. The second is the variance between seeds, measured on the same utterances,
-over their number. A bootstrap over three seeds would make that a third too small and know only ten
-means, so instead the two are added and met with Student's t, whose degrees of freedom are
-Satterthwaite's (1946): 2 where the seeds decide, infinite where the utterances do. What a seed does
-to single utterances is in both parts, which makes the intervals a little too wide.
+The variance is the sum of two parts. The first is the variance of the mean over the seeds under a
+bootstrap of the test utterances, with the same resamples for all rows. The second is the variance
+between seeds, on the same utterances, divided by their number. (A bootstrap over three seeds would
+make the second a third too small and have only ten distinct means.) The interval is Student's t
+with Satterthwaite's (1946) degrees of freedom: 2 for three seeds if the seeds dominate, infinite if
+the utterances do. Variation of a seed on single utterances is in both parts, so the intervals are a
+little too wide.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ LEVEL = 0.95
 
 
 @dataclass(frozen=True, eq=False)
-class Draws:
-    """A cell in per cent: ``by_seed`` is ``[seed]``, ``resampled`` is ``[seed, resample]``."""
+class BootstrapRates:
+    """Rates of a cell in per cent: ``by_seed [seed]``, ``resampled [seed, resample]``."""
 
     cell: Cell
     by_seed: np.ndarray
@@ -39,8 +39,8 @@ class Estimate:
     """A mean or a difference with its 95 % interval.
 
     Attributes:
-        by_seed: what it is the mean of.
-        over_seeds: whether the interval covers other seeds, too; one seed cannot tell.
+        by_seed: the values of the seeds; ``value`` is their mean.
+        over_seeds: whether the interval includes the variation between seeds; False for one seed.
     """
 
     value: float
@@ -50,54 +50,67 @@ class Estimate:
     over_seeds: bool
 
     @property
-    def clear(self) -> bool:
-        """Whether the interval of a difference leaves 0 out."""
+    def excludes_zero(self) -> bool:
+        """Whether the interval of a difference excludes 0; False for one seed."""
         return self.over_seeds and (self.low > 0 or self.high < 0)
 
 
-def draw(cell: Cell, resamples: int = RESAMPLES) -> Draws:
-    """Rates of a cell, and on each resample; of several folds the mean, each drawn by itself."""
+def bootstrap(cell: Cell, resamples: int = RESAMPLES) -> BootstrapRates:
+    """Compute a cell's rates on all utterances and on each resample.
+
+    Folds are resampled independently; the rate is the mean over the folds.
+    """
     rates = np.mean([100 * f.errors.sum(1) / f.lengths.sum() for f in cell.folds], axis=0)
-    drawn = np.mean(
+    resampled = np.mean(
         [resampled_rates(f.errors, f.lengths, f.names, resamples) for f in cell.folds], axis=0
     )
     if cell.metric.higher:
-        rates, drawn = 100 - rates, 100 - drawn
-    return Draws(cell, rates, drawn)
+        rates, resampled = 100 - rates, 100 - resampled
+    return BootstrapRates(cell, rates, resampled)
 
 
-def mean(draws: Draws) -> Estimate:
-    """The mean over the seeds; the interval stays between 0 and, for accuracies, 100."""
-    low, high, over = _interval(draws.by_seed, draws.resampled.mean(0))
-    high = min(high, 100.0) if draws.cell.metric.higher else high
-    return Estimate(draws.by_seed.mean().item(), max(0.0, low), high, _plain(draws.by_seed), over)
+def mean_estimate(rates: BootstrapRates) -> Estimate:
+    """Mean over the seeds; the interval is clipped at 0 and, for accuracies, at 100."""
+    by_seed = rates.by_seed
+    low, high, over_seeds = _interval(by_seed, rates.resampled.mean(0))
+    high = min(high, 100.0) if rates.cell.metric.higher else high
+    return Estimate(by_seed.mean().item(), max(0.0, low), high, _floats(by_seed), over_seeds)
 
 
-def difference(one: Draws, other: Draws) -> Estimate | None:
-    """``one`` less ``other``, paired by seed and by utterance; None where nothing is shared."""
-    shared = [seed for seed in one.cell.seeds if seed in other.cell.seeds]
-    if one.cell.test_set != other.cell.test_set or not shared:
+def paired_difference(a: BootstrapRates, b: BootstrapRates) -> Estimate | None:
+    """``a`` less ``b``, paired by seed and utterance.
+
+    Returns:
+        None if they have no common seed or different test utterances.
+    """
+    common = [seed for seed in a.cell.seeds if seed in b.cell.seeds]
+    if a.cell.test_set != b.cell.test_set or not common:
         return None
-    a = [one.cell.seeds.index(seed) for seed in shared]
-    b = [other.cell.seeds.index(seed) for seed in shared]
-    by_seed = one.by_seed[a] - other.by_seed[b]
-    drawn = (one.resampled[a] - other.resampled[b]).mean(0)
-    low, high, over = _interval(by_seed, drawn)
-    return Estimate(by_seed.mean().item(), low, high, _plain(by_seed), over)
+    a_rows = [a.cell.seeds.index(seed) for seed in common]
+    b_rows = [b.cell.seeds.index(seed) for seed in common]
+    by_seed = a.by_seed[a_rows] - b.by_seed[b_rows]
+    resampled = (a.resampled[a_rows] - b.resampled[b_rows]).mean(0)
+    low, high, over_seeds = _interval(by_seed, resampled)
+    return Estimate(by_seed.mean().item(), low, high, _floats(by_seed), over_seeds)
 
 
-def _interval(by_seed: np.ndarray, drawn: np.ndarray) -> tuple[float, float, bool]:
-    """Bounds, and whether they cover other seeds. ``drawn``: the mean on each resample."""
+def _interval(by_seed: np.ndarray, resampled: np.ndarray) -> tuple[float, float, bool]:
+    """Return (low, high, whether they include the variation between seeds).
+
+    Args:
+        by_seed: ``[seed]``.
+        resampled: mean over the seeds, ``[resample]``.
+    """
     value, count = by_seed.mean(), len(by_seed)
-    total, freedom = drawn.var(ddof=1), math.inf
+    variance, freedom = resampled.var(ddof=1), math.inf
     if count > 1:
-        of_seeds = by_seed.var(ddof=1) / count
-        total += of_seeds
-        if of_seeds > 0:
-            freedom = (count - 1) * (total / of_seeds) ** 2
-    margin = student_t.ppf((1 + LEVEL) / 2, freedom) * math.sqrt(total)
+        seed_variance = by_seed.var(ddof=1) / count
+        variance += seed_variance
+        if seed_variance > 0:
+            freedom = (count - 1) * (variance / seed_variance) ** 2
+    margin = student_t.ppf((1 + LEVEL) / 2, freedom) * math.sqrt(variance)
     return float(value - margin), float(value + margin), count > 1
 
 
-def _plain(values: np.ndarray) -> tuple[float, ...]:
+def _floats(values: np.ndarray) -> tuple[float, ...]:
     return tuple(float(value) for value in values)

@@ -1,4 +1,4 @@
-"""Two plots: every mean with its interval, and the differences that the question asks for."""
+"""Plots of the means and of the differences, with their intervals."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import BinaryIO
 from s3prl_ekd.superb.report_plots import COLOURS, LINES, MARKERS, add_legend, error_bar, new_figure
 
 from .compare import Comparison, Study
-from .design import CLEAN, ENSEMBLE, NONE, Row
+from .design import CLEAN, ENSEMBLES, NONE, StudyRow
 
 ABOUT = {
     "study.png": "means over the seeds with 95 % intervals",
@@ -17,19 +17,22 @@ ABOUT = {
 
 
 def plots(study: Study) -> dict[str, Callable[[BinaryIO], None]]:
-    """File name -> what draws it, where there is something to draw."""
-    found: dict[str, Callable[[BinaryIO], None]] = {}
+    """File name -> function that draws the plot, for plots that have data."""
+    functions: dict[str, Callable[[BinaryIO], None]] = {}
     if study.means:
-        found["study.png"] = lambda file: plot_means(study, file)
+        functions["study.png"] = lambda file: plot_means(study, file)
     if study.comparisons:
-        found["study.differences.png"] = lambda file: plot_differences(study, file)
-    return found
+        functions["study.differences.png"] = lambda file: plot_differences(study, file)
+    return functions
 
 
 def plot_means(study: Study, file: BinaryIO) -> None:
-    """A row of panels a condition, a panel a metric; x: what was learned from; colour: size."""
-    sources = [NONE, *study.setting.teachers, *ENSEMBLE]
-    conditions, metrics = study.found.conditions, study.metrics
+    """Plot the means: a row of panels for each condition, a column for each metric.
+
+    The x axis is the source (single teacher, aggregation or none); the colour is the size.
+    """
+    sources = [NONE, *study.setting.teachers, *ENSEMBLES]
+    conditions, metrics = study.results.conditions, study.metrics
     figure = new_figure(2.6 * len(metrics) + 1.4, 2.9 * len(conditions))
     axes = figure.subplots(len(conditions), len(metrics), squeeze=False)
     handles: dict[str, object] = {}
@@ -38,14 +41,14 @@ def plot_means(study: Study, file: BinaryIO) -> None:
             for i, size in enumerate(study.setting.sizes):
                 shift = 0.16 * (i - (len(study.setting.sizes) - 1) / 2)
                 for x, source in enumerate(sources):
-                    e = study.means.get((Row(size, source).name, metric.key, condition))
+                    e = study.means.get((StudyRow(size, source).name, metric.key, condition))
                     if e is None:
                         continue
                     bars = error_bar(e.value, e.low, e.high)
                     handles[f"size {size}"] = axis.errorbar(
-                        x + shift, e.value, bars, **_look(i), markersize=5, capsize=2, linewidth=1,
+                        x + shift, e.value, bars, **_style(i), markersize=5, capsize=2, linewidth=1,
                     )  # fmt: skip
-            for i, name in enumerate(study.found.references):
+            for i, name in enumerate(study.results.references):
                 e = study.means.get((name, metric.key, condition))
                 if e is not None:
                     handles[name] = axis.axhline(
@@ -63,8 +66,11 @@ def plot_means(study: Study, file: BinaryIO) -> None:
 
 
 def plot_differences(study: Study, file: BinaryIO) -> None:
-    """A panel a metric, a line a difference; filled where the interval leaves 0 out."""
-    metrics, conditions = study.metrics, study.found.conditions
+    """Plot the differences: a panel for each metric, a line for each difference.
+
+    Markers are filled if the interval excludes 0.
+    """
+    metrics, conditions = study.metrics, study.results.conditions
     pairs = list(dict.fromkeys(map(_pair, study.comparisons)))
     figure = new_figure(2.3 * len(metrics) + 2.2, 0.36 * len(pairs) + 1.5)
     axes = figure.subplots(1, len(metrics), sharey=True, squeeze=False)[0]
@@ -78,8 +84,8 @@ def plot_differences(study: Study, file: BinaryIO) -> None:
             e = c.estimate
             bars = error_bar(e.value, e.low, e.high)
             handles[_short(c.condition)] = axis.errorbar(
-                e.value, y, xerr=bars, **_look(i), capsize=2, linewidth=1, markersize=4,
-                markerfacecolor=_look(i)["color"] if e.clear else "white",
+                e.value, y, xerr=bars, **_style(i), capsize=2, linewidth=1, markersize=4,
+                markerfacecolor=_style(i)["color"] if e.excludes_zero else "white",
             )  # fmt: skip
         axis.axvline(0, color="black", linewidth=0.8)
         better = "right" if metric.higher else "left"
@@ -93,11 +99,11 @@ def plot_differences(study: Study, file: BinaryIO) -> None:
 
 
 def _pair(c: Comparison) -> str:
-    return f"{c.size}: {c.difference}"
+    return f"{c.size}: {c.label}"
 
 
-def _look(number: int) -> dict[str, str]:
-    """Marker and colour of the sizes, or conditions, in turn."""
+def _style(number: int) -> dict[str, str]:
+    """Marker and colour of a size or condition."""
     return {"fmt": MARKERS[number % len(MARKERS)], "color": COLOURS[number % len(COLOURS)]}
 
 

@@ -1,4 +1,4 @@
-"""Which results for reference were not run like the students, so that nobody compares them."""
+"""Find references that were run with other settings than the students, to flag them."""
 
 from __future__ import annotations
 
@@ -10,50 +10,50 @@ from s3prl_ekd.superb.results import FinishedRun
 
 from .cells import Cell
 
-FACTS = {"features_alone": "features", "steps": "steps", "recipe": "recipe"}
+COMPARED = {"features_alone": "features", "steps": "steps", "recipe": "recipe"}
 
 
-def differing(
+def reference_differences(
     names: Iterable[str],
-    of_students: Sequence[FinishedRun],
-    grouped: Mapping[tuple[str, str], Mapping[int, list[FinishedRun]]],
+    student_runs: Sequence[Run],
+    grouped: Mapping[tuple[str, str], Mapping[int, list[Run]]],
     cells: Mapping[tuple[str, str, str], Cell],
 ) -> dict[str, tuple[str, ...]]:
-    """``name/task`` of references -> what differs: features, steps, recipe, probe, test set.
+    """Map ``name/task`` of references to what differs: features, steps, recipe, probe, test set.
 
-    The learning rate does not count: a reference's was chosen on dev.
+    The learning rate is not compared: that of a reference was chosen on dev.
 
     Args:
         names: of the references.
-        of_students: all runs of the students, which are alike within a task.
+        student_runs: all runs of the students, which have the same settings within a task.
         grouped: (row, task) -> seed -> runs, of references and students.
         cells: (row, metric's key, condition) -> cell, of both.
     """
-    students = {run.task: run for run in of_students}
+    students = {run.task: run for run in student_runs}
     rows = {row for row, _ in grouped} - set(names)
-    found = {}
+    differences = {}
     for (name, task), seeds in grouped.items():
         if name in rows or task not in students:
             continue
-        runs, ours = [run for runs in seeds.values() for run in runs], students[task]
-        what = [
-            word
-            for key, word in FACTS.items()
-            if any(getattr(run, key) != getattr(ours, key) for run in runs)
+        runs, student = [run for runs in seeds.values() for run in runs], students[task]
+        differing = [
+            label
+            for key, label in COMPARED.items()
+            if any(getattr(run, key) != getattr(student, key) for run in runs)
         ]
-        if any(None not in (a := _probe(run), b := _probe(ours)) and a != b for run in runs):
-            what.append("probe")
+        if any(None not in (a := _probe(run), b := _probe(student)) and a != b for run in runs):
+            differing.append("probe")
         if _other_test_set(name, task, rows, cells):
-            what.append("test set")
-        if what:
-            found[f"{name}/{task}"] = tuple(what)
-    return found
+            differing.append("test set")
+        if differing:
+            differences[f"{name}/{task}"] = tuple(differing)
+    return differences
 
 
-def _probe(run: FinishedRun) -> Any:
-    """The downstream model, of the config that s3prl keeps; None where there is none."""
-    kept = sorted(run.folder.glob("config_*.yaml"))
-    expert = read_yaml(kept[-1]).get("downstream_expert", {}) if kept else {}
+def _probe(run: Run) -> Any:
+    """The downstream model in the config that s3prl saved; None without such a file."""
+    configs = sorted(run.folder.glob("config_*.yaml"))
+    expert = read_yaml(configs[-1]).get("downstream_expert", {}) if configs else {}
     return expert.get("model", expert.get("modelrc"))
 
 

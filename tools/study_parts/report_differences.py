@@ -1,4 +1,4 @@
-"""The report's part that answers the question: differences, and which of them are clear."""
+"""Section of the report on differences, and which of their intervals exclude 0."""
 
 from __future__ import annotations
 
@@ -10,61 +10,62 @@ from .cells import METRICS, Metric
 from .compare import Comparison, Study
 from .design import NONE, rows
 from .intervals import LEVEL
-from .words import shown, title
+from .words import condition_heading, format_estimate
 
 CER = next(metric for metric in METRICS if metric.characters)
 
 
 def differences(study: Study) -> Iterator[str]:
-    """Markdown, piece by piece: tables by condition, then a sentence for what is told apart."""
+    """Yield Markdown: a table for each condition, then a sentence for each clear difference."""
     for metric in study.metrics:
         if _saturated(study, metric):
             yield (
-                f"{metric.title[:-2]}: every student has 98 % errors or more, so this column tells "
-                "nothing about them.\n"
+                f"{metric.title[:-2]}: every student has 98 % errors or more, so this column does "
+                "not distinguish them.\n"
             )
     if not study.comparisons:
         return
     yield "## Differences\n"
     yield (
-        "In points of the metric, paired by seed and utterance. The best single teacher is the one "
-        f"whose students are best on dev, clean, over the seeds{_best(study)}. The intervals take "
-        "this choice as given, and part of its lead may be luck of these seeds, which it brings "
-        "to the test set, too: that speaks against the ensembles.\n"
+        "In percentage points, paired by seed and utterance. The best single teacher is the one "
+        f"whose students have the best mean on clean dev over the seeds{_best(study)}. The "
+        "intervals take this choice as given. Part of its lead may be luck of these seeds, which "
+        "carries over to the test set: this biases the comparison against the ensembles.\n"
     )
     if CER in study.metrics:
-        yield "ASR is chosen by dev WER, so its CER takes the same choice.\n"
+        yield "For ASR the best single teacher is chosen by dev WER, also in the column CER.\n"
     ties = [
-        f"{task.upper()} at {size}: single teachers tie on dev, none is best."
+        f"{task.upper()} at {size}: the single teachers tie on dev, so none is best."
         for (size, task), name in study.best.items()
         if name is None
     ]
     if ties:
         yield " ".join(ties) + "\n"
-    for condition in study.found.conditions:
-        chosen = [c for c in study.comparisons if c.condition == condition]
-        yield f"{title(condition)}:\n"
-        yield markdown_table(list(_difference_table(study, chosen))) + "\n"
+    for condition in study.results.conditions:
+        comparisons = [c for c in study.comparisons if c.condition == condition]
+        yield f"{condition_heading(condition)}:\n"
+        yield markdown(list(_difference_table(study, comparisons))) + "\n"
     over_seeds = [c for c in study.comparisons if c.estimate.over_seeds]
     count, total = len(over_seeds), len(study.comparisons)
     if count < total:
         yield (
-            f"†: of one seed alone, {total - count} of {total}; what a seed does is not in these "
-            "intervals, so they tell nothing apart and are not counted.\n"
+            f"†: one seed only, {total - count} of {total}; these intervals lack the variation "
+            "between seeds, so they show no difference and are not counted.\n"
         )
-    yield from _clear("Among those who learned", [c for c in over_seeds if not c.control])
-    yield from _clear("Against no teacher", [c for c in over_seeds if c.control])
+    yield from _clear("Among distilled students", [c for c in over_seeds if not c.is_control])
+    yield from _clear("Against no distillation", [c for c in over_seeds if c.is_control])
 
 
-def _clear(what: str, asked: list[Comparison]) -> Iterator[str]:
-    """How many of the intervals that ask one question leave 0 out, and which."""
-    if not asked:
+def _clear(heading: str, comparisons: list[Comparison]) -> Iterator[str]:
+    """Yield the number of intervals that exclude 0, and a sentence for each of them."""
+    if not comparisons:
         return
-    clear = [c for c in asked if c.estimate.clear]
+    clear = [c for c in comparisons if c.estimate.excludes_zero]
     yield (
-        f"{what}, {len(clear)} of {len(asked)} intervals leave 0 out; if nothing differed, about "
-        f"{(1 - LEVEL) * len(asked):.1f} would by chance. They are not independent and not "
-        f"corrected for their number.{'' if clear else ' So nothing here is told apart.'}\n"
+        f"{heading}, {len(clear)} of {len(comparisons)} intervals exclude 0; without any true "
+        f"difference, about {(1 - LEVEL) * len(comparisons):.1f} would by chance. They are not "
+        "independent and not corrected for multiple comparisons."
+        f"{'' if clear else ' So no difference is shown here.'}\n"
     )
     for comparison in clear:
         yield f"- {sentence(comparison)}"
@@ -73,39 +74,41 @@ def _clear(what: str, asked: list[Comparison]) -> Iterator[str]:
 
 
 def _best(study: Study) -> str:
-    named = [f"{t.upper()} at {size}: {name}" for (size, t), name in study.best.items() if name]
-    return f" ({'; '.join(named)})" if named else ""
+    best = [f"{t.upper()} at {size}: {name}" for (size, t), name in study.best.items() if name]
+    return f" ({'; '.join(best)})" if best else ""
 
 
 def _saturated(study: Study, metric: Metric) -> bool:
     values = [
         study.means[row.name, metric.key, condition].value
         for row in rows(study.setting)
-        for condition in study.found.conditions
+        for condition in study.results.conditions
         if (row.name, metric.key, condition) in study.means
     ]
     return bool(values) and not metric.higher and min(values) >= 98
 
 
-def _difference_table(study: Study, chosen: list[Comparison]) -> Iterator[list[str]]:
+def _difference_table(study: Study, comparisons: list[Comparison]) -> Iterator[list[str]]:
     yield ["size", "difference", *(metric.title for metric in study.metrics)]
     lines: dict[tuple[str, str], dict[str, str]] = {}
-    for c in chosen:
-        cells = lines.setdefault((c.size, c.difference), {})
-        cells[c.metric.key] = shown(c.estimate, sign=True) + "†" * (not c.estimate.over_seeds)
-    for (size, what), cells in lines.items():
-        yield [size, what, *(cells.get(metric.key, "–") for metric in study.metrics)]
+    for c in comparisons:
+        cells = lines.setdefault((c.size, c.label), {})
+        cells[c.metric.key] = format_estimate(c.estimate, sign=True) + "†" * (
+            not c.estimate.over_seeds
+        )
+    for (size, label), cells in lines.items():
+        yield [size, label, *(cells.get(metric.key, "–") for metric in study.metrics)]
 
 
 def sentence(c: Comparison) -> str:
-    """One comparison in words."""
-    other = f"the best single teacher ({c.other})" if c.best_single else c.other
-    other = "no teacher" if other == NONE else other
+    """Describe a comparison in a sentence."""
+    baseline = f"the best single teacher ({c.baseline})" if c.is_best_single else c.baseline
+    baseline = "no distillation" if baseline == NONE else baseline
     low, high = sorted((abs(c.estimate.low), abs(c.estimate.high)))
-    condition = title(c.condition)
+    condition = condition_heading(c.condition)
     condition = condition[:1].lower() + condition[1:]
-    verb = "beats" if c.better else "is behind"
+    verb = "is better than" if c.improves else "is worse than"
     return (
-        f"{c.metric.title[:-2]}, {condition}, size {c.size}: {c.one} {verb} "
-        f"{other} by {abs(c.estimate.value):.1f} [{low:.1f}, {high:.1f}] points."
+        f"{c.metric.title[:-2]}, {condition}, size {c.size}: {c.row} {verb} "
+        f"{baseline} by {abs(c.estimate.value):.1f} [{low:.1f}, {high:.1f}] points."
     )

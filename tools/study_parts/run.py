@@ -1,4 +1,4 @@
-"""Run what is not finished, some parts at a time, with a bar and an estimate of the time left."""
+"""Run the unfinished jobs in parallel, with a progress bar and an estimate of the time left."""
 
 from __future__ import annotations
 
@@ -9,51 +9,51 @@ from dataclasses import dataclass, field, replace
 
 from tqdm import tqdm
 
-from .children import Child, check_none_left, end, note
-from .design import Setting
-from .folder import Folder
-from .parts import GUESS, Part, finished_runs, is_done
+from .children import JobProcess, check_no_leftovers, terminate, write_running
+from .design import StudySetting
+from .folder import StudyFolder
+from .parts import GUESSED_SECONDS, Job, finished_runs, is_done
 
-PAUSE = 0.2  # seconds between two looks at what runs
+POLL_SECONDS = 0.2  # seconds between two polls of the running jobs
 
 
 @dataclass
-class Outcome:
-    """How it ended.
+class StudyOutcome:
+    """Outcome of a start.
 
     Attributes:
-        failed: part -> why.
-        stopped: it was asked to stop before all was tried.
+        failed: job -> reason.
+        stopped: stopped before all jobs were started and had ended.
     """
 
     failed: dict[str, str] = field(default_factory=dict)
     stopped: bool = False
 
 
-def run_all(
-    parts: Sequence[Part],
-    setting: Setting,
-    folder: Folder,
-    jobs: int,
+def run_jobs(
+    jobs: Sequence[Job],
+    setting: StudySetting,
+    folder: StudyFolder,
+    parallel: int,
     stop: Callable[[], bool],
-    restrict: Callable[[Part, list], tuple[str, ...]],
-) -> Outcome:
-    """Run every part that is not done and whose needs have ended.
+    command_for: Callable[[list], tuple[str, ...]],
+) -> StudyOutcome:
+    """Run all unfinished jobs, each after the jobs that it needs.
 
     Args:
-        jobs: parts at a time.
-        stop: asked again and again; True ends what runs, which saves, and leaves.
-        restrict: the command of an evaluation over some of its students.
+        parallel: number of jobs to run in parallel.
+        stop: called repeatedly; once it is True, running jobs are terminated (they save).
+        command_for: command that evaluates the given students.
 
     Raises:
         SetupError: commands of an earlier, killed start are still running.
     """
     running_file = folder.root / "running.json"
-    check_none_left(running_file)
-    outcome, running = Outcome(), {}
-    waiting = [part for part in parts if not is_done(folder, part)]
-    ended = {part.name for part in parts} - {part.name for part in waiting}
-    progress = Progress(parts, setting, folder, jobs)
+    check_no_leftovers(running_file)
+    outcome, running = StudyOutcome(), {}
+    waiting = [job for job in jobs if not is_done(folder, job)]
+    ended = {job.name for job in jobs} - {job.name for job in waiting}
+    progress = ProgressBar(jobs, setting, folder, parallel)
     try:
         with progress:
             while waiting or running:
@@ -61,108 +61,110 @@ def run_all(
                     outcome.stopped = True
                     break
                 changed = False
-                for part in list(waiting):
-                    if not set(part.needs) <= ended:
+                for job in list(waiting):
+                    if not set(job.needs) <= ended:
                         continue
-                    alone = part.whole or any(other.whole for other in running)
-                    if len(running) >= jobs or (running and alone):
-                        break  # what comes first goes first
-                    waiting.remove(part)
+                    exclusive = job.exclusive or any(other.exclusive for other in running)
+                    if len(running) >= parallel or (running and exclusive):
+                        break  # start jobs in order
+                    waiting.remove(job)
                     changed = True
-                    reason = _begin(part, folder, running, outcome, restrict)
+                    reason = _begin(job, folder, running, outcome, command_for)
                     if reason:
-                        outcome.failed[part.name] = reason
-                        ended.add(part.name)
-                for part, child in list(running.items()):
+                        outcome.failed[job.name] = reason
+                        ended.add(job.name)
+                for job, child in list(running.items()):
                     code = child.poll()
                     if code is None:
                         continue
                     changed = True
-                    del running[part]
-                    ended.add(part.name)
+                    del running[job]
+                    ended.add(job.name)
                     if code:
-                        reason = f"{child.said} (see {child.log})"
-                        outcome.failed[part.name] = reason
-                        tqdm.write(f"failed: {part.name}: {reason}")
-                    elif part.name not in outcome.failed:
-                        folder.finish(part.name, child.spent)
+                        reason = f"{child.error_message} (see {child.log})"
+                        outcome.failed[job.name] = reason
+                        tqdm.write(f"failed: {job.name}: {reason}")
+                    elif job.name not in outcome.failed:
+                        folder.mark_done(job.name, child.spent)
                 if changed:
-                    note(list(running.values()), running_file)
+                    write_running(list(running.values()), running_file)
                 progress.show(running)
-                time.sleep(PAUSE)
+                time.sleep(POLL_SECONDS)
     finally:
-        end(list(running.values()))
+        terminate(list(running.values()))
         running_file.unlink(missing_ok=True)
     return outcome
 
 
-def _begin(part: Part, folder: Folder, running: dict, outcome: Outcome, restrict) -> str:
-    """Start a part; "" or the reason why not."""
-    lacking = [name for name in part.needs if name in outcome.failed]
-    if part.kind == "evaluate":
-        there = [s for s in part.of if folder.student(s.name).is_file()]
-        if not there or any(name.startswith(("prepare", "init")) for name in lacking):
-            return f"it needs {', '.join(lacking)}"
-        if len(there) < len(part.of):
-            outcome.failed[part.name] = f"without the students of {', '.join(lacking)}"
-            part = replace(part, commands=(restrict(part, there),))
-    elif lacking:
-        return f"it needs {', '.join(lacking)}"
-    running[part] = Child(part.commands, folder.root, folder.log(part.name))
+def _begin(job: Job, folder: StudyFolder, running: dict, outcome: StudyOutcome, command_for) -> str:
+    """Start a job; return "" or the reason why it cannot start."""
+    missing = [name for name in job.needs if name in outcome.failed]
+    if job.kind == "evaluate":
+        available = [s for s in job.students if folder.student_path(s.name).is_file()]
+        if not available or any(name.startswith(("prepare", "init")) for name in missing):
+            return f"needs failed jobs: {', '.join(missing)}"
+        if len(available) < len(job.students):
+            outcome.failed[job.name] = f"students are missing: {', '.join(missing)} failed"
+            job = replace(job, commands=(command_for(available),))
+    elif missing:
+        return f"needs failed jobs: {', '.join(missing)}"
+    running[job] = JobProcess(job.commands, folder.root, folder.log_path(job.name))
     return ""
 
 
-class Progress:
-    """A bar over students and downstream runs, with the time that is left.
+class ProgressBar:
+    """Progress bar over jobs and downstream runs, with the time left.
 
-    The estimate takes the mean of finished parts of a kind, and a guess before there is one.
+    The estimate is the mean of the finished jobs of a kind, or else :data:`GUESSED_SECONDS`.
     """
 
-    def __init__(self, parts: Sequence[Part], setting: Setting, folder: Folder, jobs: int):
-        self.parts, self.setting, self.folder, self.jobs = parts, setting, folder, jobs
-        self.total = sum(self._units(part) for part in parts)
-        self.looked = float("-inf")
-        self.bar = tqdm(total=self.total, unit=" parts", desc="study", dynamic_ncols=True)
+    def __init__(
+        self, jobs: Sequence[Job], setting: StudySetting, folder: StudyFolder, parallel: int
+    ):
+        self.jobs, self.setting, self.folder, self.parallel = jobs, setting, folder, parallel
+        self.total = sum(self._units(job) for job in jobs)
+        self.last_refresh = float("-inf")
+        self.bar = tqdm(total=self.total, unit=" runs", desc="study", dynamic_ncols=True)
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> ProgressBar:
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.show({}, always=True)
         self.bar.close()
 
-    def _units(self, part: Part) -> int:
-        return len(part.of) * len(self.setting.tasks) if part.kind == "evaluate" else 1
+    def _units(self, job: Job) -> int:
+        return len(job.students) * len(self.setting.tasks) if job.kind == "evaluate" else 1
 
     def show(self, running: dict, always: bool = False) -> None:
-        """Look at what is finished, every few seconds."""
+        """Update the bar, at most every 5 seconds unless ``always``."""
         now = time.monotonic()
-        if not always and now - self.looked < 5:
+        if not always and now - self.last_refresh < 5:
             return
-        self.looked = now
+        self.last_refresh = now
         done, seconds_left = 0, 0.0
         kinds: dict[str, list[float]] = {}
-        left: dict[str, int] = {}
-        for part in self.parts:
-            spent = self.folder.spent(part.name)
-            if part.kind != "evaluate":
-                if is_done(self.folder, part):
+        remaining: dict[str, int] = {}
+        for job in self.jobs:
+            spent = self.folder.time_spent(job.name)
+            if job.kind != "evaluate":
+                if is_done(self.folder, job):
                     done += 1
-                    kinds.setdefault(part.kind, []).append(spent.seconds)
+                    kinds.setdefault(job.kind, []).append(spent.seconds)
                 else:
-                    left[part.kind] = left.get(part.kind, 0) + 1
+                    remaining[job.kind] = remaining.get(job.kind, 0) + 1
                 continue
-            finished = finished_runs(self.folder, part, self.setting)
+            finished = finished_runs(self.folder, job, self.setting)
             done += len(finished)
             for (_, task), seconds in finished.items():
                 kinds.setdefault(task, []).append(seconds)
             for task in self.setting.tasks:
-                missing = len(part.of) - sum(1 for _, t in finished if t == task)
-                left[task] = left.get(task, 0) + missing
-        for kind, count in left.items():
-            each = statistics.fmean(kinds[kind]) if kind in kinds else GUESS[kind]
-            seconds_left += count * each / (1 if kind == "cache" else self.jobs)
+                missing = len(job.students) - sum(1 for _, t in finished if t == task)
+                remaining[task] = remaining.get(task, 0) + missing
+        for kind, count in remaining.items():
+            mean = statistics.fmean(kinds[kind]) if kind in kinds else GUESSED_SECONDS[kind]
+            seconds_left += count * mean / (1 if kind == "cache" else self.parallel)
         self.bar.n = done
-        names = ", ".join(part.name for part in running)
+        names = ", ".join(job.name for job in running)
         self.bar.set_postfix_str(f"about {seconds_left / 60:.0f} min left; {names}", refresh=False)
         self.bar.refresh()

@@ -1,4 +1,4 @@
-"""What the runs have left: cells, dev scores, costs, of the students and for reference."""
+"""Read the results of the students and of the references: cells, dev scores, costs."""
 
 from __future__ import annotations
 
@@ -18,25 +18,27 @@ from s3prl_ekd.superb.results import (
     select_best_lr,
 )
 
-from .cells import METRICS, Cell, cells_of
-from .design import Setting, rows, students
-from .references import differing
+from .cells import METRICS, Cell, make_cells
+from .design import StudySetting, rows, students
+from .references import reference_differences
 
 
 @dataclass(frozen=True)
-class Found:
-    """Everything that is there.
+class StudyResults:
+    """All results of the study.
 
     Attributes:
         cells: (row, metric's key, condition) -> cell.
-        dev: (row, task) -> mean over the seeds of what s3prl chose the checkpoint by, per cent.
-        costs: row -> cost, where it was measured.
-        references: names of rows that are no students of this study.
-        finished, wanted: downstream models, of the students.
+        dev: (row, task) -> mean over the seeds of the dev metric that s3prl chose the checkpoint
+            by, per cent.
+        costs: row -> cost, if measured.
+        references: names of rows that are not students of this study.
+        finished, planned: number of downstream models of the students.
         conditions: clean first.
         recipes: task -> (learning rate, steps) of the downstream runs.
-        alone: tasks whose features were computed for each utterance alone.
-        differing: ``name/task`` of references -> in what they were not run like the students.
+        features_alone: tasks whose features were computed for each utterance alone.
+        reference_differences: ``name/task`` of references -> settings that differ from the
+            students'.
     """
 
     cells: dict[tuple[str, str, str], Cell]
@@ -44,68 +46,73 @@ class Found:
     costs: dict[str, Cost]
     references: tuple[str, ...]
     finished: int
-    wanted: int
+    planned: int
     conditions: tuple[str, ...]
     recipes: dict[str, tuple[float, int]]
-    alone: tuple[str, ...]
-    differing: dict[str, tuple[str, ...]]
+    features_alone: tuple[str, ...]
+    reference_differences: dict[str, tuple[str, ...]]
 
 
-def read_study(setting: Setting, superb: Path, references: Sequence[Path] = ()) -> Found:
-    """Read the students' runs below ``superb``, and other results for reference.
+def read_study(
+    setting: StudySetting, superb: Path, references: Sequence[Path] = ()
+) -> StudyResults:
+    """Read the students' runs below ``superb``, and the runs of the references.
 
     Raises:
-        DataError: results are damaged, or the students were not all run alike.
+        DataError: results are damaged, or the students were run with different settings.
     """
     results = Results((), (), {})
     if any(superb.glob(f"*/*/*/{RECORD}")):
         results = read_results([superb])
-    grouped: dict[tuple[str, str], dict[int, list[FinishedRun]]] = {}
-    known = {student.name: student for student in students(setting)}
+    grouped: dict[tuple[str, str], dict[int, list[Run]]] = {}
+    by_name = {student.name: student for student in students(setting)}
     for run in results.runs:
-        student = known.get(run.upstream)
+        student = by_name.get(run.upstream)
         if student is not None and student.seed == run.seed and run.task in setting.tasks:
             per_seed = grouped.setdefault((student.row.name, run.task), {})
             per_seed.setdefault(run.seed, []).append(run)
     _check_alike(run for seeds in grouped.values() for runs in seeds.values() for run in runs)
     _drop_incomplete(grouped)
     finished = sum(len(seeds) for seeds in grouped.values())
-    costs = {known[name].row.name: cost for name, cost in results.costs.items() if name in known}
-    taken = {row.name for row in rows(setting)}
+    costs = {
+        by_name[name].row.name: cost for name, cost in results.costs.items() if name in by_name
+    }
+    row_names = {row.name for row in rows(setting)}
     names = []
     if references:
-        others = read_results(list(references))
-        for (name, task), selection in select_best_lr(others.runs, others.unfinished).items():
-            if name in taken:
-                raise DataError(f"--reference: a row is called {name} already")
+        of_references = read_results(list(references))
+        best_runs = select(of_references.runs, of_references.unfinished)
+        for (name, task), selection in best_runs.items():
+            if name in row_names:
+                raise DataError(f"--reference: {name} is already the name of a row of students")
             names.append(name)
             seeds = grouped.setdefault((name, task), {})
             for run in selection.runs:
                 seeds.setdefault(run.seed, []).append(run)
-        costs |= others.costs
+        costs |= of_references.costs
     cells, dev = {}, {}
     for (row, task), seeds in grouped.items():
         if seeds:
             dev[row, task] = statistics.fmean(r.dev.value for runs in seeds.values() for r in runs)
         for metric in METRICS:
             if metric.task == task:
-                for cell in cells_of(row, metric, seeds):
+                for cell in make_cells(row, metric, seeds):
                     cells[row, metric.key, cell.condition] = cell
-    of_students = [run for (row, _), seeds in grouped.items() if row in taken
+    student_runs = [run for (row, _), seeds in grouped.items() if row in row_names
                    for runs in seeds.values() for run in runs]  # fmt: skip
-    return Found(
+    return StudyResults(
         cells,
         dev,
         costs,
         tuple(dict.fromkeys(names)),
         finished,
-        len(known) * len(setting.tasks),
+        len(by_name) * len(setting.tasks),
         sort_conditions(key[2] for key in cells),
-        {run.task: (run.lr, run.steps) for run in of_students},
+        {run.task: (run.lr, run.steps) for run in student_runs},
         tuple(
-            t for t in setting.tasks if any(r.features_alone for r in of_students if r.task == t)
+            t for t in setting.tasks if any(r.features_alone for r in student_runs if r.task == t)
         ),
-        differing(names, of_students, grouped, cells),
+        reference_differences(names, student_runs, grouped, cells),
     )
 
 
@@ -113,20 +120,21 @@ def _check_alike(runs: Iterable[FinishedRun]) -> None:
     first: dict[str, FinishedRun] = {}
     for run in runs:
         other = first.setdefault(run.task, run)
-        for what in ("lr", "steps", "recipe", "split", "features_alone"):
-            if getattr(run, what) != getattr(other, what):
+        for key in ("lr", "steps", "recipe", "split", "features_alone"):
+            if getattr(run, key) != getattr(other, key):
                 raise DataError(
-                    f"{other.folder} and {run.folder} differ in {what}, so the students were not "
-                    "evaluated alike; move one away and run the study again"
+                    f"{other.folder} and {run.folder} differ in {key}; move one of them away and "
+                    "run the study again"
                 )
 
 
-def _drop_incomplete(grouped: dict[tuple[str, str], dict[int, list[FinishedRun]]]) -> None:
-    """A seed counts where it has every fold that any student has."""
+def _drop_incomplete(grouped: dict[tuple[str, str], dict[int, list[Run]]]) -> None:
+    """Drop the seeds of a row that lack a fold which another student has."""
     folds: dict[str, set] = {}
     for (_, task), seeds in grouped.items():
         for runs in seeds.values():
             folds.setdefault(task, set()).update(run.fold for run in runs)
     for (_, task), seeds in grouped.items():
-        for seed in [s for s, runs in seeds.items() if {r.fold for r in runs} != folds[task]]:
+        incomplete = [s for s, runs in seeds.items() if {r.fold for r in runs} != folds[task]]
+        for seed in incomplete:
             del seeds[seed]

@@ -1,4 +1,4 @@
-"""Numbers and conditions in words."""
+"""Format estimates and test conditions."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from .design import CLEAN
 from .intervals import Estimate
 
 
-def title(condition: str) -> str:
-    """``clean``, ``esc10_snr5`` -> words."""
+def condition_heading(condition: str) -> str:
+    """Heading of a test condition such as ``clean`` or ``esc10_snr5``."""
     if condition == CLEAN:
         return "Clean"
     return f"Under noise: {condition_title(condition)}"
 
 
-def shown(estimate: Estimate, sign: bool = False) -> str:
-    """``45.1 [43.0, 47.2]``."""
+def format_estimate(estimate: Estimate, sign: bool = False) -> str:
+    """Format an estimate as ``45.1 [43.0, 47.2]``."""
     return with_interval(estimate.value, estimate.low, estimate.high, digits=1, signed=sign)

@@ -23,7 +23,7 @@ FORMAT, VERSION = "s3prl_ekd.tiny_teacher_training", 1
 
 
 @dataclass
-class Progress:
+class StageProgress:
     """``epoch`` and ``position`` are those of the next batch; ``heard`` is in seconds of audio,
     ``spent`` in seconds of time; ``window`` holds the sums since the last point of the log."""
 
@@ -37,7 +37,7 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainingState:
     """The parts with a state."""
 
     model: nn.Module
@@ -46,7 +46,7 @@ class Trained:
     device: str
 
 
-def save(path: Path, stage: str, parts: Trained, progress: Progress) -> None:
+def save(path: Path, stage: str, state: TrainingState, progress: StageProgress) -> None:
     """Write ``path``, random states included.
 
     Raises:
@@ -56,10 +56,10 @@ def save(path: Path, stage: str, parts: Trained, progress: Progress) -> None:
         "format": FORMAT,
         "version": VERSION,
         "stage": stage,
-        "model": parts.model.state_dict(),
-        "optimizer": parts.optimizer.state_dict(),
-        "schedule": parts.schedule.state_dict(),
-        "random": random_states(parts.device),
+        "model": state.model.state_dict(),
+        "optimizer": state.optimizer.state_dict(),
+        "schedule": state.schedule.state_dict(),
+        "random": random_states(state.device),
         "progress": vars(progress),
     }
     atomic_torch_save(states, path)
@@ -92,18 +92,18 @@ def load_model(
     return states
 
 
-def load(path: Path, stage: str, parts: Trained) -> Progress:
+def load(path: Path, stage: str, state: TrainingState) -> StageProgress:
     """Put everything back, the random states last.
 
     Raises:
         CheckpointError: see :func:`load_model`.
     """
-    states = load_model(path, stage, parts.model)
+    states = load_model(path, stage, state.model)
     try:
-        parts.optimizer.load_state_dict(copy.deepcopy(states["optimizer"]))
-        parts.schedule.load_state_dict(states["schedule"])
-        progress = Progress(**states["progress"])
-        set_random_states(states["random"], parts.device)
+        state.optimizer.load_state_dict(copy.deepcopy(states["optimizer"]))
+        state.schedule.load_state_dict(states["schedule"])
+        progress = StageProgress(**states["progress"])
+        set_random_states(states["random"], state.device)
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} lacks a part of its run ({error}); delete it") from None
     return progress

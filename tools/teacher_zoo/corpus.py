@@ -13,7 +13,7 @@ from s3prl_ekd.data.audio_files import SAMPLE_RATE, find_audio, read_headers
 from s3prl_ekd.data.manifest import read_manifest
 from s3prl_ekd.errors import DataError
 
-_HELD_OUT = 50  # without a manifest, one utterance in so many is for dev
+_HOLD_OUT_EVERY = 50  # without a manifest, one utterance in so many is for dev
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def read_corpus(
             if header.samples < shortest:
                 continue
             key = f"{number}/{name}"
-            split = split_of[name] if split_of is not None else _by_name(key)
+            split = split_of[name] if split_of is not None else _split_by_name(key)
             found[split].append(Utterance(key, str(folder / name), header.samples))
     if not found["dev"] and len(found["train"]) > 1 and not splits:
         found["dev"].append(found["train"].pop())  # a corpus too small for a fiftieth
@@ -98,6 +98,6 @@ def read_corpus(
     return Corpus(tuple(found["train"]), tuple(found["dev"]))
 
 
-def _by_name(key: str) -> str:
+def _split_by_name(key: str) -> str:
     digest = hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=8).digest()
-    return "dev" if int.from_bytes(digest, "big") % _HELD_OUT == 0 else "train"
+    return "dev" if int.from_bytes(digest, "big") % _HOLD_OUT_EVERY == 0 else "train"

@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 
 
 @dataclass(frozen=True)
-class Encoded:
+class EncodedBatch:
     """``hidden [batch, frame, width]``, ``masked [batch, frame]`` (which were hidden from the
     model), and the mean square of the conv features."""
 
@@ -21,7 +21,7 @@ class Encoded:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class StepLoss:
     """``loss`` is what is minimised; the rest is for people."""
 
     loss: Tensor
@@ -40,12 +40,12 @@ def spread(hidden: Tensor) -> Tensor:
 
 
 def criterion(
-    encoded: Encoded,
+    encoded: EncodedBatch,
     labels: Tensor,
     logits: Callable[[Tensor], Tensor],
     alpha: float,
     penalty: float,
-) -> Outcome:
+) -> StepLoss:
     """``alpha · L_m + (1 - alpha) · L_u + penalty · mean square of the conv features``.
 
     L_m and L_u are mean cross entropies over the hidden frames and over the others (the paper has
@@ -67,7 +67,7 @@ def criterion(
         loss = loss + (1 - alpha) * cross_entropy(logits(encoded.hidden[others]), labels[others])
     with torch.no_grad():
         accuracy = (hidden.argmax(-1) == targets).float().mean()
-    return Outcome(
+    return StepLoss(
         loss,
         masked_loss.detach(),
         accuracy,

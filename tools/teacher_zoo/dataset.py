@@ -15,15 +15,15 @@ from s3prl_ekd.data.audio_files import find_audio
 from s3prl_ekd.data.distortion.pipeline import generator
 
 from .corpus import Utterance
-from .frames import HOP, samples_of
-from .labels import Labels
+from .frames import HOP, sample_count
+from .labels import UnitLabels
 from .mixing import mix_batch
 from .noises import make_distorter
-from .plan import Batch
-from .recipe import Hears, Recipe
+from .plan import PlannedBatch
+from .recipe import InputKind, Recipe
 
 
-class Excerpts(Dataset):
+class ExcerptDataset(Dataset):
     """``dataset[batch]`` is ``(batch, waves [excerpt, sample], labels [excerpt, frame])``.
 
     Args:
@@ -37,32 +37,32 @@ class Excerpts(Dataset):
     def __init__(
         self,
         utterances: Sequence[Utterance],
-        labels: Labels,
+        labels: UnitLabels,
         offset: int,
-        hears: Hears,
+        input_kind: InputKind,
         recipe: Recipe,
         noise: Path,
     ):
         self.utterances, self.labels, self.offset = utterances, labels, offset
-        self.hears, self.recipe = hears, recipe
-        if hears == "distorted":
+        self.input_kind, self.recipe = input_kind, recipe
+        if input_kind == "distorted":
             self.distorter = make_distorter(noise, recipe)
-        elif hears == "mixed":
+        elif input_kind == "mixed":
             self.noises = [read_audio(noise / name) for name in find_audio(noise)]
 
-    def __getitem__(self, batch: Batch) -> tuple[Batch, Tensor, Tensor]:
+    def __getitem__(self, batch: PlannedBatch) -> tuple[PlannedBatch, Tensor, Tensor]:
         waves, targets = [], []
         for index, first in batch.excerpts:
             with Recording(self.utterances[index].path) as recording:
-                wave = recording.read(first * HOP, samples_of(batch.frames))
-            if self.hears == "distorted":
+                wave = recording.read(first * HOP, sample_count(batch.frames))
+            if self.input_kind == "distorted":
                 plan = self.distorter.plan(self.utterances[index].key, batch.epoch, "student")
                 wave = self.distorter.render(wave, plan)
             waves.append(wave)
-            labels = self.labels.of(self.offset + index)[first : first + batch.frames]
+            labels = self.labels.of_utterance(self.offset + index)[first : first + batch.frames]
             targets.append(torch.from_numpy(labels.astype("int64")))
         stacked = torch.stack(waves)
-        if self.hears == "mixed":
+        if self.input_kind == "mixed":
             r = self.recipe
             generators = [
                 generator(r.seed, batch.epoch, self.utterances[i].key, "mix")

@@ -8,19 +8,19 @@ import torch
 
 from s3prl_ekd.pretrain.resume import preserve_random_states
 
-from .checkpoint import Trained
+from .checkpoint import TrainingState
 from .corpus import Corpus
-from .dataset import Excerpts
-from .labels import Labels
+from .dataset import ExcerptDataset
+from .labels import UnitLabels
 from .plan import epoch_batches
-from .recipe import Hears, Recipe
+from .recipe import InputKind, Recipe
 from .step import add, averages, forward, seed_everything
 
 _EPOCH = -1  # of the draws for dev: no training epoch has this number
 _SECONDS = 300.0  # of dev audio that are looked at
 
 
-class Dev:
+class DevEvaluation:
     """The same excerpts, distortions and masks each time.
 
     Args:
@@ -30,9 +30,13 @@ class Dev:
         noise: the folder of noise clips.
     """
 
-    def __init__(self, corpus: Corpus, labels: Labels, hears: Hears, recipe: Recipe, noise: Path):
+    def __init__(
+        self, corpus: Corpus, labels: UnitLabels, input_kind: InputKind, recipe: Recipe, noise: Path
+    ):
         self.recipe = recipe
-        self.excerpts = Excerpts(corpus.dev, labels, len(corpus.train), hears, recipe, noise)
+        self.excerpts = ExcerptDataset(
+            corpus.dev, labels, len(corpus.train), input_kind, recipe, noise
+        )
         self.batches, total = [], 0.0
         r = recipe
         for batch in epoch_batches(corpus.dev, r.batch_seconds, r.crop_seconds, r.seed, _EPOCH):
@@ -41,16 +45,16 @@ class Dev:
                 total += batch.seconds
 
     @torch.no_grad()
-    def __call__(self, parts: Trained) -> dict[str, float]:
+    def __call__(self, state: TrainingState) -> dict[str, float]:
         """``masked_loss``, ``accuracy`` of hidden frames, ``penalty``, ``spread``, without dropout.
         The run's random numbers are as before; the model is in training mode after it."""
         window: dict[str, float] = {}
-        parts.model.eval()
-        with preserve_random_states(parts.device):
+        state.model.eval()
+        with random_numbers_untouched(state.device):
             seed_everything(self.recipe.seed)
             for batch in self.batches:
                 _, waves, labels = self.excerpts[batch]
-                waves, labels = waves.to(parts.device), labels.to(parts.device)
-                add(window, forward(parts, self.recipe, waves, labels))
-        parts.model.train()
+                waves, labels = waves.to(state.device), labels.to(state.device)
+                add(window, forward(state, self.recipe, waves, labels))
+        state.model.train()
         return averages(window)

@@ -10,6 +10,6 @@ def frame_count(samples: int) -> int:
     return max(0, (samples - WINDOW) // HOP + 1)
 
 
-def samples_of(frames: int) -> int:
+def sample_count(frames: int) -> int:
     """The fewest samples that give so many frames."""
     return (frames - 1) * HOP + WINDOW

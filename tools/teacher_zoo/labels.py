@@ -25,7 +25,7 @@ Features = Callable[[Tensor], Tensor]  # [sample] -> [frame, dim]
 
 
 @dataclass(frozen=True)
-class Labels:
+class UnitLabels:
     """``flat`` holds the labels of all utterances, one after the other, train then dev; those of
     utterance ``i`` are ``flat[offsets[i]:offsets[i + 1]]``."""
 
@@ -37,11 +37,11 @@ class Labels:
     def classes(self) -> int:
         return len(self.centroids)
 
-    def of(self, index: int) -> np.ndarray:
+    def of_utterance(self, index: int) -> np.ndarray:
         """The labels ``[frame]`` of one utterance."""
         return self.flat[self.offsets[index] : self.offsets[index + 1]]
 
-    def floor(self) -> tuple[float, float]:
+    def baseline(self) -> tuple[float, float]:
         """What knowing only how frequent each unit is gives: cross entropy (nats), accuracy."""
         shares = np.bincount(self.flat, minlength=self.classes) / len(self.flat)
         used = shares[shares > 0]
@@ -50,7 +50,7 @@ class Labels:
 
 def make_labels(
     corpus: Corpus, features: Features, clusters: int, most: int, seed: int, name: str
-) -> Labels:
+) -> UnitLabels:
     """Cluster the frames of training utterances, and label all frames of all utterances.
 
     Args:
@@ -76,7 +76,7 @@ def make_labels(
         frames = known[index] if index in known else _frames(features, utterance)
         parts.append(units.label(frames).numpy().astype(np.uint16))
     offsets = np.cumsum([0, *map(len, parts)], dtype=np.int64)
-    return Labels(np.concatenate(parts), offsets, units.centroids.numpy())
+    return UnitLabels(np.concatenate(parts), offsets, units.centroids.numpy())
 
 
 def _frames(features: Features, utterance: Utterance) -> Tensor:
@@ -89,7 +89,7 @@ def _frames(features: Features, utterance: Utterance) -> Tensor:
     return frames
 
 
-def save_labels(labels: Labels, path: Path) -> None:
+def save_labels(labels: UnitLabels, path: Path) -> None:
     """Whole or not at all."""
     with atomic_file(path) as file:
         np.savez_compressed(
@@ -97,7 +97,7 @@ def save_labels(labels: Labels, path: Path) -> None:
         )
 
 
-def load_labels(path: Path, corpus: Corpus) -> Labels:
+def load_labels(path: Path, corpus: Corpus) -> UnitLabels:
     """What :func:`save_labels` wrote.
 
     Raises:
@@ -105,7 +105,7 @@ def load_labels(path: Path, corpus: Corpus) -> Labels:
     """
     try:
         with np.load(path, allow_pickle=False) as file:
-            labels = Labels(file["flat"], file["offsets"], file["centroids"])
+            labels = UnitLabels(file["flat"], file["offsets"], file["centroids"])
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise DataError(f"{path} cannot be read ({error}); delete it to make it anew") from None
     counts = [frame_count(utterance.length) for utterance in corpus.all]
@@ -114,9 +114,9 @@ def load_labels(path: Path, corpus: Corpus) -> Labels:
     return labels
 
 
-def describe(labels: Labels) -> str:
+def describe_labels(labels: UnitLabels) -> str:
     """A line on what there is to beat."""
-    loss, accuracy = labels.floor()
+    loss, accuracy = labels.baseline()
     return (
         f"{len(labels.flat):,} frames in {labels.classes} units; always the most frequent one is "
         f"right for {accuracy:.1%}, their frequencies alone give a loss of {loss:.2f} "

@@ -15,7 +15,7 @@ from torch.nn.functional import normalize
 from s3prl_ekd import compat
 from s3prl_ekd.teachers.random_weights import hubert_checkpoint, untrained_model, wavlm_checkpoint
 
-from .criterion import Encoded
+from .criterion import EncodedBatch
 from .recipe import Family, Recipe
 
 TEMPERATURE = 0.1  # of the cosines (HuBERT, equation 3)
@@ -51,7 +51,7 @@ class MaskedPredictor(nn.Module):
         if family == "wavlm":
             self.wavlm_head = CosineHead(recipe.size.width, classes)
 
-    def forward(self, waves: Tensor) -> Encoded:
+    def forward(self, waves: Tensor) -> EncodedBatch:
         """Hide frames of ``waves [batch, sample]`` (equally long) and encode; the frames that are
         hidden are drawn from NumPy's global generator, as in s3prl."""
         from s3prl.upstream.wav2vec2.wav2vec2_model import GradMultiply
@@ -67,7 +67,7 @@ class MaskedPredictor(nn.Module):
         more = (None,) if self.family == "hubert" else ()
         hidden, masked = model.apply_mask(hidden, None, *more)
         hidden, _ = model.encoder(hidden, padding_mask=None)  # [batch, frame, width]
-        return Encoded(hidden, masked, penalty)
+        return EncodedBatch(hidden, masked, penalty)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """``[frame, width]`` -> ``[frame, unit]``: cosines over the temperature, float32."""

@@ -25,13 +25,13 @@ from s3prl_ekd.files.atomic import atomic_file
 from .corpus import Corpus
 from .recipe import Recipe
 
-RECORDED = "recorded_noise"  # the folder of the recordings, beside that of synthetic noise
-LIST = "list.json"
+RECORDED_NOISE = "recorded_noise"  # the folder of the recordings, beside that of synthetic noise
+RECORDINGS_LIST = "list.json"
 _TAKES, _SECONDS = 6, 15.0  # clips of each kind, and their length
 _TALKERS = 60  # training utterances that the babble is made of
 
 
-def noise_folder(corpus: Corpus, folder: Path, seed: int) -> Path:
+def make_synthetic_noise(corpus: Corpus, folder: Path, seed: int) -> Path:
     """White, pink and brown noise, hum and babble of training speech, in ``folder``, as FLAC.
 
     Files that are there are kept; they are the same for the same corpus and seed.
@@ -51,7 +51,7 @@ def noise_folder(corpus: Corpus, folder: Path, seed: int) -> Path:
     return folder
 
 
-def recorded_noise(files: Sequence[Path], folder: Path, begun: bool) -> None:
+def copy_recordings(files: Sequence[Path], folder: Path, already_trained: bool) -> None:
     """Copy recordings into ``folder``, once, with ``list.json`` of their names and sizes.
 
     Args:
@@ -64,11 +64,11 @@ def recorded_noise(files: Sequence[Path], folder: Path, begun: bool) -> None:
         DataError: a file is no audio.
     """
     facts = [[path.name, path.stat().st_size] for path in sorted(files, key=lambda p: p.name)]
-    listed = folder / LIST
+    listed = folder / RECORDINGS_LIST
     known = json.loads(listed.read_text(encoding="utf-8")) if listed.exists() else []
     if known == facts:
         return
-    if known or begun:
+    if known or already_trained:
         raise ConfigError(
             f"{folder.parent} was begun with {len(known)} recordings of noise, now there are "
             f"{len(facts)}, or others; give the same --noise, or another folder with -o"
@@ -108,10 +108,10 @@ def find_noise(given: Sequence[str | Path]) -> list[Path]:
 def make_distorter(folder: Path, recipe: Recipe) -> Distorter:
     """Noise of the folder on 5 of 6 waveforms, or of it and recordings beside it, as often, on 9 of
     10; a simulated room around 1 of 2."""
-    recorded = folder.with_name(RECORDED)
+    recorded = folder.with_name(RECORDED_NOISE)
     settings = DistortionSettings(
         setup="same",
-        noise=(str(folder), *([str(recorded)] if (recorded / LIST).is_file() else [])),
+        noise=(str(folder), *([str(recorded)] if (recorded / RECORDINGS_LIST).is_file() else [])),
         snr_min=recipe.snr_min,
         snr_max=recipe.snr_max,
         additive_weights=AdditiveWeights(noise=4.0, gaussian=1.0, clean=1.0),

@@ -16,14 +16,14 @@ from s3prl_ekd.data.sampling import bucket
 from s3prl_ekd.data.tables import Utterance as Row
 
 from .corpus import Utterance
-from .frames import HOP, frame_count, samples_of
+from .frames import HOP, frame_count, sample_count
 
 _JITTER = 0.1  # neighbours in length are shuffled by so much, so that batches differ by epoch
-_MANY = 2**31
+_UNLIMITED = 2**31
 
 
 @dataclass(frozen=True)
-class Batch:
+class PlannedBatch:
     """``excerpts`` are ``(index of the utterance, first frame)``; each has ``frames`` frames."""
 
     epoch: int
@@ -34,12 +34,12 @@ class Batch:
     @property
     def seconds(self) -> float:
         """Of audio in all of its excerpts."""
-        return len(self.excerpts) * samples_of(self.frames) / SAMPLE_RATE
+        return len(self.excerpts) * sample_count(self.frames) / SAMPLE_RATE
 
 
 def epoch_batches(
     utterances: Sequence[Utterance], seconds: float, crop: float, seed: int, epoch: int
-) -> list[Batch]:
+) -> list[PlannedBatch]:
     """The batches of one epoch, each utterance once.
 
     Args:
@@ -55,7 +55,7 @@ def epoch_batches(
         range(len(utterances)), key=lambda i: (-min(utterances[i].length, longest) * weights[i], i)
     )
     rows = [Row(str(i), utterances[i].length) for i in order]
-    groups = bucket(rows, _MANY, round(seconds * SAMPLE_RATE), longest)
+    groups = bucket(rows, _UNLIMITED, round(seconds * SAMPLE_RATE), longest)
     rng.shuffle(groups)
     return [
         _batch(epoch, position, [int(row.path) for row in group], utterances, longest, rng)
@@ -70,17 +70,17 @@ def _batch(
     utterances: Sequence[Utterance],
     longest: int,
     rng: random.Random,
-) -> Batch:
+) -> PlannedBatch:
     frames = frame_count(min(longest, *(utterances[i].length for i in group)))
     frames -= frames % 2  # s3prl's HuBERT pads to an even number, and masks attention if it has to
     excerpts = []
     for index in group:
-        room = (utterances[index].length - samples_of(frames)) // HOP
+        room = (utterances[index].length - sample_count(frames)) // HOP
         excerpts.append((index, rng.randint(0, room)))
-    return Batch(epoch, position, tuple(excerpts), frames)
+    return PlannedBatch(epoch, position, tuple(excerpts), frames)
 
 
-class Endless:
+class EndlessBatchSampler:
     """All batches from a place on, epoch after epoch; a sampler for a DataLoader."""
 
     def __init__(
@@ -95,7 +95,7 @@ class Endless:
         self.arguments = (utterances, seconds, crop, seed)
         self.epoch, self.position = epoch, position
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[PlannedBatch]:
         epoch, position = self.epoch, self.position
         while True:
             yield from epoch_batches(*self.arguments, epoch)[position:]

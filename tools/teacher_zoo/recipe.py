@@ -6,11 +6,11 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 Family = Literal["hubert", "wavlm"]
-Hears = Literal["clean", "distorted", "mixed"]
+InputKind = Literal["clean", "distorted", "mixed"]
 
 
 @dataclass(frozen=True)
-class Size:
+class TeacherSize:
     """A model of 3.3 M parameters, 320 samples a frame (ours; HuBERT Base: 512, 768, 12 layers)."""
 
     channels: int = 128  # of the seven convolutions
@@ -71,22 +71,22 @@ class Recipe:
     snr_min: float = 0.0  # dB, of the distorted input
     snr_max: float = 20.0
     seed: int = 1337
-    size: Size = field(default_factory=Size)
+    size: TeacherSize = field(default_factory=TeacherSize)
     units: UnitSettings = field(default_factory=UnitSettings)
 
-    def plain(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, Any]:
         """As numbers and dicts of numbers."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
-class Stage:
+class TrainingStage:
     """One training: which class, what it predicts, what it hears, what it goes on from."""
 
     name: str  # its folder in the zoo
     family: Family
     units: str  # "mfcc", or the stage whose middle layer is clustered
-    hears: Hears
+    input_kind: InputKind
     share: float  # of the recipe's steps
     lr: float = 1.0  # times the recipe's
     start: str = ""  # the stage it goes on from; "": random weights
@@ -96,10 +96,10 @@ class Stage:
 STAGES = {
     stage.name: stage
     for stage in (
-        Stage("hubert_1", "hubert", "mfcc", "clean", share=0.5),
+        TrainingStage("hubert_1", "hubert", "mfcc", "clean", share=0.5),
         # HuBERT's second iteration begins anew. Ours goes on, with a new head: a run this short has
         # no time to learn twice what the convolutions must hear.
-        Stage(
+        TrainingStage(
             "hubert",
             "hubert",
             "hubert_1",
@@ -108,7 +108,7 @@ STAGES = {
             start="hubert_1",
             file="tiny_hubert.pt",
         ),
-        Stage(
+        TrainingStage(
             "robust_hubert",
             "hubert",
             "hubert_1",
@@ -118,13 +118,13 @@ STAGES = {
             start="hubert",
             file="tiny_robust_hubert.pt",
         ),
-        Stage("wavlm", "wavlm", "hubert_1", "mixed", share=1.0, file="tiny_wavlm.pt"),
+        TrainingStage("wavlm", "wavlm", "hubert_1", "mixed", share=1.0, file="tiny_wavlm.pt"),
     )
 }
 TEACHERS = ("hubert", "robust_hubert", "wavlm")
 
 
-def needed(teachers: tuple[str, ...]) -> list[Stage]:
+def required_stages(teachers: tuple[str, ...]) -> list[TrainingStage]:
     """The stages that lead to these teachers, in the order in which they can run."""
     wanted = set(teachers)
     for stage in reversed(STAGES.values()):
@@ -133,24 +133,24 @@ def needed(teachers: tuple[str, ...]) -> list[Stage]:
     return [stage for stage in STAGES.values() if stage.name in wanted]
 
 
-def stage_steps(recipe: Recipe, stage: Stage) -> int:
+def stage_steps(recipe: Recipe, stage: TrainingStage) -> int:
     """Optimizer steps of a stage, at least one."""
     return max(1, round(recipe.steps * stage.share))
 
 
-def differences(one: dict[str, Any], other: dict[str, Any], above: str = "") -> list[str]:
+def changed_keys(one: dict[str, Any], other: dict[str, Any], above: str = "") -> list[str]:
     """``"key (one, other)"`` for each value that differs between two nested dicts."""
     found = []
     for key in sorted(one.keys() | other.keys()):
         a, b = one.get(key), other.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
-            found += differences(a, b, f"{above}{key}.")
+            found += changed_keys(a, b, f"{above}{key}.")
         elif a != b:
             found.append(f"{above}{key} ({a}, now {b})")
     return found
 
 
-def check(recipe: Recipe) -> None:
+def check_recipe(recipe: Recipe) -> None:
     """Raise ``ValueError`` with a sentence where a number makes no sense."""
     positive = [
         f.name for f in fields(recipe) if f.name in ("steps", "batch_seconds", "crop_seconds", "lr")

@@ -11,8 +11,8 @@ from torch.nn.utils import clip_grad_norm_
 
 from s3prl_ekd.errors import DataError
 
-from .checkpoint import Trained
-from .criterion import Outcome, criterion
+from .checkpoint import TrainingState
+from .criterion import StepLoss, criterion
 from .recipe import Recipe
 
 WINDOW = ("masked_loss", "accuracy", "penalty", "spread")  # what is averaged, by hidden frames
@@ -25,35 +25,35 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def forward(parts: Trained, recipe: Recipe, waves: Tensor, labels: Tensor) -> Outcome:
+def forward(state: TrainingState, recipe: Recipe, waves: Tensor, labels: Tensor) -> StepLoss:
     """The criterion on a batch; the model in bfloat16 on CUDA, in float32 elsewhere."""
-    on_cuda = parts.device.startswith("cuda")
+    on_cuda = state.device.startswith("cuda")
     with torch.autocast("cuda", torch.bfloat16, enabled=on_cuda):
-        encoded = parts.model(waves)
-    return criterion(encoded, labels, parts.model.logits, recipe.alpha, recipe.penalty)
+        encoded = state.model(waves)
+    return criterion(encoded, labels, state.model.logits, recipe.alpha, recipe.penalty)
 
 
-def step(parts: Trained, recipe: Recipe, waves: Tensor, labels: Tensor) -> Outcome:
+def step(state: TrainingState, recipe: Recipe, waves: Tensor, labels: Tensor) -> StepLoss:
     """Forward, backward, clip, update.
 
     Raises:
         DataError: the gradient is not finite any more.
     """
-    outcome = forward(parts, recipe, waves, labels)
-    parts.optimizer.zero_grad(set_to_none=True)
+    outcome = forward(state, recipe, waves, labels)
+    state.optimizer.zero_grad(set_to_none=True)
     outcome.loss.backward()
-    norm = clip_grad_norm_(parts.model.parameters(), recipe.clip)
+    norm = clip_grad_norm_(state.model.parameters(), recipe.clip)
     if not norm.isfinite():
         raise DataError(
             f"the gradient is not finite any more (loss {float(outcome.loss.detach()):g}); delete "
             "the stage's folder and begin again with a smaller --lr"
         )
-    parts.optimizer.step()
-    parts.schedule.step()
+    state.optimizer.step()
+    state.schedule.step()
     return outcome
 
 
-def add(window: dict[str, float], outcome: Outcome) -> None:
+def add(window: dict[str, float], outcome: StepLoss) -> None:
     """Add a step to the sums of a window; the empty dict begins one."""
     for name in WINDOW:
         window[name] = window.get(name, 0.0) + float(getattr(outcome, name)) * outcome.frames

@@ -16,23 +16,23 @@ from s3prl_ekd.pretrain.optim import fused_adamw, warmup_schedule
 from s3prl_ekd.system.lock import FolderLock
 
 from . import checkpoint
-from .checkpoint import Progress, Trained
+from .checkpoint import StageProgress, TrainingState
 from .corpus import Corpus, hours
 from .curves import write_log
-from .dataset import Excerpts
-from .dev import Dev
-from .labels import Labels
+from .dataset import ExcerptDataset
+from .dev import DevEvaluation
+from .labels import UnitLabels
 from .models import MaskedPredictor
-from .plan import Endless
-from .recipe import STAGES, Recipe, Stage, stage_steps
+from .plan import EndlessBatchSampler
+from .recipe import STAGES, Recipe, TrainingStage, stage_steps
 from .step import add, averages, seed_everything, step
 
 _COLLAPSED = 0.01  # spread of the last layer; a sound run has 0.3 and more
-Stop = Callable[[int], bool]
+StopFn = Callable[[int], bool]
 
 
 @dataclass(frozen=True)
-class Pace:
+class TrainingOptions:
     """What has no say in the weights: how often is logged, checked and saved; where it runs."""
 
     device: str = "cpu"
@@ -43,13 +43,13 @@ class Pace:
 
 
 def train(
-    stage: Stage,
+    stage: TrainingStage,
     recipe: Recipe,
     corpus: Corpus,
-    labels: Labels,
+    labels: UnitLabels,
     zoo: Path,
-    pace: Pace,
-    stop: Stop = lambda step: False,
+    options: TrainingOptions,
+    stop: StopFn = lambda step: False,
     at_start: Callable[[MaskedPredictor], None] = lambda model: None,
 ) -> MaskedPredictor | None:
     """Train a stage, from where its checkpoint stands.
@@ -84,18 +84,18 @@ def train(
                 same_units = STAGES[stage.start].units == stage.units
                 source = zoo / stage.start / "checkpoint.pt"
                 checkpoint.load_model(source, stage.start, model, with_head=same_units)
-        parts = _parts(model, stage, recipe, steps, pace.device)
-        progress = checkpoint.load(last, stage.name, parts) if last.exists() else Progress()
+        state = _parts(model, stage, recipe, steps, options.device)
+        progress = checkpoint.load(last, stage.name, state) if last.exists() else StageProgress()
         if progress.step < steps:
-            run = _Run(stage, recipe, corpus, labels, zoo, pace, steps, parts, progress)
+            run = _TrainingLoop(stage, recipe, corpus, labels, zoo, options, steps, state, progress)
             if not run(stop):
                 return None
         return model.eval()
 
 
 def _parts(
-    model: MaskedPredictor, stage: Stage, recipe: Recipe, steps: int, device: str
-) -> Trained:
+    model: MaskedPredictor, stage: TrainingStage, recipe: Recipe, steps: int, device: str
+) -> TrainingState:
     model.to(device).train()
     config = {
         "lr": recipe.lr * stage.lr,
@@ -104,28 +104,28 @@ def _parts(
         "warmup_proportion": recipe.warmup,
     }
     optimizer = fused_adamw(model, config)
-    return Trained(model, optimizer, warmup_schedule(optimizer, config, steps), device)
+    return TrainingState(model, optimizer, warmup_schedule(optimizer, config, steps), device)
 
 
-class _Run:
+class _TrainingLoop:
     """The steps from ``progress`` on, of one process."""
 
     def __init__(
         self,
-        stage: Stage,
+        stage: TrainingStage,
         recipe: Recipe,
         corpus: Corpus,
-        labels: Labels,
+        labels: UnitLabels,
         zoo: Path,
-        pace: Pace,
+        options: TrainingOptions,
         steps: int,
-        parts: Trained,
-        progress: Progress,
+        state: TrainingState,
+        progress: StageProgress,
     ):
-        self.stage, self.recipe, self.pace, self.steps = stage, recipe, pace, steps
-        self.parts, self.progress = parts, progress
+        self.stage, self.recipe, self.options, self.steps = stage, recipe, options, steps
+        self.state, self.progress = state, progress
         self.folder, noise = zoo / stage.name, zoo / "noise"
-        floor_loss, floor_accuracy = labels.floor()
+        floor_loss, floor_accuracy = labels.baseline()
         self.about = {
             "stage": stage.name,
             "steps": steps,
@@ -133,28 +133,28 @@ class _Run:
             "floor_loss": floor_loss,
             "floor_accuracy": floor_accuracy,
             "train_hours": hours(corpus.train),
-            "device": pace.device,
+            "device": options.device,
         }
-        self.dev = {"dev_": Dev(corpus, labels, stage.hears, recipe, noise)}
-        if stage.hears != "clean":
-            self.dev["dev_clean_"] = Dev(corpus, labels, "clean", recipe, noise)
+        self.dev = {"dev_": DevEvaluation(corpus, labels, stage.input_kind, recipe, noise)}
+        if stage.input_kind != "clean":
+            self.dev["dev_clean_"] = DevEvaluation(corpus, labels, "clean", recipe, noise)
         place = (progress.epoch, progress.position)
         self.loader = BatchLoader(
-            Excerpts(corpus.train, labels, 0, stage.hears, recipe, noise),
-            sampler=Endless(
+            ExcerptDataset(corpus.train, labels, 0, stage.input_kind, recipe, noise),
+            sampler=EndlessBatchSampler(
                 corpus.train, recipe.batch_seconds, recipe.crop_seconds, recipe.seed, *place
             ),
             batch_size=None,
-            num_workers=pace.workers,
-            pin_memory=pace.device.startswith("cuda"),
+            num_workers=options.workers,
+            pin_memory=options.device.startswith("cuda"),
             generator=torch.Generator(),  # or the loader would draw from the run's
-            worker_init_fn=ignore_stop_signals,
-            prefetch_factor=4 if pace.workers else None,
+            worker_init_fn=leave_signals_to_the_main_process,
+            prefetch_factor=4 if options.workers else None,
         )
 
-    def __call__(self, stop: Stop) -> bool:
+    def __call__(self, stop: StopFn) -> bool:
         """Whether the last step was taken."""
-        progress, device = self.progress, self.parts.device
+        progress, device = self.progress, self.state.device
         began = saved = since = time.monotonic()
         spent, heard = progress.spent, 0.0  # of earlier processes; since the last point
         bar = tqdm(
@@ -167,7 +167,7 @@ class _Run:
         with bar:
             for batch, waves, labels in self.loader:
                 waves = waves.to(device, non_blocking=True)
-                outcome = step(self.parts, self.recipe, waves, labels.to(device, non_blocking=True))
+                outcome = step(self.state, self.recipe, waves, labels.to(device, non_blocking=True))
                 progress.step += 1
                 progress.epoch, progress.position = batch.epoch, batch.position + 1
                 progress.heard += batch.seconds
@@ -175,12 +175,12 @@ class _Run:
                 add(progress.window, outcome)
                 bar.update()
                 final = progress.step == self.steps
-                if progress.step % self.pace.log_every == 0 or final:
+                if progress.step % self.options.log_every == 0 or final:
                     self._point(bar, heard / (time.monotonic() - since), final)
                     heard, since = 0.0, time.monotonic()
                 progress.spent = spent + time.monotonic() - began
                 leave = final or stop(progress.step)
-                if leave or time.monotonic() - saved > self.pace.save_seconds:
+                if leave or time.monotonic() - saved > self.options.save_seconds:
                     self._save()
                     saved = time.monotonic()
                 if leave:
@@ -193,13 +193,13 @@ class _Run:
             "step": progress.step,
             "epoch": progress.epoch,
             **averages(progress.window),
-            "lr": self.parts.schedule.get_last_lr()[0],
+            "lr": self.state.schedule.get_last_lr()[0],
             "audio_seconds_per_second": speed,
         }
         progress.window.clear()
-        if progress.step % self.pace.dev_every == 0 or final:
+        if progress.step % self.options.dev_every == 0 or final:
             for prefix, dev in self.dev.items():
-                found = dev(self.parts)
+                found = dev(self.state)
                 point.update({prefix + name: value for name, value in found.items()})
         if point["spread"] < _COLLAPSED:
             tqdm.write(
@@ -214,6 +214,6 @@ class _Run:
 
     def _save(self) -> None:
         progress = self.progress
-        checkpoint.save(self.folder / "checkpoint.pt", self.stage.name, self.parts, progress)
+        checkpoint.save(self.folder / "checkpoint.pt", self.stage.name, self.state, progress)
         done = {"hours_heard": progress.heard / 3600, "hours_spent": progress.spent / 3600}
         write_log(progress.log, {**self.about, **done}, self.folder)

@@ -22,12 +22,12 @@ from s3prl_ekd.files.atomic import atomic_file
 from . import checkpoint
 from .corpus import Corpus
 from .export import export
-from .labels import Labels, describe, load_labels, make_labels, save_labels
+from .labels import UnitLabels, describe_labels, load_labels, make_labels, save_labels
 from .mfcc import mfcc
 from .models import MaskedPredictor
-from .noises import RECORDED, noise_folder, recorded_noise
-from .recipe import STAGES, Recipe, Stage, differences, needed, stage_steps
-from .trainer import Pace, train
+from .noises import RECORDED_NOISE, copy_recordings, make_synthetic_noise
+from .recipe import STAGES, Recipe, TrainingStage, changed_keys, required_stages, stage_steps
+from .trainer import TrainingOptions, train
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ def make_zoo(
     corpus: Corpus,
     recipe: Recipe,
     zoo: Path,
-    pace: Pace,
+    options: TrainingOptions,
     stop: Callable[[int], bool] = lambda step: False,
     noise: Sequence[Path] = (),
 ) -> dict[str, Path] | None:
@@ -57,24 +57,28 @@ def make_zoo(
         ConfigError: the folder was begun with another recipe or corpus.
         EkdError: see :func:`trainer.train` and :func:`labels.make_labels`.
     """
-    begin(zoo, corpus, recipe)
-    stages = needed(teachers)
-    distorted = [stage for stage in stages if stage.hears == "distorted"]
+    write_or_check_recipe(zoo, corpus, recipe)
+    stages = required_stages(teachers)
+    distorted = [stage for stage in stages if stage.input_kind == "distorted"]
     if distorted:
-        begun = any((zoo / stage.name / "checkpoint.pt").exists() for stage in distorted)
-        recorded_noise(noise, zoo / RECORDED, begun)
+        already_trained = any((zoo / stage.name / "checkpoint.pt").exists() for stage in distorted)
+        copy_recordings(noise, zoo / RECORDED_NOISE, already_trained)
     files: dict[str, Path] = {}
     for stage in stages:
-        if stage.hears != "clean":
-            noise_folder(corpus, zoo / "noise", recipe.seed)
-        labels = units(stage.units, corpus, recipe, zoo, pace)
-        logger.info("%s: %d steps; %s", stage.name, stage_steps(recipe, stage), describe(labels))
+        if stage.input_kind != "clean":
+            make_synthetic_noise(corpus, zoo / "noise", recipe.seed)
+        labels = load_or_make_labels(stage.units, corpus, recipe, zoo, options)
+        logger.info(
+            "%s: %d steps; %s", stage.name, stage_steps(recipe, stage), describe_labels(labels)
+        )
 
-        def twin(model: MaskedPredictor, stage: Stage = stage) -> None:
+        def export_random_init(model: MaskedPredictor, stage: TrainingStage = stage) -> None:
             if stage.file:
                 export(model, zoo / "random" / stage.file)
 
-        model = train(stage, recipe, corpus, labels, zoo, pace, stop, at_start=twin)
+        model = train(
+            stage, recipe, corpus, labels, zoo, options, stop, at_start=export_random_init
+        )
         if model is None:
             return None
         if stage.file:
@@ -84,19 +88,19 @@ def make_zoo(
     return files
 
 
-def begin(zoo: Path, corpus: Corpus, recipe: Recipe) -> None:
+def write_or_check_recipe(zoo: Path, corpus: Corpus, recipe: Recipe) -> None:
     """Write ``recipe.json``, or compare with the one that is there.
 
     Raises:
         ConfigError: it is another one.
         SetupError: the folder cannot be written to.
     """
-    about = {"recipe": recipe.plain(), "corpus": corpus.digest}
+    about = {"recipe": recipe.as_json(), "corpus": corpus.digest}
     path = zoo / "recipe.json"
     if path.exists():
         try:
             before = json.loads(path.read_text(encoding="utf-8"))
-            changed = differences(before, about)
+            changed = changed_keys(before, about)
         except (ValueError, AttributeError):
             raise ConfigError(f"{path} cannot be read; give another folder with -o") from None
         if changed:
@@ -113,7 +117,9 @@ def begin(zoo: Path, corpus: Corpus, recipe: Recipe) -> None:
         raise SetupError(f"{zoo} cannot be written to: {error.strerror}") from None
 
 
-def units(name: str, corpus: Corpus, recipe: Recipe, zoo: Path, pace: Pace) -> Labels:
+def load_or_make_labels(
+    name: str, corpus: Corpus, recipe: Recipe, zoo: Path, options: TrainingOptions
+) -> UnitLabels:
     """The labels called ``name``, read from the zoo or made: clusters of MFCC, or of the middle
     layer of a finished stage."""
     path = zoo / f"units-{name}.npz"
@@ -127,11 +133,11 @@ def units(name: str, corpus: Corpus, recipe: Recipe, zoo: Path, pace: Pace) -> L
         before = load_labels(zoo / f"units-{source.units}.npz", corpus)
         model = MaskedPredictor(source.family, recipe, before.classes)
         checkpoint.load_model(zoo / name / "checkpoint.pt", name, model)
-        model.to(pace.device).eval()
+        model.to(options.device).eval()
         clusters = settings.hidden_clusters
 
         def features(wave):
-            return model.layer(wave.to(pace.device), settings.layer)
+            return model.layer(wave.to(options.device), settings.layer)
 
     labels = make_labels(corpus, features, clusters, settings.frames, recipe.seed, name)
     save_labels(labels, path)
