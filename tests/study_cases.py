@@ -1,4 +1,4 @@
-"""What the tests of the study's command share: metrics, names, and a setting as typed."""
+"""Shared by the tests of tools/study.py: metrics, teacher names, settings from arguments."""
 
 from __future__ import annotations
 
@@ -9,6 +9,6 @@ PR, _, CER, SID, _ = METRICS
 SINGLE = ["tiny_hubert", "tiny_robust_hubert", "tiny_wavlm"]
 
 
-def typed(*words: str):
-    """The setting of a command line."""
-    return tool.parse_setting(tool.make_parser().parse_args(["FOLDER", *words]))
+def parse(*argv: str):
+    """The settings of a command line."""
+    return tool.parse_setting(tool.make_parser().parse_args(["FOLDER", *argv]))

@@ -1,4 +1,4 @@
-"""tools/step_digests.py: what it sees of a run, and what it calls a difference."""
+"""tools/step_digests.py: the values it records of a run, and the difference it reports."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ from .conftest import SIZES
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory, corpus):
-    """The file of one case, with teachers of 12 layers and a corpus of noise."""
+    """The file of one case, with random teachers of 12 layers and a corpus of noise."""
     folder = tmp_path_factory.mktemp("digests")
     sizes = {**SIZES, "layers": 12}
     states = {"hubert": hubert_checkpoint(seed=1, **sizes), "wavlm": wavlm_checkpoint(**sizes)}
@@ -28,12 +28,12 @@ def written(tmp_path_factory, corpus):
         "\n".join(["path\tsplit", *(f"{path}\ttrain" for path in paths)]) + "\n"
     )
     (folder / "noise.tsv").write_text("\n".join(["path", *paths]) + "\n")
-    words = ["--corpus", str(folder), "--teachers", str(folder), "--only", "more/pre_norm"]
-    assert tool.main(["write", str(folder / "one.json"), *words]) == 0
+    argv = ["--corpus", str(folder), "--teachers", str(folder), "--only", "more/pre_norm"]
+    assert tool.main(["write", str(folder / "one.json"), *argv]) == 0
     return folder / "one.json"
 
 
-def test_what_is_seen_of_a_run(written):
+def test_the_values_of_a_run(written):
     cases = json.loads(written.read_text())
     assert set(cases) == {"inputs", "more/pre_norm"}
     audio = written.parent / "audio/u3.flac"
@@ -43,27 +43,26 @@ def test_what_is_seen_of_a_run(written):
         assert values[f"step {step}: ekd/train-loss"] == values[f"loss {step}"]
         assert float.fromhex(values[f"loss {step}"]) > 0
     weights = [
-        {value for key, value in values.items() if key.startswith(what)}
-        for what in ("update 1: weight", "update 2: weight", "update 3: weight", "weight at")
+        {value for key, value in values.items() if key.startswith(prefix)}
+        for prefix in ("update 1: weight", "update 2: weight", "update 3: weight", "weight at")
     ]
-    # Shapes tell the tensors apart; the rate is 0 in the last step, and an extractor whose
-    # gradient is multiplied by 0 stays.
+    # The learning rate is 0 in the last step; an extractor with feature_grad_mult 0 does not change.
     assert all(len(group) > 40 for group in weights)
     assert weights[0] != weights[1] != weights[2] == weights[3]
-    same = weights[0] & weights[2]
+    unchanged = weights[0] & weights[2]
     assert {f"[32, {i}, {k}]" for i, k in ((1, 10), (32, 3), (32, 2))} <= {
-        value.rsplit(" ", 1)[0] for value in same
+        value.rsplit(" ", 1)[0] for value in unchanged
     }
     gradients = [key for key in values if key.startswith("update 2: gradient")]
     count = len([key for key in values if key.startswith("update 2: weight")])
     assert len(gradients) == count
 
 
-def test_the_first_difference(written, tmp_path, capsys):
+def test_the_first_difference_is_printed(written, tmp_path, capsys):
     cases = json.loads(written.read_text())
     total = sum(map(len, cases.values()))
     assert tool.main(["compare", str(written), str(written)]) == 0
-    assert f"{total} values are equal" in capsys.readouterr().out
+    assert capsys.readouterr().out.startswith(f"{total} ")
     other = tmp_path / "other.json"
     for change in ("changed", "missing"):
         cases = json.loads(written.read_text())
@@ -76,8 +75,8 @@ def test_the_first_difference(written, tmp_path, capsys):
         assert "more/pre_norm: loss 2: " in capsys.readouterr().out
 
 
-def test_an_unknown_case(tmp_path, written, capsys):
+def test_an_unknown_case_lists_the_cases(tmp_path, written, capsys):
     folder = str(written.parent)
-    words = ["--corpus", folder, "--teachers", folder, "--only", "nothing"]
-    assert tool.main(["write", str(tmp_path / "x.json"), *words]) == 2
+    argv = ["--corpus", folder, "--teachers", folder, "--only", "nothing"]
+    assert tool.main(["write", str(tmp_path / "x.json"), *argv]) == 2
     assert "more/units" in capsys.readouterr().err

@@ -1,10 +1,10 @@
-"""How fast a student is in torch, transformers and onnxruntime, on one core, in one run.
+"""Compare the speed of a student in torch, transformers and onnxruntime on one core.
 
-A random full-size two-layer student (or CKPT) is exported to each form, the forms are compared with
-torch, and each works through the same waveforms of noise in turns, so that all share whatever else
-the machine does. Printed are the median real-time factor (time over audio time), its quartiles, and
-the ratio to torch in CPU time, as the median over turns. Needs
-the extra onnx.
+Exports a random full-size two-layer student (or CKPT) to each format and compares the outputs with
+torch's. The formats then process the same noise waveforms in turns, so that other load on the
+machine affects all of them. Prints the median real-time factor (time over audio duration) with its
+quartiles, and the ratio of torch's CPU time to the format's, the median over turns. Needs the extra
+onnx.
 
 example:
   python tools/export_speed.py --repeats 20
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 
-os.environ["OMP_NUM_THREADS"] = "1"  # before torch is loaded
+os.environ["OMP_NUM_THREADS"] = "1"  # has to be set before torch is imported
 
 import argparse  # noqa: E402
 import platform  # noqa: E402
@@ -32,8 +32,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("checkpoint", metavar="CKPT", nargs="?", help="default: random weights")
-    parser.add_argument("--seconds", type=float, nargs="+", default=[2.0, 5.0, 15.0])
-    parser.add_argument("--repeats", type=int, default=15, help="measured turns (15)")
+    parser.add_argument(
+        "--seconds", type=float, nargs="+", default=[2.0, 5.0, 15.0], help="durations (2 5 15)"
+    )
+    parser.add_argument("--repeats", type=int, default=15, help="number of measured turns (15)")
     args = parser.parse_args()
     compat.apply()
 
@@ -87,16 +89,25 @@ def main() -> None:
         print("| | MB | RTF (quartiles) | CPU RTF | torch's time / its time (quartiles) |")
         print("|---|---|---|---|---|")
         for name in runs:
-            low, middle, high = np.percentile(wall[name], [25, 50, 75])
+            low, median, high = np.percentile(wall[name], [25, 50, 75])
             ratio = np.percentile(np.divide(cpu["torch"], cpu[name]), [25, 50, 75])
             print(
-                f"| {name} | {sizes[name] / 1e6:.1f} | {middle:.4f} ({low:.4f} to {high:.4f}) | "
+                f"| {name} | {sizes[name] / 1e6:.1f} | {median:.4f} ({low:.4f} to {high:.4f}) | "
                 f"{np.median(cpu[name]):.4f} | {ratio[1]:.2f} ({ratio[0]:.2f} to {ratio[2]:.2f}) |"
             )
 
 
 def measure(runs, seconds: float, repeats: int):
-    """Wall and CPU time over audio time: two dicts of ``repeats`` values for each of ``runs``."""
+    """Measure wall-clock and CPU time over audio duration.
+
+    Args:
+        runs: name -> function that processes the audio.
+        seconds: duration of the audio.
+        repeats: number of measured turns.
+
+    Returns:
+        Two dicts, name -> ``repeats`` values.
+    """
     wall = {name: [] for name in runs}
     cpu = {name: [] for name in runs}
     names = list(runs)
@@ -104,14 +115,14 @@ def measure(runs, seconds: float, repeats: int):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             start = time.perf_counter(), time.process_time()
             runs[name]()
-            if turn >= 2:  # two turns warm up
+            if turn >= 2:  # after two warm-up turns
                 wall[name].append((time.perf_counter() - start[0]) / seconds)
                 cpu[name].append((time.process_time() - start[1]) / seconds)
     return wall, cpu
 
 
 def machine() -> str:
-    """Processor, load and versions."""
+    """Describe the processor, its load, and package versions."""
     import onnxruntime
     import torch
     import transformers

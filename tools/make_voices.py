@@ -1,9 +1,9 @@
-"""Synthesise the speech of many voices that the tiny teachers are trained on beside real speech.
+"""Synthesise the part of the tiny teachers' training data that is not real speech.
 
-OUT/train-clean is a folder for tools/train_tiny_teachers.py; OUT also gets two more voices with 50
-utterances (dev-clean), transcripts, length tables and noise, as the demo's corpus has them. The
-same options give the same bytes; the defaults are what the package's teachers heard. The demo's
-voices are others, for its seed is 1337. Needs the extra demo.
+OUT/train-clean is an input of tools/train_tiny_teachers.py. OUT also gets 50 utterances of two
+other voices (dev-clean), transcripts, length tables and noise, as in the demo's corpus. The same
+options give the same bytes; the defaults give the training data of the package's teachers. The demo
+has other voices, since its seed is 1337. Needs the extra demo.
 
 example:
   python tools/make_voices.py voices --voices 48 --utterances 1200 --seed 8
@@ -22,15 +22,15 @@ DEV_VOICES, DEV_UTTERANCES = 2, 50
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0: the corpus is there; 2: a mistake, in a sentence."""
+    """Run the command; return 0, or 2 for a user's error."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("out", metavar="OUT", type=Path, help="folder to make; one that is whole is kept")
-    add("--voices", type=int, default=48, help="of train-clean (%(default)s)")
-    add("--utterances", type=int, default=1200, help="of train-clean (%(default)s)")
-    add("--seed", type=int, default=8, help="of voices, sentences and noise (%(default)s)")
+    add("out", metavar="OUT", type=Path, help="folder to write; if it is complete, nothing is done")
+    add("--voices", type=int, default=48, help="voices in train-clean (%(default)s)")
+    add("--utterances", type=int, default=1200, help="utterances in train-clean (%(default)s)")
+    add("--seed", type=int, default=8, help="seed of voices, sentences and noise (%(default)s)")
     args = parser.parse_args(argv)
     try:
         record = make_corpus(

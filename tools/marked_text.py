@@ -1,4 +1,4 @@
-"""Facts that a program writes between two marks of a text that people wrote, and nowhere else."""
+"""Replace the text between two marks in a file that is written by hand otherwise."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from s3prl_ekd.errors import SetupError
 
 
 def between(text: str, begin: str, end: str, body: str, path: Path) -> str:
-    """``text`` with ``body`` between its marks ``begin`` and ``end``.
+    """Return ``text`` with ``body`` between its marks ``begin`` and ``end``.
 
     Args:
-        path: of the text, for the sentence.
+        path: file of the text, for the error message.
 
     Raises:
-        SetupError: the marks are not there once each, in this order.
+        SetupError: the text does not have each mark once, in this order.
     """
-    first, last = text.find(begin), text.find(end)
-    if text.count(begin) != 1 or text.count(end) != 1 or first > last:
-        raise SetupError(f"{path} lacks the marks {begin} and {end}, once each and in this order")
-    return f"{text[: first + len(begin)]}\n\n{body.strip()}\n\n{text[last:]}"
+    start, stop = text.find(begin), text.find(end)
+    if text.count(begin) != 1 or text.count(end) != 1 or start > stop:
+        raise SetupError(f"{path} must have the marks {begin} and {end} once each, in this order")
+    return f"{text[: start + len(begin)]}\n\n{body.strip()}\n\n{text[stop:]}"

@@ -1,8 +1,8 @@
-"""The validator's report on full-size two-layer students with random weights.
+"""Validate hidden-set packages of full-size two-layer students with random weights.
 
-Three students are exported as hidden-set packages and validated one after the other: separate heads
-of three teachers kept, the heads of an average kept, and heads dropped. Each head predicts three
-layers of width 768, as `aggregation: separate` and `average` with layers 4, 8 and 12 do.
+Three students are exported and validated one after the other: with the separate heads of three
+teachers, with the head of an average, and without heads. Each head predicts three layers of width
+768, as `aggregation: separate` and `average` do with layers 4, 8 and 12.
 
 example:
   OMP_NUM_THREADS=1 python tools/package_report.py OUT_FOLDER | tee report.txt
@@ -16,7 +16,7 @@ from pathlib import Path
 from s3prl_ekd import compat
 
 TEACHERS = ("hubert", "robust_hubert", "wavlm")
-STUDENTS = {  # name -> its heads, and what --heads says
+STUDENTS = {  # name -> (its heads, value of --heads)
     "separate_kept": (TEACHERS, "keep"),
     "average_kept": (("average",), "keep"),
     "dropped": (("average",), "drop"),
@@ -27,7 +27,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("out", metavar="OUT_FOLDER", type=Path, help="for students and packages")
+    parser.add_argument(
+        "out", metavar="OUT_FOLDER", type=Path, help="folder for students and packages"
+    )
     parser.add_argument("--only", choices=STUDENTS, nargs="+", default=list(STUDENTS))
     args = parser.parse_args()
     compat.apply()
@@ -51,8 +53,8 @@ def main() -> int:
         heads = PredictionHeads(student.width, targets)
         file, package = args.out / f"{name}.pt", args.out / name
         write_student(LoadedStudent(student, heads, targets, {"step": 0}), file)
-        words = [str(file), "-o", str(package), "--heads", heads_option, "--force"]
-        cli.main(["export", "superb", *words])
+        argv = [str(file), "-o", str(package), "--heads", heads_option, "--force"]
+        cli.main(["export", "superb", *argv])
         failed += cli.main(["validate", str(package), "--timeout", "1800"])
     return failed
 

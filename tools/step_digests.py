@@ -1,22 +1,19 @@
-"""Losses, gradients and weights of the first steps of every experiment, to compare versions.
+"""Compare the first training steps of every experiment between two versions, bit for bit.
 
 ``write`` runs ``run_pretrain.py -u ekd`` for each YAML file of ``pretrain_configs/`` and for some
-more settings, and writes every logged scalar, every loss that is propagated back, and a SHA-256 of
-every gradient (before clipping) and of every weight (before and after each update). ``compare``
-exits with 1 at the first value that is not the same to the last bit. Neither imports anything of
-s3prl_ekd: the commands run in processes of which only torch is watched, so the same tool serves
-versions whose modules differ.
+further settings. It writes every logged scalar, every loss on which ``backward`` is called, and a
+SHA-256 of every gradient (before clipping) and of every weight (before and after each update).
+``compare`` exits with 1 at the first value that differs. Neither imports s3prl_ekd: the commands
+run in processes in which only torch is patched, so the tool works for versions with other modules.
 
-What is reduced: 3 steps, 4 utterances a batch, excerpts of 1.5 s, no fp16 (it needs CUDA), no
-processes that read audio but in the cases that are about them. In config_model.yaml, `model` names
-the files in TEACHERS, hubert.pt, robust_hubert.pt and wavlm.pt, of any width and 12 layers in
-s3prl's formats, and the student has their widths. Layers, groups, dropout, distortions, losses and
-all else are as shipped. The configs that name the tiny teachers of the package run at their full
-size.
+Runs are reduced to 3 steps, batches of 4 utterances, excerpts of 1.5 s, no fp16 (it needs CUDA) and
+no loader workers except in the cases that test them. The teachers in config_model.yaml are the
+files hubert.pt, robust_hubert.pt and wavlm.pt in TEACHERS, of any width and 12 layers in s3prl's
+formats; the student has the same widths. Layers, groups, dropout, distortions, losses and all else
+are as shipped. Configs with the package's tiny teachers run at full size.
 
-A difference need not be a mistake on another machine, with another torch or number of threads:
-make both files in one place. CORPUS has `unlabeled.tsv` and `noise.tsv` with the columns path and,
-in the first, split.
+Write both files on the same machine, with the same torch and number of threads; other values may
+differ otherwise. CORPUS has `unlabeled.tsv` (columns path, split) and `noise.tsv` (column path).
 
 example, in the root of each checkout, with its Python:
   python -m tools.step_digests write before.json --corpus CORPUS --teachers TEACHERS
@@ -52,7 +49,8 @@ pretrain_expert:
 """
 SIZES = ("extractor_conv_feature_layers", "conv_pos", "conv_pos_groups", "encoder_embed_dim")
 SIZES += ("encoder_ffn_embed_dim", "encoder_attention_heads")
-# Name -> what is set in config_model.yaml, and what is typed as -o (DATA: the corpus part).
+# Name -> settings over config_model.yaml (keys of version 0.1), and overrides for -o (DATA stands
+# for config.pretrain_expert.datarc).
 MORE = """\
 workers: [{distortion: {setup: setup1}}, DATA.num_workers=2]
 cache: [{aggregation: average}, DATA.target_cache='cache']
@@ -79,18 +77,33 @@ CASES = yaml.safe_load(MORE.replace("DATA", "config.pretrain_expert.datarc"))
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0: written, or equal; 1: a case failed, or a value differs; 2: wrong arguments."""
+    """Run the command.
+
+    Returns:
+        0: written, or all values are equal. 1: a case failed, or a value differs. 2: wrong
+        arguments.
+    """
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
     add = commands.add_parser("write", help="run the experiments").add_argument
     add("out", metavar="FILE.json", type=Path)
-    add("--corpus", type=Path, required=True, help="12 of its utterances are used")
-    add("--teachers", type=Path, required=True, help="folder with hubert.pt ...")
+    add("--corpus", type=Path, required=True, help="corpus folder; 12 of its utterances are used")
+    add(
+        "--teachers",
+        type=Path,
+        required=True,
+        help="folder with hubert.pt, robust_hubert.pt and wavlm.pt",
+    )
     add("--configs", type=Path, help="a pretrain_configs/ (default: what `init -x all` writes)")
-    add("--only", metavar="NAME", nargs="+", help="cases, such as experiments/skill or more/units")
-    add("--jobs", type=int, default=1, help="cases at a time (1)")
+    add(
+        "--only",
+        metavar="NAME",
+        nargs="+",
+        help="run only these cases, such as experiments/skill or more/units",
+    )
+    add("--jobs", type=int, default=1, help="number of cases to run in parallel (1)")
     add = commands.add_parser("compare", help="find the first difference").add_argument
     add("files", metavar="FILE.json", type=Path, nargs=2)
     args = parser.parse_args(argv)
@@ -105,13 +118,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def compare(first: dict[str, dict[str, str]], second: dict[str, dict[str, str]]) -> int:
-    """Print how many values are equal, or the first that is not; the exit code."""
+    """Print the number of equal values, or the first difference; return the exit code."""
     count = 0
     for case in sorted({*first, *second}):
-        one, two = first.get(case, {}), second.get(case, {})
-        for key in {**one, **two}:  # in the order in which they came
-            if one.get(key) != two.get(key):
-                print(f"{case}: {key}: {one.get(key)} and {two.get(key)}, after {count} equal ones")
+        a, b = first.get(case, {}), second.get(case, {})
+        for key in {**a, **b}:  # in the order of the steps
+            if a.get(key) != b.get(key):
+                print(f"{case}: {key}: {a.get(key)} and {b.get(key)}, after {count} equal values")
                 return 1
             count += 1
     print(f"{count} values are equal")
@@ -119,23 +132,23 @@ def compare(first: dict[str, dict[str, str]], second: dict[str, dict[str, str]])
 
 
 def write(args: argparse.Namespace, folder: Path) -> int:
-    """Run the cases in ``folder`` and write their values; the exit code.
+    """Run the cases in ``folder`` and write their values; return the exit code.
 
     Raises:
-        RuntimeError: what the cases need could not be made.
+        RuntimeError: another s3prl_ekd is imported, or preparing the inputs failed.
     """
     code = run(["-c", "import s3prl_ekd; print(s3prl_ekd.__file__)"], folder)
     if Path(__file__).resolve().parents[1] not in Path(code).resolve().parents:
-        raise RuntimeError(f"{sys.executable} runs another s3prl_ekd than this one: {code}")
+        raise RuntimeError(f"{sys.executable} imports another s3prl_ekd: {code}")
     results = {"inputs": prepare(folder, args)}
     configs = folder / "pretrain/ekd"
     for name, (settings, *_) in CASES.items():
-        put_over(configs / f"more/{name}.yaml", {"extends": "../config_model.yaml", **settings})
+        merge_yaml(configs / f"more/{name}.yaml", {"extends": "../config_model.yaml", **settings})
     names = [str(path.relative_to(configs).with_suffix("")) for path in configs.rglob("*.yaml")]
     names = sorted(name for name in names if "runner" not in name)
     cases = [name for name in names if name in (args.only or names)]
     if len(cases) < len(args.only or []):
-        print(f"--only: the cases are {', '.join(names)}", file=sys.stderr)
+        print(f"--only: no such case; the cases are {', '.join(names)}", file=sys.stderr)
         return 2
     if not args.only or any("cache" in name or "units" in name for name in cases):
         model, runner = "pretrain/ekd/config_model.yaml", "pretrain/ekd/config_runner.yaml"
@@ -145,7 +158,7 @@ def write(args: argparse.Namespace, folder: Path) -> int:
         run(["-m", "s3prl_ekd", "units", model, *data, *more], folder)
     failed = []
 
-    def one(name: str) -> None:
+    def run_and_report(name: str) -> None:
         try:
             results[name] = run_case(name, folder)
             print(f"{name}: {len(results[name])} values", flush=True)
@@ -154,14 +167,14 @@ def write(args: argparse.Namespace, folder: Path) -> int:
             print(f"{name}: {error}", file=sys.stderr)
 
     with ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(one, cases))
+        list(pool.map(run_and_report, cases))
     args.out.write_text(json.dumps(dict(sorted(results.items())), indent=0))
     print(f"{sum(map(len, results.values()))} values of {len(cases)} cases -> {args.out}")
     return 1 if failed else 0
 
 
 def prepare(folder: Path, args: argparse.Namespace) -> dict[str, str]:
-    """Make the working folder: configs, corpus, tables; returns what the inputs are."""
+    """Write the configs, corpus and length tables; return the SHA-256 of each input file."""
     import soundfile
     import torch
 
@@ -173,22 +186,22 @@ def prepare(folder: Path, args: argparse.Namespace) -> dict[str, str]:
         ignored = shutil.ignore_patterns("*.py", "__pycache__")
         shutil.copytree(args.configs, configs, dirs_exist_ok=True, ignore=ignored)
     for path in configs.glob("*runner.yaml"):
-        put_over(path, yaml.safe_load(RUNNER))
+        merge_yaml(path, yaml.safe_load(RUNNER))
     path = configs / "config_model.yaml"
     names = list(yaml.safe_load(path.read_text())["teachers"])
     files = {name: (args.teachers / f"{name}.pt").resolve() for name in names}
     sizes = torch.load(files["hubert"], weights_only=True)["model_cfg"]
-    put_over(path, {"teachers": {name: {"model": str(file)} for name, file in files.items()}})
-    put_over(path, {"student": {key: sizes[key.removeprefix("extractor_")] for key in SIZES}})
+    merge_yaml(path, {"teachers": {name: {"model": str(file)} for name, file in files.items()}})
+    merge_yaml(path, {"student": {key: sizes[key.removeprefix("extractor_")] for key in SIZES}})
 
     rows = read_tsv(args.corpus / "unlabeled.tsv")
     paths = [row["path"] for row in rows if row["split"] == "train"]
     noise = [row["path"] for row in read_tsv(args.corpus / "noise.tsv")]
-    chosen = [("audio", path) for path in paths[:: max(1, len(paths) // 12)][:12]]
-    chosen += [("noise", path) for path in noise[:: max(1, len(noise) // 3)][:3]]
+    copied = [("audio", path) for path in paths[:: max(1, len(paths) // 12)][:12]]
+    copied += [("noise", path) for path in noise[:: max(1, len(noise) // 3)][:3]]
     (folder / "tables").mkdir()
     tables = {name: [",file_path,length,label"] for name in ("train", "dev")}
-    for number, (kind, name) in enumerate(chosen):
+    for number, (kind, name) in enumerate(copied):
         copy = folder / kind / name
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(args.corpus / name, copy)
@@ -201,13 +214,13 @@ def prepare(folder: Path, args: argparse.Namespace) -> dict[str, str]:
     return {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in files.items()}
 
 
-def put_over(path: Path, settings: dict) -> None:
-    """Write a YAML file with ``settings`` over what it has; mappings are merged."""
+def merge_yaml(path: Path, settings: dict) -> None:
+    """Merge ``settings`` into a YAML file, recursively."""
 
     def merge(base: dict, over: dict) -> dict:
         for key, value in over.items():
-            both = isinstance(value, dict) and isinstance(base.get(key), dict)
-            base[key] = merge(base[key], value) if both else value
+            nested = isinstance(value, dict) and isinstance(base.get(key), dict)
+            base[key] = merge(base[key], value) if nested else value
         return base
 
     path.parent.mkdir(exist_ok=True)
@@ -216,18 +229,18 @@ def put_over(path: Path, settings: dict) -> None:
 
 
 def read_tsv(path: Path) -> list[dict[str, str]]:
-    """The rows of a table with tabs and a header, without quotes."""
+    """Rows of a tab-separated table with a header and without quoting."""
     with open(path, encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
 
 
 def run(argv: list[str], folder: Path) -> str:
-    """Run Python in ``folder`` on one thread and return what it printed.
+    """Run Python in ``folder`` on one thread and return its output.
 
     Raises:
-        RuntimeError: with what it printed, if its exit code is not 0.
+        RuntimeError: the exit code is not 0; with the end of the output.
     """
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, *argv],
         cwd=folder,
         stdout=subprocess.PIPE,
@@ -235,16 +248,16 @@ def run(argv: list[str], folder: Path) -> str:
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
     )
-    if done.returncode:
-        raise RuntimeError(f"exit code {done.returncode}\n{done.stdout[-3000:]}")
-    return done.stdout.strip()
+    if result.returncode:
+        raise RuntimeError(f"exit code {result.returncode}\n{result.stdout[-3000:]}")
+    return result.stdout.strip()
 
 
 def run_case(name: str, folder: Path) -> dict[str, str]:
-    """Train one experiment; what was seen of it, by names such as ``update 1: gradient 0``.
+    """Train one experiment; return its values by names such as ``update 1: gradient 0``.
 
     Raises:
-        RuntimeError: the command failed, or did not make 3 updates.
+        RuntimeError: the command failed, or did not take 3 optimizer steps.
     """
     record = folder / f"{name.replace('/', '.')}.json"
     argv = [str(Path(__file__).resolve()), "watch", str(record), "run_pretrain.py", "-u", "ekd"]
@@ -255,37 +268,37 @@ def run_case(name: str, folder: Path) -> dict[str, str]:
     run([*argv, "-n", name, "--device", "cpu"], folder)
     values = json.loads(record.read_text())
     if "update 3: gradient 0" not in values or "update 4: gradient 0" in values:
-        raise RuntimeError("not 3 updates were seen")
+        raise RuntimeError("expected 3 optimizer steps, got fewer or more")
     return {**read_scalars(folder / "result/pretrain" / name), **values}
 
 
 def read_scalars(folder: Path) -> dict[str, str]:
-    """All scalars that a run wrote for TensorBoard, exactly."""
+    """Read a run's TensorBoard scalars as hexadecimal floats."""
     from tensorboardX.proto.event_pb2 import Event
 
     values = {}
     for path in sorted(folder.glob("*events*")):
-        data, at = path.read_bytes(), 0
-        while at < len(data):  # length, its checksum, event, its checksum
-            (size,) = struct.unpack_from("<Q", data, at)
-            event = Event.FromString(data[at + 12 : at + 12 + size])
-            at += size + 16
+        data, offset = path.read_bytes(), 0
+        while offset < len(data):  # length, its checksum, event, its checksum
+            (size,) = struct.unpack_from("<Q", data, offset)
+            event = Event.FromString(data[offset + 12 : offset + 12 + size])
+            offset += size + 16
             for value in event.summary.value:
                 values[f"step {event.step}: {value.tag}"] = value.simple_value.hex()
     return values
 
 
 def watch(out: str) -> None:
-    """Record losses, gradients and weights of this process, and write them when it ends."""
+    """Patch torch to record losses, gradients and weights, and write them to ``out`` at exit."""
     import torch
 
     values: dict[str, str] = {}
-    trained: list[torch.Tensor] = []
+    weights: list[torch.Tensor] = []
     counts = {"loss": 0, "update": 0}
     backward, clip, process = torch.Tensor.backward, torch.nn.utils.clip_grad_norm_, os.getpid()
 
-    def record(what: str, tensors: list[torch.Tensor | None]) -> None:
-        """Whatever the parameters are called, and in whatever order they come."""
+    def record(name: str, tensors: list[torch.Tensor | None]) -> None:
+        """Record digests of tensors, sorted, so that names and order of parameters do not count."""
         digests = [
             "none"
             if tensor is None
@@ -293,7 +306,7 @@ def watch(out: str) -> None:
             + hashlib.sha256(tensor.detach().contiguous().numpy().tobytes()).hexdigest()[:24]
             for tensor in tensors
         ]
-        values.update({f"{what} {i}": digest for i, digest in enumerate(sorted(digests))})
+        values.update({f"{name} {i}": digest for i, digest in enumerate(sorted(digests))})
 
     def watched_backward(self, *args, **kwargs):
         counts["loss"] += 1
@@ -301,15 +314,15 @@ def watch(out: str) -> None:
         return backward(self, *args, **kwargs)
 
     def watched_clip(parameters, *args, **kwargs):
-        trained[:] = parameters
+        weights[:] = parameters
         counts["update"] += 1
-        record(f"update {counts['update']}: weight before", trained)
-        record(f"update {counts['update']}: gradient", [weight.grad for weight in trained])
-        return clip(trained, *args, **kwargs)
+        record(f"update {counts['update']}: weight before", weights)
+        record(f"update {counts['update']}: gradient", [weight.grad for weight in weights])
+        return clip(weights, *args, **kwargs)
 
     def finish() -> None:
         if os.getpid() == process:
-            record("weight at the end", trained)
+            record("weight at the end", weights)
             Path(out).write_text(json.dumps(values))
 
     torch.Tensor.backward = watched_backward

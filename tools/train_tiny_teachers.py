@@ -1,10 +1,9 @@
 """Train the tiny teachers that the package ships, from folders of audio.
 
-Tiny HuBERT in two iterations (units of MFCC, then of its own middle layer), tiny RobustHuBERT (the
-first one continued on noisy and reverberant speech) and tiny WavLM (with other utterances and noise
-mixed in), 3.3 M parameters each, with s3prl's own classes. Everything follows from the seed; the
-same command again goes on where it was left, on a CPU to the last bit. Needs the extras units and
-plots.
+Tiny HuBERT in two iterations (units from MFCC, then from its own middle layer), tiny RobustHuBERT
+(tiny HuBERT continued on noisy and reverberant speech) and tiny WavLM (with other utterances and
+noise mixed in), 3.3 M parameters each, with s3prl's classes. The result depends only on inputs,
+options and seed. The same command resumes, on a CPU bit for bit. Needs the extras units and plots.
 
 example:
   python tools/make_voices.py voices
@@ -28,7 +27,11 @@ from s3prl_ekd.errors import ConfigError, EkdError, SetupError
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0: all is done, or its minutes are over; 2: a mistake; 130 and the like: a signal."""
+    """Run the command.
+
+    Returns:
+        0: finished, or --minutes is over. 2: a user's error. 128 + N: signal N.
+    """
     args = make_parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
@@ -37,13 +40,13 @@ def main(argv: list[str] | None = None) -> int:
         return run(args)
     except EkdError as error:
         print(f"error: {error}", file=sys.stderr)
-    except OSError as error:  # a full disk; what was saved before is whole
-        print(f"error: {args.out} cannot be written to: {error.strerror}", file=sys.stderr)
+    except OSError as error:  # such as a full disk; files written before are complete
+        print(f"error: cannot write to {args.out}: {error.strerror}", file=sys.stderr)
     return 2
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The options; those of the recipe have its names and defaults."""
+    """The argument parser; options of the recipe have its names and defaults."""
     from teacher_zoo.recipe import TEACHERS, Recipe
 
     parser = argparse.ArgumentParser(
@@ -51,77 +54,86 @@ def make_parser() -> argparse.ArgumentParser:
     )
     default = Recipe()
     add = parser.add_argument
-    add("folders", metavar="AUDIO_FOLDER", nargs="+", help="all audio below them is used")
-    add("-o", "--out", metavar="ZOO", required=True, help="folder for everything that is made")
+    add("folders", metavar="AUDIO_FOLDER", nargs="+", help="folders of audio, searched recursively")
+    add("-o", "--out", metavar="ZOO", required=True, help="folder of all output files")
     add(
         "--manifest",
         metavar="TSV",
         action="append",
         default=[],
-        help="with the columns path and split, in one of the folders, of which only its train "
-        "and dev are used then (without: a fiftieth is held out)",
+        help="manifest in one of the folders, with columns path and split; only its train and dev "
+        "utterances of that folder are used (without: one in 50 utterances is held out)",
     )
     add(
         "--noise",
         metavar="AUDIO",
         nargs="+",
         default=[],
-        help="recordings, or folders of them, for what RobustHuBERT hears, beside synthetic noise",
+        help="noise recordings, or folders of them, added to RobustHuBERT's synthetic noise",
     )
-    add("--teacher", choices=TEACHERS, action="append", help="and what it needs (all)")
+    add(
+        "--teacher",
+        choices=TEACHERS,
+        action="append",
+        help="train this teacher and the stages it needs (all)",
+    )
     add(
         "--steps",
         type=int,
         default=default.steps,
-        help=f"of a stage; half as many for tiny HuBERT's first iteration ({default.steps})",
+        help=f"steps of a stage; half for tiny HuBERT's first iteration ({default.steps})",
     )
     add(
         "--batch-seconds",
         type=float,
         default=default.batch_seconds,
-        help=f"of audio a step ({default.batch_seconds:g})",
+        help=f"seconds of audio in a batch ({default.batch_seconds:g})",
     )
     add(
         "--crop-seconds",
         type=float,
         default=default.crop_seconds,
-        help=f"longest excerpt ({default.crop_seconds:g})",
+        help=f"longest excerpt, seconds ({default.crop_seconds:g})",
     )
     add("--lr", type=float, default=default.lr, help=f"peak learning rate ({default.lr:g})")
     add(
         "--dropout",
         type=float,
         default=default.dropout,
-        help=f"0.1 for long runs, a tenth slower on a CPU ({default.dropout:g})",
+        help=f"dropout; 0.1 for long runs, a tenth slower on a CPU ({default.dropout:g})",
     )
     add(
         "--alpha",
         type=float,
         default=default.alpha,
-        help=f"weight of the loss of hidden frames; the others get the rest ({default.alpha:g})",
+        help=f"weight of the loss of masked frames; unmasked: 1 - alpha ({default.alpha:g})",
     )
     add(
         "--mfcc-clusters",
         type=int,
         default=default.units.mfcc_clusters,
-        help=f"units of the first iteration ({default.units.mfcc_clusters})",
+        help=f"number of units of the first iteration ({default.units.mfcc_clusters})",
     )
     add(
         "--hidden-clusters",
         type=int,
         default=default.units.hidden_clusters,
-        help=f"units of all that follow ({default.units.hidden_clusters})",
+        help=f"number of units of later iterations ({default.units.hidden_clusters})",
     )
-    add("--seed", type=int, default=default.seed, help=f"of everything ({default.seed})")
-    add("--device", help="cpu, cuda, cuda:1 ... (cuda where there is one)")
-    add("--workers", type=int, help="processes that read audio (cuda: up to 8; cpu: 0)")
-    add("--minutes", type=float, help="save and leave after so long; go on with the same command")
-    add("--summary", action="store_true", help="only print what the training in ZOO came to")
+    add("--seed", type=int, default=default.seed, help=f"random seed ({default.seed})")
+    add("--device", help="cpu, cuda, cuda:1 ... (cuda if available)")
+    add("--workers", type=int, help="loader workers (cuda: up to 8; cpu: 0)")
+    add(
+        "--minutes",
+        type=float,
+        help="save and stop after this many minutes; the same command resumes",
+    )
+    add("--summary", action="store_true", help="only print a summary of the training in ZOO")
     return parser
 
 
 def run(args: argparse.Namespace) -> int:
-    """Everything after the command line was read."""
+    """Train with parsed arguments; return the exit code."""
     from s3prl_ekd import compat
     from s3prl_ekd.analysis.plots import require_matplotlib
     from s3prl_ekd.essence.units import require_sklearn
@@ -146,7 +158,7 @@ def run(args: argparse.Namespace) -> int:
     noise = find_noise(args.noise)
     corpus = read_corpus(args.folders, args.manifest, round(recipe.shortest_seconds * 16_000))
     logging.info(
-        "%d utterances, %.2f h to train on; %d, %.2f h held out; %s",
+        "train: %d utterances, %.2f h; held out: %d utterances, %.2f h; device %s",
         len(corpus.train), hours(corpus.train), len(corpus.dev), hours(corpus.dev), device,
     )  # fmt: skip
     with StopSignals() as signals:
@@ -155,13 +167,13 @@ def run(args: argparse.Namespace) -> int:
             late = args.minutes is not None and time.monotonic() - started > 60 * args.minutes
             return late or signals.received is not None
 
-        every = min(50, max(1, recipe.steps // 100))
-        options = TrainingOptions(device, workers, log_every=every, dev_every=10 * every)
+        interval = min(50, max(1, recipe.steps // 100))
+        options = TrainingOptions(device, workers, log_every=interval, dev_every=10 * interval)
         files = make_zoo(
             tuple(args.teacher or TEACHERS), corpus, recipe, Path(args.out), options, stop, noise
         )
     if files is None:
-        print(f"{args.out}: saved; the same command goes on from here")
+        print(f"{args.out}: saved; the same command resumes")
         return exit_code(signals.received.name) if signals.received else 0
     print_summary(args.out)
     for path in files.values():
@@ -170,7 +182,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def print_summary(out: str) -> int:
-    """What the training in the folder ``out`` came to."""
+    """Print a summary of the training in the folder ``out``."""
     from teacher_zoo.summary import summary
 
     print(summary(Path(out)))
@@ -178,10 +190,10 @@ def print_summary(out: str) -> int:
 
 
 def parse_recipe(args: argparse.Namespace):
-    """The recipe with what was typed.
+    """The recipe with the options of the command line.
 
     Raises:
-        ConfigError: a number makes no sense.
+        ConfigError: an option is invalid.
     """
     from teacher_zoo.recipe import Recipe, check_recipe
 
@@ -202,7 +214,7 @@ def parse_device(name: str | None) -> str:
     """The device to train on.
 
     Raises:
-        SetupError: it is not there, or no name of one.
+        SetupError: no such device.
     """
     import torch
 
@@ -211,7 +223,7 @@ def parse_device(name: str | None) -> str:
         torch.zeros(1, device=name)
     except (RuntimeError, AssertionError):
         raise SetupError(
-            f"--device {name} cannot be used here; give cpu, or cuda where torch sees a GPU"
+            f"--device {name} is not available; use cpu, or cuda if torch finds a GPU"
         ) from None
     return name
 

@@ -1,1 +1,1 @@
-"""Benchmark of a distillation step, beside s3prl's way of making it: ``python -m tools.bench``."""
+"""Benchmark of a distillation step against s3prl's distiller: ``python -m tools.bench``."""

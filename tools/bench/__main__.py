@@ -1,9 +1,9 @@
-"""Measure a distillation step, stage by stage, beside s3prl's way of making it.
+"""Benchmark a distillation step, stage by stage, against s3prl's distiller.
 
-`s3prl` is its distiller with three upstream experts for teachers; `ekd` is what
-`run_pretrain.py -u ekd` runs. Both start from the same random weights and make steps on the same
-batches in turns; peak memory is measured in a process of its own. The roofline is what the counted
-matrix products would take at this machine's best rate. Prints a table in Markdown.
+Variant `s3prl` is s3prl's distiller with three upstream experts as teachers; `ekd` is the step of
+`run_pretrain.py -u ekd`. Both start from the same random weights and alternately take steps on the
+same batches; peak memory is measured in a separate process. The roofline is the time of the counted
+matrix products at this machine's measured peak rate. Prints a Markdown table.
 
 example:
   python -m tools.bench
@@ -43,26 +43,48 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--size", choices=SIZES, default="tiny", help="of the teachers: demo's, 94 M or 316 M")
-    add("--device", default="cpu", help="cpu, cuda or cuda:N")
+    add(
+        "--size",
+        choices=SIZES,
+        default="tiny",
+        help="teachers: those of the demo, 94 M or 316 M parameters (default: tiny)",
+    )
+    add("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
     add("--seconds", type=float, default=4.0, help="longest utterance (default: 4)")
-    add("--batch", type=int, default=4, metavar="N", help="utterances a batch (default: 4)")
+    add("--batch", type=int, default=4, metavar="N", help="utterances in a batch (default: 4)")
     add("--turns", type=int, default=5, metavar="N", help="steps of each variant (default: 5)")
-    add("--data", type=Path, metavar="FOLDER", help="audio to take excerpts of (default: noise)")
-    add("--variant", nargs="+", choices=list(VARIANTS)[1:], default=["ekd"], help="beside s3prl")
-    add("--cpu-time", action="store_true", help="CPU time, which other programs disturb less")
+    add(
+        "--data",
+        type=Path,
+        metavar="FOLDER",
+        help="folder of audio to take excerpts from (default: noise)",
+    )
+    add(
+        "--variant",
+        nargs="+",
+        choices=list(VARIANTS)[1:],
+        default=["ekd"],
+        help="variants to compare with s3prl (default: ekd)",
+    )
+    add(
+        "--cpu-time",
+        action="store_true",
+        help="measure CPU time, which other programs disturb less",
+    )
     add("--no-memory", action="store_true", help="do not measure peak memory")
-    add("--plan", action="store_true", help="project hours for larger corpora and more devices")
-    add("--plot", type=Path, metavar="PNG", help="also draw the stages")
+    add(
+        "--plan", action="store_true", help="also project hours for larger corpora and more devices"
+    )
+    add("--plot", type=Path, metavar="PNG", help="also plot the stages")
     add("-o", "--output", type=Path, metavar="JSON", help="write all measurements to this file")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the bench.
+    """Run the benchmark.
 
     Raises:
-        SystemExit: with 2, after one sentence, for a user's mistake.
+        SystemExit: code 2 for a user's error.
     """
     args = build_parser().parse_args(argv)
     prepare_streams()
@@ -76,22 +98,22 @@ def bench(args: argparse.Namespace) -> None:
     """Check the options, measure, print and write the results.
 
     Raises:
-        SetupError: an option cannot be used.
+        SetupError: an option is invalid.
     """
     if args.batch < 2 or args.turns < 1:
         raise SetupError(
-            f"--batch {args.batch} --turns {args.turns}: 2 (s3prl drops single utterances) and 1 "
-            "are the least"
+            f"--batch {args.batch} --turns {args.turns}: --batch must be 2 or more (s3prl drops "
+            "batches of one utterance), --turns 1 or more"
         )
     if not 0.1 <= args.seconds <= 60:
-        raise SetupError(f"--seconds {args.seconds:g}: 0.1 to 60 is allowed")
+        raise SetupError(f"--seconds must be 0.1 to 60, got --seconds {args.seconds:g}")
     if args.device != "cpu" and not (args.device.startswith("cuda") and torch.cuda.is_available()):
-        raise SetupError(f"--device {args.device}: torch has no such device here; use cpu")
+        raise SetupError(f"--device {args.device} is not available; use cpu")
     if args.data is not None and not args.data.is_dir():
-        raise SetupError(f"--data {args.data}: there is no such folder")
+        raise SetupError(f"--data {args.data}: no such folder")
     for path in filter(None, (args.output, args.plot)):
         if path.exists() or not path.parent.is_dir():
-            raise SetupError(f"{path} exists, or its folder does not; name another file")
+            raise SetupError(f"{path} exists already, or its folder does not; name another file")
     result = measure(args)
     print(table(result))
     for name in list(result["variants"])[1:] if args.plan else []:
@@ -103,12 +125,15 @@ def bench(args: argparse.Namespace) -> None:
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """All measurements: ``about`` the machine and options, and ``variants`` by name.
+    """Measure all variants.
 
-    In each turn every variant makes one step on the same batch; their order alternates. A step
-    before the first turn, which counts the operations, is not timed. Each variant has ``seconds``
-    (by stage), ``audio`` (seconds) and ``losses`` of each turn, ``flops`` by stage on a batch of
-    ``flops_audio`` seconds, and ``memory``.
+    In each turn every variant takes one step on the same batch, in alternating order. The steps
+    before the first turn, which warm up and count operations, are not timed.
+
+    Returns:
+        ``about`` (machine and options) and ``variants`` by name. A variant has ``seconds`` (by
+        stage), ``audio`` (seconds) and ``losses`` of each turn, ``flops`` by stage on a batch of
+        ``flops_audio`` seconds, and ``memory``.
     """
     compat.apply()
     names = ["s3prl", *dict.fromkeys(args.variant)]
@@ -118,7 +143,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         write_corpus(Path(folder), args.batch * args.turns, args.seconds, args.data)
         teachers = write_teachers(Path(folder), SIZES[args.size])
         plan = BenchPlan(Path(folder), teachers, args.size, args.device, args.batch)
-        if not args.no_memory:  # before this process takes its own share of a GPU
+        if not args.no_memory:  # before this process uses GPU memory itself
             for name in tqdm(names, desc="peak memory", unit="variant"):
                 results[name]["memory"] = peak_memory(plan, name)
         variants = {name: VARIANTS[name](plan) for name in names}
@@ -131,7 +156,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             results[name] |= {"flops": timer.totals, "flops_audio": audio}
             results[name] |= {"seconds": [], "audio": [], "losses": []}
         for turn in tqdm(range(args.turns), desc="turns", unit="turn"):
-            rate = max(rate, matmul_rate(args.device))  # other programs may slow some turns
+            rate = max(
+                rate, matmul_rate(args.device)
+            )  # a maximum, since other programs may slow some turns
             for name in names if turn % 2 == 0 else names[::-1]:
                 timer = StageTimer(seconds)
                 loss, audio = variants[name].step(turn, timer)

@@ -1,4 +1,4 @@
-"""What a benchmark runs on: random teachers of three sizes, and a corpus of noise or real audio."""
+"""Inputs of a benchmark: random teachers of three sizes; a corpus of noise or real audio."""
 
 from __future__ import annotations
 
@@ -25,8 +25,12 @@ PUBLISHED_CONV = "[(512,10,5)] + [(512,3,2)] * 4 + [(512,2,2)] * 2"
 
 @dataclass(frozen=True)
 class ModelSize:
-    """Teachers, their target layers, and a student, for :mod:`s3prl_ekd.teachers.random_weights`
-    and the YAML files."""
+    """Target layers, and the sizes of teachers and student.
+
+    Attributes:
+        teacher: arguments for :mod:`s3prl_ekd.teachers.random_weights`.
+        student: keys of ``student`` in a model config.
+    """
 
     layers: tuple[int, ...]
     teacher: dict[str, Any] = field(default_factory=dict)
@@ -63,23 +67,23 @@ def write_teachers(folder: Path, size: ModelSize) -> dict[str, Path]:
     """Write two HuBERT checkpoints and a WavLM one: teacher name -> file."""
     paths = {}
     for seed, name in enumerate(TEACHERS):
-        make = wavlm_checkpoint if name == "wavlm" else hubert_checkpoint
+        checkpoint = wavlm_checkpoint if name == "wavlm" else hubert_checkpoint
         paths[name] = folder / f"{name}.pt"
-        torch.save(make(seed=seed, **size.teacher), paths[name])
+        torch.save(checkpoint(seed=seed, **size.teacher), paths[name])
     return paths
 
 
 def write_corpus(folder: Path, count: int, seconds: float, source: Path | None = None) -> None:
-    """Write ``audio/*.flac`` and ``tables/bench.csv`` into an empty folder.
+    """Write ``audio/*.flac`` and the length table ``tables/bench.csv``.
 
     Args:
         folder: an empty folder.
         count: number of utterances.
-        seconds: the longest; noise has between half of it and all of it.
-        source: take the first audio files of this folder, cut to ``seconds``; None: noise.
+        seconds: length of the longest; noise is half as long or longer.
+        source: folder whose first audio files are taken, cropped to ``seconds``; None: noise.
 
     Raises:
-        DataError: the source has too few files, or one that cannot be read.
+        DataError: too few files in the source, or a file cannot be read.
     """
     (folder / "audio").mkdir()
     (folder / "tables").mkdir()
@@ -102,8 +106,8 @@ def _excerpts(source: Path, count: int, seconds: float) -> Iterator[np.ndarray]:
     names = find_audio(source)[:count]
     if len(names) < count:
         raise DataError(
-            f"{source} has {len(names)} audio files and the benchmark needs {count}, a batch for "
-            "each turn; lower --batch or --turns"
+            f"{source} has {len(names)} audio files, but --batch times --turns is {count}; lower "
+            "--batch or --turns"
         )
     for name in names:
         yield read_audio(source / name)[: int(seconds * RATE)].numpy()

@@ -1,4 +1,4 @@
-"""Time, floating point operations and memory of a step, and the roofline of its matrix products."""
+"""Measure the time, floating-point operations and memory of a step, and the matmul rate."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from s3prl_ekd.errors import SetupError
 
-# In the order of a step. `loss` has all that is no forward: masks, aggregation, transfers.
+# In the order of a step. `loss` includes masks, aggregation and transfers.
 STAGES = ("data", "teacher forward", "student forward", "loss", "backward", "optimizer")
 
 
 class StageTimer:
-    """Adds up each stage's share of a counter; a nested stage is not in the one around it.
+    """Sums a counter by stage; a nested stage is excluded from the stage around it.
 
     Args:
-        read: the counter: a number that only grows, such as seconds.
+        read: returns the counter, which never decreases, such as seconds.
 
     Attributes:
         totals: ``{stage: amount}`` for all of :data:`STAGES`.
@@ -62,7 +62,7 @@ class StageTimer:
         try:
             yield
         finally:
-            delattr(owner, name)  # the class still has its own
+            delattr(owner, name)  # restores the method of the class
 
     def _charge(self) -> None:
         now = self.read()
@@ -72,7 +72,12 @@ class StageTimer:
 
 
 def clock(device: str, cpu_time: bool = False) -> Callable[[], float]:
-    """Seconds, read after all work given to the device; ``cpu_time``: of this process only."""
+    """Return a function that waits for the device and reads the time in seconds.
+
+    Args:
+        device: cpu, cuda or cuda:N.
+        cpu_time: CPU time of this process in place of wall-clock time.
+    """
     read = time.process_time if cpu_time else time.perf_counter
 
     def seconds() -> float:
@@ -84,14 +89,14 @@ def clock(device: str, cpu_time: bool = False) -> Callable[[], float]:
 
 
 def flop_counter() -> FlopCounterMode:
-    """torch's counter with the operators that it lacks.
+    """torch's FLOP counter with formulas for some operators that it lacks.
 
-    It counts convolutions, matrix products and attention, a multiply-add as two operations.
+    It counts convolutions, matrix products and attention; a multiply-add is two operations.
     """
     aten, flash = torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu"
 
     def product(_: Any, a: Any, b: Any, *args: Any, **kwargs: Any) -> int:
-        return 2 * prod(a) * b[-1]  # [batch, m, k] times [batch, k, n], added in place
+        return 2 * prod(a) * b[-1]  # [batch, m, k] @ [batch, k, n], added in place
 
     def attention(*shapes: Any, **kwargs: Any) -> int:
         return sdpa_flop_count(*shapes[:3])
@@ -107,7 +112,7 @@ def flop_counter() -> FlopCounterMode:
 
 
 def matmul_rate(device: str, repeats: int = 5) -> float:
-    """Highest measured FLOP/s of a float32 matrix product, as large as a Base feed-forward."""
+    """Highest measured FLOP/s of a float32 matrix product of the size of a Base feed-forward."""
     m, k, n = (1600, 768, 3072) if device == "cpu" else (16384, 1024, 4096)
     a, b = torch.randn(m, k, device=device), torch.randn(k, n, device=device)
     seconds, best = clock(device), float("inf")
@@ -119,15 +124,15 @@ def matmul_rate(device: str, repeats: int = 5) -> float:
 
 
 def peak_memory(plan: Any, name: str) -> dict[str, Any]:
-    """Peak memory of two steps of one variant on its largest batch, in a process of its own.
+    """Measure the peak memory of two steps of a variant on its largest batch, in a new process.
 
     Returns:
         ``{"peak": bytes, "kind": "RSS" | "CUDA"}``, models included.
 
     Raises:
-        SetupError: the process was killed, for want of memory for example.
+        SetupError: the process was killed, because memory ran out for example.
     """
-    # glibc would keep freed tensors for later: let it return them, to measure what is needed.
+    # Make glibc return freed tensors to the system, so that they do not count.
     os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "131072")
     try:
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
@@ -140,7 +145,7 @@ def _two_steps(plan: Any, name: str) -> dict[str, Any]:
     from .variants import VARIANTS
 
     variant = VARIANTS[name](plan)
-    with contextlib.suppress(OSError):  # Linux: forget the peak of loading the models
+    with contextlib.suppress(OSError):  # Linux: reset the peak after loading the models
         Path("/proc/self/clear_refs").write_text("5")
     for _ in range(2):  # the optimizer allocates its state in the first
         variant.step(0, StageTimer(lambda: 0.0))
@@ -150,7 +155,7 @@ def _two_steps(plan: Any, name: str) -> dict[str, Any]:
 
 
 def peak_resident() -> int:
-    """The most bytes of memory that this process has had."""
+    """Peak resident memory of this process in bytes."""
     status = Path("/proc/self/status")
     if status.exists():
         lines = status.read_text().splitlines()

@@ -1,4 +1,4 @@
-"""The table, the projection and the plot of a benchmark's result."""
+"""Table, projection and plot of the result of a benchmark."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ class Quartiles(NamedTuple):
 
 
 def quartiles(values: Sequence[float] | np.ndarray) -> Quartiles:
-    """25 %, 50 % and 75 %, interpolated."""
+    """The 25th, 50th and 75th percentiles, interpolated."""
     return Quartiles(*map(float, np.percentile(values, [25, 50, 75])))
 
 
 def seconds(variant: Mapping[str, Any], stage: str) -> np.ndarray:
     """A stage's seconds in each turn, ``[turn]``."""
     if stage == STEP:
-        return np.sum([seconds(variant, each) for each in STAGES], axis=0)
+        return np.sum([seconds(variant, name) for name in STAGES], axis=0)
     return np.array([turn[stage] for turn in variant["seconds"]])
 
 
@@ -45,35 +45,35 @@ def audio_rate(variant: Mapping[str, Any]) -> float:
 
 
 def summary(result: Mapping[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
-    """The figures of the table: variant -> stage -> figures.
+    """Compute the figures of the table: variant -> stage -> figures.
 
     ``seconds``: quartiles over turns. ``ratio``: quartiles of the ratios to the first variant in
-    the same turn; None where it has no such stage. ``roofline``: seconds that the stage's
-    floating point operations take at the rate of a large matrix product, for a median batch.
+    the same turn; None if the first variant lacks the stage. ``roofline``: seconds of the stage's
+    floating-point operations at the rate of a large matrix product, for a median batch.
     """
     first = next(iter(result["variants"].values()))
     figures: dict[str, dict[str, dict[str, Any]]] = {}
     for name, variant in result["variants"].items():
-        # Operations were counted on one batch: scaled to one of median length.
+        # Operations were counted on one batch; scale them to a batch of median length.
         scale = float(np.median(variant["audio"])) / variant["flops_audio"]
         flops = {**variant["flops"], STEP: sum(variant["flops"].values())}
         figures[name] = {}
         for stage in (*STAGES, STEP):
-            own, reference = seconds(variant, stage), seconds(first, stage)
+            times, reference = seconds(variant, stage), seconds(first, stage)
             figures[name][stage] = {
-                "seconds": quartiles(own),
-                "ratio": quartiles(own / reference) if reference.all() else None,
+                "seconds": quartiles(times),
+                "ratio": quartiles(times / reference) if reference.all() else None,
                 "roofline": flops[stage] * scale / result["about"]["matmul_rate"],
             }
     return figures
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """The benchmark in Markdown: a line a stage."""
+    """Format the result as a Markdown table, a line for each stage."""
     figures, variants, about = summary(result), result["variants"], result["about"]
-    first, *others = variants
+    first, *compared = variants
     head = ["", *(f"{name}, ms" for name in variants)]
-    head += [f"{name} / {first}" for name in others]
+    head += [f"{name} / {first}" for name in compared]
     head += [f"roofline of {name}, ms" for name in variants]
     lines = [head, ["---", *["---:"] * (len(head) - 1)]]
     for stage in (*STAGES, STEP):
@@ -87,11 +87,15 @@ def table(result: Mapping[str, Any]) -> str:
         )
     blank = [""] * (len(head) - 1 - len(variants))
     lines.append(
-        ["audio seconds a second", *(f"{audio_rate(v):,.3g}" for v in variants.values()), *blank]
+        [
+            "seconds of audio per second",
+            *(f"{audio_rate(v):,.3g}" for v in variants.values()),
+            *blank,
+        ]
     )
     memory = [variant.get("memory") for variant in variants.values()]
     if all(memory):
-        peaks = [f"{each['peak'] / 2**20:,.0f} MiB" for each in memory]
+        peaks = [f"{record['peak'] / 2**20:,.0f} MiB" for record in memory]
         lines.append([f"peak memory ({memory[0]['kind']})", *peaks, *blank])
     note = (
         f"{about['size']}, {about['batch']} utterances of up to {about['longest_seconds']:g} s, "
@@ -103,21 +107,25 @@ def table(result: Mapping[str, Any]) -> str:
 
 
 def projection(result: Mapping[str, Any], name: str) -> str:
-    """Hours for larger corpora and more devices at a variant's measured rate, in Markdown."""
+    """Project a variant's hours for larger corpora and more devices, as a Markdown table."""
     rate = audio_rate(result["variants"][name])
     lines = [[f"hours, {name}", *(f"{n} device{'s' * (n > 1)}" for n in DEVICES)]]
     lines.append(["---", *["---:"] * len(DEVICES)])
-    for work, hours in WORKLOADS.items():
-        lines.append([work, *(f"{hours / rate / n:,.1f}" for n in DEVICES)])
-    return markdown(lines) + "\n\nA projection: waiting of devices for each other is not in it."
+    for name, hours in WORKLOADS.items():
+        lines.append([name, *(f"{hours / rate / n:,.1f}" for n in DEVICES)])
+    return (
+        markdown(lines)
+        + "\n\nProjected from the measured rate, without synchronisation between devices."
+    )
 
 
 def markdown(lines: Sequence[Sequence[str]]) -> str:
+    """Join the cells of a Markdown table."""
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def plot(result: Mapping[str, Any], path: Path) -> None:
-    """Median milliseconds of each stage as stacked bars; dashes: the roofline.
+    """Plot the median milliseconds of the stages as stacked bars; the roofline is a dashed line.
 
     Raises:
         SetupError: matplotlib is not installed.
@@ -134,8 +142,8 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
         handles[stage] = axis.bar(names, heights, 0.6, bottom=bottom, color=colour)
         bottom += heights
     for number, name in enumerate(names):
-        roofline, ends = 1e3 * figures[name][STEP]["roofline"], (number - 0.4, number + 0.4)
-        handles["roofline"] = axis.hlines(roofline, *ends, colors="black", linestyles="dashed")
-    axis.set_ylabel("milliseconds a step")
+        roofline, span = 1e3 * figures[name][STEP]["roofline"], (number - 0.4, number + 0.4)
+        handles["roofline"] = axis.hlines(roofline, *span, colors="black", linestyles="dashed")
+    axis.set_ylabel("milliseconds per step")
     add_legend(figure, dict(reversed(handles.items())))
     figure.savefig(path, dpi=150)

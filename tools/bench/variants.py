@@ -1,4 +1,4 @@
-"""The ways to make a distillation step that a benchmark compares."""
+"""The variants of a distillation step that a benchmark compares."""
 
 from __future__ import annotations
 
@@ -25,12 +25,18 @@ from .measure import StageTimer
 
 OPTIMIZER = {"name": "AdamW_with_schedule", "lr": 2e-4, "warmup_proportion": 0.07}  # s3prl's
 CLIPPING = 5.0  # of the gradient's norm, as in s3prl's config
-UNLIMITED = 1_000_000  # samples or updates: more than there are
+UNLIMITED = 1_000_000  # samples or updates: a limit that is never reached
 
 
 @dataclass(frozen=True)
 class BenchPlan:
-    """``folder`` holds ``audio/``, ``tables/`` and the teachers' checkpoints."""
+    """Inputs of a benchmark.
+
+    Attributes:
+        folder: with ``audio/``, ``tables/`` and the teachers' checkpoints.
+        size: a key of :data:`SIZES`.
+        batch: utterances in a batch.
+    """
 
     folder: Path
     teachers: Mapping[str, Path]
@@ -44,12 +50,12 @@ class BenchPlan:
 
 
 class EkdVariant:
-    """A step as ``run_pretrain.py -u ekd`` makes it.
+    """The step of ``run_pretrain.py -u ekd``.
 
     Args:
-        plan: what is measured.
+        plan: inputs.
         cached: read the targets from a cache of ``s3prl-ekd cache`` and run no teacher.
-        model: keys of the model config beside teachers and student.
+        model: further keys of the model config.
     """
 
     def __init__(self, plan: BenchPlan, cached: bool = False, **model: Any):
@@ -77,7 +83,11 @@ class EkdVariant:
         self.optimizer = _optimizer(self.expert.model)
 
     def step(self, index: int, timer: StageTimer) -> tuple[float, float]:
-        """One training step on batch ``index`` (0: the longest): loss, seconds of audio."""
+        """Take a training step on batch ``index`` (0: the longest).
+
+        Returns:
+            (loss, seconds of audio).
+        """
         distiller = self.expert.distiller
         with (
             timer.method(distiller.teachers, "states", "teacher forward"),
@@ -85,7 +95,7 @@ class EkdVariant:
             timer.method(distiller.student, "forward", "student forward"),
             timer.method(distiller.heads, "forward", "student forward"),
         ):
-            with timer("data"):  # cached targets are read here, too
+            with timer("data"):  # includes reading cached targets
                 batch = self.dataset[index]
             with timer("loss"):
                 loss, _ = self.expert(batch, defaultdict(list), global_step=index + 1)
@@ -94,11 +104,11 @@ class EkdVariant:
 
 
 class S3prlVariant:
-    """s3prl's distiller with K teachers in place of one, and nothing else changed.
+    """s3prl's distiller with K teachers in place of one, otherwise unchanged.
 
-    Upstream experts on lists of waveforms, everything in train mode and float32, s3prl's buckets,
-    its model with as many prediction heads as there are targets, its loss over all frames, its
-    optimizer over all parameters, the frozen teachers' included.
+    Upstream experts get lists of waveforms; everything is in train mode and float32. Buckets,
+    model (one prediction head for each target), loss (over all frames) and optimizer (over all
+    parameters, those of the frozen teachers included) are s3prl's.
     """
 
     def __init__(self, plan: BenchPlan):
@@ -112,7 +122,7 @@ class S3prlVariant:
 
         self.load, self.device, self.layers = torchaudio.load, plan.device, plan.models.layers
         with contextlib.redirect_stdout(io.StringIO()):
-            # With a sequence length that no batch has, s3prl does not halve batches of long ones.
+            # s3prl halves batches with an utterance above the sequence length; avoid that.
             self.buckets = WaveDataset(
                 {"sequence_length": UNLIMITED},
                 plan.batch,
@@ -123,7 +133,7 @@ class S3prlVariant:
         teachers: dict[str, Any] = {
             name: load_upstream(str(path), name) for name, path in plan.teachers.items()
         }
-        for teacher in teachers.values():  # as s3prl does: a skipped layer gives no hidden state
+        for teacher in teachers.values():  # as in s3prl: a dropped layer gives no hidden state
             teacher.model.encoder.layerdrop = 0
         self.teachers = nn.ModuleDict(teachers).requires_grad_(False)
         config = {
@@ -141,7 +151,7 @@ class S3prlVariant:
         self.optimizer = _optimizer(self.model)
 
     def step(self, index: int, timer: StageTimer) -> tuple[float, float]:
-        """As :meth:`Ekd.step`."""
+        """See :meth:`EkdVariant.step`."""
         with timer("data"):
             waves, padded, mask = self.read(self.buckets.X[index])
         with timer("student forward"):
@@ -157,7 +167,11 @@ class S3prlVariant:
         return float(loss.detach()), sum(map(len, waves)) / RATE
 
     def read(self, files: list[str]) -> tuple[list[Tensor], Tensor, Tensor]:
-        """As s3prl's dataset: waveforms, the same padded ``[batch, sample]``, and their mask."""
+        """Read files as s3prl's dataset does.
+
+        Returns:
+            Waveforms ``[sample]``; padded waveforms and their mask, both ``[batch, sample]``.
+        """
         root = Path(self.buckets.libri_root)
         waves = [self.load(str(root / file))[0].squeeze(0) for file in files]
         pad = functools.partial(nn.utils.rnn.pad_sequence, batch_first=True)
@@ -166,7 +180,7 @@ class S3prlVariant:
         return [wave.to(device) for wave in waves], padded.to(device), mask.to(device)
 
 
-# The first is what the others are compared with.
+# All others are compared with the first.
 VARIANTS: dict[str, Callable[[BenchPlan], Any]] = {
     "s3prl": S3prlVariant,
     "ekd": EkdVariant,
@@ -177,7 +191,7 @@ VARIANTS: dict[str, Callable[[BenchPlan], Any]] = {
 
 
 def copy_weights(ekd: EkdVariant, s3prl: S3prlVariant) -> None:
-    """Give s3prl's student and heads the weights of ours."""
+    """Copy the weights of student and heads from ``ekd`` to ``s3prl``."""
     backbone = ekd.expert.distiller.student.backbone.state_dict()
     heads = [head.net for head in ekd.expert.distiller.heads.values()]
     layer = s3prl.distiller.output_layer
@@ -192,7 +206,7 @@ def copy_weights(ekd: EkdVariant, s3prl: S3prlVariant) -> None:
 
 
 def _build_cache(plan: BenchPlan, config: dict, data: dict) -> Path:
-    """Build ``folder/targets`` with ``s3prl-ekd cache`` if it is not there."""
+    """Build ``folder/targets`` with ``s3prl-ekd cache`` if it does not exist."""
     cache = plan.folder / "targets"
     if cache.exists():
         return cache
@@ -200,12 +214,12 @@ def _build_cache(plan: BenchPlan, config: dict, data: dict) -> Path:
     run |= {"gradient_clipping": 5, "gradient_accumulate_steps": 1}
     runner = {"runner": run, "optimizer": OPTIMIZER, "pretrain_expert": {"datarc": data}}
     for name, contents in (("runner.yaml", runner), ("model.yaml", config)):
-        (plan.folder / name).write_text(json.dumps(contents))  # which is YAML, too
+        (plan.folder / name).write_text(json.dumps(contents))  # JSON is YAML
     argv = ["cache", "-c", "runner.yaml", "-g", "model.yaml", "-o", "targets"]
     argv = [sys.executable, "-m", "s3prl_ekd", *argv, "--device", plan.device]
-    done = subprocess.run(argv, cwd=plan.folder, capture_output=True, text=True)
-    if done.returncode:
-        raise SetupError(f"s3prl-ekd cache failed: {done.stderr.strip().splitlines()[-1]}")
+    result = subprocess.run(argv, cwd=plan.folder, capture_output=True, text=True)
+    if result.returncode:
+        raise SetupError(f"s3prl-ekd cache failed: {result.stderr.strip().splitlines()[-1]}")
     return cache
 
 

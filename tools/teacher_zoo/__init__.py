@@ -1,1 +1,1 @@
-"""Training of the tiny teachers: a maker's tool, no part of the installed package."""
+"""Training of the tiny teachers; not part of the installed package."""

@@ -1,4 +1,4 @@
-"""Where a stage stands: all that its next step depends on, in one file, written whole."""
+"""Checkpoint of a stage: everything that the next step depends on, in one file."""
 
 from __future__ import annotations
 
@@ -24,8 +24,15 @@ FORMAT, VERSION = "s3prl_ekd.tiny_teacher_training", 1
 
 @dataclass
 class StageProgress:
-    """``epoch`` and ``position`` are those of the next batch; ``heard`` is in seconds of audio,
-    ``spent`` in seconds of time; ``window`` holds the sums since the last point of the log."""
+    """Progress of a stage, as stored in its checkpoint.
+
+    Attributes:
+        epoch, position: of the next batch.
+        heard: seconds of audio so far.
+        spent: seconds of training time so far.
+        window: sums since the last point of the log.
+        log: the points of the log.
+    """
 
     step: int = 0
     epoch: int = 0
@@ -38,7 +45,7 @@ class StageProgress:
 
 @dataclass(frozen=True)
 class TrainingState:
-    """The parts with a state."""
+    """Model, optimizer and schedule."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -47,10 +54,10 @@ class TrainingState:
 
 
 def save(path: Path, stage: str, state: TrainingState, progress: StageProgress) -> None:
-    """Write ``path``, random states included.
+    """Write a checkpoint atomically, with random states.
 
     Raises:
-        OSError: it cannot be written; what was there stays.
+        OSError: cannot write it; an older checkpoint is kept.
     """
     states = {
         "format": FORMAT,
@@ -68,32 +75,33 @@ def save(path: Path, stage: str, state: TrainingState, progress: StageProgress) 
 def load_model(
     path: Path, stage: str, model: MaskedPredictor, with_head: bool = True
 ) -> dict[str, Any]:
-    """Put the weights of a checkpoint into ``model``; all of the checkpoint is returned.
+    """Load the weights of a checkpoint into ``model``, and return the checkpoint.
 
     Args:
-        path, stage: the file, and what it must be of.
-        model: what gets the weights.
-        with_head: False leaves the model's own head, for other units than the checkpoint's.
+        path: the checkpoint.
+        stage: the stage it must belong to.
+        model: the model to load into.
+        with_head: False keeps the model's head, if its units are not those of the checkpoint.
 
     Raises:
-        CheckpointError: it is missing, damaged, or of another stage or size.
+        CheckpointError: the checkpoint is missing, damaged, or of another stage or model size.
     """
     states = safe_load(path, "training checkpoint")
     if states.get("format") != FORMAT or states.get("stage") != stage:
-        raise CheckpointError(f"{path} is no checkpoint of the stage {stage}; delete it")
-    check_format_version(states.get("version", 1), VERSION, f"the checkpoint {path}")
+        raise CheckpointError(f"{path} is not a checkpoint of stage {stage}; delete it")
+    refuse_newer(states.get("version", 1), VERSION, f"the checkpoint {path}")
     try:
         weights = dict(states["model"])
         if not with_head:
             weights.update(model.head_weights())
         model.load_state_dict(weights)
     except (RuntimeError, KeyError, TypeError, ValueError, AttributeError):
-        raise CheckpointError(f"{path} is of a model of another size; delete it") from None
+        raise CheckpointError(f"{path} has a model of another size; delete it") from None
     return states
 
 
 def load(path: Path, stage: str, state: TrainingState) -> StageProgress:
-    """Put everything back, the random states last.
+    """Load a checkpoint into ``state`` and the random states; return its progress.
 
     Raises:
         CheckpointError: see :func:`load_model`.
@@ -105,5 +113,5 @@ def load(path: Path, stage: str, state: TrainingState) -> StageProgress:
         progress = StageProgress(**states["progress"])
         set_random_states(states["random"], state.device)
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path} lacks a part of its run ({error}); delete it") from None
+        raise CheckpointError(f"{path} is damaged ({error}); delete it") from None
     return progress

@@ -1,4 +1,4 @@
-"""The speech: every utterance of some folders, and which of them are held out."""
+"""The training corpus: utterances of some folders, and which of them are held out."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from s3prl_ekd.data.audio_files import SAMPLE_RATE, find_audio, read_headers
 from s3prl_ekd.data.manifest import read_manifest
 from s3prl_ekd.errors import DataError
 
-_HOLD_OUT_EVERY = 50  # without a manifest, one utterance in so many is for dev
+_HOLD_OUT_EVERY = 50  # without a manifest, one in 50 utterances is for dev
 
 
 @dataclass(frozen=True)
 class Utterance:
-    """One audio file. ``key`` is its name that no machine changes: folder number and path."""
+    """An audio file. ``key`` (folder number and relative path) is the same on every machine."""
 
     key: str
     path: str
@@ -27,56 +27,56 @@ class Utterance:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Utterances to train on and held-out ones, each in the order of its keys."""
+    """Training and held-out utterances, each sorted by key."""
 
     train: tuple[Utterance, ...]
     dev: tuple[Utterance, ...]
 
     @property
     def all(self) -> tuple[Utterance, ...]:
-        """Train, then dev: the order of the labels."""
+        """Train, then dev, as in :class:`labels.UnitLabels`."""
         return self.train + self.dev
 
     @property
     def digest(self) -> str:
-        """Changes with any name, length or split."""
+        """Digest of all keys, lengths and splits."""
         text = "\n".join(f"{u.key}\t{u.length}" for u in (*self.train, *self.dev))
         return hashlib.blake2b(f"{len(self.train)}\n{text}".encode(), digest_size=8).hexdigest()
 
 
 def hours(utterances: Sequence[Utterance]) -> float:
-    """Their sum."""
+    """Total duration in hours."""
     return sum(u.length for u in utterances) / SAMPLE_RATE / 3600
 
 
 def read_corpus(
     folders: Sequence[str | Path], manifests: Sequence[str | Path], shortest: int
 ) -> Corpus:
-    """All audio below ``folders``; of a folder in which a manifest lies, what that lists.
+    """Find the audio below ``folders``; of a folder with a manifest, only the files it lists.
 
     Args:
-        folders: of FLAC, WAV, Ogg or Opus, the folder's number being part of each key.
-        manifests: TSV files with the columns ``path`` and ``split``, each directly in one of the
-            folders; ``test`` is never used. Without one, a fiftieth is held out by name.
-        shortest: samples; what is shorter is left out.
+        folders: with FLAC, WAV, Ogg or Opus files; the folder's number is part of each key.
+        manifests: TSV files with columns ``path`` and ``split``, each directly in one of the
+            folders; ``test`` is not used. Without one, one in 50 is held out by a hash of its key.
+        shortest: samples; shorter utterances are skipped.
 
     Raises:
-        DataError: a folder or manifest is missing or not usable, a file is no audio, or nothing
-            is left to train on or to hold out.
+        DataError: a folder or manifest is missing or invalid, a file is not audio, or a split is
+            empty.
     """
     splits: dict[Path, dict[str, str]] = {}
     for manifest in map(Path, manifests):
         home = manifest.resolve().parent
         if home not in {Path(folder).resolve() for folder in folders}:
-            raise DataError(f"{manifest} lies in none of the audio folders; put it into its folder")
+            raise DataError(f"{manifest} is in none of the audio folders; move it into its folder")
         listed = splits.setdefault(home, {})
         listed.update((entry.path, entry.split) for entry in read_manifest(manifest))
-    found: dict[str, list[Utterance]] = {"train": [], "dev": [], "test": []}
+    by_split: dict[str, list[Utterance]] = {"train": [], "dev": [], "test": []}
     for number, folder in enumerate(map(Path, folders)):
         split_of = splits.get(folder.resolve())
         names = sorted(split_of) if split_of is not None else find_audio(folder)
         if not names:
-            raise DataError(f"{folder} holds no .flac, .wav, .ogg or .opus file")
+            raise DataError(f"no .flac, .wav, .ogg or .opus file in {folder}")
         with tqdm(total=len(names), desc=f"headers of {folder}", unit=" files") as bar:
             headers = read_headers(folder, names, advance=bar.update)
         for name, header in zip(names, headers, strict=True):
@@ -86,16 +86,16 @@ def read_corpus(
                 continue
             key = f"{number}/{name}"
             split = split_of[name] if split_of is not None else _split_by_name(key)
-            found[split].append(Utterance(key, str(folder / name), header.samples))
-    if not found["dev"] and len(found["train"]) > 1 and not splits:
-        found["dev"].append(found["train"].pop())  # a corpus too small for a fiftieth
+            by_split[split].append(Utterance(key, str(folder / name), header.samples))
+    if not by_split["dev"] and len(by_split["train"]) > 1 and not splits:
+        by_split["dev"].append(by_split["train"].pop())  # a small corpus: hold out one
     for split in ("train", "dev"):
-        if not found[split]:
+        if not by_split[split]:
             raise DataError(
-                f"no utterance of {shortest / SAMPLE_RATE:g} s or more is left for {split}; "
-                "give more audio, or a manifest with that split"
+                f"{split} has no utterance of {shortest / SAMPLE_RATE:g} s or more; give more "
+                "audio, or a manifest with that split"
             )
-    return Corpus(tuple(found["train"]), tuple(found["dev"]))
+    return Corpus(tuple(by_split["train"]), tuple(by_split["dev"]))
 
 
 def _split_by_name(key: str) -> str:

@@ -1,4 +1,4 @@
-"""HuBERT's criterion (arXiv 2106.07447, section 2.3): name the units of the hidden frames."""
+"""HuBERT's criterion (arXiv 2106.07447, section 2.3): predict the units of masked frames."""
 
 from __future__ import annotations
 
@@ -12,8 +12,13 @@ from torch.nn.functional import cross_entropy
 
 @dataclass(frozen=True)
 class EncodedBatch:
-    """``hidden [batch, frame, width]``, ``masked [batch, frame]`` (which were hidden from the
-    model), and the mean square of the conv features."""
+    """Output of the model on a batch with masked frames.
+
+    Attributes:
+        hidden: last hidden states, ``[batch, frame, width]``.
+        masked: which frames were masked, ``[batch, frame]``.
+        penalty: mean square of the conv features.
+    """
 
     hidden: Tensor
     masked: Tensor
@@ -22,19 +27,21 @@ class EncodedBatch:
 
 @dataclass(frozen=True)
 class StepLoss:
-    """``loss`` is what is minimised; the rest is for people."""
+    """The loss, and values for the log."""
 
     loss: Tensor
     masked_loss: Tensor  # mean cross entropy, nats
-    accuracy: Tensor  # of the hidden frames
-    frames: int  # hidden ones
+    accuracy: Tensor  # of the masked frames
+    frames: int  # number of masked frames
     penalty: Tensor
     spread: Tensor  # see spread()
 
 
 def spread(hidden: Tensor) -> Tensor:
-    """The share of the power of ``hidden [batch, frame, width]`` that is not the same for all
-    frames: near 0, the model has collapsed and hears nothing any more."""
+    """Share of the variance over frames in the power of ``hidden [batch, frame, width]``.
+
+    Near 0, the model has collapsed: its output does not depend on the input any more.
+    """
     flat = hidden.detach().float().flatten(0, 1)
     return flat.var(0, correction=0).sum() / flat.square().mean(0).sum()
 
@@ -48,23 +55,24 @@ def criterion(
 ) -> StepLoss:
     """``alpha · L_m + (1 - alpha) · L_u + penalty · mean square of the conv features``.
 
-    L_m and L_u are mean cross entropies over the hidden frames and over the others (the paper has
-    sums; a mean keeps the loss's size when the mask draws more frames).
+    L_m and L_u are mean cross entropies over masked and unmasked frames. (The paper has sums; a
+    mean does not depend on the number of masked frames.)
 
     Args:
-        encoded: of a batch.
+        encoded: output of the model.
         labels: ``[batch, frame]``, int64.
         logits: ``[frame, width] -> [frame, unit]``.
-        alpha: 0 to 1; where it is 1, L_u is not computed.
-        penalty: its weight.
+        alpha: weight of L_m, 0 to 1; with 1, L_u is not computed.
+        penalty: weight of the conv features' mean square.
     """
     hidden = logits(encoded.hidden[encoded.masked])
     targets = labels[encoded.masked]
     masked_loss = cross_entropy(hidden, targets)
     loss = alpha * masked_loss + penalty * encoded.penalty
-    others = ~encoded.masked
-    if alpha < 1 and others.any():
-        loss = loss + (1 - alpha) * cross_entropy(logits(encoded.hidden[others]), labels[others])
+    unmasked = ~encoded.masked
+    if alpha < 1 and unmasked.any():
+        unmasked_logits = logits(encoded.hidden[unmasked])
+        loss = loss + (1 - alpha) * cross_entropy(unmasked_logits, labels[unmasked])
     with torch.no_grad():
         accuracy = (hidden.argmax(-1) == targets).float().mean()
     return StepLoss(

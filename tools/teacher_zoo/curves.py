@@ -1,4 +1,4 @@
-"""What a training says of itself: log.json, and curves.png."""
+"""Log of a training: log.json and curves.png."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from s3prl_ekd.superb.report_plots import COLOURS, new_figure
 
 
 def write_log(log: list[dict[str, Any]], about: dict[str, Any], folder: Path) -> None:
-    """``log.json``: ``about`` and the points; ``curves.png`` over them."""
-    with atomic_file(folder / "log.json") as file:
+    """Write ``log.json`` (``about`` and the points ``log``) and plot the points to ``curves.png``."""
+    with whole_file(folder / "log.json") as file:
         file.write(json.dumps({**about, "points": log}, indent=1).encode())
     if log:
         _draw(log, about, folder / "curves.png")
@@ -22,8 +22,8 @@ def _draw(log: list[dict[str, Any]], about: dict[str, Any], path: Path) -> None:
     figure = new_figure(9.0, 3.6)
     left, right = figure.subplots(1, 2)
     panels = (
-        (left, "masked_loss", "loss of hidden frames (nats)", about["floor_loss"]),
-        (right, "accuracy", "accuracy of hidden frames", about["floor_accuracy"]),
+        (left, "masked_loss", "loss of masked frames (nats)", about["floor_loss"]),
+        (right, "accuracy", "accuracy of masked frames", about["floor_accuracy"]),
     )
     for axis, key, label, floor in panels:
         for colour, (name, prefix) in zip(
@@ -35,7 +35,9 @@ def _draw(log: list[dict[str, Any]], about: dict[str, Any], path: Path) -> None:
             if points:
                 marker = "o" if prefix else None
                 axis.plot(*zip(*points, strict=True), label=name, color=colour, marker=marker, ms=3)
-        axis.axhline(floor, color="grey", linestyle="--", linewidth=0.8, label="frequencies alone")
+        axis.axhline(
+            floor, color="grey", linestyle="--", linewidth=0.8, label="unit frequencies alone"
+        )
         axis.set(xlabel="step", ylabel=label)
         axis.grid(alpha=0.3)
     right.legend(frameon=False, fontsize=8)

@@ -1,5 +1,7 @@
-"""From a planned batch to waveforms and labels. All random draws follow from seed, epoch and
-utterance, so that any number of worker processes gives the same."""
+"""Read the waveforms and labels of a planned batch.
+
+Random draws depend only on seed, epoch and utterance, not on the number of loader workers.
+"""
 
 from __future__ import annotations
 
@@ -27,10 +29,11 @@ class ExcerptDataset(Dataset):
     """``dataset[batch]`` is ``(batch, waves [excerpt, sample], labels [excerpt, frame])``.
 
     Args:
-        utterances: which the batches' indices count.
-        labels, offset: of the corpus; the first utterance has number ``offset`` in them.
-        hears: clean, distorted or mixed.
-        recipe: how.
+        utterances: utterances of one split; batches have indices into it.
+        labels: labels of the whole corpus.
+        offset: index of the first utterance in ``labels``.
+        input_kind: clean, distorted or mixed.
+        recipe: settings of distortion and mixing.
         noise: the folder of noise clips.
     """
 

@@ -16,17 +16,18 @@ from .plan import epoch_batches
 from .recipe import InputKind, Recipe
 from .step import add, averages, forward, seed_everything
 
-_EPOCH = -1  # of the draws for dev: no training epoch has this number
-_SECONDS = 300.0  # of dev audio that are looked at
+_EPOCH = -1  # epoch number of the random draws for dev; training starts at 0
+_SECONDS = 300.0  # of dev audio that are used
 
 
 class DevEvaluation:
-    """The same excerpts, distortions and masks each time.
+    """Evaluation on dev, with the same excerpts, distortions and masks at each call.
 
     Args:
-        corpus, labels: all; its ``dev`` is used.
-        hears: clean, distorted or mixed.
-        recipe: of the training.
+        corpus: of which ``dev`` is used.
+        labels: labels of the whole corpus.
+        input_kind: clean, distorted or mixed.
+        recipe: recipe of the training.
         noise: the folder of noise clips.
     """
 
@@ -46,8 +47,10 @@ class DevEvaluation:
 
     @torch.no_grad()
     def __call__(self, state: TrainingState) -> dict[str, float]:
-        """``masked_loss``, ``accuracy`` of hidden frames, ``penalty``, ``spread``, without dropout.
-        The run's random numbers are as before; the model is in training mode after it."""
+        """Compute ``masked_loss``, ``accuracy`` of masked frames, ``penalty`` and ``spread``.
+
+        Dropout is off; random states are restored, and the model is in train mode afterwards.
+        """
         window: dict[str, float] = {}
         state.model.eval()
         with random_numbers_untouched(state.device):

@@ -1,4 +1,4 @@
-"""A trained model as a file in s3prl's format, in float16."""
+"""Export a trained model in s3prl's format, in float16."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ LIMIT = 7_000_000  # bytes
 
 
 def export(model: MaskedPredictor, path: Path) -> int:
-    """Write ``path``, which s3prl's ``hubert_local`` or ``wavlm_local`` loads (into float32).
+    """Write a checkpoint that s3prl's ``hubert_local`` or ``wavlm_local`` loads (into float32).
 
-    HuBERT's head goes with it, since its class has one; WavLM's has none.
+    HuBERT's class has a head, which is exported too; WavLM's has none.
 
     Returns:
-        Its size in bytes.
+        The size of the file in bytes.
 
     Raises:
         CheckpointError: a weight does not fit into float16, or the file would exceed 7 MB.
@@ -30,11 +30,13 @@ def export(model: MaskedPredictor, path: Path) -> int:
     }
     for name, tensor in weights.items():
         if not torch.isfinite(tensor).all():
-            raise CheckpointError(f"{name} does not fit into float16; {path} is not written")
+            raise CheckpointError(f"cannot write {path}: {name} does not fit into float16")
     key = "model_weight" if model.family == "hubert" else "model"
     path.parent.mkdir(parents=True, exist_ok=True)
     size = sum(tensor.numel() for tensor in weights.values()) * 2
     if size > LIMIT:
-        raise CheckpointError(f"{path} would have {size:,} bytes; {LIMIT:,} are allowed")
-    atomic_torch_save({**model.checkpoint, key: weights}, path)
+        raise CheckpointError(
+            f"cannot write {path}: it must have {LIMIT:,} bytes or less, got {size:,}"
+        )
+    save_whole({**model.checkpoint, key: weights}, path)
     return path.stat().st_size

@@ -1,4 +1,4 @@
-"""Units: clusters of frames, and the label of every frame of the corpus, kept in one file."""
+"""Unit labels: k-means clusters of frames, and the label of every frame of the corpus."""
 
 from __future__ import annotations
 
@@ -26,8 +26,10 @@ Features = Callable[[Tensor], Tensor]  # [sample] -> [frame, dim]
 
 @dataclass(frozen=True)
 class UnitLabels:
-    """``flat`` holds the labels of all utterances, one after the other, train then dev; those of
-    utterance ``i`` are ``flat[offsets[i]:offsets[i + 1]]``."""
+    """Labels of all utterances, train then dev, concatenated.
+
+    Those of utterance ``i`` are ``flat[offsets[i]:offsets[i + 1]]``.
+    """
 
     flat: np.ndarray  # uint16
     offsets: np.ndarray  # int64
@@ -42,7 +44,7 @@ class UnitLabels:
         return self.flat[self.offsets[index] : self.offsets[index + 1]]
 
     def baseline(self) -> tuple[float, float]:
-        """What knowing only how frequent each unit is gives: cross entropy (nats), accuracy."""
+        """Cross entropy (nats) and accuracy of a prediction from unit frequencies alone."""
         shares = np.bincount(self.flat, minlength=self.classes) / len(self.flat)
         used = shares[shares > 0]
         return -float((used * np.log(used)).sum()), float(shares.max())
@@ -51,29 +53,29 @@ class UnitLabels:
 def make_labels(
     corpus: Corpus, features: Features, clusters: int, most: int, seed: int, name: str
 ) -> UnitLabels:
-    """Cluster the frames of training utterances, and label all frames of all utterances.
+    """Fit k-means on frames of training utterances, and label all frames of the corpus.
 
     Args:
-        corpus: what is labelled.
-        features: of whole utterances.
-        clusters: how many.
-        most: utterances are drawn until they have so many frames; those are clustered.
-        seed: of that draw and of the clustering.
-        name: of what is clustered, for the progress bars.
+        corpus: corpus to label.
+        features: function from a waveform to features.
+        clusters: number of clusters.
+        most: random utterances are added until they have this many frames for k-means.
+        seed: seed of the draw and of k-means.
+        name: name of the features, for the progress bars.
 
     Raises:
         DataError: a file cannot be read, or there are fewer frames than clusters.
     """
     order = np.random.default_rng(seed).permutation(len(corpus.train))
     counts = np.cumsum([frame_count(corpus.train[i].length) for i in order])
-    chosen = order[: int(np.searchsorted(counts, most)) + 1]
-    known = {
-        int(i): _frames(features, corpus.train[i]) for i in tqdm(chosen, desc=f"{name}: frames")
+    fitted = order[: int(np.searchsorted(counts, most)) + 1]
+    cached = {
+        int(i): _frames(features, corpus.train[i]) for i in tqdm(fitted, desc=f"{name}: frames")
     }
-    units = fit_units(torch.cat(list(known.values())), clusters, seed, teacher=name, layer=0)
+    units = fit_units(torch.cat(list(cached.values())), clusters, seed, teacher=name, layer=0)
     parts = []
     for index, utterance in enumerate(tqdm(corpus.all, desc=f"{name}: labels")):
-        frames = known[index] if index in known else _frames(features, utterance)
+        frames = cached[index] if index in cached else _frames(features, utterance)
         parts.append(units.label(frames).numpy().astype(np.uint16))
     offsets = np.cumsum([0, *map(len, parts)], dtype=np.int64)
     return UnitLabels(np.concatenate(parts), offsets, units.centroids.numpy())
@@ -83,42 +85,43 @@ def _frames(features: Features, utterance: Utterance) -> Tensor:
     frames = features(read_audio(utterance.path)[: utterance.length]).float().cpu()
     if len(frames) != frame_count(utterance.length):
         raise DataError(
-            f"{utterance.path} has {len(frames)} frames where its header says "
-            f"{frame_count(utterance.length)}; make the file anew"
+            f"{utterance.path} has {len(frames)} frames, but {frame_count(utterance.length)} by its "
+            "header; replace the file"
         )
     return frames
 
 
 def save_labels(labels: UnitLabels, path: Path) -> None:
-    """Whole or not at all."""
-    with atomic_file(path) as file:
+    """Write the labels atomically."""
+    with whole_file(path) as file:
         np.savez_compressed(
             file, flat=labels.flat, offsets=labels.offsets, centroids=labels.centroids
         )
 
 
 def load_labels(path: Path, corpus: Corpus) -> UnitLabels:
-    """What :func:`save_labels` wrote.
+    """Read the file of :func:`save_labels`.
 
     Raises:
-        DataError: it is damaged, or of another corpus.
+        DataError: the file is damaged, or belongs to another corpus.
     """
     try:
         with np.load(path, allow_pickle=False) as file:
             labels = UnitLabels(file["flat"], file["offsets"], file["centroids"])
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path} cannot be read ({error}); delete it to make it anew") from None
+        raise DataError(
+            f"cannot read {path} ({error}); delete it, and it is computed again"
+        ) from None
     counts = [frame_count(utterance.length) for utterance in corpus.all]
     if np.diff(labels.offsets).tolist() != counts or len(labels.flat) != sum(counts):
-        raise DataError(f"{path} is of another corpus; delete it to make it anew")
+        raise DataError(f"{path} belongs to another corpus; delete it, and it is computed again")
     return labels
 
 
 def describe_labels(labels: UnitLabels) -> str:
-    """A line on what there is to beat."""
+    """Describe the labels and the baseline of predicting from frequencies alone."""
     loss, accuracy = labels.baseline()
     return (
-        f"{len(labels.flat):,} frames in {labels.classes} units; always the most frequent one is "
-        f"right for {accuracy:.1%}, their frequencies alone give a loss of {loss:.2f} "
-        f"(uniform: {math.log(labels.classes):.2f})"
+        f"{len(labels.flat):,} frames, {labels.classes} units; baseline from unit frequencies: "
+        f"accuracy {accuracy:.1%}, loss {loss:.2f} (uniform: {math.log(labels.classes):.2f})"
     )

@@ -1,7 +1,7 @@
-"""What the first iteration clusters: MFCC with first and second differences (HuBERT, section 4.1).
+"""MFCC with first and second differences, clustered in the first iteration (HuBERT, section 4.1).
 
-A frame of 25 ms every 10 ms; every second one is kept, and that is exactly the samples which the
-extractor's frame of the same number sees.
+Frames of 25 ms every 10 ms, of which every second one is kept: it covers exactly the samples of the
+extractor's frame with the same index.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ DIM = 39
 
 
 def mfcc(wave: Tensor) -> Tensor:
-    """``[sample]`` at 16 kHz, at least 400 of them -> ``[frame, 39]``, one frame every 320."""
+    """Compute MFCC: ``[sample]`` (16 kHz, 400 or more) -> ``[frame, 39]``, a frame every 320."""
     compat.apply()
     from torchaudio.compliance import kaldi
     from torchaudio.functional import compute_deltas
 
     cepstra = kaldi.mfcc(wave[None], sample_frequency=16_000, use_energy=False)  # [10 ms, 13]
     first = compute_deltas(cepstra.T)  # [13, 10 ms]
-    both = torch.cat([cepstra.T, first, compute_deltas(first)])
-    frames = both.T[::2]
+    features = torch.cat([cepstra.T, first, compute_deltas(first)])
+    frames = features.T[::2]
     assert frames.shape == (frame_count(len(wave)), DIM)
     return frames.contiguous()

@@ -1,5 +1,7 @@
-"""Utterance mixing (WavLM, arXiv 2110.13900, section 3.3): a part of an excerpt gets another
-speaker or noise laid over it; what is to be predicted stays that of the first."""
+"""Utterance mixing (WavLM, arXiv 2110.13900, section 3.3).
+
+Another speaker or noise is added to a part of an excerpt; the labels remain those of the excerpt.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +18,12 @@ NOISE_DB = (-5.0, 20.0)  # of the speaker over the noise
 def mix_over(
     wave: Tensor, other: Tensor, decibel: float, at: int, start: int, count: int
 ) -> Tensor:
-    """``wave`` with ``other[start:start + count]`` added from ``at`` on.
+    """Return ``wave`` with ``other[start:start + count]`` added at sample ``at``.
 
     Args:
         wave: ``[sample]``; not changed.
         other: ``[sample]``.
-        decibel: mean power of the whole ``wave`` over that of the whole ``other``, after scaling.
+        decibel: mean power of ``wave`` over that of ``other`` after scaling, both in full length.
         at, start, count: samples.
     """
     power, second = (float(w.double().square().mean()) for w in (wave, other))
@@ -39,14 +41,15 @@ def mix_batch(
     mix: float,
     mix_noise: float,
 ) -> Tensor:
-    """Lay others of the batch, or noise, over some of its excerpts.
+    """Add other excerpts of the batch, or noise, to some excerpts.
 
     Args:
-        waves: ``[batch, sample]``, clean; not changed. The second speakers are clean ones too.
+        waves: ``[batch, sample]``, clean; not changed. The added speakers are clean, too.
         generators: one for each excerpt.
-        noises: ``[sample]`` each; one is drawn where noise is.
-        mix: probability that anything is mixed in.
-        mix_noise: probability, then, that it is noise. A batch of one excerpt has noise only.
+        noises: noise clips, ``[sample]`` each.
+        mix: probability that an excerpt is mixed.
+        mix_noise: probability that noise is added to such an excerpt, else speech. A batch of one
+            excerpt gets noise only.
     """
     length = waves.shape[1]
     mixed = []
@@ -59,7 +62,7 @@ def mix_batch(
         else:
             second = rng.randrange(len(waves) - 1)
             other, decibel = waves[second + (second >= index)], rng.uniform(*SPEECH_DB)
-        count = min(rng.randint(1, max(1, length // 2)), len(other))  # at most a half is covered
+        count = min(rng.randint(1, max(1, length // 2)), len(other))  # at most half of the excerpt
         at, start = rng.randint(0, length - count), rng.randint(0, len(other) - count)
         mixed.append(mix_over(wave, other, decibel, at, start, count))
     return torch.stack(mixed)

@@ -1,7 +1,7 @@
-"""s3prl's HuBERT and WavLM with what pretraining needs around them: masking, and a head.
+"""s3prl's HuBERT and WavLM for pretraining: with masking and a head.
 
-Their own methods do the work. Only the way through them is here, because WavLM's has no head, and
-HuBERT's computes each frame's similarity to each unit on copies (``[unit, frame, dim]``).
+The forward pass is here because WavLM's has no head, and HuBERT's computes the similarity of frames
+and units on copies (``[unit, frame, dim]``). It calls the methods of s3prl's classes.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from s3prl_ekd.teachers.random_weights import hubert_checkpoint, untrained_model
 from .criterion import EncodedBatch
 from .recipe import Family, Recipe
 
-TEMPERATURE = 0.1  # of the cosines (HuBERT, equation 3)
+TEMPERATURE = 0.1  # of the cosine similarities (HuBERT, equation 3)
 
 
 class CosineHead(nn.Module):
-    """HuBERT's head (equation 3) for a class of s3prl that has none; dropped after training."""
+    """HuBERT's head (equation 3) for WavLM, which has none; not exported."""
 
     def __init__(self, width: int, classes: int):
         super().__init__()
@@ -31,7 +31,7 @@ class CosineHead(nn.Module):
 
 
 class MaskedPredictor(nn.Module):
-    """A backbone of s3prl and its head.
+    """A backbone of s3prl with a head that predicts units.
 
     Args:
         family: ``hubert`` or ``wavlm``.
@@ -39,7 +39,7 @@ class MaskedPredictor(nn.Module):
         classes: number of units.
 
     Attributes:
-        checkpoint: what a file of this model holds beside its weights, in s3prl's format.
+        checkpoint: contents of an exported file except the weights, in s3prl's format.
     """
 
     def __init__(self, family: Family, recipe: Recipe, classes: int):
@@ -52,8 +52,10 @@ class MaskedPredictor(nn.Module):
             self.wavlm_head = CosineHead(recipe.size.width, classes)
 
     def forward(self, waves: Tensor) -> EncodedBatch:
-        """Hide frames of ``waves [batch, sample]`` (equally long) and encode; the frames that are
-        hidden are drawn from NumPy's global generator, as in s3prl."""
+        """Mask frames of ``waves [batch, sample]`` (equally long) and encode them.
+
+        Masks are drawn from NumPy's global generator, as in s3prl.
+        """
         from s3prl.upstream.wav2vec2.wav2vec2_model import GradMultiply
 
         model = self.backbone
@@ -63,21 +65,21 @@ class MaskedPredictor(nn.Module):
         hidden = model.layer_norm(features.transpose(1, 2))
         if model.post_extract_proj is not None:
             hidden = model.post_extract_proj(hidden)
-        hidden = model.dropout_input(hidden).float()  # the mask's vector is float32, also in bf16
-        more = (None,) if self.family == "hubert" else ()
-        hidden, masked = model.apply_mask(hidden, None, *more)
+        hidden = model.dropout_input(hidden).float()  # the mask embedding is float32, also in bf16
+        target_list = (None,) if self.family == "hubert" else ()
+        hidden, masked = model.apply_mask(hidden, None, *target_list)
         hidden, _ = model.encoder(hidden, padding_mask=None)  # [batch, frame, width]
         return EncodedBatch(hidden, masked, penalty)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """``[frame, width]`` -> ``[frame, unit]``: cosines over the temperature, float32."""
+        """``[frame, width]`` -> ``[frame, unit]``: cosine similarity over temperature, float32."""
         head = self.backbone if self.family == "hubert" else self.wavlm_head
         with torch.autocast(hidden.device.type, enabled=False):
             projected = normalize(head.final_proj(hidden.float()), dim=-1)
             return projected @ normalize(head.label_embs_concat, dim=-1).T / TEMPERATURE
 
     def head_weights(self) -> dict[str, Tensor]:
-        """What belongs to the units and not to speech, under its names in the ``state_dict``."""
+        """The weights of the head, by name in the ``state_dict``."""
         head = ("final_proj.", "label_embs_concat")
         return {
             name: tensor
@@ -87,14 +89,13 @@ class MaskedPredictor(nn.Module):
 
     @torch.no_grad()
     def layer(self, wave: Tensor, index: int) -> Tensor:
-        """Entry ``index`` (from 1) of ``hidden_states`` for a whole ``wave [sample]``:
-        ``[frame, width]``."""
+        """Entry ``index`` (from 1) of ``hidden_states``: ``wave [sample]`` -> ``[frame, width]``."""
         hidden, _ = self.backbone.extract_features(wave[None], mask=False, output_layer=index)
         return hidden[0]
 
 
 def _configuration(family: Family, recipe: Recipe, classes: int) -> dict[str, Any]:
-    """A checkpoint of that kind and size without weights; masking and dropout as in ``recipe``."""
+    """A checkpoint without weights, with size, masking and dropout of ``recipe``."""
     size = recipe.size
     arguments = {
         "conv_layers": size.conv_layers,

@@ -1,4 +1,4 @@
-"""Noise: synthetic, made once into the zoo, and given recordings; what distorts with it."""
+"""Noise clips of the zoo, synthetic and recorded, and the distorter that uses them."""
 
 from __future__ import annotations
 
@@ -25,89 +25,92 @@ from s3prl_ekd.files.atomic import atomic_file
 from .corpus import Corpus
 from .recipe import Recipe
 
-RECORDED_NOISE = "recorded_noise"  # the folder of the recordings, beside that of synthetic noise
+RECORDED_NOISE = "recorded_noise"  # folder of the recordings, next to the folder of synthetic noise
 RECORDINGS_LIST = "list.json"
-_TAKES, _SECONDS = 6, 15.0  # clips of each kind, and their length
-_TALKERS = 60  # training utterances that the babble is made of
+_TAKES, _SECONDS = 6, 15.0  # number of clips of each kind, and their length
+_TALKERS = 60  # number of training utterances in the babble
 
 
 def make_synthetic_noise(corpus: Corpus, folder: Path, seed: int) -> Path:
-    """White, pink and brown noise, hum and babble of training speech, in ``folder``, as FLAC.
+    """Write white, pink and brown noise, hum and babble of training speech to ``folder``, as FLAC.
 
-    Files that are there are kept; they are the same for the same corpus and seed.
+    Does nothing if the folder is complete. The files depend only on corpus and seed.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    done = folder / "complete"
-    if done.exists():
+    complete = folder / "complete"
+    if complete.exists():
         return folder
     rng = np.random.default_rng(seed)
-    chosen = rng.permutation(len(corpus.train))[:_TALKERS]
-    speech = [read_audio(corpus.train[i].path).numpy().astype(np.float64) for i in chosen]
+    talkers = rng.permutation(len(corpus.train))[:_TALKERS]
+    speech = [read_audio(corpus.train[i].path).numpy().astype(np.float64) for i in talkers]
     for take in range(_TAKES):
         for name, clip in make_noises(rng, speech, _SECONDS).items():
             with atomic_file(folder / f"{name}-{take}.flac") as file:
                 soundfile.write(file, clip.clip(-1, 1), SAMPLE_RATE, format="FLAC")
-    done.touch()
+    complete.touch()
     return folder
 
 
 def copy_recordings(files: Sequence[Path], folder: Path, already_trained: bool) -> None:
-    """Copy recordings into ``folder``, once, with ``list.json`` of their names and sizes.
+    """Copy recordings into ``folder``, once, and write their names and sizes to ``list.json``.
 
     Args:
-        files: in any order; their names and bytes count, and not where they lie.
+        files: recordings; names and sizes are compared, not paths or order.
         folder: ``ZOO/recorded_noise``.
-        begun: a stage that hears noise has taken steps already.
+        already_trained: a stage with distorted input has a checkpoint.
 
     Raises:
-        ConfigError: it was begun with others.
-        DataError: a file is no audio.
+        ConfigError: the recordings have changed.
+        DataError: a file is not audio.
     """
-    facts = [[path.name, path.stat().st_size] for path in sorted(files, key=lambda p: p.name)]
+    recordings = [[path.name, path.stat().st_size] for path in sorted(files, key=lambda p: p.name)]
     listed = folder / RECORDINGS_LIST
-    known = json.loads(listed.read_text(encoding="utf-8")) if listed.exists() else []
-    if known == facts:
+    copied = json.loads(listed.read_text(encoding="utf-8")) if listed.exists() else []
+    if copied == recordings:
         return
-    if known or already_trained:
+    if copied or already_trained:
         raise ConfigError(
-            f"{folder.parent} was begun with {len(known)} recordings of noise, now there are "
-            f"{len(facts)}, or others; give the same --noise, or another folder with -o"
+            f"{folder.parent}: --noise has changed ({len(copied)} recordings before, "
+            f"{len(recordings)} now); use the same ones, or another folder with -o"
         )
     for path in files:
-        read_audio(path)  # what cannot be read is said before anything is there
-    shutil.rmtree(folder, ignore_errors=True)  # of a start that was cut here
+        read_audio(path)  # raise before anything is written
+    shutil.rmtree(folder, ignore_errors=True)  # left by an interrupted copy
     folder.mkdir(parents=True)
     for path in files:
         with atomic_file(folder / path.name) as file:
             file.write(path.read_bytes())
-    with atomic_file(listed) as file:  # last: without it nothing of the folder is heard
-        file.write(json.dumps(facts, indent=1).encode())
+    with whole_file(listed) as file:  # last: without it the folder is not used
+        file.write(json.dumps(recordings, indent=1).encode())
 
 
-def find_noise(given: Sequence[str | Path]) -> list[Path]:
-    """The audio files among ``given`` and below its folders.
+def find_noise(paths: Sequence[str | Path]) -> list[Path]:
+    """Find the audio files in ``paths``: files, and folders searched recursively.
 
     Raises:
-        ConfigError: one is missing, a folder has none, or two have one name.
+        ConfigError: a path is missing, a folder has no audio, or two files have the same name.
     """
-    found: list[Path] = []
-    for path in map(Path, given):
+    files: list[Path] = []
+    for path in map(Path, paths):
         if not path.exists():
-            raise ConfigError(f"--noise {path}: there is no such file or folder")
-        below = [path / name for name in find_audio(path)] if path.is_dir() else [path]
-        if not below:
-            raise ConfigError(f"--noise {path} holds no .flac, .wav, .ogg or .opus file")
-        found += below
-    names = [path.name for path in found]
-    twice = {name for name in names if names.count(name) > 1}
-    if twice:
-        raise ConfigError(f"--noise: two files are called {min(twice)}; rename one")
-    return found
+            raise ConfigError(f"--noise {path}: no such file or folder")
+        audio = [path / name for name in find_audio(path)] if path.is_dir() else [path]
+        if not audio:
+            raise ConfigError(f"--noise {path}: no .flac, .wav, .ogg or .opus file in it")
+        files += audio
+    names = [path.name for path in files]
+    duplicates = {name for name in names if names.count(name) > 1}
+    if duplicates:
+        raise ConfigError(f"--noise: two files have the name {min(duplicates)}; rename one")
+    return files
 
 
 def make_distorter(folder: Path, recipe: Recipe) -> Distorter:
-    """Noise of the folder on 5 of 6 waveforms, or of it and recordings beside it, as often, on 9 of
-    10; a simulated room around 1 of 2."""
+    """The distorter of RobustHuBERT's input.
+
+    Synthetic noise on 5 of 6 waveforms; with recordings, equally often one of both on 9 of 10. A
+    simulated room on 1 of 2.
+    """
     recorded = folder.with_name(RECORDED_NOISE)
     settings = DistortionSettings(
         setup="same",
@@ -115,7 +118,7 @@ def make_distorter(folder: Path, recipe: Recipe) -> Distorter:
         snr_min=recipe.snr_min,
         snr_max=recipe.snr_max,
         additive_weights=AdditiveWeights(noise=4.0, gaussian=1.0, clean=1.0),
-        pitch_cents=0.0,  # another pitch is another speaker, not another room
+        pitch_cents=0.0,  # a pitch shift changes the speaker, not the room
         convolutive_weights=ConvolutiveWeights(reverb=1.0, band_reject=0.0, clean=1.0),
     )
     return Distorter(settings, recipe.seed)
