@@ -1,4 +1,4 @@
-"""The maker's tool that trains the tiny teachers: its parts, its files, and that it resumes."""
+"""tools/train_tiny_teachers.py: model, criterion, labels, batches, files, resuming, errors."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import importlib
 import json
 import math
 import random
+import re
 import shutil
 from pathlib import Path
 
@@ -53,7 +54,7 @@ def speech(corpus) -> Corpus:
 
 @pytest.fixture(scope="session")
 def zoo(speech, tmp_path_factory) -> Path:
-    """All stages, six steps at most, without a break."""
+    """All stages with at most six steps, trained without interruption."""
     folder = tmp_path_factory.mktemp("zoo")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(noises, "_TAKES", 1)
@@ -75,16 +76,16 @@ def test_files_give_the_hidden_states_of_the_trained_model(zoo, speech, name):
     stage = recipes.STAGES[name]
     trained = MaskedPredictor(stage.family, TINY, 6)
     trained.load_state_dict(weights(zoo, name))
-    for tensor in trained.state_dict().values():  # as the file rounds them
+    for tensor in trained.state_dict().values():  # the file is rounded to float16
         tensor.copy_(tensor.half().float())
     trained.eval()
     path = zoo / stage.file
     hubconf = importlib.import_module(f"s3prl.upstream.{stage.family}.hubconf")
-    theirs = getattr(hubconf, f"{stage.family}_local")(str(path)).eval()
-    ours = load_file(path, "teachers.x").eval()
+    by_s3prl = getattr(hubconf, f"{stage.family}_local")(str(path)).eval()
+    by_us = load_file(path, "teachers.x").eval()
     wave = read_audio(speech.train[-1].path)[:9999]
     with torch.no_grad():
-        for expert in (theirs, ours):
+        for expert in (by_s3prl, by_us):
             assert {p.dtype for p in expert.parameters()} == {torch.float32}
             hidden = expert([wave])["hidden_states"]
             assert len(hidden) == 5
@@ -95,48 +96,42 @@ def test_files_give_the_hidden_states_of_the_trained_model(zoo, speech, name):
     assert {tensor.dtype for tensor in half.values()} == {torch.float16}
 
 
-def test_twins_are_what_training_began_with(zoo):
+def test_the_random_initialisations_are_exported(zoo):
     files = sorted(p.name for p in (zoo / "random").iterdir())
     assert files == ["tiny_hubert.pt", "tiny_robust_hubert.pt", "tiny_wavlm.pt"]
     before = torch.load(zoo / "random/tiny_hubert.pt", weights_only=True)["model_weight"]
     after = torch.load(zoo / "tiny_hubert.pt", weights_only=True)["model_weight"]
     assert before.keys() == after.keys()
-    moved = [name for name in before if not torch.equal(before[name], after[name])]
-    assert any("feature_extractor" in name for name in moved)
-    assert any("layers.3" in name for name in moved)
+    changed = [name for name in before if not torch.equal(before[name], after[name])]
+    assert any("feature_extractor" in name for name in changed)
+    assert any("layers.3" in name for name in changed)
 
 
-def test_a_later_iteration_goes_on_with_a_head_of_its_own(speech, zoo, tmp_path, monkeypatch):
+def test_a_later_iteration_starts_with_a_new_head(speech, zoo, tmp_path, monkeypatch):
     shutil.copytree(zoo, tmp_path / "zoo", ignore=shutil.ignore_patterns("hubert", "wavlm"))
-    began = {}
+    initial = {}
 
-    def before_the_first_step(self, stop):
-        began.update(copy.deepcopy(self.parts.model.state_dict()))
+    def copy_weights(self, stop):
+        initial.update(copy.deepcopy(self.state.model.state_dict()))
         return False
 
-    monkeypatch.setattr("teacher_zoo.trainer._Run.__call__", before_the_first_step)
+    monkeypatch.setattr("teacher_zoo.trainer._TrainingLoop.__call__", copy_weights)
     assert make_zoo(("hubert",), speech, TINY, tmp_path / "zoo", OPTIONS) is None
     source = weights(zoo, "hubert_1")
-    assert began.keys() == source.keys()
-    other = {name for name in began if not torch.equal(began[name], source[name])}
-    assert len(source["backbone.label_embs_concat"]) == 8  # MFCC's units
-    assert len(began["backbone.label_embs_concat"]) == 6
-    assert other == {
+    assert initial.keys() == source.keys()
+    changed = {name for name in initial if not torch.equal(initial[name], source[name])}
+    assert len(source["backbone.label_embs_concat"]) == 8  # units of MFCC
+    assert len(initial["backbone.label_embs_concat"]) == 6
+    assert changed == {
         "backbone.label_embs_concat", "backbone.final_proj.weight", "backbone.final_proj.bias"
     }  # fmt: skip
-    export_random_init = torch.load(zoo / "random/tiny_hubert.pt", weights_only=True)[
-        "model_weight"
-    ]
-    for name in other:  # the head that a model of that seed begins with
-        torch.testing.assert_close(
-            export_random_init[name.removeprefix("backbone.")].float(),
-            began[name],
-            atol=1e-3,
-            rtol=1e-3,
-        )
+    random_init = torch.load(zoo / "random/tiny_hubert.pt", weights_only=True)["model_weight"]
+    for name in changed:  # the head is initialised from the seed
+        head = random_init[name.removeprefix("backbone.")].float()
+        torch.testing.assert_close(head, initial[name], atol=1e-3, rtol=1e-3)
 
 
-def test_recordings_of_noise_distort_what_the_robust_one_hears(speech, zoo, tmp_path):
+def test_noise_recordings_distort_the_input_of_robust_hubert(speech, zoo, tmp_path):
     clip = tmp_path / "given" / "saw.wav"
     clip.parent.mkdir()
     soundfile.write(clip, 0.3 * np.sign(np.sin(np.arange(48_000) / 20)), 16_000)
@@ -148,23 +143,21 @@ def test_recordings_of_noise_distort_what_the_robust_one_hears(speech, zoo, tmp_
     assert noises.make_distorter(zoo / "noise", TINY).settings.noise == (str(zoo / "noise"),)
     labels = load_labels(zoo / "units-hubert_1.npz", speech)
     batch = next(iter(epoch_batches(speech.train, 3.0, 2.0, 1, 0)))
-    heard = [
-        ExcerptDataset(speech.train, labels, 0, "distorted", TINY, place)[batch][1]
-        for place in (zoo / "noise", tmp_path / "zoo" / "noise")
+    waves = [
+        ExcerptDataset(speech.train, labels, 0, "distorted", TINY, noise)[batch][1]
+        for noise in (zoo / "noise", tmp_path / "zoo" / "noise")
     ]
-    assert heard[0].shape == heard[1].shape and not torch.equal(*heard)
+    assert waves[0].shape == waves[1].shape and not torch.equal(*waves)
     (folder / "saw.wav").unlink()
-    noises.copy_recordings(
-        [clip], folder, already_trained=True
-    )  # the same names and sizes: goes on
+    noises.copy_recordings([clip], folder, already_trained=True)  # same names and sizes: no error
     for files, already_trained in (([], False), ([clip, REPO / "README.md"], False)):
-        with pytest.raises(ConfigError, match="was begun with 1 recordings"):
+        with pytest.raises(ConfigError, match=rf"--noise\b.*\b1\b.*\b{len(files)}\b"):
             noises.copy_recordings(files, folder, already_trained)
-    with pytest.raises(ConfigError, match="was begun with 0 recordings"):
+    with pytest.raises(ConfigError, match=r"--noise\b.*\b0\b.*\b1\b"):
         make_zoo(("robust_hubert",), speech, TINY, zoo, OPTIONS, noise=[clip])
-    with pytest.raises(ConfigError, match="no such file or folder"):
-        noises.find_noise([tmp_path / "none"])
-    with pytest.raises(ConfigError, match="two files are called saw.wav"):
+    with pytest.raises(ConfigError, match=str(tmp_path / "no-file.wav")):
+        noises.find_noise([tmp_path / "no-file.wav"])
+    with pytest.raises(ConfigError, match=r"--noise.*\bsaw\.wav"):
         noises.find_noise([clip, clip.parent])
 
 
@@ -180,7 +173,7 @@ def test_logs_and_curves(zoo, speech):
         assert (zoo / name / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_summary_says_what_the_logs_say(zoo, tmp_path, capsys):
+def test_the_summary_has_the_values_of_the_logs(zoo, tmp_path, capsys):
     assert tool.main(["unused", "-o", str(zoo), "--summary"]) == 0
     lines = capsys.readouterr().out.strip().splitlines()
     assert [line.split(" | ")[0] for line in lines[2:]] == [f"| {name}" for name in STAGES]
@@ -192,7 +185,7 @@ def test_summary_says_what_the_logs_say(zoo, tmp_path, capsys):
     assert abs(float(cells[7].rstrip("%")) / 100 - last["dev_accuracy"]) <= 0.0005
     assert len({line.count("|") for line in lines}) == 1
     assert tool.main(["unused", "-o", str(tmp_path), "--summary"]) == 2
-    assert "holds no log of a stage" in capsys.readouterr().err
+    assert str(tmp_path) in capsys.readouterr().err
     (tmp_path / "hubert").mkdir()
     (tmp_path / "hubert" / "log.json").write_text("{")
     assert tool.main(["unused", "-o", str(tmp_path), "--summary"]) == 2
@@ -200,7 +193,7 @@ def test_summary_says_what_the_logs_say(zoo, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("family", ["hubert", "wavlm"])
-def test_full_size_is_small_enough(tmp_path, family):
+def test_full_size_files_have_7_mb_or_less(tmp_path, family):
     recipe = recipes.Recipe()
     model = MaskedPredictor(family, recipe, recipe.units.hidden_clusters)
     size = export(model, tmp_path / "full.pt")
@@ -211,11 +204,11 @@ def test_full_size_is_small_enough(tmp_path, family):
     assert len(model.backbone.encoder.layers) == 6
 
 
-def test_what_float16_cannot_hold_is_not_written(tmp_path):
+def test_a_weight_that_overflows_float16_is_an_error(tmp_path):
     model = MaskedPredictor("wavlm", TINY, 6)
     with torch.no_grad():
         model.backbone.mask_emb[0] = 1e6
-    with pytest.raises(CheckpointError, match="mask_emb does not fit"):
+    with pytest.raises(CheckpointError, match="mask_emb.*float16"):
         export(model, tmp_path / "big.pt")
     assert not list(tmp_path.iterdir())
 
@@ -223,7 +216,7 @@ def test_what_float16_cannot_hold_is_not_written(tmp_path):
 # --- the model and the criterion
 
 
-def test_hubert_predicts_as_s3prls_class_does(monkeypatch):
+def test_hubert_gives_the_loss_of_s3prls_class(monkeypatch):
     """Logits, loss and penalty against HubertModel.forward with its compute_nce."""
     torch.manual_seed(3)
     model = MaskedPredictor("hubert", TINY, 8).eval()
@@ -236,36 +229,35 @@ def test_hubert_predicts_as_s3prls_class_does(monkeypatch):
 
     monkeypatch.setattr(model.backbone, "apply_mask", apply_mask)
     padding = torch.zeros(waves.shape, dtype=torch.bool)
-    theirs = model.backbone(waves, target_list=[labels], padding_mask=padding, mask=True)
-    first = torch.zeros(int(masked.sum()), dtype=torch.long)  # the right unit is their entry 0
-    loss = torch.nn.functional.cross_entropy(theirs["logit_m_list"][0], first)
-    others = torch.zeros(int((~masked).sum()), dtype=torch.long)
-    loss_u = torch.nn.functional.cross_entropy(theirs["logit_u_list"][0], others)
-    encoded = model(waves)
-    ours = criterion(encoded, labels, model.logits, 0.7, 10.0)
-    torch.testing.assert_close(ours.masked_loss, loss.detach())
-    expected = 0.7 * loss + 0.3 * loss_u + 10.0 * theirs["features_pen"]
-    torch.testing.assert_close(ours.loss, expected)
+    output = model.backbone(waves, target_list=[labels], padding_mask=padding, mask=True)
+    index = torch.zeros(int(masked.sum()), dtype=torch.long)  # s3prl has the correct unit at 0
+    loss_m = torch.nn.functional.cross_entropy(output["logit_m_list"][0], index)
+    index = torch.zeros(int((~masked).sum()), dtype=torch.long)
+    loss_u = torch.nn.functional.cross_entropy(output["logit_u_list"][0], index)
+    result = criterion(model(waves), labels, model.logits, 0.7, 10.0)
+    torch.testing.assert_close(result.masked_loss, loss_m.detach())
+    expected = 0.7 * loss_m + 0.3 * loss_u + 10.0 * output["features_pen"]
+    torch.testing.assert_close(result.loss, expected)
 
 
-def test_wavlm_is_encoded_as_s3prls_class_does():
+def test_wavlm_gives_the_hidden_states_of_s3prls_class():
     torch.manual_seed(4)
     model = MaskedPredictor("wavlm", TINY, 8).eval()
     waves = 0.1 * torch.randn(2, sample_count(40))
     np.random.seed(5)
-    theirs, _ = model.backbone.extract_features(waves, mask=True)
+    expected, _ = model.backbone.extract_features(waves, mask=True)
     np.random.seed(5)
-    ours = model(waves)
-    torch.testing.assert_close(ours.hidden, theirs)
-    assert 0.3 < float(ours.masked.float().mean()) < 0.8
-    assert model.logits(ours.hidden[0]).shape == (40, 8)
-    assert model.logits(ours.hidden[0]).abs().max() <= 10.0001  # cosines over 0.1
+    encoded = model(waves)
+    torch.testing.assert_close(encoded.hidden, expected)
+    assert 0.3 < float(encoded.masked.float().mean()) < 0.8
+    assert model.logits(encoded.hidden[0]).shape == (40, 8)
+    assert model.logits(encoded.hidden[0]).abs().max() <= 10.0001  # cosine over 0.1
 
 
 @pytest.mark.parametrize("family", ["hubert", "wavlm"])
-def test_untrained_layers_keep_frames_apart(family, speech):
-    """With PyTorch's own initialisation the last layer of six has half of the first one's spread,
-    and training soon takes the rest."""
+def test_random_layers_keep_the_spread_of_frames(family, speech):
+    """With PyTorch's initialisation, the last layer of six has half of the spread of the first,
+    and training soon collapses."""
     torch.manual_seed(12)
     model = MaskedPredictor(family, recipes.Recipe(), 8).eval()
     wave = read_audio(speech.train[-1].path)[None]
@@ -284,7 +276,7 @@ def test_bfloat16_runs_and_is_close(family):
     waves = 0.1 * torch.randn(2, sample_count(30))
     labels = torch.randint(8, (2, 30))
     losses = []
-    # Without oneDNN: some virtual processors claim bfloat16 instructions that they do not have.
+    # Without oneDNN: some virtual CPUs report bfloat16 instructions that they lack.
     with torch.backends.mkldnn.flags(enabled=False):
         for enabled in (False, True):
             np.random.seed(7)
@@ -303,35 +295,35 @@ def test_criterion_against_loops():
     labels = torch.randint(4, (2, 5), generator=generator)
     masked = torch.tensor([[1, 0, 1, 1, 0], [0, 0, 1, 0, 1]]).bool()
     table = torch.randn(3, 4, generator=generator)
-    sums, counts, right = {True: 0.0, False: 0.0}, {True: 0, False: 0}, 0
+    sums, counts, correct = {True: 0.0, False: 0.0}, {True: 0, False: 0}, 0
     for b in range(2):
         for t in range(5):
             scores = [sum(float(hidden[b, t, d] * table[d, k]) for d in range(3)) for k in range(4)]
-            label, hide = int(labels[b, t]), bool(masked[b, t])
-            sums[hide] += math.log(sum(math.exp(s) for s in scores)) - scores[label]
-            counts[hide] += 1
-            right += hide and scores.index(max(scores)) == label
+            label, is_masked = int(labels[b, t]), bool(masked[b, t])
+            sums[is_masked] += math.log(sum(math.exp(s) for s in scores)) - scores[label]
+            counts[is_masked] += 1
+            correct += is_masked and scores.index(max(scores)) == label
     encoded = EncodedBatch(hidden, masked, torch.tensor(0.02))
-    got = criterion(encoded, labels, lambda x: x @ table, 0.6, 10.0)
+    result = criterion(encoded, labels, lambda x: x @ table, 0.6, 10.0)
     expected = 0.6 * sums[True] / counts[True] + 0.4 * sums[False] / counts[False] + 0.2
-    assert float(got.loss) == pytest.approx(expected, rel=1e-5)
-    assert float(got.masked_loss) == pytest.approx(sums[True] / counts[True], rel=1e-5)
-    assert float(got.accuracy) == pytest.approx(right / 5)
-    assert got.frames == 5
+    assert float(result.loss) == pytest.approx(expected, rel=1e-5)
+    assert float(result.masked_loss) == pytest.approx(sums[True] / counts[True], rel=1e-5)
+    assert float(result.accuracy) == pytest.approx(correct / 5)
+    assert result.frames == 5
     rows = [[float(hidden[b, t, d]) for d in range(3)] for b in range(2) for t in range(5)]
     means = [sum(row[d] for row in rows) / 10 for d in range(3)]
     power = sum(x * x for row in rows for x in row) / 10
-    same = sum(mean * mean for mean in means)
-    assert float(got.spread) == pytest.approx((power - same) / power, rel=1e-5)
-    only = criterion(encoded, labels, lambda x: x @ table, 1.0, 0.0)
-    assert float(only.loss) == pytest.approx(sums[True] / counts[True], rel=1e-5)
+    constant = sum(mean * mean for mean in means)
+    assert float(result.spread) == pytest.approx((power - constant) / power, rel=1e-5)
+    masked_only = criterion(encoded, labels, lambda x: x @ table, 1.0, 0.0)
+    assert float(masked_only.loss) == pytest.approx(sums[True] / counts[True], rel=1e-5)
 
 
 # --- units
 
 
 @pytest.mark.parametrize("samples", [400, 719, 720, 16000, 16399, 16400])
-def test_frames_are_those_of_the_extractor(samples):
+def test_frame_counts_are_those_of_the_extractor(samples):
     model = MaskedPredictor("hubert", TINY, 2).eval()
     with torch.no_grad():
         frames = model.backbone.feature_extractor(torch.randn(1, samples)).shape[-1]
@@ -341,17 +333,17 @@ def test_frames_are_those_of_the_extractor(samples):
     assert mfcc(torch.randn(samples)).shape == (frames, 39)
 
 
-def test_mfcc_frames_see_the_samples_of_the_extractors_frames():
+def test_mfcc_frames_cover_the_samples_of_the_extractors_frames():
     wave = 0.1 * torch.randn(16000, generator=torch.Generator().manual_seed(9))
     other = wave.clone()
     other[5000] += 0.5
-    moved = (mfcc(wave) - mfcc(other))[:, :13].abs().amax(1) > 1e-6
+    changed = (mfcc(wave) - mfcc(other))[:, :13].abs().amax(1) > 1e-6
     covering = [t for t in range(frame_count(16000)) if 320 * t <= 5000 < 320 * t + 400]
-    assert moved.nonzero().flatten().tolist() == covering == [15]
+    assert changed.nonzero().flatten().tolist() == covering == [15]
 
 
-def test_units_tell_two_tones_apart(tmp_path):
-    """Half a second of 300 Hz, half a second of 2000 Hz, and so on: two units, in turns."""
+def test_two_tones_get_two_units(tmp_path):
+    """Half a second of 300 Hz and half a second of 2000 Hz, alternating."""
     time = np.arange(8000) / 16000
     low, high = (0.1 * np.sin(2 * np.pi * hertz * time) for hertz in (300, 2000))
     rng = np.random.default_rng(0)
@@ -364,7 +356,7 @@ def test_units_tell_two_tones_apart(tmp_path):
     labels = make_labels(Corpus((utterances[0],), (utterances[1],)), mfcc, 2, 1000, 1, "tones")
     first, second = labels.of_utterance(0), labels.of_utterance(1)
     assert len(first) == len(second) == 74
-    # frame t covers [320 t, 320 t + 400); differences look 4 frames of 10 ms further
+    # frame t covers [320 t, 320 t + 400); the differences cover 4 frames of 10 ms more
     inside = [slice(3, 21), slice(28, 46), slice(53, 71)]
     a, b = first[10], first[35]
     assert {a, b} == {0, 1}
@@ -375,13 +367,13 @@ def test_units_tell_two_tones_apart(tmp_path):
 # --- batches
 
 
-def made_up(lengths: list[int]) -> list[Utterance]:
+def fake_utterances(lengths: list[int]) -> list[Utterance]:
     return [Utterance(f"0/{i}", f"{i}", length) for i, length in enumerate(lengths)]
 
 
-def test_an_epoch_has_each_utterance_once_and_no_batch_too_much():
+def test_an_epoch_has_each_utterance_once_in_batches_of_limited_size():
     rng = random.Random(1)
-    utterances = made_up([rng.randint(8000, 300_000) for _ in range(200)])
+    utterances = fake_utterances([rng.randint(8000, 300_000) for _ in range(200)])
     first = epoch_batches(utterances, 20.0, 8.0, 1, 0)
     indices = [index for batch in first for index, _ in batch.excerpts]
     assert sorted(indices) == list(range(200))
@@ -390,20 +382,18 @@ def test_an_epoch_has_each_utterance_once_and_no_batch_too_much():
         assert sample_count(batch.frames) <= 8 * 16000
         for index, start in batch.excerpts:
             assert 0 <= 320 * start <= utterances[index].length - sample_count(batch.frames)
-    heard = sum(batch.seconds for batch in first)
-    assert heard > 0.85 * sum(min(u.length, 128_000) for u in utterances) / 16000
+    seconds = sum(batch.seconds for batch in first)
+    assert seconds > 0.85 * sum(min(u.length, 128_000) for u in utterances) / 16000
     assert first == epoch_batches(utterances, 20.0, 8.0, 1, 0)
-    others = (
-        epoch_batches(utterances, 20.0, 8.0, 1, 1),
-        epoch_batches(utterances, 20.0, 8.0, 2, 0),
-    )
-    assert all(first != other for other in others)
+    next_epoch = epoch_batches(utterances, 20.0, 8.0, 1, 1)
+    assert first != next_epoch
+    assert first != epoch_batches(utterances, 20.0, 8.0, 2, 0)
     stream = iter(EndlessBatchSampler(utterances, 20.0, 8.0, 1, 0, len(first) - 2))
-    assert [next(stream) for _ in range(4)] == first[-2:] + others[0][:2]
+    assert [next(stream) for _ in range(4)] == first[-2:] + next_epoch[:2]
 
 
-def test_labels_belong_to_the_samples_they_come_with(speech, zoo):
-    """Each frame's label is its own number: so the waveform's place in its file is known."""
+def test_labels_match_the_samples_of_their_excerpt(speech, zoo):
+    """The label of each frame is its index, which gives the excerpt's position in the file."""
     counts = [frame_count(u.length) for u in speech.all]
     flat = np.concatenate([np.arange(n) for n in counts]).astype(np.uint16)
     labels = UnitLabels(flat, np.cumsum([0, *counts]), np.zeros((200, 1)))
@@ -413,9 +403,9 @@ def test_labels_belong_to_the_samples_they_come_with(speech, zoo):
     for batch in epoch_batches(speech.train, 3.0, 0.6, 1, 0):
         _, waves, targets = excerpts[batch]
         for (index, _), wave, target in zip(batch.excerpts, waves, targets, strict=True):
-            whole, begin = read_audio(speech.train[index].path), int(target[0])
+            full, begin = read_audio(speech.train[index].path), int(target[0])
             assert torch.equal(target, torch.arange(begin, begin + batch.frames))
-            assert torch.equal(wave, whole[320 * begin : 320 * begin + sample_count(batch.frames)])
+            assert torch.equal(wave, full[320 * begin : 320 * begin + sample_count(batch.frames)])
             begins.add(begin)
     assert len(begins) > 3
     dev = ExcerptDataset(speech.dev, labels, len(speech.train), "distorted", recipe, zoo / "noise")
@@ -427,7 +417,7 @@ def test_labels_belong_to_the_samples_they_come_with(speech, zoo):
     assert torch.equal(dev[batch][1], waves)
 
 
-def test_mixing_has_its_ratio_and_leaves_half_alone():
+def test_mixing_has_the_given_ratio_and_covers_at_most_half():
     generator = torch.Generator().manual_seed(10)
     wave, other = torch.randn(2, 4000, generator=generator) * torch.tensor([[0.1], [0.7]])
     mixed = mix_over(wave, other, 6.0, 1000, 300, 800)
@@ -442,41 +432,41 @@ def test_mixing_has_its_ratio_and_leaves_half_alone():
     draw = [random.Random(i) for i in range(400)]
     mixed = mix_batch(waves, copy.deepcopy(draw), noises, 0.3, 0.25)
     assert torch.equal(mixed, mix_batch(waves, draw, noises, 0.3, 0.25))
-    touched = [(m != w).nonzero().flatten() for m, w in zip(mixed, waves, strict=True)]
-    touched = [(i, places) for i, places in enumerate(touched) if len(places)]
-    assert 85 < len(touched) < 155  # 120 expected, deviation 9
-    assert max(int(p[-1] - p[0]) + 1 for _, p in touched) <= 1000
-    added = [(mixed[i] - waves[i])[places] for i, places in touched if len(places) > 30]
-    constant = sum(float(part.std()) < 1e-4 for part in added)
+    changed = [(m != w).nonzero().flatten() for m, w in zip(mixed, waves, strict=True)]
+    changed = [(i, samples) for i, samples in enumerate(changed) if len(samples)]
+    assert 85 < len(changed) < 155  # 120 expected, standard deviation 9
+    assert max(int(s[-1] - s[0]) + 1 for _, s in changed) <= 1000
+    added = [(mixed[i] - waves[i])[samples] for i, samples in changed if len(samples) > 30]
+    constant = sum(float(signal.std()) < 1e-4 for signal in added)
     assert 0.1 < constant / len(added) < 0.4  # a quarter got the (constant) noise
 
 
 # --- runs
 
 
-def test_a_run_that_is_cut_ends_as_one_that_was_not(zoo, speech, tmp_path, monkeypatch):
-    """Cut every four steps, with a worker process, and other random draws in between."""
-    monkeypatch.setattr(curves, "_draw", lambda *_: None)  # slow, and tested elsewhere
+def test_an_interrupted_run_resumes_bit_for_bit(zoo, speech, tmp_path, monkeypatch):
+    """Stopped every four steps, with a loader worker, and with random draws in between."""
+    monkeypatch.setattr(curves, "_draw", lambda *_: None)  # slow, and has its own test
     shutil.copytree(zoo / "noise", tmp_path / "noise")
-    taken, runs, files = 0, 0, None
+    steps, runs, files = 0, 0, None
     options = dataclasses.replace(OPTIONS, workers=1)
 
     def stop(step: int) -> bool:
-        nonlocal taken
-        taken += 1
-        return taken % 4 == 0
+        nonlocal steps
+        steps += 1
+        return steps % 4 == 0
 
     while files is None:
         files = make_zoo(recipes.TEACHERS, speech, TINY, tmp_path, options, stop)
         runs += 1
         torch.rand(runs), np.random.rand(runs), random.random()
         assert runs < 10
-    # steps of the stages: 3, 6, 6, 6; it is not asked after the last one of a stage
-    assert taken == 2 + 5 + 5 + 5 and runs == 1 + taken // 4
+    # steps of the stages: 3, 6, 6, 6; stop is not called after the last step of a stage
+    assert steps == 2 + 5 + 5 + 5 and runs == 1 + steps // 4
     for name in STAGES:
-        one, other = weights(zoo, name), weights(tmp_path, name)
-        assert one.keys() == other.keys()
-        assert all(torch.equal(one[key], other[key]) for key in one), name
+        expected, resumed = weights(zoo, name), weights(tmp_path, name)
+        assert expected.keys() == resumed.keys()
+        assert all(torch.equal(expected[key], resumed[key]) for key in expected), name
         logs = [json.loads((z / name / "log.json").read_text())["points"] for z in (zoo, tmp_path)]
         for point in logs[0] + logs[1]:
             del point["audio_seconds_per_second"]
@@ -486,14 +476,14 @@ def test_a_run_that_is_cut_ends_as_one_that_was_not(zoo, speech, tmp_path, monke
             assert (zoo / stage.file).read_bytes() == (tmp_path / stage.file).read_bytes()
 
 
-def test_a_finished_zoo_is_left_as_it_is(zoo, speech):
+def test_a_finished_zoo_is_not_changed(zoo, speech):
     before = {p: p.stat().st_mtime_ns for p in zoo.rglob("checkpoint.pt")}
     assert make_zoo(("wavlm",), speech, TINY, zoo, OPTIONS) == {"wavlm": zoo / "tiny_wavlm.pt"}
     assert before == {p: p.stat().st_mtime_ns for p in zoo.rglob("checkpoint.pt")}
 
 
 def test_the_loss_falls(speech, tmp_path):
-    """Tones that follow one another in a fixed order: what is hidden can be told from around it."""
+    """Tones follow one another in a fixed order, so masked frames can be predicted."""
     rng = np.random.default_rng(11)
     time = np.arange(3200) / 16000
     utterances = []
@@ -506,7 +496,7 @@ def test_the_loss_falls(speech, tmp_path):
         utterances.append(Utterance(path.name, str(path), 25600))
     corpus = Corpus(tuple(utterances[:6]), tuple(utterances[6:]))
     labels = make_labels(corpus, mfcc, 4, 1000, 1, "tones")
-    # half of hubert's steps; narrow masks, so that each hidden frame has neighbours
+    # half of hubert's steps; short masks, so that each masked frame has unmasked neighbours
     recipe = dataclasses.replace(
         TINY, steps=120, batch_seconds=5.0, lr=5e-3, mask_length=2, mask_prob=0.3
     )
@@ -518,7 +508,7 @@ def test_the_loss_falls(speech, tmp_path):
     assert log["points"][-1]["dev_accuracy"] > log["floor_accuracy"] + 0.2
 
 
-def test_stages_that_a_teacher_needs():
+def test_stages_that_a_teacher_depends_on():
     names = [[s.name for s in recipes.required_stages((t,))] for t in recipes.TEACHERS]
     assert names == [
         ["hubert_1", "hubert"],
@@ -527,73 +517,74 @@ def test_stages_that_a_teacher_needs():
     ]
 
 
-# --- mistakes
+# --- errors
 
 
-def test_another_recipe_or_corpus_is_refused(zoo, speech):
-    with pytest.raises(ConfigError, match=r"recipe\.lr \(0\.001, now 0\.5\); give the same"):
+def test_a_changed_recipe_or_corpus_is_an_error(zoo, speech):
+    with pytest.raises(ConfigError, match=r"\brecipe\.lr\b.*0\.001.*0\.5"):
         make_zoo(("hubert",), speech, dataclasses.replace(TINY, lr=0.5), zoo, OPTIONS)
     fewer = Corpus(speech.train[1:], speech.dev)
-    with pytest.raises(ConfigError, match=r"other settings: corpus \("):
+    with pytest.raises(ConfigError, match=r"\bcorpus \("):
         make_zoo(("hubert",), fewer, TINY, zoo, OPTIONS)
 
 
-def test_damaged_files_are_one_sentence(zoo, speech, tmp_path):
+def test_a_damaged_file_is_named(zoo, speech, tmp_path):
     broken = {"units-mfcc.npz": DataError, "hubert_1/checkpoint.pt": CheckpointError}
-    for name, kind in broken.items():
+    for name, error in broken.items():
         folder = tmp_path / Path(name).stem
         (folder / "hubert_1").mkdir(parents=True)
-        for copied in ("recipe.json", *broken):
-            (folder / copied).write_bytes((zoo / copied).read_bytes())
+        for file in ("recipe.json", *broken):
+            (folder / file).write_bytes((zoo / file).read_bytes())
         (folder / name).write_bytes((zoo / name).read_bytes()[:-300])
-        with pytest.raises(kind, match=Path(name).name):
+        with pytest.raises(error, match=Path(name).name):
             make_zoo(("hubert",), speech, TINY, folder, OPTIONS)
 
 
-def test_mistakes_on_the_command_line(corpus, tmp_path, capsys):
+def test_an_invalid_option_or_input_is_one_line(corpus, tmp_path, capsys):
     audio, out = str(corpus / "audio"), str(tmp_path / "zoo")
-    (tmp_path / "none").mkdir()
+    (tmp_path / "empty").mkdir()
     (tmp_path / "m.tsv").write_text("path\tsplit\nu0.flac\ttrain\n")
     (tmp_path / "file").write_text("")
     cases = [
-        ([str(tmp_path / "no")], "is not a folder"),
-        ([str(tmp_path / "none")], "holds no .flac"),
-        ([audio, "--manifest", str(tmp_path / "m.tsv")], "lies in none of the audio folders"),
-        ([audio, "--steps", "0"], "steps is 0; it must be above 0"),
-        ([audio, "--batch-seconds", "inf"], "batch_seconds is inf; it must be above 0"),
-        ([audio, "--seed", "-1"], "seed is -1; 0 or more"),
-        ([audio, "--hidden-clusters", "0"], "hidden_clusters is 0; 2 or more"),
-        ([audio, "--crop-seconds", "0.1"], "crop_seconds (0.1) is below"),
-        ([audio, "--device", "abacus"], "--device abacus cannot be used here"),
-        ([audio, "--mfcc-clusters", "5000"], "too few for 5000 clusters"),
+        ([str(tmp_path / "no")], str(tmp_path / "no")),
+        ([str(tmp_path / "empty")], str(tmp_path / "empty")),
+        ([audio, "--manifest", str(tmp_path / "m.tsv")], str(tmp_path / "m.tsv")),
+        ([audio, "--steps", "0"], r"\bsteps .*\b0$"),
+        ([audio, "--batch-seconds", "inf"], r"\bbatch_seconds .*\binf$"),
+        ([audio, "--seed", "-1"], r"\bseed .*-1$"),
+        ([audio, "--hidden-clusters", "0"], r"\bhidden_clusters .*\b2\b.*\b0$"),
+        ([audio, "--crop-seconds", "0.1"], r"\bcrop_seconds .*\b0\.5\b.*\b0\.1$"),
+        ([audio, "--device", "abacus"], r"--device abacus\b"),
+        ([audio, "--mfcc-clusters", "5000"], r"\b5000\b"),
     ]
-    for words, message in cases:
-        assert tool.main([*words, "-o", out]) == 2, words
-        said = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
-        assert len(said) == 1 and message in said[0], said
+    for argv, pattern in cases:
+        assert tool.main([*argv, "-o", out]) == 2, argv
+        errors = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
+        assert len(errors) == 1 and re.search(pattern, errors[0]), errors
     assert tool.main([audio, "-o", str(tmp_path / "file")]) == 2
-    assert "cannot be written to" in capsys.readouterr().err
+    assert str(tmp_path / "file") in capsys.readouterr().err
 
 
-def test_a_manifest_says_what_is_used(corpus, tmp_path):
+def test_a_manifest_selects_utterances_and_splits(corpus, tmp_path):
     for i in range(4):
         (tmp_path / f"u{i}.flac").write_bytes((corpus / f"audio/u{i}.flac").read_bytes())
     rows = ["path\tsplit", "u3.flac\ttrain", "u0.flac\tdev", "u1.flac\ttest"]
     (tmp_path / "m.tsv").write_text("\n".join(rows) + "\n")
-    got = read_corpus([corpus / "audio", tmp_path], [tmp_path / "m.tsv"], 8000)
-    assert [u.key for u in got.train if u.key.startswith("1/")] == ["1/u3.flac"]
-    assert [u.key for u in got.dev if u.key.startswith("1/")] == ["1/u0.flac"]
-    assert sum(u.key.startswith("0/") for u in got.all) == 12
-    with pytest.raises(DataError, match=r"of 0\.5625 s or more is left for dev"):
+    result = read_corpus([corpus / "audio", tmp_path], [tmp_path / "m.tsv"], 8000)
+    assert [u.key for u in result.train if u.key.startswith("1/")] == ["1/u3.flac"]
+    assert [u.key for u in result.dev if u.key.startswith("1/")] == ["1/u0.flac"]
+    assert sum(u.key.startswith("0/") for u in result.all) == 12
+    with pytest.raises(DataError, match=r"\bdev\b.*\b0\.5625 s"):
         read_corpus([tmp_path], [tmp_path / "m.tsv"], 9000)  # u0 has 8000 samples
 
 
-def test_the_command_stops_in_time_and_goes_on(corpus, tmp_path, capsys, monkeypatch):
+def test_the_command_stops_after_minutes_and_resumes(corpus, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(recipes, "Recipe", lambda: TINY)
-    words = [str(corpus / "audio"), "-o", str(tmp_path / "z"), "--teacher", "hubert"]
-    words += ["--device", "cpu"]
-    assert tool.main([*words, "--minutes", "0"]) == 0
-    assert "saved; the same command goes on" in capsys.readouterr().out
+    argv = [str(corpus / "audio"), "-o", str(tmp_path / "z"), "--teacher", "hubert"]
+    argv += ["--device", "cpu"]
+    assert tool.main([*argv, "--minutes", "0"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 1
+    assert (tmp_path / "z/hubert_1/checkpoint.pt").exists()
     assert not (tmp_path / "z/tiny_hubert.pt").exists()
-    assert tool.main(words) == 0
+    assert tool.main(argv) == 0
     assert capsys.readouterr().out.splitlines()[-1] == str(tmp_path / "z/tiny_hubert.pt")

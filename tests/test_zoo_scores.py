@@ -1,5 +1,6 @@
-"""tools/zoo_scores.py: the numbers in the tiny teachers' cards are those of finished runs."""
+"""tools/zoo_scores.py writes the scores of finished runs into the tiny teachers' cards."""
 
+import re
 import shutil
 
 import pytest
@@ -17,27 +18,29 @@ def cards(tmp_path):
 
 
 def results(folder):
-    """PER of 20 utterances of ten words, of which the first n are wrong: 10 n with no spread over
-    utterances; n - 1, n and n + 1 for seeds 1, 2 and 3, the other way round for the twin."""
+    """Write runs with a PER of 10 n: in each of 20 utterances the first n of ten words are wrong.
+
+    Seeds 1, 2 and 3 have n - 1, n and n + 1; in reverse order for tiny_hubert_random.
+    """
     errors = {
         "tiny_hubert": 5, "tiny_robust_hubert": 3, "tiny_wavlm": 6,
         "tiny_hubert_random": 8, "tiny_wavlm_random": 8, "fbank": 7,
     }  # fmt: skip
     for upstream, n in errors.items():
-        way = -1 if upstream == "tiny_hubert_random" else 1
+        sign = -1 if upstream == "tiny_hubert_random" else 1
         for seed in (1, 2, 3):
-            wrong = n + way * (seed - 2)
+            wrong = n + sign * (seed - 2)
             pairs = {"clean": words(wrong), "esc10_snr5": words(wrong + 1)}
-            if upstream == "tiny_hubert":  # a condition of one upstream is no column
+            if upstream == "tiny_hubert":  # a condition of only one upstream is skipped
                 pairs["rain_snr0"] = words(9)
             write_run(folder, upstream, "pr", pairs, seed=seed)
     return folder
 
 
-def test_cards_get_the_scores_and_keep_the_rest(tmp_path, cards):
+def test_only_the_scores_of_a_card_change(tmp_path, cards):
     before = {name: (cards / f"{name}.md").read_text() for name in zoo.TEACHERS}
     arguments = [str(results(tmp_path / "superb")), "--cards", str(cards)]
-    for _ in range(2):  # the second time over its own text
+    for _ in range(2):  # the second time replaces the first result
         assert zoo_scores.main(arguments) == 0
     for name, old in before.items():
         new = (cards / f"{name}.md").read_text()
@@ -59,24 +62,25 @@ def test_cards_get_the_scores_and_keep_the_rest(tmp_path, cards):
     assert "tiny_hubert_random" not in (cards / "tiny_wavlm.md").read_text().split("## Scores")[1]
 
 
-def test_mistakes_are_one_sentence(tmp_path, cards, capsys):
+def test_missing_runs_marks_or_results_are_an_error(tmp_path, cards, capsys):
     write_run(tmp_path / "superb", "fbank", "pr", words(7))
-    given = [str(tmp_path / "superb"), "--cards", str(cards)]
+    argv = [str(tmp_path / "superb"), "--cards", str(cards)]
     old = (cards / "tiny_hubert.md").read_text()
-    assert zoo_scores.main(given) == 2
-    assert "no finished run of tiny_hubert; evaluate it first" in capsys.readouterr().err
+    assert zoo_scores.main(argv) == 2
+    assert re.search(r"^error: .*\btiny_hubert\b", capsys.readouterr().err, re.M)
     results(tmp_path / "all")
     (cards / "tiny_hubert.md").write_text(old.replace(zoo_scores.END, ""))
     assert zoo_scores.main([str(tmp_path / "all"), "--cards", str(cards)]) == 2
-    assert "lacks the marks" in capsys.readouterr().err
+    assert str(cards / "tiny_hubert.md") in capsys.readouterr().err
     assert zoo_scores.main([str(tmp_path / "none"), "--cards", str(cards)]) == 2
     assert capsys.readouterr().err.startswith("error: ")
 
 
-def test_runs_that_are_not_alike_are_refused(tmp_path, cards, capsys):
+def test_runs_with_different_settings_are_an_error(tmp_path, cards, capsys):
     before = (cards / "tiny_hubert.md").read_text()
     root = results(tmp_path / "superb")
     write_run(root, "tiny_wavlm_random", "pr", {"clean": words(1), "esc10_snr5": words(1)}, seed=4)
     assert zoo_scores.main([str(root), "--cards", str(cards)]) == 2
-    assert "tiny_wavlm_random was not run on pr as tiny_wavlm was" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert re.search(r"^error: .*\bpr\b.*\btiny_wavlm_random\b.*\btiny_wavlm\b", error, re.M)
     assert (cards / "tiny_hubert.md").read_text() == before

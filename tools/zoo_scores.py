@@ -1,14 +1,14 @@
-"""Write the scores of the tiny teachers into their model cards, from what `superb` left.
+"""Write results of `s3prl-ekd superb` for the tiny teachers into their model cards.
 
-Only what stands between the two marks of a card changes. Rows: the teacher, its random twin,
-tiny_hubert beside the robust one, and fbank (for SID and ER fbank_no_cmvn: fbank's mean over an
-utterance is zero). Intervals are over test utterances and seeds, as in the study
-(tools/study_parts/intervals.py). A condition under which not all were tested is left out. Needs the
-extra analysis.
+Only the text between the two marks of a card changes. Rows: the teacher, its random initialisation,
+tiny_hubert (in the card of tiny_robust_hubert), and fbank (fbank_no_cmvn for SID and ER, since the
+mean of fbank over an utterance is zero). Intervals are over test utterances and seeds, as in the
+study (tools/study_parts/intervals.py). Test conditions that an upstream lacks are skipped. Needs
+the extra analysis.
 
 example, in a folder of `s3prl-ekd init` with the four tasks prepared (SID: --test-seconds 1), and
-fold 3 of ESC-10 in esc10_fold3 (`cp SPEECH/esc10/*/3-*.flac esc10_fold3`), as tiny_robust_hubert
-heard the other two:
+fold 3 of ESC-10 in esc10_fold3 (`cp SPEECH/esc10/*/3-*.flac esc10_fold3`; tiny_robust_hubert was
+trained on the other two folds):
   UPSTREAMS="tiny_hubert tiny_robust_hubert tiny_wavlm tiny_hubert_random tiny_wavlm_random fbank"
   NOISE="--noise esc10_fold3 --snr 5"
   s3prl-ekd superb $UPSTREAMS --recipes tiny --tasks pr --steps pr=1000 --lr pr=1e-2 \\
@@ -53,37 +53,44 @@ RANDOM_INIT_OF = {
 
 @dataclass(frozen=True)
 class TeacherScores:
-    """What is finished: (upstream, task) -> runs, (upstream, metric, condition) -> draws."""
+    """Finished results.
+
+    Attributes:
+        selections: (upstream, task) -> runs with the best learning rate.
+        rates: (upstream, metric's key, condition) -> bootstrap rates.
+    """
 
     selections: dict[tuple[str, str], Selection]
-    drawn: dict[tuple[str, str, str], BootstrapRates]
+    rates: dict[tuple[str, str, str], BootstrapRates]
 
     def columns(self, name: str) -> list[tuple[Metric, str]]:
-        """Metrics and conditions that every upstream with that task was tested in."""
-        found = []
+        """Metrics and conditions with results of every upstream that has the task."""
+        columns = []
         for metric in METRICS:
             tested = [u for u, task in self.selections if task == metric.task]
-            conditions = {c for _, key, c in self.drawn if key == metric.key}
+            conditions = {c for _, key, c in self.rates if key == metric.key}
             for condition in sort_conditions(conditions):
-                if name in tested and all((u, metric.key, condition) in self.drawn for u in tested):
-                    found.append((metric, condition))
-        return found
+                if name in tested and all((u, metric.key, condition) in self.rates for u in tested):
+                    columns.append((metric, condition))
+        return columns
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0, or 2 after a sentence about what is wrong."""
+    """Run the command; return 0, or 2 for a user's error."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("results", metavar="RESULT_SUPERB", type=Path)
+    parser.add_argument(
+        "results", metavar="RESULT_SUPERB", type=Path, help="results of s3prl-ekd superb"
+    )
     parser.add_argument(
         "--cards", metavar="DIR", type=Path, default=zoo.card("tiny_hubert").parent,
-        help="default: those of this package",
+        help="folder of the cards (default: those of this package)",
     )  # fmt: skip
     args = parser.parse_args(argv)
     try:
         require_packages()
-        scores = read(args.results)
+        scores = read_scores(args.results)
         sections = {name: section(scores, name) for name in zoo.TEACHERS}
         for name, text in sections.items():
             path = args.cards / f"{name}.md"
@@ -95,17 +102,17 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def read(folder: Path) -> TeacherScores:
-    """All that is finished below ``folder``; what is not is said.
+def read_scores(folder: Path) -> TeacherScores:
+    """Read all finished runs below ``folder``; report unfinished ones on stderr.
 
     Raises:
-        DataError: nothing is, or predictions are damaged.
+        DataError: no run is finished, or predictions are damaged.
     """
     results = read_results([folder])
     for line in incomplete(results.runs, results.unfinished):
-        print(f"left out: {line}", file=sys.stderr)
-    selections = select_best_lr(results.runs, results.unfinished)
-    drawn = {}
+        print(f"skipped: {line}", file=sys.stderr)
+    selections = select(results.runs, results.unfinished)
+    rates = {}
     for (upstream, task), selection in selections.items():
         seeds: dict[int, list] = {}
         for run in selection.runs:
@@ -113,32 +120,34 @@ def read(folder: Path) -> TeacherScores:
         for metric in METRICS:
             if metric.task == task:
                 for cell in make_cells(upstream, metric, seeds):
-                    drawn[upstream, metric.key, cell.condition] = bootstrap(cell)
-    return TeacherScores(selections, drawn)
+                    rates[upstream, metric.key, cell.condition] = bootstrap(cell)
+    return TeacherScores(selections, rates)
 
 
 def section(scores: TeacherScores, name: str) -> str:
-    """The tables of one teacher: its scores beside others, and what it is better than.
+    """Make the section of a card: the scores, and the differences to the other upstreams.
 
     Raises:
-        SetupError: it has no finished run, or the others were not run like it.
+        SetupError: the teacher has no finished run, or others were run with other settings.
     """
-    others = [RANDOM_INIT_OF[name], *(["tiny_hubert"] if name == "tiny_robust_hubert" else [])]
-    others += ["fbank", "fbank_no_cmvn"]
+    baselines = [RANDOM_INIT_OF[name], *(["tiny_hubert"] if name == "tiny_robust_hubert" else [])]
+    baselines += ["fbank", "fbank_no_cmvn"]
     columns = scores.columns(name)
     if not columns:
-        raise SetupError(f"the results have no finished run of {name}; evaluate it first")
+        raise SetupError(
+            f"no finished run of {name} in the results; run s3prl-ekd superb {name} first"
+        )
     tasks = list(dict.fromkeys(metric.task for metric, _ in columns))
-    runs = "; ".join(_run(scores, name, others, task) for task in tasks)
+    runs = "; ".join(_run_settings(scores, name, baselines, task) for task in tasks)
     head = [_title(*column) for column in columns]
     table, less = [["", *head]], [["less", *head]]
-    for row in (name, *others):
-        draws = [scores.drawn.get((row, metric.key, c)) for metric, c in columns]
-        if any(draws):
-            table.append([row, *(_score(found) for found in draws)])
-        if any(draws) and row != name:
-            own = [scores.drawn[name, metric.key, c] for metric, c in columns]
-            less.append([row, *map(_difference, own, draws)])
+    for row in (name, *baselines):
+        row_rates = [scores.rates.get((row, metric.key, c)) for metric, c in columns]
+        if any(row_rates):
+            table.append([row, *(_score(rates) for rates in row_rates)])
+        if any(row_rates) and row != name:
+            of_teacher = [scores.rates[name, metric.key, c] for metric, c in columns]
+            less.append([row, *map(_difference, of_teacher, row_rates)])
     return "\n\n".join(
         (
             f"Runs: {runs}. Per cent, mean over the seeds ± their standard deviation; in brackets "
@@ -155,37 +164,37 @@ def _title(metric: Metric, condition: str) -> str:
     return metric.title + ("" if condition == CLEAN else f", {condition_title(condition)}")
 
 
-def _score(draws: BootstrapRates | None) -> str:
-    if draws is None:
+def _score(rates: BootstrapRates | None) -> str:
+    if rates is None:
         return "–"
-    estimate = mean_estimate(draws)
+    estimate = mean_estimate(rates)
     several = len(estimate.by_seed) > 1
     return format_estimate(estimate) + (
         f" ±{statistics.stdev(estimate.by_seed):.1f}" if several else ""
     )
 
 
-def _difference(one: BootstrapRates, other: BootstrapRates | None) -> str:
-    found = paired_difference(one, other) if other is not None else None
-    return "–" if found is None else format_estimate(found, sign=True)
+def _difference(a: BootstrapRates, b: BootstrapRates | None) -> str:
+    estimate = paired_difference(a, b) if b is not None else None
+    return "–" if estimate is None else format_estimate(estimate, sign=True)
 
 
-def _run(scores: TeacherScores, name: str, others: list[str], task: str) -> str:
-    """How the runs of a task were made, all alike."""
-    facts = {
-        (row, run.steps, Path(run.recipe).as_posix(), run.features_alone, chosen.seeds, run.lr)
-        for row in (name, *others)
-        if (chosen := scores.selections.get((row, task))) is not None
-        for run in chosen.runs
+def _run_settings(scores: TeacherScores, name: str, baselines: list[str], task: str) -> str:
+    """Describe the settings of the runs of a task, which must be the same for all upstreams."""
+    settings = {
+        (row, run.steps, Path(run.recipe).as_posix(), run.features_alone, selection.seeds, run.lr)
+        for row in (name, *baselines)
+        if (selection := scores.selections.get((row, task))) is not None
+        for run in selection.runs
     }
-    own = next(fact[1:] for fact in facts if fact[0] == name)
-    for row, *fact in facts:
-        if tuple(fact[:-1]) != own[:-1]:  # the learning rate is each one's own, chosen by dev
+    expected = next(values for row, *values in settings if row == name)
+    for row, *values in settings:
+        if values[:-1] != expected[:-1]:  # except the learning rate, chosen on dev for each
             raise SetupError(
-                f"{row} was not run on {task} as {name} was: its steps, recipe, features or seeds "
-                "are others; run it alike, or take it out of the results"
+                f"{task}: {row} and {name} differ in steps, recipe, features or seeds; run both "
+                f"with the same settings, or move {row} out of the results"
             )
-    steps, recipe, _, seeds, lr = own
+    steps, recipe, _, seeds, lr = expected
     return (
         f"{task.upper()} {steps} steps of {recipe}, learning rate {lr:g}, "
         f"seed{'s' * (len(seeds) > 1)} {' '.join(map(str, seeds))}"
@@ -193,13 +202,13 @@ def _run(scores: TeacherScores, name: str, others: list[str], task: str) -> str:
 
 
 def write_between(path: Path, text: str) -> None:
-    """Put ``text`` between the marks of a card.
+    """Replace the text between the marks of a card.
 
     Raises:
-        SetupError: the card or its marks are not there.
+        SetupError: the card or its marks are missing.
     """
     if not path.is_file():
-        raise SetupError(f"there is no card {path}")
+        raise SetupError(f"no such card: {path}")
     card = between(path.read_text(encoding="utf-8"), BEGIN, END, text, path)
     with atomic_file(path) as file:
         file.write(card.encode())

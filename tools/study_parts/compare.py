@@ -86,7 +86,7 @@ def make_study(setting: StudySetting, results: StudyResults, resamples: int = RE
     test set too. If single teachers tie on dev (all of them have only errors, for example), none is
     best and there is no comparison with it.
     """
-    drawn = {key: bootstrap(cell, resamples) for key, cell in results.cells.items()}
+    rates = {key: bootstrap(cell, resamples) for key, cell in results.cells.items()}
     best = {}
     for size in setting.sizes:
         for task in setting.tasks:
@@ -101,14 +101,14 @@ def make_study(setting: StudySetting, results: StudyResults, resamples: int = RE
         for metric in METRICS:
             for condition in results.conditions:
                 for row, baseline in _pairs(best.get((size, metric.task))):
-                    a = drawn.get((StudyRow(size, row).name, metric.key, condition))
-                    b = drawn.get((StudyRow(size, baseline).name, metric.key, condition))
+                    a = rates.get((StudyRow(size, row).name, metric.key, condition))
+                    b = rates.get((StudyRow(size, baseline).name, metric.key, condition))
                     estimate = paired_difference(a, b) if a and b else None
                     if estimate:
                         is_single = baseline in setting.teachers
                         fields = (size, metric, condition, row, baseline, is_single)
                         comparisons.append(Comparison(*fields, estimate))
-    means = {key: mean_estimate(draws) for key, draws in drawn.items()}
+    means = {key: mean_estimate(cell_rates) for key, cell_rates in rates.items()}
     return Study(setting, results, means, tuple(comparisons), best)
 
 

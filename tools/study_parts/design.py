@@ -18,8 +18,8 @@ NONE = "none"  # the control: a student with its initial weights, not distilled
 CLEAN = "clean"
 ZERO_LR = 1e-60  # passes the check for a positive learning rate, and is 0 in float32
 
-# Options of s3prl-ekd superb that change the tiny recipes. PR has SUPERB's linear probe: on students
-# of this size it learns in minutes, while the recipe's BiLSTM hardly improves in that time. SID
+# Options of s3prl-ekd superb that change the tiny recipes. PR has SUPERB's linear probe: on such
+# small students it learns in minutes, while the recipe's BiLSTM hardly improves in that time. SID
 # trains on whole utterances, so that their features can be cached.
 DOWNSTREAM_OPTIONS = {
     "pr": ("--lr", "pr=1e-2")

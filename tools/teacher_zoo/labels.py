@@ -85,8 +85,8 @@ def _frames(features: Features, utterance: Utterance) -> Tensor:
     frames = features(read_audio(utterance.path)[: utterance.length]).float().cpu()
     if len(frames) != frame_count(utterance.length):
         raise DataError(
-            f"{utterance.path} has {len(frames)} frames, but {frame_count(utterance.length)} by its "
-            "header; replace the file"
+            f"{utterance.path} has {len(frames)} frames, but {frame_count(utterance.length)} by "
+            "its header; replace the file"
         )
     return frames
 

@@ -89,7 +89,7 @@ class MaskedPredictor(nn.Module):
 
     @torch.no_grad()
     def layer(self, wave: Tensor, index: int) -> Tensor:
-        """Entry ``index`` (from 1) of ``hidden_states``: ``wave [sample]`` -> ``[frame, width]``."""
+        """Entry ``index`` (from 1) of ``hidden_states``, for ``[sample]``: ``[frame, width]``."""
         hidden, _ = self.backbone.extract_features(wave[None], mask=False, output_layer=index)
         return hidden[0]
 

@@ -108,8 +108,8 @@ def find_noise(paths: Sequence[str | Path]) -> list[Path]:
 def make_distorter(folder: Path, recipe: Recipe) -> Distorter:
     """The distorter of RobustHuBERT's input.
 
-    Synthetic noise on 5 of 6 waveforms; with recordings, equally often one of both on 9 of 10. A
-    simulated room on 1 of 2.
+    Noise on 5 of 6 waveforms; on 9 of 10 if there are recordings, which are drawn as often as the
+    clips of ``folder``. A simulated room on 1 of 2.
     """
     recorded = folder.with_name(RECORDED_NOISE)
     settings = DistortionSettings(

@@ -1,7 +1,7 @@
-"""Which excerpts make which batch: a function of seed and epoch alone.
+"""Batches of excerpts, a function of seed and epoch.
 
-The excerpts of a batch are equally long, as in HuBERT: nothing is padded, so that the extractor's
-group norm, which looks over the whole excerpt, hears speech only.
+The excerpts of a batch are equally long, as in HuBERT. There is no padding, which the extractor's
+group norm (over the whole excerpt) would include.
 """
 
 from __future__ import annotations
@@ -18,35 +18,40 @@ from s3prl_ekd.data.tables import Utterance as Row
 from .corpus import Utterance
 from .frames import HOP, frame_count, sample_count
 
-_JITTER = 0.1  # neighbours in length are shuffled by so much, so that batches differ by epoch
+_JITTER = 0.1  # lengths are perturbed by this before sorting, so that batches differ by epoch
 _UNLIMITED = 2**31
 
 
 @dataclass(frozen=True)
 class PlannedBatch:
-    """``excerpts`` are ``(index of the utterance, first frame)``; each has ``frames`` frames."""
+    """A batch of excerpts of ``frames`` frames each.
+
+    Attributes:
+        position: in the epoch, from 0.
+        excerpts: (index of the utterance, first frame).
+    """
 
     epoch: int
-    position: int  # in the epoch, from 0
+    position: int
     excerpts: tuple[tuple[int, int], ...]
     frames: int
 
     @property
     def seconds(self) -> float:
-        """Of audio in all of its excerpts."""
+        """Total duration of the excerpts."""
         return len(self.excerpts) * sample_count(self.frames) / SAMPLE_RATE
 
 
 def epoch_batches(
     utterances: Sequence[Utterance], seconds: float, crop: float, seed: int, epoch: int
 ) -> list[PlannedBatch]:
-    """The batches of one epoch, each utterance once.
+    """Plan the batches of an epoch, with each utterance once.
 
     Args:
-        utterances: indices in the result count from the first of these.
-        seconds: most audio in a batch; one excerpt at least.
+        utterances: utterances of one split; the batches have indices into it.
+        seconds: maximum audio in a batch; a batch has one excerpt or more.
         crop: longest excerpt in seconds.
-        seed, epoch: of all draws.
+        seed, epoch: determine all random draws.
     """
     rng = generator(seed, epoch, "", "batches")
     weights = [rng.uniform(1 - _JITTER, 1 + _JITTER) for _ in utterances]
@@ -72,16 +77,16 @@ def _batch(
     rng: random.Random,
 ) -> PlannedBatch:
     frames = frame_count(min(longest, *(utterances[i].length for i in group)))
-    frames -= frames % 2  # s3prl's HuBERT pads to an even number, and masks attention if it has to
+    frames -= frames % 2  # for odd numbers s3prl's HuBERT pads and masks attention
     excerpts = []
     for index in group:
-        room = (utterances[index].length - sample_count(frames)) // HOP
-        excerpts.append((index, rng.randint(0, room)))
+        last_start = (utterances[index].length - sample_count(frames)) // HOP
+        excerpts.append((index, rng.randint(0, last_start)))
     return PlannedBatch(epoch, position, tuple(excerpts), frames)
 
 
 class EndlessBatchSampler:
-    """All batches from a place on, epoch after epoch; a sampler for a DataLoader."""
+    """Endless sampler of batches for a DataLoader, from ``position`` in ``epoch`` on."""
 
     def __init__(
         self,

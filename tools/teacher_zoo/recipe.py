@@ -1,4 +1,4 @@
-"""What is trained: sizes, stages, and how long; each choice with where it comes from."""
+"""Training recipe of the tiny teachers: sizes, stages, settings, each with its origin."""
 
 from __future__ import annotations
 
@@ -30,9 +30,14 @@ class TeacherSize:
 
 @dataclass(frozen=True)
 class UnitSettings:
-    """Targets: ``mfcc_clusters`` for iteration 1 (HuBERT: 100), ``hidden_clusters`` of ``layer``
-    for all that follow (HuBERT: 500 of layer 6 of 12; fewer for less speech), fitted on at most
-    ``frames`` frames."""
+    """Settings of the k-means units.
+
+    Attributes:
+        mfcc_clusters: units of iteration 1 (HuBERT: 100).
+        hidden_clusters: units of later iterations (HuBERT: 500; fewer here, for less speech).
+        layer: hidden states that are clustered (HuBERT: layer 6 of 12).
+        frames: maximum number of frames for k-means.
+    """
 
     mfcc_clusters: int = 100
     hidden_clusters: int = 200
@@ -42,32 +47,32 @@ class UnitSettings:
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that decides the weights. The defaults made the files that the package ships.
+    """Settings that influence the weights. The defaults are those of the package's files.
 
-    ``steps`` are those of ``hubert``; the stages take the shares in :data:`STAGES`. ``penalty``,
-    masking, betas and weight decay are HuBERT Base's; ``mix`` and ``mix_noise`` are WavLM's
-    (section 3.3); learning rate, batch, clipping and ``alpha`` are ours, for an hour on two cores.
-    HuBERT's alpha is 1, for runs a hundred times as long: after 300 steps of 16 s of the first
-    stage, the loss of hidden frames of dev was 4.47 with 1 and 4.24 with 0.5 (4.50 by the units'
+    ``steps`` is for stage ``hubert``; other stages take a share of it, see :data:`STAGES`.
+    ``penalty``, masking, betas and weight decay are HuBERT Base's; ``mix`` and ``mix_noise`` are
+    WavLM's (section 3.3); learning rate, batch, clipping and ``alpha`` are ours, for an hour on two
+    cores. HuBERT's alpha is 1, for runs a hundred times as long: after 300 steps of 16 s of the
+    first stage, the loss of masked frames on dev was 4.47 with 1 and 4.24 with 0.5 (4.50 by unit
     frequencies alone). With 0.5, it was 4.12 after 300 steps of 16 s, and 4.06 after 600 of 8 s.
-    Dropout is for runs that hear each utterance hundreds of times; these hear it ten times.
+    Dropout is for runs of hundreds of epochs; these have ten.
     """
 
     steps: int = 6000
     batch_seconds: float = 8.0
     crop_seconds: float = 4.0
-    shortest_seconds: float = 0.5  # utterances below are left out
+    shortest_seconds: float = 0.5  # shorter utterances are skipped
     lr: float = 1e-3
     warmup: float = 0.1  # share of a stage's steps
     clip: float = 5.0  # of the gradient's norm
     weight_decay: float = 0.01
-    alpha: float = 0.5  # weight of masked frames; 1 - alpha is that of the others
+    alpha: float = 0.5  # weight of masked frames; that of unmasked ones is 1 - alpha
     penalty: float = 10.0  # weight of the mean square of the conv features
-    dropout: float = 0.0  # of attention, too; layers are dropped half as often
-    mask_prob: float = 0.8  # share of frames, spans counted as if they never met
+    dropout: float = 0.0  # also of attention; the layer drop rate is half of it
+    mask_prob: float = 0.8  # share of masked frames if spans did not overlap
     mask_length: int = 10  # frames
-    mix: float = 0.2  # share of utterances that something is mixed into
-    mix_noise: float = 0.1  # share of those with noise, not speech
+    mix: float = 0.2  # share of utterances that are mixed with speech or noise
+    mix_noise: float = 0.1  # share of those that get noise
     snr_min: float = 0.0  # dB, of the distorted input
     snr_max: float = 20.0
     seed: int = 1337
@@ -75,30 +80,30 @@ class Recipe:
     units: UnitSettings = field(default_factory=UnitSettings)
 
     def as_json(self) -> dict[str, Any]:
-        """As numbers and dicts of numbers."""
+        """The recipe as nested dicts."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class TrainingStage:
-    """One training: which class, what it predicts, what it hears, what it goes on from."""
+    """A training run: its model class, targets, input and initialisation."""
 
     name: str  # its folder in the zoo
     family: Family
-    units: str  # "mfcc", or the stage whose middle layer is clustered
+    units: str  # targets: "mfcc", or the stage whose middle layer is clustered
     input_kind: InputKind
     share: float  # of the recipe's steps
-    lr: float = 1.0  # times the recipe's
-    start: str = ""  # the stage it goes on from; "": random weights
-    file: str = ""  # what is exported; "": nothing
+    lr: float = 1.0  # times the learning rate of the recipe
+    start: str = ""  # the stage that initialises it; "": random weights
+    file: str = ""  # name of the exported file; "": not exported
 
 
 STAGES = {
     stage.name: stage
     for stage in (
         TrainingStage("hubert_1", "hubert", "mfcc", "clean", share=0.5),
-        # HuBERT's second iteration begins anew. Ours goes on, with a new head: a run this short has
-        # no time to learn twice what the convolutions must hear.
+        # HuBERT's second iteration starts from random weights. Ours continues the first with a new
+        # head: so short a run is too short to train the convolutions twice.
         TrainingStage(
             "hubert",
             "hubert",
@@ -125,52 +130,58 @@ TEACHERS = ("hubert", "robust_hubert", "wavlm")
 
 
 def required_stages(teachers: tuple[str, ...]) -> list[TrainingStage]:
-    """The stages that lead to these teachers, in the order in which they can run."""
-    wanted = set(teachers)
+    """The stages that these teachers depend on, in the order in which they run."""
+    names = set(teachers)
     for stage in reversed(STAGES.values()):
-        if stage.name in wanted:
-            wanted |= {stage.start, stage.units}
-    return [stage for stage in STAGES.values() if stage.name in wanted]
+        if stage.name in names:
+            names |= {stage.start, stage.units}
+    return [stage for stage in STAGES.values() if stage.name in names]
 
 
 def stage_steps(recipe: Recipe, stage: TrainingStage) -> int:
-    """Optimizer steps of a stage, at least one."""
+    """Number of optimizer steps of a stage, 1 or more."""
     return max(1, round(recipe.steps * stage.share))
 
 
-def changed_keys(one: dict[str, Any], other: dict[str, Any], above: str = "") -> list[str]:
-    """``"key (one, other)"`` for each value that differs between two nested dicts."""
-    found = []
-    for key in sorted(one.keys() | other.keys()):
-        a, b = one.get(key), other.get(key)
+def changed_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """List the values that differ between two nested dicts, as ``"key (old, now new)"``."""
+    changed = []
+    for key in sorted(old.keys() | new.keys()):
+        a, b = old.get(key), new.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
-            found += changed_keys(a, b, f"{above}{key}.")
+            changed += changed_keys(a, b, f"{prefix}{key}.")
         elif a != b:
-            found.append(f"{above}{key} ({a}, now {b})")
-    return found
+            changed.append(f"{prefix}{key} ({a}, now {b})")
+    return changed
 
 
 def check_recipe(recipe: Recipe) -> None:
-    """Raise ``ValueError`` with a sentence where a number makes no sense."""
+    """Check the ranges of the settings.
+
+    Raises:
+        ValueError: a setting is out of range.
+    """
     positive = [
         f.name for f in fields(recipe) if f.name in ("steps", "batch_seconds", "crop_seconds", "lr")
     ]
     for name in positive:
         if not 0 < getattr(recipe, name) < float("inf"):
-            raise ValueError(f"{name} is {getattr(recipe, name)}; it must be above 0")
+            raise ValueError(f"{name} must be above 0, got {getattr(recipe, name)}")
     if recipe.seed < 0:
-        raise ValueError(f"seed is {recipe.seed}; 0 or more is allowed")
+        raise ValueError(f"seed must be 0 or more, got {recipe.seed}")
     for name in ("mfcc_clusters", "hidden_clusters"):
         if getattr(recipe.units, name) < 2:
-            raise ValueError(f"{name} is {getattr(recipe.units, name)}; 2 or more are needed")
+            raise ValueError(f"{name} must be 2 or more, got {getattr(recipe.units, name)}")
     if not 0 < recipe.alpha <= 1:
-        raise ValueError(f"alpha is {recipe.alpha}; above 0 to 1 is allowed")
+        raise ValueError(f"alpha must be above 0 and at most 1, got {recipe.alpha}")
     if not 0 <= recipe.dropout < 1:
-        raise ValueError(f"dropout is {recipe.dropout}; 0 to below 1 is allowed")
+        raise ValueError(f"dropout must be 0 or more and below 1, got {recipe.dropout}")
     if recipe.crop_seconds < recipe.shortest_seconds:
         raise ValueError(
-            f"crop_seconds ({recipe.crop_seconds}) is below shortest_seconds "
-            f"({recipe.shortest_seconds})"
+            f"crop_seconds must be shortest_seconds ({recipe.shortest_seconds}) or more, got "
+            f"{recipe.crop_seconds}"
         )
     if recipe.units.layer > recipe.size.layers:
-        raise ValueError(f"layer {recipe.units.layer} is asked of {recipe.size.layers} layers")
+        raise ValueError(
+            f"units.layer must be at most {recipe.size.layers}, got {recipe.units.layer}"
+        )

@@ -1,4 +1,4 @@
-"""One optimizer step, and the averages between two points of the log."""
+"""An optimizer step, and averages for the log."""
 
 from __future__ import annotations
 
@@ -15,18 +15,23 @@ from .checkpoint import TrainingState
 from .criterion import StepLoss, criterion
 from .recipe import Recipe
 
-WINDOW = ("masked_loss", "accuracy", "penalty", "spread")  # what is averaged, by hidden frames
+WINDOW = (
+    "masked_loss",
+    "accuracy",
+    "penalty",
+    "spread",
+)  # values that are averaged, weighted by masked frames
 
 
 def seed_everything(seed: int) -> None:
-    """Python, NumPy (which draws masks and dropped layers) and torch."""
+    """Seed Python, NumPy (masks and dropped layers) and torch."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
 
 def forward(state: TrainingState, recipe: Recipe, waves: Tensor, labels: Tensor) -> StepLoss:
-    """The criterion on a batch; the model in bfloat16 on CUDA, in float32 elsewhere."""
+    """Compute the criterion on a batch; the model runs in bfloat16 on CUDA, else in float32."""
     on_cuda = state.device.startswith("cuda")
     with torch.autocast("cuda", torch.bfloat16, enabled=on_cuda):
         encoded = state.model(waves)
@@ -37,7 +42,7 @@ def step(state: TrainingState, recipe: Recipe, waves: Tensor, labels: Tensor) ->
     """Forward, backward, clip, update.
 
     Raises:
-        DataError: the gradient is not finite any more.
+        DataError: the gradient is not finite.
     """
     outcome = forward(state, recipe, waves, labels)
     state.optimizer.zero_grad(set_to_none=True)
@@ -45,8 +50,8 @@ def step(state: TrainingState, recipe: Recipe, waves: Tensor, labels: Tensor) ->
     norm = clip_grad_norm_(state.model.parameters(), recipe.clip)
     if not norm.isfinite():
         raise DataError(
-            f"the gradient is not finite any more (loss {float(outcome.loss.detach()):g}); delete "
-            "the stage's folder and begin again with a smaller --lr"
+            f"the gradient is not finite (loss {float(outcome.loss.detach()):g}); delete the "
+            "stage's folder and train again with a smaller --lr"
         )
     state.optimizer.step()
     state.schedule.step()
@@ -54,12 +59,12 @@ def step(state: TrainingState, recipe: Recipe, waves: Tensor, labels: Tensor) ->
 
 
 def add(window: dict[str, float], outcome: StepLoss) -> None:
-    """Add a step to the sums of a window; the empty dict begins one."""
+    """Add a step to the sums in ``window``; it starts as an empty dict."""
     for name in WINDOW:
         window[name] = window.get(name, 0.0) + float(getattr(outcome, name)) * outcome.frames
     window["frames"] = window.get("frames", 0) + outcome.frames
 
 
 def averages(window: dict[str, float]) -> dict[str, float]:
-    """The means of a window."""
+    """Means from the sums in ``window``."""
     return {name: window[name] / window["frames"] for name in WINDOW}

@@ -1,4 +1,4 @@
-"""What a zoo's training came to, as a Markdown table for the model cards."""
+"""Summary of a zoo's training as a Markdown table, for the model cards."""
 
 from __future__ import annotations
 
@@ -10,22 +10,23 @@ from s3prl_ekd.errors import SetupError
 from .recipe import STAGES
 
 HEAD = (
-    "| stage | steps | audio heard (h) | time (h) | units | loss of hidden frames, dev "
-    "| by frequency alone | right, dev | most frequent unit |\n"
+    "| stage | steps | audio (h) | time (h) | units | loss of masked frames, dev "
+    "| loss by unit frequencies | accuracy, dev | share of the most frequent unit |\n"
     "|---|---|---|---|---|---|---|---|---|"
 )
 
 
 def summary(zoo: Path) -> str:
-    """A row for each stage that has begun, from its ``log.json``; dev values are its last ones,
-    on what the stage hears (clean, distorted or mixed).
+    """Make a table with a row for each stage that has a ``log.json``.
+
+    Dev values are the last ones, on the stage's kind of input (clean, distorted or mixed).
 
     Raises:
-        SetupError: no stage has begun, or a log cannot be read.
+        SetupError: there is no log, or a log cannot be read.
     """
     rows = [_row(zoo / name / "log.json") for name in STAGES if (zoo / name / "log.json").is_file()]
     if not rows:
-        raise SetupError(f"{zoo} holds no log of a stage; train first")
+        raise SetupError(f"no log.json of a stage in {zoo}; train first")
     return "\n".join([HEAD, *rows])
 
 
@@ -34,10 +35,10 @@ def _row(path: Path) -> str:
         log = json.loads(path.read_text(encoding="utf-8"))
         points = log["points"]
         dev = next((p for p in reversed(points) if "dev_masked_loss" in p), None)
-        done = points[-1]["step"] if points else 0
+        step = points[-1]["step"] if points else 0
         cells = [
             log["stage"],
-            f"{done} of {log['steps']}" if done < log["steps"] else str(done),
+            f"{step} of {log['steps']}" if step < log["steps"] else str(step),
             f"{log['hours_heard']:.1f}",
             f"{log['hours_spent']:.2f}",
             str(log["units"]),
@@ -47,5 +48,5 @@ def _row(path: Path) -> str:
             f"{log['floor_accuracy']:.1%}",
         ]
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-        raise SetupError(f"{path} cannot be read ({error!r})") from None
+        raise SetupError(f"cannot read {path} ({error!r})") from None
     return "| " + " | ".join(cells) + " |"

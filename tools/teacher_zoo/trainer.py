@@ -1,4 +1,4 @@
-"""The loop of one stage: batches, steps, dev points, checkpoints."""
+"""The training loop of a stage: batches, steps, dev evaluation, checkpoints."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from .plan import EndlessBatchSampler
 from .recipe import STAGES, Recipe, TrainingStage, stage_steps
 from .step import add, averages, seed_everything, step
 
-_COLLAPSED = 0.01  # spread of the last layer; a sound run has 0.3 and more
+_COLLAPSED = 0.01  # spread of the last layer; normal runs have 0.3 or more
 StopFn = Callable[[int], bool]
 
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    """What has no say in the weights: how often is logged, checked and saved; where it runs."""
+    """Settings that do not influence the weights: device, loader workers, intervals."""
 
     device: str = "cpu"
     workers: int = 0
@@ -52,24 +52,24 @@ def train(
     stop: StopFn = lambda step: False,
     at_start: Callable[[MaskedPredictor], None] = lambda model: None,
 ) -> MaskedPredictor | None:
-    """Train a stage, from where its checkpoint stands.
+    """Train a stage, or resume from its checkpoint.
 
     Args:
-        stage, recipe: what and how.
-        corpus, labels: of what.
-        zoo: the folder whose ``STAGE/`` gets checkpoint, log and curves.
-        pace: how often, where.
-        stop: asked after each step, with its number; True saves and leaves.
-        at_start: called with the untrained model of a new run, before it gets the weights of
-            the stage it starts from.
+        stage, recipe: settings of the stage and of all stages.
+        corpus, labels: training data and its unit labels.
+        zoo: checkpoint, log and curves are written to ``zoo/STAGE/``.
+        options: device, workers, intervals.
+        stop: called with the step number after each step; if True, training saves and stops.
+        at_start: called with the randomly initialised model of a new run, before the weights of
+            ``stage.start`` are loaded.
 
     Returns:
-        The model after its last step, in eval mode; None where ``stop`` came first.
+        The model after the last step, in eval mode; None if stopped before.
 
     Raises:
-        CheckpointError: the stage's checkpoint, or that of the stage it starts from, is not usable.
-        DataError: an audio file cannot be read, or the loss is no number any more.
-        SetupError: another process trains this stage, or the folder cannot be written to.
+        CheckpointError: the checkpoint of the stage, or of ``stage.start``, cannot be loaded.
+        DataError: an audio file cannot be read, or the gradient is not finite.
+        SetupError: another process trains this stage, or cannot write to the folder.
     """
     folder = zoo / stage.name
     folder.mkdir(parents=True, exist_ok=True)
@@ -108,7 +108,7 @@ def _parts(
 
 
 class _TrainingLoop:
-    """The steps from ``progress`` on, of one process."""
+    """The steps of one process, from ``progress`` on."""
 
     def __init__(
         self,
@@ -138,25 +138,28 @@ class _TrainingLoop:
         self.dev = {"dev_": DevEvaluation(corpus, labels, stage.input_kind, recipe, noise)}
         if stage.input_kind != "clean":
             self.dev["dev_clean_"] = DevEvaluation(corpus, labels, "clean", recipe, noise)
-        place = (progress.epoch, progress.position)
+        next_batch = (progress.epoch, progress.position)
         self.loader = BatchLoader(
             ExcerptDataset(corpus.train, labels, 0, stage.input_kind, recipe, noise),
             sampler=EndlessBatchSampler(
-                corpus.train, recipe.batch_seconds, recipe.crop_seconds, recipe.seed, *place
+                corpus.train, recipe.batch_seconds, recipe.crop_seconds, recipe.seed, *next_batch
             ),
             batch_size=None,
             num_workers=options.workers,
             pin_memory=options.device.startswith("cuda"),
-            generator=torch.Generator(),  # or the loader would draw from the run's
+            generator=torch.Generator(),  # else the loader draws from the global generator
             worker_init_fn=leave_signals_to_the_main_process,
             prefetch_factor=4 if options.workers else None,
         )
 
     def __call__(self, stop: StopFn) -> bool:
-        """Whether the last step was taken."""
+        """Train until the last step or ``stop``; return whether the last step was taken."""
         progress, device = self.progress, self.state.device
-        began = saved = since = time.monotonic()
-        spent, heard = progress.spent, 0.0  # of earlier processes; since the last point
+        started = saved = logged = time.monotonic()
+        earlier_seconds, audio = (
+            progress.spent,
+            0.0,
+        )  # time of earlier processes; since the last point
         bar = tqdm(
             desc=self.stage.name,
             total=self.steps,
@@ -171,14 +174,14 @@ class _TrainingLoop:
                 progress.step += 1
                 progress.epoch, progress.position = batch.epoch, batch.position + 1
                 progress.heard += batch.seconds
-                heard += batch.seconds
+                audio += batch.seconds
                 add(progress.window, outcome)
                 bar.update()
                 final = progress.step == self.steps
                 if progress.step % self.options.log_every == 0 or final:
-                    self._point(bar, heard / (time.monotonic() - since), final)
-                    heard, since = 0.0, time.monotonic()
-                progress.spent = spent + time.monotonic() - began
+                    self._log_point(bar, audio / (time.monotonic() - logged), final)
+                    audio, logged = 0.0, time.monotonic()
+                progress.spent = earlier_seconds + time.monotonic() - started
                 leave = final or stop(progress.step)
                 if leave or time.monotonic() - saved > self.options.save_seconds:
                     self._save()
@@ -187,7 +190,7 @@ class _TrainingLoop:
                     break
         return progress.step == self.steps
 
-    def _point(self, bar: tqdm, speed: float, final: bool) -> None:
+    def _log_point(self, bar: tqdm, speed: float, final: bool) -> None:
         progress = self.progress
         point = {
             "step": progress.step,
@@ -199,21 +202,21 @@ class _TrainingLoop:
         progress.window.clear()
         if progress.step % self.options.dev_every == 0 or final:
             for prefix, dev in self.dev.items():
-                found = dev(self.state)
-                point.update({prefix + name: value for name, value in found.items()})
+                values = dev(self.state)
+                point.update({prefix + name: value for name, value in values.items()})
         if point["spread"] < _COLLAPSED:
             tqdm.write(
-                f"{self.stage.name}, step {progress.step}: all frames look alike to the model (it "
-                "has collapsed); begin again with a smaller --lr"
+                f"{self.stage.name}, step {progress.step}: the model has collapsed (its output is "
+                "nearly the same for all frames); train again with a smaller --lr"
             )
         progress.log.append(point)
         bar.set_postfix_str(
-            f"loss {point['masked_loss']:.3f}, right {point['accuracy']:.1%}, "
-            f"{speed:.0f} s of audio a second"
+            f"loss {point['masked_loss']:.3f}, accuracy {point['accuracy']:.1%}, "
+            f"{speed:.0f} s of audio per second"
         )
 
     def _save(self) -> None:
         progress = self.progress
         checkpoint.save(self.folder / "checkpoint.pt", self.stage.name, self.state, progress)
-        done = {"hours_heard": progress.heard / 3600, "hours_spent": progress.spent / 3600}
-        write_log(progress.log, {**self.about, **done}, self.folder)
+        hours_so_far = {"hours_heard": progress.heard / 3600, "hours_spent": progress.spent / 3600}
+        write_log(progress.log, {**self.about, **hours_so_far}, self.folder)

@@ -1,11 +1,11 @@
-"""All stages of a zoo, one after the other, each going on where it was left.
+"""Train all stages of a zoo, one after the other; each resumes from its checkpoint.
 
-ZOO/recipe.json                what it was begun with
+ZOO/recipe.json                recipe and digest of the corpus, checked at each start
 ZOO/noise/                     synthetic noise
 ZOO/recorded_noise/            copies of --noise
 ZOO/units-mfcc.npz, units-hubert_1.npz
 ZOO/STAGE/checkpoint.pt, log.json, curves.png
-ZOO/random/tiny_*.pt           what the weights were before the first step
+ZOO/random/tiny_*.pt           random initialisation of each exported model
 ZOO/tiny_hubert.pt, tiny_robust_hubert.pt, tiny_wavlm.pt
 """
 
@@ -41,20 +41,20 @@ def make_zoo(
     stop: Callable[[int], bool] = lambda step: False,
     noise: Sequence[Path] = (),
 ) -> dict[str, Path] | None:
-    """Train what these teachers need.
+    """Train these teachers and the stages that they depend on.
 
     Args:
         teachers: of ``hubert``, ``robust_hubert``, ``wavlm``.
-        corpus, recipe, pace: of what, how, where.
-        zoo: the folder, as the module docstring has it.
+        corpus, recipe, options: see :func:`trainer.train`.
+        zoo: the output folder, see the module docstring.
         stop: see :func:`trainer.train`.
-        noise: recordings that distort what RobustHuBERT hears, beside the synthetic noise.
+        noise: recordings for RobustHuBERT's input, added to the synthetic noise.
 
     Returns:
-        The files by teacher, or None where ``stop`` came first.
+        Teacher -> file; None if stopped before the end.
 
     Raises:
-        ConfigError: the folder was begun with another recipe or corpus.
+        ConfigError: recipe, corpus or noise have changed since the first start.
         EkdError: see :func:`trainer.train` and :func:`labels.make_labels`.
     """
     write_or_check_recipe(zoo, corpus, recipe)
@@ -89,39 +89,38 @@ def make_zoo(
 
 
 def write_or_check_recipe(zoo: Path, corpus: Corpus, recipe: Recipe) -> None:
-    """Write ``recipe.json``, or compare with the one that is there.
+    """Write ``recipe.json``, or compare recipe and corpus with it if it exists.
 
     Raises:
-        ConfigError: it is another one.
-        SetupError: the folder cannot be written to.
+        ConfigError: they differ.
+        SetupError: cannot write to the folder.
     """
-    about = {"recipe": recipe.as_json(), "corpus": corpus.digest}
+    record = {"recipe": recipe.as_json(), "corpus": corpus.digest}
     path = zoo / "recipe.json"
     if path.exists():
         try:
-            before = json.loads(path.read_text(encoding="utf-8"))
-            changed = changed_keys(before, about)
+            old = json.loads(path.read_text(encoding="utf-8"))
+            changed = changed_keys(old, record)
         except (ValueError, AttributeError):
-            raise ConfigError(f"{path} cannot be read; give another folder with -o") from None
+            raise ConfigError(f"cannot read {path}; use another folder with -o") from None
         if changed:
             raise ConfigError(
-                f"{zoo} was begun with other settings: {', '.join(changed)}; give the same "
-                "folders and options to go on, or another folder with -o to begin anew"
+                f"{zoo}: recipe or corpus have changed: {', '.join(changed)}; use the same folders "
+                "and options to resume, or another folder with -o"
             )
         return
     try:
         zoo.mkdir(parents=True, exist_ok=True)
-        with atomic_file(path) as file:
-            file.write(json.dumps(about, indent=1).encode())
+        with whole_file(path) as file:
+            file.write(json.dumps(record, indent=1).encode())
     except OSError as error:
-        raise SetupError(f"{zoo} cannot be written to: {error.strerror}") from None
+        raise SetupError(f"cannot write to {zoo}: {error.strerror}") from None
 
 
 def load_or_make_labels(
     name: str, corpus: Corpus, recipe: Recipe, zoo: Path, options: TrainingOptions
 ) -> UnitLabels:
-    """The labels called ``name``, read from the zoo or made: clusters of MFCC, or of the middle
-    layer of a finished stage."""
+    """Read ``units-NAME.npz``, or compute it: clusters of MFCC or of a stage's middle layer."""
     path = zoo / f"units-{name}.npz"
     if path.exists():
         return load_labels(path, corpus)
@@ -130,8 +129,8 @@ def load_or_make_labels(
         clusters, features = settings.mfcc_clusters, mfcc
     else:
         source = STAGES[name]
-        before = load_labels(zoo / f"units-{source.units}.npz", corpus)
-        model = MaskedPredictor(source.family, recipe, before.classes)
+        source_labels = load_labels(zoo / f"units-{source.units}.npz", corpus)
+        model = MaskedPredictor(source.family, recipe, source_labels.classes)
         checkpoint.load_model(zoo / name / "checkpoint.pt", name, model)
         model.to(options.device).eval()
         clusters = settings.hidden_clusters
