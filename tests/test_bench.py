@@ -1,4 +1,4 @@
-"""tools/bench: timer, FLOP counts and figures against worked-out values; variants; one small run."""
+"""tools/bench: timer, FLOP counts and figures against worked-out values; variants; a small run."""
 
 import json
 import os

@@ -46,7 +46,7 @@ def test_the_values_of_a_run(written):
         {value for key, value in values.items() if key.startswith(prefix)}
         for prefix in ("update 1: weight", "update 2: weight", "update 3: weight", "weight at")
     ]
-    # The learning rate is 0 in the last step; an extractor with feature_grad_mult 0 does not change.
+    # The learning rate is 0 in the last step, and feature_grad_mult 0 freezes the extractor.
     assert all(len(group) > 40 for group in weights)
     assert weights[0] != weights[1] != weights[2] == weights[3]
     unchanged = weights[0] & weights[2]

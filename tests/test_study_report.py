@@ -198,7 +198,7 @@ def test_single_teachers_that_tie_on_dev_have_no_best(tmp_path):
 
 
 def test_references_with_other_settings_than_the_students_are_named(tmp_path):
-    out, docs, other = tmp_path / "out", tmp_path / "docs", tmp_path / "other"
+    out, docs, references = tmp_path / "out", tmp_path / "docs", tmp_path / "other"
     options = ["--seeds", "1", "2", "--tasks", "pr", "sid", "er"]
     setting = parse(*options)
     StudyFolder(out).start(setting, tmp_path, {})
@@ -209,11 +209,12 @@ def test_references_with_other_settings_than_the_students_are_named(tmp_path):
 
     def reference(name: str, task: str, tested=None, **changes) -> Path:
         fold = "fold1" if task == "er" else None
-        return write_run(other, name, task, tested or pairs(task, 3), seed=1, lr=0.5, fold=fold,
+        tested = tested or pairs(task, 3)
+        return write_run(references, name, task, tested, seed=1, lr=0.5, fold=fold,
                          **{"features_alone": True, **changes})  # fmt: skip
 
-    same = reference("same", "pr")
-    (same / "config_2026.yaml").write_text(yaml.safe_dump(linear))
+    same_run = reference("same", "pr")
+    (same_run / "config_2026.yaml").write_text(yaml.safe_dump(linear))
     reference("same", "sid")
     reference("same", "er")
     reference("padded", "pr", features_alone=False)
@@ -224,16 +225,16 @@ def test_references_with_other_settings_than_the_students_are_named(tmp_path):
     fewer = {k: v for k, v in pairs("sid", 1).items() if k != "u0"}
     reference("fewer", "sid", {"clean": fewer})
     reference("noisy", "er", {"clean": pairs("er", 1), "esc10_snr0": fewer})
-    found = read_study(setting, out / "result/superb", [other])
-    assert found.reference_differences == {
+    results = read_study(setting, out / "result/superb", [references])
+    assert results.reference_differences == {
         "padded/pr": ("features",),
         "longer/pr": ("steps", "recipe"),
         "deep/pr": ("probe",),
         "fewer/sid": ("test set",),
     }
-    assert found.features_alone == ("pr", "sid", "er")
+    assert results.features_alone == ("pr", "sid", "er")
     argv = [str(tmp_path), "-o", str(out), "--docs", str(docs), *options, "--report-only"]
-    assert tool.main([*argv, "--reference", str(other)]) == 0
+    assert tool.main([*argv, "--reference", str(references)]) == 0
     text = (docs / "study.md").read_text()
     line = next(line for line in text.splitlines() if "longer/pr" in line)
     assert "longer/pr (steps, recipe)" in line and "fewer/sid (test set)" in line

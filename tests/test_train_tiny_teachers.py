@@ -19,12 +19,12 @@ import torch
 import train_tiny_teachers as tool
 from teacher_zoo import curves, noises
 from teacher_zoo import recipe as recipes
-from teacher_zoo.corpus import Corpus, Utterance, read_corpus
+from teacher_zoo.corpus import Corpus, CorpusUtterance, read_corpus
 from teacher_zoo.criterion import EncodedBatch, criterion, spread
 from teacher_zoo.dataset import ExcerptDataset
 from teacher_zoo.export import export
 from teacher_zoo.frames import frame_count, sample_count
-from teacher_zoo.labels import UnitLabels, load_labels, make_labels
+from teacher_zoo.labels import FrameLabels, load_labels, make_labels
 from teacher_zoo.mfcc import mfcc
 from teacher_zoo.mixing import mix_batch, mix_over
 from teacher_zoo.models import MaskedPredictor
@@ -82,10 +82,10 @@ def test_files_give_the_hidden_states_of_the_trained_model(zoo, speech, name):
     path = zoo / stage.file
     hubconf = importlib.import_module(f"s3prl.upstream.{stage.family}.hubconf")
     by_s3prl = getattr(hubconf, f"{stage.family}_local")(str(path)).eval()
-    by_us = load_file(path, "teachers.x").eval()
+    by_package = load_file(path, "teachers.x").eval()
     wave = read_audio(speech.train[-1].path)[:9999]
     with torch.no_grad():
-        for expert in (by_s3prl, by_us):
+        for expert in (by_s3prl, by_package):
             assert {p.dtype for p in expert.parameters()} == {torch.float32}
             hidden = expert([wave])["hidden_states"]
             assert len(hidden) == 5
@@ -352,7 +352,7 @@ def test_two_tones_get_two_units(tmp_path):
         path = tmp_path / f"{number}.flac"
         sound = np.concatenate(parts) + 1e-3 * rng.standard_normal(24000)
         soundfile.write(path, sound, 16000)
-        utterances.append(Utterance(path.name, str(path), 24000))
+        utterances.append(CorpusUtterance(path.name, str(path), 24000))
     labels = make_labels(Corpus((utterances[0],), (utterances[1],)), mfcc, 2, 1000, 1, "tones")
     first, second = labels.of_utterance(0), labels.of_utterance(1)
     assert len(first) == len(second) == 74
@@ -367,8 +367,8 @@ def test_two_tones_get_two_units(tmp_path):
 # --- batches
 
 
-def fake_utterances(lengths: list[int]) -> list[Utterance]:
-    return [Utterance(f"0/{i}", f"{i}", length) for i, length in enumerate(lengths)]
+def fake_utterances(lengths: list[int]) -> list[CorpusUtterance]:
+    return [CorpusUtterance(f"0/{i}", f"{i}", length) for i, length in enumerate(lengths)]
 
 
 def test_an_epoch_has_each_utterance_once_in_batches_of_limited_size():
@@ -396,7 +396,7 @@ def test_labels_match_the_samples_of_their_excerpt(speech, zoo):
     """The label of each frame is its index, which gives the excerpt's position in the file."""
     counts = [frame_count(u.length) for u in speech.all]
     flat = np.concatenate([np.arange(n) for n in counts]).astype(np.uint16)
-    labels = UnitLabels(flat, np.cumsum([0, *counts]), np.zeros((200, 1)))
+    labels = FrameLabels(flat, np.cumsum([0, *counts]), np.zeros((200, 1)))
     recipe = dataclasses.replace(TINY, crop_seconds=0.6)
     begins = set()
     excerpts = ExcerptDataset(speech.train, labels, 0, "clean", recipe, zoo / "noise")
@@ -493,7 +493,7 @@ def test_the_loss_falls(speech, tmp_path):
         path = tmp_path / f"{number}.flac"
         sound = np.concatenate(parts) + 1e-3 * rng.standard_normal(25600)
         soundfile.write(path, sound, 16000)
-        utterances.append(Utterance(path.name, str(path), 25600))
+        utterances.append(CorpusUtterance(path.name, str(path), 25600))
     corpus = Corpus(tuple(utterances[:6]), tuple(utterances[6:]))
     labels = make_labels(corpus, mfcc, 4, 1000, 1, "tones")
     # half of hubert's steps; short masks, so that each masked frame has unmasked neighbours

@@ -168,10 +168,9 @@ def _score(rates: BootstrapRates | None) -> str:
     if rates is None:
         return "–"
     estimate = mean_estimate(rates)
-    several = len(estimate.by_seed) > 1
-    return format_estimate(estimate) + (
-        f" ±{statistics.stdev(estimate.by_seed):.1f}" if several else ""
-    )
+    if len(estimate.by_seed) == 1:
+        return format_estimate(estimate)
+    return f"{format_estimate(estimate)} ±{statistics.stdev(estimate.by_seed):.1f}"
 
 
 def _difference(a: BootstrapRates, b: BootstrapRates | None) -> str:

@@ -15,7 +15,7 @@ AVERAGE = "average"
 
 
 @dataclass(frozen=True)
-class Comparison:
+class RowComparison:
     """Difference of two rows of the same size: ``row`` less ``baseline``.
 
     Attributes:
@@ -59,7 +59,7 @@ class Study:
     setting: StudySetting
     results: StudyResults
     means: dict[tuple[str, str, str], Estimate]
-    comparisons: tuple[Comparison, ...]
+    comparisons: tuple[RowComparison, ...]
     best: dict[tuple[str, str], str | None]
 
     @property
@@ -107,7 +107,7 @@ def make_study(setting: StudySetting, results: StudyResults, resamples: int = RE
                     if estimate:
                         is_single = baseline in setting.teachers
                         fields = (size, metric, condition, row, baseline, is_single)
-                        comparisons.append(Comparison(*fields, estimate))
+                        comparisons.append(RowComparison(*fields, estimate))
     means = {key: mean_estimate(cell_rates) for key, cell_rates in rates.items()}
     return Study(setting, results, means, tuple(comparisons), best)
 

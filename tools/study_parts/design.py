@@ -210,8 +210,8 @@ def model_config(setting: StudySetting, row: StudyRow) -> dict[str, Any]:
     """The model config of a row (``run_pretrain.py -g``).
 
     All rows have the same initial weights, random or from one teacher, so they differ only in their
-    targets. For rows that are not distilled from that teacher, it is listed with weight 0. The
-    control is listed with a teacher, too, since a config needs one.
+    targets. In rows that are not distilled from that teacher, it has weight 0. The control's config
+    has a teacher, too, since a config needs one.
     """
     ensemble = row.learned_from in ENSEMBLES
     target_teachers = set(setting.teachers) if ensemble else {row.learned_from}

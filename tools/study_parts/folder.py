@@ -113,12 +113,12 @@ class StudyFolder:
         """
         from teacher_zoo.recipe import changed_keys
 
-        before = read_json(self._study, "setting", ConfigError)
-        refuse_newer(before.get("version", 1), 1, f"the study {self._study}", ConfigError)
-        now = json.loads(json.dumps(setting.as_json()))
-        changed = changed_keys(before.get("setting", {}), now)
+        recorded = read_json(self._study, "setting", ConfigError)
+        refuse_newer(recorded.get("version", 1), 1, f"the study {self._study}", ConfigError)
+        current = json.loads(json.dumps(setting.as_json()))
+        changed = changed_keys(recorded.get("setting", {}), current)
         if inputs is not None:
-            changed += changed_keys(before.get("inputs", {}), inputs)
+            changed += changed_keys(recorded.get("inputs", {}), inputs)
         if changed:
             raise ConfigError(
                 f"{self.root}: the settings or data have changed: {', '.join(changed)}; use the "

@@ -7,7 +7,7 @@ from typing import BinaryIO
 
 from s3prl_ekd.superb.report_plots import COLOURS, LINES, MARKERS, add_legend, error_bar, new_figure
 
-from .compare import Comparison, Study
+from .compare import RowComparison, Study
 from .design import CLEAN, ENSEMBLES, NONE, StudyRow
 
 ABOUT = {
@@ -98,7 +98,7 @@ def plot_differences(study: Study, file: BinaryIO) -> None:
     figure.savefig(file, dpi=110, format="png")
 
 
-def _pair(c: Comparison) -> str:
+def _pair(c: RowComparison) -> str:
     return f"{c.size}: {c.label}"
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from s3prl_ekd.pretrain.sweep import markdown_table
 
 from .cells import METRICS, Metric
-from .compare import Comparison, Study
+from .compare import RowComparison, Study
 from .design import NONE, rows
 from .intervals import LEVEL
 from .words import condition_heading, format_estimate
@@ -56,7 +56,7 @@ def differences(study: Study) -> Iterator[str]:
     yield from _clear("Against no distillation", [c for c in over_seeds if c.is_control])
 
 
-def _clear(heading: str, comparisons: list[Comparison]) -> Iterator[str]:
+def _clear(heading: str, comparisons: list[RowComparison]) -> Iterator[str]:
     """Yield the number of intervals that exclude 0, and a sentence for each of them."""
     if not comparisons:
         return
@@ -88,19 +88,18 @@ def _saturated(study: Study, metric: Metric) -> bool:
     return bool(values) and not metric.higher and min(values) >= 98
 
 
-def _difference_table(study: Study, comparisons: list[Comparison]) -> Iterator[list[str]]:
+def _difference_table(study: Study, comparisons: list[RowComparison]) -> Iterator[list[str]]:
     yield ["size", "difference", *(metric.title for metric in study.metrics)]
     lines: dict[tuple[str, str], dict[str, str]] = {}
     for c in comparisons:
         cells = lines.setdefault((c.size, c.label), {})
-        cells[c.metric.key] = format_estimate(c.estimate, sign=True) + "†" * (
-            not c.estimate.over_seeds
-        )
+        mark = "" if c.estimate.over_seeds else "†"
+        cells[c.metric.key] = format_estimate(c.estimate, sign=True) + mark
     for (size, label), cells in lines.items():
         yield [size, label, *(cells.get(metric.key, "–") for metric in study.metrics)]
 
 
-def sentence(c: Comparison) -> str:
+def sentence(c: RowComparison) -> str:
     """Describe a comparison in a sentence."""
     baseline = f"the best single teacher ({c.baseline})" if c.is_best_single else c.baseline
     baseline = "no distillation" if baseline == NONE else baseline

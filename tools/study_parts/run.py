@@ -19,11 +19,11 @@ POLL_SECONDS = 0.2  # seconds between two polls of the running jobs
 
 @dataclass
 class StudyOutcome:
-    """Outcome of a start.
+    """Outcome of :func:`run_jobs`.
 
     Attributes:
         failed: job -> reason.
-        stopped: stopped before all jobs were started and had ended.
+        stopped: stopped before all jobs had ended.
     """
 
     failed: dict[str, str] = field(default_factory=dict)
@@ -64,12 +64,12 @@ def run_jobs(
                 for job in list(waiting):
                     if not set(job.needs) <= ended:
                         continue
-                    exclusive = job.exclusive or any(other.exclusive for other in running)
+                    exclusive = job.exclusive or any(active.exclusive for active in running)
                     if len(running) >= parallel or (running and exclusive):
                         break  # start jobs in order
                     waiting.remove(job)
                     changed = True
-                    reason = _begin(job, folder, running, outcome, command_for)
+                    reason = _start_job(job, folder, running, outcome, command_for)
                     if reason:
                         outcome.failed[job.name] = reason
                         ended.add(job.name)
@@ -96,18 +96,20 @@ def run_jobs(
     return outcome
 
 
-def _begin(job: Job, folder: StudyFolder, running: dict, outcome: StudyOutcome, command_for) -> str:
+def _start_job(
+    job: Job, folder: StudyFolder, running: dict, outcome: StudyOutcome, command_for
+) -> str:
     """Start a job; return "" or the reason why it cannot start."""
-    missing = [name for name in job.needs if name in outcome.failed]
+    failed = [name for name in job.needs if name in outcome.failed]
     if job.kind == "evaluate":
         available = [s for s in job.students if folder.student_path(s.name).is_file()]
-        if not available or any(name.startswith(("prepare", "init")) for name in missing):
-            return f"needs failed jobs: {', '.join(missing)}"
+        if not available or any(name.startswith(("prepare", "init")) for name in failed):
+            return f"not started, since these failed: {', '.join(failed)}"
         if len(available) < len(job.students):
-            outcome.failed[job.name] = f"students are missing: {', '.join(missing)} failed"
+            outcome.failed[job.name] = f"students of failed jobs are missing: {', '.join(failed)}"
             job = replace(job, commands=(command_for(available),))
-    elif missing:
-        return f"needs failed jobs: {', '.join(missing)}"
+    elif failed:
+        return f"not started, since these failed: {', '.join(failed)}"
     running[job] = JobProcess(job.commands, folder.root, folder.log_path(job.name))
     return ""
 
@@ -142,20 +144,20 @@ class ProgressBar:
         if not always and now - self.last_refresh < 5:
             return
         self.last_refresh = now
-        done, seconds_left = 0, 0.0
+        finished_count, seconds_left = 0, 0.0
         kinds: dict[str, list[float]] = {}
         remaining: dict[str, int] = {}
         for job in self.jobs:
             spent = self.folder.time_spent(job.name)
             if job.kind != "evaluate":
                 if is_done(self.folder, job):
-                    done += 1
+                    finished_count += 1
                     kinds.setdefault(job.kind, []).append(spent.seconds)
                 else:
                     remaining[job.kind] = remaining.get(job.kind, 0) + 1
                 continue
             finished = finished_runs(self.folder, job, self.setting)
-            done += len(finished)
+            finished_count += len(finished)
             for (_, task), seconds in finished.items():
                 kinds.setdefault(task, []).append(seconds)
             for task in self.setting.tasks:
@@ -164,7 +166,7 @@ class ProgressBar:
         for kind, count in remaining.items():
             mean = statistics.fmean(kinds[kind]) if kind in kinds else GUESSED_SECONDS[kind]
             seconds_left += count * mean / (1 if kind == "cache" else self.parallel)
-        self.bar.n = done
+        self.bar.n = finished_count
         names = ", ".join(job.name for job in running)
         self.bar.set_postfix_str(f"about {seconds_left / 60:.0f} min left; {names}", refresh=False)
         self.bar.refresh()

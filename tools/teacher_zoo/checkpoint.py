@@ -45,7 +45,7 @@ class StageProgress:
 
 @dataclass(frozen=True)
 class TrainingState:
-    """Model, optimizer and schedule."""
+    """Model, optimizer and schedule of a stage, and their device."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer

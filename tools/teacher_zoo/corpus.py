@@ -17,7 +17,7 @@ _HOLD_OUT_EVERY = 50  # without a manifest, one in 50 utterances is for dev
 
 
 @dataclass(frozen=True)
-class Utterance:
+class CorpusUtterance:
     """An audio file. ``key`` (folder number and relative path) is the same on every machine."""
 
     key: str
@@ -29,12 +29,12 @@ class Utterance:
 class Corpus:
     """Training and held-out utterances, each sorted by key."""
 
-    train: tuple[Utterance, ...]
-    dev: tuple[Utterance, ...]
+    train: tuple[CorpusUtterance, ...]
+    dev: tuple[CorpusUtterance, ...]
 
     @property
-    def all(self) -> tuple[Utterance, ...]:
-        """Train, then dev, as in :class:`labels.UnitLabels`."""
+    def all(self) -> tuple[CorpusUtterance, ...]:
+        """Train, then dev, as in :class:`labels.FrameLabels`."""
         return self.train + self.dev
 
     @property
@@ -44,7 +44,7 @@ class Corpus:
         return hashlib.blake2b(f"{len(self.train)}\n{text}".encode(), digest_size=8).hexdigest()
 
 
-def hours(utterances: Sequence[Utterance]) -> float:
+def hours(utterances: Sequence[CorpusUtterance]) -> float:
     """Total duration in hours."""
     return sum(u.length for u in utterances) / SAMPLE_RATE / 3600
 
@@ -71,7 +71,7 @@ def read_corpus(
             raise DataError(f"{manifest} is in none of the audio folders; move it into its folder")
         listed = splits.setdefault(home, {})
         listed.update((entry.path, entry.split) for entry in read_manifest(manifest))
-    by_split: dict[str, list[Utterance]] = {"train": [], "dev": [], "test": []}
+    by_split: dict[str, list[CorpusUtterance]] = {"train": [], "dev": [], "test": []}
     for number, folder in enumerate(map(Path, folders)):
         split_of = splits.get(folder.resolve())
         names = sorted(split_of) if split_of is not None else find_audio(folder)
@@ -86,7 +86,7 @@ def read_corpus(
                 continue
             key = f"{number}/{name}"
             split = split_of[name] if split_of is not None else _split_by_name(key)
-            by_split[split].append(Utterance(key, str(folder / name), header.samples))
+            by_split[split].append(CorpusUtterance(key, str(folder / name), header.samples))
     if not by_split["dev"] and len(by_split["train"]) > 1 and not splits:
         by_split["dev"].append(by_split["train"].pop())  # a small corpus: hold out one
     for split in ("train", "dev"):

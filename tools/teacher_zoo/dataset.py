@@ -16,9 +16,9 @@ from s3prl_ekd.data.audio import Recording, read_audio
 from s3prl_ekd.data.audio_files import find_audio
 from s3prl_ekd.data.distortion.pipeline import generator
 
-from .corpus import Utterance
+from .corpus import CorpusUtterance
 from .frames import HOP, sample_count
-from .labels import UnitLabels
+from .labels import FrameLabels
 from .mixing import mix_batch
 from .noises import make_distorter
 from .plan import PlannedBatch
@@ -39,8 +39,8 @@ class ExcerptDataset(Dataset):
 
     def __init__(
         self,
-        utterances: Sequence[Utterance],
-        labels: UnitLabels,
+        utterances: Sequence[CorpusUtterance],
+        labels: FrameLabels,
         offset: int,
         input_kind: InputKind,
         recipe: Recipe,

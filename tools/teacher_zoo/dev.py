@@ -11,7 +11,7 @@ from s3prl_ekd.pretrain.resume import preserve_random_states
 from .checkpoint import TrainingState
 from .corpus import Corpus
 from .dataset import ExcerptDataset
-from .labels import UnitLabels
+from .labels import FrameLabels
 from .plan import epoch_batches
 from .recipe import InputKind, Recipe
 from .step import add, averages, forward, seed_everything
@@ -32,7 +32,12 @@ class DevEvaluation:
     """
 
     def __init__(
-        self, corpus: Corpus, labels: UnitLabels, input_kind: InputKind, recipe: Recipe, noise: Path
+        self,
+        corpus: Corpus,
+        labels: FrameLabels,
+        input_kind: InputKind,
+        recipe: Recipe,
+        noise: Path,
     ):
         self.recipe = recipe
         self.excerpts = ExcerptDataset(

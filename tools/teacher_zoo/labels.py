@@ -18,14 +18,14 @@ from s3prl_ekd.errors import DataError
 from s3prl_ekd.essence.units import fit_units
 from s3prl_ekd.files.atomic import atomic_file
 
-from .corpus import Corpus, Utterance
+from .corpus import Corpus, CorpusUtterance
 from .frames import frame_count
 
 Features = Callable[[Tensor], Tensor]  # [sample] -> [frame, dim]
 
 
 @dataclass(frozen=True)
-class UnitLabels:
+class FrameLabels:
     """Labels of all utterances, train then dev, concatenated.
 
     Those of utterance ``i`` are ``flat[offsets[i]:offsets[i + 1]]``.
@@ -51,15 +51,15 @@ class UnitLabels:
 
 
 def make_labels(
-    corpus: Corpus, features: Features, clusters: int, most: int, seed: int, name: str
-) -> UnitLabels:
+    corpus: Corpus, features: Features, clusters: int, max_frames: int, seed: int, name: str
+) -> FrameLabels:
     """Fit k-means on frames of training utterances, and label all frames of the corpus.
 
     Args:
         corpus: corpus to label.
         features: function from a waveform to features.
         clusters: number of clusters.
-        most: random utterances are added until they have this many frames for k-means.
+        max_frames: random utterances are added until they have this many frames for k-means.
         seed: seed of the draw and of k-means.
         name: name of the features, for the progress bars.
 
@@ -68,20 +68,20 @@ def make_labels(
     """
     order = np.random.default_rng(seed).permutation(len(corpus.train))
     counts = np.cumsum([frame_count(corpus.train[i].length) for i in order])
-    fitted = order[: int(np.searchsorted(counts, most)) + 1]
+    fitted = order[: int(np.searchsorted(counts, max_frames)) + 1]
     cached = {
         int(i): _frames(features, corpus.train[i]) for i in tqdm(fitted, desc=f"{name}: frames")
     }
     units = fit_units(torch.cat(list(cached.values())), clusters, seed, teacher=name, layer=0)
-    parts = []
+    per_utterance = []
     for index, utterance in enumerate(tqdm(corpus.all, desc=f"{name}: labels")):
         frames = cached[index] if index in cached else _frames(features, utterance)
-        parts.append(units.label(frames).numpy().astype(np.uint16))
-    offsets = np.cumsum([0, *map(len, parts)], dtype=np.int64)
-    return UnitLabels(np.concatenate(parts), offsets, units.centroids.numpy())
+        per_utterance.append(units.label(frames).numpy().astype(np.uint16))
+    offsets = np.cumsum([0, *map(len, per_utterance)], dtype=np.int64)
+    return FrameLabels(np.concatenate(per_utterance), offsets, units.centroids.numpy())
 
 
-def _frames(features: Features, utterance: Utterance) -> Tensor:
+def _frames(features: Features, utterance: CorpusUtterance) -> Tensor:
     frames = features(read_audio(utterance.path)[: utterance.length]).float().cpu()
     if len(frames) != frame_count(utterance.length):
         raise DataError(
@@ -91,7 +91,7 @@ def _frames(features: Features, utterance: Utterance) -> Tensor:
     return frames
 
 
-def save_labels(labels: UnitLabels, path: Path) -> None:
+def save_labels(labels: FrameLabels, path: Path) -> None:
     """Write the labels atomically."""
     with whole_file(path) as file:
         np.savez_compressed(
@@ -99,7 +99,7 @@ def save_labels(labels: UnitLabels, path: Path) -> None:
         )
 
 
-def load_labels(path: Path, corpus: Corpus) -> UnitLabels:
+def load_labels(path: Path, corpus: Corpus) -> FrameLabels:
     """Read the file of :func:`save_labels`.
 
     Raises:
@@ -107,7 +107,7 @@ def load_labels(path: Path, corpus: Corpus) -> UnitLabels:
     """
     try:
         with np.load(path, allow_pickle=False) as file:
-            labels = UnitLabels(file["flat"], file["offsets"], file["centroids"])
+            labels = FrameLabels(file["flat"], file["offsets"], file["centroids"])
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise DataError(
             f"cannot read {path} ({error}); delete it, and it is computed again"
@@ -118,7 +118,7 @@ def load_labels(path: Path, corpus: Corpus) -> UnitLabels:
     return labels
 
 
-def describe_labels(labels: UnitLabels) -> str:
+def describe_labels(labels: FrameLabels) -> str:
     """Describe the labels and the baseline of predicting from frequencies alone."""
     loss, accuracy = labels.baseline()
     return (

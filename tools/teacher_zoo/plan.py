@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from s3prl_ekd.data.audio_files import SAMPLE_RATE
 from s3prl_ekd.data.distortion.pipeline import generator
 from s3prl_ekd.data.sampling import bucket
-from s3prl_ekd.data.tables import Utterance as Row
+from s3prl_ekd.data.tables import Utterance as TableUtterance
 
-from .corpus import Utterance
+from .corpus import CorpusUtterance
 from .frames import HOP, frame_count, sample_count
 
 _JITTER = 0.1  # lengths are perturbed by this before sorting, so that batches differ by epoch
@@ -43,7 +43,7 @@ class PlannedBatch:
 
 
 def epoch_batches(
-    utterances: Sequence[Utterance], seconds: float, crop: float, seed: int, epoch: int
+    utterances: Sequence[CorpusUtterance], seconds: float, crop: float, seed: int, epoch: int
 ) -> list[PlannedBatch]:
     """Plan the batches of an epoch, with each utterance once.
 
@@ -59,7 +59,7 @@ def epoch_batches(
     order = sorted(
         range(len(utterances)), key=lambda i: (-min(utterances[i].length, longest) * weights[i], i)
     )
-    rows = [Row(str(i), utterances[i].length) for i in order]
+    rows = [TableUtterance(str(i), utterances[i].length) for i in order]
     groups = bucket(rows, _UNLIMITED, round(seconds * SAMPLE_RATE), longest)
     rng.shuffle(groups)
     return [
@@ -72,7 +72,7 @@ def _batch(
     epoch: int,
     position: int,
     group: list[int],
-    utterances: Sequence[Utterance],
+    utterances: Sequence[CorpusUtterance],
     longest: int,
     rng: random.Random,
 ) -> PlannedBatch:
@@ -90,7 +90,7 @@ class EndlessBatchSampler:
 
     def __init__(
         self,
-        utterances: Sequence[Utterance],
+        utterances: Sequence[CorpusUtterance],
         seconds: float,
         crop: float,
         seed: int,

@@ -11,7 +11,10 @@ InputKind = Literal["clean", "distorted", "mixed"]
 
 @dataclass(frozen=True)
 class TeacherSize:
-    """A model of 3.3 M parameters, 320 samples a frame (ours; HuBERT Base: 512, 768, 12 layers)."""
+    """Size of a model: 3.3 M parameters, 320 samples a frame.
+
+    Ours; HuBERT Base has 512 channels, width 768 and 12 layers.
+    """
 
     channels: int = 128  # of the seven convolutions
     width: int = 192
@@ -103,7 +106,7 @@ STAGES = {
     for stage in (
         TrainingStage("hubert_1", "hubert", "mfcc", "clean", share=0.5),
         # HuBERT's second iteration starts from random weights. Ours continues the first with a new
-        # head: so short a run is too short to train the convolutions twice.
+        # head: there are too few steps to train the convolutions twice.
         TrainingStage(
             "hubert",
             "hubert",

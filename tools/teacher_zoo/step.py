@@ -15,12 +15,8 @@ from .checkpoint import TrainingState
 from .criterion import StepLoss, criterion
 from .recipe import Recipe
 
-WINDOW = (
-    "masked_loss",
-    "accuracy",
-    "penalty",
-    "spread",
-)  # values that are averaged, weighted by masked frames
+# Values that are averaged, weighted by the number of masked frames
+WINDOW = ("masked_loss", "accuracy", "penalty", "spread")
 
 
 def seed_everything(seed: int) -> None:
@@ -39,7 +35,7 @@ def forward(state: TrainingState, recipe: Recipe, waves: Tensor, labels: Tensor)
 
 
 def step(state: TrainingState, recipe: Recipe, waves: Tensor, labels: Tensor) -> StepLoss:
-    """Forward, backward, clip, update.
+    """Take an optimizer step: forward, backward, clipping, update.
 
     Raises:
         DataError: the gradient is not finite.

@@ -21,7 +21,7 @@ from .corpus import Corpus, hours
 from .curves import write_log
 from .dataset import ExcerptDataset
 from .dev import DevEvaluation
-from .labels import UnitLabels
+from .labels import FrameLabels
 from .models import MaskedPredictor
 from .plan import EndlessBatchSampler
 from .recipe import STAGES, Recipe, TrainingStage, stage_steps
@@ -46,7 +46,7 @@ def train(
     stage: TrainingStage,
     recipe: Recipe,
     corpus: Corpus,
-    labels: UnitLabels,
+    labels: FrameLabels,
     zoo: Path,
     options: TrainingOptions,
     stop: StopFn = lambda step: False,
@@ -84,7 +84,7 @@ def train(
                 same_units = STAGES[stage.start].units == stage.units
                 source = zoo / stage.start / "checkpoint.pt"
                 checkpoint.load_model(source, stage.start, model, with_head=same_units)
-        state = _parts(model, stage, recipe, steps, options.device)
+        state = _make_state(model, stage, recipe, steps, options.device)
         progress = checkpoint.load(last, stage.name, state) if last.exists() else StageProgress()
         if progress.step < steps:
             run = _TrainingLoop(stage, recipe, corpus, labels, zoo, options, steps, state, progress)
@@ -93,7 +93,7 @@ def train(
         return model.eval()
 
 
-def _parts(
+def _make_state(
     model: MaskedPredictor, stage: TrainingStage, recipe: Recipe, steps: int, device: str
 ) -> TrainingState:
     model.to(device).train()
@@ -115,7 +115,7 @@ class _TrainingLoop:
         stage: TrainingStage,
         recipe: Recipe,
         corpus: Corpus,
-        labels: UnitLabels,
+        labels: FrameLabels,
         zoo: Path,
         options: TrainingOptions,
         steps: int,
@@ -156,10 +156,8 @@ class _TrainingLoop:
         """Train until the last step or ``stop``; return whether the last step was taken."""
         progress, device = self.progress, self.state.device
         started = saved = logged = time.monotonic()
-        earlier_seconds, audio = (
-            progress.spent,
-            0.0,
-        )  # time of earlier processes; since the last point
+        earlier_seconds = progress.spent  # training time of earlier processes
+        audio = 0.0  # seconds of audio since the last point of the log
         bar = tqdm(
             desc=self.stage.name,
             total=self.steps,

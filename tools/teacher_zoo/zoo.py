@@ -22,7 +22,7 @@ from s3prl_ekd.files.atomic import atomic_file
 from . import checkpoint
 from .corpus import Corpus
 from .export import export
-from .labels import UnitLabels, describe_labels, load_labels, make_labels, save_labels
+from .labels import FrameLabels, describe_labels, load_labels, make_labels, save_labels
 from .mfcc import mfcc
 from .models import MaskedPredictor
 from .noises import RECORDED_NOISE, copy_recordings, make_synthetic_noise
@@ -119,7 +119,7 @@ def write_or_check_recipe(zoo: Path, corpus: Corpus, recipe: Recipe) -> None:
 
 def load_or_make_labels(
     name: str, corpus: Corpus, recipe: Recipe, zoo: Path, options: TrainingOptions
-) -> UnitLabels:
+) -> FrameLabels:
     """Read ``units-NAME.npz``, or compute it: clusters of MFCC or of a stage's middle layer."""
     path = zoo / f"units-{name}.npz"
     if path.exists():
