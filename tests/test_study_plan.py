@@ -75,9 +75,8 @@ def test_the_teacher_of_the_initialisation_does_not_change_the_loss(learned_from
     shape, losses = (2, 3, 5, 192), []  # [batch, layer, frame, width]
     targets = {name: torch.randn(shape) for name in SINGLE}
     for setting in (parse(), parse("--init", "none")):
-        teachers = load_model_config(
-            model_config(setting, StudyRow("small", learned_from))
-        ).teachers
+        config = model_config(setting, StudyRow("small", learned_from))
+        teachers = load_model_config(config).teachers
         weights = {name: teacher.weight for name, teacher in teachers.items()}
         used = {name: targets[name] for name in teachers}
         predictions = {name: torch.zeros_like(value) for name, value in used.items()}

@@ -26,27 +26,27 @@ from .study_cases import parse
 
 FAKE = """
 import json, os, pathlib, sys, time
-words = sys.argv[1:]
+argv = sys.argv[1:]
 with open("calls.txt", "a") as file:
-    file.write(" ".join(words) + chr(10))
-def mark(what):
+    file.write(" ".join(argv) + chr(10))
+def mark(event):
     with open("times.txt", "a") as file:
-        file.write(what + " " + words[0] + chr(10))
+        file.write(event + " " + argv[0] + chr(10))
 mark("begin")
-if words[0] == "superb":
+if argv[0] == "superb":
     time.sleep(float(os.environ.get("SLOW", 0)))
-if words[0] == "run_pretrain.py":
-    run = pathlib.Path(words[words.index("-p") + 1])
+if argv[0] == "run_pretrain.py":
+    run = pathlib.Path(argv[argv.index("-p") + 1])
     run.mkdir(parents=True, exist_ok=True)
     if os.environ.get("FAIL", "?") in run.name:
         sys.exit("error: no luck with " + run.name)
     while os.environ.get("HANG", "?") in run.name and not (run / "half").exists():
         (run / "half").touch()
         time.sleep(60)
-if words[0] == "export":
-    pathlib.Path(words[words.index("-o") + 1]).touch()
-if words[0] in ("cache", "prepare"):
-    pathlib.Path(words[words.index("-o") + 1]).mkdir(parents=True, exist_ok=True)
+if argv[0] == "export":
+    pathlib.Path(argv[argv.index("-o") + 1]).touch()
+if argv[0] in ("cache", "prepare"):
+    pathlib.Path(argv[argv.index("-o") + 1]).mkdir(parents=True, exist_ok=True)
 mark("end")
 """
 

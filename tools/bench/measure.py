@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from s3prl_ekd.errors import SetupError
 
-# In the order of a step. `loss` includes masks, aggregation and transfers.
+# In the order of a step. `loss` has all that no other stage has: masks, aggregation, transfers.
 STAGES = ("data", "teacher forward", "student forward", "loss", "backward", "optimizer")
 
 
