@@ -255,7 +255,7 @@ Cache a frozen upstream's hidden states on disk, computed once for each utteranc
   --cache-features DIR     the cache, shared by epochs, evaluations, seeds and tasks
   --cache-features-gb N    stop writing when DIR has N GB (default: 50)
   Size in float16: hidden states x width x 100 bytes per second of speech: 1 MB for a base model
-  (13 x 768), a tenth of that for a tiny one (5 x 192)
+  (13 x 768), a tenth of that for a tiny one (7 x 192)
 
 """
 

@@ -241,7 +241,7 @@ def test_no_shared_memory_ends_the_run(run, folder, monkeypatch):  # noqa: F811
 
 
 def with_dev_table(folder):
-    """Write the corpus table under two names; return the override of ``file_path``."""
+    """Write the length table under two names; return the override of ``file_path``."""
     tables = folder / "tables"
     tables.mkdir()
     config = yaml.safe_load((folder / "runner.yaml").read_text())

@@ -2,8 +2,6 @@
 
 import re
 
-import re
-
 import make_voices
 import pytest
 
@@ -22,7 +20,7 @@ def test_it_writes_the_corpus_of_make_corpus(tmp_path, capsys):
         speakers={"train-clean": 3, "dev-clean": 2},
         utterances={"train-clean": 6, "dev-clean": 50},
     )
-    assert checksum(tmp_path / "v") == record["checksum"]
+    assert corpus_checksum(tmp_path / "v") == record["checksum"]
     assert len(list((tmp_path / "v" / "train-clean").rglob("*.flac"))) == 6
 
 

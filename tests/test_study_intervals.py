@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from study_parts.cells import Cell, Fold
+from study_parts.cells import Cell, FoldErrors
 from study_parts.intervals import bootstrap, mean_estimate, paired_difference
 
 from .study_cases import PR, SID

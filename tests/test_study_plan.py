@@ -237,12 +237,12 @@ def test_input_digests_depend_on_contents_and_not_on_paths(tmp_path):
 
 def test_the_digest_of_a_tiny_teacher_has_its_name(tmp_path, monkeypatch):
     record = parse("--teacher", "a=tiny_hubert", "--teacher", "b=tiny_hubert_random").as_json()
-    digest = hashlib.sha256(zoo.weights("tiny_hubert").read_bytes()).hexdigest()[:16]
+    digest = hashlib.sha256(zoo.checkpoint_path("tiny_hubert").read_bytes()).hexdigest()[:16]
     expected = {"a": f"tiny_hubert {digest}", "b": f"tiny_hubert_random {digest}"}
     assert record["teachers"] == expected
     other = tmp_path / "other.pt"
     other.write_bytes(b"another version")
-    monkeypatch.setattr(zoo, "weights", lambda name: other)
+    monkeypatch.setattr(zoo, "checkpoint_path", lambda name: other)
     assert parse().as_json()["teachers"] != {name: f"{name} {digest}" for name in SINGLE}
     digest = hashlib.sha256(b"another version").hexdigest()[:16]
     assert parse().as_json()["teachers"] == {name: f"{name} {digest}" for name in SINGLE}

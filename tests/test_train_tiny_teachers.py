@@ -42,7 +42,9 @@ SIZE = recipes.TeacherSize(
     channels=16, width=32, ffn=48, heads=4, layers=4, conv_pos=16, conv_pos_groups=4
 )
 UNITS = recipes.UnitSettings(mfcc_clusters=8, hidden_clusters=6, layer=2, frames=400)
-TINY = recipes.Recipe(steps=6, batch_seconds=3.0, mix=0.7, mix_noise=0.5, size=SIZE, units=UNITS)
+TINY = recipes.TeacherRecipe(
+    steps=6, batch_seconds=3.0, mix=0.7, mix_noise=0.5, size=SIZE, units=UNITS
+)
 OPTIONS = TrainingOptions(log_every=2, dev_every=4)
 STAGES = list(recipes.STAGES)
 
@@ -194,7 +196,7 @@ def test_the_summary_has_the_values_of_the_logs(zoo, tmp_path, capsys):
 
 @pytest.mark.parametrize("family", ["hubert", "wavlm"])
 def test_full_size_files_have_7_mb_or_less(tmp_path, family):
-    recipe = recipes.Recipe()
+    recipe = recipes.TeacherRecipe()
     model = MaskedPredictor(family, recipe, recipe.units.hidden_clusters)
     size = export(model, tmp_path / "full.pt")
     assert size <= 7_000_000
@@ -259,7 +261,7 @@ def test_random_layers_keep_the_spread_of_frames(family, speech):
     """With PyTorch's initialisation, the last layer of six has half of the spread of the first,
     and training soon collapses."""
     torch.manual_seed(12)
-    model = MaskedPredictor(family, recipes.Recipe(), 8).eval()
+    model = MaskedPredictor(family, recipes.TeacherRecipe(), 8).eval()
     wave = read_audio(speech.train[-1].path)[None]
     spreads = []
     with torch.no_grad():
@@ -579,7 +581,7 @@ def test_a_manifest_selects_utterances_and_splits(corpus, tmp_path):
 
 
 def test_the_command_stops_after_minutes_and_resumes(corpus, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(recipes, "Recipe", lambda: TINY)
+    monkeypatch.setattr(recipes, "TeacherRecipe", lambda: TINY)
     argv = [str(corpus / "audio"), "-o", str(tmp_path / "z"), "--teacher", "hubert"]
     argv += ["--device", "cpu"]
     assert tool.main([*argv, "--minutes", "0"]) == 0

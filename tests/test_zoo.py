@@ -69,13 +69,13 @@ def test_random_weights_have_the_trained_teachers_shapes_and_do_not_change(name,
 @pytest.mark.parametrize("name", zoo.TEACHERS)
 def test_random_init_gives_the_initial_weights_of_training(name):
     from teacher_zoo.models import MaskedPredictor
-    from teacher_zoo.recipe import Recipe
+    from teacher_zoo.recipe import TeacherRecipe
 
     states = safe_load(zoo.checkpoint_path(name))
     classes = len(states["dictionaries_symbols"][0]) if family(name) == "hubert" else 200
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(11)
-        model = MaskedPredictor(family(name), Recipe(), classes)
+        model = MaskedPredictor(family(name), TeacherRecipe(), classes)
     expected = model.backbone.state_dict()
     torch.manual_seed(0)
     rng_state = torch.get_rng_state()

@@ -47,12 +47,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def make_parser() -> argparse.ArgumentParser:
     """The argument parser; options of the recipe have its names and defaults."""
-    from teacher_zoo.recipe import TEACHERS, Recipe
+    from teacher_zoo.recipe import TEACHERS, TeacherRecipe
 
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    default = Recipe()
+    default = TeacherRecipe()
     add = parser.add_argument
     add("folders", metavar="AUDIO_FOLDER", nargs="+", help="folders of audio, searched recursively")
     add("-o", "--out", metavar="ZOO", required=True, help="folder of all output files")
@@ -195,9 +195,9 @@ def parse_recipe(args: argparse.Namespace):
     Raises:
         ConfigError: an option is invalid.
     """
-    from teacher_zoo.recipe import Recipe, check_recipe
+    from teacher_zoo.recipe import TeacherRecipe, check_recipe
 
-    default = Recipe()
+    default = TeacherRecipe()
     units = dataclasses.replace(
         default.units, mfcc_clusters=args.mfcc_clusters, hidden_clusters=args.hidden_clusters
     )

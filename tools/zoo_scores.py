@@ -60,7 +60,7 @@ class TeacherScores:
         rates: (upstream, metric's key, condition) -> bootstrap rates.
     """
 
-    selections: dict[tuple[str, str], Selection]
+    selections: dict[tuple[str, str], SelectedRuns]
     rates: dict[tuple[str, str, str], BootstrapRates]
 
     def columns(self, name: str) -> list[tuple[Metric, str]]:
@@ -111,7 +111,7 @@ def read_scores(folder: Path) -> TeacherScores:
     results = read_results([folder])
     for line in incomplete(results.runs, results.unfinished):
         print(f"skipped: {line}", file=sys.stderr)
-    selections = select(results.runs, results.unfinished)
+    selections = select_best_lr(results.runs, results.unfinished)
     rates = {}
     for (upstream, task), selection in selections.items():
         seeds: dict[int, list] = {}

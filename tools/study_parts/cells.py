@@ -71,7 +71,7 @@ class Cell:
         return test_set(self.folds)
 
 
-def make_cells(row: str, metric: Metric, seeds: dict[int, list[Run]]) -> Iterable[Cell]:
+def make_cells(row: str, metric: Metric, seeds: dict[int, list[FinishedRun]]) -> Iterable[Cell]:
     """Make a cell for each test condition, from the seeds with all folds tested under it.
 
     Raises:
@@ -96,7 +96,7 @@ def make_cells(row: str, metric: Metric, seeds: dict[int, list[Run]]) -> Iterabl
                         f"{row}, {metric.task} ({condition}): the seeds have different test "
                         "utterances; evaluate all seeds on one test set"
                     )
-            folds.append(Fold(names, lengths, np.stack([c.errors for c in counts])))
+            folds.append(FoldErrors(names, lengths, np.stack([c.errors for c in counts])))
         yield Cell(row, metric, condition, tuple(complete), tuple(folds))
 
 

@@ -114,7 +114,7 @@ class StudyFolder:
         from teacher_zoo.recipe import changed_keys
 
         recorded = read_json(self._study, "setting", ConfigError)
-        refuse_newer(recorded.get("version", 1), 1, f"the study {self._study}", ConfigError)
+        check_format_version(recorded.get("version", 1), 1, f"the study {self._study}", ConfigError)
         current = json.loads(json.dumps(setting.as_json()))
         changed = changed_keys(recorded.get("setting", {}), current)
         if inputs is not None:

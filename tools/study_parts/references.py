@@ -15,8 +15,8 @@ COMPARED = {"features_alone": "features", "steps": "steps", "recipe": "recipe"}
 
 def reference_differences(
     names: Iterable[str],
-    student_runs: Sequence[Run],
-    grouped: Mapping[tuple[str, str], Mapping[int, list[Run]]],
+    student_runs: Sequence[FinishedRun],
+    grouped: Mapping[tuple[str, str], Mapping[int, list[FinishedRun]]],
     cells: Mapping[tuple[str, str, str], Cell],
 ) -> dict[str, tuple[str, ...]]:
     """Map ``name/task`` of references to what differs: features, steps, recipe, probe, test set.
@@ -50,7 +50,7 @@ def reference_differences(
     return differences
 
 
-def _probe(run: Run) -> Any:
+def _probe(run: FinishedRun) -> Any:
     """The downstream model in the config that s3prl saved; None without such a file."""
     configs = sorted(run.folder.glob("config_*.yaml"))
     expert = read_yaml(configs[-1]).get("downstream_expert", {}) if configs else {}

@@ -64,7 +64,7 @@ def sections(
     yield from _setting(study)
     for condition in study.results.conditions:
         yield f"## {condition_heading(condition)}\n"
-        yield markdown(list(_table(study, condition))) + "\n"
+        yield markdown_table(list(_table(study, condition))) + "\n"
     if study.means:
         yield (
             f"Mean over the seeds, with its {LEVEL:.0%} interval in brackets. The interval covers "

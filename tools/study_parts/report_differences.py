@@ -44,7 +44,7 @@ def differences(study: Study) -> Iterator[str]:
     for condition in study.results.conditions:
         comparisons = [c for c in study.comparisons if c.condition == condition]
         yield f"{condition_heading(condition)}:\n"
-        yield markdown(list(_difference_table(study, comparisons))) + "\n"
+        yield markdown_table(list(_difference_table(study, comparisons))) + "\n"
     over_seeds = [c for c in study.comparisons if c.estimate.over_seeds]
     count, total = len(over_seeds), len(study.comparisons)
     if count < total:

@@ -64,7 +64,7 @@ def read_study(
     results = Results((), (), {})
     if any(superb.glob(f"*/*/*/{RECORD}")):
         results = read_results([superb])
-    grouped: dict[tuple[str, str], dict[int, list[Run]]] = {}
+    grouped: dict[tuple[str, str], dict[int, list[FinishedRun]]] = {}
     by_name = {student.name: student for student in students(setting)}
     for run in results.runs:
         student = by_name.get(run.upstream)
@@ -81,7 +81,7 @@ def read_study(
     names = []
     if references:
         of_references = read_results(list(references))
-        best_runs = select(of_references.runs, of_references.unfinished)
+        best_runs = select_best_lr(of_references.runs, of_references.unfinished)
         for (name, task), selection in best_runs.items():
             if name in row_names:
                 raise DataError(f"--reference: {name} is already the name of a row of students")
@@ -128,7 +128,7 @@ def _check_alike(runs: Iterable[FinishedRun]) -> None:
                 )
 
 
-def _drop_incomplete(grouped: dict[tuple[str, str], dict[int, list[Run]]]) -> None:
+def _drop_incomplete(grouped: dict[tuple[str, str], dict[int, list[FinishedRun]]]) -> None:
     """Drop the seeds of a row that lack a fold which another student has."""
     folds: dict[str, set] = {}
     for (_, task), seeds in grouped.items():

@@ -89,7 +89,7 @@ def load_model(
     states = safe_load(path, "training checkpoint")
     if states.get("format") != FORMAT or states.get("stage") != stage:
         raise CheckpointError(f"{path} is not a checkpoint of stage {stage}; delete it")
-    refuse_newer(states.get("version", 1), VERSION, f"the checkpoint {path}")
+    check_format_version(states.get("version", 1), VERSION, f"the checkpoint {path}")
     try:
         weights = dict(states["model"])
         if not with_head:

@@ -12,7 +12,7 @@ from s3prl_ekd.superb.report_plots import COLOURS, new_figure
 
 def write_log(log: list[dict[str, Any]], about: dict[str, Any], folder: Path) -> None:
     """Write ``log.json`` (``about`` and the points ``log``) and ``curves.png``."""
-    with whole_file(folder / "log.json") as file:
+    with atomic_file(folder / "log.json") as file:
         file.write(json.dumps({**about, "points": log}, indent=1).encode())
     if log:
         _draw(log, about, folder / "curves.png")

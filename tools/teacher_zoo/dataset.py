@@ -22,7 +22,7 @@ from .labels import FrameLabels
 from .mixing import mix_batch
 from .noises import make_distorter
 from .plan import PlannedBatch
-from .recipe import InputKind, Recipe
+from .recipe import InputKind, TeacherRecipe
 
 
 class ExcerptDataset(Dataset):
@@ -43,7 +43,7 @@ class ExcerptDataset(Dataset):
         labels: FrameLabels,
         offset: int,
         input_kind: InputKind,
-        recipe: Recipe,
+        recipe: TeacherRecipe,
         noise: Path,
     ):
         self.utterances, self.labels, self.offset = utterances, labels, offset

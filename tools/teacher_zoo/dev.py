@@ -13,7 +13,7 @@ from .corpus import Corpus
 from .dataset import ExcerptDataset
 from .labels import FrameLabels
 from .plan import epoch_batches
-from .recipe import InputKind, Recipe
+from .recipe import InputKind, TeacherRecipe
 from .step import add, averages, forward, seed_everything
 
 _EPOCH = -1  # epoch number of the random draws for dev; training starts at 0
@@ -36,7 +36,7 @@ class DevEvaluation:
         corpus: Corpus,
         labels: FrameLabels,
         input_kind: InputKind,
-        recipe: Recipe,
+        recipe: TeacherRecipe,
         noise: Path,
     ):
         self.recipe = recipe
@@ -58,7 +58,7 @@ class DevEvaluation:
         """
         window: dict[str, float] = {}
         state.model.eval()
-        with random_numbers_untouched(state.device):
+        with preserve_random_states(state.device):
             seed_everything(self.recipe.seed)
             for batch in self.batches:
                 _, waves, labels = self.excerpts[batch]

@@ -38,5 +38,5 @@ def export(model: MaskedPredictor, path: Path) -> int:
         raise CheckpointError(
             f"cannot write {path}: it must have {LIMIT:,} bytes or less, got {size:,}"
         )
-    save_whole({**model.checkpoint, key: weights}, path)
+    atomic_torch_save({**model.checkpoint, key: weights}, path)
     return path.stat().st_size

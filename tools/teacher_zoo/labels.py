@@ -93,7 +93,7 @@ def _frames(features: Features, utterance: CorpusUtterance) -> Tensor:
 
 def save_labels(labels: FrameLabels, path: Path) -> None:
     """Write the labels atomically."""
-    with whole_file(path) as file:
+    with atomic_file(path) as file:
         np.savez_compressed(
             file, flat=labels.flat, offsets=labels.offsets, centroids=labels.centroids
         )

@@ -16,7 +16,7 @@ from s3prl_ekd import compat
 from s3prl_ekd.teachers.random_weights import hubert_checkpoint, untrained_model, wavlm_checkpoint
 
 from .criterion import EncodedBatch
-from .recipe import Family, Recipe
+from .recipe import Family, TeacherRecipe
 
 TEMPERATURE = 0.1  # of the cosine similarities (HuBERT, equation 3)
 
@@ -42,7 +42,7 @@ class MaskedPredictor(nn.Module):
         checkpoint: contents of an exported file except the weights, in s3prl's format.
     """
 
-    def __init__(self, family: Family, recipe: Recipe, classes: int):
+    def __init__(self, family: Family, recipe: TeacherRecipe, classes: int):
         super().__init__()
         compat.apply()
         self.family = family
@@ -94,7 +94,7 @@ class MaskedPredictor(nn.Module):
         return hidden[0]
 
 
-def _configuration(family: Family, recipe: Recipe, classes: int) -> dict[str, Any]:
+def _configuration(family: Family, recipe: TeacherRecipe, classes: int) -> dict[str, Any]:
     """A checkpoint without weights, with size, masking and dropout of ``recipe``."""
     size = recipe.size
     arguments = {

@@ -23,7 +23,7 @@ from s3prl_ekd.errors import ConfigError
 from s3prl_ekd.files.atomic import atomic_file
 
 from .corpus import Corpus
-from .recipe import Recipe
+from .recipe import TeacherRecipe
 
 RECORDED_NOISE = "recorded_noise"  # folder of the recordings, next to the folder of synthetic noise
 RECORDINGS_LIST = "list.json"
@@ -80,7 +80,7 @@ def copy_recordings(files: Sequence[Path], folder: Path, already_trained: bool) 
     for path in files:
         with atomic_file(folder / path.name) as file:
             file.write(path.read_bytes())
-    with whole_file(listed) as file:  # last: without it the folder is not used
+    with atomic_file(listed) as file:  # last: without it the folder is not used
         file.write(json.dumps(recordings, indent=1).encode())
 
 
@@ -105,7 +105,7 @@ def find_noise(paths: Sequence[str | Path]) -> list[Path]:
     return files
 
 
-def make_distorter(folder: Path, recipe: Recipe) -> Distorter:
+def make_distorter(folder: Path, recipe: TeacherRecipe) -> Distorter:
     """The distorter of RobustHuBERT's input.
 
     Noise on 5 of 6 waveforms; on 9 of 10 if there are recordings, which are drawn as often as the

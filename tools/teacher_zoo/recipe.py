@@ -49,7 +49,7 @@ class UnitSettings:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class TeacherRecipe:
     """Settings that influence the weights. The defaults are those of the package's files.
 
     ``steps`` is for stage ``hubert``; other stages take a share of it, see :data:`STAGES`.
@@ -141,7 +141,7 @@ def required_stages(teachers: tuple[str, ...]) -> list[TrainingStage]:
     return [stage for stage in STAGES.values() if stage.name in names]
 
 
-def stage_steps(recipe: Recipe, stage: TrainingStage) -> int:
+def stage_steps(recipe: TeacherRecipe, stage: TrainingStage) -> int:
     """Number of optimizer steps of a stage, 1 or more."""
     return max(1, round(recipe.steps * stage.share))
 
@@ -158,7 +158,7 @@ def changed_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> 
     return changed
 
 
-def check_recipe(recipe: Recipe) -> None:
+def check_recipe(recipe: TeacherRecipe) -> None:
     """Check the ranges of the settings.
 
     Raises:

@@ -13,7 +13,7 @@ from s3prl_ekd.errors import DataError
 
 from .checkpoint import TrainingState
 from .criterion import StepLoss, criterion
-from .recipe import Recipe
+from .recipe import TeacherRecipe
 
 # Values that are averaged, weighted by the number of masked frames
 WINDOW = ("masked_loss", "accuracy", "penalty", "spread")
@@ -26,7 +26,7 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def forward(state: TrainingState, recipe: Recipe, waves: Tensor, labels: Tensor) -> StepLoss:
+def forward(state: TrainingState, recipe: TeacherRecipe, waves: Tensor, labels: Tensor) -> StepLoss:
     """Compute the criterion on a batch; the model runs in bfloat16 on CUDA, else in float32."""
     on_cuda = state.device.startswith("cuda")
     with torch.autocast("cuda", torch.bfloat16, enabled=on_cuda):
@@ -34,7 +34,7 @@ def forward(state: TrainingState, recipe: Recipe, waves: Tensor, labels: Tensor)
     return criterion(encoded, labels, state.model.logits, recipe.alpha, recipe.penalty)
 
 
-def step(state: TrainingState, recipe: Recipe, waves: Tensor, labels: Tensor) -> StepLoss:
+def step(state: TrainingState, recipe: TeacherRecipe, waves: Tensor, labels: Tensor) -> StepLoss:
     """Take an optimizer step: forward, backward, clipping, update.
 
     Raises:

@@ -24,7 +24,7 @@ from .dev import DevEvaluation
 from .labels import FrameLabels
 from .models import MaskedPredictor
 from .plan import EndlessBatchSampler
-from .recipe import STAGES, Recipe, TrainingStage, stage_steps
+from .recipe import STAGES, TeacherRecipe, TrainingStage, stage_steps
 from .step import add, averages, seed_everything, step
 
 _COLLAPSED = 0.01  # spread of the last layer; normal runs have 0.3 or more
@@ -44,7 +44,7 @@ class TrainingOptions:
 
 def train(
     stage: TrainingStage,
-    recipe: Recipe,
+    recipe: TeacherRecipe,
     corpus: Corpus,
     labels: FrameLabels,
     zoo: Path,
@@ -94,7 +94,7 @@ def train(
 
 
 def _make_state(
-    model: MaskedPredictor, stage: TrainingStage, recipe: Recipe, steps: int, device: str
+    model: MaskedPredictor, stage: TrainingStage, recipe: TeacherRecipe, steps: int, device: str
 ) -> TrainingState:
     model.to(device).train()
     config = {
@@ -113,7 +113,7 @@ class _TrainingLoop:
     def __init__(
         self,
         stage: TrainingStage,
-        recipe: Recipe,
+        recipe: TeacherRecipe,
         corpus: Corpus,
         labels: FrameLabels,
         zoo: Path,
@@ -148,7 +148,7 @@ class _TrainingLoop:
             num_workers=options.workers,
             pin_memory=options.device.startswith("cuda"),
             generator=torch.Generator(),  # else the loader draws from the global generator
-            worker_init_fn=leave_signals_to_the_main_process,
+            worker_init_fn=ignore_stop_signals,
             prefetch_factor=4 if options.workers else None,
         )
 

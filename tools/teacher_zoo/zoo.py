@@ -26,7 +26,7 @@ from .labels import FrameLabels, describe_labels, load_labels, make_labels, save
 from .mfcc import mfcc
 from .models import MaskedPredictor
 from .noises import RECORDED_NOISE, copy_recordings, make_synthetic_noise
-from .recipe import STAGES, Recipe, TrainingStage, changed_keys, required_stages, stage_steps
+from .recipe import STAGES, TeacherRecipe, TrainingStage, changed_keys, required_stages, stage_steps
 from .trainer import TrainingOptions, train
 
 logger = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 def make_zoo(
     teachers: tuple[str, ...],
     corpus: Corpus,
-    recipe: Recipe,
+    recipe: TeacherRecipe,
     zoo: Path,
     options: TrainingOptions,
     stop: Callable[[int], bool] = lambda step: False,
@@ -88,7 +88,7 @@ def make_zoo(
     return files
 
 
-def write_or_check_recipe(zoo: Path, corpus: Corpus, recipe: Recipe) -> None:
+def write_or_check_recipe(zoo: Path, corpus: Corpus, recipe: TeacherRecipe) -> None:
     """Write ``recipe.json``, or compare recipe and corpus with it if it exists.
 
     Raises:
@@ -111,14 +111,14 @@ def write_or_check_recipe(zoo: Path, corpus: Corpus, recipe: Recipe) -> None:
         return
     try:
         zoo.mkdir(parents=True, exist_ok=True)
-        with whole_file(path) as file:
+        with atomic_file(path) as file:
             file.write(json.dumps(record, indent=1).encode())
     except OSError as error:
         raise SetupError(f"cannot write to {zoo}: {error.strerror}") from None
 
 
 def load_or_make_labels(
-    name: str, corpus: Corpus, recipe: Recipe, zoo: Path, options: TrainingOptions
+    name: str, corpus: Corpus, recipe: TeacherRecipe, zoo: Path, options: TrainingOptions
 ) -> FrameLabels:
     """Read ``units-NAME.npz``, or compute it: clusters of MFCC or of a stage's middle layer."""
     path = zoo / f"units-{name}.npz"
