@@ -406,7 +406,7 @@ def test_arguments_round_trip():
 
 
 @pytest.mark.parametrize(
-    "options, variable",
+    "options, variables",
     [
         (("--cache-features",), "--cache-features result/features"),
         (("--cache-features-gb", "3"), "--cache-features result/features"),
@@ -417,12 +417,14 @@ def test_arguments_round_trip():
         (("--cache-features", "d", "--local_rank", "0"), "torchrun"),
     ],
 )
-def test_wrong_options_are_one_line_errors(tmp_path, monkeypatch, options, variable):
+def test_wrong_options_are_one_line_errors(tmp_path, monkeypatch, options, variables):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.pt").touch()
-    with pytest.raises(SetupError, match=re.escape(variable)) as raised:
+    with pytest.raises(SetupError) as raised:
         prepare(["-m", "train", *options])
-    assert "\n" not in str(raised.value)
+    message = str(raised.value)
+    assert "\n" not in message
+    assert all(variable in message for variable in variables.split()), message
 
 
 def test_counts_are_read_from_a_log():

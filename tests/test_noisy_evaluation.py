@@ -163,7 +163,7 @@ def test_folder_names_and_arguments():
 
 
 @pytest.mark.parametrize(
-    "options, variable",
+    "options, variables",
     [
         (("-m", "evaluate", "--noise", "NONE", "--snr", "5"), "NONE"),
         (("-m", "evaluate", "--noise", "EMPTY", "--snr", "5"), "EMPTY"),
@@ -178,13 +178,15 @@ def test_folder_names_and_arguments():
         (("--noise", "DIR", "--snr", "5"), "--noise"),
     ],
 )
-def test_wrong_options_are_one_line_errors(tmp_path, noise_folder, monkeypatch, options, variable):
+def test_wrong_options_are_one_line_errors(tmp_path, noise_folder, monkeypatch, options, variables):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "EMPTY").mkdir()
     argv = [str(noise_folder) if option == "DIR" else option for option in options]
-    with pytest.raises(EkdError, match=re.escape(variable)) as raised:
+    with pytest.raises(EkdError) as raised:
         prepare([*argv, "-e", "x.ckpt"])
-    assert isinstance(raised.value, (SetupError, DataError)) and "\n" not in str(raised.value)
+    message = str(raised.value)
+    assert isinstance(raised.value, (SetupError, DataError)) and "\n" not in message
+    assert all(variable in message for variable in variables.split()), message
 
 
 # --- a run

@@ -6,7 +6,6 @@ warning.
 
 from __future__ import annotations
 
-import copy
 import functools
 import logging
 from collections.abc import Mapping
@@ -41,11 +40,11 @@ VALUES: Mapping[str, Mapping[str, str]] = {
 }
 
 
-def rename_keys(data: dict[str, Any], table: Table, path: str | None = None) -> dict[str, Any]:
+def rename_keys(data: Any, table: Table, path: str | None = None) -> Any:
     """Replace old keys and values of a config by the new ones, in a copy.
 
     Args:
-        data: the config.
+        data: the config; anything but a mapping is returned unchanged.
         table: :data:`MODEL` or :data:`RUNNER`.
         path: the YAML file, for the warnings. None: no warnings, and the new key takes precedence
             if both are given, as by ``-o`` on the config of an old checkpoint.
@@ -53,7 +52,9 @@ def rename_keys(data: dict[str, Any], table: Table, path: str | None = None) -> 
     Raises:
         ConfigError: the file has both the old and the new key, or no mapping where one is needed.
     """
-    data = copy.deepcopy(data)
+    if not isinstance(data, dict):
+        return data
+    data = _copy(data)
     for old, new in table.items():
         if not _has(data, old):
             continue
@@ -61,6 +62,9 @@ def rename_keys(data: dict[str, Any], table: Table, path: str | None = None) -> 
             if _has(data, new):
                 raise ConfigError(f"{path}: `{old}` is the old name of `{new}`; remove `{old}`")
             _warn(path, old, new)
+        section = new.rpartition(".")[0]
+        if not isinstance(data.get(section, {}), dict):
+            raise ConfigError(f"{path or 'the config'}.{section}: expected a mapping")
         _move(data, old, new)
     for key, values in VALUES.items() if table is MODEL else ():
         value = data.get(key)
@@ -76,7 +80,8 @@ def rename_overrides(overrides: str) -> str:
     options = overrides.split(",,")
     for i, option in enumerate(options):
         key, equals, value = option.strip().partition("=")
-        new = RUNNER.get(key.strip().removeprefix("config."))
+        section, _, old = key.strip().partition(".")
+        new = RUNNER.get(old) if section == "config" else None
         if new:
             options[i] = f"config.{new}{equals}{value}"
             _warn("-o", key.strip(), f"config.{new}")
@@ -88,7 +93,7 @@ def restore_keys(data: Mapping[str, Any], table: Table) -> dict[str, Any]:
 
     ``aggregation: separate`` stays: it was a value of version 0.1, too.
     """
-    restored: dict[str, Any] = copy.deepcopy(dict(data))
+    restored = _copy(data)
     for key, values in VALUES.items() if table is MODEL else ():
         old_values = {new: old for old, new in values.items() if key != "aggregation"}
         restored[key] = old_values.get(restored[key], restored[key])
@@ -96,6 +101,11 @@ def restore_keys(data: Mapping[str, Any], table: Table) -> dict[str, Any]:
         if _has(restored, new):
             _move(restored, new, old)
     return restored
+
+
+def _copy(data: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of the config and its sections, which share their values with the original."""
+    return {key: dict(value) if isinstance(value, dict) else value for key, value in data.items()}
 
 
 def _has(data: dict[str, Any], key: str) -> bool:
@@ -112,8 +122,6 @@ def _move(data: dict[str, Any], old: str, new: str) -> None:
         del data[section]
     section, _, name = new.rpartition(".")
     target = data.setdefault(section, {}) if section else data
-    if not isinstance(target, dict):
-        raise ConfigError(f"{section}: expected a mapping, got {target!r:.60}")
     target.setdefault(name, value)
 
 
