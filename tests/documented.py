@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -107,9 +108,19 @@ class Machine:
         return output
 
     def reduce(self) -> None:
-        """Make the configs in the working folder small enough for a test."""
-        for path in self.folder.glob("pretrain/ekd/*_model.yaml"):
+        """Make the configs in the working folder small enough for a test.
+
+        After so few updates no word is right, so s3prl saves no best checkpoint of ASR: the newest
+        one takes its name.
+        """
+        for path in self.folder.glob("result/downstream/*asr*/states-*.ckpt"):
+            if not (best := path.with_name("dev-clean-best.ckpt")).exists():
+                shutil.copy(path, best)
+        for path in self.folder.glob("pretrain/ekd/config_model.yaml"):
             change(path, {"student": STUDENT})
+        for path in self.folder.glob("pretrain/ekd/tiny/*.yaml"):
+            if path.stem != "three_average":  # one of the 25 experiments
+                path.unlink()
         for path in self.folder.glob("pretrain/ekd/*_runner.yaml"):
             runner = {"total_steps": 2, "log_step": 1, "save_step": 1, "fp16": False}
             datarc = {"train_batch_size": 2, "num_workers": 0, "sequence_length": 8000}

@@ -1,20 +1,32 @@
-"""Every command and snippet of README and docs/ is run as typed, page by page, top to bottom."""
+"""Commands and snippets of README, docs/ and cards are run as typed, page by page, in order."""
 
+import importlib
+import pkgutil
+import re
+import shlex
 import shutil
+import subprocess
 import sys
 
 import pytest
 import yaml
 
+import s3prl_ekd.commands
+from s3prl_ekd import cli
 from s3prl_ekd.files.config import merge, read_yaml
 from s3prl_ekd.pretrain.settings import ModelFile, check_runner_config, load_model_config
+from s3prl_ekd.request import DownstreamRequest, PretrainRequest
 
 from .conftest import REPO
 from .documented import Machine, commands, snippets
 from .test_predictions import write_all
 
 PAGES = ["README.md", "CONTRIBUTING.md", "ARCHITECTURE.md"]
-PAGES += sorted(str(path.relative_to(REPO)) for path in (REPO / "docs").glob("*.md"))
+PAGES += [
+    str(path.relative_to(REPO))
+    for folder in ("docs", "s3prl_ekd/teachers/zoo/cards")
+    for path in sorted((REPO / folder).glob("*.md"))
+]
 
 # Commands that are not run here, and why.
 NOT_RUN = {
@@ -34,6 +46,8 @@ NOT_RUN_PREFIXES = {
     "docker run": "needs docker and an image",
     "torchrun --standalone --nproc_per_node=8": "8 GPUs; tests/test_processes.py runs 2 processes",
     "python tools/study.py": "hours; tests/test_study_run.py runs a small study",
+    "python tools/make_voices.py": "minutes; tests/test_make_voices.py makes a few",
+    "python tools/train_tiny_teachers.py": "hours; test_train_tiny_teachers.py trains briefly",
 }
 # Commands of which --dry-run is run: it checks all options and prints every command.
 DRY_RUN = "s3prl-ekd superb"
@@ -111,6 +125,53 @@ def put_into_config(machine: Machine, text: str) -> None:
         check_runner_config(merged, "the snippet")
     if path.is_file():
         path.write_text(yaml.safe_dump(merged, sort_keys=False))
+
+
+def test_scripts_of_clusters_are_valid():
+    """SLURM scripts cannot be run here; bash reads them."""
+    scripts = [s for page in PAGES for s in snippets(page) if s.language == "bash"]
+    assert len(scripts) == 4
+    for script in scripts:
+        result = subprocess.run(["bash", "-n"], input=script.text, text=True, capture_output=True)
+        assert result.returncode == 0 and not result.stderr, (script.line, result.stderr)
+
+
+def examples(text):
+    """The commands below `example:` in a help text."""
+    block = re.sub(r"\\\n\s*", "", text.partition("example:")[2])
+    lines = (line.strip().partition("  #")[0] for line in block.splitlines())
+    pattern = r"s3prl-ekd |run_pretrain\.py |run_downstream\.py "
+    return [part for line in lines for part in line.split(" && ") if re.match(pattern, part)]
+
+
+HELP = [
+    f"s3prl_ekd.commands.{module.name}"
+    for module in pkgutil.iter_modules(s3prl_ekd.commands.__path__)
+    if not module.ispkg
+]
+HELP += [f"s3prl_ekd.commands.export.{kind}" for kind in ("student", "superb", "hf", "onnx")]
+
+
+@pytest.mark.parametrize("module", HELP)
+def test_examples_of_help_texts_are_accepted(module, monkeypatch):
+    """Their options exist and have valid values; the commands themselves are not run."""
+    text = importlib.import_module(module).__doc__
+    found = examples(text)
+    assert found, module
+    for example in found:
+        script, *argv = shlex.split(example.partition(" > ")[0])
+        if script == "run_pretrain.py":
+            assert PretrainRequest.parse(argv).passthrough == ()
+        elif script == "run_downstream.py":
+            assert DownstreamRequest.parse(argv).passthrough == ()
+        else:
+            name = argv[0].replace("-", "_")
+            command = importlib.import_module(f"s3prl_ekd.commands.{name}")
+            monkeypatch.setattr(command, "main", lambda args: 0)
+            try:
+                assert cli.main(argv) == 0
+            except SystemExit as stop:  # --help
+                assert stop.code == 0
 
 
 def test_no_reason_is_stale():
