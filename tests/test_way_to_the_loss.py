@@ -1,9 +1,12 @@
 """How much of this package ``run_pretrain.py -u ekd`` needs: calls to the loss, imported lines."""
 
+import ast
+import io
 import json
 import os
 import subprocess
 import sys
+import tokenize
 from pathlib import Path
 
 import pytest
@@ -15,7 +18,7 @@ from .conftest import write_configs
 
 PACKAGE = Path(s3prl_ekd.__file__).parent
 CALLS = 7
-LINES = 12_850  # of the imported modules; the goal is 6,000
+LINES = 8_300  # of code in the imported modules; the goal is 6,000
 
 # Runs, and writes to OUT this package's frames around the loss, and the paths of all modules.
 PROBE = f"""
@@ -65,10 +68,25 @@ def test_few_calls_from_the_command_to_the_loss(probed):
     assert len(frames) <= CALLS, frames
 
 
+def code_lines(source):
+    """Number of lines with code: no blank lines, comments, or docstrings of any kind."""
+    skipped = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
+    lines = {
+        line
+        for token in tokenize.generate_tokens(io.StringIO(source).readline)
+        if token.type not in (*skipped, tokenize.ENDMARKER)
+        for line in range(token.start[0], token.end[0] + 1)
+    }
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            lines -= set(range(node.lineno, node.end_lineno + 1))
+    return len(lines)
+
+
 def test_few_lines_are_imported(probed):
     paths = {Path(path) for path in probed["paths"]}
     lines = {
-        str(path.relative_to(PACKAGE)): len(path.read_text(encoding="utf-8").splitlines())
+        str(path.relative_to(PACKAGE)): code_lines(path.read_text(encoding="utf-8"))
         for path in paths
         if path.is_relative_to(PACKAGE) and path.suffix == ".py"
     }
