@@ -88,6 +88,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if index is not None and argv[index] in RENAMED:
         old, argv[index] = argv[index], RENAMED[argv[index]]
     name = None if index is None else argv[index]
+    log_to_stderr(logging.INFO)
+    if old:
+        logger.warning("command `%s` is now `%s`; the old name works until 0.3", old, name)
     if name == "bench":
         parser.error("bench is not a command; in a checkout, type: python -m tools.bench")
     for command, help_line in COMMANDS.items():
@@ -109,10 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             module.configure(subparser)
             subparser.set_defaults(run=module.main)
     args = parser.parse_args(argv)
-    log_to_stderr(logging.INFO)
     quiet_s3prl()
-    if old:
-        logger.warning("command `%s` is now `%s`; the old name works until 0.3", old, name)
     with show_errors(), printable_stdout():
         return args.run(args) or 0
 

@@ -39,7 +39,8 @@ def check_message(message: str, *parts: str | int) -> None:
         if isinstance(part, int):
             assert part in numbers(message), (part, message)
         else:
-            assert part in (message if "/" in part else without_folders(message)), (part, message)
+            text = message if "/" in part else without_folders(message)
+            assert re.search(rf"(?<![\w-]){re.escape(part.strip())}(?!\w)", text), (part, message)
 
 
 def accuracy(folder: Path, name: str) -> float:

@@ -11,6 +11,8 @@ import soundfile
 import torch
 import yaml
 
+from s3prl_ekd.data.audio import read_audio
+from s3prl_ekd.data.bad_audio import BadAudio
 from s3prl_ekd.files.run_checkpoints import newest_checkpoint, read_checkpoint
 from s3prl_ekd.launch import run_pretrain
 
@@ -144,7 +146,10 @@ def test_unusable_audio(error, tmp_path, name, workers):
             libri_root=str(tmp_path), file_path=str(tmp_path), num_workers=workers
         )
 
-    assert name in error(change)
+    message = error(change)
+    with pytest.raises(BadAudio) as bad:
+        read_audio(tmp_path / name)
+    assert f"{tmp_path / name}: {bad.value.reason}" in message
 
 
 def test_stereo_and_other_rates_give_a_warning(base, tmp_path, teachers, corpus):

@@ -129,9 +129,9 @@ def test_a_config_survives_the_checkpoint():
 @pytest.mark.parametrize(
     ("path", "value", "parts"),
     [
-        ("aggregation", "averge", ".aggregation 'averge' separate average concat"),
+        ("aggregation", "averge", ".aggregation separate average concat 'averge'"),
         ("agregation", "average", "'agregation' aggregation"),
-        ("teachers", {}, "teachers"),
+        ("teachers", {}, " teachers"),
         ("teachers", ["hubert"], ".teachers"),
         ("teachers.one.layers", "4,8", ".teachers.one.layers '4,8'"),
         ("teachers.one.layers", [4, "8"], ".teachers.one.layers[1] '8'"),
@@ -151,18 +151,18 @@ def test_a_config_survives_the_checkpoint():
         ("heads", {"residual_weight": -1}, ".heads residual_weight -1.0"),
         ("targets", {"drop_teachers": 1.5}, ".targets drop_teachers 1.5"),
         ("targets", {"weight_steps": -1}, ".targets weight_steps -1"),
-        ("target_norm", "phi", ".target_norm 'phi' none mean_std phi_s"),
+        ("target_norm", "phi", ".target_norm none mean_std phi_s 'phi'"),
         ("target_norm_steps", 0, "target_norm_steps 0"),
         ("teachers.one.final_weight", 0.0, "teachers.one.final_weight targets.weight_steps"),
         ("loss", {"agreement": 0.0}, ".loss agreement 0.0"),
         ("unit_loss", {"weight": -0.5}, ".unit_loss weight -0.5"),
         ("unit_loss", {"fil": "x"}, ".unit_loss 'fil' file"),
-        ("heads", {"kind": "wide"}, ".heads.kind 'wide' split linear"),
-        ("loss", {"reconstruction": "l3"}, ".loss.reconstruction 'l3' l1 l2 smooth_l1"),
-        ("distortion", {"setup": "setup3"}, ".distortion.setup clean setup1 setup2 same"),
+        ("heads", {"kind": "wide"}, ".heads.kind split linear 'wide'"),
+        ("loss", {"reconstruction": "l3"}, ".loss.reconstruction l1 l2 smooth_l1 'l3'"),
+        ("distortion", {"setup": "setup3"}, ".distortion.setup clean setup1 setup2 same 'setup3'"),
         ("distortion", {"snr_min": 30.0}, ".distortion snr_min 30.0 snr_max"),
         ("init", {"teacher": "one", "average": ["one", "two"]}, ".init teacher average"),
-        ("init", {"teacher": "one", "layers": [0]}, "init.layers 1 2"),
+        ("init", {"teacher": "one", "layers": [0]}, "init.layers 2 1"),
         ("teachers.keys", {"model": "x"}, "teachers: 'keys'"),
         ("aggregation", "average", "aggregation: average one 3 two 1"),
         ("init", {"teacher": "three"}, "init 'three' one, two"),
@@ -178,7 +178,7 @@ def test_a_config_survives_the_checkpoint():
     ],
 )
 def test_a_mistake_in_the_model_config(tmp_path, path, value, parts):
-    """The message has the file, the YAML path, the value and what is allowed, in that order."""
+    """The message has the file, the YAML path, what is allowed and the value."""
     file = tmp_path / "model.yaml"
     file.write_text(yaml.safe_dump(changed(MODEL, path, value)))
     with pytest.raises(ConfigError) as caught:
@@ -187,10 +187,14 @@ def test_a_mistake_in_the_model_config(tmp_path, path, value, parts):
 
 
 def assert_parts(message, file, parts):
-    """One line that starts with the file and has the parts."""
+    """One line that starts with the file and has the parts in this order, as whole words."""
     assert message.startswith(file) and "\n" not in message
-    missing = [part for part in parts.split() if part not in message.removeprefix(file)]
-    assert not missing, (missing, message)
+    rest, end = message.removeprefix(file), 0
+    for part in parts.split():
+        start = "" if part.startswith(".") else r"(?<!\w)"
+        match = re.compile(rf"{start}{re.escape(part)}(?!\w)").search(rest, end)
+        assert match, (part, message)
+        end = match.end()
 
 
 @pytest.mark.parametrize(
@@ -206,12 +210,12 @@ def assert_parts(message, file, parts):
         ("optimizer.lr", ..., "optimizer.lr 2.e-4"),
         ("optimizer.name", "Adamm", "optimizer.name 'Adamm' AdamW_with_schedule"),
         ("optimizer.eps", "1e-6", "optimizer.eps '1e-6'"),
-        ("runner.n_epochs", 3, ".runner n_epochs 3 -1 total_steps"),
+        ("runner.n_epochs", 3, ".runner n_epochs -1 3 total_steps"),
         ("pretrain_expert", ..., "pretrain_expert"),
         ("pretrain_expert.datarc.sets", [], ".pretrain_expert.datarc sets"),
         ("pretrain_expert.datarc.sets", "train", ".pretrain_expert.datarc.sets 'train'"),
         ("pretrain_expert.datarc.libri_root", ..., ".pretrain_expert.datarc libri_root"),
-        ("pretrain_expert.datarc.sequence_length", 100, "sequence_length 100 400"),
+        ("pretrain_expert.datarc.sequence_length", 100, "sequence_length 400 100"),
         ("pretrain_expert.datarc.loader_timeout", 0.5, "loader_timeout 0.5"),
         ("pretrain_expert.datarc.max_seconds", 1, "max_seconds 1"),
         ("runner.max_keep", 0, ".runner max_keep 0"),
@@ -268,8 +272,8 @@ NEW_RUNNER = {
     "runner": {**RUNNER["runner"], "activation_checkpointing": True, "autosave_minutes": 3},
 }
 NEW_NAMES = {
-    "teacher_path": "teacher_backend",
-    "targets.standardise": "target_norm",
+    "teacher_path: plain": "teacher_backend: s3prl",
+    "targets.standardise: running": "target_norm: mean_std",
     "targets.standardise_steps": "target_norm_steps",
     "targets.separate_heads": "heads.per_teacher",
     "targets.residual_heads": "heads.residual",
@@ -278,8 +282,6 @@ NEW_NAMES = {
     "essence.units": "unit_loss.file",
     "essence.unit_weight": "unit_loss.weight",
     "aggregation: groups": "aggregation: separate",
-    "target_norm: running": "target_norm: mean_std",
-    "teacher_backend: plain": "teacher_backend: s3prl",
     "runner.recompute": "runner.activation_checkpointing",
     "runner.last_minutes": "runner.autosave_minutes",
 }
@@ -330,6 +332,39 @@ def test_an_old_and_a_new_name_of_one_key(tmp_path):
     path.write_text(yaml.safe_dump({**MODEL, "teacher_path": "fast", "teacher_backend": "s3prl"}))
     with pytest.raises(ConfigError, match="teacher_path.*teacher_backend"):
         load_model_config(path)
+
+
+def test_an_old_and_a_new_name_in_one_override(tmp_path):
+    path = tmp_path / "runner.yaml"
+    path.write_text(yaml.safe_dump(RUNNER))
+    text = "config.runner.last_minutes=3,,config.runner.autosave_minutes=9"
+    with pytest.raises(ConfigError, match="-o.*last_minutes.*autosave_minutes"):
+        load_runner_config(path, text)
+
+
+@pytest.mark.parametrize("rest", [{"keep": 1.0, "foo": 2}, {"foo": 2}, None, [1]])
+def test_unknown_keys_of_an_old_section(tmp_path, rest):
+    path = tmp_path / "model.yaml"
+    path.write_text(yaml.safe_dump({**MODEL, "essence": rest}))
+    with pytest.raises(ConfigError, match=r"model\.yaml\.essence.*loss\.agreement.*unit_loss"):
+        load_model_config(path)
+    path.write_text(yaml.safe_dump({**MODEL, "essence": {}}))
+    assert load_model_config(path) == load_model_config(MODEL)
+
+
+def test_the_old_aggregation_groups_needs_groups_of_every_teacher(tmp_path):
+    """After the config is merged with the one that it extends."""
+    one = {"one": {"model": "x", "groups": [[1], [2]]}, "two": {"model": "y"}}
+    new = write(
+        tmp_path, base={"teachers": one, "aggregation": "groups"}, new={"extends": "base.yaml"}
+    )
+    with pytest.raises(ConfigError, match=r"new\.yaml.*teachers\.two\.groups"):
+        load_model_config(new)
+    over = {"extends": "base.yaml", "teachers": {"two": {"groups": [[3]]}}}
+    settings = load_model_config(write(tmp_path, new=over))
+    assert settings.aggregation == "separate" and settings.teachers["two"].targets == ((3,),)
+    over = {"extends": "base.yaml", "aggregation": "separate"}
+    assert load_model_config(write(tmp_path, new=over)).aggregation == "separate"
 
 
 def test_old_keys_over_new_ones_in_an_extended_config(tmp_path):

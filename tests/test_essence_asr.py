@@ -185,7 +185,7 @@ def test_a_different_dictionary(workspace, capsys):
         (("--steps", "0"), r"--steps\b.*\b0\b"),
         (("-c", "none.yaml"), r"none\.yaml"),
         (("--student-ckpt", "none.pt"), r"-k none\.pt"),
-        (("--teachers", "student.pt"), r"student\.pt"),
+        (("--teachers", "student.pt"), r"student\.pt\b.*\bStep\b"),
         (("--teachers", "none.ckpt"), r"none\.ckpt"),
         (("--teachers", "data"), r"states-\*\.ckpt.*\bdata\b"),
     ],

@@ -306,7 +306,7 @@ def test_folder_and_card(write, tmp_path, capsys):
         assert line in card
     assert "secret" not in card and str(tmp_path) not in card
     empty = how_made({})
-    assert "- " not in empty
+    assert empty and "- " not in empty
     data = {"sets": ["a", "b"], "train_batch_size": 24, "max_seconds": 160.0}
     assert how_made({"data": data}) == "- data: a, b (batches of at most 24 utterances)"
     for invalid in (None, 3, {"sets": "a"}, {"sets": [], "train_batch_size": 3}, {"sets": ["a"]}):

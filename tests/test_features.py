@@ -126,7 +126,7 @@ def test_file_names(tmp_path, monkeypatch):
     assert list(collect_audio(["./a/x.wav", "c/x.wav"])) == ["a/x.wav", "c/x.wav"]
     (tmp_path / "list").write_text("c/x.wav\n\n  a/x.wav\n")
     assert list(collect_audio([], [tmp_path / "list"])) == ["c/x.wav", "a/x.wav"]
-    with pytest.raises(DataError, match=r"\bx\.wav"):
+    with pytest.raises(DataError, match=r"\ba/x\.wav\b.*\bc/x\.wav\b"):
         collect_audio(["a", "c"])
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"\.flac"):

@@ -170,6 +170,7 @@ def test_export_student(workspace, tmp_path):
     out = command("export", "student", run, "-o", tmp_path / "s.pt", cwd=tmp_path).stdout
     assert "s.pt" in out and re.search(r"\bstep 6\b", out)
     from_run, exported = load_student(newest_checkpoint(run)), load_student(tmp_path / "s.pt")
+    assert exported.heads is not None
     for key, value in from_run.student.state_dict().items():
         assert torch.equal(exported.student.state_dict()[key], value)
     torch.load(tmp_path / "s.pt", weights_only=True)

@@ -186,7 +186,9 @@ def test_wrong_options_are_one_line_errors(tmp_path, noise_folder, monkeypatch, 
         prepare([*argv, "-e", "x.ckpt"])
     message = str(raised.value)
     assert isinstance(raised.value, (SetupError, DataError)) and "\n" not in message
-    assert all(variable in message for variable in variables.split()), message
+    for value in variables.split():
+        start = r"(?<![\w.-])" if value[0] == "-" or len(value) == 1 else r"(?<!\w)"
+        assert re.search(rf"{start}{re.escape(value)}(?![\w-])", message), (value, message)
 
 
 # --- a run

@@ -37,7 +37,9 @@ def names(warning):
 
 @pytest.mark.parametrize("old", COMMANDS)
 def test_help_of_an_old_command_is_that_of_the_new_one(old, run):
-    assert run(old, "-h")[:2] == run(COMMANDS[old], "-h")[:2]
+    code, text, (warning,) = run(old, "-h")
+    assert (code, text, []) == run(COMMANDS[old], "-h")
+    assert names(warning) == [old, COMMANDS[old]]
 
 
 @pytest.mark.parametrize("old", COMMANDS)

@@ -93,7 +93,7 @@ def test_parse_inverts_command():
     ],
 )
 def test_invalid_arguments(option, argv):
-    with pytest.raises(SetupError, match=option):
+    with pytest.raises(SetupError, match=rf"argument (-\w/)?{option}\b"):
         DownstreamRequest.parse(argv)
 
 

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import s3prl_ekd
+from s3prl_ekd.files.run_checkpoints import newest_checkpoint, read_checkpoint
 from s3prl_ekd.hidden_states.fingerprint import upstream_class
 from s3prl_ekd.pretrain.sweep import SweepRun
 from s3prl_ekd.teachers.distilhubert import DistilHubertUpstream
@@ -120,6 +121,13 @@ def test_configs_with_the_keys_of_that_time(folder, pretrain, name, heads):
     assert set(s3prl_ekd.load_student(path).targets) == heads
     if name == "model":  # the keys mean what they meant
         assert_close(weights(path), load_file("student.safetensors"))
+
+
+def test_checkpoints_of_a_run_have_the_new_keys(folder, pretrain):
+    assert pretrain("-n", "new", "-g", "model.yaml", *NEW)[0] == 0
+    config = read_checkpoint(newest_checkpoint("result/pretrain/new"))["Config"]["runner"]
+    assert config["activation_checkpointing"] is True and config["autosave_minutes"] == 15
+    assert not {"recompute", "last_minutes"} & config.keys()
 
 
 def test_a_cache_of_that_time(folder, pretrain):

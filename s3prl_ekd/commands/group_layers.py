@@ -115,7 +115,7 @@ def grouped_config(
     from ..pretrain.settings import ModelFile, read_model_yaml
 
     data = read_model_yaml(config)
-    data.setdefault("aggregation", "separate")
+    data["aggregation"] = "separate"
     for name, layer_groups in groups.items():
         teacher = data["teachers"][name]
         teacher.pop("layers", None)

@@ -75,6 +75,9 @@ def main(args: argparse.Namespace) -> int:
         raise SetupError("expected a working folder; type: s3prl-ekd init DIR (. for this folder)")
     if args.tiny and not args.experiment:
         raise SetupError("--tiny needs an experiment; add -x NAME, or -x all")
+    for old, new in RENAMED.items():
+        if old in {name.rpartition("/")[2] for name in args.experiment}:
+            logger.warning("experiment `%s` is now `%s`; the old name works until 0.3", old, new)
     selected = [_full_name(name, args.tiny) for name in args.experiment]
     if "all" in args.experiment:
         selected = [name for name in experiments() if name.startswith("tiny/") or not args.tiny]
@@ -95,11 +98,7 @@ def main(args: argparse.Namespace) -> int:
 def _full_name(name: str, tiny: bool) -> str:
     """``three_average`` -> ``experiments/three_average``, or ``tiny/three_average``."""
     folder, slash, base = name.rpartition("/")
-    if base in RENAMED:
-        name = f"{folder}{slash}{RENAMED[base]}"
-        logger.warning(
-            "experiment `%s` is now `%s`; the old name works until 0.3", base, RENAMED[base]
-        )
+    name = f"{folder}{slash}{RENAMED.get(base, base)}"
     if tiny:
         return f"tiny/{name.removeprefix('experiments/').removeprefix('tiny/')}"
     return name if "/" in name else f"experiments/{name}"

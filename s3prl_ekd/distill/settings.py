@@ -360,9 +360,10 @@ class DistillSettings:
     """Leave the teachers' dropout on, as s3prl's distiller does by oversight (ours: off)."""
 
     teacher_backend: Literal["fast", "s3prl"] = "fast"
-    """``fast``: our implementation of HuBERT, wav2vec 2.0 and WavLM, equal to s3prl's up to float32
-    rounding, which stops at the highest layer needed. ``s3prl``: s3prl's own upstreams. Other
-    teachers, and all teachers with ``teacher_dropout``, always run as ``s3prl`` (ours)."""
+    """``fast``: our implementation of HuBERT, wav2vec 2.0, WavLM and UniSpeech-SAT, equal to
+    s3prl's up to float32 rounding, which stops at the highest layer needed. ``s3prl``: s3prl's own
+    upstreams. Other teachers, and all teachers with ``teacher_dropout``, always run as ``s3prl``
+    (ours)."""
 
     teacher_precision: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision in which ``fast`` teachers compute; targets are converted to float32 (ours)."""

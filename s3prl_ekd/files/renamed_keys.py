@@ -32,12 +32,12 @@ RUNNER: Table = {
     "runner.recompute": "runner.activation_checkpointing",
     "runner.last_minutes": "runner.autosave_minutes",
 }
-# New key -> old value -> new value; all in the model config.
+# Old key -> old value -> new value.
 VALUES: Mapping[str, Mapping[str, str]] = {
-    "aggregation": {"groups": "separate"},
-    "teacher_backend": {"plain": "s3prl"},
-    "target_norm": {"running": "mean_std"},
+    "teacher_path": {"plain": "s3prl"},
+    "targets.standardise": {"running": "mean_std"},
 }
+OLD_SECTION = "essence"  # of the model config; it has old keys only
 
 
 def rename_keys(data: Any, table: Table, path: str | None = None) -> Any:
@@ -58,48 +58,61 @@ def rename_keys(data: Any, table: Table, path: str | None = None) -> Any:
     for old, new in table.items():
         if not _has(data, old):
             continue
-        if path:
-            if _has(data, new):
-                raise ConfigError(f"{path}: `{old}` is the old name of `{new}`; remove `{old}`")
-            _warn(path, old, new)
         section = new.rpartition(".")[0]
         if not isinstance(data.get(section, {}), dict):
             raise ConfigError(f"{path or 'the config'}.{section}: expected a mapping")
-        _move(data, old, new)
-    for key, values in VALUES.items() if table is MODEL else ():
-        value = data.get(key)
-        if isinstance(value, str) and value in values:
-            data[key] = values[value]
-            if path:
-                _warn(path, f"{key}: {value}", f"{key}: {values[value]}")
+        if path and _has(data, new):
+            raise ConfigError(f"{path}: `{old}` is the old name of `{new}`; remove `{old}`")
+        value = _pop(data, old)
+        new_value = value
+        if isinstance(value, str) and value in VALUES.get(old, {}):
+            new_value = VALUES[old][value]
+        if path and new_value is not value:
+            warn_renamed(path, f"{old}: {value}", f"{new}: {new_value}")
+        elif path:
+            warn_renamed(path, old, new)
+        _set(data, new, new_value)
+    if table is MODEL and OLD_SECTION in data:
+        rest = data.pop(OLD_SECTION)
+        if rest != {}:
+            key = next(iter(rest), None) if isinstance(rest, dict) else rest
+            names = ", ".join(
+                f"{o} is now {n}" for o, n in MODEL.items() if o.startswith("essence")
+            )
+            raise ConfigError(
+                f"{path or 'the config'}.{OLD_SECTION}: unknown key {key!r:.60}; {names}"
+            )
     return data
 
 
 def rename_overrides(overrides: str) -> str:
-    """Replace old keys in the value of ``-o`` by the new ones."""
+    """Replace old keys in the value of ``-o`` by the new ones.
+
+    Raises:
+        ConfigError: both the old and the new name of a key are given.
+    """
     options = overrides.split(",,")
-    for i, option in enumerate(options):
-        key, equals, value = option.strip().partition("=")
-        section, _, old = key.strip().partition(".")
-        new = RUNNER.get(old) if section == "config" else None
-        if new:
-            options[i] = f"config.{new}{equals}{value}"
-            _warn("-o", key.strip(), f"config.{new}")
+    keys = [option.partition("=")[0].strip() for option in options]
+    for i, (key, option) in enumerate(zip(keys, options, strict=True)):
+        section, _, old = key.partition(".")
+        new = f"config.{RUNNER.get(old)}"
+        if section != "config" or old not in RUNNER or "=" not in option:
+            continue
+        if new in keys:
+            raise ConfigError(f"-o: `{key}` is the old name of `{new}`; remove `{key}`")
+        options[i] = f"{new}={option.partition('=')[2]}"
+        warn_renamed("-o", key, new)
     return ",,".join(options)
 
 
 def restore_keys(data: Mapping[str, Any], table: Table) -> dict[str, Any]:
-    """The inverse of :func:`rename_keys`, to compare a config with a record of version 0.1.
-
-    ``aggregation: separate`` stays: it was a value of version 0.1, too.
-    """
+    """The inverse of :func:`rename_keys`, to compare a config with a record of version 0.1."""
     restored = _copy(data)
-    for key, values in VALUES.items() if table is MODEL else ():
-        old_values = {new: old for old, new in values.items() if key != "aggregation"}
-        restored[key] = old_values.get(restored[key], restored[key])
     for old, new in table.items():
         if _has(restored, new):
-            _move(restored, new, old)
+            value = _pop(restored, new)
+            old_values = {new: old for old, new in VALUES.get(old, {}).items()}
+            _set(restored, old, old_values.get(value, value) if old_values else value)
     return restored
 
 
@@ -114,18 +127,23 @@ def _has(data: dict[str, Any], key: str) -> bool:
     return isinstance(parent, dict) and name in parent
 
 
-def _move(data: dict[str, Any], old: str, new: str) -> None:
-    """Move the value of key ``old`` to ``new``, unless ``new`` has one; drop empty sections."""
-    section, _, name = old.rpartition(".")
+def _pop(data: dict[str, Any], key: str) -> Any:
+    """Remove a key and, if it is empty then, its section; return the value."""
+    section, _, name = key.rpartition(".")
     value = (data[section] if section else data).pop(name)
     if section and not data[section]:
         del data[section]
-    section, _, name = new.rpartition(".")
-    target = data.setdefault(section, {}) if section else data
-    target.setdefault(name, value)
+    return value
+
+
+def _set(data: dict[str, Any], key: str, value: Any) -> None:
+    """Set a key that has no value."""
+    section, _, name = key.rpartition(".")
+    (data.setdefault(section, {}) if section else data).setdefault(name, value)
 
 
 @functools.cache  # once per process and key, even if a file is read again
-def _warn(path: str, old: str, new: str) -> None:
+def warn_renamed(path: str, old: str, new: str) -> None:
+    """Log that a setting in ``path`` has a new name."""
     if torchrun.rank() == 0:
         logger.warning("%s: `%s` is now `%s`; the old name works until 0.3", path, old, new)

@@ -23,6 +23,13 @@ from ..distill.teachers import PROBE_SAMPLES, TeacherEnsemble
 from ..errors import ConfigError
 from .store import PER_TEACHER, Index, TargetBlock, TargetLayout, TargetSubset, select_targets
 
+# Field of a key -> the setting that it stores. The fields have names of version 0.1.
+SETTINGS = {
+    "weights": "teachers.NAME.weight",
+    "separate_heads": "heads.per_teacher",
+    "across_teachers": "targets.across_teachers",
+    "residual_heads": "heads.residual",
+}
 TOLERANCE = 0.01  # relative, of the output; devices and versions differ by far less (ours)
 
 # Our classes that have moved since version 0.1 -> their names in caches of that version.
@@ -273,7 +280,10 @@ def _contents_difference(stored: Any, current: Any) -> str:
     if not isinstance(stored, Mapping):
         return f"its targets are {stored}"
     fields = [field for field in current if stored.get(field) != current[field]]
-    values = ", ".join(f"{field} is {current[field]}, was {stored.get(field)}" for field in fields)
+    values = ", ".join(
+        f"{SETTINGS.get(field, field)} is {current[field]}, was {stored.get(field)}"
+        for field in fields
+    )
     return f"its targets are aggregated and {values}"
 
 

@@ -15,8 +15,9 @@ from ..compat.no_eval import reject_code
 from ..data.distortion.settings import DistortionSettings
 from ..data.settings import DataSettings
 from ..distill.settings import DistillSettings, check_size
+from ..errors import ConfigError
 from ..files.config import apply_overrides, from_plain_data, read_extended, read_yaml
-from ..files.renamed_keys import MODEL, RUNNER, rename_keys, rename_overrides
+from ..files.renamed_keys import MODEL, RUNNER, rename_keys, rename_overrides, warn_renamed
 
 FUSED_ADAMW = "FusedAdamW"
 KEYS = ("name", "lr", "weight_decay", "betas", "eps", "warmup_proportion")
@@ -214,8 +215,29 @@ def load_model_config(source: str | Path | dict) -> ModelFile:
     """
     if not isinstance(source, (str, Path)):
         where = "the checkpoint's Upstream_Config"
-        return from_plain_data(ModelFile, rename_keys(source, MODEL), where)
-    return from_plain_data(ModelFile, read_model_yaml(source), str(source))
+        return from_plain_data(ModelFile, _without_groups(rename_keys(source, MODEL), where), where)
+    data = _without_groups(read_model_yaml(source), str(source), warn=True)
+    return from_plain_data(ModelFile, data, str(source))
+
+
+def _without_groups(data: Any, where: str, warn: bool = False) -> Any:
+    """Replace ``aggregation: groups`` of version 0.1, which is ``separate`` with groups of layers.
+
+    Raises:
+        ConfigError: a teacher has no groups.
+    """
+    if not isinstance(data, dict) or data.get("aggregation") != "groups":
+        return data
+    teachers = data.get("teachers")
+    for name, teacher in teachers.items() if isinstance(teachers, dict) else ():
+        if isinstance(teacher, dict) and teacher.get("groups") is None:
+            raise ConfigError(
+                f"{where}: aggregation: groups needs teachers.{name}.groups; write them, let "
+                "s3prl-ekd group-layers find them, or use aggregation: separate"
+            )
+    if warn:
+        warn_renamed(where, "aggregation: groups", "aggregation: separate")
+    return {**data, "aggregation": "separate"}
 
 
 def read_model_yaml(path: str | Path) -> dict[str, Any]:

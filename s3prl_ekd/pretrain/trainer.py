@@ -28,6 +28,7 @@ from ..data.batches import Batch
 from ..errors import CheckpointError, DataError, SetupError
 from ..files.atomic import write_text
 from ..files.config import read_yaml, to_plain_data
+from ..files.renamed_keys import RUNNER, rename_keys
 from ..files.run_checkpoints import LAST_CHECKPOINT, read_checkpoint
 from ..request import PretrainRequest
 from .bad_audio import BadAudioList, UsableBatches, as_tensor
@@ -104,7 +105,8 @@ class Trainer:
         overridden: Collection[str] = (),
     ):
         args.override = None  # in the config already; the next resume would apply it again
-        self.args, self.config, self.s3prl_runner = args, config, s3prl_runner
+        self.args, self.s3prl_runner = args, s3prl_runner
+        self.config = rename_keys(config, RUNNER)  # checkpoints have the new keys only
         self.settings = check_runner_config(config, "the runner config").runner
         self.device = str(args.device)
         self.processes = join_process_group(self.device)
