@@ -64,17 +64,22 @@ def bypass_cache() -> None:
 
 @contextlib.contextmanager
 def cache_bypassed() -> Iterator[None]:
-    """:func:`bypass_cache` for a ``with`` block, undone on exit."""
+    """:func:`bypass_cache` for a ``with`` block, undone on exit, unless it was called before."""
+    bypassed_before = _is_bypassed()
     bypass_cache()
     try:
         yield
     finally:
-        forget_in_children(bypass_cache)
-        forget_import(DATASET)
-        module: Any = sys.modules.get(DATASET)
-        folder = getattr(module, "CACHE_PATH", None)
-        if isinstance(folder, EmptyFolder):
-            module.CACHE_PATH = folder.path
+        if not bypassed_before:
+            forget_in_children(bypass_cache)
+            forget_import(DATASET)
+            if _is_bypassed():
+                module: Any = sys.modules[DATASET]
+                module.CACHE_PATH = module.CACHE_PATH.path
+
+
+def _is_bypassed() -> bool:
+    return isinstance(getattr(sys.modules.get(DATASET), "CACHE_PATH", None), EmptyFolder)
 
 
 def _run_and_replace_cache_path(module: ModuleType, run: Callable[[ModuleType], None]) -> None:
