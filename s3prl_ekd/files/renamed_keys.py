@@ -111,8 +111,9 @@ def restore_keys(data: Mapping[str, Any], table: Table) -> dict[str, Any]:
     for old, new in table.items():
         if _has(restored, new):
             value = _pop(restored, new)
-            old_values = {new: old for old, new in VALUES.get(old, {}).items()}
-            _set(restored, old, old_values.get(value, value) if old_values else value)
+            for previous, current in VALUES.get(old, {}).items():
+                value = previous if value == current else value
+            _set(restored, old, value)
     return restored
 
 
