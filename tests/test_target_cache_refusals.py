@@ -105,7 +105,7 @@ def test_an_aggregated_cache_fits_no_other_aggregation(folder, stored, teachers,
     config = yaml.safe_load((folder / "model.yaml").read_text())
     config["teachers"]["hubert"]["weight"] = 2.0
     (folder / "model.yaml").write_text(yaml.safe_dump(config))
-    with pytest.raises(DataError, match=r"\bweights\b"):
+    with pytest.raises(DataError, match=r"\bteachers\.NAME\.weight\b"):
         adapter(folder, target_cache="cache")
     configs(folder, teachers, corpus, aggregation="concat")
     with pytest.raises(DataError, match=r"\bconcat\b.*\baverage\b"):
