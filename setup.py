@@ -26,8 +26,8 @@ FOLDERS = {
 def public_address():
     """The project's address, from CITATION.cff; None while there is none."""
     text = (HERE / "CITATION.cff").read_text(encoding="utf-8")
-    found = re.search(r"^repository-code: *[\"']?([^\s\"']+)", text, re.MULTILINE)
-    return found[1].rstrip("/") if found else None
+    match = re.search(r"^repository-code: *[\"']?([^\s\"']+)", text, re.MULTILINE)
+    return match[1].rstrip("/") if match else None
 
 
 def project_urls(address):
@@ -39,15 +39,15 @@ def project_urls(address):
 
 
 def long_description(address):
-    """README.md for a page where relative links lead nowhere.
+    """README.md for PyPI, where relative links do not work.
 
-    With an address they become absolute, without one plain text. Code blocks stay as they are.
+    With an address they become absolute, without one plain text; code blocks are unchanged.
     """
 
-    def replace(found):
-        image, text, target = found.groups()
+    def replace(match):
+        image, text, target = match.groups()
         if target.startswith(("https://", "http://", "#")):
-            return found[0]
+            return match[0]
         if address is None:
             return text
         return f"{image}[{text}]({address}/{'raw' if image else 'blob'}/HEAD/{target})"
@@ -61,12 +61,12 @@ def long_description(address):
 
 def packages():
     """Every folder with an ``__init__.py`` below the four, under its import name."""
-    found = []
+    names = []
     for name, folder in FOLDERS.items():
         for init in sorted((HERE / folder).rglob("__init__.py")):
             below = init.parent.relative_to(HERE / folder).parts
-            found.append(".".join((name, *below)))
-    return found
+            names.append(".".join((name, *below)))
+    return names
 
 
 DEMO = ["espeakng-loader>=0.2.4"]

@@ -60,9 +60,9 @@ def entries(settings: type, prefix: str = "") -> tuple[Entry, ...]:
     )
 
 
-def leaves(found: tuple[Entry, ...]) -> Iterator[Entry]:
-    """All entries that hold a value, depth first."""
-    for entry in found:
+def leaves(settings: tuple[Entry, ...]) -> Iterator[Entry]:
+    """All entries with a value, depth first."""
+    for entry in settings:
         if entry.fields:
             yield from leaves(entry.fields)
         else:
@@ -85,13 +85,13 @@ def _entry(path: str, hint: Any, field: dataclasses.Field[Any], description: str
 
 def _descriptions(settings: type) -> dict[str, str]:
     """Attribute docstrings by field, those of base classes included."""
-    found: dict[str, str] = {}
+    descriptions: dict[str, str] = {}
     for cls in reversed(settings.__mro__):
         if dataclasses.is_dataclass(cls):
             docs = ModuleAnalyzer.for_module(cls.__module__).find_attr_docs()
             names = {name: lines for (owner, name), lines in docs.items() if owner == cls.__name__}
-            found |= {name: "\n".join(lines).strip() for name, lines in names.items()}
-    return found
+            descriptions |= {name: "\n".join(lines).strip() for name, lines in names.items()}
+    return descriptions
 
 
 def _class_text(settings: type) -> str:
@@ -104,9 +104,9 @@ def _class_text(settings: type) -> str:
 def _without_none(hint: Any) -> tuple[Any, bool]:
     """``X | None`` -> ``(X, True)``; anything else -> ``(hint, False)``."""
     if typing.get_origin(hint) in (Union, types.UnionType):
-        kept = [each for each in typing.get_args(hint) if each is not type(None)]
-        if len(kept) == 1:
-            return kept[0], True
+        types_ = [kind for kind in typing.get_args(hint) if kind is not type(None)]
+        if len(types_) == 1:
+            return types_[0], True
     return hint, False
 
 
@@ -116,9 +116,9 @@ def _words(hint: Any) -> str:
         return f"{_words(plain)}, or null"
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
-        return " | ".join(_yaml(each) for each in arguments)
+        return " | ".join(map(_yaml, arguments))
     if origin in (Union, types.UnionType):
-        return " or ".join(_words(each) for each in arguments)
+        return " or ".join(map(_words, arguments))
     if origin in (tuple, list):
         inner = _words(arguments[0])
         return f"list of {PLURALS.get(inner, inner.replace('list of', 'lists of', 1))}"
@@ -137,9 +137,9 @@ def _default(field: dataclasses.Field[Any]) -> str:
 
 
 def _yaml(value: Any) -> str:
-    """A value as one would type it in YAML, on one line."""
+    """Format a value as YAML on one line."""
     if isinstance(value, tuple):
-        value = [list(each) if isinstance(each, tuple) else each for each in value]
+        value = [list(item) if isinstance(item, tuple) else item for item in value]
     text = yaml.safe_dump(value, default_flow_style=True, width=10_000)
     return text.replace("\n...", "").strip()
 
@@ -159,10 +159,10 @@ class SettingsDirective(SphinxDirective):
         self.env.note_dependency(importlib.import_module(module).__file__)
         return self._nodes(entries(settings))
 
-    def _nodes(self, found: tuple[Entry, ...]) -> list[nodes.Node]:
+    def _nodes(self, settings: tuple[Entry, ...]) -> list[nodes.Node]:
         values = nodes.definition_list(classes=["settings"])
-        values += [self._item(entry) for entry in found if not entry.fields]
-        sections = [self._section(entry) for entry in found if entry.fields]
+        values += [self._item(entry) for entry in settings if not entry.fields]
+        sections = [self._section(entry) for entry in settings if entry.fields]
         return [values, *sections] if len(values) else [*sections]
 
     def _item(self, entry: Entry) -> nodes.Node:
