@@ -274,7 +274,9 @@ def test_local_rank_reaches_s3prls_script(tmp_path, monkeypatch, options, enviro
 def test_broken_pipe(tmp_path):
     shell = f"{sys.executable} -m s3prl_ekd teachers list | head -n 1"
     result = subprocess.run(shell, shell=True, cwd=tmp_path, capture_output=True, text=True)
-    assert result.stdout and not result.stderr
+    assert result.stdout
+    # the log may come before the pipe is found closed
+    assert all(line.startswith("INFO ") for line in result.stderr.splitlines()), result.stderr
 
 
 def test_newest_checkpoint_is_by_step_not_by_name(tmp_path):
