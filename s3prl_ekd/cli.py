@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from . import __version__
 from .files import trust
+from .files.renamed_keys import renamed_text
 from .system.terminal import (
     log_to_stderr,
     prepare_streams,
@@ -90,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     name = None if index is None else argv[index]
     log_to_stderr(logging.INFO)
     if old:
-        logger.warning("command `%s` is now `%s`; the old name works until 0.3", old, name)
+        logger.warning("command %s", renamed_text(old, RENAMED[old]))
     if name == "bench":
         parser.error("bench is not a command; in a checkout, type: python -m tools.bench")
     for command, help_line in COMMANDS.items():

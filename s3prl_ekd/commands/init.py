@@ -20,6 +20,7 @@ import shlex
 from pathlib import Path
 
 from ..errors import SetupError
+from ..files.renamed_keys import renamed_text
 from ..workspace import CorpusPaths, absolute_path, experiments, report_differences, write_workspace
 
 logger = logging.getLogger(__name__)
@@ -77,7 +78,7 @@ def main(args: argparse.Namespace) -> int:
         raise SetupError("--tiny needs an experiment; add -x NAME, or -x all")
     for old, new in RENAMED.items():
         if old in {name.rpartition("/")[2] for name in args.experiment}:
-            logger.warning("experiment `%s` is now `%s`; the old name works until 0.3", old, new)
+            logger.warning("experiment %s", renamed_text(old, new))
     selected = [_full_name(name, args.tiny) for name in args.experiment]
     if "all" in args.experiment:
         selected = [name for name in experiments() if name.startswith("tiny/") or not args.tiny]

@@ -147,4 +147,9 @@ def _set(data: dict[str, Any], key: str, value: Any) -> None:
 def warn_renamed(path: str, old: str, new: str) -> None:
     """Log that a setting in ``path`` has a new name."""
     if torchrun.rank() == 0:
-        logger.warning("%s: `%s` is now `%s`; the old name works until 0.3", path, old, new)
+        logger.warning("%s: %s", path, renamed_text(old, new))
+
+
+def renamed_text(old: str, new: str) -> str:
+    """The warning about an old name of a key, command or experiment."""
+    return f"`{old}` is now `{new}`; the old name works until 0.3"

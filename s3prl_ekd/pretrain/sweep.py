@@ -49,26 +49,25 @@ class SweepRun:
 
         The configs have the keys of version 0.1, so that results of that version are found.
         """
-        return self._digest({})
+        return self.digests[0]
 
     @property
     def digests(self) -> tuple[str, ...]:
-        """:attr:`digest`; if the config equals ``aggregation: groups`` of version 0.1, also that
-        version's digest."""
+        """:attr:`digest`, and that of ``aggregation: groups`` in version 0.1, if there is one.
+
+        Only a config with groups of layers for every teacher has the second one.
+        """
         settings = load_model_config(self.config)
+        model = restore_keys(to_plain_data(settings), MODEL)
+        model.pop("student_backend")  # both backends give equal results; not a key of 0.1
+        models = [model]
         grouped = all(teacher.groups is not None for teacher in settings.teachers.values())
         if settings.aggregation == "separate" and grouped:
-            return (self.digest, self._digest({"aggregation": "groups"}))
-        return (self.digest,)
-
-    def _digest(self, changes: dict[str, str]) -> str:
-        model = restore_keys(to_plain_data(load_model_config(self.config)), MODEL) | changes
-        model.pop("student_backend")  # both backends give equal results; not a key of 0.1
-        runner = restore_keys(
-            to_plain_data(load_runner_config(self.runner, self.overrides)), RUNNER
-        )
-        text = json.dumps([model, runner, self.seed], sort_keys=True, default=str)
-        return hashlib.sha256(text.encode()).hexdigest()
+            models.append({**model, "aggregation": "groups"})
+        settings_of_run = load_runner_config(self.runner, self.overrides)
+        runner = restore_keys(to_plain_data(settings_of_run), RUNNER)
+        texts = (json.dumps([m, runner, self.seed], sort_keys=True, default=str) for m in models)
+        return tuple(hashlib.sha256(text.encode()).hexdigest() for text in texts)
 
     @property
     def folder(self) -> Path:
