@@ -11,7 +11,7 @@ import yaml
 
 from s3prl_ekd import cli
 from s3prl_ekd.analysis.choice import choose_audio
-from s3prl_ekd.analysis.layer_statistics import format_table, layer_statistics
+from s3prl_ekd.analysis.layer_statistics import layer_statistics
 from s3prl_ekd.analysis.layers import (
     LINKAGES,
     cka_matrix,
@@ -23,6 +23,7 @@ from s3prl_ekd.analysis.layers import (
 from s3prl_ekd.analysis.plots import require_matplotlib
 from s3prl_ekd.analysis.sample import sample_layers
 from s3prl_ekd.errors import ConfigError, DataError, SetupError
+from s3prl_ekd.system.tables import text_table
 
 from .conftest import write_configs
 
@@ -126,7 +127,8 @@ def test_statistics_and_tables():
     statistics = layer_statistics(torch.tensor([[3.0, 4.0], [0.0, 1.0]]))
     assert (statistics.norm, statistics.mean) == (3.0, 2.0)
     assert statistics.std == pytest.approx(np.std([3, 4, 0, 1]))
-    assert format_table([("a", "bb"), ("long", "1")]) == "a     bb\n----  --\nlong   1"
+    lines = text_table([("a", "bb"), ("long", "1")], rule=True)
+    assert lines == ["a     bb", "----  --", "long   1"]
 
 
 class Ramp(torch.nn.Module):

@@ -6,8 +6,9 @@ import statistics
 
 import pytest
 
-from s3prl_ekd.pretrain.sweep import SweepResult, markdown_table, results_table
+from s3prl_ekd.pretrain.sweep import SweepResult, results_table
 from s3prl_ekd.pretrain.tensorboard import read_scalars
+from s3prl_ekd.system.tables import markdown_table
 
 from .conftest import command, write_configs
 

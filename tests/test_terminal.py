@@ -13,8 +13,8 @@ from s3prl_ekd.errors import DataError, EkdError, exit_with, printable
 from s3prl_ekd.export.hidden_set.outcome import CheckOutcome
 from s3prl_ekd.export.model_card import how_made
 from s3prl_ekd.pretrain.bad_audio import BadAudioList
-from s3prl_ekd.pretrain.sweep import markdown_table
 from s3prl_ekd.superb.results import DevMetric, RunRecord
+from s3prl_ekd.system.tables import markdown_table
 from s3prl_ekd.system.terminal import PrintableFormatter, printable_stdout
 
 HOSTILE = "a\x1b[31m\x1b]0;title\x07\nerror: gone\r\t\x9b\u202e\udcff|<b>"

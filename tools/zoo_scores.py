@@ -38,9 +38,9 @@ from study_parts.words import format_estimate
 
 from s3prl_ekd.errors import EkdError, SetupError
 from s3prl_ekd.files.atomic import atomic_file
-from s3prl_ekd.pretrain.sweep import markdown_table
 from s3prl_ekd.superb.report import CLEAN, condition_title, sort_conditions
 from s3prl_ekd.superb.results import SelectedRuns, incomplete, read_results, select_best_lr
+from s3prl_ekd.system.tables import markdown_table
 from s3prl_ekd.teachers import zoo
 
 BEGIN, END = "<!-- scores: tools/zoo_scores.py -->", "<!-- end of scores -->"

@@ -1,8 +1,7 @@
-"""Statistics of a layer's frames, and tables as text."""
+"""Statistics of a layer's frames."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -25,17 +24,3 @@ def layer_statistics(frames: Tensor) -> LayerStatistics:
         frames.mean().item(),
         frames.std(correction=0).item(),
     )
-
-
-def format_table(rows: Sequence[Sequence[str]]) -> str:
-    """Format a table with header row 0; only the first column is left-aligned."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        cells = [
-            cell.ljust(width) if column == 0 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join(lines)

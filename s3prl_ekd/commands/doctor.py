@@ -19,6 +19,7 @@ import json
 import logging
 import math
 import platform
+import textwrap
 from importlib import metadata
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from .. import __version__, compat
 from ..downstream import requirements
 from ..downstream.tasks import TASKS, Task
 from ..errors import SetupError
+from ..system.tables import text_table
 
 logger = logging.getLogger(__name__)
 
@@ -238,7 +240,7 @@ def as_text(report: dict) -> str:
         "ready to run": tasks,
         "working folder": [("path", folder["path"]), ("pretrain/ekd", setup), ("scripts", scripts)],
     }
-    return "\n\n".join(f"{title}\n{_table(rows)}" for title, rows in sections.items())
+    return "\n\n".join(f"{title}\n{_section(rows)}" for title, rows in sections.items())
 
 
 def _readiness(entry: dict) -> tuple[str, str]:
@@ -252,14 +254,10 @@ def _readiness(entry: dict) -> tuple[str, str]:
     return "yes" if entry["ready"] else "no", "\n".join(reasons)
 
 
-def _table(rows: list[tuple[str, ...]]) -> str:
-    """Left-align the columns; the last cell may have several lines."""
-    widths = [max(map(len, column)) for column in zip(*(row[:-1] for row in rows), strict=True)]
+def _section(rows: list[tuple[str, ...]]) -> str:
+    """An indented table; the last cell of a row may have several lines."""
     lines = []
     for *cells, last in rows:
-        start = "  " + "".join(
-            f"{cell:<{width}}  " for cell, width in zip(cells, widths, strict=True)
-        )
         first, *more = last.split("\n")
-        lines += [(start + first).rstrip(), *(" " * len(start) + line for line in more)]
-    return "\n".join(lines)
+        lines += [(*cells, first), *((*[""] * len(cells), line) for line in more)]
+    return textwrap.indent("\n".join(text_table(lines, numbers=False)), "  ")

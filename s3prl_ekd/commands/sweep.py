@@ -29,7 +29,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     from ..files.atomic import write_csv
     from ..pretrain.settings import load_model_config, load_runner_config
-    from ..pretrain.sweep import SweepRun, markdown_table, results_table, run_sweep
+    from ..pretrain.sweep import SweepRun, results_table, run_sweep
+    from ..system.tables import markdown_table
 
     if not Path("pretrain/ekd").is_dir():
         raise SetupError("no pretrain/ekd in this folder; type: s3prl-ekd init .")

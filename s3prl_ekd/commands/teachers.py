@@ -77,11 +77,12 @@ def _list() -> int:
 
 def _inspect(args: argparse.Namespace) -> int:
     from ..analysis.choice import choose_audio
-    from ..analysis.layer_statistics import format_table, layer_statistics
+    from ..analysis.layer_statistics import layer_statistics
     from ..analysis.layers import cka_matrix
     from ..analysis.plots import plot_similarity, require_matplotlib
     from ..analysis.sample import load_upstreams, sample_layers
     from ..pretrain.settings import load_model_config
+    from ..system.tables import text_table
 
     require_matplotlib()  # before the teachers run for minutes
     settings = load_model_config(args.config).teachers
@@ -99,11 +100,12 @@ def _inspect(args: argparse.Namespace) -> int:
 
     frames = len(next(iter(sample.values()))[0])
     print(f"{len(paths)} utterances, {frames} frames per layer\n")
-    print(format_table(rows))
+    print("\n".join(text_table(rows, rule=True)))
     pairs = _pairs(settings, {label: i for i, label in enumerate(labels)}, matrix)
     if pairs:
         print("\nlinear CKA between teachers at the configured layers\n")
-        print(format_table([("teachers", "layers", "CKA"), *pairs]))
+        table = text_table([("teachers", "layers", "CKA"), *pairs], rule=True)
+        print("\n".join(table))
 
     header = ["", *(f"{name} {index}" for name, index in labels)]
     lines = [[header[i + 1], *(f"{v:.6f}" for v in row)] for i, row in enumerate(matrix)]

@@ -6,7 +6,7 @@ import os
 import shlex
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from ..superb.report import CLEAN, Difference, Report, make_report
 from ..superb.report_text import with_interval
 from ..superb.results import read_results
 from ..system.jobs import child_command, child_environment
+from ..system.tables import text_table
 from ..teachers.zoo import TEACHERS
 from ..workspace import write_workspace
 from .corpus import make_corpus
@@ -238,7 +239,7 @@ class Demo:
         """Return the lines of the score table and of the comparisons."""
         report = self._read_report()
         return [
-            *_align(score_table(report, UPSTREAMS)),
+            *text_table(score_table(report, UPSTREAMS)),
             "",
             NOTE,
             *(f"  {line}" for line in compare_upstreams(report, PAIRS)),
@@ -251,15 +252,14 @@ class Demo:
         scalars = read_scalars(self._run("ekd"))
         plot = self.folder / "distillation.png"
         loss = list(scalars["ekd/train-loss_mean"].values())
-        rows = [("loss", loss[0], loss[-1])]
+        rows = [("distillation", "first", "last"), _row("loss", loss)]
         for teacher, layers in teacher_curves(scalars).items():
             for layer, points in layers.items():
-                values = list(points.values())
-                rows.append((f"L1 to {teacher}, layer {layer}", values[0], values[-1]))
+                rows.append(_row(f"L1 to {teacher}, layer {layer}", list(points.values())))
         print("\n== done")
-        _print_table(("distillation", "first", "last"), rows, "{:.4f}".format)
-        print()
-        _print_table(("time", "s"), list(self.seconds.items()), "{:.0f}".format)
+        print("\n".join(text_table(rows)), end="\n\n")
+        seconds = [(name, f"{value:.0f}") for name, value in self.seconds.items()]
+        print("\n".join(text_table([("time", "s"), *seconds])))
         try:
             plot_run(scalars, plot)
             plot_line = f"  {plot}    curves of the distillation\n"
@@ -282,18 +282,5 @@ class Demo:
         )
 
 
-def _print_table(
-    header: tuple[str, ...], rows: list[tuple], number: Callable[[float], str]
-) -> None:
-    cells = [header, *((row[0], *map(number, row[1:])) for row in rows)]
-    print("\n".join(_align(cells)))
-
-
-def _align(cells: Sequence[Sequence[str]]) -> list[str]:
-    """Format a table: first column left-aligned, other columns right-aligned."""
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = []
-    for label, *values in cells:
-        row = "".join(f"  {c:>{w}}" for c, w in zip(values, widths[1:], strict=True))
-        lines.append(label.ljust(widths[0]) + row)
-    return lines
+def _row(label: str, values: Sequence[float]) -> tuple[str, str, str]:
+    return label, f"{values[0]:.4f}", f"{values[-1]:.4f}"

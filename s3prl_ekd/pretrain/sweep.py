@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ..errors import SetupError, printable
+from ..errors import SetupError
 from ..files.atomic import make_folder, write_text
 from ..files.config import to_plain_data
 from ..files.formats import check_format_version
@@ -199,15 +199,3 @@ def results_table(results: Mapping[str, Sequence[SweepResult]]) -> list[list[str
 def _spread(values: Sequence[float]) -> str:
     mean = f"{statistics.fmean(values):.4f}"
     return f"{mean} ± {statistics.stdev(values):.4f}" if len(values) > 1 else mean
-
-
-def markdown_table(rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; the first row is the header. Markup in cells is escaped."""
-    rows = [[printable(c).replace("|", "\\|").replace("<", "&lt;") for c in row] for row in rows]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |"
-        for row in rows
-    ]
-    lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
-    return "\n".join(lines)

@@ -8,7 +8,7 @@ import itertools
 from collections.abc import Sequence
 
 from ..downstream.tasks import TASKS
-from ..pretrain.sweep import markdown_table
+from ..system.tables import markdown_table
 from .report import CLEAN, Difference, Report, condition_title
 from .score import LABEL, PUBLISHED, superb_score
 

@@ -14,7 +14,7 @@ from marked_text import between
 
 from s3prl_ekd.errors import SetupError
 from s3prl_ekd.files.atomic import atomic_file
-from s3prl_ekd.pretrain.sweep import markdown_table
+from s3prl_ekd.system.tables import markdown_table
 
 from . import plots
 from .compare import Study

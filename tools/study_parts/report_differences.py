@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from s3prl_ekd.pretrain.sweep import markdown_table
+from s3prl_ekd.system.tables import markdown_table
 
 from .cells import METRICS, Metric
 from .compare import RowComparison, Study
