@@ -22,8 +22,8 @@ from s3prl_ekd.pretrain import interrupts as signals
 from s3prl_ekd.pretrain.checkpoints import Progress
 from s3prl_ekd.pretrain.distributed import ProcessGroup
 from s3prl_ekd.pretrain.optim import OptimizerStep, not_finite_error
-from s3prl_ekd.pretrain.resume import random_states, set_random_states
 from s3prl_ekd.pretrain.tensorboard import read_scalars
+from s3prl_ekd.system.random_states import random_states, set_random_states
 from s3prl_ekd.workspace import write_workspace
 
 from .conftest import write_configs

@@ -13,15 +13,14 @@ from __future__ import annotations
 
 import itertools
 import logging
-import random
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import torch
 
 from ..compat.replaced import replaced
 from ..files.formats import CHECKPOINT_PARTS, RESUME
+from ..system.random_states import random_states, set_random_states
 
 logger = logging.getLogger(__name__)
 
@@ -29,28 +28,8 @@ KEY = RESUME  # in a checkpoint of run_downstream.py, in addition to s3prl's key
 VERSION = CHECKPOINT_PARTS[KEY]
 
 
-def snapshot_random_states() -> dict[str, Any]:
-    """Snapshot the random states of Python, NumPy and torch as plain data and tensors."""
-    version, numbers, gauss = random.getstate()
-    state: Any = np.random.get_state()  # a tuple, unless legacy=False
-    name, keys, position, has_gauss, cached = state
-    return {
-        "python": [version, list(numbers), gauss],
-        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
-
-
-def restore_random_states(states: dict[str, Any]) -> None:
-    """Restore a snapshot of :func:`snapshot_random_states`."""
-    version, numbers, gauss = states["python"]
-    random.setstate((version, tuple(numbers), gauss))
-    name, keys, position, has_gauss, cached = states["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
-    torch.set_rng_state(states["torch"])
-    if len(states["cuda"]) == torch.cuda.device_count() and states["cuda"]:
-        torch.cuda.set_rng_state_all(states["cuda"])
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class EpochPosition:
@@ -58,7 +37,7 @@ class EpochPosition:
 
     def __init__(self, saved: dict[str, Any] | None):
         self.saved = saved  # state to restore; None for a new run and once it is restored
-        self.epoch_start = snapshot_random_states()
+        self.epoch_start = random_states(_device())
         self.batches = 0
 
     def state(self) -> dict[str, Any]:
@@ -67,14 +46,14 @@ class EpochPosition:
             "version": VERSION,
             "epoch_start": self.epoch_start,
             "batches": self.batches,
-            "now": snapshot_random_states(),
+            "now": random_states(_device()),
         }
 
     def begin_epoch(self) -> None:
         """Call this before building the epoch's loader, which may draw random numbers too."""
         if self.saved is not None:
-            restore_random_states(self.saved["epoch_start"])
-        self.epoch_start = snapshot_random_states()
+            set_random_states(self.saved["epoch_start"], _device())
+        self.epoch_start = random_states(_device())
         self.batches = 0
 
     def remaining(self, loader) -> Iterator:
@@ -86,7 +65,7 @@ class EpochPosition:
             if skipped < self.saved["batches"]:  # the data or the batch size has changed
                 logger.warning("the epoch now has %d batches; starting the next epoch", skipped)
             self.batches = skipped
-            restore_random_states(self.saved["now"])
+            set_random_states(self.saved["now"], _device())
             self.saved = None
         for batch in batches:
             self.batches += 1

@@ -2,70 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import logging
-import random
-from collections.abc import Collection, Iterator, Mapping
-from typing import Any
+from collections.abc import Collection, Mapping
 
-import numpy as np
 import torch
 
 from ..errors import CheckpointError
+from ..system.random_states import set_random_states
 from .checkpoints import RUN_STATE_KEY, Progress
 from .config_diff import check_tables, table_digests
 from .distributed import ProcessGroup
 from .expert import UpstreamPretrainExpert
 
 logger = logging.getLogger(__name__)
-
-
-def random_states(device: str = "cpu") -> dict[str, Any]:
-    """The states of the generators of Python, NumPy, torch and CUDA, as plain data and tensors.
-
-    Args:
-        device: of the run. Reading a CUDA generator's state does not synchronise with the device.
-    """
-    version, internal, gauss = random.getstate()
-    state: Any = np.random.get_state()
-    name, keys, position, has_gauss, cached = state
-    on_cuda = str(device).startswith("cuda")
-    return {
-        "python": [version, torch.tensor(internal), gauss],
-        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state(device) if on_cuda else None,
-    }
-
-
-def set_random_states(states: dict[str, Any], device: str = "cpu") -> None:
-    """Restore the states of :func:`random_states`. On a CPU the CUDA state is ignored.
-
-    Raises:
-        ValueError: ``states`` is invalid.
-    """
-    try:
-        version, internal, gauss = states["python"]
-        random.setstate((version, tuple(internal.tolist()), gauss))
-        name, keys, position, has_gauss, cached = states["numpy"]
-        keys = keys.numpy().astype(np.uint32)
-        np.random.set_state((name, keys, position, has_gauss, cached))
-        torch.set_rng_state(states["torch"])
-        if states["cuda"] is not None and str(device).startswith("cuda"):
-            torch.cuda.set_rng_state(states["cuda"], device)
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
-        raise ValueError(f"invalid random states: {error}") from None
-
-
-@contextlib.contextmanager
-def preserve_random_states(device: str = "cpu") -> Iterator[None]:
-    """Restore the states of all generators on exit."""
-    states = random_states(device)
-    try:
-        yield
-    finally:
-        set_random_states(states, device)
 
 
 def resumed_progress(

@@ -31,6 +31,7 @@ from ..files.config import read_yaml, to_plain_data
 from ..files.renamed_keys import RUNNER, rename_keys
 from ..files.run_checkpoints import LAST_CHECKPOINT, read_checkpoint
 from ..request import PretrainRequest
+from ..system.random_states import preserve_random_states, random_states
 from .bad_audio import BadAudioList, UsableBatches, as_tensor
 from .checkpoints import RUN_STATE_KEY, CheckpointManager, SaveError
 from .distributed import (
@@ -61,8 +62,6 @@ from .optim import (
     warmup_schedule,
 )
 from .resume import (
-    preserve_random_states,
-    random_states,
     resume_optimizer,
     resume_random,
     resume_scheduler,

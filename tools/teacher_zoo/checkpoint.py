@@ -15,7 +15,7 @@ from s3prl_ekd.errors import CheckpointError
 from s3prl_ekd.files.atomic import atomic_torch_save
 from s3prl_ekd.files.formats import check_format_version
 from s3prl_ekd.files.torch_load import safe_load
-from s3prl_ekd.pretrain.resume import random_states, set_random_states
+from s3prl_ekd.system.random_states import random_states, set_random_states
 
 from .models import MaskedPredictor
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from s3prl_ekd.pretrain.resume import preserve_random_states
+from s3prl_ekd.system.random_states import preserve_random_states
 
 from .checkpoint import TrainingState
 from .corpus import Corpus
