@@ -3,17 +3,26 @@
 PYTHON ?= python3
 # Options for pip, for example PIP_ARGS="--find-links /wheels" to use a CPU build of torch from there.
 PIP_ARGS ?=
+# Versions of packages: pinned (constraints.txt), newest, or oldest (setup.py's lower bounds, by uv).
+PACKAGES ?= pinned
 # Parallel test processes; each may need 2 GB.
 JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help demo test docs fuzz lint format setup clean
+PIP := $(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS)
+INSTALL_pinned := $(PIP) -c constraints.txt
+INSTALL_newest := $(PIP)
+INSTALL_oldest := uv pip install --python $(BIN)/python --resolution lowest-direct
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+
+.PHONY: help demo test test-all docs fuzz lint format setup clean
 
 help:
 	@echo "make demo    three tiny teachers -> one student, evaluated on a synthetic corpus"
-	@echo "make test    lint, types, tests, and a build of the documents"
+	@echo "make test    lint, types and tests, in about 7 minutes"
+	@echo "make test-all   the slow tests too, those of tools/, and 2,000 random inputs for each reader"
 	@echo "make docs    the documents as HTML: docs/_build/html/index.html"
 	@echo "make fuzz    10,000 random inputs for each file reader (hours; for a nightly job)"
 	@echo "make format  format the code with ruff"
@@ -23,7 +32,10 @@ demo: $(INSTALLED)
 	$(BIN)/s3prl-ekd demo demo_run
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+	$(PYTEST)
+
+test-all: lint
+	FUZZ_EXAMPLES=2000 $(PYTEST) -m ""
 
 docs: $(INSTALLED)
 	$(BIN)/python -m sphinx -q -b html -n -W --keep-going docs docs/_build/html
@@ -47,7 +59,7 @@ $(INSTALLED): setup.py pyproject.toml constraints.txt
 	@$(PYTHON) -c "import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))" || \
 		{ echo "error: $(PYTHON) is not Python 3.10 to 3.13; type: make PYTHON=python3.11 ..."; exit 2; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e ".[dev]"
+	$(INSTALL_$(PACKAGES)) -e ".[dev]"
 	touch $@
 
 clean:
