@@ -53,7 +53,7 @@ BAD = {
     "piped.flac": "it does not say how long it is (written to a pipe?); convert it to FLAC again",
     "nan.wav": "it has samples that are NaN or infinite",
     "infinite.wav": "it has samples that are NaN or infinite",
-    "silent.flac": "it is digital silence from begin to end",
+    "silent.flac": "it has no sound: every sample is 0",
     "short.wav": "399 samples at 16000 Hz are too few for one frame (400)",
     "rate.wav": "15999 Hz cannot be resampled well to 16000 Hz",
 }

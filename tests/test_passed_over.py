@@ -93,7 +93,7 @@ def test_librispeech(folder):
     names = ["7-1-000.flac", "7/7-1-000.flac"]
     transcripts = read_texts(folder.parent, [folder.name])
     assert transcripts == {folder / name: ["WORD"] for name in names}
-    rows = measure_splits(folder.parent, [folder.name])[folder.name]
+    rows = measure_splits(folder.parent, [folder.name], 1)[folder.name]
     assert [path for path, _ in rows] == [f"{folder.name}/{name}" for name in names]
 
 

@@ -104,7 +104,7 @@ def test_links_are_relative_and_copy_writes_files(manifest, tmp_path):
 
 
 def test_copies_where_links_fail(manifest, tmp_path, monkeypatch, capsys):
-    def fail(*_):
+    def fail(*_, **__):
         raise OSError("no symlinks")
 
     monkeypatch.setattr("os.symlink", fail)

@@ -173,7 +173,7 @@ def test_missing_files_are_listed(voxceleb, tmp_path, capsys):
 @pytest.mark.parametrize(
     "old, new, parts",
     [
-        ("2 id10001", "4 id10001", [2, "'4'"]),
+        ("2 id10001", "4 id10001", [2, "4 id10001", "1 (train), 2 (dev) or 3 (test)"]),
         ("2 id10001", "2 id20001", [2, "id20001", "id10001", "id11251"]),
         ("2 id10001/", "2 ", [2, "2 x-2_y/00002.wav"]),
         ("2 id10001/x-2_y/00002", "1 id10001/x-1_y/00001", [2, "id10001/x-1_y/00001.wav", 1]),

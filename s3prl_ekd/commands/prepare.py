@@ -16,11 +16,22 @@ from __future__ import annotations
 
 import argparse
 
-from ..data.manifest import read_manifest
-from ..prepare import asr, er, pr, sid
-from ..prepare.asr import TABLES, write_split_tables
-from ..prepare.common import PrepareTask, add_common_options, audio_root, print_splits, read_lengths
+from ..data.lengths import write_table
+from ..data.manifest import SPLITS, read_manifest
+from ..files.atomic import make_folder
+from ..prepare.asr import ASR, TABLES
+from ..prepare.common import (
+    PrepareTask,
+    add_options,
+    audio_root,
+    check_replaceable,
+    print_splits,
+    read_lengths,
+)
+from ..prepare.er import ER, IEMOCAP
 from ..prepare.librispeech import LIBRISPEECH
+from ..prepare.pr import PR
+from ..prepare.sid import SID, VOXCELEB1
 
 UNLABELED = """\
 Write length tables for distillation: OUT/len_for_bucket/{train,dev,test}.csv, with paths relative
@@ -38,47 +49,45 @@ def configure(parser: argparse.ArgumentParser) -> None:
             description=task.description,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        add_common_options(subparser, manifest=task.manifest)
-        task.configure(subparser)
+        add_options(subparser, task)
 
 
 def main(args: argparse.Namespace) -> int:
     """Run the subcommand ``args.task``."""
-    return TASKS[args.task].run(args)
-
-
-def _prepare_unlabeled(args: argparse.Namespace) -> int:
-    entries = read_manifest(args.manifest)
-    samples = read_lengths(args.manifest, audio_root(args), entries, args.jobs)
-    folder = args.out / TABLES
-    print_splits(write_split_tables(folder, entries, samples))
-    print(f"wrote {folder}; in the YAML: libri_root: {audio_root(args)}")
-    print(f"               file_path: {folder}")
+    task = TASKS[args.task]
+    if task.replace:  # checked here already, before minutes of reading
+        check_replaceable(args.out, replace=args.replace)
+    task.run(args)
     return 0
 
 
+def _prepare_unlabeled(args: argparse.Namespace) -> None:
+    entries = read_manifest(args.manifest)
+    samples = read_lengths(args.manifest, audio_root(args), entries, args.jobs)
+    folder = args.out / TABLES
+    make_folder(folder)
+    for split in SPLITS:
+        rows = [
+            (entry.path, length)
+            for entry, length in zip(entries, samples, strict=True)
+            if entry.split == split
+        ]
+        if rows:
+            write_table(folder / f"{split}.csv", rows)
+            print_splits({split: [length for _, length in rows]})
+    print(f"wrote {folder}; in the YAML: libri_root: {audio_root(args)}")
+    print(f"               file_path: {folder}")
+
+
 TASKS = {
-    "asr": PrepareTask(
-        "LibriSpeech layout with transcripts, for -d asr",
-        asr.DESCRIPTION,
-        asr.configure,
-        asr.prepare_asr,
-    ),
-    "pr": PrepareTask(
-        "LibriSpeech layout with a lexicon, for -d ctc",
-        pr.DESCRIPTION,
-        pr.configure,
-        pr.prepare_pr,
-    ),
+    "asr": ASR,
+    "pr": PR,
     "librispeech": LIBRISPEECH,
-    "sid": sid.SID,
-    "voxceleb1": sid.VOXCELEB1,
-    "er": er.ER,
-    "iemocap": er.IEMOCAP,
+    "sid": SID,
+    "voxceleb1": VOXCELEB1,
+    "er": ER,
+    "iemocap": IEMOCAP,
     "unlabeled": PrepareTask(
-        "length tables only, for distillation",
-        UNLABELED,
-        lambda parser: None,
-        _prepare_unlabeled,
+        "length tables only, for distillation", UNLABELED, _prepare_unlabeled, replace=False
     ),
 }

@@ -76,13 +76,11 @@ class Recording:
         self._file.close()
 
     def read(self, start: int = 0, count: int | None = None) -> Tensor:
-        """Read the samples ``[start, start + count)`` at 16 kHz; by default all.
+        """Read the samples ``[start, start + count)`` at 16 kHz as float32; by default all.
 
         Only this part is decoded, plus a few milliseconds on both sides if it is resampled. MP3 and
         Vorbis are decoded from the start of the file; the samples before ``start`` are discarded.
 
-        Returns:
-            float32 ``[sample]``.
         """
         file, stop = self._file, self.samples if count is None else start + count
         if file.channels > 1:
@@ -98,7 +96,7 @@ class Recording:
         end = min(file.frames, (-(-stop // self._new_period) + _MARGIN) * self._period)
         wave = self._check_samples(torch.cat(list(self._blocks(first_period * self._period, end))))
         offset = start - first_period * self._new_period
-        return _resample(wave, file.samplerate)[offset : offset + stop - start]
+        return resample(wave, file.samplerate)[offset : offset + stop - start]
 
     def read_speech(self, start: int = 0, count: int | None = None) -> Tensor:
         """Like :meth:`read`, but reject a silent file.
@@ -110,9 +108,8 @@ class Recording:
         """
         wave = self.read(start, count)
         if self._constant and self._is_file_constant():
-            if not self._value:
-                raise self._bad("silent", "it is digital silence from begin to end")
-            raise self._bad("silent", f"it has no sound: every sample is {self._value:.3g}")
+            reason = f"it has no sound: every sample is {self._value:.3g}"
+            raise BadAudio(self.path, "silent", reason)
         return wave
 
     def _is_file_constant(self) -> bool:
@@ -136,13 +133,13 @@ class Recording:
                 yield torch.from_numpy(block).mean(1)
         except (soundfile.SoundFileError, RuntimeError, OSError, ValueError) as error:
             reason = f"it is cut off or damaged ({soundfile_message(error)})"
-            raise self._bad("damaged", reason) from None
+            raise BadAudio(self.path, "damaged", reason) from None
 
     def _decode(self, frames: int) -> np.ndarray:
         block = self._file.read(frames, dtype="float32", always_2d=True)
         if len(block) < frames:
-            raise self._bad(
-                "cut off", f"it is cut off: its header gives {self._file.frames} samples"
+            raise BadAudio(
+                self.path, "cut off", f"it is cut off: its header gives {self._file.frames} samples"
             )
         return block
 
@@ -153,25 +150,20 @@ class Recording:
         """
         low, high = map(float, wave.aminmax()) if len(wave) else (0.0, 0.0)
         if not (math.isfinite(low) and math.isfinite(high)):
-            raise self._bad("not finite", "it has samples that are NaN or infinite")
+            raise BadAudio(self.path, "not finite", "it has samples that are NaN or infinite")
         peak = max(-low, high)
         if peak > MAX_PEAK:
             reason = f"it has samples of {peak:.3g}, and full scale is 1: scale it to -1 to 1"
-            raise self._bad("out of range", reason)
+            raise BadAudio(self.path, "out of range", reason)
         self._constant, self._value = high - low <= CONSTANT_TOLERANCE, low
         return wave
 
-    def _bad(self, kind: str, reason: str) -> BadAudio:
-        return BadAudio(self.path, kind, reason)
 
+def resample(wave: Tensor, rate: int) -> Tensor:
+    """Resample a waveform from ``rate`` Hz to 16 kHz, in its own precision."""
+    from ..compat.torchaudio_functional import functional
 
-def _resample(wave: Tensor, rate: int) -> Tensor:
-    from .. import compat
-
-    compat.apply()
-    from torchaudio.functional import resample
-
-    return resample(wave, rate, SAMPLE_RATE)
+    return functional.resample(wave, rate, SAMPLE_RATE)
 
 
 def warn_once(kind: str, message: str) -> None:

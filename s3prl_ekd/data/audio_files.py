@@ -20,14 +20,14 @@ import soundfile
 from ..errors import DataError
 from ..files.text import download_problem
 from .bad_audio import BadAudio
-from .containers import UnusableContainer, bytes_after_header, check_complete
+from .containers import bytes_after_header, check_complete
 
 logger = logging.getLogger(__name__)
 
 SAMPLE_RATE = 16_000  # Hz; s3prl's upstreams and recipes all use it
 SUFFIXES = (".flac", ".wav", ".ogg", ".opus")
 # Folders created by operating systems and storage devices: macOS's archiver, Synology, QNAP, fsck,
-# Windows. Names that start with a dot (.Trash-1000, .ipynb_checkpoints) are ignored anyway.
+# Windows. Names that start with a dot (._a.flac of macOS, .Trash-1000) are ignored anyway.
 SYSTEM_FOLDERS = frozenset(
     ("__macosx", "@eadir", "#recycle", "#snapshot", "@recycle", "lost+found", "$recycle.bin")
 ) | {"system volume information"}
@@ -67,9 +67,8 @@ def is_audio(name: str) -> bool:
 def is_hidden_or_system(name: str) -> bool:
     """Whether a scan of a corpus folder ignores a file or folder of this name.
 
-    Hidden names (``._a.flac`` of macOS, ``.Trash-1000``, ``.ipynb_checkpoints``) and
-    :data:`SYSTEM_FOLDERS` are ignored. The rule is for names below the scanned folder. The scanned
-    folder, its parents and the targets of links may have any name.
+    The rule is for names below the scanned folder. The scanned folder, its parents and the targets
+    of links may have any name.
     """
     return name.startswith(".") or name.lower() in SYSTEM_FOLDERS
 
@@ -121,23 +120,15 @@ def _walk(folder: str, prefix: str, parents: frozenset[str], ignored: list[str])
 
 
 def read_header(path: str | Path) -> AudioHeader:
-    """Read the header of one file.
-
-    Raises:
-        BadAudio: see :func:`open_audio`.
-    """
+    """Read the header of one file. Raises :class:`BadAudio` as :func:`open_audio` does."""
     with open_audio(path) as file:
         return AudioHeader(file.frames, file.samplerate, file.channels, file.warning)
 
 
 class AudioFile(soundfile.SoundFile):
-    """An open audio file that has passed :func:`open_audio`'s checks.
+    """An open audio file that has passed :func:`open_audio`'s checks."""
 
-    Attributes:
-        warning: see :func:`.containers.check_complete`; usually empty.
-    """
-
-    warning = ""
+    warning = ""  # of :func:`.containers.check_complete`; usually empty
 
 
 def open_audio(path: str | Path) -> AudioFile:
@@ -149,49 +140,47 @@ def open_audio(path: str | Path) -> AudioFile:
         BadAudio: the file is missing, empty, not audio, truncated (:mod:`.containers`), of unknown
             length, longer than a day, or at a sample rate that is not supported.
     """
-
-    def bad(kind: str, reason: str) -> BadAudio:
-        return BadAudio(path, kind, reason)
-
     try:
         # stat first: soundfile reports any problem as a "System error".
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):
-            raise bad("missing", "it is not a file")
+            raise BadAudio(path, "missing", "it is not a file")
         file = AudioFile(path)
-    except (FileNotFoundError, NotADirectoryError):
-        raise bad("missing", "there is no such file") from None
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a NUL in the name
+        raise BadAudio(path, "missing", "there is no such file") from None
     except OSError as error:
-        raise bad("not readable", f"it cannot be opened ({error.strerror})") from None
-    except ValueError:  # a NUL in the name
-        raise bad("missing", "there is no such file") from None
+        reason = f"it cannot be opened ({error.strerror})"
+        raise BadAudio(path, "not readable", reason) from None
     except (soundfile.SoundFileError, RuntimeError, TypeError) as error:
         if status.st_size == 0:
-            raise bad("empty", "it is empty (0 bytes)") from None
+            raise BadAudio(path, "empty", "it is empty (0 bytes)") from None
         reason = f"is not audio that can be read ({soundfile_message(error)})"
-        raise bad("not audio", f"it {download_problem(path) or reason}") from None
+        raise BadAudio(path, "not audio", f"it {download_problem(path) or reason}") from None
     try:
-        if file.frames == 0:
-            size = bytes_after_header(path)
-            reason = f"it holds no samples{_UNFINISHED.format(size) if size else ''}"
-            raise bad("no samples", reason)
-        if file.frames >= UNKNOWN_FRAMES:
-            reason = "it does not say how long it is (written to a pipe?); convert it to FLAC again"
-            raise bad("unknown length", reason)
-        file.warning = check_complete(path, file)
-        if file.frames > MAX_SAMPLES * file.samplerate / SAMPLE_RATE:
-            raise bad("too long", f"its {file.frames} samples are more than a day")
-        if not can_be_resampled(file.samplerate):
-            reason = f"{file.samplerate} Hz cannot be resampled well to {SAMPLE_RATE} Hz"
-            raise bad("rate", reason)
+        _check(path, file)
     except BaseException as error:
         file.close()
-        if isinstance(error, UnusableContainer):
-            raise bad(error.kind, error.reason) from None
         if isinstance(error, OSError):
-            raise bad("not readable", f"it cannot be read ({error.strerror})") from None
+            reason = f"it cannot be read ({error.strerror})"
+            raise BadAudio(path, "not readable", reason) from None
         raise
     return file
+
+
+def _check(path: str | Path, file: AudioFile) -> None:
+    if file.frames == 0:
+        size = bytes_after_header(path)
+        reason = f"it holds no samples{_UNFINISHED.format(size) if size else ''}"
+        raise BadAudio(path, "no samples", reason)
+    if file.frames >= UNKNOWN_FRAMES:
+        reason = "it does not say how long it is (written to a pipe?); convert it to FLAC again"
+        raise BadAudio(path, "unknown length", reason)
+    file.warning = check_complete(path, file)
+    if file.frames > MAX_SAMPLES * file.samplerate / SAMPLE_RATE:
+        raise BadAudio(path, "too long", f"its {file.frames} samples are more than a day")
+    if not can_be_resampled(file.samplerate):
+        reason = f"{file.samplerate} Hz cannot be resampled well to {SAMPLE_RATE} Hz"
+        raise BadAudio(path, "rate", reason)
 
 
 def can_be_resampled(rate: int) -> bool:
@@ -214,11 +203,9 @@ def read_headers(
     jobs: int = 8,
     advance: Callable[[int], object] = lambda count: None,
 ) -> list[AudioHeader | DataError]:
-    """Read the headers of many files; the result has an error in place of a bad file's header.
+    """Read the headers of files below ``root``, in order, with an error in place of a bad header.
 
     Args:
-        root: folder that ``paths`` are relative to.
-        paths: as :func:`find_audio` returns them; the result has the same order.
         jobs: threads. On a fast disk one thread is as fast as several (about 20 000 files a
             second); on a cold or network disk several threads overlap their waiting.
         advance: called with the number of files read since the last call, for a progress bar.
@@ -249,10 +236,9 @@ def read_headers(
 def _header_or_error(path: str) -> AudioHeader | DataError:
     try:
         path.encode("utf-8")
+        return read_header(path)
     except UnicodeEncodeError:
         return DataError(f"{path!r}: the file name is not UTF-8, so it cannot be in a table")
-    try:
-        return read_header(path)
     except DataError as error:
         return error
 

@@ -78,14 +78,16 @@ class Batch(NamedTuple):
     targets: BatchTargets | None = None
 
 
+def empty_batch(names: list[str], **fields: Any) -> Batch:
+    return Batch(torch.zeros(0), torch.zeros(0), names, **fields)
+
+
 class DistillationDataset(Dataset):
     """A dataset whose items are batches: random excerpts of long utterances, padded.
 
     Args:
-        data: the run's data settings.
         rows: the utterances, sorted by length.
         min_samples: samples of one frame; shorter files are bad.
-        distortion: distortion of the waveforms; None, or setup ``clean``, for none.
         seed: seed of the excerpts and distortions. They depend on seed, epoch and utterance only;
             torch's random numbers would depend on the worker and on earlier draws.
         targets: cached targets of all utterances. They were computed on undistorted audio and on
@@ -147,10 +149,9 @@ class DistillationDataset(Dataset):
             if good and self.targets is not None:
                 targets = self.targets.batch([name for name, *_ in good])
         except DataError as error:
-            names = [row.path for row in self.batches[index]]
-            return Batch(torch.zeros(0), torch.zeros(0), names, str(error))
+            return empty_batch([row.path for row in self.batches[index]], problem=str(error))
         if not good:
-            return Batch(torch.zeros(0), torch.zeros(0), [], bad=bad)
+            return empty_batch([], bad=bad)
         names, waves, teacher_waves = map(list, zip(*good, strict=True))
         lengths = torch.tensor([len(wave) for wave in waves])
         padded = pad_sequence(waves, batch_first=True)
@@ -167,11 +168,7 @@ class DistillationDataset(Dataset):
         return student, None if self.targets is not None else teacher
 
     def _read(self, row: Utterance, epoch: int) -> Tensor:
-        """Read an utterance, or this epoch's excerpt of a long one.
-
-        Raises:
-            BadAudio: see the table in :mod:`s3prl_ekd.data.bad_audio`.
-        """
+        """Read an utterance, or this epoch's excerpt of a long one; raises BadAudio."""
         path = self.root / row.path
         with Recording(path) as recording:
             length = recording.samples
@@ -209,7 +206,7 @@ def unwrap_batch(items: list[Batch]) -> Batch:
             tensor for tensor in tensors if isinstance(tensor, Tensor) and tensor.numel()
         )
     except SetupError as error:
-        return Batch(torch.zeros(0), torch.zeros(0), batch.names, str(error))
+        return empty_batch(batch.names, problem=str(error))
     return batch
 
 
@@ -245,12 +242,9 @@ def train_loader(
         data: the run's data settings; its ``sets`` is not used.
         sets: names of the tables in ``data.file_path``.
         min_samples: samples of one frame; shorter utterances are left out.
-        distortion: distortion of the waveforms; None for none.
-        seed: seed of order, excerpts and distortions.
         shuffle: if False, every pass is the same: batches from long to short, with the excerpts
             and distortions of epoch 0.
-        targets: source of cached targets; every epoch then has the same excerpts.
-        pin_memory: see :class:`torch.utils.data.DataLoader`.
+        distortion, seed, targets: see :class:`DistillationDataset`.
 
     Raises:
         DataError: a table or the audio root is missing, a row is invalid, no utterance is left, or

@@ -30,6 +30,8 @@ from typing import BinaryIO
 
 import soundfile
 
+from .bad_audio import BadAudio
+
 # magic -> bytes before the first chunk, struct format of a chunk's header (id and size), bytes of
 # that header which the size includes, alignment of chunks in bytes
 _CHUNKED = {
@@ -48,18 +50,6 @@ _MAX_PAGE = 27 + 255 + 255 * 255  # bytes of the largest Ogg page
 _TOLERATED = 40  # 1 / 40 s (25 ms, one frame of an upstream) may be missing at the end
 
 
-class UnusableContainer(Exception):
-    """A file is truncated, or its container does not allow checking it.
-
-    Args:
-        kind, reason: as in :class:`.bad_audio.BadAudio`.
-    """
-
-    def __init__(self, kind: str, reason: str):
-        super().__init__(reason)
-        self.kind, self.reason = kind, reason
-
-
 def check_complete(path: str | Path, file: soundfile.SoundFile) -> str:
     """Check that a file is complete; return a warning if it may not be, else an empty string.
 
@@ -68,7 +58,7 @@ def check_complete(path: str | Path, file: soundfile.SoundFile) -> str:
         file: the same file, open, with a known number of samples above 0; its position changes.
 
     Raises:
-        UnusableContainer: it is truncated, or its container is not supported; see the table above.
+        BadAudio: it is truncated, or its container is not supported; see the table above.
         OSError: it cannot be read.
     """
     if file.format in ("FLAC", "MP3"):
@@ -78,24 +68,22 @@ def check_complete(path: str | Path, file: soundfile.SoundFile) -> str:
         except (soundfile.SoundFileError, RuntimeError):
             complete = False
         if not complete:
-            raise UnusableContainer(
-                "cut off",
-                f"it is cut off or damaged: the last of its {file.frames} samples is not there",
-            )
+            reason = f"it is cut off or damaged: the last of its {file.frames} samples is not there"
+            raise BadAudio(path, "cut off", reason)
         return _check_mp3_index(path) if file.format == "MP3" else ""
     if file.subtype.startswith("MPEG"):
         reason = "it is an MP3 in a WAV file, whose length is unknown; convert it to FLAC"
-        raise UnusableContainer("MP3 in a WAV", reason)
+        raise BadAudio(path, "MP3 in a WAV", reason)
     with open(path, "rb") as stream:
         size = os.fstat(stream.fileno()).st_size
         if file.format == "OGG":
-            return _check_last_page(stream, size)
+            return _check_last_page(path, stream, size)
         data_range = _data_range(stream)
     if data_range is None:
         if file.format in _SUPPORTED:
             return "no data size found in its header, so it may be truncated"
         reason = f"{file.format} files do not record the size of their data; convert it to FLAC"
-        raise UnusableContainer("not audio", reason)
+        raise BadAudio(path, "not audio", reason)
     start, data_size = data_range
     available = size - start
     if data_size is None or not 0 < available < data_size:
@@ -103,7 +91,7 @@ def check_complete(path: str | Path, file: soundfile.SoundFile) -> str:
     shortfall = data_size - available
     is_alac = file.subtype.startswith("ALAC")  # its packet table is at the end of the file
     if is_alac or shortfall * file.frames * _TOLERATED > available * file.samplerate:
-        raise UnusableContainer("cut off", f"it is cut off: its last {shortfall} bytes are missing")
+        raise BadAudio(path, "cut off", f"it is cut off: its last {shortfall} bytes are missing")
     return f"the data size in its header is {shortfall} bytes too large"
 
 
@@ -117,11 +105,7 @@ def _check_mp3_index(path: str | Path) -> str:
 
 
 def bytes_after_header(path: str | Path) -> int:
-    """Number of bytes after the header of a file whose header gives a data size of 0.
-
-    Raises:
-        OSError: it cannot be read.
-    """
+    """Number of bytes after the header of a file whose header gives a data size of 0."""
     with open(path, "rb") as stream:
         data_range = _data_range(stream)
         size = os.fstat(stream.fileno()).st_size
@@ -206,7 +190,7 @@ def _sphere_data_range(stream: BinaryIO, begin: int) -> tuple[int, int] | None:
     return start, count * size * channels
 
 
-def _check_last_page(stream: BinaryIO, size: int) -> str:
+def _check_last_page(path: str | Path, stream: BinaryIO, size: int) -> str:
     """:func:`check_complete` for Ogg. A page: 27 bytes of header, lengths of segments, segments."""
     stream.seek(max(0, size - _MAX_PAGE))
     data = stream.read(_MAX_PAGE)
@@ -217,5 +201,5 @@ def _check_last_page(stream: BinaryIO, size: int) -> str:
     table = page + 27
     segments = data[table : table + head[26]] if len(head) == 27 else b""
     if len(head) < 27 or len(segments) < head[26] or table + head[26] + sum(segments) > len(data):
-        raise UnusableContainer("cut off", "it is cut off: its last page is incomplete")
+        raise BadAudio(path, "cut off", "it is cut off: its last page is incomplete")
     return "" if head[5] & 4 else "its last page has no end-of-stream mark: it may be truncated"

@@ -103,11 +103,8 @@ def write_length_tables(
     Unusable files and the reasons are listed in ``out/skipped.txt``.
 
     Args:
-        root: folder of audio; ``file_path`` is relative to it.
-        out: folder of the tables; created if needed.
         name: write a single table with this name.
         single: write a single table even if the folders have names of splits.
-        jobs: threads that read headers.
         progress: called with the number of files; returns the ``advance`` of :func:`read_headers`.
 
     Raises:
@@ -120,12 +117,10 @@ def write_length_tables(
     if not paths:
         raise DataError(f"no audio files (.flac .wav .ogg .opus) below {root}")
     groups, why_single = group_by_split(root, paths, name=name, single=single)
-    headers = dict(
-        zip(paths, read_headers(root, paths, jobs=jobs, advance=progress(len(paths))), strict=True)
-    )
+    headers = read_headers(root, paths, jobs=jobs, advance=progress(len(paths)))
     skipped: list[tuple[str, str]] = []
     samples: dict[str, int] = {}
-    for path, header in headers.items():
+    for path, header in zip(paths, headers, strict=True):
         if isinstance(header, DataError):
             skipped.append((path, str(header)))
         else:
@@ -135,17 +130,13 @@ def write_length_tables(
         for table, members in groups.items()
     }
     make_folder(out)
-    _write_skipped(out / SKIPPED, skipped)
+    (out / SKIPPED).unlink(missing_ok=True)  # it may be of an earlier run
+    if skipped:
+        lines = [f"{ascii(path)[1:-1]}\t{printable(reason)}\n" for path, reason in skipped]
+        write_text(out / SKIPPED, "".join(lines))
     for table, members in rows.items():
         if not members:
             raise DataError(f"no usable file for the table {table}; see {out / SKIPPED}")
     for table, members in rows.items():
         write_table(out / f"{table}.csv", members)
     return LengthTables(rows, skipped, why_single)
-
-
-def _write_skipped(path: Path, skipped: Sequence[tuple[str, str]]) -> None:
-    path.unlink(missing_ok=True)  # it may be of an earlier run
-    if skipped:
-        lines = [f"{ascii(name)[1:-1]}\t{printable(reason)}\n" for name, reason in skipped]
-        write_text(path, "".join(lines))

@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ..errors import SetupError
+from ..errors import SetupError, first_line
 
 SHARED_MEMORY = "/dev/shm"  # on Linux
 GRACE = 1.0  # seconds that workers get to exit by themselves; their current batch is discarded
@@ -32,9 +32,9 @@ class BatchLoader(DataLoader):
     This class kills them instead, which is safe because they have no state.
 
     Args:
-        dataset, options: see DataLoader.
         timeout: seconds to wait for a batch from the workers before raising RuntimeError; 0: no
             limit.
+        options: those of DataLoader.
 
     Raises:
         SetupError: on iterating: the worker processes cannot be started.
@@ -75,13 +75,12 @@ class BatchLoader(DataLoader):
 
         The loader can be iterated over again; it then starts new workers.
         """
-        iterators = [
-            batches for batches in self._iterators if hasattr(batches, "_shutdown_workers")
-        ]
         # In threads: torch waits for one worker after another, and for its pin-memory thread
         # without a limit.
         threads = [
-            threading.Thread(target=batches._shutdown_workers, daemon=True) for batches in iterators
+            threading.Thread(target=batches._shutdown_workers, daemon=True)
+            for batches in self._iterators
+            if hasattr(batches, "_shutdown_workers")
         ]
         for thread in threads:
             thread.start()
@@ -110,8 +109,8 @@ def kill_workers_on_error() -> Iterator[None]:
 def _kill(children: Iterable[BaseProcess], waiting: Iterable[threading.Thread] = ()) -> None:
     """Kill processes and join them.
 
-    ``waiting``: threads that are joining the same processes. They are waited for first, because
-    only one thread can reap a process.
+    Threads that are ``waiting`` for the same processes are joined first, because only one thread
+    can reap a process.
     """
     children = list(children)
     with _without_sigchld_handler():
@@ -155,13 +154,13 @@ def move_to_shared_memory(tensors: Iterable[Tensor]) -> None:
         for tensor in tensors:
             tensor.share_memory_()
     except (RuntimeError, OSError) as error:
-        reason = (str(error).strip().splitlines() or ["no reason given"])[0]
-        problem = f"cannot move a batch to shared memory ({reason})"
-        raise SetupError(f"{problem}: {shared_memory_usage()}; {shared_memory_advice()}") from None
+        raise SetupError(
+            f"cannot move a batch to shared memory ({first_line(error)}): {shared_memory_usage()}; "
+            f"{shared_memory_advice()}"
+        ) from None
 
 
 def shared_memory_usage() -> str:
-    """Free and total shared memory, as text."""
     try:
         status = os.statvfs(SHARED_MEMORY)
     except (AttributeError, OSError):
@@ -171,7 +170,6 @@ def shared_memory_usage() -> str:
 
 
 def shared_memory_advice() -> str:
-    """Advice for too little shared memory, as text."""
     return (
         f"enlarge {SHARED_MEMORY} (docker run --shm-size=16g), or read audio in the main process "
         "with pretrain_expert.datarc.num_workers: 0 (run_pretrain.py -o "

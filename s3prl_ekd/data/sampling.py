@@ -56,10 +56,6 @@ class EpochSampler(Sampler[tuple[int, int]]):
     takes every ``n``-th batch, starting with the ``r``-th. So the sequence is the same for any
     number of processes, and no batch is dropped or repeated at the end of a pass.
 
-    Args:
-        count: number of indices.
-        seed: seed of the orders.
-
     Attributes:
         epoch: number of the next pass, from 0.
         position: number of indices that the next pass skips at its start.
@@ -83,8 +79,8 @@ class EpochSampler(Sampler[tuple[int, int]]):
 
     def order(self, epoch: int) -> list[int]:
         """Return all indices in the order of an epoch."""
-        torch_generator = torch.Generator()
-        torch_generator.manual_seed(generator(self.seed, epoch, "", "order").getrandbits(63))
+        seed = generator(self.seed, epoch, "", "order").getrandbits(63)
+        torch_generator = torch.Generator().manual_seed(seed)
         return torch.randperm(self.count, generator=torch_generator).tolist()
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
@@ -150,12 +146,11 @@ def filter_by_length(
     if len(long_enough) < len(rows):
         count = len(rows) - len(long_enough)
         logger.warning("data: left out %d utterances below %d samples", count, min_samples)
+    result = long_enough
     if max_timestep > 0:
         result = [row for row in long_enough if row.length < max_timestep]
     elif max_timestep < 0:
         result = [row for row in long_enough if row.length > -max_timestep]
-    else:
-        result = long_enough
     if len(result) < len(long_enough):
         count = len(long_enough) - len(result)
         logger.info("data: left out %d utterances by max_timestep %d", count, max_timestep)

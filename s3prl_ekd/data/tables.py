@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
+from ..files.text import check_regular
 from .audio_files import MAX_SAMPLES
 from .bad_audio import BAD_AUDIO_ADVICE, BadUtterance
 
@@ -30,7 +31,6 @@ def read_table(path: str | Path, bad: list[BadUtterance] | None = None) -> list[
     """Read one table.
 
     Args:
-        path: the CSV file.
         bad: list to which rows with an impossible length (no samples, or more than a day) are
             added instead of being returned; if None, such a row is an error.
 
@@ -45,11 +45,6 @@ def read_tables(
     folder: str | Path, sets: Sequence[str], bad: list[BadUtterance] | None = None
 ) -> list[Utterance]:
     """Read the tables ``folder/SET.csv`` and sort all rows, the longest utterance first.
-
-    Args:
-        folder: folder of the tables.
-        sets: names of the tables.
-        bad: see :func:`read_table`.
 
     Raises:
         DataError: as :func:`read_table`, or an utterance is in two of the tables.
@@ -71,28 +66,23 @@ def read_tables(
 
 def _read(path: Path, bad: list[BadUtterance] | None) -> list[tuple[int, Utterance]]:
     """Return the rows with their line numbers; the header is line 1."""
-    if path.exists() and not path.is_file():  # reading a pipe may never end
-        raise DataError(f"cannot read the length table {path}: not a file; {TABLE_ADVICE}")
     try:
+        check_regular(path, "length table", DataError)
         data = path.read_bytes()
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise DataError(f"cannot read the length table {path}: {reason}; {TABLE_ADVICE}") from None
-    try:
         text = data.decode("utf-8-sig")  # -sig: spreadsheet programs write a BOM
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
-        raise DataError(
-            f"cannot read the length table {path}: line {line} is not UTF-8; {TABLE_ADVICE}"
-        ) from None
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    try:
-        return _rows(reader, path, bad)
-    except csv.Error as error:
-        raise DataError(
-            f"cannot read the length table {path}: line {reader.line_num} is not CSV ({error}); "
-            f"{TABLE_ADVICE}"
-        ) from None
+        problem = f"cannot read the length table {path}: line {line} is not UTF-8"
+    except DataError as error:
+        problem = str(error)
+    else:
+        reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+        try:
+            return _rows(reader, path, bad)
+        except csv.Error as error:
+            line = reader.line_num
+            problem = f"cannot read the length table {path}: line {line} is not CSV ({error})"
+    raise DataError(f"{problem}; {TABLE_ADVICE}")
 
 
 def _rows(reader: Any, path: Path, bad: list[BadUtterance] | None) -> list[tuple[int, Utterance]]:
@@ -103,40 +93,39 @@ def _rows(reader: Any, path: Path, bad: list[BadUtterance] | None) -> list[tuple
                 f"{path}: line 1 must be a header with the columns {' and '.join(COLUMNS)}; it has "
                 f"the column {column} {header.count(column)} times; {TABLE_ADVICE}"
             )
-    name_column, length_column = (header.index(column) for column in COLUMNS)
     rows: list[tuple[int, Utterance]] = []
     lines: dict[str, int] = {}
-    left_out = 0
+    left_out = ""
     for cells in reader:
         if not cells:  # an empty line
             continue
         location = f"{path}: line {reader.line_num}"
         if len(cells) != len(header):
             raise DataError(f"{location}: expected {len(header)} cells, got {len(cells)}")
-        name, length = cells[name_column], cells[length_column]
+        name, length = (cells[header.index(column)] for column in COLUMNS)
         row = Utterance(name, _parse_length(name, length, location))
         _check_path(name, location)
-        problem = _impossible_length(row.length)
-        if problem and bad is None:
-            raise DataError(
-                f"{location}: {_quote(name)} with length {_quote(length)} {problem}; "
-                f"{BAD_AUDIO_ADVICE}"
-            )
         first_line = lines.setdefault(posixpath.normpath(name), reader.line_num)
         if first_line != reader.line_num:
             raise DataError(
                 f"{location}: {_quote(name)} is also in line {first_line}; remove one of the rows"
             )
-        if problem and bad is not None:
-            bad.append(BadUtterance(name, "length", f"its table's length {row.length} {problem}"))
-            left_out += 1
-        else:
+        if 0 < row.length <= MAX_SAMPLES:
             rows.append((reader.line_num, row))
+            continue
+        # Tables are made from headers, which may be wrong.
+        problem = "has no samples"
+        if row.length:
+            problem = "would be longer than a day; lengths are in samples at 16 kHz"
+        if bad is None:
+            raise DataError(
+                f"{location}: {_quote(name)} with length {_quote(length)} {problem}; "
+                f"{BAD_AUDIO_ADVICE}"
+            )
+        bad.append(BadUtterance(name, "length", f"its table's length {row.length} {problem}"))
+        left_out = f" usable rows (e.g. {_quote(name)}: {bad[-1].reason})"
     if not rows:
-        problem = "no rows"
-        if bad and left_out:
-            problem = f"no usable rows (e.g. {_quote(bad[-1].path)}: {bad[-1].reason})"
-        raise DataError(f"{path}: the table has {problem}; {TABLE_ADVICE}")
+        raise DataError(f"{path}: the table has no{left_out or ' rows'}; {TABLE_ADVICE}")
     return rows
 
 
@@ -153,26 +142,10 @@ def _parse_length(name: str, text: str, location: str) -> int:
     return int(length)
 
 
-def _impossible_length(length: int) -> str:
-    """Return why a usable file cannot have this length, or an empty string.
-
-    Tables are made from headers, which may be wrong.
-    """
-    if length == 0:
-        return "has no samples"
-    if length > MAX_SAMPLES:
-        return "would be longer than a day; lengths are in samples at 16 kHz"
-    return ""
-
-
 def _check_path(name: str, location: str) -> None:
-    if "\0" in name:
-        raise DataError(f"{location}: the path {_quote(name)} has a NUL character in it")
-    if name.startswith("/"):
-        raise DataError(f"{location}: the path must be relative to libri_root, got {_quote(name)}")
-    if ".." in name.split("/"):
+    if name.startswith("/") or ".." in name.split("/") or "\0" in name:
         raise DataError(
-            f"{location}: the path must be below libri_root, without .., got {_quote(name)}"
+            f"{location}: the path must be below libri_root, without .. and NUL, got {_quote(name)}"
         )
 
 

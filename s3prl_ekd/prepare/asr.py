@@ -14,25 +14,30 @@ another dictionary does not fit, even if the symbols are the same.
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import shutil
 import string
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from ..data.lengths import write_table
-from ..data.manifest import SPLITS, ManifestEntry, read_manifest
+from ..data.manifest import SPLITS, read_manifest
 from ..errors import DataError
-from ..files.atomic import atomic_folder, make_folder
-from .common import audio_root, print_splits, read_lengths
-from .new_folder import PREPARED, check_replaceable
+from .common import (
+    PREPARED,
+    PrepareTask,
+    audio_root,
+    link,
+    new_folder,
+    print_splits,
+    read_lengths,
+    speaker_of,
+    write_lines,
+)
 
 LETTERS = string.ascii_uppercase + "'"  # the characters of a transcript, except the space
-
-_FOREIGN = re.compile(f"[^{LETTERS} ]")
-
+COLUMNS = ("path", "speaker", "text", "split")
 TABLES = "len_for_bucket"
 DESCRIPTION = """\
 Write a LibriSpeech layout for `run_downstream.py -d asr`: OUT/{train,dev,test}-clean/SPK/CHAP/
@@ -52,7 +57,7 @@ def normalise(text: str) -> str:
 
 def foreign_characters(text: str) -> str:
     """Return the characters of a normalised text that the dictionary lacks: sorted, unique."""
-    return "".join(sorted(set(_FOREIGN.findall(text))))
+    return "".join(sorted(set(text) - set(LETTERS) - {" "}))
 
 
 @dataclass(frozen=True)
@@ -65,14 +70,6 @@ class TranscribedUtterance:
     text: str  # normalised, see :func:`normalise`
     split: str  # one of SPLITS
     samples: int  # at 16 kHz
-
-
-@dataclass
-class WrittenLayout:
-    """Counts of what :func:`write_librispeech` wrote."""
-
-    samples: dict[str, list[int]] = field(default_factory=dict)  # split folder -> lengths
-    copied: int = 0  # files copied, not linked
 
 
 def speaker_names(speakers: Iterable[str]) -> dict[str, str]:
@@ -99,111 +96,51 @@ def write_librispeech(
     *,
     copy: bool = False,
     replace: bool = False,
-) -> WrittenLayout:
+) -> int:
     """Write ``utterances`` as a LibriSpeech layout with length tables and ``prepared.tsv``.
 
     The folders are ``train-clean``, ``dev-clean`` and ``test-clean``. The chapter is the split's
-    number, 1 to 3, so names are unique for a speaker of several splits. ``out`` is written under a
-    temporary name and renamed when complete.
+    number, 1 to 3, so names are unique for a speaker of several splits.
 
     Args:
-        out: the folder to write.
         copy: copy the audio; by default it is linked, and copied only where linking fails.
         replace: replace an earlier layout at ``out``.
+
+    Returns:
+        The number of files copied.
 
     Raises:
         DataError: ``out`` exists, and is not a layout or ``replace`` is not set.
     """
-    check_replaceable(out, replace=replace)
-    with atomic_folder(out, DataError) as folder:
-        return _write_files(folder, utterances, copy)
-
-
-def _write_files(
-    root: Path, utterances: Sequence[TranscribedUtterance], copy: bool
-) -> WrittenLayout:
     names = speaker_names(utterance.speaker for utterance in utterances)
-    layout = WrittenLayout()
     tables: dict[str, list[tuple[str, int]]] = {}
     transcripts: dict[PurePosixPath, list[str]] = {}
-    prepared = ["id\tpath\tspeaker\tsplit\tsamples\n"]
-    for utterance in utterances:
-        split = f"{utterance.split}-clean"
-        speaker = names[utterance.speaker]
-        chapter = SPLITS.index(utterance.split) + 1
-        folder = PurePosixPath(split, speaker, str(chapter))
-        lines = transcripts.setdefault(folder / f"{speaker}-{chapter}.trans.txt", [])
-        name = f"{speaker}-{chapter}-{len(lines):04d}"
-        lines.append(f"{name} {utterance.text}\n")
-        file = folder / (name + utterance.source.suffix.lower())
-        (root / folder).mkdir(parents=True, exist_ok=True)
-        layout.copied += _link_or_copy(utterance.source, root / file, copy=copy)
-        tables.setdefault(split, []).append((str(file), utterance.samples))
-        cells = (name, utterance.original, utterance.speaker, utterance.split, utterance.samples)
-        prepared.append("\t".join(map(str, cells)) + "\n")
-    for path, lines in transcripts.items():
-        (root / path).write_text("".join(lines), encoding="utf-8")
-    (root / TABLES).mkdir(parents=True, exist_ok=True)
-    for split, rows in tables.items():
-        write_table(root / TABLES / f"{split}.csv", rows)
-        layout.samples[split] = [length for _, length in rows]
-    (root / PREPARED).write_text("".join(prepared), encoding="utf-8")
-    return layout
-
-
-def _link_or_copy(source: Path, target: Path, *, copy: bool) -> int:
-    """Link ``target`` to ``source``, or copy it; return the number of files copied, 0 or 1."""
-    source = source.resolve()
-    if not copy:
-        try:
-            link = os.path.relpath(source, target.parent.resolve())
-        except ValueError:  # another drive
-            link = str(source)
-        try:
-            os.symlink(link, target)
-            return 0
-        except OSError:  # a file system without symlinks
-            pass
-    shutil.copyfile(source, target)
-    return 1
-
-
-def write_split_tables(
-    folder: Path, entries: Sequence[ManifestEntry], samples: Sequence[int]
-) -> dict[str, list[int]]:
-    """Write ``folder/{train,dev,test}.csv``; return the lengths of each split that has entries."""
-    make_folder(folder)
-    lengths = {}
-    for split in SPLITS:
-        rows = [
-            (entry.path, length)
-            for entry, length in zip(entries, samples, strict=True)
-            if entry.split == split
-        ]
-        if rows:
-            write_table(folder / f"{split}.csv", rows)
-            lengths[split] = [length for _, length in rows]
-    return lengths
-
-
-def configure(parser: argparse.ArgumentParser) -> None:
-    """Add the options of ``prepare asr``."""
-    add_layout_options(parser, INVALID_LINES)
-
-
-def prepare_asr(args: argparse.Namespace) -> int:
-    """Run ``prepare asr``; return exit code 0."""
-    write_layout(args, _check_characters, INVALID_LINES)
-    print(f"wrote {args.out}; in the YAML: libri_root: {args.out}")
-    print(f"               bucket_file: {args.out / TABLES}")
-    return 0
-
-
-def _check_characters(text: str) -> str:
-    characters = foreign_characters(text)
-    if not characters:
-        return ""
-    return f"the text has {characters!r}; allowed are A to Z, the apostrophe and spaces"
+    prepared = ["id\tpath\tspeaker\tsplit\tsamples"]
+    copied = 0
+    with new_folder(out, replace=replace) as root:
+        for utterance in utterances:
+            split = f"{utterance.split}-clean"
+            speaker = names[utterance.speaker]
+            chapter = SPLITS.index(utterance.split) + 1
+            folder = PurePosixPath(split, speaker, str(chapter))
+            lines = transcripts.setdefault(folder / f"{speaker}-{chapter}.trans.txt", [])
+            name = f"{speaker}-{chapter}-{len(lines):04d}"
+            lines.append(f"{name} {utterance.text}")
+            file = folder / (name + utterance.source.suffix.lower())
+            (root / folder).mkdir(parents=True, exist_ok=True)
+            if copy or not link(utterance.source, root / file):
+                shutil.copyfile(utterance.source, root / file)
+                copied += 1
+            tables.setdefault(split, []).append((str(file), utterance.samples))
+            cells = (name, utterance.original, utterance.speaker, utterance.split)
+            prepared.append("\t".join((*cells, str(utterance.samples))))
+        for path, lines in transcripts.items():
+            write_lines(root / path, lines)
+        (root / TABLES).mkdir()
+        for split, rows in tables.items():
+            write_table(root / TABLES / f"{split}.csv", rows)
+        write_lines(root / PREPARED, prepared)
+    return copied
 
 
 def add_layout_options(parser: argparse.ArgumentParser, invalid_lines: str) -> None:
@@ -214,7 +151,6 @@ def add_layout_options(parser: argparse.ArgumentParser, invalid_lines: str) -> N
         action="store_true",
         help=f"skip {invalid_lines} (default: stop with an error)",
     )
-    parser.add_argument("--replace", action="store_true", help="replace an earlier OUT")
 
 
 def write_layout(
@@ -223,7 +159,7 @@ def write_layout(
     """Write the manifest's utterances as a LibriSpeech layout at ``args.out``; print a summary.
 
     Args:
-        args: arguments of a subcommand with the common options and :func:`add_layout_options`.
+        args: arguments of a subcommand with :func:`add_layout_options`.
         check_text: returns the error of a normalised text, or "" if the text is valid.
         invalid_lines: noun phrase for lines with an invalid text, for messages.
 
@@ -231,13 +167,11 @@ def write_layout(
         The utterances written.
 
     Raises:
-        DataError: ``args.out`` must not be replaced, the manifest or an audio file is invalid, or a
-            text is invalid and ``args.drop_bad`` is not set.
+        DataError: the manifest or an audio file is invalid, or a text is invalid and
+            ``args.drop_bad`` is not set.
     """
-    check_replaceable(args.out, replace=args.replace)  # before minutes of reading
-    entries = read_manifest(args.manifest, columns=("path", "speaker", "text", "split"))
     valid, texts, n_empty, n_invalid = [], [], 0, 0
-    for entry in entries:
+    for entry in read_manifest(args.manifest, columns=COLUMNS):
         text = normalise(entry.cells["text"])
         problem = check_text(text)
         if not text:
@@ -248,32 +182,48 @@ def write_layout(
             raise DataError(
                 f"{args.manifest}: line {entry.line}: {problem}; to skip such lines, add --drop-bad"
             )
-        elif not entry.cells["speaker"]:
-            raise DataError(f"{args.manifest}: line {entry.line} has no speaker")
         else:
             valid.append(entry)
-            texts.append(text)
+            texts.append((speaker_of(args.manifest, entry), text))
     if not valid:
         raise DataError(f"{args.manifest}: no line has a valid text")
-    samples = read_lengths(args.manifest, audio_root(args), valid, args.jobs)
-    utterances = [
-        TranscribedUtterance(
-            source=audio_root(args) / entry.path,
-            original=entry.path,
-            speaker=entry.cells["speaker"],
-            text=text,
-            split=entry.split,
-            samples=length,
+    root = audio_root(args)
+    samples = read_lengths(args.manifest, root, valid, args.jobs)
+    utterances = []
+    lengths: dict[str, list[int]] = {}
+    for entry, (speaker, text), length in zip(valid, texts, samples, strict=True):
+        utterances.append(
+            TranscribedUtterance(root / entry.path, entry.path, speaker, text, entry.split, length)
         )
-        for entry, text, length in zip(valid, texts, samples, strict=True)
-    ]
-    layout = write_librispeech(args.out, utterances, copy=args.copy, replace=args.replace)
-    print_splits(layout.samples)
+        lengths.setdefault(f"{entry.split}-clean", []).append(length)
+    copied = write_librispeech(args.out, utterances, copy=args.copy, replace=args.replace)
+    print_splits(lengths)
     for count, text in (
         (n_empty, "lines without a text skipped"),
         (n_invalid, f"{invalid_lines} skipped"),
-        (layout.copied, "files copied, not linked"),
+        (copied, "files copied, not linked"),
     ):
         if count:
             print(f"{count} {text}")
     return utterances
+
+
+def _prepare_asr(args: argparse.Namespace) -> None:
+    write_layout(args, _check_characters, INVALID_LINES)
+    print(f"wrote {args.out}; in the YAML: libri_root: {args.out}")
+    print(f"               bucket_file: {args.out / TABLES}")
+
+
+def _check_characters(text: str) -> str:
+    characters = foreign_characters(text)
+    if not characters:
+        return ""
+    return f"the text has {characters!r}; allowed are A to Z, the apostrophe and spaces"
+
+
+ASR = PrepareTask(
+    "LibriSpeech layout with transcripts, for -d asr",
+    DESCRIPTION,
+    _prepare_asr,
+    lambda parser: add_layout_options(parser, INVALID_LINES),
+)

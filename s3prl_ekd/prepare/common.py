@@ -1,16 +1,22 @@
-"""Options, reading of audio headers and printing, shared by the subcommands of ``prepare``."""
+"""What the subcommands of ``prepare`` share: options, output folders, lengths of audio files."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import contextlib
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
-from ..data.audio_files import total_hours
-from ..data.manifest import ManifestEntry, audio_lengths
+from ..data.audio_files import SAMPLE_RATE, AudioHeader, read_headers, total_hours
+from ..data.manifest import ManifestEntry
+from ..errors import DataError
+from ..files.atomic import atomic_folder
+
+PREPARED = "prepared.tsv"  # marks a folder that `prepare` wrote
 
 
 @dataclass(frozen=True)
@@ -20,28 +26,31 @@ class PrepareTask:
     Attributes:
         help: one line for the list of subcommands.
         description: the text of its ``--help``.
+        run: runs it; OUT does not exist yet, or may be replaced.
         configure: adds its options.
-        run: runs it and returns the exit code.
-        manifest: whether it reads a manifest; if not, ``configure`` adds its input arguments.
+        inputs: names and metavars of its input files and folders.
+        replace: whether it writes a new folder (:func:`new_folder`), and so has ``--replace``.
     """
 
     help: str
     description: str
-    configure: Callable[[argparse.ArgumentParser], None]
-    run: Callable[[argparse.Namespace], int]
-    manifest: bool = True
+    run: Callable[[argparse.Namespace], None]
+    configure: Callable[[argparse.ArgumentParser], None] = lambda parser: None
+    inputs: tuple[tuple[str, str], ...] = (("manifest", "MANIFEST.tsv"),)
+    replace: bool = True
 
 
-def add_common_options(parser: argparse.ArgumentParser, *, manifest: bool) -> None:
-    """Add OUT and --jobs; if ``manifest``, also MANIFEST.tsv and --audio-root."""
-    if manifest:
-        parser.add_argument("manifest", metavar="MANIFEST.tsv", type=Path)
-        parser.add_argument(
-            "--audio-root",
-            metavar="ROOT",
-            type=Path,
-            help="folder that the paths are relative to (default: the manifest's folder)",
-        )
+def add_options(parser: argparse.ArgumentParser, task: PrepareTask) -> None:
+    """Add the arguments of a subcommand."""
+    for name, metavar in task.inputs:
+        parser.add_argument(name, metavar=metavar, type=Path)
+        if name == "manifest":
+            parser.add_argument(
+                "--audio-root",
+                metavar="ROOT",
+                type=Path,
+                help="folder that the paths are relative to (default: the manifest's folder)",
+            )
     parser.add_argument(
         "-o", "--out", metavar="OUT", type=Path, required=True, help="the folder to write"
     )
@@ -52,19 +61,114 @@ def add_common_options(parser: argparse.ArgumentParser, *, manifest: bool) -> No
         default=8,
         help="threads that read audio headers (default: 8)",
     )
+    if task.replace:
+        parser.add_argument("--replace", action="store_true", help="replace an earlier OUT")
+    task.configure(parser)
+
+
+@contextlib.contextmanager
+def new_folder(out: Path, *, replace: bool) -> Iterator[Path]:
+    """Yield a temporary folder, which is renamed to ``out`` if the block ends without an exception.
+
+    The block must write a ``prepared.tsv``: only a folder with one can be replaced later.
+
+    Raises:
+        DataError: ``out`` exists and must not be replaced, or cannot be created.
+    """
+    check_replaceable(out, replace=replace)
+    with atomic_folder(out, DataError) as folder:
+        yield folder
+
+
+def check_replaceable(out: Path, *, replace: bool) -> None:
+    """Raise DataError if ``out`` has contents, unless `prepare` wrote it and ``replace`` is set."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not (out / PREPARED).is_file():
+        raise DataError(f"{out} exists and was not written by `prepare`; use another output folder")
+    if not replace:
+        raise DataError(f"{out} exists already; to replace it, add --replace")
+
+
+def link(source: Path, target: Path) -> bool:
+    """Make ``target`` a relative symlink to ``source``; return False where symlinks fail."""
+    source = source.resolve()
+    try:
+        pointer = os.path.relpath(source, target.parent.resolve())
+    except ValueError:  # another drive
+        pointer = str(source)
+    try:
+        os.symlink(pointer, target, target_is_directory=source.is_dir())
+    except OSError:  # a file system without symlinks
+        return False
+    return True
+
+
+def link_folder(source: Path, target: Path) -> None:
+    """Like :func:`link`, for a corpus, which is too large to copy.
+
+    Raises:
+        DataError: symlinks cannot be made there.
+    """
+    if not link(source, target):
+        raise DataError(
+            f"cannot make a symlink to {source} in {target.parent}; use another file system"
+        )
+
+
+def write_lines(path: Path, lines: Iterable[str]) -> None:
+    """Write a UTF-8 file into a :func:`new_folder`."""
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
 def audio_root(args: argparse.Namespace) -> Path:
-    """Return the folder that the manifest's paths are relative to."""
+    """The folder that the manifest's paths are relative to."""
     return args.audio_root or args.manifest.parent
 
 
-def read_lengths(table: Path, root: Path, entries: list[ManifestEntry], jobs: int) -> list[int]:
-    """Read the lengths in samples (:func:`..data.manifest.audio_lengths`) with a progress bar."""
+def speaker_of(table: Path, entry: ManifestEntry) -> str:
+    """The speaker of an entry. Raises DataError if the cell is empty."""
+    if not entry.cells["speaker"]:
+        raise DataError(f"{table}: line {entry.line} has no speaker")
+    return entry.cells["speaker"]
+
+
+def audio_lengths(root: Path, paths: Sequence[str], jobs: int) -> list[int | DataError]:
+    """Read lengths in samples, with a progress bar.
+
+    A file that cannot be used, or is not 16 kHz mono, has an error instead.
+    """
     with tqdm(
-        total=len(entries), unit=" files", desc="headers", delay=0.3, dynamic_ncols=True
+        total=len(paths), unit=" files", desc="headers", delay=0.3, dynamic_ncols=True
     ) as bar:
-        return audio_lengths(table, root, entries, jobs=jobs, advance=bar.update)
+        headers = read_headers(root, paths, jobs=jobs, advance=bar.update)
+    return [_length(*item) for item in zip(paths, headers, strict=True)]
+
+
+def _length(path: str, header: AudioHeader | DataError) -> int | DataError:
+    if isinstance(header, DataError):
+        return header
+    if (header.rate, header.channels) == (SAMPLE_RATE, 1):
+        return header.frames
+    return DataError(
+        f"{path} must be {SAMPLE_RATE} Hz mono for s3prl's recipes, got {header.rate} Hz with "
+        f"{header.channels} channel{'s' * (header.channels > 1)}; convert it first"
+    )
+
+
+def read_lengths(table: Path, root: Path, entries: Sequence[ManifestEntry], jobs: int) -> list[int]:
+    """Read the lengths in samples of the entries of ``table``.
+
+    Raises:
+        DataError: a file is missing or damaged, or is not 16 kHz mono; names the table's line.
+    """
+    lengths = []
+    paths = [entry.path for entry in entries]
+    for entry, length in zip(entries, audio_lengths(root, paths, jobs), strict=True):
+        if isinstance(length, DataError):
+            raise DataError(f"{table}: line {entry.line}: {length}") from length
+        lengths.append(length)
+    return lengths
 
 
 def print_splits(splits: dict[str, list[int]]) -> None:

@@ -30,8 +30,16 @@ from pathlib import Path
 from ..data.audio_files import is_hidden_or_system
 from ..data.manifest import ManifestEntry, read_manifest
 from ..errors import DataError
-from .common import PrepareTask, audio_root, read_lengths
-from .new_folder import PREPARED, check_replaceable, link_folder, new_folder
+from ..files.text import read_text
+from .common import (
+    PREPARED,
+    PrepareTask,
+    audio_root,
+    link_folder,
+    new_folder,
+    read_lengths,
+    write_lines,
+)
 
 # Names in the output folder, for the YAML keys `root` and `meta_data`.
 AUDIO = "audio"
@@ -124,10 +132,8 @@ def leave_one_out(items: Sequence[LabelledUtterance]) -> list[Fold]:
 
 
 def check_folds(folds: Sequence[Fold], labels: Sequence[str], source: Path) -> None:
-    """Raise :class:`DataError` unless each fold has a test set, and all classes in train."""
+    """Raise :class:`DataError` unless each fold has all classes in train."""
     for fold in folds:
-        if not fold.test:
-            raise DataError(f"{source} has no test utterances in {fold.name}")
         missing = set(labels) - {item.label for item in fold.train}
         if missing:
             raise DataError(
@@ -156,25 +162,11 @@ def write_folds(
                     for item in getattr(fold, part)
                 ]
                 text = json.dumps({"labels": classes, "meta_data": items}, indent=1)
-                (session / f"{part}_meta_data.json").write_text(text + "\n", encoding="utf-8")
+                write_lines(session / f"{part}_meta_data.json", [text])
             for item in fold.test:
                 cells = (item.path, item.label, item.speaker, item.fold, f"fold{number}")
                 rows.append("\t".join(cells))
-        (folder / PREPARED).write_text("\n".join(rows) + "\n", encoding="utf-8")
-
-
-def fold_summary(folds: Sequence[Fold], labels: Sequence[str]) -> list[str]:
-    """Describe each fold in a line; then the classes, with the accuracy of the majority class."""
-    lines = [
-        f"fold{number}: {len(fold.train)} training and {len(fold.test)} test utterances "
-        f"({fold.name})"
-        for number, fold in enumerate(folds, start=1)
-    ]
-    tested = Counter(item.label for fold in folds for item in fold.test)
-    counts = ", ".join(f"{label} {tested[label]}" for label in labels)
-    majority = 100 * max(tested.values()) / tested.total()
-    lines.append(f"{len(labels)} classes: {counts}; majority class: {majority:.1f} %")
-    return lines
+        write_lines(folder / PREPARED, rows)
 
 
 def read_iemocap(root: Path) -> list[LabelledUtterance]:
@@ -211,12 +203,8 @@ def read_iemocap(root: Path) -> list[LabelledUtterance]:
 
 def _read_labels(file: Path) -> list[tuple[str, str]]:
     """Read name and label of a dialog's utterances; skip those of other classes."""
-    try:
-        text = file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file} is not UTF-8 text (byte {error.start})") from error
     labels = []
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(read_text(file, "label file", DataError).splitlines(), start=1):
         if not line.startswith("["):
             continue
         cells = line.split("\t")
@@ -261,16 +249,9 @@ def _configure_er(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--fold-column", metavar="NAME", help="cross-validate over this column, e.g. speaker"
     )
-    parser.add_argument("--replace", action="store_true", help="replace an earlier OUT")
 
 
-def _configure_iemocap(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("root", metavar="ROOT", type=Path)
-    parser.add_argument("--replace", action="store_true", help="replace an earlier OUT")
-
-
-def _prepare_er(args: argparse.Namespace) -> int:
-    check_replaceable(args.out, replace=args.replace)
+def _prepare_er(args: argparse.Namespace) -> None:
     columns = ["path", "split", args.label_column]
     if args.fold_column:
         columns.append(args.fold_column)
@@ -284,8 +265,8 @@ def _prepare_er(args: argparse.Namespace) -> int:
     read_lengths(args.manifest, root, labelled, args.jobs)  # checks for readable, 16 kHz, mono
     if len(labelled) < len(entries):
         print(f"{len(entries) - len(labelled)} lines without a selected label skipped")
-    _write_and_print(args, root, folds, labels)
-    return 0
+    write_folds(args.out, root, folds, labels, replace=args.replace)
+    _print_summary(args.out, folds, labels)
 
 
 def _make_folds(args: argparse.Namespace, entries: Sequence[ManifestEntry]) -> list[Fold]:
@@ -308,8 +289,7 @@ def _make_folds(args: argparse.Namespace, entries: Sequence[ManifestEntry]) -> l
     return folds
 
 
-def _prepare_iemocap(args: argparse.Namespace) -> int:
-    check_replaceable(args.out, replace=args.replace)
+def _prepare_iemocap(args: argparse.Namespace) -> None:
     items = read_iemocap(args.root)
     folds = leave_one_out(items)
     check_folds(folds, LABELS, args.root)
@@ -317,35 +297,38 @@ def _prepare_iemocap(args: argparse.Namespace) -> int:
         ManifestEntry(number, item.path, "train", {}) for number, item in enumerate(items, 1)
     ]
     read_lengths(args.root, args.root, entries, args.jobs)
-    _write_and_print(args, args.root, folds, LABELS)
+    write_folds(args.out, args.root, folds, LABELS, replace=args.replace)
+    _print_summary(args.out, folds, LABELS)
     counts = Counter(item.fold for item in items)
     if counts != FULL_COUNTS:
         print(
             f"note: {len(items)} utterances; the full IEMOCAP has {sum(FULL_COUNTS.values())}, "
             f"so scores are not comparable with SUPERB's"
         )
-    return 0
 
 
-def _write_and_print(
-    args: argparse.Namespace, root: Path, folds: list[Fold], labels: Sequence[str]
-) -> None:
-    write_folds(args.out, root, folds, labels, replace=args.replace)
-    print("\n".join(fold_summary(folds, labels)))
-    print(f"wrote {args.out}; in the YAML: root: {args.out / AUDIO}")
-    print(f"               meta_data: {args.out / META}")
+def _print_summary(out: Path, folds: Sequence[Fold], labels: Sequence[str]) -> None:
+    """Print the size of each fold; the classes, with the accuracy of the majority class; paths."""
+    for number, fold in enumerate(folds, start=1):
+        sizes = f"{len(fold.train)} training and {len(fold.test)} test utterances"
+        print(f"fold{number}: {sizes} ({fold.name})")
+    tested = Counter(item.label for fold in folds for item in fold.test)
+    counts = ", ".join(f"{label} {tested[label]}" for label in labels)
+    majority = 100 * max(tested.values()) / tested.total()
+    print(f"{len(labels)} classes: {counts}; majority class: {majority:.1f} %")
+    print(f"wrote {out}; in the YAML: root: {out / AUDIO}")
+    print(f"               meta_data: {out / META}")
 
 
 ER = PrepareTask(
     "folds from a manifest with emotion labels, for -d emotion",
     ER_DESCRIPTION,
-    _configure_er,
     _prepare_er,
+    _configure_er,
 )
 IEMOCAP = PrepareTask(
     "the five folds of IEMOCAP, for -d emotion",
     IEMOCAP_DESCRIPTION,
-    _configure_iemocap,
     _prepare_iemocap,
-    manifest=False,
+    inputs=(("root", "ROOT"),),
 )

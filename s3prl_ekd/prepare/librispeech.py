@@ -8,17 +8,24 @@ seven splits.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from tqdm import tqdm
-
-from ..data.audio_files import SAMPLE_RATE, find_audio, read_headers
+from ..data.audio_files import find_audio
 from ..data.lengths import LengthRow, write_table
+from ..data.manifest import MAX_LIST
 from ..errors import DataError
-from ..files.atomic import write_text
+from ..files.text import read_text
 from .asr import TABLES
-from .common import PrepareTask, print_splits
+from .common import (
+    PREPARED,
+    PrepareTask,
+    audio_lengths,
+    link,
+    new_folder,
+    print_splits,
+    write_lines,
+)
 from .lexicon import (
     LEXICON,
     Pronunciations,
@@ -27,7 +34,6 @@ from .lexicon import (
     shorten_list,
     write_lexicon,
 )
-from .new_folder import PREPARED, check_replaceable, link, new_folder
 
 NEEDED = ("train-clean-100", "dev-clean", "test-clean")  # for SUPERB's ASR and PR
 SPLITS = (*NEEDED, "train-clean-360", "train-other-500", "dev-other", "test-other")
@@ -88,76 +94,44 @@ def read_texts(root: Path, folders: Sequence[str]) -> dict[Path, list[str]]:
             utterance = file.name.partition(".")[0]
             source = file.with_name(utterance.rpartition("-")[0] + ".trans.txt")
             if source not in transcripts:
-                transcripts[source] = _read_transcript(source, file)
-            words = transcripts[source].get(utterance, "").upper().split()
+                text = read_text(source, f"transcript of {file}", DataError, MAX_LIST)
+                transcripts[source] = {line.partition(" ")[0]: line for line in text.split("\n")}
+            words = transcripts[source].get(utterance, "").upper().split()[1:]
             if not words:
                 raise DataError(f"{source} has no transcript of the utterance {utterance}")
             texts[file] = words
     return texts
 
 
-def _read_transcript(source: Path, file: Path) -> dict[str, str]:
-    try:
-        lines = source.read_text(encoding="utf-8").split("\n")
-    except OSError:
-        raise DataError(f"{file} has no transcript: cannot read {source}") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{source} is not UTF-8 text (byte {error.start})") from None
-    return {name: text for name, _, text in (line.partition(" ") for line in lines)}
-
-
-def measure_splits(
-    root: Path,
-    splits: Sequence[str],
-    *,
-    jobs: int = 8,
-    progress: Callable[[int], Callable[[int], object]] = lambda total: lambda count: None,
-) -> dict[str, list[LengthRow]]:
+def measure_splits(root: Path, splits: Sequence[str], jobs: int) -> dict[str, list[LengthRow]]:
     """Return the path below ``root`` and the length in samples of each utterance, by split.
-
-    Args:
-        jobs: threads that read headers.
-        progress: takes the number of files; returns a function to call with each increment.
 
     Raises:
         DataError: a file cannot be read or is not 16 kHz mono; the message lists the first ones.
     """
-    names = {split: [f"{split}/{name}" for name in find_audio(root / split)] for split in splits}
-    advance = progress(sum(map(len, names.values())))
-    rows: dict[str, list[LengthRow]] = {}
-    for split, paths in names.items():
-        rows[split], bad = [], []
-        for path, header in zip(
-            paths, read_headers(root, paths, jobs=jobs, advance=advance), strict=True
-        ):
-            if isinstance(header, DataError):
-                bad.append(str(header))
-            elif (header.rate, header.channels) != (SAMPLE_RATE, 1):
-                bad.append(f"{path} has {header.rate} Hz and {header.channels} channels")
-            else:
-                rows[split].append((path, header.frames))
-        if bad:
-            raise DataError(
-                f"{root}: {len(bad)} of {len(paths)} files of {split} are invalid; unpack {split} "
-                f"again: {'; '.join(bad[:3])}{'; …' * (len(bad) > 3)}"
-            )
+    paths = [f"{split}/{name}" for split in splits for name in find_audio(root / split)]
+    rows: dict[str, list[LengthRow]] = {split: [] for split in splits}
+    bad = []
+    for path, length in zip(paths, audio_lengths(root, paths, jobs), strict=True):
+        if isinstance(length, DataError):
+            bad.append(str(length))
+        else:
+            rows[path.partition("/")[0]].append((path, length))
+    if bad:
+        raise DataError(
+            f"{root}: {len(bad)} of {len(paths)} files are invalid; unpack their archives again: "
+            f"{'; '.join(bad[:3])}{'; …' * (len(bad) > 3)}"
+        )
     return rows
 
 
-def _configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("root", metavar="DIR", type=Path)
-    add_lexicon_options(parser)
-    parser.add_argument("--replace", action="store_true", help="replace an earlier OUT")
-
-
-def _prepare_librispeech(args: argparse.Namespace) -> int:
-    check_replaceable(args.out, replace=args.replace)  # before minutes of reading
+def _prepare_librispeech(args: argparse.Namespace) -> None:
     splits = check_librispeech(args.root)
     texts = read_texts(args.root, NEEDED)
     words = {word for line in texts.values() for word in line}
     make_lexicon = bool(args.lexicon or args.g2p)
     pronunciations = collect_pronunciations(args, words) if make_lexicon else {}
-    rows = measure_splits(args.root, splits, jobs=args.jobs, progress=_progress_bar)
+    rows = measure_splits(args.root, splits, args.jobs)
     missing = sorted(words - pronunciations.keys()) if make_lexicon else []
     with new_folder(args.out, replace=args.replace) as folder:
         (folder / TABLES).mkdir()
@@ -166,10 +140,10 @@ def _prepare_librispeech(args: argparse.Namespace) -> int:
         if make_lexicon:
             write_lexicon(folder / LEXICON, pronunciations)
         if missing:
-            write_text(folder / MISSING, "".join(f"{word}\n" for word in missing))
+            write_lines(folder / MISSING, missing)
         link(args.root, folder / AUDIO)  # optional: a file system may have no symlinks
-        lines = [f"{split}\t{len(rows[split])}\n" for split in splits]
-        write_text(folder / PREPARED, "".join(["split\tutterances\n", *lines]))
+        lines = [f"{split}\t{len(rows[split])}" for split in splits]
+        write_lines(folder / PREPARED, ["split\tutterances", *lines])
     print_splits({split: [length for _, length in rows[split]] for split in splits})
     if missing:
         print(_missing_words_note(texts, pronunciations, missing, args))
@@ -179,11 +153,6 @@ def _prepare_librispeech(args: argparse.Namespace) -> int:
         print(f"of PR: path: {args.root}\n       lexicon: ['{args.out / LEXICON}']")
     else:
         print(f"no {LEXICON} written; for PR add --lexicon FILE (such as CMUdict), --g2p, or both")
-    return 0
-
-
-def _progress_bar(total: int) -> Callable[[int], object]:
-    return tqdm(total=total, unit=" files", desc="headers", delay=0.3, dynamic_ncols=True).update
 
 
 def _missing_words_note(
@@ -204,7 +173,7 @@ def _missing_words_note(
 LIBRISPEECH = PrepareTask(
     "check LibriSpeech; length tables and a lexicon, for -d asr and -d ctc",
     DESCRIPTION,
-    _configure,
     _prepare_librispeech,
-    manifest=False,
+    add_lexicon_options,
+    inputs=(("root", "DIR"),),
 )

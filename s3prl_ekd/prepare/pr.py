@@ -6,16 +6,15 @@ import argparse
 
 from ..data.manifest import read_manifest
 from ..errors import DataError, SetupError
-from .asr import add_layout_options, normalise, write_layout
+from .asr import COLUMNS, add_layout_options, normalise, write_layout
+from .common import PrepareTask
 from .lexicon import (
     LEXICON,
-    Pronunciations,
     add_lexicon_options,
     collect_pronunciations,
     shorten_list,
     write_lexicon,
 )
-from .new_folder import check_replaceable
 
 DESCRIPTION = """\
 Write a LibriSpeech layout for `run_downstream.py -d ctc -c downstream/ctc/libriphone.yaml`, as
@@ -29,26 +28,28 @@ letters only. A column of phones is not read.
 INVALID_LINES = "lines with words that the lexicon lacks"
 
 
-def configure(parser: argparse.ArgumentParser) -> None:
-    """Add the options of ``prepare pr``."""
+def _configure(parser: argparse.ArgumentParser) -> None:
     add_lexicon_options(parser)
     add_layout_options(parser, INVALID_LINES)
 
 
-def prepare_pr(args: argparse.Namespace) -> int:
-    """Run ``prepare pr``; return exit code 0."""
+def _prepare_pr(args: argparse.Namespace) -> None:
     if not args.lexicon and not args.g2p:
         raise SetupError(
             "PR needs pronunciations: add --lexicon FILE (such as CMUdict), --g2p, or both"
         )
-    check_replaceable(args.out, replace=args.replace)  # before the lexicon, which may be large
-    entries = read_manifest(args.manifest, columns=("path", "speaker", "text", "split"))
+    entries = read_manifest(args.manifest, columns=COLUMNS)
     words = {word for entry in entries for word in normalise(entry.cells["text"]).split()}
     pronunciations = collect_pronunciations(args, words)
     missing = sorted(words - pronunciations.keys())
     if missing and not args.drop_bad:
         raise DataError(_missing_words(args, missing))
-    utterances = write_layout(args, lambda text: _check_words(text, pronunciations), INVALID_LINES)
+
+    def check_words(text: str) -> str:
+        unknown = [word for word in text.split() if word not in pronunciations]
+        return f"the lexicon lacks {shorten_list(unknown)}" if unknown else ""
+
+    utterances = write_layout(args, check_words, INVALID_LINES)
     if missing:
         print(f"{len(missing)} words without a pronunciation: {shorten_list(missing)}")
     used = {word for utterance in utterances for word in utterance.text.split()}
@@ -58,12 +59,6 @@ def prepare_pr(args: argparse.Namespace) -> int:
         print("note: a checkout of s3prl uses its own corpus module, which reads .flac only")
     print(f"wrote {args.out}; in the YAML: path: {args.out}")
     print(f"               lexicon: ['{args.out / LEXICON}']")
-    return 0
-
-
-def _check_words(text: str, pronunciations: Pronunciations) -> str:
-    missing = [word for word in text.split() if word not in pronunciations]
-    return f"the lexicon lacks {shorten_list(missing)}" if missing else ""
 
 
 def _missing_words(args: argparse.Namespace, words: list[str]) -> str:
@@ -73,3 +68,8 @@ def _missing_words(args: argparse.Namespace, words: list[str]) -> str:
         f"the lexicon {files} lacks {len(words)} word{'s' * (len(words) > 1)} of {args.manifest}: "
         f"{shorten_list(words)}; add them to a lexicon{g2p}, or skip their lines with --drop-bad"
     )
+
+
+PR = PrepareTask(
+    "LibriSpeech layout with a lexicon, for -d ctc", DESCRIPTION, _prepare_pr, _configure
+)

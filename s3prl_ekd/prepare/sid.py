@@ -13,17 +13,28 @@ import math
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 import soundfile
 
 from ..data.audio_files import SAMPLE_RATE, is_hidden_or_system
-from ..data.manifest import SPLITS, ManifestEntry, read_manifest
+from ..data.manifest import MAX_LIST, SPLITS, ManifestEntry, read_manifest
 from ..errors import DataError
 from ..files.atomic import make_folder, write_text
-from .common import PrepareTask, audio_root, print_splits, read_lengths
-from .new_folder import PREPARED, check_replaceable, link, link_folder, new_folder
+from ..files.text import read_text
+from .common import (
+    PREPARED,
+    PrepareTask,
+    audio_root,
+    link,
+    link_folder,
+    new_folder,
+    print_splits,
+    read_lengths,
+    speaker_of,
+    write_lines,
+)
 
 CLASSES = 1251  # outputs of s3prl's model: the speakers of VoxCeleb1
 FIRST_ID = 10001
@@ -31,7 +42,7 @@ FIRST_ID = 10001
 AUDIO = "audio"
 SPLIT_FILE = "split.txt"
 MIN_SAMPLES = 1600  # of an excerpt: 0.1 s, four frames
-_LINE = re.compile(r"(\S+)\s+(id(\d{5})/[^/\s]+/[^/\s]+\.wav)")
+_LINE = re.compile(r"([123])\s+(id(\d{5})/[^/\s]+/[^/\s]+\.wav)")
 _SPEAKER = re.compile(r"id\d{5}")
 
 SID_DESCRIPTION = """\
@@ -50,44 +61,27 @@ OUT/split.txt and OUT/audio, a symlink to ROOT. If files are missing, OUT-missin
 """
 
 
-@dataclass(frozen=True)
-class SplitLine:
-    """One line of a split file."""
-
-    line: int  # counted from 1
-    split: str  # one of SPLITS
-    path: str  # idNNNNN/VIDEO/UTTERANCE.wav
-
-
-def read_split_file(path: Path) -> list[SplitLine]:
-    """Read an identification split.
+def read_split_file(path: Path) -> list[ManifestEntry]:
+    """Read an identification split; paths are ``idNNNNN/VIDEO/UTTERANCE.wav``.
 
     Raises:
         DataError: the file cannot be read, a line has a wrong format, an unknown digit, a speaker
             outside of s3prl's classes or a duplicate path, or :func:`check_speakers` fails.
     """
-    if not path.is_file():
-        raise DataError(f"{path} is missing or not a file")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text (byte {error.start})") from error
-    split_lines: list[SplitLine] = []
+    entries: list[ManifestEntry] = []
     line_of_path: dict[str, int] = {}
-    for number, line in enumerate(text.splitlines(), start=1):
-        if not line.strip():
+    text = read_text(path, "split file", DataError, MAX_LIST, "utf-8-sig")
+    for number, line in enumerate(map(str.strip, text.splitlines()), start=1):
+        if not line:
             continue
         location = f"{path}: line {number}"
-        match = _LINE.fullmatch(line.strip())
+        match = _LINE.fullmatch(line)
         if not match:
             raise DataError(
-                f"{location}: expected '1 id10001/VIDEO/UTTERANCE.wav', got {line.strip()[:60]!r}"
+                f"{location}: expected '1 id10001/VIDEO/UTTERANCE.wav' with 1 (train), 2 (dev) or "
+                f"3 (test), got {line[:60]!r}"
             )
         digit, name, speaker = match.groups()
-        if digit not in ("1", "2", "3"):
-            raise DataError(
-                f"{location}: the split must be 1 (train), 2 (dev) or 3 (test), got {digit!r}"
-            )
         if not 0 <= int(speaker) - FIRST_ID < CLASSES:
             raise DataError(
                 f"{location}: the speaker must be id{FIRST_ID} to id{FIRST_ID + CLASSES - 1}, "
@@ -96,9 +90,9 @@ def read_split_file(path: Path) -> list[SplitLine]:
         first = line_of_path.setdefault(name, number)
         if first != number:
             raise DataError(f"{location} repeats {name} of line {first}")
-        split_lines.append(SplitLine(number, SPLITS[int(digit) - 1], name))
-    check_speakers([(line.path[:7], line.split) for line in split_lines], path)
-    return split_lines
+        entries.append(ManifestEntry(number, name, SPLITS[int(digit) - 1], {}))
+    check_speakers([(entry.path[:7], entry.split) for entry in entries], path)
+    return entries
 
 
 def check_speakers(utterances: Sequence[tuple[str, str]], source: Path) -> None:
@@ -122,7 +116,7 @@ def check_speakers(utterances: Sequence[tuple[str, str]], source: Path) -> None:
         raise DataError(f"{source} has {len(train_speakers)} speaker(s); SID needs 2 to {CLASSES}")
 
 
-def find_files(root: Path, lines: Sequence[SplitLine]) -> tuple[list[ManifestEntry], list[str]]:
+def find_files(root: Path, lines: Sequence[ManifestEntry]) -> tuple[list[ManifestEntry], list[str]]:
     """Find the files of a split below ``root/*/wav``.
 
     Returns:
@@ -141,13 +135,14 @@ def find_files(root: Path, lines: Sequence[SplitLine]) -> tuple[list[ManifestEnt
             listed[video] = {
                 file: f"{part}/wav/{video}"
                 for part in reversed(parts)  # if two parts have the file, use the first
-                for file in _list_names(root / part / "wav" / video)
+                if (root / part / "wav" / video).is_dir()
+                for file in os.listdir(root / part / "wav" / video)
             }
         folder = listed[video].get(name)
         if folder is None:
             missing.append(line.path)
         else:
-            entries.append(ManifestEntry(line.line, f"{folder}/{name}", line.split, {}))
+            entries.append(replace(line, path=f"{folder}/{name}"))
     return entries, missing
 
 
@@ -175,38 +170,15 @@ def check_voxceleb1(root: Path) -> list[str]:
     raise DataError(reason)
 
 
-def _list_names(folder: Path) -> list[str]:
-    try:
-        return os.listdir(folder)
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-
-
-def write_voxceleb1(
-    out: Path,
-    root: Path,
-    lines: Sequence[SplitLine],
-    entries: Sequence[ManifestEntry],
-    *,
-    replace: bool,
-) -> None:
-    """Write ``out/split.txt``, and link ``out/audio`` to VoxCeleb1."""
-    with new_folder(out, replace=replace) as folder:
-        link_folder(root, folder / AUDIO)
-        _write_lines(folder / SPLIT_FILE, [_split_line(line.split, line.path) for line in lines])
-        rows = [f"{line.path}\t{entry.path}" for line, entry in zip(lines, entries, strict=True)]
-        _write_lines(folder / PREPARED, ["id\tpath", *rows])
-
-
 def write_sid_corpus(
     out: Path,
     root: Path,
     entries: Sequence[ManifestEntry],
     samples: Sequence[int],
     *,
-    copy: bool = False,
-    replace: bool = False,
-    test_seconds: float | None = None,
+    copy: bool,
+    replace: bool,
+    test_seconds: float | None,
 ) -> int:
     """Write a manifest's utterances in VoxCeleb1's layout, with the split as VIDEO.
 
@@ -216,8 +188,7 @@ def write_sid_corpus(
 
     Args:
         root: folder that the paths of ``entries`` are relative to.
-        samples: lengths at 16 kHz, for ``prepared.tsv``; if ``test_seconds`` is set, the lengths
-            from :func:`truncate_lengths`.
+        samples: lengths at 16 kHz of the files as written, for ``prepared.tsv``.
         copy: write 16-bit WAV files instead of symlinks.
         test_seconds: for dev and test, write only the middle ``test_seconds``, as WAV.
 
@@ -230,59 +201,38 @@ def write_sid_corpus(
     splits, prepared, copied = [], ["id\tpath\tspeaker\tsplit\tsamples"], 0
     with new_folder(out, replace=replace) as folder:
         for entry, length in zip(entries, samples, strict=True):
-            speaker = entry.cells["speaker"]
-            counts[speaker, entry.split] += 1
-            name = f"{ids[speaker]}/{entry.split}/{counts[speaker, entry.split]:05d}.wav"
-            target = folder / AUDIO / "all" / "wav" / name
+            speaker, split = entry.cells["speaker"], entry.split
+            counts[speaker, split] += 1
+            name = f"{ids[speaker]}/{split}/{counts[speaker, split]:05d}.wav"
+            source, target = root / entry.path, folder / AUDIO / "all" / "wav" / name
             target.parent.mkdir(parents=True, exist_ok=True)
-            seconds = None if entry.split == "train" else test_seconds
-            copied += _link_or_write(root / entry.path, target, copy=copy, seconds=seconds)
-            splits.append(_split_line(entry.split, name))
-            prepared.append(f"{name}\t{entry.path}\t{speaker}\t{entry.split}\t{length}")
-        _write_lines(folder / SPLIT_FILE, splits)
-        _write_lines(folder / PREPARED, prepared)
-        table = [
-            "\t".join([ids[name], str(index), name, *(str(counts[name, s]) for s in SPLITS)])
-            for index, name in enumerate(speakers)
-        ]
-        _write_lines(
-            folder / "speakers.tsv", ["\t".join(["id", "class", "speaker", *SPLITS]), *table]
-        )
+            seconds = None if split == "train" else test_seconds
+            if copy or seconds is not None or not link(source, target):
+                _write_wav(source, target, seconds)
+                copied += 1
+            splits.append(_split_line(split, name))
+            prepared.append(f"{name}\t{entry.path}\t{speaker}\t{split}\t{length}")
+        write_lines(folder / SPLIT_FILE, splits)
+        write_lines(folder / PREPARED, prepared)
+        table = ["\t".join(["id", "class", "speaker", *SPLITS])]
+        for index, name in enumerate(speakers):
+            row = [ids[name], str(index), name, *(str(counts[name, split]) for split in SPLITS)]
+            table.append("\t".join(row))
+        write_lines(folder / "speakers.tsv", table)
     return copied
 
 
-def truncate_lengths(
-    entries: Sequence[ManifestEntry], samples: Sequence[int], test_seconds: float | None
-) -> list[int]:
-    """Limit the lengths (samples at 16 kHz) of dev and test to ``test_seconds``."""
-    if test_seconds is None:
-        return list(samples)
-    limit = round(test_seconds * SAMPLE_RATE)
-    return [
-        length if entry.split == "train" else min(length, limit)
-        for entry, length in zip(entries, samples, strict=True)
-    ]
-
-
-def _link_or_write(source: Path, target: Path, *, copy: bool, seconds: float | None) -> int:
-    """Link ``target`` to ``source``; write a 16-bit WAV if ``copy``, if ``seconds`` is set (then
-    only the middle ``seconds``), or where symlinks fail. Return the number of files written."""
-    if not copy and seconds is None and link(source, target):
-        return 0
+def _write_wav(source: Path, target: Path, seconds: float | None) -> None:
+    """Write ``source``, or its middle ``seconds``, as 16-bit WAV."""
     wave, rate = soundfile.read(source, dtype="int16")
     if seconds is not None:
         excess = max(0, len(wave) - round(seconds * rate))
         wave = wave[excess // 2 : len(wave) - (excess - excess // 2)]
     soundfile.write(target, wave, rate, subtype="PCM_16", format="WAV")
-    return 1
 
 
 def _split_line(split: str, path: str) -> str:
     return f"{SPLITS.index(split) + 1} {path}"
-
-
-def _write_lines(path: Path, lines: Sequence[str]) -> None:
-    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
 def _configure_sid(parser: argparse.ArgumentParser) -> None:
@@ -293,46 +243,37 @@ def _configure_sid(parser: argparse.ArgumentParser) -> None:
         help="write only the middle S seconds of dev and test utterances, as WAV (default: all)",
     )
     parser.add_argument("--copy", action="store_true", help="write WAV files instead of symlinks")
-    parser.add_argument("--replace", action="store_true", help="replace an earlier OUT")
 
 
-def _configure_voxceleb1(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("root", metavar="ROOT", type=Path)
-    parser.add_argument("split_file", metavar="SPLIT_FILE", type=Path)
-    parser.add_argument("--replace", action="store_true", help="replace an earlier OUT")
-
-
-def _prepare_sid(args: argparse.Namespace) -> int:
-    _check_test_seconds(args.test_seconds)
-    check_replaceable(args.out, replace=args.replace)  # before minutes of reading
-    entries = read_manifest(args.manifest, columns=("path", "speaker", "split"))
-    for entry in entries:
-        if not entry.cells["speaker"]:
-            raise DataError(f"{args.manifest}: line {entry.line} has no speaker")
-    check_speakers([(entry.cells["speaker"], entry.split) for entry in entries], args.manifest)
-    root = audio_root(args)
-    samples = read_lengths(args.manifest, root, entries, args.jobs)
-    samples = truncate_lengths(entries, samples, args.test_seconds)
-    copied = write_sid_corpus(
-        args.out, root, entries, samples,
-        copy=args.copy, replace=args.replace, test_seconds=args.test_seconds,
-    )  # fmt: skip
-    _print_summary(args.out, entries, samples, len({entry.cells["speaker"] for entry in entries}))
-    if copied:
-        print(f"{copied} files written as WAV, not linked")
-    return 0
-
-
-def _check_test_seconds(seconds: float | None) -> None:
+def _prepare_sid(args: argparse.Namespace) -> None:
+    seconds = args.test_seconds
     if seconds is not None and not MIN_SAMPLES <= seconds * SAMPLE_RATE < math.inf:
         raise DataError(
             f"--test-seconds must be finite and {MIN_SAMPLES / SAMPLE_RATE:g} or more, "
             f"got {seconds:g}"
         )
+    entries = read_manifest(args.manifest, columns=("path", "speaker", "split"))
+    speakers = [speaker_of(args.manifest, entry) for entry in entries]
+    splits = [entry.split for entry in entries]
+    check_speakers(list(zip(speakers, splits, strict=True)), args.manifest)
+    root = audio_root(args)
+    samples = read_lengths(args.manifest, root, entries, args.jobs)
+    if seconds is not None:
+        limit = round(seconds * SAMPLE_RATE)
+        samples = [
+            length if split == "train" else min(length, limit)
+            for split, length in zip(splits, samples, strict=True)
+        ]
+    copied = write_sid_corpus(
+        args.out, root, entries, samples,
+        copy=args.copy, replace=args.replace, test_seconds=seconds,
+    )  # fmt: skip
+    _print_summary(args.out, splits, samples, len(set(speakers)))
+    if copied:
+        print(f"{copied} files written as WAV, not linked")
 
 
-def _prepare_voxceleb1(args: argparse.Namespace) -> int:
-    check_replaceable(args.out, replace=args.replace)
+def _prepare_voxceleb1(args: argparse.Namespace) -> None:
     lines = read_split_file(args.split_file)
     entries, missing = find_files(args.root, lines)
     missing_list = args.out.with_name(f"{args.out.resolve().name}-missing.txt")
@@ -345,18 +286,19 @@ def _prepare_voxceleb1(args: argparse.Namespace) -> int:
             f"{', '.join(missing[:3])}{', …' * (len(missing) > 3)}; full list: {missing_list}"
         )
     samples = read_lengths(args.split_file, args.root, entries, args.jobs)
-    write_voxceleb1(args.out, args.root, lines, entries, replace=args.replace)
-    _print_summary(args.out, entries, samples, len({line.path[:7] for line in lines}))
-    return 0
+    with new_folder(args.out, replace=args.replace) as folder:
+        link_folder(args.root, folder / AUDIO)
+        write_lines(folder / SPLIT_FILE, [_split_line(line.split, line.path) for line in lines])
+        rows = [f"{line.path}\t{entry.path}" for line, entry in zip(lines, entries, strict=True)]
+        write_lines(folder / PREPARED, ["id\tpath", *rows])
+    splits = [line.split for line in lines]
+    _print_summary(args.out, splits, samples, len({line.path[:7] for line in lines}))
 
 
-def _print_summary(
-    out: Path, entries: Sequence[ManifestEntry], samples: Sequence[int], speakers: int
-) -> None:
-    lengths = {
-        split: [n for entry, n in zip(entries, samples, strict=True) if entry.split == split]
-        for split in SPLITS
-    }
+def _print_summary(out: Path, splits: Sequence[str], samples: Sequence[int], speakers: int) -> None:
+    lengths: dict[str, list[int]] = {split: [] for split in SPLITS}
+    for split, length in zip(splits, samples, strict=True):
+        lengths[split].append(length)
     print_splits(lengths)
     print(f"{speakers} speakers: chance accuracy {100 / speakers:.1f} %")
     print(f"wrote {out}; in the YAML: file_path: {out / AUDIO}")
@@ -366,13 +308,12 @@ def _print_summary(
 SID = PrepareTask(
     "VoxCeleb1's layout from a manifest, for -d voxceleb1",
     SID_DESCRIPTION,
-    _configure_sid,
     _prepare_sid,
+    _configure_sid,
 )
 VOXCELEB1 = PrepareTask(
     "check VoxCeleb1 against its split file, for -d voxceleb1",
     VOXCELEB1_DESCRIPTION,
-    _configure_voxceleb1,
     _prepare_voxceleb1,
-    manifest=False,
+    inputs=(("root", "ROOT"), ("split_file", "SPLIT_FILE")),
 )

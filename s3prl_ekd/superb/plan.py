@@ -21,8 +21,8 @@ from ..downstream.tasks import TASKS, Task, choose_tasks, missing_paths, recipe_
 from ..errors import ConfigError, SetupError
 from ..files.atomic import file_sha256
 from ..files.config import apply_overrides, read_yaml
+from ..prepare.common import PREPARED
 from ..prepare.er import natural_sort_key
-from ..prepare.new_folder import PREPARED
 from ..request import (
     CACHE,
     CacheOptions,

@@ -20,7 +20,6 @@ def mix_at_snr(wave: Tensor, noise: Tensor, snr: float) -> Tensor:
     Args:
         wave: ``[sample]``.
         noise: ``[sample]``, as long as ``wave`` and not silent.
-        snr: dB.
     """
     if is_silent(wave):
         return wave
@@ -39,8 +38,6 @@ def crop_or_loop(noise: Tensor, length: int, rng: random.Random) -> Tensor:
 
     Args:
         noise: ``[sample]``; not silent as a whole.
-        length: number of samples.
-        rng: draws the start.
     """
     if len(noise) < length:
         start = rng.randrange(len(noise))
@@ -64,14 +61,7 @@ def babble(pool: AudioPool, voices: int, length: int, rng: random.Random, exclud
     In a small corpus an utterance may be drawn twice, with different starts.
 
     Args:
-        pool: the utterances.
-        voices: number of utterances.
-        length: number of samples.
-        rng: draws the utterances and the crops.
         exclude: path of the utterance that the babble is added to.
-
-    Returns:
-        ``[length]``.
 
     Raises:
         DataError: an utterance cannot be read, or the pool has no other one.

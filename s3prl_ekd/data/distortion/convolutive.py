@@ -105,7 +105,11 @@ def reject_band(wave: Tensor, centre: float, width: float) -> Tensor:
     Python loop over samples. So it is run on an impulse only, for as long as it rings, and the
     response is convolved with the wave, which gives the same result to float32's precision.
     """
-    impulse = torch.zeros(_ringing(centre, width), dtype=torch.float64)
+    alpha = math.tan(math.pi * width / SAMPLE_RATE)
+    poles = np.roots([1 + alpha, -2 * math.cos(2 * math.pi * centre / SAMPLE_RATE), 1 - alpha])
+    ringing = math.ceil(math.log(1e-6) / math.log(np.abs(poles).max())) + 2  # until -120 dB
+    # A centre far below the width gives a slow pole; after a second its response is inaudible.
+    impulse = torch.zeros(min(ringing, SAMPLE_RATE), dtype=torch.float64)
     impulse[0] = 1
     # The filter clamps its output to -1..1, which this response never leaves.
     q = biquad_quality(centre, width)
@@ -121,15 +125,6 @@ def biquad_quality(centre: float, width: float) -> float:
     """
     alpha = math.tan(math.pi * width / SAMPLE_RATE)
     return math.sin(2 * math.pi * centre / SAMPLE_RATE) / (2 * alpha)
-
-
-def _ringing(centre: float, width: float) -> int:
-    """Number of samples in which the filter's response falls by 120 dB, from its slowest pole."""
-    alpha = math.tan(math.pi * width / SAMPLE_RATE)
-    poles = np.roots([1 + alpha, -2 * math.cos(2 * math.pi * centre / SAMPLE_RATE), 1 - alpha])
-    samples = math.ceil(math.log(1e-6) / math.log(np.abs(poles).max())) + 2
-    # A centre far below the width gives a slow pole; after a second its response is inaudible.
-    return min(samples, SAMPLE_RATE)
 
 
 def _rms(wave: Tensor) -> float:

@@ -77,10 +77,7 @@ class Distorter:
     microphone (ours). The SNR is relative to the reverberated, shifted or filtered speech.
 
     Args:
-        settings: kinds and ranges to draw from, and which inputs are distorted.
-        seed: seed of the draws.
-        root: the folder that ``corpus`` is relative to; for babble.
-        corpus: the paths of all utterances; for babble.
+        root, corpus: the paths of all utterances, relative to ``root``; for babble.
 
     Raises:
         DataError: a folder of noise or impulse responses is missing or has no audio, or babble is
@@ -123,25 +120,19 @@ class Distorter:
     def _noise_pool(self, kind: str) -> AudioPool:
         return self.noise[int(kind.removeprefix("noise:"))]
 
-    def generator(self, utterance: str, epoch: int, role: str) -> random.Random:
-        """Make the random generator for an utterance, an epoch and a role."""
-        return generator(self.seed, epoch, utterance, role)
-
     def plan(self, utterance: str, epoch: int, role: str) -> DistortionPlan:
         """Draw the distortions of an utterance; ``role`` is student, teacher or both."""
-        return draw(self.settings, self.generator(utterance, epoch, role))
+        return draw(self.settings, generator(self.seed, epoch, utterance, role))
 
     def pair(self, wave: Tensor, utterance: str, epoch: int) -> tuple[Tensor, Tensor | None]:
         """Make the inputs of student and teachers.
 
         Args:
             wave: ``[sample]`` at 16 kHz, float32; not modified.
-            utterance: path of the utterance.
-            epoch: from 0.
 
         Returns:
-            The student's and the teachers' input, each ``[sample]`` and as long as ``wave``; the
-            second is None if both are the same.
+            The student's and the teachers' input, each as long as ``wave``; the second is None if
+            both are the same.
 
         Raises:
             DataError: a noise file, impulse response or babble utterance cannot be read.
@@ -165,9 +156,6 @@ class Distorter:
 
         A result with a peak above 1 is scaled to a peak of 1 (ours), which, unlike clipping, does
         not change the SNR.
-
-        Raises:
-            DataError: a noise file, impulse response or babble utterance cannot be read.
         """
         distorted = self._add(self._convolve(wave, plan), plan, utterance)
         if distorted is wave:
@@ -176,15 +164,12 @@ class Distorter:
         return distorted / peak if peak > 1 else distorted
 
     def _convolve(self, wave: Tensor, plan: DistortionPlan) -> Tensor:
-        if plan.convolutive == "reverb":
-            return self._reverberate(wave, plan)
         if plan.convolutive == "pitch":
             return shift_pitch(wave, plan.cents)
         if plan.convolutive == "band_reject":
             return reject_band(wave, plan.centre, plan.width)
-        return wave
-
-    def _reverberate(self, wave: Tensor, plan: DistortionPlan) -> Tensor:
+        if plan.convolutive == "clean":
+            return wave
         if not self.impulses:
             impulse = simulate_impulse(plan.rt60, plan.drr, plan.convolutive_seed)
             return reverberate(wave, impulse, direct=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import random
 from collections.abc import Sequence
@@ -36,16 +37,12 @@ class AudioPool:
     A silent file is skipped when it is drawn, with a warning that counts those skipped in this
     process. Finding silent files in advance would require reading the whole noise corpus.
 
-    Attributes:
-        skip_bad: also skip unusable files; for a corpus, whose bad files are reported elsewhere.
-
     Args:
         setting: the setting that defines the pool, for messages.
         root: the folder that ``names`` are relative to.
-        names: paths of the files.
 
-    Raises:
-        DataError: ``names`` is empty.
+    Attributes:
+        skip_bad: also skip unusable files; for a corpus, whose bad files are reported elsewhere.
     """
 
     def __init__(self, setting: str, root: str | Path, names: Sequence[str]):
@@ -76,15 +73,11 @@ class AudioPool:
     def draw(self, rng: random.Random, exclude: str | None = None) -> Tensor:
         """Read a file drawn uniformly, or the next one that is neither silent nor ``exclude``.
 
-        Returns:
-            The waveform ``[sample]``.
-
         Raises:
             DataError: the file cannot be read, or no file is left.
         """
         start = rng.randrange(len(self.names))
-        for offset in range(len(self.names)):
-            index = (start + offset) % len(self.names)
+        for index in itertools.chain(range(start, len(self.names)), range(start)):
             if index in self._skipped or self.names[index] == exclude:
                 continue
             try:
