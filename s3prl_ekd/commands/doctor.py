@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib
 import importlib.util
 import io
 import json
@@ -22,6 +23,7 @@ import platform
 import textwrap
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from .. import __version__, compat
 from ..downstream import requirements
@@ -56,11 +58,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Print the report; return 0 if pretraining and ASR have all their modules, else 1.
-
-    Raises:
-        SetupError: ``args.folder`` is not a folder.
-    """
+    """Print the report; return 0 if pretraining and ASR have all their modules, else 1."""
     if not args.folder.is_dir():
         raise SetupError(f"{args.folder} is not a folder")
     report = examine(args.folder)
@@ -107,28 +105,33 @@ def _shims() -> list[dict]:
 
 def _versions() -> dict[str, str | None]:
     """Map package -> version and build, or None if it is not installed."""
-    versions: dict[str, str | None] = {"python": platform.python_version()}
-    versions["s3prl_ekd"] = __version__
-    versions["s3prl"] = _s3prl()
+    versions: dict[str, str | None] = {
+        "python": platform.python_version(),
+        "s3prl_ekd": __version__,
+        "s3prl": _s3prl(),
+    }
     for name in PACKAGES:
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             versions[name] = None
-    try:
-        import torch
-    except ImportError:
-        return versions
-    build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
-    versions["torch"] = f"{torch.__version__} ({build})"
+    if torch := _torch():
+        build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
+        versions["torch"] = f"{torch.__version__} ({build})"
     return versions
+
+
+def _torch() -> Any:
+    """The module, or None if it cannot be imported."""
+    try:
+        return importlib.import_module("torch")
+    except ImportError:
+        return None
 
 
 def _torch_load() -> str:
     """Describe in a sentence how safely the installed torch loads untrusted checkpoints."""
-    try:
-        import torch
-    except ImportError:
+    if not (torch := _torch()):
         return "cannot import torch"
     if not (attacks := compat.torch_load_cves(torch.__version__)):
         return "reads data only (weights_only=True)"
@@ -181,9 +184,7 @@ def _round_trip(container: str, subtype: str) -> bool:
 
 def _devices() -> dict[str, str]:
     """Map device -> description."""
-    try:
-        import torch
-    except ImportError:
+    if not (torch := _torch()):
         return {}
     devices = {"cpu": f"{torch.get_num_threads()} threads", "cuda": "none", "mps": "none"}
     if torch.cuda.is_available():

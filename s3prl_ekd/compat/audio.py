@@ -13,11 +13,7 @@ from .torchaudio_import import lacks
 
 
 def audio_decoder() -> str:
-    """The library behind ``torchaudio.load`` and its version, as text.
-
-    Raises:
-        ImportError: soundfile or torchaudio is not installed.
-    """
+    """The library behind ``torchaudio.load`` and its version; raises ImportError without one."""
     import soundfile
     import torchaudio
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import sys
 import warnings
@@ -57,11 +58,7 @@ FALSE = frozenset({"n", "no", "f", "false", "off", "0"})
 
 
 def strtobool(value: str) -> int:
-    """1 for a text in ``TRUE``, 0 for one in ``FALSE``, ignoring case.
-
-    Raises:
-        ValueError: any other text.
-    """
+    """1 for a text in ``TRUE``, 0 for one in ``FALSE``, ignoring case; else raises ValueError."""
     lowered = value.lower()
     if lowered in TRUE or lowered in FALSE:
         return int(lowered in TRUE)
@@ -80,10 +77,8 @@ def _no_distutils() -> bool:
 
 def _add_distutils() -> None:
     # setuptools has its own distutils, which can be imported once setuptools is
-    try:
+    with contextlib.suppress(ModuleNotFoundError):
         importlib.import_module("setuptools")
-    except ModuleNotFoundError:
-        pass
     if not _no_distutils():
         return
     package, util = ModuleType("distutils"), ModuleType("distutils.util")

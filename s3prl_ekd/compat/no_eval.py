@@ -34,14 +34,11 @@ _ALLOWED_EXPRESSIONS = {"-math.inf", "math.inf"}  # for unk_weight in s3prl's AS
 
 
 def reject_code(config: Any, location: str) -> None:
-    """Reject a config in which a value that s3prl passes to ``eval`` could run code.
+    """Raise ConfigError if a value that s3prl passes to ``eval`` could run code.
 
     Args:
         config: a parsed YAML file or the config in a checkpoint.
         location: the file; starts the message.
-
-    Raises:
-        ConfigError: names the key.
     """
     for path, value in _evaluated_values(config, ()):
         if isinstance(value, str) and not _is_allowed(value):
@@ -64,15 +61,12 @@ def _evaluated_values(config: Any, path: tuple[str, ...]) -> Iterator[tuple[tupl
             key_path = (*path, str(key))
             class_name = key == "name" and path and path[-1] in ("optimizer", "scheduler")
             if key in EVALUATED or class_name:
-                yield from ((key_path, item) for item in _items(value))
+                items = value if isinstance(value, (list, tuple)) else [value]
+                yield from ((key_path, item) for item in items)
             yield from _evaluated_values(value, key_path)
     elif isinstance(config, (list, tuple)):
         for i, value in enumerate(config):
             yield from _evaluated_values(value, (*path, str(i)))
-
-
-def _items(value: Any) -> list:
-    return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 def read_conv_layers(text: Any) -> list[tuple[int, int, int]]:
@@ -82,21 +76,15 @@ def read_conv_layers(text: Any) -> list[tuple[int, int, int]]:
 
 def read_layers(text: Any) -> Any:
     """Parse conv layers or a list of integers. Raises ConfigError if ``text`` is neither."""
-    try:
-        value = ast.literal_eval(text)
-    except Exception:  # literal_eval documents five exception classes
-        return read_conv_layers(text)
-    if isinstance(value, (list, tuple)) and all(type(item) is int for item in value):
-        return value
+    with contextlib.suppress(ValueError):
+        value = read_value(text)
+        if isinstance(value, (list, tuple)) and all(type(item) is int for item in value):
+            return value
     return read_conv_layers(text)
 
 
 def read_value(text: str) -> Any:
-    """Parse a value of ``-o`` as a Python literal.
-
-    Raises:
-        ValueError: it is not a literal; s3prl then uses the text itself.
-    """
+    """Parse a value of ``-o`` as a Python literal; raises ValueError: s3prl then uses the text."""
     try:
         return ast.literal_eval(text)
     except Exception:  # literal_eval documents five exception classes
@@ -196,13 +184,14 @@ def check_splits(
         check_fold(datarc.get("test_fold"), f"{location}: downstream_expert.datarc.test_fold")
     available = _recipe_splits(downstream, config)
     for key, split in splits:
-        if available is None and isinstance(split, str) and _SPLIT_NAME.fullmatch(split):
-            continue
-        if available is None or split not in available:
-            allowed = "use letters, digits, _, - and ."
-            if available is not None:
-                allowed = f"use {_listed(available)}"
-            raise ConfigError(f"{key}: no such split {split!r:.60}; {allowed}")
+        if available is None:
+            valid = isinstance(split, str) and bool(_SPLIT_NAME.fullmatch(split))
+            allowed = "letters, digits, _, - and ."
+        else:
+            valid = split in available
+            allowed = " or ".join(available) or "a recipe that lists its data sets; this has none"
+        if not valid:
+            raise ConfigError(f"{key}: no such split {split!r:.60}; use {allowed}")
 
 
 def run_splits(config: Mapping[str, Any]) -> list[tuple[str, Any]]:
@@ -218,12 +207,8 @@ def run_splits(config: Mapping[str, Any]) -> list[tuple[str, Any]]:
 def check_fold(fold: Any, location: str) -> None:
     """Reject an ER fold with characters that a split cannot have: s3prl uses it in file names.
 
-    Args:
-        fold: the value.
-        location: file and key; starts the message.
-
     Raises:
-        ConfigError: the fold has such characters.
+        ConfigError: starts with ``location``, the file and key.
     """
     if fold is not None and not (isinstance(fold, str) and _SPLIT_NAME.fullmatch(fold)):
         raise ConfigError(f"{location} must be fold1, fold2, ..., got {fold!r:.60}")
@@ -242,7 +227,3 @@ def _recipe_splits(downstream: str | None, config: Mapping[str, Any]) -> tuple[s
     return tuple(
         key for key, sets in section.items() if isinstance(sets, list) and key not in _NOT_SPLITS
     )
-
-
-def _listed(names: tuple[str, ...]) -> str:
-    return " or ".join(names) if names else "a recipe that lists its data sets; this one has none"

@@ -51,16 +51,12 @@ INTEGER_TYPES = {"PCM_16": "int16", "PCM_24": "int32", "PCM_32": "int32"}
 
 @dataclass
 class AudioMetaData:
-    """The result of :func:`info`.
+    """The result of :func:`info`."""
 
-    ``sample_rate`` is in Hz; ``num_frames`` counts the samples of one channel. ``bits_per_sample``
-    is 0 for a lossy or unrecognised encoding.
-    """
-
-    sample_rate: int
-    num_frames: int
+    sample_rate: int  # Hz
+    num_frames: int  # samples of one channel
     num_channels: int
-    bits_per_sample: int
+    bits_per_sample: int  # 0 for a lossy or unrecognised encoding
     encoding: str
 
 
@@ -85,19 +81,12 @@ def load(
     buffer_size: int = 4096,
     backend: str | None = None,
 ) -> tuple[torch.Tensor, int]:
-    """Read audio as ``torchaudio.load`` does.
+    """Read audio as ``torchaudio.load`` does: the samples, and the rate in Hz.
 
     Args:
-        uri: a path, or an object with ``read`` and ``seek``.
-        frame_offset: samples to skip at the start.
-        num_frames: maximum number of samples of each channel; -1 reads to the end.
         normalize: if False, 16, 24 and 32 bit integer WAV is returned as integers. All other audio
             is float32 in [-1, 1] in both cases.
-        channels_first: shape [channel, time], or [time, channel] if False.
         format, buffer_size, backend: ignored; libsndfile detects the format.
-
-    Returns:
-        The samples, and the sample rate in Hz.
 
     Raises:
         DataError: the file does not exist, or libsndfile cannot read it.
@@ -136,14 +125,10 @@ def save(
     """Write audio as ``torchaudio.save`` does.
 
     Args:
-        uri: a path, whose extension gives the format, or a writable object with ``format``.
         src: [channel, time] ([time, channel] if not ``channels_first``) or [time]; float32 or
             float64 in [-1, 1], int16 or int32. WAV keeps the type; FLAC has 16 bits.
-        sample_rate: Hz.
-        format: ``wav``, ``flac``, ``ogg``, ``opus`` or ``mp3``; takes precedence over the
-            extension.
-        encoding: ``PCM_S``, ``PCM_U``, ``PCM_F``, ``ULAW`` or ``ALAW``.
-        bits_per_sample: 8, 16, 24, 32 or 64, as the encoding allows.
+        format: a key of :data:`CONTAINERS`; by default the extension of ``uri``.
+        encoding, bits_per_sample: see :data:`SUBTYPES`.
         buffer_size, backend, compression: ignored.
 
     Raises:

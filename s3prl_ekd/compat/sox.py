@@ -26,11 +26,13 @@ if TYPE_CHECKING:
 
 def _channels(wav: torch.Tensor, rate: int, count: str) -> tuple[torch.Tensor, int]:
     """Mix down to ``count`` channels, or repeat the channels cyclically up to ``count``."""
+    import torch
+
     inputs, outputs = wav.size(0), int(count)
-    if outputs <= inputs:
-        # output channel k is the mean of the input channels i with i % outputs == k
-        return _stack([wav[i::outputs].mean(dim=0) for i in range(outputs)]), rate
-    return _stack([wav[i % inputs] for i in range(outputs)]), rate
+    if outputs > inputs:
+        return wav[torch.arange(outputs) % inputs], rate
+    # output channel k is the mean of the input channels i with i % outputs == k
+    return torch.stack([wav[i::outputs].mean(dim=0) for i in range(outputs)]), rate
 
 
 def _rate(wav: torch.Tensor, rate: int, hertz: str) -> tuple[torch.Tensor, int]:
@@ -76,12 +78,6 @@ def _amplitude(decibel: str) -> float:
     return 10 ** (float(decibel) / 20)
 
 
-def _stack(channels: list[torch.Tensor]) -> torch.Tensor:
-    import torch
-
-    return torch.stack(channels)
-
-
 EFFECTS = {
     "channels": _channels,
     "gain": _gain,
@@ -103,17 +99,12 @@ def apply_effects_tensor(
     effects: Sequence[Sequence[str]],
     channels_first: bool = True,
 ) -> tuple[torch.Tensor, int]:
-    """Apply effects in order.
+    """Apply effects in order; return the samples and their rate in Hz.
 
     Args:
         tensor: float samples in [-1, 1], [channel, time] ([time, channel] if not
             ``channels_first``).
-        sample_rate: Hz.
-        effects: a list for each effect, its name and its arguments as strings:
-            ``[["rate", "16000"]]``.
-
-    Returns:
-        The samples in the layout of ``tensor``, and their rate in Hz.
+        effects: name and arguments of each effect as strings: ``[["rate", "16000"]]``.
 
     Raises:
         SetupError: an effect is not supported, or its arguments are not valid.

@@ -25,23 +25,14 @@ def lacks(attribute: str) -> bool:
         return True
 
 
-def _does_not_import() -> bool:
-    try:
-        importlib.import_module("torchaudio")
-    except LOAD_FAILURES:
-        return True
-    return False
-
-
 def _import_without_extension() -> None:
     for name in [name for name in sys.modules if name.split(".")[0] == "torchaudio"]:
         del sys.modules[name]
-    replacement = _extension_replacement()
-    sys.modules[replacement.__name__] = replacement
+    sys.modules["torchaudio._extension"] = _extension_replacement()
     try:
         importlib.import_module("torchaudio")
     except LOAD_FAILURES as error:
-        del sys.modules[replacement.__name__]
+        del sys.modules["torchaudio._extension"]
         raise SetupError(
             f"cannot import torchaudio, even without its compiled extension: {error}; install the "
             "torchaudio release that matches your torch"
@@ -94,7 +85,7 @@ IMPORT = Shim(
     needed_by=("run_downstream.py:8", "downstream/runner.py:13", "downstream/asr/dataset.py:25"),
     since="torchaudio 2.9",
     summary="imported without its compiled extension, which does not load with this torch",
-    missing=_does_not_import,
+    missing=functools.partial(lacks, "__version__"),
     apply=_import_without_extension,
 )
 

@@ -89,7 +89,7 @@ def _run_and_replace_cache_path(module: ModuleType, run: Callable[[ModuleType], 
 
 
 def _replace_cache_path(module: Any) -> None:
-    if isinstance(getattr(module, "CACHE_PATH", None), EmptyFolder):
+    if _is_bypassed():
         return
     if not hasattr(module, "CACHE_PATH"):
         raise SetupError(

@@ -73,6 +73,8 @@ def _read(path: Path, bad: list[BadUtterance] | None) -> list[tuple[int, Utteran
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
         problem = f"cannot read the length table {path}: line {line} is not UTF-8"
+    except OSError as error:
+        problem = f"cannot read the length table {path}: {error.strerror}"
     except DataError as error:
         problem = str(error)
     else:

@@ -52,7 +52,6 @@ def make_corpus(
 
     Args:
         out: folder of the corpus; a folder with other contents is never overwritten.
-        seed: seed of voices, sentences and noise.
         speakers: number of speakers in each split (default: :data:`SPEAKERS`).
         utterances: number of utterances in each split (default: :data:`UTTERANCES`).
 
@@ -136,18 +135,16 @@ def _make(root: Path, parameters: Mapping[str, Any]) -> dict[str, Any]:
                 "seconds": round(sum(map(len, waves)) / SAMPLE_RATE, 1),
                 "speakers": [str(number) for number, _ in talkers],
             }
-    noise = make_noises(
-        np.random.default_rng(seed), [wave / 32768 for wave in speech], NOISE_SECONDS
-    )
+    waves = [wave / 32768 for wave in speech]
+    noise = make_noises(np.random.default_rng(seed), waves, NOISE_SECONDS)
     (root / "noise").mkdir()
     for name, clip in noise.items():
         _write_flac(root / "noise" / f"{name}.flac", to_int16(clip))
-    digest = corpus_checksum(root)
     record = {
         "parameters": parameters,
         "splits": splits,
         "noise": [f"noise/{name}.flac" for name in noise],
-        "checksum": digest,
+        "checksum": corpus_checksum(root),
     }
     (root / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return record

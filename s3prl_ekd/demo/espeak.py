@@ -66,20 +66,13 @@ class Espeak:
             self._chunks.append(ctypes.string_at(samples, 2 * count))
         return 0  # continue
 
-    def synthesise(
-        self, text: str, voice: str, *, rate: int, pitch: int = 50, range_: int = 50
-    ) -> np.ndarray:
-        """Synthesise ``text``.
+    def synthesise(self, text: str, voice: str, *, rate: int, pitch: int) -> np.ndarray:
+        """Synthesise ``text``: 16-bit samples at :attr:`rate` Hz, [samples].
 
         Args:
-            text: the text to speak.
             voice: contents of an espeak-ng voice file.
             rate: words per minute, 80 to 450.
             pitch: 0 to 100; 50 is the voice's default.
-            range_: pitch range, 0 to 100; 50 is the voice's default.
-
-        Returns:
-            16-bit samples at :attr:`rate` Hz, [samples].
 
         Raises:
             SetupError: espeak-ng fails. (It reports no error for most mistakes in a voice file.)
@@ -89,7 +82,7 @@ class Espeak:
             file.write_text(voice, encoding="utf-8")
             if self._lib.espeak_SetVoiceByFile(os.fsencode(file)) != 0:
                 raise SetupError(f"espeak-ng cannot read the voice file {file}")
-            settings = {_RATE: rate, _VOLUME: _QUIET, _PITCH: pitch, _RANGE: range_}
+            settings = {_RATE: rate, _VOLUME: _QUIET, _PITCH: pitch, _RANGE: 50}
             for parameter, value in settings.items():
                 self._lib.espeak_SetParameter(parameter, value, 0)
             self._lib.espeak_ng_SetRandSeed(ctypes.c_long(1))  # for the breath noise

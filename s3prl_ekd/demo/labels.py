@@ -15,7 +15,7 @@ import soundfile
 from tqdm import tqdm
 
 from ..data.audio_files import find_audio
-from ..files.atomic import atomic_file, make_folder
+from ..files.atomic import atomic_file, make_folder, write_text
 from .sentences import sentences
 from .voices import SAMPLE_RATE, make_voices, speak
 
@@ -32,16 +32,11 @@ def make_labels(corpus: Path, out: Path, *, moods: int = 30, seed: int = 1337) -
 
     Args:
         corpus: folder of the demo's corpus (:mod:`.corpus`).
-        out: output folder.
         moods: utterances of each mood in train; dev and test get a third each, 2 at least.
-        seed: seed of sentences, voices and moods.
-
-    Raises:
-        DataError: a folder cannot be created.
     """
     make_folder(out / "moods")
-    lexicon = resources.files(__package__).joinpath("lexicon.txt").read_bytes()
-    _write(out / "lexicon.txt", lexicon)
+    lexicon = resources.files(__package__).joinpath("lexicon.txt")
+    write_text(out / "lexicon.txt", lexicon.read_text(encoding="utf-8"))
     lines = ["path\tspeaker\tsplit"]
     counts: dict[str, int] = {}
     for path in sorted(corpus / name for name in find_audio(corpus)):
@@ -51,8 +46,9 @@ def make_labels(corpus: Path, out: Path, *, moods: int = 30, seed: int = 1337) -
         index = counts[speaker] = counts.get(speaker, -1) + 1
         name = path.relative_to(corpus).as_posix()
         lines.append(f"{name}\t{speaker}\t{SPLITS[index % len(SPLITS)]}")
-    _write(out / "sid.tsv", _text(lines))
-    _write(out / "er.tsv", _text(["path\tspeaker\temotion\tsplit", *_moods(out, moods, seed)]))
+    write_text(out / "sid.tsv", "\n".join([*lines, ""]))
+    lines = ["path\tspeaker\temotion\tsplit", *_moods(out, moods, seed)]
+    write_text(out / "er.tsv", "\n".join([*lines, ""]))
 
 
 def _moods(out: Path, count: int, seed: int) -> list[str]:
@@ -79,12 +75,3 @@ def _moods(out: Path, count: int, seed: int) -> list[str]:
         split = speaker_name.rstrip("0123456789")
         lines.append(f"{name}\t{speaker_name}\t{mood}\t{split}")
     return lines
-
-
-def _text(lines: list[str]) -> bytes:
-    return "".join(f"{line}\n" for line in lines).encode()
-
-
-def _write(path: Path, data: bytes) -> None:
-    with atomic_file(path) as file:
-        file.write(data)

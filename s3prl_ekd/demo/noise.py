@@ -17,9 +17,7 @@ def make_noises(
     """Make clips by name, float64 [samples] at 16 kHz, all of the same loudness.
 
     Args:
-        rng: random generator.
         speech: one or more float waveforms [samples] for the babble.
-        seconds: length of each clip.
     """
     samples = round(seconds * SAMPLE_RATE)
     clips = {

@@ -91,11 +91,9 @@ def make_voices(count: int, seed: int = 1337) -> list[Voice]:
 
 
 def speak(text: str, voice: Voice, *, rate: float = 1.0, pitch: int = 50) -> np.ndarray:
-    """Synthesise ``text``; deterministic, also across calls and processes.
+    """Synthesise an English sentence; deterministic, also across calls and processes.
 
     Args:
-        text: an English sentence.
-        voice: the speaker.
         rate: factor of the voice's speaking rate.
         pitch: 0 to 100; 50 is the voice's default.
 
@@ -108,9 +106,14 @@ def speak(text: str, voice: Voice, *, rate: float = 1.0, pitch: int = 50) -> np.
     """
     if not text.strip():
         raise DataError("cannot synthesise an empty text")
+    import torch
+
+    from ..data.audio import resample
+
     engine = espeak()
     samples = engine.synthesise(text, voice.file(), rate=round(voice.rate * rate), pitch=pitch)
-    wave = _resample(samples.astype(np.float64) / 32768, engine.rate)
+    # In float64, rounding to 16 bit hides the order of the sums, which depends on threads.
+    wave = resample(torch.from_numpy(samples.astype(np.float64) / 32768), engine.rate).numpy()
     return to_int16(wave * (_LOUDNESS / np.sqrt(np.mean(wave**2))))
 
 
@@ -120,17 +123,3 @@ def to_int16(wave: np.ndarray, peak: float = 0.95) -> np.ndarray:
     if loudest > peak:
         wave = wave * (peak / loudest)
     return np.round(wave * 32767).astype(np.int16)
-
-
-def _resample(wave: np.ndarray, rate: int) -> np.ndarray:
-    """Resample from ``rate`` Hz to 16 kHz, float64 [samples] in and out."""
-    if rate == SAMPLE_RATE:
-        return wave
-    from ..compat import apply
-
-    apply()  # some versions of torchaudio cannot be imported without it
-    import torch
-    from torchaudio.functional import resample
-
-    # In float64, rounding to 16 bit hides the order of the sums, which depends on threads.
-    return resample(torch.from_numpy(wave), rate, SAMPLE_RATE).numpy()

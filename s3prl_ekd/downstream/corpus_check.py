@@ -17,24 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from ..compat.no_eval import run_splits
+from ..data.manifest import MAX_LIST
 from ..errors import ConfigError
 from ..files.config import override_option
 from ..files.text import CONTROL, read_text
+from .tasks import EXPERT, setting, task_of
 
-MAX_LIST = 256 << 20  # bytes of a list of files; VoxCeleb1's has 5 MB
-_EXPERT = "downstream_expert"
-_FOLDERS = {
-    "ctc": ("corpus.path",),
-    "voxceleb1": ("datarc.file_path",),
-    "emotion": ("datarc.root", "datarc.meta_data"),
-    "asr": ("datarc.libri_root", "datarc.bucket_file"),
-}
-_FILES = {
-    "ctc": ("corpus.lexicon", "text.vocab_file"),
-    "voxceleb1": ("datarc.meta_data",),
-    "asr": ("datarc.dict_path",),
-}
-_OPTIONAL = {"datarc.dict_path"}  # s3prl has a default dictionary
+_OPTIONAL = f"{EXPERT}.datarc.dict_path"  # s3prl has a default dictionary
 _MAX_SUBFOLDERS = 200  # subfolders searched when the files are not in the folder itself
 _MAX_DEPTH = 3  # levels below a LibriSpeech set: speaker, chapter, and one more
 _SAMPLE = 5  # suggest a folder if it has about this many files, evenly spaced in the list
@@ -64,48 +53,44 @@ def check_corpus(
             read; or files are missing. The message gives the first missing file, how many of the
             files exist, and a nearby folder that has them.
     """
-    expert = config.get(_EXPERT)
-    if not isinstance(downstream, str) or not isinstance(expert, Mapping):
+    task = task_of(downstream)
+    if task is None or not isinstance(config.get(EXPERT), Mapping):
         return  # values from a checkpoint may be of any type; s3prl's own check follows
-    if downstream not in _FOLDERS:
-        return
-    corpus = expert.get("corpus")
-    name = corpus.get("name") if isinstance(corpus, Mapping) else None
-    if downstream == "ctc" and str(name).lower() != "libriphone":
+    if task.name == "pr" and str(setting(config, f"{EXPERT}.corpus.name")).lower() != "libriphone":
         return  # another of s3prl's corpora
-    recipe = _RecipeSection(expert, source, folder)
-    for key in _FOLDERS[downstream]:
+    recipe = _Recipe(config, source, folder)
+    for key in task.folders:
         if not recipe.path(key).is_dir():
             raise recipe.error(key, f"{recipe.value(key)}, which is not an existing folder")
-    for key in _FILES.get(downstream, ()):
+    for key in (*task.lists, *task.recipe_files):
         for path in recipe.paths(key):
             if not path.is_file():
                 raise recipe.error(key, f"{path}, which is not an existing file")
-    if downstream == "voxceleb1":
-        lookups: Iterator[_Lookup] = _sid(recipe)
-    elif downstream == "emotion":
+    if task.name == "sid":
+        lookups = _sid(recipe)
+    elif task.name == "er":
         lookups = _er(recipe, fold)
     else:
         splits = [split] if split else [name for _, name in run_splits(config)]
-        lookups = (_asr if downstream == "asr" else _pr)(recipe, splits)
+        lookups = (_asr if task.name == "asr" else _pr)(recipe, splits)
     for lookup in lookups:
         _check(recipe, lookup)
 
 
 @dataclass(frozen=True)
-class _RecipeSection:
-    """The ``downstream_expert`` section of a recipe, with the recipe's file name for messages."""
+class _Recipe:
+    """A recipe, with its file name for messages. Keys are dotted and start at the top."""
 
-    expert: Mapping[str, Any]
+    config: Mapping[str, Any]
     source: str
     folder: Path
 
     def value(self, key: str) -> Any:
-        value: Any = self.expert
-        for part in key.split("."):
-            value = value.get(part) if isinstance(value, Mapping) else None
-        if value is None and key not in _OPTIONAL:
-            raise ConfigError(f"{self.source}: {_EXPERT}.{key} is not set; add {_option(key)}")
+        value = setting(self.config, key)
+        if value is None and key != _OPTIONAL:
+            raise ConfigError(
+                f"{self.source}: {key} is not set; add {override_option(key, 'PATH')}"
+            )
         return value
 
     def paths(self, key: str) -> list[Path]:
@@ -121,18 +106,21 @@ class _RecipeSection:
             raise self.error(key, f"{self.value(key)!r:.80}, expected a path")
         return self.paths(key)[0]
 
-    def names(self, key: str) -> list[str]:
-        """A list of corpus sets, such as ``["train-clean-100"]``."""
-        value = self.value(key)
-        value = [value] if isinstance(value, str) else value
-        if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
-            raise self.error(key, f"{value!r:.80}, expected a list of names")
-        return value
+    def sets(self, section: str, splits: Sequence[str]) -> list[str]:
+        """The corpus sets of the splits, such as ``["train-clean-100"]``."""
+        sets: dict[str, None] = {}
+        for key in (f"{EXPERT}.{section}.{split}" for split in splits):
+            value = self.value(key)
+            names = [value] if isinstance(value, str) else value
+            if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+                raise self.error(key, f"{value!r:.80}, expected a list of names")
+            sets.update(dict.fromkeys(names))
+        return list(sets)
 
     def error(self, key: str, problem: str) -> ConfigError:
         return ConfigError(
-            f"{self.source}: {_EXPERT}.{key} is {CONTROL.sub('?', problem)}; edit it or add "
-            f"{_option(key)}"
+            f"{self.source}: {key} is {CONTROL.sub('?', problem)}; edit it or add "
+            f"{override_option(key, 'PATH')}"
         )
 
 
@@ -141,7 +129,7 @@ class _Lookup:
     """Files that must exist below one folder.
 
     Attributes:
-        key: the folder's YAML key below ``downstream_expert``.
+        key: the folder's YAML key.
         names: the file names as listed.
         listed_in: the file or the sets that list them.
         has_file: returns whether a folder contains a file name.
@@ -152,10 +140,10 @@ class _Lookup:
     names: Sequence[str]
     listed_in: str
     has_file: Callable[[Path, str], bool]
-    pattern: str
+    pattern: str = "{}"
 
 
-def _check(recipe: _RecipeSection, lookup: _Lookup) -> None:
+def _check(recipe: _Recipe, lookup: _Lookup) -> None:
     root = recipe.path(lookup.key)
     if not lookup.names:
         raise ConfigError(f"{recipe.source}: {lookup.listed_in} lists no files")
@@ -163,28 +151,27 @@ def _check(recipe: _RecipeSection, lookup: _Lookup) -> None:
     if not missing:
         return
     count = len(lookup.names) - len(missing)
-    key, value = f"{_EXPERT}.{lookup.key}", Path(recipe.value(lookup.key))
+    value = Path(recipe.value(lookup.key))
     message = (
-        f"{recipe.source}: {key} is {value}, which has {count:,} of the {len(lookup.names):,} "
-        f"files of {lookup.listed_in} (first missing: {value / lookup.pattern.format(missing[0])})"
+        f"{recipe.source}: {lookup.key} is {value}, which has {count:,} of the "
+        f"{len(lookup.names):,} files of {lookup.listed_in} (first missing: "
+        f"{value / lookup.pattern.format(missing[0])})"
     )
     nearby = None if count else _nearby_folder(root, lookup)
     if nearby is not None:
-        suggestion = nearby if value.is_absolute() else os.path.relpath(nearby, recipe.folder)
-        remedy = (
-            f"{suggestion} has them: edit the YAML or add {override_option(key, str(suggestion))}"
-        )
+        path = str(nearby) if value.is_absolute() else os.path.relpath(nearby, recipe.folder)
+        option = override_option(lookup.key, path)
+        remedy = f"{path} has them: edit the YAML or add {option}"
     elif count:
         remedy = "add the missing files, or create the list again"
     else:
-        remedy = f"edit it or add {_option(lookup.key)}"
+        remedy = f"edit it or add {override_option(lookup.key, 'PATH')}"
     raise ConfigError(CONTROL.sub("?", f"{message}; {remedy}"))
 
 
 def _nearby_folder(root: Path, lookup: _Lookup) -> Path | None:
     """Find a folder up to two levels above or one below ``root`` that has the files."""
-    step = max(1, len(lookup.names) // _SAMPLE)
-    sample = lookup.names[::step]
+    sample = lookup.names[:: max(1, len(lookup.names) // _SAMPLE)]
     path = Path(os.path.abspath(root))  # not resolved: a symlink's own parent is searched
     try:
         subfolders = sorted(entry.path for entry in os.scandir(path) if entry.is_dir())
@@ -197,8 +184,8 @@ def _nearby_folder(root: Path, lookup: _Lookup) -> Path | None:
     return None
 
 
-def _sid(recipe: _RecipeSection) -> Iterator[_Lookup]:
-    path = recipe.path("datarc.meta_data")
+def _sid(recipe: _Recipe) -> Iterator[_Lookup]:
+    path = recipe.path(f"{EXPERT}.datarc.meta_data")
     names = []
     for number, line in enumerate(_read(path).splitlines(), start=1):
         fields = line.split()
@@ -220,17 +207,17 @@ def _sid(recipe: _RecipeSection) -> Iterator[_Lookup]:
         video, _, file = name.rpartition("/")
         return any(file in listing(part / video) for part in parts(root))
 
-    yield _Lookup("datarc.file_path", names, str(path), has_file, "*/wav/{}")
+    yield _Lookup(f"{EXPERT}.datarc.file_path", names, str(path), has_file, "*/wav/{}")
 
 
-def _er(recipe: _RecipeSection, fold: str | None) -> Iterator[_Lookup]:
-    fold = recipe.expert["datarc"].get("test_fold") or fold or "fold1"
+def _er(recipe: _Recipe, fold: str | None) -> Iterator[_Lookup]:
+    key = f"{EXPERT}.datarc.meta_data"
+    fold = setting(recipe.config, f"{EXPERT}.datarc.test_fold") or fold or "fold1"
     session = str(fold).replace("fold", "Session")
     tables = [f"{session}/{part}_meta_data.json" for part in ("train", "test")]
     has_file = _file_finder()
-    yield _Lookup("datarc.meta_data", tables, f"test_fold {fold}", has_file, "{}")
-    for table in tables:
-        path = recipe.path("datarc.meta_data") / table
+    yield _Lookup(key, tables, f"test_fold {fold}", has_file)
+    for path in (recipe.path(key) / table for table in tables):
         try:
             names = [entry["path"] for entry in json.loads(_read(path))["meta_data"]]
             if not all(isinstance(name, str) for name in names):
@@ -240,16 +227,15 @@ def _er(recipe: _RecipeSection, fold: str | None) -> Iterator[_Lookup]:
                 f"{recipe.source}: {path} is not in the format that s3prl's preprocess.py writes; "
                 "create it again with s3prl-ekd prepare er or iemocap"
             ) from None
-        yield _Lookup("datarc.root", names, str(path), has_file, "{}")
+        yield _Lookup(f"{EXPERT}.datarc.root", names, str(path), has_file)
 
 
-def _asr(recipe: _RecipeSection, splits: Sequence[str]) -> Iterator[_Lookup]:
-    sets = {name: None for split in splits for name in recipe.names(f"datarc.{split}")}
-    tables = [f"{name}.csv" for name in sets]
+def _asr(recipe: _Recipe, splits: Sequence[str]) -> Iterator[_Lookup]:
+    key = f"{EXPERT}.datarc.bucket_file"
+    tables = [f"{name}.csv" for name in recipe.sets("datarc", splits)]
     has_file = _file_finder()
-    yield _Lookup("datarc.bucket_file", tables, f"the sets of {', '.join(splits)}", has_file, "{}")
-    for table in tables:
-        path = recipe.path("datarc.bucket_file") / table
+    yield _Lookup(key, tables, f"the sets of {', '.join(splits)}", has_file)
+    for path in (recipe.path(key) / table for table in tables):
         rows = csv.DictReader(_read(path).splitlines())
         if "file_path" not in (rows.fieldnames or ()):
             raise ConfigError(
@@ -259,12 +245,10 @@ def _asr(recipe: _RecipeSection, splits: Sequence[str]) -> Iterator[_Lookup]:
         names = [row["file_path"] or "" for row in rows]
         folders = {os.path.dirname(name): None for name in names}
         transcripts = [f"{name}/{'-'.join(name.split('/')[-2:])}.trans.txt" for name in folders]
-        yield _Lookup("datarc.libri_root", [*names, *transcripts], str(path), has_file, "{}")
+        yield _Lookup(f"{EXPERT}.datarc.libri_root", [*names, *transcripts], str(path), has_file)
 
 
-def _pr(recipe: _RecipeSection, splits: Sequence[str]) -> Iterator[_Lookup]:
-    sets = {name: None for split in splits for name in recipe.names(f"corpus.{split}")}
-
+def _pr(recipe: _Recipe, splits: Sequence[str]) -> Iterator[_Lookup]:
     def has_file(root: Path, name: str) -> bool:
         top = root / name
         for folder, subfolders, files in os.walk(top, followlinks=True):
@@ -274,8 +258,8 @@ def _pr(recipe: _RecipeSection, splits: Sequence[str]) -> Iterator[_Lookup]:
                 subfolders.clear()
         return False
 
-    listed_in = f"the sets of {', '.join(splits)}"
-    yield _Lookup("corpus.path", list(sets), listed_in, has_file, "{}/*/*/*.trans.txt")
+    sets, listed_in = recipe.sets("corpus", splits), f"the sets of {', '.join(splits)}"
+    yield _Lookup(f"{EXPERT}.corpus.path", sets, listed_in, has_file, "{}/*/*/*.trans.txt")
 
 
 def _listings() -> Callable[[Path], frozenset[str]]:
@@ -299,7 +283,3 @@ def _file_finder() -> Callable[[Path, str], bool]:
 
 def _read(path: Path) -> str:
     return read_text(path, "list of files", ConfigError, MAX_LIST, utf8="utf-8-sig")
-
-
-def _option(key: str) -> str:
-    return override_option(f"{_EXPERT}.{key}", "PATH")

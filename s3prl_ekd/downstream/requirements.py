@@ -18,7 +18,7 @@ from types import ModuleType
 from ..compat import voxceleb1_cache
 from ..compat.child_processes import repeat_in_children
 from ..errors import ConfigError, SetupError
-from ..files.text import read_text
+from ..files.text import MAX_YAML, parse_yaml, read_text
 from .corpus_check import check_corpus
 from .tasks import Task, missing_paths
 
@@ -68,12 +68,7 @@ def init_command(folder: Path) -> str:
 
 def check_modules(names: tuple[str, ...]) -> list[RequirementProblem]:
     """Import each module, suppressing its output; return the distinct problems."""
-    problems = []
-    for name in names:
-        problem = _import_problem(name)
-        if problem and problem not in problems:
-            problems.append(problem)
-    return problems
+    return list(dict.fromkeys(filter(None, map(_import_problem, names))))
 
 
 def check_recipe(task: Task, folder: Path) -> RecipeStatus:
@@ -88,7 +83,7 @@ def check_recipe(task: Task, folder: Path) -> RecipeStatus:
                 # lets SID's modules import without librosa
                 stack.enter_context(voxceleb1_cache.cache_bypassed())
         status = RecipeStatus(modules=check_modules(modules))
-    config = _read_yaml(folder / task.full, init_command(folder))
+    config = _read_yaml(folder / task.full, folder)
     if isinstance(config, RequirementProblem):
         status.files.append(config)
         return status
@@ -150,27 +145,20 @@ def _missing_module(name: str) -> RequirementProblem:
     package = name.partition(".")[0]
     if importlib.util.find_spec(package) is not None:
         return RequirementProblem(f"module {name} is missing from {package}")
-    return RequirementProblem(
-        f"{package} is not installed", INSTALL.get(package, f"pip install {package}")
-    )
+    install = INSTALL.get(package, f"pip install {package}")
+    return RequirementProblem(f"{package} is not installed", install)
 
 
-def _read_yaml(path: Path, remedy: str) -> dict | RequirementProblem:
+def _read_yaml(path: Path, folder: Path) -> dict | RequirementProblem:
     if not path.is_file():
-        return RequirementProblem(f"{path} does not exist", remedy)
-    try:
-        from ..files.text import MAX_YAML, parse_yaml
-    except ImportError:
-        return _missing_module("yaml")
+        return RequirementProblem(f"{path} does not exist", init_command(folder))
     try:
         content = parse_yaml(read_text(path, "recipe", ConfigError, MAX_YAML), "it")
     except ConfigError as error:
         return RequirementProblem(f"{path} is not YAML: {error}")
-    return (
-        content
-        if isinstance(content, dict)
-        else RequirementProblem(f"{path} is not a YAML mapping")
-    )
+    if not isinstance(content, dict):
+        return RequirementProblem(f"{path} is not a YAML mapping")
+    return content
 
 
 @contextlib.contextmanager

@@ -24,7 +24,8 @@ class Task:
         scale: factor that converts the score in s3prl's best checkpoint to per cent.
         hyp, ref: names of the prediction files; ER's contain ``{fold}``.
         recipe_files: dotted YAML keys of the files that come with a recipe.
-        corpus: dotted YAML keys of the corpus paths, which the user sets.
+        folders, lists: dotted YAML keys of the corpus paths, which the user sets: of folders, and
+            of files that list or describe the corpus.
         modules: modules besides the expert that the recipe imports while it runs.
     """
 
@@ -39,7 +40,8 @@ class Task:
     hyp: str
     ref: str
     recipe_files: tuple[str, ...]
-    corpus: tuple[str, ...]
+    folders: tuple[str, ...]
+    lists: tuple[str, ...] = ()
     modules: tuple[str, ...] = ()
 
     @property
@@ -50,6 +52,11 @@ class Task:
     def title(self) -> str:
         """Title as in SUPERB's tables: ``PR PER ↓``."""
         return f"{self.name.upper()} {self.metric.upper()} {'↑' if self.higher_is_better else '↓'}"
+
+    @property
+    def corpus(self) -> tuple[str, ...]:
+        """YAML keys of the paths that the user sets."""
+        return self.folders + self.lists
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -65,13 +72,14 @@ class Task:
         return self.hyp.format(fold=fold), self.ref.format(fold=fold)
 
 
-_EXPERT = "downstream_expert"
+EXPERT = "downstream_expert"
 TASKS = {
     "pr": Task(
         "pr", "ctc", "downstream/ctc/libriphone.yaml", "downstream/ctc/tiny.yaml",
         "test", "dev-best.ckpt", "per", 100.0, "test-hyp.ark", "test-ref.ark",
-        (f"{_EXPERT}.text.vocab_file",),
-        (f"{_EXPERT}.corpus.path", f"{_EXPERT}.corpus.lexicon"),
+        (f"{EXPERT}.text.vocab_file",),
+        (f"{EXPERT}.corpus.path",),
+        (f"{EXPERT}.corpus.lexicon",),
         # imported with the first data loader; see requirements.provide_ctc_corpus
         ("s3prl.downstream.ctc.corpus.libriphone",),
     ),
@@ -79,20 +87,21 @@ TASKS = {
         "sid", "voxceleb1", "downstream/voxceleb1/config.yaml", "downstream/voxceleb1/tiny.yaml",
         "test", "dev-best.ckpt", "acc", 100.0, "test_predict.txt", "test_truth.txt",
         (),
-        (f"{_EXPERT}.datarc.file_path", f"{_EXPERT}.datarc.meta_data"),
+        (f"{EXPERT}.datarc.file_path",),
+        (f"{EXPERT}.datarc.meta_data",),
     ),
     "er": Task(
         "er", "emotion", "downstream/emotion/config.yaml", "downstream/emotion/tiny.yaml",
         "test", "dev-best.ckpt", "acc", 100.0, "test_{fold}_predict.txt", "test_{fold}_truth.txt",
         (),
-        (f"{_EXPERT}.datarc.root", f"{_EXPERT}.datarc.meta_data"),
+        (f"{EXPERT}.datarc.root", f"{EXPERT}.datarc.meta_data"),
     ),
     "asr": Task(
         "asr", "asr", "downstream/asr/config.yaml", "downstream/asr/tiny.yaml",
         "test-clean", "dev-clean-best.ckpt", "wer", 1.0,
         "test-clean-noLM-hyp.ark", "test-clean-noLM-ref.ark",
-        (f"{_EXPERT}.datarc.dict_path",),
-        (f"{_EXPERT}.datarc.libri_root", f"{_EXPERT}.datarc.bucket_file"),
+        (f"{EXPERT}.datarc.dict_path",),
+        (f"{EXPERT}.datarc.libri_root", f"{EXPERT}.datarc.bucket_file"),
     ),
 }  # fmt: skip
 
@@ -114,12 +123,18 @@ def choose_tasks(names: Sequence[str]) -> list[Task]:
     return [task for task in TASKS.values() if task.name in names]
 
 
+def setting(config: Mapping[str, Any], key: str) -> Any:
+    """The value of a dotted key; None if there is none."""
+    value: Any = config
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
+
+
 def recipe_paths(config: Mapping[str, Any], keys: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Yield ``(key, path)`` for each path set under the dotted ``keys``."""
     for key in keys:
-        value: Any = config
-        for part in key.split("."):
-            value = value.get(part) if isinstance(value, Mapping) else None
+        value = setting(config, key)
         for path in value if isinstance(value, list) else [] if value is None else [value]:
             yield key, str(path)
 
@@ -128,6 +143,4 @@ def missing_paths(
     config: Mapping[str, Any], keys: Sequence[str], folder: Path
 ) -> Iterator[tuple[str, str]]:
     """Yield ``(key, path)`` for each path in ``config`` that does not exist below ``folder``."""
-    for key, path in recipe_paths(config, keys):
-        if not (folder / path).exists():
-            yield key, path
+    return ((key, path) for key, path in recipe_paths(config, keys) if not (folder / path).exists())

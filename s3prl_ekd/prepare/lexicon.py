@@ -15,6 +15,7 @@ download and use the model only.
 from __future__ import annotations
 
 import argparse
+import itertools
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -70,7 +71,7 @@ def read_lexicon(
             word = _VARIANT.sub("", cells[0]).upper()
             if word not in words or word in pronunciations:
                 continue
-            phones = _without_comment(cells[1:])
+            phones = tuple(itertools.takewhile(lambda cell: not cell.startswith("#"), cells[1:]))
             if not phones:
                 raise DataError(f"{path}: line {number}: the word {word} has no phones")
             for phone in phones:
@@ -87,18 +88,11 @@ def _lines(path: Path) -> list[str]:
     check_regular(path, "lexicon", DataError)
     try:
         data = path.read_bytes()
+        return data.decode("utf-8-sig").split("\n")
+    except UnicodeDecodeError:
+        return data.decode("latin-1").split("\n")  # CMUdict 0.7b
     except OSError as error:
         raise DataError(f"cannot read the lexicon {path}: {error.strerror}") from None
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        text = data.decode("latin-1")  # CMUdict 0.7b
-    return text.split("\n")
-
-
-def _without_comment(cells: Sequence[str]) -> tuple[str, ...]:
-    end = next((i for i, cell in enumerate(cells) if cell.startswith("#")), len(cells))
-    return tuple(cells[:end])
 
 
 def write_lexicon(path: str | Path, pronunciations: Mapping[str, Sequence[str]]) -> None:
@@ -110,14 +104,10 @@ def write_lexicon(path: str | Path, pronunciations: Mapping[str, Sequence[str]])
 def predict_phones(
     words: Iterable[str], advance: Callable[[int], object] = lambda count: None
 ) -> Pronunciations:
-    """Predict the phones of ``words`` with g2p_en; deterministic.
+    """Predict the phones of unique words in upper case with g2p_en; deterministic.
 
     Words with characters other than A to Z and the apostrophe, and words with an invalid or
-    truncated prediction, are absent from the result.
-
-    Args:
-        words: unique words in upper case.
-        advance: called with 1 after each word, for a progress bar.
+    truncated prediction, are absent from the result. ``advance`` is called with 1 after each word.
 
     Raises:
         SetupError: g2p_en is not installed.
@@ -137,13 +127,11 @@ def predict_phones(
 def _model() -> Callable[[str], list[str]]:
     try:
         import nltk
+
+        with replaced(nltk, "download", lambda *args, **kwargs: False):
+            from g2p_en import g2p
     except ImportError:
         raise SetupError("--g2p needs a model: pip install 's3prl_ekd[g2p]'") from None
-    with replaced(nltk, "download", lambda *args, **kwargs: False):
-        try:
-            from g2p_en import g2p
-        except ImportError:
-            raise SetupError("--g2p needs a model: pip install 's3prl_ekd[g2p]'") from None
     with replaced(g2p, "cmudict", SimpleNamespace(dict=dict)):  # NLTK's, which may not be installed
         return g2p.G2p().predict
 
@@ -170,10 +158,6 @@ def collect_pronunciations(args: argparse.Namespace, words: Collection[str]) -> 
     """Find the phones of ``words`` by ``--lexicon`` and ``--g2p``; print counts by source.
 
     Words that have no pronunciation are absent from the result.
-
-    Raises:
-        DataError: a lexicon cannot be read or has a phone that the vocabulary lacks.
-        SetupError: ``--g2p`` is set and its package is not installed.
     """
     pronunciations: Pronunciations = {}
     sources = []
