@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
-import soundfile
 import torch
 import yaml
 
@@ -27,6 +26,13 @@ from s3prl_ekd.student_file import LoadedStudent, write_student
 from s3prl_ekd.teachers.random_weights import hubert_checkpoint, wavlm_checkpoint
 
 from .conftest import REPO, SIZES, STUDENT, make_sound
+from .corpora import (
+    write_audio,
+    write_iemocap,
+    write_librispeech,
+    write_manifest,
+    write_voxceleb1,
+)
 
 WORDS = ["A CAT SAT", "THE DOG", "A DOG SAT", "THE CAT SAT"]
 LEXICON = "A  AH0\nTHE  DH AH0\nCAT  K AE1 T\nDOG  D AO1 G\nSAT  S AE1 T\n"
@@ -146,63 +152,28 @@ def change(path: Path, values: dict) -> None:
     path.write_text(yaml.safe_dump(data, sort_keys=False))
 
 
-def write_sound(path: Path, seconds: float, seed: int) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    soundfile.write(path, make_sound(seconds, seed=seed), 16000)
-
-
 def write_data(data: Path) -> None:
     """The corpora that the documents name, each a few utterances of noise."""
-    for number, split in enumerate(SPLITS):
-        lines = []
-        for i in range(4):
-            name = f"1{number}-200-{i:04d}"
-            write_sound(data / f"LibriSpeech/{split}/1{number}/200/{name}.flac", 0.6 + 0.1 * i, i)
-            lines.append(f"{name} {WORDS[i]}\n")
-        chapter = data / f"LibriSpeech/{split}/1{number}/200"
-        (chapter / f"1{number}-200.trans.txt").write_text("".join(lines))
+    write_librispeech(data / "LibriSpeech", dict.fromkeys(SPLITS, WORDS), 0.6)
     (data / "cmudict.dict").write_text(LEXICON)
-    rows = ["path\tspeaker\ttext\temotion\tsplit\n"]
+    rows = []
     for i in range(16):
         split = "train" if i < 8 else "dev" if i < 12 else "test"
-        write_sound(data / f"my_corpus/{i}.wav", 1.2 + 0.05 * i, i)
         speaker, emotion = ("ann", "bob")[i % 2], ("calm", "angry")[i // 2 % 2]
-        rows.append(f"{i}.wav\t{speaker}\t{WORDS[i % 4]}\t{emotion}\t{split}\n")
+        cells = (f"{i}.wav", speaker, WORDS[i % 4], emotion, split)
+        rows.append((make_sound(1.2 + 0.05 * i, seed=i), cells))
     for task in ("asr", "pr", "sid", "er"):
-        (data / f"my_corpus/{task}.tsv").write_text("".join(rows))
+        columns = ("speaker", "text", "emotion", "split")
+        write_manifest(data / f"my_corpus/{task}.tsv", columns, rows)
     for i in range(3):
-        write_sound(data / f"my_audio/{i}.flac", 0.7 + 0.1 * i, i)
-        write_sound(data / f"noise/{i}.wav", 1.0, 50 + i)
-        write_sound(data / f"dev-clean/{i}.flac", 0.5, i)
-    write_voxceleb1(data / "VoxCeleb1")
-    write_iemocap(data / "IEMOCAP_full_release")
+        write_audio(data / f"my_audio/{i}.flac", make_sound(0.7 + 0.1 * i, seed=i))
+        write_audio(data / f"noise/{i}.wav", make_sound(1.0, seed=50 + i))
+        write_audio(data / f"dev-clean/{i}.flac", make_sound(0.5, seed=i))
+    speakers = {"id10001": "dev", "id10270": "test"}
+    write_voxceleb1(data / "VoxCeleb1", data / "VoxCeleb1/iden_split.txt", speakers, 14000)
+    emotions = ("neu", "hap", "ang", "sad")
+    write_iemocap(data / "IEMOCAP_full_release", ["F_impro01"], emotions, 12000)
     torch.save(wavlm_checkpoint(seed=9, **{**SIZES, "layers": 12}), data / "my_wavlm.pt")
-
-
-def write_voxceleb1(folder: Path) -> None:
-    """VoxCeleb1's layout with the official list of splits (1 train, 2 dev, 3 test)."""
-    lines = []
-    for i, (part, speaker) in enumerate((("dev", "id10001"), ("test", "id10270"))):
-        for j, split in enumerate((1, 1, 2, 3)):
-            name = f"{speaker}/video{j}/0000{j}.wav"
-            write_sound(folder / part / "wav" / name, 0.8 + 0.1 * j, 10 * i + j)
-            lines.append(f"{split} {name}\n")
-    (folder / "iden_split.txt").write_text("".join(lines))
-
-
-def write_iemocap(folder: Path) -> None:
-    """IEMOCAP's layout: five sessions, a dialogue each, an utterance of each of four emotions."""
-    for session in range(1, 6):
-        dialogue = f"Ses0{session}F_impro01"
-        lines = ["% [START_TIME - END_TIME] TURN_NAME EMOTION [V, A, D]\n\n"]
-        for i, emotion in enumerate(("neu", "hap", "ang", "sad")):
-            name = f"{dialogue}_F00{i}"
-            sounds = folder / f"Session{session}/sentences/wav/{dialogue}"
-            write_sound(sounds / f"{name}.wav", 0.7 + 0.1 * i, 10 * session + i)
-            lines.append(f"[{i}.0 - {i}.9]\t{name}\t{emotion}\t[2.5, 2.5, 2.5]\n")
-        labels = folder / f"Session{session}/dialog/EmoEvaluation/{dialogue}.txt"
-        labels.parent.mkdir(parents=True)
-        labels.write_text("".join(lines))
 
 
 def write_hub(cache: Path) -> None:

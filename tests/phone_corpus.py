@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-import soundfile
 from s3prl.downstream.ctc.text import load_text_encoder
 
 from s3prl_ekd.downstream.libriphone import LibriPhoneDataset
 
 from .conftest import REPO, make_sound
+from .corpora import write_manifest
 from .preparing import prepare
 
 RECIPE = REPO / "downstream_recipes" / "ctc"
@@ -33,16 +33,13 @@ def make_tokenizer():
 def make_manifest(folder: Path) -> Path:
     """Write ``speech/all.tsv`` with 14 utterances of 0.4 to 1 s (6 train, 4 dev, 4 test), and
     ``cmudict.txt``."""
-    lines = ["path\tspeaker\ttext\tsplit\n"]
+    (folder / "cmudict.txt").write_text(CMUDICT)
+    rows = []
     for i in range(14):
         split = "train" if i < 6 else "dev" if i < 10 else "test"
-        lines.append(f"{split}/{i}.flac\tann\t{WORDS[i % 6]}\t{split}\n")
-        path = folder / "speech" / f"{split}/{i}.flac"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        soundfile.write(path, make_sound(0.4 + 0.1 * (i % 6), seed=i), 16_000)
-    (folder / "speech/all.tsv").write_text("".join(lines))
-    (folder / "cmudict.txt").write_text(CMUDICT)
-    return folder / "speech/all.tsv"
+        cells = (f"{split}/{i}.flac", "ann", WORDS[i % 6], split)
+        rows.append((make_sound(0.4 + 0.1 * (i % 6), seed=i), cells))
+    return write_manifest(folder / "speech/all.tsv", ("speaker", "text", "split"), rows)
 
 
 def prepare_argv(manifest: Path, out: Path, *options) -> list:

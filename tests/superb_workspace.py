@@ -4,12 +4,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-import soundfile
 
 from s3prl_ekd.files.run_checkpoints import read_checkpoint
 from s3prl_ekd.superb import plan as superb_plan
 
 from .conftest import command
+from .corpora import tone, write_manifest
 
 OPTIONS = {
     "tasks": ["sid", "er"],
@@ -32,17 +32,12 @@ OPTIONS = {
 
 def make_workspace(folder: Path) -> Path:
     """Write SID and ER data of three speakers with one emotion each."""
-    audio = folder / "audio"
-    audio.mkdir()
-    rng, lines = np.random.default_rng(1), ["path\tspeaker\temotion\tsplit\n"]
+    rng, rows = np.random.default_rng(1), []
     for i, speaker in enumerate(("ann", "bob", "cy")):
         for j, split in enumerate(("train",) * 6 + ("dev",) * 2 + ("test",) * 2):
-            time_axis = np.arange(7000 + 911 * j + 57 * i) / 16000
-            sound = 0.2 * np.sin(2 * np.pi * (150 + 250 * i) * time_axis)
-            sound += 0.02 * rng.standard_normal(len(time_axis))
-            soundfile.write(audio / f"{speaker}{j}.wav", sound, 16000)
-            lines.append(f"{speaker}{j}.wav\t{speaker}\t{('sad', 'glad')[i % 2]}\t{split}\n")
-    (audio / "all.tsv").write_text("".join(lines))
+            wave = tone(rng, 150 + 250 * i, 7000 + 911 * j + 57 * i, noise=0.02)
+            rows.append((wave, (f"{speaker}{j}.wav", speaker, ("sad", "glad")[i % 2], split)))
+    write_manifest(folder / "audio/all.tsv", ("speaker", "emotion", "split"), rows)
     command("init", ".", cwd=folder)
     command("prepare", "sid", "audio/all.tsv", "-o", "data/sid", cwd=folder)
     command(

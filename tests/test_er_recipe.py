@@ -10,32 +10,26 @@ from types import ModuleType
 
 import numpy as np
 import pytest
-import soundfile
 
 from s3prl_ekd.prepare.er import natural_sort_key
 
 from .conftest import command
+from .corpora import tone, write_iemocap, write_manifest
 from .preparing import accuracy, check_message, fails, numbers, prepare
 
-HEADER = "path\tspeaker\temotion\tgroup\tsplit\n"
 PITCH = {"low": 200, "mid": 700, "high": 1500}
 
 
 def make_manifest(folder: Path, speakers=("s1", "s2", "s10")) -> Path:
     """Write three utterances of each label and speaker, one without a label; the label's pitch."""
-    rng, lines = np.random.default_rng(0), [HEADER]
-    folder.mkdir(parents=True)
+    rng, rows = np.random.default_rng(0), []
     for speaker in speakers:
         for label in (*PITCH, ""):
-            for number in range(3 if label else 1):
-                time = np.arange(8000 + 500 * number) / 16000
-                wave = 0.2 * np.sin(2 * np.pi * PITCH.get(label, 50) * time)
+            for number, split in enumerate(("train", "dev", "test") if label else ("train",)):
+                wave = tone(rng, PITCH.get(label, 50), 8000 + 500 * number)
                 name = f"{speaker}-{label}-{number}.flac"
-                soundfile.write(folder / name, wave + 0.01 * rng.standard_normal(len(time)), 16000)
-                split = ("train", "dev", "test")[number]
-                lines.append(f"{name}\t{speaker}\t{label}\tg-{speaker}\t{split}\n")
-    (folder / "er.tsv").write_text("".join(lines))
-    return folder / "er.tsv"
+                rows.append((wave, (name, speaker, label, f"g-{speaker}", split)))
+    return write_manifest(folder / "er.tsv", ("speaker", "emotion", "group", "split"), rows)
 
 
 @pytest.fixture
@@ -133,21 +127,11 @@ def test_no_labels_and_one_fold_value(tmp_path, capsys):
 @pytest.fixture
 def iemocap(tmp_path):
     """IEMOCAP's layout with seven utterances in each dialog."""
-    root = tmp_path / "IEMOCAP_full_release"
-    for session in range(1, 6):
-        for dialog in (f"Ses0{session}F_impro01", f"Ses0{session}M_script02_1"):
-            lines = ["% [START_TIME - END_TIME] TURN_NAME EMOTION [V, A, D]\n\n"]
-            for number, label in enumerate(("neu", "hap", "ang", "sad", "exc", "xxx", "fru")):
-                name = f"{dialog}_F{number:03d}"
-                wav = root / f"Session{session}/sentences/wav/{dialog}/{name}.wav"
-                wav.parent.mkdir(parents=True, exist_ok=True)
-                soundfile.write(wav, np.full(400, 0.1), 16000)
-                lines.append(f"[{number}.2901 - 9.2357]\t{name}\t{label}\t[2.5, 2.5000, 2.5000]\n")
-                lines.append("C-E2:\tNeutral;\t()\nA-E3:\tval 3; act 2; dom  2;\t()\n\n")
-            labels = root / f"Session{session}/dialog/EmoEvaluation/{dialog}.txt"
-            labels.parent.mkdir(parents=True, exist_ok=True)
-            labels.write_text("".join(lines))
-        (labels.parent / f"._{dialog}.txt").write_bytes(b"\x00\x05\x16\x07\xff")
+    labels = ("neu", "hap", "ang", "sad", "exc", "xxx", "fru")
+    dialogs = ("F_impro01", "M_script02_1")
+    root = write_iemocap(tmp_path / "IEMOCAP_full_release", dialogs, labels, 400)
+    for file in list(root.rglob("*_script02_1.txt")):
+        file.with_name(f"._{file.name}").write_bytes(b"\x00\x05\x16\x07\xff")
     return root
 
 

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
-import soundfile
 import torch
 from s3prl.downstream import runner as s3prl_runner
 from s3prl_ekd.upstream.expert import UpstreamExpert
@@ -29,6 +28,7 @@ from s3prl_ekd.student_file import LoadedStudent, write_student
 from s3prl_ekd.workspace import write_workspace
 
 from .conftest import STUDENT, make_sound
+from .corpora import write_manifest
 from .preparing import prepare
 
 REPOSITORY = "somebody/my_package"
@@ -81,16 +81,14 @@ def workspace(tmp_path_factory):
 
 def write_corpora(folder: Path) -> None:
     """Write a manifest of 16 utterances of noise and prepare it for each task."""
-    lines = ["path\tspeaker\ttext\temotion\tsplit\n"]
-    (folder / "corpus").mkdir()
+    rows = []
     for i in range(16):
         split = "train" if i < 10 else "dev" if i < 13 else "test"
-        sound = make_sound(0.6 + 0.03 * i, seed=i)
-        soundfile.write(folder / "corpus" / f"{i}.wav", sound, 16_000)
         speaker, mood = ("ann", "bob")[i % 2], ("calm", "wild")[i // 2 % 2]
-        lines.append(f"{i}.wav\t{speaker}\t{TEXTS[i % 3]}\t{mood}\t{split}\n")
-    manifest = folder / "corpus" / "all.tsv"
-    manifest.write_text("".join(lines))
+        cells = (f"{i}.wav", speaker, TEXTS[i % 3], mood, split)
+        rows.append((make_sound(0.6 + 0.03 * i, seed=i), cells))
+    columns = ("speaker", "text", "emotion", "split")
+    manifest = write_manifest(folder / "corpus/all.tsv", columns, rows)
     (folder / "lexicon.txt").write_text(LEXICON)
     lexicon = ("--lexicon", folder / "lexicon.txt")
     outputs = {"pr": "corpus_pr", "sid": "sid", "er": "er", "asr": "corpus"}

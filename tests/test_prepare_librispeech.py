@@ -4,7 +4,6 @@ import ast
 import importlib.util
 import re
 import sys
-from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pandas
@@ -17,6 +16,7 @@ from s3prl_ekd.errors import SetupError
 from s3prl_ekd.prepare.lexicon import predict_phones
 
 from .conftest import REPO, make_sound, run_python
+from .corpora import write_librispeech
 from .phone_corpus import dataset, make_tokenizer
 from .preparing import check_message, fails, numbers, prepare
 
@@ -36,25 +36,11 @@ CAT  K AE1 T
 MORE = "CAT\tXX\nDOG\tD AO1 G\nSAT\tS AE1 T\n"  # CAT is also in CMUDICT, which comes first
 
 
-def make_librispeech(folder: Path, splits=tuple(TEXTS)) -> Path:
-    """Write LibriSpeech's layout with an utterance for each text, of 0.4 s and more."""
-    for number, split in enumerate(splits):
-        chapter = folder / split / f"1{number}" / "200"
-        chapter.mkdir(parents=True)
-        lines = []
-        for index, text in enumerate(TEXTS[split]):
-            name = f"1{number}-200-{index:04d}"
-            soundfile.write(chapter / f"{name}.flac", make_sound(0.4 + 0.1 * index), 16000)
-            lines.append(f"{name} {text}\n")
-        (chapter / f"1{number}-200.trans.txt").write_text("".join(lines))
-    return folder
-
-
 @pytest.fixture
 def root(tmp_path):
     (tmp_path / "cmudict.dict").write_text(CMUDICT)
     (tmp_path / "more.txt").write_text(MORE)
-    return make_librispeech(tmp_path / "LibriSpeech")
+    return write_librispeech(tmp_path / "LibriSpeech", TEXTS, 0.4)
 
 
 @pytest.fixture

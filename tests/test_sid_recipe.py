@@ -17,26 +17,22 @@ from s3prl_ekd.compat import voxceleb1_cache
 from s3prl_ekd.errors import SetupError
 
 from .conftest import command
+from .corpora import tone, write_manifest, write_voxceleb1
 from .preparing import accuracy, check_message, fails, prepare
 
 SPLITS = ("train", "train", "dev", "test")
-HEADER = "path\tspeaker\tsplit\n"
 
 
 def make_manifest(folder: Path, speakers=("ann b", "bob", "cy"), first=200) -> Path:
     """Write four utterances per speaker, sines of the speaker's pitch; FLAC and WAV alternate."""
-    folder.mkdir(parents=True)
-    rng, lines = np.random.default_rng(first), [HEADER]
+    rng = np.random.default_rng(first)
+    rows = []
     for i, speaker in enumerate(speakers):
         for j, split in enumerate(SPLITS):
-            time = np.arange(8000 + 700 * j + 100 * i) / 16000
-            wave = 0.2 * np.sin(2 * np.pi * (first + 400 * i) * time)
             name = f"{speaker[0]}/{j}.{('flac', 'wav')[j % 2]}"
-            (folder / name).parent.mkdir(exist_ok=True)
-            soundfile.write(folder / name, wave + 0.01 * rng.standard_normal(len(time)), 16000)
-            lines.append(f"{name}\t{speaker}\t{split}\n")
-    (folder / "sid.tsv").write_text("".join(lines))
-    return folder / "sid.tsv"
+            wave = tone(rng, first + 400 * i, 8000 + 700 * j + 100 * i)
+            rows.append((wave, (name, speaker, split)))
+    return write_manifest(folder / "sid.tsv", ("speaker", "split"), rows)
 
 
 @pytest.fixture
@@ -133,18 +129,9 @@ def test_one_speaker_is_rejected(tmp_path, capsys):
 @pytest.fixture
 def voxceleb(tmp_path):
     """Folder and split file of a corpus as VoxCeleb1 is unpacked: speaker 3 is in test/."""
-    lines = []
-    for speaker in range(1, 4):
-        part = "test" if speaker == 3 else "dev"
-        for digit in (1, 2, 3):
-            path = f"id{10000 + speaker}/x-{digit}_y/0000{digit}.wav"
-            file = tmp_path / "VoxCeleb1" / part / "wav" / path
-            file.parent.mkdir(parents=True)
-            soundfile.write(file, np.full(1600 + digit, 0.1), 16000)
-            lines.append(f"{digit} {path}\n")
-    split = tmp_path / "iden_split.txt"
-    split.write_text("".join(lines))
-    return tmp_path / "VoxCeleb1", split
+    speakers = {"id10001": "dev", "id10002": "dev", "id10003": "test"}
+    write_voxceleb1(tmp_path / "VoxCeleb1", tmp_path / "iden_split.txt", speakers, 1600)
+    return tmp_path / "VoxCeleb1", tmp_path / "iden_split.txt"
 
 
 def test_voxceleb1_is_linked(voxceleb, tmp_path, dataset, capsys):
@@ -165,18 +152,18 @@ def test_missing_files_are_listed(voxceleb, tmp_path, capsys):
     (root / "dev/wav/id10001/x-1_y/00001.wav").unlink()
     shutil.rmtree(root / "test/wav/id10003")
     error = fails(capsys, "voxceleb1", root, split, "-o", out)
-    check_message(error, 4, 9, "id10001/x-1_y/00001.wav", str(tmp_path / "out-missing.txt"))
+    check_message(error, 5, 12, "id10001/x-1_y/00001.wav", str(tmp_path / "out-missing.txt"))
     missing = (tmp_path / "out-missing.txt").read_text().splitlines()
-    assert len(missing) == 4 and not out.exists()
+    assert len(missing) == 5 and not out.exists()
 
 
 @pytest.mark.parametrize(
     "old, new, parts",
     [
-        ("2 id10001", "4 id10001", [2, "4 id10001", "1 (train), 2 (dev) or 3 (test)"]),
-        ("2 id10001", "2 id20001", [2, "id20001", "id10001", "id11251"]),
-        ("2 id10001/", "2 ", [2, "2 x-2_y/00002.wav"]),
-        ("2 id10001/x-2_y/00002", "1 id10001/x-1_y/00001", [2, "id10001/x-1_y/00001.wav", 1]),
+        ("2 id10001", "4 id10001", [3, "4 id10001", "1 (train), 2 (dev) or 3 (test)"]),
+        ("2 id10001", "2 id20001", [3, "id20001", "id10001", "id11251"]),
+        ("2 id10001/", "2 ", [3, "2 x-2_y/00002.wav"]),
+        ("2 id10001/x-2_y/00002", "1 id10001/x-1_y/00001", [3, "id10001/x-1_y/00001.wav", 2]),
         ("1 id10002", "2 id10002", ["id10002", "dev", "train"]),
     ],
 )

@@ -15,11 +15,7 @@ Then set in the YAML: libri_root: DIR, and file_path (or bucket_file): OUT.
 from __future__ import annotations
 
 import argparse
-import contextlib
-from collections.abc import Callable
 from pathlib import Path
-
-from tqdm import tqdm
 
 from ..data.lengths import write_length_tables
 
@@ -41,20 +37,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Write the tables and print a summary; see :func:`write_length_tables`."""
-    with contextlib.ExitStack() as stack:
-
-        def start(total: int) -> Callable[[int], object]:
-            bar = tqdm(total=total, unit=" files", desc="headers", delay=0.3, dynamic_ncols=True)
-            return stack.enter_context(bar).update
-
-        tables = write_length_tables(
-            args.folder,
-            args.out,
-            name=args.name,
-            single=args.single,
-            jobs=args.jobs,
-            progress=start,
-        )
+    tables = write_length_tables(
+        args.folder, args.out, name=args.name, single=args.single, jobs=args.jobs, bar=True
+    )
     print(tables.summary())
     print(f"wrote {args.out}")
     return 0

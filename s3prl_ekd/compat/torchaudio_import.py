@@ -85,7 +85,7 @@ IMPORT = Shim(
     needed_by=("run_downstream.py:8", "downstream/runner.py:13", "downstream/asr/dataset.py:25"),
     since="torchaudio 2.9",
     summary="imported without its compiled extension, which does not load with this torch",
-    missing=functools.partial(lacks, "__version__"),
+    missing=functools.partial(lacks, "__name__"),
     apply=_import_without_extension,
 )
 

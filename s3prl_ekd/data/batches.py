@@ -14,11 +14,11 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, get_worker_info
 
 from ..distill.batch import CachedTargets
-from ..errors import DataError, SetupError
+from ..errors import DataError, first_line
 from .audio import SAMPLE_RATE, Recording, warn_once
 from .bad_audio import BAD_AUDIO_ADVICE, BadAudio, BadUtterance, too_short_error
 from .distortion.settings import DistortionSettings
-from .loader import BatchLoader, move_to_shared_memory
+from .loader import BatchLoader, shared_memory_advice, shared_memory_usage
 from .sampling import (
     EpochSampler,
     FixedOrderSampler,
@@ -195,18 +195,23 @@ class DistillationDataset(Dataset):
 def unwrap_batch(items: list[Batch]) -> Batch:
     """Return the only item, which is already a batch; for ``collate_fn``.
 
-    In a worker process its tensors are moved to shared memory.
+    In a worker process its tensors are moved to shared memory. Sending the batch does the same, but
+    if shared memory is full, the worker would only print an error and the run would hang.
     """
     batch = items[0]
     if get_worker_info() is None:
         return batch
     tensors = [batch.waves, batch.lengths, batch.teacher_waves, *(batch.targets or ())]
     try:
-        move_to_shared_memory(
-            tensor for tensor in tensors if isinstance(tensor, Tensor) and tensor.numel()
+        for tensor in tensors:
+            if isinstance(tensor, Tensor) and tensor.numel():
+                tensor.share_memory_()
+    except (RuntimeError, OSError) as error:
+        problem = (
+            f"cannot move a batch to shared memory ({first_line(error)}): {shared_memory_usage()}; "
+            f"{shared_memory_advice()}"
         )
-    except SetupError as error:
-        return empty_batch(batch.names, problem=str(error))
+        return empty_batch(batch.names, problem=problem)
     return batch
 
 

@@ -9,7 +9,7 @@ package, is interactive and supports three corpora only.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -96,7 +96,7 @@ def write_length_tables(
     name: str | None = None,
     single: bool = False,
     jobs: int = 8,
-    progress: Callable[[int], Callable[[int], object]] = lambda total: lambda count: None,
+    bar: bool = False,
 ) -> LengthTables:
     """Write length tables for all audio files below ``root`` into the folder ``out``.
 
@@ -105,7 +105,7 @@ def write_length_tables(
     Args:
         name: write a single table with this name.
         single: write a single table even if the folders have names of splits.
-        progress: called with the number of files; returns the ``advance`` of :func:`read_headers`.
+        jobs, bar: see :func:`read_headers`.
 
     Raises:
         DataError: no such folder, no audio, or a table would have no rows.
@@ -117,7 +117,7 @@ def write_length_tables(
     if not paths:
         raise DataError(f"no audio files (.flac .wav .ogg .opus) below {root}")
     groups, why_single = group_by_split(root, paths, name=name, single=single)
-    headers = read_headers(root, paths, jobs=jobs, advance=progress(len(paths)))
+    headers = read_headers(root, paths, jobs=jobs, bar=bar)
     skipped: list[tuple[str, str]] = []
     samples: dict[str, int] = {}
     for path, header in zip(paths, headers, strict=True):

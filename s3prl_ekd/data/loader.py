@@ -14,10 +14,9 @@ from collections.abc import Iterable, Iterator
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ..errors import SetupError, first_line
+from ..errors import SetupError
 
 SHARED_MEMORY = "/dev/shm"  # on Linux
 GRACE = 1.0  # seconds that workers get to exit by themselves; their current batch is discarded
@@ -139,25 +138,6 @@ def _without_sigchld_handler() -> Iterator[None]:
 def _kill_remaining_workers() -> None:
     """Kill workers that are still running at exit, e.g. because s3prl's Runner closes no loader."""
     _kill(child for child in multiprocessing.active_children() if child in _workers)
-
-
-def move_to_shared_memory(tensors: Iterable[Tensor]) -> None:
-    """Move the tensors of a batch to shared memory, in a worker process.
-
-    Sending the batch does the same, but if shared memory is full, the worker would only print an
-    error and the run would hang.
-
-    Raises:
-        SetupError: shared memory is full.
-    """
-    try:
-        for tensor in tensors:
-            tensor.share_memory_()
-    except (RuntimeError, OSError) as error:
-        raise SetupError(
-            f"cannot move a batch to shared memory ({first_line(error)}): {shared_memory_usage()}; "
-            f"{shared_memory_advice()}"
-        ) from None
 
 
 def shared_memory_usage() -> str:

@@ -9,8 +9,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
 from ..data.audio_files import SAMPLE_RATE, AudioHeader, read_headers, total_hours
 from ..data.manifest import ManifestEntry
 from ..errors import DataError
@@ -138,10 +136,7 @@ def audio_lengths(root: Path, paths: Sequence[str], jobs: int) -> list[int | Dat
 
     A file that cannot be used, or is not 16 kHz mono, has an error instead.
     """
-    with tqdm(
-        total=len(paths), unit=" files", desc="headers", delay=0.3, dynamic_ncols=True
-    ) as bar:
-        headers = read_headers(root, paths, jobs=jobs, advance=bar.update)
+    headers = read_headers(root, paths, jobs=jobs, bar=True)
     return [_length(*item) for item in zip(paths, headers, strict=True)]
 
 

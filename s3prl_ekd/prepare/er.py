@@ -23,7 +23,7 @@ import argparse
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,16 +74,7 @@ class LabelledUtterance:
     path: str  # below the corpus, separated by /
     label: str
     speaker: str
-    fold: str  # the part of the corpus that it belongs to, such as Session1
-
-
-@dataclass(frozen=True)
-class Fold:
-    """The training and test set of one fold of cross-validation."""
-
-    name: str  # the part of the corpus that is tested, such as Session1
-    train: list[LabelledUtterance]
-    test: list[LabelledUtterance]
+    part: str  # the part of the corpus that it belongs to, such as Session1
 
 
 def choose_labels(
@@ -95,21 +86,19 @@ def choose_labels(
         DataError: there are fewer than two classes, a duplicate, one that does not occur, or one
             with white space (s3prl's prediction files separate label and file name by a space).
     """
-    occurring = {label for label in occurring if label}
-    labels = sorted(occurring) if selected is None else list(selected)
+    known = sorted({label for label in occurring if label})
+    labels = known if selected is None else list(selected)
     for label in labels:
-        if label not in occurring:
-            names = ", ".join(sorted(occurring)) or "none"
+        if label not in known:
+            names = ", ".join(known) or "none"
             raise DataError(f"{source} has no line with the label {label!r}; labels: {names}")
         if labels.count(label) > 1:
             raise DataError(f"--labels has {label} twice")
         if len(label.split()) != 1:
             raise DataError(f"{source}: the label {label!r} has white space; use a single word")
     if len(labels) < 2:
-        raise DataError(
-            f"{source} has {len(labels)} class(es) ({', '.join(labels) or 'no label'}); expected 2 "
-            "or more"
-        )
+        names = ", ".join(labels) or "no label"
+        raise DataError(f"{source} has {len(labels)} class(es) ({names}); expected 2 or more")
     return labels
 
 
@@ -119,54 +108,65 @@ def natural_sort_key(text: str) -> list[tuple[int, int, str]]:
     return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts if part]
 
 
-def leave_one_out(items: Sequence[LabelledUtterance]) -> list[Fold]:
-    """Make one fold per part of the corpus, with that part as test set and the others as train."""
-    return [
-        Fold(
-            name,
-            [item for item in items if item.fold != name],
-            [item for item in items if item.fold == name],
-        )
-        for name in sorted({item.fold for item in items}, key=natural_sort_key)
-    ]
-
-
-def check_folds(folds: Sequence[Fold], labels: Sequence[str], source: Path) -> None:
-    """Raise :class:`DataError` unless each fold has all classes in train."""
-    for fold in folds:
-        missing = set(labels) - {item.label for item in fold.train}
-        if missing:
-            raise DataError(
-                f"{source}: the fold that tests {fold.name} has no training utterance of "
-                f"{', '.join(sorted(missing))}; use other folds, or fewer classes (--labels)"
-            )
+def parts_of(items: Iterable[LabelledUtterance]) -> list[str]:
+    """The parts of the corpus in natural order."""
+    return sorted({item.part for item in items}, key=natural_sort_key)
 
 
 def write_folds(
-    out: Path, root: Path, folds: Sequence[Fold], labels: Sequence[str], *, replace: bool
+    args: argparse.Namespace,
+    source: Path,
+    root: Path,
+    items: Sequence[LabelledUtterance],
+    tested: Sequence[str],
+    labels: Sequence[str],
 ) -> None:
-    """Write ``out/meta_data/SessionN/{train,test}_meta_data.json``, and link ``out/audio`` to root.
+    """Write a fold for each part that is ``tested``, with the other parts as train; print them.
 
-    ``out/prepared.tsv`` lists the fold that tests each utterance.
+    ``OUT/meta_data/SessionN/{train,test}_meta_data.json`` are the lists of fold N, ``OUT/audio`` is
+    a link to ``root``, and ``OUT/prepared.tsv`` lists the fold that tests each utterance.
+
+    Raises:
+        DataError: a class is not in a training set; names ``source``, the corpus or the manifest.
     """
     classes = {label: index for index, label in enumerate(labels)}
     rows = ["path\tlabel\tspeaker\tfold\ttest_fold"]
-    with new_folder(out, replace=replace) as folder:
+    for part in tested:
+        missing = set(labels) - {item.label for item in items if item.part != part}
+        if missing:
+            raise DataError(
+                f"{source}: the fold that tests {part} has no training utterance of "
+                f"{', '.join(sorted(missing))}; use other folds, or fewer classes (--labels)"
+            )
+    summary = []
+    counts: Counter[str] = Counter()
+    with new_folder(args.out, replace=args.replace) as folder:
         link_folder(root, folder / AUDIO)
-        for number, fold in enumerate(folds, start=1):
+        for number, part in enumerate(tested, start=1):
             session = folder / META / f"Session{number}"
             session.mkdir(parents=True)
-            for part in ("train", "test"):
-                items = [
+            train = [item for item in items if item.part != part]
+            test = [item for item in items if item.part == part]
+            for name, utterances in (("train", train), ("test", test)):
+                entries = [
                     {"path": item.path, "label": item.label, "speaker": item.speaker}
-                    for item in getattr(fold, part)
+                    for item in utterances
                 ]
-                text = json.dumps({"labels": classes, "meta_data": items}, indent=1)
-                write_lines(session / f"{part}_meta_data.json", [text])
-            for item in fold.test:
-                cells = (item.path, item.label, item.speaker, item.fold, f"fold{number}")
+                text = json.dumps({"labels": classes, "meta_data": entries}, indent=1)
+                write_lines(session / f"{name}_meta_data.json", [text])
+            for item in test:
+                cells = (item.path, item.label, item.speaker, item.part, f"fold{number}")
                 rows.append("\t".join(cells))
+            counts.update(item.label for item in test)
+            sizes = f"{len(train)} training and {len(test)} test utterances"
+            summary.append(f"fold{number}: {sizes} ({part})")
         write_lines(folder / PREPARED, rows)
+    print("\n".join(summary))
+    sizes = ", ".join(f"{label} {counts[label]}" for label in labels)
+    majority = 100 * max(counts.values()) / counts.total()
+    print(f"{len(labels)} classes: {sizes}; majority class: {majority:.1f} %")
+    print(f"wrote {args.out}; in the YAML: root: {args.out / AUDIO}")
+    print(f"               meta_data: {args.out / META}")
 
 
 def read_iemocap(root: Path) -> list[LabelledUtterance]:
@@ -177,22 +177,15 @@ def read_iemocap(root: Path) -> list[LabelledUtterance]:
     """
     check_iemocap(root)
     items: list[LabelledUtterance] = []
-    missing = []
     for session in SESSIONS:
-        start = len(items)
-        for file in sorted((root / session / "dialog" / "EmoEvaluation").glob("*.txt")):
-            if is_hidden_or_system(file.name):
-                continue
-            for name, label in _read_labels(file):
-                path = f"{session}/sentences/wav/{name.rpartition('_')[0]}/{name}.wav"
-                if not (root / path).is_file():
-                    missing.append(path)
-                items.append(LabelledUtterance(path, label, name.split("_")[0], session))
+        start, folder = len(items), root / session / "dialog" / "EmoEvaluation"
+        for file in sorted(folder.glob("*.txt")):
+            if not is_hidden_or_system(file.name):
+                items += _read_labels(file, session)
         if len(items) == start:
-            raise DataError(
-                f"{root / session / 'dialog' / 'EmoEvaluation'} has no line with one of the "
-                f"labels {', '.join((*LABELS, *MERGED_LABELS))}"
-            )
+            labels = ", ".join((*LABELS, *MERGED_LABELS))
+            raise DataError(f"{folder} has no line with one of the labels {labels}")
+    missing = [item.path for item in items if not (root / item.path).is_file()]
     if missing:
         raise DataError(
             f"{root} lacks the audio of {len(missing)} of {len(items)} labelled utterances: "
@@ -201,9 +194,8 @@ def read_iemocap(root: Path) -> list[LabelledUtterance]:
     return items
 
 
-def _read_labels(file: Path) -> list[tuple[str, str]]:
-    """Read name and label of a dialog's utterances; skip those of other classes."""
-    labels = []
+def _read_labels(file: Path, session: str) -> Iterator[LabelledUtterance]:
+    """Read the utterances of a dialog; skip those of other classes."""
     for number, line in enumerate(read_text(file, "label file", DataError).splitlines(), start=1):
         if not line.startswith("["):
             continue
@@ -212,10 +204,10 @@ def _read_labels(file: Path) -> list[tuple[str, str]]:
             raise DataError(
                 f"{file}: line {number}: expected time, name, label, [v, a, d], separated by tabs"
             )
-        label = MERGED_LABELS.get(cells[2], cells[2])
+        name, label = cells[1], MERGED_LABELS.get(cells[2], cells[2])
         if label in LABELS:
-            labels.append((cells[1], label))
-    return labels
+            path = f"{session}/sentences/wav/{name.rpartition('_')[0]}/{name}.wav"
+            yield LabelledUtterance(path, label, name.split("_")[0], session)
 
 
 def check_iemocap(root: Path) -> None:
@@ -252,72 +244,46 @@ def _configure_er(parser: argparse.ArgumentParser) -> None:
 
 
 def _prepare_er(args: argparse.Namespace) -> None:
-    columns = ["path", "split", args.label_column]
-    if args.fold_column:
-        columns.append(args.fold_column)
-    entries = read_manifest(args.manifest, columns=columns)
+    column = args.fold_column or "split"
+    entries = read_manifest(args.manifest, columns=["path", "split", args.label_column, column])
     occurring = (entry.cells[args.label_column] for entry in entries)
     labels = choose_labels(occurring, args.labels, args.manifest)
     labelled = [entry for entry in entries if entry.cells[args.label_column] in labels]
-    folds = _make_folds(args, labelled)
-    check_folds(folds, labels, args.manifest)
+    items = []
+    for entry in labelled:
+        part = entry.cells[column]
+        if not part:
+            raise DataError(f"{args.manifest}: line {entry.line} has no {column}")
+        label, speaker = entry.cells[args.label_column], entry.cells.get("speaker", "")
+        items.append(LabelledUtterance(entry.path, label, speaker, part))
+    parts = parts_of(items)
+    if args.fold_column and len(parts) < 2:
+        raise DataError(f"{args.manifest}: the column {column} needs 2 values or more")
+    if not args.fold_column:
+        if "test" not in parts:
+            raise DataError(
+                f"{args.manifest} has no labelled line of the split test; add one or --fold-column"
+            )
+        parts = ["test"]
     root = audio_root(args)
     read_lengths(args.manifest, root, labelled, args.jobs)  # checks for readable, 16 kHz, mono
     if len(labelled) < len(entries):
         print(f"{len(entries) - len(labelled)} lines without a selected label skipped")
-    write_folds(args.out, root, folds, labels, replace=args.replace)
-    _print_summary(args.out, folds, labels)
-
-
-def _make_folds(args: argparse.Namespace, entries: Sequence[ManifestEntry]) -> list[Fold]:
-    items = []
-    for entry in entries:
-        fold = entry.cells[args.fold_column] if args.fold_column else entry.split
-        if not fold:
-            raise DataError(f"{args.manifest}: line {entry.line} has no {args.fold_column}")
-        label, speaker = entry.cells[args.label_column], entry.cells.get("speaker", "")
-        items.append(LabelledUtterance(entry.path, label, speaker, fold))
-    folds = leave_one_out(items)
-    if not args.fold_column:
-        folds = [fold for fold in folds if fold.name == "test"]
-        if not folds:
-            raise DataError(
-                f"{args.manifest} has no labelled line of the split test; add one or --fold-column"
-            )
-    elif len(folds) < 2:
-        raise DataError(f"{args.manifest}: the column {args.fold_column} needs 2 values or more")
-    return folds
+    write_folds(args, args.manifest, root, items, parts, labels)
 
 
 def _prepare_iemocap(args: argparse.Namespace) -> None:
     items = read_iemocap(args.root)
-    folds = leave_one_out(items)
-    check_folds(folds, LABELS, args.root)
     entries = [
         ManifestEntry(number, item.path, "train", {}) for number, item in enumerate(items, 1)
     ]
     read_lengths(args.root, args.root, entries, args.jobs)
-    write_folds(args.out, args.root, folds, LABELS, replace=args.replace)
-    _print_summary(args.out, folds, LABELS)
-    counts = Counter(item.fold for item in items)
-    if counts != FULL_COUNTS:
+    write_folds(args, args.root, args.root, items, parts_of(items), LABELS)
+    if Counter(item.part for item in items) != FULL_COUNTS:
         print(
             f"note: {len(items)} utterances; the full IEMOCAP has {sum(FULL_COUNTS.values())}, "
             f"so scores are not comparable with SUPERB's"
         )
-
-
-def _print_summary(out: Path, folds: Sequence[Fold], labels: Sequence[str]) -> None:
-    """Print the size of each fold; the classes, with the accuracy of the majority class; paths."""
-    for number, fold in enumerate(folds, start=1):
-        sizes = f"{len(fold.train)} training and {len(fold.test)} test utterances"
-        print(f"fold{number}: {sizes} ({fold.name})")
-    tested = Counter(item.label for fold in folds for item in fold.test)
-    counts = ", ".join(f"{label} {tested[label]}" for label in labels)
-    majority = 100 * max(tested.values()) / tested.total()
-    print(f"{len(labels)} classes: {counts}; majority class: {majority:.1f} %")
-    print(f"wrote {out}; in the YAML: root: {out / AUDIO}")
-    print(f"               meta_data: {out / META}")
 
 
 ER = PrepareTask(

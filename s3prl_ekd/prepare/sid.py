@@ -170,58 +170,6 @@ def check_voxceleb1(root: Path) -> list[str]:
     raise DataError(reason)
 
 
-def write_sid_corpus(
-    out: Path,
-    root: Path,
-    entries: Sequence[ManifestEntry],
-    samples: Sequence[int],
-    *,
-    copy: bool,
-    replace: bool,
-    test_seconds: float | None,
-) -> int:
-    """Write a manifest's utterances in VoxCeleb1's layout, with the split as VIDEO.
-
-    ``out/audio/all/wav/id10001/train/00001.wav`` is a symlink to the audio. The audio may have any
-    format: readers use its header and not the suffix. ``speakers.tsv`` maps ids to speakers,
-    ``prepared.tsv`` maps utterances to the manifest's paths.
-
-    Args:
-        root: folder that the paths of ``entries`` are relative to.
-        samples: lengths at 16 kHz of the files as written, for ``prepared.tsv``.
-        copy: write 16-bit WAV files instead of symlinks.
-        test_seconds: for dev and test, write only the middle ``test_seconds``, as WAV.
-
-    Returns:
-        The number of files written and not linked.
-    """
-    speakers = sorted({entry.cells["speaker"] for entry in entries})
-    ids = {speaker: f"id{FIRST_ID + index}" for index, speaker in enumerate(speakers)}
-    counts = {(speaker, split): 0 for speaker in speakers for split in SPLITS}
-    splits, prepared, copied = [], ["id\tpath\tspeaker\tsplit\tsamples"], 0
-    with new_folder(out, replace=replace) as folder:
-        for entry, length in zip(entries, samples, strict=True):
-            speaker, split = entry.cells["speaker"], entry.split
-            counts[speaker, split] += 1
-            name = f"{ids[speaker]}/{split}/{counts[speaker, split]:05d}.wav"
-            source, target = root / entry.path, folder / AUDIO / "all" / "wav" / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            seconds = None if split == "train" else test_seconds
-            if copy or seconds is not None or not link(source, target):
-                _write_wav(source, target, seconds)
-                copied += 1
-            splits.append(_split_line(split, name))
-            prepared.append(f"{name}\t{entry.path}\t{speaker}\t{split}\t{length}")
-        write_lines(folder / SPLIT_FILE, splits)
-        write_lines(folder / PREPARED, prepared)
-        table = ["\t".join(["id", "class", "speaker", *SPLITS])]
-        for index, name in enumerate(speakers):
-            row = [ids[name], str(index), name, *(str(counts[name, split]) for split in SPLITS)]
-            table.append("\t".join(row))
-        write_lines(folder / "speakers.tsv", table)
-    return copied
-
-
 def _write_wav(source: Path, target: Path, seconds: float | None) -> None:
     """Write ``source``, or its middle ``seconds``, as 16-bit WAV."""
     wave, rate = soundfile.read(source, dtype="int16")
@@ -246,6 +194,11 @@ def _configure_sid(parser: argparse.ArgumentParser) -> None:
 
 
 def _prepare_sid(args: argparse.Namespace) -> None:
+    """Write a manifest's utterances in VoxCeleb1's layout, with the split as VIDEO.
+
+    ``OUT/audio/all/wav/id10001/train/00001.wav`` is a symlink to the audio, which may have any
+    format: readers use its header and not the suffix. ``prepared.tsv`` has the paths and lengths.
+    """
     seconds = args.test_seconds
     if seconds is not None and not MIN_SAMPLES <= seconds * SAMPLE_RATE < math.inf:
         raise DataError(
@@ -264,13 +217,33 @@ def _prepare_sid(args: argparse.Namespace) -> None:
             length if split == "train" else min(length, limit)
             for split, length in zip(splits, samples, strict=True)
         ]
-    copied = write_sid_corpus(
-        args.out, root, entries, samples,
-        copy=args.copy, replace=args.replace, test_seconds=seconds,
-    )  # fmt: skip
-    _print_summary(args.out, splits, samples, len(set(speakers)))
-    if copied:
-        print(f"{copied} files written as WAV, not linked")
+    names = sorted(set(speakers))
+    ids = {speaker: f"id{FIRST_ID + index}" for index, speaker in enumerate(names)}
+    counts = {(speaker, split): 0 for speaker in names for split in SPLITS}
+    lines, prepared, written = [], ["id\tpath\tspeaker\tsplit\tsamples"], 0
+    with new_folder(args.out, replace=args.replace) as folder:
+        for entry, speaker, length in zip(entries, speakers, samples, strict=True):
+            split = entry.split
+            counts[speaker, split] += 1
+            name = f"{ids[speaker]}/{split}/{counts[speaker, split]:05d}.wav"
+            source, target = root / entry.path, folder / AUDIO / "all" / "wav" / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            excerpt = None if split == "train" else seconds
+            if args.copy or excerpt is not None or not link(source, target):
+                _write_wav(source, target, excerpt)
+                written += 1
+            lines.append(_split_line(split, name))
+            prepared.append(f"{name}\t{entry.path}\t{speaker}\t{split}\t{length}")
+        write_lines(folder / SPLIT_FILE, lines)
+        write_lines(folder / PREPARED, prepared)
+        table = ["\t".join(["id", "class", "speaker", *SPLITS])]
+        for index, name in enumerate(names):
+            row = [ids[name], str(index), name, *(str(counts[name, split]) for split in SPLITS)]
+            table.append("\t".join(row))
+        write_lines(folder / "speakers.tsv", table)
+    _print_summary(args.out, splits, samples, len(names))
+    if written:
+        print(f"{written} files written as WAV, not linked")
 
 
 def _prepare_voxceleb1(args: argparse.Namespace) -> None:

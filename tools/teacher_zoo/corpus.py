@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
 from s3prl_ekd.data.audio_files import SAMPLE_RATE, find_audio, read_headers
 from s3prl_ekd.data.manifest import read_manifest
 from s3prl_ekd.errors import DataError
@@ -77,8 +75,7 @@ def read_corpus(
         names = sorted(split_of) if split_of is not None else find_audio(folder)
         if not names:
             raise DataError(f"no .flac, .wav, .ogg or .opus file in {folder}")
-        with tqdm(total=len(names), desc=f"headers of {folder}", unit=" files") as bar:
-            headers = read_headers(folder, names, advance=bar.update)
+        headers = read_headers(folder, names, bar=True)
         for name, header in zip(names, headers, strict=True):
             if isinstance(header, DataError):
                 raise header

@@ -1,0 +1,91 @@
+"""Small corpora: manifests with audio, and the layouts of LibriSpeech, VoxCeleb1 and IEMOCAP."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import soundfile
+
+from .conftest import make_sound
+
+
+def write_audio(path: Path, wave: np.ndarray, rate: int = 16000) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    soundfile.write(path, wave, rate)
+
+
+def tone(rng: np.random.Generator, hertz: float, samples: int, noise: float = 0.01) -> np.ndarray:
+    """A sine with white noise, [samples] at 16 kHz."""
+    wave = 0.2 * np.sin(2 * np.pi * hertz * np.arange(samples) / 16000)
+    return wave + noise * rng.standard_normal(samples)
+
+
+def write_manifest(
+    path: Path, columns: Sequence[str], rows: Iterable[tuple[np.ndarray, Sequence[str]]]
+) -> Path:
+    """Write a manifest with the column path and ``columns``, and its audio beside it.
+
+    Args:
+        rows: waveform, and cells: the path and a cell for each of ``columns``.
+    """
+    lines = ["\t".join(["path", *columns])]
+    for wave, cells in rows:
+        write_audio(path.parent / cells[0], wave)
+        lines.append("\t".join(cells))
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def write_librispeech(folder: Path, texts: Mapping[str, Sequence[str]], seconds: float) -> Path:
+    """An utterance for each text of each split: of ``seconds``, 0.1 s more, 0.2 s more ..."""
+    for number, (split, sentences) in enumerate(texts.items()):
+        chapter = folder / split / f"1{number}" / "200"
+        lines = []
+        for i, text in enumerate(sentences):
+            name = f"1{number}-200-{i:04d}"
+            write_audio(chapter / f"{name}.flac", make_sound(seconds + 0.1 * i, seed=i))
+            lines.append(f"{name} {text}\n")
+        (chapter / f"1{number}-200.trans.txt").write_text("".join(lines))
+    return folder
+
+
+def write_voxceleb1(
+    folder: Path, split_file: Path, speakers: Mapping[str, str], samples: int
+) -> None:
+    """For each speaker, two utterances of train and one of dev and test, a sample longer each.
+
+    Args:
+        speakers: speaker -> ``dev`` or ``test``, the folder that has the speaker.
+        samples: length of the first utterance.
+    """
+    lines = []
+    for speaker, part in speakers.items():
+        for i, split in enumerate((1, 1, 2, 3)):
+            name = f"{speaker}/x-{i}_y/0000{i}.wav"
+            write_audio(folder / part / "wav" / name, make_sound(1, seed=len(lines))[: samples + i])
+            lines.append(f"{split} {name}\n")
+    split_file.write_text("".join(lines))
+
+
+def write_iemocap(
+    folder: Path, dialogs: Sequence[str], labels: Sequence[str], samples: int
+) -> Path:
+    """Five sessions with the dialogs ``Ses0N`` + ``dialogs``, an utterance for each label.
+
+    The label files have the lines of single annotators, too.
+    """
+    for session in range(1, 6):
+        for dialog in (f"Ses0{session}{name}" for name in dialogs):
+            lines = ["% [START_TIME - END_TIME] TURN_NAME EMOTION [V, A, D]\n\n"]
+            for i, label in enumerate(labels):
+                name = f"{dialog}_F{i:03d}"
+                wav = folder / f"Session{session}/sentences/wav/{dialog}/{name}.wav"
+                write_audio(wav, make_sound(1, seed=10 * session + i)[: samples + 100 * i])
+                lines.append(f"[{i}.2901 - 9.2357]\t{name}\t{label}\t[2.5, 2.5000, 2.5000]\n")
+                lines.append("C-E2:\tNeutral;\t()\nA-E3:\tval 3; act 2; dom  2;\t()\n\n")
+            file = folder / f"Session{session}/dialog/EmoEvaluation/{dialog}.txt"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text("".join(lines))
+    return folder
