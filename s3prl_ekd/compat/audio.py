@@ -9,7 +9,7 @@ import wave
 
 from .shim import Shim
 from .soundfile_io import AudioMetaData, info, load, save
-from .torchaudio_import import lacks
+from .torchaudio_import import lacks, set_attributes
 
 
 def audio_decoder() -> str:
@@ -49,12 +49,6 @@ def _cannot_load() -> bool:
     return False
 
 
-def _replace_load_and_save() -> None:
-    import torchaudio
-
-    torchaudio.load, torchaudio.save = load, save
-
-
 LOAD = Shim(
     name="torchaudio.load",
     needed_by=(
@@ -67,14 +61,8 @@ LOAD = Shim(
     since="torchaudio 2.9",
     summary="load and save through soundfile, as torchcodec cannot be imported",
     missing=_cannot_load,
-    apply=_replace_load_and_save,
+    apply=lambda: set_attributes(load=load, save=save),
 )
-
-
-def _add_info() -> None:
-    import torchaudio
-
-    torchaudio.info, torchaudio.AudioMetaData = info, AudioMetaData
 
 
 INFO = Shim(
@@ -83,5 +71,5 @@ INFO = Shim(
     since="torchaudio 2.9",
     summary="info and AudioMetaData through soundfile",
     missing=lambda: lacks("info"),
-    apply=_add_info,
+    apply=lambda: set_attributes(info=info, AudioMetaData=AudioMetaData),
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import sys
 from collections.abc import Callable, Sequence
 from importlib.abc import MetaPathFinder
@@ -44,13 +43,10 @@ class _Finder(MetaPathFinder):
         spec = PathFinder.find_spec(fullname, path, target)
         if spec is None or spec.loader is None:
             return spec
+        hook, run = self.hooks[fullname], spec.loader.exec_module
         loader: Any = spec.loader  # PathFinder creates a new loader for each spec
-        loader.exec_module = functools.partial(_call, self.hooks[fullname], loader.exec_module)
+        loader.exec_module = lambda module: hook(module, run)
         return spec
-
-
-def _call(hook: ImportHook, run: Callable[[ModuleType], None], module: ModuleType) -> None:
-    hook(module, run)
 
 
 _FINDER = _Finder()

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import SetupError
 from .shim import Shim
-from .torchaudio_import import LOAD_FAILURES
+from .torchaudio_import import LOAD_FAILURES, set_attributes
 
 if TYPE_CHECKING:
     import torch
@@ -151,13 +151,11 @@ def _missing() -> bool:
 
 
 def _add_module() -> None:
-    import torchaudio
-
     module = ModuleType("torchaudio.sox_effects", "Replacement; see s3prl_ekd.compat.sox.")
     for function in (apply_effects_file, apply_effects_tensor, effect_names):
         setattr(module, function.__name__, function)
     sys.modules[module.__name__] = module
-    torchaudio.sox_effects = module
+    set_attributes(sox_effects=module)
 
 
 SOX_EFFECTS = Shim(

@@ -25,6 +25,11 @@ def lacks(attribute: str) -> bool:
         return True
 
 
+def set_attributes(**attributes: Any) -> None:
+    """Set attributes of torchaudio."""
+    vars(importlib.import_module("torchaudio")).update(attributes)
+
+
 def _import_without_extension() -> None:
     for name in [name for name in sys.modules if name.split(".")[0] == "torchaudio"]:
         del sys.modules[name]
@@ -85,7 +90,7 @@ IMPORT = Shim(
     needed_by=("run_downstream.py:8", "downstream/runner.py:13", "downstream/asr/dataset.py:25"),
     since="torchaudio 2.9",
     summary="imported without its compiled extension, which does not load with this torch",
-    missing=functools.partial(lacks, "__name__"),
+    missing=lambda: lacks("__name__"),
     apply=_import_without_extension,
 )
 
@@ -94,15 +99,11 @@ def set_audio_backend(backend: str | None = None) -> None:
     """Do nothing: there is only one audio backend."""
 
 
-def _add_set_audio_backend() -> None:
-    vars(importlib.import_module("torchaudio"))["set_audio_backend"] = set_audio_backend
-
-
 SET_AUDIO_BACKEND = Shim(
     name="torchaudio.set_audio_backend",
     needed_by=("run_downstream.py:157", "upstream/byol_s/byol_a/common.py:20"),
     since="torchaudio 2.9",
     summary="a function that does nothing",
-    missing=functools.partial(lacks, "set_audio_backend"),
-    apply=_add_set_audio_backend,
+    missing=lambda: lacks("set_audio_backend"),
+    apply=lambda: set_attributes(set_audio_backend=set_audio_backend),
 )

@@ -105,8 +105,7 @@ def _rows(reader: Any, path: Path, bad: list[BadUtterance] | None) -> list[tuple
         if len(cells) != len(header):
             raise DataError(f"{location}: expected {len(header)} cells, got {len(cells)}")
         name, length = (cells[header.index(column)] for column in COLUMNS)
-        row = Utterance(name, _parse_length(name, length, location))
-        _check_path(name, location)
+        row = _utterance(name, length, location)
         first_line = lines.setdefault(posixpath.normpath(name), reader.line_num)
         if first_line != reader.line_num:
             raise DataError(
@@ -131,7 +130,7 @@ def _rows(reader: Any, path: Path, bad: list[BadUtterance] | None) -> list[tuple
     return rows
 
 
-def _parse_length(name: str, text: str, location: str) -> int:
+def _utterance(name: str, text: str, location: str) -> Utterance:
     try:
         length = float(text)  # pandas may have written 16000.0
     except ValueError:
@@ -141,14 +140,11 @@ def _parse_length(name: str, text: str, location: str) -> int:
             f"{location}: expected a path and its length as a whole number of samples, got "
             f"{_quote(name)} and {_quote(text)}"
         )
-    return int(length)
-
-
-def _check_path(name: str, location: str) -> None:
     if name.startswith("/") or ".." in name.split("/") or "\0" in name:
         raise DataError(
             f"{location}: the path must be below libri_root, without .. and NUL, got {_quote(name)}"
         )
+    return Utterance(name, int(length))
 
 
 def _quote(text: str) -> str:

@@ -15,7 +15,7 @@ import hashlib
 import itertools
 import json
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from ..files.formats import check_format_version
 from ..prepare.asr import TABLES, normalise
 from .noise import make_noises
 from .sentences import sentences
-from .voices import SAMPLE_RATE, Voice, make_voices, speak, to_int16
+from .voices import SAMPLE_RATE, make_voices, speak, to_int16
 
 RECORD = "corpus.json"
 VERSION = 1  # increase it when a change of the code changes the bytes
@@ -124,19 +124,38 @@ def _make(root: Path, parameters: Mapping[str, Any]) -> dict[str, Any]:
     rng = random.Random(f"corpus {seed}")
     texts = sentences(rng)
     splits: dict[str, Any] = {}
-    speech: list[np.ndarray] = []
-    with tqdm(total=sum(utterances.values()), unit=" utterances", desc="demo corpus") as bar:
-        for split, count in speakers.items():
-            talkers = list(itertools.islice(people, count))
-            waves = _make_split(root, split, talkers, utterances[split], texts, rng, bar)
-            speech = speech or waves  # the babble noise uses the first split only
-            splits[split] = {
-                "utterances": len(waves),
-                "seconds": round(sum(map(len, waves)) / SAMPLE_RATE, 1),
-                "speakers": [str(number) for number, _ in talkers],
-            }
-    waves = [wave / 32768 for wave in speech]
-    noise = make_noises(np.random.default_rng(seed), waves, NOISE_SECONDS)
+    speech: list[np.ndarray] = []  # of the first split, for the babble noise
+    bar = tqdm(total=sum(utterances.values()), unit=" utterances", desc="demo corpus")
+    (root / TABLES).mkdir()
+    for split, count in speakers.items():
+        talkers = list(itertools.islice(people, count))
+        rows = []
+        lines: dict[str, list[str]] = {}
+        for index in range(utterances[split]):
+            speaker, voice = talkers[index % count]
+            folder = f"{split}/{speaker}/{_CHAPTER}"
+            name = f"{speaker}-{_CHAPTER}-{index // count:04d}"
+            text = next(texts)
+            # As in real speech, rate and pitch differ between utterances.
+            wave = speak(text, voice, rate=rng.uniform(0.9, 1.1), pitch=rng.randint(44, 56))
+            (root / folder).mkdir(parents=True, exist_ok=True)
+            _write_flac(root / folder / f"{name}.flac", wave)
+            transcript = f"{folder}/{speaker}-{_CHAPTER}.trans.txt"
+            lines.setdefault(transcript, []).append(f"{name} {normalise(text)}\n")
+            rows.append((f"{folder}/{name}.flac", len(wave)))
+            if not splits:
+                speech.append(wave / 32768)
+            bar.update()
+        for transcript, content in lines.items():
+            (root / transcript).write_text("".join(content), encoding="utf-8")
+        write_table(root / TABLES / f"{split}.csv", rows)
+        splits[split] = {
+            "utterances": len(rows),
+            "seconds": round(sum(length for _, length in rows) / SAMPLE_RATE, 1),
+            "speakers": [str(number) for number, _ in talkers],
+        }
+    bar.close()
+    noise = make_noises(np.random.default_rng(seed), speech, NOISE_SECONDS)
     (root / "noise").mkdir()
     for name, clip in noise.items():
         _write_flac(root / "noise" / f"{name}.flac", to_int16(clip))
@@ -148,39 +167,6 @@ def _make(root: Path, parameters: Mapping[str, Any]) -> dict[str, Any]:
     }
     (root / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return record
-
-
-def _make_split(
-    root: Path,
-    split: str,
-    talkers: Sequence[tuple[int, Voice]],
-    count: int,
-    texts: Iterator[str],
-    rng: random.Random,
-    bar: tqdm,
-) -> list[np.ndarray]:
-    """Write ``count`` utterances, cycling over the talkers; return them, 16 bit [samples] each."""
-    waves, rows = [], []
-    lines: dict[str, list[str]] = {}
-    for index in range(count):
-        speaker, voice = talkers[index % len(talkers)]
-        folder = f"{split}/{speaker}/{_CHAPTER}"
-        name = f"{speaker}-{_CHAPTER}-{index // len(talkers):04d}"
-        text = next(texts)
-        # As in real speech, rate and pitch differ between utterances.
-        wave = speak(text, voice, rate=rng.uniform(0.9, 1.1), pitch=rng.randint(44, 56))
-        (root / folder).mkdir(parents=True, exist_ok=True)
-        _write_flac(root / folder / f"{name}.flac", wave)
-        transcript = f"{folder}/{speaker}-{_CHAPTER}.trans.txt"
-        lines.setdefault(transcript, []).append(f"{name} {normalise(text)}\n")
-        rows.append((f"{folder}/{name}.flac", len(wave)))
-        waves.append(wave)
-        bar.update()
-    for transcript, content in lines.items():
-        (root / transcript).write_text("".join(content), encoding="utf-8")
-    (root / TABLES).mkdir(exist_ok=True)
-    write_table(root / TABLES / f"{split}.csv", rows)
-    return waves
 
 
 def _write_flac(path: Path, wave: np.ndarray) -> None:

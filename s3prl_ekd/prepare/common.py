@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..data.audio_files import SAMPLE_RATE, AudioHeader, read_headers, total_hours
+from ..data.audio_files import SAMPLE_RATE, read_headers, total_hours
 from ..data.manifest import ManifestEntry
 from ..errors import DataError
 from ..files.atomic import atomic_folder
@@ -137,18 +137,17 @@ def audio_lengths(root: Path, paths: Sequence[str], jobs: int) -> list[int | Dat
     A file that cannot be used, or is not 16 kHz mono, has an error instead.
     """
     headers = read_headers(root, paths, jobs=jobs, bar=True)
-    return [_length(*item) for item in zip(paths, headers, strict=True)]
-
-
-def _length(path: str, header: AudioHeader | DataError) -> int | DataError:
-    if isinstance(header, DataError):
-        return header
-    if (header.rate, header.channels) == (SAMPLE_RATE, 1):
-        return header.frames
-    return DataError(
-        f"{path} must be {SAMPLE_RATE} Hz mono for s3prl's recipes, got {header.rate} Hz with "
-        f"{header.channels} channel{'s' * (header.channels > 1)}; convert it first"
-    )
+    lengths: list[int | DataError] = []
+    for path, header in zip(paths, headers, strict=True):
+        if isinstance(header, DataError):
+            lengths.append(header)
+        elif (header.rate, header.channels) == (SAMPLE_RATE, 1):
+            lengths.append(header.frames)
+        else:
+            problem = f"{header.rate} Hz with {header.channels} channel(s); convert it first"
+            rule = f"must be {SAMPLE_RATE} Hz mono for s3prl's recipes"
+            lengths.append(DataError(f"{path} {rule}, got {problem}"))
+    return lengths
 
 
 def read_lengths(table: Path, root: Path, entries: Sequence[ManifestEntry], jobs: int) -> list[int]:
