@@ -12,7 +12,6 @@ example:
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import importlib
 import importlib.util
 import io
@@ -27,7 +26,7 @@ from typing import Any
 
 from .. import __version__, compat
 from ..downstream import requirements
-from ..downstream.tasks import TASKS, Task
+from ..downstream.tasks import TASKS
 from ..errors import SetupError
 from ..system.tables import text_table
 
@@ -70,17 +69,28 @@ def examine(folder: Path) -> dict:
     """Apply the shims; return the report as values that JSON can store."""
     shims = _shims()
     pretrain = requirements.check_modules(requirements.PRETRAIN_MODULES)
-    recipes = {task: requirements.check_recipe(task, folder) for task in TASKS.values()}
-    asr_imports = not any(status.modules for task, status in recipes.items() if task.name == "asr")
+    recipes = []
+    for task in TASKS.values():
+        status = requirements.check_recipe(task, folder)
+        recipes.append(
+            {
+                "task": task.name.upper(),
+                "downstream": task.downstream,
+                "ready": status.ready,
+                "modules": not status.modules,
+                "problems": [vars(p) for p in (*status.modules, *status.files)],
+                "note": status.note,
+            }
+        )
     return {
-        "ok": not pretrain and asr_imports,
+        "ok": not pretrain and all(r["modules"] for r in recipes if r["task"] == "ASR"),
         "versions": _versions(),
         "torch_load": _torch_load(),
         "audio": _audio(),
         "devices": _devices(),
         "shims": shims,
         "pretrain": {"ready": not pretrain, "problems": [vars(p) for p in pretrain]},
-        "recipes": [_recipe(task, status) for task, status in recipes.items()],
+        "recipes": recipes,
         "folder": _folder(folder),
     }
 
@@ -195,17 +205,6 @@ def _devices() -> dict[str, str]:
     if torch.backends.mps.is_available():
         devices["mps"] = "available"
     return devices
-
-
-def _recipe(task: Task, status: requirements.RecipeStatus) -> dict:
-    return {
-        "task": task.name.upper(),
-        "downstream": task.downstream,
-        "ready": status.ready,
-        "modules": not status.modules,
-        "problems": [dataclasses.asdict(p) for p in (*status.modules, *status.files)],
-        "note": status.note,
-    }
 
 
 def _folder(folder: Path) -> dict:

@@ -40,7 +40,7 @@ SHIMS: tuple[Shim, ...] = (
     checkpoints.TORCH_LOAD,
 )
 
-_fired: set[str] = set()
+_fired: list[str] = []
 
 
 def apply() -> tuple[str, ...]:
@@ -65,7 +65,7 @@ def apply() -> tuple[str, ...]:
         logger.info(
             "compatibility shims for s3prl: %s (details: s3prl-ekd doctor)", ", ".join(applied)
         )
-        _fired.update(applied)
+        _fired.extend(applied)
     repeat_in_children(apply)
     return fired()
 

@@ -33,14 +33,12 @@ class LengthTables:
 
     def summary(self) -> str:
         """Utterances and hours of each table, and the files left out, as text."""
+        tables = {f"{printable(name)}.csv": rows for name, rows in self.rows.items()}
+        tables["total"] = [row for rows in self.rows.values() for row in rows]
         lines = [
-            f"{name}.csv: {len(rows)} utterances, {total_hours(n for _, n in rows):.2f} h"
-            for name, rows in zip(map(printable, self.rows), self.rows.values(), strict=True)
+            f"{name}: {len(rows)} utterances, {total_hours(n for _, n in rows):.2f} h"
+            for name, rows in tables.items()
         ]
-        all_rows = [row for rows in self.rows.values() for row in rows]
-        lines.append(
-            f"total: {len(all_rows)} utterances, {total_hours(n for _, n in all_rows):.2f} h"
-        )
         if self.why_single:
             lines.append(f"wrote a single table because {printable(self.why_single)}")
         if self.skipped:
