@@ -15,7 +15,7 @@ import soundfile
 import torch
 
 from s3prl_ekd import compat
-from s3prl_ekd.compat import SHIMS, audio, soundfile_io, torchaudio_import
+from s3prl_ekd.compat import SHIMS, audio, torchaudio_import
 from s3prl_ekd.errors import DataError
 
 from .conftest import run_python
@@ -98,7 +98,7 @@ def recording(request, tmp_path, noise) -> Path:
 
 
 def test_load_returns_the_samples_of_the_file(recording, noise):
-    wav, rate = soundfile_io.load(recording)
+    wav, rate = audio.load(recording)
     assert rate == 16000 and wav.dtype == torch.float32 and wav.is_contiguous()
     assert np.array_equal(wav.numpy(), noise.T / np.float32(32768))
 
@@ -114,17 +114,17 @@ def test_load_returns_the_samples_of_the_file(recording, noise):
     ],
 )
 def test_load_reads_a_part(recording, noise, arguments, part):
-    wav, _ = soundfile_io.load(str(recording), **arguments)
+    wav, _ = audio.load(str(recording), **arguments)
     assert np.array_equal(wav.numpy(), noise[part].T / np.float32(32768))
 
 
 def test_load_channels_last_and_from_memory(recording, noise):
-    wav, _ = soundfile_io.load(io.BytesIO(recording.read_bytes()), channels_first=False)
+    wav, _ = audio.load(io.BytesIO(recording.read_bytes()), channels_first=False)
     assert np.array_equal(wav.numpy(), noise / np.float32(32768))
 
 
 def test_load_returns_integers_for_wav_only(recording, noise):
-    wav, _ = soundfile_io.load(recording, normalize=False)
+    wav, _ = audio.load(recording, normalize=False)
     if recording.suffix == ".wav":
         assert wav.dtype == torch.int16 and np.array_equal(wav.numpy(), noise.T)
     else:
@@ -133,16 +133,16 @@ def test_load_returns_integers_for_wav_only(recording, noise):
 
 def test_load_errors_name_the_file(tmp_path):
     with pytest.raises(DataError, match=r"missing\.wav"):
-        soundfile_io.load(tmp_path / "missing.wav")
+        audio.load(tmp_path / "missing.wav")
     (tmp_path / "text.wav").write_text("no audio")
     with pytest.raises(DataError, match=r"text\.wav"):
-        soundfile_io.load(tmp_path / "text.wav")
+        audio.load(tmp_path / "text.wav")
 
 
 @pytest.mark.parametrize("arguments", [{"frame_offset": -1}, {"num_frames": -2}])
 def test_load_rejects_negative_counts(recording, arguments):
     with pytest.raises(ValueError, match="frame_offset.*num_frames"):
-        soundfile_io.load(recording, **arguments)
+        audio.load(recording, **arguments)
 
 
 @pytest.mark.parametrize(
@@ -162,7 +162,7 @@ def test_load_rejects_negative_counts(recording, arguments):
 )
 def test_save_chooses_the_subtype(tmp_path, name, arguments, subtype):
     tone = 0.5 * torch.sin(torch.arange(8000) * 2 * math.pi * 300 / 16000)
-    soundfile_io.save(tmp_path / name, tone, 16000, **arguments)  # [time]: one channel
+    audio.save(tmp_path / name, tone, 16000, **arguments)  # [time]: one channel
     assert soundfile.info(tmp_path / name).subtype == subtype
     read, rate = soundfile.read(tmp_path / name)
     assert rate == 16000 and read.shape == (8000,)
@@ -171,9 +171,9 @@ def test_save_chooses_the_subtype(tmp_path, name, arguments, subtype):
 
 def test_save_keeps_float_and_integer_samples_exactly(tmp_path, noise):
     wav = torch.from_numpy(noise.T.copy())
-    soundfile_io.save(tmp_path / "a.wav", wav, 8000)
+    audio.save(tmp_path / "a.wav", wav, 8000)
     assert np.array_equal(soundfile.read(tmp_path / "a.wav", dtype="int16")[0], noise)
-    soundfile_io.save(tmp_path / "b.wav", wav.t() / 32768, 8000, channels_first=False)
+    audio.save(tmp_path / "b.wav", wav.t() / 32768, 8000, channels_first=False)
     assert np.array_equal(soundfile.read(tmp_path / "b.wav")[0], noise / 32768)
 
 
@@ -189,7 +189,7 @@ def test_save_keeps_float_and_integer_samples_exactly(tmp_path, noise):
 )
 def test_save_rejects_unsupported_audio(tmp_path, name, wav, arguments, message):
     with pytest.raises(DataError, match=message):
-        soundfile_io.save(tmp_path / name, wav, 16000, **arguments)
+        audio.save(tmp_path / name, wav, 16000, **arguments)
 
 
 @pytest.mark.parametrize(
@@ -203,7 +203,7 @@ def test_save_rejects_unsupported_audio(tmp_path, name, wav, arguments, message)
 )
 def test_info(tmp_path, noise, name, subtype, bits, encoding):
     soundfile.write(tmp_path / name, noise, 16000, subtype=subtype)
-    assert soundfile_io.info(tmp_path / name) == soundfile_io.AudioMetaData(
+    assert audio.info(tmp_path / name) == audio.AudioMetaData(
         sample_rate=16000,
         num_frames=4000,
         num_channels=2,
@@ -231,7 +231,7 @@ def test_load_is_missing_when_its_decoder_fails(complete, failure):
 
 
 def test_audio_decoder_names_the_library(complete):
-    complete["torchaudio"].load = soundfile_io.load
+    complete["torchaudio"].load = audio.load
     assert compat.audio_decoder() == (
         f"soundfile {metadata.version('soundfile')} (libsndfile {soundfile.__libsndfile_version__})"
     )

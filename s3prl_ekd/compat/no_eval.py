@@ -167,7 +167,6 @@ def check_splits(
     Args:
         downstream: the name after ``-d``. For recipes other than SID, ER, ASR and PR, only the
             characters of the split are checked.
-        config: the recipe, with the overrides of ``-o``.
         location: the recipe's file; starts the message.
         evaluate_split: the split after ``-t``. None for training, which uses the splits in
             ``runner``.

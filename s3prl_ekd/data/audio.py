@@ -43,7 +43,7 @@ def read_audio(path: str | Path, *, speech: bool = False) -> Tensor:
             responses.
 
     Raises:
-        BadAudio: see the table in :mod:`s3prl_ekd.data.bad_audio`; short files are accepted.
+        BadAudio: see :mod:`s3prl_ekd.data.bad_audio`; short files are accepted.
     """
     with Recording(path) as recording:
         return recording.read_speech() if speech else recording.read()

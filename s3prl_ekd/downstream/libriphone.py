@@ -33,11 +33,9 @@ class LibriPhoneDataset(Dataset):
     utterances, so an epoch contains each utterance about ``bucket_size`` times.
 
     Args:
-        split: folders below ``path``, such as ``["train-clean-100"]``. The transcript of
-            ``SPK-CHAP-NNNN.flac`` is a line of ``SPK-CHAP.trans.txt`` in the same folder.
+        split: folders below ``path``, such as ``["train-clean-100"]``.
         tokenizer: s3prl's text encoder of mode ``word``.
         bucket_size: items in a bucket, at most the number of utterances.
-        path: the corpus.
         lexicon: text files ``WORD<tab>PHONES``; see :mod:`..prepare.lexicon`.
         ascending: fewest phones first; by default most phones first.
         skip_unknown_words: skip utterances with a word that is not in the lexicon and log how
@@ -96,11 +94,7 @@ def files_in_lexicon(
     *,
     skip: bool,
 ) -> list[Path]:
-    """Select the files whose words all have a pronunciation.
-
-    Raises:
-        DataError: a file has a word without one and ``skip`` is not set, or no file is left.
-    """
+    """Select the files whose words all have a pronunciation; raise for others, unless ``skip``."""
     lexicon_names = ", ".join(map(str, lexicon))
     unknown = {
         file: [word for word in words if word not in pronunciations]
