@@ -28,6 +28,7 @@ from ..data.lengths import write_table
 from ..errors import DataError
 from ..files.atomic import atomic_folder, file_sha256
 from ..files.formats import check_format_version
+from ..files.text import read_json
 from ..prepare.asr import TABLES, normalise
 from .noise import make_noises
 from .sentences import sentences
@@ -107,11 +108,10 @@ def _check(parameters: Mapping[str, Any]) -> None:
 
 def _read_record(out: Path) -> dict[str, Any] | None:
     try:
-        record = json.loads((out / RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        record = read_json(out / RECORD, "record of the demo corpus", DataError)
+    except DataError:
         return None
-    complete = isinstance(record, dict) and {"parameters", "checksum"} <= record.keys()
-    if not complete or not isinstance(record["parameters"], dict):
+    if "checksum" not in record or not isinstance(record.get("parameters"), dict):
         return None
     version = record["parameters"].get("version")
     check_format_version(version, VERSION, f"the demo corpus {out}", DataError)

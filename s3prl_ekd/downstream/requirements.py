@@ -18,7 +18,7 @@ from types import ModuleType
 from ..compat import voxceleb1_cache
 from ..compat.child_processes import repeat_in_children
 from ..errors import ConfigError, SetupError
-from ..files.text import MAX_YAML, parse_yaml, read_text
+from ..files.config import read_yaml
 from .corpus_check import check_corpus
 from .tasks import Task, missing_paths
 
@@ -83,9 +83,11 @@ def check_recipe(task: Task, folder: Path) -> RecipeStatus:
                 # lets SID's modules import without librosa
                 stack.enter_context(voxceleb1_cache.cache_bypassed())
         status = RecipeStatus(modules=check_modules(modules))
-    config = _read_yaml(folder / task.full, folder)
-    if isinstance(config, RequirementProblem):
-        status.files.append(config)
+    try:
+        config = read_yaml(folder / task.full)
+    except ConfigError as error:
+        remedy = "" if (folder / task.full).exists() else init_command(folder)
+        status.files.append(RequirementProblem(str(error), remedy))
         return status
     for key, path in missing_paths(config, task.recipe_files, folder):
         status.files.append(
@@ -147,18 +149,6 @@ def _missing_module(name: str) -> RequirementProblem:
         return RequirementProblem(f"module {name} is missing from {package}")
     install = INSTALL.get(package, f"pip install {package}")
     return RequirementProblem(f"{package} is not installed", install)
-
-
-def _read_yaml(path: Path, folder: Path) -> dict | RequirementProblem:
-    if not path.is_file():
-        return RequirementProblem(f"{path} does not exist", init_command(folder))
-    try:
-        content = parse_yaml(read_text(path, "recipe", ConfigError, MAX_YAML), "it")
-    except ConfigError as error:
-        return RequirementProblem(f"{path} is not YAML: {error}")
-    if not isinstance(content, dict):
-        return RequirementProblem(f"{path} is not a YAML mapping")
-    return content
 
 
 @contextlib.contextmanager

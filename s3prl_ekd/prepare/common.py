@@ -59,9 +59,9 @@ def add_options(parser: argparse.ArgumentParser, task: PrepareTask) -> None:
         default=8,
         help="threads that read audio headers (default: 8)",
     )
+    task.configure(parser)
     if task.replace:
         parser.add_argument("--replace", action="store_true", help="replace an earlier OUT")
-    task.configure(parser)
 
 
 @contextlib.contextmanager

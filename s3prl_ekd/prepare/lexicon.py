@@ -28,11 +28,9 @@ from ..errors import DataError, SetupError
 from ..files.atomic import write_text
 from ..files.text import check_regular
 
-VOWELS = tuple("AA AE AH AO AW AY EH ER EY IH IY OW OY UH UW".split())
-CONSONANTS = tuple("B CH D DH F G HH JH K L M N NG P R S SH T TH V W Y Z ZH".split())
-STRESSES = "012"
-
-PHONES = frozenset(CONSONANTS) | {vowel + digit for vowel in VOWELS for digit in STRESSES}
+_VOWELS = "AA AE AH AO AW AY EH ER EY IH IY OW OY UH UW".split()
+_CONSONANTS = "B CH D DH F G HH JH K L M N NG P R S SH T TH V W Y Z ZH".split()
+PHONES = frozenset(_CONSONANTS) | {vowel + stress for vowel in _VOWELS for stress in "012"}
 
 Pronunciations = dict[str, tuple[str, ...]]  # word in upper case -> phones
 

@@ -93,7 +93,10 @@ class Distorter:
     ):
         self.settings = settings
         self.seed = seed
-        self.noise = [AudioPool.of_folder("distortion.noise", f) for f in settings.noise]
+        self.noise = {  # by the additive kind
+            f"noise:{i}": AudioPool.of_folder("distortion.noise", folder)
+            for i, folder in enumerate(settings.noise)
+        }
         self.impulses = [AudioPool.of_folder("distortion.impulses", f) for f in settings.impulses]
         self.voices = None
         if settings.babble:
@@ -112,13 +115,8 @@ class Distorter:
         )
 
     def _describe(self, kind: str) -> str:
-        if not kind.startswith("noise:"):
-            return kind
-        pool = self._noise_pool(kind)
-        return f"{pool.root} ({len(pool)} files)"
-
-    def _noise_pool(self, kind: str) -> AudioPool:
-        return self.noise[int(kind.removeprefix("noise:"))]
+        pool = self.noise.get(kind)
+        return kind if pool is None else f"{pool.root} ({len(pool)} files)"
 
     def plan(self, utterance: str, epoch: int, role: str) -> DistortionPlan:
         """Draw the distortions of an utterance; ``role`` is student, teacher or both."""
@@ -187,5 +185,5 @@ class Distorter:
         elif plan.additive == "babble" and self.voices is not None:
             noise = babble(self.voices, self.settings.babble_voices, len(wave), rng, utterance)
         else:
-            noise = crop_or_loop(self._noise_pool(plan.additive).draw(rng), len(wave), rng)
+            noise = crop_or_loop(self.noise[plan.additive].draw(rng), len(wave), rng)
         return mix_at_snr(wave, noise, plan.snr)
