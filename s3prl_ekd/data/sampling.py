@@ -138,9 +138,6 @@ def filter_by_length(
     """Drop utterances shorter than one frame or excluded by s3prl's ``max_timestep``.
 
     Both counts are logged.
-
-    Raises:
-        DataError: no utterance is left.
     """
     long_enough = [row for row in rows if row.length >= min_samples]
     if len(long_enough) < len(rows):

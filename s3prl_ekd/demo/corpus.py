@@ -59,10 +59,6 @@ def make_corpus(
     Returns:
         The contents of ``corpus.json``: ``parameters``, ``splits`` (``utterances``, ``seconds`` and
         ``speakers`` of each), ``noise`` (file names) and ``checksum``.
-
-    Raises:
-        SetupError: espeak-ng is not installed.
-        DataError: ``out`` has other contents, or the numbers are invalid.
     """
     out = Path(out).resolve()
     parameters = {

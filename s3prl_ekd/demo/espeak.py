@@ -42,11 +42,7 @@ class Espeak:
     """The loaded library. Use :func:`espeak`, which loads it once per process."""
 
     def __init__(self, library: str, data: str) -> None:
-        """Load ``library`` and initialise it with the folder ``data`` (``espeak-ng-data``).
-
-        Raises:
-            SetupError: the library cannot be loaded, or cannot read its data.
-        """
+        """Load ``library`` and initialise it with the folder ``data`` (``espeak-ng-data``)."""
         try:
             self._lib = ctypes.CDLL(library)
         except OSError as error:
@@ -71,13 +67,11 @@ class Espeak:
             voice: contents of an espeak-ng voice file.
             rate: words per minute, 80 to 450.
             pitch: 0 to 100; 50 is the voice's default.
-
-        Raises:
-            SetupError: espeak-ng fails. (It reports no error for most mistakes in a voice file.)
         """
         with _lock, tempfile.TemporaryDirectory(prefix="ekd_voice_") as folder:
             file = Path(folder, "voice")
             file.write_text(voice, encoding="utf-8")
+            # It reports no error for most mistakes in a voice file.
             if self._lib.espeak_SetVoiceByFile(os.fsencode(file)) != 0:
                 raise SetupError(f"espeak-ng cannot read the voice file {file}")
             settings = {_RATE: rate, _VOLUME: _QUIET, _PITCH: pitch, _RANGE: 50}
@@ -105,11 +99,7 @@ def _short_path(data: str) -> str:
 
 @cache
 def espeak() -> Espeak:
-    """Return this process's :class:`Espeak`.
-
-    Raises:
-        SetupError: the wheel ``espeakng_loader`` is not installed or does not work.
-    """
+    """Return this process's :class:`Espeak`."""
     try:
         import espeakng_loader
     except ImportError as error:

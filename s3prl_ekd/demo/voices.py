@@ -99,10 +99,6 @@ def speak(text: str, voice: Voice, *, rate: float = 1.0, pitch: int = 50) -> np.
 
     Returns:
         16-bit mono samples at 16 kHz, [samples].
-
-    Raises:
-        SetupError: espeak-ng is not installed.
-        DataError: ``text`` is empty.
     """
     if not text.strip():
         raise DataError("cannot synthesise an empty text")

@@ -112,11 +112,7 @@ def task_of(downstream: str | None) -> Task | None:
 
 
 def choose_tasks(names: Sequence[str]) -> list[Task]:
-    """The named tasks, in the order of SUPERB's tables.
-
-    Raises:
-        SetupError: a name is unknown.
-    """
+    """The named tasks, in the order of SUPERB's tables."""
     for name in names:
         if name not in TASKS:
             raise SetupError(f"unknown task {name!r}; expected one of: {', '.join(TASKS)}")

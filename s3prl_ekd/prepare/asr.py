@@ -108,9 +108,6 @@ def write_librispeech(
 
     Returns:
         The number of files copied.
-
-    Raises:
-        DataError: ``out`` exists, and is not a layout or ``replace`` is not set.
     """
     names = speaker_names(utterance.speaker for utterance in utterances)
     tables: dict[str, list[tuple[str, int]]] = {}
@@ -165,10 +162,6 @@ def write_layout(
 
     Returns:
         The utterances written.
-
-    Raises:
-        DataError: the manifest or an audio file is invalid, or a text is invalid and
-            ``args.drop_bad`` is not set.
     """
     valid, texts, n_empty, n_invalid = [], [], 0, 0
     for entry in read_manifest(args.manifest, columns=COLUMNS):

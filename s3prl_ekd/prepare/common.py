@@ -69,9 +69,6 @@ def new_folder(out: Path, *, replace: bool) -> Iterator[Path]:
     """Yield a temporary folder, which is renamed to ``out`` if the block ends without an exception.
 
     The block must write a ``prepared.tsv``: only a folder with one can be replaced later.
-
-    Raises:
-        DataError: ``out`` exists and must not be replaced, or cannot be created.
     """
     check_replaceable(out, replace=replace)
     with atomic_folder(out, DataError) as folder:
@@ -103,11 +100,7 @@ def link(source: Path, target: Path) -> bool:
 
 
 def link_folder(source: Path, target: Path) -> None:
-    """Like :func:`link`, for a corpus, which is too large to copy.
-
-    Raises:
-        DataError: symlinks cannot be made there.
-    """
+    """Like :func:`link`, for a corpus, which is too large to copy."""
     if not link(source, target):
         raise DataError(
             f"cannot make a symlink to {source} in {target.parent}; use another file system"
@@ -151,11 +144,7 @@ def audio_lengths(root: Path, paths: Sequence[str], jobs: int) -> list[int | Dat
 
 
 def read_lengths(table: Path, root: Path, entries: Sequence[ManifestEntry], jobs: int) -> list[int]:
-    """Read the lengths in samples of the entries of ``table``.
-
-    Raises:
-        DataError: a file is missing or damaged, or is not 16 kHz mono; names the table's line.
-    """
+    """Read the lengths in samples of the entries of ``table``."""
     lengths = []
     paths = [entry.path for entry in entries]
     for entry, length in zip(entries, audio_lengths(root, paths, jobs), strict=True):

@@ -80,12 +80,7 @@ class LabelledUtterance:
 def choose_labels(
     occurring: Iterable[str], selected: Sequence[str] | None, source: Path
 ) -> list[str]:
-    """Return the classes in order: ``selected``, or all labels that occur, sorted.
-
-    Raises:
-        DataError: there are fewer than two classes, a duplicate, one that does not occur, or one
-            with white space (s3prl's prediction files separate label and file name by a space).
-    """
+    """Return the classes in order: ``selected``, or all labels that occur, sorted."""
     known = sorted({label for label in occurring if label})
     labels = known if selected is None else list(selected)
     for label in labels:
@@ -94,7 +89,7 @@ def choose_labels(
             raise DataError(f"{source} has no line with the label {label!r}; labels: {names}")
         if labels.count(label) > 1:
             raise DataError(f"--labels has {label} twice")
-        if len(label.split()) != 1:
+        if len(label.split()) != 1:  # a space ends the label in s3prl's prediction files
             raise DataError(f"{source}: the label {label!r} has white space; use a single word")
     if len(labels) < 2:
         names = ", ".join(labels) or "no label"
@@ -125,9 +120,6 @@ def write_folds(
 
     ``OUT/meta_data/SessionN/{train,test}_meta_data.json`` are the lists of fold N, ``OUT/audio`` is
     a link to ``root``, and ``OUT/prepared.tsv`` lists the fold that tests each utterance.
-
-    Raises:
-        DataError: a class is not in a training set; names ``source``, the corpus or the manifest.
     """
     classes = {label: index for index, label in enumerate(labels)}
     rows = ["path\tlabel\tspeaker\tfold\ttest_fold"]
@@ -170,11 +162,7 @@ def write_folds(
 
 
 def read_iemocap(root: Path) -> list[LabelledUtterance]:
-    """Read the utterances of the four classes, ordered by session, dialog and line.
-
-    Raises:
-        DataError: ``root`` is not IEMOCAP's folder, a session has no labels, or audio is missing.
-    """
+    """Read the utterances of the four classes, ordered by session, dialog and line."""
     check_iemocap(root)
     items: list[LabelledUtterance] = []
     for session in SESSIONS:

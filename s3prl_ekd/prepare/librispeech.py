@@ -56,11 +56,7 @@ MISSING = "words_without.txt"  # words that have no pronunciation
 
 
 def check_librispeech(root: Path) -> list[str]:
-    """Return the splits in ``root``, those of :data:`NEEDED` first.
-
-    Raises:
-        DataError: one of :data:`NEEDED` is missing; the message lists all that are.
-    """
+    """Return the splits in ``root``, those of :data:`NEEDED` first."""
     if not root.is_dir():
         raise DataError(f"{root} is not a folder; use the one that contains {', '.join(NEEDED)}")
     missing = [split for split in NEEDED if not (root / split).is_dir()]
@@ -78,11 +74,7 @@ def check_librispeech(root: Path) -> list[str]:
 
 
 def read_texts(root: Path, folders: Sequence[str]) -> dict[Path, list[str]]:
-    """Map each audio file in ``folders`` below ``root`` to its transcript: words in upper case.
-
-    Raises:
-        DataError: a folder is missing or has no audio, or a file has no transcript.
-    """
+    """Map each audio file in ``folders`` below ``root`` to its transcript: words in upper case."""
     texts: dict[Path, list[str]] = {}
     transcripts: dict[Path, dict[str, str]] = {}
     for folder in folders:
@@ -104,11 +96,7 @@ def read_texts(root: Path, folders: Sequence[str]) -> dict[Path, list[str]]:
 
 
 def measure_splits(root: Path, splits: Sequence[str], jobs: int) -> dict[str, list[LengthRow]]:
-    """Return the path below ``root`` and the length in samples of each utterance, by split.
-
-    Raises:
-        DataError: a file cannot be read or is not 16 kHz mono; the message lists the first ones.
-    """
+    """Return the path below ``root`` and the length in samples of each utterance, by split."""
     paths = [f"{split}/{name}" for split in splits for name in find_audio(root / split)]
     rows: dict[str, list[LengthRow]] = {split: [] for split in splits}
     bad = []

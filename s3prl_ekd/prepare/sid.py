@@ -62,12 +62,7 @@ OUT/split.txt and OUT/audio, a symlink to ROOT. If files are missing, OUT-missin
 
 
 def read_split_file(path: Path) -> list[ManifestEntry]:
-    """Read an identification split; paths are ``idNNNNN/VIDEO/UTTERANCE.wav``.
-
-    Raises:
-        DataError: the file cannot be read, a line has a wrong format, an unknown digit, a speaker
-            outside of s3prl's classes or a duplicate path, or :func:`check_speakers` fails.
-    """
+    """Read an identification split; paths are ``idNNNNN/VIDEO/UTTERANCE.wav``."""
     entries: list[ManifestEntry] = []
     line_of_path: dict[str, int] = {}
     text = read_text(path, "split file", DataError, MAX_LIST, "utf-8-sig")
@@ -96,12 +91,7 @@ def read_split_file(path: Path) -> list[ManifestEntry]:
 
 
 def check_speakers(utterances: Sequence[tuple[str, str]], source: Path) -> None:
-    """Check that ``(speaker, split)`` pairs are a closed-set identification task.
-
-    Raises:
-        DataError: a split is empty, a speaker of dev or test is not in train, or there are fewer
-            than 2 or more than 1251 speakers.
-    """
+    """Check that ``(speaker, split)`` pairs are a closed-set identification task."""
     for split in SPLITS:
         if not any(name == split for _, name in utterances):
             raise DataError(f"{source} has no {split} utterances; SID needs {', '.join(SPLITS)}")
@@ -122,9 +112,6 @@ def find_files(root: Path, lines: Sequence[ManifestEntry]) -> tuple[list[Manifes
     Returns:
         Entries with paths relative to ``root`` (``dev/wav/id10001/…``), in the order of ``lines``;
         and the paths of the split file that are missing.
-
-    Raises:
-        DataError: ``root`` does not have VoxCeleb1's layout.
     """
     parts = check_voxceleb1(root)
     listed: dict[str, dict[str, str]] = {}
@@ -147,11 +134,7 @@ def find_files(root: Path, lines: Sequence[ManifestEntry]) -> tuple[list[Manifes
 
 
 def check_voxceleb1(root: Path) -> list[str]:
-    """Return the folders in ``root`` that contain ``wav``: ``dev`` and ``test``.
-
-    Raises:
-        DataError: there are none, or they have no speakers (``idNNNNN``).
-    """
+    """Return the folders in ``root`` that contain ``wav``: ``dev`` and ``test``."""
     if not root.is_dir():
         raise DataError(f"{root} is not a folder; use the one that contains dev/wav and test/wav")
     folders = (path for path in root.iterdir() if not is_hidden_or_system(path.name))

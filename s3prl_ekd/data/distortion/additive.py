@@ -62,9 +62,6 @@ def babble(pool: AudioPool, voices: int, length: int, rng: random.Random, exclud
 
     Args:
         exclude: path of the utterance that the babble is added to.
-
-    Raises:
-        DataError: an utterance cannot be read, or the pool has no other one.
     """
     total = torch.zeros(length)
     for _ in range(voices):

@@ -131,9 +131,6 @@ class Distorter:
         Returns:
             The student's and the teachers' input, each as long as ``wave``; the second is None if
             both are the same.
-
-        Raises:
-            DataError: a noise file, impulse response or babble utterance cannot be read.
         """
         setup = self.settings.setup
         if setup == "clean":

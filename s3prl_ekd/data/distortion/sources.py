@@ -56,11 +56,7 @@ class AudioPool:
 
     @classmethod
     def of_folder(cls, setting: str, folder: str) -> AudioPool:
-        """Make a pool of all audio files below ``folder``.
-
-        Raises:
-            DataError: it is not a folder, cannot be listed or has no audio.
-        """
+        """Make a pool of all audio files below ``folder``."""
         try:
             names = find_audio(folder)
         except DataError as error:
@@ -71,11 +67,7 @@ class AudioPool:
         return len(self.names)
 
     def draw(self, rng: random.Random, exclude: str | None = None) -> Tensor:
-        """Read a file drawn uniformly, or the next one that is neither silent nor ``exclude``.
-
-        Raises:
-            DataError: the file cannot be read, or no file is left.
-        """
+        """Read a file drawn uniformly, or the next one that is neither silent nor ``exclude``."""
         start = rng.randrange(len(self.names))
         for index in itertools.chain(range(start, len(self.names)), range(start)):
             if index in self._skipped or self.names[index] == exclude:
