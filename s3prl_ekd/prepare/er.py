@@ -28,12 +28,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..data.audio_files import is_hidden_or_system
-from ..data.manifest import ManifestEntry, read_manifest
+from ..data.manifest import read_manifest
 from ..errors import DataError
 from ..files.text import read_text
 from .common import (
     PREPARED,
     PrepareTask,
+    audio_lengths,
     audio_root,
     link_folder,
     new_folder,
@@ -262,10 +263,9 @@ def _prepare_er(args: argparse.Namespace) -> None:
 
 def _prepare_iemocap(args: argparse.Namespace) -> None:
     items = read_iemocap(args.root)
-    entries = [
-        ManifestEntry(number, item.path, "train", {}) for number, item in enumerate(items, 1)
-    ]
-    read_lengths(args.root, args.root, entries, args.jobs)
+    for length in audio_lengths(args.root, [item.path for item in items], args.jobs):
+        if isinstance(length, DataError):
+            raise length
     write_folds(args, args.root, args.root, items, parts_of(items), LABELS)
     if Counter(item.part for item in items) != FULL_COUNTS:
         print(
