@@ -95,7 +95,6 @@ def test_resamples_depend_on_the_utterances_names():
     other_names = [f"v{i}" for i in range(50)]
     independent = resampled_rates(errors, lengths, other_names, 300)
     assert abs(np.corrcoef(both[0], independent[0])[0, 1]) < 0.25
-    assert (resampled_rates(errors, lengths, names(50), 300, seed=1) != both).any()
 
 
 def test_paired_resamples_detect_a_small_difference():
@@ -120,4 +119,3 @@ def test_a_tie_counts_as_half():
 
 def test_percentiles_by_hand():
     assert interval(np.arange(101.0)) == pytest.approx((2.5, 97.5))
-    assert interval(np.arange(101.0), 0.8) == pytest.approx((10, 90))

@@ -133,7 +133,7 @@ def test_s3prls_script_evaluates_it(distilled):
     assert result.returncode == 0, result.stderr
     (printed,) = re.findall(r"^test-clean wer: ([\d.]+)", result.stdout, re.M)
     counts = {
-        split: count_errors(read_pairs(*predictions(distilled, split)), labels=False)
+        split: count_errors(read_pairs(*predictions(distilled, split)), "word")
         for split in ("dev-clean", "test-clean")
     }
     assert counts["test-clean"].rate == pytest.approx(float(printed), abs=1e-6)

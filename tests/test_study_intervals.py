@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from study_parts.cells import Cell, FoldErrors
+from study_parts.cells import Cell, ErrorCounts
 from study_parts.intervals import bootstrap, mean_estimate, paired_difference
 
 from .study_cases import PR, SID
@@ -16,7 +16,7 @@ def cell(errors, lengths=None, metric=PR, seeds=(1, 2, 3), row="r", names=None) 
     errors = np.array(errors)
     lengths = np.full(errors.shape[1], 10) if lengths is None else np.array(lengths)
     names = names or tuple(f"u{i}" for i in range(errors.shape[1]))
-    return Cell(row, metric, "clean", tuple(seeds), (FoldErrors(names, lengths, errors),))
+    return Cell(row, metric, "clean", tuple(seeds), (ErrorCounts(names, errors, lengths),))
 
 
 def test_seeds_alone_give_students_t_by_hand():

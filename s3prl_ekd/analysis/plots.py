@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..errors import SetupError
 
 if TYPE_CHECKING:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
 
-def require_matplotlib() -> tuple[type[FigureCanvasAgg], type[Figure]]:
-    """Import matplotlib's canvas and figure for use without a display.
+def require_matplotlib() -> tuple[Any, Any]:
+    """Import matplotlib's canvas without a display, and its figure.
 
     Raises:
         SetupError: matplotlib is not installed.
@@ -29,17 +28,22 @@ def require_matplotlib() -> tuple[type[FigureCanvasAgg], type[Figure]]:
     return FigureCanvasAgg, Figure
 
 
+def new_figure(width: float, height: float) -> Figure:
+    """Create a figure of a size in inches, without a display."""
+    canvas, figure_class = require_matplotlib()
+    figure = figure_class(figsize=(width, height), layout="constrained")
+    canvas(figure)
+    return figure
+
+
 def plot_similarity(matrix: np.ndarray, layers: Mapping[str, int], path: Path) -> None:
-    """Draw ``[layer, layer]`` similarities of all teachers' layers as a heat map (PNG).
+    """Draw ``[layer, layer]`` similarities, 0 to 1, of all teachers' layers as a heat map (PNG).
 
     Args:
-        matrix: similarities, 0 to 1.
         layers: teacher -> its number of layers, in the order of the matrix.
     """
-    canvas, figure_class = require_matplotlib()
     size = 2.5 + 0.16 * len(matrix)
-    figure = figure_class(figsize=(size + 1, size), layout="constrained")
-    canvas(figure)
+    figure = new_figure(size + 1, size)
     axis = figure.subplots()
     image = axis.imshow(matrix, vmin=0, vmax=1, cmap="viridis")
     figure.colorbar(image, ax=axis, label="linear CKA", shrink=0.8)
@@ -48,15 +52,9 @@ def plot_similarity(matrix: np.ndarray, layers: Mapping[str, int], path: Path) -
     axis.set_yticks(range(len(numbers)), numbers, fontsize=6)
     start = 0
     for name, count in layers.items():
-        middle = start + (count - 1) / 2
-        axis.annotate(
-            name,
-            (middle, 1.01),
-            xycoords=("data", "axes fraction"),
-            ha="center",
-            va="bottom",
-            fontsize=8,
-        )
+        middle = (start + (count - 1) / 2, 1.01)
+        style = {"ha": "center", "va": "bottom", "fontsize": 8}
+        axis.annotate(name, middle, xycoords=("data", "axes fraction"), **style)
         start += count
         if start < len(matrix):
             axis.axhline(start - 0.5, color="white")
@@ -77,9 +75,7 @@ def plot_trees(
     """
     from scipy.cluster.hierarchy import dendrogram
 
-    canvas, figure_class = require_matplotlib()
-    figure = figure_class(figsize=(4.2 * len(trees), 3.2), layout="constrained")
-    canvas(figure)
+    figure = new_figure(4.2 * len(trees), 3.2)
     axes = figure.subplots(1, len(trees), squeeze=False)[0]
     for axis, (name, tree) in zip(axes, trees.items(), strict=True):
         merges = len(tree) - (len(groups[name]) - 1)  # merges below the cut

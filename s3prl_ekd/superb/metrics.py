@@ -20,24 +20,22 @@ import numpy as np
 
 from ..downstream.tasks import TASKS
 from ..errors import DataError
+from ..files.text import read_text
 from .results import FinishedRun, SelectedRuns
 
 RESAMPLES = 10_000
 _CELLS = 2_000_000  # size of a block [resample, utterance]: about 50 MB
+_MAX_PREDICTIONS = 1 << 30  # bytes
 
 
 def resampled_rates(
-    errors: np.ndarray,
-    lengths: np.ndarray,
-    names: Sequence[str],
-    resamples: int = RESAMPLES,
-    seed: int = 0,
+    errors: np.ndarray, lengths: np.ndarray, names: Sequence[str], resamples: int = RESAMPLES
 ) -> np.ndarray:
     """Compute the error rate of each system on bootstrap resamples of the utterances.
 
-    The resamples depend on ``names`` and ``seed`` alone. So results on the same utterances are
-    paired (other systems, other tasks, the same speech under noise), and different test sets are
-    resampled independently.
+    The resamples depend on ``names`` alone. So results on the same utterances are paired (other
+    systems, other tasks, the same speech under noise), and different test sets are resampled
+    independently.
 
     Args:
         errors: ``[system, utterance]``.
@@ -49,11 +47,12 @@ def resampled_rates(
     """
     count = len(names)
     digest = hashlib.sha256("\n".join(names).encode()).digest()
-    rng = np.random.default_rng([seed, int.from_bytes(digest[:8], "big")])
+    rng = np.random.default_rng([0, int.from_bytes(digest[:8], "big")])
     columns = np.concatenate([errors, lengths[None]]).T.astype(np.float64)  # [utterance, system+1]
+    block = max(1, _CELLS // count)
     sums = []
-    for start in range(0, resamples, max(1, _CELLS // count)):
-        rows = min(max(1, _CELLS // count), resamples - start)
+    for start in range(0, resamples, block):
+        rows = min(block, resamples - start)
         drawn = rng.integers(count, size=(rows, count))
         drawn += count * np.arange(rows)[:, None]
         weights = np.bincount(drawn.ravel(), minlength=rows * count).reshape(rows, count)
@@ -62,9 +61,9 @@ def resampled_rates(
     return 100 * (total[:, :-1] / total[:, -1:]).T
 
 
-def interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float]:
-    """The percentile interval with the central fraction ``level`` of ``values`` ``[resample]``."""
-    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+def interval(values: np.ndarray) -> tuple[float, float]:
+    """The interval with the central 95 % of ``values`` ``[resample]``."""
+    low, high = np.quantile(values, [0.025, 0.975])
     return float(low), float(high)
 
 
@@ -80,29 +79,32 @@ def share_better(difference: np.ndarray, *, higher: bool) -> float:
 
 
 @dataclass(frozen=True, eq=False)
-class TaskMetric:
-    """The metric of one upstream and task under one condition, in per cent.
+class Estimate:
+    """A metric or score, and its values on the resamples of the utterances, ``[resample]``."""
 
-    Attributes:
-        value: the mean of ``by_seed``.
-        by_seed: the metric of each seed.
-        resampled: ``value`` on each resample of the utterances, ``[resample]``.
-        utterances: size of the test set, all folds together.
-        test_set: :func:`test_set` of its folds.
-    """
-
-    selection: SelectedRuns
-    condition: str
     value: float
-    by_seed: tuple[float, ...]
     resampled: np.ndarray
-    utterances: int
-    test_set: tuple
 
     @property
     def interval(self) -> tuple[float, float]:
         """The 95 % bootstrap interval of ``value``."""
         return interval(self.resampled)
+
+
+@dataclass(frozen=True, eq=False)
+class TaskMetric(Estimate):
+    """The metric of one upstream and task under one condition, in per cent.
+
+    Attributes:
+        by_seed: the metric of each seed; ``value`` is their mean.
+        utterances: size of the test set, all folds together.
+        test_set: :func:`test_set` of its folds.
+    """
+
+    selection: SelectedRuns
+    by_seed: tuple[float, ...]
+    utterances: int
+    test_set: tuple
 
     @property
     def deviation(self) -> float | None:
@@ -111,21 +113,26 @@ class TaskMetric:
 
 
 @dataclass(frozen=True, eq=False)
-class FoldErrors:
-    """Errors of all seeds of an upstream on the test set of one fold.
+class ErrorCounts:
+    """Errors and reference lengths of each utterance.
 
     Attributes:
-        names: ``[utterance]``.
-        lengths: reference tokens, ``[utterance]``, as in :class:`ErrorCounts`.
-        errors: ``[seed, utterance]``, as in :class:`ErrorCounts`.
+        names: ``[utterance]``, sorted.
+        errors: edit operations, or 1 for a wrong label, ``[utterance]`` or ``[seed, utterance]``.
+        lengths: reference tokens, or 1 for a label, ``[utterance]``.
     """
 
     names: tuple[str, ...]
-    lengths: np.ndarray
     errors: np.ndarray
+    lengths: np.ndarray
+
+    @property
+    def rate(self) -> np.ndarray:
+        """Error rate of the whole test set in per cent, ``[]`` or ``[seed]``."""
+        return 100 * self.errors.sum(-1) / self.lengths.sum()
 
 
-def test_set(folds: Sequence[FoldErrors]) -> tuple:
+def test_set(folds: Sequence[ErrorCounts]) -> tuple:
     """Key of the utterances and reference lengths; equal keys mean paired resamples."""
     return tuple((fold.names, fold.lengths.tobytes()) for fold in folds)
 
@@ -143,73 +150,47 @@ def compute_metrics(
             different utterances.
     """
     tested = [s for s in selections if all(condition in run.tested for run in s.runs)]
-    folds = [_fold_errors(selection, condition) for selection in tested]
-    by_test_set: dict[tuple, list[int]] = {}  # test set -> indices into `tested`
-    for i, group in enumerate(folds):
-        by_test_set.setdefault(test_set(group), []).append(i)
-    results: dict[int, TaskMetric] = {}
-    for key, members in by_test_set.items():
+    folds = [[_fold_errors(s, fold, condition) for fold in s.folds] for s in tested]
+    test_sets = [test_set(group) for group in folds]
+    metrics: dict[int, TaskMetric] = {}
+    for key in dict.fromkeys(test_sets):
         # All systems of one test set at once: drawing costs more than summing.
+        members = [i for i, other in enumerate(test_sets) if other == key]
         drawn, rates = [], []
         for stack in zip(*(folds[i] for i in members), strict=True):
-            first, errors = stack[0], np.concatenate([fold.errors for fold in stack])
-            drawn.append(resampled_rates(errors, first.lengths, first.names, resamples))
-            rates.append(100 * errors.sum(1) / first.lengths.sum())
-        by_draw, by_system = np.mean(drawn, axis=0), np.mean(rates, axis=0)
-        start = 0
-        for i in members:
-            end = start + len(folds[i][0].errors)
-            seeds, draws = by_system[start:end], by_draw[start:end].mean(axis=0)
-            if TASKS[tested[i].task].metric == "acc":
+            errors = np.concatenate([fold.errors for fold in stack])
+            drawn.append(resampled_rates(errors, stack[0].lengths, stack[0].names, resamples))
+            rates.append(np.concatenate([fold.rate for fold in stack]))
+        ends = np.cumsum([len(folds[i][0].errors) for i in members])[:-1]
+        draws_by_member = np.split(np.mean(drawn, axis=0), ends)
+        rates_by_member = np.split(np.mean(rates, axis=0), ends)
+        for i, draws, seeds in zip(members, draws_by_member, rates_by_member, strict=True):
+            draws = draws.mean(axis=0)
+            if TASKS[tested[i].task].higher_is_better:
                 seeds, draws = 100 - seeds, 100 - draws
-            results[i] = TaskMetric(
-                selection=tested[i],
-                condition=condition,
+            metrics[i] = TaskMetric(
                 value=float(seeds.mean()),
-                by_seed=tuple(float(value) for value in seeds),
                 resampled=draws,
+                selection=tested[i],
+                by_seed=tuple(seeds.tolist()),
                 utterances=sum(len(fold.names) for fold in folds[i]),
                 test_set=key,
             )
-            start = end
-    return [results[i] for i in range(len(tested))]
+    return [metrics[i] for i in range(len(tested))]
 
 
-def _fold_errors(selection: SelectedRuns, condition: str) -> list[FoldErrors]:
-    folds = []
-    for name in selection.folds:
-        runs = [run for run in selection.runs if run.fold == name]
-        counts: list[ErrorCounts] = [count_run(run, condition) for run in runs]
-        first = counts[0]
-        for run, other in zip(runs[1:], counts[1:], strict=True):
-            if other.names != first.names or (other.lengths != first.lengths).any():
-                raise DataError(
-                    f"{runs[0].folder} and {run.folder} were tested on different utterances "
-                    f"({condition}); evaluate both on the same test set"
-                )
-        errors = np.stack([count.errors for count in counts])
-        folds.append(FoldErrors(first.names, first.lengths, errors))
-    return folds
-
-
-@dataclass(frozen=True)
-class ErrorCounts:
-    """Errors and reference lengths of each utterance.
-
-    Attributes:
-        names: ``[utterance]``, sorted.
-        errors: edit operations, or 1 for a wrong label, ``[utterance]``.
-        lengths: reference tokens, or 1 for a label, ``[utterance]``.
-    """
-
-    names: tuple[str, ...]
-    errors: np.ndarray
-    lengths: np.ndarray
-
-    @property
-    def rate(self) -> float:
-        """Error rate of the whole test set in per cent: WER, PER, or 100 - accuracy."""
-        return 100 * float(self.errors.sum()) / float(self.lengths.sum())
+def _fold_errors(selection: SelectedRuns, fold: str | None, condition: str) -> ErrorCounts:
+    """The errors of all seeds on the test set of one fold, ``[seed, utterance]``."""
+    runs = [run for run in selection.runs if run.fold == fold]
+    counts = [count_run(run, condition) for run in runs]
+    for run, other in zip(runs, counts, strict=True):
+        if test_set([other]) != test_set(counts[:1]):
+            raise DataError(
+                f"{runs[0].folder} and {run.folder} were tested on different utterances "
+                f"({condition}); evaluate both on the same test set"
+            )
+    errors = np.stack([count.errors for count in counts])
+    return ErrorCounts(counts[0].names, errors, counts[0].lengths)
 
 
 def read_predictions(path: str | Path) -> dict[str, str]:
@@ -221,13 +202,8 @@ def read_predictions(path: str | Path) -> dict[str, str]:
     Raises:
         DataError: the file cannot be read, or a line has no utterance name.
     """
-    try:
-        # not splitlines(): it also splits at separators that may be part of a text
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except OSError as error:
-        raise DataError(f"cannot read the predictions {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise DataError(f"cannot read the predictions {path}: not UTF-8 text") from None
+    # not splitlines(): it also splits at separators that may be part of a text
+    lines = read_text(path, "predictions", DataError, _MAX_PREDICTIONS).split("\n")
     if lines[-1] == "":
         lines.pop()
     texts: dict[str, str] = {}
@@ -267,28 +243,22 @@ def read_pairs(hypotheses: Path, references: Path) -> list[tuple[str, str, str]]
     return [(name, hyp[name], ref[name]) for name in sorted(ref)]
 
 
-def count_errors(pairs: Sequence[tuple[str, str, str]], *, labels: bool) -> ErrorCounts:
+def count_errors(pairs: Sequence[tuple[str, str, str]], unit: str) -> ErrorCounts:
     """Count the errors of each utterance of ``pairs`` (:func:`read_pairs`).
 
     Args:
-        labels: whether a text is a single label instead of a sequence of tokens.
+        unit: ``label``, a text is a single label; ``word``, edits of words or phones; or
+            ``character``, edits of characters and spaces. (Systems with a WER near 100 % still
+            differ in CER.)
     """
-    if labels:
-        errors = [int(hyp != ref) for _, hyp, ref in pairs]
-        lengths = [1] * len(pairs)
+    names, hyp, ref = zip(*pairs, strict=True)
+    if unit == "label":
+        errors, lengths = [int(h != r) for h, r in zip(hyp, ref, strict=True)], [1] * len(ref)
     else:
-        errors = [editdistance.eval(hyp.split(), ref.split()) for _, hyp, ref in pairs]
-        lengths = [len(ref.split()) for _, _, ref in pairs]
-    names = tuple(name for name, _, _ in pairs)
-    return ErrorCounts(names, np.array(errors, dtype=np.int64), np.array(lengths, dtype=np.int64))
-
-
-def count_characters(pairs: Sequence[tuple[str, str, str]]) -> ErrorCounts:
-    """Count the character edits, spaces included, of each utterance of ``pairs``
-    (:func:`read_pairs`). Systems with a WER near 100 % still differ in CER."""
-    errors = [editdistance.eval(hyp, ref) for _, hyp, ref in pairs]
-    lengths = [len(ref) for _, _, ref in pairs]
-    names = tuple(name for name, _, _ in pairs)
+        if unit == "word":
+            hyp, ref = [h.split() for h in hyp], [r.split() for r in ref]
+        errors = list(map(editdistance.eval, hyp, ref))
+        lengths = list(map(len, ref))
     return ErrorCounts(names, np.array(errors, dtype=np.int64), np.array(lengths, dtype=np.int64))
 
 
@@ -298,4 +268,5 @@ def count_run(run: FinishedRun, condition: str) -> ErrorCounts:
     Raises:
         DataError: as in :func:`read_pairs`.
     """
-    return count_errors(read_pairs(*run.files(condition)), labels=TASKS[run.task].metric == "acc")
+    unit = "label" if TASKS[run.task].metric == "acc" else "word"
+    return count_errors(read_pairs(*run.files(condition)), unit)

@@ -6,31 +6,17 @@ import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-import numpy as np
 from tqdm import tqdm
 
 from ..downstream.tasks import TASKS
 from ..errors import DataError
-from .metrics import RESAMPLES, TaskMetric, compute_metrics, interval, share_better
+from .metrics import RESAMPLES, Estimate, TaskMetric, compute_metrics, interval, share_better
 from .results import Cost, Results, SelectedRuns, incomplete, select_best_lr
 from .score import superb_score
 
 CLEAN = "clean"
 _NOISE = re.compile(r"(?P<noise>.+)_snr(?P<snr>-?\d+(\.\d+)?)")
-
-
-@dataclass(frozen=True, eq=False)
-class SuperbScore:
-    """The SUPERB score of an upstream, and its values on the resamples, ``[resample]``."""
-
-    value: float
-    resampled: np.ndarray
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        return interval(self.resampled)
 
 
 @dataclass(frozen=True)
@@ -55,7 +41,7 @@ class Report:
     Attributes:
         metrics: (upstream, task, condition) -> metric; no entry if not tested.
         scores: upstream -> SUPERB score on ``clean``; only upstreams with all four tasks.
-        notes: sentences about what is missing or not comparable.
+        notes: sentences about what is unfinished or not comparable.
     """
 
     upstreams: tuple[str, ...]
@@ -63,9 +49,8 @@ class Report:
     conditions: tuple[str, ...]
     selections: Mapping[tuple[str, str], SelectedRuns]
     metrics: Mapping[tuple[str, str, str], TaskMetric]
-    scores: Mapping[str, SuperbScore]
+    scores: Mapping[str, Estimate]
     costs: Mapping[str, Cost]
-    unfinished: tuple[Path, ...]
     notes: tuple[str, ...]
     resamples: int
 
@@ -93,9 +78,7 @@ class Report:
         return _difference(self.scores[upstream], self.scores[baseline], higher=True)
 
 
-def _difference(
-    a: TaskMetric | SuperbScore, b: TaskMetric | SuperbScore, *, higher: bool
-) -> Difference:
+def _difference(a: Estimate, b: Estimate, *, higher: bool) -> Difference:
     draws = a.resampled - b.resampled
     low, high = interval(draws)
     return Difference(a.value - b.value, low, high, share_better(draws, higher=higher))
@@ -110,12 +93,8 @@ def make_report(results: Results, resamples: int = RESAMPLES) -> Report:
     selections = select_best_lr(results.runs, results.unfinished)
     notes = [f"Not complete: {line}." for line in incomplete(results.runs, results.unfinished)]
     if not selections:
-        count = len(results.unfinished)
-        reason = (
-            notes[0]
-            if notes
-            else f"{count} unfinished: " + ", ".join(str(path) for path in results.unfinished[:3])
-        )
+        folders = ", ".join(map(str, results.unfinished[:3]))
+        reason = notes[0] if notes else f"{len(results.unfinished)} unfinished: {folders}"
         raise DataError(f"no complete run to report ({reason}); run s3prl-ekd superb again")
     metrics = {}
     tasks = tuple(task for task in TASKS if any(key[1] == task for key in selections))
@@ -128,8 +107,11 @@ def make_report(results: Results, resamples: int = RESAMPLES) -> Report:
         for metric in compute_metrics(group, condition, resamples):
             metrics[metric.selection.upstream, task, condition] = metric
     upstreams = tuple(u for u in results.upstreams if any(key[0] == u for key in selections))
-    notes += _test_set_notes(tasks, conditions, metrics)
+    notes += _test_set_notes(cells, metrics)
     notes += _padding_notes(selections)
+    if results.unfinished:
+        names = ", ".join("/".join(path.parts[-3:]) for path in results.unfinished)
+        notes.append(f"Unfinished runs, not used: {len(results.unfinished)} ({names}).")
     return Report(
         upstreams=upstreams,
         tasks=tasks,
@@ -138,7 +120,6 @@ def make_report(results: Results, resamples: int = RESAMPLES) -> Report:
         metrics=metrics,
         scores=_scores(upstreams, tasks, metrics),
         costs=results.costs,
-        unfinished=results.unfinished,
         notes=tuple(notes),
         resamples=resamples,
     )
@@ -148,7 +129,7 @@ def _scores(
     upstreams: Sequence[str],
     tasks: Sequence[str],
     metrics: Mapping[tuple[str, str, str], TaskMetric],
-) -> dict[str, SuperbScore]:
+) -> dict[str, Estimate]:
     scores = {}
     for name in upstreams:
         by_task = {t: metrics[name, t, CLEAN] for t in tasks if (name, t, CLEAN) in metrics}
@@ -156,7 +137,7 @@ def _scores(
         # The score is linear in each metric, and tasks on the same utterances share resamples.
         draws = superb_score({task: m.resampled for task, m in by_task.items()})
         if value is not None and draws is not None:
-            scores[name] = SuperbScore(value, draws)
+            scores[name] = Estimate(value, draws)
     return scores
 
 
@@ -176,14 +157,13 @@ def _padding_notes(selections: Mapping[tuple[str, str], SelectedRuns]) -> list[s
 
 
 def _test_set_notes(
-    tasks: Sequence[str],
-    conditions: Sequence[str],
+    cells: Iterable[tuple[str, str]],
     metrics: Mapping[tuple[str, str, str], TaskMetric],
 ) -> list[str]:
     """A note for each task and condition whose test set differs between upstreams."""
     notes = []
-    for task, condition in itertools.product(tasks, conditions):
-        by_name = {name: m for (name, t, c), m in metrics.items() if (t, c) == (task, condition)}
+    for task, condition in cells:
+        by_name = {name: m for (name, *cell), m in metrics.items() if cell == [task, condition]}
         if len({m.test_set for m in by_name.values()}) > 1:
             sizes = ", ".join(f"{name} {m.utterances}" for name, m in by_name.items())
             notes.append(

@@ -36,9 +36,8 @@ def as_markdown(report: Report, against: str | None = None, *, published: bool =
     if published:
         parts += _published()
     parts += ["## Runs", _RUNS, markdown_table(_runs_table(report))]
-    notes = [*report.notes, *_unfinished(report)]
-    if notes:
-        parts += ["## Notes", "\n".join(f"- {note}" for note in notes)]
+    if report.notes:
+        parts += ["## Notes", "\n".join(f"- {note}" for note in report.notes)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -169,13 +168,6 @@ def _runs_table(report: Report) -> list[list[str]]:
             ]
         )
     return rows
-
-
-def _unfinished(report: Report) -> list[str]:
-    if not report.unfinished:
-        return []
-    names = ", ".join("/".join(path.parts[-3:]) for path in report.unfinished)
-    return [f"Unfinished runs, not used: {len(report.unfinished)} ({names})."]
 
 
 def as_csv(report: Report, against: str | None = None) -> str:

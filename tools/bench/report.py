@@ -130,7 +130,8 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
     Raises:
         SetupError: matplotlib is not installed.
     """
-    from s3prl_ekd.superb.report_plots import COLOURS, add_legend, new_figure
+    from s3prl_ekd.analysis.plots import new_figure
+    from s3prl_ekd.superb.report_plots import COLOURS, add_legend
 
     figures = summary(result)
     names = list(figures)

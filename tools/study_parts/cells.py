@@ -8,14 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from s3prl_ekd.errors import DataError
-from s3prl_ekd.superb.metrics import (
-    ErrorCounts,
-    FoldErrors,
-    count_characters,
-    count_errors,
-    read_pairs,
-    test_set,
-)
+from s3prl_ekd.superb.metrics import ErrorCounts, count_errors, read_pairs, test_set
 from s3prl_ekd.superb.results import FinishedRun
 
 
@@ -63,7 +56,7 @@ class Cell:
     metric: Metric
     condition: str
     seeds: tuple[int, ...]
-    folds: tuple[FoldErrors, ...]
+    folds: tuple[ErrorCounts, ...]
 
     @property
     def test_set(self) -> tuple:
@@ -96,12 +89,10 @@ def make_cells(row: str, metric: Metric, seeds: dict[int, list[FinishedRun]]) ->
                         f"{row}, {metric.task} ({condition}): the seeds have different test "
                         "utterances; evaluate all seeds on one test set"
                     )
-            folds.append(FoldErrors(names, lengths, np.stack([c.errors for c in counts])))
+            folds.append(ErrorCounts(names, np.stack([c.errors for c in counts]), lengths))
         yield Cell(row, metric, condition, tuple(complete), tuple(folds))
 
 
 def _count(run: FinishedRun, metric: Metric, condition: str) -> ErrorCounts:
-    pairs = read_pairs(*run.files(condition))
-    if metric.characters:
-        return count_characters(pairs)
-    return count_errors(pairs, labels=metric.higher)
+    unit = "character" if metric.characters else "label" if metric.higher else "word"
+    return count_errors(read_pairs(*run.files(condition)), unit)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import BinaryIO
 
-from s3prl_ekd.superb.report_plots import COLOURS, LINES, MARKERS, add_legend, error_bar, new_figure
+from s3prl_ekd.analysis.plots import new_figure
+from s3prl_ekd.superb.report_plots import COLOURS, LINES, MARKERS, add_legend, error_bar
 
 from .compare import RowComparison, Study
 from .design import CLEAN, ENSEMBLES, NONE, StudyRow
