@@ -5,12 +5,7 @@ import math
 import pytest
 import torch
 
-from s3prl_ekd.analysis.layers import (
-    cka_matrix,
-    cosine_matrix,
-    similarity_matrix,
-)
-from s3prl_ekd.errors import ConfigError
+from s3prl_ekd.analysis.layers import cka_matrix, cosine_matrix
 
 
 def random(*shape, seed=0):
@@ -78,11 +73,6 @@ def test_cka_is_invariant_to_rotation_scale_shift_and_order():
 def test_the_cka_of_a_constant_layer_is_nan():
     constant = torch.full((10, 4), 1e3 / 3)
     assert cka_matrix([constant, random(10, 4)]).isnan().tolist() == [[True, True], [True, False]]
-
-
-def test_an_unknown_measure():
-    with pytest.raises(ConfigError, match="'cca'"):
-        similarity_matrix([random(4, 2)], "cca")
 
 
 def test_frame_cosine():

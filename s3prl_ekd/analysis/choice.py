@@ -17,34 +17,22 @@ logger = logging.getLogger(__name__)
 
 def add_sample_options(parser: argparse.ArgumentParser, utterances: int = 32) -> None:
     """``--data``, ``--audio-root``, ``--utterances``, ``--seed`` and ``--device``."""
-    parser.add_argument(
-        "--data",
-        metavar="TABLE_OR_DIR",
-        type=Path,
-        required=True,
+    add = parser.add_argument
+    add(
+        "--data", metavar="TABLE_OR_DIR", type=Path, required=True,
         help="a length table (.csv), or a folder of audio",
-    )
-    parser.add_argument(
-        "--audio-root", metavar="ROOT", type=Path, help="root folder of the table's paths"
-    )
-    parser.add_argument(
-        "--utterances",
-        metavar="N",
-        type=int,
-        default=utterances,
+    )  # fmt: skip
+    add("--audio-root", metavar="ROOT", type=Path, help="root folder of the table's paths")
+    add(
+        "--utterances", metavar="N", type=int, default=utterances,
         help="number of utterances, chosen at random (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--seed", metavar="N", type=int, default=0, help="seed of the choice (default: 0)"
-    )
-    parser.add_argument("--device", help="device of the models (default: cuda if available)")
+    )  # fmt: skip
+    add("--seed", metavar="N", type=int, default=0, help="seed of the choice (default: 0)")
+    add("--device", help="device of the models (default: cuda if available)")
 
 
 def choose_audio(data: Path, audio_root: Path | None, count: int, seed: int = 0) -> list[Path]:
-    """Choose up to ``count`` utterances at random; return them sorted.
-
-    Args:
-        data: a folder of audio, or a length table with paths relative to ``audio_root``.
+    """Choose up to ``count`` utterances of a folder or length table at random; return them sorted.
 
     Raises:
         ConfigError: ``count`` is below 1, or ``audio_root`` is missing.

@@ -34,20 +34,16 @@ Groups = tuple[tuple[int, ...], ...]
 def layer_tree(
     similarity: np.ndarray, linkage: str = "average", contiguous: bool = False
 ) -> np.ndarray:
-    """Cluster layers hierarchically.
+    """Cluster layers hierarchically; returns the tree as scipy's linkage matrix.
 
     Args:
         similarity: ``[layer, layer]``, symmetric, at most 1.
         linkage: one of :data:`LINKAGES`. ``ward`` treats the distances as Euclidean.
         contiguous: merge only neighbouring layers or groups.
 
-    Returns:
-        The tree as scipy's linkage matrix.
-
     Raises:
         ConfigError: no such linkage, fewer than two layers, or a similarity is NaN (a constant
             layer).
-        SetupError: scipy is not installed.
     """
     if linkage not in LINKAGES:
         raise ConfigError(f"linkage must be one of {', '.join(LINKAGES)}, got {linkage!r}")
@@ -64,24 +60,16 @@ def layer_tree(
     return hierarchy.linkage(squareform(distance, checks=False), method=linkage)
 
 
-def cut_tree(tree: np.ndarray, groups: int, layers: Sequence[int] | None = None) -> Groups:
-    """Cut a tree into ``groups`` sorted groups of layers, ordered by their first layer.
+def cut_tree(tree: np.ndarray, groups: int) -> Groups:
+    """Cut a tree into ``groups`` sorted groups of the layers 1 to N, ordered by their first layer.
 
-    The last merges are undone, so there are exactly ``groups`` groups, also with ties.
-
-    Args:
-        tree: the result of :func:`layer_tree`.
-        groups: the number of groups.
-        layers: the layers' numbers; 1 to N by default.
-
-    Raises:
-        ConfigError: there are fewer layers than groups.
+    The last merges are undone, so there are exactly ``groups`` groups, also with ties. Raises
+    ConfigError if there are fewer layers than groups.
     """
     count = len(tree) + 1
-    layers = range(1, count + 1) if layers is None else layers
     if not 1 <= groups <= count:
         raise ConfigError(f"expected 1 to {count} groups of {count} layers, got {groups}")
-    members: dict[int, tuple[int, ...]] = {i: (number,) for i, number in enumerate(layers)}
+    members: dict[int, tuple[int, ...]] = {i: (i + 1,) for i in range(count)}
     for step, (left, right, *_) in enumerate(tree[: count - groups]):
         members[count + step] = members.pop(int(left)) + members.pop(int(right))
     return tuple(sorted(tuple(sorted(group)) for group in members.values()))
@@ -90,43 +78,32 @@ def cut_tree(tree: np.ndarray, groups: int, layers: Sequence[int] | None = None)
 def _neighbour_tree(distance: np.ndarray, linkage: str) -> np.ndarray:
     """Agglomerative clustering that merges only neighbours, nearest first; ties: the earlier pair.
 
-    As in scipy, distances to a merged cluster follow Lance and Williams (1967). A merge can have a
-    smaller distance than the merge before it. Its height is then raised to that of the merge
-    before, so that the tree can be drawn; this changes no group.
+    A merge can have a smaller distance than the merge before it. Its height is then raised to that
+    of the merge before, so that the tree can be drawn; this changes no group.
     """
-    count = len(distance)
-    distance = distance.copy()
-    order = list(range(count))  # row of `distance` of each cluster, from first to last layer
-    labels, sizes = list(range(count)), [1] * count
+    clusters = [[layer] for layer in range(len(distance))]  # from first to last layer
+    labels = list(range(len(distance)))
     tree, height = [], 0.0
-    for step in range(count - 1):
-        gaps = [distance[a, b] for a, b in zip(order, order[1:], strict=False)]
-        nearest = int(np.argmin(gaps))
-        i, j = order[nearest], order[nearest + 1]
-        height = max(height, gaps[nearest])
-        tree.append([*sorted((labels[i], labels[j])), height, sizes[i] + sizes[j]])
-        for k in order:
-            if k not in (i, j):
-                merged = _merged_distance(linkage, distance, i, j, k, sizes)
-                distance[i, k] = distance[k, i] = merged
-        labels[i], sizes[i] = count + step, sizes[i] + sizes[j]
-        del order[nearest + 1]
-    return np.array(tree, dtype=float).reshape(-1, 4)
+    for step in range(len(distance) - 1):
+        pairs = zip(clusters, clusters[1:], strict=False)
+        gaps = [_cluster_distance(distance, a, b, linkage) for a, b in pairs]
+        i = int(np.argmin(gaps))
+        height = max(height, gaps[i])
+        clusters[i : i + 2] = [clusters[i] + clusters[i + 1]]
+        tree.append([*sorted(labels[i : i + 2]), height, len(clusters[i])])
+        labels[i : i + 2] = [len(distance) + step]
+    return np.array(tree, dtype=float)
 
 
-def _merged_distance(
-    linkage: str, d: np.ndarray, i: int, j: int, k: int, sizes: Sequence[int]
-) -> float:
-    """The distance from cluster k to the union of i and j."""
-    a, b, c = sizes[i], sizes[j], sizes[k]
-    if linkage == "single":
-        return min(d[i, k], d[j, k])
-    if linkage == "complete":
-        return max(d[i, k], d[j, k])
-    if linkage == "average":
-        return (a * d[i, k] + b * d[j, k]) / (a + b)
-    square = (a + c) * d[i, k] ** 2 + (b + c) * d[j, k] ** 2 - c * d[i, j] ** 2
-    return math.sqrt(max(0.0, square / (a + b + c)))
+def _cluster_distance(distance: np.ndarray, a: list[int], b: list[int], linkage: str) -> float:
+    """The distance of two clusters of layers, as scipy's linkages define it."""
+    between = distance[np.ix_(a, b)]
+    if linkage != "ward":
+        return {"single": np.min, "complete": np.max, "average": np.mean}[linkage](between)
+    # twice the increase of the sum of squares around the centroids
+    within = [(distance[np.ix_(c, c)] ** 2).mean() / 2 for c in (a, b)]
+    square = (between**2).mean() - sum(within)
+    return math.sqrt(max(0.0, 2 * len(a) * len(b) / (len(a) + len(b)) * square))
 
 
 def require_scipy() -> tuple[Any, Any]:
@@ -173,14 +150,3 @@ def cosine_matrix(layers: Sequence[Tensor]) -> Tensor:
 
 
 SIMILARITIES = {"cka": cka_matrix, "cosine": cosine_matrix}
-
-
-def similarity_matrix(layers: Sequence[Tensor], measure: str) -> Tensor:
-    """``[layer, layer]`` similarities by a measure of :data:`SIMILARITIES`.
-
-    Raises:
-        ConfigError: the measure is unknown.
-    """
-    if measure not in SIMILARITIES:
-        raise ConfigError(f"similarity must be one of {', '.join(SIMILARITIES)}, got {measure!r}")
-    return SIMILARITIES[measure](layers)

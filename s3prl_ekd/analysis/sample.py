@@ -14,7 +14,7 @@ from ..data.bad_audio import BadAudio
 from ..distill.aggregation import crop_frames
 from ..distill.settings import TeacherSettings
 from ..distill.target_norm import usable_frames
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError, DataError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -34,21 +34,18 @@ def load_upstreams(
     """
     from ..teachers import check_source, load_upstream
 
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        torch_device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=torch_device)
+        torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"cannot use --device {device}: {reason}") from None
+        raise ConfigError(f"cannot use --device {device}: {first_line(error)}") from None
     for name, teacher in settings.items():
         check_source(teacher.model, f"teachers.{name}.model")
-    return {
-        name: load_upstream(teacher.model, f"teachers.{name}.model")
-        .eval()
-        .requires_grad_(False)
-        .to(torch_device)
-        for name, teacher in settings.items()
-    }
+    upstreams = {}
+    for name, teacher in settings.items():
+        upstream = load_upstream(teacher.model, f"teachers.{name}.model")
+        upstreams[name] = upstream.eval().requires_grad_(False).to(device)
+    return upstreams
 
 
 def read_excerpt(path: Path) -> Tensor | None:

@@ -17,12 +17,9 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ..errors import SetupError
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from ..files.atomic import make_folder, write_text
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -47,7 +44,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Count, print, and write the JSON with ``-o``; the exit code is 0."""
-    from ..superb.cost import LENGTHS, librispeech_lengths, measure_cost
+    from ..superb.cost import (
+        LENGTHS,
+        build_upstream,
+        check_forward,
+        librispeech_lengths,
+        measure_cost,
+    )
 
     if (args.package is None) == (args.upstream is None):
         raise SetupError("expected either PACKAGE_DIR or -u NAME")
@@ -63,10 +66,8 @@ def main(args: argparse.Namespace) -> int:
 
         cost = package_cost(args.package, lengths)
     else:
-        from ..superb.cost import build_upstream, check_outputs
-
         upstream = build_upstream(args.upstream, args.ckpt)
-        check_outputs(upstream([_noise()]), selection, args.upstream)
+        check_forward(upstream, selection, args.upstream)
         cost = measure_cost(upstream, lengths, selection)
     print_cost(cost)
     if args.output is not None:
@@ -90,29 +91,10 @@ def check_report(path: Path) -> None:
     """Raise SetupError if no file can be written at ``path``; create its folder."""
     if path.is_dir():
         raise SetupError(f"cannot write {path}: it is a folder, expected a file name")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SetupError(f"cannot write {path}: {error.strerror}") from None
+    make_folder(path.parent, SetupError)
 
 
 def write_report(path: Path, report: dict) -> None:
-    """Write a report as JSON atomically, replacing an existing file, and print its path.
-
-    Raises:
-        SetupError: the file cannot be written.
-    """
-    from ..files.atomic import atomic_file
-
-    try:
-        with atomic_file(path) as file:
-            file.write((json.dumps(report, indent=1) + "\n").encode())
-    except OSError as error:
-        raise SetupError(f"cannot write {path}: {error.strerror}") from None
+    """Write a report as JSON atomically, replacing an existing file, and print its path."""
+    write_text(path, json.dumps(report, indent=1) + "\n")
     print(f"wrote {path}")
-
-
-def _noise() -> Tensor:
-    import torch
-
-    return 0.1 * torch.randn(16_000, generator=torch.Generator().manual_seed(0))

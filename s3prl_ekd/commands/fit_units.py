@@ -14,9 +14,13 @@ import argparse
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..analysis.choice import add_sample_options, choose_audio
 from ..errors import ConfigError, TeacherError
+
+if TYPE_CHECKING:
+    from torch import nn
 
 logger = logging.getLogger(__name__)
 
@@ -24,19 +28,17 @@ logger = logging.getLogger(__name__)
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options of this command."""
     parser.add_argument("config", metavar="CONFIG", type=Path, help="a model config, as for -g")
-    parser.add_argument("--teacher", metavar="NAME", required=True, help="a teacher of CONFIG")
-    parser.add_argument(
-        "--layer", metavar="N", type=int, required=True, help="index into hidden_states"
-    )
-    parser.add_argument(
-        "--clusters", metavar="N", type=int, default=100, help="number of units (default: 100)"
-    )
+    add = parser.add_argument
+    add("--teacher", metavar="NAME", required=True, help="a teacher of CONFIG")
+    add("--layer", metavar="N", type=int, required=True, help="index into hidden_states")
+    add("--clusters", metavar="N", type=int, default=100, help="number of units (default: 100)")
     add_sample_options(parser, utterances=500)  # an utterance needs about 2 MB at width 768
     parser.add_argument("-o", "--output", metavar="FILE", type=Path, required=True)
 
 
 def main(args: argparse.Namespace) -> int:
     """Fit the units, write them and print a summary."""
+    from ..analysis.sample import load_upstreams
     from ..essence.units import collect_frames, fit_units, require_sklearn, save_units
     from ..pretrain.settings import load_model_config
 
@@ -51,11 +53,17 @@ def main(args: argparse.Namespace) -> int:
             f"{', '.join(teachers)}"
         )
     paths = choose_audio(args.data, args.audio_root, args.utterances, args.seed)
-    model = teachers[args.teacher].model
-    frames = collect_frames(_hidden_states(args, model, paths))
+    teacher = {args.teacher: teachers[args.teacher]}
+    upstream = load_upstreams(teacher, args.device)[args.teacher]
+    frames = collect_frames(_hidden_states(upstream, args.teacher, args.layer, paths))
     logger.info("%d frames of width %d", *frames.shape)
     units = fit_units(
-        frames, args.clusters, args.seed, teacher=args.teacher, layer=args.layer, model=model
+        frames,
+        args.clusters,
+        args.seed,
+        teacher=args.teacher,
+        layer=args.layer,
+        model=teachers[args.teacher].model,
     )
     save_units(units, args.output)
     print(f"{units.clusters} units of {args.teacher}, layer {args.layer} -> {args.output}")
@@ -63,25 +71,21 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def _hidden_states(args: argparse.Namespace, model: str, paths: list[Path]) -> Iterator:
+def _hidden_states(upstream: nn.Module, name: str, layer: int, paths: list[Path]) -> Iterator:
     """Yield the layer's output ``[1, frame, dim]`` for each utterance; skip bad audio."""
     import torch
     from tqdm import tqdm
 
     from ..analysis.sample import read_excerpt
-    from ..teachers import load_upstream
 
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    upstream = load_upstream(model, f"teachers.{args.teacher}.model").eval().to(device)
-    for path in tqdm(paths, desc=args.teacher, unit=" files", dynamic_ncols=True):
+    device = next(upstream.parameters()).device
+    for path in tqdm(paths, desc=name, unit=" files", dynamic_ncols=True):
         wave = read_excerpt(path)
         if wave is None:
             continue
         with torch.no_grad():
             states = upstream([wave.to(device)])["hidden_states"]
-        if args.layer >= len(states):
-            raise TeacherError(
-                f"--layer must be 0 to {len(states) - 1}, the layers of {args.teacher}, got "
-                f"{args.layer}"
-            )
-        yield states[args.layer]
+        if layer >= len(states):
+            last = len(states) - 1
+            raise TeacherError(f"--layer must be 0 to {last}, the layers of {name}, got {layer}")
+        yield states[layer]

@@ -21,7 +21,7 @@ from pathlib import Path
 import yaml
 
 from ..errors import ConfigError, SetupError
-from ..files.atomic import write_text
+from ..files.atomic import make_folder, write_text
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -32,32 +32,21 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG", type=Path, help="a model config, as for -g")
     add_sample_options(parser)
     parser.add_argument("-o", "--output", metavar="NEW_CONFIG", type=Path, required=True)
-    parser.add_argument(
-        "--groups",
-        metavar="K",
-        type=int,
-        default=3,
-        help="groups per teacher (default: 3; ours)",
-    )
-    parser.add_argument(
-        "--similarity",
-        choices=tuple(SIMILARITIES),
-        default="cka",
+    add = parser.add_argument
+    add("--groups", metavar="K", type=int, default=3, help="groups per teacher (default: 3; ours)")
+    add(
+        "--similarity", choices=tuple(SIMILARITIES), default="cka",
         help="linear CKA, or the mean cosine over frames (default: cka; ours)",
-    )
-    parser.add_argument(
-        "--linkage", choices=LINKAGES, default="average", help="(default: average; ours)"
-    )
-    parser.add_argument(
-        "--contiguous", action="store_true", help="group only neighbouring layers (ours)"
-    )
-    parser.add_argument("--force", action="store_true", help="overwrite an existing NEW_CONFIG")
+    )  # fmt: skip
+    add("--linkage", choices=LINKAGES, default="average", help="(default: average; ours)")
+    add("--contiguous", action="store_true", help="group only neighbouring layers (ours)")
+    add("--force", action="store_true", help="overwrite an existing NEW_CONFIG")
 
 
 def main(args: argparse.Namespace) -> int:
     """Sample hidden states, cluster the layers, write config and plot."""
     from ..analysis.choice import choose_audio
-    from ..analysis.layers import cut_tree, layer_tree, require_scipy, similarity_matrix
+    from ..analysis.layers import SIMILARITIES, cut_tree, layer_tree, require_scipy
     from ..analysis.plots import plot_trees, require_matplotlib
     from ..analysis.sample import load_upstreams, sample_layers
     from ..pretrain.settings import load_model_config
@@ -82,20 +71,16 @@ def main(args: argparse.Namespace) -> int:
                 f"{args.groups}"
             )
         # Layer 0 is not the output of a transformer layer, so it is in no group (ours).
-        similarity = similarity_matrix(layers[1:], args.similarity).numpy()
+        similarity = SIMILARITIES[args.similarity](layers[1:]).numpy()
         trees[name] = layer_tree(similarity, args.linkage, args.contiguous)
         groups[name] = cut_tree(trees[name], args.groups)
         print(f"{name}: " + "  ".join(str(list(group)) for group in groups[name]))
 
     method = f"{args.similarity}, {args.linkage} linkage{', contiguous' if args.contiguous else ''}"
-    try:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        text = grouped_config(args.config, groups, f"{method}, {len(paths)} utterances")
-        write_text(args.output, text)
-        label = f"1 - {args.similarity} ({args.linkage} linkage)"
-        plot_trees(trees, groups, label, picture)
-    except OSError as error:
-        raise SetupError(f"cannot write {args.output}: {error.strerror}") from None
+    text = grouped_config(args.config, groups, f"{method}, {len(paths)} utterances")
+    make_folder(args.output.parent, SetupError)
+    write_text(args.output, text)
+    plot_trees(trees, groups, f"1 - {args.similarity} ({args.linkage} linkage)", picture)
     print(f"wrote {args.output} and {picture}")
     print(f"next: run_pretrain.py -u ekd -g {shlex.quote(str(args.output))} -n my_student")
     return 0

@@ -32,7 +32,7 @@ def main(args: argparse.Namespace) -> int:
     """Choose the runs, check that none is missing, and pack; the exit code is 0."""
     from ..files.atomic import atomic_file, make_folder
     from ..superb.results import check_upstream_name, read_results, select_best_lr
-    from ..superb.submission import choose_runs, missing_members, write_archive
+    from ..superb.submission import MEMBERS, choose_runs, missing_members, write_archive
 
     if args.output.exists() and not args.force:
         raise SetupError(f"{args.output} exists; add --force to overwrite it")
@@ -41,12 +41,13 @@ def main(args: argparse.Namespace) -> int:
     names = tuple(dict.fromkeys(upstream for upstream, _ in selections))
     if args.upstream is not None:
         check_upstream_name(args.upstream, names)
-    elif not names:
+        names = (args.upstream,)
+    if not names:
         folders = ", ".join(map(str, args.folders))
         raise SetupError(f"no complete run in {folders}; run s3prl-ekd superb again")
-    elif len(names) > 1:
+    if len(names) > 1:
         raise SetupError(f"several upstreams; choose one with --upstream: {', '.join(names)}")
-    upstream = args.upstream or names[0]
+    (upstream,) = names
     runs = choose_runs({task: s for (name, task), s in selections.items() if name == upstream})
     missing = missing_members(runs)
     if missing and not (args.partial and runs):
@@ -56,9 +57,9 @@ def main(args: argparse.Namespace) -> int:
         )
     make_folder(args.output.parent, SetupError)
     with atomic_file(args.output) as file:
-        members = write_archive(runs, file)
-    for member, run in zip(members, runs.values(), strict=True):
-        print(f"{member}  <- {run.folder.name}")
+        write_archive(runs, file)
+    for key, run in runs.items():
+        print(f"predict/{MEMBERS[key]}  <- {run.folder.name}")
     if missing:
         print(f"missing, so without a score: {', '.join(missing)}")
     print(f"wrote {args.output}")

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import SetupError
-from ..files.atomic import write_csv
+from ..files.atomic import make_folder, write_csv
 
 if TYPE_CHECKING:
     import numpy as np
@@ -39,13 +39,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     inspect.add_argument("config", metavar="CONFIG", type=Path, help="a model config, as for -g")
     add_sample_options(inspect)
     inspect.add_argument(
-        "-o",
-        "--out",
-        metavar="DIR",
-        type=Path,
-        default=Path("inspected"),
+        "-o", "--out", metavar="DIR", type=Path, default=Path("inspected"),
         help="folder for the tables and the plot (default: inspected)",
-    )
+    )  # fmt: skip
 
 
 def main(args: argparse.Namespace) -> int:
@@ -109,13 +105,10 @@ def _inspect(args: argparse.Namespace) -> int:
 
     header = ["", *(f"{name} {index}" for name, index in labels)]
     lines = [[header[i + 1], *(f"{v:.6f}" for v in row)] for i, row in enumerate(matrix)]
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        write_csv(args.out / "layers.csv", rows)
-        write_csv(args.out / "cka.csv", [header, *lines])
-        plot_similarity(matrix, {n: len(ls) for n, ls in sample.items()}, args.out / "cka.png")
-    except OSError as error:
-        raise SetupError(f"cannot write to {args.out}: {error.strerror}") from None
+    make_folder(args.out, SetupError)
+    write_csv(args.out / "layers.csv", rows)
+    write_csv(args.out / "cka.csv", [header, *lines])
+    plot_similarity(matrix, {n: len(ls) for n, ls in sample.items()}, args.out / "cka.png")
     print(f"\nwrote layers.csv, cka.csv and cka.png to {args.out}")
     return 0
 

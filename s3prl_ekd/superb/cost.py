@@ -22,8 +22,6 @@ from ..errors import DataError, EkdError, SetupError, first_line
 from .macs import count_macs
 
 States = Sequence[Tensor]  # hidden states, [batch, frame, dim] each
-_SECONDS = 0.5
-_RATE = 16_000
 
 # In samples at 16 kHz: every 82nd of the 2,620 utterances sorted by length.
 LENGTHS: Mapping[str, Sequence[int]] = {
@@ -49,36 +47,30 @@ def unused_parameters(module: nn.Module, states_of: Callable[[list[Tensor]], Sta
         states_of: runs the module on unpadded waveforms ``[sample]``.
     """
     parameters = dict(module.named_parameters())
-    device = next((parameter.device for parameter in parameters.values()), torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
-    lengths = (int(_SECONDS * _RATE), int(0.8 * _SECONDS * _RATE))
-    waves = [0.1 * torch.randn(n, generator=generator).to(device) for n in lengths]
+    waves = [wave.to(_device(module)) for wave in _noise_waves(generator, 8000, 6400)]
     training = module.training
     module.eval()
     try:
-        candidates = _without_gradient(parameters, states_of, waves, generator)
-        return _without_effect(candidates, states_of, waves, generator)
+        candidates = _without_gradient(parameters, lambda: states_of(waves), generator)
+        return _without_effect(candidates, lambda: states_of(waves), generator)
     finally:
         module.train(training)
 
 
 def _without_gradient(
-    parameters: dict[str, nn.Parameter],
-    states_of: Callable[[list[Tensor]], States],
-    waves: list[Tensor],
-    generator: torch.Generator,
+    parameters: dict[str, nn.Parameter], run: Callable[[], States], generator: torch.Generator
 ) -> dict[str, nn.Parameter]:
     flags = {name: parameter.requires_grad for name, parameter in parameters.items()}
     try:
         for parameter in parameters.values():
             parameter.requires_grad_(True)
         with torch.enable_grad():
-            states = [state for state in states_of(waves) if state.requires_grad]
+            states = [state for state in run() if state.requires_grad]
             if not states:
                 return parameters
-            first, *rest = [(state.float() * _noise(state, generator)).sum() for state in states]
-            total = sum(rest, first)
-        gradients = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
+            sums = [(state.float() * _noise(state, generator)).sum() for state in states]
+        gradients = torch.autograd.grad(sums, list(parameters.values()), allow_unused=True)
     finally:
         for name, parameter in parameters.items():
             parameter.requires_grad_(flags[name])
@@ -91,18 +83,15 @@ def _without_gradient(
 
 @torch.no_grad()
 def _without_effect(
-    candidates: dict[str, nn.Parameter],
-    states_of: Callable[[list[Tensor]], States],
-    waves: list[Tensor],
-    generator: torch.Generator,
+    candidates: dict[str, nn.Parameter], run: Callable[[], States], generator: torch.Generator
 ) -> list[str]:
-    original = [state.clone() for state in states_of(waves)]
+    original = [state.clone() for state in run()]
 
     def has_effect(changed: list[nn.Parameter]) -> bool:
         saved = [parameter.clone() for parameter in changed]
         for parameter in changed:
             parameter.add_(_noise(parameter, generator))
-        states = states_of(waves)
+        states = run()
         for parameter, value in zip(changed, saved, strict=True):
             parameter.copy_(value)
         return any(not torch.equal(a, b) for a, b in zip(original, states, strict=True))
@@ -117,7 +106,7 @@ def _noise(like: Tensor, generator: torch.Generator) -> Tensor:
     return torch.randn(like.shape, generator=generator).to(like)
 
 
-def build_upstream(hub_name: str, checkpoint: str | None) -> torch.nn.Module:
+def build_upstream(hub_name: str, checkpoint: str | None) -> nn.Module:
     """Build an upstream as s3prl's downstream Runner does, in eval mode.
 
     Raises:
@@ -135,12 +124,12 @@ def build_upstream(hub_name: str, checkpoint: str | None) -> torch.nn.Module:
 
     if not hasattr(hub, hub_name):
         raise SetupError(f"no such upstream in s3prl: {hub_name}; see run_downstream.py -h")
-    limit: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-    if checkpoint is not None and Path(checkpoint).exists() and not Path(checkpoint).is_dir():
-        check_upstream_file(Path(checkpoint), hub_name)
-        limit = build_limit(checkpoint)
+    file = Path(checkpoint or ".")
+    is_file = file.exists() and not file.is_dir()
+    if is_file:
+        check_upstream_file(file, hub_name)
     try:
-        with limit:
+        with build_limit(file) if is_file else contextlib.nullcontext():
             upstream = getattr(hub, hub_name)(ckpt=checkpoint, model_config=None, refresh=False)
     except EkdError:
         raise
@@ -152,47 +141,48 @@ def build_upstream(hub_name: str, checkpoint: str | None) -> torch.nn.Module:
 
 def check_outputs(outputs: Any, selection: str, name: str) -> None:
     """Check that ``outputs[selection]`` is a list of tensors ``[batch, frame, dim]``, as s3prl's
-    Featurizer needs it.
-
-    A tuple is allowed too, because some upstreams of s3prl return one. SUPERB's hidden set is
-    stricter, see ``s3prl-ekd validate``.
+    Featurizer needs it. A tuple or a single tensor is allowed too, because some upstreams of s3prl
+    return one; SUPERB's hidden set is stricter, see ``s3prl-ekd validate``.
 
     Raises:
         SetupError: the outputs have another type or shape, or are not finite.
     """
-    if not isinstance(outputs, dict):
-        raise SetupError(
-            f"upstream {name}: forward must return a dict with {selection}, a list of tensors "
-            f"[batch, frame, dim], got {type(outputs).__name__}"
-        )
-    if selection not in outputs:
-        keys = ", ".join(map(str, outputs)) or "an empty dict"
-        raise SetupError(f"upstream {name}: no {selection} in its outputs; it returns: {keys}")
-    states = outputs[selection]
-    if isinstance(states, torch.Tensor):
+    states = outputs.get(selection) if isinstance(outputs, dict) else None
+    if isinstance(states, Tensor):
         states = [states]
-    if not isinstance(states, (list, tuple)):
-        raise SetupError(
-            f"upstream {name}: {selection} must be a list of tensors [batch, frame, dim], got "
-            f"{type(states).__name__}"
-        )
-    shapes = {tuple(state.shape) if isinstance(state, torch.Tensor) else None for state in states}
-    shape, *more_shapes = shapes or {None}
-    if more_shapes or shape is None or len(shape) != 3:
-        raise SetupError(
-            f"upstream {name}: {selection} must be tensors [batch, frame, dim] of the same shape, "
-            f"got {sorted(map(str, shapes))}"
-        )
-    if not all(torch.isfinite(state).all() for state in states):
-        raise SetupError(f"upstream {name}: {selection} has values that are not finite")
+    if not isinstance(outputs, dict):
+        problem = type(outputs).__name__
+    elif selection not in outputs:
+        problem = f"the keys {', '.join(map(str, outputs))}"
+    elif not isinstance(states, (list, tuple)):
+        problem = f"{selection} of type {type(states).__name__}"
+    else:
+        shapes = {tuple(x.shape) if isinstance(x, Tensor) else () for x in states}
+        if len(shapes) == 1 and all(len(shape) == 3 for shape in shapes):
+            if all(torch.isfinite(state).all() for state in states):
+                return
+            problem = "values that are not finite"
+        else:
+            problem = f"the shapes {sorted(map(str, shapes))}"
+    raise SetupError(
+        f"upstream {name}: its forward must return a dict with {selection}, a list of tensors "
+        f"[batch, frame, dim] of the same shape, got {problem}"
+    )
 
 
-def check_forward(upstream: torch.nn.Module, selection: str, name: str) -> None:
+def check_forward(upstream: nn.Module, selection: str, name: str) -> None:
     """Check the outputs of a forward on waveforms of 1 and 0.6 s with :func:`check_outputs`."""
-    generator = torch.Generator().manual_seed(0)
-    waves = [0.1 * torch.randn(n, generator=generator) for n in (16000, 9600)]
+    waves = _noise_waves(torch.Generator().manual_seed(0), 16_000, 9600)
     with torch.no_grad():
         check_outputs(upstream(waves), selection, name)
+
+
+def _noise_waves(generator: torch.Generator, *lengths: int) -> list[Tensor]:
+    return [0.1 * torch.randn(samples, generator=generator) for samples in lengths]
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
 
 
 def measure_cost(
@@ -215,10 +205,10 @@ def measure_cost(
         products and convolutions alone; ``utterances``, their number; ``profiler``.
     """
     module.eval()
-    keys = [selection] if isinstance(selection, str) else list(selection)
+    keys = [selection] if isinstance(selection, str) else selection
     parameters = dict(module.named_parameters())
-    unused = unused_parameters(module, lambda waves: hidden_states(module(waves), keys))
-    device = next((parameter.device for parameter in parameters.values()), torch.device("cpu"))
+    unused = unused_parameters(module, lambda waves: _hidden_states(module(waves), keys))
+    device = _device(module)
     buckets, products = dict.fromkeys(lengths, 0.0), 0
     utterances = [(bucket, samples) for bucket, group in lengths.items() for samples in group]
     for bucket, samples in progress(utterances, desc="MACs", unit=" utterances", leave=False):
@@ -237,7 +227,7 @@ def measure_cost(
     }
 
 
-def hidden_states(result: Mapping[str, Any], keys: Sequence[str]) -> list[Tensor]:
+def _hidden_states(result: Mapping[str, Any], keys: Sequence[str]) -> list[Tensor]:
     """The hidden states under ``keys``; for a missing key ``hidden_states``, as in SUPERB.
 
     A single tensor, as s3prl's baselines return it, counts as a list of one.
@@ -252,11 +242,7 @@ def hidden_states(result: Mapping[str, Any], keys: Sequence[str]) -> list[Tensor
 def librispeech_lengths(folder: Path) -> dict[str, list[int]]:
     """Read the lengths of the 32 utterances from the audio headers of LibriSpeech test-clean.
 
-    Args:
-        folder: ``test-clean``, or its parent.
-
-    Raises:
-        DataError: the folder is missing or incomplete, or a file cannot be read.
+    ``folder`` is ``test-clean`` or its parent. Raises DataError if a file is missing or damaged.
     """
     from ..data.audio_files import find_audio, read_headers
 

@@ -251,14 +251,13 @@ def count_errors(pairs: Sequence[tuple[str, str, str]], unit: str) -> ErrorCount
             ``character``, edits of characters and spaces. (Systems with a WER near 100 % still
             differ in CER.)
     """
-    names, hyp, ref = zip(*pairs, strict=True)
+    names = tuple(name for name, _, _ in pairs)
     if unit == "label":
-        errors, lengths = [int(h != r) for h, r in zip(hyp, ref, strict=True)], [1] * len(ref)
+        errors, lengths = [int(hyp != ref) for _, hyp, ref in pairs], [1] * len(pairs)
     else:
-        if unit == "word":
-            hyp, ref = [h.split() for h in hyp], [r.split() for r in ref]
-        errors = list(map(editdistance.eval, hyp, ref))
-        lengths = list(map(len, ref))
+        split = str.split if unit == "word" else list
+        errors = [editdistance.eval(split(hyp), split(ref)) for _, hyp, ref in pairs]
+        lengths = [len(split(ref)) for _, _, ref in pairs]
     return ErrorCounts(names, np.array(errors, dtype=np.int64), np.array(lengths, dtype=np.int64))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from tqdm import tqdm
@@ -118,27 +118,19 @@ def make_report(results: Results, resamples: int = RESAMPLES) -> Report:
         conditions=conditions,
         selections=selections,
         metrics=metrics,
-        scores=_scores(upstreams, tasks, metrics),
+        scores={name: score for name in upstreams if (score := _score(name, metrics))},
         costs=results.costs,
         notes=tuple(notes),
         resamples=resamples,
     )
 
 
-def _scores(
-    upstreams: Sequence[str],
-    tasks: Sequence[str],
-    metrics: Mapping[tuple[str, str, str], TaskMetric],
-) -> dict[str, Estimate]:
-    scores = {}
-    for name in upstreams:
-        by_task = {t: metrics[name, t, CLEAN] for t in tasks if (name, t, CLEAN) in metrics}
-        value = superb_score({task: m.value for task, m in by_task.items()})
-        # The score is linear in each metric, and tasks on the same utterances share resamples.
-        draws = superb_score({task: m.resampled for task, m in by_task.items()})
-        if value is not None and draws is not None:
-            scores[name] = Estimate(value, draws)
-    return scores
+def _score(upstream: str, metrics: Mapping[tuple[str, str, str], TaskMetric]) -> Estimate | None:
+    by_task = {t: m for (name, t, c), m in metrics.items() if (name, c) == (upstream, CLEAN)}
+    value = superb_score({task: m.value for task, m in by_task.items()})
+    # The score is linear in each metric, and tasks on the same utterances share resamples.
+    draws = superb_score({task: m.resampled for task, m in by_task.items()})
+    return None if value is None or draws is None else Estimate(value, draws)
 
 
 def _padding_notes(selections: Mapping[tuple[str, str], SelectedRuns]) -> list[str]:

@@ -5,14 +5,18 @@ from __future__ import annotations
 import csv
 import io
 import itertools
-from collections.abc import Sequence
 
 from ..downstream.tasks import TASKS
 from ..system.tables import markdown_table
+from .metrics import Estimate
 from .report import CLEAN, Difference, Report, condition_title
 from .score import LABEL, PUBLISHED, superb_score
 
 MARK = "<!-- written by: s3prl-ekd report -->"  # a file with this mark may be overwritten
+_COLUMNS = (
+    "upstream task condition metric value low high sd_over_seeds lr seeds folds utterances"
+).split()
+_DIFFERENCE_COLUMNS = "against difference difference_low difference_high better".split()
 _RUNS = (
     "For each upstream and task, the learning rate with the best mean dev metric among those with "
     "all seeds and folds."
@@ -44,32 +48,27 @@ def as_markdown(report: Report, against: str | None = None, *, published: bool =
 def _caption(report: Report) -> str:
     several = any(m.deviation is not None for m in report.metrics.values())
     seeds = " Means over seeds; sd: standard deviation over seeds." if several else ""
-    costs = ""
-    if report.costs:
-        counts = {(c.utterances, c.profiler) for c in report.costs.values()}
-        costs = " GMACs: " + "; ".join(f"sum over {n} utterances, {p}" for n, p in sorted(counts))
-        costs += "."
+    counts = sorted({(c.utterances, c.profiler) for c in report.costs.values()})
+    sums = "; ".join(f"sum over {n} utterances, {profiler}" for n, profiler in counts)
+    costs = f" GMACs: {sums}." if counts else ""
+    recipes = ", ".join(sorted({s.runs[0].recipe for s in report.selections.values()}))
     return (
         "Test set metrics in per cent, with 95 % percentile bootstrap intervals over utterances "
         f"({report.resamples:,} resamples).{seeds} ↓ lower is better, ↑ higher is better. An "
         "interval covers the sampling of test utterances, not the randomness of training."
-        f"{costs} The last column is the {LABEL}; recipes used here: "
-        + ", ".join(sorted({s.runs[0].recipe for s in report.selections.values()}))
-        + ". An upstream without a result on all four tasks has no score."
+        f"{costs} The last column is the {LABEL}; recipes used here: {recipes}. An upstream "
+        "without a result on all four tasks has no score."
     )
 
 
 def _main_table(report: Report) -> list[list[str]]:
-    rows = _metric_table(report, CLEAN)
-    head, body = rows[0], rows[1:]
+    head, *body = _metric_table(report, CLEAN)
     table = [[head[0], "params (M)", "GMACs", *head[1:], "SUPERB score ↑"]]
-    for row in body:
-        cost, score = report.costs.get(row[0]), report.scores.get(row[0])
-        cells = ["–", "–"]
-        if cost is not None:
-            cells = [f"{cost.parameters / 1e6:.2f}", f"{cost.macs / 1e9:.2f}"]
-        cell = "–" if score is None else with_interval(score.value, *score.interval, digits=1)
-        table.append([row[0], *cells, *row[1:], cell])
+    for name, *metrics in body:
+        cost, score = report.costs.get(name), report.scores.get(name)
+        sizes = (f"{cost.parameters / 1e6:.2f}", f"{cost.macs / 1e9:.2f}") if cost else ("–", "–")
+        cell = with_interval(score.value, *score.interval, digits=1) if score else "–"
+        table.append([name, *sizes, *metrics, cell])
     return table
 
 
@@ -80,13 +79,12 @@ def _metric_table(report: Report, condition: str) -> list[list[str]]:
     for task in tasks:
         column = [report.metrics.get((name, task, condition)) for name in report.upstreams]
         head.append(TASKS[task].title)
-        deviations = [m.deviation if m else None for m in column]
-        several = any(d is not None for d in deviations)
-        if several:
-            head.append(f"{task.upper()} sd")
-        for row, m, deviation in zip(body, column, deviations, strict=True):
+        for row, m in zip(body, column, strict=True):
             row.append(with_interval(m.value, *m.interval) if m else "–")
-            if several:
+        deviations = [m.deviation if m else None for m in column]
+        if any(d is not None for d in deviations):
+            head.append(f"{task.upper()} sd")
+            for row, deviation in zip(body, deviations, strict=True):
                 row.append("–" if deviation is None else f"{deviation:.2f}")
     return [head, *body]
 
@@ -114,26 +112,24 @@ def _differences(report: Report, against: str) -> list[str]:
         for name in report.upstreams:
             if name == against:
                 continue
-            row = [name]
-            for task in tasks:
-                row.append(_difference_cell(report.difference(name, against, task, condition)))
+            by_task = [report.difference(name, against, task, condition) for task in tasks]
+            rows.append([name, *map(_difference_cell, by_task)])
             if clean:
-                row.append(_difference_cell(report.score_difference(name, against), digits=1))
-            rows.append(row)
+                score = report.score_difference(name, against)
+                rows[-1].append(_difference_cell(score, digits=1))
         parts += [f"### {condition_title(condition)}", markdown_table(rows)]
     return parts
 
 
-def _difference_cell(difference: Difference | None, digits: int = 2) -> str:
-    if difference is None:
+def _difference_cell(d: Difference | None, digits: int = 2) -> str:
+    if d is None:
         return "n/a"
-    d = difference
     return f"{with_interval(d.value, d.low, d.high, digits, signed=True)} {100 * d.better:.1f} %"
 
 
 def _published() -> list[str]:
-    rows = [["model", "params (M)", *(task.title for task in TASKS.values()), "SUPERB score ↑"]]
-    rows[0].append("source")
+    titles = [task.title for task in TASKS.values()]
+    rows = [["model", "params (M)", *titles, "SUPERB score ↑", "source"]]
     for row in PUBLISHED:
         parameters = "–" if row.parameters is None else f"{row.parameters:.2f}"
         values = [f"{row.metrics[task]:.2f}" for task in TASKS]
@@ -152,68 +148,52 @@ def _runs_table(report: Report) -> list[list[str]]:
         selection = report.selections.get((upstream, task))
         if selection is None:
             continue
-        first = selection.runs[0]
         clean = report.metrics.get((upstream, task, CLEAN))
-        rows.append(
-            [
-                upstream,
-                task.upper(),
-                f"{selection.lr:g}",
-                f"{selection.dev:.2f}",
-                " ".join(map(str, selection.seeds)),
-                " ".join(fold.removeprefix("fold") for fold in selection.folds if fold) or "–",
-                f"{clean.utterances} utterances" if clean else "–",
-                str(first.steps),
-                first.recipe,
-            ]
-        )
+        row = [upstream, task.upper(), f"{selection.lr:g}", f"{selection.dev:.2f}"]
+        row.append(" ".join(map(str, selection.seeds)))
+        row.append(" ".join(f.removeprefix("fold") for f in selection.folds if f) or "–")
+        row.append(f"{clean.utterances} utterances" if clean else "–")
+        rows.append([*row, str(selection.runs[0].steps), selection.runs[0].recipe])
     return rows
 
 
 def as_csv(report: Report, against: str | None = None) -> str:
     """Format the report as CSV: a row for each upstream, task and condition, and for each score."""
-    head = "upstream task condition metric value low high sd_over_seeds lr seeds folds utterances"
-    rows: list[Sequence] = [head.split()]
-    if against is not None:
-        rows[0] = [*rows[0], "against", "difference", "difference_low", "difference_high", "better"]
+    rows: list[dict[str, str]] = []
     for name in report.upstreams:
-        for task in report.tasks:
-            for condition in report.conditions:
-                m = report.metrics.get((name, task, condition))
-                if m is None:
-                    continue
-                selection = m.selection
-                row = [name, task, condition, TASKS[task].metric, *_numbers(m.value, *m.interval)]
-                row += ["" if m.deviation is None else _number(m.deviation), f"{selection.lr:g}"]
-                row += [" ".join(map(str, selection.seeds))]
-                row += [" ".join(filter(None, selection.folds))]
-                row.append(str(m.utterances))
-                if against is not None:
-                    difference = report.difference(name, against, task, condition)
-                    row += _difference_cells(name, against, difference)
-                rows.append(row)
+        for task, condition in itertools.product(report.tasks, report.conditions):
+            m = report.metrics.get((name, task, condition))
+            if m is None:
+                continue
+            row = {"upstream": name, "task": task, "condition": condition}
+            row |= {"metric": TASKS[task].metric, **_csv_estimate(m)}
+            row |= {} if m.deviation is None else {"sd_over_seeds": f"{m.deviation:.6g}"}
+            row |= {"lr": f"{m.selection.lr:g}", "seeds": " ".join(map(str, m.selection.seeds))}
+            row |= {"folds": " ".join(filter(None, m.selection.folds))}
+            row |= {"utterances": str(m.utterances)}
+            if against not in (None, name):
+                row |= _csv_difference(against, report.difference(name, against, task, condition))
+            rows.append(row)
         if name in report.scores:
-            score = report.scores[name]
-            row = [name, "all", CLEAN, "superb_score", *_numbers(score.value, *score.interval)]
-            row += [""] * 5
-            if against is not None:
-                row += _difference_cells(name, against, report.score_difference(name, against))
+            row = {"upstream": name, "task": "all", "condition": CLEAN, "metric": "superb_score"}
+            row |= _csv_estimate(report.scores[name])
+            if against not in (None, name):
+                row |= _csv_difference(against, report.score_difference(name, against))
             rows.append(row)
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
+    columns = _COLUMNS if against is None else _COLUMNS + _DIFFERENCE_COLUMNS
+    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
     return text.getvalue()
 
 
-def _difference_cells(name: str, against: str, difference: Difference | None) -> list[str]:
-    if name == against or difference is None:
-        return ["" if name == against else against, "", "", "", ""]
-    d = difference
-    return [against, *_numbers(d.value, d.low, d.high, d.better)]
+def _csv_estimate(estimate: Estimate) -> dict[str, str]:
+    low, high = estimate.interval
+    values = {"value": estimate.value, "low": low, "high": high}
+    return {column: f"{value:.6g}" for column, value in values.items()}
 
 
-def _numbers(*values: float) -> list[str]:
-    return [_number(value) for value in values]
-
-
-def _number(value: float) -> str:
-    return f"{value:.6g}"
+def _csv_difference(against: str, d: Difference | None) -> dict[str, str]:
+    values = () if d is None else (d.value, d.low, d.high, d.better)
+    return dict(zip(_DIFFERENCE_COLUMNS, [against, *(f"{v:.6g}" for v in values)], strict=False))

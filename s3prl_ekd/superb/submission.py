@@ -11,12 +11,11 @@ from ..errors import DataError
 from ..files.text import check_inside, check_regular
 from .results import FinishedRun, SelectedRuns
 
-FOLDS = tuple(f"fold{i}" for i in range(1, 6))
 # (task, fold) -> path in the archive, below predict/
 MEMBERS: dict[tuple[str, str | None], str] = {
     ("pr", None): "pr_public/predict.ark",
     ("sid", None): "sid_public/predict.txt",
-    **{("er", fold): f"er_{fold}_public/predict.txt" for fold in FOLDS},
+    **{("er", f"fold{i}"): f"er_fold{i}_public/predict.txt" for i in range(1, 6)},
     ("asr", None): "asr_public/predict.ark",
 }
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # ZIP's earliest date: equal contents give equal archives
@@ -39,11 +38,10 @@ def choose_runs(
     runs: dict[tuple[str, str | None], FinishedRun] = {}
     for task, selection in selections.items():
         sign = -1 if TASKS[task].higher_is_better else 1
-
-        def dev_sum(seed: int, selection: SelectedRuns = selection) -> float:
-            return sum(run.dev.value for run in selection.runs if run.seed == seed)
-
-        best = min(selection.seeds, key=lambda seed: (sign * dev_sum(seed), seed))  # noqa: B023
+        sums = dict.fromkeys(selection.seeds, 0.0)  # sorted
+        for run in selection.runs:
+            sums[run.seed] += sign * run.dev.value
+        best = min(sums, key=sums.__getitem__)
         runs |= {(task, run.fold): run for run in selection.runs if run.seed == best}
     return {key: runs[key] for key in MEMBERS if key in runs}
 
@@ -53,26 +51,19 @@ def missing_members(runs: Mapping[tuple[str, str | None], FinishedRun]) -> list[
     return [" ".join(filter(None, key)) for key in MEMBERS if key not in runs]
 
 
-def write_archive(runs: Mapping[tuple[str, str | None], FinishedRun], file: BinaryIO) -> list[str]:
+def write_archive(runs: Mapping[tuple[str, str | None], FinishedRun], file: BinaryIO) -> None:
     """Write the archive. The same predictions give the same bytes.
-
-    Returns:
-        The names of its files, in the order of ``runs``.
 
     Raises:
         DataError: a run has no predictions on the clean test set, or they are a symlink out of its
             folder.
     """
-    contents = {MEMBERS[key]: _predictions(run) for key, run in runs.items()}
-    names = []
     with zipfile.ZipFile(file, "w") as archive:
         archive.writestr(_info("predict/"), b"")
-        for member, data in contents.items():
-            folder = member.split("/")[0]
+        for key, run in runs.items():
+            folder, _ = MEMBERS[key].split("/")
             archive.writestr(_info(f"predict/{folder}/"), b"")
-            archive.writestr(_info(f"predict/{member}"), data)
-            names.append(f"predict/{member}")
-    return names
+            archive.writestr(_info(f"predict/{MEMBERS[key]}"), _predictions(run))
 
 
 def _predictions(run: FinishedRun) -> bytes:
@@ -81,10 +72,7 @@ def _predictions(run: FinishedRun) -> bytes:
     path, _ = run.files("clean")
     check_regular(path, "predictions", DataError)
     check_inside(path, run.folder, "predictions", DataError)
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"cannot read the predictions {path}: {error.strerror}") from None
+    data = path.read_bytes()
     if not data:
         raise DataError(f"{path} is empty; evaluate the run again")
     return data
