@@ -113,8 +113,6 @@ def test_blocks_of_similar_layers_are_found(measure, linkage, contiguous):
 
 
 def test_invalid_clusterings():
-    with pytest.raises(ConfigError, match="'median'"):
-        layer_tree(EXAMPLE, "median")
     with pytest.raises(ConfigError, match=r"\b5\b.*\b6\b"):
         group_layers(EXAMPLE, 6)
     with pytest.raises(ConfigError, match=r"\b1\b"):

@@ -42,11 +42,8 @@ def layer_tree(
         contiguous: merge only neighbouring layers or groups.
 
     Raises:
-        ConfigError: no such linkage, fewer than two layers, or a similarity is NaN (a constant
-            layer).
+        ConfigError: fewer than two layers, or a similarity is NaN (a constant layer).
     """
-    if linkage not in LINKAGES:
-        raise ConfigError(f"linkage must be one of {', '.join(LINKAGES)}, got {linkage!r}")
     similarity = np.asarray(similarity, dtype=float)
     if len(similarity) < 2:
         raise ConfigError(f"expected at least two layers to group, got {len(similarity)}")
@@ -98,9 +95,13 @@ def _neighbour_tree(distance: np.ndarray, linkage: str) -> np.ndarray:
 def _cluster_distance(distance: np.ndarray, a: list[int], b: list[int], linkage: str) -> float:
     """The distance of two clusters of layers, as scipy's linkages define it."""
     between = distance[np.ix_(a, b)]
-    if linkage != "ward":
-        return {"single": np.min, "complete": np.max, "average": np.mean}[linkage](between)
-    # twice the increase of the sum of squares around the centroids
+    if linkage == "single":
+        return between.min()
+    if linkage == "complete":
+        return between.max()
+    if linkage == "average":
+        return between.mean()
+    # ward: twice the increase of the sum of squares around the centroids
     within = [(distance[np.ix_(c, c)] ** 2).mean() / 2 for c in (a, b)]
     square = (between**2).mean() - sum(within)
     return math.sqrt(max(0.0, 2 * len(a) * len(b) / (len(a) + len(b)) * square))
