@@ -49,8 +49,6 @@ def test_the_ensemble_is_the_mean_of_posteriors():
 
 
 def test_invalid_ensembles():
-    with pytest.raises(TeacherError):
-        AsrEnsemble([])
     with pytest.raises(TeacherError, match=r"\btwo\b.*\bone\b.*dict_path"):
         AsrEnsemble([fake([0.5, 0.5], name="one"), fake([0.5, 0.5], "ac", name="two")])
     ensemble = AsrEnsemble([fake([1.0], "a", name="one"), fake([1.0], "a", extra=2, name="two")])

@@ -30,19 +30,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Add the tasks, each with its options."""
     tasks = parser.add_subparsers(dest="task", metavar="TASK", required=True)
     asr = tasks.add_parser(
-        "asr",
-        help="distil models of -d asr",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+        "asr", help="distil models of -d asr",
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
     add = asr.add_argument
     add(
-        "--teachers",
-        metavar="CKPT",
-        nargs="+",
-        required=True,
+        "--teachers", metavar="CKPT", nargs="+", required=True,
         help="checkpoints of -d asr, or run folders (dev-clean-best.ckpt, else the newest)",
-    )
+    )  # fmt: skip
     add("--student-upstream", metavar="NAME", default="ekd_student", help="s3prl's -u")
     add("--student-ckpt", metavar="FILE", help="s3prl's -k: the student file")
     add("-c", "--config", metavar="YAML", help="default: downstream/asr/config.yaml")
@@ -58,12 +53,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--confidence", metavar="P", type=float, help="keep frames whose best class reaches P"
     )
     add(
-        "--alpha",
-        metavar="A",
-        type=float,
-        default=0.5,
+        "--alpha", metavar="A", type=float, default=0.5,
         help="weight of the CTC loss; the teachers' loss has 1 - A (default: 0.5)",
-    )
+    )  # fmt: skip
     add("--steps", metavar="N", type=int, help="overrides the YAML's runner.total_steps")
     add("--seed", metavar="N", type=int, default=1337, help="(default: 1337, s3prl's)")
     add("--device", help="default: cuda if available")
@@ -118,7 +110,7 @@ def main(args: argparse.Namespace) -> int:
         len(ensemble),
         selection,
         settings.alpha,
-        len(ensemble.first.symbols),
+        len(ensemble.symbols),
     )
     try:
         completed = distil_asr(script, request, ensemble, settings)

@@ -9,19 +9,18 @@ CTC loss by the multitask loss.
 from __future__ import annotations
 
 import copy
-import logging
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from ..compat.replaced import replaced
-from ..downstream.run import downstream_guards
+from ..downstream.run import check_upstream_paths, downstream_guards
 from ..errors import CheckpointError, TeacherError, first_line
 from ..files.config import to_plain_data
 from ..files.run_checkpoints import newest_checkpoint, read_checkpoint
@@ -31,20 +30,12 @@ from .selection import PosteriorSelection, select_posteriors, soft_label_loss
 if TYPE_CHECKING:
     from s3prl.downstream.asr.expert import DownstreamExpert
 
-logger = logging.getLogger(__name__)
-
 MODELS = ("RNNs", "Wav2Letter")  # the acoustic models of s3prl's asr expert
 
 
 class AsrTeacher(nn.Module):
-    """A finished ASR model, frozen, without dropout.
-
-    Args:
-        upstream: maps a list of waveforms to a dict with hidden states.
-        featurizer: s3prl's Featurizer with the run's layer weights.
-        expert: s3prl's asr DownstreamExpert with the run's weights.
-        name: used in messages.
-    """
+    """A finished ASR model, frozen, without dropout: s3prl's upstream, Featurizer and asr expert
+    with the run's weights. ``name`` is used in messages."""
 
     def __init__(
         self, upstream: nn.Module, featurizer: nn.Module, expert: DownstreamExpert, name: str
@@ -52,11 +43,6 @@ class AsrTeacher(nn.Module):
         super().__init__()
         self.upstream, self.featurizer, self.expert, self.name = upstream, featurizer, expert, name
         self.requires_grad_(False).eval()
-
-    @property
-    def symbols(self) -> list[str]:
-        """The dictionary: the symbol of each class."""
-        return list(self.expert.dictionary.symbols)
 
     def train(self, mode: bool = True) -> AsrTeacher:
         """Stay in eval mode, also when a parent module is set to training."""
@@ -78,31 +64,22 @@ class AsrEnsemble(nn.ModuleList):
     The weighting is *ours*: the paper's abstract only says ensemble.
 
     Raises:
-        TeacherError: there is no teacher, or two have different dictionaries.
+        TeacherError: two teachers have different dictionaries.
     """
 
     def __init__(self, teachers: Sequence[AsrTeacher]):
         super().__init__(teachers)
-        if not teachers:
-            raise TeacherError("expected at least one teacher, got none")
+        self.names = [teacher.name for teacher in teachers]
+        self.symbols = list(teachers[0].expert.dictionary.symbols)  # the symbol of each class
         for teacher in teachers[1:]:
-            self.check_symbols(teacher.symbols, teacher.name)
-
-    def __iter__(self) -> Iterator[AsrTeacher]:
-        return cast(Iterator[AsrTeacher], super().__iter__())
-
-    @property
-    def first(self) -> AsrTeacher:
-        """The first teacher; all have the same dictionary."""
-        return next(iter(self))
+            self.check_symbols(teacher.expert.dictionary.symbols, teacher.name)
 
     def check_symbols(self, symbols: Sequence[str], name: str) -> None:
         """Raise TeacherError unless ``symbols`` is the teachers' dictionary."""
-        first = self.first
-        if list(symbols) != first.symbols:
+        if list(symbols) != self.symbols:
             raise TeacherError(
-                f"{name} ({len(symbols)} symbols) and the teacher {first.name} "
-                f"({len(first.symbols)} symbols) have different dictionaries; use the same "
+                f"{name} ({len(symbols)} symbols) and the teacher {self.names[0]} "
+                f"({len(self.symbols)} symbols) have different dictionaries; use the same "
                 "dict_path for all"
             )
 
@@ -115,11 +92,10 @@ class AsrEnsemble(nn.ModuleList):
             TeacherError: the frame counts of an utterance differ by more than one.
         """
         with torch.autocast(waves[0].device.type, enabled=False):  # targets in float32
-            outputs = [teacher(waves) for teacher in self]
-
-        lengths = common_frames([(t.name, n) for t, (_, n) in zip(self, outputs, strict=True)])
-        frames = min(posteriors.shape[1] for posteriors, _ in outputs)
-        return torch.stack([p[:, :frames] for p, _ in outputs]).mean(0), lengths
+            posteriors, lengths = zip(*(teacher(waves) for teacher in self), strict=True)
+        frames = min(p.shape[1] for p in posteriors)
+        mean = torch.stack([p[:, :frames] for p in posteriors]).mean(0)
+        return mean, common_frames(list(zip(self.names, lengths, strict=True)))
 
 
 def common_frames(lengths: Sequence[tuple[str, Tensor]]) -> Tensor:
@@ -160,9 +136,8 @@ def load_asr_teacher(path: str | Path) -> AsrTeacher:
     path = checkpoint_in(Path(path))
     states = read_checkpoint(path)
     args, config = copy.copy(states["Args"]), copy.deepcopy(states["Config"])
-    if getattr(args, "downstream", None) != "asr" or not {"Featurizer", "Downstream"} <= set(
-        states
-    ):
+    parts = {"Featurizer", "Downstream"}
+    if getattr(args, "downstream", None) != "asr" or not parts <= states.keys():
         raise CheckpointError(f"{path} is not a checkpoint of run_downstream.py -d asr")
     _check_run(args, config, path)
     # For inference only: load this checkpoint, on the CPU, without a language-model decoder.
@@ -174,8 +149,8 @@ def load_asr_teacher(path: str | Path) -> AsrTeacher:
         runner = Runner(args, config)
     except (RuntimeError, KeyError, TypeError, ValueError, AttributeError, AssertionError) as error:
         raise CheckpointError(f"cannot build the model of {path}: {first_line(error)}") from None
-    parts = (runner.upstream.model, runner.featurizer.model, runner.downstream.model)
-    return AsrTeacher(*parts, name=str(path))
+    models = (runner.upstream.model, runner.featurizer.model, runner.downstream.model)
+    return AsrTeacher(*models, name=str(path))
 
 
 def checkpoint_in(path: Path) -> Path:
@@ -197,8 +172,6 @@ def _check_run(args: Namespace, config: dict, path: Path) -> None:
     """Check arguments that would make s3prl fail with a traceback or evaluate a string."""
     from s3prl import hub
 
-    from ..teachers.checkpoint import check_upstream_file
-
     if getattr(args, "from_hf_hub", False):
         raise CheckpointError(
             f"{path}: upstreams from the Hugging Face Hub (--hub) are not allowed: they run code"
@@ -207,13 +180,6 @@ def _check_run(args: Namespace, config: dict, path: Path) -> None:
     if name.startswith("_") or not callable(getattr(hub, name, None)):
         raise CheckpointError(f"{path}: no such upstream in s3prl.hub: {name}")
     source = getattr(args, "upstream_ckpt", None)
-    if source and "://" not in str(source) and not Path(source).is_file():
-        raise CheckpointError(
-            f"{path}: the checkpoint {source} of its upstream {name} does not exist; start from "
-            "the folder where the run was trained"
-        )
-    if source and Path(source).is_file():
-        check_upstream_file(Path(source), name)
     try:
         expert = config["downstream_expert"]
         select, dictionary = expert["modelrc"]["select"], expert["datarc"].get("dict_path")
@@ -223,11 +189,14 @@ def _check_run(args: Namespace, config: dict, path: Path) -> None:
         raise CheckpointError(
             f"{path}: modelrc.select must be one of {', '.join(MODELS)}, got {select!r}"
         )
-    if dictionary is not None and not Path(dictionary).is_file():
-        raise CheckpointError(
-            f"{path}: its dictionary {dictionary} does not exist; start from the folder where the "
-            "run was trained"
-        )
+    files = {f"the checkpoint of its upstream {name}": source, "its dictionary": dictionary}
+    for noun, file in files.items():
+        if file and "://" not in str(file) and not Path(file).is_file():
+            raise CheckpointError(
+                f"{path}: {noun}, {file}, does not exist; start from the folder where the run was "
+                "trained"
+            )
+    check_upstream_paths(name, source, getattr(args, "upstream_model_config", None))
 
 
 @dataclass(frozen=True)
@@ -237,9 +206,6 @@ class EssenceSettings:
     The loss is ``alpha`` · CTC + (1 − ``alpha``) · cross-entropy against the selected posteriors
     (*paper*: a multitask loss of selected soft outputs and hard labels; *ours*: the weight 0.5 and
     CTC as the label loss). CTC is a mean over labels, the cross-entropy a mean over frames.
-
-    Raises:
-        ValueError: ``alpha`` is not between 0 and 1.
     """
 
     teachers: tuple[str, ...]
@@ -257,7 +223,6 @@ class MultitaskLoss:
     Args:
         runner: s3prl's downstream Runner, with an asr expert.
         ensemble: the teachers, on the Runner's device.
-        settings: selection and weight.
         train_split: the split whose loss is replaced; other splits are for evaluation.
     """
 
@@ -318,8 +283,7 @@ class MultitaskLoss:
         posteriors, teacher_lengths = self.ensemble(waves)
         frames = min(posteriors.shape[1], logits.shape[1])
         valid = common_frames([("teachers", teacher_lengths), ("student", lengths)])
-        mask = torch.arange(frames)[None] < valid[:, None]  # [batch, frame]
-        mask = mask.to(logits.device)
+        mask = (torch.arange(frames) < valid[:, None]).to(logits.device)  # [batch, frame]
         selected = select_posteriors(posteriors[:, :frames], self.settings.selection)
         keep = selected.keep & mask
         log_probs = logits[:, :frames].float().log_softmax(-1)
@@ -332,48 +296,41 @@ class MultitaskLoss:
             "classes_kept": (classes * keep).sum() / count,
         }
 
-    def _log(
-        self, split: str, records: dict[str, Any], logger: Any, global_step: int, **rest: Any
-    ) -> Any:
+    def _log(self, split: str, records: dict[str, Any], logger: Any, **rest: Any) -> Any:
         """Write our scalars to TensorBoard as ``asr/SPLIT-NAME``, then call s3prl's method."""
         for key in [key for key in records if key.startswith("essence/")]:
             mean = torch.stack(records.pop(key)).float().mean().item()
             tag = f"asr/{split}-{key.removeprefix('essence/')}"
-            logger.add_scalar(tag, mean, global_step=global_step)
-        return self.log_records(
-            split, records=records, logger=logger, global_step=global_step, **rest
-        )
+            logger.add_scalar(tag, mean, global_step=rest["global_step"])
+        return self.log_records(split, records=records, logger=logger, **rest)
 
 
 def distil_asr(
-    script: Any,
-    request: DownstreamRequest,
-    ensemble: AsrEnsemble,
-    settings: EssenceSettings,
+    script: Any, request: DownstreamRequest, ensemble: AsrEnsemble, settings: EssenceSettings
 ) -> Namespace:
     """Call s3prl's ``run_downstream`` for a training run, with the teachers in its loss.
 
     Args:
         script: the module ``run_downstream``.
-        request: the checked request of the training.
-        ensemble: the teachers. They are built before the script sets its seeds, so that a run with
-            ``alpha`` 1 draws the same random numbers as a run of s3prl alone.
+        request: checked.
+        ensemble: built before the script sets its seeds, so that a run with ``alpha`` 1
+            draws the same random numbers as a run of s3prl alone.
         settings: saved under ``essence`` in the checkpoint's ``Config``.
 
     Returns:
         The arguments after s3prl has completed them.
     """
     make_runner = script.Runner
-    completed: dict[str, Namespace] = {}
+    completed: list[Namespace] = []
 
     def make_runner_with_teachers(args: Namespace, config: dict[str, Any]) -> Any:
         config["essence"] = to_plain_data(settings)
         runner = make_runner(args, config)
         train_split = config["runner"].get("train_dataloader", "train")
         MultitaskLoss(runner, ensemble.to(args.device), settings, train_split)
-        completed["args"] = args
+        completed.append(args)
         return runner
 
     with downstream_guards(request), replaced(script, "Runner", make_runner_with_teachers):
         script.main()
-    return completed["args"]
+    return completed[0]

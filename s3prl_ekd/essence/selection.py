@@ -13,8 +13,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import TeacherError
-
 
 @dataclass(frozen=True)
 class PosteriorSelection:
@@ -25,9 +23,6 @@ class PosteriorSelection:
         mass: keep the fewest most probable classes of a frame that together reach this
             probability; above 0, and 1 keeps all.
         confidence: drop frames whose most probable class is below this probability.
-
-    Raises:
-        ValueError: a value is out of range.
     """
 
     top_k: int | None = None
@@ -100,15 +95,7 @@ def soft_label_loss(log_probs: Tensor, targets: Tensor, keep: Tensor) -> Tensor:
         log_probs: the student's log-probabilities ``[batch, frame, class]``.
         targets: ``[batch, frame, class]``, each frame sums to 1.
         keep: ``[batch, frame]``, nonzero for kept frames. If no frame is kept the loss is 0.
-
-    Raises:
-        TeacherError: the shapes do not match.
     """
-    if log_probs.shape != targets.shape or keep.shape != targets.shape[:2]:
-        raise TeacherError(
-            f"the shapes of log-probabilities {list(log_probs.shape)}, targets "
-            f"{list(targets.shape)} and mask {list(keep.shape)} do not match"
-        )
     mask = (targets > 0) & keep.bool()[..., None]
     # Fill before the product: a dropped class may have log 0, and 0 times -inf is NaN.
     terms = targets * log_probs.float().masked_fill(~mask, 0.0)

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from ..distill.target_norm import usable_frames
 from ..errors import CheckpointError, DataError, SetupError
-from ..files.atomic import atomic_file
+from ..files.atomic import atomic_file, make_folder
 from ..files.formats import check_format_version
 from ..files.safetensors_file import read_safetensors, write_safetensors
 
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 FORMAT, VERSION = "s3prl_ekd.units", 1
 TEXTS = ("teacher", "model")
-NUMBERS = {"layer": int, "width": int, "clusters": int, "frames": int, "seed": int}
+NUMBERS = ("layer", "width", "clusters", "frames", "seed")
 EPOCHS = 10  # over all frames; mini-batch k-means converges after a few (ours)
 BATCH = 10_000  # frames in a mini-batch, as in HuBERT's scripts
 
@@ -34,12 +34,10 @@ class Units(nn.Module):
 
     Args:
         centroids: ``[cluster, dim]``. Not in ``state_dict``: they are read from the units file.
-        teacher: the teacher's name in the model config.
+        teacher: the teacher's name in the model config, ``model`` its `model` there.
         layer: index into ``hidden_states``.
-        model: the teacher's `model` in the config.
         inertia: mean squared distance of the fitted frames to their centroids.
-        frames: number of frames used in the fit.
-        seed: random seed of the fit.
+        frames, seed: number of frames, and random seed of the fit.
     """
 
     def __init__(
@@ -110,10 +108,10 @@ def fit_units(
         kmeans.partial_fit(frames[order[i * size : (i + 1) * size]].numpy())
     centroids = torch.from_numpy(kmeans.cluster_centers_.copy())
     units = Units(centroids, teacher, layer, model, frames=count, seed=seed)
-    total = 0.0
     for chunk in frames.split(BATCH):
-        total += float((chunk - units.centroids[units.label(chunk)]).double().square().sum())
-    units.inertia = total / count
+        distances = chunk - units.centroids[units.label(chunk)]
+        units.inertia += float(distances.double().square().sum())
+    units.inertia /= count
     return units
 
 
@@ -148,20 +146,13 @@ def collect_frames(states: Iterable[Tensor]) -> Tensor:
 
 
 def save_units(units: Units, path: str | Path) -> None:
-    """Write ``centroids`` and metadata to a safetensors file atomically.
-
-    Raises:
-        CheckpointError: the file cannot be written.
-    """
+    """Write ``centroids`` and metadata to a safetensors file atomically."""
     path = Path(path)
     metadata = {"format": FORMAT, "version": str(VERSION), "inertia": repr(units.inertia)}
     metadata |= {name: str(getattr(units, name)) for name in (*TEXTS, *NUMBERS)}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(path) as file:
-            write_safetensors(file, {"centroids": units.centroids}, metadata)
-    except OSError as error:
-        raise CheckpointError(f"cannot write {path}: {error.strerror}") from None
+    make_folder(path.parent, CheckpointError)
+    with atomic_file(path) as file:
+        write_safetensors(file, {"centroids": units.centroids}, metadata)
 
 
 def load_units(path: str | Path) -> Units:
@@ -179,19 +170,12 @@ def load_units(path: str | Path) -> Units:
             raise CheckpointError(f"{path} is not a file written by s3prl-ekd fit-units")
         check_format_version(int(metadata.get("version", 1)), VERSION, f"the units file {path}")
         centroids = tensors["centroids"]
-        numbers = {name: kind(metadata[name]) for name, kind in NUMBERS.items()}
-        units = Units(
-            centroids,
-            metadata["teacher"],
-            numbers["layer"],
-            metadata["model"],
-            float(metadata["inertia"]),
-            numbers["frames"],
-            numbers["seed"],
-        )
-        shape_matches = centroids.shape == (numbers["clusters"], numbers["width"])
+        layer, width, clusters, frames, seed = (int(metadata[name]) for name in NUMBERS)
+        texts = {name: metadata[name] for name in TEXTS}
+        inertia = float(metadata["inertia"])
+        units = Units(centroids, layer=layer, inertia=inertia, frames=frames, seed=seed, **texts)
     except (KeyError, ValueError, TypeError) as error:
         raise CheckpointError(f"{path} is damaged or not a units file: {error}") from None
-    if not shape_matches or not centroids.isfinite().all():
+    if centroids.shape != (clusters, width) or not centroids.isfinite().all():
         raise CheckpointError(f"{path} is damaged: centroids and metadata do not match")
     return units
