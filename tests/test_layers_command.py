@@ -122,9 +122,9 @@ def test_invalid_clusterings():
 
 
 def test_statistics_and_tables():
-    statistics = layer_statistics(torch.tensor([[3.0, 4.0], [0.0, 1.0]]))
-    assert (statistics.norm, statistics.mean) == (3.0, 2.0)
-    assert statistics.std == pytest.approx(np.std([3, 4, 0, 1]))
+    norm, mean, deviation = layer_statistics(torch.tensor([[3.0, 4.0], [0.0, 1.0]]))
+    assert (norm, mean) == (3.0, 2.0)
+    assert deviation == pytest.approx(np.std([3, 4, 0, 1]))
     lines = text_table([("a", "bb"), ("long", "1")], rule=True)
     assert lines == ["a     bb", "----  --", "long   1"]
 

@@ -26,12 +26,7 @@ MAX_FRAMES = 4096  # over all utterances: 13 layers of width 768 take 160 MB per
 def load_upstreams(
     settings: Mapping[str, TeacherSettings], device: str | None
 ) -> dict[str, nn.Module]:
-    """Load the upstreams of a config, frozen, on ``device``: teacher name -> upstream.
-
-    Raises:
-        TeacherError, CheckpointError: see :func:`s3prl_ekd.teachers.load_upstream`.
-        ConfigError: the device is not available.
-    """
+    """Load the upstreams of a config, frozen, on ``device`` (default: cuda if available)."""
     from ..teachers import check_source, load_upstream
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -66,12 +61,10 @@ def read_excerpt(path: Path) -> Tensor | None:
 def sample_layers(
     upstreams: Mapping[str, nn.Module], paths: Sequence[Path], max_frames: int = MAX_FRAMES
 ) -> dict[str, list[Tensor]]:
-    """Run the teachers on each file alone (no padding); keep evenly spaced frames of all layers.
+    """Run the teachers on the start of each file alone (no padding); keep evenly spaced frames.
 
-    Args:
-        upstreams: teacher name -> upstream; the same frames are kept for all teachers.
-        paths: audio files; the first :data:`EXCERPT` samples of each are used.
-        max_frames: total number of frames, shared evenly among the files.
+    The same frames are kept for all teachers and layers; in all ``max_frames``, shared evenly among
+    the files.
 
     Returns:
         Teacher name -> its layers from 0 up, ``[frame, dim]`` each, float32 on the CPU.

@@ -24,22 +24,19 @@ from ..files.atomic import make_folder, write_text
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``cost``."""
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "package", metavar="PACKAGE_DIR", type=Path, nargs="?",
         help="written by `export superb`; its expert.py is run in a separate process",
     )  # fmt: skip
-    parser.add_argument(
-        "-u", "--upstream", metavar="NAME", help="a name of s3prl's hub, instead of PACKAGE_DIR"
-    )
-    parser.add_argument("-k", "--ckpt", metavar="CKPT", help="checkpoint of the upstream -u")
-    parser.add_argument(
+    add("-u", "--upstream", metavar="NAME", help="a name of s3prl's hub, instead of PACKAGE_DIR")
+    add("-k", "--ckpt", metavar="CKPT", help="checkpoint of the upstream -u")
+    add(
         "-s", "--selection", metavar="KEY",
         help="outputs of -u that count, as in run_downstream.py (default: hidden_states)",
     )  # fmt: skip
-    parser.add_argument(
-        "--librispeech", metavar="DIR", type=Path, help="read the lengths from this corpus"
-    )
-    parser.add_argument("-o", "--output", metavar="FILE.json", type=Path)
+    add("--librispeech", metavar="DIR", type=Path, help="read the lengths from this corpus")
+    add("-o", "--output", metavar="FILE.json", type=Path)
 
 
 def main(args: argparse.Namespace) -> int:
@@ -81,10 +78,8 @@ def print_cost(cost: dict) -> None:
     print(f"parameters  {cost['parameters']:,}{unused}")
     buckets = " + ".join(f"{name} {macs / 1e9:.3f}" for name, macs in cost["macs_buckets"].items())
     print(f"MACs        {cost['macs'] / 1e9:,.3f} G = {buckets}")
-    print(
-        f"            over {cost['utterances']} utterances; "
-        f"{cost['macs_products'] / 1e9:,.3f} G in matrix products and convolutions alone"
-    )
+    products = f"{cost['macs_products'] / 1e9:,.3f} G in matrix products and convolutions alone"
+    print(f"            over {cost['utterances']} utterances; {products}")
 
 
 def check_report(path: Path) -> None:

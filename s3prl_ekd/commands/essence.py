@@ -105,23 +105,16 @@ def main(args: argparse.Namespace) -> int:
         raise ConfigError(str(error)) from None
     script = launch.import_script("run_downstream")
     ensemble = AsrEnsemble([load_asr_teacher(path) for path in teachers])
-    logger.info(
-        "essence: %d teachers, %s, alpha %g, %d classes",
-        len(ensemble),
-        selection,
-        settings.alpha,
-        len(ensemble.symbols),
-    )
+    sizes = (len(ensemble), selection, settings.alpha, len(ensemble.symbols))
+    logger.info("essence: %d teachers, %s, alpha %g, %d classes", *sizes)
     try:
-        completed = distil_asr(script, request, ensemble, settings)
+        distil_asr(script, request, ensemble, settings)
     except KeyboardInterrupt:
         print("\nstopped by Ctrl-C; add -a to the same command to resume", file=sys.stderr)
         return 130
-    best = Path(completed.expdir) / "dev-clean-best.ckpt"
-    path = checkpoint_in(best if best.is_file() else Path(completed.expdir))
-    print(
-        f"\ndone; next:\n  run_downstream.py -m evaluate -t test-clean -e {shlex.quote(str(path))}"
-    )
+    assert request.folder is not None  # of -n
+    path = shlex.quote(str(checkpoint_in(request.folder)))
+    print(f"\ndone; next:\n  run_downstream.py -m evaluate -t test-clean -e {path}")
     return 0
 
 
@@ -135,35 +128,26 @@ def _override(args: argparse.Namespace) -> str | None:
 
 
 def _check_steps(path: str, override: str | None) -> None:
-    """Check that the run evaluates and saves at least once.
-
-    Raises:
-        ConfigError: ``eval_step`` or ``save_step`` is above ``total_steps``, or missing.
-    """
+    """Check that the run evaluates and saves at least once; warn if not after its last step."""
     from ..files.config import apply_overrides, read_yaml
 
     config = read_yaml(path)
     runner = (apply_overrides(config, override) if override else config).get("runner")
-    steps: dict[str, int] = {}
+    total = 0
     for name in ("total_steps", "eval_step", "save_step"):
         value = runner.get(name) if isinstance(runner, dict) else None
         if type(value) is not int or value < 1:
             raise ConfigError(
                 f"{path}: runner.{name} must be an integer of at least 1, got {value!r:.60}"
             )
-        steps[name] = value
-    total = steps.pop("total_steps")
-    for name, value in steps.items():
+        total = total or value
         if value > total:
             raise ConfigError(
                 f"{path}: runner.{name} ({value}) is above runner.total_steps ({total}), so no "
                 f'checkpoint would be saved; add -o "config.runner.{name}={total}"'
             )
         if total % value:
-            logger.warning(
-                "runner.%s (%d) does not divide total_steps (%d): the last %d steps are not saved",
-                name,
-                value,
-                total,
-                total % value,
+            text = (
+                "runner.%s (%d) does not divide total_steps (%d): the last %d steps are not saved"
             )
+            logger.warning(text, name, value, total, total % value)

@@ -57,14 +57,8 @@ def main(args: argparse.Namespace) -> int:
     upstream = load_upstreams(teacher, args.device)[args.teacher]
     frames = collect_frames(_hidden_states(upstream, args.teacher, args.layer, paths))
     logger.info("%d frames of width %d", *frames.shape)
-    units = fit_units(
-        frames,
-        args.clusters,
-        args.seed,
-        teacher=args.teacher,
-        layer=args.layer,
-        model=teachers[args.teacher].model,
-    )
+    source = {"teacher": args.teacher, "layer": args.layer, "model": teachers[args.teacher].model}
+    units = fit_units(frames, args.clusters, args.seed, **source)
     save_units(units, args.output)
     print(f"{units.clusters} units of {args.teacher}, layer {args.layer} -> {args.output}")
     print(f"{units.frames} frames, mean squared distance {units.inertia:.4f}")

@@ -22,17 +22,12 @@ from ..data.lengths import write_length_tables
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
-    parser.add_argument("folder", metavar="DIR", type=Path, help="folder of audio")
-    parser.add_argument(
-        "-o", "--out", metavar="OUT", type=Path, required=True, help="folder for the tables"
-    )
-    parser.add_argument(
-        "--jobs", metavar="N", type=int, default=8, help="threads (default: %(default)s)"
-    )
-    parser.add_argument("--name", help="write a single table, NAME.csv")
-    parser.add_argument(
-        "--single", action="store_true", help="always write a single table, named after DIR"
-    )
+    add = parser.add_argument
+    add("folder", metavar="DIR", type=Path, help="folder of audio")
+    add("-o", "--out", metavar="OUT", type=Path, required=True, help="folder for the tables")
+    add("--jobs", metavar="N", type=int, default=8, help="threads (default: %(default)s)")
+    add("--name", help="write a single table, NAME.csv")
+    add("--single", action="store_true", help="always write a single table, named after DIR")
 
 
 def main(args: argparse.Namespace) -> int:

@@ -22,32 +22,22 @@ FILES = ("report.md", "report.csv", *PLOTS)
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options of this command."""
-    parser.add_argument("folders", metavar="DIR", type=Path, nargs="+")
-    parser.add_argument(
-        "-o", "--output", metavar="FOLDER", type=Path, help="default: report/ in the first DIR"
-    )
-    parser.add_argument(
-        "--against", metavar="UPSTREAM", help="add the differences of all upstreams to this one"
-    )
-    parser.add_argument(
-        "--resamples",
-        metavar="N",
-        type=int,
-        default=10_000,
+    add = parser.add_argument
+    add("folders", metavar="DIR", type=Path, nargs="+")
+    add("-o", "--output", metavar="FOLDER", type=Path, help="default: report/ in the first DIR")
+    add("--against", metavar="UPSTREAM", help="add the differences of all upstreams to this one")
+    add(
+        "--resamples", metavar="N", type=int, default=10_000,
         help="number of bootstrap resamples (default: 10000)",
-    )
-    parser.add_argument(
-        "--published", action="store_true", help="add published results on SUPERB's public set"
-    )
-    parser.add_argument(
-        "--force", action="store_true", help="overwrite files that this command did not write"
-    )
+    )  # fmt: skip
+    add("--published", action="store_true", help="add published results on SUPERB's public set")
+    add("--force", action="store_true", help="overwrite files that this command did not write")
 
 
 def main(args: argparse.Namespace) -> int:
     """Read the runs, print the report and write it; the exit code is 0."""
     from ..analysis.plots import require_matplotlib
-    from ..files.atomic import atomic_file, make_folder
+    from ..files.atomic import atomic_file, make_folder, write_text
     from ..superb.report import make_report
     from ..superb.report_plots import plots
     from ..superb.report_text import MARK, as_csv, as_markdown
@@ -59,19 +49,15 @@ def main(args: argparse.Namespace) -> int:
     folder = args.output or args.folders[0] / "report"
     _check_free(folder, MARK, args.force)
     if args.against is not None:
-        check_upstream_name(
-            args.against,
-            dict.fromkeys(name for name, _ in select_best_lr(results.runs, results.unfinished)),
-        )
+        selections = select_best_lr(results.runs, results.unfinished)
+        check_upstream_name(args.against, dict.fromkeys(name for name, _ in selections))
     report = make_report(results, args.resamples)
     text = as_markdown(report, args.against, published=args.published)
     print(text.split("\n", 1)[1].lstrip())
 
     make_folder(folder, SetupError)
-    with atomic_file(folder / "report.md") as file:
-        file.write(text.encode())
-    with atomic_file(folder / "report.csv") as file:
-        file.write(as_csv(report, args.against).encode())
+    write_text(folder / "report.md", text)
+    write_text(folder / "report.csv", as_csv(report, args.against))
     for name in PLOTS:
         (folder / name).unlink(missing_ok=True)  # remove plots of an earlier report
     written = ["report.md", "report.csv"]
@@ -91,12 +77,8 @@ def _check_free(folder: Path, mark: str, force: bool) -> None:
     existing = [folder / name for name in FILES if (folder / name).exists()]
     if not existing or force:
         return
-    try:
-        with open(folder / "report.md", encoding="utf-8") as file:
-            is_report = file.readline().strip() == mark
-    except (OSError, UnicodeDecodeError):
-        is_report = False
-    if not is_report:
+    path = folder / "report.md"
+    if not path.is_file() or not path.read_bytes().startswith(mark.encode()):
         raise SetupError(
             f"{existing[0]} exists and was not written by this command; choose another folder with "
             "-o, or add --force to overwrite it"

@@ -88,9 +88,8 @@ def _inspect(args: argparse.Namespace) -> int:
     rows = [("teacher", "layer", "norm", "mean", "spread")]
     for name, layers in sample.items():
         for index, hidden in enumerate(layers):
-            result = layer_statistics(hidden)
-            values = (f"{result.norm:.3f}", f"{result.mean:.4f}", f"{result.std:.4f}")
-            rows.append((name, str(index), *values))
+            norm, mean, deviation = layer_statistics(hidden)
+            rows.append((name, str(index), f"{norm:.3f}", f"{mean:.4f}", f"{deviation:.4f}"))
     labels = [(name, index) for name in sample for index in range(len(sample[name]))]
     matrix = cka_matrix([frames for layers in sample.values() for frames in layers]).numpy()
 

@@ -61,10 +61,8 @@ class AsrTeacher(nn.Module):
 class AsrEnsemble(nn.ModuleList):
     """Mean of the teachers' posteriors, equally weighted.
 
-    The weighting is *ours*: the paper's abstract only says ensemble.
-
-    Raises:
-        TeacherError: two teachers have different dictionaries.
+    The weighting is *ours*: the paper's abstract only says ensemble. Raises TeacherError if two
+    teachers have different dictionaries.
     """
 
     def __init__(self, teachers: Sequence[AsrTeacher]):
@@ -85,12 +83,8 @@ class AsrEnsemble(nn.ModuleList):
 
     @torch.no_grad()
     def forward(self, waves: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Waveforms ``[sample]`` at 16 kHz -> mean posteriors ``[batch, frame, class]`` and the
-        common frame counts ``[batch]``.
-
-        Raises:
-            TeacherError: the frame counts of an utterance differ by more than one.
-        """
+        """Waveforms ``[sample]`` at 16 kHz -> mean posteriors ``[batch, frame, class]`` and
+        :func:`common_frames`."""
         with torch.autocast(waves[0].device.type, enabled=False):  # targets in float32
             posteriors, lengths = zip(*(teacher(waves) for teacher in self), strict=True)
         frames = min(p.shape[1] for p in posteriors)
@@ -99,15 +93,10 @@ class AsrEnsemble(nn.ModuleList):
 
 
 def common_frames(lengths: Sequence[tuple[str, Tensor]]) -> Tensor:
-    """The smallest frame count of each utterance over models of one frame rate, ``[batch]``.
+    """Names and frame counts ``[batch]`` of models -> the smallest counts ``[batch]``.
 
-    Upstreams round the number of frames up or down, so a difference of one is cropped.
-
-    Args:
-        lengths: name and frame counts ``[batch]`` of each model.
-
-    Raises:
-        TeacherError: the counts differ by more than one.
+    Upstreams round the number of frames up or down, so a difference of one is cropped. Raises
+    TeacherError if counts of an utterance differ by more.
     """
     stacked = torch.stack([n.cpu().long() for _, n in lengths])  # [model, batch]
     low, high = stacked.min(0).values, stacked.max(0).values
@@ -121,19 +110,15 @@ def common_frames(lengths: Sequence[tuple[str, Tensor]]) -> Tensor:
     return low
 
 
-def load_asr_teacher(path: str | Path) -> AsrTeacher:
-    """Rebuild a finished run with s3prl's classes, on the CPU.
+def load_asr_teacher(path: str) -> AsrTeacher:
+    """Rebuild a finished run from its checkpoint with s3prl's classes, on the CPU.
 
     Call ``compat.apply()`` and ``registration.register()`` first. As in s3prl, paths in the run's
     arguments and config (upstream checkpoint, dictionary) are relative to the working folder.
 
-    Args:
-        path: a checkpoint, or a run's folder (its ``dev-clean-best.ckpt``, else the newest).
-
     Raises:
         CheckpointError: not a checkpoint of ``-d asr``, or a file it needs is missing.
     """
-    path = checkpoint_in(Path(path))
     states = read_checkpoint(path)
     args, config = copy.copy(states["Args"]), copy.deepcopy(states["Config"])
     parts = {"Featurizer", "Downstream"}
@@ -141,7 +126,7 @@ def load_asr_teacher(path: str | Path) -> AsrTeacher:
         raise CheckpointError(f"{path} is not a checkpoint of run_downstream.py -d asr")
     _check_run(args, config, path)
     # For inference only: load this checkpoint, on the CPU, without a language-model decoder.
-    args.init_ckpt, args.device = str(path), "cpu"
+    args.init_ckpt, args.device = path, "cpu"
     config["downstream_expert"]["datarc"]["decoder_args"] = {"decoder_type": "None"}
     from s3prl.downstream.runner import Runner
 
@@ -150,15 +135,11 @@ def load_asr_teacher(path: str | Path) -> AsrTeacher:
     except (RuntimeError, KeyError, TypeError, ValueError, AttributeError, AssertionError) as error:
         raise CheckpointError(f"cannot build the model of {path}: {first_line(error)}") from None
     models = (runner.upstream.model, runner.featurizer.model, runner.downstream.model)
-    return AsrTeacher(*models, name=str(path))
+    return AsrTeacher(*models, name=path)
 
 
 def checkpoint_in(path: Path) -> Path:
-    """The checkpoint to load from a run's folder; the path of a file is returned unchanged.
-
-    Raises:
-        CheckpointError: the folder has no checkpoint.
-    """
+    """The checkpoint to load from a run's folder; the path of a file is returned unchanged."""
     if not path.is_dir():
         return path
     best = path / "dev-clean-best.ckpt"  # s3prl writes it once WER is below 100
@@ -168,7 +149,7 @@ def checkpoint_in(path: Path) -> Path:
     return checkpoint
 
 
-def _check_run(args: Namespace, config: dict, path: Path) -> None:
+def _check_run(args: Namespace, config: dict, path: str) -> None:
     """Check arguments that would make s3prl fail with a traceback or evaluate a string."""
     from s3prl import hub
 
@@ -180,6 +161,7 @@ def _check_run(args: Namespace, config: dict, path: Path) -> None:
     if name.startswith("_") or not callable(getattr(hub, name, None)):
         raise CheckpointError(f"{path}: no such upstream in s3prl.hub: {name}")
     source = getattr(args, "upstream_ckpt", None)
+    check_upstream_paths(name, source, getattr(args, "upstream_model_config", None))
     try:
         expert = config["downstream_expert"]
         select, dictionary = expert["modelrc"]["select"], expert["datarc"].get("dict_path")
@@ -191,12 +173,11 @@ def _check_run(args: Namespace, config: dict, path: Path) -> None:
         )
     files = {f"the checkpoint of its upstream {name}": source, "its dictionary": dictionary}
     for noun, file in files.items():
-        if file and "://" not in str(file) and not Path(file).is_file():
+        if file and "://" not in str(file) and not Path(str(file)).is_file():
             raise CheckpointError(
                 f"{path}: {noun}, {file}, does not exist; start from the folder where the run was "
                 "trained"
             )
-    check_upstream_paths(name, source, getattr(args, "upstream_model_config", None))
 
 
 @dataclass(frozen=True)
@@ -220,10 +201,8 @@ class EssenceSettings:
 class MultitaskLoss:
     """Adds the teachers' loss to a Runner's training; with ``alpha`` 1 the loss stays CTC.
 
-    Args:
-        runner: s3prl's downstream Runner, with an asr expert.
-        ensemble: the teachers, on the Runner's device.
-        train_split: the split whose loss is replaced; other splits are for evaluation.
+    ``runner`` is s3prl's downstream Runner with an asr expert, and the ensemble is on its device.
+    The loss of ``train_split`` is replaced; other splits are for evaluation.
     """
 
     def __init__(
@@ -274,11 +253,7 @@ class MultitaskLoss:
 
         Args:
             waves: waveforms ``[sample]`` at 16 kHz.
-            logits: the student's, ``[batch, frame, class]``.
-            lengths: valid frames of the student, ``[batch]``.
-
-        Raises:
-            TeacherError: student and teachers differ by more than one frame.
+            logits: the student's, ``[batch, frame, class]``, with ``lengths`` valid frames.
         """
         posteriors, teacher_lengths = self.ensemble(waves)
         frames = min(posteriors.shape[1], logits.shape[1])
@@ -307,7 +282,7 @@ class MultitaskLoss:
 
 def distil_asr(
     script: Any, request: DownstreamRequest, ensemble: AsrEnsemble, settings: EssenceSettings
-) -> Namespace:
+) -> None:
     """Call s3prl's ``run_downstream`` for a training run, with the teachers in its loss.
 
     Args:
@@ -317,20 +292,15 @@ def distil_asr(
             draws the same random numbers as a run of s3prl alone.
         settings: saved under ``essence`` in the checkpoint's ``Config``.
 
-    Returns:
-        The arguments after s3prl has completed them.
     """
     make_runner = script.Runner
-    completed: list[Namespace] = []
 
     def make_runner_with_teachers(args: Namespace, config: dict[str, Any]) -> Any:
         config["essence"] = to_plain_data(settings)
         runner = make_runner(args, config)
         train_split = config["runner"].get("train_dataloader", "train")
         MultitaskLoss(runner, ensemble.to(args.device), settings, train_split)
-        completed.append(args)
         return runner
 
     with downstream_guards(request), replaced(script, "Runner", make_runner_with_teachers):
         script.main()
-    return completed[0]

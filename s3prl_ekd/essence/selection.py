@@ -16,18 +16,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class PosteriorSelection:
-    """Selection rules; None disables a rule, and a class must pass all enabled rules.
+    """Selection rules; None disables a rule, and a class must pass all enabled rules."""
 
-    Attributes:
-        top_k: keep the ``top_k`` most probable classes of each frame.
-        mass: keep the fewest most probable classes of a frame that together reach this
-            probability; above 0, and 1 keeps all.
-        confidence: drop frames whose most probable class is below this probability.
-    """
-
-    top_k: int | None = None
+    top_k: int | None = None  # keep the most probable classes of each frame
+    # keep the fewest most probable classes that together reach this probability; 1 keeps all
     mass: float | None = None
-    confidence: float | None = None
+    confidence: float | None = None  # drop frames whose most probable class is less probable
 
     def __post_init__(self) -> None:
         if self.top_k is not None and self.top_k < 1:
@@ -39,22 +33,16 @@ class PosteriorSelection:
             raise ValueError(f"confidence must be between 0 and 1, got {self.confidence}")
 
     def __str__(self) -> str:
-        rules = {"top_k": self.top_k, "mass": self.mass, "confidence": self.confidence}
-        enabled = [f"{name} {value}" for name, value in rules.items() if value is not None]
+        enabled = (f"{name} {value}" for name, value in vars(self).items() if value is not None)
         return ", ".join(enabled) or "full posteriors"
 
 
 class SelectedPosteriors(NamedTuple):
-    """The result of :func:`select_posteriors`.
+    """The result of :func:`select_posteriors`."""
 
-    ``posteriors`` ``[batch, frame, class]``: 0 for dropped classes, each frame sums to 1;
-    ``keep`` ``[batch, frame]``: True for frames that are kept;
-    ``mass`` ``[batch, frame]``: probability of the kept classes before renormalisation.
-    """
-
-    posteriors: Tensor
-    keep: Tensor
-    mass: Tensor
+    posteriors: Tensor  # [batch, frame, class]: 0 for dropped classes, each frame sums to 1
+    keep: Tensor  # [batch, frame]: True for frames that are kept
+    mass: Tensor  # [batch, frame]: probability of the kept classes before renormalisation
 
 
 def select_posteriors(posteriors: Tensor, selection: PosteriorSelection) -> SelectedPosteriors:

@@ -66,11 +66,7 @@ class Units(nn.Module):
 
     @torch.no_grad()
     def label(self, hidden: Tensor) -> Tensor:
-        """Frames ``[..., dim]`` -> indices of the nearest centroids ``[...]``, int64.
-
-        Raises:
-            CheckpointError: frames and centroids have different widths.
-        """
+        """Frames ``[..., dim]`` -> indices of the nearest centroids ``[...]``, int64."""
         if hidden.shape[-1] != self.width:
             raise CheckpointError(
                 f"units of {self.teacher}, layer {self.layer}: expected frames of width "
@@ -87,9 +83,7 @@ def fit_units(
 ) -> Units:
     """Fit mini-batch k-means (scikit-learn) to frames ``[frame, dim]``, with a progress bar.
 
-    Raises:
-        SetupError: scikit-learn is not installed.
-        DataError: there are fewer frames than clusters.
+    Raises DataError if there are fewer frames than clusters.
     """
     kmeans_class = require_sklearn()
     count = len(frames)
@@ -129,8 +123,7 @@ def require_sklearn() -> type:
 def collect_frames(states: Iterable[Tensor]) -> Tensor:
     """Concatenate hidden states ``[1, frame, dim]`` of utterances to ``[frame, dim]`` on the CPU.
 
-    Raises:
-        DataError: there are no frames, or a value is not finite.
+    Raises DataError if there are no frames, or a value is not finite.
     """
     parts = [state[0].float().cpu() for state in states]
     if not parts:

@@ -42,9 +42,8 @@ def unused_parameters(module: nn.Module, states_of: Callable[[list[Tensor]], Sta
     constant.) A parameter without gradient is used if changing its values changes any hidden state,
     so parameters of modules that run under ``torch.no_grad`` count as used.
 
-    Args:
-        module: on any device. Parameters, ``requires_grad`` and training mode are restored.
-        states_of: runs the module on unpadded waveforms ``[sample]``.
+    ``states_of`` runs the module on unpadded waveforms ``[sample]``. Parameters, ``requires_grad``
+    and training mode are restored.
     """
     parameters = dict(module.named_parameters())
     generator = torch.Generator().manual_seed(0)

@@ -40,7 +40,6 @@ def resampled_rates(
     Args:
         errors: ``[system, utterance]``.
         lengths: reference tokens, ``[utterance]``, each at least 1.
-        names: ``[utterance]``.
 
     Returns:
         Error rates in per cent, ``[system, resample]``.
@@ -70,9 +69,7 @@ def interval(values: np.ndarray) -> tuple[float, float]:
 def share_better(difference: np.ndarray, *, higher: bool) -> float:
     """The fraction of resamples in which the first system is better; a tie counts as half.
 
-    Args:
-        difference: first system's metric minus the second's, ``[resample]``.
-        higher: whether a higher metric is better.
+    ``difference`` is its metric minus the second's, ``[resample]``; ``higher``: higher is better.
     """
     wins = difference > 0 if higher else difference < 0
     return float(wins.mean() + 0.5 * (difference == 0).mean())
@@ -93,18 +90,12 @@ class Estimate:
 
 @dataclass(frozen=True, eq=False)
 class TaskMetric(Estimate):
-    """The metric of one upstream and task under one condition, in per cent.
-
-    Attributes:
-        by_seed: the metric of each seed; ``value`` is their mean.
-        utterances: size of the test set, all folds together.
-        test_set: :func:`test_set` of its folds.
-    """
+    """The metric of one upstream and task under one condition, in per cent."""
 
     selection: SelectedRuns
-    by_seed: tuple[float, ...]
-    utterances: int
-    test_set: tuple
+    by_seed: tuple[float, ...]  # ``value`` is their mean
+    utterances: int  # of all folds together
+    test_set: tuple  # see :func:`test_set`
 
     @property
     def deviation(self) -> float | None:
@@ -114,17 +105,11 @@ class TaskMetric(Estimate):
 
 @dataclass(frozen=True, eq=False)
 class ErrorCounts:
-    """Errors and reference lengths of each utterance.
+    """Errors and reference lengths of each utterance."""
 
-    Attributes:
-        names: ``[utterance]``, sorted.
-        errors: edit operations, or 1 for a wrong label, ``[utterance]`` or ``[seed, utterance]``.
-        lengths: reference tokens, or 1 for a label, ``[utterance]``.
-    """
-
-    names: tuple[str, ...]
-    errors: np.ndarray
-    lengths: np.ndarray
+    names: tuple[str, ...]  # sorted
+    errors: np.ndarray  # [utterance] or [seed, utterance]: edit operations, or 1 for a wrong label
+    lengths: np.ndarray  # [utterance]: reference tokens, or 1 for a label
 
     @property
     def rate(self) -> np.ndarray:
@@ -198,9 +183,6 @@ def read_predictions(path: str | Path) -> dict[str, str]:
 
     s3prl names an utterance by the stem of its file, so names may repeat. Repetitions are numbered
     in the order of the file: ``u``, ``u (2)``. Predictions and references have the same order.
-
-    Raises:
-        DataError: the file cannot be read, or a line has no utterance name.
     """
     # not splitlines(): it also splits at separators that may be part of a text
     lines = read_text(path, "predictions", DataError, _MAX_PREDICTIONS).split("\n")
@@ -262,10 +244,6 @@ def count_errors(pairs: Sequence[tuple[str, str, str]], unit: str) -> ErrorCount
 
 
 def count_run(run: FinishedRun, condition: str) -> ErrorCounts:
-    """Count the errors of a run on the test set under ``condition``.
-
-    Raises:
-        DataError: as in :func:`read_pairs`.
-    """
+    """Count the errors of a run on the test set under ``condition``; see :func:`read_pairs`."""
     unit = "label" if TASKS[run.task].metric == "acc" else "word"
     return count_errors(read_pairs(*run.files(condition)), unit)

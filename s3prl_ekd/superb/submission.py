@@ -46,18 +46,8 @@ def choose_runs(
     return {key: runs[key] for key in MEMBERS if key in runs}
 
 
-def missing_members(runs: Mapping[tuple[str, str | None], FinishedRun]) -> list[str]:
-    """Tasks and folds of a complete submission that are not in ``runs``: ``asr``, ``er fold2``."""
-    return [" ".join(filter(None, key)) for key in MEMBERS if key not in runs]
-
-
 def write_archive(runs: Mapping[tuple[str, str | None], FinishedRun], file: BinaryIO) -> None:
-    """Write the archive. The same predictions give the same bytes.
-
-    Raises:
-        DataError: a run has no predictions on the clean test set, or they are a symlink out of its
-            folder.
-    """
+    """Write the archive. The same predictions give the same bytes."""
     with zipfile.ZipFile(file, "w") as archive:
         archive.writestr(_info("predict/"), b"")
         for key, run in runs.items():
