@@ -81,10 +81,6 @@ def files(tmp_path_factory):
     return folder
 
 
-def no_progress(items, **_):
-    return items
-
-
 # --- by hand
 
 
@@ -107,7 +103,7 @@ def test_a_student(student_settings, dropout):
     module = WithForward(
         student, lambda waves: student(waves[0][None], torch.tensor([len(waves[0])]))
     )
-    cost = measure_cost(module, {"a": [16_000], "b": [16_400, 16_000]}, progress=no_progress)
+    cost = measure_cost(module, {"a": [16_000], "b": [16_400, 16_000]})
     assert (cost["parameters"], cost["unused"], cost["utterances"]) == (BACKBONE, 0, 3)
     one, two = (products_of(n) + attention_of(n, dropout) for n in (16_000, 16_400))
     assert cost["macs_buckets"] == {"a": one, "b": one + two} and cost["macs"] == 2 * one + two
@@ -195,7 +191,7 @@ def macs_on_meta(module, buckets) -> dict[str, int]:
 
 
 def test_hubert_base_parameters(hubert_base):
-    cost = measure_cost(hubert_base, {"a": [4000]}, progress=no_progress)
+    cost = measure_cost(hubert_base, {"a": [4000]})
     assert cost["parameters"] == 94_697_600
     # used in pretraining only: mask embedding, projection to 256, embeddings of 504 labels
     assert cost["unused"] == 768 + (768 * 256 + 256) + 504 * 256
@@ -255,7 +251,7 @@ def test_unused_parameters_and_the_module_is_restored():
 def test_heads_are_unused_unless_their_outputs_are_hidden_states(files):
     upstream = UpstreamExpert(files / "heads.pt")
     for selection, unused in (("hidden_states", HEAD), ("hidden_states_and_heads", 0)):
-        cost = measure_cost(upstream, {"a": [4000]}, selection, progress=no_progress)
+        cost = measure_cost(upstream, {"a": [4000]}, selection)
         assert (cost["parameters"], cost["unused"]) == (BACKBONE + HEAD, unused)
 
 

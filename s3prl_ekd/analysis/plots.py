@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import SetupError
+from ..files.atomic import atomic_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -60,7 +61,8 @@ def plot_similarity(matrix: np.ndarray, layers: Mapping[str, int], path: Path) -
             axis.axhline(start - 0.5, color="white")
             axis.axvline(start - 0.5, color="white")
     axis.set(xlabel="layer", ylabel="layer, teachers in the same order")
-    figure.savefig(path, dpi=120)
+    with atomic_file(path) as file:
+        figure.savefig(file, dpi=120, format="png")
 
 
 def plot_trees(
@@ -87,4 +89,5 @@ def plot_trees(
         title = " | ".join(" ".join(map(str, group)) for group in groups[name])
         axis.set_title(f"{name}: {title}", fontsize=9)
         axis.set(xlabel="layer", ylabel=ylabel)
-    figure.savefig(path, dpi=120)
+    with atomic_file(path) as file:
+        figure.savefig(file, dpi=120, format="png")

@@ -139,12 +139,9 @@ def build_upstream(hub_name: str, checkpoint: str | None) -> nn.Module:
 
 
 def check_outputs(outputs: Any, selection: str, name: str) -> None:
-    """Check that ``outputs[selection]`` is a list of tensors ``[batch, frame, dim]``, as s3prl's
-    Featurizer needs it. A tuple or a single tensor is allowed too, because some upstreams of s3prl
-    return one; SUPERB's hidden set is stricter, see ``s3prl-ekd validate``.
-
-    Raises:
-        SetupError: the outputs have another type or shape, or are not finite.
+    """Raise SetupError unless ``outputs[selection]`` is a list of tensors ``[batch, frame, dim]``,
+    as s3prl's Featurizer needs it. A tuple or a single tensor is allowed too, because some
+    upstreams of s3prl return one; SUPERB's hidden set is stricter, see ``s3prl-ekd validate``.
     """
     states = outputs.get(selection) if isinstance(outputs, dict) else None
     if isinstance(states, Tensor):
@@ -188,7 +185,6 @@ def measure_cost(
     module: nn.Module,
     lengths: Mapping[str, Sequence[int]] = LENGTHS,
     selection: str | Sequence[str] = "hidden_states",
-    progress: Callable = tqdm,
 ) -> dict[str, Any]:
     """Count parameters and MACs: the contents of ``cost.json``.
 
@@ -196,7 +192,6 @@ def measure_cost(
         module: an upstream, ``list of [sample] -> {"hidden_states": [...]}``; put in eval mode.
         lengths: bucket -> lengths of its utterances in samples.
         selection: the key or keys of the outputs that decide which parameters are used.
-        progress: wraps an iterable, as ``tqdm`` does.
 
     Returns:
         ``parameters``; ``unused``, the parameters that no output depends on; ``macs`` and
@@ -210,7 +205,7 @@ def measure_cost(
     device = _device(module)
     buckets, products = dict.fromkeys(lengths, 0.0), 0
     utterances = [(bucket, samples) for bucket, group in lengths.items() for samples in group]
-    for bucket, samples in progress(utterances, desc="MACs", unit=" utterances", leave=False):
+    for bucket, samples in tqdm(utterances, "MACs", leave=False, disable=None, unit=" utterances"):
         with count_macs() as macs:
             module([torch.zeros(samples, device=device).uniform_(-1, 1)])
         buckets[bucket] += macs.total

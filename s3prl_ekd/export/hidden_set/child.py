@@ -139,7 +139,7 @@ class PackageServer:
         return {"name": torch.cuda.get_device_name() if torch.cuda.is_available() else None}
 
     def _cost(self) -> dict[str, Any]:
-        return measure_cost(self.model, self.lengths, self.tasks, progress=lambda work, **_: work)
+        return measure_cost(self.model, self.lengths, self.tasks)
 
     def _blocked(self) -> dict[str, Any]:
         hosts, packages = (
