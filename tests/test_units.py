@@ -160,6 +160,7 @@ def test_the_command(config, teachers, corpus, tmp_path, capsys):
         (("--clusters", 1), r"--clusters\b.*\b2\b.*\b1\b"),
         (("--clusters", 99999), r"\b99999\b"),
         (("--data", "none.csv"), r"none\.csv"),
+        (("--device", "nonsense"), "--device nonsense"),
     ],
 )
 def test_wrong_options(config, corpus, tmp_path, capsys, options, variable):
