@@ -38,11 +38,8 @@ class TeacherShape:
 
 @dataclass(frozen=True)
 class TargetSpec:
-    """Shape of a target set: its number of layers, and the widths of its parts.
-
-    ``parts``: widths along the feature axis, one for each teacher in ``concat`` and a single one in
-    other target sets.
-    """
+    """Shape of a target set: its number of layers, and the widths of its parts along the feature
+    axis: one for each teacher in ``concat``, and a single one in other target sets."""
 
     layers: int
     parts: tuple[int, ...]
@@ -66,9 +63,9 @@ class Aggregation(ABC):
         """``{teacher: [batch, layer, frame, dim]}`` -> ``{target set: [batch, layer, frame,
         width]}``."""
 
-    @abstractmethod
     def set_weights(self, weights: Weights) -> dict[str, float]:
         """Target set -> its weight in the loss."""
+        return dict.fromkeys(self.specs, 1.0)
 
     def dim_weights(self, weights: Weights) -> dict[str, Tensor]:
         """Target set -> weights ``[width]``, for target sets with unequal weights of dimensions."""
@@ -110,9 +107,6 @@ class Average(Aggregation):
         first, *rest = (teachers[name] * (weights[name] / total) for name in self.teachers)
         return {"average": sum(rest, first)}
 
-    def set_weights(self, weights: Weights) -> dict[str, float]:
-        return {"average": 1.0}
-
     def per_teacher(self, predictions: Targets) -> dict[str, Tensor]:
         return {name: predictions["average"] for name in self.teachers}
 
@@ -128,9 +122,6 @@ class Concat(Aggregation):
 
     def __call__(self, teachers: Targets, weights: Weights) -> dict[str, Tensor]:
         return {"concat": torch.cat([teachers[name] for name in self.teachers], dim=-1)}
-
-    def set_weights(self, weights: Weights) -> dict[str, float]:
-        return {"concat": 1.0}
 
     def dim_weights(self, weights: Weights) -> dict[str, Tensor]:
         if len({weights[name] for name in self.teachers}) == 1:
@@ -148,9 +139,8 @@ class Residual(Aggregation):
 
     def __init__(self, teachers: Mapping[str, TeacherShape], weight: float):
         width = one_width(teachers, "heads.residual")
-        names = tuple(teachers)
-        self.pairs = {f"{a}-{b}": (a, b) for a, b in pairwise(names)}
-        layers = len(teachers[names[0]].targets)
+        self.pairs = {f"{a}-{b}": (a, b) for a, b in pairwise(teachers)}
+        layers = len(next(iter(teachers.values())).targets)
         self.specs = {pair: TargetSpec(layers, (width,)) for pair in self.pairs}
         self.weight = weight
 
@@ -192,11 +182,7 @@ AGGREGATIONS: dict[str, type[PerTeacher] | type[Average] | type[Concat]] = {
 def build_aggregation(
     settings: DistillSettings, teachers: Mapping[str, TeacherShape]
 ) -> Aggregation:
-    """Build the aggregation of an experiment.
-
-    Raises:
-        TeacherError: the teachers' widths do not allow it.
-    """
+    """Build the aggregation of an experiment. Raises TeacherError if the widths do not allow it."""
     kind = AGGREGATIONS["average" if settings.targets.across_teachers else settings.aggregation]
     members: list[Aggregation] = [kind(teachers)]
     if settings.heads.per_teacher and kind is not PerTeacher:
@@ -207,15 +193,7 @@ def build_aggregation(
 
 
 def one_width(teachers: Mapping[str, TeacherShape], setting: str) -> int:
-    """The common width of all teachers.
-
-    Args:
-        teachers: shapes by name.
-        setting: the setting that needs one width, for the message.
-
-    Raises:
-        TeacherError: the teachers have different widths.
-    """
+    """The width that all teachers have. Raises TeacherError, naming ``setting``, if they differ."""
     widths = {name: teacher.width for name, teacher in teachers.items()}
     if len(set(widths.values())) > 1:
         shown = ", ".join(f"{name} has {width}" for name, width in widths.items())

@@ -20,16 +20,6 @@ class CachedTargets:
     lengths: Tensor
     aggregated: bool = False
 
-    @property
-    def teachers(self) -> Mapping[str, Tensor]:
-        """Targets by teacher; empty if they are aggregated."""
-        return {} if self.aggregated else self.values
-
-    @property
-    def target_sets(self) -> Mapping[str, Tensor]:
-        """Targets by target set; empty if they are not aggregated."""
-        return self.values if self.aggregated else {}
-
 
 @dataclass(frozen=True)
 class DistillBatch:
@@ -44,8 +34,3 @@ class DistillBatch:
     lengths: Tensor
     teacher_waves: Tensor | None = None
     cached_targets: CachedTargets | None = None
-
-    @property
-    def target_sets(self) -> Mapping[str, Tensor]:
-        """Cached targets by target set; empty if there are no aggregated ones."""
-        return {} if self.cached_targets is None else self.cached_targets.target_sets

@@ -8,6 +8,7 @@ written from the result.
 from __future__ import annotations
 
 import ast
+import math
 from typing import Any
 
 from ..errors import ConfigError
@@ -40,13 +41,8 @@ def parse_conv_layers(text: str, where: str = "extractor_conv_feature_layers") -
         layers = _value(ast.parse(text.strip(), mode="eval").body)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         raise error from None
-    if not isinstance(layers, list) or not layers:
+    if not isinstance(layers, list) or not layers or not all(map(_is_layer, layers)):
         raise error
-    for layer in layers:
-        if not (isinstance(layer, tuple) and len(layer) == 3):
-            raise error
-        if not all(type(n) is int and 0 < n <= MAX_NUMBER for n in layer):
-            raise error
     return tuple(layers)
 
 
@@ -57,10 +53,7 @@ def conv_layers_text(layers: ConvLayers) -> str:
 
 def stride_of(layers: ConvLayers) -> int:
     """Samples from one frame to the next (320 for the default, 20 ms at 16 kHz)."""
-    stride = 1
-    for _, _, step in layers:
-        stride *= step
-    return stride
+    return math.prod(stride for _, _, stride in layers)
 
 
 def receptive_field(layers: ConvLayers) -> int:
@@ -69,6 +62,12 @@ def receptive_field(layers: ConvLayers) -> int:
     for _, kernel, step in reversed(layers):
         field = (field - 1) * step + kernel
     return field
+
+
+def _is_layer(value: Any) -> bool:
+    if not isinstance(value, tuple) or len(value) != 3:
+        return False
+    return all(type(n) is int and 0 < n <= MAX_NUMBER for n in value)
 
 
 def _value(node: ast.AST) -> Any:

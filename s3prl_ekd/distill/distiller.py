@@ -104,12 +104,13 @@ class EnsembleDistiller(nn.Module):
         Returns:
             The scalar loss, and scalars for the log.
         """
-        teachers, states = self.run_teachers(batch)  # {teacher: [batch, layer, frame, dim]}
+        # teachers {teacher: [batch, layer, frame, dim]}; cached {target set: ...}, usually empty
+        teachers, cached, states = self.run_teachers(batch)
         student = self.run_student(batch)  # .last [batch, frame, dim], .mask [batch, frame]
         predictions = self.heads(student.last)  # {target set: [batch, layer, frame, width]}
-        cached = batch.target_sets  # aggregated targets of a cache; else empty
         predictions, teachers, cached, mask = crop(predictions, teachers, cached, student.mask)
-        teachers = self.normalise(teachers, mask)  # identity unless target_norm is set
+        if self.target_norm is not None:
+            teachers = self.target_norm(teachers, mask)
         shares = weights_at(self.settings.teachers, step, self.settings.targets.weight_steps)
         targets = cached or self.aggregate(teachers, shares)  # keys and shapes of the predictions
         comparison = Comparison(predictions, targets, mask, teachers, states, student)
@@ -120,15 +121,19 @@ class EnsembleDistiller(nn.Module):
             loss, logs = loss + value, logs | scalars
         return loss, logs | self.details(comparison) if detail else logs
 
-    def run_teachers(self, batch: DistillBatch) -> tuple[Targets, Mapping[str, HiddenStates]]:
-        """Targets and hidden states of the teachers, computed or from the cache."""
-        if batch.cached_targets is not None:
-            teachers = batch.cached_targets.teachers
-            return teachers, self.teachers.states_among(teachers)
+    def run_teachers(
+        self, batch: DistillBatch
+    ) -> tuple[Targets, Targets, Mapping[str, HiddenStates]]:
+        """Targets by teacher, aggregated targets of a cache (else empty), and hidden states."""
+        cached = batch.cached_targets
+        if cached is not None and cached.aggregated:
+            return {}, cached.values, {}
+        if cached is not None:
+            return cached.values, {}, self.teachers.states_among(cached.values)
         waves = batch.waves if batch.teacher_waves is None else batch.teacher_waves
         unpadded = [w[:length] for w, length in zip(waves, batch.lengths.tolist(), strict=True)]
         states = self.teachers.states(unpadded, self.unit_layer)
-        return self.teachers.targets(states), states
+        return self.teachers.targets(states), {}, states
 
     def run_student(self, batch: DistillBatch) -> StudentOutput:
         """The student's output; frames without a cached target are masked."""
@@ -138,10 +143,6 @@ class EnsembleDistiller(nn.Module):
         frames = torch.arange(output.mask.shape[1], device=output.mask.device)
         valid = frames < batch.cached_targets.lengths[:, None]  # [batch, frame]
         return output._replace(mask=output.mask * valid)
-
-    def normalise(self, teachers: Targets, mask: Tensor) -> Targets:
-        """Apply ``target_norm``, if set, to ``{teacher: [batch, layer, frame, dim]}``."""
-        return teachers if self.target_norm is None else self.target_norm(teachers, mask)
 
     def loss_weights(self, comparison: Comparison, shares: Mapping[str, float]) -> LossWeights:
         """Weights of frames, target sets and dimensions; ``shares``: weights of the teachers."""
@@ -161,11 +162,11 @@ class EnsembleDistiller(nn.Module):
         loss, mask = self.settings.loss, self._frame_weights(comparison)
         predictions = self.aggregate.per_teacher(comparison.predictions)
         for name, target in comparison.teachers.items():
-            terms = distillation_terms(predictions[name], target, mask, loss)
+            reconstruction, cosine = distillation_terms(predictions[name], target, mask, loss)
             size = target.abs().mean((0, 2, 3))  # [layer]
             for i, label in enumerate(self.teachers[name].labels):
-                logs[f"{name}/{loss.reconstruction}_{label}"] = terms.reconstruction[i]
-                logs[f"{name}/cosine_{label}"] = terms.cosine[i]
+                logs[f"{name}/{loss.reconstruction}_{label}"] = reconstruction[i]
+                logs[f"{name}/cosine_{label}"] = cosine[i]
                 logs[f"{name}/target_abs_{label}"] = size[i]
         return logs
 
@@ -184,14 +185,11 @@ class EnsembleDistiller(nn.Module):
 def crop(
     predictions: Targets, teachers: Targets, cached: Targets, mask: Tensor
 ) -> tuple[Targets, Targets, Targets, Tensor]:
-    """Crop ``[batch, layer, frame, dim]`` and ``mask [batch, frame]`` to the smallest number of
-    frames."""
+    """Crop ``[batch, layer, frame, dim]`` and ``mask [batch, frame]`` to the fewest frames."""
     groups = (predictions, teachers, cached)
     frames = min(states.shape[2] for group in groups for states in group.values())
-    predictions, teachers, cached = (
-        {name: states[:, :, :frames] for name, states in group.items()} for group in groups
-    )
-    return predictions, teachers, cached, mask[:, :frames]
+    cropped = [{name: states[:, :, :frames] for name, states in g.items()} for g in groups]
+    return *cropped, mask[:, :frames]
 
 
 def check_stride(teachers: TeacherEnsemble, student: Student) -> None:

@@ -32,13 +32,7 @@ class Head(nn.Module):
 
 class SplitHead(Head):
     """s3prl's distiller head (DistilHuBERT, arXiv 2110.01900, section 2): one linear layer to
-    ``layers`` x ``in_width``, GELU, then a linear layer for each target layer.
-
-    Args:
-        in_width: width of the student's hidden state.
-        layers: number of target layers.
-        out_width: width of the targets.
-    """
+    ``layers`` x ``in_width``, GELU, then a linear layer to ``out_width`` for each target layer."""
 
     def __init__(self, in_width: int, layers: int, out_width: int):
         net = nn.Sequential(
@@ -50,7 +44,7 @@ class SplitHead(Head):
 
 
 class LinearHead(Head):
-    """One linear layer for each target layer (*ours*); arguments as of :class:`SplitHead`."""
+    """One linear layer for each target layer (*ours*)."""
 
     def __init__(self, in_width: int, layers: int, out_width: int):
         super().__init__(nn.Linear(in_width, layers * out_width), layers)
@@ -60,13 +54,7 @@ HEADS: dict[str, type[SplitHead] | type[LinearHead]] = {"split": SplitHead, "lin
 
 
 class PredictionHeads(nn.ModuleDict):
-    """One head for each target set, by its name.
-
-    Args:
-        in_width: width of the student's hidden state.
-        specs: target set -> its shape.
-        kind: ``split`` or ``linear``.
-    """
+    """One head for each target set, by its name; ``kind``: ``split`` or ``linear``."""
 
     def __init__(self, in_width: int, specs: Mapping[str, TargetSpec], kind: str = "split"):
         super().__init__(

@@ -17,6 +17,8 @@ logger = logging.getLogger(__name__)
 # Parameters of WavLM's attention (gates, relative positions) that the student does not have.
 WAVLM_ONLY = re.compile(r"self_attn\.(grep_linear\.|grep_a$|relative_attention_bias\.)")
 
+_INSTEAD = "use another init.teacher, change the student's size, or set init.teacher: null"
+
 
 def initialise(
     student: Student,
@@ -43,8 +45,9 @@ def initialise(
     paths: list[tuple[str, str]] = []  # (in the student, in the teacher)
     if conv:
         paths.append(("feature_extractor", "feature_extractor"))
-        projections = [_get(model, "post_extract_proj") for model in (backbone, *teachers)]
-        if any(projection is not None for projection in projections):
+        # absent where the conv extractor is as wide as the transformer layers
+        models = (backbone, *teachers)
+        if any(getattr(model, "post_extract_proj", None) is not None for model in models):
             paths.append(("post_extract_proj", "post_extract_proj"))
     if encoder:
         paths.append(("encoder.pos_conv", "encoder.pos_conv"))
@@ -55,17 +58,10 @@ def initialise(
 
 
 def _copy(student: nn.Module, teachers: Sequence[nn.Module], target: str, source: str) -> None:
-    into = _get(student, target)
-    modules = [m for m in (_get(teacher, source) for teacher in teachers) if m is not None]
-    if into is None or len(modules) < len(teachers):
-        missing = f"student has no {target}" if into is None else f"teacher has no {source}"
-        raise TeacherError(
-            f"init.teacher does not fit the student: the {missing}; use another init.teacher, "
-            "change the student's size, or set init.teacher: null"
-        )
+    into = _get(student, target, "student")
     states = []
-    for module in modules:
-        weights = module.state_dict()
+    for teacher in teachers:
+        weights = _get(teacher, source, "teacher").state_dict()
         extra = [key for key in weights if WAVLM_ONLY.search(key)]
         for key in extra:
             del weights[key]
@@ -86,14 +82,15 @@ def _check_fit(teacher: Mapping[str, Tensor], student: Mapping[str, Tensor], pat
         if shape != expected:
             raise TeacherError(
                 f"init.teacher does not fit the student: {path}.{key} is {shape} in the teacher "
-                f"and {expected} in the student; change the student's size or set "
-                "init.teacher: null"
+                f"and {expected} in the student; {_INSTEAD}"
             )
 
 
-def _get(module: nn.Module, path: str) -> nn.Module | None:
-    """The submodule at a dotted path, or None."""
+def _get(model: nn.Module, path: str, owner: str) -> nn.Module:
+    """The submodule at a dotted path; ``owner``: student or teacher, for the message."""
     try:
-        return module.get_submodule(path)
+        return model.get_submodule(path)
     except AttributeError:
-        return None
+        raise TeacherError(
+            f"init.teacher does not fit the student: the {owner} has no {path}; {_INSTEAD}"
+        ) from None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -69,9 +70,8 @@ class LossWeights:
     frame_count: Tensor | None = None
 
 
-@dataclass(frozen=True)
-class LossTerms:
-    """The two loss terms of one target set for each layer: ``[layer]`` each."""
+class LossTerms(NamedTuple):
+    """The two terms of the loss, for each frame or each layer."""
 
     reconstruction: Tensor
     cosine: Tensor
@@ -82,12 +82,11 @@ def frame_terms(
     target: Tensor,
     settings: LossSettings = DEFAULTS,
     dims: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> LossTerms:
     """Reconstruction and cosine term of every frame: ``[batch, layer, frame]`` each.
 
     Args:
-        prediction: ``[batch, layer, frame, dim]``.
-        target: of the same shape.
+        prediction, target: ``[batch, layer, frame, dim]``.
         settings: the kinds of the two terms.
         dims: weights of dimensions, broadcastable to ``prediction``; None: equal weights.
 
@@ -109,7 +108,7 @@ def frame_terms(
         root = dims.sqrt()  # so that each weight enters the inner product once
         prediction, target = prediction * root, target * root
     cosine = F.cosine_similarity(prediction, target, dim=-1)
-    return reconstruction, COSINES[settings.cosine](cosine)
+    return LossTerms(reconstruction, COSINES[settings.cosine](cosine))
 
 
 def distillation_terms(
@@ -120,7 +119,7 @@ def distillation_terms(
     dims: Tensor | None = None,
     count: Tensor | None = None,
 ) -> LossTerms:
-    """Reconstruction and cosine term between prediction and target, for each layer.
+    """Reconstruction and cosine term of every layer: ``[layer]`` each.
 
     With the defaults, L1 and −log σ(cos): DistilHuBERT, arXiv 2110.01900, equation 1 (inferred to
     be EKD's loss too).
@@ -155,8 +154,6 @@ def distillation_loss(
 
     Args:
         predictions, targets: ``{target set: [batch, layer, frame, width]}``; at least one set.
-        weights: weights of frames, sets and dimensions.
-        settings: the kinds of the two terms and the weight of the cosine term.
 
     Returns:
         The scalar loss, and scalars for the log: ``l1`` (or another reconstruction's name),
@@ -167,15 +164,11 @@ def distillation_loss(
     total = sum(shares[name] for name in targets) or 1.0
     reconstruction = cosine = torch.zeros(())
     for name, target in targets.items():
-        terms = distillation_terms(
-            predictions[name],
-            target,
-            weights.frames[name],
-            settings,
-            weights.dims.get(name),
-            weights.frame_count,
+        mask, dims = weights.frames[name], weights.dims.get(name)
+        by_layer = distillation_terms(
+            predictions[name], target, mask, settings, dims, weights.frame_count
         )
-        set_reconstruction, set_cosine = terms.reconstruction.mean(), terms.cosine.mean()
+        set_reconstruction, set_cosine = (term.mean() for term in by_layer)
         logs[f"loss/{name}"] = (set_reconstruction + settings.cosine_weight * set_cosine).detach()
         share = shares[name] / total
         reconstruction = reconstruction + share * set_reconstruction
@@ -185,11 +178,7 @@ def distillation_loss(
 
 
 class FeaturePenalty(nn.Module):
-    """A term: the mean square of the student's conv features (s3prl's ``feat_pen_loss``).
-
-    Args:
-        weight: weight of the term.
-    """
+    """A term: the mean square of the student's conv features (s3prl's ``feat_pen_loss``)."""
 
     def __init__(self, weight: float):
         super().__init__()

@@ -21,11 +21,8 @@ logger = logging.getLogger(__name__)
 
 
 def build_backbone(settings: StudentSettings) -> DistillerModel:
-    """Build s3prl's ``DistillerModel`` without task embedding and prediction heads.
-
-    The heads are a separate module (:mod:`.heads`). The output layer is an identity, so the model's
-    ``pred`` is the encoder's output.
-    """
+    """Build s3prl's ``DistillerModel`` without task embedding and heads: its ``pred`` is the
+    encoder's output."""
     config = dataclasses.asdict(settings)
     # DistillerModel evaluates this text, so it gets a literal written from checked numbers.
     config["extractor_conv_feature_layers"] = conv_layers_text(settings.conv_layers)
@@ -71,10 +68,14 @@ class Student(nn.Module):
         """
         if self.backend == "s3prl":
             return s3prl_forward(self.backbone, waves, lengths)
-        layers = draw_layers(self.backbone.encoder)
-        recompute = self.activation_checkpointing
         return student_forward(
-            self.backbone, waves, lengths, layers, recompute, self.extract, self.encode
+            self.backbone,
+            waves,
+            lengths,
+            draw_layers(self.backbone.encoder),
+            self.activation_checkpointing,
+            self.extract,
+            self.encode,
         )
 
     def compile(self, *args: Any, **kwargs: Any) -> None:

@@ -59,25 +59,12 @@ def extract(
 
 
 def scale_gradient(x: Tensor, scale: float) -> Tensor:
-    """Identity whose gradient is multiplied by ``scale``."""
+    """Multiply the gradient that reaches ``x`` by ``scale``; 0 cuts the graph off."""
     if scale == 0:
         return x.detach()
-    if scale == 1:
-        return x
-    return ScaleGradient.apply(x, scale)  # type: ignore[no-untyped-call, no-any-return]
-
-
-class ScaleGradient(torch.autograd.Function):
-    """Autograd function of :func:`scale_gradient`."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: float) -> Tensor:
-        ctx.scale = scale
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad * ctx.scale, None
+    if scale != 1 and x.requires_grad:
+        x.register_hook(lambda gradient: gradient * scale)
+    return x
 
 
 def encode(
@@ -118,15 +105,13 @@ def transformer_layer(layer: Any, x: Tensor, padding: Tensor) -> Tensor:
         x = x + layer.dropout1(attention(layer.self_attn, layer.self_attn_layer_norm(x), padding))
         return x + feed_forward(layer, layer.final_layer_norm(x))
     x = layer.self_attn_layer_norm(x + layer.dropout1(attention(layer.self_attn, x, padding)))
-    x = layer.final_layer_norm(x + feed_forward(layer, x))
-    return x
+    return layer.final_layer_norm(x + feed_forward(layer, x))  # type: ignore[no-any-return]
 
 
 def feed_forward(layer: Any, x: Tensor) -> Tensor:
     """Apply the feed-forward network to ``[..., dim]``; the result has the same shape."""
     x = layer.dropout2(layer.activation_fn(layer.fc1(x)))
-    x = layer.dropout3(layer.fc2(x))
-    return x
+    return layer.dropout3(layer.fc2(x))  # type: ignore[no-any-return]
 
 
 def attention(module: Any, x: Tensor, padding: Tensor) -> Tensor:

@@ -52,9 +52,14 @@ def usable_frames(frames: Tensor) -> Tensor:
     return usable & (peaks <= limits).all(-1)
 
 
+def world_size() -> int:
+    """Number of training processes."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
 def is_main_process() -> bool:
     """Whether this process is rank 0, or the only one."""
-    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+    return world_size() == 1 or dist.get_rank() == 0
 
 
 def all_gather(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
@@ -63,24 +68,18 @@ def all_gather(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
     Args:
         tensors: of equal shapes and types in all processes; every process must call this.
     """
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+    if world_size() == 1:
         return [tensors]
     columns = []
     for tensor in tensors:
-        gathered = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+        gathered = [torch.empty_like(tensor) for _ in range(world_size())]
         dist.all_gather(gathered, tensor.contiguous())
         columns.append(gathered)
     return list(zip(*columns, strict=True))
 
 
 class Moments(nn.Module):
-    """Running count, mean and covariance (or variance) of frames, exact over batches.
-
-    Args:
-        targets: number of targets of the teacher.
-        width: width of the targets.
-        full: covariance ``[target, dim, dim]`` instead of variances ``[target, dim]``.
-    """
+    """Running count, mean and covariance (``full``) or variance of frames, exact over batches."""
 
     count: Tensor
     mean: Tensor  # [target, dim]
@@ -100,15 +99,11 @@ class Moments(nn.Module):
             self.register_buffer("transform", torch.eye(width).repeat(targets, 1, 1))
 
     @torch.no_grad()
-    def update(self, hidden: Tensor, mask: Tensor) -> int:
+    def update(self, hidden: Tensor, mask: Tensor) -> None:
         """Add the valid frames of ``hidden [batch, target, frame, dim]``; ``mask [batch, frame]``.
 
-        Moments are merged by Chan's formula, which is exact and stable for large means. With
-        several processes, each adds the frames of all in order of rank, so that the statistics are
-        equal in all.
-
-        Returns:
-            Number of frames left out (:func:`usable_frames`).
+        With several processes, each adds the frames of all in order of rank, so that the statistics
+        are equal in all.
         """
         frames = hidden.transpose(1, 2)[mask.bool()].float()  # [valid frame, target, dim]
         usable = usable_frames(frames)
@@ -121,13 +116,12 @@ class Moments(nn.Module):
         else:
             scatter = centred.square().sum(0)
         count = torch.tensor(float(len(frames)), dtype=torch.float64, device=mean.device)
-        previous = int(self.left_out)
         for *moments, rank_left_out in all_gather(count, mean, scatter, left_out):
             self._merge(*moments)
             self.left_out += rank_left_out
-        return int(self.left_out) - previous
 
     def _merge(self, count: Tensor, mean: Tensor, scatter: Tensor) -> None:
+        """Chan's formula, which is exact and stable for large means."""
         if not count:
             return
         shift = mean - self.mean
@@ -174,16 +168,14 @@ class TargetNorm(nn.Module):
     def __init__(self, teachers: Mapping[str, TeacherShape], kind: str, steps: int):
         super().__init__()
         self.kind, self.steps = kind, steps
-        full = kind == "phi_s"
+        self.moments = nn.ModuleDict()
         for name, teacher in teachers.items():
-            if full and hadamard(teacher.width) is None:
+            if kind == "phi_s" and hadamard(teacher.width) is None:
                 raise TeacherError(
                     f"target_norm: phi_s needs a width of 2^k, 12*2^k or 20*2^k, but {name} "
                     f"has {teacher.width}; use mean_std"
                 )
-        self.moments = nn.ModuleDict(
-            {name: Moments(len(t.targets), t.width, full) for name, t in teachers.items()}
-        )
+            self.moments[name] = Moments(len(teacher.targets), teacher.width, kind == "phi_s")
         self.register_buffer("seen", torch.zeros((), dtype=torch.long))
 
     @torch.no_grad()
@@ -194,21 +186,12 @@ class TargetNorm(nn.Module):
             teachers: ``{teacher: [batch, target, frame, dim]}``.
             mask: ``[batch, frame]``, 1 where a frame is valid.
         """
-        seen = int(self.seen)
-        if self.training and seen < self.steps:
-            for name, states in teachers.items():
-                self._update(name, states, mask)
-            self.seen += 1
-            # The eigendecomposition of PHI-S is slow: only at steps 1, 2, 4, ... and the last.
-            if self.kind == "phi_s" and ((seen + 1) & seen == 0 or seen + 1 == self.steps):
-                for _, moments in self._moments():
-                    moments.transform.copy_(phi_s(moments.covariance, moments.mean))
-            if seen + 1 == self.steps and is_main_process():
-                self._report()
+        if self.training and self.seen < self.steps:
+            self._update(teachers, mask)
         return {name: self._normalise(name, states) for name, states in teachers.items()}
 
     def empty_step(self) -> None:
-        """Run :meth:`forward` without frames, for the collective calls of other processes."""
+        """Run :meth:`forward` without frames, for the all_gather of other processes."""
         empty = {
             name: moments.mean.new_zeros(0, len(moments.mean), 0, moments.mean.shape[1])
             for name, moments in self._moments()
@@ -244,31 +227,38 @@ class TargetNorm(nn.Module):
                 )
         return result
 
-    def _update(self, name: str, states: Tensor, mask: Tensor) -> None:
-        moments = cast(Moments, self.moments[name])
-        none_before = not moments.left_out
-        count = moments.update(states, mask)
-        if count and none_before and is_main_process():
-            logger.warning(
-                "teacher %s: %d frames of a batch have infinite, NaN or huge values; such frames "
-                "are left out of the statistics of target_norm",
-                name,
-                count,
-            )
+    def _update(self, teachers: Mapping[str, Tensor], mask: Tensor) -> None:
+        self.seen += 1
+        seen = int(self.seen)
+        for name, states in teachers.items():
+            moments = cast(Moments, self.moments[name])
+            before = int(moments.left_out)
+            moments.update(states, mask)
+            count = int(moments.left_out)
+            if count and not before and is_main_process():
+                logger.warning(
+                    "teacher %s: %d frames of a batch have infinite, NaN or huge values; such "
+                    "frames are left out of the statistics of target_norm",
+                    name,
+                    count,
+                )
+            # The eigendecomposition of PHI-S is slow: only at steps 1, 2, 4, ... and the last.
+            if self.kind == "phi_s" and (seen & (seen - 1) == 0 or seen == self.steps):
+                moments.transform.copy_(phi_s(moments.covariance, moments.mean))
+            if seen == self.steps and is_main_process():
+                self._report(name, moments)
 
-    def _report(self) -> None:
-        """Log the number of frames of the statistics, which are frozen now."""
-        for name, moments in self._moments():
-            flat = int(moments.flat.sum()) if self.kind == "mean_std" else 0
-            logger.log(
-                logging.WARNING if moments.left_out or flat else logging.INFO,
-                "teacher %s: statistics of %d frames, %d left out%s",
-                name,
-                int(moments.count),
-                int(moments.left_out),
-                f"; {flat} dimensions of its targets are constant: centred but not scaled"
-                * bool(flat),
-            )
+    def _report(self, name: str, moments: Moments) -> None:
+        """Log the numbers of frames and constant dimensions of statistics that are now frozen."""
+        flat = int(moments.flat.sum()) if self.kind == "mean_std" else 0
+        logger.log(
+            logging.WARNING if moments.left_out or flat else logging.INFO,
+            "teacher %s: statistics of %d frames, %d left out%s",
+            name,
+            int(moments.count),
+            int(moments.left_out),
+            f"; {flat} dimensions of its targets are constant: centred but not scaled" * bool(flat),
+        )
 
     def _normalise(self, name: str, states: Tensor) -> Tensor:
         moments = cast(Moments, self.moments[name])
@@ -310,27 +300,21 @@ def hadamard(size: int) -> Tensor | None:
     Built by Sylvester's doubling from the orders 1, 12 and 20 (Paley's construction): among others
     96, 768 and 1024.
     """
-    for prime in (None, 11, 19):
-        order = 1 if prime is None else prime + 1
-        factor = size // order
-        if size % order == 0 and factor & (factor - 1) == 0:
-            matrix = torch.ones(1, 1) if prime is None else _paley(prime)
+    for matrix in (torch.ones(1, 1), _paley(11), _paley(19)):
+        factor, rest = divmod(size, len(matrix))
+        if rest == 0 and factor & (factor - 1) == 0:
             while len(matrix) < size:
-                matrix = torch.cat(
-                    [torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)]
-                )
+                matrix = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]), matrix)
             return matrix / math.sqrt(size)
     return None
 
 
 def _paley(prime: int) -> Tensor:
     """Paley's first construction, for a prime of the form 4k + 3: order ``prime + 1``."""
-    squares = {i * i % prime for i in range(1, prime)}
-    character = [0] + [1 if i in squares else -1 for i in range(1, prime)]
+    index = torch.arange(prime)
+    sign = torch.full((prime,), -1.0)
+    sign[index.square() % prime] = 1.0  # of 0 and of the squares modulo the prime
     matrix = torch.ones(prime + 1, prime + 1)
-    for i in range(prime):
-        for j in range(prime):
-            matrix[i + 1, j + 1] = character[(i - j) % prime]
-        matrix[i + 1, i + 1] = 1
-        matrix[i + 1, 0] = -1
+    matrix[1:, 0] = -1.0
+    matrix[1:, 1:] = sign[(index[:, None] - index) % prime]
     return matrix

@@ -62,10 +62,9 @@ class Teacher(nn.Module):
             probe = upstream([noise])["hidden_states"]
         self.depth = last = len(probe) - 1
         layers = [layer for target in self.targets for layer in target]
-        missing = [layer for layer in layers if layer > last]
-        if missing:
+        if max(layers) > last:
             raise TeacherError(
-                f"teachers.{name}.layers: no layer {missing[0]}; {name} has layers 0 to {last}"
+                f"teachers.{name}.layers: no layer {max(layers)}; {name} has layers 0 to {last}"
             )
         widths = {probe[layer].shape[-1] for layer in layers}
         if len(widths) > 1:
@@ -113,11 +112,7 @@ def _label(target: tuple[int, ...]) -> str:
 
 
 def check_teacher_names(names: Iterable[str]) -> None:
-    """Reject names of teachers that are attributes of torch's containers, such as ``half``.
-
-    Raises:
-        TeacherError: with the first such name.
-    """
+    """Raise TeacherError for a name that torch's containers use, such as ``half``."""
     for name in names:
         if hasattr(TeacherEnsemble, name) or name in ("dropout", "kind", "training"):
             raise TeacherError(
@@ -161,7 +156,8 @@ class TeacherEnsemble(nn.ModuleDict):
     def states(
         self, waves: Sequence[Tensor], also: Mapping[str, int] | None = None
     ) -> dict[str, HiddenStates]:
-        """The hidden states of each teacher's target layers.
+        """The hidden states of each teacher's target layers: teacher -> layer -> ``[batch, frame,
+        dim]``.
 
         Computed in float32, under autocast too, because they become targets. Encoders have no
         dropout; with the teachers' dropout on, the upstreams are run.
@@ -169,23 +165,19 @@ class TeacherEnsemble(nn.ModuleDict):
         Args:
             waves: unpadded waveforms ``[sample]`` at 16 kHz.
             also: teacher -> one layer to compute in addition to its target layers.
-
-        Returns:
-            Teacher -> layer -> ``[batch, frame, dim]``.
         """
         states: dict[str, HiddenStates] = {}
         shared: dict[Any, Any] = {}
-        padded: Tensor | None = None
+        padded = pad_sequence(list(waves), batch_first=True)  # [batch, sample]
+        lengths = [len(wave) for wave in waves]
         with torch.autocast(waves[0].device.type, enabled=False):
             for name, teacher in self.items():
                 if teacher.encoder is None or self.dropout:
                     states[name] = teacher.states(waves)
                     continue
-                if padded is None:
-                    padded = pad_sequence(list(waves), batch_first=True)  # [batch, sample]
-                lengths = [len(wave) for wave in waves]
                 layers = {layer for target in teacher.targets for layer in target}
-                layers |= {also[name]} if also and name in also else set()
+                if also and name in also:
+                    layers.add(also[name])
                 states[name] = teacher.encoder.hidden_states(padded, lengths, layers, shared)
         return states
 
@@ -195,19 +187,13 @@ class TeacherEnsemble(nn.ModuleDict):
         return crop_frames({name: teacher.pick(states[name]) for name, teacher in self.items()})
 
     def states_among(self, targets: Mapping[str, Tensor]) -> dict[str, HiddenStates]:
-        """Recover hidden states from targets, where a target is a single layer.
-
-        Args:
-            targets: ``{teacher: [batch, target, frame, dim]}``.
-        """
-        return {
-            name: {
-                layers[0]: states[:, i]
-                for i, layers in enumerate(self[name].targets)
-                if len(layers) == 1
-            }
-            for name, states in targets.items()
-        }
+        """Recover hidden states from ``{teacher: [batch, target, frame, dim]}``, where a target is
+        a single layer."""
+        result: dict[str, HiddenStates] = {}
+        for name, states in targets.items():
+            layers = enumerate(self[name].targets)
+            result[name] = {group[0]: states[:, i] for i, group in layers if len(group) == 1}
+        return result
 
     def forward(self, waves: Sequence[Tensor]) -> dict[str, Tensor]:
         """Waveforms ``[sample]`` at 16 kHz -> ``{teacher: [batch, target, frame, dim]}``."""

@@ -19,17 +19,14 @@ from .teachers import TeacherEnsemble
 
 
 class UnitLabels(Protocol):
-    """Labels for the frames of one teacher's layer.
-
-    ``teacher``: its name. ``layer``: the layer. ``clusters``: number of classes. ``width``: width
-    of the layer.
-    """
+    """Labels for the frames of one teacher's layer; ``width``: of the layer."""
 
     teacher: str
     layer: int
 
     @property
-    def clusters(self) -> int: ...
+    def clusters(self) -> int:
+        """Number of classes."""
 
     @property
     def width(self) -> int: ...
@@ -41,19 +38,23 @@ class UnitLabels(Protocol):
 class UnitLoss(nn.Module):
     """A term: cross-entropy of the units of a teacher's layer.
 
-    Args:
-        units: the labels.
-        teachers: the teachers, including the one of the units.
-        in_width: width of the student's hidden state.
-        weight: weight of the term.
-
     Raises:
         TeacherError: the units' teacher is not among the teachers, or has no such layer.
     """
 
     def __init__(self, units: UnitLabels, teachers: TeacherEnsemble, in_width: int, weight: float):
         super().__init__()
-        check_units(units, teachers)
+        if units.teacher not in teachers:
+            raise TeacherError(
+                f"unit_loss.file has units of teacher {units.teacher!r}; the config has: "
+                f"{', '.join(teachers)}"
+            )
+        teacher = teachers[units.teacher]
+        if units.layer > teacher.depth or units.width != teacher.width:
+            raise TeacherError(
+                f"unit_loss.file has units of layer {units.layer} with width {units.width}; "
+                f"{units.teacher} has layers 0 to {teacher.depth} of width {teacher.width}"
+            )
         self.units = units
         self.weight = weight
         self.head = nn.Linear(in_width, units.clusters)
@@ -66,31 +67,13 @@ class UnitLoss(nn.Module):
         return self.weight * loss, {"unit_accuracy": accuracy, "unit_loss": loss.detach()}
 
 
-def check_units(units: UnitLabels, teachers: TeacherEnsemble) -> None:
-    """Raise TeacherError unless the units' teacher is among the teachers and has their layer."""
-    if units.teacher not in teachers:
-        raise TeacherError(
-            f"unit_loss.file has units of teacher {units.teacher!r}; the config has: "
-            f"{', '.join(teachers)}"
-        )
-    teacher = teachers[units.teacher]
-    if units.layer > teacher.depth or units.width != teacher.width:
-        raise TeacherError(
-            f"unit_loss.file has units of layer {units.layer} with width {units.width}; "
-            f"{units.teacher} has layers 0 to {teacher.depth} of width {teacher.width}"
-        )
-
-
 def unit_terms(logits: Tensor, labels: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy and accuracy over valid frames.
+    """Mean cross-entropy and accuracy over valid frames, two scalars.
 
     Args:
         logits: ``[batch, frame, unit]``.
         labels: ``[batch, frame]``; its number of frames may differ by one.
         mask: ``[batch, frame]``, 1 where a frame is valid.
-
-    Returns:
-        Two scalars: mean cross-entropy and accuracy.
     """
     frames = min(logits.shape[1], labels.shape[1])
     logits, labels, mask = logits[:, :frames].float(), labels[:, :frames], mask[:, :frames]

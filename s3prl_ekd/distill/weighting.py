@@ -31,10 +31,6 @@ class TeacherDropping(nn.Module):
     The loss is divided by the number of all valid frames, dropped ones included (*ours*). If it
     were divided by the remaining frames, the weight of an utterance would depend on how many other
     utterances of the batch were dropped.
-
-    Args:
-        probability: see :func:`drop_teachers`.
-        settings: the loss by which the teachers are compared.
     """
 
     def __init__(self, probability: float, settings: LossSettings):
@@ -60,11 +56,7 @@ class TeacherDropping(nn.Module):
 
 
 class Agreement(nn.Module):
-    """A weighting: only the dimensions in which the teachers differ least are in the loss.
-
-    Args:
-        share: see :func:`agreeing_dims`.
-    """
+    """A weighting: only the dimensions in which the teachers differ least are in the loss."""
 
     def __init__(self, share: float):
         super().__init__()
