@@ -188,8 +188,11 @@ def crop(
     """Crop ``[batch, layer, frame, dim]`` and ``mask [batch, frame]`` to the fewest frames."""
     groups = (predictions, teachers, cached)
     frames = min(states.shape[2] for group in groups for states in group.values())
-    cropped = [{name: states[:, :, :frames] for name, states in g.items()} for g in groups]
-    return *cropped, mask[:, :frames]
+
+    def first(group: Targets) -> Targets:
+        return {name: states[:, :, :frames] for name, states in group.items()}
+
+    return first(predictions), first(teachers), first(cached), mask[:, :frames]
 
 
 def check_stride(teachers: TeacherEnsemble, student: Student) -> None:

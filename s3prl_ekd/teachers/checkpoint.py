@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import logging
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,10 @@ from torch import nn
 from .. import compat
 from ..compat import no_eval
 from ..distill.conv_layers import parse_conv_layers
-from ..errors import CheckpointError, EkdError, TeacherError, first_line
+from ..errors import CheckpointError, TeacherError, first_line
 from ..files.safetensors_file import is_safetensors
 from ..files.text import first_keys
-from ..files.torch_load import build_limit, safe_load
+from ..files.torch_load import build_limit, named_globals, safe_load
 from ..student_file import FORMAT, RUN_KEY, is_student, load_student
 
 logger = logging.getLogger(__name__)
@@ -37,11 +36,7 @@ _DATA2VEC_ONLY = {"average_top_k_layers", "ema_decay", "ema_end_decay"}
 
 
 def load_file(path: Path, location: str) -> nn.Module:
-    """Load an upstream from a checkpoint of one of :data:`KINDS`.
-
-    Args:
-        path: the file.
-        location: the YAML path or option that names the file; starts messages.
+    """Load an upstream from a checkpoint of one of :data:`KINDS`; ``location`` starts messages.
 
     Raises:
         TeacherError: a fairseq checkpoint, or the weights file of a Hugging Face folder.
@@ -54,48 +49,46 @@ def load_file(path: Path, location: str) -> nn.Module:
                 f"{location}: {path} has weights but no settings; give the folder that contains it "
                 "and config.json"
             )
-        from ..upstream.expert import UpstreamExpert
-
-        logger.info("%s: %s is %s", location, path, KINDS["ekd_student"])
-        return UpstreamExpert(str(path))
+        return _load_student(path, location)
     try:
         states = safe_load(path, "teacher checkpoint", allow=compat.checkpoint_globals())
-    except CheckpointError as error:
-        rejected = str(error).replace(str(path), "")  # names the class, such as fairseq.tasks.X
-        if re.search(r"(?<![\w.])(fairseq|omegaconf)\.\w", rejected):
+    except CheckpointError:
+        if _names_fairseq(path):
             raise _fairseq(path) from None
         raise
     no_eval.block_eval()
     family, config = identify(states, path)
-    logger.info("%s: %s is a %s checkpoint: %s", location, path, family, KINDS[family])
-    if family == "distiller":
-        from .distilhubert import build_distilhubert
-
-        return build_distilhubert(states, path)
-    check_conv_layers(config, f"{location}: ", f" in {path}")
-    del states
     if family == "ekd_student":
-        from ..upstream.expert import UpstreamExpert
-
-        return UpstreamExpert(str(path))
-    hubconf = importlib.import_module(f"s3prl.upstream.{family}.hubconf")
+        return _load_student(path, location)
+    logger.info("%s: %s is a %s checkpoint: %s", location, path, family, KINDS[family])
+    if family != "distiller":  # its builder checks all settings
+        check_conv_layers(config, f"{location}: ", f" in {path}")
     try:
         with build_limit(path):
+            if family == "distiller":
+                from .distilhubert import build_distilhubert
+
+                return build_distilhubert(states)
+            del states
+            hubconf = importlib.import_module(f"s3prl.upstream.{family}.hubconf")
             return getattr(hubconf, f"{family}_local")(str(path))
-    except EkdError:
+    except CheckpointError:
         raise
-    except Exception as error:  # s3prl raises various classes for invalid settings
+    except Exception as error:  # s3prl and torch raise various classes for a damaged file
         raise CheckpointError(
             f"{location}: cannot load {path} as a {family} checkpoint: {first_line(error)}"
         ) from None
 
 
-def check_upstream_file(path: Path, upstream: str) -> None:
-    """Check that a checkpoint is safe for s3prl to load as an upstream of any kind.
+def _load_student(path: Path, location: str) -> nn.Module:
+    from ..upstream.expert import UpstreamExpert
 
-    Args:
-        path: the file.
-        upstream: the hub name of the upstream that will load it.
+    logger.info("%s: %s is an ekd_student checkpoint: %s", location, path, KINDS["ekd_student"])
+    return UpstreamExpert(str(path))
+
+
+def check_upstream_file(path: Path, upstream: str) -> None:
+    """Check that a checkpoint is safe for s3prl to load as the upstream of this hub name.
 
     Raises:
         CheckpointError: it is damaged, or its pickle contains code.
@@ -114,12 +107,7 @@ def check_upstream_file(path: Path, upstream: str) -> None:
 def check_conv_layers(config: Mapping, prefix: str, suffix: str) -> None:
     """Reject conv layers other than a list of number triples: s3prl passes the text to ``eval``.
 
-    Args:
-        config: the model's settings in a checkpoint.
-        prefix, suffix: put before and after the setting's name in the message.
-
-    Raises:
-        ConfigError: the conv layers are anything else.
+    ``prefix`` and ``suffix`` surround the setting's name in the message of the ConfigError.
     """
     for key in ("conv_feature_layers", "extractor_conv_feature_layers"):
         if config.get(key) is not None:
@@ -139,9 +127,7 @@ def identify(states: Mapping, path: Path) -> tuple[str, Mapping]:
         TeacherError: a fairseq checkpoint.
         CheckpointError: any other kind.
     """
-    if states.get("format") == FORMAT:
-        return "ekd_student", {}
-    if isinstance(states.get(RUN_KEY), dict):
+    if states.get("format") == FORMAT or isinstance(states.get(RUN_KEY), dict):
         return "ekd_student", {}
     if "Distiller" in states and isinstance(_entry(states, "Config", "distiller"), dict):
         return "distiller", states["Config"]["distiller"]
@@ -173,6 +159,14 @@ def _entry(states: Mapping, *path: str) -> Any:
     for key in path:
         value = value.get(key) if isinstance(value, dict) else None
     return value
+
+
+def _names_fairseq(path: Path) -> bool:
+    """Whether the pickle of a file names classes of fairseq, or of omegaconf for its settings."""
+    try:
+        return any(name.startswith(("fairseq.", "omegaconf.")) for name in named_globals(path))
+    except Exception:  # a damaged pickle can raise anything
+        return False
 
 
 def _fairseq(path: Path, name: str = "") -> TeacherError:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields
-from pathlib import Path
 
 import torch
 from s3prl.upstream.distiller.model import DistillerModel
@@ -15,19 +14,14 @@ from ..distill.conv_layers import stride_of
 from ..distill.settings import StudentSettings
 from ..distill.student import build_backbone, draw_layers
 from ..distill.student_forward import student_forward
-from ..errors import CheckpointError, ConfigError, EkdError, first_line
+from ..errors import ConfigError
 from ..files.config import from_plain_data
-from ..files.torch_load import build_limit
 
 _HEADS = ("output_layer.", "task_embedding.")
 
 
 class DistilHubertUpstream(nn.Module):
-    """A ``DistillerModel`` as an upstream.
-
-    Args:
-        model: s3prl's model, with or without prediction heads, which are not used.
-    """
+    """A ``DistillerModel`` as an upstream; its prediction heads, if any, are not used."""
 
     def __init__(self, model: DistillerModel):
         super().__init__()
@@ -50,14 +44,14 @@ class DistilHubertUpstream(nn.Module):
         return {"hidden_states": student_forward(self.model, waves, lengths, layers).hidden_states}
 
 
-def build_distilhubert(states: Mapping, path: Path) -> DistilHubertUpstream:
+def build_distilhubert(states: Mapping) -> DistilHubertUpstream:
     """Build the upstream from the contents of a checkpoint of s3prl's distiller.
 
     s3prl's own builder unpickles any class and passes the conv layers to ``eval``. This one
     validates the settings first.
 
     Raises:
-        CheckpointError: a setting is not valid or not supported, or the weights do not fit.
+        ConfigError: a setting is not valid or not supported.
     """
     config = states["Config"]["distiller"]
     for key, allowed in (
@@ -67,25 +61,16 @@ def build_distilhubert(states: Mapping, path: Path) -> DistilHubertUpstream:
     ):
         if config.get(key, allowed[0]) not in allowed:
             value = str(config[key])[:60]
-            raise CheckpointError(
-                f"{path}: Config.distiller.{key} must be {' or '.join(allowed)}, got {value!r}"
+            raise ConfigError(
+                f"Config.distiller.{key} must be {' or '.join(allowed)}, got {value!r}"
             )
     names = [field.name for field in fields(StudentSettings)]
     values = {name: config[name] for name in names if name in config}
     # s3prl's defaults that differ from those of StudentSettings
     defaults = {"encoder_layers": 1, "feature_grad_mult": 1.0}
-    try:
-        settings = from_plain_data(StudentSettings, {**defaults, **values}, "Config.distiller")
-        weights = {k: v for k, v in states["Distiller"].items() if not k.startswith(_HEADS)}
-        with build_limit(path):
-            model = build_backbone(settings)
-            model.load_state_dict(weights)
-    except ConfigError as error:
-        raise CheckpointError(f"cannot load {path} as a distiller checkpoint: {error}") from None
-    except EkdError:
-        raise
-    except Exception as error:  # s3prl and torch raise various classes for a damaged file
-        raise CheckpointError(
-            f"cannot load {path} as a distiller checkpoint: {first_line(error)}"
-        ) from None
+    settings = from_plain_data(StudentSettings, {**defaults, **values}, "Config.distiller")
+    model = build_backbone(settings)
+    model.load_state_dict(
+        {name: w for name, w in states["Distiller"].items() if not name.startswith(_HEADS)}
+    )
     return DistilHubertUpstream(model)

@@ -40,73 +40,62 @@ _WAVLM_GAIN = 3.0
 
 
 def hubert_checkpoint(
-    *,
-    seed: int = 1337,
-    conv_layers: str = CONV_LAYERS,
-    embed_dim: int = 96,
-    ffn_dim: int = 192,
-    heads: int = 4,
-    layers: int = 6,
-    conv_pos: int = 32,
-    conv_pos_groups: int = 4,
-    classes: int = 20,
-    normalize: bool = False,
-    config: Mapping[str, Any] | None = None,
+    *, seed: int = 1337, classes: int = 20, normalize: bool = False, **settings: Any
 ) -> dict[str, Any]:
     """A HuBERT checkpoint in the format of ``s3prl.upstream.hubert.convert``.
 
     Args:
         seed: of the weights; the global random state does not change.
-        conv_layers: fairseq's notation, ``[(channels, kernel, stride), ...]``.
-        embed_dim, ffn_dim: widths of the transformer and of its feed-forward network.
-        heads: attention heads; must divide ``embed_dim``.
-        layers: transformer layers; the upstream returns one more hidden state.
-        conv_pos, conv_pos_groups: kernel and groups of the positional convolution.
         classes: number of cluster labels.
         normalize: whether the upstream normalises waveforms, as HuBERT Large does.
-        config: further settings of the model, such as ``layer_norm_first``.
+        settings: see :func:`_model_settings`.
 
     Returns:
         Tensors and builtin containers under ``task_cfg``, ``model_cfg``, ``model_weight`` and
         ``dictionaries_symbols``.
     """
-    from s3prl.upstream.hubert.hubert_model import (
-        HubertConfig,
-        HubertModel,
-        HubertPretrainingConfig,
-    )
-
-    task_cfg = {"label_rate": 50.0, "sample_rate": 16_000, "normalize": normalize}
-    model_cfg = {
-        "label_rate": 50.0,
-        **_SHARED,
-        "conv_feature_layers": conv_layers,
-        "encoder_embed_dim": embed_dim,
-        "encoder_ffn_embed_dim": ffn_dim,
-        "encoder_attention_heads": heads,
-        "encoder_layers": layers,
-        "conv_pos": conv_pos,
-        "conv_pos_groups": conv_pos_groups,
-        "final_dim": min(embed_dim, 256),
-        "untie_final_proj": True,
-        **(config or {}),
+    sizes = _model_settings(**settings)
+    states = {
+        "task_cfg": {"label_rate": 50.0, "sample_rate": 16_000, "normalize": normalize},
+        "model_cfg": {
+            "label_rate": 50.0,
+            "final_dim": min(sizes["encoder_embed_dim"], 256),
+            "untie_final_proj": True,
+            **sizes,
+        },
+        "dictionaries_symbols": [[str(label) for label in range(classes)]],
     }
-    symbols = [[str(label) for label in range(classes)]]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = HubertModel(HubertConfig(**model_cfg), HubertPretrainingConfig(**task_cfg), symbols)
-    _increase_variation(model)
-    return {
-        "task_cfg": task_cfg,
-        "model_cfg": model_cfg,
-        "model_weight": _weights(model),
-        "dictionaries_symbols": symbols,
-    }
+    return {**states, "model_weight": _draw_weights(states, seed)}
 
 
 def wavlm_checkpoint(
     *,
     seed: int = 1338,
+    normalize: bool = False,
+    config: Mapping[str, Any] | None = None,
+    **sizes: Any,
+) -> dict[str, Any]:
+    """A WavLM checkpoint, ``{"cfg", "model"}``, with gated relative position bias.
+
+    For the arguments see :func:`hubert_checkpoint`.
+    """
+    positions = {
+        "relative_position_embedding": True,
+        "num_buckets": 320,
+        "max_distance": 800,
+        "gru_rel_pos": True,
+    }
+    states = {
+        "cfg": {
+            "normalize": normalize,
+            **_model_settings(**sizes, config={**positions, **(config or {})}),
+        }
+    }
+    return {**states, "model": _draw_weights(states, seed, _WAVLM_GAIN)}
+
+
+def _model_settings(
+    *,
     conv_layers: str = CONV_LAYERS,
     embed_dim: int = 96,
     ffn_dim: int = 192,
@@ -114,16 +103,19 @@ def wavlm_checkpoint(
     layers: int = 6,
     conv_pos: int = 32,
     conv_pos_groups: int = 4,
-    normalize: bool = False,
     config: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """A WavLM checkpoint, ``{"cfg", "model"}``, with gated relative position bias.
+    """Settings of s3prl's HuBERT and WavLM.
 
-    For the arguments see :func:`hubert_checkpoint`.
+    Args:
+        conv_layers: fairseq's notation, ``[(channels, kernel, stride), ...]``.
+        embed_dim, ffn_dim: widths of the transformer and of its feed-forward network.
+        heads: attention heads; must divide ``embed_dim``.
+        layers: transformer layers; the upstream returns one more hidden state.
+        conv_pos, conv_pos_groups: kernel and groups of the positional convolution.
+        config: further settings of the model, such as ``layer_norm_first``.
     """
-    from s3prl.upstream.wavlm.WavLM import WavLM, WavLMConfig
-
-    cfg = {
+    return {
         **_SHARED,
         "conv_feature_layers": conv_layers,
         "encoder_embed_dim": embed_dim,
@@ -132,21 +124,21 @@ def wavlm_checkpoint(
         "encoder_layers": layers,
         "conv_pos": conv_pos,
         "conv_pos_groups": conv_pos_groups,
-        "normalize": normalize,
-        "relative_position_embedding": True,
-        "num_buckets": 320,
-        "max_distance": 800,
-        "gru_rel_pos": True,
         **(config or {}),
     }
+
+
+def _draw_weights(
+    states: Mapping[str, Any], seed: int, gain: float = 1.0
+) -> dict[str, torch.Tensor]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = WavLM(WavLMConfig(cfg))
-    _increase_variation(model, _WAVLM_GAIN)
-    return {"cfg": cfg, "model": _weights(model)}
+        model = _build_model(states)
+    _increase_variation(model, gain)
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
 
-def _increase_variation(model: torch.nn.Module, gain: float = 1.0) -> None:
+def _increase_variation(model: nn.Module, gain: float) -> None:
     """Make the features of a random network vary over time and between layers.
 
     With PyTorch's initialisation all frames get nearly the same vector: the convolutions' outputs
@@ -160,20 +152,11 @@ def _increase_variation(model: torch.nn.Module, gain: float = 1.0) -> None:
                 weight.mul_(gain)
 
 
-def _weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-
-
 def random_init(name: str, seed: int = 1337) -> dict[str, Any]:
-    """The checkpoint of a tiny teacher with random instead of trained weights.
+    """The checkpoint of a tiny teacher with random instead of trained weights, in float16.
 
-    Args:
-        name: one of :data:`s3prl_ekd.teachers.zoo.NAMES`. ``tiny_hubert`` and
-            ``tiny_robust_hubert`` give the same checkpoint.
-        seed: of the weights; the global random state does not change.
-
-    Returns:
-        The contents of the teacher's file with other weights: s3prl's format, float16.
+    ``name`` is one of :data:`s3prl_ekd.teachers.zoo.NAMES`; ``tiny_hubert`` and
+    ``tiny_robust_hubert`` give the same checkpoint. The global random state does not change.
 
     Raises:
         SetupError: no such teacher.
@@ -189,7 +172,7 @@ def random_init(name: str, seed: int = 1337) -> dict[str, Any]:
     return states
 
 
-def untrained_model(states: dict[str, Any]) -> nn.Module:
+def untrained_model(states: Mapping[str, Any]) -> nn.Module:
     """Build s3prl's HuBERT or WavLM from a checkpoint's settings, with initial weights.
 
     Both transformers get BERT's initialisation, as in fairseq. s3prl's HuBERT lacks it: with
@@ -200,21 +183,24 @@ def untrained_model(states: dict[str, Any]) -> nn.Module:
         states: a checkpoint in s3prl's format; its weights are not used.
     """
     compat.apply()
-    if "model_cfg" not in states:
+    model: Any = _build_model(states)
+    if "model_cfg" in states:
+        from s3prl.upstream.wavlm.modules import init_bert_params
+
+        model.encoder.apply(init_bert_params)
+    return model
+
+
+def _build_model(states: Mapping[str, Any]) -> nn.Module:
+    """Build s3prl's HuBERT or WavLM from a checkpoint's settings; s3prl draws the weights."""
+    if "cfg" in states:
         from s3prl.upstream.wavlm.WavLM import WavLM, WavLMConfig
 
         return WavLM(WavLMConfig(states["cfg"]))
-    from s3prl.upstream.hubert.hubert_model import (
-        HubertConfig,
-        HubertModel,
-        HubertPretrainingConfig,
-    )
-    from s3prl.upstream.wavlm.modules import init_bert_params
+    from s3prl.upstream.hubert import hubert_model
 
-    model = HubertModel(
-        HubertConfig(**states["model_cfg"]),
-        HubertPretrainingConfig(**states["task_cfg"]),
+    return hubert_model.HubertModel(
+        hubert_model.HubertConfig(**states["model_cfg"]),
+        hubert_model.HubertPretrainingConfig(**states["task_cfg"]),
         states["dictionaries_symbols"],
     )
-    model.encoder.apply(init_bert_params)
-    return model
