@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,14 +69,10 @@ class UpstreamExpert(UpstreamBase):
             "last_hidden_state": out.hidden_states[-1],
         }
         if self.heads is not None:
-            heads = self._head_states(self.heads(out.last))
-            result["hidden_states_and_heads"] = [*out.hidden_states, *heads]
+            states = list(out.hidden_states)
+            for name, prediction in self.heads(out.last).items():
+                # [batch, layer, frame, width] -> slices [batch, frame, dim] of the student's width
+                for layer in prediction.unbind(1):
+                    states += layer.split(self.targets[name].parts, dim=-1)
+            result["hidden_states_and_heads"] = states
         return result
-
-    def _head_states(self, predictions: Mapping[str, Tensor]) -> list[Tensor]:
-        states: list[Tensor] = []
-        for name, prediction in predictions.items():
-            # [batch, layer, frame, width] -> slices [batch, frame, dim] of the student's width
-            for layer in prediction.unbind(1):
-                states += layer.split(self.targets[name].parts, dim=-1)
-        return states

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,38 +11,25 @@ from torch import nn
 from .expert import UpstreamExpert as _UpstreamExpert
 
 
-def tiny_hubert(ckpt: str | Path | None = None, *args: Any, **kwargs: Any) -> nn.Module:
-    """HuBERT of 3.3 M parameters, trained on speech; see :mod:`s3prl_ekd.teachers.zoo`."""
-    return _tiny("tiny_hubert", ckpt)
+def _tiny(name: str) -> Callable[..., nn.Module]:
+    """The entry of a tiny teacher; see :mod:`s3prl_ekd.teachers.zoo`."""
+
+    def entry(ckpt: str | Path | None = None, *args: Any, **kwargs: Any) -> nn.Module:
+        from s3prl_ekd.errors import CheckpointError
+        from s3prl_ekd.teachers import load_tiny
+
+        if ckpt:
+            raise CheckpointError(f"-k {ckpt}: {name} comes with its weights; leave out -k")
+        return load_tiny(name, f"upstream {name}")
+
+    return entry
 
 
-def tiny_robust_hubert(ckpt: str | Path | None = None, *args: Any, **kwargs: Any) -> nn.Module:
-    """``tiny_hubert``, trained further with noisy and reverberant speech."""
-    return _tiny("tiny_robust_hubert", ckpt)
-
-
-def tiny_wavlm(ckpt: str | Path | None = None, *args: Any, **kwargs: Any) -> nn.Module:
-    """WavLM of 3.3 M parameters, trained on speech."""
-    return _tiny("tiny_wavlm", ckpt)
-
-
-def tiny_hubert_random(ckpt: str | Path | None = None, *args: Any, **kwargs: Any) -> nn.Module:
-    """``tiny_hubert`` with random weights, the same at each call."""
-    return _tiny("tiny_hubert_random", ckpt)
-
-
-def tiny_wavlm_random(ckpt: str | Path | None = None, *args: Any, **kwargs: Any) -> nn.Module:
-    """``tiny_wavlm`` with random weights, the same at each call."""
-    return _tiny("tiny_wavlm_random", ckpt)
-
-
-def _tiny(name: str, ckpt: str | Path | None) -> nn.Module:
-    from s3prl_ekd.errors import CheckpointError
-    from s3prl_ekd.teachers import load_tiny
-
-    if ckpt:
-        raise CheckpointError(f"-k {ckpt}: {name} comes with its weights; leave out -k")
-    return load_tiny(name, f"upstream {name}")
+tiny_hubert = _tiny("tiny_hubert")
+tiny_robust_hubert = _tiny("tiny_robust_hubert")
+tiny_wavlm = _tiny("tiny_wavlm")
+tiny_hubert_random = _tiny("tiny_hubert_random")
+tiny_wavlm_random = _tiny("tiny_wavlm_random")
 
 
 def ekd_student_local(ckpt: str | Path, *args: Any, **kwargs: Any) -> nn.Module:

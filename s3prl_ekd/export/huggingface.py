@@ -37,8 +37,7 @@ from ..errors import CheckpointError, ConfigError, SetupError, TeacherError
 from ..files.config import from_plain_data
 from ..student_file import LoadedStudent
 from ..teachers.hf_names import fairseq_name
-from ..teachers.huggingface import _quiet_transformers as quiet_transformers
-from ..teachers.huggingface import check_hf_folder, load_folder
+from ..teachers.huggingface import check_hf_folder, load_folder, quiet_transformers
 
 if TYPE_CHECKING:
     from transformers import HubertConfig, HubertModel

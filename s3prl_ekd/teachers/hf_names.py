@@ -44,12 +44,8 @@ _UNUSED = re.compile(r"mask_emb$|final_proj\.|label_embs_concat$|layer_norm\.")
 
 
 def fairseq_name(name: str, layer_norm: bool) -> str:
-    """fairseq's name of a tensor.
-
-    Args:
-        name: transformers' name.
-        layer_norm: each conv layer has a layer norm; otherwise the first has a group norm.
-    """
+    """fairseq's name of a tensor of transformers; ``layer_norm``: the conv layers have layer norms,
+    not a group norm in the first."""
     for pattern, text in _RULES:
         if pattern.match(name):
             return pattern.sub(text.replace("{norm}", ".1" if layer_norm else ""), name, count=1)
@@ -92,10 +88,6 @@ def fairseq_config(config: PreTrainedConfig) -> dict[str, Any]:
 def fairseq_model(network: PreTrainedModel, location: str) -> nn.Module:
     """Copy a transformers model into s3prl's ``HubertModel`` or ``WavLM``, in fairseq's layout.
 
-    Args:
-        network: transformers' HuBERT, WavLM, wav2vec 2.0 or data2vec-audio.
-        location: starts messages.
-
     Raises:
         ConfigError: the model has parts that fairseq's layout lacks.
     """
@@ -105,16 +97,14 @@ def fairseq_model(network: PreTrainedModel, location: str) -> nn.Module:
     try:
         model = _build_model(config)
         missing, extra = model.load_state_dict(weights, strict=False)
+        unmatched = [*extra, *(name for name in missing if not _UNUSED.match(name))]
+        if unmatched:
+            raise ValueError(f"{unmatched[0]} has no counterpart")
     except (RuntimeError, ValueError, TypeError, KeyError, AssertionError) as error:
         raise ConfigError(
-            f"{location}: cannot convert the model to the student's layout: {first_line(error)}"
+            f"{location}: cannot convert the model to the student's layout: {first_line(error)}; "
+            "choose another init.teacher or set init.teacher: null"
         ) from None
-    unmatched = [*extra, *(name for name in missing if not _UNUSED.match(name))]
-    if unmatched:
-        raise ConfigError(
-            f"{location}: cannot convert the model to the student's layout: {unmatched[0]} has no "
-            "counterpart; choose another init.teacher or set init.teacher: null"
-        )
     return model.eval()
 
 
@@ -125,17 +115,13 @@ def _build_model(config: PreTrainedConfig) -> nn.Module:
 
         model = WavLM(WavLMConfig(settings))
     else:
-        from s3prl.upstream.hubert.hubert_model import (
-            HubertConfig,
-            HubertModel,
-            HubertPretrainingConfig,
-        )
+        from s3prl.upstream.hubert import hubert_model
 
         depth = settings.pop("pos_conv_depth", 1)
-        model_config = HubertConfig(label_rate=50.0, **settings)
+        model_config = hubert_model.HubertConfig(label_rate=50.0, **settings)
         model_config.pos_conv_depth = depth  # read by s3prl's encoder
-        task = HubertPretrainingConfig(label_rate=50.0, sample_rate=16_000)
-        model = HubertModel(model_config, task, [None])
+        task = hubert_model.HubertPretrainingConfig(label_rate=50.0, sample_rate=16_000)
+        model = hubert_model.HubertModel(model_config, task, [None])
     if model.post_extract_proj is None:  # transformers projects even if the widths are equal
         model.post_extract_proj = nn.Linear(model.embed, config.hidden_size)
     return model

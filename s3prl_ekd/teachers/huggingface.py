@@ -19,8 +19,10 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from ..errors import CheckpointError, EkdError, SetupError, TeacherError, first_line
-from ..files.text import check_regular, download_problem, read_json
+from ..files.safetensors_file import open_safetensors
+from ..files.text import download_problem, read_json
 from ..files.torch_load import build_limit
+from .fast.encoder import padded_frames
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,7 +38,6 @@ MODEL_TYPES = {
 }
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 _SAMPLE_RATE = 16_000  # Hz
-_MAX_HEADER = 8 << 20  # bytes of names and shapes; 1000 tensors take 100,000 bytes
 
 
 def check_hf_folder(folder: Path, location: str) -> str:
@@ -63,16 +64,13 @@ def check_hf_folder(folder: Path, location: str) -> str:
             "merge it into the weights"
         )
     if not any((folder / name).is_file() for name in _WEIGHTS):
-        pickles = (folder / "pytorch_model.bin").is_file()
-        raise TeacherError(
-            f"{location}: no model.safetensors in {folder}"
-            + (
+        hint = ""
+        if (folder / "pytorch_model.bin").is_file():
+            hint = (
                 "; pytorch_model.bin is a pickle, which is not loaded: convert it with "
                 "transformers' model.save_pretrained(FOLDER)"
-                if pickles
-                else ""
             )
-        )
+        raise TeacherError(f"{location}: no model.safetensors in {folder}{hint}")
     for weights in sorted(folder.glob("*.safetensors")):
         if problem := download_problem(weights):
             raise TeacherError(f"{location}: {weights} {problem}")
@@ -95,7 +93,8 @@ def load_folder(folder: Path, location: str) -> HuggingFaceUpstream:
     """
     kind = check_hf_folder(folder, location)
     for weights in folder.glob("*.safetensors"):
-        _check_header(weights, location)
+        with open_safetensors(weights, "weights file"):
+            pass  # its header has been checked
     try:
         import transformers
     except ImportError:
@@ -103,19 +102,18 @@ def load_folder(folder: Path, location: str) -> HuggingFaceUpstream:
             f"{location}: a Hugging Face folder needs transformers; type: pip install transformers"
         ) from None
     try:
-        with _quiet_transformers():
-            model_class = getattr(transformers, MODEL_TYPES[kind])
-            fused = getattr(model_class, "_supports_sdpa", False)
-            with build_limit(folder):
-                model, info = model_class.from_pretrained(
-                    str(folder),
-                    local_files_only=True,
-                    use_safetensors=True,
-                    # Both compute the same. Set here, because the config could name another
-                    # implementation, which transformers may download.
-                    attn_implementation="sdpa" if fused else "eager",
-                    output_loading_info=True,
-                )
+        model_class = getattr(transformers, MODEL_TYPES[kind])
+        fused = getattr(model_class, "_supports_sdpa", False)
+        with quiet_transformers(), build_limit(folder):
+            model, info = model_class.from_pretrained(
+                str(folder),
+                local_files_only=True,
+                use_safetensors=True,
+                # Both compute the same. Set here, because the config could name another
+                # implementation, which transformers may download.
+                attn_implementation="sdpa" if fused else "eager",
+                output_loading_info=True,
+            )
     except EkdError:
         raise
     except Exception as error:  # transformers raises various classes for invalid settings
@@ -146,11 +144,9 @@ def load_folder(folder: Path, location: str) -> HuggingFaceUpstream:
 
 
 class HuggingFaceUpstream(nn.Module):
-    """A transformers model as an s3prl upstream.
+    """A transformers model without a task head as an s3prl upstream.
 
-    Args:
-        network: HuBERT, WavLM, wav2vec 2.0 or data2vec-audio, without a task head.
-        normalize: normalise each waveform to zero mean and unit variance, as s3prl does.
+    ``normalize``: normalise each waveform to zero mean and unit variance, as s3prl does.
     """
 
     def __init__(self, network: PreTrainedModel, normalize: bool):
@@ -193,13 +189,12 @@ class HuggingFaceUpstream(nn.Module):
         """
         if self.normalize:
             wavs = [F.layer_norm(wav, wav.shape) for wav in wavs]
-        lengths = torch.tensor([len(wav) for wav in wavs], device=wavs[0].device)
         waves = pad_sequence(list(wavs), batch_first=True)  # [batch, sample]
         features = self.network.feature_extractor(waves).transpose(1, 2)  # [batch, frame, channel]
         projected = self.network.feature_projection(features)
         if isinstance(projected, tuple):  # all but HuBERT return the unprojected features too
             projected = projected[0]
-        mask = self._frame_mask(lengths, waves.shape[1], features.shape[1])
+        mask = self._frame_mask([len(wav) for wav in wavs], features)
         states: list[Tensor] = []
 
         def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -225,29 +220,23 @@ class HuggingFaceUpstream(nn.Module):
                 hook.remove()
         return {"hidden_states": [*states, out[0]]}
 
-    def _frame_mask(self, lengths: Tensor, samples: int, frames: int) -> Tensor | None:
-        """Mask of the valid frames ``[batch, frame]``, computed as in the family's s3prl expert.
-
-        None if all waveforms have the same length.
-        """
-        if bool((lengths == samples).all()):
+    def _frame_mask(self, lengths: list[int], features: Tensor) -> Tensor | None:
+        """Mask of the valid frames ``[batch, frame]``, computed as in the family's s3prl expert;
+        None if all waveforms have the same length."""
+        conv = None if self._counts_blocks else self._conv
+        valid = padded_frames(lengths, max(lengths), features.shape[1], conv)
+        if valid is None:
             return None
-        index = torch.arange(frames, device=lengths.device)[None]  # [1, frame]
-        if self._counts_blocks:
-            # The samples are divided into one block per frame, all equal; a block with at least
-            # one valid sample is valid.
-            return index * (samples // frames) < lengths[:, None]
-        for kernel, stride in self._conv:
-            lengths = torch.div(lengths - kernel, stride, rounding_mode="floor") + 1
-        return index < lengths[:, None]
+        index = torch.arange(features.shape[1], device=features.device)
+        return index < torch.tensor(valid, device=features.device)[:, None]
 
 
 def _audio_settings(folder: Path, location: str) -> tuple[Path, dict]:
-    """The feature extractor's settings (sample rate, normalisation), and the file they are from.
+    """The feature extractor's settings (sample rate, normalisation; empty without a file), and the
+    file they are from.
 
     transformers 5 saves all settings of a processor in one file, with the feature extractor's as
-    a section. If both files exist, it uses this section, and so does this function. The settings
-    are empty if there is no file.
+    a section, and prefers it to the older file.
     """
     path = folder / "processor_config.json"
     if path.is_file():
@@ -263,17 +252,6 @@ def _audio_settings(folder: Path, location: str) -> tuple[Path, dict]:
     return path, _json(path, location) if path.is_file() else {}
 
 
-def _check_header(path: Path, location: str) -> None:
-    check_regular(path, "weights", CheckpointError)
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-    if length > _MAX_HEADER:
-        raise CheckpointError(
-            f"{location}: cannot load {path}: its header has {length:,} bytes, the limit is "
-            f"{_MAX_HEADER:,}"
-        )
-
-
 def _json(path: Path, location: str) -> dict:
     try:
         return read_json(path, "file", TeacherError)
@@ -282,7 +260,7 @@ def _json(path: Path, location: str) -> dict:
 
 
 @contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Silence transformers' warnings on unused heads and its progress bar.
 
     :func:`load_folder` checks for missing weights itself.

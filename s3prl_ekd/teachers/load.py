@@ -113,7 +113,7 @@ def load_upstream(model: str, location: str) -> nn.Module:
 
     Args:
         model: a hub name, a tiny teacher's name or a path. A file of that name takes precedence.
-        location: the YAML path; starts messages.
+        location: starts messages.
 
     Raises:
         TeacherError: unknown name, failed download, or an unsupported kind.
@@ -134,11 +134,7 @@ def load_upstream(model: str, location: str) -> nn.Module:
 
 
 def load_tiny(name: str, location: str) -> nn.Module:
-    """Load a tiny teacher of this package, trained or randomly initialised, as s3prl's expert.
-
-    Args:
-        name: one of :data:`s3prl_ekd.teachers.zoo.NAMES`.
-        location: starts messages.
+    """Load one of :data:`.zoo.NAMES`, trained or randomly initialised, as s3prl's expert.
 
     Raises:
         SetupError: the file is missing from the installation.
@@ -157,16 +153,9 @@ def load_tiny(name: str, location: str) -> nn.Module:
 
 
 def check_precision(precision: str, device: str) -> None:
-    """Reject bfloat16 on a CPU.
+    """Raise SetupError for bfloat16 on a CPU.
 
     Some CPUs report bfloat16 instructions that they don't have, and Python then crashes.
-
-    Args:
-        precision: ``teacher_precision``.
-        device: the teachers' device.
-
-    Raises:
-        SetupError: bfloat16 without a CUDA device.
     """
     if precision == "bfloat16" and not device.startswith("cuda"):
         raise SetupError(
@@ -185,9 +174,9 @@ def load_teachers(
 
     Args:
         settings: by teacher name.
-        dropout: keep the teachers' dropout on; they then run s3prl's own forward.
-        backend, precision, compiled: ``teacher_backend``, ``teacher_precision`` and
-            ``teacher_compile`` of :class:`~s3prl_ekd.distill.settings.DistillSettings`.
+        dropout, backend, precision, compiled: ``teacher_dropout``, ``teacher_backend``,
+            ``teacher_precision`` and ``teacher_compile`` of
+            :class:`~s3prl_ekd.distill.settings.DistillSettings`.
 
     Raises:
         TeacherError, CheckpointError: see :func:`load_upstream` and :class:`Teacher`.
@@ -206,10 +195,8 @@ def load_teachers(
 
 
 def teacher_model(ensemble: TeacherEnsemble, name: str) -> nn.Module:
-    """A teacher's model in fairseq's layout, to initialise a student from.
-
-    The layout is ``feature_extractor``, ``post_extract_proj``, ``encoder.pos_conv`` and
-    ``encoder.layers``. A Hugging Face model is copied into this layout.
+    """A teacher's model to initialise a student from, in fairseq's layout (see
+    :func:`~s3prl_ekd.distill.initialisation.initialise`).
 
     Raises:
         ConfigError: the teacher has no such model.
