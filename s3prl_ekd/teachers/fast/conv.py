@@ -48,15 +48,16 @@ class ConvExtractor:
     """Computes conv features of waveforms, with the weights of s3prl's module.
 
     Args:
-        module: s3prl's ``ConvFeatureExtractionModel`` with ``conv_layers``; see
-            :func:`supports_conv`.
+        module: see :func:`supports_conv`.
         dtype: of the computation.
     """
 
     def __init__(self, module: ConvFeatureExtractionModel, dtype: torch.dtype = torch.float32):
         self.module = module
         self.dtype = dtype
-        self._prepared: tuple[torch.device, list[_ConvLayer], nn.GroupNorm | None] | None = None
+        self._device: torch.device | None = None  # of `_layers`
+        self._layers: list[_ConvLayer] = []
+        self._group_norm: nn.GroupNorm | None = None
 
     @property
     def spec(self) -> list[tuple[int, int]]:
@@ -68,10 +69,11 @@ class ConvExtractor:
         """``[batch, sample]`` -> ``[batch, frame, channel]``."""
         if self._cudnn_is_faster(waves):
             return self.module(waves).transpose(1, 2)
-        layers, group_norm = self._layers(waves.device)
-        first, *rest = layers
+        if self._device != waves.device:
+            self._prepare(waves.device)
+        first, *rest = self._layers
         frames = waves.unfold(1, first.kernel, first.stride)  # [batch, frame, tap]
-        weight, bias = _first_weights(first, group_norm, frames)  # [batch, tap, channel]
+        weight, bias = _first_weights(first, self._group_norm, frames)  # [batch, tap, channel]
         weight, bias = weight.to(self.dtype), bias.to(self.dtype)
         if waves.device.type == "cpu" and rest:
             hidden = _two_layers(frames, weight, bias, first.norm, rest.pop(0))
@@ -91,34 +93,28 @@ class ConvExtractor:
         except RuntimeError:  # torch 2.9 and later, if these were set by their new names
             return True
 
-    def _layers(self, device: torch.device) -> tuple[list[_ConvLayer], nn.GroupNorm | None]:
-        if self._prepared is None or self._prepared[0] != device:
-            self._prepared = (device, *self._prepare(device))
-        return self._prepared[1:]
-
-    def _prepare(self, device: torch.device) -> tuple[list[_ConvLayer], nn.GroupNorm | None]:
-        layers, group_norm = [], None
+    def _prepare(self, device: torch.device) -> None:
+        layers = []
         # Some of these tensors become the module's parameters, so they must not be inference
         # tensors.
         with torch.inference_mode(False), torch.no_grad():
             for index, layer in enumerate(self.module.conv_layers):
                 conv, norm = layer[0], _norm(layer)
                 if isinstance(norm, nn.GroupNorm):
-                    group_norm, norm = norm, None
+                    self._group_norm, norm = norm, None
                 dtype = self.dtype if index else torch.float32
                 weight = _by_taps(conv.weight, dtype, device)
                 bias = None if conv.bias is None else conv.bias.detach().to(dtype)
                 layers.append(_ConvLayer(weight, bias, norm, conv.stride[0]))
-        return layers, group_norm
+        self._device, self._layers = device, layers
 
 
 def supports_conv(module: ConvFeatureExtractionModel) -> bool:
     """Whether :class:`ConvExtractor` can compute this module."""
-    layers = getattr(module, "conv_layers", None)
-    if (
-        not isinstance(layers, nn.ModuleList)
-        or getattr(module, "conv_type", "default") != "default"
-    ):
+    layers: Any = getattr(module, "conv_layers", None)
+    if not isinstance(layers, nn.ModuleList):
+        return False
+    if getattr(module, "conv_type", "default") != "default":
         return False
     for index, layer in enumerate(layers):
         if not isinstance(layer, nn.Sequential) or type(layer[0]) is not nn.Conv1d:

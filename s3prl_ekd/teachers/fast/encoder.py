@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from ...errors import TeacherError, first_line
 from .conv import ConvExtractor, same_weights, supports_conv
-from .layers import FastLayer, Norm, PositionalConv, RelativeBias, supports_layer
+from .layers import Converter, FastLayer, PositionalConv, RelativeBias, supports_layer
 
 if TYPE_CHECKING:
     from s3prl.upstream.hubert.hubert_model import HubertModel
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _EPS = 1e-5  # default of torch's layer_norm, with which s3prl normalises a waveform
-
 _ONE_SECOND = 16_000  # samples
 # Normalised waveforms and conv features of one batch, which its teachers' encoders share.
 Shared = dict[tuple, Tensor]
@@ -85,17 +83,20 @@ def padded_frames(
     return counts
 
 
-@dataclass
-class _DeviceWeights:
+class _Weights:
     """The model's weights, converted for one device."""
 
-    device: torch.device
-    norm: Norm
-    projection: tuple[Tensor, Tensor] | None
-    positions: PositionalConv
-    encoder_norm: Norm
-    layers: list[FastLayer]
-    bias: RelativeBias | None
+    def __init__(self, model: HubertModel | Wav2Vec2Model | WavLM, convert: Converter):
+        encoder, projection = model.encoder, model.post_extract_proj
+        self.device = convert.device
+        self.norm = convert.norm(model.layer_norm)
+        self.projection = convert.linear(projection) if projection else None
+        self.positions = PositionalConv(encoder.pos_conv, convert)
+        self.encoder_norm = convert.norm(encoder.layer_norm)
+        self.layers = [FastLayer(layer, convert) for layer in encoder.layers]
+        attention = encoder.layers[0].self_attn
+        relative = getattr(attention, "has_relative_attention_bias", False)
+        self.bias = RelativeBias(attention, convert) if relative else None
 
 
 class FastEncoder:
@@ -129,12 +130,10 @@ class FastEncoder:
         self.counts_frames = counts_frames
         self.precision = precision
         self.name = name
-        self._weights: _DeviceWeights | None = None
-        self._precision_logged = False
-        self._run = _run
+        self._weights: _Weights | None = None
+        self._precision_logged = precision == torch.float32
         self.compiled = compiled
-        if compiled:
-            self._run = torch.compile(_run, dynamic=True)
+        self._run = torch.compile(_run, dynamic=True) if compiled else _run
 
     @torch.inference_mode()
     def hidden_states(
@@ -144,31 +143,20 @@ class FastEncoder:
         layers: Iterable[int],
         shared: Shared | None = None,
     ) -> dict[int, Tensor]:
-        """Compute hidden states by index: 0 is the first layer's input, n the output of layer n.
+        """Compute hidden states; see :class:`~s3prl_ekd.distill.teachers.TeacherEncoder`.
 
-        Args:
-            waves: ``[batch, sample]`` at 16 kHz, padded with 0.
-            lengths: valid samples of each waveform; the longest fills the batch.
-            layers: indices of the hidden states; layers above the highest are not computed.
-            shared: cache of this batch for encoders of several teachers; empty for the first.
-
-        Returns:
-            ``[batch, frame, dim]`` each, float32. They are inference tensors: copy them (as
-            ``torch.stack`` does) before using them with autograd.
+        They are inference tensors: copy them (as ``torch.stack`` does) before using them with
+        autograd.
         """
         shared = {} if shared is None else shared
         indices = set(layers)
-        if self.precision != torch.float32 and not self._precision_logged:
+        if not self._precision_logged:
             self._precision_logged = True
             self._log_precision_error(waves, lengths, indices)
         weights = self._weights_on(waves.device)
         features = self._features(waves, lengths, shared)  # [batch, frame, channel]
-        valid = padded_frames(
-            lengths,
-            waves.shape[1],
-            features.shape[1],
-            self.extractor.spec if self.counts_frames else None,
-        )
+        conv = self.extractor.spec if self.counts_frames else None
+        valid = padded_frames(lengths, waves.shape[1], features.shape[1], conv)
         x = F.layer_norm(features, *weights.norm)
         if weights.projection is not None:
             x = F.linear(x, *weights.projection)
@@ -198,10 +186,9 @@ class FastEncoder:
         key = ("features", id(self.extractor), self.normalize)
         if key not in shared:
             if self.normalize:
-                waves_key = ("normalised",)
-                if waves_key not in shared:
-                    shared[waves_key] = normalised(waves, lengths)
-                waves = shared[waves_key]
+                if ("normalised",) not in shared:
+                    shared["normalised",] = normalised(waves, lengths)
+                waves = shared["normalised",]
             shared[key] = self.extractor(waves)
         return shared[key].to(self.precision)
 
@@ -227,43 +214,24 @@ class FastEncoder:
     def _apply(
         self, layer: FastLayer, x: Tensor, bias: Tensor | None, key_mask: Tensor | None
     ) -> Tensor:
-        if not self.compiled:
-            return layer(x, bias, key_mask)
         try:
             return self._run(layer, x, bias, key_mask)
-        # A missing or unsuitable compiler: torch raises various classes.
         except Exception as error:
+            if not self.compiled:
+                raise
+            # A missing or unsuitable compiler: torch raises various classes.
             raise TeacherError(
                 f"teachers.{self.name}: torch.compile failed ({first_line(error)}); set "
                 "teacher_compile: false"
             ) from None
 
-    def _weights_on(self, device: torch.device) -> _DeviceWeights:
+    def _weights_on(self, device: torch.device) -> _Weights:
         """The weights on ``device``, converted at the first call."""
         if self._weights is None or self._weights.device != device:
-            model, encoder = self.model, self.model.encoder
-
-            def convert(tensor: Tensor) -> Tensor:
-                return tensor.detach().to(device, self.precision)
-
-            def norm(layer: nn.LayerNorm) -> Norm:
-                return layer.normalized_shape, convert(layer.weight), convert(layer.bias), layer.eps
-
-            projection = model.post_extract_proj
-            attention = encoder.layers[0].self_attn
-            relative = getattr(attention, "has_relative_attention_bias", False)
             # Some of these tensors become the module's parameters, so they must not be inference
             # tensors.
             with torch.inference_mode(False), torch.no_grad():
-                self._weights = _DeviceWeights(
-                    device,
-                    norm(model.layer_norm),
-                    (convert(projection.weight), convert(projection.bias)) if projection else None,
-                    PositionalConv(encoder.pos_conv, device, self.precision),
-                    norm(encoder.layer_norm),
-                    [FastLayer(layer, device, self.precision) for layer in encoder.layers],
-                    RelativeBias(attention, device, self.precision) if relative else None,
-                )
+                self._weights = _Weights(self.model, Converter(device, self.precision))
         return self._weights
 
 
@@ -277,13 +245,12 @@ def supports_encoder(model: HubertModel | Wav2Vec2Model | WavLM) -> bool:
     positions = getattr(encoder, "pos_conv", None)
     if type(encoder).__name__ != "TransformerEncoder" or not isinstance(positions, nn.Sequential):
         return False
-    usual = len(positions) == 3 and type(positions[0]) is nn.Conv1d
-    usual = usual and type(positions[2]) is nn.GELU
-    unusual = getattr(model, "input_quantizer", None) is not None
-    unusual = unusual or getattr(model, "crop_seq_to_multiple", 1) != 1
     return (
-        usual
-        and not unusual
+        len(positions) == 3
+        and type(positions[0]) is nn.Conv1d
+        and type(positions[2]) is nn.GELU
+        and getattr(model, "input_quantizer", None) is None
+        and getattr(model, "crop_seq_to_multiple", 1) == 1
         and len(encoder.layers) > 0
         and supports_conv(model.feature_extractor)
         and all(supports_layer(layer) for layer in encoder.layers)
@@ -316,10 +283,8 @@ def fast_encoders(
 ) -> dict[str, FastEncoder]:
     """Build an encoder for each supported upstream; equal conv extractors are shared.
 
-    Args:
-        upstreams: by teacher name.
-        precision: one of :data:`PRECISIONS`.
-        compiled: run the layers through ``torch.compile``.
+    ``precision`` is one of :data:`PRECISIONS`; ``compiled`` runs the layers through
+    ``torch.compile``.
     """
     extractors: list[ConvExtractor] = []
     encoders = {}

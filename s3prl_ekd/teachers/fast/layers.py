@@ -5,7 +5,7 @@ Also the positional convolution and WavLM's gated relative position bias.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,15 +21,27 @@ if TYPE_CHECKING:  # WavLM has classes of the same names
 Norm = tuple[tuple[int, ...], Tensor, Tensor, float]  # shape, weight, bias, epsilon
 
 
+@dataclass(frozen=True)
+class Converter:
+    """Converts weights to the device and dtype of the computation."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        return tensor.detach().to(self.device, self.dtype)
+
+    def linear(self, layer: nn.Linear) -> tuple[Tensor, Tensor]:
+        return self(layer.weight), self(layer.bias)
+
+    def norm(self, layer: nn.LayerNorm) -> Norm:
+        return layer.normalized_shape, self(layer.weight), self(layer.bias), layer.eps
+
+
 class PositionalConv:
-    """s3prl's ``encoder.pos_conv`` with the weight norm computed once.
+    """s3prl's ``encoder.pos_conv`` with the weight norm computed once."""
 
-    Args:
-        module: ``Sequential(Conv1d with weight norm, SamePad, GELU)``.
-        device, dtype: of the computation.
-    """
-
-    def __init__(self, module: nn.Sequential, device: torch.device, dtype: torch.dtype):
+    def __init__(self, module: nn.Sequential, convert: Converter):
         conv: Any = module[0]
         pad: Any = module[1]
         if hasattr(conv, "weight_g"):
@@ -40,8 +52,7 @@ class PositionalConv:
             conv.weight = weight
         else:
             weight = conv.weight.detach()
-        self.weight = weight.to(device, dtype)
-        self.bias = conv.bias.detach().to(device, dtype)
+        self.weight, self.bias = convert(weight), convert(conv.bias)
         self.padding, self.groups = conv.padding, conv.groups
         self.remove = pad.remove
 
@@ -62,20 +73,13 @@ class RelativeBias:
 
     Args:
         attention: of the first layer, which has the embedding table.
-        device, dtype: of the bias.
-        cache_size: maximum number of cached biases.
     """
 
-    def __init__(
-        self,
-        attention: MultiheadAttention,
-        device: torch.device,
-        dtype: torch.dtype,
-        cache_size: int = 4,
-    ):
+    cache_size = 4  # biases
+
+    def __init__(self, attention: MultiheadAttention, convert: Converter):
         self.attention = attention
-        self.device, self.dtype = device, dtype
-        self.cache_size = cache_size
+        self.device, self.dtype = convert.device, convert.dtype
         self._cache: dict[int, Tensor] = {}
 
     def __call__(self, frames: int) -> Tensor:
@@ -98,25 +102,17 @@ class BiasGate:
     """Gate of the position bias for each frame and head (WavLM, arXiv 2110.13900, section 3.1).
 
     s3prl sums four outputs of a linear layer for each gate. Here their weights are summed once.
-
-    Args:
-        attention: s3prl's, with ``grep_linear`` and ``grep_a``.
-        device, dtype: of the computation.
     """
 
-    def __init__(self, attention: MultiheadAttention, device: torch.device, dtype: torch.dtype):
+    def __init__(self, attention: MultiheadAttention, convert: Converter):
         linear = attention.grep_linear
-        self.weight = linear.weight.detach().view(2, 4, -1).sum(1).to(device, dtype)
-        self.bias = linear.bias.detach().view(2, 4).sum(1).to(device, dtype)
-        self.scale = attention.grep_a.detach().to(device, dtype)  # [1, head, 1, 1]
+        self.weight = convert(linear.weight.detach().view(2, 4, -1).sum(1))
+        self.bias = convert(linear.bias.detach().view(2, 4).sum(1))
+        self.scale = convert(attention.grep_a)  # [1, head, 1, 1]
         self.heads = attention.num_heads
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Compute the gates ``[batch, head, frame, 1]`` from the attention's input.
-
-        Args:
-            x: ``[batch, frame, dim]``.
-        """
+        """The attention's input ``[batch, frame, dim]`` -> gates ``[batch, head, frame, 1]``."""
         heads = x.unflatten(2, (self.heads, -1)).transpose(1, 2)
         gate_a, gate_b = torch.sigmoid(F.linear(heads, self.weight, self.bias)).split(1, -1)
         return gate_a * (gate_b * self.scale - 1.0) + 2.0
@@ -130,37 +126,25 @@ class FastLayer:
 
     Args:
         module: a layer of HuBERT, wav2vec 2.0 or WavLM; see :func:`supports_layer`.
-        device, dtype: of the computation.
     """
 
-    def __init__(
-        self, module: TransformerSentenceEncoderLayer, device: torch.device, dtype: torch.dtype
-    ):
+    def __init__(self, module: TransformerSentenceEncoderLayer, convert: Converter):
         attention = module.self_attn
         projections = [attention.q_proj, attention.k_proj, attention.v_proj]
-        shared = dtype == torch.float32
-
-        def convert(tensor: Tensor) -> Tensor:
-            return tensor.detach().to(device, dtype)
-
-        def norm(layer: nn.LayerNorm) -> Norm:
-            return layer.normalized_shape, convert(layer.weight), convert(layer.bias), layer.eps
-
         self.heads = attention.num_heads
         self.pre_norm = module.layer_norm_first
-        self.qkv = _concatenate(projections, "weight", device, dtype, shared)
-        self.qkv_bias = _concatenate(projections, "bias", device, dtype, shared)
-        self.out = convert(attention.out_proj.weight), convert(attention.out_proj.bias)
-        self.up = convert(module.fc1.weight), convert(module.fc1.bias)
-        self.down = convert(module.fc2.weight), convert(module.fc2.bias)
-        self.attention_norm = norm(module.self_attn_layer_norm)
-        self.final_norm = norm(module.final_layer_norm)
-        self.activation = _in_place(module.activation_fn)
-        gated = hasattr(attention, "grep_linear")
-        self.gate = BiasGate(attention, device, dtype) if gated else None
+        self.qkv = _concatenate([layer.weight for layer in projections], convert)
+        self.qkv_bias = _concatenate([layer.bias for layer in projections], convert)
+        self.out = convert.linear(attention.out_proj)
+        self.up, self.down = convert.linear(module.fc1), convert.linear(module.fc2)
+        self.attention_norm = convert.norm(module.self_attn_layer_norm)
+        self.final_norm = convert.norm(module.final_layer_norm)
+        is_gelu = module.activation_fn.__name__ == "gelu"
+        self.activation = torch.ops.aten.gelu_ if is_gelu else module.activation_fn
+        self.gate = BiasGate(attention, convert) if hasattr(attention, "grep_linear") else None
 
     def __call__(self, x: Tensor, bias: Tensor | None, key_mask: Tensor | None) -> Tensor:
-        """Compute the layer's output.
+        """Compute the layer's output ``[batch, frame, dim]``.
 
         Args:
             x: ``[batch, frame, dim]``; not modified.
@@ -210,20 +194,11 @@ def supports_layer(module: TransformerSentenceEncoderLayer) -> bool:
     return usual and has_biases and not unusual and not isinstance(module.activation_fn, type)
 
 
-def _concatenate(
-    projections: list[nn.Linear], name: str, device: torch.device, dtype: torch.dtype, shared: bool
-) -> Tensor:
-    """Concatenate a parameter of several layers; if ``shared``, they become views of the result."""
-    tensors = [getattr(projection, name) for projection in projections]
-    result = torch.cat([tensor.detach().to(device, dtype) for tensor in tensors])
-    if shared and tensors[0].device == device:
-        begin = 0
-        for tensor in tensors:
-            tensor.data = result[begin : begin + len(tensor)]
-            begin += len(tensor)
+def _concatenate(parameters: list[Tensor], convert: Converter) -> Tensor:
+    """Concatenate parameters; in float32 on their own device, they become views of the result."""
+    result = torch.cat([convert(parameter) for parameter in parameters])
+    if convert.dtype == torch.float32 and parameters[0].device == convert.device:
+        pieces = result.split([len(parameter) for parameter in parameters])
+        for parameter, piece in zip(parameters, pieces, strict=True):
+            parameter.data = piece
     return result
-
-
-def _in_place(activation: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """Replace GELU by its in-place version; return any other function unchanged."""
-    return torch.ops.aten.gelu_ if activation.__name__ == "gelu" else activation
