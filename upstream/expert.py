@@ -20,8 +20,7 @@ class UpstreamExpert(UpstreamBase):
     """A distilled student for s3prl's downstream tasks.
 
     Args:
-        ckpt: a student file or a checkpoint of ``run_pretrain.py -u ekd``.
-        model_config: not used; the file has all settings.
+        ckpt: a student file or a checkpoint of ``run_pretrain.py -u ekd``; it has all settings.
 
     Raises:
         CheckpointError: the file is missing, damaged or of another kind, or its pickle contains
@@ -47,10 +46,7 @@ class UpstreamExpert(UpstreamBase):
         return self.student.settings.stride
 
     def forward(self, wavs: list[Tensor]) -> dict[str, Tensor | list[Tensor]]:
-        """Run the student on unpadded waveforms.
-
-        Args:
-            wavs: waveforms ``[sample]`` at 16 kHz, of any lengths.
+        """Run the student on unpadded waveforms ``[sample]`` at 16 kHz, of any lengths.
 
         Returns:
             ``hidden_states``: the projected features and each layer's output, a list of
@@ -65,7 +61,7 @@ class UpstreamExpert(UpstreamBase):
             waves = torch.nn.functional.pad(waves, (0, min_samples - waves.shape[1]))
         out = self.student(waves, lengths.clamp(min=min_samples))
         result: dict[str, Tensor | list[Tensor]] = {
-            "hidden_states": list(out.hidden_states),
+            "hidden_states": out.hidden_states,
             "last_hidden_state": out.hidden_states[-1],
         }
         if self.heads is not None:

@@ -60,8 +60,7 @@ class Aggregation(ABC):
 
     @abstractmethod
     def __call__(self, teachers: Targets, weights: Weights) -> dict[str, Tensor]:
-        """``{teacher: [batch, layer, frame, dim]}`` -> ``{target set: [batch, layer, frame,
-        width]}``."""
+        """``{teacher: [batch, layer, frame, dim]}`` -> ``{target set: [..., width]}``."""
 
     def set_weights(self, weights: Weights) -> dict[str, float]:
         """Target set -> its weight in the loss."""

@@ -39,7 +39,7 @@ def parse_conv_layers(text: str, where: str = "extractor_conv_feature_layers") -
         raise error
     try:
         layers = _value(ast.parse(text.strip(), mode="eval").body)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
+    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
         raise error from None
     if not isinstance(layers, list) or not layers or not all(map(_is_layer, layers)):
         raise error
@@ -72,23 +72,12 @@ def _is_layer(value: Any) -> bool:
 
 def _value(node: ast.AST) -> Any:
     """The value of a literal, of a list + list or a list * number. Raises ValueError otherwise."""
-    if isinstance(node, ast.Constant) and type(node.value) is int:
-        return node.value
-    if isinstance(node, ast.Tuple):
-        return tuple(_value(item) for item in node.elts)
-    if isinstance(node, ast.List):
-        return [_value(item) for item in node.elts]
-    if isinstance(node, ast.BinOp) and isinstance(node.op, (ast.Add, ast.Mult)):
-        left, right = _value(node.left), _value(node.right)
-        if isinstance(node.op, ast.Add) and isinstance(left, list) and isinstance(right, list):
-            layers = left + right
-        elif isinstance(node.op, ast.Mult) and isinstance(left, list) and type(right) is int:
-            if not 0 <= right * len(left) <= MAX_LAYERS:
-                raise ValueError("too many layers")
-            layers = left * right
-        else:
-            raise ValueError("only list + list and list * number")
-        if len(layers) > MAX_LAYERS:
-            raise ValueError("too many layers")
-        return layers
-    raise ValueError("not allowed here")
+    if not isinstance(node, ast.BinOp):
+        return ast.literal_eval(node)
+    left, right = _value(node.left), _value(node.right)
+    if isinstance(node.op, ast.Add) and isinstance(left, list) and isinstance(right, list):
+        return left + right
+    if isinstance(node.op, ast.Mult) and isinstance(left, list) and type(right) is int:
+        if 0 <= right * len(left) <= MAX_LAYERS:
+            return left * right
+    raise ValueError("only list + list and list * number")

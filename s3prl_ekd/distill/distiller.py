@@ -56,7 +56,13 @@ class EnsembleDistiller(nn.Module):
         units: UnitLabels | None = None,
     ):
         super().__init__()
-        check_stride(teachers, student)
+        for name, teacher in teachers.items():
+            if teacher.stride != student.settings.stride:
+                raise TeacherError(
+                    f"teachers.{name} has a frame every {teacher.stride} samples, the student "
+                    f"every {student.settings.stride}; use a teacher or a student of the same "
+                    "frame rate"
+                )
         shapes = teachers.shapes
         if settings.loss.agreement < 1:
             one_width(shapes, "loss.agreement")
@@ -193,13 +199,3 @@ def crop(
         return {name: states[:, :, :frames] for name, states in group.items()}
 
     return first(predictions), first(teachers), first(cached), mask[:, :frames]
-
-
-def check_stride(teachers: TeacherEnsemble, student: Student) -> None:
-    """Raise TeacherError unless every teacher has the student's frame rate."""
-    for name, teacher in teachers.items():
-        if teacher.stride != student.settings.stride:
-            raise TeacherError(
-                f"teachers.{name} has a frame every {teacher.stride} samples, the student every "
-                f"{student.settings.stride}; use a teacher or a student of the same frame rate"
-            )

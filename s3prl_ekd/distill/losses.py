@@ -129,9 +129,6 @@ def distillation_terms(
         mask: ``[batch, frame]``, weights of frames, 0 where a frame is padding; None: every frame
             counts, padding included, as in s3prl's distiller.
         count: divisor of the sum over frames; None: the sum of ``mask``.
-
-    Raises:
-        TeacherError: prediction and target differ in shape.
     """
     reconstruction, cosine = frame_terms(prediction, target, settings, dims)
     if mask is None:

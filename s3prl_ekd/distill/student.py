@@ -39,7 +39,7 @@ class Student(nn.Module):
     """A small speech model: waveforms in, hidden states out.
 
     Args:
-        settings: size and regularisation; see :class:`.settings.StudentSettings`.
+        settings: size and regularisation.
         backend: ``ours`` runs :mod:`.student_forward`, ``s3prl`` the forward pass of s3prl's
             model; their outputs and gradients are equal.
 

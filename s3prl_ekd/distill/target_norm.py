@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
-from collections.abc import ItemsView, Mapping
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -156,14 +156,11 @@ class TargetNorm(nn.Module):
         kind: ``mean_std`` or ``phi_s``.
         steps: number of batches after which the statistics are frozen.
 
-    Attributes:
-        seen: number of batches that have updated the statistics.
-
     Raises:
         TeacherError: no Hadamard matrix of a teacher's width, which PHI-S needs, is implemented.
     """
 
-    seen: Tensor
+    seen: Tensor  # number of batches that have updated the statistics
 
     def __init__(self, teachers: Mapping[str, TeacherShape], kind: str, steps: int):
         super().__init__()
@@ -192,22 +189,19 @@ class TargetNorm(nn.Module):
 
     def empty_step(self) -> None:
         """Run :meth:`forward` without frames, for the all_gather of other processes."""
+        means = {name: moments.mean for name, moments in self._moments().items()}
         empty = {
-            name: moments.mean.new_zeros(0, len(moments.mean), 0, moments.mean.shape[1])
-            for name, moments in self._moments()
+            name: mean.new_zeros(0, len(mean), 0, mean.shape[1]) for name, mean in means.items()
         }
         self(empty, torch.zeros(0, 0))
 
-    def _moments(self) -> ItemsView[str, Moments]:
-        return cast("ItemsView[str, Moments]", self.moments.items())
+    def _moments(self) -> dict[str, Moments]:
+        return cast("dict[str, Moments]", dict(self.moments.items()))
 
     def left_out(self) -> dict[str, Tensor]:
         """Scalars for the log: frames left out of the statistics, for teachers with any."""
-        return {
-            f"{name}/frames_left_out": moments.left_out.float()
-            for name, moments in self._moments()
-            if moments.left_out
-        }
+        counts = {name: moments.left_out for name, moments in self._moments().items()}
+        return {f"{name}/frames_left_out": n.float() for name, n in counts.items() if n}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Load the statistics of a checkpoint.
@@ -218,7 +212,7 @@ class TargetNorm(nn.Module):
         # missing in checkpoints of version 0.1
         counts = {f"moments.{name}.left_out": torch.zeros(()).long() for name in self.moments}
         result = super().load_state_dict({**counts, **state_dict}, *args, **kwargs)
-        for name, moments in self._moments():
+        for name, moments in self._moments().items():
             if not (moments.mean.isfinite().all() and moments.scatter.isfinite().all()):
                 raise TeacherError(
                     f"the statistics of teacher {name} in the checkpoint are not finite "
@@ -231,7 +225,7 @@ class TargetNorm(nn.Module):
         self.seen += 1
         seen = int(self.seen)
         for name, states in teachers.items():
-            moments = cast(Moments, self.moments[name])
+            moments = self._moments()[name]
             before = int(moments.left_out)
             moments.update(states, mask)
             count = int(moments.left_out)
@@ -261,7 +255,7 @@ class TargetNorm(nn.Module):
         )
 
     def _normalise(self, name: str, states: Tensor) -> Tensor:
-        moments = cast(Moments, self.moments[name])
+        moments = self._moments()[name]
         centred = states.float() - moments.mean[:, None]  # [batch, target, frame, dim]
         if self.kind == "mean_std":
             deviation = torch.where(moments.flat, 1.0, moments.covariance.sqrt())
@@ -270,16 +264,14 @@ class TargetNorm(nn.Module):
 
 
 def phi_s(covariance: Tensor, mean: Tensor | None = None) -> Tensor:
-    """The PHI-S transform, by which centred rows are multiplied from the right.
+    """The PHI-S transform ``[target, dim, dim]``, by which centred rows are multiplied from the
+    right: a rotation to the principal axes, a Hadamard matrix that spreads the variance evenly over
+    all dimensions, and a division by the mean deviation.
 
     Args:
         covariance: ``[target, dim, dim]``.
         mean: ``[target, dim]``; targets whose deviation is below the rounding error of their mean
             are not scaled.
-
-    Returns:
-        ``[target, dim, dim]``: a rotation to the principal axes, a Hadamard matrix that spreads the
-        variance evenly over all dimensions, and a division by the mean deviation.
     """
     values, vectors = torch.linalg.eigh(covariance.double())
     variance = values.clamp(min=0).mean(-1)

@@ -64,8 +64,7 @@ def build_distilhubert(states: Mapping) -> DistilHubertUpstream:
             raise ConfigError(
                 f"Config.distiller.{key} must be {' or '.join(allowed)}, got {value!r}"
             )
-    names = [field.name for field in fields(StudentSettings)]
-    values = {name: config[name] for name in names if name in config}
+    values = {f.name: config[f.name] for f in fields(StudentSettings) if f.name in config}
     # s3prl's defaults that differ from those of StudentSettings
     defaults = {"encoder_layers": 1, "feature_grad_mult": 1.0}
     settings = from_plain_data(StudentSettings, {**defaults, **values}, "Config.distiller")

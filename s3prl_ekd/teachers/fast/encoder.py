@@ -41,12 +41,8 @@ PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": t
 
 
 def normalised(waves: Tensor, lengths: Sequence[int]) -> Tensor:
-    """Normalise each waveform to zero mean and unit variance over its valid samples.
-
-    Args:
-        waves: ``[batch, sample]``, padded with 0.
-        lengths: valid samples of each waveform.
-    """
+    """Normalise each waveform of ``[batch, sample]``, padded with 0, to zero mean and unit variance
+    over its valid samples."""
     count = torch.tensor(lengths, device=waves.device, dtype=waves.dtype)[:, None]
     valid = torch.arange(waves.shape[1], device=waves.device) < count  # [batch, sample]
     centred = (waves - waves.sum(1, keepdim=True) / count) * valid
@@ -270,7 +266,7 @@ def family(upstream: UpstreamBase) -> str | None:
     return name
 
 
-def normalizes(upstream: UpstreamBase) -> bool:
+def _normalizes(upstream: UpstreamBase) -> bool:
     """Whether an expert of :func:`family` normalises waveforms to zero mean and unit variance."""
     if hasattr(upstream, "wav_normalize"):
         return bool(upstream.wav_normalize)
@@ -306,7 +302,7 @@ def fast_encoders(
         encoders[name] = FastEncoder(
             upstream.model,
             extractor,
-            normalize=normalizes(upstream),
+            normalize=_normalizes(upstream),
             counts_frames=family_name == "wav2vec2",
             precision=PRECISIONS[precision],
             compiled=compiled,

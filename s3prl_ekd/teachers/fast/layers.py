@@ -185,13 +185,16 @@ def supports_layer(module: TransformerSentenceEncoderLayer) -> bool:
     attention = getattr(module, "self_attn", None)
     if type(module).__name__ != "TransformerSentenceEncoderLayer" or attention is None:
         return False
-    usual = type(module.fc1) is nn.Linear and attention.bias_k is None
-    has_biases = all(
-        getattr(attention, f"{name}_proj").bias is not None for name in ("q", "k", "v", "out")
+    projections = [getattr(attention, f"{name}_proj") for name in ("q", "k", "v", "out")]
+    return (
+        type(module.fc1) is nn.Linear
+        # For "swish" s3prl has a class instead of a function, which s3prl itself cannot run.
+        and not isinstance(module.activation_fn, type)
+        and all(projection.bias is not None for projection in projections)
+        and attention.bias_k is None
+        and not attention.add_zero_attn
+        and not getattr(attention, "skip_embed_dim_check", False)
     )
-    unusual = attention.add_zero_attn or getattr(attention, "skip_embed_dim_check", False)
-    # For "swish" s3prl has a class instead of a function, which s3prl itself cannot run.
-    return usual and has_biases and not unusual and not isinstance(module.activation_fn, type)
 
 
 def _concatenate(parameters: list[Tensor], convert: Converter) -> Tensor:
