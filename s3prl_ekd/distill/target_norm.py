@@ -138,12 +138,9 @@ class Moments(nn.Module):
 
     @property
     def flat(self) -> Tensor:
-        """Bool ``[target, dim]``: dimensions that are constant."""
-        variance = self.covariance
-        if self.full:
-            variance = variance.diagonal(dim1=-2, dim2=-1)
-        median = variance.median(-1, keepdim=True).values
-        return variance <= torch.maximum(_FLAT * median, (_ROUNDING * self.mean).square())
+        """Bool ``[target, dim]``: dimensions that are constant, by their variances."""
+        median = self.covariance.median(-1, keepdim=True).values
+        return self.covariance <= torch.maximum(_FLAT * median, (_ROUNDING * self.mean).square())
 
 
 class TargetNorm(nn.Module):

@@ -20,20 +20,6 @@ from . import zoo
 
 CONV_LAYERS = "[(64,10,5)] + [(64,3,2)] * 4 + [(64,2,2)] * 2"  # one frame every 320 samples
 
-# Settings that HuBERT Base and WavLM Base share, independent of the size.
-_SHARED: dict[str, Any] = {
-    "extractor_mode": "default",
-    "conv_bias": False,
-    "activation_fn": "gelu",
-    "layer_norm_first": False,
-    "dropout": 0.1,
-    "attention_dropout": 0.1,
-    "activation_dropout": 0.0,
-    "encoder_layerdrop": 0.05,
-    "dropout_input": 0.1,
-    "dropout_features": 0.1,
-    "feature_grad_mult": 0.1,
-}
 # WavLM's initialisation is so small that six layers hardly change their input. With this factor
 # they change it about as much as HuBERT's layers.
 _WAVLM_GAIN = 3.0
@@ -69,29 +55,21 @@ def hubert_checkpoint(
 
 
 def wavlm_checkpoint(
-    *,
-    seed: int = 1338,
-    normalize: bool = False,
-    config: Mapping[str, Any] | None = None,
-    **sizes: Any,
+    *, seed: int = 1338, normalize: bool = False, **settings: Any
 ) -> dict[str, Any]:
     """A WavLM checkpoint, ``{"cfg", "model"}``, with gated relative position bias.
 
     For the arguments see :func:`hubert_checkpoint`.
     """
-    positions = {
+    cfg = {
+        "normalize": normalize,
         "relative_position_embedding": True,
         "num_buckets": 320,
         "max_distance": 800,
         "gru_rel_pos": True,
+        **_model_settings(**settings),
     }
-    states = {
-        "cfg": {
-            "normalize": normalize,
-            **_model_settings(**sizes, config={**positions, **(config or {})}),
-        }
-    }
-    return {**states, "model": _draw_weights(states, seed, _WAVLM_GAIN)}
+    return {"cfg": cfg, "model": _draw_weights({"cfg": cfg}, seed, _WAVLM_GAIN)}
 
 
 def _model_settings(
@@ -116,7 +94,19 @@ def _model_settings(
         config: further settings of the model, such as ``layer_norm_first``.
     """
     return {
-        **_SHARED,
+        # as in HuBERT Base and WavLM Base
+        "extractor_mode": "default",
+        "conv_bias": False,
+        "activation_fn": "gelu",
+        "layer_norm_first": False,
+        "dropout": 0.1,
+        "attention_dropout": 0.1,
+        "activation_dropout": 0.0,
+        "encoder_layerdrop": 0.05,
+        "dropout_input": 0.1,
+        "dropout_features": 0.1,
+        "feature_grad_mult": 0.1,
+        # sizes
         "conv_feature_layers": conv_layers,
         "encoder_embed_dim": embed_dim,
         "encoder_ffn_embed_dim": ffn_dim,

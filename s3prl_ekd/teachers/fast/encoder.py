@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 _EPS = 1e-5  # default of torch's layer_norm, with which s3prl normalises a waveform
 _ONE_SECOND = 16_000  # samples
 # Normalised waveforms and conv features of one batch, which its teachers' encoders share.
-Shared = dict[tuple, Tensor]
+Shared = dict[Any, Tensor]
 _FAMILIES = {
     "s3prl.upstream.hubert.expert": "hubert",
     "s3prl.upstream.wav2vec2.expert": "wav2vec2",
@@ -99,35 +99,29 @@ class FastEncoder:
     """Computes the hidden states of an s3prl upstream expert faster.
 
     Args:
-        model: the expert's model; see :func:`supports_encoder`.
-        extractor: its conv extractor; encoders with the same conv weights may share one.
-        normalize: normalise each waveform to zero mean and unit variance.
-        counts_frames: count valid frames as s3prl's wav2vec 2.0 does; if False, as its HuBERT and
-            WavLM do. See :func:`padded_frames`.
-        precision: of the computation; hidden states are always float32.
+        upstream: the expert, of a :func:`family` that is supported.
+        extractor: its conv extractor, in the precision of the computation; encoders with the same
+            conv weights may share one. Hidden states are always float32.
         compiled: run the layers through ``torch.compile``.
         name: the teacher's name, for messages.
     """
 
     def __init__(
         self,
-        model: HubertModel | Wav2Vec2Model | WavLM,
+        upstream: UpstreamBase,
         extractor: ConvExtractor,
-        *,
-        normalize: bool,
-        counts_frames: bool,
-        precision: torch.dtype = torch.float32,
         compiled: bool = False,
         name: str = "teacher",
     ):
-        self.model = model
+        self.upstream = upstream
+        self.model: HubertModel | Wav2Vec2Model | WavLM = upstream.model
         self.extractor = extractor
-        self.normalize = normalize
-        self.counts_frames = counts_frames
-        self.precision = precision
+        self.precision = extractor.dtype
+        self.normalize = _normalizes(upstream)
+        self.counts_frames = family(upstream) == "wav2vec2"  # see padded_frames
         self.name = name
         self._weights: _Weights | None = None
-        self._precision_logged = precision == torch.float32
+        self._precision_logged = self.precision == torch.float32
         self.compiled = compiled
         self._run = torch.compile(_run, dynamic=True) if compiled else _run
 
@@ -182,9 +176,9 @@ class FastEncoder:
         key = ("features", id(self.extractor), self.normalize)
         if key not in shared:
             if self.normalize:
-                if ("normalised",) not in shared:
-                    shared["normalised",] = normalised(waves, lengths)
-                waves = shared["normalised",]
+                if "normalised" not in shared:
+                    shared["normalised"] = normalised(waves, lengths)
+                waves = shared["normalised"]
             shared[key] = self.extractor(waves)
         return shared[key].to(self.precision)
 
@@ -192,12 +186,8 @@ class FastEncoder:
         """Log the error of a lower precision relative to float32, over one second of audio."""
         length = min(lengths[0], _ONE_SECOND)
         waves = waves[:1, :length]
-        exact = FastEncoder(
-            self.model,
-            ConvExtractor(self.extractor.module),
-            normalize=self.normalize,
-            counts_frames=self.counts_frames,
-        ).hidden_states(waves, [length], layers)
+        exact_encoder = FastEncoder(self.upstream, ConvExtractor(self.extractor.module))
+        exact = exact_encoder.hidden_states(waves, [length], layers)
         rounded = self.hidden_states(waves, [length], layers)
         error = sum((rounded[n] - exact[n]).abs().mean() / exact[n].abs().mean() for n in layers)
         logger.info(
@@ -285,8 +275,7 @@ def fast_encoders(
     extractors: list[ConvExtractor] = []
     encoders = {}
     for name, upstream in upstreams.items():
-        family_name = family(upstream)
-        if family_name is None:
+        if family(upstream) is None:
             logger.info(
                 "teacher %s: not supported by the fast backend, using its own forward in float32 "
                 "(%s)",
@@ -299,15 +288,7 @@ def fast_encoders(
         if extractor is None:
             extractor = ConvExtractor(module, PRECISIONS[precision])
             extractors.append(extractor)
-        encoders[name] = FastEncoder(
-            upstream.model,
-            extractor,
-            normalize=_normalizes(upstream),
-            counts_frames=family_name == "wav2vec2",
-            precision=PRECISIONS[precision],
-            compiled=compiled,
-            name=name,
-        )
+        encoders[name] = FastEncoder(upstream, extractor, compiled, name)
     if len(extractors) < len(encoders):
         logger.info("%d teachers share %d conv extractors", len(encoders), len(extractors))
     return encoders
