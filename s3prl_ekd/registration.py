@@ -22,18 +22,14 @@ from .teachers import zoo
 
 ENTRIES = ("ekd_student", "ekd_student_local", "ekd_student_url", *zoo.NAMES)
 
-# s3prl's pretraining code imports these without the prefix `s3prl.`, because it is written to run
-# inside s3prl's own folder. They become aliases of the installed modules, so that each class exists
-# once.
+# s3prl's pretraining code imports these without the prefix `s3prl.`. They become aliases of the
+# installed modules, so that each class exists once.
 BARE_NAMES = ("optimizers", "schedulers", "utility", "utility.helper", "upstream", "pretrain")
-
-HUB = "s3prl.hub"
 
 
 def register() -> None:
-    """Add ``ekd_student`` and the tiny teachers to ``s3prl.hub``.
-
-    Also provides the corpus module of PR if s3prl lacks it. Further calls change nothing.
+    """Add ``ekd_student`` and the tiny teachers to ``s3prl.hub``, and the corpus module of PR if
+    s3prl lacks it. Further calls change nothing.
 
     Raises:
         SetupError: ``s3prl.hub`` has another entry of the same name.
@@ -58,10 +54,10 @@ def register() -> None:
 
 def _register_on_import() -> None:
     """Call :func:`register` when the hub is imported; few children do, and it takes seconds."""
-    if HUB in sys.modules:
+    if "s3prl.hub" in sys.modules:
         register()
     else:
-        on_import(HUB, _run_and_register)
+        on_import("s3prl.hub", _run_and_register)
 
 
 def _run_and_register(module: ModuleType, run: Callable[[ModuleType], None]) -> None:

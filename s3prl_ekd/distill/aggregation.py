@@ -206,10 +206,8 @@ def one_width(teachers: Mapping[str, TeacherShape], setting: str) -> int:
 def crop_frames(targets: Targets) -> dict[str, Tensor]:
     """Crop ``[batch, layer, frame, dim]`` of all teachers to the smallest number of frames.
 
-    Upstreams of equal stride may differ by a frame at the end, because they pad differently.
-
-    Raises:
-        TeacherError: the numbers differ by more than two frames.
+    Upstreams of equal stride may differ by a frame or two at the end, because they pad differently;
+    a larger difference raises TeacherError.
     """
     frames = {name: states.shape[2] for name, states in targets.items()}
     fewest = min(frames.values())

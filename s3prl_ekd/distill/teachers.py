@@ -41,17 +41,14 @@ class Teacher(nn.Module):
             layer), or groups of layers to average (SKILL, arXiv 2402.16830).
         name: name of the teacher, for messages.
 
-    Attributes:
-        encoder: a faster implementation of the upstream; None: the upstream itself is run.
-        width: width of the targets.
-        depth: index of the last hidden state.
-        stride: samples from one frame to the next.
-
     Raises:
         TeacherError: the upstream has no such layer, or the layers differ in width.
     """
 
-    encoder: TeacherEncoder | None = None
+    encoder: TeacherEncoder | None = None  # None: the upstream itself is run
+    depth: int  # index of the last hidden state
+    width: int  # of the targets
+    stride: int  # samples from one frame to the next
 
     def __init__(self, upstream: nn.Module, targets: Sequence[int | Sequence[int]], name: str):
         super().__init__()

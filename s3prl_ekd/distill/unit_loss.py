@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import Protocol
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -60,25 +59,15 @@ class UnitLoss(nn.Module):
         self.head = nn.Linear(in_width, units.clusters)
 
     def forward(self, comparison: Comparison) -> tuple[Tensor, Logs]:
+        """Mean cross-entropy over valid frames; logs their accuracy too."""
         labels = self.units.label(comparison.states[self.units.teacher][self.units.layer])
-        loss, accuracy = unit_terms(
-            self.head(comparison.student.last), labels, comparison.student.mask
-        )
+        logits = self.head(comparison.student.last).float()  # [batch, frame, unit]
+        frames = min(logits.shape[1], labels.shape[1])
+        mask = comparison.student.mask[:, :frames]
+        logits, labels = logits[:, :frames], labels[:, :frames]
+        errors = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
+        count = mask.sum().clamp(min=1)
+        loss = (errors * mask).sum() / count
+        correct = (logits.detach().argmax(-1) == labels) * mask  # [batch, frame]
+        accuracy = correct.sum() / count
         return self.weight * loss, {"unit_accuracy": accuracy, "unit_loss": loss.detach()}
-
-
-def unit_terms(logits: Tensor, labels: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean cross-entropy and accuracy over valid frames, two scalars.
-
-    Args:
-        logits: ``[batch, frame, unit]``.
-        labels: ``[batch, frame]``; its number of frames may differ by one.
-        mask: ``[batch, frame]``, 1 where a frame is valid.
-    """
-    frames = min(logits.shape[1], labels.shape[1])
-    logits, labels, mask = logits[:, :frames].float(), labels[:, :frames], mask[:, :frames]
-    errors = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none")  # [batch, frame]
-    count = mask.sum().clamp(min=1)
-    with torch.no_grad():
-        correct = (logits.argmax(-1) == labels) * mask
-    return (errors * mask).sum() / count, correct.sum() / count

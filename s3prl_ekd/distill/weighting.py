@@ -84,7 +84,7 @@ def drop_teachers(
     Args:
         losses: ``{teacher: [batch]}``, the loss of each utterance.
         probability: 0 to 1; UNIC uses 0.5.
-        generator: random generator; None: torch's default one, on the CPU.
+        generator: None: torch's default one, on the CPU.
 
     Returns:
         ``{teacher: [batch]}``, 1 where the teacher is kept and 0 where it is dropped.

@@ -115,13 +115,10 @@ def check_conv_layers(config: Mapping, prefix: str, suffix: str) -> None:
 
 
 def identify(states: Mapping, path: Path) -> tuple[str, Mapping]:
-    """Detect the kind of a checkpoint from its keys.
+    """The kind of a checkpoint, one of :data:`KINDS`, and the model's settings.
 
     WavLM and UniSpeech-SAT share one format and one class of s3prl; a checkpoint without relative
     positions counts as UniSpeech-SAT.
-
-    Returns:
-        The kind, one of :data:`KINDS`, and the model's settings.
 
     Raises:
         TeacherError: a fairseq checkpoint.
