@@ -19,7 +19,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -40,8 +40,8 @@ _TEMPORARY = re.compile(r"\.?(?P<name>.+)\.(?:[0-9a-f]{16}|\d+)\.(?:tmp|partial)
 def atomic_file(path: str | os.PathLike[str], *, sync: bool = True) -> Iterator[BinaryIO]:
     """Open a temporary file for writing; rename it to ``path`` when the block ends.
 
-    Until then an existing file at ``path`` stays unchanged. If the block raises, the temporary file
-    is removed.
+    If the block raises, the temporary file is removed, and an existing file at ``path`` stays
+    unchanged.
 
     Args:
         path: the file to write. Its folder must exist.
@@ -80,12 +80,21 @@ def atomic_file(path: str | os.PathLike[str], *, sync: bool = True) -> Iterator[
         raise
 
 
-def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write a UTF-8 text file atomically.
+@contextlib.contextmanager
+def explain_write_errors(
+    path: str | os.PathLike[str], error: type[EkdError] = SetupError
+) -> Iterator[None]:
+    """Turn an OSError of the operating system into ``error``: cannot write ``path``, and why."""
+    try:
+        yield
+    except OSError as os_error:
+        if os_error.errno is None:  # raised by a library
+            raise
+        raise error(f"cannot write {path}: {os_error.strerror}") from None
 
-    Raises:
-        OSError: the file cannot be written; an existing one is unchanged.
-    """
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a UTF-8 text file with :func:`atomic_file`."""
     with atomic_file(path) as file:
         file.write(text.encode("utf-8"))
 
@@ -93,30 +102,19 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 def write_csv(
     path: str | os.PathLike[str], rows: Iterable[Sequence[Any]], line_end: str = "\r\n"
 ) -> None:
-    """Write rows as a CSV file atomically. Raises OSError as :func:`write_text` does."""
+    """Write rows as a CSV file with :func:`atomic_file`."""
     text = io.StringIO(newline="")
     csv.writer(text, lineterminator=line_end).writerows(rows)  # quotes commas and newlines
     write_text(path, text.getvalue())
 
 
-def atomic_torch_save(
-    obj: Any, path: str | os.PathLike[str], save: Callable[..., None] | None = None
-) -> None:
-    """``torch.save`` to a path, atomically.
-
-    Args:
-        obj: the object to save.
-        path: the file to write.
-        save: ``(obj, file) -> None``, used instead of ``torch.save``.
-
-    Raises:
-        OSError: the file cannot be written; an existing one is unchanged.
-    """
+def atomic_torch_save(obj: Any, path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+    """``torch.save`` to a path, with :func:`atomic_file`."""
     import torch
 
     try:
         with atomic_file(path) as file:
-            (save or torch.save)(obj, file)
+            torch.save(obj, file, *args, **kwargs)
     except RuntimeError as error:
         # On a full disk torch's writer raises again while it closes the archive.
         if isinstance(error.__context__, OSError):
@@ -124,13 +122,31 @@ def atomic_torch_save(
         raise
 
 
+@contextlib.contextmanager
+def patch_torch_save() -> Iterator[None]:
+    """Patch ``torch.save`` to write atomically; undone on exit.
+
+    s3prl's Runners write directly to the final name. A run killed while saving would leave a
+    truncated checkpoint, and would lose the one it overwrites (``dev-clean-best.ckpt``).
+    """
+    import torch
+
+    save = torch.save
+
+    def save_atomically(obj: Any, f: Any, *args: Any, **kwargs: Any) -> None:
+        if isinstance(f, (str, os.PathLike)):
+            atomic_torch_save(obj, f, *args, **kwargs)
+        else:
+            save(obj, f, *args, **kwargs)
+
+    with replaced(torch, "save", save_atomically):
+        yield
+
+
 def link_or_copy(path: Path, name: Path) -> None:
     """Hard-link the file ``path`` as ``name``, or copy it where hard links are not supported.
 
-    An existing file ``name`` is replaced.
-
-    Raises:
-        OSError: neither works; an existing file ``name`` is unchanged.
+    An existing file ``name`` is replaced, or stays unchanged if OSError is raised.
     """
     temporary = _temporary(name, "tmp")
     try:
@@ -155,28 +171,22 @@ def atomic_folder(out: Path, error: type[EkdError] = SetupError) -> Iterator[Pat
     Args:
         out: the folder's final name. An existing folder is replaced; the caller must check that it
             may be. If ``out`` is a symlink, its target is replaced and the link stays.
-        error: class of the exception for system errors.
-
-    Raises:
-        EkdError: of class ``error``: the folder cannot be created, written or renamed.
+        error: class of the exception for errors of the operating system.
     """
     target = out.resolve()
     partial = _temporary(target, "partial")
     handle = None
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(target.parent, glob.escape(_short(target.name)))
-        partial.mkdir()
-        handle = _lock_folder(partial)
-        yield partial
-        if target.exists():
-            shutil.rmtree(target)
-        partial.rename(target)
-        _sync_folder(target.parent)
-    except OSError as os_error:
-        if os_error.errno is None:  # raised by a library, not by the operating system
-            raise
-        raise error(f"cannot write {out}: {os_error.strerror}") from None
+        with explain_write_errors(out, error):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(target.parent, glob.escape(_short(target.name)))
+            partial.mkdir()
+            handle = _lock_folder(partial)
+            yield partial
+            if target.exists():
+                shutil.rmtree(target)
+            partial.rename(target)
+            _sync_folder(target.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         if handle is not None:
@@ -184,11 +194,9 @@ def atomic_folder(out: Path, error: type[EkdError] = SetupError) -> Iterator[Pat
 
 
 def remove_leftovers(folder: Path, names: str) -> None:
-    """Remove the temporary files and folders that killed commands left.
+    """Remove the temporary files and folders that killed commands left in a folder.
 
-    Args:
-        folder: the folder to clean.
-        names: glob pattern of their final names, such as ``*.ckpt``.
+    ``names`` is a glob pattern of their final names, such as ``*.ckpt``.
     """
     try:
         entries = list(os.scandir(folder))
@@ -211,26 +219,6 @@ def remove_leftovers(folder: Path, names: str) -> None:
                     path.unlink()
             finally:
                 os.close(handle)
-
-
-@contextlib.contextmanager
-def patch_torch_save() -> Iterator[None]:
-    """Patch ``torch.save`` to write atomically; undone on exit.
-
-    s3prl's Runners write directly to the final name. A run killed while saving would leave a
-    truncated checkpoint, and would lose the one it overwrites (``dev-clean-best.ckpt``).
-    """
-    import torch
-
-    save = torch.save
-
-    def save_atomically(obj: Any, f: Any, *args: Any, **kwargs: Any) -> None:
-        if not isinstance(f, (str, os.PathLike)):
-            return save(obj, f, *args, **kwargs)
-        atomic_torch_save(obj, f, lambda obj, file: save(obj, file, *args, **kwargs))
-
-    with replaced(torch, "save", save_atomically):
-        yield
 
 
 def _temporary(path: Path, suffix: str) -> Path:
@@ -271,10 +259,7 @@ def _flock(handle: int) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """fsync a folder, so that a new file name in it is on disk too.
-
-    Ignored where the file system cannot sync folders.
-    """
+    """fsync a folder, so that a new name in it is on disk too; not all file systems can."""
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -284,11 +269,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def make_folder(path: Path, error: type[EkdError] = DataError) -> None:
-    """Create a folder and its parents.
-
-    Raises:
-        EkdError: of class ``error``: it cannot be created.
-    """
+    """Create a folder and its parents; raise ``error`` if that is not possible."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as os_error:
@@ -296,11 +277,7 @@ def make_folder(path: Path, error: type[EkdError] = DataError) -> None:
 
 
 def file_sha256(path: str | Path) -> str:
-    """SHA-256 of a file in hexadecimal, read block by block.
-
-    Raises:
-        OSError: the file cannot be read.
-    """
+    """SHA-256 of a file in hexadecimal, read block by block."""
     digest = hashlib.sha256()  # hashlib.file_digest needs Python 3.11
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
