@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from ..data.bad_audio import BadUtterance
 from ..data.batches import Batch, DistillationDataset
@@ -24,7 +23,7 @@ COLUMNS = ("path", "reason", "times", "first epoch")
 # Escapes as in PostgreSQL's text format, so that a cell has no tab and no line break.
 _ESCAPED = str.maketrans({"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"})
 
-BadAudioRow = tuple[str, int, int]  # reason, times, first epoch
+Entries = dict[str, list]  # path -> [reason, times, first epoch]
 
 
 class BadAudioList:
@@ -54,8 +53,8 @@ class BadAudioList:
         self._skipping = any(data.skip_bad for data in datasets)
         self._total = sum(len(data.left_out) + sum(map(len, data.batches)) for data in datasets)
         self._entries = _parse({} if saved is None else saved, path)
-        self._uncommitted: dict[str, BadAudioRow] = {}
-        self._from_other_ranks: list[dict[str, list]] = []  # entries of the other ranks
+        self._uncommitted: Entries = {}
+        self._from_other_ranks: Sequence[Entries] = ()
         self._warned_kinds: set[str] = set()
         for data in datasets:
             self.record([bad for bad in data.left_out if bad.path not in self._entries], 0)
@@ -64,8 +63,7 @@ class BadAudioList:
     def record(self, bad: Sequence[BadUtterance], epoch: int) -> None:
         """Add the bad utterances of a batch; log the first of each kind of error."""
         for path, kind, reason in bad:
-            first_reason, times, first_epoch = self._uncommitted.get(path, (reason, 0, epoch))
-            self._uncommitted[path] = first_reason, times + 1, first_epoch
+            _add(self._uncommitted, {path: [reason, 1, epoch]})
             if kind not in self._warned_kinds:
                 self._warned_kinds.add(kind)
                 logger.warning(
@@ -75,35 +73,37 @@ class BadAudioList:
                     self.path,
                 )
 
+    def usable(self, batch: Batch, epoch: int) -> Batch:
+        """Record the bad utterances of a batch; return it without them.
+
+        Raises:
+            DataError: an utterance could not be read, and ``on_bad_audio`` is ``error``.
+        """
+        self.record(batch.bad, epoch)
+        if batch.problem:
+            raise DataError(batch.problem)
+        return batch._replace(bad=())
+
     def commit(self) -> None:
         """Add the entries recorded during the step, which is complete."""
-        self._entries, self._uncommitted = self._all_entries(), {}
+        _add(self._entries, self._uncommitted)
+        self._uncommitted = {}
 
-    def state(self) -> dict[str, list]:
+    def state(self) -> Entries:
         """The committed entries, as plain data."""
-        return {path: list(entry) for path, entry in self._entries.items()}
+        return self._entries
 
-    def merge(self, states: Sequence[dict[str, list]]) -> dict[str, list]:
-        """Merge the entries of all processes; keep the other processes' for :meth:`write`.
-
-        Args:
-            states: :meth:`state` of each process, this one's first.
-        """
-        self._from_other_ranks = list(states[1:])
-        merged: dict[str, list] = {}
-        for entries in states:
-            for path, (reason, times, epoch) in entries.items():
-                first_reason, count, first_epoch = merged.get(path, (reason, 0, epoch))
-                merged[path] = [first_reason, count + times, min(first_epoch, epoch)]
-        return merged
+    def merge(self, states: Sequence[Entries]) -> Entries:
+        """Merge :meth:`state` of each process, this one's first; keep the others for the file."""
+        self._from_other_ranks = states[1:]
+        return _add({}, *states)
 
     def write(self) -> None:
         """Write the list into the run's folder and log its length.
 
         If that fails, only log a warning, because checkpoints matter more.
         """
-        entries_here = {path: list(entry) for path, entry in self._all_entries().items()}
-        entries = self.merge([entries_here, *self._from_other_ranks])
+        entries = self._all_entries()
         if not entries:
             if self._skipping:
                 logger.info("no bad audio in %d utterances", self._total)
@@ -127,57 +127,24 @@ class BadAudioList:
 
     def no_usable_audio(self, tables: str) -> DataError:
         """The error for an epoch over ``tables`` (``sets``, ``dev_sets``) without usable audio."""
-        files = [
-            f"the first is {path}, {entry[0]}; " for path, entry in self._all_entries().items()
-        ]
+        first = next(iter(self._all_entries().items()), None)
+        example = f"the first is {first[0]}, {first[1][0]}; " if first else ""
         return DataError(
-            f"no usable utterance in an epoch over the tables of {tables}: {''.join(files[:1])}"
+            f"no usable utterance in an epoch over the tables of {tables}: {example}"
             f"check libri_root, and see {self.path}"
         )
 
-    def _all_entries(self) -> dict[str, BadAudioRow]:
-        entries = dict(self._entries)
-        for path, (reason, times, epoch) in self._uncommitted.items():
-            first_reason, count, first_epoch = entries.get(path, (reason, 0, epoch))
-            entries[path] = first_reason, count + times, first_epoch
-        return entries
+    def _all_entries(self) -> Entries:
+        return _add({}, self._entries, self._uncommitted, *self._from_other_ranks)
 
 
-class UsableBatches:
-    """Iterate over the batches with a usable utterance; record bad audio in the list.
-
-    Args:
-        loader: gives the batches.
-        bad: the list.
-        epoch: current epoch, for the list.
-        iterate: iterates over the loader.
-
-    Raises:
-        DataError: during iteration, if an utterance could not be read.
-    """
-
-    def __init__(
-        self,
-        loader: DataLoader,
-        bad: BadAudioList,
-        epoch: int,
-        iterate: Callable[[DataLoader], Iterator[Batch]] = iter,
-    ):
-        self.loader = loader
-        self.iterate = iterate
-        self.bad = bad
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self.loader)
-
-    def __iter__(self) -> Iterator[Batch]:
-        for batch in self.iterate(self.loader):
-            self.bad.record(batch.bad, self.epoch)
-            if batch.problem:
-                raise DataError(batch.problem)
-            if batch.names:
-                yield batch._replace(bad=())
+def _add(total: Entries, *lists: Mapping[str, Sequence]) -> Entries:
+    """Add lists to ``total``: the first reason and epoch of an utterance, and all its times."""
+    for entries in lists:
+        for path, (reason, times, epoch) in entries.items():
+            first_reason, count, first_epoch = total.get(path, (reason, 0, epoch))
+            total[path] = [first_reason, count + times, min(first_epoch, epoch)]
+    return total
 
 
 def as_tensor(entries: Mapping[str, list]) -> Tensor | dict:
@@ -190,16 +157,15 @@ def as_tensor(entries: Mapping[str, list]) -> Tensor | dict:
     return torch.frombuffer(bytearray(json.dumps(entries).encode()), dtype=torch.uint8)
 
 
-def _parse(data: Any, checkpoint: str) -> dict[str, BadAudioRow]:
+def _parse(data: Any, checkpoint: str) -> Entries:
     try:
         if isinstance(data, Tensor):
             data = json.loads(data.numpy().tobytes())
         if not isinstance(data, Mapping):
             raise TypeError("not a mapping")
         for path, (reason, times, epoch) in data.items():
-            types = [type(value) for value in (path, reason, times, epoch)]
-            if types != [str, str, int, int]:
+            if [type(value) for value in (path, reason, times, epoch)] != [str, str, int, int]:
                 raise TypeError(f"{path!r} has {reason!r}, {times!r}, {epoch!r}")
-        return {path: tuple(entry) for path, entry in data.items()}
+        return dict(data)
     except (TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{checkpoint} is damaged: bad_audio: {error}") from None

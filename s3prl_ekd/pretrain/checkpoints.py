@@ -7,11 +7,12 @@ has the lowest dev loss. A file is either complete or absent.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,6 @@ from ..files.formats import CHECKPOINT_PARTS, RUN_STATE, NewerFormatError, check
 from ..files.run_checkpoints import LAST_CHECKPOINT, read_checkpoint, run_checkpoints
 
 logger = logging.getLogger(__name__)
-
 
 RUN_STATE_KEY = RUN_STATE  # the key of the trainer's own state in a checkpoint
 VERSION = CHECKPOINT_PARTS[RUN_STATE_KEY]
@@ -53,11 +53,7 @@ class Progress:
     records: dict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
 
     def state_dict(self, random: list[dict]) -> dict[str, Any]:
-        """Return the progress as plain data and tensors.
-
-        Args:
-            random: the random states of each process, by rank.
-        """
+        """The progress and the random states of each process as plain data and tensors."""
         data = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         data["records"] = {
             name: torch.stack([value.float().cpu() for value in values])
@@ -67,11 +63,7 @@ class Progress:
 
     @staticmethod
     def from_state_dict(data: Any, path: str) -> Progress:
-        """Inverse of :meth:`state_dict`; unknown keys are ignored.
-
-        Args:
-            data: output of :meth:`state_dict`, from a checkpoint.
-            path: of the checkpoint, for messages.
+        """Inverse of :meth:`state_dict`, for the checkpoint ``path``; ignores unknown keys.
 
         Raises:
             CheckpointError: ``data`` is damaged or of a newer version.
@@ -113,30 +105,31 @@ class CheckpointManager:
         self.max_keep = max_keep
         self.hint = hint
 
-    def save_numbered(self, states: Mapping, step: int) -> Path:
-        """Save as ``states-STEP.ckpt`` and ``last.ckpt``; keep the newest ``max_keep``.
+    def save(self, states: Mapping, name: str) -> Path:
+        """Save under a name, such as ``LAST_CHECKPOINT`` or ``BEST_NAME``; return the path.
 
         Raises:
             SaveError: it cannot be written, for example on a full disk. Earlier checkpoints stay.
         """
-        path = self._write(states, f"states-{step}.ckpt")
-        try:
-            link_or_copy(path, self.folder / LAST_CHECKPOINT)
-        except OSError as error:
-            raise self._error(self.folder / LAST_CHECKPOINT, error) from None
+        path = self.folder / name
+        with self._explain_errors(path):
+            atomic_torch_save(dict(states), path)
+        return path
+
+    def save_numbered(self, states: Mapping, step: int) -> Path:
+        """Save as ``states-STEP.ckpt`` and ``last.ckpt``; keep the newest ``max_keep``.
+
+        Raises SaveError as :meth:`save` does.
+        """
+        path, last = self.save(states, f"states-{step}.ckpt"), self.folder / LAST_CHECKPOINT
+        with self._explain_errors(last):
+            link_or_copy(path, last)
+        names = (_NUMBERED.fullmatch(path.name) for path in self.folder.glob("states-*.ckpt"))
         # A file of a later step can only be a damaged one; see prune().
-        numbered = sorted(number for number in self._numbers() if number <= step)
+        numbered = sorted(number for name in names if name and (number := int(name[1])) <= step)
         for old in numbered[: -self.max_keep]:
             (self.folder / f"states-{old}.ckpt").unlink(missing_ok=True)
         return path
-
-    def save_last(self, states: Mapping) -> Path:
-        """Save as ``last.ckpt`` only. Raises SaveError like :meth:`save_numbered`."""
-        return self._write(states, LAST_CHECKPOINT)
-
-    def save_best(self, states: Mapping) -> Path:
-        """Save as ``dev-best.ckpt``. Raises SaveError like :meth:`save_numbered`."""
-        return self._write(states, BEST_NAME)
 
     def prune(self, step: int) -> None:
         """Prepare the folder for a run that resumes at ``step``.
@@ -156,20 +149,12 @@ class CheckpointManager:
                 logger.warning("%s is from a later step: renamed to %s.old", path, path.name)
                 path.replace(path.with_name(f"{path.name}.old"))
 
-    def _numbers(self) -> list[int]:
-        names = (_NUMBERED.fullmatch(path.name) for path in self.folder.glob("states-*.ckpt"))
-        return [int(name[1]) for name in names if name]
-
-    def _write(self, states: Mapping, name: str) -> Path:
-        path = self.folder / name
+    @contextlib.contextmanager
+    def _explain_errors(self, path: Path) -> Iterator[None]:
         try:
-            atomic_torch_save(dict(states), path)
+            yield
         except OSError as error:
-            raise self._error(path, error) from None
-        return path
-
-    def _error(self, path: Path, error: OSError) -> SaveError:
-        return SaveError(
-            f"cannot save {path}: {error.strerror}; earlier checkpoints are unchanged; free some "
-            f"space, then {self.hint}"
-        )
+            raise SaveError(
+                f"cannot save {path}: {error.strerror}; earlier checkpoints are unchanged; free "
+                f"some space, then {self.hint}"
+            ) from None

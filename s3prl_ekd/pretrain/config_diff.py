@@ -32,11 +32,7 @@ def describe_changes(changes: Mapping[str, tuple[Any, Any]]) -> str:
 
 
 def check_changes(changes: Mapping[str, tuple[Any, Any]], checkpoint: str) -> None:
-    """Reject changes that a resumed run does not allow.
-
-    Raises:
-        CheckpointError: naming the keys.
-    """
+    """Raise CheckpointError if ``-o`` changes the optimizer, which a resumed run does not allow."""
     fixed = {key: change for key, change in changes.items() if key in FIXED}
     if fixed:
         raise CheckpointError(
@@ -48,28 +44,18 @@ def check_changes(changes: Mapping[str, tuple[Any, Any]], checkpoint: str) -> No
 def check_config_file(
     path: str, changes: Mapping[str, tuple[Any, Any]], checkpoint: str, option: str
 ) -> None:
-    """Reject a config file that differs from the config of the resumed run.
-
-    Raises:
-        CheckpointError: naming the keys, and how to change them if that is possible.
-    """
-    if not changes:
-        return
-    hint = f"leave out {option}"
-    if option == "-c":
-        hint += ', or change the run with -o "config.KEY=VALUE"'
-    raise CheckpointError(
-        f"{option} {path} differs from the config in {checkpoint}, which a resumed run keeps: "
-        f"{describe_changes(changes)}; {hint}, or start a new run under another name"
-    )
+    """Raise CheckpointError if a config file differs from the config of the resumed run."""
+    if changes:
+        change = ', or change the run with -o "config.KEY=VALUE"' if option == "-c" else ""
+        raise CheckpointError(
+            f"{option} {path} differs from the config in {checkpoint}, which a resumed run keeps: "
+            f"{describe_changes(changes)}; leave out {option}{change}, or start a new run under "
+            "another name"
+        )
 
 
 def table_digests(folder: str | Path, sets: Sequence[str]) -> dict[str, str]:
-    """Digest of the contents of each length table ``folder/SET.csv``.
-
-    Raises:
-        DataError: a table cannot be read.
-    """
+    """Digest of the contents of each length table ``folder/SET.csv``."""
     digests = {}
     for name in sets:
         path = Path(folder) / f"{name}.csv"
@@ -83,16 +69,13 @@ def table_digests(folder: str | Path, sets: Sequence[str]) -> dict[str, str]:
 def check_tables(
     saved: Mapping[str, str], current: Mapping[str, str], folder: str | Path, keys: Collection[str]
 ) -> None:
-    """Reject length tables that have changed since the checkpoint was written.
+    """Raise DataError if length tables have changed since the checkpoint was written.
 
     Args:
         saved: digests in the checkpoint; empty if s3prl's own Runner wrote it.
         current: digests of the tables now.
         folder: of the tables.
         keys: config keys that ``-o`` sets; if ``sets`` is one of them, no table is rejected.
-
-    Raises:
-        DataError: naming the tables.
     """
     changed = [name for name in current if name in saved and saved[name] != current[name]]
     if changed and SETS not in keys:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import logging
+import itertools
 import os
 import random
 from collections.abc import Sequence
@@ -22,8 +22,6 @@ from ..distill.batch import DistillBatch
 from ..distill.distiller import EnsembleDistiller
 from ..errors import SetupError, first_line
 from ..system import torchrun
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -93,8 +91,7 @@ class ProcessGroup:
 def join_process_group(device: str) -> ProcessGroup:
     """Initialise torch.distributed, if torchrun has started several processes.
 
-    Args:
-        device: of the run, ``cpu`` or ``cuda``; each process uses the GPU of its local rank.
+    On ``cuda`` each process uses the GPU of its local rank.
 
     Raises:
         SetupError: there are more processes than GPUs on this machine, or they cannot connect.
@@ -132,20 +129,18 @@ def leave_process_group() -> None:
     Not called after an error: the other processes then see a lost connection.
     """
     if dist.is_available() and dist.is_initialized():
-        # A barrier, because the first to leave could close a connection that others still use.
-        dist.all_reduce(torch.zeros(1))
+        # The first to leave could close a connection that others still use.
+        ProcessGroup(world_size=dist.get_world_size()).barrier()
         dist.destroy_process_group()
 
 
 def mean_records(by_process: Sequence[dict[str, list[float]]]) -> dict[str, list[float]]:
     """Average records (name -> one value a step) over the processes that have the value."""
-    names = dict.fromkeys(name for records in by_process for name in records)
     means = {}
-    for name in names:
-        lists = [records[name] for records in by_process if name in records]
-        length = max(map(len, lists))
-        columns = [[values[i] for values in lists if i < len(values)] for i in range(length)]
-        means[name] = [sum(column) / len(column) for column in columns]
+    for name in dict.fromkeys(itertools.chain(*by_process)):
+        columns = itertools.zip_longest(*(records.get(name, ()) for records in by_process))
+        known = [[value for value in column if value is not None] for column in columns]
+        means[name] = [sum(values) / len(values) for values in known]
     return means
 
 
