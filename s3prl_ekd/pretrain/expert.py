@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import __version__, compat
-from ..errors import CheckpointError, ConfigError, DataError, SetupError
+from ..errors import CheckpointError, ConfigError, DataError, SetupError, first_line
 
 compat.apply()
 
@@ -35,7 +35,7 @@ from .settings import RunSettings, load_data_config, load_model_config  # noqa: 
 if TYPE_CHECKING:
     from ..essence.units import Units
     from ..hidden_states.store import TargetReader
-    from .tensorboard import NullWriter, ScalarWriter
+    from .tensorboard import ScalarWriter
 
 logger = logging.getLogger(__name__)
 
@@ -51,11 +51,7 @@ class UpstreamPretrainExpert(nn.Module):
     Args:
         datarc: ``pretrain_expert.datarc`` of the runner config.
         upstream_config: path of the model config, or the model config of a checkpoint.
-        device: the training device.
         multi_gpu: must be false; DataParallel is not supported.
-
-    Raises:
-        EkdError: wrong settings, or files that cannot be read.
     """
 
     def __init__(
@@ -87,9 +83,10 @@ class UpstreamPretrainExpert(nn.Module):
             self.targets = open_targets(self.data.target_cache, self.settings)
         self.seed = torch.initial_seed()  # set by s3prl's script
         self.dataloader = self._loader(self.data.sets)
-        self.dev_dataloader: BatchLoader | None = None
+        self.loaders, self.dev_dataloader = [self.dataloader], None
         if self.data.dev_sets:
             self.dev_dataloader = self._loader(self.data.dev_sets, shuffle=False)
+            self.loaders.append(self.dev_dataloader)
         teachers = load_teachers(
             self.settings.teachers,
             self.settings.teacher_dropout,
@@ -104,8 +101,7 @@ class UpstreamPretrainExpert(nn.Module):
             units = load_units(self.settings.unit_loss.file)
         if self.targets is not None:
             check_unit_layer(units, self.settings)
-            loaders = [self.dataloader, *filter(None, [self.dev_dataloader])]
-            batches = [batch for loader in loaders for batch in loader.dataset.batches]
+            batches = [batch for loader in self.loaders for batch in loader.dataset.batches]
             rows = [row for batch in batches for row in batch]
             check_teachers(self.targets, teachers, self.settings, self.data, rows)
         self.distiller = EnsembleDistiller(teachers, student, self.settings, units)
@@ -123,21 +119,17 @@ class UpstreamPretrainExpert(nn.Module):
         return self.distiller.trainable
 
     def prepare(self, run: RunSettings) -> None:
-        """Apply the run's settings to the student before the first step.
-
-        Raises:
-            ConfigError: they are incompatible with the model config.
-        """
+        """Apply the run's settings to the student before the first step."""
         student = self.distiller.student
         if run.activation_checkpointing and student.backend == "s3prl":
             raise ConfigError("runner.activation_checkpointing: true needs student_backend: ours")
         student.activation_checkpointing = run.activation_checkpointing
-        if run.compile and run.activation_checkpointing:
-            import torch._dynamo
-
-            # In older versions DDPOptimizer cannot split graphs with activation checkpointing.
-            torch._dynamo.config.optimize_ddp = False
         if run.compile:
+            if run.activation_checkpointing:
+                import torch._dynamo
+
+                # In older versions DDPOptimizer cannot split graphs with activation checkpointing.
+                torch._dynamo.config.optimize_ddp = False
             student.compile(dynamic=True)
 
     @property
@@ -160,7 +152,7 @@ class UpstreamPretrainExpert(nn.Module):
 
     def close(self) -> None:
         """End the loaders' worker processes."""
-        for loader in filter(None, (self.dataloader, self.dev_dataloader)):
+        for loader in self.loaders:
             loader.close()
 
     def _log_setup(self) -> None:
@@ -216,18 +208,14 @@ class UpstreamPretrainExpert(nn.Module):
         """Compute the loss of one batch and append its scalars to ``records``.
 
         For s3prl's own Runner; :class:`.trainer.Trainer` calls the distiller directly.
-
-        Raises:
-            DataError: an utterance of the batch could not be read.
         """
         if data.problem:
             raise DataError(data.problem)
         for bad in data.bad:
             logger.warning("left out %s: %s", bad.path, bad.reason)
-        detail = global_step % log_step == 0
         if not data.names:
             return empty_step(self.distiller), records
-        batch = distiller_batch(data, self.device)
+        batch, detail = distiller_batch(data, self.device), global_step % log_step == 0
         loss, logs = self.distiller(batch, step=global_step, detail=detail)
         records["loss_mean"].append(loss.detach())
         for name, value in logs.items():
@@ -237,7 +225,7 @@ class UpstreamPretrainExpert(nn.Module):
     def log_records(
         self,
         records: Mapping[str, list[Tensor]],
-        logger: ScalarWriter | NullWriter,
+        logger: ScalarWriter,
         prefix: str,
         global_step: int,
         **kwargs: Any,
@@ -283,8 +271,7 @@ class UpstreamPretrainExpert(nn.Module):
     def load_model(self, all_states: dict) -> None:
         """Load weights and target statistics from a checkpoint.
 
-        Raises:
-            CheckpointError: some are missing or do not fit.
+        Raises CheckpointError if some are missing or do not fit.
         """
         try:
             saved = all_states[RUN_KEY]
@@ -306,8 +293,9 @@ class UpstreamPretrainExpert(nn.Module):
                 self.distiller.trainable["unit_head"].load_state_dict(all_states["UnitHead"])
             self._skip_used_batches(all_states)
         except (KeyError, TypeError, AttributeError, RuntimeError) as error:
-            reason = (str(error).strip().splitlines() or ["unreadable"])[0]
-            raise CheckpointError(f"the checkpoint does not fit this run: {reason}") from None
+            raise CheckpointError(
+                f"the checkpoint does not fit this run: {first_line(error)}"
+            ) from None
 
     def _skip_used_batches(self, all_states: dict) -> None:
         """Derive the position in the data from the step; s3prl's own Runner does not save it."""

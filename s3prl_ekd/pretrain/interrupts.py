@@ -38,9 +38,6 @@ SAME_SIGNAL_DISTRIBUTED = 5.0
 BATCH_WAIT = 1.0  # seconds
 BATCH_WAIT_DISTRIBUTED = 3.0
 
-# In the errors of torch's allocators: CUDA, MPS, Linux and other CPUs.
-OUT_OF_MEMORY_TEXTS = ("out of memory", "can't allocate memory", "not enough memory")
-
 
 class StoppedWaiting(Exception):
     """After a signal, the next batch has not arrived in time."""
@@ -81,8 +78,8 @@ class StopSignals:
         if threading.current_thread() is threading.main_thread():
             self._old_handlers = {name: signal.signal(name, self._handle) for name in SIGNALS}
             if HAS_TIMER:
-                old_handler = signal.signal(signal.SIGALRM, self._check_waiting)
-                self._old_handlers[signal.SIGALRM] = old_handler
+                alarm = signal.SIGALRM
+                self._old_handlers[alarm] = signal.signal(alarm, self._check_waiting)
                 pipe, self._pipe = os.pipe()
                 os.set_blocking(self._pipe, False)
                 self._old_wakeup_fd = signal.set_wakeup_fd(self._pipe, warn_on_full_buffer=False)
@@ -92,12 +89,11 @@ class StopSignals:
     def __exit__(self, *exception: object) -> None:
         if not self._old_handlers:
             return
-        for number in SIGNALS:
-            signal.signal(number, self._old_handlers[number])
+        if HAS_TIMER and self.received is not None:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in self._old_handlers.items():
+            signal.signal(number, handler)
         if HAS_TIMER:
-            if self.received is not None:
-                signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, self._old_handlers[signal.SIGALRM])
             signal.set_wakeup_fd(self._old_wakeup_fd)
             os.write(self._pipe, b"\0")
             os.close(self._pipe)
@@ -106,8 +102,7 @@ class StopSignals:
     def batches(self, loader: Iterable[T]) -> Iterator[T]:
         """Iterate over a loader.
 
-        Raises:
-            StoppedWaiting: a signal has arrived, and no batch within the wait after it.
+        Raises StoppedWaiting if a signal has arrived, and no batch within the wait after it.
         """
         with self._waiting():
             iterator = iter(loader)
@@ -203,16 +198,9 @@ def _kill_children() -> None:
 
 @contextlib.contextmanager
 def explain_out_of_memory(step: int, batch: Batch, device: str, hint: str) -> Iterator[None]:
-    """Turn "out of memory" into an error with the batch's size and the settings to lower.
+    """Turn "out of memory" into a SetupError with the batch's size and the settings to lower.
 
-    Args:
-        step: number of the step, from 1.
-        batch: the current batch.
-        device: of the run.
-        hint: how to resume.
-
-    Raises:
-        SetupError: out of memory.
+    ``step`` counts from 1; ``hint`` says how to resume.
     """
     try:
         yield
@@ -230,39 +218,37 @@ def explain_out_of_memory(step: int, batch: Batch, device: str, hint: str) -> It
 
 @contextlib.contextmanager
 def explain_worker_errors(hint: str) -> Iterator[None]:
-    """Turn errors of the data loader's workers into an error that says what to change.
-
-    Raises:
-        SetupError: a worker died, or no batch arrived within the loader's timeout.
-    """
+    """Turn errors of the data loader's workers into a SetupError that says what to change."""
     try:
         yield
     except RuntimeError as error:
         message = str(error)
         timeout = re.search(r"DataLoader timed out after (\S+) seconds", message)
         if timeout:
-            raise SetupError(
+            problem = (
                 f"the data loader's workers sent no batch for {float(timeout[1]):g} s: the disk "
                 f"does not respond, or shared memory is full ({shared_memory_usage()}); check that "
                 f"libri_root can be read, or {shared_memory_advice()}; if the disk is only slow, "
-                f"raise pretrain_expert.datarc.loader_timeout; {hint}"
-            ) from None
-        if "DataLoader worker" not in message:
+                "raise pretrain_expert.datarc.loader_timeout"
+            )
+        elif "DataLoader worker" not in message:
             raise
-        if "Bus error" in message:
-            raise SetupError(
+        elif "Bus error" in message:
+            problem = (
                 f"a data loader worker ran out of shared memory ({shared_memory_usage()}): "
-                f"{shared_memory_advice()}; {hint}"
-            ) from None
-        raise SetupError(
-            f"a data loader worker was killed ({error}), often because the machine ran out of "
-            f"memory; lower pretrain_expert.datarc.num_workers; {hint}"
-        ) from None
+                f"{shared_memory_advice()}"
+            )
+        else:
+            problem = (
+                f"a data loader worker was killed ({error}), often because the machine ran out of "
+                "memory; lower pretrain_expert.datarc.num_workers"
+            )
+        raise SetupError(f"{problem}; {hint}") from None
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and any(
-        text in str(error).lower() for text in OUT_OF_MEMORY_TEXTS
+    # The texts are from torch's allocators: CUDA, MPS, Linux and other CPUs.
+    texts = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        isinstance(error, RuntimeError) and any(text in str(error).lower() for text in texts)
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,11 +26,6 @@ from .settings import RunSettings
 logger = logging.getLogger(__name__)
 
 MAX_NAMES = 48  # utterances in a message
-
-
-def loss_scaler(run: RunSettings, device: str) -> torch.amp.GradScaler:
-    """The loss scaler; enabled for ``fp16`` on a CUDA device."""
-    return torch.amp.GradScaler("cuda", enabled=run.fp16 and device.startswith("cuda"))
 
 
 def autocast(run: RunSettings, device: str) -> torch.autocast:
@@ -75,18 +70,14 @@ def warmup_schedule(
 ) -> LambdaLR:
     """Linear warm-up over ``warmup_proportion`` of the steps (default: 0.07, as in s3prl), then
     linear decay, which reaches 0 after the last step."""
-    return LambdaLR(
-        optimizer, _rate(config.get("warmup_proportion", 0.07) * total_steps, total_steps)
-    )
+    warmup = config.get("warmup_proportion", 0.07) * total_steps
 
-
-def _rate(warmup: float, total: int) -> Callable[[int], float]:
     def rate(step: int) -> float:
         up = (step + 1) / warmup if warmup > 0 else 1.0
-        down = (total - step) / (total - warmup) if total > warmup else 1.0
+        down = (total_steps - step) / (total_steps - warmup) if total_steps > warmup else 1.0
         return max(0.0, min(1.0, up, down))
 
-    return rate
+    return LambdaLR(optimizer, rate)
 
 
 class NotFiniteError(EkdError):
@@ -106,13 +97,8 @@ class StepResult:
 class OptimizerStep:
     """Backward, accumulation, clipping and update.
 
-    Args:
-        model: the trained modules.
-        optimizer: over their parameters.
-        scheduler: of the learning rate, or None.
-        scaler: fp16's loss scaler; disabled otherwise.
-        run: for the number of accumulated batches and the gradient's maximal norm.
-        processes: of the run; either all of them apply the update or none.
+    ``model`` has the trained modules, ``scaler`` is disabled except for fp16. Either all processes
+    apply an update or none.
 
     Attributes:
         names: the utterances of the step; those of batches whose loss is not finite come first.
@@ -127,13 +113,8 @@ class OptimizerStep:
         run: RunSettings,
         processes: ProcessGroup,
     ):
-        self.model = model
-        self.optimizer = optimizer
-        self.scheduler = scheduler
-        self.scaler = scaler
-        self.max_norm = run.gradient_clipping
-        self.accumulate = run.gradient_accumulate_steps
-        self.processes = processes
+        self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
+        self.scaler, self.run, self.processes = scaler, run, processes
         self.begin()
 
     def begin(self) -> None:
@@ -144,8 +125,7 @@ class OptimizerStep:
 
     def backward(self, loss: Tensor, batch: Batch) -> None:
         """Accumulate the gradient of a batch."""
-        if self.accumulate > 1:
-            loss = loss / self.accumulate
+        loss = loss / self.run.gradient_accumulate_steps
         self.scaler.scale(loss).backward()
         value = loss.item()  # synchronises with the device, as the norm in clip() does
         self._losses.append(value)
@@ -158,7 +138,8 @@ class OptimizerStep:
         process is lost here.
         """
         self.scaler.unscale_(self.optimizer)
-        self._norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), self.max_norm))
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.run.gradient_clipping)
+        self._norm = float(norm)
         finite = math.isfinite(sum(self._losses)) and math.isfinite(self._norm)
         self._finite = not self.processes.any(not finite)
 
@@ -177,11 +158,9 @@ class OptimizerStep:
 
     def learning_rate(self) -> float:
         """The learning rate of the next step."""
-        if hasattr(self.optimizer, "get_lr"):  # s3prl's optimizers: one for each updated parameter
-            rates = self.optimizer.get_lr()
-            if rates:
-                return rates[0]
-        return self.optimizer.param_groups[0]["lr"]
+        # s3prl's optimizers give one for each updated parameter.
+        rates = self.optimizer.get_lr() if hasattr(self.optimizer, "get_lr") else []
+        return rates[0] if rates else self.optimizer.param_groups[0]["lr"]
 
 
 def not_finite_error(step: int, count: int, names: Sequence[str], hint: str) -> NotFiniteError:

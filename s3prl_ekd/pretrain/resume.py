@@ -28,11 +28,9 @@ def resumed_progress(
     """Read the progress from a checkpoint, and set the position of ``upstream``'s sampler to it.
 
     Args:
-        states: the checkpoint; empty for a new run.
-        path: of the checkpoint, for messages.
+        states: the checkpoint ``path``; empty for a new run.
         upstream: with the checkpoint's weights loaded.
         overridden: config keys that ``-o`` sets in this command.
-        processes: of the run.
 
     Raises:
         EkdError: the checkpoint is damaged, or the length tables have changed since.
@@ -57,11 +55,7 @@ def resumed_progress(
 def resume_random(states: Mapping, path: str, processes: ProcessGroup, device: str) -> bool:
     """Restore this process's random states, if the number of processes is that of the checkpoint.
 
-    Returns:
-        Whether they were restored.
-
-    Raises:
-        CheckpointError: the saved states are damaged.
+    Returns whether they were restored. Raises CheckpointError if the saved states are damaged.
     """
     if RUN_STATE_KEY not in states:
         return False
@@ -81,10 +75,8 @@ def resume_optimizer(optimizer: torch.optim.Optimizer, states: Mapping, path: st
     """Load the checkpoint's moments; keep learning rate and other settings as configured.
 
     With the checkpoint's settings, ``-o`` could not change them, and a run that is made longer
-    would continue at a learning rate of 0, the end of its old schedule.
-
-    Raises:
-        CheckpointError: the moments are missing or do not fit.
+    would continue at a learning rate of 0, the end of its old schedule. Raises CheckpointError if
+    the moments are missing or do not fit.
     """
     configured = [
         {key: value for key, value in group.items() if key != "params"}

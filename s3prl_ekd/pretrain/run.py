@@ -35,14 +35,9 @@ logger = logging.getLogger(__name__)
 
 
 def prepare(argv: Sequence[str]) -> PretrainRequest:
-    """Parse and check the arguments of a command, before torch is imported.
-
-    Raises:
-        EkdError: wrong arguments, settings or files.
-    """
-    return check_and_resume(
-        PretrainRequest.parse(trust.read_option(argv)), OPTION_CHECKS, RUN_CHECKS
-    )
+    """Parse and check the arguments of a command; the options before torch is imported."""
+    request = PretrainRequest.parse(trust.read_option(argv))
+    return check_and_resume(request, OPTION_CHECKS, RUN_CHECKS)
 
 
 # Checks of the arguments
@@ -50,9 +45,8 @@ def prepare(argv: Sequence[str]) -> PretrainRequest:
 
 def check_workspace(request: PretrainRequest) -> None:
     """Check that ``s3prl-ekd init`` has set up the working folder."""
-    if not Path("pretrain").is_dir():
-        raise SetupError(f"no pretrain/ekd in this folder; {INIT_HINT}")
-    if request.upstream == "ekd" and not Path("pretrain/ekd").is_dir():
+    folder = "pretrain/ekd" if request.upstream == "ekd" else "pretrain"
+    if not Path(folder).is_dir():
         raise SetupError(f"no pretrain/ekd in this folder; {INIT_HINT}")
 
 
@@ -65,15 +59,26 @@ def check_single_process(request: PretrainRequest) -> None:
         )
 
 
-OPTION_CHECKS = (check_workspace, check_single_process)
-
 # Checks of the run; ``states`` is the contents of its checkpoint, empty for a new run
+
+
+def check_settings(request: PretrainRequest, states: Mapping[str, Any]) -> None:
+    """Check the configs of a new run, the checkpoint of another, or those of another upstream."""
+    if not request.is_ekd:
+        check_other_upstream(request, states)
+    elif states:
+        check_checkpoint(str(request.past_exp), states)
+    elif request.upstream is None:
+        raise SetupError("-u is missing; type: run_pretrain.py -u ekd -n NAME")
+    elif not (request.expdir or request.expname):
+        raise SetupError("the run has no name; add -n NAME (or -p FOLDER)")
+    else:
+        load_runner_config(request.config or "pretrain/ekd/config_runner.yaml", request.override)
+        load_model_config(request.upstream_config or "pretrain/ekd/config_model.yaml")
 
 
 def check_other_upstream(request: PretrainRequest, states: Mapping[str, Any]) -> None:
     """Check that the config of another upstream holds no code that s3prl would evaluate."""
-    if request.is_ekd:
-        return
     config = {}
     for path in filter(None, (request.upstream_config, request.config)):
         config = read_yaml(path)
@@ -83,25 +88,10 @@ def check_other_upstream(request: PretrainRequest, states: Mapping[str, Any]) ->
     reject_code(config, str(request.past_exp or request.config))
 
 
-def check_new_settings(request: PretrainRequest, states: Mapping[str, Any]) -> None:
-    """Check that a new run has an upstream, a name and valid configs."""
-    if states or not request.is_ekd:
-        return
-    if request.upstream is None:
-        raise SetupError("-u is missing; type: run_pretrain.py -u ekd -n NAME")
-    if not (request.expdir or request.expname):
-        raise SetupError("the run has no name; add -n NAME (or -p FOLDER)")
-    load_runner_config(request.config or "pretrain/ekd/config_runner.yaml", request.override)
-    load_model_config(request.upstream_config or "pretrain/ekd/config_model.yaml")
-
-
-def check_checkpoint(request: PretrainRequest, states: Mapping[str, Any]) -> None:
-    """Check that the checkpoint is complete, and of a run with ``-u ekd``."""
-    if not states or not request.is_ekd:
-        return
+def check_checkpoint(path: str, states: Mapping[str, Any]) -> None:
+    """Check that a checkpoint is complete, and of a run with ``-u ekd``."""
     from ..files.run_checkpoints import verify_checksums
 
-    path = str(request.past_exp)
     if "Upstream_Config" not in states:
         raise CheckpointError(f"{path} is not a checkpoint of run_pretrain.py -u ekd")
     if getattr(states["Args"], "upstream", None) != "ekd":
@@ -131,14 +121,12 @@ def check_resumed_config(request: PretrainRequest, states: Mapping[str, Any]) ->
     logger.info("resuming from %s at step %s", path, states["Step"])
     saved = check_runner_config(states["Config"], f"the config in {path}")
     config = apply_overrides(states["Config"], text) if text else states["Config"]
-    current = check_runner_config(config, f"the config in {path} with -o")
-    changes = config_differences(to_plain_data(saved), to_plain_data(current))
+    current = to_plain_data(check_runner_config(config, f"the config in {path} with -o"))
+    changes = config_differences(to_plain_data(saved), current)
     check_changes(changes, path)
     if request.config:
         in_file = to_plain_data(load_runner_config(request.config, text))
-        check_config_file(
-            request.config, config_differences(to_plain_data(current), in_file), path, "-c"
-        )
+        check_config_file(request.config, config_differences(current, in_file), path, "-c")
     if request.upstream_config:
         model = to_plain_data(load_model_config(states["Upstream_Config"]))
         in_file = to_plain_data(load_model_config(request.upstream_config))
@@ -147,14 +135,8 @@ def check_resumed_config(request: PretrainRequest, states: Mapping[str, Any]) ->
         logger.info("changed by -o: %s", describe_changes(changes))
 
 
-RUN_CHECKS = (
-    check_other_upstream,
-    check_new_settings,
-    check_checkpoint,
-    check_device,
-    check_output_folder,
-    check_resumed_config,
-)
+OPTION_CHECKS = (check_workspace, check_single_process)
+RUN_CHECKS = (check_settings, check_device, check_output_folder, check_resumed_config)
 
 
 def run(script: ModuleType, request: PretrainRequest) -> None:

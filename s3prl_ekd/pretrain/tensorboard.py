@@ -7,13 +7,13 @@ Here an event is written when it is added.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import re
 import struct
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2
@@ -21,21 +21,9 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
 from ..errors import SetupError
+from ..files.atomic import explain_write_errors
 
 logger = logging.getLogger(__name__)
-
-
-class NullWriter:
-    """The scalar writer of ranks other than 0; writes nothing."""
-
-    def add_scalar(self, tag: str, value: float, global_step: int) -> None:
-        """Do nothing."""
-
-    def flush(self) -> None:
-        """Do nothing."""
-
-    def close(self) -> None:
-        """Do nothing."""
 
 
 class ScalarWriter:
@@ -45,7 +33,7 @@ class ScalarWriter:
     checkpoint raises the error.
 
     Args:
-        folder: an existing folder.
+        folder: an existing folder; None writes nothing, for ranks other than 0.
         resume_step: step of the checkpoint that the run resumes from, None for a new run.
             TensorBoard then hides later points of older files.
 
@@ -53,14 +41,15 @@ class ScalarWriter:
         SetupError: the file cannot be created.
     """
 
-    def __init__(self, folder: str | Path, resume_step: int | None = None):
+    def __init__(self, folder: str | Path | None, resume_step: int | None = None):
         self._warned = False
-        try:
+        self._events: EventsWriter | None = None
+        if folder is None:
+            return
+        with explain_write_errors(folder):
             # The default name has seconds only, and an existing file of that name is overwritten.
             fraction = f".{time.time_ns() % 1_000_000_000:09d}"
             self._events = EventsWriter(str(Path(folder) / "events"), fraction)
-        except OSError as error:
-            raise SetupError(f"cannot write into {folder}: {error.strerror}") from None
         if resume_step is not None:
             session_start = SessionLog(status=SessionLog.START)
             self._write(Event(step=resume_step + 1, session_log=session_start))
@@ -73,26 +62,21 @@ class ScalarWriter:
 
     def flush(self) -> None:
         """Flush all points and sync them to disk."""
-        if self._events is not None:
-            with self._log_errors():
-                self._events.flush()
+        self._call(EventsWriter.flush)
 
     def close(self) -> None:
         """Flush and close; a second call does nothing."""
-        if self._events is not None:
-            with self._log_errors():
-                self._events.close()
-            self._events = None
+        self._call(EventsWriter.close)
+        self._events = None
 
     def _write(self, event: Event) -> None:
         event.wall_time = time.time()
-        with self._log_errors():
-            self._events.write_event(event)
+        self._call(EventsWriter.write_event, event)
 
-    @contextlib.contextmanager
-    def _log_errors(self) -> Iterator[None]:
+    def _call(self, method: Callable[..., Any], *args: Any) -> None:
         try:
-            yield
+            if self._events is not None:
+                method(self._events, *args)
         except OSError as error:
             if not self._warned:
                 logger.warning("cannot write the TensorBoard file: %s", error.strerror)
@@ -134,14 +118,9 @@ def teacher_curves(scalars: Mapping[str, Mapping[int, float]]) -> dict[str, dict
     """
     curves: dict[str, dict[str, dict]] = {}
     for tag, points in scalars.items():
-        match = _TEACHER.match(tag)
-        if match:
+        if match := _TEACHER.match(tag):
             curves.setdefault(match["teacher"], {})[match["layer"]] = dict(points)
     return curves
-
-
-def _first_layer(item: tuple[str, dict]) -> int:
-    return int(re.split("[_-]", item[0])[0])
 
 
 def plot_run(scalars: Mapping[str, Mapping[int, float]], path: str | Path) -> None:
@@ -165,8 +144,8 @@ def plot_run(scalars: Mapping[str, Mapping[int, float]], path: str | Path) -> No
     axes[0].set(title="loss", xlabel="step", ylabel="distance + λ · cosine term")
     top = max((max(points.values()) for c in curves.values() for points in c.values()), default=1)
     for axis, (teacher, layers) in zip(axes[1:], curves.items(), strict=True):
-        for layer, points in sorted(layers.items(), key=_first_layer):
-            axis.plot(list(points), list(points.values()), label=f"layer {layer}")
+        for layer in sorted(layers, key=lambda layer: int(re.split("[_-]", layer)[0])):
+            axis.plot(list(layers[layer]), list(layers[layer].values()), label=f"layer {layer}")
         axis.set(title=f"to {teacher}", xlabel="step", ylabel="distance", ylim=(0, 1.05 * top))
         axis.legend(frameon=False)
     for axis in axes:

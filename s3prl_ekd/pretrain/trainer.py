@@ -25,15 +25,15 @@ from torch import nn
 from tqdm import tqdm
 
 from ..data.batches import Batch
-from ..errors import CheckpointError, DataError, SetupError
+from ..errors import CheckpointError, SetupError
 from ..files.atomic import write_text
 from ..files.config import read_yaml, to_plain_data
 from ..files.renamed_keys import RUNNER, rename_keys
 from ..files.run_checkpoints import LAST_CHECKPOINT, read_checkpoint
 from ..request import PretrainRequest
 from ..system.random_states import preserve_random_states, random_states
-from .bad_audio import BadAudioList, UsableBatches, as_tensor
-from .checkpoints import RUN_STATE_KEY, CheckpointManager, SaveError
+from .bad_audio import BadAudioList, as_tensor
+from .checkpoints import BEST_NAME, RUN_STATE_KEY, CheckpointManager, SaveError
 from .distributed import (
     ProcessGroup,
     distiller_batch,
@@ -57,7 +57,6 @@ from .optim import (
     StepResult,
     autocast,
     fused_adamw,
-    loss_scaler,
     not_finite_error,
     warmup_schedule,
 )
@@ -68,7 +67,7 @@ from .resume import (
     resumed_progress,
 )
 from .settings import FUSED_ADAMW, check_runner_config, load_model_config
-from .tensorboard import NullWriter, ScalarWriter
+from .tensorboard import ScalarWriter
 
 logger = logging.getLogger(__name__)
 
@@ -125,11 +124,11 @@ class Trainer:
         self.check_same_progress()
         self.bad_audio = self.make_bad_audio_list(checkpoint, path)
         self.stop_signals = StopSignals(quiet=not self.processes.is_main)
-        self.logger: ScalarWriter | NullWriter = NullWriter()
-        if self.processes.is_main:
-            self.logger = ScalarWriter(args.expdir, self.progress.step if checkpoint else None)
-            if checkpoint:
-                self.checkpoints.prune(self.progress.step)
+        is_main = self.processes.is_main
+        resume_step = self.progress.step if checkpoint else None
+        self.logger = ScalarWriter(args.expdir if is_main else None, resume_step)
+        if is_main and checkpoint:
+            self.checkpoints.prune(self.progress.step)
 
         self.distiller: nn.Module = self.upstream.distiller
         if self.processes.world_size > 1:
@@ -144,7 +143,7 @@ class Trainer:
         # Last, because set-up draws random numbers.
         if not resume_random(checkpoint, path, self.processes, self.device):
             self.processes.seed_by_rank(args.seed)
-        if not args.init_ckpt and self.processes.is_main:
+        if not args.init_ckpt and is_main:
             write_model_config(args)
 
     def check_same_progress(self) -> None:
@@ -164,21 +163,18 @@ class Trainer:
         """Make the bad audio list; only the main process continues the one in the checkpoint."""
         if not self.processes.is_main:
             return BadAudioList(self.args.expdir, [])
-        loaders = (self.upstream.dataloader, self.upstream.dev_dataloader)
-        datasets = [loader.dataset for loader in loaders if loader is not None]
+        datasets = [loader.dataset for loader in self.upstream.loaders]
         saved = checkpoint.get(RUN_STATE_KEY, {}).get("bad_audio")
         return BadAudioList(self.args.expdir, datasets, saved, path)
 
     def make_optimizer_step(self, checkpoint: Mapping[str, Any]) -> OptimizerStep:
         """Make optimizer, schedule and loss scaler, with their states from the checkpoint, if any.
 
-        Raises:
-            CheckpointError: the checkpoint's optimizer does not fit.
-            SetupError: torch rejects the optimizer's settings.
+        Raises SetupError if torch rejects the optimizer's settings.
         """
         run, config = self.settings, self.config["optimizer"]
         model, fused = self.upstream.model, config["name"] == FUSED_ADAMW
-        scaler = loss_scaler(run, self.device)
+        scaler = torch.amp.GradScaler("cuda", enabled=run.fp16 and self.device.startswith("cuda"))
         if self.progress.scaler:
             scaler.load_state_dict(self.progress.scaler)
         try:
@@ -244,6 +240,7 @@ class Trainer:
             )
 
     def print_plan(self) -> None:
+        """Print the size of a step and the number of epochs, as s3prl's Runner does."""
         run = self.settings
         batches = run.gradient_accumulate_steps * self.processes.world_size  # per step
         size = self.upstream.data.train_batch_size * batches
@@ -273,17 +270,15 @@ class Trainer:
         """
         count, unusable = self.processes.world_size, 0
         while True:
-            for batch in self.stop_signals.batches(self.upstream.get_train_dataloader()):
-                self.bad_audio.record(batch.bad, self._epoch)
+            for read in self.stop_signals.batches(self.upstream.get_train_dataloader()):
+                batch = self.bad_audio.usable(read, self._epoch)
                 epochs, self._batch = divmod(self._batch + count, self.progress.batches)
                 self._epoch += epochs
-                if batch.problem:
-                    raise DataError(batch.problem)
                 unusable = 0 if batch.names else unusable + 1
                 if unusable >= self.progress.batches:
                     raise self.bad_audio.no_usable_audio("sets")
                 if batch.names or count > 1:
-                    yield batch._replace(bad=())
+                    yield batch
 
     def train_step(self, batches: Iterator[Batch]) -> StepResult:
         """Accumulate the gradients of the step's batches, clip them, update the weights."""
@@ -386,12 +381,8 @@ class Trainer:
     def measure_dev_loss(self) -> None:
         """Compute the dev loss; save ``dev-best.ckpt`` if it is the lowest so far."""
         progress = self.progress
-        assert self.upstream.dev_dataloader is not None
-        batches = UsableBatches(
-            self.upstream.dev_dataloader, self.bad_audio, progress.epoch, self.stop_signals.batches
-        )
         with self.autocast:
-            sums = dev_loss(self.upstream, batches, progress.step, self.device)
+            sums = dev_loss(self.upstream, self.dev_batches(), progress.step, self.device)
         self.bad_audio.commit()
         total, samples = self.processes.sum(*sums)
         if not samples:
@@ -399,16 +390,31 @@ class Trainer:
         loss = total / samples
         self.logger.add_scalar(f"{self.args.upstream}/dev-loss", loss, global_step=progress.step)
         progress.dev_due = False  # before the best checkpoint is saved
-        is_best = progress.best_loss is None or loss < progress.best_loss
-        is_best = is_best and math.isfinite(loss)
+        best = math.inf if progress.best_loss is None else progress.best_loss
         if self.processes.is_main:
-            suffix = ", the best" * is_best
+            suffix = ", the best" if loss < best else ""
             tqdm.write(f"[Runner] - dev loss {loss:.5f} at step {progress.step}{suffix}")
-        if is_best:
+        if loss < best:
             progress.best_loss, progress.best_step = loss, progress.step
             checkpoint = self.checkpoint()
             if self.processes.is_main:
-                self.checkpoints.save_best(checkpoint)
+                self.checkpoints.save(checkpoint, BEST_NAME)
+
+    def dev_batches(self) -> Iterator[Batch]:
+        """Yield the dev batches that have a usable utterance, with a progress bar."""
+        loader = self.upstream.dev_dataloader
+        assert loader is not None
+        batches = tqdm(
+            self.stop_signals.batches(loader),
+            total=len(loader),
+            dynamic_ncols=True,
+            desc="dev",
+            leave=False,
+        )
+        for read in batches:
+            batch = self.bad_audio.usable(read, self.progress.epoch)
+            if batch.names:
+                yield batch
 
     # Save
 
@@ -420,16 +426,14 @@ class Trainer:
         signal_name = self.processes.first_not_none(signal and signal.name)
         is_last = step == run.total_steps
         stopping = signal_name is not None and not is_last
-        if self.is_due(run.save_step):
+        numbered = self.is_due(run.save_step)
+        if numbered or stopping or self.processes.any(0 < run.autosave_minutes <= minutes):
             checkpoint = self.checkpoint()
-            if self.processes.is_main:
+            if self.processes.is_main and numbered:
                 path = self.checkpoints.save_numbered(checkpoint, step)
                 tqdm.write(f"[Runner] - Save the checkpoint to: {path}")
-            self._saved_step, self._saved_at = step, time.monotonic()
-        elif stopping or self.processes.any(0 < run.autosave_minutes <= minutes):
-            checkpoint = self.checkpoint()
-            if self.processes.is_main:
-                self.checkpoints.save_last(checkpoint)
+            elif self.processes.is_main:
+                self.checkpoints.save(checkpoint, LAST_CHECKPOINT)
             self._saved_step, self._saved_at = step, time.monotonic()
         if stopping or is_last:
             # torchrun kills the remaining processes half a minute after the first one exits.
@@ -451,8 +455,7 @@ class Trainer:
     def checkpoint(self, alone: bool = False) -> dict[str, Any]:
         """The contents of a checkpoint: s3prl's keys, the upstream's, and the trainer's state.
 
-        Args:
-            alone: do not communicate with the other processes; they may have ended.
+        With ``alone`` there is no communication with the other processes, which may have ended.
         """
         self.logger.flush()  # so that a killed run has all points from before its checkpoint
         processes = ProcessGroup() if alone else self.processes
@@ -506,13 +509,7 @@ class Trainer:
     def save_last_step(self, wait: float = 3) -> bool:
         """Save the last completed step, unless weights or target statistics have changed since.
 
-        If rank 0 is lost, rank 1 saves it.
-
-        Args:
-            wait: seconds for which rank 1 waits for rank 0 to save.
-
-        Returns:
-            Whether the step is saved.
+        If rank 0 is lost, rank 1 saves it, after ``wait`` seconds. Returns whether it is saved.
         """
         step = self.progress.step
         if self._saved_step == step:
@@ -527,7 +524,7 @@ class Trainer:
                     time.sleep(1)
                 if saved:
                     return True
-            path = self.checkpoints.save_last(self.checkpoint(alone=True))
+            path = self.checkpoints.save(self.checkpoint(alone=True), LAST_CHECKPOINT)
             logger.warning("saved step %d: %s", step, path)
         except Exception as error:  # only logged: the caller raises the first error
             logger.warning("cannot save step %d: %s", step, error)
@@ -544,7 +541,7 @@ class Trainer:
 
 @torch.no_grad()
 def dev_loss(
-    upstream: UpstreamPretrainExpert, loader: Iterable[Batch], step: int, device: str
+    upstream: UpstreamPretrainExpert, batches: Iterable[Batch], step: int, device: str
 ) -> tuple[float, float]:
     """Compute the loss over the dev tables, each batch weighted by its number of samples.
 
@@ -553,7 +550,7 @@ def dev_loss(
 
     Args:
         upstream: in train mode before and after.
-        loader: the dev batches.
+        batches: the dev batches.
         step: completed steps; teacher weights may depend on it.
         device: of the run.
 
@@ -564,7 +561,7 @@ def dev_loss(
     upstream.eval()
     try:
         with preserve_random_states(device):
-            for batch in tqdm(loader, dynamic_ncols=True, desc="dev", leave=False):
+            for batch in batches:
                 loss, _ = upstream.distiller(distiller_batch(batch, device), step=step)
                 weight = float(batch.lengths.sum())
                 total += loss.item() * weight
