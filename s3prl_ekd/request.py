@@ -12,6 +12,7 @@ import contextlib
 import logging
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -20,7 +21,7 @@ from typing import Any, ClassVar, TypeVar
 
 from .compat import no_eval
 from .compat.replaced import replaced
-from .errors import CheckpointError, SetupError
+from .errors import CheckpointError, SetupError, first_line
 from .files import trust
 from .files.atomic import make_folder, patch_torch_save
 from .files.config import argument_overrides, escape_equals
@@ -69,15 +70,14 @@ class Request:
     def parse(cls: type[RequestT], argv: Sequence[str]) -> RequestT:
         """Parse the arguments of a command.
 
-        Raises:
-            SetupError: an option has no value or a value of the wrong type.
-            ConfigError: ``-o`` is invalid.
+        Raises SetupError for an option without a value or with one of the wrong type, ConfigError
+        for an invalid ``-o``.
         """
         return cls(**cls._parse_options(argv))
 
     @classmethod
     def _parse_options(
-        cls, argv: Sequence[str], extra_options: Sequence[str] = (), **defaults: Any
+        cls, argv: Sequence[str], extra_options: Sequence[str] = ()
     ) -> dict[str, Any]:
         parser = argparse.ArgumentParser(add_help=False, exit_on_error=False, allow_abbrev=False)
         for name in extra_options:
@@ -86,12 +86,9 @@ class Request:
             if not option.metadata:
                 continue
             letter, kind = option.metadata["letter"], option.metadata["kind"]
-            names = [*([f"-{letter}"] if letter else []), f"--{option.name}"]
-            if option.name == "local_rank":
-                names.append("--local-rank")  # the spelling of torch.distributed.launch
+            names = [f"-{letter}"] if letter else []
             value_type = {"action": "store_true"} if kind is bool else {"type": kind}
-            default = defaults.get(option.name, option.default)
-            parser.add_argument(*names, dest=option.name, default=default, **value_type)
+            parser.add_argument(*names, f"--{option.name}", default=option.default, **value_type)
         try:
             options, passthrough = parser.parse_known_args(list(argv))
         except argparse.ArgumentError as error:
@@ -107,9 +104,8 @@ class Request:
             value = getattr(self, option.name)
             if not option.metadata or value is None or value == option.default:
                 continue
-            letter = option.metadata["letter"]
-            name = f"-{letter}" if letter else f"--{option.name}"
-            argv += [name] if value is True else _option_argv(name, f"--{option.name}", value)
+            name, letter = f"--{option.name}", option.metadata["letter"]
+            argv += [f"-{letter}"] if value is True else _option_argv(name, value, letter)
         return [*argv, *self.passthrough]
 
     def command(self) -> list[str]:
@@ -137,17 +133,15 @@ class Request:
     def resumed(self: RequestT) -> RequestT:
         """A copy in which ``-a`` or ``-e`` is replaced by the path of its checkpoint, if any.
 
-        As in s3prl, ``-a`` takes precedence over ``-e`` if the run's folder has checkpoints.
-
-        Raises:
-            CheckpointError: there is no such checkpoint.
+        As in s3prl, ``-a`` takes precedence over ``-e`` if the run's folder has checkpoints. Raises
+        CheckpointError if there is no such checkpoint.
         """
         if not (self.auto_resume or self.past_exp):
             return self
         from .files.run_checkpoints import newest_checkpoint  # which imports torch
 
         folder = self.named_folder if self.auto_resume else None
-        path = newest_checkpoint(folder) if folder is not None and folder.is_dir() else None
+        path = newest_checkpoint(folder) if folder else None
         if path is None and self.past_exp:
             path = Path(self.past_exp)
             path = newest_checkpoint(path) if path.is_dir() else path
@@ -159,20 +153,19 @@ class Request:
 def escape_override(text: str | None) -> str | None:
     """Escape ``=`` signs within the values of ``-o``, for s3prl's script.
 
-    Returns:
-        The escaped text; None for no override, which s3prl also writes as "None".
-
-    Raises:
-        ConfigError: ``-o`` is invalid.
+    Returns None for no override, which s3prl also writes as "None". Raises ConfigError if ``-o`` is
+    invalid.
     """
     if not text or text.lower() == "none":
         return None
     return text if text.count("=") == text.count(",,") + 1 else escape_equals(text)
 
 
-def _option_argv(name: str, long_name: str, value: Any) -> list[str]:
+def _option_argv(name: str, value: Any, letter: str = "") -> list[str]:
     """An option and its value, as ``--option=value`` if the value begins with a dash."""
-    return [f"{long_name}={value}"] if str(value).startswith("-") else [name, str(value)]
+    if str(value).startswith("-"):
+        return [f"{name}={value}"]
+    return [f"-{letter}" if letter else name, str(value)]
 
 
 @dataclass(frozen=True)
@@ -221,9 +214,9 @@ class NoisyTest:
 
     def argv(self) -> list[str]:
         """The options as arguments."""
-        options = [("--noise", self.noise), ("--snr", f"{self.snr!r}".removesuffix(".0"))]
-        options += [("--noise_seed", str(self.seed))] if self.seed else []
-        return [argument for name, value in options for argument in _option_argv(name, name, value)]
+        argv = _option_argv("--noise", self.noise)
+        argv += _option_argv("--snr", repr(self.snr).removesuffix(".0"))
+        return argv + _option_argv("--noise_seed", self.seed) if self.seed else argv
 
 
 CACHE, CACHE_GB = "--cache-features", "--cache-features-gb"
@@ -239,7 +232,7 @@ class CacheOptions:
 
     def argv(self) -> list[str]:
         """The options as arguments."""
-        argv = _option_argv(CACHE, CACHE, self.folder)
+        argv = _option_argv(CACHE, self.folder)
         return argv if self.limit_gb == LIMIT_GB else [*argv, CACHE_GB, f"{self.limit_gb!r}"]
 
 
@@ -288,8 +281,11 @@ class DownstreamRequest(Request):
     @classmethod
     def parse(cls, argv: Sequence[str]) -> DownstreamRequest:
         """See :meth:`Request.parse`."""
-        extra_options = ("--noise", "--snr", "--noise_seed", CACHE, CACHE_GB)
-        values = cls._parse_options(argv, extra_options, local_rank=os.environ.get("LOCAL_RANK"))
+        # torch.distributed.launch spells it with a dash
+        argv = [re.sub("^--local-rank", "--local_rank", argument) for argument in argv]
+        if "LOCAL_RANK" in os.environ:
+            argv = ["--local_rank", os.environ["LOCAL_RANK"], *argv]
+        values = cls._parse_options(argv, ("--noise", "--snr", "--noise_seed", CACHE, CACHE_GB))
         noise = parse_noise_options(*map(values.pop, ("noise", "snr", "noise_seed")))
         cache = parse_cache_options(*map(values.pop, ("cache_features", "cache_features_gb")))
         return cls(**values, noise=noise, cache=cache)
@@ -307,17 +303,11 @@ class DownstreamRequest(Request):
 
 
 def parse_noise_options(noise: str | None, snr: str | None, seed: str | None) -> NoisyTest | None:
-    """Parse the options of a test with added noise; None if none is given.
-
-    Raises:
-        SetupError: an option is missing or not a number.
-    """
+    """Parse the options of a test with added noise; None if none is given."""
     if noise is None and snr is None and seed is None:
         return None
     if not noise:
-        raise SetupError(
-            "--noise is missing: add --noise DIR, a folder of audio or a manifest (TSV)"
-        )
+        raise SetupError("--noise is missing: add --noise DIR, a folder of audio or a TSV manifest")
     if not snr:
         raise SetupError("--snr is missing: add the signal-to-noise ratio in dB, such as --snr 5")
     decibels = _number(snr)
@@ -330,11 +320,7 @@ def parse_noise_options(noise: str | None, snr: str | None, seed: str | None) ->
 
 
 def parse_cache_options(folder: str | None, limit_gb: str | None) -> CacheOptions | None:
-    """Parse the options of the feature cache; None if none is given.
-
-    Raises:
-        SetupError: no folder is given, it is a file, or the limit is not a number above 0.
-    """
+    """Parse the options of the feature cache; None if none is given."""
     if folder is None and limit_gb is None:
         return None
     if not folder:
@@ -364,15 +350,12 @@ def check_and_resume(
 
     Args:
         request: as parsed.
-        option_checks: checks of the options alone.
+        option_checks: checks of the options alone, before torch is imported.
         run_checks: checks of the resumed request and its checkpoint's contents, which are empty for
             a new run.
 
     Returns:
         The resumed request, with ``--device cpu`` if there is no CUDA device.
-
-    Raises:
-        EkdError: from the first check that fails.
     """
     # Hide the GPUs: with one, s3prl's downstream Runner calls torch.cuda.device("cpu") and fails.
     if request.device == "cpu":
@@ -412,8 +395,7 @@ def check_device(request: Request, states: Mapping[str, Any]) -> None:
     try:
         torch.empty(1, device=request.device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise SetupError(f"cannot use --device {request.device}: {reason}") from None
+        raise SetupError(f"cannot use --device {request.device}: {first_line(error)}") from None
 
 
 def check_run_folder(request: Request, states: Mapping[str, Any]) -> None:
@@ -437,12 +419,8 @@ def log_moved(request: Request, recorded: Any) -> None:
     folder = request.folder
     if folder and isinstance(recorded, str) and Path(recorded).resolve() == folder.resolve():
         return
-    logger.info(
-        "%s records the folder %.200r; this run writes to %s",
-        request.checkpoint,
-        recorded,
-        folder,
-    )
+    text = "%s records the folder %.200r; this run writes to %s"
+    logger.info(text, request.checkpoint, recorded, folder)
 
 
 # Guards of both commands around s3prl's script
@@ -453,15 +431,8 @@ def script_guards(request: Request, lock: str = LOCK_FILE, **arguments: Any) -> 
     """Context in which s3prl's script is called for ``request``; all patches are undone on exit.
 
     ``sys.argv`` comes from the request, ``eval`` is restricted, ``torch.save`` is atomic, the run's
-    folder is locked, and a checkpoint cannot change the folder.
-
-    Args:
-        request: checked and resumed.
-        lock: name of the lock file.
-        arguments: s3prl's arguments that override those in the checkpoint.
-
-    Raises:
-        SetupError: another process writes to the folder.
+    folder is locked (by a file named ``lock``), and a checkpoint cannot change the folder, nor the
+    given arguments of s3prl. Raises SetupError if another process writes to the folder.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(replaced(sys, "argv", [request.SCRIPT, *request.argv()]))
