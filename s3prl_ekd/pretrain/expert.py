@@ -73,14 +73,9 @@ class UpstreamPretrainExpert(nn.Module):
         student = Student(self.settings.student, self.settings.student_backend)
         self.targets: TargetReader | None = None
         if self.data.target_cache is not None:
-            from .target_cache.use import (
-                check_teachers,
-                check_unit_layer,
-                free_teachers,
-                open_targets,
-            )
+            from .target_cache import use
 
-            self.targets = open_targets(self.data.target_cache, self.settings)
+            self.targets = use.open_targets(self.data.target_cache, self.settings)
         self.seed = torch.initial_seed()  # set by s3prl's script
         self.dataloader = self._loader(self.data.sets)
         self.loaders, self.dev_dataloader = [self.dataloader], None
@@ -100,10 +95,10 @@ class UpstreamPretrainExpert(nn.Module):
 
             units = load_units(self.settings.unit_loss.file)
         if self.targets is not None:
-            check_unit_layer(units, self.settings)
+            use.check_unit_layer(units, self.settings)
             batches = [batch for loader in self.loaders for batch in loader.dataset.batches]
             rows = [row for batch in batches for row in batch]
-            check_teachers(self.targets, teachers, self.settings, self.data, rows)
+            use.check_teachers(self.targets, teachers, self.settings, self.data, rows)
         self.distiller = EnsembleDistiller(teachers, student, self.settings, units)
         init = self.settings.init
         if init.sources:
@@ -111,7 +106,7 @@ class UpstreamPretrainExpert(nn.Module):
             initialise(student, models, conv=init.conv, encoder=init.encoder, layers=init.layers)
         self._log_setup()
         if self.targets is not None:
-            free_teachers(teachers)
+            use.free_teachers(teachers)
 
     @property
     def model(self) -> nn.Module:
@@ -159,30 +154,19 @@ class UpstreamPretrainExpert(nn.Module):
         """Log teachers, aggregation, heads, distortion, student and device."""
         settings = self.settings
         for name, teacher in self.distiller.teachers.items():
-            logger.info(
-                "teacher %s: %s, %s of %d layers, width %d, %.1f M parameters, frozen, %s",
-                name,
-                settings.teachers[name].model,
-                " ".join(teacher.labels),
-                teacher.depth,
-                teacher.width,
-                _count(teacher) / 1e6,
-                "dropout on" if settings.teacher_dropout else "eval mode",
-            )
-        logger.info(
-            "aggregation %s; prediction heads: %s",
-            settings.aggregation,
-            ", ".join(
-                f"{name} ({spec.layers} layers of {spec.width})"
-                for name, spec in self.distiller.aggregate.specs.items()
-            ),
+            layers = f"{' '.join(teacher.labels)} of {teacher.depth} layers, width {teacher.width}"
+            size = f"{_count(teacher) / 1e6:.1f} M parameters, frozen"
+            mode = "dropout on" if settings.teacher_dropout else "eval mode"
+            path = settings.teachers[name].model
+            logger.info("teacher %s: %s, %s, %s, %s", name, path, layers, size, mode)
+        heads = ", ".join(
+            f"{name} ({spec.layers} layers of {spec.width})"
+            for name, spec in self.distiller.aggregate.specs.items()
         )
+        logger.info("aggregation %s; prediction heads: %s", settings.aggregation, heads)
         if self.targets is not None:
-            logger.info(
-                "targets: cached in %s, %s; the teachers do not run",
-                self.targets.folder,
-                self.targets.index.dtype,
-            )
+            cache = f"{self.targets.folder}, {self.targets.index.dtype}"
+            logger.info("targets: cached in %s; the teachers do not run", cache)
         if settings.distortion.setup != "clean":
             logger.info("distortion: %s", settings.distortion.setup)
         logger.info(
@@ -259,10 +243,8 @@ class UpstreamPretrainExpert(nn.Module):
             self.distiller.student, self.distiller.heads, self.distiller.aggregate.specs, about
         )
         all_states["Upstream_Config"] = to_plain_data(self.settings)
-        if self.distiller.target_norm is not None:
-            all_states["Standardiser"] = self.distiller.target_norm.state_dict()
-        if "unit_head" in self.distiller.trainable:
-            all_states["UnitHead"] = self.distiller.trainable["unit_head"].state_dict()
+        for key, part in self._optional_parts().items():
+            all_states[key] = part.state_dict()
         # The Runner increments the step after saving. Without the 1 a resumed run would repeat
         # the last step.
         all_states["Step"] += 1
@@ -287,21 +269,24 @@ class UpstreamPretrainExpert(nn.Module):
                 )
             self.distiller.student.load_state_dict(saved["student"])
             self.distiller.heads.load_state_dict(saved["heads"])
-            if self.distiller.target_norm is not None:
-                self.distiller.target_norm.load_state_dict(all_states["Standardiser"])
-            if "unit_head" in self.distiller.trainable:
-                self.distiller.trainable["unit_head"].load_state_dict(all_states["UnitHead"])
-            self._skip_used_batches(all_states)
+            for key, part in self._optional_parts().items():
+                part.load_state_dict(all_states[key])
+            # The position in the data follows from the step; s3prl's own Runner does not save it.
+            accumulate = all_states["Config"]["runner"]["gradient_accumulate_steps"]
+            sampler = self.dataloader.sampler
+            sampler.epoch, sampler.position = divmod(all_states["Step"] * accumulate, len(sampler))
         except (KeyError, TypeError, AttributeError, RuntimeError) as error:
-            raise CheckpointError(
-                f"the checkpoint does not fit this run: {first_line(error)}"
-            ) from None
+            problem = f"the checkpoint does not fit this run: {first_line(error)}"
+            raise CheckpointError(problem) from None
 
-    def _skip_used_batches(self, all_states: dict) -> None:
-        """Derive the position in the data from the step; s3prl's own Runner does not save it."""
-        accumulate = all_states["Config"]["runner"]["gradient_accumulate_steps"]
-        sampler = self.dataloader.sampler
-        sampler.epoch, sampler.position = divmod(all_states["Step"] * accumulate, len(sampler))
+    def _optional_parts(self) -> dict[str, nn.Module]:
+        """The modules that not every run has, by their key in a checkpoint."""
+        parts: dict[str, nn.Module] = {}
+        if self.distiller.target_norm is not None:
+            parts["Standardiser"] = self.distiller.target_norm
+        if "unit_head" in self.distiller.trainable:
+            parts["UnitHead"] = self.distiller.trainable["unit_head"]
+        return parts
 
 
 def _count(module: nn.Module) -> int:

@@ -89,10 +89,7 @@ class Trainer:
         upstream: teachers, student, heads and data loaders, behind s3prl's interface.
         distiller: computes the loss of a batch; wrapped in DistributedDataParallel if there are
             several processes.
-        progress: state after the last completed step; see :class:`.checkpoints.Progress`.
-
-    Raises:
-        EkdError: wrong settings or files, or a checkpoint that does not fit.
+        progress: state after the last completed step.
     """
 
     def __init__(
@@ -198,29 +195,22 @@ class Trainer:
     # Loop
 
     def train(self) -> None:
-        """Train to ``total_steps``.
-
-        Raises:
-            EkdError: an error that the user can fix.
-            SystemExit: a signal stopped the run. The exit code is 128 + the signal's number.
-        """
+        """Train to ``total_steps``; exit with 128 + the number of a signal that stops the run."""
         run, progress = self.settings, self.progress
         self.upstream.train()
         self.print_plan()
         self.snapshot()
         self._saved_step, self._saved_at = progress.step, time.monotonic()
-        bar = tqdm(
-            total=run.total_steps,
-            initial=progress.step,
-            dynamic_ncols=True,
-            desc="overall",
-            disable=not self.processes.is_main,
-        )
-        closing = contextlib.closing(self.upstream)
-        explained = explain_worker_errors(self.hint)
-        with bar, self.stop_signals, closing, explained, self.save_on_error():
+        options = {"dynamic_ncols": True, "desc": "overall", "disable": not self.processes.is_main}
+        with (
+            tqdm(total=run.total_steps, initial=progress.step, **options) as bar,
+            self.stop_signals,
+            contextlib.closing(self.upstream),
+            explain_worker_errors(self.hint),
+            self.save_on_error(),
+        ):
             batches = self.batches()
-            if progress.dev_due and self.upstream.dev_dataloader is not None:
+            if progress.dev_due and self.has_dev:
                 self.measure_dev_loss()
                 self.save_or_stop()
             while progress.step < run.total_steps:
@@ -229,7 +219,7 @@ class Trainer:
                 self.snapshot()
                 if self.is_due(run.log_step):
                     self.log(result)
-                progress.dev_due = self.is_dev_due()
+                progress.dev_due = self.has_dev and self.is_due(run.eval_step or run.save_step)
                 if progress.dev_due:
                     self.measure_dev_loss()
                 self.save_or_stop()
@@ -240,7 +230,6 @@ class Trainer:
             )
 
     def print_plan(self) -> None:
-        """Print the size of a step and the number of epochs, as s3prl's Runner does."""
         run = self.settings
         batches = run.gradient_accumulate_steps * self.processes.world_size  # per step
         size = self.upstream.data.train_batch_size * batches
@@ -250,14 +239,14 @@ class Trainer:
             print(f"[Runner] - Accumulated batch size: {at_most}{size}")
             print(f"[Runner] - Training for {run.total_steps} steps, {epochs:.1f} epochs")
 
+    @property
+    def has_dev(self) -> bool:
+        return self.upstream.dev_dataloader is not None
+
     def is_due(self, interval: int) -> bool:
         """Whether this step is a multiple of ``interval``, or the last one."""
         step = self.progress.step
         return step % interval == 0 or step == self.settings.total_steps
-
-    def is_dev_due(self) -> bool:
-        has_dev = self.upstream.dev_dataloader is not None
-        return has_dev and self.is_due(self.settings.eval_step or self.settings.save_step)
 
     def batches(self) -> Iterator[Batch]:
         """Yield training batches, epoch after epoch, from where the last step ended.
@@ -359,10 +348,8 @@ class Trainer:
         if progress.skipped:
             scalars["skipped"] = progress.skipped
         for name, value in scalars.items():
-            self.logger.add_scalar(prefix + name, value, global_step=progress.step)
-        self.upstream.log_records(
-            records=progress.records, logger=self.logger, prefix=prefix, global_step=progress.step
-        )
+            self.logger.add_scalar(prefix + name, value, progress.step)
+        self.upstream.log_records(progress.records, self.logger, prefix, progress.step)
         progress.records = defaultdict(list)
 
     def gather_records(self) -> None:
@@ -404,14 +391,8 @@ class Trainer:
         """Yield the dev batches that have a usable utterance, with a progress bar."""
         loader = self.upstream.dev_dataloader
         assert loader is not None
-        batches = tqdm(
-            self.stop_signals.batches(loader),
-            total=len(loader),
-            dynamic_ncols=True,
-            desc="dev",
-            leave=False,
-        )
-        for read in batches:
+        options = {"dynamic_ncols": True, "desc": "dev", "leave": False}
+        for read in tqdm(self.stop_signals.batches(loader), total=len(loader), **options):
             batch = self.bad_audio.usable(read, self.progress.epoch)
             if batch.names:
                 yield batch
@@ -543,7 +524,7 @@ class Trainer:
 def dev_loss(
     upstream: UpstreamPretrainExpert, batches: Iterable[Batch], step: int, device: str
 ) -> tuple[float, float]:
-    """Compute the loss over the dev tables, each batch weighted by its number of samples.
+    """Sum the loss over the dev batches, each weighted by its number of samples.
 
     There is no dropout, and excerpts and distortions are the same at every call. The random states
     and running statistics of training do not change.
@@ -585,8 +566,7 @@ def write_model_config(args: argparse.Namespace) -> None:
     s3prl has copied the file there, where the path in ``extends`` is no longer valid.
     """
     if "extends" in read_yaml(args.upstream_config):
-        text = yaml.safe_dump(
-            to_plain_data(load_model_config(args.upstream_config)), sort_keys=False
-        )
+        settings = to_plain_data(load_model_config(args.upstream_config))
+        text = yaml.safe_dump(settings, sort_keys=False)
         path = Path(args.expdir) / "config_model.yaml"
         write_text(path, f"# {args.upstream_config}, with extends resolved\n{text}")
