@@ -89,11 +89,12 @@ class StopSignals:
     def __exit__(self, *exception: object) -> None:
         if not self._old_handlers:
             return
-        if HAS_TIMER and self.received is not None:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-        for number, handler in self._old_handlers.items():
-            signal.signal(number, handler)
+        for number in SIGNALS:  # before the timer ends: a signal would start it again
+            signal.signal(number, self._old_handlers[number])
         if HAS_TIMER:
+            if self.received is not None:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, self._old_handlers[signal.SIGALRM])
             signal.set_wakeup_fd(self._old_wakeup_fd)
             os.write(self._pipe, b"\0")
             os.close(self._pipe)
