@@ -26,7 +26,7 @@ from .distill.heads import PredictionHeads
 from .distill.settings import HeadSettings, StudentSettings, check_size
 from .distill.student import Student
 from .errors import CheckpointError, ConfigError, EkdError
-from .files.atomic import atomic_file
+from .files.atomic import atomic_file, explain_write_errors
 from .files.config import from_plain_data, to_plain_data
 from .files.formats import CHECKPOINT_PARTS, STUDENT, check_format_version, check_part_versions
 from .files.safetensors_file import (
@@ -82,15 +82,13 @@ def write_student(loaded: LoadedStudent, path: str | Path, keep_heads: bool = Tr
     heads = loaded.heads if keep_heads else None
     path = Path(path)
     data = contents(loaded.student, heads, loaded.targets, loaded.about)
-    try:
+    with explain_write_errors(path, CheckpointError):
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(path) as file:
             if path.suffix == SUFFIX:
                 _write_safetensors(data, file)
             else:
                 torch.save(data, file)
-    except OSError as error:
-        raise CheckpointError(f"cannot write {path}: {error.strerror}") from None
 
 
 def load_student(path: str | Path) -> LoadedStudent:

@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from .errors import ConfigError, DataError, SetupError
-from .files.atomic import atomic_file
+from .files.atomic import atomic_file, explain_write_errors
 from .files.text import BoundedLoader, parse_yaml
 
 # s3prl imports this module as pretrain.ekd.pretrain_expert. The hook is for runs that s3prl's own
@@ -127,7 +127,7 @@ def write_workspace(
         path = root / name
         if values and name in values:
             data = set_yaml_values(data.decode(), values[name]).encode()
-        try:
+        with explain_write_errors(path):
             if os.path.lexists(path) and (path.is_symlink() or path.stat().st_size):
                 results.append(("kept", path))
                 continue
@@ -135,8 +135,6 @@ def write_workspace(
             with atomic_file(path) as file:  # replaces an empty file, which a full disk may leave
                 file.write(data)
             results.append(("created", path))
-        except OSError as error:
-            raise SetupError(f"cannot write {path}: {error.strerror}") from None
     return results
 
 

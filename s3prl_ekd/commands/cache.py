@@ -23,6 +23,7 @@ import shlex
 from pathlib import Path
 
 from ..errors import ConfigError, SetupError
+from ..files.atomic import make_folder
 from ..files.config import override_option
 
 logger = logging.getLogger(__name__)
@@ -105,7 +106,7 @@ def main(args: argparse.Namespace) -> int:
     _print_size(size, index, args)
     if args.size:
         return 0
-    _make_folder(args.output)
+    make_folder(args.output, SetupError)
     check_room(size, args.output)
 
     from ..system.lock import FolderLock
@@ -207,10 +208,3 @@ def _device(name: str | None) -> str:
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise SetupError("--device cuda: torch finds no CUDA device; use --device cpu")
     return device
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SetupError(f"cannot make {folder}: {error.strerror}") from None

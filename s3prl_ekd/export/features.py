@@ -19,7 +19,7 @@ from .. import __version__
 from ..data.audio import read_audio
 from ..data.audio_files import SAMPLE_RATE, find_audio, read_header
 from ..errors import CheckpointError, ConfigError, DataError
-from ..files.atomic import file_sha256
+from ..files.atomic import atomic_file, explain_write_errors, file_sha256
 from ..files.safetensors_file import SafetensorsWriter
 from ..files.text import read_text
 
@@ -136,7 +136,6 @@ def write_features(
         ConfigError: see :func:`choose_layers`.
         CheckpointError: the checkpoint cannot be read or the output cannot be written.
     """
-    from ..files.atomic import atomic_file
     from ..upstream.expert import UpstreamExpert
 
     upstream = UpstreamExpert(str(checkpoint)).to(device).eval()
@@ -154,7 +153,7 @@ def write_features(
         "made_by": f"s3prl_ekd {__version__}",
     }
     summary = FeatureSummary()
-    try:
+    with explain_write_errors(output, CheckpointError):
         output.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(output) as file:
             keys = (f"{key}#{layer}" for key in audio for layer in indices)
@@ -176,10 +175,6 @@ def write_features(
             if not summary.files:
                 raise DataError(f"all {len(audio)} files are bad; the first: {summary.bad[0][1]}")
             features.finish()
-    except OSError as error:
-        if error.errno is None:  # not raised by the operating system
-            raise
-        raise CheckpointError(f"cannot write {output}: {error.strerror}") from None
     return summary
 
 

@@ -91,11 +91,9 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _write(path: Path, data: bytes) -> None:
-    from ...files.atomic import atomic_file
+    from ...files.atomic import atomic_file, explain_write_errors
 
-    try:
+    with explain_write_errors(path, CheckpointError):
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(path) as file:
             file.write(data)
-    except OSError as error:
-        raise CheckpointError(f"cannot write {path}: {error.strerror}") from None
