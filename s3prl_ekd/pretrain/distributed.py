@@ -98,13 +98,13 @@ def join_process_group(device: str) -> ProcessGroup:
     """
     if not torchrun.is_distributed():
         return ProcessGroup()
+    on_cuda = device.startswith("cuda")
+    if on_cuda and device != "cuda":
+        raise SetupError(
+            f"--device {device} is a single GPU, but torchrun has started several processes; "
+            "use --device cuda, or leave it out"
+        )
     try:
-        on_cuda = device.startswith("cuda")
-        if on_cuda and device != "cuda":
-            raise SetupError(
-                f"--device {device} is a single GPU, but torchrun has started several processes; "
-                "use --device cuda, or leave it out"
-            )
         if on_cuda:
             local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
             if local >= gpus:
@@ -116,10 +116,8 @@ def join_process_group(device: str) -> ProcessGroup:
         if not dist.is_initialized():
             dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo")
     except (KeyError, ValueError, RuntimeError) as error:
-        raise SetupError(
-            f"the processes of this run cannot connect: {first_line(error)}; start them with "
-            "torchrun"
-        ) from None
+        problem = f"the processes of this run cannot connect: {first_line(error)}"
+        raise SetupError(f"{problem}; start them with torchrun") from None
     return ProcessGroup(dist.get_rank(), dist.get_world_size())
 
 
@@ -146,10 +144,10 @@ def mean_records(by_process: Sequence[dict[str, list[float]]]) -> dict[str, list
 
 def is_lost_process(error: BaseException) -> bool:
     """Whether an error means that another process has ended."""
-    if isinstance(error, getattr(dist, "DistError", ())):
-        return True
     texts = ("Connection closed", "Connection reset", "Broken pipe", "gloo", "NCCL", "ProcessGroup")
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
+    )
 
 
 def distiller_batch(batch: Batch, device: str) -> DistillBatch:

@@ -49,15 +49,12 @@ def fused_adamw(model: nn.Module, config: Mapping[str, Any]) -> torch.optim.Adam
     and the weights of normalisation layers.
     """
     trained = [weight for weight in model.parameters() if weight.requires_grad]
-    groups = [
-        {
-            "params": [w for w in trained if w.dim() > 1],
-            "weight_decay": config.get("weight_decay", 0.01),
-        },
-        {"params": [w for w in trained if w.dim() <= 1], "weight_decay": 0.0},
-    ]
+    decay = config.get("weight_decay", 0.01)
     return torch.optim.AdamW(
-        groups,
+        [
+            {"params": [w for w in trained if w.dim() > 1], "weight_decay": decay},
+            {"params": [w for w in trained if w.dim() <= 1], "weight_decay": 0.0},
+        ],
         lr=float(config["lr"]),
         betas=tuple(config.get("betas", (0.9, 0.999))),
         eps=float(config.get("eps", 1e-6)),
@@ -120,15 +117,14 @@ class OptimizerStep:
     def begin(self) -> None:
         """Begin a step; the gradients are zero already."""
         self.names: list[str] = []
-        self._losses: list[float] = []
-        self._norm, self._finite = 0.0, False
+        self._loss, self._norm, self._finite = 0.0, 0.0, False
 
     def backward(self, loss: Tensor, batch: Batch) -> None:
         """Accumulate the gradient of a batch."""
         loss = loss / self.run.gradient_accumulate_steps
         self.scaler.scale(loss).backward()
         value = loss.item()  # synchronises with the device, as the norm in clip() does
-        self._losses.append(value)
+        self._loss += value
         self.names = self.names + batch.names if math.isfinite(value) else batch.names + self.names
 
     def clip(self) -> None:
@@ -140,21 +136,20 @@ class OptimizerStep:
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.run.gradient_clipping)
         self._norm = float(norm)
-        finite = math.isfinite(sum(self._losses)) and math.isfinite(self._norm)
+        finite = math.isfinite(self._loss) and math.isfinite(self._norm)
         self._finite = not self.processes.any(not finite)
 
     def update(self) -> StepResult:
         """Update weights and learning rate; keep the weights if loss or norm is not finite."""
-        loss, norm, finite = sum(self._losses), self._norm, self._finite
-        if finite:
+        if self._finite:
             self.scaler.step(self.optimizer)  # optimizer.step() if the scaler is disabled
-        if finite or self.scaler.is_enabled():
-            self.scaler.update()
+        self.scaler.update()  # does nothing if it is disabled
         self.optimizer.zero_grad()
         if self.scheduler is not None:
             self.scheduler.step()
-        lowers_scale = not finite and math.isfinite(loss) and self.scaler.is_enabled()
-        return StepResult(loss, norm, finite, lowers_scale)
+        skipped_by_scale = math.isfinite(self._loss) and self.scaler.is_enabled()
+        lowers_scale = not self._finite and skipped_by_scale
+        return StepResult(self._loss, self._norm, self._finite, lowers_scale)
 
     def learning_rate(self) -> float:
         """The learning rate of the next step."""

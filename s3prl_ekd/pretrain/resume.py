@@ -78,17 +78,13 @@ def resume_optimizer(optimizer: torch.optim.Optimizer, states: Mapping, path: st
     would continue at a learning rate of 0, the end of its old schedule. Raises CheckpointError if
     the moments are missing or do not fit.
     """
-    configured = [
-        {key: value for key, value in group.items() if key != "params"}
-        for group in optimizer.param_groups
-    ]
+    configured = [{**group} for group in optimizer.param_groups]
     try:
         # A copy, because the checkpoint's tensors are memory-mapped from its file.
         optimizer.load_state_dict(copy.deepcopy(states["Optimizer"]))
     except (KeyError, ValueError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"{path}: its optimizer state does not fit this run: {error}"
-        ) from None
+        problem = f"{path}: its optimizer state does not fit this run: {error}"
+        raise CheckpointError(problem) from None
     for group, settings in zip(optimizer.param_groups, configured, strict=True):
         group.update(settings)
 
@@ -103,9 +99,7 @@ def resume_scheduler(
     """
     scheduler.last_epoch = step
     scheduler._step_count = step + 1
-    scheduler._last_lr = [
-        base * rate(step)
-        for base, rate in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
-    ]
+    factors = [factor(step) for factor in scheduler.lr_lambdas]
+    scheduler._last_lr = [base * f for base, f in zip(scheduler.base_lrs, factors, strict=True)]
     for group, rate in zip(optimizer.param_groups, scheduler._last_lr, strict=True):
         group["lr"] = rate
