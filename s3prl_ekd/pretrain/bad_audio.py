@@ -76,8 +76,7 @@ class BadAudioList:
     def usable(self, batch: Batch, epoch: int) -> Batch:
         """Record the bad utterances of a batch; return it without them.
 
-        Raises:
-            DataError: an utterance could not be read, and ``on_bad_audio`` is ``error``.
+        Raises DataError if an utterance could not be read, and ``on_bad_audio`` is ``error``.
         """
         self.record(batch.bad, epoch)
         if batch.problem:

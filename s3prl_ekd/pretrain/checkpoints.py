@@ -65,8 +65,7 @@ class Progress:
     def from_state_dict(data: Any, path: str) -> Progress:
         """Inverse of :meth:`state_dict`, for the checkpoint ``path``; ignores unknown keys.
 
-        Raises:
-            CheckpointError: ``data`` is damaged or of a newer version.
+        Raises CheckpointError if ``data`` is damaged or of a newer version.
         """
         try:
             check_format_version(data["version"], VERSION, f"{path} ({RUN_STATE_KEY})")
@@ -108,8 +107,7 @@ class CheckpointManager:
     def save(self, states: Mapping, name: str) -> Path:
         """Save under a name, such as ``LAST_CHECKPOINT`` or ``BEST_NAME``; return the path.
 
-        Raises:
-            SaveError: it cannot be written, for example on a full disk. Earlier checkpoints stay.
+        Raises SaveError if it cannot be written, as on a full disk. Earlier checkpoints stay.
         """
         path = self.folder / name
         with self._explain_errors(path):
@@ -117,10 +115,7 @@ class CheckpointManager:
         return path
 
     def save_numbered(self, states: Mapping, step: int) -> Path:
-        """Save as ``states-STEP.ckpt`` and ``last.ckpt``; keep the newest ``max_keep``.
-
-        Raises SaveError as :meth:`save` does.
-        """
+        """Save as ``states-STEP.ckpt`` and ``last.ckpt``; keep the newest ``max_keep``."""
         path, last = self.save(states, f"states-{step}.ckpt"), self.folder / LAST_CHECKPOINT
         with self._explain_errors(last):
             link_or_copy(path, last)

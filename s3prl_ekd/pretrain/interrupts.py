@@ -57,11 +57,8 @@ class StopSignals:
     process or a disk. Outside the main thread, where Python cannot handle signals, the context does
     nothing.
 
-    Args:
-        quiet: print nothing; only one of several processes prints.
-
-    Attributes:
-        received: the first signal, or None.
+    ``received`` is the first signal, or None. With ``quiet`` nothing is printed, as only one of
+    several processes prints.
     """
 
     def __init__(self, quiet: bool = False) -> None:

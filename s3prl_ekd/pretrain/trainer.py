@@ -119,9 +119,12 @@ class Trainer:
         # Position of the next batch.
         self._epoch, self._batch = self.progress.epoch, self.progress.batch
         self.check_same_progress()
-        self.bad_audio = self.make_bad_audio_list(checkpoint, path)
-        self.stop_signals = StopSignals(quiet=not self.processes.is_main)
         is_main = self.processes.is_main
+        # Only the main process lists the bad utterances of the tables and of the checkpoint.
+        datasets = [loader.dataset for loader in self.upstream.loaders] if is_main else []
+        saved = checkpoint.get(RUN_STATE_KEY, {}).get("bad_audio") if is_main else None
+        self.bad_audio = BadAudioList(args.expdir, datasets, saved, path)
+        self.stop_signals = StopSignals(quiet=not is_main)
         resume_step = self.progress.step if checkpoint else None
         self.logger = ScalarWriter(args.expdir if is_main else None, resume_step)
         if is_main and checkpoint:
@@ -155,14 +158,6 @@ class Trainer:
                 f"{', '.join(str(step) for step, *_ in positions)}); run all of them in the same "
                 "working folder, with the same tables"
             )
-
-    def make_bad_audio_list(self, checkpoint: Mapping[str, Any], path: str) -> BadAudioList:
-        """Make the bad audio list; only the main process continues the one in the checkpoint."""
-        if not self.processes.is_main:
-            return BadAudioList(self.args.expdir, [])
-        datasets = [loader.dataset for loader in self.upstream.loaders]
-        saved = checkpoint.get(RUN_STATE_KEY, {}).get("bad_audio")
-        return BadAudioList(self.args.expdir, datasets, saved, path)
 
     def make_optimizer_step(self, checkpoint: Mapping[str, Any]) -> OptimizerStep:
         """Make optimizer, schedule and loss scaler, with their states from the checkpoint, if any.
@@ -253,9 +248,7 @@ class Trainer:
 
         The position counts batches of the sampler, also those without a usable utterance. A single
         process skips such a batch. One of several yields it, because all take part in each step.
-
-        Raises:
-            DataError: an utterance could not be read, or an epoch has no usable utterance.
+        An epoch without a usable utterance is an error.
         """
         count, unusable = self.processes.world_size, 0
         while True:
@@ -296,8 +289,7 @@ class Trainer:
     def record_step(self, result: StepResult) -> None:
         """Advance the progress by one step and record its scalars; log a skipped step.
 
-        Raises:
-            NotFiniteError: ``max_nonfinite`` steps in a row were skipped.
+        Raises NotFiniteError if ``max_nonfinite`` steps in a row were skipped.
         """
         progress = self.progress
         progress.step += 1
@@ -527,16 +519,8 @@ def dev_loss(
     """Sum the loss over the dev batches, each weighted by its number of samples.
 
     There is no dropout, and excerpts and distortions are the same at every call. The random states
-    and running statistics of training do not change.
-
-    Args:
-        upstream: in train mode before and after.
-        batches: the dev batches.
-        step: completed steps; teacher weights may depend on it.
-        device: of the run.
-
-    Returns:
-        The weighted sum of the losses, and the sum of the weights.
+    and running statistics of training do not change. ``upstream`` is in train mode afterwards;
+    teacher weights may depend on ``step``. Returns the sum, and the sum of the weights.
     """
     total = samples = 0.0
     upstream.eval()
