@@ -14,6 +14,7 @@ import torch
 from s3prl.upstream.baseline.hubconf import fbank, fbank_no_cmvn
 from s3prl.upstream.hubert.hubconf import hubert_local
 from s3prl.upstream.interfaces import Featurizer
+from safetensors.torch import load_file
 
 from s3prl_ekd import cli
 from s3prl_ekd.downstream.feature_cache import (
@@ -94,8 +95,9 @@ def test_write_and_read(tmp_path):
         torch.testing.assert_close(result, stored, rtol=0, atol=0, equal_nan=True)
     assert store.read("00half").dtype == torch.float16
     assert store.read("01single").dtype == store.read("02nan").dtype == torch.float32
-    # by hand: 24 bytes of header, 3 * 7 * 5 values of two bytes
-    assert store.path("00half").stat().st_size == 24 + 210
+    # by hand: 3 * 7 * 5 values of two bytes, and a header that names one tensor
+    assert 210 < store.path("00half").stat().st_size < 210 + 200
+    assert torch.equal(load_file(store.path("00half"))["states"], to_storage_dtype(states))
     assert store.read("04missing") is None
     assert store.written == sum(path.stat().st_size for path in files(tmp_path))
 
@@ -107,7 +109,11 @@ def test_write_and_read(tmp_path):
         lambda data: data[:10],
         lambda data: b"",
         lambda data: data + b"\0",
-        lambda data: data[:40] + bytes([data[40] ^ 1]) + data[41:],
+        lambda data: data[:40] + bytes([data[40] ^ 1]) + data[41:],  # in the header
+        lambda data: data[:-3] + bytes([data[-3] ^ 1]) + data[-2:],  # in the values
+        lambda data: data.replace(b"[2,3,4]", b"[4,3,2]"),
+        lambda data: data.replace(b"F16", b"U16"),
+        lambda data: data.replace(b"states", b"tensor"),
         lambda data: data[:8] + b"\xff" * 4 + data[12:],
         lambda data: b"PK\x03\x04" + data[4:],
     ],
@@ -122,7 +128,7 @@ def test_a_damaged_file_counts_as_missing(tmp_path, caplog, damage):
 
 
 def test_the_size_limit_is_kept(tmp_path, caplog):
-    states = torch.ones(1, 10, 50).half()  # 1024 bytes in a file
+    states = torch.ones(1, 10, 50).half()  # 1000 bytes and a header in a file
     store = FeatureStore(tmp_path, "a", 2.5e-6)
     for i in range(5):
         store.write(f"0{i}key", states)
@@ -142,16 +148,18 @@ def test_an_unwritable_cache_only_warns(tmp_path, caplog):
 
 
 def test_free_disk_space_is_kept(tmp_path, caplog, monkeypatch):
-    usage = shutil.disk_usage(tmp_path)
-    free = [2_000_001_024]  # by hand: a file of 1024 bytes leaves exactly 2 GB
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=free[0]))
     states = torch.ones(1, 10, 50).half()
+    first = FeatureStore(tmp_path / "first", "a", 1.0)
+    first.write("00key", states)
+    usage = shutil.disk_usage(tmp_path)
+    free = [2_000_000_000 + first.written]  # a file leaves exactly 2 GB
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=free[0]))
     store = FeatureStore(tmp_path / "new", "a", 1.0)
     store.write("00key", states)
     free[0] -= 1
     for i in range(1, 4):
         store.write(f"0{i}key", states)
-    assert len(files(tmp_path)) == 1 and store.written == 1024
+    assert len(files(tmp_path / "new")) == 1 and store.written == first.written
     assert len(caplog.records) == 1 and re.search(r"\b2\.0 GB\b", caplog.text)
 
 
@@ -167,7 +175,8 @@ def test_a_folder_removed_by_another_run_is_created_again(tmp_path, caplog, monk
     monkeypatch.setattr(os, "replace", remove_first)
     store.write("00key", torch.ones(1, 10, 50).half())
     assert removed and store.read("00key") is not None and not caplog.text
-    assert len(files(tmp_path)) == 1 and store.written == 1024
+    (path,) = files(tmp_path)
+    assert store.written == path.stat().st_size
 
 
 def test_keys_differ_between_waveforms():

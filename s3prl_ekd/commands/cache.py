@@ -167,8 +167,8 @@ def _print_size(size, index, args: argparse.Namespace) -> None:
     folder = args.output or Path(".")
     print(
         f"{size.utterances} utterances, {size.seconds / 3600:.2f} h; {index.dtype}, "
-        f"{blocks} per frame: {size.gigabytes:.3f} GB; {free_bytes(folder) / 1e9:.1f} GB free for "
-        f"{folder.absolute()}",
+        f"{blocks} per frame: {size.bytes / 1e9:.3f} GB; {free_bytes(folder) / 1e9:.1f} GB free "
+        f"for {folder.absolute()}",
         flush=True,
     )
 

@@ -192,7 +192,7 @@ def folder_name(args: Namespace, upstream: nn.Module, selection: str) -> str:
     config = args.upstream_model_config
     device = next((p.device.type for p in upstream.parameters()), "cpu")
     facts = {
-        "format": 1,  # of the store's files; a new format gets a new folder
+        "format": 2,  # of the store's files; a new format gets a new folder
         "hub": args.upstream,
         "class": f"{cls.__module__}.{cls.__qualname__}",
         "weights": weights_digest(upstream),

@@ -23,7 +23,9 @@ from .text import check_regular, download_problem
 
 SUFFIX = ".safetensors"
 MAX_HEADER = 8 << 20  # bytes of names, shapes and metadata; 1000 tensors take 100,000
-FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
+_HEADER_LIMIT = 100_000_000  # bytes; safetensors rejects longer headers
+_ENTRY_BYTES = 200  # bytes; an upper bound for dtype, shape and offsets of one tensor
 
 
 def is_safetensors(path: str | Path) -> bool:
@@ -41,16 +43,15 @@ def is_safetensors(path: str | Path) -> bool:
     return head[8:] == b"{"
 
 
-@contextlib.contextmanager
-def open_safetensors(path: str | Path, noun: str) -> Iterator[safe_open]:
-    """Open an untrusted safetensors file for reading.
+def check_header(path: str | Path, noun: str) -> None:
+    """Check that a file is regular and was downloaded, and that its header is not too long.
 
     Args:
         path: the file.
         noun: what the file is, for error messages, such as "checkpoint".
 
     Raises:
-        CheckpointError: the file is missing or damaged; raised also for errors within the block.
+        CheckpointError: it is not.
     """
     check_regular(path, noun, CheckpointError)
     if problem := download_problem(path):
@@ -58,11 +59,24 @@ def open_safetensors(path: str | Path, noun: str) -> Iterator[safe_open]:
     try:
         with Path(path).open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-        if length > MAX_HEADER:
-            raise CheckpointError(
-                f"the {noun} {path} is damaged or not a safetensors file: its header has "
-                f"{length:,} bytes"
-            )
+    except OSError as error:
+        raise CheckpointError(f"cannot read the {noun} {path}: {error.strerror}") from None
+    if length > MAX_HEADER:
+        raise CheckpointError(
+            f"the {noun} {path} is damaged or not a safetensors file: its header has {length:,} "
+            f"bytes, the limit is {MAX_HEADER:,}"
+        )
+
+
+@contextlib.contextmanager
+def open_safetensors(path: str | Path, noun: str) -> Iterator[safe_open]:
+    """Open an untrusted safetensors file for reading; arguments as for :func:`check_header`.
+
+    Raises:
+        CheckpointError: the file is missing or damaged; raised also for errors within the block.
+    """
+    check_header(path, noun)
+    try:
         with safe_open(str(path), framework="pt") as file:
             yield file
     except OSError as error:
@@ -77,13 +91,13 @@ def read_safetensors(path: str | Path, noun: str) -> tuple[dict[str, str], dict[
     """Read the metadata and the tensors of a safetensors file, on the CPU.
 
     Raises:
-        CheckpointError: see :func:`open_safetensors`; or a tensor's dtype is not in :data:`FLOATS`.
+        CheckpointError: see :func:`open_safetensors`; or a tensor's dtype is not in :data:`DTYPES`.
     """
     with open_safetensors(path, noun) as file:
         metadata = file.metadata() or {}
         tensors = {name: file.get_tensor(name) for name in file.keys()}
     for name, tensor in tensors.items():
-        if tensor.dtype not in FLOATS:
+        if tensor.dtype not in DTYPES:
             raise CheckpointError(
                 f"the {noun} {path} is damaged: the dtype of {name[:60]!r} must be float32, "
                 f"float16, bfloat16 or float64, got {tensor.dtype}"
@@ -91,9 +105,10 @@ def read_safetensors(path: str | Path, noun: str) -> tuple[dict[str, str], dict[
     return metadata, tensors
 
 
-DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
-_HEADER_LIMIT = 100_000_000  # bytes; safetensors rejects longer headers
-_ENTRY_BYTES = 200  # bytes; an upper bound for dtype, shape and offsets of one tensor
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor of any dtype and device."""
+    # as uint8, because numpy has no bfloat16
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
 class SafetensorsWriter:
@@ -129,14 +144,13 @@ class SafetensorsWriter:
         """Append a tensor. Raises DataError if its dtype is not a float type."""
         if tensor.dtype not in DTYPES:
             raise DataError(f"the dtype of {key!r:.80} must be a float type, got {tensor.dtype}")
-        data = tensor.detach().cpu().contiguous()
-        raw = data.flatten().view(torch.uint8).numpy()  # numpy has no bfloat16
+        raw = raw_bytes(tensor)
         self.header[key] = {
             "dtype": DTYPES[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [self.offset, self.offset + raw.nbytes],
         }
-        self.file.write(raw.data)
+        self.file.write(raw)
         self.offset += raw.nbytes
 
     def finish(self) -> None:

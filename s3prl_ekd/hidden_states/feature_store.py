@@ -1,10 +1,8 @@
-"""Cache of downstream features on disk, one file for each waveform.
+"""Cache of downstream features on disk, one safetensors file for each waveform.
 
-File format: ``EKDF``, a CRC-32 of the bytes that follow it, four little-endian 32-bit numbers
-(bytes of a value, layers, frames, width), then the values in the machine's byte order, layer by
-layer. They are float16, or float32 if a value exceeds float16's 65504 or is not finite. File names
-depend on the samples only. Several processes may write the same file: each writes a temporary file
-and renames it.
+The tensor ``states`` has the hidden states in float16, or in float32 if a value exceeds float16's
+65504 or is not finite; the metadata has a CRC. File names depend on the samples only. Several
+processes may write the same file: each writes a temporary file and renames it.
 """
 
 from __future__ import annotations
@@ -14,20 +12,18 @@ import hashlib
 import logging
 import os
 import shutil
-import struct
 import zlib
 from pathlib import Path
 
-import torch
+from safetensors.torch import save
 from torch import Tensor
 
+from ..errors import CheckpointError
 from ..files.atomic import atomic_file
+from ..files.safetensors_file import SUFFIX, raw_bytes, read_safetensors
 
 logger = logging.getLogger(__name__)
 
-_MAGIC = b"EKDF"
-_HEAD = struct.Struct("<4sIIIII")
-_DTYPES = {2: torch.float16, 4: torch.float32}
 _FLOAT16_MAX = 65504.0
 _SPARE = 2 * 10**9  # bytes of the disk left free, for checkpoints and other users
 _RECOUNT = 1 << 28  # bytes written by this process before the folder's size is counted again
@@ -35,9 +31,8 @@ _RECOUNT = 1 << 28  # bytes written by this process before the folder's size is 
 
 def wave_key(wave: Tensor) -> str:
     """Hash of a waveform ``[sample]`` and its length."""
-    samples = wave.detach().to("cpu", torch.float32).contiguous()
-    digest = hashlib.blake2b(f"{samples.numel()} ".encode(), digest_size=16)
-    digest.update(samples.numpy().data)
+    digest = hashlib.blake2b(f"{wave.numel()} ".encode(), digest_size=16)
+    digest.update(raw_bytes(wave.float()))
     return digest.hexdigest()
 
 
@@ -64,7 +59,7 @@ class FeatureStore:
         self.written = 0  # bytes written by this process
 
     def path(self, key: str) -> Path:
-        return self.folder / key[:2] / f"{key[2:]}.states"
+        return self.folder / key[:2] / f"{key[2:]}{SUFFIX}"
 
     def read(self, key: str) -> Tensor | None:
         """Read ``[layer, frame, width]`` in float16 or float32; None if the file does not exist.
@@ -72,63 +67,56 @@ class FeatureStore:
         A damaged file counts as missing, with a warning, and is overwritten later.
         """
         path = self.path(key)
+        if not path.exists():
+            return None
         try:
-            size = os.stat(path).st_size
-            data = bytearray(size)
-            with open(path, "rb") as file:
-                complete = file.readinto(data) == size
-        except FileNotFoundError:
+            metadata, tensors = read_safetensors(path, "file of cached features")
+        except CheckpointError as error:
+            logger.warning("%s; computing it again", error)
             return None
-        except OSError as error:
-            logger.warning("cannot read %s: %s; computing it again", path, error.strerror)
-            return None
-        states = _decode(data) if complete else None
-        if states is None:
+        states = tensors.get("states")
+        if states is None or metadata.get("crc") != _crc(states):
             logger.warning("%s is damaged; computing it again", path)
+            return None
         return states
 
     def write(self, key: str, states: Tensor) -> None:
         """Store ``[layer, frame, width]``; without space left, warn once and store nothing more."""
         if self._full:
             return
-        data, path = _encode(states), self.path(key)
+        path = self.path(key)
+        data = save({"states": states.detach().cpu().contiguous()}, {"crc": _crc(states)})
         try:
             self.root.mkdir(parents=True, exist_ok=True)
-            if not self._has_room(len(data)):
-                return
-            try:
-                _put(data, path)
-            except FileNotFoundError:  # another `superb` run has ended and removed the folder
-                _put(data, path)
+            problem = self._space_problem(len(data))
+            if not problem:
+                try:
+                    _put(data, path)
+                except FileNotFoundError:  # another `superb` run has ended and removed the folder
+                    _put(data, path)
         except OSError as error:
+            problem = f"cannot write {path}: {error.strerror}"
+        if problem:
             self._full = True
-            logger.warning("cannot write %s: %s; caching no more features", path, error.strerror)
+            logger.warning("%s; caching no more features", problem)
             return
         self.written += len(data)
 
-    def _has_room(self, size: int) -> bool:
+    def _space_problem(self, size: int) -> str:
+        """Reserve ``size`` bytes; describe why that is not possible."""
         free = shutil.disk_usage(self.root).free
         if free - size < _SPARE:
-            self._full = True
-            logger.warning(
-                "only %.1f GB are free on the disk of %s; caching no more features",
-                free / 1e9,
-                self.root,
-            )
-            return False
+            return f"only {free / 1e9:.1f} GB are free on the disk of {self.root}"
         if self._size is None or self._since_count >= _RECOUNT:
             self._size, self._since_count = folder_size(self.root), 0
         if self._size + size > self._limit:
-            self._full = True
-            logger.warning(
-                "%s has reached %.1f GB; caching no more features (raise --cache-features-gb)",
-                self.root,
-                self._size / 1e9,
+            return (
+                f"{self.root} has reached {self._size / 1e9:.1f} GB, the limit of "
+                "--cache-features-gb"
             )
-            return False
         self._size += size
         self._since_count += size
-        return True
+        return ""
 
 
 def _put(data: bytes, path: Path) -> None:
@@ -137,27 +125,10 @@ def _put(data: bytes, path: Path) -> None:
         file.write(data)
 
 
-def _encode(states: Tensor) -> bytes:
-    values = states.detach().cpu().contiguous().numpy()
-    body = _HEAD.pack(_MAGIC, 0, values.itemsize, *values.shape)[8:]
-    crc = zlib.crc32(values.data if values.size else b"", zlib.crc32(body))
-    return b"".join((_MAGIC, struct.pack("<I", crc), body, values.tobytes()))
-
-
-def _decode(data: bytearray) -> Tensor | None:
-    """Inverse of :func:`_encode`; None if ``data`` is damaged."""
-    if len(data) < _HEAD.size:
-        return None
-    magic, crc, size, *shape = _HEAD.unpack_from(data)
-    count = shape[0] * shape[1] * shape[2]
-    if magic != _MAGIC or size not in _DTYPES or len(data) != _HEAD.size + size * count:
-        return None
-    if zlib.crc32(memoryview(data)[8:]) != crc:
-        return None
-    if not count:
-        return torch.empty(shape, dtype=_DTYPES[size])
-    values = torch.frombuffer(data, dtype=_DTYPES[size], offset=_HEAD.size, count=count)
-    return values.view(shape)
+def _crc(states: Tensor) -> str:
+    """CRC-32 of dtype, shape and values."""
+    start = zlib.crc32(f"{states.dtype} {tuple(states.shape)}".encode())
+    return f"{zlib.crc32(raw_bytes(states), start):08x}"
 
 
 def folder_size(folder: Path) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,9 +18,10 @@ from torch import nn
 
 from ..data.sampling import used
 from ..data.tables import Utterance
-from ..distill.settings import DistillSettings, TeacherSettings
-from ..distill.teachers import PROBE_SAMPLES, TeacherEnsemble
+from ..distill.settings import DistillSettings
+from ..distill.teachers import PROBE_SAMPLES, Teacher, TeacherEnsemble
 from ..errors import ConfigError
+from ..files.safetensors_file import raw_bytes
 from .store import PER_TEACHER, Index, TargetBlock, TargetLayout, TargetSubset, select_targets
 
 # Field of a key -> the setting that it stores. The fields have names of version 0.1.
@@ -61,17 +62,16 @@ def cache_key(
         tables: name of each length table -> digest.
         sequence_length, max_timestep: as in ``pretrain_expert.datarc``.
     """
-    outputs = _probe_outputs(teachers)
-    records = {}
-    for name, teacher in teachers.items():
-        records[name] = {
-            "class": upstream_class(teacher.upstream),
-            "weights": weights_digest(teacher.upstream),
-            "answer": outputs[name],
-            "targets": [list(target) for target in teacher.targets],
-        }
     return {
-        "teachers": records,
+        "teachers": {
+            name: {
+                "class": upstream_class(teacher.upstream),
+                "weights": weights_digest(teacher.upstream),
+                "answer": _probe_output(teacher),
+                "targets": [list(target) for target in teacher.targets],
+            }
+            for name, teacher in teachers.items()
+        },
         "teacher_precision": settings.teacher_precision,
         "contents": aggregation_key(settings) if aggregated else PER_TEACHER,
         "sequence_length": sequence_length,
@@ -94,24 +94,20 @@ def weights_digest(module: nn.Module) -> str:
         if not isinstance(tensor, torch.Tensor):
             continue
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        flat = tensor.detach().cpu().contiguous().flatten()
-        digest.update(flat.view(torch.uint8).numpy().data)
+        digest.update(raw_bytes(tensor))
     return digest.hexdigest()
 
 
 @torch.no_grad()
-def _probe_outputs(teachers: TeacherEnsemble) -> dict[str, list[float]]:
-    """Mean absolute value of each teacher's targets for one second of noise.
+def _probe_output(teacher: Teacher) -> list[float]:
+    """Mean absolute value of each target for one second of noise.
 
-    Computed by the upstreams in float32, also if training uses a faster mode.
+    Computed by the upstream in float32, also if training uses a faster mode.
     """
     noise = 0.1 * torch.randn(PROBE_SAMPLES, generator=torch.Generator().manual_seed(0))
-    outputs = {}
-    for name, teacher in teachers.items():
-        device = next((p.device for p in teacher.parameters()), torch.device("cpu"))
-        means = teacher([noise.to(device)])[0].abs().mean((1, 2))  # [target]
-        outputs[name] = [float(f"{mean:.6g}") for mean in means.tolist()]
-    return outputs
+    device = next((p.device for p in teacher.parameters()), "cpu")
+    means = teacher([noise.to(device)])[0].abs().mean((1, 2))  # [target]
+    return [float(f"{mean:.6g}") for mean in means.tolist()]
 
 
 def aggregation_key(settings: DistillSettings) -> dict[str, Any]:
@@ -132,8 +128,9 @@ def check_aggregated(settings: DistillSettings) -> None:
         ConfigError: names the setting.
     """
     targets = settings.targets
+    scheduled = any(t.final_weight not in (None, t.weight) for t in settings.teachers.values())
     for key, enabled in (
-        ("teachers.NAME.final_weight", any(_has_schedule(t) for t in settings.teachers.values())),
+        ("teachers.NAME.final_weight", scheduled),
         ("target_norm", settings.target_norm != "none"),
         ("targets.drop_teachers", targets.drop_teachers > 0),
         ("loss.agreement", settings.loss.agreement < 1),
@@ -157,10 +154,6 @@ def check_aggregation_differs(settings: DistillSettings) -> None:
         )
 
 
-def _has_schedule(teacher: TeacherSettings) -> bool:
-    return teacher.final_weight is not None and teacher.final_weight != teacher.weight
-
-
 def target_layout(teachers: TeacherEnsemble, specs: Mapping | None) -> TargetLayout:
     """One block for each teacher, or for each target set if ``specs`` are given."""
     if specs is not None:
@@ -169,19 +162,17 @@ def target_layout(teachers: TeacherEnsemble, specs: Mapping | None) -> TargetLay
     return tuple(TargetBlock(name, len(s.targets), s.width) for name, s in shapes.items())
 
 
-def key_difference(stored: Mapping, current: Mapping) -> str | None:
-    """Describe how two keys differ, for a build that is resumed; None if they are equal."""
+def key_difference(stored: Mapping, current: Mapping) -> str:
+    """Describe how two keys differ, for a build that is resumed; empty if they are equal."""
     stored = {**stored, "contents": _contents(stored)}
     for field in ("sequence_length", "max_timestep", "teacher_precision", "contents", "tables"):
-        if stored.get(field) != current.get(field):
-            return f"{field} is {current.get(field)}, was {stored.get(field)}"
-    if list(stored["teachers"]) != list(current["teachers"]):
-        return f"teachers are {_list(current['teachers'])}, were {_list(stored['teachers'])}"
-    for name, teacher in current["teachers"].items():
-        difference = _teacher_difference(name, stored["teachers"][name], teacher)
-        if difference or stored["teachers"][name]["targets"] != teacher["targets"]:
-            return difference or f"teachers.{name} has different layers"
-    return None
+        if stored[field] != current[field]:
+            return f"{field} is {current[field]}, was {stored[field]}"
+    if _targets(stored) != _targets(current):
+        return f"teachers and layers are {_targets(current)}, were {_targets(stored)}"
+    pairs = zip(stored["teachers"].values(), current["teachers"].items(), strict=True)
+    differences = (_teacher_difference(name, old, new) for old, (name, new) in pairs)
+    return next(filter(None, differences), "")
 
 
 def matching_subset(
@@ -203,10 +194,9 @@ def matching_subset(
     selected: dict[str, Sequence[int]] = {}
     for name, teacher in current["teachers"].items():
         if name not in key["teachers"]:
-            return None, f"it has no teacher {name}, only {_list(key['teachers'])}"
+            return None, f"it has no teacher {name}, only {', '.join(key['teachers'])}"
         stored = key["teachers"][name]
-        difference = _teacher_difference(name, stored, teacher)
-        if difference:
+        if difference := _teacher_difference(name, stored, teacher):
             return None, difference
         missing = [target for target in teacher["targets"] if target not in stored["targets"]]
         if missing:
@@ -215,31 +205,30 @@ def matching_subset(
                 f"{', '.join(map(_layer_names, stored['targets']))}"
             )
         selected[name] = [stored["targets"].index(target) for target in teacher["targets"]]
-    if aggregated and (
-        list(current["teachers"]) != list(key["teachers"])
-        or any(
-            current["teachers"][n]["targets"] != t["targets"] for n, t in key["teachers"].items()
-        )
-    ):
-        return None, "its targets are aggregated over different teachers or layers"
+    if aggregated:
+        if _targets(current) != _targets(key):
+            return None, "its targets are aggregated over different teachers or layers"
+        selected = {block.name: range(block.targets) for block in index.layout}
     if key["teacher_precision"] != current["teacher_precision"]:
         return None, (
             f"teacher_precision is {current['teacher_precision']}; the cache was built with "
             f"{key['teacher_precision']}"
         )
-    difference = _corpus_difference(index, current, rows)
-    if difference:
+    if difference := _corpus_difference(index, current, rows):
         return None, difference
-    if aggregated:
-        selected = {block.name: range(block.targets) for block in index.layout}
     return select_targets(index.layout, selected), ""
+
+
+def _targets(key: Mapping) -> list:
+    """The teachers, in order, with their targets."""
+    return [(name, teacher["targets"]) for name, teacher in key["teachers"].items()]
 
 
 def _corpus_difference(index: Index, current: Mapping, rows: Sequence[Utterance]) -> str:
     stored_length, length = index.key["sequence_length"], current["sequence_length"]
     if any(used(row, stored_length) != used(row, length) for row in rows):
         return f"sequence_length is {length}; the cache was built with {stored_length}"
-    stored = set(index.key["tables"].values())
+    stored = list(index.key["tables"].values())
     changed = [name for name, digest in current["tables"].items() if digest not in stored]
     if changed:
         return f"it was not built from the length table {changed[0]}, or the table has changed"
@@ -256,7 +245,7 @@ def _corpus_difference(index: Index, current: Mapping, rows: Sequence[Utterance]
 
 def _teacher_difference(name: str, stored: Mapping, current: Mapping) -> str:
     for field in ("weights", "class"):
-        if stored[field] != current[field]:
+        if stored.get(field) != current[field]:
             return f"teachers.{name}: different {field} than when the cache was built"
     pairs = [
         (stored["answer"][stored["targets"].index(target)], value)
@@ -289,7 +278,3 @@ def _contents_difference(stored: Any, current: Any) -> str:
 
 def _layer_names(target: Sequence[int]) -> str:
     return "+".join(map(str, target))
-
-
-def _list(names: Iterable[str]) -> str:
-    return ", ".join(names)

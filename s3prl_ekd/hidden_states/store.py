@@ -16,6 +16,9 @@ The files of a cache folder:
 - ``scales.bin`` (int8 only): float32 ``[vector]`` for each utterance;
 - ``utterances.bin``: a :data:`RECORD` for each utterance, written after its targets. Its length
   shows how far an interrupted build has come.
+
+These are no safetensors files, because a build must be able to continue after a power failure, and
+a safetensors header names all tensors before the first of them.
 """
 
 from __future__ import annotations
@@ -27,9 +30,9 @@ import shlex
 import time
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -44,9 +47,7 @@ from ..files.atomic import atomic_file
 from ..files.formats import check_format_version
 from ..files.text import check_regular, read_json
 
-# numpy has no bfloat16: its bits are stored as int16
-NUMPY = {"float16": np.float16, "bfloat16": np.int16, "int8": np.int8}
-BYTES = {name: np.dtype(dtype).itemsize for name, dtype in NUMPY.items()}
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8}
 INT8_MAX = 127
 
 INDEX, UTTERANCES, RECORDS = "index.json", "utterances.json", "utterances.bin"
@@ -77,50 +78,6 @@ BUILD = "s3prl-ekd cache -c RUNNER.yaml -g MODEL.yaml -o"
 SYNC_SECONDS = 10.0  # seconds between two syncs to disk: the most that a power failure loses
 
 
-def encode_targets(
-    values: Tensor, layout: TargetLayout, dtype: str, utterance: str
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """Convert targets ``[frame, column]`` to the stored dtype and scales ``[vector]``.
-
-    Raises:
-        TeacherError: a number is not finite, too large for float16, or so large that int8 would
-            round all other numbers to zero.
-    """
-    values = values.float()
-    if not values.isfinite().all():
-        raise TeacherError(f"{utterance}: a teacher's output is not finite; remove the utterance")
-    if dtype == "bfloat16":
-        return values.to(torch.bfloat16).cpu().view(torch.int16).numpy(), None
-    if dtype == "float16":
-        half = values.half()
-        if not half.isfinite().all():
-            raise TeacherError(
-                f"{utterance}: a target is {values.abs().max():g}, above float16's 65504; build "
-                "with --dtype bfloat16"
-            )
-        return half.cpu().numpy(), None
-    scales, stored, column = [], [], 0
-    for _, count, dim in layout:
-        block = values[:, column : column + count * dim].view(-1, count, dim)
-        if not usable_frames(block).all():
-            raise TeacherError(
-                f"{utterance}: a target is {block.abs().max():g}, and int8 would round all others "
-                "to zero; build with --dtype bfloat16, or remove the utterance"
-            )
-        scale = block.abs().amax((0, 2)) / INT8_MAX  # [target]
-        scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-        stored.append((block / scale[:, None]).round().clamp(-INT8_MAX, INT8_MAX).flatten(1))
-        scales.append(scale)
-        column += count * dim
-    return torch.cat(stored, 1).to(torch.int8).cpu().numpy(), torch.cat(scales).cpu().numpy()
-
-
-def stored_to_tensor(stored: np.ndarray, dtype: str) -> Tensor:
-    """View an array in the stored dtype, of any shape, as a tensor of ``dtype``."""
-    tensor = torch.from_numpy(stored)
-    return tensor.view(torch.bfloat16) if dtype == "bfloat16" else tensor
-
-
 class TargetBlock(NamedTuple):
     """A teacher's or target set's share of a frame: ``targets`` vectors of ``dim`` numbers."""
 
@@ -140,6 +97,45 @@ def frame_width(layout: TargetLayout) -> int:
 def vectors_per_frame(layout: TargetLayout) -> int:
     """Number of vectors in a frame; with int8 each has a scale."""
     return sum(block.targets for block in layout)
+
+
+def array_dtype(dtype: str) -> np.dtype:
+    """The dtype of arrays with stored values: integers of that size, as numpy has no bfloat16."""
+    return np.dtype(f"i{DTYPES[dtype].itemsize}")
+
+
+def encode_targets(
+    values: Tensor, layout: TargetLayout, dtype: str, utterance: str
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Convert targets ``[frame, column]`` to the stored dtype and scales ``[vector]``.
+
+    Raises:
+        TeacherError: a number is not finite, too large for ``dtype``, or so large that int8 would
+            round all other numbers to zero.
+    """
+    values = values.float()
+    if not values.isfinite().all():
+        raise TeacherError(f"{utterance}: a teacher's output is not finite; remove the utterance")
+    too_large = TeacherError(
+        f"{utterance}: a target is {values.abs().max():g}, too large for {dtype}; build with "
+        "--dtype bfloat16, or remove the utterance"
+    )
+    if dtype != "int8":
+        stored = values.to(DTYPES[dtype]).cpu()
+        if not stored.isfinite().all():
+            raise too_large
+        return stored.view(torch.int16).numpy(), None
+    scales, blocks, column = [], [], 0
+    for _, count, dim in layout:
+        block = values[:, column : column + count * dim].view(-1, count, dim)
+        if not usable_frames(block).all():
+            raise too_large
+        scale = block.abs().amax((0, 2)) / INT8_MAX  # [target]
+        scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+        blocks.append((block / scale[:, None]).round().clamp(-INT8_MAX, INT8_MAX).flatten(1))
+        scales.append(scale)
+        column += count * dim
+    return torch.cat(blocks, 1).to(torch.int8).cpu().numpy(), torch.cat(scales).cpu().numpy()
 
 
 def pack_targets(targets: Mapping[str, Tensor], layout: TargetLayout) -> Tensor:
@@ -218,14 +214,12 @@ class Index:
     complete: bool = False
     digest: str = ""
 
-    @property
-    def frame_bytes(self) -> int:
-        return frame_width(self.layout) * BYTES[self.dtype]
-
-    @property
-    def scale_bytes(self) -> int:
-        """Bytes of the scales of an utterance."""
-        return 4 * vectors_per_frame(self.layout) if self.dtype == "int8" else 0
+    def file_bytes(self, utterances: int, frames: int) -> dict[str, int]:
+        """Size of each binary file after some utterances that have ``frames`` frames together."""
+        sizes = {TARGETS: frames * frame_width(self.layout) * DTYPES[self.dtype].itemsize}
+        if self.dtype == "int8":
+            sizes[SCALES] = utterances * vectors_per_frame(self.layout) * 4
+        return sizes | {RECORDS: utterances * RECORD.itemsize}
 
 
 def write_index(folder: Path, index: Index) -> None:
@@ -249,28 +243,23 @@ def read_index(folder: Path) -> Index:
     """
     try:
         data = read_json(folder / INDEX, "index of the target cache", DataError)
-        if data.get("format") == FORMAT and data.get("version") != VERSION:
-            check_format_version(data.get("version"), VERSION, f"the target cache {folder}")
-            raise DataError(
-                f"{folder}: expected a target cache of version {VERSION}, got version "
-                f"{str(data.get('version'))[:20]}"
-            )
+        if data["format"] == FORMAT:
+            check_format_version(data["version"], VERSION, f"the target cache {folder}")
         check_regular(folder / UTTERANCES, "list of utterances", DataError, MAX_LIST_BYTES)
         return _index(data, (folder / UTTERANCES).read_bytes())
     except DataError as error:
-        raise DataError(f"{error}; build a cache with: {BUILD} NEW_FOLDER") from None
+        reason = str(error)
     except OSError as error:
-        raise DataError(f"cannot read {folder / UTTERANCES}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise DataError(
-            f"{folder / INDEX} is damaged or not the index of a target cache: {str(error)[:200]}; "
-            f"build a cache with: {BUILD} NEW_FOLDER"
-        ) from None
+        reason = f"cannot read {folder / UTTERANCES}: {error.strerror}"
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = f"{folder / INDEX} is damaged or not the index of a target cache: {error!s:.200}"
+    raise DataError(f"{reason}; build a cache with: {BUILD} NEW_FOLDER")
 
 
 def _index(data: dict[str, Any], names: bytes) -> Index:
-    if data["format"] != FORMAT:
-        raise ValueError(f"format is not {FORMAT}")
+    """Check the contents of both files. Raises ValueError, KeyError, TypeError, AttributeError."""
+    if (data["format"], data["version"]) != (FORMAT, VERSION):
+        raise ValueError(f"format {data['format']!s:.40}, version {data['version']!s:.20}")
     for name, kind in INDEX_FIELDS.items():
         if type(data[name]) is not kind:
             raise TypeError(f"invalid `{name}`")
@@ -280,10 +269,10 @@ def _index(data: dict[str, Any], names: bytes) -> Index:
             raise TypeError("invalid `layout`")
         if not (0 < targets <= 10_000 and 0 < dim <= 1_000_000):
             raise ValueError("invalid `layout`")
-    if data["dtype"] not in BYTES or not layout:
+    if data["dtype"] not in DTYPES or not layout:
         raise ValueError("invalid `dtype` or `layout`")
-    if not all(isinstance(data["key"].get(name), kind) for name, kind in KEY_FIELDS.items()):
-        raise TypeError("invalid `key`")
+    if not _is_key(data["key"], layout):
+        raise ValueError("invalid `key`")
     if _digest(names) != data["utterances"]:
         raise ValueError(f"{UTTERANCES} has changed")
     utterances = json.loads(names)
@@ -293,62 +282,66 @@ def _index(data: dict[str, Any], names: bytes) -> Index:
     return Index(**values | {"layout": layout, "utterances": tuple(utterances)})
 
 
+def _is_key(key: dict[str, Any], layout: TargetLayout) -> bool:
+    """Whether a key has the fields that :mod:`.fingerprint` compares, and fits the layout."""
+    if not all(isinstance(key[name], kind) for name, kind in KEY_FIELDS.items()):
+        return False
+    counts = {}
+    for name, teacher in key["teachers"].items():
+        targets, outputs = teacher["targets"], teacher["answer"]
+        counts[name] = len(targets)
+        if len(outputs) != len(targets) or not all(isinstance(t, list) for t in targets):
+            return False
+        if not all(isinstance(output, (int, float)) for output in outputs):
+            return False
+    per_teacher = key["contents"] == PER_TEACHER
+    return not per_teacher or counts == {block.name: block.targets for block in layout}
+
+
 def _digest(data: bytes) -> str:
     return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
-def read_records(folder: Path) -> np.ndarray:
+def _read_records(folder: Path) -> np.ndarray:
     """Read the complete records of ``utterances.bin``. Raises OSError."""
     data = (folder / RECORDS).read_bytes()
     return np.frombuffer(data[: len(data) // RECORD.itemsize * RECORD.itemsize], RECORD)
 
 
-def records_digest(folder: Path) -> str:
-    """Digest of ``utterances.bin``, which has a CRC of each utterance's targets. Raises OSError."""
-    return _digest((folder / RECORDS).read_bytes())
-
-
-def checked_records(folder: Path, index: Index) -> np.ndarray:
+def _checked_records(folder: Path, index: Index) -> np.ndarray:
     """Read the records of a complete cache; check the sizes of all files.
 
     Raises:
         DataError: the cache is not complete, a file is missing or has the wrong size, or the
             records have changed.
     """
-    if not index.complete:
-        done = 0
-        if (folder / RECORDS).is_file():
-            done = min(len(read_records(folder)), len(index.utterances))
-        raise DataError(
-            f"the target cache {folder} is not complete: {done} of {len(index.utterances)} "
-            f"utterances are done; continue the build with: {BUILD} {shlex.quote(str(folder))}"
-        )
     count = len(index.utterances)
+    if not index.complete:
+        done = len(_read_records(folder)) if (folder / RECORDS).is_file() else 0
+        raise DataError(
+            f"the target cache {folder} is not complete: {min(done, count)} of {count} utterances "
+            f"are done; continue the build with: {BUILD} {shlex.quote(str(folder))}"
+        )
     try:
         check_regular(folder / RECORDS, "file of the target cache", DataError)
-        records = read_records(folder)
-        expected = {
-            RECORDS: count * RECORD.itemsize,
-            TARGETS: int(records["frames"].sum(dtype=np.int64)) * index.frame_bytes,
-        }
-        if index.scale_bytes:
-            expected[SCALES] = count * index.scale_bytes
-        for name, size in expected.items():
+        records = _read_records(folder)
+        frames = int(records["frames"].sum(dtype=np.int64))
+        for name, size in index.file_bytes(count, frames).items():
             check_regular(folder / name, "file of the target cache", DataError)
             actual = os.path.getsize(folder / name)
             if actual != size:
                 raise _damaged(folder / name, f"expected {size} bytes, got {actual}")
-        if records_digest(folder) != index.digest:
-            raise _damaged(folder / RECORDS, "the digest does not match index.json")
     except OSError as error:
-        raise _damaged(error.filename, str(error.strerror)) from None
+        raise _damaged(folder / RECORDS, str(error.strerror)) from None
+    if _digest(records.tobytes()) != index.digest:
+        raise _damaged(folder / RECORDS, "the digest does not match index.json")
     return records
 
 
-def _damaged(path: str | Path, reason: str) -> DataError:
+def _damaged(path: Path, reason: str) -> DataError:
     return DataError(
         f"the target cache is damaged: {path}: {reason}; build it again with: {BUILD} "
-        f"{shlex.quote(str(Path(path).parent))} --force"
+        f"{shlex.quote(str(path.parent))} --force"
     )
 
 
@@ -383,10 +376,6 @@ class TargetReader:
     The files are memory-mapped at the first read, so each worker process has its own map, forked or
     spawned. A process checks an utterance's CRC when it first reads it.
 
-    Args:
-        folder: the folder of the cache.
-        index: its index, if already read.
-
     Attributes:
         seed: of the excerpts that the teachers got, all drawn as for epoch 0.
         subset: the subset that :meth:`batch` returns; by default everything.
@@ -395,18 +384,19 @@ class TargetReader:
         DataError: the cache is not complete, or damaged.
     """
 
-    def __init__(self, folder: str | Path, index: Index | None = None):
+    def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        self.index = read_index(self.folder) if index is None else index
-        self.records = checked_records(self.folder, self.index)
+        self.index = read_index(self.folder)
+        self.records = _checked_records(self.folder, self.index)
         self.seed = self.index.seed
+        self.aggregated = self.index.key["contents"] != PER_TEACHER
         ends = np.cumsum(self.records["frames"], dtype=np.int64)
         self._starts = ends - self.records["frames"]
         self._rows = {name: row for row, name in enumerate(self.index.utterances)}
-        self._width = self.index.frame_bytes // np.dtype(NUMPY[self.index.dtype]).itemsize
+        self._width = frame_width(self.index.layout)
         all_vectors = tuple(range(vectors_per_frame(self.index.layout)))
         self.subset = TargetSubset(self.index.layout, ((0, self._width),), all_vectors)
-        self._targets: np.ndarray | None = None  # [frame, column]; None if no frame is stored
+        self._targets: np.ndarray | None = None  # [frame, column]
         self._scales: np.ndarray | None = None
         self._verified = np.zeros(len(self.records), bool)
 
@@ -442,21 +432,14 @@ class TargetReader:
         Raises:
             DataError: the file has changed since the cache was built.
         """
-        if self._targets is None:
-            self._map()
-        targets = self._targets
-        assert targets is not None  # check() rejects utterances without targets
+        layout, spans, vectors = self.subset
         rows = [self._rows[name] for name in names]
         frames = self.records["frames"][rows].astype(np.int64)
-        layout, spans, vectors = self.subset
         width = sum(end - begin for begin, end in spans)
-        values = np.empty((len(rows), frames.max(), width), NUMPY[self.index.dtype])
+        dtype = self.index.dtype
+        values = np.empty((len(rows), frames.max(), width), array_dtype(dtype))
         for i, row in enumerate(rows):
-            count, start = frames[i], self._starts[row]
-            stored = targets[start : start + count]
-            if not self._verified[row]:
-                self._verify(row, stored)
-            column = 0
+            stored, count, column = self._read(row), frames[i], 0
             for begin, end in spans:
                 values[i, :count, column : column + end - begin] = stored[:, begin:end]
                 column += end - begin
@@ -465,36 +448,36 @@ class TargetReader:
         if self._scales is not None:
             scales = torch.from_numpy(self._scales[rows][:, list(vectors)])
         return StoredTargets(
-            stored_to_tensor(values, self.index.dtype),
+            torch.from_numpy(values).view(DTYPES[dtype]),
             torch.from_numpy(frames),
             scales,
             layout,
-            self.index.key["contents"] != PER_TEACHER,
+            self.aggregated,
         )
 
-    def _map(self) -> None:
-        if self.records["frames"].any():
-            shape = (-1, self._width)
-            dtype = NUMPY[self.index.dtype]
-            self._targets = np.memmap(self.folder / TARGETS, dtype, mode="r").reshape(shape)
-        if self.index.scale_bytes:
-            shape = (len(self.records), -1)
-            self._scales = np.memmap(self.folder / SCALES, np.float32, mode="r").reshape(shape)
+    def _read(self, row: int) -> np.ndarray:
+        """The stored targets ``[frame, column]`` of an utterance, with the CRC checked."""
+        if self._targets is None:
+            dtype = array_dtype(self.index.dtype)
+            targets = np.memmap(self.folder / TARGETS, dtype, mode="r")
+            self._targets = targets.reshape(-1, self._width)
+            if self.index.dtype == "int8":
+                scales = np.memmap(self.folder / SCALES, np.float32, mode="r")
+                self._scales = scales.reshape(len(self.records), -1)
+        start = self._starts[row]
+        stored = self._targets[start : start + self.records["frames"][row]]
+        if not self._verified[row]:
+            scale_bytes = b"" if self._scales is None else self._scales[row].tobytes()
+            if _crc(stored, scale_bytes) != self.records["crc"][row]:
+                name = self.index.utterances[row]
+                raise _damaged(self.folder / TARGETS, f"the CRC of {name} does not match")
+            self._verified[row] = True
+        return stored
 
-    def _verify(self, row: int, stored: np.ndarray) -> None:
-        scales = b"" if self._scales is None else self._scales[row].tobytes()
-        if targets_crc(stored, scales) != self.records["crc"][row]:
-            raise DataError(
-                f"the target cache is damaged: {self.folder / TARGETS}: the CRC of "
-                f"{self.index.utterances[row]} does not match; build it again with: {BUILD} "
-                f"{shlex.quote(str(self.folder))} --force"
-            )
-        self._verified[row] = True
 
-
-def targets_crc(stored: np.ndarray, scales: bytes = b"") -> int:
+def _crc(stored: np.ndarray, scale_bytes: bytes) -> int:
     """CRC-32 of an utterance's targets ``[frame, column]``, followed by its scales."""
-    return zlib.crc32(scales, zlib.crc32(stored.data))
+    return zlib.crc32(scale_bytes, zlib.crc32(stored.data))
 
 
 class CacheWriter:
@@ -517,30 +500,20 @@ class CacheWriter:
 
     def __init__(self, folder: Path, index: Index):
         self.folder, self.index = folder, index
-        self._files: dict[str, BinaryIO] = {}
-        for name in (RECORDS, TARGETS, *([SCALES] if index.scale_bytes else [])):
-            (folder / name).touch()
-        records = read_records(folder)[: len(index.utterances)]
-        sizes = os.path.getsize(folder / TARGETS), 0
-        if index.scale_bytes:
-            sizes = sizes[0], os.path.getsize(folder / SCALES)
-        frames = np.cumsum(records["frames"], dtype=np.int64)
-        done = int(np.searchsorted(frames * index.frame_bytes, sizes[0], side="right"))
-        if index.scale_bytes:
-            done = min(done, sizes[1] // index.scale_bytes)
-        self.records = list(records[:done])
-        ends = {
-            RECORDS: done * RECORD.itemsize,
-            TARGETS: int(frames[done - 1]) * index.frame_bytes if done else 0,
-            SCALES: done * index.scale_bytes,
-        }
-        for name in (TARGETS, SCALES, RECORDS):
-            if name == SCALES and not index.scale_bytes:
-                continue
-            file = self._files[name] = open(folder / name, "r+b")
-            file.truncate(ends[name])
-            file.seek(0, os.SEEK_END)
-        self._unsaved: list[np.void] = []
+        # the records last: save() flushes in this order
+        self._files = {name: open(folder / name, "ab") for name in index.file_bytes(0, 0)}
+        sizes = {name: os.path.getsize(folder / name) for name in self._files}
+        records = _read_records(folder)[: len(index.utterances)]
+        frames = [0, *np.cumsum(records["frames"], dtype=np.int64).tolist()]
+        done = len(records)
+        ends = index.file_bytes(done, frames[done])
+        while any(sizes[name] < ends[name] for name in sizes):
+            done -= 1
+            ends = index.file_bytes(done, frames[done])
+        for name, size in ends.items():
+            self._files[name].truncate(size)
+        self.records = [tuple(record) for record in records[:done].tolist()]
+        self._saved = done  # number of records on the disk
         self._synced = time.monotonic()
 
     def add(self, stored: np.ndarray, scales: np.ndarray | None, samples: int) -> None:
@@ -548,41 +521,37 @@ class CacheWriter:
         stored = np.ascontiguousarray(stored)
         scale_bytes = b"" if scales is None else scales.astype("<f4").tobytes()
         self._files[TARGETS].write(stored.data)
-        if self.index.scale_bytes:
-            self._files[SCALES].write(scale_bytes)
-        self._record(len(stored), samples, targets_crc(stored, scale_bytes))
+        self._add_record(scale_bytes, (len(stored), samples, _crc(stored, scale_bytes)))
 
     def add_bad(self) -> None:
         """Append an utterance with bad audio, without targets. Raises OSError."""
-        if self.index.scale_bytes:
-            self._files[SCALES].write(bytes(self.index.scale_bytes))
-        self._record(0, 0, 0)
+        scale_bytes = bytes(self.index.file_bytes(1, 0).get(SCALES, 0))
+        self._add_record(scale_bytes, (0, 0, 0))
 
-    def _record(self, frames: int, samples: int, crc: int) -> None:
-        record = np.array([(frames, samples, crc)], RECORD)[0]
+    def _add_record(self, scale_bytes: bytes, record: tuple[int, int, int]) -> None:
+        if scale_bytes:
+            self._files[SCALES].write(scale_bytes)
         self.records.append(record)
-        self._unsaved.append(record)
         if time.monotonic() - self._synced > SYNC_SECONDS:
             self.save()
 
     def save(self) -> None:
         """Sync the added utterances to disk. Raises OSError."""
-        for name in (TARGETS, SCALES):
-            if name in self._files:
-                self._files[name].flush()
-                os.fsync(self._files[name].fileno())
-        # Emptied first: Ctrl-C during the write may lose records but must not write them twice.
-        unsaved, self._unsaved = self._unsaved, []
-        self._files[RECORDS].write(b"".join(record.tobytes() for record in unsaved))
-        self._files[RECORDS].flush()
-        os.fsync(self._files[RECORDS].fileno())
+        unsaved = np.array(self.records[self._saved :], RECORD)
+        for name, file in self._files.items():
+            if name == RECORDS:
+                # Set first: Ctrl-C during the write may lose records but not write them twice.
+                self._saved = len(self.records)
+                file.write(unsaved.tobytes())
+            file.flush()
+            os.fsync(file.fileno())
         self._synced = time.monotonic()
 
     def finish(self) -> Index:
         """Save, and mark the index as complete. Raises OSError."""
         self.save()
-        values = {**self.index.__dict__, "complete": True, "digest": records_digest(self.folder)}
-        index = Index(**values)
+        digest = _digest((self.folder / RECORDS).read_bytes())
+        index = replace(self.index, complete=True, digest=digest)
         write_index(self.folder, index)
         return index
 
@@ -593,4 +562,3 @@ class CacheWriter:
                 file.close()
             except OSError:  # a full disk: the lost targets have no record
                 pass
-        self._files.clear()

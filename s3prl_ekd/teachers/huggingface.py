@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from ..errors import CheckpointError, EkdError, SetupError, TeacherError, first_line
-from ..files.safetensors_file import open_safetensors
+from ..files.safetensors_file import check_header
 from ..files.text import download_problem, read_json
 from ..files.torch_load import build_limit
 from .fast.encoder import padded_frames
@@ -93,8 +93,10 @@ def load_folder(folder: Path, location: str) -> HuggingFaceUpstream:
     """
     kind = check_hf_folder(folder, location)
     for weights in folder.glob("*.safetensors"):
-        with open_safetensors(weights, "weights file"):
-            pass  # its header has been checked
+        try:
+            check_header(weights, "weights file")
+        except CheckpointError as error:
+            raise CheckpointError(f"{location}: {error}") from None
     try:
         import transformers
     except ImportError:

@@ -12,7 +12,6 @@ import dataclasses
 import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,7 +35,6 @@ from ...files.atomic import remove_leftovers
 from ...hidden_states.fingerprint import key_difference
 from ...hidden_states.store import (
     INDEX,
-    RECORD,
     RECORDS,
     SCALES,
     TARGETS,
@@ -84,17 +82,12 @@ def frame_count(samples: int, conv: ConvLayers) -> int:
     return samples
 
 
-@dataclass(frozen=True)
-class CacheSize:
+class CacheSize(NamedTuple):
     """Size of a cache, estimated from the lengths in the tables."""
 
     utterances: int
     seconds: float  # of audio
     bytes: int  # on disk
-
-    @property
-    def gigabytes(self) -> float:
-        return self.bytes / 1e9
 
 
 def estimate_size(
@@ -103,9 +96,8 @@ def estimate_size(
     """Estimate the size of a cache of these utterances."""
     lengths = [used(row, sequence_length) for row in rows]
     frames = sum(frame_count(length, conv) for length in lengths)
-    names = sum(len(row.path) + 4 for row in rows)  # in the index
-    utterance_bytes = RECORD.itemsize + index.scale_bytes
-    total = frames * index.frame_bytes + len(rows) * utterance_bytes + names
+    names = sum(len(row.path) + 4 for row in rows)  # in utterances.json
+    total = sum(index.file_bytes(len(rows), frames).values()) + names
     return CacheSize(len(rows), sum(lengths) / SAMPLE_RATE, total)
 
 
@@ -124,15 +116,11 @@ def free_bytes(folder: Path) -> int:
         raise SetupError(f"cannot use {existing}: {error.strerror}") from None
 
 
-def existing_bytes(folder: Path) -> int:
-    """Bytes of an interrupted build, or of the cache to be replaced."""
-    files = (folder / name for name in (TARGETS, SCALES, RECORDS))
-    return sum(path.stat().st_size for path in files if path.is_file())
-
-
 def check_room(size: CacheSize, folder: Path) -> None:
     """Raise SetupError if the rest of a cache does not fit on the disk."""
-    required, free = size.bytes - existing_bytes(folder) + SPARE, free_bytes(folder)
+    files = (folder / name for name in (TARGETS, SCALES, RECORDS))  # of an interrupted build
+    existing = sum(path.stat().st_size for path in files if path.is_file())
+    required, free = size.bytes - existing + SPARE, free_bytes(folder)
     if required > free:
         raise SetupError(
             f"the target cache requires {required / 1e9:.3f} GB more, but the disk of {folder} has "
@@ -167,39 +155,32 @@ def start_build(folder: Path, index: Index, force: bool) -> Index:
         DataError: the folder has another cache and ``force`` is false, or has other files.
         OSError: it cannot be written.
     """
-    path = folder / INDEX
-    files = (UTTERANCES, TARGETS, SCALES, RECORDS)
-    for name in (INDEX, *files):  # written in place, so a symlink could point out of the folder
+    names = (INDEX, UTTERANCES, TARGETS, SCALES, RECORDS)
+    for name in names:  # written in place, so a symlink could point out of the folder
         remove_leftovers(folder, name)
         if (folder / name).is_symlink():
             raise DataError(f"{folder / name} is a symlink; a target cache has regular files only")
-    other_files = [p.name for p in folder.iterdir() if p.name not in (*files, INDEX)]
-    other_files = [name for name in other_files if not is_hidden_or_system(name)]
-    if other_files:
-        raise DataError(
-            f"{folder} has files that are not of a target cache ({other_files[0]}); choose another "
-            "folder"
-        )
-    if path.exists() and not force:
+    for path in folder.iterdir():
+        if path.name not in names and not is_hidden_or_system(path.name):
+            raise DataError(
+                f"{folder} has files that are not of a target cache ({path.name}); choose another "
+                "folder"
+            )
+    if (folder / INDEX).exists() and not force:
         return _check_same_build(read_index(folder), index, folder)
-    for name in (INDEX, *files):
+    for name in names:
         (folder / name).unlink(missing_ok=True)
     write_index(folder, index)
     return index
 
 
 def _check_same_build(existing: Index, index: Index, folder: Path) -> Index:
-    try:
-        difference = key_difference(existing.key, index.key)
-    except (KeyError, TypeError, ValueError, AttributeError):
-        difference = "its index.json is damaged"
+    difference = key_difference(existing.key, index.key)
     for part in ("dtype", "seed"):
         if getattr(existing, part) != getattr(index, part):
             difference = f"{part} is {getattr(index, part)} and was {getattr(existing, part)}"
-    if not difference and (
-        existing.utterances != index.utterances or list(existing.layout) != list(index.layout)
-    ):
-        difference = "its utterances or layout differ"
+    if (existing.utterances, existing.layout) != (index.utterances, index.layout):
+        difference = difference or "its utterances or layout differ"
     if difference:
         raise DataError(
             f"{folder} holds a different target cache: {difference}; choose another folder, or "
@@ -240,7 +221,7 @@ def build_cache(
         try:
             with explain_worker_errors(hint):
                 _compute_missing(writer, dataset, compute, data, device)
-            if not any(record["frames"] for record in writer.records):
+            if not any(frames for frames, _, _ in writer.records):
                 raise DataError(
                     f"no usable utterance in the tables; check libri_root {data.libri_root}"
                 )
@@ -320,31 +301,30 @@ def relative_differences(
     """
     stride = max(1, len(dataset) // batches)
     # Sum of differences, largest difference, sum of absolute targets, number of values.
-    sums: dict[str, list[float]] = {}
+    totals: dict[str, tuple[float, float, float, int]] = {}
     for i in range(stride // 2, len(dataset), stride):
         batch = dataset[i]
         if batch.targets is None:
             continue
         pairs = zip(batch.waves, batch.lengths.tolist(), strict=True)
         computed = compute([wave[:length].to(device) for wave, length in pairs])
-        on_device = batch.targets.on(device)
-        cached, frames = on_device.values, on_device.lengths
+        cached = batch.targets.on(device)
         for name, target in computed.items():
-            count = min(target.shape[2], cached[name].shape[2])
-            mask = torch.arange(count, device=frames.device) < frames[:, None]  # [batch, frame]
-            mask = mask[:, None, :, None].expand_as(target[:, :, :count])
-            difference = (target[:, :, :count] - cached[name][:, :, :count]).abs()[mask]
-            magnitude = cached[name][:, :, :count].abs()[mask]
-            total = sums.setdefault(name, [0.0, 0.0, 0.0, 0.0])
-            total[0] += float(difference.sum(dtype=torch.float64))
-            total[1] = max(total[1], float(difference.max()))
-            total[2] += float(magnitude.sum(dtype=torch.float64))
-            total[3] += magnitude.numel()
-    result = {}
-    for name, (differences, worst, magnitudes, values) in sums.items():
-        result[name] = (
-            RelativeDifference(differences / magnitudes, worst / (magnitudes / values))
-            if magnitudes
-            else RelativeDifference(0, 0)
-        )
-    return result
+            stored = cached.values[name]
+            count = min(target.shape[2], stored.shape[2])
+            mask = torch.arange(count, device=stored.device) < cached.lengths[:, None]
+            target, stored = (x[:, :, :count].transpose(1, 2)[mask] for x in (target, stored))
+            difference = (target - stored).abs()  # [valid frame, target, dim]
+            sum_, worst, magnitude, values = totals.get(name, (0.0, 0.0, 0.0, 0))
+            totals[name] = (
+                sum_ + float(difference.sum(dtype=torch.float64)),
+                max(worst, float(difference.max())),
+                magnitude + float(stored.abs().sum(dtype=torch.float64)),
+                values + stored.numel(),
+            )
+    return {
+        name: RelativeDifference(sum_ / magnitude, worst * values / magnitude)
+        if magnitude
+        else RelativeDifference(0, 0)
+        for name, (sum_, worst, magnitude, values) in totals.items()
+    }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,11 +15,9 @@ from ...distill.unit_loss import UnitLabels
 from ...errors import ConfigError, DataError
 from ...files.text import CONTROL
 from ...hidden_states.fingerprint import cache_key, check_aggregated, matching_subset
-from ...hidden_states.store import BUILD, INDEX, PER_TEACHER, TargetReader, TargetSubset
+from ...hidden_states.store import BUILD, TargetReader
 from ..config_diff import table_digests
 from ..settings import ModelFile
-
-logger = logging.getLogger(__name__)
 
 
 def check_settings(settings: ModelFile) -> None:
@@ -81,7 +78,7 @@ def open_targets(folder: str | Path, settings: ModelFile) -> TargetReader:
     """
     check_settings(settings)
     reader = TargetReader(folder)
-    if reader.index.key["contents"] != PER_TEACHER:
+    if reader.aggregated:
         check_aggregated(settings)
     return reader
 
@@ -98,38 +95,24 @@ def check_teachers(
     Raises:
         DataError: naming the difference, and the command that builds a cache.
     """
-    folder = reader.folder
     key = cache_key(
         teachers,
         settings,
-        aggregated=reader.index.key["contents"] != PER_TEACHER,
+        aggregated=reader.aggregated,
         tables=table_digests(data.file_path, [*data.sets, *data.dev_sets]),
         sequence_length=data.sequence_length,
         max_timestep=data.max_timestep,
     )
-    try:
-        subset, difference = matching_subset(reader.index, key, rows)
-        if subset is not None:
-            _check_widths(subset, teachers)
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError):
-        raise DataError(
-            f"{folder / INDEX} is damaged; build another cache with: {BUILD} NEW_FOLDER"
-        ) from None
+    subset, difference = matching_subset(reader.index, key, rows)
+    for name, _, dim in () if subset is None else subset.layout:
+        if name in teachers and teachers[name].width != dim:
+            subset, difference = None, f"teachers.{name}: its width differs"
     if subset is None:
         raise DataError(
-            f"the target cache {folder} does not fit this run: "
+            f"the target cache {reader.folder} does not fit this run: "
             f"{CONTROL.sub('?', difference)[:500]}; build another with: {BUILD} NEW_FOLDER"
         )
     reader.subset = subset
-
-
-def _check_widths(subset: TargetSubset, teachers: TeacherEnsemble) -> None:
-    for name, targets, dim in subset.layout:
-        if name in teachers and (len(teachers[name].targets), teachers[name].width) != (
-            targets,
-            dim,
-        ):
-            raise ValueError("widths")
 
 
 def free_teachers(teachers: TeacherEnsemble) -> None:
