@@ -18,15 +18,18 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import logging
 import shlex
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..errors import ConfigError, SetupError
 from ..files.atomic import make_folder
 from ..files.config import override_option
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from ..data.settings import DataSettings
+    from ..hidden_states.store import Index
+    from ..pretrain.target_cache.build import CacheSize, TargetFn
 
 RUNNER, MODEL = "pretrain/ekd/config_runner.yaml", "pretrain/ekd/config_model.yaml"
 _SEED = 1337  # the default of run_pretrain.py
@@ -56,10 +59,19 @@ def main(args: argparse.Namespace) -> int:
     if args.output is not None and args.output.exists() and not args.output.is_dir():
         raise SetupError(f"-o {args.output} is a file; it must be a folder")
 
-    from ..hidden_states.fingerprint import check_aggregated, check_aggregation_differs
+    from .. import compat
+
+    compat.apply()
+    from ..distill.aggregation import build_aggregation
+    from ..hidden_states import fingerprint
+    from ..hidden_states.store import Index
+    from ..pretrain.config_diff import table_digests
     from ..pretrain.settings import load_model_config, load_runner_config
-    from ..pretrain.target_cache.build import cached_rows
+    from ..pretrain.target_cache import build
     from ..pretrain.target_cache.use import check_teacher_settings
+    from ..system.lock import FolderLock
+    from ..teachers import check_precision, load_teachers
+    from .features import choose_device
 
     settings = load_model_config(args.upstream_config)
     expert = load_runner_config(args.config).pretrain_expert
@@ -67,89 +79,50 @@ def main(args: argparse.Namespace) -> int:
     data = expert.datarc
     check_teacher_settings(settings)
     if args.aggregated:
-        check_aggregated(settings)
-        check_aggregation_differs(settings)
-    rows = cached_rows(data, settings.student)  # before loading the teachers, which is slower
-
-    import torch
-
-    from .. import compat
-
-    compat.apply()
-    from ..distill.aggregation import build_aggregation
-    from ..hidden_states.fingerprint import target_layout
-    from ..hidden_states.store import Index
-    from ..pretrain.target_cache.build import check_room, estimate_size
-    from ..teachers import check_precision, load_teachers
-
-    device = _device(args.device)
-    check_precision(settings.teacher_precision, str(device))
+        fingerprint.check_aggregated(settings)
+        fingerprint.check_aggregation_differs(settings)
+    rows = build.cached_rows(data, settings.student)  # before loading the teachers, which is slower
+    device = choose_device(args.device)
+    check_precision(settings.teacher_precision, device)
     teachers = load_teachers(
         settings.teachers,
         settings.teacher_dropout,
         settings.teacher_backend,
         settings.teacher_precision,
         settings.teacher_compile,
-    )
-    teachers.eval()
-    aggregate = None
-    if args.aggregated:
-        aggregate = build_aggregation(settings, teachers.shapes)
+    ).eval()
+    aggregate = build_aggregation(settings, teachers.shapes) if args.aggregated else None
     index = Index(
         dtype=args.dtype,
-        layout=target_layout(teachers, None if aggregate is None else aggregate.specs),
+        layout=fingerprint.target_layout(teachers, None if aggregate is None else aggregate.specs),
         seed=args.seed,
         key={},
         utterances=tuple(row.path for row in rows),
     )
-    size = estimate_size(rows, data.sequence_length, index, settings.student.conv_layers)
-    _print_size(size, index, args)
+    size = build.estimate_size(rows, data.sequence_length, index, settings.student.conv_layers)
+    _print_size(size, index, args.output or Path("."))
     if args.size:
         return 0
     make_folder(args.output, SetupError)
-    check_room(size, args.output)
-
-    from ..system.lock import FolderLock
-
+    build.check_room(size, args.output)
     with FolderLock(args.output):
-        return _build(
-            args, settings, data, rows, teachers.to(torch.device(device)), aggregate, index
-        )
-
-
-def _build(args, settings, data, rows, teachers, aggregate, index) -> int:
-    from ..hidden_states.fingerprint import cache_key
-    from ..pretrain.config_diff import table_digests
-    from ..pretrain.target_cache.build import build_cache, make_target_fn, start_build
-
-    key = cache_key(
-        teachers,
-        settings,
-        aggregated=args.aggregated,
-        tables=table_digests(data.file_path, [*data.sets, *data.dev_sets]),
-        sequence_length=data.sequence_length,
-        max_timestep=data.max_timestep,
-    )
-    device = str(next(teachers.parameters()).device)
-    try:
-        index = start_build(args.output, dataclasses.replace(index, key=key), args.force)
-    except OSError as error:
-        raise SetupError(f"cannot write into {args.output}: {error.strerror}") from None
-    weights = {name: teacher.weight for name, teacher in settings.teachers.items()}
-    compute = make_target_fn(teachers, aggregate, weights)
-    if index.complete:
-        print(f"{args.output} is already complete")
-    else:
-        build_cache(
-            args.output,
-            index,
-            compute,
-            rows,
-            data,
-            min_samples=settings.student.min_samples,
-            device=device,
-        )
-    _print_differences(args, settings, data, compute, device)
+        teachers = teachers.to(device)
+        tables = table_digests(data.file_path, [*data.sets, *data.dev_sets])
+        key = fingerprint.cache_key(teachers, settings, data, tables, aggregated=args.aggregated)
+        try:
+            index = build.start_build(args.output, dataclasses.replace(index, key=key), args.force)
+        except OSError as error:
+            raise SetupError(f"cannot write into {args.output}: {error.strerror}") from None
+        weights = {name: teacher.weight for name, teacher in settings.teachers.items()}
+        compute = build.make_target_fn(teachers, aggregate, weights)
+        min_samples = settings.student.min_samples
+        if index.complete:
+            print(f"{args.output} is already complete")
+        else:
+            build.build_cache(
+                args.output, index, compute, rows, data, min_samples=min_samples, device=device
+            )
+        _print_differences(args.output, data, min_samples, compute, device)
     files = ""
     if (args.config, args.upstream_config) != (RUNNER, MODEL):
         files = " " + shlex.join(["-c", str(args.config), "-g", str(args.upstream_config)])
@@ -160,11 +133,10 @@ def _build(args, settings, data, rows, teachers, aggregate, index) -> int:
     return 0
 
 
-def _print_size(size, index, args: argparse.Namespace) -> None:
+def _print_size(size: CacheSize, index: Index, folder: Path) -> None:
     from ..pretrain.target_cache.build import free_bytes
 
     blocks = ", ".join(f"{name} {count} x {dim}" for name, count, dim in index.layout)
-    folder = args.output or Path(".")
     print(
         f"{size.utterances} utterances, {size.seconds / 3600:.2f} h; {index.dtype}, "
         f"{blocks} per frame: {size.bytes / 1e9:.3f} GB; {free_bytes(folder) / 1e9:.1f} GB free "
@@ -173,20 +145,22 @@ def _print_size(size, index, args: argparse.Namespace) -> None:
     )
 
 
-def _print_differences(args, settings, data, compute, device: str) -> None:
+def _print_differences(
+    folder: Path, data: DataSettings, min_samples: int, compute: TargetFn, device: str
+) -> None:
     """Print how much targets computed in padded batches of this run differ from the cached ones."""
     from ..data.batches import DistillationDataset, train_loader
     from ..hidden_states.store import TargetReader
     from ..pretrain.target_cache.build import relative_differences
 
-    reader = TargetReader(args.output)
+    reader = TargetReader(folder)
     bad = int((reader.records["frames"] == 0).sum())
     if bad:
         print(f"{bad} utterances have no targets because of bad audio")
     dataset = train_loader(
         dataclasses.replace(data, num_workers=0),
         data.sets,
-        min_samples=settings.student.min_samples,
+        min_samples=min_samples,
         shuffle=False,
         targets=reader,
     ).dataset
@@ -197,14 +171,3 @@ def _print_differences(args, settings, data, compute, device: str) -> None:
     )
     for name, difference in relative_differences(dataset, compute, device).items():
         print(f"  {name}: mean {difference.mean:.2%}, maximum {difference.worst:.1%}")
-
-
-def _device(name: str | None) -> str:
-    import torch
-
-    device = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device != "cpu" and not device.startswith("cuda"):
-        raise SetupError(f"--device must be cpu, cuda or cuda:N, got {device}")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise SetupError("--device cuda: torch finds no CUDA device; use --device cpu")
-    return device

@@ -63,10 +63,8 @@ class CacheCounts:
 
 def read_counts(text: str) -> CacheCounts:
     """Sum the counts in the text of a log."""
-    total = CacheCounts()
-    for numbers in _LINE.findall(text):
-        total += CacheCounts(*map(int, numbers))
-    return total
+    counts = (CacheCounts(*map(int, numbers)) for numbers in _LINE.findall(text))
+    return sum(counts, start=CacheCounts())
 
 
 class CachedUpstream(nn.Module):
@@ -110,35 +108,37 @@ class CachedUpstream(nn.Module):
         """Args: ``waves``, a list of ``[sample]`` at 16 kHz."""
         if self.upstream.training:
             raise SetupError("--cache-features needs a frozen upstream, but this one is trained")
-        device = waves[0].device
         states: dict[int, Tensor] = {}  # index of the waveform -> [layer, frame, width]
         excerpts = []
         for index, wave in enumerate(waves):
             if self._excerpt is not None and len(wave) == self._excerpt and self._training():
                 excerpts.append(index)
-                continue
-            key = wave_key(wave)
-            hidden = self._store.read(key)
-            if hidden is None:
-                self.counts.misses += 1
-                hidden = to_storage_dtype(self._compute([wave])[:, 0])
-                self._store.write(key, hidden)
             else:
-                self.counts.hits += 1
-            states[index] = hidden
+                states[index] = self._cached(wave)
         if excerpts:
             batch = self._compute([waves[index] for index in excerpts])
             self.counts.excerpts += len(excerpts)
-            for i, index in enumerate(excerpts):
-                states[index] = to_storage_dtype(batch[:, i])
+            states |= {index: to_storage_dtype(batch[:, i]) for i, index in enumerate(excerpts)}
         self.counts.written = self._store.written
         frames = [states[index].shape[1] for index in range(len(waves))]
         layers, _, width = states[0].shape
-        padded = torch.zeros(layers, len(waves), max(frames), width, device=device)
+        padded = torch.zeros(layers, len(waves), max(frames), width, device=waves[0].device)
         for index, hidden in states.items():
             self._check_shape(hidden)
-            padded[:, index, : hidden.shape[1]] = hidden.to(device)
+            padded[:, index, : hidden.shape[1]] = hidden.to(padded.device)
         return {self._selection: list(padded.unbind(0)), FRAMES: frames}
+
+    def _cached(self, wave: Tensor) -> Tensor:
+        """Hidden states ``[layer, frame, width]`` of a waveform, read or computed and stored."""
+        key = wave_key(wave)
+        hidden = self._store.read(key)
+        if hidden is not None:
+            self.counts.hits += 1
+            return hidden
+        self.counts.misses += 1
+        hidden = to_storage_dtype(self._compute([wave])[:, 0])
+        self._store.write(key, hidden)
+        return hidden
 
     def _compute(self, waves: list[Tensor]) -> Tensor:
         """Waveforms of one length -> ``[layer, batch, frame, width]``."""
@@ -182,10 +182,12 @@ def cut_to_frames(module: nn.Module, args: tuple, output: list[Tensor]) -> list[
 def folder_name(args: Namespace, upstream: nn.Module, selection: str) -> str:
     """The cache folder's name: a digest of everything that determines the hidden states.
 
+    It includes the upstream's weights and its output for a test signal, because settings may come
+    from files that are not hashed here.
+
     Args:
         args: the arguments of s3prl's script.
-        upstream: as built by s3prl's hub. The digest includes its weights and its output for a
-            test signal, because settings may come from files that are not hashed here.
+        upstream: as built by s3prl's hub.
         selection: the Featurizer's ``-s``.
     """
     cls = type(upstream)
@@ -196,16 +198,19 @@ def folder_name(args: Namespace, upstream: nn.Module, selection: str) -> str:
         "hub": args.upstream,
         "class": f"{cls.__module__}.{cls.__qualname__}",
         "weights": weights_digest(upstream),
-        "checkpoint": _sha256(args.upstream_ckpt),
-        "folder": _json_digest(args.upstream_ckpt),
+        "checkpoint": _file_digests(args.upstream_ckpt),
         "answer": _output_digest(upstream, selection, device),
-        "config": _sha256(config) or config,
+        "config": _file_digests(config) or config,
         "selection": selection,
         "device": device,
-        "packages": _versions(),
+        # an upgrade may change the features
+        "packages": [_version(name) for name in ("s3prl", "torch", "torchaudio", "transformers")],
         "s3prl_ekd": __version__ if cls.__module__.startswith("s3prl_ekd") else None,
     }
-    text = json.dumps(facts, sort_keys=True, default=str)
+    return _digest(json.dumps(facts, sort_keys=True, default=str))
+
+
+def _digest(text: str) -> str:
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
@@ -231,31 +236,23 @@ def _output_digest(upstream: nn.Module, selection: str, device: str) -> str:
     sample = last_layer[:: max(1, len(last_layer) // 128)] / (mean or 1.0)
     tenths = [round(10 * value) if math.isfinite(value) else None for value in sample.tolist()]
     means = [f"{float(layer.abs().mean()):.1e}" for layer in layers]
-    return hashlib.blake2b(f"{means} {tenths}".encode(), digest_size=16).hexdigest()
+    return _digest(f"{means} {tenths}")
 
 
-def _versions() -> dict[str, str | None]:
-    """Versions of the packages that compute the features, since an upgrade may change them."""
-    versions: dict[str, str | None] = {}
-    for name in ("s3prl", "torch", "torchaudio", "transformers"):
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = None
-    return versions
-
-
-def _json_digest(folder: str | None) -> str | None:
-    """Digest of the JSON files of a Hugging Face folder; None if it is not a folder."""
-    if not folder or not Path(folder).is_dir():
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
         return None
-    files = {path.name: _sha256(str(path)) for path in sorted(Path(folder).glob("*.json"))}
-    return hashlib.blake2b(json.dumps(files).encode(), digest_size=16).hexdigest()
 
 
-def _sha256(path: str | None) -> str | None:
-    """SHA-256 of a file; None if it is not a file (the weights are hashed too)."""
-    return file_sha256(path) if path and Path(path).is_file() else None
+def _file_digests(path: str | None) -> list[str]:
+    """SHA-256 of a file, or of a Hugging Face folder's JSON files; empty if there is no such path.
+
+    The weights are hashed separately, also those of a URL or a hub's name.
+    """
+    files = sorted(Path(path).glob("*.json")) if path and Path(path).is_dir() else [path]
+    return [file_sha256(file) for file in files if file and Path(file).is_file()]
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ so padding would change every hidden state.
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -58,7 +59,8 @@ def collect_audio(paths: Sequence[str], lists: Sequence[Path] = ()) -> dict[str,
         else:
             add(PurePath(text).as_posix(), path)
     for list_file in lists:
-        for text in _lines(list_file):
+        lines = read_text(list_file, "list", DataError, limit=1 << 28, utf8="utf-8-sig")
+        for text in filter(None, map(str.strip, lines.splitlines())):
             add(PurePath(text).as_posix(), Path(text))
     if not audio:
         raise DataError(
@@ -66,11 +68,6 @@ def collect_audio(paths: Sequence[str], lists: Sequence[Path] = ()) -> dict[str,
             + ", ".join([*paths, *(str(path) for path in lists)])
         )
     return audio
-
-
-def _lines(path: Path) -> list[str]:
-    text = read_text(path, "list", DataError, limit=1 << 28, utf8="utf-8-sig")
-    return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 @dataclass
@@ -96,13 +93,11 @@ def choose_layers(text: str, count: int) -> list[int]:
         layers = [int(part) for part in text.split(",")]
     except ValueError:
         layers = []
-    if not layers or len(set(layers)) < len(layers):
-        raise ConfigError(f"--layers must be all, last, or distinct numbers like 0,2, got {text!r}")
-    for layer in layers:
-        if not 0 <= layer < count:
-            raise ConfigError(
-                f"--layers: no such layer: {layer}; this student has layers 0 to {count - 1}"
-            )
+    if not layers or len(set(layers)) < len(layers) or not set(layers) <= set(range(count)):
+        raise ConfigError(
+            f"--layers must be all, last, or distinct layers of this student (0 to {count - 1}) "
+            f"like 0,2; got {text!r}"
+        )
     return layers
 
 
@@ -157,7 +152,7 @@ def write_features(
         output.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(output) as file:
             keys = (f"{key}#{layer}" for key in audio for layer in indices)
-            features = SafetensorsWriter(file, keys, metadata)
+            writer = SafetensorsWriter(file, keys, metadata)
             for key, wave in progress(_read_ahead(audio, max_seconds), len(audio)):
                 try:
                     if isinstance(wave, DataError):
@@ -169,12 +164,12 @@ def write_features(
                     summary.bad.append((key, str(error)))
                     continue
                 for layer, state in zip(indices, states, strict=True):
-                    features.add(f"{key}#{layer}", state)
+                    writer.add(f"{key}#{layer}", state)
                 summary.files += 1
                 summary.seconds += len(wave) / SAMPLE_RATE
             if not summary.files:
                 raise DataError(f"all {len(audio)} files are bad; the first: {summary.bad[0][1]}")
-            features.finish()
+            writer.finish()
     return summary
 
 
@@ -204,32 +199,26 @@ def _read_ahead(
     """Yield each file's key and waveform (or error); a thread reads a few files ahead."""
     pending: deque = deque()
     pool = ThreadPoolExecutor(1)
+    paths = iter(audio.values())
     try:
-        for key, path in audio.items():
-            pending.append((key, pool.submit(_read, path, max_seconds)))
-            if len(pending) > _READ_AHEAD:
-                oldest, job = pending.popleft()
-                yield oldest, job.result()
-        for key, job in pending:
-            yield key, job.result()
+        for key in audio:
+            for path in itertools.islice(paths, 1 + _READ_AHEAD - len(pending)):
+                pending.append(pool.submit(_read, path, max_seconds))
+            yield key, pending.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def _read(path: Path, max_seconds: float) -> Tensor | DataError:
     try:
-        try:
-            str(path).encode("utf-8")
-        except UnicodeEncodeError:
-            raise DataError(
-                f"{path!r}: the file name is not UTF-8, so it cannot be a key"
-            ) from None
+        str(path).encode("utf-8")
         seconds = read_header(path).samples / SAMPLE_RATE  # before reading the audio
         if seconds > max_seconds:
-            raise DataError(
+            return DataError(
                 f"{path} is {seconds:.0f} s long, longer than --max-seconds {max_seconds:g}"
             )
-        wave = read_audio(path, speech=True)
+        return read_audio(path, speech=True)
+    except UnicodeEncodeError:
+        return DataError(f"{path!r}: the file name is not UTF-8, so it cannot be a key")
     except DataError as error:
         return error
-    return wave

@@ -17,10 +17,11 @@ import torch
 from torch import nn
 
 from ..data.sampling import used
+from ..data.settings import DataSettings
 from ..data.tables import Utterance
 from ..distill.settings import DistillSettings
 from ..distill.teachers import PROBE_SAMPLES, Teacher, TeacherEnsemble
-from ..errors import ConfigError
+from ..errors import ConfigError, DataError
 from ..files.safetensors_file import raw_bytes
 from .store import PER_TEACHER, Index, TargetBlock, TargetLayout, TargetSubset, select_targets
 
@@ -47,20 +48,19 @@ CLASS_NAMES = {
 def cache_key(
     teachers: TeacherEnsemble,
     settings: DistillSettings,
+    data: DataSettings,
+    tables: Mapping[str, str],
     *,
     aggregated: bool,
-    tables: Mapping[str, str],
-    sequence_length: int,
-    max_timestep: int,
 ) -> dict[str, Any]:
     """The fingerprint of a cache for these settings, as JSON data.
 
     Args:
         teachers: loaded teachers, on any device.
         settings: the experiment's settings.
-        aggregated: the cache has aggregated target sets, not each teacher's own targets.
+        data: the data settings.
         tables: name of each length table -> digest.
-        sequence_length, max_timestep: as in ``pretrain_expert.datarc``.
+        aggregated: the cache has aggregated target sets, not each teacher's own targets.
     """
     return {
         "teachers": {
@@ -74,8 +74,8 @@ def cache_key(
         },
         "teacher_precision": settings.teacher_precision,
         "contents": aggregation_key(settings) if aggregated else PER_TEACHER,
-        "sequence_length": sequence_length,
-        "max_timestep": max_timestep,
+        "sequence_length": data.sequence_length,
+        "max_timestep": data.max_timestep,
         "tables": dict(tables),
     }  # store.KEY_FIELDS has these names
 
@@ -162,23 +162,22 @@ def target_layout(teachers: TeacherEnsemble, specs: Mapping | None) -> TargetLay
     return tuple(TargetBlock(name, len(s.targets), s.width) for name, s in shapes.items())
 
 
-def key_difference(stored: Mapping, current: Mapping) -> str:
-    """Describe how two keys differ, for a build that is resumed; empty if they are equal."""
+def check_same_key(stored: Mapping, current: Mapping) -> None:
+    """Check that a build that is resumed is of the same cache. Raises DataError: the difference."""
     stored = {**stored, "contents": _contents(stored)}
     for field in ("sequence_length", "max_timestep", "teacher_precision", "contents", "tables"):
         if stored[field] != current[field]:
-            return f"{field} is {current[field]}, was {stored[field]}"
+            raise DataError(f"{field} is {current[field]}, was {stored[field]}")
     if _targets(stored) != _targets(current):
-        return f"teachers and layers are {_targets(current)}, were {_targets(stored)}"
-    pairs = zip(stored["teachers"].values(), current["teachers"].items(), strict=True)
-    differences = (_teacher_difference(name, old, new) for old, (name, new) in pairs)
-    return next(filter(None, differences), "")
+        raise DataError(f"teachers and layers are {_targets(current)}, were {_targets(stored)}")
+    for name, teacher in current["teachers"].items():
+        _check_teacher(name, stored["teachers"][name], teacher)
 
 
 def matching_subset(
     index: Index, current: Mapping[str, Any], rows: Sequence[Utterance]
-) -> tuple[TargetSubset | None, str]:
-    """Select the subset of a cache that a run reads, or return None and the reason.
+) -> TargetSubset:
+    """Select the subset of a cache that a run reads.
 
     A run may use fewer teachers, layers or tables than the cache has. Aggregated targets must have
     exactly the run's teachers and layers.
@@ -187,74 +186,70 @@ def matching_subset(
         index: the index of the cache.
         current: the run's :func:`cache_key`.
         rows: the run's utterances.
+
+    Raises:
+        DataError: why the cache does not fit.
     """
-    key, aggregated = index.key, index.key["contents"] != PER_TEACHER
-    if _contents(key) != current["contents"]:
-        return None, _contents_difference(_contents(key), current["contents"])
+    key = index.key
+    _check_contents(_contents(key), current["contents"])
     selected: dict[str, Sequence[int]] = {}
     for name, teacher in current["teachers"].items():
         if name not in key["teachers"]:
-            return None, f"it has no teacher {name}, only {', '.join(key['teachers'])}"
+            raise DataError(f"it has no teacher {name}, only {', '.join(key['teachers'])}")
         stored = key["teachers"][name]
-        if difference := _teacher_difference(name, stored, teacher):
-            return None, difference
+        _check_teacher(name, stored, teacher)
         missing = [target for target in teacher["targets"] if target not in stored["targets"]]
         if missing:
-            return None, (
+            raise DataError(
                 f"teachers.{name}: layer {_layer_names(missing[0])} is not in it, only "
                 f"{', '.join(map(_layer_names, stored['targets']))}"
             )
         selected[name] = [stored["targets"].index(target) for target in teacher["targets"]]
-    if aggregated:
+    if key["contents"] != PER_TEACHER:
         if _targets(current) != _targets(key):
-            return None, "its targets are aggregated over different teachers or layers"
+            raise DataError("its targets are aggregated over different teachers or layers")
         selected = {block.name: range(block.targets) for block in index.layout}
-    if key["teacher_precision"] != current["teacher_precision"]:
-        return None, (
-            f"teacher_precision is {current['teacher_precision']}; the cache was built with "
-            f"{key['teacher_precision']}"
+    _check_value("teacher_precision", key, current)
+    if any(
+        used(row, key["sequence_length"]) != used(row, current["sequence_length"]) for row in rows
+    ):
+        _check_value("sequence_length", key, current)
+    tables = list(key["tables"].values())
+    for name, digest in current["tables"].items():
+        if digest not in tables:
+            raise DataError(
+                f"it was not built from the length table {name}, or the table has changed"
+            )
+    names = set(index.utterances)
+    missing_rows = [row.path for row in rows if row.path not in names]
+    if missing_rows:
+        raise DataError(
+            f"{len(missing_rows)} utterances are missing from it, the first is {missing_rows[0]} "
+            f"(max_timestep is {current['max_timestep']}; the cache was built with "
+            f"{key['max_timestep']})"
         )
-    if difference := _corpus_difference(index, current, rows):
-        return None, difference
-    return select_targets(index.layout, selected), ""
+    return select_targets(index.layout, selected)
 
 
-def _targets(key: Mapping) -> list:
+def _targets(key: Mapping) -> list[tuple[str, list]]:
     """The teachers, in order, with their targets."""
     return [(name, teacher["targets"]) for name, teacher in key["teachers"].items()]
 
 
-def _corpus_difference(index: Index, current: Mapping, rows: Sequence[Utterance]) -> str:
-    stored_length, length = index.key["sequence_length"], current["sequence_length"]
-    if any(used(row, stored_length) != used(row, length) for row in rows):
-        return f"sequence_length is {length}; the cache was built with {stored_length}"
-    stored = list(index.key["tables"].values())
-    changed = [name for name, digest in current["tables"].items() if digest not in stored]
-    if changed:
-        return f"it was not built from the length table {changed[0]}, or the table has changed"
-    names = set(index.utterances)
-    missing = [row.path for row in rows if row.path not in names]
-    if missing:
-        return (
-            f"{len(missing)} utterances are missing from it, the first is {missing[0]} "
-            f"(max_timestep is {current['max_timestep']}; the cache was built with "
-            f"{index.key['max_timestep']})"
-        )
-    return ""
+def _check_value(field: str, stored: Mapping, current: Mapping) -> None:
+    if stored[field] != current[field]:
+        raise DataError(f"{field} is {current[field]}; the cache was built with {stored[field]}")
 
 
-def _teacher_difference(name: str, stored: Mapping, current: Mapping) -> str:
+def _check_teacher(name: str, stored: Mapping, current: Mapping) -> None:
     for field in ("weights", "class"):
         if stored.get(field) != current[field]:
-            return f"teachers.{name}: different {field} than when the cache was built"
-    pairs = [
-        (stored["answer"][stored["targets"].index(target)], value)
-        for target, value in zip(current["targets"], current["answer"], strict=True)
-        if target in stored["targets"]
-    ]
-    if not all(math.isclose(a, b, rel_tol=TOLERANCE) for a, b in pairs):
-        return f"teachers.{name}: different output than when the cache was built"
-    return ""
+            raise DataError(f"teachers.{name}: different {field} than when the cache was built")
+    for target, output in zip(current["targets"], current["answer"], strict=True):
+        if target in stored["targets"]:
+            stored_output = stored["answer"][stored["targets"].index(target)]
+            if not math.isclose(stored_output, output, rel_tol=TOLERANCE):
+                raise DataError(f"teachers.{name}: different output than when the cache was built")
 
 
 def _contents(key: Mapping) -> Any:
@@ -265,15 +260,17 @@ def _contents(key: Mapping) -> Any:
     return contents
 
 
-def _contents_difference(stored: Any, current: Any) -> str:
-    if not isinstance(stored, Mapping):
-        return f"its targets are {stored}"
-    fields = [field for field in current if stored.get(field) != current[field]]
+def _check_contents(stored: Any, current: Any) -> None:
+    if stored == current:
+        return
+    if not isinstance(stored, Mapping) or not isinstance(current, Mapping):
+        raise DataError(f"its targets are {stored}, this run's {current}")
     values = ", ".join(
-        f"{SETTINGS.get(field, field)} is {current[field]}, was {stored.get(field)}"
-        for field in fields
+        f"{SETTINGS.get(field, field)} is {value}, was {stored.get(field)}"
+        for field, value in current.items()
+        if stored.get(field) != value
     )
-    return f"its targets are aggregated and {values}"
+    raise DataError(f"its targets are aggregated and {values}")
 
 
 def _layer_names(target: Sequence[int]) -> str:

@@ -264,15 +264,13 @@ def _index(data: dict[str, Any], names: bytes) -> Index:
         if type(data[name]) is not kind:
             raise TypeError(f"invalid `{name}`")
     layout = tuple(TargetBlock(*block) for block in data["layout"])
-    for name, targets, dim in layout:
-        if not (type(name) is str and type(targets) is int and type(dim) is int):
+    for block in layout:
+        if [type(value) for value in block] != [str, int, int]:
             raise TypeError("invalid `layout`")
-        if not (0 < targets <= 10_000 and 0 < dim <= 1_000_000):
+        if not (0 < block.targets <= 10_000 and 0 < block.dim <= 1_000_000):
             raise ValueError("invalid `layout`")
-    if data["dtype"] not in DTYPES or not layout:
-        raise ValueError("invalid `dtype` or `layout`")
-    if not _is_key(data["key"], layout):
-        raise ValueError("invalid `key`")
+    if data["dtype"] not in DTYPES or not layout or not _is_key(data["key"], layout):
+        raise ValueError("invalid `dtype`, `layout` or `key`")
     if _digest(names) != data["utterances"]:
         raise ValueError(f"{UTTERANCES} has changed")
     utterances = json.loads(names)
@@ -286,16 +284,13 @@ def _is_key(key: dict[str, Any], layout: TargetLayout) -> bool:
     """Whether a key has the fields that :mod:`.fingerprint` compares, and fits the layout."""
     if not all(isinstance(key[name], kind) for name, kind in KEY_FIELDS.items()):
         return False
-    counts = {}
-    for name, teacher in key["teachers"].items():
-        targets, outputs = teacher["targets"], teacher["answer"]
-        counts[name] = len(targets)
-        if len(outputs) != len(targets) or not all(isinstance(t, list) for t in targets):
-            return False
-        if not all(isinstance(output, (int, float)) for output in outputs):
-            return False
-    per_teacher = key["contents"] == PER_TEACHER
-    return not per_teacher or counts == {block.name: block.targets for block in layout}
+    for teacher in key["teachers"].values():
+        for target, output in zip(teacher["targets"], teacher["answer"], strict=True):
+            if not (isinstance(target, list) and isinstance(output, (int, float))):
+                return False
+    counts = {name: len(teacher["targets"]) for name, teacher in key["teachers"].items()}
+    aggregated = key["contents"] != PER_TEACHER
+    return aggregated or counts == {block.name: block.targets for block in layout}
 
 
 def _digest(data: bytes) -> str:
@@ -365,9 +360,8 @@ class StoredTargets(NamedTuple):
         scales = None if self.scales is None else self.scales.to(device, non_blocking=True)
         # pinning memory may turn the tuples of the layout into lists
         targets = unpack_targets(values, scales, self.layout)
-        return CachedTargets(
-            targets, self.frames.to(device, non_blocking=True), bool(self.aggregated)
-        )
+        frames = self.frames.to(device, non_blocking=True)
+        return CachedTargets(targets, frames, bool(self.aggregated))
 
 
 class TargetReader:
@@ -483,9 +477,8 @@ def _crc(stored: np.ndarray, scale_bytes: bytes) -> int:
 class CacheWriter:
     """Writes the files of a cache; at the start, truncates them to the last complete record.
 
-    An utterance's record is written after its targets, so an interrupted build has no record
-    without targets. This also holds after a power failure, because the targets are synced before
-    their records are written.
+    Targets are synced to disk before their records are written, so an interrupted build has no
+    record without targets, even after a power failure.
 
     Args:
         folder: an existing folder to which only this process writes.

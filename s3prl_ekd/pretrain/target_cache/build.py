@@ -32,7 +32,8 @@ from ...distill.settings import StudentSettings
 from ...distill.teachers import TeacherEnsemble
 from ...errors import DataError, SetupError
 from ...files.atomic import remove_leftovers
-from ...hidden_states.fingerprint import key_difference
+from ...files.text import CONTROL
+from ...hidden_states.fingerprint import check_same_key
 from ...hidden_states.store import (
     INDEX,
     RECORDS,
@@ -175,17 +176,19 @@ def start_build(folder: Path, index: Index, force: bool) -> Index:
 
 
 def _check_same_build(existing: Index, index: Index, folder: Path) -> Index:
-    difference = key_difference(existing.key, index.key)
-    for part in ("dtype", "seed"):
-        if getattr(existing, part) != getattr(index, part):
-            difference = f"{part} is {getattr(index, part)} and was {getattr(existing, part)}"
-    if (existing.utterances, existing.layout) != (index.utterances, index.layout):
-        difference = difference or "its utterances or layout differ"
-    if difference:
+    try:
+        for part in ("dtype", "seed"):
+            value, previous = getattr(index, part), getattr(existing, part)
+            if value != previous:
+                raise DataError(f"{part} is {value}, was {previous}")
+        check_same_key(existing.key, index.key)
+        if (existing.utterances, existing.layout) != (index.utterances, index.layout):
+            raise DataError("its utterances or layout differ")
+    except DataError as error:
         raise DataError(
-            f"{folder} holds a different target cache: {difference}; choose another folder, or "
-            "add --force to replace it"
-        )
+            f"{folder} holds a different target cache: {CONTROL.sub('?', str(error))[:500]}; "
+            "choose another folder, or add --force to replace it"
+        ) from None
     return existing
 
 
@@ -217,29 +220,27 @@ def build_cache(
     dataset = DistillationDataset(data, rows, min_samples, seed=index.seed)
     hint = "run the same command again to continue"
     try:
-        writer = CacheWriter(folder, index)
-        try:
-            with explain_worker_errors(hint):
-                _compute_missing(writer, dataset, compute, data, device)
-            if not any(frames for frames, _, _ in writer.records):
-                raise DataError(
-                    f"no usable utterance in the tables; check libri_root {data.libri_root}"
-                )
-            return writer.finish()
-        except (Exception, KeyboardInterrupt) as error:
-            if isinstance(error, OSError):
+        with contextlib.closing(CacheWriter(folder, index)) as writer:
+            try:
+                with explain_worker_errors(hint):
+                    _compute_missing(writer, dataset, compute, data, device)
+                if not any(frames for frames, _, _ in writer.records):
+                    raise DataError(
+                        f"no usable utterance in the tables; check libri_root {data.libri_root}"
+                    )
+                return writer.finish()
+            except OSError:
                 raise
-            writer.save()
-            count = len(writer.records)
-            logger.warning("cached %d of %d utterances; %s", count, len(rows), hint)
-            if not is_out_of_memory(error):
-                raise
-            raise SetupError(
-                f"out of memory on {device} with a batch of one utterance; lower sequence_length, "
-                "or use another --device"
-            ) from None
-        finally:
-            writer.close()
+            except (Exception, KeyboardInterrupt) as error:
+                writer.save()
+                count = len(writer.records)
+                logger.warning("cached %d of %d utterances; %s", count, len(rows), hint)
+                if not is_out_of_memory(error):
+                    raise
+                raise SetupError(
+                    f"out of memory on {device} with a batch of one utterance; lower "
+                    "sequence_length, or use another --device"
+                ) from None
     except OSError as error:
         raise SetupError(
             f"cannot write the target cache {folder}: {error.strerror}; free some space and {hint}"

@@ -95,24 +95,18 @@ def check_teachers(
     Raises:
         DataError: naming the difference, and the command that builds a cache.
     """
-    key = cache_key(
-        teachers,
-        settings,
-        aggregated=reader.aggregated,
-        tables=table_digests(data.file_path, [*data.sets, *data.dev_sets]),
-        sequence_length=data.sequence_length,
-        max_timestep=data.max_timestep,
-    )
-    subset, difference = matching_subset(reader.index, key, rows)
-    for name, _, dim in () if subset is None else subset.layout:
-        if name in teachers and teachers[name].width != dim:
-            subset, difference = None, f"teachers.{name}: its width differs"
-    if subset is None:
+    tables = table_digests(data.file_path, [*data.sets, *data.dev_sets])
+    key = cache_key(teachers, settings, data, tables, aggregated=reader.aggregated)
+    try:
+        reader.subset = matching_subset(reader.index, key, rows)
+        for name, _, dim in reader.subset.layout:
+            if name in teachers and teachers[name].width != dim:
+                raise DataError(f"teachers.{name}: another width than when the cache was built")
+    except DataError as error:
         raise DataError(
             f"the target cache {reader.folder} does not fit this run: "
-            f"{CONTROL.sub('?', difference)[:500]}; build another with: {BUILD} NEW_FOLDER"
-        )
-    reader.subset = subset
+            f"{CONTROL.sub('?', str(error))[:500]}; build another with: {BUILD} NEW_FOLDER"
+        ) from None
 
 
 def free_teachers(teachers: TeacherEnsemble) -> None:
