@@ -28,8 +28,7 @@ from ..files.config import override_option
 
 if TYPE_CHECKING:
     from ..data.settings import DataSettings
-    from ..hidden_states.store import Index
-    from ..pretrain.target_cache.build import CacheSize, TargetFn
+    from ..pretrain.target_cache.build import TargetFn
 
 RUNNER, MODEL = "pretrain/ekd/config_runner.yaml", "pretrain/ekd/config_model.yaml"
 _SEED = 1337  # the default of run_pretrain.py
@@ -62,6 +61,8 @@ def main(args: argparse.Namespace) -> int:
     from .. import compat
 
     compat.apply()
+    from ..data.audio_files import SAMPLE_RATE
+    from ..data.sampling import used
     from ..distill.aggregation import build_aggregation
     from ..hidden_states import fingerprint
     from ..hidden_states.store import Index
@@ -99,8 +100,16 @@ def main(args: argparse.Namespace) -> int:
         key={},
         utterances=tuple(row.path for row in rows),
     )
-    size = build.estimate_size(rows, data.sequence_length, index, settings.student.conv_layers)
-    _print_size(size, index, args.output or Path("."))
+    size = build.estimate_bytes(rows, data.sequence_length, index, settings.student.conv_layers)
+    folder = args.output or Path(".")
+    blocks = ", ".join(f"{name} {count} x {dim}" for name, count, dim in index.layout)
+    hours = sum(used(row, data.sequence_length) for row in rows) / SAMPLE_RATE / 3600
+    print(
+        f"{len(rows)} utterances, {hours:.2f} h; {args.dtype}, {blocks} per frame: "
+        f"{size / 1e9:.3f} GB; {build.free_bytes(folder) / 1e9:.1f} GB free for "
+        f"{folder.absolute()}",
+        flush=True,
+    )
     if args.size:
         return 0
     make_folder(args.output, SetupError)
@@ -133,18 +142,6 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def _print_size(size: CacheSize, index: Index, folder: Path) -> None:
-    from ..pretrain.target_cache.build import free_bytes
-
-    blocks = ", ".join(f"{name} {count} x {dim}" for name, count, dim in index.layout)
-    print(
-        f"{size.utterances} utterances, {size.seconds / 3600:.2f} h; {index.dtype}, "
-        f"{blocks} per frame: {size.bytes / 1e9:.3f} GB; {free_bytes(folder) / 1e9:.1f} GB free "
-        f"for {folder.absolute()}",
-        flush=True,
-    )
-
-
 def _print_differences(
     folder: Path, data: DataSettings, min_samples: int, compute: TargetFn, device: str
 ) -> None:
@@ -169,5 +166,5 @@ def _print_differences(
         "difference to targets computed in padded batches of this size (relative to the mean "
         "absolute target):"
     )
-    for name, difference in relative_differences(dataset, compute, device).items():
-        print(f"  {name}: mean {difference.mean:.2%}, maximum {difference.worst:.1%}")
+    for name, (mean, worst) in relative_differences(dataset, compute, device).items():
+        print(f"  {name}: mean {mean:.2%}, maximum {worst:.1%}")

@@ -36,7 +36,6 @@ from ..request import CACHE, CacheOptions
 
 logger = logging.getLogger(__name__)
 
-
 _LINE = re.compile(r"features: (\d+) hits, (\d+) misses, (\d+) excerpts, (\d+) bytes written")
 
 FRAMES = "ekd_frames"  # key of the frame counts in the upstream's output
@@ -78,10 +77,8 @@ class CachedUpstream(nn.Module):
         upstream: s3prl's upstream; it is not modified.
         selection: the Featurizer's ``-s``.
         store: the cache of this upstream.
-        excerpt: samples of the recipe's random excerpts; None if it draws none.
-        training: returns whether the recipe draws excerpts now. Excerpts hardly ever repeat, so
-            they are not cached. They have one length, so they are computed as one batch without
-            padding.
+        is_excerpt: whether a waveform is a random excerpt. Excerpts hardly ever repeat, so they are
+            not cached. They have one length, so they are computed as one batch without padding.
     """
 
     def __init__(
@@ -89,14 +86,12 @@ class CachedUpstream(nn.Module):
         upstream: nn.Module,
         selection: str,
         store: FeatureStore,
-        excerpt: int | None = None,
-        training: Callable[[], bool] = lambda: False,
+        is_excerpt: Callable[[Tensor], bool],
     ):
         super().__init__()
         self.upstream = upstream
         self.counts = CacheCounts()
-        self._selection, self._store = selection, store
-        self._excerpt, self._training = excerpt, training
+        self._selection, self._store, self._is_excerpt = selection, store, is_excerpt
         self._shape: tuple[int, int] | None = None  # (layers, width)
 
     def get_downsample_rates(self, key: str) -> int:
@@ -107,11 +102,11 @@ class CachedUpstream(nn.Module):
     def forward(self, waves: list[Tensor]) -> dict[str, Any]:
         """Args: ``waves``, a list of ``[sample]`` at 16 kHz."""
         if self.upstream.training:
-            raise SetupError("--cache-features needs a frozen upstream, but this one is trained")
+            raise SetupError(f"{CACHE} needs a frozen upstream, but this one is trained")
         states: dict[int, Tensor] = {}  # index of the waveform -> [layer, frame, width]
         excerpts = []
         for index, wave in enumerate(waves):
-            if self._excerpt is not None and len(wave) == self._excerpt and self._training():
+            if self._is_excerpt(wave):
                 excerpts.append(index)
             else:
                 states[index] = self._cached(wave)
@@ -124,7 +119,13 @@ class CachedUpstream(nn.Module):
         layers, _, width = states[0].shape
         padded = torch.zeros(layers, len(waves), max(frames), width, device=waves[0].device)
         for index, hidden in states.items():
-            self._check_shape(hidden)
+            shape = hidden.shape[0], hidden.shape[2]
+            self._shape = self._shape or shape
+            if self._shape != shape:
+                raise SetupError(
+                    f"{CACHE}: this upstream returned {self._shape[0]} layers for one utterance "
+                    f"and {shape[0]} for another (layer drop?); remove the option"
+                )
             padded[:, index, : hidden.shape[1]] = hidden.to(padded.device)
         return {self._selection: list(padded.unbind(0)), FRAMES: frames}
 
@@ -145,19 +146,10 @@ class CachedUpstream(nn.Module):
         layers = _layers(self.upstream, waves, self._selection)
         if len({layer.shape for layer in layers}) != 1 or layers[0].dim() != 3:
             raise SetupError(
-                f"--cache-features cannot store {self._selection} of this upstream: its layers "
+                f"{CACHE} cannot store {self._selection} of this upstream: its layers "
                 f"differ in shape ({', '.join(str(tuple(layer.shape)) for layer in layers[:4])})"
             )
         return torch.stack(layers).float()
-
-    def _check_shape(self, states: Tensor) -> None:
-        layers, _, width = states.shape
-        self._shape = self._shape or (layers, width)
-        if self._shape != (layers, width):
-            raise SetupError(
-                f"--cache-features: this upstream returned {self._shape[0]} layers for one "
-                f"utterance and {layers} for another (layer drop?); remove the option"
-            )
 
 
 def _layers(upstream: nn.Module, waves: list[Tensor], selection: str) -> list[Tensor]:
@@ -292,12 +284,12 @@ def cached_runner(runner: Any, options: CacheOptions) -> Any:
             name = folder_name(args, self.upstream.model, selection)
             store = FeatureStore(Path(options.folder), name, options.limit_gb)
             logger.info("caching the hidden states of each utterance in %s", store.folder)
+            excerpt = excerpt_length(config)
             self.upstream.model = CachedUpstream(
                 self.upstream.model,
                 selection,
                 store,
-                excerpt_length(config),
-                lambda: self.downstream.model.training,
+                lambda wave: self.downstream.model.training and len(wave) == excerpt,
             ).eval()
             self.featurizer.model.register_forward_hook(cut_to_frames)
             CachedRunner.built = self

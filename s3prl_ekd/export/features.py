@@ -31,12 +31,9 @@ _READ_AHEAD = 4  # files read in advance, while the model runs
 def collect_audio(paths: Sequence[str], lists: Sequence[Path] = ()) -> dict[str, Path]:
     """Collect audio files as ``{key: path}``.
 
-    The key of a file in a folder is its path relative to that folder; the key of a file named on
-    the command line or in a list is its path as written. Keys use ``/``.
-
-    Args:
-        paths: files and folders.
-        lists: text files with one path per line.
+    The key of a file in a folder is its path relative to that folder; the key of a file named in
+    ``paths`` or in a list (a text file with one path per line) is its path as written. Keys use
+    ``/``.
 
     Raises:
         DataError: no audio files, a list that cannot be read, or two files with the same key.
@@ -176,11 +173,7 @@ def write_features(
 def _states(
     upstream: nn.Module, wave: Tensor, layers: list[int], dtype: torch.dtype, path: Path
 ) -> list[Tensor]:
-    """Hidden states ``layers`` of one waveform, ``[frame, dim]`` each.
-
-    Raises:
-        DataError: a value is not finite or too large for ``dtype``.
-    """
+    """Hidden states ``layers`` of one waveform, ``[frame, dim]`` each, checked to be finite."""
     with torch.inference_mode():
         hidden_states = upstream([wave])["hidden_states"]
         states = [hidden_states[layer][0].to(dtype).cpu() for layer in layers]

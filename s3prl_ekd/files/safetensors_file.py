@@ -126,16 +126,13 @@ class SafetensorsWriter:
     def __init__(self, file: BinaryIO, keys: Iterable[str], metadata: Mapping[str, str]):
         self.file = file
         self.header: dict[str, object] = {"__metadata__": dict(metadata)}
-        size = len(json.dumps(self.header)) + _ENTRY_BYTES
-        count = 0
-        for key in keys:
-            size += len(json.dumps(key)) + _ENTRY_BYTES
-            count += 1
+        entries = [len(json.dumps(key)) + _ENTRY_BYTES for key in keys]
+        size = len(json.dumps(self.header)) + _ENTRY_BYTES + sum(entries)
         self.header_bytes = size + -size % 8  # the tensors begin at a multiple of eight
         if self.header_bytes > _HEADER_LIMIT:
             raise DataError(
-                f"{count:,} tensors are too many for one safetensors file; give fewer files at "
-                "once, or --layers last"
+                f"{len(entries):,} tensors are too many for one safetensors file; give fewer files "
+                "at once, or --layers last"
             )
         self.offset = 0
         file.write(b"\0" * (8 + self.header_bytes))

@@ -56,9 +56,6 @@ def cache_key(
     """The fingerprint of a cache for these settings, as JSON data.
 
     Args:
-        teachers: loaded teachers, on any device.
-        settings: the experiment's settings.
-        data: the data settings.
         tables: name of each length table -> digest.
         aggregated: the cache has aggregated target sets, not each teacher's own targets.
     """
@@ -122,11 +119,7 @@ def aggregation_key(settings: DistillSettings) -> dict[str, Any]:
 
 
 def check_aggregated(settings: DistillSettings) -> None:
-    """Reject settings that need each teacher's own targets at each step.
-
-    Raises:
-        ConfigError: names the setting.
-    """
+    """Reject settings that need each teacher's own targets at each step. Raises ConfigError."""
     targets = settings.targets
     scheduled = any(t.final_weight not in (None, t.weight) for t in settings.teachers.values())
     for key, enabled in (

@@ -149,10 +149,7 @@ def unpack_targets(
 ) -> dict[str, Tensor]:
     """``[batch, frame, column]`` -> ``{name: [batch, target, frame, dim]}`` in float32.
 
-    Args:
-        values: as stored.
-        scales: ``[batch, vector]``, the factor of each vector, or None.
-        layout: the layout of ``values``.
+    ``scales`` ``[batch, vector]`` has the factor of each vector.
     """
     batch, frames = values.shape[:2]
     targets, column, vector = {}, 0, 0

@@ -13,13 +13,12 @@ import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ...data.audio_files import SAMPLE_RATE, is_hidden_or_system
+from ...data.audio_files import is_hidden_or_system
 from ...data.bad_audio import BadUtterance
 from ...data.batches import DistillationDataset, ignore_stop_signals, unwrap_batch
 from ...data.loader import BatchLoader
@@ -51,7 +50,6 @@ from ..interrupts import explain_worker_errors, is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
-
 SPARE = 64 << 20  # bytes to leave free on the disk
 TargetFn = Callable[[Sequence[Tensor]], Mapping[str, Tensor]]  # from waveforms ``[sample]``
 
@@ -64,42 +62,27 @@ def cached_rows(data: DataSettings, student: StudentSettings) -> list[Utterance]
     """
     rows: dict[str, Utterance] = {}
     bad: list[BadUtterance] | None = [] if data.on_bad_audio == "skip" else None
-    for sets in (data.sets, data.dev_sets):
-        if sets:
-            table = read_tables(data.file_path, sets, bad)
-            rows |= {
-                row.path: row
-                for row in filter_by_length(table, data.max_timestep, student.min_samples)
-            }
+    for sets in filter(None, (data.sets, data.dev_sets)):
+        table = read_tables(data.file_path, sets, bad)
+        usable = filter_by_length(table, data.max_timestep, student.min_samples)
+        rows |= {row.path: row for row in usable}
     if bad:
         logger.warning("left out %d utterances, first %s: %s", len(bad), bad[0].path, bad[0].reason)
     return sorted(rows.values(), key=lambda row: (-row.length, row.path))
 
 
-def frame_count(samples: int, conv: ConvLayers) -> int:
-    """Number of frames of a waveform."""
-    for _, kernel, stride in conv:
-        samples = (samples - kernel) // stride + 1
-    return samples
-
-
-class CacheSize(NamedTuple):
-    """Size of a cache, estimated from the lengths in the tables."""
-
-    utterances: int
-    seconds: float  # of audio
-    bytes: int  # on disk
-
-
-def estimate_size(
+def estimate_bytes(
     rows: Sequence[Utterance], sequence_length: int, index: Index, conv: ConvLayers
-) -> CacheSize:
-    """Estimate the size of a cache of these utterances."""
-    lengths = [used(row, sequence_length) for row in rows]
-    frames = sum(frame_count(length, conv) for length in lengths)
+) -> int:
+    """Estimate the size of a cache of these utterances from the lengths in the tables."""
+    frames = 0
+    for row in rows:
+        length = used(row, sequence_length)
+        for _, kernel, stride in conv:
+            length = (length - kernel) // stride + 1
+        frames += length
     names = sum(len(row.path) + 4 for row in rows)  # in utterances.json
-    total = sum(index.file_bytes(len(rows), frames).values()) + names
-    return CacheSize(len(rows), sum(lengths) / SAMPLE_RATE, total)
+    return sum(index.file_bytes(len(rows), frames).values()) + names
 
 
 def free_bytes(folder: Path) -> int:
@@ -117,11 +100,11 @@ def free_bytes(folder: Path) -> int:
         raise SetupError(f"cannot use {existing}: {error.strerror}") from None
 
 
-def check_room(size: CacheSize, folder: Path) -> None:
-    """Raise SetupError if the rest of a cache does not fit on the disk."""
+def check_room(size: int, folder: Path) -> None:
+    """Raise SetupError if the rest of a cache of ``size`` bytes does not fit on the disk."""
     files = (folder / name for name in (TARGETS, SCALES, RECORDS))  # of an interrupted build
     existing = sum(path.stat().st_size for path in files if path.is_file())
-    required, free = size.bytes - existing + SPARE, free_bytes(folder)
+    required, free = size - existing + SPARE, free_bytes(folder)
     if required > free:
         raise SetupError(
             f"the target cache requires {required / 1e9:.3f} GB more, but the disk of {folder} has "
@@ -282,25 +265,20 @@ def _compute_missing(
             bar.update()
 
 
-class RelativeDifference(NamedTuple):
-    """Mean and maximum of the absolute difference, divided by the mean absolute target."""
-
-    mean: float
-    worst: float
-
-
 def relative_differences(
-    dataset: DistillationDataset, compute: TargetFn, device: str, batches: int = 4
-) -> Mapping[str, RelativeDifference]:
-    """Compare cached targets with targets computed in padded batches, for batches of all lengths.
+    dataset: DistillationDataset, compute: TargetFn, device: str
+) -> dict[str, tuple[float, float]]:
+    """Compare cached targets with targets computed in padded batches, for about four batches.
 
     Args:
         dataset: of a run with this cache, so that its batches have the cached targets.
         compute: see :func:`make_target_fn`.
         device: of the teachers.
-        batches: number of batches.
+
+    Returns:
+        Mean and maximum of the absolute difference, divided by the mean absolute target.
     """
-    stride = max(1, len(dataset) // batches)
+    stride = max(1, len(dataset) // 4)  # from the longest utterances to the shortest
     # Sum of differences, largest difference, sum of absolute targets, number of values.
     totals: dict[str, tuple[float, float, float, int]] = {}
     for i in range(stride // 2, len(dataset), stride):
@@ -316,16 +294,14 @@ def relative_differences(
             mask = torch.arange(count, device=stored.device) < cached.lengths[:, None]
             target, stored = (x[:, :, :count].transpose(1, 2)[mask] for x in (target, stored))
             difference = (target - stored).abs()  # [valid frame, target, dim]
-            sum_, worst, magnitude, values = totals.get(name, (0.0, 0.0, 0.0, 0))
+            total, worst, magnitude, values = totals.get(name, (0.0, 0.0, 0.0, 0))
             totals[name] = (
-                sum_ + float(difference.sum(dtype=torch.float64)),
+                total + float(difference.sum(dtype=torch.float64)),
                 max(worst, float(difference.max())),
                 magnitude + float(stored.abs().sum(dtype=torch.float64)),
                 values + stored.numel(),
             )
     return {
-        name: RelativeDifference(sum_ / magnitude, worst * values / magnitude)
-        if magnitude
-        else RelativeDifference(0, 0)
-        for name, (sum_, worst, magnitude, values) in totals.items()
+        name: (total / (magnitude or 1.0), worst * values / (magnitude or 1.0))
+        for name, (total, worst, magnitude, values) in totals.items()
     }

@@ -20,53 +20,27 @@ from ..config_diff import table_digests
 from ..settings import ModelFile
 
 
-def check_settings(settings: ModelFile) -> None:
-    """Reject settings whose targets differ between epochs, or include padding.
-
-    Raises:
-        ConfigError: naming the setting.
-    """
-    instead = "or train without pretrain_expert.datarc.target_cache"
-    setup = settings.distortion.setup
-    if setup in ("setup2", "same"):
-        raise ConfigError(
-            f"distortion.setup {setup} gives the teachers distorted audio, differently in each "
-            f"epoch, but cached targets are of clean audio; use setup1, {instead}"
-        )
-    check_teacher_settings(settings)
-    if not settings.loss.mask_padding:
-        raise ConfigError(
-            "loss.mask_padding: false includes the teachers' outputs for padding in the loss, but "
-            f"cached targets have no padding; use true, {instead}"
-        )
+INSTEAD = "or train without pretrain_expert.datarc.target_cache"
 
 
 def check_teacher_settings(settings: ModelFile) -> None:
-    """Reject settings that make teacher outputs non-deterministic.
-
-    Raises:
-        ConfigError: naming the setting.
-    """
+    """Reject settings that make teacher outputs non-deterministic. Raises ConfigError."""
     if settings.teacher_dropout:
         raise ConfigError(
             "teacher_dropout: true gives different targets at each step, which cannot be cached; "
-            "use false, or train without pretrain_expert.datarc.target_cache"
+            f"use false, {INSTEAD}"
         )
 
 
 def check_unit_layer(units: UnitLabels | None, settings: ModelFile) -> None:
-    """Reject units of a layer that is not among the cached targets.
-
-    Raises:
-        ConfigError: naming the layer.
-    """
+    """Reject units of a layer that is not among the cached targets. Raises ConfigError."""
     if units is None or units.teacher not in settings.teachers:
         return
     if (units.layer,) not in settings.teachers[units.teacher].targets:
         raise ConfigError(
             f"unit_loss.file has units of layer {units.layer} of {units.teacher}, which is not "
             "among its targets, and a target cache has only these; fit units of a target layer, "
-            "or train without pretrain_expert.datarc.target_cache"
+            f"{INSTEAD}"
         )
 
 
@@ -74,9 +48,21 @@ def open_targets(folder: str | Path, settings: ModelFile) -> TargetReader:
     """Open the target cache of a run; :func:`check_teachers` compares it with the teachers.
 
     Raises:
-        EkdError: it is incomplete or damaged, or the settings do not allow a cache.
+        DataError: it is incomplete or damaged.
+        ConfigError: with these settings, targets differ between epochs or include padding.
     """
-    check_settings(settings)
+    if settings.distortion.setup in ("setup2", "same"):
+        raise ConfigError(
+            f"distortion.setup {settings.distortion.setup} gives the teachers distorted audio, "
+            "differently in each epoch, but cached targets are of clean audio; use setup1, "
+            f"{INSTEAD}"
+        )
+    check_teacher_settings(settings)
+    if not settings.loss.mask_padding:
+        raise ConfigError(
+            "loss.mask_padding: false includes the teachers' outputs for padding in the loss, but "
+            f"cached targets have no padding; use true, {INSTEAD}"
+        )
     reader = TargetReader(folder)
     if reader.aggregated:
         check_aggregated(settings)
