@@ -67,7 +67,7 @@ class FeatureStore:
         A damaged file counts as missing, with a warning, and is overwritten later.
         """
         path = self.path(key)
-        if not path.exists():
+        if not os.path.exists(path):  # False also where the folder cannot be read
             return None
         try:
             metadata, tensors = read_safetensors(path, "file of cached features")

@@ -23,6 +23,7 @@ a safetensors header names all tensors before the first of them.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -548,7 +549,5 @@ class CacheWriter:
     def close(self) -> None:
         """Close the files; unsaved data is truncated at the next start."""
         for file in self._files.values():
-            try:
+            with contextlib.suppress(OSError):  # a full disk: the lost targets have no record
                 file.close()
-            except OSError:  # a full disk: the lost targets have no record
-                pass

@@ -19,7 +19,6 @@ from ...hidden_states.store import BUILD, TargetReader
 from ..config_diff import table_digests
 from ..settings import ModelFile
 
-
 INSTEAD = "or train without pretrain_expert.datarc.target_cache"
 
 
