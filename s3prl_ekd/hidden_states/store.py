@@ -117,26 +117,29 @@ def encode_targets(
     values = values.float()
     if not values.isfinite().all():
         raise TeacherError(f"{utterance}: a teacher's output is not finite; remove the utterance")
-    too_large = TeacherError(
-        f"{utterance}: a target is {values.abs().max():g}, too large for {dtype}; build with "
-        "--dtype bfloat16, or remove the utterance"
-    )
     if dtype != "int8":
         stored = values.to(DTYPES[dtype]).cpu()
         if not stored.isfinite().all():
-            raise too_large
+            raise _too_large(values, dtype, utterance)
         return stored.view(torch.int16).numpy(), None
     scales, blocks, column = [], [], 0
     for _, count, dim in layout:
         block = values[:, column : column + count * dim].view(-1, count, dim)
         if not usable_frames(block).all():
-            raise too_large
+            raise _too_large(block, dtype, utterance)
         scale = block.abs().amax((0, 2)) / INT8_MAX  # [target]
         scale = torch.where(scale > 0, scale, torch.ones_like(scale))
         blocks.append((block / scale[:, None]).round().clamp(-INT8_MAX, INT8_MAX).flatten(1))
         scales.append(scale)
         column += count * dim
     return torch.cat(blocks, 1).to(torch.int8).cpu().numpy(), torch.cat(scales).cpu().numpy()
+
+
+def _too_large(values: Tensor, dtype: str, utterance: str) -> TeacherError:
+    return TeacherError(
+        f"{utterance}: a target is {values.abs().max():g}, too large for {dtype}; build with "
+        "--dtype bfloat16, or remove the utterance"
+    )
 
 
 def pack_targets(targets: Mapping[str, Tensor], layout: TargetLayout) -> Tensor:
