@@ -6,6 +6,7 @@ Checks run outside of the package's process, on its outputs, and none of its pro
 import io
 import json
 import os
+import pickle
 import random
 import shutil
 import socket
@@ -156,8 +157,9 @@ def test_environment_network_processes_and_pipes(write_hostile, tmp_path, monkey
 FORGE = """
 import json, os
 
-answer = json.dumps({"facts": {"type": "dict", "module": True, "keys": []}, "tensors": []}).encode()
-message = len(answer).to_bytes(8, "little") + bytes(8) + answer
+facts = {"type": "dict", "module": True, "keys": []}
+body = (2).to_bytes(8, "little") + b"{}"  # safetensors format, without a tensor
+message = json.dumps({"facts": facts, "bytes": len(body)}).encode() + b"\n" + body
 for number in range(64):
     try:
         os.write(number, message)
@@ -245,30 +247,42 @@ def test_messages_round_trip():
         assert original.dtype == received.dtype and torch.equal(original, received)
 
 
-def _message(head: bytes, body: bytes = b"") -> bytes:
-    return len(head).to_bytes(8, "little") + len(body).to_bytes(8, "little") + head + body
+def _message(body: bytes, facts=None, size=None) -> bytes:
+    head = {"facts": {} if facts is None else facts, "bytes": len(body) if size is None else size}
+    return json.dumps(head).encode() + b"\n" + body
 
 
-def _tensors(*layouts, facts=None, body=b"") -> bytes:
-    return _message(json.dumps({"facts": facts or {}, "tensors": layouts}).encode(), body)
+def _tensors(dtype: str, shape: list, data: bytes, name: str = "0") -> bytes:
+    """A message with one tensor, in safetensors format."""
+    entry = {"dtype": dtype, "shape": shape, "data_offsets": [0, len(data)]}
+    head = json.dumps({name: entry}).encode()
+    return _message(len(head).to_bytes(8, "little") + head + data)
 
 
 MALFORMED = {
-    "a huge head": (1 << 62).to_bytes(8, "little") + bytes(8),
-    "a huge body": bytes(8) + (1 << 62).to_bytes(8, "little"),
-    "no JSON": _message(b"{"),
-    "deep JSON": _message(b"[" * 100_000),
-    "a list": _message(b"[]"),
-    "a long integer": _message(b"9" * 10_000),
-    "facts that are no dict": _tensors(facts=["a"]),
-    "unknown dtype": _tensors(["object", [1]], body=bytes(8)),
-    "a negative size": _tensors(["float32", [-1, -1]], body=bytes(4)),
-    "a bool as size": _tensors(["uint8", [True]], body=bytes(1)),
-    "too few bytes": _tensors(["float32", [2]], body=bytes(4)),
-    "too many bytes": _tensors(["float32", [2]], body=bytes(12)),
-    "a huge number of elements": _tensors(["uint8", [1 << 28, 1 << 28]]),
-    "many dimensions": _tensors(["uint8", [1] * 100_000], body=bytes(1)),
-    "a bool of value 2": _tensors(["bool", [1]], body=b"\2"),
+    "a huge head": b"[" * (messages.MAX_JSON + 1),
+    "a huge body": _message(b"", size=1 << 62),
+    "a negative length": _message(b"", size=-1),
+    "a bool as length": _message(b"x", size=True),
+    "no JSON": b"{\n",
+    "no UTF-8": b"\xff\n",
+    "deep JSON": b"[" * 100_000 + b"\n",
+    "a list": b"[]\n",
+    "a long integer": b"9" * 10_000 + b"\n",
+    "facts that are no dict": _message(b"", facts=["a"]),
+    "no safetensors": _message(b"{}"),
+    "a pickle": _message(pickle.dumps({"0": 1})),
+    "a huge safetensors head": _message((1 << 62).to_bytes(8, "little") + b"{}"),
+    "unknown dtype": _tensors("object", [1], bytes(8)),
+    "a dtype without arithmetic": _tensors("F8_E4M3", [1], bytes(1)),
+    "another name": _tensors("F32", [1], bytes(4), name="1"),
+    "a negative size": _tensors("F32", [-1, -1], bytes(4)),
+    "a bool as size": _tensors("U8", [True], bytes(1)),
+    "too few bytes": _tensors("F32", [2], bytes(4)),
+    "too many bytes": _tensors("F32", [2], bytes(12)),
+    "a huge number of elements": _tensors("U8", [1 << 28, 1 << 28], b""),
+    "many dimensions": _tensors("U8", [1] * 100_000, bytes(1)),
+    "a bool of value 2": _tensors("BOOL", [1], b"\2"),
 }
 
 
@@ -278,6 +292,15 @@ def test_malformed_messages_are_an_error(name):
         messages.receive(io.BytesIO(MALFORMED[name]))
 
 
+def test_too_many_elements_are_an_error(monkeypatch):
+    message = _tensors("U8", [9], bytes(9))
+    monkeypatch.setattr(messages, "MAX_NUMBERS", 9)
+    messages.receive(io.BytesIO(message))
+    monkeypatch.setattr(messages, "MAX_NUMBERS", 8)
+    with pytest.raises(messages.BadMessage):
+        messages.receive(io.BytesIO(message))
+
+
 def test_damaged_messages_raise_only_expected_exceptions():
     file = io.BytesIO()
     tensors: list[torch.Tensor] = []
@@ -285,13 +308,13 @@ def test_damaged_messages_raise_only_expected_exceptions():
     facts = {"result": messages.describe(result, tensors)}
     messages.send(file, facts, tensors)
     message, rng = file.getvalue(), random.Random(0)
-    assert list(messages.rebuild(facts["result"], tensors, {})) == ["hidden_states", "PR"]
+    assert list(messages.rebuild(facts["result"], tensors)) == ["hidden_states", "PR"]
     for _ in range(500):
         data = bytearray(message)
         for _ in range(rng.randint(1, 3)):
-            data[rng.randrange(16, len(data))] = rng.randrange(256)
+            data[rng.randrange(len(data))] = rng.randrange(256)
         try:
             received, received_tensors = messages.receive(io.BytesIO(data))
-            messages.rebuild(received["result"], received_tensors, {})
+            messages.rebuild(received["result"], received_tensors)
         except (messages.BadMessage, EOFError, KeyError) as error:
             assert not isinstance(error, KeyError) or error.args == ("result",)

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ...superb.cost import measure_cost
 from .isolation import AccessBlocker, force_data_only
-from .messages import BadMessage, describe, receive, send
+from .messages import BadMessage, Message, describe, receive, send
 
 _MAX_NAMES = 20  # in a list of a reply
 
@@ -56,7 +57,7 @@ def main(offline: bool) -> None:
 
 
 class PackageServer:
-    """Runs a package on request.
+    """Runs a package on request: ``{"do": "build", ...}`` calls ``do_build(...)``.
 
     Args:
         folder: folder of the package.
@@ -70,24 +71,12 @@ class PackageServer:
         self.expert: Any = None
         self.model: Any = None
 
-    def reply(self, request: Mapping[str, Any], waves: list) -> tuple[dict[str, Any], list]:
-        """Run a request; return facts and tensors."""
-        action = request["do"]
-        if action == "forward":
-            return self._forward(waves, request["train"], request["device"])
-        if action == "build":
-            return self._build(request["keywords"]), []
-        if action == "rate":
-            return self._rate(request["task"]), []
-        return {
-            "weights": self._weights,
-            "import": self._import,
-            "cuda": self._cuda,
-            "cost": self._cost,
-            "blocked": self._blocked,
-        }[action](), []
+    def reply(self, request: dict[str, Any], waves: list[Tensor]) -> Message:
+        """Run a request."""
+        action = getattr(self, f"do_{request.pop('do')}")
+        return action(waves, **request) if waves else (action(**request), [])
 
-    def _weights(self) -> dict[str, Any]:
+    def do_weights(self) -> dict[str, Any]:
         try:
             saved = torch.load(self.folder / "model.pt", map_location="cpu", weights_only=True)
         except Exception as error:  # damaged files raise exceptions of many classes
@@ -96,7 +85,7 @@ class PackageServer:
         keys = [str(key) for key in saved][:_MAX_NAMES] if isinstance(saved, dict) else None
         return {"type": type(saved).__name__, "keys": keys}
 
-    def _import(self) -> dict[str, Any]:
+    def do_import(self) -> dict[str, Any]:
         """Import as s3prl's Runner does, with the folder at the end of ``sys.path``."""
         sys.path.append(str(self.folder))
         from expert import UpstreamExpert
@@ -104,49 +93,39 @@ class PackageServer:
         self.expert = UpstreamExpert
         return {"file": str(getattr(sys.modules.get("expert"), "__file__", None) or "")}
 
-    def _build(self, keywords: Mapping[str, Any]) -> dict[str, Any]:
+    def do_build(self, keywords: Mapping[str, Any]) -> dict[str, Any]:
         model = self.expert(ckpt=str(self.folder / "model.pt"), **keywords)
         if self.model is None and isinstance(model, torch.nn.Module):
             self.model = model.to("cpu").eval()
         return {"type": type(model).__name__, "module": isinstance(model, torch.nn.Module)}
 
-    def _forward(self, waves: list, train: bool, device: str) -> tuple[dict[str, Any], list]:
-        self.model.train(train)
+    def do_forward(self, waves: list[Tensor], train: bool, device: str) -> Message:
+        """Return the waveforms after the forward, then the tensors of its result."""
+        self.model.to(device).train(train)
         try:
-            if device != "cpu":
-                self.model.to(device)
             waves = [wave.to(device) for wave in waves]
             with torch.no_grad():
                 result = self.model(list(waves))
         finally:
-            self.model.eval()
-            if device != "cpu":
-                self.model.to("cpu")
-        tensors: list = []
-        facts = {"waves": describe(waves, tensors), "result": describe(result, tensors)}
-        return facts, tensors
+            self.model.to("cpu").eval()
+        tensors = list(waves)
+        facts = {"result": describe(result, tensors)}
+        return {**facts, "devices": [str(tensor.device) for tensor in tensors]}, tensors
 
-    def _rate(self, task: str) -> dict[str, Any]:
+    def do_rate(self, task: str) -> dict[str, Any]:
         rate = self.model.get_downsample_rates(task)
         is_int = isinstance(rate, int) and not isinstance(rate, bool)
-        return {
-            "rate": int(rate) if is_int else None,
-            "type": type(rate).__name__,
-            "text": repr(rate)[:100],
-        }
+        return {"rate": int(rate) if is_int else None, "text": f"{rate!r:.100}"}
 
-    def _cuda(self) -> dict[str, Any]:
+    def do_cuda(self) -> dict[str, Any]:
         return {"name": torch.cuda.get_device_name() if torch.cuda.is_available() else None}
 
-    def _cost(self) -> dict[str, Any]:
+    def do_cost(self) -> dict[str, Any]:
         return measure_cost(self.model, self.lengths, self.tasks)
 
-    def _blocked(self) -> dict[str, Any]:
-        hosts, packages = (
-            list(self.blocker.hosts)[:_MAX_NAMES],
-            list(self.blocker.packages)[:_MAX_NAMES],
-        )
-        return {"hosts": hosts, "packages": packages}
+    def do_blocked(self) -> dict[str, Any]:
+        blocked = {"hosts": self.blocker.hosts, "packages": self.blocker.packages}
+        return {kind: list(names)[:_MAX_NAMES] for kind, names in blocked.items()}
 
 
 def exception_line(error: BaseException, folder: Path) -> str:

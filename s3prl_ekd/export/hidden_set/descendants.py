@@ -1,16 +1,19 @@
-"""Kill a process and its descendants, on Linux also those that have left its session."""
+"""Run a process and kill it with its descendants, on Linux also those that left its session."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import logging
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+logger = logging.getLogger(__name__)
 
 # from <linux/prctl.h>
 _GET_DUMPABLE, _SET_DUMPABLE = 3, 4
@@ -19,8 +22,24 @@ _KILL_TIMEOUT = 10.0  # seconds
 
 
 @contextlib.contextmanager
-def adopt_orphans() -> Iterator[None]:
-    """Become the subreaper of orphaned descendants, so that :func:`kill_tree` finds them.
+def killed_on_exit(start: Callable[[], subprocess.Popen[bytes]]) -> Iterator[subprocess.Popen]:
+    """Start a process; on exit kill it, its session and, on Linux, all its descendants.
+
+    Args:
+        start: starts the process, as the leader of a new session.
+    """
+    with _adopt_orphans():
+        others = _children()
+        process = start()
+        try:
+            yield process
+        finally:
+            _kill_tree(process, others)
+
+
+@contextlib.contextmanager
+def _adopt_orphans() -> Iterator[None]:
+    """Become the subreaper of orphaned descendants: they become children of this process.
 
     Also makes this process non-dumpable: they cannot read its memory and environment. Both are
     undone on exit. No effect except on Linux.
@@ -41,16 +60,8 @@ def adopt_orphans() -> Iterator[None]:
         prctl(_SET_SUBREAPER, subreaper.value, 0, 0, 0)
 
 
-def kill_tree(process: subprocess.Popen, started: int) -> list[int]:
-    """Kill ``process``, its session and, within :func:`adopt_orphans`, all its descendants.
-
-    Args:
-        process: leader of a session.
-        started: its :func:`start_time`; children of this process that started earlier are left.
-
-    Returns:
-        Process ids that are still alive after a timeout.
-    """
+def _kill_tree(process: subprocess.Popen, others: set[int]) -> None:
+    """Kill the session of ``process``, then the children of this process except ``others``."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         if hasattr(os, "killpg"):
             os.killpg(process.pid, signal.SIGKILL)
@@ -58,35 +69,24 @@ def kill_tree(process: subprocess.Popen, started: int) -> list[int]:
             process.kill()
     process.wait()
     deadline = time.monotonic() + _KILL_TIMEOUT
-    while True:
-        # Children of a killed process become children of this one: the next round kills them.
-        orphans = [pid for pid in _children() if pid != process.pid and start_time(pid) >= started]
-        if not orphans or time.monotonic() > deadline:
-            return orphans
+    # Children of a killed process become children of this one: the next round kills them.
+    while orphans := _children() - others:
+        if time.monotonic() > deadline:
+            logger.warning("processes of the package could not be killed: %s", sorted(orphans))
+            return
         for pid in orphans:
-            with contextlib.suppress(ProcessLookupError, PermissionError, ChildProcessError):
+            with contextlib.suppress(OSError):
                 os.kill(pid, signal.SIGKILL)
                 os.waitpid(pid, os.WNOHANG)
         time.sleep(0.02)
 
 
-def start_time(pid: int) -> int:
-    """Start time of a process in clock ticks since boot; 0 if unknown."""
-    fields = _fields(pid)
-    return int(fields[19]) if fields else 0
-
-
-def _children() -> list[int]:
-    if sys.platform != "linux":
-        return []
-    parent = str(os.getpid())
-    pids = [int(name) for name in os.listdir("/proc") if name.isdigit()]
-    return [pid for pid in pids if (fields := _fields(pid)) and fields[1] == parent]
-
-
-def _fields(pid: int) -> list[str]:
-    """Fields of ``/proc/PID/stat`` after the name: state, parent, ...; empty if it has ended."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return []
+def _children() -> set[int]:
+    """Process ids of the children of this process; empty except on Linux."""
+    children = set()
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            parent = path.read_text().rpartition(")")[2].split()[1]  # state, parent, ...
+            if parent == str(os.getpid()):
+                children.add(int(path.parent.name))
+    return children

@@ -22,11 +22,7 @@ _NEW_USER, _NEW_NET = 0x10000000, 0x40000000  # CLONE_NEWUSER and CLONE_NEWNET o
 _DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
 
 
-class NetworkBlocked(OSError):
-    """Network access was blocked."""
-
-
-class AccessBlocker:
+class AccessBlocker(importlib.abc.MetaPathFinder):
     """Blocks network access and imports, and records them.
 
     Attributes:
@@ -41,34 +37,26 @@ class AccessBlocker:
         """Start blocking; it cannot be undone in this process."""
         for name in [name for name in sys.modules if name.split(".")[0] in BLOCKED]:
             del sys.modules[name]  # so that the package cannot import it
-        sys.meta_path.insert(0, _Finder(self))
+        sys.meta_path.insert(0, self)
         sys.addaudithook(self._audit)
 
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
+        """Called for each import; raises ModuleNotFoundError for those that are blocked."""
+        top = name.split(".")[0]
+        if top in BLOCKED:
+            self.packages[top] = None
+            raise ModuleNotFoundError(f"{name} is not installed in SUPERB's evaluation", name=name)
+
     def _audit(self, event: str, args: tuple) -> None:
-        if event in _CALLS:
-            address = args[1]
-            if address is None or isinstance(address, (str, bytes)):
-                return  # a path or a connected pair: local sockets, such as those of workers
-        elif event in _LOOKUPS:
-            address = args[0]
-        else:
+        if event not in (*_CALLS, *_LOOKUPS):
             return
+        address = args[1] if event in _CALLS else args[0]
+        if event in _CALLS and (address is None or isinstance(address, (str, bytes))):
+            return  # a path or a connected pair: local sockets, such as those of workers
         host = address[0] if isinstance(address, tuple) else address
         host = host.decode(errors="replace") if isinstance(host, bytes) else str(host)
         self.hosts[host] = None
-        raise NetworkBlocked(f"network access to {host} is blocked in this check")
-
-
-class _Finder(importlib.abc.MetaPathFinder):
-    def __init__(self, blocker: AccessBlocker):
-        self.blocker = blocker
-
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
-        top = name.split(".")[0]
-        if top not in BLOCKED:
-            return
-        self.blocker.packages[top] = None
-        raise ModuleNotFoundError(f"{name} is not installed in SUPERB's evaluation", name=name)
+        raise PermissionError(f"network access to {host} is blocked in this check")
 
 
 def leave_network() -> bool:

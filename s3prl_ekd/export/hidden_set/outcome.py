@@ -1,52 +1,13 @@
-"""The checks' names and descriptions, and the outcome of a check."""
+"""The outcome of a check."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 Status = Literal["pass", "fail", "warn", "skip"]
-
-# Name -> what is checked, in the order of the report. SUPERB's own checks:
-OFFICIAL = {
-    "files": "expert.py and model.pt exist",
-    "build": "UpstreamExpert is built on the CPU from model.pt",
-    "forward": "forward on waveforms of 2, 1.8 and 3.7 s returns a dict",
-    "lists": "each task has a list of tensors [batch, frame, dim] of the same shape",
-    "rates": "get_downsample_rates returns an int for each task",
-    "frames": "the frame count matches that rate for the longest waveform, within 4 frames",
-}
-STATIC_CHECKS = {  # without running the package
-    "files": OFFICIAL["files"],
-    "submission": "requirements.txt, README.md, LICENSE and cli.py exist",
-    "syntax": "every .py is valid in Python 3.8",
-    "torch 1.13": "no function of a later torch is used",
-    "requirements": "requirements.txt names what expert.py imports",
-}
-RUNTIME_CHECKS = {  # in a separate process
-    "weights": "model.pt loads as data (weights_only=True)",
-    "import": "from expert import UpstreamExpert, without s3prl, fairseq and s3prl_ekd",
-    "build": OFFICIAL["build"],
-    "keywords": "s3prl's and unknown keyword arguments are accepted",
-    "forward": OFFICIAL["forward"],
-    "lists": OFFICIAL["lists"],
-    "rates": OFFICIAL["rates"],
-    "frames": OFFICIAL["frames"],
-    "values": "hidden states are finite float32",
-    "device": "hidden states are on the device of the waveforms",
-    "gpu": "hidden states on a GPU agree with those on the CPU",
-    "inputs": "forward does not change the waveforms",
-    "repeat": "two forwards in eval mode are identical",
-    "modes": "the same number of layers in train and eval mode",
-    "order": "the order of the batch does not change hidden states",
-    "batching": "hidden states of an utterance alone and in a batch (information only)",
-    "0.05 s": "forward on a waveform of 0.05 s",
-    "1 s": "forward on a waveform of 1 s",
-    "35 s": "forward on a waveform of 35 s",
-    "network": "no network access",
-    "parameters": "parameter count, and how many are unused",
-    "macs": "MACs over SUPERB's 32 utterances",
-}
+OFFICIAL = ("files", "build", "forward", "lists", "rates", "frames")  # SUPERB's own checks
 
 
 @dataclass(frozen=True)
@@ -63,13 +24,33 @@ class CheckOutcome:
         return self.name in OFFICIAL
 
 
-class CheckFailed(Exception):
-    """A check failed; the message is the reason."""
+class NotPassed(Exception):
+    """A check did not pass; the message is the reason."""
+
+    status: ClassVar[Status]
 
 
-class CheckWarning(Exception):
-    """A check found something that may be a fault; the message is the reason."""
+class CheckFailed(NotPassed):
+    """A check failed."""
+
+    status = "fail"
 
 
-class CheckSkipped(Exception):
-    """A check could not run; the message is the reason."""
+class CheckWarning(NotPassed):
+    """A check found something that may be a fault."""
+
+    status = "warn"
+
+
+class CheckSkipped(NotPassed):
+    """A check could not run."""
+
+    status = "skip"
+
+
+def run_check(name: str, check: Callable[..., str], *args: object) -> CheckOutcome:
+    """Run a check, which returns its reason for passing or raises :class:`NotPassed`."""
+    try:
+        return CheckOutcome(name, "pass", check(*args))
+    except NotPassed as error:
+        return CheckOutcome(name, error.status, str(error))

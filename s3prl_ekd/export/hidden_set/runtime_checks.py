@@ -13,22 +13,23 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ...superb.cost import PROFILER
+from ...superb.cost import PROFILER, hidden_states
 from .isolation import BLOCKED
-from .messages import BadMessage, rebuild, text, texts, type_name
+from .messages import BadMessage, Message, rebuild, text, texts, type_name
 from .outcome import CheckFailed, CheckSkipped, CheckWarning
 
 RATE = 16_000  # Hz
 TASKS = ("PR", "SID", "ER", "ASR", "ASV", "SD", "QbE", "ST", "SS", "SE", "secret")
 SECONDS = (2.0, 1.8, 3.7)  # of SUPERB's batch
+TOLERANCE = 1e-3  # in standard deviations: float32 rounding error, accumulated over all layers
 
 
-class PackageError(Exception):
+class PackageError(CheckFailed):
     """The package raised an exception; the message has its text and location.
 
     Attributes:
@@ -41,131 +42,101 @@ class PackageError(Exception):
         self.type, self.module = type, module
 
 
-class RequestFn(Protocol):
-    """Sends a request to the package's process and returns the reply, ``(facts, tensors)``."""
-
-    def __call__(
-        self, request: Mapping[str, Any], tensors: Sequence[Tensor] = ()
-    ) -> tuple[dict[str, Any], list[Tensor]]: ...
-
-
-@dataclass
-class ForwardResult:
+class ForwardResult(NamedTuple):
     """Result of one forward.
 
-    Attributes:
-        result: lists, tuples, dicts, CPU tensors and :class:`.messages.OpaqueObject`, nested.
-        waves: the waveforms after the forward.
-        devices: original device of each tensor, keyed by its ``id``.
+    ``result``: lists, tuples, dicts, CPU tensors and :class:`.messages.OpaqueObject`, nested.
+    ``waves``: the waveforms after the forward. ``devices``: original device of each tensor, keyed
+    by its ``id``.
     """
 
     result: Any
     waves: list[Tensor]
-    devices: Mapping[int, str]
+    devices: dict[int, str]
 
 
 @dataclass
 class Package:
     """State shared by the checks.
 
-    The first checks fill the other fields; later checks are skipped if a field they need is unset.
-
     Attributes:
         folder: folder of the package.
         lengths: lengths (samples) of the utterances for counting MACs, by bucket.
-        send_request: sends a request to the process in which the package runs.
+        send_request: sends a request (facts, tensors) to the process in which the package runs, and
+            returns the reply.
         offline: whether that process has no network.
+        result: of forward on SUPERB's batch, set by that check.
+        cost: set by the checks of parameters and MACs.
+        waves: SUPERB's batch.
     """
 
     folder: Path
     lengths: Mapping[str, Sequence[int]]
-    send_request: RequestFn
+    send_request: Callable[[Mapping[str, Any], Sequence[Tensor]], Message]
     offline: bool = False
-    weights_read: bool = False
-    imported: bool = False
-    built: bool = False
-    result: Any = None  # of forward on SUPERB's batch
+    result: Any = None
     cost: dict[str, Any] | None = None
     waves: list[Tensor] = field(default_factory=lambda: noise(*SECONDS))
 
-    def facts(self, do: str, **request: Any) -> dict[str, Any]:
-        """Send a request and return the facts of the reply. Raises PackageError."""
-        return self._request({"do": do, **request})[0]
-
-    def forward(
-        self, waves: list[Tensor], train: bool = False, device: str = "cpu"
-    ) -> ForwardResult:
-        """Run one forward without gradients, in train or eval mode.
-
-        Raises:
-            CheckSkipped: no model was built.
-            PackageError: the package raised an exception.
-        """
-        if not self.built:
-            raise CheckSkipped("no model: see the checks above")
-        facts, tensors = self._request({"do": "forward", "train": train, "device": device}, waves)
-        devices: dict[int, str] = {}
-        waves_after = rebuild(facts.get("waves"), tensors, {})
-        if not isinstance(waves_after, list) or not all(
-            isinstance(wave, Tensor) for wave in waves_after
-        ):
-            raise BadMessage("a reply lacks the waveforms")
-        return ForwardResult(rebuild(facts.get("result"), tensors, devices), waves_after, devices)
-
-    def run(self, waves: list[Tensor], train: bool = False) -> list[Tensor]:
-        """Run one forward and return all its hidden states, ``[batch, frame, dim]`` each.
-
-        Raises:
-            CheckSkipped: the result has another form, which another check reports.
-        """
-        return states_of(self.forward(waves, train).result)
-
-    def rate(self, task: str = "secret") -> int:
-        """Samples per frame. Raises CheckSkipped if it is not a positive int."""
-        rate, _ = self.rate_or_text(task)
-        if rate is None or rate <= 0:
-            raise CheckSkipped("get_downsample_rates returns no valid rate: see rates")
-        return rate
-
-    def rate_or_text(self, task: str) -> tuple[int | None, str]:
-        """Samples per frame, or None if get_downsample_rates returns no int; and a description."""
-        if not self.built:
-            raise CheckSkipped("no model: see the checks above")
-        facts = self.facts("rate", task=task)
-        rate = facts.get("rate")
-        if rate is not None and type(rate) is not int:
-            raise BadMessage("the frame rate in a reply is not an int")
-        return rate, f"{text(facts.get('text'))}, a {text(facts.get('type'))}"
-
-    def blocked(self, kind: str) -> list[str]:
-        """Names of the ``hosts`` or ``packages`` to which access was blocked."""
-        return texts(self.facts("blocked").get(kind))
-
-    def _request(
-        self, request: Mapping[str, Any], waves: Sequence[Tensor] = ()
-    ) -> tuple[dict[str, Any], list[Tensor]]:
-        facts, tensors = self.send_request(request, waves)
+    def request(self, do: str, waves: Sequence[Tensor] = (), **request: Any) -> Message:
+        """Send a request and return the reply. Raises PackageError."""
+        facts, tensors = self.send_request({"do": do, **request}, waves)
         if "error" in facts:
             error, class_name = text(facts["error"]), text(facts.get("type"))
             raise PackageError(error, class_name, text(facts.get("module", "")))
         return facts, tensors
 
+    def facts(self, do: str, **request: Any) -> dict[str, Any]:
+        """Send a request and return the facts of the reply. Raises PackageError."""
+        return self.request(do, **request)[0]
+
+    def forward(
+        self, waves: list[Tensor], train: bool = False, device: str = "cpu"
+    ) -> ForwardResult:
+        """Run one forward without gradients, in train or eval mode. Raises PackageError."""
+        facts, tensors = self.request("forward", waves, train=train, device=device)
+        devices = texts(facts.get("devices"))
+        if not len(devices) == len(tensors) >= len(waves):
+            raise BadMessage("a reply lacks the waveforms or the devices of its tensors")
+        return ForwardResult(
+            rebuild(facts.get("result"), tensors),
+            tensors[: len(waves)],
+            {id(tensor): device for tensor, device in zip(tensors, devices, strict=True)},
+        )
+
+    def run(self, waves: list[Tensor], train: bool = False) -> list[Tensor]:
+        """Run one forward and return all its hidden states, ``[batch, frame, dim]`` each."""
+        return states_of(self.forward(waves, train).result)
+
+    def rate(self, task: str = "secret") -> int:
+        """Samples per frame. Raises CheckFailed if it is not a positive int."""
+        facts = self.facts("rate", task=task)
+        rate = facts.get("rate")
+        if type(rate) is not int or rate <= 0:
+            raise CheckFailed(
+                f"for {task} get_downsample_rates returns {text(facts.get('text'))}, expected a "
+                "positive int"
+            )
+        return rate
+
+    def blocked(self, kind: str) -> list[str]:
+        """Names of the ``hosts`` or ``packages`` to which access was blocked."""
+        return texts(self.facts("blocked").get(kind))
+
 
 def states_of(result: Any) -> list[Tensor]:
-    """All hidden states of all tasks, each once. Raises CheckSkipped, see :meth:`Package.run`."""
-    if not isinstance(result, dict) or "hidden_states" not in result:
-        raise CheckSkipped("forward returns no dict with hidden_states: see forward and lists")
-    states_by_id: dict[int, Tensor] = {}
-    for task in TASKS:
-        states = result.get(task, result["hidden_states"])
-        states = [states] if isinstance(states, Tensor) else states
-        if not isinstance(states, (list, tuple)):
-            raise CheckSkipped("hidden_states is not a list: see lists")
-        for state in states:
-            if not isinstance(state, Tensor) or state.dim() != 3:
-                raise CheckSkipped("hidden states are not tensors [batch, frame, dim]: see lists")
-            states_by_id[id(state)] = state
-    return list(states_by_id.values())
+    """All hidden states of all tasks, each once.
+
+    Raises:
+        CheckSkipped: the result has another form, which another check reports.
+    """
+    try:
+        states = hidden_states(result, TASKS)
+    except (TypeError, KeyError, AttributeError):
+        states = []
+    if not states or not all(isinstance(state, Tensor) and state.dim() == 3 for state in states):
+        raise CheckSkipped("forward returns no lists of hidden states: see forward and lists")
+    return list({id(state): state for state in states}.values())
 
 
 def noise(*seconds: float) -> list[Tensor]:
@@ -196,73 +167,44 @@ def distance(reference: Tensor, other: Tensor, reduce: Callable = torch.max) -> 
         return math.inf
     if not reference.numel():
         return 0.0
-    reference, other = reference.detach().double().cpu(), other.detach().double().cpu()
+    reference, other = reference.double(), other.double()
     scale = reference.std(unbiased=False).item() or 1.0
     result = (reduce((reference - other).abs()) / scale).item()
     return result if math.isfinite(result) else math.inf
 
 
-def check_parameters(package: Package) -> str:
-    cost = _cost(package)
-    count = f"{cost['parameters']:,}"
-    if cost["unused"]:
-        raise CheckWarning(
-            f"{count}, of which {cost['unused']:,} affect no hidden state (SUPERB counts them)"
-        )
-    return f"{count}, all used"
+def largest_distance(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:
+    """The largest :func:`distance` between the layers of two forwards.
+
+    Raises:
+        CheckFailed: they have different numbers of layers.
+    """
+    if len(first) != len(second):
+        raise CheckFailed(f"{len(first)} hidden states in one forward, {len(second)} in another")
+    return max(map(distance, first, second))
 
 
-def check_macs(package: Package) -> str:
-    cost = _cost(package)
-    buckets = " + ".join(f"{value / 1e9:.3f}" for value in cost["macs_buckets"].values())
-    return f"{cost['macs'] / 1e9:,.3f} G = {buckets} over {cost['utterances']} utterances"
-
-
-def _cost(package: Package) -> dict[str, Any]:
-    """The cost as in :func:`...superb.cost.measure_cost`, from counts of the package's process."""
-    if not package.built:
-        raise CheckSkipped("no model: see the checks above")
-    if package.cost is None:
-        facts = package.facts("cost")
-        buckets = facts.get("macs_buckets")
-        if not isinstance(buckets, dict) or list(buckets) != list(package.lengths):
-            raise BadMessage("a reply does not have the MACs of each bucket")
-        counts: dict[str, Any] = {
-            key: facts.get(key) for key in ("parameters", "unused", "macs_products")
-        }
-        for count in (*counts.values(), *buckets.values()):
-            if type(count) not in (int, float) or not (math.isfinite(count) and count >= 0):
-                raise BadMessage("a count in a reply is not a finite number of at least 0")
-        package.cost = {
-            "parameters": int(counts["parameters"]),
-            "unused": int(counts["unused"]),
-            "macs": sum(buckets.values()),
-            "macs_buckets": buckets,
-            "macs_products": float(counts["macs_products"]),
-            "utterances": sum(map(len, package.lengths.values())),
-            "profiler": PROFILER,
-        }
-    return package.cost
+def require_device(output: ForwardResult, states: Sequence[Tensor], device: str) -> None:
+    """Raise CheckFailed unless all ``states`` were on ``device``."""
+    devices = {output.devices[id(state)] for state in states}
+    if {name.split(":")[0] for name in devices} != {device}:
+        names = ", ".join(sorted(devices))
+        raise CheckFailed(f"hidden states are on {names}, the waveforms on {device}")
 
 
 def check_weights(package: Package) -> str:
+    """model.pt loads as data (``weights_only=True``)."""
     facts = package.facts("weights")
     if "problem" in facts:
         raise CheckFailed(
             f"model.pt does not load with weights_only=True: {text(facts['problem'])}"
         )
-    package.weights_read = True
-    type_text = f"a {text(facts.get('type'))}"
-    return (
-        type_text
-        if facts.get("keys") is None
-        else f"{type_text} with {', '.join(texts(facts['keys']))}"
-    )
+    keys = "" if facts.get("keys") is None else f" with {', '.join(texts(facts['keys']))}"
+    return f"a {text(facts.get('type'))}{keys}"
 
 
 def check_import(package: Package) -> str:
-    if not package.weights_read:
-        raise CheckSkipped("model.pt did not load, so the package is not run: see weights")
+    """``from expert import UpstreamExpert`` works without s3prl, fairseq and s3prl_ekd."""
     try:
         facts = package.facts("import")
     except PackageError as error:
@@ -275,18 +217,16 @@ def check_import(package: Package) -> str:
     file = facts.get("file")
     if not isinstance(file, str) or not file.startswith(str(package.folder)):
         raise CheckFailed(f"imported another module named expert: {text(file)}")
-    package.imported = True
     blocked = ", ".join(package.blocked("packages"))
-    return (
-        f"works without {blocked}, which it tries to import"
-        if blocked
-        else f"imports none of {', '.join(BLOCKED)}"
-    )
+    if blocked:
+        return f"works without {blocked}, which it tries to import"
+    return f"imports none of {', '.join(BLOCKED)}"
 
 
 def check_build(package: Package) -> str:
+    """UpstreamExpert is built on the CPU from model.pt."""
     start = time.perf_counter()
-    facts = _build(package, {})
+    facts = package.facts("build", keywords={})
     if facts.get("module") is not True:
         raise CheckFailed(
             f"UpstreamExpert is a {text(facts.get('type'))}, expected a torch.nn.Module"
@@ -295,8 +235,10 @@ def check_build(package: Package) -> str:
 
 
 def check_keywords(package: Package) -> str:
+    """s3prl's and unknown keyword arguments are accepted."""
+    keywords = {"model_config": None, "refresh": False, "of_a_later_s3prl": 1}
     try:
-        _build(package, {"model_config": None, "refresh": False, "of_a_later_s3prl": 1})
+        package.facts("build", keywords=keywords)
     except PackageError as error:
         if error.type == "TypeError":
             raise CheckFailed(f"add **kwargs to __init__: {error}") from None
@@ -304,16 +246,8 @@ def check_keywords(package: Package) -> str:
     return "model_config, refresh and an unknown one"
 
 
-def _build(package: Package, keywords: dict) -> dict:
-    """Build an UpstreamExpert in the package's process."""
-    if not package.imported:
-        raise CheckSkipped("no UpstreamExpert: see import")
-    facts = package.facts("build", keywords=keywords)
-    package.built = package.built or facts.get("module") is True
-    return facts
-
-
 def check_forward(package: Package) -> str:
+    """forward on waveforms of 2, 1.8 and 3.7 s returns a dict."""
     package.result = package.forward(package.waves).result
     if not isinstance(package.result, dict):
         raise CheckFailed(f"forward returns a {type_name(package.result)}, expected a dict")
@@ -321,110 +255,75 @@ def check_forward(package: Package) -> str:
 
 
 def check_lists(package: Package) -> str:
-    result = _result(package)
+    """Each task has a list of tensors ``[batch, frame, dim]`` of the same shape."""
+    result = package.result
     if "hidden_states" not in result:
         raise CheckFailed("the dict that forward returns has no key hidden_states")
-    for task in TASKS:
-        states = result.get(task, result["hidden_states"])
-        name = task if task in result else "hidden_states"
-        if not isinstance(states, list):
-            raise CheckFailed(f"{name} is a {type_name(states)}, expected a list")
-        if not states:
-            raise CheckFailed(f"{name} is an empty list")
+    tasks = [task for task in TASKS if task in result]
+    for name in ("hidden_states", *tasks):
+        states = result[name]
+        if not isinstance(states, list) or not states:
+            kind = "an empty list" if isinstance(states, list) else f"a {type_name(states)}"
+            raise CheckFailed(f"{name} is {kind}, expected a list of tensors")
         for i, state in enumerate(states):
             if not isinstance(state, Tensor):
                 raise CheckFailed(f"{name}[{i}] is a {type_name(state)}, expected a tensor")
-            if state.dim() != 3:
+            if state.dim() != 3 or state.shape != states[0].shape:
                 raise CheckFailed(
-                    f"{name}[{i}] has shape {list(state.shape)}, expected [batch, frame, dim]"
-                )
-            if state.shape != states[0].shape:
-                raise CheckFailed(
-                    f"{name}[{i}] has shape {list(state.shape)}, expected that of {name}[0], "
-                    f"{list(states[0].shape)}"
+                    f"{name}[{i}] has shape {list(state.shape)}, expected [batch, frame, dim], as "
+                    f"all of {name}"
                 )
         if len(states[0]) != len(package.waves):
             raise CheckFailed(
                 f"{name} has batch size {len(states[0])} for {len(package.waves)} waveforms"
             )
     states = result["hidden_states"]
-    tasks = [task for task in TASKS if task in result]
     extra = f"; separate lists for {', '.join(tasks)}" if tasks else ""
     return f"{len(states)} hidden states of {list(states[0].shape)}{extra}"
 
 
 def check_rates(package: Package) -> str:
-    tasks = {}
-    for task in TASKS:
-        rate, description = package.rate_or_text(task)
-        if rate is None:
-            raise CheckFailed(f"for {task} it returns {description}, expected an int")
-        if rate <= 0:
-            raise CheckFailed(f"for {task} it returns {rate}, expected a positive int")
-        tasks[rate] = task
-    return " and ".join(f"{rate} samples per frame" for rate in tasks)
+    """get_downsample_rates returns an int for each task."""
+    rates = {package.rate(task): None for task in TASKS}  # each once, in order
+    return " and ".join(f"{rate} samples per frame" for rate in rates)
 
 
 def check_frames(package: Package) -> str:
-    result = _result(package)
+    """The frame count matches that rate for the longest waveform, within 4 frames."""
     samples = max(len(wave) for wave in package.waves)
-    states: Any
     for task in TASKS:
-        states = result.get(task, result.get("hidden_states"))
-        if not isinstance(states, (list, tuple)) or not states:
-            raise CheckSkipped("no list of hidden states: see lists")
-        if not isinstance(states[0], Tensor) or states[0].dim() < 2:
-            raise CheckSkipped("hidden states have no frames: see lists")
-        require_frame_count(states[0].shape[1], samples, package.rate(task))
-    return f"{states[0].shape[1]} frames for {samples} samples"
-
-
-def _result(package: Package) -> dict:
-    if not isinstance(package.result, dict):
-        raise CheckSkipped("forward returned no dict: see forward")
-    return package.result
-
-
-TOLERANCE = 1e-3  # in standard deviations: float32 rounding error, accumulated over all layers
+        frames = package.result.get(task, package.result["hidden_states"])[0].shape[1]
+        require_frame_count(frames, samples, package.rate(task))
+    return f"{frames} frames for {samples} samples"
 
 
 def check_values(package: Package) -> str:
+    """Hidden states are finite float32."""
     for i, state in enumerate(package.run(package.waves)):
         if state.dtype != torch.float32:
             raise CheckFailed(f"hidden state {i} is {state.dtype}, expected torch.float32")
-        if torch.isnan(state).any():
-            raise CheckFailed(f"hidden state {i} has NaN")
         if not torch.isfinite(state).all():
-            raise CheckFailed(f"hidden state {i} has infinite values")
+            raise CheckFailed(f"hidden state {i} has NaN or infinite values")
     return "finite float32"
 
 
 def check_output_device(package: Package) -> str:
+    """Hidden states are on the device of the waveforms."""
     output = package.forward(package.waves)
-    for i, state in enumerate(states_of(output.result)):
-        state_device = output.devices[id(state)]
-        if torch.device(state_device).type != "cpu":
-            raise CheckFailed(
-                f"hidden state {i} is on {state_device}, the waveforms are on the CPU"
-            )
+    require_device(output, states_of(output.result), "cpu")
     return "cpu"
 
 
 def check_gpu(package: Package) -> str:
-    if not package.built:
-        raise CheckSkipped("no model: see the checks above")
+    """Hidden states on a GPU agree with those on the CPU."""
     name = package.facts("cuda").get("name")
     if name is None:
         raise CheckSkipped("no CUDA device")
     expected = package.run(package.waves)
     output = package.forward(package.waves, device="cuda")
     states = states_of(output.result)
-    devices = {output.devices[id(state)] for state in states}
-    if any(not device.startswith("cuda") for device in devices):
-        raise CheckFailed(
-            f"hidden states are on {', '.join(sorted(devices))}, the waveforms on cuda"
-        )
-    largest = max(map(distance, expected, states), default=0.0)
+    require_device(output, states, "cuda")
+    largest = largest_distance(expected, states)
     if not largest < 0.1:
         raise CheckFailed(
             f"hidden states differ from those on the CPU by {largest:.1e} standard deviations"
@@ -433,6 +332,7 @@ def check_gpu(package: Package) -> str:
 
 
 def check_inputs(package: Package) -> str:
+    """forward does not change the waveforms."""
     waves_after = package.forward(package.waves).waves
     for i, (wave, original) in enumerate(zip(waves_after, package.waves, strict=True)):
         if not torch.equal(wave, original):
@@ -443,9 +343,8 @@ def check_inputs(package: Package) -> str:
 
 
 def check_repeat(package: Package) -> str:
-    first, second = package.run(package.waves), package.run(package.waves)
-    _same_count(first, second, "the second forward")
-    largest = max(map(distance, first, second), default=0.0)
+    """Two forwards in eval mode are identical."""
+    largest = largest_distance(package.run(package.waves), package.run(package.waves))
     if largest > 0:
         raise CheckFailed(
             f"two forwards in eval mode differ by {largest:.1e} standard deviations; is dropout or "
@@ -455,6 +354,7 @@ def check_repeat(package: Package) -> str:
 
 
 def check_modes(package: Package) -> str:
+    """The same number of layers in train and eval mode."""
     waves = noise(0.5)
     expected = len(package.run(waves))
     counts = {len(package.run(waves, train=True)) for _ in range(10)}
@@ -467,10 +367,10 @@ def check_modes(package: Package) -> str:
 
 
 def check_order(package: Package) -> str:
-    first = package.run(package.waves)
-    second = package.run(package.waves[::-1])
-    _same_count(first, second, "the reversed batch")
-    largest = max(distance(a, b.flip(0)) for a, b in zip(first, second, strict=True))
+    """The order of the batch does not change hidden states."""
+    states = package.run(package.waves)
+    reversed_states = [state.flip(0) for state in package.run(package.waves[::-1])]
+    largest = largest_distance(states, reversed_states)
     if not largest < TOLERANCE:
         raise CheckFailed(
             f"in the reversed batch, hidden states differ by {largest:.1e} standard deviations"
@@ -479,6 +379,7 @@ def check_order(package: Package) -> str:
 
 
 def check_batching(package: Package) -> str:
+    """Compare the hidden states of an utterance alone and in a batch, for information."""
     together = package.run(package.waves)
     maxima, means = [], []
     for i, wave in enumerate(package.waves):
@@ -500,7 +401,7 @@ def check_batching(package: Package) -> str:
 
 
 def check_length(seconds: float, package: Package) -> str:
-    """Run one waveform of that length: finite hidden states with the expected frame count."""
+    """forward on one waveform: finite hidden states with the expected frame count."""
     states = package.run(noise(seconds))
     for i, state in enumerate(states):
         if state.shape[1] == 0:
@@ -511,12 +412,8 @@ def check_length(seconds: float, package: Package) -> str:
     return f"{states[0].shape[1]} frames"
 
 
-check_short, check_middle, check_long = (
-    functools.partial(check_length, seconds) for seconds in (0.05, 1.0, 35.0)
-)
-
-
 def check_network(package: Package) -> str:
+    """No network access."""
     hosts = package.blocked("hosts")
     if hosts:
         raise CheckFailed(
@@ -526,7 +423,77 @@ def check_network(package: Package) -> str:
     return f"none at import, build or forward{scope}"
 
 
-def _same_count(first: list, second: list, second_name: str) -> None:
-    """Raise CheckFailed if two forwards return different numbers of layers."""
-    if len(first) != len(second):
-        raise CheckFailed(f"{second_name} returns {len(second)} layers, the first {len(first)}")
+def check_parameters(package: Package) -> str:
+    """Parameter count, and how many are unused."""
+    cost = _cost(package)
+    count = f"{cost['parameters']:,}"
+    if cost["unused"]:
+        raise CheckWarning(
+            f"{count}, of which {cost['unused']:,} affect no hidden state (SUPERB counts them)"
+        )
+    return f"{count}, all used"
+
+
+def check_macs(package: Package) -> str:
+    """MACs over SUPERB's 32 utterances."""
+    cost = _cost(package)
+    buckets = " + ".join(f"{value / 1e9:.3f}" for value in cost["macs_buckets"].values())
+    return f"{cost['macs'] / 1e9:,.3f} G = {buckets} over {cost['utterances']} utterances"
+
+
+def _cost(package: Package) -> dict[str, Any]:
+    """The cost as in :func:`...superb.cost.measure_cost`, from counts of the package's process."""
+    if package.cost is None:
+        facts = package.facts("cost")
+        buckets = facts.get("macs_buckets")
+        counts = {key: facts.get(key) for key in ("parameters", "unused", "macs_products")}
+        if not isinstance(buckets, dict) or list(buckets) != list(package.lengths):
+            raise BadMessage("a reply does not have the MACs of each bucket")
+        for count in (*counts.values(), *buckets.values()):
+            if type(count) not in (int, float) or not 0 <= count < math.inf:
+                raise BadMessage("a count in a reply is not a finite number of at least 0")
+        package.cost = {
+            **counts,
+            "macs": sum(buckets.values()),
+            "macs_buckets": buckets,
+            "utterances": sum(map(len, package.lengths.values())),
+            "profiler": PROFILER,
+        }
+    return package.cost
+
+
+# The checks by name, in the order of the report; and those that have to pass before others run.
+CHECKS: dict[str, Callable[[Package], str]] = {
+    "weights": check_weights,
+    "import": check_import,
+    "build": check_build,
+    "keywords": check_keywords,
+    "forward": check_forward,
+    "lists": check_lists,
+    "rates": check_rates,
+    "frames": check_frames,
+    "values": check_values,
+    "device": check_output_device,
+    "gpu": check_gpu,
+    "inputs": check_inputs,
+    "repeat": check_repeat,
+    "modes": check_modes,
+    "order": check_order,
+    "batching": check_batching,
+    "0.05 s": functools.partial(check_length, 0.05),
+    "1 s": functools.partial(check_length, 1.0),
+    "35 s": functools.partial(check_length, 35.0),
+    "network": check_network,
+    "parameters": check_parameters,
+    "macs": check_macs,
+}
+NEEDS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(CHECKS, ("build",)),
+    **dict.fromkeys(("weights", "network"), ()),
+    "import": ("weights",),
+    "build": ("import",),
+    "keywords": ("import",),
+    "lists": ("forward",),
+    "frames": ("lists", "rates"),
+    **dict.fromkeys(("0.05 s", "1 s", "35 s"), ("build", "rates")),
+}

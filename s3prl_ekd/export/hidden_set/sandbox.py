@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import queue
 import signal
@@ -14,20 +13,17 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from torch import Tensor
 
 from ...errors import SetupError
 from ...files.torch_load import scan_for_old_torch
-from . import descendants
-from . import runtime_checks as checks
-from .messages import BadMessage, receive, send, text
-from .outcome import RUNTIME_CHECKS, CheckFailed, CheckOutcome, CheckSkipped, CheckWarning
-from .runtime_checks import TASKS, Package, PackageError
-from .static_checks import read_checks
-
-logger = logging.getLogger(__name__)
+from .descendants import killed_on_exit
+from .messages import BadMessage, Message, receive, send, text
+from .outcome import CheckOutcome, run_check
+from .runtime_checks import CHECKS, NEEDS, TASKS, Package
+from .static_checks import REQUIRED_FILES, read_checks
 
 ROOT = Path(__file__).parents[3]  # the folder that contains s3prl_ekd
 # leave_network() must run before torch starts threads. With -c, sys.argv contains no file name.
@@ -53,30 +49,6 @@ _PASSED_VARIABLES = {
     *("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "NVIDIA_VISIBLE_DEVICES"),
     *("HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "KMP_DUPLICATE_LIB_OK"),
 }
-CHECKS: dict[str, Callable[[Package], str]] = {
-    "weights": checks.check_weights,
-    "import": checks.check_import,
-    "build": checks.check_build,
-    "keywords": checks.check_keywords,
-    "forward": checks.check_forward,
-    "lists": checks.check_lists,
-    "rates": checks.check_rates,
-    "frames": checks.check_frames,
-    "values": checks.check_values,
-    "device": checks.check_output_device,
-    "gpu": checks.check_gpu,
-    "inputs": checks.check_inputs,
-    "repeat": checks.check_repeat,
-    "modes": checks.check_modes,
-    "order": checks.check_order,
-    "batching": checks.check_batching,
-    "0.05 s": checks.check_short,
-    "1 s": checks.check_middle,
-    "35 s": checks.check_long,
-    "network": checks.check_network,
-    "parameters": checks.check_parameters,
-    "macs": checks.check_macs,
-}
 
 
 def validate(
@@ -84,7 +56,7 @@ def validate(
     lengths: Mapping[str, Sequence[int]],
     limit: float = TIME_LIMIT,
     show: Callable[[CheckOutcome], object] = lambda outcome: None,
-    names: Sequence[str] = tuple(RUNTIME_CHECKS),
+    names: Sequence[str] = tuple(CHECKS),
 ) -> tuple[list[CheckOutcome], dict[str, Any] | None]:
     """Check a package.
 
@@ -93,7 +65,7 @@ def validate(
         lengths: lengths (samples) of the utterances for counting MACs, by bucket.
         limit: seconds for all checks that run the package.
         show: called with each outcome as soon as it is known.
-        names: the checks of :data:`.outcome.RUNTIME_CHECKS` to run.
+        names: the checks of :data:`.runtime_checks.CHECKS` to run.
 
     Returns:
         All outcomes, and the cost as in :func:`...superb.cost.measure_cost`, or None.
@@ -104,7 +76,6 @@ def validate(
     """
     folder = _checked_folder(folder)
     outcomes: list[CheckOutcome] = []
-    cost = None
 
     def add(outcome: CheckOutcome) -> None:
         outcomes.append(outcome)
@@ -114,14 +85,9 @@ def validate(
         add(outcome)
     if outcomes[0].status == "fail":
         for name in names:
-            add(CheckOutcome(name, "skip", "the package is incomplete: see files"))
+            add(CheckOutcome(name, "skip", "not run: see files"))
         return outcomes, None
-    for result in run_checks(folder, lengths, limit, names):
-        if isinstance(result, CheckOutcome):
-            add(result)
-        else:
-            cost = result
-    return outcomes, cost
+    return outcomes, run_checks(folder, lengths, limit, names, add)
 
 
 def package_cost(folder: Path, lengths: Mapping[str, Sequence[int]]) -> dict[str, Any]:
@@ -131,82 +97,69 @@ def package_cost(folder: Path, lengths: Mapping[str, Sequence[int]]) -> dict[str
         SetupError: no package in ``folder``, or it does not run.
     """
     folder = _checked_folder(folder)
-    for name in ("expert.py", "model.pt"):
+    for name in REQUIRED_FILES:
         if not (folder / name).is_file():
             raise SetupError(f"{folder} is not a hidden-set package: it has no {name}")
+
+    def require(outcome: CheckOutcome) -> None:
+        if outcome.status in ("fail", "skip"):
+            raise SetupError(f"{folder}: {outcome.name}: {outcome.reason}")
+
     names = ("weights", "import", "build", "forward", "parameters")
-    for result in run_checks(folder, lengths, TIME_LIMIT, names):
-        if isinstance(result, CheckOutcome) and result.status in ("fail", "skip"):
-            raise SetupError(f"{folder}: {result.name}: {result.reason}")
-        if not isinstance(result, CheckOutcome):
-            cost = result
+    cost = run_checks(folder, lengths, TIME_LIMIT, names, require)
+    assert cost is not None  # the check of the parameters sets it
     return cost
 
 
 def run_checks(
-    folder: Path, lengths: Mapping[str, Sequence[int]], limit: float, names: Sequence[str]
-) -> Iterator[CheckOutcome | dict[str, Any]]:
-    """Run the checks ``names``; yield each outcome, then the cost if it was measured."""
-    failed_in = ""
+    folder: Path,
+    lengths: Mapping[str, Sequence[int]],
+    limit: float,
+    names: Sequence[str],
+    show: Callable[[CheckOutcome], object],
+) -> dict[str, Any] | None:
+    """Run the checks ``names`` and ``show`` each outcome; return the cost if it was measured.
+
+    A check is skipped after a check that it needs did not pass, or after the process failed.
+    """
+    failed_in = ""  # the check in which the process failed
+    stopped = set()  # the checks that did not pass
     with _package_process(folder) as child:
         package = Package(folder, lengths, child.request)
         for name in names:
-            if failed_in:
-                yield CheckOutcome(
-                    name, "skip", f"not run, because the process failed: see {failed_in}"
-                )
-                continue
-            try:
-                if not child.ready:
-                    setup = {"folder": str(folder), "lengths": lengths, "tasks": TASKS}
-                    package.offline = child.begin(setup, limit)
-                outcome = _outcome(name, package)
-            except (BadMessage, _ProcessEnded) as error:
-                failed_in, outcome = name, CheckOutcome(name, "fail", str(error))
-            yield outcome
-        if package.cost is not None:
-            yield package.cost
-
-
-def _outcome(name: str, package: Package) -> CheckOutcome:
-    """Run one check."""
-    try:
-        return CheckOutcome(name, "pass", CHECKS[name](package))
-    except (CheckFailed, PackageError) as error:
-        return CheckOutcome(name, "fail", str(error))
-    except CheckWarning as error:
-        return CheckOutcome(name, "warn", str(error))
-    except CheckSkipped as error:
-        return CheckOutcome(name, "skip", str(error))
-    except (BadMessage, _ProcessEnded):
-        raise
-    except Exception as error:  # outputs that the check did not expect
-        return CheckOutcome(name, "fail", f"{type(error).__name__}: {text(str(error))}")
-
-
-class _ProcessEnded(Exception):
-    """The package's process ended or timed out; the message is the reason."""
+            cause = failed_in or next((need for need in NEEDS[name] if need in stopped), "")
+            if cause:
+                outcome = CheckOutcome(name, "skip", f"not run: see {cause}")
+            else:
+                try:
+                    if not child.ready:
+                        setup = {"folder": str(folder), "lengths": lengths, "tasks": TASKS}
+                        package.offline = child.begin(setup, limit)
+                    outcome = run_check(name, CHECKS[name], package)
+                except BadMessage as error:
+                    failed_in, outcome = name, CheckOutcome(name, "fail", str(error))
+                except Exception as error:  # outputs that the check did not expect
+                    reason = f"{type(error).__name__}: {text(str(error))}"
+                    outcome = CheckOutcome(name, "fail", reason)
+            if outcome.status in ("fail", "skip"):
+                stopped.add(name)
+            show(outcome)
+    return package.cost
 
 
 class _PackageProcess:
     """The package's process: takes requests on standard input, replies on standard output.
 
-    A thread sends and receives, because reading from and writing to the process may block.
+    Args:
+        process: just started, with pipes.
+        errors: the file to which it writes standard error.
     """
 
-    def __init__(self, process: subprocess.Popen[bytes]):
-        assert process.stdin and process.stdout and process.stderr  # all three are pipes
-        self.process = process
-        self.input, self.output, self.errors = process.stdin, process.stdout, process.stderr
+    def __init__(self, process: subprocess.Popen[bytes], errors: IO[bytes]):
+        self.process, self.errors = process, errors
         self.ready = False
         self.deadline = time.monotonic() + START_TIMEOUT
         self.timeout_message = f"torch was not imported within {START_TIMEOUT:g} s"
-        self.requests: queue.SimpleQueue = queue.SimpleQueue()
-        self.replies: queue.SimpleQueue = queue.SimpleQueue()
-        self.stderr_tail = b""
-        threading.Thread(target=self._exchange, daemon=True).start()
-        self.stderr_reader = threading.Thread(target=self._read_stderr, daemon=True)
-        self.stderr_reader.start()
 
     def begin(self, setup: Mapping[str, Any], limit: float) -> bool:
         """Send the setup, wait until the process is ready, and start the time limit.
@@ -224,65 +177,59 @@ class _PackageProcess:
         self.timeout_message = f"timeout: the checks took longer than {limit:g} s"
         return facts.get("offline") is True
 
-    def request(
-        self, request: Mapping[str, Any], tensors: Sequence[Tensor] = ()
-    ) -> tuple[dict[str, Any], list[Tensor]]:
+    def request(self, facts: Mapping[str, Any], tensors: Sequence[Tensor] = ()) -> Message:
         """Send a request and return the reply, ``(facts, tensors)``.
 
+        A thread sends and receives, because a descendant of the process may keep the pipes open.
+
         Raises:
-            _ProcessEnded: the process has ended or timed out.
-            BadMessage: the request or the reply is too large, or the reply is malformed.
+            BadMessage: the process has ended or timed out; the request or the reply is too large,
+                or the reply is malformed.
         """
-        self.requests.put((request, tensors))
-        give_up_at = None
+        replies: queue.SimpleQueue[Message | Exception] = queue.SimpleQueue()
+        threading.Thread(target=self._exchange, args=(replies, facts, tensors), daemon=True).start()
+        give_up_at = self.deadline
         while True:
-            try:
-                reply = self.replies.get(timeout=0.1)
+            with contextlib.suppress(queue.Empty):
+                reply = replies.get(timeout=0.1)
                 break
-            except queue.Empty:
-                pass
             if time.monotonic() > self.deadline:
-                raise _ProcessEnded(self.timeout_message)
-            if self.process.poll() is not None:  # a descendant may keep the pipe open
-                give_up_at = give_up_at or time.monotonic() + 2
-                if time.monotonic() > give_up_at:
-                    raise _ProcessEnded(self._end_reason())
+                raise BadMessage(self.timeout_message)
+            if self.process.poll() is not None:
+                give_up_at = min(give_up_at, time.monotonic() + 2)
+            if time.monotonic() > give_up_at:
+                raise BadMessage(self._end_reason())
         if isinstance(reply, BadMessage):
             raise reply
-        if reply is None:
+        if isinstance(reply, Exception):  # the pipes are closed
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(2)
-            raise _ProcessEnded(self._end_reason())
+            raise BadMessage(self._end_reason())
         return reply
 
-    def _exchange(self) -> None:
-        """Send queued requests and queue the replies; None means that the process has ended."""
-        with contextlib.suppress(OSError), self.input, self.output:
-            for facts, tensors in iter(self.requests.get, None):
-                try:
-                    send(self.input, facts, tensors)
-                    self.replies.put(receive(self.output))
-                except BadMessage as error:
-                    self.replies.put(error)
-                except (OSError, EOFError):
-                    self.replies.put(None)
-                    return
-
-    def _read_stderr(self) -> None:
-        """Read all of stderr, so that the pipe never fills; keep the last 4096 bytes."""
-        with contextlib.suppress(OSError), self.errors:
-            while block := os.read(self.errors.fileno(), 1 << 16):
-                self.stderr_tail = (self.stderr_tail + block)[-4096:]
+    def _exchange(
+        self, replies: queue.SimpleQueue, facts: Mapping[str, Any], tensors: Sequence[Tensor]
+    ) -> None:
+        assert self.process.stdin and self.process.stdout  # both are pipes
+        try:
+            send(self.process.stdin, facts, tensors)
+            replies.put(receive(self.process.stdout))
+        except (BadMessage, OSError, EOFError) as error:
+            with contextlib.suppress(OSError):  # data that could not be sent
+                self.process.stdin.close()
+            replies.put(error)
 
     def _end_reason(self) -> str:
         """Why the process gives no reply: its exit code and last line on stderr."""
         code = self.process.poll()
         if code is None:
             return "the process has closed its pipes"
-        self.stderr_reader.join(1)
-        lines = self.stderr_tail.decode(errors="replace").strip().splitlines()
+        size = self.errors.seek(0, os.SEEK_END)
+        self.errors.seek(max(0, size - 4096))
+        lines = self.errors.read().decode(errors="replace").strip().splitlines()
         last_line = text(lines[-1]) if lines else "no output"
-        return f"the process ended ({_exit_text(code)}): {last_line}"
+        exit_text = signal.strsignal(-code) if code < 0 else f"exit code {code}"
+        return f"the process ended ({exit_text}): {last_line}"
 
 
 @contextlib.contextmanager
@@ -290,26 +237,20 @@ def _package_process(folder: Path) -> Iterator[_PackageProcess]:
     """Start the process with an empty home folder; on exit, kill it and its descendants."""
     with (
         tempfile.TemporaryDirectory(prefix="s3prl_ekd_", ignore_cleanup_errors=True) as home,
-        descendants.adopt_orphans(),
+        tempfile.TemporaryFile() as errors,
+        killed_on_exit(
+            lambda: subprocess.Popen(
+                [sys.executable, "-c", _PROGRAM],
+                cwd=home,
+                env=_environment(home),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                start_new_session=True,
+            )
+        ) as process,
     ):
-        process = subprocess.Popen(
-            [sys.executable, "-c", _PROGRAM],
-            cwd=home,
-            env=_environment(home),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            start_new_session=True,
-        )
-        started = descendants.start_time(process.pid)
-        child = _PackageProcess(process)
-        try:
-            yield child
-        finally:
-            child.requests.put(None)
-            alive = descendants.kill_tree(process, started)
-            if alive:
-                logger.warning("%s started processes that could not be killed: %s", folder, alive)
+        yield _PackageProcess(process, errors)
 
 
 def _environment(home: str) -> dict[str, str]:
@@ -323,13 +264,6 @@ def _environment(home: str) -> dict[str, str]:
     environment.update(dict.fromkeys(_PROXIES, "http://127.0.0.1:9"))
     environment.update(no_proxy="", NO_PROXY="", PYTHONDONTWRITEBYTECODE="1", PIP_NO_INDEX="1")
     return environment
-
-
-def _exit_text(code: int) -> str:
-    if code < 0:
-        with contextlib.suppress(ValueError):
-            return signal.Signals(-code).name
-    return f"exit code {code}"
 
 
 def _checked_folder(folder: Path) -> Path:

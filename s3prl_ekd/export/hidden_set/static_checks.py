@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from .isolation import BLOCKED
-from .outcome import STATIC_CHECKS, CheckFailed, CheckOutcome, CheckSkipped, CheckWarning
+from .outcome import CheckFailed, CheckOutcome, CheckWarning, run_check
 
 REQUIRED_FILES = ("expert.py", "model.pt")
 SUBMISSION_FILES = ("requirements.txt", "README.md", "LICENSE", "cli.py")
@@ -32,56 +32,53 @@ _GENERIC = {"list", "dict", "tuple", "set", "frozenset", "type"}
 
 
 def read_checks(folder: Path) -> Iterator[CheckOutcome]:
-    """Run the checks in :data:`.outcome.STATIC_CHECKS`."""
+    """Run the checks of the files; those that follow a failed ``syntax`` are skipped."""
     checks: dict[str, Callable[[Path], str]] = {
-        "files": _files,
-        "submission": _submission,
-        "syntax": _syntax,
-        "torch 1.13": _torch,
-        "requirements": _requirements,
+        "files": check_files,
+        "submission": check_submission,
+        "syntax": check_syntax,
+        "torch 1.13": check_torch,
+        "requirements": check_requirements,
     }
-    for name in STATIC_CHECKS:
+    parsed = True
+    for name, check in checks.items():
+        if not parsed:
+            yield CheckOutcome(name, "skip", "not run: see syntax")
+            continue
         try:
-            yield CheckOutcome(name, "pass", checks[name](folder))
-        except CheckFailed as error:
-            yield CheckOutcome(name, "fail", str(error))
-        except CheckWarning as error:
-            yield CheckOutcome(name, "warn", str(error))
-        except CheckSkipped as error:
-            yield CheckOutcome(name, "skip", str(error))
+            outcome = run_check(name, check, folder)
         except (RecursionError, MemoryError):
-            yield CheckOutcome(name, "fail", "a .py file is nested too deeply to be parsed")
+            outcome = CheckOutcome(name, "fail", "a .py file is nested too deeply to be parsed")
+        parsed = name != "syntax" or outcome.status == "pass"
+        yield outcome
 
 
-def _files(folder: Path) -> str:
-    missing = [name for name in REQUIRED_FILES if not (folder / name).is_file()]
-    if missing:
-        raise CheckFailed(f"no {' and '.join(missing)} in {folder}")
+def check_files(folder: Path) -> str:
+    """expert.py and model.pt exist."""
+    _require_files(folder, REQUIRED_FILES)
     return ", ".join(f"{name} {(folder / name).stat().st_size:,} bytes" for name in REQUIRED_FILES)
 
 
-def _submission(folder: Path) -> str:
-    missing = [name for name in SUBMISSION_FILES if not (folder / name).is_file()]
-    if missing:
-        raise CheckFailed(f"no {', '.join(missing)} in {folder}")
+def check_submission(folder: Path) -> str:
+    """requirements.txt, README.md, LICENSE and cli.py exist."""
+    _require_files(folder, SUBMISSION_FILES)
     return ", ".join(SUBMISSION_FILES)
 
 
-def _syntax(folder: Path) -> str:
-    count = 0
-    for path, text in _sources(folder):
-        name = path.relative_to(folder)
-        try:
-            tree = ast.parse(text, str(name), feature_version=PYTHON_VERSION)
-        except (SyntaxError, ValueError) as error:
-            line = getattr(error, "lineno", None) or 1
-            raise CheckFailed(
-                f"{name} line {line}: {getattr(error, 'msg', None) or error}"
-            ) from None
-        for line, feature in _later_python(tree):
+def _require_files(folder: Path, names: tuple[str, ...]) -> None:
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise CheckFailed(f"no {', '.join(missing)} in {folder}")
+
+
+def check_syntax(folder: Path) -> str:
+    """Every .py is valid in Python 3.8."""
+    paths = _python_files(folder)
+    for path in paths:
+        for line, feature in _later_python(_parse(folder, path, PYTHON_VERSION)):
+            name = path.relative_to(folder)
             raise CheckFailed(f"{name} line {line}: {feature} does not exist in Python 3.8")
-        count += 1
-    return f"{count} files, Python 3.8"
+    return f"{len(paths)} files, Python 3.8"
 
 
 def _later_python(tree: ast.Module) -> Iterator[tuple[int, str]]:
@@ -109,28 +106,25 @@ def _later_python(tree: ast.Module) -> Iterator[tuple[int, str]]:
                     yield part.lineno, f"{ast.unparse(part.value)}[...] {without_future}"
 
 
-def _torch(folder: Path) -> str:
-    for path, tree in _trees(folder):
-        for node in ast.walk(tree):
-            if not isinstance(node, (ast.Attribute, ast.ImportFrom)):
+def check_torch(folder: Path) -> str:
+    """No function of a later torch than 1.13 is used."""
+    for path in _python_files(folder):
+        for node in ast.walk(_parse(folder, path)):
+            if isinstance(node, ast.Attribute):
+                names = [ast.unparse(node)]
+            elif isinstance(node, ast.ImportFrom):
+                names = [f"{node.module}.{name.name}" for name in node.names]
+            else:
                 continue
-            for name in _full_names(node):
-                for later, version in _LATER_TORCH.items():
-                    if f".{name}".endswith(f".{later}"):
-                        raise CheckWarning(
-                            f"{path.relative_to(folder)} line {node.lineno}: {later} needs torch "
-                            f"{version}"
-                        )
+            for later, version in _LATER_TORCH.items():
+                if any(f".{name}".endswith(f".{later}") for name in names):
+                    place = f"{path.relative_to(folder)} line {node.lineno}"
+                    raise CheckWarning(f"{place}: {later} needs torch {version}")
     return "no function that is known to need a later torch"
 
 
-def _full_names(node: ast.Attribute | ast.ImportFrom) -> list[str]:
-    if isinstance(node, ast.Attribute):
-        return [ast.unparse(node)]
-    return [f"{node.module}.{name.name}" for name in node.names]
-
-
-def _requirements(folder: Path) -> str:
+def check_requirements(folder: Path) -> str:
+    """requirements.txt names what expert.py imports."""
     imported: dict[str, str] = {}
     _collect(folder, folder / "expert.py", imported, set())
     if not imported:
@@ -138,7 +132,7 @@ def _requirements(folder: Path) -> str:
     path = folder / "requirements.txt"
     listed = ""
     if path.is_file():
-        _check_size(path, folder)
+        _check_size(folder, path)
         listed = path.read_text(encoding="utf-8", errors="replace")
     required = {
         _normalise(match[0])
@@ -161,7 +155,7 @@ def _collect(folder: Path, path: Path, imported: dict[str, str], visited: set[Pa
     if path in visited or not path.is_file():
         return
     visited.add(path)
-    tree = _tree(path)
+    tree = _parse(folder, path)
     optional = {
         id(inner)
         for node in ast.walk(tree)
@@ -196,37 +190,33 @@ def _package_files(folder: Path, parent: Path, name: str) -> Iterator[Path]:
             yield from (p for p in (base.with_suffix(".py"), base / "__init__.py") if p.is_file())
 
 
-def _sources(folder: Path) -> Iterator[tuple[Path, str]]:
-    for path in sorted(folder.rglob("*.py")):
-        if any(part.startswith(".") for part in path.relative_to(folder).parts):
-            continue
-        _check_size(path, folder)
-        try:
-            with tokenize.open(path) as file:
-                yield path, file.read()
-        except (SyntaxError, UnicodeDecodeError) as error:
-            raise CheckFailed(f"cannot read {path.relative_to(folder)}: {error}") from None
+def _python_files(folder: Path) -> list[Path]:
+    """All .py files, except in hidden folders."""
+    paths = sorted(folder.rglob("*.py"))
+    return [
+        path
+        for path in paths
+        if not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    ]
 
 
-def _check_size(path: Path, folder: Path) -> None:
+def _parse(folder: Path, path: Path, version: tuple[int, int] | None = None) -> ast.Module:
+    """Parse a .py file. Raises CheckFailed."""
+    _check_size(folder, path)
+    try:
+        with tokenize.open(path) as file:
+            return ast.parse(file.read(), feature_version=version)
+    except (SyntaxError, ValueError) as error:
+        line, message = getattr(error, "lineno", None) or 1, getattr(error, "msg", None) or error
+        raise CheckFailed(f"{path.relative_to(folder)} line {line}: {message}") from None
+
+
+def _check_size(folder: Path, path: Path) -> None:
     """Raise CheckFailed if a file is not regular (a named pipe may never end) or is too large."""
     if not path.is_file():
         raise CheckFailed(f"{path.relative_to(folder)} is not a regular file")
     if path.stat().st_size > MAX_BYTES:
         raise CheckFailed(f"{path.relative_to(folder)} is larger than {MAX_BYTES:,} bytes")
-
-
-def _trees(folder: Path) -> Iterator[tuple[Path, ast.Module]]:
-    for path, _ in _sources(folder):
-        yield path, _tree(path)
-
-
-def _tree(path: Path) -> ast.Module:
-    try:
-        with tokenize.open(path) as file:
-            return ast.parse(file.read())
-    except (SyntaxError, ValueError):
-        raise CheckSkipped(f"cannot parse {path.name}: see syntax") from None
 
 
 def _normalise(name: str) -> str:
