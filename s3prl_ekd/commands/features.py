@@ -20,7 +20,7 @@ from pathlib import Path
 
 from ..errors import CheckpointError, ConfigError, first_line, printable
 from ..files.atomic import write_text
-from .export.student import add_checkpoint, load_checkpoint
+from .export import add_checkpoint, load_checkpoint
 
 _SHOWN = 5  # bad files printed; all are listed in a file
 

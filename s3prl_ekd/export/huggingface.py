@@ -38,6 +38,7 @@ from ..files.config import from_plain_data
 from ..student_file import LoadedStudent
 from ..teachers.hf_names import fairseq_name
 from ..teachers.huggingface import check_hf_folder, load_folder, quiet_transformers
+from .compare import largest_difference, noise_waves
 
 if TYPE_CHECKING:
     from transformers import HubertConfig, HubertModel
@@ -52,6 +53,19 @@ _FIXED = {
     "feat_extract_activation": "gelu",
     "layer_norm_eps": 1e-5,
     "adapter_attn_dim": None,
+}
+_NAMES = {  # a student's setting -> the same in HubertConfig
+    "conv_pos": "num_conv_pos_embeddings",
+    "conv_pos_groups": "num_conv_pos_embedding_groups",
+    "encoder_layers": "num_hidden_layers",
+    "encoder_embed_dim": "hidden_size",
+    "encoder_ffn_embed_dim": "intermediate_size",
+    "encoder_attention_heads": "num_attention_heads",
+    "activation_fn": "hidden_act",
+    "layer_norm_first": "do_stable_layer_norm",
+    "dropout": "hidden_dropout",
+    "attention_dropout": "attention_dropout",
+    "activation_dropout": "activation_dropout",
 }
 _UNUSED = "mask_emb"  # for masked prediction; no hidden state depends on it
 
@@ -131,21 +145,9 @@ def student_settings(config: HubertConfig, folder: Path) -> StudentSettings:
                 f"{folder}/config.json: {name} must be {expected}, as in DistilHuBERT, got {value}"
             )
     conv = zip(config.conv_dim, config.conv_kernel, config.conv_stride, strict=True)
-    values = {
-        "extractor_mode": "layer_norm" if config.feat_extract_norm == "layer" else "default",
-        "extractor_conv_feature_layers": conv_layers_text(tuple(conv)),
-        "conv_pos": config.num_conv_pos_embeddings,
-        "conv_pos_groups": config.num_conv_pos_embedding_groups,
-        "encoder_layers": config.num_hidden_layers,
-        "encoder_embed_dim": config.hidden_size,
-        "encoder_ffn_embed_dim": config.intermediate_size,
-        "encoder_attention_heads": config.num_attention_heads,
-        "activation_fn": config.hidden_act,
-        "layer_norm_first": config.do_stable_layer_norm,
-        "dropout": config.hidden_dropout,
-        "attention_dropout": config.attention_dropout,
-        "activation_dropout": config.activation_dropout,
-    }
+    values = {name: getattr(config, hf_name) for name, hf_name in _NAMES.items()}
+    values["extractor_mode"] = "layer_norm" if config.feat_extract_norm == "layer" else "default"
+    values["extractor_conv_feature_layers"] = conv_layers_text(tuple(conv))
     try:
         return from_plain_data(StudentSettings, values, "config.json")
     except ConfigError as error:
@@ -184,26 +186,13 @@ def hubert_config(settings: StudentSettings) -> HubertConfig:
         ) from None
     channels, kernels, strides = zip(*settings.conv_layers, strict=True)
     return HubertConfig(
+        **{name: value for name, value in _FIXED.items() if value is not None},
+        **{hf_name: getattr(settings, name) for name, hf_name in _NAMES.items()},
         feat_extract_norm="layer" if settings.extractor_mode == "layer_norm" else "group",
-        feat_extract_activation="gelu",
-        feat_proj_layer_norm=False,
-        feat_proj_dropout=0.0,
         conv_dim=list(channels),
         conv_kernel=list(kernels),
         conv_stride=list(strides),
-        conv_bias=False,
-        num_conv_pos_embeddings=settings.conv_pos,
-        num_conv_pos_embedding_groups=settings.conv_pos_groups,
-        num_hidden_layers=settings.encoder_layers,
-        hidden_size=settings.encoder_embed_dim,
-        intermediate_size=settings.encoder_ffn_embed_dim,
-        num_attention_heads=settings.encoder_attention_heads,
-        hidden_act=settings.activation_fn,
-        do_stable_layer_norm=settings.layer_norm_first,
-        layer_norm_eps=1e-5,
-        hidden_dropout=settings.dropout,
-        attention_dropout=settings.attention_dropout,
-        activation_dropout=settings.activation_dropout,
+        feat_proj_dropout=0.0,
         layerdrop=0.0,
         # without SpecAugment there is no mask embedding, as in a student
         apply_spec_augment=False,
@@ -225,7 +214,10 @@ def to_hubert(student: Student) -> HubertModel:
     config = hubert_config(settings)
     from transformers import HubertModel
 
-    weights = {name: value.detach().float().cpu() for name, value in _state(student).items()}
+    weights = {n: value.float().cpu() for n, value in student.backbone.state_dict().items()}
+    if student.backbone.post_extract_proj is None:
+        weights["post_extract_proj.weight"] = torch.eye(student.width)
+        weights["post_extract_proj.bias"] = torch.zeros(student.width)
     layer_norm = settings.extractor_mode == "layer_norm"
     with quiet_transformers():
         model = HubertModel(config)
@@ -233,14 +225,6 @@ def to_hubert(student: Student) -> HubertModel:
     model.load_state_dict({hf_name: weights.pop(name) for hf_name, name in names.items()})
     assert not weights, f"weights without a counterpart: {sorted(weights)}"
     return model.eval()
-
-
-def _state(student: Student) -> dict[str, Tensor]:
-    state = dict(student.backbone.state_dict())
-    if student.backbone.post_extract_proj is None:
-        state["post_extract_proj.weight"] = torch.eye(student.width)
-        state["post_extract_proj.bias"] = torch.zeros(student.width)
-    return state
 
 
 def save_hubert(model: HubertModel, folder: Path) -> None:
@@ -259,29 +243,25 @@ def check_hf_export(folder: Path, student: Student) -> float:
         The largest absolute difference in a hidden state, padded frames included.
 
     Raises:
-        CheckpointError: the difference is above :data:`TOLERANCE`, which is relative to the layer's
-            largest value if that is above 1.
+        CheckpointError: it is above :data:`TOLERANCE`, see :func:`.compare.largest_difference`.
     """
     from transformers import AutoModel
 
     with quiet_transformers():
         model = AutoModel.from_pretrained(str(folder), local_files_only=True).eval()
-    waves, lengths = sample_batch(student.settings)
+    counts = [max(student.settings.min_samples, count) for count in (16_000, 11_111, 1_600)]
+    waves, lengths = pad_sequence(noise_waves(*counts), batch_first=True), torch.tensor(counts)
     with torch.no_grad():
         output = student.eval()(waves, lengths)
         hf_states = hubert_states(model, waves, lengths)
     hf_states[0] = hf_states[0] * output.mask[..., None]
-    worst = 0.0
-    for state, hf_state in zip([*output.hidden_states, output.last], hf_states, strict=True):
-        error = (state - hf_state).abs().max().item()
-        if not error <= TOLERANCE * max(1.0, state.abs().max().item()):
-            raise CheckpointError(
-                f"the Hugging Face model differs from the student by {error:.1e} (at most "
-                f"{TOLERANCE:.0e} is allowed); nothing is written. Another version of transformers "
-                "may help"
-            )
-        worst = max(worst, error)
-    return worst
+    return largest_difference(
+        [*output.hidden_states, output.last],
+        hf_states,
+        TOLERANCE,
+        "the Hugging Face model",
+        "; another version of transformers may help",
+    )
 
 
 def hubert_states(model: HubertModel, waves: Tensor, lengths: Tensor) -> list[Tensor]:
@@ -312,11 +292,3 @@ def hubert_states(model: HubertModel, waves: Tensor, lengths: Tensor) -> list[Te
         for hook in hooks:
             hook.remove()
     return [*states, out.last_hidden_state]
-
-
-def sample_batch(settings: StudentSettings) -> tuple[Tensor, Tensor]:
-    """A padded batch ``waves, lengths`` of noise: about 1, 0.7 and 0.1 s."""
-    generator = torch.Generator().manual_seed(0)
-    counts = [max(settings.min_samples, count) for count in (16_000, 11_111, 1_600)]
-    waves = [0.1 * torch.randn(count, generator=generator) for count in counts]
-    return pad_sequence(waves, batch_first=True), torch.tensor(counts)

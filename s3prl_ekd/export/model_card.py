@@ -1,4 +1,4 @@
-"""The model card (README.md) of a student in a Hugging Face folder."""
+"""Model cards (README.md): of a Hugging Face folder, and of a package for SUPERB's hidden set."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..distill.settings import StudentSettings
 from ..errors import printable
 from ..student_file import LoadedStudent
 
-_CARD = """\
+_HF_CARD = """\
 ---
 library_name: transformers
 tags:
@@ -65,15 +65,62 @@ above 1).
 {made}
 """  # noqa: E501 (a table's row is one line)
 
+_PACKAGE_CARD = """\
+# {name}
+
+A small speech model for SUPERB: waveforms at 16 kHz in, a list of hidden states out. It was
+exported with s3prl_ekd, which implements Ensemble Knowledge Distillation of self-supervised speech
+models ([arXiv 2302.12757](https://arxiv.org/abs/2302.12757)).
+
+This card reports no scores; evaluate the model on your task before you rely on it.
+
+| | |
+|---|---|
+| parameters | {parameters:,}{unused} |
+| MACs | {macs:.3f} G over SUPERB's 32 utterances: short {short:.3f}, medium {medium:.3f}, long {long:.3f}, longer {longer:.3f} |
+| architecture | {conv} conv layers, {layers} transformer layer{plural} of width {width} |
+| frame | {stride} samples ({milliseconds:g} ms) |
+| hidden states | {states} |
+
+## Use
+
+In this folder, with torch 1.13 or later and no other package:
+
+```python
+import torch
+from expert import UpstreamExpert
+
+model = UpstreamExpert("model.pt").eval()
+waves = [torch.rand(16000), torch.rand(8000)]  # put your audio here: 16 kHz, mono
+states = model(waves)["hidden_states"]  # [batch, frame, dim] each
+```
+
+`python cli.py` runs it on noise; `python cli.py --help` shows how to run it on audio files.
+s3prl can load it from the Hugging Face Hub (`run_downstream.py --hub huggingface`, with the name of
+the repository after `-u`), but only with an old huggingface_hub that still has `HfApi.login`.
+
+## Hidden states
+
+- 0: the projected features of the conv extractor
+- 1 to {layers}: the output of each transformer layer{before_norm}
+{heads}
+In a batch, frames beyond the end of an utterance are padding; ignore them.{padding}
+
+## How it was made
+
+{made}
+{fine_tuning}
+"""  # noqa: E501 (a table's row is one line)
+
 _GROUP_NORM = """
-  The first conv layer normalises over time, padding included, so the hidden states of an utterance
-  change with the amount of padding, here as in s3prl; run utterances one by one to avoid this."""
+The first conv layer normalises over time, padding included, so the hidden states of an utterance
+change with the amount of padding; run utterances one by one to avoid this."""
 
 
 def hf_card(
     loaded: LoadedStudent, name: str, parameters: int, error: float, tolerance: float
 ) -> str:
-    """Text of the card.
+    """Text of the card of a Hugging Face folder.
 
     Args:
         loaded: the student; its ``about`` records how it was trained.
@@ -83,31 +130,82 @@ def hf_card(
         tolerance: largest allowed difference.
     """
     settings = loaded.student.settings
-    return _CARD.format(
+    last = (
+        "| `last_hidden_state`: after the final layer norm; transformers 4 returns it as "
+        f"`hidden_states[{settings.encoder_layers}]` too | the input of the prediction heads |\n"
+    )
+    return _HF_CARD.format(
+        **_facts(settings),
         name=name,
-        layers=settings.encoder_layers,
-        plural="" if settings.encoder_layers == 1 else "s",
-        width=settings.encoder_embed_dim,
         parameters=parameters,
         min_samples=settings.min_samples,
-        stride=settings.stride,
-        milliseconds=settings.stride / 16,
-        padding=_GROUP_NORM if settings.extractor_mode == "default" else "",
         norm="" if settings.layer_norm_first else " and a layer norm",
-        last=_last_row(settings),
+        last=last if settings.layer_norm_first else "",
         tolerance=tolerance,
         error=error,
         made=how_made(loaded.about),
     )
 
 
-def _last_row(settings: StudentSettings) -> str:
-    if not settings.layer_norm_first:
-        return ""
-    return (
-        "| `last_hidden_state`: after the final layer norm; transformers 4 returns it as "
-        f"`hidden_states[{settings.encoder_layers}]` too | the input of the prediction heads |\n"
+def package_card(
+    loaded: LoadedStudent,
+    heads: Mapping[str, Any],
+    cost: Mapping[str, Any],
+    name: str,
+    data: str = "",
+) -> str:
+    """Text of the card of a package.
+
+    Args:
+        loaded: the student; its ``about`` records how it was trained.
+        heads: the heads in the package, as in its ``config``.
+        cost: from :func:`..superb.cost.measure_cost`.
+        name: title of the card.
+        data: description of the training data; replaces the one in the student file.
+    """
+    settings = loaded.student.settings
+    states, lines = settings.encoder_layers + 1, []
+    for head_name, head in heads.items():
+        count = head["layers"] * len(head["parts"])
+        span = f"{states}" if count == 1 else f"{states} to {states + count - 1}"
+        lines.append(f"- {span}: the teacher layers that the head `{head_name}` predicts\n")
+        states += count
+    of_student = settings.encoder_layers + 1
+    scale = settings.feature_grad_mult
+    scaled = "was not trained" if scale == 0 else f"was trained with its gradient times {scale:g}"
+    note = (
+        f"\nThe conv extractor {scaled}; in fine-tuning, this package does not scale gradients.\n"
     )
+    return _PACKAGE_CARD.format(
+        **_facts(settings),
+        **{bucket: macs / 1e9 for bucket, macs in cost["macs_buckets"].items()},
+        name=name,
+        parameters=cost["parameters"],
+        unused=f" ({cost['unused']:,} of them unused)" if cost["unused"] else "",
+        macs=cost["macs"] / 1e9,
+        conv=len(settings.conv_layers),
+        states=(
+            f"{states}: {of_student} of the student, {states - of_student} of its heads"
+            if heads
+            else states
+        ),
+        before_norm=", before the last layer norm" if settings.layer_norm_first else "",
+        heads="".join(lines),
+        made=how_made(loaded.about, data),
+        fine_tuning="" if scale == 1 else note,
+    )
+
+
+def _facts(settings: StudentSettings) -> dict[str, Any]:
+    """What both cards say of the student's architecture."""
+    return {
+        "layers": settings.encoder_layers,
+        "plural": "" if settings.encoder_layers == 1 else "s",
+        "width": settings.encoder_embed_dim,
+        "stride": settings.stride,
+        "milliseconds": settings.stride / 16,
+        "padding": _GROUP_NORM if settings.extractor_mode == "default" else "",
+    }
 
 
 def how_made(about: Mapping[str, Any], data: str = "") -> str:

@@ -28,6 +28,7 @@ from .. import __version__
 from ..distill.student import Student, build_backbone
 from ..distill.student_forward import student_forward
 from ..errors import CheckpointError, SetupError
+from .compare import largest_difference, noise_waves
 
 INPUTS, OUTPUTS = ("waves", "lengths"), ("hidden_states", "frame_lengths")
 DYNAMIC = {
@@ -39,7 +40,7 @@ DYNAMIC = {
 OPSET = 17  # the first with LayerNormalization; torch's exporter supports up to 20
 _LIMIT = 2 * 10**9  # bytes; a protobuf cannot be larger than 2 GiB
 
-TOLERANCE = 1e-4  # absolute; relative to the layer's largest value if that is above 1
+TOLERANCE = 1e-4  # see largest_difference
 SECONDS = (0.1, 1.0, 3.0)  # test waveforms, run one by one and as one padded batch
 
 
@@ -117,10 +118,8 @@ def onnx_bytes(student: Student, opset: int = OPSET) -> bytes:
     Metadata: ``sample_rate`` (Hz), ``stride`` (samples per frame), ``min_samples``, ``made_by``.
 
     Raises:
-        SetupError: onnx or onnxruntime is not installed.
         CheckpointError: the student is too large for one file.
     """
-    require_onnx()
     import onnx
 
     size = sum(p.numel() for p in student.parameters()) * 4
@@ -159,16 +158,15 @@ class OnnxSession:
 
     Args:
         graph: the contents of an ``.onnx`` file.
-        threads: CPU threads; None means onnxruntime's default.
+        threads: CPU threads.
     """
 
-    def __init__(self, graph: bytes, threads: int | None = None):
+    def __init__(self, graph: bytes, threads: int):
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3  # errors
-        if threads:
-            options.intra_op_num_threads = options.inter_op_num_threads = threads
+        options.intra_op_num_threads = options.inter_op_num_threads = threads
         self.session = onnxruntime.InferenceSession(
             graph, options, providers=["CPUExecutionProvider"]
         )
@@ -180,8 +178,7 @@ class OnnxSession:
             ``hidden_states [layer, batch, frame, dim]`` and ``frame_lengths [batch]``.
         """
         feed = {"waves": waves.numpy(), "lengths": lengths.numpy()}
-        hidden_states, frame_lengths = self.session.run(None, feed)
-        return hidden_states, frame_lengths
+        return tuple(self.session.run(None, feed))
 
 
 def check(student: Student, run: OnnxSession) -> float:
@@ -191,27 +188,22 @@ def check(student: Student, run: OnnxSession) -> float:
         The largest absolute difference in a hidden state.
 
     Raises:
-        CheckpointError: the difference is above :data:`TOLERANCE`, or the frame counts differ.
+        CheckpointError: it is above :data:`TOLERANCE`, or the frame counts differ.
     """
     worst = 0.0
     for waves, lengths in _batches(student):
         with torch.no_grad():
             expected = student(waves, lengths)
-        onnx_states, frames = run(waves, lengths)
-        expected_frames = expected.mask.sum(1).int().tolist()
-        if frames.tolist() != expected_frames:
+        states, frames = map(torch.from_numpy, run(waves, lengths))
+        expected_frames = expected.mask.sum(1).long()
+        if not torch.equal(frames, expected_frames):
             raise CheckpointError(
-                f"the ONNX graph gives {frames.tolist()} frames, expected {expected_frames}; "
-                "nothing is written"
+                f"the ONNX graph gives {frames.tolist()} frames, expected "
+                f"{expected_frames.tolist()}; nothing is written"
             )
-        for torch_state, onnx_state in zip(expected.hidden_states, onnx_states, strict=True):
-            error = float(np.abs(torch_state.numpy() - onnx_state).max())
-            if not error <= TOLERANCE * max(1.0, torch_state.abs().max().item()):
-                raise CheckpointError(
-                    f"the ONNX graph differs from torch by {error:.1e} at {waves.shape[1]} samples "
-                    f"(at most {TOLERANCE:.0e} is allowed); nothing is written"
-                )
-            worst = max(worst, error)
+        subject = f"the ONNX graph, run on {waves.shape[1]} samples,"
+        error = largest_difference(expected.hidden_states, list(states), TOLERANCE, subject)
+        worst = max(worst, error)
     return worst
 
 
@@ -290,17 +282,14 @@ def speed(
         with torch.inference_mode():
             student(waves, lengths)
 
-    runs: dict[str, Callable[[], object]] = {"torch": run_torch}
-    for name, session in sessions.items():
-        runs[name] = functools.partial(session, waves, lengths)
-    factors = real_time_factors(runs, seconds)
+    runs = {name: functools.partial(run, waves, lengths) for name, run in sessions.items()}
+    factors = real_time_factors({"torch": run_torch, **runs}, seconds)
     return {name: statistics.median(values) for name, values in factors.items()}
 
 
 def _batches(student: Student) -> list[tuple[Tensor, Tensor]]:
     """Test inputs ``(waves, lengths)``: each waveform alone, then all as a padded batch."""
-    generator = torch.Generator().manual_seed(0)
     counts = [max(student.settings.min_samples, round(s * 16_000)) for s in SECONDS]
-    waves = [0.1 * torch.randn(count, generator=generator) for count in counts]
+    waves = noise_waves(*counts)
     single = [(wave[None], torch.tensor([len(wave)])) for wave in waves]
     return [*single, (pad_sequence(waves, batch_first=True), torch.tensor(counts))]

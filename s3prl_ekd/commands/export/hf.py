@@ -11,16 +11,12 @@ example:
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from .student import add_checkpoint, load_checkpoint
+from . import load_checkpoint
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Add the options of ``export hf``."""
-    add_checkpoint(parser)
-    parser.add_argument("-o", "--output", metavar="DIR", type=Path, required=True)
-    parser.add_argument("--force", action="store_true", help="replace an existing export in DIR")
+    """``export hf`` has no further options."""
 
 
 def main(args: argparse.Namespace) -> int:

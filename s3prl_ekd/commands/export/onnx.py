@@ -16,13 +16,11 @@ import argparse
 from pathlib import Path
 
 from ...errors import CheckpointError
-from .student import add_checkpoint, load_checkpoint
+from . import check_output, load_checkpoint
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``export onnx``."""
-    add_checkpoint(parser)
-    parser.add_argument("-o", "--output", metavar="FILE", type=Path, required=True)
     parser.add_argument(
         "--int8",
         action="store_true",
@@ -32,7 +30,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--opset", type=int, default=17, choices=(17, 18, 19, 20), help="default: 17"
     )
-    parser.add_argument("--force", action="store_true", help="overwrite existing files")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -53,8 +50,7 @@ def main(args: argparse.Namespace) -> int:
     if args.int8:
         outputs["int8"] = args.output.with_name(f"{args.output.stem}.int8{args.output.suffix}")
     for path in outputs.values():
-        if path.exists() and not args.force:
-            raise CheckpointError(f"{path} exists; add --force to write over it")
+        check_output(path, args.force)
     require_onnx()  # before the checkpoint is loaded
     source, loaded = load_checkpoint(args.checkpoint)
     student = loaded.student

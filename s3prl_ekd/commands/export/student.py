@@ -16,29 +16,20 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from pathlib import Path
-from typing import TYPE_CHECKING
 
-from ...errors import CheckpointError
-
-if TYPE_CHECKING:
-    from ...student_file import LoadedStudent
+from . import add_heads, check_output, load_checkpoint
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``export student``."""
-    add_checkpoint(parser)
-    parser.add_argument("-o", "--output", metavar="FILE", type=Path, required=True)
     add_heads(parser, "the prediction heads; -s hidden_states_and_heads needs them")
-    parser.add_argument("--force", action="store_true", help="overwrite an existing FILE")
 
 
 def main(args: argparse.Namespace) -> int:
     """Write the file; return exit code 0."""
     from ...student_file import write_student
 
-    if args.output.exists() and not args.force:
-        raise CheckpointError(f"{args.output} exists; add --force to write over it")
+    check_output(args.output, args.force)
     if (args.checkpoint / "config.json").is_file():  # a run's folder has no such file
         from ...export.huggingface import load_hf_student
 
@@ -56,38 +47,3 @@ def main(args: argparse.Namespace) -> int:
     path = shlex.quote(str(args.output))
     print(f"next: run_downstream.py -m train -u ekd_student -k {path} -d asr -n my_asr")
     return 0
-
-
-def add_checkpoint(parser: argparse.ArgumentParser) -> None:
-    """Add the argument ``CKPT``; :func:`load_checkpoint` reads it."""
-    parser.add_argument(
-        "checkpoint",
-        metavar="CKPT",
-        type=Path,
-        help="a student file, states-*.ckpt, or a run's folder (its newest checkpoint)",
-    )
-
-
-def add_heads(parser: argparse.ArgumentParser, help_text: str) -> None:
-    """Add the option ``--heads keep|drop``."""
-    parser.add_argument(
-        "--heads", choices=("keep", "drop"), default="keep", help=f"{help_text} (default: keep)"
-    )
-
-
-def load_checkpoint(checkpoint: Path) -> tuple[Path, LoadedStudent]:
-    """Load a student file or a checkpoint; of a run's folder, the newest checkpoint.
-
-    Returns:
-        The path of the file, and its contents.
-
-    Raises:
-        CheckpointError: no such file, no checkpoint in the folder, or the file has no student.
-    """
-    from ...files.run_checkpoints import newest_checkpoint
-    from ...student_file import load_student
-
-    path = newest_checkpoint(checkpoint) if checkpoint.is_dir() else checkpoint
-    if path is None:
-        raise CheckpointError(f"no checkpoints (states-*.ckpt) in {checkpoint}")
-    return path, load_student(path)

@@ -18,35 +18,28 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ...errors import CheckpointError
-from .student import add_checkpoint, add_heads, load_checkpoint
+from . import add_heads, load_checkpoint
 
 if TYPE_CHECKING:
     from torch import nn
 
-TOLERANCE = 1e-6  # relative to a hidden state's largest value if that is above 1, else absolute
+TOLERANCE = 1e-6  # see largest_difference
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``export superb``."""
-    add_checkpoint(parser)
-    parser.add_argument("-o", "--output", metavar="DIR", type=Path, required=True)
     add_heads(parser, "the prediction heads and their outputs in hidden_states")
     parser.add_argument(
-        "--data",
-        metavar="TEXT",
-        default="",
-        help="training data, as text for the model card",
+        "--data", metavar="TEXT", default="", help="training data, as text for the model card"
     )
-    parser.add_argument("--force", action="store_true", help="replace an existing package in DIR")
 
 
 def main(args: argparse.Namespace) -> int:
     """Write the folder; return exit code 0."""
     from ...export.folder import export_folder
-    from ...export.hidden_set.card import package_card
     from ...export.hidden_set.package import FILES, package_contents, write_package
     from ...export.hidden_set.template.expert import UpstreamExpert
+    from ...export.model_card import package_card
     from ...superb.cost import measure_cost
     from ..cost import print_cost
 
@@ -58,13 +51,8 @@ def main(args: argparse.Namespace) -> int:
         expert = UpstreamExpert(folder / "model.pt").eval()
         error = _compare(expert, path, keep)
         cost = measure_cost(expert)
-        card = package_card(
-            loaded,
-            contents["config"]["heads"],
-            cost,
-            args.output.resolve().name,
-            args.data,
-        )
+        name, heads = args.output.resolve().name, contents["config"]["heads"]
+        card = package_card(loaded, heads, cost, name, args.data)
         write_package(contents, card, folder)
     print(f"{path} -> {args.output}, heads {'kept' if keep else 'dropped'}")
     print_cost(cost)
@@ -74,35 +62,19 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _compare(expert: nn.Module, path: Path, heads: bool) -> float:
-    """Compare the package with ``ekd_student`` on a batch of three waveforms.
-
-    Returns:
-        The largest relative difference in a hidden state.
+    """Compare the package with ``ekd_student``; return the largest difference.
 
     Raises:
-        CheckpointError: the difference is above :data:`TOLERANCE`, or shapes differ.
+        CheckpointError: it is above :data:`TOLERANCE`.
     """
     import torch
 
+    from ...export.compare import largest_difference, noise_waves
     from ...upstream.expert import UpstreamExpert as Student
 
-    generator = torch.Generator().manual_seed(0)
-    waves = [0.1 * torch.randn(n, generator=generator) for n in (32000, 9600, 200)]
+    waves = noise_waves(32_000, 9_600, 200)
     with torch.no_grad():
-        expected = Student(path).eval()(waves)[
-            "hidden_states_and_heads" if heads else "hidden_states"
-        ]
+        outputs = Student(path).eval()(waves)
         states = expert(waves)["hidden_states"]
-    shapes = [tuple(state.shape) for state in expected], [tuple(state.shape) for state in states]
-    error = float("inf")
-    if shapes[0] == shapes[1]:
-        error = max(
-            ((a - b).abs().max() / a.abs().max().clamp(min=1)).item()
-            for a, b in zip(expected, states, strict=True)
-        )
-    if not error <= TOLERANCE:
-        raise CheckpointError(
-            f"{path}: the hidden states of the package differ from the student's by {error:.1e} "
-            f"(at most {TOLERANCE:.0e} is allowed); nothing is written"
-        )
-    return error
+    expected = outputs["hidden_states_and_heads" if heads else "hidden_states"]
+    return largest_difference(expected, states, TOLERANCE, f"the package of {path}")
