@@ -147,32 +147,6 @@ def test_a_package_passes_and_equals_the_student(package, student_file, waves):
         torch.testing.assert_close(state, reference, atol=1e-6, rtol=0)
 
 
-CONV_AS_WIDE_AS_LAYERS = "[(48,10,5)] + [(48,3,2)] * 4 + [(48,2,2)] * 2"
-ARCHITECTURES = {
-    "norm first": {"layer_norm_first": True, "activation_fn": "relu"},
-    "layer norm": {"extractor_mode": "layer_norm", "conv_pos": 15, "encoder_layers": 1},
-    "no projection": {"extractor_conv_feature_layers": CONV_AS_WIDE_AS_LAYERS},
-}
-
-
-@pytest.mark.parametrize("heads", ["split", "linear", None])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_packages_of_other_architectures_equal_the_student(tmp_path, waves, architecture, heads):
-    student = Student(StudentSettings(**{**STUDENT, **ARCHITECTURES[architecture]})).eval()
-    targets = {"hubert": TargetSpec(2, (48,))} if heads else {}
-    head = PredictionHeads(student.width, targets, heads).eval() if heads else None
-    loaded = LoadedStudent(student, head, targets, {})
-    write_student(loaded, tmp_path / "student.pt")
-    write_package(package_contents(loaded, heads is not None), "", tmp_path)
-    upstream = UpstreamExpert(tmp_path / "student.pt").eval()
-    with torch.no_grad():
-        states = load_package(tmp_path)(waves)["hidden_states"]
-        expected = upstream(waves)["hidden_states_and_heads" if heads else "hidden_states"]
-    assert len(states) == len(expected)
-    for state, reference in zip(states, expected, strict=True):
-        torch.testing.assert_close(state, reference, atol=1e-6, rtol=0)
-
-
 def test_a_package_contains_the_code_of_student_forward(package):
     code = inspect.getsource(student_forward).partition("import annotations\n")[2]
     source = (package / "expert.py").read_text()

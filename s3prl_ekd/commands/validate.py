@@ -20,6 +20,8 @@ example:
 from __future__ import annotations
 
 import argparse
+from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -61,30 +63,16 @@ def main(args: argparse.Namespace) -> int:
         check_report(args.json)
     lengths = librispeech_lengths(args.librispeech) if args.librispeech else LENGTHS
     results, cost = validate(args.package, lengths, args.timeout, _print)
-    counts = {status: 0 for status in ("pass", "fail", "warn", "skip")}
-    for result in results:
-        counts[result.status] += 1
+    counts = Counter(result.status for result in results)
     failed = [result.name for result in results if result.status == "fail"]
     print(
         f"{counts['pass']} passed, {counts['fail']} failed, {counts['warn']} warnings, "
         f"{counts['skip']} skipped" + (f"; failed: {', '.join(failed)}" if failed else "")
     )
     if args.json is not None:
-        report = {
-            "package": args.package.resolve().name,
-            "ok": not failed,
-            "checks": [
-                {
-                    "name": result.name,
-                    "official": result.official,
-                    "status": result.status,
-                    "reason": result.reason,
-                }
-                for result in results
-            ],
-            "cost": cost,
-        }
-        write_report(args.json, report)
+        checks = [{**asdict(result), "official": result.official} for result in results]
+        report = {"package": args.package.resolve().name, "ok": not failed, "checks": checks}
+        write_report(args.json, {**report, "cost": cost})
     return 1 if failed else 0
 
 

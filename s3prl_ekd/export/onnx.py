@@ -30,8 +30,7 @@ from ..distill.student_forward import student_forward
 from ..errors import CheckpointError, SetupError
 from .compare import largest_difference, noise_waves
 
-INPUTS, OUTPUTS = ("waves", "lengths"), ("hidden_states", "frame_lengths")
-DYNAMIC = {
+DYNAMIC: dict[str, Any] = {  # the dynamic dimensions of inputs and outputs, by their names
     "waves": {0: "batch", 1: "sample"},
     "lengths": {0: "batch"},
     "hidden_states": {1: "batch", 2: "frame"},
@@ -45,11 +44,7 @@ SECONDS = (0.1, 1.0, 3.0)  # test waveforms, run one by one and as one padded ba
 
 
 class OnnxStudent(nn.Module):
-    """A copy of a student, with the inputs and outputs of the ONNX graph.
-
-    Args:
-        student: in eval mode.
-    """
+    """A copy of a student in eval mode, with the inputs and outputs of the ONNX graph."""
 
     def __init__(self, student: Student):
         super().__init__()
@@ -128,18 +123,17 @@ def onnx_bytes(student: Student, opset: int = OPSET) -> bytes:
     model = OnnxStudent(student).eval()
     waves = torch.zeros(2, 4 * student.settings.min_samples)  # any sizes: both are dynamic
     file = io.BytesIO()
-    # dynamo=False: the newer exporter needs more packages and is unfinished before torch 2.9
-    export_options: dict[str, Any] = {"dynamo": False, "dynamic_axes": DYNAMIC}
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         torch.onnx.export(
             model,
             (waves, torch.tensor([waves.shape[1], waves.shape[1] // 2])),
             file,  # type: ignore[arg-type]  # torch's annotation allows paths only
-            input_names=list(INPUTS),
-            output_names=list(OUTPUTS),
+            input_names=["waves", "lengths"],
+            output_names=["hidden_states", "frame_lengths"],
             opset_version=opset,
-            **export_options,
+            dynamic_axes=DYNAMIC,
+            dynamo=False,  # the newer exporter needs more packages, unfinished before torch 2.9
         )
     graph = onnx.load_from_string(file.getvalue())
     metadata = {
@@ -154,12 +148,7 @@ def onnx_bytes(student: Student, opset: int = OPSET) -> bytes:
 
 
 class OnnxSession:
-    """An onnxruntime session on the CPU.
-
-    Args:
-        graph: the contents of an ``.onnx`` file.
-        threads: CPU threads.
-    """
+    """An onnxruntime session of the contents of an ``.onnx`` file, on ``threads`` CPU threads."""
 
     def __init__(self, graph: bytes, threads: int):
         import onnxruntime

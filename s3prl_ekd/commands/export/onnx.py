@@ -36,40 +36,32 @@ def main(args: argparse.Namespace) -> int:
     """Write the file or files; return exit code 0."""
     import torch
 
-    from ...export.onnx import (
-        OnnxSession,
-        check,
-        onnx_bytes,
-        quantised,
-        relative_errors,
-        require_onnx,
-        speed,
-    )
+    from ...export import onnx
 
     outputs = {"fp32": args.output}
     if args.int8:
         outputs["int8"] = args.output.with_name(f"{args.output.stem}.int8{args.output.suffix}")
     for path in outputs.values():
         check_output(path, args.force)
-    require_onnx()  # before the checkpoint is loaded
+    onnx.require_onnx()  # before the checkpoint is loaded
     source, loaded = load_checkpoint(args.checkpoint)
     student = loaded.student
     threads = torch.get_num_threads()  # the same for onnxruntime, so that speeds are comparable
-    graphs = {"fp32": onnx_bytes(student, args.opset)}
-    sessions = {"fp32": OnnxSession(graphs["fp32"], threads)}
-    worst = check(student, sessions["fp32"])
+    graphs = {"fp32": onnx.onnx_bytes(student, args.opset)}
+    sessions = {"fp32": onnx.OnnxSession(graphs["fp32"], threads)}
+    worst = onnx.check(student, sessions["fp32"])
     print(f"{source}: largest difference of the ONNX graph from torch: {worst:.1e}")
     if args.int8:
-        graphs["int8"] = quantised(graphs["fp32"])
-        sessions["int8"] = OnnxSession(graphs["int8"], threads)
-    errors = {name: relative_errors(student, session) for name, session in sessions.items()}
+        graphs["int8"] = onnx.quantised(graphs["fp32"])
+        sessions["int8"] = onnx.OnnxSession(graphs["int8"], threads)
+    errors = {name: onnx.relative_errors(student, session) for name, session in sessions.items()}
     for name, values in errors.items():
         if not max(values) < 1:
             raise CheckpointError(
                 f"the relative error of the {name} graph is {max(values)}, expected below 1; "
                 "nothing is written"
             )
-    factors = speed(student, sessions)
+    factors = onnx.speed(student, sessions)
     for name, path in outputs.items():
         _write(path, graphs[name])
         *_, alone, batch = errors[name]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import IO, Any
 
 import safetensors.torch
@@ -31,15 +32,11 @@ class BadMessage(Exception):
     """No message came, or it is malformed or too large."""
 
 
+@dataclass(frozen=True)
 class OpaqueObject:
-    """Placeholder for an object other than a list, tuple, dict or plain tensor.
+    """Placeholder for an object other than a list, tuple, dict or plain tensor."""
 
-    Attributes:
-        name: the name of its type.
-    """
-
-    def __init__(self, name: str):
-        self.name = name
+    name: str  # of its type
 
 
 def type_name(value: Any) -> str:

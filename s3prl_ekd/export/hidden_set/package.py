@@ -20,9 +20,10 @@ from torch import Tensor
 from ...distill import student_forward
 from ...errors import CheckpointError
 from ...student_file import LoadedStudent, heads_problem
+from .static_checks import REQUIRED_FILES, SUBMISSION_FILES
 
 TEMPLATES = Path(__file__).parent / "template"
-FILES = ("expert.py", "model.pt", "requirements.txt", "README.md", "LICENSE", "cli.py")
+FILES = (*REQUIRED_FILES, *SUBMISSION_FILES)
 _COPIED = {"cli.py": "cli.py", "requirements.txt": "requirements.txt", "license.txt": "LICENSE"}
 
 # The template's only import from s3prl_ekd; expert_source() replaces it by the module's code.
@@ -53,13 +54,11 @@ def package_contents(loaded: LoadedStudent, keep_heads: bool) -> dict[str, Any]:
     if keep_heads and problem:
         raise CheckpointError(f"cannot keep the heads: {problem}; add --heads drop")
     settings = loaded.student.settings
-    head_config = {}
     heads = loaded.heads if keep_heads else None
-    if keep_heads:
-        head_config = {
-            name: {"layers": spec.layers, "parts": list(spec.parts)}
-            for name, spec in loaded.targets.items()
-        }
+    head_config = {
+        name: {"layers": spec.layers, "parts": list(spec.parts)}
+        for name, spec in (loaded.targets.items() if keep_heads else ())
+    }
     config = {
         "conv_layers": [list(layer) for layer in settings.conv_layers],
         "conv_norm": settings.extractor_mode,
@@ -82,7 +81,10 @@ def package_contents(loaded: LoadedStudent, keep_heads: bool) -> dict[str, Any]:
     if settings.layer_norm_first and not head_config:  # only the heads use this norm
         del weights["encoder.layer_norm.weight"], weights["encoder.layer_norm.bias"]
     if heads is not None:
-        weights.update(_head_weights(heads.state_dict()))
+        for name, value in heads.state_dict().items():
+            head, _, suffix = name.partition(".net.")
+            new_suffix, reshape = _HEAD_WEIGHTS[suffix]
+            weights[f"heads.{head}.{new_suffix}"] = reshape(value)
     return {
         "config": config,
         "weights": {name: value.detach().clone().contiguous() for name, value in weights.items()},
@@ -107,12 +109,3 @@ def write_package(contents: Mapping[str, Any], card: str, folder: Path) -> None:
     saved = {**contents, "config": json.dumps(contents["config"])}
     torch.save(saved, folder / "model.pt")
     (folder / "README.md").write_text(card, encoding="utf-8")
-
-
-def _head_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    weights = {}
-    for name, value in state.items():
-        head, _, suffix = name.partition(".net.")
-        new_suffix, reshape = _HEAD_WEIGHTS[suffix]
-        weights[f"heads.{head}.{new_suffix}"] = reshape(value)
-    return weights

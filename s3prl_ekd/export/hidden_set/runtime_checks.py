@@ -65,7 +65,7 @@ class Package:
         send_request: sends a request (facts, tensors) to the process in which the package runs, and
             returns the reply.
         offline: whether that process has no network.
-        result: of forward on SUPERB's batch, set by that check.
+        output: of the first forward on SUPERB's batch, set by ``check_forward``.
         cost: set by the checks of parameters and MACs.
         waves: SUPERB's batch.
     """
@@ -74,7 +74,7 @@ class Package:
     lengths: Mapping[str, Sequence[int]]
     send_request: Callable[[Mapping[str, Any], Sequence[Tensor]], Message]
     offline: bool = False
-    result: Any = None
+    output: Any = None
     cost: dict[str, Any] | None = None
     waves: list[Tensor] = field(default_factory=lambda: noise(*SECONDS))
 
@@ -104,9 +104,9 @@ class Package:
             {id(tensor): device for tensor, device in zip(tensors, devices, strict=True)},
         )
 
-    def run(self, waves: list[Tensor], train: bool = False) -> list[Tensor]:
+    def states(self, waves: list[Tensor], train: bool = False) -> list[Tensor]:
         """Run one forward and return all its hidden states, ``[batch, frame, dim]`` each."""
-        return states_of(self.forward(waves, train).result)
+        return states_of(self.forward(waves, train))
 
     def rate(self, task: str = "secret") -> int:
         """Samples per frame. Raises CheckFailed if it is not a positive int."""
@@ -124,14 +124,14 @@ class Package:
         return texts(self.facts("blocked").get(kind))
 
 
-def states_of(result: Any) -> list[Tensor]:
+def states_of(output: ForwardResult) -> list[Tensor]:
     """All hidden states of all tasks, each once.
 
     Raises:
         CheckSkipped: the result has another form, which another check reports.
     """
     try:
-        states = hidden_states(result, TASKS)
+        states = hidden_states(output.result, TASKS)
     except (TypeError, KeyError, AttributeError):
         states = []
     if not states or not all(isinstance(state, Tensor) and state.dim() == 3 for state in states):
@@ -174,19 +174,15 @@ def distance(reference: Tensor, other: Tensor, reduce: Callable = torch.max) -> 
 
 
 def largest_distance(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:
-    """The largest :func:`distance` between the layers of two forwards.
-
-    Raises:
-        CheckFailed: they have different numbers of layers.
-    """
+    """The largest :func:`distance` between the layers of two forwards, which must be as many."""
     if len(first) != len(second):
         raise CheckFailed(f"{len(first)} hidden states in one forward, {len(second)} in another")
     return max(map(distance, first, second))
 
 
-def require_device(output: ForwardResult, states: Sequence[Tensor], device: str) -> None:
-    """Raise CheckFailed unless all ``states`` were on ``device``."""
-    devices = {output.devices[id(state)] for state in states}
+def require_device(output: ForwardResult, device: str) -> None:
+    """Raise CheckFailed unless all hidden states were on ``device``."""
+    devices = {output.devices[id(state)] for state in states_of(output)}
     if {name.split(":")[0] for name in devices} != {device}:
         names = ", ".join(sorted(devices))
         raise CheckFailed(f"hidden states are on {names}, the waveforms on {device}")
@@ -214,9 +210,8 @@ def check_import(package: Package) -> str:
             raise CheckFailed(f"the package needs {error.module}: {error}") from None
         hint = f"{error.module} is not installed; type: pip install -r requirements.txt"
         raise CheckFailed(f"{error}; {hint}") from None
-    file = facts.get("file")
-    if not isinstance(file, str) or not file.startswith(str(package.folder)):
-        raise CheckFailed(f"imported another module named expert: {text(file)}")
+    if not str(facts.get("file")).startswith(str(package.folder)):
+        raise CheckFailed(f"imported another module named expert: {text(facts.get('file'))}")
     blocked = ", ".join(package.blocked("packages"))
     if blocked:
         return f"works without {blocked}, which it tries to import"
@@ -248,15 +243,16 @@ def check_keywords(package: Package) -> str:
 
 def check_forward(package: Package) -> str:
     """forward on waveforms of 2, 1.8 and 3.7 s returns a dict."""
-    package.result = package.forward(package.waves).result
-    if not isinstance(package.result, dict):
-        raise CheckFailed(f"forward returns a {type_name(package.result)}, expected a dict")
-    return "a dict with " + ", ".join(package.result)
+    package.output = package.forward(package.waves)
+    result = package.output.result
+    if not isinstance(result, dict):
+        raise CheckFailed(f"forward returns a {type_name(result)}, expected a dict")
+    return "a dict with " + ", ".join(result)
 
 
 def check_lists(package: Package) -> str:
     """Each task has a list of tensors ``[batch, frame, dim]`` of the same shape."""
-    result = package.result
+    result = package.output.result
     if "hidden_states" not in result:
         raise CheckFailed("the dict that forward returns has no key hidden_states")
     tasks = [task for task in TASKS if task in result]
@@ -291,26 +287,24 @@ def check_rates(package: Package) -> str:
 def check_frames(package: Package) -> str:
     """The frame count matches that rate for the longest waveform, within 4 frames."""
     samples = max(len(wave) for wave in package.waves)
+    result = package.output.result
     for task in TASKS:
-        frames = package.result.get(task, package.result["hidden_states"])[0].shape[1]
+        frames = result.get(task, result["hidden_states"])[0].shape[1]
         require_frame_count(frames, samples, package.rate(task))
     return f"{frames} frames for {samples} samples"
 
 
 def check_values(package: Package) -> str:
     """Hidden states are finite float32."""
-    for i, state in enumerate(package.run(package.waves)):
-        if state.dtype != torch.float32:
-            raise CheckFailed(f"hidden state {i} is {state.dtype}, expected torch.float32")
-        if not torch.isfinite(state).all():
-            raise CheckFailed(f"hidden state {i} has NaN or infinite values")
+    for i, state in enumerate(states_of(package.output)):
+        if state.dtype != torch.float32 or not torch.isfinite(state).all():
+            raise CheckFailed(f"hidden state {i} ({state.dtype}) is not finite torch.float32")
     return "finite float32"
 
 
 def check_output_device(package: Package) -> str:
     """Hidden states are on the device of the waveforms."""
-    output = package.forward(package.waves)
-    require_device(output, states_of(output.result), "cpu")
+    require_device(package.output, "cpu")
     return "cpu"
 
 
@@ -319,32 +313,26 @@ def check_gpu(package: Package) -> str:
     name = package.facts("cuda").get("name")
     if name is None:
         raise CheckSkipped("no CUDA device")
-    expected = package.run(package.waves)
     output = package.forward(package.waves, device="cuda")
-    states = states_of(output.result)
-    require_device(output, states, "cuda")
-    largest = largest_distance(expected, states)
+    require_device(output, "cuda")
+    largest = largest_distance(states_of(package.output), states_of(output))
+    difference = f"{text(name)}: differs from the CPU by up to {largest:.1e} standard deviations"
     if not largest < 0.1:
-        raise CheckFailed(
-            f"hidden states differ from those on the CPU by {largest:.1e} standard deviations"
-        )
-    return f"{text(name)}: differs from the CPU by at most {largest:.1e} standard deviations"
+        raise CheckFailed(difference)
+    return difference
 
 
 def check_inputs(package: Package) -> str:
     """forward does not change the waveforms."""
-    waves_after = package.forward(package.waves).waves
-    for i, (wave, original) in enumerate(zip(waves_after, package.waves, strict=True)):
+    for i, (wave, original) in enumerate(zip(package.output.waves, package.waves, strict=True)):
         if not torch.equal(wave, original):
-            raise CheckFailed(
-                f"forward changes waveform {i} in place; the caller may still need it"
-            )
+            raise CheckFailed(f"forward changes waveform {i}; the caller may still need it")
     return "unchanged"
 
 
 def check_repeat(package: Package) -> str:
     """Two forwards in eval mode are identical."""
-    largest = largest_distance(package.run(package.waves), package.run(package.waves))
+    largest = largest_distance(states_of(package.output), package.states(package.waves))
     if largest > 0:
         raise CheckFailed(
             f"two forwards in eval mode differ by {largest:.1e} standard deviations; is dropout or "
@@ -356,8 +344,8 @@ def check_repeat(package: Package) -> str:
 def check_modes(package: Package) -> str:
     """The same number of layers in train and eval mode."""
     waves = noise(0.5)
-    expected = len(package.run(waves))
-    counts = {len(package.run(waves, train=True)) for _ in range(10)}
+    expected = len(package.states(waves))
+    counts = {len(package.states(waves, train=True)) for _ in range(10)}
     if counts != {expected}:
         raise CheckFailed(
             f"{expected} layers in eval mode, but {' or '.join(map(str, sorted(counts)))} in train "
@@ -368,22 +356,20 @@ def check_modes(package: Package) -> str:
 
 def check_order(package: Package) -> str:
     """The order of the batch does not change hidden states."""
-    states = package.run(package.waves)
-    reversed_states = [state.flip(0) for state in package.run(package.waves[::-1])]
-    largest = largest_distance(states, reversed_states)
+    reversed_states = [state.flip(0) for state in package.states(package.waves[::-1])]
+    largest = largest_distance(states_of(package.output), reversed_states)
+    difference = f"the reversed batch differs by up to {largest:.0e} standard deviations"
     if not largest < TOLERANCE:
-        raise CheckFailed(
-            f"in the reversed batch, hidden states differ by {largest:.1e} standard deviations"
-        )
-    return f"differs by at most {largest:.0e} standard deviations"
+        raise CheckFailed(difference)
+    return difference
 
 
 def check_batching(package: Package) -> str:
     """Compare the hidden states of an utterance alone and in a batch, for information."""
-    together = package.run(package.waves)
+    together = states_of(package.output)
     maxima, means = [], []
     for i, wave in enumerate(package.waves):
-        for alone, batched in zip(package.run([wave]), together, strict=True):
+        for alone, batched in zip(package.states([wave]), together, strict=True):
             count = alone.shape[1]
             if batched.shape[1] < count:
                 raise CheckFailed(
@@ -402,12 +388,10 @@ def check_batching(package: Package) -> str:
 
 def check_length(seconds: float, package: Package) -> str:
     """forward on one waveform: finite hidden states with the expected frame count."""
-    states = package.run(noise(seconds))
+    states = package.states(noise(seconds))
     for i, state in enumerate(states):
-        if state.shape[1] == 0:
-            raise CheckFailed(f"hidden state {i} has no frames")
-        if not torch.isfinite(state).all():
-            raise CheckFailed(f"hidden state {i} is not finite")
+        if state.shape[1] == 0 or not torch.isfinite(state).all():
+            raise CheckFailed(f"hidden state {i} has no frames or is not finite")
         require_frame_count(state.shape[1], int(seconds * RATE), package.rate())
     return f"{states[0].shape[1]} frames"
 
@@ -488,12 +472,12 @@ CHECKS: dict[str, Callable[[Package], str]] = {
     "macs": check_macs,
 }
 NEEDS: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(CHECKS, ("build",)),
     **dict.fromkeys(("weights", "network"), ()),
     "import": ("weights",),
-    "build": ("import",),
-    "keywords": ("import",),
-    "lists": ("forward",),
+    **dict.fromkeys(("build", "keywords"), ("import",)),
+    **dict.fromkeys(("forward", "rates", "modes", "parameters", "macs"), ("build",)),
+    **dict.fromkeys(("lists", "values", "device", "gpu", "inputs"), ("forward",)),
+    **dict.fromkeys(("repeat", "order", "batching"), ("forward",)),
     "frames": ("lists", "rates"),
     **dict.fromkeys(("0.05 s", "1 s", "35 s"), ("build", "rates")),
 }

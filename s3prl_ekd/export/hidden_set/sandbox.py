@@ -65,7 +65,7 @@ def validate(
         lengths: lengths (samples) of the utterances for counting MACs, by bucket.
         limit: seconds for all checks that run the package.
         show: called with each outcome as soon as it is known.
-        names: the checks of :data:`.runtime_checks.CHECKS` to run.
+        names: the checks that run the package.
 
     Returns:
         All outcomes, and the cost as in :func:`...superb.cost.measure_cost`, or None.
@@ -162,14 +162,11 @@ class _PackageProcess:
         self.timeout_message = f"torch was not imported within {START_TIMEOUT:g} s"
 
     def begin(self, setup: Mapping[str, Any], limit: float) -> bool:
-        """Send the setup, wait until the process is ready, and start the time limit.
+        """Wait until the process is ready; return whether it has no network.
 
         Args:
             setup: folder, lengths and tasks.
             limit: seconds for all following requests together.
-
-        Returns:
-            Whether the process has no network.
         """
         facts, _ = self.request(setup)
         self.ready = True
@@ -201,7 +198,7 @@ class _PackageProcess:
                 raise BadMessage(self._end_reason())
         if isinstance(reply, BadMessage):
             raise reply
-        if isinstance(reply, Exception):  # the pipes are closed
+        if isinstance(reply, Exception):  # mostly OSError or EOFError: the pipes are closed
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(2)
             raise BadMessage(self._end_reason())
@@ -214,7 +211,7 @@ class _PackageProcess:
         try:
             send(self.process.stdin, facts, tensors)
             replies.put(receive(self.process.stdout))
-        except (BadMessage, OSError, EOFError) as error:
+        except Exception as error:
             with contextlib.suppress(OSError):  # data that could not be sent
                 self.process.stdin.close()
             replies.put(error)

@@ -193,11 +193,7 @@ def _package_files(folder: Path, parent: Path, name: str) -> Iterator[Path]:
 def _python_files(folder: Path) -> list[Path]:
     """All .py files, except in hidden folders."""
     paths = sorted(folder.rglob("*.py"))
-    return [
-        path
-        for path in paths
-        if not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    ]
+    return [path for path in paths if "/." not in f"/{path.relative_to(folder).as_posix()}"]
 
 
 def _parse(folder: Path, path: Path, version: tuple[int, int] | None = None) -> ast.Module:
