@@ -82,7 +82,7 @@ PREPROCESSOR = {
 }
 
 
-def load_hf_student(folder: str | Path) -> LoadedStudent:
+def load_hf_student(folder: Path) -> LoadedStudent:
     """Load a folder with ``config.json`` and ``model.safetensors`` as a student without heads.
 
     Training settings that transformers lacks (``feature_grad_mult``, ``extractor_dropout``) get
@@ -94,7 +94,6 @@ def load_hf_student(folder: str | Path) -> LoadedStudent:
         SetupError: transformers is not installed.
     """
     compat.apply()  # transformers imports torchaudio
-    folder = Path(folder)
     label = "the Hugging Face folder"
     try:
         model_type = check_hf_folder(folder, label)

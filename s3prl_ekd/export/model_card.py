@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import PurePath
+from pathlib import PureWindowsPath
 from typing import Any
 
 from ..distill.settings import StudentSettings
@@ -152,7 +152,7 @@ def package_card(
     heads: Mapping[str, Any],
     cost: Mapping[str, Any],
     name: str,
-    data: str = "",
+    data: str,
 ) -> str:
     """Text of the card of a package.
 
@@ -221,7 +221,9 @@ def how_made(about: Mapping[str, Any], data: str = "") -> str:
     for name, teacher in _mapping(config, "teachers").items():
         if isinstance(teacher, Mapping):
             layers = teacher.get("groups") or teacher.get("layers")
-            lines.append(f"- teacher `{name}`: {_model(teacher.get('model'))}, layers {layers}")
+            # a hub name, or the last part of a path: folders of the user's machine stay private
+            model = PureWindowsPath(str(teacher.get("model"))).name  # splits at both / and \
+            lines.append(f"- teacher `{name}`: `{model}`, layers {layers}")
     if "aggregation" in config:
         lines.append(f"- aggregation of the teachers: {config['aggregation']}")
     init = _mapping(config, "init")
@@ -261,8 +263,3 @@ def _data(about: Mapping[str, Any]) -> str:
 def _mapping(config: Mapping, key: str) -> Mapping:
     value = config.get(key)
     return value if isinstance(value, Mapping) else {}
-
-
-def _model(model: Any) -> str:
-    """A hub name, or the last part of a path: folders of the user's machine stay private."""
-    return f"`{PurePath(str(model).replace(chr(92), '/')).name}`"

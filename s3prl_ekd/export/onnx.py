@@ -260,11 +260,9 @@ def real_time_factors(
     return factors
 
 
-def speed(
-    student: Student, sessions: Mapping[str, OnnxSession], seconds: float = 5.0
-) -> dict[str, float]:
-    """Median real-time factor of ``torch`` and of each session, on one waveform of noise."""
-    waves = 0.1 * torch.randn(1, int(seconds * 16_000), generator=torch.Generator().manual_seed(1))
+def speed(student: Student, sessions: Mapping[str, OnnxSession]) -> dict[str, float]:
+    """Median real-time factor of ``torch`` and of each session, on 5 s of noise."""
+    waves = noise_waves(5 * 16_000)[0][None]
     lengths = torch.tensor([waves.shape[1]])
 
     def run_torch() -> None:
@@ -272,7 +270,7 @@ def speed(
             student(waves, lengths)
 
     runs = {name: functools.partial(run, waves, lengths) for name, run in sessions.items()}
-    factors = real_time_factors({"torch": run_torch, **runs}, seconds)
+    factors = real_time_factors({"torch": run_torch, **runs}, seconds=5)
     return {name: statistics.median(values) for name, values in factors.items()}
 
 

@@ -29,6 +29,21 @@ SECONDS = (2.0, 1.8, 3.7)  # of SUPERB's batch
 TOLERANCE = 1e-3  # in standard deviations: float32 rounding error, accumulated over all layers
 
 
+# Filled by :func:`check`, in the order of the report.
+CHECKS: dict[str, Callable[[Package], str]] = {}
+NEEDS: dict[str, tuple[str, ...]] = {}  # check -> those that have to pass before it runs
+
+
+def check(name: str, *needs: str) -> Callable:
+    """Decorator that adds a function to :data:`CHECKS` and :data:`NEEDS`."""
+
+    def add(function: Callable[[Package], str]) -> Callable[[Package], str]:
+        CHECKS[name], NEEDS[name] = function, needs
+        return function
+
+    return add
+
+
 class PackageError(CheckFailed):
     """The package raised an exception; the message has its text and location.
 
@@ -188,6 +203,7 @@ def require_device(output: ForwardResult, device: str) -> None:
         raise CheckFailed(f"hidden states are on {names}, the waveforms on {device}")
 
 
+@check("weights")
 def check_weights(package: Package) -> str:
     """model.pt loads as data (``weights_only=True``)."""
     facts = package.facts("weights")
@@ -199,6 +215,7 @@ def check_weights(package: Package) -> str:
     return f"a {text(facts.get('type'))}{keys}"
 
 
+@check("import", "weights")
 def check_import(package: Package) -> str:
     """``from expert import UpstreamExpert`` works without s3prl, fairseq and s3prl_ekd."""
     try:
@@ -218,6 +235,7 @@ def check_import(package: Package) -> str:
     return f"imports none of {', '.join(BLOCKED)}"
 
 
+@check("build", "import")
 def check_build(package: Package) -> str:
     """UpstreamExpert is built on the CPU from model.pt."""
     start = time.perf_counter()
@@ -229,6 +247,7 @@ def check_build(package: Package) -> str:
     return f"in {time.perf_counter() - start:.1f} s, from another working folder"
 
 
+@check("keywords", "import")
 def check_keywords(package: Package) -> str:
     """s3prl's and unknown keyword arguments are accepted."""
     keywords = {"model_config": None, "refresh": False, "of_a_later_s3prl": 1}
@@ -241,6 +260,7 @@ def check_keywords(package: Package) -> str:
     return "model_config, refresh and an unknown one"
 
 
+@check("forward", "build")
 def check_forward(package: Package) -> str:
     """forward on waveforms of 2, 1.8 and 3.7 s returns a dict."""
     package.output = package.forward(package.waves)
@@ -250,6 +270,7 @@ def check_forward(package: Package) -> str:
     return "a dict with " + ", ".join(result)
 
 
+@check("lists", "forward")
 def check_lists(package: Package) -> str:
     """Each task has a list of tensors ``[batch, frame, dim]`` of the same shape."""
     result = package.output.result
@@ -278,12 +299,14 @@ def check_lists(package: Package) -> str:
     return f"{len(states)} hidden states of {list(states[0].shape)}{extra}"
 
 
+@check("rates", "build")
 def check_rates(package: Package) -> str:
     """get_downsample_rates returns an int for each task."""
     rates = {package.rate(task): None for task in TASKS}  # each once, in order
     return " and ".join(f"{rate} samples per frame" for rate in rates)
 
 
+@check("frames", "lists", "rates")
 def check_frames(package: Package) -> str:
     """The frame count matches that rate for the longest waveform, within 4 frames."""
     samples = max(len(wave) for wave in package.waves)
@@ -294,6 +317,7 @@ def check_frames(package: Package) -> str:
     return f"{frames} frames for {samples} samples"
 
 
+@check("values", "forward")
 def check_values(package: Package) -> str:
     """Hidden states are finite float32."""
     for i, state in enumerate(states_of(package.output)):
@@ -302,12 +326,14 @@ def check_values(package: Package) -> str:
     return "finite float32"
 
 
+@check("device", "forward")
 def check_output_device(package: Package) -> str:
     """Hidden states are on the device of the waveforms."""
     require_device(package.output, "cpu")
     return "cpu"
 
 
+@check("gpu", "forward")
 def check_gpu(package: Package) -> str:
     """Hidden states on a GPU agree with those on the CPU."""
     name = package.facts("cuda").get("name")
@@ -322,6 +348,7 @@ def check_gpu(package: Package) -> str:
     return difference
 
 
+@check("inputs", "forward")
 def check_inputs(package: Package) -> str:
     """forward does not change the waveforms."""
     for i, (wave, original) in enumerate(zip(package.output.waves, package.waves, strict=True)):
@@ -330,6 +357,7 @@ def check_inputs(package: Package) -> str:
     return "unchanged"
 
 
+@check("repeat", "forward")
 def check_repeat(package: Package) -> str:
     """Two forwards in eval mode are identical."""
     largest = largest_distance(states_of(package.output), package.states(package.waves))
@@ -341,6 +369,7 @@ def check_repeat(package: Package) -> str:
     return "identical"
 
 
+@check("modes", "build")
 def check_modes(package: Package) -> str:
     """The same number of layers in train and eval mode."""
     waves = noise(0.5)
@@ -354,6 +383,7 @@ def check_modes(package: Package) -> str:
     return f"{expected} layers"
 
 
+@check("order", "forward")
 def check_order(package: Package) -> str:
     """The order of the batch does not change hidden states."""
     reversed_states = [state.flip(0) for state in package.states(package.waves[::-1])]
@@ -364,6 +394,7 @@ def check_order(package: Package) -> str:
     return difference
 
 
+@check("batching", "forward")
 def check_batching(package: Package) -> str:
     """Compare the hidden states of an utterance alone and in a batch, for information."""
     together = states_of(package.output)
@@ -396,6 +427,11 @@ def check_length(seconds: float, package: Package) -> str:
     return f"{states[0].shape[1]} frames"
 
 
+for _seconds in (0.05, 1, 35):
+    check(f"{_seconds:g} s", "build", "rates")(functools.partial(check_length, _seconds))
+
+
+@check("network")
 def check_network(package: Package) -> str:
     """No network access."""
     hosts = package.blocked("hosts")
@@ -407,6 +443,7 @@ def check_network(package: Package) -> str:
     return f"none at import, build or forward{scope}"
 
 
+@check("parameters", "build")
 def check_parameters(package: Package) -> str:
     """Parameter count, and how many are unused."""
     cost = _cost(package)
@@ -418,6 +455,7 @@ def check_parameters(package: Package) -> str:
     return f"{count}, all used"
 
 
+@check("macs", "build")
 def check_macs(package: Package) -> str:
     """MACs over SUPERB's 32 utterances."""
     cost = _cost(package)
@@ -444,40 +482,3 @@ def _cost(package: Package) -> dict[str, Any]:
             "profiler": PROFILER,
         }
     return package.cost
-
-
-# The checks by name, in the order of the report; and those that have to pass before others run.
-CHECKS: dict[str, Callable[[Package], str]] = {
-    "weights": check_weights,
-    "import": check_import,
-    "build": check_build,
-    "keywords": check_keywords,
-    "forward": check_forward,
-    "lists": check_lists,
-    "rates": check_rates,
-    "frames": check_frames,
-    "values": check_values,
-    "device": check_output_device,
-    "gpu": check_gpu,
-    "inputs": check_inputs,
-    "repeat": check_repeat,
-    "modes": check_modes,
-    "order": check_order,
-    "batching": check_batching,
-    "0.05 s": functools.partial(check_length, 0.05),
-    "1 s": functools.partial(check_length, 1.0),
-    "35 s": functools.partial(check_length, 35.0),
-    "network": check_network,
-    "parameters": check_parameters,
-    "macs": check_macs,
-}
-NEEDS: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("weights", "network"), ()),
-    "import": ("weights",),
-    **dict.fromkeys(("build", "keywords"), ("import",)),
-    **dict.fromkeys(("forward", "rates", "modes", "parameters", "macs"), ("build",)),
-    **dict.fromkeys(("lists", "values", "device", "gpu", "inputs"), ("forward",)),
-    **dict.fromkeys(("repeat", "order", "batching"), ("forward",)),
-    "frames": ("lists", "rates"),
-    **dict.fromkeys(("0.05 s", "1 s", "35 s"), ("build", "rates")),
-}

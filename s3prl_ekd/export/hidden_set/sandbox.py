@@ -223,7 +223,7 @@ class _PackageProcess:
             return "the process has closed its pipes"
         size = self.errors.seek(0, os.SEEK_END)
         self.errors.seek(max(0, size - 4096))
-        lines = self.errors.read().decode(errors="replace").strip().splitlines()
+        lines = self.errors.read(4096).decode(errors="replace").strip().splitlines()
         last_line = text(lines[-1]) if lines else "no output"
         exit_text = signal.strsignal(-code) if code < 0 else f"exit code {code}"
         return f"the process ended ({exit_text}): {last_line}"

@@ -125,8 +125,7 @@ def check_torch(folder: Path) -> str:
 
 def check_requirements(folder: Path) -> str:
     """requirements.txt names what expert.py imports."""
-    imported: dict[str, str] = {}
-    _collect(folder, folder / "expert.py", imported, set())
+    imported = _imported_modules(folder)
     if not imported:
         return "expert.py imports only torch and the standard library"
     path = folder / "requirements.txt"
@@ -147,38 +146,35 @@ def check_requirements(folder: Path) -> str:
     return "imports " + ", ".join(imported)
 
 
-def _collect(folder: Path, path: Path, imported: dict[str, str], visited: set[Path]) -> None:
-    """Add the top-level modules that ``path`` imports, directly or through files of the package.
+def _imported_modules(folder: Path) -> dict[str, str]:
+    """Top-level modules that expert.py imports, directly or through files of the package.
 
-    ``imported`` maps a module to the place of the import, without torch and the standard library.
+    Returns:
+        module -> place of the import; without torch, the standard library and imports in a ``try``.
     """
-    if path in visited or not path.is_file():
-        return
-    visited.add(path)
-    tree = _parse(folder, path)
-    optional = {
-        id(inner)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Try)
-        for statement in node.body
-        for inner in ast.walk(statement)
-    }
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            names = [name.name for name in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            base = node.module or ""
-            names = [base] if not node.level else [f"{base}.{n.name}" for n in node.names]
-        else:
-            continue
-        for name in names:
-            for file in _package_files(folder, path.parent, name):
-                _collect(folder, file, imported, visited)
-            top = name.split(".")[0]
-            local = getattr(node, "level", 0) or any(_package_files(folder, path.parent, top))
-            builtin = top in sys.stdlib_module_names or top in ("torch", "__future__")
-            if not local and not builtin and id(node) not in optional:
-                imported.setdefault(top, f"{path.relative_to(folder)} line {node.lineno}")
+    imported: dict[str, str] = {}
+    paths = list(folder.glob("expert.py"))
+    for path in paths:  # the loop adds to it
+        tree = _parse(folder, path)
+        tries = [node for node in ast.walk(tree) if isinstance(node, ast.Try)]
+        optional = {inner for node in tries for part in node.body for inner in ast.walk(part)}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                names = [name.name for name in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                base = node.module or ""
+                names = [base] if not node.level else [f"{base}.{n.name}" for n in node.names]
+            else:
+                continue
+            for name in names:
+                files = _package_files(folder, path.parent, name)
+                paths += [file for file in files if file not in paths]
+                top = name.split(".")[0]
+                local = getattr(node, "level", 0) or any(_package_files(folder, path.parent, top))
+                builtin = top in sys.stdlib_module_names or top in ("torch", "__future__")
+                if not local and not builtin and node not in optional:
+                    imported.setdefault(top, f"{path.relative_to(folder)} line {node.lineno}")
+    return imported
 
 
 def _package_files(folder: Path, parent: Path, name: str) -> Iterator[Path]:

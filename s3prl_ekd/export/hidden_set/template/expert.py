@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -46,7 +47,7 @@ class UpstreamExpert(nn.Module):
     ):
         super().__init__()
         saved = torch.load(ckpt, map_location="cpu", weights_only=True)
-        self.model = Student(**json.loads(saved["config"]))
+        self.model = Student(SimpleNamespace(**json.loads(saved["config"])))
         self.model.load_state_dict(saved["weights"])
 
     def get_downsample_rates(self, key: str) -> int:
@@ -75,11 +76,11 @@ class Student(nn.Module):
 
     Module names are those of s3prl's distiller, which ``student_forward`` uses.
 
-    Args:
+    Settings in ``config``:
         conv_layers: (channels, kernel, stride) of each layer of the extractor.
         conv_norm: "default" normalises over time in the first layer only; "layer_norm" normalises
             in each layer.
-        dim, ffn_dim, attention_heads, layers, activation, norm_first: settings of the transformer.
+        dim, ffn_dim, attention_heads, layers, activation, norm_first: of the transformer.
         conv_pos, conv_pos_groups: kernel and groups of the positional convolution.
         heads: {name: {"layers", "parts"}} of the prediction heads; each output is split into
             ``parts`` (widths), and each part is a hidden state.
@@ -89,50 +90,22 @@ class Student(nn.Module):
 
     feature_grad_mult = 1.0  # no gradient scaling in the extractor
 
-    def __init__(
-        self,
-        conv_layers: list[list[int]],
-        conv_norm: str,
-        dim: int,
-        ffn_dim: int,
-        attention_heads: int,
-        layers: int,
-        activation: str,
-        norm_first: bool,
-        conv_pos: int,
-        conv_pos_groups: int,
-        heads: dict[str, dict],
-        head_kind: str,
-        dropout: float,
-        attention_dropout: float,
-        activation_dropout: float,
-        extractor_dropout: float,
-    ):
+    def __init__(self, config: SimpleNamespace):
         super().__init__()
-        self.feature_extractor = ConvExtractor(conv_layers, conv_norm, extractor_dropout)
-        channels = conv_layers[-1][0]
-        self.post_extract_proj = nn.Linear(channels, dim) if channels != dim else None
-        self.encoder = Encoder(dim, conv_pos, conv_pos_groups, norm_first, dropout)
-        if norm_first and not heads:  # only the heads use this norm
-            self.encoder.layer_norm = nn.Identity()
-        self.encoder.layers = nn.ModuleList(
-            TransformerLayer(
-                dim,
-                ffn_dim,
-                attention_heads,
-                activation,
-                norm_first,
-                dropout,
-                attention_dropout,
-                activation_dropout,
-            )
-            for _ in range(layers)
+        dim, heads = config.dim, config.heads
+        self.feature_extractor = ConvExtractor(
+            config.conv_layers, config.conv_norm, config.extractor_dropout
         )
+        channels = config.conv_layers[-1][0]
+        self.post_extract_proj = nn.Linear(channels, dim) if channels != dim else None
+        self.encoder = Encoder(config)
+        if config.norm_first and not heads:  # only the heads use this norm
+            self.encoder.layer_norm = nn.Identity()
         self.head_parts = {name: list(head["parts"]) for name, head in heads.items()}
-        kinds = {"split": SplitHead, "linear": LinearHead}
+        head_class = {"split": SplitHead, "linear": LinearHead}[config.head_kind]
         self.heads = nn.ModuleDict(
             {
-                name: kinds[head_kind](dim, head["layers"], sum(head["parts"]))
+                name: head_class(dim, head["layers"], sum(head["parts"]))
                 for name, head in heads.items()
             }
         )
@@ -200,18 +173,16 @@ class Transpose(nn.Module):
 
 
 class Encoder(nn.Module):
-    """The transformer's positional convolution and norm; ``Student`` adds its layers."""
+    """The transformer: a positional convolution, a norm and layers."""
 
-    layers: nn.ModuleList
-
-    def __init__(
-        self, dim: int, conv_pos: int, conv_pos_groups: int, norm_first: bool, dropout: float
-    ):
+    def __init__(self, config: SimpleNamespace):
         super().__init__()
-        self.pos_conv = nn.Sequential(PositionalConv(dim, conv_pos, conv_pos_groups), nn.GELU())
-        self.layer_norm: nn.Module = nn.LayerNorm(dim)
-        self.layer_norm_first = norm_first
-        self.dropout = dropout
+        positions = PositionalConv(config.dim, config.conv_pos, config.conv_pos_groups)
+        self.pos_conv = nn.Sequential(positions, nn.GELU())
+        self.layer_norm: nn.Module = nn.LayerNorm(config.dim)
+        self.layer_norm_first = config.norm_first
+        self.dropout = config.dropout
+        self.layers = nn.ModuleList(TransformerLayer(config) for _ in range(config.layers))
 
 
 class PositionalConv(nn.Module):
@@ -239,28 +210,19 @@ class PositionalConv(nn.Module):
 class TransformerLayer(nn.Module):
     """Modules used by ``transformer_layer``."""
 
-    def __init__(
-        self,
-        dim: int,
-        ffn_dim: int,
-        attention_heads: int,
-        activation: str,
-        norm_first: bool,
-        dropout: float,
-        attention_dropout: float,
-        activation_dropout: float,
-    ):
+    def __init__(self, config: SimpleNamespace):
         super().__init__()
-        self.layer_norm_first = norm_first
-        self.activation_fn = ACTIVATIONS[activation]
-        self.self_attn = SelfAttention(dim, attention_heads, attention_dropout)
+        dim = config.dim
+        self.layer_norm_first = config.norm_first
+        self.activation_fn = ACTIVATIONS[config.activation]
+        self.self_attn = SelfAttention(dim, config.attention_heads, config.attention_dropout)
         self.self_attn_layer_norm = nn.LayerNorm(dim)
-        self.fc1 = nn.Linear(dim, ffn_dim)
-        self.fc2 = nn.Linear(ffn_dim, dim)
+        self.fc1 = nn.Linear(dim, config.ffn_dim)
+        self.fc2 = nn.Linear(config.ffn_dim, dim)
         self.final_layer_norm = nn.LayerNorm(dim)
-        self.dropout1 = nn.Dropout(dropout)
-        self.dropout2 = nn.Dropout(activation_dropout)
-        self.dropout3 = nn.Dropout(dropout)
+        self.dropout1 = nn.Dropout(config.dropout)
+        self.dropout2 = nn.Dropout(config.activation_dropout)
+        self.dropout3 = nn.Dropout(config.dropout)
 
 
 class SelfAttention(nn.Module):
