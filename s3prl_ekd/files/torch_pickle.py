@@ -1,313 +1,385 @@
-"""Scan the pickle of a torch file by abstract interpretation, without executing it.
+"""Read a torch file as data: tensors and containers, never code.
 
-``torch.load(weights_only=True)`` before torch 2.10 sets items of any object that the pickle names
-and takes the size of a storage from the pickle (CVE-2026-24747); both can write outside a tensor's
-memory. So each opcode is interpreted here first, on placeholders: a list, mapping, tensor or object
-is represented by a :class:`Placeholder`, a number or string by itself. Only what ``torch.save``
-writes is accepted.
+``torch.save`` writes a zip archive of uncompressed members: the pickle ``data.pkl``, and one
+storage for each tensor. Before torch 1.6 it wrote several pickles followed by the storages.
+
+A pickle is a program. ``torch.load(weights_only=True)`` runs a restricted one, but can run any code
+before torch 2.6 (CVE-2025-32434) and overwrite memory before 2.10 (CVE-2026-24747). This reader is
+smaller and the same with any torch: the opcodes that ``torch.save`` writes, applied to lists, dicts
+and the functions in :data:`_KNOWN`. Each tensor must lie within its storage, and each storage
+within the file.
 """
 
 from __future__ import annotations
 
+import io
+import math
+import pickle
 import pickletools
-from collections.abc import Callable, Generator, Mapping
-from dataclasses import dataclass, field
-from enum import Enum, auto
+import sys
+import tarfile
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
-MAX_OPCODES = 500_000  # 5000 tensors take 130,000; the maximum takes about a second
-_ITEM_BYTES = {
-    **dict.fromkeys(("torch.BoolStorage", "torch.ByteStorage", "torch.CharStorage"), 1),
-    **dict.fromkeys(("torch.ShortStorage", "torch.HalfStorage", "torch.BFloat16Storage"), 2),
-    **dict.fromkeys(("torch.IntStorage", "torch.FloatStorage"), 4),
-    **dict.fromkeys(("torch.LongStorage", "torch.DoubleStorage"), 8),
-    "torch.ComplexFloatStorage": 8,
-    "torch.ComplexDoubleStorage": 16,
-    "torch.storage.UntypedStorage": 1,
-}
+import torch
+
+# Opcodes, and items copied by them; 5000 tensors take 150,000, the maximum about a second.
+MAX_STEPS = 500_000
+_SIZED = (str, list, tuple, dict, set)
+MAX_PICKLE = 4 << 20  # bytes; 5000 tensors take 1.3 million
+MAX_DIRECTORY = 8 << 20  # bytes of an archive's central directory, at about 80 a tensor
+_BYTE_ORDER = sys.byteorder.encode()
+# Before torch 1.6, a file begins with two pickles: a magic number and the version 1001.
+_LEGACY_HEADER = pickle.dumps(0x1950A86A20F9469CFC6C, 2) + pickle.dumps(1001, 2)
 
 
 class TorchFileError(Exception):
     """A file that ``torch.save`` would not write; the message continues "the file ..."."""
 
 
-class Placeholder(Enum):
-    """Represents an object by its kind, without contents: ``{"a": 1}`` is a MAPPING."""
-
-    LIST = auto()
-    MAPPING = auto()
-    SET = auto()
-    TENSOR = auto()
-    OBJECT = auto()  # of a class that the caller may allow
+class ForbiddenName(TorchFileError):
+    """The pickle names a class, function or opcode that is not allowed."""
 
 
-class GlobalName(str):
-    """A class or function that the pickle names, as ``module.name``."""
+class _Class(NamedTuple):
+    """A class whose instances the pickle may contain; itself not callable."""
+
+    cls: type
 
 
-class Storage(NamedTuple):
-    """A storage of ``items`` numbers of ``item_bytes`` bytes each."""
-
-    items: int
-    item_bytes: int
-
-    @property
-    def bytes(self) -> int:
-        return self.items * self.item_bytes
-
-
-@dataclass
-class StorageTable:
-    """The storages that a file's pickles refer to.
-
-    Attributes:
-        parts: length of a storage's persistent id: 5 in an archive, 6 before torch 1.6.
-        records: key -> bytes in the archive; None for files before torch 1.6.
-        storages: key -> storage, of all references so far.
-    """
-
-    parts: int
-    records: Mapping[str, int] | None = None
-    storages: dict[Any, Storage] = field(default_factory=dict)
-
-    def add(self, reference: Any) -> Storage:
-        """The storage that a ``BINPERSID`` opcode refers to. Raises TorchFileError."""
-        if (
-            type(reference) is not tuple
-            or len(reference) != self.parts
-            or reference[0] != "storage"
-        ):
-            raise TorchFileError("has a persistent id that is not of a storage")
-        _, storage_type, key, _, count = reference[:5]
-        # Check types before hashing: hashing nested tuples can take exponential time.
-        typed = (type(storage_type), type(count)) == (GlobalName, int) and type(key) in (str, int)
-        # ASCII only: torch may decode other characters differently and read another record.
-        valid = typed and storage_type in _ITEM_BYTES and str(key).isascii()
-        if not valid or count < 0 or reference[5:] not in ((), (None,)):
-            raise TorchFileError("has a storage of unknown type or size")
-        storage = Storage(count, _ITEM_BYTES[storage_type])
-        if self.records is not None and self.records.get(str(key)) != storage.bytes:
-            size = self.records.get(str(key))
-            raise TorchFileError(
-                f"declares {storage.bytes:,} bytes for the storage {str(key)[:40]!r} but has "
-                f"{'no such record' if size is None else f'{size:,}'}"
-            )
-        if self.storages.setdefault(key, storage) != storage:
-            raise TorchFileError(f"declares the storage {str(key)[:40]!r} twice, differently")
-        return storage
-
-    @property
-    def bytes(self) -> int:
-        """Total size of the storages."""
-        return sum(storage.bytes for storage in self.storages.values())
-
-
-def scan_pickle(stream: Any, storages: StorageTable) -> Generator[str, None, Any]:
-    """Interpret one pickle on placeholders.
+def read_torch_file(path: Path, allow: Sequence[type] = ()) -> Any:
+    """Read a torch file; the tensors of an archive are memory-mapped.
 
     Args:
-        stream: readable by :func:`pickletools.genops`.
-        storages: the table to which referenced storages are added.
-
-    Yields:
-        Each class or function that the pickle names. At the end, the first opcode that
-        ``torch.load(weights_only=True)`` does not support, if there is one.
-
-    Returns:
-        The pickle's result: a number, a string, a tuple or a :class:`Placeholder`.
+        path: the file.
+        allow: classes whose instances it may contain.
 
     Raises:
-        TorchFileError: the pickle is damaged, or does what ``torch.save`` never does.
+        ForbiddenName: see there.
+        TorchFileError: the file is damaged, is not a torch file, or has more than its size allows.
+        OSError: it cannot be read.
     """
-    machine: _Machine | None = _Machine(storages)
-    unsupported, strings = "", ["", ""]
     try:
-        for count, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
-            if count > MAX_OPCODES:
-                raise TorchFileError(f"has a pickle of more than {MAX_OPCODES:,} opcodes")
-            name = opcode.name
-            if name in ("GLOBAL", "INST"):
-                argument = GlobalName(".".join(str(argument).split(" ", 1)))
-                yield argument
-            elif name == "STACK_GLOBAL" or name.startswith("EXT"):
-                # torch.save never writes these. The name is on the stack: usually the last two
-                # strings, but only executing the pickle would show it.
-                yield f"{'.'.join(strings)[:80]} on the pickle's stack"
-            elif isinstance(argument, str):
-                strings = [strings[1], argument]
-            if machine is None:
-                continue
-            execute = _OPCODES.get(name)
-            if execute is None:
-                machine, unsupported = None, name
-            else:
-                execute(machine, argument)
-    except (ValueError, LookupError, TypeError, OverflowError, MemoryError, EOFError):
+        with path.open("rb") as file:
+            if file.read(4) != b"PK\x03\x04":
+                return _read_legacy(file, path.stat().st_size, allow)
+        return _read_archive(path, allow)
+    except (TorchFileError, OSError):
+        raise
+    except Exception:  # a damaged file can raise anything in zipfile, pickletools and torch
         raise TorchFileError("is damaged or not a torch file") from None
-    if machine is None:
-        yield f"the pickle opcode {unsupported}"
-        return None
-    return machine.result
 
 
-class _Machine:
-    """The pickle machine: a stack, the stacks saved by ``MARK``, and a memo."""
+class _SmallReads(io.FileIO):
+    """A file for zipfile, which reads a central directory of any size at once."""
 
-    def __init__(self, storages: StorageTable):
-        self.storages = storages
-        self.stack: list[Any] = []
-        self.saved_stacks: list[list[Any]] = []
-        self.memo: dict[int, Any] = {}
-        self.result: Any = None
-
-    def push(self, value: Any) -> None:
-        self.stack.append(value)
-
-    def mark(self, _: Any) -> None:
-        self.saved_stacks.append(self.stack)
-        self.stack = []
-
-    def pop_mark(self) -> list[Any]:
-        items, self.stack = self.stack, self.saved_stacks.pop()
-        return items
-
-    def make_tuple(self, count: int | None) -> None:
-        if count is None:
-            self.push(tuple(self.pop_mark()))
-        else:
-            if len(self.stack) < count:
-                raise IndexError
-            items = tuple(self.stack[-count:])
-            self.stack[-count:] = [items]
-
-    def add_to_list(self, several: bool) -> None:
-        self.pop_mark() if several else self.stack.pop()
-        if self.stack[-1] is not Placeholder.LIST:
-            raise TorchFileError("appends to an object that is not a list")
-
-    def set_items(self, several: bool) -> None:
-        if several:
-            self.pop_mark()
-        else:
-            del self.stack[-2:]
-        if self.stack[-1] is not Placeholder.MAPPING:
-            raise TorchFileError("sets items of an object that is not a mapping")
-
-    def put(self, index: int) -> None:
-        self.memo[index] = self.stack[-1]
-
-    def get(self, index: int) -> None:
-        self.push(self.memo[index])
-
-    def storage(self, _: Any) -> None:
-        self.push(self.storages.add(self.stack.pop()))
-
-    def build(self, _: Any) -> None:
-        self.stack.pop()
-        if self.stack[-1] not in (Placeholder.MAPPING, Placeholder.OBJECT):
-            raise TorchFileError("sets the state of a value that is not an object")
-
-    def make_object(self, _: Any) -> None:
-        self.stack.pop()
-        if type(self.stack[-1]) is not GlobalName or self.stack[-1] in _NOT_CALLED:
-            raise TorchFileError("creates an instance of a value that is not a class")
-        self.stack[-1] = Placeholder.OBJECT
-
-    def call(self, _: Any) -> None:
-        arguments, function = self.stack.pop(), self.stack[-1]
-        callable_name = type(function) is GlobalName and function not in _NOT_CALLED
-        if not callable_name or type(arguments) is not tuple:
-            raise TorchFileError("calls a value that is not a function")
-        result: Callable[..., Any] = _CALLS.get(function, _object)
-        self.stack[-1] = result(*arguments)
-
-    def stop(self, _: Any) -> None:
-        self.result = self.stack.pop()
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is not None and size > MAX_DIRECTORY:
+            raise TorchFileError(f"needs a read of {size:,} bytes; {MAX_DIRECTORY:,} are allowed")
+        return super().read(size)
 
 
-def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> Placeholder:
-    """A tensor. Raises TorchFileError unless it lies within its storage."""
-    if type(storage) is not Storage or type(size) is not tuple or type(stride) is not tuple:
-        raise TorchFileError("has a tensor without a storage or a shape")
-    numbers = (offset, *size, *stride)
-    if len(size) != len(stride) or any(type(n) is not int or n < 0 for n in numbers):
+def archive_records(path: Path) -> dict[str, tuple[int, int]]:
+    """Map the name of each member, without the top folder, to its offset and size in the file."""
+    records = {}
+    with _SmallReads(path) as file, zipfile.ZipFile(file) as archive:
+        for member in archive.infolist():
+            if member.compress_type != zipfile.ZIP_STORED:
+                raise TorchFileError("has a compressed member, which torch.save never writes")
+            file.seek(member.header_offset)
+            header = file.read(30)  # with the lengths of the name and of an extra field after it
+            lengths = (int.from_bytes(header[i : i + 2], "little") for i in (26, 28))
+            start = member.header_offset + len(header) + sum(lengths)
+            records[member.filename.partition("/")[2]] = start, member.file_size
+        if len(records) < len(archive.infolist()):
+            raise TorchFileError("has two members of the same name")
+    return records
+
+
+def _read_archive(path: Path, allow: Sequence[type]) -> Any:
+    records = archive_records(path)
+    if "data.pkl" not in records:
+        raise TorchFileError("is not a torch file: it has no data.pkl")
+    if "constants.pkl" in records:
+        raise TorchFileError("is a TorchScript program, not data")
+    whole = torch.UntypedStorage.from_file(str(path), False, path.stat().st_size)
+
+    def member(name: str) -> torch.UntypedStorage:
+        start, size = records[name]
+        if start + size > whole.nbytes():
+            raise TorchFileError("is damaged: its members are larger than the file")
+        return whole[start : start + size]  # type: ignore[no-any-return]
+
+    def storage(key: str, size: int) -> torch.UntypedStorage:
+        _, record_size = records.get(f"data/{key}", (0, "no such record"))
+        if record_size != size:
+            raise TorchFileError(
+                f"declares {size:,} bytes for the storage {key[:40]!r} but has {record_size}"
+            )
+        return member(f"data/{key}")
+
+    if "byteorder" in records and _memory(member("byteorder")).tobytes() != _BYTE_ORDER:
+        raise TorchFileError("has numbers in another byte order than this machine's")
+    if records["data.pkl"][1] > MAX_PICKLE:
+        raise TorchFileError(
+            f"has a pickle of {records['data.pkl'][1]:,} bytes; {MAX_PICKLE:,} are allowed"
+        )
+    return _run_pickle(_memory(member("data.pkl")).tobytes(), _Storages(storage), allow)
+
+
+def _read_legacy(file: io.BufferedReader, size: int, allow: Sequence[type]) -> Any:
+    """Read a file of torch before 1.6.
+
+    After the header it has three pickles (system information, the object, the keys of its
+    storages), and then the number of items and the items of each storage.
+    """
+    file.seek(0)
+    if _is_tar(file.read(tarfile.BLOCKSIZE)):
+        raise TorchFileError(
+            "is a tar archive of torch before 0.1.10, and reading one can run code; if you trust "
+            "it, load it with an old torch and save it again with torch.save"
+        )
+    file.seek(0)
+    if file.read(len(_LEGACY_HEADER)) != _LEGACY_HEADER:
+        raise TorchFileError("is damaged or not a torch file")
+    total = 0
+
+    def storage(key: str, storage_size: int) -> torch.UntypedStorage:
+        nonlocal total
+        total += storage_size
+        if total > size:
+            raise TorchFileError(f"declares tensors of {total:,} bytes but has {size:,} bytes")
+        return torch.UntypedStorage(storage_size)
+
+    storages = _Storages(storage)
+    _, data, keys = (_run_pickle(file, storages, allow) for _ in range(3))
+    if {*keys} != storages.by_key.keys():
+        raise TorchFileError("is damaged: its list of storages is not complete")
+    for key in keys:
+        untyped = storages.by_key[key]._untyped_storage
+        items = int.from_bytes(file.read(8), "little")
+        complete = file.readinto(_memory(untyped)) == untyped.nbytes()
+        if not complete or items * storages.by_key[key].dtype.itemsize != untyped.nbytes():
+            raise TorchFileError("is damaged: a storage is not complete")
+    return data
+
+
+def _memory(storage: torch.UntypedStorage) -> Any:
+    """The bytes of a storage, as a numpy array."""
+    return torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
+
+
+def _is_tar(block: bytes) -> bool:
+    """Whether Python's tarfile, which old torch tries first, accepts this header."""
+    try:
+        tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+    except tarfile.HeaderError:
+        return False
+    return True
+
+
+class _Storages:
+    """The storages that a file's pickle refers to; ``load`` gives the memory of a key and size."""
+
+    def __init__(self, load: Callable[[str, int], torch.UntypedStorage]):
+        self._load = load
+        self.by_key: dict[str, torch.TypedStorage] = {}
+
+    def get(self, reference: Any) -> torch.TypedStorage:
+        """The storage of a persistent id: ("storage", type, key, device, items)."""
+        kind, dtype, key, _, items, *view = reference
+        if (
+            (type(kind), type(dtype), type(key), type(items)) != (str, torch.dtype, str, int)
+            or (kind, view) not in (("storage", []), ("storage", [None]))
+            or items < 0
+            or not key.isascii()  # torch may decode other characters differently
+        ):
+            raise TorchFileError("has a storage of unknown type or size")
+        size = items * dtype.itemsize
+        if key not in self.by_key:
+            self.by_key[key] = torch.TypedStorage(
+                wrap_storage=self._load(key, size), dtype=dtype, _internal=True
+            )
+        storage = self.by_key[key]
+        if (storage.dtype, storage._untyped_storage.nbytes()) != (dtype, size):
+            raise TorchFileError(f"declares the storage {key[:40]!r} twice, differently")
+        return storage
+
+
+def _run_pickle(
+    stream: bytes | io.BufferedReader, storages: _Storages, allow: Sequence[type]
+) -> Any:
+    """Run the program of a pickle; see the docstring of the module."""
+    classes = {f"{cls.__module__}.{cls.__qualname__}": _Class(cls) for cls in allow}
+    known = {**_KNOWN, **classes}
+    stack: list[Any] = []
+    stacks: list[list[Any]] = []  # those below a MARK
+    memo: dict[Any, Any] = {}
+    steps = 0
+    for opcode, argument, _ in pickletools.genops(stream):
+        steps += 1
+        if steps > MAX_STEPS:
+            raise TorchFileError(f"has a pickle of more than {MAX_STEPS:,} steps")
+        match opcode.name:
+            case "PROTO":
+                pass
+            case "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINFLOAT":
+                stack.append(argument)
+            case "BINUNICODE" | "SHORT_BINSTRING":
+                stack.append(argument)
+            case "NONE" | "NEWTRUE" | "NEWFALSE":
+                stack.append({"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[opcode.name])
+            case "EMPTY_TUPLE":
+                stack.append(())
+            case "EMPTY_LIST":
+                stack.append([])
+            case "EMPTY_DICT":
+                stack.append({})
+            case "EMPTY_SET":
+                stack.append(set())
+            case "MARK":
+                stacks.append(stack)
+                stack = []
+            case "TUPLE":
+                items, stack = stack, stacks.pop()
+                stack.append(tuple(items))
+            case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                size = int(opcode.name[-1])
+                stack[-size:] = [tuple(stack[-size:])]
+            case "APPEND":
+                item = stack.pop()
+                _add_items(stack[-1], [item])
+            case "APPENDS":
+                items, stack = stack, stacks.pop()
+                _add_items(stack[-1], items)
+            case "SETITEM":
+                value, key = stack.pop(), stack.pop()
+                _set_items(stack[-1], [(key, value)])
+            case "SETITEMS":
+                items, stack = stack, stacks.pop()
+                _set_items(stack[-1], zip(items[::2], items[1::2], strict=True))
+            case "BINPUT" | "LONG_BINPUT":
+                memo[argument] = stack[-1]
+            case "BINGET" | "LONG_BINGET":
+                stack.append(memo[argument])
+            case "BINPERSID":
+                stack.append(storages.get(stack.pop()))
+            case "GLOBAL":
+                name = str(argument).replace(" ", ".", 1)
+                if name not in known:
+                    raise ForbiddenName(f"names {name[:200]}")
+                stack.append(known[name])
+            case "REDUCE":
+                function, arguments = stack.pop(-2), stack.pop()
+                steps += sum(len(item) for item in arguments if isinstance(item, _SIZED))
+                stack.append(function(*arguments) if steps <= MAX_STEPS else None)
+            case "NEWOBJ":
+                stack.pop()  # the arguments, which the allowed classes do not have
+                cls = stack.pop().cls
+                stack.append(cls.__new__(cls))
+            case "BUILD":
+                state = stack.pop()
+                if type(stack[-1]) not in (OrderedDict, *allow) or type(state) is not dict:
+                    raise TorchFileError("sets the state of a value that is not an object")
+                steps += len(state)
+                stack[-1].__dict__.update(state)
+            case "STOP":
+                return stack.pop()
+            case other:
+                raise ForbiddenName(f"has the pickle opcode {other}")
+
+
+def _add_items(target: Any, items: list[Any]) -> None:
+    if type(target) is not list:
+        raise TorchFileError("appends to an object that is not a list")
+    target += items
+
+
+def _set_items(target: Any, items: Iterable[tuple[Any, Any]]) -> None:
+    if type(target) not in (dict, OrderedDict):
+        raise TorchFileError("sets items of an object that is not a mapping")
+    for key, value in items:
+        target[_key(key)] = value
+
+
+def _key(key: Any) -> Any:
+    """A key, if its hash is quick: that of nested tuples or equal hashes can take for ever."""
+    for part in key if type(key) is tuple else (key,):
+        plain = type(part) in (str, bool, float, type(None), torch.dtype)
+        if not plain and not (type(part) is int and abs(part) < 2**64):
+            raise TorchFileError("has a mapping or set with a key that is not text or a number")
+    return key
+
+
+def _ordered_dict(items: Iterable[tuple[Any, Any]] = ()) -> OrderedDict[Any, Any]:
+    data: OrderedDict[Any, Any] = OrderedDict()
+    _set_items(data, items)
+    return data
+
+
+def _set(items: Iterable[Any] = ()) -> set[Any]:
+    return {_key(item) for item in items}
+
+
+def _tensor(
+    storage: torch.TypedStorage,
+    offset: int,
+    size: tuple[int, ...],
+    stride: tuple[int, ...],
+    requires_grad: bool = False,
+    hooks: Any = None,
+) -> torch.Tensor:
+    """A tensor, if it lies within its storage; hooks are code and are left out."""
+    if any(type(n) is not int or n < 0 for n in (offset, *size, *stride)):
         raise TorchFileError("has a tensor with an invalid shape, stride or offset")
+    bytes_ = storage._untyped_storage.nbytes()
+    items = bytes_ // storage.dtype.itemsize
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
-    if 0 not in size and last >= storage.items:
+    if offset > items or (0 not in size and (last >= items or math.prod(size) > items)):
         raise TorchFileError(
             f"cannot be used: a tensor declares the shape {'x'.join(map(str, size))[:60]}, but its "
-            f"storage has {storage.bytes:,} bytes"
+            f"storage has {bytes_:,} bytes"
         )
-    return Placeholder.TENSOR
+    return torch._utils._rebuild_tensor_v2(  # type: ignore[no-any-return]
+        storage, offset, size, stride, requires_grad, OrderedDict()
+    )
 
 
-def _parameter(tensor: Any, *_: Any) -> Placeholder:
-    if tensor is not Placeholder.TENSOR:
+def _parameter(data: Any, requires_grad: bool, hooks: Any) -> torch.nn.Parameter:
+    if type(data) is not torch.Tensor:
         raise TorchFileError("has a parameter that is not a tensor")
-    return Placeholder.TENSOR
+    return torch.nn.Parameter(data, requires_grad)
 
 
-def _object(*_: Any) -> Placeholder:
-    return Placeholder.OBJECT
-
-
-def _size(size: Any = ()) -> tuple[Any, ...]:
-    if type(size) is not tuple:
-        raise TorchFileError("has a torch.Size that is not made from a tuple")
-    return size
-
-
-# function -> its result; a call of any other function results in an OBJECT.
-_CALLS: dict[str, Callable[..., Any]] = {
+_STORAGE_TYPES = {
+    "BFloat16": torch.bfloat16,
+    "Half": torch.float16,
+    "Float": torch.float32,
+    "Double": torch.float64,
+    "ComplexFloat": torch.complex64,
+    "ComplexDouble": torch.complex128,
+    "Bool": torch.bool,
+    "Byte": torch.uint8,
+    "Char": torch.int8,
+    "Short": torch.int16,
+    "Int": torch.int32,
+    "Long": torch.int64,
+}
+# What any pickle may name. A type of storage is represented by its dtype: it must not be called,
+# since UntypedStorage(10**12) would allocate a terabyte.
+_KNOWN: Mapping[str, Any] = {
+    "collections.OrderedDict": _ordered_dict,
+    "builtins.set": _set,
+    "__builtin__.set": _set,
+    "torch.Size": torch.Size,
+    "torch.device": torch.device,
     "torch._utils._rebuild_tensor": _tensor,
     "torch._utils._rebuild_tensor_v2": _tensor,
     "torch._utils._rebuild_parameter": _parameter,
-    "torch.Size": _size,
-    "collections.OrderedDict": lambda *_: Placeholder.MAPPING,
-    "collections.defaultdict": lambda *_: Placeholder.MAPPING,
-    "builtins.set": lambda *_: Placeholder.SET,
-    "__builtin__.set": lambda *_: Placeholder.SET,
-}
-# Only BINPERSID may create storages: UntypedStorage(10**12) would allocate a terabyte.
-_NOT_CALLED = _ITEM_BYTES.keys()
-_PUSHED = {
-    "EMPTY_LIST": Placeholder.LIST,
-    "EMPTY_DICT": Placeholder.MAPPING,
-    "EMPTY_SET": Placeholder.SET,
-    "EMPTY_TUPLE": (),
-    "NONE": None,
-    "NEWTRUE": True,
-    "NEWFALSE": False,
-}
-_CONSTANTS = "BININT BININT1 BININT2 LONG1 BINFLOAT BINUNICODE SHORT_BINSTRING".split()
-
-
-def _push_value(value: Any) -> Callable[[_Machine, Any], None]:
-    return lambda machine, _: machine.push(value)
-
-
-# The opcodes that torch.load(weights_only=True) supports.
-_OPCODES: dict[str, Callable[[_Machine, Any], None]] = {
-    "PROTO": lambda machine, _: None,
-    "GLOBAL": _Machine.push,
-    "MARK": _Machine.mark,
-    "TUPLE": lambda machine, _: machine.make_tuple(None),
-    "TUPLE1": lambda machine, _: machine.make_tuple(1),
-    "TUPLE2": lambda machine, _: machine.make_tuple(2),
-    "TUPLE3": lambda machine, _: machine.make_tuple(3),
-    "APPEND": lambda machine, _: machine.add_to_list(False),
-    "APPENDS": lambda machine, _: machine.add_to_list(True),
-    "SETITEM": lambda machine, _: machine.set_items(False),
-    "SETITEMS": lambda machine, _: machine.set_items(True),
-    "BINPUT": _Machine.put,
-    "LONG_BINPUT": _Machine.put,
-    "BINGET": _Machine.get,
-    "LONG_BINGET": _Machine.get,
-    "BINPERSID": _Machine.storage,
-    "NEWOBJ": _Machine.make_object,
-    "REDUCE": _Machine.call,
-    "BUILD": _Machine.build,
-    "STOP": _Machine.stop,
-    **dict.fromkeys(_CONSTANTS, _Machine.push),
-    **{name: _push_value(value) for name, value in _PUSHED.items()},
+    "torch.storage.UntypedStorage": torch.uint8,
+    **{f"torch.{name}Storage": dtype for name, dtype in _STORAGE_TYPES.items()},
+    **{str(dtype): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)},
 }
