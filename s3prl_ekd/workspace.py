@@ -1,7 +1,7 @@
 """The working folder of ``s3prl-ekd init``: the expert that s3prl imports, configs and recipes.
 
-Existing files are never overwritten. Paths of corpora are checked and inserted into the YAML files,
-whose comments and formatting are preserved.
+Existing files are never overwritten. Paths of corpora are checked and replace the default paths in
+the YAML files.
 """
 
 from __future__ import annotations
@@ -10,17 +10,15 @@ import difflib
 import os
 import re
 import shlex
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
-
-import yaml
+from typing import Any, NamedTuple
 
 from .errors import ConfigError, DataError, SetupError
 from .files.atomic import atomic_file, explain_write_errors
-from .files.text import BoundedLoader, parse_yaml
+from .files.text import parse_yaml
 
 # s3prl imports this module as pretrain.ekd.pretrain_expert. The hook is for runs that s3prl's own
 # script starts: without it, a user error is printed as a traceback.
@@ -97,16 +95,14 @@ def _tree(package: str, target: str) -> Iterator[tuple[str, bytes]]:
 
 
 def write_workspace(
-    root: Path,
-    selected: Collection[str] = (),
-    values: Mapping[str, Mapping[str, YamlValue]] | None = None,
+    root: Path, selected: Collection[str] = (), paths: Sequence[CorpusPath] = ()
 ) -> list[tuple[str, Path]]:
     """Write the files that do not exist yet.
 
     Args:
         root: the working folder, created if missing.
         selected: see :func:`workspace_files`.
-        values: file below ``root`` -> dotted key -> value that replaces our default.
+        paths: inserted in place of our defaults.
 
     Returns:
         ``("created" | "kept", path)`` of each file.
@@ -125,8 +121,9 @@ def write_workspace(
     results = []
     for name, data in workspace_files(selected):
         path = root / name
-        if values and name in values:
-            data = set_yaml_values(data.decode(), values[name]).encode()
+        for corpus in paths:
+            if corpus.file == name:
+                data = data.replace(corpus.default.encode(), corpus.yaml.encode(), 1)
         with explain_write_errors(path):
             if os.path.lexists(path) and (path.is_symlink() or path.stat().st_size):
                 results.append(("kept", path))
@@ -138,9 +135,23 @@ def write_workspace(
     return results
 
 
-YamlValue = str | Sequence[str]
 _UNSAFE_IN_OVERRIDE = re.compile(r"""['"$`\\!=]|,,""")
 PREPARED_LIBRISPEECH = "data/librispeech"  # output of `prepare librispeech` in the recipes
+
+
+class CorpusPath(NamedTuple):
+    """A value in a YAML file of the working folder."""
+
+    file: str  # below the working folder
+    key: str  # dotted
+    default: str  # the value as our file writes it
+    value: str | list[str]
+
+    @property
+    def yaml(self) -> str:
+        """The value in single quotes, in which no character is special but the quote."""
+        values = [self.value] if isinstance(self.value, str) else self.value
+        return "\n      - ".join("'" + value.replace("'", "''") + "'" for value in values)
 
 
 @dataclass(frozen=True)
@@ -173,29 +184,30 @@ class CorpusPaths:
                 except DataError as error:
                     raise DataError(f"--{option}: {error}") from None
 
-    def values(self) -> dict[str, dict[str, YamlValue]]:
-        """Map file below the working folder -> dotted YAML key -> value."""
-        values: dict[str, dict[str, YamlValue]] = {}
-
-        def add(file: str, key: str, value: YamlValue) -> None:
-            values.setdefault(file, {})[key] = value
-
+    def values(self) -> list[CorpusPath]:
+        """The values to insert into the YAML files."""
+        runner, phones = "pretrain/ekd/config_runner.yaml", "downstream/ctc/libriphone.yaml"
+        data, prepared = "downstream_expert.datarc", "'./data/librispeech/LibriSpeech'"
+        values = []
         if self.librispeech:
-            root = str(self.librispeech)
-            add("pretrain/ekd/config_runner.yaml", "pretrain_expert.datarc.libri_root", root)
-            tables = f"./{PREPARED_LIBRISPEECH}/len_for_bucket"
-            add("pretrain/ekd/config_runner.yaml", "pretrain_expert.datarc.file_path", tables)
-            add("downstream/asr/config.yaml", "downstream_expert.datarc.libri_root", root)
-            add("downstream/ctc/libriphone.yaml", "downstream_expert.corpus.path", root)
+            root, tables = str(self.librispeech), f"./{PREPARED_LIBRISPEECH}/len_for_bucket"
+            datarc = "pretrain_expert.datarc"
+            values += [
+                CorpusPath(runner, f"{datarc}.libri_root", "./data/LibriSpeech", root),
+                CorpusPath(runner, f"{datarc}.file_path", "./data/len_for_bucket", tables),
+                CorpusPath("downstream/asr/config.yaml", f"{data}.libri_root", prepared, root),
+                CorpusPath(phones, "downstream_expert.corpus.path", prepared, root),
+            ]
         if self.lexicon:
-            files = [str(path) for path in self.lexicon]
-            add("downstream/ctc/libriphone.yaml", "downstream_expert.corpus.lexicon", files)
-        if self.voxceleb1:
-            root = str(self.voxceleb1)
-            add("downstream/voxceleb1/config.yaml", "downstream_expert.datarc.file_path", root)
-        if self.iemocap:
-            root = str(self.iemocap)
-            add("downstream/emotion/config.yaml", "downstream_expert.datarc.root", root)
+            files, default = [*map(str, self.lexicon)], "'./data/librispeech/lexicon.txt'"
+            values += [CorpusPath(phones, "downstream_expert.corpus.lexicon", default, files)]
+        for path, task, key, default in (
+            (self.voxceleb1, "voxceleb1", "file_path", "'./data/voxceleb1/audio'"),
+            (self.iemocap, "emotion", "root", "'./data/iemocap/audio'"),
+        ):
+            if path:
+                file = f"downstream/{task}/config.yaml"
+                values += [CorpusPath(file, f"{data}.{key}", default, str(path))]
         return values
 
     def commands(self) -> list[str]:
@@ -217,76 +229,23 @@ def absolute_path(path: Path) -> Path:
     return Path(os.path.abspath(path.expanduser()))
 
 
-def report_differences(root: Path, corpora: CorpusPaths) -> list[str]:
-    """Return a line for each YAML key in ``root`` whose value differs from ``corpora``."""
+def report_differences(root: Path, paths: Sequence[CorpusPath]) -> list[str]:
+    """Return a line for each YAML key in ``root`` whose value differs from that of ``paths``."""
     lines = []
-    for file, values in corpora.values().items():
-        for key, value in values.items():
-            try:
-                current = get_yaml_value((root / file).read_text(encoding="utf-8"), key)
-            except (ConfigError, OSError, UnicodeDecodeError) as error:
-                lines.append(f"cannot read {file} ({error}); it should have {key}: {value}")
-                continue
-            if current != value:
-                lines.append(f"{file} was kept and has {key}: {current}; {_remedy(key, value)}")
+    for file, key, _, value in paths:
+        try:
+            current = parse_yaml((root / file).read_text(encoding="utf-8"), "the file")
+        except (ConfigError, OSError, UnicodeDecodeError) as error:
+            lines.append(f"cannot read {file} ({error}); it should have {key}: {value}")
+            continue
+        for part in key.split("."):
+            current = current.get(part) if isinstance(current, dict) else None
+        if current != value:
+            lines.append(f"{file} was kept and has {key}: {current}; {_remedy(key, value)}")
     return lines
 
 
-def _remedy(key: str, value: YamlValue) -> str:
-    override = f'-o "config.{key}={value!r}"'
-    if _UNSAFE_IN_OVERRIDE.search(str(value) if isinstance(value, str) else "".join(value)):
+def _remedy(key: str, value: str | list[str]) -> str:
+    if _UNSAFE_IN_OVERRIDE.search("".join(value)):
         return f"change it to {value}"  # the shell or s3prl would alter the override
-    return f"change it there, or add to the command: {override}"
-
-
-def set_yaml_values(text: str, values: Mapping[str, YamlValue]) -> str:
-    """Replace values in a YAML text; comments and formatting are preserved.
-
-    Args:
-        text: YAML, a mapping.
-        values: dotted key -> string, or list of strings if the key has a list.
-
-    Raises:
-        ConfigError: ``text`` is not YAML, a key does not exist, or its value has another type.
-    """
-    for key, value in values.items():
-        start, end, replacement = _replacement(text, key, value)
-        text = text[:start] + replacement + text[end:]
-    return text
-
-
-def _replacement(text: str, key: str, value: YamlValue) -> tuple[int, int, str]:
-    """Return start and end of the characters to replace, and their replacement."""
-    parse_yaml(text, "the file")  # rejects invalid YAML
-    node = yaml.compose(text, Loader=BoundedLoader)
-    for part in key.split("."):
-        pairs = node.value if isinstance(node, yaml.MappingNode) else []
-        node = next((value_node for name, value_node in pairs if name.value == part), None)
-    start, end = (node.start_mark.index, node.end_mark.index) if node else (0, 0)
-    if isinstance(node, yaml.ScalarNode) and isinstance(value, str):
-        return start, end, quote_yaml(value)
-    if isinstance(node, yaml.SequenceNode) and not isinstance(value, str):
-        if node.flow_style:
-            return start, end, f"[{', '.join(map(quote_yaml, value))}]"
-        # The end mark of a block sequence is after the comments that follow it.
-        dash = "\n" + " " * node.start_mark.column + "- "
-        end = node.value[-1].end_mark.index
-        return node.value[0].start_mark.index, end, dash.join(map(quote_yaml, value))
-    raise ConfigError(f"the key {key} does not exist, or its value is not a path")
-
-
-def get_yaml_value(text: str, key: str) -> YamlValue | None:
-    """Return the value of a dotted key in a YAML text, or None if the key does not exist.
-
-    Raises:
-        ConfigError: ``text`` is not YAML.
-    """
-    value = parse_yaml(text, "the file")
-    for part in key.split("."):
-        value = value.get(part) if isinstance(value, dict) else None
-    return value
-
-
-def quote_yaml(text: str) -> str:
-    """Quote for YAML with single quotes, in which no character is special but the quote."""
-    return "'" + text.replace("'", "''") + "'"
+    return f'change it there, or add to the command: -o "config.{key}={value!r}"'

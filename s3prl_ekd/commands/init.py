@@ -89,7 +89,7 @@ def main(args: argparse.Namespace) -> int:
     corpora.check()  # before anything is written
     for state, path in write_workspace(args.dir, selected, corpora.values()):
         print(f"{state:8} {path}")
-    differences = report_differences(args.dir, corpora)
+    differences = report_differences(args.dir, corpora.values())
     if differences:
         print("", *differences, sep="\n")
     print(f"\n{_next_steps(args.dir, corpora)}")

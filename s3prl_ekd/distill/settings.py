@@ -8,6 +8,7 @@ checked before torch is imported.
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field
 from typing import Literal
@@ -20,6 +21,15 @@ MAX_LAYERS, MAX_PARAMETERS = 256, 1_000_000_000
 
 AggregationName = Literal["separate", "average", "concat"]
 TargetNormName = Literal["none", "mean_std", "phi_s"]
+
+
+def check_range(settings: object, low: float, high: float, *names: str) -> None:
+    """Raise ValueError for a setting outside ``low`` to ``high``; None is allowed."""
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and not low <= value <= high:
+            limits = f"{low} or more" if high == math.inf else f"{low} to {high}"
+            raise ValueError(f"{name} must be {limits}, got {value}")
 
 
 @dataclass(frozen=True)
@@ -55,8 +65,7 @@ class TeacherSettings:
         members = [layer for group in self.groups or () for layer in group]
         if members and (min(members) < 0 or len(set(members)) < len(members)):
             raise ValueError("groups must have distinct layers of 0 or more, each in one group")
-        if self.weight < 0 or (self.final_weight is not None and self.final_weight < 0):
-            raise ValueError("weight and final_weight must be 0 or more")
+        check_range(self, 0, math.inf, "weight", "final_weight")
 
     @property
     def targets(self) -> tuple[tuple[int, ...], ...]:
@@ -80,10 +89,8 @@ class TargetSettings:
     """Steps until each teacher's weight reaches ``teachers.NAME.final_weight`` (ours)."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.drop_teachers <= 1:
-            raise ValueError(f"drop_teachers must be 0 to 1, got {self.drop_teachers}")
-        if self.weight_steps < 0:
-            raise ValueError(f"weight_steps must be 0 or more, got {self.weight_steps}")
+        check_range(self, 0, 1, "drop_teachers")
+        check_range(self, 0, math.inf, "weight_steps")
 
 
 @dataclass(frozen=True)
@@ -106,8 +113,7 @@ class HeadSettings:
     """Weight of the residual heads in the loss (ours)."""
 
     def __post_init__(self) -> None:
-        if self.residual_weight < 0:
-            raise ValueError(f"residual_weight must be 0 or more, got {self.residual_weight}")
+        check_range(self, 0, math.inf, "residual_weight")
 
 
 @dataclass(frozen=True)
@@ -135,9 +141,7 @@ class LossSettings:
     """Weight of the mean square of the conv features (s3prl's ``feat_pen_loss``)."""
 
     def __post_init__(self) -> None:
-        for name in ("cosine_weight", "feature_penalty"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        check_range(self, 0, math.inf, "cosine_weight", "feature_penalty")
         if not 0 < self.agreement <= 1:
             raise ValueError(f"agreement must be above 0 and at most 1, got {self.agreement}")
 
@@ -154,8 +158,7 @@ class UnitLossSettings:
     """Weight of the cross-entropy."""
 
     def __post_init__(self) -> None:
-        if self.weight < 0:
-            raise ValueError(f"weight must be 0 or more, got {self.weight}")
+        check_range(self, 0, math.inf, "weight")
 
 
 @dataclass(frozen=True)
@@ -220,15 +223,13 @@ class StudentSettings:
             parse_conv_layers(self.extractor_conv_feature_layers)
         except ConfigError as error:
             raise ValueError(str(error)) from None
-        for name in ("conv_pos", "conv_pos_groups", "encoder_layers", "encoder_embed_dim"):
-            _at_least(self, name, 1)
-        for name in ("encoder_ffn_embed_dim", "encoder_attention_heads"):
-            _at_least(self, name, 1)
-        _at_least(self, "feature_grad_mult", 0)
-        for name in ("extractor_dropout", "dropout", "attention_dropout"):
-            _probability(self, name)
-        for name in ("activation_dropout", "encoder_layerdrop"):
-            _probability(self, name)
+        check_range(self, 1, math.inf, "conv_pos", "conv_pos_groups", "encoder_layers")
+        check_range(self, 1, math.inf, "encoder_embed_dim", "encoder_ffn_embed_dim")
+        check_range(self, 1, math.inf, "encoder_attention_heads")
+        check_range(self, 0, math.inf, "feature_grad_mult")
+        for name, value in vars(self).items():
+            if name.endswith(("dropout", "layerdrop")) and not 0 <= value < 1:
+                raise ValueError(f"{name} must be 0 or more and below 1, got {value}")
         for name in ("encoder_attention_heads", "conv_pos_groups"):
             if self.encoder_embed_dim % getattr(self, name):
                 raise ValueError(
@@ -378,8 +379,7 @@ class DistillSettings:
     def __post_init__(self) -> None:
         if not self.teachers:
             raise ValueError("teachers is empty; name at least one teacher")
-        if self.target_norm_steps < 1:
-            raise ValueError(f"target_norm_steps must be 1 or more, got {self.target_norm_steps}")
+        check_range(self, 1, math.inf, "target_norm_steps")
         for name in self.teachers:
             # The name becomes part of weight names, TensorBoard tags and file names.
             if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]{0,63}", name) or name in _TAKEN:
@@ -474,13 +474,3 @@ class DistillSettings:
 # Methods of torch.nn.ModuleDict, whose keys are teachers' names, and names of other target sets.
 _TAKEN = {"keys", "items", "values", "pop", "clear", "update", "forward", "type", "train", "to"}
 _TAKEN |= {"average", "concat"}
-
-
-def _at_least(settings: StudentSettings, name: str, least: int) -> None:
-    if getattr(settings, name) < least:
-        raise ValueError(f"{name} must be {least} or more, got {getattr(settings, name)}")
-
-
-def _probability(settings: StudentSettings, name: str) -> None:
-    if not 0 <= getattr(settings, name) < 1:
-        raise ValueError(f"{name} must be 0 or more and below 1, got {getattr(settings, name)}")

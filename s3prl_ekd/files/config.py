@@ -15,6 +15,7 @@ A model config may extend another one::
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import difflib
@@ -47,6 +48,19 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return data
 
 
+def to_plain_data(value: Any) -> Any:
+    """Convert dataclasses and tuples to dicts and lists; the inverse of :func:`from_plain_data`."""
+    if dataclasses.is_dataclass(value):
+        return {f.name: to_plain_data(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, (tuple, list)):
+        return [to_plain_data(item) for item in value]
+    if isinstance(value, dict):
+        return {key: to_plain_data(item) for key, item in value.items()}
+    return value
+
+
+# Not pydantic: its strict mode takes no dict for a dataclass, so it needs as many lines for types
+# of its own (text without control characters, numbers of 64 bits, "1e-6") and for its messages.
 def from_plain_data(kind: type[T], data: Any, location: str) -> T:
     """Convert dicts, lists and scalars to the type ``kind``, usually a dataclass.
 
@@ -62,76 +76,51 @@ def from_plain_data(kind: type[T], data: Any, location: str) -> T:
     return result
 
 
-def to_plain_data(value: Any) -> Any:
-    """Convert dataclasses and tuples to dicts and lists; the inverse of :func:`from_plain_data`."""
-    if dataclasses.is_dataclass(value):
-        return {f.name: to_plain_data(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, (tuple, list)):
-        return [to_plain_data(item) for item in value]
-    if isinstance(value, dict):
-        return {key: to_plain_data(item) for key, item in value.items()}
-    return value
-
-
-def _convert(kind: Any, data: Any, location: str) -> Any:
-    if kind is Any:
-        return _any(data, location)
-    origin = typing.get_origin(kind)
+def _convert(kind: Any, data: Any, location: str, depth: int = 0) -> Any:
+    if depth > MAX_DEPTH:
+        raise ConfigError(f"{location}: nested more than {MAX_DEPTH} levels deep")
+    if kind is Any and data is None:
+        return None
+    if kind is Any and isinstance(data, dict):
+        kind = dict[str, Any]
+    elif kind is Any:  # lists stay lists, and scalars what they are
+        kind = list[Any] if isinstance(data, (list, tuple)) else type(data)
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
     if dataclasses.is_dataclass(kind):
         return _dataclass(kind, data, location)
     if origin is Literal:
-        allowed = typing.get_args(kind)
         # True == 1 in Python: compare types too, so that `layers: true` is not layer 1.
-        if not any(type(data) is type(item) and data == item for item in allowed):
-            names = ", ".join(map(str, allowed))
+        if not any(type(data) is type(item) and data == item for item in parts):
+            names = ", ".join(map(str, parts))
             raise ConfigError(f"{location} must be one of {names}, got {_show(data)}")
         return data
-    if origin in (Union, types.UnionType):
-        return _optional(kind, data, location)
-    if origin is tuple:
-        (item, _) = typing.get_args(kind)
-        if not isinstance(data, (list, tuple)):
-            raise ConfigError(f"{location}: expected a list, got {_show(data)}")
-        if len(data) > _MAX_LIST:
-            raise ConfigError(
-                f"{location}: a list may have at most {_MAX_LIST} values, got {len(data)}"
-            )
-        return tuple(_convert(item, value, f"{location}[{i}]") for i, value in enumerate(data))
+    if origin in (Union, types.UnionType):  # always X | None
+        return None if data is None else _convert(parts[0], data, location)
+    if origin in (tuple, list):
+        _check_container(data, (list, tuple), "a list", _MAX_LIST, location)
+        items = enumerate(data)
+        return origin(
+            _convert(parts[0], value, f"{location}[{i}]", depth + 1) for i, value in items
+        )
     if origin is dict:
-        if not isinstance(data, dict):
-            raise ConfigError(f"{location}: expected a mapping, got {_show(data)}")
-        item = typing.get_args(kind)[1]
-        if len(data) > _MAX_KEYS:
-            raise ConfigError(
-                f"{location}: a mapping may have at most {_MAX_KEYS} keys, got {len(data)}"
-            )
-        _check_keys(data, location)
-        return {key: _convert(item, value, f"{location}.{key}") for key, value in data.items()}
+        _check_container(data, dict, "a mapping", _MAX_KEYS, location)
+        for key in data:
+            if not isinstance(key, str) or CONTROL.search(key):
+                raise ConfigError(
+                    f"{location}: the key {_show(key)} must be text without control characters"
+                )
+        return {
+            key: _convert(parts[1], value, f"{location}.{key}", depth + 1)
+            for key, value in data.items()
+        }
     return _scalar(kind, data, location)
 
 
-def _check_keys(data: dict[Any, Any], location: str) -> None:
-    for key in data:
-        if not isinstance(key, str):
-            raise ConfigError(f"{location}: the key {_show(key)} must be text; put it in quotes")
-        if CONTROL.search(key):
-            raise ConfigError(f"{location}: the key {_show(key)} contains a control character")
-
-
-def _any(data: Any, location: str, depth: int = 0) -> Any:
-    """Check a setting of type ``Any``: containers and scalars, finite numbers, keys as text."""
-    if depth > MAX_DEPTH:
-        raise ConfigError(f"{location}: nested more than {MAX_DEPTH} levels deep")
-    if isinstance(data, dict):
-        _check_keys(data, location)
-        return {key: _any(value, f"{location}.{key}", depth + 1) for key, value in data.items()}
-    if isinstance(data, (list, tuple)):
-        return [_any(value, f"{location}[{i}]", depth + 1) for i, value in enumerate(data)]
-    if data is None:
-        return None
-    if type(data) not in (bool, int, float, str):
-        raise ConfigError(f"{location}: expected a number, text or list, got {_show(data)}")
-    return _scalar(type(data), data, location)
+def _check_container(data: Any, kind: Any, noun: str, limit: int, location: str) -> None:
+    if not isinstance(data, kind):
+        raise ConfigError(f"{location}: expected {noun}, got {_show(data)}")
+    if len(data) > limit:
+        raise ConfigError(f"{location}: expected at most {limit} values, got {len(data)}")
 
 
 def _dataclass(kind: Any, data: Any, location: str) -> Any:
@@ -148,10 +137,7 @@ def _dataclass(kind: Any, data: Any, location: str) -> Any:
             )
     values = {key: _convert(hints[key], value, f"{location}.{key}") for key, value in data.items()}
     for name, field in fields.items():
-        required = (
-            field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        )
-        if required and name not in values:
+        if name not in values and field.default is field.default_factory is dataclasses.MISSING:
             raise ConfigError(f"{location}: the key {name} is missing")
     try:
         return kind(**values)
@@ -159,28 +145,21 @@ def _dataclass(kind: Any, data: Any, location: str) -> Any:
         raise ConfigError(f"{location}: {error}") from None
 
 
-def _optional(kind: Any, data: Any, location: str) -> Any:
-    inner = [item for item in typing.get_args(kind) if item is not type(None)]
-    if data is None and len(inner) < len(typing.get_args(kind)):
-        return None
-    (member,) = inner  # the settings use no other unions
-    return _convert(member, data, location)
+_SCALARS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
 
 def _scalar(kind: type, data: Any, location: str) -> Any:
-    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
     if kind is float and isinstance(data, str):
         # YAML 1.1 reads `1e-6` as text.
-        try:
+        with contextlib.suppress(ValueError):
             data = float(data)
-        except ValueError:
-            pass
     if type(data) is int and not -MAX_NUMBER <= data < MAX_NUMBER:
         raise ConfigError(f"{location}: expected a number of at most 64 bits, got {_show(data)}")
     if kind is float and type(data) is int:
         data = float(data)
-    if type(data) is not kind:
-        raise ConfigError(f"{location}: expected {names[kind]}, got {_show(data)}")
+    if type(data) is not kind or kind not in _SCALARS:
+        expected = _SCALARS.get(kind, "a number, text or list")
+        raise ConfigError(f"{location}: expected {expected}, got {_show(data)}")
     if isinstance(data, float) and not math.isfinite(data):
         raise ConfigError(f"{location}: expected a finite number, got {_show(data)}")
     if isinstance(data, str) and CONTROL.search(data):

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 from ..compat.no_eval import reject_code
 from ..data.distortion.settings import DistortionSettings
 from ..data.settings import DataSettings
-from ..distill.settings import DistillSettings, check_size
+from ..distill.settings import DistillSettings, check_range, check_size
 from ..errors import ConfigError
 from ..files.config import apply_overrides, from_plain_data, read_extended, read_yaml
 from ..files.renamed_keys import MODEL, RUNNER, rename_keys, rename_overrides, warn_renamed
@@ -107,22 +108,11 @@ class RunSettings:
     """Recompute the student's activations in the backward pass, to save memory (ours)."""
 
     def __post_init__(self):
-        for name in (
-            "total_steps",
-            "log_step",
-            "save_step",
-            "gradient_accumulate_steps",
-            "max_keep",
-            "eval_step",
-            "max_nonfinite",
-        ):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be 1 or more, got {value}")
+        check_range(self, 1, math.inf, "total_steps", "log_step", "save_step", "eval_step")
+        check_range(self, 1, math.inf, "gradient_accumulate_steps", "max_keep", "max_nonfinite")
+        check_range(self, 0, math.inf, "autosave_minutes")
         if self.fp16 and self.bf16:
             raise ValueError("fp16 and bf16 exclude each other; set one of them to false")
-        if self.autosave_minutes < 0:
-            raise ValueError(f"autosave_minutes must be 0 or more, got {self.autosave_minutes}")
         if self.n_epochs > 0:
             # s3prl would count steps by n_epochs but schedule the learning rate by total_steps
             raise ValueError(
@@ -171,8 +161,6 @@ class RunnerFile:
             )
         if not isinstance(self.optimizer.get("name"), str):
             raise ValueError("the key optimizer.name is missing; for example: AdamW_with_schedule")
-        if "lr" not in self.optimizer:
-            raise ValueError("the key optimizer.lr is missing; for example: 2.e-4")
         if self.optimizer["name"] not in OPTIMIZERS:
             raise ValueError(
                 f"optimizer.name: unknown optimizer {self.optimizer['name']!r}; use one of: "
@@ -186,9 +174,9 @@ class RunnerFile:
                     f"optimizer.{key}: expected a number, got the text {value!r}; YAML needs a "
                     "point in it: 2.e-4, not 2e-4"
                 )
-        rate = self.optimizer["lr"]
+        rate = self.optimizer.get("lr")
         if type(rate) not in (int, float) or rate <= 0:
-            raise ValueError(f"optimizer.lr must be a number above 0, got {rate!r}")
+            raise ValueError(f"optimizer.lr must be a number above 0 such as 2.e-4, got {rate!r}")
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,11 @@ details, so distortion is off unless ``setup`` is set.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
+
+from ...distill.settings import check_range
 
 Setup = Literal["clean", "setup1", "setup2", "same"]
 
@@ -34,7 +37,7 @@ class AdditiveWeights:
     """Nothing is added."""
 
     def __post_init__(self) -> None:
-        _no_negative(self)
+        check_range(self, 0, math.inf, *vars(self))
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ class ConvolutiveWeights:
     """Nothing is changed."""
 
     def __post_init__(self) -> None:
-        _no_negative(self)
+        check_range(self, 0, math.inf, *vars(self))
 
 
 @dataclass(frozen=True)
@@ -138,20 +141,14 @@ class DistortionSettings:
                 raise ValueError(
                     f"{low} ({getattr(self, low)}) must not be above {high} ({getattr(self, high)})"
                 )
-        _between(self, "snr_min", -60, 100)
-        _between(self, "snr_max", -60, 100)
-        _between(self, "drr_min", -60, 100)
-        _between(self, "drr_max", -60, 100)
-        _between(self, "rt60_min", 0.01, 10)
-        _between(self, "rt60_max", 0.01, 10)
-        _between(self, "babble_voices", 1, 64)
+        check_range(self, -60, 100, "snr_min", "snr_max", "drr_min", "drr_max")
+        check_range(self, 0.01, 10, "rt60_min", "rt60_max")
+        check_range(self, 1, 64, "babble_voices")
         # 8000 Hz is the Nyquist frequency. A filter below 20 Hz rings longer than a word lasts.
-        _between(self, "band_low", 20, 7900)
-        _between(self, "band_high", 20, 7900)
-        _between(self, "band_width_min", 20, 4000)
-        _between(self, "band_width_max", 20, 4000)
+        check_range(self, 20, 7900, "band_low", "band_high")
+        check_range(self, 20, 4000, "band_width_min", "band_width_max")
         if self.pitch_cents != 0:
-            _between(self, "pitch_cents", 20, 2400)
+            check_range(self, 20, 2400, "pitch_cents")
         for part, kinds in (
             ("additive_weights", self.additive_kinds),
             ("convolutive_weights", self.convolutive_kinds),
@@ -180,14 +177,3 @@ class DistortionSettings:
             kinds["pitch"] = weights.pitch
         kinds["band_reject"] = weights.band_reject
         return kinds
-
-
-def _no_negative(weights: object) -> None:
-    for name, value in vars(weights).items():
-        if value < 0:
-            raise ValueError(f"{name} must be 0 or more, got {value}")
-
-
-def _between(settings: object, name: str, low: float, high: float) -> None:
-    if not low <= getattr(settings, name) <= high:
-        raise ValueError(f"{name} must be {low} to {high}, got {getattr(settings, name)}")
