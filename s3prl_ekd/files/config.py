@@ -24,7 +24,7 @@ import re
 import shlex
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
@@ -243,58 +243,55 @@ def apply_overrides(data: dict[str, Any], overrides: str) -> dict[str, Any]:
         ConfigError: a key or a value is not of this form.
     """
     data = copy.deepcopy(data)
-    for option in overrides.split(",,"):
-        key, equals, text = option.strip().partition("=")
+    for key, equals, text in _options(overrides):
+        form = "write config.KEY.KEY=VALUE, several joined by ,,"
         if not equals:
-            raise ConfigError(
-                f"-o {option.strip()!r}: write config.KEY.KEY=VALUE, several joined by ,,"
-            )
-        root, *path = key.strip().split(".")
+            raise ConfigError(f"-o {key!r}: {form}")
+        root, *path = key.split(".")
         if root not in ("args", "config"):
-            raise ConfigError(f"-o {key.strip()!r}: the key must start with config. or args.")
-        value = text.strip()
-        try:
-            value = read_value(value)
-        except ValueError:
-            if "=" in value:  # usually a single comma between two settings
-                raise ConfigError(
-                    f"-o {option.strip()!r}: write config.KEY.KEY=VALUE, several joined by ,,; a "
-                    "value with an = sign needs quotes"
-                ) from None
-            if _CODE.search(value):
-                raise ConfigError(
-                    f"-o {key.strip()!r}: expected a number, a list or a quoted string, got "
-                    f"{value[:60]!r}"
-                ) from None
+            raise ConfigError(f"-o {key!r}: the key must start with config. or args.")
+        value = _value(text)
+        if value == text and "=" in text:  # usually a single comma between two settings
+            raise ConfigError(f"-o {key}={text!r}: {form}; a value with an = sign needs quotes")
+        if value == text and _CODE.search(text):
+            raise ConfigError(
+                f"-o {key!r}: expected a number, a list or a quoted string, got {text[:60]!r}"
+            )
         if root == "args" or not path:
             continue
         target = data
         for name in path[:-1]:
             target = target.setdefault(name, {})
             if not isinstance(target, dict):
-                raise ConfigError(f"-o {key.strip()!r}: {name} is not a mapping")
+                raise ConfigError(f"-o {key!r}: {name} is not a mapping")
         target[path[-1]] = value
     return data
 
 
+def _options(overrides: str | None) -> Iterator[tuple[str, str, str]]:
+    """The key, the sign = and the text of the value of each override."""
+    for option in (overrides or "").split(",,"):
+        key, equals, text = option.partition("=")
+        yield key.strip(), equals, text.strip()
+
+
+def _value(text: str) -> Any:
+    """The value of an override; text without quotes stays text."""
+    try:
+        return read_value(text)
+    except ValueError:
+        return text
+
+
 def argument_overrides(overrides: str | None) -> dict[str, Any]:
     """The ``args.NAME=VALUE`` overrides of ``-o``, as a dict without ``args.``."""
-    values: dict[str, Any] = {}
-    for option in (overrides or "").split(",,"):
-        key, _, text = option.strip().partition("=")
-        if key.strip().startswith("args."):
-            try:
-                value = read_value(text.strip())
-            except ValueError:
-                value = text.strip()
-            values[key.strip().removeprefix("args.")] = value
-    return values
+    options = ((key, text) for key, _, text in _options(overrides) if key.startswith("args."))
+    return {key.removeprefix("args."): _value(text) for key, text in options}
 
 
 def overridden(overrides: str | None) -> frozenset[str]:
     """The config keys that ``-o`` sets, without ``config.``; see :func:`apply_overrides`."""
-    options = (overrides or "").split(",,")
-    keys = (option.partition("=")[0].strip() for option in options)
+    keys = (key for key, _, _ in _options(overrides))
     return frozenset(key.removeprefix("config.") for key in keys if key.startswith("config."))
 
 
@@ -313,10 +310,9 @@ def escape_equals(overrides: str) -> str:
     """
     apply_overrides({}, overrides)
     options = []
-    for option in overrides.split(",,"):
-        key, _, text = option.partition("=")
+    for key, _, text in _options(overrides):
         if "=" in text:
-            text = repr(read_value(text.strip())).replace("=", r"\x3d")
+            text = repr(read_value(text)).replace("=", r"\x3d")
         options.append(f"{key}={text}")
     return ",,".join(options)
 

@@ -15,7 +15,7 @@ import logging
 import math
 import os
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -207,17 +207,13 @@ def restrict_torch() -> None:
     if not trust.trusted() and not weights_only_by_default():
         os.environ[trust.STRICT] = "1"
     if torch_load_cves(torch.__version__) and not hasattr(torch.load, "_scans"):
-        torch.load = _scanning(torch.load)
+        load = torch.load
 
+        @functools.wraps(load)
+        def scan_and_load(f: Any, *args: Any, **kwargs: Any) -> Any:
+            if not trust.trusted() and isinstance(f, (str, os.PathLike)):
+                scan_for_old_torch(f)
+            return load(f, *args, **kwargs)
 
-def _scanning(load: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap ``torch.load`` to scan files given by path, unless checkpoints are trusted."""
-
-    @functools.wraps(load)
-    def scan_and_load(f: Any, *args: Any, **kwargs: Any) -> Any:
-        if not trust.trusted() and isinstance(f, (str, os.PathLike)):
-            scan_for_old_torch(f)
-        return load(f, *args, **kwargs)
-
-    scan_and_load._scans = True  # type: ignore[attr-defined]
-    return scan_and_load
+        scan_and_load._scans = True  # type: ignore[attr-defined]
+        torch.load = scan_and_load

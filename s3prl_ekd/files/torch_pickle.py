@@ -232,14 +232,9 @@ def _run_pickle(
                 stack.append(argument)
             case "NONE" | "NEWTRUE" | "NEWFALSE":
                 stack.append({"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[opcode.name])
-            case "EMPTY_TUPLE":
-                stack.append(())
-            case "EMPTY_LIST":
-                stack.append([])
-            case "EMPTY_DICT":
-                stack.append({})
-            case "EMPTY_SET":
-                stack.append(set())
+            case "EMPTY_TUPLE" | "EMPTY_LIST" | "EMPTY_DICT" | "EMPTY_SET":
+                empty = {"TUPLE": tuple, "LIST": list, "DICT": dict, "SET": set}
+                stack.append(empty[opcode.name.removeprefix("EMPTY_")]())
             case "MARK":
                 stacks.append(stack)
                 stack = []
@@ -314,16 +309,6 @@ def _key(key: Any) -> Any:
     return key
 
 
-def _ordered_dict(items: Iterable[tuple[Any, Any]] = ()) -> OrderedDict[Any, Any]:
-    data: OrderedDict[Any, Any] = OrderedDict()
-    _set_items(data, items)
-    return data
-
-
-def _set(items: Iterable[Any] = ()) -> set[Any]:
-    return {_key(item) for item in items}
-
-
 def _tensor(
     storage: torch.TypedStorage,
     offset: int,
@@ -371,9 +356,9 @@ _STORAGE_TYPES = {
 # What any pickle may name. A type of storage is represented by its dtype: it must not be called,
 # since UntypedStorage(10**12) would allocate a terabyte.
 _KNOWN: Mapping[str, Any] = {
-    "collections.OrderedDict": _ordered_dict,
-    "builtins.set": _set,
-    "__builtin__.set": _set,
+    "collections.OrderedDict": lambda items=(): OrderedDict((_key(k), v) for k, v in items),
+    "builtins.set": lambda items=(): {_key(item) for item in items},
+    "__builtin__.set": lambda items=(): {_key(item) for item in items},
     "torch.Size": torch.Size,
     "torch.device": torch.device,
     "torch._utils._rebuild_tensor": _tensor,
