@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import stat
@@ -32,11 +33,7 @@ def check_regular(
 ) -> None:
     """Raise ``error`` unless ``path`` is a regular file: reading a pipe or device may never end.
 
-    Args:
-        path: the file.
-        noun: what the file is, for error messages, such as "length table".
-        error: class of the exception.
-        limit: maximum size in bytes; None for any size.
+    ``noun`` says what the file is, such as "length table"; ``limit`` is its maximum size in bytes.
     """
     try:
         status = os.stat(path)
@@ -82,13 +79,7 @@ def check_inside(path: Path, folder: Path, noun: str, error: type[EkdError]) -> 
     """Raise ``error`` if a symlink on the way to ``path`` leads out of ``folder``.
 
     For files that are about to be published from a folder that others may have written. Symlinks
-    within the folder are allowed.
-
-    Args:
-        path: below ``folder``.
-        folder: may be a symlink itself.
-        noun: what the file is, for error messages.
-        error: class of the exception.
+    within the folder are allowed, and ``folder`` may be one itself.
     """
     current, root = folder, folder.resolve()
     for part in path.relative_to(folder).parts:
@@ -123,15 +114,11 @@ def read_json(path: str | Path, noun: str, error: type[EkdError]) -> dict[str, A
 def parse_json(text: str, path: str | Path, noun: str, error: type[EkdError]) -> dict[str, Any]:
     """Parse a JSON object: unique keys, finite numbers, nested at most :data:`MAX_DEPTH` deep.
 
-    Args:
-        text: the contents of the file, or a part of them.
-        path: named in messages.
-        noun: what the file is, for error messages.
-        error: class of the exception.
+    ``text`` is the contents of the file ``path``, or a part of them.
     """
     try:
         data = json.loads(
-            text, object_pairs_hook=_unique_keys, parse_constant=_reject_nan, parse_float=_finite
+            text, object_pairs_hook=_unique_keys, parse_constant=_finite, parse_float=_finite
         )
     except (ValueError, RecursionError) as json_error:
         if problem := download_problem(path):
@@ -193,14 +180,10 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return data
 
 
-def _reject_nan(name: str) -> NoReturn:  # NaN, Infinity, -Infinity
-    raise ValueError(f"expected a finite number, got {name}")
-
-
 def _finite(text: str) -> float:
-    number = float(text)
-    if abs(number) == float("inf"):
-        raise ValueError(f"{text[:60]} is too large")
+    number = float(text)  # NaN, Infinity, or too large
+    if not math.isfinite(number):
+        raise ValueError(f"expected a finite number, got {text[:60]}")
     return number
 
 
