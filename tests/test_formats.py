@@ -29,7 +29,6 @@ from s3prl_ekd.pretrain import sweep as matrix
 from s3prl_ekd.pretrain.checkpoints import CheckpointManager
 from s3prl_ekd.student_file import LoadedStudent, contents, load_student, write_student
 from s3prl_ekd.superb import results as records
-from s3prl_ekd.superb import run as superb
 from s3prl_ekd.teachers import load_upstream
 
 from .conftest import STUDENT
@@ -138,7 +137,7 @@ def test_units(tmp_path, error_of):
 def test_records_of_superb(tmp_path, error_of, finished):
     path = tmp_path / "superb.json"
     path.write_text(json.dumps({"format": 99, "finished": finished, "of": "a later version"}))
-    for read in (superb.read_record, records.read_finished_run):
+    for read in (records.read_record, records.read_finished_run):
         message = error_of(read, tmp_path)
         assert str(path) in message and "remove" not in message
 

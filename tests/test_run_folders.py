@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import io
 import json
 import logging
 import os
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,8 +22,8 @@ from s3prl_ekd import launch
 from s3prl_ekd.errors import EkdError, SetupError
 from s3prl_ekd.files.run_checkpoints import newest_checkpoint, read_checkpoint
 from s3prl_ekd.superb import run as superb
-from s3prl_ekd.superb.results import read_finished_run as read_record
-from s3prl_ekd.superb.results import read_results
+from s3prl_ekd.superb.results import read_record, read_results
+from s3prl_ekd.system.jobs import Jobs
 from s3prl_ekd.system.lock import LOCK_FILE, FolderLock
 
 from .conftest import command, write_configs
@@ -241,22 +243,21 @@ def test_a_renamed_upstream_is_reported_under_its_new_name(workspace, monkeypatc
     rain.mkdir()
     shutil.copy("audio/ann0.wav", rain)
 
-    def run_command(folder, argv, environment, processes):  # in this process, which is faster
-        monkeypatch.setattr(sys, "argv", argv)
-        assert launch.run_downstream() == 0
+    def run(self, argv, log, environment, stdin):  # in this process, which is faster
+        monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(stdin)))
+        assert launch.SCRIPTS[argv[0]]() == 0
 
-    monkeypatch.setattr(superb, "run_command", run_command)
-    run_plan = functools.partial(superb.run_plan)
+    monkeypatch.setattr(Jobs, "run", run)
     out = workspace / "out/w/out"
     (first,) = short_runs(workspace, "out/w")
     first = replaced(first, "X")
-    assert run_plan([first]) == []
+    superb.run_plan([first])
     (out / "X").rename(out / "Y")
-    assert run_plan([first]) == []  # again X
+    superb.run_plan([first])  # again X
     before = contents(out / "X")
     (noisy,) = short_runs(workspace, "out/w", noise=[str(rain)], snr=[0.0])
     second = replaced(noisy, "Y")
-    assert run_plan([second]) == []
+    superb.run_plan([second])
     assert contents(out / "X") == before
     assert (second.folder / "noisy/rain_snr0/test_predict.txt").is_file()
     results = read_results([out])
@@ -281,8 +282,6 @@ def test_a_path_in_a_record_must_be_in_the_run_folder(tmp_path, entry):
     folder = write_run(tmp_path, "x", "sid", {"a": ("1", "1")})
     record = json.loads((folder / "superb.json").read_text())
     (folder / "superb.json").write_text(json.dumps(record | entry))
-    with pytest.raises(SetupError, match="superb.json"):
-        superb.read_record(folder)
     with pytest.raises(EkdError, match="superb.json"):
         read_record(folder)
 

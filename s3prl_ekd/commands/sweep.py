@@ -29,7 +29,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     from ..files.atomic import write_csv
     from ..pretrain.settings import load_model_config, load_runner_config
-    from ..pretrain.sweep import SweepRun, results_table, run_sweep
+    from ..pretrain.sweep import SweepResult, SweepRun, results_table, run_sweep
     from ..system.tables import markdown_table
 
     if not Path("pretrain/ekd").is_dir():
@@ -51,8 +51,9 @@ def main(args: argparse.Namespace) -> int:
         for config in args.configs
         for seed in args.seeds
     ]
-    results = dict(run_sweep(runs, args.jobs))
-    grouped = {name: [results[run] for run in runs if run.config.stem == name] for name in names}
+    grouped: dict[str, list[SweepResult]] = {name: [] for name in names}
+    for run, result in zip(runs, run_sweep(runs, args.jobs), strict=True):
+        grouped[run.config.stem].append(result)
     rows = results_table(grouped)
     print(markdown_table(rows))
     if args.csv:

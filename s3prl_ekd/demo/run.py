@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import subprocess
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ from ..pretrain.tensorboard import plot_run, read_scalars, teacher_curves
 from ..superb.report import CLEAN, Difference, Report, make_report
 from ..superb.report_text import with_interval
 from ..superb.results import read_results
-from ..system.jobs import child_command, child_environment
+from ..system.jobs import Jobs
 from ..system.tables import text_table
 from ..teachers.zoo import TEACHERS
 from ..workspace import write_workspace
@@ -228,11 +227,11 @@ class Demo:
         argv = [*text.split(), *more]
         line = shlex.join(argv)
         print(f"$ {line if line.startswith('run_') else f's3prl-ekd {line}'}", flush=True)
-        process = subprocess.run(child_command(argv), cwd=self.folder, env=child_environment())
-        if process.returncode:
+        code = Jobs().call(argv, folder=self.folder)
+        if code:
             raise SetupError(
-                f"the command above failed with exit code {process.returncode}; fix the error that "
-                "it printed and start the demo again: finished steps are kept"
+                f"the command above failed with exit code {code}; fix the error that it printed "
+                "and start the demo again: finished steps are kept"
             )
 
     def _scores(self) -> list[str]:

@@ -12,14 +12,16 @@ import contextlib
 import importlib
 import logging
 import os
+import pickle
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 
-from ..request import DOWNSTREAM_HELP, INIT_HINT, RequestT
+from ..request import DOWNSTREAM_HELP, INIT_HINT, DownstreamRequest, RequestT
 from ..system import torchrun
+from ..system.jobs import SUPERB_JOB
 from ..system.terminal import log_to_stderr, prepare_streams, quiet_s3prl, show_errors
 
 
@@ -37,7 +39,25 @@ def run_downstream() -> int:
     return _launch("run_downstream", run.prepare, run.run, DOWNSTREAM_HELP)
 
 
-SCRIPTS = {"run_pretrain.py": run_pretrain, "run_downstream.py": run_downstream}
+def superb_job() -> int:
+    """Train and test the downstream run on stdin, a pickle from ``superb``, in this process."""
+    from ..downstream import run as downstream
+    from ..superb.run import train_and_test
+
+    def call(request: DownstreamRequest) -> None:
+        checked = downstream.prepare(request.command()[1:])
+        downstream.run(import_script("run_downstream"), checked)
+
+    with _messages("stopped by Ctrl-C"):
+        train_and_test(pickle.load(sys.stdin.buffer), call)
+    return 0
+
+
+SCRIPTS = {
+    "run_pretrain.py": run_pretrain,
+    "run_downstream.py": run_downstream,
+    SUPERB_JOB: superb_job,
+}
 
 
 def _launch(
@@ -46,12 +66,9 @@ def _launch(
     run: Callable[[ModuleType, RequestT], None],
     help_text: str = "",
 ) -> int:
-    prepare_streams()
-    log_to_stderr(logging.WARNING if torchrun.rank() else logging.INFO)  # only rank 0 logs progress
-    quiet_s3prl()
     argv = sys.argv[1:]
     hint = "" if "evaluate" in argv else "; add -a (without -e) to resume"
-    with show_errors(f"stopped by Ctrl-C{hint}", broken_pipe=1, user_files=False):
+    with _messages(f"stopped by Ctrl-C{hint}"):
         if "-h" in argv or "--help" in argv:
             with _initialised_folder():
                 script = import_script(name)
@@ -62,6 +79,14 @@ def _launch(
             request = prepare(argv)
             run(import_script(name), request)
     return 0
+
+
+def _messages(interrupted: str) -> contextlib.AbstractContextManager[None]:
+    """Set up logging, and return a context that turns expected errors into messages."""
+    prepare_streams()
+    log_to_stderr(logging.WARNING if torchrun.rank() else logging.INFO)  # only rank 0 logs progress
+    quiet_s3prl()
+    return show_errors(interrupted, broken_pipe=1, user_files=False)
 
 
 def import_script(script: str) -> ModuleType:

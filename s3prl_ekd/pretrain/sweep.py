@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import statistics
-import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +19,7 @@ from ..files.formats import check_format_version
 from ..files.renamed_keys import MODEL, RUNNER, restore_keys
 from ..files.text import read_json
 from ..request import PretrainRequest
-from ..system.jobs import child_command, child_environment
+from ..system.jobs import Jobs
 from .settings import load_model_config, load_runner_config
 from .tensorboard import read_scalars, teacher_curves
 
@@ -106,11 +103,14 @@ class SweepResult:
     seconds: float
 
 
-def run_sweep(runs: Sequence[SweepRun], jobs: int = 1) -> Iterator[tuple[SweepRun, SweepResult]]:
-    """Start or resume unfinished runs, ``jobs`` in parallel; yield each result when its run ends.
+def run_sweep(runs: Sequence[SweepRun], jobs: int = 1) -> list[SweepResult]:
+    """Start or resume unfinished runs, ``jobs`` in parallel.
+
+    Returns:
+        The results in the order of ``runs``.
 
     Raises:
-        SetupError: a run failed (the message names its log), or a folder holds a run of the same
+        SetupError: runs failed (the message names their logs), or a folder holds a run of the same
             name with other settings.
     """
     for run in runs:
@@ -118,38 +118,19 @@ def run_sweep(runs: Sequence[SweepRun], jobs: int = 1) -> Iterator[tuple[SweepRu
             raise SetupError(
                 f"{run.folder} holds a run with other settings; move or remove the folder"
             )
-    with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(runs), unit=" runs") as bar:
-        futures = {pool.submit(_run, run, jobs): run for run in runs}
-        try:
-            for future in as_completed(futures):
-                bar.update()
-                yield futures[future], future.result()
-        except BaseException:
-            for future in futures:
-                future.cancel()
-            raise
+    processes = Jobs(jobs)
+    return processes.run_all(lambda run, environment: _run(run, processes, environment), runs)
 
 
-def _run(run: SweepRun, jobs: int) -> SweepResult:
-    record = run.record
-    if not record.is_file() or "seconds" not in _read(record):
+def _run(run: SweepRun, processes: Jobs, environment: Mapping[str, str]) -> SweepResult:
+    if not run.record.is_file() or "seconds" not in _read(run.record):
         make_folder(run.folder, SetupError)
         content: dict[str, str | float] = {"digest": run.digest}
-        write_text(record, json.dumps(content))
+        write_text(run.record, json.dumps(content))
         start = time.monotonic()
-        threads = str(max(1, (os.cpu_count() or 1) // jobs))
-        with open(run.folder / "log.txt", "a", encoding="utf-8") as log:
-            process = subprocess.run(
-                child_command(run.argv),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env={"OMP_NUM_THREADS": threads, **child_environment()},
-            )
-        if process.returncode:
-            raise SetupError(f"{run.name} failed; see {run.folder / 'log.txt'}")
+        processes.run(run.argv, run.folder / "log.txt", environment)
         content["seconds"] = time.monotonic() - start
-        write_text(record, json.dumps(content))
+        write_text(run.record, json.dumps(content))
     return read_result(run)
 
 

@@ -32,6 +32,7 @@ from ..request import (
     parse_cache_options,
 )
 from ..teachers import zoo
+from .results import RunRecord
 
 CLEAN = "clean"
 FEATURES = ".features"  # cached hidden states, in the output folder
@@ -224,6 +225,25 @@ class PlannedRun:
         if self.features is not None:  # padding changes the hidden states
             facts.append("features of each utterance alone")
         return _digest(facts)
+
+    def new_record(self) -> RunRecord:
+        """The record of the run before it starts."""
+        return RunRecord(
+            format=1,
+            upstream=self.upstream.name,
+            hub=self.upstream.hub,
+            checkpoint=self.upstream.checkpoint,
+            task=self.task.name,  # type: ignore[arg-type]  # one of TASKS
+            lr=self.lr,
+            seed=self.seed,
+            fold=self.fold,
+            steps=self.recipe.config["runner"]["total_steps"],
+            recipe=self.recipe.path,
+            split=self.task.split,
+            digest=self.digest,
+            features_alone=self.features is not None,
+            model=self.upstream.digest,
+        )
 
     def training(self) -> DownstreamRequest:
         """The request that trains the run, resuming it if it was interrupted."""

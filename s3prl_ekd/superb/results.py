@@ -9,10 +9,10 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Literal, TypeVar
 
 from ..downstream.tasks import TASKS
 from ..errors import DataError
@@ -21,6 +21,7 @@ from ..files.formats import check_format_version
 from ..files.text import read_json
 
 RECORD, COST = "superb.json", "cost.json"
+RecordT = TypeVar("RecordT")
 
 _RUN = re.compile(r"lr[^/]+-seed\d+(-(?P<fold>fold\d+))?")
 
@@ -29,19 +30,21 @@ _RUN = re.compile(r"lr[^/]+-seed\d+(-(?P<fold>fold\d+))?")
 class DevMetric:
     """A run's metric on the development set, in per cent, and the checkpoint that has it."""
 
-    metric: Literal["per", "wer", "acc"]
+    metric: str
     value: float
-    checkpoint: str | None = None
+    checkpoint: str
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """The contents of ``superb.json``.
+    """The contents of ``superb.json``: what was planned, and what is done.
 
     Attributes:
         digest: SHA-256 of what determines the result.
+        dev: None until the run is trained.
         tested: condition (``clean``, ``babble_snr5``) -> folder of its predictions, relative to
             the run's folder.
+        seconds: duration of the training.
         features_alone: hidden states without padding (``--cache-features``).
         model: SHA-256 of what determines the upstream's outputs; None in records of old versions.
         noises: condition -> SHA-256 of its noises.
@@ -59,10 +62,10 @@ class RunRecord:
     recipe: str
     split: str
     digest: str
-    dev: DevMetric
-    tested: dict[str, str]
-    seconds: float
-    finished: Literal[True]
+    dev: DevMetric | None = None
+    tested: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+    finished: bool = False
     features_alone: bool = False
     model: str | None = None
     noises: dict[str, str] = field(default_factory=dict)
@@ -73,40 +76,37 @@ class RunRecord:
         if self.fold is not None and not re.fullmatch(r"fold\d+", self.fold):
             raise ValueError(f"fold must be fold1, fold2, ..., got {self.fold!r}")
         task = TASKS[self.task]
-        if self.split != task.split or self.dev.metric != task.metric:
+        if self.split != task.split or (self.dev and self.dev.metric != task.metric):
             raise ValueError(
-                f"split and dev.metric of {task.name} must be {task.split} and {task.metric}, got "
-                f"{self.split!r} and {self.dev.metric!r}"
+                f"split and dev.metric of {task.name} must be {task.split} and {task.metric}"
             )
-        if not self.upstream.strip() or not self.tested:
-            raise ValueError("upstream and tested must not be empty")
+        if self.finished and not (self.dev and self.tested):
+            raise ValueError("a finished run must have dev and tested")
+        if not self.upstream.strip():
+            raise ValueError("upstream must not be empty")
         for name in (self.upstream, self.recipe, *self.tested):  # printed in reports
             if not name.isprintable():
                 raise ValueError(f"expected printable characters in names, got {name!r}")
         if self.lr <= 0:
             raise ValueError(f"lr must be above 0, got {self.lr:g}")
-        check_paths({"tested": self.tested, "dev": vars(self.dev)})
-
-
-def check_paths(record: Mapping[str, Any]) -> None:
-    """Check that a record's paths stay inside the run's folder, as they are read and written.
-
-    Raises:
-        ValueError, TypeError: a path is outside the folder, or is not a string.
-    """
-    checkpoint = (record.get("dev") or {}).get("checkpoint")
-    if checkpoint is not None and PurePosixPath(checkpoint).name != checkpoint:
-        raise ValueError(f"dev.checkpoint must be a file name without path, got {checkpoint!r}")
-    for condition, folder in record.get("tested", {}).items():
-        path = PurePosixPath(folder)
-        if path.is_absolute() or ".." in path.parts:
-            raise ValueError(f"tested.{condition} must be inside the run's folder, got {folder!r}")
+        # the paths are read and written
+        if self.dev and PurePosixPath(self.dev.checkpoint).name != self.dev.checkpoint:
+            raise ValueError(
+                f"dev.checkpoint must be a file name without path, got {self.dev.checkpoint!r}"
+            )
+        for condition, folder in self.tested.items():
+            path = PurePosixPath(folder)
+            if path.is_absolute() or ".." in path.parts:
+                raise ValueError(
+                    f"tested.{condition} must be inside the run's folder, got {folder!r}"
+                )
 
 
 @dataclass(frozen=True)
 class FinishedRun(RunRecord):
     """The record of a finished run, and its folder."""
 
+    dev: DevMetric
     folder: Path = field(kw_only=True)
 
     def files(self, condition: str) -> tuple[Path, Path]:
@@ -139,50 +139,45 @@ class Cost:
             raise ValueError("parameters and macs must not be negative")
 
 
+def read_record(folder: Path) -> RunRecord | None:
+    """Read the record of the run in ``folder``; None if there is none."""
+    return _read(RunRecord, folder / RECORD)
+
+
 def read_finished_run(folder: Path) -> FinishedRun | None:
     """Read the run in ``folder``; None if it is not finished.
 
     The upstream's name is taken from the path ``ROOT/UPSTREAM/TASK/RUN``, as the folder may have
     been renamed.
-
-    Raises:
-        DataError: the record is damaged.
     """
-    path = folder / RECORD
-    data = _read_json(path)
-    if data is None:
+    record = read_record(folder)
+    if record is None or not record.finished:
         return None
-    check_format_version(data.get("format"), 1, f"the record {path}", DataError)
-    if data.get("finished") is False:
-        return None
-    fields = vars(from_plain_data(RunRecord, data, str(path)))
     task_folder = folder.resolve().parent
-    if task_folder.name == fields["task"]:
-        fields = {**fields, "upstream": task_folder.parent.name}
-    return FinishedRun(**fields, folder=folder)
+    if task_folder.name == record.task:
+        record = replace(record, upstream=task_folder.parent.name)
+    return FinishedRun(**vars(record), folder=folder)
 
 
 def read_cost(path: Path) -> Cost | None:
-    """Read an upstream's ``cost.json``; None if there is no such file.
+    """Read an upstream's ``cost.json``; None if there is no such file."""
+    return _read(Cost, path)
+
+
+def _read(kind: type[RecordT], path: Path) -> RecordT | None:
+    """Read a record; None if there is no such file.
 
     Raises:
-        DataError: the file is damaged.
+        EkdError: the file is damaged or of a newer version.
     """
-    data = _read_json(path)
-    if data is None:
-        return None
-    check_format_version(data.get("format", 1), 1, f"the record {path}", DataError)
-    return from_plain_data(Cost, data, str(path))
-
-
-def _read_json(path: Path) -> dict | None:
-    """Read a JSON mapping; None if there is no such file."""
     if not path.exists():
         return None
     try:
-        return read_json(path, "record", DataError)
+        data = read_json(path, "record", DataError)
     except DataError as error:
         raise DataError(f"{path} is damaged: {error}; remove it and run superb again") from None
+    check_format_version(data.get("format", 1), 1, f"the record {path}", DataError)
+    return from_plain_data(kind, data, str(path))
 
 
 @dataclass(frozen=True)

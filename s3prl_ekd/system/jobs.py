@@ -1,39 +1,40 @@
-"""Start child commands, and end a child when its parent has ended.
+"""Run commands of this package as child processes, several at once.
 
-A command that is killed (``kill -9``, out of memory) cannot stop its children. A training run
-that outlived it would write into the same folder as the next command's run.
+A command that is killed (``kill -9``, out of memory) cannot stop its children. A training run that
+outlived it would write into the same folder as the next command's run. So each child ends itself
+when its parent has ended: :func:`end_with_parent`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import multiprocessing
 import os
+import queue
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from multiprocessing import connection
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from typing import BinaryIO, TypeVar
 
-from ..errors import SetupError
+from ..errors import EkdError, SetupError
 
 logger = logging.getLogger(__name__)
 
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+SUPERB_JOB = "superb-job"  # command of the child processes of `superb`
 PARENT = "S3PRL_EKD_PARENT"  # environment variable: the parent's process id
 _POLL_SECONDS = 0.5
-_SAVE_SECONDS = 30.0  # from SIGTERM to SIGKILL
+_SAVE_SECONDS = 30.0  # time to save and end: from SIGINT to SIGTERM, from SIGTERM to SIGKILL
 
 
 def child_command(argv: Sequence[str]) -> list[str]:
-    """The argv of a child process.
-
-    Args:
-        argv: ``run_downstream.py ...``, ``superb ...`` or ``torchrun ...``.
-    """
+    """The argv of a child process that runs ``run_downstream.py ...``, ``superb ...``, ..."""
     return [sys.executable, "-m", "s3prl_ekd", *argv]
 
 
@@ -49,83 +50,208 @@ def end_with_parent() -> None:
     removed from the environment: it is not the parent of this process's children. Does nothing if
     the process was not started by one of our commands, or on Windows.
     """
-    parent = multiprocessing.parent_process()
-    parent_pid = os.environ.pop(PARENT, None)
-    if parent is not None:  # forked
-
-        def wait() -> None:
-            connection.wait([parent.sentinel])
-
-    elif parent_pid is not None and parent_pid.isdecimal() and os.name == "posix":
-
-        def wait() -> None:
-            while os.getppid() == int(parent_pid):
-                time.sleep(_POLL_SECONDS)
-
-    else:
-        return
-    threading.Thread(target=_end_after, args=(wait,), name="parent", daemon=True).start()
+    parent = os.environ.pop(PARENT, "")
+    if parent.isdecimal() and os.name == "posix":
+        thread = threading.Thread(target=_end_after, args=(int(parent),), daemon=True)
+        thread.start()
 
 
-def _end_after(wait: Callable[[], object]) -> None:
-    wait()
+def _end_after(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(_POLL_SECONDS)
     logger.warning("the parent process has ended; stopping")
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(_SAVE_SECONDS)
-    os.kill(os.getpid(), getattr(signal, "SIGKILL", signal.SIGTERM))
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
-_TO_INTERRUPT = 20.0  # seconds from SIGINT to SIGTERM
-_GRACE = 2.0  # seconds before SIGINT: a terminal's Ctrl-C reaches the children anyway
+class Jobs:
+    """Starts child processes, and ends them on Ctrl-C.
 
+    Each child has its own session: a terminal's Ctrl-C reaches it once, through this process. A
+    second one would end a training before it has saved.
 
-class CommandRunner:
-    """Run commands of ``python -m s3prl_ekd`` as child processes, from several threads."""
+    Args:
+        slots: how many jobs of :meth:`run_all` run at once.
+    """
 
-    def __init__(self) -> None:
-        # One lock for starting and for reading exit codes: Popen also reaps other children, and if
-        # two threads reap the same child, its exit code is lost.
+    def __init__(self, slots: int = 1) -> None:
+        self.slots = slots
         self._lock = threading.Lock()
-        self._live: set = set()  # running children
+        self._children: set[subprocess.Popen] = set()
         self._stopped = False
 
-    def call(self, argv: Sequence[str], log: Path, environment: Mapping[str, str]) -> int:
-        """Run ``run_downstream.py ...`` or ``torchrun ...``, and append its output to ``log``.
+    def run_all(
+        self,
+        job: Callable[[Item, dict[str, str]], Result],
+        items: Sequence[Item],
+        done: Callable[[Item], None] = lambda item: None,
+    ) -> list[Result]:
+        """Call ``job`` for each item in a thread, :attr:`slots` at once, with a progress bar.
+
+        A failed job does not stop the others. On Ctrl-C all children are ended.
+
+        Args:
+            job: called with an item and the environment of its commands.
+            items: in the order in which they are started.
+            done: called in this thread after each job that succeeded.
+
+        Returns:
+            The results in the order of ``items``.
+
+        Raises:
+            SetupError: jobs failed with an :class:`EkdError`; the message has all of their errors.
+        """
+        from tqdm import tqdm  # every command imports this module
+
+        environments: queue.Queue[dict[str, str]] = queue.Queue()
+        for slot in range(self.slots):
+            environments.put(_slot_environment(slot, self.slots))
+
+        def run_in_slot(item: Item) -> Result:
+            environment = environments.get()
+            try:
+                return job(item, environment)
+            finally:
+                environments.put(environment)
+
+        errors = []
+        with (
+            tqdm(total=len(items), unit=" runs") as bar,
+            ThreadPoolExecutor(self.slots) as pool,
+        ):
+            futures = {pool.submit(run_in_slot, item): item for item in items}
+            try:
+                for future in as_completed(futures):
+                    bar.update()
+                    try:
+                        future.result()
+                        done(futures[future])
+                    except EkdError as error:
+                        errors.append(str(error))
+                        tqdm.write(f"failed: {error}")
+            except BaseException:
+                for future in futures:
+                    future.cancel()
+                self.stop()
+                raise
+        if errors:
+            raise SetupError(
+                f"{len(errors)} of {len(items)} runs failed; fix the cause and repeat the command "
+                f"(finished runs are kept): {'; '.join(errors)}"
+            )
+        return [future.result() for future in futures]
+
+    def run(
+        self,
+        argv: Sequence[str],
+        log: Path,
+        environment: Mapping[str, str] | None = None,
+        stdin: bytes = b"",
+    ) -> None:
+        """Run one command and append its output to ``log``.
+
+        Raises:
+            SetupError: the command failed; the message is its error or the last line that it
+                printed, and its log.
+        """
+        with open(log, "ab") as file:
+            offset = file.tell()
+            code = self.call(argv, file, environment, stdin)
+        if code:
+            reason = _reason(log.read_bytes()[offset:].decode("utf-8", "replace"), code)
+            raise SetupError(f"{reason} (see {log})")
+
+    def call(
+        self,
+        argv: Sequence[str],
+        output: BinaryIO | None = None,
+        environment: Mapping[str, str] | None = None,
+        stdin: bytes = b"",
+        folder: Path | None = None,
+    ) -> int:
+        """Run one command.
+
+        Args:
+            argv: ``run_downstream.py ...``, ``superb ...`` or ``torchrun ...``.
+            output: the file for stdout and stderr; None: those of this process.
+            environment: default: ``os.environ``.
+            stdin: the child's input.
+            folder: the child's working folder.
 
         Returns:
             The exit code; -N if signal N ended the process.
         """
-        with open(log, "ab") as file, self._lock:
-            self._check_stopped()
+        with self._lock:
+            if self._stopped:
+                raise SetupError("stopped before this run started; give the same command again")
             child = subprocess.Popen(
                 child_command(argv),
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=subprocess.STDOUT,
+                cwd=folder,
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=None if output is None else subprocess.STDOUT,
+                start_new_session=True,
                 # unbuffered: the log can be followed
                 env={**child_environment(environment), "PYTHONUNBUFFERED": "1"},
             )
-            self._live.add(child)
-        code = child.wait()
+            self._children.add(child)
+        try:
+            child.communicate(stdin)
+        except BaseException:  # Ctrl-C, if this is the main thread
+            self.stop()
+            raise
         with self._lock:
-            self._live.discard(child)
-        return code
-
-    def _check_stopped(self) -> None:
-        if self._stopped:
-            raise SetupError("stopped before this run started; give the same command again")
+            self._children.discard(child)
+        return child.returncode
 
     def stop(self) -> None:
-        """Start no further children, and end those that run.
-
-        SIGINT first, then SIGTERM: commands in the background of a shell script ignore SIGINT.
-        """
+        """Start no further children, and end those that run: SIGINT, after some time SIGTERM."""
         self._stopped = True
-        for number, seconds in ((signal.SIGINT, _GRACE), (signal.SIGTERM, _TO_INTERRUPT)):
-            deadline = time.monotonic() + seconds
-            while self._live and time.monotonic() < deadline:
+        self._signal(signal.SIGINT)
+        deadline = time.monotonic() + _SAVE_SECONDS
+        try:
+            while self._running() and time.monotonic() < deadline:
                 time.sleep(0.05)
-            with self._lock:
-                for child in self._live:
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(child.pid, number)
+        finally:  # also at a second Ctrl-C
+            self._signal(signal.SIGTERM)
+
+    def _signal(self, number: int) -> None:
+        for child in self._running():
+            child.send_signal(number)
+
+    def _running(self) -> list[subprocess.Popen]:
+        with self._lock:
+            return [child for child in self._children if child.poll() is None]
+
+
+def _slot_environment(slot: int, slots: int) -> dict[str, str]:
+    """Environment of the commands in a slot. With several slots, each gets one GPU and, unless
+    ``OMP_NUM_THREADS`` is set, an equal share of the cores."""
+    if slots == 1:
+        return dict(os.environ)
+    environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // slots)), **os.environ}
+    import torch
+
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    count = torch.cuda.device_count()
+    if count:
+        names = visible.split(",") if visible else [str(i) for i in range(count)]
+        environment["CUDA_VISIBLE_DEVICES"] = names[slot % len(names)]
+    return environment
+
+
+def _reason(output: str, code: int) -> str:
+    """The error that a failed command printed, else its last line and the signal that killed it."""
+    lines = output.strip().splitlines() or ["no output"]
+    # not always the last line: a progress bar may print after it when it is closed
+    for line in reversed(lines):
+        if line.startswith(("error: ", "stopped by ")):
+            return line.removeprefix("error: ")
+    if code > 0:
+        return lines[-1]
+    try:
+        name = signal.Signals(-code).name
+    except ValueError:  # a real-time signal
+        name = f"signal {-code}"
+    return f"killed by {name}; last line of output: {lines[-1]}"
