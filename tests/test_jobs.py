@@ -70,8 +70,8 @@ def test_a_second_ctrl_c_terminates_a_process_that_ignores_the_first(monkeypatch
         assert child.stdout.readline() == b"ready\n"
         processes = Jobs()
         processes._children |= {child, ended}
-        monkeypatch.setattr(jobs.time, "sleep", lambda seconds: signal.raise_signal(signal.SIGINT))
-        with pytest.raises(KeyboardInterrupt):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(jobs.time, "sleep", lambda seconds: signal.raise_signal(signal.SIGINT))
             processes.stop()
         assert child.wait(timeout=10) == -signal.SIGTERM
     finally:

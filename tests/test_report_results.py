@@ -37,11 +37,15 @@ def test_folders_of_roots_upstreams_tasks_and_runs(tmp_path):
     assert set(read_results([root]).costs) == {"student"}
 
 
+WER = {"metric": "wer", "value": 1.0, "checkpoint": "dev-best.ckpt"}
+
+
 def test_unfinished_runs_are_listed_but_not_used(tmp_path):
     finished = write_run(tmp_path, "student", "pr", PAIRS)
     cut = write_run(tmp_path, "student", "pr", PAIRS, lr=0.1)
-    # the record of an interrupted run may lack most fields
-    (cut / "superb.json").write_text(json.dumps({"format": 1, "finished": False}))
+    record = json.loads((cut / "superb.json").read_text())
+    begun = {"dev": None, "tested": {}, "finished": False}
+    (cut / "superb.json").write_text(json.dumps(record | begun))
     without_record = tmp_path / "student" / "er" / "lr0.001-seed1337-fold2"
     without_record.mkdir(parents=True)
     (tmp_path / "report").mkdir()
@@ -91,7 +95,10 @@ def test_prediction_files(tmp_path):
         ({"format": 0}, r"\bformat\b.*\b0\b"),
         ({"fold": "fold1"}, r"\bfold\b.*\ber\b.*'fold1'"),
         ({"task": "er", "fold": "../x"}, r"\bfold\b.*'\.\./x'"),
-        ({"dev": {"metric": "wer", "value": 1.0}}, r"dev\.metric.* per\b.*'wer'"),
+        (
+            {"dev": {"metric": "wer", "value": 1.0, "checkpoint": "a.ckpt"}},
+            r"dev\.metric.* per\b.*'wer'",
+        ),
         ({"dev": {"metric": "per", "value": float("nan")}}, "NaN"),
         ({"dev": None}, r"\bdev\b"),
         ({"split": "../test"}, r"\bsplit\b.* test .*'\.\./test'"),

@@ -76,12 +76,14 @@ class RunRecord:
         if self.fold is not None and not re.fullmatch(r"fold\d+", self.fold):
             raise ValueError(f"fold must be fold1, fold2, ..., got {self.fold!r}")
         task = TASKS[self.task]
-        if self.split != task.split or (self.dev and self.dev.metric != task.metric):
+        metric = self.dev.metric if self.dev else task.metric
+        if (self.split, metric) != (task.split, task.metric):
             raise ValueError(
-                f"split and dev.metric of {task.name} must be {task.split} and {task.metric}"
+                f"split and dev.metric of {task.name} must be {task.split} and {task.metric}, got "
+                f"{self.split!r} and {metric!r}"
             )
         if self.finished and not (self.dev and self.tested):
-            raise ValueError("a finished run must have dev and tested")
+            raise ValueError("dev and tested of a finished run must not be empty")
         if not self.upstream.strip():
             raise ValueError("upstream must not be empty")
         for name in (self.upstream, self.recipe, *self.tested):  # printed in reports
