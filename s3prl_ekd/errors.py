@@ -28,12 +28,9 @@ def first_line(error: BaseException) -> str:
 
 
 class EkdError(Exception):
-    """An error that the user can fix. The message says what is wrong, where, and how to fix it.
+    """An error that the user can fix; any other exception from this package is a bug.
 
-    Everything that a user can get wrong (a YAML key, a path, a layer number) raises this class or a
-    subclass; any other exception from this package is a bug.
-
-    ``str(error)`` is one line of printable characters.
+    The message says what is wrong, where, and how to fix it, in one line of printable characters.
     """
 
     def __str__(self) -> str:
@@ -78,7 +75,7 @@ def install_excepthook() -> None:
     """Print an uncaught :class:`EkdError` without a traceback, and exit with code 2.
 
     For s3prl's scripts when started without our commands (``python run_pretrain.py`` in a
-    checkout). Other exceptions go to the previous hook. Calling it twice has no further effect.
+    checkout). Other exceptions go to the previous hook.
     """
     previous = sys.excepthook
     if getattr(previous, "_s3prl_ekd", False):

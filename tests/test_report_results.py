@@ -37,9 +37,6 @@ def test_folders_of_roots_upstreams_tasks_and_runs(tmp_path):
     assert set(read_results([root]).costs) == {"student"}
 
 
-WER = {"metric": "wer", "value": 1.0, "checkpoint": "dev-best.ckpt"}
-
-
 def test_unfinished_runs_are_listed_but_not_used(tmp_path):
     finished = write_run(tmp_path, "student", "pr", PAIRS)
     cut = write_run(tmp_path, "student", "pr", PAIRS, lr=0.1)

@@ -19,19 +19,13 @@ from pathlib import Path
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "dir",
-        metavar="DIR",
-        type=Path,
-        nargs="?",
-        default=Path("demo_run"),
+        "dir", metavar="DIR", type=Path, nargs="?", default=Path("demo_run"),
         help="the folder to write (default: %(default)s)",
-    )
+    )  # fmt: skip
     parser.add_argument(
-        "--steps",
-        type=_positive,
-        default=200,
+        "--steps", type=_positive, default=200,
         help="steps of each distillation (default: %(default)s)",
-    )
+    )  # fmt: skip
     parser.add_argument(
         "--downstream-steps", type=_positive, default=120,
         help="steps of a task (default: %(default)s); times 2 (PR), 0.5 (SID, ER), 1.1 (ASR)",
@@ -41,11 +35,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="tasks to evaluate: pr sid er asr (default: all four)",
     )  # fmt: skip
     parser.add_argument(
-        "--utterances",
-        type=_positive,
-        default=400,
+        "--utterances", type=_positive, default=400,
         help="training utterances (default: %(default)s)",
-    )
+    )  # fmt: skip
 
 
 def main(args: argparse.Namespace) -> int:
@@ -53,8 +45,8 @@ def main(args: argparse.Namespace) -> int:
     from ..downstream.tasks import choose_tasks
 
     tasks = [task.name for task in choose_tasks(args.tasks)]
-    steps = (args.steps, args.downstream_steps)
-    Demo(args.dir.resolve(), *steps, args.utterances, tasks).run()
+    folder = args.dir.resolve()
+    Demo(folder, args.steps, args.downstream_steps, args.utterances, tasks).run()
     return 0
 
 

@@ -46,11 +46,9 @@ STEP_FACTORS = {"pr": 2.0, "sid": 0.5, "er": 0.5, "asr": 1.1}
 
 
 def score_table(report: Report, order: Sequence[str]) -> list[tuple[str, ...]]:
-    """Return a header and a row for each upstream: its metric on each task with a 95 % interval.
+    """A header and a row for each upstream: its metric on each task with a 95 % interval.
 
-    Args:
-        report: report of the demo's runs.
-        order: upstreams in the order of rows; upstreams without results are skipped.
+    ``order`` is that of the rows; upstreams without results are skipped.
     """
     rows = [("", *(TASKS[task].title for task in report.tasks))]
     for name in order:
@@ -65,13 +63,9 @@ def score_table(report: Report, order: Sequence[str]) -> list[tuple[str, ...]]:
 
 
 def compare_upstreams(report: Report, pairs: Iterable[tuple[str, str]]) -> list[str]:
-    """Return a line for each pair of upstreams with results, comparing the first with the second.
+    """Compare each upstream with its baseline, if both have results.
 
     ``tiny_hubert against fbank: better on PR (-12.3); not significant on ASR (+0.1)``
-
-    Args:
-        report: report of the demo's runs.
-        pairs: (upstream, baseline).
     """
     lines = []
     for upstream, baseline in pairs:
@@ -88,11 +82,9 @@ def compare_upstreams(report: Report, pairs: Iterable[tuple[str, str]]) -> list[
 
 
 def verdict(difference: Difference, *, higher: bool) -> str:
-    """Return ``better``, ``worse``, or ``not significant`` if the 95 % interval contains 0.
+    """``better``, ``worse``, or ``not significant`` if the 95 % interval contains 0.
 
-    Args:
-        difference: difference of a metric between two upstreams, first minus second.
-        higher: whether a higher metric is better.
+    ``higher``: whether a higher metric is better.
     """
     if difference.low <= 0 <= difference.high:
         return "not significant"
@@ -119,11 +111,7 @@ class Demo:
     seconds: dict[str, float] = field(default_factory=dict)
 
     def run(self) -> None:
-        """Run all steps and print the summary.
-
-        Raises:
-            SetupError: a command failed; it has printed the reason.
-        """
+        """Run all steps and print the summary."""
         self.folder.mkdir(parents=True, exist_ok=True)
         steps = (
             ("synthesise a speech corpus", self._corpus),
@@ -186,7 +174,7 @@ class Demo:
 
     @staticmethod
     def _step(folder: Path) -> int:
-        """Return the step of the newest checkpoint in a run's folder, or 0 without one."""
+        """The step of the newest checkpoint in a run's folder, or 0 without one."""
         latest = newest_checkpoint(folder) if folder.is_dir() else None
         return 0 if latest is None else read_checkpoint(latest)["Step"]
 
@@ -218,12 +206,7 @@ class Demo:
         return self.folder / "result" / "pretrain" / name
 
     def _command(self, text: str, *more: str) -> None:
-        """Print a command as a user would type it, and run it in the folder.
-
-        Args:
-            text: arguments, separated by spaces.
-            more: arguments that may contain spaces or quotes.
-        """
+        """Print a command as a user would type it, and run it in the folder."""
         argv = [*text.split(), *more]
         line = shlex.join(argv)
         print(f"$ {line if line.startswith('run_') else f's3prl-ekd {line}'}", flush=True)
@@ -235,17 +218,10 @@ class Demo:
             )
 
     def _scores(self) -> list[str]:
-        """Return the lines of the score table and of the comparisons."""
-        report = self._read_report()
-        return [
-            *text_table(score_table(report, UPSTREAMS)),
-            "",
-            NOTE,
-            *(f"  {line}" for line in compare_upstreams(report, PAIRS)),
-        ]
-
-    def _read_report(self) -> Report:
-        return make_report(read_results([self.folder / "result" / "superb"]))
+        """The lines of the score table and of the comparisons."""
+        report = make_report(read_results([self.folder / "result" / "superb"]))
+        comparisons = [f"  {line}" for line in compare_upstreams(report, PAIRS)]
+        return [*text_table(score_table(report, UPSTREAMS)), "", NOTE, *comparisons]
 
     def _summary(self) -> None:
         scalars = read_scalars(self._run("ekd"))

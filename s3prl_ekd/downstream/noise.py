@@ -42,12 +42,6 @@ def mix(wave: Tensor, noises: Sequence[Tensor], snr: float, seed: int = 0) -> Te
         noises: waveforms ``[sample]`` at 16 kHz; silent ones are skipped.
         snr: signal-to-noise ratio in dB.
         seed: seed of the choice of noise and start.
-
-    Returns:
-        ``[sample]`` in the dtype and on the device of ``wave``.
-
-    Raises:
-        DataError: a noise cannot be read, or all noises are silent.
     """
     clean = wave.detach().float().cpu()
     digest = hashlib.blake2b(clean.contiguous().numpy().tobytes(), digest_size=16).hexdigest()
@@ -66,13 +60,9 @@ def _draw(noises: Sequence[Tensor], rng: random.Random) -> Tensor:
 
 
 class NoiseFiles(Sequence):
-    """Audio files as waveforms ``[sample]`` at 16 kHz, read on first access and cached.
+    """The audio files ``names`` in the folder ``root`` as waveforms ``[sample]`` at 16 kHz.
 
     At most :data:`MAX_CACHED_SAMPLES` samples are kept in memory.
-
-    Args:
-        root: the folder that ``names`` are relative to.
-        names: paths of the files.
     """
 
     def __init__(self, root: Path, names: Sequence[str]):
@@ -94,11 +84,7 @@ class NoiseFiles(Sequence):
 
 
 def find_noises(path: str | Path) -> NoiseFiles:
-    """Find noises in a folder of audio or in the test split of a manifest (:mod:`..data.manifest`).
-
-    Raises:
-        DataError: the path is neither, or it has no audio.
-    """
+    """Find noises in a folder of audio or in the test split of a manifest (TSV)."""
     path = Path(path)
     if path.is_file():
         names = [entry.path for entry in read_manifest(path) if entry.split == "test"]

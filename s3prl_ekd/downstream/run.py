@@ -45,11 +45,7 @@ def prepare(argv: Sequence[str]) -> DownstreamRequest:
 
 
 def check_request(request: DownstreamRequest) -> DownstreamRequest:
-    """Check a request and complete it: checkpoint to resume from, device, folder.
-
-    Raises:
-        EkdError: a mistake that the user can fix.
-    """
+    """Check a request and complete it: checkpoint to resume from, device, folder."""
     return in_noisy_folder(check_and_resume(request, OPTION_CHECKS, RUN_CHECKS))
 
 
@@ -58,10 +54,10 @@ def check_request(request: DownstreamRequest) -> DownstreamRequest:
 
 def check_mode(request: DownstreamRequest) -> None:
     """Check that ``--noise`` has ``-m evaluate``, and ``--cache-features`` no torchrun."""
-    mode = f"-m {request.mode}" if request.mode else "no -m"
     if request.noise is not None and request.mode != "evaluate":
         raise SetupError(
-            f"--noise needs -m evaluate, got {mode}: it evaluates a model trained without noise"
+            f"--noise needs -m evaluate, got {request.mode or 'no'} mode: it evaluates a model "
+            "trained without noise"
         )
     if request.cache is not None and request.local_rank is not None:
         raise SetupError(
@@ -114,10 +110,9 @@ def check_heads(request: DownstreamRequest) -> None:
 
 def _student(request: DownstreamRequest) -> str | None:
     """The student file after ``-k``; None for a URL or another upstream."""
-    path = request.upstream_ckpt
-    if not (request.upstream or "").startswith("ekd_student") or not path:
-        return None
-    return None if path.startswith(("http://", "https://")) else path
+    path = request.upstream_ckpt or ""
+    local = path and not path.startswith(("http://", "https://"))
+    return path if local and (request.upstream or "").startswith("ekd_student") else None
 
 
 OPTION_CHECKS = (check_mode, check_files, check_noises, check_init, check_heads)
@@ -231,11 +226,7 @@ def in_noisy_folder(request: DownstreamRequest) -> DownstreamRequest:
 
 
 def run(script: ModuleType, request: DownstreamRequest) -> None:
-    """Call s3prl's script for a checked request.
-
-    Raises:
-        SetupError: s3prl's hub does not have the upstream.
-    """
+    """Call s3prl's script for a checked request."""
     from s3prl import hub
 
     from .resume import resumable_runner
@@ -265,9 +256,8 @@ def downstream_guards(request: DownstreamRequest) -> Iterator[None]:
     """Guard a call of s3prl's script for ``request``; see :func:`..request.script_guards`.
 
     SID's file lists are not read from s3prl's cache. If the script fails, the data loader's workers
-    are killed. On exit s3prl's monkeypatch of ``builtins.isinstance`` is undone: it would slow down
-    later runs in this process, tenfold after some dozens of runs. The lock allows several
-    evaluations in one folder at the same time, one for each split, also during training.
+    are killed. The lock allows several evaluations in one folder at the same time, one for each
+    split, also during training.
     """
     from ..data.loader import kill_workers_on_error
 
@@ -276,6 +266,8 @@ def downstream_guards(request: DownstreamRequest) -> Iterator[None]:
     with (
         script_guards(request, lock, cache_dir=request.cache_dir),  # for downloads
         voxceleb1_cache.cache_bypassed(),  # for every -d: with -e the task is in the checkpoint
+        # undo s3prl's monkeypatch: it would slow down later runs in this process, tenfold after
+        # some dozens
         replaced(builtins, "isinstance", isinstance),
         kill_workers_on_error(),
     ):

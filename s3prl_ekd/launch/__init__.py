@@ -86,7 +86,7 @@ def _messages(interrupted: str) -> contextlib.AbstractContextManager[None]:
     prepare_streams()
     log_to_stderr(logging.WARNING if torchrun.rank() else logging.INFO)  # only rank 0 logs progress
     quiet_s3prl()
-    return show_errors(interrupted, broken_pipe=1, user_files=False)
+    return show_errors(interrupted, script=True)
 
 
 def import_script(script: str) -> ModuleType:

@@ -94,8 +94,7 @@ class SweepRun:
 class SweepResult:
     """The last scalars of a finished run, and its duration.
 
-    ``distances`` are the reconstruction error for each teacher, averaged over its layers. Unlike
-    losses, they are comparable between experiments with the same teachers.
+    ``distances`` are the reconstruction error for each teacher, averaged over its layers.
     """
 
     loss: float
@@ -104,14 +103,10 @@ class SweepResult:
 
 
 def run_sweep(runs: Sequence[SweepRun], jobs: int = 1) -> list[SweepResult]:
-    """Start or resume unfinished runs, ``jobs`` in parallel.
-
-    Returns:
-        The results in the order of ``runs``.
+    """Start or resume unfinished runs, ``jobs`` in parallel; the results are in their order.
 
     Raises:
-        SetupError: runs failed (the message names their logs), or a folder holds a run of the same
-            name with other settings.
+        SetupError: runs failed, or a folder holds a run of the same name with other settings.
     """
     for run in runs:
         if run.record.is_file() and _read(run.record)["digest"] not in run.digests:

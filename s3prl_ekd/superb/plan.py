@@ -74,11 +74,7 @@ def parse_upstream(text: str, selection: str = "hidden_states") -> Upstream:
     """Parse ``FILE``, ``HUB``, ``NAME=FILE``, ``NAME=HUB`` or ``NAME=HUB:CHECKPOINT``.
 
     Paths may contain ``=``: an existing file is never split, and the part before the first ``=`` is
-    a name only if it is a valid one. In a name derived from a file name ``-`` replaces characters
-    that are not allowed.
-
-    Raises:
-        SetupError: no such file, or the name is not allowed as a folder name.
+    a name only if it is a valid one.
     """
     name, equals, source = text.partition("=")
     if not equals or Path(text).is_file() or not re.fullmatch(_NAME, name):
@@ -138,20 +134,15 @@ class Recipe:
             raise
         for fold in folds:
             if fold is not None:
-                config = apply_overrides(
-                    config, f"config.downstream_expert.datarc.test_fold={fold!r}"
-                )
+                config = apply_overrides(config, _fold_override(fold))
             check_corpus(self.task.downstream, config, self.path, folder=folder)
 
     def data_digests(self, folder: Path) -> list[str]:
         """SHA-256 of each table that ``s3prl-ekd prepare`` wrote into the data folders, if any."""
-        digests = {}
-        for _, path in recipe_paths(self.config, self.task.corpus):
-            for parent in (folder / path, (folder / path).parent):
-                table = parent / PREPARED
-                if table.is_file():
-                    digests[table.resolve()] = file_sha256(table)
-        return sorted(digests.values())
+        paths = [folder / path for _, path in recipe_paths(self.config, self.task.corpus)]
+        tables = {parent / PREPARED for path in paths for parent in (path, path.parent)}
+        files = {table.resolve() for table in tables if table.is_file()}
+        return sorted(map(file_sha256, files))
 
     def folds(self) -> list[str | None]:
         """For ER ``fold1``, ``fold2``, ... for each session with metadata; else ``[None]``."""
@@ -165,6 +156,10 @@ class Recipe:
 
     def learning_rate(self) -> float:
         return float(self.config["optimizer"]["lr"])
+
+
+def _fold_override(fold: str) -> str:
+    return f"config.downstream_expert.datarc.test_fold={fold!r}"
 
 
 def steps_overrides(steps: int) -> str:
@@ -213,7 +208,7 @@ class PlannedRun:
         parts = [self.recipe.overrides] if self.recipe.overrides else []
         parts.append(f"config.optimizer.lr={self.lr!r}")
         if self.fold is not None:
-            parts.append(f"config.downstream_expert.datarc.test_fold='{self.fold}'")
+            parts.append(_fold_override(self.fold))
         return ",,".join(parts)
 
     @property
@@ -278,13 +273,7 @@ class PlannedRun:
 
 
 def noise_conditions(folders: Sequence[str], snrs: Sequence[float]) -> dict:
-    """Build the noise conditions: ``{babble_snr5: (folder, 5.0), ...}``.
-
-    Raises:
-        SetupError: ``folders`` or ``snrs`` alone is given, two conditions have the same name, or an
-            SNR is not finite.
-        DataError: a folder or manifest has no noises (checked here, before training).
-    """
+    """Build the noise conditions: ``{babble_snr5: (folder, 5.0), ...}``, and check the noises."""
     if bool(folders) != bool(snrs):
         raise SetupError("--noise and --snr must be given together: --noise FOLDER --snr 10 5 0")
     conditions: dict[str, tuple[str, float]] = {}
@@ -311,10 +300,7 @@ def noise_digest(folder: str) -> str:
 
 
 def plan_runs(args: Namespace) -> list[PlannedRun]:
-    """List the runs of a command, and check all of them before the first one starts.
-
-    Args:
-        args: the options of ``s3prl-ekd superb``; see :mod:`..commands.superb`.
+    """List the runs for the options of ``s3prl-ekd superb``, and check all before the first starts.
 
     Raises:
         EkdError: an option, a recipe, an upstream or a corpus is wrong.
@@ -326,9 +312,9 @@ def plan_runs(args: Namespace) -> list[PlannedRun]:
         raise SetupError(f"--seeds must differ, got {' '.join(map(str, args.seeds))}")
     upstreams = [parse_upstream(text, args.selection) for text in args.upstreams]
     names = [upstream.name for upstream in upstreams]
-    duplicates = {name for name in names if names.count(name) > 1}
-    if duplicates:
-        raise SetupError(f"two upstreams are named {duplicates.pop()}; name them NAME=CHECKPOINT")
+    for name in names:
+        if names.count(name) > 1:
+            raise SetupError(f"two upstreams are named {name}; name them NAME=CHECKPOINT")
     paths = _by_task("--recipe", args.recipe, tasks)
     rates = _by_task("--lr", args.lr, tasks)
     steps = _by_task("--steps", args.steps, tasks)
@@ -361,11 +347,7 @@ def plan_runs(args: Namespace) -> list[PlannedRun]:
 
 
 def _features(args: Namespace, upstream: str) -> CacheOptions | None:
-    """The feature cache of an upstream, or None without ``--cache-features``.
-
-    By default each upstream has its own folder. In a folder given by the user, each has a subfolder
-    named after its fingerprint.
-    """
+    """The feature cache of an upstream, or None without ``--cache-features``."""
     if args.cache_features is None:
         if args.keep_features:
             raise SetupError(f"--keep-features needs {CACHE}")

@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path, PurePosixPath
 from typing import Literal, TypeVar
 
@@ -71,10 +72,9 @@ class RunRecord:
     noises: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if (self.fold is not None) != (self.task == "er"):
-            raise ValueError(f"fold must be set for er and null otherwise, got {self.fold!r}")
-        if self.fold is not None and not re.fullmatch(r"fold\d+", self.fold):
-            raise ValueError(f"fold must be fold1, fold2, ..., got {self.fold!r}")
+        pattern = r"fold\d+" if self.task == "er" else ""
+        if not re.fullmatch(pattern, self.fold or ""):
+            raise ValueError(f"fold must be fold1, ... for er, null otherwise, got {self.fold!r}")
         task = TASKS[self.task]
         metric = self.dev.metric if self.dev else task.metric
         if (self.split, metric) != (task.split, task.metric):
@@ -227,29 +227,23 @@ def read_results(folders: Sequence[Path]) -> Results:
             the same upstream, task, learning rate, seed and fold; or runs of an upstream are not
             comparable.
     """
-    run_folders: dict[Path, None] = {}
+    read: dict[Path, FinishedRun | None] = {}
     for folder in folders:
         if not folder.is_dir():
             raise DataError(f"no such folder {folder}; name one that s3prl-ekd superb wrote")
-        inside = dict.fromkeys(path.resolve() for path in _run_folders(folder, 3))
+        inside = {p: read_finished_run(p) for p in map(Path.resolve, _run_folders(folder, 3))}
         if not inside:
             raise DataError(f"no runs in {folder}; name a folder that s3prl-ekd superb wrote")
-        run_folders |= inside
-    runs: list[FinishedRun] = []
-    unfinished: list[Path] = []
-    for folder in run_folders:
-        run = read_finished_run(folder)
-        if run is None:
-            unfinished.append(folder)
-        else:
-            runs.append(run)
+        read |= inside
+    runs = tuple(run for run in read.values() if run is not None)
+    unfinished = tuple(folder for folder, run in read.items() if run is None)
     _check_comparable(runs)
     costs: dict[str, Cost] = {}
     for run in runs:
         cost = read_cost(run.folder.parent.parent / COST)
         if cost is not None and costs.setdefault(run.upstream, cost) != cost:
             raise DataError(f"two {COST} of {run.upstream} differ; report the folders separately")
-    return Results(tuple(runs), tuple(unfinished), costs)
+    return Results(runs, unfinished, costs)
 
 
 def check_upstream_name(name: str, names: Collection[str]) -> None:
@@ -270,34 +264,29 @@ def _run_folders(folder: Path, depth: int) -> Iterator[Path]:
 
 
 def _check_comparable(runs: Iterable[FinishedRun]) -> None:
-    first_by_key: dict[tuple, FinishedRun] = {}
-    first_by_upstream: dict[str, FinishedRun] = {}
-    first_by_task: dict[tuple, FinishedRun] = {}
+    first: dict[tuple, FinishedRun] = {}
     for run in runs:
-        first = first_by_key.setdefault((run.upstream, run.task, run.lr, run.seed, run.fold), run)
-        if first is not run:
+        upstream, task = (run.upstream,), (run.upstream, run.task)
+        key = (*task, run.lr, run.seed, run.fold)
+        other = first.setdefault(key, run)
+        if other is not run:
             raise DataError(
-                f"{first.folder} and {run.folder} have the same upstream, task, lr, seed and fold; "
+                f"{other.folder} and {run.folder} have the same upstream, task, lr, seed and fold; "
                 "report only one of them"
             )
-        first = first_by_upstream.setdefault(run.upstream, run)
-        models = {r.model for r in (first, run) if r.model is not None}
-        if (first.hub, first.checkpoint) != (run.hub, run.checkpoint) or len(models) > 1:
-            raise DataError(
-                f"{first.folder} and {run.folder} use different models under the upstream name "
-                f"{run.upstream}; report them separately"
-            )
-        first = first_by_task.setdefault((run.upstream, run.task), run)
-        if (first.recipe, first.steps, first.split) != (run.recipe, run.steps, run.split):
-            raise DataError(
-                f"{first.folder} and {run.folder} differ in recipe, steps or test set; "
-                "report them separately"
-            )
-        if first.features_alone != run.features_alone:
-            raise DataError(
-                f"only one of {first.folder} and {run.folder} was run with --cache-features; "
-                "scores with and without it are not comparable; report them separately"
-            )
+        other = first.setdefault(upstream, run)
+        same_model = other.model == run.model or None in (other.model, run.model)
+        if (other.hub, other.checkpoint) != (run.hub, run.checkpoint) or not same_model:
+            raise _not_comparable(other, run, f"use different models under the name {run.upstream}")
+        other = first.setdefault(task, run)
+        if (other.recipe, other.steps, other.split) != (run.recipe, run.steps, run.split):
+            raise _not_comparable(other, run, "differ in recipe, steps or test set")
+        if other.features_alone != run.features_alone:
+            raise _not_comparable(other, run, "differ in --cache-features, which changes scores")
+
+
+def _not_comparable(first: FinishedRun, second: FinishedRun, reason: str) -> DataError:
+    return DataError(f"{first.folder} and {second.folder} {reason}; report them separately")
 
 
 def select_best_lr(
@@ -318,15 +307,13 @@ def select_best_lr(
         (upstream, task) -> runs at the best learning rate, in the order of ``runs``.
     """
     selections = {}
-    for (upstream, task), runs_by_lr in _by_lr(runs).items():
-        required = _required_keys(runs_by_lr, _unfinished_folds(unfinished, upstream, task))
-        sign = -1 if TASKS[task].higher_is_better else 1
-        complete = [lr for lr, group in runs_by_lr.items() if group.keys() == required]
-        sums = {lr: math.fsum(r.dev.value for r in runs_by_lr[lr].values()) for lr in complete}
+    for (upstream, task), (required, by_lr) in _by_task(runs, unfinished).items():
+        complete = {lr: group for lr, group in by_lr.items() if group.keys() == required}
+        sums = {lr: math.fsum(r.dev.value for r in g.values()) for lr, g in complete.items()}
         if complete:
-            best = min(complete, key=lambda lr: (sign * sums[lr], lr))  # noqa: B023 (used at once)
-            group = runs_by_lr[best]
-            ordered = tuple(group[key] for key in sorted(group, key=_numeric_key))
+            sign = -1 if TASKS[task].higher_is_better else 1
+            _, best = min((sign * value, lr) for lr, value in sums.items())
+            ordered = tuple(complete[best][key] for key in sorted(required, key=_numeric_key))
             selections[upstream, task] = SelectedRuns(
                 upstream, task, best, sums[best] / len(ordered), ordered
             )
@@ -339,9 +326,8 @@ def incomplete(runs: Iterable[FinishedRun], unfinished: Collection[Path] = ()) -
     Args: as for :func:`select_best_lr`.
     """
     lines = []
-    for (upstream, task), runs_by_lr in _by_lr(runs).items():
-        required = _required_keys(runs_by_lr, _unfinished_folds(unfinished, upstream, task))
-        for lr, group in sorted(runs_by_lr.items()):
+    for (upstream, task), (required, by_lr) in _by_task(runs, unfinished).items():
+        for lr, group in sorted(by_lr.items()):
             missing = [
                 f"seed {seed}{f' {fold}' if fold else ''}"
                 for seed, fold in sorted(required - group.keys(), key=_numeric_key)
@@ -351,31 +337,30 @@ def incomplete(runs: Iterable[FinishedRun], unfinished: Collection[Path] = ()) -
     return lines
 
 
-def _by_lr(
-    runs: Iterable[FinishedRun],
-) -> dict[tuple[str, str], dict[float, dict[tuple, FinishedRun]]]:
-    """(upstream, task) -> learning rate -> (seed, fold) -> run."""
-    grouped: dict[tuple[str, str], dict[float, dict[tuple, FinishedRun]]] = {}
+_Key = tuple[int, str | None]  # seed, fold
+
+
+def _by_task(
+    runs: Iterable[FinishedRun], unfinished: Collection[Path]
+) -> dict[tuple[str, str], tuple[set[_Key], dict[float, dict[_Key, FinishedRun]]]]:
+    """(upstream, task) -> every seed with every fold, and learning rate -> (seed, fold) -> run.
+
+    Folds of unfinished runs are read from their folder names.
+    """
+    by_task: dict[tuple[str, str], dict[float, dict[_Key, FinishedRun]]] = {}
     for run in runs:
-        runs_by_lr = grouped.setdefault((run.upstream, run.task), {})
-        runs_by_lr.setdefault(run.lr, {})[run.seed, run.fold] = run
+        by_lr = by_task.setdefault((run.upstream, run.task), {})
+        by_lr.setdefault(run.lr, {})[run.seed, run.fold] = run
+    grouped = {}
+    for task, by_lr in by_task.items():
+        keys = {key for group in by_lr.values() for key in group}
+        folds = {fold for _, fold in keys}
+        matches = (_RUN.fullmatch(p.name) for p in unfinished if p.parts[-3:-1] == task)
+        folds |= {match["fold"] for match in matches if match and match["fold"]}
+        grouped[task] = set(product({seed for seed, _ in keys}, folds)), by_lr
     return grouped
 
 
-def _unfinished_folds(unfinished: Iterable[Path], upstream: str, task: str) -> set[str]:
-    """The folds of unfinished runs of ``upstream`` and ``task``, from their folder names."""
-    matches = {_RUN.fullmatch(p.name) for p in unfinished if p.parts[-3:-1] == (upstream, task)}
-    return {match["fold"] for match in matches if match and match["fold"]}
-
-
-def _required_keys(
-    runs_by_lr: dict[float, dict[tuple, FinishedRun]], folds: set[str]
-) -> set[tuple]:
-    """(seed, fold) of every seed with every fold."""
-    keys = [key for group in runs_by_lr.values() for key in group]
-    return {(seed, fold) for seed, _ in keys for fold in folds.union(fold for _, fold in keys)}
-
-
-def _numeric_key(key: tuple[int, str | None]) -> tuple[int, int]:
+def _numeric_key(key: _Key) -> tuple[int, int]:
     seed, fold = key
     return seed, int(fold.removeprefix("fold")) if fold else 0

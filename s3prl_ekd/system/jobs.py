@@ -89,7 +89,7 @@ class Jobs:
     ) -> list[Result]:
         """Call ``job`` for each item in a thread, :attr:`slots` at once, with a progress bar.
 
-        A failed job does not stop the others. On Ctrl-C all children are ended.
+        A job that fails with an :class:`EkdError` does not stop the others.
 
         Args:
             job: called with an item and the environment of its commands.
@@ -100,7 +100,7 @@ class Jobs:
             The results in the order of ``items``.
 
         Raises:
-            SetupError: jobs failed with an :class:`EkdError`; the message has all of their errors.
+            SetupError: jobs failed; the message has all of their errors.
         """
         from tqdm import tqdm  # every command imports this module
 
@@ -116,10 +116,7 @@ class Jobs:
                 environments.put(environment)
 
         errors = []
-        with (
-            tqdm(total=len(items), unit=" runs") as bar,
-            ThreadPoolExecutor(self.slots) as pool,
-        ):
+        with tqdm(total=len(items), unit=" runs") as bar, ThreadPoolExecutor(self.slots) as pool:
             futures = {pool.submit(run_in_slot, item): item for item in items}
             try:
                 for future in as_completed(futures):
@@ -143,17 +140,12 @@ class Jobs:
         return [future.result() for future in futures]
 
     def run(
-        self,
-        argv: Sequence[str],
-        log: Path,
-        environment: Mapping[str, str] | None = None,
-        stdin: bytes = b"",
+        self, argv: Sequence[str], log: Path, environment: Mapping[str, str], stdin: bytes = b""
     ) -> None:
         """Run one command and append its output to ``log``.
 
         Raises:
-            SetupError: the command failed; the message is its error or the last line that it
-                printed, and its log.
+            SetupError: the command failed; the message has its error and names the log.
         """
         with open(log, "ab") as file:
             offset = file.tell()
@@ -170,17 +162,9 @@ class Jobs:
         stdin: bytes = b"",
         folder: Path | None = None,
     ) -> int:
-        """Run one command.
+        """Run one command in ``folder`` and return its exit code; -N if signal N ended it.
 
-        Args:
-            argv: ``run_downstream.py ...``, ``superb ...`` or ``torchrun ...``.
-            output: the file for stdout and stderr; None: those of this process.
-            environment: default: ``os.environ``.
-            stdin: the child's input.
-            folder: the child's working folder.
-
-        Returns:
-            The exit code; -N if signal N ended the process.
+        ``output`` is the file for stdout and stderr; None for those of this process.
         """
         with self._lock:
             if self._stopped:

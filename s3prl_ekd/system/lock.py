@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import socket
-import stat
 import time
 from pathlib import Path
 from typing import TextIO
@@ -27,7 +26,7 @@ _BUSY = (errno.EACCES, errno.EAGAIN)  # another process holds the lock
 
 
 class FolderLock:
-    """Context manager that locks a folder for this process.
+    """Context manager that locks a folder for this process, or raises SetupError.
 
     It is a POSIX record lock. The operating system releases it when the process ends, even if
     killed, so that there are no stale locks. Unlike ``flock`` it is not inherited by DataLoader
@@ -38,16 +37,10 @@ class FolderLock:
         folder: an existing folder.
         name: the lock file, for folders in which two kinds of work may run side by side.
         wait: seconds to wait for another process to release the lock.
-
-    Raises:
-        SetupError: on entering: another process holds the lock (its process id and host are named),
-            the folder is not writable, or the lock file is a symlink or not a regular file.
     """
 
     def __init__(self, folder: str | Path, name: str = LOCK_FILE, wait: float = 0.0):
-        self.folder = Path(folder)
-        self.path = self.folder / name
-        self.wait = wait
+        self.folder, self.name, self.wait = Path(folder), name, wait
         self._file: TextIO | None = None
 
     def __enter__(self) -> FolderLock:
@@ -95,23 +88,16 @@ class FolderLock:
 
     def _open(self) -> TextIO:
         """Open the lock file; not through a symlink, since its target would be emptied."""
+        path = self.folder / self.name
         # O_NONBLOCK: else opening a named pipe would wait for its other end.
         flags = os.O_RDWR | os.O_CREAT | os.O_APPEND
         flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+        if path.is_symlink() or (path.exists() and not path.is_file()):
+            raise SetupError(f"{path} must be a regular file: remove it")
         try:
-            if self.path.is_symlink():
-                raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
-            handle = os.open(self.path, flags, 0o666)
+            return open(os.open(path, flags, 0o666), "a+", encoding="utf-8")
         except OSError as error:
-            if error.errno == errno.ELOOP:
-                raise SetupError(
-                    f"{self.path} must be a regular file, but is a symlink: remove it"
-                ) from None
             raise SetupError(f"cannot write to {self.folder}: {error.strerror}") from None
-        if not stat.S_ISREG(os.fstat(handle).st_mode):
-            os.close(handle)
-            raise SetupError(f"{self.path} must be a regular file: remove it")
-        return open(handle, "a+", encoding="utf-8")
 
 
 def _lock(file: TextIO) -> None:

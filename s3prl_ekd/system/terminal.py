@@ -42,7 +42,7 @@ def printable_lines(text: str) -> str:
 def printable_stdout() -> Iterator[None]:
     """Within the block, escape control characters printed to stdout, except newlines and tabs.
 
-    A newline within a name is not detected here: callers pass names from untrusted files through
+    Callers pass names from untrusted files, which may have newlines, through
     :func:`..errors.printable`.
     """
     with contextlib.redirect_stdout(_PrintableStream(sys.stdout)):
@@ -97,22 +97,16 @@ def prepare_streams() -> None:
 
 
 @contextlib.contextmanager
-def show_errors(
-    interrupted: str = "stopped by Ctrl-C", broken_pipe: int = 0, *, user_files: bool = True
-) -> Iterator[None]:
+def show_errors(interrupted: str = "stopped by Ctrl-C", *, script: bool = False) -> Iterator[None]:
     """Run a command; print expected errors as one line without a traceback, and exit.
 
-    Call :func:`prepare_streams` first.
+    The exit code is 2 after an error, 130 after Ctrl-C. Call :func:`prepare_streams` first.
 
     Args:
         interrupted: message for Ctrl-C.
-        broken_pipe: exit code if the output is no longer read, as with ``| head``.
-        user_files: show an OSError about a file as a message: the user has named the file. False
-            for runs of s3prl's scripts, where an OSError hours later needs its traceback.
-
-    Raises:
-        SystemExit: 2 after an :class:`EkdError` or an OSError; 130 after Ctrl-C; ``broken_pipe``
-            after a broken pipe.
+        script: the command is a script of s3prl. An OSError about a file, hours later, then has its
+            traceback; other commands show a message, as the user has named the file. The exit code
+            after a broken pipe (``| head``) is 1; otherwise 0.
     """
     try:
         yield
@@ -124,9 +118,9 @@ def show_errors(
         raise SystemExit(130) from None
     except BrokenPipeError:
         _discard_output()
-        raise SystemExit(broken_pipe) from None
+        raise SystemExit(int(script)) from None
     except OSError as error:
-        if error.errno not in _EXHAUSTED and not (user_files and error.filename is not None):
+        if error.errno not in _EXHAUSTED and (script or error.filename is None):
             raise
         exit_with(SetupError(_os_error_message(error)))
 
