@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 
+from ..files import trust
 from ..request import DOWNSTREAM_HELP, INIT_HINT, DownstreamRequest, RequestT
 from ..system import torchrun
 from ..system.jobs import SUPERB_JOB
@@ -49,6 +50,7 @@ def superb_job() -> int:
         downstream.run(import_script("run_downstream"), checked)
 
     with _messages("stopped by Ctrl-C"):
+        trust.read_option(sys.argv)
         train_and_test(pickle.load(sys.stdin.buffer), call)
     return 0
 

@@ -20,8 +20,8 @@ from ..downstream.noise import find_noises
 from ..downstream.tasks import TASKS, Task, choose_tasks, missing_paths, recipe_paths
 from ..errors import ConfigError, SetupError
 from ..files.atomic import file_sha256
-from ..files.config import apply_overrides, read_yaml
 from ..prepare.common import PREPARED
+from ..files.config import apply_overrides, from_plain_data, read_yaml
 from ..prepare.er import natural_sort_key
 from ..request import (
     CACHE,
@@ -223,22 +223,23 @@ class PlannedRun:
 
     def new_record(self) -> RunRecord:
         """The record of the run before it starts."""
-        return RunRecord(
-            format=1,
-            upstream=self.upstream.name,
-            hub=self.upstream.hub,
-            checkpoint=self.upstream.checkpoint,
-            task=self.task.name,  # type: ignore[arg-type]  # one of TASKS
-            lr=self.lr,
-            seed=self.seed,
-            fold=self.fold,
-            steps=self.recipe.config["runner"]["total_steps"],
-            recipe=self.recipe.path,
-            split=self.task.split,
-            digest=self.digest,
-            features_alone=self.features is not None,
-            model=self.upstream.digest,
-        )
+        values = {
+            "format": 1,
+            "upstream": self.upstream.name,
+            "hub": self.upstream.hub,
+            "checkpoint": self.upstream.checkpoint,
+            "task": self.task.name,
+            "lr": self.lr,
+            "seed": self.seed,
+            "fold": self.fold,
+            "steps": self.recipe.config["runner"]["total_steps"],
+            "recipe": self.recipe.path,
+            "split": self.task.split,
+            "digest": self.digest,
+            "features_alone": self.features is not None,
+            "model": self.upstream.digest,
+        }
+        return from_plain_data(RunRecord, values, f"the run in {self.folder}")
 
     def training(self) -> DownstreamRequest:
         """The request that trains the run, resuming it if it was interrupted."""

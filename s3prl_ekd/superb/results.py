@@ -92,9 +92,9 @@ class RunRecord:
         if self.lr <= 0:
             raise ValueError(f"lr must be above 0, got {self.lr:g}")
         # the paths are read and written
-        if self.dev and PurePosixPath(self.dev.checkpoint).name != self.dev.checkpoint:
+        if self.dev and not re.fullmatch(r"[\w-]+\.ckpt", self.dev.checkpoint):
             raise ValueError(
-                f"dev.checkpoint must be a file name without path, got {self.dev.checkpoint!r}"
+                f"dev.checkpoint must be like dev-best.ckpt, got {self.dev.checkpoint!r}"
             )
         for condition, folder in self.tested.items():
             path = PurePosixPath(folder)

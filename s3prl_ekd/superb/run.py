@@ -20,6 +20,7 @@ from pathlib import Path
 
 from ..downstream.feature_cache import CacheCounts, read_counts
 from ..errors import CheckpointError, SetupError
+from ..files import trust
 from ..files.atomic import make_folder, write_text
 from ..files.config import to_plain_data
 from ..files.formats import NewerFormatError
@@ -142,7 +143,8 @@ def _run(run: PlannedRun, gpus: int, processes: Jobs, environment: dict[str, str
                 processes.run(_torchrun(request.command(), gpus), log, environment)
 
             train(run, call)
-        processes.run([SUPERB_JOB], log, environment, stdin=pickle.dumps(run))
+        argv = [SUPERB_JOB, *trust.trust_argv()]
+        processes.run(argv, log, environment, stdin=pickle.dumps(run))
 
 
 def train(run: PlannedRun, call: Callable[[DownstreamRequest], None]) -> RunRecord:
