@@ -104,11 +104,11 @@ class Demo:
     """
 
     folder: Path
-    steps: int = 200
-    downstream_steps: int = 120
-    utterances: int = 400
-    tasks: Sequence[str] = tuple(TASKS)
-    seconds: dict[str, float] = field(default_factory=dict)
+    steps: int
+    downstream_steps: int
+    utterances: int
+    tasks: Sequence[str]
+    seconds: dict[str, float] = field(default_factory=dict, init=False)  # of each step
 
     def run(self) -> None:
         """Run all steps and print the summary."""

@@ -215,9 +215,8 @@ RUN_CHECKS = (check_new_downstream, check_resumed_downstream, check_device, chec
 
 def in_noisy_folder(request: DownstreamRequest) -> DownstreamRequest:
     """Give an evaluation under noise its own folder, unless ``-o`` sets ``args.expdir``."""
-    if request.noise is None or request.folder is None:
-        return request
-    if "expdir" in argument_overrides(request.override):
+    own_folder = "expdir" in argument_overrides(request.override)
+    if request.noise is None or request.folder is None or own_folder:
         return request
     folder = request.folder / NOISY / request.noise.name
     make_folder(folder, SetupError)

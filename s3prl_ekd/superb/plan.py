@@ -59,7 +59,6 @@ class Upstream:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of :attr:`identity`."""
         return _digest(self.identity)
 
 
@@ -153,9 +152,6 @@ class Recipe:
         if not sessions:
             raise ConfigError(f"{self.path}: {meta} has no Session1, Session2, ...")
         return [name.replace("Session", "fold") for name in sessions]
-
-    def learning_rate(self) -> float:
-        return float(self.config["optimizer"]["lr"])
 
 
 def _fold_override(fold: str) -> str:
@@ -338,8 +334,8 @@ def plan_runs(args: Namespace) -> list[PlannedRun]:
             parts.append(overrides[task.name])
         recipe = Recipe(task, path, ",,".join(parts))
         recipe.check(Path.cwd())
-        texts = rates[task.name].split(",") if rates.get(task.name) else []
-        lrs = [_number("--lr", text, float) for text in texts] or [recipe.learning_rate()]
+        texts = rates.get(task.name) or str(recipe.config["optimizer"]["lr"])
+        lrs = [_number("--lr", text, float) for text in texts.split(",")]
         for upstream, lr, seed, fold in product(upstreams, lrs, args.seeds, recipe.folds()):
             options = (args.output, noises, features[upstream.name])
             runs.append(PlannedRun(upstream, recipe, lr, seed, fold, *options))
