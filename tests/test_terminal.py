@@ -122,7 +122,8 @@ def test_markdown_table():
 def test_record_with_control_characters_in_a_name():
     facts = dict(
         format=1, upstream="x", hub="fbank", checkpoint=None, task="asr", lr=1.0, seed=1, fold=None,
-        steps=1, recipe="tiny", split="test-clean", digest="", dev=DevMetric("wer", 1.0),
+        steps=1, recipe="tiny", split="test-clean", digest="",
+        dev=DevMetric("wer", 1.0, "dev-clean-best.ckpt"),
         tested={"clean": "."}, seconds=1.0, finished=True,
     )  # fmt: skip
     RunRecord(**facts)
