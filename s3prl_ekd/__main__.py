@@ -10,7 +10,7 @@ import threading
 from typing import NoReturn
 
 from .system import torchrun
-from .system.jobs import SUPERB_JOB, end_with_parent
+from .system.jobs import end_with_parent
 
 
 def main() -> int | None:
@@ -20,7 +20,7 @@ def main() -> int | None:
         sys.argv.pop(0)
         torchrun_main()
         return 0
-    if sys.argv[1:2] in (["run_pretrain.py"], ["run_downstream.py"], [SUPERB_JOB]):
+    if sys.argv[1:2] in (["run_pretrain.py"], ["run_downstream.py"], ["superb-job"]):
         from .launch import SCRIPTS
 
         return SCRIPTS[sys.argv.pop(1)]()

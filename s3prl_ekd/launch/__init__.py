@@ -22,7 +22,6 @@ from types import ModuleType
 from ..files import trust
 from ..request import DOWNSTREAM_HELP, INIT_HINT, DownstreamRequest, RequestT
 from ..system import torchrun
-from ..system.jobs import SUPERB_JOB
 from ..system.terminal import log_to_stderr, prepare_streams, quiet_s3prl, show_errors
 
 
@@ -58,7 +57,7 @@ def superb_job() -> int:
 SCRIPTS = {
     "run_pretrain.py": run_pretrain,
     "run_downstream.py": run_downstream,
-    SUPERB_JOB: superb_job,
+    "superb-job": superb_job,
 }
 
 

@@ -27,7 +27,7 @@ from ..files.formats import NewerFormatError
 from ..files.run_checkpoints import newest_checkpoint, read_checkpoint
 from ..hidden_states.feature_store import folder_size
 from ..request import DownstreamRequest
-from ..system.jobs import SUPERB_JOB, Jobs
+from ..system.jobs import Jobs
 from ..system.lock import FolderLock
 from .plan import CLEAN, PlannedRun, noise_digest
 from .results import RECORD, DevMetric, RunRecord, read_record
@@ -143,7 +143,7 @@ def _run(run: PlannedRun, gpus: int, processes: Jobs, environment: dict[str, str
                 processes.run(_torchrun(request.command(), gpus), log, environment)
 
             train(run, call)
-        argv = [SUPERB_JOB, *trust.trust_argv()]
+        argv = ["superb-job", *trust.trust_argv()]  # launch.superb_job
         processes.run(argv, log, environment, stdin=pickle.dumps(run))
 
 

@@ -27,7 +27,6 @@ logger = logging.getLogger(__name__)
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-SUPERB_JOB = "superb-job"  # command of the child processes of `superb`
 PARENT = "S3PRL_EKD_PARENT"  # environment variable: the parent's process id
 _POLL_SECONDS = 0.5
 _SAVE_SECONDS = 30.0  # time to save and end: from SIGINT to SIGTERM, from SIGTERM to SIGKILL
