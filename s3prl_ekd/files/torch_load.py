@@ -1,7 +1,7 @@
 """Load untrusted torch files: tensors and containers, never code.
 
-The pickle of a torch file is read by :mod:`.torch_pickle`, not by ``torch.load``, unless
-checkpoints are trusted (:mod:`.trust`).
+A file is scanned (:mod:`.torch_scan`) and then loaded with ``torch.load(weights_only=True)``,
+unless checkpoints are trusted (:mod:`.trust`).
 
 A small file can also have settings of a model that needs a terabyte. :func:`build_limit` limits
 the number and size of the tensors allocated while a model is built from a file.
@@ -26,7 +26,7 @@ from ..compat.checkpoints import torch_load_cves, weights_only_by_default
 from ..errors import CheckpointError
 from . import trust
 from .text import check_data, check_regular, download_problem
-from .torch_pickle import ForbiddenName, TorchFileError, archive_records, read_torch_file
+from .torch_scan import ForbiddenName, TorchFileError, archive_records, scan
 
 logger = logging.getLogger(__name__)
 
@@ -129,28 +129,27 @@ def safe_load(
     check_regular(path, noun, CheckpointError)
     if problem := download_problem(path):
         raise CheckpointError(f"the {noun} {path} {problem}")
-    forbidden = False
+    forbidden = None
     try:
-        data = read_torch_file(path, allow)
+        _check(path, allow)
     except ForbiddenName as error:
         if not trust.trusted():
-            raise _refused(noun, path, error) from None
+            raise _refused(noun, path, error) from error  # the cause tells fairseq's files
         logger.warning("the %s %s %s; %s lets it run code", noun, path, error, trust.OPTION)
-        forbidden = True
+        forbidden = error
     except TorchFileError as error:
         raise _refused(noun, path, error) from None
     except OSError as error:
         reason = error.strerror or "unexpected end of file"
         raise CheckpointError(f"cannot read the {noun} {path}: {reason}") from None
-    if forbidden:
-        try:
-            data = torch.load(path, map_location="cpu", weights_only=False)
-        except Exception as error:  # a damaged file can raise anything
-            logger.debug("%s: %r", path, error)
-            raise CheckpointError(f"the {noun} {path} is damaged or not a torch file") from None
+    try:
+        data = _load(path, allow, weights_only=forbidden is None)
+    except Exception as error:  # a damaged file can raise anything
+        logger.debug("%s: %r", path, error)
+        raise CheckpointError(f"the {noun} {path} is damaged or not a torch file") from None
     if not isinstance(data, dict):
         raise CheckpointError(f"the {noun} {path} must contain a dict, got a {type(data).__name__}")
-    if not forbidden:
+    if forbidden is None:
         check_data(
             data, lambda reason: CheckpointError(f"the {noun} {path} cannot be used: {reason}")
         )
@@ -167,29 +166,43 @@ def _refused(noun: str, path: Path, error: TorchFileError) -> CheckpointError:
     )
 
 
+def _load(path: Path, allow: Sequence[type], weights_only: bool) -> Any:
+    # safe_globals removes all its classes on exit, so leave out those that are allowed already.
+    present = torch.serialization.get_safe_globals()
+    with torch.serialization.safe_globals([cls for cls in allow if cls not in present]):
+        mmap = weights_only and zipfile.is_zipfile(path)
+        return torch.load(path, map_location="cpu", weights_only=weights_only, mmap=mmap)
+
+
+def _check(path: Path, allow: Sequence[type]) -> None:
+    """Scan a file; where this torch has known bugs, it must find what was scanned. Raises as
+    :func:`.torch_scan.scan`."""
+    scan(path, allow)
+    if torch_load_cves(torch.__version__) and zipfile.is_zipfile(path):
+        try:
+            same = _torchs_records(path) == archive_records(path)
+        except RuntimeError:
+            same = False
+        if not same:  # it has two central directories
+            raise TorchFileError("is damaged: torch finds other members in it")
+
+
 def scan_for_old_torch(path: str | os.PathLike[str]) -> None:
     """Reject a file that ``torch.load`` of an old torch cannot load safely.
 
     Raises:
         CheckpointError: this torch has such bugs, and the file is not what ``torch.save`` writes.
     """
-    if not torch_load_cves(torch.__version__):
-        return
-    path = Path(path)
-    allow = [cls for cls in torch.serialization.get_safe_globals() if isinstance(cls, type)]
-    try:
-        read_torch_file(path, allow)
-        same = not zipfile.is_zipfile(path) or _torchs_records(path) == archive_records(path)
-    except TorchFileError as error:
-        raise _refused("checkpoint", path, error) from None
-    except RuntimeError:
-        same = False
-    if not same:  # it has two central directories
-        raise CheckpointError(f"the checkpoint {path} is damaged: torch finds other members in it")
+    if torch_load_cves(torch.__version__):
+        listed = torch.serialization.get_safe_globals()
+        try:
+            _check(Path(path), [cls for cls in listed if isinstance(cls, type)])
+        except TorchFileError as error:
+            raise _refused("checkpoint", Path(path), error) from None
 
 
 def _torchs_records(path: Path) -> dict[str, tuple[int, int]]:
-    """:func:`.torch_pickle.archive_records` as torch's own reader finds them."""
+    """:func:`.torch_scan.archive_records` as torch's own reader finds them."""
     reader: Any = torch._C.PyTorchFileReader(str(path))
     return {
         name: (reader.get_record_offset(name), len(reader.get_record(name)))

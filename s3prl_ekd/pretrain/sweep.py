@@ -10,8 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
 from ..errors import SetupError
 from ..files.atomic import make_folder, write_text
 from ..files.config import to_plain_data

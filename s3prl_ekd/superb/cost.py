@@ -201,7 +201,7 @@ def measure_cost(
     module.eval()
     keys = [selection] if isinstance(selection, str) else selection
     parameters = dict(module.named_parameters())
-    unused = unused_parameters(module, lambda waves: _hidden_states(module(waves), keys))
+    unused = unused_parameters(module, lambda waves: hidden_states(module(waves), keys))
     device = _device(module)
     buckets, products = dict.fromkeys(lengths, 0.0), 0
     utterances = [(bucket, samples) for bucket, group in lengths.items() for samples in group]
@@ -221,7 +221,7 @@ def measure_cost(
     }
 
 
-def _hidden_states(result: Mapping[str, Any], keys: Sequence[str]) -> list[Tensor]:
+def hidden_states(result: Mapping[str, Any], keys: Sequence[str]) -> list[Tensor]:
     """The hidden states under ``keys``; for a missing key ``hidden_states``, as in SUPERB.
 
     A single tensor, as s3prl's baselines return it, counts as a list of one.

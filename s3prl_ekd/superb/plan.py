@@ -20,8 +20,8 @@ from ..downstream.noise import find_noises
 from ..downstream.tasks import TASKS, Task, choose_tasks, missing_paths, recipe_paths
 from ..errors import ConfigError, SetupError
 from ..files.atomic import file_sha256
-from ..prepare.common import PREPARED
 from ..files.config import apply_overrides, from_plain_data, read_yaml
+from ..prepare.common import PREPARED
 from ..prepare.er import natural_sort_key
 from ..request import (
     CACHE,

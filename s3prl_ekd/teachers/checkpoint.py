@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from ..distill.conv_layers import parse_conv_layers
 from ..errors import CheckpointError, TeacherError, first_line
 from ..files.safetensors_file import is_safetensors
 from ..files.text import first_keys
-from ..files.torch_load import build_limit, named_globals, safe_load
+from ..files.torch_load import build_limit, safe_load
+from ..files.torch_scan import ForbiddenName
 from ..student_file import FORMAT, RUN_KEY, is_student, load_student
 
 logger = logging.getLogger(__name__)
@@ -52,8 +54,9 @@ def load_file(path: Path, location: str) -> nn.Module:
         return _load_student(path, location)
     try:
         states = safe_load(path, "teacher checkpoint", allow=compat.checkpoint_globals())
-    except CheckpointError:
-        if _names_fairseq(path):
+    except CheckpointError as error:
+        refused = error.__cause__
+        if isinstance(refused, ForbiddenName) and re.match(r"(fairseq|omegaconf)\.", refused.name):
             raise _fairseq(path) from None
         raise
     no_eval.block_eval()
@@ -156,14 +159,6 @@ def _entry(states: Mapping, *path: str) -> Any:
     for key in path:
         value = value.get(key) if isinstance(value, dict) else None
     return value
-
-
-def _names_fairseq(path: Path) -> bool:
-    """Whether the pickle of a file names classes of fairseq, or of omegaconf for its settings."""
-    try:
-        return any(name.startswith(("fairseq.", "omegaconf.")) for name in named_globals(path))
-    except Exception:  # a damaged pickle can raise anything
-        return False
 
 
 def _fairseq(path: Path, name: str = "") -> TeacherError:

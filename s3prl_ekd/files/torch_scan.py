@@ -1,0 +1,324 @@
+"""Scan a torch file before ``torch.load(weights_only=True)`` reads it.
+
+``torch.save`` writes a zip archive of uncompressed members: the pickle ``data.pkl``, and one
+storage for each tensor. Before torch 1.6 it wrote several pickles followed by the storages. A
+pickle is a program: with ``weights_only=True`` it could run code before torch 2.6 (CVE-2025-32434)
+and overwrite memory before 2.10 (CVE-2026-24747), and with any version it can run for ever or
+allocate a terabyte. So it first runs in Python's own unpickler with only the opcodes that
+``torch.save`` writes, where classes and tensors are replaced by :class:`_Inert` objects.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import pickle
+import pickletools
+import struct
+import tarfile
+import zipfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+MAX_PICKLE = 4 << 20  # bytes; 5000 tensors take 1.3 million
+MAX_OPCODES = 500_000  # and items copied by them; 5000 tensors take 150,000, the maximum a second
+MAX_DIRECTORY = 8 << 20  # bytes of an archive's central directory, at about 80 a tensor
+# The opcodes of protocol 2 that torch.save writes.
+_OPCODES = """
+    PROTO BININT BININT1 BININT2 LONG1 BINFLOAT BINUNICODE SHORT_BINSTRING NONE NEWTRUE NEWFALSE
+    EMPTY_TUPLE EMPTY_LIST EMPTY_DICT MARK TUPLE TUPLE1 TUPLE2 TUPLE3 APPEND APPENDS SETITEM
+    SETITEMS BINPUT LONG_BINPUT BINGET LONG_BINGET BINPERSID GLOBAL REDUCE NEWOBJ BUILD STOP
+""".split()
+_STORAGES = {  # name -> bytes of an item
+    **{"BFloat16": 2, "Half": 2, "Float": 4, "Double": 8, "ComplexFloat": 8, "ComplexDouble": 16},
+    **{"Bool": 1, "Byte": 1, "Char": 1, "Short": 2, "Int": 4, "Long": 8},
+}
+
+
+_PythonUnpickler: Any = pickle._Unpickler  # type: ignore[attr-defined, unused-ignore]
+_CODES: dict[str, Any] = pickletools.code2op  # type: ignore[attr-defined]
+
+
+class TorchFileError(Exception):
+    """A file that ``torch.save`` would not write; the message continues "the file ..."."""
+
+
+class ForbiddenName(TorchFileError):
+    """The pickle names a class, function or opcode that is not allowed, as ``name``."""
+
+    def __init__(self, name: str, what: str = "names"):
+        super().__init__(f"{what} {name:.200}")
+        self.name = name
+
+
+class _Inert:
+    """Stands for a value of a class whose code must not run. It has no attributes or items."""
+
+    __slots__ = ()
+
+
+class _StorageType(_Inert):
+    """Stands for a class such as ``torch.FloatStorage``: not callable, since
+    ``UntypedStorage(10**12)`` would allocate a terabyte."""
+
+    __slots__ = ("item_bytes",)
+
+    def __init__(self, item_bytes: int):
+        self.item_bytes = item_bytes
+
+
+class _Storage(_Inert):
+    __slots__ = ("bytes", "item_bytes")
+
+    def __init__(self, bytes_: int, item_bytes: int):
+        self.bytes, self.item_bytes = bytes_, item_bytes
+
+
+class _Dict(dict[Any, Any]):
+    """A dict or OrderedDict whose keys have a quick hash.
+
+    That of nested tuples, or of many integers with equal hashes, can take for ever.
+    """
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        for part in key if type(key) is tuple else (key,):
+            plain = type(part) in (str, bool, float, type(None), _Inert)
+            if not plain and not (type(part) is int and abs(part) < 2**64):
+                raise TorchFileError("has a mapping or set with a key that is not text or a number")
+        super().__setitem__(key, value)
+
+
+class _List(list[Any]):
+    __setitem__ = None  # type: ignore[assignment]  # opcode SETITEM is for dicts
+
+
+class _Opcodes(dict[int, Callable[..., None]]):
+    def __missing__(self, code: int) -> Callable[..., None]:
+        if chr(code) not in _CODES:
+            raise TorchFileError("is damaged or not a torch file")
+        raise ForbiddenName(_CODES[chr(code)].name, "has the pickle opcode")
+
+
+class _Unpickler(_PythonUnpickler):  # type: ignore[misc]
+    """Python's unpickler without C, so that opcodes can be removed and replaced.
+
+    Args:
+        stream: of the pickle.
+        allow: classes that it may name, besides torch's own.
+        storage_bytes: returns the bytes that the file has for a storage's key, or None if they are
+            not known yet.
+    """
+
+    dispatch: Any = _Opcodes(
+        (ord(opcode.code), _PythonUnpickler.dispatch[ord(opcode.code)])
+        for opcode in pickletools.opcodes
+        if opcode.name in _OPCODES
+    )
+    dispatch[pickle.EMPTY_DICT[0]] = lambda self: self.append(_Dict())
+    dispatch[pickle.EMPTY_LIST[0]] = lambda self: self.append(_List())
+    dispatch[pickle.BUILD[0]] = lambda self: self._build()
+
+    def __init__(
+        self, stream: Any, allow: Sequence[type], storage_bytes: Callable[[str], int | None]
+    ):
+        super().__init__(self)
+        self._stream, self._storage_bytes = stream, storage_bytes
+        self._bytes_left, self._opcodes_left = MAX_PICKLE, MAX_OPCODES
+        self.storages: dict[str, _Storage] = {}
+        self._known: dict[str, Any] = {
+            "collections.OrderedDict": self._ordered_dict,
+            **dict.fromkeys(("builtins.set", "__builtin__.set"), self._set),
+            **dict.fromkeys(("torch.Size", "torch.device"), self._value),
+            "torch._utils._rebuild_tensor": self._tensor,
+            "torch._utils._rebuild_tensor_v2": self._tensor,
+            "torch._utils._rebuild_parameter": self._value,
+            "torch.storage.UntypedStorage": _StorageType(1),
+            **{f"torch.{name}Storage": _StorageType(size) for name, size in _STORAGES.items()},
+            **{str(v): _Inert() for v in vars(torch).values() if isinstance(v, torch.dtype)},
+            **{f"{cls.__module__}.{cls.__qualname__}": type("Allowed", (), {}) for cls in allow},
+        }
+
+    def read(self, size: int) -> bytes:
+        self._bytes_left -= size
+        self._opcodes_left -= size == 1  # each opcode is a byte, read by itself
+        self._check_limits()
+        data: bytes = self._stream.read(size)
+        return data
+
+    def readline(self) -> bytes:
+        line: bytes = self._stream.readline(max(0, self._bytes_left) + 1)
+        self._bytes_left -= len(line)
+        self._check_limits()
+        return line
+
+    def _check_limits(self) -> None:
+        if self._bytes_left < 0:
+            raise TorchFileError(f"has a pickle of more than {MAX_PICKLE:,} bytes")
+        if self._opcodes_left < 0:
+            raise TorchFileError(f"has a pickle of more than {MAX_OPCODES:,} steps")
+
+    def find_class(self, module: str, name: str) -> Any:
+        if f"{module}.{name}" not in self._known:
+            raise ForbiddenName(f"{module}.{name}")
+        return self._known[f"{module}.{name}"]
+
+    def persistent_load(self, reference: Any) -> _Storage:
+        """The storage of ("storage", type, key, device, items)."""
+        kind, type_, key, device, items, *view = reference
+        if not (
+            (kind, view) in (("storage", []), ("storage", [None]))  # a view: before torch 1.6
+            and isinstance(type_, _StorageType)
+            and (type(key), type(device), type(items)) == (str, str, int)
+            and items >= 0
+        ):
+            raise TorchFileError("has a storage of unknown type or size")
+        storage = _Storage(items * type_.item_bytes, type_.item_bytes)
+        size = self._storage_bytes(key)
+        if size not in (None, storage.bytes):
+            raise TorchFileError(
+                f"declares {storage.bytes:,} bytes for the storage {key[:40]!r} but has {size:,}"
+            )
+        known = self.storages.setdefault(key, storage)
+        if (known.bytes, known.item_bytes) != (storage.bytes, storage.item_bytes):
+            raise TorchFileError(f"declares the storage {key[:40]!r} twice, differently")
+        return storage
+
+    def _build(self) -> None:
+        self._counted(self.stack[-1])  # the state of an object
+        self.load_build()
+
+    def _tensor(self, storage: Any, offset: int, size: Any, stride: Any, *_: Any) -> _Inert:
+        if not isinstance(storage, _Storage):
+            raise TorchFileError("has a tensor without a storage")
+        if any(
+            type(n) is not int or n < 0
+            for n in (offset, *self._counted(size), *self._counted(stride))
+        ):
+            raise TorchFileError("has a tensor with an invalid shape, stride or offset")
+        items = storage.bytes // storage.item_bytes
+        last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+        if offset > items or (0 not in size and (last >= items or math.prod(size) > items)):
+            raise TorchFileError(
+                f"cannot be used: a tensor declares the shape {'x'.join(map(str, size))[:60]}, but "
+                f"its storage has {storage.bytes:,} bytes"
+            )
+        return _Inert()
+
+    def _ordered_dict(self, items: Any = ()) -> _Dict:
+        result = _Dict()
+        for key, value in self._counted(items):
+            result[key] = value
+        return result
+
+    def _set(self, items: Any = ()) -> _Inert:
+        self._ordered_dict([(item, None) for item in self._counted(items)])
+        return _Inert()
+
+    def _value(self, *arguments: Any) -> _Inert:
+        for argument in arguments:
+            self._counted(argument if isinstance(argument, (list, tuple)) else ())
+        return _Inert()
+
+    def _counted(self, items: Any) -> Any:
+        """The items, which torch copies: they count as opcodes."""
+        self._opcodes_left -= len(items)
+        self._check_limits()
+        return items
+
+
+def scan(path: Path, allow: Sequence[type] = ()) -> None:
+    """Check that ``torch.load(path, weights_only=True)`` is safe and ends.
+
+    Args:
+        path: the file.
+        allow: classes whose instances it may contain.
+
+    Raises:
+        ForbiddenName: see there.
+        TorchFileError: the file is damaged, is not a torch file, or has more than its size allows.
+        OSError: it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            if file.read(4) != b"PK\x03\x04":
+                return _scan_legacy(file, path.stat().st_size, allow)
+        _scan_archive(path, allow)
+    except (TorchFileError, OSError):
+        raise
+    except Exception:  # a damaged file can raise anything in zipfile and pickle
+        raise TorchFileError("is damaged or not a torch file") from None
+
+
+class _SmallReads(io.FileIO):
+    """A file for zipfile, which reads a central directory of any size at once."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is not None and size > MAX_DIRECTORY:
+            raise TorchFileError(f"needs a read of {size:,} bytes; {MAX_DIRECTORY:,} are allowed")
+        return super().read(size)
+
+
+def archive_records(path: Path) -> dict[str, tuple[int, int]]:
+    """Map the name of each member, without the top folder, to its offset and size in the file."""
+    records = {}
+    with _SmallReads(path) as file, zipfile.ZipFile(file) as archive:
+        for member in archive.infolist():
+            if member.compress_type != zipfile.ZIP_STORED:
+                raise TorchFileError("has a compressed member, which torch.save never writes")
+            file.seek(member.header_offset + 26)
+            start = member.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))
+            records[member.filename.partition("/")[2]] = start, member.file_size
+        if len(records) < len(archive.infolist()):
+            raise TorchFileError("has two members of the same name")
+    return records
+
+
+def _scan_archive(path: Path, allow: Sequence[type]) -> None:
+    records, size = archive_records(path), path.stat().st_size
+    if "data.pkl" not in records:
+        raise TorchFileError("is not a torch file: it has no data.pkl")
+    if "constants.pkl" in records:
+        raise TorchFileError("is a TorchScript program, not data")
+    if any(start + length > size for start, length in records.values()):
+        raise TorchFileError("is damaged: its members are larger than the file")
+    start, length = records["data.pkl"]
+    with path.open("rb") as file:
+        file.seek(start)
+        pickled = io.BytesIO(file.read(min(length, MAX_PICKLE + 1)))
+    _Unpickler(pickled, allow, lambda key: records[f"data/{key}"][1]).load()
+
+
+def _scan_legacy(file: io.BufferedReader, size: int, allow: Sequence[type]) -> None:
+    """Scan a file of torch before 1.6.
+
+    It has five pickles (a magic number, a version, system information, the object, the keys of its
+    storages), followed by the storages.
+    """
+    file.seek(0)
+    if _is_tar(file.read(tarfile.BLOCKSIZE)):
+        raise TorchFileError(
+            "is a tar archive of torch before 0.1.10, and reading one can run code; if you trust "
+            "it, load it with an old torch and save it again with torch.save"
+        )
+    file.seek(0)
+    total = 0
+    for expected in (0x1950A86A20F9469CFC6C, 1001, None, None, None):
+        unpickler = _Unpickler(file, allow, lambda key: None)
+        value = unpickler.load()
+        if expected is not None and value != expected:
+            raise TorchFileError("is damaged or not a torch file")
+        total += sum(storage.bytes for storage in unpickler.storages.values())
+    if total > size:
+        raise TorchFileError(f"declares tensors of {total:,} bytes but has {size:,} bytes")
+
+
+def _is_tar(block: bytes) -> bool:
+    """Whether Python's tarfile, which old torch tries first, accepts this header."""
+    try:
+        tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+    except tarfile.HeaderError:
+        return False
+    return True
