@@ -75,8 +75,10 @@ def atomic_file(path: str | os.PathLike[str], *, sync: bool = True) -> Iterator[
             if lock_handle is not None:
                 os.close(lock_handle)
     except OSError as error:
-        if error.filename is None and error.errno is not None:
-            error.filename = os.fspath(path)
+        # name the file that was asked for, not our temporary one
+        name = os.path.basename(os.fsdecode(error.filename or ""))
+        if error.errno is not None and (not name or _TEMPORARY.fullmatch(name)):
+            error.filename, error.filename2 = os.fspath(path), None
         raise
 
 
