@@ -75,36 +75,43 @@ def cut_tree(tree: np.ndarray, groups: int) -> Groups:
 def _neighbour_tree(distance: np.ndarray, linkage: str) -> np.ndarray:
     """Agglomerative clustering that merges only neighbours, nearest first; ties: the earlier pair.
 
-    A merge can have a smaller distance than the merge before it. Its height is then raised to that
-    of the merge before, so that the tree can be drawn; this changes no group.
+    As in scipy, distances to a merged cluster follow Lance and Williams (1967). A merge can have a
+    smaller distance than the merge before it. Its height is then raised to that of the merge
+    before, so that the tree can be drawn; this changes no group.
     """
-    clusters = [[layer] for layer in range(len(distance))]  # from first to last layer
-    labels = list(range(len(distance)))
+    count = len(distance)
+    distance = distance.copy()
+    order = list(range(count))  # row of `distance` of each cluster, from first to last layer
+    labels, sizes = list(range(count)), [1] * count
     tree, height = [], 0.0
-    for step in range(len(distance) - 1):
-        pairs = zip(clusters, clusters[1:], strict=False)
-        gaps = [_cluster_distance(distance, a, b, linkage) for a, b in pairs]
-        i = int(np.argmin(gaps))
-        height = max(height, gaps[i])
-        clusters[i : i + 2] = [clusters[i] + clusters[i + 1]]
-        tree.append([*sorted(labels[i : i + 2]), height, len(clusters[i])])
-        labels[i : i + 2] = [len(distance) + step]
-    return np.array(tree, dtype=float)
+    for step in range(count - 1):
+        gaps = [distance[a, b] for a, b in zip(order, order[1:], strict=False)]
+        nearest = int(np.argmin(gaps))
+        i, j = order[nearest], order[nearest + 1]
+        height = max(height, gaps[nearest])
+        tree.append([*sorted((labels[i], labels[j])), height, sizes[i] + sizes[j]])
+        for k in order:
+            if k not in (i, j):
+                merged = _merged_distance(linkage, distance, i, j, k, sizes)
+                distance[i, k] = distance[k, i] = merged
+        labels[i], sizes[i] = count + step, sizes[i] + sizes[j]
+        del order[nearest + 1]
+    return np.array(tree, dtype=float).reshape(-1, 4)
 
 
-def _cluster_distance(distance: np.ndarray, a: list[int], b: list[int], linkage: str) -> float:
-    """The distance of two clusters of layers, as scipy's linkages define it."""
-    between = distance[np.ix_(a, b)]
+def _merged_distance(
+    linkage: str, d: np.ndarray, i: int, j: int, k: int, sizes: Sequence[int]
+) -> float:
+    """The distance from cluster k to the union of i and j."""
+    a, b, c = sizes[i], sizes[j], sizes[k]
     if linkage == "single":
-        return between.min()
+        return min(d[i, k], d[j, k])
     if linkage == "complete":
-        return between.max()
+        return max(d[i, k], d[j, k])
     if linkage == "average":
-        return between.mean()
-    # ward: twice the increase of the sum of squares around the centroids
-    within = [(distance[np.ix_(c, c)] ** 2).mean() / 2 for c in (a, b)]
-    square = (between**2).mean() - sum(within)
-    return math.sqrt(max(0.0, 2 * len(a) * len(b) / (len(a) + len(b)) * square))
+        return (a * d[i, k] + b * d[j, k]) / (a + b)
+    square = (a + c) * d[i, k] ** 2 + (b + c) * d[j, k] ** 2 - c * d[i, j] ** 2
+    return math.sqrt(max(0.0, square / (a + b + c)))
 
 
 def require_scipy() -> tuple[Any, Any]:

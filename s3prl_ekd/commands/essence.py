@@ -147,5 +147,7 @@ def _check_steps(path: str, override: str | None) -> None:
                 f'checkpoint would be saved; add -o "config.runner.{name}={total}"'
             )
         if total % value:
-            text = "runner.%s (%d) does not divide total_steps (%d): the last steps are not saved"
-            logger.warning(text, name, value, total)
+            text = (
+                "runner.%s (%d) does not divide total_steps (%d): the last %d steps are not saved"
+            )
+            logger.warning(text, name, value, total, total % value)

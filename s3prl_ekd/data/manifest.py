@@ -43,7 +43,7 @@ def read_manifest(
             absolute, has ``..`` in it, is not an audio file or is repeated.
     """
     # Not splitlines(): it also splits at characters such as U+2028, which a text may contain.
-    lines = read_text(path, "manifest", DataError, MAX_LIST, "utf-8-sig").split("\n")
+    lines = read_text(path, "manifest", DataError, 1 << 34, "utf-8-sig").split("\n")
     header = lines[0].rstrip("\r").split("\t")
     missing = [column for column in columns if column not in header]
     if missing:

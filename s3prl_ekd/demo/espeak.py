@@ -47,6 +47,8 @@ class Espeak:
             self._lib = ctypes.CDLL(library)
         except OSError as error:
             raise SetupError(f"cannot load espeak-ng from {library}: {error}") from error
+        if not hasattr(self._lib, "espeak_ng_SetRandSeed"):
+            raise SetupError("espeak-ng is older than 1.52; type: pip install -U espeakng-loader")
         path = os.fsencode(_short_path(data))
         self.rate = self._lib.espeak_Initialize(_SYNCHRONOUS, 0, path, _DONT_EXIT)  # Hz
         if self.rate <= 0:

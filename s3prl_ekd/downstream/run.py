@@ -56,7 +56,7 @@ def check_mode(request: DownstreamRequest) -> None:
     """Check that ``--noise`` has ``-m evaluate``, and ``--cache-features`` no torchrun."""
     if request.noise is not None and request.mode != "evaluate":
         raise SetupError(
-            f"--noise needs -m evaluate, got {request.mode or 'no'} mode: it evaluates a model "
+            f"--noise needs -m evaluate, got {request.mode or 'no -m'}: it evaluates a model "
             "trained without noise"
         )
     if request.cache is not None and request.local_rank is not None:

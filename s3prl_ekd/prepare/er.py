@@ -109,9 +109,21 @@ def parts_of(items: Iterable[LabelledUtterance]) -> list[str]:
     return sorted({item.part for item in items}, key=natural_sort_key)
 
 
+def check_classes(
+    source: Path, items: Sequence[LabelledUtterance], tested: Sequence[str], labels: Sequence[str]
+) -> None:
+    """Check that each fold has training utterances of all classes."""
+    for part in tested:
+        missing = set(labels) - {item.label for item in items if item.part != part}
+        if missing:
+            raise DataError(
+                f"{source}: the fold that tests {part} has no training utterance of "
+                f"{', '.join(sorted(missing))}; use other folds, or fewer classes (--labels)"
+            )
+
+
 def write_folds(
     args: argparse.Namespace,
-    source: Path,
     root: Path,
     items: Sequence[LabelledUtterance],
     tested: Sequence[str],
@@ -124,13 +136,6 @@ def write_folds(
     """
     classes = {label: index for index, label in enumerate(labels)}
     rows = ["path\tlabel\tspeaker\tfold\ttest_fold"]
-    for part in tested:
-        missing = set(labels) - {item.label for item in items if item.part != part}
-        if missing:
-            raise DataError(
-                f"{source}: the fold that tests {part} has no training utterance of "
-                f"{', '.join(sorted(missing))}; use other folds, or fewer classes (--labels)"
-            )
     summary = []
     counts: Counter[str] = Counter()
     with new_folder(args.out, replace=args.replace) as folder:
@@ -254,19 +259,21 @@ def _prepare_er(args: argparse.Namespace) -> None:
                 f"{args.manifest} has no labelled line of the split test; add one or --fold-column"
             )
         parts = ["test"]
+    check_classes(args.manifest, items, parts, labels)
     root = audio_root(args)
     read_lengths(args.manifest, root, labelled, args.jobs)  # checks for readable, 16 kHz, mono
     if len(labelled) < len(entries):
         print(f"{len(entries) - len(labelled)} lines without a selected label skipped")
-    write_folds(args, args.manifest, root, items, parts, labels)
+    write_folds(args, root, items, parts, labels)
 
 
 def _prepare_iemocap(args: argparse.Namespace) -> None:
     items = read_iemocap(args.root)
+    check_classes(args.root, items, parts_of(items), LABELS)
     for length in audio_lengths(args.root, [item.path for item in items], args.jobs):
         if isinstance(length, DataError):
             raise length
-    write_folds(args, args.root, args.root, items, parts_of(items), LABELS)
+    write_folds(args, args.root, items, parts_of(items), LABELS)
     if Counter(item.part for item in items) != FULL_COUNTS:
         print(
             f"note: {len(items)} utterances; the full IEMOCAP has {sum(FULL_COUNTS.values())}, "

@@ -86,7 +86,7 @@ def read_texts(root: Path, folders: Sequence[str]) -> dict[Path, list[str]]:
             utterance = file.name.partition(".")[0]
             source = file.with_name(utterance.rpartition("-")[0] + ".trans.txt")
             if source not in transcripts:
-                text = read_text(source, f"transcript of {file}", DataError, MAX_LIST)
+                text = read_text(source, "transcripts", DataError, MAX_LIST)
                 transcripts[source] = {line.partition(" ")[0]: line for line in text.split("\n")}
             words = transcripts[source].get(utterance, "").upper().split()[1:]
             if not words:
@@ -107,8 +107,8 @@ def measure_splits(root: Path, splits: Sequence[str], jobs: int) -> dict[str, li
             rows[path.partition("/")[0]].append((path, length))
     if bad:
         raise DataError(
-            f"{root}: {len(bad)} of {len(paths)} files are invalid; unpack their archives again: "
-            f"{'; '.join(bad[:3])}{'; …' * (len(bad) > 3)}"
+            f"{root}: {len(bad)} of {len(paths)} files are invalid; if they are damaged, unpack "
+            f"their archives again: {'; '.join(bad[:3])}{'; …' * (len(bad) > 3)}"
         )
     return rows
 

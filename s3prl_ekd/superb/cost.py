@@ -149,7 +149,7 @@ def check_outputs(outputs: Any, selection: str, name: str) -> None:
     if not isinstance(outputs, dict):
         problem = type(outputs).__name__
     elif selection not in outputs:
-        problem = f"the keys {', '.join(map(str, outputs))}"
+        problem = f"the keys {', '.join(map(str, outputs)) or '(none)'}"
     elif not isinstance(states, (list, tuple)):
         problem = f"{selection} of type {type(states).__name__}"
     else:

@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Literal, TypeVar
 
 from ..downstream.tasks import TASKS
-from ..errors import DataError
+from ..errors import ConfigError, DataError
 from ..files.config import from_plain_data
 from ..files.formats import check_format_version
 from ..files.text import read_json
@@ -72,8 +72,9 @@ class RunRecord:
     noises: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        pattern = r"fold\d+" if self.task == "er" else ""
-        if not re.fullmatch(pattern, self.fold or ""):
+        if not (
+            re.fullmatch(r"fold\d+", self.fold or "") if self.task == "er" else self.fold is None
+        ):
             raise ValueError(f"fold must be fold1, ... for er, null otherwise, got {self.fold!r}")
         task = TASKS[self.task]
         metric = self.dev.metric if self.dev else task.metric
@@ -174,12 +175,18 @@ def _read(kind: type[RecordT], path: Path) -> RecordT | None:
     """
     if not path.exists():
         return None
+    # a record goes with its folder: a checkpoint without it could be of another recipe
+    damaged = path.parent if path.name == RECORD else path
+    hint = f"remove {damaged} and run superb again"
     try:
         data = read_json(path, "record", DataError)
     except DataError as error:
-        raise DataError(f"{path} is damaged: {error}; remove it and run superb again") from None
+        raise DataError(f"{path} is damaged: {error}; {hint}") from None
     check_format_version(data.get("format", 1), 1, f"the record {path}", DataError)
-    return from_plain_data(kind, data, str(path))
+    try:
+        return from_plain_data(kind, data, str(path))
+    except ConfigError as error:
+        raise DataError(f"{error}; {hint}") from None
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from ..hidden_states.feature_store import folder_size
 from ..request import DownstreamRequest
 from ..system.jobs import Jobs
 from ..system.lock import FolderLock
-from .plan import CLEAN, PlannedRun, noise_digest
+from .plan import PlannedRun, noise_digest
 from .results import RECORD, DevMetric, RunRecord, read_record
 
 logger = logging.getLogger(__name__)
@@ -190,7 +190,12 @@ def train_and_test(run: PlannedRun, call: Callable[[DownstreamRequest], None]) -
         if condition in run.noises:
             noises = {**noises, condition: noise_digest(run.noises[condition][0])}
         tested = {**record.tested, condition: folder}
-        record = replace(record, tested=tested, noises=noises, finished=CLEAN in tested)
+        record = replace(
+            record,
+            tested=tested,
+            noises=noises,
+            finished=record.finished or run.conditions.keys() <= tested.keys(),
+        )
         _write(run, record)
 
 

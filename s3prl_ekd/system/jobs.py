@@ -7,6 +7,7 @@ when its parent has ended: :func:`end_with_parent`.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import queue
@@ -15,7 +16,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import BinaryIO, TypeVar
@@ -67,16 +68,16 @@ def _end_after(parent: int) -> None:
 class Jobs:
     """Starts child processes, and ends them on Ctrl-C.
 
-    Each child has its own session: a terminal's Ctrl-C reaches it once, through this process. A
-    second one would end a training before it has saved.
+    Each child is in a session (setsid) of its own, so a terminal's Ctrl-C reaches it once, through
+    this process. A second one would end a training before it has saved.
 
     Args:
-        slots: how many jobs of :meth:`run_all` run at once.
+        slots: places for jobs that run at once.
     """
 
     def __init__(self, slots: int = 1) -> None:
         self.slots = slots
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # also taken by a signal handler
         self._children: set[subprocess.Popen] = set()
         self._stopped = False
 
@@ -115,7 +116,8 @@ class Jobs:
                 environments.put(environment)
 
         errors = []
-        with tqdm(total=len(items), unit=" runs") as bar, ThreadPoolExecutor(self.slots) as pool:
+        bar = tqdm(total=len(items), unit=" runs")
+        with self._pause_with_parent(), bar, ThreadPoolExecutor(self.slots) as pool:
             futures = {pool.submit(run_in_slot, item): item for item in items}
             try:
                 for future in as_completed(futures):
@@ -180,7 +182,8 @@ class Jobs:
             )
             self._children.add(child)
         try:
-            child.communicate(stdin)
+            with self._pause_with_parent():
+                child.communicate(stdin)
         except BaseException:  # Ctrl-C, if this is the main thread
             self.stop()
             raise
@@ -199,9 +202,27 @@ class Jobs:
         finally:  # also at a second Ctrl-C
             self._signal(signal.SIGTERM)
 
+    @contextlib.contextmanager
+    def _pause_with_parent(self) -> Iterator[None]:
+        """Within the block, Ctrl-Z pauses the children too, and ``fg`` continues them."""
+        if os.name != "posix" or threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def pause(number: int, frame: object) -> None:
+            self._signal(signal.SIGSTOP)
+            os.kill(os.getpid(), signal.SIGSTOP)  # returns when this process is continued
+            self._signal(signal.SIGCONT)
+
+        previous = signal.signal(signal.SIGTSTP, pause)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTSTP, previous)
+
     def _signal(self, number: int) -> None:
-        for child in self._running():
-            child.send_signal(number)
+        for child in self._running():  # Windows has no SIGINT for another process
+            child.send_signal(number if os.name == "posix" else signal.SIGTERM)
 
     def _running(self) -> list[subprocess.Popen]:
         with self._lock:

@@ -15,7 +15,7 @@ def random_states(device: str = "cpu") -> dict[str, Any]:
     """The states of all generators, as plain data and tensors.
 
     Args:
-        device: of the run. Reading a CUDA generator's state does not synchronise with the device.
+        device: of the run. Reading a CUDA generator's state does not make it wait.
     """
     version, internal, gauss = random.getstate()
     state: Any = np.random.get_state()  # a tuple, unless legacy=False
@@ -44,7 +44,8 @@ def set_random_states(states: dict[str, Any], device: str = "cpu") -> None:
         torch.set_rng_state(states["torch"])
         cuda = states["cuda"]
         if isinstance(cuda, list):  # of all devices: downstream checkpoints of version 0.1
-            cuda = cuda[torch.cuda.current_device()] if cuda and torch.cuda.is_available() else None
+            same = cuda and len(cuda) == torch.cuda.device_count()
+            cuda = cuda[torch.cuda.current_device()] if same else None
         if cuda is not None and str(device).startswith("cuda"):
             torch.cuda.set_rng_state(cuda, device)
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as err:
