@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -59,7 +60,8 @@ def test_each_job_has_a_gpu(monkeypatch):
     assert jobs._slot_environment(0, 1) == dict(os.environ)
 
 
-def test_a_second_ctrl_c_terminates_a_process_that_ignores_the_first(monkeypatch):
+@pytest.mark.parametrize("end", ["time", "second Ctrl-C"])
+def test_a_process_that_ignores_ctrl_c_is_terminated(monkeypatch, end):
     code = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print('ready', "
     child = subprocess.Popen(
         [sys.executable, "-c", code + "flush=True); time.sleep(600)"], stdout=subprocess.PIPE
@@ -70,25 +72,69 @@ def test_a_second_ctrl_c_terminates_a_process_that_ignores_the_first(monkeypatch
         assert child.stdout.readline() == b"ready\n"
         processes = Jobs()
         processes._children |= {child, ended}
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(jobs.time, "sleep", lambda seconds: signal.raise_signal(signal.SIGINT))
-            processes.stop()
+        with monkeypatch.context() as patch:
+            if end == "time":
+                patch.setattr(jobs, "_SAVE_SECONDS", 0.3)
+                processes.stop()
+            else:
+                again = lambda seconds: signal.raise_signal(signal.SIGINT)  # noqa: E731
+                patch.setattr(jobs.time, "sleep", again)
+                with pytest.raises(KeyboardInterrupt):
+                    processes.stop()
         assert child.wait(timeout=10) == -signal.SIGTERM
     finally:
         child.kill()
 
 
-def test_training_and_tests_in_one_process_give_the_results_of_the_commands(here, tmp_path):
+def test_ctrl_z_pauses_the_children(tmp_path):
+    """The state of a process is the third field of /proc/PID/stat: T if stopped."""
+    code = """
+import os, signal, sys, threading, time
+from s3prl_ekd.system import jobs
+jobs.child_command = lambda argv: [sys.executable, "-c", "import time; time.sleep(600)"]
+runner = jobs.Jobs()
+threading.Timer(1.0, lambda: print([c.pid for c in runner._children][0], flush=True)).start()
+runner.call([])
+"""
+
+    def state(pid):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+    def wait(pid, states):
+        deadline = time.monotonic() + 30
+        while state(pid) not in states:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    try:
+        child = int(process.stdout.readline())
+        process.send_signal(signal.SIGTSTP)
+        wait(process.pid, "T")
+        wait(child, "T")
+        process.send_signal(signal.SIGCONT)
+        wait(child, "SR")
+    finally:
+        os.kill(child, signal.SIGKILL)
+        process.kill()
+        process.wait()
+
+
+def test_training_and_tests_in_one_process_give_the_results_of_the_commands(
+    here, tmp_path, monkeypatch
+):
     import soundfile
 
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("TMPDIR", str(tmp_path))  # of the file lists that s3prl's SID caches
     (tmp_path / "rain").mkdir()
     soundfile.write(tmp_path / "rain/rain.wav", make_sound(1.0), 16000)
     noise = {"noise": [str(tmp_path / "rain")], "snr": [0.0]}
     typed, run = (short_runs(tmp_path, out, **noise)[0] for out in ("typed", "superb"))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for argv in superb.commands(typed):
-        subprocess.run([sys.executable, "-m", "s3prl_ekd", *argv], env=environment, check=True)
+        subprocess.run([sys.executable, "-m", "s3prl_ekd", *argv], check=True)
     superb.run_plan([run])
+    assert not list(tmp_path.glob("s3prl_ekd_sid_*"))
     first, second = map(last_states, (typed, run))
     for part in ("Featurizer", "Downstream", "Optimizer"):
         assert str(first[part]) == str(second[part])

@@ -227,6 +227,8 @@ def test_layers_writes_a_config_with_groups(run, tmp_path):
         (("-o", "model.yaml"), r"model\.yaml.*--force"),
         (("-o", "new.yaml", "--groups", "5"), r"--groups\b.*\b4\b.*hubert.*\b5\b"),
         (("-o", "new.yaml", "--device", "nonsense"), "--device nonsense"),
+        (("-o", "new.yaml", "--similarity", "distance"), r"--similarity.*cka"),
+        (("-o", "new.yaml", "--linkage", "median"), r"--linkage.*average"),
     ],
 )
 def test_errors_of_layers(run, capsys, options, variable):

@@ -1,6 +1,6 @@
 """Torch files that exploit bugs of ``torch.load(weights_only=True)`` in some versions of torch.
 
-Our reader accepts what ``torch.save`` writes and refuses them, with any version of torch.
+The scan accepts what ``torch.save`` writes and refuses these files, with any version of torch.
 
 CVE-2025-32434: code runs before torch 2.6. CVE-2026-24747: memory is overwritten before torch 2.10.
 """
@@ -8,12 +8,14 @@ CVE-2025-32434: code runs before torch 2.6. CVE-2026-24747: memory is overwritte
 from __future__ import annotations
 
 import argparse
+import copy
 import io
 import pickle
 import struct
 import tarfile
+import time
 import zipfile
-from collections import OrderedDict, defaultdict
+from collections import Counter, OrderedDict, defaultdict
 
 import pytest
 import torch
@@ -22,7 +24,7 @@ from s3prl_ekd.compat import checkpoint_globals
 from s3prl_ekd.errors import CheckpointError
 from s3prl_ekd.export.hidden_set import sandbox as process
 from s3prl_ekd.files import trust
-from s3prl_ekd.files.torch_load import restrict_torch, safe_load, scan_for_old_torch
+from s3prl_ekd.files.torch_load import restrict_torch, safe_load
 from s3prl_ekd.files.torch_scan import TorchFileError, scan
 
 NEWEST = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10)
@@ -145,10 +147,10 @@ def test_pickles(tmp_path, kind):
 def test_many_copies_of_one_list(tmp_path):
     """A thousand sets of one list of a thousand numbers: time and memory are limited."""
     items = b"](" + b"".join(map(number, range(1000))) + b"eq\x07"
-    sets = [call("builtins.set", b"h\x07")] * 1000
+    sets = [call("builtins.set", b"h\x07")] * 2000
     path = tmp_path / "bad.pt"
     path.write_bytes(archive(mapping(items, *sets)))
-    with pytest.raises(CheckpointError, match="500,000"):
+    with pytest.raises(CheckpointError, match="1,000,000"):
         safe_load(path)
 
 
@@ -246,41 +248,85 @@ def test_torchscript(tmp_path):
     check_refused(path)
 
 
-def check_ambiguous(path, monkeypatch):
-    """What is loaded is what was checked; an old torch may find another pickle and is not run."""
-    try:
-        assert safe_load(path) == {}
-    except CheckpointError as error:
-        assert path.name in str(error)
-    monkeypatch.setattr(torch, "__version__", "2.5.1")
-    with pytest.raises(CheckpointError, match="members"):
-        scan_for_old_torch(path)
+HIDDEN = {  # without a scan, torch would load the number, or hash the tuples for ever
+    "exploit": PICKLES["item_of_a_tensor"],
+    "number": mapping(number(7)),
+    "hang": mapping(b"}" + DOUBLED + b"Ns"),
+}
 
 
-def test_two_central_directories(tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", HIDDEN)
+def test_two_central_directories(tmp_path, kind):
     """Python locates the directory from the end record, torch by its offset: here they differ."""
     path = tmp_path / "bad.pt"
-    pickled = PICKLES["item_of_a_tensor"]
+    pickled = HIDDEN[kind]
     bad, good = archive(pickled), archive(mapping().ljust(len(pickled)))
     end = good[-22:-6] + bad[-6:-2] + good[-2:]
     path.write_bytes(bad[:-22] + good[:-22] + end)
     with zipfile.ZipFile(path) as python:
         assert python.read("archive/data.pkl").strip() == mapping()
-    check_ambiguous(path, monkeypatch)
+    check_refused(path)
+    path.write_bytes(bad + good)  # one archive behind another
+    check_refused(path)
 
 
+@pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize(
     "name", ["other/data.pkl", "archive/data.pkl\0x", "archive/DATA.pkl", "ARCHIVE/data.pkl"]
 )
-def test_members_that_only_python_or_only_torch_finds(tmp_path, name, monkeypatch):
+def test_members_that_only_python_or_only_torch_finds(tmp_path, name, first):
     path = tmp_path / "bad.pt"
-    buffer = io.BytesIO(archive(mapping()))
+    buffer = io.BytesIO(b"" if first else archive(mapping()))
     with zipfile.ZipFile(buffer, "a") as file:
         member = zipfile.ZipInfo("x")
         member.filename = name
-        file.writestr(member, PICKLES["item_of_a_tensor"])
+        file.writestr(member, mapping(number(7)))
+        if first:
+            file.writestr("archive/data.pkl", mapping())
+            file.writestr("archive/version", b"3\n")
     path.write_bytes(buffer.getvalue())
-    check_ambiguous(path, monkeypatch)
+    with pytest.raises(CheckpointError, match=path.name):
+        safe_load(path)
+
+
+def test_overlapping_members(tmp_path):
+    """A hundred members for the same bytes: a file of 1 MB would load as 100 MB."""
+    path = tmp_path / "bad.pt"
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("archive/data.pkl", mapping())
+        file.writestr("archive/data/0", bytes(1 << 20))
+        for i in range(1, 100):
+            member = copy.copy(file.getinfo("archive/data/0"))
+            member.filename = f"archive/data/{i}"
+            file.filelist.append(member)
+    with pytest.raises(CheckpointError, match="larger than the file"):
+        safe_load(path)
+
+
+LONG = b"(" + b"K\x01" * 100_000 + b"tq\x07"  # a tuple of 100,000 numbers, kept
+WORK = {  # small files that would take minutes or a terabyte
+    "sizes": LONG + call("torch.Size", b"h\x07") * 2000,
+    "sizes_of_parts": LONG + (b"ctorch\nSize\nh\x07R" * 2000),
+    "size_of_a_dict": b"}" + call("torch.Size", b"}"),
+    "keys": LONG + b"}(" + b"h\x07N" * 2000 + b"u",
+    "states": b"ccollections\nOrderedDict\n)R" + sequence(b"N", b"}") + b"b",
+    "shape": tensor(size=[2**2000] * 1000, stride=[0] * 1000),
+}
+
+
+@pytest.mark.parametrize("kind", WORK)
+def test_work_of_a_small_file_is_limited(tmp_path, kind):
+    path = tmp_path / "bad.pt"
+    path.write_bytes(archive(mapping(WORK[kind])))
+    start = time.process_time()
+    check_refused(path)
+    assert time.process_time() - start < 10
+
+
+def test_keys_of_storages_before_torch_1_6(tmp_path):
+    path = tmp_path / "bad.pt"
+    path.write_bytes(legacy(b"\x80\x02}.", b"\x80\x02](" + DOUBLED + b"e."))
+    check_refused(path)
 
 
 KEYS = {
@@ -351,8 +397,16 @@ def test_old_torch_scans_the_files_that_s3prl_loads(tmp_path, torch_load, versio
     if version == "2.10.0":
         assert load is original
         return
-    with pytest.raises(CheckpointError, match="pytorch_model.bin"):
+    with pytest.raises(CheckpointError, match="pytorch_model.bin.*torch>=2.10"):
         load(path, weights_only=True)
+    for value in (
+        Counter("ab"),
+        b"x",
+        torch.eye(2).to_sparse(),
+        torch.zeros(1, dtype=torch.uint16),
+    ):
+        torch.save({"a": value}, path)  # torch knows these classes
+        assert load(path, weights_only=True).keys() == {"a"}
     restrict_torch()
     assert torch.load is load  # not wrapped twice
     trust.read_option([trust.OPTION])

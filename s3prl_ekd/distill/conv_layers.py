@@ -76,8 +76,9 @@ def _value(node: ast.AST) -> Any:
         return ast.literal_eval(node)
     left, right = _value(node.left), _value(node.right)
     if isinstance(node.op, ast.Add) and isinstance(left, list) and isinstance(right, list):
-        return left + right
+        if len(left) + len(right) <= MAX_LAYERS:
+            return left + right
     if isinstance(node.op, ast.Mult) and isinstance(left, list) and type(right) is int:
         if 0 <= right * len(left) <= MAX_LAYERS:
             return left * right
-    raise ValueError("only list + list and list * number")
+    raise ValueError(f"only list + list and list * number, of at most {MAX_LAYERS} layers")

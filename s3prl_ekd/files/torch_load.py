@@ -26,7 +26,7 @@ from ..compat.checkpoints import torch_load_cves, weights_only_by_default
 from ..errors import CheckpointError
 from . import trust
 from .text import check_data, check_regular, download_problem
-from .torch_scan import ForbiddenName, TorchFileError, archive_records, scan
+from .torch_scan import ForbiddenName, TorchFileError, scan
 
 logger = logging.getLogger(__name__)
 
@@ -131,7 +131,7 @@ def safe_load(
         raise CheckpointError(f"the {noun} {path} {problem}")
     forbidden = None
     try:
-        _check(path, allow)
+        scan(path, allow)
     except ForbiddenName as error:
         if not trust.trusted():
             raise _refused(noun, path, error) from error  # the cause tells fairseq's files
@@ -158,8 +158,8 @@ def safe_load(
 
 def _refused(noun: str, path: Path, error: TorchFileError) -> CheckpointError:
     hint = (
-        ", which can run code; use a file of tensors only, or, if you trust its author with your "
-        f"account, add {trust.OPTION} (for commands that load runs or upstreams)"
+        "; use a file of tensors only, or, if you trust its author with your account, add "
+        f"{trust.OPTION} (for commands that load runs or upstreams)"
     )
     return CheckpointError(
         f"the {noun} {path} {error}{hint if isinstance(error, ForbiddenName) else ''}"
@@ -174,40 +174,23 @@ def _load(path: Path, allow: Sequence[type], weights_only: bool) -> Any:
         return torch.load(path, map_location="cpu", weights_only=weights_only, mmap=mmap)
 
 
-def _check(path: Path, allow: Sequence[type]) -> None:
-    """Scan a file; where this torch has known bugs, it must find what was scanned. Raises as
-    :func:`.torch_scan.scan`."""
-    scan(path, allow)
-    if torch_load_cves(torch.__version__) and zipfile.is_zipfile(path):
-        try:
-            same = _torchs_records(path) == archive_records(path)
-        except RuntimeError:
-            same = False
-        if not same:  # it has two central directories
-            raise TorchFileError("is damaged: torch finds other members in it")
-
-
 def scan_for_old_torch(path: str | os.PathLike[str]) -> None:
-    """Reject a file that ``torch.load`` of an old torch cannot load safely.
+    """Reject a file that exploits a bug of the installed torch's ``weights_only=True``.
+
+    torch itself checks the classes that the pickle names.
 
     Raises:
-        CheckpointError: this torch has such bugs, and the file is not what ``torch.save`` writes.
+        CheckpointError: this torch has such bugs, and the file exploits them or is damaged.
     """
     if torch_load_cves(torch.__version__):
-        listed = torch.serialization.get_safe_globals()
         try:
-            _check(Path(path), [cls for cls in listed if isinstance(cls, type)])
+            scan(Path(path), allow=None)
         except TorchFileError as error:
-            raise _refused("checkpoint", Path(path), error) from None
-
-
-def _torchs_records(path: Path) -> dict[str, tuple[int, int]]:
-    """:func:`.torch_scan.archive_records` as torch's own reader finds them."""
-    reader: Any = torch._C.PyTorchFileReader(str(path))
-    return {
-        name: (reader.get_record_offset(name), len(reader.get_record(name)))
-        for name in reader.get_all_records()
-    }
+            raise CheckpointError(
+                f"the checkpoint {path} {error}; torch {torch.__version__} cannot load such files "
+                "safely (see s3prl-ekd doctor): type pip install 'torch>=2.10', or, if you trust "
+                f"its author with your account, add {trust.OPTION}"
+            ) from None
 
 
 def restrict_torch() -> None:

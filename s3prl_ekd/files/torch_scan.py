@@ -10,7 +10,9 @@ allocate a terabyte. So it first runs in Python's own unpickler with only the op
 
 from __future__ import annotations
 
+import contextlib
 import io
+import itertools
 import math
 import pickle
 import pickletools
@@ -24,7 +26,8 @@ from typing import Any
 import torch
 
 MAX_PICKLE = 4 << 20  # bytes; 5000 tensors take 1.3 million
-MAX_OPCODES = 500_000  # and items copied by them; 5000 tensors take 150,000, the maximum a second
+MAX_STEPS = 1_000_000  # opcodes, short arguments and copied items; 5000 tensors take 250,000
+_MAX_DIMENSIONS = 64  # of a tensor, as in torch; also the parts of a key
 MAX_DIRECTORY = 8 << 20  # bytes of an archive's central directory, at about 80 a tensor
 # The opcodes of protocol 2 that torch.save writes.
 _OPCODES = """
@@ -47,17 +50,28 @@ class TorchFileError(Exception):
 
 
 class ForbiddenName(TorchFileError):
-    """The pickle names a class, function or opcode that is not allowed, as ``name``."""
+    """The pickle names a class or function that is not allowed, as ``name``."""
 
-    def __init__(self, name: str, what: str = "names"):
-        super().__init__(f"{what} {name:.200}")
+    def __init__(self, name: str):
+        super().__init__(f"has a pickle that names {name:.200}, which can run code")
         self.name = name
+
+
+class _ForbiddenOpcode(TorchFileError):
+    """The pickle has an opcode that ``torch.save`` does not write."""
 
 
 class _Inert:
     """Stands for a value of a class whose code must not run. It has no attributes or items."""
 
     __slots__ = ()
+
+
+class _Unlisted:
+    """Stands for a class or function outside the list, which torch checks."""
+
+    def __init__(self, *arguments: Any) -> None:
+        pass
 
 
 class _StorageType(_Inert):
@@ -78,13 +92,16 @@ class _Storage(_Inert):
 
 
 class _Dict(dict[Any, Any]):
-    """A dict or OrderedDict whose keys have a quick hash.
+    """A dict or OrderedDict with keys of which a hash is computed quickly.
 
-    That of nested tuples, or of many integers with equal hashes, can take for ever.
+    Hashing nested tuples, or many integers with equal hashes, can take for ever.
     """
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        for part in key if type(key) is tuple else (key,):
+        parts = key if type(key) is tuple else (key,)
+        if len(parts) > _MAX_DIMENSIONS:
+            raise TorchFileError(f"has a key of more than {_MAX_DIMENSIONS} parts")
+        for part in parts:
             plain = type(part) in (str, bool, float, type(None), _Inert)
             if not plain and not (type(part) is int and abs(part) < 2**64):
                 raise TorchFileError("has a mapping or set with a key that is not text or a number")
@@ -99,7 +116,7 @@ class _Opcodes(dict[int, Callable[..., None]]):
     def __missing__(self, code: int) -> Callable[..., None]:
         if chr(code) not in _CODES:
             raise TorchFileError("is damaged or not a torch file")
-        raise ForbiddenName(_CODES[chr(code)].name, "has the pickle opcode")
+        raise _ForbiddenOpcode(_CODES[chr(code)].name)
 
 
 class _Unpickler(_PythonUnpickler):  # type: ignore[misc]
@@ -107,7 +124,7 @@ class _Unpickler(_PythonUnpickler):  # type: ignore[misc]
 
     Args:
         stream: of the pickle.
-        allow: classes that it may name, besides torch's own.
+        allow: classes that it may name, besides torch's own; None for all, if torch checks them.
         storage_bytes: returns the bytes that the file has for a storage's key, or None if they are
             not known yet.
     """
@@ -122,28 +139,33 @@ class _Unpickler(_PythonUnpickler):  # type: ignore[misc]
     dispatch[pickle.BUILD[0]] = lambda self: self._build()
 
     def __init__(
-        self, stream: Any, allow: Sequence[type], storage_bytes: Callable[[str], int | None]
+        self, stream: Any, allow: Sequence[type] | None, storage_bytes: Callable[[str], int | None]
     ):
         super().__init__(self)
         self._stream, self._storage_bytes = stream, storage_bytes
-        self._bytes_left, self._opcodes_left = MAX_PICKLE, MAX_OPCODES
+        self._any_name = allow is None
+        self._bytes_left, self._steps_left = MAX_PICKLE, MAX_STEPS
         self.storages: dict[str, _Storage] = {}
         self._known: dict[str, Any] = {
             "collections.OrderedDict": self._ordered_dict,
             **dict.fromkeys(("builtins.set", "__builtin__.set"), self._set),
-            **dict.fromkeys(("torch.Size", "torch.device"), self._value),
+            "torch.Size": self._size,
+            "torch.device": self._value,
             "torch._utils._rebuild_tensor": self._tensor,
             "torch._utils._rebuild_tensor_v2": self._tensor,
             "torch._utils._rebuild_parameter": self._value,
             "torch.storage.UntypedStorage": _StorageType(1),
             **{f"torch.{name}Storage": _StorageType(size) for name, size in _STORAGES.items()},
             **{str(v): _Inert() for v in vars(torch).values() if isinstance(v, torch.dtype)},
-            **{f"{cls.__module__}.{cls.__qualname__}": type("Allowed", (), {}) for cls in allow},
+            **{
+                f"{cls.__module__}.{cls.__qualname__}": type("Allowed", (), {})
+                for cls in allow or ()
+            },
         }
 
     def read(self, size: int) -> bytes:
         self._bytes_left -= size
-        self._opcodes_left -= size == 1  # each opcode is a byte, read by itself
+        self._steps_left -= size == 1  # each opcode is a byte, read by itself
         self._check_limits()
         data: bytes = self._stream.read(size)
         return data
@@ -157,13 +179,23 @@ class _Unpickler(_PythonUnpickler):  # type: ignore[misc]
     def _check_limits(self) -> None:
         if self._bytes_left < 0:
             raise TorchFileError(f"has a pickle of more than {MAX_PICKLE:,} bytes")
-        if self._opcodes_left < 0:
-            raise TorchFileError(f"has a pickle of more than {MAX_OPCODES:,} steps")
+        if self._steps_left < 0:
+            raise TorchFileError(f"has a pickle that takes more than {MAX_STEPS:,} steps to read")
 
     def find_class(self, module: str, name: str) -> Any:
-        if f"{module}.{name}" not in self._known:
-            raise ForbiddenName(f"{module}.{name}")
-        return self._known[f"{module}.{name}"]
+        full_name = f"{module}.{name}"
+        if full_name not in self._known and not self._any_name:
+            raise ForbiddenName(full_name)
+        return self._known.get(full_name, _Unlisted)
+
+    def load(self) -> Any:
+        start = self._stream.tell()
+        try:
+            return super().load()
+        except _ForbiddenOpcode as error:
+            self._stream.seek(start)
+            name = _first_name(self._stream.read(MAX_PICKLE))
+            raise ForbiddenName(name or f"an object of another protocol (opcode {error})") from None
 
     def persistent_load(self, reference: Any) -> _Storage:
         """The storage of ("storage", type, key, device, items)."""
@@ -179,28 +211,30 @@ class _Unpickler(_PythonUnpickler):  # type: ignore[misc]
         size = self._storage_bytes(key)
         if size not in (None, storage.bytes):
             raise TorchFileError(
-                f"declares {storage.bytes:,} bytes for the storage {key[:40]!r} but has {size:,}"
+                f"is damaged: it declares {storage.bytes:,} bytes for the storage {key[:40]!r} but "
+                f"has {size:,}"
             )
         known = self.storages.setdefault(key, storage)
         if (known.bytes, known.item_bytes) != (storage.bytes, storage.item_bytes):
-            raise TorchFileError(f"declares the storage {key[:40]!r} twice, differently")
+            raise TorchFileError(f"is damaged: it declares the storage {key[:40]!r} twice")
         return storage
 
     def _build(self) -> None:
-        self._counted(self.stack[-1])  # the state of an object
+        if not isinstance(self._counted(self.stack[-1]), dict):  # the state of an object
+            raise TorchFileError("sets the state of an object to a value that is not a mapping")
         self.load_build()
 
     def _tensor(self, storage: Any, offset: int, size: Any, stride: Any, *_: Any) -> _Inert:
         if not isinstance(storage, _Storage):
             raise TorchFileError("has a tensor without a storage")
-        if any(
-            type(n) is not int or n < 0
-            for n in (offset, *self._counted(size), *self._counted(stride))
+        numbers = (offset, *self._counted(size), *self._counted(stride))
+        if len(size) > _MAX_DIMENSIONS or any(
+            type(n) is not int or not 0 <= n < 2**63 for n in numbers
         ):
             raise TorchFileError("has a tensor with an invalid shape, stride or offset")
         items = storage.bytes // storage.item_bytes
         last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
-        if offset > items or (0 not in size and (last >= items or math.prod(size) > items)):
+        if 0 not in size and (last >= items or math.prod(size) > items):
             raise TorchFileError(
                 f"cannot be used: a tensor declares the shape {'x'.join(map(str, size))[:60]}, but "
                 f"its storage has {storage.bytes:,} bytes"
@@ -217,24 +251,42 @@ class _Unpickler(_PythonUnpickler):  # type: ignore[misc]
         self._ordered_dict([(item, None) for item in self._counted(items)])
         return _Inert()
 
+    def _size(self, items: Any = ()) -> _Inert:
+        if not isinstance(self._counted(items), tuple):
+            raise TorchFileError("has a torch.Size that is not of a tuple")
+        return _Inert()
+
     def _value(self, *arguments: Any) -> _Inert:
-        for argument in arguments:
-            self._counted(argument if isinstance(argument, (list, tuple)) else ())
+        self._counted(arguments)
         return _Inert()
 
     def _counted(self, items: Any) -> Any:
         """The items, which torch copies: they count as opcodes."""
-        self._opcodes_left -= len(items)
+        self._steps_left -= len(items)
         self._check_limits()
         return items
 
 
-def scan(path: Path, allow: Sequence[type] = ()) -> None:
+def _first_name(pickled: bytes) -> str:
+    """The first class or function that a pickle of any protocol names; "" if none is found."""
+    texts = [""]
+    with contextlib.suppress(ValueError):  # the end of a damaged pickle
+        for opcode, argument, _ in itertools.islice(pickletools.genops(pickled), 10_000):
+            if opcode.name in ("GLOBAL", "INST"):
+                return str(argument).replace(" ", ".")
+            if opcode.name == "STACK_GLOBAL":
+                return ".".join(texts[-2:])
+            if isinstance(argument, str):
+                texts.append(argument)
+    return ""
+
+
+def scan(path: Path, allow: Sequence[type] | None = ()) -> None:
     """Check that ``torch.load(path, weights_only=True)`` is safe and ends.
 
     Args:
         path: the file.
-        allow: classes whose instances it may contain.
+        allow: classes whose instances it may contain; None for all, if torch checks them.
 
     Raises:
         ForbiddenName: see there.
@@ -257,7 +309,9 @@ class _SmallReads(io.FileIO):
 
     def read(self, size: int | None = -1, /) -> bytes:
         if size is not None and size > MAX_DIRECTORY:
-            raise TorchFileError(f"needs a read of {size:,} bytes; {MAX_DIRECTORY:,} are allowed")
+            raise TorchFileError(
+                f"has a list of members of {size:,} bytes; {MAX_DIRECTORY:,} are allowed"
+            )
         return super().read(size)
 
 
@@ -276,14 +330,23 @@ def archive_records(path: Path) -> dict[str, tuple[int, int]]:
     return records
 
 
-def _scan_archive(path: Path, allow: Sequence[type]) -> None:
+def _torchs_offsets(path: Path) -> dict[str, int]:
+    """The name and offset in the file of each member, as torch's own reader finds them."""
+    reader: Any = torch._C.PyTorchFileReader(str(path))
+    return {name: reader.get_record_offset(name) for name in reader.get_all_records()}
+
+
+def _scan_archive(path: Path, allow: Sequence[type] | None) -> None:
     records, size = archive_records(path), path.stat().st_size
     if "data.pkl" not in records:
         raise TorchFileError("is not a torch file: it has no data.pkl")
     if "constants.pkl" in records:
         raise TorchFileError("is a TorchScript program, not data")
-    if any(start + length > size for start, length in records.values()):
+    if sum(length for _, length in records.values()) > size:
         raise TorchFileError("is damaged: its members are larger than the file")
+    if _torchs_offsets(path) != {name: start for name, (start, _) in records.items()}:
+        # two lists of members, or names that differ in case: torch would load what was not scanned
+        raise TorchFileError("is damaged: Python and torch find different members in it")
     start, length = records["data.pkl"]
     with path.open("rb") as file:
         file.seek(start)
@@ -291,7 +354,7 @@ def _scan_archive(path: Path, allow: Sequence[type]) -> None:
     _Unpickler(pickled, allow, lambda key: records[f"data/{key}"][1]).load()
 
 
-def _scan_legacy(file: io.BufferedReader, size: int, allow: Sequence[type]) -> None:
+def _scan_legacy(file: io.BufferedReader, size: int, allow: Sequence[type] | None) -> None:
     """Scan a file of torch before 1.6.
 
     It has five pickles (a magic number, a version, system information, the object, the keys of its
@@ -311,6 +374,8 @@ def _scan_legacy(file: io.BufferedReader, size: int, allow: Sequence[type]) -> N
         if expected is not None and value != expected:
             raise TorchFileError("is damaged or not a torch file")
         total += sum(storage.bytes for storage in unpickler.storages.values())
+    if not isinstance(value, list) or any(type(key) is not str for key in value):
+        raise TorchFileError("is damaged: its list of storages is invalid")
     if total > size:
         raise TorchFileError(f"declares tensors of {total:,} bytes but has {size:,} bytes")
 

@@ -120,13 +120,13 @@ def encode_targets(
     if dtype != "int8":
         stored = values.to(DTYPES[dtype]).cpu()
         if not stored.isfinite().all():
-            raise _too_large(values, dtype, utterance)
+            raise _too_large(values, f"too large for {dtype}", utterance)
         return stored.view(torch.int16).numpy(), None
     scales, blocks, column = [], [], 0
     for _, count, dim in layout:
         block = values[:, column : column + count * dim].view(-1, count, dim)
         if not usable_frames(block).all():
-            raise _too_large(block, dtype, utterance)
+            raise _too_large(block, "and int8 would round all others to zero", utterance)
         scale = block.abs().amax((0, 2)) / INT8_MAX  # [target]
         scale = torch.where(scale > 0, scale, torch.ones_like(scale))
         blocks.append((block / scale[:, None]).round().clamp(-INT8_MAX, INT8_MAX).flatten(1))
@@ -135,10 +135,10 @@ def encode_targets(
     return torch.cat(blocks, 1).to(torch.int8).cpu().numpy(), torch.cat(scales).cpu().numpy()
 
 
-def _too_large(values: Tensor, dtype: str, utterance: str) -> TeacherError:
+def _too_large(values: Tensor, reason: str, utterance: str) -> TeacherError:
     return TeacherError(
-        f"{utterance}: a target is {values.abs().max():g}, too large for {dtype}; build with "
-        "--dtype bfloat16, or remove the utterance"
+        f"{utterance}: a target is {values.abs().max():g}, {reason}; build with --dtype float32 or "
+        "bfloat16, or remove the utterance"
     )
 
 
@@ -328,7 +328,8 @@ def _checked_records(folder: Path, index: Index) -> np.ndarray:
             if actual != size:
                 raise _damaged(folder / name, f"expected {size} bytes, got {actual}")
     except OSError as error:
-        raise _damaged(folder / RECORDS, str(error.strerror)) from None
+        path = Path(error.filename or folder / RECORDS)
+        raise _damaged(path, str(error.strerror)) from None
     if _digest(records.tobytes()) != index.digest:
         raise _damaged(folder / RECORDS, "the digest does not match index.json")
     return records
