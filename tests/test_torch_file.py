@@ -405,8 +405,12 @@ def test_old_torch_scans_the_files_that_s3prl_loads(tmp_path, torch_load, versio
         torch.eye(2).to_sparse(),
         torch.zeros(1, dtype=torch.uint16),
     ):
-        torch.save({"a": value}, path)  # torch knows these classes
-        assert load(path, weights_only=True).keys() == {"a"}
+        torch.save({"a": value}, path)
+        try:
+            expected = original(path, weights_only=True).keys()
+        except pickle.UnpicklingError:  # a class that an old torch does not know
+            continue
+        assert load(path, weights_only=True).keys() == expected
     restrict_torch()
     assert torch.load is load  # not wrapped twice
     trust.read_option([trust.OPTION])
