@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -50,7 +51,10 @@ def test_a_killed_run_resumes_with_the_same_result(prepared):
     while not any((prepared / "killed" / run).glob("states-[48].ckpt")):  # within the second epoch
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
+    # the run's process, too: it would end itself only half a second later
+    (child,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    for pid in (process.pid, int(child)):
+        os.kill(pid, signal.SIGKILL)
     process.wait()
     record = json.loads((prepared / "killed" / run / superb.RECORD).read_text())
     assert not record["finished"] and record["dev"] is None

@@ -57,7 +57,7 @@ def test_targets_equal_s3prls_hidden_states(stored, teachers, corpus, dtype):
     """Up to the rounding of the dtype, and with that rounding."""
     reader, names = TargetReader(stored / dtype), [f"u{i}.flac" for i in (0, 5, 11)]
     cached = reader.batch(names).on("cpu")
-    targets, frames = cached.teachers, cached.lengths
+    targets, frames = cached.values, cached.lengths
     assert list(targets) == ["hubert", "robust", "wavlm"]
     for name, expert in experts(teachers).items():
         for i, file in enumerate(names):
@@ -90,7 +90,7 @@ def test_an_excerpt_is_the_same_in_every_epoch_and_for_every_seed(folder, teache
     assert torch.equal(first.waves, without[0, 1].waves)
     assert not torch.equal(first.waves, without[8, 1].waves)
     cached = first.targets.on("cpu")
-    targets, frames = cached.teachers, cached.lengths
+    targets, frames = cached.values, cached.lengths
     for name, expert in experts(teachers).items():
         for i, wave in enumerate(first.waves):
             expected = hidden_states(expert, wave[: first.lengths[i]].numpy())
@@ -166,7 +166,7 @@ def test_padding_frames_do_not_count(folder, stored):
         out = expert.distiller.student(batch.waves, batch.lengths)
         predictions = expert.distiller.heads(out.last)
     cached = batch.targets.on("cpu")
-    targets, frames = cached.teachers, cached.lengths
+    targets, frames = cached.values, cached.lengths
     expected = 0.0
     for name, prediction in predictions.items():
         l1, cosine, count = 0.0, 0.0, 0
@@ -253,8 +253,8 @@ def test_fewer_teachers_and_layers_from_one_cache(folder, stored, teachers):
     (folder / "model.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     expert = adapter(folder, target_cache=str(stored / "int8"))
     batch = expert.dataloader.dataset[1]
-    subset = batch.targets.on("cpu").teachers
-    full = TargetReader(stored / "int8").batch(batch.names).on("cpu").teachers
+    subset = batch.targets.on("cpu").values
+    full = TargetReader(stored / "int8").batch(batch.names).on("cpu").values
     assert list(subset) == ["wavlm", "hubert"]
     assert torch.equal(subset["wavlm"], full["wavlm"].flip(1))
     assert torch.equal(subset["hubert"], full["hubert"][:, 1:])

@@ -399,12 +399,7 @@ def test_old_torch_scans_the_files_that_s3prl_loads(tmp_path, torch_load, versio
         return
     with pytest.raises(CheckpointError, match="pytorch_model.bin.*torch>=2.10"):
         load(path, weights_only=True)
-    for value in (
-        Counter("ab"),
-        b"x",
-        torch.eye(2).to_sparse(),
-        torch.zeros(1, dtype=torch.uint16),
-    ):
+    for value in (Counter("ab"), b"x", torch.eye(2).to_sparse()):
         torch.save({"a": value}, path)
         try:
             expected = original(path, weights_only=True).keys()
