@@ -6,19 +6,16 @@ import yaml
 from s3prl_ekd import cli
 from s3prl_ekd.pretrain.expert import UpstreamPretrainExpert
 
-from .conftest import STUDENT, write_configs
+from .conftest import NO_DROPOUT, edit_yaml, write_configs
 
-DROPOUTS = ("dropout", "attention_dropout", "activation_dropout")
-NO_DROPOUT = {**STUDENT, **dict.fromkeys(DROPOUTS, 0.0)}
 LAYERS = (2, 4)  # of write_configs
 
 
 def configs(folder, teachers, corpus, data=None, **model):
     """Write ``runner.yaml`` and ``model.yaml``, without excerpts unless ``data`` sets them."""
     write_configs(folder, teachers, corpus, **{"student": NO_DROPOUT, **model})
-    config = yaml.safe_load((folder / "runner.yaml").read_text())
-    config["pretrain_expert"]["datarc"] |= {"sequence_length": 0, **(data or {})}
-    (folder / "runner.yaml").write_text(yaml.safe_dump(config))
+    with edit_yaml(folder / "runner.yaml") as config:
+        config["pretrain_expert"]["datarc"] |= {"sequence_length": 0, **(data or {})}
 
 
 def cache(folder, out, *argv):
@@ -31,7 +28,7 @@ def cache(folder, out, *argv):
         return error.code
 
 
-def make_stored(folder, teachers, corpus):
+def make_caches(folder, teachers, corpus):
     """Build a cache of each dtype, of full utterances and s3prl's teachers."""
     configs(folder, teachers, corpus, teacher_backend="s3prl")
     for dtype in ("float16", "bfloat16", "int8"):

@@ -5,9 +5,12 @@ from __future__ import annotations
 import functools
 import io
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
@@ -17,10 +20,11 @@ import soundfile
 import torch
 import yaml
 
-from s3prl_ekd import compat
+from s3prl_ekd import cli, compat
 from s3prl_ekd.data.settings import DataSettings
 from s3prl_ekd.distill.settings import StudentSettings
 from s3prl_ekd.teachers.random_weights import hubert_checkpoint, wavlm_checkpoint
+from s3prl_ekd.workspace import write_workspace
 
 REPO = Path(__file__).parent.parent
 # A shell script starts background processes with SIGINT ignored, and their children inherit this.
@@ -46,6 +50,8 @@ STUDENT = {
     "encoder_ffn_embed_dim": 64,
     "encoder_attention_heads": 4,
 }
+# Without dropout, the forward of a student in training is deterministic.
+NO_DROPOUT = {**STUDENT, "dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0}
 
 
 compat.apply()  # before a test module imports s3prl
@@ -80,9 +86,8 @@ def teachers(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture
 def student_settings() -> StudentSettings:
-    """A tiny student without dropout, so that its forward is deterministic."""
-    none = {"dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0}
-    return StudentSettings(**STUDENT, **none)
+    """A tiny student without dropout."""
+    return StudentSettings(**NO_DROPOUT)
 
 
 @pytest.fixture
@@ -197,10 +202,100 @@ def write_configs(folder: Path, teachers: dict[str, Path], corpus: Path, **model
     (folder / "runner.yaml").write_text(yaml.safe_dump(runner))
 
 
+@contextmanager
+def edit_yaml(path: Path | str) -> Iterator[dict]:
+    """Change the contents of a YAML file; they are written when the block ends."""
+    contents = yaml.safe_load(Path(path).read_text())
+    yield contents
+    Path(path).write_text(yaml.safe_dump(contents, sort_keys=False))
+
+
+@pytest.fixture
+def pretrain_folder(tmp_path, teachers, corpus, monkeypatch) -> Path:
+    """A working folder with the configs of a pretraining of 6 steps, which saves at 3 and 6."""
+    write_workspace(tmp_path)
+    write_configs(tmp_path, teachers, corpus)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def finished_pretraining(tmp_path_factory, teachers, corpus) -> Path:
+    """A working folder with a run of 6 steps, started with -o, and its output in ``log.txt``.
+
+    Tests do not change it; ``copied_pretraining`` is a copy to work in.
+    """
+    folder = tmp_path_factory.mktemp("finished")
+    command("init", ".", cwd=folder)
+    write_configs(folder, teachers, corpus)
+    argv = ("-u", "ekd", "-n", "x", "-c", "runner.yaml", "-g", "model.yaml")
+    run = command("run_pretrain.py", *argv, "-o", "config.runner.log_step=1", cwd=folder)
+    (folder / "log.txt").write_text(run.stdout + run.stderr)
+    return folder
+
+
+@pytest.fixture
+def copied_pretraining(finished_pretraining, tmp_path, monkeypatch) -> Path:
+    """A copy of that folder to work in."""
+    shutil.copytree(finished_pretraining, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def cached_targets(tmp_path_factory, teachers, corpus) -> Path:
+    """The target caches ``float16``, ``bfloat16`` and ``int8``; tests change copies only."""
+    from .cache_cases import make_caches
+
+    return make_caches(tmp_path_factory.mktemp("cached"), teachers, corpus)
+
+
+@pytest.fixture
+def cache_folder(pretrain_folder, teachers, corpus) -> Path:
+    """``pretrain_folder`` without excerpts and dropout, as for a target cache."""
+    from .cache_cases import configs
+
+    configs(pretrain_folder, teachers, corpus)
+    return pretrain_folder
+
+
+@pytest.fixture(scope="session")
+def superb_workspace(tmp_path_factory) -> Path:
+    """A working folder with data of SID and ER; tests write their runs elsewhere."""
+    from .superb_workspace import make_workspace
+
+    return make_workspace(tmp_path_factory.mktemp("superb"))
+
+
+@pytest.fixture
+def in_superb_workspace(superb_workspace, monkeypatch) -> Path:
+    monkeypatch.chdir(superb_workspace)
+    return superb_workspace
+
+
 @pytest.fixture
 def pretrain(pretrain_script):
     """Run ``run_pretrain.py -u ekd ARGV`` in this process; return (code, stdout + stderr)."""
     return functools.partial(pretrain_script, "-u", "ekd")
+
+
+@pytest.fixture
+def pretrain_with(pretrain_folder, pretrain):
+    """Pretrain in that folder with changes to the runner config; returns (exit code, output)."""
+
+    def run(name, *argv, **changes):
+        with edit_yaml(pretrain_folder / "runner.yaml") as config:
+            for key, value in changes.items():
+                part = config["runner"]
+                if key in ("dev_sets", "num_workers", "sequence_length"):
+                    part = config["pretrain_expert"]["datarc"]
+                elif key in ("optimizer", "scheduler"):
+                    part = config
+                part[key] = value
+        files = ("-c", "runner.yaml", "-g", "model.yaml")
+        return pretrain(*files, "-n", name, "--device", "cpu", *argv)
+
+    return run
 
 
 @pytest.fixture
@@ -219,6 +314,16 @@ def pretrain_script(monkeypatch, capfd):
         return code, output.out + output.err
 
     return run
+
+
+def error_of(capsys, *argv: object) -> str:
+    """Run ``s3prl-ekd ARGV``, which must end with exit code 2 and one line; return that line."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        cli.main([str(argument) for argument in argv])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1, error
+    return error
 
 
 def command(

@@ -40,14 +40,13 @@ MODEL = {
 
 def write_run(folder: Path, teachers: dict[str, Path], corpus: Path, workers: int) -> None:
     """Write the configs of a run of 24 steps of 2 batches; an epoch has 4 batches."""
-    from .conftest import STUDENT, write_configs
+    from .conftest import STUDENT, edit_yaml, write_configs
 
     write_workspace(folder)
     student = {**STUDENT, "encoder_layerdrop": 0.2}
     write_configs(folder, teachers, corpus, student=student, **MODEL)
-    model = yaml.safe_load((folder / "model.yaml").read_text())
-    model["teachers"]["wavlm"]["final_weight"] = 0.2
-    (folder / "model.yaml").write_text(yaml.safe_dump(model))
+    with edit_yaml(folder / "model.yaml") as model:
+        model["teachers"]["wavlm"]["final_weight"] = 0.2
     runner = yaml.safe_load((folder / "runner.yaml").read_text())
     runner["runner"].update(
         total_steps=STEPS,

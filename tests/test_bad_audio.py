@@ -30,9 +30,8 @@ from s3prl_ekd.files.run_checkpoints import newest_checkpoint, read_checkpoint
 from s3prl_ekd.files.torch_load import safe_load
 from s3prl_ekd.launch import run_pretrain
 from s3prl_ekd.pretrain.bad_audio import BadAudioList, as_tensor
-from s3prl_ekd.workspace import write_workspace
 
-from .conftest import data_settings, make_sound, write_configs
+from .conftest import data_settings, edit_yaml, make_sound, write_configs
 from .kill_and_resume import outcome, unequal
 
 # Name -> reason in bad_audio.tsv. All have a length of 1 s in the table; the run takes excerpts of
@@ -301,11 +300,9 @@ def mixed():
 
 
 @pytest.fixture
-def run(audio, tmp_path, teachers, monkeypatch, pretrain):
+def run(audio, tmp_path, teachers, pretrain_folder, pretrain):
     """A function that trains 9 steps in this process, in skip mode: (exit code, output)."""
-    write_workspace(tmp_path)
     write_configs(tmp_path, teachers, audio.parent)
-    monkeypatch.chdir(tmp_path)
 
     def run(name, *argv, tables=None, runner=None, **changes):
         if tables:
@@ -436,10 +433,8 @@ def test_error_is_the_default_and_gives_the_option_to_skip(run):
     assert code == 2 and f"nan.wav: {BAD['nan.wav']}" in error
     assert "config.pretrain_expert.datarc.on_bad_audio='skip'" in error
     assert "Traceback" not in output and not os.path.exists("result/pretrain/x/bad_audio.tsv")
-    config = yaml.safe_load(open("runner.yaml"))
-    del config["pretrain_expert"]["datarc"]["on_bad_audio"]
-    with open("runner.yaml", "w") as file:
-        yaml.safe_dump(config, file)
+    with edit_yaml("runner.yaml") as config:
+        del config["pretrain_expert"]["datarc"]["on_bad_audio"]
     skip = ("-o", "config.pretrain_expert.datarc.on_bad_audio='skip'")
     argv = ["run_pretrain.py", "-u", "ekd", "-c", "runner.yaml", "-g", "model.yaml", "-n", "y"]
     for more, code in (((), 2), (skip, None)):

@@ -9,14 +9,13 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-import yaml
 
 from s3prl_ekd.data.audio import read_audio
 from s3prl_ekd.data.bad_audio import BadAudio
 from s3prl_ekd.files.run_checkpoints import newest_checkpoint, read_checkpoint
 from s3prl_ekd.launch import run_pretrain
 
-from .conftest import STUDENT, command, write_configs, write_librispeech_names
+from .conftest import STUDENT, command, edit_yaml, write_configs, write_librispeech_names
 
 RUN = ("run_pretrain.py", "-u", "ekd", "-n", "x", "-c", "runner.yaml", "-g", "model.yaml")
 
@@ -36,11 +35,8 @@ def error(base, tmp_path, teachers, corpus, monkeypatch, capsys):
     write_configs(tmp_path, teachers, corpus)
 
     def error(change=lambda model, runner: None, argv=RUN):
-        model = yaml.safe_load((tmp_path / "model.yaml").read_text())
-        runner = yaml.safe_load((tmp_path / "runner.yaml").read_text())
-        change(model, runner)
-        (tmp_path / "model.yaml").write_text(yaml.safe_dump(model))
-        (tmp_path / "runner.yaml").write_text(yaml.safe_dump(runner))
+        with edit_yaml("model.yaml") as model, edit_yaml("runner.yaml") as runner:
+            change(model, runner)
         capsys.readouterr()
         monkeypatch.setattr(sys, "argv", list(argv))
         with pytest.raises(SystemExit) as exit_info:

@@ -25,27 +25,23 @@ from s3prl_ekd.pretrain.interrupts import StoppedWaiting, StopSignals, explain_w
 from s3prl_ekd.pretrain.settings import check_runner_config
 from s3prl_ekd.pretrain.tensorboard import read_scalars
 from s3prl_ekd.pretrain.trainer import dev_loss
-from s3prl_ekd.workspace import write_workspace
 
 from .cache_cases import cache
-from .conftest import REPO, write_configs
+from .conftest import REPO, edit_yaml
 from .kill_and_resume import unequal
-from .test_runner import run, saved  # noqa: F401 (a fixture)
+from .test_runner import saved
 from .time_to_exit import CASES, end_of
 
 SOON = 30  # seconds; 10 on an idle machine
 
 
 @pytest.fixture
-def folder(tmp_path, teachers, corpus, monkeypatch):
-    write_workspace(tmp_path)
-    write_configs(tmp_path, teachers, corpus)
-    config = yaml.safe_load((tmp_path / "runner.yaml").read_text())
-    config["pretrain_expert"]["datarc"] |= {"num_workers": 2, "loader_timeout": 60}
-    config["runner"]["save_step"] = 5
-    (tmp_path / "runner.yaml").write_text(yaml.safe_dump(config))
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+def pretrain_folder(pretrain_folder):
+    """With two workers; its run saves at 5 and 6."""
+    with edit_yaml(pretrain_folder / "runner.yaml") as config:
+        config["pretrain_expert"]["datarc"] |= {"num_workers": 2, "loader_timeout": 60}
+        config["runner"]["save_step"] = 5
+    return pretrain_folder
 
 
 class Numbers(Dataset):
@@ -192,35 +188,35 @@ def spoil(monkeypatch, stuck_at=None, error_at=None, share=None, number=None):
         monkeypatch.setattr(torch.UntypedStorage, "share_memory_", share)
 
 
-def test_a_failed_step_ends_all_workers(run, folder, monkeypatch):  # noqa: F811
+def test_a_failed_step_ends_all_workers(pretrain_with, monkeypatch):
     spoil(monkeypatch, error_at=4, stuck_at=2)
     start = time.monotonic()
     with pytest.raises(RuntimeError, match="a defect"):
-        run("x")
+        pretrain_with("x")
     assert has_ended(start) and saved("x")["Step"] == 3
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_a_signal_while_waiting_for_a_batch(run, folder, monkeypatch, number):  # noqa: F811
+def test_a_signal_while_waiting_for_a_batch(pretrain_with, monkeypatch, number):
     """The run saves its last step, and resuming equals an uninterrupted run."""
     with monkeypatch.context() as patches:
         spoil(patches, stuck_at=2, number=number)
         start = time.monotonic()
-        code, output = run("x")
+        code, output = pretrain_with("x")
     assert code == 128 + number and has_ended(start) and "Traceback" not in output
     step = saved("x", "last.ckpt")["Step"]
     pattern = rf"{number.name}\b.*\b{step}\b.*\b6\b.*run_pretrain.py -u ekd -n x -a"
     assert re.search(pattern, output)
     assert 2 <= step < 6 and signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
     if number == signal.SIGTERM:
-        assert run("x", "-a")[0] == 0 and run("alone")[0] == 0
+        assert pretrain_with("x", "-a")[0] == 0 and pretrain_with("alone")[0] == 0
         for part in ("student", "heads"):
             assert not unequal(saved("x")["EKD"][part], saved("alone")["EKD"][part])
 
 
-def test_a_loader_timeout_ends_the_run(run, folder, monkeypatch):  # noqa: F811
+def test_a_loader_timeout_ends_the_run(pretrain_with, monkeypatch):
     spoil(monkeypatch, stuck_at=2)
-    code, output = run("x", "-o", "config.pretrain_expert.datarc.loader_timeout=1")
+    code, output = pretrain_with("x", "-o", "config.pretrain_expert.datarc.loader_timeout=1")
     (error,) = [line for line in output.splitlines() if line.startswith("error:")]
     assert code == 2 and "Traceback" not in output and not multiprocessing.active_children()
     for text in ("1 s", "/dev/shm", "num_workers", "loader_timeout", "run_pretrain.py -u ekd -n x"):
@@ -228,13 +224,13 @@ def test_a_loader_timeout_ends_the_run(run, folder, monkeypatch):  # noqa: F811
     assert saved("x")["Step"] >= 2
 
 
-def test_no_shared_memory_ends_the_run(run, folder, monkeypatch):  # noqa: F811
+def test_no_shared_memory_ends_the_run(pretrain_with, monkeypatch):
     def full(self):
         raise RuntimeError("unable to allocate shared memory(shm): No space left on device (28)")
 
     spoil(monkeypatch, share=full)
     start = time.monotonic()
-    code, output = run("x")
+    code, output = pretrain_with("x")
     (error,) = [line for line in output.splitlines() if line.startswith("error:")]
     assert code == 2 and has_ended(start) and "Traceback" not in output
     assert re.search(r"/dev/shm\b.*\d.*\bnum_workers=0", error)
@@ -251,7 +247,7 @@ def with_dev_table(folder):
     return f"config.pretrain_expert.datarc.file_path='{tables}'"
 
 
-def test_a_signal_while_waiting_for_a_dev_batch(run, folder, monkeypatch):  # noqa: F811
+def test_a_signal_while_waiting_for_a_dev_batch(pretrain_with, pretrain_folder, monkeypatch):
     started = multiprocessing.Event()
     item = DistillationDataset.__getitem__
 
@@ -267,46 +263,46 @@ def test_a_signal_while_waiting_for_a_dev_batch(run, folder, monkeypatch):  # no
 
     monkeypatch.setattr(DistillationDataset, "__getitem__", stuck)
     monkeypatch.setattr("s3prl_ekd.pretrain.trainer.dev_loss", measure)
-    tables = with_dev_table(folder)
-    code, output = run("x", "-o", tables, dev_sets=["dev"], eval_step=2)
+    tables = with_dev_table(pretrain_folder)
+    code, output = pretrain_with("x", "-o", tables, dev_sets=["dev"], eval_step=2)
     assert code == 143 and re.search(r"SIGTERM\b.*\b2\b.*\b6\b.*\b2\b", output)
     assert saved("x")["Step"] == 2 and not multiprocessing.active_children()
     # The resumed run computes the dev loss of step 2, and then at the usual steps.
     started.clear()
     monkeypatch.setattr("s3prl_ekd.pretrain.trainer.dev_loss", dev_loss)
-    code, output = run("x", "-a", "-o", tables, dev_sets=["dev"], eval_step=2)
+    code, output = pretrain_with("x", "-a", "-o", tables, dev_sets=["dev"], eval_step=2)
     assert code == 0
     measured = read_scalars("result/pretrain/x")["ekd/dev-loss"]
     assert sorted(measured) == [2, 4, 6]
-    code, output = run("uninterrupted", "-o", tables, dev_sets=["dev"], eval_step=2)
+    code, output = pretrain_with("uninterrupted", "-o", tables, dev_sets=["dev"], eval_step=2)
     assert code == 0 and read_scalars("result/pretrain/uninterrupted")["ekd/dev-loss"] == measured
 
 
-def test_a_signal_during_the_last_dev_loss(run, folder, monkeypatch):  # noqa: F811
+def test_a_signal_during_the_last_dev_loss(pretrain_with, pretrain_folder, monkeypatch):
     def interrupted(*args):
         os.kill(os.getpid(), signal.SIGTERM)
         raise StoppedWaiting
 
     monkeypatch.setattr("s3prl_ekd.pretrain.trainer.dev_loss", interrupted)
-    tables, more = with_dev_table(folder), {"dev_sets": ["dev"], "eval_step": 6}
-    code, output = run("x", "-o", tables, **more)
+    tables, more = with_dev_table(pretrain_folder), {"dev_sets": ["dev"], "eval_step": 6}
+    code, output = pretrain_with("x", "-o", tables, **more)
     assert code == 143 and not Path("result/pretrain/x/states-6.ckpt").exists()
     monkeypatch.setattr("s3prl_ekd.pretrain.trainer.dev_loss", dev_loss)
-    code, output = run("x", "-a", "-o", tables, **more)
+    code, output = pretrain_with("x", "-a", "-o", tables, **more)
     assert code == 0 and Path("result/pretrain/x/states-6.ckpt").exists()
     assert list(read_scalars("result/pretrain/x")["ekd/dev-loss"]) == [6]
 
 
 @pytest.mark.parametrize("value", [0.5, -1, 1e300, "600 s", True, None])
-def test_invalid_timeouts(folder, value):
-    config = yaml.safe_load((folder / "runner.yaml").read_text())
+def test_invalid_timeouts(pretrain_folder, value):
+    config = yaml.safe_load((pretrain_folder / "runner.yaml").read_text())
     config["pretrain_expert"]["datarc"]["loader_timeout"] = value
     with pytest.raises(ConfigError, match=r"loader_timeout"):
         check_runner_config(config, "x")
 
 
-def test_valid_timeouts(folder):
-    config = yaml.safe_load((folder / "runner.yaml").read_text())
+def test_valid_timeouts(pretrain_folder):
+    config = yaml.safe_load((pretrain_folder / "runner.yaml").read_text())
     data = config["pretrain_expert"]["datarc"]
     data.pop("loader_timeout")
     assert check_runner_config(config, "x").pretrain_expert.datarc.loader_timeout == 600
@@ -315,7 +311,7 @@ def test_valid_timeouts(folder):
         assert check_runner_config(config, "x").pretrain_expert.datarc.loader_timeout == value
 
 
-def test_building_a_cache_times_out(folder, monkeypatch, capfd):
+def test_building_a_cache_times_out(pretrain_folder, monkeypatch, capfd):
     item = DistillationDataset.__getitem__
 
     def stuck(self, index):
@@ -324,15 +320,14 @@ def test_building_a_cache_times_out(folder, monkeypatch, capfd):
         return item(self, index)
 
     monkeypatch.setattr(DistillationDataset, "__getitem__", stuck)
-    config = yaml.safe_load((folder / "runner.yaml").read_text())
-    config["pretrain_expert"]["datarc"]["loader_timeout"] = 1
-    (folder / "runner.yaml").write_text(yaml.safe_dump(config))
-    assert cache(folder, folder / "cache") == 2
+    with edit_yaml(pretrain_folder / "runner.yaml") as config:
+        config["pretrain_expert"]["datarc"]["loader_timeout"] = 1
+    assert cache(pretrain_folder, pretrain_folder / "cache") == 2
     (error,) = [e for e in capfd.readouterr().err.splitlines() if e.startswith("error:")]
     assert "1 s" in error and "/dev/shm" in error
     assert not multiprocessing.active_children()
     monkeypatch.setattr(DistillationDataset, "__getitem__", item)
-    assert cache(folder, folder / "cache") == 0  # it continues
+    assert cache(pretrain_folder, pretrain_folder / "cache") == 0  # it continues
 
 
 # Signals
@@ -375,8 +370,8 @@ def test_a_signal_that_torchrun_forwards_is_not_a_second_one(monkeypatch):
         ("two SIGTERM in native code", {143}, "SIGTERM"),
     ],
 )
-def test_a_process_ends(folder, title, codes, output):
-    end = end_of(folder, CASES[title])
+def test_a_process_ends(pretrain_folder, title, codes, output):
+    end = end_of(pretrain_folder, CASES[title])
     assert end.code in codes and end.seconds < SOON and end.left == 0 and output in end.output
 
 
@@ -388,7 +383,7 @@ def test_a_process_ends(folder, title, codes, output):
         ("SIGTERM while the second of two waits", "run_pretrain.py -u ekd -n x -a"),
     ],
 )
-def test_the_other_processes_end_too(folder, title, output):
-    end = end_of(folder, CASES[title])
+def test_the_other_processes_end_too(pretrain_folder, title, output):
+    end = end_of(pretrain_folder, CASES[title])
     assert end.code != 0 and end.seconds < SOON and end.left == 0 and end.step >= 2
     assert output in end.output

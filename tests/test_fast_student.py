@@ -1,13 +1,11 @@
 """bfloat16, fused AdamW, activation checkpointing, torch.compile: faster, same training results."""
 
-import copy
 import math
 import re
 import shutil
 
 import pytest
 import torch
-import yaml
 
 from s3prl_ekd.distill.settings import StudentSettings
 from s3prl_ekd.distill.student import Student
@@ -15,24 +13,20 @@ from s3prl_ekd.files.config import from_plain_data
 from s3prl_ekd.files.run_checkpoints import newest_checkpoint, read_checkpoint
 from s3prl_ekd.pretrain.optim import fused_adamw, warmup_schedule
 from s3prl_ekd.pretrain.tensorboard import read_scalars
-from s3prl_ekd.workspace import write_workspace
 
-from .conftest import STUDENT, write_configs
+from .conftest import NO_DROPOUT, STUDENT, edit_yaml
 
 
 @pytest.fixture
-def run(tmp_path, teachers, corpus, monkeypatch, pretrain):
+def run(pretrain_folder, pretrain):
     """Pretrain in this process with changed keys of the runner config; (exit code, output)."""
-    write_workspace(tmp_path)
-    write_configs(tmp_path, teachers, corpus)
-    monkeypatch.chdir(tmp_path)
-    default = yaml.safe_load((tmp_path / "runner.yaml").read_text())
+    default = (pretrain_folder / "runner.yaml").read_text()
 
     def run(name, *argv, optimizer=None, device="cpu", **changes):
-        config = copy.deepcopy(default)
-        config["runner"].update(changes)
-        config["optimizer"] = optimizer or config["optimizer"]
-        (tmp_path / "runner.yaml").write_text(yaml.safe_dump(config))
+        (pretrain_folder / "runner.yaml").write_text(default)
+        with edit_yaml("runner.yaml") as config:
+            config["runner"].update(changes)
+            config["optimizer"] = optimizer or config["optimizer"]
         files = ("-c", "runner.yaml", "-g", "model.yaml") if not argv else ()
         return pretrain(*files, "-n", name, "--device", device, *argv)
 
@@ -89,14 +83,11 @@ def test_activation_checkpointing_in_a_run(run):
 
 
 def change_model(**changes):
-    with open("model.yaml") as file:
-        model = yaml.safe_load(file)
-    for name, value in changes.items():
-        if isinstance(value, dict):
-            value = {**model.get(name, {}), **value}
-        model[name] = value
-    with open("model.yaml", "w") as file:
-        yaml.safe_dump(model, file)
+    with edit_yaml("model.yaml") as model:
+        for name, value in changes.items():
+            if isinstance(value, dict):
+                value = {**model.get(name, {}), **value}
+            model[name] = value
 
 
 def test_s3prls_forward_trains_the_same(run):
@@ -139,8 +130,7 @@ def test_bfloat16_trains_nearly_the_same(run):
 
 
 def test_bfloat16_teachers_are_rejected_on_a_cpu(run):
-    model = yaml.safe_load(open("model.yaml"))
-    open("model.yaml", "w").write(yaml.safe_dump({**model, "teacher_precision": "bfloat16"}))
+    change_model(teacher_precision="bfloat16")
     code, output = run("x")
     assert code == 2 and re.search(r"teacher_precision.*bfloat16.*\bcpu\b", output)
 
@@ -153,10 +143,7 @@ def test_float16_and_bfloat16_together_are_rejected(run):
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 @pytest.mark.slow
 def test_a_compiled_student_trains_the_same(run):
-    dropouts = "dropout", "attention_dropout", "activation_dropout"
-    model = yaml.safe_load(open("model.yaml"))
-    model["student"].update(dict.fromkeys(dropouts, 0.0))
-    open("model.yaml", "w").write(yaml.safe_dump(model))
+    change_model(student=NO_DROPOUT)
     changes = {"total_steps": 3, "save_step": 2, "log_step": 1}
     assert run("default", **changes)[0] == 0
     code, output = run("compiled", compile=True, **changes)

@@ -21,18 +21,7 @@ from s3prl_ekd.system import jobs
 from s3prl_ekd.system.jobs import Jobs
 
 from .conftest import make_sound
-from .superb_workspace import last_states, make_workspace, short_runs
-
-
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory):
-    return make_workspace(tmp_path_factory.mktemp("superb"))
-
-
-@pytest.fixture
-def here(prepared, monkeypatch):
-    monkeypatch.chdir(prepared)
-    return prepared
+from .superb_workspace import last_states, short_runs
 
 
 def test_jobs_run_at_once_and_a_failed_one_does_not_stop_the_others(monkeypatch):
@@ -121,7 +110,7 @@ runner.call([])
 
 
 def test_training_and_tests_in_one_process_give_the_results_of_the_commands(
-    here, tmp_path, monkeypatch
+    in_superb_workspace, tmp_path, monkeypatch
 ):
     import soundfile
 
@@ -155,7 +144,9 @@ def test_training_and_tests_in_one_process_give_the_results_of_the_commands(
     assert superb.read_record(run.folder) == record
 
 
-def test_a_training_on_several_gpus_is_a_process_of_its_own(here, tmp_path, monkeypatch):
+def test_a_training_on_several_gpus_is_a_process_of_its_own(
+    in_superb_workspace, tmp_path, monkeypatch
+):
     (run,) = short_runs(tmp_path, "out")
     started = []
 
@@ -169,7 +160,7 @@ def test_a_training_on_several_gpus_is_a_process_of_its_own(here, tmp_path, monk
     assert [shlex.join(argv) for argv in started] == [shlex.join(superb.commands(run, 2)[0])]
 
 
-def test_errors_of_a_command(here, tmp_path):
+def test_errors_of_a_command(in_superb_workspace, tmp_path):
     (run,) = short_runs(tmp_path, "out")
     run.folder.mkdir(parents=True)
     log = run.folder / "log.txt"

@@ -9,7 +9,6 @@ import time
 
 import pytest
 import torch
-import yaml
 
 from s3prl_ekd.data.sampling import EpochSampler, FixedOrderSampler
 from s3prl_ekd.errors import SetupError
@@ -18,9 +17,8 @@ from s3prl_ekd.pretrain.checkpoints import Progress
 from s3prl_ekd.pretrain.distributed import ProcessGroup, join_process_group, mean_records
 from s3prl_ekd.pretrain.tensorboard import read_scalars
 from s3prl_ekd.pretrain.trainer import Trainer
-from s3prl_ekd.workspace import write_workspace
 
-from .conftest import STUDENT, write_configs
+from .conftest import NO_DROPOUT, edit_yaml, write_configs
 
 ARGV = ("run_pretrain.py", "-u", "ekd", "-c", "runner.yaml", "-g", "model.yaml")
 PYTHON = (sys.executable, "-m", "s3prl_ekd")
@@ -33,29 +31,25 @@ def torchrun(count):
     )
 
 
-# A student without dropout, because random numbers depend on the number of processes.
-NO_DROPOUT = {
-    **STUDENT,
-    **dict.fromkeys(("dropout", "attention_dropout", "activation_dropout"), 0.0),
-}
 STEPS = 20
 
 
 @pytest.fixture
-def folder(tmp_path, teachers, corpus):
-    write_workspace(tmp_path)
-    write_configs(tmp_path, teachers, corpus, student=NO_DROPOUT)
-    return tmp_path
+def folder(pretrain_folder, teachers, corpus):
+    """With a student without dropout, because random numbers depend on the number of processes."""
+    write_configs(pretrain_folder, teachers, corpus, student=NO_DROPOUT)
+    return pretrain_folder
 
 
 def change(folder, **changes):
     """Set keys of ``runner`` or ``datarc`` in runner.yaml."""
-    config = yaml.safe_load((folder / "runner.yaml").read_text())
-    data = config["pretrain_expert"]["datarc"]
-    for key, value in changes.items():
-        part = data if key in ("train_batch_size", "dev_sets", "num_workers") else config["runner"]
-        part[key] = value
-    (folder / "runner.yaml").write_text(yaml.safe_dump(config))
+    with edit_yaml(folder / "runner.yaml") as config:
+        data = config["pretrain_expert"]["datarc"]
+        for key, value in changes.items():
+            part = (
+                data if key in ("train_batch_size", "dev_sets", "num_workers") else config["runner"]
+            )
+            part[key] = value
 
 
 def environment():
@@ -154,9 +148,8 @@ def test_two_processes_equal_one_with_two_accumulated_batches(folder):
 def test_resume_with_another_number_of_processes(folder):
     """10 steps of two processes, then 10 of one with two accumulated batches, equal 20 steps of
     two. So do the target statistics, which are of all processes."""
-    model = yaml.safe_load((folder / "model.yaml").read_text())
-    model |= {"target_norm": "mean_std", "target_norm_steps": 12}
-    (folder / "model.yaml").write_text(yaml.safe_dump(model))
+    with edit_yaml(folder / "model.yaml") as model:
+        model |= {"target_norm": "mean_std", "target_norm_steps": 12}
     change(folder, total_steps=STEPS, save_step=10, log_step=5, train_batch_size=2)
     run(folder, torchrun(2), "x", "-o", "config.runner.total_steps=11")
     for path in (folder / "result/pretrain/x").glob("*.ckpt"):

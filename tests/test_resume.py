@@ -15,27 +15,12 @@ from s3prl_ekd.files.run_checkpoints import newest_checkpoint, read_checkpoint
 from s3prl_ekd.pretrain.settings import load_model_config
 from s3prl_ekd.pretrain.tensorboard import read_scalars
 
-from .conftest import command, write_configs
-
-RUN = ("run_pretrain.py", "-u", "ekd", "-n", "x", "-c", "runner.yaml", "-g", "model.yaml")
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory, teachers, corpus):
-    """A run of 6 steps, started with -o."""
-    folder = tmp_path_factory.mktemp("finished")
-    command("init", ".", cwd=folder)
-    write_configs(folder, teachers, corpus)
-    command(*RUN, "-o", "config.runner.log_step=1", cwd=folder)
-    return folder
+from .conftest import edit_yaml
 
 
 @pytest.fixture
-def run(finished, tmp_path, monkeypatch, pretrain_script):
-    """Run in this process in a copy of that folder; returns (exit code, output)."""
-    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
-
+def run(copied_pretraining, pretrain_script):
+    """Run in this process in the folder of a finished run; returns (exit code, output)."""
     return functools.partial(pretrain_script, "--device", "cpu")
 
 
@@ -141,10 +126,9 @@ def test_the_same_command_again(run):
 
 
 def test_a_runner_config_that_differs(run, tmp_path):
-    config = yaml.safe_load((tmp_path / "runner.yaml").read_text())
-    config["runner"]["total_steps"] = 12
-    config["pretrain_expert"]["datarc"]["train_batch_size"] = 2
-    (tmp_path / "runner.yaml").write_text(yaml.safe_dump(config))
+    with edit_yaml(tmp_path / "runner.yaml") as config:
+        config["runner"]["total_steps"] = 12
+        config["pretrain_expert"]["datarc"]["train_batch_size"] = 2
     code, output = run("-u", "ekd", "-n", "x", "-a", "-c", "runner.yaml")
     error = only_error(output)
     assert code == 2 and re.search(r"-c runner\.yaml\b.*result/pretrain/x/", error)
@@ -154,9 +138,8 @@ def test_a_runner_config_that_differs(run, tmp_path):
 
 
 def test_a_model_config_that_differs(run, tmp_path):
-    model = yaml.safe_load((tmp_path / "model.yaml").read_text())
-    model["student"]["encoder_layers"] = 1
-    (tmp_path / "model.yaml").write_text(yaml.safe_dump(model))
+    with edit_yaml(tmp_path / "model.yaml") as model:
+        model["student"]["encoder_layers"] = 1
     code, output = run("-u", "ekd", "-n", "x", "-a", "-g", "model.yaml")
     assert code == 2 and "student.encoder_layers 2 -> 1" in only_error(output)
 

@@ -26,11 +26,9 @@ from s3prl_ekd.superb.results import read_record, read_results
 from s3prl_ekd.system.jobs import Jobs
 from s3prl_ekd.system.lock import LOCK_FILE, FolderLock
 
-from .conftest import command, write_configs
+from .conftest import command
 from .superb_runs import write_run
-from .superb_workspace import make_workspace, short_runs
-
-TRAIN = ("run_pretrain.py", "-u", "ekd", "-n", "x", "-c", "runner.yaml", "-g", "model.yaml")
+from .superb_workspace import short_runs
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -47,19 +45,8 @@ def contents(folder: Path) -> dict[str, str]:
 # Pretraining
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory, teachers, corpus):
-    folder = tmp_path_factory.mktemp("finished")
-    command("init", ".", cwd=folder)
-    write_configs(folder, teachers, corpus)
-    command(*TRAIN, cwd=folder)
-    return folder
-
-
 @pytest.fixture
-def pretrain(finished, tmp_path, monkeypatch, pretrain_script):
-    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
+def pretrain(copied_pretraining, pretrain_script):
     return functools.partial(pretrain_script, "-u", "ekd", "--device", "cpu")
 
 
@@ -103,10 +90,16 @@ def test_the_folder_in_a_checkpoint_is_not_made(pretrain):
 # Downstream
 
 
+def link_data(workspace: Path, folder: Path) -> None:
+    for name in ("data", "audio", "downstream"):
+        os.symlink(workspace / name, folder / name)
+
+
 @pytest.fixture(scope="module")
-def prepared(tmp_path_factory):
-    """A folder with data of SID and ER, and a run of SID in ``result/downstream/x``."""
-    folder = make_workspace(tmp_path_factory.mktemp("superb"))
+def finished_downstream(superb_workspace, tmp_path_factory):
+    """A folder with a run of SID in ``result/downstream/x``."""
+    folder = tmp_path_factory.mktemp("downstream")
+    link_data(superb_workspace, folder)
     steps = {"total_steps": 8, "log_step": 4, "eval_step": 4, "save_step": 4}
     overrides = ",,".join(f"config.runner.{key}={value}" for key, value in steps.items())
     argv = ["-m", "train", "-u", "fbank_no_cmvn", "-d", "voxceleb1", "--device", "cpu", "-n", "x"]
@@ -116,10 +109,9 @@ def prepared(tmp_path_factory):
 
 
 @pytest.fixture
-def workspace(prepared, tmp_path, monkeypatch):
-    for name in ("data", "audio", "downstream"):
-        os.symlink(prepared / name, tmp_path / name)
-    shutil.copytree(prepared / "result", tmp_path / "result")
+def workspace(superb_workspace, finished_downstream, tmp_path, monkeypatch):
+    link_data(superb_workspace, tmp_path)
+    shutil.copytree(finished_downstream / "result", tmp_path / "result")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -14,9 +14,8 @@ import pytest
 from s3prl_ekd.errors import SetupError
 from s3prl_ekd.launch import run_pretrain
 from s3prl_ekd.system.lock import LOCK_FILE, FolderLock
-from s3prl_ekd.workspace import write_workspace
 
-from .conftest import HOLD, write_configs
+from .conftest import HOLD
 
 
 def test_second_process_gets_an_error_that_names_the_first(tmp_path, lock_holder):
@@ -69,11 +68,8 @@ def test_missing_folder(tmp_path):
         FolderLock(tmp_path / "none").__enter__()
 
 
-def test_two_runs_in_one_folder(tmp_path, teachers, corpus, monkeypatch, capfd, lock_holder):
-    write_workspace(tmp_path)
-    write_configs(tmp_path, teachers, corpus)
-    monkeypatch.chdir(tmp_path)
-    folder = tmp_path / "result/pretrain/x"
+def test_two_runs_in_one_folder(pretrain_folder, monkeypatch, capfd, lock_holder):
+    folder = pretrain_folder / "result/pretrain/x"
     folder.mkdir(parents=True)
 
     def error(*options):

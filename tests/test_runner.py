@@ -12,7 +12,6 @@ import time
 
 import pytest
 import torch
-import yaml
 
 from s3prl_ekd.distill.distiller import EnsembleDistiller
 from s3prl_ekd.distill.target_norm import Moments
@@ -24,41 +23,10 @@ from s3prl_ekd.pretrain.distributed import ProcessGroup
 from s3prl_ekd.pretrain.optim import OptimizerStep, not_finite_error
 from s3prl_ekd.pretrain.tensorboard import read_scalars
 from s3prl_ekd.system.random_states import random_states, set_random_states
-from s3prl_ekd.workspace import write_workspace
 
-from .conftest import write_configs
 from .kill_and_resume import outcome, unequal
 
 RUN = ("-u", "ekd", "-c", "runner.yaml", "-g", "model.yaml")
-
-
-@pytest.fixture
-def folder(tmp_path, teachers, corpus, monkeypatch):
-    """A working folder; its run takes 6 steps and saves at 3 and 6."""
-    write_workspace(tmp_path)
-    write_configs(tmp_path, teachers, corpus)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-@pytest.fixture
-def run(folder, pretrain):
-    """Run in this process with changes to the runner config; returns (exit code, output)."""
-
-    def run(name, *argv, **changes):
-        config = yaml.safe_load((folder / "runner.yaml").read_text())
-        for key, value in changes.items():
-            part = config["runner"]
-            if key in ("dev_sets", "num_workers", "sequence_length"):
-                part = config["pretrain_expert"]["datarc"]
-            elif key in ("optimizer", "scheduler"):
-                part = config
-            part[key] = value
-        (folder / "runner.yaml").write_text(yaml.safe_dump(config))
-        files = ("-c", "runner.yaml", "-g", "model.yaml")
-        return pretrain(*files, "-n", name, "--device", "cpu", *argv)
-
-    return run
 
 
 def saved(name, file=None):
@@ -71,10 +39,10 @@ LINEAR = {"name": "linear_schedule_with_warmup", "num_warmup_steps": 2}
 
 
 @pytest.mark.parametrize("changes", [{}, {"optimizer": ADAM, "scheduler": LINEAR}], ids=str)
-def test_equals_s3prls_runner(run, changes, monkeypatch):
+def test_equals_s3prls_runner(pretrain_with, changes, monkeypatch):
     """With the same config and seed: weights, optimizer and scalars, bit for bit."""
     changes = {"gradient_accumulate_steps": 2, "log_step": 2, **changes}
-    assert run("ours", **changes)[0] == 0
+    assert pretrain_with("ours", **changes)[0] == 0
     classes = []
 
     def make(args, config, s3prl_runner, overridden):
@@ -82,7 +50,7 @@ def test_equals_s3prls_runner(run, changes, monkeypatch):
         return s3prl_runner(args, config)
 
     monkeypatch.setattr("s3prl_ekd.pretrain.trainer.Trainer", make)
-    assert run("s3prl")[0] == 0
+    assert pretrain_with("s3prl")[0] == 0
     assert [runner.__module__ for runner in classes] == ["s3prl.pretrain.runner"]
     one, two = saved("ours"), saved("s3prl")
     assert "EKD_Run" in one and "EKD_Run" not in two and one["Step"] == two["Step"] == 6
@@ -99,10 +67,10 @@ def test_equals_s3prls_runner(run, changes, monkeypatch):
 
 
 @pytest.mark.parametrize("changes", [{}, {"optimizer": ADAM, "scheduler": LINEAR}], ids=str)
-def test_resume_after_a_signal_is_exact(run, changes, monkeypatch, folder):
+def test_resume_after_a_signal_is_exact(pretrain_with, changes, monkeypatch, pretrain_folder):
     number, exit_code = (signal.SIGTERM, 143) if changes else (signal.SIGUSR1, 138)
     changes = {"gradient_accumulate_steps": 2, "save_step": 5, **changes}
-    assert run("alone", **changes)[0] == 0
+    assert pretrain_with("alone", **changes)[0] == 0
     forward = EnsembleDistiller.forward
     seen = []
 
@@ -113,32 +81,33 @@ def test_resume_after_a_signal_is_exact(run, changes, monkeypatch, folder):
         return forward(self, *args, step=step, **kwargs)
 
     monkeypatch.setattr(EnsembleDistiller, "forward", signalled)
-    code, output = run("cut")
+    code, output = pretrain_with("cut")
     assert code == exit_code and seen == [1, 1, 2, 2]
     assert re.search(rf"{number.name}\b.*\b2\b.*\b6\b.*run_pretrain.py -u ekd -n cut -a", output)
     assert "Traceback" not in output
-    assert [path.name for path in folder.glob("result/pretrain/cut/*.ckpt")] == ["last.ckpt"]
+    assert [path.name for path in pretrain_folder.glob("result/pretrain/cut/*.ckpt")] == [
+        "last.ckpt"
+    ]
     assert signal.getsignal(number) == signal.SIG_DFL
-    code, output = run("cut", "-a")
+    code, output = pretrain_with("cut", "-a")
     assert code == 0 and seen[4:] == [3, 3, 4, 4, 5, 5, 6, 6]
     shutil.copytree("result/pretrain/alone", "a/result/pretrain/x")
     shutil.copytree("result/pretrain/cut", "b/result/pretrain/x")
-    one, two = _outcome(folder / "a"), _outcome(folder / "b")
+    one, two = _outcome(pretrain_folder / "a"), _outcome(pretrain_folder / "b")
     assert len(one) > 100 and not unequal(one, two)
 
 
 def _outcome(folder):
-    (folder / "result/pretrain/x/dev-best.ckpt").write_bytes(
-        newest_checkpoint(folder / "result/pretrain/x").read_bytes()
-    )
+    run = folder / "result/pretrain/x"
+    (run / "dev-best.ckpt").write_bytes(newest_checkpoint(run).read_bytes())
     return outcome(folder)
 
 
-def test_ctrl_c_to_the_process_group(folder):
+def test_ctrl_c_to_the_process_group(pretrain_folder):
     """As from a terminal: the loader's workers get SIGINT too, and the run still saves."""
     more = "config.runner.total_steps=100000,,config.pretrain_expert.datarc.num_workers=2"
     argv = ["run_pretrain.py", *RUN, "-n", "x", "-o", more]
-    with open(folder / "log.txt", "w") as log:
+    with open(pretrain_folder / "log.txt", "w") as log:
         running = subprocess.Popen(
             [sys.executable, "-m", "s3prl_ekd", *argv],
             start_new_session=True,
@@ -146,18 +115,18 @@ def test_ctrl_c_to_the_process_group(folder):
             stderr=log,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
-        while "states-3.ckpt" not in (folder / "log.txt").read_text(errors="replace"):
-            assert running.poll() is None, (folder / "log.txt").read_text()
+        while "states-3.ckpt" not in (pretrain_folder / "log.txt").read_text(errors="replace"):
+            assert running.poll() is None, (pretrain_folder / "log.txt").read_text()
             time.sleep(0.02)
         os.killpg(running.pid, signal.SIGINT)
         assert running.wait(60) == 130
-    output = (folder / "log.txt").read_text(errors="replace")
+    output = (pretrain_folder / "log.txt").read_text(errors="replace")
     assert re.search(r"SIGINT\b.*run_pretrain.py -u ekd -n x -a", output)
     assert "Traceback" not in output
     assert saved("x", "last.ckpt")["Step"] >= 3
 
 
-def test_a_second_ctrl_c_exits_at_once(run, monkeypatch):
+def test_a_second_ctrl_c_exits_at_once(pretrain_with, monkeypatch):
     forward = EnsembleDistiller.forward
 
     def signalled(self, *args, **kwargs):
@@ -166,12 +135,12 @@ def test_a_second_ctrl_c_exits_at_once(run, monkeypatch):
         return forward(self, *args, **kwargs)
 
     monkeypatch.setattr(EnsembleDistiller, "forward", signalled)
-    code, output = run("once")
+    code, output = pretrain_with("once")
     # Within SAME_SIGNAL the second one repeats the first.
     assert code == 130 and re.search(r"SIGINT\b.*\b1\b.*-n once -a", output)
     assert saved("once")["Step"] == 1
     monkeypatch.setattr(signals, "SAME_SIGNAL", -1.0)
-    code, output = run("twice")
+    code, output = pretrain_with("twice")
     assert code == 130 and re.search(r"Ctrl-C\b.* -a\b", output)
     assert not os.path.exists("result/pretrain/twice/last.ckpt")
 
@@ -194,9 +163,9 @@ def spoiled(monkeypatch, how, steps):
 
 
 @pytest.mark.parametrize("how", ["loss", "gradient"])
-def test_steps_that_are_not_finite_are_skipped(run, monkeypatch, how, caplog):
+def test_steps_that_are_not_finite_are_skipped(pretrain_with, monkeypatch, how, caplog):
     spoiled(monkeypatch, how, {2, 4})
-    assert run("x", save_step=2, log_step=1)[0] == 0
+    assert pretrain_with("x", save_step=2, log_step=1)[0] == 0
     records = [r for r in caplog.records if r.name == "s3prl_ekd.pretrain.trainer"]
     messages = [r.getMessage() for r in records]
     for step in (2, 4):
@@ -218,9 +187,9 @@ def test_steps_that_are_not_finite_are_skipped(run, monkeypatch, how, caplog):
     assert scalars["ekd/train-skipped"] == {2: 1, 3: 1, 4: 2, 5: 2, 6: 2}
 
 
-def test_too_many_skipped_steps_stop_the_run(run, monkeypatch):
+def test_too_many_skipped_steps_stop_the_run(pretrain_with, monkeypatch):
     spoiled(monkeypatch, "loss", {2, 3, 4, 5})
-    code, output = run("x", max_nonfinite=3, save_step=1)
+    code, output = pretrain_with("x", max_nonfinite=3, save_step=1)
     (error,) = [line for line in output.splitlines() if line.startswith("error:")]
     assert code == 2 and re.search(r"\b3\b.*\b4\b.*\.flac", error)
     assert error.count(".flac") == 3 and "runner.max_nonfinite" in error
@@ -251,9 +220,9 @@ def test_a_nan_is_left_out_of_the_target_statistics():
     ],
     ids=["cuda", "cpu", "python"],
 )
-def test_out_of_memory_names_the_size_of_the_batch(run, monkeypatch, error):
+def test_out_of_memory_names_the_size_of_the_batch(pretrain_with, monkeypatch, error):
     spoiled(monkeypatch, error, {3})
-    code, output = run("x", save_step=5, sequence_length=4000)
+    code, output = pretrain_with("x", save_step=5, sequence_length=4000)
     assert code == 2 and "Traceback" not in output
     (error,) = [line for line in output.splitlines() if line.startswith("error:")]
     assert re.search(r"\bcpu\b.*\b3\b.*\b3\b.*\b0\.2 s\b.*\b1 s\b", error)
@@ -263,15 +232,15 @@ def test_out_of_memory_names_the_size_of_the_batch(run, monkeypatch, error):
     assert saved("x")["Step"] == 2 and newest_checkpoint("result/pretrain/x").name == "last.ckpt"
 
 
-def test_other_errors_save_the_last_step(run, monkeypatch):
+def test_other_errors_save_the_last_step(pretrain_with, monkeypatch):
     spoiled(monkeypatch, RuntimeError("a defect"), {4})
     with pytest.raises(RuntimeError, match="a defect"):
-        run("x", save_step=5)
+        pretrain_with("x", save_step=5)
     assert saved("x")["Step"] == 3
 
 
 @pytest.mark.parametrize("exchange", range(6))
-def test_a_step_is_saved_if_another_process_is_lost(run, monkeypatch, exchange):
+def test_a_step_is_saved_if_another_process_is_lost(pretrain_with, monkeypatch, exchange):
     """One collective call of step 3 fails, as if another process was killed."""
     remaining = [None]
     methods = {
@@ -303,15 +272,15 @@ def test_a_step_is_saved_if_another_process_is_lost(run, monkeypatch, exchange):
     calls = []
     monkeypatch.setattr(OptimizerStep, "begin", third_step)
     with pytest.raises(RuntimeError, match="Connection closed"):
-        run("x", save_step=5, log_step=1)
+        pretrain_with("x", save_step=5, log_step=1)
     assert (
         saved("x")["Step"] in (2, 3) and newest_checkpoint("result/pretrain/x").name == "last.ckpt"
     )
 
 
-def test_a_full_disk_keeps_the_checkpoints(run, folder):
-    assert run("x", total_steps=5)[0] == 0
-    before = {path: path.read_bytes() for path in folder.glob("result/pretrain/x/*.ckpt")}
+def test_a_full_disk_keeps_the_checkpoints(pretrain_with, pretrain_folder):
+    assert pretrain_with("x", total_steps=5)[0] == 0
+    before = {path: path.read_bytes() for path in pretrain_folder.glob("result/pretrain/x/*.ckpt")}
     assert len(before) == 3
     overrides = "config.runner.total_steps=9,,config.runner.save_step=6,,config.runner.max_keep=1"
     argv = ["run_pretrain.py", "-u", "ekd", "-n", "x", "-a", "-o", overrides]
@@ -330,27 +299,29 @@ def test_a_full_disk_keeps_the_checkpoints(run, folder):
     (error,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert "result/pretrain/x/states-6.ckpt" in error and "File too large" in error
     assert "run_pretrain.py -u ekd -n x -a" in error
-    after = {path: path.read_bytes() for path in folder.glob("result/pretrain/x/*.ckpt*")}
+    after = {path: path.read_bytes() for path in pretrain_folder.glob("result/pretrain/x/*.ckpt*")}
     assert after == before
 
 
 @pytest.mark.parametrize("max_keep", [1, 2])
-def test_newest_and_last(run, folder, max_keep):
-    code, output = run("x", total_steps=6, save_step=1, log_step=1, max_keep=max_keep)
+def test_newest_and_last(pretrain_with, pretrain_folder, max_keep):
+    code, output = pretrain_with("x", total_steps=6, save_step=1, log_step=1, max_keep=max_keep)
     assert code == 0
-    names = {path.name for path in folder.glob("result/pretrain/x/*.ckpt")}
+    names = {path.name for path in pretrain_folder.glob("result/pretrain/x/*.ckpt")}
     assert names == {"last.ckpt", *(f"states-{7 - i}.ckpt" for i in range(1, max_keep + 1))}
     assert os.path.samefile("result/pretrain/x/last.ckpt", "result/pretrain/x/states-6.ckpt")
     assert newest_checkpoint("result/pretrain/x").name == "states-6.ckpt"
 
 
-def test_the_best_checkpoint_by_dev_loss(run, folder, corpus):
-    assert run("without", log_step=1, save_step=5)[0] == 0
+def test_the_best_checkpoint_by_dev_loss(pretrain_with, pretrain_folder, corpus):
+    assert pretrain_with("without", log_step=1, save_step=5)[0] == 0
     rows = (corpus / "tables/train.csv").read_text().splitlines()
     for name in ("train", "dev"):
-        (folder / f"{name}.csv").write_text("\n".join(rows if name == "train" else rows[:5]) + "\n")
-    tables = f"config.pretrain_expert.datarc.file_path='{folder}'"
-    code, output = run("with", "-o", tables, dev_sets=["dev"], eval_step=1)
+        (pretrain_folder / f"{name}.csv").write_text(
+            "\n".join(rows if name == "train" else rows[:5]) + "\n"
+        )
+    tables = f"config.pretrain_expert.datarc.file_path='{pretrain_folder}'"
+    code, output = pretrain_with("with", "-o", tables, dev_sets=["dev"], eval_step=1)
     assert code == 0, output
     losses = read_scalars("result/pretrain/with")["ekd/dev-loss"]
     assert list(losses) == [1, 2, 3, 4, 5, 6]
@@ -363,8 +334,8 @@ def test_the_best_checkpoint_by_dev_loss(run, folder, corpus):
         assert not unequal(saved("without")["EKD"][part], saved("with")["EKD"][part])
 
 
-def test_autosave_minutes(run, folder):
-    code, output = run("x", autosave_minutes=1e-9, save_step=5, total_steps=6, log_step=1)
+def test_autosave_minutes(pretrain_with, pretrain_folder):
+    code, output = pretrain_with("x", autosave_minutes=1e-9, save_step=5, total_steps=6, log_step=1)
     assert code == 0 and saved("x", "last.ckpt")["Step"] == 6
     assert "states-5.ckpt" in output and "states-4.ckpt" not in output
 
@@ -407,10 +378,10 @@ def test_an_invalid_run_state(change):
         Progress.from_state_dict(None if change is None else {**data, **change}, "x")
 
 
-def test_s3prls_runner_is_restored_afterwards(run):
+def test_s3prls_runner_is_restored_afterwards(pretrain_with):
     import s3prl.run_pretrain as script
 
     before = script.Runner, script.get_pretrain_args, script.override
-    assert run("x", total_steps=3, save_step=1, log_step=1)[0] == 0
+    assert pretrain_with("x", total_steps=3, save_step=1, log_step=1)[0] == 0
     assert (script.Runner, script.get_pretrain_args, script.override) == before
     assert script.Runner.__module__ == "s3prl.pretrain.runner"

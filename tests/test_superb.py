@@ -3,8 +3,6 @@
 import json
 import re
 import shlex
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -25,27 +23,8 @@ from s3prl_ekd.superb.plan import (
     steps_overrides,
 )
 
-from .superb_workspace import make_workspace, plan_runs
-
-
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory):
-    return make_workspace(tmp_path_factory.mktemp("superb"))
-
-
-@pytest.fixture
-def here(prepared, monkeypatch):
-    monkeypatch.chdir(prepared)
-    return prepared
-
-
-def error_of(capsys, *argv) -> str:
-    """The error message of ``s3prl-ekd superb ARGV``."""
-    with pytest.raises(SystemExit) as caught:
-        cli.main(["superb", *map(str, argv)])
-    error = capsys.readouterr().err
-    assert caught.value.code == 2 and error.count("error: ") == 1, error
-    return error
+from .conftest import error_of
+from .superb_workspace import plan_runs
 
 
 def write_record(run, folder=None, **changes):
@@ -93,13 +72,13 @@ def test_paths_with_equals_signs(tmp_path, monkeypatch, path):
         parse_upstream("epoch=4.ckpt")
 
 
-def test_commands_with_equals_signs(here, tmp_path, capsys):
+def test_commands_with_equals_signs(in_superb_workspace, tmp_path, capsys):
     """`run_downstream.py` parses the printed commands correctly."""
     folder = tmp_path / "lr=1e-4 x"
     folder.mkdir()
     (folder / "student.pt").touch()
     recipe = folder / "tiny.yaml"
-    recipe.write_text((here / "downstream/voxceleb1/tiny.yaml").read_text())
+    recipe.write_text((in_superb_workspace / "downstream/voxceleb1/tiny.yaml").read_text())
     options = [str(folder / "student.pt"), "--tasks", "sid", "--recipe", str(recipe), "--dry-run"]
     options += ["--override", "config.a='b=c'", "-o", str(folder / "out")]
     assert cli.main(["superb", *options]) == 0
@@ -136,7 +115,7 @@ def test_tasks_have_the_order_of_superb():
         choose_tasks(["ks"])
 
 
-def test_the_plan_is_a_product(here, tmp_path):
+def test_the_plan_is_a_product(in_superb_workspace, tmp_path):
     runs = plan_runs(tmp_path, "fbank", "mfcc", lr=["sid=1e-3,5e-3"], seeds=[1, 2])
     sid = [run for run in runs if run.task.name == "sid"]
     assert len(sid) == 2 * 2 * 2
@@ -145,13 +124,13 @@ def test_the_plan_is_a_product(here, tmp_path):
     }  # fmt: skip
     assert len({run.digest for run in runs}) == len(runs)
     assert len({run.folder for run in runs}) == len(runs)
-    folds = len(list((here / "data/er/meta_data").glob("Session*")))
+    folds = len(list((in_superb_workspace / "data/er/meta_data").glob("Session*")))
     er = [run for run in runs if run.task.name == "er"]
     assert len(er) == 2 * 2 * folds and {run.lr for run in er} == {1e-3}  # the recipe's
     assert all("test_fold='fold1'" in run.overrides for run in er if run.fold == "fold1")
 
 
-def test_the_digest_of_a_run_covers_what_determines_its_result(here, tmp_path):
+def test_the_digest_of_a_run_covers_what_determines_its_result(in_superb_workspace, tmp_path):
     (first,) = plan_runs(tmp_path, "fbank", tasks=["sid"])
     (same,) = plan_runs(tmp_path / "elsewhere", "fbank", tasks=["sid"])
     (other,) = plan_runs(tmp_path, "fbank", tasks=["sid"], steps=["sid=8"])
@@ -200,7 +179,7 @@ def test_noise_conditions_of_the_same_name_are_an_error(tmp_path, monkeypatch):
     assert noise_digest(a) != noise_digest(b)
 
 
-def test_a_condition_tested_with_different_noises_is_an_error(here, tmp_path):
+def test_a_condition_tested_with_different_noises_is_an_error(in_superb_workspace, tmp_path):
     for name in ("a", "b"):
         (tmp_path / name / "rain").mkdir(parents=True)
         (tmp_path / name / "rain" / f"{name}.flac").touch()
@@ -214,7 +193,7 @@ def test_a_condition_tested_with_different_noises_is_an_error(here, tmp_path):
         superb.check_records([run])
 
 
-def test_another_model_under_the_same_name_is_an_error(here, tmp_path):
+def test_another_model_under_the_same_name_is_an_error(in_superb_workspace, tmp_path):
     """Also if it has runs of another task only: the report would show both as one upstream."""
     (tmp_path / "s.pt").write_bytes(b"one")
     sid, er, *_ = plan_runs(tmp_path, str(tmp_path / "s.pt"))
@@ -226,10 +205,10 @@ def test_another_model_under_the_same_name_is_an_error(here, tmp_path):
         superb.check_records([er])
 
 
-def test_the_digest_of_a_run_covers_the_corpus(here, tmp_path):
+def test_the_digest_of_a_run_covers_the_corpus(in_superb_workspace, tmp_path):
     """A corpus prepared with other options may have the same file names."""
     (run,) = plan_runs(tmp_path, "fbank", tasks=["sid"])
-    before, table = run.digest, here / "data/sid/prepared.tsv"
+    before, table = run.digest, in_superb_workspace / "data/sid/prepared.tsv"
     text = table.read_text()
     try:
         table.write_text(text.replace("\t", "\t ", 1))
@@ -239,21 +218,13 @@ def test_the_digest_of_a_run_covers_the_corpus(here, tmp_path):
     assert run.digest == before
 
 
-def test_a_run_in_a_locked_folder_fails(here, tmp_path):
+def test_a_run_in_a_locked_folder_fails(in_superb_workspace, tmp_path, lock_holder):
     (run,) = plan_runs(tmp_path, "fbank", tasks=["sid"])
     run.folder.mkdir(parents=True)
-    code = "import sys; from s3prl_ekd.system.lock import FolderLock\n"
-    code += f"with FolderLock({str(run.folder)!r}): print('held', flush=True); sys.stdin.read()"
-    holder = subprocess.Popen(
-        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    try:
-        assert holder.stdout.readline() == "held\n"
-        with pytest.raises(SetupError, match=rf"{run.folder} .*\b{holder.pid}\b"):
-            superb.run_plan([run])
-        assert not (run.folder / superb.RECORD).exists()
-    finally:
-        holder.communicate()
+    holder = lock_holder(run.folder)
+    with pytest.raises(SetupError, match=rf"{run.folder} .*\b{holder.pid}\b"):
+        superb.run_plan([run])
+    assert not (run.folder / superb.RECORD).exists()
 
 
 def test_missing_noises_are_an_error_before_training(tmp_path):
@@ -270,7 +241,7 @@ def test_missing_noises_are_an_error_before_training(tmp_path):
             noise_conditions([str(tmp_path / name)], [5.0])
 
 
-def test_dry_run_prints_the_commands(here, tmp_path, capsys):
+def test_dry_run_prints_the_commands(in_superb_workspace, tmp_path, capsys):
     cli.main(["superb", "fbank", "--tasks", "sid", "--recipes", "tiny", "--dry-run", "--gpus", "4"])
     train, test = map(shlex.split, capsys.readouterr().out.splitlines())
     assert train[:3] == ["torchrun", "--standalone", "--nproc_per_node=4"]
@@ -300,8 +271,8 @@ def test_dry_run_prints_the_commands(here, tmp_path, capsys):
         (["fbank", "--cache-features", "--cache-features-gb", "x"], r"--cache-features-gb.*\bx\b"),
     ],
 )
-def test_errors(here, capsys, argv, pattern, tmp_path):
-    error = error_of(capsys, *argv, "--recipes", "tiny", "-o", tmp_path / "out")
+def test_errors(in_superb_workspace, capsys, argv, pattern, tmp_path):
+    error = error_of(capsys, "superb", *argv, "--recipes", "tiny", "-o", tmp_path / "out")
     assert re.search(pattern, error), error
 
 

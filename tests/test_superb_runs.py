@@ -18,22 +18,11 @@ from s3prl_ekd.errors import SetupError
 from s3prl_ekd.files.run_checkpoints import read_checkpoint
 from s3prl_ekd.superb import run as superb
 
-from .superb_workspace import last_states, make_workspace, plan_runs, short_runs
-
-
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory):
-    return make_workspace(tmp_path_factory.mktemp("superb"))
-
-
-@pytest.fixture
-def here(prepared, monkeypatch):
-    monkeypatch.chdir(prepared)
-    return prepared
+from .superb_workspace import last_states, plan_runs, short_runs
 
 
 def superb_argv(out):
-    argv = ["superb", "fbank_no_cmvn", "--tasks", "sid", "--recipes", "tiny", "-o", out]
+    argv = ["superb", "fbank_no_cmvn", "--tasks", "sid", "--recipes", "tiny", "-o", str(out)]
     # SID draws its excerpts from Python's generator; batches of 4 make five steps an epoch
     override = "sid=config.downstream_expert.datarc.train_batch_size=4"
     override += ",,config.downstream_expert.datarc.max_timestep=4000"
@@ -41,14 +30,14 @@ def superb_argv(out):
     return [sys.executable, "-m", "s3prl_ekd", *argv]
 
 
-def test_a_killed_run_resumes_with_the_same_result(prepared):
+def test_a_killed_run_resumes_with_the_same_result(superb_workspace, tmp_path):
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    quiet = {"cwd": prepared, "env": env, "stdout": subprocess.DEVNULL}
-    subprocess.run(superb_argv("uninterrupted"), check=True, **quiet)
-    process = subprocess.Popen(superb_argv("killed"), start_new_session=True, **quiet)
+    quiet = {"cwd": superb_workspace, "env": env, "stdout": subprocess.DEVNULL}
+    subprocess.run(superb_argv(tmp_path / "uninterrupted"), check=True, **quiet)
+    process = subprocess.Popen(superb_argv(tmp_path / "killed"), start_new_session=True, **quiet)
     run = "fbank_no_cmvn/sid/lr0.003-seed1337"
     deadline = time.monotonic() + 120
-    while not any((prepared / "killed" / run).glob("states-[48].ckpt")):  # within the second epoch
+    while not any((tmp_path / "killed" / run).glob("states-[48].ckpt")):  # within the second epoch
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.02)
     # the run's process, too: it would end itself only half a second later
@@ -56,30 +45,32 @@ def test_a_killed_run_resumes_with_the_same_result(prepared):
     for pid in (process.pid, int(child)):
         os.kill(pid, signal.SIGKILL)
     process.wait()
-    record = json.loads((prepared / "killed" / run / superb.RECORD).read_text())
+    record = json.loads((tmp_path / "killed" / run / superb.RECORD).read_text())
     assert not record["finished"] and record["dev"] is None
-    log = prepared / "killed" / run / "log.txt"
+    log = tmp_path / "killed" / run / "log.txt"
     offset = log.stat().st_size
-    subprocess.run(superb_argv("killed"), check=True, **quiet)
+    subprocess.run(superb_argv(tmp_path / "killed"), check=True, **quiet)
     # s3prl's own output, printed only when training resumes
     assert "Loading Optimizer weights from the previous experiment" in log.read_text()[offset:]
 
     outputs = ("uninterrupted", "killed")
-    first, second = (read_checkpoint(prepared / out / run / "states-16.ckpt") for out in outputs)
+    first, second = (read_checkpoint(tmp_path / out / run / "states-16.ckpt") for out in outputs)
     for key, value in first["Downstream"].items():
         assert torch.equal(value, second["Downstream"][key]), key
     for name in TASKS["sid"].files(None):
-        expected, resumed = ((prepared / out / run / name).read_text() for out in outputs)
+        expected, resumed = ((tmp_path / out / run / name).read_text() for out in outputs)
         assert expected == resumed
-    records = [json.loads((prepared / out / run / superb.RECORD).read_text()) for out in outputs]
+    records = [json.loads((tmp_path / out / run / superb.RECORD).read_text()) for out in outputs]
     assert records[0]["dev"] == records[1]["dev"] and records[1]["finished"]
 
     size = log.stat().st_size
-    subprocess.run(superb_argv("killed"), check=True, **quiet)  # finished: nothing is run
+    subprocess.run(
+        superb_argv(tmp_path / "killed"), check=True, **quiet
+    )  # finished: nothing is run
     assert log.stat().st_size == size
 
 
-def test_runs_with_and_without_cached_features_differ(here, tmp_path, monkeypatch):
+def test_runs_with_and_without_cached_features_differ(in_superb_workspace, tmp_path, monkeypatch):
     (uncached,) = plan_runs(tmp_path, "fbank", tasks=["sid"])
     (cached,) = plan_runs(tmp_path, "fbank", tasks=["sid"], cache_features="")
     (named,) = plan_runs(tmp_path, "fbank", tasks=["sid"], cache_features="kept")
@@ -100,7 +91,9 @@ def _fail():
     raise SetupError("failed")
 
 
-def test_cached_features_are_removed_when_an_upstreams_runs_are_finished(here, tmp_path, caplog):
+def test_cached_features_are_removed_when_an_upstreams_runs_are_finished(
+    in_superb_workspace, tmp_path, caplog
+):
     caplog.set_level("INFO")
     first, second = runs = short_runs(tmp_path, "default", seeds=[1, 2], cache_features="")
     folder = tmp_path / "default/out/.features"

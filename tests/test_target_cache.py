@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-import yaml
 
 from s3prl_ekd.data.batches import DistillationDataset, train_loader
 from s3prl_ekd.errors import ConfigError
@@ -23,7 +22,6 @@ from s3prl_ekd.hidden_states.store import (
     vectors_per_frame,
     write_index,
 )
-from s3prl_ekd.workspace import write_workspace
 
 from .cache_cases import (
     adapter,
@@ -31,31 +29,16 @@ from .cache_cases import (
     configs,
     experts,
     hidden_states,
-    make_stored,
 )
-from .conftest import data_settings
-
-
-@pytest.fixture(scope="module")
-def stored(tmp_path_factory, teachers, corpus):
-    return make_stored(tmp_path_factory.mktemp("stored"), teachers, corpus)
-
-
-@pytest.fixture
-def folder(tmp_path, teachers, corpus, monkeypatch):
-    write_workspace(tmp_path)
-    configs(tmp_path, teachers, corpus)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
+from .conftest import data_settings, edit_yaml
 
 # Contents of a cache
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "int8"])
-def test_targets_equal_s3prls_hidden_states(stored, teachers, corpus, dtype):
+def test_targets_equal_s3prls_hidden_states(cached_targets, teachers, corpus, dtype):
     """Up to the rounding of the dtype, and with that rounding."""
-    reader, names = TargetReader(stored / dtype), [f"u{i}.flac" for i in (0, 5, 11)]
+    reader, names = TargetReader(cached_targets / dtype), [f"u{i}.flac" for i in (0, 5, 11)]
     cached = reader.batch(names).on("cpu")
     targets, frames = cached.values, cached.lengths
     assert list(targets) == ["hubert", "robust", "wavlm"]
@@ -75,9 +58,9 @@ def test_targets_equal_s3prls_hidden_states(stored, teachers, corpus, dtype):
             assert not targets[name][i, :, frames[i] :].any()
 
 
-def test_an_excerpt_is_the_same_in_every_epoch_and_for_every_seed(folder, teachers, corpus):
-    configs(folder, teachers, corpus, {"sequence_length": 9000}, teacher_backend="s3prl")
-    assert cache(folder, "cache", "--seed", "3") == 0
+def test_an_excerpt_is_the_same_in_every_epoch_and_for_every_seed(cache_folder, teachers, corpus):
+    configs(cache_folder, teachers, corpus, {"sequence_length": 9000}, teacher_backend="s3prl")
+    assert cache(cache_folder, "cache", "--seed", "3") == 0
     reader = TargetReader("cache")
     data = data_settings(corpus / "audio", 3, corpus / "tables", sequence_length=9000)
     rows = train_loader(data, ["train"], min_samples=400).dataset
@@ -99,7 +82,7 @@ def test_an_excerpt_is_the_same_in_every_epoch_and_for_every_seed(folder, teache
             )
 
 
-def test_targets_beyond_float16_are_rejected(folder, capfd, monkeypatch):
+def test_targets_beyond_float16_are_rejected(cache_folder, capfd, monkeypatch):
     from s3prl_ekd.pretrain.target_cache import build
 
     make = build.make_target_fn
@@ -109,11 +92,11 @@ def test_targets_beyond_float16_are_rejected(folder, capfd, monkeypatch):
         return lambda waves: {name: 1e5 * target for name, target in compute(waves).items()}
 
     monkeypatch.setattr(build, "make_target_fn", make_large)
-    assert cache(folder, "cache") == 2
+    assert cache(cache_folder, "cache") == 2
     error = capfd.readouterr().err
     for text in ("float16", "--dtype bfloat16", "u11.flac"):
         assert text in error
-    assert cache(folder, "other", "--dtype", "bfloat16") == 0
+    assert cache(cache_folder, "other", "--dtype", "bfloat16") == 0
 
 
 # Training
@@ -137,13 +120,13 @@ def layer_scalars(scalars):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_a_batch_of_one_has_the_loss_without_a_cache(folder, stored, dtype):
+def test_a_batch_of_one_has_the_loss_without_a_cache(cache_folder, cached_targets, dtype):
     """L1 changes by at most the mean rounding, -log sigmoid of the cosine by at most the change of
     the angle; two terms for each of three target sets."""
-    cached = adapter(folder, train_batch_size=1, target_cache=str(stored / dtype))
+    cached = adapter(cache_folder, train_batch_size=1, target_cache=str(cached_targets / dtype))
     for teacher in cached.distiller.teachers.values():
         assert not list(teacher.parameters())  # no teacher is loaded
-    live = adapter(folder, train_batch_size=1)
+    live = adapter(cache_folder, train_batch_size=1)
     rounding = 2**-11 if dtype == "float16" else 2**-8
     pairs = zip(losses(cached), losses(live), strict=True)
     for (cached_loss, cached_scalars), (live_loss, live_scalars) in pairs:
@@ -156,9 +139,11 @@ def test_a_batch_of_one_has_the_loss_without_a_cache(folder, stored, dtype):
             assert difference <= rounding * (size + 2) + 1e-5, name
 
 
-def test_padding_frames_do_not_count(folder, stored):
+def test_padding_frames_do_not_count(cache_folder, cached_targets):
     """The loss of a padded batch equals that computed for each utterance without padding."""
-    expert = adapter(folder, train_batch_size=12, target_cache=str(stored / "float16"))
+    expert = adapter(
+        cache_folder, train_batch_size=12, target_cache=str(cached_targets / "float16")
+    )
     expert.eval()
     batch = expert.dataloader.dataset[0]
     with torch.no_grad():
@@ -190,11 +175,13 @@ AVERAGED = {
 
 
 @pytest.mark.parametrize("how", AVERAGED)
-def test_an_aggregated_cache_equals_one_per_teacher(folder, stored, teachers, corpus, how):
-    configs(folder, teachers, corpus, teacher_backend="s3prl", **AVERAGED[how])
-    assert cache(folder, "aggregated", "--aggregated") == 0
-    one = losses(adapter(folder, target_cache="aggregated"))
-    other = losses(adapter(folder, target_cache=str(stored / "float16")))
+def test_an_aggregated_cache_equals_one_per_teacher(
+    cache_folder, cached_targets, teachers, corpus, how
+):
+    configs(cache_folder, teachers, corpus, teacher_backend="s3prl", **AVERAGED[how])
+    assert cache(cache_folder, "aggregated", "--aggregated") == 0
+    one = losses(adapter(cache_folder, target_cache="aggregated"))
+    other = losses(adapter(cache_folder, target_cache=str(cached_targets / "float16")))
     for (loss, scalars), (reference, reference_scalars) in zip(one, other, strict=True):
         assert loss == pytest.approx(reference, rel=2**-9)
         assert not layer_scalars(scalars) and len(layer_scalars(reference_scalars)) == 3 * 2 * 3
@@ -209,11 +196,13 @@ def test_an_aggregated_cache_equals_one_per_teacher(folder, stored, teachers, co
     ],
     ids=str,
 )
-def test_settings_that_change_the_targets_over_time(folder, stored, teachers, corpus, model):
-    configs(folder, teachers, corpus, teacher_backend="s3prl", **model)
+def test_settings_that_change_the_targets_over_time(
+    cache_folder, cached_targets, teachers, corpus, model
+):
+    configs(cache_folder, teachers, corpus, teacher_backend="s3prl", **model)
     losses = []
-    for changes in ({"target_cache": str(stored / "float16")}, {}):
-        expert = adapter(folder, train_batch_size=1, **changes)
+    for changes in ({"target_cache": str(cached_targets / "float16")}, {}):
+        expert = adapter(cache_folder, train_batch_size=1, **changes)
         expert.train()
         torch.manual_seed(1)
         batch = expert.dataloader.dataset[2]
@@ -221,18 +210,19 @@ def test_settings_that_change_the_targets_over_time(folder, stored, teachers, co
     assert losses[0] == pytest.approx(losses[1], rel=5e-3)
 
 
-def test_units_of_a_cached_layer(folder, stored, monkeypatch):
+def test_units_of_a_cached_layer(cache_folder, cached_targets, monkeypatch):
     from s3prl_ekd.essence.units import Units
 
     centroids = torch.randn(5, 48, generator=torch.Generator().manual_seed(2))
-    config = yaml.safe_load((folder / "model.yaml").read_text())
-    config["unit_loss"] = {"file": "units.safetensors"}
-    (folder / "model.yaml").write_text(yaml.safe_dump(config))
+    with edit_yaml(cache_folder / "model.yaml") as config:
+        config["unit_loss"] = {"file": "units.safetensors"}
     monkeypatch.setattr(
         "s3prl_ekd.essence.units.load_units", lambda path: Units(centroids, "robust", 4)
     )
-    one = losses(adapter(folder, train_batch_size=1, target_cache=str(stored / "float16")))
-    other = losses(adapter(folder, train_batch_size=1))
+    one = losses(
+        adapter(cache_folder, train_batch_size=1, target_cache=str(cached_targets / "float16"))
+    )
+    other = losses(adapter(cache_folder, train_batch_size=1))
     for (loss, scalars), (reference, reference_scalars) in zip(one, other, strict=True):
         assert scalars["unit_loss"] == pytest.approx(reference_scalars["unit_loss"], abs=0.05)
         assert loss == pytest.approx(reference, abs=0.05)
@@ -240,36 +230,34 @@ def test_units_of_a_cached_layer(folder, stored, monkeypatch):
         "s3prl_ekd.essence.units.load_units", lambda path: Units(centroids, "robust", 3)
     )
     with pytest.raises(ConfigError, match=r"unit_loss.file.*\b3\b.*\brobust\b"):
-        adapter(folder, target_cache=str(stored / "float16"))
+        adapter(cache_folder, target_cache=str(cached_targets / "float16"))
 
 
-def test_fewer_teachers_and_layers_from_one_cache(folder, stored, teachers):
+def test_fewer_teachers_and_layers_from_one_cache(cache_folder, cached_targets, teachers):
     """In another order too; int8, to check that the scales follow."""
-    config = yaml.safe_load((folder / "model.yaml").read_text())
-    config["teachers"] = {
-        "wavlm": {"model": str(teachers["wavlm"]), "layers": [4, 2]},
-        "hubert": {"model": str(teachers["hubert"]), "layers": [4]},
-    }
-    (folder / "model.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
-    expert = adapter(folder, target_cache=str(stored / "int8"))
+    with edit_yaml(cache_folder / "model.yaml") as config:
+        config["teachers"] = {
+            "wavlm": {"model": str(teachers["wavlm"]), "layers": [4, 2]},
+            "hubert": {"model": str(teachers["hubert"]), "layers": [4]},
+        }
+    expert = adapter(cache_folder, target_cache=str(cached_targets / "int8"))
     batch = expert.dataloader.dataset[1]
     subset = batch.targets.on("cpu").values
-    full = TargetReader(stored / "int8").batch(batch.names).on("cpu").values
+    full = TargetReader(cached_targets / "int8").batch(batch.names).on("cpu").values
     assert list(subset) == ["wavlm", "hubert"]
     assert torch.equal(subset["wavlm"], full["wavlm"].flip(1))
     assert torch.equal(subset["hubert"], full["hubert"][:, 1:])
 
 
-def test_a_distorted_student_has_clean_targets(folder, stored):
-    config = yaml.safe_load((folder / "model.yaml").read_text())
-    config["distortion"] = {"setup": "setup1"}
-    (folder / "model.yaml").write_text(yaml.safe_dump(config))
-    dataset = adapter(folder, target_cache=str(stored / "float16")).dataloader.dataset
+def test_a_distorted_student_has_clean_targets(cache_folder, cached_targets):
+    with edit_yaml(cache_folder / "model.yaml") as config:
+        config["distortion"] = {"setup": "setup1"}
+    dataset = adapter(cache_folder, target_cache=str(cached_targets / "float16")).dataloader.dataset
     one, two = dataset[0, 1], dataset[1, 1]
     assert not torch.equal(one.waves, two.waves)
     assert torch.equal(one.targets.values, two.targets.values)
     assert one.teacher_waves is None and one.names == two.names
-    clean = TargetReader(stored / "float16").batch(one.names)
+    clean = TargetReader(cached_targets / "float16").batch(one.names)
     assert torch.equal(one.targets.values, clean.values)
 
 
@@ -292,8 +280,8 @@ def test_join_and_split_blocks():
     assert select_targets(layout, {"a": [0, 1], "b": [0]}).spans == ((0, 10),)
 
 
-def test_write_and_read_an_index(tmp_path, stored):
-    index = read_index(stored / "int8")
+def test_write_and_read_an_index(tmp_path, cached_targets):
+    index = read_index(cached_targets / "int8")
     write_index(tmp_path, index)
     assert read_index(tmp_path) == index
     assert dataclasses.replace(index, complete=False) != index

@@ -12,7 +12,6 @@ from collections import defaultdict
 
 import pytest
 import torch
-import yaml
 from torch.utils.data import DataLoader
 
 from s3prl_ekd.data.batches import train_loader, unwrap_batch
@@ -22,24 +21,10 @@ from s3prl_ekd.hidden_states.store import RECORD, TargetReader, read_index
 from s3prl_ekd.launch import run_pretrain
 from s3prl_ekd.pretrain.target_cache import build
 from s3prl_ekd.pretrain.tensorboard import read_scalars
-from s3prl_ekd.workspace import write_workspace
 
-from .cache_cases import adapter, cache, configs, files, make_stored
-from .conftest import STUDENT, data_settings
+from .cache_cases import adapter, cache, configs, files
+from .conftest import STUDENT, data_settings, edit_yaml
 from .kill_and_resume import unequal
-
-
-@pytest.fixture(scope="module")
-def stored(tmp_path_factory, teachers, corpus):
-    return make_stored(tmp_path_factory.mktemp("stored"), teachers, corpus)
-
-
-@pytest.fixture
-def folder(tmp_path, teachers, corpus, monkeypatch):
-    write_workspace(tmp_path)
-    configs(tmp_path, teachers, corpus)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def start(monkeypatch, name, *options):
@@ -54,21 +39,23 @@ def start(monkeypatch, name, *options):
 NEW = ("-c", "runner.yaml", "-g", "model.yaml")
 
 
-def test_a_resumed_run_ends_with_the_same_weights(folder, stored, teachers, corpus, monkeypatch):
+def test_a_resumed_run_ends_with_the_same_weights(
+    cache_folder, cached_targets, teachers, corpus, monkeypatch
+):
     """With dropout, workers, a cached dev table and a distorted student, bit for bit."""
-    data = {"target_cache": str(stored / "float16"), "num_workers": 2, "dev_sets": ["dev"]}
+    data = {"target_cache": str(cached_targets / "float16"), "num_workers": 2, "dev_sets": ["dev"]}
     shutil.copytree(corpus / "tables", "tables")
     lines = (corpus / "tables/train.csv").read_text().splitlines()
-    with_dev = {"file_path": str(folder / "tables"), "sets": ["train"], "dev_sets": ["dev"]}
-    (folder / "tables/train.csv").write_text("\n".join(lines[:10]) + "\n")
-    (folder / "tables/dev.csv").write_text("\n".join([lines[0], *lines[10:]]) + "\n")
+    with_dev = {"file_path": str(cache_folder / "tables"), "sets": ["train"], "dev_sets": ["dev"]}
+    (cache_folder / "tables/train.csv").write_text("\n".join(lines[:10]) + "\n")
+    (cache_folder / "tables/dev.csv").write_text("\n".join([lines[0], *lines[10:]]) + "\n")
     model = {"student": STUDENT, "distortion": {"setup": "setup1"}}
-    configs(folder, teachers, corpus, with_dev, **model)
-    assert cache(folder, "cache") == 0
+    configs(cache_folder, teachers, corpus, with_dev, **model)
+    assert cache(cache_folder, "cache") == 0
     data |= with_dev | {"target_cache": "cache"}
-    configs(folder, teachers, corpus, data, **model)
+    configs(cache_folder, teachers, corpus, data, **model)
     assert start(monkeypatch, "whole", *NEW) == 0
-    (folder / "result/pretrain/cut").mkdir()
+    (cache_folder / "result/pretrain/cut").mkdir()
     shutil.copy("result/pretrain/whole/states-3.ckpt", "result/pretrain/cut")
     assert start(monkeypatch, "cut", "-a") == 0
     one, two = (
@@ -82,12 +69,14 @@ def test_a_resumed_run_ends_with_the_same_weights(folder, stored, teachers, corp
 
 
 @pytest.mark.slow
-def test_several_processes_read_one_cache(folder, stored, monkeypatch):
+def test_several_processes_read_one_cache(cache_folder, cached_targets, monkeypatch):
     """Two processes equal one with two accumulated batches."""
-    config = yaml.safe_load((folder / "runner.yaml").read_text())
-    config["pretrain_expert"]["datarc"] |= {"target_cache": str(stored / "int8"), "num_workers": 1}
-    config["pretrain_expert"]["datarc"]["train_batch_size"] = 1
-    (folder / "runner.yaml").write_text(yaml.safe_dump(config))
+    with edit_yaml(cache_folder / "runner.yaml") as config:
+        config["pretrain_expert"]["datarc"] |= {
+            "target_cache": str(cached_targets / "int8"),
+            "num_workers": 1,
+        }
+        config["pretrain_expert"]["datarc"]["train_batch_size"] = 1
     command = ["-m", "s3prl_ekd", "run_pretrain.py", "-u", "ekd", "--device", "cpu", *NEW]
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -103,13 +92,13 @@ def test_several_processes_read_one_cache(folder, stored, monkeypatch):
             assert torch.allclose(weight, two[part][name], atol=1e-5), name
 
 
-def test_forked_and_spawned_workers_at_once(stored, corpus):
+def test_forked_and_spawned_workers_at_once(cached_targets, corpus):
     def batches(context):
         loader = train_loader(
             data_settings(corpus / "audio", 2, corpus / "tables"),
             ["train"],
             min_samples=400,
-            targets=TargetReader(stored / "int8"),
+            targets=TargetReader(cached_targets / "int8"),
             shuffle=False,
         )
         if context is None:
@@ -137,8 +126,8 @@ def test_forked_and_spawned_workers_at_once(stored, corpus):
 # Building
 
 
-def test_a_killed_build_continues_to_the_same_bytes(folder, capfd):
-    assert cache(folder, folder / "whole", "--dtype", "int8") == 0
+def test_a_killed_build_continues_to_the_same_bytes(cache_folder, capfd):
+    assert cache(cache_folder, cache_folder / "whole", "--dtype", "int8") == 0
     code = (
         "import sys, time; from s3prl_ekd import cli; from s3prl_ekd.hidden_states import store;"
         "store.SYNC_SECONDS = -1; add = store.CacheWriter.add;"
@@ -148,32 +137,32 @@ def test_a_killed_build_continues_to_the_same_bytes(folder, capfd):
     argv = ["cache", "-c", "runner.yaml", "-g", "model.yaml", "-o", "cut", "--dtype", "int8"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # results depend on it
     running = subprocess.Popen([sys.executable, "-c", code, *argv], env=environment)
-    records, end = folder / "cut/utterances.bin", time.monotonic() + 120
+    records, end = cache_folder / "cut/utterances.bin", time.monotonic() + 120
     while not records.exists() or records.stat().st_size < 4 * RECORD.itemsize:
         assert running.poll() is None and time.monotonic() < end
         time.sleep(0.01)
     capfd.readouterr()
-    assert cache(folder, folder / "cut", "--dtype", "int8") == 2  # one writer at a time
+    assert cache(cache_folder, cache_folder / "cut", "--dtype", "int8") == 2  # one writer at a time
     assert re.search(rf"\b{running.pid}\b", capfd.readouterr().err)
     os.kill(running.pid, signal.SIGKILL)
     running.wait()
     done = records.stat().st_size // RECORD.itemsize
     assert 4 <= done < 12
-    with open(folder / "cut/targets.bin", "ab") as file:
+    with open(cache_folder / "cut/targets.bin", "ab") as file:
         file.write(b"half of an utterance")
     with pytest.raises(DataError, match=rf"\b{done}\b.*\b12\b.*s3prl-ekd cache"):
-        adapter(folder, target_cache="cut")
+        adapter(cache_folder, target_cache="cut")
     capfd.readouterr()
-    assert cache(folder, folder / "cut", "--dtype", "int8") == 0
+    assert cache(cache_folder, cache_folder / "cut", "--dtype", "int8") == 0
     assert f"{done}/12 [" in capfd.readouterr().err  # the progress bar starts there
-    assert files(folder / "cut") == files(folder / "whole")
-    written = (folder / "cut/targets.bin").stat().st_mtime_ns
-    assert cache(folder, folder / "cut", "--dtype", "int8") == 0
-    assert (folder / "cut/targets.bin").stat().st_mtime_ns == written  # nothing to build
-    assert files(folder / "cut") == files(folder / "whole")
+    assert files(cache_folder / "cut") == files(cache_folder / "whole")
+    written = (cache_folder / "cut/targets.bin").stat().st_mtime_ns
+    assert cache(cache_folder, cache_folder / "cut", "--dtype", "int8") == 0
+    assert (cache_folder / "cut/targets.bin").stat().st_mtime_ns == written  # nothing to build
+    assert files(cache_folder / "cut") == files(cache_folder / "whole")
 
 
-def test_ctrl_c_keeps_finished_utterances(folder, monkeypatch, capfd):
+def test_ctrl_c_keeps_finished_utterances(cache_folder, monkeypatch, capfd):
     add, calls = build.CacheWriter.add, []
 
     def interrupted(self, *args):
@@ -183,64 +172,64 @@ def test_ctrl_c_keeps_finished_utterances(folder, monkeypatch, capfd):
             os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(build.CacheWriter, "add", interrupted)
-    assert cache(folder, "cache") == 130
+    assert cache(cache_folder, "cache") == 130
     monkeypatch.setattr(build.CacheWriter, "add", add)
-    assert (folder / "cache/utterances.bin").stat().st_size == 5 * RECORD.itemsize
+    assert (cache_folder / "cache/utterances.bin").stat().st_size == 5 * RECORD.itemsize
     error = capfd.readouterr().err
     assert "Ctrl-C" in error and "Traceback" not in error
-    assert cache(folder, "cache") == 0 and read_index(folder / "cache").complete
+    assert cache(cache_folder, "cache") == 0 and read_index(cache_folder / "cache").complete
 
 
-def test_the_size_is_printed_and_right(folder, capfd, monkeypatch):
-    assert cache(folder, "cache", "--size") == 0
+def test_the_size_is_printed_and_right(cache_folder, capfd, monkeypatch):
+    assert cache(cache_folder, "cache", "--size") == 0
     output = capfd.readouterr().out
     assert re.search(r"\b12\b.*\b0\.00 h\b.*\bfloat16\b.*\bhubert 2 x 48\b", output)
-    assert not (folder / "cache").exists()
-    assert cache(folder, "cache") == 0
+    assert not (cache_folder / "cache").exists()
+    assert cache(cache_folder, "cache") == 0
     # 0.5 to 1.6 s by 320 samples, less one frame each, 3 teachers, 2 layers, 48 dims, 2 bytes
     frames = sum(int((8000 + 1600 * i - 400) / 320) + 1 for i in range(12))
-    assert (folder / "cache/targets.bin").stat().st_size == frames * 3 * 2 * 48 * 2
+    assert (cache_folder / "cache/targets.bin").stat().st_size == frames * 3 * 2 * 48 * 2
     out = capfd.readouterr().out
     assert re.search(r"wavlm: .*\d%.*\d%", out) and "target_cache='cache'" in out
-    free = shutil.disk_usage(folder)._replace(free=1000)
+    free = shutil.disk_usage(cache_folder)._replace(free=1000)
     monkeypatch.setattr(build.shutil, "disk_usage", lambda path: free)
-    assert cache(folder, "other") == 2
+    assert cache(cache_folder, "other") == 2
     error = capfd.readouterr().err
     for text in ("other", "0.000 GB", "--dtype int8", "--aggregated"):
         assert text in error
 
 
-def test_a_build_continues_after_a_full_disk(folder, capfd):
-    assert cache(folder, "whole") == 0
+def test_a_build_continues_after_a_full_disk(cache_folder, capfd):
+    assert cache(cache_folder, "whole") == 0
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     try:
-        assert cache(folder, "cache") == 2
+        assert cache(cache_folder, "cache") == 2
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     error = capfd.readouterr().err
     assert re.search(r"error: .*\bcache: File too large", error) and "Traceback" not in error
-    assert cache(folder, "cache") == 0
-    assert files(folder / "cache") == files(folder / "whole")
+    assert cache(cache_folder, "cache") == 0
+    assert files(cache_folder / "cache") == files(cache_folder / "whole")
 
 
-def test_bad_audio_is_left_out_of_cache_and_run(folder, teachers, corpus, capfd, caplog):
-    shutil.copytree(corpus / "audio", folder / "audio")
-    (folder / "audio/u3.flac").write_bytes(b"no audio")
-    data = {"libri_root": str(folder / "audio")}
-    configs(folder, teachers, corpus, data)
-    assert cache(folder, "cache") == 2
+def test_bad_audio_is_left_out_of_cache_and_run(cache_folder, teachers, corpus, capfd, caplog):
+    shutil.copytree(corpus / "audio", cache_folder / "audio")
+    (cache_folder / "audio/u3.flac").write_bytes(b"no audio")
+    data = {"libri_root": str(cache_folder / "audio")}
+    configs(cache_folder, teachers, corpus, data)
+    assert cache(cache_folder, "cache") == 2
     assert "u3.flac" in capfd.readouterr().err
-    configs(folder, teachers, corpus, {**data, "on_bad_audio": "skip"})
-    assert cache(folder, "cache", "--dtype", "int8", "--force") == 0
+    configs(cache_folder, teachers, corpus, {**data, "on_bad_audio": "skip"})
+    assert cache(cache_folder, "cache", "--dtype", "int8", "--force") == 0
     assert "u3.flac" in caplog.text
     assert re.search(r"^1\b", capfd.readouterr().out, re.MULTILINE)
-    expert = adapter(folder, target_cache="cache", train_batch_size=12)
+    expert = adapter(cache_folder, target_cache="cache", train_batch_size=12)
     batch = expert.dataloader.dataset[0]
     assert [bad.path for bad in batch.bad] == ["u3.flac"] and len(batch.names) == 11
     assert torch.isfinite(expert(batch, defaultdict(list))[0])
-    shutil.copy(corpus / "audio/u3.flac", folder / "audio")
+    shutil.copy(corpus / "audio/u3.flac", cache_folder / "audio")
     (bad,) = expert.dataloader.dataset[0].bad
     assert bad.path == "u3.flac" and bad.kind == "no targets"
-    strict = adapter(folder, target_cache="cache", on_bad_audio="error", train_batch_size=12)
+    strict = adapter(cache_folder, target_cache="cache", on_bad_audio="error", train_batch_size=12)
     assert re.search(r"u3\.flac\b.*\bcache\b", strict.dataloader.dataset[0].problem)
