@@ -23,6 +23,8 @@ import yaml
 from s3prl_ekd import cli, compat
 from s3prl_ekd.data.settings import DataSettings
 from s3prl_ekd.distill.settings import StudentSettings
+from s3prl_ekd.distill.student import Student
+from s3prl_ekd.student_file import LoadedStudent, write_student
 from s3prl_ekd.teachers.random_weights import hubert_checkpoint, wavlm_checkpoint
 from s3prl_ekd.workspace import write_workspace
 
@@ -97,6 +99,16 @@ def waves() -> list[torch.Tensor]:
     return [0.1 * torch.randn(n, generator=generator) for n in (16000, 12345, 7000)]
 
 
+class CreatesFolder:
+    """An object whose pickle creates a folder when it is loaded."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
 def make_sound(seconds: float, rate: int = 16000, channels: int = 1, seed: int = 0) -> np.ndarray:
     """Noise with a slow envelope, ``[sample]`` or ``[sample, channel]``, float32."""
     rng = np.random.default_rng(seed)
@@ -104,6 +116,15 @@ def make_sound(seconds: float, rate: int = 16000, channels: int = 1, seed: int =
     envelope = 0.2 * (1 + np.sin(np.linspace(0, 6 * np.pi * seconds, count)))
     wave = (envelope[:, None] * rng.standard_normal((count, channels)) * 0.2).clip(-1, 1)
     return wave.astype(np.float32) if channels > 1 else wave[:, 0].astype(np.float32)
+
+
+@pytest.fixture(scope="session")
+def student_file(tmp_path_factory) -> Path:
+    """``student.pt``: a tiny student without heads, in a folder with a space in its name."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("a folder") / "student.pt"
+    write_student(LoadedStudent(Student(StudentSettings(**NO_DROPOUT)), None, {}, {}), path)
+    return path
 
 
 @pytest.fixture(scope="session")

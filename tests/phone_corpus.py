@@ -12,6 +12,7 @@ from .preparing import prepare
 
 RECIPE = REPO / "downstream_recipes" / "ctc"
 VOCABULARY = RECIPE / "vocab" / "phoneme.txt"
+TOKENIZER = load_text_encoder("word", str(VOCABULARY))
 CMUDICT = """\
 ;;; a comment
 A  AH0
@@ -24,10 +25,6 @@ CAT'S  K AE1 T S
 ODD  XX
 """
 WORDS = ["A CAT", "A DOG", "A CAT'S DOG", "ITS A CAT", "DOG DOG", "CAT"]
-
-
-def make_tokenizer():
-    return load_text_encoder("word", str(VOCABULARY))
 
 
 def make_manifest(folder: Path) -> Path:
@@ -54,6 +51,6 @@ def make_layout(manifest: Path) -> Path:
     return out
 
 
-def dataset(layout, tokenizer, bucket_size=1, split="train-clean", **more):
+def dataset(layout, bucket_size=1, split="train-clean", **more):
     lexicon = more.pop("lexicon", [str(layout / "lexicon.txt")])
-    return LibriPhoneDataset([split], tokenizer, bucket_size, str(layout), lexicon, **more)
+    return LibriPhoneDataset([split], TOKENIZER, bucket_size, str(layout), lexicon, **more)

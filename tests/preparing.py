@@ -3,9 +3,9 @@
 import re
 from pathlib import Path
 
-import pytest
-
 from s3prl_ekd import cli
+
+from .conftest import error_of
 
 
 def prepare(*argv) -> int:
@@ -15,12 +15,7 @@ def prepare(*argv) -> int:
 
 def fails(capsys, *argv) -> str:
     """Run ``s3prl-ekd prepare ARGV``, which must fail with exit code 2; return the error line."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        prepare(*argv)
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1, error
-    return error
+    return error_of(capsys, "prepare", *argv)
 
 
 def without_folders(text: str) -> str:

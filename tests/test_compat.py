@@ -7,7 +7,6 @@ import importlib
 import importlib.util
 import io
 import json
-import os
 import pickle
 import sys
 from importlib import metadata
@@ -20,7 +19,7 @@ from s3prl_ekd import compat
 from s3prl_ekd.compat import SHIMS, checkpoints, names
 from s3prl_ekd.errors import CheckpointError, SetupError
 
-from .conftest import run_python
+from .conftest import CreatesFolder, run_python
 
 ROOT = Path(__file__).resolve().parents[1]
 SHIM = {shim.name: shim for shim in SHIMS}
@@ -110,11 +109,6 @@ MODULES = [
 @pytest.fixture(scope="module")
 def report() -> dict:
     return json.loads(run_python(REPORT, *MODULES))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def applied():
-    compat.apply()
 
 
 def unpinned_versions() -> str:
@@ -301,18 +295,10 @@ def test_pretrain_checkpoint_loads_with_weights_only(tmp_path, safe_globals, sch
     assert type(reloaded) is importlib.import_module("s3prl.optimizers").WarmupLinearSchedule
 
 
-class Evil:
-    """Creates a folder when it is unpickled."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
-
-
 def test_checkpoint_with_another_class_is_still_rejected(tmp_path, safe_globals):
-    torch.save({"Args": argparse.Namespace(), "x": Evil(tmp_path / "evil")}, tmp_path / "a.ckpt")
+    torch.save(
+        {"Args": argparse.Namespace(), "x": CreatesFolder(tmp_path / "evil")}, tmp_path / "a.ckpt"
+    )
     with pytest.raises((pickle.UnpicklingError, CheckpointError), match="mkdir"):
         torch.load(tmp_path / "a.ckpt", weights_only=True)
     assert not (tmp_path / "evil").exists()

@@ -10,17 +10,11 @@ import pytest
 import soundfile
 import torch
 
-from s3prl_ekd import compat
 from s3prl_ekd.compat import SHIMS, sox
 from s3prl_ekd.errors import SetupError
 
 ROOT = Path(__file__).resolve().parents[1]
 SHIM = {shim.name: shim for shim in SHIMS}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def applied():
-    compat.apply()
 
 
 def effects(wav, *chain, rate=16000):

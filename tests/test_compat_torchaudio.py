@@ -23,11 +23,6 @@ from .conftest import run_python
 SHIM = {shim.name: shim for shim in SHIMS}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def applied():
-    compat.apply()
-
-
 BROKEN = """
 import importlib, sys
 

@@ -22,7 +22,7 @@ from s3prl_ekd.student_file import LoadedStudent, write_student
 from s3prl_ekd.superb.cost import LENGTHS, librispeech_lengths, measure_cost, unused_parameters
 from s3prl_ekd.superb.macs import count_macs
 
-from .conftest import STUDENT
+from .conftest import STUDENT, error_of
 
 # The tiny student: 7 conv layers of 32 channels, width 48, feed-forward 64, 4 attention heads, a
 # positional convolution of kernel 16 in 4 groups, 2 layers.
@@ -262,16 +262,6 @@ def run(*argv) -> int:
     return cli.main(["cost", *map(str, argv)])
 
 
-def error_of(capsys, *argv) -> str:
-    """The error message of ``s3prl-ekd cost ARGV``."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as caught:
-        run(*argv)
-    error = capsys.readouterr().err
-    assert caught.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1, error
-    return error
-
-
 @pytest.fixture(scope="module")
 def librispeech(tmp_path_factory):
     """A folder with test-clean's layout and number of files.
@@ -325,27 +315,29 @@ def test_an_upstream(files, capsys):
 
 
 def test_errors(files, tmp_path, capsys):
-    assert re.search("PACKAGE_DIR.*-u NAME", error_of(capsys))
+    assert re.search("PACKAGE_DIR.*-u NAME", error_of(capsys, "cost"))
     package = files / "package"
-    assert re.search("PACKAGE_DIR.*-u NAME", error_of(capsys, package, "-u", "fbank"))
-    assert re.search("-k .*-u", error_of(capsys, package, "-k", files / "heads.pt"))
-    assert re.search("-s .*-u", error_of(capsys, package, "-s", "PR"))
-    assert str(tmp_path / "nothing") in error_of(capsys, tmp_path / "nothing")
-    assert re.search(rf"{tmp_path}.*expert\.py", error_of(capsys, tmp_path))
+    assert re.search("PACKAGE_DIR.*-u NAME", error_of(capsys, "cost", package, "-u", "fbank"))
+    assert re.search("-k .*-u", error_of(capsys, "cost", package, "-k", files / "heads.pt"))
+    assert re.search("-s .*-u", error_of(capsys, "cost", package, "-s", "PR"))
+    assert str(tmp_path / "nothing") in error_of(capsys, "cost", tmp_path / "nothing")
+    assert re.search(rf"{tmp_path}.*expert\.py", error_of(capsys, "cost", tmp_path))
     (tmp_path / "expert.py").write_text("import numpy\nraise ValueError('not today')\n")
-    assert re.search(rf"{tmp_path}.*model\.pt", error_of(capsys, tmp_path))
+    assert re.search(rf"{tmp_path}.*model\.pt", error_of(capsys, "cost", tmp_path))
     (tmp_path / "model.pt").write_bytes((package / "model.pt").read_bytes())
-    assert re.search(r"ValueError: not today.*expert\.py.*\b2\b", error_of(capsys, tmp_path))
-    assert re.search(r"\bfbnak\b", error_of(capsys, "-u", "fbnak"))
+    assert re.search(
+        r"ValueError: not today.*expert\.py.*\b2\b", error_of(capsys, "cost", tmp_path)
+    )
+    assert re.search(r"\bfbnak\b", error_of(capsys, "cost", "-u", "fbnak"))
     nothing = tmp_path / "nothing.pt"
-    assert str(nothing) in error_of(capsys, "-u", "ekd_student", "-k", nothing)
+    assert str(nothing) in error_of(capsys, "cost", "-u", "ekd_student", "-k", nothing)
     student = ("-u", "ekd_student", "-k", files / "heads.pt")
-    error = error_of(capsys, *student, "-s", "heads")
+    error = error_of(capsys, "cost", *student, "-s", "heads")
     assert re.search(r"ekd_student.*\bheads\b.*hidden_states", error)
     corpus = tmp_path / "nothing"
-    assert str(corpus) in error_of(capsys, *student, "--librispeech", corpus)
+    assert str(corpus) in error_of(capsys, "cost", *student, "--librispeech", corpus)
     out = tmp_path / "expert.py" / "cost.json"  # below a file
-    assert str(out.parent) in error_of(capsys, "-u", "fbank", "-o", out)
+    assert str(out.parent) in error_of(capsys, "cost", "-u", "fbank", "-o", out)
 
 
 def test_an_incomplete_corpus(tmp_path):

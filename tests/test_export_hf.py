@@ -23,7 +23,6 @@ from s3prl_ekd.cli import main
 from s3prl_ekd.distill.aggregation import AGGREGATIONS, TeacherShape
 from s3prl_ekd.distill.heads import PredictionHeads
 from s3prl_ekd.distill.settings import DistillSettings, StudentSettings, TeacherSettings
-from s3prl_ekd.distill.student import Student
 from s3prl_ekd.errors import CheckpointError
 from s3prl_ekd.export.folder import export_folder
 from s3prl_ekd.export.huggingface import (
@@ -37,24 +36,8 @@ from s3prl_ekd.export.model_card import how_made
 from s3prl_ekd.files.config import to_plain_data
 from s3prl_ekd.student_file import LoadedStudent, load_student, write_student
 
-VARIANTS = {
-    "default": {},
-    "norm first": {"layer_norm_first": True, "activation_fn": "relu"},
-    "layer norm": {"extractor_mode": "layer_norm", "conv_pos": 15, "encoder_layers": 1},
-    "no projection": {"extractor_conv_feature_layers": "[(48,10,5)] + [(48,3,2)] * 4"},
-}
-
-
-def random_student(settings, seed=0):
-    """A student whose norms are not the identity, as in a trained one."""
-    torch.manual_seed(seed)
-    student = Student(settings).eval()
-    with torch.no_grad():
-        for module in student.modules():
-            if isinstance(module, (torch.nn.LayerNorm, torch.nn.GroupNorm)):
-                module.weight.normal_(1, 0.3)
-                module.bias.normal_(0, 0.3)
-    return student
+from .conftest import error_of
+from .students import VARIANTS, random_student
 
 
 @pytest.fixture
@@ -312,17 +295,13 @@ def test_folder_and_card(write, tmp_path, capsys):
     for invalid in (None, 3, {"sets": "a"}, {"sets": [], "train_batch_size": 3}, {"sets": ["a"]}):
         assert how_made({"data": invalid}) == empty
 
-    with pytest.raises(SystemExit) as stop:  # the folder exists
-        main(argv)
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and "--force" in error and str(out) in error
+    error = error_of(capsys, *argv)  # the folder exists
+    assert "--force" in error and str(out) in error
     (out / "README.md").write_text("old")
     assert main([*argv, "--force"]) == 0
     assert (out / "README.md").read_text() == card
     (out / "notes.txt").write_text("a user's file")
-    with pytest.raises(SystemExit):
-        main([*argv, "--force"])
-    assert "notes.txt" in capsys.readouterr().err
+    assert "notes.txt" in error_of(capsys, *argv, "--force")
     assert (out / "notes.txt").read_text() == "a user's file"
     assert not list(tmp_path.glob(".*"))
 
@@ -362,10 +341,8 @@ def test_an_export_folder_is_written_atomically(tmp_path):
 @pytest.mark.parametrize("name", ["gone.pt", "text.pt", "."])
 def test_files_without_a_student(tmp_path, capsys, name):
     (tmp_path / "text.pt").write_text("no torch file")
-    with pytest.raises(SystemExit) as stop:
-        main(["export", "hf", str(tmp_path / name), "-o", str(tmp_path / "out")])
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and str(tmp_path / name) in error and error.count("\n") == 1
+    error = error_of(capsys, "export", "hf", tmp_path / name, "-o", tmp_path / "out")
+    assert str(tmp_path / name) in error
     assert not (tmp_path / "out").exists()
 
 

@@ -12,7 +12,6 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from s3prl_ekd.cli import main
-from s3prl_ekd.distill.student import Student
 from s3prl_ekd.errors import CheckpointError
 from s3prl_ekd.export.onnx import (
     OnnxSession,
@@ -26,16 +25,12 @@ from s3prl_ekd.export.onnx import (
 )
 from s3prl_ekd.student_file import LoadedStudent, write_student
 
+from .students import VARIANTS, random_student
+
 needs_onnx = pytest.mark.skipif(
     not all(importlib.util.find_spec(name) for name in ("onnx", "onnxruntime")),
     reason="onnx and onnxruntime are not installed (the extra onnx)",
 )
-VARIANTS = {
-    "default": {},
-    "norm first": {"layer_norm_first": True, "activation_fn": "relu"},
-    "layer norm": {"extractor_mode": "layer_norm", "conv_pos": 15, "encoder_layers": 1},
-    "no projection": {"extractor_conv_feature_layers": "[(48,10,5)] + [(48,3,2)] * 4"},
-}
 
 
 @pytest.fixture
@@ -43,14 +38,8 @@ def make(student_settings):
     """Makes a student with random weights, norms included."""
 
     def make(variant="default", seed=0):
-        torch.manual_seed(seed)
-        student = Student(dataclasses.replace(student_settings, **VARIANTS[variant])).eval()
-        with torch.no_grad():
-            for module in student.modules():
-                if isinstance(module, (torch.nn.LayerNorm, torch.nn.GroupNorm)):
-                    module.weight.normal_(1, 0.3)
-                    module.bias.normal_(0, 0.3)
-        return student
+        settings = dataclasses.replace(student_settings, **VARIANTS[variant])
+        return random_student(settings, seed)
 
     return make
 

@@ -11,6 +11,8 @@ from s3prl_ekd.downstream.tasks import TASKS, missing_paths
 from s3prl_ekd.pretrain.settings import load_runner_config
 from s3prl_ekd.workspace import workspace_files
 
+from .conftest import error_of
+
 NAMES = ("librispeech", "voxceleb1", "iemocap")
 CHANGED = {
     "pretrain/ekd/config_runner.yaml",
@@ -54,15 +56,6 @@ def options(corpora: Path) -> list[str]:
 
 def init(*argv) -> int:
     return cli.main(["init", *map(str, argv)])
-
-
-def fails(capsys, *argv) -> str:
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        init(*argv)
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1, error
-    return error
 
 
 def test_every_recipe_finds_its_corpus(corpora, tmp_path, capsys):
@@ -135,18 +128,18 @@ def test_existing_files_are_kept_and_differences_reported(tmp_path, capsys):
 def test_invalid_corpora_are_rejected_before_writing(corpora, tmp_path, capsys):
     work = tmp_path / "work"
     (corpora / "librispeech/dev-clean").rmdir()
-    error = fails(capsys, work, *options(corpora))
+    error = error_of(capsys, "init", work, *options(corpora))
     assert error.startswith("error: --librispeech: ") and "dev-clean.tar.gz" in error
-    error = fails(capsys, work, "--voxceleb1", corpora / "voxceleb1/dev")
+    error = error_of(capsys, "init", work, "--voxceleb1", corpora / "voxceleb1/dev")
     assert "--voxceleb1: " in error
     assert re.search(rf"{re.escape(str(corpora / 'voxceleb1'))}(?!/)", error)
     (corpora / "voxceleb1/dev/wav/id10001").rmdir()
     (corpora / "voxceleb1/test/wav/id10270").rmdir()
-    error = fails(capsys, work, "--voxceleb1", corpora / "voxceleb1")
+    error = error_of(capsys, "init", work, "--voxceleb1", corpora / "voxceleb1")
     assert str(corpora / "voxceleb1/dev/wav") in error and "id10001" in error
     (corpora / "iemocap/Session4/sentences/wav").rmdir()
-    error = fails(capsys, work, "--iemocap", corpora / "iemocap")
+    error = error_of(capsys, "init", work, "--iemocap", corpora / "iemocap")
     assert "--iemocap: " in error and "Session4/sentences/wav" in error
-    error = fails(capsys, work, "--lexicon", corpora / "none.txt")
+    error = error_of(capsys, "init", work, "--lexicon", corpora / "none.txt")
     assert "--lexicon: " in error and str(corpora / "none.txt") in error
     assert not work.exists()

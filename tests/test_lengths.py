@@ -14,6 +14,8 @@ from s3prl_ekd.data.bad_audio import BadAudio
 from s3prl_ekd.data.lengths import write_length_tables, write_table
 from s3prl_ekd.errors import DataError
 
+from .conftest import error_of
+
 
 def write_audio(path, frames, rate=16_000, **kind):
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -177,19 +179,15 @@ def test_command(corpus, tmp_path, capsys):
 
 @pytest.mark.parametrize("folder, part", [("nowhere", "nowhere"), ("", ".flac")])
 def test_command_without_audio(tmp_path, capsys, folder, part):
-    with pytest.raises(SystemExit) as stop:
-        cli.main(["length-tables", str(tmp_path / folder), "-o", str(tmp_path / "out")])
-    assert stop.value.code == 2
-    error = capsys.readouterr().err
+    error = error_of(capsys, "length-tables", tmp_path / folder, "-o", tmp_path / "out")
     assert str(tmp_path / folder) in error and part in error
     assert not (tmp_path / "out").exists()
 
 
 def test_command_with_a_file_as_output_folder(corpus, tmp_path, capsys):
     (tmp_path / "out").write_text("x")
-    with pytest.raises(SystemExit) as stop:
-        cli.main(["length-tables", str(corpus), "-o", str(tmp_path / "out")])
-    assert stop.value.code == 2 and str(tmp_path / "out") in capsys.readouterr().err
+    error = error_of(capsys, "length-tables", corpus, "-o", tmp_path / "out")
+    assert str(tmp_path / "out") in error
     assert (tmp_path / "out").read_text() == "x"
 
 

@@ -14,22 +14,17 @@ from s3prl_ekd.prepare.lexicon import PHONES, read_lexicon, write_lexicon
 from .conftest import REPO, command
 from .phone_corpus import (
     RECIPE,
+    TOKENIZER,
     VOCABULARY,
     dataset,
     make_layout,
     make_manifest,
-    make_tokenizer,
     prepare_argv,
 )
 from .preparing import check_message, fails, prepare
 
 SPEECH = REPO.parent / "shared" / "speech"
 HOST = Path(s3prl.__file__).parent / "downstream" / "ctc"
-
-
-@pytest.fixture
-def tokenizer():
-    return make_tokenizer()
 
 
 @pytest.fixture
@@ -61,12 +56,12 @@ def test_the_vocabulary_has_two_silences_and_all_phones():
     assert len({phone.rstrip("012") for phone in PHONES}) == 39
 
 
-def test_s3prl_encodes_and_decodes_every_phone(tokenizer):
-    assert tokenizer.vocab_size == 74
-    indices = tokenizer.encode(" ".join(sorted(PHONES)))
-    assert tokenizer.unk_idx not in indices and len(set(indices)) == len(PHONES) + 1
-    assert indices[-1] == tokenizer.eos_idx and min(indices[:-1]) == 5  # after SIL and SPN
-    assert tokenizer.decode(indices).split() == sorted(PHONES)
+def test_s3prl_encodes_and_decodes_every_phone():
+    assert TOKENIZER.vocab_size == 74
+    indices = TOKENIZER.encode(" ".join(sorted(PHONES)))
+    assert TOKENIZER.unk_idx not in indices and len(set(indices)) == len(PHONES) + 1
+    assert indices[-1] == TOKENIZER.eos_idx and min(indices[:-1]) == 5  # after SIL and SPN
+    assert TOKENIZER.decode(indices).split() == sorted(PHONES)
 
 
 @pytest.mark.parametrize("name", ["libriphone.yaml", "tiny.yaml"])
@@ -198,13 +193,13 @@ def per(folder, split):
 
 
 @pytest.mark.skipif(not SPEECH.is_dir(), reason="the speech corpus beside the repository is absent")
-def test_real_speech(tmp_path, tokenizer):
+def test_real_speech(tmp_path):
     out = tmp_path / "out"
     argv = ("pr", SPEECH / "pr.tsv", "-o", out, "--lexicon", SPEECH / "lexicon.txt")
     assert prepare(*argv) == 0
     lines = (SPEECH / "pr.tsv").read_text(encoding="utf-8").splitlines()
     header = lines[0].split("\t")
     rows = [dict(zip(header, line.split("\t"), strict=True)) for line in lines[1:]]
-    data = dataset(out, tokenizer, split="test-clean")
-    phones = sorted(tokenizer.decode(text) for text in data.text)
+    data = dataset(out, split="test-clean")
+    phones = sorted(TOKENIZER.decode(text) for text in data.text)
     assert phones == sorted(row["phones"] for row in rows if row["split"] == "test")

@@ -8,6 +8,7 @@ import pytest
 
 from s3prl_ekd.cli import main
 
+from .conftest import error_of
 from .superb_runs import write_run
 
 # The predict.zip of `submit.py --pr PR --sid SID --er_fold1 ... --er_fold5 ... --asr_no_lm ASR`:
@@ -38,14 +39,6 @@ def write_all(root, upstream="student", leave_out=(), **options):
 
 def pack(*argv):
     return main(["predict-zip", *map(str, argv)])
-
-
-def error_of(capsys, *argv):
-    with pytest.raises(SystemExit) as caught:
-        pack(*argv)
-    error = capsys.readouterr().err
-    assert caught.value.code == 2 and error.count("\n") == 1
-    return error
 
 
 def test_the_archive_equals_that_of_submit(tmp_path):
@@ -113,7 +106,9 @@ def test_predictions_of_the_clean_test_set_are_packed(tmp_path):
 def test_missing_members_are_named(tmp_path, capsys):
     root, out = tmp_path / "superb", tmp_path / "p.zip"
     files = write_all(root, leave_out=["sid_public", "er_fold4_public"])
-    assert re.search(r"student.* sid, er fold4\b.*--partial", error_of(capsys, root, "-o", out))
+    assert re.search(
+        r"student.* sid, er fold4\b.*--partial", error_of(capsys, "predict-zip", root, "-o", out)
+    )
     assert not out.exists()
     assert pack(root, "-o", out, "--partial") == 0
     assert "sid, er fold4\n" in capsys.readouterr().out
@@ -125,8 +120,8 @@ def test_one_upstream_is_chosen(tmp_path, capsys):
     root, out = tmp_path / "superb", tmp_path / "p.zip"
     write_all(root)
     other = write_all(root, "other")
-    assert "--upstream: other, student" in error_of(capsys, root, "-o", out)
-    error = error_of(capsys, root, "-o", out, "--upstream", "othr")
+    assert "--upstream: other, student" in error_of(capsys, "predict-zip", root, "-o", out)
+    error = error_of(capsys, "predict-zip", root, "-o", out, "--upstream", "othr")
     assert re.search(r"\bothr\b.*\bother\?.*other, student", error)
     pack(root, "-o", out, "--upstream", "other")
     with zipfile.ZipFile(out) as archive:
@@ -137,19 +132,21 @@ def test_errors(tmp_path, capsys):
     root, out = tmp_path / "superb", tmp_path / "p.zip"
     files = write_all(root)
     out.write_text("not an archive")
-    assert re.search(rf"{out}.*--force", error_of(capsys, root, "-o", out))
+    assert re.search(rf"{out}.*--force", error_of(capsys, "predict-zip", root, "-o", out))
     assert out.read_text() == "not an archive"
     pack(root, "-o", out, "--force")
     assert zipfile.is_zipfile(out)
     files["predict/sid_public/predict.txt"].write_text("")
-    assert "test_predict.txt" in error_of(capsys, root, "-o", tmp_path / "q.zip")
+    assert "test_predict.txt" in error_of(capsys, "predict-zip", root, "-o", tmp_path / "q.zip")
     files["predict/sid_public/predict.txt"].unlink()
-    error = error_of(capsys, root, "-o", tmp_path / "q.zip")
+    error = error_of(capsys, "predict-zip", root, "-o", tmp_path / "q.zip")
     assert re.search(r"test_predict\.txt.*No such file", error)
     assert not (tmp_path / "q.zip").exists()
     write_run(tmp_path / "cut", "s", "pr", {"a": ("x", "x")}, finished=False)
-    assert str(tmp_path / "cut") in error_of(capsys, tmp_path / "cut", "-o", tmp_path / "q.zip")
-    error = error_of(capsys, root / "student" / "pr", "-o", tmp_path / "q.zip")
+    assert str(tmp_path / "cut") in error_of(
+        capsys, "predict-zip", tmp_path / "cut", "-o", tmp_path / "q.zip"
+    )
+    error = error_of(capsys, "predict-zip", root / "student" / "pr", "-o", tmp_path / "q.zip")
     assert re.search(r"student.* sid, er fold1, .*, asr\b", error)
 
 
@@ -161,14 +158,14 @@ def test_symlinks_out_of_a_run_are_not_packed(tmp_path, capsys):
     (secret / path.name).write_text("a token\n")
     path.rename(path.with_name("kept.txt"))
     path.symlink_to(secret / path.name)
-    error = error_of(capsys, root, "-o", out)
+    error = error_of(capsys, "predict-zip", root, "-o", out)
     assert str(path) in error and str(secret / path.name) in error
     path.unlink()
     path.with_name("second").symlink_to(path.with_name("first"))
     path.with_name("first").symlink_to(secret, target_is_directory=True)
     record = path.with_name("superb.json")
     record.write_text(record.read_text().replace('"clean": "."', '"clean": "second"'))
-    error = error_of(capsys, root, "-o", out)
+    error = error_of(capsys, "predict-zip", root, "-o", out)
     assert str(path.with_name("second")) in error and str(secret) in error
     assert not out.exists()
     record.write_text(record.read_text().replace('"clean": "second"', '"clean": "."'))
@@ -185,4 +182,6 @@ def test_a_named_pipe_is_not_read(tmp_path, capsys):
     path = write_all(tmp_path / "superb")["predict/sid_public/predict.txt"]
     path.unlink()
     os.mkfifo(path)
-    assert path.name in error_of(capsys, tmp_path / "superb", "-o", tmp_path / "p.zip")
+    assert path.name in error_of(
+        capsys, "predict-zip", tmp_path / "superb", "-o", tmp_path / "p.zip"
+    )

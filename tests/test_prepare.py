@@ -9,9 +9,10 @@ import pandas
 import pytest
 import soundfile
 
-from s3prl_ekd import cli, compat
+from s3prl_ekd import compat
 from s3prl_ekd.prepare.asr import speaker_names
 
+from . import preparing
 from .conftest import REPO
 from .preparing import check_message
 
@@ -43,14 +44,11 @@ def manifest(tmp_path):
 
 
 def prepare(task, manifest, out, *options):
-    return cli.main(["prepare", task, str(manifest), "-o", str(out), *options])
+    return preparing.prepare(task, manifest, "-o", out, *options)
 
 
 def fails(capsys, task, manifest, out, *options):
-    with pytest.raises(SystemExit) as stop:
-        prepare(task, manifest, out, *options)
-    assert stop.value.code == 2
-    return capsys.readouterr().err
+    return preparing.fails(capsys, task, manifest, "-o", out, *options)
 
 
 def test_layout(manifest, tmp_path, capsys):

@@ -17,7 +17,7 @@ from s3prl_ekd.prepare.lexicon import predict_phones
 
 from .conftest import REPO, make_sound, run_python
 from .corpora import write_librispeech
-from .phone_corpus import dataset, make_tokenizer
+from .phone_corpus import TOKENIZER, dataset
 from .preparing import check_message, fails, numbers, prepare
 
 TEXTS = {
@@ -97,11 +97,8 @@ def test_s3prl_reads_the_tables_and_the_lexicon(root, tmp_path, model, capsys):
     assert not (out / "words_without.txt").exists()
 
     # s3prl's data sets of PR and ASR
-    tokenizer = make_tokenizer()
-    data = dataset(
-        root, tokenizer, split="test-clean", lexicon=[str(out / "lexicon.txt")], ascending=True
-    )
-    assert [tokenizer.decode(text) for text in data.text] == ["S AE1 T", "AH0 D AO1 G Z AO1"]
+    data = dataset(root, split="test-clean", lexicon=[str(out / "lexicon.txt")], ascending=True)
+    assert [TOKENIZER.decode(text) for text in data.text] == ["S AE1 T", "AH0 D AO1 G Z AO1"]
     characters = Dictionary.load(str(REPO / "downstream_recipes/asr/char.dict"))
     asr_data = SequenceDataset(
         "test-clean",

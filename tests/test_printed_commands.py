@@ -3,27 +3,13 @@
 import shlex
 
 import pytest
-import torch
 
 from s3prl_ekd import cli
 from s3prl_ekd.commands.init import _next_steps
-from s3prl_ekd.distill.settings import StudentSettings
-from s3prl_ekd.distill.student import Student
 from s3prl_ekd.downstream.requirements import init_command
-from s3prl_ekd.student_file import LoadedStudent, write_student
 from s3prl_ekd.workspace import CorpusPaths
 
-from .conftest import STUDENT
-
 AWKWARD = "it's lr=1e-4; $HOME"
-
-
-@pytest.fixture(scope="module")
-def student(tmp_path_factory):
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("a folder") / "student.pt"
-    write_student(LoadedStudent(Student(StudentSettings(**STUDENT)).eval(), None, {}, {}), path)
-    return path
 
 
 def next_argv(capsys) -> list[str]:
@@ -33,15 +19,15 @@ def next_argv(capsys) -> list[str]:
 
 
 @pytest.mark.parametrize("kind", ["student", "superb"])
-def test_after_an_export(student, tmp_path, capsys, kind):
+def test_after_an_export(student_file, tmp_path, capsys, kind):
     out = tmp_path / AWKWARD
-    assert cli.main(["export", kind, str(student), "-o", str(out)]) == 0
+    assert cli.main(["export", kind, str(student_file), "-o", str(out)]) == 0
     assert str(out) in next_argv(capsys)
 
 
-def test_python_after_an_export(student, tmp_path, capsys):
+def test_python_after_an_export(student_file, tmp_path, capsys):
     out = tmp_path / 'a"b'
-    assert cli.main(["export", "hf", str(student), "-o", str(out)]) == 0
+    assert cli.main(["export", "hf", str(student_file), "-o", str(out)]) == 0
     (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("next: ")]
     assert f"({str(out)!r})" in line
 

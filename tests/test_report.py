@@ -16,7 +16,7 @@ from s3prl_ekd.superb.report_text import MARK, as_csv, as_markdown
 from s3prl_ekd.superb.results import read_results, select_best_lr
 from s3prl_ekd.superb.score import LABEL, superb_score
 
-from .conftest import command
+from .conftest import command, error_of
 from .superb_runs import write_cost, write_run
 
 
@@ -316,9 +316,7 @@ def test_other_files_are_overwritten_only_with_force(finished, tmp_path, capsys)
     out.mkdir()
     (out / "report.md").write_text("written by hand\n")
     argv = ["report", str(finished), "-o", str(out), "--resamples", "100"]
-    with pytest.raises(SystemExit):
-        main(argv)
-    assert re.search(rf"{out / 'report.md'}.*--force", capsys.readouterr().err)
+    assert re.search(rf"{out / 'report.md'}.*--force", error_of(capsys, *argv))
     assert (out / "report.md").read_text() == "written by hand\n" and len(list(out.iterdir())) == 1
     assert main([*argv, "--force"]) == 0
     assert (out / "report.md").read_text().startswith(MARK)
@@ -332,10 +330,8 @@ def test_other_files_are_overwritten_only_with_force(finished, tmp_path, capsys)
     ],
 )
 def test_errors(finished, tmp_path, capsys, options, pattern):
-    with pytest.raises(SystemExit) as caught:
-        main(["report", str(finished), "-o", str(tmp_path / "out"), *options])
-    error = capsys.readouterr().err
-    assert caught.value.code == 2 and re.search(pattern, error) and error.count("\n") == 1
+    error = error_of(capsys, "report", finished, "-o", tmp_path / "out", *options)
+    assert re.search(pattern, error)
     assert not (tmp_path / "out").exists()
 
 

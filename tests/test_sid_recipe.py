@@ -16,7 +16,7 @@ import soundfile
 from s3prl_ekd.compat import voxceleb1_cache
 from s3prl_ekd.errors import SetupError
 
-from .conftest import command
+from .conftest import CreatesFolder, command
 from .corpora import tone, write_manifest, write_voxceleb1
 from .preparing import accuracy, check_message, fails, prepare
 
@@ -221,16 +221,6 @@ def test_an_s3prl_without_the_cache_path_is_rejected(monkeypatch):
 # --- runs
 
 
-class Payload:
-    """A pickle that creates a folder when it is loaded."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
-
-
 def test_runs_on_two_corpora_ignore_s3prls_cache(tmp_path):
     """Train on two corpora, then evaluate the first model with -e only."""
     site = tmp_path / "site"
@@ -239,7 +229,7 @@ def test_runs_on_two_corpora_ignore_s3prls_cache(tmp_path):
     cache.mkdir()
     trap = tmp_path / "the_pickle_was_loaded"
     for split in ("train", "dev", "test"):
-        (cache / f"{split}.pkl").write_bytes(pickle.dumps(Payload(trap)))
+        (cache / f"{split}.pkl").write_bytes(pickle.dumps(CreatesFolder(trap)))
     before = {path.name: path.read_bytes() for path in cache.iterdir()}
     env = {"PYTHONPATH": str(site)}
     argv = [sys.executable, "-c", "import s3prl; print(s3prl.__file__)"]

@@ -8,9 +8,6 @@ import json
 
 import soundfile
 
-from s3prl_ekd.distill.student import Student
-from s3prl_ekd.student_file import LoadedStudent, write_student
-
 from .conftest import make_sound, run_python
 
 CODE = """
@@ -54,10 +51,9 @@ print(json.dumps([code, os.path.getsize(out) > 0, failed]))
 """
 
 
-def test_all_modules_import_and_a_student_runs(tmp_path, student_settings):
-    write_student(LoadedStudent(Student(student_settings), None, {}, {}), tmp_path / "student.pt")
+def test_all_modules_import_and_a_student_runs(tmp_path, student_file):
     soundfile.write(tmp_path / "a.wav", make_sound(0.5), 16000)
-    argv = (str(tmp_path / name) for name in ("student.pt", "a.wav", "out.safetensors"))
-    code, written, failed = json.loads(run_python(CODE, *argv))
+    argv = (student_file, tmp_path / "a.wav", tmp_path / "out.safetensors")
+    code, written, failed = json.loads(run_python(CODE, *map(str, argv)))
     assert code == 0 and written
     assert not failed
