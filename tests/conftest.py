@@ -24,6 +24,7 @@ from s3prl_ekd import cli, compat
 from s3prl_ekd.data.settings import DataSettings
 from s3prl_ekd.distill.settings import StudentSettings
 from s3prl_ekd.distill.student import Student
+from s3prl_ekd.files.run_checkpoints import newest_checkpoint, read_checkpoint
 from s3prl_ekd.student_file import LoadedStudent, write_student
 from s3prl_ekd.teachers.random_weights import hubert_checkpoint, wavlm_checkpoint
 from s3prl_ekd.workspace import write_workspace
@@ -72,7 +73,10 @@ def safetensors_student(data: dict) -> bytes:
 @pytest.fixture(scope="session")
 def teachers(tmp_path_factory) -> dict[str, Path]:
     """Checkpoints in the original formats: hubert, robust, wavlm (width 48), wide (width 64)."""
-    folder = tmp_path_factory.mktemp("teachers")
+    return write_teachers(tmp_path_factory.mktemp("teachers"))
+
+
+def write_teachers(folder: Path) -> dict[str, Path]:
     states = {
         "hubert": hubert_checkpoint(seed=1, **SIZES),
         "robust": hubert_checkpoint(seed=2, **SIZES),
@@ -130,7 +134,10 @@ def student_file(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> Path:
     """``audio/`` with 12 utterances of 0.5 to 1.6 s, and their table ``tables/train.csv``."""
-    root = tmp_path_factory.mktemp("corpus")
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+def write_corpus(root: Path) -> Path:
     (root / "audio").mkdir()
     (root / "tables").mkdir()
     lines = [",file_path,length,label"]
@@ -142,10 +149,34 @@ def corpus(tmp_path_factory) -> Path:
     return root
 
 
+@pytest.fixture(scope="session")
+def noise_folder(tmp_path_factory) -> Path:
+    """Four noises: shorter and longer than an utterance, stereo at 44.1 kHz, silent."""
+    folder = tmp_path_factory.mktemp("data") / "street"
+    (folder / "more").mkdir(parents=True)
+    soundfile.write(folder / "a.wav", make_sound(0.2, seed=11), 16000)
+    soundfile.write(folder / "b.flac", make_sound(1.2, seed=12), 16000)
+    soundfile.write(folder / "more/c.wav", make_sound(0.7, 44100, channels=2, seed=13), 44100)
+    soundfile.write(folder / "silent.wav", np.zeros(9000), 16000)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def distortion_sources(tmp_path_factory) -> dict[str, list[str]]:
+    from .distortions import write_sources
+
+    return write_sources(tmp_path_factory.mktemp("sources"))
+
+
 def data_settings(root: Path, batch_size: int, tables: Path | str = ".", **changes) -> DataSettings:
     """Settings for full utterances below ``root``, without worker processes."""
     options = {"sequence_length": 0, "num_workers": 0, **changes}
     return DataSettings(str(root), str(tables), ("train",), batch_size, **options)
+
+
+def recipe(path: str) -> dict:
+    """One of ``downstream_recipes``."""
+    return yaml.safe_load((REPO / "downstream_recipes" / path).read_text(encoding="utf-8"))
 
 
 HOLD = """
@@ -317,6 +348,12 @@ def pretrain_with(pretrain_folder, pretrain):
         return pretrain(*files, "-n", name, "--device", "cpu", *argv)
 
     return run
+
+
+def saved_states(name: str, file: str | None = None) -> dict:
+    """The newest checkpoint of the run ``name``, or one of its files."""
+    folder = f"result/pretrain/{name}"
+    return read_checkpoint(f"{folder}/{file}" if file else newest_checkpoint(folder))
 
 
 @pytest.fixture

@@ -16,6 +16,16 @@ def write_audio(path: Path, wave: np.ndarray, rate: int = 16000) -> None:
     soundfile.write(path, wave, rate)
 
 
+def write_noise(
+    path: Path, frames: int, rate: int = 16000, channels: int = 1, **options: str
+) -> Path:
+    """Write noise that depends on the number of frames only."""
+    shape = frames if channels == 1 else (frames, channels)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    soundfile.write(path, np.random.default_rng(frames).normal(0, 0.1, shape), rate, **options)
+    return path
+
+
 def tone(rng: np.random.Generator, hertz: float, samples: int, noise: float = 0.01) -> np.ndarray:
     """A sine with white noise, [samples] at 16 kHz."""
     wave = 0.2 * np.sin(2 * np.pi * hertz * np.arange(samples) / 16000)
@@ -36,6 +46,21 @@ def write_manifest(
         lines.append("\t".join(cells))
     path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     return path
+
+
+PITCH = {"low": 200, "mid": 700, "high": 1500}
+
+
+def write_er_manifest(folder: Path, speakers=("s1", "s2", "s10")) -> Path:
+    """Write three utterances of each label and speaker, one without a label; the label's pitch."""
+    rng, rows = np.random.default_rng(0), []
+    for speaker in speakers:
+        for label in (*PITCH, ""):
+            for number, split in enumerate(("train", "dev", "test") if label else ("train",)):
+                wave = tone(rng, PITCH.get(label, 50), 8000 + 500 * number)
+                name = f"{speaker}-{label}-{number}.flac"
+                rows.append((wave, (name, speaker, label, f"g-{speaker}", split)))
+    return write_manifest(folder / "er.tsv", ("speaker", "emotion", "group", "split"), rows)
 
 
 def write_librispeech(folder: Path, texts: Mapping[str, Sequence[str]], seconds: float) -> Path:

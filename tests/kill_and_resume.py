@@ -18,7 +18,6 @@ import time
 import traceback
 from pathlib import Path
 
-import soundfile
 import torch
 import yaml
 
@@ -176,21 +175,8 @@ def unequal(one: dict[str, object], two: dict[str, object]) -> list[str]:
     return sorted(names)
 
 
-def _write_corpus(root: Path) -> None:
-    from .conftest import make_sound
-
-    (root / "audio").mkdir()
-    (root / "tables").mkdir()
-    lines = ["file_path,length"]
-    for i in range(12):
-        sound = make_sound(0.5 + 0.1 * i, seed=i)
-        soundfile.write(root / "audio" / f"u{i}.flac", sound, 16000)
-        lines.append(f"u{i}.flac,{len(sound)}")
-    (root / "tables" / "train.csv").write_text("\n".join(lines) + "\n")
-
-
 def main() -> int:
-    from .conftest import SIZES, hubert_checkpoint, wavlm_checkpoint
+    from .conftest import write_corpus, write_teachers
 
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -202,17 +188,8 @@ def main() -> int:
     rng = random.Random(args.seed)
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
-        teachers = {}
-        for i, (teacher, make) in enumerate(
-            {
-                "hubert": hubert_checkpoint,
-                "robust": hubert_checkpoint,
-                "wavlm": wavlm_checkpoint,
-            }.items()
-        ):
-            teachers[teacher] = root / f"{teacher}.pt"
-            torch.save(make(seed=i, **SIZES), teachers[teacher])
-        _write_corpus(root)
+        teachers = write_teachers(root)
+        write_corpus(root)
         for folder in ("uninterrupted", "killed"):
             (root / folder).mkdir()
             write_run(root / folder, teachers, root, args.workers)

@@ -11,6 +11,8 @@ from s3prl.downstream.asr.expert import DownstreamExpert
 
 from s3prl_ekd.prepare.asr import LETTERS, foreign_characters, normalise
 
+from .conftest import recipe
+
 RECIPE = Path(__file__).parents[1] / "downstream_recipes" / "asr"
 ALPHABET = list("ABCDEFGHIJKLMNOPQRSTUVWXYZ") + ["'", "|"]
 
@@ -18,10 +20,6 @@ ALPHABET = list("ABCDEFGHIJKLMNOPQRSTUVWXYZ") + ["'", "|"]
 @pytest.fixture
 def dictionary():
     return Dictionary.load(str(RECIPE / "char.dict"))
-
-
-def recipe(name):
-    return yaml.safe_load((RECIPE / name).read_text(encoding="utf-8"))
 
 
 def test_the_file_has_all_letters_and_the_word_boundary():
@@ -52,15 +50,18 @@ def test_normalise_and_foreign_characters():
 
 @pytest.mark.parametrize("name", ["config.yaml", "tiny.yaml"])
 def test_total_steps_is_a_multiple_of_the_other_steps(name):
-    runner = recipe(name)["runner"]
+    runner = recipe(f"asr/{name}")["runner"]
     for key in ("log_step", "eval_step", "save_step"):
         assert runner["total_steps"] % runner[key] == 0, key
-    assert set(runner["eval_dataloaders"]) <= recipe(name)["downstream_expert"]["datarc"].keys()
+    assert (
+        set(runner["eval_dataloaders"])
+        <= recipe(f"asr/{name}")["downstream_expert"]["datarc"].keys()
+    )
     assert (RECIPE / name).read_text(encoding="utf-8").startswith("# ASR")
 
 
 def test_the_full_recipe_has_superbs_numbers():
-    config = recipe("config.yaml")
+    config = recipe("asr/config.yaml")
     assert config["runner"]["total_steps"] == 200_000
     assert config["optimizer"] == {"name": "TorchOptim", "torch_optim_name": "Adam", "lr": 1e-4}
     assert config["downstream_expert"]["datarc"]["batch_size"] == 32
@@ -75,7 +76,7 @@ def test_the_full_recipe_equals_that_of_a_checkout():
     if not path.is_file():
         pytest.skip("s3prl from PyPI has no downstream/asr/config.yaml; a checkout has")
     expected = yaml.safe_load(path.read_text())
-    recipe_config = recipe("config.yaml")
+    recipe_config = recipe("asr/config.yaml")
     for config in (recipe_config, expected):
         for key in ("libri_root", "bucket_file"):
             del config["downstream_expert"]["datarc"][key]
@@ -86,7 +87,7 @@ def test_the_full_recipe_equals_that_of_a_checkout():
 
 def test_the_tiny_model_trains(tmp_path):
     """s3prl's expert with tiny.yaml overfits random features: CTC falls, decoding is right."""
-    config = recipe("tiny.yaml")["downstream_expert"]
+    config = recipe("asr/tiny.yaml")["downstream_expert"]
     config["datarc"]["dict_path"] = str(RECIPE / "char.dict")
     torch.manual_seed(0)
     expert = DownstreamExpert(24, 320, config, expdir=str(tmp_path))

@@ -15,11 +15,9 @@ from s3prl_ekd.data.distortion.additive import babble, crop_or_loop, gaussian, m
 from s3prl_ekd.data.distortion.pipeline import Distorter
 from s3prl_ekd.data.distortion.settings import DistortionSettings
 from s3prl_ekd.data.distortion.sources import AudioPool
-from s3prl_ekd.files.config import from_plain_data
 
 from .conftest import make_sound
-
-RATE = 16000
+from .distortions import RATE, only
 
 
 def power(samples) -> float:
@@ -33,40 +31,6 @@ def snr_of(clean, noisy) -> float:
 
 def tone(hertz: float, seconds: float = 1.0) -> torch.Tensor:
     return 0.3 * torch.sin(2 * math.pi * hertz * torch.arange(int(seconds * RATE)) / RATE)
-
-
-def only(part: str, kind: str, **more) -> DistortionSettings:
-    """Settings with which only one kind of one part is drawn."""
-    weights = {
-        "additive_weights": {"noise": 0, "gaussian": 0, "babble": 0, "clean": 0},
-        "convolutive_weights": {"reverb": 0, "pitch": 0, "band_reject": 0, "clean": 0},
-    }
-    other_part = next(name for name in weights if not name.startswith(part))
-    weights[f"{part}_weights"][kind] = 1
-    weights[other_part]["clean"] = 1
-    return from_plain_data(DistortionSettings, {"setup": "setup1", **weights, **more}, "distortion")
-
-
-def make_folders(tmp_path):
-    """A folder of noise (a long, a short and a silent file) and one of two impulse responses."""
-    noise, rooms = tmp_path / "noise", tmp_path / "rooms"
-    (noise / "subfolder").mkdir(parents=True)
-    rooms.mkdir()
-    soundfile.write(noise / "long.wav", make_sound(3.0, seed=21), RATE, subtype="FLOAT")
-    soundfile.write(
-        noise / "subfolder" / "short.wav", make_sound(0.3, seed=22), RATE, subtype="FLOAT"
-    )
-    soundfile.write(noise / "zero.wav", np.zeros(5000), RATE, subtype="PCM_16")
-    for i in range(2):
-        room = 0.1 * make_sound(0.2, seed=30 + i)
-        room[50] = 1.0  # the direct path comes 50 samples late
-        soundfile.write(rooms / f"{i}.wav", room, RATE, subtype="FLOAT")
-    return {"noise": [str(noise)], "impulses": [str(rooms)]}
-
-
-@pytest.fixture
-def folders(tmp_path):
-    return make_folders(tmp_path)
 
 
 @pytest.mark.parametrize("snr", [-5.0, 0.0, 10.0, 19.0])
@@ -220,12 +184,12 @@ def test_the_band_filter_equals_that_of_torchaudio(centre, width):
         ("convolutive", "band_reject"),
     ],
 )
-def test_each_kind_keeps_length_dtype_and_range(corpus, folders, part, kind, length):
+def test_each_kind_keeps_length_dtype_and_range(corpus, distortion_sources, part, kind, length):
     wave = torch.from_numpy(make_sound(1.5, seed=9)[:length].copy())
     wave *= 0.99 / wave.abs().max()  # loud, so that the sums exceed the range
     original = wave.clone()
     files = sorted(path.name for path in (corpus / "audio").iterdir())
-    for more in (folders, {"noise": folders["noise"]}):
+    for more in (distortion_sources, {"noise": distortion_sources["noise"]}):
         settings = only(part, kind, babble=True, **more)
         distorter = Distorter(settings, 1, corpus / "audio", files)
         for epoch in range(4):
@@ -238,9 +202,9 @@ def test_each_kind_keeps_length_dtype_and_range(corpus, folders, part, kind, len
     assert silent.abs().max() == 0
 
 
-def test_the_pipeline_mixes_at_the_drawn_snr(folders):
+def test_the_pipeline_mixes_at_the_drawn_snr(distortion_sources):
     wave = 0.1 * torch.from_numpy(make_sound(1.0, seed=10))
-    for settings in (only("additive", "gaussian"), only("additive", "noise", **folders)):
+    for settings in (only("additive", "gaussian"), only("additive", "noise", **distortion_sources)):
         distorter = Distorter(settings, seed=4)
         for epoch in range(6):
             plan = distorter.plan("u", epoch, "student")

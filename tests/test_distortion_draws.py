@@ -20,19 +20,14 @@ from s3prl_ekd.errors import ConfigError, DataError
 from s3prl_ekd.files.config import from_plain_data, to_plain_data
 
 from .conftest import data_settings, make_sound
-from .test_distortion import RATE, make_folders, only
+from .distortions import RATE, only
 
 
-@pytest.fixture
-def folders(tmp_path):
-    return make_folders(tmp_path)
-
-
-def test_kinds_are_drawn_in_proportion_to_their_weights(folders):
+def test_kinds_are_drawn_in_proportion_to_their_weights(distortion_sources):
     settings = from_plain_data(
         DistortionSettings,
         {
-            "noise": [*folders["noise"], *folders["noise"]],
+            "noise": [*distortion_sources["noise"], *distortion_sources["noise"]],
             "babble": True,
             "additive_weights": {"noise": 2, "gaussian": 1, "babble": 0, "clean": 3},
             "convolutive_weights": {"reverb": 1, "pitch": 2, "band_reject": 4, "clean": 1},
@@ -174,8 +169,8 @@ def test_clean_batches_equal_those_without_distortion(corpus, distortion):
         assert batch.teacher_waves is None and batch.problem == ""
 
 
-def test_silent_noise_is_skipped_with_a_warning(folders, caplog):
-    pool = AudioPool.of_folder("distortion.noise", folders["noise"][0])
+def test_silent_noise_is_skipped_with_a_warning(distortion_sources, caplog):
+    pool = AudioPool.of_folder("distortion.noise", distortion_sources["noise"][0])
     with caplog.at_level(logging.WARNING):
         lengths = {len(pool.draw(random.Random(seed))) for seed in range(30)}
     assert lengths == {48000, 4800}

@@ -8,33 +8,18 @@ from collections import Counter
 from pathlib import Path
 from types import ModuleType
 
-import numpy as np
 import pytest
 
 from s3prl_ekd.prepare.er import natural_sort_key
 
 from .conftest import command
-from .corpora import tone, write_iemocap, write_manifest
+from .corpora import PITCH, write_er_manifest, write_iemocap
 from .preparing import accuracy, check_message, fails, numbers, prepare
-
-PITCH = {"low": 200, "mid": 700, "high": 1500}
-
-
-def make_manifest(folder: Path, speakers=("s1", "s2", "s10")) -> Path:
-    """Write three utterances of each label and speaker, one without a label; the label's pitch."""
-    rng, rows = np.random.default_rng(0), []
-    for speaker in speakers:
-        for label in (*PITCH, ""):
-            for number, split in enumerate(("train", "dev", "test") if label else ("train",)):
-                wave = tone(rng, PITCH.get(label, 50), 8000 + 500 * number)
-                name = f"{speaker}-{label}-{number}.flac"
-                rows.append((wave, (name, speaker, label, f"g-{speaker}", split)))
-    return write_manifest(folder / "er.tsv", ("speaker", "emotion", "group", "split"), rows)
 
 
 @pytest.fixture
 def manifest(tmp_path):
-    return make_manifest(tmp_path / "corpus")
+    return write_er_manifest(tmp_path / "corpus")
 
 
 def read(out: Path, session: int, part: str) -> dict:
@@ -113,7 +98,7 @@ def test_any_column_may_give_the_folds(manifest, tmp_path):
 
 
 def test_no_labels_and_one_fold_value(tmp_path, capsys):
-    manifest = make_manifest(tmp_path / "corpus", speakers=["s1"])
+    manifest = write_er_manifest(tmp_path / "corpus", speakers=["s1"])
     options = ("-o", tmp_path / "out", "--fold-column", "group")
     check_message(fails(capsys, "er", manifest, *options), "group")
     for label in PITCH:
@@ -187,7 +172,7 @@ def test_invalid_iemocap_folders(iemocap, tmp_path, capsys):
 
 
 def test_train_and_evaluate_a_fold(tmp_path):
-    manifest = make_manifest(tmp_path / "corpus")
+    manifest = write_er_manifest(tmp_path / "corpus")
     work = tmp_path / "work"
     command("init", work, cwd=tmp_path)
     command("prepare", "er", manifest, "-o", "data/er", "--fold-column", "group", cwd=work)

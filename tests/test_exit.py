@@ -27,9 +27,8 @@ from s3prl_ekd.pretrain.tensorboard import read_scalars
 from s3prl_ekd.pretrain.trainer import dev_loss
 
 from .cache_cases import cache
-from .conftest import REPO, edit_yaml
+from .conftest import REPO, edit_yaml, saved_states
 from .kill_and_resume import unequal
-from .test_runner import saved
 from .time_to_exit import CASES, end_of
 
 SOON = 30  # seconds; 10 on an idle machine
@@ -193,7 +192,7 @@ def test_a_failed_step_ends_all_workers(pretrain_with, monkeypatch):
     start = time.monotonic()
     with pytest.raises(RuntimeError, match="a defect"):
         pretrain_with("x")
-    assert has_ended(start) and saved("x")["Step"] == 3
+    assert has_ended(start) and saved_states("x")["Step"] == 3
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
@@ -204,14 +203,14 @@ def test_a_signal_while_waiting_for_a_batch(pretrain_with, monkeypatch, number):
         start = time.monotonic()
         code, output = pretrain_with("x")
     assert code == 128 + number and has_ended(start) and "Traceback" not in output
-    step = saved("x", "last.ckpt")["Step"]
+    step = saved_states("x", "last.ckpt")["Step"]
     pattern = rf"{number.name}\b.*\b{step}\b.*\b6\b.*run_pretrain.py -u ekd -n x -a"
     assert re.search(pattern, output)
     assert 2 <= step < 6 and signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
     if number == signal.SIGTERM:
         assert pretrain_with("x", "-a")[0] == 0 and pretrain_with("alone")[0] == 0
         for part in ("student", "heads"):
-            assert not unequal(saved("x")["EKD"][part], saved("alone")["EKD"][part])
+            assert not unequal(saved_states("x")["EKD"][part], saved_states("alone")["EKD"][part])
 
 
 def test_a_loader_timeout_ends_the_run(pretrain_with, monkeypatch):
@@ -221,7 +220,7 @@ def test_a_loader_timeout_ends_the_run(pretrain_with, monkeypatch):
     assert code == 2 and "Traceback" not in output and not multiprocessing.active_children()
     for text in ("1 s", "/dev/shm", "num_workers", "loader_timeout", "run_pretrain.py -u ekd -n x"):
         assert text in error
-    assert saved("x")["Step"] >= 2
+    assert saved_states("x")["Step"] >= 2
 
 
 def test_no_shared_memory_ends_the_run(pretrain_with, monkeypatch):
@@ -266,7 +265,7 @@ def test_a_signal_while_waiting_for_a_dev_batch(pretrain_with, pretrain_folder, 
     tables = with_dev_table(pretrain_folder)
     code, output = pretrain_with("x", "-o", tables, dev_sets=["dev"], eval_step=2)
     assert code == 143 and re.search(r"SIGTERM\b.*\b2\b.*\b6\b.*\b2\b", output)
-    assert saved("x")["Step"] == 2 and not multiprocessing.active_children()
+    assert saved_states("x")["Step"] == 2 and not multiprocessing.active_children()
     # The resumed run computes the dev loss of step 2, and then at the usual steps.
     started.clear()
     monkeypatch.setattr("s3prl_ekd.pretrain.trainer.dev_loss", dev_loss)

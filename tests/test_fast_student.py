@@ -10,11 +10,10 @@ import torch
 from s3prl_ekd.distill.settings import StudentSettings
 from s3prl_ekd.distill.student import Student
 from s3prl_ekd.files.config import from_plain_data
-from s3prl_ekd.files.run_checkpoints import newest_checkpoint, read_checkpoint
 from s3prl_ekd.pretrain.optim import fused_adamw, warmup_schedule
 from s3prl_ekd.pretrain.tensorboard import read_scalars
 
-from .conftest import NO_DROPOUT, STUDENT, edit_yaml
+from .conftest import NO_DROPOUT, STUDENT, edit_yaml, saved_states
 
 
 @pytest.fixture
@@ -34,7 +33,7 @@ def run(pretrain_folder, pretrain):
 
 
 def student_of(name):
-    return read_checkpoint(newest_checkpoint(f"result/pretrain/{name}"))["EKD"]["student"]
+    return saved_states(name)["EKD"]["student"]
 
 
 def largest_difference(first, second):

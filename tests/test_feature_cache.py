@@ -32,8 +32,7 @@ from s3prl_ekd.files.run_checkpoints import read_checkpoint
 from s3prl_ekd.hidden_states.feature_store import FeatureStore, to_storage_dtype, wave_key
 from s3prl_ekd.request import CacheOptions, DownstreamRequest, NoisyTest
 
-from .test_er_recipe import make_manifest
-from .test_noisy_evaluation import noise_folder  # noqa: F401 (a fixture)
+from .corpora import write_er_manifest
 
 ARGS = {
     "upstream": "hubert_local",
@@ -346,7 +345,7 @@ class Scaled(torch.nn.Module):
         return {"hidden_states": [x * self.factor for x in self.upstream(waves)["hidden_states"]]}
 
 
-def test_noise_comes_before_the_cache(tmp_path, waves, noise_folder):  # noqa: F811
+def test_noise_comes_before_the_cache(tmp_path, waves, noise_folder):
     clean_runner = build(tmp_path, upstream="fbank_no_cmvn")
     clean = clean_runner.features(waves)
     test = NoisyTest(str(noise_folder), 5.0, seed=2)
@@ -451,7 +450,7 @@ def test_counts_are_read_from_a_log():
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cached_runs")
-    manifest = make_manifest(folder / "corpus")
+    manifest = write_er_manifest(folder / "corpus")
     cli.main(["init", str(folder / "work")])
     out = folder / "work/data/er"
     cli.main(["prepare", "er", str(manifest), "-o", str(out), "--fold-column", "group"])

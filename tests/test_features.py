@@ -21,7 +21,7 @@ from s3prl_ekd.export.features import choose_layers, collect_audio, write_featur
 from s3prl_ekd.files.safetensors_file import SafetensorsWriter
 from s3prl_ekd.student_file import LoadedStudent, write_student
 
-from .conftest import command, error_of, make_sound, run_python
+from .conftest import command, make_sound, run_python
 
 
 @pytest.fixture
@@ -160,7 +160,11 @@ def test_an_error_is_one_line_and_leaves_no_file(
 ):
     output = tmp_path / "out" / "f.safetensors"
     argv = ["features", str(student_file), *(option.format(audio=audio) for option in options)]
-    assert re.search(variable, error_of(capsys, *argv, "-o", output))
+    with pytest.raises(SystemExit) as stop:
+        main([*argv, "-o", str(output)])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ") and re.search(variable, error)
     assert not output.parent.exists() or not list(output.parent.iterdir())
 
 
@@ -168,8 +172,11 @@ def test_an_existing_file_is_kept(student_file, audio, tmp_path, capsys):
     output = tmp_path / "f.safetensors"
     output.write_text("old")
     argv = ["features", str(student_file), str(audio / "one.flac"), "-o", str(output)]
-    assert "--force" in error_of(capsys, *argv) and output.read_text() == "old"
-    error_of(capsys, *argv[:2], audio / "text.wav", *argv[3:], "--force")  # keeps the old file
+    with pytest.raises(SystemExit):
+        main(argv)
+    assert "--force" in capsys.readouterr().err and output.read_text() == "old"
+    with pytest.raises(SystemExit):  # a run that fails keeps the old file
+        main([*argv[:2], str(audio / "text.wav"), *argv[3:], "--force"])
     assert output.read_text() == "old"
     assert main([*argv, "--force"]) == 0
     assert len(load_file(output)) == 3

@@ -15,24 +15,18 @@ from s3prl_ekd.data.lengths import write_length_tables, write_table
 from s3prl_ekd.errors import DataError
 
 from .conftest import error_of
-
-
-def write_audio(path, frames, rate=16_000, **kind):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    wave = np.random.default_rng(frames).normal(0, 0.1, frames)
-    soundfile.write(path, wave, rate, **kind)
-    return path
+from .corpora import write_noise
 
 
 @pytest.fixture
 def corpus(tmp_path):
     """A corpus with the folders of LibriSpeech and given lengths in samples at 16 kHz."""
     root = tmp_path / "Corpus"
-    write_audio(root / "train-clean-100/19/198/19-198-0000.flac", 4000)
-    write_audio(root / "train-clean-100/19/198/19-198-0001.FLAC", 9000, format="FLAC")
-    write_audio(root / "train-clean-100/26/495/26-495-0000.wav", 22_050, rate=44_100)  # 8000
-    write_audio(root / "dev-clean/84/1/84-1-0000.ogg", 5000)
-    write_audio(root / "dev-clean/84/1/84-1-0001.opus", 4800, 48_000, format="OGG", subtype="OPUS")
+    write_noise(root / "train-clean-100/19/198/19-198-0000.flac", 4000)
+    write_noise(root / "train-clean-100/19/198/19-198-0001.FLAC", 9000, format="FLAC")
+    write_noise(root / "train-clean-100/26/495/26-495-0000.wav", 22_050, rate=44_100)  # 8000
+    write_noise(root / "dev-clean/84/1/84-1-0000.ogg", 5000)
+    write_noise(root / "dev-clean/84/1/84-1-0001.opus", 4800, 48_000, format="OGG", subtype="OPUS")
     (root / "train-clean-100/19/198/19-198.trans.txt").write_text("19-198-0000 A\n")
     return root
 
@@ -72,7 +66,7 @@ def test_tables_equal_those_of_s3prl(corpus, tmp_path):
 
 def test_the_bytes_do_not_depend_on_jobs(corpus, tmp_path):
     for number in range(150):  # more than two chunks, all of one length, so ordered by path
-        write_audio(corpus / f"dev-clean/1/1/1-1-{number:04d}.wav", 100)
+        write_noise(corpus / f"dev-clean/1/1/1-1-{number:04d}.wav", 100)
     write_length_tables(corpus, tmp_path / "a", jobs=1)
     write_length_tables(corpus, tmp_path / "b", jobs=7)
     table = (tmp_path / "a/dev-clean.csv").read_bytes()
@@ -82,7 +76,7 @@ def test_the_bytes_do_not_depend_on_jobs(corpus, tmp_path):
 
 
 def test_one_table_if_a_folder_is_not_a_split(corpus, tmp_path):
-    write_audio(corpus / "noise/hum.wav", 100)
+    write_noise(corpus / "noise/hum.wav", 100)
     tables = write_length_tables(corpus, tmp_path / "out")
     assert list(tables.rows) == ["Corpus"] and len(tables.rows["Corpus"]) == 6
     assert "noise/" in tables.summary()
@@ -139,7 +133,7 @@ def test_a_table_without_rows_is_an_error(corpus, tmp_path):
 def test_commas_quotes_and_newlines_in_names(tmp_path):
     names = ["a, b.wav", 'say "c".wav', "line\nbreak.wav"]
     for number, name in enumerate(names):
-        write_audio(tmp_path / "root" / name, 100 + number)
+        write_noise(tmp_path / "root" / name, 100 + number)
     write_length_tables(tmp_path / "root", tmp_path / "out")
     table = pandas.read_csv(tmp_path / "out/root.csv")
     assert list(table["file_path"]) == names[::-1]
@@ -157,7 +151,7 @@ def test_a_failed_write_leaves_the_old_table(tmp_path):
 
 
 def test_links_are_followed_but_not_in_cycles(tmp_path):
-    write_audio(tmp_path / "real/x.wav", 100)
+    write_noise(tmp_path / "real/x.wav", 100)
     (tmp_path / "root").mkdir()
     (tmp_path / "root/linked").symlink_to(tmp_path / "real")
     (tmp_path / "root/up").symlink_to(tmp_path / "root")
@@ -197,7 +191,7 @@ def test_s3prl_reads_the_tables(tmp_path):
     from s3prl.downstream.asr.dictionary import Dictionary
 
     for number in range(4):
-        write_audio(tmp_path / f"root/train/7/1/7-1-000{number}.flac", 3000 + number)
+        write_noise(tmp_path / f"root/train/7/1/7-1-000{number}.flac", 3000 + number)
     (tmp_path / "root/train/7/1/7-1.trans.txt").write_text(
         "".join(f"7-1-000{number} ONE TWO\n" for number in range(4))
     )

@@ -4,9 +4,7 @@ import math
 import re
 from argparse import Namespace
 
-import numpy as np
 import pytest
-import soundfile
 import torch
 from s3prl.upstream.baseline.hubconf import fbank_no_cmvn
 from s3prl.utility.helper import override
@@ -18,20 +16,8 @@ from s3prl_ekd.errors import DataError, EkdError, SetupError
 from s3prl_ekd.files.config import override_value
 from s3prl_ekd.request import DownstreamRequest, NoisyTest
 
-from .conftest import command, make_sound, run_python
-from .test_er_recipe import make_manifest
-
-
-@pytest.fixture(scope="module")
-def noise_folder(tmp_path_factory):
-    """Four noises: shorter and longer than an utterance, stereo at 44.1 kHz, silent."""
-    folder = tmp_path_factory.mktemp("data") / "street"
-    (folder / "more").mkdir(parents=True)
-    soundfile.write(folder / "a.wav", make_sound(0.2, seed=11), 16000)
-    soundfile.write(folder / "b.flac", make_sound(1.2, seed=12), 16000)
-    soundfile.write(folder / "more/c.wav", make_sound(0.7, 44100, channels=2, seed=13), 44100)
-    soundfile.write(folder / "silent.wav", np.zeros(9000), 16000)
-    return folder
+from .conftest import command, run_python
+from .corpora import write_er_manifest
 
 
 @pytest.fixture
@@ -195,7 +181,7 @@ def test_wrong_options_are_one_line_errors(tmp_path, noise_folder, monkeypatch, 
 
 
 def test_a_noisy_evaluation_does_not_change_the_clean_one(tmp_path, noise_folder):
-    manifest = make_manifest(tmp_path / "corpus")
+    manifest = write_er_manifest(tmp_path / "corpus")
     work = tmp_path / "work"
     cli.main(["init", str(work)])
     argv = ["prepare", "er", manifest, "-o", work / "data/er", "--fold-column", "group"]

@@ -11,7 +11,7 @@ import yaml
 from s3prl_ekd.errors import DataError
 from s3prl_ekd.prepare.lexicon import PHONES, read_lexicon, write_lexicon
 
-from .conftest import REPO, command
+from .conftest import REPO, command, recipe
 from .phone_corpus import (
     RECIPE,
     TOKENIZER,
@@ -43,10 +43,6 @@ def prepare_fails(capsys, manifest, out, *options):
     return error
 
 
-def recipe(name):
-    return yaml.safe_load((RECIPE / name).read_text(encoding="utf-8"))
-
-
 # --- vocabulary and configurations
 
 
@@ -66,7 +62,7 @@ def test_s3prl_encodes_and_decodes_every_phone():
 
 @pytest.mark.parametrize("name", ["libriphone.yaml", "tiny.yaml"])
 def test_total_steps_is_a_multiple_of_the_other_steps(name):
-    config = recipe(name)
+    config = recipe(f"ctc/{name}")
     for key in ("log_step", "eval_step", "save_step"):
         assert config["runner"]["total_steps"] % config["runner"][key] == 0, key
     splits = config["downstream_expert"]["corpus"].keys()
@@ -75,7 +71,7 @@ def test_total_steps_is_a_multiple_of_the_other_steps(name):
 
 
 def test_the_full_recipe_has_superbs_numbers():
-    config = recipe("libriphone.yaml")
+    config = recipe("ctc/libriphone.yaml")
     assert config["runner"]["total_steps"] == 100_000
     assert config["runner"]["gradient_accumulate_steps"] == 2
     assert config["optimizer"] == {"name": "TorchOptim", "torch_optim_name": "Adam", "lr": 1e-2}
@@ -89,7 +85,7 @@ def test_vocabulary_and_full_recipe_equal_those_of_a_checkout():
         pytest.skip("s3prl from PyPI has no downstream/ctc/libriphone.yaml; a checkout has")
     assert (HOST / "vocab/phoneme.txt").read_text().split() == VOCABULARY.read_text().split()
     expected = yaml.safe_load((HOST / "libriphone.yaml").read_text())
-    recipe_config = recipe("libriphone.yaml")
+    recipe_config = recipe("ctc/libriphone.yaml")
     for config in (recipe_config, expected):
         for key in ("path", "lexicon", "num_workers", "skip_unknown_words"):
             config["downstream_expert"]["corpus"].pop(key, None)

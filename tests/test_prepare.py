@@ -4,26 +4,19 @@ import re
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pandas
 import pytest
-import soundfile
 
 from s3prl_ekd import compat
 from s3prl_ekd.prepare.asr import speaker_names
 
 from . import preparing
 from .conftest import REPO
+from .corpora import write_noise
 from .preparing import check_message
 
 SPEECH = Path(__file__).parents[1].parent / "shared" / "speech"
 HEADER = "path\tduration\tspeaker\ttext\tsplit\n"
-
-
-def write_audio(path, frames, rate=16_000, channels=1):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    shape = frames if channels == 1 else (frames, channels)
-    soundfile.write(path, np.random.default_rng(frames).normal(0, 0.1, shape), rate)
 
 
 @pytest.fixture
@@ -37,7 +30,7 @@ def manifest(tmp_path):
         "c/five.flac\t0.1\tann-1\t\ttest\n",
     ]
     for number, line in enumerate(lines):
-        write_audio(tmp_path / "corpus" / line.split("\t")[0], 2000 + number)
+        write_noise(tmp_path / "corpus" / line.split("\t")[0], 2000 + number)
     path = tmp_path / "corpus/all.tsv"
     path.write_text(HEADER + "".join(lines), encoding="utf-8")
     return path
@@ -208,7 +201,7 @@ def test_drop_bad(manifest, tmp_path, capsys):
 @pytest.mark.parametrize("rate, channels", [(8000, 1), (16_000, 2)])
 @pytest.mark.parametrize("task", ["asr", "unlabeled"])
 def test_other_rates_and_stereo_are_rejected(manifest, tmp_path, capsys, task, rate, channels):
-    write_audio(manifest.parent / "b/three.wav", 500, rate, channels)
+    write_noise(manifest.parent / "b/three.wav", 500, rate, channels)
     error = fails(capsys, task, manifest, tmp_path / "out")
     check_message(error, 4, "b/three.wav", rate, channels)
 

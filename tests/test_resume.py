@@ -15,7 +15,7 @@ from s3prl_ekd.files.run_checkpoints import newest_checkpoint, read_checkpoint
 from s3prl_ekd.pretrain.settings import load_model_config
 from s3prl_ekd.pretrain.tensorboard import read_scalars
 
-from .conftest import edit_yaml
+from .conftest import edit_yaml, saved_states
 
 
 @pytest.fixture
@@ -24,14 +24,10 @@ def run(copied_pretraining, pretrain_script):
     return functools.partial(pretrain_script, "--device", "cpu")
 
 
-def latest():
-    return read_checkpoint(newest_checkpoint("result/pretrain/x"))
-
-
 def test_a_longer_run_has_the_schedule_of_its_length(run):
     more = "config.runner.total_steps=12,,config.optimizer.lr=5.e-3"
     code, output = run("-u", "ekd", "-n", "x", "-a", "-o", more)
-    assert code == 0 and latest()["Step"] == 12
+    assert code == 0 and saved_states("x")["Step"] == 12
     rates = read_scalars("result/pretrain/x")["ekd/train-lr"]
     # s3prl's schedule by hand: linear from lr at 10 % of the steps to 0 at the end
     for step in (8, 10):
@@ -122,7 +118,7 @@ def test_the_same_command_again(run):
     """With the config files and the -o of the run."""
     same = ("-c", "runner.yaml", "-g", "model.yaml", "-o", "config.runner.log_step=1")
     code, output = run("-u", "ekd", "-n", "x", "-a", *same)
-    assert code == 0 and latest()["Step"] == 6
+    assert code == 0 and saved_states("x")["Step"] == 6
 
 
 def test_a_runner_config_that_differs(run, tmp_path):
@@ -134,7 +130,7 @@ def test_a_runner_config_that_differs(run, tmp_path):
     assert code == 2 and re.search(r"-c runner\.yaml\b.*result/pretrain/x/", error)
     assert "runner.total_steps 6 -> 12" in error and "runner.log_step 1 -> 2" in error
     assert "pretrain_expert.datarc.train_batch_size 3 -> 2" in error
-    assert '-o "config.KEY=VALUE"' in error and latest()["Step"] == 6
+    assert '-o "config.KEY=VALUE"' in error and saved_states("x")["Step"] == 6
 
 
 def test_a_model_config_that_differs(run, tmp_path):
@@ -189,8 +185,8 @@ def test_resume_a_checkpoint_of_s3prls_runner(run, caplog):
     warnings = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
     assert any("states-6.ckpt" in warning for warning in warnings)
     # 6 steps of a batch each are 1 epoch of 4 batches, and 2 batches; now there are 9 steps.
-    progress = latest()["EKD_Run"]
-    assert (progress["epoch"], progress["batch"], latest()["Step"]) == (2, 1, 9)
+    progress = saved_states("x")["EKD_Run"]
+    assert (progress["epoch"], progress["batch"], saved_states("x")["Step"]) == (2, 1, 9)
 
 
 def test_a_corpus_table_that_has_changed(run, tmp_path, corpus, caplog):
@@ -208,10 +204,10 @@ def test_a_corpus_table_that_has_changed(run, tmp_path, corpus, caplog):
     error = only_error(output)
     assert code == 2 and str(table) in error
     sets = "config.pretrain_expert.datarc.sets=['train']"
-    assert f'-o "{sets}"' in error and latest()["Step"] == 9
+    assert f'-o "{sets}"' in error and saved_states("x")["Step"] == 9
     code, output = run("-u", "ekd", "-n", "x", "-a", "-o", f"{more},,{sets}")
     assert code == 0
-    progress = latest()["EKD_Run"]  # a new epoch, 3, in which 3 steps use 3 batches
+    progress = saved_states("x")["EKD_Run"]  # a new epoch, 3, in which 3 steps use 3 batches
     assert (progress["epoch"], progress["batch"], progress["batches"]) == (4, 0, 3)
 
 
@@ -229,7 +225,7 @@ def test_a_damaged_newest_checkpoint_is_skipped(run, how, caplog, tmp_path):
     for name in ("states-6.ckpt", "last.ckpt"):
         (path.parent / name).write_bytes(bytes(data))
     code, output = run("-u", "ekd", "-n", "x", "-a")
-    assert code == 0 and latest()["Step"] == 6
+    assert code == 0 and saved_states("x")["Step"] == 6
     assert "result/pretrain/x/states-6.ckpt" in caplog.text
     assert re.search(r"result/pretrain/x/states-3\.ckpt\b.*\b3\b", caplog.text)
     # With -e it is an error.
@@ -250,7 +246,7 @@ def test_resuming_an_earlier_step_renames_later_checkpoints(run):
     (folder / "states-5.ckpt.123.tmp").write_bytes(b"half")  # as a killed run leaves it
     more = "config.runner.total_steps=5,,config.runner.save_step=4"
     code, output = run("-e", str(folder / "states-3.ckpt"), "-o", more)
-    assert code == 0 and latest()["Step"] == 5
+    assert code == 0 and saved_states("x")["Step"] == 5
     names = {path.name for path in folder.glob("*.ckpt*")}
     assert names == {
         *("states-3.ckpt", "states-4.ckpt", "states-5.ckpt", "last.ckpt"),

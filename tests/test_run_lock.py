@@ -12,7 +12,6 @@ import threading
 import pytest
 
 from s3prl_ekd.errors import SetupError
-from s3prl_ekd.launch import run_pretrain
 from s3prl_ekd.system.lock import LOCK_FILE, FolderLock
 
 from .conftest import HOLD
@@ -68,17 +67,14 @@ def test_missing_folder(tmp_path):
         FolderLock(tmp_path / "none").__enter__()
 
 
-def test_two_runs_in_one_folder(pretrain_folder, monkeypatch, capfd, lock_holder):
+def test_two_runs_in_one_folder(pretrain_folder, pretrain, lock_holder):
     folder = pretrain_folder / "result/pretrain/x"
     folder.mkdir(parents=True)
 
     def error(*options):
-        argv = ["-u", "ekd", "-n", "x", "--device", "cpu", *options]
-        monkeypatch.setattr(sys, "argv", ["run_pretrain.py", *argv])
-        with pytest.raises(SystemExit) as exit_info:
-            run_pretrain()
-        assert exit_info.value.code == 2
-        return capfd.readouterr().err
+        code, output = pretrain("-n", "x", "--device", "cpu", *options)
+        assert code == 2
+        return output
 
     process = lock_holder(folder)
     new = ("-c", "runner.yaml", "-g", "model.yaml")
@@ -86,8 +82,7 @@ def test_two_runs_in_one_folder(pretrain_folder, monkeypatch, capfd, lock_holder
     assert [path.name for path in folder.iterdir()] == [LOCK_FILE]  # not even a config is written
     process.kill()
     process.wait()
-    monkeypatch.setattr(sys, "argv", ["x", "-u", "ekd", "-n", "x", "--device", "cpu", *new])
-    assert run_pretrain() == 0
+    assert pretrain("-n", "x", "--device", "cpu", *new)[0] == 0
     process = lock_holder(folder)
     before = sorted(path.name for path in folder.iterdir())
     resume = ("-a", "-o", "config.runner.total_steps=9")

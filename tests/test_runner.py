@@ -16,7 +16,7 @@ import torch
 from s3prl_ekd.distill.distiller import EnsembleDistiller
 from s3prl_ekd.distill.target_norm import Moments
 from s3prl_ekd.errors import CheckpointError
-from s3prl_ekd.files.run_checkpoints import newest_checkpoint, read_checkpoint
+from s3prl_ekd.files.run_checkpoints import newest_checkpoint
 from s3prl_ekd.pretrain import interrupts as signals
 from s3prl_ekd.pretrain.checkpoints import Progress
 from s3prl_ekd.pretrain.distributed import ProcessGroup
@@ -24,14 +24,10 @@ from s3prl_ekd.pretrain.optim import OptimizerStep, not_finite_error
 from s3prl_ekd.pretrain.tensorboard import read_scalars
 from s3prl_ekd.system.random_states import random_states, set_random_states
 
+from .conftest import saved_states
 from .kill_and_resume import outcome, unequal
 
 RUN = ("-u", "ekd", "-c", "runner.yaml", "-g", "model.yaml")
-
-
-def saved(name, file=None):
-    folder = f"result/pretrain/{name}"
-    return read_checkpoint(f"{folder}/{file}" if file else newest_checkpoint(folder))
 
 
 ADAM = {"name": "TorchOptim", "torch_optim_name": "Adam", "lr": 1e-3}
@@ -52,7 +48,7 @@ def test_equals_s3prls_runner(pretrain_with, changes, monkeypatch):
     monkeypatch.setattr("s3prl_ekd.pretrain.trainer.Trainer", make)
     assert pretrain_with("s3prl")[0] == 0
     assert [runner.__module__ for runner in classes] == ["s3prl.pretrain.runner"]
-    one, two = saved("ours"), saved("s3prl")
+    one, two = saved_states("ours"), saved_states("s3prl")
     assert "EKD_Run" in one and "EKD_Run" not in two and one["Step"] == two["Step"] == 6
     for part in ("student", "heads"):
         assert not unequal(one["EKD"][part], two["EKD"][part])
@@ -123,7 +119,7 @@ def test_ctrl_c_to_the_process_group(pretrain_folder):
     output = (pretrain_folder / "log.txt").read_text(errors="replace")
     assert re.search(r"SIGINT\b.*run_pretrain.py -u ekd -n x -a", output)
     assert "Traceback" not in output
-    assert saved("x", "last.ckpt")["Step"] >= 3
+    assert saved_states("x", "last.ckpt")["Step"] >= 3
 
 
 def test_a_second_ctrl_c_exits_at_once(pretrain_with, monkeypatch):
@@ -138,7 +134,7 @@ def test_a_second_ctrl_c_exits_at_once(pretrain_with, monkeypatch):
     code, output = pretrain_with("once")
     # Within SAME_SIGNAL the second one repeats the first.
     assert code == 130 and re.search(r"SIGINT\b.*\b1\b.*-n once -a", output)
-    assert saved("once")["Step"] == 1
+    assert saved_states("once")["Step"] == 1
     monkeypatch.setattr(signals, "SAME_SIGNAL", -1.0)
     code, output = pretrain_with("twice")
     assert code == 130 and re.search(r"Ctrl-C\b.* -a\b", output)
@@ -171,7 +167,7 @@ def test_steps_that_are_not_finite_are_skipped(pretrain_with, monkeypatch, how, 
     for step in (2, 4):
         assert any(re.search(rf"\b{step}\b.*\b1\b.*\bu\d+\.flac", text) for text in messages)
     assert sum(".flac" in text for text in messages) == 2 and re.search(r"\b2\b", messages[-1])
-    one, three = saved("x", "states-2.ckpt"), saved("x")
+    one, three = saved_states("x", "states-2.ckpt"), saved_states("x")
     assert three["EKD_Run"]["skipped"] == 2 and three["EKD_Run"]["skipped_in_a_row"] == 0
     # The optimizer has made 1 of 2 steps, then 4 of 6.
     assert {state["step"] for state in one["Optimizer"]["state"].values()} == {1}
@@ -229,14 +225,17 @@ def test_out_of_memory_names_the_size_of_the_batch(pretrain_with, monkeypatch, e
     for text in ("train_batch_size", "sequence_length", "run_pretrain.py -u ekd -n x -a"):
         assert text in error
     # The step before is saved.
-    assert saved("x")["Step"] == 2 and newest_checkpoint("result/pretrain/x").name == "last.ckpt"
+    assert (
+        saved_states("x")["Step"] == 2
+        and newest_checkpoint("result/pretrain/x").name == "last.ckpt"
+    )
 
 
 def test_other_errors_save_the_last_step(pretrain_with, monkeypatch):
     spoiled(monkeypatch, RuntimeError("a defect"), {4})
     with pytest.raises(RuntimeError, match="a defect"):
         pretrain_with("x", save_step=5)
-    assert saved("x")["Step"] == 3
+    assert saved_states("x")["Step"] == 3
 
 
 @pytest.mark.parametrize("exchange", range(6))
@@ -274,7 +273,8 @@ def test_a_step_is_saved_if_another_process_is_lost(pretrain_with, monkeypatch, 
     with pytest.raises(RuntimeError, match="Connection closed"):
         pretrain_with("x", save_step=5, log_step=1)
     assert (
-        saved("x")["Step"] in (2, 3) and newest_checkpoint("result/pretrain/x").name == "last.ckpt"
+        saved_states("x")["Step"] in (2, 3)
+        and newest_checkpoint("result/pretrain/x").name == "last.ckpt"
     )
 
 
@@ -326,17 +326,17 @@ def test_the_best_checkpoint_by_dev_loss(pretrain_with, pretrain_folder, corpus)
     losses = read_scalars("result/pretrain/with")["ekd/dev-loss"]
     assert list(losses) == [1, 2, 3, 4, 5, 6]
     best = min(losses, key=losses.get)
-    states = saved("with", "dev-best.ckpt")
+    states = saved_states("with", "dev-best.ckpt")
     assert states["Step"] == best and states["EKD_Run"]["best_step"] == best
     assert states["EKD_Run"]["best_loss"] == pytest.approx(losses[best], rel=1e-6)
     # The dev loss does not change the training.
     for part in ("student", "heads"):
-        assert not unequal(saved("without")["EKD"][part], saved("with")["EKD"][part])
+        assert not unequal(saved_states("without")["EKD"][part], saved_states("with")["EKD"][part])
 
 
 def test_autosave_minutes(pretrain_with, pretrain_folder):
     code, output = pretrain_with("x", autosave_minutes=1e-9, save_step=5, total_steps=6, log_step=1)
-    assert code == 0 and saved("x", "last.ckpt")["Step"] == 6
+    assert code == 0 and saved_states("x", "last.ckpt")["Step"] == 6
     assert "states-5.ckpt" in output and "states-4.ckpt" not in output
 
 

@@ -13,7 +13,7 @@ from s3prl_ekd.compat.no_eval import check_splits
 from s3prl_ekd.downstream.run import prepare
 from s3prl_ekd.errors import ConfigError, EkdError
 
-from .conftest import REPO
+from .conftest import recipe
 
 DANGER = "train_dataloader() or self.run() or self.get_train"
 RECIPES = {
@@ -23,10 +23,6 @@ RECIPES = {
     "emotion": ("emotion/tiny.yaml", "emotion/config.yaml"),
 }
 LIBRISPEECH = ("train", "dev-clean", "dev-other", "test-clean", "test-other")
-
-
-def recipe(path):
-    return yaml.safe_load((REPO / "downstream_recipes" / path).read_text(encoding="utf-8"))
 
 
 def test_s3prl_evaluates_the_name_of_a_split():
