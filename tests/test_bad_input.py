@@ -1,7 +1,6 @@
 """User errors in the real commands: one line on stderr, exit code 2, no traceback."""
 
 import re
-import shutil
 import subprocess
 import sys
 
@@ -15,24 +14,14 @@ from s3prl_ekd.data.bad_audio import BadAudio
 from s3prl_ekd.files.run_checkpoints import newest_checkpoint, read_checkpoint
 from s3prl_ekd.launch import run_pretrain
 
-from .conftest import STUDENT, command, edit_yaml, write_configs, write_librispeech_names
+from .conftest import STUDENT, command, edit_yaml, write_librispeech_names
 
 RUN = ("run_pretrain.py", "-u", "ekd", "-n", "x", "-c", "runner.yaml", "-g", "model.yaml")
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("base")
-    command("init", ".", cwd=folder)
-    return folder
-
-
 @pytest.fixture
-def error(base, tmp_path, teachers, corpus, monkeypatch, capsys):
+def error(pretrain_folder, monkeypatch, capsys):
     """A function that changes the configs, runs in this process and returns the error message."""
-    shutil.copytree(base / "pretrain", tmp_path / "pretrain")
-    monkeypatch.chdir(tmp_path)
-    write_configs(tmp_path, teachers, corpus)
 
     def error(change=lambda model, runner: None, argv=RUN):
         with edit_yaml("model.yaml") as model, edit_yaml("runner.yaml") as runner:
@@ -148,9 +137,7 @@ def test_unusable_audio(error, tmp_path, name, workers):
     assert f"{tmp_path / name}: {bad.value.reason}" in message
 
 
-def test_stereo_and_other_rates_give_a_warning(base, tmp_path, teachers, corpus):
-    shutil.copytree(base / "pretrain", tmp_path / "pretrain")
-    write_configs(tmp_path, teachers, corpus)
+def test_stereo_and_other_rates_give_a_warning(pretrain_folder, tmp_path):
     rng = np.random.default_rng(0)
     lines = ["file_path,length"]
     for name, rate, channels in (("a.wav", 16000, 2), ("b.wav", 8000, 1), ("c.wav", 44100, 2)):
@@ -178,14 +165,16 @@ def test_arguments(error, argv, option):
     assert option in error(argv=argv)
 
 
-def test_error_without_our_commands(base, tmp_path, teachers, corpus):
+def test_error_without_our_commands(pretrain_folder):
     """The excepthook prints the message: s3prl's script has no error handling."""
     code = (
         "import sys; sys.path[:0] = ['.']\n"
         "from pretrain.ekd.pretrain_expert import UpstreamPretrainExpert\n"
         "UpstreamPretrainExpert({}, {'teachers': {}})\n"
     )
-    result = subprocess.run([sys.executable, "-c", code], cwd=base, capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=pretrain_folder, capture_output=True, text=True
+    )
     assert result.returncode == 2
     assert re.search(r"^error: .*\bteachers\b", result.stderr, re.MULTILINE)
     assert "Traceback" not in result.stderr

@@ -163,10 +163,8 @@ def test_workers_of_all_four_recipes(recipes):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_workers_of_pretraining(tmp_path, monkeypatch, teachers, corpus, pretrain, method):
-    monkeypatch.chdir(tmp_path)
-    write_workspace(tmp_path)
-    write_configs(tmp_path, teachers, corpus, distortion={"setup": "setup1"})
+def test_workers_of_pretraining(pretrain_folder, teachers, corpus, pretrain, method):
+    write_configs(pretrain_folder, teachers, corpus, distortion={"setup": "setup1"})
     argv = ("-c", "runner.yaml", "-g", "model.yaml", "-n", "a", "-o")
     options = "config.pretrain_expert.datarc.num_workers=1,,config.runner.total_steps=2"
     options += ",,config.runner.save_step=1,,config.runner.log_step=1"

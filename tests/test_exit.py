@@ -95,19 +95,17 @@ def test_closing_ends_spawned_workers():
 
 
 FAILS = """
-import sys
 from tests.test_exit import numbers
 if __name__ == "__main__":
-    next(iter(numbers(3, num_workers=int(sys.argv[1]))))
+    next(iter(numbers(3, num_workers=4)))
     raise RuntimeError("a defect")
 """
 
 
-@pytest.mark.parametrize("workers", [1, 4])
-def test_an_uncaught_error_ends_the_process(workers):
-    """As with s3prl's own Runner, which does not close its loaders."""
+def test_an_uncaught_error_ends_the_process():
+    """As with s3prl's own Runner, which does not close its loaders: one worker of four hangs."""
     done = subprocess.run(
-        [sys.executable, "-c", FAILS, str(workers)],
+        [sys.executable, "-c", FAILS],
         cwd=REPO,
         capture_output=True,
         text=True,

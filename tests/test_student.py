@@ -13,7 +13,6 @@ from s3prl_ekd.distill.aggregation import AGGREGATIONS, TeacherShape
 from s3prl_ekd.distill.heads import LinearHead, PredictionHeads, SplitHead
 from s3prl_ekd.distill.settings import StudentSettings
 from s3prl_ekd.distill.student import Student
-from s3prl_ekd.workspace import write_workspace
 
 from .conftest import CONV, STUDENT, write_configs
 
@@ -242,13 +241,9 @@ def test_a_conv_extractor_as_wide_as_the_layers(student_settings, waves, changes
             assert torch.allclose(weight.grad, wanted[name].grad, rtol=1e-3, atol=1e-5), name
 
 
-def test_a_student_without_a_projection_is_trained(
-    tmp_path, monkeypatch, teachers, corpus, pretrain
-):
-    monkeypatch.chdir(tmp_path)
-    write_workspace(tmp_path)
+def test_a_student_without_a_projection_is_trained(pretrain_folder, teachers, corpus, pretrain):
     student = {**STUDENT, "extractor_conv_feature_layers": AS_WIDE}
     penalty = {"feature_penalty": 1.0}
-    write_configs(tmp_path, teachers, corpus, student=student, init={}, loss=penalty)
+    write_configs(pretrain_folder, teachers, corpus, student=student, init={}, loss=penalty)
     code, out = pretrain("-c", "runner.yaml", "-g", "model.yaml", "-n", "wide")
     assert code == 0, out

@@ -25,50 +25,50 @@ def test_the_table():
     assert markdown_table(rows).splitlines()[1].startswith("|------------|")
 
 
-def test_finished_runs_are_kept(tmp_path, teachers, corpus):
-    command("init", ".", cwd=tmp_path)
-    write_configs(tmp_path, teachers, corpus)
-    (tmp_path / "other.yaml").write_text("extends: model.yaml\naggregation: average\n")
+def test_finished_runs_are_kept(pretrain_folder):
+    command("init", ".", cwd=pretrain_folder)
+    write_configs(pretrain_folder)
+    (pretrain_folder / "other.yaml").write_text("extends: model.yaml\naggregation: average\n")
     argv = ("sweep", "model.yaml", "other.yaml", "-c", "runner.yaml", "--seeds", "1", "2")
-    first = command(*argv, "--jobs", "2", "--csv", "t.csv", cwd=tmp_path)
-    rows = list(csv.reader((tmp_path / "t.csv").open()))
+    first = command(*argv, "--jobs", "2", "--csv", "t.csv", cwd=pretrain_folder)
+    rows = list(csv.reader((pretrain_folder / "t.csv").open()))
     assert [row[0] for row in rows] == ["experiment", "model", "other"]
     losses = []
     for seed in (1, 2):
-        scalars = read_scalars(tmp_path / f"result/sweep/other-seed{seed}")
+        scalars = read_scalars(pretrain_folder / f"result/sweep/other-seed{seed}")
         losses.append(scalars["ekd/train-loss_mean"][6])
     assert losses[0] != losses[1]
     mean, spread = rows[2][2].split(" ± ")
     assert float(mean) == pytest.approx(statistics.fmean(losses), abs=1e-4)
     assert float(spread) == pytest.approx(statistics.stdev(losses), abs=1e-4)
-    log = tmp_path / "result/sweep/model-seed1/log.txt"
+    log = pretrain_folder / "result/sweep/model-seed1/log.txt"
     size = log.stat().st_size
-    second = command(*argv, cwd=tmp_path)
+    second = command(*argv, cwd=pretrain_folder)
     assert second.stdout == first.stdout and log.stat().st_size == size
 
 
-def test_results_of_version_0_1_are_found(tmp_path, teachers, corpus):
+def test_results_of_version_0_1_are_found(pretrain_folder):
     """Its folder and record had other names; a finished run there is not run again."""
-    command("init", ".", cwd=tmp_path)
-    write_configs(tmp_path, teachers, corpus)
+    command("init", ".", cwd=pretrain_folder)
+    write_configs(pretrain_folder)
     argv = ("sweep", "model.yaml", "-c", "runner.yaml", "--seeds", "1")
-    first = command(*argv, cwd=tmp_path)
-    folder = tmp_path / "result/matrix/model-seed1"
+    first = command(*argv, cwd=pretrain_folder)
+    folder = pretrain_folder / "result/matrix/model-seed1"
     folder.parent.mkdir()
-    (tmp_path / "result/sweep/model-seed1").rename(folder)
+    (pretrain_folder / "result/sweep/model-seed1").rename(folder)
     (folder / "sweep.json").rename(folder / "matrix.json")
     size = (folder / "log.txt").stat().st_size
-    second = command(*argv, cwd=tmp_path)
+    second = command(*argv, cwd=pretrain_folder)
     assert second.stdout == first.stdout and (folder / "log.txt").stat().st_size == size
-    assert list((tmp_path / "result/sweep").iterdir()) == []
+    assert list((pretrain_folder / "result/sweep").iterdir()) == []
 
 
-def test_a_folder_with_other_settings(tmp_path, teachers, corpus):
-    command("init", ".", cwd=tmp_path)
-    write_configs(tmp_path, teachers, corpus)
+def test_a_folder_with_other_settings(pretrain_folder):
+    command("init", ".", cwd=pretrain_folder)
+    write_configs(pretrain_folder)
     argv = ("sweep", "model.yaml", "-c", "runner.yaml")
-    command(*argv, cwd=tmp_path)
-    done = command(*argv, "-o", "config.optimizer.lr=0.5", cwd=tmp_path, check=False)
+    command(*argv, cwd=pretrain_folder)
+    done = command(*argv, "-o", "config.optimizer.lr=0.5", cwd=pretrain_folder, check=False)
     assert done.returncode == 2 and "result/sweep/model-seed1337" in done.stderr
 
 

@@ -24,7 +24,7 @@ from s3prl_ekd.export.hidden_set.package import package_contents, write_package
 from s3prl_ekd.export.hidden_set.runtime_checks import distance
 from s3prl_ekd.student_file import LoadedStudent, load_student, write_student
 
-from .conftest import STUDENT, command, write_configs
+from .conftest import STUDENT, command
 
 # Appended to a correct expert.py: a subclass that breaks one thing.
 SUBCLASS = """
@@ -320,20 +320,17 @@ def test_invalid_options_are_an_error(package, capsys, options, part):
     assert part in error
 
 
-def test_the_card_names_data_and_teachers(tmp_path, teachers, corpus):
+def test_the_card_names_data_and_teachers(finished_pretraining, corpus, tmp_path):
     """They come from the run's checkpoint or a student file exported from it, without folders."""
-    write_configs(tmp_path, teachers, corpus)
-    command("init", ".", cwd=tmp_path)
-    argv = ["-u", "ekd", "-n", "run", "-g", "model.yaml", "-c", "runner.yaml", "--device", "cpu"]
-    command("run_pretrain.py", *argv, cwd=tmp_path)
-    run = tmp_path / "result" / "pretrain" / "run"
+    run = finished_pretraining / "result/pretrain/x"
     assert cli.main(["export", "superb", str(run), "-o", str(tmp_path / "package")]) == 0
     card = (tmp_path / "package" / "README.md").read_text()
     assert "- data: train (batches of 3 utterances)\n" in card
     for name, file in (("hubert", "hubert"), ("robust", "robust"), ("wavlm", "wavlm")):
         assert f"- teacher `{name}`: `{file}.pt`, layers [2, 4]\n" in card
     assert "- aggregation of the teachers: separate\n" in card and "- updates: 6\n" in card
-    assert str(corpus.parent) not in card and str(tmp_path) not in card
+    for folder in (corpus.parent, finished_pretraining, tmp_path):
+        assert str(folder) not in card
     file, second = tmp_path / "student.pt", tmp_path / "second"
     assert cli.main(["export", "student", str(run), "-o", str(file)]) == 0
     assert cli.main(["export", "superb", str(file), "-o", str(second)]) == 0

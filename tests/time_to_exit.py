@@ -20,12 +20,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from s3prl_ekd.files.run_checkpoints import newest_checkpoint, read_checkpoint
 from s3prl_ekd.workspace import write_workspace
 
-from .conftest import REPO, SIZES, hubert_checkpoint, wavlm_checkpoint, write_configs
+from .conftest import REPO, write_configs, write_corpus, write_teachers
 
 LIMIT = 10.0  # seconds
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m")
@@ -148,16 +146,8 @@ def _alive(pid: int) -> bool:
 
 def write_run(folder: Path) -> None:
     """Write teachers, a corpus and the configs of a run."""
-    from .kill_and_resume import _write_corpus
-
-    teachers = {}
-    makers = {"hubert": hubert_checkpoint, "robust": hubert_checkpoint, "wavlm": wavlm_checkpoint}
-    for i, (name, make) in enumerate(makers.items()):
-        teachers[name] = folder / f"{name}.pt"
-        torch.save(make(seed=i, **SIZES), teachers[name])
-    _write_corpus(folder)
     write_workspace(folder)
-    write_configs(folder, teachers, folder)
+    write_configs(folder, write_teachers(folder), write_corpus(folder))
 
 
 def main() -> int:
