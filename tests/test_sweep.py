@@ -10,7 +10,7 @@ from s3prl_ekd.pretrain.sweep import SweepResult, results_table
 from s3prl_ekd.pretrain.tensorboard import read_scalars
 from s3prl_ekd.system.tables import markdown_table
 
-from .conftest import command, write_configs
+from .conftest import command
 
 
 def test_the_table():
@@ -26,8 +26,6 @@ def test_the_table():
 
 
 def test_finished_runs_are_kept(pretrain_folder):
-    command("init", ".", cwd=pretrain_folder)
-    write_configs(pretrain_folder)
     (pretrain_folder / "other.yaml").write_text("extends: model.yaml\naggregation: average\n")
     argv = ("sweep", "model.yaml", "other.yaml", "-c", "runner.yaml", "--seeds", "1", "2")
     first = command(*argv, "--jobs", "2", "--csv", "t.csv", cwd=pretrain_folder)
@@ -49,8 +47,6 @@ def test_finished_runs_are_kept(pretrain_folder):
 
 def test_results_of_version_0_1_are_found(pretrain_folder):
     """Its folder and record had other names; a finished run there is not run again."""
-    command("init", ".", cwd=pretrain_folder)
-    write_configs(pretrain_folder)
     argv = ("sweep", "model.yaml", "-c", "runner.yaml", "--seeds", "1")
     first = command(*argv, cwd=pretrain_folder)
     folder = pretrain_folder / "result/matrix/model-seed1"
@@ -64,8 +60,6 @@ def test_results_of_version_0_1_are_found(pretrain_folder):
 
 
 def test_a_folder_with_other_settings(pretrain_folder):
-    command("init", ".", cwd=pretrain_folder)
-    write_configs(pretrain_folder)
     argv = ("sweep", "model.yaml", "-c", "runner.yaml")
     command(*argv, cwd=pretrain_folder)
     done = command(*argv, "-o", "config.optimizer.lr=0.5", cwd=pretrain_folder, check=False)
