@@ -17,6 +17,7 @@ from s3prl_ekd.downstream.tasks import TASKS
 from s3prl_ekd.errors import SetupError
 from s3prl_ekd.files.run_checkpoints import read_checkpoint
 from s3prl_ekd.superb import run as superb
+from s3prl_ekd.superb.plan import CLEAN
 
 from .superb_workspace import last_states, plan_runs, short_runs
 
@@ -41,8 +42,8 @@ def test_a_killed_run_resumes_with_the_same_result(superb_workspace, tmp_path):
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.02)
     # the run's process, too: it would end itself only half a second later
-    (child,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    for pid in (process.pid, int(child)):
+    children = [path.read_text() for path in Path(f"/proc/{process.pid}/task").glob("*/children")]
+    for pid in (process.pid, *map(int, "".join(children).split())):
         os.kill(pid, signal.SIGKILL)
     process.wait()
     record = json.loads((tmp_path / "killed" / run / superb.RECORD).read_text())
@@ -77,7 +78,7 @@ def test_runs_with_and_without_cached_features_differ(in_superb_workspace, tmp_p
     assert uncached.digest != cached.digest == named.digest
     option = ["--cache-features", f"{tmp_path}/out/.features/fbank"]
     assert cached.training().command() == [*uncached.training().command(), *option]
-    for request in (named.training(), named.test("x.ckpt", superb.CLEAN)):
+    for request in (named.training(), named.test("x.ckpt", CLEAN)):
         assert request.command()[-2:] == ["--cache-features", "kept"]
     cached.folder.mkdir(parents=True)
     for first, second, hint in ((uncached, cached, "without"), (cached, uncached, "with")):

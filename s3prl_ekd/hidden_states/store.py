@@ -120,7 +120,8 @@ def encode_targets(
     if dtype != "int8":
         stored = values.to(DTYPES[dtype]).cpu()
         if not stored.isfinite().all():
-            raise _too_large(values, f"too large for {dtype}", utterance)
+            limit = torch.finfo(DTYPES[dtype]).max
+            raise _too_large(values, f"above {dtype}'s {limit:g}", utterance)
         return stored.view(torch.int16).numpy(), None
     scales, blocks, column = [], [], 0
     for _, count, dim in layout:
@@ -137,8 +138,8 @@ def encode_targets(
 
 def _too_large(values: Tensor, reason: str, utterance: str) -> TeacherError:
     return TeacherError(
-        f"{utterance}: a target is {values.abs().max():g}, {reason}; build with --dtype float32 or "
-        "bfloat16, or remove the utterance"
+        f"{utterance}: a target is {values.abs().max():g}, {reason}; build with "
+        "--dtype bfloat16, or remove the utterance"
     )
 
 
