@@ -22,7 +22,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -
 help:
 	@echo "make demo    three tiny teachers -> one student, evaluated on a synthetic corpus"
 	@echo "make test    lint, types and tests, in about 7 minutes"
-	@echo "make test-all   the slow tests too, those of tools/, and 2,000 random inputs for each reader"
+	@echo "make test-all   the slow tests too, those of tools/, and 1,000 random inputs for each reader"
 	@echo "make docs    the documents as HTML: docs/_build/html/index.html"
 	@echo "make fuzz    10,000 random inputs for each file reader (hours; for a nightly job)"
 	@echo "make format  format the code with ruff"
@@ -35,7 +35,7 @@ test: lint
 	$(PYTEST)
 
 test-all: lint
-	FUZZ_EXAMPLES=2000 $(PYTEST) -m ""
+	FUZZ_EXAMPLES=1000 $(PYTEST) -m ""
 
 docs: $(INSTALLED)
 	$(BIN)/python -m sphinx -q -b html -n -W --keep-going docs docs/_build/html

@@ -19,6 +19,8 @@ from tools.bench.variants import BenchPlan, EkdVariant, S3prlVariant, copy_weigh
 
 from .conftest import REPO, command
 
+pytestmark = pytest.mark.slow  # of the developers' tools
+
 
 def test_a_stage_is_timed_without_nested_stages():
     times = iter([0, 3, 7, 12, 20, 21, 30, 32, 40, 41])

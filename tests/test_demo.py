@@ -21,6 +21,7 @@ def demo(tmp_path_factory):
     return folder / "d", process.stdout
 
 
+@pytest.mark.slow
 def test_all_steps_are_done(demo):
     folder, printed = demo
     assert re.search(r"\b0 failed\b", printed) and "Traceback" not in printed
@@ -32,6 +33,7 @@ def test_all_steps_are_done(demo):
         assert load_student(folder / f"{name}.safetensors").about["step"] == 6
 
 
+@pytest.mark.slow
 def test_the_report_has_s3prls_scores(demo):
     """The report's values, from prediction files, equal those that s3prl's experts print."""
     folder, _ = demo
@@ -45,6 +47,7 @@ def test_the_report_has_s3prls_scores(demo):
         assert float(row["value"]) == pytest.approx(scale * float(printed), abs=1e-4)
 
 
+@pytest.mark.slow
 def test_the_summary_agrees_with_the_report(demo):
     """The score table and the differences follow from report.csv."""
     folder, printed = demo
@@ -67,6 +70,7 @@ def test_the_summary_agrees_with_the_report(demo):
             assert float(differences[task.upper()]) == pytest.approx(difference, abs=0.06)
 
 
+@pytest.mark.slow
 def test_a_second_run_keeps_finished_steps(demo):
     folder, _ = demo
     names = ("data/corpus/corpus.json", "result/superb/ekd/er/lr0.001-seed1337-fold1/log.txt")

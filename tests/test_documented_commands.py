@@ -79,8 +79,10 @@ def page_commands(page):
 RUN = [page for page in PAGES if any(reason(command) is None for command in page_commands(page))]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("page", RUN)
+@pytest.mark.parametrize(
+    "page",
+    [page if page == "README.md" else pytest.param(page, marks=pytest.mark.slow) for page in RUN],
+)
 def test_commands_of_a_page(page, tmp_path):
     machine, typed = Machine(tmp_path), set()
     if page in NEED_STUDENT:
@@ -154,10 +156,20 @@ HELP += [f"s3prl_ekd.commands.export.{kind}" for kind in ("student", "superb", "
 
 @pytest.mark.parametrize("module", HELP)
 def test_examples_of_help_texts_are_accepted(module, monkeypatch):
-    """Their options exist and have valid values; the commands themselves are not run."""
-    text = importlib.import_module(module).__doc__
-    found = examples(text)
+    found = examples(importlib.import_module(module).__doc__)
     assert found, module
+    check_options(found, monkeypatch)
+
+
+@pytest.mark.parametrize("page", RUN)
+def test_commands_of_a_page_are_accepted(page, monkeypatch):
+    """The quick half of :func:`test_commands_of_a_page`."""
+    typed = "\n".join(page_commands(page))
+    check_options(examples(f"example:\n{typed}"), monkeypatch)
+
+
+def check_options(found, monkeypatch):
+    """The options of commands exist and have valid values; the commands themselves are not run."""
     for example in found:
         script, *argv = shlex.split(example.partition(" > ")[0])
         if script == "run_pretrain.py":

@@ -358,12 +358,11 @@ def test_a_signal_that_torchrun_forwards_is_not_a_second_one(monkeypatch):
         assert stop.received == signal.SIGINT
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("title", "codes", "output"),
     [
         ("an error in a step", {1}, "RuntimeError: a defect"),
-        ("two SIGTERM", {-signal.SIGTERM}, "SIGTERM"),
+        pytest.param("two SIGTERM", {-signal.SIGTERM}, "SIGTERM", marks=pytest.mark.slow),
         ("two SIGTERM in native code", {143}, "SIGTERM"),
     ],
 )
@@ -372,11 +371,14 @@ def test_a_process_ends(pretrain_folder, title, codes, output):
     assert end.code in codes and end.seconds < SOON and end.left == 0 and output in end.output
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("title", "output"),
     [
-        ("an error in the second process of two", "[rank1]: RuntimeError: a defect"),
+        pytest.param(
+            "an error in the second process of two",
+            "[rank1]: RuntimeError: a defect",
+            marks=pytest.mark.slow,
+        ),
         ("SIGTERM while the second of two waits", "run_pretrain.py -u ekd -n x -a"),
     ],
 )

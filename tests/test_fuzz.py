@@ -1,6 +1,6 @@
 """Fuzzing: any input gives a valid object or our own one-line error, never another exception.
 
-300 fixed examples for each test. ``make fuzz`` sets FUZZ_EXAMPLES for more, random ones; a failure
+100 fixed examples for each test. ``make fuzz`` sets FUZZ_EXAMPLES for more, random ones; a failure
 prints the lines that reproduce it.
 """
 
@@ -43,7 +43,7 @@ _home = tempfile.TemporaryDirectory()  # keeps hypothesis's files out of the rep
 set_hypothesis_home_dir(_home.name)
 NIGHTLY = "FUZZ_EXAMPLES" in os.environ
 fuzz = settings(
-    max_examples=int(os.environ.get("FUZZ_EXAMPLES", "300")),
+    max_examples=int(os.environ.get("FUZZ_EXAMPLES", "100")),
     derandomize=not NIGHTLY,
     database=None,
     deadline=None,

@@ -7,6 +7,8 @@ import pytest
 
 from s3prl_ekd.demo.corpus import corpus_checksum, make_corpus
 
+pytestmark = pytest.mark.slow  # of the developers' tools
+
 
 def test_it_writes_the_corpus_of_make_corpus(tmp_path, capsys):
     pytest.importorskip("espeakng_loader")

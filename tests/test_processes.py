@@ -119,7 +119,6 @@ def test_one_of_several_processes_exits_without_python_shutdown(how, code, messa
             assert done.stdout == "not flushed a thread\nat the end\n" and done.stderr == message
 
 
-@pytest.mark.slow
 def test_two_processes_equal_one_with_two_accumulated_batches(folder):
     """After 20 steps."""
     change(folder, total_steps=STEPS, save_step=10, log_step=5, train_batch_size=2)
@@ -170,8 +169,7 @@ def test_resume_with_another_number_of_processes(folder):
     assert states(folder, "x")["EKD_Run"]["batch"] == states(folder, "two")["EKD_Run"]["batch"]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("lost", [0, 1])
+@pytest.mark.parametrize("lost", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_lost_process_ends_the_run_with_a_checkpoint(folder, lost):
     change(folder, total_steps=100000, save_step=90000, log_step=1)
     with open(folder / "log.txt", "w") as log:
@@ -199,7 +197,6 @@ def test_a_lost_process_ends_the_run_with_a_checkpoint(folder, lost):
     assert done.returncode == 0 and states(folder, "x")["Step"] == saved["Step"] + 1
 
 
-@pytest.mark.slow
 def test_a_signal_to_one_process_stops_all(folder):
     change(folder, total_steps=100000, save_step=90000, log_step=1)
     with open(folder / "log.txt", "w") as log:
@@ -222,7 +219,6 @@ def test_a_signal_to_one_process_stops_all(folder):
     assert len(states(folder, "x")["EKD_Run"]["random"]) == 2
 
 
-@pytest.mark.slow
 def test_bad_audio_and_few_dev_batches(folder, corpus):
     """Batches of one utterance, one of them bad: its process runs the step with an empty batch."""
     rows = (corpus / "tables/train.csv").read_text().splitlines()

@@ -221,6 +221,7 @@ def test_an_s3prl_without_the_cache_path_is_rejected(monkeypatch):
 # --- runs
 
 
+@pytest.mark.slow
 def test_runs_on_two_corpora_ignore_s3prls_cache(tmp_path):
     """Train on two corpora, then evaluate the first model with -e only."""
     site = tmp_path / "site"

@@ -12,6 +12,8 @@ from s3prl_ekd.teachers.random_weights import hubert_checkpoint, wavlm_checkpoin
 
 from .conftest import SIZES
 
+pytestmark = pytest.mark.slow  # of the developers' tools
+
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory, corpus):

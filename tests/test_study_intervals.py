@@ -11,6 +11,8 @@ from study_parts.intervals import bootstrap, mean_estimate, paired_difference
 
 from .study_cases import PR, SID
 
+pytestmark = pytest.mark.slow  # of the developers' tools
+
 
 def cell(errors, lengths=None, metric=PR, seeds=(1, 2, 3), row="r", names=None) -> Cell:
     errors = np.array(errors)

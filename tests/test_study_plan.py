@@ -32,6 +32,8 @@ from s3prl_ekd.teachers import zoo
 from .conftest import REPO
 from .study_cases import SINGLE, parse
 
+pytestmark = pytest.mark.slow  # of the developers' tools
+
 
 def test_42_students_differ_only_in_size_source_and_seed():
     setting = parse()

@@ -23,6 +23,8 @@ from s3prl_ekd.errors import DataError, SetupError
 from .study_cases import CER, SID, SINGLE, parse
 from .superb_runs import write_run
 
+pytestmark = pytest.mark.slow  # of the developers' tools
+
 WORDS = ("A B C D", "E F G H", "I J K L", "M N O P", "Q R S T", "U V W X")
 
 

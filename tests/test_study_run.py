@@ -24,6 +24,8 @@ from s3prl_ekd.errors import SetupError
 from .conftest import REPO
 from .study_cases import parse
 
+pytestmark = pytest.mark.slow  # of the developers' tools
+
 FAKE = """
 import json, os, pathlib, sys, time
 argv = sys.argv[1:]

@@ -31,6 +31,7 @@ def superb_argv(out):
     return [sys.executable, "-m", "s3prl_ekd", *argv]
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_with_the_same_result(superb_workspace, tmp_path):
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     quiet = {"cwd": superb_workspace, "env": env, "stdout": subprocess.DEVNULL}

@@ -38,6 +38,8 @@ from s3prl_ekd.teachers.checkpoint import load_file
 
 from .conftest import REPO
 
+pytestmark = pytest.mark.slow  # of the developers' tools
+
 SIZE = recipes.TeacherSize(
     channels=16, width=32, ffn=48, heads=4, layers=4, conv_pos=16, conv_pos_groups=4
 )

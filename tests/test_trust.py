@@ -55,6 +55,7 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_superb_passes_it_to_its_runs(here):
     """The probe, the training and the tests read the file; the last two are child processes."""
     argv = ["superb", "mine=old.pt", "--tasks", "sid", "--recipes", "tiny", "--steps", "sid=4"]

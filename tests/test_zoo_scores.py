@@ -11,6 +11,8 @@ from s3prl_ekd.teachers import zoo
 from .superb_runs import write_run
 from .test_report import words
 
+pytestmark = pytest.mark.slow  # of the developers' tools
+
 
 @pytest.fixture
 def cards(tmp_path):
