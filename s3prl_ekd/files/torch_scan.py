@@ -137,6 +137,7 @@ class _Unpickler(_PythonUnpickler):  # type: ignore[misc]
     dispatch[pickle.EMPTY_DICT[0]] = lambda self: self.append(_Dict())
     dispatch[pickle.EMPTY_LIST[0]] = lambda self: self.append(_List())
     dispatch[pickle.BUILD[0]] = lambda self: self._build()
+    dispatch[pickle.REDUCE[0]] = lambda self: self._reduce()
 
     def __init__(
         self, stream: Any, allow: Sequence[type] | None, storage_bytes: Callable[[str], int | None]
@@ -219,6 +220,10 @@ class _Unpickler(_PythonUnpickler):  # type: ignore[misc]
             raise TorchFileError(f"is damaged: it declares the storage {key[:40]!r} twice")
         return storage
 
+    def _reduce(self) -> None:
+        self._counted(self.stack[-1])  # the arguments of a call
+        self.load_reduce()
+
     def _build(self) -> None:
         if not isinstance(self._counted(self.stack[-1]), dict):  # the state of an object
             raise TorchFileError("sets the state of an object to a value that is not a mapping")
@@ -257,7 +262,6 @@ class _Unpickler(_PythonUnpickler):  # type: ignore[misc]
         return _Inert()
 
     def _value(self, *arguments: Any) -> _Inert:
-        self._counted(arguments)
         return _Inert()
 
     def _counted(self, items: Any) -> Any:
