@@ -15,12 +15,11 @@ import shutil
 import zlib
 from pathlib import Path
 
-from safetensors.torch import save
 from torch import Tensor
 
 from ..errors import CheckpointError
 from ..files.atomic import atomic_file
-from ..files.safetensors_file import SUFFIX, raw_bytes, read_safetensors
+from ..files.safetensors_file import SUFFIX, raw_bytes, read_safetensors, write_safetensors
 
 logger = logging.getLogger(__name__)
 
@@ -84,23 +83,20 @@ class FeatureStore:
         """Store ``[layer, frame, width]``; without space left, warn once and store nothing more."""
         if self._full:
             return
-        path = self.path(key)
-        data = save({"states": states.detach().cpu().contiguous()}, {"crc": _crc(states)})
+        path, states = self.path(key), states.detach().cpu().contiguous()
         try:
             self.root.mkdir(parents=True, exist_ok=True)
-            problem = self._space_problem(len(data))
+            problem = self._space_problem(states.nbytes)
             if not problem:
                 try:
-                    _put(data, path)
+                    self.written += _put(states, path)
                 except FileNotFoundError:  # another `superb` run has ended and removed the folder
-                    _put(data, path)
+                    self.written += _put(states, path)
         except OSError as error:
             problem = f"cannot write {path}: {error.strerror}"
         if problem:
             self._full = True
             logger.warning("%s; caching no more features", problem)
-            return
-        self.written += len(data)
 
     def _space_problem(self, size: int) -> str:
         """Reserve ``size`` bytes; describe why that is not possible."""
@@ -119,10 +115,12 @@ class FeatureStore:
         return ""
 
 
-def _put(data: bytes, path: Path) -> None:
+def _put(states: Tensor, path: Path) -> int:
+    """Write a file; returns its bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path, sync=False) as file:  # the CRC detects a truncated file
-        file.write(data)
+        write_safetensors(file, {"states": states}, {"crc": _crc(states)})
+        return file.tell()
 
 
 def _crc(states: Tensor) -> str:
