@@ -146,7 +146,6 @@ def recipes(tmp_path, monkeypatch, capsys):
     return tmp_path
 
 
-@pytest.mark.slow
 def test_workers_of_all_four_recipes(recipes):
     (recipes / "script.py").write_text(RECIPES)  # spawned children import __main__
     out = subprocess.run(

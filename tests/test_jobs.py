@@ -109,7 +109,6 @@ runner.call([])
         process.wait()
 
 
-@pytest.mark.slow
 def test_training_and_tests_in_one_process_give_the_results_of_the_commands(
     in_superb_workspace, tmp_path, monkeypatch
 ):

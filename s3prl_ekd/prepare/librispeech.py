@@ -86,7 +86,7 @@ def read_texts(root: Path, folders: Sequence[str]) -> dict[Path, list[str]]:
             utterance = file.name.partition(".")[0]
             source = file.with_name(utterance.rpartition("-")[0] + ".trans.txt")
             if source not in transcripts:
-                text = read_text(source, "transcripts", DataError, MAX_LIST)
+                text = read_text(source, f"transcripts (of {file.name})", DataError, MAX_LIST)
                 transcripts[source] = {line.partition(" ")[0]: line for line in text.split("\n")}
             words = transcripts[source].get(utterance, "").upper().split()[1:]
             if not words:
