@@ -77,7 +77,15 @@ ONNX = ["onnx>=1.17", "onnxruntime>=1.20"]
 G2P = ["espnet-g2p-en>=2.1.0.post1"]
 LINT = ["ruff>=0.6", "mypy>=1.11", "types-PyYAML"]
 DOCS = ["sphinx>=8", "myst-parser>=4", "furo>=2024.8.6"]
-DEV = ["pytest>=8", "pytest-xdist>=3.7", "build>=1", "jiwer>=3", "hypothesis>=6.100", *LINT]
+DEV = [
+    "pytest>=8",
+    "pytest-xdist>=3.8",
+    "build>=1",
+    "setuptools>=70.1",
+    "jiwer>=3",
+    "hypothesis>=6.100",
+    *LINT,
+]
 
 ADDRESS = public_address()
 
@@ -117,10 +125,11 @@ setup(
         "safetensors>=0.4.5",
         "editdistance>=0.6",
         "tensorboardX>=2.6",
-        "soundfile>=0.12",
+        "soundfile>=0.13",
         "pandas>=2",
-        "tqdm>=4.60",
+        "tqdm>=4.66",
         "setuptools",
+        "transformers>=4.48",
     ],
     extras_require={
         "demo": DEMO,

@@ -112,9 +112,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if module:
             module.configure(subparser)
             subparser.set_defaults(run=module.main)
-    args = parser.parse_args(argv)
     quiet_s3prl()
     with show_errors(), printable_stdout():
+        args = parser.parse_args(argv)  # prints --help, too
         return args.run(args) or 0
 
 

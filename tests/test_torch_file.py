@@ -427,11 +427,13 @@ def test_package_is_scanned_before_its_process_starts(tmp_path, monkeypatch):
 @pytest.mark.skipif(NEWEST, reason="this torch rejects it")
 def test_old_torch_loads_the_rejected_files(tmp_path):
     """The files above are rejected for their exploit, not for another mistake."""
-    path = tmp_path / "bad.pt"
+    path, load = tmp_path / "bad.pt", torch.load
+    while hasattr(load, "__wrapped__"):  # another test has restricted it
+        load = load.__wrapped__
     path.write_bytes(archive(PICKLES["item_of_a_tensor"]))
-    assert torch.load(path, weights_only=True)["key0"][0] == 1
+    assert load(path, weights_only=True)["key0"][0] == 1
     path.write_bytes(archive(PICKLES["large_storage"]))
-    loaded = torch.load(path, weights_only=True)["key0"]
+    loaded = load(path, weights_only=True)["key0"]
     assert loaded.untyped_storage().nbytes() == 4 * 10**6  # the file has 16
 
 
