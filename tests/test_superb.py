@@ -1,10 +1,12 @@
 """The plan of `s3prl-ekd superb`, and its errors."""
 
 import json
+import pickle
 import re
 import shlex
 
 import pytest
+import soundfile
 import torch
 from s3prl.utility.helper import override
 
@@ -16,6 +18,7 @@ from s3prl_ekd.superb import plan as superb_plan
 from s3prl_ekd.superb import run as superb
 from s3prl_ekd.superb.cost import check_outputs
 from s3prl_ekd.superb.plan import (
+    PlannedRun,
     Upstream,
     noise_conditions,
     noise_digest,
@@ -23,7 +26,7 @@ from s3prl_ekd.superb.plan import (
     steps_overrides,
 )
 
-from .conftest import error_of
+from .conftest import error_of, make_sound
 from .superb_workspace import plan_runs
 
 
@@ -128,6 +131,23 @@ def test_the_plan_is_a_product(in_superb_workspace, tmp_path):
     er = [run for run in runs if run.task.name == "er"]
     assert len(er) == 2 * 2 * folds and {run.lr for run in er} == {1e-3}  # the recipe's
     assert all("test_fold='fold1'" in run.overrides for run in er if run.fold == "fold1")
+
+
+def test_a_run_as_json(in_superb_workspace, tmp_path):
+    """For a process: the same run, as plain data; nothing else is accepted."""
+    (tmp_path / "rain").mkdir()
+    make_noise = {"noise": [str(tmp_path / "rain")], "snr": [0.1, 5.0]}
+    soundfile.write(tmp_path / "rain/a.wav", make_sound(1.0), 16000)
+    runs = plan_runs(tmp_path, "fbank", tasks=["sid", "er"], cache_features="", **make_noise)
+    runs += plan_runs(tmp_path / "\udcff", "fbank", tasks=["sid"], lrs=[0.1 + 0.2])
+    assert {run.fold for run in runs} == {None, "fold1"}
+    for run in runs:
+        copy = PlannedRun.from_json(run.to_json())
+        assert copy == run and copy.noises == run.noises and copy.task is run.task
+        assert superb.commands(copy) == superb.commands(run)
+    for data in (b"", b"[]", b"{}", pickle.dumps(runs[0]), b'{"recipe": 1, "features": 2}'):
+        with pytest.raises(SetupError, match="s3prl-ekd superb"):
+            PlannedRun.from_json(data)
 
 
 def test_the_digest_of_a_run_covers_what_determines_its_result(in_superb_workspace, tmp_path):

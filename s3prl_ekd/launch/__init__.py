@@ -12,7 +12,6 @@ import contextlib
 import importlib
 import logging
 import os
-import pickle
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -40,8 +39,9 @@ def run_downstream() -> int:
 
 
 def superb_job() -> int:
-    """Train and test the downstream run on stdin, a pickle from ``superb``, in this process."""
+    """Train and test, in this process, the downstream run that ``superb`` writes to stdin."""
     from ..downstream import run as downstream
+    from ..superb.plan import PlannedRun
     from ..superb.run import train_and_test
 
     def call(request: DownstreamRequest) -> None:
@@ -50,7 +50,7 @@ def superb_job() -> int:
 
     with _messages("stopped by Ctrl-C"):
         trust.read_option(sys.argv)
-        train_and_test(pickle.load(sys.stdin.buffer), call)
+        train_and_test(PlannedRun.from_json(sys.stdin.buffer.read()), call)
     return 0
 
 

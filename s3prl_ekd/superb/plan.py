@@ -199,6 +199,27 @@ class PlannedRun:
     def folder(self) -> Path:
         return self.root / self.upstream.name / self.task.name / self.name
 
+    def to_json(self) -> bytes:
+        """The run as JSON, for the process that executes it."""
+        upstream, recipe = vars(self.upstream), {**vars(self.recipe), "task": self.task.name}
+        features = None if self.features is None else vars(self.features)
+        parts = {"upstream": upstream, "recipe": recipe, "features": features}
+        return json.dumps({**vars(self), **parts, "root": str(self.root)}).encode()
+
+    @classmethod
+    def from_json(cls, data: bytes) -> PlannedRun:
+        """Inverse of :meth:`to_json`. Raises SetupError for anything else."""
+        try:
+            values = json.loads(data)
+            recipe, features = values["recipe"], values["features"]
+            values["upstream"] = Upstream(**values["upstream"])
+            values["recipe"] = Recipe(**{**recipe, "task": TASKS[recipe["task"]]})
+            values["features"] = None if features is None else CacheOptions(**features)
+            values["noises"] = {name: tuple(noise) for name, noise in values["noises"].items()}
+            return cls(**{**values, "root": Path(values["root"])})
+        except (ValueError, KeyError, TypeError):
+            raise SetupError("expected a run of s3prl-ekd superb; type that command") from None
+
     @property
     def overrides(self) -> str:
         parts = [self.recipe.overrides] if self.recipe.overrides else []

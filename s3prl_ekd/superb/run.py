@@ -11,7 +11,6 @@ import contextlib
 import gc
 import json
 import logging
-import pickle
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -144,7 +143,7 @@ def _run(run: PlannedRun, gpus: int, processes: Jobs, environment: dict[str, str
 
             train(run, call)
         argv = ["superb-job", *trust.trust_argv()]  # launch.superb_job
-        processes.run(argv, log, environment, stdin=pickle.dumps(run))
+        processes.run(argv, log, environment, stdin=run.to_json())
 
 
 def train(run: PlannedRun, call: Callable[[DownstreamRequest], None]) -> RunRecord:
