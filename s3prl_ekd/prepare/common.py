@@ -24,7 +24,7 @@ class PrepareTask:
     Attributes:
         help: one line for the list of subcommands.
         description: the text of its ``--help``.
-        run: runs it; OUT does not exist yet, or may be replaced.
+        run: writes OUT, given the parsed arguments.
         configure: adds its options.
         inputs: names and metavars of its input files and folders.
         replace: whether it writes a new folder (:func:`new_folder`), and so has ``--replace``.
