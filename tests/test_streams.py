@@ -20,7 +20,8 @@ def run(*argv, cwd, env=None, limit=None, redirect=""):
     return subprocess.run(
         ["sh", "-c", f'exec "$@" {redirect}', "sh", *RUN, *argv],
         cwd=cwd,
-        env={**os.environ, **(env or {})},
+        # no bytecode files: a file size limit would truncate them, for all later processes
+        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1", **(env or {})},
         capture_output=True,
         text=True,
         preexec_fn=limit_file_size,
