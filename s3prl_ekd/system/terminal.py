@@ -109,7 +109,11 @@ def show_errors(interrupted: str = "stopped by Ctrl-C", *, script: bool = False)
             after a broken pipe (``| head``) is 1; otherwise 0.
     """
     try:
-        yield
+        try:
+            yield
+        except SystemExit:  # argparse, which has printed --help or its own error
+            sys.stdout.flush()
+            raise
         sys.stdout.flush()
     except EkdError as error:
         exit_with(error)
