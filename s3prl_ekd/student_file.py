@@ -22,8 +22,9 @@ import torch
 from .compat import checkpoint_globals
 from .distill.aggregation import TargetSpec
 from .distill.heads import PredictionHeads
-from .distill.settings import HeadSettings, StudentSettings, check_size
+from .distill.settings import HeadSettings
 from .distill.student import Student
+from .distill.student_settings import StudentSettings, check_size
 from .errors import CheckpointError
 from .files.atomic import atomic_file, explain_write_errors
 from .files.config import from_plain_data, to_plain_data

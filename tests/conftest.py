@@ -22,8 +22,8 @@ import yaml
 
 from s3prl_ekd import cli, compat
 from s3prl_ekd.data.settings import DataSettings
-from s3prl_ekd.distill.settings import StudentSettings
 from s3prl_ekd.distill.student import Student
+from s3prl_ekd.distill.student_settings import StudentSettings
 from s3prl_ekd.files.run_checkpoints import newest_checkpoint, read_checkpoint
 from s3prl_ekd.student_file import LoadedStudent, write_student
 from s3prl_ekd.teachers.random_weights import hubert_checkpoint, wavlm_checkpoint

@@ -20,8 +20,8 @@ from unittest import mock
 import torch
 import yaml
 
-from s3prl_ekd.distill.settings import StudentSettings
 from s3prl_ekd.distill.student import Student
+from s3prl_ekd.distill.student_settings import StudentSettings
 from s3prl_ekd.student_file import LoadedStudent, write_student
 from s3prl_ekd.teachers.random_weights import hubert_checkpoint, wavlm_checkpoint
 

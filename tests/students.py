@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from s3prl_ekd.distill.settings import StudentSettings
 from s3prl_ekd.distill.student import Student
+from s3prl_ekd.distill.student_settings import StudentSettings
 
 # Name -> changed settings.
 VARIANTS = {

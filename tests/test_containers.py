@@ -22,7 +22,7 @@ from s3prl_ekd.data.distortion.additive import crop_or_loop
 from s3prl_ekd.data.distortion.sources import AudioPool, is_silent
 from s3prl_ekd.data.lengths import write_length_tables
 from s3prl_ekd.data.tables import Utterance, read_tables
-from s3prl_ekd.distill.settings import StudentSettings
+from s3prl_ekd.distill.student_settings import StudentSettings
 from s3prl_ekd.downstream.noise import mix
 from s3prl_ekd.errors import DataError
 from s3prl_ekd.pretrain.target_cache.build import cached_rows

@@ -15,8 +15,8 @@ from torch import nn
 from s3prl_ekd import cli
 from s3prl_ekd.distill.aggregation import TargetSpec
 from s3prl_ekd.distill.heads import PredictionHeads
-from s3prl_ekd.distill.settings import StudentSettings
 from s3prl_ekd.distill.student import Student
+from s3prl_ekd.distill.student_settings import StudentSettings
 from s3prl_ekd.errors import DataError
 from s3prl_ekd.student_file import LoadedStudent, write_student
 from s3prl_ekd.superb.cost import LENGTHS, librispeech_lengths, measure_cost, unused_parameters

@@ -10,8 +10,8 @@ import soundfile
 import torch
 
 from s3prl_ekd import cli, launch
-from s3prl_ekd.distill.settings import StudentSettings
 from s3prl_ekd.distill.student import Student
+from s3prl_ekd.distill.student_settings import StudentSettings
 from s3prl_ekd.errors import CheckpointError
 from s3prl_ekd.files.run_checkpoints import read_checkpoint
 from s3prl_ekd.prepare.asr import TranscribedUtterance, write_librispeech

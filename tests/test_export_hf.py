@@ -22,7 +22,8 @@ import s3prl_ekd
 from s3prl_ekd.cli import main
 from s3prl_ekd.distill.aggregation import AGGREGATIONS, TeacherShape
 from s3prl_ekd.distill.heads import PredictionHeads
-from s3prl_ekd.distill.settings import DistillSettings, StudentSettings, TeacherSettings
+from s3prl_ekd.distill.settings import DistillSettings, TeacherSettings
+from s3prl_ekd.distill.student_settings import StudentSettings
 from s3prl_ekd.errors import CheckpointError
 from s3prl_ekd.export.folder import export_folder
 from s3prl_ekd.export.huggingface import (

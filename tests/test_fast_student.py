@@ -7,8 +7,8 @@ import shutil
 import pytest
 import torch
 
-from s3prl_ekd.distill.settings import StudentSettings
 from s3prl_ekd.distill.student import Student
+from s3prl_ekd.distill.student_settings import StudentSettings
 from s3prl_ekd.files.config import from_plain_data
 from s3prl_ekd.pretrain.optim import fused_adamw, warmup_schedule
 from s3prl_ekd.pretrain.tensorboard import read_scalars

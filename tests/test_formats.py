@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from s3prl_ekd import __version__
 from s3prl_ekd.demo.corpus import RECORD as CORPUS
 from s3prl_ekd.demo.corpus import make_corpus
-from s3prl_ekd.distill.settings import StudentSettings
 from s3prl_ekd.distill.student import Student
+from s3prl_ekd.distill.student_settings import StudentSettings
 from s3prl_ekd.downstream import resume as downstream_resume
 from s3prl_ekd.downstream import run as downstream_run
 from s3prl_ekd.errors import CheckpointError, EkdError

@@ -30,8 +30,8 @@ from s3prl_ekd.data.tables import read_table
 from s3prl_ekd.distill.aggregation import TargetSpec
 from s3prl_ekd.distill.conv_layers import conv_layers_text, parse_conv_layers
 from s3prl_ekd.distill.heads import PredictionHeads
-from s3prl_ekd.distill.settings import StudentSettings
 from s3prl_ekd.distill.student import Student
+from s3prl_ekd.distill.student_settings import StudentSettings
 from s3prl_ekd.errors import EkdError
 from s3prl_ekd.files.config import apply_overrides, to_plain_data
 from s3prl_ekd.pretrain.settings import load_model_config, load_runner_config

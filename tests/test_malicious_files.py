@@ -32,8 +32,8 @@ from safetensors.torch import save_file
 from s3prl_ekd import cli, launch
 from s3prl_ekd.distill.aggregation import TargetSpec
 from s3prl_ekd.distill.heads import PredictionHeads
-from s3prl_ekd.distill.settings import StudentSettings
 from s3prl_ekd.distill.student import Student
+from s3prl_ekd.distill.student_settings import StudentSettings
 from s3prl_ekd.errors import CheckpointError
 from s3prl_ekd.essence.units import load_units
 from s3prl_ekd.files import trust

@@ -21,8 +21,8 @@ from s3prl_ekd.upstream.expert import UpstreamExpert
 from s3prl_ekd import cli, launch
 from s3prl_ekd.distill.aggregation import TargetSpec
 from s3prl_ekd.distill.heads import PredictionHeads
-from s3prl_ekd.distill.settings import StudentSettings
 from s3prl_ekd.distill.student import Student
+from s3prl_ekd.distill.student_settings import StudentSettings
 from s3prl_ekd.files.run_checkpoints import read_checkpoint
 from s3prl_ekd.student_file import LoadedStudent, write_student
 from s3prl_ekd.workspace import write_workspace

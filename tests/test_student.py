@@ -11,8 +11,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from s3prl_ekd.distill.aggregation import AGGREGATIONS, TeacherShape
 from s3prl_ekd.distill.heads import LinearHead, PredictionHeads, SplitHead
-from s3prl_ekd.distill.settings import StudentSettings
 from s3prl_ekd.distill.student import Student
+from s3prl_ekd.distill.student_settings import StudentSettings
 
 from .conftest import CONV, STUDENT, write_configs
 

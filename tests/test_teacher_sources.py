@@ -13,8 +13,8 @@ from s3prl_ekd.data.audio import read_audio
 from s3prl_ekd.data.audio_files import read_header
 from s3prl_ekd.data.bad_audio import BadAudio
 from s3prl_ekd.distill.initialisation import initialise
-from s3prl_ekd.distill.settings import StudentSettings
 from s3prl_ekd.distill.student import Student
+from s3prl_ekd.distill.student_settings import StudentSettings
 from s3prl_ekd.distill.teachers import Teacher, TeacherEnsemble
 from s3prl_ekd.errors import CheckpointError, ConfigError, DataError, TeacherError
 from s3prl_ekd.essence.units import load_units

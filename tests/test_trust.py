@@ -11,8 +11,8 @@ import soundfile
 import torch
 
 from s3prl_ekd import cli
-from s3prl_ekd.distill.settings import StudentSettings
 from s3prl_ekd.distill.student import Student
+from s3prl_ekd.distill.student_settings import StudentSettings
 from s3prl_ekd.files import trust
 from s3prl_ekd.pretrain.sweep import SweepRun
 from s3prl_ekd.student_file import contents

@@ -17,8 +17,8 @@ from s3prl_ekd import cli
 from s3prl_ekd.distill import student_forward
 from s3prl_ekd.distill.aggregation import TargetSpec
 from s3prl_ekd.distill.heads import PredictionHeads
-from s3prl_ekd.distill.settings import StudentSettings
 from s3prl_ekd.distill.student import Student
+from s3prl_ekd.distill.student_settings import StudentSettings
 from s3prl_ekd.export.hidden_set import sandbox
 from s3prl_ekd.export.hidden_set.package import package_contents, write_package
 from s3prl_ekd.export.hidden_set.runtime_checks import distance

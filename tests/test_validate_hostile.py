@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from s3prl_ekd.distill.settings import StudentSettings
 from s3prl_ekd.distill.student import Student
+from s3prl_ekd.distill.student_settings import StudentSettings
 from s3prl_ekd.export.hidden_set import messages, sandbox
 from s3prl_ekd.export.hidden_set.package import package_contents, write_package
 from s3prl_ekd.student_file import LoadedStudent

@@ -41,8 +41,8 @@ def main() -> None:
 
     import torch
 
-    from s3prl_ekd.distill.settings import StudentSettings
     from s3prl_ekd.distill.student import Student
+    from s3prl_ekd.distill.student_settings import StudentSettings
     from s3prl_ekd.export.huggingface import (
         check_hf_export,
         quiet_transformers,

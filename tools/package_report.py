@@ -39,8 +39,8 @@ def main() -> int:
     from s3prl_ekd import cli
     from s3prl_ekd.distill.aggregation import TargetSpec
     from s3prl_ekd.distill.heads import PredictionHeads
-    from s3prl_ekd.distill.settings import StudentSettings
     from s3prl_ekd.distill.student import Student
+    from s3prl_ekd.distill.student_settings import StudentSettings
     from s3prl_ekd.student_file import LoadedStudent, write_student
 
     failed = 0

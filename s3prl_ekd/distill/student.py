@@ -14,8 +14,8 @@ from s3prl.upstream.distiller.model import DistillerConfig, DistillerModel
 from torch import Tensor, nn
 
 from .conv_layers import conv_layers_text
-from .settings import StudentSettings
 from .student_forward import StudentOutput, encode, extract, student_forward
+from .student_settings import StudentSettings
 
 logger = logging.getLogger(__name__)
 

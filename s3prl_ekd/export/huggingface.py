@@ -31,8 +31,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from .. import compat
 from ..distill.conv_layers import conv_layers_text
-from ..distill.settings import StudentSettings
 from ..distill.student import Student
+from ..distill.student_settings import StudentSettings
 from ..errors import CheckpointError, ConfigError, SetupError, TeacherError
 from ..files.config import from_plain_data
 from ..student_file import LoadedStudent

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import PureWindowsPath
 from typing import Any
 
-from ..distill.settings import StudentSettings
+from ..distill.student_settings import StudentSettings
 from ..errors import printable
 from ..student_file import LoadedStudent
 

@@ -22,8 +22,8 @@ from ..data.batches import Batch, train_loader  # noqa: E402
 from ..data.loader import BatchLoader  # noqa: E402
 from ..distill.distiller import EnsembleDistiller  # noqa: E402
 from ..distill.initialisation import initialise  # noqa: E402
-from ..distill.settings import StudentSettings  # noqa: E402
 from ..distill.student import Student  # noqa: E402
+from ..distill.student_settings import StudentSettings  # noqa: E402
 from ..distill.teachers import check_teacher_names  # noqa: E402
 from ..files.config import from_plain_data, to_plain_data  # noqa: E402
 from ..student_file import RUN_KEY, contents  # noqa: E402

@@ -15,7 +15,9 @@ from typing import Any
 from ..compat.no_eval import reject_code
 from ..data.distortion.settings import DistortionSettings
 from ..data.settings import DataSettings
-from ..distill.settings import DistillSettings, check_range, check_size
+from ..distill.ranges import check_range
+from ..distill.settings import DistillSettings
+from ..distill.student_settings import check_size
 from ..errors import ConfigError
 from ..files.config import apply_overrides, from_plain_data, read_extended, read_yaml
 from ..files.renamed_keys import MODEL, RUNNER, rename_keys, rename_overrides, warn_renamed

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from ..distill.conv_layers import stride_of
-from ..distill.settings import StudentSettings
 from ..distill.student import build_backbone, draw_layers
 from ..distill.student_forward import student_forward
+from ..distill.student_settings import StudentSettings
 from ..errors import ConfigError
 from ..files.config import from_plain_data
 

@@ -117,7 +117,7 @@ class S3prlVariant:
         from s3prl.pretrain.bucket_dataset import WaveDataset
         from s3prl.upstream.distiller.model import DistillerConfig, DistillerModel
 
-        from s3prl_ekd.distill.settings import StudentSettings
+        from s3prl_ekd.distill.student_settings import StudentSettings
         from s3prl_ekd.teachers import load_upstream
 
         self.load, self.device, self.layers = torchaudio.load, plan.device, plan.models.layers

@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ...distill.settings import check_range
+from ...distill.ranges import check_range
 
 Setup = Literal["clean", "setup1", "setup2", "same"]
 

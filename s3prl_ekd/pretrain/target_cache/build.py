@@ -27,7 +27,7 @@ from ...data.settings import DataSettings
 from ...data.tables import Utterance, read_tables
 from ...distill.aggregation import Aggregation
 from ...distill.conv_layers import ConvLayers
-from ...distill.settings import StudentSettings
+from ...distill.student_settings import StudentSettings
 from ...distill.teachers import TeacherEnsemble
 from ...errors import DataError, SetupError
 from ...files.atomic import remove_leftovers
