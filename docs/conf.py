@@ -36,7 +36,12 @@ nitpick_ignore_regex = [
     (r"py:.*", r"(Tensor|Module|Path|Any|Callable|Mapping|Sequence|Iterable|Iterator)"),
 ]
 # Named by docstrings of modules that import them, or too small to be listed.
-nitpick_ignore = [("py:class", "Teacher"), ("py:class", "UnitLabels"), ("py:data", "FACTOR")]
+nitpick_ignore = [
+    ("py:class", "Teacher"),
+    ("py:class", "UnitLabels"),
+    ("py:class", "Architecture"),
+    ("py:data", "FACTOR"),
+]
 
 kept: dict[str, list[str]] = {}  # name of a property or field -> docstring
 

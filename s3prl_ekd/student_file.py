@@ -2,7 +2,10 @@
 
 Its keys are ``format``, ``version``, ``settings`` (size of the student), ``targets`` (target sets
 that the heads predict), ``head_kind``, ``student`` and ``heads`` (weights) and ``about`` (how the
-student was trained). A checkpoint of a run has the same contents under the key ``EKD``.
+student was trained). Version 2 is for copied and pruned students, whose ``settings`` are those of
+``PrunedSettings``, and for layer-to-layer heads, whose settings are in ``head_settings``;
+other students are written as version 1. A checkpoint of a run has the same contents under the key
+``EKD``.
 
 A ``.safetensors`` file has the tensors as ``student.KEY`` and ``heads.KEY``, and in its metadata
 ``format``, ``version`` and, as JSON in ``contents``, the remaining keys. With any other suffix the
@@ -21,10 +24,18 @@ import torch
 
 from .compat import checkpoint_globals
 from .distill.aggregation import TargetSpec
-from .distill.heads import PredictionHeads
+from .distill.conv_layers import ConvLayers
+from .distill.heads import PredictionHeads, check_layers
 from .distill.settings import HeadSettings
 from .distill.student import Student
-from .distill.student_settings import StudentSettings, check_size
+from .distill.student_settings import (
+    Architecture,
+    CopySettings,
+    FileSettings,
+    PrunedSettings,
+    StudentSettings,
+    check_size,
+)
 from .errors import CheckpointError
 from .files.atomic import atomic_file, explain_write_errors
 from .files.config import from_plain_data, to_plain_data
@@ -41,7 +52,7 @@ from .files.torch_load import build_limit, safe_load
 
 RUN_KEY = STUDENT  # key of the student in a checkpoint of a run
 FORMAT, VERSION = "s3prl_ekd.student", CHECKPOINT_PARTS[RUN_KEY]
-_JSON = ("settings", "targets", "head_kind", "about")
+_JSON = ("settings", "targets", "head_kind", "head_settings", "about")
 
 
 @dataclass
@@ -61,16 +72,24 @@ def contents(
     about: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The contents of a student file; see the docstring of the module."""
-    return {
+    specs = {name: to_plain_data(spec) for name, spec in targets.items()} if heads else {}
+    layerwise = heads is not None and heads.kind == "layerwise"
+    data = {
         "format": FORMAT,
-        "version": VERSION,
+        "version": 2 if layerwise or isinstance(student.settings, PrunedSettings) else 1,
         "settings": to_plain_data(student.settings),
-        "targets": {name: to_plain_data(spec) for name, spec in targets.items()} if heads else {},
+        "targets": specs,
         "head_kind": heads.kind if heads else "split",
         "student": _cpu(student.state_dict()),
         "heads": _cpu(heads.state_dict()) if heads else {},
         "about": dict(about),
     }
+    if heads is not None and layerwise:
+        data["head_settings"] = to_plain_data(heads.settings)
+    else:
+        for spec in specs.values():
+            del spec["members"]
+    return data
 
 
 def write_student(loaded: LoadedStudent, path: str | Path, keep_heads: bool = True) -> None:
@@ -142,10 +161,10 @@ def _write_safetensors(data: Mapping[str, Any], file: BinaryIO) -> None:
         for key, tensor in data[part].items()
     }
     try:
-        text = json.dumps({key: data[key] for key in _JSON}, allow_nan=False)
+        text = json.dumps({key: data[key] for key in _JSON if key in data}, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"cannot write the student file: {error}") from None
-    metadata = {"format": FORMAT, "version": str(VERSION), "contents": text}
+    metadata = {"format": FORMAT, "version": str(data["version"]), "contents": text}
     write_safetensors(file, tensors, metadata)
 
 
@@ -173,20 +192,39 @@ def _from_safetensors(path: str | Path) -> dict[str, Any]:
 
 
 def _build(data: Mapping[str, Any]) -> LoadedStudent:
-    settings = from_plain_data(StudentSettings, data.get("settings"), "settings")
+    settings = read_architecture(data.get("settings"))
     check_size(settings)
     targets = from_plain_data(dict[str, TargetSpec], data.get("targets"), "targets")
     student = Student(settings)
     student.load_state_dict(data["student"])
     heads = None
     if targets:
-        kind = from_plain_data(
-            HeadSettings, {"kind": data.get("head_kind", "split")}, "head_kind"
-        ).kind
-        heads = PredictionHeads(student.width, targets, kind)
+        plain = data.get("head_settings", {"kind": data.get("head_kind", "split")})
+        head_settings = from_plain_data(HeadSettings, plain, "head_settings")
+        if head_settings.kind == "layerwise":
+            check_layers(targets, settings.encoder_layers)
+        heads = PredictionHeads(student.width, targets, head_settings)
         heads.load_state_dict(data["heads"])
     about = from_plain_data(dict[str, Any], data.get("about"), "about")
     return LoadedStudent(student.eval(), heads.eval() if heads else None, targets, about)
+
+
+def read_architecture(data: Any, location: str = "settings") -> Architecture:
+    """A student's ``settings`` in a student file. Raises ConfigError."""
+    if isinstance(data, dict) and "ffn_dims" in data:
+        return from_plain_data(PrunedSettings, data, location)
+    return from_plain_data(StudentSettings, data, location)
+
+
+def input_layers(student: StudentSettings | CopySettings | FileSettings) -> ConvLayers:
+    """The conv layers of an experiment's student; kernels and strides are final, channels may not.
+
+    Raises:
+        CheckpointError: see :func:`load_student`.
+    """
+    if isinstance(student, FileSettings):
+        return load_student(student.file).student.settings.conv_layers
+    return student.conv_layers
 
 
 def heads_problem(loaded: LoadedStudent) -> str:

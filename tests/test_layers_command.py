@@ -20,9 +20,9 @@ from s3prl_ekd.analysis.layers import (
     layer_tree,
     require_scipy,
 )
-from s3prl_ekd.analysis.plots import require_matplotlib
 from s3prl_ekd.analysis.sample import sample_layers
 from s3prl_ekd.errors import ConfigError, DataError, SetupError
+from s3prl_ekd.system.figures import require_matplotlib
 from s3prl_ekd.system.tables import text_table
 
 from .conftest import write_configs

@@ -104,7 +104,7 @@ def test_teacher_waves_are_the_input_of_the_teachers(teachers, student_settings,
         out = ours.student(batch.waves, batch.lengths)
         hidden = ours.teachers([w[:n] for w, n in zip(louder, batch.lengths, strict=True)])
         weights = LossWeights({"t0": out.mask})
-        expected, _ = distillation_loss(ours.heads(out.last), hidden, weights)
+        expected, _ = distillation_loss(ours.heads(out), hidden, weights)
     assert crossed.item() == pytest.approx(expected.item(), abs=1e-6)
 
 
@@ -152,7 +152,7 @@ def test_dropping_does_not_raise_the_weight_of_other_utterances(teachers, studen
     loss, _ = ours(batch)
     with torch.no_grad():
         out = ours.student(batch.waves, batch.lengths)
-        hidden, predictions = ours.teachers(waves), ours.heads(out.last)
+        hidden, predictions = ours.teachers(waves), ours.heads(out)
         each = {}  # teacher -> [batch], the sum of the loss over an utterance's frames
         for name in hidden:
             rec, cosine = frame_terms(predictions[name], hidden[name])

@@ -61,7 +61,7 @@ def test_head_predictions_follow_the_hidden_states(write_file, waves, aggregatio
     lengths = torch.tensor([len(wave) for wave in waves])
     loaded.student.eval(), loaded.heads.eval()
     out = loaded.student(pad_sequence(waves, batch_first=True), lengths)
-    predictions = loaded.heads(out.last)
+    predictions = loaded.heads(out)
     first = next(iter(predictions.values()))[:, 0, :, :48]  # first set, first layer, first teacher
     assert torch.allclose(states[3], first, atol=1e-6)
 

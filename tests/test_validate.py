@@ -17,6 +17,7 @@ from s3prl_ekd import cli
 from s3prl_ekd.distill import student_forward
 from s3prl_ekd.distill.aggregation import TargetSpec
 from s3prl_ekd.distill.heads import PredictionHeads
+from s3prl_ekd.distill.settings import HeadSettings
 from s3prl_ekd.distill.student import Student
 from s3prl_ekd.distill.student_settings import StudentSettings
 from s3prl_ekd.export.hidden_set import sandbox
@@ -98,7 +99,7 @@ def student_file(tmp_path_factory):
     torch.manual_seed(7)
     student = Student(StudentSettings(**STUDENT))
     targets = {"hubert": TargetSpec(2, (48,))}
-    heads = PredictionHeads(student.width, targets, "split")
+    heads = PredictionHeads(student.width, targets)
     path = tmp_path_factory.mktemp("student") / "student.pt"
     write_student(LoadedStudent(student.eval(), heads.eval(), targets, {"step": 1}), path)
     return path
@@ -227,7 +228,9 @@ def make_student(path, name: str) -> int:
     torch.manual_seed(len(name))
     student = Student(StudentSettings(**{**STUDENT, **changes}))
     targets = {"hubert": TargetSpec(*target)} if target else {}
-    heads = PredictionHeads(student.width, targets, head_kind) if target else None
+    heads = (
+        PredictionHeads(student.width, targets, HeadSettings(kind=head_kind)) if target else None
+    )
     with torch.no_grad():
         for module in filter(None, (student, heads)):
             for parameter in module.parameters():

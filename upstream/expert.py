@@ -66,7 +66,7 @@ class UpstreamExpert(UpstreamBase):
         }
         if self.heads is not None:
             states = list(out.hidden_states)
-            for name, prediction in self.heads(out.last).items():
+            for name, prediction in self.heads(out).items():
                 # [batch, layer, frame, width] -> slices [batch, frame, dim] of the student's width
                 for layer in prediction.unbind(1):
                     states += layer.split(self.targets[name].parts, dim=-1)

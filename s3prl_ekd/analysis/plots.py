@@ -4,37 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import SetupError
 from ..files.atomic import atomic_file
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-
-def require_matplotlib() -> tuple[Any, Any]:
-    """Import matplotlib's canvas without a display, and its figure.
-
-    Raises:
-        SetupError: matplotlib is not installed.
-    """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise SetupError("plots need matplotlib; type: pip install 's3prl_ekd[plots]'") from None
-    return FigureCanvasAgg, Figure
-
-
-def new_figure(width: float, height: float) -> Figure:
-    """Create a figure of a size in inches, without a display."""
-    canvas, figure_class = require_matplotlib()
-    figure = figure_class(figsize=(width, height), layout="constrained")
-    canvas(figure)
-    return figure
+from ..system.figures import new_figure
 
 
 def plot_similarity(matrix: np.ndarray, layers: Mapping[str, int], path: Path) -> None:

@@ -64,12 +64,14 @@ def main(args: argparse.Namespace) -> int:
     from ..data.audio_files import SAMPLE_RATE
     from ..data.sampling import used
     from ..distill.aggregation import build_aggregation
+    from ..distill.conv_layers import receptive_field
     from ..hidden_states import fingerprint
     from ..hidden_states.store import Index
     from ..pretrain.config_diff import table_digests
     from ..pretrain.settings import load_model_config, load_runner_config
     from ..pretrain.target_cache import build
     from ..pretrain.target_cache.use import check_teacher_settings
+    from ..student_file import input_layers
     from ..system.lock import FolderLock
     from ..teachers import check_precision, load_teachers
     from .features import choose_device
@@ -82,7 +84,9 @@ def main(args: argparse.Namespace) -> int:
     if args.aggregated:
         fingerprint.check_aggregated(settings)
         fingerprint.check_aggregation_differs(settings)
-    rows = build.cached_rows(data, settings.student)  # before loading the teachers, which is slower
+    conv = input_layers(settings.student)
+    min_samples = receptive_field(conv)
+    rows = build.cached_rows(data, min_samples)  # before loading the teachers, which is slower
     device = choose_device(args.device)
     check_precision(settings.teacher_precision, device)
     teachers = load_teachers(
@@ -100,7 +104,7 @@ def main(args: argparse.Namespace) -> int:
         key={},
         utterances=tuple(row.path for row in rows),
     )
-    size = build.estimate_bytes(rows, data.sequence_length, index, settings.student.conv_layers)
+    size = build.estimate_bytes(rows, data.sequence_length, index, conv)
     folder = args.output or Path(".")
     blocks = ", ".join(f"{name} {count} x {dim}" for name, count, dim in index.layout)
     hours = sum(used(row, data.sequence_length) for row in rows) / SAMPLE_RATE / 3600
@@ -124,7 +128,6 @@ def main(args: argparse.Namespace) -> int:
             raise SetupError(f"cannot write into {args.output}: {error.strerror}") from None
         weights = {name: teacher.weight for name, teacher in settings.teachers.items()}
         compute = build.make_target_fn(teachers, aggregate, weights)
-        min_samples = settings.student.min_samples
         if index.complete:
             print(f"{args.output} is already complete")
         else:

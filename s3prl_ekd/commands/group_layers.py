@@ -47,9 +47,10 @@ def main(args: argparse.Namespace) -> int:
     """Sample hidden states, cluster the layers, write config and plot."""
     from ..analysis.choice import choose_audio
     from ..analysis.layers import SIMILARITIES, cut_tree, layer_tree, require_scipy
-    from ..analysis.plots import plot_trees, require_matplotlib
+    from ..analysis.plots import plot_trees
     from ..analysis.sample import load_upstreams, sample_layers
     from ..pretrain.settings import load_model_config
+    from ..system.figures import require_matplotlib
 
     require_scipy()  # before minutes of computing
     require_matplotlib()

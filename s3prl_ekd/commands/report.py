@@ -36,12 +36,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Read the runs, print the report and write it; the exit code is 0."""
-    from ..analysis.plots import require_matplotlib
     from ..files.atomic import atomic_file, make_folder, write_text
     from ..superb.report import make_report
     from ..superb.report_plots import plots
     from ..superb.report_text import MARK, as_csv, as_markdown
     from ..superb.results import check_upstream_name, read_results, select_best_lr
+    from ..system.figures import require_matplotlib
 
     if not 100 <= args.resamples <= 1_000_000:
         raise SetupError(f"--resamples must be from 100 to 1000000, got {args.resamples}")

@@ -75,9 +75,10 @@ def _inspect(args: argparse.Namespace) -> int:
     from ..analysis.choice import choose_audio
     from ..analysis.layer_statistics import layer_statistics
     from ..analysis.layers import cka_matrix
-    from ..analysis.plots import plot_similarity, require_matplotlib
+    from ..analysis.plots import plot_similarity
     from ..analysis.sample import load_upstreams, sample_layers
     from ..pretrain.settings import load_model_config
+    from ..system.figures import require_matplotlib
     from ..system.tables import text_table
 
     require_matplotlib()  # before the teachers run for minutes

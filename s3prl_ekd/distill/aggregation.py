@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import torch
@@ -39,10 +39,15 @@ class TeacherShape:
 @dataclass(frozen=True)
 class TargetSpec:
     """Shape of a target set: its number of layers, and the widths of its parts along the feature
-    axis: one for each teacher in ``concat``, and a single one in other target sets."""
+    axis: one for each teacher in ``concat``, and a single one in other target sets.
+
+    ``members``: the layers of each target, which are those of its teachers if all of them have the
+    same, and otherwise none.
+    """
 
     layers: int
     parts: tuple[int, ...]
+    members: tuple[tuple[int, ...], ...] = field(default=(), compare=False)
 
     @property
     def width(self) -> int:
@@ -80,7 +85,10 @@ class PerTeacher(Aggregation):
     """One target set for each teacher: multiple prediction heads."""
 
     def __init__(self, teachers: Mapping[str, TeacherShape]):
-        self.specs = {n: TargetSpec(len(t.targets), (t.width,)) for n, t in teachers.items()}
+        self.specs = {
+            name: TargetSpec(len(teacher.targets), (teacher.width,), teacher.targets)
+            for name, teacher in teachers.items()
+        }
 
     def __call__(self, teachers: Targets, weights: Weights) -> dict[str, Tensor]:
         return {name: teachers[name] for name in self.specs}
@@ -99,7 +107,8 @@ class Average(Aggregation):
         self.teachers = tuple(teachers)
         width = one_width(teachers, "aggregation average")
         first = next(iter(teachers.values()))
-        self.specs = {"average": TargetSpec(len(first.targets), (width,))}
+        members = common_targets(teachers)
+        self.specs = {"average": TargetSpec(len(first.targets), (width,), members)}
 
     def __call__(self, teachers: Targets, weights: Weights) -> dict[str, Tensor]:
         total = sum(weights[name] for name in self.teachers)
@@ -117,7 +126,7 @@ class Concat(Aggregation):
         self.teachers = tuple(teachers)
         first = next(iter(teachers.values()))
         widths = tuple(teacher.width for teacher in teachers.values())
-        self.specs = {"concat": TargetSpec(len(first.targets), widths)}
+        self.specs = {"concat": TargetSpec(len(first.targets), widths, common_targets(teachers))}
 
     def __call__(self, teachers: Targets, weights: Weights) -> dict[str, Tensor]:
         return {"concat": torch.cat([teachers[name] for name in self.teachers], dim=-1)}
@@ -140,7 +149,8 @@ class Residual(Aggregation):
         width = one_width(teachers, "heads.residual")
         self.pairs = {f"{a}-{b}": (a, b) for a, b in pairwise(teachers)}
         layers = len(next(iter(teachers.values())).targets)
-        self.specs = {pair: TargetSpec(layers, (width,)) for pair in self.pairs}
+        members = common_targets(teachers)
+        self.specs = {pair: TargetSpec(layers, (width,), members) for pair in self.pairs}
         self.weight = weight
 
     def __call__(self, teachers: Targets, weights: Weights) -> dict[str, Tensor]:
@@ -189,6 +199,12 @@ def build_aggregation(
     if settings.heads.residual:
         members.append(Residual(teachers, settings.heads.residual_weight))
     return members[0] if len(members) == 1 else CombinedAggregation(members)
+
+
+def common_targets(teachers: Mapping[str, TeacherShape]) -> tuple[tuple[int, ...], ...]:
+    """The layers of each target, if they are the same for all teachers; else an empty tuple."""
+    first, *rest = (teacher.targets for teacher in teachers.values())
+    return first if all(targets == first for targets in rest) else ()
 
 
 def one_width(teachers: Mapping[str, TeacherShape], setting: str) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..errors import TeacherError
 from .aggregation import Targets, build_aggregation, one_width
 from .batch import DistillBatch
-from .heads import PredictionHeads
+from .heads import PredictionHeads, check_layers
 from .losses import (
     Comparison,
     FeaturePenalty,
@@ -27,6 +27,9 @@ from .target_norm import TargetNorm
 from .teachers import HiddenStates, TeacherEnsemble
 from .unit_loss import UnitLabels, UnitLoss
 from .weighting import Agreement, TeacherDropping, weights_at
+
+if TYPE_CHECKING:
+    from .pruning.sparsity import SparsityTerm
 
 
 class EnsembleDistiller(nn.Module):
@@ -72,7 +75,9 @@ class EnsembleDistiller(nn.Module):
         self.target_norm: TargetNorm | None = None
         if settings.target_norm != "none":
             self.target_norm = TargetNorm(shapes, settings.target_norm, settings.target_norm_steps)
-        heads = PredictionHeads(student.width, self.aggregate.specs, settings.heads.kind)
+        if settings.heads.kind == "layerwise":
+            check_layers(self.aggregate.specs, student.settings.encoder_layers)
+        heads = PredictionHeads(student.width, self.aggregate.specs, settings.heads)
         self.trainable = nn.ModuleDict({"student": student, "heads": heads})
         self.weightings = nn.ModuleList()
         if settings.targets.drop_teachers:
@@ -88,6 +93,13 @@ class EnsembleDistiller(nn.Module):
             self.unit_layer = {units.teacher: units.layer}
         if settings.loss.feature_penalty:
             self.terms.append(FeaturePenalty(settings.loss.feature_penalty))
+        self.sparsity: SparsityTerm | None = None
+        if settings.pruning is not None:
+            from .pruning.sparsity import SparsityTerm
+
+            self.sparsity = SparsityTerm(student, settings.pruning)
+            self.trainable["multipliers"] = self.sparsity.multipliers
+            self.terms.append(self.sparsity)
 
     @property
     def student(self) -> Student:
@@ -112,17 +124,17 @@ class EnsembleDistiller(nn.Module):
         """
         # teachers {teacher: [batch, layer, frame, dim]}; cached {target set: ...}, usually empty
         teachers, cached, states = self.run_teachers(batch)
-        student = self.run_student(batch)  # .last [batch, frame, dim], .mask [batch, frame]
-        predictions = self.heads(student.last)  # {target set: [batch, layer, frame, width]}
+        student = self.run_student(batch)  # hidden states [batch, frame, dim], mask [batch, frame]
+        predictions = self.heads(student)  # {target set: [batch, layer, frame, width]}
         predictions, teachers, cached, mask = crop(predictions, teachers, cached, student.mask)
         if self.target_norm is not None:
             teachers = self.target_norm(teachers, mask)
         shares = weights_at(self.settings.teachers, step, self.settings.targets.weight_steps)
         targets = cached or self.aggregate(teachers, shares)  # keys and shapes of the predictions
-        comparison = Comparison(predictions, targets, mask, teachers, states, student)
+        comparison = Comparison(predictions, targets, mask, teachers, states, student, step)
         weights = self.loss_weights(comparison, shares)  # of frames, target sets, dimensions
         loss, logs = distillation_loss(predictions, targets, weights, self.settings.loss)
-        for term in self.terms:  # unit loss, feature penalty
+        for term in self.terms:  # unit loss, feature penalty, sparsity
             value, scalars = term(comparison)
             loss, logs = loss + value, logs | scalars
         return loss, logs | self.details(comparison) if detail else logs

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+import torch
 from s3prl.upstream.distiller.module import SplitLinear
 from torch import Tensor, nn
 
+from ..errors import TeacherError
 from .aggregation import TargetSpec
+from .settings import HeadSettings
+from .student_forward import StudentOutput
 
 
 class Head(nn.Module):
@@ -50,18 +54,101 @@ class LinearHead(Head):
         super().__init__(nn.Linear(in_width, layers * out_width), layers)
 
 
+class LayerwiseHead(nn.Module):
+    """Predicts each target from the student's hidden states of the same layer (DPHuBERT, arXiv
+    2305.17651), or of the same group of layers (SKILL, arXiv 2402.16830).
+
+    Args:
+        in_width: width of the student's hidden states.
+        spec: the targets.
+        settings: which targets share a linear layer, and how a group of layers is combined.
+    """
+
+    def __init__(self, in_width: int, spec: TargetSpec, settings: HeadSettings):
+        super().__init__()
+        self.members, self.of_group = spec.members, settings.of_group
+        keys = [_sharing(target, settings) for target in self.members]
+        names = {key: str(i) for i, key in enumerate(dict.fromkeys(keys))}
+        self.uses = [names[key] for key in keys]  # the linear layer of each target
+        self.projections = nn.ModuleDict(
+            {name: identity_linear(in_width, spec.parts) for name in names.values()}
+        )
+
+    def forward(self, states: Sequence[Tensor]) -> Tensor:
+        """Hidden states ``[batch, frame, in_width]`` -> ``[batch, layer, frame, out_width]``."""
+        predictions = []
+        for target, name in zip(self.members, self.uses, strict=True):
+            hidden = states[max(target)]
+            if self.of_group == "mean" and len(target) > 1:
+                hidden = torch.stack([states[layer] for layer in target]).mean(0)
+            predictions.append(self.projections[name](hidden))
+        return torch.stack(predictions, dim=1)
+
+
+def _sharing(target: tuple[int, ...], settings: HeadSettings) -> int:
+    """Number of the group of targets that share a linear layer with ``target``."""
+    if settings.share is None:
+        return int(target != (0,))
+    groups = enumerate(settings.share)
+    return next(i for i, group in groups if set(target) <= set(group))
+
+
+def identity_linear(in_width: int, parts: tuple[int, ...]) -> nn.Linear:
+    """A linear layer to ``parts`` side by side, the identity to each part of width ``in_width``."""
+    linear = nn.Linear(in_width, sum(parts))
+    with torch.no_grad():
+        for weight, bias in zip(linear.weight.split(parts), linear.bias.split(parts), strict=True):
+            if len(weight) == in_width:
+                weight.copy_(torch.eye(in_width))
+                bias.zero_()
+    return linear
+
+
 HEADS: dict[str, type[SplitHead] | type[LinearHead]] = {"split": SplitHead, "linear": LinearHead}
 
 
+DEFAULTS = HeadSettings()
+
+
 class PredictionHeads(nn.ModuleDict):
-    """One head for each target set, by its name; ``kind``: ``split`` or ``linear``."""
+    """One head for each target set, by its name."""
 
-    def __init__(self, in_width: int, specs: Mapping[str, TargetSpec], kind: str = "split"):
+    def __init__(
+        self, in_width: int, specs: Mapping[str, TargetSpec], settings: HeadSettings = DEFAULTS
+    ):
         super().__init__(
-            {name: HEADS[kind](in_width, spec.layers, spec.width) for name, spec in specs.items()}
+            {
+                name: LayerwiseHead(in_width, spec, settings)
+                if settings.kind == "layerwise"
+                else HEADS[settings.kind](in_width, spec.layers, spec.width)
+                for name, spec in specs.items()
+            }
         )
-        self.kind = kind
+        self.settings, self.kind = settings, settings.kind
 
-    def forward(self, hidden: Tensor) -> dict[str, Tensor]:
-        """``[batch, frame, dim]`` -> ``{target set: [batch, layer, frame, width]}``."""
-        return {name: head(hidden) for name, head in self.items()}
+    def forward(self, student: StudentOutput) -> dict[str, Tensor]:
+        """The student's output -> ``{target set: [batch, layer, frame, width]}``."""
+        layerwise = self.kind == "layerwise"
+        source = student.hidden_states if layerwise else student.last
+        return {name: head(source) for name, head in self.items()}
+
+
+def check_layers(specs: Mapping[str, TargetSpec], depth: int) -> None:
+    """Check that layer-to-layer heads can predict the targets from a student of ``depth`` layers.
+
+    Raises:
+        TeacherError: the teachers of a target set have different layers, or the student has fewer.
+    """
+    for name, spec in specs.items():
+        if not spec.members:
+            raise TeacherError(
+                f"heads.kind: layerwise compares equal layers, but the teachers of {name} have "
+                "different ones; give all teachers the same layers (or groups), or use "
+                "aggregation: separate"
+            )
+        highest = max(layer for target in spec.members for layer in target)
+        if highest > depth:
+            raise TeacherError(
+                f"heads.kind: layerwise needs layer {highest} of the student for the targets "
+                f"{name}; it has layers 0 to {depth}"
+            )

@@ -42,7 +42,7 @@ class Comparison:
     ``[batch, frame]``, 1 where a frame is valid. ``teachers``: the targets before aggregation,
     ``{teacher: [batch, layer, frame, dim]}``; empty if the cached targets are aggregated.
     ``states``: ``{teacher: hidden states by layer}``, neither normalised nor cropped. ``student``:
-    the student's output, not cropped.
+    the student's output, not cropped. ``step``: number of the step from 1.
     """
 
     predictions: Targets
@@ -51,6 +51,7 @@ class Comparison:
     teachers: Targets
     states: Mapping[str, HiddenStates]
     student: StudentOutput
+    step: int = 1
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from .ranges import check_range
-from .student_settings import StudentSettings
+from .student_settings import CopySettings, FileSettings, PruningSettings, StudentSettings
 
 AggregationName = Literal["separate", "average", "concat"]
 TargetNormName = Literal["none", "mean_std", "phi_s"]
@@ -85,9 +85,19 @@ class TargetSettings:
 class HeadSettings:
     """The prediction heads."""
 
-    kind: Literal["split", "linear"] = "split"
+    kind: Literal["split", "linear", "layerwise"] = "split"
     """``split``: s3prl's head, a linear layer, GELU and a linear layer for each target (inferred).
-    ``linear``: one linear layer for each target (ours)."""
+    ``linear``: one linear layer for each target (ours). These two read the student's last hidden
+    state. ``layerwise``: a target is predicted from the same layer of the student by a linear layer
+    that is the identity at the start (DPHuBERT, arXiv 2305.17651)."""
+
+    share: tuple[tuple[int, ...], ...] | None = None
+    """For ``layerwise``: groups of layers that share a linear layer; null: layer 0 has its own and
+    all others share one, as in DPHuBERT."""
+
+    of_group: Literal["mean", "last"] = "mean"
+    """For ``layerwise`` and a group of layers: it is predicted from the mean of the student's
+    layers of this group, or from the last of them (ours: SKILL's paper does not say)."""
 
     per_teacher: bool = False
     """With ``average`` or ``concat``: heads for each teacher in addition to those of the aggregate
@@ -102,6 +112,11 @@ class HeadSettings:
 
     def __post_init__(self) -> None:
         check_range(self, 0, math.inf, "residual_weight")
+        members = [layer for group in self.share or () for layer in group]
+        if self.share is not None and self.kind != "layerwise":
+            raise ValueError(f"share needs kind: layerwise, got kind: {self.kind}")
+        if len(set(members)) < len(members) or (members and min(members) < 0):
+            raise ValueError("share must have distinct layers of 0 or more, each in one group")
 
 
 @dataclass(frozen=True)
@@ -209,8 +224,11 @@ class DistillSettings:
     heads: HeadSettings = field(default_factory=HeadSettings)
     """The prediction heads."""
 
-    student: StudentSettings = field(default_factory=StudentSettings)
-    """Size and regularisation of the student."""
+    student: StudentSettings | CopySettings | FileSettings = field(default_factory=StudentSettings)
+    """The student. Its key ``kind`` is ``distil`` (the default), ``copy`` or ``file``."""
+
+    pruning: PruningSettings | None = None
+    """Structured pruning of a student of ``kind: copy``; null: none."""
 
     init: InitSettings = field(default_factory=InitSettings)
     """The student's initial weights."""
@@ -256,11 +274,8 @@ class DistillSettings:
                 raise ValueError(
                     f"init: no teacher {source!r}; use one of: {', '.join(self.teachers)}"
                 )
-        if self.init.layers is not None and len(self.init.layers) != self.student.encoder_layers:
-            raise ValueError(
-                "init.layers must name a layer for each of the student's "
-                f"{self.student.encoder_layers}, got {len(self.init.layers)}"
-            )
+        self._check_student()
+        self._check_heads()
         self._check_weights()
         self._check_targets()
         self._check_backends()
@@ -275,12 +290,57 @@ class DistillSettings:
             )
         if slow and self.teacher_compile:
             raise ValueError(f"teacher_compile needs teacher_backend: fast; remove it or {why}")
+        if not isinstance(self.student, StudentSettings):
+            if self.student_backend == "s3prl":
+                raise ValueError("student_backend: s3prl needs student.kind: distil; use ours")
+            return
         width = self.student.encoder_embed_dim
         if self.student_backend == "s3prl" and self.student.conv_layers[-1][0] == width:
             raise ValueError(
                 "student_backend: s3prl cannot train a student whose conv extractor is as wide as "
                 f"its transformer layers ({width}); use student_backend: ours"
             )
+
+    def _check_student(self) -> None:
+        student, pruning = self.student, self.pruning
+        if isinstance(student, StudentSettings):
+            layers = self.init.layers
+            if layers is not None and len(layers) != student.encoder_layers:
+                raise ValueError(
+                    "init.layers must name a layer for each of the student's "
+                    f"{student.encoder_layers}, got {len(layers)}"
+                )
+        elif self.init.sources:
+            raise ValueError(
+                f"init needs student.kind: distil; a student of kind: {student.kind} has weights "
+                "already, so leave init out"
+            )
+        if isinstance(student, CopySettings) and student.of not in self.teachers:
+            raise ValueError(
+                f"student.of: no teacher {student.of!r}; use one of: {', '.join(self.teachers)}"
+            )
+        if pruning is None:
+            return
+        if not isinstance(student, CopySettings):
+            raise ValueError("pruning needs student.kind: copy, a copy of a teacher")
+        if student.feature_grad_mult == 0 and "conv" in pruning.units:
+            raise ValueError(
+                "pruning.units: conv needs a trained conv extractor, but "
+                "student.feature_grad_mult is 0; raise it or leave out conv"
+            )
+
+    def _check_heads(self) -> None:
+        if self.heads.share is None:
+            return
+        shared = {layer for group in self.heads.share for layer in group}
+        for name, teacher in self.teachers.items():
+            for target in teacher.targets:
+                groups = [group for group in self.heads.share if set(target) <= set(group)]
+                if not groups:
+                    raise ValueError(
+                        f"heads.share: no group has the layers {[*target]} of teachers.{name}; it "
+                        f"has the layers {sorted(shared)}"
+                    )
 
     def _check_weights(self) -> None:
         scheduled = [name for name, t in self.teachers.items() if t.final_weight is not None]

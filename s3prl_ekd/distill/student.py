@@ -1,4 +1,5 @@
-"""The student: s3prl's ``DistillerModel`` without heads, with our forward pass."""
+"""The student: s3prl's ``DistillerModel`` without heads, or a copied HuBERT or WavLM, with our
+forward pass."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ import contextlib
 import dataclasses
 import io
 import logging
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -15,7 +16,10 @@ from torch import Tensor, nn
 
 from .conv_layers import conv_layers_text
 from .student_forward import StudentOutput, encode, extract, student_forward
-from .student_settings import StudentSettings
+from .student_settings import Architecture, PrunedSettings, StartDrop, StudentSettings
+
+if TYPE_CHECKING:
+    from .pruning.backbone import PrunedBackbone
 
 logger = logging.getLogger(__name__)
 
@@ -42,19 +46,31 @@ class Student(nn.Module):
         settings: size and regularisation.
         backend: ``ours`` runs :mod:`.student_forward`, ``s3prl`` the forward pass of s3prl's
             model; their outputs and gradients are equal.
+        start_drop: share of closed gates at the start, for a student with gates.
 
     Attributes:
         activation_checkpointing: whether our forward recomputes activations in the backward pass;
             False until it is set.
     """
 
-    def __init__(self, settings: StudentSettings, backend: Literal["ours", "s3prl"] = "ours"):
+    def __init__(
+        self,
+        settings: Architecture,
+        backend: Literal["ours", "s3prl"] = "ours",
+        start_drop: StartDrop | None = None,
+    ):
         super().__init__()
         self.settings = settings
         self.backend = backend
         self.activation_checkpointing = False
         self.extract, self.encode = extract, encode
-        self.backbone = build_backbone(settings)
+        self.backbone: DistillerModel | PrunedBackbone
+        if isinstance(settings, PrunedSettings):
+            from .pruning.backbone import PrunedBackbone
+
+            self.backbone = PrunedBackbone(settings, start_drop)
+        else:
+            self.backbone = build_backbone(settings)
         if settings.feature_grad_mult == 0:
             # no gradient reaches the extractor: do not count it among the trained parameters
             self.backbone.feature_extractor.requires_grad_(False)
@@ -68,6 +84,8 @@ class Student(nn.Module):
         """
         if self.backend == "s3prl":
             return s3prl_forward(self.backbone, waves, lengths)
+        if not self.is_cut:
+            self.backbone.draw_gates()
         return student_forward(
             self.backbone,
             waves,
@@ -89,6 +107,11 @@ class Student(nn.Module):
         else:
             self.extract = torch.compile(extract, *args, **kwargs)
             self.encode = torch.compile(encode, *args, **kwargs)
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether the student has no gates: its size is final."""
+        return getattr(self.settings, "gates", None) is None
 
     @property
     def width(self) -> int:

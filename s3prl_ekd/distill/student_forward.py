@@ -1,15 +1,17 @@
-"""The student's forward pass over the modules of s3prl's ``DistillerModel``.
+"""The student's forward pass over the modules of s3prl's ``DistillerModel``, or those of a HuBERT
+or WavLM, pruned or not (``pruning/backbone.py``).
 
 The stages are the conv extractor, a linear projection, a convolution over time that encodes
 positions, and the transformer layers (wav2vec 2.0, arXiv 2006.11477; DistilHuBERT, 2110.01900).
 Each stage is a function of its modules and its input.
 
 Training, the upstream, ONNX graphs and hidden-set packages run these functions. A package contains
-a copy of them, so they need only torch 1.13 and Python 3.8.
+a copy of them, so they need only torch 1.13 (2.0 for a copied student) and Python 3.8.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, NamedTuple
@@ -24,10 +26,11 @@ class StudentOutput(NamedTuple):
     """The student's outputs.
 
     ``features``: conv features ``[batch, frame, channel]``. ``hidden_states``: the projected
-    features and each transformer layer's output, ``[batch, frame, dim]`` each. ``last``: the
-    encoder's output, which is the input of the heads; with pre-norm layers it is normalised, and
-    otherwise equals the last hidden state. ``mask``: ``[batch, frame]``, 1 where a frame is valid,
-    0 where it is padding.
+    features and each transformer layer's output, ``[batch, frame, dim]`` each; of a copied student,
+    as in s3prl's HuBERT, the input of the first layer, each layer's output, and in place of the
+    last the encoder's output. ``last``: the encoder's output; with pre-norm layers it is
+    normalised, and otherwise equals the last hidden state. ``mask``: ``[batch, frame]``, 1 where a
+    frame is valid, 0 where it is padding.
     """
 
     features: Tensor
@@ -58,6 +61,16 @@ def extract(
     return x.transpose(1, 2), lengths
 
 
+def normalise(waves: Tensor, lengths: Tensor) -> Tensor:
+    """Normalise each waveform of ``[batch, sample]`` to zero mean and unit variance over its valid
+    samples, ``lengths [batch]``; padding becomes 0."""
+    valid = torch.arange(waves.shape[1], device=waves.device) < lengths[:, None]  # [batch, sample]
+    count = lengths[:, None].to(waves.dtype)
+    centred = (waves - (waves * valid).sum(1, keepdim=True) / count) * valid
+    variance = centred.square().sum(1, keepdim=True) / count
+    return centred * torch.rsqrt(variance + 1e-5)
+
+
 def scale_gradient(x: Tensor, scale: float) -> Tensor:
     """Multiply the gradient that reaches ``x`` by ``scale``; 0 cuts the graph off."""
     if scale == 0:
@@ -80,31 +93,36 @@ def encode(
         recompute: see :func:`student_forward`.
 
     Returns:
-        The output of each layer and that of the encoder, ``[batch, frame, dim]`` each.
+        The input of the first layer and the output of each, ``[batch, frame, dim]``; and the output
+        of the encoder.
     """
     x = x + encoder.pos_conv(x.transpose(1, 2)).transpose(1, 2)
     if not encoder.layer_norm_first:
         x = encoder.layer_norm(x)
     x = F.dropout(x, encoder.dropout, encoder.training)
 
-    states = []
+    states = [x]
+    bias = position_bias(encoder.layers[0].self_attn, x.shape[1])  # of WavLM, else None
     x = x.transpose(0, 1)  # [frame, batch, dim], the layout of torch's attention
     for layer in layers:
-        x = run(partial(transformer_layer, layer), x, padding, recompute=recompute)
+        x = run(partial(transformer_layer, layer, bias=bias), x, padding, recompute=recompute)
         states.append(x.transpose(0, 1))
     x = x.transpose(0, 1)
     return states, encoder.layer_norm(x) if encoder.layer_norm_first else x
 
 
-def transformer_layer(layer: Any, x: Tensor, padding: Tensor) -> Tensor:
+def transformer_layer(layer: Any, x: Tensor, padding: Tensor, bias: Tensor | None = None) -> Tensor:
     """Attention and feed-forward network, each with a residual connection and a normalisation.
 
-    ``x`` and the result are ``[frame, batch, dim]``; ``padding`` is ``[batch, frame]``.
+    ``x`` and the result are ``[frame, batch, dim]``; ``padding`` is ``[batch, frame]``; ``bias`` is
+    that of :func:`position_bias`.
     """
     if layer.layer_norm_first:
-        x = x + layer.dropout1(attention(layer.self_attn, layer.self_attn_layer_norm(x), padding))
+        mixed = attention(layer.self_attn, layer.self_attn_layer_norm(x), padding, bias)
+        x = x + layer.dropout1(mixed)
         return x + feed_forward(layer, layer.final_layer_norm(x))
-    x = layer.self_attn_layer_norm(x + layer.dropout1(attention(layer.self_attn, x, padding)))
+    mixed = attention(layer.self_attn, x, padding, bias)
+    x = layer.self_attn_layer_norm(x + layer.dropout1(mixed))
     return layer.final_layer_norm(x + feed_forward(layer, x))  # type: ignore[no-any-return]
 
 
@@ -114,13 +132,15 @@ def feed_forward(layer: Any, x: Tensor) -> Tensor:
     return layer.dropout3(layer.fc2(x))  # type: ignore[no-any-return]
 
 
-def attention(module: Any, x: Tensor, padding: Tensor) -> Tensor:
+def attention(module: Any, x: Tensor, padding: Tensor, bias: Tensor | None) -> Tensor:
     """Multi-head self-attention over the valid frames.
 
     Calls the same torch function as s3prl's models, so that the results are equal bit for bit and
-    SUPERB's profiler counts the same MACs. ``x``: ``[frame, batch, dim]``; ``padding``:
-    ``[batch, frame]``.
+    SUPERB's profiler counts the same MACs; for layers of a copied student see
+    :func:`pruned_attention`. ``x``: ``[frame, batch, dim]``; ``padding``: ``[batch, frame]``.
     """
+    if hasattr(module, "heads"):
+        return pruned_attention(module, x.transpose(0, 1), padding, bias).transpose(0, 1)
     query, key, value = module.q_proj, module.k_proj, module.v_proj
     mixed, _ = F.multi_head_attention_forward(
         x,
@@ -147,6 +167,66 @@ def attention(module: Any, x: Tensor, padding: Tensor) -> Tensor:
     return mixed
 
 
+def pruned_attention(module: Any, x: Tensor, padding: Tensor, bias: Tensor | None) -> Tensor:
+    """Self-attention of a layer that has any number of heads of one width.
+
+    Args:
+        module: has ``heads``, the places of the heads that remain, and their projections; without
+            heads the result is the bias of the output projection.
+        x: ``[batch, frame, dim]``, as the result.
+        padding: ``[batch, frame]``, true where a frame is padding.
+        bias: WavLM's position bias ``[head, frame, frame]`` of all heads, or None.
+    """
+    if not module.heads:
+        return module.out_proj(x)  # type: ignore[no-any-return]
+    batch, frames, _ = x.shape
+    shape = (batch, frames, len(module.heads), module.head_dim)
+    query = module.q_proj(x).view(shape).transpose(1, 2)  # [batch, head, frame, dim of a head]
+    key = module.k_proj(x).view(shape).transpose(1, 2)
+    value = module.v_proj(x).view(shape).transpose(1, 2)
+    mask = ~padding[:, None, None]  # [batch, 1, 1, frame]
+    if bias is not None:
+        gated = position_gate(module, x) * bias[list(module.heads)]
+        mask = gated.masked_fill(padding[:, None, None], float("-inf"))
+    dropout = module.dropout_module.p if module.training else 0.0
+    mixed = F.scaled_dot_product_attention(query, key, value, mask, dropout)
+    if module.gate is not None:
+        mixed = module.gate(mixed)
+    return module.out_proj(mixed.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+
+def position_bias(module: Any, frames: int) -> Tensor | None:
+    """WavLM's bias of attention scores by the distance from query to key, ``[head, frame, frame]``;
+    None for a model without it.
+
+    Near distances have a bucket each, far ones share buckets of logarithmic width (arXiv
+    2110.13900, section 3.1). ``module``: the first layer's attention, which has the embedding.
+    """
+    if not hasattr(module, "relative_attention_bias"):
+        return None
+    embedding = module.relative_attention_bias.weight  # [bucket, head]
+    frame = torch.arange(frames, device=embedding.device)
+    distance = frame[None] - frame[:, None]  # [query, key]
+    half = len(embedding) // 2  # buckets of each direction
+    exact = half // 2
+    far = torch.log(distance.abs().clamp(min=1).float() / exact)
+    far = exact + (far / math.log(module.max_distance / exact) * (half - exact)).long()
+    bucket = torch.where(distance.abs() < exact, distance.abs(), far.clamp(max=half - 1))
+    return embedding[bucket + half * (distance > 0)].permute(2, 0, 1)  # type: ignore[no-any-return]
+
+
+def position_gate(module: Any, x: Tensor) -> Tensor:
+    """WavLM's gate of the position bias: ``[batch, frame, dim]`` -> ``[batch, head, frame, 1]``, of
+    the heads that remain."""
+    batch, frames, _ = x.shape
+    parts = x.view(batch, frames, module.total_heads, module.head_dim)
+    parts = parts[:, :, list(module.heads)].transpose(1, 2)
+    sums = module.grep_linear(parts).view(batch, len(module.heads), frames, 2, 4).sum(-1)
+    update, reset = torch.sigmoid(sums).chunk(2, dim=-1)
+    scale = module.grep_a[:, list(module.heads)]
+    return update * (reset * scale - 1.0) + 2.0  # type: ignore[no-any-return]
+
+
 def run(stage: Callable[..., Tensor], *inputs: Tensor, recompute: bool) -> Tensor:
     """Run a stage; with ``recompute``, its activations are not stored for the backward pass."""
     return checkpoint(stage, *inputs, use_reentrant=False) if recompute else stage(*inputs)
@@ -164,7 +244,8 @@ def student_forward(
     """Run the student.
 
     Args:
-        model: s3prl's ``DistillerModel``, or modules of the same names.
+        model: s3prl's ``DistillerModel``, or modules of the same names. A copied student also has
+            a layer norm in front of the projection.
         waves: ``[batch, sample]`` at 16 kHz, zero-padded at the end.
         lengths: ``[batch]``, valid samples of each waveform, enough for one frame.
         layers: the transformer layers to run; None: all of the encoder's.
@@ -172,14 +253,23 @@ def student_forward(
             layers and recompute the rest in the backward pass.
         extract, encode: replacements for these two functions, for example compiled ones.
     """
+    is_copy = getattr(model, "hubert_states", False)
+    if is_copy and model.normalize_waveforms:
+        waves = normalise(waves, lengths)
     features, frames = extract(model.feature_extractor.conv_layers, waves, lengths, recompute)
     features = scale_gradient(features, model.feature_grad_mult)
     padding = torch.arange(features.shape[1], device=waves.device) >= frames[:, None]
 
-    projected = features if model.post_extract_proj is None else model.post_extract_proj(features)
+    projected = model.layer_norm(features) if is_copy else features
+    projected = projected if model.post_extract_proj is None else model.post_extract_proj(projected)
+    if is_copy:
+        projected = F.dropout(projected, model.input_dropout, model.training)
     # not masked_fill: it changes the memory layout, and dropout draws in the order of memory
     projected = torch.where(padding[..., None], projected.new_zeros(()), projected)
 
     layers = model.encoder.layers if layers is None else layers
     states, last = encode(model.encoder, layers, projected, padding, recompute)
-    return StudentOutput(features, [projected, *states], last, (~padding).to(waves.dtype))
+    mask = (~padding).to(waves.dtype)
+    if is_copy:
+        return StudentOutput(features, [*states[:-1], last], last, mask)
+    return StudentOutput(features, [projected, *states[1:]], last, mask)

@@ -3,15 +3,32 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal, get_args
 
 from ..errors import ConfigError
-from .conv_layers import DEFAULT, ConvLayers, parse_conv_layers, receptive_field, stride_of
+from .conv_layers import (
+    DEFAULT,
+    ConvLayers,
+    conv_layers_text,
+    parse_conv_layers,
+    receptive_field,
+    stride_of,
+)
 from .ranges import check_range
 
 # Upper limits of a student's size. HuBERT X-Large, a teacher, has 48 layers and 960 M parameters.
 MAX_LAYERS, MAX_PARAMETERS = 256, 1_000_000_000
+
+Unit = Literal["conv", "heads", "ffn", "attention", "feed_forward"]
+UNITS = get_args(Unit)
+
+
+def check_dropout(settings: object) -> None:
+    """Raise ValueError for a dropout probability outside 0 to below 1."""
+    for name, value in vars(settings).items():
+        if name.endswith(("dropout", "layerdrop")) and not 0 <= value < 1:
+            raise ValueError(f"{name} must be 0 or more and below 1, got {value}")
 
 
 @dataclass(frozen=True)
@@ -21,6 +38,8 @@ class StudentSettings:
     The defaults are DistilHuBERT's (inferred): 7 conv layers and 2 transformer layers of width 768,
     23,491,200 parameters without heads.
     """
+
+    KIND: ClassVar[str] = "distil"
 
     extractor_mode: Literal["default", "layer_norm"] = "default"
     """Normalisation in the conv extractor: group norm after the first layer, or layer norm after
@@ -80,9 +99,7 @@ class StudentSettings:
         check_range(self, 1, math.inf, "encoder_embed_dim", "encoder_ffn_embed_dim")
         check_range(self, 1, math.inf, "encoder_attention_heads")
         check_range(self, 0, math.inf, "feature_grad_mult")
-        for name, value in vars(self).items():
-            if name.endswith(("dropout", "layerdrop")) and not 0 <= value < 1:
-                raise ValueError(f"{name} must be 0 or more and below 1, got {value}")
+        check_dropout(self)
         for name in ("encoder_attention_heads", "conv_pos_groups"):
             if self.encoder_embed_dim % getattr(self, name):
                 raise ValueError(
@@ -106,19 +123,285 @@ class StudentSettings:
         return receptive_field(self.conv_layers)
 
 
-def matrix_parameters(settings: StudentSettings) -> int:
+@dataclass(frozen=True)
+class CopySettings:
+    """``kind: copy``: a copy of a teacher with all of its layers, to be pruned (DPHuBERT, arXiv
+    2305.17651). The teacher is a HuBERT, wav2vec 2.0 or WavLM."""
+
+    kind: Literal["copy"]
+    """``copy``."""
+
+    of: str
+    """Name of the teacher in ``teachers``."""
+
+    feature_grad_mult: float = 1.0
+    """Factor on the gradient that reaches the conv extractor (DPHuBERT: 1); 0 freezes it."""
+
+    dropout: float = 0.1
+    """Dropout after attention and feed-forward network (DPHuBERT)."""
+
+    attention_dropout: float = 0.1
+    """Dropout of the attention weights (DPHuBERT)."""
+
+    activation_dropout: float = 0.0
+    """Dropout after the activation of the feed-forward network (DPHuBERT)."""
+
+    input_dropout: float = 0.1
+    """Dropout of the projected conv features (DPHuBERT)."""
+
+    def __post_init__(self) -> None:
+        check_range(self, 0, math.inf, "feature_grad_mult")
+        check_dropout(self)
+
+    @property
+    def conv_layers(self) -> ConvLayers:
+        """wav2vec 2.0's conv layers; other kernels and strides are not copied."""
+        return parse_conv_layers(DEFAULT)
+
+    @property
+    def min_samples(self) -> int:
+        """The shortest waveform, in samples, that gives a frame."""
+        return receptive_field(self.conv_layers)
+
+
+@dataclass(frozen=True)
+class FileSettings:
+    """``kind: file``: a finished student, to be trained further; for example one of ``s3prl-ekd
+    prune`` (the second distillation of DPHuBERT)."""
+
+    kind: Literal["file"]
+    """``file``."""
+
+    file: str
+    """Path of a student file, or of a checkpoint of a run."""
+
+    keep_heads: bool = True
+    """Continue with the file's prediction heads (DPHuBERT); false: new heads."""
+
+
+@dataclass(frozen=True)
+class GateSettings:
+    """The gates of a student that is being pruned."""
+
+    units: tuple[Unit, ...] = ("conv", "heads", "ffn")
+    """What has gates: channels of the conv extractor (``conv``), attention heads (``heads``), units
+    of the feed-forward networks (``ffn``), whole attention and feed-forward modules
+    (``attention``, ``feed_forward``)."""
+
+    last_conv: Literal["hard", "soft"] = "hard"
+    """Gates of the last conv layer outside training. ``hard``: 0 or 1 (ours). ``soft``: fractions,
+    as in DPHuBERT; they become a scale of the conv features, which Hugging Face's models lack."""
+
+    norms: Literal["kept", "all"] = "kept"
+    """Channels over which layer norms of conv features are taken. ``kept``: those whose gate is
+    open, so that cutting changes nothing (ours). ``all``: as in DPHuBERT."""
+
+    def __post_init__(self) -> None:
+        if not self.units or len(set(self.units)) < len(self.units):
+            raise ValueError(f"units must be one or more distinct kinds, got {[*self.units]}")
+
+
+@dataclass(frozen=True)
+class StartDrop:
+    """Share of closed gates at the start; the values of DPHuBERT's code."""
+
+    conv: float = 0.01
+    """Conv channels."""
+
+    heads: float = 0.01
+    """Attention heads."""
+
+    ffn: float = 0.5
+    """Units of the feed-forward networks."""
+
+    attention: float = 0.01
+    """Attention modules."""
+
+    feed_forward: float = 0.01
+    """Feed-forward modules."""
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not 0 < value < 1:
+                raise ValueError(f"{name} must be between 0 and 1, got {value}")
+
+
+@dataclass(frozen=True)
+class PruningSettings(GateSettings):
+    """Structured pruning during distillation (DPHuBERT, arXiv 2305.17651): HardConcrete gates, and
+    an augmented Lagrangian that raises the expected sparsity to a target."""
+
+    sparsity: float = 0.75
+    """Share of the student's cost to remove (DPHuBERT)."""
+
+    by: Literal["parameters", "macs"] = "parameters"
+    """Cost: number of parameters (DPHuBERT), or multiply-accumulates for ``seconds`` of audio
+    (ours)."""
+
+    seconds: float = 10.0
+    """Length of an utterance for ``by: macs``, in seconds (ours)."""
+
+    reach_at: int = 5000
+    """Step at which the target reaches ``sparsity``, linearly from 0 (DPHuBERT)."""
+
+    lr: float = 0.02
+    """Learning rate of gates and Lagrange multipliers, with the schedule of the optimizer's ``lr``
+    (DPHuBERT)."""
+
+    start_drop: StartDrop = field(default_factory=StartDrop)
+    """Share of closed gates at the start."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range(self, 1, math.inf, "reach_at")
+        for name in ("seconds", "lr"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        if not 0 < self.sparsity < 1:
+            raise ValueError(f"sparsity must be between 0 and 1, got {self.sparsity}")
+
+    @property
+    def gates(self) -> GateSettings:
+        return GateSettings(self.units, self.last_conv, self.norms)
+
+
+@dataclass(frozen=True)
+class PrunedSettings:
+    """Architecture of a copied student: HuBERT's or WavLM's, in which each layer has its own number
+    of channels, heads and units. Part of its student file; not written by hand."""
+
+    conv_layers: ConvLayers
+    """``(channels, kernel, stride)`` of each conv layer."""
+
+    extractor_mode: Literal["default", "layer_norm"]
+    """See :class:`StudentSettings`."""
+
+    conv_bias: bool
+    """Whether the convolutions of the extractor have a bias."""
+
+    normalize_waveforms: bool
+    """Whether waveforms are normalised to zero mean and unit variance."""
+
+    encoder_embed_dim: int
+    """Width of the transformer layers."""
+
+    encoder_attention_heads: int
+    """Heads of the copied teacher's layers; a head's width is ``encoder_embed_dim`` by this."""
+
+    heads: tuple[tuple[int, ...], ...]
+    """The heads of each layer, by their places in the teacher, counted from 0."""
+
+    ffn_dims: tuple[int, ...]
+    """Units of each layer's feed-forward network."""
+
+    conv_pos: int
+    """Kernel of the convolution that encodes positions, in frames."""
+
+    conv_pos_groups: int
+    """Groups of that convolution."""
+
+    activation_fn: Literal["gelu", "relu"]
+    """Activation of the feed-forward networks."""
+
+    layer_norm_first: bool
+    """Pre-norm instead of post-norm."""
+
+    position_buckets: int = 0
+    """Buckets of WavLM's relative positions; 0: no relative positions."""
+
+    max_distance: int = 0
+    """Frames from which on all distances share a bucket."""
+
+    feature_scale: bool = False
+    """Whether the conv features are scaled (``last_conv: soft``)."""
+
+    gates: GateSettings | None = None
+    """The gates; null once the student is cut."""
+
+    feature_grad_mult: float = 1.0
+    """See :class:`CopySettings`, as for the following."""
+
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
+    activation_dropout: float = 0.0
+    input_dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_range(self, 1, math.inf, "encoder_embed_dim", "encoder_attention_heads")
+        check_range(self, 1, math.inf, "conv_pos", "conv_pos_groups")
+        check_range(self, 0, math.inf, "position_buckets", "max_distance", "feature_grad_mult")
+        check_dropout(self)
+        try:
+            parse_conv_layers(conv_layers_text(self.conv_layers))
+        except (ConfigError, ValueError) as error:
+            raise ValueError(str(error)) from None
+        if not 0 < len(self.heads) == len(self.ffn_dims) <= MAX_LAYERS:
+            raise ValueError(
+                f"heads and ffn_dims must have an entry for each of 1 to {MAX_LAYERS} layers"
+            )
+        for places in self.heads:
+            if [*places] != sorted({*places} & {*range(self.encoder_attention_heads)}):
+                raise ValueError(
+                    f"heads: {[*places]} are not increasing numbers from 0 to "
+                    f"{self.encoder_attention_heads - 1}"
+                )
+        if min(self.ffn_dims) < 0:
+            raise ValueError(f"ffn_dims must be 0 or more, got {[*self.ffn_dims]}")
+        for name in ("encoder_attention_heads", "conv_pos_groups"):
+            if self.encoder_embed_dim % getattr(self, name):
+                raise ValueError(
+                    f"encoder_embed_dim ({self.encoder_embed_dim}) must be a multiple of "
+                    f"{name} ({getattr(self, name)})"
+                )
+        if self.position_buckets and (
+            self.position_buckets < 4 or self.max_distance <= self.position_buckets // 4
+        ):
+            raise ValueError(
+                "position_buckets must be 4 or more, and max_distance above a quarter of it"
+            )
+
+    encoder_layerdrop = 0.0  # not a setting: layer-to-layer heads need all layers
+
+    @property
+    def encoder_layers(self) -> int:
+        return len(self.heads)
+
+    @property
+    def head_dim(self) -> int:
+        return self.encoder_embed_dim // self.encoder_attention_heads
+
+    @property
+    def stride(self) -> int:
+        """Samples from one frame to the next."""
+        return stride_of(self.conv_layers)
+
+    @property
+    def min_samples(self) -> int:
+        """The shortest waveform, in samples, that gives a frame."""
+        return receptive_field(self.conv_layers)
+
+
+Architecture = StudentSettings | PrunedSettings  # of a student that can be built
+
+
+def matrix_parameters(settings: Architecture) -> int:
     """Number of parameters in convolutions and matrices, without biases and norms."""
-    width, inner = settings.encoder_embed_dim, settings.encoder_ffn_embed_dim
+    width = settings.encoder_embed_dim
     total, before = 0, 1
     for channels, kernel, _ in settings.conv_layers:
         total += before * channels * kernel
         before = channels
-    total += before * width if before != width else 0  # the feature projection
     total += width * (width // settings.conv_pos_groups) * settings.conv_pos
+    if isinstance(settings, PrunedSettings):
+        heads = sum(map(len, settings.heads))
+        total += before * width + 4 * width * settings.head_dim * heads
+        return total + 2 * width * sum(settings.ffn_dims)
+    total += before * width if before != width else 0  # the feature projection
+    inner = settings.encoder_ffn_embed_dim
     return total + settings.encoder_layers * (4 * width * width + 2 * width * inner)
 
 
-def check_size(settings: StudentSettings) -> None:
+def check_size(settings: Architecture) -> None:
     """Reject a student of more layers or parameters than ``MAX_LAYERS`` and ``MAX_PARAMETERS``.
 
     A typing mistake in a YAML file would otherwise allocate terabytes.

@@ -1,14 +1,17 @@
 """Configuration: YAML -> frozen dataclasses; each error names the YAML path.
 
 Supported types: ``bool int float str``, ``Literal``, ``X | None``, ``tuple[X, ...]``,
-``dict[str, X]`` and dataclasses of these. A dataclass may validate itself in ``__post_init__`` by
-raising ``ValueError("what is wrong")``; the YAML path is prepended to the message.
+``dict[str, X]``, dataclasses of these, and ``A | B`` of dataclasses. Of the latter the key ``kind``
+chooses one: the first by its ``KIND``, which is the default, the others by the ``Literal`` of their
+field ``kind``. A dataclass may validate itself in ``__post_init__`` by raising ``ValueError("what
+is wrong")``; the YAML path is prepended to the message.
 
 A model config may extend another one::
 
     extends: ../config_model.yaml      # relative to this file; one level only
     teachers: [hubert, wavlm]          # a list selects these teachers of the base config
     aggregation: average               # other keys replace, mappings are merged
+    student: {kind: copy, of: hubert}  # another kind of student replaces the base's, and its init
 
 ``-o`` on the command line overrides keys of a YAML file or a checkpoint.
 """
@@ -94,8 +97,13 @@ def _convert(kind: Any, data: Any, location: str, depth: int = 0) -> Any:
             names = ", ".join(map(str, parts))
             raise ConfigError(f"{location} must be one of {names}, got {_show(data)}")
         return data
-    if origin in (Union, types.UnionType):  # always X | None
-        return None if data is None else _convert(parts[0], data, location)
+    if origin in (Union, types.UnionType):  # X | None, or dataclasses that `kind` distinguishes
+        if data is None and types.NoneType in parts:
+            return None
+        classes = [part for part in parts if part is not types.NoneType]
+        if len(classes) > 1:
+            return _by_kind(classes, data, location)
+        return _convert(classes[0], data, location)
     if origin in (tuple, list):
         _check_container(data, (list, tuple), "a list", _MAX_LIST, location)
         items = enumerate(data)
@@ -114,6 +122,22 @@ def _convert(kind: Any, data: Any, location: str, depth: int = 0) -> Any:
             for key, value in data.items()
         }
     return _scalar(kind, data, location)
+
+
+def _by_kind(classes: list[Any], data: Any, location: str) -> Any:
+    """Convert to the dataclass that the key ``kind`` names; the first if there is no such key."""
+    first, *others = classes
+    named = {typing.get_args(typing.get_type_hints(cls)["kind"])[0]: cls for cls in others}
+    if not isinstance(data, dict) or "kind" not in data or data["kind"] == first.KIND:
+        plain = data
+        if isinstance(data, dict):
+            plain = {key: value for key, value in data.items() if key != "kind"}
+        return _dataclass(first, plain, location)
+    kind = data["kind"]
+    if not isinstance(kind, str) or kind not in named:
+        allowed = ", ".join([first.KIND, *named])
+        raise ConfigError(f"{location}.kind must be one of {allowed}, got {_show(kind)}")
+    return _dataclass(named[kind], data, location)
 
 
 def _check_container(data: Any, kind: Any, noun: str, limit: int, location: str) -> None:
@@ -207,6 +231,10 @@ def read_extended(
     if isinstance(names, list):
         data["teachers"] = _select_teachers(base.get("teachers"), names, path)
         base.pop("teachers", None)
+    student, base_student = data.get("student"), base.get("student")
+    if isinstance(student, dict) and isinstance(base_student, dict):
+        if student.get("kind", base_student.get("kind")) != base_student.get("kind"):
+            base = {key: base[key] for key in base if key not in ("student", "init")}
     return merge(base, data)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,14 +20,28 @@ compat.apply()
 
 from ..data.batches import Batch, train_loader  # noqa: E402
 from ..data.loader import BatchLoader  # noqa: E402
+from ..distill.aggregation import TargetSpec  # noqa: E402
+from ..distill.conv_layers import receptive_field  # noqa: E402
 from ..distill.distiller import EnsembleDistiller  # noqa: E402
 from ..distill.initialisation import initialise  # noqa: E402
 from ..distill.student import Student  # noqa: E402
-from ..distill.student_settings import StudentSettings  # noqa: E402
+from ..distill.student_settings import CopySettings, FileSettings, StudentSettings  # noqa: E402
 from ..distill.teachers import check_teacher_names  # noqa: E402
-from ..files.config import from_plain_data, to_plain_data  # noqa: E402
-from ..student_file import RUN_KEY, contents  # noqa: E402
-from ..teachers import check_precision, load_teachers, teacher_model  # noqa: E402
+from ..files.config import to_plain_data  # noqa: E402
+from ..student_file import (  # noqa: E402
+    RUN_KEY,
+    LoadedStudent,
+    contents,
+    input_layers,
+    load_student,
+    read_architecture,
+)
+from ..teachers import (  # noqa: E402
+    check_precision,
+    copied_student,
+    load_teachers,
+    teacher_model,
+)
 from .config_diff import config_differences, describe_changes  # noqa: E402
 from .distributed import distiller_batch, empty_step  # noqa: E402
 from .settings import RunSettings, load_data_config, load_model_config  # noqa: E402
@@ -70,13 +84,16 @@ class UpstreamPretrainExpert(nn.Module):
         check_teacher_names(self.settings.teachers)
         check_precision(self.settings.teacher_precision, str(device))
         self.data = load_data_config(datarc)
-        student = Student(self.settings.student, self.settings.student_backend)
+        student = self._small_student()
         self.targets: TargetReader | None = None
         if self.data.target_cache is not None:
             from .target_cache import use
 
             self.targets = use.open_targets(self.data.target_cache, self.settings)
         self.seed = torch.initial_seed()  # set by s3prl's script
+        self._min_samples = receptive_field(
+            input_layers(self.settings.student) if student is None else student.settings.conv_layers
+        )
         self.dataloader = self._loader(self.data.sets)
         self.loaders, self.dev_dataloader = [self.dataloader], None
         if self.data.dev_sets:
@@ -89,6 +106,9 @@ class UpstreamPretrainExpert(nn.Module):
             self.settings.teacher_precision,
             self.settings.teacher_compile,
         )
+        if student is None:
+            copy = cast(CopySettings, self.settings.student)
+            student = copied_student(teachers, copy, self.settings.pruning)
         units: Units | None = None
         if self.settings.unit_loss.file:
             from ..essence.units import load_units
@@ -100,6 +120,15 @@ class UpstreamPretrainExpert(nn.Module):
             rows = [row for batch in batches for row in batch]
             use.check_teachers(self.targets, teachers, self.settings, self.data, rows)
         self.distiller = EnsembleDistiller(teachers, student, self.settings, units)
+        self._teacher_digests: dict[str, str] = {}
+        if not isinstance(self.settings.student, StudentSettings):
+            from ..hidden_states.fingerprint import weights_digest
+
+            self._teacher_digests = {
+                name: weights_digest(teacher.upstream) for name, teacher in teachers.items()
+            }
+        if self._heads_of_file is not None:
+            self._load_heads(self._heads_of_file)
         init = self.settings.init
         if init.sources:
             models = [teacher_model(teachers, name) for name in init.sources]
@@ -108,8 +137,56 @@ class UpstreamPretrainExpert(nn.Module):
         if self.targets is not None:
             use.free_teachers(teachers)
 
+    def _small_student(self) -> Student | None:
+        """The student, unless it is a copy of a teacher, which has to be loaded first."""
+        settings = self.settings.student
+        self._heads_of_file: LoadedStudent | None = None
+        if isinstance(settings, StudentSettings):
+            return Student(settings, self.settings.student_backend)
+        if isinstance(settings, CopySettings):
+            return None
+        loaded = load_student(settings.file)
+        if not loaded.student.is_cut:
+            raise CheckpointError(
+                f"student.file: {settings.file} is not cut to the units that its gates keep; type: "
+                f"s3prl-ekd prune {settings.file} -o pruned.pt"
+            )
+        if settings.keep_heads:
+            if loaded.heads is None:
+                raise CheckpointError(
+                    f"student.file: {settings.file} has no prediction heads; set "
+                    "student.keep_heads: false to start with new ones"
+                )
+            self._heads_of_file = loaded
+        return loaded.student.train()
+
+    def _load_heads(self, loaded: LoadedStudent) -> None:
+        """Continue with the prediction heads of ``student.file``.
+
+        Raises:
+            ConfigError: they predict other targets, or those of other teachers.
+        """
+        file = cast(FileSettings, self.settings.student).file
+        instead = "or set student.keep_heads: false to start with new heads"
+        heads, specs = self.distiller.heads, self.distiller.aggregate.specs
+        assert loaded.heads is not None
+        if loaded.targets != specs or loaded.heads.settings != heads.settings:
+            raise ConfigError(
+                f"student.file: the heads of {file} predict {describe_targets(loaded.targets)} "
+                f"({loaded.heads.kind}), this experiment {describe_targets(specs)} ({heads.kind}); "
+                f"use the teachers, aggregation and heads of its first run, {instead}"
+            )
+        digests = loaded.about.get("teachers")
+        for name, digest in self._teacher_digests.items():
+            if isinstance(digests, dict) and digests.get(name, digest) != digest:
+                raise ConfigError(
+                    f"student.file: {file} was distilled from another teacher {name} (its weights "
+                    f"differ from those of teachers.{name}.model); use that teacher, {instead}"
+                )
+        heads.load_state_dict(loaded.heads.state_dict())
+
     @property
-    def model(self) -> nn.Module:
+    def model(self) -> nn.ModuleDict:
         """The trained modules, which the Runner optimises and clips: student and heads."""
         return self.distiller.trainable
 
@@ -137,7 +214,7 @@ class UpstreamPretrainExpert(nn.Module):
         return train_loader(
             self.data,
             sets,
-            min_samples=self.settings.student.min_samples,
+            min_samples=self._min_samples,
             distortion=self.settings.distortion,
             seed=self.seed,
             shuffle=shuffle,
@@ -159,23 +236,33 @@ class UpstreamPretrainExpert(nn.Module):
             mode = "dropout on" if settings.teacher_dropout else "eval mode"
             path = settings.teachers[name].model
             logger.info("teacher %s: %s, %s, %s, %s", name, path, layers, size, mode)
-        heads = ", ".join(
-            f"{name} ({spec.layers} layers of {spec.width})"
-            for name, spec in self.distiller.aggregate.specs.items()
-        )
+        heads = describe_targets(self.distiller.aggregate.specs)
         logger.info("aggregation %s; prediction heads: %s", settings.aggregation, heads)
         if self.targets is not None:
             cache = f"{self.targets.folder}, {self.targets.index.dtype}"
             logger.info("targets: cached in %s; the teachers do not run", cache)
         if settings.distortion.setup != "clean":
             logger.info("distortion: %s", settings.distortion.setup)
+        source = " and ".join(settings.init.sources) or "random weights"
+        if isinstance(settings.student, CopySettings):
+            source = f"all of {settings.student.of}"
+        elif isinstance(settings.student, FileSettings):
+            source = settings.student.file
         logger.info(
             "student: %s parameters, with heads %s, initialised from %s; device %s",
             f"{_count(self.distiller.student):,}",
             f"{_count(self.model):,}",
-            " and ".join(settings.init.sources) or "random weights",
+            source,
             self.device,
         )
+        if (sparsity := self.distiller.sparsity) is not None:
+            logger.info(
+                "pruning: gates of %s; target: remove %.1f %% of %s %s",
+                ", ".join(sparsity.pruning.units),
+                100 * sparsity.pruning.sparsity,
+                f"{sparsity.full:,.0f}",
+                "parameters" if sparsity.pruning.by == "parameters" else "MACs",
+            )
 
     # s3prl's interface
 
@@ -193,6 +280,11 @@ class UpstreamPretrainExpert(nn.Module):
 
         For s3prl's own Runner; :class:`.trainer.Trainer` calls the distiller directly.
         """
+        if self.settings.pruning is not None:
+            raise SetupError(
+                "pruning needs the optimizer of s3prl_ekd; start the run with: run_pretrain.py -u "
+                "ekd, of this package"
+            )
         if data.problem:
             raise DataError(data.problem)
         for bad in data.bad:
@@ -229,7 +321,7 @@ class UpstreamPretrainExpert(nn.Module):
         The config goes under ``Upstream_Config``, where the Runner reads it on resume. (s3prl's
         distiller stores it in ``Config``, and so its runs cannot be resumed.)
         """
-        about = {
+        about: dict[str, Any] = {
             "made_by": f"s3prl_ekd {__version__}",
             "config": to_plain_data(self.settings),
             "data": {  # without paths, which are private
@@ -239,6 +331,8 @@ class UpstreamPretrainExpert(nn.Module):
             },
             "step": all_states["Step"] + 1,
         }
+        if self._teacher_digests:
+            about["teachers"] = self._teacher_digests
         all_states[RUN_KEY] = contents(
             self.distiller.student, self.distiller.heads, self.distiller.aggregate.specs, about
         )
@@ -257,10 +351,10 @@ class UpstreamPretrainExpert(nn.Module):
         """
         try:
             saved = all_states[RUN_KEY]
-            student = from_plain_data(
-                StudentSettings, saved["settings"], "the checkpoint's student"
+            student = to_plain_data(
+                read_architecture(saved["settings"], "the checkpoint's student")
             )
-            sizes = config_differences(to_plain_data(student), to_plain_data(self.settings.student))
+            sizes = config_differences(student, to_plain_data(self.distiller.student.settings))
             if sizes:
                 raise CheckpointError(
                     "the checkpoint's student has another architecture: "
@@ -286,7 +380,16 @@ class UpstreamPretrainExpert(nn.Module):
             parts["Standardiser"] = self.distiller.target_norm
         if "unit_head" in self.distiller.trainable:
             parts["UnitHead"] = self.distiller.trainable["unit_head"]
+        if "multipliers" in self.distiller.trainable:
+            parts["Multipliers"] = self.distiller.trainable["multipliers"]
         return parts
+
+
+def describe_targets(specs: Mapping[str, TargetSpec]) -> str:
+    """Target sets as text: ``hubert (4 layers of 768)``."""
+    return ", ".join(
+        f"{name} ({spec.layers} layers of {spec.width})" for name, spec in specs.items()
+    )
 
 
 def _count(module: nn.Module) -> int:

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from ..data.batches import Batch
+from ..distill.pruning.gates import Gate
+from ..distill.student_settings import PruningSettings
 from ..errors import EkdError
 from .distributed import ProcessGroup
 from .settings import RunSettings
@@ -42,19 +44,29 @@ def autocast(run: RunSettings, device: str) -> torch.autocast:
     return torch.autocast("cuda", dtype, enabled=on_cuda and (run.bf16 or run.fp16))
 
 
-def fused_adamw(model: nn.Module, config: Mapping[str, Any]) -> torch.optim.AdamW:
+def fused_adamw(
+    model: nn.ModuleDict, config: Mapping[str, Any], pruning: PruningSettings | None = None
+) -> torch.optim.AdamW:
     """Make the optimizer of ``optimizer: {name: FusedAdamW, ...}``.
 
     Weight decay is ``weight_decay`` (default: 0.01), and 0 for one-dimensional parameters: biases
-    and the weights of normalisation layers.
+    and the weights of normalisation layers. With pruning, gates and Lagrange multipliers have a
+    learning rate of their own; the multipliers are maximised.
     """
-    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    gates = [w for m in model.modules() if isinstance(m, Gate) for w in m.parameters()]
+    multipliers = [*model["multipliers"].parameters()] if "multipliers" in model else []
+    own = {id(weight) for weight in (*gates, *multipliers)}
+    trained = [w for w in model.parameters() if w.requires_grad and id(w) not in own]
     decay = config.get("weight_decay", 0.01)
+    groups: list[dict[str, Any]] = [
+        {"params": [w for w in trained if w.dim() > 1], "weight_decay": decay},
+        {"params": [w for w in trained if w.dim() <= 1], "weight_decay": 0.0},
+    ]
+    if pruning is not None:
+        fixed: dict[str, Any] = {"lr": pruning.lr, "weight_decay": 0.0}
+        groups += [{"params": gates, **fixed}, {"params": multipliers, "maximize": True, **fixed}]
     return torch.optim.AdamW(
-        [
-            {"params": [w for w in trained if w.dim() > 1], "weight_decay": decay},
-            {"params": [w for w in trained if w.dim() <= 1], "weight_decay": 0.0},
-        ],
+        groups,
         lr=float(config["lr"]),
         betas=tuple(config.get("betas", (0.9, 0.999))),
         eps=float(config.get("eps", 1e-6)),

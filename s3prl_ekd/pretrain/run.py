@@ -29,7 +29,12 @@ from ..request import (
 )
 from ..system import torchrun
 from .config_diff import check_changes, check_config_file, config_differences, describe_changes
-from .settings import check_runner_config, load_model_config, load_runner_config
+from .settings import (
+    check_pruning_optimizer,
+    check_runner_config,
+    load_model_config,
+    load_runner_config,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -73,8 +78,11 @@ def check_settings(request: PretrainRequest, states: Mapping[str, Any]) -> None:
     elif not (request.expdir or request.expname):
         raise SetupError("the run has no name; add -n NAME (or -p FOLDER)")
     else:
-        load_runner_config(request.config or "pretrain/ekd/config_runner.yaml", request.override)
-        load_model_config(request.upstream_config or "pretrain/ekd/config_model.yaml")
+        run = load_runner_config(
+            request.config or "pretrain/ekd/config_runner.yaml", request.override
+        )
+        model = load_model_config(request.upstream_config or "pretrain/ekd/config_model.yaml")
+        check_pruning_optimizer(model, run)
 
 
 def check_other_upstream(request: PretrainRequest, states: Mapping[str, Any]) -> None:

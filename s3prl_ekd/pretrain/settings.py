@@ -17,7 +17,7 @@ from ..data.distortion.settings import DistortionSettings
 from ..data.settings import DataSettings
 from ..distill.ranges import check_range
 from ..distill.settings import DistillSettings
-from ..distill.student_settings import check_size
+from ..distill.student_settings import StudentSettings, check_size
 from ..errors import ConfigError
 from ..files.config import apply_overrides, from_plain_data, read_extended, read_yaml
 from ..files.renamed_keys import MODEL, RUNNER, rename_keys, rename_overrides, warn_renamed
@@ -190,7 +190,8 @@ class ModelFile(DistillSettings):
 
     def __post_init__(self):
         super().__post_init__()
-        check_size(self.student)
+        if isinstance(self.student, StudentSettings):
+            check_size(self.student)
 
 
 def load_model_config(source: str | Path | dict) -> ModelFile:
@@ -228,6 +229,20 @@ def _without_groups(data: Any, where: str, warn: bool = False) -> Any:
     if warn:
         warn_renamed(where, "aggregation: groups", "aggregation: separate")
     return {**data, "aggregation": "separate"}
+
+
+def check_pruning_optimizer(model: ModelFile, run: RunnerFile) -> None:
+    """Reject pruning with an optimizer that has one learning rate for all weights.
+
+    Raises:
+        ConfigError: the optimizer is not FusedAdamW.
+    """
+    name = run.optimizer["name"]
+    if model.pruning is not None and name != FUSED_ADAMW:
+        raise ConfigError(
+            f"pruning needs optimizer.name: {FUSED_ADAMW} in the runner config (-c), got {name}: "
+            "gates and Lagrange multipliers have their own learning rate"
+        )
 
 
 def read_model_yaml(path: str | Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..errors import SetupError
 from ..files.atomic import make_folder, write_text
@@ -21,6 +22,8 @@ from ..system.jobs import Jobs
 from .settings import load_model_config, load_runner_config
 from .tensorboard import read_scalars, teacher_curves
 
+# (section, key, default) of model settings that version 0.1 lacks
+_SINCE_0_1 = (("", "pruning", None), ("heads", "share", None), ("heads", "of_group", "mean"))
 RECORD = "sweep.json"  # in a run's folder: its digest, and its duration once it is finished
 OLD_ROOT, OLD_RECORD = Path("result/matrix"), "matrix.json"  # of version 0.1
 
@@ -55,6 +58,7 @@ class SweepRun:
         settings = load_model_config(self.config)
         model = restore_keys(to_plain_data(settings), MODEL)
         model.pop("student_backend")  # both backends give equal results; not a key of 0.1
+        _drop_new_defaults(model)
         models = [model]
         grouped = all(teacher.groups is not None for teacher in settings.teachers.values())
         if settings.aggregation == "separate" and grouped:
@@ -125,6 +129,14 @@ def _run(run: SweepRun, processes: Jobs, environment: Mapping[str, str]) -> Swee
         content["seconds"] = time.monotonic() - start
         write_text(run.record, json.dumps(content))
     return read_result(run)
+
+
+def _drop_new_defaults(model: dict[str, Any]) -> None:
+    """Remove settings that version 0.1 lacks if they have the defaults, which change nothing."""
+    for section, name, default in _SINCE_0_1:
+        settings = model[section] if section else model
+        if settings.get(name) == default:
+            settings.pop(name, None)
 
 
 def _read(record: Path) -> dict:

@@ -20,8 +20,8 @@ from tensorboardX.proto import event_pb2
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
-from ..errors import SetupError
 from ..files.atomic import explain_write_errors
+from ..system.figures import new_figure
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +59,15 @@ class ScalarWriter:
         """Write one point; ``value`` can be anything that ``float()`` accepts."""
         point = Summary.Value(tag=tag, simple_value=float(value))
         self._write(Event(step=global_step, summary=Summary(value=[point])))
+
+    def add_picture(self, tag: str, picture: bytes, global_step: int) -> None:
+        """Write the contents of a PNG file with transparency."""
+        width, height = struct.unpack_from(">II", picture, 16)
+        image = Summary.Image(
+            encoded_image_string=picture, width=width, height=height, colorspace=4
+        )
+        value = Summary.Value(tag=tag, image=image)
+        self._write(Event(step=global_step, summary=Summary(value=[value])))
 
     def flush(self) -> None:
         """Flush all points and sync them to disk."""
@@ -129,15 +138,9 @@ def plot_run(scalars: Mapping[str, Mapping[int, float]], path: str | Path) -> No
     Raises:
         SetupError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise SetupError("plots require matplotlib; type: pip install 's3prl_ekd[plots]'") from None
     curves = teacher_curves(scalars)
     panels = 1 + len(curves)
-    figure = Figure(figsize=(3.4 * panels, 3), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(3.4 * panels, 3)
     axes = figure.subplots(1, panels, squeeze=False)[0]
     loss = scalars.get("ekd/train-loss_mean", {})
     axes[0].plot(list(loss), list(loss.values()), color="black")

@@ -16,6 +16,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -171,7 +172,7 @@ class Trainer:
             scaler.load_state_dict(self.progress.scaler)
         try:
             if fused:
-                optimizer = fused_adamw(model, config)
+                optimizer = fused_adamw(model, config, self.upstream.settings.pruning)
             else:
                 optimizer = self.s3prl_runner._get_optimizer(self, [model])
         except (TypeError, ValueError, AttributeError) as error:
@@ -213,10 +214,13 @@ class Trainer:
                 self.record_step(result)
                 self.snapshot()
                 if self.is_due(run.log_step):
+                    bar.set_postfix_str(self.sparsity_text())
                     self.log(result)
                 progress.dev_due = self.has_dev and self.is_due(run.eval_step or run.save_step)
                 if progress.dev_due:
                     self.measure_dev_loss()
+                if self.is_due(run.save_step):
+                    self.draw_widths()
                 self.save_or_stop()
                 bar.update()
         if progress.skipped and self.processes.is_main:
@@ -344,6 +348,27 @@ class Trainer:
         self.upstream.log_records(progress.records, self.logger, prefix, progress.step)
         progress.records = defaultdict(list)
 
+    def sparsity_text(self) -> str:
+        """The expected and the target sparsity of this step, for the progress bar."""
+        if "sparsity/expected" not in self._step_records:
+            return ""
+        expected, target = (
+            float(self._step_records[f"sparsity/{name}"][-1]) for name in ("expected", "target")
+        )
+        return f"sparsity {expected:.3f}, target {target:.3f}"
+
+    def draw_widths(self) -> None:
+        """Write a picture of the expected widths of a student that is being pruned."""
+        sparsity = self.upstream.distiller.sparsity
+        if sparsity is None or not self.processes.is_main or find_spec("matplotlib") is None:
+            return
+        from ..system.figures import png
+        from .widths import draw_widths
+
+        kept, total = sparsity.widths()
+        picture = png(draw_widths(kept, total))
+        self.logger.add_picture(f"{self.args.upstream}/widths", picture, self.progress.step)
+
     def gather_records(self) -> None:
         """Average the scalars since the last TensorBoard point over all processes."""
         if self.processes.world_size == 1:
@@ -370,10 +395,13 @@ class Trainer:
         self.logger.add_scalar(f"{self.args.upstream}/dev-loss", loss, global_step=progress.step)
         progress.dev_due = False  # before the best checkpoint is saved
         best = math.inf if progress.best_loss is None else progress.best_loss
+        # While a student is being pruned, its loss rises: earlier steps would always be the best.
+        sparsity = self.upstream.distiller.sparsity
+        is_best = loss < best and (sparsity is None or sparsity.is_reached())
         if self.processes.is_main:
-            suffix = ", the best" if loss < best else ""
+            suffix = ", the best" if is_best else ""
             tqdm.write(f"[Runner] - dev loss {loss:.5f} at step {progress.step}{suffix}")
-        if loss < best:
+        if is_best:
             progress.best_loss, progress.best_step = loss, progress.step
             checkpoint = self.checkpoint()
             if self.processes.is_main:

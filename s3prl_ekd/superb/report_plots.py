@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, BinaryIO
 
-from ..analysis.plots import new_figure
 from ..downstream.tasks import TASKS
+from ..system.figures import new_figure
 from .metrics import Estimate
 from .report import CLEAN, Report, condition_title, split_condition
 from .score import PUBLISHED, superb_score

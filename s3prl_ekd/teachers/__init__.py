@@ -8,6 +8,7 @@ transformer layer and index n the output of layer n.
 from .load import (
     check_precision,
     check_source,
+    copied_student,
     load_teachers,
     load_tiny,
     load_upstream,
@@ -17,6 +18,7 @@ from .load import (
 __all__ = [
     "check_precision",
     "check_source",
+    "copied_student",
     "load_teachers",
     "load_tiny",
     "load_upstream",

@@ -24,11 +24,13 @@ from ..files.atomic import atomic_torch_save
 from ..files.torch_load import restrict_torch
 from . import zoo
 from .checkpoint import load_file
-from .fast.encoder import fast_encoders
+from .fast import encoder as fast
 
 if TYPE_CHECKING:
     from s3prl.upstream.interfaces import UpstreamBase
 
+    from ..distill.student import Student
+    from ..distill.student_settings import CopySettings, PruningSettings
     from .huggingface import HuggingFaceUpstream
 
 FAMILIES = ("hubert", "wavlm", "wav2vec2", "data2vec", "unispeech_sat", "distiller")
@@ -189,26 +191,43 @@ def load_teachers(
         teachers[name] = Teacher(upstream, teacher.targets, name)
     if backend == "fast" and not dropout:
         upstreams = {name: teacher.upstream for name, teacher in teachers.items()}
-        for name, encoder in fast_encoders(upstreams, precision, compiled).items():
+        for name, encoder in fast.fast_encoders(upstreams, precision, compiled).items():
             teachers[name].encoder = encoder
     return TeacherEnsemble(teachers, dropout)
 
 
-def teacher_model(ensemble: TeacherEnsemble, name: str) -> nn.Module:
-    """A teacher's model to initialise a student from, in fairseq's layout (see
+def teacher_model(ensemble: TeacherEnsemble, name: str, setting: str = "init.teacher") -> nn.Module:
+    """A teacher's model to initialise or to make a student from, in fairseq's layout (see
     :func:`~s3prl_ekd.distill.initialisation.initialise`).
 
     Raises:
-        ConfigError: the teacher has no such model.
+        ConfigError: the teacher has no such model; the message names ``setting``.
     """
     upstream = ensemble[name].upstream
     if hasattr(upstream, "fairseq_layout"):  # a Hugging Face teacher
-        return cast("HuggingFaceUpstream", upstream).fairseq_layout(f"init.teacher: {name}")
+        return cast("HuggingFaceUpstream", upstream).fairseq_layout(f"{setting}: {name}")
     student = getattr(upstream, "student", None)  # the backbone of an EKD student has this layout
     model = getattr(upstream, "model", None) if student is None else student.backbone
     if not isinstance(model, nn.Module):
         raise ConfigError(
-            f"init.teacher: {name} has no weights in the student's layout; choose another "
-            "init.teacher or set init.teacher: null"
+            f"{setting}: {name} has no weights in the student's layout; choose another teacher"
+            + (" or set init.teacher: null" if setting == "init.teacher" else "")
         )
     return model
+
+
+def copied_student(
+    ensemble: TeacherEnsemble, copy: CopySettings, pruning: PruningSettings | None
+) -> Student:
+    """A student that is a copy of a teacher.
+
+    Raises:
+        ConfigError, TeacherError: the teacher is not a HuBERT, wav2vec 2.0 or WavLM.
+    """
+    from ..distill.pruning.copy import copy_teacher
+
+    upstream = ensemble[copy.of].upstream
+    normalize = getattr(upstream, "normalize", None)  # of a Hugging Face teacher
+    if normalize is None:
+        normalize = fast.family(upstream) is not None and fast.normalizes(upstream)
+    return copy_teacher(teacher_model(ensemble, copy.of, "student.of"), normalize, copy, pruning)

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from s3prl_ekd.analysis.plots import new_figure
 from s3prl_ekd.files.atomic import atomic_file
 from s3prl_ekd.superb.report_plots import COLOURS
+from s3prl_ekd.system.figures import new_figure
 
 
 def write_log(log: list[dict[str, Any]], about: dict[str, Any], folder: Path) -> None:

@@ -27,7 +27,6 @@ from ...data.settings import DataSettings
 from ...data.tables import Utterance, read_tables
 from ...distill.aggregation import Aggregation
 from ...distill.conv_layers import ConvLayers
-from ...distill.student_settings import StudentSettings
 from ...distill.teachers import TeacherEnsemble
 from ...errors import DataError, SetupError
 from ...files.atomic import remove_leftovers
@@ -54,8 +53,10 @@ SPARE = 64 << 20  # bytes to leave free on the disk
 TargetFn = Callable[[Sequence[Tensor]], Mapping[str, Tensor]]  # from waveforms ``[sample]``
 
 
-def cached_rows(data: DataSettings, student: StudentSettings) -> list[Utterance]:
+def cached_rows(data: DataSettings, min_samples: int) -> list[Utterance]:
     """Read the utterances of ``sets`` and ``dev_sets``, longest first.
+
+    ``min_samples``: shorter utterances are left out.
 
     Raises:
         DataError: see :func:`...data.tables.read_tables`.
@@ -64,7 +65,7 @@ def cached_rows(data: DataSettings, student: StudentSettings) -> list[Utterance]
     bad: list[BadUtterance] | None = [] if data.on_bad_audio == "skip" else None
     for sets in filter(None, (data.sets, data.dev_sets)):
         table = read_tables(data.file_path, sets, bad)
-        usable = filter_by_length(table, data.max_timestep, student.min_samples)
+        usable = filter_by_length(table, data.max_timestep, min_samples)
         rows |= {row.path: row for row in usable}
     if bad:
         logger.warning("left out %d utterances, first %s: %s", len(bad), bad[0].path, bad[0].reason)

@@ -117,7 +117,7 @@ class FastEncoder:
         self.model: HubertModel | Wav2Vec2Model | WavLM = upstream.model
         self.extractor = extractor
         self.precision = extractor.dtype
-        self.normalize = _normalizes(upstream)
+        self.normalize = normalizes(upstream)
         self.counts_frames = family(upstream) == "wav2vec2"  # see padded_frames
         self.name = name
         self._weights: _Weights | None = None
@@ -256,7 +256,7 @@ def family(upstream: UpstreamBase) -> str | None:
     return name
 
 
-def _normalizes(upstream: UpstreamBase) -> bool:
+def normalizes(upstream: UpstreamBase) -> bool:
     """Whether an expert of :func:`family` normalises waveforms to zero mean and unit variance."""
     if hasattr(upstream, "wav_normalize"):
         return bool(upstream.wav_normalize)
