@@ -15,6 +15,7 @@ file is written by ``torch.save`` and can be loaded with ``weights_only=True``.
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -225,6 +226,19 @@ def input_layers(student: StudentSettings | CopySettings | FileSettings) -> Conv
     if isinstance(student, FileSettings):
         return load_student(student.file).student.settings.conv_layers
     return student.conv_layers
+
+
+def require_cut(loaded: LoadedStudent, path: str | Path) -> None:
+    """Check that a student read from ``path`` has its final size.
+
+    Raises:
+        CheckpointError: it still has gates.
+    """
+    if not loaded.student.is_cut:
+        raise CheckpointError(
+            f"the student of {path} still has gates, so its size is not final; type: s3prl-ekd "
+            f"prune {shlex.quote(str(path))} -o pruned.pt, and export pruned.pt"
+        )
 
 
 def heads_problem(loaded: LoadedStudent) -> str:
