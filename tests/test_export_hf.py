@@ -28,10 +28,10 @@ from s3prl_ekd.errors import CheckpointError
 from s3prl_ekd.export.folder import export_folder
 from s3prl_ekd.export.huggingface import (
     check_hf_export,
-    hubert_config,
+    hf_config,
     load_hf_student,
-    save_hubert,
-    to_hubert,
+    save_hf_model,
+    to_hf_model,
 )
 from s3prl_ekd.export.model_card import how_made
 from s3prl_ekd.files.config import to_plain_data
@@ -100,7 +100,7 @@ def test_hidden_states_equal_those_of_the_upstream(write, waves, tmp_path, varia
 
 def test_the_default_student_has_the_size_of_distilhubert():
     """Compare with the published configuration of ntu-spml/distilhubert."""
-    config = hubert_config(StudentSettings())
+    config = hf_config(StudentSettings())
     expected = {
         "model_type": "hubert",
         "feat_proj_layer_norm": False,
@@ -248,7 +248,7 @@ def test_folders_without_a_student(tmp_path):
 def test_wrong_weights_are_detected(student_settings, tmp_path, name):
     student = random_student(student_settings)
     folder = tmp_path / "hf"
-    save_hubert(to_hubert(student), folder)
+    save_hf_model(to_hf_model(student), folder)
     assert check_hf_export(folder, student) <= 1e-6
     weights = load_file(folder / "model.safetensors")
     weights[name][3] += 1e-3

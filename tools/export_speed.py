@@ -46,8 +46,8 @@ def main() -> None:
     from s3prl_ekd.export.huggingface import (
         check_hf_export,
         quiet_transformers,
-        save_hubert,
-        to_hubert,
+        save_hf_model,
+        to_hf_model,
     )
     from s3prl_ekd.export.onnx import OnnxSession, check, onnx_bytes, quantised, relative_errors
     from s3prl_ekd.student_file import load_student
@@ -57,7 +57,7 @@ def main() -> None:
     student = load_student(args.checkpoint).student if args.checkpoint else None
     student = (student or Student(StudentSettings())).eval()
     with tempfile.TemporaryDirectory() as folder:
-        save_hubert(to_hubert(student), Path(folder))
+        save_hf_model(to_hf_model(student), Path(folder))
         error = check_hf_export(Path(folder), student)
         from transformers import AutoModel
 

@@ -41,6 +41,10 @@ class StudentSettings:
 
     KIND: ClassVar[str] = "distil"
 
+    # of copied students, see PrunedSettings
+    normalize_waveforms: ClassVar[bool] = False
+    position_buckets: ClassVar[int] = 0
+
     extractor_mode: Literal["default", "layer_norm"] = "default"
     """Normalisation in the conv extractor: group norm after the first layer, or layer norm after
     each."""

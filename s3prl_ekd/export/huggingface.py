@@ -1,7 +1,12 @@
-"""Convert a student to transformers' ``HubertModel`` and back: same weights, renamed.
+"""Convert a student to transformers' ``HubertModel`` or ``WavLMModel`` and back: same weights,
+renamed.
+
+A copied student has the hidden states of the model it is a copy of, and becomes a ``WavLMModel`` if
+it has relative positions. transformers' layers are of one size, so a pruned student is padded
+(:mod:`.padding`) before. Its ``hidden_states[N]``, for N layers, is ``last_hidden_state``.
 
 s3prl's ``DistillerModel`` without heads is a HuBERT without the layer norm before its feature
-projection (``feat_proj_layer_norm: false``). Hidden states of both, for a student of N layers:
+projection (``feat_proj_layer_norm: false``). Hidden states of both, for N layers:
 
 =======================  ============================================================
 ``ekd_student``          ``HubertModel``
@@ -23,7 +28,7 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -32,34 +37,36 @@ from torch.nn.utils.rnn import pad_sequence
 from .. import compat
 from ..distill.conv_layers import conv_layers_text
 from ..distill.student import Student
-from ..distill.student_settings import StudentSettings
+from ..distill.student_forward import normalise
+from ..distill.student_settings import Architecture, PrunedSettings, StudentSettings
 from ..errors import CheckpointError, ConfigError, SetupError, TeacherError
 from ..files.config import from_plain_data
 from ..student_file import LoadedStudent
 from ..teachers.hf_names import fairseq_name
-from ..teachers.huggingface import check_hf_folder, load_folder, quiet_transformers
+from ..teachers.huggingface import MODEL_TYPES, check_hf_folder, load_folder, quiet_transformers
 from .compare import largest_difference, noise_waves
+from .padding import padded
 
 if TYPE_CHECKING:
-    from transformers import HubertConfig, HubertModel
+    from transformers import HubertConfig, HubertModel, WavLMConfig, WavLMModel
+
+    HFConfig: TypeAlias = HubertConfig | WavLMConfig
+    HFModel: TypeAlias = HubertModel | WavLMModel
 
 logger = logging.getLogger(__name__)
 
-# HubertConfig's settings that are fixed for a student: name -> the only allowed value.
+# Settings of transformers that are fixed for a student: name -> the only allowed value.
 _FIXED = {
-    "feat_proj_layer_norm": False,
-    "conv_bias": False,
     "conv_pos_batch_norm": False,
     "feat_extract_activation": "gelu",
     "layer_norm_eps": 1e-5,
     "adapter_attn_dim": None,
 }
-_NAMES = {  # a student's setting -> the same in HubertConfig
+_FIXED_NOT_COPIED = {"feat_proj_layer_norm": False, "conv_bias": False}
+_NAMES = {  # a student's setting -> the same in transformers
     "conv_pos": "num_conv_pos_embeddings",
     "conv_pos_groups": "num_conv_pos_embedding_groups",
-    "encoder_layers": "num_hidden_layers",
     "encoder_embed_dim": "hidden_size",
-    "encoder_ffn_embed_dim": "intermediate_size",
     "encoder_attention_heads": "num_attention_heads",
     "activation_fn": "hidden_act",
     "layer_norm_first": "do_stable_layer_norm",
@@ -69,11 +76,9 @@ _NAMES = {  # a student's setting -> the same in HubertConfig
 }
 _UNUSED = "mask_emb"  # for masked prediction; no hidden state depends on it
 
-TOLERANCE = 1e-6  # largest allowed difference from the student's hidden states
 FILES = ("config.json", "model.safetensors", "preprocessor_config.json", "README.md")
 PREPROCESSOR = {
     "feature_extractor_type": "Wav2Vec2FeatureExtractor",
-    "do_normalize": False,  # a student expects waveforms that are not normalised
     "feature_size": 1,
     "padding_side": "right",
     "padding_value": 0.0,
@@ -82,29 +87,36 @@ PREPROCESSOR = {
 }
 
 
+def tolerance(settings: Architecture) -> float:
+    """Largest allowed difference from the student's hidden states."""
+    # a copied student is deeper, and its attention is computed by another function
+    return 1e-5 if isinstance(settings, PrunedSettings) else 1e-6
+
+
 def load_hf_student(folder: Path) -> LoadedStudent:
     """Load a folder with ``config.json`` and ``model.safetensors`` as a student without heads.
 
+    A HuBERT with a layer norm before its feature projection and a WavLM become copied students.
     Training settings that transformers lacks (``feature_grad_mult``, ``extractor_dropout``) get
     their defaults.
 
     Raises:
-        CheckpointError: no such folder, a model that is not a ``HubertModel`` with a student's
-            architecture, or weights that do not fit it.
+        CheckpointError: no such folder, a model that has not a student's architecture, or weights
+            that do not fit it.
         SetupError: transformers is not installed.
     """
     compat.apply()  # transformers imports torchaudio
     label = "the Hugging Face folder"
     try:
         model_type = check_hf_folder(folder, label)
-        if model_type != "hubert":
-            raise CheckpointError(f"{folder} has model_type {model_type}; expected hubert")
+        if model_type not in ("hubert", "wavlm"):
+            raise CheckpointError(f"{folder} has model_type {model_type}; expected hubert or wavlm")
         upstream = load_folder(folder, label)
     except TeacherError as error:
         raise CheckpointError(str(error)) from None
     network = upstream.network
-    settings = student_settings(network.config, folder)
-    if upstream.normalize:
+    settings = student_settings(network.config, folder, upstream.normalize)
+    if upstream.normalize and isinstance(settings, StudentSettings):
         if settings.extractor_mode == "layer_norm":
             raise CheckpointError(
                 f"{folder} expects normalised waveforms (do_normalize: true), but a student does "
@@ -131,23 +143,50 @@ def load_hf_student(folder: Path) -> LoadedStudent:
     return LoadedStudent(student.eval(), None, {}, about)
 
 
-def student_settings(config: HubertConfig, folder: Path) -> StudentSettings:
-    """Convert transformers' ``HubertConfig`` to a student's settings.
+def student_settings(config: HFConfig, folder: Path, normalize: bool) -> Architecture:
+    """Convert a configuration of transformers to a student's settings.
+
+    Args:
+        config: of a HuBERT or a WavLM.
+        folder: for messages.
+        normalize: whether the model expects normalised waveforms.
 
     Raises:
         CheckpointError: the model's architecture is not a student's.
     """
-    for name, expected in _FIXED.items():
+    wavlm = config.model_type == "wavlm"
+    copied = wavlm or config.feat_proj_layer_norm
+    for name, expected in (_FIXED if copied else _FIXED | _FIXED_NOT_COPIED).items():
         value = getattr(config, name, expected)
         if value != expected:
             raise CheckpointError(
-                f"{folder}/config.json: {name} must be {expected}, as in DistilHuBERT, got {value}"
+                f"{folder}/config.json: {name} must be {expected}, as in "
+                f"{'HuBERT Base' if copied else 'DistilHuBERT'}, got {value}"
             )
-    conv = zip(config.conv_dim, config.conv_kernel, config.conv_stride, strict=True)
+    conv = tuple(zip(config.conv_dim, config.conv_kernel, config.conv_stride, strict=True))
+    depth, units = config.num_hidden_layers, config.intermediate_size
     values = {name: getattr(config, hf_name) for name, hf_name in _NAMES.items()}
     values["extractor_mode"] = "layer_norm" if config.feat_extract_norm == "layer" else "default"
-    values["extractor_conv_feature_layers"] = conv_layers_text(tuple(conv))
+    if copied:
+        values |= {
+            "conv_layers": [[*layer] for layer in conv],
+            "conv_bias": config.conv_bias,
+            "normalize_waveforms": normalize,
+            "heads": [[*range(config.num_attention_heads)]] * depth,
+            "ffn_dims": [units] * depth,
+            "position_buckets": config.num_buckets if wavlm else 0,
+            "max_distance": config.max_bucket_distance if wavlm else 0,
+            "input_dropout": config.feat_proj_dropout,
+        }
+    else:
+        values |= {
+            "extractor_conv_feature_layers": conv_layers_text(conv),
+            "encoder_layers": depth,
+            "encoder_ffn_embed_dim": units,
+        }
     try:
+        if copied:
+            return from_plain_data(PrunedSettings, values, "config.json")
         return from_plain_data(StudentSettings, values, "config.json")
     except ConfigError as error:
         raise CheckpointError(f"{folder} cannot be a student: {error}") from None
@@ -167,71 +206,101 @@ def _drop_identity(weights: dict[str, torch.Tensor], folder: Path) -> None:
         )
 
 
-def hubert_config(settings: StudentSettings) -> HubertConfig:
-    """Convert a student's settings to transformers' ``HubertConfig``.
+def hf_config(settings: Architecture) -> HFConfig:
+    """Convert a student's settings to a configuration of transformers.
 
     The training settings ``extractor_dropout`` and ``feature_grad_mult`` have no counterpart. Layer
     dropout is 0, so fine-tuning does not change the number of hidden states.
+
+    Args:
+        settings: those of a copied student have all heads and as many units in each layer, see
+            :func:`.padding.padded_settings`.
 
     Raises:
         SetupError: transformers is not installed.
     """
     compat.apply()  # transformers imports torchaudio
     try:
-        from transformers import HubertConfig
+        from transformers import HubertConfig, WavLMConfig
     except ImportError:
         raise SetupError(
             "transformers is not installed; type: pip install transformers safetensors"
         ) from None
     channels, kernels, strides = zip(*settings.conv_layers, strict=True)
-    return HubertConfig(
-        **{name: value for name, value in _FIXED.items() if value is not None},
+    values: dict[str, Any] = {
         **{hf_name: getattr(settings, name) for name, hf_name in _NAMES.items()},
-        feat_extract_norm="layer" if settings.extractor_mode == "layer_norm" else "group",
-        conv_dim=list(channels),
-        conv_kernel=list(kernels),
-        conv_stride=list(strides),
-        feat_proj_dropout=0.0,
-        layerdrop=0.0,
+        "feat_extract_activation": "gelu",
+        "layer_norm_eps": 1e-5,
+        "num_hidden_layers": settings.encoder_layers,
+        "feat_extract_norm": "layer" if settings.extractor_mode == "layer_norm" else "group",
+        "conv_dim": [*channels],
+        "conv_kernel": [*kernels],
+        "conv_stride": [*strides],
+        "layerdrop": 0.0,
         # without SpecAugment there is no mask embedding, as in a student
-        apply_spec_augment=False,
-        mask_time_prob=0.0,
-        mask_feature_prob=0.0,
-    )
+        "apply_spec_augment": False,
+        "mask_time_prob": 0.0,
+        "mask_feature_prob": 0.0,
+    }
+    if isinstance(settings, StudentSettings):
+        units, dropout = settings.encoder_ffn_embed_dim, 0.0
+        values |= {"conv_pos_batch_norm": False, **_FIXED_NOT_COPIED}
+    else:
+        units, dropout = settings.ffn_dims[0], settings.input_dropout
+        values["conv_bias"] = settings.conv_bias
+    values |= {"intermediate_size": units, "feat_proj_dropout": dropout}
+    if isinstance(settings, PrunedSettings) and settings.position_buckets:
+        return WavLMConfig(
+            **values,
+            num_buckets=settings.position_buckets,
+            max_bucket_distance=settings.max_distance,
+        )
+    return HubertConfig(**values)
 
 
-def to_hubert(student: Student) -> HubertModel:
-    """Copy the student's weights to a new ``HubertModel`` in eval mode.
+def to_hf_model(student: Student) -> HFModel:
+    """Copy the student's weights to a new model of transformers, in eval mode.
 
     If the conv extractor is as wide as the layers, s3prl's model has no feature projection, and
     that of transformers becomes the identity.
 
     Raises:
+        CheckpointError: the student has scales that transformers' models lack.
         SetupError: transformers is not installed.
     """
-    settings = student.settings
-    config = hubert_config(settings)
-    from transformers import HubertModel
+    if isinstance(student.settings, PrunedSettings):
+        if student.settings.feature_scale:
+            raise CheckpointError(
+                "the student scales its conv features (pruning.last_conv: soft), which "
+                "transformers' models do not; type: s3prl-ekd export onnx, or distil and prune the "
+                "student again with last_conv: hard"
+            )
+        student = padded(student)
+    config = hf_config(student.settings)
+    import transformers
 
     weights = {n: value.float().cpu() for n, value in student.backbone.state_dict().items()}
     if student.backbone.post_extract_proj is None:
         weights["post_extract_proj.weight"] = torch.eye(student.width)
         weights["post_extract_proj.bias"] = torch.zeros(student.width)
-    layer_norm = settings.extractor_mode == "layer_norm"
+    layer_norm = student.settings.extractor_mode == "layer_norm"
     with quiet_transformers():
-        model = HubertModel(config)
+        model: HFModel = getattr(transformers, MODEL_TYPES[config.model_type])(config)
     names = {name: fairseq_name(name, layer_norm) for name in model.state_dict()}
     model.load_state_dict({hf_name: weights.pop(name) for hf_name, name in names.items()})
     assert not weights, f"weights without a counterpart: {sorted(weights)}"
     return model.eval()
 
 
-def save_hubert(model: HubertModel, folder: Path) -> None:
-    """Write ``config.json``, ``model.safetensors`` and ``preprocessor_config.json``."""
+def save_hf_model(model: HFModel, folder: Path, normalize: bool = False) -> None:
+    """Write ``config.json``, ``model.safetensors`` and ``preprocessor_config.json``.
+
+    ``normalize``: whether the model expects normalised waveforms.
+    """
     with quiet_transformers():
         # a single file; transformers may split it into shards otherwise
         model.save_pretrained(folder, safe_serialization=True, max_shard_size="100GB")
-    text = json.dumps(PREPROCESSOR, indent=2) + "\n"
+    text = json.dumps({**PREPROCESSOR, "do_normalize": normalize}, indent=2) + "\n"
     (folder / "preprocessor_config.json").write_text(text, encoding="utf-8")
 
 
@@ -242,7 +311,7 @@ def check_hf_export(folder: Path, student: Student) -> float:
         The largest absolute difference in a hidden state, padded frames included.
 
     Raises:
-        CheckpointError: it is above :data:`TOLERANCE`, see :func:`.compare.largest_difference`.
+        CheckpointError: it is above :func:`tolerance`, see :func:`.compare.largest_difference`.
     """
     from transformers import AutoModel
 
@@ -252,42 +321,60 @@ def check_hf_export(folder: Path, student: Student) -> float:
     waves, lengths = pad_sequence(noise_waves(*counts), batch_first=True), torch.tensor(counts)
     with torch.no_grad():
         output = student.eval()(waves, lengths)
-        hf_states = hubert_states(model, waves, lengths)
-    hf_states[0] = hf_states[0] * output.mask[..., None]
+        inputs = normalise(waves, lengths) if student.settings.normalize_waveforms else waves
+        projected, states, last = hf_states(model, inputs, lengths)
+    if isinstance(student.settings, PrunedSettings):
+        expected, states = output.hidden_states, [*states[:-1], last]
+    else:
+        expected = [*output.hidden_states, output.last]
+        states = [projected * output.mask[..., None], *states[1:], last]
     return largest_difference(
-        [*output.hidden_states, output.last],
-        hf_states,
-        TOLERANCE,
+        expected,
+        states,
+        tolerance(student.settings),
         "the Hugging Face model",
         "; another version of transformers may help",
     )
 
 
-def hubert_states(model: HubertModel, waves: Tensor, lengths: Tensor) -> list[Tensor]:
-    """A student's ``hidden_states`` followed by its ``last``, computed by a ``HubertModel``.
-
-    Unlike the student's, padded frames of the first state (the projected features) are not zero.
+def hf_states(
+    model: HFModel, waves: Tensor, lengths: Tensor
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    """Run a model of transformers.
 
     Args:
-        model: from :func:`to_hubert`, or loaded from its folder.
+        model: from :func:`to_hf_model`, or loaded from its folder.
         waves: ``[batch, sample]`` at 16 kHz, zero-padded at the end.
         lengths: ``[batch]``, valid samples.
+
+    Returns:
+        The projected features, not always zero at padded frames; the input of the first layer and
+        the output of each; ``last_hidden_state``. All ``[batch, frame, dim]``.
     """
+    projected: list[Tensor] = []
     states: list[Tensor] = []
+
+    def of(output: Any) -> Tensor:
+        return output[0] if isinstance(output, tuple) else output
+
     # Hooks on the layers, because transformers 4 and 5 differ in the last of hidden_states.
     hooks = [
-        layer.register_forward_hook(
-            lambda _, __, out: states.append(out[0] if isinstance(out, tuple) else out)
-        )
+        layer.register_forward_hook(lambda _, __, out: states.append(of(out)))
         for layer in model.encoder.layers
     ]
-    hooks.append(
-        model.feature_projection.register_forward_hook(lambda _, __, out: states.append(out))
-    )
+    hooks += [
+        model.encoder.layers[0].register_forward_pre_hook(
+            lambda _, args, kwargs: states.append(args[0] if args else kwargs["hidden_states"]),
+            with_kwargs=True,
+        ),
+        model.feature_projection.register_forward_hook(
+            lambda _, __, out: projected.append(of(out))
+        ),
+    ]
     mask = torch.arange(waves.shape[1])[None] < lengths[:, None]  # [batch, sample]
     try:
         out = model(waves, attention_mask=mask.long())
     finally:
         for hook in hooks:
             hook.remove()
-    return [*states, out.last_hidden_state]
+    return projected[0], states, out.last_hidden_state

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import PureWindowsPath
 from typing import Any
 
-from ..distill.student_settings import StudentSettings
+from ..distill.student_settings import Architecture, PrunedSettings
 from ..errors import printable
 from ..student_file import LoadedStudent
 
@@ -15,19 +15,19 @@ _HF_CARD = """\
 library_name: transformers
 tags:
 - speech
-- hubert
+- {model_type}
 - distillation
 ---
 
 # {name}
 
 A small speech model: conv extractor, {layers} transformer layer{plural} of width {width},
-{parameters:,} parameters. It is a `HubertModel` of transformers with `feat_proj_layer_norm: false`,
-as DistilHuBERT is. It was exported with s3prl_ekd, which implements Ensemble Knowledge Distillation
-of self-supervised speech models ([arXiv 2302.12757](https://arxiv.org/abs/2302.12757)).
+{parameters:,} parameters. It is {architecture}.
+It was exported with s3prl_ekd, which implements Ensemble Knowledge Distillation of self-supervised
+speech models ([arXiv 2302.12757](https://arxiv.org/abs/2302.12757)).
 
 This card reports no scores; evaluate the model on your task before you rely on it.
-
+{sizes}
 ## Use
 
 Install `torch`, `transformers` and `safetensors`. In the folder of this card:
@@ -43,19 +43,16 @@ batch = extractor(waves, sampling_rate=16000, padding=True, return_tensors="pt")
 states = model(**batch, output_hidden_states=True).hidden_states  # [batch, frame, dim] each
 ```
 
-- Waveforms are 16 kHz, mono, not normalised, and at least {min_samples} samples long.
+- Waveforms are 16 kHz, mono, {normalised}, and at least {min_samples} samples long.
   A frame is {stride} samples ({milliseconds:g} ms).
 - Pass the attention mask with a padded batch, as above.{padding}
-- A `HubertModel` has no prediction heads; those of the student are left out.
+- A `{model}` has no prediction heads; those of the student are left out.
 
 ## Hidden states
 
 | in this model | in `ekd_student` of s3prl_ekd |
 |---|---|
-| `model.feature_projection(model.feature_extractor(batch["input_values"]).transpose(1, 2))` | `hidden_states[0]`, where padded frames are zero |
-| `hidden_states[0]`: the input of the first layer, after the positional convolution{norm} | none |
-| `hidden_states[n]`, n = 1 to {layers}: the output of layer n | `hidden_states[n]` |
-{last}
+{states}
 Both were compared in float32 on a padded batch of noise when this folder was written. The largest
 difference was {error:.1e} (allowed: {tolerance:.0e}, relative to a layer's largest value if that is
 above 1).
@@ -79,7 +76,7 @@ This card reports no scores; evaluate the model on your task before you rely on 
 | parameters | {parameters:,}{unused} |
 | MACs | {macs:.3f} G over SUPERB's 32 utterances: short {short:.3f}, medium {medium:.3f}, long {long:.3f}, longer {longer:.3f} |
 | architecture | {conv} conv layers, {layers} transformer layer{plural} of width {width} |
-| frame | {stride} samples ({milliseconds:g} ms) |
+{sizes}| frame | {stride} samples ({milliseconds:g} ms) |
 | hidden states | {states} |
 
 ## Use
@@ -101,8 +98,8 @@ the repository after `-u`), but only with an old huggingface_hub that still has 
 
 ## Hidden states
 
-- 0: the projected features of the conv extractor
-- 1 to {layers}: the output of each transformer layer{before_norm}
+- 0: {first_state}
+- 1 to {layers}: the output of each transformer layer{norm_of_states}
 {heads}
 In a batch, frames beyond the end of an utterance are padding; ignore them.{padding}
 
@@ -111,6 +108,32 @@ In a batch, frames beyond the end of an utterance are padding; ignore them.{padd
 {made}
 {fine_tuning}
 """  # noqa: E501 (a table's row is one line)
+
+_STATES = """\
+| `model.feature_projection(model.feature_extractor(batch["input_values"]).transpose(1, 2))` | `hidden_states[0]`, where padded frames are zero |
+| `hidden_states[0]`: the input of the first layer, after the positional convolution{norm} | none |
+| `hidden_states[n]`, n = 1 to {layers}: the output of layer n | `hidden_states[n]` |
+"""  # noqa: E501
+
+_COPY_STATES = """\
+| `hidden_states[0]`: the input of the first layer, after the positional convolution{norm} | `hidden_states[0]` |
+| `hidden_states[n]`, n = 1 to {before_last}: the output of layer n | `hidden_states[n]` |
+| `last_hidden_state`: the output of layer {layers}{last_norm} | `hidden_states[{layers}]` |
+"""  # noqa: E501
+
+_PADDING = """
+## Sizes
+
+The student has {own:,} parameters in layers of different sizes. Here it is padded with zeros to
+layers of one size, which transformers needs; its hidden states are the same.
+
+| of the student | |
+|---|---|
+{sizes}"""
+
+_NORMALISED = """\
+normalised by the extractor above (which adds
+  1e-7 to the variance; the student adds 1e-5)"""
 
 _GROUP_NORM = """
 The first conv layer normalises over time, padding included, so the hidden states of an utterance
@@ -130,17 +153,36 @@ def hf_card(
         tolerance: largest allowed difference.
     """
     settings = loaded.student.settings
+    copied = isinstance(settings, PrunedSettings)
+    model = "WavLMModel" if settings.position_buckets else "HubertModel"
     last = (
         "| `last_hidden_state`: after the final layer norm; transformers 4 returns it as "
         f"`hidden_states[{settings.encoder_layers}]` too | the input of the prediction heads |\n"
     )
+    states = (_COPY_STATES if copied else _STATES).format(
+        layers=settings.encoder_layers,
+        before_last=settings.encoder_layers - 1,
+        norm="" if settings.layer_norm_first else " and a layer norm",
+        last_norm=", after the final layer norm" if settings.layer_norm_first else "",
+    )
+    own = sum(parameter.numel() for parameter in loaded.student.parameters())
+    facts = _facts(settings)
+    if copied:
+        padding = _PADDING.format(own=own, sizes=facts["sizes"])
+        facts["sizes"] = padding if parameters > own else ""
     return _HF_CARD.format(
-        **_facts(settings),
+        **facts,
         name=name,
+        model=model,
+        model_type=model.removesuffix("Model").lower(),
+        architecture=(
+            f"a `{model}` of transformers"
+            + ("" if copied else " with `feat_proj_layer_norm: false`,\nas DistilHuBERT is")
+        ),
         parameters=parameters,
         min_samples=settings.min_samples,
-        norm="" if settings.layer_norm_first else " and a layer norm",
-        last=last if settings.layer_norm_first else "",
+        normalised=_NORMALISED if settings.normalize_waveforms else "not normalised",
+        states=states + (last if settings.layer_norm_first and not copied else ""),
         tolerance=tolerance,
         error=error,
         made=how_made(loaded.about),
@@ -164,6 +206,7 @@ def package_card(
         data: description of the training data; replaces the one in the student file.
     """
     settings = loaded.student.settings
+    copied = isinstance(settings, PrunedSettings)
     states, lines = settings.encoder_layers + 1, []
     for head_name, head in heads.items():
         count = head["layers"] * len(head["parts"])
@@ -189,14 +232,42 @@ def package_card(
             if heads
             else states
         ),
-        before_norm=", before the last layer norm" if settings.layer_norm_first else "",
+        first_state=(
+            "the input of the first transformer layer"
+            if copied
+            else "the projected features of the conv extractor"
+        ),
+        norm_of_states=_norm_of_states(settings),
         heads="".join(lines),
         made=how_made(loaded.about, data),
         fine_tuning="" if scale == 1 else note,
     )
 
 
-def _facts(settings: StudentSettings) -> dict[str, Any]:
+def _norm_of_states(settings: Architecture) -> str:
+    """Which hidden states of a pre-norm student are normalised."""
+    if not settings.layer_norm_first:
+        return ""
+    if isinstance(settings, PrunedSettings):
+        return ", the last one after the last layer norm"
+    return ", before the last layer norm"
+
+
+def _sizes(settings: Architecture) -> str:
+    """Rows of a Markdown table: the sizes of a copied student's layers; else empty."""
+    if not isinstance(settings, PrunedSettings):
+        return ""
+    rows = {
+        "conv channels": [channels for channels, _, _ in settings.conv_layers],
+        f"attention heads, of {settings.encoder_attention_heads}": map(len, settings.heads),
+        "feed-forward units": settings.ffn_dims,
+    }
+    return "".join(
+        f"| {name}, by layer | {', '.join(map(str, sizes))} |\n" for name, sizes in rows.items()
+    )
+
+
+def _facts(settings: Architecture) -> dict[str, Any]:
     """What both cards say of the student's architecture."""
     return {
         "layers": settings.encoder_layers,
@@ -204,6 +275,7 @@ def _facts(settings: StudentSettings) -> dict[str, Any]:
         "width": settings.encoder_embed_dim,
         "stride": settings.stride,
         "milliseconds": settings.stride / 16,
+        "sizes": _sizes(settings),
         "padding": _GROUP_NORM if settings.extractor_mode == "default" else "",
     }
 
@@ -226,10 +298,21 @@ def how_made(about: Mapping[str, Any], data: str = "") -> str:
             lines.append(f"- teacher `{name}`: `{model}`, layers {layers}")
     if "aggregation" in config:
         lines.append(f"- aggregation of the teachers: {config['aggregation']}")
-    init = _mapping(config, "init")
-    if config:
+    student, pruning = _mapping(config, "student"), _mapping(config, "pruning")
+    if student.get("kind") == "copy":
+        lines.append(f"- first weights: a copy of the teacher `{student.get('of')}`")
+    elif student.get("kind") == "file":
+        file = PureWindowsPath(str(student.get("file"))).name
+        lines.append(f"- first weights: the student file `{file}`")
+    elif config:
+        init = _mapping(config, "init")
         source = init.get("teacher") or ", ".join(init.get("average") or ()) or "random weights"
         lines.append(f"- first weights: {source}")
+    if pruning:
+        lines.append(
+            f"- pruned in training: target sparsity {pruning.get('sparsity')} of the "
+            f"{pruning.get('by')}"
+        )
     loss = _mapping(config, "loss")
     if loss:
         lines.append(

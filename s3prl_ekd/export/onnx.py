@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from .. import __version__
-from ..distill.student import Student, build_backbone
+from ..distill.student import Student
 from ..distill.student_forward import student_forward
 from ..errors import CheckpointError, SetupError
 from .compare import largest_difference, noise_waves
@@ -49,7 +49,7 @@ class OnnxStudent(nn.Module):
     def __init__(self, student: Student):
         super().__init__()
         self.min_samples = student.settings.min_samples
-        self.backbone = build_backbone(student.settings)
+        self.backbone = Student(student.settings).backbone
         self.backbone.load_state_dict(student.backbone.state_dict())
         nn.utils.remove_weight_norm(self.backbone.encoder.pos_conv[0])
         first_block = self.backbone.feature_extractor.conv_layers[0]

@@ -1,8 +1,11 @@
-"""Export a student as a HubertModel for transformers.
+"""Export a student as a HubertModel or WavLMModel for transformers.
 
 DIR gets config.json, model.safetensors, preprocessor_config.json and README.md, a model card that
 explains how its hidden states correspond to the student's. The model is loaded again and compared
 with the student on a padded batch; if they differ, DIR is not written.
+
+A pruned student is padded with zeros to all heads, and to the units of its widest layer, because
+transformers' layers are of one size.
 
 example:
   s3prl-ekd export hf student.safetensors -o my_student_hf
@@ -21,21 +24,38 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Write the folder; return exit code 0."""
+    from ...distill.student_settings import PrunedSettings
     from ...export.folder import export_folder
-    from ...export.huggingface import FILES, TOLERANCE, check_hf_export, save_hubert, to_hubert
+    from ...export.huggingface import (
+        FILES,
+        check_hf_export,
+        save_hf_model,
+        to_hf_model,
+        tolerance,
+    )
     from ...export.model_card import hf_card
+    from ...student_file import require_cut
 
     path, loaded = load_checkpoint(args.checkpoint)
+    require_cut(loaded, path)
+    student = loaded.student
     with export_folder(args.output, args.force, FILES) as folder:
-        model = to_hubert(loaded.student)
-        save_hubert(model, folder)
-        error = check_hf_export(folder, loaded.student)
+        model = to_hf_model(student)
+        save_hf_model(model, folder, student.settings.normalize_waveforms)
+        error = check_hf_export(folder, student)
+        limit = tolerance(student.settings)
         count = sum(parameter.numel() for parameter in model.parameters())
-        card = hf_card(loaded, args.output.resolve().name, count, error, TOLERANCE)
+        card = hf_card(loaded, args.output.resolve().name, count, error, limit)
         (folder / "README.md").write_text(card, encoding="utf-8")
         size = sum(file.stat().st_size for file in folder.iterdir())
     print(f"{path} -> {args.output} ({size / 1e6:.1f} MB)")
-    print(f"{count:,} parameters, without prediction heads")
+    own = sum(parameter.numel() for parameter in student.parameters())
+    padding = ""
+    if isinstance(student.settings, PrunedSettings) and count > own:
+        padding = f"; the student has {own:,}, the rest are zeros that make its layers of one size"
+    print(f"{count:,} parameters, without prediction heads{padding}")
+    if padding and count > 1.1 * own:
+        print("where size matters, use export superb, export student or export onnx instead")
     print(f"largest difference from the student's hidden states on a padded batch: {error:.1e}")
     print(f"next: transformers.AutoModel.from_pretrained({str(args.output)!r})")
     return 0

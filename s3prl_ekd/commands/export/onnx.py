@@ -2,8 +2,9 @@
 
 Inputs: `waves` [batch, sample], float32, 16 kHz, zero-padded at the end, and `lengths` [batch],
 int64, valid samples. Outputs: `hidden_states` [layer, batch, frame, dim], the projected features
-and each layer's output, and `frame_lengths` [batch], int64, valid frames. The graph is compared
-with torch on waveforms of three lengths and on a padded batch; if they differ, FILE is not written.
+(of a copied student, the input of the first layer) and each layer's output, and `frame_lengths`
+[batch], int64, valid frames. The graph is compared with torch on waveforms of three lengths and on
+a padded batch; if they differ, FILE is not written.
 Needs onnx and onnxruntime (pip install 's3prl_ekd[onnx]').
 
 example:
@@ -37,6 +38,7 @@ def main(args: argparse.Namespace) -> int:
     import torch
 
     from ...export import onnx
+    from ...student_file import require_cut
 
     outputs = {"fp32": args.output}
     if args.int8:
@@ -45,6 +47,7 @@ def main(args: argparse.Namespace) -> int:
         check_output(path, args.force)
     onnx.require_onnx()  # before the checkpoint is loaded
     source, loaded = load_checkpoint(args.checkpoint)
+    require_cut(loaded, source)
     student = loaded.student
     threads = torch.get_num_threads()  # the same for onnxruntime, so that speeds are comparable
     graphs = {"fp32": onnx.onnx_bytes(student, args.opset)}
