@@ -14,8 +14,8 @@ from transformers import (
     AutoModel,
     HubertConfig,
     HubertModel,
-    WavLMConfig,
-    WavLMModel,
+    Wav2Vec2Config,
+    Wav2Vec2Model,
 )
 
 import s3prl_ekd
@@ -189,10 +189,10 @@ def test_a_distilhubert_folder_becomes_a_student(waves, tmp_path, names):
 @pytest.mark.parametrize(
     ("changes", "parts"),
     [
-        ({"feat_proj_layer_norm": True}, ("feat_proj_layer_norm", "True")),
         ({"conv_bias": True}, ("conv_bias", "True")),
         ({"conv_pos_batch_norm": True}, ("conv_pos_batch_norm", "True")),
         ({"layer_norm_eps": 1e-4}, ("layer_norm_eps", "0.0001")),
+        ({"layer_norm_eps": 1e-4, "feat_proj_layer_norm": True}, ("layer_norm_eps", "0.0001")),
         ({"feat_extract_activation": "relu"}, ("feat_extract_activation", "relu")),
         ({"hidden_act": "gelu_new"}, ("activation_fn", "gelu_new")),
         ({"hidden_size": 32, "num_attention_heads": 4}, ("identity",)),
@@ -227,7 +227,7 @@ def test_folders_without_a_student(tmp_path):
     (tmp_path / "hf" / "model.safetensors").rename(tmp_path / "hf" / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match=r"pytorch_model\.bin"):
         load_hf_student(tmp_path / "hf")
-    config = WavLMConfig(
+    config = Wav2Vec2Config(
         hidden_size=16,
         num_hidden_layers=1,
         num_attention_heads=2,
@@ -236,9 +236,9 @@ def test_folders_without_a_student(tmp_path):
         num_conv_pos_embeddings=4,
         num_conv_pos_embedding_groups=2,
     )
-    WavLMModel(config).save_pretrained(tmp_path / "wavlm")
-    with pytest.raises(CheckpointError, match=r"\bwavlm\b.*\bhubert\b"):
-        load_hf_student(tmp_path / "wavlm")
+    Wav2Vec2Model(config).save_pretrained(tmp_path / "other")
+    with pytest.raises(CheckpointError, match=r"\bwav2vec2\b.*\bhubert\b"):
+        load_hf_student(tmp_path / "other")
 
 
 @pytest.mark.parametrize(
