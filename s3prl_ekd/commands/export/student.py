@@ -4,8 +4,8 @@
 format: loading it runs no code, with any version of torch. Any other name, such as FILE.pt, is
 written by torch.save and loads with `weights_only=True`.
 
-CKPT may also be a Hugging Face folder with a student's architecture (from `export hf`, or
-DistilHuBERT).
+CKPT may also be a Hugging Face folder: of `export hf`, DistilHuBERT, or any HuBERT or WavLM, which
+becomes a copied student.
 
 example:
   s3prl-ekd export student result/pretrain/my_student/states-10000.ckpt -o student.safetensors
