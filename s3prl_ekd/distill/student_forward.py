@@ -6,7 +6,7 @@ positions, and the transformer layers (wav2vec 2.0, arXiv 2006.11477; DistilHuBE
 Each stage is a function of its modules and its input.
 
 Training, the upstream, ONNX graphs and hidden-set packages run these functions. A package contains
-a copy of them, so they need only torch 1.13 (2.0 for a copied student) and Python 3.8.
+a copy of them, so they need only torch 1.13 and Python 3.8.
 """
 
 from __future__ import annotations
@@ -189,10 +189,31 @@ def pruned_attention(module: Any, x: Tensor, padding: Tensor, bias: Tensor | Non
         gated = position_gate(module, x) * bias[list(module.heads)]
         mask = gated.masked_fill(padding[:, None, None], float("-inf"))
     dropout = module.dropout_module.p if module.training else 0.0
-    mixed = F.scaled_dot_product_attention(query, key, value, mask, dropout)
+    mixed = attend(query, key, value, mask, dropout)
     if module.gate is not None:
         mixed = module.gate(mixed)
     return module.out_proj(mixed.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+
+def attend_in_steps(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, dropout: float
+) -> Tensor:
+    """``F.scaled_dot_product_attention``, which torch 1.13 lacks.
+
+    Args:
+        query, key, value: ``[batch, head, frame, dim of a head]``, as the result.
+        mask: added to the scores; as booleans, false where a key is left out.
+        dropout: probability of dropping an attention weight.
+    """
+    scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
+    if mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    else:
+        scores = scores + mask
+    return F.dropout(scores.softmax(-1), dropout) @ value
+
+
+attend: Callable[..., Tensor] = getattr(F, "scaled_dot_product_attention", attend_in_steps)
 
 
 def position_bias(module: Any, frames: int) -> Tensor | None:
