@@ -108,13 +108,12 @@ def macs(settings: PrunedSettings, widths: Widths, samples: int) -> Width:
     # an even kernel gives one frame more, which is dropped
     positions = frames + 1 - settings.conv_pos % 2
     total = total + width * (width // settings.conv_pos_groups) * settings.conv_pos * positions
-    gate = settings.encoder_embed_dim * 8 * frames if settings.position_buckets else 0
+    gate = 8 * frames if settings.position_buckets else 0  # of WavLM's positions
     for layer in range(settings.encoder_layers):
-        attention = widths.heads[layer] * head * (4 * width * frames + 2 * frames**2)
+        attention = widths.heads[layer] * head * (4 * width * frames + 2 * frames**2 + gate)
         feed_forward = widths.ffn[layer] * (2 * width * frames)
         total = total + widths.attention[layer] * attention
         total = total + widths.feed_forward[layer] * feed_forward
-        total = total + (gate if settings.heads[layer] else 0)
     return total
 
 
