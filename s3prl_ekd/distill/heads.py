@@ -66,8 +66,10 @@ class LayerwiseHead(nn.Module):
 
     def __init__(self, in_width: int, spec: TargetSpec, settings: HeadSettings):
         super().__init__()
-        self.members, self.of_group = spec.members, settings.of_group
-        keys = [_sharing(target, settings) for target in self.members]
+        last = settings.of_group == "last"
+        # the hidden states whose mean is the input for each target
+        self.sources = [(max(target),) if last else target for target in spec.members]
+        keys = [_sharing(target, settings) for target in spec.members]
         names = {key: str(i) for i, key in enumerate(dict.fromkeys(keys))}
         self.uses = [names[key] for key in keys]  # the linear layer of each target
         self.projections = nn.ModuleDict(
@@ -77,10 +79,10 @@ class LayerwiseHead(nn.Module):
     def forward(self, states: Sequence[Tensor]) -> Tensor:
         """Hidden states ``[batch, frame, in_width]`` -> ``[batch, layer, frame, out_width]``."""
         predictions = []
-        for target, name in zip(self.members, self.uses, strict=True):
-            hidden = states[max(target)]
-            if self.of_group == "mean" and len(target) > 1:
-                hidden = torch.stack([states[layer] for layer in target]).mean(0)
+        for layers, name in zip(self.sources, self.uses, strict=True):
+            hidden = states[layers[0]]
+            if len(layers) > 1:
+                hidden = torch.stack([states[layer] for layer in layers]).mean(0)
             predictions.append(self.projections[name](hidden))
         return torch.stack(predictions, dim=1)
 

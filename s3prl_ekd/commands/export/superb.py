@@ -40,10 +40,12 @@ def main(args: argparse.Namespace) -> int:
     from ...export.hidden_set.package import FILES, package_contents, write_package
     from ...export.hidden_set.template.expert import UpstreamExpert
     from ...export.model_card import package_card
+    from ...student_file import require_cut
     from ...superb.cost import measure_cost
     from ..cost import print_cost
 
     path, loaded = load_checkpoint(args.checkpoint)
+    require_cut(loaded, path)
     keep = args.heads == "keep" and loaded.heads is not None
     contents = package_contents(loaded, keep)
     with export_folder(args.output, args.force, FILES) as folder:

@@ -18,6 +18,9 @@ import torch
 from torch import Tensor
 
 from ...distill import student_forward
+from ...distill.aggregation import TargetSpec
+from ...distill.heads import LayerwiseHead, PredictionHeads
+from ...distill.student_settings import Architecture, StudentSettings
 from ...errors import CheckpointError
 from ...student_file import LoadedStudent, heads_problem
 from .static_checks import REQUIRED_FILES, SUBMISSION_FILES
@@ -47,48 +50,89 @@ _HEAD_WEIGHTS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
 def package_contents(loaded: LoadedStudent, keep_heads: bool) -> dict[str, Any]:
     """Contents of ``model.pt``: ``config`` (arguments of its ``Student``) and ``weights``.
 
+    The student has no gates, see :func:`..student_file.require_cut`.
+
     Raises:
         CheckpointError: ``keep_heads`` is set, but the heads cannot be exported as hidden states.
     """
     problem = heads_problem(loaded)
     if keep_heads and problem:
         raise CheckpointError(f"cannot keep the heads: {problem}; add --heads drop")
-    settings = loaded.student.settings
     heads = loaded.heads if keep_heads else None
-    head_config = {
-        name: {"layers": spec.layers, "parts": list(spec.parts)}
-        for name, spec in (loaded.targets.items() if keep_heads else ())
-    }
     config = {
-        "conv_layers": [list(layer) for layer in settings.conv_layers],
-        "conv_norm": settings.extractor_mode,
-        "dim": settings.encoder_embed_dim,
-        "ffn_dim": settings.encoder_ffn_embed_dim,
-        "attention_heads": settings.encoder_attention_heads,
-        "layers": settings.encoder_layers,
-        "activation": settings.activation_fn,
-        "norm_first": settings.layer_norm_first,
-        "conv_pos": settings.conv_pos,
-        "conv_pos_groups": settings.conv_pos_groups,
-        "heads": head_config,
+        **_architecture(loaded.student.settings),
+        "heads": {} if heads is None else _head_config(heads, loaded.targets),
         "head_kind": "split" if heads is None else heads.kind,
-        "dropout": settings.dropout,
-        "attention_dropout": settings.attention_dropout,
-        "activation_dropout": settings.activation_dropout,
-        "extractor_dropout": settings.extractor_dropout,
     }
     weights = loaded.student.backbone.state_dict()
-    if settings.layer_norm_first and not head_config:  # only the heads use this norm
+    norm_first, is_copy = config["norm_first"], config["copy"] is not None
+    if norm_first and not is_copy and (heads is None or heads.kind == "layerwise"):
+        # of a student that is no copy, only the heads on its last layer use this norm
         del weights["encoder.layer_norm.weight"], weights["encoder.layer_norm.bias"]
     if heads is not None:
         for name, value in heads.state_dict().items():
-            head, _, suffix = name.partition(".net.")
+            head, net, suffix = name.partition(".net.")
+            if not net:  # a layerwise head, which has the same names in the package
+                weights[f"heads.{name}"] = value
+                continue
             new_suffix, reshape = _HEAD_WEIGHTS[suffix]
             weights[f"heads.{head}.{new_suffix}"] = reshape(value)
     return {
         "config": config,
         "weights": {name: value.detach().clone().contiguous() for name, value in weights.items()},
     }
+
+
+def _architecture(settings: Architecture) -> dict[str, Any]:
+    """The student's part of ``config``, documented in the template's ``Student``."""
+    config = {
+        "conv_layers": [list(layer) for layer in settings.conv_layers],
+        "conv_norm": settings.extractor_mode,
+        "conv_bias": False,
+        "dim": settings.encoder_embed_dim,
+        "attention_heads": settings.encoder_attention_heads,
+        "activation": settings.activation_fn,
+        "norm_first": settings.layer_norm_first,
+        "conv_pos": settings.conv_pos,
+        "conv_pos_groups": settings.conv_pos_groups,
+        "dropout": settings.dropout,
+        "attention_dropout": settings.attention_dropout,
+        "activation_dropout": settings.activation_dropout,
+        "extractor_dropout": 0.0,
+        "copy": None,
+    }
+    if isinstance(settings, StudentSettings):
+        return config | {
+            "ffn_dims": [settings.encoder_ffn_embed_dim] * settings.encoder_layers,
+            "extractor_dropout": settings.extractor_dropout,
+        }
+    copy = {
+        "heads": [list(places) for places in settings.heads],
+        "normalize_waveforms": settings.normalize_waveforms,
+        "feature_scale": settings.feature_scale,
+        "position_buckets": settings.position_buckets,
+        "max_distance": settings.max_distance,
+        "input_dropout": settings.input_dropout,
+    }
+    return config | {
+        "conv_bias": settings.conv_bias,
+        "ffn_dims": list(settings.ffn_dims),
+        "copy": copy,
+    }
+
+
+def _head_config(
+    heads: PredictionHeads, targets: Mapping[str, TargetSpec]
+) -> dict[str, dict[str, Any]]:
+    """The heads' part of ``config``."""
+    config: dict[str, dict[str, Any]] = {}
+    for name, spec in targets.items():
+        config[name] = {"layers": spec.layers, "parts": list(spec.parts)}
+        if isinstance(head := heads[name], LayerwiseHead):
+            config[name]["targets"] = [
+                [use, list(states)] for use, states in zip(head.uses, head.sources, strict=True)
+            ]
+    return config
 
 
 def expert_source() -> str:

@@ -1,9 +1,10 @@
 """A distilled speech student as an upstream for SUPERB and s3prl. Needs only torch (1.13 or later).
 
 The model: waveforms at 16 kHz, a conv extractor (7 layers and one frame every 20 ms, unless the
-config differs), a linear projection, a positional convolution and a few transformer layers. Hidden
+config differs), a linear projection, a positional convolution and transformer layers. Hidden
 states: the projected features and each layer's output, followed by the outputs of the prediction
-heads from distillation if the package has them.
+heads from distillation if the package has them. See ``StudentOutput`` for those of a student that
+is a pruned copy of HuBERT, wav2vec 2.0 or WavLM.
 
     >>> import torch
     >>> from expert import UpstreamExpert
@@ -11,8 +12,8 @@ heads from distillation if the package has them.
     >>> expert([torch.rand(16000), torch.rand(8000)])["hidden_states"][-1].shape
     torch.Size([2, 49, 768])
 
-The architecture is that of wav2vec 2.0 and HuBERT, usually in the size of DistilHuBERT (arXiv
-2110.01900).
+The architecture is that of wav2vec 2.0 and HuBERT, in the size of DistilHuBERT (arXiv 2110.01900),
+or pruned to a size of its own in each layer (DPHuBERT, arXiv 2305.17651).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -74,17 +76,24 @@ class UpstreamExpert(nn.Module):
 class Student(nn.Module):
     """The student with its prediction heads.
 
-    Module names are those of s3prl's distiller, which ``student_forward`` uses.
+    Module names are those of s3prl's distiller and HuBERT, which ``student_forward`` uses.
 
     Settings in ``config``:
         conv_layers: (channels, kernel, stride) of each layer of the extractor.
         conv_norm: "default" normalises over time in the first layer only; "layer_norm" normalises
             in each layer.
-        dim, ffn_dim, attention_heads, layers, activation, norm_first: of the transformer.
+        conv_bias: whether the convolutions of the extractor have a bias.
+        dim, attention_heads, activation, norm_first: of the transformer.
+        ffn_dims: units of each layer's feed-forward network.
         conv_pos, conv_pos_groups: kernel and groups of the positional convolution.
+        copy: of a copied student: ``normalize_waveforms``; ``feature_scale``, whether the conv
+            features are scaled; ``heads``, the places of each layer's attention heads among
+            ``attention_heads``; ``position_buckets`` and ``max_distance`` of WavLM's relative
+            positions; ``input_dropout``. Otherwise null.
         heads: {name: {"layers", "parts"}} of the prediction heads; each output is split into
-            ``parts`` (widths), and each part is a hidden state.
-        head_kind: "split" or "linear".
+            ``parts`` (widths), and each part is a hidden state. Layerwise heads also
+            have ``targets``, see :class:`LayerwiseHead`.
+        head_kind: "split", "linear" or "layerwise".
         dropout, attention_dropout, activation_dropout, extractor_dropout: used in training only.
     """
 
@@ -93,21 +102,23 @@ class Student(nn.Module):
     def __init__(self, config: SimpleNamespace):
         super().__init__()
         dim, heads = config.dim, config.heads
-        self.feature_extractor = ConvExtractor(
-            config.conv_layers, config.conv_norm, config.extractor_dropout
-        )
         channels = config.conv_layers[-1][0]
-        self.post_extract_proj = nn.Linear(channels, dim) if channels != dim else None
+        self.feature_extractor = ConvExtractor(config)
+        self.hubert_states = config.copy is not None
+        project = self.hubert_states or channels != dim
+        self.post_extract_proj = nn.Linear(channels, dim) if project else None
+        if self.hubert_states:
+            self.normalize_waveforms = config.copy["normalize_waveforms"]
+            self.input_dropout = config.copy["input_dropout"]
+            self.layer_norm = nn.LayerNorm(channels)
         self.encoder = Encoder(config)
-        if config.norm_first and not heads:  # only the heads use this norm
+        self.layerwise = config.head_kind == "layerwise"
+        # With norms first, the encoder's norm is used by heads and by copied students.
+        if config.norm_first and not self.hubert_states and (self.layerwise or not heads):
             self.encoder.layer_norm = nn.Identity()
         self.head_parts = {name: list(head["parts"]) for name, head in heads.items()}
-        head_class = {"split": SplitHead, "linear": LinearHead}[config.head_kind]
         self.heads = nn.ModuleDict(
-            {
-                name: head_class(dim, head["layers"], sum(head["parts"]))
-                for name, head in heads.items()
-            }
+            {name: HEADS[config.head_kind](dim, head) for name, head in heads.items()}
         )
 
     @property
@@ -125,30 +136,32 @@ class Student(nn.Module):
         out = student_forward(self, waves, lengths)
         states = list(out.hidden_states)
         for name, head in self.heads.items():
-            for prediction in head(out.last):
+            for prediction in head(out.hidden_states if self.layerwise else out.last):
                 states.extend(prediction.split(self.head_parts[name], dim=-1))
         return states
 
 
 class ConvExtractor(nn.Module):
-    """Strided convolutions without bias, each followed by dropout, a norm (if any) and GELU."""
+    """Strided convolutions, each followed by dropout, a norm (if any) and GELU."""
 
-    def __init__(self, conv_layers: list[list[int]], norm: str, dropout: float):
+    def __init__(self, config: SimpleNamespace):
         super().__init__()
-        self.shapes = [(kernel, stride) for _, kernel, stride in conv_layers]
+        self.shapes = [(kernel, stride) for _, kernel, stride in config.conv_layers]
         self.conv_layers = nn.ModuleList()
         in_channels = 1
-        for i, (channels, kernel, stride) in enumerate(conv_layers):
+        for i, (channels, kernel, stride) in enumerate(config.conv_layers):
             block = [
-                nn.Conv1d(in_channels, channels, kernel, stride, bias=False),
-                nn.Dropout(dropout),
+                nn.Conv1d(in_channels, channels, kernel, stride, bias=config.conv_bias),
+                nn.Dropout(config.extractor_dropout),
             ]
-            if norm == "layer_norm":
+            if config.conv_norm == "layer_norm":
                 block.append(nn.Sequential(Transpose(), nn.LayerNorm(channels), Transpose()))
             elif i == 0:
                 block.append(nn.GroupNorm(channels, channels))
             self.conv_layers.append(nn.Sequential(*block, nn.GELU()))
             in_channels = channels
+        if config.copy and config.copy["feature_scale"]:
+            self.conv_layers[-1].add_module("scale", ChannelScale(in_channels))
 
     @property
     def stride(self) -> int:
@@ -163,6 +176,18 @@ class ConvExtractor(nn.Module):
         for kernel, stride in reversed(self.shapes):
             samples = (samples - 1) * stride + kernel
         return samples
+
+
+class ChannelScale(nn.Module):
+    """Fixed factors of the last conv layer's channels."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[batch, channel, frame]`` -> the same shape."""
+        return x * self.weight[:, None]
 
 
 class Transpose(nn.Module):
@@ -182,7 +207,8 @@ class Encoder(nn.Module):
         self.layer_norm: nn.Module = nn.LayerNorm(config.dim)
         self.layer_norm_first = config.norm_first
         self.dropout = config.dropout
-        self.layers = nn.ModuleList(TransformerLayer(config) for _ in range(config.layers))
+        layers = range(len(config.ffn_dims))
+        self.layers = nn.ModuleList(TransformerLayer(config, layer) for layer in layers)
 
 
 class PositionalConv(nn.Module):
@@ -208,41 +234,84 @@ class PositionalConv(nn.Module):
 
 
 class TransformerLayer(nn.Module):
-    """Modules used by ``transformer_layer``."""
+    """Modules used by ``transformer_layer``; without units, only a bias of the network is left."""
 
-    def __init__(self, config: SimpleNamespace):
+    def __init__(self, config: SimpleNamespace, layer: int):
         super().__init__()
-        dim = config.dim
+        dim, units = config.dim, config.ffn_dims[layer]
         self.layer_norm_first = config.norm_first
         self.activation_fn = ACTIVATIONS[config.activation]
-        self.self_attn = SelfAttention(dim, config.attention_heads, config.attention_dropout)
+        self.self_attn = PrunedAttention(config, layer) if config.copy else SelfAttention(config)
         self.self_attn_layer_norm = nn.LayerNorm(dim)
-        self.fc1 = nn.Linear(dim, config.ffn_dim)
-        self.fc2 = nn.Linear(config.ffn_dim, dim)
+        self.fc1 = nn.Linear(dim, units) if units else nn.Identity()
+        self.fc2 = nn.Linear(units, dim) if units else Bias(dim)
         self.final_layer_norm = nn.LayerNorm(dim)
         self.dropout1 = nn.Dropout(config.dropout)
         self.dropout2 = nn.Dropout(config.activation_dropout)
         self.dropout3 = nn.Dropout(config.dropout)
 
 
+class Bias(nn.Module):
+    """A linear layer without inputs: only its bias."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.bias = nn.Parameter(torch.empty(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., dim]`` -> the bias, in the same shape."""
+        return self.bias.expand_as(x)
+
+
 class SelfAttention(nn.Module):
     """Modules used by ``attention``."""
 
-    def __init__(self, dim: int, heads: int, dropout: float):
+    def __init__(self, config: SimpleNamespace):
         super().__init__()
-        self.num_heads = heads
+        dim = config.dim
+        self.num_heads = config.attention_heads
         self.q_proj = nn.Linear(dim, dim)
         self.k_proj = nn.Linear(dim, dim)
         self.v_proj = nn.Linear(dim, dim)
         self.out_proj = nn.Linear(dim, dim)
-        self.dropout_module = nn.Dropout(dropout)
+        self.dropout_module = nn.Dropout(config.attention_dropout)
+
+
+class PrunedAttention(nn.Module):
+    """Modules used by ``pruned_attention``, with any number of heads; without heads, only a bias.
+
+    With WavLM's relative positions, the first layer has the embedding that all layers use.
+    """
+
+    gate = None  # of a student that is being pruned
+
+    def __init__(self, config: SimpleNamespace, layer: int):
+        super().__init__()
+        self.heads = config.copy["heads"][layer]
+        self.total_heads = config.attention_heads
+        self.head_dim = config.dim // self.total_heads
+        self.max_distance = config.copy["max_distance"]
+        dim, inner = config.dim, len(self.heads) * self.head_dim
+        buckets = config.copy["position_buckets"]
+        self.dropout_module = nn.Dropout(config.attention_dropout)
+        self.out_proj = nn.Linear(inner, dim) if self.heads else Bias(dim)
+        if buckets and layer == 0:
+            self.relative_attention_bias = nn.Embedding(buckets, self.total_heads)
+        if self.heads:
+            self.q_proj = nn.Linear(dim, inner)
+            self.k_proj = nn.Linear(dim, inner)
+            self.v_proj = nn.Linear(dim, inner)
+        if self.heads and buckets:
+            self.grep_linear = nn.Linear(self.head_dim, 8)
+            self.grep_a = nn.Parameter(torch.empty(1, self.total_heads, 1, 1))
 
 
 class SplitHead(nn.Module):
     """Predicts several teacher layers: a linear layer and GELU, then one linear layer for each."""
 
-    def __init__(self, dim: int, layers: int, width: int):
+    def __init__(self, dim: int, config: dict[str, Any]):
         super().__init__()
+        layers, width = config["layers"], sum(config["parts"])
         self.hidden = nn.Linear(dim, layers * dim)
         self.weight = nn.Parameter(torch.empty(layers, dim, width))
         self.bias = nn.Parameter(torch.empty(layers, 1, 1, width))
@@ -257,11 +326,34 @@ class SplitHead(nn.Module):
 class LinearHead(nn.Module):
     """Predicts several teacher layers, each by one linear layer."""
 
-    def __init__(self, dim: int, layers: int, width: int):
+    def __init__(self, dim: int, config: dict[str, Any]):
         super().__init__()
-        self.layers = layers
-        self.out = nn.Linear(dim, layers * width)
+        self.layers = config["layers"]
+        self.out = nn.Linear(dim, self.layers * sum(config["parts"]))
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """``[batch, frame, dim]`` -> a list of ``[batch, frame, width]``, one per layer."""
         return list(self.out(x).chunk(self.layers, dim=-1))
+
+
+class LayerwiseHead(nn.Module):
+    """Predicts each teacher layer by a linear layer from hidden states of the student.
+
+    ``config["targets"]``: of each teacher layer the name of its linear layer, which several may
+    share, and the hidden states whose mean is its input.
+    """
+
+    def __init__(self, dim: int, config: dict[str, Any]):
+        super().__init__()
+        self.targets, width = config["targets"], sum(config["parts"])
+        self.projections = nn.ModuleDict({name: nn.Linear(dim, width) for name, _ in self.targets})
+
+    def forward(self, states: list[Tensor]) -> list[Tensor]:
+        """Hidden states ``[batch, frame, dim]`` -> a list of ``[batch, frame, width]``."""
+        return [
+            self.projections[name](torch.stack([states[i] for i in layers]).mean(0))
+            for name, layers in self.targets
+        ]
+
+
+HEADS = {"split": SplitHead, "linear": LinearHead, "layerwise": LayerwiseHead}
