@@ -123,6 +123,11 @@ class PrunedEncoder(nn.Module):
             layer.self_attn = PrunedAttention(settings, index)
             if not units:
                 layer.fc1, layer.fc2 = nn.Identity(), Bias(width)
+            # a norm in front of an empty module has no effect
+            if settings.layer_norm_first and not settings.heads[index]:
+                layer.self_attn_layer_norm = nn.Identity()
+            if settings.layer_norm_first and not units:
+                layer.final_layer_norm = nn.Identity()
             self.layers.append(layer)
 
 

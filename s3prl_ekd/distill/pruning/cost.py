@@ -2,7 +2,9 @@
 
 With the expected widths of a student with gates the cost is differentiable in the gates (DPHuBERT,
 arXiv 2305.17651, section 2.3, and its code). At whole numbers it is exactly the number of
-parameters, or of MACs in matrix products and convolutions, of the student that is cut to them.
+parameters, or of MACs in matrix products and convolutions, of the student that is cut to them; but
+if a layer with gates loses all heads or all feed-forward units, the norm in front of them (with
+``layer_norm_first``) and the gate of WavLM's positions still count as parameters.
 """
 
 from __future__ import annotations
@@ -89,8 +91,10 @@ def parameters(settings: PrunedSettings, widths: Widths) -> Width:
         feed_forward = (2 * width + 1) * ffn
         total = total + widths.attention[layer] * attention
         total = total + widths.feed_forward[layer] * feed_forward
-        # biases of the output projections, two layer norms, gate of WavLM's positions
-        total = total + 6 * width + (positions if settings.heads[layer] else 0)
+        # biases of the output projections, gate of WavLM's positions, layer norms
+        total = total + 2 * width + (positions if settings.heads[layer] else 0)
+        modules = bool(settings.heads[layer]) + bool(settings.ffn_dims[layer])
+        total = total + 2 * width * (modules if settings.layer_norm_first else 2)
     return total
 
 
@@ -108,7 +112,7 @@ def macs(settings: PrunedSettings, widths: Widths, samples: int) -> Width:
     # an even kernel gives one frame more, which is dropped
     positions = frames + 1 - settings.conv_pos % 2
     total = total + width * (width // settings.conv_pos_groups) * settings.conv_pos * positions
-    gate = 8 * frames if settings.position_buckets else 0  # of WavLM's positions
+    gate = 8 * frames if settings.position_buckets else 0  # of WavLM's positions, for each head
     for layer in range(settings.encoder_layers):
         attention = widths.heads[layer] * head * (4 * width * frames + 2 * frames**2 + gate)
         feed_forward = widths.ffn[layer] * (2 * width * frames)

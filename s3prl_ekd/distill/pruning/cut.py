@@ -124,6 +124,8 @@ def _cut_attention(
         for name in [n for n in weights if n.startswith(path)]:
             if not name.endswith(("out_proj.bias", "relative_attention_bias.weight")):
                 del weights[name]
+        if settings.layer_norm_first:
+            _remove_norm(weights, f"encoder.layers.{layer}.self_attn_layer_norm")
     elif places:
         rows = value.repeat_interleave(settings.head_dim)
         index = rows.nonzero()[:, 0]
@@ -148,8 +150,15 @@ def _cut_feed_forward(
     if units and not len(kept):
         for name in ("fc1.weight", "fc1.bias", "fc2.weight"):
             del weights[path + name]
+        if settings.layer_norm_first:
+            _remove_norm(weights, f"{path}final_layer_norm")
     elif units:
         for name in ("fc1.weight", "fc1.bias"):
             weights[path + name] = weights[path + name][kept]
         weights[f"{path}fc2.weight"] = (weights[f"{path}fc2.weight"] * value)[:, kept]
     return len(kept)
+
+
+def _remove_norm(weights: dict[str, Tensor], path: str) -> None:
+    """Remove a layer norm in front of a module of which only the output's bias is left."""
+    del weights[f"{path}.weight"], weights[f"{path}.bias"]

@@ -234,7 +234,11 @@ class PositionalConv(nn.Module):
 
 
 class TransformerLayer(nn.Module):
-    """Modules used by ``transformer_layer``; without units, only a bias of the network is left."""
+    """Modules used by ``transformer_layer``.
+
+    Of a feed-forward network without units only a bias is left, and a norm in front of a module
+    without heads or units is left out.
+    """
 
     def __init__(self, config: SimpleNamespace, layer: int):
         super().__init__()
@@ -242,10 +246,12 @@ class TransformerLayer(nn.Module):
         self.layer_norm_first = config.norm_first
         self.activation_fn = ACTIVATIONS[config.activation]
         self.self_attn = PrunedAttention(config, layer) if config.copy else SelfAttention(config)
-        self.self_attn_layer_norm = nn.LayerNorm(dim)
+        normed = not config.norm_first or not config.copy or config.copy["heads"][layer]
+        self.self_attn_layer_norm = nn.LayerNorm(dim) if normed else nn.Identity()
         self.fc1 = nn.Linear(dim, units) if units else nn.Identity()
         self.fc2 = nn.Linear(units, dim) if units else Bias(dim)
-        self.final_layer_norm = nn.LayerNorm(dim)
+        normed = not config.norm_first or units
+        self.final_layer_norm = nn.LayerNorm(dim) if normed else nn.Identity()
         self.dropout1 = nn.Dropout(config.dropout)
         self.dropout2 = nn.Dropout(config.activation_dropout)
         self.dropout3 = nn.Dropout(config.dropout)
