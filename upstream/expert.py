@@ -19,6 +19,8 @@ logger = logging.getLogger(__name__)
 class UpstreamExpert(UpstreamBase):
     """A distilled student for s3prl's downstream tasks.
 
+    A student with gates, as in a checkpoint of a pruning run, has fixed gates in eval mode.
+
     Args:
         ckpt: a student file or a checkpoint of ``run_pretrain.py -u ekd``; it has all settings.
 
@@ -49,9 +51,9 @@ class UpstreamExpert(UpstreamBase):
         """Run the student on unpadded waveforms ``[sample]`` at 16 kHz, of any lengths.
 
         Returns:
-            ``hidden_states``: the projected features and each layer's output, a list of
-            ``[batch, frame, dim]``. ``hidden_states_and_heads``: the same, followed by the layers
-            that each head predicts, if the file has heads of the student's width.
+            ``hidden_states``: those of :class:`s3prl_ekd.distill.student_forward.StudentOutput`, a
+            list of ``[batch, frame, dim]``. ``hidden_states_and_heads``: the same, followed by the
+            layers that each head predicts, if the file has heads of the student's width.
             ``last_hidden_state``: the last of ``hidden_states``.
         """
         lengths = torch.tensor([len(wav) for wav in wavs], device=wavs[0].device)

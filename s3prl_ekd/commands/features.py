@@ -2,9 +2,10 @@
 
 Each file and layer gives a tensor [frame, dim] called PATH#LAYER. PATH is relative to the folder
 for a file found in a folder, and the path as written for a file given here or in a list. Layer 0 is
-the projected features, layer n the output of transformer layer n. The student processes one
-utterance at a time, because padding changes hidden states (the first conv layer normalises over
-time). Its hidden states are written immediately, so memory does not grow with the number of files.
+the projected features (of a copied student, the input of the first transformer layer), layer n the
+output of transformer layer n. The student processes one utterance at a time, because padding
+changes hidden states (the first conv layer normalises over time). Its hidden states are written
+immediately, so memory does not grow with the number of files.
 
 example:
   s3prl-ekd features student.safetensors /data/dev-clean -o dev.safetensors --layers last

@@ -4,7 +4,7 @@ DIR gets expert.py (the model's code in one file), model.pt (tensors and setting
 requirements.txt, LICENSE and README.md (a model card). The package is compared with the student on
 a padded batch; if they differ, DIR is not written. With --heads keep, the outputs of the prediction
 heads follow the layers in hidden_states, as in hidden_states_and_heads. Drop heads that you do not
-use: SUPERB counts their parameters.
+use: SUPERB counts their parameters. A student with gates has to be cut by `s3prl-ekd prune` first.
 
 example:
   s3prl-ekd export superb student.safetensors -o my_package --heads drop
