@@ -185,7 +185,7 @@ def test_commands(tmp_path, capsys, waves):
     argv = [str(path), "-o", str(package), "--heads", "drop"]
     assert cli.main(["export", "superb", *argv]) == 0
     card = (package / "README.md").read_text()
-    assert f"| {count:,} |" in card and "heads 2, 0, 3; feed-forward units 40, 17, 0" in card
+    assert f"| {count:,} |" in card and "| 2, 0, 3 |" in card and "| 40, 17, 0 |" in card
     with torch.no_grad():
         assert_equal(load_package(package)(waves)["hidden_states"], states)
 
