@@ -3,8 +3,7 @@
 With the expected widths of a student with gates the cost is differentiable in the gates (DPHuBERT,
 arXiv 2305.17651, section 2.3, and its code). At whole numbers it is exactly the number of
 parameters, or of MACs in matrix products and convolutions, of the student that is cut to them; but
-if a layer with gates loses all heads or all feed-forward units, the norm in front of them (with
-``layer_norm_first``) and the gate of WavLM's positions still count as parameters.
+a layer's gate of WavLM's positions counts as a parameter even if the layer loses all heads.
 """
 
 from __future__ import annotations
@@ -67,7 +66,11 @@ def smallest_widths(settings: PrunedSettings, backbone: PrunedBackbone) -> Width
 
 
 def parameters(settings: PrunedSettings, widths: Widths) -> Width:
-    """Number of parameters of a student, without heads."""
+    """Number of parameters of a student, without heads.
+
+    With ``layer_norm_first``, the norm in front of a layer's attention or feed-forward network is
+    removed with the module, but counts as long as the student has gates.
+    """
     width, head = settings.encoder_embed_dim, settings.head_dim
     total: Width = 0.0
     before: Width = 1.0
