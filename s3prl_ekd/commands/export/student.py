@@ -1,10 +1,10 @@
 """Export a trained student to a single file of tensors and settings, without training state.
 
+A student with gates keeps them; `s3prl-ekd prune` writes it without.
+
 `run_downstream.py -u ekd_student -k FILE` loads it. FILE.safetensors is written in safetensors
 format: loading it runs no code, with any version of torch. Any other name, such as FILE.pt, is
 written by torch.save and loads with `weights_only=True`.
-
-A student with gates keeps them; `s3prl-ekd prune` writes it without.
 
 CKPT may also be a Hugging Face folder: of `export hf`, DistilHuBERT, or any HuBERT or WavLM, which
 becomes a copied student.
