@@ -76,11 +76,11 @@ def saturate(student: Student, closed: dict[str, float] | None = None, seed: int
         is_closed = torch.rand(len(gate.log_alpha), generator=generator) < share
         if unit == "conv":
             is_closed[-1] = False
-        gate.log_alpha.data = torch.where(is_closed, -60.0, 60.0)
+        gate.log_alpha.data = torch.where(is_closed, -200.0, 200.0)
 
 
 def noise(*lengths: int, seed: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
-    """Noise ``[batch, sample]``, zero behind each utterance's length, and the lengths ``[batch]``."""
+    """Noise ``[batch, sample]``, zero behind an utterance's length, and the lengths ``[batch]``."""
     generator = torch.Generator().manual_seed(seed)
     counts = torch.tensor(lengths)
     waves = 0.1 * torch.randn(len(lengths), max(lengths), generator=generator)
