@@ -9,9 +9,11 @@ is wrong")``; the YAML path is prepended to the message.
 A model config may extend another one::
 
     extends: ../config_model.yaml      # relative to this file; one level only
-    teachers: [hubert, wavlm]          # a list selects these teachers of the base config
+    teachers: [hubert, wavlm]          # a list selects these teachers of the base config;
+                                       # [hubert, wavlm: {layers: [6]}] also changes one of them
     aggregation: average               # other keys replace, mappings are merged
-    student: {kind: copy, of: hubert}  # another kind of student replaces the base's, and its init
+    student: {kind: copy, of: hubert}  # another kind of student replaces the base's, with its
+                                       # init and pruning
 
 ``-o`` on the command line overrides keys of a YAML file or a checkpoint.
 """
@@ -32,6 +34,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
 from ..compat.no_eval import read_value
+from ..distill.student_settings import StudentSettings
 from ..errors import ConfigError
 from .text import CONTROL, MAX_DEPTH, MAX_NUMBER, MAX_YAML, parse_yaml, read_text
 
@@ -233,20 +236,29 @@ def read_extended(
         base.pop("teachers", None)
     student, base_student = data.get("student"), base.get("student")
     if isinstance(student, dict) and isinstance(base_student, dict):
-        if student.get("kind", base_student.get("kind")) != base_student.get("kind"):
-            base = {key: base[key] for key in base if key not in ("student", "init")}
+        kind = base_student.get("kind", StudentSettings.KIND)
+        if student.get("kind", kind) != kind:
+            base = {k: base[k] for k in base if k not in ("student", "init", "pruning")}
     return merge(base, data)
 
 
 def _select_teachers(teachers: Any, names: list[Any], path: Path) -> dict[str, Any]:
     base_teachers = teachers if isinstance(teachers, dict) else {}
-    for name in names:
+    selected = {}
+    for item in names:
+        # `hubert: {layers: [6]}` in a list is a mapping with one key
+        name, changes = next(iter(item.items())) if _has_one_key(item) else (item, {})
         if not isinstance(name, str) or name not in base_teachers:
             raise ConfigError(
-                f"{path}.teachers: no teacher {name!r} in the file that it extends; "
+                f"{path}.teachers: no teacher {_show(name)} in the file that it extends; "
                 f"it has: {', '.join(map(str, base_teachers)) or 'none'}"
             )
-    return {name: base_teachers[name] for name in names}
+        selected[name] = merge({name: base_teachers[name]}, {name: changes})[name]
+    return selected
+
+
+def _has_one_key(item: Any) -> bool:
+    return isinstance(item, dict) and len(item) == 1
 
 
 def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
