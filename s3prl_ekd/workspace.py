@@ -16,6 +16,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import yaml
+
 from .errors import ConfigError, DataError, SetupError
 from .files.atomic import atomic_file, explain_write_errors
 from .files.text import parse_yaml
@@ -33,18 +35,41 @@ from s3prl_ekd.pretrain_expert import UpstreamPretrainExpert  # noqa: E402, F401
 '''
 
 
-# A tiny experiment is a full one with another first comment, base config and layer groups: the
-# teachers of tiny_model.yaml have 6 layers, those of config_model.yaml 12.
+# A tiny experiment is a full one with another first comment and these replacements. The teachers of
+# tiny_model.yaml have 6 layers of width 192, those of config_model.yaml 12 of 768. A tiny run has
+# 300 steps, in which gates close only with a higher learning rate.
 TINY_HEAD = """\
 # A tiny version of experiments/{name}.yaml, for a laptop.
 #
-#   run_pretrain.py -u ekd -n {name} -c pretrain/ekd/tiny_runner.yaml \\
+#   run_pretrain.py -u ekd -n {name} -c pretrain/ekd/{runner}.yaml \\
 #       -g pretrain/ekd/tiny/{name}.yaml
-
 """
+TINY_PRUNE = "#   s3prl-ekd prune result/pretrain/{name} -o {name}.pt\n"
 TINY_CHANGES = (
     ("../config_model.yaml", "../tiny_model.yaml"),
-    ("[[1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11, 12]]", "[[1, 2], [3, 4], [5, 6]]"),
+    ("[1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11, 12]", "[1, 2], [3, 4], [5, 6]"),
+    ("[0, 4, 8, 12]", "[0, 2, 4, 6]"),
+    ("sparsity: 0.75", "sparsity: 0.5"),
+    ("reach_at: 5000", "reach_at: 100"),
+    ("lr: 0.02", "lr: 0.1"),
+    ("encoder_layers: 12", "encoder_layers: 6"),
+    ("encoder_embed_dim: 384", "encoder_embed_dim: 96"),
+    ("encoder_ffn_embed_dim: 1536", "encoder_ffn_embed_dim: 384"),
+    ("encoder_attention_heads: 6", "encoder_attention_heads: 2"),
+)
+
+# The second distillation of a pruned student; steps, lr and warm-up are DPHuBERT's.
+SECOND_STEP_HEAD = """\
+# The second distillation (DPHuBERT, arXiv 2305.17651): the settings of the first one, without
+# pruning, for the student that was cut. RUNNER.yaml stands for the runner config of the first one.
+#
+#   run_pretrain.py -u ekd -n NAME -c RUNNER.yaml -g {path} \\
+#       -o "{overrides}"
+
+"""
+SECOND_STEP_OVERRIDES = (
+    "config.runner.total_steps=25000,,config.optimizer.lr=1.e-4,,"
+    "config.optimizer.warmup_proportion=0.2"
 )
 
 
@@ -80,7 +105,25 @@ def tiny_experiment(name: str, text: str) -> str:
     text = text.partition("\n\n")[2]
     for full, tiny in TINY_CHANGES:
         text = text.replace(full, tiny)
-    return TINY_HEAD.format(name=name) + text
+    pruned = "\npruning:" in text
+    runner = "tiny_pruning_runner" if pruned else "tiny_runner"
+    head = TINY_HEAD.format(name=name, runner=runner) + TINY_PRUNE.format(name=name) * pruned
+    return f"{head}\n{text}"
+
+
+def second_step(config: dict[str, Any], file: str) -> str:
+    """Write the model config of the second distillation of a pruned student, as YAML.
+
+    Args:
+        config: the model config of the first distillation, with ``extends`` resolved: ``config`` in
+            the ``about`` of its student file.
+        file: the pruned student's file; the text is for a file of its name that ends in ``.yaml``.
+    """
+    student = {"kind": "file", "file": file}
+    changed = {**{key: config[key] for key in config if key != "pruning"}, "student": student}
+    path = shlex.quote(str(Path(file).with_suffix(".yaml")))
+    head = SECOND_STEP_HEAD.format(path=path, overrides=SECOND_STEP_OVERRIDES)
+    return head + yaml.safe_dump(changed, sort_keys=False, allow_unicode=True)
 
 
 def _tree(package: str, target: str) -> Iterator[tuple[str, bytes]]:
@@ -186,15 +229,19 @@ class CorpusPaths:
 
     def values(self) -> list[CorpusPath]:
         """The values to insert into the YAML files."""
-        runner, phones = "pretrain/ekd/config_runner.yaml", "downstream/ctc/libriphone.yaml"
+        phones = "downstream/ctc/libriphone.yaml"
         data, prepared = "downstream_expert.datarc", "'./data/librispeech/LibriSpeech'"
         values = []
         if self.librispeech:
             root, tables = str(self.librispeech), f"./{PREPARED_LIBRISPEECH}/len_for_bucket"
             datarc = "pretrain_expert.datarc"
+            for runner in ("config_runner.yaml", "pruning_runner.yaml"):
+                file = f"pretrain/ekd/{runner}"
+                values += [
+                    CorpusPath(file, f"{datarc}.libri_root", "./data/LibriSpeech", root),
+                    CorpusPath(file, f"{datarc}.file_path", "./data/len_for_bucket", tables),
+                ]
             values += [
-                CorpusPath(runner, f"{datarc}.libri_root", "./data/LibriSpeech", root),
-                CorpusPath(runner, f"{datarc}.file_path", "./data/len_for_bucket", tables),
                 CorpusPath("downstream/asr/config.yaml", f"{data}.libri_root", prepared, root),
                 CorpusPath(phones, "downstream_expert.corpus.path", prepared, root),
             ]

@@ -1,5 +1,6 @@
 """Configs: every shipped YAML is valid; every mistake is one sentence with its YAML path."""
 
+import dataclasses
 import re
 import shlex
 from pathlib import Path
@@ -7,6 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from s3prl_ekd.distill.settings import TeacherSettings
+from s3prl_ekd.distill.student import Student
+from s3prl_ekd.distill.student_settings import CopySettings, FileSettings, StudentSettings
 from s3prl_ekd.errors import ConfigError
 from s3prl_ekd.files.config import (
     apply_overrides,
@@ -16,8 +20,13 @@ from s3prl_ekd.files.config import (
     read_yaml,
     to_plain_data,
 )
-from s3prl_ekd.pretrain.settings import load_model_config, load_runner_config
-from s3prl_ekd.workspace import write_workspace
+from s3prl_ekd.pretrain.settings import (
+    check_pruning_optimizer,
+    load_model_config,
+    load_runner_config,
+)
+from s3prl_ekd.request import PretrainRequest
+from s3prl_ekd.workspace import second_step, write_workspace
 
 CONFIGS = Path(__file__).parent.parent / "pretrain_configs"
 SHIPPED = sorted(CONFIGS.rglob("*.yaml"))
@@ -90,26 +99,114 @@ def test_the_experiments_of_the_paper_are_shipped():
     }
     for group in ("hubert_robust", "hubert_wavlm", "robust_wavlm", "three"):
         wanted |= {f"{group}_{kind}" for kind in kinds}
-    wanted |= {"robust_setup1", "robust_setup2"}
+    wanted |= {"robust_setup1", "robust_setup2", "deep_thin"}
+    wanted |= {"dp_hubert", "dp_wavlm_plus", "skill_wavlm_plus"}
+    wanted |= {"ekd_pruned_average", "ekd_pruned_heads", "ekd_skill_pruned"}
     assert wanted <= names
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.name)
 def test_a_tiny_experiment_is_the_same_one(path, tmp_path):
-    """The same keys below `extends`, the groups of layers aside: the teachers have fewer."""
+    """The same keys below `extends`, sizes aside: the teachers have half as many layers."""
     write_workspace(tmp_path, [f"tiny/{path.stem}"])
     written = tmp_path / "pretrain/ekd/tiny" / path.name
     assert f"-g pretrain/ekd/tiny/{path.name}" in written.read_text().split("\n\n")[0]
-    assert load_model_config(written).teachers.keys() == load_model_config(path).teachers.keys()
+    small, large = load_model_config(written).teachers, load_model_config(path).teachers
+    assert small.keys() == large.keys()
+    for teacher, other in zip(small.values(), large.values(), strict=True):
+        halves = [sorted({-(-layer // 2) for layer in target}) for target in other.targets]
+        assert [[*target] for target in teacher.targets] == halves
+        sizes = {key: getattr(other, key) for key in ("model", "layers", "groups")}
+        assert dataclasses.replace(teacher, **sizes) == other
     tiny, full = yaml.safe_load(written.read_text()), yaml.safe_load(path.read_text())
     assert full.pop("extends") == "../config_model.yaml"
     assert tiny.pop("extends") == "../tiny_model.yaml"
-    if path.stem == "skill":
-        for one, size in ((full, 4), (tiny, 2)):  # even thirds of 12 and of 6 layers
-            layers = range(1, 3 * size + 1)
-            thirds = [list(layers[i : i + size]) for i in range(0, 3 * size, size)]
-            assert all(each == {"groups": thirds} for each in one.pop("teachers").values())
+    full.pop("teachers", None)
+    tiny.pop("teachers", None)
+    if "pruning" in full:
+        full["pruning"] |= {"sparsity": 0.5, "reach_at": 100, "lr": 0.1}
+    if path.stem == "deep_thin":
+        assert full["student"] | {"encoder_attention_heads": 0} == {
+            "encoder_layers": 12,
+            "encoder_embed_dim": 768 // 2,
+            "encoder_ffn_embed_dim": 3072 // 2,
+            "encoder_attention_heads": 0,
+            "feature_grad_mult": 1.0,
+        }
+        full["student"] |= {"encoder_layers": 6, "encoder_embed_dim": 192 // 2}
+        full["student"] |= {"encoder_ffn_embed_dim": 768 // 2, "encoder_attention_heads": 2}
     assert full == tiny
+
+
+def typed(text):
+    """The `run_pretrain.py` commands in a comment of a YAML file, as lists of arguments."""
+    comment = re.sub(r" \\\n#\s+", " ", text.split("\n\n")[0])
+    return [shlex.split(c) for c in re.findall(r"run_pretrain\.py (-u ekd .*)", comment)]
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("size", ["experiments", "tiny"])
+def test_the_command_of_an_experiment_fits_it(path, size, tmp_path):
+    write_workspace(tmp_path, [f"{size}/{path.stem}"])
+    text = (tmp_path / "pretrain/ekd" / size / path.name).read_text()
+    (argv,) = typed(text)
+    request = PretrainRequest.parse(argv)
+    assert request.passthrough == () and request.expname == path.stem
+    run = load_runner_config(tmp_path / (request.config or "pretrain/ekd/config_runner.yaml"))
+    model = load_model_config(tmp_path / request.upstream_config)
+    check_pruning_optimizer(model, run)
+    if model.pruning is None:
+        return
+    # DPHuBERT's weight decay and clipping; the target sparsity is reached within the run
+    assert run.optimizer["weight_decay"] == 0 and run.runner.gradient_clipping == 10
+    assert model.pruning.reach_at < run.runner.total_steps
+    assert f"s3prl-ekd prune result/pretrain/{path.stem} -o {path.stem}.pt\n" in text
+
+
+def test_dphuberts_values():
+    """Those of run.sh in its repository."""
+    model = load_model_config(CONFIGS / "experiments/dp_hubert.yaml")
+    (teacher,) = model.teachers.values()
+    assert teacher.model == "hubert_base" and teacher.layers == (0, 4, 8, 12)
+    assert (model.loss.reconstruction, model.loss.cosine, model.loss.cosine_weight) == (
+        *("l1", "raw"),
+        1,
+    )
+    pruning = model.pruning
+    assert (pruning.sparsity, pruning.reach_at, pruning.lr) == (0.75, 5000, 0.02)
+    run = load_runner_config(CONFIGS / "pruning_runner.yaml")
+    rate, warmup = run.optimizer["lr"], run.optimizer["warmup_proportion"]
+    assert (run.runner.total_steps, rate, warmup * run.runner.total_steps) == (50000, 2e-4, 15000)
+    text = second_step(to_plain_data(model), "dp_hubert.pt")
+    (argv,) = typed(text)
+    run = load_runner_config(CONFIGS / "pruning_runner.yaml", PretrainRequest.parse(argv).override)
+    rate, warmup = run.optimizer["lr"], run.optimizer["warmup_proportion"]
+    assert (run.runner.total_steps, rate, warmup * run.runner.total_steps) == (25000, 1e-4, 5000)
+
+
+PRUNED = [path for path in EXPERIMENTS if "\npruning:" in path.read_text()]
+
+
+@pytest.mark.parametrize("path", PRUNED, ids=lambda path: path.name)
+def test_the_second_distillation_differs_in_the_student(path, tmp_path):
+    first = load_model_config(path)
+    file = tmp_path / "my pruned: é.yaml"
+    file.write_text(second_step(to_plain_data(first), str(file.with_suffix(".pt"))))
+    second = load_model_config(file)
+    assert second.pruning is None
+    assert second.student == FileSettings("file", str(file.with_suffix(".pt")))
+    changes = {"pruning": first.pruning, "student": first.student}
+    assert dataclasses.replace(second, **changes) == first
+    (argv,) = typed(file.read_text())
+    assert PretrainRequest.parse(argv).upstream_config == str(file)
+
+
+def test_the_deep_and_thin_student_has_the_published_size():
+    """26.87 M parameters: arXiv 2207.06867, "12-L Half"."""
+    text = (CONFIGS / "experiments/deep_thin.yaml").read_text()
+    student = Student(load_model_config(CONFIGS / "experiments/deep_thin.yaml").student)
+    count = sum(parameter.numel() for parameter in student.parameters())
+    assert f"{count:,}" in text and round(count / 1e6, 2) == 26.87
 
 
 def test_the_default_experiment():
@@ -175,12 +272,55 @@ def test_a_config_survives_the_checkpoint():
         ("loss", {"cosine_weight": "much"}, ".loss.cosine_weight 'much'"),
         ("loss", {"mask_padding": 1}, ".loss.mask_padding 1"),
         ("loss", 3, ".loss 3"),
+        ("student", {"kind": "copi", "of": "one"}, ".student.kind distil copy file 'copi'"),
+        ("student", {"kind": 3}, ".student.kind distil copy file 3"),
+        ("student", {"kind": "copy"}, ".student of"),
+        ("student", {"kind": "copy", "of": "three"}, "student.of 'three' one two"),
+        ("student", {"kind": "copy", "of": "one", "encoder_layers": 2}, ".student encoder_layers"),
+        ("student", {"kind": "distil", "of": "one"}, ".student 'of'"),
+        ("student", {"kind": "file"}, ".student file"),
+        ("student", {"kind": "file", "file": 3}, ".student.file 3"),
+        ("student", {"kind": "file", "file": "x", "of": "one"}, ".student 'of' file"),
+        ("student", "copy", ".student 'copy'"),
+        ("pruning", {}, "pruning student.kind: copy"),
+        ("heads", {"share": [[0]]}, ".heads share layerwise split"),
+        ("heads", {"kind": "layerwise", "share": [[4]]}, "heads.share [8] teachers.one [4]"),
+        ("heads", {"kind": "layerwise", "share": [[4, 4]]}, ".heads share"),
     ],
 )
 def test_a_mistake_in_the_model_config(tmp_path, path, value, parts):
     """The message has the file, the YAML path, what is allowed and the value."""
     file = tmp_path / "model.yaml"
     file.write_text(yaml.safe_dump(changed(MODEL, path, value)))
+    with pytest.raises(ConfigError) as caught:
+        load_model_config(file)
+    assert_parts(str(caught.value), str(file), parts)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "parts"),
+    [
+        ("init", {"teacher": "one"}, "init student.kind: distil copy"),
+        ("student_backend", "s3prl", "student_backend student.kind: distil"),
+        ("student.input_dropout", 1.0, ".student input_dropout 1.0"),
+        ("student.feature_grad_mult", 0, "pruning.units conv student.feature_grad_mult 0"),
+        ("pruning.units", [], ".pruning units []"),
+        ("pruning.units", ["ffn", "ffn"], ".pruning units 'ffn', 'ffn'"),
+        ("pruning.units", ["fnn"], ".pruning.units[0] conv heads ffn 'fnn'"),
+        ("pruning.sparsity", 1, ".pruning sparsity 1.0"),
+        ("pruning.by", "flops", ".pruning.by parameters macs 'flops'"),
+        ("pruning.reach_at", 0, ".pruning reach_at 0"),
+        ("pruning.lr", 0, ".pruning lr 0.0"),
+        ("pruning.start_drop", {"ffn": 1}, ".pruning.start_drop ffn 1.0"),
+        ("pruning.last_conv", "firm", ".pruning.last_conv hard soft 'firm'"),
+    ],
+)
+def test_a_mistake_in_the_config_of_a_pruned_student(tmp_path, path, value, parts):
+    file = tmp_path / "model.yaml"
+    model = {**MODEL, "student": {"kind": "copy", "of": "one"}, "pruning": {}}
+    file.write_text(yaml.safe_dump(model))
+    load_model_config(file)
+    file.write_text(yaml.safe_dump(changed(model, path, value)))
     with pytest.raises(ConfigError) as caught:
         load_model_config(file)
     assert_parts(str(caught.value), str(file), parts)
@@ -421,10 +561,55 @@ def test_extends_merges_teachers_given_as_a_mapping(tmp_path):
     assert settings.teachers["one"].model == "hubert_base"
 
 
+def test_extends_selects_teachers_and_changes_one(tmp_path):
+    over = {"extends": "base.yaml", "teachers": [{"two": {"layers": [0, 5]}}, "one"]}
+    settings = load_model_config(write(tmp_path, base=MODEL, new=over))
+    assert list(settings.teachers) == ["two", "one"]
+    assert settings.teachers["two"] == TeacherSettings("wavlm", layers=(0, 5))
+    assert settings.teachers["one"] == TeacherSettings("hubert_base")
+
+
+SIZE = {"encoder_layers": 3, "encoder_embed_dim": 96}
+COPY = {"kind": "copy", "of": "one", "dropout": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("base", "over", "student"),
+    [
+        (SIZE, {"encoder_layers": 1}, StudentSettings(encoder_layers=1, encoder_embed_dim=96)),
+        (
+            SIZE,
+            {"kind": "distil", "encoder_layers": 1},
+            StudentSettings(encoder_layers=1, encoder_embed_dim=96),
+        ),
+        (SIZE, {"kind": "copy", "of": "two"}, CopySettings("copy", "two")),
+        (SIZE, {"kind": "file", "file": "x.pt"}, FileSettings("file", "x.pt")),
+        (COPY, {"of": "two"}, CopySettings("copy", "two", dropout=0.5)),
+        (COPY, {"kind": "copy", "of": "two"}, CopySettings("copy", "two", dropout=0.5)),
+        (COPY, {"kind": "file", "file": "x.pt"}, FileSettings("file", "x.pt")),
+        (COPY, {"kind": "distil"}, StudentSettings()),
+    ],
+)
+def test_extends_replaces_a_student_of_another_kind(tmp_path, base, over, student):
+    """Only a student of the same kind keeps settings of the base, its init and its pruning."""
+    more = {"init": {"teacher": "one"}} if base is SIZE else {"pruning": {"sparsity": 0.5}}
+    model = {**MODEL, "student": base, **more}
+    settings = load_model_config(
+        write(tmp_path, base=model, new={"extends": "base.yaml", "student": over})
+    )
+    assert settings.student == student
+    same = type(student) is (StudentSettings if base is SIZE else CopySettings)
+    assert bool(settings.init.sources or settings.pruning) == same
+
+
 @pytest.mark.parametrize(
     ("over", "parts"),
     [
         ({"extends": "none.yaml"}, "none.yaml"),
+        ({"extends": "base.yaml", "teachers": [{"ten": {}}]}, "teachers.*'ten'.*one, two"),
+        ({"extends": "base.yaml", "teachers": [{"one": {"x": 1}}]}, "teachers.one.*'x'"),
+        ({"extends": "base.yaml", "teachers": [{"one": 3}]}, "teachers.one.*3"),
+        ({"extends": "base.yaml", "teachers": [{"one": {}, "two": {}}]}, "teachers.*'two'"),
         ({"extends": 3}, "new.yaml.extends.*3"),
         ({"extends": "new.yaml"}, "new.yaml.extends.*new.yaml"),
         ({"extends": "base.yaml", "teachers": ["ten"]}, "teachers.*'ten'.*one, two"),

@@ -16,6 +16,7 @@ from .conftest import error_of
 NAMES = ("librispeech", "voxceleb1", "iemocap")
 CHANGED = {
     "pretrain/ekd/config_runner.yaml",
+    "pretrain/ekd/pruning_runner.yaml",
     "downstream/asr/config.yaml",
     "downstream/ctc/libriphone.yaml",
     "downstream/voxceleb1/config.yaml",
@@ -108,7 +109,8 @@ def test_existing_files_are_kept_and_differences_reported(tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert f"kept     {edited}" in lines and edited.read_text() == before
     differences = lines[lines.index("") + 1 : lines.index("", lines.index("") + 1)]
-    assert len(differences) == 6  # two keys of config_runner and of libriphone, voxceleb1, emotion
+    # two keys of each runner config and of libriphone, one of voxceleb1 and of emotion
+    assert len(differences) == 8
     (line,) = [line for line in differences if "emotion" in line]
     assert "datarc.root: /edited" in line
     # s3prl can parse the suggested override

@@ -5,7 +5,7 @@ finished runs are kept, interrupted ones are resumed. Losses are comparable only
 with the same targets, distances to a teacher between experiments with the same teachers.
 
 example:
-  s3prl-ekd init . -x all --tiny
+  s3prl-ekd init . -x three_average -x three_separate --tiny
   s3prl-ekd sweep pretrain/ekd/tiny/*.yaml -c pretrain/ekd/tiny_runner.yaml --seeds 1 2 3
 """
 
@@ -28,7 +28,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     from ..files.atomic import write_csv
-    from ..pretrain.settings import load_model_config, load_runner_config
+    from ..pretrain.settings import (
+        check_pruning_optimizer,
+        load_model_config,
+        load_runner_config,
+    )
     from ..pretrain.sweep import SweepResult, SweepRun, results_table, run_sweep
     from ..system.tables import markdown_table
 
@@ -43,9 +47,9 @@ def main(args: argparse.Namespace) -> int:
         raise SetupError(f"--jobs must be 1 or more, got {args.jobs}")
     if args.csv:
         args.csv.touch()  # fail before the runs, not hours later
-    load_runner_config(args.runner, args.override)
+    runner = load_runner_config(args.runner, args.override)
     for config in args.configs:
-        load_model_config(config)
+        check_pruning_optimizer(load_model_config(config), runner)
     runs = [
         SweepRun(config, args.runner, seed, args.override)
         for config in args.configs
