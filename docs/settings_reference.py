@@ -39,7 +39,8 @@ class Entry:
 
     ``path``: in the YAML file, ``NAME`` standing for a name of the user's. ``kind``: its type in
     words. ``default``: as YAML, or ``required``. ``fields``: the entries of a setting that is a
-    mapping of other settings; empty for a value.
+    mapping of other settings; empty for a value. ``anchor``: the path, with the kind of a mapping
+    of which there are several kinds: ``student.copy.of``.
     """
 
     path: str
@@ -47,14 +48,23 @@ class Entry:
     default: str
     description: str
     fields: tuple[Entry, ...] = ()
+    anchor: str = dataclasses.field(default="", compare=False)
 
 
-def entries(settings: type, prefix: str = "") -> tuple[Entry, ...]:
-    """The settings of a dataclass in their order; ``prefix`` is the YAML path to it."""
+def entries(settings: type, prefix: str = "", anchor: str | None = None) -> tuple[Entry, ...]:
+    """The settings of a dataclass in their order; ``prefix`` is the YAML path to it, ``anchor`` the
+    start of its anchors if that is another one."""
+    start = prefix if anchor is None else anchor
     hints = typing.get_type_hints(settings)
     docs = _descriptions(settings)
     return tuple(
-        _entry(f"{prefix}{field.name}", hints[field.name], field, docs.get(field.name, ""))
+        _entry(
+            f"{prefix}{field.name}",
+            f"{start}{field.name}",
+            hints[field.name],
+            field,
+            docs.get(field.name, ""),
+        )
         for field in dataclasses.fields(settings)
         if field.init
     )
@@ -69,18 +79,37 @@ def leaves(settings: tuple[Entry, ...]) -> Iterator[Entry]:
             yield entry
 
 
-def _entry(path: str, hint: Any, field: dataclasses.Field[Any], description: str) -> Entry:
+def _entry(
+    path: str, anchor: str, hint: Any, field: dataclasses.Field[Any], description: str
+) -> Entry:
+    kinds = typing.get_args(hint)
+    if len(kinds) > 1 and all(map(dataclasses.is_dataclass, kinds)):
+        fields = tuple(_kind(path, anchor, kind) for kind in kinds)
+        return Entry(path, "mapping", "as below", description, fields, anchor)
     plain, optional = _without_none(hint)
     default = "null" if optional and field.default is None else _default(field)
-    inner, inner_path = plain, path
+    inner, name = plain, ""
     if typing.get_origin(plain) is dict:
-        inner, inner_path = typing.get_args(plain)[1], f"{path}.NAME"
+        inner, name = typing.get_args(plain)[1], ".NAME"
     if not dataclasses.is_dataclass(inner):
-        return Entry(path, _words(hint), default, description)
+        return Entry(path, _words(hint), default, description, (), anchor)
     about = _class_text(inner)
-    text = "\n\n".join(filter(None, [description, about])) if inner is not plain else about
-    text = text or description
-    return Entry(inner_path, _words(hint), default, text, entries(inner, f"{inner_path}."))
+    text = "\n\n".join(filter(None, [description, about])) if inner is not hint else about
+    path, anchor = f"{path}{name}", f"{anchor}{name}"
+    fields = entries(inner, f"{path}.", f"{anchor}.")
+    return Entry(path, _words(hint), default, text or description, fields, anchor)
+
+
+def _kind(path: str, anchor: str, settings: Any) -> Entry:
+    """The entry of one of the dataclasses among which the key ``kind`` chooses.
+
+    Its name is the ``Literal`` of its field ``kind``, or the ``KIND`` of one without this field.
+    """
+    hint = typing.get_type_hints(settings).get("kind")
+    name = typing.get_args(hint)[0] if hint else settings.KIND
+    fields = entries(settings, f"{path}.", f"{anchor}.{name}.")
+    about = _class_text(settings)
+    return Entry(f"{path}: {{kind: {name}}}", "mapping", "", about, fields, f"{anchor}.{name}")
 
 
 def _descriptions(settings: type) -> dict[str, str]:
@@ -184,7 +213,7 @@ class SettingsDirective(SphinxDirective):
         return section
 
     def _id(self, entry: Entry) -> str:
-        return nodes.make_id(f"{self.prefix}-{entry.path.replace('_', '-')}")
+        return nodes.make_id(f"{self.prefix}-{entry.anchor.replace('_', '-')}")
 
     def _parse(self, description: str, into: nodes.Element) -> None:
         """Add a description, in reStructuredText's inline markup, which is nearly Markdown's."""

@@ -125,7 +125,7 @@ class Machine:
         for path in self.folder.glob("pretrain/ekd/config_model.yaml"):
             change(path, {"student": STUDENT})
         for path in self.folder.glob("pretrain/ekd/tiny/*.yaml"):
-            if path.stem != "three_average":  # one of the 25 experiments
+            if path.stem != "three_average":  # one of the experiments
                 path.unlink()
         for path in self.folder.glob("pretrain/ekd/*_runner.yaml"):
             runner = {"total_steps": 2, "log_step": 1, "save_step": 1, "fp16": False}

@@ -13,10 +13,11 @@ import sys
 import types
 import typing
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import pytest
 
+from s3prl_ekd.distill.student_settings import CopySettings, FileSettings, StudentSettings
 from s3prl_ekd.files import renamed_keys
 from s3prl_ekd.pretrain.settings import KEYS, OPTIMIZERS, ModelFile, RunnerFile
 from s3prl_ekd.superb.score import PUBLISHED
@@ -104,11 +105,70 @@ def test_entries_of_a_dataclass(reference):
     assert (more.kind, more.default) == ("mapping", "{}")
 
 
+# Two kinds of a mapping.
+@dataclass(frozen=True)
+class Small:
+    """A small one."""
+
+    KIND: ClassVar[str] = "small"
+
+    size: int = 1
+    """Its size."""
+
+
+@dataclass(frozen=True)
+class Big:
+    """A big one."""
+
+    kind: Literal["big"]
+    """``big``."""
+
+    size: int = 2
+    """Its size."""
+
+
+@dataclass(frozen=True)
+class Either:
+    thing: Small | Big = field(default_factory=Small)
+    """The thing."""
+
+    more: Small | None = None
+    """Another one; null: none."""
+
+
+def test_entries_of_each_kind(reference):
+    thing, more = reference.entries(Either)
+    assert thing.description == "The thing."
+    small, big = thing.fields
+    assert (small.path, big.path) == ("thing: {kind: small}", "thing: {kind: big}")
+    assert big.description == "A big one."
+    assert [(e.path, e.default) for e in small.fields] == [("thing.size", "1")]
+    assert [(e.path, e.default) for e in big.fields] == [
+        ("thing.kind", "required"),
+        ("thing.size", "2"),
+    ]
+    assert [e.anchor for e in reference.leaves((thing,))] == [
+        "thing.small.size",
+        "thing.big.kind",
+        "thing.big.size",
+    ]
+    assert more.description == "Another one; null: none.\n\nA small one."
+    assert [e.path for e in more.fields] == ["more.size"]
+
+
+STUDENTS = {StudentSettings: "distil", CopySettings: "copy", FileSettings: "file"}
+
+
 def walk(settings, path=""):
-    """``(YAML path, field)`` of every value, written apart from the directive."""
+    """``(anchor, field)`` of every value, written apart from the directive."""
     hints = typing.get_type_hints(settings)
     for each in dataclasses.fields(settings):
         kind, name = hints[each.name], path + each.name
+        if name == "student":
+            assert set(typing.get_args(kind)) == STUDENTS.keys()
+            for student, word in STUDENTS.items():
+                yield from walk(student, f"student.{word}.")
+            continue
         if isinstance(kind, types.UnionType):
             kind = typing.get_args(kind)[0]
         if typing.get_origin(kind) is dict and dataclasses.is_dataclass(typing.get_args(kind)[1]):
@@ -124,7 +184,7 @@ def test_every_setting_is_in_the_reference(settings, reference, html):
     import yaml
 
     page = (html / "configuration.html").read_text(encoding="utf-8")
-    found = {entry.path: entry for entry in reference.leaves(reference.entries(settings))}
+    found = {entry.anchor: entry for entry in reference.leaves(reference.entries(settings))}
     expected = dict(walk(settings))
     assert found.keys() == expected.keys() and len(found) > 20
     for path, each in expected.items():

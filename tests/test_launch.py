@@ -82,10 +82,13 @@ def test_every_tiny_experiment_takes_two_steps(tmp_path, corpus, monkeypatch, ca
     override += ",,config.runner.save_step=1,,config.pretrain_expert.datarc.sequence_length=8000"
     names = [name for name in experiments() if name.startswith("tiny/")]
     shipped = {path.stem for path in (REPO / "pretrain_configs/experiments").glob("*.yaml")}
-    assert {name.removeprefix("tiny/") for name in names} == shipped and len(names) >= 25
+    assert {name.removeprefix("tiny/") for name in names} == shipped and len(names) >= 32
     for name in names:
-        argv = ["-u", "ekd", "-n", name, "-c", "pretrain/ekd/tiny_runner.yaml", "-o", override]
-        argv += ["-g", f"pretrain/ekd/{name}.yaml", "--device", "cpu"]
+        model = f"pretrain/ekd/{name}.yaml"
+        pruned = load_model_config(model).pruning is not None
+        runner = f"pretrain/ekd/tiny_{'pruning_' * pruned}runner.yaml"
+        argv = ["-u", "ekd", "-n", name, "-c", runner, "-o", override, "-g", model]
+        argv += ["--device", "cpu"]
         monkeypatch.setattr(sys, "argv", ["run_pretrain.py", *argv])
         assert run_pretrain() == 0, name
         states = read_checkpoint(newest_checkpoint(tmp_path / "result/pretrain" / name))

@@ -261,7 +261,10 @@ def run_case(name: str, folder: Path) -> dict[str, str]:
     """
     record = folder / f"{name.replace('/', '.')}.json"
     argv = [str(Path(__file__).resolve()), "watch", str(record), "run_pretrain.py", "-u", "ekd"]
-    runner = "tiny_runner" if name.startswith("tiny") else "config_runner"
+    tiny = name.startswith("tiny")
+    runner = "tiny_runner" if tiny else "config_runner"
+    if "pruning" in yaml.safe_load((folder / f"pretrain/ekd/{name}.yaml").read_text()):
+        runner = "tiny_pruning_runner" if tiny else "pruning_runner"
     argv += ["-c", f"pretrain/ekd/{runner}.yaml", "-g", f"pretrain/ekd/{name}.yaml"]
     for override in CASES.get(name.removeprefix("more/"), [{}])[1:]:
         argv += ["-o", override]
