@@ -91,6 +91,9 @@ def test_every_tiny_experiment_takes_two_steps(tmp_path, corpus, monkeypatch, ca
         argv += ["--device", "cpu"]
         monkeypatch.setattr(sys, "argv", ["run_pretrain.py", *argv])
         assert run_pretrain() == 0, name
+        printed = capfd.readouterr().out
+        assert (f"s3prl-ekd prune result/pretrain/{name} -o " in printed) == pruned, name
+        assert (f"s3prl-ekd export student result/pretrain/{name} -o " in printed) != pruned, name
         states = read_checkpoint(newest_checkpoint(tmp_path / "result/pretrain" / name))
         assert states["Step"] == 2, name
         assert all(torch.isfinite(value).all() for value in states["EKD"]["student"].values())

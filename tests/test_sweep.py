@@ -72,3 +72,8 @@ def test_errors(tmp_path):
     command("init", ".", cwd=tmp_path)
     done = command("sweep", "a.yaml", "-c", "b.yaml", cwd=tmp_path, check=False)
     assert done.returncode == 2 and re.search(r"\bb\.yaml\b.*No such file", done.stderr)
+    command("init", ".", "-x", "dp_hubert", "--tiny", cwd=tmp_path)
+    argv = ("pretrain/ekd/tiny/dp_hubert.yaml", "-c", "pretrain/ekd/tiny_runner.yaml")
+    done = command("sweep", *argv, cwd=tmp_path, check=False)
+    assert done.returncode == 2 and "FusedAdamW" in done.stderr  # before any run
+    assert not (tmp_path / "result").exists()

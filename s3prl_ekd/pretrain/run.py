@@ -170,9 +170,16 @@ def run(script: ModuleType, request: PretrainRequest) -> None:
     from .distributed import leave_process_group
 
     leave_process_group()
-    if request.is_ekd and torchrun.rank() == 0:
-        print(
-            f"\ndone: the student is in {request.folder}; next:\n"
-            f"  s3prl-ekd export student {shlex.quote(str(request.folder))} -o student.safetensors"
-            "\n  run_downstream.py -m train -u ekd_student -k student.safetensors -d asr -n my_asr"
-        )
+    if request.is_ekd and request.folder and torchrun.rank() == 0:
+        print(f"\ndone: the student is in {request.folder}; next:\n{next_commands(request.folder)}")
+
+
+def next_commands(folder: Path) -> str:
+    """The commands for the student of a finished run, one a line."""
+    config, quoted = folder / "config_model.yaml", shlex.quote(str(folder))
+    if config.is_file() and read_yaml(config).get("pruning") is not None:
+        return f"  s3prl-ekd prune {quoted} -o pruned.pt"
+    return (
+        f"  s3prl-ekd export student {quoted} -o student.safetensors\n"
+        "  run_downstream.py -m train -u ekd_student -k student.safetensors -d asr -n my_asr"
+    )
