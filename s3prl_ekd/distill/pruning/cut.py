@@ -8,7 +8,9 @@ with ``norms: kept``. With ``norms: all``, a layer norm is taken over fewer chan
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,14 +24,12 @@ from .backbone import PrunedBackbone
 Values = dict[tuple[Unit, int], Tensor]  # kind of unit and layer -> values of its gates
 
 
-@dataclass(frozen=True)
-class Removed:
-    """How many units of a layer are kept; ``layer`` is counted from 1."""
+class Difference(NamedTuple):
+    """How far one hidden state is from another: the largest absolute difference, and the root mean
+    square of the difference relative to that of the state."""
 
-    unit: Unit
-    layer: int
-    kept: int
-    total: int
+    largest: float
+    relative: float
 
 
 def gate_values(student: Student, random: int | None = None) -> Values:
@@ -43,7 +43,9 @@ def gate_values(student: Student, random: int | None = None) -> Values:
         CheckpointError: the student has no gates.
     """
     if student.is_cut or not isinstance(student.backbone, PrunedBackbone):
-        raise CheckpointError("the student has no gates: it was cut before, or never pruned")
+        raise CheckpointError(
+            "the student has no gates: it was cut before, or its model config had no pruning:"
+        )
     values = {(unit, i): gate.fixed() for unit, i, gate in student.backbone.gates()}
     if random is None:
         return values
@@ -81,12 +83,45 @@ def cut(student: Student, values: Values) -> Student:
     return result.train(student.training)
 
 
-def removed_units(student: Student, values: Values) -> list[Removed]:
-    """What is kept and removed, for each layer and kind of unit with gates."""
+@torch.no_grad()
+def differences(student: Student, other: Student, waves: Iterable[Tensor]) -> list[Difference]:
+    """How far the hidden states of two students in eval mode are apart.
+
+    Args:
+        student: the reference.
+        other: with as many layers, of the same width.
+        waves: ``[sample]`` each, 16 kHz; every one runs alone, without padding.
+
+    Returns:
+        For each hidden state, over all frames of the waveforms.
+    """
+    largest: list[float] = []
+    squares: list[float] = []
+    references: list[float] = []
+    for wave in waves:
+        length = torch.tensor([len(wave)])
+        states = [model(wave[None], length).hidden_states for model in (student, other)]
+        errors = [b.double() - a.double() for a, b in zip(*states, strict=True)]
+        largest_now = [error.abs().max().item() for error in errors]
+        largest = [*map(max, largest or largest_now, largest_now)]
+        squares = _add(squares, errors)
+        references = _add(references, states[0])
     return [
-        Removed(unit, layer + 1, int((value > 0).sum()), len(value))
-        for (unit, layer), value in values.items()
+        Difference(worst, math.sqrt(square / max(reference, 1e-30)))
+        for worst, square, reference in zip(largest, squares, references, strict=True)
     ]
+
+
+def is_exact(settings: PrunedSettings) -> bool:
+    """Whether a cut of a student with these gates changes nothing but the rounding."""
+    gates = settings.gates
+    return gates is None or gates.norms == "kept" or "conv" not in gates.units
+
+
+def _add(sums: list[float], states: Iterable[Tensor]) -> list[float]:
+    """Add each state's sum of squares."""
+    new = [state.double().square().sum().item() for state in states]
+    return [a + b for a, b in zip(sums, new, strict=True)] if sums else new
 
 
 def _cut_conv(weights: dict[str, Tensor], settings: PrunedSettings, values: Values) -> ConvLayers:
