@@ -176,6 +176,15 @@ class UpstreamPretrainExpert(nn.Module):
                 f"({loaded.heads.kind}), this experiment {describe_targets(specs)} ({heads.kind}); "
                 f"use the teachers, aggregation and heads of its first run, {instead}"
             )
+        for name, spec in specs.items():  # only files of layerwise heads tell which layers
+            members = loaded.targets[name].members
+            if heads.kind == "layerwise" and members != spec.members:
+                raise ConfigError(
+                    f"student.file: the heads of {file} predict the layers "
+                    f"{[list(target) for target in members]} for {name}, this experiment "
+                    f"{[list(target) for target in spec.members]}; use the layers of its first "
+                    f"run, {instead}"
+                )
         digests = loaded.about.get("teachers")
         for name, digest in self._teacher_digests.items():
             if isinstance(digests, dict) and digests.get(name, digest) != digest:
