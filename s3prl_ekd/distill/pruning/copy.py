@@ -44,8 +44,8 @@ def copy_teacher(
         problem = str(error).strip().splitlines()[0]
     if problem:
         raise TeacherError(
-            f"{where}: the teacher has not the layout of HuBERT, wav2vec 2.0 or WavLM ({problem}); "
-            "copy another teacher, or use student.kind: distil"
+            f"{where}: the teacher does not have the layout of HuBERT, wav2vec 2.0 or WavLM "
+            f"({problem}); copy another teacher, or use student.kind: distil"
         )
     return student
 

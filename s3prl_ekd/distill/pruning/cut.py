@@ -44,7 +44,8 @@ def gate_values(student: Student, random: int | None = None) -> Values:
     """
     if student.is_cut or not isinstance(student.backbone, PrunedBackbone):
         raise CheckpointError(
-            "the student has no gates: it was cut before, or its model config had no pruning:"
+            "the student has no gates: it was cut before, or trained without pruning; give a run "
+            "with pruning in its model config"
         )
     values = {(unit, i): gate.fixed() for unit, i, gate in student.backbone.gates()}
     if random is None:
