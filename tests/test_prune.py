@@ -1,6 +1,7 @@
 """Pruning a copied student: the cut, the command `prune`, and the second distillation."""
 
 import dataclasses
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -227,7 +228,7 @@ def test_prune(here, capsys, caplog):
     expected = {"from": before, "to": after, "sparsity": 0.3, "by": "parameters"}
     assert again.about == {**gated.about, "pruned": expected}
     words = output.out.split()
-    for text in (f"{before:,}", f"{after:,}", f"{1 - after / before:.4f};", "0.3000"):
+    for text in (f"{before:,}", f"{after:,}", f"{100 * (1 - after / before):.1f}", "30.0"):
         assert text in words
     for layer in range(4):
         assert f"{len(sizes.heads[layer])}/4" in words and f"{sizes.ffn_dims[layer]}/64" in words
@@ -236,13 +237,14 @@ def test_prune(here, capsys, caplog):
     assert abs(1 - after / before - 0.3) < 0.05 and not caplog.records
 
 
-def test_a_sparsity_that_was_not_reached(here, caplog):
+def test_a_sparsity_that_was_not_reached(here, caplog, capsys):
     loaded = load_student(f"{RUN}/states-{STEPS}.ckpt")
-    loaded.about["config"]["pruning"]["sparsity"] = 0.5
+    loaded.about["config"]["pruning"] |= {"sparsity": 0.5, "by": "macs", "seconds": 2.0}
     write_student(loaded, "far.pt")
     assert cli.main(["prune", "far.pt", "-o", "b.pt"]) == 0
+    assert "MACs in 2 s" in capsys.readouterr().out
     (record,) = caplog.records
-    assert "0.5000" in record.getMessage()
+    assert "0.500" in record.getMessage()
 
 
 def test_prune_on_audio_and_at_random(here, corpus, capsys):
@@ -266,11 +268,12 @@ def test_the_second_distillation(here, pretrain, capfd):
     with edit_yaml("runner.yaml") as config:
         config["runner"] |= {"total_steps": 6, "save_step": 3}
     assert cli.main(["prune", RUN, "-o", "it's: 25 % #2.pt"]) == 0
-    output = capfd.readouterr().out
-    lines = output[output.index("next: ") :].splitlines()[1:4]
-    Path("second.yaml").write_text("\n".join(line.strip() for line in lines))
-    argv = ("-n", "second", "-c", "runner.yaml", "-g", "second.yaml", "--device", "cpu")
-    code, output = pretrain(*argv)
+    (line,) = (x for x in capfd.readouterr().out.splitlines() if x.startswith("next: "))
+    script, *printed = shlex.split(line.removeprefix("next: "))
+    assert script == "run_pretrain.py" and "it's: 25 % #2.yaml" in printed
+    names = {"NAME": "second", "RUNNER.yaml": "runner.yaml"}
+    argv = [names.get(word, word) for word in printed if word not in ("-u", "ekd")]
+    code, output = pretrain(*argv, "--device", "cpu")
     assert code in (None, 0), output
     folder = Path("result/pretrain/second")
     finished, started = saved_states("second"), load_student("pruned.pt")
@@ -313,6 +316,7 @@ def test_the_second_distillation(here, pretrain, capfd):
         ((RUN, "-o", "pruned.pt"), ["pruned.pt", "--force"]),
         ((RUN, "-o", "taken.pt"), ["taken.png", "--force"]),
         ((RUN, "-o", "new.png"), ["new.png"]),
+        ((RUN, "-o", "new.yaml"), ["new.yaml"]),
         ((RUN, "-o", "new.pt", "--random", "-1"), ["--random", "-1"]),
         ((RUN, "-o", "new.pt", "--random", str(2**64)), ["--random", str(2**64)]),
         (("far.pt", "-o", "new.pt"), ["far.pt", "sparsity", "1.5"]),

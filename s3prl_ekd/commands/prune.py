@@ -1,10 +1,12 @@
 """Cut a student to the units that its gates keep: channels, attention heads, feed-forward units.
 
-CKPT is of a run with `pruning:` in its model config. FILE is a student file of the smaller student,
-with the prediction heads, for a second distillation or for use as it is. Both students run on the
-same audio, and their hidden states are compared: they are equal up to rounding, except with
-`pruning.norms: all`, where a layer norm is taken over fewer channels after the cut. FILE.png shows
-what is kept of each layer (extra plots).
+CKPT is of a run with `pruning` in its model config. FILE is a student file of the smaller student
+with its prediction heads. Next to it, with other suffixes: .yaml, the model config of the second
+distillation, and .png, a picture of what is kept of each layer (extra plots).
+
+The student with gates and the cut student run on the same audio, and their hidden states are
+compared. They are equal up to rounding, or nothing is written; but not with `pruning.norms: all`,
+where layer norms are taken over fewer channels after the cut.
 
 example:
   s3prl-ekd prune result/pretrain/my_student -o pruned.pt
@@ -13,14 +15,14 @@ example:
 from __future__ import annotations
 
 import argparse
-import json
 import logging
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError, ConfigError, DataError, SetupError
-from ..files.atomic import atomic_file, explain_write_errors
+from ..files.atomic import atomic_file, explain_write_errors, write_text
 from ..system.tables import text_table
 from .export import add_checkpoint, check_output, load_checkpoint
 
@@ -50,7 +52,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--random", metavar="SEED", type=int,
         help="keep as many units of each layer, but drawn at random: a control",
     )  # fmt: skip
-    add("--force", action="store_true", help="replace an existing FILE and its picture")
+    add("--force", action="store_true", help="replace existing files")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -59,10 +61,13 @@ def main(args: argparse.Namespace) -> int:
     from ..distill.student_settings import PrunedSettings
     from ..student_file import LoadedStudent, write_student
 
-    picture = args.output.with_suffix(".png")
-    if picture == args.output:
-        raise ConfigError(f"-o {args.output}: expected a student file; the picture is a .png file")
-    for output in (args.output, picture):
+    picture, config = (args.output.with_suffix(suffix) for suffix in (".png", ".yaml"))
+    if args.output in (picture, config):
+        raise ConfigError(
+            f"-o {args.output}: expected a student file; {picture.name} is its picture and "
+            f"{config.name} a config"
+        )
+    for output in (args.output, picture, config):
         check_output(output, args.force)
     if args.random is not None and not 0 <= args.random < 2**63:
         raise ConfigError(f"--random must be 0 to {2**63 - 1}, got {args.random}")
@@ -101,13 +106,7 @@ def main(args: argparse.Namespace) -> int:
         _print_sparsity(loaded.student, small, pruning)
     _print_distance(exact, worst, args.random is not None)
     _draw(picture, small, full)
-    print(
-        "next: the second distillation, with a model config (-g) of these three lines:\n"
-        f"  extends: {_first_config(args.checkpoint)}\n"
-        f"  student: {json.dumps({'kind': 'file', 'file': str(args.output)}, ensure_ascii=False)}\n"
-        "  pruning: null\n"
-        "and the command: run_pretrain.py -u ekd -n NAME -g MODEL_CONFIG"
-    )
+    _write_second_step(config, loaded.about, args.output)
     return 0
 
 
@@ -166,20 +165,20 @@ def _layer_table(
 
 
 def _print_sparsity(student: Student, small: PrunedSettings, pruning: PruningSettings) -> None:
-    """Print the removed share of the cost, beside its expectation and its target."""
+    """Print the expected sparsity beside its target, which the cut student has up to rounding."""
     from ..distill.pruning.cost import as_number, full_widths
     from ..distill.pruning.sparsity import SparsityTerm
 
     term = SparsityTerm(student, pruning)
+    if pruning.by == "macs":
+        after = as_number(term.cost(full_widths(small)))
+        share = f"{100 * (1 - after / term.full):.1f} % removed"
+        print(f"{term.full:,.0f} -> {after:,.0f} MACs in {pruning.seconds:g} s: {share}")
     expected = term.expected().item()
-    removed = 1 - as_number(term.cost(full_widths(small))) / term.full
-    print(
-        f"sparsity in {pruning.by}: {removed:.4f}; expected of the gates: {expected:.4f}, target: "
-        f"{pruning.sparsity:.4f}"
-    )
+    print(f"expected of the gates: {100 * expected:.1f} %; target: {100 * pruning.sparsity:.1f} %")
     if not abs(expected - pruning.sparsity) <= FAR:
         logger.warning(
-            "the expected sparsity %.4f is more than %s from the target %.4f: the run is not "
+            "the expected sparsity %.3f is more than %s from the target %.3f: the run is not "
             "finished, or needs more steps after pruning.reach_at or a higher pruning.lr",
             expected, FAR, pruning.sparsity,
         )  # fmt: skip
@@ -219,9 +218,14 @@ def _draw(path: Path, small: PrunedSettings, full: PrunedSettings) -> None:
     print(f"widths: {path}")
 
 
-def _first_config(checkpoint: Path) -> str:
-    """The model config of the run that a checkpoint is of, as YAML; a word to replace if it is not
-    known."""
-    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
-    path = folder.resolve() / "config_model.yaml"
-    return json.dumps(str(path), ensure_ascii=False) if path.is_file() else "FIRST_MODEL_CONFIG"
+def _write_second_step(path: Path, about: Mapping[str, Any], file: Path) -> None:
+    """Write the model config of the second distillation, and print its command."""
+    from ..workspace import second_step
+
+    config = about.get("config")
+    if not isinstance(config, dict):  # the student is not of a run
+        return
+    with explain_write_errors(path, CheckpointError):
+        write_text(path, second_step(config, str(file)))
+    print(f"model config of the second distillation: {path}; its head has DPHuBERT's steps and lr")
+    print(f"next: run_pretrain.py -u ekd -n NAME -c RUNNER.yaml -g {shlex.quote(str(path))}")
