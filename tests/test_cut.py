@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from s3prl_ekd.distill.pruning.cut import Removed, cut, gate_values, removed_units
+from s3prl_ekd.distill.pruning.cut import cut, differences, gate_values
 from s3prl_ekd.distill.student_settings import PrunedSettings
 from s3prl_ekd.errors import CheckpointError
 from s3prl_ekd.student_file import LoadedStudent, load_student, write_student
@@ -109,12 +109,17 @@ def test_random_cuts_keep_as_many_units_and_draw_which():
     assert largest_difference(cut(student, first), cut(student, second)) > 1e-3
 
 
-def test_removed_units_of_each_layer():
-    student = pruned_student(pruned_settings(("ffn",)))
-    for _, layer, gate in student.backbone.gates():
-        gate.log_alpha.data = torch.tensor([60.0] * (5 + layer) + [-60.0] * (15 - layer))
-    removed = removed_units(student, gate_values(student))
-    assert removed == [Removed("ffn", layer, 4 + layer, 20) for layer in (1, 2, 3)]
+def test_differences_of_hidden_states():
+    first, second = (pruned_student(pruned_settings()) for _ in range(2))
+    last_norms = [s.backbone.encoder.layers[-1].final_layer_norm for s in (first, second)]
+    with torch.no_grad():
+        for norm in last_norms:
+            norm.weight.fill_(1)
+            norm.bias.zero_()
+        last_norms[1].bias[0] = 0.5  # one of 24 dimensions
+    *same, last = differences(first, second, [torch.randn(4_000), torch.randn(2_000)])
+    assert same == [(0.0, 0.0)] * 3  # the states before the last
+    assert last == pytest.approx((0.5, 0.5 / 24**0.5), rel=1e-3)  # the states have variance 1
 
 
 def test_a_cut_student_has_no_gates_to_cut():

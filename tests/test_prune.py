@@ -1,6 +1,5 @@
-"""Pruning a copied student: the cut, the command `prune`, and the second distillation."""
+"""Distil and prune a copied student, cut it with `prune`, distil it again; and bad input."""
 
-import dataclasses
 import shlex
 import shutil
 import sys
@@ -12,23 +11,14 @@ import yaml
 from s3prl_ekd.upstream.expert import UpstreamExpert
 
 from s3prl_ekd import cli
-from s3prl_ekd.distill.conv_layers import parse_conv_layers
-from s3prl_ekd.distill.pruning.cut import cut, differences, gate_values
-from s3prl_ekd.distill.pruning.sparsity import SparsityTerm
 from s3prl_ekd.distill.settings import TeacherSettings
 from s3prl_ekd.distill.student import Student
-from s3prl_ekd.distill.student_settings import (
-    CopySettings,
-    GateSettings,
-    PrunedSettings,
-    PruningSettings,
-)
-from s3prl_ekd.errors import ConfigError, TeacherError
+from s3prl_ekd.distill.student_settings import CopySettings
+from s3prl_ekd.errors import TeacherError
 from s3prl_ekd.student_file import LoadedStudent, load_student, write_student
 from s3prl_ekd.teachers import copied_student, load_teachers
 
 from .conftest import (
-    CONV,
     STUDENT,
     command,
     edit_yaml,
@@ -37,122 +27,8 @@ from .conftest import (
     write_configs,
     write_workspace,
 )
+from .test_cut import largest_difference
 from .test_teacher_sources import D2V, HF_SIZE, distilhubert
-
-ALL_UNITS = ("conv", "heads", "ffn", "attention", "feed_forward")
-BASE = PrunedSettings(
-    conv_layers=parse_conv_layers(CONV),
-    extractor_mode="default",
-    conv_bias=False,
-    normalize_waveforms=False,
-    encoder_embed_dim=48,
-    encoder_attention_heads=4,
-    heads=((0, 1, 2, 3),) * 5,
-    ffn_dims=(64,) * 5,
-    conv_pos=16,
-    conv_pos_groups=4,
-    activation_fn="gelu",
-    layer_norm_first=False,
-)
-LARGE = {
-    "extractor_mode": "layer_norm",
-    "conv_bias": True,
-    "normalize_waveforms": True,
-    "layer_norm_first": True,
-}
-WAVLM = {"position_buckets": 32, "max_distance": 80}
-LAYOUTS = {"base": {}, "large": LARGE, "wavlm": WAVLM, "wavlm large": {**LARGE, **WAVLM}}
-
-
-def student_with_gates(gates: GateSettings, **changes) -> Student:
-    """In eval mode, with random weights and about half of the units closed: all heads of layer 1,
-    all feed-forward units of layer 3; of whole modules those of layers 4 and 5."""
-    torch.manual_seed(0)
-    scale = gates.last_conv == "soft"
-    student = Student(dataclasses.replace(BASE, gates=gates, feature_scale=scale, **changes)).eval()
-    none_left = {("heads", 0), ("ffn", 2), ("attention", 3), ("feed_forward", 4)}
-    with torch.no_grad():
-        for name, weight in student.named_parameters():
-            if weight.dim() == 1 and not name.endswith(("log_alpha", "scale.weight")):
-                weight.add_(0.3 * torch.randn_like(weight))  # biases and norms count
-        for unit, layer, gate in student.backbone.gates():
-            gate.log_alpha.normal_(0, 2)
-            if unit in ("attention", "feed_forward"):
-                gate.log_alpha.fill_(2)
-            if (unit, layer) in none_left:
-                gate.log_alpha.fill_(-20)
-    return student
-
-
-def largest_difference(student: Student, other: Student) -> float:
-    """Over valid frames of a padded batch, absolute."""
-    generator = torch.Generator().manual_seed(1)
-    waves = torch.randn(2, 8000, generator=generator)
-    lengths = torch.tensor([8000, 5000])
-    waves[1, 5000:] = 0
-    with torch.no_grad():
-        ours, theirs = student(waves, lengths), other(waves, lengths)
-    assert torch.equal(ours.mask, theirs.mask) and len(ours.hidden_states) > 4
-    valid = ours.mask.bool()
-    pairs = zip(ours.hidden_states, theirs.hidden_states, strict=True)
-    return max((a - b)[valid].abs().max().item() for a, b in pairs)
-
-
-@pytest.mark.parametrize("units", [ALL_UNITS[:3], ALL_UNITS, ("ffn",), ("conv",)], ids="-".join)
-@pytest.mark.parametrize("last_conv", ["hard", "soft"])
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_cutting_changes_nothing(layout, last_conv, units):
-    student = student_with_gates(GateSettings(units, last_conv), **LAYOUTS[layout])
-    smaller = cut(student, gate_values(student))
-    assert smaller.is_cut and not smaller.training
-    assert largest_difference(student, smaller) < 1e-5
-    sizes = smaller.settings
-    if "conv" in units:
-        assert all(0 < channels < 32 for channels, _, _ in sizes.conv_layers)
-    if "heads" in units:
-        assert sizes.heads[0] == () and 0 < sum(map(len, sizes.heads)) < 16
-    if "ffn" in units:
-        assert sizes.ffn_dims[2] == 0 and 0 < sizes.ffn_dims[0] < 64
-    if "attention" in units:
-        assert sizes.heads[3] == () and sizes.ffn_dims[4] == 0
-
-
-@pytest.mark.parametrize("layout", ["base", "large"])
-def test_norms_over_all_channels_are_not_exact(layout):
-    gates = GateSettings(("conv",), norms="all")
-    student = student_with_gates(gates, **LAYOUTS[layout])
-    assert largest_difference(student, cut(student, gate_values(student))) > 1e-2
-    student = student_with_gates(dataclasses.replace(gates, units=("ffn",)), **LAYOUTS[layout])
-    assert largest_difference(student, cut(student, gate_values(student))) < 1e-5
-
-
-def test_differences():
-    student = student_with_gates(GateSettings(("ffn",)))
-    other = student_with_gates(GateSettings(("ffn",)))
-    with torch.no_grad():
-        for model in (student, other):
-            model.backbone.encoder.layers[-1].final_layer_norm.weight.fill_(1)
-            model.backbone.encoder.layers[-1].final_layer_norm.bias.fill_(0)
-        other.backbone.encoder.layers[-1].final_layer_norm.bias[0] = 0.5  # one of 48 dimensions
-    *same, last = differences(student, other, torch.randn(2, 4000))
-    assert same == [(0.0, 0.0)] * 5  # the states before the last are equal
-    assert last == pytest.approx((0.5, 0.5 / 48**0.5), rel=1e-3)  # the states have variance 1
-
-
-def test_random_units():
-    student = student_with_gates(GateSettings(ALL_UNITS[:3]))
-    values = gate_values(student)
-    drawn, again, other = (gate_values(student, seed) for seed in (1, 1, 2))
-    for key, value in values.items():
-        assert drawn[key].unique().tolist() in ([0], [1], [0, 1])
-        assert drawn[key].sum() == (value > 0).sum()
-        assert torch.equal(drawn[key], again[key])
-    assert any(not torch.equal(drawn[key], other[key]) for key in values)
-    sizes, random_sizes = (cut(student, v).settings for v in (values, drawn))
-    assert random_sizes.conv_layers == sizes.conv_layers
-    assert random_sizes.ffn_dims == sizes.ffn_dims
-    assert [*map(len, random_sizes.heads)] == [*map(len, sizes.heads)]
-
 
 # The whole way: distil and prune, cut, distil again.
 
@@ -449,13 +325,6 @@ def test_a_student_of_another_kind_is_trained_further(here, teachers, pretrain):
     newest = f"result/pretrain/plain/states-{3}.ckpt"
     write_second(teachers, newest, **plain)
     assert train(pretrain, "second")["settings"] == first["settings"]
-
-
-def test_a_kind_of_unit_that_the_student_lacks():
-    pruning = PruningSettings(units=("heads", "ffn"), sparsity=0.1)
-    student = Student(dataclasses.replace(BASE, heads=((),) * 5, gates=pruning.gates))
-    with pytest.raises(ConfigError, match="pruning.units.*heads"):
-        SparsityTerm(student, pruning)
 
 
 @pytest.mark.parametrize("kind", ["distilhubert", "ekd_student", "data2vec"])
