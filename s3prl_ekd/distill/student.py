@@ -46,7 +46,7 @@ class Student(nn.Module):
         settings: size and regularisation.
         backend: ``ours`` runs :mod:`.student_forward`, ``s3prl`` the forward pass of s3prl's
             model; their outputs and gradients are equal.
-        start_drop: share of closed gates at the start, for a student with gates.
+        start_drop: of the gates at the start, for a student with gates.
 
     Attributes:
         activation_checkpointing: whether our forward recomputes activations in the backward pass;

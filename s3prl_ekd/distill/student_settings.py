@@ -207,7 +207,10 @@ class GateSettings:
 
 @dataclass(frozen=True)
 class StartDrop:
-    """Share of closed gates at the start; the values of DPHuBERT's code."""
+    """Probability at the start that a gate is below one half; the values of DPHuBERT's code.
+
+    With 0.5, 17 % of the gates are closed, with 0.01 0.2 %.
+    """
 
     conv: float = 0.01
     """Conv channels."""
@@ -253,7 +256,7 @@ class PruningSettings(GateSettings):
     (DPHuBERT)."""
 
     start_drop: StartDrop = field(default_factory=StartDrop)
-    """Share of closed gates at the start."""
+    """Probability at the start that a gate is below one half."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -28,7 +28,7 @@ class PrunedBackbone(nn.Module):
 
     Args:
         settings: sizes of the layers; gates are added for ``settings.gates``.
-        start_drop: share of closed gates at the start.
+        start_drop: of the gates at the start.
     """
 
     hubert_states = True  # hidden states as in s3prl's HuBERT, see StudentOutput

@@ -25,7 +25,8 @@ class Gate(nn.Module):
 
     Args:
         size: number of units, or 1 for a whole module.
-        drop: share of gates that is closed at the start (``init_mean`` in DPHuBERT's code).
+        drop: probability at the start that a gate is below one half (``init_mean`` in DPHuBERT's
+            code).
         trailing: number of dimensions of the input behind that of the units.
         at_least: number of gates that stay open in eval mode.
         hard: in eval mode gates are 0 or 1, not fractions.
