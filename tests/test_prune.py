@@ -139,10 +139,13 @@ def test_prune_without_matplotlib(here, monkeypatch, capsys):
     assert load_student("a.pt").student.is_cut
 
 
-def test_the_second_distillation(here, pretrain, capfd):
+def test_the_second_distillation(here, corpus, pretrain, capfd):
     """Its config is the one that `prune` prints; a resumed run ends as an uninterrupted one."""
     with edit_yaml("runner.yaml") as config:
-        config["runner"] |= {"total_steps": 6, "save_step": 3}
+        config["runner"] |= {"total_steps": 6, "save_step": 3, "eval_step": 3}
+        config["pretrain_expert"]["datarc"] |= {"file_path": "tables", "dev_sets": ["dev"]}
+    shutil.copytree(corpus / "tables", "tables")
+    shutil.copy("tables/train.csv", "tables/dev.csv")
     assert cli.main(["prune", RUN, "-o", "it's: 25 % #2.pt"]) == 0
     (line,) = (x for x in capfd.readouterr().out.splitlines() if x.startswith("next: "))
     script, *printed = shlex.split(line.removeprefix("next: "))
@@ -152,6 +155,7 @@ def test_the_second_distillation(here, pretrain, capfd):
     code, output = pretrain(*argv, "--device", "cpu")
     assert code in (None, 0), output
     folder = Path("result/pretrain/second")
+    assert load_student(folder / "dev-best.ckpt").student.is_cut
     finished, started = saved_states("second"), load_student("pruned.pt")
     assert finished["Step"] == 6
     student = load_student(folder / "states-6.ckpt")

@@ -194,7 +194,7 @@ def _print_distance(exact: bool, worst: float, drawn: bool) -> None:
     reason = "the kept units are drawn at random"
     if not drawn:
         reason = "pruning.norms is all, so a layer norm is taken over fewer channels than before"
-    print(f"hidden states: {100 * worst:.2g} % from those of the student with gates: {reason}")
+    print(f"hidden states: up to {worst:.2g} (relative RMS) from the student with gates: {reason}")
 
 
 def _draw(path: Path, small: PrunedSettings, full: PrunedSettings) -> None:
