@@ -3,6 +3,7 @@ optimizer, random states and TensorBoard with an uninterrupted run.
 
 example:
   python -m tests.kill_and_resume --kills 10 --workers 2
+  python -m tests.kill_and_resume --kills 3 --pruned
 """
 
 from __future__ import annotations
@@ -35,18 +36,29 @@ MODEL = {
     "teacher_dropout": True,
     "distortion": {"setup": "setup2", "babble": True},
 }
+# Also with gates: a copy of a teacher, whose sparsity is reached soon.
+PRUNED_MODEL = {
+    "student": {"kind": "copy", "of": "hubert"},
+    "heads": {"kind": "layerwise"},
+    "pruning": {"sparsity": 0.05, "reach_at": 8},
+    "init": {},
+}
 
 
-def write_run(folder: Path, teachers: dict[str, Path], corpus: Path, workers: int) -> None:
+def write_run(
+    folder: Path, teachers: dict[str, Path], corpus: Path, workers: int, pruned: bool = False
+) -> None:
     """Write the configs of a run of 24 steps of 2 batches; an epoch has 4 batches."""
     from .conftest import STUDENT, edit_yaml, write_configs
 
     write_workspace(folder)
-    student = {**STUDENT, "encoder_layerdrop": 0.2}
-    write_configs(folder, teachers, corpus, student=student, **MODEL)
+    student = {"student": {**STUDENT, "encoder_layerdrop": 0.2}}
+    write_configs(folder, teachers, corpus, **MODEL, **(PRUNED_MODEL if pruned else student))
     with edit_yaml(folder / "model.yaml") as model:
         model["teachers"]["wavlm"]["final_weight"] = 0.2
     runner = yaml.safe_load((folder / "runner.yaml").read_text())
+    if pruned:
+        runner["optimizer"] = {"name": "FusedAdamW", "lr": 1e-3}
     runner["runner"].update(
         total_steps=STEPS,
         save_step=SAVE_STEP,
@@ -147,16 +159,17 @@ def outcome(folder: Path) -> dict[str, object]:
     states = read_checkpoint(newest_checkpoint(run))
     states = {key: value for key, value in states.items() if key not in ("Args", "Config")}
     best = read_checkpoint(run / "dev-best.ckpt")["EKD"]["student"]
-    return dict(_flat({**states, "best": best, "scalars": read_scalars(run)}, ""))
+    return dict(flat_values({**states, "best": best, "scalars": read_scalars(run)}))
 
 
-def _flat(value, path):
+def flat_values(value, path=""):
+    """Yield ``(path, value)`` of each tensor, number, text and None in nested dicts and lists."""
     if isinstance(value, dict):
         for key, item in value.items():
-            yield from _flat(item, f"{path}/{key}")
+            yield from flat_values(item, f"{path}/{key}")
     elif isinstance(value, (list, tuple)):
         for i, item in enumerate(value):
-            yield from _flat(item, f"{path}/{i}")
+            yield from flat_values(item, f"{path}/{i}")
     elif isinstance(value, (torch.Tensor, int, float, str, type(None))):
         yield path, value
 
@@ -183,6 +196,7 @@ def main() -> int:
     )
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--workers", type=int, default=0, help="data loader workers")
+    parser.add_argument("--pruned", action="store_true", help="the student is being pruned")
     parser.add_argument("--seed", type=int, default=None, help="seed of the moments")
     args = parser.parse_args()
     rng = random.Random(args.seed)
@@ -192,7 +206,7 @@ def main() -> int:
         write_corpus(root)
         for folder in ("uninterrupted", "killed"):
             (root / folder).mkdir()
-            write_run(root / folder, teachers, root, args.workers)
+            write_run(root / folder, teachers, root, args.workers, args.pruned)
         run_to_the_end(root / "uninterrupted")
         moments = kill_and_resume(root / "killed", args.kills, rng)
         print(f"killed {args.kills} times, at (step, saved step) of {STEPS}: {moments}")

@@ -9,13 +9,14 @@ from .conftest import REPO
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_killed_run_equals_an_uninterrupted_one(workers):
+@pytest.mark.parametrize(("workers", "more"), [(0, ()), (2, ()), (2, ("--pruned",))])
+def test_a_killed_run_equals_an_uninterrupted_one(workers, more):
     # In another interpreter: it forks, and this one has threads.
     done = subprocess.run(
         [
             *(sys.executable, "-W", "ignore", "-m", "tests.kill_and_resume"),
             *("--kills", "3" if workers else "2", "--workers", str(workers)),
+            *more,
         ],
         cwd=REPO,
         capture_output=True,
