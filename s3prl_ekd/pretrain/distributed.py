@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..data.batches import Batch
 from ..distill.batch import DistillBatch
 from ..distill.distiller import EnsembleDistiller
+from ..distill.student_settings import PrunedSettings
 from ..errors import SetupError, first_line
 from ..system import torchrun
 
@@ -205,9 +206,25 @@ def wrap_ddp(distiller: EnsembleDistiller, device: str) -> DistributedDataParall
         step,
         device_ids=[torch.cuda.current_device()] if on_cuda else None,
         broadcast_buffers=False,  # the target statistics are equal already
-        # Layer drop leaves layers without a gradient, different ones in each process.
-        find_unused_parameters=distiller.student.settings.encoder_layerdrop > 0,
+        find_unused_parameters=has_unused_layers(distiller),
     )
+
+
+def has_unused_layers(distiller: EnsembleDistiller) -> bool:
+    """Whether a step can leave layers of the student without a gradient.
+
+    Layer drop does, different ones in each process. Layer-to-layer heads do not use the layers
+    above the highest target, and of a pre-norm student that is no copy not the last layer norm.
+    """
+    settings, heads = distiller.student.settings, distiller.heads
+    if settings.encoder_layerdrop > 0:
+        return True
+    if heads.kind != "layerwise" or "unit_head" in distiller.trainable:
+        return False
+    targets = [target for spec in distiller.aggregate.specs.values() for target in spec.members]
+    is_highest_used = max(map(max, targets)) == settings.encoder_layers
+    is_copy = isinstance(settings, PrunedSettings)
+    return not is_highest_used or (settings.layer_norm_first and not is_copy)
 
 
 def no_sync(module: nn.Module) -> AbstractContextManager[None]:
