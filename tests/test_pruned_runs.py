@@ -80,28 +80,23 @@ def trained_state(name, file=None):
 # Resuming
 
 
-@pytest.mark.parametrize("how", ["checkpoint", "SIGTERM"])
-def test_a_resumed_run_equals_an_uninterrupted_one(folder, pretrain_with, monkeypatch, how):
-    """Bit for bit; with SIGKILL see ``kill_and_resume.py``."""
+def test_a_run_stopped_by_a_signal_and_resumed(folder, pretrain_with, monkeypatch):
+    """Equals an uninterrupted one bit for bit; with SIGKILL see ``kill_and_resume.py``."""
     assert pretrain_with("whole", num_workers=1)[0] == 0
-    if how == "checkpoint":
-        os.makedirs("result/pretrain/cut")
-        shutil.copy("result/pretrain/whole/states-3.ckpt", "result/pretrain/cut")
-    else:
-        record_step = Trainer.record_step
+    record_step = Trainer.record_step
 
-        def with_signal(self, result):
-            record_step(self, result)
-            if self.progress.step == 2:
-                os.kill(os.getpid(), signal.SIGTERM)
+    def with_signal(self, result):
+        record_step(self, result)
+        if self.progress.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
 
-        with monkeypatch.context() as patch:
-            patch.setattr(Trainer, "record_step", with_signal)
-            assert pretrain_with("cut")[0] == 128 + signal.SIGTERM
-        assert saved_states("cut")["Step"] == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "record_step", with_signal)
+        assert pretrain_with("cut")[0] == 128 + signal.SIGTERM
+    assert saved_states("cut")["Step"] == 2
     assert pretrain_with("cut", "-a")[0] == 0
-    whole, cut = trained_state("whole"), trained_state("cut")
-    assert not unequal(whole, cut)
+    whole, resumed = trained_state("whole"), trained_state("cut")
+    assert not unequal(whole, resumed)
     start = trained_state("whole", "states-3.ckpt")
     gates = [name for name in whole if name.endswith("log_alpha")]
     assert len(gates) == 7 + 3 * 4  # conv layers; heads, ffn and attention of 4 layers
@@ -183,7 +178,9 @@ def test_an_empty_step_has_a_gradient_for_each_trained_weight(folder):
 # Cached targets
 
 
-@pytest.mark.parametrize("aggregation", ["separate", "average"])
+@pytest.mark.parametrize(
+    "aggregation", ["separate", pytest.param("average", marks=pytest.mark.slow)]
+)
 def test_training_from_cached_targets(folder, pretrain_with, capfd, aggregation):
     """Pruning, and distilling the cut student, with the losses of running the teachers."""
     write_pruning(
@@ -244,13 +241,15 @@ def test_a_compiled_student_with_gates(folder, dev_table, pretrain_with):
     assert losses[1] == pytest.approx(losses[0], abs=1e-4)
 
 
-@pytest.mark.parametrize("precision", ["fp16", "bf16"])
-def test_half_precision_is_float32_on_a_cpu(folder, pretrain_with, caplog, precision):
-    short = {"total_steps": 2, "save_step": 1, "log_step": 1}
-    assert pretrain_with("float32", **short)[0] == 0
-    assert pretrain_with("half", **{precision: True}, **short)[0] == 0
-    assert any(f"runner.{precision}" in record.getMessage() for record in caplog.records)
-    assert not unequal(trained_state("float32"), trained_state("half"))
+@pytest.mark.slow
+def test_half_precision_is_float32_on_a_cpu(folder, pretrain_with, caplog):
+    options = {"total_steps": 2, "save_step": 1, "log_step": 1}
+    assert pretrain_with("float32", **options)[0] == 0
+    for precision in ("fp16", "bf16"):
+        both = {"fp16": False, "bf16": False, precision: True}
+        assert pretrain_with(precision, **both, **options)[0] == 0
+        assert any(f"runner.{precision}" in record.getMessage() for record in caplog.records)
+        assert not unequal(trained_state("float32"), trained_state(precision))
 
 
 def test_a_step_that_is_not_finite_changes_nothing(folder, pretrain_with, monkeypatch):
@@ -290,20 +289,15 @@ def test_gates_in_eval_mode_are_fixed(folder):
 
 def test_the_best_checkpoint_is_one_of_the_final_sparsity(folder, dev_table, pretrain_with):
     still = {**PRUNING, "lr": 1e-7}  # the sparsity stays that of the start
-    write_pruning(folder, pruning=still)
-    code, output = pretrain_with("far", log_step=3)
-    assert code == 0, output
-    assert not os.path.exists("result/pretrain/far/dev-best.ckpt")
-    scalars = read_scalars("result/pretrain/far")
-    assert list(scalars["ekd/dev-loss"]) == [3, 6]
-    start = scalars["ekd/train-sparsity/expected"][6]
+    start = float(adapter(folder).distiller.sparsity.expected())  # up to 0.001: another seed
     for name, sparsity, is_saved in (("above", start + 0.02, False), ("near", start + 0.005, True)):
         write_pruning(folder, pruning={**still, "sparsity": sparsity})
         assert pretrain_with(name)[0] == 0
+        assert list(read_scalars(f"result/pretrain/{name}")["ekd/dev-loss"]) == [3, 6]
         assert os.path.exists(f"result/pretrain/{name}/dev-best.ckpt") == is_saved
 
 
-def test_sparsity_in_tensorboard_and_the_progress_bar(folder, pretrain_with):
+def test_sparsity_in_tensorboard_and_in_the_progress_bar(folder, pretrain_with):
     code, output = pretrain_with("x", log_step=1)
     assert code == 0
     scalars = read_scalars("result/pretrain/x")
@@ -319,12 +313,10 @@ def test_sparsity_in_tensorboard_and_the_progress_bar(folder, pretrain_with):
     shown = re.findall(r"sparsity (\d\.\d+)\D+(\d\.\d+)", output)
     assert (f"{expected[4]:.3f}", f"{target[4]:.3f}") in shown
 
-
-def test_a_picture_of_the_widths_at_each_save(folder, pretrain_with):
+    # a picture of the widths at each save
     pytest.importorskip("matplotlib")
     from matplotlib.image import imread
 
-    assert pretrain_with("x")[0] == 0
     pictures = dict(images("result/pretrain/x"))
     assert sorted(pictures) == [("ekd/widths", 3), ("ekd/widths", 6)]
     for image in pictures.values():

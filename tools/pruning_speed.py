@@ -25,8 +25,9 @@ from tqdm import tqdm
 
 from s3prl_ekd import compat
 from s3prl_ekd.system.terminal import quiet_s3prl
+from s3prl_ekd.teachers.random_weights import hubert_checkpoint
 
-from .bench.inputs import RATE, SIZES, write_teachers
+from .bench.inputs import RATE, SIZES
 
 
 def make_distiller(model: Path, layers: tuple[int, ...], pruning: dict[str, Any] | None) -> Any:
@@ -80,7 +81,8 @@ def main() -> None:
 
     size = SIZES[args.size]
     with tempfile.TemporaryDirectory() as folder:
-        model = write_teachers(Path(folder), size)["hubert"]
+        model = Path(folder) / "hubert.pt"
+        torch.save(hubert_checkpoint(**size.teacher), model)
         plain, gated = (make_distiller(model, size.layers, p) for p in (None, {}))
     samples = round(args.seconds * RATE)
     seconds: dict[str, list[float]] = {"plain": [], "gated": []}
