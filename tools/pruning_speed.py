@@ -30,9 +30,12 @@ from s3prl_ekd.teachers.random_weights import hubert_checkpoint
 from .bench.inputs import RATE, SIZES
 
 
-def make_distiller(model: Path, layers: tuple[int, ...], pruning: dict[str, Any] | None) -> Any:
+def make_distiller(
+    model: Path, layers: tuple[int, ...], pruning: dict[str, Any] | None
+) -> tuple[Any, Any]:
     """Make the distiller of a copied student, and its optimizer."""
     from s3prl_ekd.distill.distiller import EnsembleDistiller
+    from s3prl_ekd.distill.student_settings import CopySettings
     from s3prl_ekd.files.config import from_plain_data
     from s3prl_ekd.pretrain.optim import fused_adamw
     from s3prl_ekd.pretrain.settings import ModelFile
@@ -47,6 +50,7 @@ def make_distiller(model: Path, layers: tuple[int, ...], pruning: dict[str, Any]
     settings = from_plain_data(ModelFile, config, "the benchmark")
     torch.manual_seed(0)
     teachers = load_teachers(settings.teachers, dropout=False)
+    assert isinstance(settings.student, CopySettings)
     student = copied_student(teachers, settings.student, settings.pruning)
     distiller = EnsembleDistiller(teachers, student, settings).train()
     return distiller, fused_adamw(distiller.trainable, {"lr": 2e-4}, settings.pruning)
@@ -83,13 +87,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "hubert.pt"
         torch.save(hubert_checkpoint(**size.teacher), model)
-        plain, gated = (make_distiller(model, size.layers, p) for p in (None, {}))
+        variants = {
+            "plain": make_distiller(model, size.layers, None),
+            "gated": make_distiller(model, size.layers, {}),
+        }
     samples = round(args.seconds * RATE)
     seconds: dict[str, list[float]] = {"plain": [], "gated": []}
     for turn in tqdm(range(args.turns + 1), desc="turns", unit="turn"):
         lengths = torch.full((args.batch,), samples)
         batch = DistillBatch(0.1 * torch.randn(args.batch, samples), lengths)
-        variants = {"plain": plain, "gated": gated}
         for name in sorted(variants, reverse=turn % 2 == 0):
             seconds[name].append(step_seconds(*variants[name], batch))
     times = {name: np.array(values[1:]) for name, values in seconds.items()}
