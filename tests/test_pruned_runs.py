@@ -20,14 +20,14 @@ from s3prl_ekd.distill.student import Student
 from s3prl_ekd.distill.student_settings import UNITS, GateSettings, PrunedSettings
 from s3prl_ekd.errors import SetupError
 from s3prl_ekd.essence.units import Units, save_units
-from s3prl_ekd.pretrain.distributed import distiller_batch, empty_step
+from s3prl_ekd.pretrain.distributed import distiller_batch, empty_step, has_unused_layers
 from s3prl_ekd.pretrain.optim import fused_adamw
 from s3prl_ekd.pretrain.tensorboard import read_scalars
 from s3prl_ekd.pretrain.trainer import Trainer
 from s3prl_ekd.student_file import load_student, write_student
 
 from .cache_cases import adapter, cache
-from .conftest import edit_yaml, saved_states
+from .conftest import STUDENT, edit_yaml, saved_states
 from .kill_and_resume import flat_values, unequal
 
 COPY = {"kind": "copy", "of": "hubert"}
@@ -158,6 +158,26 @@ def test_two_processes_of_which_one_has_only_bad_audio(folder, corpus):
     assert not torch.equal(one["drawn"], two["drawn"])
     bad = (folder / "result/pretrain/x/bad_audio.tsv").read_text().splitlines()
     assert bad[1].split("\t")[2] == "4"  # 6 steps of 2 batches are 4 epochs of 3 batches
+
+
+def test_ddp_expects_the_weights_without_a_gradient(folder):
+    norm_first = {**STUDENT, "encoder_layers": 4, "layer_norm_first": True}
+    cases = [
+        ((0, 2, 4), {}),
+        ((0, 2), {}),
+        ((0, 2), {"heads": {"kind": "split"}}),
+        ((0, 4), {"student": norm_first, "pruning": None}),
+    ]
+    found = []
+    for layers, model in cases:
+        write_pruning(folder, layers, **model)
+        expert = adapter(folder).train()
+        distiller = expert.distiller
+        distiller(first_batch(expert), step=3)[0].backward()
+        unused = any(w.grad is None for w in distiller.trainable.parameters() if w.requires_grad)
+        assert has_unused_layers(distiller) == unused
+        found.append(unused)
+    assert found == [False, True, False, True]
 
 
 def test_an_empty_step_has_a_gradient_for_each_trained_weight(folder):
