@@ -267,24 +267,23 @@ def test_a_compiled_student_has_the_same_gradients_and_is_compiled_once(monkeypa
         gates=GateSettings(UNITS),
     )
     student = Student(settings)
-    waves = torch.randn(2, 8000)
+    waves, lengths = torch.randn(2, 4000), torch.tensor([4000, 3000])
 
-    def results(seed, samples, training):
+    def results(seed, training):
         student.train(training).zero_grad()
         torch.manual_seed(seed)
-        output = student(waves[:, :samples], torch.tensor([samples, samples - 1000]))
+        output = student(waves, lengths)
         (output.last.square().mean() + output.features.square().mean()).backward()
         gradients = {name: weight.grad for name, weight in student.named_parameters()}
         return {**{n: g for n, g in gradients.items() if g is not None}, "last": output.last}
 
-    calls = [(seed, 8000 - 400 * seed, mode) for mode in (True, False) for seed in range(4)]
+    calls = [(seed, mode) for mode in (True, False) for seed in range(3)]
     expected = [results(*call) for call in calls]
     student.compile(dynamic=True)
-    for call, values in zip(calls, expected, strict=True):
-        seed, _, training = call
-        # values of gates are an input of the compiled functions, not a part of them
-        monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", seed > 1)
-        compiled = results(*call)
+    for (seed, training), values in zip(calls, expected, strict=True):
+        # the values of gates are an input of the compiled functions, not a part of them
+        monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", seed > 0)
+        compiled = results(seed, training)
         assert values.keys() == compiled.keys()
         assert training == any(name.endswith("log_alpha") for name in values)
         for name, value in values.items():
