@@ -37,7 +37,7 @@ from s3prl_ekd.pretrain_expert import UpstreamPretrainExpert  # noqa: E402, F401
 
 # A tiny experiment is a full one with another first comment and these replacements. The teachers of
 # tiny_model.yaml have 6 layers of width 192, those of config_model.yaml 12 of 768. A tiny run has
-# 300 steps, in which gates close only with a higher learning rate.
+# 450 steps, in which gates close only with a higher learning rate.
 TINY_HEAD = """\
 # A tiny version of experiments/{name}.yaml, for a laptop.
 #
@@ -50,7 +50,7 @@ TINY_CHANGES = (
     ("[1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11, 12]", "[1, 2], [3, 4], [5, 6]"),
     ("[0, 4, 8, 12]", "[0, 2, 4, 6]"),
     ("sparsity: 0.75", "sparsity: 0.5"),
-    ("reach_at: 5000", "reach_at: 100"),
+    ("reach_at: 5000", "reach_at: 150"),
     ("lr: 0.02", "lr: 0.1"),
     ("encoder_layers: 12", "encoder_layers: 6"),
     ("encoder_embed_dim: 384", "encoder_embed_dim: 96"),
@@ -58,7 +58,8 @@ TINY_CHANGES = (
     ("encoder_attention_heads: 6", "encoder_attention_heads: 2"),
 )
 
-# The second distillation of a pruned student; steps, lr and warm-up are DPHuBERT's.
+# The second distillation of a pruned student: half as many steps as the first, at half the learning
+# rate; with 50,000 steps as DPHuBERT's.
 SECOND_STEP_HEAD = """\
 # The second distillation (DPHuBERT, arXiv 2305.17651): the settings of the first one, without
 # pruning, for the student that was cut. RUNNER.yaml stands for the runner config of the first one.
@@ -68,7 +69,7 @@ SECOND_STEP_HEAD = """\
 
 """
 SECOND_STEP_OVERRIDES = (
-    "config.runner.total_steps=25000,,config.optimizer.lr=1.e-4,,"
+    "config.runner.total_steps={steps},,config.optimizer.lr=1.e-4,,"
     "config.optimizer.warmup_proportion=0.2"
 )
 
@@ -111,18 +112,20 @@ def tiny_experiment(name: str, text: str) -> str:
     return f"{head}\n{text}"
 
 
-def second_step(config: dict[str, Any], file: str) -> str:
+def second_step(config: dict[str, Any], file: str, steps: int = 50_000) -> str:
     """Write the model config of the second distillation of a pruned student, as YAML.
 
     Args:
         config: the model config of the first distillation, with ``extends`` resolved: ``config`` in
             the ``about`` of its student file.
         file: the pruned student's file; the text is for a file of its name that ends in ``.yaml``.
+        steps: of the first distillation.
     """
     student = {"kind": "file", "file": file}
     changed = {**{key: config[key] for key in config if key != "pruning"}, "student": student}
     path = shlex.quote(str(Path(file).with_suffix(".yaml")))
-    head = SECOND_STEP_HEAD.format(path=path, overrides=SECOND_STEP_OVERRIDES)
+    overrides = SECOND_STEP_OVERRIDES.format(steps=max(steps // 2, 1))
+    head = SECOND_STEP_HEAD.format(path=path, overrides=overrides)
     return head + yaml.safe_dump(changed, sort_keys=False, allow_unicode=True)
 
 

@@ -85,7 +85,12 @@ def test_expected_parameters_are_those_of_the_cut_student(layout, closed):
     expected = parameters(student.settings, expected_widths(student.settings, student.backbone))
     # WavLM's gate of positions goes with all heads of a layer, but is counted as if it stayed
     gates = small.settings.heads.count(()) if small.settings.position_buckets else 0
-    assert expected.item() == counted + gates * (8 * (8 + 1) + 3)
+    gates *= 8 * (8 + 1) + 3
+    # and a pre-norm layer's norms go with what they are in front of
+    settings = small.settings
+    empty = settings.heads.count(()) + settings.ffn_dims.count(0)
+    norms = 2 * settings.encoder_embed_dim * empty * settings.layer_norm_first
+    assert expected.item() == counted + gates + norms
     assert parameters(small.settings, full_widths(small.settings)) == counted
 
 

@@ -11,6 +11,7 @@ from s3prl.upstream.interfaces import UpstreamBase
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from s3prl_ekd.errors import CheckpointError
 from s3prl_ekd.student_file import heads_problem, load_student
 
 logger = logging.getLogger(__name__)
@@ -56,6 +57,11 @@ class UpstreamExpert(UpstreamBase):
             layers that each head predicts, if the file has heads of the student's width.
             ``last_hidden_state``: the last of ``hidden_states``.
         """
+        if self.training and not self.student.is_cut:
+            raise CheckpointError(
+                "the student has gates, which would be drawn at random in fine-tuning (-f); cut it "
+                "first: s3prl-ekd prune CKPT -o pruned.pt"
+            )
         lengths = torch.tensor([len(wav) for wav in wavs], device=wavs[0].device)
         waves = pad_sequence(wavs, batch_first=True)
         min_samples = self.student.settings.min_samples

@@ -225,7 +225,8 @@ def _write_second_step(path: Path, about: Mapping[str, Any], file: Path) -> None
     config = about.get("config")
     if not isinstance(config, dict):  # the student is not of a run
         return
+    steps = about.get("step")
     with explain_write_errors(path, CheckpointError):
-        write_text(path, second_step(config, str(file)))
-    print(f"model config of the second distillation: {path}; its head has DPHuBERT's steps and lr")
+        write_text(path, second_step(config, str(file), steps if type(steps) is int else 50_000))
+    print(f"model config of the second distillation: {path}; its head has steps and lr for -o")
     print(f"next: run_pretrain.py -u ekd -n NAME -c RUNNER.yaml -g {shlex.quote(str(path))}")

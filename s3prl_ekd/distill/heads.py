@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import cast
 
 import torch
 from s3prl.upstream.distiller.module import SplitLinear
@@ -127,6 +128,14 @@ class PredictionHeads(nn.ModuleDict):
             }
         )
         self.settings, self.kind = settings, settings.kind
+
+    @property
+    def highest_layer(self) -> int | None:
+        """The highest of the student's layers that layer-to-layer heads read; None for others."""
+        if self.kind != "layerwise":
+            return None
+        heads = cast("Iterable[LayerwiseHead]", self.values())
+        return max(max(layers) for head in heads for layers in head.sources)
 
     def forward(self, student: StudentOutput) -> dict[str, Tensor]:
         """The student's output -> ``{target set: [batch, layer, frame, width]}``."""

@@ -219,10 +219,9 @@ def has_unused_layers(distiller: EnsembleDistiller) -> bool:
     settings, heads = distiller.student.settings, distiller.heads
     if settings.encoder_layerdrop > 0:
         return True
-    if heads.kind != "layerwise" or "unit_head" in distiller.trainable:
+    if heads.highest_layer is None or "unit_head" in distiller.trainable:
         return False
-    targets = [target for spec in distiller.aggregate.specs.values() for target in spec.members]
-    is_highest_used = max(map(max, targets)) == settings.encoder_layers
+    is_highest_used = heads.highest_layer == settings.encoder_layers
     is_copy = isinstance(settings, PrunedSettings)
     return not is_highest_used or (settings.layer_norm_first and not is_copy)
 

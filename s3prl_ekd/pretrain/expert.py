@@ -264,6 +264,15 @@ class UpstreamPretrainExpert(nn.Module):
             source,
             self.device,
         )
+        depth = self.distiller.student.settings.encoder_layers
+        highest = self.distiller.heads.highest_layer
+        if highest is not None and highest < depth:
+            logger.warning(
+                "heads.kind: layerwise: no target is of the student's layers %d to %d, so they "
+                "learn nothing from the teachers",
+                highest + 1,
+                depth,
+            )
         if (sparsity := self.distiller.sparsity) is not None:
             logger.info(
                 "pruning: gates of %s; target: remove %.1f %% of %s %s",
