@@ -203,7 +203,7 @@ def _build(data: Mapping[str, Any]) -> LoadedStudent:
         plain = data.get("head_settings", {"kind": data.get("head_kind", "split")})
         head_settings = from_plain_data(HeadSettings, plain, "head_settings")
         if head_settings.kind == "layerwise":
-            check_layers(targets, settings.encoder_layers)
+            check_layers(targets, settings)
         heads = PredictionHeads(student.width, targets, head_settings)
         heads.load_state_dict(data["heads"])
     about = from_plain_data(dict[str, Any], data.get("about"), "about")
@@ -228,16 +228,16 @@ def input_layers(student: StudentSettings | CopySettings | FileSettings) -> Conv
     return student.conv_layers
 
 
-def require_cut(loaded: LoadedStudent, path: str | Path) -> None:
-    """Check that a student read from ``path`` has its final size.
+def require_cut(student: Student, path: str | Path) -> None:
+    """Check that the student of the file ``path`` has its final size.
 
     Raises:
         CheckpointError: it still has gates.
     """
-    if not loaded.student.is_cut:
+    if not student.is_cut:
         raise CheckpointError(
             f"the student of {path} still has gates, so its size is not final; type: s3prl-ekd "
-            f"prune {shlex.quote(str(path))} -o pruned.pt, and export pruned.pt"
+            f"prune {shlex.quote(str(path))} -o pruned.pt, and use pruned.pt"
         )
 
 

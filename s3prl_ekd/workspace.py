@@ -58,20 +58,16 @@ TINY_CHANGES = (
     ("encoder_attention_heads: 6", "encoder_attention_heads: 2"),
 )
 
-# The second distillation of a pruned student: half as many steps as the first, at half the learning
-# rate; with 50,000 steps as DPHuBERT's.
-SECOND_STEP_HEAD = """\
-# The second distillation (DPHuBERT, arXiv 2305.17651): the settings of the first one, without
-# pruning, for the student that was cut. RUNNER.yaml stands for the runner config of the first one.
+SECOND_STEP_TITLE = "# The second distillation of a pruned student (DPHuBERT, arXiv 2305.17651)."
+SECOND_STEP_HEAD = f"""\
+{SECOND_STEP_TITLE}
+# The settings of the first one, without pruning, for the student that was cut. RUNNER.yaml stands
+# for the runner config of the first one.
+# Half as many steps as in the first, at half its learning rate, are DPHuBERT's.
 #
-#   run_pretrain.py -u ekd -n NAME -c RUNNER.yaml -g {path} \\
-#       -o "{overrides}"
+#   {{command}}
 
 """
-SECOND_STEP_OVERRIDES = (
-    "config.runner.total_steps={steps},,config.optimizer.lr=1.e-4,,"
-    "config.optimizer.warmup_proportion=0.2"
-)
 
 
 def workspace_files(selected: Collection[str] = ()) -> Iterator[tuple[str, bytes]]:
@@ -112,21 +108,45 @@ def tiny_experiment(name: str, text: str) -> str:
     return f"{head}\n{text}"
 
 
-def second_step(config: dict[str, Any], file: str, steps: int = 50_000) -> str:
-    """Write the model config of the second distillation of a pruned student, as YAML.
+@dataclass(frozen=True)
+class Schedule:
+    """Steps and learning rate of a run; the defaults are those of ``pruning_runner.yaml``."""
+
+    total_steps: int = 50_000
+    save_step: int = 5000
+    lr: float = 2e-4
+
+
+def second_step(
+    config: dict[str, Any], file: str, first: Schedule | None = None, keep_heads: bool = True
+) -> tuple[str, str]:
+    """The second distillation of a pruned student: its model config as YAML, and its command.
 
     Args:
         config: the model config of the first distillation, with ``extends`` resolved: ``config`` in
             the ``about`` of its student file.
         file: the pruned student's file; the text is for a file of its name that ends in ``.yaml``.
-        steps: of the first distillation.
+        first: steps and learning rate of the first distillation.
+        keep_heads: whether the file has prediction heads.
     """
-    student = {"kind": "file", "file": file}
+    first = first or Schedule()
+    student: dict[str, Any] = {"kind": "file", "file": file}
+    if not keep_heads:
+        student["keep_heads"] = False
     changed = {**{key: config[key] for key in config if key != "pruning"}, "student": student}
+    steps = max(first.total_steps // 2, 2)
+    changes = {
+        "runner.total_steps": steps,
+        "optimizer.lr": first.lr / 2,
+        "optimizer.warmup_proportion": 0.2,
+    }
+    if first.save_step >= steps:  # the Runner wants fewer
+        changes["runner.save_step"] = steps // 2
+    overrides = ",,".join(f"config.{key}={value}" for key, value in changes.items())
     path = shlex.quote(str(Path(file).with_suffix(".yaml")))
-    overrides = SECOND_STEP_OVERRIDES.format(steps=max(steps // 2, 1))
-    head = SECOND_STEP_HEAD.format(path=path, overrides=overrides)
-    return head + yaml.safe_dump(changed, sort_keys=False, allow_unicode=True)
+    command = f'run_pretrain.py -u ekd -n NAME -c RUNNER.yaml -g {path} -o "{overrides}"'
+    text = yaml.safe_dump(changed, sort_keys=False, allow_unicode=True)
+    return SECOND_STEP_HEAD.format(command=command) + text, command
 
 
 def _tree(package: str, target: str) -> Iterator[tuple[str, bytes]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from s3prl_ekd.distill.settings import TeacherSettings
+from s3prl_ekd.distill.settings import HeadSettings, TeacherSettings
 from s3prl_ekd.distill.student import Student
 from s3prl_ekd.distill.student_settings import CopySettings, FileSettings, StudentSettings
 from s3prl_ekd.errors import ConfigError
@@ -21,7 +21,7 @@ from s3prl_ekd.files.config import (
     to_plain_data,
 )
 from s3prl_ekd.pretrain.settings import (
-    check_pruning_optimizer,
+    check_pruning_run,
     load_model_config,
     load_runner_config,
 )
@@ -154,7 +154,7 @@ def test_the_command_of_an_experiment_fits_it(path, size, tmp_path):
     assert request.passthrough == () and request.expname == path.stem
     run = load_runner_config(tmp_path / (request.config or "pretrain/ekd/config_runner.yaml"))
     model = load_model_config(tmp_path / request.upstream_config)
-    check_pruning_optimizer(model, run)
+    check_pruning_run(model, run)
     if model.pruning is None:
         return
     # DPHuBERT's weight decay and clipping; the target sparsity is reached within the run
@@ -177,7 +177,20 @@ def test_dphuberts_values():
     run = load_runner_config(CONFIGS / "pruning_runner.yaml")
     rate, warmup = run.optimizer["lr"], run.optimizer["warmup_proportion"]
     assert (run.runner.total_steps, rate, warmup * run.runner.total_steps) == (50000, 2e-4, 15000)
-    text = second_step(to_plain_data(model), "dp_hubert.pt")
+    drop = pruning.start_drop
+    assert (drop.conv, drop.heads, drop.ffn) == (0.01, 0.01, 0.5)
+    assert model.heads == HeadSettings(kind="layerwise")  # shared by all layers but 0
+    student = model.student
+    dropout = (student.dropout, student.attention_dropout, student.activation_dropout)
+    assert (*dropout, student.input_dropout) == (0.1, 0.1, 0.0, 0.1)
+    adam = (run.optimizer["betas"], run.optimizer["eps"], run.optimizer["weight_decay"])
+    assert adam == ([0.9, 0.999], 1e-8, 0)
+    data = run.pretrain_expert.datarc
+    assert (run.runner.gradient_clipping, data.max_seconds, data.sequence_length) == (
+        *(10, 160),
+        250_000,
+    )
+    text, _ = second_step(to_plain_data(model), "dp_hubert.pt")
     (argv,) = typed(text)
     run = load_runner_config(CONFIGS / "pruning_runner.yaml", PretrainRequest.parse(argv).override)
     rate, warmup = run.optimizer["lr"], run.optimizer["warmup_proportion"]
@@ -191,7 +204,8 @@ PRUNED = [path for path in EXPERIMENTS if "\npruning:" in path.read_text()]
 def test_the_second_distillation_differs_in_the_student(path, tmp_path):
     first = load_model_config(path)
     file = tmp_path / "my pruned: é.yaml"
-    file.write_text(second_step(to_plain_data(first), str(file.with_suffix(".pt"))))
+    text, command = second_step(to_plain_data(first), str(file.with_suffix(".pt")))
+    file.write_text(text)
     second = load_model_config(file)
     assert second.pruning is None
     assert second.student == FileSettings("file", str(file.with_suffix(".pt")))
@@ -199,6 +213,7 @@ def test_the_second_distillation_differs_in_the_student(path, tmp_path):
     assert dataclasses.replace(second, **changes) == first
     (argv,) = typed(file.read_text())
     assert PretrainRequest.parse(argv).upstream_config == str(file)
+    assert shlex.split(command)[1:] == argv
 
 
 def test_the_deep_and_thin_student_has_the_published_size():

@@ -243,7 +243,7 @@ def test_other_commands_with_impossible_lengths(corpus, tmp_path, caplog):
     assert [path.name for path in paths] == ["a.flac", "b.flac"]
     assert any("wrong.flac" in m and re.search(r"\b2\b", m) for m in caplog.messages)
     data = data_settings(corpus, 2, tmp_path / "tables", on_bad_audio="skip")
-    rows = cached_rows(data, StudentSettings())
+    rows = cached_rows(data, StudentSettings().min_samples)
     assert rows == [Utterance("a.flac", 16000), Utterance("b.flac", 16000)]
 
 

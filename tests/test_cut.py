@@ -10,7 +10,7 @@ from s3prl_ekd.distill.student_settings import PrunedSettings
 from s3prl_ekd.errors import CheckpointError
 from s3prl_ekd.student_file import LoadedStudent, load_student, write_student
 
-from .pruned_students import ALL_UNITS, LAYOUTS, noise, pruned_settings, pruned_student, saturate
+from .gated_students import ALL_UNITS, LAYOUTS, gated_settings, gated_student, noise, saturate
 
 UNITS = [("conv",), ("heads",), ("ffn",), ("attention", "feed_forward"), ALL_UNITS]
 
@@ -28,7 +28,7 @@ def largest_difference(student, other):
 @pytest.mark.parametrize("units", UNITS, ids="+".join)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_cut_is_exact(layout, units):
-    student = pruned_student(pruned_settings(units, **LAYOUTS[layout]))
+    student = gated_student(gated_settings(units, **LAYOUTS[layout]))
     before = {name: value.clone() for name, value in student.state_dict().items()}
     small = cut(student, gate_values(student))
     assert small.is_cut
@@ -39,7 +39,7 @@ def test_the_cut_is_exact(layout, units):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_cut_is_exact_without_any_heads_and_units(layout):
-    student = pruned_student(pruned_settings(ALL_UNITS, **LAYOUTS[layout]))
+    student = gated_student(gated_settings(ALL_UNITS, **LAYOUTS[layout]))
     saturate(student, {"heads": 1.0, "ffn": 1.0, "attention": 0.0, "feed_forward": 0.0})
     small = cut(student, gate_values(student))
     assert small.settings.heads == ((),) * 3
@@ -57,7 +57,7 @@ def test_the_cut_is_exact_without_any_heads_and_units(layout):
 
 @pytest.mark.parametrize("layout", ["hubert", "wavlm_large", "soft"])
 def test_all_channels_of_a_conv_layer_but_one_can_go(layout):
-    student = pruned_student(pruned_settings(("conv",), **LAYOUTS[layout]))
+    student = gated_student(gated_settings(("conv",), **LAYOUTS[layout]))
     for _, _, gate in student.backbone.gates():
         gate.log_alpha.data.copy_(-20.0 - torch.arange(len(gate.log_alpha)))
     small = cut(student, gate_values(student))
@@ -67,7 +67,7 @@ def test_all_channels_of_a_conv_layer_but_one_can_go(layout):
 
 def test_norms_over_all_channels_make_the_cut_differ():
     """As in DPHuBERT, and the reason for ``norms: kept``."""
-    kept, all_ = (pruned_student(pruned_settings(("conv",), norms)) for norms in ("kept", "all"))
+    kept, all_ = (gated_student(gated_settings(("conv",), norms)) for norms in ("kept", "all"))
     assert largest_difference(kept, cut(kept, gate_values(kept))) < 1e-5
     assert largest_difference(all_, cut(all_, gate_values(all_))) > 1e-3
     # without closed gates in the last conv layer the norms are the same
@@ -80,7 +80,7 @@ def test_norms_over_all_channels_make_the_cut_differ():
 
 def test_the_weights_of_kept_units_are_scaled_by_their_gates():
     """Against an indexing by hand, for the second layer's heads and units."""
-    student = pruned_student(pruned_settings(("heads", "ffn")))
+    student = gated_student(gated_settings(("heads", "ffn")))
     values = gate_values(student)
     heads, units = values["heads", 1], values["ffn", 1]
     small, big = cut(student, values).backbone.encoder.layers[1], student.backbone.encoder.layers[1]
@@ -99,7 +99,7 @@ def test_the_weights_of_kept_units_are_scaled_by_their_gates():
 
 
 def test_random_cuts_keep_as_many_units_and_draw_which():
-    student = pruned_student(pruned_settings(ALL_UNITS))
+    student = gated_student(gated_settings(ALL_UNITS))
     values, first, again, second = (gate_values(student, random) for random in (None, 1, 1, 2))
     for key, value in values.items():
         assert (first[key] > 0).sum() == (value > 0).sum()
@@ -110,7 +110,7 @@ def test_random_cuts_keep_as_many_units_and_draw_which():
 
 
 def test_differences_of_hidden_states():
-    first, second = (pruned_student(pruned_settings()) for _ in range(2))
+    first, second = (gated_student(gated_settings()) for _ in range(2))
     last_norms = [s.backbone.encoder.layers[-1].final_layer_norm for s in (first, second)]
     with torch.no_grad():
         for norm in last_norms:
@@ -123,14 +123,14 @@ def test_differences_of_hidden_states():
 
 
 def test_a_cut_student_has_no_gates_to_cut():
-    student = pruned_student(pruned_settings())
+    student = gated_student(gated_settings())
     with pytest.raises(CheckpointError):
         gate_values(cut(student, gate_values(student)))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_cut_student_is_read_from_its_file(layout, tmp_path):
-    student = pruned_student(pruned_settings(ALL_UNITS, **LAYOUTS[layout]))
+    student = gated_student(gated_settings(ALL_UNITS, **LAYOUTS[layout]))
     saturate(student)
     small = cut(student, gate_values(student))
     for name in ("pruned.pt", "pruned.safetensors"):
@@ -142,11 +142,11 @@ def test_a_cut_student_is_read_from_its_file(layout, tmp_path):
 
 def test_a_pruned_student_with_gates_is_pruned_again():
     """A cut student gets new gates: its remaining heads keep their places."""
-    student = pruned_student(pruned_settings(ALL_UNITS, **LAYOUTS["wavlm"]))
+    student = gated_student(gated_settings(ALL_UNITS, **LAYOUTS["wavlm"]))
     small = cut(student, gate_values(student))
     gates = student.settings.gates
     settings = dataclasses.replace(small.settings, gates=gates)
-    again = pruned_student(settings)
+    again = gated_student(settings)
     assert isinstance(settings, PrunedSettings)
     assert largest_difference(again, cut(again, gate_values(again))) < 1e-5
     kept = cut(again, gate_values(again)).settings.heads

@@ -15,6 +15,9 @@ from safetensors.torch import save_file
 from s3prl_ekd import __version__
 from s3prl_ekd.demo.corpus import RECORD as CORPUS
 from s3prl_ekd.demo.corpus import make_corpus
+from s3prl_ekd.distill.aggregation import TargetSpec
+from s3prl_ekd.distill.heads import PredictionHeads
+from s3prl_ekd.distill.settings import HeadSettings
 from s3prl_ekd.distill.student import Student
 from s3prl_ekd.distill.student_settings import StudentSettings
 from s3prl_ekd.downstream import resume as downstream_resume
@@ -32,6 +35,7 @@ from s3prl_ekd.superb import results as records
 from s3prl_ekd.teachers import load_upstream
 
 from .conftest import STUDENT
+from .students import pruned_student
 
 
 @pytest.fixture
@@ -55,6 +59,19 @@ def error_of():
 def student():
     torch.manual_seed(0)
     return Student(StudentSettings(**STUDENT))
+
+
+def test_only_copies_and_layerwise_heads_have_the_second_version(student):
+    """Version 0.1 reads the files of all other students."""
+    copy = pruned_student()
+    specs = {"a": TargetSpec(2, (48,), ((0,), (2,)))}
+    layerwise = PredictionHeads(48, specs, HeadSettings(kind="layerwise"))
+    split = PredictionHeads(48, specs)
+    assert contents(student, None, {}, {})["version"] == 1
+    assert contents(student, split, specs, {})["version"] == 1
+    assert contents(student, layerwise, specs, {})["version"] == 2
+    assert contents(copy, None, {}, {})["version"] == 2
+    assert set(contents(student, split, specs, {})["targets"]["a"]) == {"layers", "parts"}
 
 
 def run(student, step=1, **parts):

@@ -7,12 +7,12 @@ from s3prl_ekd.distill.aggregation import TargetSpec
 from s3prl_ekd.distill.heads import PredictionHeads, check_layers
 from s3prl_ekd.distill.settings import DistillSettings, HeadSettings, TeacherSettings
 from s3prl_ekd.distill.student_forward import StudentOutput
-from s3prl_ekd.distill.student_settings import CopySettings
+from s3prl_ekd.distill.student_settings import CopySettings, StudentSettings
 from s3prl_ekd.errors import ConfigError, TeacherError
 from s3prl_ekd.files.config import from_plain_data
 from s3prl_ekd.student_file import LoadedStudent, load_student, write_student
 
-from .pruned_students import noise, pruned_settings, pruned_student
+from .gated_students import gated_settings, gated_student, noise
 
 WIDTH = 6
 DPHUBERT = ((0,), (4,), (8,), (12,))
@@ -103,14 +103,15 @@ def test_gradients_reach_each_layer():
 
 def test_a_student_with_too_few_layers_is_refused():
     specs = {"t": TargetSpec(2, (WIDTH,), ((0,), (3, 9)))}
-    check_layers(specs, 9)
+    student = StudentSettings(encoder_layers=9)
+    check_layers(specs, student)
     with pytest.raises(TeacherError, match="layer 9"):
-        check_layers(specs, 8)
+        check_layers(specs, StudentSettings(encoder_layers=8))
 
 
 def test_teachers_of_different_layers_are_refused():
     with pytest.raises(TeacherError, match="separate"):
-        check_layers({"average": TargetSpec(2, (WIDTH,))}, 12)
+        check_layers({"average": TargetSpec(2, (WIDTH,))}, StudentSettings(encoder_layers=12))
 
 
 def experiment(layers=(0, 4), **head_settings):
@@ -141,7 +142,7 @@ def test_other_heads_share_nothing():
 
 @pytest.mark.parametrize("suffix", ["pt", "safetensors"])
 def test_heads_are_read_from_a_student_file(suffix, tmp_path):
-    student = pruned_student(pruned_settings(units=()))
+    student = gated_student(gated_settings(units=()))
     specs = {
         "average": TargetSpec(3, (24,), ((0,), (1, 2), (3,))),
         "concat": TargetSpec(2, (24, 10), ((2,), (3,))),

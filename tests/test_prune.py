@@ -1,17 +1,21 @@
 """Distil and prune a copied student, cut it with `prune`, distil it again; and bad input."""
 
+import dataclasses
 import shlex
 import shutil
 import sys
 from pathlib import Path
 
 import pytest
+import soundfile
 import torch
 import yaml
 from s3prl_ekd.upstream.expert import UpstreamExpert
 
 from s3prl_ekd import cli
-from s3prl_ekd.distill.settings import TeacherSettings
+from s3prl_ekd.distill.heads import PredictionHeads
+from s3prl_ekd.distill.pruning.cut import cut, differences
+from s3prl_ekd.distill.settings import HeadSettings, TeacherSettings
 from s3prl_ekd.distill.student import Student
 from s3prl_ekd.distill.student_settings import CopySettings
 from s3prl_ekd.errors import TeacherError
@@ -54,6 +58,16 @@ def write_second(teachers, file="pruned.pt", layers=(0, 2, 4), keep_heads=True, 
     """``model.yaml`` of the second distillation."""
     student = {"kind": "file", "file": str(file), "keep_heads": keep_heads}
     write_model(teachers, layers, **{"student": student, "pruning": None, **changes})
+
+
+def write_second_of_two(files) -> None:
+    """``model.yaml`` of a second distillation from two teachers, after a first one from one."""
+    names = ("hubert", "robust")
+    targets = {name: {"model": str(files[name]), "layers": [0, 2, 4]} for name in names}
+    config = yaml.safe_load(Path("model.yaml").read_text())
+    student = {"kind": "file", "file": "average.pt"}
+    changes = {"teachers": targets, "student": student, "aggregation": "average", "pruning": None}
+    Path("model.yaml").write_text(yaml.safe_dump({**config, **changes}))
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +115,7 @@ def test_prune(here, capsys, caplog):
         sum(p.numel() for n, p in model.named_parameters() if not n.endswith("log_alpha"))
         for model in (gated.student, again.student)
     )
-    expected = {"from": before, "to": after, "sparsity": 0.3, "by": "parameters"}
+    expected = {"from": before, "to": after, "of": "hubert", "sparsity": 0.3, "by": "parameters"}
     assert again.about == {**gated.about, "pruned": expected}
     words = output.out.split()
     for text in (f"{before:,}", f"{after:,}", f"{100 * (1 - after / before):.1f}", "30.0"):
@@ -123,9 +137,21 @@ def test_a_sparsity_that_was_not_reached(here, caplog, capsys):
     assert "0.500" in record.getMessage()
 
 
-def test_prune_on_audio_and_at_random(here, corpus, capsys):
-    audio = str(corpus / "audio/u3.flac")
-    assert cli.main(["prune", RUN, "-o", "a.pt", "--audio", audio, "--random", "3"]) == 0
+def test_prune_compares_on_audio(here, corpus, monkeypatch):
+    lengths = []
+
+    def record(gated, small, waves):
+        lengths.extend(len(wave) for wave in waves)
+        return differences(gated, small, waves)
+
+    monkeypatch.setattr("s3prl_ekd.distill.pruning.cut.differences", record)
+    audio = corpus / "audio/u3.flac"
+    assert cli.main(["prune", RUN, "-o", "a.pt", "--audio", str(audio)]) == 0
+    assert lengths == [soundfile.info(audio).frames]
+
+
+def test_prune_at_random(here, capsys):
+    assert cli.main(["prune", RUN, "-o", "a.pt", "--random", "3"]) == 0
     drawn, pruned = load_student("a.pt"), load_student("pruned.pt")
     assert drawn.about["pruned"] == {**pruned.about["pruned"], "random": 3}
     assert drawn.student.settings.ffn_dims == pruned.student.settings.ffn_dims
@@ -140,9 +166,9 @@ def test_prune_without_matplotlib(here, monkeypatch, capsys):
 
 
 def test_the_second_distillation(here, corpus, pretrain, capfd):
-    """Its config is the one that `prune` prints; a resumed run ends as an uninterrupted one."""
+    """Its command is the one that `prune` prints; a resumed run ends as an uninterrupted one."""
     with edit_yaml("runner.yaml") as config:
-        config["runner"] |= {"total_steps": 6, "save_step": 3, "eval_step": 3}
+        config["runner"]["eval_step"] = 3
         config["pretrain_expert"]["datarc"] |= {"file_path": "tables", "dev_sets": ["dev"]}
     shutil.copytree(corpus / "tables", "tables")
     shutil.copy("tables/train.csv", "tables/dev.csv")
@@ -157,7 +183,9 @@ def test_the_second_distillation(here, corpus, pretrain, capfd):
     folder = Path("result/pretrain/second")
     assert load_student(folder / "dev-best.ckpt").student.is_cut
     finished, started = saved_states("second"), load_student("pruned.pt")
-    assert finished["Step"] == 6
+    assert finished["Step"] == 6  # half of the first run's
+    assert finished["Config"]["optimizer"]["lr"] == 5e-4
+    assert finished["EKD"]["about"]["pruned"] == started.about["pruned"]
     student = load_student(folder / "states-6.ckpt")
     assert student.student.settings == started.student.settings
     moved = [
@@ -199,23 +227,67 @@ def test_the_second_distillation(here, corpus, pretrain, capfd):
         ((RUN, "-o", "new.yaml"), ["new.yaml"]),
         ((RUN, "-o", "new.pt", "--random", "-1"), ["--random", "-1"]),
         ((RUN, "-o", "new.pt", "--random", str(2**64)), ["--random", str(2**64)]),
+        ((RUN, "-o", "."), ["-o ."]),
+        ((RUN, "-o", "/"), ["-o /"]),
+        (("gated.pt", "-o", "gated.pt", "--force"), ["gated.pt", "gates"]),
+        ((RUN, "-o", "model.pt", "--force"), ["model.yaml"]),  # a config of the user's
         (("far.pt", "-o", "new.pt"), ["far.pt", "sparsity", "1.5"]),
+        (("extends.pt", "-o", "new.pt"), ["extends.pt", "extends"]),
+        (("units.pt", "-o", "new.pt"), ["attention"]),  # it has no gates of this kind
         (("not_finite.pt", "-o", "new.pt"), ["not_finite.pt", "nan"]),
+        (("not_finite.pt", "-o", "new.pt", "--random", "1"), ["not_finite.pt", "nan"]),
     ],
 )
 def test_prune_refuses(here, student_settings, capsys, argv, parts):
     write_student(LoadedStudent(Student(student_settings), None, {}, {}), "distil.pt")
     Path("taken.png").touch()
-    if argv[0] in ("far.pt", "not_finite.pt"):
-        loaded = load_student(f"{RUN}/states-{STEPS}.ckpt")
-        if argv[0] == "far.pt":
-            loaded.about["config"]["pruning"]["sparsity"] = 1.5
-        else:
-            loaded.student.backbone.post_extract_proj.bias.data.fill_(float("nan"))
+    loaded = load_student(f"{RUN}/states-{STEPS}.ckpt")
+    config = loaded.about["config"]
+    if argv[0] == "far.pt":
+        config["pruning"]["sparsity"] = 1.5
+    elif argv[0] == "extends.pt":
+        config["extends"] = "model.yaml"
+    elif argv[0] == "units.pt":
+        config["pruning"]["units"] = ["attention"]
+    elif argv[0] == "not_finite.pt":
+        loaded.student.backbone.post_extract_proj.bias.data.fill_(float("nan"))
+    if argv[0].endswith(".pt") and argv[0] not in ("pruned.pt", "distil.pt", "missing.pt"):
         write_student(loaded, argv[0])
     message = error_of(capsys, "prune", *argv)
     assert all(part in message for part in parts), message
     assert not Path("new.pt").exists()
+
+
+def test_a_cut_that_changes_hidden_states_is_not_written(here, capsys, monkeypatch):
+    def damaged(student, values):
+        small = cut(student, values)
+        small.backbone.encoder.layers[2].fc2.bias.data[0] += 0.1
+        return small
+
+    monkeypatch.setattr("s3prl_ekd.distill.pruning.cut.cut", damaged)
+    assert "differs" in error_of(capsys, "prune", RUN, "-o", "new.pt")
+    assert not Path("new.pt").exists()
+
+
+def test_prune_with_norms_over_all_channels(here, capsys):
+    loaded = load_student(f"{RUN}/states-{STEPS}.ckpt")
+    gates = dataclasses.replace(loaded.student.settings.gates, norms="all")
+    settings = dataclasses.replace(loaded.student.settings, gates=gates)
+    student = Student(settings).eval()
+    student.load_state_dict(loaded.student.state_dict())
+    loaded.about["config"]["pruning"]["norms"] = "all"
+    write_student(LoadedStudent(student, None, {}, loaded.about), "all.pt")
+    assert cli.main(["prune", "all.pt", "-o", "new.pt"]) == 0
+    assert "pruning.norms" in capsys.readouterr().out
+    config = yaml.safe_load(Path("new.yaml").read_text())
+    assert config["student"] == {"kind": "file", "file": "new.pt", "keep_heads": False}
+    cut_student = load_student("new.pt").student
+    assert largest_difference(student, cut_student) > 1e-3
+
+
+def test_prune_warns_of_a_run_that_has_not_ended(here, caplog):
+    assert cli.main(["prune", f"{RUN}/states-6.ckpt", "-o", "early.pt"]) == 0
+    assert any("6 of 12" in record.getMessage() for record in caplog.records)
 
 
 def test_prune_needs_usable_audio(here, capsys):
@@ -240,6 +312,10 @@ SECOND = {
         lambda t: write_second({"hubert": t["robust"]}),
         ["student.file", "pruned.pt", "teachers.hubert.model"],
     ),
+    "one teacher more": (
+        write_second_of_two,
+        ["student.file", "average.pt", "robust"],
+    ),
     "more layers": (lambda t: write_second(t, layers=(0, 1, 2, 4)), ["student.file", "4 layers"]),
     "as many other layers": (
         lambda t: write_second(t, layers=(1, 2, 4)),
@@ -260,8 +336,20 @@ SECOND = {
 FIRST_STEP = {
     "optimizer": (lambda t: write_model(t), ["FusedAdamW", "AdamW_with_schedule"]),
     "out of reach": (
-        lambda t: write_model(t, pruning={"units": ["heads"], "sparsity": 0.9}),
+        lambda t: write_model(t, pruning={"units": ["heads"], "sparsity": 0.9, "reach_at": 1}),
         ["pruning.sparsity", "0.9", "heads"],
+    ),
+    "too short": (
+        lambda t: write_model(t, pruning={"sparsity": 0.3}),
+        ["pruning.reach_at", "5000", "runner.total_steps", "12"],
+    ),
+    "layer drop": (
+        lambda t: write_model(t, student={**STUDENT, "encoder_layerdrop": 0.1}, pruning=None),
+        ["layerwise", "encoder_layerdrop", "0.1"],
+    ),
+    "seconds": (
+        lambda t: write_model(t, pruning={"by": "macs", "seconds": 0.001}),
+        ["seconds", "0.001"],
     ),
     "unknown unit": (lambda t: write_model(t, pruning={"units": ["hedas"]}), ["hedas", "heads"]),
     "no units": (lambda t: write_model(t, pruning={"units": []}), ["units", "[]"]),
@@ -293,6 +381,9 @@ FIRST_STEP = {
 def test_refused_configs(here, teachers, pretrain, case):
     loaded = load_student("pruned.pt")
     write_student(loaded, "headless.pt", keep_heads=False)
+    average = {"average": loaded.targets["hubert"]}
+    heads = PredictionHeads(48, average, HeadSettings(kind="layerwise"))
+    write_student(LoadedStudent(loaded.student, heads, average, loaded.about), "average.pt")
     write, parts = {**SECOND, **FIRST_STEP}[case]
     write(teachers)
     if case == "optimizer":

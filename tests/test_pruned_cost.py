@@ -18,7 +18,7 @@ from s3prl_ekd.distill.pruning.cut import cut, gate_values
 from s3prl_ekd.distill.student_settings import GateSettings, PrunedSettings
 from s3prl_ekd.superb.macs import count_macs
 
-from .pruned_students import ALL_UNITS, LAYOUTS, noise, pruned_settings, pruned_student, saturate
+from .gated_students import ALL_UNITS, LAYOUTS, gated_settings, gated_student, noise, saturate
 
 BASE = {
     "conv_layers": ((512, 10, 5), *[(512, 3, 2)] * 4, *[(512, 2, 2)] * 2),
@@ -72,7 +72,7 @@ def test_the_expected_sparsity_of_hubert_base_at_the_start():
 
 
 def saturated(layout, closed):
-    student = pruned_student(pruned_settings(ALL_UNITS, **LAYOUTS[layout]))
+    student = gated_student(gated_settings(ALL_UNITS, **LAYOUTS[layout]))
     saturate(student, CLOSED[closed])
     return student, cut(student, gate_values(student))
 
@@ -108,8 +108,8 @@ def test_expected_macs_are_those_of_the_cut_student(layout, closed):
 
 def test_the_cost_between_whole_widths_is_a_product_of_expectations():
     """By a sum over all of a layer's weights, each with the probability that it is kept."""
-    settings = pruned_settings(ALL_UNITS)
-    student = pruned_student(settings)
+    settings = gated_settings(ALL_UNITS)
+    student = gated_student(settings)
     probability = {
         (unit, i): [1 / (1 + math.exp(-a) * 11 ** (-2 / 3)) for a in gate.log_alpha.tolist()]
         for unit, i, gate in student.backbone.gates()
@@ -132,7 +132,7 @@ def test_the_cost_between_whole_widths_is_a_product_of_expectations():
 
 
 def test_the_smallest_widths_keep_one_channel():
-    settings = pruned_settings()
-    widths = smallest_widths(settings, pruned_student(settings).backbone)
+    settings = gated_settings()
+    widths = smallest_widths(settings, gated_student(settings).backbone)
     assert (widths.conv, widths.heads, widths.ffn) == ([1] * 7, [0] * 3, [0] * 3)
     assert widths.attention == widths.feed_forward == [1] * 3

@@ -33,7 +33,7 @@ from .kill_and_resume import flat_values, unequal
 COPY = {"kind": "copy", "of": "hubert"}
 # Without dropout only the gates are random.
 NO_DROPOUT = {**COPY, "dropout": 0.0, "attention_dropout": 0.0, "input_dropout": 0.0}
-PRUNING = {"sparsity": 0.4, "reach_at": 4, "units": ["conv", "heads", "ffn", "attention"]}
+PRUNING = {"sparsity": 0.4, "reach_at": 1, "units": ["conv", "heads", "ffn", "attention"]}
 ADAMW = {"name": "FusedAdamW", "lr": 1e-3, "warmup_proportion": 0.1}
 
 
@@ -328,7 +328,7 @@ def test_gates_in_eval_mode_are_fixed(folder):
     losses = [float(expert.distiller(batch, step=5)[0]) for _ in range(2)]
     assert losses[0] == losses[1] and torch.equal(state, torch.get_rng_state())
     # 1 % of 32 conv channels and of 4 heads, less than half a gate, and sigmoid(-1.6) = 17 % of
-    # the 64 feed-forward units are closed (see test_pruning for the constants)
+    # the 64 feed-forward units are closed (see test_gates for the constants)
     for unit, _, gate in expert.distiller.student.backbone.gates():
         assert int((gate.values == 0).sum()) == {"ffn": 11}.get(unit, 0)
     expert.train()
@@ -347,6 +347,7 @@ def test_the_best_checkpoint_is_one_of_the_final_sparsity(folder, dev_table, pre
 
 
 def test_sparsity_in_tensorboard_and_in_the_progress_bar(folder, pretrain_with):
+    write_pruning(folder, pruning={**PRUNING, "reach_at": 4})
     code, output = pretrain_with("x", log_step=1)
     assert code == 0
     scalars = read_scalars("result/pretrain/x")

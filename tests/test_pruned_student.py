@@ -5,7 +5,7 @@ import torch
 
 from s3prl_ekd.distill.pruning.gates import Gate
 
-from .pruned_students import ALL_UNITS, LAYOUTS, noise, pruned_settings, pruned_student
+from .gated_students import ALL_UNITS, LAYOUTS, gated_settings, gated_student, noise
 
 
 def outputs(student, *lengths, seed=5):
@@ -16,7 +16,7 @@ def outputs(student, *lengths, seed=5):
 @pytest.mark.parametrize("layout", [n for n, s in LAYOUTS.items() if "extractor_mode" in s])
 def test_padding_does_not_change_valid_frames(layout):
     """With layer norms in the extractor; group norm is taken over the padding, too."""
-    student = pruned_student(pruned_settings(ALL_UNITS, **LAYOUTS[layout]))
+    student = gated_student(gated_settings(ALL_UNITS, **LAYOUTS[layout]))
     waves, lengths = noise(9_000, 6_500)
     with torch.no_grad():
         batch = student(waves, lengths)
@@ -30,7 +30,7 @@ def test_padding_does_not_change_valid_frames(layout):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_other_utterances_do_not_change_an_utterance(layout):
-    student = pruned_student(pruned_settings(ALL_UNITS, **LAYOUTS[layout]))
+    student = gated_student(gated_settings(ALL_UNITS, **LAYOUTS[layout]))
     waves, lengths = noise(9_000, 6_500)
     changed = waves.clone()
     changed[0] = torch.randn(9_000)
@@ -43,7 +43,7 @@ def test_other_utterances_do_not_change_an_utterance(layout):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_gradients_reach_every_gate_and_weight(layout):
-    student = pruned_student(pruned_settings(ALL_UNITS, **LAYOUTS[layout])).train()
+    student = gated_student(gated_settings(ALL_UNITS, **LAYOUTS[layout])).train()
     for _, _, gate in student.backbone.gates():
         gate.log_alpha.data.fill_(0.5)
     total = {name: torch.zeros(()) for name, _ in student.named_parameters()}
@@ -67,7 +67,7 @@ def test_gradients_reach_every_gate_and_weight(layout):
 @pytest.mark.parametrize("unit", ALL_UNITS)
 def test_the_gradient_of_a_gate_is_the_slope_of_the_loss(unit):
     """Against a difference of two losses with the same draws; some norms compute in float32."""
-    student = pruned_student(pruned_settings((unit,), **LAYOUTS["wavlm"])).train().double()
+    student = gated_student(gated_settings((unit,), **LAYOUTS["wavlm"])).train().double()
     *_, (_, _, gate) = student.backbone.gates()
     waves, lengths = noise(3_000)
 
@@ -88,10 +88,10 @@ def test_the_gradient_of_a_gate_is_the_slope_of_the_loss(unit):
 
 @pytest.mark.parametrize("layout", ["hubert", "wavlm_large"])
 def test_recomputing_activations_gives_the_same_gradients(layout):
-    settings = pruned_settings(ALL_UNITS, **LAYOUTS[layout], dropout=0.1, attention_dropout=0.1)
+    settings = gated_settings(ALL_UNITS, **LAYOUTS[layout], dropout=0.1, attention_dropout=0.1)
     gradients = []
     for recompute in (False, True):
-        student = pruned_student(settings).train()
+        student = gated_student(settings).train()
         student.activation_checkpointing = recompute
         torch.manual_seed(2)
         outputs(student, 4_000, 3_000).last.square().mean().backward()
@@ -102,7 +102,7 @@ def test_recomputing_activations_gives_the_same_gradients(layout):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_bfloat16_is_close_to_float32(layout):
-    student = pruned_student(pruned_settings(ALL_UNITS, **LAYOUTS[layout]))
+    student = gated_student(gated_settings(ALL_UNITS, **LAYOUTS[layout]))
     for _, _, gate in student.backbone.gates():
         gate.log_alpha.data += 4  # otherwise little is left of the signal
     with torch.no_grad():
@@ -117,7 +117,7 @@ def test_bfloat16_is_close_to_float32(layout):
 
 
 def test_equal_random_states_give_equal_draws():
-    student = pruned_student(pruned_settings(ALL_UNITS)).train()
+    student = gated_student(gated_settings(ALL_UNITS)).train()
     results = []
     for seed in (4, 4, 5):
         torch.manual_seed(seed)

@@ -16,7 +16,7 @@ from s3prl_ekd.errors import ConfigError
 from s3prl_ekd.pretrain.optim import fused_adamw
 from s3prl_ekd.superb.macs import count_macs
 
-from .pruned_students import ALL_UNITS, WAVLM, noise, pruned_settings, pruned_student, saturate
+from .gated_students import ALL_UNITS, WAVLM, gated_settings, gated_student, noise, saturate
 
 
 def comparison(step):
@@ -25,7 +25,7 @@ def comparison(step):
 
 
 def make(units=("conv", "heads", "ffn"), changes=None, **pruning):
-    student = pruned_student(pruned_settings(units, **(changes or {})))
+    student = gated_student(gated_settings(units, **(changes or {})))
     return student, SparsityTerm(student, PruningSettings(units=units, **pruning))
 
 
@@ -151,6 +151,6 @@ def test_a_target_out_of_reach_is_refused():
 
 
 def test_units_that_the_student_lacks_are_refused():
-    student = Student(pruned_settings(("heads", "ffn"), heads=((),) * 3))
+    student = Student(gated_settings(("heads", "ffn"), heads=((),) * 3))
     with pytest.raises(ConfigError, match="heads"):
         SparsityTerm(student, PruningSettings(units=("heads", "ffn"), sparsity=0.1))

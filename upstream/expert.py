@@ -20,7 +20,8 @@ logger = logging.getLogger(__name__)
 class UpstreamExpert(UpstreamBase):
     """A distilled student for s3prl's downstream tasks.
 
-    A student with gates, as in a checkpoint of a pruning run, has fixed gates in eval mode.
+    A student with gates, as in a checkpoint of a pruning run, has fixed gates in eval mode, and is
+    refused in training mode.
 
     Args:
         ckpt: a student file or a checkpoint of ``run_pretrain.py -u ekd``; it has all settings.
@@ -57,7 +58,7 @@ class UpstreamExpert(UpstreamBase):
             layers that each head predicts, if the file has heads of the student's width.
             ``last_hidden_state``: the last of ``hidden_states``.
         """
-        if self.training and not self.student.is_cut:
+        if self.student.training and not self.student.is_cut:
             raise CheckpointError(
                 "the student has gates, which would be drawn at random in fine-tuning (-f); cut it "
                 "first: s3prl-ekd prune CKPT -o pruned.pt"

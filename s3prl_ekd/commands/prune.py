@@ -2,7 +2,8 @@
 
 CKPT is of a run with `pruning` in its model config. FILE is a student file of the smaller student
 with its prediction heads. Next to it, with other suffixes: .yaml, the model config of the second
-distillation, and .png, a picture of what is kept of each layer (extra plots).
+distillation, whose command is printed, and .png, a picture of what is kept of each layer (extra
+plots).
 
 The student with gates and the cut student run on the same audio, and their hidden states are
 compared. They are equal up to rounding, or nothing is written; but not with `pruning.norms: all`,
@@ -16,26 +17,29 @@ from __future__ import annotations
 
 import argparse
 import logging
-import shlex
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError, ConfigError, DataError, SetupError
 from ..files.atomic import atomic_file, explain_write_errors, write_text
+from ..files.config import from_plain_data, to_plain_data
+from ..files.text import read_text
+from ..pretrain.settings import ModelFile, load_model_config
 from ..system.tables import text_table
+from ..workspace import SECOND_STEP_TITLE, Schedule, second_step
 from .export import add_checkpoint, check_output, load_checkpoint
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from ..distill.pruning.cut import Difference
-    from ..distill.student import Student
-    from ..distill.student_settings import PrunedSettings, PruningSettings, Unit
+    from ..distill.pruning.sparsity import SparsityTerm
+    from ..distill.student_settings import PrunedSettings, Unit
 
 logger = logging.getLogger(__name__)
 
-FAR = 0.02  # distance of the expected sparsity from its target that gives a warning (ours)
 ROUNDING = 1e-4  # largest relative difference that rounding may cause (measured: 1e-6)
 
 
@@ -58,9 +62,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Write the student file and the picture; return exit code 0."""
     from ..distill.pruning import cut
-    from ..distill.student_settings import PrunedSettings
+    from ..distill.pruning.sparsity import SparsityTerm
+    from ..distill.student_settings import CopySettings, PrunedSettings
     from ..student_file import LoadedStudent, write_student
 
+    if not args.output.name or args.output.is_dir():
+        raise ConfigError(f"-o {args.output}: expected a file name, such as pruned.pt")
     picture, config = (args.output.with_suffix(suffix) for suffix in (".png", ".yaml"))
     if args.output in (picture, config):
         raise ConfigError(
@@ -72,6 +79,7 @@ def main(args: argparse.Namespace) -> int:
     if args.random is not None and not 0 <= args.random < 2**63:
         raise ConfigError(f"--random must be 0 to {2**63 - 1}, got {args.random}")
     path, loaded = load_checkpoint(args.checkpoint)
+    _check_replaced(args.output, config, path)
     try:
         values = cut.gate_values(loaded.student, args.random)
     except CheckpointError as error:
@@ -85,15 +93,24 @@ def main(args: argparse.Namespace) -> int:
     differences = cut.differences(loaded.student, student, waves)
     exact = cut.is_exact(full) and args.random is None
     worst = max(difference.relative for difference in differences)
-    if exact and not worst <= ROUNDING:
+    if not math.isfinite(worst):
+        raise CheckpointError(
+            f"{path}: its hidden states are not finite ({worst}); prune an earlier checkpoint; "
+            "nothing is written"
+        )
+    if exact and worst > ROUNDING:
         raise CheckpointError(
             f"{path}: the cut student differs by {worst:.1e} of the hidden states' size from the "
             f"student with gates (at most {ROUNDING:.0e} is expected); nothing is written"
         )
 
-    pruning = _pruning_settings(loaded.about, path)
+    model = _model_config(loaded.about, path)
+    pruning = None if model is None else model.pruning
+    term = None if pruning is None else SparsityTerm(loaded.student, pruning)
     before, after = _count(full), _count(small)
     about = {**loaded.about, "pruned": {"from": before, "to": after}}
+    if model is not None and isinstance(model.student, CopySettings):
+        about["pruned"]["of"] = model.student.of
     if pruning is not None:
         about["pruned"] |= {"sparsity": pruning.sparsity, "by": pruning.by}
     if args.random is not None:
@@ -102,12 +119,38 @@ def main(args: argparse.Namespace) -> int:
     print("\n".join([*_conv_table(small, full), "", *_layer_table(small, full, differences), ""]))
     print(f"{path} -> {args.output}, heads {'kept' if loaded.heads else 'absent'}")
     print(f"{before:,} -> {after:,} parameters: {100 * (1 - after / before):.1f} % removed")
-    if pruning is not None:
-        _print_sparsity(loaded.student, small, pruning)
+    if term is not None:
+        _print_sparsity(term, small)
     _print_distance(exact, worst, args.random is not None)
     _draw(picture, small, full)
-    _write_second_step(config, loaded.about, args.output)
+    if model is not None:
+        first = _schedule(loaded.about)
+        keep_heads = loaded.heads is not None
+        text, command = second_step(to_plain_data(model), str(args.output), first, keep_heads)
+        with explain_write_errors(config, CheckpointError):
+            write_text(config, text)
+        print(f"model config of the second distillation: {config}")
+        print(f"next: {command}")
     return 0
+
+
+def _check_replaced(output: Path, config: Path, checkpoint: Path) -> None:
+    """Refuse to replace the student with gates, or a config that is not of this command.
+
+    Raises:
+        CheckpointError: with ``--force``, too.
+    """
+    if output.resolve() == checkpoint.resolve():
+        raise CheckpointError(
+            f"-o {output} is the student with gates, which can be cut again; write the cut one to "
+            "another file"
+        )
+    if config.exists():
+        lines = read_text(config, "configuration", CheckpointError).splitlines()
+        if not lines or not lines[0].startswith(SECOND_STEP_TITLE):
+            raise CheckpointError(
+                f"{config} exists and is not of an earlier `prune`; give -o another name"
+            )
 
 
 def _waves(paths: Sequence[Path]) -> list[Tensor]:
@@ -125,14 +168,31 @@ def _waves(paths: Sequence[Path]) -> list[Tensor]:
     return waves
 
 
-def _pruning_settings(about: Mapping[str, Any], path: Path) -> PruningSettings | None:
-    """``pruning`` of the model config in ``about``; None without one. Raises ConfigError."""
-    from ..distill.student_settings import PruningSettings
-    from ..files.config import from_plain_data
+def _model_config(about: Mapping[str, Any], path: Path) -> ModelFile | None:
+    """The model config in ``about``, checked; None if the student is not of a run.
 
+    Raises:
+        ConfigError: it is not valid.
+    """
     config = about.get("config")
-    data = config.get("pruning") if isinstance(config, dict) else None
-    return None if data is None else from_plain_data(PruningSettings, data, f"{path}: pruning")
+    if not isinstance(config, dict):
+        return None
+    try:
+        return load_model_config(config)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: the config in its `about`: {error}") from None
+
+
+def _schedule(about: Mapping[str, Any]) -> Schedule:
+    """Steps and learning rate of the run; a warning if it has not ended."""
+    try:
+        first = from_plain_data(Schedule, about.get("run", {}), "run")
+    except ConfigError:  # of a hostile file
+        first = Schedule()
+    step = about.get("step")
+    if "run" in about and isinstance(step, int) and step < first.total_steps:
+        logger.warning("the run has not ended: step %d of %d", step, first.total_steps)
+    return first
 
 
 def _count(settings: PrunedSettings) -> int:
@@ -164,24 +224,24 @@ def _layer_table(
     return text_table(rows, rule=True)
 
 
-def _print_sparsity(student: Student, small: PrunedSettings, pruning: PruningSettings) -> None:
+def _print_sparsity(term: SparsityTerm, small: PrunedSettings) -> None:
     """Print the expected sparsity beside its target, which the cut student has up to rounding."""
     from ..distill.pruning.cost import as_number, full_widths
-    from ..distill.pruning.sparsity import SparsityTerm
 
-    term = SparsityTerm(student, pruning)
+    pruning = term.pruning
     if pruning.by == "macs":
         after = as_number(term.cost(full_widths(small)))
         share = f"{100 * (1 - after / term.full):.1f} % removed"
         print(f"{term.full:,.0f} -> {after:,.0f} MACs in {pruning.seconds:g} s: {share}")
     expected = term.expected().item()
     print(f"expected of the gates: {100 * expected:.1f} %; target: {100 * pruning.sparsity:.1f} %")
-    if not abs(expected - pruning.sparsity) <= FAR:
+    if not term.is_reached():
         logger.warning(
-            "the expected sparsity %.3f is more than %s from the target %.3f: the run is not "
-            "finished, or needs more steps after pruning.reach_at or a higher pruning.lr",
-            expected, FAR, pruning.sparsity,
-        )  # fmt: skip
+            "the expected sparsity %.3f is far from the target %.3f: the run is not finished, or "
+            "needs more steps after pruning.reach_at or another pruning.lr",
+            expected,
+            pruning.sparsity,
+        )
 
 
 def _print_distance(exact: bool, worst: float, drawn: bool) -> None:
@@ -216,17 +276,3 @@ def _draw(path: Path, small: PrunedSettings, full: PrunedSettings) -> None:
     with explain_write_errors(path, CheckpointError), atomic_file(path) as file:
         file.write(picture)
     print(f"widths: {path}")
-
-
-def _write_second_step(path: Path, about: Mapping[str, Any], file: Path) -> None:
-    """Write the model config of the second distillation, and print its command."""
-    from ..workspace import second_step
-
-    config = about.get("config")
-    if not isinstance(config, dict):  # the student is not of a run
-        return
-    steps = about.get("step")
-    with explain_write_errors(path, CheckpointError):
-        write_text(path, second_step(config, str(file), steps if type(steps) is int else 50_000))
-    print(f"model config of the second distillation: {path}; its head has steps and lr for -o")
-    print(f"next: run_pretrain.py -u ekd -n NAME -c RUNNER.yaml -g {shlex.quote(str(path))}")

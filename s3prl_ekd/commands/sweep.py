@@ -29,7 +29,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     from ..files.atomic import write_csv
     from ..pretrain.settings import (
-        check_pruning_optimizer,
+        check_pruning_run,
         load_model_config,
         load_runner_config,
     )
@@ -49,7 +49,7 @@ def main(args: argparse.Namespace) -> int:
         args.csv.touch()  # fail before the runs, not hours later
     runner = load_runner_config(args.runner, args.override)
     for config in args.configs:
-        check_pruning_optimizer(load_model_config(config), runner)
+        check_pruning_run(load_model_config(config), runner)
     runs = [
         SweepRun(config, args.runner, seed, args.override)
         for config in args.configs

@@ -41,13 +41,17 @@ class TargetSpec:
     """Shape of a target set: its number of layers, and the widths of its parts along the feature
     axis: one for each teacher in ``concat``, and a single one in other target sets.
 
-    ``members``: the layers of each target, which are those of its teachers if all of them have the
-    same, and otherwise none.
+    ``members``: the layers of each target; empty if the teachers' layers differ.
     """
 
     layers: int
     parts: tuple[int, ...]
     members: tuple[tuple[int, ...], ...] = field(default=(), compare=False)
+
+    def __post_init__(self) -> None:
+        lowest = min((min(target, default=-1) for target in self.members), default=0)
+        if self.members and (len(self.members) != self.layers or lowest < 0):
+            raise ValueError(f"members must have layers of 0 or more for each of {self.layers}")
 
     @property
     def width(self) -> int:

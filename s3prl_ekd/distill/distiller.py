@@ -76,7 +76,7 @@ class EnsembleDistiller(nn.Module):
         if settings.target_norm != "none":
             self.target_norm = TargetNorm(shapes, settings.target_norm, settings.target_norm_steps)
         if settings.heads.kind == "layerwise":
-            check_layers(self.aggregate.specs, student.settings.encoder_layers)
+            check_layers(self.aggregate.specs, student.settings)
         heads = PredictionHeads(student.width, self.aggregate.specs, settings.heads)
         self.trainable = nn.ModuleDict({"student": student, "heads": heads})
         self.weightings = nn.ModuleList()

@@ -13,6 +13,7 @@ from ..errors import TeacherError
 from .aggregation import TargetSpec
 from .settings import HeadSettings
 from .student_forward import StudentOutput
+from .student_settings import Architecture
 
 
 class Head(nn.Module):
@@ -92,8 +93,10 @@ def _sharing(target: tuple[int, ...], settings: HeadSettings) -> int:
     """Number of the group of targets that share a linear layer with ``target``."""
     if settings.share is None:
         return int(target != (0,))
-    groups = enumerate(settings.share)
-    return next(i for i, group in groups if set(target) <= set(group))
+    for i, group in enumerate(settings.share):
+        if set(target) <= set(group):
+            return i
+    raise ValueError(f"heads.share has no group with the layers {[*target]}")
 
 
 def identity_linear(in_width: int, parts: tuple[int, ...]) -> nn.Linear:
@@ -144,12 +147,19 @@ class PredictionHeads(nn.ModuleDict):
         return {name: head(source) for name, head in self.items()}
 
 
-def check_layers(specs: Mapping[str, TargetSpec], depth: int) -> None:
-    """Check that layer-to-layer heads can predict the targets from a student of ``depth`` layers.
+def check_layers(specs: Mapping[str, TargetSpec], student: Architecture) -> None:
+    """Check that layer-to-layer heads can predict the targets from a student.
 
     Raises:
-        TeacherError: the teachers of a target set have different layers, or the student has fewer.
+        TeacherError: the teachers of a target set have different layers, or the student has fewer
+            or skips some at random.
     """
+    depth = student.encoder_layers
+    if student.encoder_layerdrop > 0:
+        raise TeacherError(
+            "heads.kind: layerwise needs all layers of the student, but "
+            f"student.encoder_layerdrop is {student.encoder_layerdrop}; set it to 0"
+        )
     for name, spec in specs.items():
         if not spec.members:
             raise TeacherError(

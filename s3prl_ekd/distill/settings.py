@@ -113,8 +113,9 @@ class HeadSettings:
     def __post_init__(self) -> None:
         check_range(self, 0, math.inf, "residual_weight")
         members = [layer for group in self.share or () for layer in group]
-        if self.share is not None and self.kind != "layerwise":
-            raise ValueError(f"share needs kind: layerwise, got kind: {self.kind}")
+        for name, default in (("share", None), ("of_group", "mean")):
+            if self.kind != "layerwise" and getattr(self, name) != default:
+                raise ValueError(f"{name} needs kind: layerwise, got kind: {self.kind}")
         if len(set(members)) < len(members) or (members and min(members) < 0):
             raise ValueError("share must have distinct layers of 0 or more, each in one group")
 

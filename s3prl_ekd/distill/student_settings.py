@@ -190,7 +190,7 @@ class GateSettings:
     units: tuple[Unit, ...] = ("conv", "heads", "ffn")
     """What has gates: channels of the conv extractor (``conv``), attention heads (``heads``), units
     of the feed-forward networks (``ffn``), whole attention and feed-forward modules
-    (``attention``, ``feed_forward``)."""
+    (``attention``, ``feed_forward``). The default is DPHuBERT's."""
 
     last_conv: Literal["hard", "soft"] = "hard"
     """Gates of the last conv layer outside training. ``hard``: 0 or 1 (ours). ``soft``: fractions,
@@ -249,7 +249,7 @@ class PruningSettings(GateSettings):
     """Length of an utterance for ``by: macs``, in seconds (ours)."""
 
     reach_at: int = 5000
-    """Step at which the target reaches ``sparsity``, linearly from 0 (DPHuBERT)."""
+    """Steps after which the target reaches ``sparsity``, linearly from 0 (DPHuBERT)."""
 
     lr: float = 0.02
     """Learning rate of gates and Lagrange multipliers, with the schedule of the optimizer's ``lr``
@@ -261,9 +261,9 @@ class PruningSettings(GateSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_range(self, 1, math.inf, "reach_at")
-        for name in ("seconds", "lr"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        check_range(self, 0.1, 100, "seconds")
+        if self.lr <= 0:
+            raise ValueError(f"lr must be above 0, got {self.lr}")
         if not 0 < self.sparsity < 1:
             raise ValueError(f"sparsity must be between 0 and 1, got {self.sparsity}")
 
@@ -347,7 +347,8 @@ class PrunedSettings:
                 f"heads and ffn_dims must have an entry for each of 1 to {MAX_LAYERS} layers"
             )
         for places in self.heads:
-            if [*places] != sorted({*places} & {*range(self.encoder_attention_heads)}):
+            inside = all(0 <= place < self.encoder_attention_heads for place in places)
+            if not inside or [*places] != sorted({*places}):
                 raise ValueError(
                     f"heads: {[*places]} are not increasing numbers from 0 to "
                     f"{self.encoder_attention_heads - 1}"

@@ -308,7 +308,16 @@ def how_made(about: Mapping[str, Any], data: str = "") -> str:
         init = _mapping(config, "init")
         source = init.get("teacher") or ", ".join(init.get("average") or ()) or "random weights"
         lines.append(f"- first weights: {source}")
-    if pruning:
+    pruned = _mapping(about, "pruned")
+    if pruned:
+        by = ""
+        if "sparsity" in pruned:
+            by = f" (target: {pruned['sparsity']} of the {pruned.get('by')})"
+        lines.append(
+            f"- pruned: a copy of the teacher `{pruned.get('of')}`, from {pruned.get('from')} to "
+            f"{pruned.get('to')} parameters{by}"
+        )
+    elif pruning:
         lines.append(
             f"- pruned in training: target sparsity {pruning.get('sparsity')} of the "
             f"{pruning.get('by')}"

@@ -234,7 +234,7 @@ def read_extended(
     if isinstance(names, list):
         data["teachers"] = _select_teachers(base.get("teachers"), names, path)
         base.pop("teachers", None)
-    student, base_student = data.get("student"), base.get("student")
+    student, base_student = data.get("student"), base.get("student") or {}
     if isinstance(student, dict) and isinstance(base_student, dict):
         kind = base_student.get("kind", StudentSettings.KIND)
         if student.get("kind", kind) != kind:

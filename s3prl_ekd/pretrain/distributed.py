@@ -214,7 +214,8 @@ def has_unused_layers(distiller: EnsembleDistiller) -> bool:
     """Whether a step can leave layers of the student without a gradient.
 
     Layer drop does, different ones in each process. Layer-to-layer heads do not use the layers
-    above the highest target, and of a pre-norm student that is no copy not the last layer norm.
+    above the highest target. In a pre-norm student of ``kind: distil`` they do not use the
+    encoder's last layer norm either.
     """
     settings, heads = distiller.student.settings, distiller.heads
     if settings.encoder_layerdrop > 0:

@@ -35,6 +35,7 @@ from ..student_file import (  # noqa: E402
     input_layers,
     load_student,
     read_architecture,
+    require_cut,
 )
 from ..teachers import (  # noqa: E402
     check_precision,
@@ -141,16 +142,14 @@ class UpstreamPretrainExpert(nn.Module):
         """The student, unless it is a copy of a teacher, which has to be loaded first."""
         settings = self.settings.student
         self._heads_of_file: LoadedStudent | None = None
+        self._pruned: Any = None  # how the student of a file was pruned
         if isinstance(settings, StudentSettings):
             return Student(settings, self.settings.student_backend)
         if isinstance(settings, CopySettings):
             return None
         loaded = load_student(settings.file)
-        if not loaded.student.is_cut:
-            raise CheckpointError(
-                f"student.file: {settings.file} is not cut to the units that its gates keep; type: "
-                f"s3prl-ekd prune {settings.file} -o pruned.pt"
-            )
+        require_cut(loaded.student, settings.file)
+        self._pruned = loaded.about.get("pruned")
         if settings.keep_heads:
             if loaded.heads is None:
                 raise CheckpointError(
@@ -170,7 +169,10 @@ class UpstreamPretrainExpert(nn.Module):
         instead = "or set student.keep_heads: false to start with new heads"
         heads, specs = self.distiller.heads, self.distiller.aggregate.specs
         assert loaded.heads is not None
-        if loaded.targets != specs or loaded.heads.settings != heads.settings:
+        same_kind = loaded.heads.kind == heads.kind
+        if heads.kind == "layerwise":  # other kinds have no further settings in the file
+            same_kind = same_kind and loaded.heads.settings == heads.settings
+        if loaded.targets != specs or not same_kind:
             raise ConfigError(
                 f"student.file: the heads of {file} predict {describe_targets(loaded.targets)} "
                 f"({loaded.heads.kind}), this experiment {describe_targets(specs)} ({heads.kind}); "
@@ -186,8 +188,13 @@ class UpstreamPretrainExpert(nn.Module):
                     f"run, {instead}"
                 )
         digests = loaded.about.get("teachers")
+        if isinstance(digests, dict) and digests.keys() != self._teacher_digests.keys():
+            raise ConfigError(
+                f"student.file: {file} was distilled from the teachers {', '.join(digests)}, this "
+                f"experiment has {', '.join(self._teacher_digests)}; use the same, {instead}"
+            )
         for name, digest in self._teacher_digests.items():
-            if isinstance(digests, dict) and digests.get(name, digest) != digest:
+            if isinstance(digests, dict) and digests[name] != digest:
                 raise ConfigError(
                     f"student.file: {file} was distilled from another teacher {name} (its weights "
                     f"differ from those of teachers.{name}.model); use that teacher, {instead}"
@@ -351,6 +358,12 @@ class UpstreamPretrainExpert(nn.Module):
         }
         if self._teacher_digests:
             about["teachers"] = self._teacher_digests
+        run, optimizer = all_states["Config"]["runner"], all_states["Config"]["optimizer"]
+        if self.settings.pruning is not None:  # for the second distillation
+            about["run"] = {"total_steps": run["total_steps"], "save_step": run["save_step"]}
+            about["run"]["lr"] = optimizer["lr"]
+        if self._pruned:
+            about["pruned"] = self._pruned
         all_states[RUN_KEY] = contents(
             self.distiller.student, self.distiller.heads, self.distiller.aggregate.specs, about
         )
@@ -374,6 +387,11 @@ class UpstreamPretrainExpert(nn.Module):
             )
             sizes = config_differences(student, to_plain_data(self.distiller.student.settings))
             if sizes:
+                if isinstance(self.settings.student, FileSettings):
+                    raise CheckpointError(
+                        f"student.file {self.settings.student.file} has changed since this run "
+                        f"began: {describe_changes(sizes)} (then -> now); restore it"
+                    )
                 raise CheckpointError(
                     "the checkpoint's student has another architecture: "
                     f"{describe_changes(sizes)} (checkpoint -> this run); start a new run under "

@@ -30,7 +30,7 @@ from ..request import (
 from ..system import torchrun
 from .config_diff import check_changes, check_config_file, config_differences, describe_changes
 from .settings import (
-    check_pruning_optimizer,
+    check_pruning_run,
     check_runner_config,
     load_model_config,
     load_runner_config,
@@ -82,7 +82,7 @@ def check_settings(request: PretrainRequest, states: Mapping[str, Any]) -> None:
             request.config or "pretrain/ekd/config_runner.yaml", request.override
         )
         model = load_model_config(request.upstream_config or "pretrain/ekd/config_model.yaml")
-        check_pruning_optimizer(model, run)
+        check_pruning_run(model, run)
 
 
 def check_other_upstream(request: PretrainRequest, states: Mapping[str, Any]) -> None:

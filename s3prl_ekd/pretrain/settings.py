@@ -231,12 +231,17 @@ def _without_groups(data: Any, where: str, warn: bool = False) -> Any:
     return {**data, "aggregation": "separate"}
 
 
-def check_pruning_optimizer(model: ModelFile, run: RunnerFile) -> None:
-    """Reject pruning with an optimizer that has one learning rate for all weights.
+def check_pruning_run(model: ModelFile, run: RunnerFile) -> None:
+    """Check that a run can prune the student.
 
     Raises:
-        ConfigError: the optimizer is not FusedAdamW.
+        ConfigError: the optimizer has one learning rate for all weights, or the run is too short.
     """
+    if model.pruning is not None and model.pruning.reach_at >= run.runner.total_steps:
+        raise ConfigError(
+            f"pruning.reach_at ({model.pruning.reach_at}) must be below runner.total_steps "
+            f"({run.runner.total_steps}), or the target is never reached"
+        )
     name = run.optimizer["name"]
     if model.pruning is not None and name != FUSED_ADAMW:
         raise ConfigError(

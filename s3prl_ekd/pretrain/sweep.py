@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..distill.student_settings import FileSettings
 from ..errors import SetupError
 from ..files.atomic import make_folder, write_text
 from ..files.config import to_plain_data
@@ -59,6 +60,8 @@ class SweepRun:
         model = restore_keys(to_plain_data(settings), MODEL)
         model.pop("student_backend")  # both backends give equal results; not a key of 0.1
         _drop_new_defaults(model)
+        if isinstance(settings.student, FileSettings):
+            model["student"]["sha256"] = _file_digest(settings.student.file)
         models = [model]
         grouped = all(teacher.groups is not None for teacher in settings.teachers.values())
         if settings.aggregation == "separate" and grouped:
@@ -129,6 +132,14 @@ def _run(run: SweepRun, processes: Jobs, environment: Mapping[str, str]) -> Swee
         content["seconds"] = time.monotonic() - start
         write_text(run.record, json.dumps(content))
     return read_result(run)
+
+
+def _file_digest(path: str) -> str:
+    """SHA-256 of a file's contents. Raises SetupError."""
+    try:
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    except OSError as error:
+        raise SetupError(f"student.file: cannot read {path}: {error.strerror}") from None
 
 
 def _drop_new_defaults(model: dict[str, Any]) -> None:

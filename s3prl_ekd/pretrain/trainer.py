@@ -219,9 +219,9 @@ class Trainer:
                 progress.dev_due = self.has_dev and self.is_due(run.eval_step or run.save_step)
                 if progress.dev_due:
                     self.measure_dev_loss()
+                self.save_or_stop()
                 if self.is_due(run.save_step):
                     self.draw_widths()
-                self.save_or_stop()
                 bar.update()
         if progress.skipped and self.processes.is_main:
             logger.warning(
@@ -282,7 +282,10 @@ class Trainer:
                     loss, logs = self.distiller(data, step=step, detail=step % run.log_step == 0)
                 self.optimizer_step.backward(loss, batch)
             if batch.names:
-                self._step_records["loss_mean"].append(loss.detach())
+                value = loss.detach()
+                if "sparsity/term" in logs:  # may be negative and hide the distance to the teachers
+                    value = value - logs["sparsity/term"]
+                self._step_records["loss_mean"].append(value)
             for name, value in logs.items():
                 self._step_records[name].append(value)  # tensors, which need no synchronisation
         with explain_out_of_memory(step, batch, self.device, self.hint):
@@ -365,8 +368,11 @@ class Trainer:
         from ..system.figures import png
         from .widths import draw_widths
 
-        kept, total = sparsity.widths()
-        picture = png(draw_widths(kept, total))
+        try:
+            picture = png(draw_widths(*sparsity.widths()))
+        except SetupError as error:  # matplotlib is damaged
+            logger.warning("no picture of the widths: %s", error)
+            return
         self.logger.add_picture(f"{self.args.upstream}/widths", picture, self.progress.step)
 
     def gather_records(self) -> None:
@@ -400,6 +406,9 @@ class Trainer:
         is_best = loss < best and (sparsity is None or sparsity.is_reached())
         if self.processes.is_main:
             suffix = ", the best" if is_best else ""
+            if sparsity is not None and not sparsity.is_reached():
+                reached, target = float(sparsity.expected()), sparsity.pruning.sparsity
+                suffix = f", at a sparsity of {reached:.3f}; the best is from {target:.3f} on"
             tqdm.write(f"[Runner] - dev loss {loss:.5f} at step {progress.step}{suffix}")
         if is_best:
             progress.best_loss, progress.best_step = loss, progress.step

@@ -226,8 +226,19 @@ def copied_student(
     """
     from ..distill.pruning.copy import copy_teacher
 
+    model = teacher_model(ensemble, copy.of, "student.of")
     upstream = ensemble[copy.of].upstream
+    student = getattr(upstream, "student", None)  # of a student as a teacher
     normalize = getattr(upstream, "normalize", None)  # of a Hugging Face teacher
-    if normalize is None:
-        normalize = fast.family(upstream) is not None and fast.normalizes(upstream)
-    return copy_teacher(teacher_model(ensemble, copy.of, "student.of"), normalize, copy, pruning)
+    if student is not None:
+        normalize = student.settings.normalize_waveforms
+    elif normalize is None:
+        try:
+            normalize = fast.normalizes(cast("UpstreamBase", upstream))
+        except AttributeError:
+            raise TeacherError(
+                f"student.of: {copy.of}: it is not known whether this teacher "
+                f"({type(upstream).__module__}) normalises waveforms; copy a HuBERT, wav2vec 2.0 "
+                "or WavLM"
+            ) from None
+    return copy_teacher(model, normalize, copy, pruning)

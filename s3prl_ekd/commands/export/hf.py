@@ -37,7 +37,7 @@ def main(args: argparse.Namespace) -> int:
     from ...student_file import require_cut
 
     path, loaded = load_checkpoint(args.checkpoint)
-    require_cut(loaded, path)
+    require_cut(loaded.student, path)
     student = loaded.student
     with export_folder(args.output, args.force, FILES) as folder:
         model = to_hf_model(student)

@@ -6,8 +6,8 @@ A student with gates keeps them; `s3prl-ekd prune` writes it without.
 format: loading it runs no code, with any version of torch. Any other name, such as FILE.pt, is
 written by torch.save and loads with `weights_only=True`.
 
-CKPT may also be a Hugging Face folder: of `export hf`, DistilHuBERT, or any HuBERT or WavLM, which
-becomes a copied student.
+CKPT may also be a Hugging Face folder: of `export hf`, DistilHuBERT, or a HuBERT or WavLM with the
+layout of the Base or Large models, which becomes a copied student.
 
 example:
   s3prl-ekd export student result/pretrain/my_student/states-10000.ckpt -o student.safetensors

@@ -45,7 +45,7 @@ def main(args: argparse.Namespace) -> int:
     from ..cost import print_cost
 
     path, loaded = load_checkpoint(args.checkpoint)
-    require_cut(loaded, path)
+    require_cut(loaded.student, path)
     keep = args.heads == "keep" and loaded.heads is not None
     contents = package_contents(loaded, keep)
     with export_folder(args.output, args.force, FILES) as folder:

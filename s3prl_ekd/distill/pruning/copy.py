@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ...errors import TeacherError
 from ..conv_layers import DEFAULT, parse_conv_layers
 from ..student import Student
-from ..student_settings import CopySettings, PrunedSettings, PruningSettings
+from ..student_settings import CopySettings, PrunedSettings, PruningSettings, check_size
 
 # Parameters of teachers on which no hidden state depends, and those of masking and pretraining.
 _UNUSED = re.compile(
@@ -38,6 +38,7 @@ def copy_teacher(
     weights = {k: v for k, v in model.state_dict().items() if not _UNUSED.match(k)}
     try:
         settings = _settings(model, weights, normalize, copy, pruning)
+        check_size(settings)
         student = Student(settings, start_drop=pruning.start_drop if pruning else None)
         problem = _load(student, weights)
     except (AttributeError, KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
@@ -65,6 +66,8 @@ def _settings(
     attention = encoder.layers[0].self_attn
     buckets = weights.get("encoder.layers.0.self_attn.relative_attention_bias.weight")
     activation = encoder.layers[0].activation_fn.__name__
+    if activation not in ("gelu", "relu"):
+        raise ValueError(f"its activation is {activation}")
     positions = encoder.pos_conv[0]
     return PrunedSettings(
         conv_layers=layers,
@@ -81,7 +84,9 @@ def _settings(
         layer_norm_first=encoder.layer_norm_first,
         position_buckets=0 if buckets is None else len(buckets),
         max_distance=0 if buckets is None else attention.max_distance,
-        feature_scale=pruning is not None and pruning.last_conv == "soft",
+        feature_scale=pruning is not None
+        and pruning.last_conv == "soft"
+        and "conv" in pruning.units,
         gates=None if pruning is None else pruning.gates,
         feature_grad_mult=copy.feature_grad_mult,
         dropout=copy.dropout,

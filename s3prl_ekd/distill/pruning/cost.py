@@ -2,8 +2,9 @@
 
 With the expected widths of a student with gates the cost is differentiable in the gates (DPHuBERT,
 arXiv 2305.17651, section 2.3, and its code). At whole numbers it is exactly the number of
-parameters, or of MACs in matrix products and convolutions, of the student that is cut to them; but
-a layer's gate of WavLM's positions counts as a parameter even if the layer loses all heads.
+parameters, or of MACs in matrix products and convolutions, of the student that is cut to them, with
+two exceptions: if a layer loses all heads, WavLM's position gate counts as if it stayed, and so
+does a pre-norm layer's norm in front of a module that loses all units.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ from .cost import (
 )
 
 SAMPLE_RATE = 16_000  # Hz
-NEAR = 0.01  # expected sparsities this close to the target count as having reached it
+NEAR = 0.02  # expected sparsities this close to the target count as having reached it
 
 
 class Multipliers(nn.Module):

@@ -24,7 +24,7 @@ LAYOUTS = {
 }
 
 
-def pruned_settings(units=("conv", "heads", "ffn"), norms="kept", **changes) -> PrunedSettings:
+def gated_settings(units=("conv", "heads", "ffn"), norms="kept", **changes) -> PrunedSettings:
     """A tiny student with gates for ``units``: 7 conv layers, 3 layers of width 24 with 3 heads."""
     last_conv = "soft" if changes.get("feature_scale") else "hard"
     sizes = {
@@ -45,7 +45,7 @@ def pruned_settings(units=("conv", "heads", "ffn"), norms="kept", **changes) -> 
     return PrunedSettings(**{**sizes, **changes})
 
 
-def pruned_student(settings: PrunedSettings, seed: int = 0) -> Student:
+def gated_student(settings: PrunedSettings, seed: int = 0) -> Student:
     """A student in eval mode whose biases, norms and gates all differ from their first values."""
     torch.manual_seed(seed)
     student = Student(settings).eval()
