@@ -109,6 +109,18 @@ def test_a_student_with_too_few_layers_is_refused():
         check_layers(specs, StudentSettings(encoder_layers=8))
 
 
+def test_a_student_that_skips_layers_is_refused():
+    specs = {"average": TargetSpec(1, (WIDTH,), ((2,),))}
+    with pytest.raises(TeacherError, match="encoder_layerdrop is 0.1"):
+        check_layers(specs, StudentSettings(encoder_layerdrop=0.1))
+
+
+@pytest.mark.parametrize("members", [((0,),), ((0,), (-1,)), ((0,), ())])
+def test_layers_of_targets_in_a_file_are_checked(members):
+    with pytest.raises(ValueError, match="members"):
+        TargetSpec(2, (WIDTH,), members)
+
+
 def test_teachers_of_different_layers_are_refused():
     with pytest.raises(TeacherError, match="separate"):
         check_layers({"average": TargetSpec(2, (WIDTH,))}, StudentSettings(encoder_layers=12))

@@ -12,6 +12,7 @@ from collections import defaultdict
 import pytest
 import torch
 from tensorboardX.proto import event_pb2
+from torch._dynamo.testing import CompileCounter
 
 from s3prl_ekd.distill.distiller import EnsembleDistiller
 from s3prl_ekd.distill.pruning.cut import cut, gate_values
@@ -28,6 +29,7 @@ from s3prl_ekd.student_file import load_student, write_student
 
 from .cache_cases import adapter, cache
 from .conftest import STUDENT, edit_yaml, saved_states
+from .gated_students import WAVLM, gated_settings
 from .kill_and_resume import flat_values, unequal
 
 COPY = {"kind": "copy", "of": "hubert"}
@@ -247,7 +249,7 @@ def test_gates_are_drawn_once_for_each_batch(folder, pretrain_with, monkeypatch)
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 @pytest.mark.slow
-def test_a_compiled_student_has_the_same_gradients_and_is_compiled_once(monkeypatch):
+def test_a_compiled_student_has_the_same_gradients_whatever_its_gates(monkeypatch):
     torch.manual_seed(0)
     settings = PrunedSettings(
         conv_layers=((8, 10, 5), (8, 8, 8), (8, 8, 8)),
@@ -288,6 +290,19 @@ def test_a_compiled_student_has_the_same_gradients_and_is_compiled_once(monkeypa
         assert training == any(name.endswith("log_alpha") for name in values)
         for name, value in values.items():
             assert torch.allclose(compiled[name], value, rtol=1e-3, atol=1e-5), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{}, WAVLM], ids=["hubert", "wavlm"])
+def test_a_compiled_student_with_gates_takes_any_length(changes):
+    """Two graphs, and one of them once more when a second length shows that lengths vary."""
+    torch._dynamo.reset()
+    student, counter = Student(gated_settings(**changes)), CompileCounter()
+    student.compile(dynamic=True, backend=counter)
+    for samples in (8000, 7200, 6400, 9600, 5000, 12345):
+        waves, lengths = torch.randn(2, samples), torch.tensor([samples, samples - 1000])
+        student(waves, lengths).last.square().mean().backward()
+    assert counter.frame_count <= 3
 
 
 @pytest.mark.slow
