@@ -50,7 +50,7 @@ TINY_CHANGES = (
     ("[1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11, 12]", "[1, 2], [3, 4], [5, 6]"),
     ("[0, 4, 8, 12]", "[0, 2, 4, 6]"),
     ("sparsity: 0.75", "sparsity: 0.5"),
-    ("reach_at: 5000", "reach_at: 150"),
+    ("reach_at: 5000", "reach_at: 225"),
     ("lr: 0.02", "lr: 0.1"),
     ("encoder_layers: 12", "encoder_layers: 6"),
     ("encoder_embed_dim: 384", "encoder_embed_dim: 96"),

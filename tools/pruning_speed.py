@@ -78,6 +78,8 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=10, metavar="N", help="(default: 10)")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="(default: 1)")
     args = parser.parse_args()
+    if args.turns < 1:
+        parser.error("--turns must be 1 or more")
     compat.apply()
     quiet_s3prl()
     torch.set_num_threads(args.threads)

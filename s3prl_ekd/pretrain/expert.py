@@ -85,7 +85,7 @@ class UpstreamPretrainExpert(nn.Module):
         check_teacher_names(self.settings.teachers)
         check_precision(self.settings.teacher_precision, str(device))
         self.data = load_data_config(datarc)
-        student = self._small_student()
+        student = self._student_before_teachers()
         self.targets: TargetReader | None = None
         if self.data.target_cache is not None:
             from .target_cache import use
@@ -138,7 +138,7 @@ class UpstreamPretrainExpert(nn.Module):
         if self.targets is not None:
             use.free_teachers(teachers)
 
-    def _small_student(self) -> Student | None:
+    def _student_before_teachers(self) -> Student | None:
         """The student, unless it is a copy of a teacher, which has to be loaded first."""
         settings = self.settings.student
         self._heads_of_file: LoadedStudent | None = None
