@@ -19,6 +19,7 @@ from s3prl_ekd.distill.pruning.cut import cut, gate_values
 from s3prl_ekd.distill.settings import HeadSettings
 from s3prl_ekd.distill.student import Student
 from s3prl_ekd.distill.student_settings import GateSettings, StudentSettings
+from s3prl_ekd.errors import CheckpointError
 from s3prl_ekd.export.hidden_set import sandbox
 from s3prl_ekd.export.hidden_set.package import package_contents, write_package
 from s3prl_ekd.student_file import LoadedStudent, contents, load_student, write_student
@@ -219,9 +220,15 @@ def test_a_student_with_gates(tmp_path, capsys, waves, variant):
             with torch.no_grad():
                 assert_equal(model(waves)["hidden_states"], states)
                 assert_equal(model(waves)["hidden_states"], states)
-    error = error_of(capsys, "export", "superb", checkpoint, "-o", tmp_path / "package")
-    assert str(checkpoint) in error and "s3prl-ekd prune" in error
+    for argv in (
+        ("export", "superb", checkpoint, "-o", tmp_path / "package"),
+        ("cost", "-u", "ekd_student", "-k", checkpoint),
+    ):
+        error = error_of(capsys, *argv)
+        assert str(checkpoint) in error and "s3prl-ekd prune" in error
     assert not (tmp_path / "package").exists()
+    with pytest.raises(CheckpointError, match="fine-tuning"):
+        upstream(checkpoint).train()(waves)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -41,8 +41,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Count, print, and write the JSON with ``-o``; the exit code is 0."""
-    from ..distill.student import Student
-    from ..student_file import require_cut
     from ..superb.cost import (
         LENGTHS,
         build_upstream,
@@ -66,9 +64,6 @@ def main(args: argparse.Namespace) -> int:
         cost = package_cost(args.package, lengths)
     else:
         upstream = build_upstream(args.upstream, args.ckpt)
-        student = getattr(upstream, "student", None)
-        if isinstance(student, Student):
-            require_cut(student, args.ckpt)
         check_forward(upstream, selection, args.upstream)
         cost = measure_cost(upstream, lengths, selection)
     print_cost(cost)

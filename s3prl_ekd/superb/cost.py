@@ -110,10 +110,13 @@ def build_upstream(hub_name: str, checkpoint: str | None) -> nn.Module:
 
     Raises:
         SetupError: no such name in ``s3prl.hub``, or the upstream cannot be built.
+        CheckpointError: a student that still has gates, whose size is not final.
     """
     from .. import compat
+    from ..distill.student import Student
     from ..files.torch_load import build_limit, restrict_torch
     from ..registration import register
+    from ..student_file import require_cut
     from ..teachers.checkpoint import check_upstream_file
 
     restrict_torch()
@@ -135,6 +138,9 @@ def build_upstream(hub_name: str, checkpoint: str | None) -> nn.Module:
     except Exception as error:  # an upstream may raise anything
         source = hub_name if checkpoint is None else f"{hub_name} with {checkpoint}"
         raise SetupError(f"cannot build upstream {source}: {first_line(error)}") from None
+    student = getattr(upstream, "student", None)
+    if isinstance(student, Student):
+        require_cut(student, file)
     return upstream.eval()
 
 
