@@ -390,20 +390,28 @@ def _cell(values: Sequence[float]) -> str:
 def _plot(study: Study, rows: dict[tuple[str, float], list[dict[str, Any]]]) -> None:
     from s3prl_ekd.system.figures import new_figure
 
-    figure = new_figure(10, 3)
-    axes = figure.subplots(1, 3)
-    for axis, measure in zip(axes, MEASURES[2:], strict=True):
-        for kind in dict.fromkeys(kind for kind, _ in rows):
+    figure = new_figure(13, 3)
+    axes = figure.subplots(1, 4)
+    for axis, measure in zip(axes, MEASURES[1:], strict=True):
+        for index, kind in enumerate(dict.fromkeys(kind for kind, _ in rows)):
             points = [
-                (s, r[measure]) for (k, s), results in rows.items() if k == kind for r in results
+                (sparsity, result[measure])
+                for (k, sparsity), results in rows.items()
+                for result in results
+                if k == kind and measure in result
             ]
-            levels = sorted({s for s, _ in points})
-            means = [statistics.fmean(v for s, v in points if s == level) for level in levels]
-            line = axis.plot(levels, means, marker="o", label=kind.replace("_", " "))[0]
-            axis.scatter(*zip(*points, strict=True), s=12, alpha=0.5, color=line.get_color())
-        axis.set(title=measure.replace("_", " "), xlabel="sparsity", ylabel="accuracy, %")
+            if not points:
+                continue
+            levels = sorted({level for level, _ in points})
+            means = [statistics.fmean(v for at, v in points if at == level) for level in levels]
+            color = f"C{index}"
+            axis.plot(levels, means, marker="o", label=kind.replace("_", " "), color=color)
+            axis.scatter(*zip(*points, strict=True), s=12, alpha=0.5, color=color)
+        is_loss = measure == "dev_loss"
+        title = "loss on dev" if is_loss else measure.replace("_", " ")
+        axis.set(title=title, xlabel="sparsity", ylabel="loss" if is_loss else "accuracy, %")
         axis.grid(alpha=0.3)
-    axes[0].legend(frameon=False)
+    axes[1].legend(frameon=False)
     figure.savefig(study.folder / "report.png", dpi=120)
 
 
