@@ -37,7 +37,7 @@ from s3prl_ekd.pretrain_expert import UpstreamPretrainExpert  # noqa: E402, F401
 
 # A tiny experiment is a full one with another first comment and these replacements. The teachers of
 # tiny_model.yaml have 6 layers of width 192, those of config_model.yaml 12 of 768. A tiny run has
-# 450 steps, in which gates close only with a higher learning rate.
+# 600 steps, in which gates close only with a higher learning rate.
 TINY_HEAD = """\
 # A tiny version of experiments/{name}.yaml, for a laptop.
 #
@@ -50,7 +50,7 @@ TINY_CHANGES = (
     ("[1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11, 12]", "[1, 2], [3, 4], [5, 6]"),
     ("[0, 4, 8, 12]", "[0, 2, 4, 6]"),
     ("sparsity: 0.75", "sparsity: 0.5"),
-    ("reach_at: 5000", "reach_at: 225"),
+    ("reach_at: 5000", "reach_at: 300"),
     ("lr: 0.02", "lr: 0.1"),
     ("encoder_layers: 12", "encoder_layers: 6"),
     ("encoder_embed_dim: 384", "encoder_embed_dim: 96"),

@@ -124,7 +124,7 @@ def test_a_tiny_experiment_is_the_same_one(path, tmp_path):
     full.pop("teachers", None)
     tiny.pop("teachers", None)
     if "pruning" in full:
-        full["pruning"] |= {"sparsity": 0.5, "reach_at": 225, "lr": 0.1}
+        full["pruning"] |= {"sparsity": 0.5, "reach_at": 300, "lr": 0.1}
     if path.stem == "deep_thin":
         assert full["student"] | {"encoder_attention_heads": 0} == {
             "encoder_layers": 12,
