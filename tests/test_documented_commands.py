@@ -47,7 +47,6 @@ NOT_RUN_PREFIXES = {
     "docker run": "needs docker and an image",
     "torchrun --standalone --nproc_per_node=8": "8 GPUs; tests/test_processes.py runs 2 processes",
     "run_pretrain.py -u ekd -n dp_hubert_final": "25,000 steps; tests/test_prune.py runs a few",
-    "python -m tools.pruning_speed": "minutes of timing",
     "python tools/pruning_study.py": "an hour; tests/test_pruning_study.py tests its parts",
     "python tools/study.py": "hours; tests/test_study_run.py runs a small study",
     "python tools/make_voices.py": "minutes; tests/test_make_voices.py makes a few",
