@@ -10,7 +10,7 @@ seed:
 Then linear probes of all hidden states in closed form: phones of frames (forced alignments, other
 speakers in the test) and speakers of excerpts of one second, clean and with noise at 5 dB. Each
 result is a file in FOLDER/results, so the same command goes on from what is there; ``--report``
-only writes report.md and report.png.
+only writes report.md, report.csv and report.png.
 
 CORPUS has unlabeled.tsv, sid.tsv, noise.tsv and alignments.tsv (`path`, `segments` as
 `PHONE:START+LENGTH` in frames of 10 ms) with paths relative to it.
@@ -356,7 +356,7 @@ def read(study: Study, path: str) -> Tensor:
 
 
 def report(study: Study) -> str:
-    """A Markdown table: mean and standard deviation over seeds; and a picture beside it."""
+    """A Markdown table: mean and standard deviation over seeds; all results as CSV; a picture."""
     rows: dict[tuple[str, float], list[dict[str, Any]]] = {}
     for path in sorted((study.folder / "results").glob("*.json")):
         result = json.loads(path.read_text(encoding="utf-8"))
@@ -372,6 +372,13 @@ def report(study: Study) -> str:
         lines.append(f"| {kind} | {sparsity:g} | {seeds} | " + " | ".join(cells) + " |")
     text = "\n".join(lines) + "\n"
     (study.folder / "report.md").write_text(text, encoding="utf-8")
+    names = dict.fromkeys(
+        name for results in rows.values() for result in results for name in result
+    )
+    with (study.folder / "report.csv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, [*names], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(result for results in rows.values() for result in results)
     _plot(study, rows)
     return text
 
