@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,6 +22,8 @@ from ..distill.student_settings import StudentSettings, check_size
 from ..errors import ConfigError
 from ..files.config import apply_overrides, from_plain_data, read_extended, read_yaml
 from ..files.renamed_keys import MODEL, RUNNER, rename_keys, rename_overrides, warn_renamed
+
+logger = logging.getLogger(__name__)
 
 FUSED_ADAMW = "FusedAdamW"
 KEYS = ("name", "lr", "weight_decay", "betas", "eps", "warmup_proportion")
@@ -232,21 +235,23 @@ def _without_groups(data: Any, where: str, warn: bool = False) -> Any:
 
 
 def check_pruning_run(model: ModelFile, run: RunnerFile) -> None:
-    """Check that a run can prune the student.
+    """Check that a run can prune the student; warn if it ends before the target is reached.
 
     Raises:
-        ConfigError: the optimizer has one learning rate for all weights, or the run is too short.
+        ConfigError: the optimizer has one learning rate for all weights.
     """
-    if model.pruning is not None and model.pruning.reach_at >= run.runner.total_steps:
-        raise ConfigError(
-            f"pruning.reach_at ({model.pruning.reach_at}) must be below runner.total_steps "
-            f"({run.runner.total_steps}), or the target is never reached"
-        )
     name = run.optimizer["name"]
     if model.pruning is not None and name != FUSED_ADAMW:
         raise ConfigError(
             f"pruning needs optimizer.name: {FUSED_ADAMW} in the runner config (-c), got {name}: "
             "gates and Lagrange multipliers have their own learning rate"
+        )
+    if model.pruning is not None and model.pruning.reach_at >= run.runner.total_steps:
+        logger.warning(
+            "the run ends before the target sparsity is reached: runner.total_steps is %d, "
+            "pruning.reach_at %d",
+            run.runner.total_steps,
+            model.pruning.reach_at,
         )
 
 
