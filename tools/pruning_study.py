@@ -158,6 +158,7 @@ class Study:
 
     def dev_loss(self, config: dict[str, Any], steps: int, checkpoint: Path | None) -> float:
         """Loss on the dev set, with the weights of the config or of a checkpoint."""
+        from s3prl_ekd.files.run_checkpoints import read_checkpoint
         from s3prl_ekd.pretrain.expert import UpstreamPretrainExpert
         from s3prl_ekd.pretrain.trainer import dev_loss
 
@@ -166,7 +167,7 @@ class Study:
         datarc["target_cache"] = str(self.folder / "targets")
         expert = UpstreamPretrainExpert(datarc, config, device="cpu")
         if checkpoint is not None:
-            expert.load_model(torch.load(checkpoint, map_location="cpu", weights_only=False))
+            expert.load_model(read_checkpoint(checkpoint))
         assert expert.dev_dataloader is not None
         total, samples = dev_loss(expert, expert.dev_dataloader, steps, "cpu")
         expert.close()
