@@ -9,6 +9,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from s3prl_ekd.distill.settings import DistillSettings, TeacherSettings
+from s3prl_ekd.distill.student_forward import normalise
 from s3prl_ekd.distill.teachers import Teacher, TeacherEnsemble
 from s3prl_ekd.errors import TeacherError
 from s3prl_ekd.teachers import load_teachers, load_upstream
@@ -17,7 +18,6 @@ from s3prl_ekd.teachers.fast.encoder import (
     PRECISIONS,
     family,
     fast_encoders,
-    normalised,
     padded_frames,
 )
 from s3prl_ekd.teachers.fast.layers import FastLayer
@@ -134,7 +134,7 @@ def test_hidden_states_are_those_of_s3prls_expert(upstreams, waves, kind):
 
 def test_normalised_is_torchs_layer_norm_of_each_waveform(waves):
     padded = pad_sequence(waves, batch_first=True)
-    rows = normalised(padded, [len(wave) for wave in waves])
+    rows = normalise(padded, torch.tensor([len(wave) for wave in waves]))
     for row, wave in zip(rows, waves, strict=True):
         expected = torch.nn.functional.layer_norm(wave, wave.shape)
         torch.testing.assert_close(row[: len(wave)], expected, rtol=0, atol=1e-5)

@@ -68,7 +68,7 @@ def normalise(waves: Tensor, lengths: Tensor) -> Tensor:
     count = lengths[:, None].to(waves.dtype)
     centred = (waves - (waves * valid).sum(1, keepdim=True) / count) * valid
     variance = centred.square().sum(1, keepdim=True) / count
-    return centred * torch.rsqrt(variance + 1e-5)
+    return centred * torch.rsqrt(variance + 1e-5)  # as torch's layer_norm, which s3prl calls
 
 
 def scale_gradient(x: Tensor, scale: float) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
 from ..errors import ConfigError
 from .conv_layers import (
@@ -31,8 +31,37 @@ def check_dropout(settings: object) -> None:
             raise ValueError(f"{name} must be 0 or more and below 1, got {value}")
 
 
+def check_multiples(settings: StudentSettings | PrunedSettings) -> None:
+    """Raise ValueError if the width is not a multiple of the heads and of the groups."""
+    for name in ("encoder_attention_heads", "conv_pos_groups"):
+        if settings.encoder_embed_dim % getattr(settings, name):
+            raise ValueError(
+                f"encoder_embed_dim ({settings.encoder_embed_dim}) must be a multiple of "
+                f"{name} ({getattr(settings, name)})"
+            )
+
+
+class ConvInput:
+    """What follows from the conv layers of a student."""
+
+    if TYPE_CHECKING:  # at run time it would be the default of a dataclass's field
+
+        @property
+        def conv_layers(self) -> ConvLayers: ...
+
+    @property
+    def stride(self) -> int:
+        """Samples from one frame to the next."""
+        return stride_of(self.conv_layers)
+
+    @property
+    def min_samples(self) -> int:
+        """The shortest waveform, in samples, that gives a frame."""
+        return receptive_field(self.conv_layers)
+
+
 @dataclass(frozen=True)
-class StudentSettings:
+class StudentSettings(ConvInput):
     """Size and regularisation of the student; keys and meaning as in s3prl's ``DistillerConfig``.
 
     The defaults are DistilHuBERT's (inferred): 7 conv layers and 2 transformer layers of width 768,
@@ -104,31 +133,16 @@ class StudentSettings:
         check_range(self, 1, math.inf, "encoder_attention_heads")
         check_range(self, 0, math.inf, "feature_grad_mult")
         check_dropout(self)
-        for name in ("encoder_attention_heads", "conv_pos_groups"):
-            if self.encoder_embed_dim % getattr(self, name):
-                raise ValueError(
-                    f"encoder_embed_dim ({self.encoder_embed_dim}) must be a multiple of "
-                    f"{name} ({getattr(self, name)})"
-                )
+        check_multiples(self)
 
     @property
     def conv_layers(self) -> ConvLayers:
         """``(channels, kernel, stride)`` of each conv layer."""
         return parse_conv_layers(self.extractor_conv_feature_layers)
 
-    @property
-    def stride(self) -> int:
-        """Samples from one frame to the next."""
-        return stride_of(self.conv_layers)
-
-    @property
-    def min_samples(self) -> int:
-        """The shortest waveform, in samples, that gives a frame."""
-        return receptive_field(self.conv_layers)
-
 
 @dataclass(frozen=True)
-class CopySettings:
+class CopySettings(ConvInput):
     """``kind: copy``: a copy of a teacher with all of its layers, to be pruned (DPHuBERT, arXiv
     2305.17651). The teacher is a HuBERT, wav2vec 2.0 or WavLM."""
 
@@ -161,11 +175,6 @@ class CopySettings:
     def conv_layers(self) -> ConvLayers:
         """wav2vec 2.0's conv layers; other kernels and strides are not copied."""
         return parse_conv_layers(DEFAULT)
-
-    @property
-    def min_samples(self) -> int:
-        """The shortest waveform, in samples, that gives a frame."""
-        return receptive_field(self.conv_layers)
 
 
 @dataclass(frozen=True)
@@ -273,7 +282,7 @@ class PruningSettings(GateSettings):
 
 
 @dataclass(frozen=True)
-class PrunedSettings:
+class PrunedSettings(ConvInput):
     """Architecture of a copied student: HuBERT's or WavLM's, in which each layer has its own number
     of channels, heads and units. Part of its student file; not written by hand."""
 
@@ -355,12 +364,7 @@ class PrunedSettings:
                 )
         if min(self.ffn_dims) < 0:
             raise ValueError(f"ffn_dims must be 0 or more, got {[*self.ffn_dims]}")
-        for name in ("encoder_attention_heads", "conv_pos_groups"):
-            if self.encoder_embed_dim % getattr(self, name):
-                raise ValueError(
-                    f"encoder_embed_dim ({self.encoder_embed_dim}) must be a multiple of "
-                    f"{name} ({getattr(self, name)})"
-                )
+        check_multiples(self)
         if self.position_buckets and (
             self.position_buckets < 4 or self.max_distance <= self.position_buckets // 4
         ):
@@ -377,16 +381,6 @@ class PrunedSettings:
     @property
     def head_dim(self) -> int:
         return self.encoder_embed_dim // self.encoder_attention_heads
-
-    @property
-    def stride(self) -> int:
-        """Samples from one frame to the next."""
-        return stride_of(self.conv_layers)
-
-    @property
-    def min_samples(self) -> int:
-        """The shortest waveform, in samples, that gives a frame."""
-        return receptive_field(self.conv_layers)
 
 
 Architecture = StudentSettings | PrunedSettings  # of a student that can be built

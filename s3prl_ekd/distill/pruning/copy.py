@@ -108,7 +108,8 @@ def _load(student: Student, weights: dict[str, Tensor]) -> str:
         width = student.width
         weights = {**weights, "post_extract_proj.weight": torch.eye(width)}
         weights["post_extract_proj.bias"] = torch.zeros(width)
-    for name in sorted(own.keys() ^ weights.keys()):
+    if unmatched := sorted(own.keys() ^ weights.keys()):
+        name = unmatched[0]
         return f"{name} is only in the {'teacher' if name in weights else 'student'}"
     for name, value in own.items():
         if value.shape != weights[name].shape:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...distill.student_forward import normalise
 from ...errors import TeacherError, first_line
 from .conv import ConvExtractor, same_weights, supports_conv
 from .layers import Converter, FastLayer, PositionalConv, RelativeBias, supports_layer
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_EPS = 1e-5  # default of torch's layer_norm, with which s3prl normalises a waveform
 _ONE_SECOND = 16_000  # samples
 # Normalised waveforms and conv features of one batch, which its teachers' encoders share.
 Shared = dict[Any, Tensor]
@@ -38,16 +38,6 @@ _FAMILIES = {
     "s3prl.upstream.unispeech_sat.expert": "unispeech_sat",
 }
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def normalised(waves: Tensor, lengths: Sequence[int]) -> Tensor:
-    """Normalise each waveform of ``[batch, sample]``, padded with 0, to zero mean and unit variance
-    over its valid samples."""
-    count = torch.tensor(lengths, device=waves.device, dtype=waves.dtype)[:, None]
-    valid = torch.arange(waves.shape[1], device=waves.device) < count  # [batch, sample]
-    centred = (waves - waves.sum(1, keepdim=True) / count) * valid
-    variance = centred.square().sum(1, keepdim=True) / count
-    return centred * torch.rsqrt(variance + _EPS)
 
 
 def padded_frames(
@@ -177,7 +167,9 @@ class FastEncoder:
         if key not in shared:
             if self.normalize:
                 if "normalised" not in shared:
-                    shared["normalised"] = normalised(waves, lengths)
+                    shared["normalised"] = normalise(
+                        waves, torch.tensor(lengths, device=waves.device)
+                    )
                 waves = shared["normalised"]
             shared[key] = self.extractor(waves)
         return shared[key].to(self.precision)
