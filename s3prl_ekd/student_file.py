@@ -3,9 +3,9 @@
 Its keys are ``format``, ``version``, ``settings`` (size of the student), ``targets`` (target sets
 that the heads predict), ``head_kind``, ``student`` and ``heads`` (weights) and ``about`` (how the
 student was trained). Version 2 is for copied and pruned students, whose ``settings`` are those of
-``PrunedSettings``, and for layer-to-layer heads, whose settings are in ``head_settings``;
-other students are written as version 1. A checkpoint of a run has the same contents under the key
-``EKD``.
+``PrunedSettings``, and for layer-to-layer heads, whose settings are in ``head_settings``. Version 3
+is for students with ``masked_norm``. Other students are written as version 1. A checkpoint of a run
+has the same contents under the key ``EKD``.
 
 A ``.safetensors`` file has the tensors as ``student.KEY`` and ``heads.KEY``, and in its metadata
 ``format``, ``version`` and, as JSON in ``contents``, the remaining keys. With any other suffix the
@@ -78,13 +78,15 @@ def contents(
     data = {
         "format": FORMAT,
         "version": 2 if layerwise or isinstance(student.settings, PrunedSettings) else 1,
-        "settings": to_plain_data(student.settings),
+        "settings": architecture(student.settings),
         "targets": specs,
         "head_kind": heads.kind if heads else "split",
         "student": _cpu(student.state_dict()),
         "heads": _cpu(heads.state_dict()) if heads else {},
         "about": dict(about),
     }
+    if student.settings.masked_norm:
+        data["version"] = 3
     if heads is not None and layerwise:
         data["head_settings"] = to_plain_data(heads.settings)
     else:
@@ -208,6 +210,16 @@ def _build(data: Mapping[str, Any]) -> LoadedStudent:
         heads.load_state_dict(data["heads"])
     about = from_plain_data(dict[str, Any], data.get("about"), "about")
     return LoadedStudent(student.eval(), heads.eval() if heads else None, targets, about)
+
+
+def architecture(settings: Architecture) -> dict[str, Any]:
+    """The ``settings`` of a student file: without ``mask``, which is of training only, and without
+    ``masked_norm`` unless it is on, so that version 0.2 can read the file."""
+    data: dict[str, Any] = to_plain_data(settings)
+    data.pop("mask", None)
+    if not settings.masked_norm:
+        del data["masked_norm"]
+    return data
 
 
 def read_architecture(data: Any, location: str = "settings") -> Architecture:

@@ -9,7 +9,12 @@ from torch.nn.utils.rnn import pad_sequence
 
 from s3prl_ekd.distill.batch import DistillBatch
 from s3prl_ekd.distill.distiller import EnsembleDistiller
-from s3prl_ekd.distill.settings import DistillSettings, LossSettings, TeacherSettings
+from s3prl_ekd.distill.settings import (
+    DistillSettings,
+    LossSettings,
+    TeacherSettings,
+    UnitLossSettings,
+)
 from s3prl_ekd.distill.student import Student
 from s3prl_ekd.distill.teachers import Teacher, TeacherEnsemble
 
@@ -30,7 +35,8 @@ def distiller(teachers, settings, names, aggregation="separate", loss=None, **mo
     torch.manual_seed(0)
     layers = more.pop("layers", LAYERS)
     groups = more.pop("groups", None)
-    units = more.pop("units", None)
+    units = more.pop("units", ())
+    more.setdefault("unit_loss", tuple(UnitLossSettings("units") for _ in units))
     loaded = ensemble(teachers, *names, layers=groups or layers)
     teacher_settings = {
         name: TeacherSettings("x", layers, groups, **more.pop(name, {})) for name in loaded

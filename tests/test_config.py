@@ -267,8 +267,8 @@ def test_a_config_survives_the_checkpoint():
         ("target_norm_steps", 0, "target_norm_steps 0"),
         ("teachers.one.final_weight", 0.0, "teachers.one.final_weight targets.weight_steps"),
         ("loss", {"agreement": 0.0}, ".loss agreement 0.0"),
-        ("unit_loss", {"weight": -0.5}, ".unit_loss weight -0.5"),
-        ("unit_loss", {"fil": "x"}, ".unit_loss 'fil' file"),
+        ("unit_loss", [{"file": "x", "weight": -0.5}], ".unit_loss[0] weight -0.5"),
+        ("unit_loss", {"fil": "x"}, ".unit_loss[0] 'fil' file"),
         ("heads", {"kind": "wide"}, ".heads.kind split linear 'wide'"),
         ("loss", {"reconstruction": "l3"}, ".loss.reconstruction l1 l2 smooth_l1 'l3'"),
         ("distortion", {"setup": "setup3"}, ".distortion.setup clean setup1 setup2 same 'setup3'"),
@@ -527,7 +527,7 @@ def test_old_keys_over_new_ones_in_an_extended_config(tmp_path):
     over = {"extends": "base.yaml", "essence": {"keep": 0.25}, "teacher_path": "fast"}
     settings = load_model_config(write(tmp_path, base=NEW_MODEL, new=over))
     assert settings.loss.agreement == 0.25 and settings.teacher_backend == "fast"
-    assert settings.unit_loss.file == "units.safetensors"
+    assert settings.unit_loss[0].file == "units.safetensors"
     over = {"extends": "base.yaml", "loss": {"agreement": 0.25}, "teacher_backend": "fast"}
     assert load_model_config(write(tmp_path, base=OLD_MODEL, new=over)) == settings
 

@@ -17,7 +17,7 @@ from s3prl_ekd.errors import TeacherError
 
 from .experiments import LAYERS, batch_of, distiller, ensemble, load
 
-REFERENCE = LossSettings(mask_padding=False, feature_penalty=0.1)
+REFERENCE = LossSettings(mask_padding=False, feature_penalty=0.1, reduce="batches")
 
 
 def slow_reference_loss(pred, target, feat, cosine_weight, penalty):

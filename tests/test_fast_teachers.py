@@ -207,7 +207,7 @@ def test_teachers_with_equal_conv_extractors_run_it_once(teachers, waves, monkey
     calls = []
     original = ConvExtractor.__call__
     monkeypatch.setattr(
-        ConvExtractor, "__call__", lambda self, w: calls.append(self) or original(self, w)
+        ConvExtractor, "__call__", lambda self, *w: calls.append(self) or original(self, *w)
     )
     shared = {}
     for name, encoder in encoders.items():
@@ -225,7 +225,7 @@ def test_the_ensemble_uses_fast_encoders_and_autograd_accepts_its_output(teacher
     reference = load_teachers(settings, False, backend="plain")
     assert all(teacher.encoder is not None for teacher in fast.values())
     assert all(teacher.encoder is None for teacher in reference.values())
-    states = fast.states(waves, also={"hubert": 1})
+    states = fast.states(waves, also={"hubert": {1}})
     assert sorted(states["hubert"]) == [1, 2, 4] and sorted(states["wavlm"]) == [1, 2, 3]
     outputs, expected = fast(waves), reference(waves)
     for name in settings:
@@ -249,7 +249,7 @@ def test_fast_teachers_do_not_change_a_training_step(teachers, student_settings,
     names = ("hubert", "wavlm")
     loss = {}
     for backend in ("fast", "s3prl"):
-        model = distiller(teachers, student_settings, names, units=Units())
+        model = distiller(teachers, student_settings, names, units=[Units()])
         if backend == "fast":
             models = {name: teacher.upstream for name, teacher in model.teachers.items()}
             for name, encoder in fast_encoders(models).items():

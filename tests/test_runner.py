@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from s3prl_ekd.distill.distiller import EnsembleDistiller
-from s3prl_ekd.distill.target_norm import Moments
+from s3prl_ekd.distill.moments import Moments
 from s3prl_ekd.errors import CheckpointError
 from s3prl_ekd.files.run_checkpoints import newest_checkpoint
 from s3prl_ekd.pretrain import interrupts as signals

@@ -21,7 +21,8 @@ from .gated_students import ALL_UNITS, WAVLM, gated_settings, gated_student, noi
 
 def comparison(step):
     empty = {}
-    return Comparison(empty, empty, torch.ones(1, 1), empty, empty, None, step)
+    mask = torch.ones(1, 1)
+    return Comparison(empty, empty, mask, mask, empty, {}, empty, None, step)
 
 
 def make(units=("conv", "heads", "ffn"), changes=None, **pruning):

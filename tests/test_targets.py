@@ -9,6 +9,8 @@ import torch
 from s3prl_ekd.distill.aggregation import TeacherShape
 from s3prl_ekd.distill.initialisation import initialise
 from s3prl_ekd.distill.losses import LossWeights, distillation_loss, frame_terms
+from s3prl_ekd.distill.moments import Moments, usable_frames
+from s3prl_ekd.distill.phi_s import hadamard, phi_s
 from s3prl_ekd.distill.settings import (
     HeadSettings,
     LossSettings,
@@ -16,7 +18,7 @@ from s3prl_ekd.distill.settings import (
     TeacherSettings,
 )
 from s3prl_ekd.distill.student import Student
-from s3prl_ekd.distill.target_norm import Moments, TargetNorm, hadamard, phi_s, usable_frames
+from s3prl_ekd.distill.target_norm import TargetNorm
 from s3prl_ekd.distill.teachers import Teacher, TeacherEnsemble
 from s3prl_ekd.distill.weighting import agreeing_dims, drop_teachers, weights_at
 from s3prl_ekd.errors import TeacherError
@@ -313,7 +315,7 @@ class FakeUnits:
 
 
 def test_the_unit_head_learns_hard_labels(teachers, student_settings, waves):
-    ours = distiller(teachers, student_settings, ["hubert"], units=FakeUnits())
+    ours = distiller(teachers, student_settings, ["hubert"], units=[FakeUnits()])
     plain = distiller(teachers, student_settings, ["hubert"])
     plain.student.load_state_dict(ours.student.state_dict())
     plain.heads.load_state_dict(ours.heads.state_dict())
@@ -326,7 +328,7 @@ def test_the_unit_head_learns_hard_labels(teachers, student_settings, waves):
         hidden = load(teachers["hubert"]).eval()(waves)["hidden_states"][3]
         out = ours.student(batch.waves, batch.lengths)
         chosen = out.mask.bool()
-        logits = ours.trainable["unit_head"](out.last)[chosen]
+        logits = ours.trainable["unit_heads"]["t0_layer3"](out.last)[chosen]
         labels = FakeUnits().label(hidden)[chosen]
         picked = logits.log_softmax(-1)[torch.arange(len(labels)), labels]
     assert parts["unit_loss"].item() == pytest.approx(-picked.mean().item(), abs=1e-4)
@@ -344,16 +346,16 @@ def test_the_unit_head_learns_hard_labels(teachers, student_settings, waves):
 @pytest.mark.parametrize(
     ("change", "values"),
     [
-        ({"teacher": "t7"}, "unit_loss.file.*t7.*t0"),
-        ({"layer": 9}, "unit_loss.file.*9.*48.*0 to 4"),
-        ({"width": 64}, "unit_loss.file.*64.*48"),
+        ({"teacher": "t7"}, r"unit_loss\[0\].file.*t7.*t0"),
+        ({"layer": 9}, r"unit_loss\[0\].file.*9.*48.*0 to 4"),
+        ({"width": 64}, r"unit_loss\[0\].file.*64.*48"),
     ],
 )
 def test_units_that_do_not_fit(teachers, student_settings, change, values):
     units = FakeUnits()
     vars(units).update(change)
     with pytest.raises(TeacherError, match=values):
-        distiller(teachers, student_settings, ["hubert"], units=units)
+        distiller(teachers, student_settings, ["hubert"], units=[units])
 
 
 @pytest.mark.parametrize("name", ["half", "states", "eval", "kind", "dropout"])

@@ -20,6 +20,7 @@ from s3prl_ekd.teachers.huggingface import HuggingFaceUpstream
 from .conftest import REPO, run_python
 
 FILES = REPO / "tests" / "written_by_0_1"
+DIGEST = "b91b6379b2814544a7e1607471f0622a374adee1c5ce20c24d2149af43f39ca1"  # of a sweep
 NEW = ("-c", "runner.yaml", "--device", "cpu")
 
 
@@ -143,10 +144,17 @@ def test_the_module_that_init_wrote_finds_the_method(written):
     assert "torch.nn.modules.module.Module" in run_python(code, str(path))
 
 
-def test_a_sweep_of_that_time_is_known_by_its_digest():
-    """``matrix`` keeps a finished run whose digest is that of its settings."""
-    run = SweepRun(FILES / "model.yaml", FILES / "runner.yaml", 1, "")
-    assert run.digest == "b91b6379b2814544a7e1607471f0622a374adee1c5ce20c24d2149af43f39ca1"
+def test_a_sweep_of_that_time_is_known_by_its_digest(tmp_path):
+    """``matrix`` keeps a finished run whose digest is that of its settings.
+
+    Its penalty of the conv features was the mean of the batches, which is not the default any more.
+    """
+    text = (FILES / "model.yaml").read_text()
+    config = tmp_path / "model.yaml"
+    config.write_text(text.replace("\nloss:\n", "\nloss:\n  reduce: batches\n"))
+    assert SweepRun(FILES / "model.yaml", FILES / "runner.yaml", 1, "").digest != DIGEST
+    run = SweepRun(config, FILES / "runner.yaml", 1, "")
+    assert run.digest == DIGEST
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from ..data.audio import Recording
 from ..data.bad_audio import BadAudio
 from ..distill.aggregation import crop_frames
+from ..distill.moments import usable_frames
 from ..distill.settings import TeacherSettings
-from ..distill.target_norm import usable_frames
 from ..errors import ConfigError, DataError, first_line
 
 logger = logging.getLogger(__name__)

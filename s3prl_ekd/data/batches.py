@@ -31,13 +31,20 @@ from .settings import DataSettings
 from .tables import Utterance, read_tables
 
 if TYPE_CHECKING:
+    from ..distill.span_mask import SpanMask
     from .distortion.pipeline import Distorter
 
 logger = logging.getLogger(__name__)
 
 
 class BatchTargets(Protocol):
-    """Cached teacher targets of one batch; see :class:`..hidden_states.store.StoredTargets`."""
+    """Cached teacher targets of one batch; see :class:`..hidden_states.store.StoredTargets`.
+
+    ``frames``: ``[batch]``, frame counts.
+    """
+
+    @property
+    def frames(self) -> Tensor: ...
 
     def __iter__(self) -> Iterator[Any]: ...
 
@@ -67,6 +74,7 @@ class Batch(NamedTuple):
       as the student's.
     - ``bad``: utterances left out because their files are bad; ``names`` is empty if all are.
     - ``targets``: cached teacher targets.
+    - ``spans``: bool ``[batch, frame]``, the student's frames in masked spans; None: no masking.
     """
 
     waves: Tensor
@@ -76,6 +84,7 @@ class Batch(NamedTuple):
     teacher_waves: Tensor | None = None
     bad: Sequence[BadUtterance] = ()
     targets: BatchTargets | None = None
+    spans: Tensor | None = None
 
 
 def empty_batch(names: list[str], **fields: Any) -> Batch:
@@ -92,6 +101,7 @@ class DistillationDataset(Dataset):
             torch's random numbers would depend on the worker and on earlier draws.
         targets: cached targets of all utterances. They were computed on undistorted audio and on
             one excerpt of each long utterance, so every epoch uses that excerpt.
+        span_mask: draws masked spans of the student's frames, others in each epoch.
 
     Attributes:
         left_out: utterances that are in no batch because their table entry is bad.
@@ -108,6 +118,7 @@ class DistillationDataset(Dataset):
         distortion: DistortionSettings | None = None,
         seed: int = 0,
         targets: TargetSource | None = None,
+        span_mask: SpanMask | None = None,
     ):
         self.root = Path(data.libri_root)
         max_samples = round(data.max_seconds * SAMPLE_RATE)
@@ -117,6 +128,7 @@ class DistillationDataset(Dataset):
         self.seed = seed
         self.skip_bad = data.on_bad_audio == "skip"
         self.targets = targets
+        self.span_mask = span_mask
         self.left_out: list[BadUtterance] = []
         self.distorter: Distorter | None = None
         if distortion is not None and distortion.setup != "clean":
@@ -154,11 +166,16 @@ class DistillationDataset(Dataset):
             return empty_batch([], bad=bad)
         names, waves, teacher_waves = map(list, zip(*good, strict=True))
         lengths = torch.tensor([len(wave) for wave in waves])
-        padded = pad_sequence(waves, batch_first=True)
+        batch = Batch(pad_sequence(waves, batch_first=True), lengths, names, bad=bad)
+        if self.span_mask is not None:
+            spans = [
+                self.span_mask.draw(len(wave), generator(self.seed, epoch, name, "spans"))
+                for name, wave in zip(names, waves, strict=True)
+            ]
+            batch = batch._replace(spans=pad_sequence(spans, batch_first=True))
         if teacher_waves[0] is None:  # depends on the setup, so the same for all utterances
-            return Batch(padded, lengths, names, bad=bad, targets=targets)
-        teacher_padded = pad_sequence(teacher_waves, batch_first=True)
-        return Batch(padded, lengths, names, teacher_waves=teacher_padded, bad=bad)
+            return batch._replace(targets=targets)
+        return batch._replace(teacher_waves=pad_sequence(teacher_waves, batch_first=True))
 
     def _distort(self, wave: Tensor, name: str, epoch: int) -> tuple[Tensor, Tensor | None]:
         """Return the student's input, and the teachers' if it differs."""
@@ -201,7 +218,7 @@ def unwrap_batch(items: list[Batch]) -> Batch:
     batch = items[0]
     if get_worker_info() is None:
         return batch
-    tensors = [batch.waves, batch.lengths, batch.teacher_waves, *(batch.targets or ())]
+    tensors = [batch.waves, batch.lengths, batch.teacher_waves, batch.spans, *(batch.targets or ())]
     try:
         for tensor in tensors:
             if isinstance(tensor, Tensor) and tensor.numel():
@@ -236,6 +253,7 @@ def train_loader(
     seed: int = 0,
     shuffle: bool = True,
     targets: TargetSource | None = None,
+    span_mask: SpanMask | None = None,
     pin_memory: bool = False,
 ) -> BatchLoader:
     """Make a loader of :class:`Batch` for the utterances of tables, bucketed by length.
@@ -249,7 +267,7 @@ def train_loader(
         min_samples: samples of one frame; shorter utterances are left out.
         shuffle: if False, every pass is the same: batches from long to short, with the excerpts
             and distortions of epoch 0.
-        distortion, seed, targets: see :class:`DistillationDataset`.
+        distortion, seed, targets, span_mask: see :class:`DistillationDataset`.
 
     Raises:
         DataError: a table or the audio root is missing, a row is invalid, no utterance is left, or
@@ -263,7 +281,7 @@ def train_loader(
     rows = filter_by_length(all_rows, data.max_timestep, min_samples)
     hours = sum(row.length for row in rows) / SAMPLE_RATE / 3600
     logger.info("data: %d utterances, %.2f h, from %s", len(rows), hours, ", ".join(sets))
-    dataset = DistillationDataset(data, rows, min_samples, distortion, seed, targets)
+    dataset = DistillationDataset(data, rows, min_samples, distortion, seed, targets, span_mask)
     sizes = [len(batch) for batch in dataset.batches]
     logger.info(
         "data: %d batches of %d to %d utterances, %.1f %% padding",

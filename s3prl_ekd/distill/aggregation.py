@@ -136,10 +136,15 @@ class Concat(Aggregation):
         return {"concat": torch.cat([teachers[name] for name in self.teachers], dim=-1)}
 
     def dim_weights(self, weights: Weights) -> dict[str, Tensor]:
-        if len({weights[name] for name in self.teachers}) == 1:
+        """Weights by which each teacher counts in proportion to its weight, whatever its width."""
+        parts = self.specs["concat"].parts
+        shares = [
+            weights[name] * max(parts) / n for name, n in zip(self.teachers, parts, strict=True)
+        ]
+        if len(set(shares)) == 1:
             return {}
-        pieces = zip(self.teachers, self.specs["concat"].parts, strict=True)
-        return {"concat": torch.cat([torch.full((n,), weights[name]) for name, n in pieces])}
+        pieces = [torch.full((n,), share) for n, share in zip(parts, shares, strict=True)]
+        return {"concat": torch.cat(pieces)}
 
     def per_teacher(self, predictions: Targets) -> dict[str, Tensor]:
         pieces = torch.split(predictions["concat"], list(self.specs["concat"].parts), dim=-1)
@@ -211,15 +216,16 @@ def common_targets(teachers: Mapping[str, TeacherShape]) -> tuple[tuple[int, ...
     return first if all(targets == first for targets in rest) else ()
 
 
-def one_width(teachers: Mapping[str, TeacherShape], setting: str) -> int:
+def one_width(
+    teachers: Mapping[str, TeacherShape],
+    setting: str,
+    instead: str = "aggregation: separate or concat",
+) -> int:
     """The width that all teachers have. Raises TeacherError, naming ``setting``, if they differ."""
     widths = {name: teacher.width for name, teacher in teachers.items()}
     if len(set(widths.values())) > 1:
         shown = ", ".join(f"{name} has {width}" for name, width in widths.items())
-        raise TeacherError(
-            f"{setting} needs teachers of equal width ({shown}); use aggregation: separate or "
-            "concat"
-        )
+        raise TeacherError(f"{setting} needs teachers of equal width ({shown}); use {instead}")
     return next(iter(widths.values()))
 
 

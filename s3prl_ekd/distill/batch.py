@@ -28,9 +28,12 @@ class DistillBatch:
     ``waves``: input of the student, ``[batch, sample]`` at 16 kHz, zero-padded at the end.
     ``lengths``: ``[batch]``, valid samples. ``teacher_waves``: input of the teachers, of the same
     shape; None: the same as ``waves``. ``cached_targets``: used instead of running the teachers.
+    ``spans``: bool ``[batch, frame]``, the student's frames in masked spans; None: nothing is
+    masked.
     """
 
     waves: Tensor
     lengths: Tensor
     teacher_waves: Tensor | None = None
     cached_targets: CachedTargets | None = None
+    spans: Tensor | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..errors import TeacherError
 from .aggregation import Targets, build_aggregation, one_width
 from .batch import DistillBatch
+from .frame_counts import FrameCounts, count_frames
 from .heads import PredictionHeads, check_layers
 from .losses import (
     Comparison,
@@ -23,13 +24,14 @@ from .losses import (
 from .settings import DistillSettings
 from .student import Student
 from .student_forward import StudentOutput
-from .target_norm import TargetNorm
 from .teachers import HiddenStates, TeacherEnsemble
-from .unit_loss import UnitLabels, UnitLoss
 from .weighting import Agreement, TeacherDropping, weights_at
 
 if TYPE_CHECKING:
     from .pruning.sparsity import SparsityTerm
+    from .span_mask import MaskEmbedding
+    from .target_norm import TargetNorm
+    from .unit_loss import UnitLabels
 
 
 class EnsembleDistiller(nn.Module):
@@ -39,10 +41,10 @@ class EnsembleDistiller(nn.Module):
         teachers: the frozen teachers, by their names in the settings.
         student: the student.
         settings: the experiment.
-        units: hard labels for a classification head, or None.
+        units: hard labels for classification heads, one for each of ``settings.unit_loss``.
 
     Attributes:
-        trainable: student and heads, the modules to optimise.
+        trainable: the modules to optimise: student, heads, and those of options.
         weightings: options that change the weights of frames and dimensions in the loss.
         terms: options that are added to the loss.
 
@@ -56,7 +58,7 @@ class EnsembleDistiller(nn.Module):
         teachers: TeacherEnsemble,
         student: Student,
         settings: DistillSettings,
-        units: UnitLabels | None = None,
+        units: Sequence[UnitLabels] = (),
     ):
         super().__init__()
         for name, teacher in teachers.items():
@@ -74,6 +76,8 @@ class EnsembleDistiller(nn.Module):
         self.aggregate = build_aggregation(settings, shapes)
         self.target_norm: TargetNorm | None = None
         if settings.target_norm != "none":
+            from .target_norm import TargetNorm
+
             self.target_norm = TargetNorm(shapes, settings.target_norm, settings.target_norm_steps)
         if settings.heads.kind == "layerwise":
             check_layers(self.aggregate.specs, student.settings)
@@ -85,12 +89,13 @@ class EnsembleDistiller(nn.Module):
         if settings.loss.agreement < 1:
             self.weightings.append(Agreement(settings.loss.agreement))
         self.terms = nn.ModuleList()
-        self.unit_layer: dict[str, int] = {}  # teacher -> layer of the units
-        if units is not None:
-            unit_loss = UnitLoss(units, teachers, student.width, settings.unit_loss.weight)
-            self.trainable["unit_head"] = unit_loss.head
-            self.terms.append(unit_loss)
-            self.unit_layer = {units.teacher: units.layer}
+        self.unit_layers: dict[str, set[int]] = {}  # teacher -> layers that have units
+        self._add_unit_losses(units)
+        if settings.relation.weight:
+            from .relation import RelationLoss
+
+            depths = {name: teacher.depth for name, teacher in teachers.items()}
+            self.terms.append(RelationLoss(settings.relation, shapes, depths, student.settings))
         if settings.loss.feature_penalty:
             self.terms.append(FeaturePenalty(settings.loss.feature_penalty))
         self.sparsity: SparsityTerm | None = None
@@ -101,6 +106,28 @@ class EnsembleDistiller(nn.Module):
             self.trainable["multipliers"] = self.sparsity.multipliers
             self.terms.append(self.sparsity)
 
+    def _add_unit_losses(self, units: Sequence[UnitLabels]) -> None:
+        """Add a head and a term for each file of units, and the mask embedding."""
+        if not units:
+            return
+        from .unit_loss import UnitLoss, check_units, unit_names
+
+        width, mask = self.student.width, self.settings.student.mask
+        heads = nn.ModuleDict()
+        names = unit_names(units)
+        for i, (name, labels) in enumerate(zip(names, units, strict=True)):
+            check_units(labels, self.teachers, f"unit_loss[{i}]")
+            heads[name] = head = nn.Linear(width, labels.clusters)
+            options = self.settings.unit_loss[i]
+            label = "unit" if len(units) == 1 else f"{name}/unit"
+            self.terms.append(UnitLoss(labels, head, options, mask is not None, label))
+            self.unit_layers.setdefault(labels.teacher, set()).add(labels.layer)
+        self.trainable["unit_heads"] = heads
+        if mask is not None:
+            from .span_mask import MaskEmbedding
+
+            self.trainable["mask_embedding"] = MaskEmbedding(width)
+
     @property
     def student(self) -> Student:
         return cast(Student, self.trainable["student"])
@@ -110,7 +137,11 @@ class EnsembleDistiller(nn.Module):
         return cast(PredictionHeads, self.trainable["heads"])
 
     def forward(
-        self, batch: DistillBatch, step: int = 1, detail: bool = False
+        self,
+        batch: DistillBatch,
+        step: int = 1,
+        detail: bool = False,
+        counts: FrameCounts | None = None,
     ) -> tuple[Tensor, Logs]:
         """One step of distillation.
 
@@ -118,6 +149,8 @@ class EnsembleDistiller(nn.Module):
             batch: waveforms, on the device of the distiller.
             step: number of the step from 1, for teacher weights that change over time.
             detail: also log the terms of every teacher and layer.
+            counts: denominators of the terms with ``loss.reduce: frames``; None: those of this
+                batch.
 
         Returns:
             The scalar loss, and scalars for the log.
@@ -126,17 +159,25 @@ class EnsembleDistiller(nn.Module):
         teachers, cached, states = self.run_teachers(batch)
         student = self.run_student(batch)  # hidden states [batch, frame, dim], mask [batch, frame]
         predictions = self.heads(student)  # {target set: [batch, layer, frame, width]}
-        predictions, teachers, cached, mask = crop(predictions, teachers, cached, student.mask)
+        predictions, teachers, cached, valid = crop(predictions, teachers, cached, student.mask)
+        mask = valid  # [batch, frame], without masked spans
+        if batch.spans is not None:
+            mask = valid * ~batch.spans[:, : valid.shape[1]]
         if self.target_norm is not None:
-            teachers = self.target_norm(teachers, mask)
+            teachers = self.target_norm(teachers, valid)
         shares = weights_at(self.settings.teachers, step, self.settings.targets.weight_steps)
         targets = cached or self.aggregate(teachers, shares)  # keys and shapes of the predictions
-        comparison = Comparison(predictions, targets, mask, teachers, states, student, step)
+        counts = counts or self.count(batch.lengths, batch.spans, cached_lengths(batch))
+        comparison = Comparison(
+            predictions, targets, mask, valid, teachers, shares, states, student, step, counts
+        )
         weights = self.loss_weights(comparison, shares)  # of frames, target sets, dimensions
         loss, logs = distillation_loss(predictions, targets, weights, self.settings.loss)
-        for term in self.terms:  # unit loss, feature penalty, sparsity
+        loss = self.settings.loss.weight * loss
+        for term in self.terms:  # unit loss, relation, feature penalty, sparsity
             value, scalars = term(comparison)
             loss, logs = loss + value, logs | scalars
+        logs |= weights.logs
         return loss, logs | self.details(comparison) if detail else logs
 
     def run_teachers(
@@ -150,17 +191,54 @@ class EnsembleDistiller(nn.Module):
             return cached.values, {}, self.teachers.states_among(cached.values)
         waves = batch.waves if batch.teacher_waves is None else batch.teacher_waves
         unpadded = [w[:length] for w, length in zip(waves, batch.lengths.tolist(), strict=True)]
-        states = self.teachers.states(unpadded, self.unit_layer)
+        states = self.teachers.states(unpadded, self.unit_layers)
         return self.teachers.targets(states), {}, states
 
     def run_student(self, batch: DistillBatch) -> StudentOutput:
-        """The student's output; frames without a cached target are masked."""
-        output: StudentOutput = self.student(batch.waves, batch.lengths)
-        if batch.cached_targets is None:
-            return output
+        """The student's output; frames that a teacher lacks are masked."""
+        masked = None
+        if batch.spans is not None:
+            embedding = cast("MaskEmbedding", self.trainable["mask_embedding"])
+            masked = batch.spans, embedding.vector
+        output: StudentOutput = self.student(batch.waves, batch.lengths, masked)
         frames = torch.arange(output.mask.shape[1], device=output.mask.device)
-        valid = frames < batch.cached_targets.lengths[:, None]  # [batch, frame]
-        return output._replace(mask=output.mask * valid)
+        counts = self.frames(batch.lengths, cached_lengths(batch))
+        return output._replace(mask=output.mask * (frames < counts[:, None]))
+
+    def frames(self, lengths: Tensor, cached: Tensor | None) -> Tensor:
+        """Frames that student and teachers have of each utterance, ``[batch]``.
+
+        Args:
+            lengths: samples, ``[batch]``.
+            cached: frames of cached targets, ``[batch]``; None: the teachers run.
+        """
+        counts = [self.student.settings.frames(lengths)]
+        if cached is None:
+            counts += [teacher.frames(lengths) for teacher in self.teachers.values()]
+        else:
+            counts.append(cached.to(lengths))
+        return torch.stack(counts).amin(0).clamp(min=0)
+
+    def count(
+        self, lengths: Tensor, spans: Tensor | None, cached: Tensor | None
+    ) -> FrameCounts | None:
+        """The frames of a batch, for the denominators of a step; None with ``loss.reduce:
+        batches``.
+
+        Args:
+            lengths, cached: see :meth:`frames`.
+            spans: bool ``[batch, frame]``, frames in masked spans.
+        """
+        if self.settings.loss.reduce == "batches":
+            return None
+        if not len(lengths):
+            return FrameCounts()
+        frames = self.frames(lengths, cached)
+        valid = torch.arange(int(frames.max()), device=lengths.device) < frames[:, None]
+        if not self.settings.loss.mask_padding:
+            valid = torch.ones_like(valid)
+        spans = None if spans is None else spans[:, : valid.shape[1]]
+        return count_frames(valid, spans, self.settings.relation.window)
 
     def loss_weights(self, comparison: Comparison, shares: Mapping[str, float]) -> LossWeights:
         """Weights of frames, target sets and dimensions; ``shares``: weights of the teachers."""
@@ -168,6 +246,7 @@ class EnsembleDistiller(nn.Module):
             frames=dict.fromkeys(comparison.targets, self._frame_weights(comparison)),
             sets=self.aggregate.set_weights(shares),
             dims=self.aggregate.dim_weights(shares),
+            frame_count=comparison.counts and comparison.counts.frames,
         )
         for weighting in self.weightings:  # teacher dropping, agreement of the teachers
             weights = weighting(weights, comparison)
@@ -197,7 +276,16 @@ class EnsembleDistiller(nn.Module):
             self.target_norm.empty_step()
 
     def _frame_weights(self, comparison: Comparison) -> Tensor | None:
-        return comparison.mask if self.settings.loss.mask_padding else None
+        if self.settings.loss.mask_padding:
+            return comparison.mask
+        if comparison.counts is None and comparison.mask is comparison.valid:
+            return None
+        return 1 - (comparison.valid - comparison.mask)  # all frames outside masked spans
+
+
+def cached_lengths(batch: DistillBatch) -> Tensor | None:
+    """Frames of a batch's cached targets, ``[batch]``; None without a cache."""
+    return None if batch.cached_targets is None else batch.cached_targets.lengths
 
 
 def crop(

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import TeacherError
 from .aggregation import Targets
+from .frame_counts import FrameCounts
 from .settings import LossSettings
 from .student_forward import StudentOutput
 from .teachers import HiddenStates
@@ -38,20 +39,25 @@ Logs = dict[str, Tensor]  # name -> scalar
 class Comparison:
     """Predictions and targets of a step, with the teachers' and the student's outputs.
 
-    ``predictions``, ``targets``: ``{target set: [batch, layer, frame, width]}``. ``mask``:
-    ``[batch, frame]``, 1 where a frame is valid. ``teachers``: the targets before aggregation,
-    ``{teacher: [batch, layer, frame, dim]}``; empty if the cached targets are aggregated.
-    ``states``: ``{teacher: hidden states by layer}``, neither normalised nor cropped. ``student``:
-    the student's output, not cropped. ``step``: number of the step from 1.
+    ``predictions``, ``targets``: ``{target set: [batch, layer, frame, width]}``. ``valid``:
+    ``[batch, frame]``, 1 where a frame is valid; ``mask``: the same, but 0 in masked spans.
+    ``teachers``: the targets before aggregation, ``{teacher: [batch, layer, frame, dim]}``; empty
+    if the cached targets are aggregated. ``shares``: ``{teacher: weight}``. ``states``: ``{teacher:
+    hidden states by layer}``, neither normalised nor cropped. ``student``: the student's output,
+    not cropped. ``step``: number of the step from 1. ``counts``: denominators of the terms; None:
+    each term is the mean over the batch, as with ``loss.reduce: batches``.
     """
 
     predictions: Targets
     targets: Targets
     mask: Tensor
+    valid: Tensor
     teachers: Targets
+    shares: Mapping[str, float]
     states: Mapping[str, HiddenStates]
     student: StudentOutput
     step: int = 1
+    counts: FrameCounts | None = None
 
 
 @dataclass(frozen=True)
@@ -62,13 +68,14 @@ class LossWeights:
     counts, padding included, as in s3prl's distiller. ``sets``: ``{target set: weight}``; None:
     equal weights. ``dims``: ``{target set: weights}``, broadcastable to
     ``[batch, layer, frame, width]``, for sets with unequal weights of dimensions. ``frame_count``:
-    divisor of the sum over frames; None: the sum of ``frames``.
+    divisor of the sum over frames; None: the sum of ``frames``. ``logs``: scalars for the log.
     """
 
     frames: Mapping[str, Tensor | None]
     sets: Mapping[str, float] | None = None
     dims: Mapping[str, Tensor] = field(default_factory=dict)
-    frame_count: Tensor | None = None
+    frame_count: Tensor | float | None = None
+    logs: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class LossTerms(NamedTuple):
@@ -118,7 +125,7 @@ def distillation_terms(
     mask: Tensor | None,
     settings: LossSettings = DEFAULTS,
     dims: Tensor | None = None,
-    count: Tensor | None = None,
+    count: Tensor | float | None = None,
 ) -> LossTerms:
     """Reconstruction and cosine term of every layer: ``[layer]`` each.
 
@@ -135,7 +142,7 @@ def distillation_terms(
     if mask is None:
         return LossTerms(reconstruction.mean((0, 2)), cosine.mean((0, 2)))
     weight = mask[:, None].to(reconstruction.dtype)  # [batch, 1, frame]
-    count = weight.sum() if count is None else count
+    count = weight.sum() if count is None else torch.as_tensor(count).to(weight)
     count = torch.where(count > 0, count, 1)  # every frame masked: zero, not NaN
     return LossTerms(
         (reconstruction * weight).sum((0, 2)) / count, (cosine * weight).sum((0, 2)) / count
@@ -176,12 +183,20 @@ def distillation_loss(
 
 
 class FeaturePenalty(nn.Module):
-    """A term: the mean square of the student's conv features (s3prl's ``feat_pen_loss``)."""
+    """A term: the mean square of the student's conv features (s3prl's ``feat_pen_loss``).
+
+    As in s3prl, the mean includes padding. With ``loss.reduce: frames`` it is over valid frames.
+    """
 
     def __init__(self, weight: float):
         super().__init__()
         self.weight = weight
 
     def forward(self, comparison: Comparison) -> tuple[Tensor, Logs]:
-        penalty = comparison.student.features.float().pow(2).mean()
+        squares = comparison.student.features.float().pow(2)  # [batch, frame, channel]
+        if comparison.counts is None:
+            penalty = squares.mean()
+        else:
+            by_frame = squares[:, : comparison.valid.shape[1]].mean(-1)
+            penalty = (by_frame * comparison.valid).sum() / max(comparison.counts.valid, 1.0)
         return self.weight * penalty, {"feature_penalty": penalty.detach()}

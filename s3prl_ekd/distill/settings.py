@@ -17,7 +17,7 @@ from .ranges import check_range
 from .student_settings import CopySettings, FileSettings, PruningSettings, StudentSettings
 
 AggregationName = Literal["separate", "average", "concat"]
-TargetNormName = Literal["none", "mean_std", "phi_s"]
+TargetNormName = Literal["none", "mean_std", "phi_s", "procrustes"]
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,9 @@ class TargetSettings:
 
     drop_teachers: float = 0.0
     """Teacher dropping: for each utterance, the teacher with the highest loss is kept and each of
-    the others is dropped with this probability (after UNIC, arXiv 2408.05088, which uses 0.5; the
-    normalisation of the loss is ours)."""
+    the others is dropped with this probability (after UNIC, arXiv 2408.05088, which uses 0.5). The
+    loss is divided by the number of all teachers' frames, dropped ones included, so with n teachers
+    and probability p its scale is (1 + (n - 1)(1 - p)) / n of the scale without dropping (ours)."""
 
     weight_steps: int = 0
     """Steps until each teacher's weight reaches ``teachers.NAME.final_weight`` (ours)."""
@@ -122,7 +123,10 @@ class HeadSettings:
 
 @dataclass(frozen=True)
 class LossSettings:
-    """The distillation loss: ``reconstruction`` + ``cosine_weight`` · ``cosine``."""
+    """The distillation loss: ``weight`` · (``reconstruction`` + ``cosine_weight`` · ``cosine``)."""
+
+    weight: float = 1.0
+    """Weight of the distillation loss; 0: learn from ``relation`` and ``unit_loss`` only (ours)."""
 
     reconstruction: Literal["l1", "l2", "smooth_l1"] = "l1"
     """Distance between prediction and target, averaged over dimensions (inferred: L1)."""
@@ -141,28 +145,71 @@ class LossSettings:
     mask_padding: bool = True
     """Leave padded frames out of the mean (ours; s3prl's distiller includes them)."""
 
+    reduce: Literal["frames", "batches"] = "frames"
+    """``frames``: a term is the sum over all frames of a step, divided by their number, over
+    accumulated batches and processes (ours). ``batches``: the mean of the means of the batches, as
+    in s3prl's Runner; a frame of a batch with few frames then has a larger weight. With one batch
+    per step both are equal."""
+
     feature_penalty: float = 0.0
     """Weight of the mean square of the conv features (s3prl's ``feat_pen_loss``)."""
 
     def __post_init__(self) -> None:
-        check_range(self, 0, math.inf, "cosine_weight", "feature_penalty")
+        check_range(self, 0, math.inf, "weight", "cosine_weight", "feature_penalty")
         if not 0 < self.agreement <= 1:
             raise ValueError(f"agreement must be above 0 and at most 1, got {self.agreement}")
 
 
 @dataclass(frozen=True)
 class UnitLossSettings:
-    """Classification of k-means units, added to the distillation loss (hard labels as in Essence
-    KD, arXiv 1906.10834; units as labels are ours)."""
+    """Classification of the k-means units of one teacher's layer, added to the distillation loss.
 
-    file: str | None = None
-    """File of ``s3prl-ekd fit-units``: k-means units of one teacher's layer. null: no unit loss."""
+    Hard labels: Essence KD (arXiv 1906.10834). Masked prediction of a teacher's units: DiceHuBERT
+    (arXiv 2507.02911), after HuBERT (arXiv 2106.07447). Units of several teachers are ours."""
+
+    file: str
+    """File of ``s3prl-ekd fit-units``: k-means units of one teacher's layer."""
 
     weight: float = 1.0
-    """Weight of the cross-entropy."""
+    """Weight of the cross-entropy: with ``student.mask`` of masked frames (HuBERT), and otherwise
+    of all frames (ours)."""
+
+    unmasked_weight: float = 0.0
+    """With ``student.mask``: weight of the cross-entropy of the other frames (HuBERT: 0)."""
+
+    def __post_init__(self) -> None:
+        check_range(self, 0, math.inf, "weight", "unmasked_weight")
+
+
+@dataclass(frozen=True)
+class RelationSettings:
+    """Temporal relations: the squared difference between similarities of frames in the student and
+    in the teachers (STaRHuBERT, arXiv 2312.09040; the mean over teachers is ours)."""
+
+    weight: float = 0.0
+    """Weight of the term; 0: off."""
+
+    similarity: Literal["cosine", "centred"] = "cosine"
+    """``cosine``: cosine of two frames. ``centred``: the same, after the mean frame of the window
+    has been subtracted. Both are ours: frames of different teachers differ in scale."""
+
+    window: int = 100
+    """Frames of a window; frames of different windows are not compared, so memory grows linearly
+    with the length of an utterance (ours)."""
+
+    between_layers: bool = False
+    """Also compare the frames of each target layer with those of the next one (STaRHuBERT: input
+    and output of each layer)."""
+
+    student_layers: tuple[int, ...] | None = None
+    """The student's layer for each target of a teacher; null: the layer of the same relative depth,
+    rounded, at least 1 (ours)."""
 
     def __post_init__(self) -> None:
         check_range(self, 0, math.inf, "weight")
+        check_range(self, 2, math.inf, "window")
+        if self.student_layers is not None and min(self.student_layers, default=-1) < 0:
+            raise ValueError("student_layers must be one or more numbers of 0 or more, or null")
 
 
 @dataclass(frozen=True)
@@ -216,7 +263,8 @@ class DistillSettings:
     target_norm: TargetNormName = "none"
     """Normalisation of each teacher's targets before aggregation. ``mean_std``: subtract the mean
     of each dimension and divide by its standard deviation (after UNIC, arXiv 2408.05088; estimated
-    and frozen our way). ``phi_s``: PHI-S (arXiv 2410.01680)."""
+    and frozen our way). ``phi_s``: PHI-S (arXiv 2410.01680). ``procrustes``: rotate each target
+    onto the same target of the first teacher, and scale it (ours)."""
 
     target_norm_steps: int = 1000
     """Steps over which the statistics of ``target_norm`` are estimated before they are frozen
@@ -237,8 +285,11 @@ class DistillSettings:
     loss: LossSettings = field(default_factory=LossSettings)
     """The distillation loss."""
 
-    unit_loss: UnitLossSettings = field(default_factory=UnitLossSettings)
-    """Classification of k-means units, added to the loss."""
+    unit_loss: tuple[UnitLossSettings, ...] = ()
+    """Classification of k-means units, added to the loss: one entry for each file of units."""
+
+    relation: RelationSettings = field(default_factory=RelationSettings)
+    """Temporal relations, added to the loss."""
 
     teacher_dropout: bool = False
     """Leave the teachers' dropout on, as s3prl's distiller does by oversight (ours: off)."""
@@ -251,6 +302,10 @@ class DistillSettings:
 
     teacher_precision: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision in which ``fast`` teachers compute; targets are converted to float32 (ours)."""
+
+    teacher_masked_norm: bool = False
+    """Take the statistics of the group norm in ``fast`` teachers over valid frames only, so that
+    targets do not depend on padding and equal those of a target cache (ours)."""
 
     teacher_compile: bool = False
     """Compile the layers of ``fast`` teachers with ``torch.compile`` (ours)."""
@@ -291,6 +346,12 @@ class DistillSettings:
             )
         if slow and self.teacher_compile:
             raise ValueError(f"teacher_compile needs teacher_backend: fast; remove it or {why}")
+        if slow and self.teacher_masked_norm:
+            raise ValueError(f"teacher_masked_norm needs teacher_backend: fast; remove it or {why}")
+        if self.student_backend == "s3prl":
+            for key in ("mask", "masked_norm"):
+                if getattr(self.student, key, None):
+                    raise ValueError(f"student.{key} needs student_backend: ours")
         if not isinstance(self.student, StudentSettings):
             if self.student_backend == "s3prl":
                 raise ValueError("student_backend: s3prl needs student.kind: distil; use ours")
@@ -370,15 +431,34 @@ class DistillSettings:
                 ("targets.across_teachers", self.targets.across_teachers),
                 ("heads.residual", self.heads.residual),
                 ("loss.agreement", self.loss.agreement < 1),
+                ("target_norm: procrustes", self.target_norm == "procrustes"),
+                ("relation", self.relation.weight > 0),
             )
             if on
         ]
         if layerwise and len(set(counts.values())) > 1:
             shown = ", ".join(f"{name} has {count}" for name, count in counts.items())
             raise ValueError(
-                f"{layerwise[0]} works layer by layer and needs the same number of "
-                f"layers from each teacher ({shown}); or use aggregation: separate"
+                f"{layerwise[0]} works layer by layer and needs the same number of layers from "
+                f"each teacher ({shown})"
+                + ("; or use aggregation: separate" if layerwise[0].startswith("agg") else "")
             )
+        chosen = self.relation.student_layers
+        if self.relation.weight and chosen is not None and {len(chosen)} != {*counts.values()}:
+            raise ValueError(
+                "relation.student_layers must name a layer of the student for each target of a "
+                f"teacher, got {len(chosen)} for {max(counts.values())}"
+            )
+        if self.target_norm == "procrustes" and len(self.teachers) < 2:
+            raise ValueError("target_norm: procrustes rotates teachers onto the first; add another")
+        if self.student.mask is not None and not self.unit_loss:
+            raise ValueError(
+                "student.mask hides frames that nothing is then learned from; add unit_loss, a "
+                "list of files of s3prl-ekd fit-units, or remove student.mask"
+            )
+        for i, unit_loss in enumerate(self.unit_loss):
+            if unit_loss.unmasked_weight and self.student.mask is None:
+                raise ValueError(f"unit_loss[{i}].unmasked_weight needs student.mask")
         if self.targets.across_teachers and (
             self.aggregation != "separate" or any(t.groups is None for t in self.teachers.values())
         ):

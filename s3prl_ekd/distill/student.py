@@ -71,16 +71,20 @@ class Student(nn.Module):
             self.backbone = PrunedBackbone(settings, start_drop)
         else:
             self.backbone = build_backbone(settings)
+        self.backbone.masked_norm = settings.masked_norm  # for student_forward
         if settings.feature_grad_mult == 0:
             # no gradient reaches the extractor: do not count it among the trained parameters
             self.backbone.feature_extractor.requires_grad_(False)
 
-    def forward(self, waves: Tensor, lengths: Tensor) -> StudentOutput:
+    def forward(
+        self, waves: Tensor, lengths: Tensor, masked: tuple[Tensor, Tensor] | None = None
+    ) -> StudentOutput:
         """Run the student.
 
         Args:
             waves: ``[batch, sample]`` at 16 kHz, zero-padded at the end.
             lengths: ``[batch]``, valid samples of each waveform, at least ``settings.min_samples``.
+            masked: masked frames and the vector that replaces them, see :func:`.student_forward`.
         """
         if self.backend == "s3prl":
             return s3prl_forward(self.backbone, waves, lengths)
@@ -92,6 +96,7 @@ class Student(nn.Module):
             lengths,
             draw_layers(self.backbone.encoder),
             self.activation_checkpointing,
+            masked,
             self.extract,
             self.encode,
         )

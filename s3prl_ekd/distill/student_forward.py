@@ -40,7 +40,11 @@ class StudentOutput(NamedTuple):
 
 
 def extract(
-    blocks: Iterable[Any], waves: Tensor, lengths: Tensor, recompute: bool
+    blocks: Iterable[Any],
+    waves: Tensor,
+    lengths: Tensor,
+    recompute: bool,
+    masked_norm: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Run the conv extractor.
 
@@ -49,16 +53,45 @@ def extract(
         waves: ``[batch, sample]``.
         lengths: ``[batch]``, valid samples.
         recompute: see :func:`student_forward`.
+        masked_norm: take the statistics of group norms over valid frames only.
 
     Returns:
         Features ``[batch, frame, channel]`` and the number of valid frames, ``[batch]``.
     """
     x = waves[:, None]  # [batch, channel, frame]
     for block in blocks:
-        x = run(block, x, recompute=recompute)
         (kernel,), (stride,) = block[0].kernel_size, block[0].stride
         lengths = torch.div(lengths - kernel, stride, rounding_mode="trunc") + 1
+        stage = partial(masked_block, block, lengths=lengths) if masked_norm else block
+        x = run(stage, x, recompute=recompute)
     return x.transpose(1, 2), lengths
+
+
+def masked_block(block: Iterable[Any], x: Tensor, lengths: Tensor) -> Tensor:
+    """Run a conv block ``[batch, channel, frame]`` with :func:`masked_group_norm` in place of a
+    group norm; ``lengths [batch]``: valid frames of its output."""
+    for module in block:
+        over_time = hasattr(module, "num_groups")  # a group norm, with one channel in each group
+        x = masked_group_norm(module, x, lengths) if over_time else module(x)
+    return x
+
+
+def masked_group_norm(norm: Any, x: Tensor, lengths: Tensor) -> Tensor:
+    """Normalise each channel of ``[batch, channel, frame]`` over its valid frames, ``lengths
+    [batch]``.
+
+    A group norm over a padded batch includes the padding, so hidden states depend on the length of
+    the longest utterance. These statistics do not (*ours*); without padding both are equal.
+    """
+    valid = torch.arange(x.shape[2], device=x.device) < lengths[:, None]
+    exact = x.float()  # under autocast, too
+    valid = valid[:, None].to(exact.dtype)  # [batch, 1, frame]
+    count = lengths[:, None, None].to(exact.dtype)
+    centred = exact - (exact * valid).sum(2, keepdim=True) / count
+    variance = (centred * valid).square().sum(2, keepdim=True) / count
+    scale = norm.weight[:, None] * torch.rsqrt(variance + norm.eps)
+    result: Tensor = centred * scale + norm.bias[:, None]
+    return result.to(x.dtype)
 
 
 def normalise(waves: Tensor, lengths: Tensor) -> Tensor:
@@ -259,6 +292,7 @@ def student_forward(
     lengths: Tensor,
     layers: Iterable[Any] | None = None,
     recompute: bool = False,
+    masked: tuple[Tensor, Tensor] | None = None,
     extract: Callable[..., tuple[Tensor, Tensor]] = extract,
     encode: Callable[..., tuple[list[Tensor], Tensor]] = encode,
 ) -> StudentOutput:
@@ -272,12 +306,16 @@ def student_forward(
         layers: the transformer layers to run; None: all of the encoder's.
         recompute: activation checkpointing: store only the inputs of conv blocks and transformer
             layers and recompute the rest in the backward pass.
+        masked: for masked prediction, bool ``[batch, frame]`` and the vector ``[dim]`` that
+            replaces the projected features of these frames.
         extract, encode: replacements for these two functions, for example compiled ones.
     """
     is_copy = getattr(model, "hubert_states", False)
     if is_copy and model.normalize_waveforms:
         waves = normalise(waves, lengths)
-    features, frames = extract(model.feature_extractor.conv_layers, waves, lengths, recompute)
+    options = {"masked_norm": True} if getattr(model, "masked_norm", False) else {}
+    blocks = model.feature_extractor.conv_layers
+    features, frames = extract(blocks, waves, lengths, recompute, **options)
     features = scale_gradient(features, model.feature_grad_mult)
     padding = torch.arange(features.shape[1], device=waves.device) >= frames[:, None]
 
@@ -287,6 +325,8 @@ def student_forward(
         projected = F.dropout(projected, model.input_dropout, model.training)
     # not masked_fill: it changes the memory layout, and dropout draws in the order of memory
     projected = torch.where(padding[..., None], projected.new_zeros(()), projected)
+    if masked is not None:
+        projected = torch.where(masked[0][..., None], masked[1].to(projected), projected)
 
     layers = model.encoder.layers if layers is None else layers
     states, last = encode(model.encoder, layers, projected, padding, recompute)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar, get_args
 
 from ..errors import ConfigError
 from .conv_layers import (
@@ -16,6 +16,11 @@ from .conv_layers import (
     stride_of,
 )
 from .ranges import check_range
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Samples = TypeVar("Samples", int, "Tensor")
 
 # Upper limits of a student's size. HuBERT X-Large, a teacher, has 48 layers and 960 M parameters.
 MAX_LAYERS, MAX_PARAMETERS = 256, 1_000_000_000
@@ -41,6 +46,25 @@ def check_multiples(settings: StudentSettings | PrunedSettings) -> None:
             )
 
 
+@dataclass(frozen=True)
+class MaskSettings:
+    """Masked spans of the student's projected conv features (HuBERT, arXiv 2106.07447, section
+    III-B). A learned vector replaces the masked frames. ``unit_loss`` is computed on them, and the
+    distillation loss on the other frames (ours)."""
+
+    length: int = 10
+    """Frames of a span (HuBERT)."""
+
+    share: float = 0.8
+    """Length of all spans together, as a share of the utterance (HuBERT). Spans overlap: with 0.8,
+    somewhat more than half of the frames are masked."""
+
+    def __post_init__(self) -> None:
+        check_range(self, 1, math.inf, "length")
+        if not 0 < self.share <= 1:
+            raise ValueError(f"share must be above 0 and at most 1, got {self.share}")
+
+
 class ConvInput:
     """What follows from the conv layers of a student."""
 
@@ -58,6 +82,10 @@ class ConvInput:
     def min_samples(self) -> int:
         """The shortest waveform, in samples, that gives a frame."""
         return receptive_field(self.conv_layers)
+
+    def frames(self, samples: Samples) -> Samples:
+        """Number of frames of waveforms with this many samples; 0 or less if they are too short."""
+        return (samples - self.min_samples) // self.stride + 1
 
 
 @dataclass(frozen=True)
@@ -123,6 +151,13 @@ class StudentSettings(ConvInput):
     encoder_layerdrop: float = 0.0
     """Probability of skipping a transformer layer in training."""
 
+    mask: MaskSettings | None = None
+    """Masked spans of the conv features in training; null: none."""
+
+    masked_norm: bool = False
+    """Take the statistics of the conv extractor's group norm over valid frames only, so that hidden
+    states do not depend on padding (ours); see :mod:`.student_forward`."""
+
     def __post_init__(self) -> None:
         try:
             parse_conv_layers(self.extractor_conv_feature_layers)
@@ -134,6 +169,11 @@ class StudentSettings(ConvInput):
         check_range(self, 0, math.inf, "feature_grad_mult")
         check_dropout(self)
         check_multiples(self)
+        if self.masked_norm and self.extractor_mode == "layer_norm":
+            raise ValueError(
+                "masked_norm has no effect with extractor_mode: layer_norm, which does not depend "
+                "on padding; leave it out"
+            )
 
     @property
     def conv_layers(self) -> ConvLayers:
@@ -167,6 +207,13 @@ class CopySettings(ConvInput):
     input_dropout: float = 0.1
     """Dropout of the projected conv features (DPHuBERT)."""
 
+    mask: MaskSettings | None = None
+    """Masked spans of the conv features in training; null: none."""
+
+    masked_norm: bool = False
+    """Take the statistics of the conv extractor's group norm over valid frames only, so that hidden
+    states do not depend on padding (ours). No effect on a copy whose extractor has layer norms."""
+
     def __post_init__(self) -> None:
         check_range(self, 0, math.inf, "feature_grad_mult")
         check_dropout(self)
@@ -190,6 +237,9 @@ class FileSettings:
 
     keep_heads: bool = True
     """Continue with the file's prediction heads (DPHuBERT); false: new heads."""
+
+    mask: MaskSettings | None = None
+    """Masked spans of the conv features in training; null: none."""
 
 
 @dataclass(frozen=True)
@@ -333,6 +383,9 @@ class PrunedSettings(ConvInput):
 
     gates: GateSettings | None = None
     """The gates; null once the student is cut."""
+
+    masked_norm: bool = False
+    """See :class:`StudentSettings`."""
 
     feature_grad_mult: float = 1.0
     """See :class:`CopySettings`, as for the following."""

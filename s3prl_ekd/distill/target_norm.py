@@ -5,142 +5,30 @@ the larger one. ``mean_std`` normalises each dimension to mean 0 and deviation 1
 2408.05088; statistics over the first steps that are then frozen are ours). ``phi_s`` (PHI-S, arXiv
 2410.01680, section 3) rotates so that all dimensions have the same variance and divides by one
 number, which keeps the shape of the distribution: directions of small variance are not amplified.
+``procrustes`` (*ours*) subtracts the mean, divides by one number, and rotates the targets of each
+teacher but the first onto those of the first, so that their average has a basis
+(:mod:`.procrustes`).
 
-Frames that would distort the statistics (:func:`usable_frames`) are left out of them and counted.
-Dimensions that do not vary are not divided, which would only amplify rounding errors.
+Frames that would distort the statistics are left out of them and counted. Dimensions that do not
+vary are not divided, which would only amplify rounding errors.
 """
 
 from __future__ import annotations
 
-import functools
 import logging
-import math
 from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..errors import TeacherError
-from .aggregation import TeacherShape
+from .aggregation import TeacherShape, one_width
+from .moments import ROUNDING, Moments, is_main_process
+from .phi_s import hadamard, phi_s
+from .procrustes import CrossMoments
 
 logger = logging.getLogger(__name__)
-
-# Ours: a dimension is constant if its variance is at most this share of the median dimension's,
-_FLAT = 1e-6
-# or if its deviation is at most this share of its mean (float32 rounding).
-_ROUNDING = 1e-6
-# Ours: an outlier is a frame whose largest value is above FACTOR times the median frame's. Within a
-# layer, the largest values of frames differ by a factor of tens, attention sinks included.
-FACTOR = 1000.0
-LIMIT = 1e15  # the sum of a million squares of such values is finite in float32
-
-
-def usable_frames(frames: Tensor) -> Tensor:
-    """Find the frames for statistics: ``frames [frame, target, dim]`` -> bool ``[frame]``.
-
-    A frame is left out if, in one of its targets, a value is not finite or the largest value is
-    above :data:`FACTOR` times the median frame's.
-    """
-    peaks = frames.abs().amax(-1)  # [frame, target]
-    usable = peaks.isfinite().all(-1)
-    if not usable.any():
-        return usable
-    median = peaks[usable].median(0).values
-    limits = torch.where(median > 0, FACTOR * median, LIMIT).clamp(max=LIMIT)
-    return usable & (peaks <= limits).all(-1)
-
-
-def world_size() -> int:
-    """Number of training processes."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def is_main_process() -> bool:
-    """Whether this process is rank 0, or the only one."""
-    return world_size() == 1 or dist.get_rank() == 0
-
-
-def all_gather(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
-    """Gather tensors from all processes, in order of rank; with one process, ``[tensors]``.
-
-    Args:
-        tensors: of equal shapes and types in all processes; every process must call this.
-    """
-    if world_size() == 1:
-        return [tensors]
-    columns = []
-    for tensor in tensors:
-        gathered = [torch.empty_like(tensor) for _ in range(world_size())]
-        dist.all_gather(gathered, tensor.contiguous())
-        columns.append(gathered)
-    return list(zip(*columns, strict=True))
-
-
-class Moments(nn.Module):
-    """Running count, mean and covariance (``full``) or variance of frames, exact over batches."""
-
-    count: Tensor
-    mean: Tensor  # [target, dim]
-    scatter: Tensor  # sum of squared (or outer products of) differences from the mean
-    left_out: Tensor  # frames
-    transform: Tensor  # [target, dim, dim]: last PHI-S transform, stored for exact resuming
-
-    def __init__(self, targets: int, width: int, full: bool):
-        super().__init__()
-        self.full = full
-        shape = (targets, width, width) if full else (targets, width)
-        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
-        self.register_buffer("mean", torch.zeros(targets, width))
-        self.register_buffer("scatter", torch.zeros(shape))
-        self.register_buffer("left_out", torch.zeros((), dtype=torch.long))
-        if full:
-            self.register_buffer("transform", torch.eye(width).repeat(targets, 1, 1))
-
-    @torch.no_grad()
-    def update(self, hidden: Tensor, mask: Tensor) -> None:
-        """Add the valid frames of ``hidden [batch, target, frame, dim]``; ``mask [batch, frame]``.
-
-        With several processes, each adds the frames of all in order of rank, so that the statistics
-        are equal in all.
-        """
-        frames = hidden.transpose(1, 2)[mask.bool()].float()  # [valid frame, target, dim]
-        usable = usable_frames(frames)
-        left_out = (~usable).sum()
-        frames = frames[usable]
-        mean = frames.sum(0) / max(len(frames), 1)
-        centred = frames - mean
-        if self.full:
-            scatter = torch.einsum("ntd,nte->tde", centred, centred)
-        else:
-            scatter = centred.square().sum(0)
-        count = torch.tensor(float(len(frames)), dtype=torch.float64, device=mean.device)
-        for *moments, rank_left_out in all_gather(count, mean, scatter, left_out):
-            self._merge(*moments)
-            self.left_out += rank_left_out
-
-    def _merge(self, count: Tensor, mean: Tensor, scatter: Tensor) -> None:
-        """Chan's formula, which is exact and stable for large means."""
-        if not count:
-            return
-        shift = mean - self.mean
-        share = float(self.count * count / (self.count + count))
-        outer = shift[:, :, None] * shift[:, None] if self.full else shift.square()
-        self.scatter += scatter + share * outer
-        self.count += count
-        self.mean += shift * float(count / self.count)
-
-    @property
-    def covariance(self) -> Tensor:
-        """``[target, dim, dim]``, or variances ``[target, dim]``; divided by n, not n - 1."""
-        return self.scatter / self.count.clamp(min=1).float()
-
-    @property
-    def flat(self) -> Tensor:
-        """Bool ``[target, dim]``: dimensions that are constant, by their variances."""
-        median = self.covariance.median(-1, keepdim=True).values
-        return self.covariance <= torch.maximum(_FLAT * median, (_ROUNDING * self.mean).square())
 
 
 class TargetNorm(nn.Module):
@@ -150,11 +38,12 @@ class TargetNorm(nn.Module):
 
     Args:
         teachers: the shapes of the teachers' targets.
-        kind: ``mean_std`` or ``phi_s``.
+        kind: ``mean_std``, ``phi_s`` or ``procrustes``.
         steps: number of batches after which the statistics are frozen.
 
     Raises:
-        TeacherError: no Hadamard matrix of a teacher's width, which PHI-S needs, is implemented.
+        TeacherError: no Hadamard matrix of a teacher's width, which PHI-S needs, is implemented; or
+            the teachers differ in width, and Procrustes needs one width.
     """
 
     seen: Tensor  # number of batches that have updated the statistics
@@ -163,6 +52,10 @@ class TargetNorm(nn.Module):
         super().__init__()
         self.kind, self.steps = kind, steps
         self.moments = nn.ModuleDict()
+        self.cross = nn.ModuleDict()  # of procrustes: all teachers but the reference
+        self.reference = next(iter(teachers))
+        if kind == "procrustes":
+            one_width(teachers, "target_norm: procrustes", "another target_norm")
         for name, teacher in teachers.items():
             if kind == "phi_s" and hadamard(teacher.width) is None:
                 raise TeacherError(
@@ -170,6 +63,8 @@ class TargetNorm(nn.Module):
                     f"has {teacher.width}; use mean_std"
                 )
             self.moments[name] = Moments(len(teacher.targets), teacher.width, kind == "phi_s")
+            if kind == "procrustes" and name != self.reference:
+                self.cross[name] = CrossMoments(len(teacher.targets), teacher.width)
         self.register_buffer("seen", torch.zeros((), dtype=torch.long))
 
     @torch.no_grad()
@@ -194,6 +89,9 @@ class TargetNorm(nn.Module):
 
     def _moments(self) -> dict[str, Moments]:
         return cast("dict[str, Moments]", dict(self.moments.items()))
+
+    def _cross(self) -> dict[str, CrossMoments]:
+        return cast("dict[str, CrossMoments]", dict(self.cross.items()))
 
     def left_out(self) -> dict[str, Tensor]:
         """Scalars for the log: frames left out of the statistics, for teachers with any."""
@@ -225,19 +123,36 @@ class TargetNorm(nn.Module):
             moments = self._moments()[name]
             before = int(moments.left_out)
             moments.update(states, mask)
-            count = int(moments.left_out)
-            if count and not before and is_main_process():
+            left_out = int(moments.left_out)
+            if left_out and not before and is_main_process():
                 logger.warning(
                     "teacher %s: %d frames of a batch have infinite, NaN or huge values; such "
                     "frames are left out of the statistics of target_norm",
                     name,
-                    count,
+                    left_out,
                 )
-            # The eigendecomposition of PHI-S is slow: only at steps 1, 2, 4, ... and the last.
-            if self.kind == "phi_s" and (seen & (seen - 1) == 0 or seen == self.steps):
+            # The decompositions are slow: only at steps 1, 2, 4, ... and the last.
+            due = seen & (seen - 1) == 0 or seen == self.steps
+            if self.kind == "phi_s" and due:
                 moments.transform.copy_(phi_s(moments.covariance, moments.mean))
             if seen == self.steps and is_main_process():
                 self._report(name, moments)
+            if name not in self.cross:
+                continue
+            cross = self._cross()[name]
+            cross.update(states, teachers[self.reference], mask)
+            if due:
+                cross.solve()
+            if seen == self.steps and is_main_process():
+                reference = self._moments()[self.reference]
+                plain, rotated = cross.correlations(moments.covariance, reference.covariance)
+                logger.info(
+                    "teacher %s: correlation with %s %.3f, %.3f after the rotation",
+                    name,
+                    self.reference,
+                    plain,
+                    rotated,
+                )
 
     def _report(self, name: str, moments: Moments) -> None:
         """Log the numbers of frames and constant dimensions of statistics that are now frozen."""
@@ -257,53 +172,12 @@ class TargetNorm(nn.Module):
         if self.kind == "mean_std":
             deviation = torch.where(moments.flat, 1.0, moments.covariance.sqrt())
             return centred / deviation[:, None]
+        if self.kind == "procrustes":
+            variance = moments.covariance.mean(-1)  # [target], over dimensions
+            least = (ROUNDING * moments.mean).square().mean(-1).clamp(min=1e-12)
+            scale = torch.where(variance > least, variance.rsqrt(), 1.0)
+            centred = centred * scale[:, None, None]
+            if name not in self.cross:
+                return centred
+            return torch.einsum("btfd,tde->btfe", centred, self._cross()[name].rotation)
         return torch.einsum("btfd,tde->btfe", centred, moments.transform)
-
-
-def phi_s(covariance: Tensor, mean: Tensor | None = None) -> Tensor:
-    """The PHI-S transform ``[target, dim, dim]``, by which centred rows are multiplied from the
-    right: a rotation to the principal axes, a Hadamard matrix that spreads the variance evenly over
-    all dimensions, and a division by the mean deviation.
-
-    Args:
-        covariance: ``[target, dim, dim]``.
-        mean: ``[target, dim]``; targets whose deviation is below the rounding error of their mean
-            are not scaled.
-    """
-    values, vectors = torch.linalg.eigh(covariance.double())
-    variance = values.clamp(min=0).mean(-1)
-    least = torch.full_like(variance, 1e-12)
-    if mean is not None:
-        least = least.maximum((_ROUNDING * mean.double()).square().mean(-1))
-    scale = torch.where(variance > least, variance.rsqrt(), 1.0)
-    mix = hadamard(covariance.shape[-1])
-    assert mix is not None  # TargetNorm has checked the width
-    transform: Tensor = scale[:, None, None] * vectors @ mix.to(vectors).T
-    return transform.float()
-
-
-@functools.cache
-def hadamard(size: int) -> Tensor | None:
-    """An orthogonal matrix ``[size, size]`` with entries ± size^(-1/2); None if not implemented.
-
-    Built by Sylvester's doubling from the orders 1, 12 and 20 (Paley's construction): among others
-    96, 768 and 1024.
-    """
-    for matrix in (torch.ones(1, 1), _paley(11), _paley(19)):
-        factor, rest = divmod(size, len(matrix))
-        if rest == 0 and factor & (factor - 1) == 0:
-            while len(matrix) < size:
-                matrix = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]), matrix)
-            return matrix / math.sqrt(size)
-    return None
-
-
-def _paley(prime: int) -> Tensor:
-    """Paley's first construction, for a prime of the form 4k + 3: order ``prime + 1``."""
-    index = torch.arange(prime)
-    sign = torch.full((prime,), -1.0)
-    sign[index.square() % prime] = 1.0  # of 0 and of the squares modulo the prime
-    matrix = torch.ones(prime + 1, prime + 1)
-    matrix[1:, 0] = -1.0
-    matrix[1:, 1:] = sign[(index[:, None] - index) % prime]
-    return matrix

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import ItemsView, Iterable, Mapping, Sequence, ValuesView
+from collections.abc import Collection, ItemsView, Iterable, Mapping, Sequence, ValuesView
 from typing import Any, Protocol, cast
 
 import torch
@@ -13,6 +13,7 @@ from ..errors import TeacherError
 from .aggregation import TeacherShape, crop_frames
 
 PROBE_SAMPLES = 16000  # one second at 16 kHz, to find the depth and width of an upstream
+FIELD_SAMPLES = 4000  # a quarter of a second, to find the number of frames of an upstream
 HiddenStates = Sequence[Tensor] | Mapping[int, Tensor]  # layer -> [batch, frame, dim]
 
 
@@ -49,6 +50,7 @@ class Teacher(nn.Module):
     depth: int  # index of the last hidden state
     width: int  # of the targets
     stride: int  # samples from one frame to the next
+    field: int  # samples of the shortest waveform with one frame
 
     def __init__(self, upstream: nn.Module, targets: Sequence[int | Sequence[int]], name: str):
         super().__init__()
@@ -71,6 +73,7 @@ class Teacher(nn.Module):
             )
         self.width = widths.pop()
         self.stride = int(cast(Any, upstream).get_downsample_rates("hidden_states"))
+        self.field = receptive_field(upstream, noise, self.stride)
 
     @property
     def shape(self) -> TeacherShape:
@@ -80,6 +83,10 @@ class Teacher(nn.Module):
     def labels(self) -> list[str]:
         """Name of each target for logs: ``layer4``, or ``layers1-3`` for a group."""
         return [_label(target) for target in self.targets]
+
+    def frames(self, samples: Tensor) -> Tensor:
+        """Number of frames of unpadded waveforms with this many samples."""
+        return (samples - self.field) // self.stride + 1
 
     def states(self, waves: Sequence[Tensor]) -> Sequence[Tensor]:
         """All hidden states, ``[batch, frame, dim]`` each, of unpadded waveforms ``[sample]``."""
@@ -93,6 +100,25 @@ class Teacher(nn.Module):
     def pick(self, states: HiddenStates) -> Tensor:
         """Select and average hidden states: the targets ``[batch, target, frame, dim]``."""
         return torch.stack([_mean([states[i] for i in target]) for target in self.targets], dim=1)
+
+
+@torch.no_grad()
+def receptive_field(upstream: nn.Module, wave: Tensor, stride: int) -> int:
+    """Samples ``f`` such that the upstream has ``(samples - f) // stride + 1`` frames.
+
+    Found by bisection on the start of ``wave [sample]``: the fewest samples with as many frames.
+    """
+
+    def frames(samples: int) -> int:
+        return upstream([wave[:samples]])["hidden_states"][-1].shape[1]  # type: ignore[no-any-return]
+
+    most = min(len(wave), FIELD_SAMPLES)
+    low, high = most - stride, most  # low has fewer frames than high
+    count = frames(high)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if frames(middle) == count else (middle, high)
+    return high - (count - 1) * stride
 
 
 def _mean(states: list[Tensor]) -> Tensor:
@@ -151,7 +177,7 @@ class TeacherEnsemble(nn.ModuleDict):
 
     @torch.no_grad()
     def states(
-        self, waves: Sequence[Tensor], also: Mapping[str, int] | None = None
+        self, waves: Sequence[Tensor], also: Mapping[str, Collection[int]] | None = None
     ) -> dict[str, HiddenStates]:
         """The hidden states of each teacher's target layers: teacher -> layer -> ``[batch, frame,
         dim]``.
@@ -161,7 +187,7 @@ class TeacherEnsemble(nn.ModuleDict):
 
         Args:
             waves: unpadded waveforms ``[sample]`` at 16 kHz.
-            also: teacher -> one layer to compute in addition to its target layers.
+            also: teacher -> layers to compute in addition to its target layers.
         """
         states: dict[str, HiddenStates] = {}
         shared: dict[Any, Any] = {}
@@ -173,8 +199,7 @@ class TeacherEnsemble(nn.ModuleDict):
                     states[name] = teacher.states(waves)
                     continue
                 layers = {layer for target in teacher.targets for layer in target}
-                if also and name in also:
-                    layers.add(also[name])
+                layers.update((also or {}).get(name, ()))
                 states[name] = teacher.encoder.hidden_states(padded, lengths, layers, shared)
         return states
 

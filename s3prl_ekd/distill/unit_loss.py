@@ -1,12 +1,15 @@
 """Classification of units: hard labels in addition to the targets, as in Essence KD (1906.10834).
 
 Essence KD's hard labels come from transcripts, which SSL pretraining does not have. Here they are
-the k-means units of one teacher's layer (*ours*), predicted by a linear head on the student's last
-hidden state.
+k-means units of teachers' layers, predicted by linear heads on the student's last hidden state.
+With masked spans this is HuBERT's objective (Hsu et al. 2021, arXiv 2106.07447) with the units of a
+trained teacher, as in DiceHuBERT (arXiv 2507.02911). Units of several teachers, a head for each,
+are *ours*.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch.nn.functional as F
@@ -14,6 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import TeacherError
 from .losses import Comparison, Logs
+from .settings import UnitLossSettings
 from .teachers import TeacherEnsemble
 
 
@@ -37,37 +41,91 @@ class UnitLabels(Protocol):
 class UnitLoss(nn.Module):
     """A term: cross-entropy of the units of a teacher's layer.
 
+    Denominators: the number of masked frames, or of all valid frames if none are masked; for
+    ``unmasked_weight``, the number of the other frames.
+
+    Args:
+        units: the labels.
+        head: predicts them from the student's last hidden state.
+        settings: weights.
+        masked: whether spans of the student's input are masked (``student.mask``).
+        name: of the scalars in the log.
+    """
+
+    def __init__(
+        self,
+        units: UnitLabels,
+        head: nn.Linear,
+        settings: UnitLossSettings,
+        masked: bool = False,
+        name: str = "unit",
+    ):
+        super().__init__()
+        self.units, self.head, self.settings = units, head, settings
+        self.masked, self.name = masked, name
+
+    def forward(self, comparison: Comparison) -> tuple[Tensor, Logs]:
+        """The weighted term; logs the cross-entropy and the accuracy, without weights."""
+        labels = self.units.label(comparison.states[self.units.teacher][self.units.layer])
+        frames = comparison.valid.shape[1]
+        logits = self.head(comparison.student.last[:, :frames]).float()  # [batch, frame, unit]
+        labels = labels[:, :frames]
+        errors = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
+        correct = (logits.detach().argmax(-1) == labels).float()  # [batch, frame]
+        counts, outside = comparison.counts, comparison.mask
+        if not self.masked:
+            count = counts.valid if counts else comparison.valid.sum()
+            loss = mean(errors, comparison.valid, count)
+            accuracy = mean(correct, comparison.valid, count)
+            logs = {f"{self.name}_loss": loss.detach(), f"{self.name}_accuracy": accuracy}
+            return self.settings.weight * loss, logs
+        inside = comparison.valid - outside  # 1 in masked spans
+        count = counts.masked if counts else inside.sum()
+        loss, accuracy = mean(errors, inside, count), mean(correct, inside, count)
+        logs = {f"{self.name}_loss": loss.detach(), f"{self.name}_accuracy": accuracy}
+        total = self.settings.weight * loss
+        if self.settings.unmasked_weight:
+            count = counts.frames if counts else outside.sum()
+            loss = mean(errors, outside, count)
+            logs[f"{self.name}_loss_unmasked"] = loss.detach()
+            logs[f"{self.name}_accuracy_unmasked"] = mean(correct, outside, count)
+            total = total + self.settings.unmasked_weight * loss
+        return total, logs
+
+
+def mean(values: Tensor, mask: Tensor, count: Tensor | float) -> Tensor:
+    """The sum of ``values [batch, frame]`` over the frames of a mask, divided by ``count``; 0 if
+    that is 0."""
+    total = (values * mask).sum()
+    if isinstance(count, Tensor):
+        return total / count.clamp(min=1)
+    return total / count if count > 0 else total * 0
+
+
+def unit_names(units: Sequence[UnitLabels]) -> list[str]:
+    """A name for each: ``hubert_layer9``, and ``hubert_layer9_2`` for the second of this layer."""
+    names: list[str] = []
+    for labels in units:
+        name = f"{labels.teacher}_layer{labels.layer}"
+        count = sum(n == name or n.startswith(f"{name}_") for n in names)
+        names.append(f"{name}_{count + 1}" if count else name)
+    return names
+
+
+def check_units(units: UnitLabels, teachers: TeacherEnsemble, where: str) -> None:
+    """Check that units are of a teacher's layer.
+
     Raises:
         TeacherError: the units' teacher is not among the teachers, or has no such layer.
     """
-
-    def __init__(self, units: UnitLabels, teachers: TeacherEnsemble, in_width: int, weight: float):
-        super().__init__()
-        if units.teacher not in teachers:
-            raise TeacherError(
-                f"unit_loss.file has units of teacher {units.teacher!r}; the config has: "
-                f"{', '.join(teachers)}"
-            )
-        teacher = teachers[units.teacher]
-        if units.layer > teacher.depth or units.width != teacher.width:
-            raise TeacherError(
-                f"unit_loss.file has units of layer {units.layer} with width {units.width}; "
-                f"{units.teacher} has layers 0 to {teacher.depth} of width {teacher.width}"
-            )
-        self.units = units
-        self.weight = weight
-        self.head = nn.Linear(in_width, units.clusters)
-
-    def forward(self, comparison: Comparison) -> tuple[Tensor, Logs]:
-        """Mean cross-entropy over valid frames; logs their accuracy too."""
-        labels = self.units.label(comparison.states[self.units.teacher][self.units.layer])
-        logits = self.head(comparison.student.last).float()  # [batch, frame, unit]
-        frames = min(logits.shape[1], labels.shape[1])
-        mask = comparison.student.mask[:, :frames]
-        logits, labels = logits[:, :frames], labels[:, :frames]
-        errors = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
-        count = mask.sum().clamp(min=1)
-        loss = (errors * mask).sum() / count
-        correct = (logits.detach().argmax(-1) == labels) * mask  # [batch, frame]
-        accuracy = correct.sum() / count
-        return self.weight * loss, {"unit_accuracy": accuracy, "unit_loss": loss.detach()}
+    if units.teacher not in teachers:
+        raise TeacherError(
+            f"{where}.file has units of teacher {units.teacher!r}; the config has: "
+            f"{', '.join(teachers)}"
+        )
+    teacher = teachers[units.teacher]
+    if units.layer > teacher.depth or units.width != teacher.width:
+        raise TeacherError(
+            f"{where}.file has units of layer {units.layer} with width {units.width}; "
+            f"{units.teacher} has layers 0 to {teacher.depth} of width {teacher.width}"
+        )

@@ -30,7 +30,8 @@ class TeacherDropping(nn.Module):
 
     The loss is divided by the number of all valid frames, dropped ones included (*ours*). If it
     were divided by the remaining frames, the weight of an utterance would depend on how many other
-    utterances of the batch were dropped.
+    utterances of the batch were dropped. So with n teachers and probability p the scale of the loss
+    is (1 + (n - 1)(1 - p)) / n of that without dropping; the log has the share that a batch keeps.
     """
 
     def __init__(self, probability: float, settings: LossSettings):
@@ -49,10 +50,18 @@ class TeacherDropping(nn.Module):
             )
             frames = (reconstruction + self.settings.cosine_weight * cosine).mean(1)
             losses[name] = (frames * mask).sum(1) / mask.sum(1).clamp(min=1)
-        counted = mask if self.settings.mask_padding else torch.ones_like(mask)
+        counted = weights.frames[next(iter(comparison.teachers))]
+        counted = torch.ones_like(mask) if counted is None else counted
         selected = drop_teachers(losses, self.probability)  # teacher -> [batch]
         remaining = {name: counted * flags[:, None] for name, flags in selected.items()}
-        return replace(weights, frames={**weights.frames, **remaining}, frame_count=counted.sum())
+        count = counted.sum() if weights.frame_count is None else weights.frame_count
+        kept = torch.stack(list(selected.values())).mean()
+        return replace(
+            weights,
+            frames={**weights.frames, **remaining},
+            frame_count=count,
+            logs={**weights.logs, "teachers_kept": kept},
+        )
 
 
 class Agreement(nn.Module):

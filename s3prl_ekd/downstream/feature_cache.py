@@ -30,8 +30,8 @@ from ..compat.replaced import replaced
 from ..data.audio_files import SAMPLE_RATE
 from ..errors import SetupError
 from ..files.atomic import file_sha256
+from ..files.weights_digest import weights_digest
 from ..hidden_states.feature_store import FeatureStore, to_storage_dtype, wave_key
-from ..hidden_states.fingerprint import weights_digest
 from ..request import CACHE, CacheOptions
 
 logger = logging.getLogger(__name__)

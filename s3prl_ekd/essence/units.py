@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..distill.target_norm import usable_frames
+from ..distill.moments import usable_frames
 from ..errors import CheckpointError, DataError, SetupError
 from ..files.atomic import atomic_file, make_folder
 from ..files.formats import check_format_version

@@ -10,7 +10,7 @@ from ..errors import CheckpointError, EkdError
 # Our parts of a checkpoint: key -> newest version that this package reads. A part without a version
 # has version 1.
 STUDENT, RUN_STATE, RESUME = "EKD", "EKD_Run", "EKD_Resume"
-CHECKPOINT_PARTS = {STUDENT: 2, RUN_STATE: 1, RESUME: 1}
+CHECKPOINT_PARTS = {STUDENT: 3, RUN_STATE: 1, RESUME: 1}
 
 
 class NewerFormatError(CheckpointError):

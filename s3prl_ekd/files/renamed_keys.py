@@ -38,6 +38,7 @@ VALUES: Mapping[str, Mapping[str, str]] = {
     "targets.standardise": {"running": "mean_std"},
 }
 OLD_SECTION = "essence"  # of the model config; it has old keys only
+UNITS = "unit_loss"  # of the model config; a list, in version 0.1 one entry or none
 
 
 def rename_keys(data: Any, table: Table, path: str | None = None) -> Any:
@@ -82,6 +83,9 @@ def rename_keys(data: Any, table: Table, path: str | None = None) -> Any:
             raise ConfigError(
                 f"{path or 'the config'}.{OLD_SECTION}: unknown key {key!r:.60}; {names}"
             )
+    if table is MODEL and isinstance(data.get(UNITS), dict):  # a single entry without a list
+        is_off = "file" in data[UNITS] and data[UNITS]["file"] is None
+        data[UNITS] = [] if is_off else [data[UNITS]]
     return data
 
 
@@ -108,6 +112,10 @@ def rename_overrides(overrides: str) -> str:
 def restore_keys(data: Mapping[str, Any], table: Table) -> dict[str, Any]:
     """The inverse of :func:`rename_keys`, to compare a config with a record of version 0.1."""
     restored = _copy(data)
+    units = restored.get(UNITS)
+    if table is MODEL and isinstance(units, list) and len(units) < 2:
+        entry = units[0] if units else {"file": None, "weight": 1.0}
+        restored[UNITS] = {key: entry[key] for key in ("file", "weight")}
     for old, new in table.items():
         if _has(restored, new):
             value = _pop(restored, new)

@@ -8,13 +8,11 @@ between machines, so it is compared with a tolerance.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..data.sampling import used
 from ..data.settings import DataSettings
@@ -22,7 +20,7 @@ from ..data.tables import Utterance
 from ..distill.settings import DistillSettings
 from ..distill.teachers import PROBE_SAMPLES, Teacher, TeacherEnsemble
 from ..errors import ConfigError, DataError
-from ..files.safetensors_file import raw_bytes
+from ..files.weights_digest import weights_digest
 from .store import PER_TEACHER, Index, TargetBlock, TargetLayout, TargetSubset, select_targets
 
 # Field of a key -> the setting that it stores. The fields have names of version 0.1.
@@ -84,17 +82,6 @@ def upstream_class(upstream: object) -> str:
     return CLASS_NAMES.get(name, name)
 
 
-def weights_digest(module: nn.Module) -> str:
-    """Digest of all parameters and buffers: names, shapes, dtypes and values."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in sorted(module.state_dict().items()):
-        if not isinstance(tensor, torch.Tensor):
-            continue
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        digest.update(raw_bytes(tensor))
-    return digest.hexdigest()
-
-
 @torch.no_grad()
 def _probe_output(teacher: Teacher) -> list[float]:
     """Mean absolute value of each target for one second of noise.
@@ -127,7 +114,8 @@ def check_aggregated(settings: DistillSettings) -> None:
         ("target_norm", settings.target_norm != "none"),
         ("targets.drop_teachers", targets.drop_teachers > 0),
         ("loss.agreement", settings.loss.agreement < 1),
-        ("unit_loss", settings.unit_loss.file is not None),
+        ("unit_loss", bool(settings.unit_loss)),
+        ("relation", settings.relation.weight > 0),
     ):
         if enabled:
             raise ConfigError(

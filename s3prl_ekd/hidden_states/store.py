@@ -42,7 +42,7 @@ from torch import Tensor
 from .. import __version__
 from ..data.bad_audio import BadAudio
 from ..distill.batch import CachedTargets
-from ..distill.target_norm import usable_frames
+from ..distill.moments import usable_frames
 from ..errors import DataError, TeacherError
 from ..files.atomic import atomic_file
 from ..files.formats import check_format_version

@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..data.batches import Batch
 from ..distill.batch import DistillBatch
 from ..distill.distiller import EnsembleDistiller
+from ..distill.frame_counts import FrameCounts
 from ..distill.student_settings import PrunedSettings
 from ..errors import SetupError, first_line
 from ..system import torchrun
@@ -161,6 +162,7 @@ def distiller_batch(batch: Batch, device: str) -> DistillBatch:
         batch.lengths.to(device, non_blocking=True),
         teacher_waves,
         None if batch.targets is None else batch.targets.on(device),
+        None if batch.spans is None else batch.spans.to(device, non_blocking=True),
     )
 
 
@@ -176,10 +178,10 @@ class DistributedStep(nn.Module):
         self.distiller = distiller
 
     def forward(
-        self, batch: DistillBatch, step: int, detail: bool
+        self, batch: DistillBatch, step: int, detail: bool, counts: FrameCounts | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         if len(batch.lengths):
-            return self.distiller(batch, step=step, detail=detail)
+            return self.distiller(batch, step=step, detail=detail, counts=counts)
         return empty_step(self.distiller), {}
 
 
@@ -220,7 +222,7 @@ def has_unused_layers(distiller: EnsembleDistiller) -> bool:
     settings, heads = distiller.student.settings, distiller.heads
     if settings.encoder_layerdrop > 0:
         return True
-    if heads.highest_layer is None or "unit_head" in distiller.trainable:
+    if heads.highest_layer is None or "unit_heads" in distiller.trainable:
         return False
     is_highest_used = heads.highest_layer == settings.encoder_layers
     is_copy = isinstance(settings, PrunedSettings)

@@ -6,6 +6,7 @@ calls the methods of the interface.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
@@ -21,18 +22,24 @@ compat.apply()
 from ..data.batches import Batch, train_loader  # noqa: E402
 from ..data.loader import BatchLoader  # noqa: E402
 from ..distill.aggregation import TargetSpec  # noqa: E402
-from ..distill.conv_layers import receptive_field  # noqa: E402
 from ..distill.distiller import EnsembleDistiller  # noqa: E402
+from ..distill.frame_counts import FrameCounts  # noqa: E402
 from ..distill.initialisation import initialise  # noqa: E402
 from ..distill.student import Student  # noqa: E402
-from ..distill.student_settings import CopySettings, FileSettings, StudentSettings  # noqa: E402
+from ..distill.student_settings import (  # noqa: E402
+    ConvInput,
+    CopySettings,
+    FileSettings,
+    StudentSettings,
+)
 from ..distill.teachers import check_teacher_names  # noqa: E402
 from ..files.config import to_plain_data  # noqa: E402
+from ..files.weights_digest import weights_digest  # noqa: E402
 from ..student_file import (  # noqa: E402
     RUN_KEY,
     LoadedStudent,
+    architecture,
     contents,
-    input_layers,
     load_student,
     read_architecture,
     require_cut,
@@ -48,6 +55,7 @@ from .distributed import distiller_batch, empty_step  # noqa: E402
 from .settings import RunSettings, load_data_config, load_model_config  # noqa: E402
 
 if TYPE_CHECKING:
+    from ..distill.span_mask import SpanMask
     from ..essence.units import Units
     from ..hidden_states.store import TargetReader
     from .tensorboard import ScalarWriter
@@ -92,9 +100,14 @@ class UpstreamPretrainExpert(nn.Module):
 
             self.targets = use.open_targets(self.data.target_cache, self.settings)
         self.seed = torch.initial_seed()  # set by s3prl's script
-        self._min_samples = receptive_field(
-            input_layers(self.settings.student) if student is None else student.settings.conv_layers
-        )
+        conv: ConvInput = cast(CopySettings, self.settings.student)
+        conv = conv if student is None else student.settings
+        self._min_samples, mask = conv.min_samples, self.settings.student.mask
+        self._span_mask: SpanMask | None = None
+        if mask is not None:
+            from ..distill.span_mask import SpanMask
+
+            self._span_mask = SpanMask(mask, conv)
         self.dataloader = self._loader(self.data.sets)
         self.loaders, self.dev_dataloader = [self.dataloader], None
         if self.data.dev_sets:
@@ -106,25 +119,24 @@ class UpstreamPretrainExpert(nn.Module):
             self.settings.teacher_backend,
             self.settings.teacher_precision,
             self.settings.teacher_compile,
+            self.settings.teacher_masked_norm,
         )
         if student is None:
             copy = cast(CopySettings, self.settings.student)
             student = copied_student(teachers, copy, self.settings.pruning)
-        units: Units | None = None
-        if self.settings.unit_loss.file:
+        units: list[Units] = []
+        if self.settings.unit_loss:
             from ..essence.units import load_units
 
-            units = load_units(self.settings.unit_loss.file)
+            units = [load_units(unit_loss.file) for unit_loss in self.settings.unit_loss]
         if self.targets is not None:
-            use.check_unit_layer(units, self.settings)
+            use.check_unit_layers(units, self.settings)
             batches = [batch for loader in self.loaders for batch in loader.dataset.batches]
             rows = [row for batch in batches for row in batch]
             use.check_teachers(self.targets, teachers, self.settings, self.data, rows)
         self.distiller = EnsembleDistiller(teachers, student, self.settings, units)
         self._teacher_digests: dict[str, str] = {}
         if not isinstance(self.settings.student, StudentSettings):
-            from ..hidden_states.fingerprint import weights_digest
-
             self._teacher_digests = {
                 name: weights_digest(teacher.upstream) for name, teacher in teachers.items()
             }
@@ -134,6 +146,8 @@ class UpstreamPretrainExpert(nn.Module):
         if init.sources:
             models = [teacher_model(teachers, name) for name in init.sources]
             initialise(student, models, conv=init.conv, encoder=init.encoder, layers=init.layers)
+        # for `s3prl-ekd merge`
+        self._initial_weights = weights_digest(self.distiller.student)
         self._log_setup()
         if self.targets is not None:
             use.free_teachers(teachers)
@@ -144,7 +158,8 @@ class UpstreamPretrainExpert(nn.Module):
         self._heads_of_file: LoadedStudent | None = None
         self._pruned: Any = None  # how the student of a file was pruned
         if isinstance(settings, StudentSettings):
-            return Student(settings, self.settings.student_backend)
+            # the file of a student has no `mask`, which is of training only
+            return Student(dataclasses.replace(settings, mask=None), self.settings.student_backend)
         if isinstance(settings, CopySettings):
             return None
         loaded = load_student(settings.file)
@@ -220,6 +235,11 @@ class UpstreamPretrainExpert(nn.Module):
                 torch._dynamo.config.optimize_ddp = False
             student.compile(dynamic=True)
 
+    def count(self, batch: Batch) -> FrameCounts | None:
+        """The frames of a batch; see :meth:`.EnsembleDistiller.count`."""
+        cached = None if batch.targets is None else batch.targets.frames
+        return self.distiller.count(batch.lengths, batch.spans, cached)
+
     @property
     def target_norm_batches(self) -> int:
         """Batches in the running target statistics, which the forward pass updates."""
@@ -235,6 +255,7 @@ class UpstreamPretrainExpert(nn.Module):
             seed=self.seed,
             shuffle=shuffle,
             targets=self.targets,
+            span_mask=self._span_mask,
             pin_memory=str(self.device).startswith("cuda"),
         )
 
@@ -303,7 +324,8 @@ class UpstreamPretrainExpert(nn.Module):
     ) -> tuple[Tensor, Mapping[str, list[Tensor]]]:
         """Compute the loss of one batch and append its scalars to ``records``.
 
-        For s3prl's own Runner; :class:`.trainer.Trainer` calls the distiller directly.
+        For s3prl's own Runner; :class:`.trainer.Trainer` calls the distiller directly. The loss is
+        a mean over the batch: this Runner averages over batches, whatever ``loss.reduce`` is.
         """
         if self.settings.pruning is not None:
             raise SetupError(
@@ -364,6 +386,7 @@ class UpstreamPretrainExpert(nn.Module):
             about["run"]["lr"] = optimizer["lr"]
         if self._pruned:
             about["pruned"] = self._pruned
+        about["initial_weights"] = self._initial_weights
         all_states[RUN_KEY] = contents(
             self.distiller.student, self.distiller.heads, self.distiller.aggregate.specs, about
         )
@@ -382,10 +405,8 @@ class UpstreamPretrainExpert(nn.Module):
         """
         try:
             saved = all_states[RUN_KEY]
-            student = to_plain_data(
-                read_architecture(saved["settings"], "the checkpoint's student")
-            )
-            sizes = config_differences(student, to_plain_data(self.distiller.student.settings))
+            student = architecture(read_architecture(saved["settings"], "the checkpoint's student"))
+            sizes = config_differences(student, architecture(self.distiller.student.settings))
             if sizes:
                 if isinstance(self.settings.student, FileSettings):
                     raise CheckpointError(
@@ -399,8 +420,14 @@ class UpstreamPretrainExpert(nn.Module):
                 )
             self.distiller.student.load_state_dict(saved["student"])
             self.distiller.heads.load_state_dict(saved["heads"])
+            initial = saved["about"].get("initial_weights", self._initial_weights)
+            self._initial_weights = str(initial)
             for key, part in self._optional_parts().items():
-                part.load_state_dict(all_states[key])
+                state = all_states[key]
+                if key == "UnitHead" and "weight" in state:  # of version 0.1, which had one
+                    (name,) = cast(nn.ModuleDict, part).keys()
+                    state = {f"{name}.{field}": value for field, value in state.items()}
+                part.load_state_dict(state)
             # The position in the data follows from the step; s3prl's own Runner does not save it.
             accumulate = all_states["Config"]["runner"]["gradient_accumulate_steps"]
             sampler = self.dataloader.sampler
@@ -414,10 +441,13 @@ class UpstreamPretrainExpert(nn.Module):
         parts: dict[str, nn.Module] = {}
         if self.distiller.target_norm is not None:
             parts["Standardiser"] = self.distiller.target_norm
-        if "unit_head" in self.distiller.trainable:
-            parts["UnitHead"] = self.distiller.trainable["unit_head"]
-        if "multipliers" in self.distiller.trainable:
-            parts["Multipliers"] = self.distiller.trainable["multipliers"]
+        for key, name in (
+            ("UnitHead", "unit_heads"),
+            ("MaskEmbedding", "mask_embedding"),
+            ("Multipliers", "multipliers"),
+        ):
+            if name in self.distiller.trainable:
+                parts[key] = self.distiller.trainable[name]
         return parts
 
 

@@ -209,7 +209,10 @@ def load_model_config(source: str | Path | dict) -> ModelFile:
     """
     if not isinstance(source, (str, Path)):
         where = "the checkpoint's Upstream_Config"
-        return from_plain_data(ModelFile, _without_groups(rename_keys(source, MODEL), where), where)
+        data = _without_groups(rename_keys(source, MODEL), where)
+        if isinstance(data.get("loss"), dict):  # the default was another one
+            data["loss"] = {"reduce": "batches", **data["loss"]}
+        return from_plain_data(ModelFile, data, where)
     data = _without_groups(read_model_yaml(source), str(source), warn=True)
     return from_plain_data(ModelFile, data, str(source))
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..distill.settings import RelationSettings
 from ..distill.student_settings import FileSettings
 from ..errors import SetupError
 from ..files.atomic import make_folder, write_text
@@ -24,7 +25,16 @@ from .settings import load_model_config, load_runner_config
 from .tensorboard import read_scalars, teacher_curves
 
 # (section, key, default) of model settings that version 0.1 lacks
-_SINCE_0_1 = (("", "pruning", None), ("heads", "share", None), ("heads", "of_group", "mean"))
+_SINCE_0_1: tuple[tuple[str, str, Any], ...] = (  # section, key, default
+    ("", "pruning", None),
+    ("", "relation", to_plain_data(RelationSettings())),
+    ("", "teacher_masked_norm", False),
+    ("heads", "share", None),
+    ("heads", "of_group", "mean"),
+    ("loss", "weight", 1.0),
+    ("student", "mask", None),
+    ("student", "masked_norm", False),
+)
 RECORD = "sweep.json"  # in a run's folder: its digest, and its duration once it is finished
 OLD_ROOT, OLD_RECORD = Path("result/matrix"), "matrix.json"  # of version 0.1
 
@@ -67,6 +77,10 @@ class SweepRun:
         if settings.aggregation == "separate" and grouped:
             models.append({**model, "aggregation": "groups"})
         settings_of_run = load_runner_config(self.runner, self.overrides)
+        accumulates = settings_of_run.runner.gradient_accumulate_steps > 1
+        # with one batch per step both are equal; version 0.1 had `batches`
+        if not (accumulates or settings.loss.feature_penalty) or settings.loss.reduce == "batches":
+            model["loss"].pop("reduce")
         runner = restore_keys(to_plain_data(settings_of_run), RUNNER)
         texts = (json.dumps([m, runner, self.seed], sort_keys=True, default=str) for m in models)
         return tuple(hashlib.sha256(text.encode()).hexdigest() for text in texts)

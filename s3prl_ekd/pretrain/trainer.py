@@ -15,7 +15,7 @@ import shlex
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
@@ -26,6 +26,7 @@ from torch import nn
 from tqdm import tqdm
 
 from ..data.batches import Batch
+from ..distill.frame_counts import FrameCounts
 from ..errors import CheckpointError, SetupError
 from ..files.atomic import write_text
 from ..files.config import read_yaml, to_plain_data
@@ -271,15 +272,17 @@ class Trainer:
         run, step = self.settings, self.progress.step + 1
         self.optimizer_step.begin()
         self._step_records = defaultdict(list)
-        for remaining in reversed(range(run.gradient_accumulate_steps)):
-            batch = next(batches)
+        step_batches = [next(batches) for _ in range(run.gradient_accumulate_steps)]
+        counts = self.frame_counts(step_batches)
+        for i, batch in enumerate(step_batches):
+            is_last = i == len(step_batches) - 1
             with (
-                no_sync(self.distiller) if remaining else contextlib.nullcontext(),
+                contextlib.nullcontext() if is_last else no_sync(self.distiller),
                 explain_out_of_memory(step, batch, self.device, self.hint),
             ):
                 with self.autocast:
-                    data = distiller_batch(batch, self.device)
-                    loss, logs = self.distiller(data, step=step, detail=step % run.log_step == 0)
+                    data, detail = distiller_batch(batch, self.device), step % run.log_step == 0
+                    loss, logs = self.distiller(data, step=step, detail=detail, counts=counts)
                 self.optimizer_step.backward(loss, batch)
             if batch.names:
                 value = loss.detach()
@@ -292,6 +295,21 @@ class Trainer:
             self.optimizer_step.clip()
             self._weights_unchanged = False
             return self.optimizer_step.update()
+
+    def frame_counts(self, step_batches: Sequence[Batch]) -> FrameCounts | None:
+        """Denominators of the loss for the batches of a step; None with ``loss.reduce: batches``.
+
+        The optimizer's step takes the mean over accumulated batches and over processes, so the
+        total numbers of frames are divided by the number of these batches.
+        """
+        total = FrameCounts()
+        for batch in step_batches:
+            own = self.upstream.count(batch)
+            if own is None:
+                return None
+            total = total.plus(own)
+        total = FrameCounts(*self.processes.sum(*total))
+        return total.divided_by(len(step_batches) * self.processes.world_size)
 
     def record_step(self, result: StepResult) -> None:
         """Advance the progress by one step and record its scalars; log a skipped step.

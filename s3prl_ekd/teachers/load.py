@@ -171,16 +171,18 @@ def load_teachers(
     backend: str = "fast",
     precision: str = "float32",
     compiled: bool = False,
+    masked_norm: bool = False,
 ) -> TeacherEnsemble:
     """Load all teachers of a config, frozen.
 
     Args:
         settings: by teacher name.
-        dropout, backend, precision, compiled: ``teacher_dropout``, ``teacher_backend``,
-            ``teacher_precision`` and ``teacher_compile`` of
-            :class:`~s3prl_ekd.distill.settings.DistillSettings`.
+        dropout, backend, precision, compiled, masked_norm: ``teacher_dropout``,
+            ``teacher_backend``, ``teacher_precision``, ``teacher_compile`` and
+            ``teacher_masked_norm`` of :class:`~s3prl_ekd.distill.settings.DistillSettings`.
 
     Raises:
+        ConfigError: ``masked_norm`` with a teacher that has no fast encoder.
         TeacherError, CheckpointError: see :func:`load_upstream` and :class:`Teacher`.
     """
     for name, teacher in settings.items():
@@ -191,8 +193,16 @@ def load_teachers(
         teachers[name] = Teacher(upstream, teacher.targets, name)
     if backend == "fast" and not dropout:
         upstreams = {name: teacher.upstream for name, teacher in teachers.items()}
-        for name, encoder in fast.fast_encoders(upstreams, precision, compiled).items():
+        encoders = fast.fast_encoders(upstreams, precision, compiled, masked_norm)
+        for name, encoder in encoders.items():
             teachers[name].encoder = encoder
+        for name in upstreams if masked_norm else ():
+            if name not in encoders:
+                raise ConfigError(
+                    f"teacher_masked_norm: the fast backend does not support teachers.{name}.model "
+                    f"({settings[name].model}); set it to false, or use a target cache, whose "
+                    "targets do not depend on padding either"
+                )
     return TeacherEnsemble(teachers, dropout)
 
 

@@ -69,9 +69,10 @@ def _settings(
     if activation not in ("gelu", "relu"):
         raise ValueError(f"its activation is {activation}")
     positions = encoder.pos_conv[0]
+    layer_norm = isinstance(blocks[0][2], nn.Sequential)
     return PrunedSettings(
         conv_layers=layers,
-        extractor_mode="layer_norm" if isinstance(blocks[0][2], nn.Sequential) else "default",
+        extractor_mode="layer_norm" if layer_norm else "default",
         conv_bias=convs[0].bias is not None,
         normalize_waveforms=normalize,
         encoder_embed_dim=positions.out_channels,
@@ -88,6 +89,7 @@ def _settings(
         and pruning.last_conv == "soft"
         and "conv" in pruning.units,
         gates=None if pruning is None else pruning.gates,
+        masked_norm=copy.masked_norm and not layer_norm,
         feature_grad_mult=copy.feature_grad_mult,
         dropout=copy.dropout,
         attention_dropout=copy.attention_dropout,

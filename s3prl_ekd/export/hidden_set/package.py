@@ -88,6 +88,7 @@ def _architecture(settings: Architecture) -> dict[str, Any]:
     config = {
         "conv_layers": [list(layer) for layer in settings.conv_layers],
         "conv_norm": settings.extractor_mode,
+        "masked_norm": settings.masked_norm,
         "conv_bias": False,
         "dim": settings.encoder_embed_dim,
         "attention_heads": settings.encoder_attention_heads,

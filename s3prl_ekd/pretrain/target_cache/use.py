@@ -31,16 +31,16 @@ def check_teacher_settings(settings: ModelFile) -> None:
         )
 
 
-def check_unit_layer(units: UnitLabels | None, settings: ModelFile) -> None:
+def check_unit_layers(units: Sequence[UnitLabels], settings: ModelFile) -> None:
     """Reject units of a layer that is not among the cached targets. Raises ConfigError."""
-    if units is None or units.teacher not in settings.teachers:
-        return
-    if (units.layer,) not in settings.teachers[units.teacher].targets:
-        raise ConfigError(
-            f"unit_loss.file has units of layer {units.layer} of {units.teacher}, which is not "
-            "among its targets, and a target cache has only these; fit units of a target layer, "
-            f"{INSTEAD}"
-        )
+    for i, labels in enumerate(units):
+        teacher = settings.teachers.get(labels.teacher)
+        if teacher is not None and (labels.layer,) not in teacher.targets:
+            raise ConfigError(
+                f"unit_loss[{i}].file has units of layer {labels.layer} of {labels.teacher}, which "
+                "is not among its targets, and a target cache has only these; fit units of a "
+                f"target layer, {INSTEAD}"
+            )
 
 
 def open_targets(folder: str | Path, settings: ModelFile) -> TargetReader:

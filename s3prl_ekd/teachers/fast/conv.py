@@ -8,11 +8,12 @@ The extractor takes about half of a Base teacher's time. Three changes make it f
   processor's cache.
 - The group norm after the first convolution is an affine map of each channel. Its mean and variance
   follow from those of the waveform's frames, so it is folded into the convolution's weights, one
-  set for each utterance.
+  set for each utterance. They include padding, as in s3prl, unless ``masked_norm`` is set.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -50,11 +51,18 @@ class ConvExtractor:
     Args:
         module: see :func:`supports_conv`.
         dtype: of the computation.
+        masked_norm: take the statistics of the group norm over valid frames only (*ours*).
     """
 
-    def __init__(self, module: ConvFeatureExtractionModel, dtype: torch.dtype = torch.float32):
+    def __init__(
+        self,
+        module: ConvFeatureExtractionModel,
+        dtype: torch.dtype = torch.float32,
+        masked_norm: bool = False,
+    ):
         self.module = module
         self.dtype = dtype
+        self.masked_norm = masked_norm
         self._device: torch.device | None = None  # of `_layers`
         self._layers: list[_ConvLayer] = []
         self._group_norm: nn.GroupNorm | None = None
@@ -65,15 +73,20 @@ class ConvExtractor:
         convs = [layer[0] for layer in self.module.conv_layers]
         return [(conv.kernel_size[0], conv.stride[0]) for conv in convs]
 
-    def __call__(self, waves: Tensor) -> Tensor:
-        """``[batch, sample]`` -> ``[batch, frame, channel]``."""
-        if self._cudnn_is_faster(waves):
+    def __call__(self, waves: Tensor, lengths: Sequence[int]) -> Tensor:
+        """``[batch, sample]`` -> ``[batch, frame, channel]``; ``lengths``: valid samples."""
+        masked = self.masked_norm and min(lengths) < waves.shape[1]
+        if self._cudnn_is_faster(waves) and not masked:
             return self.module(waves).transpose(1, 2)
         if self._device != waves.device:
             self._prepare(waves.device)
         first, *rest = self._layers
         frames = waves.unfold(1, first.kernel, first.stride)  # [batch, frame, tap]
-        weight, bias = _first_weights(first, self._group_norm, frames)  # [batch, tap, channel]
+        valid = None
+        if masked:
+            counts = torch.tensor([first.frames(length) for length in lengths])
+            valid = (torch.arange(frames.shape[1]) < counts[:, None]).to(waves.device)
+        weight, bias = _first_weights(first, self._group_norm, frames, valid)
         weight, bias = weight.to(self.dtype), bias.to(self.dtype)
         if waves.device.type == "cpu" and rest:
             hidden = _two_layers(frames, weight, bias, first.norm, rest.pop(0))
@@ -156,21 +169,30 @@ def _by_taps(parameter: nn.Parameter, dtype: torch.dtype, device: torch.device) 
 
 
 def _first_weights(
-    layer: _ConvLayer, norm: nn.GroupNorm | None, frames: Tensor
+    layer: _ConvLayer, norm: nn.GroupNorm | None, frames: Tensor, valid: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Weight ``[batch, tap, channel]`` and bias ``[batch, channel]`` of the first layer.
 
     The group norm is folded in. For weights w, the mean over time of w·x is w·mean(x), and its
-    variance is wᵀ·cov(x)·w.
+    variance is wᵀ·cov(x)·w. ``valid``: bool ``[batch, frame]``, the frames of these statistics;
+    None: all.
     """
     batch = frames.shape[0]
     weight = layer.weight[:, 0]  # [tap, channel]
     bias = weight.new_zeros(weight.shape[1]) if layer.bias is None else layer.bias
     if norm is None:
         return weight.expand(batch, -1, -1), bias.expand(batch, -1)
-    mean = frames.mean(1, keepdim=True, dtype=torch.float64)  # [batch, 1, tap]
-    centred = frames - mean  # float64: the variance is a small difference of large sums
-    covariance = centred.transpose(1, 2) @ centred / frames.shape[1]  # [batch, tap, tap]
+    # float64: the variance is a small difference of large sums
+    if valid is None:
+        mean = frames.mean(1, keepdim=True, dtype=torch.float64)  # [batch, 1, tap]
+        centred = frames - mean
+        covariance = centred.transpose(1, 2) @ centred / frames.shape[1]  # [batch, tap, tap]
+    else:
+        share = valid[..., None].double()
+        count = share.sum(1, keepdim=True)
+        mean = (frames * share).sum(1, keepdim=True) / count
+        centred = (frames - mean) * share
+        covariance = centred.transpose(1, 2) @ centred / count
     exact = weight.double()
     variance = ((covariance @ exact) * exact).sum(1)  # [batch, channel]
     scale = norm.weight / torch.sqrt(variance + norm.eps)  # the conv's bias cancels with the mean

@@ -108,7 +108,8 @@ class FastEncoder:
         self.extractor = extractor
         self.precision = extractor.dtype
         self.normalize = normalizes(upstream)
-        self.counts_frames = family(upstream) == "wav2vec2"  # see padded_frames
+        # see padded_frames; a frame that includes padding would depend on its length
+        self.counts_frames = family(upstream) == "wav2vec2" or extractor.masked_norm
         self.name = name
         self._weights: _Weights | None = None
         self._precision_logged = self.precision == torch.float32
@@ -171,14 +172,15 @@ class FastEncoder:
                         waves, torch.tensor(lengths, device=waves.device)
                     )
                 waves = shared["normalised"]
-            shared[key] = self.extractor(waves)
+            shared[key] = self.extractor(waves, lengths)
         return shared[key].to(self.precision)
 
     def _log_precision_error(self, waves: Tensor, lengths: Sequence[int], layers: set[int]) -> None:
         """Log the error of a lower precision relative to float32, over one second of audio."""
         length = min(lengths[0], _ONE_SECOND)
         waves = waves[:1, :length]
-        exact_encoder = FastEncoder(self.upstream, ConvExtractor(self.extractor.module))
+        extractor = ConvExtractor(self.extractor.module, masked_norm=self.extractor.masked_norm)
+        exact_encoder = FastEncoder(self.upstream, extractor)
         exact = exact_encoder.hidden_states(waves, [length], layers)
         rounded = self.hidden_states(waves, [length], layers)
         error = sum((rounded[n] - exact[n]).abs().mean() / exact[n].abs().mean() for n in layers)
@@ -257,12 +259,15 @@ def normalizes(upstream: UpstreamBase) -> bool:
 
 
 def fast_encoders(
-    upstreams: Mapping[str, UpstreamBase], precision: str = "float32", compiled: bool = False
+    upstreams: Mapping[str, UpstreamBase],
+    precision: str = "float32",
+    compiled: bool = False,
+    masked_norm: bool = False,
 ) -> dict[str, FastEncoder]:
     """Build an encoder for each supported upstream; equal conv extractors are shared.
 
     ``precision`` is one of :data:`PRECISIONS`; ``compiled`` runs the layers through
-    ``torch.compile``.
+    ``torch.compile``; ``masked_norm``: see :class:`.conv.ConvExtractor`.
     """
     extractors: list[ConvExtractor] = []
     encoders = {}
@@ -278,7 +283,7 @@ def fast_encoders(
         module = upstream.model.feature_extractor
         extractor = next((e for e in extractors if same_weights(e.module, module)), None)
         if extractor is None:
-            extractor = ConvExtractor(module, PRECISIONS[precision])
+            extractor = ConvExtractor(module, PRECISIONS[precision], masked_norm)
             extractors.append(extractor)
         encoders[name] = FastEncoder(upstream, extractor, compiled, name)
     if len(extractors) < len(encoders):

@@ -82,6 +82,7 @@ class Student(nn.Module):
         conv_layers: (channels, kernel, stride) of each layer of the extractor.
         conv_norm: "default" normalises over time in the first layer only; "layer_norm" normalises
             in each layer.
+        masked_norm: whether the norm over time is taken over valid frames only.
         conv_bias: whether the convolutions of the extractor have a bias.
         dim, attention_heads, activation, norm_first: of the transformer.
         ffn_dims: units of each layer's feed-forward network.
@@ -104,6 +105,7 @@ class Student(nn.Module):
         dim, heads = config.dim, config.heads
         channels = config.conv_layers[-1][0]
         self.feature_extractor = ConvExtractor(config)
+        self.masked_norm = config.masked_norm
         self.hubert_states = config.copy is not None
         project = self.hubert_states or channels != dim
         self.post_extract_proj = nn.Linear(channels, dim) if project else None

@@ -1,0 +1,55 @@
+"""Numbers of frames in a batch or in a step: the denominators of the terms of the loss."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class FrameCounts(NamedTuple):
+    """Numbers of frames, summed over utterances.
+
+    ``frames``: outside masked spans, for the distillation loss. ``masked``: in masked spans, for
+    the unit loss. ``pairs``: pairs of frames in the same window, for the relation loss; a pair of a
+    frame with itself counts too. All are valid frames, unless ``loss.mask_padding`` is false.
+    """
+
+    frames: float = 0.0
+    masked: float = 0.0
+    pairs: float = 0.0
+
+    @property
+    def valid(self) -> float:
+        """All valid frames."""
+        return self.frames + self.masked
+
+    def plus(self, other: FrameCounts) -> FrameCounts:
+        return FrameCounts(*(a + b for a, b in zip(self, other, strict=True)))
+
+    def divided_by(self, divisor: float) -> FrameCounts:
+        return FrameCounts(*(count / divisor for count in self))
+
+
+def count_frames(valid: Tensor, spans: Tensor | None, window: int) -> FrameCounts:
+    """Count the frames of a batch.
+
+    Args:
+        valid: ``[batch, frame]``, 1 where a frame is valid.
+        spans: bool ``[batch, frame]``, the frames in masked spans; None: there are none.
+        window: frames of a window of the relation loss.
+    """
+    outside = valid.double() if spans is None else valid.double() * ~spans
+    by_window = split_windows(outside[..., None], window).sum((2, 3))  # [batch, window]
+    masked = 0.0 if spans is None else float((valid * spans).sum())
+    return FrameCounts(float(outside.sum()), masked, float(by_window.square().sum()))
+
+
+def split_windows(frames: Tensor, window: int) -> Tensor:
+    """``[..., frame, dim]`` -> ``[..., window, frame of the window, dim]``; the last window is
+    padded with zeros. An utterance of fewer frames than ``window`` has one window of its length."""
+    count = frames.shape[-2]
+    window = max(1, min(window, count))
+    padded: Tensor = F.pad(frames, (0, 0, 0, -count % window))
+    return padded.unflatten(-2, (-1, window))  # type: ignore[no-any-return]

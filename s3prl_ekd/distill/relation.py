@@ -1,0 +1,131 @@
+"""Temporal relations: similarities between the frames of an utterance, as a target that teachers of
+any width and basis can share.
+
+STaRHuBERT (Jang et al. 2023, arXiv 2312.09040) distils Gram matrices over frames: within a layer,
+and between the input and the output of a layer. *Ours*: the mean of the matrices of several
+teachers, weighted by ``teachers.NAME.weight``; similarities that do not depend on the scale of the
+hidden states; windows that bound the memory.
+
+Averaging hidden states needs teachers with a common basis. The matrices have none: a rotation of a
+teacher's hidden states does not change them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import TeacherError
+from .aggregation import TeacherShape
+from .frame_counts import split_windows
+from .losses import Comparison, Logs
+from .settings import RelationSettings
+from .student_settings import Architecture
+
+
+class RelationLoss(nn.Module):
+    """A term: mean squared difference between the student's and the teachers' similarities.
+
+    The denominator is the number of pairs of frames in the same window that are valid and outside
+    masked spans; target layers, and the matrices within and between them, have equal weights.
+
+    Args:
+        settings: kind of similarity, window, layers.
+        teachers: the shapes of the teachers' targets.
+        depths: teacher -> its number of layers.
+        student: the student's settings.
+
+    Raises:
+        TeacherError: ``student_layers`` has a layer that the student lacks.
+    """
+
+    def __init__(
+        self,
+        settings: RelationSettings,
+        teachers: Mapping[str, TeacherShape],
+        depths: Mapping[str, int],
+        student: Architecture,
+    ):
+        super().__init__()
+        self.settings = settings
+        chosen = settings.student_layers
+        self.layers = chosen or same_depths(teachers, depths, student.encoder_layers)
+        if max(self.layers) > student.encoder_layers:
+            raise TeacherError(
+                f"relation.student_layers: no layer {max(self.layers)}; the student has layers 0 "
+                f"to {student.encoder_layers}"
+            )
+        if student.encoder_layerdrop > 0:
+            raise TeacherError(
+                "relation compares layers of the student, but student.encoder_layerdrop skips some "
+                "at random; set it to 0"
+            )
+
+    def forward(self, comparison: Comparison) -> tuple[Tensor, Logs]:
+        """The weighted term, and ``relation`` for the log, without the weight."""
+        mask = comparison.mask  # [batch, frame]
+        student = torch.stack([comparison.student.hidden_states[i] for i in self.layers], dim=1)
+        with torch.autocast(mask.device.type, enabled=False):  # Gram matrices in float32
+            target: list[Tensor] = []
+            total = sum(comparison.shares[name] for name in comparison.teachers)
+            for name, states in comparison.teachers.items():
+                share = comparison.shares[name] / total
+                grams = [share * gram for gram in self.grams(states, mask)]
+                target = [a + b for a, b in zip(target, grams, strict=True)] if target else grams
+            predicted = self.grams(student[:, :, : mask.shape[1]], mask)
+            window = split_windows(mask[..., None].float(), self.settings.window)
+            valid = (window @ window.transpose(-1, -2))[:, None]  # [batch, 1, window, frame, frame]
+            count = comparison.counts.pairs if comparison.counts else float(valid.sum())
+            loss = torch.stack(
+                [
+                    ((a - b).square() * valid).sum() / (max(count, 1.0) * a.shape[1])
+                    for a, b in zip(predicted, target, strict=True)
+                ]
+            ).mean()
+        return self.settings.weight * loss, {"relation": loss.detach()}
+
+    def grams(self, states: Tensor, mask: Tensor) -> list[Tensor]:
+        """Similarities of frames within each layer and, with ``between_layers``, between each layer
+        and the next: ``[batch, layer, frame, dim]`` -> ``[batch, layer, window, frame, frame]``."""
+        windows = unit_frames(states, mask, self.settings)
+        grams = [windows @ windows.transpose(-1, -2)]
+        if self.settings.between_layers and windows.shape[1] > 1:
+            grams.append(windows[:, :-1] @ windows[:, 1:].transpose(-1, -2))
+        return grams
+
+
+def unit_frames(states: Tensor, mask: Tensor, settings: RelationSettings) -> Tensor:
+    """Frames of unit length in windows: ``[batch, layer, window, frame, dim]``.
+
+    Args:
+        states: ``[batch, layer, frame, dim]``.
+        mask: ``[batch, frame]``; frames with 0 count neither in the mean of ``centred`` nor later.
+    """
+    valid = split_windows(mask[:, None, :, None].float(), settings.window)
+    windows = split_windows(states.float(), settings.window)
+    if settings.similarity == "centred":
+        mean = (windows * valid).sum(-2, keepdim=True) / valid.sum(-2, keepdim=True).clamp(min=1)
+        windows = windows - mean
+    return F.normalize(windows, dim=-1)
+
+
+def same_depths(
+    teachers: Mapping[str, TeacherShape], depths: Mapping[str, int], student_depth: int
+) -> Sequence[int]:
+    """The student's layer for each target: at the same relative depth, rounded, at least 1 unless
+    the target is layer 0.
+
+    A target of several layers has their mean depth; over teachers, the mean is taken too.
+    """
+    layers = []
+    for targets in zip(*(shape.targets for shape in teachers.values()), strict=True):
+        places = [
+            sum(target) / len(target) / depths[name]
+            for name, target in zip(teachers, targets, strict=True)
+        ]
+        place = sum(places) / len(places)
+        layers.append(max(int(place > 0), round(place * student_depth)))
+    return layers
