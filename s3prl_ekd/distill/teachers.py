@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, ItemsView, Iterable, Mapping, Sequence, ValuesView
 from typing import Any, Protocol, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
@@ -114,10 +115,12 @@ def receptive_field(upstream: nn.Module, wave: Tensor, stride: int) -> int:
 
     most = min(len(wave), FIELD_SAMPLES)
     low, high = most - stride, most  # low has fewer frames than high
+    random_state = np.random.get_state()  # s3prl's encoders draw from it in eval mode, too
     count = frames(high)
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if frames(middle) == count else (middle, high)
+    np.random.set_state(random_state)
     return high - (count - 1) * stride
 
 
