@@ -235,18 +235,20 @@ class EnsembleDistiller(nn.Module):
             return FrameCounts()
         frames = self.frames(lengths, cached)
         valid = torch.arange(int(frames.max()), device=lengths.device) < frames[:, None]
-        if not self.settings.loss.mask_padding:
-            valid = torch.ones_like(valid)
         spans = None if spans is None else spans[:, : valid.shape[1]]
-        return count_frames(valid, spans, self.settings.relation.window)
+        counts = count_frames(valid, spans, self.settings.relation.window)
+        if self.settings.loss.mask_padding:
+            return counts
+        return counts._replace(padding=float((~valid).sum()))
 
     def loss_weights(self, comparison: Comparison, shares: Mapping[str, float]) -> LossWeights:
         """Weights of frames, target sets and dimensions; ``shares``: weights of the teachers."""
+        counts = comparison.counts
         weights = LossWeights(
             frames=dict.fromkeys(comparison.targets, self._frame_weights(comparison)),
             sets=self.aggregate.set_weights(shares),
             dims=self.aggregate.dim_weights(shares),
-            frame_count=comparison.counts and comparison.counts.frames,
+            frame_count=None if counts is None else counts.frames + counts.padding,
         )
         for weighting in self.weightings:  # teacher dropping, agreement of the teachers
             weights = weighting(weights, comparison)

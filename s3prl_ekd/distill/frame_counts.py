@@ -11,14 +11,17 @@ from torch import Tensor
 class FrameCounts(NamedTuple):
     """Numbers of frames, summed over utterances.
 
-    ``frames``: outside masked spans, for the distillation loss. ``masked``: in masked spans, for
-    the unit loss. ``pairs``: pairs of frames in the same window, for the relation loss; a pair of a
-    frame with itself counts too. All are valid frames, unless ``loss.mask_padding`` is false.
+    ``frames``: valid frames outside masked spans, for the distillation loss. ``masked``: valid
+    frames in masked spans, for the unit loss. ``pairs``: pairs of valid frames outside masked spans
+    in the same window, for the relation loss; a pair of a frame with itself counts too.
+    ``padding``: padded frames that the distillation loss includes, with ``loss.mask_padding:
+    false``; otherwise 0.
     """
 
     frames: float = 0.0
     masked: float = 0.0
     pairs: float = 0.0
+    padding: float = 0.0
 
     @property
     def valid(self) -> float:
