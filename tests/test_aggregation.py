@@ -10,9 +10,11 @@ from s3prl_ekd.distill.aggregation import (
     build_aggregation,
     crop_frames,
 )
+from s3prl_ekd.distill.losses import LossWeights, distillation_loss, distillation_terms
 from s3prl_ekd.distill.settings import (
     DistillSettings,
     HeadSettings,
+    LossSettings,
     TargetSettings,
     TeacherSettings,
 )
@@ -123,6 +125,62 @@ def test_weights_of_target_sets_and_of_dimensions():
     equal = AGGREGATIONS["concat"](shapes).dim_weights(EQUAL)["concat"]
     assert equal[:3].sum() == equal[3:].sum()
     assert AGGREGATIONS["concat"](shapes_of(hidden_of(3, 3))).dim_weights(EQUAL) == {}
+
+
+def concat_loss(hidden, weights, predictions):
+    """Loss and logs of ``concat`` for predictions of each teacher's targets."""
+    aggregate = AGGREGATIONS["concat"](shapes_of(hidden))
+    target = aggregate(hidden, weights)
+    predicted = aggregate(predictions, weights)
+    loss_weights = LossWeights({"concat": torch.ones(2, 4)}, dims=aggregate.dim_weights(weights))
+    return distillation_loss(predicted, target, loss_weights)
+
+
+@pytest.mark.parametrize("widths", [(48, 96), (96, 48, 5)])
+@pytest.mark.parametrize("weights", [{}, {"t0": 3.0}, {"t1": 0.0}], ids=str)
+def test_the_l1_of_concat_is_the_weighted_mean_of_the_teachers(widths, weights):
+    hidden = hidden_of(*widths)
+    predictions = {
+        name: i * 0.5 + states.roll(1, 0) for i, (name, states) in enumerate(hidden.items())
+    }
+    weights = {name: weights.get(name, 1.0) for name in hidden}
+    _, logs = concat_loss(hidden, weights, predictions)
+    by_teacher = {n: (predictions[n] - hidden[n]).abs().mean().item() for n in hidden}
+    expected = sum(weights[n] * by_teacher[n] for n in hidden) / sum(weights.values())
+    assert logs["l1"].item() == pytest.approx(expected, rel=1e-5)
+    plain = (torch.cat([*predictions.values()], -1) - torch.cat([*hidden.values()], -1)).abs()
+    assert logs["l1"].item() != pytest.approx(plain.mean().item(), rel=1e-3)
+
+
+def test_the_cosine_of_concat_by_hand():
+    """Widths 1 and 2: the first teacher's dimension counts twice, (2 + 1 - 1) / (2 + 1 + 1)."""
+    prediction = torch.tensor([1.0, 1.0, 1.0]).view(1, 1, 1, 3)
+    target = torch.tensor([1.0, 1.0, -1.0]).view(1, 1, 1, 3)
+    shapes = {name: TeacherShape(((0,),), width) for name, width in (("a", 1), ("b", 2))}
+    equal = AGGREGATIONS["concat"](shapes).dim_weights({"a": 1.0, "b": 1.0})["concat"]
+    raw = LossSettings(cosine="raw")
+    assert distillation_terms(prediction, target, None, raw, equal).cosine.item() == (
+        pytest.approx(1 - 0.5)
+    )
+    # weights 1 and 2: each dimension counts once
+    assert AGGREGATIONS["concat"](shapes).dim_weights({"a": 1.0, "b": 2.0}) == {}
+    assert distillation_terms(prediction, target, None, raw).cosine.item() == (
+        pytest.approx(1 - 1 / 3)
+    )
+
+
+def test_concat_of_equal_widths_has_the_plain_mean():
+    """Bit for bit, also at equal weights other than 1."""
+    hidden = hidden_of(6, 6, 6)
+    predictions = {name: states.roll(1, 0) for name, states in hidden.items()}
+    plain = distillation_loss(
+        {"concat": torch.cat([*predictions.values()], -1)},
+        {"concat": torch.cat([*hidden.values()], -1)},
+        LossWeights({"concat": torch.ones(2, 4)}),
+    )[0]
+    for weight in (1.0, 0.3):
+        loss = concat_loss(hidden, dict.fromkeys(hidden, weight), predictions)[0]
+        assert torch.equal(loss, plain)
 
 
 @pytest.mark.parametrize("kind", ["average", "concat"])

@@ -1,6 +1,7 @@
 """Options for targets: groups, weights, teacher dropping, normalisation, agreement, units."""
 
 import dataclasses
+import itertools
 import re
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 from s3prl_ekd.distill.aggregation import TeacherShape
 from s3prl_ekd.distill.initialisation import initialise
-from s3prl_ekd.distill.losses import LossWeights, distillation_loss, frame_terms
+from s3prl_ekd.distill.losses import Comparison, LossWeights, distillation_loss, frame_terms
 from s3prl_ekd.distill.moments import Moments, usable_frames
 from s3prl_ekd.distill.phi_s import hadamard, phi_s
 from s3prl_ekd.distill.settings import (
@@ -20,11 +21,16 @@ from s3prl_ekd.distill.settings import (
 from s3prl_ekd.distill.student import Student
 from s3prl_ekd.distill.target_norm import TargetNorm
 from s3prl_ekd.distill.teachers import Teacher, TeacherEnsemble
-from s3prl_ekd.distill.weighting import agreeing_dims, drop_teachers, weights_at
+from s3prl_ekd.distill.weighting import (
+    TeacherDropping,
+    agreeing_dims,
+    drop_teachers,
+    weights_at,
+)
 from s3prl_ekd.errors import TeacherError
 from s3prl_ekd.hidden_states.store import encode_targets
 
-from .experiments import batch_of, distiller, load
+from .experiments import LAYERS, batch_of, distiller, load
 
 
 def test_a_groups_target_is_the_mean_of_its_layers(teachers, waves):
@@ -161,6 +167,62 @@ def test_dropping_does_not_raise_the_weight_of_other_utterances(teachers, studen
             each[name] = ((rec + cosine).mean(1) * out.mask).sum(1)
     kept = torch.stack(list(each.values())).max(0).values.sum()
     assert loss.item() == pytest.approx((kept / out.mask.sum() / 2).item(), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("teacher_count", "probability"), [(2, 0.5), (3, 0.5), (3, 0.25), (3, 1.0)]
+)
+def test_the_scale_of_the_loss_with_dropping(monkeypatch, teacher_count, probability):
+    """The mean over all possible draws for two utterances, with teachers of equal losses."""
+    generator = torch.Generator().manual_seed(1)
+    frame, error = torch.randn(2, 1, 2, 1, 4, generator=generator)  # of two layers
+    target = frame.expand(2, 2, 5, 4)
+    mask = (torch.arange(5) < torch.tensor([[5], [2]])).float()
+    names = [f"t{i}" for i in range(teacher_count)]
+    targets = dict.fromkeys(names, target)
+    predictions = dict.fromkeys(names, target + error)
+    comparison = Comparison(predictions, targets, mask, mask, targets, {}, {}, None)
+    weights = LossWeights(dict.fromkeys(names, mask))
+    plain, _ = distillation_loss(predictions, targets, weights)
+    dropping = TeacherDropping(probability, LossSettings())
+
+    mean = kept = 0.0
+    for draw in itertools.product([0.0, 1.0], repeat=2 * teacher_count):  # 0: dropped
+        share = (1 - probability) ** sum(draw) * probability ** (len(draw) - sum(draw))
+        numbers = torch.tensor(draw).view(teacher_count, 2)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "rand", lambda *args, numbers=numbers, **kwargs: numbers)
+            changed = dropping(weights, comparison)
+        loss, _ = distillation_loss(predictions, targets, changed)
+        mean += share * loss.item()
+        kept += share * changed.logs["teachers_kept"].item()
+    scale = (1 + (teacher_count - 1) * (1 - probability)) / teacher_count
+    assert mean == pytest.approx(scale * plain.item(), rel=1e-5)
+    assert kept == pytest.approx(scale)
+
+
+def test_the_share_of_teachers_that_a_batch_keeps_is_logged(teachers, student_settings, waves):
+    options = {"targets": TargetSettings(drop_teachers=1.0)}
+    ours = distiller(teachers, student_settings, ["hubert", "wavlm", "robust"], **options)
+    assert ours(batch_of(waves))[1]["teachers_kept"].item() == pytest.approx(1 / 3)
+    assert "teachers_kept" not in ours.eval()(batch_of(waves))[1]
+
+
+def test_concat_of_two_widths_logs_the_mean_of_its_teachers(teachers, student_settings, waves):
+    """The L1 term of widths 48 and 64 is the mean of the terms that are logged for each teacher and
+    layer; with weights 3 and 1, the weighted one."""
+    for weight in (1.0, 3.0):
+        ours = distiller(
+            teachers, student_settings, ["hubert", "wide"], "concat", t0={"weight": weight}
+        )
+        _, logs = ours(batch_of(waves), detail=True)
+        first, second = (
+            sum(logs[f"{name}/l1_layer{layer}"].item() for layer in LAYERS) / 2
+            for name in ("t0", "t1")
+        )
+        assert logs["l1"].item() == pytest.approx(
+            (weight * first + second) / (weight + 1), rel=1e-5
+        )
 
 
 def test_dropping_only_in_training(teachers, student_settings, waves):
