@@ -74,8 +74,8 @@ def slow_relation(student, teachers, weights, counted, window, centred, between)
                     for k, kind in enumerate(kinds):
                         for i, j in kind:
                             target = sum(
-                                weights[name] * cosine(vectors[i][f], vectors[j][g])
-                                for name, vectors in theirs.items()
+                                weights[name] * cosine(layers[i][f], layers[j][g])
+                                for name, layers in theirs.items()
                             ) / sum(weights.values())
                             difference = cosine(ours[i][f], ours[j][g]) - target
                             sums[k] = sums[k] + difference**2 / len(kind)
