@@ -116,7 +116,9 @@ def test_prune(here, capsys, caplog):
         for model in (gated.student, again.student)
     )
     expected = {"from": before, "to": after, "of": "hubert", "sparsity": 0.3, "by": "parameters"}
-    assert again.about == {**gated.about, "pruned": expected}
+    # two cuts of one student may keep different units, so they do not have a common start
+    start = gated.about.pop("initial_weights")
+    assert len(start) == 32 and again.about == {**gated.about, "pruned": expected}
     words = output.out.split()
     for text in (f"{before:,}", f"{after:,}", f"{100 * (1 - after / before):.1f}", "30.0"):
         assert text in words

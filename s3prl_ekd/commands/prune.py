@@ -109,6 +109,7 @@ def main(args: argparse.Namespace) -> int:
     term = None if pruning is None else SparsityTerm(loaded.student, pruning)
     before, after = _count(full), _count(small)
     about = {**loaded.about, "pruned": {"from": before, "to": after}}
+    about.pop("initial_weights", None)  # two cuts of one student may keep different units
     if model is not None and isinstance(model.student, CopySettings):
         about["pruned"]["of"] = model.student.of
     if pruning is not None:
