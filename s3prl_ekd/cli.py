@@ -34,6 +34,7 @@ COMMANDS = {
     "predict-zip": "pack predict.zip for SUPERB's public leaderboard",
     "sweep": "train several configs with several seeds and compare them in a table",
     "prune": "cut a student to the units that its gates keep (DPHuBERT)",
+    "merge": "average students that were distilled from different teachers",
     "export": "write a student as a file or folder for other software",
     "validate": "check a package for SUPERB's hidden set in a process with torch only",
     "cost": "count parameters and MACs of an upstream or a package as SUPERB does",
@@ -57,7 +58,7 @@ RENAMED = {
 
 # Commands that read checkpoints, students or upstreams and take --trust-checkpoint.
 TRUSTING = {"superb", "sweep", "export", "features", "cost", "teachers", "group-layers", "cache"}
-TRUSTING |= {"fit-units", "essence", "prune"}
+TRUSTING |= {"fit-units", "essence", "prune", "merge"}
 
 EXAMPLE = """\
 example:

@@ -259,6 +259,7 @@ TRAIN = ("run_downstream.py", "-m", "train", "-d", "asr", "-n", "x", "-o", LIBRI
 ON_STUDENTS = {
     "export student": lambda file: ("export", "student", file, "-o", f"{file}.out"),
     "prune": lambda file: ("prune", file, "-o", f"{file}.out"),
+    "merge": lambda file: ("merge", file, file, "-o", f"{file}.out"),
     "export superb": lambda file: ("export", "superb", file, "-o", f"{file}.out"),
     "export hf": lambda file: ("export", "hf", file, "-o", f"{file}.out"),
     "export onnx": lambda file: ("export", "onnx", file, "-o", f"{file}.out"),

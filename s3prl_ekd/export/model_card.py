@@ -287,9 +287,16 @@ def how_made(about: Mapping[str, Any], data: str = "") -> str:
         about: ``about`` of a :class:`..student_file.LoadedStudent`.
         data: description of the training data; replaces the one in ``about``.
     """
+    # texts from the file must become neither HTML nor further lines of the card
+    lines = [printable(line).replace("<", "&lt;") for line in _how_made(about, data)]
+    return "\n".join(lines) or "The student file does not record it."
+
+
+def _how_made(about: Mapping[str, Any], data: str = "") -> list[str]:
+    """The lines of :func:`how_made`."""
     config = about.get("config")
     config = config if isinstance(config, Mapping) else {}
-    lines = []
+    lines = _how_merged(about)
     for name, teacher in _mapping(config, "teachers").items():
         if isinstance(teacher, Mapping):
             layers = teacher.get("groups") or teacher.get("layers")
@@ -337,9 +344,20 @@ def how_made(about: Mapping[str, Any], data: str = "") -> str:
         lines.append(f"- taken from: {about['source']}")
     if about.get("made_by"):
         lines.append(f"- made by: {about['made_by']}")
-    # texts from the file must become neither HTML nor further lines of the card
-    lines = [printable(line).replace("<", "&lt;") for line in lines]
-    return "\n".join(lines) or "The student file does not record it."
+    return lines
+
+
+def _how_merged(about: Mapping[str, Any]) -> list[str]:
+    """How the students were trained whose average this is; empty for other students."""
+    members = about.get("merged")
+    members = members if isinstance(members, list) else []
+    lines = [f"- the weighted average of {len(members)} students"] if members else []
+    for member in members:
+        if isinstance(member, Mapping):
+            file = PureWindowsPath(str(member.get("file"))).name
+            lines.append(f"  - `{file}`, weight {member.get('weight')}")
+            lines += [f"    {line}" for line in _how_made(_mapping(member, "about"))]
+    return lines
 
 
 def _data(about: Mapping[str, Any]) -> str:
