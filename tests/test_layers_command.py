@@ -1,6 +1,7 @@
 """Layer groups: clustering, and the commands `layers` and `teachers`."""
 
 import csv
+import math
 import re
 import sys
 
@@ -14,11 +15,15 @@ from s3prl_ekd.analysis.choice import choose_audio
 from s3prl_ekd.analysis.layer_statistics import layer_statistics
 from s3prl_ekd.analysis.layers import (
     LINKAGES,
+    best_cut,
     cka_matrix,
     cosine_matrix,
     cut_tree,
+    cuts,
+    layer_distances,
     layer_tree,
     require_scipy,
+    silhouette,
 )
 from s3prl_ekd.analysis.sample import sample_layers
 from s3prl_ekd.errors import ConfigError, DataError, SetupError
@@ -110,6 +115,49 @@ def test_blocks_of_similar_layers_are_found(measure, linkage, contiguous):
         base = torch.randn(200, 16, generator=generator)
         layers += [base + 0.3 * torch.randn(200, 16, generator=generator) for _ in block]
     assert group_layers(measure(layers).numpy(), 3, linkage, contiguous) == tuple(blocks)
+
+
+def test_silhouette_by_hand():
+    """Layers 1, 2 and 3 alone: 1 has 0.2 to layer 2 and 0.7 to layer 3; 2 has 0.2 and 0.6."""
+    distance = layer_distances(EXAMPLE[:3, :3])
+    expected = ((0.7 - 0.2) / 0.7 + (0.6 - 0.2) / 0.6 + 0) / 3
+    assert silhouette(distance, ((1, 2), (3,))) == pytest.approx(expected)
+    assert silhouette(distance, ((1,), (2,), (3,))) == 0
+    assert math.isnan(silhouette(distance, ((1, 2, 3),)))
+    assert silhouette(np.zeros((3, 3)), ((1, 2), (3,))) == 0
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_silhouettes_equal_sklearns(seed):
+    """Of scattered groups as well, which have negative silhouettes, and with layers alone."""
+    metrics = pytest.importorskip("sklearn.metrics")
+    rng = np.random.default_rng(seed)
+    similarity = rng.uniform(0, 1, (12, 12))
+    distance = layer_distances((similarity + similarity.T) / 2)
+    negative = 0
+    for k in range(2, 12):
+        labels = rng.permutation(np.r_[np.arange(k), rng.integers(0, k, 12 - k)])
+        groups = tuple(tuple(np.flatnonzero(labels == n) + 1) for n in range(k))
+        value = silhouette(distance, groups)
+        expected = metrics.silhouette_score(distance, labels, metric="precomputed")
+        assert value == pytest.approx(expected, abs=1e-12)
+        negative += value < 0
+    assert negative
+
+
+def test_the_best_cut_by_hand():
+    """Layers at 0, 1, 10 and 12, of an average-linkage tree with merges at 1, 2 and 10.5."""
+    points = np.array([0.0, 1.0, 10.0, 12.0])
+    similarity = 1 - np.abs(points[:, None] - points[None])
+    options = cuts(layer_tree(similarity), layer_distances(similarity))
+    assert [cut.sizes for cut in options] == [(4,), (2, 2), (2, 1, 1), (1, 1, 1, 1)]
+    np.testing.assert_allclose([cut.gap for cut in options[1:]], [8.5, 1, 1])
+    pair = (10 / 11 + 9 / 10) / 2  # layers 1 and 2: (11 - 1) / 11 and (10 - 1) / 10
+    other = (7.5 / 9.5 + 9.5 / 11.5) / 2  # layers 3 and 4: (9.5 - 2) / 9.5, (11.5 - 2) / 11.5
+    assert options[1].silhouette == pytest.approx((pair + other) / 2)
+    assert best_cut(options) is options[1] and options[3].silhouette == 0
+    two = cuts(layer_tree(np.eye(2)), layer_distances(np.eye(2)))
+    assert best_cut(two).groups == ((1,), (2,))
 
 
 def test_invalid_clusterings():
@@ -236,6 +284,19 @@ def test_errors_of_layers(run, capsys, options, variable):
         run("group-layers", "model.yaml", *options)
     assert stop.value.code == 2
     assert re.search(variable, capsys.readouterr().err)
+
+
+def test_groups_without_a_number_have_the_highest_silhouette(run, tmp_path):
+    """The printed table of each teacher, against its groups in the config."""
+    output = run("group-layers", "model.yaml", "-o", "new.yaml", "--linkage", "complete")
+    teachers = yaml.safe_load((tmp_path / "new.yaml").read_text())["teachers"]
+    for name, teacher in teachers.items():
+        table = output.split(f"{name}: ")[1].split("\n\n")[0].splitlines()
+        rows = [re.split(r"  +", line.strip()) for line in table[3:]]
+        assert [row[0].removesuffix(" *") for row in rows] == ["1", "2", "3"]
+        (chosen,) = [row for row in rows if row[0].endswith("*")]
+        assert chosen[1] == " ".join(str(len(group)) for group in teacher["groups"])
+        assert float(chosen[2]) == max(float(row[2]) for row in rows[1:])
 
 
 def test_layers_overwrites_with_force(run, tmp_path):

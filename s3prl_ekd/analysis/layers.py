@@ -2,7 +2,9 @@
 
 Paper: the groups come from hierarchical clustering of layer similarities. Ours, as we found no more
 in the paper's text: linear CKA as the similarity, 1 - similarity as the distance, average linkage,
-and a cut at a given number of groups. ``contiguous`` (ours) merges only neighbouring layers.
+and the number of groups with the highest silhouette, which counts groups of one layer as 0 (the
+measurements behind this are in ``docs/method.md``). ``contiguous`` (ours) merges only neighbouring
+layers.
 
 A tree is scipy's linkage matrix ``[layer - 1, 4]``: the two merged clusters, their distance, and
 the number of layers in the merged cluster.
@@ -18,6 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -44,6 +47,19 @@ def layer_tree(
     Raises:
         ConfigError: fewer than two layers, or a similarity is NaN (a constant layer).
     """
+    distance = layer_distances(similarity)
+    if contiguous:
+        return _neighbour_tree(distance, linkage)
+    hierarchy, squareform = require_scipy()
+    return hierarchy.linkage(squareform(distance, checks=False), method=linkage)
+
+
+def layer_distances(similarity: np.ndarray) -> np.ndarray:
+    """1 - similarity, ``[layer, layer]``: symmetric, 0 or more, 0 on the diagonal.
+
+    Raises:
+        ConfigError: fewer than two layers, or a similarity is NaN (a constant layer).
+    """
     similarity = np.asarray(similarity, dtype=float)
     if len(similarity) < 2:
         raise ConfigError(f"expected at least two layers to group, got {len(similarity)}")
@@ -51,10 +67,7 @@ def layer_tree(
         raise ConfigError("cannot group layers that are constant over the sample")
     distance = np.clip(1 - (similarity + similarity.T) / 2, 0, None)
     np.fill_diagonal(distance, 0)
-    if contiguous:
-        return _neighbour_tree(distance, linkage)
-    hierarchy, squareform = require_scipy()
-    return hierarchy.linkage(squareform(distance, checks=False), method=linkage)
+    return distance
 
 
 def cut_tree(tree: np.ndarray, groups: int) -> Groups:
@@ -70,6 +83,72 @@ def cut_tree(tree: np.ndarray, groups: int) -> Groups:
     for step, (left, right, *_) in enumerate(tree[: count - groups]):
         members[count + step] = members.pop(int(left)) + members.pop(int(right))
     return tuple(sorted(tuple(sorted(group)) for group in members.values()))
+
+
+def silhouette(distance: np.ndarray, groups: Groups) -> float:
+    """The mean silhouette of the layers (Rousseeuw 1987), -1 to 1; high for clear groups.
+
+    Of a layer with mean distance a from the other layers of its group, and b from the nearest other
+    group, it is (b - a) / max(a, b); of a layer alone in its group, 0.
+
+    Args:
+        distance: ``[layer, layer]``, see :func:`layer_distances`.
+        groups: of the layers 1 to N.
+
+    Returns:
+        NaN for a single group, which has no other to compare with.
+    """
+    if len(groups) < 2:
+        return math.nan
+    members = [np.array(group) - 1 for group in groups]
+    values = []
+    for own in members:
+        for layer in own:
+            if len(own) == 1:
+                values.append(0.0)
+                continue
+            a = distance[layer, own].sum() / (len(own) - 1)
+            b = min(distance[layer, other].mean() for other in members if other is not own)
+            values.append((b - a) / max(a, b) if max(a, b) > 0 else 0.0)
+    return float(np.mean(values))
+
+
+@dataclass(frozen=True)
+class Cut:
+    """One number of groups of a tree."""
+
+    groups: Groups
+
+    silhouette: float
+    """See :func:`silhouette`."""
+
+    gap: float
+    """Rise of the merge distance if there were one group fewer."""
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Layers of each group."""
+        return tuple(map(len, self.groups))
+
+
+def cuts(tree: np.ndarray, distance: np.ndarray) -> list[Cut]:
+    """The cuts of a tree into 1 to N groups of its N layers."""
+    count = len(tree) + 1
+    heights = [0.0, *tree[:, 2], math.nan]  # heights[n]: distance of the n-th merge
+    result = []
+    for number in range(1, count + 1):
+        groups, merges = cut_tree(tree, number), count - number
+        gap = heights[merges + 1] - heights[merges]
+        result.append(Cut(groups, silhouette(distance, groups), gap))
+    return result
+
+
+def best_cut(options: Sequence[Cut]) -> Cut:
+    """The cut with the highest silhouette, into 2 to N - 1 groups of N layers; ties: fewer groups.
+
+    Two layers give two groups.
+    """
+    return max(options[1:-1] or options[1:], key=lambda cut: cut.silhouette)
 
 
 def _neighbour_tree(distance: np.ndarray, linkage: str) -> np.ndarray:

@@ -3,8 +3,13 @@
 Runs the teachers on some utterances, computes the similarities of each teacher's transformer layers
 and clusters them hierarchically. Writes a copy of CONFIG in which each teacher has `groups` instead
 of `layers`: the target of a group is the average of its layers. The dendrograms are written next to
-it as PNG. Paper: groups by hierarchical clustering of layer similarities. Ours, because the paper's
-text known to us does not give them: linear CKA, average linkage on 1 - CKA, three groups.
+it as PNG. A table of each teacher shows the sizes of its groups for each number of groups, their
+silhouette (-1 to 1, high for clear groups; a layer alone counts 0), and the gap: how much the merge
+distance would rise with one group fewer.
+
+Paper: groups by hierarchical clustering of layer similarities. Ours, because the paper's text known
+to us does not give them: linear CKA, average linkage on 1 - CKA, and for each teacher the number of
+groups with the highest silhouette.
 
 example:
   s3prl-ekd group-layers pretrain/ekd/config_model.yaml --data /data/LibriSpeech \\
@@ -15,13 +20,18 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import yaml
 
 from ..errors import ConfigError, SetupError
 from ..files.atomic import make_folder, write_text
+from ..system.tables import text_table
+
+if TYPE_CHECKING:
+    from ..analysis.layers import Cut
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -33,20 +43,33 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add_sample_options(parser)
     parser.add_argument("-o", "--output", metavar="NEW_CONFIG", type=Path, required=True)
     add = parser.add_argument
-    add("--groups", metavar="K", type=int, default=3, help="groups per teacher (default: 3; ours)")
+    add(
+        "--groups", metavar="K", type=int,
+        help="groups per teacher (default: the number with the highest silhouette; ours)",
+    )  # fmt: skip
     add(
         "--similarity", choices=tuple(SIMILARITIES), default="cka",
         help="linear CKA, or the mean cosine over frames (default: cka; ours)",
     )  # fmt: skip
     add("--linkage", choices=LINKAGES, default="average", help="(default: average; ours)")
-    add("--contiguous", action="store_true", help="group only neighbouring layers (ours)")
+    add(
+        "--contiguous", action=argparse.BooleanOptionalAction, default=False,
+        help="group only neighbouring layers (default: --no-contiguous; ours)",
+    )  # fmt: skip
     add("--force", action="store_true", help="overwrite an existing NEW_CONFIG")
 
 
 def main(args: argparse.Namespace) -> int:
     """Sample hidden states, cluster the layers, write config and plot."""
     from ..analysis.choice import choose_audio
-    from ..analysis.layers import SIMILARITIES, cut_tree, layer_tree, require_scipy
+    from ..analysis.layers import (
+        SIMILARITIES,
+        best_cut,
+        cuts,
+        layer_distances,
+        layer_tree,
+        require_scipy,
+    )
     from ..analysis.plots import plot_trees
     from ..analysis.sample import load_upstreams, sample_layers
     from ..pretrain.settings import load_model_config
@@ -66,7 +89,7 @@ def main(args: argparse.Namespace) -> int:
 
     trees, groups = {}, {}
     for name, layers in sample.items():
-        if not 1 <= args.groups <= len(layers) - 1:
+        if args.groups is not None and not 1 <= args.groups <= len(layers) - 1:
             raise ConfigError(
                 f"--groups must be 1 to {len(layers) - 1}, the transformer layers of {name}, got "
                 f"{args.groups}"
@@ -74,8 +97,11 @@ def main(args: argparse.Namespace) -> int:
         # Layer 0 is not the output of a transformer layer, so it is in no group (ours).
         similarity = SIMILARITIES[args.similarity](layers[1:]).numpy()
         trees[name] = layer_tree(similarity, args.linkage, args.contiguous)
-        groups[name] = cut_tree(trees[name], args.groups)
-        print(f"{name}: " + "  ".join(str(list(group)) for group in groups[name]))
+        options = cuts(trees[name], layer_distances(similarity))
+        cut = best_cut(options) if args.groups is None else options[args.groups - 1]
+        groups[name] = cut.groups
+        print(f"{name}: " + "  ".join(str(list(group)) for group in cut.groups))
+        print("\n".join([*cut_table(options, cut), ""]))
 
     method = f"{args.similarity}, {args.linkage} linkage{', contiguous' if args.contiguous else ''}"
     text = grouped_config(args.config, groups, f"{method}, {len(paths)} utterances")
@@ -85,6 +111,18 @@ def main(args: argparse.Namespace) -> int:
     print(f"wrote {args.output} and {picture}")
     print(f"next: run_pretrain.py -u ekd -g {shlex.quote(str(args.output))} -n my_student")
     return 0
+
+
+def cut_table(options: Sequence[Cut], chosen: Cut) -> list[str]:
+    """Sizes, silhouette and gap of each number of groups but that of the layers; ``*``: chosen."""
+    rows = [("groups", "sizes", "silhouette", "gap")]
+    for cut in options[:-1]:
+        mark = " *" if cut is chosen else ""
+        sizes = " ".join(map(str, cut.sizes))
+        quality = "-" if len(cut.groups) == 1 else f"{cut.silhouette:.2f}"
+        gap = "-" if len(cut.groups) == 1 else f"{cut.gap:.3f}"
+        rows.append((f"{len(cut.groups)}{mark}", sizes, quality, gap))
+    return text_table(rows, rule=True)
 
 
 def grouped_config(
