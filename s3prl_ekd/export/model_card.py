@@ -351,7 +351,9 @@ def _how_merged(about: Mapping[str, Any]) -> list[str]:
     """How the students were trained whose average this is; empty for other students."""
     members = about.get("merged")
     members = members if isinstance(members, list) else []
-    lines = [f"- the weighted average of {len(members)} students"] if members else []
+    lines = []
+    if members:
+        lines = [f"- the weighted average of {len(members)} students (arXiv 2505.13270)"]
     for member in members:
         if isinstance(member, Mapping):
             file = PureWindowsPath(str(member.get("file"))).name
