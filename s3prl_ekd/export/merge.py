@@ -1,12 +1,12 @@
 """Average students that were distilled from different teachers (arXiv 2505.13270).
 
-Paper: the students start with equal weights θ₀; the differences θᵢ - θ₀ ("distilled task vectors")
-are interpolated and added to θ₀; prediction heads serve the distillation only. There, a student of
-a speech model and one of a music model together did better than a student of both teachers. For
-weights that sum to 1, the result is the average Σ wᵢ·θᵢ, so that θ₀ need not be stored. Inferred:
-parameters are averaged as they are trained, so the two factors of the positional convolution's
-weight norm separately. Ours: more than two students, the check of θ₀ by its digest, equal weights
-as the default.
+Paper (abstract, and a published summary of its text): DistilHuBERT's students of HuBERT and of MERT
+start with equal weights θ₀, HuBERT's conv extractor and first two layers. The differences θᵢ - θ₀
+("distilled task vectors") are interpolated and added to θ₀; the result did better than one student
+of both teachers. For weights that sum to 1 it is the average Σ wᵢ·θᵢ, so θ₀ itself is not needed.
+Inferred: parameters are averaged as they are trained, so the two factors of the positional
+convolution's weight norm separately. Ours: more than two students, equal weights as the default,
+the check of θ₀ by its digest, no prediction heads, since each student's predict other teachers.
 
 The average is meaningful as long as the students did not move far from θ₀. Students of different
 θ₀ have hidden units in different orders, which an average mixes.
@@ -63,7 +63,7 @@ def merge(
         members: at least two, of one architecture and one initialisation.
         weights: one for each student, 0 or more; they are divided by their sum. None: equal.
         assume_same_start: accept files without the digest of the initial weights, which version
-            0.1 and 0.2 before this command did not store; digests that differ are never accepted.
+            0.1 did not store; digests that differ are never accepted.
 
     Returns:
         The student in eval mode. ``about["merged"]`` has the name and SHA-256 of each file, its
