@@ -60,10 +60,13 @@ def rename_keys(data: Any, table: Table, path: str | None = None) -> Any:
         if not _has(data, old):
             continue
         section = new.rpartition(".")[0]
-        if not isinstance(data.get(section, {}), dict):
+        listed = section == UNITS and isinstance(data.get(UNITS), list)
+        if not listed and not isinstance(data.get(section, {}), dict):
             raise ConfigError(f"{path or 'the config'}.{section}: expected a mapping")
-        if path and _has(data, new):
-            raise ConfigError(f"{path}: `{old}` is the old name of `{new}`; remove `{old}`")
+        if listed or (path and _has(data, new)):
+            raise ConfigError(
+                f"{path or 'the config'}: `{old}` is the old name of `{new}`; remove `{old}`"
+            )
         value = _pop(data, old)
         new_value = value
         if isinstance(value, str) and value in VALUES.get(old, {}):
@@ -83,10 +86,20 @@ def rename_keys(data: Any, table: Table, path: str | None = None) -> Any:
             raise ConfigError(
                 f"{path or 'the config'}.{OLD_SECTION}: unknown key {key!r:.60}; {names}"
             )
-    if table is MODEL and isinstance(data.get(UNITS), dict):  # a single entry without a list
-        is_off = "file" in data[UNITS] and data[UNITS]["file"] is None
-        data[UNITS] = [] if is_off else [data[UNITS]]
     return data
+
+
+def list_units(data: Any) -> Any:
+    """Replace a single entry of ``unit_loss``, the form that keys of version 0.1 give, by a list.
+
+    Called after a config has been merged with the one it extends: the file and the weight may be in
+    different files. As in version 0.1, a weight without a file has no effect.
+    """
+    if not isinstance(data, dict) or not isinstance(data.get(UNITS), dict):
+        return data
+    entry = data[UNITS]
+    is_off = entry.get("file") is None and entry.keys() <= {"file", "weight"}
+    return {**data, UNITS: [] if is_off else [entry]}
 
 
 def rename_overrides(overrides: str) -> str:

@@ -21,7 +21,14 @@ from ..distill.settings import DistillSettings
 from ..distill.student_settings import StudentSettings, check_size
 from ..errors import ConfigError
 from ..files.config import apply_overrides, from_plain_data, read_extended, read_yaml
-from ..files.renamed_keys import MODEL, RUNNER, rename_keys, rename_overrides, warn_renamed
+from ..files.renamed_keys import (
+    MODEL,
+    RUNNER,
+    list_units,
+    rename_keys,
+    rename_overrides,
+    warn_renamed,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -209,8 +216,9 @@ def load_model_config(source: str | Path | dict) -> ModelFile:
     """
     if not isinstance(source, (str, Path)):
         where = "the checkpoint's Upstream_Config"
-        data = _without_groups(rename_keys(source, MODEL), where)
-        if isinstance(data.get("loss"), dict):  # the default was another one
+        data = _without_groups(list_units(rename_keys(source, MODEL)), where)
+        if isinstance(data, dict) and isinstance(data.get("loss"), dict):
+            # the default of version 0.1
             data["loss"] = {"reduce": "batches", **data["loss"]}
         return from_plain_data(ModelFile, data, where)
     data = _without_groups(read_model_yaml(source), str(source), warn=True)
@@ -264,7 +272,7 @@ def read_model_yaml(path: str | Path) -> dict[str, Any]:
     Raises:
         ConfigError: a file cannot be read or has both the old and the new name of a key.
     """
-    return read_extended(path, lambda data, path: rename_keys(data, MODEL, path))
+    return list_units(read_extended(path, lambda data, path: rename_keys(data, MODEL, path)))
 
 
 def load_runner_config(path: str | Path, overrides: str | None = None) -> RunnerFile:
