@@ -56,6 +56,12 @@ TINY_CHANGES = (
     ("encoder_embed_dim: 384", "encoder_embed_dim: 96"),
     ("encoder_ffn_embed_dim: 1536", "encoder_ffn_embed_dim: 384"),
     ("encoder_attention_heads: 6", "encoder_attention_heads: 2"),
+    ("[8]", "[4]"),
+    ("--layer 8", "--layer 4"),
+    ("--clusters 500", "--clusters 100"),
+    ("--data data/LibriSpeech", "--data data/corpus"),
+    ("fit-units pretrain/ekd/config_model.yaml", "fit-units pretrain/ekd/tiny_model.yaml"),
+    ("units/", "units/tiny_"),
 )
 
 SECOND_STEP_TITLE = "# The second distillation of a pruned student (DPHuBERT, arXiv 2305.17651)."

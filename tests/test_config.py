@@ -1,5 +1,6 @@
 """Configs: every shipped YAML is valid; every mistake is one sentence with its YAML path."""
 
+import argparse
 import dataclasses
 import re
 import shlex
@@ -8,7 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from s3prl_ekd.distill.settings import HeadSettings, TeacherSettings
+from s3prl_ekd.commands import fit_units
+from s3prl_ekd.distill.settings import HeadSettings, TeacherSettings, UnitLossSettings
 from s3prl_ekd.distill.student import Student
 from s3prl_ekd.distill.student_settings import CopySettings, FileSettings, StudentSettings
 from s3prl_ekd.errors import ConfigError
@@ -46,6 +48,7 @@ RUNNER = {
         "datarc": {"libri_root": "a", "file_path": "b", "sets": ["c"], "train_batch_size": 2}
     },
 }
+FILE_STUDENT = {"kind": "file", "file": "x.pt"}
 MODEL = {"teachers": {"one": {"model": "hubert_base"}, "two": {"model": "wavlm", "layers": [1]}}}
 
 
@@ -102,6 +105,8 @@ def test_the_experiments_of_the_paper_are_shipped():
     wanted |= {"robust_setup1", "robust_setup2", "deep_thin"}
     wanted |= {"dp_hubert", "dp_wavlm_plus", "skill_wavlm_plus"}
     wanted |= {"ekd_pruned_average", "ekd_pruned_heads", "ekd_skill_pruned"}
+    wanted |= {"three_relation", "three_units", "three_units_only", "three_procrustes"}
+    wanted |= {"ekd_pruned_relation"}
     assert wanted <= names
 
 
@@ -125,6 +130,8 @@ def test_a_tiny_experiment_is_the_same_one(path, tmp_path):
     tiny.pop("teachers", None)
     if "pruning" in full:
         full["pruning"] |= {"sparsity": 0.5, "reach_at": 300, "lr": 0.1}
+    for entry in full.get("unit_loss", ()):  # the units of other teachers
+        entry["file"] = entry["file"].replace("/", "/tiny_")
     if path.stem == "deep_thin":
         assert full["student"] | {"encoder_attention_heads": 0} == {
             "encoder_layers": 12,
@@ -161,6 +168,35 @@ def test_the_command_of_an_experiment_fits_it(path, size, tmp_path):
     assert run.optimizer["weight_decay"] == 0 and run.runner.gradient_clipping == 10
     assert model.pruning.reach_at < run.runner.total_steps
     assert f"s3prl-ekd prune result/pretrain/{path.stem} -o {path.stem}.pt\n" in text
+
+
+WITH_UNITS = [path for path in EXPERIMENTS if "\nunit_loss:" in path.read_text()]
+
+
+@pytest.mark.parametrize("path", WITH_UNITS, ids=lambda path: path.name)
+@pytest.mark.parametrize("size", ["experiments", "tiny"])
+def test_the_comment_of_an_experiment_with_units_makes_their_files(path, size, tmp_path):
+    """With a command for each file, of teachers and layers that the experiment has."""
+    write_workspace(tmp_path, [f"{size}/{path.stem}"])
+    text = (tmp_path / "pretrain/ekd" / size / path.name).read_text()
+    model = load_model_config(tmp_path / "pretrain/ekd" / size / path.name)
+    comment = re.sub(r" \\\n#\s+", " ", text)
+    parser = argparse.ArgumentParser()
+    fit_units.configure(parser)
+    lines = re.findall(r"# +s3prl-ekd fit-units (.*)", comment)
+    made = [parser.parse_args(shlex.split(line)) for line in lines]
+    assert [args.output for args in made] == [Path(entry.file) for entry in model.unit_loss]
+    assert [args.teacher for args in made] == [*model.teachers]
+    for args in made:
+        teacher = load_model_config(tmp_path / args.config).teachers[args.teacher]
+        assert teacher.model == model.teachers[args.teacher].model
+        assert (args.layer,) in model.teachers[args.teacher].targets  # a target cache has it
+
+
+def test_the_reference_experiment_has_s3prls_loss():
+    model = load_model_config(CONFIGS / "experiments/s3prl_distiller.yaml")
+    assert model.loss.reduce == "batches" and not model.loss.mask_padding and model.teacher_dropout
+    assert not (model.student.masked_norm or model.teacher_masked_norm)
 
 
 def test_dphuberts_values():
@@ -263,12 +299,41 @@ def test_a_config_survives_the_checkpoint():
         ("heads", {"residual_weight": -1}, ".heads residual_weight -1.0"),
         ("targets", {"drop_teachers": 1.5}, ".targets drop_teachers 1.5"),
         ("targets", {"weight_steps": -1}, ".targets weight_steps -1"),
-        ("target_norm", "phi", ".target_norm none mean_std phi_s 'phi'"),
+        ("target_norm", "phi", ".target_norm none mean_std phi_s procrustes 'phi'"),
+        ("target_norm", "procrustes", "target_norm: procrustes one 3 two 1"),
         ("target_norm_steps", 0, "target_norm_steps 0"),
         ("teachers.one.final_weight", 0.0, "teachers.one.final_weight targets.weight_steps"),
         ("loss", {"agreement": 0.0}, ".loss agreement 0.0"),
         ("unit_loss", [{"file": "x", "weight": -0.5}], ".unit_loss[0] weight -0.5"),
         ("unit_loss", {"fil": "x"}, ".unit_loss[0] 'fil' file"),
+        ("unit_loss", [{"weight": 1.0}], ".unit_loss[0] file"),
+        ("unit_loss", [{"file": "x"}, "y"], ".unit_loss[1] 'y'"),
+        ("unit_loss", "units.safetensors", ".unit_loss 'units.safetensors'"),
+        ("unit_loss", [{"file": "x"}, {"file": "y", "wait": 2}], ".unit_loss[1] 'wait' weight"),
+        (
+            *("unit_loss", [{"file": "x"}, {"file": "y", "unmasked_weight": 1.0}]),
+            "unit_loss[1].unmasked_weight student.mask",
+        ),
+        ("relation", {"weight": -1}, ".relation weight -1.0"),
+        ("relation", {"weight": 1}, "relation one 3 two 1"),
+        ("relation", {"window": 1}, ".relation window 1"),
+        ("relation", {"window": 50.0}, ".relation.window 50.0"),
+        ("relation", {"similarity": "dot"}, ".relation.similarity cosine centred 'dot'"),
+        ("relation", {"student_layers": []}, ".relation student_layers"),
+        ("relation", {"student_layers": [-1]}, ".relation student_layers"),
+        ("relation", {"layers": [1]}, ".relation 'layers' student_layers"),
+        ("loss", {"reduce": "mean"}, ".loss.reduce frames batches 'mean'"),
+        ("loss", {"weight": -1}, ".loss weight -1.0"),
+        ("student", {"mask": {}}, "student.mask unit_loss fit-units student.mask"),
+        ("student", {"mask": {"length": 0}}, ".student.mask length 0"),
+        ("student", {"mask": {"share": 0}}, ".student.mask share 0.0"),
+        ("student", {"mask": {"share": 1.5}}, ".student.mask share 1.5"),
+        ("student", {"mask": True}, ".student.mask True"),
+        (
+            *("student", {"masked_norm": True, "extractor_mode": "layer_norm"}),
+            ".student masked_norm extractor_mode: layer_norm",
+        ),
+        ("teacher_masked_norm", 1, ".teacher_masked_norm 1"),
         ("heads", {"kind": "wide"}, ".heads.kind split linear 'wide'"),
         ("loss", {"reconstruction": "l3"}, ".loss.reconstruction l1 l2 smooth_l1 'l3'"),
         ("distortion", {"setup": "setup3"}, ".distortion.setup clean setup1 setup2 same 'setup3'"),
@@ -310,6 +375,61 @@ def test_a_mistake_in_the_model_config(tmp_path, path, value, parts):
     with pytest.raises(ConfigError) as caught:
         load_model_config(file)
     assert_parts(str(caught.value), str(file), parts)
+
+
+TWO = {"teachers": {name: {"model": "x", "layers": [1, 2]} for name in ("one", "two")}}
+UNITS = [{"file": "x"}]
+
+
+@pytest.mark.parametrize(
+    ("more", "parts"),
+    [
+        (
+            {"relation": {"weight": 1, "student_layers": [1]}},
+            "relation.student_layers 1 2",
+        ),
+        (
+            {"teachers": {"one": {"model": "x"}}, "target_norm": "procrustes"},
+            "target_norm: procrustes",
+        ),
+        (
+            {"student": {"mask": {}}, "unit_loss": UNITS, "student_backend": "s3prl"},
+            "student.mask student_backend: ours",
+        ),
+        (
+            {"student": {"masked_norm": True}, "student_backend": "s3prl"},
+            "student.masked_norm student_backend: ours",
+        ),
+        (
+            {"teacher_masked_norm": True, "teacher_backend": "s3prl"},
+            "teacher_masked_norm teacher_backend: fast teacher_backend: s3prl",
+        ),
+        (
+            {"teacher_masked_norm": True, "teacher_dropout": True},
+            "teacher_masked_norm teacher_backend: fast teacher_dropout: true",
+        ),
+    ],
+)
+def test_settings_that_exclude_each_other(tmp_path, more, parts):
+    file = tmp_path / "model.yaml"
+    file.write_text(yaml.safe_dump({**TWO, **more}))
+    with pytest.raises(ConfigError) as caught:
+        load_model_config(file)
+    assert_parts(str(caught.value), str(file), parts)
+    for key in more:  # each is needed for the mistake, or its value is the mistake
+        if key not in ("teachers", "unit_loss", "relation"):
+            rest = {k: v for k, v in more.items() if k != key}
+            file.write_text(yaml.safe_dump({**TWO, **rest}))
+            load_model_config(file)
+
+
+@pytest.mark.parametrize("student", [{}, {"kind": "copy", "of": "one"}, FILE_STUDENT])
+def test_masked_units_of_every_kind_of_student(student):
+    mask = {"length": 5, "share": 0.5}
+    model = {**TWO, "student": {**student, "mask": mask}, "unit_loss": UNITS}
+    settings = load_model_config(model)
+    assert dataclasses.asdict(settings.student.mask) == mask
+    assert load_model_config(to_plain_data(settings)) == settings
 
 
 @pytest.mark.parametrize(
@@ -582,6 +702,52 @@ def test_extends_selects_teachers_and_changes_one(tmp_path):
     assert list(settings.teachers) == ["two", "one"]
     assert settings.teachers["two"] == TeacherSettings("wavlm", layers=(0, 5))
     assert settings.teachers["one"] == TeacherSettings("hubert_base")
+
+
+A, B = UnitLossSettings("a"), UnitLossSettings("b", 2.0)
+
+
+@pytest.mark.parametrize(
+    ("base", "over", "result"),
+    [
+        ([{"file": "a"}], {}, (A,)),
+        ([], [{"file": "a"}], (A,)),
+        ([{"file": "a"}], [{"file": "b", "weight": 2.0}], (B,)),  # a list replaces a list
+        ([{"file": "b", "weight": 2.0}], [], ()),
+        ([{"file": "a"}], {"file": "b", "weight": 2.0}, (B,)),
+        ({"file": "b", "weight": 1.0}, {"weight": 2.0}, (B,)),  # mappings merge, as in version 0.1
+        ({"weight": 2.0}, {"file": "b"}, (B,)),
+        ({"file": "a"}, [{"file": "a"}, {"file": "b", "weight": 2.0}], (A, B)),
+    ],
+)
+def test_units_in_an_extended_config(tmp_path, base, over, result):
+    new = {"extends": "base.yaml", **({"unit_loss": over} if over != {} else {})}
+    settings = load_model_config(write(tmp_path, base={**MODEL, "unit_loss": base}, new=new))
+    assert settings.unit_loss == result
+
+
+@pytest.mark.parametrize(
+    ("base", "over", "result"),
+    [
+        ({"units": "b"}, {"unit_weight": 2.0}, (B,)),
+        ({"unit_weight": 2.0}, {"units": "b"}, (B,)),
+        ({"unit_weight": 2.0}, {}, ()),
+        ({"units": "b", "unit_weight": 2.0}, {"units": None}, ()),
+    ],
+)
+def test_old_keys_of_units_in_two_files(tmp_path, base, over, result):
+    """Version 0.1 merged the mapping `essence` of both files; a weight alone had no effect."""
+    new = {"extends": "base.yaml", "essence": over}
+    settings = load_model_config(write(tmp_path, base={**MODEL, "essence": base}, new=new))
+    assert settings.unit_loss == result
+    single = {**base, **over}
+    assert load_model_config({**MODEL, "essence": single}).unit_loss == result  # of a checkpoint
+
+
+def test_an_old_key_of_units_and_a_list_of_units(tmp_path):
+    model = {**MODEL, "essence": {"units": "a"}, "unit_loss": [{"file": "b"}]}
+    with pytest.raises(ConfigError, match=r"new\.yaml.*essence\.units.*unit_loss"):
+        load_model_config(write(tmp_path, new=model))
 
 
 SIZE = {"encoder_layers": 3, "encoder_embed_dim": 96}
