@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import s3prl
 import torch
 from tensorboardX.proto import event_pb2
 
+from s3prl_ekd.cli import main
 from s3prl_ekd.downstream.run import prepare
 from s3prl_ekd.errors import CheckpointError
 from s3prl_ekd.files.run_checkpoints import newest_checkpoint, read_checkpoint
@@ -70,6 +72,16 @@ def test_init_writes_selected_experiments(tmp_path):
     assert result.returncode == 2 and "experiments/three_average" in result.stderr
 
 
+def fit_units_of(model, corpus):
+    """Run the `fit-units` commands in the comment of an experiment, with other audio."""
+    text = re.sub(r" \\\n#\s+", " ", model.read_text())
+    for line in re.findall(r"^# +s3prl-ekd (fit-units .*)", text, re.MULTILINE):
+        argv = shlex.split(line)
+        for option, value in {"--data": f"{corpus}/audio", "--clusters": "8"}.items():
+            argv[argv.index(option) + 1] = value
+        assert main(argv) == 0
+
+
 @pytest.mark.slow
 def test_every_tiny_experiment_takes_two_steps(tmp_path, corpus, monkeypatch, capfd):
     """All tiny experiments in this process, with s3prl's Runner."""
@@ -85,6 +97,7 @@ def test_every_tiny_experiment_takes_two_steps(tmp_path, corpus, monkeypatch, ca
     assert {name.removeprefix("tiny/") for name in names} == shipped and len(names) >= 32
     for name in names:
         model = f"pretrain/ekd/{name}.yaml"
+        fit_units_of(Path(model), corpus)
         pruned = load_model_config(model).pruning is not None
         runner = f"pretrain/ekd/tiny_{'pruning_' * pruned}runner.yaml"
         argv = ["-u", "ekd", "-n", name, "-c", runner, "-o", override, "-g", model]

@@ -30,7 +30,9 @@ import csv
 import hashlib
 import json
 import os
+import re
 import runpy
+import shlex
 import shutil
 import struct
 import subprocess
@@ -156,6 +158,8 @@ def write(args: argparse.Namespace, folder: Path) -> int:
         data = ["--data", "tables/train.csv", "--audio-root", "audio"]
         more = ["--teacher", "hubert", "--layer", "6", "--clusters", "8", "-o", "units.safetensors"]
         run(["-m", "s3prl_ekd", "units", model, *data, *more], folder)
+    for name in cases:
+        fit_units_of(configs / f"{name}.yaml", folder)
     failed = []
 
     def run_and_report(name: str) -> None:
@@ -212,6 +216,17 @@ def prepare(folder: Path, args: argparse.Namespace) -> dict[str, str]:
     for name, lines in tables.items():
         (folder / f"tables/{name}.csv").write_text("\n".join(lines) + "\n")
     return {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in files.items()}
+
+
+def fit_units_of(config: Path, folder: Path) -> None:
+    """Make the files of units that an experiment needs, as its comment says, with 8 units each."""
+    text = re.sub(r" \\\n#\s+", " ", config.read_text())
+    for command in re.findall(r"^# +s3prl-ekd (fit-units .*)", text, re.MULTILINE):
+        argv = shlex.split(command)
+        for option, value in {"--data": "tables/train.csv", "--clusters": "8"}.items():
+            argv[argv.index(option) + 1] = value
+        if not (folder / argv[argv.index("-o") + 1]).exists():
+            run(["-m", "s3prl_ekd", *argv, "--audio-root", "audio"], folder)
 
 
 def merge_yaml(path: Path, settings: dict) -> None:
