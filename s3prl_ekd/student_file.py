@@ -213,8 +213,8 @@ def _build(data: Mapping[str, Any]) -> LoadedStudent:
 
 
 def architecture(settings: Architecture) -> dict[str, Any]:
-    """The ``settings`` of a student file: without ``mask``, which is of training only, and without
-    ``masked_norm`` unless it is on, so that version 0.2 can read the file."""
+    """The ``settings`` of a student file: without ``mask``, which is for training only, and with
+    ``masked_norm`` only if it is on, so that version 0.1 can read files of other students."""
     data: dict[str, Any] = to_plain_data(settings)
     data.pop("mask", None)
     if not settings.masked_norm:

@@ -101,7 +101,8 @@ class DistillationDataset(Dataset):
             torch's random numbers would depend on the worker and on earlier draws.
         targets: cached targets of all utterances. They were computed on undistorted audio and on
             one excerpt of each long utterance, so every epoch uses that excerpt.
-        span_mask: draws masked spans of the student's frames, others in each epoch.
+        span_mask: draws the masked frames of an utterance, which differ between epochs; None: no
+            masking.
 
     Attributes:
         left_out: utterances that are in no batch because their table entry is bad.

@@ -64,9 +64,9 @@ class Comparison:
 class LossWeights:
     """Weights of frames, target sets and dimensions in the loss.
 
-    ``frames``: ``{target set: [batch, frame]}``, 0 where a frame is padding; None: every frame
-    counts, padding included, as in s3prl's distiller. ``sets``: ``{target set: weight}``; None:
-    equal weights. ``dims``: ``{target set: weights}``, broadcastable to
+    ``frames``: ``{target set: [batch, frame]}``, 0 where a frame is padding or masked; None: every
+    frame counts, padding included, as in s3prl's distiller. ``sets``: ``{target set: weight}``;
+    None: equal weights. ``dims``: ``{target set: weights}``, broadcastable to
     ``[batch, layer, frame, width]``, for sets with unequal weights of dimensions. ``frame_count``:
     divisor of the sum over frames; None: the sum of ``frames``. ``logs``: scalars for the log.
     """
@@ -185,7 +185,8 @@ def distillation_loss(
 class FeaturePenalty(nn.Module):
     """A term: the mean square of the student's conv features (s3prl's ``feat_pen_loss``).
 
-    As in s3prl, the mean includes padding. With ``loss.reduce: frames`` it is over valid frames.
+    With ``loss.reduce: frames`` the mean is over valid frames. With ``batches`` it includes
+    padding, as in s3prl.
     """
 
     def __init__(self, weight: float):

@@ -125,10 +125,10 @@ def unit_frames(states: Tensor, mask: Tensor, settings: RelationSettings) -> Ten
 def same_depths(
     teachers: Mapping[str, TeacherShape], depths: Mapping[str, int], student_depth: int
 ) -> Sequence[int]:
-    """The student's layer for each target: at the same relative depth, rounded, at least 1 unless
-    the target is layer 0.
+    """The student's layer for each target: the one at the same relative depth, rounded, and at
+    least 1 unless the target is layer 0.
 
-    A target of several layers has their mean depth; over teachers, the mean is taken too.
+    The depth of a target is the mean over its layers and over teachers.
     """
     layers = []
     for targets in zip(*(shape.targets for shape in teachers.values()), strict=True):

@@ -146,13 +146,14 @@ class LossSettings:
     """Leave padded frames out of the mean (ours; s3prl's distiller includes them)."""
 
     reduce: Literal["frames", "batches"] = "frames"
-    """``frames``: a term is the sum over all frames of a step, divided by their number, over
-    accumulated batches and processes (ours). ``batches``: the mean of the means of the batches, as
-    in s3prl's Runner; a frame of a batch with few frames then has a larger weight. With one batch
-    per step both are equal."""
+    """``frames``: a term is the mean over all frames of a step, of all accumulated batches and
+    processes (ours). ``batches``: the mean of the batches' means, as in s3prl's Runner; a frame of
+    a batch with few frames then has a larger weight. With one batch per step both are equal, except
+    for ``feature_penalty``."""
 
     feature_penalty: float = 0.0
-    """Weight of the mean square of the conv features (s3prl's ``feat_pen_loss``)."""
+    """Weight of the mean square of the conv features (s3prl's ``feat_pen_loss``). The mean is over
+    valid frames (ours); with ``reduce: batches`` it includes padding (s3prl)."""
 
     def __post_init__(self) -> None:
         check_range(self, 0, math.inf, "weight", "cosine_weight", "feature_penalty")

@@ -56,8 +56,8 @@ class MaskSettings:
     """Frames of a span (HuBERT)."""
 
     share: float = 0.8
-    """Length of all spans together, as a share of the utterance (HuBERT). Spans overlap: with 0.8,
-    somewhat more than half of the frames are masked."""
+    """Sum of the spans' lengths, as a share of the utterance (HuBERT). Spans overlap: with 0.8 and
+    a length of 10, 57 % of the frames are masked."""
 
     def __post_init__(self) -> None:
         check_range(self, 1, math.inf, "length")

@@ -6,8 +6,7 @@ the larger one. ``mean_std`` normalises each dimension to mean 0 and deviation 1
 2410.01680, section 3) rotates so that all dimensions have the same variance and divides by one
 number, which keeps the shape of the distribution: directions of small variance are not amplified.
 ``procrustes`` (*ours*) subtracts the mean, divides by one number, and rotates the targets of each
-teacher but the first onto those of the first, so that their average has a basis
-(:mod:`.procrustes`).
+teacher but the first onto those of the first, so that all have one basis (:mod:`.procrustes`).
 
 Frames that would distort the statistics are left out of them and counted. Dimensions that do not
 vary are not divided, which would only amplify rounding errors.

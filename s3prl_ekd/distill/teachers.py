@@ -107,7 +107,8 @@ class Teacher(nn.Module):
 def receptive_field(upstream: nn.Module, wave: Tensor, stride: int) -> int:
     """Samples ``f`` such that the upstream has ``(samples - f) // stride + 1`` frames.
 
-    Found by bisection on the start of ``wave [sample]``: the fewest samples with as many frames.
+    Found by bisection: the fewest samples that give as many frames as the first
+    :data:`FIELD_SAMPLES` samples of ``wave [sample]``.
     """
 
     def frames(samples: int) -> int:

@@ -2,9 +2,9 @@
 
 Essence KD's hard labels come from transcripts, which SSL pretraining does not have. Here they are
 k-means units of teachers' layers, predicted by linear heads on the student's last hidden state.
-With masked spans this is HuBERT's objective (Hsu et al. 2021, arXiv 2106.07447) with the units of a
-trained teacher, as in DiceHuBERT (arXiv 2507.02911). Units of several teachers, a head for each,
-are *ours*.
+With masked spans this is HuBERT's masked prediction (Hsu et al. 2021, arXiv 2106.07447) of the
+units of a trained teacher, as in DiceHuBERT (arXiv 2507.02911). *Ours*: units of several teachers,
+a head for each; and a linear layer with softmax, where HuBERT has cosines with learned embeddings.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class UnitLoss(nn.Module):
         head: predicts them from the student's last hidden state.
         settings: weights.
         masked: whether spans of the student's input are masked (``student.mask``).
-        name: of the scalars in the log.
+        name: first part of the names of the scalars in the log.
     """
 
     def __init__(

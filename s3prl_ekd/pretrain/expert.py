@@ -158,7 +158,7 @@ class UpstreamPretrainExpert(nn.Module):
         self._heads_of_file: LoadedStudent | None = None
         self._pruned: Any = None  # how the student of a file was pruned
         if isinstance(settings, StudentSettings):
-            # the file of a student has no `mask`, which is of training only
+            # `mask` is for training only, so it is not part of the student and its file
             return Student(dataclasses.replace(settings, mask=None), self.settings.student_backend)
         if isinstance(settings, CopySettings):
             return None

@@ -25,7 +25,7 @@ from .settings import load_model_config, load_runner_config
 from .tensorboard import read_scalars, teacher_curves
 
 # (section, key, default) of model settings that version 0.1 lacks
-_SINCE_0_1: tuple[tuple[str, str, Any], ...] = (  # section, key, default
+_SINCE_0_1: tuple[tuple[str, str, Any], ...] = (
     ("", "pruning", None),
     ("", "relation", to_plain_data(RelationSettings())),
     ("", "teacher_masked_norm", False),
