@@ -9,7 +9,8 @@ run in processes in which only torch is patched, so the tool works for versions 
 Runs are reduced to 3 steps, batches of 4 utterances, excerpts of 1.5 s, no fp16 (it needs CUDA) and
 no loader workers except in the cases that test them. The teachers in config_model.yaml are the
 files hubert.pt, robust_hubert.pt and wavlm.pt in TEACHERS, of any width and 12 layers in s3prl's
-formats; the student has the same widths. Layers, groups, dropout, distortions, losses and all else
+formats; the student has the same widths. Files of units are made by the commands in the comments of
+the configs that need them, with 8 units. Layers, groups, dropout, distortions, losses and all else
 are as shipped. Configs with the package's tiny teachers run at full size.
 
 Write both files on the same machine, with the same torch and number of threads; other values may
