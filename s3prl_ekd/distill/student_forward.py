@@ -84,7 +84,7 @@ def masked_group_norm(norm: Any, x: Tensor, lengths: Tensor) -> Tensor:
     the longest utterance. These statistics do not (*ours*); without padding both are equal.
     """
     valid = torch.arange(x.shape[2], device=x.device) < lengths[:, None]
-    exact = x.float()  # under autocast, too
+    exact = x.to(torch.promote_types(x.dtype, torch.float32))  # under autocast, too
     valid = valid[:, None].to(exact.dtype)  # [batch, 1, frame]
     count = lengths[:, None, None].to(exact.dtype)
     centred = exact - (exact * valid).sum(2, keepdim=True) / count
