@@ -71,8 +71,12 @@ def masked_block(block: Iterable[Any], x: Tensor, lengths: Tensor) -> Tensor:
     """Run a conv block ``[batch, channel, frame]`` with :func:`masked_group_norm` in place of a
     group norm; ``lengths [batch]``: valid frames of its output."""
     for module in block:
-        over_time = hasattr(module, "num_groups")  # a group norm, with one channel in each group
-        x = masked_group_norm(module, x, lengths) if over_time else module(x)
+        if hasattr(module, "num_groups"):  # a group norm, with one channel in each group
+            x = masked_group_norm(module, x, lengths)
+        elif hasattr(module, "masked"):  # the group norm of an ONNX graph
+            x = module.masked(x, lengths)
+        else:
+            x = module(x)
     return x
 
 

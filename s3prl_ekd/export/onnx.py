@@ -74,7 +74,8 @@ class OnnxStudent(nn.Module):
 
 
 class TimeNorm(nn.Module):
-    """The first conv layer's GroupNorm with one group per channel: normalises over time.
+    """The first conv layer's GroupNorm with one group per channel: normalises over time, of a
+    student with ``masked_norm`` over valid frames only.
 
     It sums in blocks. onnxruntime sums sequentially, which loses four digits over ten thousand
     frames if most are near zero, as in a padded utterance.
@@ -87,13 +88,28 @@ class TimeNorm(nn.Module):
         self.norm = norm
 
     def forward(self, x: Tensor) -> Tensor:
-        centred = x - self.mean(x)  # [batch, channel, frame]
-        deviation = (self.mean(centred * centred) + self.norm.eps).sqrt()
+        """Normalise ``[batch, channel, frame]`` over all frames."""
+        centred = x - self.mean(x)
+        return self.scale(centred, self.mean(centred * centred))
+
+    def masked(self, x: Tensor, lengths: Tensor) -> Tensor:
+        """Normalise over valid frames, ``lengths [batch]``; see ``masked_group_norm`` in
+        :mod:`..distill.student_forward`."""
+        valid = torch.arange(x.shape[2], device=x.device) < lengths[:, None]
+        valid = valid[:, None].to(x.dtype)  # [batch, 1, frame]
+        count = lengths[:, None, None].to(x.dtype)
+        centred = x - self.mean(x * valid, count)
+        return self.scale(centred, self.mean(centred * centred * valid, count))
+
+    def scale(self, centred: Tensor, variance: Tensor) -> Tensor:
+        deviation = (variance + self.norm.eps).sqrt()
         return centred * (self.norm.weight[:, None] / deviation) + self.norm.bias[:, None]
 
-    def mean(self, x: Tensor) -> Tensor:
+    def mean(self, x: Tensor, count: Tensor | None = None) -> Tensor:
+        """Sum over time divided by ``count [batch, 1, 1]``, or by the number of frames: ``[batch,
+        channel, 1]``."""
         blocks = F.avg_pool1d(F.pad(x, (0, self.block - 1)), self.block)
-        return blocks.sum(2, keepdim=True) * (self.block / x.shape[2])
+        return blocks.sum(2, keepdim=True) * (self.block / (x.shape[2] if count is None else count))
 
 
 def require_onnx() -> None:
