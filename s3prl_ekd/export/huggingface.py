@@ -21,6 +21,9 @@ projection (``feat_proj_layer_norm: false``). Hidden states of both, for N layer
 
 With ``layer_norm_first: true``, ``last_hidden_state`` is layer N's output after a layer norm.
 transformers 4 returns it as ``hidden_states[N]`` too; transformers 5 does not.
+
+transformers has no ``masked_norm``: its group norm includes padding. The hidden states of such a
+student are those of its ``HubertModel`` for single utterances, and not in padded batches.
 """
 
 from __future__ import annotations
@@ -97,8 +100,8 @@ def load_hf_student(folder: Path) -> LoadedStudent:
     """Load a folder with ``config.json`` and ``model.safetensors`` as a student without heads.
 
     A HuBERT with a layer norm before its feature projection and a WavLM become copied students.
-    Training settings that transformers lacks (``feature_grad_mult``, ``extractor_dropout``) get
-    their defaults.
+    Settings that transformers lacks (``feature_grad_mult``, ``extractor_dropout``, ``masked_norm``)
+    get their defaults, so the student's group norm includes padding, as that of transformers does.
 
     Raises:
         CheckpointError: no such folder, a model that has not a student's architecture, or weights
@@ -209,8 +212,9 @@ def _drop_identity(weights: dict[str, torch.Tensor], folder: Path) -> None:
 def hf_config(settings: Architecture) -> HFConfig:
     """Convert a student's settings to a configuration of transformers.
 
-    The training settings ``extractor_dropout`` and ``feature_grad_mult`` have no counterpart. Layer
-    dropout is 0, so fine-tuning does not change the number of hidden states.
+    The training settings ``extractor_dropout`` and ``feature_grad_mult`` have no counterpart, nor
+    has ``masked_norm``. Layer dropout is 0, so fine-tuning does not change the number of hidden
+    states.
 
     Args:
         settings: those of a copied student have all heads and as many units in each layer, see
@@ -305,7 +309,8 @@ def save_hf_model(model: HFModel, folder: Path, normalize: bool = False) -> None
 
 
 def check_hf_export(folder: Path, student: Student) -> float:
-    """Load a folder with ``AutoModel`` and compare it with the student on a padded batch.
+    """Load a folder with ``AutoModel`` and compare it with the student on a padded batch; a student
+    with ``masked_norm``, which transformers lacks, on single utterances.
 
     Returns:
         The largest absolute difference in a hidden state, padded frames included.
@@ -318,11 +323,19 @@ def check_hf_export(folder: Path, student: Student) -> float:
     with quiet_transformers():
         model = AutoModel.from_pretrained(str(folder), local_files_only=True).eval()
     counts = [max(student.settings.min_samples, count) for count in (16_000, 11_111, 1_600)]
-    waves, lengths = pad_sequence(noise_waves(*counts), batch_first=True), torch.tensor(counts)
-    with torch.no_grad():
-        output = student.eval()(waves, lengths)
-        inputs = normalise(waves, lengths) if student.settings.normalize_waveforms else waves
-        projected, states, last = hf_states(model, inputs, lengths)
+    waves = noise_waves(*counts)
+    batches = [[wave] for wave in waves] if student.settings.masked_norm else [waves]
+    return max(_largest_difference(model, student.eval(), batch) for batch in batches)
+
+
+@torch.no_grad()
+def _largest_difference(model: HFModel, student: Student, batch: list[Tensor]) -> float:
+    """Compare a model of transformers with the student on waveforms ``[sample]``. Raises
+    CheckpointError."""
+    waves, lengths = pad_sequence(batch, batch_first=True), torch.tensor([*map(len, batch)])
+    output = student(waves, lengths)
+    inputs = normalise(waves, lengths) if student.settings.normalize_waveforms else waves
+    projected, states, last = hf_states(model, inputs, lengths)
     if isinstance(student.settings, PrunedSettings):
         expected, states = output.hidden_states, [*states[:-1], last]
     else:

@@ -53,9 +53,9 @@ states = model(**batch, output_hidden_states=True).hidden_states  # [batch, fram
 | in this model | in `ekd_student` of s3prl_ekd |
 |---|---|
 {states}
-Both were compared in float32 on a padded batch of noise when this folder was written. The largest
-difference was {error:.1e} (allowed: {tolerance:.0e}, relative to a layer's largest value if that is
-above 1).
+Both were compared in float32 on {compared} of noise when this folder was written. The
+largest difference was {error:.1e} (allowed: {tolerance:.0e}, relative to a layer's largest value if
+that is above 1).
 
 ## How it was made
 
@@ -139,6 +139,15 @@ _GROUP_NORM = """
 The first conv layer normalises over time, padding included, so the hidden states of an utterance
 change with the amount of padding; run utterances one by one to avoid this."""
 
+_UNMASKED = """
+The student normalises over valid frames only (`masked_norm`), which transformers cannot: in padded
+batches its hidden states are not those of this model. A student file made from this folder has
+`masked_norm: false`."""
+
+_MASKED_NORM = """
+The first conv layer normalises over the valid frames of each utterance, so the hidden states of an
+utterance are the same alone and in any batch."""
+
 
 def hf_card(
     loaded: LoadedStudent, name: str, parameters: int, error: float, tolerance: float
@@ -167,6 +176,8 @@ def hf_card(
     )
     own = sum(parameter.numel() for parameter in loaded.student.parameters())
     facts = _facts(settings)
+    if settings.masked_norm:
+        facts["padding"] = _GROUP_NORM + _UNMASKED
     if copied:
         padding = _PADDING.format(own=own, sizes=facts["sizes"])
         facts["sizes"] = padding if parameters > own else ""
@@ -183,6 +194,7 @@ def hf_card(
         min_samples=settings.min_samples,
         normalised=_NORMALISED if settings.normalize_waveforms else "not normalised",
         states=states + (last if settings.layer_norm_first and not copied else ""),
+        compared="single utterances" if settings.masked_norm else "a padded batch",
         tolerance=tolerance,
         error=error,
         made=how_made(loaded.about),
@@ -268,7 +280,8 @@ def _sizes(settings: Architecture) -> str:
 
 
 def _facts(settings: Architecture) -> dict[str, Any]:
-    """What both cards say of the student's architecture."""
+    """The student's architecture, for both cards."""
+    group_norm = _MASKED_NORM if settings.masked_norm else _GROUP_NORM
     return {
         "layers": settings.encoder_layers,
         "plural": "" if settings.encoder_layers == 1 else "s",
@@ -276,7 +289,7 @@ def _facts(settings: Architecture) -> dict[str, Any]:
         "stride": settings.stride,
         "milliseconds": settings.stride / 16,
         "sizes": _sizes(settings),
-        "padding": _GROUP_NORM if settings.extractor_mode == "default" else "",
+        "padding": group_norm if settings.extractor_mode == "default" else "",
     }
 
 

@@ -4,6 +4,9 @@ DIR gets config.json, model.safetensors, preprocessor_config.json and README.md,
 explains how its hidden states correspond to the student's. The model is loaded again and compared
 with the student on a padded batch; if they differ, DIR is not written.
 
+transformers has no masked_norm: the hidden states of such a student are equal for single utterances
+only, which are compared instead, and `export student DIR` gives a student without it.
+
 A pruned student is padded with zeros to all heads, and to the units of its widest layer, because
 transformers' layers are of one size.
 
@@ -56,6 +59,14 @@ def main(args: argparse.Namespace) -> int:
     print(f"{count:,} parameters, without prediction heads{padding}")
     if padding and count > 1.1 * own:
         print("where size matters, use export superb, export student or export onnx instead")
-    print(f"largest difference from the student's hidden states on a padded batch: {error:.1e}")
+    masked = student.settings.masked_norm
+    inputs = "single utterances" if masked else "a padded batch"
+    print(f"largest difference from the student's hidden states on {inputs}: {error:.1e}")
+    if masked:
+        print(
+            "transformers has no masked_norm: in padded batches the group norm of this model "
+            "includes padding and its hidden states differ from the student's; run utterances one "
+            "by one"
+        )
     print(f"next: transformers.AutoModel.from_pretrained({str(args.output)!r})")
     return 0
