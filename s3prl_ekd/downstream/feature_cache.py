@@ -1,8 +1,10 @@
 """Cached hidden states in s3prl's downstream Runner.
 
 Each utterance is run through the upstream alone, so that its hidden states do not depend on the
-batch: s3prl's group norm includes the padding, which changes the shorter utterances of a batch. The
-run's log has the numbers of cache hits and misses.
+batch: the group norm of s3prl's models includes the padding, which changes the shorter utterances
+of a batch. That of a student with ``masked_norm`` does not, and the hidden states of its padded
+batches equal the cached ones up to rounding. The run's log has the numbers of cache hits and
+misses.
 """
 
 from __future__ import annotations
@@ -199,6 +201,8 @@ def folder_name(args: Namespace, upstream: nn.Module, selection: str) -> str:
         "packages": [_version(name) for name in ("s3prl", "torch", "torchaudio", "transformers")],
         "s3prl_ekd": __version__ if cls.__module__.startswith("s3prl_ekd") else None,
     }
+    if any(getattr(module, "masked_norm", False) for module in upstream.modules()):
+        facts["masked_norm"] = True  # not in the weights, nor in the output for one utterance
     return _digest(json.dumps(facts, sort_keys=True, default=str))
 
 
