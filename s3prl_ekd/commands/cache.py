@@ -95,6 +95,7 @@ def main(args: argparse.Namespace) -> int:
         settings.teacher_backend,
         settings.teacher_precision,
         settings.teacher_compile,
+        settings.teacher_masked_norm,
     ).eval()
     aggregate = build_aggregation(settings, teachers.shapes) if args.aggregated else None
     index = Index(

@@ -200,8 +200,8 @@ def load_teachers(
             if name not in encoders:
                 raise ConfigError(
                     f"teacher_masked_norm: the fast backend does not support teachers.{name}.model "
-                    f"({settings[name].model}); set it to false, or use a target cache, whose "
-                    "targets do not depend on padding either"
+                    f"({settings[name].model}); set it to false (the targets of a target cache do "
+                    "not depend on padding either)"
                 )
     return TeacherEnsemble(teachers, dropout)
 
