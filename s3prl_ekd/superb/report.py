@@ -143,8 +143,8 @@ def _padding_notes(selections: Mapping[tuple[str, str], SelectedRuns]) -> list[s
         return [f"{text}."]
     names = ", ".join(f"{upstream}/{task}" for upstream, task in alone)
     return [
-        f"{text}: {names}; of padded batches: all other runs. The two are not comparable: with 20 "
-        "to 90 % padding, the last layer differs by 9 to 50 %."
+        f"{text}: {names}; of padded batches: all other runs. The two are comparable for students "
+        "with masked_norm only; other hidden states depend on the padding of their batch."
     ]
 
 
