@@ -236,10 +236,8 @@ class EnsembleDistiller(nn.Module):
         frames = self.frames(lengths, cached)
         valid = torch.arange(int(frames.max()), device=lengths.device) < frames[:, None]
         spans = None if spans is None else spans[:, : valid.shape[1]]
-        counts = count_frames(valid, spans, self.settings.relation.window)
-        if self.settings.loss.mask_padding:
-            return counts
-        return counts._replace(padding=float((~valid).sum()))
+        loss, relation = self.settings.loss, self.settings.relation
+        return count_frames(valid, spans, relation.window, loss.mask_padding)
 
     def loss_weights(self, comparison: Comparison, shares: Mapping[str, float]) -> LossWeights:
         """Weights of frames, target sets and dimensions; ``shares``: weights of the teachers."""
@@ -248,7 +246,7 @@ class EnsembleDistiller(nn.Module):
             frames=dict.fromkeys(comparison.targets, self._frame_weights(comparison)),
             sets=self.aggregate.set_weights(shares),
             dims=self.aggregate.dim_weights(shares),
-            frame_count=None if counts is None else counts.frames + counts.padding,
+            frame_count=comparison.counts and comparison.counts.distilled,
         )
         for weighting in self.weightings:  # teacher dropping, agreement of the teachers
             weights = weighting(weights, comparison)

@@ -11,17 +11,21 @@ from torch import Tensor
 class FrameCounts(NamedTuple):
     """Numbers of frames, summed over utterances.
 
-    ``frames``: valid frames outside masked spans, for the distillation loss. ``masked``: valid
-    frames in masked spans, for the unit loss. ``pairs``: pairs of valid frames outside masked spans
-    in the same window, for the relation loss; a pair of a frame with itself counts too.
-    ``padding``: padded frames that the distillation loss includes, with ``loss.mask_padding:
-    false``; otherwise 0.
+    ``frames``: valid frames outside masked spans. ``masked``: those in masked spans, for the unit
+    loss. ``pairs``: pairs of valid frames outside masked spans in the same window, for the relation
+    loss; a pair of a frame with itself counts too. ``padded``: frames of padding, if the
+    distillation loss includes them (``loss.mask_padding: false``), else 0.
     """
 
     frames: float = 0.0
     masked: float = 0.0
     pairs: float = 0.0
-    padding: float = 0.0
+    padded: float = 0.0
+
+    @property
+    def distilled(self) -> float:
+        """The frames in the distillation loss."""
+        return self.frames + self.padded
 
     @property
     def valid(self) -> float:
@@ -35,18 +39,22 @@ class FrameCounts(NamedTuple):
         return FrameCounts(*(count / divisor for count in self))
 
 
-def count_frames(valid: Tensor, spans: Tensor | None, window: int) -> FrameCounts:
+def count_frames(
+    valid: Tensor, spans: Tensor | None, window: int, mask_padding: bool = True
+) -> FrameCounts:
     """Count the frames of a batch.
 
     Args:
         valid: ``[batch, frame]``, 1 where a frame is valid.
         spans: bool ``[batch, frame]``, the frames in masked spans; None: there are none.
         window: frames of a window of the relation loss.
+        mask_padding: whether the distillation loss leaves out padding.
     """
     outside = valid.double() if spans is None else valid.double() * ~spans
     by_window = split_windows(outside[..., None], window).sum((2, 3))  # [batch, window]
     masked = 0.0 if spans is None else float((valid * spans).sum())
-    return FrameCounts(float(outside.sum()), masked, float(by_window.square().sum()))
+    padded = 0.0 if mask_padding else valid.numel() - float(valid.sum())
+    return FrameCounts(float(outside.sum()), masked, float(by_window.square().sum()), padded)
 
 
 def split_windows(frames: Tensor, window: int) -> Tensor:
