@@ -229,7 +229,7 @@ def test_units_of_a_cached_layer(cache_folder, cached_targets, monkeypatch):
     monkeypatch.setattr(
         "s3prl_ekd.essence.units.load_units", lambda path: Units(centroids, "robust", 3)
     )
-    with pytest.raises(ConfigError, match=r"unit_loss.file.*\b3\b.*\brobust\b"):
+    with pytest.raises(ConfigError, match=r"unit_loss\[0\].file.*\b3\b.*\brobust\b"):
         adapter(cache_folder, target_cache=str(cached_targets / "float16"))
 
 
