@@ -257,9 +257,12 @@ class EnsembleDistiller(nn.Module):
         """Scalars for the log: loss terms of each teacher and layer, under any aggregation."""
         logs: Logs = {} if self.target_norm is None else self.target_norm.left_out()
         loss, mask = self.settings.loss, self._frame_weights(comparison)
+        count = comparison.counts and comparison.counts.distilled
         predictions = self.aggregate.per_teacher(comparison.predictions)
         for name, target in comparison.teachers.items():
-            reconstruction, cosine = distillation_terms(predictions[name], target, mask, loss)
+            reconstruction, cosine = distillation_terms(
+                predictions[name], target, mask, loss, count=count
+            )
             size = target.abs().mean((0, 2, 3))  # [layer]
             for i, label in enumerate(self.teachers[name].labels):
                 logs[f"{name}/{loss.reconstruction}_{label}"] = reconstruction[i]
