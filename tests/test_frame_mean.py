@@ -2,12 +2,18 @@
 
 import dataclasses
 import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+import soundfile
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from s3prl_ekd.data.sampling import EpochSampler
 from s3prl_ekd.distill.distiller import EnsembleDistiller
 from s3prl_ekd.distill.frame_counts import FrameCounts
 from s3prl_ekd.distill.settings import (
@@ -19,8 +25,14 @@ from s3prl_ekd.distill.settings import (
 )
 from s3prl_ekd.distill.student import Student
 from s3prl_ekd.distill.teachers import Teacher
+from s3prl_ekd.essence.units import save_units
+from s3prl_ekd.pretrain.expert import UpstreamPretrainExpert
+from s3prl_ekd.pretrain.tensorboard import read_scalars
+from s3prl_ekd.pretrain.trainer import Trainer
 from s3prl_ekd.teachers import load_teachers
 
+from .cache_cases import datarc
+from .conftest import NO_DROPOUT, edit_yaml, make_sound, saved_states, write_configs
 from .fake_teachers import (
     LAYERS,
     MASK,
@@ -279,3 +291,169 @@ def test_with_one_batch_both_ways_to_reduce_are_equal(mask, mask_padding):
         logs[reduce] = {name: value.item() for name, value in scalars.items()}
     assert logs["frames"] == pytest.approx(logs["batches"], rel=1e-5)
     assert losses["frames"] == pytest.approx(losses["batches"], rel=1e-5)
+
+
+# Whole runs
+
+RATE = 0.3
+SAMPLES = (24000, 23000, 12000, 11000, 7000, 6500, 3000, 1500)
+ROWS = [(f"u{i}.flac", samples) for i, samples in enumerate(SAMPLES)]
+FOUR = [*ROWS[:2], *ROWS[6:]]  # batches of two have very different lengths
+
+TWO_PROCESSES = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+
+
+@pytest.fixture
+def folder(pretrain_folder, teachers):
+    """Configs of two steps without dropout, with plain gradient descent and every term."""
+    student = {**NO_DROPOUT, "masked_norm": True, "mask": {"length": 5, "share": 0.5}}
+    corpus = pretrain_folder / "corpus"
+    write_configs(
+        pretrain_folder,
+        teachers,
+        corpus,
+        student=student,
+        teacher_masked_norm=True,
+        unit_loss=[{"file": "units.safetensors", "weight": 1.5, "unmasked_weight": 0.7}],
+        relation={"weight": 2.0, "window": 12},
+        loss={"feature_penalty": 0.5},
+    )
+    save_units(random_units("hubert", 3), pretrain_folder / "units.safetensors")
+    corpus.mkdir()
+    (corpus / "audio").mkdir()
+    (corpus / "tables").mkdir()
+    for i, length in enumerate(SAMPLES):
+        soundfile.write(corpus / f"audio/u{i}.flac", make_sound(length / 16000, seed=i), 16000)
+    with edit_yaml(pretrain_folder / "runner.yaml") as config:
+        config["optimizer"] = {"name": "TorchOptim", "torch_optim_name": "SGD", "lr": RATE}
+        config["runner"] |= {"total_steps": 2, "log_step": 1, "save_step": 1}
+        config["runner"]["gradient_clipping"] = 1e9  # of the norm
+        data = config["pretrain_expert"]["datarc"]
+        data |= {"sequence_length": 0, "train_batch_size": 2, "on_bad_audio": "skip"}
+    return pretrain_folder
+
+
+def write_table(folder, rows):
+    """Rows of the length table: (file, samples)."""
+    lines = [f"{i},{file},{length}," for i, (file, length) in enumerate(rows)]
+    text = "\n".join([",file_path,length,label", *lines]) + "\n"
+    (folder / "corpus/tables/train.csv").write_text(text)
+
+
+def parts_of_run(distiller):
+    """What a step changes, by key in a checkpoint."""
+    trainable = distiller.trainable
+    return {
+        "student": trainable["student"],
+        "heads": trainable["heads"],
+        "UnitHead": trainable["unit_heads"],
+        "MaskEmbedding": trainable["mask_embedding"],
+    }
+
+
+def weights(distiller):
+    modules = parts_of_run(distiller).values()
+    values = [value.flatten() for part in modules for value in part.state_dict().values()]
+    return torch.cat(values).double()
+
+
+def trained(name, file=None):
+    """The same of a checkpoint."""
+    saved = saved_states(name, file)
+    parts = [*saved["EKD"]["student"].values(), *saved["EKD"]["heads"].values()]
+    parts += [*saved["UnitHead"].values(), *saved["MaskEmbedding"].values()]
+    return torch.cat([part.flatten() for part in parts]).double()
+
+
+def test_a_step_is_the_same_with_one_batch_and_two(folder, pretrain_with, monkeypatch):
+    """Accumulated batches of very different lengths; the logged scalars are the same too. The mean
+    of batch means is another update."""
+    starts, train = [], Trainer.train
+
+    def and_keep_start(self):
+        starts.append(weights(self.upstream.distiller))
+        train(self)
+
+    monkeypatch.setattr(Trainer, "train", and_keep_start)
+    write_table(folder, FOUR)
+    assert pretrain_with("two", gradient_accumulate_steps=2)[0] == 0
+    with edit_yaml(folder / "model.yaml") as model:
+        model["loss"]["reduce"] = "batches"
+    assert pretrain_with("batches")[0] == 0
+    with edit_yaml(folder / "model.yaml") as model:
+        del model["loss"]["reduce"]
+    with edit_yaml(folder / "runner.yaml") as config:
+        config["pretrain_expert"]["datarc"]["train_batch_size"] = 4
+    assert pretrain_with("one", gradient_accumulate_steps=1)[0] == 0
+    start, one, two = starts[0], trained("one"), trained("two")
+    assert all(torch.equal(start, other) for other in starts)
+    moved = float((one - start).norm())
+    assert (two - one).abs().max() < 1e-6 and (two - one).norm() < 5e-6 * moved
+    assert (trained("batches") - one).norm() > 0.01 * moved
+    scalars, other = (read_scalars(f"result/pretrain/{name}") for name in ("one", "two"))
+    assert other.keys() == scalars.keys()
+    for tag, points in scalars.items():
+        if "target_abs" not in tag:  # it includes padding
+            assert other[tag] == pytest.approx(points, rel=1e-4, abs=1e-6), tag
+
+
+def test_steps_of_two_processes_by_hand(folder):
+    """Gradient descent on one batch with all utterances of a step. In the first step one process
+    has only bad audio, in the second both have good batches of different lengths."""
+    order = [index for _, index in EpochSampler(4, seed=1337)]
+    batches = [ROWS[i : i + 2] for i in range(0, 8, 2)]
+    bad = order[1]
+    batches[bad] = [(f"missing{i}.flac", samples) for i, (_, samples) in enumerate(batches[bad])]
+    write_table(folder, [row for batch in batches for row in batch])
+    argv = ("run_pretrain.py", "-u", "ekd", "-c", "runner.yaml", "-g", "model.yaml", "-n", "x")
+    done = subprocess.run(
+        [sys.executable, *TWO_PROCESSES, "-m", "s3prl_ekd", *argv, "--device", "cpu"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    torch.manual_seed(1337)
+    expert = UpstreamPretrainExpert(datarc(folder), str(folder / "model.yaml"), device="cpu")
+    distiller, dataset = expert.distiller.train(), expert.dataloader.dataset
+    for step, members in ((1, order[:1]), (2, order[2:])):
+        if step == 2:
+            saved = saved_states("x", "states-1.ckpt")
+            for name, part in parts_of_run(distiller).items():
+                part.load_state_dict(saved[name] if name in saved else saved["EKD"][name])
+        start = weights(distiller)
+        waves, spans = [], []
+        for batch in (dataset[0, index] for index in members):
+            for wave, length, mask in zip(batch.waves, batch.lengths, batch.spans, strict=True):
+                waves.append(wave[:length])
+                spans.append(mask[: student_frames(int(length))])
+        assert len(waves) == 2 * step
+        distiller.zero_grad()
+        distiller(batch_of(waves, spans), step=step)[0].backward()
+        with torch.no_grad():
+            for parameter in distiller.trainable.parameters():
+                parameter -= RATE * parameter.grad
+        expected, found = weights(distiller), trained("x", f"states-{step}.ckpt")
+        assert (found - expected).abs().max() < 1e-6
+        assert (found - expected).norm() < 5e-6 * (expected - start).norm()
+    listed = (folder / "result/pretrain/x/bad_audio.tsv").read_text()
+    assert listed.count("missing") == 2
+
+
+def test_a_checkpoint_without_reduce_keeps_the_mean_of_batch_means(folder, pretrain_with, pretrain):
+    write_table(folder, FOUR)
+    with edit_yaml(folder / "model.yaml") as model:
+        model["loss"]["reduce"] = "batches"
+    assert pretrain_with("x", gradient_accumulate_steps=2)[0] == 0
+    expected = trained("x")
+    first = Path("result/pretrain/x/states-1.ckpt")
+    saved = torch.load(first, weights_only=False)
+    assert saved["Upstream_Config"]["loss"].pop("reduce") == "batches"
+    old = Path("result/pretrain/old")
+    old.mkdir()
+    torch.save(saved, old / first.name)
+    assert pretrain("-e", str(old / first.name))[0] == 0
+    assert saved_states("old")["Upstream_Config"]["loss"]["reduce"] == "batches"
+    assert torch.equal(trained("old"), expected)
