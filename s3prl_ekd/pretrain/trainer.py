@@ -273,7 +273,7 @@ class Trainer:
         self.optimizer_step.begin()
         self._step_records = defaultdict(list)
         step_batches = [next(batches) for _ in range(run.gradient_accumulate_steps)]
-        counts = self.frame_counts(step_batches)
+        counts, scale = self.frame_counts(step_batches)
         for i, batch in enumerate(step_batches):
             is_last = i == len(step_batches) - 1
             with (
@@ -283,7 +283,7 @@ class Trainer:
                 with self.autocast:
                     data, detail = distiller_batch(batch, self.device), step % run.log_step == 0
                     loss, logs = self.distiller(data, step=step, detail=detail, counts=counts)
-                self.optimizer_step.backward(loss, batch)
+                self.optimizer_step.backward(scale * loss, batch)
             if batch.names:
                 value = loss.detach()
                 if "sparsity/term" in logs:  # may be negative and hide the distance to the teachers
@@ -296,20 +296,24 @@ class Trainer:
             self._weights_unchanged = False
             return self.optimizer_step.update()
 
-    def frame_counts(self, step_batches: Sequence[Batch]) -> FrameCounts | None:
-        """Denominators of the loss for the batches of a step; None with ``loss.reduce: batches``.
+    def frame_counts(self, step_batches: Sequence[Batch]) -> tuple[FrameCounts | None, float]:
+        """Denominators of the loss for the batches of a step, and the scale of each batch's loss.
 
-        The optimizer's step takes the mean over accumulated batches and over processes, so the
-        total numbers of frames are divided by the number of these batches.
+        With ``loss.reduce: frames``, the mean of a term over the batches that have an utterance is
+        its sum over the step, divided by the step's number of frames. The optimizer's step takes
+        the mean over all batches, also those with only bad audio, which the scale makes up for.
+        With ``loss.reduce: batches`` there are no such denominators, and the scale is 1.
         """
+        counts = [self.upstream.count(batch) for batch in step_batches]
         total = FrameCounts()
-        for batch in step_batches:
-            own = self.upstream.count(batch)
+        for own in counts:
             if own is None:
-                return None
+                return None, 1.0
             total = total.plus(own)
-        total = FrameCounts(*self.processes.sum(*total))
-        return total.divided_by(len(step_batches) * self.processes.world_size)
+        used, *sums = self.processes.sum(sum(bool(b.names) for b in step_batches), *total)
+        used = max(used, 1.0)
+        scale = len(step_batches) * self.processes.world_size / used
+        return FrameCounts(*sums).divided_by(used), scale
 
     def record_step(self, result: StepResult) -> None:
         """Advance the progress by one step and record its scalars; log a skipped step.
