@@ -236,6 +236,15 @@ def test_a_frame_that_a_teacher_lacks_is_not_counted():
 # Counts
 
 
+def test_cached_targets_have_frame_counts_of_their_own():
+    """The teachers do not run, so their receptive fields do not matter."""
+    distiller = fake_distiller({"a": FakeUpstream(720)})
+    lengths, cached = torch.tensor([16000, 9000]), torch.tensor([49, 20])
+    assert distiller.count(lengths, None, cached).frames == 49 + 20
+    assert distiller.count(lengths, None, cached + 9).frames == 49 + 27  # the student's own
+    assert distiller.count(torch.zeros(0), None, None) == FrameCounts()
+
+
 @functools.cache
 def small_distiller(field, masked):
     units = [random_units("a", 2)] if masked else []
@@ -399,7 +408,8 @@ def test_a_step_is_the_same_with_one_batch_and_two(folder, pretrain_with, monkey
 
 def test_steps_of_two_processes_by_hand(folder):
     """Gradient descent on one batch with all utterances of a step. In the first step one process
-    has only bad audio, in the second both have good batches of different lengths."""
+    has only bad audio, in the second both have good batches of different lengths. The scalars in
+    the log are those of the one batch."""
     order = [index for _, index in EpochSampler(4, seed=1337)]
     batches = [ROWS[i : i + 2] for i in range(0, 8, 2)]
     bad = order[1]
@@ -418,6 +428,7 @@ def test_steps_of_two_processes_by_hand(folder):
     torch.manual_seed(1337)
     expert = UpstreamPretrainExpert(datarc(folder), str(folder / "model.yaml"), device="cpu")
     distiller, dataset = expert.distiller.train(), expert.dataloader.dataset
+    scalars = read_scalars(folder / "result/pretrain/x")
     for step, members in ((1, order[:1]), (2, order[2:])):
         if step == 2:
             saved = saved_states("x", "states-1.ckpt")
@@ -431,13 +442,17 @@ def test_steps_of_two_processes_by_hand(folder):
                 spans.append(mask[: student_frames(int(length))])
         assert len(waves) == 2 * step
         distiller.zero_grad()
-        distiller(batch_of(waves, spans), step=step)[0].backward()
+        loss, logs = distiller(batch_of(waves, spans), step=step)
+        loss.backward()
         with torch.no_grad():
             for parameter in distiller.trainable.parameters():
                 parameter -= RATE * parameter.grad
         expected, found = weights(distiller), trained("x", f"states-{step}.ckpt")
         assert (found - expected).abs().max() < 1e-6
         assert (found - expected).norm() < 5e-6 * (expected - start).norm()
+        for name, value in {"loss": loss, "loss_mean": loss, **logs}.items():
+            logged = scalars[f"ekd/train-{name}"][step]
+            assert logged == pytest.approx(value.item(), rel=1e-4), name
     listed = (folder / "result/pretrain/x/bad_audio.tsv").read_text()
     assert listed.count("missing") == 2
 
