@@ -241,7 +241,6 @@ class EnsembleDistiller(nn.Module):
 
     def loss_weights(self, comparison: Comparison, shares: Mapping[str, float]) -> LossWeights:
         """Weights of frames, target sets and dimensions; ``shares``: weights of the teachers."""
-        counts = comparison.counts
         weights = LossWeights(
             frames=dict.fromkeys(comparison.targets, self._frame_weights(comparison)),
             sets=self.aggregate.set_weights(shares),
