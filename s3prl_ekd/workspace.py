@@ -139,6 +139,8 @@ def second_step(
     student: dict[str, Any] = {"kind": "file", "file": file}
     if not keep_heads:
         student["keep_heads"] = False
+    if config.get("student", {}).get("mask") is not None:
+        student["mask"] = config["student"]["mask"]
     changed = {**{key: config[key] for key in config if key != "pruning"}, "student": student}
     steps = max(first.total_steps // 2, 2)
     changes = {
