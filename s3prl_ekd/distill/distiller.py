@@ -29,6 +29,7 @@ from .weighting import Agreement, TeacherDropping, weights_at
 
 if TYPE_CHECKING:
     from .pruning.sparsity import SparsityTerm
+    from .relation import RelationLoss
     from .span_mask import MaskEmbedding
     from .target_norm import TargetNorm
     from .unit_loss import UnitLabels
@@ -91,11 +92,13 @@ class EnsembleDistiller(nn.Module):
         self.terms = nn.ModuleList()
         self.unit_layers: dict[str, set[int]] = {}  # teacher -> layers that have units
         self._add_unit_losses(units)
+        self.relation: RelationLoss | None = None
         if settings.relation.weight:
             from .relation import RelationLoss
 
             depths = {name: teacher.depth for name, teacher in teachers.items()}
-            self.terms.append(RelationLoss(settings.relation, shapes, depths, student.settings))
+            self.relation = RelationLoss(settings.relation, shapes, depths, student.settings)
+            self.terms.append(self.relation)
         if settings.loss.feature_penalty:
             self.terms.append(FeaturePenalty(settings.loss.feature_penalty))
         self.sparsity: SparsityTerm | None = None
@@ -135,6 +138,14 @@ class EnsembleDistiller(nn.Module):
     @property
     def heads(self) -> PredictionHeads:
         return cast(PredictionHeads, self.trainable["heads"])
+
+    @property
+    def highest_layer(self) -> int | None:
+        """The highest of the student's layers that the loss reads; None: the encoder's output."""
+        if self.heads.highest_layer is None or self.unit_layers:
+            return None
+        relations = self.relation.layers if self.relation is not None else ()
+        return max([self.heads.highest_layer, *relations])
 
     def forward(
         self,

@@ -215,16 +215,16 @@ def wrap_ddp(distiller: EnsembleDistiller, device: str) -> DistributedDataParall
 def has_unused_layers(distiller: EnsembleDistiller) -> bool:
     """Whether a step can leave layers of the student without a gradient.
 
-    Layer drop does, different ones in each process. Layer-to-layer heads do not use the layers
-    above the highest target. In a pre-norm student of ``kind: distil`` they do not use the
-    encoder's last layer norm either.
+    Layer drop does, different ones in each process. Layer-to-layer heads and relations do not use
+    the layers above the highest target. In a pre-norm student of ``kind: distil`` they do not use
+    the encoder's last layer norm either.
     """
-    settings, heads = distiller.student.settings, distiller.heads
+    settings = distiller.student.settings
     if settings.encoder_layerdrop > 0:
         return True
-    if heads.highest_layer is None or "unit_heads" in distiller.trainable:
+    if (highest := distiller.highest_layer) is None:
         return False
-    is_highest_used = heads.highest_layer == settings.encoder_layers
+    is_highest_used = highest == settings.encoder_layers
     is_copy = isinstance(settings, PrunedSettings)
     return not is_highest_used or (settings.layer_norm_first and not is_copy)
 

@@ -293,7 +293,7 @@ class UpstreamPretrainExpert(nn.Module):
             self.device,
         )
         depth = self.distiller.student.settings.encoder_layers
-        highest = self.distiller.heads.highest_layer
+        highest = self.distiller.highest_layer
         if highest is not None and highest < depth:
             logger.warning(
                 "heads.kind: layerwise: no target is of the student's layers %d to %d, so they "
