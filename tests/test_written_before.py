@@ -107,6 +107,21 @@ def test_a_run_goes_on_where_it_stood(folder, pretrain, how):
     assert_close(ended, expected)
 
 
+def test_the_command_of_a_run_again(folder, pretrain):
+    """Its config has no ``loss.reduce``, whose default was another one."""
+    model = ("-g", "model.yaml")
+    assert pretrain("-n", "old", "-a", *model, *NEW)[0] == 0
+    config = read_checkpoint(newest_checkpoint("result/pretrain/old"))["Upstream_Config"]
+    assert config["loss"]["reduce"] == "batches"
+    assert_close(weights("result/pretrain/old/states-5.ckpt"), load_file("student.safetensors"))
+    assert pretrain("-n", "old", "-a", *model, *NEW)[0] == 0
+    text = (folder / "model.yaml").read_text()
+    changed = text.replace("\nloss:\n", "\nloss:\n  reduce: frames\n")
+    (folder / "model.yaml").write_text(changed)
+    code, said = pretrain("-n", "old", "-a", *model, *NEW)
+    assert code == 2 and "loss.reduce 'batches' -> 'frames'" in said
+
+
 @pytest.mark.parametrize(
     "name, heads",
     [

@@ -19,7 +19,10 @@ MISSING = "(not set)"
 
 
 def config_differences(old: Mapping, new: Mapping) -> dict[str, tuple[Any, Any]]:
-    """Compare two configs: dotted key -> (old value, new value). A list counts as one value."""
+    """Compare two configs: dotted key -> (old value, new value).
+
+    A list counts as one value, but a list of sections by section: ``unit_loss[0].weight``.
+    """
     old_values, new_values = _flat(old), _flat(new)
     keys = [*old_values, *(key for key in new_values if key not in old_values)]
     pairs = {key: (old_values.get(key, MISSING), new_values.get(key, MISSING)) for key in keys}
@@ -92,12 +95,17 @@ def _flat(data: Mapping, path: str = "") -> dict[str, Any]:
         dotted = f"{path}.{key}" if path else str(key)
         if isinstance(value, Mapping) and value:
             flat.update(_flat(value, dotted))
+        elif isinstance(value, list) and value and all(isinstance(v, Mapping) for v in value):
+            for i, item in enumerate(value):
+                flat.update(_flat(item, f"{dotted}[{i}]"))
         else:
             flat[dotted] = value
     return flat
 
 
 def _same(a: Any, b: Any) -> bool:
+    if MISSING in (a, b):  # a list of sections has no key of its own, unless it is empty
+        return [] in (a, b)
     if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
         return len(a) == len(b) and all(map(_same, a, b))
     return a == b and isinstance(a, bool) == isinstance(b, bool)

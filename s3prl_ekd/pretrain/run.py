@@ -34,6 +34,7 @@ from .settings import (
     check_runner_config,
     load_model_config,
     load_runner_config,
+    read_model_yaml,
 )
 
 logger = logging.getLogger(__name__)
@@ -138,6 +139,8 @@ def check_resumed_config(request: PretrainRequest, states: Mapping[str, Any]) ->
     if request.upstream_config:
         model = to_plain_data(load_model_config(states["Upstream_Config"]))
         in_file = to_plain_data(load_model_config(request.upstream_config))
+        if "reduce" not in read_model_yaml(request.upstream_config).get("loss", {}):
+            in_file["loss"]["reduce"] = model["loss"]["reduce"]  # version 0.1 had another default
         check_config_file(request.upstream_config, config_differences(model, in_file), path, "-g")
     if changes:
         logger.info("changed by -o: %s", describe_changes(changes))
