@@ -128,7 +128,8 @@ def restore_keys(data: Mapping[str, Any], table: Table) -> dict[str, Any]:
     units = restored.get(UNITS)
     if table is MODEL and isinstance(units, list) and len(units) < 2:
         entry = units[0] if units else {"file": None, "weight": 1.0}
-        restored[UNITS] = {key: entry[key] for key in ("file", "weight")}
+        if not entry.get("unmasked_weight"):  # which version 0.1 lacks
+            restored[UNITS] = {key: entry[key] for key in ("file", "weight")}
     for old, new in table.items():
         if _has(restored, new):
             value = _pop(restored, new)
