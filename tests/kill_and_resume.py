@@ -4,6 +4,7 @@ optimizer, random states and TensorBoard with an uninterrupted run.
 example:
   python -m tests.kill_and_resume --kills 10 --workers 2
   python -m tests.kill_and_resume --kills 3 --pruned
+  python -m tests.kill_and_resume --kills 3 --shared
 """
 
 from __future__ import annotations
@@ -22,10 +23,13 @@ from pathlib import Path
 import torch
 import yaml
 
+from s3prl_ekd.essence.units import Units, save_units
 from s3prl_ekd.files.run_checkpoints import newest_checkpoint, read_checkpoint
 from s3prl_ekd.launch import run_pretrain
 from s3prl_ekd.pretrain.tensorboard import read_scalars
 from s3prl_ekd.workspace import write_workspace
+
+from .conftest import STUDENT
 
 SAVE_STEP, STEPS = 4, 24
 # Everything with a state or random numbers: dropout of student and teachers, layer drop (NumPy),
@@ -43,19 +47,47 @@ PRUNED_MODEL = {
     "pruning": {"sparsity": 0.05, "reach_at": 8},
     "init": {},
 }
+# With targets that teachers share: a common basis whose statistics are frozen after 12 of 48
+# batches, relations, units of two teachers on masked spans, norms over valid frames.
+SHARED_MODEL = {
+    "aggregation": "average",
+    "target_norm": "procrustes",
+    "target_norm_steps": 12,
+    "relation": {"weight": 10.0, "window": 20, "similarity": "centred", "between_layers": True},
+    "unit_loss": [
+        {"file": "hubert.safetensors", "weight": 0.5},
+        {"file": "wavlm.safetensors", "unmasked_weight": 0.25},
+    ],
+    "teacher_masked_norm": True,
+    "student": {**STUDENT, "mask": {"length": 4, "share": 0.5}, "masked_norm": True},
+}
+
+
+def write_units(folder: Path) -> None:
+    """Units with random centroids, of layer 2 of hubert and layer 4 of wavlm."""
+    for seed, (name, layer) in enumerate((("hubert", 2), ("wavlm", 4))):
+        centroids = torch.randn(6, 48, generator=torch.Generator().manual_seed(seed))
+        save_units(Units(centroids, name, layer), folder / f"{name}.safetensors")
 
 
 def write_run(
-    folder: Path, teachers: dict[str, Path], corpus: Path, workers: int, pruned: bool = False
+    folder: Path, teachers: dict[str, Path], corpus: Path, workers: int, kind: str = ""
 ) -> None:
     """Write the configs of a run of 24 steps of 2 batches; an epoch has 4 batches."""
-    from .conftest import STUDENT, edit_yaml, write_configs
+    from .conftest import edit_yaml, write_configs
 
     write_workspace(folder)
-    student = {"student": {**STUDENT, "encoder_layerdrop": 0.2}}
-    write_configs(folder, teachers, corpus, **MODEL, **(PRUNED_MODEL if pruned else student))
-    with edit_yaml(folder / "model.yaml") as model:
-        model["teachers"]["wavlm"]["final_weight"] = 0.2
+    write_units(folder)
+    pruned = kind == "pruned"
+    models = {
+        "": {**MODEL, "student": {**STUDENT, "encoder_layerdrop": 0.2}},
+        "pruned": {**MODEL, **PRUNED_MODEL},
+        "shared": {**SHARED_MODEL, "distortion": MODEL["distortion"]},
+    }
+    write_configs(folder, teachers, corpus, **models[kind])
+    if kind != "shared":
+        with edit_yaml(folder / "model.yaml") as model:
+            model["teachers"]["wavlm"]["final_weight"] = 0.2
     runner = yaml.safe_load((folder / "runner.yaml").read_text())
     if pruned:
         runner["optimizer"] = {"name": "FusedAdamW", "lr": 1e-3}
@@ -196,7 +228,11 @@ def main() -> int:
     )
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--workers", type=int, default=0, help="data loader workers")
-    parser.add_argument("--pruned", action="store_true", help="the student is being pruned")
+    for option, text in (
+        ("--pruned", "the student is being pruned"),
+        ("--shared", "targets that teachers share"),
+    ):
+        parser.add_argument(option, action="store_const", const=option[2:], dest="kind", help=text)
     parser.add_argument("--seed", type=int, default=None, help="seed of the moments")
     args = parser.parse_args()
     rng = random.Random(args.seed)
@@ -206,7 +242,7 @@ def main() -> int:
         write_corpus(root)
         for folder in ("uninterrupted", "killed"):
             (root / folder).mkdir()
-            write_run(root / folder, teachers, root, args.workers, args.pruned)
+            write_run(root / folder, teachers, root, args.workers, args.kind or "")
         run_to_the_end(root / "uninterrupted")
         moments = kill_and_resume(root / "killed", args.kills, rng)
         print(f"killed {args.kills} times, at (step, saved step) of {STEPS}: {moments}")

@@ -10,7 +10,13 @@ from .conftest import REPO
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("workers", "more"), [(0, ()), (2, ()), pytest.param(2, ("--pruned",), id="pruned")]
+    ("workers", "more"),
+    [
+        (0, ()),
+        (2, ()),
+        pytest.param(2, ("--pruned",), id="pruned"),
+        pytest.param(2, ("--shared",), id="shared"),
+    ],
 )
 def test_a_killed_run_equals_an_uninterrupted_one(workers, more):
     # In another interpreter: it forks, and this one has threads.
