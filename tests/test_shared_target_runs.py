@@ -387,7 +387,7 @@ def test_a_sweep_runs_again_if_a_shared_target_changes(folder):
 
 def other_units(folder, **changes):
     values = {"teacher": "wavlm", "layer": 4, "width": 48, **changes}
-    centroids = torch.zeros(3, values.pop("width"))
+    centroids = torch.zeros(values.pop("clusters", 3), values.pop("width"))
     save_units(Units(centroids, **values), folder / "wavlm.safetensors")
 
 
@@ -408,6 +408,14 @@ MISTAKES = {
     ),
     "other width": (lambda f: other_units(f, width=64), ["unit_loss[1].file", "64", "48"]),
     "other layer": (lambda f: other_units(f, layer=9), ["unit_loss[1].file", "layer 9", "0 to 4"]),
+    "negative layer": (
+        lambda f: other_units(f, layer=-1),
+        ["wavlm.safetensors is damaged", "layer -1"],
+    ),
+    "no clusters": (
+        lambda f: other_units(f, clusters=0),
+        ["wavlm.safetensors is damaged", "0 units"],
+    ),
     "text": ({"unit_loss": "hubert.safetensors"}, ["unit_loss", "expected a list"]),
     "number": ({"unit_loss": 3}, ["unit_loss", "expected a list", "3"]),
     "texts": ({"unit_loss": ["hubert.safetensors"]}, ["unit_loss[0]", "a mapping"]),

@@ -171,4 +171,6 @@ def load_units(path: str | Path) -> Units:
         raise CheckpointError(f"{path} is damaged or not a units file: {error}") from None
     if centroids.shape != (clusters, width) or not centroids.isfinite().all():
         raise CheckpointError(f"{path} is damaged: centroids and metadata do not match")
+    if clusters < 1 or layer < 0:
+        raise CheckpointError(f"{path} is damaged: {clusters} units of layer {layer}")
     return units
