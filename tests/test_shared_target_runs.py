@@ -214,7 +214,7 @@ def test_two_processes_equal_one_with_two_accumulated_batches(folder, pretrain_w
         with edit_yaml(folder / "model.yaml") as config:
             for teacher in config["teachers"].values():
                 teacher["layers"] = layers
-        data = {"config.pretrain_expert.datarc.train_batch_size": 1}
+        data = {"config.pretrain_expert.datarc.train_batch_size": 2}
         over = ",,".join(f"{key}={value}" for key, value in data.items())
         one, two = in_two_processes(folder, name, "-o", over)
         assert not unequal(one, two)
@@ -231,7 +231,7 @@ def test_two_processes_equal_one_with_two_accumulated_batches(folder, pretrain_w
             moved = [
                 (alone[key] - before[key]).abs().max() for key in alone if key.startswith(part)
             ]
-            assert max(moved) > 5e-4, (name, part)
+            assert max(moved) > 2e-4, (name, part)
         loss = [read_scalars(f"result/pretrain/{run}") for run in (name, f"{name}-alone")]
         assert loss[0].keys() == loss[1].keys()
         for tag, points in loss[0].items():
@@ -553,6 +553,7 @@ def test_a_compiled_student_with_masked_spans():
         torch.testing.assert_close(compiled, eager, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_units_of_fit_units_in_a_run(folder, corpus, pretrain_with, monkeypatch, capfd):
     """From the command that fits them to the step that predicts them, with s3prl's teachers."""
     pytest.importorskip("sklearn")
