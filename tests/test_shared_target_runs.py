@@ -524,16 +524,16 @@ def test_activation_checkpointing_with_masked_spans(folder, pretrain_with):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_a_compiled_student_with_masked_spans():
-    """Masked norms and spans, of batches of any lengths, with the gradients of eager mode."""
+    """Masked norms and spans, of batches of any lengths, with the gradients of eager mode. Graphs
+    are traced but not compiled to C++, which takes minutes."""
     torch.manual_seed(0)
     student = Student(StudentSettings(**{**NO_DROPOUT, "masked_norm": True}))
     vector = torch.nn.Parameter(torch.rand(48))
     found = []
     for compiled in (False, True):
         if compiled:
-            student.compile(dynamic=True)
+            student.compile(dynamic=True, backend="aot_eager")
         gradients = []
         for seed, sizes in enumerate(([8000, 5000], [12000, 9000, 700])):
             generator = torch.Generator().manual_seed(seed)
