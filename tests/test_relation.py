@@ -365,7 +365,7 @@ def test_the_distiller_counts_the_pairs_of_valid_frames(teachers, student_settin
         counts = ours.count(lengths, None, None)
         assert counts.frames == counts.valid == 49 + 38 + 21
         assert counts.pairs == 4 * 100 + 81 + 3 * 100 + 64 + 2 * 100 + 1
-        assert counts.padding == (0 if mask_padding else 11 + 28)
+        assert counts.padded == (0 if mask_padding else 11 + 28)
 
 
 @pytest.mark.parametrize(("frames", "window"), [(10, 4), (8, 4), (3, 4), (1, 2), (0, 5)])
