@@ -4,11 +4,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from study_parts import probes
+from study_parts.probes import accuracy, add_noise, middle, phone_frames
 
 from s3prl_ekd.distill.student import Student
 from s3prl_ekd.distill.student_settings import StudentSettings
 from tools import pruning_study
-from tools.pruning_study import accuracy, add_noise, middle, phone_frames, two_layer_size
+from tools.pruning_study import two_layer_size
 
 pytestmark = pytest.mark.slow  # of tools/
 
@@ -25,13 +27,11 @@ def test_accuracy_of_separable_and_of_random_classes():
 
 def test_phones_of_frames(monkeypatch):
     """Frame i is centred at 20 i + 12.5 ms; segments are in frames of 10 ms."""
-    monkeypatch.setattr(pruning_study, "read", lambda study, path: torch.zeros(400 + 3 * 320))
-    monkeypatch.setattr(
-        pruning_study, "features", lambda upstream, wave: torch.arange(4.0)[:, None]
-    )
+    monkeypatch.setattr(probes, "features", lambda upstream, wave: torch.arange(4.0)[:, None])
+    corpus = SimpleNamespace(read=lambda path: torch.zeros(400 + 3 * 320))
     row = {"path": "a.flac", "segments": "SIL:0+2 AH:2+3 B:5+3"}
     names: dict[str, int] = {}
-    hidden, labels = phone_frames(SimpleNamespace(), None, row, names)
+    hidden, labels = phone_frames(corpus, None, row, names)
     assert names == {"AH": 0, "B": 1}
     assert hidden[:, 0].tolist() == [1, 2, 3] and labels.tolist() == [0, 1, 1]
 

@@ -23,75 +23,33 @@ example:
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import statistics
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-import yaml
-from torch import Tensor
+from study_parts.probes import probe
+from study_parts.result_table import cell, read_results, write_csv
+from study_parts.training import TrainingFolder
 
 TEACHERS = {"hubert": "tiny_hubert", "robust_hubert": "tiny_robust_hubert", "wavlm": "tiny_wavlm"}
 LAYERS = [0, 2, 4, 6]
-EXCERPT = 32_000  # samples of an utterance in training, 2 s
-FRAME = 320  # samples
 COPY = 3_253_504  # parameters of a copy of tiny_hubert
 KINDS = ("pruned", "random", "two_layer")
 MEASURES = ("parameters", "dev_loss", "phones", "speakers", "noisy_speakers")
 ROW = Callable[["Study", float, int], dict[str, Any]]
 
 
-class Study:
+class Study(TrainingFolder):
     """The folder of a study and its options."""
 
     def __init__(self, args: argparse.Namespace):
-        self.folder, self.corpus = args.folder.resolve(), args.corpus.resolve()
+        super().__init__(args.folder, args.corpus)
         self.first, self.second = args.steps
         self.rate, self.gate_rate = args.lr, args.gate_lr
         self.two_layer_rate = args.two_layer_lr
-        (self.folder / "results").mkdir(parents=True, exist_ok=True)
-
-    def table(self, name: str) -> list[dict[str, str]]:
-        with (self.corpus / f"{name}.tsv").open(encoding="utf-8") as file:
-            return list(csv.DictReader(file, delimiter="\t"))
-
-    def run(self, *command: str) -> None:
-        """Run a command of this package in the study's folder; its output goes to log.txt."""
-        with (self.folder / "log.txt").open("a", encoding="utf-8") as log:
-            print("$", *command, file=log, flush=True)
-            done = subprocess.run(
-                [sys.executable, "-m", "s3prl_ekd", *command],
-                cwd=self.folder,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-            )
-        if done.returncode:
-            raise SystemExit(f"failed: {' '.join(command)}; see {self.folder / 'log.txt'}")
-
-    def set_up(self) -> None:
-        """Write the working folder, length tables and the target cache."""
-        if not (self.folder / "pretrain").exists():
-            self.run("init", ".")
-        tables = self.folder / "tables"
-        tables.mkdir(exist_ok=True)
-        for split in ("train", "dev"):
-            rows = [row for row in self.table("unlabeled") if row["split"] == split]
-            lengths = {row["path"]: round(float(row["duration"]) * 16_000) for row in rows}
-            paths = sorted(lengths, key=lambda path: -lengths[path])
-            lines = [f"{i},{path},{lengths[path]}," for i, path in enumerate(paths)]
-            text = "\n".join([",file_path,length,label", *lines]) + "\n"
-            (tables / f"{split}.csv").write_text(text, encoding="utf-8")
-        self.write("cache.yaml", self.model({"kind": "copy", "of": "hubert"}))
-        self.write("cache_runner.yaml", self.runner(2, self.rate, cached=False))
-        self.run(
-            "cache", "-c", "cache_runner.yaml", "-g", "cache.yaml", "-o", "targets", "--aggregated"
-        )
 
     def model(self, student: dict[str, Any], **more: Any) -> dict[str, Any]:
         config = {
@@ -102,76 +60,6 @@ class Study:
             "loss": {"cosine": "raw"},
         }
         return {**config, **more}
-
-    def runner(
-        self, steps: int, rate: float, warmup: float = 0.1, cached: bool = True
-    ) -> dict[str, Any]:
-        data = {
-            "libri_root": str(self.corpus),
-            "file_path": "tables",
-            "sets": ["train"],
-            "dev_sets": ["dev"],
-            "train_batch_size": 8,
-            "num_workers": 1,
-            "sequence_length": EXCERPT,
-        }
-        if cached:
-            data["target_cache"] = "targets"
-        return {
-            "runner": {
-                "n_epochs": -1,
-                "total_steps": steps,
-                "gradient_clipping": 10.0,
-                "gradient_accumulate_steps": 1,
-                "log_step": 1 if steps == 2 else 10,
-                "save_step": steps - 1,
-                "max_keep": 1,
-            },
-            "optimizer": {
-                "name": "FusedAdamW",
-                "lr": rate,
-                "warmup_proportion": warmup,
-                "betas": [0.9, 0.98],
-                "eps": 1e-8,
-                "weight_decay": 0,
-            },
-            "pretrain_expert": {"datarc": data},
-        }
-
-    def write(self, name: str, config: dict[str, Any]) -> None:
-        (self.folder / name).write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
-
-    def train(
-        self, name: str, model: dict[str, Any], steps: int, rate: float, warmup: float, seed: int
-    ) -> Path:
-        """Train a run, unless it is there; return its last checkpoint."""
-        last = self.folder / "result/pretrain" / name / "last.ckpt"
-        if not (last.parent / f"states-{steps}.ckpt").exists():
-            self.write(f"{name}.yaml", model)
-            self.write(f"{name}_runner.yaml", self.runner(steps, rate, warmup))
-            configs = ["-c", f"{name}_runner.yaml", "-g", f"{name}.yaml"]
-            resume = ["-a"] if last.exists() else []
-            self.run(
-                "run_pretrain.py", "-u", "ekd", "-n", name, *configs, "--seed", str(seed), *resume
-            )
-        return last
-
-    def dev_loss(self, config: dict[str, Any], steps: int, checkpoint: Path | None) -> float:
-        """Loss on the dev set, with the weights of the config or of a checkpoint."""
-        from s3prl_ekd.files.run_checkpoints import read_checkpoint
-        from s3prl_ekd.pretrain.expert import UpstreamPretrainExpert
-        from s3prl_ekd.pretrain.trainer import dev_loss
-
-        datarc = self.runner(steps, self.rate)["pretrain_expert"]["datarc"]
-        datarc |= {"file_path": str(self.folder / "tables"), "num_workers": 0}
-        datarc["target_cache"] = str(self.folder / "targets")
-        expert = UpstreamPretrainExpert(datarc, config, device="cpu")
-        if checkpoint is not None:
-            expert.load_model(read_checkpoint(checkpoint))
-        assert expert.dev_dataloader is not None
-        total, samples = dev_loss(expert, expert.dev_dataloader, steps, "cpu")
-        expert.close()
-        return total / samples
 
 
 def first_run(study: Study, sparsity: float, seed: int) -> tuple[dict[str, Any], Path]:
@@ -199,7 +87,11 @@ def pruned(study: Study, sparsity: float, seed: int, random: int | None = None) 
         "dev_cut": study.dev_loss(second, 1, None),
     }
     last = study.train(name, second, study.second, study.rate, 0.2, seed)
-    return {**result, "dev_loss": study.dev_loss(second, study.second, last), **probe(study, last)}
+    return {
+        **result,
+        "dev_loss": study.dev_loss(second, study.second, last),
+        **probe_student(study, last),
+    }
 
 
 def random_cut(study: Study, sparsity: float, seed: int) -> dict[str, Any]:
@@ -214,7 +106,7 @@ def two_layer(study: Study, sparsity: float, seed: int) -> dict[str, Any]:
         config["init"] = {"teacher": "hubert", "conv": True, "encoder": False}
     name, steps = f"two_layer_{sparsity}_{seed}", study.first + study.second
     last = study.train(name, config, steps, study.two_layer_rate, 0.07, seed)
-    return {"dev_loss": study.dev_loss(config, steps, last), **probe(study, last)}
+    return {"dev_loss": study.dev_loss(config, steps, last), **probe_student(study, last)}
 
 
 def two_layer_size(parameters: int) -> tuple[dict[str, Any], bool]:
@@ -238,17 +130,7 @@ def two_layer_size(parameters: int) -> tuple[dict[str, Any], bool]:
     raise SystemExit(f"no two-layer student of {parameters:,} parameters")
 
 
-# Probes
-
-
-@torch.no_grad()
-def features(upstream: Any, wave: Tensor) -> Tensor:
-    """All hidden states side by side, ``[frame, dim]``."""
-    states = upstream([wave])["hidden_states"]
-    return torch.cat([state[0] for state in states], dim=-1).float()
-
-
-def probe(study: Study, checkpoint: Path) -> dict[str, float]:
+def probe_student(study: Study, checkpoint: Path) -> dict[str, float]:
     from s3prl_ekd.upstream.expert import UpstreamExpert
 
     upstream = UpstreamExpert(checkpoint).eval()
@@ -256,101 +138,8 @@ def probe(study: Study, checkpoint: Path) -> dict[str, float]:
     return {
         "parameters": parameters,
         "removed": 1 - parameters / COPY,
-        **probe_upstream(study, upstream),
+        **probe(study.corpus, upstream),
     }
-
-
-def probe_upstream(study: Study, upstream: Any) -> dict[str, float]:
-    """Accuracies in percent of ridge classifiers on frozen hidden states."""
-    train: list[list[Tensor]] = [[], []]
-    test: list[list[Tensor]] = [[], []]
-    splits = {row["path"]: row["split"] for row in study.table("pr")}
-    names: dict[str, int] = {}
-    rows = study.table("alignments")
-    seen = [row for row in rows if splits[row["path"]] != "test"]
-    for row in [*seen[::2], *(row for row in rows if splits[row["path"]] == "test")]:
-        frames, labels = phone_frames(study, upstream, row, names)
-        into = test if splits[row["path"]] == "test" else train
-        into[0].append(frames)
-        into[1].append(labels)
-    result = {"phones": accuracy(*(torch.cat(part) for part in (*train, *test)))}
-    noises = [read(study, row["path"]) for row in study.table("noise")][:12]
-    generator = torch.Generator().manual_seed(0)
-    speakers: dict[str, int] = {}
-    pools: dict[str, tuple[list[Tensor], list[int]]] = {
-        k: ([], []) for k in ("train", "test", "noisy")
-    }
-    for row in study.table("sid"):
-        wave = read(study, row["path"])
-        label = speakers.setdefault(row["speaker"], len(speakers))
-        split = "train" if row["split"] == "train" else "test"
-        crop = middle(wave)
-        pools[split][0].append(features(upstream, crop).mean(0))
-        pools[split][1].append(label)
-        if split == "test":
-            noise = noises[int(torch.randint(len(noises), (1,), generator=generator))]
-            pools["noisy"][0].append(features(upstream, add_noise(crop, noise, 5)).mean(0))
-            pools["noisy"][1].append(label)
-    x = {name: torch.stack(rows) for name, (rows, _) in pools.items()}
-    y = {name: torch.tensor(labels) for name, (_, labels) in pools.items()}
-    for name, test_name in (("speakers", "test"), ("noisy_speakers", "noisy")):
-        result[name] = accuracy(x["train"], y["train"], x[test_name], y[test_name])
-    return result
-
-
-def phone_frames(
-    study: Study, upstream: Any, row: dict[str, str], names: dict[str, int]
-) -> tuple[Tensor, Tensor]:
-    """Hidden states of the frames with a phone, and the phones' numbers."""
-    phones: list[str] = []
-    for segment in row["segments"].split():
-        phone, _, span = segment.partition(":")
-        phones += [phone] * int(span.partition("+")[2])
-    hidden = features(upstream, read(study, row["path"]))
-    centres = [(i * FRAME + 200) // 160 for i in range(len(hidden))]  # in frames of 10 ms
-    kept = [i for i, c in enumerate(centres) if c < len(phones) and phones[c] != "SIL"]
-    labels = [names.setdefault(phones[centres[i]], len(names)) for i in kept]
-    return hidden[kept], torch.tensor(labels)
-
-
-def middle(wave: Tensor) -> Tensor:
-    """The second in the middle of an utterance, or all of a shorter one."""
-    start = max(0, len(wave) // 2 - 8000)
-    return wave[start : start + 16_000]
-
-
-def add_noise(wave: Tensor, noise: Tensor, snr: float) -> Tensor:
-    noise = noise.repeat(-(-len(wave) // len(noise)))[: len(wave)]
-    power, noise_power = wave.square().mean(), noise.square().mean().clamp(min=1e-10)
-    return wave + noise * (power / noise_power * 10 ** (-snr / 10)).sqrt()
-
-
-def accuracy(x: Tensor, y: Tensor, test_x: Tensor, test_y: Tensor) -> float:
-    """Accuracy in percent of a ridge classifier; its penalty is chosen on every fifth example."""
-    mean, deviation = x.mean(0), x.std(0).clamp(min=1e-5)
-    x, test_x = ((part - mean) / deviation for part in (x, test_x))
-    held_out = torch.arange(len(x)) % 5 == 0
-    targets = torch.nn.functional.one_hot(y, int(max(y.max(), test_y.max())) + 1).float()
-    centre = targets.mean(0)
-    gram, cross = (x[~held_out].T @ part[~held_out] for part in (x, targets - centre))
-    eye = torch.eye(x.shape[1])
-
-    def score(weight: Tensor, on: Tensor, labels: Tensor) -> float:
-        return 100 * float(((on @ weight + centre).argmax(1) == labels).float().mean())
-
-    penalties = [len(x) * 10.0**power for power in range(-4, 2)]
-    weights = [torch.linalg.solve(gram + penalty * eye, cross) for penalty in penalties]
-    scores = [score(weight, x[held_out], y[held_out]) for weight in weights]
-    penalty = penalties[scores.index(max(scores))]
-    weight = torch.linalg.solve(x.T @ x + penalty * eye, x.T @ (targets - centre))
-    return score(weight, test_x, test_y)
-
-
-def read(study: Study, path: str) -> Tensor:
-    from s3prl_ekd.data.audio import Recording
-
-    with Recording(study.corpus / path) as recording:
-        return recording.read_speech(0, recording.samples)
 
 
 # Report
@@ -359,8 +148,7 @@ def read(study: Study, path: str) -> Tensor:
 def report(study: Study) -> str:
     """A Markdown table: mean and standard deviation over seeds; all results as CSV; a picture."""
     rows: dict[tuple[str, float], list[dict[str, Any]]] = {}
-    for path in sorted((study.folder / "results").glob("*.json")):
-        result = json.loads(path.read_text(encoding="utf-8"))
+    for result in read_results(study.folder / "results"):
         rows.setdefault((result["kind"], result["sparsity"]), []).append(result)
     columns = ("parameters", "removed", "dev_masked", "dev_cut", *MEASURES[1:])
     lines = ["| student | sparsity | seeds | " + " | ".join(columns) + " |"]
@@ -368,31 +156,16 @@ def report(study: Study) -> str:
     for (kind, sparsity), results in sorted(
         rows.items(), key=lambda item: (item[0][1], item[0][0])
     ):
-        cells = [_cell([r[name] for r in results if name in r]) for name in columns]
+        cells = [cell([r[name] for r in results if name in r]) for name in columns]
         seeds = len(results)
         lines.append(f"| {kind} | {sparsity:g} | {seeds} | " + " | ".join(cells) + " |")
     text = "\n".join(lines) + "\n"
     (study.folder / "report.md").write_text(text, encoding="utf-8")
-    names = dict.fromkeys(
-        name for results in rows.values() for result in results for name in result
+    write_csv(
+        [result for results in rows.values() for result in results], study.folder / "report.csv"
     )
-    with (study.folder / "report.csv").open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, [*names], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(result for results in rows.values() for result in results)
     _plot(study, rows)
     return text
-
-
-def _cell(values: Sequence[float]) -> str:
-    if not values:
-        return ""
-    mean = statistics.fmean(values)
-    if mean > 1000:
-        return f"{mean:,.0f}"
-    digits = 3 if mean < 5 else 1
-    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{mean:.{digits}f}{spread}"
 
 
 def _plot(study: Study, rows: dict[tuple[str, float], list[dict[str, Any]]]) -> None:
@@ -447,7 +220,7 @@ def main() -> int:
     study = Study(args)
     if not args.report:
         if not (study.folder / "targets/index.json").exists():
-            study.set_up()
+            study.set_up(study.model({"kind": "copy", "of": "hubert"}), "--aggregated")
         if not (path := study.folder / "results/teacher.json").exists():
             from s3prl_ekd.teachers import load_upstream
 
@@ -457,7 +230,7 @@ def main() -> int:
                 "kind": "tiny_hubert",
                 "sparsity": 0.0,
                 **count,
-                **probe_upstream(study, upstream),
+                **probe(study.corpus, upstream),
             }
             path.write_text(json.dumps(result, indent=1), encoding="utf-8")
         for seed in args.seeds:
