@@ -1,0 +1,319 @@
+"""Compare targets that several teachers share: relations, units and a common basis.
+
+Students with random first weights learn from the three tiny teachers, each row of the table for as
+many steps, on the same batches of a seed:
+
+* ``none``: the untrained student;
+* ``average``: heads for the layerwise average of the teachers;
+* ``separate``: heads for each teacher;
+* ``average_relation``: ``average`` and the temporal relations (``relation``);
+* ``relation``: the temporal relations alone (``loss.weight: 0``);
+* ``average_mean_std``: the average of normalised targets (``target_norm: mean_std``);
+* ``average_procrustes``: the average in a common basis (``target_norm: procrustes``);
+* ``separate_units``: ``separate`` and masked units of each teacher;
+* ``units``: masked units alone (``loss.weight: 0``).
+
+The weights of ``relation`` and ``unit_loss`` are measured once: after short runs with a weight of 1
+the norm of the gradient of the distillation loss with respect to the student is divided by that of
+the added term (median of ten batches).
+
+Then linear probes, see study_parts/probes.py. Each result is a file in FOLDER/results, so the same
+command continues from what is there; ``--report`` only writes report.md, report.csv and report.png.
+CORPUS has unlabeled.tsv, pr.tsv, sid.tsv, noise.tsv and alignments.tsv.
+
+example:
+  python tools/targets_study.py STUDY --corpus CORPUS
+  python tools/targets_study.py STUDY --corpus CORPUS --rows none average --seeds 0 --steps 20
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from scipy.stats import t as student_t
+from study_parts.probes import PROBES, probe
+from study_parts.result_table import cell, read_results, write_csv
+from study_parts.training import TrainingFolder
+from tqdm import tqdm
+
+TEACHERS = {"hubert": "tiny_hubert", "robust_hubert": "tiny_robust_hubert", "wavlm": "tiny_wavlm"}
+LAYERS = [2, 4, 6]
+UNIT_LAYER, CLUSTERS, UNIT_UTTERANCES = 4, 100, 300
+STUDENT = {
+    "extractor_conv_feature_layers": "[(32,10,5)] + [(32,3,2)] * 4 + [(32,2,2)] * 2",
+    "feature_grad_mult": 1.0,
+    "encoder_layers": 2,
+    "encoder_embed_dim": 96,
+    "encoder_ffn_embed_dim": 384,
+    "encoder_attention_heads": 4,
+}
+NORM_STEPS = 100  # of the statistics of target_norm; 80,000 frames for a width of 192
+PILOT_STEPS, PILOT_SEED, PILOT_BATCHES = 100, 1000, 10
+REFERENCES = ("average", "separate")
+
+
+class Study(TrainingFolder):
+    """The folder of a study and its options."""
+
+    def __init__(self, folder: Path, corpus: Path, steps: int, rate: float):
+        super().__init__(folder, corpus)
+        self.steps, self.rate = steps, rate
+
+    def model(self, row: str, weights: dict[str, float]) -> dict[str, Any]:
+        """The model config of a row; ``weights``: of relation and units."""
+        first, _, added = row.partition("_")
+        alone = {"loss": {"weight": 0.0}} if first in ("relation", "units") else {}
+        config = {
+            "teachers": {name: {"model": m, "layers": LAYERS} for name, m in TEACHERS.items()},
+            "aggregation": first if first in REFERENCES else "average",
+            "student": STUDENT,
+            **alone,
+        }
+        if "relation" in (first, added):
+            config["relation"] = {"weight": weights["relation"]}
+        if "units" in (first, added):
+            config["student"] = {**STUDENT, "mask": {}}
+            config["unit_loss"] = [
+                {"file": str(self.units(name)), "weight": weights["units"]} for name in TEACHERS
+            ]
+        if added in ("mean_std", "procrustes"):
+            config |= {"target_norm": added, "target_norm_steps": NORM_STEPS}
+        return config
+
+    def units(self, teacher: str) -> Path:
+        return self.folder / f"units_{teacher}.safetensors"
+
+    def prepare(self) -> None:
+        """Make the target cache, the units and the weights of the added terms."""
+        if not (self.folder / "targets/index.json").exists():
+            self.set_up(self.model("average", {}))
+        data = ["--data", "tables/train.csv", "--audio-root", str(self.corpus.folder)]
+        size = ["--clusters", str(CLUSTERS), "--utterances", str(UNIT_UTTERANCES)]
+        for name in TEACHERS:
+            if not self.units(name).exists():
+                layer = ["--teacher", name, "--layer", str(UNIT_LAYER)]
+                file = ["-o", str(self.units(name))]
+                self.command("fit-units", "cache.yaml", *layer, *size, *data, *file)
+        path = self.folder / "weights.json"
+        if not path.exists():
+            rows = {"relation": "average_relation", "units": "separate_units"}
+            weights = {name: self.measure_weight(name, row) for name, row in rows.items()}
+            path.write_text(json.dumps(weights, indent=1), encoding="utf-8")
+
+    def weights(self) -> dict[str, float]:
+        return json.loads((self.folder / "weights.json").read_text(encoding="utf-8"))
+
+    def measure_weight(self, name: str, row: str) -> float:
+        """The weight that gives an added term the gradient of the distillation loss.
+
+        Units: of the sum over teachers, so the weight is that of each teacher's term.
+        """
+        model = self.model(row, {name: 1.0})
+        steps = min(PILOT_STEPS, self.steps)
+        run = self.train(f"pilot_{row}", model, steps, self.rate, 0.1, PILOT_SEED)
+        expert = self.expert(model, run)
+        expert.distiller.eval()
+        terms, ratios = expert.distiller.terms, []
+        for _, batch in zip(range(PILOT_BATCHES), expert.dataloader, strict=False):
+            both = student_gradient(expert, batch)
+            expert.distiller.terms = terms[:0]
+            distillation = student_gradient(expert, batch)
+            expert.distiller.terms = terms
+            ratios.append(float(distillation.norm() / (both - distillation).norm()))
+        expert.close()
+        return float(f"{statistics.median(ratios):.2g}")
+
+
+def student_gradient(expert: Any, batch: Any) -> Any:
+    """Gradient of the loss of a batch with respect to the student's weights, as one vector."""
+    import torch
+
+    parameters = [p for p in expert.distiller.student.parameters() if p.requires_grad]
+    loss, _ = expert(batch, defaultdict(list), global_step=1)
+    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+    return torch.cat(
+        [
+            (torch.zeros_like(p) if gradient is None else gradient).flatten()
+            for p, gradient in zip(parameters, gradients, strict=True)
+        ]
+    )
+
+
+def result_of(study: Study, row: str, seed: int) -> dict[str, Any]:
+    """Train and probe the student of a row, or only probe an untrained one or a teacher."""
+    import torch
+    from s3prl_ekd.upstream.expert import UpstreamExpert
+
+    from s3prl_ekd.teachers import load_upstream
+
+    torch.set_num_threads(1)
+    start = time.monotonic()
+    if row in TEACHERS.values():
+        upstream: Any = load_upstream(row, row).eval()
+    elif row == "none":
+        upstream = UpstreamExpert(untrained(study, seed)).eval()
+    else:
+        name, model = f"{row}_{seed}", study.model(row, study.weights())
+        last = study.train(name, model, study.steps, study.rate, 0.1, seed, log=name)
+        upstream = UpstreamExpert(last).eval()
+    result = {"row": row, "seed": seed, "steps": 0 if row == "none" else study.steps}
+    result |= probe(study.corpus, upstream)
+    return {**result, "seconds": round(time.monotonic() - start)}
+
+
+def untrained(study: Study, seed: int) -> Path:
+    """Write a student with random weights."""
+    import torch
+
+    from s3prl_ekd.distill.student import Student
+    from s3prl_ekd.distill.student_settings import StudentSettings
+    from s3prl_ekd.student_file import LoadedStudent, write_student
+
+    torch.manual_seed(seed)
+    student = Student(StudentSettings(**STUDENT))  # type: ignore[arg-type]
+    path = study.folder / f"none_{seed}.pt"
+    write_student(LoadedStudent(student, None, {}, {}), path, keep_heads=False)
+    return path
+
+
+def run_missing(study: Study, rows: Sequence[str], seeds: Sequence[int], jobs: int) -> None:
+    """Compute the results that are not there, all rows of the first seed first."""
+    wanted = [(row, seed) for seed in seeds for row in rows]
+    wanted += [(teacher, 0) for teacher in TEACHERS.values()]
+    paths = {job: study.folder / "results" / f"{job[0]}_{job[1]}.json" for job in wanted}
+    missing = [job for job in wanted if not paths[job].exists()]
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        futures = {pool.submit(result_of, study, *job): job for job in missing}
+        for future in tqdm(as_completed(futures), total=len(missing), unit="run"):
+            result = future.result()
+            paths[futures[future]].write_text(json.dumps(result, indent=1), encoding="utf-8")
+            print(json.dumps(result), flush=True)
+
+
+# Report
+
+
+def difference(values: dict[int, float], reference: dict[int, float]) -> tuple[float, float] | None:
+    """Mean difference of two rows, paired by seed, and half the width of its 95 % interval.
+
+    Student's t over seeds; None with fewer than two common seeds.
+    """
+    differences = [values[seed] - reference[seed] for seed in values if seed in reference]
+    count = len(differences)
+    if count < 2:
+        return None
+    error = statistics.stdev(differences) / math.sqrt(count)
+    return statistics.fmean(differences), float(student_t.ppf(0.975, count - 1)) * error
+
+
+def report(study: Study) -> str:
+    """Two Markdown tables, all results as CSV, and a picture."""
+    results = read_results(study.folder / "results")
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for row in [*ROWS, *TEACHERS.values()]:
+        if values := [result for result in results if result["row"] == row]:
+            rows[row] = values
+    lines = ["Accuracy in %: mean ± standard deviation over seeds.", ""]
+    lines += ["| row | seeds | " + " | ".join(PROBES) + " |", "|---" * (len(PROBES) + 2) + "|"]
+    for row, values in rows.items():
+        cells = [cell([result[name] for result in values]) for name in PROBES]
+        lines.append(f"| {row} | {len(values)} | " + " | ".join(cells) + " |")
+    for reference in (name for name in REFERENCES if name in rows):
+        lines += ["", f"Difference from {reference} in points, paired by seed, with 95 % interval"]
+        lines[-1] += " (Student's t over seeds); bold: the interval excludes 0."
+        lines += ["", "| row | n | " + " | ".join(PROBES) + " |", "|---" * (len(PROBES) + 2) + "|"]
+        for row in rows:
+            if row in ROWS and row != reference:
+                count, cells = differences_from(rows[row], rows[reference])
+                lines.append(f"| {row} | {count} | " + " | ".join(cells) + " |")
+    text = "\n".join(lines) + "\n"
+    (study.folder / "report.md").write_text(text, encoding="utf-8")
+    write_csv(
+        [result for values in rows.values() for result in values], study.folder / "report.csv"
+    )
+    _plot(study, rows)
+    return text
+
+
+def differences_from(
+    results: Sequence[dict[str, Any]], reference: Sequence[dict[str, Any]]
+) -> tuple[int, list[str]]:
+    """The number of common seeds, and a cell for each probe."""
+    count, cells = 0, []
+    for name in PROBES:
+        a, b = ({r["seed"]: r[name] for r in values} for values in (results, reference))
+        count = len(a.keys() & b.keys())
+        found = difference(a, b)
+        mark = "**" if found and abs(found[0]) > found[1] else ""
+        cells.append(f"{mark}{found[0]:+.1f} ± {found[1]:.1f}{mark}" if found else "")
+    return count, cells
+
+
+def _plot(study: Study, rows: dict[str, list[dict[str, Any]]]) -> None:
+    from s3prl_ekd.system.figures import new_figure
+
+    figure = new_figure(12, 0.8 + 0.3 * len(rows))
+    axes = figure.subplots(1, len(PROBES), sharey=True)
+    places = range(len(rows))
+    for axis, name in zip(axes, PROBES, strict=True):
+        for place, (row, results) in zip(places, rows.items(), strict=True):
+            values = [result[name] for result in results]
+            color = "0.5" if row == "none" or row in TEACHERS.values() else "C0"
+            axis.scatter(values, [place] * len(values), s=14, alpha=0.6, color=color)
+            axis.plot([statistics.fmean(values)] * 2, [place - 0.3, place + 0.3], color=color)
+        axis.set(title=name.replace("_", " "), xlabel="accuracy, %")
+        axis.grid(alpha=0.3)
+    axes[0].set_yticks([*places], [row.replace("_", " ") for row in rows])
+    axes[0].invert_yaxis()
+    figure.savefig(study.folder / "report.png", dpi=120)
+
+
+ROWS = (
+    "none",
+    "average",
+    "separate",
+    "average_relation",
+    "relation",
+    "average_mean_std",
+    "average_procrustes",
+    "separate_units",
+    "units",
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add: Callable[..., Any] = parser.add_argument
+    add("folder", metavar="FOLDER", type=Path, help="folder of the study")
+    add("--corpus", type=Path, required=True)
+    add("--rows", nargs="+", default=[*ROWS], choices=ROWS, metavar="ROW")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    add("--steps", type=int, default=800)
+    add("--lr", type=float, default=1e-3)
+    add("--jobs", type=int, default=2, help="runs at a time, a thread each (default: 2)")
+    add("--report", action="store_true", help="only write the report")
+    args = parser.parse_args(argv)
+    study = Study(args.folder, args.corpus, args.steps, args.lr)
+    if not args.report:
+        os.environ["OMP_NUM_THREADS"] = "1"
+        study.prepare()
+        run_missing(study, args.rows, args.seeds, args.jobs)
+    print(report(study))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
