@@ -151,7 +151,8 @@ def student_gradient(expert: Any, batch: Any) -> Any:
 
 
 def result_of(study: Study, row: str, seed: int) -> dict[str, Any]:
-    """Train and probe the student of a row, or only probe an untrained one or a teacher."""
+    """Train and probe the student of a row, or only probe an untrained one or a teacher; write the
+    result to its file."""
     import torch
     from s3prl_ekd.upstream.expert import UpstreamExpert
 
@@ -169,7 +170,13 @@ def result_of(study: Study, row: str, seed: int) -> dict[str, Any]:
         upstream = UpstreamExpert(last).eval()
     result = {"row": row, "seed": seed, "steps": 0 if row == "none" else study.steps}
     result |= probe(study.corpus, upstream)
-    return {**result, "seconds": round(time.monotonic() - start)}
+    result["seconds"] = round(time.monotonic() - start)
+    result_path(study, row, seed).write_text(json.dumps(result, indent=1), encoding="utf-8")
+    return result
+
+
+def result_path(study: Study, row: str, seed: int) -> Path:
+    return study.folder / "results" / f"{row}_{seed}.json"
 
 
 def untrained(study: Study, seed: int) -> Path:
@@ -191,14 +198,11 @@ def run_missing(study: Study, rows: Sequence[str], seeds: Sequence[int], jobs: i
     """Compute the results that are not there, all rows of the first seed first."""
     wanted = [(row, seed) for seed in seeds for row in rows]
     wanted += [(teacher, 0) for teacher in TEACHERS.values()]
-    paths = {job: study.folder / "results" / f"{job[0]}_{job[1]}.json" for job in wanted}
-    missing = [job for job in wanted if not paths[job].exists()]
+    missing = [job for job in wanted if not result_path(study, *job).exists()]
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        futures = {pool.submit(result_of, study, *job): job for job in missing}
+        futures = [pool.submit(result_of, study, *job) for job in missing]
         for future in tqdm(as_completed(futures), total=len(missing), unit="run"):
-            result = future.result()
-            paths[futures[future]].write_text(json.dumps(result, indent=1), encoding="utf-8")
-            print(json.dumps(result), flush=True)
+            print(json.dumps(future.result()), flush=True)
 
 
 # Report
