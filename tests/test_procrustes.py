@@ -374,3 +374,20 @@ def test_aggregated_targets_cannot_be_cached():
     teachers = {"a": TeacherSettings("x"), "b": TeacherSettings("y")}
     with pytest.raises(ConfigError, match=r"\btarget_norm\b.*--aggregated"):
         check_aggregated(DistillSettings(teachers, "average", target_norm="procrustes"))
+
+
+@pytest.mark.parametrize("kind", ["mean_std", "phi_s", "procrustes"])
+def test_statistics_and_targets_are_float32_under_autocast(kind):
+    """Sums of squares over these frames are above 65504, the largest number of float16."""
+    generator = torch.Generator().manual_seed(0)
+    teachers = {n: 6 * torch.randn(4, 1, 700, 32, generator=generator) for n in ("t0", "t1")}
+    shapes = {name: TeacherShape(((1,),), 32) for name in teachers}
+    results = []
+    for dtype in (None, torch.float16, torch.bfloat16):
+        norm = TargetNorm(shapes, kind, 10).train()
+        with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+            results.append(norm(teachers, torch.ones(4, 700)))
+    for result in results[1:]:
+        for name, expected in results[0].items():
+            assert result[name].dtype == torch.float32
+            assert torch.equal(result[name], expected)

@@ -1,10 +1,11 @@
 """One orthogonal map for each teacher and target onto the same target of a reference teacher.
 
-Hidden states of teachers that were trained separately have no common basis: their mean cancels what
-they share. The orthogonal Procrustes problem (Schönemann 1966) has a closed form: if ``U S V'`` is
-the singular value decomposition of the cross-covariance of two sets of centred frames, ``U V'`` is
-the rotation (or reflection) of the first that is nearest to the second. Using it for targets of
-several teachers is *ours*.
+Hidden states of teachers that were trained separately have no common basis: equal dimensions have
+little to do with each other, so their mean keeps only a part of each teacher. The orthogonal
+Procrustes problem (Schönemann 1966) has a closed form: if ``U S V'`` is the singular value
+decomposition of the cross-covariance of two sets of centred frames, ``U V'`` is the rotation (or
+reflection) of the first that is nearest to the second. Using it for targets of several teachers is
+*ours*.
 """
 
 from __future__ import annotations

@@ -74,9 +74,11 @@ class TargetNorm(nn.Module):
             teachers: ``{teacher: [batch, target, frame, dim]}``.
             mask: ``[batch, frame]``, 1 where a frame is valid.
         """
-        if self.training and self.seen < self.steps:
-            self._update(teachers, mask)
-        return {name: self._normalise(name, states) for name, states in teachers.items()}
+        device = next(iter(teachers.values())).device
+        with torch.autocast(device.type, enabled=False):  # sums over frames overflow in float16
+            if self.training and self.seen < self.steps:
+                self._update(teachers, mask)
+            return {name: self._normalise(name, states) for name, states in teachers.items()}
 
     def empty_step(self) -> None:
         """Run :meth:`forward` without frames, for the all_gather of other processes."""
