@@ -272,10 +272,14 @@ class Trainer:
         run, step = self.settings, self.progress.step + 1
         self.optimizer_step.begin()
         self._step_records = defaultdict(list)
-        step_batches = [next(batches) for _ in range(run.gradient_accumulate_steps)]
-        counts, scale = self.frame_counts(step_batches)
-        for i, batch in enumerate(step_batches):
-            is_last = i == len(step_batches) - 1
+        count = run.gradient_accumulate_steps
+        step_batches: Iterable[Batch] = (next(batches) for _ in range(count))
+        counts, scale = None, 1.0
+        if self.upstream.settings.loss.reduce == "frames":
+            step_batches = list(step_batches)
+            counts, scale = self.frame_counts(step_batches)
+        for i, batch in enumerate(step_batches, 1):
+            is_last = i == count
             with (
                 contextlib.nullcontext() if is_last else no_sync(self.distiller),
                 explain_out_of_memory(step, batch, self.device, self.hint),
@@ -296,19 +300,17 @@ class Trainer:
             self._weights_unchanged = False
             return self.optimizer_step.update()
 
-    def frame_counts(self, step_batches: Sequence[Batch]) -> tuple[FrameCounts | None, float]:
+    def frame_counts(self, step_batches: Sequence[Batch]) -> tuple[FrameCounts, float]:
         """Denominators of the loss for the batches of a step, and the scale of each batch's loss.
 
         With ``loss.reduce: frames``, the mean of a term over the batches that have an utterance is
         its sum over the step, divided by the step's number of frames. The optimizer's step takes
         the mean over all batches, also those with only bad audio, which the scale makes up for.
-        With ``loss.reduce: batches`` there are no such denominators, and the scale is 1.
         """
-        counts = [self.upstream.count(batch) for batch in step_batches]
         total = FrameCounts()
-        for own in counts:
-            if own is None:
-                return None, 1.0
+        for batch in step_batches:
+            own = self.upstream.count(batch)
+            assert own is not None
             total = total.plus(own)
         used, *sums = self.processes.sum(sum(bool(b.names) for b in step_batches), *total)
         used = max(used, 1.0)
