@@ -37,12 +37,13 @@ def draw_spans(frames: int, settings: MaskSettings, generator: random.Random) ->
     """Draw masked spans: bool ``[frame]``, true where a frame is masked.
 
     The number of spans is ``share * frames / length``, rounded up or down at random so that its
-    mean is exact. Starts are distinct, and every span lies within the utterance. An utterance that
-    is shorter than a span is not masked.
+    mean is exact, but at least two (HuBERT), and at most the number of starts. Starts are distinct,
+    and every span lies within the utterance. An utterance that is shorter than a span is not
+    masked.
     """
     masked = torch.zeros(max(0, frames), dtype=torch.bool)
     starts = frames - settings.length + 1
-    count = int(settings.share * frames / settings.length + generator.random())
+    count = max(2, int(settings.share * frames / settings.length + generator.random()))
     for start in generator.sample(range(max(0, starts)), max(0, min(count, starts))):
         masked[start : start + settings.length] = True
     return masked
