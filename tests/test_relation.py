@@ -26,7 +26,7 @@ from s3prl_ekd.distill.settings import (
 from s3prl_ekd.distill.student import Student
 from s3prl_ekd.distill.student_forward import StudentOutput
 from s3prl_ekd.distill.student_settings import StudentSettings
-from s3prl_ekd.errors import ConfigError, TeacherError
+from s3prl_ekd.errors import ConfigError
 from s3prl_ekd.hidden_states.fingerprint import check_aggregated
 
 from .experiments import batch_of, distiller, ensemble
@@ -102,13 +102,13 @@ def example(lengths=(13, 5, 2), spans=(), widths=(6, 9), frames=14, seed=0):
         mask[b, frame] = 0
     output = StudentOutput(hidden[0], hidden, hidden[-1], F.pad(valid, (0, 1)))
     shares = {name: 1.0 + 2 * i for i, name in enumerate(teachers)}
-    return Comparison({}, {}, mask, valid, teachers, shares, {}, output)
+    return Comparison({}, {}, mask, valid, teachers, teachers, shares, {}, output)
 
 
 def relation(comparison, layers=STUDENT_LAYERS, weight=1.0, **settings):
     shapes = {
         name: TeacherShape(tuple((i,) for i in range(states.shape[1])), states.shape[-1])
-        for name, states in comparison.teachers.items()
+        for name, states in comparison.raw_teachers.items()
     }
     settings = RelationSettings(weight=weight, student_layers=layers, **settings)
     depths = dict.fromkeys(shapes, 3)
@@ -148,7 +148,7 @@ def test_the_term_and_its_gradients_equal_plain_loops(case, spans):
     copies = {i: hidden[i].detach().double().requires_grad_() for i in set(STUDENT_LAYERS)}
     expected, pairs = slow_relation(
         [copies[i] for i in STUDENT_LAYERS],
-        comparison.teachers,
+        comparison.raw_teachers,
         comparison.shares,
         counted_frames(comparison.mask),
         settings["window"],
@@ -180,7 +180,7 @@ def two_frames(cosine_of_student, *cosines_of_teachers):
     mask = torch.ones(1, 2)
     output = StudentOutput(student, [student] * 4, student, mask)
     shares = {name: 1.0 + 2 * i for i, name in enumerate(teachers)}
-    return Comparison({}, {}, mask, mask, teachers, shares, {}, output)
+    return Comparison({}, {}, mask, mask, teachers, teachers, shares, {}, output)
 
 
 def test_two_frames_by_hand():
@@ -203,7 +203,8 @@ def test_centred_frames_by_hand():
     teacher = torch.stack([angles.cos(), angles.sin()], dim=-1)[None, None] + 4
     mask = torch.ones(1, 3)
     output = StudentOutput(student, [student] * 4, student, mask)
-    comparison = Comparison({}, {}, mask, mask, {"t": teacher}, {"t": 1.0}, {}, output)
+    hidden = {"t": teacher}
+    comparison = Comparison({}, {}, mask, mask, hidden, hidden, {"t": 1.0}, {}, output)
     expected = 2 * (2 * (0.5 - 10**-0.5) ** 2 + 0.3**2) / 9
     result = value(comparison, layers=(1,), similarity="centred")
     assert result.item() == pytest.approx(expected, abs=1e-6)
@@ -213,11 +214,14 @@ def test_centred_frames_by_hand():
 def test_rotation_and_scale_of_a_teacher_change_nothing(case):
     comparison = example()
     rotation = torch.linalg.qr(torch.randn(9, 9, generator=torch.Generator().manual_seed(1))).Q
-    rotated = {**comparison.teachers, "t1": 5 * comparison.teachers["t1"] @ rotation}
-    other = dataclasses.replace(comparison, teachers=rotated)
+    rotated = {**comparison.raw_teachers, "t1": 5 * comparison.raw_teachers["t1"] @ rotation}
+    other = dataclasses.replace(comparison, raw_teachers=rotated)
     assert torch.allclose(value(other, **CASES[case]), value(comparison, **CASES[case]), atol=1e-6)
-    sheared = {**comparison.teachers, "t1": comparison.teachers["t1"] @ torch.ones(9, 9).triu()}
-    other = dataclasses.replace(comparison, teachers=sheared)
+    sheared = {
+        **comparison.raw_teachers,
+        "t1": comparison.raw_teachers["t1"] @ torch.ones(9, 9).triu(),
+    }
+    other = dataclasses.replace(comparison, raw_teachers=sheared)
     assert not torch.allclose(
         value(other, **CASES[case]), value(comparison, **CASES[case]), atol=1e-3
     )
@@ -227,8 +231,8 @@ def test_rotation_and_scale_of_a_teacher_change_nothing(case):
 def test_order_of_teachers_and_padding_change_nothing(case):
     comparison = example()
     one = value(comparison, **CASES[case])
-    turned = dict(reversed(comparison.teachers.items()))
-    other = value(dataclasses.replace(comparison, teachers=turned), **CASES[case])
+    turned = dict(reversed(comparison.raw_teachers.items()))
+    other = value(dataclasses.replace(comparison, raw_teachers=turned), **CASES[case])
     assert torch.allclose(one, other, atol=1e-7)
 
     def longer(states, fill):
@@ -239,7 +243,9 @@ def test_order_of_teachers_and_padding_change_nothing(case):
         comparison,
         mask=F.pad(comparison.mask, (0, 9)),
         valid=F.pad(comparison.valid, (0, 9)),
-        teachers={name: longer(states, 1e4) for name, states in comparison.teachers.items()},
+        raw_teachers={
+            name: longer(states, 1e4) for name, states in comparison.raw_teachers.items()
+        },
         student=comparison.student._replace(hidden_states=hidden),
     )
     assert torch.allclose(one, value(padded, **CASES[case]), atol=1e-7)
@@ -255,8 +261,8 @@ def test_a_batch_is_the_mean_over_the_pairs_of_its_utterances(case):
             comparison,
             mask=comparison.mask[i : i + 1, :length],
             valid=comparison.valid[i : i + 1, :length],
-            teachers={
-                n: states[i : i + 1, :, :length] for n, states in comparison.teachers.items()
+            raw_teachers={
+                n: states[i : i + 1, :, :length] for n, states in comparison.raw_teachers.items()
             },
             student=comparison.student._replace(
                 hidden_states=[s[i : i + 1] for s in comparison.student.hidden_states]
@@ -270,7 +276,7 @@ def test_a_batch_is_the_mean_over_the_pairs_of_its_utterances(case):
 
 def test_a_student_with_the_teachers_frames_has_no_loss():
     comparison = example(widths=(8,))
-    states = comparison.teachers["t0"]
+    states = comparison.raw_teachers["t0"]
     hidden = [3 * states[:, min(i, 2)] for i in range(3)]
     output = comparison.student._replace(hidden_states=[*hidden, hidden[-1]])
     same = dataclasses.replace(comparison, student=output)
@@ -496,7 +502,7 @@ def test_every_aggregation_student_and_head(two_teachers, waves, kind, aggregati
     # targets 1 and 3 of 4 layers, in a student of 2, 4 or 3
     layers = {"two layers": (1, 2), "deep": (1, 3), "gated": (1, 2)}[kind]
     comparison = Comparison(
-        {}, {}, output.mask, output.mask, hidden, {"t0": 1.0, "t1": 2.0}, {}, output
+        {}, {}, output.mask, output.mask, hidden, hidden, {"t0": 1.0, "t1": 2.0}, {}, output
     )
     expected = value(comparison, layers=layers, **vars_of(term))
     assert logs["relation"].item() == pytest.approx(expected.item(), rel=1e-5)
@@ -553,7 +559,7 @@ def test_cached_targets_give_the_same_term(two_teachers, waves):
         output = ours.student(batch.waves, batch.lengths)
         mask = output.mask[:, :15]
         comparison = Comparison(
-            {}, {}, mask, mask, short.values, {"t0": 1.0, "t1": 1.0}, {}, output
+            {}, {}, mask, mask, short.values, short.values, {"t0": 1.0, "t1": 1.0}, {}, output
         )
         expected = value(comparison, layers=(1, 2), window=10)
     assert result.item() == pytest.approx(expected.item(), rel=1e-5)
@@ -595,8 +601,10 @@ def test_the_students_layer_is_at_the_same_relative_depth():
 def test_layers_that_the_student_lacks(two_teachers):
     teachers = {name: TeacherSettings("x", (1, 3)) for name in two_teachers}
     term = RelationSettings(1.0, student_layers=(1, 3))
-    settings = DistillSettings(teachers, relation=term)
-    with pytest.raises(TeacherError, match=r"student_layers.*\b3\b.*0 to 2"):
+    with pytest.raises(ValueError, match=r"student_layers.*\b3\b.*0 to 2"):
+        DistillSettings(teachers, relation=term)  # before a teacher is loaded
+    settings = DistillSettings(teachers, relation=term, student=StudentSettings(encoder_layers=4))
+    with pytest.raises(ConfigError, match=r"student_layers.*\b3\b.*0 to 2"):
         EnsembleDistiller(two_teachers, students("two layers"), settings)
     EnsembleDistiller(two_teachers, students("gated"), settings)
 
@@ -604,9 +612,39 @@ def test_layers_that_the_student_lacks(two_teachers):
 def test_a_student_that_skips_layers_is_refused(two_teachers):
     teachers = {name: TeacherSettings("x", (1, 3)) for name in two_teachers}
     settings = DistillSettings(teachers, relation=RelationSettings(1.0))
-    student = Student(StudentSettings(**SMALL, encoder_layerdrop=0.1))
-    with pytest.raises(TeacherError, match="encoder_layerdrop"):
+    small = StudentSettings(**SMALL, encoder_layerdrop=0.1)
+    with pytest.raises(ValueError, match="encoder_layerdrop"):  # before a teacher is loaded
+        dataclasses.replace(settings, student=small)
+    student = Student(small)
+    with pytest.raises(ConfigError, match="encoder_layerdrop"):
         EnsembleDistiller(two_teachers, student, settings)
+
+
+def test_between_layers_needs_a_layer_of_the_student_for_each_target(two_teachers):
+    """Targets 1 and 2 of 4 layers are both nearest to layer 1 of a student of two layers."""
+    teachers = {name: TeacherSettings("x", (1, 2)) for name in two_teachers}
+    for teacher in two_teachers.values():
+        teacher.targets = ((1,), (2,))
+    term = RelationSettings(1.0, between_layers=True)
+    settings = DistillSettings(teachers, relation=term)
+    with pytest.raises(ConfigError, match=r"between_layers.*\[1, 1\]"):
+        EnsembleDistiller(two_teachers, students("two layers"), settings)
+    term = dataclasses.replace(term, student_layers=(0, 1))
+    settings = DistillSettings(teachers, relation=term)
+    EnsembleDistiller(two_teachers, students("two layers"), settings)
+
+
+def test_relations_compare_the_teachers_before_target_norm(two_teachers, waves):
+    """Statistics of another shift and scale change the targets, but not the relation."""
+    teachers = {name: TeacherSettings("x", (1, 3)) for name in two_teachers}
+    results = []
+    for norm in ("none", "mean_std"):
+        settings = DistillSettings(teachers, target_norm=norm, relation=RelationSettings(1.0))
+        torch.manual_seed(0)
+        ours = EnsembleDistiller(two_teachers, students("two layers"), settings).train()
+        results.append(ours(batch_of(waves))[1])
+    assert results[0]["relation"].item() == results[1]["relation"].item()
+    assert results[0]["l1"].item() != pytest.approx(results[1]["l1"].item(), rel=1e-3)
 
 
 def test_student_layers_that_do_not_match_the_targets():

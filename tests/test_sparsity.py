@@ -22,7 +22,7 @@ from .gated_students import ALL_UNITS, WAVLM, gated_settings, gated_student, noi
 def comparison(step):
     empty = {}
     mask = torch.ones(1, 1)
-    return Comparison(empty, empty, mask, mask, empty, {}, empty, None, step)
+    return Comparison(empty, empty, mask, mask, empty, empty, {}, empty, None, step)
 
 
 def make(units=("conv", "heads", "ffn"), changes=None, **pruning):

@@ -181,7 +181,7 @@ def test_the_scale_of_the_loss_with_dropping(monkeypatch, teacher_count, probabi
     names = [f"t{i}" for i in range(teacher_count)]
     targets = dict.fromkeys(names, target)
     predictions = dict.fromkeys(names, target + error)
-    comparison = Comparison(predictions, targets, mask, mask, targets, {}, {}, None)
+    comparison = Comparison(predictions, targets, mask, mask, targets, targets, {}, {}, None)
     weights = LossWeights(dict.fromkeys(names, mask))
     plain, _ = distillation_loss(predictions, targets, weights)
     dropping = TeacherDropping(probability, LossSettings())

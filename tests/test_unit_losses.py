@@ -285,3 +285,14 @@ def test_cached_units_of_a_target_layer_equal_those_of_running_teachers(folder, 
             records |= {f"{i}/{k}": v.item() for k, v in logs.items() if "unit_loss" in k}
         losses.append(records)
     assert len(losses[0]) == 6 and losses[0] == pytest.approx(losses[1], abs=0.05)
+
+
+def test_units_under_bfloat16_autocast():
+    """The student runs in bfloat16; labels and cross-entropy stay in float32."""
+    ours = fake_distiller({"a": FakeUpstream()}, [random_units("a", 3)]).eval()
+    batch = batch_of(noise(*LENGTHS))
+    plain = ours(batch)[1]["unit_loss"]
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, logs = ours(batch)
+    assert logs["unit_loss"].dtype == loss.dtype == torch.float32
+    assert logs["unit_loss"].item() == pytest.approx(plain.item(), rel=0.02)

@@ -83,6 +83,8 @@ class EnsembleDistiller(nn.Module):
         if settings.heads.kind == "layerwise":
             check_layers(self.aggregate.specs, student.settings)
         heads = PredictionHeads(student.width, self.aggregate.specs, settings.heads)
+        if not settings.loss.weight:
+            heads.requires_grad_(False)
         self.trainable = nn.ModuleDict({"student": student, "heads": heads})
         self.weightings = nn.ModuleList()
         if settings.targets.drop_teachers:
@@ -142,10 +144,13 @@ class EnsembleDistiller(nn.Module):
     @property
     def highest_layer(self) -> int | None:
         """The highest of the student's layers that the loss reads; None: the encoder's output."""
-        if self.heads.highest_layer is None or self.unit_layers:
+        distils = self.settings.loss.weight > 0
+        if (distils and self.heads.highest_layer is None) or self.unit_layers:
             return None
-        relations = self.relation.layers if self.relation is not None else ()
-        return max([self.heads.highest_layer, *relations])
+        layers = list(self.relation.layers) if self.relation is not None else []
+        if distils and self.heads.highest_layer is not None:
+            layers.append(self.heads.highest_layer)
+        return max(layers)
 
     def forward(
         self,
@@ -174,17 +179,29 @@ class EnsembleDistiller(nn.Module):
         mask = valid  # [batch, frame], without masked spans
         if batch.spans is not None:
             mask = valid * ~batch.spans[:, : valid.shape[1]]
+        raw_teachers = teachers
         if self.target_norm is not None:
             teachers = self.target_norm(teachers, valid)
         shares = weights_at(self.settings.teachers, step, self.settings.targets.weight_steps)
         targets = cached or self.aggregate(teachers, shares)  # keys and shapes of the predictions
         counts = counts or self.count(batch.lengths, batch.spans, cached_lengths(batch))
         comparison = Comparison(
-            predictions, targets, mask, valid, teachers, shares, states, student, step, counts
+            predictions,
+            targets,
+            mask,
+            valid,
+            teachers,
+            raw_teachers,
+            shares,
+            states,
+            student,
+            step,
+            counts,
         )
         weights = self.loss_weights(comparison, shares)  # of frames, target sets, dimensions
         loss, logs = distillation_loss(predictions, targets, weights, self.settings.loss)
-        loss = self.settings.loss.weight * loss
+        # not 0 * loss, which is NaN for a loss that is not finite
+        loss = self.settings.loss.weight * loss if self.settings.loss.weight else loss.new_zeros(())
         for term in self.terms:  # unit loss, relation, feature penalty, sparsity
             value, scalars = term(comparison)
             loss, logs = loss + value, logs | scalars
@@ -293,7 +310,8 @@ class EnsembleDistiller(nn.Module):
             return comparison.mask
         if comparison.counts is None and comparison.mask is comparison.valid:
             return None
-        return 1 - (comparison.valid - comparison.mask)  # all frames outside masked spans
+        inside = comparison.valid - comparison.mask  # 1 in masked spans
+        return 1 - inside  # 1 for padding, too
 
 
 def cached_lengths(batch: DistillBatch) -> Tensor | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -55,6 +56,13 @@ def count_frames(
     masked = 0.0 if spans is None else float((valid * spans).sum())
     padded = 0.0 if mask_padding else valid.numel() - float(valid.sum())
     return FrameCounts(float(outside.sum()), masked, float(by_window.square().sum()), padded)
+
+
+def divide(total: Tensor, count: Tensor | float) -> Tensor:
+    """``total / count``; 0, with gradients of 0, if the count is 0."""
+    if isinstance(count, Tensor):
+        return total / torch.where(count > 0, count, 1)
+    return total / count if count > 0 else total * 0
 
 
 def split_windows(frames: Tensor, window: int) -> Tensor:

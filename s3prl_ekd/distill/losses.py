@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import TeacherError
 from .aggregation import Targets
-from .frame_counts import FrameCounts
+from .frame_counts import FrameCounts, divide
 from .settings import LossSettings
 from .student_forward import StudentOutput
 from .teachers import HiddenStates
@@ -42,10 +42,11 @@ class Comparison:
     ``predictions``, ``targets``: ``{target set: [batch, layer, frame, width]}``. ``valid``:
     ``[batch, frame]``, 1 where a frame is valid; ``mask``: the same, but 0 in masked spans.
     ``teachers``: the targets before aggregation, ``{teacher: [batch, layer, frame, dim]}``; empty
-    if the cached targets are aggregated. ``shares``: ``{teacher: weight}``. ``states``: ``{teacher:
-    hidden states by layer}``, neither normalised nor cropped. ``student``: the student's output,
-    not cropped. ``step``: number of the step from 1. ``counts``: denominators of the terms; None:
-    each term is the mean over the batch, as with ``loss.reduce: batches``.
+    if the cached targets are aggregated; ``raw_teachers``: the same before ``target_norm``.
+    ``shares``: ``{teacher: weight}``. ``states``: ``{teacher: hidden states by layer}``, neither
+    normalised nor cropped. ``student``: the student's output, not cropped. ``step``: number of the
+    step from 1. ``counts``: denominators of the terms; None: each term is the mean over the batch,
+    as with ``loss.reduce: batches``.
     """
 
     predictions: Targets
@@ -53,6 +54,7 @@ class Comparison:
     mask: Tensor
     valid: Tensor
     teachers: Targets
+    raw_teachers: Targets
     shares: Mapping[str, float]
     states: Mapping[str, HiddenStates]
     student: StudentOutput
@@ -64,11 +66,12 @@ class Comparison:
 class LossWeights:
     """Weights of frames, target sets and dimensions in the loss.
 
-    ``frames``: ``{target set: [batch, frame]}``, 0 where a frame is padding or masked; None: every
-    frame counts, padding included, as in s3prl's distiller. ``sets``: ``{target set: weight}``;
-    None: equal weights. ``dims``: ``{target set: weights}``, broadcastable to
-    ``[batch, layer, frame, width]``, for sets with unequal weights of dimensions. ``frame_count``:
-    divisor of the sum over frames; None: the sum of ``frames``. ``logs``: scalars for the log.
+    ``frames``: ``{target set: [batch, frame]}``, 0 where a frame is masked or padding (padding: 1
+    with ``loss.mask_padding: false``); None: every frame counts, as in s3prl's distiller.
+    ``sets``: ``{target set: weight}``; None: equal weights. ``dims``: ``{target set: weights}``,
+    broadcastable to ``[batch, layer, frame, width]``, for sets with unequal weights of dimensions.
+    ``frame_count``: divisor of the sum over frames; None: the sum of ``frames``. ``logs``: scalars
+    for the log.
     """
 
     frames: Mapping[str, Tensor | None]
@@ -199,5 +202,5 @@ class FeaturePenalty(nn.Module):
             penalty = squares.mean()
         else:
             by_frame = squares[:, : comparison.valid.shape[1]].mean(-1)
-            penalty = (by_frame * comparison.valid).sum() / max(comparison.counts.valid, 1.0)
+            penalty = divide((by_frame * comparison.valid).sum(), comparison.counts.valid)
         return self.weight * penalty, {"feature_penalty": penalty.detach()}

@@ -13,20 +13,20 @@ teacher's hidden states does not change them.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import TeacherError
+from ..errors import ConfigError
 from .aggregation import TeacherShape
-from .frame_counts import split_windows
+from .frame_counts import divide, split_windows
 from .losses import Comparison, Logs
 from .settings import RelationSettings
 from .student_settings import Architecture
 
-# Ours: in speech, and in digital silence, centred frames of our tiny teachers have at least 0.1 and
-# 0.02 times the length of the frame.
+# Ours: far below what speech has; only rounding errors are shorter.
 FLAT = 1e-3
 
 
@@ -43,7 +43,8 @@ class RelationLoss(nn.Module):
         student: the student's settings.
 
     Raises:
-        TeacherError: ``student_layers`` has a layer that the student lacks.
+        ConfigError: the student lacks one of the layers or skips some at random, or
+            ``between_layers`` has no two different layers of the student to compare.
     """
 
     def __init__(
@@ -58,14 +59,22 @@ class RelationLoss(nn.Module):
         chosen = settings.student_layers
         self.layers = chosen or same_depths(teachers, depths, student.encoder_layers)
         if max(self.layers) > student.encoder_layers:
-            raise TeacherError(
+            raise ConfigError(
                 f"relation.student_layers: no layer {max(self.layers)}; the student has layers 0 "
                 f"to {student.encoder_layers}"
             )
         if student.encoder_layerdrop > 0:
-            raise TeacherError(
+            raise ConfigError(
                 "relation compares layers of the student, but student.encoder_layerdrop skips some "
                 "at random; set it to 0"
+            )
+        repeated = any(a == b for a, b in pairwise(self.layers))
+        if settings.between_layers and (len(self.layers) < 2 or repeated):
+            raise ConfigError(
+                "relation.between_layers compares the frames of consecutive targets, which need a "
+                f"layer of the student each, but the student's layers are {[*self.layers]}; name "
+                "others in relation.student_layers (0 to "
+                f"{student.encoder_layers}), or set between_layers: false"
             )
 
     def forward(self, comparison: Comparison) -> tuple[Tensor, Logs]:
@@ -74,21 +83,20 @@ class RelationLoss(nn.Module):
         student = torch.stack([comparison.student.hidden_states[i] for i in self.layers], dim=1)
         with torch.autocast(mask.device.type, enabled=False):  # Gram matrices in float32
             target: list[Tensor] = []
-            total = sum(comparison.shares[name] for name in comparison.teachers)
-            for name, states in comparison.teachers.items():
+            total = sum(comparison.shares[name] for name in comparison.raw_teachers)
+            for name, states in comparison.raw_teachers.items():
                 share = comparison.shares[name] / total
                 grams = [share * gram for gram in self.grams(states, mask)]
                 target = [a + b for a, b in zip(target, grams, strict=True)] if target else grams
             predicted = self.grams(student[:, :, : mask.shape[1]], mask)
             window = split_windows(mask[..., None].float(), self.settings.window)
             valid = (window @ window.transpose(-1, -2))[:, None]  # [batch, 1, window, frame, frame]
-            count = comparison.counts.pairs if comparison.counts else float(valid.sum())
-            loss = torch.stack(
-                [
-                    ((a - b).square() * valid).sum() / (max(count, 1.0) * a.shape[1])
-                    for a, b in zip(predicted, target, strict=True)
-                ]
-            ).mean()
+            count = comparison.counts.pairs if comparison.counts else valid.sum()
+            losses = [
+                divide(((a - b).square() * valid).sum(), count) / a.shape[1]
+                for a, b in zip(predicted, target, strict=True)
+            ]
+            loss = torch.stack(losses).mean()
         return self.settings.weight * loss, {"relation": loss.detach()}
 
     def grams(self, states: Tensor, mask: Tensor) -> list[Tensor]:
@@ -96,7 +104,7 @@ class RelationLoss(nn.Module):
         and the next: ``[batch, layer, frame, dim]`` -> ``[batch, layer, window, frame, frame]``."""
         windows = unit_frames(states, mask, self.settings)
         grams = [windows @ windows.transpose(-1, -2)]
-        if self.settings.between_layers and windows.shape[1] > 1:
+        if self.settings.between_layers:
             grams.append(windows[:, :-1] @ windows[:, 1:].transpose(-1, -2))
         return grams
 

@@ -71,8 +71,9 @@ class TargetSettings:
     drop_teachers: float = 0.0
     """Teacher dropping: for each utterance, the teacher with the highest loss is kept and each of
     the others is dropped with this probability (after UNIC, arXiv 2408.05088, which uses 0.5). The
-    loss is divided by the number of all teachers' frames, dropped ones included, so with n teachers
-    and probability p its scale is (1 + (n - 1)(1 - p)) / n of the scale without dropping (ours)."""
+    loss is divided by the number of all teachers' frames, dropped ones included (ours). With n
+    teachers and probability p, on average (1 + (n - 1)(1 - p)) / n of the frames are kept, and the
+    loss shrinks to about this share."""
 
     weight_steps: int = 0
     """Steps until each teacher's weight reaches ``teachers.NAME.final_weight`` (ours)."""
@@ -422,6 +423,20 @@ class DistillSettings:
                 "teachers: all weights are 0 at the first or the last step; set one above 0"
             )
 
+    def _check_relation(self, student: StudentSettings) -> None:
+        if not self.relation.weight:
+            return
+        depth, highest = student.encoder_layers, max(self.relation.student_layers or (0,))
+        if highest > depth:
+            raise ValueError(
+                f"relation.student_layers: no layer {highest}; the student has layers 0 to {depth}"
+            )
+        if student.encoder_layerdrop > 0:
+            raise ValueError(
+                "relation compares layers of the student, but student.encoder_layerdrop skips some "
+                "at random; set it to 0"
+            )
+
     def _check_targets(self) -> None:
         aggregated = self.aggregation != "separate" or self.targets.across_teachers
         counts = {name: len(teacher.targets) for name, teacher in self.teachers.items()}
@@ -452,10 +467,19 @@ class DistillSettings:
             )
         if self.target_norm == "procrustes" and len(self.teachers) < 2:
             raise ValueError("target_norm: procrustes rotates teachers onto the first; add another")
-        if self.student.mask is not None and not self.unit_loss:
+        terms = any(unit.weight or unit.unmasked_weight for unit in self.unit_loss)
+        if not (self.loss.weight or self.relation.weight or terms):
             raise ValueError(
-                "student.mask hides frames that nothing is then learned from; add unit_loss, a "
-                "list of files of s3prl-ekd fit-units, or remove student.mask"
+                "loss.weight: 0 leaves nothing to learn; set it above 0, or add relation or "
+                "unit_loss with a weight above 0"
+            )
+        if isinstance(self.student, StudentSettings):
+            self._check_relation(self.student)
+        if self.student.mask is not None and not any(unit.weight for unit in self.unit_loss):
+            raise ValueError(
+                "student.mask hides frames that nothing is then learned from; add unit_loss "
+                "with a weight above 0, a list of files of s3prl-ekd fit-units, or remove "
+                "student.mask"
             )
         for i, unit_loss in enumerate(self.unit_loss):
             if unit_loss.unmasked_weight and self.student.mask is None:

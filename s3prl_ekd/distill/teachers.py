@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..errors import TeacherError
 from .aggregation import TeacherShape, crop_frames
+from .student_settings import Samples
 
 PROBE_SAMPLES = 16000  # one second at 16 kHz, to find the depth and width of an upstream
 FIELD_SAMPLES = 4000  # a quarter of a second, to find the number of frames of an upstream
@@ -74,7 +75,9 @@ class Teacher(nn.Module):
             )
         self.width = widths.pop()
         self.stride = int(cast(Any, upstream).get_downsample_rates("hidden_states"))
-        self.field = receptive_field(upstream, noise, self.stride)
+        self.field = probe_receptive_field(upstream, noise, self.stride)
+        if self.frames(PROBE_SAMPLES) != probe[-1].shape[1]:
+            self.field = -PROBE_SAMPLES  # frames of another rule: none is masked
 
     @property
     def shape(self) -> TeacherShape:
@@ -85,7 +88,7 @@ class Teacher(nn.Module):
         """Name of each target for logs: ``layer4``, or ``layers1-3`` for a group."""
         return [_label(target) for target in self.targets]
 
-    def frames(self, samples: Tensor) -> Tensor:
+    def frames(self, samples: Samples) -> Samples:
         """Number of frames of unpadded waveforms with this many samples."""
         return (samples - self.field) // self.stride + 1
 
@@ -104,7 +107,7 @@ class Teacher(nn.Module):
 
 
 @torch.no_grad()
-def receptive_field(upstream: nn.Module, wave: Tensor, stride: int) -> int:
+def probe_receptive_field(upstream: nn.Module, wave: Tensor, stride: int) -> int:
     """Samples ``f`` such that the upstream has ``(samples - f) // stride + 1`` frames.
 
     Found by bisection: the fewest samples that give as many frames as the first

@@ -9,6 +9,7 @@ a head for each; and a linear layer with softmax, where HuBERT has cosines with 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import TeacherError
+from .frame_counts import divide
 from .losses import Comparison, Logs
 from .settings import UnitLossSettings
 from .teachers import TeacherEnsemble
@@ -94,21 +96,18 @@ class UnitLoss(nn.Module):
 
 
 def mean(values: Tensor, mask: Tensor, count: Tensor | float) -> Tensor:
-    """The sum of ``values [batch, frame]`` over the frames of a mask, divided by ``count``; 0 if
-    that is 0."""
-    total = (values * mask).sum()
-    if isinstance(count, Tensor):
-        return total / count.clamp(min=1)
-    return total / count if count > 0 else total * 0
+    """The sum of ``values [batch, frame]`` over the frames of a mask, divided by ``count``."""
+    return divide((values * mask).sum(), count)
 
 
 def unit_names(units: Sequence[UnitLabels]) -> list[str]:
-    """A name for each: ``hubert_layer9``, and ``hubert_layer9_2`` for the second of this layer."""
+    """A name for each, the key of its head in checkpoints: ``hubert_layer9``, and
+    ``hubert_layer9_2`` for the second of this layer."""
     names: list[str] = []
     for labels in units:
-        name = f"{labels.teacher}_layer{labels.layer}"
-        count = sum(n == name or n.startswith(f"{name}_") for n in names)
-        names.append(f"{name}_{count + 1}" if count else name)
+        first = f"{labels.teacher}_layer{labels.layer}"
+        later = (f"{first}_{n}" for n in itertools.count(2))
+        names.append(next(name for name in itertools.chain([first], later) if name not in names))
     return names
 
 

@@ -30,8 +30,10 @@ class TeacherDropping(nn.Module):
 
     The loss is divided by the number of all valid frames, dropped ones included (*ours*). If it
     were divided by the remaining frames, the weight of an utterance would depend on how many other
-    utterances of the batch were dropped. So with n teachers and probability p the scale of the loss
-    is (1 + (n - 1)(1 - p)) / n of that without dropping; the log has the share that a batch keeps.
+    utterances of the batch were dropped. With n teachers and probability p, on average
+    (1 + (n - 1)(1 - p)) / n of the frames are kept; the log has this share of each batch. At equal
+    weights of the teachers the loss shrinks to about this share, and to a little more because the
+    teacher with the highest loss is kept.
     """
 
     def __init__(self, probability: float, settings: LossSettings):

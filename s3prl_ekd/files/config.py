@@ -234,6 +234,12 @@ def read_extended(
     if isinstance(names, list):
         data["teachers"] = _select_teachers(base.get("teachers"), names, path)
         base.pop("teachers", None)
+    units = data.get("unit_loss")
+    if isinstance(base.get("unit_loss"), list) and isinstance(units, dict) and "file" not in units:
+        raise ConfigError(
+            f"{path}.unit_loss: expected a list, which replaces that of {base_path}; write its "
+            "entries with their files: [{file: units.safetensors, weight: 1.0}]"
+        )
     student, base_student = data.get("student"), base.get("student") or {}
     if isinstance(student, dict) and isinstance(base_student, dict):
         kind = base_student.get("kind", StudentSettings.KIND)

@@ -21,6 +21,7 @@ compat.apply()
 
 from ..data.batches import Batch, train_loader  # noqa: E402
 from ..data.loader import BatchLoader  # noqa: E402
+from ..data.sampling import used  # noqa: E402
 from ..distill.aggregation import TargetSpec  # noqa: E402
 from ..distill.distiller import EnsembleDistiller  # noqa: E402
 from ..distill.frame_counts import FrameCounts  # noqa: E402
@@ -113,6 +114,8 @@ class UpstreamPretrainExpert(nn.Module):
         if self.data.dev_sets:
             self.dev_dataloader = self._loader(self.data.dev_sets, shuffle=False)
             self.loaders.append(self.dev_dataloader)
+        if mask is not None:
+            self._check_mask_length(mask.length, conv)
         teachers = load_teachers(
             self.settings.teachers,
             self.settings.teacher_dropout,
@@ -147,10 +150,20 @@ class UpstreamPretrainExpert(nn.Module):
             models = [teacher_model(teachers, name) for name in init.sources]
             initialise(student, models, conv=init.conv, encoder=init.encoder, layers=init.layers)
         # for `s3prl-ekd merge`
-        self._initial_weights = weights_digest(self.distiller.student)
+        self._initial_weights: Any = weights_digest(self.distiller.student)
         self._log_setup()
         if self.targets is not None:
             use.free_teachers(teachers)
+
+    def _check_mask_length(self, length: int, conv: ConvInput) -> None:
+        """Raise ConfigError if no utterance is as long as a masked span."""
+        rows = [row for batch in self.dataloader.dataset.batches for row in batch]
+        frames = conv.frames(max(used(row, self.data.sequence_length) for row in rows))
+        if length > frames:
+            raise ConfigError(
+                f"student.mask.length: {length} frames, but the longest utterance or excerpt has "
+                f"{frames}; nothing would be masked, so lower it"
+            )
 
     def _student_before_teachers(self) -> Student | None:
         """The student, unless it is a copy of a teacher, which has to be loaded first."""
@@ -386,7 +399,8 @@ class UpstreamPretrainExpert(nn.Module):
             about["run"]["lr"] = optimizer["lr"]
         if self._pruned:
             about["pruned"] = self._pruned
-        about["initial_weights"] = self._initial_weights
+        if isinstance(self._initial_weights, str):
+            about["initial_weights"] = self._initial_weights
         all_states[RUN_KEY] = contents(
             self.distiller.student, self.distiller.heads, self.distiller.aggregate.specs, about
         )
@@ -420,8 +434,8 @@ class UpstreamPretrainExpert(nn.Module):
                 )
             self.distiller.student.load_state_dict(saved["student"])
             self.distiller.heads.load_state_dict(saved["heads"])
-            initial = saved["about"].get("initial_weights", self._initial_weights)
-            self._initial_weights = str(initial)
+            # absent in runs of version 0.1, whose teachers may have changed since
+            self._initial_weights = saved["about"].get("initial_weights")
             for key, part in self._optional_parts().items():
                 state = all_states[key]
                 if key == "UnitHead" and "weight" in state:  # of version 0.1, which had one

@@ -108,7 +108,8 @@ class FastEncoder:
         self.extractor = extractor
         self.precision = extractor.dtype
         self.normalize = normalizes(upstream)
-        # see padded_frames; a frame that includes padding would depend on its length
+        # See padded_frames. With masked_norm a frame that is partly padding counts as padding: its
+        # value depends on the amount of padding. s3prl's HuBERT and WavLM count it as valid.
         self.counts_frames = family(upstream) == "wav2vec2" or extractor.masked_norm
         self.name = name
         self._weights: _Weights | None = None
