@@ -102,12 +102,12 @@ def test_statistics_and_gradients_are_those_of_each_utterance_alone(dtype):
     """torch's group norm of each utterance without its padding, whose contents do not matter."""
     generator = torch.Generator().manual_seed(0)
     norm = torch.nn.GroupNorm(5, 5).to(dtype)
-    torch.nn.init.normal_(norm.weight)
-    torch.nn.init.normal_(norm.bias)
+    torch.nn.init.normal_(norm.weight, generator=generator)
+    torch.nn.init.normal_(norm.bias, generator=generator)
     x = (3 + torch.randn(3, 5, 40, generator=generator)).to(dtype)
     x[1, :, 17:] = 1e4
     x.requires_grad_()
-    lengths = [40, 17, 2]
+    lengths = [40, 17, 5]
     result = masked_group_norm(norm, x, torch.tensor(lengths))
     parts = [norm(x[i : i + 1, :, :n])[0] for i, n in enumerate(lengths)]
     pick = [torch.randn(part.shape, generator=generator).to(dtype) for part in parts]

@@ -112,7 +112,7 @@ class RelationLoss(nn.Module):
 def unit_frames(states: Tensor, mask: Tensor, settings: RelationSettings) -> Tensor:
     """Frames of unit length in windows: ``[batch, layer, window, frame, dim]``.
 
-    A centred frame is divided by its length, but by no less than :data:`FLAT` times the length of
+    A centred frame is divided by its length, but by no less than ``FLAT`` times the length of
     the frame before the mean is subtracted: what is shorter consists of rounding errors, and unit
     length would give huge gradients.
 
