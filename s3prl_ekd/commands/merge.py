@@ -1,10 +1,20 @@
 """Average students that were distilled from different teachers (arXiv 2505.13270).
 
-Each CKPT is a student file, a checkpoint or a run's folder. The students have the same settings,
-and their trainings began with the same weights: both from one student file (`student: {kind: file,
-file: START.pt, keep_heads: false}`), or with one seed and one `init`. Otherwise their hidden units
-are unrelated, and the command refuses. FILE is a student file without prediction heads, since each
-student's heads predict its own teachers.
+Each CKPT is a student file, a checkpoint or a run's folder. The students have one size, and their
+trainings began with the same weights; otherwise their hidden units are unrelated, and the command
+refuses. Training settings, such as dropout, may differ; the first student's are kept. Runs begin
+with the same weights if
+
+* every run has the same `init.teacher`. It is one of the run's teachers; a teacher of `weight: 0`
+  teaches nothing, but may give the first weights:
+    teachers: {hubert: {model: hubert_base, weight: 0}, wavlm: {model: wavlm_base_plus}}
+    init: {teacher: hubert}
+* or every run begins with one student file:
+    student: {kind: file, file: START.pt, keep_heads: false}
+* or every run has `init: {teacher: null}`, one `student` and one --seed.
+
+FILE is a student file without prediction heads, since each student's heads predict its own
+teachers.
 
 Paper: interpolation of students with equal first weights. Ours: more than two students, and equal
 weights unless --weights gives others.
@@ -26,15 +36,21 @@ from .export import check_output, load_checkpoint
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of this command."""
+    parser.usage = (
+        "%(prog)s CKPT CKPT [CKPT ...] -o FILE [--weights W W ...] [--assume-same-start] [--force]"
+    )
     add = parser.add_argument
     add(
         "checkpoints", metavar="CKPT", type=Path, nargs="+",
         help="two or more student files, states-*.ckpt, or runs' folders (their newest checkpoint)",
     )  # fmt: skip
-    add("-o", "--output", metavar="FILE", type=Path, required=True)
+    add(
+        "-o", "--output", metavar="FILE", type=Path, required=True,
+        help="the student file to write, .pt or .safetensors",
+    )  # fmt: skip
     add(
         "--weights", metavar="W", type=float, nargs="+",
-        help="a weight for each CKPT, divided by their sum (default: equal)",
+        help="a weight for each CKPT, after the CKPTs; divided by their sum (default: equal)",
     )  # fmt: skip
     add(
         "--assume-same-start", action="store_true",
@@ -66,7 +82,7 @@ def main(args: argparse.Namespace) -> int:
         print(f"{part['weight']:.3f}  {member.path}")
     count = sum(parameter.numel() for parameter in merged.student.parameters())
     print(f"-> {args.output}: {count:,} parameters, no prediction heads")
-    if "initial_weights" not in merged.about:
+    if "assumed_same_start" in merged.about:
         print("initial weights: assumed to be the same (--assume-same-start)")
     path = shlex.quote(str(args.output))
     print(f"next: run_downstream.py -m train -u ekd_student -k {path} -d asr -n my_asr")

@@ -6,7 +6,8 @@ start with equal weights θ₀, HuBERT's conv extractor and first two layers. Th
 of both teachers. For weights that sum to 1 it is the average Σ wᵢ·θᵢ, so θ₀ itself is not needed.
 Inferred: parameters are averaged as they are trained, so the two factors of the positional
 convolution's weight norm separately. Ours: more than two students, equal weights as the default,
-the check of θ₀ by its digest, no prediction heads, since each student's predict other teachers.
+the check of θ₀ by its digest, no prediction heads, since those of each student predict other
+teachers.
 
 The average is meaningful as long as the students did not move far from θ₀. Students of different
 θ₀ have hidden units in different orders, which an average mixes.
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from .. import __version__
 from ..distill.student import Student
+from ..distill.student_settings import Architecture
 from ..errors import CheckpointError, ConfigError
 from ..files.atomic import file_sha256
 from ..files.config import from_plain_data
@@ -33,8 +35,22 @@ from ..student_file import LoadedStudent, architecture, require_cut
 
 ASSUME = "--assume-same-start"
 _HOW_TO_START = (
-    "distil all of them from one file (student: {kind: file, file: START.pt, keep_heads: false}), "
-    "or with one seed and one `init`"
+    "give every run the same init.teacher (a teacher of weight: 0 teaches nothing, but may give "
+    "the first weights), or one file (student: {kind: file, file: START.pt, keep_heads: false}), "
+    "or init: {teacher: null} and one seed"
+)
+
+# Settings that change a student in training only; those of merged students may differ.
+TRAINING_SETTINGS = frozenset(
+    {
+        "dropout",
+        "attention_dropout",
+        "activation_dropout",
+        "input_dropout",
+        "extractor_dropout",
+        "encoder_layerdrop",
+        "feature_grad_mult",
+    }
 )
 
 
@@ -66,19 +82,22 @@ def merge(
             0.1 did not store; digests that differ are never accepted.
 
     Returns:
-        The student in eval mode. ``about["merged"]`` has the name and SHA-256 of each file, its
-        weight and its own ``about``.
+        The student in eval mode, with the first one's dropout, layer drop and factor on the conv
+        extractor's gradient. ``about["merged"]`` has the name and SHA-256 of each file, its weight
+        and its own ``about``. ``about["initial_weights"]`` is there if all files have it;
+        otherwise ``about["assumed_same_start"]`` is true.
 
     Raises:
         ConfigError: fewer than two students, or invalid weights.
-        CheckpointError: the students do not fit together, one has gates, or their average is not
-            finite.
+        CheckpointError: the students do not fit together, one has gates or was cut and not
+            distilled again, or their average is not finite.
     """
     if len(members) < 2:
         raise ConfigError(f"expected at least two students to merge, got {len(members)}")
     shares = normalised(weights, len(members))
     for member in members:
         require_cut(member.loaded.student, member.path)
+        _refuse_fresh_cut(member)
     _check_architectures(members)
     digest = _common_start(members, assume_same_start)
     states = [member.loaded.student.state_dict() for member in members]
@@ -98,7 +117,7 @@ def normalised(weights: Sequence[float] | None, count: int) -> list[float]:
         return [1 / count] * count
     if len(weights) != count:
         raise ConfigError(f"--weights: expected {count}, one for each student, got {len(weights)}")
-    total = math.fsum(weights)
+    total = sum(weights)  # inf if it is too large, where math.fsum raises OverflowError
     if not all(0 <= weight < math.inf for weight in weights) or not 0 < total < math.inf:
         given = " ".join(f"{weight:g}" for weight in weights)
         raise ConfigError(f"--weights must be 0 or more and not all 0, got {given}")
@@ -113,6 +132,15 @@ def average(tensors: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
     return total.to(tensors[0].dtype)
 
 
+def _refuse_fresh_cut(member: Member) -> None:
+    """Raise CheckpointError for an output of `prune` that was not distilled again."""
+    if member.loaded.about.get("pruned") and member.initial_weights is None:
+        raise CheckpointError(
+            f"{member.path} was cut by prune, which keeps other units in each run; merge students "
+            "of the second distillation from one cut"
+        )
+
+
 def _check_architectures(members: Sequence[Member]) -> None:
     first = members[0]
     settings = first.loaded.student.settings
@@ -123,7 +151,7 @@ def _check_architectures(members: Sequence[Member]) -> None:
                 f"cannot merge {first.path} and {member.path}: one is a copy of a teacher, the "
                 "other is not; merge students of one architecture"
             )
-        changes = config_differences(architecture(settings), architecture(other))
+        changes = config_differences(_size(settings), _size(other))
         if changes:
             raise CheckpointError(
                 f"cannot merge {first.path} and {member.path}, whose settings differ: "
@@ -131,8 +159,14 @@ def _check_architectures(members: Sequence[Member]) -> None:
             )
 
 
+def _size(settings: Architecture) -> dict[str, Any]:
+    """The settings that merged students have in common."""
+    data = architecture(settings)
+    return {key: value for key, value in data.items() if key not in TRAINING_SETTINGS}
+
+
 def _common_start(members: Sequence[Member], assume_same_start: bool) -> str | None:
-    """The digest of the students' common initial weights; None if no file has one."""
+    """The digest of the students' common initial weights; None if a file does not have it."""
     known = [member for member in members if member.initial_weights is not None]
     for member in known[1:]:
         if member.initial_weights != known[0].initial_weights:
@@ -148,7 +182,7 @@ def _common_start(members: Sequence[Member], assume_same_start: bool) -> str | N
             "students that began with different weights mixes unrelated hidden units; if the "
             f"trainings began with the same weights, add {ASSUME}; otherwise {_HOW_TO_START}"
         )
-    return known[0].initial_weights if known else None
+    return None if unknown else known[0].initial_weights
 
 
 def _about(
@@ -167,7 +201,9 @@ def _about(
             }
         )
     about: dict[str, Any] = {"made_by": f"s3prl_ekd {__version__}", "merged": merged}
-    if digest is not None:
+    if digest is None:
+        about["assumed_same_start"] = True
+    else:
         about["initial_weights"] = digest
     pruned = members[0].loaded.about.get("pruned")
     if pruned and all(member.loaded.about.get("pruned") == pruned for member in members):

@@ -140,9 +140,9 @@ The first conv layer normalises over time, padding included, so the hidden state
 change with the amount of padding; run utterances one by one to avoid this."""
 
 _UNMASKED = """
-The student normalises over valid frames only (`masked_norm`), which transformers cannot: in padded
-batches its hidden states are not those of this model. A student file made from this folder has
-`masked_norm: false`."""
+The student normalises over valid frames only (`masked_norm`). transformers has no such norm, so
+this model's hidden states of padded batches differ from the student's. A student loaded from this
+folder has `masked_norm: false`."""
 
 _MASKED_NORM = """
 The first conv layer normalises over the valid frames of each utterance, so the hidden states of an
@@ -370,7 +370,9 @@ def _how_merged(about: Mapping[str, Any]) -> list[str]:
     for member in members:
         if isinstance(member, Mapping):
             file = PureWindowsPath(str(member.get("file"))).name
-            lines.append(f"  - `{file}`, weight {member.get('weight')}")
+            weight = member.get("weight")
+            share = f"{weight:.3g}" if isinstance(weight, float) else weight
+            lines.append(f"  - `{file}`, weight {share}")
             lines += [f"    {line}" for line in _how_made(_mapping(member, "about"))]
     return lines
 

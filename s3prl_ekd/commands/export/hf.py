@@ -4,8 +4,8 @@ DIR gets config.json, model.safetensors, preprocessor_config.json and README.md,
 explains how its hidden states correspond to the student's. The model is loaded again and compared
 with the student on a padded batch; if they differ, DIR is not written.
 
-transformers has no masked_norm: the hidden states of such a student are equal for single utterances
-only, which are compared instead, and `export student DIR` gives a student without it.
+transformers has no masked_norm. For such a student single utterances are compared; padded batches
+differ. A student loaded from DIR has masked_norm: false.
 
 A pruned student is padded with zeros to all heads, and to the units of its widest layer, because
 transformers' layers are of one size.
@@ -64,9 +64,8 @@ def main(args: argparse.Namespace) -> int:
     print(f"largest difference from the student's hidden states on {inputs}: {error:.1e}")
     if masked:
         print(
-            "transformers has no masked_norm: in padded batches the group norm of this model "
-            "includes padding and its hidden states differ from the student's; run utterances one "
-            "by one"
+            "transformers has no masked_norm, so this model's hidden states of padded batches "
+            "differ from the student's; run utterances one by one"
         )
     print(f"next: transformers.AutoModel.from_pretrained({str(args.output)!r})")
     return 0
