@@ -299,6 +299,15 @@ def test_groups_without_a_number_have_the_highest_silhouette(run, tmp_path):
         assert float(chosen[2]) == max(float(row[2]) for row in rows[1:])
 
 
+@pytest.mark.parametrize("number", [1, 4])
+def test_the_row_of_the_given_number_is_marked(run, tmp_path, number):
+    """Of four layers; the last row is there only if each layer is a group."""
+    output = run("group-layers", "model.yaml", "-o", "new.yaml", "--groups", str(number))
+    marked = re.findall(r"(?m)^(\d) \*  +(\d(?: \d)*)  ", output)
+    assert marked == [(str(number), {1: "4", 4: "1 1 1 1"}[number])] * 3
+    assert len(re.findall(r"(?m)^4  ", output)) == 0
+
+
 def test_layers_overwrites_with_force(run, tmp_path):
     argv = ("group-layers", "model.yaml", "-o", "model.yaml", "--force", "--similarity", "cosine")
     run(*argv, "--linkage", "complete")

@@ -53,8 +53,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add("--linkage", choices=LINKAGES, default="average", help="(default: average; ours)")
     add(
-        "--contiguous", action=argparse.BooleanOptionalAction, default=False,
-        help="group only neighbouring layers (default: --no-contiguous; ours)",
+        "--contiguous", action="store_true",
+        help="group only neighbouring layers (default: any layers; ours)",
     )  # fmt: skip
     add("--force", action="store_true", help="overwrite an existing NEW_CONFIG")
 
@@ -114,9 +114,12 @@ def main(args: argparse.Namespace) -> int:
 
 
 def cut_table(options: Sequence[Cut], chosen: Cut) -> list[str]:
-    """Sizes, silhouette and gap of each number of groups but that of the layers; ``*``: chosen."""
+    """Sizes, silhouette and gap of each number of groups; ``*``: chosen.
+
+    The last row, in which each layer is a group, is there only if it is chosen.
+    """
     rows = [("groups", "sizes", "silhouette", "gap")]
-    for cut in options[:-1]:
+    for cut in options if chosen is options[-1] else options[:-1]:
         mark = " *" if cut is chosen else ""
         sizes = " ".join(map(str, cut.sizes))
         quality = "-" if len(cut.groups) == 1 else f"{cut.silhouette:.2f}"
