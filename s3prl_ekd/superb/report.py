@@ -143,8 +143,9 @@ def _padding_notes(selections: Mapping[tuple[str, str], SelectedRuns]) -> list[s
         return [f"{text}."]
     names = ", ".join(f"{upstream}/{task}" for upstream, task in alone)
     return [
-        f"{text}: {names}; of padded batches: all other runs. The two are comparable for students "
-        "with masked_norm only; other hidden states depend on the padding of their batch."
+        f"{text}: {names}; of padded batches: all other runs. The two are comparable only for "
+        "upstreams whose hidden states do not depend on padding: students with masked_norm, and "
+        "models with layer norms in the conv extractor."
     ]
 
 
