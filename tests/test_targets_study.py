@@ -1,6 +1,7 @@
 """tools/targets_study.py: configs of its rows, weights of added terms, intervals, a tiny study."""
 
 import json
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,7 +13,15 @@ from study_parts.training import TrainingFolder
 
 from s3prl_ekd import cli
 from tools import targets_study
-from tools.targets_study import ROWS, Study, difference, differences_from, student_gradient
+from tools.targets_study import (
+    PROBES,
+    ROWS,
+    Study,
+    difference,
+    differences_from,
+    report,
+    student_gradient,
+)
 
 pytestmark = pytest.mark.slow  # of tools/
 
@@ -68,6 +77,41 @@ def test_only_differences_whose_interval_excludes_0_are_bold():
     assert differences_from(results(20.0, 12.0), results(10.0, 12.0))[1][0] == "+5.0 ± 63.5"
 
 
+@pytest.mark.parametrize(
+    ("steps", "rate", "parts"), [(3, 1e-3, ["--steps 2", "--steps 3"]), (2, 0.5, ["--lr 0.5"])]
+)
+def test_a_folder_has_runs_of_the_same_steps_and_learning_rate(study, steps, rate, parts):
+    study.check_options()
+    study.check_options()
+    before = (study.folder / "study.json").read_text()
+    with pytest.raises(SystemExit) as stop:
+        Study(study.folder, study.corpus.folder, steps, rate).check_options()
+    for part in [str(study.folder), *parts]:
+        assert part in str(stop.value)
+    assert (study.folder / "study.json").read_text() == before
+
+
+def test_results_without_a_record_count_as_those_of_their_own_steps(study):
+    for name, steps in (("none_0", 0), ("average_0", 2)):
+        (study.folder / f"results/{name}.json").write_text(json.dumps({"steps": steps}))
+    with pytest.raises(SystemExit, match=r"--steps 2\b"):
+        Study(study.folder, study.corpus.folder, 3, 1e-3).check_options()
+    assert not (study.folder / "study.json").exists()
+    study.check_options()
+    assert json.loads((study.folder / "study.json").read_text()) == {"steps": 2, "lr": 1e-3}
+
+
+def test_the_report_counts_its_intervals(study):
+    """Two rows besides the reference, three seeds in one of them and one in the other."""
+    for row, seeds in (("average", 3), ("relation", 3), ("units", 1)):
+        for seed in range(seeds):
+            values = {name: 10.0 + seed * len(row) for name in PROBES}
+            result = {"row": row, "seed": seed, "steps": 2, **values}
+            (study.folder / f"results/{row}_{seed}.json").write_text(json.dumps(result))
+    last = report(study).splitlines()[-1]
+    assert re.findall(r"\d+", last) == [str(len(PROBES)), "1", "20"]
+
+
 def test_the_gradient_is_that_of_the_student_only():
     student, head = torch.nn.Linear(2, 1, bias=False), torch.nn.Linear(2, 1)
     student.register_parameter("unused", torch.nn.Parameter(torch.ones(1)))
@@ -105,6 +149,8 @@ def test_a_tiny_study_and_its_report(tmp_path, monkeypatch, pretrain_script):
     files = {path.name: path for path in (tmp_path / "study/results").glob("*.json")}
     rows = ["none", "separate_units", "tiny_hubert"]
     assert sorted(files) == [f"{row}_0.json" for row in rows]
+    steps = [json.loads(files[f"{row}_0.json"].read_text())["steps"] for row in rows]
+    assert steps == [0, 2, 0]
     report = (tmp_path / "study/report.md").read_text().splitlines()
     assert [line.split()[1] for line in report if line.startswith("| ")][1:] == rows
     assert (tmp_path / "study/report.png").stat().st_size > 1000

@@ -19,11 +19,12 @@ the added term (median of ten batches).
 
 Then linear probes, see study_parts/probes.py. Each result is a file in FOLDER/results, so the same
 command continues from what is there; ``--report`` only writes report.md, report.csv and report.png.
-CORPUS has unlabeled.tsv, pr.tsv, sid.tsv, noise.tsv and alignments.tsv.
+FOLDER/study.json has the steps and the learning rate; other ones need another folder. CORPUS has
+unlabeled.tsv, pr.tsv, sid.tsv, noise.tsv and alignments.tsv.
 
 example:
   python tools/targets_study.py STUDY --corpus CORPUS
-  python tools/targets_study.py STUDY --corpus CORPUS --rows none average --seeds 0 --steps 20
+  python tools/targets_study.py TRIAL --corpus CORPUS --rows none average --seeds 0 --steps 20
 """
 
 from __future__ import annotations
@@ -69,6 +70,28 @@ class Study(TrainingFolder):
     def __init__(self, folder: Path, corpus: Path, steps: int, rate: float):
         super().__init__(folder, corpus)
         self.steps, self.rate = steps, rate
+
+    def check_options(self) -> None:
+        """Write study.json, or refuse a folder of other steps or another learning rate.
+
+        Results without study.json count as those of their own steps and of this learning rate.
+
+        Raises:
+            SystemExit: the options differ.
+        """
+        path, options = self.folder / "study.json", {"steps": self.steps, "lr": self.rate}
+        if path.exists():
+            found = json.loads(path.read_text(encoding="utf-8"))
+        else:
+            steps = {result["steps"] for result in read_results(self.folder / "results")} - {0}
+            others = sorted(steps - {self.steps})
+            found = {**options, "steps": others[0]} if others else options
+        if found != options:
+            raise SystemExit(
+                f"{self.folder} has results of --steps {found['steps']} --lr {found['lr']}, not of "
+                f"--steps {self.steps} --lr {self.rate}; use another folder"
+            )
+        path.write_text(json.dumps(options, indent=1), encoding="utf-8")
 
     def model(self, row: str, weights: dict[str, float]) -> dict[str, Any]:
         """The model config of a row; ``weights``: of relation and units."""
@@ -168,7 +191,8 @@ def result_of(study: Study, row: str, seed: int) -> dict[str, Any]:
         name, model = f"{row}_{seed}", study.model(row, study.weights())
         last = study.train(name, model, study.steps, study.rate, 0.1, seed, log=name)
         upstream = UpstreamExpert(last).eval()
-    result = {"row": row, "seed": seed, "steps": 0 if row == "none" else study.steps}
+    trained = row != "none" and row not in TEACHERS.values()
+    result = {"row": row, "seed": seed, "steps": study.steps if trained else 0}
     result |= probe(study.corpus, upstream)
     result["seconds"] = round(time.monotonic() - start)
     result_path(study, row, seed).write_text(json.dumps(result, indent=1), encoding="utf-8")
@@ -233,6 +257,7 @@ def report(study: Study) -> str:
     for row, values in rows.items():
         cells = [cell([result[name] for result in values]) for name in PROBES]
         lines.append(f"| {row} | {len(values)} | " + " | ".join(cells) + " |")
+    intervals = 0
     for reference in (name for name in REFERENCES if name in rows):
         lines += ["", f"Difference from {reference} in points, paired by seed, with 95 % interval"]
         lines[-1] += " (Student's t over seeds); bold: the interval excludes 0."
@@ -240,7 +265,10 @@ def report(study: Study) -> str:
         for row in rows:
             if row in ROWS and row != reference:
                 count, cells = differences_from(rows[row], rows[reference])
+                intervals += len([text for text in cells if text])
                 lines.append(f"| {row} | {count} | " + " | ".join(cells) + " |")
+    if intervals:
+        lines += ["", f"There are {intervals} intervals, of which about 1 in 20 is bold by chance."]
     text = "\n".join(lines) + "\n"
     (study.folder / "report.md").write_text(text, encoding="utf-8")
     write_csv(
@@ -313,6 +341,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     study = Study(args.folder, args.corpus, args.steps, args.lr)
     if not args.report:
         os.environ["OMP_NUM_THREADS"] = "1"
+        study.check_options()
         study.prepare()
         run_missing(study, args.rows, args.seeds, args.jobs)
     print(report(study))
