@@ -48,7 +48,7 @@ NOT_RUN_PREFIXES = {
     "torchrun --standalone --nproc_per_node=8": "8 GPUs; tests/test_processes.py runs 2 processes",
     "run_pretrain.py -u ekd -n dp_hubert_final": "25,000 steps; tests/test_prune.py runs a few",
     "python tools/pruning_study.py": "an hour; tests/test_pruning_study.py tests its parts",
-    "python tools/targets_speed.py": "minutes of timing",
+    "python -m tools.targets_speed": "minutes of timing",
     "python tools/targets_study.py": "an hour; tests/test_targets_study.py tests its parts",
     "python tools/study.py": "hours; tests/test_study_run.py runs a small study",
     "python tools/make_voices.py": "minutes; tests/test_make_voices.py makes a few",
@@ -65,6 +65,7 @@ STUDENT_RUN = (
 TYPED_BEFORE = {
     "docs/configuration.md": STUDENT_RUN[:2],
     "docs/export.md": STUDENT_RUN,
+    "docs/method.md": STUDENT_RUN[:1],
     "docs/speed.md": STUDENT_RUN[:2],
     "docs/students.md": STUDENT_RUN[:2],
     "docs/targets.md": STUDENT_RUN[:2],
