@@ -393,40 +393,40 @@ def other_units(folder, **changes):
 
 MISTAKES = {
     # what is changed, parts of the message
-    "missing": (lambda f: (f / "wavlm.safetensors").unlink(), ["wavlm.safetensors", "fit-units"]),
+    "missing": (lambda f: (f / "wavlm.safetensors").unlink(), ["wavlm.safetensors"]),
     "damaged": (
         lambda f: (f / "wavlm.safetensors").write_bytes(b"\xff" * 100),
-        ["wavlm.safetensors", "damaged"],
+        ["wavlm.safetensors"],
     ),
     "not of fit-units": (
         lambda f: save_file({"centroids": torch.zeros(2, 2)}, f / "wavlm.safetensors"),
-        ["wavlm.safetensors", "fit-units"],
+        ["wavlm.safetensors"],
     ),
     "other teacher": (
         lambda f: other_units(f, teacher="robust"),
         ["unit_loss[1].file", "'robust'", "hubert, wavlm"],
     ),
     "other width": (lambda f: other_units(f, width=64), ["unit_loss[1].file", "64", "48"]),
-    "other layer": (lambda f: other_units(f, layer=9), ["unit_loss[1].file", "layer 9", "0 to 4"]),
+    "other layer": (lambda f: other_units(f, layer=9), ["unit_loss[1].file", "9", "4"]),
     "negative layer": (
         lambda f: other_units(f, layer=-1),
-        ["wavlm.safetensors is damaged", "layer -1"],
+        ["wavlm.safetensors", "-1"],
     ),
     "no clusters": (
         lambda f: other_units(f, clusters=0),
-        ["wavlm.safetensors is damaged", "0 units"],
+        ["wavlm.safetensors", "0"],
     ),
-    "text": ({"unit_loss": "hubert.safetensors"}, ["unit_loss", "expected a list"]),
-    "number": ({"unit_loss": 3}, ["unit_loss", "expected a list", "3"]),
-    "texts": ({"unit_loss": ["hubert.safetensors"]}, ["unit_loss[0]", "a mapping"]),
+    "text": ({"unit_loss": "hubert.safetensors"}, ["unit_loss"]),
+    "number": ({"unit_loss": 3}, ["unit_loss", "3"]),
+    "texts": ({"unit_loss": ["hubert.safetensors"]}, ["unit_loss[0]"]),
     "window": ({"relation": {"weight": 1.0, "window": 1}}, ["relation", "window", "1"]),
     "student_layers": (
         {"relation": {"weight": 1.0, "student_layers": [1, 3]}},
-        ["relation.student_layers", "no layer 3", "0 to 2"],
+        ["relation.student_layers", "3", "2"],
     ),
     "no student_layers": (
         {"relation": {"weight": 1.0, "student_layers": []}},
-        ["student_layers", "one or more"],
+        ["student_layers"],
     ),
     "one student layer": (
         {"relation": {"weight": 1.0, "student_layers": [1]}},
@@ -436,9 +436,9 @@ MISTAKES = {
         {"student": {**STILL, "encoder_layerdrop": 0.1}},
         ["relation", "student.encoder_layerdrop"],
     ),
-    "share": ({"student": {**STILL, "mask": {"share": 0}}}, ["student.mask", "share", "above 0"]),
+    "share": ({"student": {**STILL, "mask": {"share": 0}}}, ["student.mask", "share", "0"]),
     "mask without units": ({"unit_loss": []}, ["student.mask", "unit_loss"]),
-    "mask is a number": ({"student": {**STILL, "mask": 0.8}}, ["student.mask", "a mapping"]),
+    "mask is a number": ({"student": {**STILL, "mask": 0.8}}, ["student.mask", "0.8"]),
     "unmasked_weight": (
         {"student": NO_DROPOUT},
         ["unit_loss[1].unmasked_weight", "student.mask"],
@@ -449,13 +449,13 @@ MISTAKES = {
     ),
     "s3prl's student and mask": (
         {"student": {**STILL, "masked_norm": False}, "student_backend": "s3prl"},
-        ["student.mask ", "student_backend: ours"],
+        ["student.mask", "student_backend: ours"],
     ),
     "s3prl's teachers": ({"teacher_backend": "s3prl"}, ["teacher_masked_norm", "fast"]),
-    "procrustes": ({"target_norm": "procrustes", "teachers": "wide"}, ["procrustes", "width"]),
+    "procrustes": ({"target_norm": "procrustes", "teachers": "wide"}, ["procrustes", "wavlm"]),
     "layers": (
         {**FREE, "teachers": "layers"},
-        ["relation", "same number of layers", "hubert has 2", "wavlm has 1"],
+        ["relation", "hubert", "2", "wavlm", "1"],
     ),
     "reduce": ({"loss": {"reduce": "frame"}}, ["loss.reduce", "frames", "batches", "'frame'"]),
 }
