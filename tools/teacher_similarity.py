@@ -4,8 +4,8 @@ For each target layer of the tiny teachers, against tiny_hubert, a Markdown tabl
 
 * the mean cosine of equal frames;
 * the correlation of the cosine Gram matrices over frames, off the diagonal, mean over utterances;
-* the correlation of equal dimensions, before and after a rotation (`target_norm: procrustes`), which
-  is fitted on half of the utterances and measured on the other half.
+* the correlation of equal dimensions, before and after a rotation (`target_norm: procrustes`)
+  which is fitted on half of the utterances and measured on the other half.
 
 CORPUS has unlabeled.tsv (columns path, duration in seconds, split) with paths relative to it.
 

@@ -149,8 +149,8 @@ class LossSettings:
     reduce: Literal["frames", "batches"] = "frames"
     """``frames``: a term is the mean over all frames of a step, of all accumulated batches and
     processes (ours). ``batches``: the mean of the batches' means, as in s3prl's Runner; a frame of
-    a batch with few frames then has a larger weight. With one batch per step both are equal, except
-    for ``feature_penalty``."""
+    a batch with few frames then has a larger weight. With one batch per step in all (one
+    process, no accumulation) both are equal, except for ``feature_penalty``."""
 
     feature_penalty: float = 0.0
     """Weight of the mean square of the conv features (s3prl's ``feat_pen_loss``). The mean is over
@@ -205,7 +205,7 @@ class RelationSettings:
 
     student_layers: tuple[int, ...] | None = None
     """The student's layer for each target of a teacher; null: the layer of the same relative depth,
-    rounded, at least 1 (ours)."""
+    rounded, and at least 1 unless the target is layer 0 (ours)."""
 
     def __post_init__(self) -> None:
         check_range(self, 0, math.inf, "weight")

@@ -57,7 +57,7 @@ class MaskSettings:
 
     share: float = 0.8
     """Sum of the spans' lengths, as a share of the utterance (HuBERT). Spans overlap: with 0.8 and
-    a length of 10, 57 % of the frames are masked."""
+    a length of 10, 57 % of the frames of a long utterance are masked."""
 
     def __post_init__(self) -> None:
         check_range(self, 1, math.inf, "length")
