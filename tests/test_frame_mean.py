@@ -129,7 +129,7 @@ def test_each_term_has_its_own_denominator(part):
     more = {
         "relation": RelationSettings(weight=float(part == "relation"), window=12),
         "units": [random_units("a", 3), random_units("b", 2)],
-        "weights": [(1.0, 0.5), (0.5, 0.0)] if part == "units" else [(0.0,), (0.0,)],
+        "weights": [(1.0, 0.5), (0.5, 0.0)] if part == "units" else [(1e-30,), (1e-30,)],
         "mask": MASK,
     }
     upstreams = {"a": FakeUpstream(), "b": FakeUpstream(720, seed=1)}

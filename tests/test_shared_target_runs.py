@@ -278,7 +278,12 @@ UNUSED = {
     "relation at the top": ([0, 1], {"relation": {"weight": 1.0, "student_layers": [1, 2]}}, False),
     "neither": ([0, 1], {"relation": {}}, True),
     "pre-norm": ([1, 2], {"relation": {"weight": 1.0}, "student": NORM_FIRST}, True),
-    "no distillation loss": ([1, 2], {"relation": {"weight": 1.0}, "loss": {"weight": 0.0}}, False),
+    "no distillation loss": ([1, 2], {"relation": {"weight": 1.0}, "loss": {"weight": 0.0}}, True),
+    "relation at the top alone": (
+        [1, 2],
+        {"relation": {"weight": 1.0, "student_layers": [1, 2]}, "loss": {"weight": 0.0}},
+        False,
+    ),
 }
 
 
