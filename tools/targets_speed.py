@@ -63,7 +63,10 @@ VARIANTS = (
         Variant(f"relation, window {n}", {"relation": {"weight": 1.0, "window": n}})
         for n in (50, 100, 200)
     ),
-    Variant("relation, between_layers", {"relation": {"weight": 1.0, "between_layers": True}}),
+    Variant(
+        "relation, between_layers",
+        {"relation": {"weight": 1.0, "between_layers": True, "student_layers": [0, 1, 2]}},
+    ),
     Variant("units of 3 teachers, masked spans", {}, units=True),
     Variant("procrustes, statistics", NORM),
     Variant("procrustes, frozen", {**NORM, "target_norm_steps": 1}),
