@@ -21,7 +21,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -
 
 help:
 	@echo "make demo    three tiny teachers -> one student, evaluated on a synthetic corpus"
-	@echo "make test    lint, types and tests, in about 7 minutes"
+	@echo "make test    lint, types and tests, in about 9 minutes"
 	@echo "make test-all   the slow tests too, those of tools/, and 1,000 random inputs for each reader"
 	@echo "make docs    the documents as HTML: docs/_build/html/index.html"
 	@echo "make fuzz    10,000 random inputs for each file reader (hours; for a nightly job)"
