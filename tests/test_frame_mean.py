@@ -26,6 +26,7 @@ from s3prl_ekd.distill.settings import (
 from s3prl_ekd.distill.student import Student
 from s3prl_ekd.distill.teachers import Teacher
 from s3prl_ekd.essence.units import save_units
+from s3prl_ekd.files.run_checkpoints import read_checkpoint
 from s3prl_ekd.pretrain.expert import UpstreamPretrainExpert
 from s3prl_ekd.pretrain.tensorboard import read_scalars
 from s3prl_ekd.pretrain.trainer import Trainer
@@ -464,7 +465,7 @@ def test_a_checkpoint_without_reduce_keeps_the_mean_of_batch_means(folder, pretr
     assert pretrain_with("x", gradient_accumulate_steps=2)[0] == 0
     expected = trained("x")
     first = Path("result/pretrain/x/states-1.ckpt")
-    saved = torch.load(first, weights_only=False)
+    saved = read_checkpoint(first)
     assert saved["Upstream_Config"]["loss"].pop("reduce") == "batches"
     old = Path("result/pretrain/old")
     old.mkdir()

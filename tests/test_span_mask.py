@@ -14,6 +14,7 @@ from s3prl_ekd.distill.span_mask import SpanMask, draw_spans
 from s3prl_ekd.distill.student import Student
 from s3prl_ekd.distill.student_settings import MaskSettings, StudentSettings
 from s3prl_ekd.essence.units import save_units
+from s3prl_ekd.files.run_checkpoints import read_checkpoint
 from s3prl_ekd.pretrain.trainer import dev_loss
 from s3prl_ekd.student_file import load_student
 
@@ -378,7 +379,7 @@ def test_an_exported_student_of_a_masked_run_is_a_plain_student(masked_run, pret
     saved = saved_states("x")
     assert saved["MaskEmbedding"]["vector"].shape == (48,)
     for path in ("student.pt", "result/pretrain/x/states-4.ckpt"):
-        contents = torch.load(path, weights_only=False)
+        contents = read_checkpoint(path)
         contents = contents.get("EKD", contents)
         assert "mask" not in contents["settings"]
         assert not any("mask" in name for name in contents["student"])

@@ -249,7 +249,7 @@ def test_a_checkpoint_of_version_0_1_with_a_unit_head(folder, pretrain_with, pre
     assert pretrain_with("new", num_workers=0)[0] == 0
     expected = saved_states("new")
     run = folder / "result/pretrain"
-    saved = torch.load(run / "new/states-3.ckpt", weights_only=False)
+    saved = saved_states("new", "states-3.ckpt")
     (old,) = saved["Upstream_Config"]["unit_loss"]
     saved["Upstream_Config"]["unit_loss"] = {key: old[key] for key in ("file", "weight")}
     saved["UnitHead"] = {
