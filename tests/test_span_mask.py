@@ -14,7 +14,7 @@ from s3prl_ekd.distill.span_mask import SpanMask, draw_spans
 from s3prl_ekd.distill.student import Student
 from s3prl_ekd.distill.student_settings import MaskSettings, StudentSettings
 from s3prl_ekd.essence.units import save_units
-from s3prl_ekd.files.run_checkpoints import read_checkpoint
+from s3prl_ekd.files.torch_load import safe_load
 from s3prl_ekd.pretrain.trainer import dev_loss
 from s3prl_ekd.student_file import load_student
 
@@ -378,9 +378,7 @@ def test_an_exported_student_of_a_masked_run_is_a_plain_student(masked_run, pret
     assert cli.main(["export", "student", "result/pretrain/x", "-o", "student.pt"]) in (0, None)
     saved = saved_states("x")
     assert saved["MaskEmbedding"]["vector"].shape == (48,)
-    for path in ("student.pt", "result/pretrain/x/states-4.ckpt"):
-        contents = read_checkpoint(path)
-        contents = contents.get("EKD", contents)
+    for contents in (safe_load("student.pt", "student file"), saved["EKD"]):
         assert "mask" not in contents["settings"]
         assert not any("mask" in name for name in contents["student"])
     plain = Student(StudentSettings(**NO_DROPOUT)).eval()
