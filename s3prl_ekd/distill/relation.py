@@ -58,16 +58,10 @@ class RelationLoss(nn.Module):
         self.settings = settings
         chosen = settings.student_layers
         self.layers = chosen or same_depths(teachers, depths, student.encoder_layers)
-        if max(self.layers) > student.encoder_layers:
-            raise ConfigError(
-                f"relation.student_layers: no layer {max(self.layers)}; the student has layers 0 "
-                f"to {student.encoder_layers}"
-            )
-        if student.encoder_layerdrop > 0:
-            raise ConfigError(
-                "relation compares layers of the student, but student.encoder_layerdrop skips some "
-                "at random; set it to 0"
-            )
+        try:  # for a copy of a teacher and a student of a file, whose sizes the config lacks
+            settings.check_student(student.encoder_layers, student.encoder_layerdrop)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
         repeated = any(a == b for a, b in pairwise(self.layers))
         if settings.between_layers and (len(self.layers) < 2 or repeated):
             raise ConfigError(

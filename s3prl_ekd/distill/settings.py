@@ -213,6 +213,19 @@ class RelationSettings:
         if self.student_layers is not None and min(self.student_layers, default=-1) < 0:
             raise ValueError("student_layers must be one or more numbers of 0 or more, or null")
 
+    def check_student(self, layers: int, layerdrop: float) -> None:
+        """Raise ValueError if a student of so many layers lacks one, or skips some at random."""
+        highest = max(self.student_layers or (0,))
+        if highest > layers:
+            raise ValueError(
+                f"relation.student_layers: no layer {highest}; the student has layers 0 to {layers}"
+            )
+        if layerdrop > 0:
+            raise ValueError(
+                "relation compares layers of the student, but student.encoder_layerdrop skips some "
+                "at random; set it to 0"
+            )
+
 
 @dataclass(frozen=True)
 class InitSettings:
@@ -423,20 +436,6 @@ class DistillSettings:
                 "teachers: all weights are 0 at the first or the last step; set one above 0"
             )
 
-    def _check_relation(self, student: StudentSettings) -> None:
-        if not self.relation.weight:
-            return
-        depth, highest = student.encoder_layers, max(self.relation.student_layers or (0,))
-        if highest > depth:
-            raise ValueError(
-                f"relation.student_layers: no layer {highest}; the student has layers 0 to {depth}"
-            )
-        if student.encoder_layerdrop > 0:
-            raise ValueError(
-                "relation compares layers of the student, but student.encoder_layerdrop skips some "
-                "at random; set it to 0"
-            )
-
     def _check_targets(self) -> None:
         aggregated = self.aggregation != "separate" or self.targets.across_teachers
         counts = {name: len(teacher.targets) for name, teacher in self.teachers.items()}
@@ -473,8 +472,8 @@ class DistillSettings:
                 "loss.weight: 0 leaves nothing to learn; set it above 0, or add relation or "
                 "unit_loss with a weight above 0"
             )
-        if isinstance(self.student, StudentSettings):
-            self._check_relation(self.student)
+        if isinstance(self.student, StudentSettings) and self.relation.weight:
+            self.relation.check_student(self.student.encoder_layers, self.student.encoder_layerdrop)
         if self.student.mask is not None and not any(unit.weight for unit in self.unit_loss):
             raise ValueError(
                 "student.mask hides frames that nothing is then learned from; add unit_loss "
