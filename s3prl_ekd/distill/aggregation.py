@@ -136,7 +136,7 @@ class Concat(Aggregation):
         return {"concat": torch.cat([teachers[name] for name in self.teachers], dim=-1)}
 
     def dim_weights(self, weights: Weights) -> dict[str, Tensor]:
-        """Weights by which each teacher counts in proportion to its weight, whatever its width."""
+        """Weights ``[width]``: a teacher's sum is in proportion to its weight, at any width."""
         parts = self.specs["concat"].parts
         shares = [
             weights[name] * max(parts) / n for name, n in zip(self.teachers, parts, strict=True)

@@ -26,7 +26,8 @@ from .losses import Comparison, Logs
 from .settings import RelationSettings
 from .student_settings import Architecture
 
-# Ours: far below what speech has; only rounding errors are shorter.
+# Ours: the smallest divisor of a centred frame, relative to the length of the frame itself. Shorter
+# centred frames consist of rounding errors.
 FLAT = 1e-3
 
 

@@ -338,7 +338,7 @@ class UpstreamPretrainExpert(nn.Module):
         """Compute the loss of one batch and append its scalars to ``records``.
 
         For s3prl's own Runner; :class:`.trainer.Trainer` calls the distiller directly. The loss is
-        a mean over the batch: this Runner averages over batches, whatever ``loss.reduce`` is.
+        a mean over the batch: this Runner averages over batches and does not use ``loss.reduce``.
         """
         if self.settings.pruning is not None:
             raise SetupError(
