@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from s3prl_ekd.distill.conv_extractor import ConvExtractor
 from s3prl_ekd.distill.settings import DistillSettings, TeacherSettings
 from s3prl_ekd.distill.student_forward import normalise
 from s3prl_ekd.distill.teachers import Teacher, TeacherEnsemble
 from s3prl_ekd.errors import TeacherError
 from s3prl_ekd.teachers import load_teachers, load_upstream
-from s3prl_ekd.teachers.fast.conv import ConvExtractor
 from s3prl_ekd.teachers.fast.encoder import (
     PRECISIONS,
     family,

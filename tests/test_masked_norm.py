@@ -221,7 +221,8 @@ def test_a_compiled_student_computes_the_same(monkeypatch):
     with torch.no_grad():
         expected, states = run(student, waves)[0], run(compiled, waves)[0]
     assert calls == ["extract", "encode"]
-    assert all(torch.equal(a, b) for a, b in zip(states, expected, strict=True))
+    for ours, other in zip(states, expected, strict=True):  # eager: products of matrices
+        torch.testing.assert_close(ours, other, rtol=1e-5, atol=1e-5)
 
 
 def test_statistics_are_float32_under_autocast():

@@ -63,7 +63,7 @@ class UpstreamExpert(UpstreamBase):
                 "the student has gates, which would be drawn at random in fine-tuning (-f); cut it "
                 "first: s3prl-ekd prune CKPT -o pruned.pt"
             )
-        lengths = torch.tensor([len(wav) for wav in wavs], device=wavs[0].device)
+        lengths = torch.tensor([len(wav) for wav in wavs])
         waves = pad_sequence(wavs, batch_first=True)
         min_samples = self.student.settings.min_samples
         if waves.shape[1] < min_samples:  # shorter than one frame

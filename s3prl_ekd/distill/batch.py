@@ -13,7 +13,8 @@ class CachedTargets:
     """Precomputed teacher targets of a batch; if given, no teacher is run.
 
     ``values``: ``{teacher: [batch, target, frame, dim]}``, or with ``aggregated``
-    ``{target set: [batch, layer, frame, width]}``. ``lengths``: ``[batch]``, valid frames.
+    ``{target set: [batch, layer, frame, width]}``. ``lengths``: ``[batch]``, valid frames, on the
+    CPU.
     """
 
     values: Mapping[str, Tensor]
@@ -23,7 +24,7 @@ class CachedTargets:
 
 @dataclass(frozen=True)
 class DistillBatch:
-    """A batch on the distiller's device.
+    """A batch on the distiller's device; lengths are on the CPU, so that no step waits for them.
 
     ``waves``: input of the student, ``[batch, sample]`` at 16 kHz, zero-padded at the end.
     ``lengths``: ``[batch]``, valid samples. ``teacher_waves``: input of the teachers, of the same

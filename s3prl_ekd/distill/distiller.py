@@ -162,7 +162,7 @@ class EnsembleDistiller(nn.Module):
         """One step of distillation.
 
         Args:
-            batch: waveforms, on the device of the distiller.
+            batch: waveforms, on the device of the distiller, and lengths, on the CPU.
             step: number of the step from 1, for teacher weights that change over time.
             detail: also log the terms of every teacher and layer.
             counts: denominators of the terms with ``loss.reduce: frames``; None: those of this
@@ -231,13 +231,14 @@ class EnsembleDistiller(nn.Module):
         output: StudentOutput = self.student(batch.waves, batch.lengths, masked)
         frames = torch.arange(output.mask.shape[1], device=output.mask.device)
         counts = self.frames(batch.lengths, cached_lengths(batch))
+        counts = counts.to(frames.device, non_blocking=True)
         return output._replace(mask=output.mask * (frames < counts[:, None]))
 
     def frames(self, lengths: Tensor, cached: Tensor | None) -> Tensor:
-        """Frames that student and teachers have of each utterance, ``[batch]``.
+        """Frames that student and teachers have of each utterance, ``[batch]``, on the CPU.
 
         Args:
-            lengths: samples, ``[batch]``.
+            lengths: samples, ``[batch]``, on the CPU.
             cached: frames of cached targets, ``[batch]``; None: the teachers run.
         """
         counts = [self.student.settings.frames(lengths)]
@@ -262,8 +263,8 @@ class EnsembleDistiller(nn.Module):
         if not len(lengths):
             return FrameCounts()
         frames = self.frames(lengths, cached)
-        valid = torch.arange(int(frames.max()), device=lengths.device) < frames[:, None]
-        spans = None if spans is None else spans[:, : valid.shape[1]]
+        valid = torch.arange(int(frames.max())) < frames[:, None]
+        spans = None if spans is None else spans[:, : valid.shape[1]].cpu()
         loss, relation = self.settings.loss, self.settings.relation
         return count_frames(valid, spans, relation.window, loss.mask_padding)
 

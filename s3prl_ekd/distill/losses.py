@@ -145,10 +145,11 @@ def distillation_terms(
     if mask is None:
         return LossTerms(reconstruction.mean((0, 2)), cosine.mean((0, 2)))
     weight = mask[:, None].to(reconstruction.dtype)  # [batch, 1, frame]
-    count = weight.sum() if count is None else torch.as_tensor(count).to(weight)
-    count = torch.where(count > 0, count, 1)  # every frame masked: zero, not NaN
+    count = weight.sum() if count is None else count
+    # with every frame masked: zero, not NaN
     return LossTerms(
-        (reconstruction * weight).sum((0, 2)) / count, (cosine * weight).sum((0, 2)) / count
+        divide((reconstruction * weight).sum((0, 2)), count),
+        divide((cosine * weight).sum((0, 2)), count),
     )
 
 

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import io
 import logging
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -14,8 +15,9 @@ import torch
 from s3prl.upstream.distiller.model import DistillerConfig, DistillerModel
 from torch import Tensor, nn
 
+from .conv_extractor import ConvExtractor, supports_blocks
 from .conv_layers import conv_layers_text
-from .student_forward import StudentOutput, encode, extract, student_forward
+from .student_forward import StudentOutput, conv_frames, encode, extract, student_forward
 from .student_settings import Architecture, PrunedSettings, StartDrop, StudentSettings
 
 if TYPE_CHECKING:
@@ -63,7 +65,7 @@ class Student(nn.Module):
         self.settings = settings
         self.backend = backend
         self.activation_checkpointing = False
-        self.extract, self.encode = extract, encode
+        self.extract, self.encode = self.fast_extract, encode
         self.backbone: DistillerModel | PrunedBackbone
         if isinstance(settings, PrunedSettings):
             from .pruning.backbone import PrunedBackbone
@@ -71,6 +73,10 @@ class Student(nn.Module):
             self.backbone = PrunedBackbone(settings, start_drop)
         else:
             self.backbone = build_backbone(settings)
+        extractor = self.backbone.feature_extractor
+        self.conv: ConvExtractor | None = None
+        if supports_blocks(extractor):
+            self.conv = ConvExtractor(extractor, masked_norm=settings.masked_norm)
         self.backbone.masked_norm = settings.masked_norm  # for student_forward
         if settings.feature_grad_mult == 0:
             # no gradient reaches the extractor: do not count it among the trained parameters
@@ -90,6 +96,7 @@ class Student(nn.Module):
             return s3prl_forward(self.backbone, waves, lengths)
         if not self.is_cut:
             self.backbone.draw_gates()
+        known = not torch.compiler.is_compiling() and lengths.device.type == "cpu"
         return student_forward(
             self.backbone,
             waves,
@@ -97,9 +104,31 @@ class Student(nn.Module):
             draw_layers(self.backbone.encoder),
             self.activation_checkpointing,
             masked,
+            not known or bool((lengths < waves.shape[1]).any()),
             self.extract,
             self.encode,
         )
+
+    def fast_extract(
+        self,
+        blocks: Iterable[Any],
+        waves: Tensor,
+        lengths: Tensor,
+        recompute: bool,
+        masked_norm: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """:func:`.student_forward.extract` by :class:`.conv_extractor.ConvExtractor`, which stores
+        few activations in any case; while compiling, or with dropout, as a sequence of modules."""
+        dropout = self.training and getattr(self.settings, "extractor_dropout", 0.0) > 0
+        if self.conv is None or dropout or torch.compiler.is_compiling():
+            return extract(blocks, waves, lengths, recompute, masked_norm)
+        return self.conv(waves, lengths.cpu()), conv_frames(blocks, lengths)
+
+    def train(self, mode: bool = True) -> Student:
+        """Set train or eval mode."""
+        if self.conv is not None:
+            self.conv.forget_weights()  # an optimizer may change weights unnoticed
+        return super().train(mode)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile extractor and encoder, with the arguments of ``torch.compile``.
@@ -125,17 +154,10 @@ class Student(nn.Module):
 
 
 def draw_layers(encoder: Any) -> list[nn.Module]:
-    """Draw the transformer layers of a forward pass: in training, layer drop skips some.
-
-    s3prl draws a random number for each layer in eval mode, too; so do we, to keep the sequence of
-    random numbers equal.
-    """
-    draws = [np.random.random() for _ in encoder.layers]
-    return [
-        layer
-        for layer, draw in zip(encoder.layers, draws, strict=True)
-        if not encoder.training or draw > encoder.layerdrop
-    ]
+    """Draw the transformer layers of a forward pass: in training, layer drop skips some."""
+    if not encoder.training or not encoder.layerdrop:
+        return list(encoder.layers)
+    return [layer for layer in encoder.layers if np.random.random() > encoder.layerdrop]
 
 
 def s3prl_forward(backbone: DistillerModel, waves: Tensor, lengths: Tensor) -> StudentOutput:
@@ -145,6 +167,7 @@ def s3prl_forward(backbone: DistillerModel, waves: Tensor, lengths: Tensor) -> S
     the extractor's output in place, which autograd rejects unless ``feature_grad_mult`` is 0 or 1.
     """
     samples = torch.arange(waves.shape[1], device=waves.device)
+    lengths = lengths.to(waves.device, non_blocking=True)
     pad_mask = (samples[None] < lengths[:, None]).to(waves.dtype)  # [batch, sample]
     features, projected, last, mask, layers = backbone(waves, pad_mask, get_hidden=True)
     return StudentOutput(features, [projected, *layers], last.squeeze(1), mask)

@@ -58,13 +58,21 @@ def extract(
     Returns:
         Features ``[batch, frame, channel]`` and the number of valid frames, ``[batch]``.
     """
+    lengths = lengths.to(waves.device)
     x = waves[:, None]  # [batch, channel, frame]
     for block in blocks:
-        (kernel,), (stride,) = block[0].kernel_size, block[0].stride
-        lengths = torch.div(lengths - kernel, stride, rounding_mode="trunc") + 1
+        lengths = conv_frames([block], lengths)
         stage = partial(masked_block, block, lengths=lengths) if masked_norm else block
         x = run(stage, x, recompute=recompute)
     return x.transpose(1, 2), lengths
+
+
+def conv_frames(blocks: Iterable[Any], lengths: Tensor) -> Tensor:
+    """Frames ``[batch]`` behind conv blocks for ``lengths [batch]`` in front of them."""
+    for block in blocks:
+        (kernel,), (stride,) = block[0].kernel_size, block[0].stride
+        lengths = torch.div(lengths - kernel, stride, rounding_mode="trunc") + 1
+    return lengths
 
 
 def masked_block(block: Iterable[Any], x: Tensor, lengths: Tensor) -> Tensor:
@@ -118,7 +126,7 @@ def scale_gradient(x: Tensor, scale: float) -> Tensor:
 
 
 def encode(
-    encoder: Any, layers: Iterable[Any], x: Tensor, padding: Tensor, recompute: bool
+    encoder: Any, layers: Iterable[Any], x: Tensor, padding: Tensor | None, recompute: bool
 ) -> tuple[list[Tensor], Tensor]:
     """Add the positional encoding and run the transformer layers.
 
@@ -126,7 +134,7 @@ def encode(
         encoder: has ``pos_conv``, ``layer_norm``, ``layer_norm_first`` and ``dropout``.
         layers: the transformer layers to run.
         x: ``[batch, frame, dim]``, zero where ``padding`` is true.
-        padding: ``[batch, frame]``, true where a frame is padding.
+        padding: ``[batch, frame]``, true where a frame is padding; None: no frame is.
         recompute: see :func:`student_forward`.
 
     Returns:
@@ -142,17 +150,20 @@ def encode(
     bias = position_bias(encoder.layers[0].self_attn, x.shape[1])  # of WavLM, else None
     x = x.transpose(0, 1)  # [frame, batch, dim], the layout of torch's attention
     for layer in layers:
-        x = run(partial(transformer_layer, layer, bias=bias), x, padding, recompute=recompute)
+        stage = partial(transformer_layer, layer, padding=padding, bias=bias)
+        x = run(stage, x, recompute=recompute)
         states.append(x.transpose(0, 1))
     x = x.transpose(0, 1)
     return states, encoder.layer_norm(x) if encoder.layer_norm_first else x
 
 
-def transformer_layer(layer: Any, x: Tensor, padding: Tensor, bias: Tensor | None = None) -> Tensor:
+def transformer_layer(
+    layer: Any, x: Tensor, padding: Tensor | None, bias: Tensor | None = None
+) -> Tensor:
     """Attention and feed-forward network, each with a residual connection and a normalisation.
 
-    ``x`` and the result are ``[frame, batch, dim]``; ``padding`` is ``[batch, frame]``; ``bias`` is
-    that of :func:`position_bias`.
+    ``x`` and the result are ``[frame, batch, dim]``; ``padding`` is ``[batch, frame]`` or None;
+    ``bias`` is that of :func:`position_bias`.
     """
     if layer.layer_norm_first:
         mixed = attention(layer.self_attn, layer.self_attn_layer_norm(x), padding, bias)
@@ -169,12 +180,14 @@ def feed_forward(layer: Any, x: Tensor) -> Tensor:
     return layer.dropout3(layer.fc2(x))  # type: ignore[no-any-return]
 
 
-def attention(module: Any, x: Tensor, padding: Tensor, bias: Tensor | None) -> Tensor:
-    """Multi-head self-attention over the valid frames.
+def attention(module: Any, x: Tensor, padding: Tensor | None, bias: Tensor | None) -> Tensor:
+    """Multi-head self-attention over the valid frames; without padding there is no mask, so that a
+    GPU can use flash attention.
 
     Calls the same torch function as s3prl's models, so that the results are equal bit for bit and
     SUPERB's profiler counts the same MACs; for layers of a copied student see
-    :func:`pruned_attention`. ``x``: ``[frame, batch, dim]``; ``padding``: ``[batch, frame]``.
+    :func:`pruned_attention`. ``x``: ``[frame, batch, dim]``; ``padding``: ``[batch, frame]`` or
+    None.
     """
     if hasattr(module, "heads"):
         return pruned_attention(module, x.transpose(0, 1), padding, bias).transpose(0, 1)
@@ -204,14 +217,14 @@ def attention(module: Any, x: Tensor, padding: Tensor, bias: Tensor | None) -> T
     return mixed
 
 
-def pruned_attention(module: Any, x: Tensor, padding: Tensor, bias: Tensor | None) -> Tensor:
+def pruned_attention(module: Any, x: Tensor, padding: Tensor | None, bias: Tensor | None) -> Tensor:
     """Self-attention of a layer that has any number of heads of one width.
 
     Args:
         module: has ``heads``, the places of the heads that remain, and their projections; without
             heads the result is the bias of the output projection.
         x: ``[batch, frame, dim]``, as the result.
-        padding: ``[batch, frame]``, true where a frame is padding.
+        padding: ``[batch, frame]``, true where a frame is padding; None: no frame is.
         bias: WavLM's position bias ``[head, frame, frame]`` of all heads, or None.
     """
     if not module.heads:
@@ -221,10 +234,11 @@ def pruned_attention(module: Any, x: Tensor, padding: Tensor, bias: Tensor | Non
     query = module.q_proj(x).view(shape).transpose(1, 2)  # [batch, head, frame, dim of a head]
     key = module.k_proj(x).view(shape).transpose(1, 2)
     value = module.v_proj(x).view(shape).transpose(1, 2)
-    mask = ~padding[:, None, None]  # [batch, 1, 1, frame]
+    mask = None if padding is None else ~padding[:, None, None]  # [batch, 1, 1, frame]
     if bias is not None:
-        gated = position_gate(module, x) * bias[list(module.heads)]
-        mask = gated.masked_fill(padding[:, None, None], float("-inf"))
+        mask = position_gate(module, x) * pick(bias, 0, module.heads)
+        if padding is not None:
+            mask = mask.masked_fill(padding[:, None, None], float("-inf"))
     dropout = module.dropout_module.p if module.training else 0.0
     mixed = attend(query, key, value, mask, dropout)
     if module.gate is not None:
@@ -233,19 +247,19 @@ def pruned_attention(module: Any, x: Tensor, padding: Tensor, bias: Tensor | Non
 
 
 def attend_in_steps(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, dropout: float
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float
 ) -> Tensor:
     """``F.scaled_dot_product_attention``, which torch 1.13 lacks.
 
     Args:
         query, key, value: ``[batch, head, frame, dim of a head]``, as the result.
-        mask: added to the scores; as booleans, false where a key is left out.
+        mask: added to the scores; as booleans, false where a key is left out; None: none is.
         dropout: probability of dropping an attention weight.
     """
     scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
-    if mask.dtype == torch.bool:
+    if mask is not None and mask.dtype == torch.bool:
         scores = scores.masked_fill(~mask, float("-inf"))
-    else:
+    elif mask is not None:
         scores = scores + mask
     return F.dropout(scores.softmax(-1), dropout) @ value
 
@@ -278,11 +292,16 @@ def position_gate(module: Any, x: Tensor) -> Tensor:
     the heads that remain."""
     batch, frames, _ = x.shape
     parts = x.view(batch, frames, module.total_heads, module.head_dim)
-    parts = parts[:, :, list(module.heads)].transpose(1, 2)
+    parts = pick(parts, 2, module.heads).transpose(1, 2)
     sums = module.grep_linear(parts).view(batch, len(module.heads), frames, 2, 4).sum(-1)
     update, reset = torch.sigmoid(sums).chunk(2, dim=-1)
-    scale = module.grep_a[:, list(module.heads)]
-    return update * (reset * scale - 1.0) + 2.0  # type: ignore[no-any-return]
+    scale = pick(module.grep_a, 1, module.heads)
+    return update * (reset * scale - 1.0) + 2.0
+
+
+def pick(x: Tensor, dim: int, places: Iterable[int]) -> Tensor:
+    """Entries of a dimension; indexing with a list would wait for a GPU."""
+    return torch.stack([x.select(dim, place) for place in places], dim)
 
 
 def run(stage: Callable[..., Tensor], *inputs: Tensor, recompute: bool) -> Tensor:
@@ -297,6 +316,7 @@ def student_forward(
     layers: Iterable[Any] | None = None,
     recompute: bool = False,
     masked: tuple[Tensor, Tensor] | None = None,
+    padded: bool = True,
     extract: Callable[..., tuple[Tensor, Tensor]] = extract,
     encode: Callable[..., tuple[list[Tensor], Tensor]] = encode,
 ) -> StudentOutput:
@@ -306,21 +326,24 @@ def student_forward(
         model: s3prl's ``DistillerModel``, or modules of the same names. A copied student also has
             a layer norm in front of the projection.
         waves: ``[batch, sample]`` at 16 kHz, zero-padded at the end.
-        lengths: ``[batch]``, valid samples of each waveform, enough for one frame.
+        lengths: ``[batch]``, valid samples of each waveform, enough for one frame; on the CPU, so
+            that no call waits for a GPU, or on the device of the waveforms.
         layers: the transformer layers to run; None: all of the encoder's.
         recompute: activation checkpointing: store only the inputs of conv blocks and transformer
             layers and recompute the rest in the backward pass.
         masked: for masked prediction, bool ``[batch, frame]`` and the vector ``[dim]`` that
             replaces the projected features of these frames.
+        padded: whether an utterance is padded; False spares the attention its mask.
         extract, encode: replacements for these two functions, for example compiled ones.
     """
     is_copy = getattr(model, "hubert_states", False)
     if is_copy and model.normalize_waveforms:
-        waves = normalise(waves, lengths)
+        waves = normalise(waves, lengths.to(waves.device, non_blocking=True))
     options = {"masked_norm": True} if getattr(model, "masked_norm", False) else {}
     blocks = model.feature_extractor.conv_layers
     features, frames = extract(blocks, waves, lengths, recompute, **options)
     features = scale_gradient(features, model.feature_grad_mult)
+    frames = frames.to(waves.device, non_blocking=True)
     padding = torch.arange(features.shape[1], device=waves.device) >= frames[:, None]
 
     projected = model.layer_norm(features) if is_copy else features
@@ -333,7 +356,7 @@ def student_forward(
         projected = torch.where(masked[0][..., None], masked[1].to(projected), projected)
 
     layers = model.encoder.layers if layers is None else layers
-    states, last = encode(model.encoder, layers, projected, padding, recompute)
+    states, last = encode(model.encoder, layers, projected, padding if padded else None, recompute)
     mask = (~padding).to(waves.dtype)
     if is_copy:
         return StudentOutput(features, [*states[:-1], last], last, mask)

@@ -65,6 +65,7 @@ class TargetNorm(nn.Module):
             if kind == "procrustes" and name != self.reference:
                 self.cross[name] = CrossMoments(len(teacher.targets), teacher.width)
         self.register_buffer("seen", torch.zeros((), dtype=torch.long))
+        self.batches = 0  # the value of `seen`, to be read without waiting for the device
 
     @torch.no_grad()
     def forward(self, teachers: Mapping[str, Tensor], mask: Tensor) -> dict[str, Tensor]:
@@ -76,7 +77,7 @@ class TargetNorm(nn.Module):
         """
         device = next(iter(teachers.values())).device
         with torch.autocast(device.type, enabled=False):  # sums over frames overflow in float16
-            if self.training and self.seen < self.steps:
+            if self.training and self.batches < self.steps:
                 self._update(teachers, mask)
             return {name: self._normalise(name, states) for name, states in teachers.items()}
 
@@ -108,6 +109,7 @@ class TargetNorm(nn.Module):
         # missing in checkpoints of version 0.1
         counts = {f"moments.{name}.left_out": torch.zeros(()).long() for name in self.moments}
         result = super().load_state_dict({**counts, **state_dict}, *args, **kwargs)
+        self.batches = int(self.seen)
         for name, moments in self._moments().items():
             if not (moments.mean.isfinite().all() and moments.scatter.isfinite().all()):
                 raise TeacherError(
@@ -119,7 +121,7 @@ class TargetNorm(nn.Module):
 
     def _update(self, teachers: Mapping[str, Tensor], mask: Tensor) -> None:
         self.seen += 1
-        seen = int(self.seen)
+        self.batches = seen = self.batches + 1
         for name, states in teachers.items():
             moments = self._moments()[name]
             before = int(moments.left_out)

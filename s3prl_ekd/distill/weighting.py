@@ -103,7 +103,7 @@ def drop_teachers(
     stacked = torch.stack(list(losses.values()))  # [teacher, batch]
     selected = torch.rand(stacked.shape, generator=generator) >= probability
     hardest = stacked.argmax(0, keepdim=True)
-    selected = selected.to(stacked.device).scatter(0, hardest, True)
+    selected = selected.to(stacked.device, non_blocking=True).scatter(0, hardest, True)
     return dict(zip(losses, selected.to(stacked.dtype), strict=True))
 
 

@@ -363,8 +363,7 @@ class StoredTargets(NamedTuple):
         scales = None if self.scales is None else self.scales.to(device, non_blocking=True)
         # pinning memory may turn the tuples of the layout into lists
         targets = unpack_targets(values, scales, self.layout)
-        frames = self.frames.to(device, non_blocking=True)
-        return CachedTargets(targets, frames, bool(self.aggregated))
+        return CachedTargets(targets, self.frames, bool(self.aggregated))
 
 
 class TargetReader:

@@ -159,7 +159,7 @@ def distiller_batch(batch: Batch, device: str) -> DistillBatch:
         teacher_waves = teacher_waves.to(device, non_blocking=True)
     return DistillBatch(
         batch.waves.to(device, non_blocking=True),
-        batch.lengths.to(device, non_blocking=True),
+        batch.lengths,
         teacher_waves,
         None if batch.targets is None else batch.targets.on(device),
         None if batch.spans is None else batch.spans.to(device, non_blocking=True),

@@ -257,7 +257,7 @@ class UpstreamPretrainExpert(nn.Module):
     def target_norm_batches(self) -> int:
         """Batches in the running target statistics, which the forward pass updates."""
         target_norm = self.distiller.target_norm
-        return 0 if target_norm is None else int(target_norm.seen)
+        return 0 if target_norm is None else target_norm.batches
 
     def _loader(self, sets: Sequence[str], shuffle: bool = True) -> BatchLoader:
         return train_loader(

@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...distill.conv_extractor import ConvExtractor, supports_blocks
 from ...distill.student_forward import normalise
 from ...errors import TeacherError, first_line
-from .conv import ConvExtractor, same_weights, supports_conv
 from .layers import Converter, FastLayer, PositionalConv, RelativeBias, supports_layer
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ class FastEncoder:
         self.upstream = upstream
         self.model: HubertModel | Wav2Vec2Model | WavLM = upstream.model
         self.extractor = extractor
-        self.precision = extractor.dtype
+        self.precision = extractor.dtype or torch.float32
         self.normalize = normalizes(upstream)
         # See padded_frames. With masked_norm a frame that is partly padding counts as padding: its
         # value depends on the amount of padding. s3prl's HuBERT and WavLM count it as valid.
@@ -145,7 +145,8 @@ class FastEncoder:
         key_mask = None
         if valid is not None:
             frames = torch.arange(x.shape[1], device=x.device)
-            padding = frames >= torch.tensor(valid, device=x.device)[:, None]  # [batch, frame]
+            counts = torch.tensor(valid).to(x.device, non_blocking=True)
+            padding = frames >= counts[:, None]  # [batch, frame]
             x = x.masked_fill(padding[:, :, None], 0)
             key_mask = torch.zeros_like(padding, dtype=x.dtype).masked_fill_(padding, -torch.inf)
             key_mask = key_mask[:, None, None]
@@ -170,17 +171,17 @@ class FastEncoder:
             if self.normalize:
                 if "normalised" not in shared:
                     shared["normalised"] = normalise(
-                        waves, torch.tensor(lengths, device=waves.device)
+                        waves, torch.tensor(lengths).to(waves.device, non_blocking=True)
                     )
                 waves = shared["normalised"]
-            shared[key] = self.extractor(waves, lengths)
+            shared[key] = self.extractor(waves, torch.tensor(lengths))
         return shared[key].to(self.precision)
 
     def _log_precision_error(self, waves: Tensor, lengths: Sequence[int], layers: set[int]) -> None:
         """Log the error of a lower precision relative to float32, over one second of audio."""
         length = min(lengths[0], _ONE_SECOND)
         waves = waves[:1, :length]
-        extractor = ConvExtractor(self.extractor.module, masked_norm=self.extractor.masked_norm)
+        extractor = ConvExtractor(self.extractor.module, torch.float32, self.extractor.masked_norm)
         exact_encoder = FastEncoder(self.upstream, extractor)
         exact = exact_encoder.hidden_states(waves, [length], layers)
         rounded = self.hidden_states(waves, [length], layers)
@@ -233,9 +234,17 @@ def supports_encoder(model: HubertModel | Wav2Vec2Model | WavLM) -> bool:
         and getattr(model, "input_quantizer", None) is None
         and getattr(model, "crop_seq_to_multiple", 1) == 1
         and len(encoder.layers) > 0
-        and supports_conv(model.feature_extractor)
+        and supports_blocks(model.feature_extractor)
         and all(supports_layer(layer) for layer in encoder.layers)
     )
+
+
+def same_weights(first: nn.Module, second: nn.Module) -> bool:
+    """Whether two extractors have the same layers and weights."""
+    a, b = first.state_dict(), second.state_dict()
+    if a.keys() != b.keys() or str(first) != str(second):
+        return False
+    return all(torch.equal(a[name], b[name].to(a[name])) for name in a)
 
 
 def family(upstream: UpstreamBase) -> str | None:
@@ -268,7 +277,7 @@ def fast_encoders(
     """Build an encoder for each supported upstream; equal conv extractors are shared.
 
     ``precision`` is one of :data:`PRECISIONS`; ``compiled`` runs the layers through
-    ``torch.compile``; ``masked_norm``: see :class:`.conv.ConvExtractor`.
+    ``torch.compile``; ``masked_norm``: see :class:`~...distill.conv_extractor.ConvExtractor`.
     """
     extractors: list[ConvExtractor] = []
     encoders = {}
