@@ -21,6 +21,7 @@ example, in the root of each checkout, with its Python:
   python -m tools.step_digests write after.json --corpus CORPUS --teachers TEACHERS \\
       --configs FOLDER_OF_OLD_YAML
   python -m tools.step_digests compare before.json after.json
+  python -m tools.step_digests compare before.json after.json --tolerance 1e-5
 """
 
 from __future__ import annotations
@@ -109,9 +110,18 @@ def main(argv: list[str] | None = None) -> int:
     add("--jobs", type=int, default=1, help="number of cases to run in parallel (1)")
     add = commands.add_parser("compare", help="find the first difference").add_argument
     add("files", metavar="FILE.json", type=Path, nargs=2)
+    add(
+        "--tolerance",
+        type=float,
+        metavar="X",
+        help="compare losses and gradients of the first step only, by relative difference",
+    )
     args = parser.parse_args(argv)
     if args.command == "compare":
-        return compare(*(json.loads(path.read_text()) for path in args.files))
+        first, second = (json.loads(path.read_text()) for path in args.files)
+        if args.tolerance is not None:
+            return compare_first_step(first, second, args.tolerance)
+        return compare(first, second)
     with tempfile.TemporaryDirectory() as folder:
         try:
             return write(args, Path(folder))
@@ -132,6 +142,30 @@ def compare(first: dict[str, dict[str, str]], second: dict[str, dict[str, str]])
             count += 1
     print(f"{count} values are equal")
     return 0 if count else 1
+
+
+def compare_first_step(
+    first: dict[str, dict[str, str]], second: dict[str, dict[str, str]], tolerance: float
+) -> int:
+    """Print the largest relative difference in the first step; 1 if it is above ``tolerance``.
+
+    Of a gradient, the difference is estimated from its norm and its product with a random vector.
+    """
+    worst, count = (0.0, "", ""), 0
+    for case in sorted(first.keys() & second.keys() - {"inputs"}):
+        for key, text in first[case].items():
+            other = second[case].get(key, "none")
+            if key != "loss 1" and not key.startswith("update 1: gradient"):
+                continue
+            if text == other:
+                count += 1
+                continue
+            a, b = (list(map(float.fromhex, t.split("] ")[-1].split()[-2:])) for t in (text, other))
+            size = max(abs(a[0]), 1e-12)
+            difference = max(abs(x - y) for x, y in zip(a, b, strict=True)) / size
+            worst, count = max(worst, (difference, case, key)), count + 1
+    print(f"{count} values; largest relative difference {worst[0]:.1e}: {worst[1]}: {worst[2]}")
+    return 0 if count and worst[0] <= tolerance else 1
 
 
 def write(args: argparse.Namespace, folder: Path) -> int:
@@ -317,15 +351,20 @@ def watch(out: str) -> None:
     backward, clip, process = torch.Tensor.backward, torch.nn.utils.clip_grad_norm_, os.getpid()
 
     def record(name: str, tensors: list[torch.Tensor | None]) -> None:
-        """Record digests of tensors, sorted, so that names and order of parameters do not count."""
-        digests = [
-            "none"
-            if tensor is None
-            else f"{list(tensor.shape)} "
-            + hashlib.sha256(tensor.detach().contiguous().numpy().tobytes()).hexdigest()[:24]
-            for tensor in tensors
-        ]
-        values.update({f"{name} {i}": digest for i, digest in enumerate(sorted(digests))})
+        """Record tensors, sorted by shape and norm, so that names and order of parameters do not
+        count."""
+        digests = sorted(describe(tensor) for tensor in tensors if tensor is not None)
+        digests += [(0, 0.0, "none")] * sum(tensor is None for tensor in tensors)
+        values.update({f"{name} {i}": text for i, (*_, text) in enumerate(digests)})
+
+    def describe(tensor: torch.Tensor) -> tuple[list[int], float, str]:
+        """Shape, norm, and a text of shape, SHA-256, norm, and product with a random vector."""
+        tensor = tensor.detach().contiguous()
+        digest = hashlib.sha256(tensor.numpy().tobytes()).hexdigest()[:24]
+        flat = tensor.double().flatten()
+        vector = torch.randn(len(flat), generator=torch.Generator().manual_seed(0)).double()
+        norm, product = float(flat.norm()), float(flat @ vector)
+        return [*tensor.shape], norm, f"{[*tensor.shape]} {digest} {norm.hex()} {product.hex()}"
 
     def watched_backward(self, *args, **kwargs):
         counts["loss"] += 1
