@@ -38,7 +38,7 @@ NOT_RUN = {
     "make docs": "tests/test_docs.py builds the documents",
     "make fuzz": "hours; make test runs the same cases with fewer inputs",
     ".venv/bin/python -m pytest -n 0 tests/test_aggregation.py": "make test runs it",
-    "python tools/export_speed.py --seconds 2 5 15 --repeats 10": "minutes of timing",
+    "python -m tools.bench.exports --seconds 2 5 15 --repeats 10": "minutes of timing",
     "python -m tools.bench --size base --variant ekd ekd-cached": "minutes of timing",
     "cd /data/s3prl/s3prl": "needs a checkout of s3prl",
     "python run_pretrain.py -u ekd -n my_student": "needs a checkout of s3prl",

@@ -1,5 +1,8 @@
 """Compare the speed of a student in torch, transformers and onnxruntime on one core.
 
+Row ``torch`` is the upstream ``ekd_student``; ``modules`` runs its conv extractor as s3prl's
+modules, as the hidden-set package does; ``bfloat16`` is torch under autocast, on CPUs with AMX.
+
 Exports a random full-size two-layer student (or CKPT) to each format and compares the outputs with
 torch's. The formats then process the same noise waveforms in turns, so that other load on the
 machine affects all of them. Prints the median real-time factor (time over audio duration) with its
@@ -7,7 +10,7 @@ quartiles, and the ratio of torch's CPU time to the format's, the median over tu
 onnx.
 
 example:
-  python tools/export_speed.py --repeats 20
+  python -m tools.bench.exports --repeats 20
 """
 
 from __future__ import annotations
@@ -42,6 +45,7 @@ def main() -> None:
     import torch
 
     from s3prl_ekd.distill.student import Student
+    from s3prl_ekd.distill.student_forward import student_forward
     from s3prl_ekd.distill.student_settings import StudentSettings
     from s3prl_ekd.export.huggingface import (
         check_hf_export,
@@ -72,17 +76,25 @@ def main() -> None:
     print(f"ONNX fp32 {check(student, sessions['onnx fp32']):.1e}; relative error of int8's last ")
     errors = relative_errors(student, sessions["onnx int8"])
     print(f"layer: {errors[-2]:.1e} (3 s), {errors[-1]:.1e} (padded batch of 0.1, 1 and 3 s)")
-    sizes = {"torch": count * 4, "HF": count * 4, **{n: len(g) for n, g in graphs.items()}}
+    sizes = {name: count * 4 for name in ("torch", "modules", "HF", "bfloat16")}
+    sizes |= {name: len(graph) for name, graph in graphs.items()}
+
+    @torch.autocast("cpu", torch.bfloat16)
+    def in_bfloat16(waves, lengths):
+        return student(waves, lengths)
 
     for seconds in args.seconds:
         waves = 0.1 * torch.randn(1, int(seconds * 16_000))
         lengths = torch.tensor([waves.shape[1]])
         runs = {
             "torch": lambda w=waves, n=lengths: student(w, n),
+            "modules": lambda w=waves, n=lengths: student_forward(student.backbone, w, n),
             "HF": lambda w=waves: hubert(w, output_hidden_states=True),
         }
         for name, session in sessions.items():
             runs[name] = lambda s=session, w=waves, n=lengths: s(w, n)
+        if torch.cpu._is_amx_tile_supported():
+            runs["bfloat16"] = lambda w=waves, n=lengths: in_bfloat16(w, n)
         with torch.inference_mode():
             wall, cpu = measure(runs, seconds, args.repeats)
         print(f"\n{seconds:g} s of audio, {args.repeats} turns:\n")
