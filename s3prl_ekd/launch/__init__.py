@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 
+from ..compat.source import in_checkout
 from ..files import trust
 from ..request import DOWNSTREAM_HELP, INIT_HINT, DownstreamRequest, RequestT
 from ..system import torchrun
@@ -96,7 +97,7 @@ def import_script(script: str) -> ModuleType:
 
     compat.apply()
     folder = Path.cwd()
-    if (folder / f"{script}.py").is_file() and (folder / "hub.py").is_file():
+    if in_checkout(f"{script}.py"):
         sys.path.insert(0, str(folder))  # as `python run_pretrain.py` does
         registration.register()
         return importlib.import_module(script)
