@@ -31,7 +31,7 @@ import shlex
 from pathlib import Path
 
 from ..errors import CheckpointError, ConfigError
-from .export import check_output, load_checkpoint
+from .export import check_output, existing_checkpoint, load_checkpoint
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -41,7 +41,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     add = parser.add_argument
     add(
-        "checkpoints", metavar="CKPT", type=Path, nargs="+",
+        "checkpoints", metavar="CKPT", type=existing_checkpoint, nargs="+",
         help="two or more student files, states-*.ckpt, or runs' folders (their newest checkpoint)",
     )  # fmt: skip
     add(

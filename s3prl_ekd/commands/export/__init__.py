@@ -56,9 +56,19 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "checkpoint",
         metavar="CKPT",
-        type=Path,
+        type=existing_checkpoint,
         help="a student file, states-*.ckpt, or a run's folder (its newest checkpoint)",
     )
+
+
+def existing_checkpoint(text: str) -> Path:
+    """The path of a student file, checkpoint or folder; raises CheckpointError if it is missing.
+
+    As the type of an argument: argparse passes the error on, before torch is imported.
+    """
+    if not Path(text).exists():
+        raise CheckpointError(f"cannot read the student checkpoint {text}: no such file")
+    return Path(text)
 
 
 def add_heads(parser: argparse.ArgumentParser, help_text: str) -> None:
