@@ -55,15 +55,15 @@ def check_request(request: DownstreamRequest) -> DownstreamRequest:
 
 
 def check_mode(request: DownstreamRequest) -> None:
-    """Check ``-m``, that ``--noise`` has ``-m evaluate``, and ``--cache-features`` no torchrun."""
+    """Check that ``--noise`` has ``-m evaluate``, ``-m``, and no torchrun with the cache."""
+    if request.noise is not None and request.mode != "evaluate":
+        raise SetupError(
+            f"--noise needs -m evaluate, got {request.mode or 'no -m'}: it evaluates a model "
+            "trained without noise"
+        )
     if request.mode not in MODES:
         given = "-m is missing" if request.mode is None else f"-m {request.mode}: no such mode"
         raise SetupError(f"{given}; add -m train or -m evaluate")
-    if request.noise is not None and request.mode != "evaluate":
-        raise SetupError(
-            f"--noise needs -m evaluate, got {request.mode}: it evaluates a model "
-            "trained without noise"
-        )
     if request.cache is not None and request.local_rank is not None:
         raise SetupError(
             f"{CACHE} works in one process only, not under torchrun; remove it, or train on one GPU"
