@@ -53,7 +53,7 @@ def register() -> None:
 
 
 def _register_on_import() -> None:
-    """Call :func:`register` when the hub is imported; few children do, and it takes seconds."""
+    """Call :func:`register` when the hub is imported; few children do, and it takes time."""
     if "s3prl.hub" in sys.modules:
         register()
     else:

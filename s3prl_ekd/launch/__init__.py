@@ -102,7 +102,7 @@ def import_script(script: str) -> ModuleType:
         registration.register()
         return importlib.import_module(script)
     if script == "run_pretrain":
-        registration.expose_pretrain(folder)  # without s3prl.hub, which takes seconds to import
+        registration.expose_pretrain(folder)  # without s3prl.hub, which is not needed
     else:
         registration.register()
     return importlib.import_module(f"s3prl.{script}")

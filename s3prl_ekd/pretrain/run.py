@@ -54,7 +54,7 @@ def prepare(argv: Sequence[str]) -> PretrainRequest:
 
 def check_workspace(request: PretrainRequest) -> None:
     """Check that ``s3prl-ekd init`` has set up the working folder, and that it has ``-u``."""
-    names = sorted(path.name for path in Path("pretrain").glob("*/"))
+    names = sorted(path.name for path in Path("pretrain").glob("*") if path.is_dir())
     if not names or (request.upstream == "ekd" and "ekd" not in names):
         raise SetupError(f"no pretrain/ekd in this folder; {INIT_HINT}")
     if request.upstream not in (None, *names):

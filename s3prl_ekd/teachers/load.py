@@ -1,7 +1,7 @@
 """Load the teachers of a config: s3prl's hub names, checkpoints, Hugging Face folders.
 
 Hub names are looked up in s3prl's ``upstream.<family>.hubconf`` modules. ``s3prl.hub`` would import
-all of its families first, which takes seconds and needs more packages.
+all of its families first, which takes time and needs more packages.
 """
 
 from __future__ import annotations
