@@ -31,7 +31,7 @@ import shlex
 from pathlib import Path
 
 from ..errors import CheckpointError, ConfigError
-from .export import check_output, existing_checkpoint, load_checkpoint
+from .export import check_exists, check_output, load_checkpoint
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -41,7 +41,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     add = parser.add_argument
     add(
-        "checkpoints", metavar="CKPT", type=existing_checkpoint, nargs="+",
+        "checkpoints", metavar="CKPT", type=Path, nargs="+",
         help="two or more student files, states-*.ckpt, or runs' folders (their newest checkpoint)",
     )  # fmt: skip
     add(
@@ -61,6 +61,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Write the student file; return exit code 0."""
+    for checkpoint in args.checkpoints:
+        check_exists(checkpoint)
+
     from ..export.merge import Member, merge, normalised
     from ..student_file import write_student
 

@@ -14,7 +14,6 @@ from . import audio, checkpoints, names, sox, torchaudio_import
 from .audio import audio_decoder
 from .checkpoints import checkpoint_globals, torch_load_cves
 from .child_processes import repeat_in_children
-from .huggingface_upstreams import import_transformers_late
 from .shim import Shim
 
 __all__ = [
@@ -47,8 +46,7 @@ _fired: list[str] = []
 def apply() -> tuple[str, ...]:
     """Apply the shims that are needed, and log their names (at DEBUG one line each).
 
-    ``s3prl.hub`` then imports transformers only when a Hugging Face upstream is built. Further
-    calls change nothing.
+    Further calls change nothing.
 
     Returns:
         The names of all shims applied in this process, in the order of ``SHIMS``.
@@ -57,7 +55,6 @@ def apply() -> tuple[str, ...]:
         SetupError: torchaudio cannot be imported, even without its compiled extension.
         ImportError: a package that s3prl needs is not installed.
     """
-    import_transformers_late()
     applied = []
     for shim in SHIMS:
         if shim.missing():

@@ -48,6 +48,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Run the export of the given KIND; return its exit code."""
+    check_exists(args.checkpoint)
     return args.export(args)
 
 
@@ -56,19 +57,15 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "checkpoint",
         metavar="CKPT",
-        type=existing_checkpoint,
+        type=Path,
         help="a student file, states-*.ckpt, or a run's folder (its newest checkpoint)",
     )
 
 
-def existing_checkpoint(text: str) -> Path:
-    """The path of a student file, checkpoint or folder; raises CheckpointError if it is missing.
-
-    As the type of an argument: argparse passes the error on, before torch is imported.
-    """
-    if not Path(text).exists():
-        raise CheckpointError(f"cannot read the student checkpoint {text}: no such file")
-    return Path(text)
+def check_exists(checkpoint: Path) -> None:
+    """Raise CheckpointError if there is no such file or folder, before torch is imported."""
+    if not checkpoint.exists():
+        raise CheckpointError(f"cannot read the student checkpoint {checkpoint}: no such file")
 
 
 def add_heads(parser: argparse.ArgumentParser, help_text: str) -> None:
