@@ -29,12 +29,14 @@ BARE_NAMES = ("optimizers", "schedulers", "utility", "utility.helper", "upstream
 
 def register() -> None:
     """Add ``ekd_student`` and the tiny teachers to ``s3prl.hub``, and the corpus module of PR if
-    s3prl lacks it. Further calls change nothing.
+    s3prl lacks it. If this imports the hub, transformers is imported only when a Hugging Face
+    upstream is built. Further calls change nothing.
 
     Raises:
         SetupError: ``s3prl.hub`` has another entry of the same name.
     """
     compat.apply()
+    _import_transformers_late()
     no_eval.block_eval()
     from s3prl import hub
 
@@ -53,11 +55,18 @@ def register() -> None:
 
 
 def _register_on_import() -> None:
-    """Call :func:`register` when the hub is imported; few children do, and it takes seconds."""
+    """Call :func:`register` when the hub is imported; few children do, and it takes time."""
     if "s3prl.hub" in sys.modules:
         register()
     else:
+        _import_transformers_late()
         on_import("s3prl.hub", _run_and_register)
+
+
+def _import_transformers_late() -> None:
+    from .compat.huggingface_upstreams import import_transformers_late
+
+    import_transformers_late()
 
 
 def _run_and_register(module: ModuleType, run: Callable[[ModuleType], None]) -> None:

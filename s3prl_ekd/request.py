@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
 import logging
 import math
 import os
@@ -21,11 +22,13 @@ from typing import Any, ClassVar, TypeVar
 
 from .compat import no_eval
 from .compat.replaced import replaced
+from .compat.source import script_options
 from .errors import CheckpointError, SetupError, first_line
 from .files import trust
 from .files.atomic import make_folder, patch_torch_save
 from .files.config import argument_overrides, escape_equals
 from .files.renamed_keys import rename_overrides
+from .files.run_checkpoints import newest_checkpoint, read_checkpoint, run_checkpoints
 from .system import torchrun
 from .system.lock import LOCK_FILE, FolderLock
 
@@ -53,6 +56,7 @@ class Request:
 
     SCRIPT: ClassVar[str]
     ROOT: ClassVar[str]  # s3prl's folder of runs
+    OWN_OPTIONS: ClassVar[tuple[str, ...]] = ()  # beside s3prl's
     RESTORES_DEVICE: ClassVar[bool] = False  # whether a resumed run uses its checkpoint's device
 
     upstream: str | None = _option("u")
@@ -138,8 +142,6 @@ class Request:
         """
         if not (self.auto_resume or self.past_exp):
             return self
-        from .files.run_checkpoints import newest_checkpoint  # which imports torch
-
         folder = self.named_folder if self.auto_resume else None
         path = newest_checkpoint(folder) if folder else None
         if path is None and self.past_exp:
@@ -264,6 +266,7 @@ class DownstreamRequest(Request):
 
     SCRIPT = "run_downstream.py"
     ROOT = "result/downstream"
+    OWN_OPTIONS = ("--noise", "--snr", "--noise_seed", CACHE, CACHE_GB)
 
     mode: str | None = _option("m")
     evaluate_split: str | None = _option("t")
@@ -285,7 +288,7 @@ class DownstreamRequest(Request):
         argv = [re.sub("^--local-rank", "--local_rank", argument) for argument in argv]
         if "LOCAL_RANK" in os.environ:
             argv = ["--local_rank", os.environ["LOCAL_RANK"], *argv]
-        values = cls._parse_options(argv, ("--noise", "--snr", "--noise_seed", CACHE, CACHE_GB))
+        values = cls._parse_options(argv, cls.OWN_OPTIONS)
         noise = parse_noise_options(*map(values.pop, ("noise", "snr", "noise_seed")))
         cache = parse_cache_options(*map(values.pop, ("cache_features", "cache_features_gb")))
         return cls(**values, noise=noise, cache=cache)
@@ -360,13 +363,12 @@ def check_and_resume(
     # Hide the GPUs: with one, s3prl's downstream Runner calls torch.cuda.device("cpu") and fails.
     if request.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    check_passthrough(request)
     for check in option_checks:
         check(request)
     request = request.resumed()
     states: Mapping[str, Any] = {}
     if request.past_exp:
-        from .files.run_checkpoints import read_checkpoint
-
         states = read_checkpoint(request.past_exp)
     for check_run in run_checks:
         check_run(request, states)
@@ -386,6 +388,22 @@ def check_and_resume(
 # Checks of both commands
 
 
+def check_passthrough(request: Request) -> None:
+    """Raise SetupError for an option that s3prl's script does not have."""
+    options = script_options(request.SCRIPT)
+    for argument in request.passthrough if options else ():
+        name = argument.split("=")[0]
+        if not re.match("--?[A-Za-z]", name):  # a value, such as -1
+            continue
+        # argparse accepts --see for --seed, and -l1 for -l 1
+        if not any(option.startswith(name) for option in options) and name[:2] not in options:
+            close = difflib.get_close_matches(
+                name, [*options, *request.OWN_OPTIONS, trust.OPTION], n=1
+            )
+            guess = f"did you mean {close[0]}?" if close else f"see {request.SCRIPT} -h"
+            raise SetupError(f"unknown option {name}; {guess}")
+
+
 def check_device(request: Request, states: Mapping[str, Any]) -> None:
     """Raise SetupError unless torch can allocate a tensor on the device of ``--device``."""
     if request.device is None:
@@ -400,8 +418,6 @@ def check_device(request: Request, states: Mapping[str, Any]) -> None:
 
 def check_run_folder(request: Request, states: Mapping[str, Any]) -> None:
     """Raise SetupError if the run would write into the folder of another run."""
-    from .files.run_checkpoints import run_checkpoints  # which imports torch
-
     folder, checkpoint = request.folder, request.checkpoint
     if folder is None or not run_checkpoints(folder):
         return

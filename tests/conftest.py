@@ -433,7 +433,7 @@ def run_python(code: str, *args: str) -> str:
         env={**os.environ, "PYTHONPATH": path},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     assert process.returncode == 0, process.stderr
     return process.stdout.strip().splitlines()[-1]

@@ -15,11 +15,11 @@ import torch
 from tensorboardX.proto import event_pb2
 
 from s3prl_ekd.cli import main
-from s3prl_ekd.downstream.run import prepare
 from s3prl_ekd.errors import CheckpointError
 from s3prl_ekd.files.run_checkpoints import newest_checkpoint, read_checkpoint
 from s3prl_ekd.launch import run_pretrain
 from s3prl_ekd.pretrain.settings import load_model_config
+from s3prl_ekd.request import DownstreamRequest
 from s3prl_ekd.student_file import load_student
 from s3prl_ekd.workspace import experiments
 
@@ -275,7 +275,7 @@ def test_local_rank_reaches_s3prls_script(tmp_path, monkeypatch, options, enviro
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     base = ["-u", "fbank", "--device", "cpu"]
-    argv = prepare([*base, *options]).argv()
+    argv = DownstreamRequest.parse([*base, *options]).argv()
     assert sorted(argv) == sorted([*base, *expected]) and " ".join(expected) in " ".join(argv)
 
 

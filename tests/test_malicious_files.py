@@ -235,9 +235,6 @@ def folder(tmp_path_factory, teachers, corpus):
         "transformers",
     ):
         __import__(module)
-    from s3prl_ekd.teachers.load import hub_entries
-
-    hub_entries()
     gc.collect()
     gc.freeze()  # the modules' objects are not traversed while a command is timed
     yield path

@@ -58,6 +58,15 @@ def main(args: argparse.Namespace) -> int:
     if args.output is not None and args.output.exists() and not args.output.is_dir():
         raise SetupError(f"-o {args.output} is a file; it must be a folder")
 
+    from ..pretrain.settings import load_model_config, load_runner_config
+    from ..teachers import check_source
+
+    settings = load_model_config(args.upstream_config)
+    expert = load_runner_config(args.config).pretrain_expert
+    assert expert is not None  # checked by load_runner_config
+    for name, teacher in settings.teachers.items():
+        check_source(teacher.model, f"teachers.{name}.model")
+
     from .. import compat
 
     compat.apply()
@@ -68,7 +77,6 @@ def main(args: argparse.Namespace) -> int:
     from ..hidden_states import fingerprint
     from ..hidden_states.store import Index
     from ..pretrain.config_diff import table_digests
-    from ..pretrain.settings import load_model_config, load_runner_config
     from ..pretrain.target_cache import build
     from ..pretrain.target_cache.use import check_teacher_settings
     from ..student_file import input_layers
@@ -76,9 +84,6 @@ def main(args: argparse.Namespace) -> int:
     from ..teachers import check_precision, load_teachers
     from .features import choose_device
 
-    settings = load_model_config(args.upstream_config)
-    expert = load_runner_config(args.config).pretrain_expert
-    assert expert is not None  # checked by load_runner_config
     data = expert.datarc
     check_teacher_settings(settings)
     if args.aggregated:

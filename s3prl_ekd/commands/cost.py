@@ -18,6 +18,7 @@ import argparse
 import json
 from pathlib import Path
 
+from ..compat.source import may_be_upstream
 from ..errors import SetupError
 from ..files.atomic import make_folder, write_text
 
@@ -41,6 +42,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Count, print, and write the JSON with ``-o``; the exit code is 0."""
+    if (args.package is None) == (args.upstream is None):
+        raise SetupError("expected either PACKAGE_DIR or -u NAME")
+    for option, value in (("-k", args.ckpt), ("-s", args.selection)):
+        if args.package is not None and value is not None:
+            raise SetupError(f"{option} needs -u; a package has its own model.pt and keys")
+    if args.upstream is not None and not may_be_upstream(args.upstream):
+        raise SetupError(f"no such upstream in s3prl: {args.upstream}; see run_downstream.py -h")
+
     from ..superb.cost import (
         LENGTHS,
         build_upstream,
@@ -49,11 +58,6 @@ def main(args: argparse.Namespace) -> int:
         measure_cost,
     )
 
-    if (args.package is None) == (args.upstream is None):
-        raise SetupError("expected either PACKAGE_DIR or -u NAME")
-    for option, value in (("-k", args.ckpt), ("-s", args.selection)):
-        if args.package is not None and value is not None:
-            raise SetupError(f"{option} needs -u; a package has its own model.pt and keys")
     selection = args.selection or "hidden_states"
     if args.output is not None:
         check_report(args.output)  # before counting, which takes minutes

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from ..errors import CheckpointError, ConfigError, first_line, printable
 from ..files.atomic import write_text
-from .export import add_checkpoint, load_checkpoint
+from .export import add_checkpoint, check_exists, load_checkpoint
 
 _SHOWN = 5  # bad files printed; all are listed in a file
 
@@ -67,6 +67,7 @@ def main(args: argparse.Namespace) -> int:
         raise ConfigError("no audio: give files or folders, or a list of files with --list FILE")
     if not args.max_seconds > 0:
         raise ConfigError(f"--max-seconds must be above 0, got {args.max_seconds}")
+    check_exists(args.checkpoint)
 
     import torch
     from tqdm import tqdm

@@ -38,20 +38,21 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Fit the units, write them and print a summary."""
-    from ..analysis.sample import load_upstreams
-    from ..essence.units import collect_frames, fit_units, require_sklearn, save_units
     from ..pretrain.settings import load_model_config
 
     for name, minimum in (("clusters", 2), ("utterances", 1), ("layer", 0), ("seed", 0)):
         if getattr(args, name) < minimum:
             raise ConfigError(f"--{name} must be at least {minimum}, got {getattr(args, name)}")
-    require_sklearn()  # before minutes of computing
     teachers = load_model_config(args.config).teachers
     if args.teacher not in teachers:
         raise ConfigError(
             f"no such teacher in {args.config}: --teacher {args.teacher}; use one of: "
             f"{', '.join(teachers)}"
         )
+    from ..analysis.sample import load_upstreams
+    from ..essence.units import collect_frames, fit_units, require_sklearn, save_units
+
+    require_sklearn()  # before minutes of computing
     paths = choose_audio(args.data, args.audio_root, args.utterances, args.seed)
     teacher = {args.teacher: teachers[args.teacher]}
     upstream = load_upstreams(teacher, args.device)[args.teacher]

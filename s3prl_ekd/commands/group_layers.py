@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options of this command."""
     from ..analysis.choice import add_sample_options
-    from ..analysis.layers import LINKAGES, SIMILARITIES
 
     parser.add_argument("config", metavar="CONFIG", type=Path, help="a model config, as for -g")
     add_sample_options(parser)
@@ -48,10 +47,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="groups per teacher (default: the number with the highest silhouette; ours)",
     )  # fmt: skip
     add(
-        "--similarity", choices=tuple(SIMILARITIES), default="cka",
+        "--similarity", choices=("cka", "cosine"), default="cka",
         help="linear CKA, or the mean cosine over frames (default: cka; ours)",
     )  # fmt: skip
-    add("--linkage", choices=LINKAGES, default="average", help="(default: average; ours)")
+    add(
+        "--linkage",
+        choices=("average", "complete", "single", "ward"),
+        default="average",
+        help="(default: average; ours)",
+    )
     add(
         "--contiguous", action="store_true",
         help="group only neighbouring layers (default: any layers; ours)",
@@ -61,6 +65,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Sample hidden states, cluster the layers, write config and plot."""
+    from ..pretrain.settings import load_model_config
+
+    picture = args.output.with_suffix(".png")
+    if picture == args.output:
+        raise ConfigError(f"-o {args.output}: expected a .yaml file; the plot is a .png file")
+    for path in (args.output, picture):
+        if path.exists() and not args.force:
+            raise ConfigError(f"{path} exists; add --force to overwrite it")
+    settings = load_model_config(args.config).teachers
+
     from ..analysis.choice import choose_audio
     from ..analysis.layers import (
         SIMILARITIES,
@@ -72,18 +86,10 @@ def main(args: argparse.Namespace) -> int:
     )
     from ..analysis.plots import plot_trees
     from ..analysis.sample import load_upstreams, sample_layers
-    from ..pretrain.settings import load_model_config
     from ..system.figures import require_matplotlib
 
     require_scipy()  # before minutes of computing
     require_matplotlib()
-    picture = args.output.with_suffix(".png")
-    if picture == args.output:
-        raise ConfigError(f"-o {args.output}: expected a .yaml file; the plot is a .png file")
-    for path in (args.output, picture):
-        if path.exists() and not args.force:
-            raise ConfigError(f"{path} exists; add --force to overwrite it")
-    settings = load_model_config(args.config).teachers
     paths = choose_audio(args.data, args.audio_root, args.utterances, args.seed)
     sample = sample_layers(load_upstreams(settings, args.device), paths)
 

@@ -31,7 +31,7 @@ import shlex
 from pathlib import Path
 
 from ..errors import CheckpointError, ConfigError
-from .export import check_output, load_checkpoint
+from .export import check_exists, check_output, load_checkpoint
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -61,6 +61,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Write the student file; return exit code 0."""
+    for checkpoint in args.checkpoints:
+        check_exists(checkpoint)
+
     from ..export.merge import Member, merge, normalised
     from ..student_file import write_student
 

@@ -29,7 +29,7 @@ from ..files.text import read_text
 from ..pretrain.settings import ModelFile, load_model_config
 from ..system.tables import text_table
 from ..workspace import SECOND_STEP_TITLE, Schedule, second_step
-from .export import add_checkpoint, check_output, load_checkpoint
+from .export import add_checkpoint, check_exists, check_output, load_checkpoint
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,6 +61,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Write the student file and the picture; return exit code 0."""
+    check_exists(args.checkpoint)
+
     from ..distill.pruning import cut
     from ..distill.pruning.sparsity import SparsityTerm
     from ..distill.student_settings import CopySettings, PrunedSettings

@@ -89,10 +89,12 @@ def configure(parser) -> None:
 
 
 def main(args) -> int:
-    from ..superb import run as superb
     from ..superb.plan import plan_runs
 
     runs = plan_runs(args)
+
+    from ..superb import run as superb  # which imports torch
+
     if args.dry_run:
         for run in runs:
             for argv in superb.commands(run, args.gpus):

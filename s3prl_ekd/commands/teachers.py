@@ -52,7 +52,7 @@ def main(args: argparse.Namespace) -> int:
 def _list() -> int:
     from ..teachers.checkpoint import KINDS
     from ..teachers.huggingface import MODEL_TYPES
-    from ..teachers.load import names_by_family
+    from ..teachers.names import names_by_family
     from ..teachers.zoo import NAMES, RANDOM_INIT
 
     print("tiny teachers of this package, for trying out distillation:\n")
@@ -61,7 +61,7 @@ def _list() -> int:
     print("\ns3prl's hub names, downloaded on first use:")
     for family, names in names_by_family().items():
         print(f"\n  {family}")
-        for name in sorted(names):
+        for name in names:
             print(f"    {name}")
     print("\nlocal checkpoint files, by format (detected from the contents):\n")
     for kind, description in KINDS.items():
@@ -72,17 +72,18 @@ def _list() -> int:
 
 
 def _inspect(args: argparse.Namespace) -> int:
+    from ..pretrain.settings import load_model_config
+
+    settings = load_model_config(args.config).teachers
     from ..analysis.choice import choose_audio
     from ..analysis.layer_statistics import layer_statistics
     from ..analysis.layers import cka_matrix
     from ..analysis.plots import plot_similarity
     from ..analysis.sample import load_upstreams, sample_layers
-    from ..pretrain.settings import load_model_config
     from ..system.figures import require_matplotlib
     from ..system.tables import text_table
 
     require_matplotlib()  # before the teachers run for minutes
-    settings = load_model_config(args.config).teachers
     paths = choose_audio(args.data, args.audio_root, args.utterances, args.seed)
     sample = sample_layers(load_upstreams(settings, args.device), paths)
 

@@ -7,6 +7,7 @@ import contextlib
 import difflib
 import os
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 from ..compat import checkpoint_globals, voxceleb1_cache
 from ..compat.no_eval import check_fold, check_splits, reject_code
 from ..compat.replaced import replaced
+from ..compat.source import may_be_upstream, own_upstream_names, upstream_names
 from ..errors import CheckpointError, ConfigError, SetupError
 from ..files import trust
 from ..files.atomic import make_folder
@@ -32,9 +34,9 @@ from ..request import (
     script_guards,
 )
 from ..system.lock import LOCK_FILE
-from .corpus_check import check_corpus
 from .tasks import missing_paths, task_of
 
+MODES = ("train", "evaluate", "inference")
 WITH_HEADS = "hidden_states_and_heads"
 NOISY = "noisy"  # subfolder of a run with the predictions of evaluations under noise
 
@@ -53,16 +55,33 @@ def check_request(request: DownstreamRequest) -> DownstreamRequest:
 
 
 def check_mode(request: DownstreamRequest) -> None:
-    """Check that ``--noise`` has ``-m evaluate``, and ``--cache-features`` no torchrun."""
+    """Check that ``--noise`` has ``-m evaluate``, ``-m``, and no torchrun with the cache."""
     if request.noise is not None and request.mode != "evaluate":
         raise SetupError(
             f"--noise needs -m evaluate, got {request.mode or 'no -m'}: it evaluates a model "
             "trained without noise"
         )
+    if request.mode not in MODES:
+        given = "-m is missing" if request.mode is None else f"-m {request.mode}: no such mode"
+        raise SetupError(f"{given}; add -m train or -m evaluate")
     if request.cache is not None and request.local_rank is not None:
         raise SetupError(
             f"{CACHE} works in one process only, not under torchrun; remove it, or train on one GPU"
         )
+
+
+def check_upstream_name(request: DownstreamRequest) -> None:
+    """Check that s3prl's hub can have the upstream; :func:`run` checks it when it is imported."""
+    name, hub = request.upstream, sys.modules.get("s3prl.hub")
+    if name and not may_be_upstream(name) and not hasattr(hub, name):
+        raise _no_such_upstream(name)
+
+
+def _no_such_upstream(name: str) -> SetupError:
+    names = sorted(upstream_names() | own_upstream_names())
+    close = difflib.get_close_matches(name, names, n=3)
+    guess = f"did you mean {' or '.join(close)}?" if close else "see run_downstream.py -h"
+    return SetupError(f"-u {name}: no such upstream in s3prl; {guess}")
 
 
 def check_files(request: DownstreamRequest) -> None:
@@ -115,7 +134,14 @@ def _student(request: DownstreamRequest) -> str | None:
     return path if local and (request.upstream or "").startswith("ekd_student") else None
 
 
-OPTION_CHECKS = (check_mode, check_files, check_noises, check_init, check_heads)
+OPTION_CHECKS = (
+    check_mode,
+    check_upstream_name,
+    check_files,
+    check_noises,
+    check_init,
+    check_heads,
+)
 
 # Checks of the run; ``states`` are the contents of its checkpoint, empty for a new run
 
@@ -125,10 +151,12 @@ def check_new_downstream(request: DownstreamRequest, states: Mapping[str, Any]) 
 
     With a missing path s3prl would fail minutes later, with a traceback.
     """
-    if states or request.mode is None:
+    if states:
         return
     if not request.downstream:
         raise SetupError("name the task: add -d asr (or ctc, voxceleb1, emotion)")
+    if not request.upstream:
+        raise SetupError("name the upstream: add -u ekd_student -k STUDENT (or -u hubert_base)")
     if not (request.expdir or request.expname):
         raise SetupError("name the run: add -n NAME (or -p FOLDER)")
     task = task_of(request.downstream)
@@ -149,7 +177,13 @@ def check_new_downstream(request: DownstreamRequest, states: Mapping[str, Any]) 
                 f"{path}: {key} is {missing}, which does not exist; edit it or add "
                 f"-o \"config.{key}='PATH'\""
             )
+    if request.upstream == "ekd_student" and not request.upstream_ckpt:
+        raise CheckpointError(
+            "-u ekd_student needs a checkpoint: add -k STUDENT (a student file or states-*.ckpt)"
+        )
     check_upstream_paths(request.upstream, request.upstream_ckpt, request.upstream_model_config)
+    from .corpus_check import check_corpus
+
     fold = request.downstream_variant
     check_corpus(request.downstream, config, path, request.split, fold=fold)
 
@@ -177,6 +211,8 @@ def check_resumed_downstream(request: DownstreamRequest, states: Mapping[str, An
     if request.override:
         config = apply_overrides(config, request.override)
     reject_code(config, source)
+    from .corpus_check import check_corpus
+
     downstream, fold = args.get("downstream"), args.get("downstream_variant")
     check_splits(downstream, config, source, request.split)
     check_fold(fold, f"-e {path}: downstream_variant")
@@ -200,7 +236,7 @@ def check_upstream_paths(name: Any, checkpoint: Any, config: Any) -> None:
 def check_downstream_folder(request: DownstreamRequest, states: Mapping[str, Any]) -> None:
     """Check that the run's folder is writable and, for training, contains no other run."""
     folder = request.folder
-    if folder is None or (not states and request.mode is None):
+    if folder is None:
         return
     if request.mode == "train":
         check_run_folder(request, states)
@@ -230,11 +266,8 @@ def run(script: ModuleType, request: DownstreamRequest) -> None:
 
     from .resume import resumable_runner
 
-    name = request.upstream
-    if name and not hasattr(hub, name):
-        close = difflib.get_close_matches(name, hub.options(), n=3)
-        guess = f"did you mean {' or '.join(close)}?" if close else "see run_downstream.py -h"
-        raise SetupError(f"-u {name}: no such upstream in s3prl; {guess}")
+    if request.upstream and not hasattr(hub, request.upstream):
+        raise _no_such_upstream(request.upstream)
     with contextlib.ExitStack() as stack:
         stack.enter_context(downstream_guards(request))
         stack.enter_context(replaced(script, "Runner", resumable_runner(script.Runner)))

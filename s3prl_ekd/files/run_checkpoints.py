@@ -12,7 +12,6 @@ from typing import Any
 from ..compat import checkpoint_globals
 from ..errors import CheckpointError
 from .formats import NewerFormatError, check_part_versions
-from .torch_load import safe_load
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +25,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         CheckpointError: see :func:`.torch_load.safe_load`; or it lacks ``Step``, ``Args`` or
             ``Config``. NewerFormatError if a newer s3prl_ekd wrote it.
     """
+    from .torch_load import safe_load  # which imports torch
+
     states = safe_load(path, "checkpoint", allow=checkpoint_globals())
     check_part_versions(states, path)
     missing = [key for key in ("Step", "Args", "Config") if key not in states]

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 
+from ..compat.source import in_checkout
 from ..files import trust
 from ..request import DOWNSTREAM_HELP, INIT_HINT, DownstreamRequest, RequestT
 from ..system import torchrun
@@ -96,12 +97,12 @@ def import_script(script: str) -> ModuleType:
 
     compat.apply()
     folder = Path.cwd()
-    if (folder / f"{script}.py").is_file() and (folder / "hub.py").is_file():
+    if in_checkout(f"{script}.py"):
         sys.path.insert(0, str(folder))  # as `python run_pretrain.py` does
         registration.register()
         return importlib.import_module(script)
     if script == "run_pretrain":
-        registration.expose_pretrain(folder)  # without s3prl.hub, which takes seconds to import
+        registration.expose_pretrain(folder)  # without s3prl.hub, which is not needed
     else:
         registration.register()
     return importlib.import_module(f"s3prl.{script}")

@@ -14,7 +14,7 @@ from typing import Any
 
 from ..compat.no_eval import reject_code
 from ..compat.replaced import replaced
-from ..errors import CheckpointError, SetupError
+from ..errors import CheckpointError, DataError, SetupError
 from ..files import trust
 from ..files.atomic import make_folder
 from ..files.config import apply_overrides, overridden, read_yaml, to_plain_data
@@ -28,8 +28,11 @@ from ..request import (
     script_guards,
 )
 from ..system import torchrun
+from ..teachers.names import check_source
 from .config_diff import check_changes, check_config_file, config_differences, describe_changes
 from .settings import (
+    ModelFile,
+    RunnerFile,
     check_pruning_run,
     check_runner_config,
     load_model_config,
@@ -50,10 +53,14 @@ def prepare(argv: Sequence[str]) -> PretrainRequest:
 
 
 def check_workspace(request: PretrainRequest) -> None:
-    """Check that ``s3prl-ekd init`` has set up the working folder."""
-    folder = "pretrain/ekd" if request.upstream == "ekd" else "pretrain"
-    if not Path(folder).is_dir():
+    """Check that ``s3prl-ekd init`` has set up the working folder, and that it has ``-u``."""
+    names = sorted(path.name for path in Path("pretrain").glob("*") if path.is_dir())
+    if not names or (request.upstream == "ekd" and "ekd" not in names):
         raise SetupError(f"no pretrain/ekd in this folder; {INIT_HINT}")
+    if request.upstream not in (None, *names):
+        raise SetupError(
+            f"-u {request.upstream}: no such folder in pretrain/: use {', '.join(names)}"
+        )
 
 
 def check_single_process(request: PretrainRequest) -> None:
@@ -84,6 +91,26 @@ def check_settings(request: PretrainRequest, states: Mapping[str, Any]) -> None:
         )
         model = load_model_config(request.upstream_config or "pretrain/ekd/config_model.yaml")
         check_pruning_run(model, run)
+        check_sources(model, run)
+
+
+def check_sources(model: ModelFile, run: RunnerFile) -> None:
+    """Check that the teachers, the audio folder and the length tables of a new run exist.
+
+    The expert checks them again, after torch and s3prl are imported.
+    """
+    for name, teacher in model.teachers.items():
+        check_source(teacher.model, f"teachers.{name}.model")
+    assert run.pretrain_expert is not None  # checked by RunnerFile
+    data = run.pretrain_expert.datarc
+    if not Path(data.libri_root).is_dir():
+        raise DataError(f"pretrain_expert.datarc.libri_root: no such folder: {data.libri_root}")
+    for name in (*data.sets, *data.dev_sets):
+        path = Path(data.file_path) / f"{name}.csv"
+        if not path.exists():
+            from ..data.tables import read_table
+
+            read_table(path)  # raises DataError
 
 
 def check_other_upstream(request: PretrainRequest, states: Mapping[str, Any]) -> None:

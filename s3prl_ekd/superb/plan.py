@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from ..downstream.corpus_check import check_corpus
-from ..downstream.noise import find_noises
 from ..downstream.tasks import TASKS, Task, choose_tasks, missing_paths, recipe_paths
 from ..errors import ConfigError, SetupError
 from ..files.atomic import file_sha256
@@ -296,6 +295,8 @@ def noise_conditions(folders: Sequence[str], snrs: Sequence[float]) -> dict:
         raise SetupError("--noise and --snr must be given together: --noise FOLDER --snr 10 5 0")
     conditions: dict[str, tuple[str, float]] = {}
     for folder in folders:
+        from ..downstream.noise import find_noises  # which imports torch
+
         find_noises(folder)
         for snr in snrs:
             if not math.isfinite(snr):
@@ -313,6 +314,8 @@ def noise_conditions(folders: Sequence[str], snrs: Sequence[float]) -> dict:
 @cache
 def noise_digest(folder: str) -> str:
     """SHA-256 of the names and sizes of the noise files in a folder or manifest."""
+    from ..downstream.noise import find_noises
+
     noises = find_noises(folder)
     return _digest([[name, os.path.getsize(noises.root / name)] for name in noises.names])
 

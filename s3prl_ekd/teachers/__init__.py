@@ -5,15 +5,20 @@ A loaded teacher is an s3prl upstream: it maps a list of unpadded 16 kHz wavefor
 transformer layer and index n the output of layer n.
 """
 
-from .load import (
-    check_precision,
-    check_source,
-    copied_student,
-    load_teachers,
-    load_tiny,
-    load_upstream,
-    teacher_model,
-)
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from .names import check_source
+
+if TYPE_CHECKING:
+    from .load import (
+        check_precision,
+        copied_student,
+        load_teachers,
+        load_tiny,
+        load_upstream,
+        teacher_model,
+    )
 
 __all__ = [
     "check_precision",
@@ -24,3 +29,10 @@ __all__ = [
     "load_upstream",
     "teacher_model",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """A function of :mod:`.load`, which imports torch."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__} has no attribute {name}")
+    return getattr(importlib.import_module(f"{__name__}.load"), name)

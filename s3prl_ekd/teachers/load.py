@@ -1,13 +1,11 @@
 """Load the teachers of a config: s3prl's hub names, checkpoints, Hugging Face folders.
 
 Hub names are looked up in s3prl's ``upstream.<family>.hubconf`` modules. ``s3prl.hub`` would import
-all of its families first, which takes seconds and needs more packages.
+all of its families first, which takes time and needs more packages.
 """
 
 from __future__ import annotations
 
-import difflib
-import functools
 import importlib
 import tempfile
 from collections.abc import Callable, Mapping
@@ -25,6 +23,7 @@ from ..files.torch_load import restrict_torch
 from . import zoo
 from .checkpoint import load_file
 from .fast import encoder as fast
+from .names import check_source, hub_names, names_by_family
 
 if TYPE_CHECKING:
     from s3prl.upstream.interfaces import UpstreamBase
@@ -33,30 +32,12 @@ if TYPE_CHECKING:
     from ..distill.student_settings import CopySettings, PruningSettings
     from .huggingface import HuggingFaceUpstream
 
-FAMILIES = ("hubert", "wavlm", "wav2vec2", "data2vec", "unispeech_sat", "distiller")
-_NEEDS_PATH = ("_local", "_url", "_custom", "_gdriveid")  # entries that need a path
 
-
-@functools.cache
-def names_by_family() -> Mapping[str, Mapping[str, Callable[..., UpstreamBase]]]:
-    """Family -> hub name -> s3prl's loader, for every entry that doesn't need a path."""
+def hub_entry(name: str) -> Callable[[], UpstreamBase]:
+    """s3prl's function that loads the upstream of a hub name of :data:`.names.FAMILIES`."""
     compat.apply()
-    families: dict[str, dict[str, Callable[..., UpstreamBase]]] = {}
-    for family in FAMILIES:
-        module = importlib.import_module(f"s3prl.upstream.{family}.hubconf")
-        entries = families[family] = {}
-        for name, value in vars(module).items():
-            is_entry = callable(value) and getattr(value, "__module__", None) == module.__name__
-            if is_entry and not name.startswith("_") and not name.endswith(_NEEDS_PATH):
-                entries[name] = value
-    return families
-
-
-@functools.cache
-def hub_entries() -> Mapping[str, Callable[..., UpstreamBase]]:
-    """Hub name -> s3prl's loader, over all of :data:`FAMILIES`."""
-    families = names_by_family().values()
-    return {name: entry for entries in families for name, entry in entries.items()}
+    family = next(family for family, names in names_by_family().items() if name in names)
+    return getattr(importlib.import_module(f"s3prl.upstream.{family}.hubconf"), name)
 
 
 def load_hub_name(name: str, location: str) -> nn.Module:
@@ -70,7 +51,7 @@ def load_hub_name(name: str, location: str) -> nn.Module:
     restrict_torch()
     compat.apply()  # again, because torch.load may reject more classes after restrict_torch()
     try:
-        upstream = hub_entries()[name]()
+        upstream = hub_entry(name)()
     except (requests.RequestException, OSError) as error:
         raise TeacherError(
             f"{location}: cannot download {name} ({type(error).__name__}); download it on another "
@@ -82,32 +63,6 @@ def load_hub_name(name: str, location: str) -> nn.Module:
         # s3prl's expert appends the heads' predictions to the hidden states.
         return DistilHubertUpstream(upstream.model.model)
     return upstream
-
-
-def check_source(model: str, location: str) -> None:
-    """Reject a source that cannot be a teacher, before anything is downloaded or built.
-
-    Raises:
-        TeacherError: not a name (s3prl's hub, :mod:`.zoo`), an existing file, or a Hugging Face
-            folder with a supported model.
-    """
-    path = Path(model)
-    if model in zoo.NAMES or model in hub_entries() or path.is_file():
-        return
-    if path.is_dir():
-        from .huggingface import check_hf_folder
-
-        check_hf_folder(path, location)
-        return
-    if "/" in model or "\\" in model or path.suffix:
-        raise TeacherError(f"{location}: no such checkpoint: {model}")
-    names = sorted([*hub_entries(), *zoo.NAMES])
-    close = difflib.get_close_matches(model, names, n=1)
-    guess = f" (did you mean {close[0]}?)" if close else ""
-    raise TeacherError(
-        f"{location}: no such teacher {model!r}{guess}; give the path of a checkpoint or one of: "
-        f"{', '.join(names)}"
-    )
 
 
 def load_upstream(model: str, location: str) -> nn.Module:
@@ -128,7 +83,7 @@ def load_upstream(model: str, location: str) -> nn.Module:
         return load_file(path, location)
     if model in zoo.NAMES:
         return load_tiny(model, location)
-    if model in hub_entries():
+    if model in hub_names():
         return load_hub_name(model, location)
     from .huggingface import load_folder
 

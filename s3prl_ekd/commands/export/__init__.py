@@ -48,6 +48,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Run the export of the given KIND; return its exit code."""
+    check_exists(args.checkpoint)
     return args.export(args)
 
 
@@ -59,6 +60,12 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
         type=Path,
         help="a student file, states-*.ckpt, or a run's folder (its newest checkpoint)",
     )
+
+
+def check_exists(checkpoint: Path) -> None:
+    """Raise CheckpointError if there is no such file or folder, before torch is imported."""
+    if not checkpoint.exists():
+        raise CheckpointError(f"cannot read the student checkpoint {checkpoint}: no such file")
 
 
 def add_heads(parser: argparse.ArgumentParser, help_text: str) -> None:

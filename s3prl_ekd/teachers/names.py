@@ -1,0 +1,55 @@
+"""Names of teachers and checks of their sources; does not import torch or s3prl."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+
+from ..compat.source import upstream_names
+from ..errors import TeacherError
+from . import zoo
+
+FAMILIES = ("hubert", "wavlm", "wav2vec2", "data2vec", "unispeech_sat", "distiller")
+_NEEDS_PATH = ("_local", "_url", "_custom", "_gdriveid")  # entries that need a path
+
+
+@functools.cache
+def names_by_family() -> Mapping[str, tuple[str, ...]]:
+    """Family -> its hub names, for every entry that doesn't need a path."""
+    return {
+        family: tuple(sorted(n for n in upstream_names(family) if not n.endswith(_NEEDS_PATH)))
+        for family in FAMILIES
+    }
+
+
+def hub_names() -> set[str]:
+    """The hub names of all :data:`FAMILIES`."""
+    return {name for names in names_by_family().values() for name in names}
+
+
+def check_source(model: str, location: str) -> None:
+    """Reject a source that cannot be a teacher, before anything is downloaded or built.
+
+    Raises:
+        TeacherError: not a name (s3prl's hub, :mod:`.zoo`), an existing file, or a Hugging Face
+            folder with a supported model.
+    """
+    path = Path(model)
+    if model in zoo.NAMES or model in hub_names() or path.is_file():
+        return
+    if path.is_dir():
+        from .huggingface import check_hf_folder
+
+        check_hf_folder(path, location)
+        return
+    if "/" in model or "\\" in model or path.suffix:
+        raise TeacherError(f"{location}: no such checkpoint: {model}")
+    names = sorted([*hub_names(), *zoo.NAMES])
+    close = difflib.get_close_matches(model, names, n=1)
+    guess = f" (did you mean {close[0]}?)" if close else ""
+    raise TeacherError(
+        f"{location}: no such teacher {model!r}{guess}; give the path of a checkpoint or one of: "
+        f"{', '.join(names)}"
+    )
