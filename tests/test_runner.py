@@ -16,15 +16,18 @@ import torch
 from s3prl_ekd.distill.distiller import EnsembleDistiller
 from s3prl_ekd.distill.moments import Moments
 from s3prl_ekd.errors import CheckpointError
+from s3prl_ekd.files.config import to_plain_data
 from s3prl_ekd.files.run_checkpoints import newest_checkpoint
 from s3prl_ekd.pretrain import interrupts as signals
 from s3prl_ekd.pretrain.checkpoints import Progress
 from s3prl_ekd.pretrain.distributed import ProcessGroup
 from s3prl_ekd.pretrain.optim import OptimizerStep, not_finite_error
+from s3prl_ekd.pretrain.settings import load_model_config, load_runner_config
 from s3prl_ekd.pretrain.tensorboard import read_scalars
 from s3prl_ekd.system.random_states import random_states, set_random_states
+from s3prl_ekd.workspace import write_workspace
 
-from .conftest import saved_states
+from .conftest import edit_yaml, saved_states
 from .kill_and_resume import outcome, unequal
 
 RUN = ("-u", "ekd", "-c", "runner.yaml", "-g", "model.yaml")
@@ -34,9 +37,26 @@ ADAM = {"name": "TorchOptim", "torch_optim_name": "Adam", "lr": 1e-3}
 LINEAR = {"name": "linear_schedule_with_warmup", "num_warmup_steps": 2}
 
 
-@pytest.mark.parametrize("changes", [{}, {"optimizer": ADAM, "scheduler": LINEAR}], ids=str)
-def test_equals_s3prls_runner(pretrain_with, changes, monkeypatch):
+def use_shipped_files():
+    """Take all settings of ``s3prl_distiller.yaml`` and ``s3prl_runner.yaml`` except sizes."""
+    model = load_model_config("pretrain/ekd/experiments/s3prl_distiller.yaml")
+    run = load_runner_config("pretrain/ekd/s3prl_runner.yaml")
+    with edit_yaml("model.yaml") as config:
+        small = {"teachers": {"hubert": config["teachers"]["hubert"]}, "student": config["student"]}
+        config.clear()
+        config.update({**to_plain_data(model), **small})
+    return {"precision": run.runner.precision, "optimizer": dict(run.optimizer)}
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"optimizer": ADAM, "scheduler": LINEAR}, "s3prl_distiller"], ids=str
+)
+def test_equals_s3prls_runner(pretrain_with, pretrain_folder, changes, monkeypatch):
     """With the same config and seed: weights, optimizer and scalars, bit for bit."""
+    if changes == "s3prl_distiller":
+        write_workspace(pretrain_folder, ["experiments/s3prl_distiller"])
+        changes = use_shipped_files()
+        assert changes["precision"] == "float32"
     changes = {"gradient_accumulate_steps": 2, "log_step": 2, **changes}
     assert pretrain_with("ours", **changes)[0] == 0
     classes = []

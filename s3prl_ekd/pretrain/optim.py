@@ -22,6 +22,7 @@ from ..data.batches import Batch
 from ..distill.pruning.gates import Gate
 from ..distill.student_settings import PruningSettings
 from ..errors import EkdError
+from ..system.precision import DTYPES
 from .distributed import ProcessGroup
 from .settings import RunSettings
 
@@ -30,18 +31,10 @@ logger = logging.getLogger(__name__)
 MAX_NAMES = 48  # utterances in a message
 
 
-def autocast(run: RunSettings, device: str) -> torch.autocast:
-    """The autocast context of the student's forward: float16, bfloat16 or disabled.
-
-    It is disabled on a CPU. There bfloat16 is slower than float32, and some (virtual) processors
-    report bfloat16 instructions that they lack.
-    """
-    on_cuda = device.startswith("cuda")
-    for name in ("fp16", "bf16"):
-        if getattr(run, name) and not on_cuda:
-            logger.warning("runner.%s requires a CUDA device: training in float32", name)
-    dtype = torch.bfloat16 if run.bf16 else torch.float16
-    return torch.autocast("cuda", dtype, enabled=on_cuda and (run.bf16 or run.fp16))
+def autocast(precision: str, device: str) -> torch.autocast:
+    """The autocast context of the student's forward; disabled for float32 and TF32."""
+    dtype = DTYPES.get(precision)
+    return torch.autocast(torch.device(device).type, dtype, enabled=dtype is not None)
 
 
 def fused_adamw(

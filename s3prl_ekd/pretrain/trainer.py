@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import logging
 import math
 import shlex
@@ -33,6 +34,7 @@ from ..files.config import read_yaml, to_plain_data
 from ..files.renamed_keys import RUNNER, rename_keys
 from ..files.run_checkpoints import LAST_CHECKPOINT, read_checkpoint
 from ..request import PretrainRequest
+from ..system.precision import allow_tf32, choose_training_precision
 from ..system.random_states import preserve_random_states, random_states
 from .bad_audio import BadAudioList, as_tensor
 from .checkpoints import BEST_NAME, RUN_STATE_KEY, CheckpointManager, SaveError
@@ -68,7 +70,7 @@ from .resume import (
     resume_scheduler,
     resumed_progress,
 )
-from .settings import FUSED_ADAMW, check_runner_config, load_model_config
+from .settings import FUSED_ADAMW, check_runner_config, load_model_config, saved_runner_config
 from .tensorboard import ScalarWriter
 
 logger = logging.getLogger(__name__)
@@ -103,10 +105,17 @@ class Trainer:
     ):
         args.override = None  # in the config already; the next resume would apply it again
         self.args, self.s3prl_runner = args, s3prl_runner
-        self.config = rename_keys(config, RUNNER)  # checkpoints have the new keys only
-        self.settings = check_runner_config(config, "the runner config").runner
         self.device = str(args.device)
         self.processes = join_process_group(self.device)
+        # Checkpoints have the new keys only, and the precision that the run began with.
+        resumes_precision = args.init_ckpt and "precision" in config["runner"]
+        self.config = saved_runner_config(config) if args.init_ckpt else rename_keys(config, RUNNER)
+        run = check_runner_config(self.config, "the runner config").runner
+        precision, reason = choose_training_precision(run.precision, self.device, resumes_precision)
+        self.config["runner"]["precision"] = precision
+        self.settings = dataclasses.replace(run, precision=precision)
+        logger.info("precision: %s (%s)", precision, reason)
+        allow_tf32(self.device, precision != "float32")
         self.hint = f"resume with: {resume_command(args)}"
         self.checkpoints = CheckpointManager(args.expdir, self.settings.max_keep, self.hint)
 
@@ -138,7 +147,7 @@ class Trainer:
             if self.upstream.dev_dataloader is not None:
                 sampler = self.upstream.dev_dataloader.sampler
                 sampler.rank, sampler.processes = self.processes.rank, self.processes.world_size
-        self.autocast = autocast(self.settings, self.device)
+        self.autocast = autocast(precision, self.device)
         # Empty, so that s3prl does not load optimizer and schedule: resume_optimizer does.
         self.init_ckpt = {}
         self.optimizer_step = self.make_optimizer_step(checkpoint)
@@ -168,7 +177,7 @@ class Trainer:
         """
         run, config = self.settings, self.config["optimizer"]
         model, fused = self.upstream.model, config["name"] == FUSED_ADAMW
-        scaler = torch.amp.GradScaler("cuda", enabled=run.fp16 and self.device.startswith("cuda"))
+        scaler = torch.amp.GradScaler("cuda", enabled=run.precision == "float16")
         if self.progress.scaler:
             scaler.load_state_dict(self.progress.scaler)
         try:

@@ -6,8 +6,8 @@ transformer layer and index n the output of layer n.
 """
 
 from .load import (
-    check_precision,
     check_source,
+    choose_teacher_precision,
     copied_student,
     load_teachers,
     load_tiny,
@@ -16,7 +16,7 @@ from .load import (
 )
 
 __all__ = [
-    "check_precision",
+    "choose_teacher_precision",
     "check_source",
     "copied_student",
     "load_teachers",
