@@ -266,10 +266,11 @@ class UpstreamPretrainExpert(nn.Module):
         return self.distiller.count(batch.lengths, batch.spans, cached)
 
     @property
-    def target_norm_batches(self) -> int:
-        """Batches in the running target statistics, which the forward pass updates."""
+    def target_norm_batches(self) -> Tensor:
+        """Batches in the running target statistics, which the forward pass updates: a copy, on the
+        device."""
         target_norm = self.distiller.target_norm
-        return 0 if target_norm is None else int(target_norm.seen)
+        return torch.zeros(()) if target_norm is None else target_norm.seen.clone()
 
     def _loader(self, sets: Sequence[str], shuffle: bool = True) -> BatchLoader:
         return train_loader(

@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 
 import torch
 import yaml
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..data.batches import Batch
@@ -59,9 +59,11 @@ from .optim import (
     NotFiniteError,
     OptimizerStep,
     StepResult,
+    UnreadStep,
     autocast,
     fused_adamw,
     not_finite_error,
+    read_steps,
     warmup_schedule,
 )
 from .resume import (
@@ -74,6 +76,9 @@ from .settings import FUSED_ADAMW, check_runner_config, load_model_config, saved
 from .tensorboard import ScalarWriter
 
 logger = logging.getLogger(__name__)
+
+# Steps without waiting for the device; also bounded by runner.max_nonfinite, log_step, save_step.
+MAX_UNREAD = 20
 
 
 class Trainer:
@@ -127,6 +132,7 @@ class Trainer:
         self.progress = resumed_progress(
             checkpoint, path, self.upstream, overridden, self.processes
         )
+        self._unread: list[tuple[int, UnreadStep, Mapping[str, list[Tensor]]]] = []
         # Position of the next batch.
         self._epoch, self._batch = self.progress.epoch, self.progress.batch
         self.check_same_progress()
@@ -220,12 +226,13 @@ class Trainer:
                 self.measure_dev_loss()
                 self.save_or_stop()
             while progress.step < run.total_steps:
-                result = self.train_step(batches)
-                self.record_step(result)
+                self.record_step(self.train_step(batches))
                 self.snapshot()
                 if self.is_due(run.log_step):
                     bar.set_postfix_str(self.sparsity_text())
-                    self.log(result)
+                    self.log(self.read_steps()[-1])
+                elif len(self._unread) >= min(run.max_nonfinite, MAX_UNREAD):
+                    self.read_steps()
                 progress.dev_due = self.has_dev and self.is_due(run.eval_step or run.save_step)
                 if progress.dev_due:
                     self.measure_dev_loss()
@@ -276,7 +283,7 @@ class Trainer:
                 if batch.names or count > 1:
                     yield batch
 
-    def train_step(self, batches: Iterator[Batch]) -> StepResult:
+    def train_step(self, batches: Iterator[Batch]) -> UnreadStep:
         """Accumulate the gradients of the step's batches, clip them, update the weights."""
         run, step = self.settings, self.progress.step + 1
         self.optimizer_step.begin()
@@ -326,35 +333,50 @@ class Trainer:
         scale = len(step_batches) * self.processes.world_size / used
         return FrameCounts(*sums).divided_by(used), scale
 
-    def record_step(self, result: StepResult) -> None:
-        """Advance the progress by one step and record its scalars; log a skipped step.
-
-        Raises NotFiniteError if ``max_nonfinite`` steps in a row were skipped.
-        """
+    def record_step(self, unread: UnreadStep) -> None:
+        """Advance the progress by one step."""
         progress = self.progress
         progress.step += 1
         progress.epoch, progress.batch = self._epoch, self._batch
-        if result.applied:
-            progress.skipped_in_a_row = 0
-            for name, values in self._step_records.items():
-                progress.records[name] += values
-            return
-        by_process = self.processes.all_gather(self.optimizer_step.names)
-        names = [name for names in by_process for name in names]
+        self._unread.append((progress.step, unread, self._step_records))
+
+    def read_steps(self, processes: ProcessGroup | None = None) -> list[StepResult]:
+        """Wait for the device and read the steps since the last reading.
+
+        Adds the scalars of those that were applied to the progress, logs and counts the others.
+        ``processes``: those to exchange names with, by default all.
+
+        Raises NotFiniteError if ``max_nonfinite`` steps in a row were skipped.
+        """
+        unread, self._unread = self._unread, []
+        results = read_steps([values for _, values, _ in unread]) if unread else []
+        for (step, _, records), result in zip(unread, results, strict=True):
+            if result.applied:
+                self.progress.skipped_in_a_row = 0
+                for name, values in records.items():
+                    self.progress.records[name] += values
+            else:
+                self.count_skipped(step, result, processes or self.processes)
+        return results
+
+    def count_skipped(self, step: int, result: StepResult, processes: ProcessGroup) -> None:
+        """Log and count a step that was skipped; see :meth:`read_steps`."""
+        progress = self.progress
+        names = [name for names in processes.all_gather(result.names) for name in names]
         progress.skipped += 1
         progress.skipped_in_a_row += 1
         level = logging.INFO if result.lowers_scale else logging.WARNING
         logger.log(
             level if self.processes.is_main else logging.DEBUG,
             "step %d skipped (%d in a row): loss %g, gradient norm %g, utterances: %s",
-            progress.step,
+            step,
             progress.skipped_in_a_row,
             result.loss,
             result.norm,
-            "fp16 lowers its loss scale" if result.lowers_scale else ", ".join(names[:8]),
+            "float16 lowers its loss scale" if result.lowers_scale else ", ".join(names[:8]),
         )
         if progress.skipped_in_a_row >= self.settings.max_nonfinite:
-            raise not_finite_error(progress.step, progress.skipped_in_a_row, names, self.hint)
+            raise not_finite_error(step, progress.skipped_in_a_row, names, self.hint)
 
     def snapshot(self) -> None:
         """Save in memory what a step changes before it is complete: random states, position in the
@@ -502,6 +524,7 @@ class Trainer:
         """
         self.logger.flush()  # so that a killed run has all points from before its checkpoint
         processes = ProcessGroup() if alone else self.processes
+        self.read_steps(processes)
         if not alone:
             self.gather_records()
         self.progress.scaler = self.optimizer_step.scaler.state_dict()
@@ -557,10 +580,11 @@ class Trainer:
         step = self.progress.step
         if self._saved_step == step:
             return True
-        statistics_changed = self.upstream.target_norm_batches != self._target_norm_batches
-        if not self._weights_unchanged or statistics_changed or self.processes.rank > 1:
+        if not self._weights_unchanged or self.processes.rank > 1:
             return False
         try:
+            if not torch.equal(self.upstream.target_norm_batches, self._target_norm_batches):
+                return False
             if self.processes.world_size > 1:
                 end = time.monotonic() + (0 if self.processes.is_main else wait)
                 while not (saved := self.is_saved_by_other_rank()) and time.monotonic() < end:
