@@ -54,6 +54,7 @@ from ..teachers import (  # noqa: E402
 )
 from .config_diff import config_differences, describe_changes  # noqa: E402
 from .distributed import distiller_batch, empty_step  # noqa: E402
+from .optim import add_to_s3prl  # noqa: E402
 from .settings import RunSettings, load_data_config, load_model_config  # noqa: E402
 
 if TYPE_CHECKING:
@@ -101,6 +102,7 @@ class UpstreamPretrainExpert(nn.Module):
 
             self.targets = use.open_targets(self.data.target_cache, self.settings)
         self._choose_teacher_precision()
+        add_to_s3prl()
         self.seed = torch.initial_seed()  # set by s3prl's script
         conv: ConvInput = cast(CopySettings, self.settings.student)
         conv = conv if student is None else student.settings

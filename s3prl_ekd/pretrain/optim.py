@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +25,7 @@ from ..distill.student_settings import PruningSettings
 from ..errors import EkdError
 from ..system.precision import DTYPES
 from .distributed import ProcessGroup
-from .settings import RunSettings
+from .settings import FUSED_ADAMW, RunSettings
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +81,25 @@ def warmup_schedule(
         return max(0.0, min(1.0, up, down))
 
     return LambdaLR(optimizer, rate)
+
+
+def add_to_s3prl() -> None:
+    """Make FusedAdamW known to s3prl's own Runner, whose ``get_optimizer`` looks up functions.
+
+    The optimizer advances its schedule, because this Runner makes schedules of s3prl only.
+    """
+
+    def get_fused_adamw(
+        models: Sequence[nn.ModuleDict], total_steps: int, **config: Any
+    ) -> torch.optim.AdamW:
+        optimizer = fused_adamw(models[0], config)
+        schedule = warmup_schedule(optimizer, config, total_steps)
+        optimizer.register_step_post_hook(lambda *_: schedule.step())
+        return optimizer
+
+    module = sys.modules.get("optimizers")  # of s3prl
+    if module is not None:
+        setattr(module, f"get_{FUSED_ADAMW}", get_fused_adamw)
 
 
 class NotFiniteError(EkdError):
