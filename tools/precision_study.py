@@ -58,8 +58,10 @@ def main() -> int:
         spread = statistics.stdev(losses) if len(losses) > 1 else 0.0
         values = [*losses, statistics.mean(losses), spread]
         table.append([name, *(f"{value:.4f}" for value in values)])
-    print(f"{platform.machine()}, {args.device}, torch {torch.__version__}, {args.steps} steps of ")
-    print(f"{args.batch} x {args.seconds:g} s; loss on the dev set\n")
+    print(
+        f"{platform.machine()}, {args.device}, torch {torch.__version__}, {args.steps} steps of "
+        f"{args.batch} x {args.seconds:g} s; loss on the dev set\n"
+    )
     print(markdown_table(table))
     print("\nmean difference of targets, relative to their mean absolute value")
     for name, value in target_differences(folder, args).items():
