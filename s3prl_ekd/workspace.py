@@ -42,8 +42,11 @@ TINY_HEAD = """\
 # A tiny version of experiments/{name}.yaml, for a laptop.
 #
 #   run_pretrain.py -u ekd -n {name} -c pretrain/ekd/{runner}.yaml \\
-#       -g pretrain/ekd/tiny/{name}.yaml
+#       -g pretrain/ekd/tiny/{name}.yaml{options}
 """
+TINY_S3PRL = """ \\
+#       -o "config.optimizer.name='AdamW_with_schedule',,config.runner.precision='float32'"
+"""[:-1]
 TINY_PRUNE = "#   s3prl-ekd prune result/pretrain/{name} -o {name}.pt\n"
 TINY_CHANGES = (
     ("../config_model.yaml", "../tiny_model.yaml"),
@@ -110,7 +113,9 @@ def tiny_experiment(name: str, text: str) -> str:
         text = text.replace(full, tiny)
     pruned = "\npruning:" in text
     runner = "tiny_pruning_runner" if pruned else "tiny_runner"
-    head = TINY_HEAD.format(name=name, runner=runner) + TINY_PRUNE.format(name=name) * pruned
+    options = TINY_S3PRL if "\nstudent_backend: s3prl" in text else ""  # that of s3prl_runner.yaml
+    head = TINY_HEAD.format(name=name, runner=runner, options=options)
+    head += TINY_PRUNE.format(name=name) * pruned
     return f"{head}\n{text}"
 
 
@@ -266,7 +271,7 @@ class CorpusPaths:
         if self.librispeech:
             root, tables = str(self.librispeech), f"./{PREPARED_LIBRISPEECH}/len_for_bucket"
             datarc = "pretrain_expert.datarc"
-            for runner in ("config_runner.yaml", "pruning_runner.yaml"):
+            for runner in ("config_runner.yaml", "pruning_runner.yaml", "s3prl_runner.yaml"):
                 file = f"pretrain/ekd/{runner}"
                 values += [
                     CorpusPath(file, f"{datarc}.libri_root", "./data/LibriSpeech", root),

@@ -225,6 +225,7 @@ def write_configs(folder: Path, teachers: dict[str, Path], corpus: Path, **model
         "aggregation": "separate",
         "student": STUDENT,
         "init": {"teacher": "hubert"},
+        "teacher_precision": "float32",
         **model,
     }
     runner = {
@@ -236,7 +237,7 @@ def write_configs(folder: Path, teachers: dict[str, Path], corpus: Path, **model
             "log_step": 2,
             "save_step": 3,
             "max_keep": 5,
-            "fp16": False,
+            "precision": "float32",
         },
         "optimizer": {"name": "AdamW_with_schedule", "lr": 1e-3, "warmup_proportion": 0.1},
         "pretrain_expert": {

@@ -128,7 +128,7 @@ class Machine:
             if path.stem != "three_average":  # one of the experiments
                 path.unlink()
         for path in self.folder.glob("pretrain/ekd/*_runner.yaml"):
-            runner = {"total_steps": 2, "log_step": 1, "save_step": 1, "fp16": False}
+            runner = {"total_steps": 2, "log_step": 1, "save_step": 1, "precision": "float32"}
             datarc = {"train_batch_size": 2, "num_workers": 0, "sequence_length": 8000}
             change(path, {"runner": runner, "pretrain_expert": {"datarc": datarc}})
         for path in self.folder.glob("downstream/*/*.yaml"):
@@ -145,7 +145,7 @@ def change(path: Path, values: dict) -> None:
         for key, value in source.items():
             if isinstance(value, dict) and key in target and key != "student":
                 merge(target[key], value)
-            elif key in target or key == "fp16":
+            elif key in target or key == "precision":
                 target[key] = value
 
     merge(data, values)

@@ -26,6 +26,7 @@ from s3prl_ekd.pretrain.settings import (
     check_pruning_run,
     load_model_config,
     load_runner_config,
+    saved_runner_config,
 )
 from s3prl_ekd.request import PretrainRequest
 from s3prl_ekd.workspace import second_step, write_workspace
@@ -197,6 +198,19 @@ def test_the_reference_experiment_has_s3prls_loss():
     model = load_model_config(CONFIGS / "experiments/s3prl_distiller.yaml")
     assert model.loss.reduce == "batches" and not model.loss.mask_padding and model.teacher_dropout
     assert not (model.student.masked_norm or model.teacher_masked_norm)
+
+
+def test_the_default_optimizer_has_distilhuberts_schedule():
+    """Learning rate, warm-up and moments of s3prl's distiller, in the run and its tiny version."""
+    s3prl, ours = (load_runner_config(CONFIGS / f"{n}_runner.yaml") for n in ("s3prl", "config"))
+    assert s3prl.optimizer["name"] == "AdamW_with_schedule"
+    assert s3prl.runner.precision == "float32" and ours.runner.precision == "auto"
+    for key in ("lr", "warmup_proportion", "betas", "eps"):
+        assert ours.optimizer[key] == s3prl.optimizer[key]
+    assert ours.optimizer["weight_decay"] == 0.01  # s3prl's, whatever its config has
+    for path in CONFIGS.glob("*_runner.yaml"):
+        expected = "AdamW_with_schedule" if path.stem == "s3prl_runner" else "FusedAdamW"
+        assert load_runner_config(path).optimizer["name"] == expected
 
 
 def test_dphuberts_values():
@@ -479,8 +493,10 @@ def assert_parts(message, file, parts):
         ("runner.total_steps", "many", ".runner.total_steps 'many'"),
         ("runner.log_step", ..., ".runner log_step"),
         ("runner.log_step", 0, ".runner log_step 0"),
-        ("runner.fp_16", True, ".runner 'fp_16' fp16"),
-        ("optimizer.name", ..., "optimizer.name AdamW_with_schedule"),
+        ("runner.precison", "auto", ".runner 'precison' precision"),
+        ("runner.precision", "half", ".runner.precision auto float32 tf32 bfloat16 float16 'half'"),
+        ("runner.fp16", "yes", ".runner.fp16 true 'yes'"),
+        ("optimizer.name", ..., "optimizer.name FusedAdamW"),
         ("optimizer.lr", "fast", "optimizer.lr 'fast' 2.e-4"),
         ("optimizer.lr", ..., "optimizer.lr 2.e-4"),
         ("optimizer.name", "Adamm", "optimizer.name 'Adamm' AdamW_with_schedule"),
@@ -600,6 +616,45 @@ def test_old_keys_in_overrides(tmp_path, caplog):
             settings = load_runner_config(path, f"config.runner.{key}=9,,config.runner.log_step=1")
             assert settings.runner.autosave_minutes == 9 and settings.runner.log_step == 1
     assert warned(caplog, "-o") == {"config.runner.last_minutes": "config.runner.autosave_minutes"}
+
+
+@pytest.mark.parametrize(
+    ("old", "precision"),
+    [
+        ({"fp16": True}, "float16"),
+        ({"fp16": False}, "float32"),
+        ({"bf16": True}, "bfloat16"),
+        ({"fp16": False, "bf16": True}, "bfloat16"),
+        ({"fp16": True, "bf16": False}, "float16"),
+        ({"fp16": False, "bf16": False}, "float32"),
+        ({}, "auto"),
+    ],
+    ids=str,
+)
+def test_the_old_keys_of_the_precision(tmp_path, old, precision, caplog):
+    """In a file and by ``-o``, with one warning each; a checkpoint without them is float32."""
+    path = tmp_path / "runner.yaml"
+    path.write_text(yaml.safe_dump(changed(RUNNER, "runner", {**RUNNER["runner"], **old})))
+    assert load_runner_config(path).runner.precision == precision
+    assert len(warned(caplog, str(path))) == bool(old)
+    path.write_text(yaml.safe_dump(RUNNER))
+    text = ",,".join(f"config.runner.{key}={value}" for key, value in old.items())
+    assert load_runner_config(path, text).runner.precision == precision
+    assert len(warned(caplog, "-o")) == bool(old)
+    config = saved_runner_config(changed(RUNNER, "runner", {**RUNNER["runner"], **old}))
+    assert config["runner"]["precision"] == (precision if old else "float32")
+
+
+@pytest.mark.parametrize("old", [{"fp16": True, "bf16": True}, {"fp16": True, "precision": "auto"}])
+def test_contradicting_keys_of_the_precision(tmp_path, old):
+    path = tmp_path / "runner.yaml"
+    path.write_text(yaml.safe_dump(changed(RUNNER, "runner", {**RUNNER["runner"], **old})))
+    with pytest.raises(ConfigError, match=r"runner\.yaml.*runner\.fp16.*runner\.precision"):
+        load_runner_config(path)
+    path.write_text(yaml.safe_dump(RUNNER))
+    text = ",,".join(f"config.runner.{key}={value!r}" for key, value in old.items())
+    with pytest.raises(ConfigError, match=r"-o.*runner\.fp16.*runner\.precision"):
+        load_runner_config(path, text)
 
 
 def test_an_old_and_a_new_name_of_one_key(tmp_path):

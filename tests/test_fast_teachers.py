@@ -365,4 +365,5 @@ def test_contradicting_settings_are_rejected(settings):
 def test_precisions_are_those_of_the_settings():
     from typing import get_args, get_type_hints
 
-    assert set(PRECISIONS) == set(get_args(get_type_hints(DistillSettings)["teacher_precision"]))
+    settings = get_args(get_type_hints(DistillSettings)["teacher_precision"])
+    assert {*PRECISIONS, "auto"} == {*settings}

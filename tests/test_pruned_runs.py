@@ -305,17 +305,6 @@ def test_a_compiled_student_with_gates_takes_any_length(changes):
     assert counter.frame_count <= 3
 
 
-@pytest.mark.slow
-def test_half_precision_is_float32_on_a_cpu(folder, pretrain_with, caplog):
-    options = {"total_steps": 2, "save_step": 1, "log_step": 1}
-    assert pretrain_with("float32", **options)[0] == 0
-    for precision in ("fp16", "bf16"):
-        both = {"fp16": False, "bf16": False, precision: True}
-        assert pretrain_with(precision, **both, **options)[0] == 0
-        assert any(f"runner.{precision}" in record.getMessage() for record in caplog.records)
-        assert not unequal(trained_state("float32"), trained_state(precision))
-
-
 def test_a_step_that_is_not_finite_changes_nothing(folder, pretrain_with, monkeypatch):
     """Neither weights, gates nor multipliers."""
     forward = EnsembleDistiller.forward

@@ -16,27 +16,51 @@ import torch
 from s3prl_ekd.distill.distiller import EnsembleDistiller
 from s3prl_ekd.distill.moments import Moments
 from s3prl_ekd.errors import CheckpointError
+from s3prl_ekd.files.config import to_plain_data
 from s3prl_ekd.files.run_checkpoints import newest_checkpoint
 from s3prl_ekd.pretrain import interrupts as signals
 from s3prl_ekd.pretrain.checkpoints import Progress
 from s3prl_ekd.pretrain.distributed import ProcessGroup
 from s3prl_ekd.pretrain.optim import OptimizerStep, not_finite_error
+from s3prl_ekd.pretrain.settings import load_model_config, load_runner_config
 from s3prl_ekd.pretrain.tensorboard import read_scalars
 from s3prl_ekd.system.random_states import random_states, set_random_states
+from s3prl_ekd.workspace import write_workspace
 
-from .conftest import saved_states
+from .conftest import edit_yaml, saved_states
 from .kill_and_resume import outcome, unequal
 
 RUN = ("-u", "ekd", "-c", "runner.yaml", "-g", "model.yaml")
 
 
+ADAMW = {"name": "AdamW_with_schedule", "lr": 1e-3, "warmup_proportion": 0.1}
+FUSED = {"name": "FusedAdamW", "lr": 1e-3, "warmup_proportion": 0.3}
 ADAM = {"name": "TorchOptim", "torch_optim_name": "Adam", "lr": 1e-3}
 LINEAR = {"name": "linear_schedule_with_warmup", "num_warmup_steps": 2}
 
 
-@pytest.mark.parametrize("changes", [{}, {"optimizer": ADAM, "scheduler": LINEAR}], ids=str)
-def test_equals_s3prls_runner(pretrain_with, changes, monkeypatch):
+def use_shipped_files():
+    """Take all settings of ``s3prl_distiller.yaml`` and ``s3prl_runner.yaml`` except sizes."""
+    model = load_model_config("pretrain/ekd/experiments/s3prl_distiller.yaml")
+    run = load_runner_config("pretrain/ekd/s3prl_runner.yaml")
+    with edit_yaml("model.yaml") as config:
+        small = {"teachers": {"hubert": config["teachers"]["hubert"]}, "student": config["student"]}
+        config.clear()
+        config.update({**to_plain_data(model), **small})
+    return {"precision": run.runner.precision, "optimizer": dict(run.optimizer)}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"optimizer": ADAM, "scheduler": LINEAR}, {"optimizer": FUSED}, "s3prl_distiller"],
+    ids=str,
+)
+def test_equals_s3prls_runner(pretrain_with, pretrain_folder, changes, monkeypatch):
     """With the same config and seed: weights, optimizer and scalars, bit for bit."""
+    if changes == "s3prl_distiller":
+        write_workspace(pretrain_folder, ["experiments/s3prl_distiller"])
+        changes = use_shipped_files()
+        assert changes["precision"] == "float32"
     changes = {"gradient_accumulate_steps": 2, "log_step": 2, **changes}
     assert pretrain_with("ours", **changes)[0] == 0
     classes = []
@@ -58,7 +82,7 @@ def test_equals_s3prls_runner(pretrain_with, changes, monkeypatch):
     scalars = [read_scalars(f"result/pretrain/{name}") for name in ("ours", "s3prl")]
     rates = [points.pop("ekd/train-lr") for points in scalars]
     assert scalars[0] == scalars[1]
-    if not changes.get("scheduler"):  # with a schedule s3prl logs the previous step's rate
+    if len(changes) == 2 or "precision" in changes:  # otherwise s3prl logs another step's rate
         assert rates[0] == rates[1]
 
 
@@ -159,9 +183,10 @@ def spoiled(monkeypatch, how, steps):
 
 
 @pytest.mark.parametrize("how", ["loss", "gradient"])
-def test_steps_that_are_not_finite_are_skipped(pretrain_with, monkeypatch, how, caplog):
+@pytest.mark.parametrize("optimizer", [ADAMW, FUSED], ids=lambda optimizer: optimizer["name"])
+def test_steps_that_are_not_finite_are_skipped(pretrain_with, monkeypatch, how, optimizer, caplog):
     spoiled(monkeypatch, how, {2, 4})
-    assert pretrain_with("x", save_step=2, log_step=1)[0] == 0
+    assert pretrain_with("x", save_step=2, log_step=1, optimizer=optimizer)[0] == 0
     records = [r for r in caplog.records if r.name == "s3prl_ekd.pretrain.trainer"]
     messages = [r.getMessage() for r in records]
     for step in (2, 4):
@@ -170,8 +195,8 @@ def test_steps_that_are_not_finite_are_skipped(pretrain_with, monkeypatch, how, 
     one, three = saved_states("x", "states-2.ckpt"), saved_states("x")
     assert three["EKD_Run"]["skipped"] == 2 and three["EKD_Run"]["skipped_in_a_row"] == 0
     # The optimizer has made 1 of 2 steps, then 4 of 6.
-    assert {state["step"] for state in one["Optimizer"]["state"].values()} == {1}
-    assert {state["step"] for state in three["Optimizer"]["state"].values()} == {4}
+    assert {int(state["step"]) for state in one["Optimizer"]["state"].values()} == {1}
+    assert {int(state["step"]) for state in three["Optimizer"]["state"].values()} == {4}
     assert all(torch.isfinite(value).all() for value in three["EKD"]["student"].values())
     scalars = read_scalars("result/pretrain/x")
     assert list(scalars["ekd/train-loss_mean"]) == [
@@ -181,6 +206,24 @@ def test_steps_that_are_not_finite_are_skipped(pretrain_with, monkeypatch, how, 
         6,
     ]  # no point if the window has only a skipped step
     assert scalars["ekd/train-skipped"] == {2: 1, 3: 1, 4: 2, 5: 2, 6: 2}
+
+
+@pytest.mark.parametrize("how", ["loss", "gradient"])
+def test_steps_read_late_are_skipped_all_the_same(pretrain_with, monkeypatch, how, caplog):
+    """Steps read together at a log point, or one by one: the same weights, counts and means."""
+    spoiled(monkeypatch, how, {2, 4})
+    states, scalars, messages = [], [], []
+    for name, max_nonfinite in (("late", 20), ("at_once", 1 + 1)):
+        caplog.clear()
+        reads = {"log_step": 5, "save_step": 5, "max_nonfinite": max_nonfinite}
+        assert pretrain_with(name, optimizer=FUSED, **reads)[0] == 0
+        states.append(saved_states(name))
+        scalars.append(read_scalars(f"result/pretrain/{name}"))
+        messages.append([text for text in caplog.messages if ".flac" in text])
+    assert not unequal(*(state["EKD"]["student"] for state in states))
+    assert [state["EKD_Run"]["skipped"] for state in states] == [2, 2]
+    assert scalars[0] == scalars[1] and messages[0] == messages[1]
+    assert [re.search(r"step (\d)", text)[1] for text in messages[0]] == ["2", "4"]
 
 
 def test_too_many_skipped_steps_stop_the_run(pretrain_with, monkeypatch):

@@ -10,7 +10,7 @@ from s3prl_ekd.pretrain.sweep import SweepResult, results_table
 from s3prl_ekd.pretrain.tensorboard import read_scalars
 from s3prl_ekd.system.tables import markdown_table
 
-from .conftest import command
+from .conftest import command, edit_yaml
 
 
 def test_the_table():
@@ -73,6 +73,8 @@ def test_errors(tmp_path):
     done = command("sweep", "a.yaml", "-c", "b.yaml", cwd=tmp_path, check=False)
     assert done.returncode == 2 and re.search(r"\bb\.yaml\b.*No such file", done.stderr)
     command("init", ".", "-x", "dp_hubert", "--tiny", cwd=tmp_path)
+    with edit_yaml(tmp_path / "pretrain/ekd/tiny_runner.yaml") as config:
+        config["optimizer"]["name"] = "AdamW_with_schedule"
     argv = ("pretrain/ekd/tiny/dp_hubert.yaml", "-c", "pretrain/ekd/tiny_runner.yaml")
     done = command("sweep", *argv, cwd=tmp_path, check=False)
     assert done.returncode == 2 and "FusedAdamW" in done.stderr  # before any run

@@ -6,7 +6,7 @@ SHA-256 of every gradient (before clipping) and of every weight (before and afte
 ``compare`` exits with 1 at the first value that differs. Neither imports s3prl_ekd: the commands
 run in processes in which only torch is patched, so the tool works for versions with other modules.
 
-Runs are reduced to 3 steps, batches of 4 utterances, excerpts of 1.5 s, no fp16 (it needs CUDA) and
+Runs are reduced to 3 steps, batches of 4 utterances, excerpts of 1.5 s, float32 and
 no loader workers except in the cases that test them. The teachers in config_model.yaml are the
 files hubert.pt, robust_hubert.pt and wavlm.pt in TEACHERS, of any width and 12 layers in s3prl's
 formats; the student has the same widths. Files of units are made by the commands in the comments of
@@ -46,7 +46,7 @@ from pathlib import Path
 import yaml
 
 RUNNER = """\
-runner: {total_steps: 3, log_step: 1, save_step: 1, fp16: false}
+runner: {total_steps: 3, log_step: 1, save_step: 1}
 pretrain_expert:
   datarc: {libri_root: audio, file_path: tables, sets: [train], train_batch_size: 4, num_workers: 0,
     sequence_length: 24000}
@@ -225,7 +225,9 @@ def prepare(folder: Path, args: argparse.Namespace) -> dict[str, str]:
         ignored = shutil.ignore_patterns("*.py", "__pycache__")
         shutil.copytree(args.configs, configs, dirs_exist_ok=True, ignore=ignored)
     for path in configs.glob("*runner.yaml"):
+        old = "precision" not in yaml.safe_load(path.read_text())["runner"]
         merge_yaml(path, yaml.safe_load(RUNNER))
+        merge_yaml(path, {"runner": {"fp16": False} if old else {"precision": "float32"}})
     path = configs / "config_model.yaml"
     names = list(yaml.safe_load(path.read_text())["teachers"])
     files = {name: (args.teachers / f"{name}.pt").resolve() for name in names}

@@ -81,7 +81,7 @@ def main(args: argparse.Namespace) -> int:
     from ..pretrain.target_cache.use import check_teacher_settings
     from ..student_file import input_layers
     from ..system.lock import FolderLock
-    from ..teachers import check_precision, load_teachers
+    from ..teachers import choose_teacher_precision, load_teachers
     from .features import choose_device
 
     data = expert.datarc
@@ -93,7 +93,9 @@ def main(args: argparse.Namespace) -> int:
     min_samples = receptive_field(conv)
     rows = build.cached_rows(data, min_samples)  # before loading the teachers, which is slower
     device = choose_device(args.device)
-    check_precision(settings.teacher_precision, device)
+    precision, reason = choose_teacher_precision(settings, device)
+    print(f"teachers in {precision} ({reason})", flush=True)
+    settings = dataclasses.replace(settings, teacher_precision=precision)  # for the cache's key
     teachers = load_teachers(
         settings.teachers,
         settings.teacher_dropout,

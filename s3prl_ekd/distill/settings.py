@@ -315,8 +315,10 @@ class DistillSettings:
     upstreams. Other teachers, and all teachers with ``teacher_dropout``, always run as ``s3prl``
     (ours)."""
 
-    teacher_precision: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Precision in which ``fast`` teachers compute; targets are converted to float32 (ours)."""
+    teacher_precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision in which ``fast`` teachers compute; targets are converted to float32 (ours).
+    ``auto``: bfloat16 on GPUs from Ampere on and on CPUs with AMX, float32 elsewhere; with a target
+    cache, the precision of the cache. Other teachers compute in float32."""
 
     teacher_masked_norm: bool = False
     """Take the statistics of the group norm in ``fast`` teachers over valid frames only, so that
@@ -354,7 +356,7 @@ class DistillSettings:
     def _check_backends(self) -> None:
         slow = self.teacher_backend == "s3prl" or self.teacher_dropout
         why = "teacher_dropout: true" if self.teacher_dropout else "teacher_backend: s3prl"
-        if slow and self.teacher_precision != "float32":
+        if slow and self.teacher_precision not in ("auto", "float32"):
             raise ValueError(
                 f"teacher_precision: {self.teacher_precision} needs teacher_backend: fast; with "
                 f"{why} the teachers run in float32"

@@ -37,6 +37,7 @@ VALUES: Mapping[str, Mapping[str, str]] = {
     "teacher_path": {"plain": "s3prl"},
     "targets.standardise": {"running": "mean_std"},
 }
+HALF = {"fp16": "float16", "bf16": "bfloat16"}  # old key of `runner` -> its precision
 OLD_SECTION = "essence"  # of the model config; it has old keys only
 UNITS = "unit_loss"  # of the model config; a list, in version 0.1 one entry or none
 
@@ -56,6 +57,8 @@ def rename_keys(data: Any, table: Table, path: str | None = None) -> Any:
     if not isinstance(data, dict):
         return data
     data = _copy(data)
+    if table is RUNNER and isinstance(data.get("runner"), dict):
+        _rename_half(data["runner"], "runner.", path)
     for old, new in table.items():
         if not _has(data, old):
             continue
@@ -108,7 +111,7 @@ def rename_overrides(overrides: str) -> str:
     Raises:
         ConfigError: both the old and the new name of a key are given.
     """
-    options = overrides.split(",,")
+    options = _override_half(overrides.split(",,"))
     keys = [option.partition("=")[0].strip() for option in options]
     for i, (key, option) in enumerate(zip(keys, options, strict=True)):
         section, _, old = key.partition(".")
@@ -122,6 +125,50 @@ def rename_overrides(overrides: str) -> str:
     return ",,".join(options)
 
 
+def _rename_half(runner: dict[str, Any], section: str, path: str | None) -> None:
+    """Replace ``fp16`` and ``bf16`` by ``precision``: float32 if both are false or missing."""
+    old = {key: runner.pop(key) for key in HALF if key in runner}
+    if not old:
+        return
+    where = path or "the config"
+    for key, value in old.items():
+        if type(value) is not bool:
+            raise ConfigError(f"{where}.{section}{key}: expected true or false, got {value!r:.60}")
+        if path and "precision" in runner:
+            raise ConfigError(
+                f"{where}: `{section}{key}` is the old name of `{section}precision`; remove "
+                f"`{section}{key}`"
+            )
+    precisions = [HALF[key] for key, value in old.items() if value]
+    if len(precisions) > 1:
+        raise ConfigError(
+            f"{where}: {section}fp16 and {section}bf16 exclude each other; use {section}precision"
+        )
+    runner.setdefault("precision", precisions[0] if precisions else "float32")
+    if path:
+        text = ", ".join(f"{section}{key}: {str(value).lower()}" for key, value in old.items())
+        warn_renamed(path, text, f"{section}precision: {runner['precision']}")
+
+
+def _override_half(options: list[str]) -> list[str]:
+    """:func:`_rename_half` for the options of ``-o``."""
+    runner: dict[str, Any] = {}
+    rest = []
+    for option in options:
+        key, _, value = (part.strip() for part in option.partition("="))
+        name = key.removeprefix("config.runner.")
+        if name in HALF and key != name:
+            runner[name] = {"True": True, "False": False}.get(value, value)
+        else:
+            rest.append(option)
+            if name == "precision" and key != name:
+                runner[name] = value
+    if runner.keys() & HALF.keys():
+        _rename_half(runner, "config.runner.", "-o")
+        rest.append(f"config.runner.precision={runner['precision']!r}")
+    return rest
+
+
 def restore_keys(data: Mapping[str, Any], table: Table) -> dict[str, Any]:
     """The inverse of :func:`rename_keys`, to compare a config with a record of version 0.1."""
     restored = _copy(data)
@@ -130,6 +177,9 @@ def restore_keys(data: Mapping[str, Any], table: Table) -> dict[str, Any]:
         entry = units[0] if units else {"file": None, "weight": 1.0}
         if not entry.get("unmasked_weight"):  # which version 0.1 lacks
             restored[UNITS] = {key: entry[key] for key in ("file", "weight")}
+    if table is RUNNER and restored["runner"].get("precision") in ("float32", *HALF.values()):
+        precision = restored["runner"].pop("precision")
+        restored["runner"].update({key: precision == name for key, name in HALF.items()})
     for old, new in table.items():
         if _has(restored, new):
             value = _pop(restored, new)

@@ -34,9 +34,9 @@ class ProcessGroup:
     the data count the batches of all processes, so a run can be resumed with another number of
     processes. Each process has its own random states.
 
-    ``any``, ``sum``, ``all_gather``, ``first_not_none`` and ``barrier`` are collective: all
-    processes must call them, in the same order. They exchange little data, over the CPU (gloo).
-    DistributedDataParallel averages the gradients.
+    ``any``, ``sum``, ``minimum``, ``all_gather``, ``first_not_none`` and ``barrier`` are
+    collective: all processes must call them, in the same order. They exchange little data, over the
+    CPU (gloo) except ``minimum``. DistributedDataParallel averages the gradients.
     """
 
     rank: int = 0
@@ -53,6 +53,12 @@ class ProcessGroup:
         flag = torch.tensor(float(value))
         dist.all_reduce(flag, dist.ReduceOp.MAX)
         return bool(flag)
+
+    def minimum(self, value: Tensor) -> Tensor:
+        """The minimum over all processes, on the tensor's device: a GPU is not waited for."""
+        if self.world_size > 1:
+            dist.all_reduce(value, dist.ReduceOp.MIN)
+        return value
 
     def sum(self, *values: float) -> list[float]:
         """Sum each value over all processes."""

@@ -45,14 +45,16 @@ from ..student_file import (  # noqa: E402
     read_architecture,
     require_cut,
 )
+from ..system.precision import DTYPES  # noqa: E402
 from ..teachers import (  # noqa: E402
-    check_precision,
+    choose_teacher_precision,
     copied_student,
     load_teachers,
     teacher_model,
 )
 from .config_diff import config_differences, describe_changes  # noqa: E402
 from .distributed import distiller_batch, empty_step  # noqa: E402
+from .optim import add_to_s3prl  # noqa: E402
 from .settings import RunSettings, load_data_config, load_model_config  # noqa: E402
 
 if TYPE_CHECKING:
@@ -92,7 +94,6 @@ class UpstreamPretrainExpert(nn.Module):
         self.device = device
         self.settings = load_model_config(upstream_config)
         check_teacher_names(self.settings.teachers)
-        check_precision(self.settings.teacher_precision, str(device))
         self.data = load_data_config(datarc)
         student = self._student_before_teachers()
         self.targets: TargetReader | None = None
@@ -100,6 +101,8 @@ class UpstreamPretrainExpert(nn.Module):
             from .target_cache import use
 
             self.targets = use.open_targets(self.data.target_cache, self.settings)
+        self._choose_teacher_precision()
+        add_to_s3prl()
         self.seed = torch.initial_seed()  # set by s3prl's script
         conv: ConvInput = cast(CopySettings, self.settings.student)
         conv = conv if student is None else student.settings
@@ -154,6 +157,17 @@ class UpstreamPretrainExpert(nn.Module):
         self._log_setup()
         if self.targets is not None:
             use.free_teachers(teachers)
+
+    def _choose_teacher_precision(self) -> None:
+        """Resolve ``teacher_precision: auto`` in the settings, which checkpoints keep."""
+        precision: Any
+        if self.targets is None:
+            precision, reason = choose_teacher_precision(self.settings, str(self.device))
+            logger.info("precision of fast teachers: %s (%s)", precision, reason)
+        elif (precision := self.settings.teacher_precision) == "auto":
+            precision = self.targets.index.key["teacher_precision"]
+            precision = precision if precision in DTYPES else "float32"
+        self.settings = dataclasses.replace(self.settings, teacher_precision=precision)
 
     def _check_mask_length(self, length: int, conv: ConvInput) -> None:
         """Raise ConfigError if no utterance is as long as a masked span."""
@@ -290,7 +304,10 @@ class UpstreamPretrainExpert(nn.Module):
         logger.info("aggregation %s; prediction heads: %s", settings.aggregation, heads)
         if self.targets is not None:
             cache = f"{self.targets.folder}, {self.targets.index.dtype}"
-            logger.info("targets: cached in %s; the teachers do not run", cache)
+            made_in = self.targets.index.key["teacher_precision"]
+            logger.info(
+                "targets: cached in %s, computed in %s; the teachers do not run", cache, made_in
+            )
         if settings.distortion.setup != "clean":
             logger.info("distortion: %s", settings.distortion.setup)
         source = " and ".join(settings.init.sources) or "random weights"
@@ -394,6 +411,7 @@ class UpstreamPretrainExpert(nn.Module):
         if self._teacher_digests:
             about["teachers"] = self._teacher_digests
         run, optimizer = all_states["Config"]["runner"], all_states["Config"]["optimizer"]
+        about["precision"] = run.get("precision", "float32")  # s3prl's own Runner has no such key
         if self.settings.pruning is not None:  # for the second distillation
             about["run"] = {"total_steps": run["total_steps"], "save_step": run["save_step"]}
             about["run"]["lr"] = optimizer["lr"]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,26 +23,19 @@ from ..data.batches import Batch
 from ..distill.pruning.gates import Gate
 from ..distill.student_settings import PruningSettings
 from ..errors import EkdError
+from ..system.precision import DTYPES
 from .distributed import ProcessGroup
-from .settings import RunSettings
+from .settings import FUSED_ADAMW, RunSettings
 
 logger = logging.getLogger(__name__)
 
 MAX_NAMES = 48  # utterances in a message
 
 
-def autocast(run: RunSettings, device: str) -> torch.autocast:
-    """The autocast context of the student's forward: float16, bfloat16 or disabled.
-
-    It is disabled on a CPU. There bfloat16 is slower than float32, and some (virtual) processors
-    report bfloat16 instructions that they lack.
-    """
-    on_cuda = device.startswith("cuda")
-    for name in ("fp16", "bf16"):
-        if getattr(run, name) and not on_cuda:
-            logger.warning("runner.%s requires a CUDA device: training in float32", name)
-    dtype = torch.bfloat16 if run.bf16 else torch.float16
-    return torch.autocast("cuda", dtype, enabled=on_cuda and (run.bf16 or run.fp16))
+def autocast(precision: str, device: str) -> torch.autocast:
+    """The autocast context of the student's forward; disabled for float32 and TF32."""
+    dtype = DTYPES.get(precision)
+    return torch.autocast(torch.device(device).type, dtype, enabled=dtype is not None)
 
 
 def fused_adamw(
@@ -89,8 +83,36 @@ def warmup_schedule(
     return LambdaLR(optimizer, rate)
 
 
+def add_to_s3prl() -> None:
+    """Make FusedAdamW known to s3prl's own Runner, whose ``get_optimizer`` looks up functions.
+
+    The optimizer advances its schedule, because this Runner makes schedules of s3prl only.
+    """
+
+    def get_fused_adamw(
+        models: Sequence[nn.ModuleDict], total_steps: int, **config: Any
+    ) -> torch.optim.AdamW:
+        optimizer = fused_adamw(models[0], config)
+        schedule = warmup_schedule(optimizer, config, total_steps)
+        optimizer.register_step_post_hook(lambda *_: schedule.step())
+        return optimizer
+
+    module = sys.modules.get("optimizers")  # of s3prl
+    if module is not None:
+        setattr(module, f"get_{FUSED_ADAMW}", get_fused_adamw)
+
+
 class NotFiniteError(EkdError):
     """Too many steps in a row were not finite; the message names the utterances."""
+
+
+@dataclass(frozen=True)
+class UnreadStep:
+    """Loss and norm of a step, still on the device; :func:`read_steps` waits for them."""
+
+    values: Tensor  # loss of each batch, norm of the gradient before clipping, 1 if applied else 0
+    names: Sequence[Sequence[str]]  # utterances of each batch
+    scaled: bool  # whether the loss was scaled, for float16
 
 
 @dataclass(frozen=True)
@@ -100,17 +122,31 @@ class StepResult:
     loss: float  # sum over the step's batches
     norm: float  # of the gradient, before clipping
     applied: bool  # whether the weights were updated: not if loss or gradient is not finite
-    lowers_scale: bool  # not updated because fp16's loss scale is too large, which is normal
+    lowers_scale: bool  # not updated because float16's loss scale is too large, which is normal
+    names: list[str]  # utterances; those of batches whose loss is not finite come first
+
+
+def read_steps(steps: Sequence[UnreadStep]) -> list[StepResult]:
+    """Copy the values of steps from the device, all at once."""
+    results = []
+    for step, row in zip(steps, torch.stack([s.values for s in steps]).tolist(), strict=True):
+        *losses, norm, applied = row
+        loss = 0.0
+        for value in losses:  # not sum(), which rounds otherwise from Python 3.12 on
+            loss += value
+        batches = sorted(zip(losses, step.names, strict=True), key=lambda b: math.isfinite(b[0]))
+        names = [name for _, batch in batches for name in batch]
+        lowers_scale = not applied and step.scaled and math.isfinite(loss)
+        results.append(StepResult(loss, norm, bool(applied), lowers_scale, names))
+    return results
 
 
 class OptimizerStep:
-    """Backward, accumulation, clipping and update.
+    """Backward, accumulation, clipping and update, without waiting for the device.
 
-    ``model`` has the trained modules, ``scaler`` is disabled except for fp16. Either all processes
-    apply an update or none.
-
-    Attributes:
-        names: the utterances of the step; those of batches whose loss is not finite come first.
+    A step whose loss or gradient is not finite leaves weights and optimizer unchanged. torch's
+    fused optimizers find this on the device, others wait for it. ``model`` has the trained modules,
+    ``scaler`` is disabled except for float16. Either all processes apply an update or none.
     """
 
     def __init__(
@@ -128,16 +164,15 @@ class OptimizerStep:
 
     def begin(self) -> None:
         """Begin a step; the gradients are zero already."""
-        self.names: list[str] = []
-        self._loss, self._norm, self._finite = 0.0, 0.0, False
+        self._losses: list[Tensor] = []
+        self._names: list[Sequence[str]] = []
 
     def backward(self, loss: Tensor, batch: Batch) -> None:
         """Accumulate the gradient of a batch."""
         loss = loss / self.run.gradient_accumulate_steps
         self.scaler.scale(loss).backward()
-        value = loss.item()  # synchronises with the device, as the norm in clip() does
-        self._loss += value
-        self.names = self.names + batch.names if math.isfinite(value) else batch.names + self.names
+        self._losses.append(loss.detach())
+        self._names.append(batch.names)
 
     def clip(self) -> None:
         """Clip the gradient; check with all processes whether loss and norm are finite.
@@ -147,21 +182,24 @@ class OptimizerStep:
         """
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.run.gradient_clipping)
-        self._norm = float(norm)
-        finite = math.isfinite(self._loss) and math.isfinite(self._norm)
-        self._finite = not self.processes.any(not finite)
+        values = torch.stack([*self._losses, norm])
+        finite = self.processes.minimum(values.isfinite().all().to(values.dtype))
+        self._values = torch.cat([values, finite[None]])
 
-    def update(self) -> StepResult:
+    def update(self) -> UnreadStep:
         """Update weights and learning rate; keep the weights if loss or norm is not finite."""
-        if self._finite:
+        finite = self._values[-1]
+        # GradScaler, too, gives torch's fused optimizers the flag in this attribute.
+        if getattr(self.optimizer, "_step_supports_amp_scaling", False):
+            self.optimizer.found_inf = 1 - finite  # type: ignore[attr-defined]
+            self.optimizer.step()
+        elif finite:
             self.scaler.step(self.optimizer)  # optimizer.step() if the scaler is disabled
         self.scaler.update()  # does nothing if it is disabled
         self.optimizer.zero_grad()
         if self.scheduler is not None:
             self.scheduler.step()
-        skipped_by_scale = math.isfinite(self._loss) and self.scaler.is_enabled()
-        lowers_scale = not self._finite and skipped_by_scale
-        return StepResult(self._loss, self._norm, self._finite, lowers_scale)
+        return UnreadStep(self._values, self._names, self.scaler.is_enabled())
 
     def learning_rate(self) -> float:
         """The learning rate of the next step."""

@@ -38,6 +38,7 @@ from .settings import (
     load_model_config,
     load_runner_config,
     read_model_yaml,
+    saved_runner_config,
 )
 
 logger = logging.getLogger(__name__)
@@ -155,17 +156,22 @@ def check_resumed_config(request: PretrainRequest, states: Mapping[str, Any]) ->
     path, text = str(request.past_exp), request.override
     log_moved(request, getattr(states["Args"], "expdir", None))
     logger.info("resuming from %s at step %s", path, states["Step"])
-    saved = check_runner_config(states["Config"], f"the config in {path}")
-    config = apply_overrides(states["Config"], text) if text else states["Config"]
+    config = saved_runner_config(states["Config"])
+    saved = check_runner_config(config, f"the config in {path}")
+    config = apply_overrides(config, text) if text else config
     current = to_plain_data(check_runner_config(config, f"the config in {path} with -o"))
     changes = config_differences(to_plain_data(saved), current)
     check_changes(changes, path)
     if request.config:
         in_file = to_plain_data(load_runner_config(request.config, text))
+        if in_file["runner"]["precision"] == "auto":  # resolved when the run began
+            in_file["runner"]["precision"] = current["runner"]["precision"]
         check_config_file(request.config, config_differences(current, in_file), path, "-c")
     if request.upstream_config:
         model = to_plain_data(load_model_config(states["Upstream_Config"]))
         in_file = to_plain_data(load_model_config(request.upstream_config))
+        if in_file["teacher_precision"] == "auto":
+            in_file["teacher_precision"] = model["teacher_precision"]
         if "reduce" not in read_model_yaml(request.upstream_config).get("loss", {}):
             in_file["loss"]["reduce"] = model["loss"]["reduce"]  # version 0.1 had another default
         check_config_file(request.upstream_config, config_differences(model, in_file), path, "-g")

@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ..compat.no_eval import reject_code
 from ..data.distortion.settings import DistortionSettings
@@ -97,9 +97,6 @@ class RunSettings:
     max_keep: int
     """How many checkpoints ``states-STEP.ckpt`` are kept; the oldest are removed."""
 
-    fp16: bool = False
-    """Train in half precision with loss scaling; needs CUDA."""
-
     autosave_minutes: float = 15.0
     """Minutes between two saves of ``last.ckpt``; 0: only at ``save_step`` and on interruption
     (ours)."""
@@ -110,8 +107,13 @@ class RunSettings:
     max_nonfinite: int = 20
     """Stop after this many steps in a row whose loss or gradient was not finite (ours)."""
 
-    bf16: bool = False
-    """Run the student in bfloat16 by autocast, on CUDA; targets and loss stay float32 (ours)."""
+    precision: Literal["auto", "float32", "tf32", "bfloat16", "float16"] = "auto"
+    """Precision of the student's forward (ours; s3prl's ``fp16: true`` is ``float16``). ``auto``:
+    bfloat16 on GPUs from Ampere on and on CPUs with AMX, float32 elsewhere. ``bfloat16`` and
+    ``float16`` (CUDA only, with loss scaling) are autocast: weights, targets and loss stay float32.
+    On CUDA, what stays float32 may use TF32 products, except with ``float32``, which is exact;
+    ``tf32`` is float32 with them. The precision of a run is chosen at its start and saved in its
+    checkpoints. Teachers: ``teacher_precision`` of the model config."""
 
     compile: bool = False
     """Compile the student with ``torch.compile`` (ours)."""
@@ -123,8 +125,6 @@ class RunSettings:
         check_range(self, 1, math.inf, "total_steps", "log_step", "save_step", "eval_step")
         check_range(self, 1, math.inf, "gradient_accumulate_steps", "max_keep", "max_nonfinite")
         check_range(self, 0, math.inf, "autosave_minutes")
-        if self.fp16 and self.bf16:
-            raise ValueError("fp16 and bf16 exclude each other; set one of them to false")
         if self.n_epochs > 0:
             # s3prl would count steps by n_epochs but schedule the learning rate by total_steps
             raise ValueError(
@@ -172,7 +172,7 @@ class RunnerFile:
                 "loss on"
             )
         if not isinstance(self.optimizer.get("name"), str):
-            raise ValueError("the key optimizer.name is missing; for example: AdamW_with_schedule")
+            raise ValueError(f"the key optimizer.name is missing; for example: {FUSED_ADAMW}")
         if self.optimizer["name"] not in OPTIMIZERS:
             raise ValueError(
                 f"optimizer.name: unknown optimizer {self.optimizer['name']!r}; use one of: "
@@ -285,6 +285,15 @@ def load_runner_config(path: str | Path, overrides: str | None = None) -> Runner
     if overrides:
         data = apply_overrides(data, rename_overrides(overrides))
     return check_runner_config(data, str(path))
+
+
+def saved_runner_config(data: dict) -> dict:
+    """The runner config in a checkpoint, with new keys and ``precision``, which version 0.1 had
+    only as ``fp16`` and ``bf16``."""
+    data = rename_keys(data, RUNNER)
+    if isinstance(data.get("runner"), dict):
+        data["runner"].setdefault("precision", "float32")
+    return data
 
 
 def check_runner_config(data: dict, where: str) -> RunnerFile:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import logging
 import math
 import shlex
@@ -22,7 +23,7 @@ from typing import Any, NoReturn
 
 import torch
 import yaml
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..data.batches import Batch
@@ -33,6 +34,7 @@ from ..files.config import read_yaml, to_plain_data
 from ..files.renamed_keys import RUNNER, rename_keys
 from ..files.run_checkpoints import LAST_CHECKPOINT, read_checkpoint
 from ..request import PretrainRequest
+from ..system.precision import allow_tf32, choose_training_precision
 from ..system.random_states import preserve_random_states, random_states
 from .bad_audio import BadAudioList, as_tensor
 from .checkpoints import BEST_NAME, RUN_STATE_KEY, CheckpointManager, SaveError
@@ -57,9 +59,11 @@ from .optim import (
     NotFiniteError,
     OptimizerStep,
     StepResult,
+    UnreadStep,
     autocast,
     fused_adamw,
     not_finite_error,
+    read_steps,
     warmup_schedule,
 )
 from .resume import (
@@ -68,10 +72,13 @@ from .resume import (
     resume_scheduler,
     resumed_progress,
 )
-from .settings import FUSED_ADAMW, check_runner_config, load_model_config
+from .settings import FUSED_ADAMW, check_runner_config, load_model_config, saved_runner_config
 from .tensorboard import ScalarWriter
 
 logger = logging.getLogger(__name__)
+
+# Steps without waiting for the device; also bounded by runner.max_nonfinite, log_step, save_step.
+MAX_UNREAD = 20
 
 
 class Trainer:
@@ -103,10 +110,17 @@ class Trainer:
     ):
         args.override = None  # in the config already; the next resume would apply it again
         self.args, self.s3prl_runner = args, s3prl_runner
-        self.config = rename_keys(config, RUNNER)  # checkpoints have the new keys only
-        self.settings = check_runner_config(config, "the runner config").runner
         self.device = str(args.device)
         self.processes = join_process_group(self.device)
+        # Checkpoints have the new keys only, and the precision that the run began with.
+        resumes_precision = args.init_ckpt and "precision" in config["runner"]
+        self.config = saved_runner_config(config) if args.init_ckpt else rename_keys(config, RUNNER)
+        run = check_runner_config(self.config, "the runner config").runner
+        precision, reason = choose_training_precision(run.precision, self.device, resumes_precision)
+        self.config["runner"]["precision"] = precision
+        self.settings = dataclasses.replace(run, precision=precision)
+        logger.info("precision: %s (%s)", precision, reason)
+        allow_tf32(self.device, precision != "float32")
         self.hint = f"resume with: {resume_command(args)}"
         self.checkpoints = CheckpointManager(args.expdir, self.settings.max_keep, self.hint)
 
@@ -118,6 +132,7 @@ class Trainer:
         self.progress = resumed_progress(
             checkpoint, path, self.upstream, overridden, self.processes
         )
+        self._unread: list[tuple[int, UnreadStep, Mapping[str, list[Tensor]]]] = []
         # Position of the next batch.
         self._epoch, self._batch = self.progress.epoch, self.progress.batch
         self.check_same_progress()
@@ -138,7 +153,7 @@ class Trainer:
             if self.upstream.dev_dataloader is not None:
                 sampler = self.upstream.dev_dataloader.sampler
                 sampler.rank, sampler.processes = self.processes.rank, self.processes.world_size
-        self.autocast = autocast(self.settings, self.device)
+        self.autocast = autocast(precision, self.device)
         # Empty, so that s3prl does not load optimizer and schedule: resume_optimizer does.
         self.init_ckpt = {}
         self.optimizer_step = self.make_optimizer_step(checkpoint)
@@ -168,7 +183,7 @@ class Trainer:
         """
         run, config = self.settings, self.config["optimizer"]
         model, fused = self.upstream.model, config["name"] == FUSED_ADAMW
-        scaler = torch.amp.GradScaler("cuda", enabled=run.fp16 and self.device.startswith("cuda"))
+        scaler = torch.amp.GradScaler("cuda", enabled=run.precision == "float16")
         if self.progress.scaler:
             scaler.load_state_dict(self.progress.scaler)
         try:
@@ -211,12 +226,13 @@ class Trainer:
                 self.measure_dev_loss()
                 self.save_or_stop()
             while progress.step < run.total_steps:
-                result = self.train_step(batches)
-                self.record_step(result)
+                self.record_step(self.train_step(batches))
                 self.snapshot()
                 if self.is_due(run.log_step):
                     bar.set_postfix_str(self.sparsity_text())
-                    self.log(result)
+                    self.log(self.read_steps()[-1])
+                elif len(self._unread) >= min(run.max_nonfinite, MAX_UNREAD):
+                    self.read_steps()
                 progress.dev_due = self.has_dev and self.is_due(run.eval_step or run.save_step)
                 if progress.dev_due:
                     self.measure_dev_loss()
@@ -267,7 +283,7 @@ class Trainer:
                 if batch.names or count > 1:
                     yield batch
 
-    def train_step(self, batches: Iterator[Batch]) -> StepResult:
+    def train_step(self, batches: Iterator[Batch]) -> UnreadStep:
         """Accumulate the gradients of the step's batches, clip them, update the weights."""
         run, step = self.settings, self.progress.step + 1
         self.optimizer_step.begin()
@@ -317,35 +333,50 @@ class Trainer:
         scale = len(step_batches) * self.processes.world_size / used
         return FrameCounts(*sums).divided_by(used), scale
 
-    def record_step(self, result: StepResult) -> None:
-        """Advance the progress by one step and record its scalars; log a skipped step.
-
-        Raises NotFiniteError if ``max_nonfinite`` steps in a row were skipped.
-        """
+    def record_step(self, unread: UnreadStep) -> None:
+        """Advance the progress by one step."""
         progress = self.progress
         progress.step += 1
         progress.epoch, progress.batch = self._epoch, self._batch
-        if result.applied:
-            progress.skipped_in_a_row = 0
-            for name, values in self._step_records.items():
-                progress.records[name] += values
-            return
-        by_process = self.processes.all_gather(self.optimizer_step.names)
-        names = [name for names in by_process for name in names]
+        self._unread.append((progress.step, unread, self._step_records))
+
+    def read_steps(self, processes: ProcessGroup | None = None) -> list[StepResult]:
+        """Wait for the device and read the steps since the last reading.
+
+        Adds the scalars of those that were applied to the progress, logs and counts the others.
+        ``processes``: those to exchange names with, by default all.
+
+        Raises NotFiniteError if ``max_nonfinite`` steps in a row were skipped.
+        """
+        unread, self._unread = self._unread, []
+        results = read_steps([values for _, values, _ in unread]) if unread else []
+        for (step, _, records), result in zip(unread, results, strict=True):
+            if result.applied:
+                self.progress.skipped_in_a_row = 0
+                for name, values in records.items():
+                    self.progress.records[name] += values
+            else:
+                self.count_skipped(step, result, processes or self.processes)
+        return results
+
+    def count_skipped(self, step: int, result: StepResult, processes: ProcessGroup) -> None:
+        """Log and count a step that was skipped; see :meth:`read_steps`."""
+        progress = self.progress
+        names = [name for names in processes.all_gather(result.names) for name in names]
         progress.skipped += 1
         progress.skipped_in_a_row += 1
         level = logging.INFO if result.lowers_scale else logging.WARNING
         logger.log(
             level if self.processes.is_main else logging.DEBUG,
             "step %d skipped (%d in a row): loss %g, gradient norm %g, utterances: %s",
-            progress.step,
+            step,
             progress.skipped_in_a_row,
             result.loss,
             result.norm,
-            "fp16 lowers its loss scale" if result.lowers_scale else ", ".join(names[:8]),
+            "float16 lowers its loss scale" if result.lowers_scale else ", ".join(names[:8]),
         )
         if progress.skipped_in_a_row >= self.settings.max_nonfinite:
-            raise not_finite_error(progress.step, progress.skipped_in_a_row, names, self.hint)
+            raise not_finite_error(step, progress.skipped_in_a_row, names, self.hint)
 
     def snapshot(self) -> None:
         """Save in memory what a step changes before it is complete: random states, position in the
@@ -493,6 +524,7 @@ class Trainer:
         """
         self.logger.flush()  # so that a killed run has all points from before its checkpoint
         processes = ProcessGroup() if alone else self.processes
+        self.read_steps(processes)
         if not alone:
             self.gather_records()
         self.progress.scaler = self.optimizer_step.scaler.state_dict()
@@ -548,10 +580,11 @@ class Trainer:
         step = self.progress.step
         if self._saved_step == step:
             return True
-        statistics_changed = self.upstream.target_norm_batches != self._target_norm_batches
-        if not self._weights_unchanged or statistics_changed or self.processes.rank > 1:
+        if not self._weights_unchanged or self.processes.rank > 1:
             return False
         try:
+            if self.upstream.target_norm_batches != self._target_norm_batches:
+                return False
             if self.processes.world_size > 1:
                 end = time.monotonic() + (0 if self.processes.is_main else wait)
                 while not (saved := self.is_saved_by_other_rank()) and time.monotonic() < end:

@@ -12,7 +12,7 @@ from .names import check_source
 
 if TYPE_CHECKING:
     from .load import (
-        check_precision,
+        choose_teacher_precision,
         copied_student,
         load_teachers,
         load_tiny,
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
-    "check_precision",
+    "choose_teacher_precision",
     "check_source",
     "copied_student",
     "load_teachers",

@@ -10,16 +10,17 @@ import importlib
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
 from .. import compat
-from ..distill.settings import TeacherSettings
+from ..distill.settings import DistillSettings, TeacherSettings
 from ..distill.teachers import Teacher, TeacherEnsemble
-from ..errors import ConfigError, SetupError, TeacherError
+from ..errors import ConfigError, TeacherError
 from ..files.atomic import atomic_torch_save
 from ..files.torch_load import restrict_torch
+from ..system.precision import choose_precision
 from . import zoo
 from .checkpoint import load_file
 from .fast import encoder as fast
@@ -109,15 +110,14 @@ def load_tiny(name: str, location: str) -> nn.Module:
         return load_file(path, location)
 
 
-def check_precision(precision: str, device: str) -> None:
-    """Raise SetupError for bfloat16 on a CPU.
+def choose_teacher_precision(settings: DistillSettings, device: str) -> tuple[Any, str]:
+    """The precision in which fast teachers compute on a device, and the reason.
 
-    Some CPUs report bfloat16 instructions that they don't have, and Python then crashes.
+    Resolves ``teacher_precision: auto``; see :func:`.choose_precision`.
     """
-    if precision == "bfloat16" and not device.startswith("cuda"):
-        raise SetupError(
-            f"teacher_precision: bfloat16 needs a CUDA device, got {device}; set float32"
-        )
+    if settings.teacher_dropout or settings.teacher_backend == "s3prl":
+        return "float32", "s3prl's upstreams"
+    return choose_precision(settings.teacher_precision, device, "teacher_precision")
 
 
 def load_teachers(
@@ -134,7 +134,8 @@ def load_teachers(
         settings: by teacher name.
         dropout, backend, precision, compiled, masked_norm: ``teacher_dropout``,
             ``teacher_backend``, ``teacher_precision``, ``teacher_compile`` and
-            ``teacher_masked_norm`` of :class:`~s3prl_ekd.distill.settings.DistillSettings`.
+            ``teacher_masked_norm`` of :class:`~s3prl_ekd.distill.settings.DistillSettings`;
+            ``auto`` must be resolved, by ``choose_teacher_precision``.
 
     Raises:
         ConfigError: ``masked_norm`` with a teacher that has no fast encoder.

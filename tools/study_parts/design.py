@@ -250,7 +250,7 @@ def runner_config(setting: StudySetting, speech: Path, trained: bool = True) -> 
             "save_step": 2 * interval if 2 * interval < steps else 1,
             "max_keep": 1,
             "n_epochs": -1,
-            "fp16": False,
+            "precision": "float32",
         },
         "optimizer": {
             "name": "AdamW_with_schedule",

@@ -135,6 +135,7 @@ def runner_config(
             "log_step": 1 if steps == 2 else 10,
             "save_step": steps - 1,
             "max_keep": 1,
+            "precision": "float32",
         },
         "optimizer": {
             "name": "FusedAdamW",
