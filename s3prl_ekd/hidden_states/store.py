@@ -498,8 +498,12 @@ class TargetReader:
         _, spans, vectors = self.subset
         frames = self.records["frames"][rows]
         shape = (len(rows), int(frames.max()), sum(end - begin for begin, end in spans))
-        values = torch.empty(shape, dtype=DTYPES[self.index.dtype], pin_memory=pin)
-        array = values.view(getattr(torch, array_dtype(self.index.dtype).name)).numpy()
+        dtype = array_dtype(self.index.dtype)
+        if pin:
+            stored_values = torch.empty(shape, dtype=getattr(torch, dtype.name), pin_memory=True)
+        else:
+            stored_values = torch.from_numpy(np.empty(shape, dtype))  # in huge pages: faster
+        array, values = stored_values.numpy(), stored_values.view(DTYPES[self.index.dtype])
         for i, row in enumerate(rows):
             stored, count, column = self._stored(row), frames[i], 0
             for begin, end in spans:

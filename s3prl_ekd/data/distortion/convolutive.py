@@ -19,7 +19,8 @@ from .sources import is_silent
 # them to. Their prime factors are at most 11, because FFTs of other lengths are several times
 # slower. Neighbouring ratios of two lengths are at most 18 cents apart.
 _LENGTHS = [n for n in range(96, 2161, 2) if math.gcd(n, (2 * 3 * 5 * 7 * 11) ** 11) == n]
-_WINDOWS = [(a, b) for a in _LENGTHS if 480 <= a <= 540 for b in _LENGTHS if a / 4 <= b <= 4 * a]
+_PAIRS = [(a, b) for a in _LENGTHS if 480 <= a <= 540 for b in _LENGTHS if a / 4 <= b <= 4 * a]
+_PAIR_CENTS = 1200 * np.log2([a / b for a, b in _PAIRS])
 
 
 def convolve(wave: Tensor, impulse: Tensor) -> Tensor:
@@ -79,8 +80,7 @@ def simulate_impulse(rt60: float, drr: float, seed: int) -> Tensor:
 
 def vocoder_lengths(cents: float) -> tuple[int, int]:
     """Lengths of the window before and after a pitch shift by ``cents``, which is their ratio."""
-    ratio = math.log(2) * cents / 1200
-    return min(_WINDOWS, key=lambda pair: abs(math.log(pair[0] / pair[1]) - ratio))
+    return _PAIRS[int(np.abs(_PAIR_CENTS - cents).argmin())]
 
 
 def shift_pitch(wave: Tensor, cents: float) -> Tensor:
