@@ -175,8 +175,8 @@ def _loader(folder: Path, frames: list[int], passes: int, results: dict) -> None
     rng = np.random.default_rng(0)
     samples = {f"{i}.flac": 320 * count for i, count in enumerate(frames)}
     for name, count in samples.items():
-        noise = np.cumsum(rng.standard_normal(count)) % 2 - 1  # as compressible as speech
-        soundfile.write(folder / name, 0.3 * noise, 16000)
+        noise = np.convolve(rng.standard_normal(count), np.hanning(8), "same")
+        soundfile.write(folder / name, 0.05 * noise, 16000)  # about as compressible as speech
     write_table(folder / "noise.csv", sorted(samples.items(), key=lambda row: -row[1]))
     layout = tuple(TargetBlock(name, 3, WIDTH) for name in ("hubert", "robust", "wavlm"))
     states = torch.randn(FRAMES[1], 9 * WIDTH)
