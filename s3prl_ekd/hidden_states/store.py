@@ -500,16 +500,17 @@ class TargetReader:
         shape = (len(rows), int(frames.max()), sum(end - begin for begin, end in spans))
         dtype = array_dtype(self.index.dtype)
         if pin:
-            stored_values = torch.empty(shape, dtype=getattr(torch, dtype.name), pin_memory=True)
+            values = torch.empty(shape, dtype=getattr(torch, dtype.name), pin_memory=True)
         else:
-            stored_values = torch.from_numpy(np.empty(shape, dtype))  # in huge pages: faster
-        array, values = stored_values.numpy(), stored_values.view(DTYPES[self.index.dtype])
+            values = torch.from_numpy(np.empty(shape, dtype))  # numpy's memory has huge pages
+        array = values.numpy()
         for i, row in enumerate(rows):
             stored, count, column = self._stored(row), frames[i], 0
             for begin, end in spans:
                 array[i, :count, column : column + end - begin] = stored[:, begin:end]
                 column += end - begin
             array[i, count:] = 0
+        values = values.view(DTYPES[self.index.dtype])
         if self._scales is None:
             return values, None
         scales = torch.from_numpy(self._scales[rows][:, list(vectors)])
