@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
@@ -17,11 +18,13 @@ import torch
 
 from s3prl_ekd import cli, compat
 from s3prl_ekd.commands import doctor
+from s3prl_ekd.data import throughput
+from s3prl_ekd.data.batches import Batch
 from s3prl_ekd.downstream import requirements
 from s3prl_ekd.downstream.tasks import TASKS, Task
-from s3prl_ekd.errors import SetupError
+from s3prl_ekd.errors import DataError, SetupError
 
-from .conftest import error_of
+from .conftest import edit_yaml, error_of
 
 ROOT = Path(__file__).resolve().parents[1]
 ASR_YAML = """\
@@ -279,6 +282,90 @@ def test_a_folder_with_all_three_files_is_set_up(tmp_path):
 def test_a_missing_folder(tmp_path, capsys):
     missing = tmp_path / "missing"
     assert str(missing) in error_of(capsys, "doctor", missing)
+
+
+# --- throughput
+
+
+def test_throughput_is_audio_by_time(monkeypatch, capsys):
+    """Batches of 5 s of audio and 3 s of padding, every 50 ms; the first one takes long."""
+
+    class Loader(list):
+        def __iter__(self):
+            for batch in super().__iter__():
+                time.sleep(0.05 if started else 0.6)
+                started.append(batch)
+                yield batch
+
+    monkeypatch.setattr(throughput, "SECONDS", 0.8)
+    started = []
+    batch = Batch(torch.zeros(2, 64000), torch.tensor([64000, 16000]), ["a", "b"])
+    rates = throughput.measure_throughput(Loader([batch, batch._replace(bad=["c"])]))
+    assert rates == {"worker": pytest.approx(100, rel=0.3)}
+    assert throughput.workers_needed(5000, 840) == 6 and throughput.workers_needed(840, 840) == 1
+    with pytest.raises(DataError, match="^no sound$"):
+        throughput.measure_throughput(Loader([batch._replace(problem="no sound")]))
+    with pytest.raises(DataError, match="libri_root"):
+        throughput.measure_throughput(Loader([batch._replace(names=[])]))
+
+
+def test_throughput_of_noise_without_a_corpus(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(throughput, "SECONDS", 0.3)
+    monkeypatch.setattr(throughput, "NOISE_FILES", 9)
+    assert cli.main(["doctor", "--throughput", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    rate = report["audio_seconds_a_second"]["worker"]
+    assert (report["corpus"], report["distortion"], report["rate"]) == ("noise", "clean", 5000)
+    assert 20 < rate < 1e5 and report["workers"] == -(-5000 // rate)
+    assert list(tmp_path.iterdir()) == []
+    # a config whose corpus does not exist: noise, but an error if it is named
+    assert cli.main(["init", "."]) == 0
+    capsys.readouterr()
+    assert cli.main(["doctor", "--throughput", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["corpus"] == "noise"
+    text = error_of(capsys, "doctor", "--throughput", "-c", doctor.RUNNER)
+    assert "libri_root" in text and "LibriSpeech" in text
+
+
+def test_throughput_of_a_corpus_with_cached_targets(
+    cache_folder, cached_targets, monkeypatch, capsys
+):
+    monkeypatch.setattr(throughput, "SECONDS", 0.3)
+    monkeypatch.setattr(throughput, "usable_cores", lambda: 3)
+    with edit_yaml(cache_folder / "runner.yaml") as config:
+        config["pretrain_expert"]["datarc"]["target_cache"] = str(cached_targets / "int8")
+    with edit_yaml(cache_folder / "model.yaml") as config:
+        config["distortion"] = {"setup": "setup1"}
+    argv = ["doctor", "--throughput", "-c", "runner.yaml", "-g", "model.yaml"]
+    assert cli.main([*argv, "--json", "--rate", "1"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["distortion"] == "setup1" and report["workers"] == 1 and report["cores"] == 3
+    assert report["audio_seconds_a_second"].keys() == {"worker", "targets"}
+    assert cli.main([*argv, "--rate", "1"]) == 0
+    assert "num_workers: 1" in (text := capsys.readouterr().out) and "enough" in text
+    assert cli.main([*argv, "--rate", "1e7"]) == 0
+    text = capsys.readouterr().out
+    assert "10,000,000" in text and "too few" in text and "--dtype int8" in text
+
+
+@pytest.mark.parametrize(
+    ("argv", "parts"),
+    [
+        (["-c", "x.yaml"], ["--config", "--throughput"]),
+        (["-g", "x.yaml"], ["--upstream-config", "--throughput"]),
+        (["--rate", "3"], ["--rate", "--throughput"]),
+        (["--throughput", "--rate", "0"], ["--rate", "0"]),
+        (["--throughput", "--rate", "nan"], ["--rate", "nan"]),
+        (["--throughput", "work folder"], ["cd 'work folder'"]),
+        (["--throughput", "-c", "gone.yaml"], ["gone.yaml"]),
+    ],
+    ids=str,
+)
+def test_options_of_throughput_that_do_not_fit(tmp_path, monkeypatch, capsys, argv, parts):
+    monkeypatch.chdir(tmp_path)
+    text = error_of(capsys, "doctor", *argv)
+    assert all(part in text for part in parts)
 
 
 def test_help_shows_an_example(capsys):

@@ -1,6 +1,7 @@
 """Building target caches, and training with them."""
 
 import os
+import pickle
 import re
 import resource
 import shutil
@@ -14,7 +15,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from s3prl_ekd.data.batches import train_loader, unwrap_batch
+from s3prl_ekd.data.batches import DistillationDataset, prefetch, train_loader, unwrap_batch
+from s3prl_ekd.data.distortion.settings import DistortionSettings
+from s3prl_ekd.data.tables import read_tables
 from s3prl_ekd.errors import DataError
 from s3prl_ekd.files.run_checkpoints import newest_checkpoint, read_checkpoint
 from s3prl_ekd.hidden_states.store import RECORD, TargetReader, read_index
@@ -121,6 +124,52 @@ def test_forked_and_spawned_workers_at_once(cached_targets, corpus):
             assert torch.equal(batch.targets.scales, first.targets.scales)
             count += 1
     assert count == 12
+
+
+def test_a_worker_sends_no_targets(cached_targets, corpus):
+    """Read by the receiver they are the same, also with a second cache open."""
+    data = data_settings(corpus / "audio", 12, corpus / "tables")
+    readers = [TargetReader(cached_targets / dtype) for dtype in ("float16", "int8")]
+    rows = read_tables(corpus / "tables", ["train"])
+    for dataset in [DistillationDataset(data, rows, 400, targets=reader) for reader in readers]:
+        targets = dataset[0].targets
+        sent = pickle.dumps(targets)
+        assert targets.values.nbytes > 100_000 and len(sent) < 500
+        received = pickle.loads(sent)
+        assert received.values.dtype == targets.values.dtype
+        assert torch.equal(received.values, targets.values)
+        assert torch.equal(received.frames, targets.frames)
+
+
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param(
+            "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+        ),
+    ],
+)
+def test_batches_that_are_copied_ahead_are_the_same(cached_targets, corpus, device):
+    def loader():
+        return train_loader(
+            data_settings(corpus / "audio", 2, corpus / "tables", num_workers=1),
+            ["train"],
+            min_samples=400,
+            distortion=DistortionSettings(setup="setup1"),
+            targets=TargetReader(cached_targets / "int8"),
+            shuffle=False,
+            pin_memory=device == "cuda",
+        )
+
+    pairs = list(zip(loader(), prefetch(loader(), device), strict=True))
+    assert len(pairs) == 6
+    for batch, ahead in pairs:
+        assert ahead.waves.device.type == device and ahead.lengths.device.type == "cpu"
+        assert torch.equal(ahead.waves.cpu(), batch.waves) and ahead.names == batch.names
+        expected, copied = batch.targets.on("cpu"), ahead.targets.on(device)
+        for name, target in expected.values.items():
+            assert torch.equal(copied.values[name].cpu(), target)
 
 
 # Building

@@ -4,14 +4,22 @@ Prints versions, the audio decoder and its formats, devices, every shim for s3pr
 not needed), and for PR, SID, ER and ASR whether s3prl's recipe can start in the working folder; if
 not, what to type. The exit code is 0 if pretraining and ASR have all their modules, else 1.
 
+--throughput instead measures for about 10 s how many audio seconds a second one worker process
+reads (an excerpt of each utterance, distorted if the model config says so), and how fast cached
+targets are read, and prints how many workers are needed for --rate. Without a corpus it measures
+noise.
+
 example:
   s3prl-ekd doctor
   s3prl-ekd doctor my_experiment --json
+  s3prl-ekd doctor --throughput -c pretrain/ekd/config_runner.yaml -g pretrain/ekd/config_model.yaml
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
 import importlib
 import importlib.util
 import io
@@ -19,6 +27,8 @@ import json
 import logging
 import math
 import platform
+import shlex
+import tempfile
 import textwrap
 from importlib import metadata
 from pathlib import Path
@@ -27,7 +37,7 @@ from typing import Any
 from .. import __version__, compat
 from ..downstream import requirements
 from ..downstream.tasks import TASKS
-from ..errors import SetupError
+from ..errors import ConfigError, SetupError
 from ..system.tables import text_table
 
 logger = logging.getLogger(__name__)
@@ -43,6 +53,8 @@ PACKAGES = (
     "pandas",
     "editdistance",
 )
+RUNNER, MODEL = "pretrain/ekd/config_runner.yaml", "pretrain/ekd/config_model.yaml"
+RATE = 5000.0  # audio seconds a second; what one large GPU may train on
 PRETRAIN_FILES = ("config_runner.yaml", "config_model.yaml", "pretrain_expert.py")
 # Format -> container and subtype that soundfile writes and the decoder must read.
 FORMATS = {"FLAC": ("FLAC", "PCM_16"), "WAV": ("WAV", "PCM_16"), "Opus": ("OGG", "OPUS")}
@@ -53,16 +65,116 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "folder", nargs="?", type=Path, default=Path("."), help="working folder (default: here)"
     )
-    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    add = parser.add_argument
+    add("--json", action="store_true", help="print the report as JSON")
+    add("--throughput", action="store_true", help="measure the training data instead")
+    add(
+        "-c", "--config", metavar="RUNNER",
+        help=f"corpus for --throughput (default: {RUNNER} if its corpus exists, else noise)",
+    )  # fmt: skip
+    add(
+        "-g", "--upstream-config", metavar="MODEL",
+        help=f"distortion for --throughput (default: {MODEL} if it exists, else none)",
+    )  # fmt: skip
+    add(
+        "--rate", metavar="N", type=float,
+        help=f"audio seconds a second that training needs (default: {RATE:g})",
+    )  # fmt: skip
 
 
 def main(args: argparse.Namespace) -> int:
     """Print the report; return 0 if pretraining and ASR have all their modules, else 1."""
+    if args.throughput:
+        return _throughput(args)
+    for option in ("config", "upstream_config", "rate"):
+        if getattr(args, option) is not None:
+            raise ConfigError(f"--{option.replace('_', '-')} is for --throughput; add --throughput")
     if not args.folder.is_dir():
         raise SetupError(f"{args.folder} is not a folder")
     report = examine(args.folder)
     print(json.dumps(report, indent=2) if args.json else as_text(report))
     return 0 if report["ok"] else 1
+
+
+def _throughput(args: argparse.Namespace) -> int:
+    """Measure the training data of the configs; print the rates and the workers needed."""
+    rate = RATE if args.rate is None else args.rate
+    if not 0 < rate < math.inf:
+        raise ConfigError(f"--rate must be a number above 0, got {rate:g}")
+    if args.folder != Path("."):
+        raise ConfigError(
+            "--throughput takes no folder, because paths in configs are relative to the current "
+            f"one; type: cd {shlex.quote(str(args.folder))} && s3prl-ekd doctor --throughput"
+        )
+    compat.apply()
+    from ..data.batches import train_loader
+    from ..data.throughput import measure_throughput, usable_cores, workers_needed, write_noise
+    from ..distill.conv_layers import receptive_field
+    from ..hidden_states.store import TargetReader
+    from ..pretrain.interrupts import explain_worker_errors
+    from ..pretrain.settings import load_model_config, load_runner_config
+    from ..student_file import input_layers
+
+    model = args.upstream_config or (MODEL if Path(MODEL).is_file() else None)
+    settings = None if model is None else load_model_config(model)
+    data = None
+    if args.config is not None or Path(RUNNER).is_file():
+        expert = load_runner_config(args.config or RUNNER).pretrain_expert
+        assert expert is not None  # checked by load_runner_config
+        if args.config is not None or Path(expert.datarc.libri_root).is_dir():
+            data = expert.datarc
+    with tempfile.TemporaryDirectory() as folder, explain_worker_errors("then measure again"):
+        corpus = "noise" if data is None else f"{data.libri_root}, {', '.join(data.sets)}"
+        data = data or write_noise(Path(folder))
+        loader = train_loader(
+            dataclasses.replace(data, num_workers=1),
+            data.sets,
+            min_samples=400
+            if settings is None
+            else receptive_field(input_layers(settings.student)),
+            distortion=None if settings is None else settings.distortion,
+            targets=None if data.target_cache is None else TargetReader(data.target_cache),
+        )
+        with contextlib.closing(loader):
+            rates = measure_throughput(loader)
+    report = {
+        "corpus": corpus,
+        "distortion": "clean" if settings is None else settings.distortion.setup,
+        "audio_seconds_a_second": rates,
+        "rate": rate,
+        "workers": workers_needed(rate, rates["worker"]),
+        "cores": usable_cores(),
+    }
+    print(json.dumps(report, indent=2) if args.json else throughput_text(report))
+    return 0
+
+
+def throughput_text(report: dict) -> str:
+    """Format the report of ``--throughput``."""
+    rates, rate, cores = report["audio_seconds_a_second"], report["rate"], report["cores"]
+    rows: list[tuple[str, ...]] = [
+        ("corpus", report["corpus"]),
+        ("distortion", report["distortion"]),
+        ("a worker reads", f"{rates['worker']:,.0f} audio seconds a second"),
+    ]
+    if "targets" in rates:
+        slow = "" if rates["targets"] >= rate else "; too slow: use s3prl-ekd cache --dtype int8"
+        read = f"{rates['targets']:,.0f} audio seconds a second, in the process that trains{slow}"
+        rows.append(("cached targets", read))
+    count = report["workers"]
+    workers = f"{count} worker{'s' if count > 1 else ''}"
+    rows.append(
+        (
+            f"for {rate:,.0f}",
+            f"{workers}, each with a core: pretrain_expert.datarc.num_workers: {count}",
+        )
+    )
+    # the process that trains needs a core, too
+    free = max(1, cores - 1)
+    least = min(free * rates["worker"], rates.get("targets", math.inf))
+    verdict = "enough" if cores > count else f"too few: at most {least:,.0f} audio seconds a second"
+    rows.append(("cores", f"{cores}, one of them for the process that trains: {verdict}"))
+    return "throughput of the training data\n" + _section(rows)
 
 
 def examine(folder: Path) -> dict:

@@ -26,9 +26,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import mmap
 import os
+import secrets
 import shlex
 import time
+import weakref
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -343,44 +346,89 @@ def _damaged(path: Path, reason: str) -> DataError:
     )
 
 
-class StoredTargets(NamedTuple):
-    """Targets of a batch in the stored dtype, which makes the copy to the device small.
+class StoredTargets:
+    """Targets of a batch in the stored dtype, read when they are first used.
 
-    ``values`` ``[batch, frame, column]``, padded with zeros; ``frames`` ``[batch]``: frame counts;
-    ``scales`` ``[batch, vector]`` for int8; ``layout``: of ``values``; ``aggregated``: they are
-    target sets, not each teacher's own targets.
+    A worker process sends the numbers of the utterances only, and the process that trains reads
+    their targets: sending them would copy them to shared memory, which takes ten times as long as
+    reading them from the page cache.
+
+    Attributes:
+        frames: ``[batch]``, frame counts.
     """
 
-    values: Tensor
-    frames: Tensor
-    scales: Tensor | None
-    layout: TargetLayout
-    aggregated: bool
+    def __init__(self, reader: TargetReader, rows: list[int]):
+        self.frames = torch.from_numpy(reader.records["frames"][rows].astype(np.int64))
+        self._reader, self._rows = reader, rows
+        self._tensors: tuple[Tensor, Tensor | None] | None = None
+
+    def __reduce__(self) -> tuple:
+        return _stored_targets, (self._reader.token, self._rows)
+
+    @property
+    def values(self) -> Tensor:
+        """``[batch, frame, column]``, padded with zeros."""
+        return self.tensors()[0]
+
+    @property
+    def scales(self) -> Tensor | None:
+        """``[batch, vector]`` for int8, else None."""
+        return self.tensors()[1]
+
+    def tensors(self, pin: bool = False) -> tuple[Tensor, Tensor | None]:
+        """Return ``values`` and ``scales``; ``pin``: read them into pinned memory."""
+        if self._tensors is None:
+            self._tensors = self._reader.read(self._rows, pin)
+        return self._tensors
+
+    def pin_memory(self) -> StoredTargets:
+        """Read into pinned memory; called in the thread of a loader with ``pin_memory``."""
+        self.tensors(pin=True)
+        return self
+
+    def to(self, device: str) -> StoredTargets:
+        """Copy to ``device``, asynchronously from pinned memory."""
+        values, scales = self.tensors()
+        copy = StoredTargets(self._reader, self._rows)
+        copy._tensors = (
+            values.to(device, non_blocking=True),
+            None if scales is None else scales.to(device, non_blocking=True),
+        )
+        return copy
 
     def on(self, device: str) -> CachedTargets:
         """Convert to float32 on ``device``."""
-        values = self.values.to(device, non_blocking=True)
-        scales = None if self.scales is None else self.scales.to(device, non_blocking=True)
-        # pinning memory may turn the tuples of the layout into lists
-        targets = unpack_targets(values, scales, self.layout)
-        return CachedTargets(targets, self.frames, bool(self.aggregated))
+        values, scales = self.to(device).tensors()
+        targets = unpack_targets(values, scales, self._reader.subset.layout)
+        return CachedTargets(targets, self.frames, self._reader.aggregated)
+
+
+_readers: weakref.WeakValueDictionary[str, TargetReader] = weakref.WeakValueDictionary()
+
+
+def _stored_targets(token: str, rows: list[int]) -> StoredTargets:
+    """Targets that a worker process sent; ``token``: of the reader that it has a copy of."""
+    return StoredTargets(_readers[token], rows)
 
 
 class TargetReader:
     """Read-only access to a complete cache; several processes may read the same one.
 
     The files are memory-mapped at the first read, so each worker process has its own map, forked or
-    spawned. A process checks an utterance's CRC when it first reads it.
+    spawned. A process checks an utterance's CRC when it first makes a batch with it.
 
     Attributes:
+        token: name of the reader, which its copies in worker processes have, too.
         seed: of the excerpts that the teachers got, all drawn as for epoch 0.
-        subset: the subset that :meth:`batch` returns; by default everything.
+        subset: the subset that :meth:`read` returns; by default everything.
 
     Raises:
         DataError: the cache is not complete, or damaged.
     """
 
     def __init__(self, folder: str | Path):
+        self.token = secrets.token_hex(16)
+        _readers[self.token] = self
         self.folder = Path(folder)
         self.index = read_index(self.folder)
         self.records = _checked_records(self.folder, self.index)
@@ -423,52 +471,61 @@ class TargetReader:
             )
 
     def batch(self, names: Sequence[str]) -> StoredTargets:
-        """Read the targets of utterances that passed :meth:`check`.
+        """Return the targets of utterances that passed :meth:`check`, after checking their CRCs.
+
+        They are in the page cache then, so in a worker process this waits for the disk, and
+        reading them in the process that trains does not.
 
         Raises:
             DataError: the file has changed since the cache was built.
         """
-        layout, spans, vectors = self.subset
         rows = [self._rows[name] for name in names]
-        frames = self.records["frames"][rows].astype(np.int64)
-        width = sum(end - begin for begin, end in spans)
-        dtype = self.index.dtype
-        values = np.empty((len(rows), frames.max(), width), array_dtype(dtype))
-        for i, row in enumerate(rows):
-            stored, count, column = self._read(row), frames[i], 0
-            for begin, end in spans:
-                values[i, :count, column : column + end - begin] = stored[:, begin:end]
-                column += end - begin
-            values[i, count:] = 0
-        scales = None
-        if self._scales is not None:
-            scales = torch.from_numpy(self._scales[rows][:, list(vectors)])
-        return StoredTargets(
-            torch.from_numpy(values).view(DTYPES[dtype]),
-            torch.from_numpy(frames),
-            scales,
-            layout,
-            self.aggregated,
-        )
-
-    def _read(self, row: int) -> np.ndarray:
-        """The stored targets ``[frame, column]`` of an utterance, with the CRC checked."""
-        if self._targets is None:
-            dtype = array_dtype(self.index.dtype)
-            targets = np.memmap(self.folder / TARGETS, dtype, mode="r")
-            self._targets = targets.reshape(-1, self._width)
-            if self.index.dtype == "int8":
-                scales = np.memmap(self.folder / SCALES, np.float32, mode="r")
-                self._scales = scales.reshape(len(self.records), -1)
-        start = self._starts[row]
-        stored = self._targets[start : start + self.records["frames"][row]]
-        if not self._verified[row]:
+        for row in rows:
+            stored = self._stored(row)
+            if self._verified[row]:
+                stored.reshape(-1)[:: mmap.PAGESIZE // stored.itemsize].max()  # of each page, one
+                continue
             scale_bytes = b"" if self._scales is None else self._scales[row].tobytes()
             if _crc(stored, scale_bytes) != self.records["crc"][row]:
                 name = self.index.utterances[row]
                 raise _damaged(self.folder / TARGETS, f"the CRC of {name} does not match")
             self._verified[row] = True
-        return stored
+        return StoredTargets(self, rows)
+
+    def read(self, rows: Sequence[int], pin: bool) -> tuple[Tensor, Tensor | None]:
+        """Read values ``[batch, frame, column]`` and, for int8, scales ``[batch, vector]``."""
+        _, spans, vectors = self.subset
+        frames = self.records["frames"][rows]
+        shape = (len(rows), int(frames.max()), sum(end - begin for begin, end in spans))
+        dtype = array_dtype(self.index.dtype)
+        if pin:
+            values = torch.empty(shape, dtype=getattr(torch, dtype.name), pin_memory=True)
+        else:
+            values = torch.from_numpy(np.empty(shape, dtype))  # numpy's memory has huge pages
+        array = values.numpy()
+        for i, row in enumerate(rows):
+            stored, count, column = self._stored(row), frames[i], 0
+            for begin, end in spans:
+                array[i, :count, column : column + end - begin] = stored[:, begin:end]
+                column += end - begin
+            array[i, count:] = 0
+        values = values.view(DTYPES[self.index.dtype])
+        if self._scales is None:
+            return values, None
+        scales = torch.from_numpy(self._scales[rows][:, list(vectors)])
+        return values, scales.pin_memory() if pin else scales
+
+    def _stored(self, row: int) -> np.ndarray:
+        """The stored targets ``[frame, column]`` of an utterance."""
+        if self._targets is None:
+            dtype = array_dtype(self.index.dtype)
+            if self.index.dtype == "int8":
+                scales = np.memmap(self.folder / SCALES, np.float32, mode="r")
+                self._scales = scales.reshape(len(self.records), -1)
+            targets = np.memmap(self.folder / TARGETS, dtype, mode="r")
+            self._targets = targets.reshape(-1, self._width)
+        start = self._starts[row]
+        return self._targets[start : start + self.records["frames"][row]]
 
 
 def _crc(stored: np.ndarray, scale_bytes: bytes) -> int:

@@ -12,20 +12,29 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ...compat.torchaudio_functional import functional
 from ..audio_files import SAMPLE_RATE
 from .sources import is_silent
 
-_GRID = 160  # Hz; see shift_pitch
-_FRAME = 512  # samples of the phase vocoder's window, 32 ms; torchaudio's default
+# Window lengths of the phase vocoder in samples, 30 to 34 ms, and all lengths that it resynthesises
+# them to. Their prime factors are at most 11, because FFTs of other lengths are several times
+# slower. Neighbouring ratios of two lengths are at most 18 cents apart.
+_LENGTHS = [n for n in range(96, 2161, 2) if math.gcd(n, (2 * 3 * 5 * 7 * 11) ** 11) == n]
+_PAIRS = [(a, b) for a in _LENGTHS if 480 <= a <= 540 for b in _LENGTHS if a / 4 <= b <= 4 * a]
+_PAIR_CENTS = 1200 * np.log2([a / b for a, b in _PAIRS])
 
 
 def convolve(wave: Tensor, impulse: Tensor) -> Tensor:
-    """Convolve two ``[sample]`` and return the first ``len(wave)`` samples."""
-    # torchaudio's FFT has exactly the length of the result, which is eight times slower if that
-    # length has a large prime factor. Padding the impulse with zeros does not change the result.
-    padding = -(len(wave) + len(impulse) - 1) % 4096
-    return functional.fftconvolve(wave, pad(impulse, (0, padding)))[: len(wave)]
+    """Convolve two ``[sample]`` and return the first ``len(wave)`` samples.
+
+    By FFTs of blocks that overlap by the length of ``impulse`` (overlap-save), which fit into the
+    processor's cache.
+    """
+    overlap = len(impulse) - 1
+    size = max(4096, 1 << (2 * len(impulse) - 1).bit_length())
+    step = size - overlap
+    padded = pad(wave, (overlap, -len(wave) % step))
+    spectra = torch.fft.rfft(padded.unfold(0, size, step)) * torch.fft.rfft(impulse, size)
+    return torch.fft.irfft(spectra, size)[:, overlap:].flatten()[: len(wave)]
 
 
 def reverberate(wave: Tensor, impulse: Tensor, direct: int | None = None) -> Tensor:
@@ -69,62 +78,75 @@ def simulate_impulse(rt60: float, drr: float, seed: int) -> Tensor:
     return torch.cat([torch.ones(1), tail])
 
 
-def pitch_percent(cents: float) -> int:
-    """Frequency ratio for a pitch shift by ``cents``, rounded to a whole percent."""
-    return round(100 * 2 ** (cents / 1200))
+def vocoder_lengths(cents: float) -> tuple[int, int]:
+    """Lengths of the window before and after a pitch shift by ``cents``, which is their ratio."""
+    return _PAIRS[int(np.abs(_PAIR_CENTS - cents).argmin())]
 
 
 def shift_pitch(wave: Tensor, cents: float) -> Tensor:
     """Shift the pitch by ``cents`` (1200 per octave) with a phase vocoder; the speed is unchanged.
 
-    The frequency ratio is rounded to a whole percent (17 cents), because torchaudio resamples from
-    a whole number of Hz. If that number has no large common divisor with 16 000, the filter bank
-    takes longer than the audio's duration. For multiples of 160 Hz it has 100 filters.
+    Each window's spectrum is transformed back to a window of another length, which shifts its
+    frequencies by the ratio of the lengths, and windows are added at the distance that they had.
+    The phase of a frequency advances from window to window by its own advance times the ratio. So
+    no stretched copy is resampled, as torchaudio does (method: Flanagan and Golden, 1966; this
+    order of operations: ours). The shift is within 9 cents of ``cents``.
     """
-    percent = pitch_percent(cents)
-    if percent == 100:
+    before, after = vocoder_lengths(cents)
+    if before == after:
         return wave
-    # torchaudio truncates the rate to whole Hz; adding 0.5 guards against rounding errors.
-    rate = percent * _GRID + 0.5
-    # The STFT reflects half a window at both ends, so the input must be longer than that.
-    padded = pad(wave, (0, max(0, _FRAME - len(wave))))
-    shifted = functional.pitch_shift(
-        padded,
-        SAMPLE_RATE,
-        1200 * math.log2(rate / SAMPLE_RATE),
-        bins_per_octave=1200,
-        n_fft=_FRAME,
-    )
-    return shifted[: len(wave)]
+    hop = 128
+    while hop > after / 2.5:
+        hop //= 2
+    count = -(-len(wave) // hop) + 1
+    padded = pad(wave, (before // 2, count * hop + before - len(wave)))
+    windows = padded.unfold(0, before, hop)[:count]  # [window, sample]
+    bins = min(before, after) // 2 + 1
+    spectra = torch.fft.rfft(windows * torch.hann_window(before))[:, :bins]
+    real, imag = spectra.real.contiguous(), spectra.imag.contiguous()
+    # torch.polar, and abs and angle of complex numbers, are not vectorised on CPUs.
+    phase = torch.atan2(imag, real)
+    size = real.square_().add_(imag.square_()).sqrt_()
+    turn, samples = 2 * math.pi, hop * torch.arange(bins)
+    # The advance of a bin's centre frequency modulo one turn, and the deviation from it.
+    deviation = phase.diff(dim=0).sub_(samples % before * (turn / before))
+    deviation.sub_((deviation / turn).round_(), alpha=turn).mul_(before / after)
+    phase[1:] = deviation.add_(samples % after * (turn / after))
+    phase.cumsum_(0)
+    torch.cos(phase, out=imag)
+    spectra.real.copy_(imag.mul_(size))
+    spectra.imag.copy_(phase.sin_().mul_(size))
+    window = torch.hann_window(after)
+    shifted = overlap_add(torch.fft.irfft(spectra, after).mul_(window), hop)
+    weight = overlap_add(window.square().expand(count, after), hop).clamp_(min=1e-6)
+    return (shifted * (after / before) / weight)[after // 2 :][: len(wave)]
+
+
+def overlap_add(windows: Tensor, hop: int) -> Tensor:
+    """Add windows ``[window, sample]`` at multiples of ``hop`` samples; ``[sample]``."""
+    count, length = windows.shape
+    total = windows.new_zeros(count + -(-length // hop), hop)
+    for i, start in enumerate(range(0, length, hop)):
+        part = windows[:, start : start + hop]
+        total[i : i + count, : part.shape[1]] += part
+    return total.flatten()
 
 
 def reject_band(wave: Tensor, centre: float, width: float) -> Tensor:
     """Reject a band: zero gain at ``centre`` Hz, -3 dB at edges ``width`` Hz (up to 4000) apart.
 
-    The filter is torchaudio's second-order one. Without torchaudio's compiled extension it is a
-    Python loop over samples. So it is run on an impulse only, for as long as it rings, and the
-    response is convolved with the wave, which gives the same result to float32's precision.
+    The filter has two poles and two zeros, like ``torchaudio.functional.bandreject_biquad``, whose
+    Q gives the width of the analogue prototype: at 6000 Hz only 0.3 of it would be left.
     """
     alpha = math.tan(math.pi * width / SAMPLE_RATE)
-    poles = np.roots([1 + alpha, -2 * math.cos(2 * math.pi * centre / SAMPLE_RATE), 1 - alpha])
-    ringing = math.ceil(math.log(1e-6) / math.log(np.abs(poles).max())) + 2  # until -120 dB
-    # A centre far below the width gives a slow pole; after a second its response is inaudible.
-    impulse = torch.zeros(min(ringing, SAMPLE_RATE), dtype=torch.float64)
-    impulse[0] = 1
-    # The filter clamps its output to -1..1, which this response never leaves.
-    q = biquad_quality(centre, width)
-    response = functional.bandreject_biquad(impulse, SAMPLE_RATE, centre, q)
-    return convolve(wave, response.float())
-
-
-def biquad_quality(centre: float, width: float) -> float:
-    """The Q for which the digital filter has ``width`` in Hz.
-
-    ``centre / width`` is the Q of the analogue prototype. The bilinear transform compresses high
-    frequencies: at 6000 Hz only 0.3 of the width would be left.
-    """
-    alpha = math.tan(math.pi * width / SAMPLE_RATE)
-    return math.sin(2 * math.pi * centre / SAMPLE_RATE) / (2 * alpha)
+    middle = -2 * math.cos(2 * math.pi * centre / SAMPLE_RATE)
+    zeros, poles = np.array([1, middle, 1]), np.array([1 + alpha, middle, 1 - alpha])
+    decay = np.log(np.abs(np.roots(poles)).max())
+    # The impulse response until -120 dB. A centre far below the width gives a slow pole; after a
+    # second its response is inaudible.
+    ringing = min(math.ceil(math.log(1e-6) / decay) + 2, SAMPLE_RATE)
+    response = np.fft.irfft(np.fft.rfft(zeros, 2 * ringing) / np.fft.rfft(poles, 2 * ringing))
+    return convolve(wave, torch.from_numpy(response[:ringing]).float())
 
 
 def _rms(wave: Tensor) -> float:

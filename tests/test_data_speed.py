@@ -1,4 +1,4 @@
-"""The comparison of the stores of two checkouts."""
+"""The comparison of the data of two checkouts."""
 
 import re
 import subprocess
@@ -12,9 +12,12 @@ pytestmark = pytest.mark.slow  # of the developers' tools
 
 
 def test_a_checkout_against_itself(tmp_path):
-    argv = [sys.executable, "tools/store_speed.py", ".", ".", "--turns", "1", "--folder", tmp_path]
+    argv = [sys.executable, "tools/data_speed.py", ".", ".", "--turns", "1", "--passes", "1"]
+    argv += ["--folder", tmp_path]
     output = subprocess.run(argv, cwd=REPO, capture_output=True, text=True, check=True).stdout
     assert output.count("same bytes") == 2
+    rates = re.findall(r"(?:a CPU s|worker only) +([\d.]+) +([\d.]+)", output)
+    assert len(rates) == 11 and all(float(rate) > 1 for pair in rates for rate in pair)
     for name in ("targets float16: bytes", "targets int8: bytes", "features: bytes"):
         before, after = re.search(rf"{name} +([\d.]+) +([\d.]+) +1.000", output).groups()
         assert before == after and float(before) > 0
