@@ -80,7 +80,8 @@ class CachedUpstream(nn.Module):
         selection: the Featurizer's ``-s``.
         store: the cache of this upstream.
         is_excerpt: whether a waveform is a random excerpt. Excerpts hardly ever repeat, so they are
-            not cached. They have one length, so they are computed as one batch without padding.
+            not cached. They have one length: a GPU computes them as one batch without padding, a
+            CPU one by one, which takes 0.7 of the batch's time.
     """
 
     def __init__(
@@ -112,10 +113,12 @@ class CachedUpstream(nn.Module):
                 excerpts.append(index)
             else:
                 states[index] = self._cached(wave)
-        if excerpts:
-            batch = self._compute([waves[index] for index in excerpts])
-            self.counts.excerpts += len(excerpts)
-            states |= {index: to_storage_dtype(batch[:, i]) for i, index in enumerate(excerpts)}
+        size = 1 if waves[0].device.type == "cpu" else max(1, len(excerpts))
+        for start in range(0, len(excerpts), size):
+            indices = excerpts[start : start + size]
+            batch = self._compute([waves[index] for index in indices])
+            states |= {index: to_storage_dtype(batch[:, i]) for i, index in enumerate(indices)}
+        self.counts.excerpts += len(excerpts)
         self.counts.written = self._store.written
         frames = [states[index].shape[1] for index in range(len(waves))]
         layers, _, width = states[0].shape
