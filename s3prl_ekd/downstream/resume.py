@@ -95,15 +95,16 @@ def _keep_corpus(model: Any) -> Callable[..., Any]:
     evaluations and resumed runs would start 12 workers each, whatever the YAML says.
     """
     get_dataloader = model.get_dataloader
+    corpus = getattr(model, "corpus", None)
+    if not isinstance(corpus, dict):
+        return get_dataloader
+    settings = dict(corpus)
 
     def get_with_corpus(*args: Any, **kwargs: Any) -> Any:
-        corpus = getattr(model, "corpus", None)
-        settings = dict(corpus) if isinstance(corpus, dict) else {}
         try:
             return get_dataloader(*args, **kwargs)
         finally:
-            if settings:
-                corpus.update(settings)
+            corpus.update(settings)
 
     return get_with_corpus
 
