@@ -40,6 +40,8 @@ logger = logging.getLogger(__name__)
 
 _LINE = re.compile(r"features: (\d+) hits, (\d+) misses, (\d+) excerpts, (\d+) bytes written")
 
+_REMEDY = f"remove {CACHE} (with superb: add --no-cache-features)"
+
 FRAMES = "ekd_frames"  # key of the frame counts in the upstream's output
 
 
@@ -129,7 +131,7 @@ class CachedUpstream(nn.Module):
             if self._shape != shape:
                 raise SetupError(
                     f"{CACHE}: this upstream returned {self._shape[0]} layers for one utterance "
-                    f"and {shape[0]} for another (layer drop?); remove the option"
+                    f"and {shape[0]} for another (layer drop?); {_REMEDY}"
                 )
             padded[:, index, : hidden.shape[1]] = hidden.to(padded.device)
         return {self._selection: list(padded.unbind(0)), FRAMES: frames}
@@ -152,7 +154,8 @@ class CachedUpstream(nn.Module):
         if len({layer.shape for layer in layers}) != 1 or layers[0].dim() != 3:
             raise SetupError(
                 f"{CACHE} cannot store {self._selection} of this upstream: its layers "
-                f"differ in shape ({', '.join(str(tuple(layer.shape)) for layer in layers[:4])})"
+                f"differ in shape ({', '.join(str(tuple(layer.shape)) for layer in layers[:4])}); "
+                f"{_REMEDY}"
             )
         return torch.stack(layers).float()
 
