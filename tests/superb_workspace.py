@@ -24,7 +24,7 @@ OPTIONS = {
     "snr": [],
     "jobs": 1,
     "gpus": 1,
-    "cache_features": None,
+    "cache_features": False,
     "cache_features_gb": "50",
     "keep_features": False,
 }

@@ -301,15 +301,19 @@ def test_a_package_and_librispeechs_lengths(files, librispeech, capsys):
 
 
 def test_an_upstream(files, capsys):
-    """The same figures with -u, on the published lengths; the head is counted as unused."""
+    """The same figures with -u, on the published lengths; the head runs only if it is selected."""
     out = files / "upstream.json"
     assert run("-u", "ekd_student", "-k", files / "heads.pt", "-o", out) == 0
     assert re.search(r"\b68,848\b.*\b9,408\b.*unused", capsys.readouterr().out)
     cost = json.loads(out.read_text())
     lengths = [n for many in LENGTHS.values() for n in many]
     total = sum(products_of(n) + attention_of(n, True) for n in lengths)
-    total += sum(((n - 400) // 320 + 1) * (48 * 96 + 2 * 48 * 48) for n in lengths)  # the head runs
     assert cost["macs"] == total
+    argv = ("-k", files / "heads.pt", "-s", "hidden_states_and_heads", "-o", out)
+    assert run("-u", "ekd_student", *argv) == 0
+    head = sum(((n - 400) // 320 + 1) * (48 * 96 + 2 * 48 * 48) for n in lengths)
+    with_head = json.loads(out.read_text())
+    assert (with_head["macs"], with_head["unused"]) == (total + head, 0)
     assert run("-u", "fbank") == 0
     assert re.search(r"^parameters +0$", capsys.readouterr().out, re.MULTILINE)
 

@@ -9,6 +9,7 @@ import s3prl
 import yaml
 
 from s3prl_ekd.errors import DataError
+from s3prl_ekd.files.run_checkpoints import read_checkpoint
 from s3prl_ekd.prepare.lexicon import PHONES, read_lexicon, write_lexicon
 
 from .conftest import REPO, command, recipe
@@ -169,6 +170,8 @@ def test_train_and_evaluate(layout, tmp_path):
     best = str(folder / "dev-best.ckpt")
     process = command("run_downstream.py", "-m", "evaluate", "-t", "test", "-e", best, cwd=tmp_path)
     assert printed_per(process.stdout, "test") == pytest.approx(per(folder, "test"))
+    # s3prl removes it, and would start 12 workers in later epochs and evaluations
+    assert read_checkpoint(best)["Config"]["downstream_expert"]["corpus"]["num_workers"] == 0
     refs = (folder / "test-ref.ark").read_text().splitlines()
     assert sorted(refs)[0] == "ann-3-0000 D AO1 G D AO1 G" and len(refs) == 4
 

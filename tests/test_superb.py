@@ -285,7 +285,10 @@ def test_dry_run_prints_the_commands(in_superb_workspace, tmp_path, capsys):
         (["fbank", "--tasks", "sid", "--snr", "5"], "--noise FOLDER --snr"),
         (["no_such_model", "--tasks", "sid"], "no_such_model.*run_downstream.py -h"),
         (["fbank", "--tasks", "sid", "--recipe", "sid=x.yaml"], r"x\.yaml.*s3prl-ekd init"),
-        (["fbank", "--tasks", "sid", "--keep-features"], "--keep-features.*--cache-features"),
+        (
+            ["fbank", "--tasks", "sid", "--no-cache-features", "--keep-features"],
+            "--keep-features.*--cache-features",
+        ),
         (["fbank", "--cache-features", "--gpus", "2"], "--cache-features.*--gpus 1"),
         (["fbank", "--cache-features", "audio/all.tsv"], r"audio/all\.tsv"),
         (["fbank", "--cache-features", "--cache-features-gb", "x"], r"--cache-features-gb.*\bx\b"),

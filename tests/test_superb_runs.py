@@ -81,11 +81,19 @@ def test_runs_with_and_without_cached_features_differ(in_superb_workspace, tmp_p
     assert cached.training().command() == [*uncached.training().command(), *option]
     for request in (named.training(), named.test("x.ckpt", CLEAN)):
         assert request.command()[-2:] == ["--cache-features", "kept"]
+    (default,) = plan_runs(tmp_path, "fbank", tasks=["sid"], cache_features=None)
+    assert default == cached  # tiny recipes
+    for changes in ({"recipes": "full", "recipe": ["downstream/voxceleb1/tiny.yaml"]}, {"gpus": 2}):
+        (run,) = plan_runs(tmp_path, "fbank", tasks=["sid"], cache_features=None, **changes)
+        assert run == uncached
     cached.folder.mkdir(parents=True)
-    for first, second, hint in ((uncached, cached, "without"), (cached, uncached, "with")):
+    for first, second, option in (
+        (uncached, cached, "--no-cache-features"),
+        (cached, uncached, "--cache-features"),
+    ):
         (cached.folder / superb.RECORD).write_text(json.dumps(vars(first.new_record())))
         superb.check_records([first])
-        with pytest.raises(SetupError, match=f" {hint} --cache-features"):
+        with pytest.raises(SetupError, match=f"add {option}"):
             superb.check_records([second])
 
 

@@ -66,6 +66,34 @@ def test_head_predictions_follow_the_hidden_states(write_file, waves, aggregatio
     assert torch.allclose(states[3], first, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda result, key: result[key],
+        lambda result, key: result.get(key),
+        lambda result, key: dict(result)[key],
+        lambda result, key: {**result}[key],
+        lambda result, key: list(result.values())[-1],
+        lambda result, key: dict(result.items())[key],
+    ],
+)
+def test_heads_of_a_frozen_student_run_only_if_they_are_read(write_file, waves, read):
+    path, _ = write_file()
+    upstream, key, calls = hub_entry(path).eval(), "hidden_states_and_heads", []
+    upstream.heads.register_forward_hook(lambda *_: calls.append(1))
+    with torch.no_grad():
+        result = upstream(waves)
+    assert isinstance(result, dict) and key in result and len(result) == 3
+    assert result.get("other") is None and len(result["hidden_states"]) == 3 and not calls
+    states = read(result, key)  # with gradients, as in s3prl's Featurizer
+    assert len(states) == 7 and not any(state.requires_grad for state in states)
+    assert result[key] is result.get(key) and len(calls) == 1
+    trained = upstream(waves)  # as with -f
+    assert type(trained) is dict and trained[key][-1].requires_grad
+    for state, expected in zip(states, trained[key], strict=True):
+        assert torch.equal(state, expected)
+
+
 def test_no_key_without_heads_of_the_students_width(write_file, waves):
     path, _ = write_file(heads=False)
     upstream = hub_entry(path)

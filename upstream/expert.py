@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,13 @@ from s3prl.upstream.interfaces import UpstreamBase
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from s3prl_ekd.distill.student_forward import StudentOutput
 from s3prl_ekd.errors import CheckpointError
 from s3prl_ekd.student_file import heads_problem, load_student
 
 logger = logging.getLogger(__name__)
+
+WITH_HEADS = "hidden_states_and_heads"
 
 
 class UpstreamExpert(UpstreamBase):
@@ -43,7 +47,7 @@ class UpstreamExpert(UpstreamBase):
         problem = heads_problem(loaded)
         if problem:
             self.heads = None
-            logger.info("%s: hidden_states_and_heads is not available: %s", ckpt, problem)
+            logger.info("%s: %s is not available: %s", ckpt, WITH_HEADS, problem)
 
     def get_downsample_rates(self, key: str) -> int:
         """Samples per frame: 320 (20 ms at 16 kHz) for the default conv extractor."""
@@ -56,7 +60,8 @@ class UpstreamExpert(UpstreamBase):
             ``hidden_states``: those of :class:`s3prl_ekd.distill.student_forward.StudentOutput`, a
             list of ``[batch, frame, dim]``. ``hidden_states_and_heads``: the same, followed by the
             layers that each head predicts, if the file has heads of the student's width.
-            ``last_hidden_state``: the last of ``hidden_states``.
+            ``last_hidden_state``: the last of ``hidden_states``. Under ``torch.no_grad`` the heads
+            are computed when ``hidden_states_and_heads`` is read.
         """
         if self.student.training and not self.student.is_cut:
             raise CheckpointError(
@@ -73,11 +78,48 @@ class UpstreamExpert(UpstreamBase):
             "hidden_states": out.hidden_states,
             "last_hidden_state": out.hidden_states[-1],
         }
-        if self.heads is not None:
-            states = list(out.hidden_states)
-            for name, prediction in self.heads(out).items():
-                # [batch, layer, frame, width] -> slices [batch, frame, dim] of the student's width
-                for layer in prediction.unbind(1):
-                    states += layer.split(self.targets[name].parts, dim=-1)
-            result["hidden_states_and_heads"] = states
-        return result
+        if self.heads is None:
+            return result
+        if not torch.is_grad_enabled():
+            return ComputedWhenRead(result, WITH_HEADS, lambda: self._with_heads(out))
+        # DistributedDataParallel, for -f, finds the tensors of a plain dict only
+        return {**result, WITH_HEADS: self._with_heads(out)}
+
+    def _with_heads(self, out: StudentOutput) -> list[Tensor]:
+        """The hidden states and the layers that the heads predict, ``[batch, frame, dim]`` each."""
+        assert self.heads is not None  # loaded
+        states = list(out.hidden_states)
+        for name, prediction in self.heads(out).items():
+            # [batch, layer, frame, width] -> slices [batch, frame, dim] of the student's width
+            for layer in prediction.unbind(1):
+                states += layer.split(self.targets[name].parts, dim=-1)
+        return states
+
+
+class ComputedWhenRead(dict):
+    """A dict in which the value of one key is computed, without gradients, when it is first read.
+
+    s3prl's Featurizer reads one key of an upstream's outputs, and needs a dict.
+    """
+
+    def __init__(self, values: dict[str, Any], key: str, compute: Callable[[], Any]):
+        super().__init__(values)
+        self[key], self._key, self._compute = None, key, compute
+
+    def __getitem__(self, key: str) -> Any:
+        if key == self._key and super().__getitem__(key) is None:
+            with torch.no_grad():
+                self[key] = self._compute()
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return self[key] if key in self else default
+
+    def __iter__(self) -> Iterator[str]:  # makes dict(x) and {**x} call __getitem__
+        return super().__iter__()
+
+    def values(self) -> Any:
+        return [self[key] for key in self]
+
+    def items(self) -> Any:
+        return [(key, self[key]) for key in self]

@@ -12,7 +12,7 @@ example:
   s3prl-ekd superb student.safetensors fbank_no_cmvn --recipes tiny
   s3prl-ekd superb student.safetensors --tasks pr asr --lr pr=1e-3,5e-4 --seeds 1 2 3 --jobs 4
   s3prl-ekd superb student.safetensors fbank --noise data/noise --snr 10 5 0
-  s3prl-ekd superb student.safetensors fbank --recipes tiny --seeds 1 2 3 --cache-features
+  s3prl-ekd superb student.safetensors fbank --seeds 1 2 3 --cache-features
   s3prl-ekd superb student.safetensors --dry-run > commands.sh
 """
 
@@ -70,9 +70,14 @@ def configure(parser) -> None:
     parser.add_argument(
         "--cache-features", nargs="?", const="", metavar="DIR",
         help="compute each utterance's hidden states once, without padding, and cache them in DIR "
-        "(default: OUTPUT/.features, removed when an upstream's runs are finished). A second of "
+        "(default: OUTPUT/.features, removed when an upstream's runs are finished); the default "
+        "with --recipes tiny on one GPU or CPU. A second of "
         "speech takes layers x width x 100 bytes: 1 MB for a base model (13 x 768), 0.1 MB for a "
         "tiny one (7 x 192). Scores are not comparable with those from padded batches",
+    )  # fmt: skip
+    parser.add_argument(
+        "--no-cache-features", dest="cache_features", action="store_const", const=False,
+        help="use the hidden states of s3prl's padded batches; the default with --recipes full",
     )  # fmt: skip
     parser.add_argument(
         "--cache-features-gb", metavar="GB", default=str(LIMIT_GB),

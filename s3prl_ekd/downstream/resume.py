@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -88,6 +88,27 @@ class ResumableLoader:
         return getattr(self._loader, name)
 
 
+def _keep_corpus(model: Any) -> Callable[..., Any]:
+    """The model's ``get_dataloader``, with its ``corpus`` settings restored after each call.
+
+    s3prl's ``-d ctc`` removes ``num_workers`` from them, also for the checkpoints. Later epochs,
+    evaluations and resumed runs would start 12 workers each, whatever the YAML says.
+    """
+    get_dataloader = model.get_dataloader
+    corpus = getattr(model, "corpus", None)
+    if not isinstance(corpus, dict):
+        return get_dataloader
+    settings = dict(corpus)
+
+    def get_with_corpus(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return get_dataloader(*args, **kwargs)
+        finally:
+            corpus.update(settings)
+
+    return get_with_corpus
+
+
 def resumable_runner(runner: Any) -> Any:
     """Subclass s3prl's downstream ``Runner`` to save and restore its position in the epoch."""
 
@@ -99,7 +120,7 @@ def resumable_runner(runner: Any) -> Any:
             self._position = EpochPosition(saved)
             model = self.downstream.model
             split = config["runner"].get("train_dataloader", "train")
-            get_dataloader = model.get_dataloader
+            get_dataloader = _keep_corpus(model)
 
             def get_resumable(name, *args, **kwargs):
                 if name != split:

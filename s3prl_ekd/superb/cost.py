@@ -199,7 +199,8 @@ def measure_cost(
     Args:
         module: an upstream, ``list of [sample] -> {"hidden_states": [...]}``; put in eval mode.
         lengths: bucket -> lengths of its utterances in samples.
-        selection: the key or keys of the outputs that decide which parameters are used.
+        selection: the key or keys of the outputs that are computed, and so decide which parameters
+            are used.
 
     Returns:
         ``parameters``; ``unused``, the parameters that no output depends on; ``macs`` and
@@ -215,7 +216,7 @@ def measure_cost(
     utterances = [(bucket, samples) for bucket, group in lengths.items() for samples in group]
     for bucket, samples in tqdm(utterances, "MACs", leave=False, disable=None, unit=" utterances"):
         with count_macs() as macs:
-            module([torch.zeros(samples, device=device).uniform_(-1, 1)])
+            hidden_states(module([torch.zeros(samples, device=device).uniform_(-1, 1)]), keys)
         buckets[bucket] += macs.total
         products += macs.products
     return {

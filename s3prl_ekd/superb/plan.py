@@ -368,14 +368,17 @@ def plan_runs(args: Namespace) -> list[PlannedRun]:
 
 
 def _features(args: Namespace, upstream: str) -> CacheOptions | None:
-    """The feature cache of an upstream, or None without ``--cache-features``."""
-    if args.cache_features is None:
+    """The feature cache of an upstream, or None: by default only the tiny recipes have one."""
+    folder = args.cache_features
+    if folder is None and args.recipes == "tiny" and args.gpus == 1:
+        folder = ""
+    if folder is None or folder is False:
         if args.keep_features:
             raise SetupError(f"--keep-features needs {CACHE}")
         return None
     if args.gpus > 1:
         raise SetupError(f"{CACHE} needs --gpus 1: it works with one training process only")
-    folder = args.cache_features or str(args.output / FEATURES / upstream)
+    folder = folder or str(args.output / FEATURES / upstream)
     return parse_cache_options(folder, args.cache_features_gb)
 
 

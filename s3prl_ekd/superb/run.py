@@ -51,8 +51,8 @@ def check_records(runs: Sequence[PlannedRun]) -> None:
         if record.digest != run.digest:
             hint = ""
             if record.features_alone != (run.features is not None):
-                with_or_without = "with" if record.features_alone else "without"
-                hint = f" (that run was {with_or_without} --cache-features)"
+                option = "--cache-features" if record.features_alone else "--no-cache-features"
+                hint = f"; if it was the same otherwise, add {option}"
             raise SetupError(
                 f"{run.folder} contains a run with a different checkpoint, recipe, setting or "
                 f"corpus; move it away, rename the upstream (NAME=CHECKPOINT), or choose another "
