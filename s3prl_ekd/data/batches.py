@@ -238,11 +238,11 @@ def unwrap_batch(items: list[Batch]) -> Batch:
 
 
 def prefetch(batches: Iterable[Batch], device: str) -> Iterator[Batch]:
-    """Yield batches with their waveforms, spans and cached targets on ``device``.
+    """Yield batches with their waveforms and cached targets on ``device``.
 
     On CUDA, the copies of a batch are issued before the previous batch is yielded, on a stream of
-    their own. From pinned memory, they run during the previous step. Lengths stay on the CPU. For
-    other devices the batches are not changed.
+    their own. From pinned memory, they run during the previous step. Lengths and spans stay on the
+    CPU, which counts frames. For other devices the batches are not changed.
     """
     if not device.startswith("cuda"):
         yield from batches
@@ -259,10 +259,10 @@ def prefetch(batches: Iterable[Batch], device: str) -> Iterator[Batch]:
 
 
 def copy_batch(batch: Batch, device: str) -> Batch:
-    """Copy waveforms, spans and cached targets to ``device``, asynchronously if pinned."""
+    """Copy waveforms and cached targets to ``device``, asynchronously if pinned."""
     copies = {
         name: tensor.to(device, non_blocking=True)
-        for name in ("waves", "teacher_waves", "spans")
+        for name in ("waves", "teacher_waves")
         if (tensor := getattr(batch, name)) is not None
     }
     targets = None if batch.targets is None else batch.targets.to(device)
@@ -274,7 +274,7 @@ def _wait_for_copies(batch: Batch, copied: torch.cuda.Event) -> Batch:
     stream = torch.cuda.current_stream(batch.waves.device)
     stream.wait_event(copied)
     targets = () if batch.targets is None else batch.targets.tensors()
-    for tensor in (batch.waves, batch.teacher_waves, batch.spans, *targets):
+    for tensor in (batch.waves, batch.teacher_waves, *targets):
         if tensor is not None:
             tensor.record_stream(stream)
     return batch
