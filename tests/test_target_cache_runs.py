@@ -15,8 +15,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from s3prl_ekd.data.batches import DistillationDataset, prefetch, train_loader, unwrap_batch
+from s3prl_ekd.data.batches import DistillationDataset, train_loader, unwrap_batch
 from s3prl_ekd.data.distortion.settings import DistortionSettings
+from s3prl_ekd.data.prefetch import prefetch
 from s3prl_ekd.data.tables import read_tables
 from s3prl_ekd.errors import DataError
 from s3prl_ekd.files.run_checkpoints import newest_checkpoint, read_checkpoint

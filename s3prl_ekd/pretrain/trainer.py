@@ -26,7 +26,7 @@ import yaml
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..data.batches import Batch, prefetch
+from ..data.batches import Batch
 from ..distill.frame_counts import FrameCounts
 from ..errors import CheckpointError, SetupError
 from ..files.atomic import write_text
@@ -273,9 +273,12 @@ class Trainer:
         """
         count, unusable = self.processes.world_size, 0
         while True:
-            loader = self.upstream.get_train_dataloader()
-            # inside this loop, so that a batch that is copied ahead is not counted yet
-            for read in prefetch(self.stop_signals.batches(loader), self.device):
+            loader: Iterable[Batch] = self.upstream.get_train_dataloader()
+            if self.device.startswith("cuda"):
+                from ..data.prefetch import prefetch
+
+                loader = prefetch(loader, self.device)
+            for read in self.stop_signals.batches(loader):
                 batch = self.bad_audio.usable(read, self._epoch)
                 epochs, self._batch = divmod(self._batch + count, self.progress.batches)
                 self._epoch += epochs
