@@ -1,16 +1,28 @@
 """A step does not wait for the device, apart from the points where loss and norm are read."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 
 from s3prl_ekd.data.batches import Batch
+from s3prl_ekd.distill.settings import (
+    HeadSettings,
+    LossSettings,
+    RelationSettings,
+    TargetSettings,
+)
 from s3prl_ekd.pretrain.distributed import ProcessGroup
 from s3prl_ekd.pretrain.optim import OptimizerStep, fused_adamw, read_steps, warmup_schedule
 from s3prl_ekd.pretrain.settings import RunSettings
 from s3prl_ekd.pretrain.trainer import Trainer
+from s3prl_ekd.teachers.fast.encoder import fast_encoders
 
 from .device_waits import DeviceWaits
+from .experiments import batch_of, distiller
+from .fake_teachers import MASK, FakeUpstream, fake_distiller, noise, random_units
+from .gated_students import gated_settings, gated_student
 
 TOLIST = torch.Tensor.tolist
 X = torch.arange(12.0).view(3, 4)
@@ -146,3 +158,67 @@ def test_an_update_does_not_wait_on_cuda(scaled):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert [result.applied for result in read_steps(unread)] == [True, False]
+
+
+def case(aggregation="separate", loss=None, **more):
+    return {"aggregation": aggregation, "loss": LossSettings(**(loss or {})), **more}
+
+
+CASES = {
+    "separate": case(),
+    "average": case("average"),
+    "concat": case("concat"),
+    "residual": case("average", heads=HeadSettings(residual=True)),
+    "s3prl's loss": case(loss={"mask_padding": False, "reduce": "batches"}),
+    "penalty and agreement": case(loss={"feature_penalty": 0.1, "agreement": 0.5}),
+    "teacher dropping": case(targets=TargetSettings(drop_teachers=0.5)),
+    "layer by layer": case(heads=HeadSettings(kind="layerwise")),
+    "relation": case("average", relation=RelationSettings(weight=1.0)),
+    "mean_std": case(target_norm="mean_std", target_norm_steps=1),
+    "phi_s": case("average", target_norm="phi_s", target_norm_steps=1),
+    "procrustes": case("average", target_norm="procrustes", target_norm_steps=1),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_step_of_the_distiller_does_not_wait(name, teachers, student_settings, waves):
+    """Teachers, student, loss and gradients, after the steps that collect target statistics."""
+    settings = student_settings
+    if name == "layer by layer":
+        settings = dataclasses.replace(settings, encoder_layers=4)
+    if name == "separate":
+        settings = dataclasses.replace(settings, encoder_layerdrop=0.1, dropout=0.1)
+    model = distiller(teachers, settings, ("hubert", "wavlm"), **CASES[name]).train()
+    encoders = fast_encoders({n: t.upstream for n, t in model.teachers.items()})
+    for teacher_name, encoder in encoders.items():
+        model.teachers[teacher_name].encoder = encoder
+    batch = batch_of(waves)
+    model(batch)[0].backward()  # collects statistics
+    counts = model.count(batch.lengths, None, None)
+    with DeviceWaits(host=[batch.lengths]) as waits:
+        loss, _ = model(batch, step=2, counts=counts)
+        loss.backward()
+    assert not waits.found
+
+
+@pytest.mark.parametrize("units", [("conv", "heads", "ffn"), ("heads", "ffn")])
+def test_a_pruned_student_does_not_wait(units):
+    student = gated_student(gated_settings(units, position_buckets=32, max_distance=80)).train()
+    lengths = torch.tensor([6_000, 4_000])
+    with DeviceWaits(host=[lengths]) as waits:
+        student(torch.randn(2, 6_000), lengths).last.square().sum().backward()
+    assert not waits.found
+
+
+def test_masked_units_do_not_wait():
+    upstreams = {"a": FakeUpstream(), "b": FakeUpstream(seed=1)}
+    units = [random_units("a", 2), random_units("b", 4)]
+    model = fake_distiller(upstreams, units, mask=MASK)
+    batch = batch_of(noise(9_000, 7_000))
+    spans = torch.zeros(2, model.student.settings.frames(9_000), dtype=torch.bool)
+    spans[:, 3:9] = True
+    batch = dataclasses.replace(batch, spans=spans)
+    counts = model.count(batch.lengths, spans, None)
+    with DeviceWaits(host=[batch.lengths]) as waits:
+        model(batch, counts=counts)[0].backward()
+    assert not waits.found
