@@ -24,7 +24,7 @@ from tools.bench.trainer_step import TrainerStep
 from tools.bench.variants import BenchPlan
 
 from .conftest import saved_states
-from .kill_and_resume import unequal
+from .kill_and_resume import flat_values, unequal
 from .test_conv_extractor import CASES, exact, gradients
 
 has_cuda = torch.cuda.is_available()
@@ -85,12 +85,12 @@ def student_results(student, waves, device):
     """Hidden states and gradients of a padded batch."""
     lengths = torch.tensor([len(wave) for wave in waves])
     output = student(pad_sequence(waves, batch_first=True).to(device), lengths)
-    loss = (output.last * output.mask[..., None]).square().mean()
+    valid = output.last * output.mask[..., None]
+    weight = torch.randn(valid.shape, generator=torch.Generator().manual_seed(0))
     student.zero_grad()
-    loss.backward()
+    (valid * weight.to(device)).sum().backward()  # a norm has made the mean square constant
     grads = {n: p.grad.clone() for n, p in student.named_parameters() if p.grad is not None}
-    valid = output.last.detach() * output.mask[..., None]
-    return {"last": valid, "loss": loss.detach(), **grads}
+    return {"last": valid.detach(), **grads}
 
 
 def test_hidden_states_and_gradients_of_the_student_equal_those_of_a_cpu(
@@ -137,11 +137,7 @@ def test_fast_teachers_equal_s3prls_experts(device, teachers, waves, kind):
     with torch.no_grad():
         actual = encoder.hidden_states(pad_sequence(waves, batch_first=True), lengths, (0, 2, 4))
         expected = [state.clone() for state in upstream(waves)["hidden_states"]]
-    # the shortest utterance has no more than this number of frames in both
-    frames = (min(lengths) - 400) // 320 + 1
-    for state, layer in zip(actual, (0, 2, 4), strict=True):
-        actual_layer = {"states": state[:, :frames]}
-        assert_near(actual_layer, {"states": expected[layer][:, :frames]}, 2e-5)
+    assert_near(actual, {layer: expected[layer] for layer in (0, 2, 4)}, 2e-5)
 
 
 def test_losses_in_bfloat16_are_close_to_those_in_float32(plan):
@@ -233,9 +229,9 @@ def test_a_resumed_run_ends_with_the_same_weights(
     assert code == 0, output
     actual = saved_states("x")
     assert actual["Step"] == expected["Step"] == 4
-    for part in ("student", "heads"):
-        assert not unequal(actual["EKD"][part], expected["EKD"][part])
-    assert not unequal(actual["Optimizer"]["state"], expected["Optimizer"]["state"])
+    for part in ("EKD", "Optimizer"):
+        values = [dict(flat_values(states[part])) for states in (actual, expected)]
+        assert len(values[0]) > 50 and not unequal(*values)
 
 
 def test_a_step_over_nccl_has_the_same_gradients(plan, tmp_path):
