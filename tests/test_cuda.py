@@ -74,11 +74,12 @@ def losses_of(step, count=4):
 
 
 def assert_near(actual, expected, tolerance):
-    """Equal up to ``tolerance`` times the largest absolute value of each tensor."""
+    """Equal up to ``tolerance`` times the largest absolute value of each tensor, and 1e-6: the
+    gradients of the keys' biases are zero except for rounding."""
     assert actual.keys() == expected.keys()
     for name, value in expected.items():
         difference = (actual[name].double().cpu() - value.double().cpu()).abs().max()
-        assert difference <= tolerance * value.abs().max() + 1e-9, name
+        assert difference <= tolerance * value.abs().max() + 1e-6, name
 
 
 def student_results(student, waves, device):
