@@ -120,7 +120,7 @@ def test_a_failed_part_does_not_stop_the_others_but_the_time_does(tmp_path, monk
     assert list(parts) == list(gpu_check.LIMITS)
     assert statuses == ["passed", "failed", *["passed"] * 3, "skipped: no time left"]
     # the fifth begins after 520 of 540 s and leaves 5 s to end it
-    assert limits == [60, 270, 120, 90, 15]
+    assert limits == [60, 270, 150, 90, 15]
 
 
 def test_without_a_device_nothing_else_is_run(tmp_path, monkeypatch):

@@ -43,7 +43,7 @@ from s3prl_ekd.system.terminal import prepare_streams, show_errors  # noqa: E402
 
 # In their order; seconds at most.
 LIMITS = {
-    "environment": 60, "base": 270, "tests": 120, "training": 90, "torchrun": 75, "tiny": 120,
+    "environment": 60, "base": 270, "tests": 150, "training": 90, "torchrun": 75, "tiny": 120,
 }  # fmt: skip
 LEAST = 15  # seconds that a part needs to start
 GRACE = 5  # seconds between SIGTERM and SIGKILL
