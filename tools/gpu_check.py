@@ -3,7 +3,7 @@
 Writes gpu_check.json and gpu_check.md, again after each part: environment; step rates with three
 Base teachers of random weights against s3prl's distiller, in all precisions, compiled, cached and
 with a frozen extractor; the tests marked `cuda`; 300 steps of the tiny experiment in bfloat16
-against float32; torchrun with NCCL; step rates with tiny models. A part that fails or takes too
+against float32; a run under torchrun; step rates with tiny models. A part that fails or takes too
 long does not stop the others. Needs no network: WHEELS is a folder of wheels for all packages that
 this Python lacks, s3prl among them; the checkout itself is installed with them, in a temporary
 environment. `--device cpu --toy` runs everything at toy size.
