@@ -22,7 +22,6 @@ import json
 import os
 import shutil
 import signal
-import site
 import subprocess
 import sys
 import tempfile
@@ -171,7 +170,7 @@ def install(wheels: Path, folder: Path) -> tuple[Path, Path]:
     python = environment / "bin" / "python"
     # If this Python is a virtual environment's own, that one's packages, too; pip among them.
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
-    paths = "\n".join(site.getsitepackages())
+    paths = "\n".join(path for path in sys.path if path.endswith("-packages"))
     (environment / "lib" / version / "site-packages" / "parent.pth").write_text(paths + "\n")
     pip = [str(python), "-m", "pip", "install", "-q", "--no-index", "--no-deps"]
     for argv in (
