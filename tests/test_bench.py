@@ -209,9 +209,9 @@ def test_cached_targets_run_no_teacher(plan):
         losses.append(variant.step(0, timer)[0])
     assert losses[0] == pytest.approx(losses[1], rel=0.02)
     assert not list(cached.expert.distiller.teachers.parameters())
-    index = (plan.folder / "targets" / "index.json").stat()
+    index = (plan.folder / "targets_float16" / "index.json").stat()
     EkdVariant(plan, cached=True)  # as in the process that measures memory
-    assert (plan.folder / "targets" / "index.json").stat() == index
+    assert (plan.folder / "targets_float16" / "index.json").stat() == index
 
 
 def test_real_audio_is_cropped_and_counted(tmp_path):

@@ -47,6 +47,7 @@ NOT_RUN_PREFIXES = {
     "docker run": "needs docker and an image",
     "torchrun --standalone --nproc_per_node=8": "8 GPUs; tests/test_processes.py runs 2 processes",
     "run_pretrain.py -u ekd -n dp_hubert_final": "25,000 steps; tests/test_prune.py runs a few",
+    "python tools/gpu_check.py": "needs a GPU; a toy in test_gpu_check.py",
     "python tools/pruning_study.py": "an hour; tests/test_pruning_study.py tests its parts",
     "python -m tools.targets_speed": "minutes of timing",
     "python tools/targets_study.py": "an hour; tests/test_targets_study.py tests its parts",

@@ -73,14 +73,17 @@ def write_teachers(folder: Path, size: ModelSize) -> dict[str, Path]:
     return paths
 
 
-def write_corpus(folder: Path, count: int, seconds: float, source: Path | None = None) -> None:
+def write_corpus(
+    folder: Path, count: int, seconds: float, source: Path | None = None, shortest: float = 0.5
+) -> None:
     """Write ``audio/*.flac`` and the length table ``tables/bench.csv``.
 
     Args:
         folder: an empty folder.
         count: number of utterances.
-        seconds: length of the longest; noise is half as long or longer.
+        seconds: length of the longest.
         source: folder whose first audio files are taken, cropped to ``seconds``; None: noise.
+        shortest: length of the shortest noise, as a share of ``seconds``.
 
     Raises:
         DataError: too few files in the source, or a file cannot be read.
@@ -88,7 +91,9 @@ def write_corpus(folder: Path, count: int, seconds: float, source: Path | None =
     (folder / "audio").mkdir()
     (folder / "tables").mkdir()
     rows = []
-    waves = _noise(count, seconds) if source is None else _excerpts(source, count, seconds)
+    waves = (
+        _noise(count, seconds, shortest) if source is None else _excerpts(source, count, seconds)
+    )
     for number, wave in enumerate(waves):
         name = f"u{number:04d}.flac"
         soundfile.write(folder / "audio" / name, wave, RATE, subtype="PCM_16")
@@ -96,9 +101,9 @@ def write_corpus(folder: Path, count: int, seconds: float, source: Path | None =
     write_table(folder / "tables" / f"{TABLE}.csv", rows)
 
 
-def _noise(count: int, seconds: float) -> Iterator[np.ndarray]:
+def _noise(count: int, seconds: float, shortest: float) -> Iterator[np.ndarray]:
     random = np.random.default_rng(0)
-    for length in random.uniform(0.5, 1.0, count) * seconds * RATE:
+    for length in random.uniform(shortest, 1.0, count) * seconds * RATE:
         yield 0.1 * random.standard_normal(int(length)).clip(-4, 4)
 
 

@@ -76,7 +76,7 @@ class EkdVariant:
             "sequence_length": 0,
         }
         if cached:
-            data["target_cache"] = str(_build_cache(plan, config, data))
+            data["target_cache"] = str(build_cache(plan, config, data))
         torch.manual_seed(0)
         self.expert = UpstreamPretrainExpert(data, config, plan.device).to(plan.device).train()
         self.dataset = self.expert.get_train_dataloader().dataset
@@ -205,9 +205,9 @@ def copy_weights(ekd: EkdVariant, s3prl: S3prlVariant) -> None:
         layer[2].bias.copy_(torch.cat([net[2].bias for net in heads], dim=2))
 
 
-def _build_cache(plan: BenchPlan, config: dict, data: dict) -> Path:
-    """Build ``folder/targets`` with ``s3prl-ekd cache`` if it does not exist."""
-    cache = plan.folder / "targets"
+def build_cache(plan: BenchPlan, config: dict, data: dict, dtype: str = "float16") -> Path:
+    """Build ``folder/targets_DTYPE`` with ``s3prl-ekd cache`` if it does not exist."""
+    cache = plan.folder / f"targets_{dtype}"
     if cache.exists():
         return cache
     run = {"total_steps": 2, "log_step": 1, "save_step": 1, "n_epochs": -1, "max_keep": 1}
@@ -215,7 +215,7 @@ def _build_cache(plan: BenchPlan, config: dict, data: dict) -> Path:
     runner = {"runner": run, "optimizer": OPTIMIZER, "pretrain_expert": {"datarc": data}}
     for name, contents in (("runner.yaml", runner), ("model.yaml", config)):
         (plan.folder / name).write_text(json.dumps(contents))  # JSON is YAML
-    argv = ["cache", "-c", "runner.yaml", "-g", "model.yaml", "-o", "targets"]
+    argv = ["cache", "-c", "runner.yaml", "-g", "model.yaml", "-o", cache.name, "--dtype", dtype]
     argv = [sys.executable, "-m", "s3prl_ekd", *argv, "--device", plan.device]
     result = subprocess.run(argv, cwd=plan.folder, capture_output=True, text=True)
     if result.returncode:
