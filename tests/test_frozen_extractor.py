@@ -130,14 +130,16 @@ def test_autocast_and_teachers_in_bfloat16_share_features(frozen, waves, runs):
     assert len(runs) == 3 and loss.isfinite()
 
 
-def test_a_copy_that_normalises_waveforms_shares_features(teachers, waves, runs):
+@pytest.mark.parametrize(("name", "normalize"), [("hubert", True), ("wavlm", False)])
+def test_a_copied_student_shares_features(teachers, waves, runs, name, normalize):
     """Student and teacher have equal weights, so the student's hidden states are the targets."""
-    loaded = ensemble(teachers, "hubert")
-    loaded["t0"].upstream.task_cfg.normalize = True
+    loaded = ensemble(teachers, name)
+    upstream = loaded["t0"].upstream
+    (upstream.cfg if name == "wavlm" else upstream.task_cfg).normalize = normalize
     copy = CopySettings("copy", "t0", train_extractor=False)
     settings = DistillSettings({"t0": TeacherSettings("x", LAYERS)}, student=copy)
     student = copied_student(loaded, copy, None)
-    assert student.settings.normalize_waveforms
+    assert student.settings.normalize_waveforms == normalize
     model = accelerated(EnsembleDistiller(loaded, student, settings)).eval()
     batch = batch_of([wave[:7000] for wave in waves])
     model(batch)

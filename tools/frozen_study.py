@@ -2,10 +2,10 @@
 
 The student of pretrain_configs/tiny_model.yaml, whose first weights are those of tiny_hubert,
 learns from the three tiny teachers, by cached targets. The rows are ``trained``
-(``feature_grad_mult: 0.1``, DistilHuBERT's), ``trained_fully`` (1) and ``frozen``
-(``train_extractor: false``); the values the loss on the dev set, the accuracies of the linear
-probes of study_parts/probes.py, and the CPU seconds of a run. Each result is a file in
-FOLDER/results, so the same command continues from what is there. CORPUS: see targets_study.py.
+(``feature_grad_mult: 0.1``, DistilHuBERT's) and ``frozen`` (``train_extractor: false``); the values
+the loss on the dev set, the accuracies of the linear probes of study_parts/probes.py, and the CPU
+seconds of a run. Each result is a file in FOLDER/results, so the same command continues from what
+is there. CORPUS: see targets_study.py.
 
 example:
   python tools/frozen_study.py STUDY --corpus CORPUS
@@ -29,7 +29,6 @@ from study_parts.training import TrainingFolder
 CONFIG = Path(__file__).resolve().parents[1] / "pretrain_configs/tiny_model.yaml"
 ROWS = {
     "trained": {"feature_grad_mult": 0.1},
-    "trained_fully": {"feature_grad_mult": 1.0},
     "frozen": {"train_extractor": False},
 }
 
@@ -73,7 +72,7 @@ def main() -> int:
     parser.add_argument("folder", metavar="FOLDER", type=Path, help="folder of the study")
     parser.add_argument("--corpus", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--lr", type=float, default=1e-3)
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"  # of the training runs

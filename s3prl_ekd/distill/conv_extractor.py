@@ -105,11 +105,13 @@ class ConvExtractor:
         if self._digest[0] != versions:
             digest = hashlib.blake2b(digest_size=16)
             for layer in read_layers(self.module.conv_layers, torch.float32):
-                norm: Any = layer.norm
-                digest.update(repr((layer.stride, type(norm), getattr(norm, "eps", None))).encode())
+                norm = layer.norm
                 affine = [] if norm is None else [norm.weight, norm.bias]
-                for weight in (layer.weight, layer.bias, *affine, *layer.scales):
-                    digest.update(repr(None if weight is None else tuple(weight.shape)).encode())
+                weights = [layer.weight, layer.bias, *affine, *layer.scales]
+                shapes = [None if weight is None else tuple(weight.shape) for weight in weights]
+                kind = None if norm is None else (isinstance(norm, nn.GroupNorm), norm.eps)
+                digest.update(repr((layer.stride, kind, shapes)).encode())
+                for weight in weights:
                     if weight is not None:
                         digest.update(weight.detach().float().cpu().contiguous().numpy().tobytes())
             self._digest = versions, digest.digest()

@@ -172,13 +172,12 @@ class EnsembleDistiller(nn.Module):
         Returns:
             The scalar loss, and scalars for the log.
         """
-        # teachers {teacher: [batch, layer, frame, dim]}; cached {target set: ...}, usually empty
-        shared: Shared = {}  # conv features, of a frozen extractor
+        shared: Shared = {}  # conv features of a frozen extractor
         features = self.student.frozen_features(batch.waves, batch.lengths, shared)
+        # teachers {teacher: [batch, layer, frame, dim]}; cached {target set: ...}, usually empty
         teachers, cached, states = self.run_teachers(batch, shared)
-        student = self.run_student(
-            batch, features
-        )  # hidden states [batch, frame, dim], mask [batch, frame]
+        # hidden states [batch, frame, dim], mask [batch, frame]
+        student = self.run_student(batch, features)
         predictions = self.heads(student)  # {target set: [batch, layer, frame, width]}
         predictions, teachers, cached, valid = crop(predictions, teachers, cached, student.mask)
         mask = valid  # [batch, frame], without masked spans

@@ -410,15 +410,13 @@ class DistillSettings:
             return
         if not isinstance(student, CopySettings):
             raise ValueError("pruning needs student.kind: copy, a copy of a teacher")
-        if "conv" in pruning.units and not student.train_extractor:
-            raise ValueError(
-                "pruning.units: conv needs a trained conv extractor, but student.train_extractor "
-                "is false; set it to true or leave out conv"
-            )
-        if "conv" in pruning.units and student.feature_grad_mult == 0:
+        frozen = "" if student.feature_grad_mult else "feature_grad_mult is 0; raise it"
+        if not student.train_extractor:
+            frozen = "train_extractor is false; set it to true"
+        if frozen and "conv" in pruning.units:
             raise ValueError(
                 "pruning.units: conv needs a trained conv extractor, but "
-                "student.feature_grad_mult is 0; raise it or leave out conv"
+                f"student.{frozen} or leave out conv"
             )
 
     def _check_heads(self) -> None:

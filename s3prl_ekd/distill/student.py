@@ -185,7 +185,7 @@ class Student(nn.Module):
 def _given(
     features: Tensor, blocks: Iterable[Any], waves: Tensor, lengths: Tensor, *_: Any, **__: Any
 ) -> tuple[Tensor, Tensor]:
-    """:func:`.student_forward.extract` with its features given."""
+    """:func:`.student_forward.extract`, with its features given."""
     return features, conv_frames(blocks, lengths)
 
 
