@@ -213,10 +213,12 @@ def _build(data: Mapping[str, Any]) -> LoadedStudent:
 
 
 def architecture(settings: Architecture) -> dict[str, Any]:
-    """The ``settings`` of a student file: without ``mask``, which is for training only, and with
-    ``masked_norm`` only if it is on, so that version 0.1 can read files of other students."""
+    """The ``settings`` of a student file: without ``mask`` and ``train_extractor``, which are for
+    training only, and with ``masked_norm`` only if it is on, so that version 0.1 can read files of
+    other students."""
     data: dict[str, Any] = to_plain_data(settings)
-    data.pop("mask", None)
+    for key in ("mask", "train_extractor"):
+        data.pop(key, None)
     if not settings.masked_norm:
         del data["masked_norm"]
     return data

@@ -146,6 +146,8 @@ def second_step(
         student["keep_heads"] = False
     if config.get("student", {}).get("mask") is not None:
         student["mask"] = config["student"]["mask"]
+    if config.get("student", {}).get("train_extractor") is False:
+        student["train_extractor"] = False
     changed = {**{key: config[key] for key in config if key != "pruning"}, "student": student}
     steps = max(first.total_steps // 2, 2)
     changes = {

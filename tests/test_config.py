@@ -354,6 +354,8 @@ def test_a_config_survives_the_checkpoint():
         ("distortion", {"snr_min": 30.0}, ".distortion snr_min 30.0 snr_max"),
         ("init", {"teacher": "one", "average": ["one", "two"]}, ".init teacher average"),
         ("init", {"teacher": "one", "layers": [0]}, "init.layers 2 1"),
+        ("student", {"train_extractor": 0}, ".student.train_extractor 0"),
+        ("student", {"train_extractor": False}, "student.train_extractor: false init.teacher"),
         ("teachers.keys", {"model": "x"}, "teachers: 'keys'"),
         ("aggregation", "average", "aggregation: average one 3 two 1"),
         ("init", {"teacher": "three"}, "init 'three' one, two"),
@@ -415,6 +417,20 @@ UNITS = [{"file": "x"}]
             "student.masked_norm student_backend: ours",
         ),
         (
+            {
+                "student": {"train_extractor": False},
+                "init": {"teacher": "one", "conv": False},
+            },
+            "student.train_extractor: false init.teacher init.conv",
+        ),
+        (
+            {
+                "student": {"kind": "copy", "of": "one", "train_extractor": False},
+                "loss": {"feature_penalty": 1.0},
+            },
+            "loss.feature_penalty student.train_extractor: false",
+        ),
+        (
             {"teacher_masked_norm": True, "teacher_backend": "s3prl"},
             "teacher_masked_norm teacher_backend: fast teacher_backend: s3prl",
         ),
@@ -431,7 +447,7 @@ def test_settings_that_exclude_each_other(tmp_path, more, parts):
         load_model_config(file)
     assert_parts(str(caught.value), str(file), parts)
     for key in more:  # each is needed for the mistake, or its value is the mistake
-        if key not in ("teachers", "unit_loss", "relation"):
+        if key not in ("teachers", "unit_loss", "relation", "init"):
             rest = {k: v for k, v in more.items() if k != key}
             file.write_text(yaml.safe_dump({**TWO, **rest}))
             load_model_config(file)
@@ -453,6 +469,7 @@ def test_masked_units_of_every_kind_of_student(student):
         ("student_backend", "s3prl", "student_backend student.kind: distil"),
         ("student.input_dropout", 1.0, ".student input_dropout 1.0"),
         ("student.feature_grad_mult", 0, "pruning.units conv student.feature_grad_mult 0"),
+        ("student.train_extractor", False, "pruning.units conv student.train_extractor true"),
         ("pruning.units", [], ".pruning units []"),
         ("pruning.units", ["ffn", "ffn"], ".pruning units 'ffn', 'ffn'"),
         ("pruning.units", ["fnn"], ".pruning.units[0] conv heads ffn 'fnn'"),

@@ -16,6 +16,7 @@ it faster than a sequence of convolutions; the results are equal except for roun
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -25,9 +26,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .student_forward import normalise
+
 if TYPE_CHECKING:  # WavLM has a class of the same name
     from s3prl.upstream.wav2vec2.wav2vec2_model import ConvFeatureExtractionModel
 
+# What the extractors of a student and its teachers compute for a batch: normalised waveforms and
+# features.
+Shared = dict[Any, Tensor]
 _CHUNK = 1024  # frames of the second layer per chunk and thread: 4 MB of its input
 
 
@@ -47,6 +53,7 @@ class ConvExtractor:
         masked_norm: bool = False,
     ):
         self.module, self.dtype, self.masked_norm = module, dtype, masked_norm
+        self._digest: tuple[list[Any], bytes] = ([], b"")
         self.forget_weights()
 
     @property
@@ -72,6 +79,43 @@ class ConvExtractor:
             valid = (frames <= counts[:, None]).to(waves.device, non_blocking=True)
         with torch.autocast(waves.device.type, enabled=False):
             return conv_features(layers, waves, valid, dtype)
+
+    def shared_features(
+        self, waves: Tensor, lengths: Tensor, normalize: bool, shared: Shared
+    ) -> Tensor:
+        """The features of a batch, computed once for all extractors with the same weights.
+
+        Args:
+            waves, lengths: see :meth:`__call__`.
+            normalize: whether to normalise the waveforms before.
+            shared: what was computed for this batch; the results are added.
+        """
+        dtype = self.dtype or autocast_dtype(waves.device.type)
+        key = (self.digest(), dtype, self.masked_norm, normalize)
+        if key not in shared:
+            if normalize and "normalised" not in shared:
+                on_device = lengths.to(waves.device, non_blocking=True)
+                shared["normalised"] = normalise(waves, on_device)
+            shared[key] = self(shared["normalised"] if normalize else waves, lengths)
+        return shared[key]
+
+    def digest(self) -> bytes:
+        """Digest of layers and weights, computed again when a weight has changed."""
+        versions = [*map(_version, self.module.parameters())]
+        if self._digest[0] != versions:
+            digest = hashlib.blake2b(digest_size=16)
+            for layer in read_layers(self.module.conv_layers, torch.float32):
+                norm = layer.norm
+                affine = [] if norm is None else [norm.weight, norm.bias]
+                weights = [layer.weight, layer.bias, *affine, *layer.scales]
+                shapes = [None if weight is None else tuple(weight.shape) for weight in weights]
+                kind = None if norm is None else (isinstance(norm, nn.GroupNorm), norm.eps)
+                digest.update(repr((layer.stride, kind, shapes)).encode())
+                for weight in weights:
+                    if weight is not None:
+                        digest.update(weight.detach().float().cpu().contiguous().numpy().tobytes())
+            self._digest = versions, digest.digest()
+        return self._digest[1]
 
     def _converted(self, dtype: torch.dtype) -> list[ConvLayer]:
         """The layers; without gradients they are kept until a weight changes."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..errors import TeacherError
 from .aggregation import Targets, build_aggregation, one_width
 from .batch import DistillBatch
+from .conv_extractor import Shared
 from .frame_counts import FrameCounts, count_frames
 from .heads import PredictionHeads, check_layers
 from .losses import (
@@ -171,9 +172,12 @@ class EnsembleDistiller(nn.Module):
         Returns:
             The scalar loss, and scalars for the log.
         """
+        shared: Shared = {}  # conv features of a frozen extractor
+        features = self.student.frozen_features(batch.waves, batch.lengths, shared)
         # teachers {teacher: [batch, layer, frame, dim]}; cached {target set: ...}, usually empty
-        teachers, cached, states = self.run_teachers(batch)
-        student = self.run_student(batch)  # hidden states [batch, frame, dim], mask [batch, frame]
+        teachers, cached, states = self.run_teachers(batch, shared)
+        # hidden states [batch, frame, dim], mask [batch, frame]
+        student = self.run_student(batch, features)
         predictions = self.heads(student)  # {target set: [batch, layer, frame, width]}
         predictions, teachers, cached, valid = crop(predictions, teachers, cached, student.mask)
         mask = valid  # [batch, frame], without masked spans
@@ -209,9 +213,12 @@ class EnsembleDistiller(nn.Module):
         return loss, logs | self.details(comparison) if detail else logs
 
     def run_teachers(
-        self, batch: DistillBatch
+        self, batch: DistillBatch, shared: Shared | None = None
     ) -> tuple[Targets, Targets, Mapping[str, HiddenStates]]:
-        """Targets by teacher, aggregated targets of a cache (else empty), and hidden states."""
+        """Targets by teacher, aggregated targets of a cache (else empty), and hidden states.
+
+        ``shared``: conv features of ``batch.waves``, for teachers with the same extractor.
+        """
         cached = batch.cached_targets
         if cached is not None and cached.aggregated:
             return {}, cached.values, {}
@@ -219,16 +226,21 @@ class EnsembleDistiller(nn.Module):
             return cached.values, {}, self.teachers.states_among(cached.values)
         waves = batch.waves if batch.teacher_waves is None else batch.teacher_waves
         unpadded = [w[:length] for w, length in zip(waves, batch.lengths.tolist(), strict=True)]
-        states = self.teachers.states(unpadded, self.unit_layers)
+        if waves is not batch.waves or waves.shape[1] != int(batch.lengths.max()):
+            shared = None  # other waveforms, or more padding, than the student's
+        states = self.teachers.states(unpadded, self.unit_layers, shared)
         return self.teachers.targets(states), {}, states
 
-    def run_student(self, batch: DistillBatch) -> StudentOutput:
-        """The student's output; frames that a teacher lacks are masked."""
+    def run_student(self, batch: DistillBatch, features: Tensor | None = None) -> StudentOutput:
+        """The student's output; frames that a teacher lacks are masked.
+
+        ``features``: see :meth:`.Student.frozen_features`.
+        """
         masked = None
         if batch.spans is not None:
             embedding = cast("MaskEmbedding", self.trainable["mask_embedding"])
             masked = batch.spans, embedding.vector
-        output: StudentOutput = self.student(batch.waves, batch.lengths, masked)
+        output: StudentOutput = self.student(batch.waves, batch.lengths, masked, features)
         frames = torch.arange(output.mask.shape[1], device=output.mask.device)
         counts = self.frames(batch.lengths, cached_lengths(batch))
         counts = counts.to(frames.device, non_blocking=True)

@@ -389,10 +389,20 @@ class DistillSettings:
                     "init.layers must name a layer for each of the student's "
                     f"{student.encoder_layers}, got {len(layers)}"
                 )
+            if not (student.train_extractor or (self.init.sources and self.init.conv)):
+                raise ValueError(
+                    "student.train_extractor: false would keep a conv extractor of random weights; "
+                    "set init.teacher and init.conv: true, or set it to true"
+                )
         elif self.init.sources:
             raise ValueError(
                 f"init needs student.kind: distil; a student of kind: {student.kind} has weights "
                 "already, so leave init out"
+            )
+        if self.loss.feature_penalty and not student.train_extractor:
+            raise ValueError(
+                "loss.feature_penalty has no effect with student.train_extractor: false; set it to "
+                "0 or train the extractor"
             )
         if isinstance(student, CopySettings) and student.of not in self.teachers:
             raise ValueError(
@@ -402,10 +412,13 @@ class DistillSettings:
             return
         if not isinstance(student, CopySettings):
             raise ValueError("pruning needs student.kind: copy, a copy of a teacher")
-        if student.feature_grad_mult == 0 and "conv" in pruning.units:
+        frozen = "" if student.feature_grad_mult else "feature_grad_mult is 0; raise it"
+        if not student.train_extractor:
+            frozen = "train_extractor is false; set it to true"
+        if frozen and "conv" in pruning.units:
             raise ValueError(
                 "pruning.units: conv needs a trained conv extractor, but "
-                "student.feature_grad_mult is 0; raise it or leave out conv"
+                f"student.{frozen} or leave out conv"
             )
 
     def _check_heads(self) -> None:

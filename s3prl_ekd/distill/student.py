@@ -8,6 +8,7 @@ import dataclasses
 import io
 import logging
 from collections.abc import Iterable
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 from s3prl.upstream.distiller.model import DistillerConfig, DistillerModel
 from torch import Tensor, nn
 
-from .conv_extractor import ConvExtractor, supports_blocks
+from .conv_extractor import ConvExtractor, Shared, supports_blocks
 from .conv_layers import conv_layers_text
 from .student_forward import StudentOutput, conv_frames, encode, extract, student_forward
 from .student_settings import Architecture, PrunedSettings, StartDrop, StudentSettings
@@ -79,11 +80,18 @@ class Student(nn.Module):
             self.conv = ConvExtractor(extractor, masked_norm=settings.masked_norm)
         self.backbone.masked_norm = settings.masked_norm  # for student_forward
         if settings.feature_grad_mult == 0:
-            # no gradient reaches the extractor: do not count it among the trained parameters
-            self.backbone.feature_extractor.requires_grad_(False)
+            self.freeze_extractor()
+
+    def freeze_extractor(self) -> None:
+        """Train no parameter of the conv extractor."""
+        self.backbone.feature_extractor.requires_grad_(False)
 
     def forward(
-        self, waves: Tensor, lengths: Tensor, masked: tuple[Tensor, Tensor] | None = None
+        self,
+        waves: Tensor,
+        lengths: Tensor,
+        masked: tuple[Tensor, Tensor] | None = None,
+        features: Tensor | None = None,
     ) -> StudentOutput:
         """Run the student.
 
@@ -91,6 +99,7 @@ class Student(nn.Module):
             waves: ``[batch, sample]`` at 16 kHz, zero-padded at the end.
             lengths: ``[batch]``, valid samples of each waveform, at least ``settings.min_samples``.
             masked: masked frames and the vector that replaces them, see :func:`.student_forward`.
+            features: the result of :meth:`frozen_features`.
         """
         if self.backend == "s3prl":
             return s3prl_forward(self.backbone, waves, lengths)
@@ -105,9 +114,30 @@ class Student(nn.Module):
             self.activation_checkpointing,
             masked,
             not known or bool((lengths < waves.shape[1]).any()),
-            self.extract,
+            self.extract if features is None else partial(_given, features),
             self.encode,
         )
+
+    @torch.no_grad()
+    def frozen_features(self, waves: Tensor, lengths: Tensor, shared: Shared) -> Tensor | None:
+        """The features ``[batch, frame, channel]`` of a frozen conv extractor; None if it is
+        trained, or run in another way.
+
+        Args:
+            waves, lengths: see :meth:`forward`.
+            shared: the features are added, for teachers with the same weights.
+        """
+        extractor = self.backbone.feature_extractor
+        trained = any(weight.requires_grad for weight in extractor.parameters())
+        if trained or self.conv is None or self.backend == "s3prl" or self._drops_features:
+            return None
+        normalize = self.settings.normalize_waveforms
+        return self.conv.shared_features(waves, lengths, normalize, shared)
+
+    @property
+    def _drops_features(self) -> bool:
+        """Whether there is dropout within the conv extractor."""
+        return self.training and getattr(self.settings, "extractor_dropout", 0.0) > 0
 
     def fast_extract(
         self,
@@ -119,8 +149,7 @@ class Student(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """:func:`.student_forward.extract` by :class:`.conv_extractor.ConvExtractor`, which stores
         few activations in any case; while compiling, or with dropout, as a sequence of modules."""
-        dropout = self.training and getattr(self.settings, "extractor_dropout", 0.0) > 0
-        if self.conv is None or dropout or torch.compiler.is_compiling():
+        if self.conv is None or self._drops_features or torch.compiler.is_compiling():
             return extract(blocks, waves, lengths, recompute, masked_norm)
         return self.conv(waves, lengths.cpu()), conv_frames(blocks, lengths)
 
@@ -151,6 +180,13 @@ class Student(nn.Module):
     def width(self) -> int:
         """Width of the hidden states."""
         return self.settings.encoder_embed_dim
+
+
+def _given(
+    features: Tensor, blocks: Iterable[Any], waves: Tensor, lengths: Tensor, *_: Any, **__: Any
+) -> tuple[Tensor, Tensor]:
+    """:func:`.student_forward.extract`, with its features given."""
+    return features, conv_frames(blocks, lengths)
 
 
 def draw_layers(encoder: Any) -> list[nn.Module]:

@@ -151,6 +151,10 @@ class StudentSettings(ConvInput):
     encoder_layerdrop: float = 0.0
     """Probability of skipping a transformer layer in training."""
 
+    train_extractor: bool = True
+    """false: the conv extractor keeps the weights of ``init.teacher``, as with
+    ``feature_grad_mult: 0``, and teachers with the same weights share its features (ours)."""
+
     mask: MaskSettings | None = None
     """Masked spans of the conv features in training; null: none."""
 
@@ -207,6 +211,10 @@ class CopySettings(ConvInput):
     input_dropout: float = 0.1
     """Dropout of the projected conv features (DPHuBERT)."""
 
+    train_extractor: bool = True
+    """false: the conv extractor keeps its weights, as with ``feature_grad_mult: 0``, and teachers
+    with the same weights share its features (ours)."""
+
     mask: MaskSettings | None = None
     """Masked spans of the conv features in training; null: none."""
 
@@ -237,6 +245,10 @@ class FileSettings:
 
     keep_heads: bool = True
     """Continue with the file's prediction heads (DPHuBERT); false: new heads."""
+
+    train_extractor: bool = True
+    """false: the conv extractor keeps its weights, and teachers with the same weights share its
+    features (ours)."""
 
     mask: MaskSettings | None = None
     """Masked spans of the conv features in training; null: none."""

@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..errors import TeacherError
 from .aggregation import TeacherShape, crop_frames
+from .conv_extractor import Shared
 from .student_settings import Samples
 
 PROBE_SAMPLES = 16000  # one second at 16 kHz, to find the depth and width of an upstream
@@ -23,7 +24,7 @@ class TeacherEncoder(Protocol):
     """A faster implementation of a teacher, which computes only the requested hidden states."""
 
     def hidden_states(
-        self, waves: Tensor, lengths: Sequence[int], layers: Iterable[int], shared: dict[Any, Any]
+        self, waves: Tensor, lengths: Sequence[int], layers: Iterable[int], shared: Shared
     ) -> Mapping[int, Tensor]:
         """Layer -> hidden state ``[batch, frame, dim]`` in float32.
 
@@ -184,7 +185,10 @@ class TeacherEnsemble(nn.ModuleDict):
 
     @torch.no_grad()
     def states(
-        self, waves: Sequence[Tensor], also: Mapping[str, Collection[int]] | None = None
+        self,
+        waves: Sequence[Tensor],
+        also: Mapping[str, Collection[int]] | None = None,
+        shared: Shared | None = None,
     ) -> dict[str, HiddenStates]:
         """The hidden states of each teacher's target layers: teacher -> layer -> ``[batch, frame,
         dim]``.
@@ -195,9 +199,10 @@ class TeacherEnsemble(nn.ModuleDict):
         Args:
             waves: unpadded waveforms ``[sample]`` at 16 kHz.
             also: teacher -> layers to compute in addition to its target layers.
+            shared: conv features of these waveforms, padded, that are there already.
         """
         states: dict[str, HiddenStates] = {}
-        shared: dict[Any, Any] = {}
+        shared = {} if shared is None else shared
         padded = pad_sequence(list(waves), batch_first=True)  # [batch, sample]
         lengths = [len(wave) for wave in waves]
         with torch.autocast(waves[0].device.type, enabled=False):

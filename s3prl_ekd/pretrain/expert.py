@@ -185,8 +185,12 @@ class UpstreamPretrainExpert(nn.Module):
         self._heads_of_file: LoadedStudent | None = None
         self._pruned: Any = None  # how the student of a file was pruned
         if isinstance(settings, StudentSettings):
-            # `mask` is for training only, so it is not part of the student and its file
-            return Student(dataclasses.replace(settings, mask=None), self.settings.student_backend)
+            # `mask` and `train_extractor` are for training only: not part of the student's file
+            scale = settings.feature_grad_mult if settings.train_extractor else 0.0
+            settings = dataclasses.replace(
+                settings, mask=None, train_extractor=True, feature_grad_mult=scale
+            )
+            return Student(settings, self.settings.student_backend)
         if isinstance(settings, CopySettings):
             return None
         loaded = load_student(settings.file)
@@ -199,6 +203,8 @@ class UpstreamPretrainExpert(nn.Module):
                     "student.keep_heads: false to start with new ones"
                 )
             self._heads_of_file = loaded
+        if not settings.train_extractor:
+            loaded.student.freeze_extractor()
         return loaded.student.train()
 
     def _load_heads(self, loaded: LoadedStudent) -> None:
@@ -316,9 +322,10 @@ class UpstreamPretrainExpert(nn.Module):
         elif isinstance(settings.student, FileSettings):
             source = settings.student.file
         logger.info(
-            "student: %s parameters, with heads %s, initialised from %s; device %s",
+            "student: %s parameters, with heads %s (%s trained), initialised from %s; device %s",
             f"{_count(self.distiller.student):,}",
             f"{_count(self.model):,}",
+            f"{sum(p.numel() for p in self.model.parameters() if p.requires_grad):,}",
             source,
             self.device,
         )

@@ -55,10 +55,12 @@ class EkdVariant:
     Args:
         plan: inputs.
         cached: read the targets from a cache of ``s3prl-ekd cache`` and run no teacher.
+        frozen: the student's conv extractor is that of the first teacher and is not trained; the
+            other teachers have extractors of their own.
         model: further keys of the model config.
     """
 
-    def __init__(self, plan: BenchPlan, cached: bool = False, **model: Any):
+    def __init__(self, plan: BenchPlan, cached: bool = False, frozen: bool = False, **model: Any):
         from s3prl_ekd.pretrain.expert import UpstreamPretrainExpert
 
         teachers = {
@@ -67,6 +69,9 @@ class EkdVariant:
         }
         config = {"teachers": teachers, "student": plan.models.student, **model}
         config["init"] = {"teacher": None}
+        if frozen:
+            config["init"] = {"teacher": next(iter(teachers)), "encoder": False}
+            config["student"] = {**plan.models.student, "train_extractor": False}
         data: dict[str, Any] = {
             "libri_root": str(plan.folder / "audio"),
             "file_path": str(plan.folder / "tables"),
@@ -92,6 +97,7 @@ class EkdVariant:
         with (
             timer.method(distiller.teachers, "states", "teacher forward"),
             timer.method(distiller.teachers, "targets", "teacher forward"),
+            timer.method(distiller.student, "frozen_features", "student forward"),
             timer.method(distiller.student, "forward", "student forward"),
             timer.method(distiller.heads, "forward", "student forward"),
         ):
@@ -187,6 +193,8 @@ VARIANTS: dict[str, Callable[[BenchPlan], Any]] = {
     "ekd-bf16": functools.partial(EkdVariant, teacher_precision="bfloat16"),
     "ekd-compile": functools.partial(EkdVariant, teacher_compile=True),
     "ekd-cached": functools.partial(EkdVariant, cached=True),
+    "ekd-frozen": functools.partial(EkdVariant, frozen=True),
+    "ekd-cached-frozen": functools.partial(EkdVariant, cached=True, frozen=True),
 }
 
 

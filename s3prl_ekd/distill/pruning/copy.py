@@ -90,7 +90,7 @@ def _settings(
         and "conv" in pruning.units,
         gates=None if pruning is None else pruning.gates,
         masked_norm=copy.masked_norm and not layer_norm,
-        feature_grad_mult=copy.feature_grad_mult,
+        feature_grad_mult=copy.feature_grad_mult if copy.train_extractor else 0.0,
         dropout=copy.dropout,
         attention_dropout=copy.attention_dropout,
         activation_dropout=copy.activation_dropout,

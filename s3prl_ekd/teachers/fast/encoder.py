@@ -15,8 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...distill.conv_extractor import ConvExtractor, supports_blocks
-from ...distill.student_forward import normalise
+from ...distill.conv_extractor import ConvExtractor, Shared, supports_blocks
 from ...errors import TeacherError, first_line
 from .layers import Converter, FastLayer, PositionalConv, RelativeBias, supports_layer
 
@@ -29,8 +28,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _ONE_SECOND = 16_000  # samples
-# Normalised waveforms and conv features of one batch, which its teachers' encoders share.
-Shared = dict[Any, Tensor]
 _FAMILIES = {
     "s3prl.upstream.hubert.expert": "hubert",
     "s3prl.upstream.wav2vec2.expert": "wav2vec2",
@@ -136,7 +133,9 @@ class FastEncoder:
             self._precision_logged = True
             self._log_precision_error(waves, lengths, indices)
         weights = self._weights_on(waves.device)
-        features = self._features(waves, lengths, shared)  # [batch, frame, channel]
+        features = self.extractor.shared_features(  # [batch, frame, channel]
+            waves, torch.tensor(lengths), self.normalize, shared
+        )
         conv = self.extractor.spec if self.counts_frames else None
         valid = padded_frames(lengths, waves.shape[1], features.shape[1], conv)
         x = F.layer_norm(features, *weights.norm)
@@ -164,18 +163,6 @@ class FastEncoder:
             # s3prl's last hidden state is after the encoder's final norm.
             states[len(weights.layers)] = F.layer_norm(x, *weights.encoder_norm)
         return {index: state.float() for index, state in states.items()}
-
-    def _features(self, waves: Tensor, lengths: Sequence[int], shared: Shared) -> Tensor:
-        key = ("features", id(self.extractor), self.normalize)
-        if key not in shared:
-            if self.normalize:
-                if "normalised" not in shared:
-                    shared["normalised"] = normalise(
-                        waves, torch.tensor(lengths).to(waves.device, non_blocking=True)
-                    )
-                waves = shared["normalised"]
-            shared[key] = self.extractor(waves, torch.tensor(lengths))
-        return shared[key].to(self.precision)
 
     def _log_precision_error(self, waves: Tensor, lengths: Sequence[int], layers: set[int]) -> None:
         """Log the error of a lower precision relative to float32, over one second of audio."""
@@ -239,14 +226,6 @@ def supports_encoder(model: HubertModel | Wav2Vec2Model | WavLM) -> bool:
     )
 
 
-def same_weights(first: nn.Module, second: nn.Module) -> bool:
-    """Whether two extractors have the same layers and weights."""
-    a, b = first.state_dict(), second.state_dict()
-    if a.keys() != b.keys() or str(first) != str(second):
-        return False
-    return all(torch.equal(a[name], b[name].to(a[name])) for name in a)
-
-
 def family(upstream: UpstreamBase) -> str | None:
     """The family of an upstream that :class:`FastEncoder` supports, or None."""
     cls = type(upstream)
@@ -279,7 +258,7 @@ def fast_encoders(
     ``precision`` is one of :data:`PRECISIONS`; ``compiled`` runs the layers through
     ``torch.compile``; ``masked_norm``: see :class:`~...distill.conv_extractor.ConvExtractor`.
     """
-    extractors: list[ConvExtractor] = []
+    extractors: dict[bytes, ConvExtractor] = {}
     encoders = {}
     for name, upstream in upstreams.items():
         if family(upstream) is None:
@@ -291,10 +270,8 @@ def fast_encoders(
             )
             continue
         module = upstream.model.feature_extractor
-        extractor = next((e for e in extractors if same_weights(e.module, module)), None)
-        if extractor is None:
-            extractor = ConvExtractor(module, PRECISIONS[precision], masked_norm)
-            extractors.append(extractor)
+        extractor = ConvExtractor(module, PRECISIONS[precision], masked_norm)
+        extractor = extractors.setdefault(extractor.digest(), extractor)
         encoders[name] = FastEncoder(upstream, extractor, compiled, name)
     if len(extractors) < len(encoders):
         logger.info("%d teachers share %d conv extractors", len(encoders), len(extractors))
