@@ -4,9 +4,7 @@ Each row trains the student of pretrain/ekd/tiny_model.yaml from cached targets 
 teachers, on the same batches of a seed:
 
 * ``s3prl``: s3prl's optimizer (AdamW_with_schedule) and forward of the student, in float32;
-* ``default``: FusedAdamW, this package's forward, ``precision: auto``;
-* ``bfloat16``: the default with ``precision: bfloat16`` (slow on a CPU without AMX);
-* ``frozen``: the default with ``student.train_extractor: false``.
+* ``default``: FusedAdamW, this package's forward, ``precision: auto``.
 
 The loss is that of the dev set after the last step. Each result is a file in FOLDER/results, so the
 same command continues from what is there. CORPUS has unlabeled.tsv (columns path, duration, split).
@@ -40,8 +38,6 @@ ROWS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"runner": {"precision": "float32"}, "optimizer": {"name": "AdamW_with_schedule"}},
     ),
     "default": ({}, {}),
-    "bfloat16": ({}, {"runner": {"precision": "bfloat16"}}),
-    "frozen": ({"student": {"train_extractor": False}}, {}),
 }
 
 

@@ -72,7 +72,7 @@ class TrainerStep:
         run = {"n_epochs": -1, "total_steps": UNLIMITED, "log_step": 20, "save_step": 1000}
         run |= {"max_keep": 1, "gradient_accumulate_steps": 1, "gradient_clipping": CLIPPING}
         settings = {
-            "runner": {**run, **precision_keys(precision), **(runner or {})},
+            "runner": {**run, "precision": precision, **(runner or {})},
             "optimizer": {"name": "FusedAdamW", "lr": 2e-4, "warmup_proportion": 0.07},
             "pretrain_expert": {"datarc": data},
         }
@@ -101,16 +101,4 @@ class TrainerStep:
 
     def read(self) -> None:
         """Wait for the device and read losses and norms, as every ``log_step`` steps."""
-        if hasattr(self.trainer, "read_steps"):
-            self.trainer.read_steps()
-
-
-def precision_keys(precision: str) -> dict[str, Any]:
-    """Keys of ``runner`` for a precision."""
-    from s3prl_ekd.pretrain.settings import RunSettings
-
-    if hasattr(RunSettings, "precision"):
-        return {"precision": precision}
-    tf32 = precision == "tf32"
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
-    return {"bf16": precision == "bfloat16"}
+        self.trainer.read_steps()

@@ -69,6 +69,7 @@ class EkdVariant:
         }
         config = {"teachers": teachers, "student": plan.models.student, **model}
         config["init"] = {"teacher": None}
+        config.setdefault("teacher_precision", "float32")
         if frozen:
             config["init"] = {"teacher": next(iter(teachers)), "encoder": False}
             config["student"] = {**plan.models.student, "train_extractor": False}

@@ -20,10 +20,10 @@ import yaml
 from s3prl_ekd.demo.corpus import make_corpus
 from s3prl_ekd.errors import EkdError
 from s3prl_ekd.pretrain.tensorboard import read_scalars
+from s3prl_ekd.system.precision import automatic_precision
 from s3prl_ekd.workspace import write_workspace
 
 from ..bench.inputs import TABLE, write_corpus
-from ..bench.trainer_step import precision_keys
 
 Save = Callable[[dict[str, Any]], None]
 REPO = Path(__file__).parents[2]
@@ -45,12 +45,7 @@ def environment(folder: Path, device: str, toy: bool, save: Save) -> None:
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         done = subprocess.run(query, capture_output=True, text=True)
         result["driver"] = done.stdout.strip().partition("\n")[0]
-    try:
-        from s3prl_ekd.system.precision import automatic_precision
-
-        result["auto"] = automatic_precision(device)[0]
-    except ImportError:
-        pass
+    result["auto"] = automatic_precision(device)[0]
     save(result)
 
 
@@ -115,7 +110,7 @@ def training(folder: Path, device: str, toy: bool, save: Save) -> None:
         model = folder / "pretrain/ekd" / f"{name}.yaml"
         keys = {"extends": "tiny_model.yaml", "teacher_precision": precision}
         model.write_text(yaml.safe_dump(keys))
-        keys = {f"runner.{key}": value for key, value in precision_keys(precision).items()}
+        keys = {"runner.precision": precision}
         start = ("s3prl_ekd",)
         run_pretrain(folder, name, *start, model=str(model), options={**options, **keys})
         scalars = read_scalars(folder / "result/pretrain" / name)["ekd/train-loss"]

@@ -16,7 +16,6 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from s3prl_ekd.data.tables import read_tables
-from s3prl_ekd.distill.student_settings import StudentSettings
 
 from ..bench.inputs import RATE, SIZES, TABLE, write_corpus, write_teachers
 from ..bench.measure import StageTimer, clock, flop_counter, matmul_rate, peak_resident
@@ -42,11 +41,8 @@ class S3prlStep:
         pass
 
 
-FROZEN: dict[str, Any] = (  # a teacher's extractor, which runs once for teacher and student
-    {"student": {"train_extractor": False}}
-    if "train_extractor" in StudentSettings.__dataclass_fields__
-    else {"student": {"feature_grad_mult": 0.0}}
-)
+# A teacher's extractor, which runs once for teacher and student.
+FROZEN: dict[str, Any] = {"student": {"train_extractor": False}}
 COMPILED = {"runner": {"compile": True}, "teacher_compile": True}
 BF16 = functools.partial(TrainerStep, precision="bfloat16")
 # Name -> (number format of matrix products, step). The most important first: time may run out.
