@@ -56,6 +56,7 @@ def gradients(module, features):
 @pytest.mark.parametrize("case", CASES)
 def test_features_and_gradients_equal_those_of_convolutions(case):
     layers, mode, bias = CASES[case]
+    torch.manual_seed(0)
     module = ConvFeatureExtractionModel(layers, 0.0, mode, bias)
     for name, weight in module.named_parameters():
         if weight.dim() == 1:  # else biases and norms have no effect
