@@ -1,6 +1,7 @@
 """The conv extractor as matrix products, against torch's convolutions and norms."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -89,6 +90,61 @@ def test_an_utterance_of_several_chunks():
     torch.testing.assert_close(ours.double(), expected, rtol=1e-5, atol=1e-5)
     for name, other in others.items():
         assert (own[name] - other).abs().max() <= 5e-4 * other.abs().max(), name
+
+
+def test_bfloat16_gradients_are_summed_in_float32():
+    """Sums over 240 chunks; in bfloat16, later addends would be rounded away."""
+    torch.manual_seed(0)
+    module = ConvFeatureExtractionModel([(4, 10, 5), (4, 3, 2)], 0.0, "default", False)
+    waves = 0.1 * torch.randn(8, 480_000)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            features = ConvExtractor(module)(waves, torch.tensor([480_000] * 8))
+        assert features.dtype == torch.bfloat16
+        module.zero_grad()
+        features.float().square().sum().backward()
+    finally:
+        torch.set_num_threads(threads)
+    own = module.conv_layers[1][0].weight.grad.clone()
+    module.zero_grad()
+    by_modules(module, waves).square().sum().backward()
+    other = module.conv_layers[1][0].weight.grad
+    assert ((own - other).norm() / other.norm()) < 5e-3
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_gradients_of_the_waveforms(frozen):
+    student = Student(StudentSettings(**NO_DROPOUT)).requires_grad_(not frozen)
+    lengths, gradients_by_forward = torch.tensor([4_000]), []
+    wave = torch.randn(1, 4_000)
+    for forward in (student, partial(student_forward, student.backbone)):
+        leaf = wave.clone().requires_grad_()
+        forward(leaf, lengths).last.square().sum().backward()
+        gradients_by_forward.append(leaf.grad)
+    assert gradients_by_forward[0].abs().max() > 0
+    torch.testing.assert_close(*gradients_by_forward, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_students_of_other_types(dtype):
+    student = Student(StudentSettings(**NO_DROPOUT)).to(dtype).eval()
+    waves, lengths = torch.randn(1, 4_000, dtype=dtype), torch.tensor([4_000])
+    ours = student(waves, lengths).last
+    expected = student_forward(student.backbone, waves, lengths).last
+    assert ours.dtype == dtype
+    tolerance = 1e-5 if dtype == torch.float64 else 0.1
+    torch.testing.assert_close(ours, expected, rtol=tolerance, atol=tolerance)
+    ours.square().sum().backward()
+
+
+def test_gradients_if_only_the_first_layer_is_frozen():
+    module = ConvFeatureExtractionModel(PUBLISHED, 0.0, "default", False)
+    module.conv_layers[0].requires_grad_(False)
+    waves = torch.randn(1, 4_000)
+    own = gradients(module, ConvExtractor(module)(waves, torch.tensor([4_000])))
+    assert own.keys() == gradients(module, by_modules(module, waves)).keys() and len(own) == 6
 
 
 def test_gates_scale_the_channels_and_get_gradients():

@@ -89,11 +89,11 @@ def test_hidden_states_equal_those_of_the_upstream(write, waves, tmp_path, varia
         states[comparable], hf_output.hidden_states[comparable], strict=True
     ):
         assert state.abs().max() > 0.1
-        assert torch.allclose(state, hf_state, rtol=0, atol=1e-6)
-    assert torch.allclose(student_output.last, hf_output.last_hidden_state, rtol=0, atol=1e-6)
+        assert torch.allclose(state, hf_state, rtol=0, atol=1e-5)
+    assert torch.allclose(student_output.last, hf_output.last_hidden_state, rtol=0, atol=1e-5)
     assert (student_output.mask == 0).any()
     masked = projected * student_output.mask[..., None]
-    assert torch.allclose(states[0], masked, rtol=0, atol=1e-6)
+    assert torch.allclose(states[0], masked, rtol=0, atol=1e-5)
     # hidden_states[0] of transformers differs, as the card explains
     assert not torch.allclose(states[0], hf_output.hidden_states[0], atol=1e-2)
 
@@ -183,7 +183,7 @@ def test_a_distilhubert_folder_becomes_a_student(waves, tmp_path, names):
         output = model(batch, attention_mask=mask.long(), output_hidden_states=True)
         states = upstream(waves)["hidden_states"]
     for state, hf_state in zip(states[1:], output.hidden_states[1:], strict=True):
-        assert torch.allclose(state, hf_state, rtol=0, atol=1e-6)
+        assert torch.allclose(state, hf_state, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -249,11 +249,11 @@ def test_wrong_weights_are_detected(student_settings, tmp_path, name):
     student = random_student(student_settings)
     folder = tmp_path / "hf"
     save_hf_model(to_hf_model(student), folder)
-    assert check_hf_export(folder, student) <= 1e-6
+    assert check_hf_export(folder, student) <= 1e-5
     weights = load_file(folder / "model.safetensors")
     weights[name][3] += 1e-3
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"\d\.\de-0\d\b.*\b1e-06\b"):
+    with pytest.raises(CheckpointError, match=r"\d\.\de-0\d\b.*\b1e-05\b"):
         check_hf_export(folder, student)
 
 

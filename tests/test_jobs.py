@@ -166,7 +166,8 @@ def test_errors_of_a_command(in_superb_workspace, tmp_path):
     log = run.folder / "log.txt"
     processes = Jobs()
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    argv = ["run_downstream.py", "-m", "train", "-d", "nothing", "-n", "x"]
+    argv = ["run_downstream.py", "-m", "train", "-u", "fbank", "-d", "nothing"]
+    argv += ["-n", "x"]
     with pytest.raises(SetupError, match=f"downstream/nothing.*{log}"):
         processes.run(argv, log, environment)
     with pytest.raises(SetupError, match="unrecognized arguments"):  # argparse's own message

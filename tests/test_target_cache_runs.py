@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from s3prl_ekd.data.batches import DistillationDataset, train_loader, unwrap_batch
 from s3prl_ekd.data.distortion.settings import DistortionSettings
-from s3prl_ekd.data.prefetch import prefetch
+from s3prl_ekd.data.prefetch import copy_batch, prefetch
 from s3prl_ekd.data.tables import read_tables
 from s3prl_ekd.errors import DataError
 from s3prl_ekd.files.run_checkpoints import newest_checkpoint, read_checkpoint
@@ -152,6 +152,9 @@ def test_a_worker_sends_no_targets(cached_targets, corpus):
     ],
 )
 def test_batches_that_are_copied_ahead_are_the_same(cached_targets, corpus, device):
+    def copy_to_cpu(batch):  # prefetch copies on CUDA only
+        return copy_batch(batch, "cpu")
+
     def loader():
         return train_loader(
             data_settings(corpus / "audio", 2, corpus / "tables", num_workers=1),
@@ -163,7 +166,8 @@ def test_batches_that_are_copied_ahead_are_the_same(cached_targets, corpus, devi
             pin_memory=device == "cuda",
         )
 
-    pairs = list(zip(loader(), prefetch(loader(), device), strict=True))
+    ahead = prefetch(loader(), device) if device == "cuda" else map(copy_to_cpu, loader())
+    pairs = list(zip(loader(), ahead, strict=True))
     assert len(pairs) == 6
     for batch, ahead in pairs:
         assert ahead.waves.device.type == device and ahead.lengths.device.type == "cpu"

@@ -104,11 +104,12 @@ def test_no_key_without_heads_of_the_students_width(write_file, waves):
 
 def test_selecting_missing_heads_is_rejected(write_file):
     from s3prl_ekd.downstream.run import prepare
-    from s3prl_ekd.errors import CheckpointError
+    from s3prl_ekd.errors import CheckpointError, SetupError
 
-    argv = ["-u", "ekd_student", "-s", "hidden_states_and_heads", "--device", "cpu"]
+    argv = ["-u", "ekd_student", "-s", "hidden_states_and_heads", "--device", "cpu", "-m", "train"]
     with_heads, _ = write_file()
-    assert prepare([*argv, "-k", str(with_heads)]).upstream == "ekd_student"
+    with pytest.raises(SetupError, match="-d"):  # of a later check
+        prepare([*argv, "-k", str(with_heads)])
     for path, message in (
         (write_file(heads=False)[0], "hidden_states_and_heads.*separate2False"),
         (write_file(widths=(48, 64))[0], r"hidden_states_and_heads.*\[48, 64\].*\b48\b"),

@@ -37,7 +37,7 @@ ROWS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"student_backend": "s3prl"},
         {"runner": {"precision": "float32"}, "optimizer": {"name": "AdamW_with_schedule"}},
     ),
-    "default": ({}, {}),
+    "default": ({}, {"runner": {"precision": "auto"}}),
 }
 
 

@@ -85,6 +85,8 @@ def command(folder: Path, *argv: str) -> None:
 def write_tables(folder: Path, audio: Path, count: int) -> None:
     """Write ``tables/train.csv`` and ``tables/dev.csv``, longest first as the loader expects."""
     paths = sorted(path for path in audio.rglob("*") if path.suffix in SUFFIXES)
+    if len(paths) < 10:
+        raise SystemExit(f"{audio}: {len(paths)} audio files ({', '.join(SUFFIXES)}), need 10")
     paths = paths[:: -(-len(paths) // count)]
     (folder / "tables").mkdir(exist_ok=True)
     for name, members in (

@@ -81,7 +81,16 @@ class UpstreamExpert(UpstreamBase):
         if self.heads is None:
             return result
         if not torch.is_grad_enabled():
-            return ComputedWhenRead(result, WITH_HEADS, lambda: self._with_heads(out))
+            kind = (
+                waves.device.type
+            )  # heads run under this forward's autocast, wherever they are read
+            enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+
+            def compute() -> list[Tensor]:
+                with torch.no_grad(), torch.autocast(kind, dtype, enabled=enabled):
+                    return self._with_heads(out)
+
+            return ComputedWhenRead(result, WITH_HEADS, compute)
         # DistributedDataParallel, for -f, finds the tensors of a plain dict only
         return {**result, WITH_HEADS: self._with_heads(out)}
 
@@ -108,12 +117,19 @@ class ComputedWhenRead(dict):
 
     def __getitem__(self, key: str) -> Any:
         if key == self._key and super().__getitem__(key) is None:
-            with torch.no_grad():
-                self[key] = self._compute()
+            self[key] = self._compute()
         return super().__getitem__(key)
+
+    def __reduce__(self) -> Any:  # a copy is a plain dict
+        return dict, (dict(self),)
 
     def get(self, key: str, default: Any = None) -> Any:
         return self[key] if key in self else default
+
+    def pop(self, key: str, *default: Any) -> Any:
+        if key in self:
+            self[key] = self[key]
+        return super().pop(key, *default)
 
     def __iter__(self) -> Iterator[str]:  # makes dict(x) and {**x} call __getitem__
         return super().__iter__()

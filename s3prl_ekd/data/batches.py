@@ -217,9 +217,9 @@ class DistillationDataset(Dataset):
 def unwrap_batch(items: list[Batch]) -> Batch:
     """Return the only item, which is already a batch; for ``collate_fn``.
 
-    In a worker process its tensors are moved to shared memory. (Cached targets are not read yet.)
-    Sending the batch does the same, but
-    if shared memory is full, the worker would only print an error and the run would hang.
+    In a worker process its tensors are moved to shared memory; cached targets are not read yet.
+    Sending the batch would move them, too, but if shared memory is full, the worker would only
+    print an error and the run would hang.
     """
     batch = items[0]
     if get_worker_info() is None:

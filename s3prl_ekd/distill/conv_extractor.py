@@ -42,7 +42,7 @@ class ConvExtractor:
 
     Args:
         module: see :func:`supports_blocks`.
-        dtype: of the computation; None: float32, or autocast's.
+        dtype: of the computation; None: that of the weights, or autocast's.
         masked_norm: take the statistics of the group norm over valid frames only (*ours*).
     """
 
@@ -53,7 +53,6 @@ class ConvExtractor:
         masked_norm: bool = False,
     ):
         self.module, self.dtype, self.masked_norm = module, dtype, masked_norm
-        self._digest: tuple[list[Any], bytes] = ([], b"")
         self.forget_weights()
 
     @property
@@ -64,13 +63,14 @@ class ConvExtractor:
 
     def forget_weights(self) -> None:
         """Convert the weights again at the next call."""
+        self._digest: tuple[list[Any], bytes] = ([], b"")
         self._layers: list[ConvLayer] = []
         self._key: Any = None  # of `_layers`
 
     def __call__(self, waves: Tensor, lengths: Tensor) -> Tensor:
         """Compute features ``[batch, frame, channel]`` of waveforms ``[batch, sample]``, of which
         ``lengths [batch]``, on the CPU, are valid."""
-        dtype = self.dtype or autocast_dtype(waves.device.type)
+        dtype = self._dtype_on(waves.device)
         layers = self._converted(dtype)
         valid = None
         if self.masked_norm and int(lengths.min()) < waves.shape[1]:
@@ -90,7 +90,7 @@ class ConvExtractor:
             normalize: whether to normalise the waveforms before.
             shared: what was computed for this batch; the results are added.
         """
-        dtype = self.dtype or autocast_dtype(waves.device.type)
+        dtype = self._dtype_on(waves.device)
         key = (self.digest(), dtype, self.masked_norm, normalize)
         if key not in shared:
             if normalize and "normalised" not in shared:
@@ -117,12 +117,22 @@ class ConvExtractor:
             self._digest = versions, digest.digest()
         return self._digest[1]
 
+    def _dtype_on(self, device: torch.device) -> torch.dtype:
+        """The type of the computation."""
+        if self.dtype is not None:
+            return self.dtype
+        if torch.is_autocast_enabled(device.type):
+            return torch.get_autocast_dtype(device.type)
+        dtype: torch.dtype = next(self.module.parameters()).dtype
+        return dtype
+
     def _converted(self, dtype: torch.dtype) -> list[ConvLayer]:
         """The layers; without gradients they are kept until a weight changes."""
         blocks: Any = self.module.conv_layers
-        if torch.is_grad_enabled() and blocks[0][0].weight.requires_grad:
+        weights = [*self.module.parameters()]
+        if torch.is_grad_enabled() and any(weight.requires_grad for weight in weights):
             return read_layers(blocks, dtype)
-        key = [dtype, *map(_version, self.module.parameters())]
+        key = [dtype, *map(_version, weights)]
         if self._key != key:
             with torch.inference_mode(False), torch.no_grad():  # usable where gradients are needed
                 self._layers = read_layers(blocks, dtype, contiguous=True)
@@ -134,13 +144,6 @@ def _version(weight: Tensor) -> tuple[torch.device, int, int]:
     """A value that changes if a weight does."""
     changes = 0 if weight.is_inference() else weight._version
     return weight.device, weight.data_ptr(), changes
-
-
-def autocast_dtype(device_type: str) -> torch.dtype:
-    """The type in which matrix products are computed: float32, or autocast's."""
-    if torch.is_autocast_enabled(device_type):
-        return torch.get_autocast_dtype(device_type)
-    return torch.float32
 
 
 @dataclass(frozen=True)
@@ -239,11 +242,13 @@ def conv_features(
         ``[batch, frame, channel]`` in ``dtype``.
     """
     first, *rest = layers
-    if isinstance(
-        first.norm, nn.GroupNorm
-    ):  # which subtracts a constant; without it, sums are small
-        waves = waves - waves.mean(1, keepdim=True)
     frames = waves.unfold(1, first.kernel, first.stride)  # [batch, frame, tap]
+    if isinstance(first.norm, nn.GroupNorm):
+        # The norm removes a constant. Without it, sums are small and their rounding errors, too.
+        share = torch.ones_like(frames[..., 0]) if valid is None else valid.to(frames.dtype)
+        offset = (frames.double().mean(2) * share).sum(1) / share.sum(1)
+        waves = waves - offset[:, None].to(waves.dtype)
+        frames = waves.unfold(1, first.kernel, first.stride)
     weight, bias = first_weights(first, frames, valid)
     weight, bias = weight.to(dtype), bias.to(dtype)
     # `hidden` is what a convolution returned, before norm and GELU.
@@ -273,7 +278,7 @@ def first_weights(layer: ConvLayer, frames: Tensor, valid: Tensor | None) -> tup
     ``valid``: bool ``[batch, frame]``, the frames of these statistics; None: all.
     """
     batch, norm = frames.shape[0], layer.norm
-    weight = layer.weight[:, 0].float()  # [tap, channel]
+    weight = layer.weight[:, 0]  # [tap, channel]
     if not isinstance(norm, nn.GroupNorm):
         bias = weight.new_zeros(weight.shape[1]) if layer.bias is None else layer.bias
         return weight.expand(batch, -1, -1), bias.expand(batch, -1)
@@ -283,14 +288,16 @@ def first_weights(layer: ConvLayer, frames: Tensor, valid: Tensor | None) -> tup
     count = frames.shape[1] if valid is None else valid.sum(1)[:, None, None]
     mean = (frames * share).sum(1, keepdim=True) / count  # [batch, 1, tap]
     centred = (frames - mean) * share
-    covariance = centred.transpose(1, 2) @ centred / count  # [batch, tap, tap]
+    # Not as matrix products, which are counted in SUPERB's MACs: those of the convolutions remain.
+    rows = [(centred * centred[..., tap, None]).sum(1) for tap in range(layer.kernel)]
+    covariance = torch.stack(rows, 1) / count  # [batch, tap, tap]
     exact = weight.double()
-    variance = ((covariance @ exact) * exact).sum(1)  # [batch, channel]
+    variance = (covariance[..., None] * exact[:, None] * exact).sum((1, 2))  # [batch, channel]
     scale = norm.weight / torch.sqrt(variance + norm.eps)  # the conv's bias cancels with the mean
-    shift = norm.bias - (mean @ exact).squeeze(1) * scale
+    shift = norm.bias - (mean.transpose(1, 2) * exact).sum(1) * scale
     if layer.bias is not None:
         shift = shift + 0 * layer.bias  # its gradient is 0; DistributedDataParallel needs one
-    return (exact * scale[:, None]).float(), shift.float()
+    return exact * scale[:, None], shift
 
 
 def _scaled(layer: ConvLayer, previous: ConvLayer) -> Tensor:
@@ -326,10 +333,11 @@ class _Layer(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         (x, weight), grad = ctx.saved_tensors, grad.contiguous()
-        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        grad_x = None
-        if grad_weight is not None:
-            add_weight_gradient(grad_weight, F.gelu(x), grad, ctx.stride)
+        grad_weight = grad_x = None
+        if ctx.needs_input_grad[1]:
+            total = _zeros(weight)
+            add_weight_gradient(total, F.gelu(x), grad, ctx.stride)
+            grad_weight = total.to(weight.dtype)
         if ctx.needs_input_grad[0]:
             grad_x = input_gradient(grad, weight, ctx.stride, x.shape[1])
             grad_x = torch.ops.aten.gelu_backward(grad_x, x)
@@ -349,12 +357,21 @@ class _TwoLayers(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(frames, weight, bias, second)
         ctx.stride = stride
-        count = (frames.shape[1] - second.shape[0]) // stride + 1
-        out = weight.new_empty(frames.shape[0], count, second.shape[2])
-        for utterance, rows, part in _chunks(count, len(frames), second.shape[0], stride):
-            taps = frames[utterance, rows].to(weight.dtype)
-            hidden = torch.addmm(bias[utterance], taps, weight[utterance])
-            convolve(torch.ops.aten.gelu_(hidden)[None], second, stride, out[utterance, part][None])
+        kernel, channels = second.shape[0], second.shape[2]
+        count = (frames.shape[1] - kernel) // stride + 1
+        out = weight.new_empty(frames.shape[0], count, channels)
+        overlap = max(0, kernel - stride)  # of the first layer's frames of two chunks
+        last = out.new_empty(0)
+        for utterance, rows, part in _chunks(count, len(frames), kernel, stride):
+            hidden = out.new_empty(rows.stop - rows.start, second.shape[1])
+            known = overlap if part.start else 0
+            hidden[:known] = last[:known] if known else 0
+            taps = frames[utterance, rows.start + known : rows.stop].to(weight.dtype)
+            new = hidden[known:]
+            torch.addmm(bias[utterance], taps, weight[utterance], out=new)
+            torch.ops.aten.gelu_(new)
+            last = hidden[len(hidden) - overlap :]
+            convolve(hidden[None], second, stride, out[utterance, part][None])
         return out
 
     @staticmethod
@@ -362,8 +379,7 @@ class _TwoLayers(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         frames, weight, bias, second = ctx.saved_tensors
         stride, grad = ctx.stride, grad.contiguous()
-        grad_weight, grad_bias = torch.zeros_like(weight), torch.zeros_like(bias)
-        grad_second = torch.zeros_like(second)
+        grad_weight, grad_bias, grad_second = _zeros(weight), _zeros(bias), _zeros(second)
         for utterance, rows, part in _chunks(grad.shape[1], len(frames), len(second), stride):
             taps = frames[utterance, rows].to(weight.dtype)
             hidden = torch.addmm(bias[utterance], taps, weight[utterance])
@@ -371,9 +387,10 @@ class _TwoLayers(torch.autograd.Function):
             add_weight_gradient(grad_second, F.gelu(hidden)[None], chunk, stride)
             before = input_gradient(chunk, second, stride, len(taps))[0]
             before = torch.ops.aten.gelu_backward(before, hidden)
-            grad_weight[utterance].addmm_(taps.T, before)
+            _add_product(grad_weight[utterance], taps.T, before)
             grad_bias[utterance] += before.sum(0)
-        return None, grad_weight, grad_bias, grad_second, None
+        dtype = weight.dtype
+        return None, grad_weight.to(dtype), grad_bias.to(dtype), grad_second.to(dtype), None
 
 
 _gelu_and_convolution: Callable[..., Tensor] = _Layer.apply
@@ -418,12 +435,25 @@ def convolve(x: Tensor, weight: Tensor, stride: int, out: Tensor | None = None) 
 
 
 def add_weight_gradient(total: Tensor, x: Tensor, grad: Tensor, stride: int) -> None:
-    """Add the gradient of :func:`convolve`'s weights to ``total [kernel, in, out]``; ``grad``:
-    that of its result."""
+    """Add the gradient of :func:`convolve`'s weights to ``total [kernel, in, out]``, float32 or the
+    type of ``x``; ``grad``: that of its result."""
     for taps, rows in _groups(x, total.shape[0], stride, grad.shape[1]):
         part = total[taps].flatten(0, 1)  # a view
         for utterance in range(x.shape[0]):
-            part.addmm_(rows[utterance].T, grad[utterance])
+            _add_product(part, rows[utterance].T, grad[utterance])
+
+
+def _zeros(weight: Tensor) -> Tensor:
+    """Zeros of a weight's shape, to sum many products: at least float32."""
+    return torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add ``a @ b`` to ``total``, which may have more precision."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    else:
+        total += a @ b
 
 
 def input_gradient(grad: Tensor, weight: Tensor, stride: int, count: int) -> Tensor:

@@ -48,7 +48,7 @@ class Student(nn.Module):
     Args:
         settings: size and regularisation.
         backend: ``ours`` runs :mod:`.student_forward`, ``s3prl`` the forward pass of s3prl's
-            model; their outputs and gradients are equal.
+            model; their outputs and gradients are equal except for rounding and random draws.
         start_drop: of the gates at the start, for a student with gates.
 
     Attributes:
@@ -147,9 +147,12 @@ class Student(nn.Module):
         recompute: bool,
         masked_norm: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """:func:`.student_forward.extract` by :class:`.conv_extractor.ConvExtractor`, which stores
-        few activations in any case; while compiling, or with dropout, as a sequence of modules."""
-        if self.conv is None or self._drops_features or torch.compiler.is_compiling():
+        """``student_forward.extract`` by ``conv_extractor.ConvExtractor``, which stores
+        few activations in any case; as a sequence of modules while compiling, with dropout, for
+        gradients of the waveforms, and on MPS, which lacks float64."""
+        gradients = waves.requires_grad and torch.is_grad_enabled()
+        unusual = self._drops_features or gradients or waves.device.type == "mps"
+        if self.conv is None or unusual or torch.compiler.is_compiling():
             return extract(blocks, waves, lengths, recompute, masked_norm)
         return self.conv(waves, lengths.cpu()), conv_frames(blocks, lengths)
 

@@ -248,7 +248,8 @@ class FileSettings:
 
     train_extractor: bool = True
     """false: the conv extractor keeps its weights, and teachers with the same weights share its
-    features (ours)."""
+    features (ours). The extractor of a file with ``feature_grad_mult: 0`` stays frozen in any
+    case."""
 
     mask: MaskSettings | None = None
     """Masked spans of the conv features in training; null: none."""

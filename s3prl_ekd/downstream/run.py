@@ -55,14 +55,16 @@ def check_request(request: DownstreamRequest) -> DownstreamRequest:
 
 
 def check_mode(request: DownstreamRequest) -> None:
-    """Check that ``--noise`` has ``-m evaluate``, ``-m``, and no torchrun with the cache."""
+    """Check the mode, that ``--noise`` has ``-m evaluate``, and that the feature cache is not used
+    under torchrun."""
     if request.noise is not None and request.mode != "evaluate":
         raise SetupError(
             f"--noise needs -m evaluate, got {request.mode or 'no -m'}: it evaluates a model "
             "trained without noise"
         )
     if request.mode not in MODES:
-        given = "-m is missing" if request.mode is None else f"-m {request.mode}: no such mode"
+        missing = "-m (or --mode, in full) is missing"
+        given = missing if request.mode is None else f"-m {request.mode}: no such mode"
         raise SetupError(f"{given}; add -m train or -m evaluate")
     if request.cache is not None and request.local_rank is not None:
         raise SetupError(
@@ -155,7 +157,8 @@ def check_new_downstream(request: DownstreamRequest, states: Mapping[str, Any]) 
         return
     if not request.downstream:
         raise SetupError("name the task: add -d asr (or ctc, voxceleb1, emotion)")
-    if not request.upstream:
+    arguments = argument_overrides(request.override)  # which s3prl applies
+    if not request.upstream and "upstream" not in arguments:
         raise SetupError("name the upstream: add -u ekd_student -k STUDENT (or -u hubert_base)")
     if not (request.expdir or request.expname):
         raise SetupError("name the run: add -n NAME (or -p FOLDER)")
@@ -177,7 +180,8 @@ def check_new_downstream(request: DownstreamRequest, states: Mapping[str, Any]) 
                 f"{path}: {key} is {missing}, which does not exist; edit it or add "
                 f"-o \"config.{key}='PATH'\""
             )
-    if request.upstream == "ekd_student" and not request.upstream_ckpt:
+    has_checkpoint = request.upstream_ckpt or arguments.keys() & {"upstream", "upstream_ckpt"}
+    if request.upstream == "ekd_student" and not has_checkpoint:
         raise CheckpointError(
             "-u ekd_student needs a checkpoint: add -k STUDENT (a student file or states-*.ckpt)"
         )

@@ -91,9 +91,9 @@ PREPROCESSOR = {
 
 
 def tolerance(settings: Architecture) -> float:
-    """Largest allowed difference from the student's hidden states."""
-    # a copied student is deeper, and its attention is computed by another function
-    return 1e-5 if isinstance(settings, PrunedSettings) else 1e-6
+    """Largest allowed difference from the student's hidden states, of about 1 in size: of the
+    rounding of two implementations, of which a copied student has more layers."""
+    return 5e-5 if isinstance(settings, PrunedSettings) else 1e-5
 
 
 def load_hf_student(folder: Path) -> LoadedStudent:

@@ -102,6 +102,7 @@ class UpstreamPretrainExpert(nn.Module):
 
             self.targets = use.open_targets(self.data.target_cache, self.settings)
         self._choose_teacher_precision()
+        self.precision: str | None = None  # of the student; set by prepare()
         add_to_s3prl()
         self.seed = torch.initial_seed()  # set by s3prl's script
         conv: ConvInput = cast(CopySettings, self.settings.student)
@@ -166,7 +167,8 @@ class UpstreamPretrainExpert(nn.Module):
             logger.info("precision of fast teachers: %s (%s)", precision, reason)
         elif (precision := self.settings.teacher_precision) == "auto":
             precision = self.targets.index.key["teacher_precision"]
-            precision = precision if precision in DTYPES else "float32"
+            slow = self.settings.teacher_backend == "s3prl" or self.settings.teacher_dropout
+            precision = precision if precision in DTYPES and not slow else "float32"
         self.settings = dataclasses.replace(self.settings, teacher_precision=precision)
 
     def _check_mask_length(self, length: int, conv: ConvInput) -> None:
@@ -205,6 +207,11 @@ class UpstreamPretrainExpert(nn.Module):
             self._heads_of_file = loaded
         if not settings.train_extractor:
             loaded.student.freeze_extractor()
+        elif loaded.student.settings.feature_grad_mult == 0:
+            logger.warning(
+                "student.file: the conv extractor of %s stays frozen (feature_grad_mult: 0)",
+                settings.file,
+            )
         return loaded.student.train()
 
     def _load_heads(self, loaded: LoadedStudent) -> None:
@@ -256,6 +263,7 @@ class UpstreamPretrainExpert(nn.Module):
 
     def prepare(self, run: RunSettings) -> None:
         """Apply the run's settings to the student before the first step."""
+        self.precision = run.precision
         student = self.distiller.student
         if run.activation_checkpointing and student.backend == "s3prl":
             raise ConfigError("runner.activation_checkpointing: true needs student_backend: ours")
@@ -418,7 +426,8 @@ class UpstreamPretrainExpert(nn.Module):
         if self._teacher_digests:
             about["teachers"] = self._teacher_digests
         run, optimizer = all_states["Config"]["runner"], all_states["Config"]["optimizer"]
-        about["precision"] = run.get("precision", "float32")  # s3prl's own Runner has no such key
+        # s3prl's own Runner does not call prepare(), and trains by this key
+        about["precision"] = self.precision or ("float16" if run.get("fp16") else "float32")
         if self.settings.pruning is not None:  # for the second distillation
             about["run"] = {"total_steps": run["total_steps"], "save_step": run["save_step"]}
             about["run"]["lr"] = optimizer["lr"]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,11 +68,10 @@ def fused_adamw(
     )
 
 
-def warmup_schedule(
-    optimizer: torch.optim.Optimizer, config: Mapping[str, Any], total_steps: int
-) -> LambdaLR:
-    """Linear warm-up over ``warmup_proportion`` of the steps (default: 0.07, as in s3prl), then
-    linear decay, which reaches 0 after the last step."""
+def warmup_rate(config: Mapping[str, Any], total_steps: int) -> Callable[[int], float]:
+    """Factor on the learning rate by the number of steps so far: linear warm-up over
+    ``warmup_proportion`` of the steps (default: 0.07, as in s3prl), then linear decay, which
+    reaches 0 after the last step."""
     warmup = config.get("warmup_proportion", 0.07) * total_steps
 
     def rate(step: int) -> float:
@@ -80,21 +79,35 @@ def warmup_schedule(
         down = (total_steps - step) / (total_steps - warmup) if total_steps > warmup else 1.0
         return max(0.0, min(1.0, up, down))
 
-    return LambdaLR(optimizer, rate)
+    return rate
+
+
+def warmup_schedule(
+    optimizer: torch.optim.Optimizer, config: Mapping[str, Any], total_steps: int
+) -> LambdaLR:
+    """The schedule of :func:`warmup_rate`."""
+    return LambdaLR(optimizer, warmup_rate(config, total_steps))
 
 
 def add_to_s3prl() -> None:
     """Make FusedAdamW known to s3prl's own Runner, whose ``get_optimizer`` looks up functions.
 
-    The optimizer advances its schedule, because this Runner makes schedules of s3prl only.
+    The learning rate follows from the number of steps in the optimizer's state, because this Runner
+    makes and saves schedules of s3prl only.
     """
 
     def get_fused_adamw(
         models: Sequence[nn.ModuleDict], total_steps: int, **config: Any
     ) -> torch.optim.AdamW:
         optimizer = fused_adamw(models[0], config)
-        schedule = warmup_schedule(optimizer, config, total_steps)
-        optimizer.register_step_post_hook(lambda *_: schedule.step())
+        rate = warmup_rate(config, total_steps)
+
+        def set_rate(*_: Any) -> None:
+            steps = max((int(s["step"]) for s in optimizer.state.values()), default=0)
+            for group in optimizer.param_groups:
+                group["lr"] = float(config["lr"]) * rate(steps)
+
+        optimizer.register_step_pre_hook(set_rate)
         return optimizer
 
     module = sys.modules.get("optimizers")  # of s3prl

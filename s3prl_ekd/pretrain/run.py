@@ -164,8 +164,11 @@ def check_resumed_config(request: PretrainRequest, states: Mapping[str, Any]) ->
     check_changes(changes, path)
     if request.config:
         in_file = to_plain_data(load_runner_config(request.config, text))
-        if in_file["runner"]["precision"] == "auto":  # resolved when the run began
-            in_file["runner"]["precision"] = current["runner"]["precision"]
+        recorded = current["runner"]["precision"]  # chosen when the run began
+        on_cuda = ("float16", "tf32")  # without CUDA float32
+        wanted = in_file["runner"]["precision"]
+        if wanted == "auto" or (wanted in on_cuda and recorded == "float32"):
+            in_file["runner"]["precision"] = recorded
         check_config_file(request.config, config_differences(current, in_file), path, "-c")
     if request.upstream_config:
         model = to_plain_data(load_model_config(states["Upstream_Config"]))

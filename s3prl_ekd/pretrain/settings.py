@@ -119,7 +119,8 @@ class RunSettings:
     """Compile the student with ``torch.compile`` (ours)."""
 
     activation_checkpointing: bool = False
-    """Recompute the student's activations in the backward pass, to save memory (ours)."""
+    """Recompute the activations of the student's transformer layers in the backward pass, to save
+    memory (ours)."""
 
     def __post_init__(self):
         check_range(self, 1, math.inf, "total_steps", "log_step", "save_step", "eval_step")

@@ -33,6 +33,7 @@ _SINCE_0_1: tuple[tuple[str, str, Any], ...] = (
     ("heads", "of_group", "mean"),
     ("loss", "weight", 1.0),
     ("student", "mask", None),
+    ("student", "train_extractor", True),
     ("student", "masked_norm", False),
 )
 RECORD = "sweep.json"  # in a run's folder: its digest, and its duration once it is finished

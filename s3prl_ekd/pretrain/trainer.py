@@ -164,8 +164,17 @@ class Trainer:
             write_model_config(args)
 
     def check_same_progress(self) -> None:
-        """Raise SetupError if the processes have different checkpoints or length tables."""
+        """Raise SetupError if the processes have different checkpoints, length tables or
+        precisions."""
         progress = self.progress
+        precisions = {self.settings.precision, self.upstream.settings.teacher_precision}
+        by_process = self.processes.all_gather(precisions)
+        if any(other != precisions for other in by_process):
+            raise SetupError(
+                "the devices of this run's processes would compute in different precisions "
+                f"({', '.join(sorted(set().union(*by_process)))}); set runner.precision and "
+                "teacher_precision to one that all have, such as float32"
+            )
         positions = self.processes.all_gather(
             (progress.step, progress.epoch, progress.batch, progress.batches, progress.tables)
         )

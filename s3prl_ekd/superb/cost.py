@@ -114,7 +114,6 @@ def build_upstream(hub_name: str, checkpoint: str | None) -> nn.Module:
     """
     from .. import compat
     from ..distill.student import Student
-    from ..distill.student_forward import extract
     from ..files.torch_load import build_limit, restrict_torch
     from ..registration import register
     from ..student_file import require_cut
@@ -142,7 +141,6 @@ def build_upstream(hub_name: str, checkpoint: str | None) -> nn.Module:
     student = getattr(upstream, "student", None)
     if isinstance(student, Student):
         require_cut(student, file)
-        student.extract = extract  # as modules: the fast one has further products
     return upstream.eval()
 
 

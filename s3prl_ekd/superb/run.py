@@ -51,7 +51,8 @@ def check_records(runs: Sequence[PlannedRun]) -> None:
         if record.digest != run.digest:
             hint = ""
             if record.features_alone != (run.features is not None):
-                option = "--cache-features" if record.features_alone else "--no-cache-features"
+                cached = "--cache-features (with --gpus 1)"
+                option = cached if record.features_alone else "--no-cache-features"
                 hint = f"; if it was the same otherwise, add {option}"
             raise SetupError(
                 f"{run.folder} contains a run with a different checkpoint, recipe, setting or "

@@ -62,24 +62,27 @@ def choose_precision(setting: str, device: str, key: str) -> tuple[Any, str]:
 
 
 def choose_training_precision(setting: str, device: str, is_resumed: bool) -> tuple[Any, str]:
-    """:func:`choose_precision` for the student, whose float16 needs CUDA.
+    """:func:`choose_precision` for the student, whose float16 and TF32 need CUDA.
 
-    Without CUDA a new run with ``float16`` trains in float32, with a warning. Args:
-        is_resumed: ``setting`` is the precision in which the run has trained so far.
+    Without CUDA a new run trains in float32 instead, with a warning.
+
+    Args:
+        setting, device: see :func:`choose_precision`.
+        is_resumed: whether the run is resumed.
 
     Raises:
-        SetupError: a resumed run cannot keep its precision on this device.
+        SetupError: a resumed run cannot train in ``setting`` on this device.
     """
     key = "runner.precision"
-    if setting != "float16" or device.startswith("cuda"):
+    if setting not in ("float16", "tf32") or device.startswith("cuda"):
         return choose_precision(setting, device, key)
-    if is_resumed:
+    if is_resumed and setting == "float16":
         raise SetupError(
-            f"{key}: this run trains in float16, which needs a CUDA device, got {device}; resume "
-            f"it on a GPU, or change it with -o \"config.{key}='float32'\""
+            f"{key}: float16 needs a CUDA device, got {device}; resume the run on a GPU, or add -o "
+            f"\"config.{key}='float32'\""
         )
-    logger.warning("%s: float16 needs a CUDA device: training in float32", key)
-    return "float32", f"{key}: float16, without CUDA"
+    logger.warning("%s: %s needs a CUDA device: training in float32", key, setting)
+    return "float32", f"{key}: {setting}, without CUDA"
 
 
 def allow_tf32(device: str, allowed: bool) -> None:

@@ -1,9 +1,10 @@
 """Benchmark a distillation step, stage by stage, against s3prl's distiller.
 
-Variant `s3prl` is s3prl's distiller with three upstream experts as teachers; `ekd` is the step of
-`run_pretrain.py -u ekd`. Both start from the same random weights and alternately take steps on the
-same batches; peak memory is measured in a separate process. The roofline is the time of the counted
-matrix products at this machine's measured peak rate. Prints a Markdown table.
+Variant `s3prl` is s3prl's distiller and optimizer with three upstream experts as teachers; `ekd` is
+the step of `run_pretrain.py -u ekd` with its default optimizer, in float32. Both start from the
+same random weights and alternately take steps on the same batches; peak memory is measured in a
+separate process. The roofline is the time of the counted matrix products at this machine's measured
+peak rate. Prints a Markdown table.
 
 example:
   python -m tools.bench

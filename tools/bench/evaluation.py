@@ -155,7 +155,7 @@ def cpu_seconds(argv: Sequence[str], folder: Path) -> float:
     process = subprocess.run(
         argv,
         cwd=folder,
-        env={**environment, "OMP_NUM_THREADS": "1"},
+        env={**environment, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -20,6 +20,8 @@ from .variants import CLIPPING, UNLIMITED, BenchPlan, build_cache
 class TrainerStep:
     """Forward, backward and update with FusedAdamW; no audio is read and no checkpoint written.
 
+    Batches are copied to a GPU within the step; a run copies the next one during it.
+
     Args:
         plan: inputs.
         precision: ``float32``, ``tf32`` or ``bfloat16``, of student and teachers.
@@ -99,6 +101,6 @@ class TrainerStep:
         self.trainer.snapshot()
         return float(batch.lengths.sum()) / RATE
 
-    def read(self) -> None:
-        """Wait for the device and read losses and norms, as every ``log_step`` steps."""
-        self.trainer.read_steps()
+    def read(self) -> list[Any]:
+        """Wait for the device and return the results of the steps since the last call."""
+        return self.trainer.read_steps()

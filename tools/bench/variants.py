@@ -50,7 +50,7 @@ class BenchPlan:
 
 
 class EkdVariant:
-    """The step of ``run_pretrain.py -u ekd``.
+    """The step of ``run_pretrain.py -u ekd`` with the default optimizer, in float32.
 
     Args:
         plan: inputs.
@@ -86,7 +86,9 @@ class EkdVariant:
         torch.manual_seed(0)
         self.expert = UpstreamPretrainExpert(data, config, plan.device).to(plan.device).train()
         self.dataset = self.expert.get_train_dataloader().dataset
-        self.optimizer = _optimizer(self.expert.model)
+        from s3prl_ekd.pretrain.optim import fused_adamw
+
+        self.optimizer: Any = fused_adamw(self.expert.model, {**OPTIMIZER, "lr": 1e-5})
 
     def step(self, index: int, timer: StageTimer) -> tuple[float, float]:
         """Take a training step on batch ``index`` (0: the longest).
@@ -191,7 +193,7 @@ class S3prlVariant:
 VARIANTS: dict[str, Callable[[BenchPlan], Any]] = {
     "s3prl": S3prlVariant,
     "ekd": EkdVariant,
-    "ekd-bf16": functools.partial(EkdVariant, teacher_precision="bfloat16"),
+    "ekd-bf16-teachers": functools.partial(EkdVariant, teacher_precision="bfloat16"),
     "ekd-compile": functools.partial(EkdVariant, teacher_compile=True),
     "ekd-cached": functools.partial(EkdVariant, cached=True),
     "ekd-frozen": functools.partial(EkdVariant, frozen=True),

@@ -55,9 +55,8 @@ def rates(result: Record, goals: bool) -> Iterator[str]:
     rows = []
     for name, row in variants.items():
         if name not in measured:
-            rows.append(
-                [name, str(row.get("batch", "")), row["error"].replace("|", "/"), *[""] * 4]
-            )
+            error = " ".join(row["error"].replace("|", "/").split())
+            rows.append([name, str(row.get("batch", "")), error, *[""] * 4])
             continue
         low, median, high = row["rate"]
         share = median * row["flops"] / matmul[row["numbers"]]
@@ -79,7 +78,10 @@ def rates(result: Record, goals: bool) -> Iterator[str]:
     if goals:
         yield from goal_lines(measured)
     for dtype, size in result["cache_bytes"].items():
-        best = max([r["rate"][1] for n, r in measured.items() if f"cached {dtype}" in n] or [0])
+        rates = [r["rate"][1] for n, r in measured.items() if f"cached {dtype}" in n]
+        if not rates:
+            continue
+        best = max(rates)
         yield (
             f"- A cache in {dtype} has {size / 1e6:.3f} MB per second of audio: the disk must give "
             f"{best * size / 1e9:.2f} GB/s at {best:,.0f} seconds of audio per second."
@@ -94,7 +96,11 @@ def rates(result: Record, goals: bool) -> Iterator[str]:
 def goal_lines(measured: Mapping[str, Record]) -> Iterator[str]:
     for goal, rate in GOALS.items():
         names = [
-            n for n in measured if n.startswith(goal) and ("cached" in n) == ("cached" in goal)
+            name
+            for name in measured
+            if name.startswith(goal)
+            and ("cached" in name) == ("cached" in goal)
+            and "frozen" not in name
         ]
         if not names:
             yield f"- Goal for {goal}: {rate:,} seconds of audio per second; not measured."
