@@ -48,10 +48,9 @@ def test_the_values_of_a_run(written):
         {value for key, value in values.items() if key.startswith(prefix)}
         for prefix in ("update 1: weight", "update 2: weight", "update 3: weight", "weight at")
     ]
-    # The learning rate is 0 in the last step, and feature_grad_mult 0 freezes the extractor.
     assert all(len(group) > 40 for group in weights)
-    assert weights[0] != weights[1] != weights[2] == weights[3]
-    unchanged = weights[0] & weights[2]
+    assert weights[0] != weights[1] != weights[2] != weights[3]
+    unchanged = weights[0] & weights[3]  # feature_grad_mult 0 freezes the extractor
     assert {f"[32, {i}, {k}]" for i, k in ((1, 10), (32, 3), (32, 2))} <= {
         value.partition("] ")[0] + "]" for value in unchanged
     }
