@@ -128,6 +128,9 @@ def test_float16_without_cuda(pretrain_with, pretrain_folder, caplog):
     """A new run trains in float32; a run that has trained in float16 is not continued."""
     assert pretrain_with("x", precision="float16", **SHORT)[0] == 0
     assert any(re.search(r"runner\.precision.*float16.*CUDA", text) for text in caplog.messages)
+    more = ("-a", "-o", "config.runner.total_steps=4")  # with the same file, the run goes on
+    assert pretrain_with("same", precision="float16", **SHORT)[0] == 0
+    assert pretrain_with("same", *more, precision="float16")[0] == 0
     path = pretrain_folder / "result/pretrain/x/states-3.ckpt"
     states = saved_states("x")
     assert states["Config"]["runner"]["precision"] == "float32"
@@ -143,6 +146,12 @@ def test_float16_without_cuda(pretrain_with, pretrain_folder, caplog):
     argv = ("-a", "-o", "config.runner.total_steps=4,,config.runner.precision='float32'")
     code, output = pretrain_with("x", *argv)
     assert code == 0, output
+
+
+def test_tf32_without_cuda_is_float32(pretrain_with, caplog):
+    assert pretrain_with("x", precision="tf32", **SHORT)[0] == 0
+    assert any(re.search(r"runner\.precision.*tf32.*CUDA", text) for text in caplog.messages)
+    assert saved_states("x")["Config"]["runner"]["precision"] == "float32"
 
 
 def test_a_cache_has_the_precision_of_its_teachers(

@@ -1,5 +1,6 @@
 """The trainer: the same numbers as s3prl's Runner; signals, errors and checkpoints."""
 
+import copy
 import math
 import os
 import re
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import ModuleType
 
 import pytest
 import torch
@@ -21,7 +23,7 @@ from s3prl_ekd.files.run_checkpoints import newest_checkpoint
 from s3prl_ekd.pretrain import interrupts as signals
 from s3prl_ekd.pretrain.checkpoints import Progress
 from s3prl_ekd.pretrain.distributed import ProcessGroup
-from s3prl_ekd.pretrain.optim import OptimizerStep, not_finite_error
+from s3prl_ekd.pretrain.optim import OptimizerStep, add_to_s3prl, not_finite_error
 from s3prl_ekd.pretrain.settings import load_model_config, load_runner_config
 from s3prl_ekd.pretrain.tensorboard import read_scalars
 from s3prl_ekd.system.random_states import random_states, set_random_states
@@ -48,6 +50,30 @@ def use_shipped_files():
         config.clear()
         config.update({**to_plain_data(model), **small})
     return {"precision": run.runner.precision, "optimizer": dict(run.optimizer)}
+
+
+def test_a_resumed_run_of_s3prls_runner_goes_on_with_the_schedule_of_fused_adamw(monkeypatch):
+    """This Runner saves the optimizer only: 50 of 100 steps warm up, then the rate falls to 0."""
+    module = ModuleType("optimizers")
+    monkeypatch.setitem(sys.modules, "optimizers", module)
+    add_to_s3prl()
+
+    def new():
+        model = torch.nn.ModuleDict({"a": torch.nn.Linear(2, 2)})
+        return module.get_FusedAdamW([model], 100, lr=1e-3, warmup_proportion=0.5)
+
+    def rate_of_step(optimizer):
+        for group in optimizer.param_groups:
+            for weight in group["params"]:
+                weight.grad = torch.ones_like(weight)
+        optimizer.step()
+        return optimizer.param_groups[0]["lr"]
+
+    first, second = new(), new()
+    rates = [rate_of_step(first) for _ in range(60)]
+    assert [rates[0], rates[49]] == pytest.approx([1e-3 / 50, 1e-3])
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    assert rate_of_step(second) == rate_of_step(first) == pytest.approx(1e-3 * 40 / 50)
 
 
 @pytest.mark.parametrize(

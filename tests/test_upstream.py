@@ -1,5 +1,7 @@
 """The upstream ``ekd_student`` in s3prl."""
 
+import copy
+
 import pytest
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -183,3 +185,19 @@ def test_without_a_checkpoint():
     s3prl_ekd.register()
     with pytest.raises(CheckpointError, match="ekd_student.*-k STUDENT"):
         hub.ekd_student()
+
+
+def test_heads_that_are_read_later_are_computed_as_in_the_forward(write_file):
+    """Under the autocast of the forward; copies are plain dicts."""
+    path, _ = write_file()
+    upstream, waves = hub_entry(path).eval(), [torch.randn(4_000)]
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        out = upstream(waves)
+        expected = list(upstream(waves)["hidden_states_and_heads"])
+    copied = copy.copy(out)  # reads the heads after the block
+    assert type(copied) is dict
+    for states in (copied, out):
+        ours = states.pop("hidden_states_and_heads")
+        assert "hidden_states_and_heads" not in states
+        for state, other in zip(ours, expected, strict=True):
+            assert torch.equal(state, other)
