@@ -180,7 +180,7 @@ def test_wrong_weights_are_detected(tmp_path, module):
     weights = load_file(tmp_path / "model.safetensors")
     weights[f"encoder.layers.1.{module}.bias"][3] += 1e-3
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"\d\.\de-0\d\b.*\b1e-05\b"):
+    with pytest.raises(CheckpointError, match=r"\d\.\de-0\d\b.*\b5e-05\b"):
         check_hf_export(tmp_path, student)
 
 

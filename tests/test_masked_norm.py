@@ -402,7 +402,7 @@ def test_a_hidden_set_package_equals_the_student(name, tmp_path):
         states, expected = expert(waves)["hidden_states"], run(loaded.student, waves)[0][:-1]
         for state, reference in zip(states, expected, strict=True):
             scale = max(1.0, float(reference.abs().max()))
-            torch.testing.assert_close(state, reference, rtol=0, atol=1e-6 * scale)
+            torch.testing.assert_close(state, reference, rtol=0, atol=1e-5 * scale)
         assert padding_effect(lambda batch: expert(batch)["hidden_states"], waves) < 2e-4
 
 

@@ -307,6 +307,20 @@ def test_processes_at_different_steps_are_rejected():
     trainer.check_same_progress()
 
 
+def test_processes_that_would_compute_in_different_precisions_are_rejected(
+    pretrain_with, monkeypatch
+):
+    """As on two GPUs, of which one has no bfloat16."""
+
+    def all_gather(self, value):
+        other = ("bfloat16", *value[1:]) if value == ("float32", "float32") else value
+        return [value, other]
+
+    monkeypatch.setattr(ProcessGroup, "all_gather", all_gather)
+    code, output = pretrain_with("x", precision="float32")
+    assert code == 2 and re.search(r"bfloat16, float32.*runner\.precision", output)
+
+
 def test_one_process_does_not_communicate():
     alone = ProcessGroup()
     assert alone.any(True) and not alone.any(False)

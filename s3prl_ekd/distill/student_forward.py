@@ -5,8 +5,9 @@ The stages are the conv extractor, a linear projection, a convolution over time 
 positions, and the transformer layers (wav2vec 2.0, arXiv 2006.11477; DistilHuBERT, 2110.01900).
 Each stage is a function of its modules and its input.
 
-Training, the upstream, ONNX graphs and hidden-set packages run these functions. A package contains
-a copy of them, so they need only torch 1.13 and Python 3.8.
+ONNX graphs and hidden-set packages run these functions; training and the upstream run them with
+the extractor of ``conv_extractor.py`` in place of :func:`extract`. A package contains a copy of
+them, so they need only torch 1.13 and Python 3.8.
 """
 
 from __future__ import annotations

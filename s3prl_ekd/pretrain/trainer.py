@@ -136,6 +136,7 @@ class Trainer:
         # Position of the next batch.
         self._epoch, self._batch = self.progress.epoch, self.progress.batch
         self.check_same_progress()
+        self.check_same_precision()
         is_main = self.processes.is_main
         # Only the main process lists the bad utterances of the tables and of the checkpoint.
         datasets = [loader.dataset for loader in self.upstream.loaders] if is_main else []
@@ -164,17 +165,8 @@ class Trainer:
             write_model_config(args)
 
     def check_same_progress(self) -> None:
-        """Raise SetupError if the processes have different checkpoints, length tables or
-        precisions."""
+        """Raise SetupError if the processes have different checkpoints or length tables."""
         progress = self.progress
-        precisions = {self.settings.precision, self.upstream.settings.teacher_precision}
-        by_process = self.processes.all_gather(precisions)
-        if any(other != precisions for other in by_process):
-            raise SetupError(
-                "the devices of this run's processes would compute in different precisions "
-                f"({', '.join(sorted(set().union(*by_process)))}); set runner.precision and "
-                "teacher_precision to one that all have, such as float32"
-            )
         positions = self.processes.all_gather(
             (progress.step, progress.epoch, progress.batch, progress.batches, progress.tables)
         )
@@ -183,6 +175,18 @@ class Trainer:
                 "the processes of this run have different checkpoints or length tables (steps "
                 f"{', '.join(str(step) for step, *_ in positions)}); run all of them in the same "
                 "working folder, with the same tables"
+            )
+
+    def check_same_precision(self) -> None:
+        """Raise SetupError if ``auto`` stands for different precisions in the processes."""
+        own = (self.settings.precision, self.upstream.settings.teacher_precision)
+        by_process = self.processes.all_gather(own)
+        if any(other != own for other in by_process):
+            names = sorted({name for pair in by_process for name in pair})
+            raise SetupError(
+                "the devices of this run's processes would compute in different precisions "
+                f"({', '.join(names)}); set runner.precision and teacher_precision to one that all "
+                "have, such as float32"
             )
 
     def make_optimizer_step(self, checkpoint: Mapping[str, Any]) -> OptimizerStep:
