@@ -6,7 +6,7 @@ positions, and the transformer layers (wav2vec 2.0, arXiv 2006.11477; DistilHuBE
 Each stage is a function of its modules and its input.
 
 ONNX graphs and hidden-set packages run these functions; training and the upstream run them with
-the extractor of ``conv_extractor.py`` in place of :func:`extract`. A package contains a copy of
+the extractor of ``conv_extractor.py`` in place of ``extract``. A package contains a copy of
 them, so they need only torch 1.13 and Python 3.8.
 """
 
