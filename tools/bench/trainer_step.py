@@ -13,8 +13,8 @@ import torch
 
 from s3prl_ekd import compat
 
-from .inputs import RATE, TABLE
-from .variants import CLIPPING, UNLIMITED, BenchPlan, build_cache
+from .inputs import RATE
+from .variants import CLIPPING, UNLIMITED, BenchPlan, bench_config, build_cache
 
 
 class TrainerStep:
@@ -48,24 +48,12 @@ class TrainerStep:
         from s3prl_ekd.pretrain.expert import UpstreamPretrainExpert
         from s3prl_ekd.pretrain.trainer import Trainer
 
-        teachers = {
-            name: {"model": str(path), "layers": list(plan.models.layers)}
-            for name, path in plan.teachers.items()
-        }
+        base, data = bench_config(plan)
         config = {
-            "teachers": teachers,
+            **base,
             "student": {**plan.models.student, **(student or {})},
-            "init": {"teacher": None},
             "teacher_precision": "bfloat16" if precision == "bfloat16" else "float32",
             **model,
-        }
-        data: dict[str, Any] = {
-            "libri_root": str(plan.folder / "audio"),
-            "file_path": str(plan.folder / "tables"),
-            "sets": [TABLE],
-            "train_batch_size": plan.batch,
-            "num_workers": 0,
-            "sequence_length": 0,
         }
         if cache is not None:
             data["target_cache"] = str(build_cache(plan, config, data, cache))

@@ -49,6 +49,25 @@ class BenchPlan:
         return SIZES[self.size]
 
 
+def bench_config(plan: BenchPlan) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The model config and ``datarc`` of a benchmark: random teachers, a student of random weights,
+    whole utterances."""
+    teachers = {
+        name: {"model": str(path), "layers": list(plan.models.layers)}
+        for name, path in plan.teachers.items()
+    }
+    model = {"teachers": teachers, "student": plan.models.student, "init": {"teacher": None}}
+    data = {
+        "libri_root": str(plan.folder / "audio"),
+        "file_path": str(plan.folder / "tables"),
+        "sets": [TABLE],
+        "train_batch_size": plan.batch,
+        "num_workers": 0,
+        "sequence_length": 0,
+    }
+    return model, data
+
+
 class EkdVariant:
     """The step of ``run_pretrain.py -u ekd`` with the default optimizer, in float32.
 
@@ -63,24 +82,11 @@ class EkdVariant:
     def __init__(self, plan: BenchPlan, cached: bool = False, frozen: bool = False, **model: Any):
         from s3prl_ekd.pretrain.expert import UpstreamPretrainExpert
 
-        teachers = {
-            name: {"model": str(path), "layers": list(plan.models.layers)}
-            for name, path in plan.teachers.items()
-        }
-        config = {"teachers": teachers, "student": plan.models.student, **model}
-        config["init"] = {"teacher": None}
-        config.setdefault("teacher_precision", "float32")
+        base, data = bench_config(plan)
+        config = {"teacher_precision": "float32", **base, **model}
         if frozen:
-            config["init"] = {"teacher": next(iter(teachers)), "encoder": False}
+            config["init"] = {"teacher": next(iter(plan.teachers)), "encoder": False}
             config["student"] = {**plan.models.student, "train_extractor": False}
-        data: dict[str, Any] = {
-            "libri_root": str(plan.folder / "audio"),
-            "file_path": str(plan.folder / "tables"),
-            "sets": [TABLE],
-            "train_batch_size": plan.batch,
-            "num_workers": 0,
-            "sequence_length": 0,
-        }
         if cached:
             data["target_cache"] = str(build_cache(plan, config, data))
         torch.manual_seed(0)
