@@ -10,15 +10,12 @@ from .batches import Batch
 
 
 def prefetch(batches: Iterable[Batch], device: str) -> Iterator[Batch]:
-    """Yield batches with their waveforms and cached targets on ``device``.
+    """Yield batches with their waveforms and cached targets on ``device``, a CUDA device.
 
-    On CUDA, the copies of a batch are issued before the previous batch is yielded, on a stream of
+    The copies of a batch are issued before the previous batch is yielded, on a stream of
     their own. From pinned memory, they run during the previous step. Lengths and spans stay on the
-    CPU, which counts frames. For other devices the batches are not changed.
+    CPU, which counts frames.
     """
-    if not device.startswith("cuda"):
-        yield from batches
-        return
     stream, ahead = torch.cuda.Stream(device), None
     for batch in batches:
         with torch.cuda.stream(stream):
