@@ -92,7 +92,7 @@ def _keep_corpus(model: Any) -> Callable[..., Any]:
     """The model's ``get_dataloader``, with its ``corpus`` settings restored after each call.
 
     s3prl's ``-d ctc`` removes ``num_workers`` from them, also for the checkpoints. Later epochs,
-    evaluations and resumed runs would start 12 workers each, whatever the YAML says.
+    evaluations and resumed runs would start 12 workers each, regardless of the YAML.
     """
     get_dataloader = model.get_dataloader
     corpus = getattr(model, "corpus", None)
