@@ -135,7 +135,7 @@ def make_parser() -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> int:
     """Train with parsed arguments; return the exit code."""
     from s3prl_ekd import compat
-    from s3prl_ekd.analysis.plots import require_matplotlib
+    from s3prl_ekd.system.figures import require_matplotlib
     from s3prl_ekd.essence.units import require_sklearn
     from s3prl_ekd.pretrain.interrupts import StopSignals, exit_code
     from s3prl_ekd.system.terminal import quiet_s3prl
