@@ -39,7 +39,7 @@ def autocast(precision: str, device: str) -> torch.autocast:
 
 
 def fused_adamw(
-    model: nn.ModuleDict, config: Mapping[str, Any], pruning: PruningSettings | None = None
+    model: nn.Module, config: Mapping[str, Any], pruning: PruningSettings | None = None
 ) -> torch.optim.AdamW:
     """Make the optimizer of ``optimizer: {name: FusedAdamW, ...}``.
 
@@ -48,7 +48,8 @@ def fused_adamw(
     learning rate of their own; the multipliers are maximised.
     """
     gates = [w for m in model.modules() if isinstance(m, Gate) for w in m.parameters()]
-    multipliers = [*model["multipliers"].parameters()] if "multipliers" in model else []
+    children = dict(model.named_children())
+    multipliers = [*children["multipliers"].parameters()] if "multipliers" in children else []
     own = {id(weight) for weight in (*gates, *multipliers)}
     trained = [w for w in model.parameters() if w.requires_grad and id(w) not in own]
     decay = config.get("weight_decay", 0.01)
