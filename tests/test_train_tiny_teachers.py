@@ -172,8 +172,8 @@ def test_logs_and_curves(zoo, speech):
         steps = 3 if name == "hubert_1" else 6
         assert [p["step"] for p in points] == sorted({*range(2, steps + 1, 2), steps})
         last = points[-1]
-        assert 0 <= last["dev_accuracy"] <= 1 and math.isfinite(last["dev_masked_loss"])
-        assert ("dev_clean_masked_loss" in last) == (name in ("robust_hubert", "wavlm"))
+        assert 0 <= last["dev_accuracy"] <= 1 and math.isfinite(last["dev_prediction_loss"])
+        assert ("dev_clean_prediction_loss" in last) == (name in ("robust_hubert", "wavlm"))
         assert (zoo / name / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -185,7 +185,7 @@ def test_the_summary_has_the_values_of_the_logs(zoo, tmp_path, capsys):
     log = json.loads((zoo / "hubert" / "log.json").read_text())
     last = log["points"][-1]
     assert cells[1] == "6" and cells[4] == "6"
-    assert abs(float(cells[5]) - last["dev_masked_loss"]) <= 0.005
+    assert abs(float(cells[5]) - last["dev_prediction_loss"]) <= 0.005
     assert abs(float(cells[7].rstrip("%")) / 100 - last["dev_accuracy"]) <= 0.0005
     assert len({line.count("|") for line in lines}) == 1
     assert tool.main(["unused", "-o", str(tmp_path), "--summary"]) == 2
@@ -239,7 +239,7 @@ def test_hubert_gives_the_loss_of_s3prls_class(monkeypatch):
     index = torch.zeros(int((~masked).sum()), dtype=torch.long)
     loss_u = torch.nn.functional.cross_entropy(output["logit_u_list"][0], index)
     result = criterion(model(waves), labels, model.logits, 0.7, 10.0)
-    torch.testing.assert_close(result.masked_loss, loss_m.detach())
+    torch.testing.assert_close(result.prediction_loss, loss_m.detach())
     expected = 0.7 * loss_m + 0.3 * loss_u + 10.0 * output["features_pen"]
     torch.testing.assert_close(result.loss, expected)
 
@@ -311,7 +311,7 @@ def test_criterion_against_loops():
     result = criterion(encoded, labels, lambda x: x @ table, 0.6, 10.0)
     expected = 0.6 * sums[True] / counts[True] + 0.4 * sums[False] / counts[False] + 0.2
     assert float(result.loss) == pytest.approx(expected, rel=1e-5)
-    assert float(result.masked_loss) == pytest.approx(sums[True] / counts[True], rel=1e-5)
+    assert float(result.prediction_loss) == pytest.approx(sums[True] / counts[True], rel=1e-5)
     assert float(result.accuracy) == pytest.approx(correct / 5)
     assert result.frames == 5
     rows = [[float(hidden[b, t, d]) for d in range(3)] for b in range(2) for t in range(5)]
@@ -508,7 +508,7 @@ def test_the_loss_falls(speech, tmp_path):
     options = TrainingOptions(log_every=60, dev_every=60)
     assert train(stage, recipe, corpus, labels, tmp_path, options) is not None
     log = json.loads((tmp_path / "hubert_1/log.json").read_text())
-    assert log["points"][-1]["dev_masked_loss"] < 0.7 * log["floor_loss"]
+    assert log["points"][-1]["dev_prediction_loss"] < 0.7 * log["floor_loss"]
     assert log["points"][-1]["dev_accuracy"] > log["floor_accuracy"] + 0.2
 
 

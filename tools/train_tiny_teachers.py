@@ -75,7 +75,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--teacher",
         choices=TEACHERS,
         action="append",
-        help="train this teacher and the stages it needs (all)",
+        help="train this teacher and the stages it needs (hubert, robust_hubert, wavlm)",
     )
     add(
         "--steps",
@@ -135,9 +135,9 @@ def make_parser() -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> int:
     """Train with parsed arguments; return the exit code."""
     from s3prl_ekd import compat
-    from s3prl_ekd.system.figures import require_matplotlib
     from s3prl_ekd.essence.units import require_sklearn
     from s3prl_ekd.pretrain.interrupts import StopSignals, exit_code
+    from s3prl_ekd.system.figures import require_matplotlib
     from s3prl_ekd.system.terminal import quiet_s3prl
 
     require_sklearn()
@@ -146,7 +146,7 @@ def run(args: argparse.Namespace) -> int:
     quiet_s3prl()
     from teacher_zoo.corpus import hours, read_corpus
     from teacher_zoo.noises import find_noise
-    from teacher_zoo.recipe import TEACHERS
+    from teacher_zoo.recipe import SHIPPED
     from teacher_zoo.trainer import TrainingOptions
     from teacher_zoo.zoo import make_zoo
 
@@ -170,7 +170,7 @@ def run(args: argparse.Namespace) -> int:
         interval = min(50, max(1, recipe.steps // 100))
         options = TrainingOptions(device, workers, log_every=interval, dev_every=10 * interval)
         files = make_zoo(
-            tuple(args.teacher or TEACHERS), corpus, recipe, Path(args.out), options, stop, noise
+            tuple(args.teacher or SHIPPED), corpus, recipe, Path(args.out), options, stop, noise
         )
     if files is None:
         print(f"{args.out}: saved; the same command resumes")

@@ -16,6 +16,7 @@ from s3prl_ekd.files.atomic import atomic_torch_save
 from s3prl_ekd.files.formats import check_format_version
 from s3prl_ekd.files.torch_load import safe_load
 from s3prl_ekd.system.random_states import random_states, set_random_states
+from s3prl_ekd.teachers import zoo
 
 from .models import MaskedPredictor
 
@@ -98,6 +99,23 @@ def load_model(
     except (RuntimeError, KeyError, TypeError, ValueError, AttributeError):
         raise CheckpointError(f"{path} has a model of another size; delete it") from None
     return states
+
+
+def load_shipped(name: str, model: MaskedPredictor) -> None:
+    """Load the weights of a shipped HuBERT into ``model``, which keeps its own head.
+
+    Raises:
+        CheckpointError: the recipe has another size than the shipped teachers.
+    """
+    weights = safe_load(zoo.checkpoint_path(name), "shipped teacher")["model_weight"]
+    own = {key.split(".", 1)[1] for key in model.head_weights()}
+    weights = {key: value.float() for key, value in weights.items() if key not in own}
+    try:
+        model.backbone.load_state_dict(weights, strict=False)
+    except RuntimeError:
+        raise CheckpointError(
+            f"{name} has another size than the recipe; train with the default size"
+        ) from None
 
 
 def load(path: Path, stage: str, state: TrainingState) -> StageProgress:

@@ -30,9 +30,9 @@ class StepLoss:
     """The loss, and values for the log."""
 
     loss: Tensor
-    masked_loss: Tensor  # mean cross entropy, nats
-    accuracy: Tensor  # of the masked frames
-    frames: int  # number of masked frames
+    prediction_loss: Tensor  # mean cross entropy, nats, of the masked frames or of the pairs
+    accuracy: Tensor  # of the same predictions
+    predictions: int  # number of masked frames, or of excerpts
     penalty: Tensor
     spread: Tensor  # see spread()
 

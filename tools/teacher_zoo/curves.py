@@ -23,8 +23,8 @@ def _draw(log: list[dict[str, Any]], about: dict[str, Any], path: Path) -> None:
     figure = new_figure(9.0, 3.6)
     left, right = figure.subplots(1, 2)
     panels = (
-        (left, "masked_loss", "loss of masked frames (nats)", about["floor_loss"]),
-        (right, "accuracy", "accuracy of masked frames", about["floor_accuracy"]),
+        (left, "prediction_loss", "loss (nats)", about["floor_loss"]),
+        (right, "accuracy", "accuracy", about["floor_accuracy"]),
     )
     for axis, key, label, floor in panels:
         for colour, (name, prefix) in zip(

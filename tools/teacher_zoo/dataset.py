@@ -21,8 +21,30 @@ from .frames import HOP, sample_count
 from .labels import FrameLabels
 from .mixing import mix_batch
 from .noises import make_distorter
+from .pairs import PairDataset
 from .plan import PlannedBatch
 from .recipe import InputKind, TeacherRecipe
+
+
+def batch_sizes(recipe: TeacherRecipe, pairs: bool) -> tuple[float, float]:
+    """Seconds of audio of a batch, and of its longest excerpt; of one excerpt of each pair."""
+    if pairs:
+        return recipe.pair_utterances * recipe.pair_seconds, recipe.pair_seconds
+    return recipe.batch_seconds, recipe.crop_seconds
+
+
+def make_dataset(
+    utterances: Sequence[CorpusUtterance],
+    labels: FrameLabels | None,
+    offset: int,
+    input_kind: InputKind,
+    recipe: TeacherRecipe,
+    noise: Path,
+) -> Dataset:
+    """An :class:`ExcerptDataset`, or, without labels, a :class:`pairs.PairDataset`."""
+    if labels is None:
+        return PairDataset(utterances, recipe, noise)
+    return ExcerptDataset(utterances, labels, offset, input_kind, recipe, noise)
 
 
 class ExcerptDataset(Dataset):

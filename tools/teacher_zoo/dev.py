@@ -10,7 +10,7 @@ from s3prl_ekd.system.random_states import preserve_random_states
 
 from .checkpoint import TrainingState
 from .corpus import Corpus
-from .dataset import ExcerptDataset
+from .dataset import batch_sizes, make_dataset
 from .labels import FrameLabels
 from .plan import epoch_batches
 from .recipe import InputKind, TeacherRecipe
@@ -25,7 +25,7 @@ class DevEvaluation:
 
     Args:
         corpus: of which ``dev`` is used.
-        labels: labels of the whole corpus.
+        labels: labels of the whole corpus; None for pairs of excerpts.
         input_kind: clean, distorted or mixed.
         recipe: recipe of the training.
         noise: the folder of noise clips.
@@ -34,25 +34,25 @@ class DevEvaluation:
     def __init__(
         self,
         corpus: Corpus,
-        labels: FrameLabels,
+        labels: FrameLabels | None,
         input_kind: InputKind,
         recipe: TeacherRecipe,
         noise: Path,
     ):
         self.recipe = recipe
-        self.excerpts = ExcerptDataset(
+        self.excerpts = make_dataset(
             corpus.dev, labels, len(corpus.train), input_kind, recipe, noise
         )
         self.batches, total = [], 0.0
-        r = recipe
-        for batch in epoch_batches(corpus.dev, r.batch_seconds, r.crop_seconds, r.seed, _EPOCH):
+        sizes = batch_sizes(recipe, labels is None)
+        for batch in epoch_batches(corpus.dev, *sizes, recipe.seed, _EPOCH):
             if total < _SECONDS:
                 self.batches.append(batch)
                 total += batch.seconds
 
     @torch.no_grad()
     def __call__(self, state: TrainingState) -> dict[str, float]:
-        """Compute ``masked_loss``, ``accuracy`` of masked frames, ``penalty`` and ``spread``.
+        """Compute ``prediction_loss``, ``accuracy`` of masked frames, ``penalty`` and ``spread``.
 
         Dropout is off; random states are restored, and the model is in train mode afterwards.
         """

@@ -36,7 +36,7 @@ class MaskedPredictor(nn.Module):
     Args:
         family: ``hubert`` or ``wavlm``.
         recipe: size and masking.
-        classes: number of units.
+        classes: number of units; without units, 1.
 
     Attributes:
         checkpoint: contents of an exported file except the weights, in s3prl's format.
@@ -51,8 +51,8 @@ class MaskedPredictor(nn.Module):
         if family == "wavlm":
             self.wavlm_head = CosineHead(recipe.size.width, classes)
 
-    def forward(self, waves: Tensor) -> EncodedBatch:
-        """Mask frames of ``waves [batch, sample]`` (equally long) and encode them.
+    def forward(self, waves: Tensor, mask: bool = True) -> EncodedBatch:
+        """Mask frames of ``waves [batch, sample]`` (equally long), if ``mask``, and encode them.
 
         Masks are drawn from NumPy's global generator, as in s3prl.
         """
@@ -66,8 +66,10 @@ class MaskedPredictor(nn.Module):
         if model.post_extract_proj is not None:
             hidden = model.post_extract_proj(hidden)
         hidden = model.dropout_input(hidden).float()  # the mask embedding is float32, also in bf16
-        target_list = (None,) if self.family == "hubert" else ()
-        hidden, masked = model.apply_mask(hidden, None, *target_list)
+        masked = torch.zeros(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
+        if mask:
+            target_list = (None,) if self.family == "hubert" else ()
+            hidden, masked = model.apply_mask(hidden, None, *target_list)
         hidden, _ = model.encoder(hidden, padding_mask=None)  # [batch, frame, width]
         return EncodedBatch(hidden, masked, penalty)
 
@@ -77,6 +79,10 @@ class MaskedPredictor(nn.Module):
         with torch.autocast(hidden.device.type, enabled=False):
             projected = normalize(head.final_proj(hidden.float()), dim=-1)
             return projected @ normalize(head.label_embs_concat, dim=-1).T / TEMPERATURE
+
+    def embeddings(self, hidden: Tensor) -> Tensor:
+        """Project the mean over frames: ``[excerpt, frame, width] -> [excerpt, width]``."""
+        return self.backbone.final_proj(hidden.mean(1))
 
     def head_weights(self) -> dict[str, Tensor]:
         """The weights of the head, by name in the ``state_dict``."""

@@ -78,6 +78,8 @@ class TeacherRecipe:
     mix_noise: float = 0.1  # share of those that get noise
     snr_min: float = 0.0  # dB, of the distorted input
     snr_max: float = 20.0
+    pair_seconds: float = 1.0  # longest excerpt of a pair
+    pair_utterances: int = 16  # pairs in a batch
     seed: int = 1337
     size: TeacherSize = field(default_factory=TeacherSize)
     units: UnitSettings = field(default_factory=UnitSettings)
@@ -93,11 +95,12 @@ class TrainingStage:
 
     name: str  # its folder in the zoo
     family: Family
-    units: str  # targets: "mfcc", or the stage whose middle layer is clustered
+    # Targets: clusters of "mfcc" or "prosody", or of a stage's middle layer; "": pairs of excerpts
+    units: str
     input_kind: InputKind
     share: float  # of the recipe's steps
     lr: float = 1.0  # times the learning rate of the recipe
-    start: str = ""  # the stage that initialises it; "": random weights
+    start: str = ""  # the stage or shipped teacher that initialises it; "": random weights
     file: str = ""  # name of the exported file; "": not exported
 
 
@@ -127,9 +130,22 @@ STAGES = {
             file="tiny_robust_hubert.pt",
         ),
         TrainingStage("wavlm", "wavlm", "hubert_1", "mixed", share=1.0, file="tiny_wavlm.pt"),
+        # Of the study only: teachers that know something else than phones, trained without labels
+        TrainingStage("prosody", "hubert", "prosody", "clean", share=2 / 3, file="tiny_prosody.pt"),
+        TrainingStage(
+            "speaker",
+            "hubert",
+            "",
+            "distorted",
+            share=0.5,
+            lr=0.5,
+            start="tiny_robust_hubert",
+            file="tiny_speaker.pt",
+        ),
     )
 }
-TEACHERS = ("hubert", "robust_hubert", "wavlm")
+SHIPPED = ("hubert", "robust_hubert", "wavlm")  # in the package
+TEACHERS = (*SHIPPED, "prosody", "speaker")
 
 
 def required_stages(teachers: tuple[str, ...]) -> list[TrainingStage]:
@@ -172,6 +188,9 @@ def check_recipe(recipe: TeacherRecipe) -> None:
             raise ValueError(f"{name} must be above 0, got {getattr(recipe, name)}")
     if recipe.seed < 0:
         raise ValueError(f"seed must be 0 or more, got {recipe.seed}")
+    for name in ("pair_utterances",):
+        if getattr(recipe, name) < 2:
+            raise ValueError(f"{name} must be 2 or more, got {getattr(recipe, name)}")
     for name in ("mfcc_clusters", "hidden_clusters"):
         if getattr(recipe.units, name) < 2:
             raise ValueError(f"{name} must be 2 or more, got {getattr(recipe.units, name)}")

@@ -13,10 +13,11 @@ from s3prl_ekd.errors import DataError
 
 from .checkpoint import TrainingState
 from .criterion import StepLoss, criterion
+from .pairs import pair_criterion
 from .recipe import TeacherRecipe
 
-# Values that are averaged, weighted by the number of masked frames
-WINDOW = ("masked_loss", "accuracy", "penalty", "spread")
+# Values that are averaged, weighted by the number of predictions
+WINDOW = ("prediction_loss", "accuracy", "penalty", "spread")
 
 
 def seed_everything(seed: int) -> None:
@@ -27,10 +28,19 @@ def seed_everything(seed: int) -> None:
 
 
 def forward(state: TrainingState, recipe: TeacherRecipe, waves: Tensor, labels: Tensor) -> StepLoss:
-    """Compute the criterion on a batch; the model runs in bfloat16 on CUDA, else in float32."""
-    on_cuda = state.device.startswith("cuda")
+    """Compute the criterion on a batch; the model runs in bfloat16 on CUDA, else in float32.
+
+    Args:
+        state, recipe: model and settings.
+        waves: ``[excerpt, sample]``.
+        labels: units, ``[excerpt, frame]``; or, for pairs, the index of the partner, ``[excerpt]``.
+    """
+    on_cuda, pairs = state.device.startswith("cuda"), labels.dim() == 1
     with torch.autocast("cuda", torch.bfloat16, enabled=on_cuda):
-        encoded = state.model(waves)
+        encoded = state.model(waves, mask=not pairs)
+        embeddings = state.model.embeddings(encoded.hidden) if pairs else None
+    if embeddings is not None:
+        return pair_criterion(encoded.hidden, embeddings, labels, encoded.penalty, recipe.penalty)
     return criterion(encoded, labels, state.model.logits, recipe.alpha, recipe.penalty)
 
 
@@ -57,10 +67,10 @@ def step(state: TrainingState, recipe: TeacherRecipe, waves: Tensor, labels: Ten
 def add(window: dict[str, float], outcome: StepLoss) -> None:
     """Add a step to the sums in ``window``; it starts as an empty dict."""
     for name in WINDOW:
-        window[name] = window.get(name, 0.0) + float(getattr(outcome, name)) * outcome.frames
-    window["frames"] = window.get("frames", 0) + outcome.frames
+        window[name] = window.get(name, 0.0) + float(getattr(outcome, name)) * outcome.predictions
+    window["predictions"] = window.get("predictions", 0) + outcome.predictions
 
 
 def averages(window: dict[str, float]) -> dict[str, float]:
     """Means from the sums in ``window``."""
-    return {name: window[name] / window["frames"] for name in WINDOW}
+    return {name: window[name] / window["predictions"] for name in WINDOW}

@@ -34,7 +34,7 @@ def _row(path: Path) -> str:
     try:
         log = json.loads(path.read_text(encoding="utf-8"))
         points = log["points"]
-        dev = next((p for p in reversed(points) if "dev_masked_loss" in p), None)
+        dev = next((p for p in reversed(points) if "dev_prediction_loss" in p), None)
         step = points[-1]["step"] if points else 0
         cells = [
             log["stage"],
@@ -42,7 +42,7 @@ def _row(path: Path) -> str:
             f"{log['hours_heard']:.1f}",
             f"{log['hours_spent']:.2f}",
             str(log["units"]),
-            "–" if dev is None else f"{dev['dev_masked_loss']:.2f}",
+            "–" if dev is None else f"{dev['dev_prediction_loss']:.2f}",
             f"{log['floor_loss']:.2f}",
             "–" if dev is None else f"{dev['dev_accuracy']:.1%}",
             f"{log['floor_accuracy']:.1%}",

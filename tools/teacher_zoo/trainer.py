@@ -14,15 +14,17 @@ from s3prl_ekd.data.batches import ignore_stop_signals
 from s3prl_ekd.data.loader import BatchLoader
 from s3prl_ekd.pretrain.optim import fused_adamw, warmup_schedule
 from s3prl_ekd.system.lock import FolderLock
+from s3prl_ekd.teachers import zoo as zoo_files
 
 from . import checkpoint
 from .checkpoint import StageProgress, TrainingState
 from .corpus import Corpus, hours
 from .curves import write_log
-from .dataset import ExcerptDataset
+from .dataset import batch_sizes, make_dataset
 from .dev import DevEvaluation
 from .labels import FrameLabels
 from .models import MaskedPredictor
+from .pairs import pair_baseline
 from .plan import EndlessBatchSampler
 from .recipe import STAGES, TeacherRecipe, TrainingStage, stage_steps
 from .step import add, averages, seed_everything, step
@@ -46,7 +48,7 @@ def train(
     stage: TrainingStage,
     recipe: TeacherRecipe,
     corpus: Corpus,
-    labels: FrameLabels,
+    labels: FrameLabels | None,
     zoo: Path,
     options: TrainingOptions,
     stop: StopFn = lambda step: False,
@@ -56,7 +58,7 @@ def train(
 
     Args:
         stage, recipe: settings of the stage and of all stages.
-        corpus, labels: training data and its unit labels.
+        corpus, labels: training data and its unit labels; None for a stage without units.
         zoo: checkpoint, log and curves are written to ``zoo/STAGE/``.
         options: device, workers, intervals.
         stop: called with the step number after each step; if True, training saves and stops.
@@ -77,10 +79,12 @@ def train(
         last = folder / "checkpoint.pt"
         steps = stage_steps(recipe, stage)
         seed_everything(recipe.seed)
-        model = MaskedPredictor(stage.family, recipe, labels.classes)
+        model = MaskedPredictor(stage.family, recipe, labels.classes if labels else 1)
         if not last.exists():
             at_start(model)
-            if stage.start:
+            if stage.start in zoo_files.TEACHERS:
+                checkpoint.load_shipped(stage.start, model)
+            elif stage.start:
                 same_units = STAGES[stage.start].units == stage.units
                 source = zoo / stage.start / "checkpoint.pt"
                 checkpoint.load_model(source, stage.start, model, with_head=same_units)
@@ -115,7 +119,7 @@ class _TrainingLoop:
         stage: TrainingStage,
         recipe: TeacherRecipe,
         corpus: Corpus,
-        labels: FrameLabels,
+        labels: FrameLabels | None,
         zoo: Path,
         options: TrainingOptions,
         steps: int,
@@ -125,24 +129,24 @@ class _TrainingLoop:
         self.stage, self.recipe, self.options, self.steps = stage, recipe, options, steps
         self.state, self.progress = state, progress
         self.folder, noise = zoo / stage.name, zoo / "noise"
-        floor_loss, floor_accuracy = labels.baseline()
+        floor_loss, floor_accuracy = labels.baseline() if labels else pair_baseline(recipe)
         self.about = {
             "stage": stage.name,
             "steps": steps,
-            "units": labels.classes,
+            "units": labels.classes if labels else 0,
             "floor_loss": floor_loss,
             "floor_accuracy": floor_accuracy,
             "train_hours": hours(corpus.train),
             "device": options.device,
         }
         self.dev = {"dev_": DevEvaluation(corpus, labels, stage.input_kind, recipe, noise)}
-        if stage.input_kind != "clean":
+        if labels is not None and stage.input_kind != "clean":
             self.dev["dev_clean_"] = DevEvaluation(corpus, labels, "clean", recipe, noise)
         next_batch = (progress.epoch, progress.position)
         self.loader = BatchLoader(
-            ExcerptDataset(corpus.train, labels, 0, stage.input_kind, recipe, noise),
+            make_dataset(corpus.train, labels, 0, stage.input_kind, recipe, noise),
             sampler=EndlessBatchSampler(
-                corpus.train, recipe.batch_seconds, recipe.crop_seconds, recipe.seed, *next_batch
+                corpus.train, *batch_sizes(recipe, labels is None), recipe.seed, *next_batch
             ),
             batch_size=None,
             num_workers=options.workers,
@@ -209,7 +213,7 @@ class _TrainingLoop:
             )
         progress.log.append(point)
         bar.set_postfix_str(
-            f"loss {point['masked_loss']:.3f}, accuracy {point['accuracy']:.1%}, "
+            f"loss {point['prediction_loss']:.3f}, accuracy {point['accuracy']:.1%}, "
             f"{speed:.0f} s of audio per second"
         )
 

@@ -3,10 +3,10 @@
 ZOO/recipe.json                recipe and digest of the corpus, checked at each start
 ZOO/noise/                     synthetic noise
 ZOO/recorded_noise/            copies of --noise
-ZOO/units-mfcc.npz, units-hubert_1.npz
+ZOO/units-mfcc.npz, units-hubert_1.npz, units-prosody.npz
 ZOO/STAGE/checkpoint.pt, log.json, curves.png
 ZOO/random/tiny_*.pt           random initialisation of each exported model
-ZOO/tiny_hubert.pt, tiny_robust_hubert.pt, tiny_wavlm.pt
+ZOO/tiny_hubert.pt, tiny_robust_hubert.pt, tiny_wavlm.pt, tiny_prosody.pt, tiny_speaker.pt
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from .labels import FrameLabels, describe_labels, load_labels, make_labels, save
 from .mfcc import mfcc
 from .models import MaskedPredictor
 from .noises import RECORDED_NOISE, copy_recordings, make_synthetic_noise
+from .prosody import prosody
 from .recipe import STAGES, TeacherRecipe, TrainingStage, changed_keys, required_stages, stage_steps
 from .trainer import TrainingOptions, train
 
@@ -44,7 +45,7 @@ def make_zoo(
     """Train these teachers and the stages that they depend on.
 
     Args:
-        teachers: of ``hubert``, ``robust_hubert``, ``wavlm``.
+        teachers: of :data:`recipe.TEACHERS`.
         corpus, recipe, options: see :func:`trainer.train`.
         zoo: the output folder, see the module docstring.
         stop: see :func:`trainer.train`.
@@ -67,10 +68,11 @@ def make_zoo(
     for stage in stages:
         if stage.input_kind != "clean":
             make_synthetic_noise(corpus, zoo / "noise", recipe.seed)
-        labels = load_or_make_labels(stage.units, corpus, recipe, zoo, options)
-        logger.info(
-            "%s: %d steps; %s", stage.name, stage_steps(recipe, stage), describe_labels(labels)
-        )
+        labels = None
+        if stage.units:
+            labels = load_or_make_labels(stage.units, corpus, recipe, zoo, options)
+        targets = describe_labels(labels) if labels else "pairs of excerpts"
+        logger.info("%s: %d steps; %s", stage.name, stage_steps(recipe, stage), targets)
 
         def export_random_init(model: MaskedPredictor, stage: TrainingStage = stage) -> None:
             if stage.file:
@@ -125,8 +127,8 @@ def load_or_make_labels(
     if path.exists():
         return load_labels(path, corpus)
     settings = recipe.units
-    if name == "mfcc":
-        clusters, features = settings.mfcc_clusters, mfcc
+    if name in ("mfcc", "prosody"):
+        clusters, features = settings.mfcc_clusters, {"mfcc": mfcc, "prosody": prosody}[name]
     else:
         source = STAGES[name]
         source_labels = load_labels(zoo / f"units-{source.units}.npz", corpus)
