@@ -102,6 +102,7 @@ class TrainingStage:
     lr: float = 1.0  # times the learning rate of the recipe
     start: str = ""  # the stage or shipped teacher that initialises it; "": random weights
     file: str = ""  # name of the exported file; "": not exported
+    train_extractor: bool = True  # False: the conv extractor stays as in ``start``
 
 
 STAGES = {
@@ -140,6 +141,7 @@ STAGES = {
             share=0.5,
             lr=0.5,
             start="tiny_robust_hubert",
+            train_extractor=False,
             file="tiny_speaker.pt",
         ),
     )

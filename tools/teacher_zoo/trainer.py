@@ -101,6 +101,7 @@ def _make_state(
     model: MaskedPredictor, stage: TrainingStage, recipe: TeacherRecipe, steps: int, device: str
 ) -> TrainingState:
     model.to(device).train()
+    model.backbone.feature_extractor.requires_grad_(stage.train_extractor)
     config = {
         "lr": recipe.lr * stage.lr,
         "betas": (0.9, 0.98),
