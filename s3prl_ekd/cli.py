@@ -32,6 +32,7 @@ COMMANDS = {
     "superb": "train and evaluate PR, SID, ER and ASR on students, teachers and baselines",
     "report": "write tables and plots of the results of superb, with bootstrap intervals",
     "predict-zip": "pack predict.zip for SUPERB's public leaderboard",
+    "probe": "probe upstreams in closed form: phones, speakers, emotions in minutes",
     "sweep": "train several configs with several seeds and compare them in a table",
     "prune": "cut a student to the units that its gates keep (DPHuBERT)",
     "merge": "average students that were distilled from different teachers",
@@ -58,7 +59,7 @@ RENAMED = {
 
 # Commands that read checkpoints, students or upstreams and take --trust-checkpoint.
 TRUSTING = {"superb", "sweep", "export", "features", "cost", "teachers", "group-layers", "cache"}
-TRUSTING |= {"fit-units", "essence", "prune", "merge"}
+TRUSTING |= {"probe", "fit-units", "essence", "prune", "merge"}
 
 EXAMPLE = """\
 example:

@@ -19,6 +19,7 @@ import argparse
 from ..data.lengths import write_table
 from ..data.manifest import SPLITS, read_manifest
 from ..files.atomic import make_folder
+from ..prepare.alignments import ALIGNMENTS
 from ..prepare.asr import ASR, TABLES
 from ..prepare.common import (
     PrepareTask,
@@ -87,6 +88,7 @@ TASKS = {
     "voxceleb1": VOXCELEB1,
     "er": ER,
     "iemocap": IEMOCAP,
+    "alignments": ALIGNMENTS,
     "unlabeled": PrepareTask(
         "length tables only, for distillation", UNLABELED, _prepare_unlabeled, replace=False
     ),

@@ -1,0 +1,1 @@
+"""Closed-form probes of frozen hidden states: phones, speakers and emotions, without training."""

@@ -1,0 +1,104 @@
+"""Labels of the probes, read from manifests.
+
+Besides ``path`` and ``split``, a manifest has one or more of the columns ``segments`` (forced
+alignment, for phones), ``speaker`` and ``emotion``. A segment is ``PHONE:START+LENGTH`` in frames
+of 10 ms; segments are separated by spaces, and ``SIL`` is silence.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..data.manifest import ManifestEntry, read_manifest
+from ..errors import DataError
+
+SEGMENTS, SPEAKER, EMOTION = "segments", "speaker", "emotion"  # columns
+SILENCE = "SIL"
+TICK = 160  # samples of a frame of an alignment: 10 ms at 16 kHz
+
+_SEGMENT = re.compile(r"([^\s:+]+):(\d{1,9})\+(\d{1,9})")
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A phone from ``start`` to ``end`` (exclusive), in samples at 16 kHz."""
+
+    phone: str
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class LabelledUtterance:
+    """An audio file and its labels; an empty one is not known."""
+
+    path: Path
+    split: str
+    speaker: str = ""
+    emotion: str = ""
+    segments: tuple[Segment, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return str(self.path)
+
+
+def read_labels(manifest: str | Path) -> list[LabelledUtterance]:
+    """Read a manifest.
+
+    Raises:
+        DataError: see :func:`...data.manifest.read_manifest`; no column has labels, or a segment is
+            not of the form ``PHONE:START+LENGTH``.
+    """
+    entries = read_manifest(manifest)
+    columns = (SEGMENTS, SPEAKER, EMOTION)
+    if not any(entry.cells.get(column) for entry in entries for column in columns):
+        raise DataError(
+            f"{manifest} has no labels; add a column speaker, emotion, or segments (s3prl-ekd "
+            "prepare alignments writes it)"
+        )
+    root = Path(manifest).parent
+    return [
+        LabelledUtterance(
+            root / entry.path,
+            entry.split,
+            entry.cells.get(SPEAKER, ""),
+            entry.cells.get(EMOTION, ""),
+            _segments(entry, manifest),
+        )
+        for entry in entries
+    ]
+
+
+def _segments(entry: ManifestEntry, manifest: str | Path) -> tuple[Segment, ...]:
+    segments = []
+    for text in entry.cells.get(SEGMENTS, "").split():
+        match = _SEGMENT.fullmatch(text)
+        if match is None:
+            raise DataError(
+                f"{manifest}: line {entry.line}: a segment must be PHONE:START+LENGTH in frames of "
+                f"10 ms, got {text!r}"
+            )
+        start = int(match[2]) * TICK
+        segments.append(Segment(match[1], start, start + int(match[3]) * TICK))
+    return tuple(segments)
+
+
+def speaker_folds(utterances: Sequence[LabelledUtterance], most: int) -> dict[str, int]:
+    """Assign each speaker to one of at most ``most`` folds with similar numbers of utterances.
+
+    Returns:
+        Speaker -> fold, from 0. With ``most`` speakers or fewer, each has a fold of its own.
+    """
+    counts: dict[str, int] = {}
+    for utterance in utterances:
+        counts[utterance.speaker] = counts.get(utterance.speaker, 0) + 1
+    sizes = [0] * min(most, len(counts))
+    folds = {}
+    for speaker in sorted(counts, key=lambda name: (-counts[name], name)):
+        folds[speaker] = sizes.index(min(sizes))
+        sizes[folds[speaker]] += counts[speaker]
+    return folds
