@@ -15,8 +15,8 @@ ROOT_MODULES = 9
 # at import time.
 ORDER = """
     __init__ errors distill system compat files request student_file teachers data prepare
-    hidden_states downstream essence pretrain pretrain_expert registration analysis superb probe export
-    workspace launch demo commands cli __main__
+    hidden_states downstream essence pretrain pretrain_expert registration analysis superb probe
+    export workspace launch demo commands cli __main__
 """.split()
 
 

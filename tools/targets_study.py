@@ -186,7 +186,7 @@ def result_of(study: Study, row: str, seed: int) -> dict[str, Any]:
     if row in TEACHERS.values():
         upstream: Any = load_upstream(row, row).eval()
     elif row == "none":
-        upstream = UpstreamExpert(untrained(study, seed)).eval()
+        upstream = UpstreamExpert(study.untrained(STUDENT, seed)).eval()
     else:
         name, model = f"{row}_{seed}", study.model(row, study.weights())
         last = study.train(name, model, study.steps, study.rate, 0.1, seed, log=name)
@@ -201,21 +201,6 @@ def result_of(study: Study, row: str, seed: int) -> dict[str, Any]:
 
 def result_path(study: Study, row: str, seed: int) -> Path:
     return study.folder / "results" / f"{row}_{seed}.json"
-
-
-def untrained(study: Study, seed: int) -> Path:
-    """Write a student with random weights."""
-    import torch
-
-    from s3prl_ekd.distill.student import Student
-    from s3prl_ekd.distill.student_settings import StudentSettings
-    from s3prl_ekd.student_file import LoadedStudent, write_student
-
-    torch.manual_seed(seed)
-    student = Student(StudentSettings(**STUDENT))  # type: ignore[arg-type]
-    path = study.folder / f"none_{seed}.pt"
-    write_student(LoadedStudent(student, None, {}, {}), path, keep_heads=False)
-    return path
 
 
 def run_missing(study: Study, rows: Sequence[str], seeds: Sequence[int], jobs: int) -> None:

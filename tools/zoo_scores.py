@@ -2,8 +2,8 @@
 
 Only the text between the two marks of a card changes. Rows: the teacher, its random initialisation,
 tiny_hubert (in the card of tiny_robust_hubert), and fbank (fbank_no_cmvn for SID and ER, since the
-mean of fbank over an utterance is zero). Intervals are over test utterances and seeds, as in the
-study (tools/study_parts/intervals.py). Test conditions that an upstream lacks are skipped. Needs
+mean of fbank over an utterance is zero). Intervals are over test utterances and seeds, see
+tools/scores/intervals.py. Test conditions that an upstream lacks are skipped. Needs
 the extra analysis.
 
 example, in a folder of `s3prl-ekd init` with the four tasks prepared (SID: --test-seconds 1), and
@@ -31,14 +31,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from marked_text import between
-from study_parts.cells import METRICS, Metric, make_cells
-from study_parts.intervals import BootstrapRates, bootstrap, mean_estimate, paired_difference
-from study_parts.options import require_packages
-from study_parts.words import format_estimate
+from scores.cells import METRICS, Metric, make_cells
+from scores.intervals import (
+    BootstrapRates,
+    Estimate,
+    bootstrap,
+    mean_estimate,
+    paired_difference,
+)
 
 from s3prl_ekd.errors import EkdError, SetupError
 from s3prl_ekd.files.atomic import atomic_file
 from s3prl_ekd.superb.report import CLEAN, condition_title, sort_conditions
+from s3prl_ekd.superb.report_text import with_interval
 from s3prl_ekd.superb.results import SelectedRuns, incomplete, read_results, select_best_lr
 from s3prl_ekd.system.tables import markdown_table
 from s3prl_ekd.teachers import zoo
@@ -89,7 +94,6 @@ def main(argv: list[str] | None = None) -> int:
     )  # fmt: skip
     args = parser.parse_args(argv)
     try:
-        require_packages()
         scores = read_scores(args.results)
         sections = {name: section(scores, name) for name in zoo.TEACHERS}
         for name, text in sections.items():
@@ -169,13 +173,18 @@ def _score(rates: BootstrapRates | None) -> str:
         return "–"
     estimate = mean_estimate(rates)
     if len(estimate.by_seed) == 1:
-        return format_estimate(estimate)
-    return f"{format_estimate(estimate)} ±{statistics.stdev(estimate.by_seed):.1f}"
+        return _text(estimate)
+    return f"{_text(estimate)} ±{statistics.stdev(estimate.by_seed):.1f}"
 
 
 def _difference(a: BootstrapRates, b: BootstrapRates | None) -> str:
     estimate = paired_difference(a, b) if b is not None else None
-    return "–" if estimate is None else format_estimate(estimate, sign=True)
+    return "–" if estimate is None else _text(estimate, signed=True)
+
+
+def _text(estimate: Estimate, signed: bool = False) -> str:
+    """An estimate as ``45.1 [43.0, 47.2]``."""
+    return with_interval(estimate.value, estimate.low, estimate.high, digits=1, signed=signed)
 
 
 def _run_settings(scores: TeacherScores, name: str, baselines: list[str], task: str) -> str:

@@ -1,155 +1,185 @@
-"""The study's folder: settings, finished jobs, paths.
+"""The folder of the study: inputs, teachers, cached targets, runs.
 
-OUT/study.json               settings and digests of the data, checked at each start
-OUT/pretrain, downstream     written by `s3prl-ekd init`
-OUT/data, configs, cache     corpora, model and runner configs, cached teacher targets
-OUT/done/JOB.json            a finished job, with its seconds
-OUT/logs/JOB.txt             output of a job
-OUT/students/NAME.pt         student files
-OUT/result/pretrain, superb  run folders
+OUT/audio/speech, voices   links to the corpora; paths in tables are relative to OUT/audio
+OUT/voices                 synthesised speech, as in the teachers' training data
+OUT/zoo, zoo_sibling       the teachers that the package lacks
+OUT/noise, test_noise      recordings of ESC-10: folds 1 and 2, fold 3
+OUT/labels                 manifests of the probes
+OUT/tables, targets        training utterances; their targets of all teachers
+OUT/result/pretrain/RUN    one student
 """
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
+import shutil
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
+from s3prl_ekd.errors import SetupError
 
-from s3prl_ekd.errors import ConfigError, SetupError
-from s3prl_ekd.files.atomic import atomic_file
-from s3prl_ekd.files.formats import check_format_version
-from s3prl_ekd.files.text import read_json
-from s3prl_ekd.superb.plan import noise_digest
+from .rows import SINGLES, STUDENT, Row, model_config, teacher_config
+from .training import TrainingFolder
 
-from .design import StudySetting, file_digest, model_config, rows, runner_config
-
-
-@dataclass(frozen=True)
-class TimeSpent:
-    """Wall-clock and CPU seconds of a finished job."""
-
-    seconds: float
-    cpu: float
+MANIFESTS = ("unlabeled", "pr", "sid", "er")
+VOICES = {"voices": "48", "utterances": "1200", "seed": "8"}
+SIBLING_SEED = 2  # of the training of ``sibling``
+EXCERPT = 64_000  # samples of an utterance in training, 4 s
+BATCH, BATCH_SECONDS = 8, 16  # utterances and seconds of a batch, at most
+TOOLS = Path(__file__).parent.parent
 
 
-class StudyFolder:
-    """Paths and records in the folder ``root`` of a study."""
+class StudyFolder(TrainingFolder):
+    """Paths and commands in OUT.
 
-    def __init__(self, root: Path):
-        self.root = root.absolute()
-
-    @property
-    def superb(self) -> Path:
-        return self.root / "result/superb"
-
-    def student_path(self, name: str) -> Path:
-        return self.root / "students" / f"{name}.pt"
-
-    def log_path(self, job: str) -> Path:
-        return self.root / "logs" / f"{job}.txt"
-
-    def time_spent(self, job: str) -> TimeSpent | None:
-        """Time of a job; None if it is not finished."""
-        path = self.root / "done" / f"{job}.json"
-        if not path.is_file():
-            return None
-        try:
-            record = read_json(path, "record", SetupError)
-            return TimeSpent(float(record["seconds"]), float(record["cpu"]))
-        except (KeyError, TypeError, ValueError):
-            raise SetupError(f"{path} is damaged; delete it to run the job again") from None
-
-    def mark_done(self, job: str, spent: TimeSpent) -> None:
-        """Record that a job is finished."""
-        write_json(self.root / "done" / f"{job}.json", vars(spent))
-
-    def start(self, setting: StudySetting, speech: Path, inputs: dict[str, str]) -> None:
-        """Start or resume a study: compare with ``study.json`` if there is one; write the configs.
-
-        Needs the folder's lock. ``study.json`` is written last, so a start that is killed before
-        can be repeated with other settings. The configs are written at each start, since the paths
-        of corpus and teachers may have changed; only their contents are compared.
-
-        Args:
-            speech: the folder with the manifests.
-            inputs: from :func:`input_digests`.
-
-        Raises:
-            ConfigError: the study was started with other settings or data.
-            SetupError: cannot write to the folder.
-        """
-        resumed = self.exists
-        if resumed:
-            self.check_unchanged(setting, inputs)
-        try:
-            for name in ("configs", "done", "logs", "students"):
-                (self.root / name).mkdir(parents=True, exist_ok=True)
-            for row in rows(setting):
-                self._yaml(row.name, model_config(setting, row))
-            self._yaml("runner", runner_config(setting, speech))
-            self._yaml("start", runner_config(setting, speech, trained=False))
-            if not resumed:
-                write_json(self._study, {"setting": setting.as_json(), "inputs": inputs})
-        except OSError as error:
-            raise SetupError(f"cannot write to {self.root}: {error.strerror}") from None
-
-    @property
-    def _study(self) -> Path:
-        return self.root / "study.json"
-
-    @property
-    def exists(self) -> bool:
-        """Whether the folder has a study."""
-        return self._study.is_file()
-
-    def check_unchanged(self, setting: StudySetting, inputs: dict[str, str] | None = None) -> None:
-        """Check that settings and data are those of ``study.json``; None: the settings only.
-
-        Raises:
-            ConfigError: with the keys that differ.
-        """
-        from teacher_zoo.recipe import changed_keys
-
-        recorded = read_json(self._study, "setting", ConfigError)
-        check_format_version(recorded.get("version", 1), 1, f"the study {self._study}", ConfigError)
-        current = json.loads(json.dumps(setting.as_json()))
-        changed = changed_keys(recorded.get("setting", {}), current)
-        if inputs is not None:
-            changed += changed_keys(recorded.get("inputs", {}), inputs)
-        if changed:
-            raise ConfigError(
-                f"{self.root}: the settings or data have changed: {', '.join(changed)}; use the "
-                "same ones to resume, or another folder with -o"
-            )
-
-    def _yaml(self, name: str, contents: dict[str, Any]) -> None:
-        with atomic_file(self.root / "configs" / f"{name}.yaml") as file:
-            file.write(yaml.safe_dump(contents, sort_keys=False).encode())
-
-
-def input_digests(setting: StudySetting, speech: Path, noise: Path) -> dict[str, str]:
-    """Digests of the manifests, of the lexicon, and of the noises' names and sizes.
-
-    Raises:
-        DataError: the noise folder has no audio.
-        SetupError: cannot read a file.
+    Args:
+        folder: OUT.
+        speech: folder with the manifests unlabeled, pr, sid and er, alignments.tsv, and audio.
+        teachers: which are used.
+        jobs: processes at a time.
     """
-    names = [f"{name}.tsv" for name in ("unlabeled", *setting.tasks)]
-    names += ["lexicon.txt"] if "pr" in setting.tasks else []
-    try:
-        digests = {name: file_digest(speech / name) for name in names}
-        # the name of the test condition contains the folder's name
-        noises = f"{noise.name} {noise_digest(str(noise))}"
-    except OSError as error:
-        raise SetupError(f"cannot read {error.filename}: {error.strerror}") from None
-    return digests | {"noise": noises}
 
+    def __init__(self, folder: Path, speech: Path, teachers: tuple[str, ...] = SINGLES):
+        super().__init__(folder, speech)
+        self.speech, self.teachers = speech.resolve(), teachers
 
-def write_json(path: Path, contents: Any) -> None:
-    """Write a JSON file atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(path) as file:
-        file.write((json.dumps(contents, indent=1) + "\n").encode())
+    @cached_property
+    def files(self) -> dict[str, str]:
+        """``teachers.NAME.model`` of each teacher."""
+        zoo = self.folder / "zoo"
+        return {
+            "hubert": "tiny_hubert",
+            "wavlm": "tiny_wavlm",
+            "robust": "tiny_robust_hubert",
+            "sibling": str(self.folder / "zoo_sibling/tiny_hubert.pt"),
+            "speaker": str(zoo / "tiny_speaker.pt"),
+            "prosody": str(zoo / "tiny_prosody.pt"),
+            "resemblyzer": f"stored:{self.folder / 'resemblyzer'}",
+        }
+
+    @property
+    def audio(self) -> Path:
+        return self.folder / "audio"
+
+    @property
+    def noise(self) -> Path:
+        """Recordings for the students' input."""
+        return self.folder / "noise"
+
+    @property
+    def test_noise(self) -> Path:
+        """Other recordings, of the same ten classes, for the tests."""
+        return self.folder / "test_noise"
+
+    def prepare(self) -> None:
+        """Make the inputs, train the teachers that are missing, and cache the targets."""
+        self.prepare_inputs()
+        self.train_teachers()
+        if not (self.folder / "targets/index.json").exists():
+            everything = {
+                "teachers": {name: teacher_config(name, self.files) for name in self.teachers},
+                "aggregation": "separate",
+                "student": STUDENT,
+            }
+            self.set_up(everything)
+
+    def prepare_inputs(self) -> None:
+        """Synthesise the voices, link the audio, and write noises and manifests."""
+        for name in (*(f"{name}.tsv" for name in MANIFESTS), "alignments.tsv", "esc10"):
+            if not (self.speech / name).exists():
+                raise SetupError(f"{self.speech} has no {name}; see the README of the corpus")
+        options = [part for name, value in VOICES.items() for part in (f"--{name}", value)]
+        self.script("make_voices.py", "voices", *options)
+        self.audio.mkdir(exist_ok=True)
+        links = {"speech": self.speech, "voices": self.folder / "voices/train-clean"}
+        for name, target in links.items():
+            if not (self.audio / name).is_symlink():
+                (self.audio / name).symlink_to(target)
+        for folder, folds in ((self.noise, "12"), (self.test_noise, "3")):
+            folder.mkdir(exist_ok=True)
+            for clip in sorted((self.speech / "esc10").glob(f"*/[{folds}]-*.flac")):
+                if not (folder / clip.name).exists():
+                    shutil.copyfile(clip, folder / clip.name)
+        self._write_labels()
+
+    def _write_labels(self) -> None:
+        segments = {row["path"]: row["segments"] for row in self.corpus.table("alignments")}
+        aligned = [row for row in self.corpus.table("pr") if row["path"] in segments]
+        tables = {
+            "phones": [{**row, "segments": segments[row["path"]]} for row in aligned],
+            "speaker": self.corpus.table("sid"),
+            "emotion": self.corpus.table("er"),
+        }
+        columns = {
+            "phones": ("speaker", "segments"),
+            "speaker": ("speaker",),
+            "emotion": ("speaker", "emotion"),
+        }
+        for name, rows in tables.items():
+            lines = ["\t".join(["path", "split", *columns[name]])]
+            for row in rows:
+                cells = [f"speech/{row['path']}", row["split"], *(row[c] for c in columns[name])]
+                lines.append("\t".join(cells))
+            text = "\n".join(lines) + "\n"
+            self.label_path(name).write_text(text, encoding="utf-8")
+
+    def label_path(self, name: str) -> Path:
+        """Manifest of ``phones``, ``speaker`` or ``emotion``, next to the links to the audio."""
+        return self.audio / f"{name}.tsv"
+
+    def train_teachers(self) -> None:
+        """Train ``sibling``, ``speaker`` and ``prosody``, and compute Resemblyzer's features."""
+        inputs = [str(self.speech), str(self.folder / "voices/train-clean")]
+        inputs += ["--manifest", str(self.speech / "unlabeled.tsv")]
+        extra = {
+            "prosody": ["-o", "zoo", "--teacher", "prosody"],
+            "speaker": ["-o", "zoo", "--teacher", "speaker", "--noise", str(self.noise)],
+            "sibling": ["-o", "zoo_sibling", "--teacher", "hubert", "--seed", str(SIBLING_SEED)],
+        }
+        for name, options in extra.items():
+            if name in self.teachers and not Path(self.files[name]).exists():
+                self.script("train_tiny_teachers.py", *inputs, *options)
+
+    def script(self, name: str, *argv: str) -> None:
+        """Run a script of tools/ in OUT."""
+        self.run_logged([str(TOOLS / name), *argv], "log")
+
+    def write_tables(self) -> None:
+        """Write the length tables: real and synthesised speech for training, real for dev."""
+        from s3prl_ekd.data.audio_files import find_audio, read_headers
+        from s3prl_ekd.data.lengths import write_table
+
+        rows: dict[str, list[str]] = {"train": [], "dev": []}
+        for row in self.corpus.table("unlabeled"):
+            rows[row["split"]].append(f"speech/{row['path']}")
+        voices = find_audio(self.folder / "voices/train-clean")
+        rows["train"] += [f"voices/{name}" for name in voices]
+        (self.folder / "tables").mkdir(exist_ok=True)
+        for split, names in rows.items():
+            headers = read_headers(self.audio, names)
+            lengths = [(n, h.samples) for n, h in zip(names, headers, strict=True)]  # type: ignore[union-attr]
+            write_table(self.folder / f"tables/{split}.csv", lengths)
+
+    def data(self, cached: bool = True) -> dict[str, Any]:
+        data = super().data(cached)
+        batch = {"train_batch_size": BATCH, "max_seconds": BATCH_SECONDS}
+        return {**data, **batch, "libri_root": str(self.audio), "sequence_length": EXCERPT}
+
+    def model(self, row: Row) -> dict[str, Any]:
+        """The model config of a row."""
+        return model_config(row, self.files, str(self.noise))
+
+    def teacher_digests(self, names: tuple[str, ...]) -> dict[str, str]:
+        """The start of the SHA-256 of each teacher's file."""
+        from s3prl_ekd.files.atomic import file_sha256
+        from s3prl_ekd.teachers.zoo import NAMES, checkpoint_path
+
+        digests = {}
+        for name in names:
+            model = self.files[name]
+            if model.startswith("stored:"):
+                digests[name] = "stored"
+            else:
+                path = checkpoint_path(model) if model in NAMES else Path(model)
+                digests[name] = file_sha256(path)[:12]
+        return digests

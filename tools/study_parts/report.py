@@ -1,180 +1,220 @@
-"""Write docs/study.md (between two marks), docs/study.csv and the plots.
-
-The text outside the marks is written by hand and is kept.
-"""
+"""The report: tables and two pictures between the marks of docs/study.md."""
 
 from __future__ import annotations
 
-import os
-import platform
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 
-from marked_text import between
+import numpy as np
 
-from s3prl_ekd.errors import SetupError
 from s3prl_ekd.files.atomic import atomic_file
+from s3prl_ekd.superb.report_plots import COLOURS
+from s3prl_ekd.system.figures import new_figure, png
 from s3prl_ekd.system.tables import markdown_table
 
-from . import plots
-from .compare import Study
-from .design import PROBES, rows
-from .folder import StudyFolder
-from .intervals import LEVEL
-from .parts import Job
-from .report_differences import differences
-from .table_csv import as_csv
-from .words import condition_heading, format_estimate
+from .analysis import (
+    CORRECTED,
+    EQUIVALENCE,
+    ContrastEstimate,
+    Hypothesis,
+    Scores,
+    estimate,
+    holm,
+    estimate_hypotheses,
+)
+from .results import CLEAN, NOISY, StudyResult
+from .rows import CONTROLS, PROBED_SETS, SETS, SINGLES, Row, rows, set_name
+
+COLUMNS = (
+    ("phone frames", CLEAN),
+    ("phone frames", NOISY),
+    ("speaker", CLEAN),
+    ("speaker", NOISY),
+    ("emotion", CLEAN),
+)
+Tested = dict[str, tuple[Hypothesis, ContrastEstimate]]
+
+
+def report(results: Sequence[StudyResult]) -> tuple[str, dict[str, bytes]]:
+    """The report as Markdown, and its pictures by file name."""
+    scores = Scores(results)
+    tested = estimate_hypotheses(scores)
+    parts = [_facts(results), "### Teachers", _teacher_table(scores)]
+    if scores.students:
+        parts += ["### Students", _student_table(scores)]
+    if tested:
+        parts += ["### Hypotheses", _hypothesis_table(tested), _power(tested)]
+    pictures = {}
+    if tested:
+        pictures["study.headroom.png"] = _draw_headroom(scores)
+        pictures["study.png"] = _draw_rows(scores)
+        parts += [
+            "![gain over the best single teacher against headroom](study.headroom.png)",
+            "![accuracy by row, with 95 % intervals](study.png)",
+        ]
+    return "\n\n".join(parts), pictures
+
+
+def _facts(results: Sequence[StudyResult]) -> str:
+    students = [r for r in results if r.seed]
+    trained = [r for r in students if r.steps]
+    machines = ", ".join(sorted({r.machine for r in results}))
+    steps = ", ".join(map(str, sorted({r.steps for r in trained})))
+    hours = sum(r.seconds for r in results) / 3600
+    seeds = len({r.seed for r in students})
+    return (
+        f"{len(trained)} students of {steps} updates and {len(students) - len(trained)} untrained "
+        f"ones, {seeds} seeds; {hours:.1f} h of one core ({machines})."
+    )
+
+
+def _head(score: str, condition: str) -> str:
+    return score if condition == CLEAN else f"{score}, noisy"
+
+
+def _teacher_table(scores: Scores) -> str:
+    table = [["teachers", *(_head(*c) for c in COLUMNS), "headroom"]]
+    names = [(name,) for name in SINGLES]
+    for teachers in [*names, *PROBED_SETS]:
+        result = scores.teachers.get(set_name(teachers))
+        if result is None:
+            continue
+        cells = [f"{scores.accuracy(result, column)[0]:.1f}" for column in COLUMNS]
+        head = f"{scores.headroom(teachers):+.1f}" if len(teachers) > 1 else ""
+        marked = " (labels)" if set(teachers) & set(CONTROLS) else ""
+        table.append([set_name(teachers) + marked, *cells, head])
+    return (
+        "Accuracy of the probes on the teachers' target layers, per cent. Headroom: points by "
+        "which a set exceeds its best member, mean of phone frames (clean) and speaker (noisy).\n\n"
+        + markdown_table(table)
+    )
+
+
+def _student_table(scores: Scores) -> str:
+    table = [["learned from", "n", *(_head(*c) for c in COLUMNS), "score"]]
+    for row in rows():
+        seeds = scores.seeds([row.name])
+        if not seeds:
+            continue
+        cells = []
+        for column in COLUMNS:
+            values = [scores.accuracy(scores.students[row.name, s], column)[0] for s in seeds]
+            cells.append(_mean_and_deviation(values, 1))
+        values = [scores.normalised(row.name, seed)[0] for seed in seeds]
+        table.append([row.name, str(len(seeds)), *cells, _mean_and_deviation(values, 2)])
+    return (
+        "Accuracy in per cent, mean ± standard deviation over seeds. Score: share of the way from "
+        "the untrained student to the best teacher's own probe, mean of phone frames (clean) and "
+        "speaker (noisy).\n\n" + markdown_table(table)
+    )
+
+
+def _mean_and_deviation(values: Sequence[float], digits: int) -> str:
+    spread = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.{digits}f}{spread}"
+
+
+def _hypothesis_table(tested: Tested) -> str:
+    corrected = holm({key: tested[key][1].p for key in CORRECTED if key in tested})
+    table = [["", "contrast of scores", "n", "estimate", "p", "p, Holm", "shown"]]
+    for key, (hypothesis, e) in tested.items():
+        p = corrected.get(key)
+        verdict = "none"
+        if (e.p if p is None else p) < 0.05:
+            verdict = "> 0" if e.value > 0 else "< 0"
+        if e.equivalent and key != "H1b":
+            verdict += f", within ±{EQUIVALENCE:g}"
+        table.append(
+            [
+                key,
+                hypothesis.question,
+                str(len(e.by_seed)),
+                f"{e.value:+.3f} [{e.low:+.3f}, {e.high:+.3f}]",
+                f"{e.p:.3f}",
+                "" if p is None else f"{p:.3f}",
+                verdict,
+            ]
+        )
+    return markdown_table(table)
+
+
+def _power(tested: Tested) -> str:
+    lines = ["Standard deviation over seeds, and the smallest true value found with 80 % power:"]
+    values = [f"{key} {e.deviation:.3f}, {e.detectable:.3f}" for key, (_, e) in tested.items()]
+    return " ".join([*lines, "; ".join(values) + "."])
+
+
+def _draw_headroom(scores: Scores) -> bytes:
+    """Gain of heads over the best single teacher against headroom, a point for each set."""
+    figure = new_figure(6.0, 4.0)
+    axis = figure.subplots()
+    for number, teachers in enumerate(SETS):
+        together, best = Row(teachers).name, scores.best_single(teachers)
+        seeds = scores.seeds([together, best])
+        if len(seeds) < 2 or set_name(teachers) not in scores.teachers:
+            continue
+        gains = np.stack(
+            [scores.normalised(together, s) - scores.normalised(best, s) for s in seeds]
+        )
+        e, x = estimate(gains), scores.headroom(teachers)
+        axis.errorbar(
+            [x], [e.value], yerr=[[e.value - e.low], [e.high - e.value]], fmt="o", capsize=3,
+            color=COLOURS[number], label=set_name(teachers),
+        )  # fmt: skip
+    axis.axhline(0, color="grey", lw=0.8)
+    axis.axhspan(-EQUIVALENCE, EQUIVALENCE, color="grey", alpha=0.15)
+    axis.set(
+        xlabel="headroom: probe of all teachers - best one (points)",
+        ylabel="gain of the student over the best single teacher's",
+    )
+    axis.legend(frameon=False, fontsize=8)
+    return png(figure)
+
+
+def _draw_rows(scores: Scores) -> bytes:
+    """Accuracies of all rows with 95 % intervals of the difference to ``none``."""
+    names = [row.name for row in rows() if len(scores.seeds([row.name, "none"])) >= 2]
+    figure = new_figure(3.4 * len(COLUMNS[:4]) + 2.5, 1.2 + 0.28 * len(names))
+    axes = figure.subplots(1, 4, sharey=True)
+    for axis, column in zip(axes, COLUMNS, strict=False):
+        for place, name in enumerate(names):
+            seeds = scores.seeds([name, "none"])
+            values = [scores.accuracy(scores.students[name, s], column) for s in seeds]
+            base = [scores.accuracy(scores.students["none", s], column) for s in seeds]
+            middle = float(np.mean([v[0] for v in values]))
+            colour = COLOURS[0] if "+" in name else COLOURS[1] if name != "none" else "grey"
+            if name == "none":
+                axis.axvline(middle, color="grey", lw=0.8, ls=":")
+                axis.plot([middle], [place], "o", color=colour, ms=4)
+                continue
+            e = estimate(np.stack(values) - np.stack(base))
+            margins = [[e.value - e.low], [e.high - e.value]]
+            axis.errorbar([middle], [place], xerr=margins, fmt="o", ms=4, color=colour, capsize=2)
+        axis.set(title=_head(*column), xlabel="accuracy (%)")
+        axis.grid(alpha=0.3, axis="x")
+    axes[0].set_yticks(range(len(names)), names, fontsize=8)
+    axes[0].invert_yaxis()
+    return png(figure)
+
+
+def write_report(results: Sequence[StudyResult], docs: Path) -> list[Path]:
+    """Write the text between the marks of ``docs``/study.md, and the pictures.
+
+    Raises:
+        SetupError: study.md has no marks.
+    """
+    from marked_text import between
+
+    text, pictures = report(results)
+    page = docs / "study.md"
+    page.write_text(
+        between(page.read_text(encoding="utf-8"), BEGIN, END, text, page), encoding="utf-8"
+    )
+    for name, contents in pictures.items():
+        with atomic_file(docs / name) as file:
+            file.write(contents)
+    return [page, *(docs / name for name in pictures)]
+
 
 BEGIN = "<!-- study: begin; written by tools/study.py, edit outside the two marks -->"
 END = "<!-- study: end -->"
-TITLE = "# One teacher or three: a first look\n"
-
-
-def write_report(study: Study, folder: StudyFolder, jobs: list[Job], docs: Path) -> list[Path]:
-    """Write all files of the report and return their paths.
-
-    Raises:
-        SetupError: cannot write a file, or the marks in study.md are missing or repeated.
-    """
-    text, table, pictures = docs / "study.md", docs / "study.csv", plots.plots(study)
-    try:
-        docs.mkdir(parents=True, exist_ok=True)
-        for name, picture in pictures.items():
-            with atomic_file(docs / name) as file:
-                picture(file)
-        body = "\n".join(sections(study, folder, jobs, list(pictures)))
-        old = text.read_text(encoding="utf-8") if text.exists() else f"{TITLE}\n{BEGIN}\n{END}\n"
-        _put(text, between(old, BEGIN, END, body, text).encode())
-        _put(table, as_csv(study).encode())
-    except OSError as error:
-        raise SetupError(f"cannot write to {docs}: {error.strerror}") from None
-    return [text, table, *(docs / name for name in pictures)]
-
-
-def _put(path: Path, data: bytes) -> None:
-    with atomic_file(path) as file:
-        file.write(data)
-
-
-def sections(
-    study: Study, folder: StudyFolder, jobs: list[Job], pictures: list[str]
-) -> Iterator[str]:
-    """Yield the report as pieces of Markdown."""
-    yield from _setting(study)
-    for condition in study.results.conditions:
-        yield f"## {condition_heading(condition)}\n"
-        yield markdown_table(list(_table(study, condition))) + "\n"
-    if study.means:
-        yield (
-            f"Mean over the seeds, with its {LEVEL:.0%} interval in brackets. The interval covers "
-            "other test utterances of the same kind (bootstrap, with the same resamples for all "
-            "rows) and other seeds of distillation and downstream training (Student's t, wide with "
-            "so few seeds). It does not cover other training data, speakers, noises, teachers or "
-            "learning rates, or longer training. †: fewer seeds than planned; with one seed, the "
-            "interval covers the utterances only. References have the seeds of their own runs.\n"
-        )
-    yield from _references(study)
-    yield from differences(study)
-    for name in pictures:
-        yield f"![{plots.ABOUT[name]}]({name})\n"
-    yield from _time(folder, jobs)
-
-
-def _setting(study: Study) -> Iterator[str]:
-    s, results = study.setting, study.results
-    cells = len(list(rows(s))) * len(study.metrics) * 2  # clean and noisy
-    yield (
-        f"{results.finished} of {results.planned} downstream models are finished; "
-        f"{study.complete_cells} of {cells} cells have all {len(s.seeds)} seeds.\n"
-    )
-    yield "## Setting\n"
-    layers = ", ".join(map(str, s.layers))
-    seeds = ", ".join(map(str, s.seeds))
-    yield f"- Teachers: {', '.join(s.teachers)}; targets: outputs of layers {layers} of each."
-    yield (
-        f"- Students: from each teacher alone, and from all {len(s.teachers)} under average, "
-        f"concat and separate heads; {len(s.sizes)} sizes; seeds {seeds}."
-    )
-    yield (
-        "- Initial weights: random for all."
-        if s.init is None
-        else f"- Initial weights: the first layers and the conv extractor of {s.init} for all; the "
-        "extractor is frozen."
-    )
-    yield "- Row none: the control, students with these initial weights and no distillation."
-    for name, size in s.sizes.items():
-        parameters = [
-            c.parameters for row, c in results.costs.items() if row.startswith(f"{name}-")
-        ]
-        count = f", {max(parameters):,} parameters" if parameters else ""
-        yield (
-            f"- Size {name}: {size.channels} conv channels, "
-            f"{size.layers} transformer layer{'s' if size.layers > 1 else ''} of "
-            f"{size.width}{count}."
-        )
-    hours = s.steps * s.batch * s.seconds / 3600
-    yield (
-        f"- Each distillation: {s.steps} steps of {s.batch} excerpts of at most {s.seconds:g} s "
-        f"(at most {hours:.2f} h of audio), learning rate {s.lr:g}, L1 and cosine; the same data, "
-        "order and seeds for all."
-    )
-    for task, steps in s.tasks.items():
-        lr = f", learning rate {results.recipes[task][0]:g}" if task in results.recipes else ""
-        steps = results.recipes.get(task, (0, steps))[1]
-        probe = f" with {PROBES[task]}" if task in PROBES else ""
-        yield f"- {task.upper()}: {steps} downstream steps{probe}{lr}."
-    if "sid" in s.tasks:
-        yield f"- SID is tested on the middle {s.sid_seconds:g} s of each utterance."
-    if "er" in s.tasks:
-        folds = "leave-one-speaker-out cross-validation" if s.all_folds else "the manifest's split"
-        yield f"- ER: {folds}."
-    if results.features_alone:
-        tasks = ", ".join(task.upper() for task in results.features_alone)
-        yield f"- Features for {tasks}: computed for each utterance alone (--cache-features)."
-    yield ""
-
-
-def _table(study: Study, condition: str) -> Iterator[list[str]]:
-    yield ["size", "learned from", *(metric.title for metric in study.metrics)]
-    labels = [(row.name, row.size, row.learned_from) for row in rows(study.setting)]
-    labels += [(name, "reference", name) for name in study.results.references]
-    for name, size, learned_from in labels:
-        cells = []
-        for metric in study.metrics:
-            estimate = study.means.get((name, metric.key, condition))
-            cells.append(format_estimate(estimate) if estimate else "–")
-            cell = study.results.cells.get((name, metric.key, condition))
-            if cell and size != "reference" and len(cell.seeds) < len(study.setting.seeds):
-                cells[-1] += " †"
-        yield [size, learned_from, *cells]
-
-
-def _references(study: Study) -> Iterator[str]:
-    if study.results.reference_differences:
-        runs = [
-            f"{run} ({', '.join(keys)})"
-            for run, keys in study.results.reference_differences.items()
-        ]
-        yield f"References with other settings than the students: {'; '.join(runs)}.\n"
-
-
-def _time(folder: StudyFolder, jobs: list[Job]) -> Iterator[str]:
-    kinds: dict[str, list] = {}
-    for job in jobs:
-        spent = folder.time_spent(job.name)
-        if spent is not None:
-            kinds.setdefault(job.kind, []).append(spent)
-    if not kinds:
-        return
-    yield "## Time\n"
-    table = [["job", "finished", "seconds each", "CPU seconds each", "CPU minutes"]]
-    for kind, spent in kinds.items():
-        cpu = sum(time.cpu for time in spent)
-        wall = sum(time.seconds for time in spent)
-        count = len(spent)
-        cells = (f"{wall / count:.0f}", f"{cpu / count:.0f}", f"{cpu / 60:.1f}")
-        table.append([f"{kind} (all students of a seed)" if kind == "evaluate" else kind]
-                     + [str(count), *cells])  # fmt: skip
-    yield markdown_table(table) + "\n"
-    yield f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}.\n"

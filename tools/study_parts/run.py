@@ -1,172 +1,164 @@
-"""Run the unfinished jobs in parallel, with a progress bar and an estimate of the time left."""
+"""Run what is missing: probes of teachers and sets, then students, seed by seed."""
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
-from .children import JobProcess, check_no_leftovers, terminate, write_running
-from .design import StudySetting
 from .folder import StudyFolder
-from .parts import GUESSED_SECONDS, Job, finished_runs, is_done
+from .results import StudyResult, machine, probe_states, read_result, write_result
+from .rows import NONE, PROBED_SETS, STUDENT, Row, set_name, teacher_config
 
-POLL_SECONDS = 0.2  # seconds between two polls of the running jobs
+RATE, WARMUP = 2e-3, 0.1  # learning rate, and share of the steps of its warm-up
 
 
-@dataclass
-class StudyOutcome:
-    """Outcome of :func:`run_jobs`.
+def teacher_path(results: Path, name: str) -> Path:
+    """File of the probes of a teacher or a set."""
+    return results / f"teacher_{name.replace('+', '-')}.json"
 
-    Attributes:
-        failed: job -> reason.
-        stopped: stopped before all jobs had ended.
+
+def student_path(results: Path, row: Row, seed: int) -> Path:
+    """File of the result of a student."""
+    return results / f"{row.file_name}_{seed}.json"
+
+
+def measure_teachers(folder: StudyFolder, names: tuple[str, ...], results: Path) -> StudyResult:
+    """Probe the target layers of a teacher, or of several teachers side by side."""
+    import torch
+
+    from s3prl_ekd import compat
+    from s3prl_ekd.teachers import load_upstream
+
+    torch.set_num_threads(1)
+    compat.apply()
+    start, upstreams = time.monotonic(), {}
+    for name in names:
+        upstreams[name] = load_upstream(folder.files[name], name).eval()
+
+    def states_of(wave: torch.Tensor) -> list[torch.Tensor]:
+        states = []
+        for name, upstream in upstreams.items():
+            hidden = upstream([wave])["hidden_states"]
+            layers = teacher_config(name, folder.files)["layers"]
+            states += [hidden[layer][0] for layer in layers]
+        frames = min(len(state) for state in states)
+        return [state[:frames] for state in states]
+
+    scores = probe_states(folder, states_of)
+    digests = folder.teacher_digests(names)
+    seconds = round(time.monotonic() - start, 1)
+    result = StudyResult(set_name(names), 0, scores, digests, seconds=seconds, machine=machine())
+    write_result(result, teacher_path(results, set_name(names)))
+    return result
+
+
+def measure_student(
+    folder: StudyFolder, row: Row, seed: int, steps: int, results: Path
+) -> StudyResult:
+    """Train the student of a row and seed, unless it is there, and probe its hidden states.
+
+    Row ``none`` has the first weights of all rows of its seed.
     """
+    import torch
+    from s3prl_ekd.upstream.expert import UpstreamExpert
 
-    failed: dict[str, str] = field(default_factory=dict)
-    stopped: bool = False
+    torch.set_num_threads(1)
+    start, loss = time.monotonic(), None
+    name = f"{row.file_name}_{seed}"
+    if row == NONE:
+        upstream = UpstreamExpert(folder.untrained(STUDENT, seed)).eval()
+    else:
+        model = folder.model(row)
+        last = folder.train(name, model, steps, RATE, WARMUP, seed, log=f"log_{name}")
+        loss = round(folder.dev_loss(model, steps, last), 5)
+        upstream = UpstreamExpert(last).eval()
+
+    def states_of(wave: torch.Tensor) -> list[torch.Tensor]:
+        return [state[0] for state in upstream([wave])["hidden_states"]]
+
+    scores = probe_states(folder, states_of)
+    digests = folder.teacher_digests(row.teachers)
+    trained = 0 if row == NONE else steps
+    seconds = round(time.monotonic() - start, 1)
+    result = StudyResult(row.name, seed, scores, digests, trained, seconds, loss, machine())
+    write_result(result, student_path(results, row, seed))
+    return result
 
 
-def run_jobs(
-    jobs: Sequence[Job],
-    setting: StudySetting,
+def run_missing(
     folder: StudyFolder,
-    parallel: int,
+    rows: Sequence[Row],
+    seeds: Sequence[int],
+    steps: int,
+    results: Path,
+    jobs: int,
     stop: Callable[[], bool],
-    command_for: Callable[[list], tuple[str, ...]],
-) -> StudyOutcome:
-    """Run all unfinished jobs, each after the jobs that it needs.
+) -> tuple[int, list[str]]:
+    """Measure what has no result yet.
 
     Args:
-        parallel: number of jobs to run in parallel.
-        stop: called repeatedly; once it is True, running jobs are terminated (they save).
-        command_for: command that evaluates the given students.
+        folder, rows, seeds, steps: what to run.
+        results: folder of the result files.
+        jobs: processes at a time.
+        stop: no further job is started once it returns True.
+
+    Returns:
+        (number of results that are still missing, reasons of failed jobs).
+    """
+    todo: list[tuple[str, Any]] = []
+    sets = [(name,) for name in folder.teachers]
+    sets += [names for names in PROBED_SETS if set(names) <= set(folder.teachers)]
+    for names in sets:
+        if not teacher_path(results, set_name(names)).exists():
+            todo.append((set_name(names), (measure_teachers, folder, names, results)))
+    for seed in seeds:
+        for row in rows:
+            if not student_path(results, row, seed).exists():
+                job = (measure_student, folder, row, seed, steps, results)
+                todo.append((f"{row.name}, seed {seed}", job))
+    failed, done = [], 0
+    with (
+        ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool,
+        tqdm(total=len(todo), unit=" results", dynamic_ncols=True) as bar,
+    ):
+        waiting, running = list(todo), {}
+        while running or (waiting and not stop()):
+            while waiting and len(running) < jobs and not stop():
+                name, (function, *arguments) = waiting.pop(0)
+                running[pool.submit(function, *arguments)] = name
+            finished, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in finished:
+                name, error = running.pop(future), future.exception()
+                if error is None:
+                    done += 1
+                    bar.update()
+                    bar.set_postfix_str(name)
+                else:
+                    failed.append(f"{name}: {error}")
+    return len(todo) - done, failed
+
+
+def check_teachers(results: Path) -> None:
+    """Check that the students of a seed learned from the same teachers.
 
     Raises:
-        SetupError: commands of an earlier, killed start are still running.
+        SetupError: two results name different files of one teacher.
     """
-    running_file = folder.root / "running.json"
-    check_no_leftovers(running_file)
-    outcome, running = StudyOutcome(), {}
-    waiting = [job for job in jobs if not is_done(folder, job)]
-    ended = {job.name for job in jobs} - {job.name for job in waiting}
-    progress = ProgressBar(jobs, setting, folder, parallel)
-    try:
-        with progress:
-            while waiting or running:
-                if stop():
-                    outcome.stopped = True
-                    break
-                changed = False
-                for job in list(waiting):
-                    if not set(job.needs) <= ended:
-                        continue
-                    exclusive = job.exclusive or any(active.exclusive for active in running)
-                    if len(running) >= parallel or (running and exclusive):
-                        break  # start jobs in order
-                    waiting.remove(job)
-                    changed = True
-                    reason = _start_job(job, folder, running, outcome, command_for)
-                    if reason:
-                        outcome.failed[job.name] = reason
-                        ended.add(job.name)
-                for job, child in list(running.items()):
-                    code = child.poll()
-                    if code is None:
-                        continue
-                    changed = True
-                    del running[job]
-                    ended.add(job.name)
-                    if code:
-                        reason = f"{child.error_message} (see {child.log})"
-                        outcome.failed[job.name] = reason
-                        tqdm.write(f"failed: {job.name}: {reason}")
-                    elif job.name not in outcome.failed:
-                        folder.mark_done(job.name, child.spent)
-                if changed:
-                    write_running(list(running.values()), running_file)
-                progress.show(running)
-                time.sleep(POLL_SECONDS)
-    finally:
-        terminate(list(running.values()))
-        running_file.unlink(missing_ok=True)
-    return outcome
+    from s3prl_ekd.errors import SetupError
 
-
-def _start_job(
-    job: Job, folder: StudyFolder, running: dict, outcome: StudyOutcome, command_for
-) -> str:
-    """Start a job; return "" or the reason why it cannot start."""
-    failed = [name for name in job.needs if name in outcome.failed]
-    if job.kind == "evaluate":
-        available = [s for s in job.students if folder.student_path(s.name).is_file()]
-        if not available or any(name.startswith(("prepare", "init")) for name in failed):
-            return f"not started, since these failed: {', '.join(failed)}"
-        if len(available) < len(job.students):
-            outcome.failed[job.name] = f"students of failed jobs are missing: {', '.join(failed)}"
-            job = replace(job, commands=(command_for(available),))
-    elif failed:
-        return f"not started, since these failed: {', '.join(failed)}"
-    running[job] = JobProcess(job.commands, folder.root, folder.log_path(job.name))
-    return ""
-
-
-class ProgressBar:
-    """Progress bar over jobs and downstream runs, with the time left.
-
-    The estimate is the mean of the finished jobs of a kind, or else :data:`GUESSED_SECONDS`.
-    """
-
-    def __init__(
-        self, jobs: Sequence[Job], setting: StudySetting, folder: StudyFolder, parallel: int
-    ):
-        self.jobs, self.setting, self.folder, self.parallel = jobs, setting, folder, parallel
-        self.total = sum(self._units(job) for job in jobs)
-        self.last_refresh = float("-inf")
-        self.bar = tqdm(total=self.total, unit=" runs", desc="study", dynamic_ncols=True)
-
-    def __enter__(self) -> ProgressBar:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.show({}, always=True)
-        self.bar.close()
-
-    def _units(self, job: Job) -> int:
-        return len(job.students) * len(self.setting.tasks) if job.kind == "evaluate" else 1
-
-    def show(self, running: dict, always: bool = False) -> None:
-        """Update the bar, at most every 5 seconds unless ``always``."""
-        now = time.monotonic()
-        if not always and now - self.last_refresh < 5:
-            return
-        self.last_refresh = now
-        finished_count, seconds_left = 0, 0.0
-        kinds: dict[str, list[float]] = {}
-        remaining: dict[str, int] = {}
-        for job in self.jobs:
-            spent = self.folder.time_spent(job.name)
-            if job.kind != "evaluate":
-                if is_done(self.folder, job):
-                    finished_count += 1
-                    kinds.setdefault(job.kind, []).append(spent.seconds)
-                else:
-                    remaining[job.kind] = remaining.get(job.kind, 0) + 1
-                continue
-            finished = finished_runs(self.folder, job, self.setting)
-            finished_count += len(finished)
-            for (_, task), seconds in finished.items():
-                kinds.setdefault(task, []).append(seconds)
-            for task in self.setting.tasks:
-                missing = len(job.students) - sum(1 for _, t in finished if t == task)
-                remaining[task] = remaining.get(task, 0) + missing
-        for kind, count in remaining.items():
-            mean = statistics.fmean(kinds[kind]) if kind in kinds else GUESSED_SECONDS[kind]
-            seconds_left += count * mean / (1 if kind == "cache" else self.parallel)
-        self.bar.n = finished_count
-        names = ", ".join(job.name for job in running)
-        self.bar.set_postfix_str(f"about {seconds_left / 60:.0f} min left; {names}", refresh=False)
-        self.bar.refresh()
+    seen: dict[tuple[int, str], tuple[str, Path]] = {}
+    for path in sorted(results.glob("*.json")):
+        result = read_result(path)
+        for name, digest in result.teachers.items():
+            other = seen.setdefault((result.seed, name), (digest, path))
+            if result.seed and other[0] != digest:
+                raise SetupError(
+                    f"{path} and {other[1]} are of other trainings of the teacher {name}; delete "
+                    "the results of that seed, and run them again"
+                )

@@ -28,10 +28,14 @@ class TrainingFolder:
 
     def command(self, *argv: str, log: str = "log") -> None:
         """Run a command of this package in the folder; its output goes to ``log``.txt."""
+        self.run_logged(["-m", "s3prl_ekd", *argv], log)
+
+    def run_logged(self, argv: list[str], log: str) -> None:
+        """Run Python with these arguments in the folder; its output goes to ``log``.txt."""
         with (self.folder / f"{log}.txt").open("a", encoding="utf-8") as output:
             print("$", *argv, file=output, flush=True)
             done = subprocess.run(
-                [sys.executable, "-m", "s3prl_ekd", *argv],
+                [sys.executable, *argv],
                 cwd=self.folder,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -47,6 +51,14 @@ class TrainingFolder:
         """
         if not (self.folder / "pretrain").exists():
             self.command("init", ".")
+        self.write_tables()
+        self.write("cache.yaml", model)
+        self.write("cache_runner.yaml", runner_config(self.data(cached=False), 2, 1e-3))
+        configs = ["-c", "cache_runner.yaml", "-g", "cache.yaml"]
+        self.command("cache", *configs, "-o", "targets", *options)
+
+    def write_tables(self) -> None:
+        """Write the length tables of the corpus."""
         tables = self.folder / "tables"
         tables.mkdir(exist_ok=True)
         for split in ("train", "dev"):
@@ -56,10 +68,6 @@ class TrainingFolder:
             lines = [f"{i},{path},{lengths[path]}," for i, path in enumerate(paths)]
             text = "\n".join([",file_path,length,label", *lines]) + "\n"
             (tables / f"{split}.csv").write_text(text, encoding="utf-8")
-        self.write("cache.yaml", model)
-        self.write("cache_runner.yaml", runner_config(self.data(cached=False), 2, 1e-3))
-        configs = ["-c", "cache_runner.yaml", "-g", "cache.yaml"]
-        self.command("cache", *configs, "-o", "targets", *options)
 
     def data(self, cached: bool = True) -> dict[str, Any]:
         """``pretrain_expert.datarc``; the paths of tables and cache are relative to the folder."""
@@ -97,6 +105,20 @@ class TrainingFolder:
             argv = ["run_pretrain.py", "-u", "ekd", "-n", name, *configs, "--seed", str(seed)]
             self.command(*argv, *resume, log=log)
         return last
+
+    def untrained(self, student: dict[str, Any], seed: int) -> Path:
+        """Write a student with random weights."""
+        import torch
+
+        from s3prl_ekd.distill.student import Student
+        from s3prl_ekd.distill.student_settings import StudentSettings
+        from s3prl_ekd.student_file import LoadedStudent, write_student
+
+        torch.manual_seed(seed)
+        module = Student(StudentSettings(**student))
+        path = self.folder / f"none_{seed}.pt"
+        write_student(LoadedStudent(module, None, {}, {}), path, keep_heads=False)
+        return path
 
     def expert(self, model: dict[str, Any], checkpoint: Path | None = None) -> Any:
         """The pretraining expert of a model config, with its first weights or those of a

@@ -1,4 +1,4 @@
-"""The study's intervals against worked-out constants, a reference in loops, and their coverage."""
+"""Intervals of zoo_scores.py: constants, a reference in loops, coverage."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import math
 
 import numpy as np
 import pytest
-from study_parts.cells import Cell, ErrorCounts
-from study_parts.intervals import bootstrap, mean_estimate, paired_difference
+from scores.cells import METRICS, Cell, ErrorCounts
+from scores.intervals import bootstrap, mean_estimate, paired_difference
 
-from .study_cases import PR, SID
+PR = next(metric for metric in METRICS if metric.task == "pr")
+SID = next(metric for metric in METRICS if metric.task == "sid")
 
 pytestmark = pytest.mark.slow  # of the developers' tools
 

@@ -1,0 +1,116 @@
+"""Teachers, sets of teachers, and rows of the study.
+
+A row is a student by what it learned from; ``none`` is the student before training. Teachers have
+six layers of width 192, of which three are the targets. Their shares of a set's knowledge differ:
+``sibling`` is ``hubert`` trained with another seed, ``wavlm`` and ``robust`` were trained on the
+same units with other inputs, ``speaker`` and ``prosody`` on other targets without labels.
+``resemblyzer`` is another project's model, trained with speaker labels: a positive control.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+LAYERS = (2, 4, 6)
+RESEMBLYZER_LAYERS = (1, 2, 3)
+SETS = (
+    ("hubert", "sibling"),
+    ("hubert", "wavlm", "robust"),
+    ("hubert", "speaker", "prosody"),
+    ("hubert", "resemblyzer"),
+)
+# Also probed: small sets that no student learns from
+PROBED_SETS = (*SETS, ("hubert", "wavlm"), ("hubert", "robust"), ("hubert", "speaker"))
+SINGLES = ("hubert", "wavlm", "robust", "speaker", "prosody", "sibling", "resemblyzer")
+CONTROLS = ("resemblyzer",)  # trained with labels
+AVERAGE_HEADS = "average+heads"
+
+# 0.37 M parameters, trained from random weights
+STUDENT: dict[str, Any] = {
+    "extractor_conv_feature_layers": "[(32,10,5)] + [(32,3,2)] * 4 + [(32,2,2)] * 2",
+    "feature_grad_mult": 1.0,
+    "encoder_layers": 2,
+    "encoder_embed_dim": 96,
+    "encoder_ffn_embed_dim": 384,
+    "encoder_attention_heads": 4,
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a student learned from: teachers and how their targets were combined."""
+
+    teachers: tuple[str, ...]
+    combination: str = "separate"
+
+    @property
+    def name(self) -> str:
+        if not self.teachers:
+            return "none"
+        if len(self.teachers) == 1:
+            return self.teachers[0]
+        return f"{'+'.join(self.teachers)}, {self.combination}"
+
+    @property
+    def file_name(self) -> str:
+        """The name in names of files."""
+        return self.name.replace(", ", "-").replace("+", "-")
+
+
+NONE = Row(())
+
+
+def set_name(teachers: tuple[str, ...]) -> str:
+    return "+".join(teachers)
+
+
+def rows() -> list[Row]:
+    """All rows, in the order in which a seed is run: those of the first hypotheses first."""
+    siblings, plain, different, control = SETS
+    result = [NONE, *(Row((name,)) for name in SINGLES if name not in ("sibling",))]
+    result += [Row(different, c) for c in ("separate", "average", AVERAGE_HEADS, "concat")]
+    result += [Row(plain, c) for c in ("separate", "average", "concat")]
+    result += [Row(control, c) for c in ("separate", "average")]
+    result += [Row(siblings, c) for c in ("separate", "average")]
+    result += [Row(different, c) for c in BASIS_ROWS]
+    return result
+
+
+# Combinations of the last part: a common basis before averaging, relations, units
+BASIS_ROWS = ("average, phi_s", "average, procrustes")
+
+
+def model_config(row: Row, files: dict[str, str], noise: str) -> dict[str, Any]:
+    """The model config of a row.
+
+    Args:
+        files: ``teachers.NAME.model`` of each teacher.
+        noise: folder of noises in the student's input.
+    """
+    combination, _, added = row.combination.partition(", ")
+    config: dict[str, Any] = {
+        "teachers": {name: teacher_config(name, files) for name in row.teachers},
+        "aggregation": "average" if combination == AVERAGE_HEADS else combination,
+        "student": STUDENT,
+        # The student hears noise, babble and rooms; the teachers hear clean speech
+        "distortion": {
+            "setup": "setup1",
+            "noise": [noise],
+            "babble": True,
+            "snr_min": 0.0,
+            "snr_max": 20.0,
+            "pitch_cents": 0.0,
+            "convolutive_weights": {"reverb": 1.0, "band_reject": 0.0, "clean": 1.0},
+        },
+    }
+    if combination == AVERAGE_HEADS:
+        config["heads"] = {"per_teacher": True}
+    if added:
+        config |= {"target_norm": added, "target_norm_steps": 100}
+    return config
+
+
+def teacher_config(name: str, files: dict[str, str]) -> dict[str, Any]:
+    layers = RESEMBLYZER_LAYERS if name == "resemblyzer" else LAYERS
+    return {"model": files[name], "layers": list(layers)}
