@@ -16,7 +16,9 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import t as student_t
 
-from .results import CLEAN, NOISY, StudyResult
+from s3prl_ekd.probe.measure import CLEAN
+
+from .results import NOISY, StudyResult
 from .rows import AVERAGE_HEADS, SETS, SINGLES, Row, set_name
 
 PRIMARY = (("phone frames", CLEAN), ("speaker", NOISY))
@@ -137,8 +139,8 @@ def estimate(values: np.ndarray) -> ContrastEstimate:
     count, value = len(by_seed), float(by_seed.mean())
     seed_variance = by_seed.var(ddof=1) / count
     speaker_variance = values[:, 1:].mean(0).var(ddof=1)
-    error = math.sqrt(seed_variance + speaker_variance)
-    freedom = (count - 1) * (error**2 / max(seed_variance, 1e-12)) ** 2
+    error = max(math.sqrt(seed_variance + speaker_variance), 1e-12)
+    freedom = math.inf if seed_variance == 0 else (count - 1) * (error**2 / seed_variance) ** 2
     margin = student_t.ppf(0.975, freedom) * error
     one_sided = student_t.ppf(0.95, freedom) * error
     return ContrastEstimate(
@@ -216,7 +218,7 @@ def hypotheses(scores: Scores) -> list[Hypothesis]:
     clean = [(score, CLEAN) for score, _ in PRIMARY]
     noisy = [(score, NOISY) for score, _ in PRIMARY]
     robust = row(plain, "separate")
-    return [
+    found = [
         Hypothesis(
             "H1",
             f"heads for {set_name(different)} - {best[different]} alone",
@@ -272,6 +274,9 @@ def hypotheses(scores: Scores) -> list[Hypothesis]:
             difference(mean("hubert"), mean("none")),
         ),
     ]
+    if len(set(doses.tolist())) < 2:  # no slope without different headrooms
+        found = [hypothesis for hypothesis in found if hypothesis.key != "H1b"]
+    return found
 
 
 CORRECTED = ("H1", "H1b", "H2", "H3", "H4", "H5")

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from s3prl_ekd.files.atomic import atomic_file
+from s3prl_ekd.probe.measure import CLEAN
 from s3prl_ekd.superb.report_plots import COLOURS
 from s3prl_ekd.system.figures import new_figure, png
 from s3prl_ekd.system.tables import markdown_table
@@ -19,10 +20,10 @@ from .analysis import (
     Hypothesis,
     Scores,
     estimate,
-    holm,
     estimate_hypotheses,
+    holm,
 )
-from .results import CLEAN, NOISY, StudyResult
+from .results import NOISY, StudyResult
 from .rows import CONTROLS, PROBED_SETS, SETS, SINGLES, Row, rows, set_name
 
 COLUMNS = (
@@ -167,7 +168,8 @@ def _draw_headroom(scores: Scores) -> bytes:
         xlabel="headroom: probe of all teachers - best one (points)",
         ylabel="gain of the student over the best single teacher's",
     )
-    axis.legend(frameon=False, fontsize=8)
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(frameon=False, fontsize=8)
     return png(figure)
 
 

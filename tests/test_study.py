@@ -1,0 +1,215 @@
+"""tools/study.py: rows, results, contrasts against hand-made constants, resuming, the report."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+import study
+import yaml
+from scipy import stats
+from study_parts import rows, run
+from study_parts.analysis import Scores, estimate, estimate_hypotheses, holm
+from study_parts.report import BEGIN, END, report
+from study_parts.results import NOISY, StudyResult, read_result, write_result
+from study_parts.rows import NONE, SETS, Row
+
+from s3prl_ekd.distill.settings import DistillSettings
+from s3prl_ekd.errors import SetupError
+from s3prl_ekd.files.config import from_plain_data
+from s3prl_ekd.probe.measure import CLEAN
+
+pytestmark = pytest.mark.slow  # of the developers' tools
+
+SPEAKERS = [f"s{i:02}" for i in range(40)]
+COLUMNS = [(s, c) for s in ("phone frames", "speaker", "emotion") for c in (CLEAN, NOISY)]
+
+
+def result(row, seed, accuracy, spread=0.0, teachers=None):
+    """A result with this accuracy, in per cent, for all scores; speakers differ by ``spread``."""
+    counts = {}
+    for i, speaker in enumerate(SPEAKERS):
+        share = accuracy + spread * math.sin(1 + i)
+        counts[speaker] = (10 * (100 - share), 1000)
+    scores = {column: counts for column in COLUMNS}
+    return StudyResult(row, seed, scores, teachers or {}, 3000, 60.0, 1.0, "a machine")
+
+
+def all_results(accuracy, seeds=(1, 2, 3, 4), noise=0.2):
+    """Results of all rows, teachers and sets; ``accuracy`` maps names to per cent (default: 50)."""
+    rng = np.random.default_rng(0)
+    results = [
+        result(row.name, seed, accuracy.get(row.name, 50) + noise * rng.normal())
+        for seed in seeds
+        for row in rows.rows()
+    ]
+    singles = [(name,) for name in rows.SINGLES]
+    results += [
+        result(rows.set_name(names), 0, accuracy.get(f"teacher {rows.set_name(names)}", 60))
+        for names in [*singles, *rows.PROBED_SETS]
+    ]
+    return results
+
+
+def test_each_row_is_a_valid_model_config_of_its_teachers(tmp_path):
+    files = {name: f"{name}.pt" for name in rows.SINGLES}
+    for row in rows.rows():
+        if row == NONE:
+            continue
+        config = yaml.safe_load(yaml.safe_dump(rows.model_config(row, files, "noise")))
+        settings = from_plain_data(DistillSettings, config, row.name)
+        assert tuple(settings.teachers) == row.teachers
+        assert settings.distortion.setup == "setup1"
+    names = [row.name for row in rows.rows()]
+    assert len(set(names)) == len(names)
+    assert len({row.file_name for row in rows.rows()}) == len(names)
+
+
+def test_holm_by_hand():
+    # 0.01 * 3, then the larger of 0.03 and 0.02 * 2, then the larger of 0.04 and 0.3
+    assert holm({"a": 0.02, "b": 0.01, "c": 0.3}) == pytest.approx({"b": 0.03, "a": 0.04, "c": 0.3})
+
+
+def test_without_variation_of_speakers_an_estimate_is_a_t_test_over_seeds():
+    by_seed = np.array([0.1, 0.3, 0.2, 0.4])
+    e = estimate(np.repeat(by_seed[:, None], 50, axis=1))
+    expected = stats.ttest_1samp(by_seed, 0)
+    interval = expected.confidence_interval(0.95)
+    assert (e.low, e.high) == pytest.approx((interval.low, interval.high))
+    assert e.p == pytest.approx(expected.pvalue)
+
+
+def test_variation_of_speakers_widens_the_interval():
+    rng = np.random.default_rng(0)
+    by_seed = np.array([0.1, 0.3, 0.2, 0.4])
+    speakers = rng.normal(0, 0.1, 2000)
+    values = np.concatenate([by_seed[:, None], by_seed[:, None] + speakers[None]], axis=1)
+    error = math.sqrt(by_seed.var(ddof=1) / 4 + 0.1**2)
+    freedom = 3 * (error**2 / (by_seed.var(ddof=1) / 4)) ** 2
+    e = estimate(values)
+    assert e.high - e.value == pytest.approx(stats.t.ppf(0.975, freedom) * error, rel=0.05)
+
+
+def test_small_differences_are_shown_to_be_small_and_large_ones_are_not():
+    tight = estimate(np.repeat(np.array([[0.01], [-0.01], [0.02], [0.0]]), 9, axis=1))
+    assert tight.equivalent and tight.p > 0.05
+    wide = estimate(np.repeat(np.array([[0.2], [-0.2], [0.3], [-0.3]]), 9, axis=1))
+    assert not wide.equivalent and wide.p > 0.05
+
+
+def test_the_score_is_the_share_of_the_way_to_the_best_teacher():
+    results = all_results({"teacher hubert": 70, "hubert": 55}, noise=0)
+    scores = Scores(results)
+    assert scores.normalised("hubert", 1)[0] == pytest.approx((55 - 50) / (70 - 50))
+    assert scores.normalised("none", 2)[0] == pytest.approx(0)
+
+
+def test_the_best_single_teacher_is_chosen_on_speakers_that_are_not_tested():
+    results = all_results({}, noise=0)
+    scores = Scores(results)
+    assert scores.dev and not scores.dev & set(scores.tested)
+    for r in results:  # speaker is best for dev speakers, wavlm for the tested ones
+        if r.row in ("speaker", "prosody"):
+            for counts in r.scores.values():
+                better = scores.dev if r.row == "speaker" else set(scores.tested)
+                counts.update({s: (1, 1000) for s in better})
+    # the columns share one dict in result(), so the update is seen by all of them
+    assert Scores(results).best_single(SETS[2]) == "speaker"
+
+
+def test_headroom_is_the_gain_of_the_set_over_its_best_member():
+    scores = Scores(all_results({"teacher hubert": 62, "teacher hubert+wavlm": 65}, noise=0))
+    assert scores.headroom(("hubert", "wavlm")) == pytest.approx(3)
+
+
+def test_effects_that_are_there_are_found_and_others_are_not():
+    different = SETS[2]
+    accuracy = {Row(different).name: 56, "teacher hubert+speaker+prosody": 66}
+    tested = estimate_hypotheses(Scores(all_results(accuracy, seeds=range(1, 9))))
+    assert tested["H1"][1].p < 0.001 and tested["H1"][1].value == pytest.approx(0.6, abs=0.05)
+    assert tested["H2"][1].p > 0.01 and tested["H2"][1].equivalent
+    # The other sets have a headroom of 0 and no gain: the slope is 0.6 over 6 points.
+    assert tested["H1b"][1].value == pytest.approx(0.1, abs=0.02)
+
+
+def test_noise_that_only_robust_teachers_resist_is_an_interaction():
+    results = all_results({}, seeds=range(1, 9))
+    for r in results:
+        if r.row == Row(SETS[1]).name:
+            for (score, condition), counts in list(r.scores.items()):
+                gain = 50 if condition == NOISY else 0  # of 1000 examples
+                r.scores[score, condition] = {s: (e - gain, n) for s, (e, n) in counts.items()}
+    e = estimate_hypotheses(Scores(results))["H4"][1]
+    assert e.value == pytest.approx(0.5, abs=0.05) and e.p < 0.01
+
+
+def test_results_survive_being_written(tmp_path):
+    before = result("hubert", 3, 51.5, 1.0, {"hubert": "abc"})
+    write_result(before, tmp_path / "r.json")
+    after = read_result(tmp_path / "r.json")
+    assert after == StudyResult(**{**vars(before), "scores": after.scores})
+    assert after.accuracy("speaker", CLEAN) == pytest.approx(
+        before.accuracy("speaker", CLEAN), 0.01
+    )
+    (tmp_path / "r.json").write_text(json.dumps({"row": "x", "scores": {"a": 1}}))
+    with pytest.raises(SetupError, match="damaged"):
+        read_result(tmp_path / "r.json")
+
+
+def test_students_of_one_seed_must_have_the_same_teachers(tmp_path):
+    for row, digest in (("hubert", "a"), ("wavlm", "b"), ("hubert+wavlm", "a")):
+        r = result(row, 1, 50, teachers={"hubert": digest})
+        write_result(r, tmp_path / f"{row}_1.json")
+    with pytest.raises(SetupError, match="other trainings of the teacher hubert"):
+        run.check_teachers(tmp_path)
+    write_result(result("wavlm", 2, 50, teachers={"hubert": "b"}), tmp_path / "wavlm_1.json")
+    run.check_teachers(tmp_path)
+
+
+@pytest.mark.parametrize("kept", ["all", "teachers", "one seed", "some rows"])
+def test_the_report_is_written_from_whatever_is_there(kept, tmp_path, capsys):
+    results = all_results({})
+    chosen = {
+        "all": results,
+        "teachers": [r for r in results if r.seed == 0],
+        "one seed": [r for r in results if r.seed < 2],
+        "some rows": [r for r in results if "+" not in r.row or r.seed == 0],
+    }[kept]
+    for r in chosen:
+        write_result(r, tmp_path / f"results/{r.row.replace(', ', '-')}_{r.seed}.json")
+    (tmp_path / "study.md").write_text(f"# Title\n\n{BEGIN}\n{END}\n\n## By hand\n")
+    argv = ["--report-only", "--results", str(tmp_path / "results"), "--docs", str(tmp_path)]
+    assert study.main(argv) == 0
+    text = (tmp_path / "study.md").read_text()
+    assert text.endswith("## By hand\n") and "| hubert+sibling " in text
+    assert ("| H1 " in text) == (kept == "all")
+    assert (tmp_path / "study.png").exists() == (kept in ("all", "some rows"))
+
+
+def test_a_table_has_the_means_of_its_results():
+    text, _ = report(all_results({"hubert": 53.0}, noise=0))
+    (line,) = (line for line in text.splitlines() if line.startswith("| hubert ") and "±" in line)
+    assert [cell.strip() for cell in line.split("|")][2:4] == ["4", "53.0 ± 0.0"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "problem"),
+    [
+        (["--rows", "nobody"], "no row 'nobody'"),
+        (["--seeds", "0", "--dry-run"], "must be 1 or more"),
+        ([], "no folder SPEECH"),
+    ],
+)
+def test_wrong_options_are_explained(argv, problem, tmp_path, capsys):
+    assert study.main([*argv, "-o", str(tmp_path)]) == 2
+    assert problem in capsys.readouterr().err
+
+
+def test_a_dry_run_lists_what_is_missing(tmp_path, capsys):
+    write_result(result("none", 1, 50), run.student_path(tmp_path, NONE, 1))
+    argv = ["--dry-run", "--results", str(tmp_path), "--seeds", "1", "2", "--teachers", "hubert"]
+    assert study.main(argv) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == ["none: seeds [2] are missing", "hubert: seeds [1, 2] are missing"]
