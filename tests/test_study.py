@@ -16,9 +16,8 @@ from study_parts.report import BEGIN, END, report
 from study_parts.results import NOISY, StudyResult, read_result, write_result
 from study_parts.rows import NONE, SETS, Row
 
-from s3prl_ekd.distill.settings import DistillSettings
 from s3prl_ekd.errors import SetupError
-from s3prl_ekd.files.config import from_plain_data
+from s3prl_ekd.pretrain.settings import load_model_config
 from s3prl_ekd.probe.measure import CLEAN
 
 pytestmark = pytest.mark.slow  # of the developers' tools
@@ -58,8 +57,9 @@ def test_each_row_is_a_valid_model_config_of_its_teachers(tmp_path):
     for row in rows.rows():
         if row == NONE:
             continue
-        config = yaml.safe_load(yaml.safe_dump(rows.model_config(row, files, "noise")))
-        settings = from_plain_data(DistillSettings, config, row.name)
+        path = tmp_path / "model.yaml"
+        path.write_text(yaml.safe_dump(rows.model_config(row, files, "noise")))
+        settings = load_model_config(path)
         assert tuple(settings.teachers) == row.teachers
         assert settings.distortion.setup == "setup1"
     names = [row.name for row in rows.rows()]
