@@ -359,5 +359,6 @@ def _changes(options: RecipeOptions, run: RunnerFile) -> dict[str, Any]:
         changes[f"{datarc}.sets"] = list(_sets(options, run))
     if options.steps:
         changes["runner.total_steps"] = options.steps
-        changes["runner.save_step"] = changes["runner.log_step"] = max(1, options.steps // 2)
+        changes["runner.save_step"] = max(1, options.steps // 2)
+        changes["runner.log_step"] = max(1, options.steps // 4)  # less than a second distillation
     return changes

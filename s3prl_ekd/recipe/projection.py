@@ -53,9 +53,9 @@ CORPUS_HOURS = 960
 NOTE = """\
 A projection, not a measurement: this version has trained no full-size student and has not been run
 on a GPU. Distillation: multiply-accumulates at {rate:.0f} TFLOP/s a GPU, {origin}.
-Tasks, seconds a batch: {batches}; ASR from its recipe's comment, others guessed.
+Tasks, seconds a batch: {batches}; ASR's from its recipe, the others guessed.
 Waiting for audio and evaluations are left out. To replace the rate, add --updates-per-second X:
-updates a second of {reference} on one of your GPUs, which the progress bar of its run shows.
+updates a second of {reference} on one of your GPUs; the progress bar in its log shows them.
 Disk: {kept} checkpoints of a run at most, students, results. LibriSpeech is read where it is, and
 teachers are in s3prl's download folder. Targets are not cached: they would take {cache:.1f} TB."""
 
