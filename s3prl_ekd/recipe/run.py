@@ -162,9 +162,10 @@ def run(plan: RecipePlan) -> Path:
     processes = Jobs(options.jobs)
 
     def run_stages(stages: Sequence[Stage], environment: Mapping[str, str]) -> None:
-        # what comes before a result is not needed any more
-        done = [i for i, stage in enumerate(stages) if stage.is_done(options.folder)]
-        for stage in stages[done[-1] + 1 if done else 0 :]:
+        first = len(stages)  # what comes before a result is not needed any more
+        while first > 0 and not stages[first - 1].is_done(options.folder):
+            first -= 1
+        for stage in stages[first:]:
             _run_stage(stage, options.folder, processes, environment)
 
     with FolderLock(options.folder, LOCK):
