@@ -213,8 +213,24 @@ def test_a_folder_of_another_study_is_refused(corpora, tmp_path, monkeypatch, ca
     assert "--steps 9" in error_of(capsys, *argv)
     Path("ekd960/recipe.json").unlink()
     write_workspace(Path("ekd960"))
-    error = error_of(capsys, *argv)
+    error = error_of(capsys, *argv, "--tiny")
     assert "config_runner.yaml" in error and str(corpora / "LibriSpeech") in error
+
+
+def test_a_corpus_can_be_added_later(corpora, tmp_path, monkeypatch, capsys):
+    """Configs that were written without VoxCeleb1 read the link of `prepare voxceleb1`."""
+    monkeypatch.chdir(tmp_path)
+    librispeech = ["--librispeech", str(corpora / "LibriSpeech")]
+    assert cli.main(["init", "ekd960", *librispeech]) == 0
+    argv = [*librispeech, "--voxceleb1", str(corpora / "VoxCeleb1"), "--tasks", "sid", "asr"]
+    capsys.readouterr()
+    assert cli.main(["recipe", "ekd960", "--dry-run", "--tiny", *argv]) == 0
+    printed = capsys.readouterr().out
+    assert "missing" not in printed
+    commands = [shlex.split(line)[1:] for line in printed.splitlines() if " voxceleb1 " in line]
+    monkeypatch.chdir("ekd960")
+    assert [cli.main(argv) for argv in commands] == [0]
+    assert cli.main(["superb", "fbank", "--tasks", "sid", "--dry-run"]) == 0
 
 
 def test_tasks_without_a_corpus_are_left_out(corpora, tmp_path, monkeypatch, capsys, caplog):

@@ -20,7 +20,6 @@ from ..request import PretrainRequest
 from ..system.torchrun import torchrun_command
 from ..workspace import (
     PREPARED_LIBRISPEECH,
-    CorpusPaths,
     Schedule,
     write_workspace,
 )
@@ -92,11 +91,6 @@ class RecipeOptions:
             )
         if self.steps is not None and self.steps < 2:
             raise SetupError(f"--steps must be 2 or more, got {self.steps}")
-
-    @property
-    def corpora(self) -> CorpusPaths:
-        """The corpora as ``init`` takes them."""
-        return CorpusPaths(self.librispeech, self.voxceleb1, self.iemocap)
 
 
 @dataclass(frozen=True)
@@ -200,7 +194,11 @@ def make_plan(options: RecipeOptions) -> RecipePlan:
 
 
 def _setup(options: RecipeOptions) -> list[Stage]:
-    """The stages before the first distillation."""
+    """The stages before the first distillation.
+
+    ``init`` gets no path of VoxCeleb1 and IEMOCAP: the recipes read the links that ``prepare``
+    makes, so that the corpora can be added later.
+    """
     init = ["init", ".", "--librispeech", str(options.librispeech)]
     tables = ["prepare", "librispeech", str(options.librispeech), "-o", PREPARED_LIBRISPEECH]
     if "pr" in options.tasks:
@@ -217,7 +215,6 @@ def _setup(options: RecipeOptions) -> list[Stage]:
     ):
         if path is None or task not in options.tasks:
             continue
-        init += [f"--{corpus}", str(path)]
         argv = ["prepare", corpus, str(path), *more, "-o", f"data/{corpus}", "--replace"]
         stages.append(Stage(f"prepare-{corpus}", argv, f"data/{corpus}/prepared.tsv"))
     for row in options.rows:

@@ -25,7 +25,7 @@ from ..prepare.lexicon import read_lexicon
 from ..system.jobs import Jobs, typed
 from ..system.lock import FolderLock
 from ..teachers.names import check_source
-from ..workspace import report_differences
+from ..workspace import CorpusPaths, report_differences
 from .plan import VOXCELEB1_SPLIT, RecipeOptions, RecipePlan, Stage, Training
 from .projection import project, total_gigabytes
 
@@ -78,7 +78,7 @@ def check_record(plan: RecipePlan) -> None:
 def check_corpora(plan: RecipePlan) -> None:
     """Check that the folders of the corpora have what the stages read."""
     options = plan.options
-    options.corpora.check()
+    CorpusPaths(options.librispeech, options.voxceleb1, options.iemocap).check()
     for name in plan.sets:
         if not (options.librispeech / name).is_dir():
             raise DataError(
@@ -104,10 +104,10 @@ def check_lexicon(plan: RecipePlan) -> None:
 
 
 def check_configs(plan: RecipePlan) -> None:
-    """Check that configs of the working folder have the corpora of the options."""
+    """Check that configs of the working folder have the LibriSpeech of the options."""
     folder = plan.options.folder
     if (folder / "pretrain/ekd").is_dir():
-        differences = report_differences(folder, plan.options.corpora.values())
+        differences = report_differences(folder, CorpusPaths(plan.options.librispeech).values())
         if differences:
             raise SetupError(f"in {folder}: {differences[0]}; or use another folder with -o")
 
