@@ -45,6 +45,7 @@ COMMANDS = {
     "cache": "run the teachers once over a corpus and store their targets",
     "fit-units": "fit k-means units to the frames of one teacher's layer",
     "essence": "distil trained ASR models into a new one (Essence KD)",
+    "recipe": "run a whole study: distillations, tasks, report; prints hours and disk first",
     "demo": "distil three teachers into a student on a synthetic corpus and evaluate four tasks",
 }
 

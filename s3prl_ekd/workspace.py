@@ -127,6 +127,18 @@ class Schedule:
     save_step: int = 5000
     lr: float = 2e-4
 
+    def second(self) -> dict[str, float]:
+        """Dotted keys of the runner config and their values in the second distillation."""
+        steps = max(self.total_steps // 2, 2)
+        changes: dict[str, float] = {
+            "runner.total_steps": steps,
+            "optimizer.lr": self.lr / 2,
+            "optimizer.warmup_proportion": 0.2,
+        }
+        if self.save_step >= steps:  # the Runner wants fewer
+            changes["runner.save_step"] = steps // 2
+        return changes
+
 
 def second_step(
     config: dict[str, Any], file: str, first: Schedule | None = None, keep_heads: bool = True
@@ -149,14 +161,7 @@ def second_step(
     if config.get("student", {}).get("train_extractor") is False:
         student["train_extractor"] = False
     changed = {**{key: config[key] for key in config if key != "pruning"}, "student": student}
-    steps = max(first.total_steps // 2, 2)
-    changes = {
-        "runner.total_steps": steps,
-        "optimizer.lr": first.lr / 2,
-        "optimizer.warmup_proportion": 0.2,
-    }
-    if first.save_step >= steps:  # the Runner wants fewer
-        changes["runner.save_step"] = steps // 2
+    changes = first.second()
     overrides = ",,".join(f"config.{key}={value}" for key, value in changes.items())
     path = shlex.quote(str(Path(file).with_suffix(".yaml")))
     command = f'run_pretrain.py -u ekd -n NAME -c RUNNER.yaml -g {path} -o "{overrides}"'

@@ -43,6 +43,7 @@ NOT_RUN = {
     "python run_pretrain.py -u ekd -n my_student": "needs a checkout of s3prl",
 }
 NOT_RUN_PREFIXES = {
+    "s3prl-ekd recipe ekd960 --librispeech": "minutes or weeks; a tiny one in tests/test_recipe.py",
     "docker run": "needs docker and an image",
     "torchrun --standalone --nproc_per_node=8": "8 GPUs; tests/test_processes.py runs 2 processes",
     "run_pretrain.py -u ekd -n dp_hubert_final": "25,000 steps; tests/test_prune.py runs a few",

@@ -16,7 +16,7 @@ ROOT_MODULES = 9
 ORDER = """
     __init__ errors distill system compat files request student_file teachers data prepare
     hidden_states downstream essence pretrain pretrain_expert registration analysis superb probe
-    export workspace launch demo commands cli __main__
+    export workspace launch recipe demo commands cli __main__
 """.split()
 
 

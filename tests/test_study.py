@@ -58,7 +58,7 @@ def test_each_row_is_a_valid_model_config_of_its_teachers(tmp_path):
         if row == NONE:
             continue
         path = tmp_path / "model.yaml"
-        path.write_text(yaml.safe_dump(rows.model_config(row, files, "noise")))
+        path.write_text(yaml.safe_dump(rows.model_config(row, files, "noise"), sort_keys=False))
         settings = load_model_config(path)
         assert tuple(settings.teachers) == row.teachers
         assert settings.distortion.setup == "setup1"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -11,12 +10,12 @@ from pathlib import Path
 
 from ..downstream.tasks import TASKS
 from ..errors import SetupError
-from ..files.run_checkpoints import newest_checkpoint, read_checkpoint
+from ..files.run_checkpoints import newest_step
 from ..pretrain.tensorboard import plot_run, read_scalars, teacher_curves
 from ..superb.report import CLEAN, Difference, Report, make_report
 from ..superb.report_text import with_interval
 from ..superb.results import read_results
-from ..system.jobs import Jobs
+from ..system.jobs import Jobs, typed
 from ..system.tables import text_table
 from ..teachers.zoo import TEACHERS
 from ..workspace import write_workspace
@@ -160,7 +159,7 @@ class Demo:
     def _distil(self, name: str) -> None:
         save_step = max(1, self.steps // 3)
         run, config = self._run(name), STUDENTS[name]
-        if (step := self._step(run)) >= self.steps:
+        if (step := newest_step(run)) >= self.steps:
             print(f"kept: {run} is finished (step {step})")
         else:
             self._command(
@@ -171,12 +170,6 @@ class Demo:
                 f",,config.pretrain_expert.datarc.target_cache='{CACHE}'",
             )
         self._command(f"export student result/pretrain/{name} -o {name}.safetensors --force")
-
-    @staticmethod
-    def _step(folder: Path) -> int:
-        """The step of the newest checkpoint in a run's folder, or 0 without one."""
-        latest = newest_checkpoint(folder) if folder.is_dir() else None
-        return 0 if latest is None else read_checkpoint(latest)["Step"]
 
     def _superb(self) -> None:
         expert = "config.downstream_expert"
@@ -208,8 +201,7 @@ class Demo:
     def _command(self, text: str, *more: str) -> None:
         """Print a command as a user would type it, and run it in the folder."""
         argv = [*text.split(), *more]
-        line = shlex.join(argv)
-        print(f"$ {line if line.startswith('run_') else f's3prl-ekd {line}'}", flush=True)
+        print(f"$ {typed(argv)}", flush=True)
         code = Jobs().call(argv, folder=self.folder)
         if code:
             raise SetupError(

@@ -80,6 +80,12 @@ def newest_checkpoint(folder: str | Path) -> Path | None:
     return None
 
 
+def newest_step(folder: str | Path) -> int:
+    """The step of :func:`newest_checkpoint`; 0 without one."""
+    latest = newest_checkpoint(folder)
+    return 0 if latest is None else int(read_checkpoint(latest)["Step"])
+
+
 def verify_checksums(path: str | Path) -> None:
     """Read the whole checkpoint and verify its CRC-32 checksums.
 

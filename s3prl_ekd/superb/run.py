@@ -28,6 +28,7 @@ from ..hidden_states.feature_store import folder_size
 from ..request import DownstreamRequest
 from ..system.jobs import Jobs
 from ..system.lock import FolderLock
+from ..system.torchrun import torchrun_command
 from .plan import PlannedRun, noise_digest
 from .results import RECORD, DevMetric, RunRecord, read_record
 
@@ -91,11 +92,7 @@ def commands(run: PlannedRun, gpus: int = 1) -> list[list[str]]:
     """The commands of a run, to type or to submit to a cluster's queue."""
     train = run.training().command()
     tests = [run.test(run.task.best, condition).command() for condition in run.conditions]
-    return [_torchrun(train, gpus) if gpus > 1 else train, *tests]
-
-
-def _torchrun(argv: Sequence[str], gpus: int) -> list[str]:
-    return ["torchrun", "--standalone", f"--nproc_per_node={gpus}", "-m", "s3prl_ekd", *argv]
+    return [torchrun_command(train, gpus), *tests]
 
 
 def run_plan(
@@ -140,7 +137,7 @@ def _run(run: PlannedRun, gpus: int, processes: Jobs, environment: dict[str, str
         if gpus > 1:
 
             def call(request: DownstreamRequest) -> None:
-                processes.run(_torchrun(request.command(), gpus), log, environment)
+                processes.run(torchrun_command(request.command(), gpus), log, environment)
 
             train(run, call)
         argv = ["superb-job", *trust.trust_argv()]  # launch.superb_job

@@ -11,6 +11,7 @@ import contextlib
 import logging
 import os
 import queue
+import shlex
 import signal
 import subprocess
 import sys
@@ -36,6 +37,12 @@ _SAVE_SECONDS = 30.0  # time to save and end: from SIGINT to SIGTERM, from SIGTE
 def child_command(argv: Sequence[str]) -> list[str]:
     """The argv of a child process that runs ``run_downstream.py ...``, ``superb ...``, ..."""
     return [sys.executable, "-m", "s3prl_ekd", *argv]
+
+
+def typed(argv: Sequence[str]) -> str:
+    """The command of a child process as a user types it."""
+    script = argv[0].startswith(("run_", "torchrun"))
+    return shlex.join(argv if script else ["s3prl-ekd", *argv])
 
 
 def child_environment(environment: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -141,16 +148,21 @@ class Jobs:
         return [future.result() for future in futures]
 
     def run(
-        self, argv: Sequence[str], log: Path, environment: Mapping[str, str], stdin: bytes = b""
+        self,
+        argv: Sequence[str],
+        log: Path,
+        environment: Mapping[str, str],
+        stdin: bytes = b"",
+        folder: Path | None = None,
     ) -> None:
-        """Run one command and append its output to ``log``.
+        """Run one command in ``folder`` and append its output to ``log``.
 
         Raises:
             SetupError: the command failed; the message has its error and names the log.
         """
         with open(log, "ab") as file:
             offset = file.tell()
-            code = self.call(argv, file, environment, stdin)
+            code = self.call(argv, file, environment, stdin, folder)
         if code:
             reason = _reason(log.read_bytes()[offset:].decode("utf-8", "replace"), code)
             raise SetupError(f"{reason} (see {log})")

@@ -1,8 +1,16 @@
-"""The environment variables that torchrun sets."""
+"""torchrun: its command, and the environment variables that it sets."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+
+
+def torchrun_command(argv: Sequence[str], processes: int) -> list[str]:
+    """``argv`` (``run_pretrain.py ...``), to type, in several processes with a GPU each."""
+    if processes == 1:
+        return list(argv)
+    return ["torchrun", "--standalone", f"--nproc_per_node={processes}", "-m", "s3prl_ekd", *argv]
 
 
 def is_distributed() -> bool:

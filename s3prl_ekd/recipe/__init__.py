@@ -1,0 +1,1 @@
+"""A whole study as one command: distillations, the four SUPERB tasks, a report."""
