@@ -75,6 +75,7 @@ ANALYSIS = ["scipy>=1.9", *PLOTS]
 UNITS = ["scikit-learn>=1.3"]
 ONNX = ["onnx>=1.17", "onnxruntime>=1.20"]
 G2P = ["espnet-g2p-en>=2.1.0.post1"]
+ALIGN = ["pocketsphinx>=5.1"]
 LINT = ["ruff>=0.6", "mypy>=1.11", "types-PyYAML"]
 DOCS = ["sphinx>=8", "myst-parser>=4", "furo>=2024.8.6"]
 DEV = [
@@ -138,8 +139,10 @@ setup(
         "units": UNITS,
         "onnx": ONNX,
         "g2p": G2P,
+        "align": ALIGN,
+        "probe": UNITS + PLOTS,
         "docs": DOCS,
-        "dev": DEV + DOCS + DEMO + ANALYSIS + UNITS + ONNX + G2P,
+        "dev": DEV + DOCS + DEMO + ANALYSIS + UNITS + ONNX + G2P + ALIGN,
     },
     entry_points={
         "console_scripts": [

@@ -56,7 +56,9 @@ NOT_RUN_PREFIXES = {
     "python -m tools.bench.evaluation": "minutes; tests/test_bench_evaluation.py runs parts",
     "python tools/defaults_study.py": "an hour; tests/test_defaults_study.py tests its parts",
     "python tools/targets_study.py": "an hour; tests/test_targets_study.py tests its parts",
-    "python tools/study.py": "hours; tests/test_study_run.py runs a small study",
+    "python tools/study.py": "hours; tests/test_study.py tests its parts",
+    "s3prl-ekd prepare alignments": "noise cannot be aligned; tests/test_alignments.py has speech",
+    "s3prl-ekd probe student.safetensors hubert_base --data data/aligned": "needs the alignments",
     "python tools/make_voices.py": "minutes; tests/test_make_voices.py makes a few",
     "python tools/train_tiny_teachers.py": "hours; test_train_tiny_teachers.py trains briefly",
 }
@@ -77,7 +79,7 @@ TYPED_BEFORE = {
     "docs/targets.md": STUDENT_RUN[:2],
 }
 # Pages that start from a student file.
-NEED_STUDENT = {"docs/students.md", "docs/superb.md"}
+NEED_STUDENT = {"docs/probe.md", "docs/students.md", "docs/superb.md"}
 
 
 def reason(command):

@@ -7,7 +7,7 @@ one or more of these labels: segments (phones, from `s3prl-ekd prepare alignment
 emotion. Phones are predicted by ridge regression on frames and on means of segments, in five folds
 over speakers; speakers by linear discriminant analysis from excerpts of one second, trained on the
 split train and tested on the split test; emotions likewise, with one speaker left out at a time.
-All layers are used side by side. Several manifests may be given. With --noise, the tests are
+All layers are used side by side. A kind of label is taken from the first manifest that has it. With --noise, the tests are
 repeated under noise in a simulated room, while the training stays clean. Intervals (95 %) are over
 other test utterances. Scores are not comparable with those of SUPERB.
 
@@ -72,18 +72,16 @@ def main(args: argparse.Namespace) -> int:
     from ..probe.labels import read_labels
     from ..probe.measure import probe
     from ..probe.report import as_json, draw_layers, table
-    from ..probe.tasks import choose_tasks
+    from ..probe.tasks import ProbeTask, choose_tasks
     from ..superb.cost import build_upstream
     from ..system.tables import markdown_table, text_table
     from .features import choose_device
 
     device = choose_device(args.device)
-    tasks = [task for path in args.data for task in choose_tasks(read_labels(path))]
-    labels = [task.label for task in tasks]
-    if len(set(labels)) < len(labels):
-        raise ConfigError(
-            "two manifests have labels of the same kind; give one of them, or merge them"
-        )
+    by_label: dict[str, ProbeTask] = {}
+    for path in args.data:
+        for task in choose_tasks(read_labels(path)):
+            by_label.setdefault(task.label, task)
     noisy = None
     if args.noise is not None:
         from ..downstream.noise import find_noises
@@ -102,7 +100,7 @@ def main(args: argparse.Namespace) -> int:
         stride = module.get_downsample_rates(upstream.selection)
         results[upstream.name] = probe(
             states_of,
-            tasks,
+            list(by_label.values()),
             noisy,
             stride=stride,
             by_layer=args.output is not None,
