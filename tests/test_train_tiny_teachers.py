@@ -17,7 +17,7 @@ import pytest
 import soundfile
 import torch
 import train_tiny_teachers as tool
-from teacher_zoo import curves, noises
+from teacher_zoo import checkpoint, curves, noises
 from teacher_zoo import recipe as recipes
 from teacher_zoo.corpus import Corpus, CorpusUtterance, read_corpus
 from teacher_zoo.criterion import EncodedBatch, criterion, spread
@@ -28,12 +28,15 @@ from teacher_zoo.labels import FrameLabels, load_labels, make_labels
 from teacher_zoo.mfcc import mfcc
 from teacher_zoo.mixing import mix_batch, mix_over
 from teacher_zoo.models import MaskedPredictor
+from teacher_zoo.pairs import PairDataset, pair_baseline, pair_criterion
 from teacher_zoo.plan import EndlessBatchSampler, epoch_batches
+from teacher_zoo.prosody import prosody
 from teacher_zoo.trainer import TrainingOptions, train
 from teacher_zoo.zoo import make_zoo
 
 from s3prl_ekd.data.audio import read_audio
 from s3prl_ekd.errors import CheckpointError, ConfigError, DataError
+from s3prl_ekd.teachers import load_upstream
 from s3prl_ekd.teachers.checkpoint import load_file
 
 from .conftest import REPO
@@ -49,6 +52,13 @@ TINY = recipes.TeacherRecipe(
 )
 OPTIONS = TrainingOptions(log_every=2, dev_every=4)
 STAGES = list(recipes.STAGES)
+# The shipped teacher that this stage starts from is larger than TINY.
+SPEAKER = dataclasses.replace(recipes.STAGES["speaker"], start="robust_hubert")
+
+
+@pytest.fixture(autouse=True)
+def small_start(monkeypatch):
+    monkeypatch.setitem(recipes.STAGES, "speaker", SPEAKER)
 
 
 @pytest.fixture(scope="session")
@@ -63,6 +73,7 @@ def zoo(speech, tmp_path_factory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(noises, "_TAKES", 1)
         patch.setattr(noises, "_SECONDS", 3.0)
+        patch.setitem(recipes.STAGES, "speaker", SPEAKER)
         files = make_zoo(recipes.TEACHERS, speech, TINY, folder, OPTIONS)
     assert list(files) == list(recipes.TEACHERS)
     return folder
@@ -78,7 +89,8 @@ def weights(zoo: Path, stage: str) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("name", recipes.TEACHERS)
 def test_files_give_the_hidden_states_of_the_trained_model(zoo, speech, name):
     stage = recipes.STAGES[name]
-    trained = MaskedPredictor(stage.family, TINY, 6)
+    classes = {"mfcc": 8, "prosody": 8, "": 1}.get(stage.units, 6)
+    trained = MaskedPredictor(stage.family, TINY, classes)
     trained.load_state_dict(weights(zoo, name))
     for tensor in trained.state_dict().values():  # the file is rounded to float16
         tensor.copy_(tensor.half().float())
@@ -102,7 +114,7 @@ def test_files_give_the_hidden_states_of_the_trained_model(zoo, speech, name):
 
 def test_the_random_initialisations_are_exported(zoo):
     files = sorted(p.name for p in (zoo / "random").iterdir())
-    assert files == ["tiny_hubert.pt", "tiny_robust_hubert.pt", "tiny_wavlm.pt"]
+    assert files == sorted(stage.file for stage in recipes.STAGES.values() if stage.file)
     before = torch.load(zoo / "random/tiny_hubert.pt", weights_only=True)["model_weight"]
     after = torch.load(zoo / "tiny_hubert.pt", weights_only=True)["model_weight"]
     assert before.keys() == after.keys()
@@ -169,7 +181,7 @@ def test_logs_and_curves(zoo, speech):
     for name in STAGES:
         log = json.loads((zoo / name / "log.json").read_text())
         points = log["points"]
-        steps = 3 if name == "hubert_1" else 6
+        steps = {"hubert_1": 3, "prosody": 4, "speaker": 3}.get(name, 6)
         assert [p["step"] for p in points] == sorted({*range(2, steps + 1, 2), steps})
         last = points[-1]
         assert 0 <= last["dev_accuracy"] <= 1 and math.isfinite(last["dev_prediction_loss"])
@@ -313,7 +325,7 @@ def test_criterion_against_loops():
     assert float(result.loss) == pytest.approx(expected, rel=1e-5)
     assert float(result.prediction_loss) == pytest.approx(sums[True] / counts[True], rel=1e-5)
     assert float(result.accuracy) == pytest.approx(correct / 5)
-    assert result.frames == 5
+    assert result.predictions == 5
     rows = [[float(hidden[b, t, d]) for d in range(3)] for b in range(2) for t in range(5)]
     means = [sum(row[d] for row in rows) / 10 for d in range(3)]
     power = sum(x * x for row in rows for x in row) / 10
@@ -465,8 +477,8 @@ def test_an_interrupted_run_resumes_bit_for_bit(zoo, speech, tmp_path, monkeypat
         runs += 1
         torch.rand(runs), np.random.rand(runs), random.random()
         assert runs < 10
-    # steps of the stages: 3, 6, 6, 6; stop is not called after the last step of a stage
-    assert steps == 2 + 5 + 5 + 5 and runs == 1 + steps // 4
+    # steps of the stages: 3, 6, 6, 6, 4, 3; stop is not called after the last step of a stage
+    assert steps == 2 + 5 + 5 + 5 + 3 + 2 and runs == 1 + steps // 4
     for name in STAGES:
         expected, resumed = weights(zoo, name), weights(tmp_path, name)
         assert expected.keys() == resumed.keys()
@@ -518,7 +530,81 @@ def test_stages_that_a_teacher_depends_on():
         ["hubert_1", "hubert"],
         ["hubert_1", "hubert", "robust_hubert"],
         ["hubert_1", "wavlm"],
+        ["prosody"],
+        ["hubert_1", "hubert", "robust_hubert", "speaker"],
     ]
+    shipped = dataclasses.replace(SPEAKER, start="tiny_robust_hubert")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(recipes.STAGES, "speaker", shipped)
+        assert [s.name for s in recipes.required_stages(("speaker",))] == ["speaker"]
+
+
+def test_the_speaker_teacher_keeps_its_extractor_and_trains_its_layers(zoo):
+    start, end = weights(zoo, "robust_hubert"), weights(zoo, "speaker")
+    conv = [name for name in end if "feature_extractor" in name]
+    layers = [name for name in end if "encoder.layers.0" in name and "weight" in name]
+    assert conv and all(torch.equal(start[name], end[name]) for name in conv)
+    assert layers and not any(torch.equal(start[name], end[name]) for name in layers)
+
+
+def test_a_shipped_teacher_starts_a_stage_of_the_default_size():
+    recipe = recipes.TeacherRecipe()
+    model = MaskedPredictor("hubert", recipe, 1)
+    head = model.backbone.final_proj.weight.clone()
+    checkpoint.load_shipped("tiny_robust_hubert", model)
+    wave = torch.randn(8000, generator=torch.Generator().manual_seed(0))
+    expert = load_upstream("tiny_robust_hubert", "x").eval()
+    with torch.no_grad():
+        expected = expert([wave])["hidden_states"][3][0]
+        torch.testing.assert_close(model.eval().layer(wave, 3), expected)
+    assert torch.equal(model.backbone.final_proj.weight, head)
+    with pytest.raises(CheckpointError, match="another size"):
+        checkpoint.load_shipped("tiny_robust_hubert", MaskedPredictor("hubert", TINY, 1))
+
+
+def test_pairs_are_two_distorted_excerpts_of_one_utterance(zoo, speech):
+    batch = next(iter(epoch_batches(speech.train, 3.0, 0.6, 1, 0)))
+    dataset = PairDataset(speech.train, TINY, zoo / "noise")
+    _, waves, partners = dataset[batch]
+    count = len(batch.excerpts)
+    assert waves.shape == (2 * count, sample_count(batch.frames))
+    assert partners.tolist() == [(i + count) % (2 * count) for i in range(2 * count)]
+    assert not torch.equal(waves[:count], waves[count:])
+    _, again, _ = PairDataset(speech.train, TINY, zoo / "noise")[batch]
+    assert torch.equal(waves, again)  # draws depend on seed, epoch and utterance only
+
+
+def test_the_loss_of_pairs_is_that_of_simclr_in_loops():
+    torch.manual_seed(0)
+    embeddings = torch.randn(6, 5)
+    partners = torch.tensor([3, 4, 5, 0, 1, 2])
+    losses = []
+    for i in range(6):
+        scores = [
+            math.exp(torch.cosine_similarity(embeddings[i], embeddings[j], dim=0).item() / 0.1)
+            for j in range(6)
+        ]
+        others = sum(score for j, score in enumerate(scores) if j != i)
+        losses.append(-math.log(scores[int(partners[i])] / others))
+    result = pair_criterion(torch.randn(6, 4, 3), embeddings, partners, torch.tensor(2.0), 10.0)
+    assert float(result.prediction_loss) == pytest.approx(np.mean(losses), rel=1e-4)
+    assert float(result.loss) == pytest.approx(np.mean(losses) + 20, rel=1e-4)
+    assert pair_baseline(recipes.TeacherRecipe()) == (math.log(31), 1 / 31)
+
+
+def test_prosody_follows_pitch_and_loudness():
+    time = np.arange(16_000) / 16_000
+    low, high = (
+        sum(np.sin(2 * np.pi * hertz * n * time) / n for n in range(1, 8)) for hertz in (120, 180)
+    )
+    wave = torch.from_numpy(np.concatenate([0.3 * low, 0.03 * high])).float()
+    values = prosody(wave)
+    assert values.shape == (frame_count(len(wave)), 4)
+    first, second = values[10:40].mean(0), values[60:90].mean(0)
+    # a fifth more, in units of half an octave; a tenth of the amplitude is -2 bels
+    assert float(second[0] - first[0]) == pytest.approx(2 * math.log2(1.5), abs=0.1)
+    assert float(second[1] - first[1]) == pytest.approx(-2, abs=0.1)
+    assert float(values[:, 2].abs().argmax()) == pytest.approx(50, abs=8)
 
 
 # --- errors

@@ -19,7 +19,7 @@ from typing import Any
 from s3prl_ekd.errors import SetupError
 
 from .rows import SINGLES, STUDENT, Row, model_config, teacher_config
-from .training import TrainingFolder
+from .training import TrainingFolder, runner_config
 
 MANIFESTS = ("unlabeled", "pr", "sid", "er")
 VOICES = {"voices": "48", "utterances": "1200", "seed": "8"}
@@ -54,7 +54,7 @@ class StudyFolder(TrainingFolder):
             "sibling": str(self.folder / "zoo_sibling/tiny_hubert.pt"),
             "speaker": str(zoo / "tiny_speaker.pt"),
             "prosody": str(zoo / "tiny_prosody.pt"),
-            "resemblyzer": f"stored:{self.folder / 'resemblyzer'}",
+            "resemblyzer": str(self.folder / "resemblyzer"),  # stored hidden states
         }
 
     @property
@@ -75,6 +75,8 @@ class StudyFolder(TrainingFolder):
         """Make the inputs, train the teachers that are missing, and cache the targets."""
         self.prepare_inputs()
         self.train_teachers()
+        if "resemblyzer" in self.teachers:
+            self.store_resemblyzer()
         if not (self.folder / "targets/index.json").exists():
             everything = {
                 "teachers": {name: teacher_config(name, self.files) for name in self.teachers},
@@ -128,7 +130,7 @@ class StudyFolder(TrainingFolder):
         return self.audio / f"{name}.tsv"
 
     def train_teachers(self) -> None:
-        """Train ``sibling``, ``speaker`` and ``prosody``, and compute Resemblyzer's features."""
+        """Train ``sibling``, ``speaker`` and ``prosody``."""
         inputs = [str(self.speech), str(self.folder / "voices/train-clean")]
         inputs += ["--manifest", str(self.speech / "unlabeled.tsv")]
         extra = {
@@ -139,6 +141,21 @@ class StudyFolder(TrainingFolder):
         for name, options in extra.items():
             if name in self.teachers and not Path(self.files[name]).exists():
                 self.script("train_tiny_teachers.py", *inputs, *options)
+
+    @property
+    def wheel(self) -> Path:
+        """The wheel of Resemblyzer."""
+        return next((self.folder / "wheels").glob("*.whl"), self.folder / "wheels/none")
+
+    def store_resemblyzer(self) -> None:
+        """Download Resemblyzer's wheel, and store its hidden states of the training utterances."""
+        if not self.wheel.exists():
+            options = ["resemblyzer==0.1.4", "--no-deps", "-q", "-d", "wheels"]
+            self.run_logged(["-m", "pip", "download", *options], "log")
+        self.write_tables()
+        self.write("cache_runner.yaml", runner_config(self.data(cached=False), 2, 1e-3))
+        options = [str(self.wheel), "-c", "cache_runner.yaml", "-o", "resemblyzer"]
+        self.script("resemblyzer_features.py", *options)
 
     def script(self, name: str, *argv: str) -> None:
         """Run a script of tools/ in OUT."""
@@ -177,9 +194,8 @@ class StudyFolder(TrainingFolder):
         digests = {}
         for name in names:
             model = self.files[name]
-            if model.startswith("stored:"):
-                digests[name] = "stored"
-            else:
-                path = checkpoint_path(model) if model in NAMES else Path(model)
-                digests[name] = file_sha256(path)[:12]
+            path = checkpoint_path(model) if model in NAMES else Path(model)
+            if name == "resemblyzer":
+                path = self.wheel
+            digests[name] = file_sha256(path)[:12]
         return digests

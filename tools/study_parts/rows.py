@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 LAYERS = (2, 4, 6)
-RESEMBLYZER_LAYERS = (1, 2, 3)
+RESEMBLYZER_LAYERS = (0, 1, 2)  # its LSTM layers
 SETS = (
     ("hubert", "sibling"),
     ("hubert", "wavlm", "robust"),

@@ -33,20 +33,14 @@ def measure_teachers(folder: StudyFolder, names: tuple[str, ...], results: Path)
     import torch
 
     from s3prl_ekd import compat
-    from s3prl_ekd.teachers import load_upstream
 
     torch.set_num_threads(1)
     compat.apply()
-    start, upstreams = time.monotonic(), {}
-    for name in names:
-        upstreams[name] = load_upstream(folder.files[name], name).eval()
+    start = time.monotonic()
+    teachers = [load_states(folder, name) for name in names]
 
     def states_of(wave: torch.Tensor) -> list[torch.Tensor]:
-        states = []
-        for name, upstream in upstreams.items():
-            hidden = upstream([wave])["hidden_states"]
-            layers = teacher_config(name, folder.files)["layers"]
-            states += [hidden[layer][0] for layer in layers]
+        states = [state for teacher in teachers for state in teacher(wave)]
         frames = min(len(state) for state in states)
         return [state[:frames] for state in states]
 
@@ -56,6 +50,29 @@ def measure_teachers(folder: StudyFolder, names: tuple[str, ...], results: Path)
     result = StudyResult(set_name(names), 0, scores, digests, seconds=seconds, machine=machine())
     write_result(result, teacher_path(results, set_name(names)))
     return result
+
+
+def load_states(folder: StudyFolder, name: str) -> Callable[[Any], list[Any]]:
+    """A function from a waveform to the target layers of a teacher, ``[frame, dim]`` each."""
+    from s3prl_ekd.teachers import load_upstream
+
+    if name == "resemblyzer":
+        from resemblyzer_features import load_encoder, project
+
+        from s3prl_ekd.files.safetensors_file import read_safetensors
+
+        encoder = load_encoder(folder.wheel)
+        path = folder.folder / "resemblyzer/projection.safetensors"
+        projection = read_safetensors(path, "projection")[1]
+        return lambda wave: list(project(encoder(wave), projection))
+    upstream = load_upstream(folder.files[name], name).eval()
+    layers = teacher_config(name, folder.files)["layers"]
+
+    def states_of(wave: Any) -> list[Any]:
+        hidden = upstream([wave])["hidden_states"]
+        return [hidden[layer][0] for layer in layers]
+
+    return states_of
 
 
 def measure_student(

@@ -45,7 +45,10 @@ def prosody(wave: Tensor) -> Tensor:
 
 
 def _pitch(wave: Tensor, energy: Tensor, frames: int) -> Tensor:
-    """Octaves above the lowest pitch, ``[frame]``; interpolated where the frame is silent."""
+    """Octaves above the lowest pitch, ``[frame]``; interpolated where the frame is silent.
+
+    Above 200 Hz it is often an octave too low, as autocorrelation cannot tell.
+    """
     from torchaudio.functional import detect_pitch_frequency
 
     hertz = detect_pitch_frequency(
