@@ -29,7 +29,8 @@ from s3prl_ekd.downstream.noise import find_noises, mix, noisy_runner
 from s3prl_ekd.downstream.run import prepare
 from s3prl_ekd.errors import SetupError
 from s3prl_ekd.files.run_checkpoints import read_checkpoint
-from s3prl_ekd.hidden_states.feature_store import FeatureStore, to_storage_dtype, wave_key
+from s3prl_ekd.files.states_file import to_storage_dtype, wave_key
+from s3prl_ekd.hidden_states.feature_store import FeatureStore
 from s3prl_ekd.request import CacheOptions, DownstreamRequest, NoisyTest
 
 from .corpora import write_er_manifest

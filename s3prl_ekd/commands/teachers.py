@@ -68,6 +68,7 @@ def _list() -> int:
         print(f"  {kind.ljust(max(map(len, KINDS)))}  {description}")
     print("\nlocal Hugging Face folders (config.json and model.safetensors), by model_type:\n")
     print(f"  {', '.join(MODEL_TYPES)}")
+    print("\nfolders of hidden states of other programs (s3prl_ekd.teachers.stored.write_states)")
     return 0
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, ItemsView, Iterable, Mapping, Sequence, ValuesView
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 import torch
@@ -36,6 +36,20 @@ class TeacherEncoder(Protocol):
         """
 
 
+class StatedOutputs(NamedTuple):
+    """What an upstream returns; an upstream that cannot be run on noise has it as ``stated``.
+
+    Attributes:
+        widths: of each hidden state.
+        stride: samples from one frame to the next.
+        field: samples of the shortest waveform with one frame.
+    """
+
+    widths: tuple[int, ...]
+    stride: int
+    field: int
+
+
 class Teacher(nn.Module):
     """A frozen s3prl upstream with the layers to predict.
 
@@ -59,26 +73,21 @@ class Teacher(nn.Module):
         super().__init__()
         self.upstream = upstream.eval().requires_grad_(False)
         self.targets = tuple((t,) if isinstance(t, int) else tuple(t) for t in targets)
-        with torch.no_grad():
-            noise = torch.randn(PROBE_SAMPLES, generator=torch.Generator().manual_seed(0))
-            probe = upstream([noise])["hidden_states"]
-        self.depth = last = len(probe) - 1
+        stated: StatedOutputs | None = getattr(upstream, "stated", None)
+        widths_of, self.stride, self.field = stated or measure_outputs(upstream)
+        self.depth = last = len(widths_of) - 1
         layers = [layer for target in self.targets for layer in target]
         if max(layers) > last:
             raise TeacherError(
                 f"teachers.{name}.layers: no layer {max(layers)}; {name} has layers 0 to {last}"
             )
-        widths = {probe[layer].shape[-1] for layer in layers}
+        widths = {widths_of[layer] for layer in layers}
         if len(widths) > 1:
             raise TeacherError(
                 f"teachers.{name}.layers: layers of different widths {widths}; use layers of one "
                 "width"
             )
         self.width = widths.pop()
-        self.stride = int(cast(Any, upstream).get_downsample_rates("hidden_states"))
-        self.field = probe_receptive_field(upstream, noise, self.stride)
-        if self.frames(PROBE_SAMPLES) != probe[-1].shape[1]:
-            self.field = -PROBE_SAMPLES  # frames of another rule: none is masked
 
     @property
     def shape(self) -> TeacherShape:
@@ -105,6 +114,18 @@ class Teacher(nn.Module):
     def pick(self, states: HiddenStates) -> Tensor:
         """Select and average hidden states: the targets ``[batch, target, frame, dim]``."""
         return torch.stack([_mean([states[i] for i in target]) for target in self.targets], dim=1)
+
+
+@torch.no_grad()
+def measure_outputs(upstream: nn.Module) -> StatedOutputs:
+    """Run an upstream in eval mode on noise, to see what it returns."""
+    noise = torch.randn(PROBE_SAMPLES, generator=torch.Generator().manual_seed(0))
+    probe = upstream([noise])["hidden_states"]
+    stride = int(cast(Any, upstream).get_downsample_rates("hidden_states"))
+    field = probe_receptive_field(upstream, noise, stride)
+    if (PROBE_SAMPLES - field) // stride + 1 != probe[-1].shape[1]:
+        field = -PROBE_SAMPLES  # frames of another rule: none is masked
+    return StatedOutputs(tuple(states.shape[-1] for states in probe), stride, field)
 
 
 @torch.no_grad()

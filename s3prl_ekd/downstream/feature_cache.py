@@ -32,8 +32,9 @@ from ..compat.replaced import replaced
 from ..data.audio_files import SAMPLE_RATE
 from ..errors import SetupError
 from ..files.atomic import file_sha256
+from ..files.states_file import to_storage_dtype, wave_key
 from ..files.weights_digest import weights_digest
-from ..hidden_states.feature_store import FeatureStore, to_storage_dtype, wave_key
+from ..hidden_states.feature_store import FeatureStore
 from ..request import CACHE, CacheOptions
 
 logger = logging.getLogger(__name__)

@@ -1,44 +1,25 @@
-"""Cache of downstream features on disk, one safetensors file for each waveform.
+"""Cache of downstream features on disk, one file of :mod:`..files.states_file` for each waveform.
 
-The tensor ``states`` has the hidden states in float16, or in float32 if a value exceeds float16's
-65504 or is not finite; the metadata has a CRC. File names depend on the samples only. Several
-processes may write the same file: each writes a temporary file and renames it.
+Several processes may write the same file: each writes a temporary file and renames it.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
 import os
 import shutil
-import zlib
 from pathlib import Path
 
 from torch import Tensor
 
 from ..errors import CheckpointError
-from ..files.atomic import atomic_file
-from ..files.safetensors_file import SUFFIX, raw_bytes, read_safetensors, write_safetensors
+from ..files.states_file import read_states_file, states_path, write_states_file
 
 logger = logging.getLogger(__name__)
 
-_FLOAT16_MAX = 65504.0
 _SPARE = 2 * 10**9  # bytes of the disk left free, for checkpoints and other users
 _RECOUNT = 1 << 28  # bytes written by this process before the folder's size is counted again
-
-
-def wave_key(wave: Tensor) -> str:
-    """Hash of a waveform ``[sample]`` and its length."""
-    digest = hashlib.blake2b(f"{wave.numel()} ".encode(), digest_size=16)
-    digest.update(raw_bytes(wave.float()))
-    return digest.hexdigest()
-
-
-def to_storage_dtype(states: Tensor) -> Tensor:
-    """Convert ``states`` to the dtype in which they are stored."""
-    # NaN and infinity compare as False, so they stay float32
-    return states.half() if bool((states.abs() <= _FLOAT16_MAX).all()) else states.float()
 
 
 class FeatureStore:
@@ -58,7 +39,7 @@ class FeatureStore:
         self.written = 0  # bytes written by this process
 
     def path(self, key: str) -> Path:
-        return self.folder / key[:2] / f"{key[2:]}{SUFFIX}"
+        return states_path(self.folder, key)
 
     def read(self, key: str) -> Tensor | None:
         """Read ``[layer, frame, width]`` in float16 or float32; None if the file does not exist.
@@ -69,15 +50,10 @@ class FeatureStore:
         if not os.path.exists(path):  # False also where the folder cannot be read
             return None
         try:
-            metadata, tensors = read_safetensors(path, "file of cached features")
+            return read_states_file(path, "file of cached features")[0]
         except CheckpointError as error:
             logger.warning("%s; computing it again", error)
             return None
-        states = tensors.get("states")
-        if states is None or metadata.get("crc") != _crc(states):
-            logger.warning("%s is damaged; computing it again", path)
-            return None
-        return states
 
     def write(self, key: str, states: Tensor) -> None:
         """Store ``[layer, frame, width]``; without space left, warn once and store nothing more."""
@@ -89,9 +65,9 @@ class FeatureStore:
             problem = self._space_problem(states.nbytes)
             if not problem:
                 try:
-                    self.written += _put(states, path)
+                    self.written += write_states_file(path, states, sync=False)[0]
                 except FileNotFoundError:  # another `superb` run has ended and removed the folder
-                    self.written += _put(states, path)
+                    self.written += write_states_file(path, states, sync=False)[0]
         except OSError as error:
             problem = f"cannot write {path}: {error.strerror}"
         if problem:
@@ -113,20 +89,6 @@ class FeatureStore:
         self._size += size
         self._since_count += size
         return ""
-
-
-def _put(states: Tensor, path: Path) -> int:
-    """Write a file; returns its bytes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(path, sync=False) as file:  # the CRC detects a truncated file
-        write_safetensors(file, {"states": states}, {"crc": _crc(states)})
-        return file.tell()
-
-
-def _crc(states: Tensor) -> str:
-    """CRC-32 of dtype, shape and values."""
-    start = zlib.crc32(f"{states.dtype} {tuple(states.shape)}".encode())
-    return f"{zlib.crc32(raw_bytes(states), start):08x}"
 
 
 def folder_size(folder: Path) -> int:

@@ -1,4 +1,5 @@
-"""Load teachers by name (``hubert_base``, ``tiny_hubert``), checkpoint or Hugging Face folder.
+"""Load teachers by name (``hubert_base``, ``tiny_hubert``), checkpoint or folder (Hugging Face,
+hidden states that another program stored).
 
 A loaded teacher is an s3prl upstream: it maps a list of unpadded 16 kHz waveforms to
 ``{"hidden_states": [[batch, frame, dim], ...]}``, where index 0 is the input of the first

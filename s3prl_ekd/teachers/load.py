@@ -1,4 +1,4 @@
-"""Load the teachers of a config: s3prl's hub names, checkpoints, Hugging Face folders.
+"""Load the teachers of a config: hub names of s3prl, checkpoints, folders (Hugging Face, stored).
 
 Hub names are looked up in s3prl's ``upstream.<family>.hubconf`` modules. ``s3prl.hub`` would import
 all of its families first, which takes time and needs more packages.
@@ -24,7 +24,7 @@ from ..system.precision import choose_precision
 from . import zoo
 from .checkpoint import load_file
 from .fast import encoder as fast
-from .names import check_source, hub_names, names_by_family
+from .names import STORED, check_source, hub_names, names_by_family
 
 if TYPE_CHECKING:
     from s3prl.upstream.interfaces import UpstreamBase
@@ -67,7 +67,8 @@ def load_hub_name(name: str, location: str) -> nn.Module:
 
 
 def load_upstream(model: str, location: str) -> nn.Module:
-    """Load one upstream by name, from a checkpoint file or from a Hugging Face folder.
+    """Load one upstream by name, from a checkpoint file, or from a folder: of a Hugging Face model,
+    or of stored hidden states.
 
     Args:
         model: a hub name, a tiny teacher's name or a path. A file of that name takes precedence.
@@ -86,6 +87,10 @@ def load_upstream(model: str, location: str) -> nn.Module:
         return load_tiny(model, location)
     if model in hub_names():
         return load_hub_name(model, location)
+    if (path / STORED).is_file():
+        from .stored import StoredStates
+
+        return StoredStates(path, location)
     from .huggingface import load_folder
 
     return load_folder(path, location)

@@ -12,6 +12,7 @@ from ..errors import TeacherError
 from . import zoo
 
 FAMILIES = ("hubert", "wavlm", "wav2vec2", "data2vec", "unispeech_sat", "distiller")
+STORED = "stored_states.json"  # in a folder of :mod:`.stored`
 _NEEDS_PATH = ("_local", "_url", "_custom", "_gdriveid")  # entries that need a path
 
 
@@ -33,11 +34,11 @@ def check_source(model: str, location: str) -> None:
     """Reject a source that cannot be a teacher, before anything is downloaded or built.
 
     Raises:
-        TeacherError: not a name (s3prl's hub, :mod:`.zoo`), an existing file, or a Hugging Face
-            folder with a supported model.
+        TeacherError: not a name (s3prl's hub, :mod:`.zoo`), an existing file, a folder of stored
+            hidden states, or a Hugging Face folder with a supported model.
     """
     path = Path(model)
-    if model in zoo.NAMES or model in hub_names() or path.is_file():
+    if model in zoo.NAMES or model in hub_names() or path.is_file() or (path / STORED).is_file():
         return
     if path.is_dir():
         from .huggingface import check_hf_folder

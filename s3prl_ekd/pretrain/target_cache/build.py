@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import logging
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -46,6 +46,7 @@ from ...hidden_states.store import (
     write_index,
 )
 from ..interrupts import explain_worker_errors, is_out_of_memory
+from ..settings import load_runner_config
 
 logger = logging.getLogger(__name__)
 
@@ -200,8 +201,7 @@ def build_cache(
         EkdError: audio is bad and not skipped, a target exceeds the dtype, or the disk is full.
             The same command continues from there.
     """
-    data = dataclasses.replace(data, train_batch_size=1, max_seconds=0)
-    dataset = DistillationDataset(data, rows, min_samples, seed=index.seed)
+    dataset = _single_utterances(data, rows, min_samples, index.seed)
     hint = "run the same command again to continue"
     try:
         with contextlib.closing(CacheWriter(folder, index)) as writer:
@@ -229,6 +229,51 @@ def build_cache(
         raise SetupError(
             f"cannot write the target cache {folder}: {error.strerror}; free some space and {hint}"
         ) from None
+
+
+def _single_utterances(
+    data: DataSettings, rows: Sequence[Utterance], min_samples: int, seed: int
+) -> DistillationDataset:
+    """A dataset whose batches are one clean utterance, or its fixed excerpt, each."""
+    data = dataclasses.replace(data, train_batch_size=1, max_seconds=0)
+    return DistillationDataset(data, rows, min_samples, seed=seed)
+
+
+class CachedWaves:
+    """The waveforms that ``s3prl-ekd cache`` passes to the teachers, with their names.
+
+    Iterates over pairs of a path relative to ``libri_root`` and a waveform ``[sample]`` at 16 kHz,
+    from long to short: whole utterances, or the excerpt of a longer one than ``sequence_length``.
+    Bad audio is left out. For teachers that another program runs; see
+    :func:`~s3prl_ekd.teachers.stored.write_states`.
+
+    Args:
+        config: the runner config, as for ``-c``.
+        seed: as for ``--seed``.
+        min_samples: samples of the student's first frame; shorter utterances are left out.
+
+    Raises:
+        ConfigError: the config is not valid.
+        DataError: a table cannot be read; while iterating, audio is bad and not skipped.
+    """
+
+    def __init__(self, config: str | Path, seed: int = 1337, min_samples: int = 400):
+        expert = load_runner_config(config).pretrain_expert
+        assert expert is not None  # checked by load_runner_config
+        rows = cached_rows(expert.datarc, min_samples)
+        self._dataset = _single_utterances(expert.datarc, rows, min_samples, seed)
+
+    def __len__(self) -> int:
+        """Number of utterances, with those of bad audio."""
+        return len(self._dataset)
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        for i in range(len(self._dataset)):
+            batch = self._dataset[i]
+            if batch.problem:
+                raise DataError(batch.problem)
+            if not batch.bad:
+                yield batch.names[0], batch.waves[0]
 
 
 def _compute_missing(
