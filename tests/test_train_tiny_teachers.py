@@ -52,13 +52,18 @@ TINY = recipes.TeacherRecipe(
 )
 OPTIONS = TrainingOptions(log_every=2, dev_every=4)
 STAGES = list(recipes.STAGES)
-# The shipped teacher that this stage starts from is larger than TINY.
-SPEAKER = dataclasses.replace(recipes.STAGES["speaker"], start="robust_hubert")
+# The shipped teachers that these stages start from are larger than TINY.
+SMALL = {
+    "speaker": dataclasses.replace(recipes.STAGES["speaker"], start="robust_hubert"),
+    "hubert_3": dataclasses.replace(recipes.STAGES["hubert_3"], start="hubert", units="hubert"),
+}
+SHIPPED_STAGES = {name: recipes.STAGES[name] for name in SMALL}
 
 
 @pytest.fixture(autouse=True)
 def small_start(monkeypatch):
-    monkeypatch.setitem(recipes.STAGES, "speaker", SPEAKER)
+    for name, stage in SMALL.items():
+        monkeypatch.setitem(recipes.STAGES, name, stage)
 
 
 @pytest.fixture(scope="session")
@@ -73,7 +78,8 @@ def zoo(speech, tmp_path_factory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(noises, "_TAKES", 1)
         patch.setattr(noises, "_SECONDS", 3.0)
-        patch.setitem(recipes.STAGES, "speaker", SPEAKER)
+        for name, stage in SMALL.items():
+            patch.setitem(recipes.STAGES, name, stage)
         files = make_zoo(recipes.TEACHERS, speech, TINY, folder, OPTIONS)
     assert list(files) == list(recipes.TEACHERS)
     return folder
@@ -476,9 +482,9 @@ def test_an_interrupted_run_resumes_bit_for_bit(zoo, speech, tmp_path, monkeypat
         files = make_zoo(recipes.TEACHERS, speech, TINY, tmp_path, options, stop)
         runs += 1
         torch.rand(runs), np.random.rand(runs), random.random()
-        assert runs < 10
-    # steps of the stages: 3, 6, 6, 6, 4, 3; stop is not called after the last step of a stage
-    assert steps == 2 + 5 + 5 + 5 + 3 + 2 and runs == 1 + steps // 4
+        assert runs < 12
+    # steps of the stages: 3, 6, 6, 6, 6, 4, 3; stop is not called after the last step of a stage
+    assert steps == 2 + 5 + 5 + 5 + 5 + 3 + 2 and runs == 1 + steps // 4
     for name in STAGES:
         expected, resumed = weights(zoo, name), weights(tmp_path, name)
         assert expected.keys() == resumed.keys()
@@ -530,13 +536,14 @@ def test_stages_that_a_teacher_depends_on():
         ["hubert_1", "hubert"],
         ["hubert_1", "hubert", "robust_hubert"],
         ["hubert_1", "wavlm"],
+        ["hubert_1", "hubert", "hubert_3"],
         ["prosody"],
         ["hubert_1", "hubert", "robust_hubert", "speaker"],
     ]
-    shipped = dataclasses.replace(SPEAKER, start="tiny_robust_hubert")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(recipes.STAGES, "speaker", shipped)
-        assert [s.name for s in recipes.required_stages(("speaker",))] == ["speaker"]
+        for name, stage in SHIPPED_STAGES.items():
+            patch.setitem(recipes.STAGES, name, stage)
+            assert [s.name for s in recipes.required_stages((name,))] == [name]
 
 
 def test_the_speaker_teacher_keeps_its_extractor_and_trains_its_layers(zoo):

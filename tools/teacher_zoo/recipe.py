@@ -95,7 +95,8 @@ class TrainingStage:
 
     name: str  # its folder in the zoo
     family: Family
-    # Targets: clusters of "mfcc" or "prosody", or of a stage's middle layer; "": pairs of excerpts
+    # Targets: clusters of "mfcc", of "prosody", or of the middle layer of a stage or of a shipped
+    # teacher; "": pairs of excerpts
     units: str
     input_kind: InputKind
     share: float  # of the recipe's steps
@@ -131,6 +132,17 @@ STAGES = {
             file="tiny_robust_hubert.pt",
         ),
         TrainingStage("wavlm", "wavlm", "hubert_1", "mixed", share=1.0, file="tiny_wavlm.pt"),
+        # A third iteration of the shipped tiny HuBERT, with its own units
+        TrainingStage(
+            "hubert_3",
+            "hubert",
+            "tiny_hubert",
+            "clean",
+            share=1.0,
+            lr=0.5,
+            start="tiny_hubert",
+            file="tiny_hubert_3.pt",
+        ),
         # Of the study only: teachers that know something else than phones, trained without labels
         TrainingStage("prosody", "hubert", "prosody", "clean", share=2 / 3, file="tiny_prosody.pt"),
         TrainingStage(
@@ -147,7 +159,7 @@ STAGES = {
     )
 }
 SHIPPED = ("hubert", "robust_hubert", "wavlm")  # in the package
-TEACHERS = (*SHIPPED, "prosody", "speaker")
+TEACHERS = (*SHIPPED, "hubert_3", "prosody", "speaker")
 
 
 def required_stages(teachers: tuple[str, ...]) -> list[TrainingStage]:

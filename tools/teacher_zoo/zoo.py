@@ -18,6 +18,7 @@ from pathlib import Path
 
 from s3prl_ekd.errors import ConfigError, SetupError
 from s3prl_ekd.files.atomic import atomic_file
+from s3prl_ekd.teachers.zoo import TEACHERS as SHIPPED_FILES
 
 from . import checkpoint
 from .corpus import Corpus
@@ -122,7 +123,8 @@ def write_or_check_recipe(zoo: Path, corpus: Corpus, recipe: TeacherRecipe) -> N
 def load_or_make_labels(
     name: str, corpus: Corpus, recipe: TeacherRecipe, zoo: Path, options: TrainingOptions
 ) -> FrameLabels:
-    """Read ``units-NAME.npz``, or compute it: clusters of MFCC or of a stage's middle layer."""
+    """Read ``units-NAME.npz``, or compute it: clusters of MFCC, of prosody, or of the middle
+    layer of a stage or of a shipped teacher."""
     path = zoo / f"units-{name}.npz"
     if path.exists():
         return load_labels(path, corpus)
@@ -130,10 +132,14 @@ def load_or_make_labels(
     if name in ("mfcc", "prosody"):
         clusters, features = settings.mfcc_clusters, {"mfcc": mfcc, "prosody": prosody}[name]
     else:
-        source = STAGES[name]
-        source_labels = load_labels(zoo / f"units-{source.units}.npz", corpus)
-        model = MaskedPredictor(source.family, recipe, source_labels.classes)
-        checkpoint.load_model(zoo / name / "checkpoint.pt", name, model)
+        if name in SHIPPED_FILES:
+            model = MaskedPredictor("hubert", recipe, 1)
+            checkpoint.load_shipped(name, model)
+        else:
+            source = STAGES[name]
+            source_labels = load_labels(zoo / f"units-{source.units}.npz", corpus)
+            model = MaskedPredictor(source.family, recipe, source_labels.classes)
+            checkpoint.load_model(zoo / name / "checkpoint.pt", name, model)
         model.to(options.device).eval()
         clusters = settings.hidden_clusters
 
