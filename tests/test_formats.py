@@ -33,6 +33,7 @@ from s3prl_ekd.pretrain.checkpoints import CheckpointManager
 from s3prl_ekd.student_file import LoadedStudent, contents, load_student, write_student
 from s3prl_ekd.superb import results as records
 from s3prl_ekd.teachers import load_upstream
+from s3prl_ekd.teachers.stored import write_states
 
 from .conftest import STUDENT
 from .students import pruned_student
@@ -136,6 +137,13 @@ def test_target_caches(tmp_path, error_of):
     path = tmp_path / "index.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 99, "layout": None}))
     assert str(tmp_path) in error_of(read_index, tmp_path)
+
+
+def test_stored_states(tmp_path, error_of):
+    write_states(tmp_path, torch.zeros(720), torch.zeros(1, 2, 3))
+    path = tmp_path / "stored_states.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 99, "layers": None}))
+    assert str(path) in error_of(load_upstream, str(tmp_path), "here")
 
 
 def test_units(tmp_path, error_of):
