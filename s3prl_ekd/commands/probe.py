@@ -7,9 +7,10 @@ one or more of these labels: segments (phones, from `s3prl-ekd prepare alignment
 emotion. Phones are predicted by ridge regression on frames and on means of segments, in five folds
 over speakers; speakers by linear discriminant analysis from excerpts of one second, trained on the
 split train and tested on the split test; emotions likewise, with one speaker left out at a time.
-All layers are used side by side. A kind of label is taken from the first manifest that has it. With --noise, the tests are
-repeated under noise in a simulated room, while the training stays clean. Intervals (95 %) are over
-other test utterances. Scores are not comparable with those of SUPERB.
+All layers are used side by side. A kind of label is taken from the first manifest that has it.
+With --noise, the tests are repeated under noise in a simulated room, while the training stays
+clean. Intervals (95 %) are over other test utterances. Scores are not comparable with those of
+SUPERB.
 
 example:
   s3prl-ekd prepare alignments corpus/asr.tsv --lexicon cmudict.dict -o data/aligned
