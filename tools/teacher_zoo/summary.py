@@ -10,8 +10,8 @@ from s3prl_ekd.errors import SetupError
 from .recipe import STAGES
 
 HEAD = (
-    "| stage | steps | audio (h) | time (h) | units | loss of masked frames, dev "
-    "| loss by unit frequencies | accuracy, dev | share of the most frequent unit |\n"
+    "| stage | steps | audio (h) | time (h) | units | loss, dev | loss without input "
+    "| accuracy, dev | accuracy without input |\n"
     "|---|---|---|---|---|---|---|---|---|"
 )
 
