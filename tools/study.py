@@ -38,6 +38,8 @@ def main(argv: list[str] | None = None) -> int:
         return run(args)
     except EkdError as error:
         print(f"error: {error}", file=sys.stderr)
+    except SystemExit as error:  # a command of the preparation failed
+        print(f"error: {error}", file=sys.stderr)
     except OSError as error:
         prefix = f"{error.filename}: " if error.filename else ""
         print(f"error: {prefix}{error.strerror or error}", file=sys.stderr)
@@ -76,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
     """Run the study with parsed arguments; return the exit code."""
     from study_parts import rows
     from study_parts.results import read_results
-    from study_parts.run import check_teachers, run_missing, student_path
+    from study_parts.run import check_results, run_missing, student_path
 
     names = {row.name: row for row in rows.rows() if set(row.teachers) <= set(args.teachers)}
     for name in args.rows:
@@ -94,14 +96,18 @@ def run(args: argparse.Namespace) -> int:
     if not args.report_only:
         from study_parts.folder import StudyFolder
 
+        from s3prl_ekd.files.atomic import make_folder
         from s3prl_ekd.system.lock import FolderLock
 
         if args.speech is None:
             raise ConfigError("no folder SPEECH; give it, or --report-only")
         started = time.monotonic()
         folder = StudyFolder(args.out, args.speech, tuple(args.teachers))
+        make_folder(args.out, SetupError)
         with FolderLock(args.out):
             folder.prepare()
+            digests = folder.teacher_digests(folder.teachers)
+            check_results(args.results, args.steps, digests)
             left, failed = run_missing(
                 folder,
                 chosen,
@@ -114,7 +120,7 @@ def run(args: argparse.Namespace) -> int:
     results = read_results(args.results)
     if not results:
         raise SetupError(f"no results in {args.results}")
-    check_teachers(args.results)
+    check_results(args.results, args.steps)
     from study_parts.report import write_report
 
     for path in write_report(results, args.docs):

@@ -42,7 +42,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--noise", metavar="DIR",
         help="also test under these noises: a folder of audio, or a manifest (test split)",
     )  # fmt: skip
-    add("--snr", type=float, default=5.0, help="signal-to-noise ratio in dB (default: 5)")
+    add("--snr", type=float, help="signal-to-noise ratio of --noise in dB (default: 5)")
     add("--no-room", action="store_true", help="noise only, without simulated rooms")
     add(
         "-o", "--output", metavar="FOLDER", type=Path,
@@ -58,6 +58,8 @@ def main(args: argparse.Namespace) -> int:
     from ..superb.plan import parse_upstream
 
     require_lda()
+    if args.noise is None and (args.snr is not None or args.no_room):
+        raise ConfigError("--snr and --no-room need --noise DIR")
     upstreams = [parse_upstream(text) for text in args.upstreams]
     names = [upstream.name for upstream in upstreams]
     if len(set(names)) < len(names):
@@ -81,14 +83,17 @@ def main(args: argparse.Namespace) -> int:
     device = choose_device(args.device)
     by_label: dict[str, ProbeTask] = {}
     for path in args.data:
-        for task in choose_tasks(read_labels(path)):
+        for task in choose_tasks(
+            read_labels(path), lambda text, path=path: print(f"{path}: {text}")
+        ):
             by_label.setdefault(task.label, task)
     noisy = None
     if args.noise is not None:
         from ..downstream.noise import find_noises
 
-        name = f"{Path(args.noise).stem} {args.snr:g} dB" + ("" if args.no_room else " in a room")
-        noisy = NoisyCondition(name, find_noises(args.noise), args.snr, not args.no_room)
+        snr = 5.0 if args.snr is None else args.snr
+        name = f"{Path(args.noise).stem} {snr:g} dB" + ("" if args.no_room else " in a room")
+        noisy = NoisyCondition(name, find_noises(args.noise), snr, not args.no_room)
     if args.output is not None:
         make_folder(args.output, SetupError)
     results = {}

@@ -27,22 +27,26 @@ def predict_by_ridge(
         Predicted class numbers ``[example]`` for each of ``tests``.
     """
     count = int(folds.max()) + 1
-    sums = [_Sums.of(train[folds == fold], labels[folds == fold], labels.max() + 1)
-            for fold in range(count)]  # fmt: skip
+    offset = train.mean(0)  # subtracted, as float32 sums of squares far from 0 are inexact
+    classes = labels.max() + 1
+    sums = [
+        _Sums.of(train[folds == fold] - offset, labels[folds == fold], classes)
+        for fold in range(count)
+    ]
     predictions = [np.zeros(len(labels), dtype=np.int64) for _ in tests]
     for fold in range(count):
         dev = (fold + 1) % count
         candidates = _total(sums, {fold, dev}).solutions(PENALTIES)
         held_out = folds == dev
         right = [
-            np.mean(_predict(train[held_out], *solution) == labels[held_out])
+            np.mean(_predict(train[held_out] - offset, *solution) == labels[held_out])
             for solution in candidates
         ]
         penalty = PENALTIES[int(np.argmax(right))]
         (solution,) = _total(sums, {fold}).solutions((penalty,))
         tested = folds == fold
         for features, result in zip(tests, predictions, strict=True):
-            result[tested] = _predict(features[tested], *solution)
+            result[tested] = _predict(features[tested] - offset, *solution)
     return predictions
 
 

@@ -18,7 +18,7 @@ from .tasks import ALWAYS_TRAIN, SCORES, ProbeExcerpt, ProbeTask
 
 CLEAN = "clean"
 MOST_DIMS = 2048  # of all layers together; wider ones are reduced by principal components
-_SAMPLE = 100  # excerpts from which the components are computed
+_SAMPLE, _FRAMES = 100, 50  # excerpts, and frames of each, for the components
 StatesFn = Callable[[Tensor], Sequence[Tensor]]  # [sample] -> [frame, dim] of each layer
 
 
@@ -178,13 +178,16 @@ class _Reduction:
 
 
 def _fit_reduction(states_of: StatesFn, excerpts: Sequence[ProbeExcerpt]) -> _Reduction:
-    """Principal components of each layer from some training excerpts, if the layers are wide."""
+    """Principal components of each layer from some excerpts, if the layers are wide."""
     first = _run(states_of, _read(excerpts[0]))
     widths = [layer.shape[1] for layer in first]
     if sum(widths) <= MOST_DIMS:
         return _Reduction([None] * len(widths), widths)
     chosen = [excerpts[i] for i in np.linspace(0, len(excerpts) - 1, _SAMPLE).astype(int)]
-    samples = [_run(states_of, _read(excerpt)) for excerpt in chosen]
+    samples = [
+        [layer[:: max(1, len(layer) // _FRAMES)] for layer in _run(states_of, _read(excerpt))]
+        for excerpt in chosen
+    ]
     dims = [min(width, MOST_DIMS // len(widths)) for width in widths]
     bases: list[np.ndarray | None] = []
     for number, dim in enumerate(dims):

@@ -8,7 +8,7 @@ speaker and an utterance of an emotion are the means and deviations over their f
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,6 +20,8 @@ from .labels import SILENCE, LabelledUtterance, speaker_folds
 
 PHONE_FOLDS, EMOTION_FOLDS = 5, 10
 EXCERPT = SAMPLE_RATE  # samples of an excerpt of the speaker task
+SHORTEST = SAMPLE_RATE // 10  # samples; shorter utterances and excerpts are left out
+PHONE_SAMPLES = 3600 * SAMPLE_RATE  # of phones, as all frames are kept in memory
 ALWAYS_TRAIN = -1  # fold of an example that is never tested
 WINDOW = 400  # samples that a frame covers, 25 ms; its centre decides its phone
 
@@ -86,20 +88,35 @@ class ProbeTask:
             yield "phone segments", means, [phone for phone, _ in known]
 
 
-def choose_tasks(utterances: Sequence[LabelledUtterance]) -> list[ProbeTask]:
+def choose_tasks(
+    utterances: Sequence[LabelledUtterance], note: Callable[[str], object] = lambda text: None
+) -> list[ProbeTask]:
     """The tasks for which one manifest has labels.
+
+    Args:
+        utterances: of the manifest.
+        note: is called with each reason why a task or some utterances are left out.
 
     Raises:
         DataError: no task can be probed, or an audio file cannot be read.
     """
+    lengths = dict(zip(utterances, _samples(utterances), strict=True))
+    usable = [u for u in utterances if lengths[u] >= SHORTEST]
+    if len(usable) < len(utterances):
+        note(f"{len(utterances) - len(usable)} utterances are shorter than 0.1 s and left out")
     tasks, reasons = [], []
     for make in (_phone_task, _speaker_task, _emotion_task):
         try:
-            tasks.append(make(utterances))
+            tasks.append(make(usable, lengths))
         except _Missing as reason:
             reasons.append(str(reason))
     if not tasks:
         raise DataError("nothing can be probed: " + "; ".join(reasons))
+    for reason in reasons:
+        note(f"not probed: {reason}")
+    for task in tasks:
+        if task.label == "phones" and len(task.excerpts) < sum(bool(u.segments) for u in usable):
+            note(f"phones: {len(task.excerpts)} utterances, an hour, evenly spaced in the manifest")
     return tasks
 
 
@@ -107,41 +124,50 @@ class _Missing(Exception):
     """Why a manifest does not allow a task."""
 
 
+Lengths = Mapping[LabelledUtterance, int]  # samples
+
+
 def _by_speaker(
-    utterances: Sequence[LabelledUtterance], label: Literal["phones", "emotion"], folds: int
+    utterances: Sequence[LabelledUtterance],
+    lengths: Lengths,
+    label: Literal["phones", "emotion"],
+    folds: int,
 ) -> ProbeTask:
     if not utterances or any(not utterance.speaker for utterance in utterances):
         raise _Missing(f"{label} needs its labels and the speaker of each utterance")
     fold_of = speaker_folds(utterances, folds)
     if len(set(fold_of.values())) < 3:
         raise _Missing(f"{label} needs three speakers or more")
-    lengths = _samples(utterances)
-    excerpts = [
-        ProbeExcerpt(utterance, 0, length, fold_of[utterance.speaker])
-        for utterance, length in zip(utterances, lengths, strict=True)
-    ]
+    excerpts = [ProbeExcerpt(u, 0, lengths[u], fold_of[u.speaker]) for u in utterances]
     return ProbeTask(label, tuple(excerpts))
 
 
-def _phone_task(utterances: Sequence[LabelledUtterance]) -> ProbeTask:
-    return _by_speaker([u for u in utterances if u.segments], "phones", PHONE_FOLDS)
+def _phone_task(utterances: Sequence[LabelledUtterance], lengths: Lengths) -> ProbeTask:
+    aligned = [u for u in utterances if u.segments]
+    total = sum(lengths[u] for u in aligned)
+    if total > PHONE_SAMPLES:
+        step = total / PHONE_SAMPLES
+        aligned = [aligned[int(i * step)] for i in range(int(len(aligned) / step))]
+    return _by_speaker(aligned, lengths, "phones", PHONE_FOLDS)
 
 
-def _emotion_task(utterances: Sequence[LabelledUtterance]) -> ProbeTask:
-    labelled = [u for u in utterances if u.emotion]
-    if len({u.emotion for u in labelled}) < 2:
-        raise _Missing("emotion needs two emotions or more")
-    return _by_speaker(labelled, "emotion", EMOTION_FOLDS)
+def _emotion_task(utterances: Sequence[LabelledUtterance], lengths: Lengths) -> ProbeTask:
+    task = _by_speaker([u for u in utterances if u.emotion], lengths, "emotion", EMOTION_FOLDS)
+    for fold in {excerpt.fold for excerpt in task.excerpts}:
+        if len({e.utterance.emotion for e in task.excerpts if e.fold != fold}) < 2:
+            raise _Missing("emotion needs two emotions or more in the training part of each fold")
+    return task
 
 
-def _speaker_task(utterances: Sequence[LabelledUtterance]) -> ProbeTask:
+def _speaker_task(utterances: Sequence[LabelledUtterance], lengths: Lengths) -> ProbeTask:
     used = [u for u in utterances if u.speaker and u.split != "dev"]
     train = {u.speaker for u in used if u.split == "train"}
     test = {u.speaker for u in used if u.split == "test"}
     if len(train) < 2 or not test or not test <= train:
         raise _Missing("speaker needs two speakers or more, and those of the split test in train")
     excerpts = []
-    for utterance, length in zip(used, _samples(used), strict=True):
+    for utterance in used:
+        length = lengths[utterance]
         fold = 0 if utterance.split == "test" else ALWAYS_TRAIN
         for start in range(0, max(1, length - EXCERPT + 1), EXCERPT):
             excerpts.append(ProbeExcerpt(utterance, start, min(EXCERPT, length), fold))

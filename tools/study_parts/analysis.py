@@ -1,10 +1,11 @@
 """From results to hypotheses: normalised scores, paired contrasts, intervals, multiplicity.
 
-The normalised score of a student is its share of the way from the untrained student (0) to the best
-probe of a teacher (1), averaged over phone frames, clean, and speakers under noise. A contrast is
-computed within each seed (rows of a seed share first weights, data and distortion), so its spread
-over seeds is that of the difference. Its variance also has a part for other speakers, from a
-bootstrap of the test speakers. Intervals are Student's t with Satterthwaite's degrees of freedom.
+The normalised score of a student, teacher or set is its share of the way from the untrained
+student (0) to the best probe of a teacher without labels (1), averaged over phone frames, clean,
+and speakers under noise. A contrast is computed within each seed (rows of a seed share first
+weights, data and distortion), so its spread over seeds is that of the difference. Its variance also
+has a part for other speakers, from a bootstrap of the test speakers. Intervals are Student's t with
+Satterthwaite's degrees of freedom.
 """
 
 from __future__ import annotations
@@ -16,14 +17,18 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import t as student_t
 
+from s3prl_ekd.errors import SetupError
 from s3prl_ekd.probe.measure import CLEAN
 
 from .results import NOISY, StudyResult
-from .rows import AVERAGE_HEADS, SETS, SINGLES, Row, set_name
+from .rows import AVERAGE_HEADS, CONTROLS, SETS, SINGLES, Row, set_name
 
 PRIMARY = (("phone frames", CLEAN), ("speaker", NOISY))
 RESAMPLES = 1000
 EQUIVALENCE = 0.1  # of the way from the untrained student to the best teacher
+LEAST_SPAN = 2.0  # points of that way; with less, a share of it means nothing
+LEAST_SEEDS = 4  # for a verdict: with two, intervals miss the true value in 10 % of the cases
+CORRECTED = ("H1", "H1b", "H2", "H3", "H4", "H5")
 DEV_SHARE = 5  # one speaker in five chooses the best single teacher, and is not tested
 
 
@@ -35,19 +40,20 @@ class ContrastEstimate:
         value: mean over the seeds; ``by_seed`` has each.
         low, high: 95 % interval.
         p: two-sided, of the value 0.
-        equivalent: the 90 % interval is inside ±:data:`EQUIVALENCE` (two one-sided tests at 5 %).
+        p_equivalent: of a true value outside ±:data:`EQUIVALENCE` (two one-sided tests).
         deviation: standard deviation over seeds.
-        detectable: smallest true value that is found in 80 % of such studies (two-sided, 5 %).
+        detectable: smallest true value that is found in 80 % of such studies, two-sided, at 5 %
+            and at the first step of Holm's correction.
     """
 
     value: float
     low: float
     high: float
     p: float
-    equivalent: bool
+    p_equivalent: float
     by_seed: tuple[float, ...]
     deviation: float
-    detectable: float
+    detectable: tuple[float, float]
 
 
 class Scores:
@@ -89,25 +95,45 @@ class Scores:
         self, row: str, seed: int, scores: Sequence[tuple[str, str]] = PRIMARY
     ) -> np.ndarray:
         """Normalised score of a student, ``[1 + resample]``."""
+        return self._normalised(self.students[row, seed], scores)
+
+    def _normalised(self, result: StudyResult, scores: Sequence[tuple[str, str]]) -> np.ndarray:
         parts = []
         for score in scores:
             low, high = self.span(score)
-            parts.append((self.accuracy(self.students[row, seed], score) - low) / (high - low))
+            parts.append((self.accuracy(result, score) - low) / (high - low))
         return np.mean(parts, axis=0)
 
     def span(self, score: tuple[str, str]) -> tuple[float, float]:
-        """Mean accuracy of the untrained students, and that of the best teacher's own probe."""
+        """Mean accuracy of the untrained students, and of the best probe of a teacher that was
+        trained without labels.
+
+        Raises:
+            SetupError: a result is missing, or the teachers are not better.
+        """
         untrained = [r for (row, _), r in self.students.items() if row == "none"]
+        names = [name for name in SINGLES if name in self.teachers and name not in CONTROLS]
+        if not untrained or not names:
+            raise SetupError(
+                "scores need results of row none and of the teachers: run with --rows none first"
+            )
         low = float(np.mean([self.accuracy(r, score)[0] for r in untrained]))
-        singles = [self.teachers[name] for name in SINGLES if name in self.teachers]
-        return low, max(float(self.accuracy(r, score)[0]) for r in singles)
+        high = max(float(self.accuracy(self.teachers[name], score)[0]) for name in names)
+        if high - low < LEAST_SPAN:
+            raise SetupError(
+                f"{', '.join(score)}: the best teacher ({high:.1f} %) is not {LEAST_SPAN:g} points "
+                f"better than untrained students ({low:.1f} %), so students cannot be scored"
+            )
+        return low, high
 
     def best_single(self, teachers: tuple[str, ...]) -> str:
-        """The teacher whose students have the best normalised score on the dev speakers."""
+        """The teacher whose students have the best normalised score on the dev speakers, over the
+        seeds that all of these teachers have."""
+        seeds = self.seeds(teachers) or self.seeds([])
 
         def dev_score(row: str) -> float:
             values = []
-            for seed in self.seeds([row]):
+            for seed in (s for s in seeds if (row, s) in self.students):
                 for score in PRIMARY:
                     low, high = self.span(score)
                     counts = self.students[row, seed].scores[score]
@@ -118,16 +144,18 @@ class Scores:
 
         return max(teachers, key=dev_score)
 
-    def headroom(self, teachers: tuple[str, ...]) -> float:
-        """Points by which the probe of all teachers exceeds the best single one's, mean over the
-        primary scores."""
-        together = self.teachers[set_name(teachers)]
-        gains = [
-            self.accuracy(together, score)[0]
-            - max(self.accuracy(self.teachers[name], score)[0] for name in teachers)
-            for score in PRIMARY
-        ]
-        return float(np.mean(gains))
+    def headroom(self, teachers: tuple[str, ...]) -> np.ndarray | None:
+        """Normalised score of the probe of all teachers, less that of the best single one.
+
+        Returns:
+            ``[1 + resample]``; None if a probe is missing.
+        """
+        names = (set_name(teachers), *teachers)
+        if any(name not in self.teachers for name in names):
+            return None
+        together, *members = (self._normalised(self.teachers[n], PRIMARY) for n in names)
+        best = max(members, key=lambda values: float(values[0]))
+        return together - best
 
 
 def estimate(values: np.ndarray) -> ContrastEstimate:
@@ -142,16 +170,19 @@ def estimate(values: np.ndarray) -> ContrastEstimate:
     error = max(math.sqrt(seed_variance + speaker_variance), 1e-12)
     freedom = math.inf if seed_variance == 0 else (count - 1) * (error**2 / seed_variance) ** 2
     margin = student_t.ppf(0.975, freedom) * error
-    one_sided = student_t.ppf(0.95, freedom) * error
+    level = student_t.ppf(0.8, freedom)
     return ContrastEstimate(
         value,
         value - margin,
         value + margin,
         float(2 * student_t.sf(abs(value) / error, freedom)),
-        bool(abs(value) + one_sided < EQUIVALENCE),
+        float(student_t.sf((EQUIVALENCE - abs(value)) / error, freedom)),
         tuple(float(v) for v in by_seed),
         float(by_seed.std(ddof=1)),
-        float((student_t.ppf(0.975, freedom) + student_t.ppf(0.8, freedom)) * error),
+        (
+            float((student_t.ppf(0.975, freedom) + level) * error),
+            float((student_t.ppf(1 - 0.025 / len(CORRECTED), freedom) + level) * error),
+        ),
     )
 
 
@@ -201,35 +232,48 @@ def hypotheses(scores: Scores) -> list[Hypothesis]:
         for combination in ("average", "concat")
     )
     both = row(different, AVERAGE_HEADS)
-    sets = [s for s in SETS if set_name(s) in scores.teachers]
-    doses = np.array([scores.headroom(teachers) for teachers in sets])
+    doses = {s: scores.headroom(s) for s in SETS if scores.headroom(s) is not None}
 
-    def slope(seed: int) -> np.ndarray:
-        gains = np.stack(
-            [
-                scores.normalised(row(teachers, "separate"), seed)
-                - scores.normalised(best[teachers], seed)
-                for teachers in sets
-            ]
-        )
-        centred = doses - doses.mean()
-        return centred @ gains / (centred @ centred)
+    def slope(sets: Sequence[tuple[str, ...]]) -> Callable[[int], np.ndarray]:
+        def by_seed(seed: int) -> np.ndarray:
+            gains = np.stack(
+                [
+                    scores.normalised(row(teachers, "separate"), seed)
+                    - scores.normalised(best[teachers], seed)
+                    for teachers in sets
+                ]
+            )
+            dose = np.stack([doses[teachers] for teachers in sets])
+            centred = dose - dose.mean(0)
+            return (centred * gains).sum(0) / np.square(centred).sum(0)
+
+        return by_seed
+
+    def slope_rows(sets: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
+        return tuple(r for s in sets for r in (row(s, "separate"), best[s]))
 
     clean = [(score, CLEAN) for score, _ in PRIMARY]
     noisy = [(score, NOISY) for score, _ in PRIMARY]
     robust = row(plain, "separate")
-    found = [
+    return [
         Hypothesis(
             "H1",
             f"heads for {set_name(different)} - {best[different]} alone",
             (heads, best[different]),
             difference(mean(heads), mean(best[different])),
         ),
-        Hypothesis(
-            "H1b",
-            "gain of heads over the best single teacher, per point of headroom",
-            tuple(r for s in sets for r in (row(s, "separate"), best[s])),
-            slope,
+        *(
+            Hypothesis(
+                key,
+                f"gain of heads over the best single teacher, per headroom{note}",
+                slope_rows(sets),
+                slope(sets),
+            )
+            for key, note, sets in (
+                ("H1b", "", list(doses)),
+                ("H1b'", ", without the control", [s for s in doses if s != control]),
+            )
+            if len(sets) > 2 and len({float(doses[s][0]) for s in sets}) > 1
         ),
         Hypothesis(
             "H2",
@@ -242,6 +286,12 @@ def hypotheses(scores: Scores) -> list[Hypothesis]:
             "average and heads - average",
             (both, average[0]),
             difference(mean(both), mean(average[0])),
+        ),
+        Hypothesis(
+            "H3'",
+            "heads - average",
+            (heads, average[0]),
+            difference(mean(heads), mean(average[0])),
         ),
         Hypothesis(
             "H4",
@@ -273,13 +323,17 @@ def hypotheses(scores: Scores) -> list[Hypothesis]:
             ("hubert", "none"),
             difference(mean("hubert"), mean("none")),
         ),
+        *(
+            Hypothesis(
+                f"H1, {name}",
+                f"heads for {set_name(different)} - {name} alone",
+                (heads, name),
+                difference(mean(heads), mean(name)),
+            )
+            for name in different
+            if name != best[different]
+        ),
     ]
-    if len(set(doses.tolist())) < 2:  # no slope without different headrooms
-        found = [hypothesis for hypothesis in found if hypothesis.key != "H1b"]
-    return found
-
-
-CORRECTED = ("H1", "H1b", "H2", "H3", "H4", "H5")
 
 
 def estimate_hypotheses(scores: Scores) -> dict[str, tuple[Hypothesis, ContrastEstimate]]:

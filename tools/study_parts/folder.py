@@ -25,7 +25,7 @@ MANIFESTS = ("unlabeled", "pr", "sid", "er")
 VOICES = {"voices": "48", "utterances": "1200", "seed": "8"}
 SIBLING_SEED = 2  # of the training of ``sibling``
 EXCERPT = 64_000  # samples of an utterance in training, 4 s
-BATCH, BATCH_SECONDS = 8, 16  # utterances and seconds of a batch, at most
+BATCH, BATCH_SECONDS = 8, 8  # utterances and seconds of a batch, at most
 TOOLS = Path(__file__).parent.parent
 
 
@@ -36,7 +36,6 @@ class StudyFolder(TrainingFolder):
         folder: OUT.
         speech: folder with the manifests unlabeled, pr, sid and er, alignments.tsv, and audio.
         teachers: which are used.
-        jobs: processes at a time.
     """
 
     def __init__(self, folder: Path, speech: Path, teachers: tuple[str, ...] = SINGLES):

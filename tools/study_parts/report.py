@@ -16,6 +16,8 @@ from s3prl_ekd.system.tables import markdown_table
 from .analysis import (
     CORRECTED,
     EQUIVALENCE,
+    LEAST_SEEDS,
+    PRIMARY,
     ContrastEstimate,
     Hypothesis,
     Scores,
@@ -51,7 +53,7 @@ def report(results: Sequence[StudyResult]) -> tuple[str, dict[str, bytes]]:
         pictures["study.png"] = _draw_rows(scores)
         parts += [
             "![gain over the best single teacher against headroom](study.headroom.png)",
-            "![accuracy by row, with 95 % intervals](study.png)",
+            "![accuracy by row, with 95 % intervals of the difference to none](study.png)",
         ]
     return "\n\n".join(parts), pictures
 
@@ -65,7 +67,7 @@ def _facts(results: Sequence[StudyResult]) -> str:
     seeds = len({r.seed for r in students})
     return (
         f"{len(trained)} students of {steps} updates and {len(students) - len(trained)} untrained "
-        f"ones, {seeds} seeds; {hours:.1f} h of one core ({machines})."
+        f"ones, {seeds} seeds; {hours:.1f} h on one core each ({machines})."
     )
 
 
@@ -81,13 +83,13 @@ def _teacher_table(scores: Scores) -> str:
         if result is None:
             continue
         cells = [f"{scores.accuracy(result, column)[0]:.1f}" for column in COLUMNS]
-        head = f"{scores.headroom(teachers):+.1f}" if len(teachers) > 1 else ""
+        room = scores.headroom(teachers) if len(teachers) > 1 else None
+        head = "" if room is None else f"{room[0]:+.2f}"
         marked = " (labels)" if set(teachers) & set(CONTROLS) else ""
         table.append([set_name(teachers) + marked, *cells, head])
     return (
-        "Accuracy of the probes on the teachers' target layers, per cent. Headroom: points by "
-        "which a set exceeds its best member, mean of phone frames (clean) and speaker (noisy).\n\n"
-        + markdown_table(table)
+        "Accuracy of the probes on the teachers' target layers, per cent. Headroom: by how much "
+        "the score of a set exceeds that of its best member.\n\n" + markdown_table(table)
     )
 
 
@@ -103,10 +105,11 @@ def _student_table(scores: Scores) -> str:
             cells.append(_mean_and_deviation(values, 1))
         values = [scores.normalised(row.name, seed)[0] for seed in seeds]
         table.append([row.name, str(len(seeds)), *cells, _mean_and_deviation(values, 2)])
+    ends = "; ".join("{}: {:.1f} to {:.1f}".format(_head(*s), *scores.span(s)) for s in PRIMARY)
     return (
         "Accuracy in per cent, mean ± standard deviation over seeds. Score: share of the way from "
-        "the untrained student to the best teacher's own probe, mean of phone frames (clean) and "
-        "speaker (noisy).\n\n" + markdown_table(table)
+        "the untrained student to the best probe of a teacher without labels, mean of two "
+        f"({ends}).\n\n" + markdown_table(table)
     )
 
 
@@ -116,15 +119,22 @@ def _mean_and_deviation(values: Sequence[float], digits: int) -> str:
 
 
 def _hypothesis_table(tested: Tested) -> str:
-    corrected = holm({key: tested[key][1].p for key in CORRECTED if key in tested})
+    # hypotheses without results yet count as 1, so that all are corrected for
+    missing = dict.fromkeys((key for key in CORRECTED if key not in tested), 1.0)
+    corrected = holm({key: e.p for key, (_, e) in tested.items() if key in CORRECTED} | missing)
+    small = holm(
+        {key: e.p_equivalent for key, (_, e) in tested.items() if key in CORRECTED} | missing
+    )
     table = [["", "contrast of scores", "n", "estimate", "p", "p, Holm", "shown"]]
     for key, (hypothesis, e) in tested.items():
-        p = corrected.get(key)
-        verdict = "none"
-        if (e.p if p is None else p) < 0.05:
-            verdict = "> 0" if e.value > 0 else "< 0"
-        if e.equivalent and key != "H1b":
-            verdict += f", within ±{EQUIVALENCE:g}"
+        p, verdict = corrected.get(key), []
+        if len(e.by_seed) < LEAST_SEEDS:
+            verdict = [f"(fewer than {LEAST_SEEDS} seeds)"]
+        else:
+            if (e.p if p is None else p) < 0.05:
+                verdict.append("> 0" if e.value > 0 else "< 0")
+            if small.get(key, e.p_equivalent) < 0.05 and not key.startswith("H1b"):
+                verdict.append(f"within ±{EQUIVALENCE:g}")
         table.append(
             [
                 key,
@@ -133,16 +143,25 @@ def _hypothesis_table(tested: Tested) -> str:
                 f"{e.value:+.3f} [{e.low:+.3f}, {e.high:+.3f}]",
                 f"{e.p:.3f}",
                 "" if p is None else f"{p:.3f}",
-                verdict,
+                ", ".join(verdict) or "–",
             ]
         )
-    return markdown_table(table)
+    return (
+        "Mean over seeds with its 95 % interval. The six of the first column without a mark are "
+        "corrected for their number (Holm), in both tests; H1b is per unit of headroom.\n\n"
+        + markdown_table(table)
+    )
 
 
 def _power(tested: Tested) -> str:
-    lines = ["Standard deviation over seeds, and the smallest true value found with 80 % power:"]
-    values = [f"{key} {e.deviation:.3f}, {e.detectable:.3f}" for key, (_, e) in tested.items()]
-    return " ".join([*lines, "; ".join(values) + "."])
+    values = [
+        "{} {:.3f}, {:.2f}, {:.2f}".format(key, e.deviation, *e.detectable)
+        for key, (_, e) in tested.items()
+    ]
+    return (
+        "Standard deviation over seeds, and the smallest true value that is found with 80 % power, "
+        f"at 5 % and at the first step of Holm's correction: {'; '.join(values)}."
+    )
 
 
 def _draw_headroom(scores: Scores) -> bytes:
@@ -152,12 +171,12 @@ def _draw_headroom(scores: Scores) -> bytes:
     for number, teachers in enumerate(SETS):
         together, best = Row(teachers).name, scores.best_single(teachers)
         seeds = scores.seeds([together, best])
-        if len(seeds) < 2 or set_name(teachers) not in scores.teachers:
+        if len(seeds) < 2 or scores.headroom(teachers) is None:
             continue
         gains = np.stack(
             [scores.normalised(together, s) - scores.normalised(best, s) for s in seeds]
         )
-        e, x = estimate(gains), scores.headroom(teachers)
+        e, x = estimate(gains), float(scores.headroom(teachers)[0])
         axis.errorbar(
             [x], [e.value], yerr=[[e.value - e.low], [e.high - e.value]], fmt="o", capsize=3,
             color=COLOURS[number], label=set_name(teachers),
@@ -165,8 +184,8 @@ def _draw_headroom(scores: Scores) -> bytes:
     axis.axhline(0, color="grey", lw=0.8)
     axis.axhspan(-EQUIVALENCE, EQUIVALENCE, color="grey", alpha=0.15)
     axis.set(
-        xlabel="headroom: probe of all teachers - best one (points)",
-        ylabel="gain of the student over the best single teacher's",
+        xlabel="headroom: score of all teachers' probe - best one's",
+        ylabel="score of heads - best single teacher's student",
     )
     if axis.get_legend_handles_labels()[0]:
         axis.legend(frameon=False, fontsize=8)

@@ -68,7 +68,7 @@ def set_name(teachers: tuple[str, ...]) -> str:
 def rows() -> list[Row]:
     """All rows, in the order in which a seed is run: those of the first hypotheses first."""
     siblings, plain, different, control = SETS
-    result = [NONE, *(Row((name,)) for name in SINGLES if name not in ("sibling",))]
+    result = [NONE, *(Row((name,)) for name in SINGLES)]
     result += [Row(different, c) for c in ("separate", "average", AVERAGE_HEADS, "concat")]
     result += [Row(plain, c) for c in ("separate", "average", "concat")]
     result += [Row(control, c) for c in ("separate", "average")]
@@ -77,7 +77,7 @@ def rows() -> list[Row]:
     return result
 
 
-# Combinations of the last part: a common basis before averaging, relations, units
+# Combinations of the last part: a common basis before averaging
 BASIS_ROWS = ("average, phi_s", "average, procrustes")
 
 

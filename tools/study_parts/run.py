@@ -5,17 +5,21 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from s3prl_ekd.errors import SetupError
+
 from .folder import StudyFolder
 from .results import StudyResult, machine, probe_states, read_result, write_result
 from .rows import NONE, PROBED_SETS, STUDENT, Row, set_name, teacher_config
 
-RATE, WARMUP = 2e-3, 0.1  # learning rate, and share of the steps of its warm-up
+RATE, WARMUP = 4e-3, 0.1  # learning rate, and share of the steps of its warm-up
+STORE_GB = 20.0  # of the teachers' layers on all probed waveforms
 
 
 def teacher_path(results: Path, name: str) -> Path:
@@ -53,7 +57,14 @@ def measure_teachers(folder: StudyFolder, names: tuple[str, ...], results: Path)
 
 
 def load_states(folder: StudyFolder, name: str) -> Callable[[Any], list[Any]]:
-    """A function from a waveform to the target layers of a teacher, ``[frame, dim]`` each."""
+    """A function from a waveform to the target layers of a teacher, ``[frame, dim]`` each.
+
+    Each teacher is a member of several sets, so the layers are kept in OUT/teacher_states.
+    """
+    import torch
+
+    from s3prl_ekd.files.states_file import wave_key
+    from s3prl_ekd.hidden_states.feature_store import FeatureStore
     from s3prl_ekd.teachers import load_upstream
 
     if name == "resemblyzer":
@@ -67,10 +78,17 @@ def load_states(folder: StudyFolder, name: str) -> Callable[[Any], list[Any]]:
         return lambda wave: list(project(encoder(wave), projection))
     upstream = load_upstream(folder.files[name], name).eval()
     layers = teacher_config(name, folder.files)["layers"]
+    (digest,) = folder.teacher_digests((name,)).values()
+    store = FeatureStore(folder.folder / "teacher_states", f"{name}-{digest}", STORE_GB)
 
     def states_of(wave: Any) -> list[Any]:
-        hidden = upstream([wave])["hidden_states"]
-        return [hidden[layer][0] for layer in layers]
+        key = wave_key(wave)
+        states = store.read(key)
+        if states is None:
+            hidden = upstream([wave])["hidden_states"]
+            states = torch.stack([hidden[layer][0] for layer in layers])
+            store.write(key, states)
+        return list(states.float())
 
     return states_of
 
@@ -87,7 +105,7 @@ def measure_student(
 
     torch.set_num_threads(1)
     start, loss = time.monotonic(), None
-    name = f"{row.file_name}_{seed}"
+    name = f"{row.file_name}_{seed}_{steps}"
     if row == NONE:
         upstream = UpstreamExpert(folder.untrained(STUDENT, seed)).eval()
     else:
@@ -141,14 +159,17 @@ def run_missing(
                 todo.append((f"{row.name}, seed {seed}", job))
     failed, done = [], 0
     with (
-        ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool,
+        ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool,
         tqdm(total=len(todo), unit=" results", dynamic_ncols=True) as bar,
     ):
         waiting, running = list(todo), {}
         while running or (waiting and not stop()):
             while waiting and len(running) < jobs and not stop():
                 name, (function, *arguments) = waiting.pop(0)
-                running[pool.submit(function, *arguments)] = name
+                try:
+                    running[pool.submit(function, *arguments)] = name
+                except BrokenProcessPool:  # a process was killed, such as for lack of memory
+                    return len(todo) - done, [*failed, f"{name}: a process was killed"]
             finished, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in finished:
                 name, error = running.pop(future), future.exception()
@@ -158,24 +179,35 @@ def run_missing(
                     bar.set_postfix_str(name)
                 else:
                     failed.append(f"{name}: {error}")
+                    tqdm.write(failed[-1])
     return len(todo) - done, failed
 
 
-def check_teachers(results: Path) -> None:
-    """Check that the students of a seed learned from the same teachers.
+def check_results(results: Path, steps: int, digests: dict[str, str] | None = None) -> None:
+    """Check that results belong together: equal updates, and teachers of one training.
+
+    Args:
+        results: folder of the result files.
+        steps: updates of the students.
+        digests: of the teachers' files now, by name; None: only compare the results.
 
     Raises:
-        SetupError: two results name different files of one teacher.
+        SetupError: they do not.
     """
-    from s3prl_ekd.errors import SetupError
-
-    seen: dict[tuple[int, str], tuple[str, Path]] = {}
+    seen: dict[str, tuple[str, str]] = {
+        name: (digest, "the folder OUT") for name, digest in (digests or {}).items()
+    }
     for path in sorted(results.glob("*.json")):
         result = read_result(path)
+        if result.steps not in (0, steps):
+            raise SetupError(
+                f"{path} is of {result.steps} updates, not of {steps}; use its --steps, or another "
+                "folder with --results"
+            )
         for name, digest in result.teachers.items():
-            other = seen.setdefault((result.seed, name), (digest, path))
-            if result.seed and other[0] != digest:
+            other = seen.setdefault(name, (digest, str(path)))
+            if other[0] != digest:
                 raise SetupError(
-                    f"{path} and {other[1]} are of other trainings of the teacher {name}; delete "
-                    "the results of that seed, and run them again"
+                    f"{path} and {other[1]} are of different trainings of the teacher {name}; use "
+                    "the teachers' files of the results, or another folder with --results"
                 )

@@ -111,8 +111,10 @@ def load_shipped(name: str, model: MaskedPredictor) -> None:
     own = {key.split(".", 1)[1] for key in model.head_weights()}
     weights = {key: value.float() for key, value in weights.items() if key not in own}
     try:
-        model.backbone.load_state_dict(weights, strict=False)
+        missing, unknown = model.backbone.load_state_dict(weights, strict=False)
     except RuntimeError:
+        missing, unknown = [name], []
+    if unknown or not set(missing) <= own:
         raise CheckpointError(
             f"{name} has another size than the recipe; train with the default size"
         ) from None

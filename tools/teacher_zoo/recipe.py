@@ -202,9 +202,8 @@ def check_recipe(recipe: TeacherRecipe) -> None:
             raise ValueError(f"{name} must be above 0, got {getattr(recipe, name)}")
     if recipe.seed < 0:
         raise ValueError(f"seed must be 0 or more, got {recipe.seed}")
-    for name in ("pair_utterances",):
-        if getattr(recipe, name) < 2:
-            raise ValueError(f"{name} must be 2 or more, got {getattr(recipe, name)}")
+    if recipe.pair_utterances < 2:
+        raise ValueError(f"pair_utterances must be 2 or more, got {recipe.pair_utterances}")
     for name in ("mfcc_clusters", "hidden_clusters"):
         if getattr(recipe.units, name) < 2:
             raise ValueError(f"{name} must be 2 or more, got {getattr(recipe.units, name)}")
