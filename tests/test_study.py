@@ -1,4 +1,4 @@
-"""tools/study.py: rows, results, contrasts against hand-made constants, resuming, the report."""
+"""tools/study.py: rows, results, contrasts against hand-made constants, the report, a run."""
 
 from __future__ import annotations
 

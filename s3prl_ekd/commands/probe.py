@@ -1,8 +1,8 @@
 """Probe frozen upstreams in closed form: what do their hidden states tell about phones, speakers,
 emotions?
 
-A quick look before days of SUPERB: no probe is trained by gradient descent, so a result has no seed
-and takes minutes on a CPU. MANIFEST is a tab-separated table with the columns path and split, and
+A quick look before days of SUPERB: no probe is trained by gradient descent, so a result has no
+seed, and takes little longer than a forward pass over the corpus. MANIFEST is a tab-separated table with the columns path and split, and
 one or more of these labels: segments (phones, from `s3prl-ekd prepare alignments`), speaker,
 emotion. Phones are predicted by ridge regression on frames and on means of segments, in five folds
 over speakers; speakers by linear discriminant analysis from excerpts of one second, trained on the
