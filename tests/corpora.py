@@ -114,3 +114,29 @@ def write_iemocap(
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text("".join(lines))
     return folder
+
+
+def write_labelled_tones(folder: Path) -> list[dict[str, str]]:
+    """Write labels.tsv and its audio; return its rows.
+
+    Four speakers have pitches of their own, and six utterances each. An utterance has low and high
+    phones of 0.4 s, each a second tone; emotions differ in loudness.
+    """
+    rng = np.random.default_rng(0)
+    columns = ("path", "split", "speaker", "emotion", "segments")
+    rows = []
+    for s, pitch in enumerate((110, 150, 205, 280)):
+        for i in range(6):
+            phones = 3 * (("LOW", "HIGH") if i % 2 else ("HIGH", "LOW"))
+            second = {"LOW": 900, "HIGH": 3000}
+            parts = [tone(rng, pitch, 6400) + tone(rng, second[p], 6400) for p in phones]
+            loud = i % 3 == 0
+            name = f"s{s}-{i}.flac"
+            write_audio(folder / name, np.concatenate(parts) * (0.4 if loud else 0.05))
+            segments = " ".join(f"{p}:{40 * n}+40" for n, p in enumerate(phones))
+            split = "test" if i >= 4 else "train"
+            cells = (name, split, f"s{s}", "loud" if loud else "soft", segments)
+            rows.append(dict(zip(columns, cells, strict=True)))
+    lines = ["\t".join(row.values()) for row in rows]
+    (folder / "labels.tsv").write_text("\n".join(["\t".join(columns), *lines]) + "\n")
+    return rows

@@ -20,7 +20,7 @@ from s3prl_ekd.probe.measure import ProbeScore, probe
 from s3prl_ekd.probe.report import accuracy_interval, difference_interval, table
 from s3prl_ekd.probe.tasks import ALWAYS_TRAIN, ProbeExcerpt, ProbeTask, choose_tasks
 
-from .corpora import tone, write_audio
+from .corpora import write_audio, write_labelled_tones
 
 STRIDE = 320
 
@@ -123,28 +123,8 @@ def test_a_phone_shorter_than_a_frame_is_left_out():
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    """Four speakers with pitches of their own; each phone has its own second tone.
-
-    An utterance has a low and a high phone of 0.4 s; emotions differ in loudness.
-    """
     folder = tmp_path_factory.mktemp("probe")
-    rng = np.random.default_rng(0)
-    rows = []
-    for s, pitch in enumerate((110, 150, 205, 280)):
-        for i in range(6):
-            first = ("LOW", "HIGH") if i % 2 else ("HIGH", "LOW")
-            parts = [tone(rng, pitch, 6400) + tone(rng, {"LOW": 900, "HIGH": 3000}[p], 6400)
-                     for p in first]  # fmt: skip
-            loud = i % 3 == 0
-            wave = np.concatenate([*parts, *parts, *parts]) * (0.4 if loud else 0.05)
-            name = f"s{s}-{i}.flac"
-            write_audio(folder / name, wave)
-            segments = " ".join(f"{p}:{40 * n}+40" for n, p in enumerate(first * 3))
-            split = "test" if i >= 4 else "train"
-            rows.append((name, split, f"s{s}", "loud" if loud else "soft", segments))
-    head = ("path", "split", "speaker", "emotion", "segments")
-    text = "\n".join("\t".join(row) for row in (head, *rows)) + "\n"
-    (folder / "labels.tsv").write_text(text)
+    write_labelled_tones(folder)
     return folder
 
 

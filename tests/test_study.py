@@ -8,17 +8,23 @@ import math
 import numpy as np
 import pytest
 import study
+import torch
 import yaml
 from scipy import stats
-from study_parts import rows, run
+from study_parts import folder, rows, run
 from study_parts.analysis import Scores, estimate, estimate_hypotheses, holm
 from study_parts.report import BEGIN, END, report
 from study_parts.results import NOISY, StudyResult, read_result, write_result
 from study_parts.rows import NONE, SETS, Row
 
+from s3prl_ekd.data.lengths import write_table
 from s3prl_ekd.errors import SetupError
+from s3prl_ekd.pretrain.expert import UpstreamPretrainExpert
 from s3prl_ekd.pretrain.settings import load_model_config
 from s3prl_ekd.probe.measure import CLEAN
+from s3prl_ekd.student_file import load_student
+
+from .corpora import write_labelled_tones, write_noise
 
 pytestmark = pytest.mark.slow  # of the developers' tools
 
@@ -252,3 +258,71 @@ def test_a_dry_run_lists_what_is_missing(tmp_path, capsys):
     assert study.main(argv) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines == ["none: seeds [2] are missing", "hubert: seeds [1, 2] are missing"]
+
+
+@pytest.fixture(scope="module")
+def speech(tmp_path_factory):
+    """A corpus of tones with the tables that the study reads."""
+    folder = tmp_path_factory.mktemp("speech")
+    labelled = write_labelled_tones(folder)
+    for kind, fold in (("rain", 1), ("dog", 2), ("rain", 3)):
+        write_noise(folder / f"esc10/{kind}/{fold}-1.flac", 16_000 + fold)
+
+    def write(name, columns, table):
+        lines = ["\t".join(row[column] for column in columns) for row in table]
+        (folder / f"{name}.tsv").write_text("\n".join(["\t".join(columns), *lines]) + "\n")
+
+    heard = [dict(row, duration="2.4", split="dev" if i % 6 == 0 else "train")
+             for i, row in enumerate(labelled)]  # fmt: skip
+    write("unlabeled", ("path", "duration", "split"), heard)
+    write("pr", ("path", "split", "speaker"), labelled)
+    write("sid", ("path", "split", "speaker"), labelled)
+    write("er", ("path", "split", "speaker", "emotion"), labelled)
+    write("alignments", ("path", "segments"), labelled)
+    return folder
+
+
+def test_a_small_study_runs_once_and_goes_on_from_its_results(speech, tmp_path, monkeypatch):
+    monkeypatch.setattr(folder, "VOICES", {"voices": "2", "utterances": "4", "seed": "8"})
+    monkeypatch.setattr("study_parts.report.write_report", lambda results, docs: [])
+    results = tmp_path / "results"
+    argv = [str(speech), "-o", str(tmp_path / "out"), "--results", str(results)]
+    argv += ["--teachers", "hubert", "--steps", "2", "--seeds", "1"]
+    assert study.main(argv) == 0
+    names = ["hubert_1.json", "none_1.json", "teacher_hubert.json"]
+    assert sorted(path.name for path in results.iterdir()) == names
+    trained, untrained, teacher = (read_result(results / name) for name in names)
+    assert trained.steps == 2 and untrained.steps == 0 and trained.loss > 0
+    assert trained.teachers == teacher.teachers and len(trained.teachers["hubert"]) == 12
+    for column in COLUMNS:
+        speakers = trained.scores[column]
+        assert set(speakers) == {"s0", "s1", "s2", "s3"}
+        assert all(0 <= errors <= examples for errors, examples in speakers.values())
+        assert {s: n for s, (_, n) in speakers.items()} == {
+            s: n for s, (_, n) in teacher.scores[column].items()
+        }
+    before = {path: path.stat().st_mtime_ns for path in results.iterdir()}
+    (results / "none_1.json").unlink()
+    assert study.main(argv) == 0
+    after = {path: path.stat().st_mtime_ns for path in results.iterdir()}
+    changed = [path.name for path in before if before[path] != after[path]]
+    assert changed == ["none_1.json"]
+    assert read_result(results / "none_1.json").scores == untrained.scores
+    assert study.main([*argv, "--steps", "3"]) == 2  # of other updates
+
+
+def test_untrained_students_have_the_first_weights_of_all_rows_of_their_seed(speech, tmp_path):
+    """Rows of one seed share them, whatever their teachers."""
+    small = folder.StudyFolder(tmp_path, speech)
+    for name in ("train", "dev"):
+        (tmp_path / "tables").mkdir(exist_ok=True)
+        write_table(tmp_path / f"tables/{name}.csv", [("s0-0.flac", 38_400), ("s1-0.flac", 38_400)])
+    first = load_student(small.untrained(rows.STUDENT, 3)).student.state_dict()
+    for row in (Row(("hubert",)), Row(("hubert", "wavlm"), "concat")):
+        datarc = {**small.data(cached=False), "libri_root": str(speech), "num_workers": 0}
+        datarc["file_path"] = str(tmp_path / "tables")
+        config = rows.model_config(row, small.files, str(speech / "esc10"))
+        torch.manual_seed(3)
+        expert = UpstreamPretrainExpert(datarc, config, device="cpu")
+        weights = expert.distiller.student.state_dict()
+        assert all(torch.equal(first[name], weights[name]) for name in first)
