@@ -326,22 +326,6 @@ def test_published_rows_are_those_of_the_report():
             assert {task: float(shown[task]) for task in row.metrics} == row.metrics, row.name
 
 
-def test_tiny_rows_are_those_of_the_study():
-    readme = (REPO / "README.md").read_text(encoding="utf-8")
-    study = (DOCS / "study.md").read_text(encoding="utf-8").split("## Under noise")[0]
-    for here, there in {
-        "`tiny_robust_hubert`, a teacher": ("reference", "tiny_robust_hubert"),
-        "student of `tiny_robust_hubert`": ("large", "tiny_robust_hubert"),
-        "student of three, `average`": ("large", "average"),
-        "student of three, `separate`": ("large", "separate"),
-        "student before distillation": ("large", "none"),
-    }.items():
-        rows = [[c.strip() for c in line.strip("|").split("|")] for line in study.splitlines()]
-        (row,) = [row for row in rows if tuple(row[:2]) == there]
-        size, learned_from, per, wer, cer, sid, er = row
-        assert cells(readme, here)[1:] == [per, sid, er, cer], here
-
-
 @pytest.mark.parametrize("name", ["README.md", "docs/method.md"])
 def test_every_experiment_is_in_the_table(name):
     text = (REPO / name).read_text(encoding="utf-8").partition("## Experiments")[2]
