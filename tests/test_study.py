@@ -11,6 +11,8 @@ import study
 import torch
 import yaml
 from scipy import stats
+from sklearn.decomposition import PCA
+from sklearn.preprocessing import StandardScaler
 from study_parts import folder, rows, run
 from study_parts.analysis import Scores, estimate, estimate_hypotheses, holm
 from study_parts.report import BEGIN, END, report
@@ -136,7 +138,7 @@ def test_teachers_that_are_good_at_different_things_leave_headroom():
     results = all_results({"teacher hubert+wavlm": 70}, noise=0)
     for r in results:
         if r.seed == 0 and r.row in ("hubert", "wavlm"):
-            good = ("phone frames", CLEAN) if r.row == "hubert" else ("speaker", NOISY)
+            good = ("phone frames" if r.row == "hubert" else "speaker", CLEAN)
             for column in COLUMNS:
                 wrong = 300 if column == good else 500
                 r.scores[column] = dict.fromkeys(SPEAKERS, (wrong, 1000))
@@ -258,6 +260,28 @@ def test_a_dry_run_lists_what_is_missing(tmp_path, capsys):
     assert study.main(argv) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines == ["none: seeds [2] are missing", "hubert: seeds [1, 2] are missing"]
+
+
+def test_a_set_is_reduced_to_the_principal_components_of_scikit_learn(monkeypatch):
+    monkeypatch.setattr(run, "WIDTH", 3)
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.randn(2, 5, generator=generator)
+
+    def states_of(wave):
+        hidden = torch.stack([wave, wave.roll(1)], dim=1) @ mixing
+        return [hidden + 3, 10 * hidden.square()[:, :2]]
+
+    waves = [torch.randn(400, generator=generator) for _ in range(5)]
+    reduce = run.reduced(states_of, waves)
+    frames = torch.cat([torch.cat(states_of(wave), dim=1)[::10] for wave in waves])
+    scaler = StandardScaler().fit(frames)
+    pca = PCA(3).fit(scaler.transform(frames))
+    (found,) = reduce(waves[0])
+    expected = pca.transform(scaler.transform(torch.cat(states_of(waves[0]), dim=1)))
+    assert found.shape == (400, 3)
+    for column in range(3):  # the order is reversed, signs and the divisor n - 1 are free
+        correlation = np.corrcoef(found[:, 2 - column], expected[:, column])[0, 1]
+        assert abs(correlation) > 0.999
 
 
 @pytest.fixture(scope="module")

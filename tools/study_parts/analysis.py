@@ -24,6 +24,8 @@ from .results import NOISY, StudyResult
 from .rows import AVERAGE_HEADS, CONTROLS, SETS, SINGLES, Row, set_name
 
 PRIMARY = (("phone frames", CLEAN), ("speaker", NOISY))
+# Of teachers' knowledge: clean, as the targets of the students are those of clean speech
+KNOWLEDGE = (("phone frames", CLEAN), ("speaker", CLEAN))
 RESAMPLES = 1000
 EQUIVALENCE = 0.1  # of the way from the untrained student to the best teacher
 LEAST_SPAN = 2.0  # points of that way; with less, a share of it means nothing
@@ -145,7 +147,7 @@ class Scores:
         return max(teachers, key=dev_score)
 
     def headroom(self, teachers: tuple[str, ...]) -> np.ndarray | None:
-        """Normalised score of the probe of all teachers, less that of the best single one.
+        """Score of the probe of all teachers, less that of the best single one, on clean speech.
 
         Returns:
             ``[1 + resample]``; None if a probe is missing.
@@ -153,7 +155,7 @@ class Scores:
         names = (set_name(teachers), *teachers)
         if any(name not in self.teachers for name in names):
             return None
-        together, *members = (self._normalised(self.teachers[n], PRIMARY) for n in names)
+        together, *members = (self._normalised(self.teachers[n], KNOWLEDGE) for n in names)
         best = max(members, key=lambda values: float(values[0]))
         return together - best
 

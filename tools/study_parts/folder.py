@@ -12,6 +12,7 @@ OUT/result/pretrain/RUN    one student
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,15 @@ class StudyFolder(TrainingFolder):
                 if not (folder / clip.name).exists():
                     shutil.copyfile(clip, folder / clip.name)
         self._write_labels()
+
+    def sample_waves(self, count: int) -> Iterator[Any]:
+        """Waveforms of some utterances of the phone probe, evenly spaced."""
+        from s3prl_ekd.data.audio import read_audio
+        from s3prl_ekd.probe.labels import read_labels
+
+        utterances = read_labels(self.label_path("phones"))
+        for i in range(0, len(utterances), max(1, len(utterances) // count)):
+            yield read_audio(utterances[i].path)
 
     def _write_labels(self) -> None:
         segments = {row["path"]: row["segments"] for row in self.corpus.table("alignments")}

@@ -88,8 +88,10 @@ def _teacher_table(scores: Scores) -> str:
         marked = " (labels)" if set(teachers) & set(CONTROLS) else ""
         table.append([set_name(teachers) + marked, *cells, head])
     return (
-        "Accuracy of the probes on the teachers' target layers, per cent. Headroom: by how much "
-        "the score of a set exceeds that of its best member.\n\n" + markdown_table(table)
+        "Accuracy of the probes on the teachers' target layers, per cent; those of sets reduced to "
+        "as many dimensions as one teacher has. Headroom: by how much the score of a set, on "
+        "phone frames and speaker, both clean, exceeds that of its best member.\n\n"
+        + markdown_table(table)
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
@@ -19,7 +19,12 @@ from .results import StudyResult, machine, probe_states, read_result, write_resu
 from .rows import NONE, PROBED_SETS, STUDENT, Row, set_name, teacher_config
 
 RATE, WARMUP = 4e-3, 0.1  # learning rate, and share of the steps of its warm-up
+WIDTH = 576  # dimensions of a teacher's three target layers
+SAMPLE = 300  # waveforms for the principal components of a set
 STORE_GB = 20.0  # of the teachers' layers on all probed waveforms
+
+
+StatesFn = Callable[[Any], list[Any]]  # [sample] -> [frame, dim] of each layer
 
 
 def teacher_path(results: Path, name: str) -> Path:
@@ -33,7 +38,11 @@ def student_path(results: Path, row: Row, seed: int) -> Path:
 
 
 def measure_teachers(folder: StudyFolder, names: tuple[str, ...], results: Path) -> StudyResult:
-    """Probe the target layers of a teacher, or of several teachers side by side."""
+    """Probe the target layers of a teacher, or of several teachers together.
+
+    Those of several are reduced to :data:`WIDTH` dimensions, as many as one teacher has, since more
+    dimensions of anything give better probes.
+    """
     import torch
 
     from s3prl_ekd import compat
@@ -48,6 +57,8 @@ def measure_teachers(folder: StudyFolder, names: tuple[str, ...], results: Path)
         frames = min(len(state) for state in states)
         return [state[:frames] for state in states]
 
+    if len(names) > 1:
+        states_of = reduced(states_of, folder.sample_waves(SAMPLE))
     scores = probe_states(folder, states_of)
     digests = folder.teacher_digests(names)
     seconds = round(time.monotonic() - start, 1)
@@ -56,7 +67,26 @@ def measure_teachers(folder: StudyFolder, names: tuple[str, ...], results: Path)
     return result
 
 
-def load_states(folder: StudyFolder, name: str) -> Callable[[Any], list[Any]]:
+def reduced(states_of: StatesFn, waves: Iterable[Any]) -> StatesFn:
+    """Reduce the layers of several teachers to :data:`WIDTH` dimensions.
+
+    By principal components of all standardised dimensions, of every tenth frame of ``waves``.
+    """
+    import torch
+
+    frames = torch.cat([torch.cat(states_of(wave), dim=1)[::10] for wave in waves]).double()
+    mean, deviation = frames.mean(0), frames.std(0).clamp(min=1e-5)
+    _, vectors = torch.linalg.eigh(((frames - mean) / deviation).T.cov())
+    basis = (vectors[:, -WIDTH:] / deviation[:, None]).float()
+    offset = mean.float() @ basis
+
+    def reduce(wave: Any) -> list[Any]:
+        return [torch.cat(states_of(wave), dim=1) @ basis - offset]
+
+    return reduce
+
+
+def load_states(folder: StudyFolder, name: str) -> StatesFn:
     """A function from a waveform to the target layers of a teacher, ``[frame, dim]`` each.
 
     Each teacher is a member of several sets, so the layers are kept in OUT/teacher_states.
