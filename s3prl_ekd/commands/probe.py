@@ -2,15 +2,15 @@
 emotions?
 
 A quick look before days of SUPERB: no probe is trained by gradient descent, so a result has no
-seed, and takes little longer than a forward pass over the corpus. MANIFEST is a tab-separated table with the columns path and split, and
-one or more of these labels: segments (phones, from `s3prl-ekd prepare alignments`), speaker,
-emotion. Phones are predicted by ridge regression on frames and on means of segments, in five folds
-over speakers; speakers by linear discriminant analysis from excerpts of one second, trained on the
-split train and tested on the split test; emotions likewise, with one speaker left out at a time.
-All layers are used side by side. A kind of label is taken from the first manifest that has it.
-With --noise, the tests are repeated under noise in a simulated room, while the training stays
-clean. Intervals (95 %) are over other test utterances. Scores are not comparable with those of
-SUPERB.
+seed, and takes little longer than a forward pass over the corpus. MANIFEST is a tab-separated table
+with the columns path and split, and one or more of these labels: segments (phones, from `s3prl-ekd
+prepare alignments`), speaker, emotion. Phones are predicted by ridge regression on frames and on
+means of segments, in five folds over speakers; speakers by linear discriminant analysis from
+excerpts of one second, trained on the split train and tested on the split test; emotions likewise,
+with one speaker left out at a time. All layers are used side by side. A kind of label is taken from
+the first manifest that has it. With --noise, the tests are repeated under noise in a simulated
+room, while the training stays clean. Intervals (95 %) are over other test utterances. Scores are
+not comparable with those of SUPERB.
 
 example:
   s3prl-ekd prepare alignments corpus/asr.tsv --lexicon cmudict.dict -o data/aligned
