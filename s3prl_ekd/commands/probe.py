@@ -21,6 +21,7 @@ example:
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -83,9 +84,7 @@ def main(args: argparse.Namespace) -> int:
     device = choose_device(args.device)
     by_label: dict[str, ProbeTask] = {}
     for path in args.data:
-        for task in choose_tasks(
-            read_labels(path), lambda text, path=path: print(f"{path}: {text}")
-        ):
+        for task in choose_tasks(read_labels(path), partial(print, f"{path}:")):
             by_label.setdefault(task.label, task)
     noisy = None
     if args.noise is not None:

@@ -108,8 +108,8 @@ def choose_tasks(
     for make in (_phone_task, _speaker_task, _emotion_task):
         try:
             tasks.append(make(usable, lengths))
-        except _Missing as reason:
-            reasons.append(str(reason))
+        except _Missing as missing:
+            reasons.append(str(missing))
     if not tasks:
         raise DataError("nothing can be probed: " + "; ".join(reasons))
     for reason in reasons:
