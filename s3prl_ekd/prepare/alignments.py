@@ -10,7 +10,6 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ..data.audio import read_audio
 from ..data.manifest import read_manifest
 from ..errors import DataError, SetupError
 from .asr import COLUMNS, normalise
@@ -94,6 +93,8 @@ def _configure(parser: argparse.ArgumentParser) -> None:
 
 
 def _prepare_alignments(args: argparse.Namespace) -> None:
+    from ..data.audio import read_audio  # torch; not for prepare --help
+
     if not args.lexicon and not args.g2p:
         raise SetupError("alignments need pronunciations: add --lexicon FILE, --g2p, or both")
     entries = read_manifest(args.manifest, columns=COLUMNS)
