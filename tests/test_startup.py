@@ -7,6 +7,7 @@ import importlib
 import json
 
 import pytest
+import torch
 
 from s3prl_ekd.analysis.layers import LINKAGES, SIMILARITIES
 from s3prl_ekd.cli import COMMANDS
