@@ -45,20 +45,13 @@ from typing import Any
 from scipy.stats import t as student_t
 from study_parts.probes import PROBES, probe
 from study_parts.result_table import cell, read_results, write_csv
+from study_parts.rows import STUDENT
 from study_parts.training import TrainingFolder
 from tqdm import tqdm
 
 TEACHERS = {"hubert": "tiny_hubert", "robust_hubert": "tiny_robust_hubert", "wavlm": "tiny_wavlm"}
 LAYERS = [2, 4, 6]
 UNIT_LAYER, CLUSTERS, UNIT_UTTERANCES = 4, 100, 300
-STUDENT = {
-    "extractor_conv_feature_layers": "[(32,10,5)] + [(32,3,2)] * 4 + [(32,2,2)] * 2",
-    "feature_grad_mult": 1.0,
-    "encoder_layers": 2,
-    "encoder_embed_dim": 96,
-    "encoder_ffn_embed_dim": 384,
-    "encoder_attention_heads": 4,
-}
 NORM_STEPS = 100  # of the statistics of target_norm; 80,000 frames for a width of 192
 PILOT_STEPS, PILOT_SEED, PILOT_BATCHES = 100, 1000, 10
 REFERENCES = ("average", "separate")

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from ..data.manifest import read_manifest
 from ..errors import DataError, SetupError
 from .asr import COLUMNS, normalise
-from .common import PREPARED, PrepareTask, link_folder, new_folder, write_lines
+from .common import PREPARED, PrepareTask, audio_root, link_folder, new_folder, write_lines
 from .lexicon import Pronunciations, add_lexicon_options, collect_pronunciations, shorten_list
 
 ALIGNED, AUDIO = "aligned.tsv", "audio"
@@ -101,7 +101,7 @@ def _prepare_alignments(args: argparse.Namespace) -> None:
     texts = [normalise(entry.cells["text"]).split() for entry in entries]
     pronunciations: Pronunciations = collect_pronunciations(args, set().union(*texts))
     aligner = make_aligner(pronunciations)
-    root = args.audio_root or args.manifest.parent
+    root = audio_root(args)
     columns = [name for name in entries[0].cells if name not in ("path", "segments")]
     rows, failed = [], []
     pairs = zip(entries, texts, strict=True)
