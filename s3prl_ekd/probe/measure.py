@@ -80,16 +80,13 @@ def _probe_task(states_of, task, noisy, stride, by_layer, bar) -> list[ProbeScor
     for number, excerpt in enumerate(tqdm(task.excerpts, desc=bar, disable=bar is None)):
         wave = _read(excerpt)
         states = reduce(_run(states_of, wave))
-        distorted = states
+        heard = [states] * len(conditions)
         if noisy is not None and excerpt.fold != ALWAYS_TRAIN:
-            distorted = reduce(_run(states_of, noisy(wave)))
-        pairs = zip(
-            task.examples(states, excerpt, stride),
-            task.examples(distorted, excerpt, stride),
-            strict=True,
-        )
-        for (name, clean, labels), (_, other, _) in pairs:
-            collected[name].add([clean, other][: len(conditions)], labels, number, excerpt.fold)
+            heard[1] = reduce(_run(states_of, noisy(wave)))
+        for parts in zip(*(task.examples(h, excerpt, stride) for h in heard), strict=True):
+            name, _, labels = parts[0]
+            features = [part[1] for part in parts]
+            collected[name].add(features, labels, number, excerpt.fold)
     blocks = reduce.blocks
     return [
         score
