@@ -26,7 +26,7 @@ from .analysis import (
     holm,
 )
 from .results import NOISY, StudyResult
-from .rows import CONTROLS, PROBED_SETS, SETS, SINGLES, Row, rows, set_name
+from .rows import LABELLED, PROBED_SETS, PROBED_TEACHERS, SETS, Row, rows, set_name
 
 COLUMNS = (
     ("phone frames", CLEAN),
@@ -77,7 +77,7 @@ def _head(score: str, condition: str) -> str:
 
 def _teacher_table(scores: Scores) -> str:
     table = [["teachers", *(_head(*c) for c in COLUMNS), "headroom"]]
-    names = [(name,) for name in SINGLES]
+    names = [(name,) for name in PROBED_TEACHERS]
     for teachers in [*names, *PROBED_SETS]:
         result = scores.teachers.get(set_name(teachers))
         if result is None:
@@ -85,7 +85,7 @@ def _teacher_table(scores: Scores) -> str:
         cells = [f"{scores.accuracy(result, column)[0]:.1f}" for column in COLUMNS]
         room = scores.headroom(teachers) if len(teachers) > 1 else None
         head = "" if room is None else f"{room[0]:+.2f}"
-        marked = " (labels)" if set(teachers) & set(CONTROLS) else ""
+        marked = " (labels)" if set(teachers) & set(LABELLED) else ""
         table.append([set_name(teachers) + marked, *cells, head])
     return (
         "Accuracy of the probes on the teachers' target layers, per cent; those of sets reduced to "
