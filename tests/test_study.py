@@ -114,6 +114,17 @@ def test_the_score_is_the_share_of_the_way_to_the_best_teacher():
     assert scores.normalised("none", 2)[0] == pytest.approx(0)
 
 
+def test_the_worst_score_is_that_of_the_weaker_task():
+    results = all_results({"teacher hubert": 70}, noise=0)  # the way is from 50 to 70
+    for r in results:
+        if r.row == "hubert" and r.seed == 1:  # 60 % of the speakers' examples, 65 % of the phones
+            r.scores["speaker", NOISY] = dict.fromkeys(SPEAKERS, (400, 1000))
+            r.scores["phone frames", CLEAN] = dict.fromkeys(SPEAKERS, (350, 1000))
+    scores = Scores(results)
+    assert scores.worst("hubert", 1)[0] == pytest.approx(10 / 20)
+    assert scores.normalised("hubert", 1)[0] == pytest.approx((10 + 15) / 40)
+
+
 def test_the_best_single_teacher_is_chosen_on_speakers_that_are_not_tested():
     results = all_results({}, noise=0)
     scores = Scores(results)

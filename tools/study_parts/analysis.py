@@ -108,14 +108,19 @@ class Scores:
         self, row: str, seed: int, scores: Sequence[tuple[str, str]] = PRIMARY
     ) -> np.ndarray:
         """Normalised score of a student, ``[1 + resample]``."""
-        return self._normalised(self.students[row, seed], scores)
+        return np.mean(self._shares(self.students[row, seed], scores), axis=0)
 
-    def _normalised(self, result: StudyResult, scores: Sequence[tuple[str, str]]) -> np.ndarray:
+    def worst(self, row: str, seed: int) -> np.ndarray:
+        """The smaller of a student's two shares of the way, ``[1 + resample]``: a student of
+        several teachers should be bad at nothing."""
+        return np.min(self._shares(self.students[row, seed], PRIMARY), axis=0)
+
+    def _shares(self, result: StudyResult, scores: Sequence[tuple[str, str]]) -> list[np.ndarray]:
         parts = []
         for score in scores:
             low, high = self.span(score)
             parts.append((self.accuracy(result, score) - low) / (high - low))
-        return np.mean(parts, axis=0)
+        return parts
 
     def span(self, score: tuple[str, str]) -> tuple[float, float]:
         """Mean accuracy of the untrained students, and of the best probe of a teacher that was
@@ -166,7 +171,9 @@ class Scores:
         names = (set_name(teachers), *teachers)
         if any(name not in self.teachers for name in names):
             return None
-        together, *members = (self._normalised(self.teachers[n], KNOWLEDGE) for n in names)
+        together, *members = (
+            np.mean(self._shares(self.teachers[n], KNOWLEDGE), axis=0) for n in names
+        )
         best = max(members, key=lambda values: float(values[0]))
         return together - best
 
@@ -319,6 +326,12 @@ def hypotheses(scores: Scores) -> list[Hypothesis]:
             "average in a common basis (PHI-S, Procrustes) - average",
             (*common, average[0]),
             difference(mean(*common), mean(average[0])),
+        ),
+        Hypothesis(
+            "worst",
+            f"the worse of the two tasks: heads for {set_name(EXPERTS)} - {best[EXPERTS]} alone",
+            (heads, best[EXPERTS]),
+            lambda seed: scores.worst(heads, seed) - scores.worst(best[EXPERTS], seed),
         ),
         *(
             Hypothesis(
