@@ -246,5 +246,4 @@ def count_errors(pairs: Sequence[tuple[str, str, str]], unit: str) -> ErrorCount
 
 def count_run(run: FinishedRun, condition: str) -> ErrorCounts:
     """Count the errors of a run on the test set under ``condition``; see :func:`read_pairs`."""
-    unit = "label" if TASKS[run.task].metric == "acc" else "word"
-    return count_errors(read_pairs(*run.files(condition)), unit)
+    return count_errors(read_pairs(*run.files(condition)), TASKS[run.task].main.unit)

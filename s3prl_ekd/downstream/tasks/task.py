@@ -1,13 +1,34 @@
-"""The four SUPERB tasks in s3prl: recipes and their paths, splits, metrics, files."""
+"""A SUPERB task in s3prl: recipes and their paths, splits, metrics, prediction files."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from ..errors import SetupError
+from .lookup import EXPERT, FileLookup, RecipeFiles, setting
+
+Unit = Literal["label", "word", "character"]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric of a task, in per cent everywhere in this package.
+
+    Attributes:
+        name: ``per``, ``wer`` or ``acc``.
+        unit: what is compared: a label, or the edits of words (phones) or characters.
+        anchors: of FBANK and of the best system on SUPERB's public set, of which its score is made.
+    """
+
+    name: str
+    unit: Unit
+    anchors: tuple[float, float]
+
+    @property
+    def higher_is_better(self) -> bool:
+        return self.name == "acc"
 
 
 @dataclass(frozen=True)
@@ -20,13 +41,21 @@ class Task:
         full, tiny: paths of the recipes in the working folder.
         split: the test split, as given to ``-t``.
         best: the checkpoint with the best dev score, written by s3prl.
-        metric: ``per``, ``wer`` or ``acc``; in per cent everywhere in this package.
+        main: its metric.
         scale: factor that converts the score in s3prl's best checkpoint to per cent.
         hyp, ref: names of the prediction files; ER's contain ``{fold}``.
+        archive: file in the archive for SUPERB's board, below predict/; with ``{fold}`` likewise.
         recipe_files: dotted YAML keys of the files that come with a recipe.
         folders, lists: dotted YAML keys of the corpus paths, which the user sets: of folders, and
             of files that list or describe the corpus.
+        find_files: the files that a recipe lists, for :func:`.corpus_check.check_corpus`.
         modules: modules besides the expert that the recipe imports while it runs.
+        find_folds: config -> test folds, each a run of its own; without it, one run.
+        board_folds: the folds that SUPERB's board wants.
+        corpus_name: ``downstream_expert.corpus.name`` of the recipe, if tasks share a downstream.
+        demo_steps: training steps in the demo, times those of its option.
+        batch_seconds, parameters: of a batch of the full recipe on one GPU, and of the downstream
+            model, for the projection of `s3prl-ekd recipe`; ours.
     """
 
     name: str
@@ -35,18 +64,31 @@ class Task:
     tiny: str
     split: str
     best: str
-    metric: str
+    main: Metric
     scale: float
     hyp: str
     ref: str
+    archive: str
     recipe_files: tuple[str, ...]
     folders: tuple[str, ...]
-    lists: tuple[str, ...] = ()
+    lists: tuple[str, ...]
+    find_files: Callable[[RecipeFiles], Iterator[FileLookup]]
+    batch_seconds: float
+    parameters: float
     modules: tuple[str, ...] = ()
+    find_folds: Callable[[Mapping[str, Any], str], list[str]] | None = None
+    board_folds: tuple[str, ...] = ()
+    corpus_name: str | None = None
+    demo_steps: float = 1.0
+
+    @property
+    def metric(self) -> str:
+        """Name of the metric."""
+        return self.main.name
 
     @property
     def higher_is_better(self) -> bool:
-        return self.metric == "acc"
+        return self.main.higher_is_better
 
     @property
     def title(self) -> str:
@@ -67,64 +109,22 @@ class Task:
     def worst(self) -> float:
         return 0.0 if self.higher_is_better else 100.0
 
+    def folds(self, config: Mapping[str, Any], source: str) -> list[str | None]:
+        """The test folds, each a run of its own; ``[None]`` for a single run.
+
+        Raises:
+            ConfigError: a folder of the recipe ``source`` has none.
+        """
+        return [None] if self.find_folds is None else [*self.find_folds(config, source)]
+
+    def is_task_of(self, downstream: str | None, config: Mapping[str, Any]) -> bool:
+        """Whether a recipe with this ``-d`` name is one of this task."""
+        name = str(setting(config, f"{EXPERT}.corpus.name")).lower()
+        return self.downstream == downstream and self.corpus_name in (None, name)
+
     def files(self, fold: str | None) -> tuple[str, str]:
         """File names of hypotheses and references in a run's folder."""
         return self.hyp.format(fold=fold), self.ref.format(fold=fold)
-
-
-EXPERT = "downstream_expert"
-TASKS = {
-    "pr": Task(
-        "pr", "ctc", "downstream/ctc/libriphone.yaml", "downstream/ctc/tiny.yaml",
-        "test", "dev-best.ckpt", "per", 100.0, "test-hyp.ark", "test-ref.ark",
-        (f"{EXPERT}.text.vocab_file",),
-        (f"{EXPERT}.corpus.path",),
-        (f"{EXPERT}.corpus.lexicon",),
-        # imported with the first data loader; see requirements.provide_ctc_corpus
-        ("s3prl.downstream.ctc.corpus.libriphone",),
-    ),
-    "sid": Task(
-        "sid", "voxceleb1", "downstream/voxceleb1/config.yaml", "downstream/voxceleb1/tiny.yaml",
-        "test", "dev-best.ckpt", "acc", 100.0, "test_predict.txt", "test_truth.txt",
-        (),
-        (f"{EXPERT}.datarc.file_path",),
-        (f"{EXPERT}.datarc.meta_data",),
-    ),
-    "er": Task(
-        "er", "emotion", "downstream/emotion/config.yaml", "downstream/emotion/tiny.yaml",
-        "test", "dev-best.ckpt", "acc", 100.0, "test_{fold}_predict.txt", "test_{fold}_truth.txt",
-        (),
-        (f"{EXPERT}.datarc.root", f"{EXPERT}.datarc.meta_data"),
-    ),
-    "asr": Task(
-        "asr", "asr", "downstream/asr/config.yaml", "downstream/asr/tiny.yaml",
-        "test-clean", "dev-clean-best.ckpt", "wer", 1.0,
-        "test-clean-noLM-hyp.ark", "test-clean-noLM-ref.ark",
-        (f"{EXPERT}.datarc.dict_path",),
-        (f"{EXPERT}.datarc.libri_root", f"{EXPERT}.datarc.bucket_file"),
-    ),
-}  # fmt: skip
-
-
-def task_of(downstream: str | None) -> Task | None:
-    """The task for a ``-d`` name; None for s3prl's other recipes."""
-    return next((task for task in TASKS.values() if task.downstream == downstream), None)
-
-
-def choose_tasks(names: Sequence[str]) -> list[Task]:
-    """The named tasks, in the order of SUPERB's tables."""
-    for name in names:
-        if name not in TASKS:
-            raise SetupError(f"unknown task {name!r}; expected one of: {', '.join(TASKS)}")
-    return [task for task in TASKS.values() if task.name in names]
-
-
-def setting(config: Mapping[str, Any], key: str) -> Any:
-    """The value of a dotted key; None if there is none."""
-    value: Any = config
-    for part in key.split("."):
-        value = value.get(part) if isinstance(value, Mapping) else None
-    return value
 
 
 def recipe_paths(config: Mapping[str, Any], keys: Sequence[str]) -> Iterator[tuple[str, str]]:
