@@ -156,7 +156,8 @@ def check_new_downstream(request: DownstreamRequest, states: Mapping[str, Any]) 
     if states:
         return
     if not request.downstream:
-        raise SetupError("name the task: add -d asr (or ctc, voxceleb1, emotion)")
+        names = dict.fromkeys(task.downstream for task in TASKS.values())
+        raise SetupError(f"name the task: add -d {' or '.join(names)}")
     arguments = argument_overrides(request.override)  # which s3prl applies
     if not request.upstream and "upstream" not in arguments:
         raise SetupError("name the upstream: add -u ekd_student -k STUDENT (or -u hubert_base)")

@@ -44,6 +44,7 @@ class Task:
         main: its metric.
         scale: factor that converts the score in s3prl's best checkpoint to per cent.
         hyp, ref: names of the prediction files; ER's contain ``{fold}``.
+        separator: between an utterance and its label in the prediction files.
         archive: file in the archive for SUPERB's board, below predict/; with ``{fold}`` likewise.
         recipe_files: dotted YAML keys of the files that come with a recipe.
         folders, lists: dotted YAML keys of the corpus paths, which the user sets: of folders, and
@@ -79,6 +80,7 @@ class Task:
     find_folds: Callable[[Mapping[str, Any], str], list[str]] | None = None
     board_folds: tuple[str, ...] = ()
     corpus_name: str | None = None
+    separator: str = " "
     demo_steps: float = 1.0
 
     @property
