@@ -19,8 +19,8 @@ from ..compat import voxceleb1_cache
 from ..compat.child_processes import repeat_in_children
 from ..errors import ConfigError, SetupError
 from ..files.config import read_yaml
-from .corpus_check import check_corpus
 from .tasks import Task, missing_paths
+from .tasks.corpus_check import check_corpus
 
 CTC_CORPUS = "s3prl.downstream.ctc.corpus"  # in s3prl's repository but not in its wheel
 
