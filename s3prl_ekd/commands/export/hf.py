@@ -39,8 +39,8 @@ def main(args: argparse.Namespace) -> int:
     from ...export.model_card import hf_card
     from ...student_file import require_cut
 
-    path, loaded = load_checkpoint(args.checkpoint)
-    require_cut(loaded.student, path)
+    source, loaded = load_checkpoint(args.checkpoint)
+    require_cut(loaded.student, source.path)
     student = loaded.student
     with export_folder(args.output, args.force, FILES) as folder:
         model = to_hf_model(student)
@@ -51,7 +51,7 @@ def main(args: argparse.Namespace) -> int:
         card = hf_card(loaded, args.output.resolve().name, count, error, limit)
         (folder / "README.md").write_text(card, encoding="utf-8")
         size = sum(file.stat().st_size for file in folder.iterdir())
-    print(f"{path} -> {args.output} ({size / 1e6:.1f} MB)")
+    print(f"{source} -> {args.output} ({size / 1e6:.1f} MB)")
     own = sum(parameter.numel() for parameter in student.parameters())
     padding = ""
     if isinstance(student.settings, PrunedSettings) and count > own:
