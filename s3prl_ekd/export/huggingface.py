@@ -43,10 +43,13 @@ from ..distill.student import Student
 from ..distill.student_forward import normalise
 from ..distill.student_settings import Architecture, PrunedSettings, StudentSettings
 from ..errors import CheckpointError, SetupError
+from ..student_file import LoadedStudent
 from ..teachers.hf_names import fairseq_name
 from ..teachers.hf_student import FIXED_NOT_COPIED, NAMES
 from ..teachers.huggingface import MODEL_TYPES, quiet_transformers
+from .card_data import CardFacts
 from .compare import largest_difference, noise_waves
+from .model_card import hf_card
 from .padding import padded
 
 if TYPE_CHECKING:
@@ -171,6 +174,31 @@ def save_hf_model(model: HFModel, folder: Path, normalize: bool = False) -> None
         model.save_pretrained(folder, safe_serialization=True, max_shard_size="100GB")
     text = json.dumps({**PREPROCESSOR, "do_normalize": normalize}, indent=2) + "\n"
     (folder / "preprocessor_config.json").write_text(text, encoding="utf-8")
+
+
+def write_hf_folder(
+    loaded: LoadedStudent, folder: Path, name: str, facts: CardFacts
+) -> tuple[int, float]:
+    """Write a student as a Hugging Face folder with a card, and compare it with the student.
+
+    Args:
+        folder: empty; gets :data:`FILES`.
+        name: title of the card.
+
+    Returns:
+        The model's parameters, and its largest difference from the student's hidden states.
+
+    Raises:
+        CheckpointError, SetupError: see :func:`to_hf_model` and :func:`check_hf_export`.
+    """
+    student = loaded.student
+    model = to_hf_model(student)
+    save_hf_model(model, folder, student.settings.normalize_waveforms)
+    error = check_hf_export(folder, student)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    card = hf_card(loaded, name, count, error, tolerance(student.settings), facts)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    return count, error
 
 
 def check_hf_export(folder: Path, student: Student) -> float:

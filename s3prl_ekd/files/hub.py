@@ -67,13 +67,22 @@ def parse_hub_id(text: str) -> HubId | None:
         return None
     if match["revision"] is None and PurePath(text).suffix in _FILES:
         return None
+    repo = parse_repository(match["repo"])
+    return None if repo is None else HubId(repo, match["revision"])
+
+
+def parse_repository(text: str) -> str | None:
+    """``ORG/NAME`` without a revision; None if the text is not of this form."""
+    match = _ID.fullmatch(text)
+    if match is None or match["revision"] is not None:
+        return None
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
     try:
-        validate_repo_id(match["repo"])
+        validate_repo_id(text)
     except HFValidationError:
         return None
-    return HubId(match["repo"], match["revision"])
+    return text
 
 
 def same_model(first: str, second: str) -> bool:
@@ -120,7 +129,7 @@ def fetch(hub_id: HubId, location: str, error: type[EkdError]) -> HubModel:
         _cached(hub_id) if hub_id.is_pinned else None
     )
     # transformers' own downloads lack these
-    if cached and (_is_offline() or any((cached.folder / name).is_file() for name in _PROCESSORS)):
+    if cached and (is_offline() or any((cached.folder / name).is_file() for name in _PROCESSORS)):
         return cached
     model, names = _look_up(hub_id, location, error)
     if not names:  # the Hub cannot be reached
@@ -152,7 +161,7 @@ def _look_up(hub_id: HubId, location: str, error: type[EkdError]) -> tuple[HubMo
         # without the retries of hf_hub_download, which take half a minute
         info = hub.HfApi().model_info(hub_id.repo, revision=hub_id.revision, timeout=TIMEOUT)
     except Exception as failure:
-        cached = _cached(hub_id) if _is_connection_error(failure) else None
+        cached = _cached(hub_id) if is_connection_error(failure) else None
         if cached is None:
             with _explained(hub_id, location, error):
                 raise
@@ -191,7 +200,7 @@ def _cached(hub_id: HubId) -> HubModel | None:
 
 def _offline_copy(hub_id: HubId, location: str, error: type[EkdError]) -> HubModel | None:
     """In offline mode, the copy in the cache; else None."""
-    if not _is_offline():
+    if not is_offline():
         return None
     if cached := _cached(hub_id):
         return cached
@@ -237,7 +246,7 @@ def _reason(hub_id: HubId, failure: Exception) -> str | None:
             f"{hub_id.repo} on the Hugging Face Hub has no branch, tag or commit "
             f"{hub_id.revision}; for its newest version, give {hub_id.repo}"
         )
-    if _is_connection_error(failure):
+    if is_connection_error(failure):
         return (
             f"no such file or folder {hub_id}, and the Hugging Face Hub cannot be reached "
             f"({type(failure).__name__}); check the network, or on another machine type: hf "
@@ -248,14 +257,14 @@ def _reason(hub_id: HubId, failure: Exception) -> str | None:
     return None
 
 
-def _is_connection_error(failure: BaseException) -> bool:
+def is_connection_error(failure: BaseException) -> bool:
     """Whether no answer came. huggingface_hub has used requests, httpx and httpx2, whose classes
     have these names; LocalEntryNotFoundError is what it raises after some retries."""
     names = {cls.__name__ for cls in type(failure).__mro__}
     return bool(names & {"TransportError", "ConnectionError", "Timeout", "LocalEntryNotFoundError"})
 
 
-def _is_offline() -> bool:
+def is_offline() -> bool:
     """Whether ``HF_HUB_OFFLINE`` is set."""
     return bool(_huggingface_hub().constants.HF_HUB_OFFLINE)
 
