@@ -77,7 +77,7 @@ def test_the_uploaded_folder_is_the_student(student, hub, waves, tmp_path, capsy
         "README.md",
     }
     assert [created["name"] for created in hub.created] == ["my-student"]
-    assert not hub.created[0].get("private")
+    assert not hub.created[0].get("private") and "visibility" not in hub.created[0]
     printed = capsys.readouterr().out
     for name, contents in files.items():
         assert f"{name} " in printed and f"{len(contents):,} bytes" in printed
@@ -98,7 +98,8 @@ def test_the_card(student, hub):
     write_results(student)
     assert main(["push", str(student), "me/my-student", *LICENSE, "--private"]) == 0
     card = hub.uploads["me/my-student"]["README.md"].decode()
-    assert hub.created[0]["private"] is True
+    (created,) = hub.created
+    assert created.get("private") or created.get("visibility") == "private"
     data = metadata(card)
     results = data.pop("model-index")[0]["results"]
     assert data == {
@@ -114,6 +115,7 @@ def test_the_card(student, hub):
     assert scores == {"wer": 20.0, "accuracy": 50.0}
     assert "20.00" in card and "no scores" not in card and "downstream/asr/tiny.yaml" in card
     assert "secret" not in card and "my_teachers" not in card
+    assert 'from_pretrained("me/my-student")' in card and "-k me/my-student" in card
     assert f"microsoft/wavlm-base-plus@{commit(8)}" in card
     assert len(ModelCard(card).data.eval_results) == 2  # as the Hub parses it
 

@@ -74,7 +74,8 @@ def main(args: argparse.Namespace) -> int:
     from ..export.push import Upload
     from ..student_file import require_cut
 
-    facts = CardFacts(args.license, tuple(args.dataset), tuple(args.language))  # checks them
+    # checks the values
+    facts = CardFacts(args.license, tuple(args.dataset), tuple(args.language), repository=repo)
     source, loaded = load_checkpoint(args.checkpoint)
     require_cut(loaded.student, source.path)
     facts = dataclasses.replace(facts, metrics=_metrics(args.results, source))

@@ -29,14 +29,14 @@ speech models ([arXiv 2302.12757](https://arxiv.org/abs/2302.12757)).
 {sizes}
 ## Use
 
-Install `torch`, `transformers` and `safetensors`. In the folder of this card:
+Install `torch`, `transformers` and `safetensors`.{where}
 
 ```python
 import numpy as np
 from transformers import AutoFeatureExtractor, AutoModel
 
-extractor = AutoFeatureExtractor.from_pretrained(".")
-model = AutoModel.from_pretrained(".").eval()
+extractor = AutoFeatureExtractor.from_pretrained("{address}")
+model = AutoModel.from_pretrained("{address}").eval()
 waves = [0.1 * np.random.randn(16000), 0.1 * np.random.randn(8000)]  # put your audio here
 batch = extractor(waves, sampling_rate=16000, padding=True, return_tensors="pt")
 states = model(**batch, output_hidden_states=True).hidden_states  # [batch, frame, dim] each
@@ -45,7 +45,7 @@ states = model(**batch, output_hidden_states=True).hidden_states  # [batch, fram
 - Waveforms are 16 kHz, mono, {normalised}, and at least {min_samples} samples long.
   A frame is {stride} samples ({milliseconds:g} ms).
 - Pass the attention mask with a padded batch, as above.{padding}
-- A `{model}` has no prediction heads; those of the student are left out.
+- A `{model}` has no prediction heads; those of the student are left out.{in_s3prl}
 
 ## Hidden states
 
@@ -107,6 +107,9 @@ In a batch, frames beyond the end of an utterance are padding; ignore them.{padd
 {made}
 {fine_tuning}
 """  # noqa: E501 (a table's row is one line)
+
+_IN_S3PRL = """
+- In s3prl, with s3prl_ekd: `run_downstream.py -m train -u ekd_student -k {address} -d asr -n asr`"""
 
 _NO_SCORES = "This card reports no scores; evaluate the model on your task before you rely on it."
 
@@ -203,6 +206,9 @@ def hf_card(
         **fields,
         front_matter=front_matter(loaded.about, name, model_type, facts),
         scores=_scores(facts),
+        where="" if facts.repository else " In the folder of this card:",
+        address=facts.repository or ".",
+        in_s3prl=_IN_S3PRL.format(address=facts.repository) if facts.repository else "",
         name=name,
         model=model,
         architecture=(

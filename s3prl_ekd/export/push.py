@@ -18,7 +18,8 @@ class Upload:
     Attributes:
         repo: ``ORG/NAME``.
         folder: with all ``files``.
-        private: whether a new repository is private; an existing one is left as it is.
+        private: make a new repository private, instead of the default of ``ORG``; an existing
+            one keeps its visibility.
     """
 
     repo: str
@@ -28,11 +29,11 @@ class Upload:
 
     def describe(self) -> list[str]:
         """The repository and each file with its size, a line each."""
-        kind = "private, if it is new" if self.private else "public, if it is new"
+        kind = "private" if self.private else "public, unless its owner's default is private"
         sizes = {name: (self.folder / name).stat().st_size for name in self.files}
         width = max(map(len, sizes))
         lines = [f"  {name.ljust(width)}  {size:>13,} bytes" for name, size in sizes.items()]
-        return [f"to {self.repo} on the Hugging Face Hub ({kind}):", *lines]
+        return [f"to {self.repo} on the Hugging Face Hub (if it is new: {kind}):", *lines]
 
     def run(self) -> str:
         """Upload in one commit, and return its address.
@@ -51,7 +52,7 @@ class Upload:
             )
         api = HfApi(library_name="s3prl_ekd", library_version=__version__)
         try:
-            api.create_repo(self.repo, private=self.private, exist_ok=True)
+            api.create_repo(self.repo, private=self.private or None, exist_ok=True)
             commit = api.upload_folder(
                 repo_id=self.repo,
                 folder_path=self.folder,
