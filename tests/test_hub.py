@@ -13,6 +13,7 @@ from s3prl_ekd.errors import CheckpointError, TeacherError
 from s3prl_ekd.files.hub import HubId, fetch, parse_hub_id, pin, same_model
 from s3prl_ekd.teachers import check_source, load_upstream
 
+from .conftest import edit_yaml, saved_states
 from .hub_server import commit, connected, serve
 
 CONFIG = {
@@ -281,3 +282,39 @@ def test_failures_say_what_to_do(folders, hub, tmp_path, text, parts):
         load_upstream(text, "teachers.h.model")
     for part in ("teachers.h.model: ", *parts):
         assert part in str(error.value)
+
+
+def test_a_run_keeps_the_commit_of_its_teachers(
+    hub, folders, pretrain_folder, pretrain, tmp_path, caplog
+):
+    """The repository changes between a run and its continuation, which gets the first version."""
+    with edit_yaml(pretrain_folder / "model.yaml") as config:
+        config["teachers"] = {"h": {"model": "org/model", "layers": [2]}}
+        config["init"] = {"teacher": "h"}
+    caplog.set_level("INFO")
+    files = ("-c", "runner.yaml", "-g", "model.yaml", "--device", "cpu")
+    with connected(hub.address, tmp_path / "cache"):
+        code, output = pretrain(*files, "-n", "x", "-o", "config.runner.total_steps=4")
+        assert code == 0, output
+        assert f"org/model@{commit(1)}" in caplog.text
+        states = saved_states("x")
+        pinned = states["Upstream_Config"]["teachers"]["h"]["model"]
+        assert pinned == f"org/model@{commit(1)}"
+        assert states["EKD"]["about"]["config"]["teachers"]["h"]["model"] == pinned
+        hub.repos["org/model"][commit(9)] = folders["safetensors, one"]
+        hub.requests.clear()
+        code, output = pretrain(*files, "-n", "x", "-a", "-o", "config.runner.total_steps=6")
+        assert code == 0, output
+        assert hub.requests == []
+        states = saved_states("x")
+        assert states["Step"] == 6
+        assert states["Upstream_Config"]["teachers"]["h"]["model"] == pinned
+        with edit_yaml(pretrain_folder / "model.yaml") as config:
+            config["teachers"]["h"]["model"] = f"org/model@{commit(9)}"
+        code, output = pretrain(*files, "-n", "x", "-a", "-o", "config.runner.total_steps=8")
+        assert code == 2 and commit(9) in output
+        with edit_yaml(pretrain_folder / "model.yaml") as config:
+            config["teachers"]["h"]["model"] = "org/nothing"
+        code, output = pretrain(*files, "-n", "y")
+        assert code == 2 and "Traceback" not in output
+        assert "error: teachers.h.model: no such file or folder org/nothing" in output

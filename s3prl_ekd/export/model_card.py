@@ -109,7 +109,7 @@ In a batch, frames beyond the end of an utterance are padding; ignore them.{padd
 """  # noqa: E501 (a table's row is one line)
 
 _IN_S3PRL = """
-- In s3prl, with s3prl_ekd: `run_downstream.py -m train -u ekd_student -k {address} -d asr -n asr`"""
+- In s3prl with s3prl_ekd: `run_downstream.py -m train -u ekd_student -k {address} -d asr -n asr`"""
 
 _NO_SCORES = "This card reports no scores; evaluate the model on your task before you rely on it."
 
