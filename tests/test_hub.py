@@ -13,7 +13,7 @@ from s3prl_ekd.errors import CheckpointError, TeacherError
 from s3prl_ekd.files.hub import HubId, fetch, parse_hub_id, pin, same_model
 from s3prl_ekd.teachers import check_source, load_upstream
 
-from .conftest import edit_yaml, saved_states
+from .conftest import command, edit_yaml, saved_states
 from .hub_server import commit, connected, serve
 
 CONFIG = {
@@ -318,3 +318,15 @@ def test_a_run_keeps_the_commit_of_its_teachers(
         code, output = pretrain(*files, "-n", "y")
         assert code == 2 and "Traceback" not in output
         assert "error: teachers.h.model: no such file or folder org/nothing" in output
+
+
+def test_in_a_fresh_process(hub, tmp_path):
+    """HF_ENDPOINT and HF_HOME are huggingface_hub's own."""
+    (tmp_path / "model.yaml").write_text("teachers: {h: {model: org/model, layers: [1]}}")
+    env = {"HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / "home")}
+    argv = ("doctor", "--teachers", "model.yaml", "--json")
+    done = command(*argv, cwd=tmp_path, **env, HF_HUB_OFFLINE="0")
+    (teacher,) = json.loads(done.stdout)["teachers"]
+    assert teacher["model"] == f"org/model@{commit(1)}" and teacher["verdict"] == "ok"
+    assert "HTTP Request" not in done.stderr and "Traceback" not in done.stderr
+    assert list((tmp_path / "home").rglob("pytorch_model-*.bin"))

@@ -136,7 +136,8 @@ def _check(name: str, settings: TeacherSettings, wave: Tensor) -> TeacherReport:
             seconds=seconds,
         )
     except EkdError as error:
-        return TeacherReport(name, model, problem=str(error))
+        published = published_parameters(model)
+        return TeacherReport(name, model, problem=str(error), published=published)
 
 
 def _compare(
@@ -225,7 +226,7 @@ def summary(reports: Sequence[TeacherReport]) -> list[tuple[str, ...]]:
                 "not known" if report.published is None else f"{report.published:,}",
                 f"{report.layers} x {'/'.join(map(str, report.widths))}" if report.layers else "-",
                 "-" if difference is None else f"{difference:.1e}",
-                report.verdict,
+                "ok" if report.verdict == "ok" else "failed",
             )
         )
     return rows

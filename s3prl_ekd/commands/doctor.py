@@ -137,6 +137,7 @@ def _teachers(args: argparse.Namespace) -> int:
     wave = noise() if args.audio is None else read_audio(args.audio, speech=True)
     wave = wave[:MAX_SAMPLES]
     reports = check_teachers(settings.teachers, wave)
+    failed = [report for report in reports if report.verdict != "ok"]
     contents = {
         "config": str(args.teachers),
         "audio": args.audio or "noise",
@@ -149,9 +150,11 @@ def _teachers(args: argparse.Namespace) -> int:
         print(json.dumps(contents, indent=1))
     else:
         print("\n".join(text_table(summary(reports), numbers=False, rule=True)))
+        for report in failed:
+            print(f"\n{report.name}: {report.verdict}")
     write_text(output, json.dumps(contents, indent=1) + "\n")
     logger.info("wrote %s", output)
-    return 0 if all(report.verdict == "ok" for report in reports) else 1
+    return 1 if failed else 0
 
 
 def _throughput(args: argparse.Namespace) -> int:

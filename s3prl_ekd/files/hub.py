@@ -271,7 +271,7 @@ def is_offline() -> bool:
 
 def _huggingface_hub() -> Any:
     try:
-        import huggingface_hub
+        import huggingface_hub.constants
     except ImportError:
         raise SetupError(
             "huggingface_hub is not installed; type: pip install transformers"
