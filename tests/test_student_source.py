@@ -12,13 +12,14 @@ import s3prl_ekd
 from s3prl_ekd.cli import main
 from s3prl_ekd.downstream.run import check_files, with_pinned_student
 from s3prl_ekd.errors import CheckpointError, SetupError
+from s3prl_ekd.files.run_checkpoints import read_checkpoint
 from s3prl_ekd.request import DownstreamRequest
 from s3prl_ekd.student_file import LoadedStudent, contents, write_student
 from s3prl_ekd.superb.cost import build_upstream
 from s3prl_ekd.superb.plan import parse_upstream
 from s3prl_ekd.teachers.student_source import find_student, pin_student
 
-from .conftest import error_of
+from .conftest import command, error_of
 from .hub_server import commit, connected, serve
 from .students import random_student
 
@@ -207,3 +208,40 @@ def test_a_pinned_folder_of_a_run_that_was_moved(places, tmp_path):
     shutil.rmtree(run)
     with pytest.raises(CheckpointError, match="no such file"):
         find_student(pinned)
+
+
+@pytest.mark.slow
+def test_superb_of_a_run_and_of_the_hub(places, superb_workspace, tmp_path):
+    """The same student from both places, the second evaluated by what the first's record names."""
+    env = {"HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
+    run = places / "result/my_run"
+    override = "sid=config.downstream_expert.datarc.train_batch_size=4"
+    options = ("--tasks", "sid", "--recipes", "tiny", "--steps", "sid=8", "--override", override)
+    with serve() as hub:
+        hub.repos["org/student"] = {commit(1): places / "hf"}
+        argv = ("superb", f"a={run}", "b=org/student", *options, "-o", str(tmp_path / "out"))
+        command(*argv, cwd=superb_workspace, HF_ENDPOINT=hub.address, **env)
+        recorded = {}
+        for name in "ab":
+            (folder,) = (tmp_path / "out" / name / "sid").iterdir()
+            record = json.loads((folder / "superb.json").read_text())
+            assert record["finished"]
+            states = read_checkpoint(folder / "dev-best.ckpt")
+            assert states["Args"].upstream_ckpt == record["checkpoint"]
+            recorded[name] = record["checkpoint"], record["dev"]["value"]
+        assert recorded["a"][0] == str(run / "states-3.ckpt")
+        assert recorded["b"][0] == f"org/student@{commit(1)}"
+        assert recorded["a"][1] == recorded["b"][1]
+        # a run of s3prl's script, whose record keeps the commit
+        argv = ("-m", "train", "-u", "ekd_student", "-k", "org/student", "-d", "voxceleb1")
+        more = f"{override.partition('=')[2]},,config.runner.total_steps=2"
+        more += ",,config.runner.eval_step=1,,config.runner.save_step=1,,config.runner.log_step=1"
+        argv += ("-c", "downstream/voxceleb1/tiny.yaml", "-p", str(tmp_path / "c"), "-o", more)
+        command("run_downstream.py", *argv, cwd=superb_workspace, HF_ENDPOINT=hub.address, **env)
+    checkpoint = next((tmp_path / "c").glob("states-*.ckpt"))
+    assert read_checkpoint(checkpoint)["Args"].upstream_ckpt == f"org/student@{commit(1)}"
+    argv = ("-m", "evaluate", "-t", "test", "-e", str(checkpoint))
+    done = command(
+        "run_downstream.py", *argv, cwd=superb_workspace, **env, HF_ENDPOINT="http://127.0.0.1:9"
+    )
+    assert "test" in done.stdout  # with no Hub: the commit is in the cache
