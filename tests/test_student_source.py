@@ -226,7 +226,7 @@ def test_superb_of_a_run_and_of_the_hub(places, superb_workspace, tmp_path):
             (folder,) = (tmp_path / "out" / name / "sid").iterdir()
             record = json.loads((folder / "superb.json").read_text())
             assert record["finished"]
-            states = read_checkpoint(folder / "dev-best.ckpt")
+            states = read_checkpoint(next(folder.glob("*.ckpt")))
             assert states["Args"].upstream_ckpt == record["checkpoint"]
             recorded[name] = record["checkpoint"], record["dev"]["value"]
         assert recorded["a"][0] == str(run / "states-3.ckpt")

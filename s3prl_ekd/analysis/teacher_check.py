@@ -150,7 +150,8 @@ def _compare(
     if isinstance(upstream, HuggingFaceUpstream):
         path = "our calls of transformers' modules with transformers' own forward"
         inputs = {"one utterance": inputs["one utterance"]}  # transformers masks other frames
-        candidate, reference = upstream, _TransformersForward(upstream)
+        candidate: nn.Module = upstream
+        reference: nn.Module = _TransformersForward(upstream)
     else:
         encoder = fast_encoders({"teacher": upstream}).get("teacher")
         if encoder is None:

@@ -229,7 +229,7 @@ def _explained(hub_id: HubId, location: str, error: type[EkdError]) -> Iterator[
 
 def _reason(hub_id: HubId, failure: Exception) -> str | None:
     """Why a download failed, and what to type; None for an exception that is a bug."""
-    from huggingface_hub import errors
+    from huggingface_hub import utils as errors  # in versions before 0.25, .errors lacks some
 
     if isinstance(failure, errors.GatedRepoError):
         return (
