@@ -320,6 +320,7 @@ def test_a_run_keeps_the_commit_of_its_teachers(
         assert "error: teachers.h.model: no such file or folder org/nothing" in output
 
 
+@pytest.mark.slow
 def test_in_a_fresh_process(hub, tmp_path):
     """HF_ENDPOINT and HF_HOME are huggingface_hub's own."""
     (tmp_path / "model.yaml").write_text("teachers: {h: {model: org/model, layers: [1]}}")

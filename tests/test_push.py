@@ -61,7 +61,8 @@ def write_results(student):
     words = {"1": ("A B C D", "A B C X"), "2": ("A", "A")}  # one error in five words
     for seed in (1, 2):
         write_run(root, "mine", "asr", words, seed=seed, model=digest)
-    write_run(root, "mine", "sid", {"1": ("a", "a"), "2": ("a", "b")}, model=digest)
+    own = {"model": digest, "recipe": "/home/me/secret/sid.yaml"}
+    write_run(root, "mine", "sid", {"1": ("a", "a"), "2": ("a", "b")}, **own)
     write_run(root, "other", "asr", {"1": ("A", "B")}, model="0")
 
 
@@ -114,6 +115,8 @@ def test_the_card(student, hub):
     scores = {r["metrics"][0]["type"]: r["metrics"][0]["value"] for r in results}
     assert scores == {"wer": 20.0, "accuracy": 50.0}
     assert "20.00" in card and "no scores" not in card and "downstream/asr/tiny.yaml" in card
+    types = [result["dataset"]["type"] for result in results]
+    assert types == ["other", "other"] and "`sid.yaml`" in card
     assert "secret" not in card and "my_teachers" not in card
     assert 'from_pretrained("me/my-student")' in card and "-k me/my-student" in card
     assert f"microsoft/wavlm-base-plus@{commit(8)}" in card
@@ -149,6 +152,10 @@ def test_results_of_another_file_are_not_taken(student, hub, capsys):
     assert main(["push", "later.pt", "me/s", "--dry-run"]) == 0
     printed = capsys.readouterr().out
     assert "mine, other" in printed and "model-index" not in printed
+    (Path("result/superb/mine/sid/lr0.001-seed1337") / "superb.json").write_text("{")
+    assert main(["push", "later.pt", "me/s", "--dry-run"]) == 0
+    assert "the card has no scores" in capsys.readouterr().out
+    write_results(student)
     argv = ("push", "later.pt", "me/s", "--dry-run", "--results", "result/superb")
     assert "mine, other" in error_of(capsys, *argv)
 

@@ -77,7 +77,7 @@ def test_every_source_gives_the_same_hidden_states(places, hub, waves, monkeypat
         assert torch.allclose(state, other, atol=1e-5)
 
 
-@pytest.mark.parametrize("source", ["result/my_run", "hf", "org/student"])
+@pytest.mark.parametrize("source", ["result/my_run", "org/student"])
 def test_commands_take_every_source(places, hub, tmp_path, monkeypatch, source, capsys):
     import numpy as np
     import soundfile
@@ -97,7 +97,7 @@ def test_commands_take_every_source(places, hub, tmp_path, monkeypatch, source, 
     assert main(["features", source, str(out / "a.wav"), "-o", str(out / "f.safetensors")]) == 0
     with safe_open(out / "f.safetensors", "pt") as file:
         expected = {"result/my_run": "states-3.ckpt", "org/student": f"org/student@{commit(1)}"}
-        assert file.metadata()["checkpoint"] == expected.get(source, "hf")
+        assert file.metadata()["checkpoint"] == expected[source]
 
 
 def test_a_source_is_pinned(places, hub, monkeypatch):

@@ -10,6 +10,7 @@ import yaml
 from s3prl_ekd.cli import main
 from s3prl_ekd.teachers import load_upstream, published
 from s3prl_ekd.teachers.fast.encoder import FastEncoder
+from s3prl_ekd.teachers.stored import write_states
 
 from .conftest import SIZES, error_of, make_sound
 from .corpora import write_audio
@@ -111,13 +112,24 @@ def test_a_teacher_that_cannot_be_loaded_does_not_stop_the_others(check, teacher
     assert rows["h"]["verdict"] == "ok" and "Traceback" not in output
 
 
+def test_a_folder_of_stored_states_has_nothing_to_compare(check, tmp_path):
+    wave = torch.from_numpy(make_sound(1.0)).float()
+    frames = (len(wave) - 400) // 320 + 1
+    write_states(tmp_path / "stored", wave, torch.randn(3, frames, 16))
+    code, output, rows = check({"s": tmp_path / "stored"})
+    assert code == 0 and rows["s"]["verdict"] == "ok" and rows["s"]["differences"] is None
+    assert (rows["s"]["layers"], rows["s"]["widths"]) == (3, [16])
+
+
 def test_mistakes(check, teachers, capsys, tmp_path):
     check({"h": teachers["hubert"]})
+    write_audio(tmp_path / "short.flac", make_sound(0.2))
     for argv, part in (
         (("--teachers", "nothing.yaml"), "nothing.yaml"),
         (("--teachers", "model.yaml", "--throughput"), "--throughput"),
         (("--teachers", "model.yaml", "--audio", "none.flac"), "none.flac"),
         (("--teachers", "model.yaml", "-o", "."), "folder"),
+        (("--teachers", "model.yaml", "--audio", "short.flac"), "--audio short.flac"),
         (("--audio", "a.flac"), "--teachers"),
         (("-o", "a.json"), "--teachers"),
     ):

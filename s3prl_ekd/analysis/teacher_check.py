@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..data.audio_files import SAMPLE_RATE
 from ..distill.settings import TeacherSettings
-from ..distill.teachers import Teacher
+from ..distill.teachers import StatedOutputs, Teacher, measure_outputs
 from ..errors import EkdError
 from ..files.weights_digest import weights_digest
 from ..teachers import load_upstream
@@ -116,12 +116,8 @@ def _check(name: str, settings: TeacherSettings, wave: Tensor) -> TeacherReport:
         model = pin_teachers({name: settings})[name].model
         upstream = load_upstream(model, f"teachers.{name}.model")
         teacher = Teacher(upstream, settings.targets, name)
-        inputs = {"one utterance": [wave]}
-        shorter = wave[: int(SHORTER * len(wave))]
-        if not hasattr(upstream, "stated"):  # stored states are of known waveforms only
-            inputs["a padded batch"] = [wave, shorter]
-        path, differences, seconds = _compare(teacher, inputs)
-        states = teacher.states([wave]) if "stored" not in path else ()
+        widths = set(_widths(upstream))
+        path, differences, seconds = _compare(teacher, wave)
         return TeacherReport(
             name=name,
             model=model,
@@ -129,8 +125,8 @@ def _check(name: str, settings: TeacherSettings, wave: Tensor) -> TeacherReport:
             digest=weights_digest(upstream),
             parameters=sum(parameter.numel() for parameter in upstream.parameters()),
             published=published_parameters(model),
-            layers=len(states) or teacher.depth + 1,
-            widths=tuple(sorted({state.shape[-1] for state in states})) or (teacher.width,),
+            layers=teacher.depth + 1,
+            widths=tuple(sorted(widths)),
             path=path,
             differences=differences,
             seconds=seconds,
@@ -140,16 +136,26 @@ def _check(name: str, settings: TeacherSettings, wave: Tensor) -> TeacherReport:
         return TeacherReport(name, model, problem=str(error), published=published)
 
 
+def _widths(upstream: Any) -> tuple[int, ...]:
+    """The width of each hidden state."""
+    stated: StatedOutputs | None = getattr(upstream, "stated", None)  # of stored hidden states
+    return (stated or measure_outputs(upstream)).widths
+
+
 def _compare(
-    teacher: Teacher, inputs: Mapping[str, list[Tensor]]
+    teacher: Teacher, wave: Tensor
 ) -> tuple[str, dict[str, list[float]] | None, tuple[float, float] | None]:
     """Compare the forward that training uses with a reference; see :class:`TeacherReport`."""
     upstream: Any = teacher.upstream
+    inputs = {
+        "one utterance": [wave],
+        "a padded batch": [wave, wave[: int(SHORTER * len(wave))]],
+    }
     if hasattr(upstream, "stated"):
         return "stored hidden states: nothing to compare", None, None
     if isinstance(upstream, HuggingFaceUpstream):
         path = "our calls of transformers' modules with transformers' own forward"
-        inputs = {"one utterance": inputs["one utterance"]}  # transformers masks other frames
+        del inputs["a padded batch"]  # transformers masks other frames
         candidate: nn.Module = upstream
         reference: nn.Module = _TransformersForward(upstream)
     else:

@@ -63,6 +63,7 @@ PACKAGES = (
     "editdistance",
 )
 RUNNER, MODEL = "pretrain/ekd/config_runner.yaml", "pretrain/ekd/config_model.yaml"
+MIN_SAMPLES = 8000
 MAX_SAMPLES = 250_000  # of the utterance for --teachers, 15.6 s, to limit the teachers' memory
 RATE = 5000.0  # audio seconds a second; what one large GPU may train on
 PRETRAIN_FILES = ("config_runner.yaml", "config_model.yaml", "pretrain_expert.py")
@@ -136,6 +137,11 @@ def _teachers(args: argparse.Namespace) -> int:
 
     wave = noise() if args.audio is None else read_audio(args.audio, speech=True)
     wave = wave[:MAX_SAMPLES]
+    if len(wave) < MIN_SAMPLES:
+        raise ConfigError(
+            f"--audio {args.audio}: {len(wave)} samples; expected an utterance of at least "
+            f"{MIN_SAMPLES} (half a second)"
+        )
     reports = check_teachers(settings.teachers, wave)
     failed = [report for report in reports if report.verdict != "ok"]
     contents = {

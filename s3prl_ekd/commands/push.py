@@ -22,7 +22,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import SetupError
+from ..errors import DataError, SetupError
 from ..files.hub import is_offline, parse_repository
 from ..teachers.student_source import check_student
 from .export import add_checkpoint, load_checkpoint
@@ -102,7 +102,7 @@ def _metrics(results: Path | None, source: StudentSource) -> dict[str, TaskMetri
 
     Raises:
         SetupError: the given folder has none.
-        DataError: see :func:`.student_results`.
+        DataError: it cannot be read; see :func:`.student_results`.
     """
     folder = RESULTS if results is None else results
     if results is None and not folder.is_dir():
@@ -110,7 +110,13 @@ def _metrics(results: Path | None, source: StudentSource) -> dict[str, TaskMetri
 
     from ..superb.student_results import student_results
 
-    found = student_results([folder], source.name)
+    try:
+        found = student_results([folder], source.name)
+    except DataError as error:
+        if results is not None:
+            raise
+        print(f"the card has no scores: {error}")
+        return {}
     if found.metrics:
         return found.metrics
     names = ", ".join(found.others) or "none that are finished"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import PureWindowsPath
 from typing import Any
 
 from ..downstream.tasks import TASKS
@@ -71,8 +72,8 @@ def front_matter(about: Mapping[str, Any], name: str, model_type: str, facts: Ca
         EvalResult(
             task_type=_TASK_TYPES[task],
             task_name=_TITLES[task],
-            dataset_type="superb",
-            dataset_name=f"{metric.selection.runs[0].recipe}, {TASKS[task].split}",
+            dataset_type="superb" if _recipe(task, metric) == TASKS[task].full else "other",
+            dataset_name=f"{_recipe(task, metric)}, {TASKS[task].split}",
             metric_type=_METRICS[TASKS[task].metric],
             metric_name=f"{TASKS[task].metric.upper()}, per cent",
             metric_value=round(metric.value, 2),
@@ -101,8 +102,16 @@ def score_rows(metrics: Mapping[str, TaskMetric]) -> list[list[str]]:
         runs = metric.selection
         row = [f"{task.upper()}: {_TITLES[task]}", TASKS[task].metric.upper()]
         row += [f"{metric.value:.2f}", f"{low:.2f} to {high:.2f}"]
-        rows.append([*row, str(len(runs.seeds)), f"`{runs.runs[0].recipe}`"])
+        rows.append([*row, str(len(runs.seeds)), f"`{_recipe(task, metric)}`"])
     return rows
+
+
+def _recipe(task: str, metric: TaskMetric) -> str:
+    """The path of a recipe that `init` writes, or the name of another file: folders of the user's
+    machine stay private."""
+    recipe = metric.selection.runs[0].recipe
+    known = (TASKS[task].full, TASKS[task].tiny)
+    return recipe if recipe in known else PureWindowsPath(recipe).name  # splits at / and \
 
 
 def _trainings(about: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:

@@ -100,7 +100,7 @@ def load_hf_student(folder: Path, name: str = "") -> LoadedStudent:
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1].strip()
         raise CheckpointError(f"{folder}: weights do not fit a student: {reason}") from None
-    source = f"the Hugging Face folder {name or folder.resolve().name}"
+    source = f"the Hugging Face model {name}" if name else f"the folder {folder.resolve().name}"
     about = {"source": source, "step": None}
     return LoadedStudent(student.eval(), None, {}, about)
 
