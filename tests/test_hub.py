@@ -118,7 +118,8 @@ def test_an_index_names_only_files_of_its_folder(folders, tmp_path, kind, shard)
         check_source(str(folder), "here")
     with serve() as hub:
         hub.repos["org/model"] = {commit(1): folder}
-        with connected(hub.address, tmp_path / "cache"), pytest.raises(TeacherError):
+        expected = pytest.raises(TeacherError, match=f"^here: .*{index.name}")
+        with connected(hub.address, tmp_path / "cache"), expected:
             fetch(HubId("org/model"), "here", TeacherError)
         assert not [name for name in hub.downloads() if name.endswith((".bin", ".safetensors"))]
 

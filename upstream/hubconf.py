@@ -38,7 +38,7 @@ def ekd_student_local(ckpt: str | Path, *args: Any, **kwargs: Any) -> nn.Module:
     from s3prl_ekd.teachers.huggingface import check_hf_folder, load_folder
     from s3prl_ekd.teachers.student_source import find_student
 
-    source = find_student(ckpt, "ekd_student")
+    source = find_student(ckpt, f"ekd_student: {ckpt}")
     if source.path.is_dir():
         location = f"ekd_student: {source}"
         if check_hf_folder(source.path, location) not in STUDENT_TYPES:

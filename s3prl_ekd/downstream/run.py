@@ -94,7 +94,7 @@ def check_files(request: DownstreamRequest) -> None:
         raise CheckpointError(f"-i {request.init_ckpt}: no such checkpoint")
     student = _student(request)
     if student:
-        check_student(student, "-k")
+        check_student(student, f"-k {student}")
 
 
 def check_noises(request: DownstreamRequest) -> None:
@@ -123,7 +123,7 @@ def check_heads(request: DownstreamRequest) -> None:
     if student and request.upstream_feature_selection == WITH_HEADS:
         from ..student_file import heads_problem
 
-        problem = heads_problem(find_student(student, "-k").load())
+        problem = heads_problem(find_student(student, f"-k {student}").load())
         if problem:
             raise CheckpointError(f"-s {WITH_HEADS}: {student} has no heads, {problem}")
 
@@ -261,7 +261,7 @@ def with_pinned_student(request: DownstreamRequest) -> DownstreamRequest:
     student = _student(request)
     if student is None or request.past_exp:
         return request
-    return replace(request, upstream_ckpt=pin_student(student, "-k"))
+    return replace(request, upstream_ckpt=pin_student(student, f"-k {student}"))
 
 
 def in_noisy_folder(request: DownstreamRequest) -> DownstreamRequest:

@@ -27,6 +27,7 @@ SETTINGS = ("config.json", *_PROCESSORS, "adapter_config.json")
 TIMEOUT = 20.0  # seconds for the answer to a request about a repository
 _NAME = r"[\w-][\w.-]*"  # as a part of a path in the cache, too
 _ID = re.compile(rf"(?P<repo>{_NAME}/{_NAME})(@(?P<revision>{_NAME}(/{_NAME})*))?", re.ASCII)
+_LONGEST = 250  # characters; huggingface_hub allows 96 without the revision
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 # Suffixes of files: a name with one of them is a path.
 _FILES = {".pt", ".pth", ".th", ".ckpt", ".bin", ".safetensors", ".onnx", ".zip", ".tar", ".json"}
@@ -63,7 +64,7 @@ def parse_hub_id(text: str) -> HubId | None:
     Names of files (``students/a.pt``) and paths that begin with ``.``, ``/`` or ``~`` are no ids.
     """
     match = _ID.fullmatch(text)
-    if match is None or Path(text).exists():
+    if match is None or len(text) > _LONGEST or Path(text).exists():
         return None
     if match["revision"] is None and PurePath(text).suffix in _FILES:
         return None
@@ -218,8 +219,10 @@ def _explained(hub_id: HubId, location: str, error: type[EkdError]) -> Iterator[
     """Turn errors of huggingface_hub into ``error``, in a sentence that says what to type."""
     try:
         yield
-    except EkdError:
-        raise
+    except EkdError as problem:
+        if str(problem).startswith(location):
+            raise
+        raise error(f"{location}: {problem}") from None  # of a damaged index
     except Exception as failure:
         reason = _reason(hub_id, failure)
         if reason is None:

@@ -66,7 +66,7 @@ def find_student(text: str | Path, location: str = "") -> StudentSource:
     Args:
         text: a student file, ``states-*.ckpt``, a run's folder (its newest checkpoint), a Hugging
             Face folder, or an id on the Hub.
-        location: starts messages; the default is ``text``.
+        location: starts messages, and names ``text``, as ``-k student.pt``.
 
     Raises:
         CheckpointError: no such student, no checkpoint in the folder, or a failed download.
@@ -78,7 +78,7 @@ def find_student(text: str | Path, location: str = "") -> StudentSource:
         hub_id = parse_hub_id(str(text))
         if hub_id is None:
             raise _no_such_student(text, location)
-        model = fetch(hub_id, location or str(text), CheckpointError)
+        model = fetch(hub_id, location or "student", CheckpointError)
         return StudentSource(str(model.id), model.folder)
     return StudentSource(str(path), path)
 
@@ -91,7 +91,7 @@ def pin_student(text: str, location: str = "") -> str:
     if path.is_dir():
         return str(_in_folder(path, location))
     hub_id = None if path.exists() else parse_hub_id(text)
-    return text if hub_id is None else str(pin(hub_id, location or text, CheckpointError))
+    return text if hub_id is None else str(pin(hub_id, location or "student", CheckpointError))
 
 
 def contents_sha256(path: Path) -> str:
@@ -121,10 +121,10 @@ def _in_folder(folder: Path, location: str) -> Path:
 
 
 def _no_such_student(text: str | Path, location: str) -> CheckpointError:
+    start = location or f"cannot read the student checkpoint {text}"
     return CheckpointError(
-        f"{_prefix(location)}cannot read the student checkpoint {text}: no such file; expected a "
-        "student file, states-*.ckpt, the folder of a run, a Hugging Face folder, or an id of the "
-        "Hugging Face Hub (ORG/NAME or ORG/NAME@REVISION)"
+        f"{start}: no such file; expected a student file, states-*.ckpt, the folder of a run, a "
+        "Hugging Face folder, or an id of the Hugging Face Hub (ORG/NAME or ORG/NAME@REVISION)"
     )
 
 
