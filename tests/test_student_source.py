@@ -150,6 +150,9 @@ def test_upstreams_of_superb(places, hub, monkeypatch):
     finally:
         config.write_text(text)
     assert parse_upstream("ekd_student:org/student").checkpoint == f"org/student@{commit(1)}"
+    # s3prl's own upstreams would take the newest version each time
+    with pytest.raises(SetupError, match="leave out hf_hubert_custom:"):
+        parse_upstream("hf_hubert_custom:org/student")
 
 
 def test_a_model_of_another_kind_as_an_upstream(tmp_path, waves):

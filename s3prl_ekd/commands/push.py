@@ -1,10 +1,9 @@
 """Upload a student to the Hugging Face Hub, as the folder that `export hf` writes.
 
-STUDENT is a student file, states-*.ckpt, a run's folder or a Hugging Face folder. The model is
-compared with the student before anything is uploaded. Its card names the license, the teachers that
-are on the Hub (base_model), data and language (those of LibriSpeech if the run's length tables have
-the names of its parts), and the results of `s3prl-ekd superb` on this student, which are recognised
-by the contents of the file.
+The model is compared with the student before anything is uploaded. Its card names the license, the
+teachers that are on the Hub (base_model), data and language (those of LibriSpeech if the run's
+length tables have the names of its parts), and the results of `s3prl-ekd superb` on this student,
+which are recognised by the contents of the file.
 
 Everything that will be uploaded is printed first. With --dry-run, or if HF_HUB_OFFLINE is set,
 nothing is uploaded. Log in before with: hf auth login. An existing repository gets a new commit.

@@ -32,7 +32,7 @@ from ..request import (
     parse_cache_options,
 )
 from ..teachers import zoo
-from ..teachers.student_source import contents_sha256, is_student_folder, pin_student
+from ..teachers.student_source import check_student, contents_sha256, is_student_folder, pin_student
 from .results import RunRecord
 
 CLEAN = "clean"
@@ -92,10 +92,13 @@ def parse_upstream(text: str, selection: str = "hidden_states") -> Upstream:
         default_name = f"{hub}-{_name_from(checkpoint)}"
         if hub == "ekd_student":
             checkpoint = pin_student(checkpoint, text)
-        else:
+            check_student(checkpoint, text)
+        elif Path(checkpoint).exists():
             selection = "hidden_states"
-        if not Path(checkpoint).exists() and parse_hub_id(checkpoint) is None:
-            raise SetupError(f"{text}: no such file: {checkpoint}")
+        else:
+            hint = f"; for a model of the Hugging Face Hub, leave out {hub}:"
+            is_id = parse_hub_id(checkpoint) is not None
+            raise SetupError(f"{text}: no such file: {checkpoint}{hint if is_id else ''}")
         upstream = Upstream(name or default_name, hub, checkpoint, selection)
     elif re.fullmatch(r"\w+", source):
         upstream = Upstream(name or source, source)
