@@ -131,6 +131,7 @@ setup(
         "tqdm>=4.66",
         "setuptools",
         "transformers>=4.48",
+        "huggingface_hub>=0.24",
     ],
     extras_require={
         "demo": DEMO,

@@ -29,7 +29,8 @@ def register() -> None:
 
 
 def load_student(path: str | Path) -> LoadedStudent:
-    """Load a student file or a run's checkpoint; see :func:`.student_file.load_student`."""
-    from .student_file import load_student as _load_student
+    """Load a student from a file, a run's folder, a Hugging Face folder or an id on the Hub; see
+    :func:`.teachers.student_source.find_student`."""
+    from .teachers.student_source import find_student
 
-    return _load_student(path)
+    return find_student(path).load()

@@ -37,6 +37,7 @@ COMMANDS = {
     "prune": "cut a student to the units that its gates keep (DPHuBERT)",
     "merge": "average students that were distilled from different teachers",
     "export": "write a student as a file or folder for other software",
+    "push": "upload a student to the Hugging Face Hub, with a model card",
     "validate": "check a package for SUPERB's hidden set in a process with torch only",
     "cost": "count parameters and MACs of an upstream or a package as SUPERB does",
     "features": "write the hidden states of audio files into one safetensors file",
@@ -60,7 +61,7 @@ RENAMED = {
 
 # Commands that read checkpoints, students or upstreams and take --trust-checkpoint.
 TRUSTING = {"superb", "sweep", "export", "features", "cost", "teachers", "group-layers", "cache"}
-TRUSTING |= {"probe", "fit-units", "essence", "prune", "merge"}
+TRUSTING |= {"probe", "fit-units", "essence", "prune", "merge", "push"}
 
 EXAMPLE = """\
 example:

@@ -35,6 +35,7 @@ from .corpora import (
     write_speech_commands,
     write_voxceleb1,
 )
+from .hub_server import commit
 
 WORDS = ["A CAT SAT", "THE DOG", "A DOG SAT", "THE CAT SAT"]
 LEXICON = "A  AH0\nTHE  DH AH0\nCAT  K AE1 T\nDOG  D AO1 G\nSAT  S AE1 T\n"
@@ -179,6 +180,33 @@ def write_data(data: Path) -> None:
     emotions = ("neu", "hap", "ang", "sad")
     write_iemocap(data / "IEMOCAP_full_release", ["F_impro01"], emotions, 12000)
     torch.save(wavlm_checkpoint(seed=9, **{**SIZES, "layers": 12}), data / "my_wavlm.pt")
+
+
+def write_repositories(folder: Path) -> dict[str, dict[str, Path]]:
+    """The models of the Hugging Face Hub that the documents name, small, for a stand-in of it."""
+    from transformers import WavLMConfig, WavLMModel
+
+    from s3prl_ekd.export.card_data import CardFacts
+    from s3prl_ekd.export.huggingface import write_hf_folder
+
+    torch.manual_seed(0)
+    config = WavLMConfig(
+        hidden_size=48,
+        num_hidden_layers=12,
+        num_attention_heads=4,
+        intermediate_size=64,
+        conv_dim=[32] * 7,
+        num_conv_pos_embeddings=16,
+        num_conv_pos_embedding_groups=4,
+    )
+    WavLMModel(config).save_pretrained(folder / "wavlm")
+    (folder / "student").mkdir()
+    student = LoadedStudent(Student(StudentSettings(**STUDENT)), None, {}, {})
+    write_hf_folder(student, folder / "student", "my-student", CardFacts())
+    return {
+        "microsoft/wavlm-base-plus": {commit(1): folder / "wavlm"},
+        "my-org/my-student": {commit(2): folder / "student"},
+    }
 
 
 def write_hub(cache: Path) -> None:

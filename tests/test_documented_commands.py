@@ -18,7 +18,8 @@ from s3prl_ekd.pretrain.settings import ModelFile, check_runner_config, load_mod
 from s3prl_ekd.request import DownstreamRequest, PretrainRequest
 
 from .conftest import REPO
-from .documented import Machine, commands, snippets
+from .documented import Machine, commands, snippets, write_repositories
+from .hub_server import serve
 from .test_predictions import write_all
 
 PAGES = ["README.md", "CONTRIBUTING.md", "ARCHITECTURE.md"]
@@ -57,6 +58,7 @@ NOT_RUN_PREFIXES = {
     "python tools/defaults_study.py": "an hour; tests/test_defaults_study.py tests its parts",
     "python tools/targets_study.py": "an hour; tests/test_targets_study.py tests its parts",
     "python tools/study.py": "hours; tests/test_study.py tests its parts",
+    "s3prl-ekd doctor --teachers": "published sizes; tests/test_teacher_check.py has small ones",
     "s3prl-ekd prepare alignments": "noise cannot be aligned; tests/test_alignments.py has speech",
     "s3prl-ekd probe student.safetensors hubert_base --data data/aligned": "needs the alignments",
     "python tools/make_commands.py": "a minute; tests/test_make_commands.py",
@@ -74,13 +76,14 @@ STUDENT_RUN = (
 TYPED_BEFORE = {
     "docs/configuration.md": STUDENT_RUN[:2],
     "docs/export.md": STUDENT_RUN,
+    "docs/hub.md": STUDENT_RUN[:2],
     "docs/method.md": STUDENT_RUN[:1],
     "docs/speed.md": STUDENT_RUN[:2],
     "docs/students.md": STUDENT_RUN[:2],
     "docs/targets.md": STUDENT_RUN[:2],
 }
 # Pages that start from a student file.
-NEED_STUDENT = {"docs/probe.md", "docs/students.md", "docs/superb.md"}
+NEED_STUDENT = {"docs/hub.md", "docs/probe.md", "docs/students.md", "docs/superb.md"}
 
 
 def reason(command):
@@ -96,11 +99,23 @@ def page_commands(page):
 RUN = [page for page in PAGES if any(reason(command) is None for command in page_commands(page))]
 
 
+@pytest.fixture
+def hub(page, tmp_path_factory, monkeypatch):
+    """A stand-in of the Hugging Face Hub for the commands that are typed."""
+    with serve() as hub:
+        if page == "docs/hub.md":
+            hub.repos = write_repositories(tmp_path_factory.mktemp("hub"))
+        monkeypatch.setenv("HF_ENDPOINT", hub.address)
+        monkeypatch.setenv("HF_TOKEN", "hf_of_the_reader")
+        monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")  # its uploads go to servers of its own
+        yield hub
+
+
 @pytest.mark.parametrize(
     "page",
     [page if page == "README.md" else pytest.param(page, marks=pytest.mark.slow) for page in RUN],
 )
-def test_commands_of_a_page(page, tmp_path):
+def test_commands_of_a_page(page, hub, tmp_path):
     machine, typed = Machine(tmp_path), set()
     if page in NEED_STUDENT:
         machine.write_student()

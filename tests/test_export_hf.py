@@ -29,13 +29,13 @@ from s3prl_ekd.export.folder import export_folder
 from s3prl_ekd.export.huggingface import (
     check_hf_export,
     hf_config,
-    load_hf_student,
     save_hf_model,
     to_hf_model,
 )
 from s3prl_ekd.export.model_card import how_made
 from s3prl_ekd.files.config import to_plain_data
 from s3prl_ekd.student_file import LoadedStudent, load_student, write_student
+from s3prl_ekd.teachers.hf_student import load_hf_student
 
 from .conftest import error_of
 from .students import VARIANTS, random_student

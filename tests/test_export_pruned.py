@@ -26,7 +26,6 @@ from s3prl_ekd.errors import CheckpointError
 from s3prl_ekd.export.huggingface import (
     check_hf_export,
     hf_config,
-    load_hf_student,
     save_hf_model,
     to_hf_model,
 )
@@ -35,6 +34,7 @@ from s3prl_ekd.export.onnx import OnnxSession, check, onnx_bytes, quantised, rel
 from s3prl_ekd.export.padding import padded, padded_settings
 from s3prl_ekd.files.config import to_plain_data
 from s3prl_ekd.student_file import LoadedStudent, load_student, write_student
+from s3prl_ekd.teachers.hf_student import load_hf_student
 
 from .conftest import error_of
 from .students import pruned_student

@@ -275,7 +275,7 @@ def test_a_teacher_with_an_unknown_layer_cannot_initialise_a_student(folders):
             ["config.json", "'bert'", "hubert, wavlm, wav2vec2, data2vec-audio"],
         ),
         (
-            lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
+            lambda f: (f / "model.safetensors").rename(f / "tf_model.h5"),
             ["model.safetensors", "pytorch_model.bin"],
         ),
     ],

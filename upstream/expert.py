@@ -14,7 +14,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from s3prl_ekd.distill.student_forward import StudentOutput
 from s3prl_ekd.errors import CheckpointError
-from s3prl_ekd.student_file import heads_problem, load_student
+from s3prl_ekd.student_file import heads_problem
+from s3prl_ekd.teachers.student_source import find_student
 
 logger = logging.getLogger(__name__)
 
@@ -28,16 +29,16 @@ class UpstreamExpert(UpstreamBase):
     refused in training mode.
 
     Args:
-        ckpt: a student file or a checkpoint of ``run_pretrain.py -u ekd``; it has all settings.
+        ckpt: a student file, a checkpoint of ``run_pretrain.py -u ekd`` or the folder of such a
+            run, a Hugging Face folder, or an id on the Hugging Face Hub.
 
     Raises:
-        CheckpointError: the file is missing, damaged or of another kind, or its pickle contains
-            code.
+        CheckpointError: it is missing, damaged or of another kind, or its pickle contains code.
     """
 
     def __init__(self, ckpt: str | Path, model_config: object = None, **kwargs: Any):
         super().__init__(**kwargs)
-        loaded = load_student(ckpt)
+        loaded = find_student(ckpt).load()
         self.student = loaded.student
         self.heads = loaded.heads
         self.targets = loaded.targets

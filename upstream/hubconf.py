@@ -33,8 +33,17 @@ tiny_wavlm_random = _tiny("tiny_wavlm_random")
 
 
 def ekd_student_local(ckpt: str | Path, *args: Any, **kwargs: Any) -> nn.Module:
-    """A student from a local file: ``ckpt`` is a student file or a run's checkpoint."""
-    return _UpstreamExpert(ckpt, *args, **kwargs)
+    """A student, see :class:`.expert.UpstreamExpert`, or a Hugging Face model of another kind."""
+    from s3prl_ekd.teachers.hf_student import STUDENT_TYPES
+    from s3prl_ekd.teachers.huggingface import check_hf_folder, load_folder
+    from s3prl_ekd.teachers.student_source import find_student
+
+    source = find_student(ckpt, f"ekd_student: {ckpt}")
+    if source.path.is_dir():
+        location = f"ekd_student: {source}"
+        if check_hf_folder(source.path, location) not in STUDENT_TYPES:
+            return load_folder(source.path, location)
+    return _UpstreamExpert(source.name, *args, **kwargs)
 
 
 def ekd_student_url(
@@ -49,12 +58,13 @@ def ekd_student_url(
 def ekd_student(
     ckpt: str | Path | None = None, refresh: bool = False, *args: Any, **kwargs: Any
 ) -> nn.Module:
-    """A student from a path or URL (``run_downstream.py -u ekd_student -k PATH``)."""
+    """A student (``run_downstream.py -u ekd_student -k STUDENT``): a path, URL or id on the Hub."""
     if ckpt is None:
         from s3prl_ekd.errors import CheckpointError
 
         raise CheckpointError(
-            "-u ekd_student needs a checkpoint: add -k STUDENT (a student file or states-*.ckpt)"
+            "-u ekd_student needs a checkpoint: add -k STUDENT (a student file, a run's folder or "
+            "an id of the Hugging Face Hub)"
         )
     if str(ckpt).startswith(("http://", "https://")):
         return ekd_student_url(ckpt, refresh, *args, **kwargs)

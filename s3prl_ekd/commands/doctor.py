@@ -9,9 +9,15 @@ reads (an excerpt of each utterance, distorted if the model config says so), and
 targets are read, and prints how many workers are needed for --rate. Without a corpus it measures
 noise.
 
+--teachers fetches each teacher of a model config instead, compares its number of parameters with
+the published one, if that is known, and the hidden states of the fast path with those of s3prl's
+upstream, on one utterance and a padded batch (of a Hugging Face model, with transformers' own). It
+prints a table and writes what it saw to a JSON file; the exit code is 0 if every teacher passes.
+
 example:
   s3prl-ekd doctor
   s3prl-ekd doctor my_experiment --json
+  s3prl-ekd doctor --teachers pretrain/ekd/config_model.yaml --audio utterance.flac
   s3prl-ekd doctor --throughput -c pretrain/ekd/config_runner.yaml -g pretrain/ekd/config_model.yaml
 """
 
@@ -38,7 +44,10 @@ from .. import __version__, compat
 from ..downstream import requirements
 from ..downstream.tasks import TASKS
 from ..errors import ConfigError, SetupError
+from ..files.atomic import write_text
 from ..system.tables import text_table
+from ..teachers.names import check_source
+from .cost import check_report
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +63,8 @@ PACKAGES = (
     "editdistance",
 )
 RUNNER, MODEL = "pretrain/ekd/config_runner.yaml", "pretrain/ekd/config_model.yaml"
+MIN_SAMPLES = 8000
+MAX_SAMPLES = 250_000  # of the utterance for --teachers, 15.6 s, to limit the teachers' memory
 RATE = 5000.0  # audio seconds a second; what one large GPU may train on
 PRETRAIN_FILES = ("config_runner.yaml", "config_model.yaml", "pretrain_expert.py")
 # Format -> container and subtype that soundfile writes and the decoder must read.
@@ -80,20 +91,76 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--rate", metavar="N", type=float,
         help=f"audio seconds a second that training needs (default: {RATE:g})",
     )  # fmt: skip
+    add("--teachers", metavar="MODEL", help="check the teachers of this model config instead")
+    add("--audio", metavar="FILE", help="utterance for --teachers (default: 4 s of noise)")
+    add(
+        "-o", "--output", metavar="FILE.json", type=Path,
+        help="report of --teachers (default: teachers.json)",
+    )  # fmt: skip
 
 
 def main(args: argparse.Namespace) -> int:
     """Print the report; return 0 if pretraining and ASR have all their modules, else 1."""
+    if args.throughput and args.teachers is not None:
+        raise ConfigError("--throughput and --teachers are two checks; type one after the other")
+    for needed, options in (
+        ("throughput", ("config", "upstream_config", "rate")),
+        ("teachers", ("audio", "output")),
+    ):
+        for option in options:
+            if getattr(args, option) is not None and not getattr(args, needed):
+                name = option.replace("_", "-")
+                raise ConfigError(f"--{name} is for --{needed}; add --{needed}")
+    if args.teachers is not None:
+        return _teachers(args)
     if args.throughput:
         return _throughput(args)
-    for option in ("config", "upstream_config", "rate"):
-        if getattr(args, option) is not None:
-            raise ConfigError(f"--{option.replace('_', '-')} is for --throughput; add --throughput")
     if not args.folder.is_dir():
         raise SetupError(f"{args.folder} is not a folder")
     report = examine(args.folder)
     print(json.dumps(report, indent=2) if args.json else as_text(report))
     return 0 if report["ok"] else 1
+
+
+def _teachers(args: argparse.Namespace) -> int:
+    """Check the teachers of a config; print a table, write the report, return 0 if all pass."""
+    output = args.output or Path("teachers.json")
+    check_report(output)
+    from ..pretrain.settings import load_model_config
+
+    settings = load_model_config(args.teachers)
+    for name, teacher in settings.teachers.items():
+        check_source(teacher.model, f"teachers.{name}.model")
+    compat.apply()
+    from ..analysis.teacher_check import check_teachers, noise, summary
+    from ..data.audio import read_audio
+
+    wave = noise() if args.audio is None else read_audio(args.audio, speech=True)
+    wave = wave[:MAX_SAMPLES]
+    if len(wave) < MIN_SAMPLES:
+        raise ConfigError(
+            f"--audio {args.audio}: {len(wave)} samples; expected an utterance of at least "
+            f"{MIN_SAMPLES} (half a second)"
+        )
+    reports = check_teachers(settings.teachers, wave)
+    failed = [report for report in reports if report.verdict != "ok"]
+    contents = {
+        "config": str(args.teachers),
+        "audio": args.audio or "noise",
+        "samples": len(wave),
+        "device": "cpu",
+        "versions": _versions(),
+        "teachers": [report.to_json() for report in reports],
+    }
+    if args.json:
+        print(json.dumps(contents, indent=1))
+    else:
+        print("\n".join(text_table(summary(reports), numbers=False, rule=True)))
+        for report in failed:
+            print(f"\n{report.name}: {report.verdict}")
+    write_text(output, json.dumps(contents, indent=1) + "\n")
+    logger.info("wrote %s", output)
+    return 1 if failed else 0
 
 
 def _throughput(args: argparse.Namespace) -> int:

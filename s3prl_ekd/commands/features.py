@@ -21,7 +21,8 @@ from pathlib import Path
 
 from ..errors import CheckpointError, ConfigError, first_line, printable
 from ..files.atomic import write_text
-from .export import add_checkpoint, check_exists, load_checkpoint
+from ..teachers.student_source import check_student
+from .export import add_checkpoint
 
 _SHOWN = 5  # bad files printed; all are listed in a file
 
@@ -67,7 +68,7 @@ def main(args: argparse.Namespace) -> int:
         raise ConfigError("no audio: give files or folders, or a list of files with --list FILE")
     if not args.max_seconds > 0:
         raise ConfigError(f"--max-seconds must be above 0, got {args.max_seconds}")
-    check_exists(args.checkpoint)
+    check_student(args.checkpoint)
 
     import torch
     from tqdm import tqdm
@@ -76,9 +77,8 @@ def main(args: argparse.Namespace) -> int:
 
     device = choose_device(args.device)
     audio = collect_audio(args.audio, args.list)
-    path, _ = load_checkpoint(args.checkpoint)
     written = write_features(
-        path,
+        args.checkpoint,
         audio,
         args.output,
         layers=args.layers,

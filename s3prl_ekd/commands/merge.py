@@ -31,7 +31,8 @@ import shlex
 from pathlib import Path
 
 from ..errors import CheckpointError, ConfigError
-from .export import check_exists, check_output, load_checkpoint
+from ..teachers.student_source import check_student
+from .export import check_output, load_checkpoint
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -62,7 +63,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Write the student file; return exit code 0."""
     for checkpoint in args.checkpoints:
-        check_exists(checkpoint)
+        check_student(checkpoint)
 
     from ..export.merge import Member, merge, normalised
     from ..student_file import write_student
@@ -73,7 +74,8 @@ def main(args: argparse.Namespace) -> int:
         raise ConfigError("expected at least two students to merge, got 1")
     normalised(args.weights, len(args.checkpoints))  # before files are read
     check_output(args.output, args.force)
-    members = [Member(*load_checkpoint(checkpoint)) for checkpoint in args.checkpoints]
+    found = [load_checkpoint(checkpoint) for checkpoint in args.checkpoints]
+    members = [Member(source.path, loaded) for source, loaded in found]
     if args.output.resolve() in [member.path.resolve() for member in members]:
         raise CheckpointError(
             f"-o {args.output} is one of the students to merge; write the merged one to another "

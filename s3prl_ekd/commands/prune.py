@@ -28,8 +28,9 @@ from ..files.config import from_plain_data, to_plain_data
 from ..files.text import read_text
 from ..pretrain.settings import ModelFile, load_model_config
 from ..system.tables import text_table
+from ..teachers.student_source import check_student
 from ..workspace import SECOND_STEP_TITLE, Schedule, second_step
-from .export import add_checkpoint, check_exists, check_output, load_checkpoint
+from .export import add_checkpoint, check_output, load_checkpoint
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,7 +62,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Write the student file and the picture; return exit code 0."""
-    check_exists(args.checkpoint)
+    check_student(args.checkpoint)
 
     from ..distill.pruning import cut
     from ..distill.pruning.sparsity import SparsityTerm
@@ -80,7 +81,8 @@ def main(args: argparse.Namespace) -> int:
         check_output(output, args.force)
     if args.random is not None and not 0 <= args.random < 2**63:
         raise ConfigError(f"--random must be 0 to {2**63 - 1}, got {args.random}")
-    path, loaded = load_checkpoint(args.checkpoint)
+    source, loaded = load_checkpoint(args.checkpoint)
+    path = source.path
     _check_replaced(args.output, config, path)
     try:
         values = cut.gate_values(loaded.student, args.random)

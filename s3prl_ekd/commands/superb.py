@@ -4,9 +4,11 @@ Runs s3prl's recipes through run_downstream.py, in a folder made by `s3prl-ekd i
 are skipped and interrupted ones resumed, so the same command can be repeated. ER is run on all its
 folds. With several learning rates, `s3prl-ekd report` uses the one with the best dev metric.
 
-UPSTREAM is a student file (student.safetensors) or a name of s3prl's hub (fbank), optionally with a
+UPSTREAM is a student (a student file, the folder of a run or a Hugging Face folder), a model on the
+Hugging Face Hub (ORG/NAME or ORG/NAME@REVISION) or a name of s3prl's hub (fbank), optionally with a
 name for reports: mine=student.safetensors, teacher=hubert_local:teachers/hubert.pt. Paths may
-contain =.
+contain =. Of a run's folder the newest checkpoint is used, and of a model on the Hub its newest
+commit; the records name it.
 
 example:
   s3prl-ekd superb student.safetensors fbank_no_cmvn --recipes tiny

@@ -66,7 +66,7 @@ def _list() -> int:
     print("\nlocal checkpoint files, by format (detected from the contents):\n")
     for kind, description in KINDS.items():
         print(f"  {kind.ljust(max(map(len, KINDS)))}  {description}")
-    print("\nlocal Hugging Face folders (config.json and model.safetensors), by model_type:\n")
+    print("\nHugging Face folders, and ids of the Hugging Face Hub (ORG/NAME), by model_type:\n")
     print(f"  {', '.join(MODEL_TYPES)}")
     print("\nfolders of hidden states of other programs (s3prl_ekd.teachers.stored.write_states)")
     return 0

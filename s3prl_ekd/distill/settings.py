@@ -25,8 +25,8 @@ class TeacherSettings:
     """One teacher: which model to load and which of its layers to predict."""
 
     model: str
-    """Hub name of s3prl (``hubert_base``), tiny teacher (``tiny_hubert``), or path of a checkpoint
-    or folder."""
+    """Hub name of s3prl (``hubert_base``), tiny teacher (``tiny_hubert``), path of a checkpoint or
+    folder, or id on the Hugging Face Hub (``ORG/NAME`` or ``ORG/NAME@REVISION``)."""
 
     layers: tuple[int, ...] = (4, 8, 12)
     """Layers to predict (inferred from DistilHuBERT). 0 is the input of the first transformer

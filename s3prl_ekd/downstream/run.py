@@ -34,6 +34,7 @@ from ..request import (
     script_guards,
 )
 from ..system.lock import LOCK_FILE
+from ..teachers.student_source import check_student, find_student, pin_student
 from .tasks import TASKS, missing_paths, task_of
 
 MODES = ("train", "evaluate", "inference")
@@ -48,7 +49,8 @@ def prepare(argv: Sequence[str]) -> DownstreamRequest:
 
 def check_request(request: DownstreamRequest) -> DownstreamRequest:
     """Check a request and complete it: checkpoint to resume from, device, folder."""
-    return in_noisy_folder(check_and_resume(request, OPTION_CHECKS, RUN_CHECKS))
+    request = check_and_resume(request, OPTION_CHECKS, RUN_CHECKS)
+    return in_noisy_folder(with_pinned_student(request))
 
 
 # Checks of the options; cheap ones come first
@@ -91,11 +93,8 @@ def check_files(request: DownstreamRequest) -> None:
     if request.init_ckpt and not Path(request.init_ckpt).is_file():
         raise CheckpointError(f"-i {request.init_ckpt}: no such checkpoint")
     student = _student(request)
-    if student and not Path(student).is_file():
-        raise CheckpointError(
-            f"-k {student}: no such file; expected a checkpoint of run_pretrain.py or an exported "
-            "student"
-        )
+    if student:
+        check_student(student, f"-k {student}")
 
 
 def check_noises(request: DownstreamRequest) -> None:
@@ -122,15 +121,15 @@ def check_heads(request: DownstreamRequest) -> None:
     """
     student = _student(request)
     if student and request.upstream_feature_selection == WITH_HEADS:
-        from ..student_file import heads_problem, load_student
+        from ..student_file import heads_problem
 
-        problem = heads_problem(load_student(student))
+        problem = heads_problem(find_student(student, f"-k {student}").load())
         if problem:
             raise CheckpointError(f"-s {WITH_HEADS}: {student} has no heads, {problem}")
 
 
 def _student(request: DownstreamRequest) -> str | None:
-    """The student file after ``-k``; None for a URL or another upstream."""
+    """The student after ``-k``; None for a URL or another upstream."""
     path = request.upstream_ckpt or ""
     local = path and not path.startswith(("http://", "https://"))
     return path if local and (request.upstream or "").startswith("ekd_student") else None
@@ -185,7 +184,8 @@ def check_new_downstream(request: DownstreamRequest, states: Mapping[str, Any]) 
     has_checkpoint = request.upstream_ckpt or arguments.keys() & {"upstream", "upstream_ckpt"}
     if request.upstream == "ekd_student" and not has_checkpoint:
         raise CheckpointError(
-            "-u ekd_student needs a checkpoint: add -k STUDENT (a student file or states-*.ckpt)"
+            "-u ekd_student needs a checkpoint: add -k STUDENT (a student file, a run's folder or "
+            "an id of the Hugging Face Hub)"
         )
     check_upstream_paths(request.upstream, request.upstream_ckpt, request.upstream_model_config)
     from .tasks.corpus_check import check_corpus
@@ -253,6 +253,17 @@ def check_downstream_folder(request: DownstreamRequest, states: Mapping[str, Any
 
 
 RUN_CHECKS = (check_new_downstream, check_resumed_downstream, check_device, check_downstream_folder)
+
+
+def with_pinned_student(request: DownstreamRequest) -> DownstreamRequest:
+    """Name the checkpoint or commit that a new run uses, for a run's folder or an id after ``-k``.
+
+    s3prl stores it in the run's checkpoints, so that evaluations use the same student.
+    """
+    student = _student(request)
+    if student is None or request.past_exp:
+        return request
+    return replace(request, upstream_ckpt=pin_student(student, f"-k {student}"))
 
 
 def in_noisy_folder(request: DownstreamRequest) -> DownstreamRequest:

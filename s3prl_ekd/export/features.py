@@ -20,9 +20,10 @@ from .. import __version__
 from ..data.audio import read_audio
 from ..data.audio_files import SAMPLE_RATE, find_audio, read_header
 from ..errors import CheckpointError, ConfigError, DataError
-from ..files.atomic import atomic_file, explain_write_errors, file_sha256
+from ..files.atomic import atomic_file, explain_write_errors
 from ..files.safetensors_file import SafetensorsWriter
 from ..files.text import read_text
+from ..teachers.student_source import find_student
 
 FORMAT, VERSION = "s3prl_ekd.features", 1
 _READ_AHEAD = 4  # files read in advance, while the model runs
@@ -99,7 +100,7 @@ def choose_layers(text: str, count: int) -> list[int]:
 
 
 def write_features(
-    checkpoint: Path,
+    checkpoint: str | Path,
     audio: Mapping[str, Path],
     output: Path,
     *,
@@ -116,7 +117,7 @@ def write_features(
     ``layers``, ``dim``, ``checkpoint`` (name), ``checkpoint_sha256`` and ``made_by``.
 
     Args:
-        checkpoint: a student file or ``states-*.ckpt``.
+        checkpoint: a student; see :func:`~s3prl_ekd.teachers.student_source.find_student`.
         audio: ``{key: path}`` from :func:`collect_audio`.
         output: written atomically.
         max_seconds: a longer file counts as bad; a full-size student needs 17 MB per second.
@@ -130,7 +131,8 @@ def write_features(
     """
     from ..upstream.expert import UpstreamExpert
 
-    upstream = UpstreamExpert(str(checkpoint)).to(device).eval()
+    source = find_student(checkpoint)
+    upstream = UpstreamExpert(source.path).to(device).eval()
     settings = upstream.student.settings
     indices = choose_layers(layers, settings.encoder_layers + 1)
     metadata = {
@@ -140,8 +142,9 @@ def write_features(
         "stride": str(settings.stride),
         "layers": ",".join(map(str, indices)),
         "dim": str(upstream.student.width),
-        "checkpoint": checkpoint.name,
-        "checkpoint_sha256": file_sha256(checkpoint),
+        # a path's last part: folders of the user's machine stay private
+        "checkpoint": source.path.name if source.name == str(source.path) else source.name,
+        "checkpoint_sha256": source.sha256(),
         "made_by": f"s3prl_ekd {__version__}",
     }
     summary = FeatureSummary()

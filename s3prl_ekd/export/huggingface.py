@@ -1,5 +1,6 @@
-"""Convert a student to transformers' ``HubertModel`` or ``WavLMModel`` and back: same weights,
-renamed.
+"""Convert a student to transformers' ``HubertModel`` or ``WavLMModel``: same weights, renamed.
+
+:mod:`..teachers.hf_student` does the reverse.
 
 A copied student has the hidden states of the model it is a copy of, and becomes a ``WavLMModel`` if
 it has relative positions. transformers' layers are of one size, so a pruned student is padded
@@ -38,16 +39,17 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from .. import compat
-from ..distill.conv_layers import conv_layers_text
 from ..distill.student import Student
 from ..distill.student_forward import normalise
 from ..distill.student_settings import Architecture, PrunedSettings, StudentSettings
-from ..errors import CheckpointError, ConfigError, SetupError, TeacherError
-from ..files.config import from_plain_data
+from ..errors import CheckpointError, SetupError
 from ..student_file import LoadedStudent
 from ..teachers.hf_names import fairseq_name
-from ..teachers.huggingface import MODEL_TYPES, check_hf_folder, load_folder, quiet_transformers
+from ..teachers.hf_student import FIXED_NOT_COPIED, NAMES
+from ..teachers.huggingface import MODEL_TYPES, quiet_transformers
+from .card_data import CardFacts
 from .compare import largest_difference, noise_waves
+from .model_card import hf_card
 from .padding import padded
 
 if TYPE_CHECKING:
@@ -57,27 +59,6 @@ if TYPE_CHECKING:
     HFModel: TypeAlias = HubertModel | WavLMModel
 
 logger = logging.getLogger(__name__)
-
-# Settings of transformers that are fixed for a student: name -> the only allowed value.
-_FIXED = {
-    "conv_pos_batch_norm": False,
-    "feat_extract_activation": "gelu",
-    "layer_norm_eps": 1e-5,
-    "adapter_attn_dim": None,
-}
-_FIXED_NOT_COPIED = {"feat_proj_layer_norm": False, "conv_bias": False}
-_NAMES = {  # a student's setting -> the same in transformers
-    "conv_pos": "num_conv_pos_embeddings",
-    "conv_pos_groups": "num_conv_pos_embedding_groups",
-    "encoder_embed_dim": "hidden_size",
-    "encoder_attention_heads": "num_attention_heads",
-    "activation_fn": "hidden_act",
-    "layer_norm_first": "do_stable_layer_norm",
-    "dropout": "hidden_dropout",
-    "attention_dropout": "attention_dropout",
-    "activation_dropout": "activation_dropout",
-}
-_UNUSED = "mask_emb"  # for masked prediction; no hidden state depends on it
 
 FILES = ("config.json", "model.safetensors", "preprocessor_config.json", "README.md")
 PREPROCESSOR = {
@@ -94,119 +75,6 @@ def tolerance(settings: Architecture) -> float:
     """Largest allowed difference from the student's hidden states, of about 1 in size: of the
     rounding of two implementations, of which a copied student has more layers."""
     return 5e-5 if isinstance(settings, PrunedSettings) else 1e-5
-
-
-def load_hf_student(folder: Path) -> LoadedStudent:
-    """Load a folder with ``config.json`` and ``model.safetensors`` as a student without heads.
-
-    A HuBERT with a layer norm before its feature projection and a WavLM become copied students.
-    Settings that transformers lacks (``feature_grad_mult``, ``extractor_dropout``, ``masked_norm``)
-    get their defaults, so the student's group norm includes padding, as that of transformers does.
-
-    Raises:
-        CheckpointError: no such folder, a model that has not a student's architecture, or weights
-            that do not fit it.
-        SetupError: transformers is not installed.
-    """
-    compat.apply()  # transformers imports torchaudio
-    label = "the Hugging Face folder"
-    try:
-        model_type = check_hf_folder(folder, label)
-        if model_type not in ("hubert", "wavlm"):
-            raise CheckpointError(f"{folder} has model_type {model_type}; expected hubert or wavlm")
-        upstream = load_folder(folder, label)
-    except TeacherError as error:
-        raise CheckpointError(str(error)) from None
-    network = upstream.network
-    settings = student_settings(network.config, folder, upstream.normalize)
-    if upstream.normalize and isinstance(settings, StudentSettings):
-        if settings.extractor_mode == "layer_norm":
-            raise CheckpointError(
-                f"{folder} expects normalised waveforms (do_normalize: true), but a student does "
-                "not normalise them, so its hidden states would differ"
-            )
-        logger.warning(
-            "%s expects normalised waveforms (do_normalize: true), but a student does not normalise"
-            " waveforms. Its first conv layer normalises over time, so hidden states change little "
-            "unless the audio is very quiet",
-            folder,
-        )
-    layer_norm = settings.extractor_mode == "layer_norm"
-    weights = {fairseq_name(k, layer_norm): v for k, v in network.state_dict().items()}
-    weights.pop(_UNUSED, None)
-    student = Student(settings)
-    if student.backbone.post_extract_proj is None:
-        _drop_identity(weights, folder)
-    try:
-        student.backbone.load_state_dict(weights)
-    except RuntimeError as error:
-        reason = str(error).strip().splitlines()[-1].strip()
-        raise CheckpointError(f"{folder}: weights do not fit a student: {reason}") from None
-    about = {"source": f"the Hugging Face folder {folder.resolve().name}", "step": None}
-    return LoadedStudent(student.eval(), None, {}, about)
-
-
-def student_settings(config: HFConfig, folder: Path, normalize: bool) -> Architecture:
-    """Convert a configuration of transformers to a student's settings.
-
-    Args:
-        config: of a HuBERT or a WavLM.
-        folder: for messages.
-        normalize: whether the model expects normalised waveforms.
-
-    Raises:
-        CheckpointError: the model's architecture is not a student's.
-    """
-    wavlm = config.model_type == "wavlm"
-    copied = wavlm or config.feat_proj_layer_norm
-    for name, expected in (_FIXED if copied else _FIXED | _FIXED_NOT_COPIED).items():
-        value = getattr(config, name, expected)
-        if value != expected:
-            raise CheckpointError(
-                f"{folder}/config.json: {name} must be {expected}, as in "
-                f"{'HuBERT Base' if copied else 'DistilHuBERT'}, got {value}"
-            )
-    conv = tuple(zip(config.conv_dim, config.conv_kernel, config.conv_stride, strict=True))
-    depth, units = config.num_hidden_layers, config.intermediate_size
-    values = {name: getattr(config, hf_name) for name, hf_name in _NAMES.items()}
-    values["extractor_mode"] = "layer_norm" if config.feat_extract_norm == "layer" else "default"
-    if copied:
-        values |= {
-            "conv_layers": [[*layer] for layer in conv],
-            "conv_bias": config.conv_bias,
-            "normalize_waveforms": normalize,
-            "heads": [[*range(config.num_attention_heads)]] * depth,
-            "ffn_dims": [units] * depth,
-            "position_buckets": config.num_buckets if wavlm else 0,
-            "max_distance": config.max_bucket_distance if wavlm else 0,
-            "input_dropout": config.feat_proj_dropout,
-        }
-    else:
-        values |= {
-            "extractor_conv_feature_layers": conv_layers_text(conv),
-            "encoder_layers": depth,
-            "encoder_ffn_embed_dim": units,
-        }
-    try:
-        if copied:
-            return from_plain_data(PrunedSettings, values, "config.json")
-        return from_plain_data(StudentSettings, values, "config.json")
-    except ConfigError as error:
-        raise CheckpointError(f"{folder} cannot be a student: {error}") from None
-
-
-def _drop_identity(weights: dict[str, torch.Tensor], folder: Path) -> None:
-    """Remove an identity projection: s3prl's model has none if the widths are equal.
-
-    Raises:
-        CheckpointError: the projection is not the identity.
-    """
-    weight, bias = weights.pop("post_extract_proj.weight"), weights.pop("post_extract_proj.bias")
-    if not torch.equal(weight, torch.eye(len(weight))) or bias.any():
-        raise CheckpointError(
-            f"{folder}: feature_projection.projection is not the identity, but a student has no "
-            "feature projection if its conv extractor is as wide as its layers"
-        )
 
 
 def hf_config(settings: Architecture) -> HFConfig:
@@ -232,7 +100,7 @@ def hf_config(settings: Architecture) -> HFConfig:
         ) from None
     channels, kernels, strides = zip(*settings.conv_layers, strict=True)
     values: dict[str, Any] = {
-        **{hf_name: getattr(settings, name) for name, hf_name in _NAMES.items()},
+        **{hf_name: getattr(settings, name) for name, hf_name in NAMES.items()},
         "feat_extract_activation": "gelu",
         "layer_norm_eps": 1e-5,
         "num_hidden_layers": settings.encoder_layers,
@@ -248,7 +116,7 @@ def hf_config(settings: Architecture) -> HFConfig:
     }
     if isinstance(settings, StudentSettings):
         units, dropout = settings.encoder_ffn_embed_dim, 0.0
-        values |= {"conv_pos_batch_norm": False, **_FIXED_NOT_COPIED}
+        values |= {"conv_pos_batch_norm": False, **FIXED_NOT_COPIED}
     else:
         units, dropout = settings.ffn_dims[0], settings.input_dropout
         values["conv_bias"] = settings.conv_bias
@@ -306,6 +174,31 @@ def save_hf_model(model: HFModel, folder: Path, normalize: bool = False) -> None
         model.save_pretrained(folder, safe_serialization=True, max_shard_size="100GB")
     text = json.dumps({**PREPROCESSOR, "do_normalize": normalize}, indent=2) + "\n"
     (folder / "preprocessor_config.json").write_text(text, encoding="utf-8")
+
+
+def write_hf_folder(
+    loaded: LoadedStudent, folder: Path, name: str, facts: CardFacts
+) -> tuple[int, float]:
+    """Write a student as a Hugging Face folder with a card, and compare it with the student.
+
+    Args:
+        folder: empty; gets :data:`FILES`.
+        name: title of the card.
+
+    Returns:
+        The model's parameters, and its largest difference from the student's hidden states.
+
+    Raises:
+        CheckpointError, SetupError: see :func:`to_hf_model` and :func:`check_hf_export`.
+    """
+    student = loaded.student
+    model = to_hf_model(student)
+    save_hf_model(model, folder, student.settings.normalize_waveforms)
+    error = check_hf_export(folder, student)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    card = hf_card(loaded, name, count, error, tolerance(student.settings), facts)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    return count, error
 
 
 def check_hf_export(folder: Path, student: Student) -> float:

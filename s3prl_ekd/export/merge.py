@@ -28,10 +28,10 @@ from .. import __version__
 from ..distill.student import Student
 from ..distill.student_settings import Architecture
 from ..errors import CheckpointError, ConfigError
-from ..files.atomic import file_sha256
 from ..files.config import from_plain_data
 from ..pretrain.config_diff import config_differences, describe_changes
 from ..student_file import LoadedStudent, architecture, require_cut
+from ..teachers.student_source import contents_sha256
 
 ASSUME = "--assume-same-start"
 _HOW_TO_START = (
@@ -195,7 +195,7 @@ def _about(
         merged.append(
             {
                 "file": member.path.name,
-                "sha256": file_sha256(member.path),
+                "sha256": contents_sha256(member.path),
                 "weight": share,
                 "about": own,
             }

@@ -8,15 +8,14 @@ from typing import Any
 
 from ..distill.student_settings import Architecture, PrunedSettings
 from ..errors import printable
+from ..files.hub import parse_hub_id
 from ..student_file import LoadedStudent
+from ..system.tables import markdown_table
+from .card_data import CardFacts, front_matter, score_rows
 
 _HF_CARD = """\
 ---
-library_name: transformers
-tags:
-- speech
-- {model_type}
-- distillation
+{front_matter}
 ---
 
 # {name}
@@ -26,18 +25,18 @@ A small speech model: conv extractor, {layers} transformer layer{plural} of widt
 It was exported with s3prl_ekd, which implements Ensemble Knowledge Distillation of self-supervised
 speech models ([arXiv 2302.12757](https://arxiv.org/abs/2302.12757)).
 
-This card reports no scores; evaluate the model on your task before you rely on it.
+{scores}
 {sizes}
 ## Use
 
-Install `torch`, `transformers` and `safetensors`. In the folder of this card:
+Install `torch`, `transformers` and `safetensors`.{where}
 
 ```python
 import numpy as np
 from transformers import AutoFeatureExtractor, AutoModel
 
-extractor = AutoFeatureExtractor.from_pretrained(".")
-model = AutoModel.from_pretrained(".").eval()
+extractor = AutoFeatureExtractor.from_pretrained("{address}")
+model = AutoModel.from_pretrained("{address}").eval()
 waves = [0.1 * np.random.randn(16000), 0.1 * np.random.randn(8000)]  # put your audio here
 batch = extractor(waves, sampling_rate=16000, padding=True, return_tensors="pt")
 states = model(**batch, output_hidden_states=True).hidden_states  # [batch, frame, dim] each
@@ -46,7 +45,7 @@ states = model(**batch, output_hidden_states=True).hidden_states  # [batch, fram
 - Waveforms are 16 kHz, mono, {normalised}, and at least {min_samples} samples long.
   A frame is {stride} samples ({milliseconds:g} ms).
 - Pass the attention mask with a padded batch, as above.{padding}
-- A `{model}` has no prediction heads; those of the student are left out.
+- A `{model}` has no prediction heads; those of the student are left out.{in_s3prl}
 
 ## Hidden states
 
@@ -109,6 +108,21 @@ In a batch, frames beyond the end of an utterance are padding; ignore them.{padd
 {fine_tuning}
 """  # noqa: E501 (a table's row is one line)
 
+_IN_S3PRL = """
+- In s3prl with s3prl_ekd: `run_downstream.py -m train -u ekd_student -k {address} -d asr -n asr`"""
+
+_NO_SCORES = "This card reports no scores; evaluate the model on your task before you rely on it."
+
+_SCORES = """\
+## Results
+
+Test sets of SUPERB's tasks, with the hidden states of the frozen student, weighted and summed, as
+input of s3prl's recipes. Intervals are bootstrap intervals over utterances. Results are comparable
+only if recipe and corpus are the same.
+
+{table}
+"""
+
 _STATES = """\
 | `model.feature_projection(model.feature_extractor(batch["input_values"]).transpose(1, 2))` | `hidden_states[0]`, where padded frames are zero |
 | `hidden_states[0]`: the input of the first layer, after the positional convolution{norm} | none |
@@ -150,7 +164,12 @@ utterance are the same alone and in any batch."""
 
 
 def hf_card(
-    loaded: LoadedStudent, name: str, parameters: int, error: float, tolerance: float
+    loaded: LoadedStudent,
+    name: str,
+    parameters: int,
+    error: float,
+    tolerance: float,
+    facts: CardFacts = CardFacts(),  # noqa: B008 (frozen)
 ) -> str:
     """Text of the card of a Hugging Face folder.
 
@@ -160,6 +179,7 @@ def hf_card(
         parameters: parameter count of the Hugging Face model.
         error: largest difference between the two models, as measured.
         tolerance: largest allowed difference.
+        facts: license, data, language and results.
     """
     settings = loaded.student.settings
     copied = isinstance(settings, PrunedSettings)
@@ -175,17 +195,22 @@ def hf_card(
         last_norm=", after the final layer norm" if settings.layer_norm_first else "",
     )
     own = sum(parameter.numel() for parameter in loaded.student.parameters())
-    facts = _facts(settings)
+    fields = _facts(settings)
     if settings.masked_norm:
-        facts["padding"] = _GROUP_NORM + _UNMASKED
+        fields["padding"] = _GROUP_NORM + _UNMASKED
     if copied:
-        padding = _PADDING.format(own=own, sizes=facts["sizes"])
-        facts["sizes"] = padding if parameters > own else ""
+        padding = _PADDING.format(own=own, sizes=fields["sizes"])
+        fields["sizes"] = padding if parameters > own else ""
+    model_type = model.removesuffix("Model").lower()
     return _HF_CARD.format(
-        **facts,
+        **fields,
+        front_matter=front_matter(loaded.about, name, model_type, facts),
+        scores=_scores(facts),
+        where="" if facts.repository else " In the folder of this card:",
+        address=facts.repository or ".",
+        in_s3prl=_IN_S3PRL.format(address=facts.repository) if facts.repository else "",
         name=name,
         model=model,
-        model_type=model.removesuffix("Model").lower(),
         architecture=(
             f"a `{model}` of transformers"
             + ("" if copied else " with `feat_proj_layer_norm: false`,\nas DistilHuBERT is")
@@ -199,6 +224,13 @@ def hf_card(
         error=error,
         made=how_made(loaded.about),
     )
+
+
+def _scores(facts: CardFacts) -> str:
+    """The table of results, or that there is none."""
+    if not facts.metrics:
+        return _NO_SCORES
+    return _SCORES.format(table=markdown_table(score_rows(facts.metrics)))
 
 
 def package_card(
@@ -313,8 +345,12 @@ def _how_made(about: Mapping[str, Any], data: str = "") -> list[str]:
     for name, teacher in _mapping(config, "teachers").items():
         if isinstance(teacher, Mapping):
             layers = teacher.get("groups") or teacher.get("layers")
-            # a hub name, or the last part of a path: folders of the user's machine stay private
-            model = PureWindowsPath(str(teacher.get("model"))).name  # splits at both / and \
+            # a name, a pinned id of the Hugging Face Hub, or the last part of a path: folders of
+            # the user's machine stay private
+            model = str(teacher.get("model"))
+            hub_id = parse_hub_id(model)
+            if hub_id is None or not hub_id.is_pinned:
+                model = PureWindowsPath(model).name  # splits at both / and \
             lines.append(f"- teacher `{name}`: `{model}`, layers {layers}")
     if "aggregation" in config:
         lines.append(f"- aggregation of the teachers: {config['aggregation']}")

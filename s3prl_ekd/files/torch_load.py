@@ -42,18 +42,18 @@ _RANGES = {"arange", "range", "linspace", "logspace", "randperm"}
 
 
 @contextlib.contextmanager
-def build_limit(path: str | Path) -> Iterator[None]:
+def build_limit(path: str | Path | Sequence[Path]) -> Iterator[None]:
     """Within the block, limit tensor allocations by the size of a checkpoint.
 
     Args:
-        path: the checkpoint, or a folder of safetensors files.
+        path: the checkpoint, or its files, which are in one folder.
 
     Raises:
         CheckpointError: far more is allocated than the checkpoint's weights need.
     """
-    path = Path(path)
-    files = path.glob("*.safetensors") if path.is_dir() else (path,)
-    with _AllocationLimit(path, sum(file.stat().st_size for file in files)):
+    files = [Path(path)] if isinstance(path, (str, Path)) else path
+    name = files[0] if len(files) == 1 else files[0].parent
+    with _AllocationLimit(name, sum(file.stat().st_size for file in files)):
         yield
 
 

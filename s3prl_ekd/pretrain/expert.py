@@ -52,6 +52,7 @@ from ..teachers import (  # noqa: E402
     load_teachers,
     teacher_model,
 )
+from ..teachers.names import pin_teachers  # noqa: E402
 from .config_diff import config_differences, describe_changes  # noqa: E402
 from .distributed import distiller_batch, empty_step  # noqa: E402
 from .optim import add_to_s3prl  # noqa: E402
@@ -94,6 +95,8 @@ class UpstreamPretrainExpert(nn.Module):
         self.device = device
         self.settings = load_model_config(upstream_config)
         check_teacher_names(self.settings.teachers)
+        teachers_of_run = pin_teachers(self.settings.teachers)  # checkpoints keep the commits
+        self.settings = dataclasses.replace(self.settings, teachers=teachers_of_run)
         self.data = load_data_config(datarc)
         student = self._student_before_teachers()
         self.targets: TargetReader | None = None

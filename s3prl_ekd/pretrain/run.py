@@ -18,6 +18,7 @@ from ..errors import CheckpointError, DataError, SetupError
 from ..files import trust
 from ..files.atomic import make_folder
 from ..files.config import apply_overrides, overridden, read_yaml, to_plain_data
+from ..files.hub import same_model
 from ..request import (
     INIT_HINT,
     PretrainRequest,
@@ -175,6 +176,10 @@ def check_resumed_config(request: PretrainRequest, states: Mapping[str, Any]) ->
         in_file = to_plain_data(load_model_config(request.upstream_config))
         if in_file["teacher_precision"] == "auto":
             in_file["teacher_precision"] = model["teacher_precision"]
+        for name in model["teachers"].keys() & in_file["teachers"].keys():
+            recorded = model["teachers"][name]["model"]  # with the commit, if on the Hub
+            if same_model(recorded, in_file["teachers"][name]["model"]):
+                in_file["teachers"][name]["model"] = recorded
         if "reduce" not in read_model_yaml(request.upstream_config).get("loss", {}):
             in_file["loss"]["reduce"] = model["loss"]["reduce"]  # version 0.1 had another default
         check_config_file(request.upstream_config, config_differences(model, in_file), path, "-g")

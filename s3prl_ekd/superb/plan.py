@@ -20,6 +20,7 @@ from ..downstream.tasks.corpus_check import check_corpus
 from ..errors import ConfigError, SetupError
 from ..files.atomic import file_sha256
 from ..files.config import apply_overrides, from_plain_data, read_yaml
+from ..files.hub import parse_hub_id
 from ..prepare.common import PREPARED
 from ..request import (
     CACHE,
@@ -30,6 +31,7 @@ from ..request import (
     parse_cache_options,
 )
 from ..teachers import zoo
+from ..teachers.student_source import check_student, contents_sha256, is_student_folder, pin_student
 from .results import RunRecord
 
 CLEAN = "clean"
@@ -48,11 +50,15 @@ class Upstream:
 
     @property
     def identity(self) -> list[str]:
-        """Hub name, SHA-256 of the checkpoint's contents (its path if not a file), selection."""
+        """Hub name, SHA-256 of the checkpoint's contents (its id or path if that is unknown),
+        selection."""
         path = self.checkpoint
         if path is None and self.hub in zoo.NAMES:  # weights that change with the package's version
             path = str(zoo.checkpoint_path(self.hub))
-        contents = _sha256(path) if path is not None and Path(path).is_file() else str(path)
+        is_contents = path is not None and (
+            Path(path).is_file() or Path(path, "config.json").is_file()
+        )
+        contents = _sha256(Path(path or "")) if is_contents else str(path)
         return [self.hub, contents, self.selection]
 
     @property
@@ -60,7 +66,7 @@ class Upstream:
         return _digest(self.identity)
 
 
-_sha256 = cache(file_sha256)  # every run of an upstream needs it
+_sha256 = cache(contents_sha256)  # every run of an upstream needs it
 
 
 def _digest(facts: Any) -> str:
@@ -68,27 +74,37 @@ def _digest(facts: Any) -> str:
 
 
 def parse_upstream(text: str, selection: str = "hidden_states") -> Upstream:
-    """Parse ``FILE``, ``HUB``, ``NAME=FILE``, ``NAME=HUB`` or ``NAME=HUB:CHECKPOINT``.
+    """Parse ``STUDENT``, ``HUB``, ``NAME=STUDENT``, ``NAME=HUB`` or ``NAME=HUB:CHECKPOINT``.
 
-    Paths may contain ``=``: an existing file is never split, and the part before the first ``=`` is
-    a name only if it is a valid one.
+    STUDENT is all that :func:`.find_student` takes; a run's folder and an id on the Hugging Face
+    Hub are pinned. Paths may contain ``=``: an existing one is never split, and the part before the
+    first ``=`` is a name only if it is a valid one.
     """
     name, equals, source = text.partition("=")
-    if not equals or Path(text).is_file() or not re.fullmatch(_NAME, name):
+    if not equals or Path(text).exists() or not re.fullmatch(_NAME, name):
         name, source = "", text
     hub, colon, checkpoint = source.partition(":")
-    if Path(source).is_file():
-        upstream = Upstream(name or _name_from(source), "ekd_student", source, selection)
+    if _is_student(source):
+        pinned = pin_student(source, text)
+        upstream = Upstream(name or _name_from(source), "ekd_student", pinned, selection)
     elif colon and not source.startswith(("http://", "https://")):
-        if not Path(checkpoint).exists():
-            raise SetupError(f"{text}: no such file: {checkpoint}")
-        selection = selection if hub == "ekd_student" else "hidden_states"
-        upstream = Upstream(name or f"{hub}-{_name_from(checkpoint)}", hub, checkpoint, selection)
+        default_name = f"{hub}-{_name_from(checkpoint)}"
+        if hub == "ekd_student":
+            checkpoint = pin_student(checkpoint, text)
+            check_student(checkpoint, text)
+        elif Path(checkpoint).exists():
+            selection = "hidden_states"
+        else:
+            hint = f"; for a model of the Hugging Face Hub, leave out {hub}:"
+            is_id = parse_hub_id(checkpoint) is not None
+            raise SetupError(f"{text}: no such file: {checkpoint}{hint if is_id else ''}")
+        upstream = Upstream(name or default_name, hub, checkpoint, selection)
     elif re.fullmatch(r"\w+", source):
         upstream = Upstream(name or source, source)
     else:
         raise SetupError(
-            f"{text}: no such file; UPSTREAM must be a student file, a name of s3prl's hub, "
+            f"{text}: no such file; UPSTREAM must be a student (a file, a run's folder, a Hugging "
+            "Face folder or ORG/NAME on the Hugging Face Hub), a name of s3prl's hub, "
             "NAME=student.pt or NAME=HUB:CHECKPOINT"
         )
     if not re.fullmatch(_NAME, upstream.name) or upstream.name.startswith("."):
@@ -99,8 +115,18 @@ def parse_upstream(text: str, selection: str = "hidden_states") -> Upstream:
     return upstream
 
 
-def _name_from(path: str) -> str:
-    return re.sub(r"[^\w.-]", "-", Path(path).stem)
+def _is_student(source: str) -> bool:
+    """Whether a text is a student, and not a name of s3prl's hub, which may also be a folder's."""
+    path = Path(source)
+    if path.is_dir():
+        return "/" in source or is_student_folder(path)
+    return path.is_file() or parse_hub_id(source) is not None
+
+
+def _name_from(source: str) -> str:
+    hub_id = parse_hub_id(source)
+    path = Path(source if hub_id is None else hub_id.repo)
+    return re.sub(r"[^\w.-]", "-", path.stem if path.is_file() else path.name)
 
 
 @dataclass(frozen=True)

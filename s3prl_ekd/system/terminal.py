@@ -61,14 +61,16 @@ class _PrintableStream:
 
 
 def quiet_s3prl() -> None:
-    """Silence deprecation warnings caused by s3prl's code, and its dumps of model configs."""
+    """Silence deprecation warnings caused by s3prl's code, its dumps of model configs, and
+    huggingface_hub's lines for each request."""
     # torch.cuda.amp and torch.nn.utils.weight_norm, repeated at every step or layer
     warnings.filterwarnings("ignore", category=FutureWarning, message=r"`torch\.")
     # WavLM's attention passes one bool and one float mask
     warnings.filterwarnings("ignore", message="Support for mismatched key_padding_mask")
     # s3prl's own optimizers
     warnings.filterwarnings("ignore", message="This overload of add_ is deprecated")
-    logging.getLogger("s3prl").setLevel(logging.WARNING)
+    for name in ("s3prl", "httpx", "httpx2"):
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 # Exhausted disk or system resources: an error of the system, whichever file it occurs at.

@@ -1,4 +1,5 @@
-"""Load a teacher from a Hugging Face folder with ``config.json`` and ``model.safetensors``.
+"""Load a teacher from a Hugging Face folder: ``config.json``, and weights in safetensors files or
+in torch's (``pytorch_model.bin``), which are scanned before they are loaded.
 
 The model is transformers' own. Its modules are called one by one, so that a padded batch gets
 s3prl's frame mask, and the hidden states are those that s3prl returns.
@@ -9,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +20,10 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from ..errors import CheckpointError, EkdError, SetupError, TeacherError, first_line
-from ..files.safetensors_file import check_header
+from ..files.hf_weights import weight_files
+from ..files.safetensors_file import SUFFIX, check_header
 from ..files.text import download_problem, read_json
-from ..files.torch_load import build_limit
+from ..files.torch_load import build_limit, safe_load
 from .fast.encoder import padded_frames
 
 if TYPE_CHECKING:
@@ -36,7 +38,6 @@ MODEL_TYPES = {
     "wav2vec2": "Wav2Vec2Model",
     "data2vec-audio": "Data2VecAudioModel",
 }
-_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 _SAMPLE_RATE = 16_000  # Hz
 
 
@@ -44,13 +45,13 @@ def check_hf_folder(folder: Path, location: str) -> str:
     """Check that a folder can be loaded, and return its ``model_type``.
 
     Raises:
-        TeacherError: not a Hugging Face folder, an unsupported model, weights in a pickle or not
-            downloaded, or another sample rate.
+        TeacherError: not a Hugging Face folder, an unsupported model, weights that are missing or
+            not downloaded, or another sample rate.
     """
     if not (folder / "config.json").is_file():
         raise TeacherError(
             f"{location}: no config.json in folder {folder}; give a checkpoint file, or a Hugging "
-            "Face folder with config.json and model.safetensors"
+            "Face folder with config.json and model.safetensors or pytorch_model.bin"
         )
     kind = _json(folder / "config.json", location).get("model_type")
     if kind not in MODEL_TYPES:
@@ -63,15 +64,7 @@ def check_hf_folder(folder: Path, location: str) -> str:
             f"{location}: {folder} has an adapter (adapter_config.json), which is not supported; "
             "merge it into the weights"
         )
-    if not any((folder / name).is_file() for name in _WEIGHTS):
-        hint = ""
-        if (folder / "pytorch_model.bin").is_file():
-            hint = (
-                "; pytorch_model.bin is a pickle, which is not loaded: convert it with "
-                "transformers' model.save_pretrained(FOLDER)"
-            )
-        raise TeacherError(f"{location}: no model.safetensors in {folder}{hint}")
-    for weights in sorted(folder.glob("*.safetensors")):
+    for weights in _weight_files(folder, location):
         if problem := download_problem(weights):
             raise TeacherError(f"{location}: {weights} {problem}")
     path, settings = _audio_settings(folder, location)
@@ -92,35 +85,40 @@ def load_folder(folder: Path, location: str) -> HuggingFaceUpstream:
         SetupError: transformers is not installed.
     """
     kind = check_hf_folder(folder, location)
-    for weights in folder.glob("*.safetensors"):
-        try:
-            check_header(weights, "weights file")
-        except CheckpointError as error:
-            raise CheckpointError(f"{location}: {error}") from None
+    files = _weight_files(folder, location)
     try:
         import transformers
     except ImportError:
         raise SetupError(
             f"{location}: a Hugging Face folder needs transformers; type: pip install transformers"
         ) from None
+    states = _torch_weights(files, location)
     try:
         model_class = getattr(transformers, MODEL_TYPES[kind])
         fused = getattr(model_class, "_supports_sdpa", False)
-        with quiet_transformers(), build_limit(folder):
-            model, info = model_class.from_pretrained(
-                str(folder),
-                local_files_only=True,
-                use_safetensors=True,
-                # Both compute the same. Set here, because the config could name another
-                # implementation, which transformers may download.
-                attn_implementation="sdpa" if fused else "eager",
-                output_loading_info=True,
-            )
+        options = {
+            # Both compute the same. Set here, because the config could name another
+            # implementation, which transformers may download.
+            "attn_implementation": "sdpa" if fused else "eager",
+            "output_loading_info": True,
+        }
+        with quiet_transformers(), build_limit(files):
+            if states is None:
+                options |= {"local_files_only": True, "use_safetensors": True}
+                model, info = model_class.from_pretrained(str(folder), **options)
+            else:
+                config = model_class.config_class.from_json_file(folder / "config.json")
+                model, info = model_class.from_pretrained(
+                    None, config=config, state_dict=states, **options
+                )
     except EkdError:
         raise
     except Exception as error:  # transformers raises various classes for invalid settings
+        reason = first_line(error)
+        if "mismatched_sizes" in reason:  # transformers has printed a table of them
+            reason = "the shapes of its weights differ from those that its config.json describes"
         raise CheckpointError(
-            f"{location}: cannot load {folder} with transformers: {first_line(error)}"
+            f"{location}: cannot load {folder} with transformers: {reason}"
         ) from None
     # transformers initialises missing tensors at random; the mask embedding alone is never used.
     missing = sorted(str(k) for k in info["missing_keys"] if "masked_spec_embed" not in str(k))
@@ -143,6 +141,41 @@ def load_folder(folder: Path, location: str) -> HuggingFaceUpstream:
         "normalised" if normalize else "not normalised",
     )
     return HuggingFaceUpstream(model.float(), normalize)
+
+
+def _weight_files(folder: Path, location: str) -> list[Path]:
+    try:
+        files = weight_files(folder, TeacherError)
+    except TeacherError as error:
+        raise TeacherError(f"{location}: {error}") from None
+    if not files:
+        raise TeacherError(f"{location}: no model.safetensors or pytorch_model.bin in {folder}")
+    return files
+
+
+def _torch_weights(files: Sequence[Path], location: str) -> dict[str, Tensor] | None:
+    """The tensors of torch files, loaded without running code; None for safetensors files, of which
+    only the headers are checked, since transformers reads them.
+
+    Raises:
+        CheckpointError: a file is damaged, contains anything but tensors, or code.
+    """
+    states: dict[str, Tensor] = {}
+    try:
+        for file in files:
+            if file.suffix == SUFFIX:
+                check_header(file, "weights file")
+                continue
+            for name, tensor in safe_load(file, "weights file").items():
+                if not isinstance(name, str) or not isinstance(tensor, Tensor):
+                    raise CheckpointError(
+                        f"the weights file {file} must contain tensors only, got {name!r:.60} of "
+                        f"type {type(tensor).__name__}"
+                    )
+                states[name] = tensor
+    except CheckpointError as error:
+        raise CheckpointError(f"{location}: {error}") from None
+    return states or None
 
 
 class HuggingFaceUpstream(nn.Module):

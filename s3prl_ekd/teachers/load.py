@@ -1,4 +1,5 @@
-"""Load the teachers of a config: hub names of s3prl, checkpoints, folders (Hugging Face, stored).
+"""Load the teachers of a config: hub names of s3prl, checkpoints, folders (Hugging Face, stored),
+models of the Hugging Face Hub.
 
 Hub names are looked up in s3prl's ``upstream.<family>.hubconf`` modules. ``s3prl.hub`` would import
 all of its families first, which takes time and needs more packages.
@@ -19,6 +20,7 @@ from ..distill.settings import DistillSettings, TeacherSettings
 from ..distill.teachers import Teacher, TeacherEnsemble
 from ..errors import ConfigError, TeacherError
 from ..files.atomic import atomic_torch_save
+from ..files.hub import fetch, parse_hub_id
 from ..files.torch_load import restrict_torch
 from ..system.precision import choose_precision
 from . import zoo
@@ -71,7 +73,8 @@ def load_upstream(model: str, location: str) -> nn.Module:
     or of stored hidden states.
 
     Args:
-        model: a hub name, a tiny teacher's name or a path. A file of that name takes precedence.
+        model: a hub name, a tiny teacher's name, a path, or an id of the Hugging Face Hub. A file
+            of that name takes precedence, over an id a folder, too.
         location: starts messages.
 
     Raises:
@@ -93,6 +96,8 @@ def load_upstream(model: str, location: str) -> nn.Module:
         return StoredStates(path, location)
     from .huggingface import load_folder
 
+    if (hub_model := parse_hub_id(model)) is not None:
+        path = fetch(hub_model, location, TeacherError).folder
     return load_folder(path, location)
 
 

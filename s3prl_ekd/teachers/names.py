@@ -5,10 +5,13 @@ from __future__ import annotations
 import difflib
 import functools
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from ..compat.source import upstream_names
+from ..distill.settings import TeacherSettings
 from ..errors import TeacherError
+from ..files.hub import parse_hub_id, pin
 from . import zoo
 
 FAMILIES = ("hubert", "wavlm", "wav2vec2", "data2vec", "unispeech_sat", "distiller")
@@ -35,7 +38,8 @@ def check_source(model: str, location: str) -> None:
 
     Raises:
         TeacherError: not a name (s3prl's hub, :mod:`.zoo`), an existing file, a folder of stored
-            hidden states, or a Hugging Face folder with a supported model.
+            hidden states, a Hugging Face folder with a supported model, or an id of the Hugging
+            Face Hub.
     """
     path = Path(model)
     if model in zoo.NAMES or model in hub_names() or path.is_file() or (path / STORED).is_file():
@@ -45,12 +49,32 @@ def check_source(model: str, location: str) -> None:
 
         check_hf_folder(path, location)
         return
+    if parse_hub_id(model) is not None:
+        return
     if "/" in model or "\\" in model or path.suffix:
-        raise TeacherError(f"{location}: no such checkpoint: {model}")
+        raise TeacherError(
+            f"{location}: no such checkpoint: {model}; give a path, or an id of the Hugging Face "
+            "Hub, ORG/NAME or ORG/NAME@REVISION"
+        )
     names = sorted([*hub_names(), *zoo.NAMES])
     close = difflib.get_close_matches(model, names, n=1)
     guess = f" (did you mean {close[0]}?)" if close else ""
     raise TeacherError(
-        f"{location}: no such teacher {model!r}{guess}; give the path of a checkpoint or one of: "
-        f"{', '.join(names)}"
+        f"{location}: no such teacher {model!r}{guess}; give the path of a checkpoint, an id of "
+        f"the Hugging Face Hub (ORG/NAME) or one of: {', '.join(names)}"
     )
+
+
+def pin_teachers(teachers: Mapping[str, TeacherSettings]) -> dict[str, TeacherSettings]:
+    """The teachers of a config with the commit in each id of the Hugging Face Hub, so that a run's
+    record says which files it used.
+
+    Raises:
+        TeacherError: an id cannot be looked up; see :func:`..files.hub.fetch`.
+    """
+    pinned = dict(teachers)
+    for name, teacher in teachers.items():
+        if (source := parse_hub_id(teacher.model)) is not None:
+            model = str(pin(source, f"teachers.{name}.model", TeacherError))
+            pinned[name] = replace(teacher, model=model)
+    return pinned

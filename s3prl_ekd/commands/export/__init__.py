@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...errors import CheckpointError
+from ...teachers.student_source import StudentSource, check_student, find_student
 
 if TYPE_CHECKING:
     from ...student_file import LoadedStudent
@@ -48,7 +49,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Run the export of the given KIND; return its exit code."""
-    check_exists(args.checkpoint)
+    check_student(args.checkpoint)
     return args.export(args)
 
 
@@ -58,14 +59,9 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
         "checkpoint",
         metavar="CKPT",
         type=Path,
-        help="a student file, states-*.ckpt, or a run's folder (its newest checkpoint)",
+        help="a student file, states-*.ckpt, a run's folder (its newest checkpoint), a Hugging "
+        "Face folder, or an id on the Hugging Face Hub (ORG/NAME or ORG/NAME@REVISION)",
     )
-
-
-def check_exists(checkpoint: Path) -> None:
-    """Raise CheckpointError if there is no such file or folder, before torch is imported."""
-    if not checkpoint.exists():
-        raise CheckpointError(f"cannot read the student checkpoint {checkpoint}: no such file")
 
 
 def add_heads(parser: argparse.ArgumentParser, help_text: str) -> None:
@@ -81,19 +77,11 @@ def check_output(path: Path, force: bool) -> None:
         raise CheckpointError(f"{path} exists; add --force to write over it")
 
 
-def load_checkpoint(checkpoint: Path) -> tuple[Path, LoadedStudent]:
-    """Load a student file or a checkpoint; of a run's folder, the newest checkpoint.
-
-    Returns:
-        The path of the file, and its contents.
+def load_checkpoint(checkpoint: Path) -> tuple[StudentSource, LoadedStudent]:
+    """Find and load a student.
 
     Raises:
-        CheckpointError: no such file, no checkpoint in the folder, or the file has no student.
+        CheckpointError: see :func:`.find_student`, or it has no student.
     """
-    from ...files.run_checkpoints import newest_checkpoint
-    from ...student_file import load_student
-
-    path = newest_checkpoint(checkpoint) if checkpoint.is_dir() else checkpoint
-    if path is None:
-        raise CheckpointError(f"no checkpoints (states-*.ckpt) in {checkpoint}")
-    return path, load_student(path)
+    source = find_student(checkpoint)
+    return source, source.load()

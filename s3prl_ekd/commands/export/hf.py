@@ -28,30 +28,18 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Write the folder; return exit code 0."""
     from ...distill.student_settings import PrunedSettings
+    from ...export.card_data import CardFacts
     from ...export.folder import export_folder
-    from ...export.huggingface import (
-        FILES,
-        check_hf_export,
-        save_hf_model,
-        to_hf_model,
-        tolerance,
-    )
-    from ...export.model_card import hf_card
+    from ...export.huggingface import FILES, write_hf_folder
     from ...student_file import require_cut
 
-    path, loaded = load_checkpoint(args.checkpoint)
-    require_cut(loaded.student, path)
+    source, loaded = load_checkpoint(args.checkpoint)
+    require_cut(loaded.student, source.path)
     student = loaded.student
     with export_folder(args.output, args.force, FILES) as folder:
-        model = to_hf_model(student)
-        save_hf_model(model, folder, student.settings.normalize_waveforms)
-        error = check_hf_export(folder, student)
-        limit = tolerance(student.settings)
-        count = sum(parameter.numel() for parameter in model.parameters())
-        card = hf_card(loaded, args.output.resolve().name, count, error, limit)
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        count, error = write_hf_folder(loaded, folder, args.output.resolve().name, CardFacts())
         size = sum(file.stat().st_size for file in folder.iterdir())
-    print(f"{path} -> {args.output} ({size / 1e6:.1f} MB)")
+    print(f"{source} -> {args.output} ({size / 1e6:.1f} MB)")
     own = sum(parameter.numel() for parameter in student.parameters())
     padding = ""
     if isinstance(student.settings, PrunedSettings) and count > own:

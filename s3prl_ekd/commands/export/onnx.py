@@ -47,7 +47,7 @@ def main(args: argparse.Namespace) -> int:
         check_output(path, args.force)
     onnx.require_onnx()  # before the checkpoint is loaded
     source, loaded = load_checkpoint(args.checkpoint)
-    require_cut(loaded.student, source)
+    require_cut(loaded.student, source.path)
     student = loaded.student
     threads = torch.get_num_threads()  # the same for onnxruntime, so that speeds are comparable
     graphs = {"fp32": onnx.onnx_bytes(student, args.opset)}

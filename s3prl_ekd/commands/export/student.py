@@ -6,8 +6,8 @@ A student with gates keeps them; `s3prl-ekd prune` writes it without.
 format: loading it runs no code, with any version of torch. Any other name, such as FILE.pt, is
 written by torch.save and loads with `weights_only=True`.
 
-CKPT may also be a Hugging Face folder: of `export hf`, DistilHuBERT, or a HuBERT or WavLM with the
-layout of the Base or Large models, which becomes a copied student.
+CKPT may also be a Hugging Face folder, or a model on the Hub: of `export hf`, DistilHuBERT, or a
+HuBERT or WavLM with the layout of the Base or Large models, which becomes a copied student.
 
 example:
   s3prl-ekd export student result/pretrain/my_student/states-10000.ckpt -o student.safetensors
@@ -32,19 +32,14 @@ def main(args: argparse.Namespace) -> int:
     from ...student_file import write_student
 
     check_output(args.output, args.force)
-    if (args.checkpoint / "config.json").is_file():  # a run's folder has no such file
-        from ...export.huggingface import load_hf_student
-
-        path, loaded = args.checkpoint, load_hf_student(args.checkpoint)
-    else:
-        path, loaded = load_checkpoint(args.checkpoint)
+    source, loaded = load_checkpoint(args.checkpoint)
     heads = loaded.heads if args.heads == "keep" else None
     write_student(loaded, args.output, keep_heads=heads is not None)
     count = sum(p.numel() for p in loaded.student.parameters())
     if heads is not None:
         count += sum(p.numel() for p in heads.parameters())
     step = loaded.about.get("step")
-    print(f"{path}{f' (step {step})' if step is not None else ''} -> {args.output}")
+    print(f"{source}{f' (step {step})' if step is not None else ''} -> {args.output}")
     print(f"{count:,} parameters, heads {'kept' if heads else 'dropped'}")
     path = shlex.quote(str(args.output))
     print(f"next: run_downstream.py -m train -u ekd_student -k {path} -d asr -n my_asr")

@@ -44,19 +44,19 @@ def main(args: argparse.Namespace) -> int:
     from ...superb.cost import measure_cost
     from ..cost import print_cost
 
-    path, loaded = load_checkpoint(args.checkpoint)
-    require_cut(loaded.student, path)
+    source, loaded = load_checkpoint(args.checkpoint)
+    require_cut(loaded.student, source.path)
     keep = args.heads == "keep" and loaded.heads is not None
     contents = package_contents(loaded, keep)
     with export_folder(args.output, args.force, FILES) as folder:
         write_package(contents, "", folder)
         expert = UpstreamExpert(folder / "model.pt").eval()
-        error = _compare(expert, path, keep)
+        error = _compare(expert, source.path, keep)
         cost = measure_cost(expert)
         name, heads = args.output.resolve().name, contents["config"]["heads"]
         card = package_card(loaded, heads, cost, name, args.data)
         write_package(contents, card, folder)
-    print(f"{path} -> {args.output}, heads {'kept' if keep else 'dropped'}")
+    print(f"{source} -> {args.output}, heads {'kept' if keep else 'dropped'}")
     print_cost(cost)
     print(f"largest difference from the student's hidden states on a padded batch: {error:.1e}")
     print(f"next: s3prl-ekd validate {shlex.quote(str(args.output))}")

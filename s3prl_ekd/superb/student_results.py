@@ -1,0 +1,52 @@
+"""Test results of one student, from the folders that ``s3prl-ekd superb`` wrote."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from .metrics import TaskMetric
+from .plan import CLEAN, Upstream
+from .report import make_report
+from .results import Results, read_results
+
+
+@dataclass(frozen=True, eq=False)
+class StudentResults:
+    """Results of a student on clean speech.
+
+    Attributes:
+        metrics: task -> its test metric.
+        others: the upstreams in the folders, if the student is none of them.
+    """
+
+    metrics: dict[str, TaskMetric]
+    others: tuple[str, ...] = ()
+
+
+def student_results(folders: Sequence[Path], checkpoint: str) -> StudentResults:
+    """Find the finished runs of a student by its contents, not by its name.
+
+    Args:
+        folders: see :func:`.read_results`.
+        checkpoint: as given to ``superb``: the path of a file or folder, or a pinned id.
+
+    Raises:
+        DataError: see :func:`.read_results` and :func:`.make_report`.
+    """
+    results = read_results(folders)
+    digest = Upstream("student", "ekd_student", checkpoint).digest
+    runs = tuple(run for run in results.runs if run.model == digest)
+    if not runs:
+        return StudentResults({}, results.upstreams)
+    name = runs[0].upstream  # the same file may have been evaluated under several names
+    runs = tuple(run for run in runs if run.upstream == name)
+    unfinished = tuple(folder for folder in results.unfinished if name in folder.parts)
+    report = make_report(Results(runs, unfinished, {}))
+    metrics = {
+        task: metric
+        for (_, task, condition), metric in report.metrics.items()
+        if condition == CLEAN
+    }
+    return StudentResults(metrics)
