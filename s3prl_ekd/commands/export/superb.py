@@ -23,7 +23,8 @@ from . import add_heads, load_checkpoint
 if TYPE_CHECKING:
     from torch import nn
 
-TOLERANCE = 1e-6  # see largest_difference
+# See largest_difference. The package has s3prl's convolutions, ours round otherwise: 3e-6 was seen.
+TOLERANCE = 1e-5
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
