@@ -30,6 +30,9 @@ def register() -> None:
 
 def load_student(path: str | Path) -> LoadedStudent:
     """Load a student file or a run's checkpoint; see :func:`.student_file.load_student`."""
+    from .system.s3prl_distribution import require_s3prl
+
+    require_s3prl()
     from .student_file import load_student as _load_student
 
     return _load_student(path)

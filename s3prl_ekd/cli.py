@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from . import __version__
 from .files import trust
 from .files.renamed_keys import renamed_text
+from .system.s3prl_distribution import require_s3prl
 from .system.terminal import (
     log_to_stderr,
     prepare_streams,
@@ -62,6 +63,9 @@ RENAMED = {
 TRUSTING = {"superb", "sweep", "export", "features", "cost", "teachers", "group-layers", "cache"}
 TRUSTING |= {"probe", "fit-units", "essence", "prune", "merge"}
 
+# Commands that need s3prl in any case, which is checked first. Others may need it later.
+NEED_S3PRL = (TRUSTING - {"cost"}) | {"demo", "recipe"}
+
 EXAMPLE = """\
 example:
   s3prl-ekd doctor
@@ -98,6 +102,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         logger.warning("command %s", renamed_text(old, RENAMED[old]))
     if name == "bench":
         parser.error("bench is not a command; in a checkout, type: python -m tools.bench")
+    quiet_s3prl()
+    with show_errors(), printable_stdout():
+        return _run(parser, subparsers, name, argv)
+
+
+def _run(
+    parser: argparse.ArgumentParser,
+    subparsers: argparse._SubParsersAction[argparse.ArgumentParser],
+    name: str | None,
+    argv: list[str],
+) -> int:
+    """Import the module of the command ``name``, parse ``argv`` and run it."""
     for command, help_line in COMMANDS.items():
         module = None
         if command == name:
@@ -116,10 +132,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if module:
             module.configure(subparser)
             subparser.set_defaults(run=module.main)
-    quiet_s3prl()
-    with show_errors(), printable_stdout():
-        args = parser.parse_args(argv)  # prints --help, too
-        return args.run(args) or 0
+    args = parser.parse_args(argv)  # prints --help, too
+    if name in NEED_S3PRL:
+        require_s3prl()
+    return args.run(args) or 0
 
 
 if __name__ == "__main__":

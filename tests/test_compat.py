@@ -18,6 +18,7 @@ import torch
 from s3prl_ekd import compat
 from s3prl_ekd.compat import SHIMS, checkpoints, names
 from s3prl_ekd.errors import CheckpointError, SetupError
+from s3prl_ekd.system.s3prl_distribution import installation
 
 from .conftest import CreatesFolder, run_python
 
@@ -151,7 +152,9 @@ def test_shims_of_missing_features_fire_and_nothing_is_missing_afterwards(report
 
 
 def test_the_log_names_each_shim_that_fired(report):
-    *details, summary = report["log"] or [["INFO", ""]]
+    host, *lines = report["log"]  # the distribution behind s3prl comes first
+    assert host == ["INFO", f"s3prl: {installation()}"]
+    *details, summary = lines or [["INFO", ""]]
     assert [text.split(": ")[0] for _, text in details] == report["first"]
     assert summary[0] == "INFO" and all(name in summary[1] for name in report["first"])
 

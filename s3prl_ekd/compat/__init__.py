@@ -9,7 +9,9 @@ import the packages that it patches.
 from __future__ import annotations
 
 import logging
+import multiprocessing
 
+from ..system import s3prl_distribution
 from . import audio, checkpoints, names, sox, torchaudio_import
 from .audio import audio_decoder
 from .checkpoints import checkpoint_globals, torch_load_cves
@@ -20,6 +22,7 @@ __all__ = [
     "SHIMS",
     "Shim",
     "apply",
+    "apply_shims",
     "audio_decoder",
     "checkpoint_globals",
     "fired",
@@ -43,29 +46,47 @@ SHIMS: tuple[Shim, ...] = (
 _fired: list[str] = []
 
 
-def apply() -> tuple[str, ...]:
-    """Apply the shims that are needed, and log their names (at DEBUG one line each).
+_checked = False  # whether this process has looked for s3prl
 
-    Further calls change nothing.
+
+def apply() -> tuple[str, ...]:
+    """Apply the shims that are needed; log their names and the distribution behind ``s3prl``.
+
+    Warns if several distributions claim ``s3prl``. Further calls change nothing.
 
     Returns:
         The names of all shims applied in this process, in the order of ``SHIMS``.
 
     Raises:
-        SetupError: torchaudio cannot be imported, even without its compiled extension.
+        SetupError: s3prl is not installed, or torchaudio cannot be imported, even without its
+            compiled extension.
         ImportError: a package that s3prl needs is not installed.
     """
+    global _checked
+    if not _checked:
+        s3prl_distribution.require_s3prl()
+        _checked = True
+        if multiprocessing.parent_process() is None:  # a child's parent has logged it
+            found = s3prl_distribution.installation()
+            logger.info("s3prl: %s", found)
+            if found.problem:
+                logger.warning("%s", found.problem)
+    return apply_shims()
+
+
+def apply_shims() -> tuple[str, ...]:
+    """:func:`apply` for a report: s3prl may be missing."""
     applied = []
     for shim in SHIMS:
         if shim.missing():
             shim.apply()
             logger.debug("%s: %s (missing since %s)", shim.name, shim.summary, shim.since)
             applied.append(shim.name)
+            _fired.append(shim.name)
     if applied:
         logger.info(
             "compatibility shims for s3prl: %s (details: s3prl-ekd doctor)", ", ".join(applied)
         )
-        _fired.extend(applied)
     repeat_in_children(apply)
     return fired()
 
