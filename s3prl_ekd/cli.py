@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from . import __version__
 from .files import trust
 from .files.renamed_keys import renamed_text
-from .system.s3prl_distribution import require_s3prl
+from .system.s3prl_distribution import announce_s3prl
 from .system.terminal import (
     log_to_stderr,
     prepare_streams,
@@ -134,7 +134,7 @@ def _run(
             subparser.set_defaults(run=module.main)
     args = parser.parse_args(argv)  # prints --help, too
     if name in NEED_S3PRL:
-        require_s3prl()
+        announce_s3prl()
     return args.run(args) or 0
 
 

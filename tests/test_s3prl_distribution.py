@@ -133,7 +133,7 @@ def test_commands_warn_once_about_two_distributions(monkeypatch, tmp_path, caplo
     """Beside the real s3prl, whose files are its own."""
     install(tmp_path / "site", "espnet-s3prl", "2026.5.14", {})
     monkeypatch.syspath_prepend(tmp_path / "site")
-    monkeypatch.setattr(compat, "_checked", False)
+    monkeypatch.setattr(s3prl_distribution, "_announced", False)
     for _ in range(2):
         compat.apply()
     (warning,) = [r.message for r in caplog.records if r.levelname == "WARNING"]

@@ -9,9 +9,8 @@ import the packages that it patches.
 from __future__ import annotations
 
 import logging
-import multiprocessing
 
-from ..system import s3prl_distribution
+from ..system.s3prl_distribution import announce_s3prl
 from . import audio, checkpoints, names, sox, torchaudio_import
 from .audio import audio_decoder
 from .checkpoints import checkpoint_globals, torch_load_cves
@@ -46,13 +45,10 @@ SHIMS: tuple[Shim, ...] = (
 _fired: list[str] = []
 
 
-_checked = False  # whether this process has looked for s3prl
-
-
 def apply() -> tuple[str, ...]:
-    """Apply the shims that are needed; log their names and the distribution behind ``s3prl``.
+    """Apply the shims that are needed, and log their names (at DEBUG one line each).
 
-    Warns if several distributions claim ``s3prl``. Further calls change nothing.
+    Before, :func:`..system.s3prl_distribution.announce_s3prl`. Further calls change nothing.
 
     Returns:
         The names of all shims applied in this process, in the order of ``SHIMS``.
@@ -62,15 +58,7 @@ def apply() -> tuple[str, ...]:
             compiled extension.
         ImportError: a package that s3prl needs is not installed.
     """
-    global _checked
-    if not _checked:
-        s3prl_distribution.require_s3prl()
-        _checked = True
-        if multiprocessing.parent_process() is None:  # a child's parent has logged it
-            found = s3prl_distribution.installation()
-            logger.info("s3prl: %s", found)
-            if found.problem:
-                logger.warning("%s", found.problem)
+    announce_s3prl()
     return apply_shims()
 
 

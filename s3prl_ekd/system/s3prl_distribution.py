@@ -10,6 +10,7 @@ import base64
 import hashlib
 import importlib.util
 import logging
+import multiprocessing
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -93,7 +94,7 @@ class Installation:
 
 def installation() -> Installation:
     """Find the module and its distributions, without importing it."""
-    claims = {}
+    claims: dict[str, Claim] = {}
     for distribution in metadata.distributions():
         if _has_module(distribution):
             name = distribution.metadata["Name"]
@@ -112,6 +113,27 @@ def require_s3prl() -> None:
     """Raise SetupError if there is no module ``s3prl``; its message says what to type."""
     if problem := missing_s3prl():
         raise SetupError(problem)
+
+
+_announced = False
+
+
+def announce_s3prl() -> None:
+    """Log the distribution behind ``s3prl``, and warn if several claim it; once a process.
+
+    Raises:
+        SetupError: see :func:`require_s3prl`.
+    """
+    global _announced
+    if _announced:
+        return
+    require_s3prl()
+    _announced = True
+    if multiprocessing.parent_process() is None:  # a child's parent has logged it
+        found = installation()
+        logger.info("s3prl: %s", found)
+        if found.problem:
+            logger.warning("%s", found.problem)
 
 
 def replaced_files(claim: Claim) -> list[str]:
