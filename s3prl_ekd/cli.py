@@ -71,6 +71,9 @@ example:
   s3prl-ekd doctor
   s3prl-ekd init .
   run_pretrain.py -u ekd -n my_student
+
+any other module, with ekd_student registered in s3prl:
+  python -m s3prl_ekd espnet2.bin.asr_train --config train.yaml
 """
 
 

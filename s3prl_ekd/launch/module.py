@@ -8,20 +8,19 @@ import sys
 from collections.abc import Sequence
 
 from ..errors import SetupError
-from ..system.terminal import prepare_streams, quiet_s3prl, show_errors
+from ..system.terminal import prepare_streams, show_errors
 
 
 def run_module(name: str, argv: Sequence[str]) -> int:
     """Run ``python -m NAME ARGV...`` in this process, after ``s3prl_ekd.register()``.
 
     An error of this package, such as a missing student file, becomes one line. Other exceptions
-    keep their traceback. Logging is left to the program.
+    keep their traceback. Logging and warnings are left to the program.
     """
     from ..registration import register
     from ..system import s3prl_distribution
 
     prepare_streams()
-    quiet_s3prl()
     with show_errors(script=True):
         _check(name.partition(".")[0], name)  # before anything is imported
         register()

@@ -77,10 +77,9 @@ class Installation:
                 for claim in self.claims
                 if (count := len(replaced_files(claim)))
             )
-            why = "" if kept.name == MODULE else f" (keeps {kept.name}, for ESPnet)"
             return (
-                f"{len(self.claims)} distributions claim the module s3prl: {names}{files}; "
-                f"type{why}: pip uninstall -y {' '.join(others)} && {_reinstall(kept)}"
+                f"{len(self.claims)} distributions claim the module s3prl: {names}{files}; to keep "
+                f"{kept.name}, type: pip uninstall -y {' '.join(others)} && {_reinstall(kept)}"
             )
         if self.folder is not None:
             return ""

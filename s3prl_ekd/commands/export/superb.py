@@ -23,7 +23,7 @@ from . import add_heads, load_checkpoint
 if TYPE_CHECKING:
     from torch import nn
 
-TOLERANCE = 1e-6  # see largest_difference
+TOLERANCE = 1e-5  # see largest_difference; rounding of two conv extractors reaches 3e-6
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
