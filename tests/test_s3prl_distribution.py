@@ -130,14 +130,16 @@ def test_a_checkout(site):
 
 
 def test_commands_warn_once_about_two_distributions(monkeypatch, tmp_path, caplog, capsys):
-    """Beside the real s3prl, whose files are its own."""
-    install(tmp_path / "site", "espnet-s3prl", "2026.5.14", {})
+    """Beside the real one, whose files are its own."""
+    real = {claim.name for claim in installation().claims}
+    (other,) = {"s3prl", "espnet-s3prl"} - real
+    install(tmp_path / "site", other, "0.0.1", {})
     monkeypatch.syspath_prepend(tmp_path / "site")
     monkeypatch.setattr(s3prl_distribution, "_announced", False)
     for _ in range(2):
         compat.apply()
     (warning,) = [r.message for r in caplog.records if r.levelname == "WARNING"]
-    assert "espnet-s3prl 2026.5.14" in warning and warning == installation().problem
+    assert f"{other} 0.0.1" in warning and warning == installation().problem
     report = {**doctor_report(tmp_path), "s3prl_problem": installation().problem}
     lines = doctor.as_text(report).splitlines()
     (index,) = [i for i, line in enumerate(lines) if line.split()[:1] == ["s3prl"]]
