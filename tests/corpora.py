@@ -140,3 +140,25 @@ def write_labelled_tones(folder: Path) -> list[dict[str, str]]:
     lines = ["\t".join(row.values()) for row in rows]
     (folder / "labels.tsv").write_text("\n".join(["\t".join(columns), *lines]) + "\n")
     return rows
+
+
+def write_speech_commands(folder: Path) -> None:
+    """Write Speech Commands' two folders, with 60 recordings of one word, of 0.1 s each."""
+    train, test = (folder / f"speech_commands_{n}v0.01" for n in ("", "test_set_"))
+    for number in range(60):
+        write_noise(train / f"yes/{number:08x}_nohash_0.wav", 1600)
+    write_noise(train / "_background_noise_/hum.wav", 17_000)
+    for name in ("yes", "_unknown_", "_silence_"):
+        write_noise(test / f"{name}/0_nohash_0.wav", 1700)
+
+
+def write_fluent_commands(folder: Path) -> None:
+    """Write Fluent Speech Commands' tables and audio, one speaker and two utterances a table."""
+    (folder / "data").mkdir(parents=True)
+    for split in ("train", "valid", "test"):
+        lines = [",path,speakerId,transcription,action,object,location"]
+        for number, thing in enumerate(("lights", "heat")):
+            path = f"wavs/speakers/x/{split}{number}.wav"
+            write_noise(folder / path, 8000 + number)
+            lines.append(f'{number},{path},x,"on, please",activate,{thing},none')
+        (folder / f"data/{split}_data.csv").write_text("\n".join(lines) + "\n")

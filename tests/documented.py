@@ -28,9 +28,11 @@ from s3prl_ekd.teachers.random_weights import hubert_checkpoint, wavlm_checkpoin
 from .conftest import REPO, SIZES, STUDENT, make_sound
 from .corpora import (
     write_audio,
+    write_fluent_commands,
     write_iemocap,
     write_librispeech,
     write_manifest,
+    write_speech_commands,
     write_voxceleb1,
 )
 
@@ -160,10 +162,11 @@ def write_data(data: Path) -> None:
     for i in range(16):
         split = "train" if i < 8 else "dev" if i < 12 else "test"
         speaker, emotion = ("ann", "bob")[i % 2], ("calm", "angry")[i // 2 % 2]
-        cells = (f"{i}.wav", speaker, WORDS[i % 4], emotion, split)
+        intent = (("yes", "no")[i % 2], "turn on", ("light", "heat")[i % 2], "none")
+        cells = (f"{i}.wav", speaker, WORDS[i % 4], emotion, split, *intent)
         rows.append((make_sound(1.2 + 0.05 * i, seed=i), cells))
-    for task in ("asr", "pr", "sid", "er"):
-        columns = ("speaker", "text", "emotion", "split")
+    columns = ("speaker", "text", "emotion", "split", "word", "action", "object", "location")
+    for task in ("asr", "pr", "sid", "er", "ks", "ic"):
         write_manifest(data / f"my_corpus/{task}.tsv", columns, rows)
     for i in range(3):
         write_audio(data / f"my_audio/{i}.flac", make_sound(0.7 + 0.1 * i, seed=i))
@@ -171,6 +174,8 @@ def write_data(data: Path) -> None:
         write_audio(data / f"dev-clean/{i}.flac", make_sound(0.5, seed=i))
     speakers = {"id10001": "dev", "id10270": "test"}
     write_voxceleb1(data / "VoxCeleb1", data / "VoxCeleb1/iden_split.txt", speakers, 14000)
+    write_speech_commands(data)
+    write_fluent_commands(data / "fluent_speech_commands_dataset")
     emotions = ("neu", "hap", "ang", "sad")
     write_iemocap(data / "IEMOCAP_full_release", ["F_impro01"], emotions, 12000)
     torch.save(wavlm_checkpoint(seed=9, **{**SIZES, "layers": 12}), data / "my_wavlm.pt")

@@ -36,6 +36,7 @@ EXPECTED = {
     "huggingface_hub.HfFolder": True,
     "distutils.util.strtobool": False,  # setuptools has it
     "torch.load": True,
+    "catalyst.data.sampler": True,
 }
 
 # Run in a new interpreter: which features are missing, which shims fire, which modules of s3prl can
@@ -185,6 +186,7 @@ NEEDLES = {
     "huggingface_hub.HfFolder": "HfFolder",
     "distutils.util.strtobool": "from distutils.util import strtobool",
     "torch.load": "torch.load(",
+    "catalyst.data.sampler": "from catalyst.data.sampler import",
 }
 
 

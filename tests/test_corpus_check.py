@@ -10,10 +10,10 @@ import pytest
 import torch
 import yaml
 
-from s3prl_ekd.downstream.corpus_check import check_corpus
 from s3prl_ekd.downstream.requirements import check_recipe
 from s3prl_ekd.downstream.run import prepare
-from s3prl_ekd.downstream.tasks import task_of
+from s3prl_ekd.downstream.tasks import TASKS
+from s3prl_ekd.downstream.tasks.corpus_check import check_corpus
 from s3prl_ekd.errors import ConfigError
 from s3prl_ekd.superb.plan import Recipe
 from s3prl_ekd.workspace import write_workspace
@@ -73,8 +73,11 @@ def workspace(tmp_path, monkeypatch):
     return tmp_path
 
 
+BY_DOWNSTREAM = {task.downstream: task for task in TASKS.values()}
+
+
 def config_of(downstream: str, **changed) -> dict:
-    config = yaml.safe_load(Path(task_of(downstream).full).read_text())
+    config = yaml.safe_load(Path(BY_DOWNSTREAM[downstream].full).read_text())
     for key, value in {**KEYS[downstream], **changed}.items():
         section, name = key.split(".")
         config["downstream_expert"][section][name] = value
@@ -206,7 +209,7 @@ def test_invalid_lists(workspace, downstream, file, text):
 @pytest.mark.parametrize("downstream, key", FOLDERS)
 def test_every_command_checks_the_corpus(workspace, downstream, key):
     """run_downstream.py before training, superb before planning, and doctor."""
-    task = task_of(downstream)
+    task = BY_DOWNSTREAM[downstream]
     wrong = str(Path(KEYS[downstream][key]).parent)
     Path(task.full).write_text(yaml.safe_dump(config_of(downstream, **{key: wrong})))
     argv = ["-m", "train", "-u", "fbank", "-d", downstream, "-c", task.full, "-n", "run"]

@@ -136,6 +136,8 @@ def test_pretraining_and_asr_have_their_modules(report):
         "SID": "voxceleb1",
         "ER": "emotion",
         "ASR": "asr",
+        "KS": "speech_commands",
+        "IC": "fluent_commands",
     }
     assert [r["modules"] for r in report["recipes"] if r["task"] in ("ER", "ASR")] == [True, True]
 

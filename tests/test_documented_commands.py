@@ -63,6 +63,7 @@ NOT_RUN_PREFIXES = {
     "python tools/study.py": "hours; tests/test_study.py tests its parts",
     "s3prl-ekd prepare alignments": "noise cannot be aligned; tests/test_alignments.py has speech",
     "s3prl-ekd probe student.safetensors hubert_base --data data/aligned": "needs the alignments",
+    "python tools/make_commands.py": "a minute; tests/test_make_commands.py",
     "python tools/make_voices.py": "minutes; tests/test_make_voices.py makes a few",
     "python tools/train_tiny_teachers.py": "hours; test_train_tiny_teachers.py trains briefly",
 }

@@ -87,10 +87,10 @@ def test_prediction_files(tmp_path):
         ({"lr": "fast"}, r"\blr\b.*\bfast\b"),
         ({"lr": -1.0}, r"\blr\b.*-1"),
         ({"seed": 1.5}, r"\bseed\b"),
-        ({"task": "ks"}, r"\btask\b.*\bks\b"),
+        ({"task": "xx"}, r"\btask\b.*\bxx\b"),
         ({"format": 2}, r"\b2\b.*pip install"),
         ({"format": 0}, r"\bformat\b.*\b0\b"),
-        ({"fold": "fold1"}, r"\bfold\b.*\ber\b.*'fold1'"),
+        ({"fold": "fold1"}, r"\bfold\b.*\bpr\b.*'fold1'"),
         ({"task": "er", "fold": "../x"}, r"\bfold\b.*'\.\./x'"),
         (
             {"dev": {"metric": "wer", "value": 1.0, "checkpoint": "a.ckpt"}},

@@ -114,8 +114,9 @@ def test_the_last_step_is_evaluated(steps, total, interval):
 
 def test_tasks_have_the_order_of_superb():
     assert [task.name for task in choose_tasks(["asr", "pr"])] == ["pr", "asr"]
-    with pytest.raises(SetupError, match=r"\bks\b.*pr, sid, er, asr"):
-        choose_tasks(["ks"])
+    assert [task.name for task in choose_tasks(["all"])] == ["pr", "sid", "er", "asr", "ks", "ic"]
+    with pytest.raises(SetupError, match=r"\bxx\b.*pr, sid, er, asr"):
+        choose_tasks(["xx"])
 
 
 def test_the_plan_is_a_product(in_superb_workspace, tmp_path):
@@ -273,7 +274,7 @@ def test_dry_run_prints_the_commands(in_superb_workspace, tmp_path, capsys):
 @pytest.mark.parametrize(
     "argv, pattern",
     [
-        (["fbank", "--tasks", "ks"], r"\bks\b.*pr, sid, er, asr"),
+        (["fbank", "--tasks", "xx"], r"\bxx\b.*pr, sid, er, asr"),
         (["fbank", "fbank", "--tasks", "sid"], r"\bfbank\b.*NAME=CHECKPOINT"),
         (["nothing.pt"], r"nothing\.pt.*NAME=HUB:CHECKPOINT"),
         (["fbank", "--tasks", "asr"], r"asr/tiny\.yaml.*libri_root.*data/corpus"),

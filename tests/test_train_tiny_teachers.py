@@ -29,6 +29,7 @@ from teacher_zoo.mfcc import mfcc
 from teacher_zoo.mixing import mix_batch, mix_over
 from teacher_zoo.models import MaskedPredictor
 from teacher_zoo.pairs import PairDataset, pair_baseline, pair_criterion
+from teacher_zoo.phones import phone_labels
 from teacher_zoo.plan import EndlessBatchSampler, epoch_batches
 from teacher_zoo.prosody import prosody
 from teacher_zoo.trainer import TrainingOptions, train
@@ -36,6 +37,7 @@ from teacher_zoo.zoo import make_zoo
 
 from s3prl_ekd.data.audio import read_audio
 from s3prl_ekd.errors import CheckpointError, ConfigError, DataError
+from s3prl_ekd.probe.labels import Segment
 from s3prl_ekd.teachers import load_upstream
 from s3prl_ekd.teachers.checkpoint import load_file
 
@@ -56,6 +58,7 @@ STAGES = list(recipes.STAGES)
 SMALL = {
     "speaker": dataclasses.replace(recipes.STAGES["speaker"], start="robust_hubert"),
     "hubert_3": dataclasses.replace(recipes.STAGES["hubert_3"], start="hubert", units="hubert"),
+    "phones": dataclasses.replace(recipes.STAGES["phones"], start="robust_hubert"),
 }
 SHIPPED_STAGES = {name: recipes.STAGES[name] for name in SMALL}
 
@@ -68,7 +71,16 @@ def small_start(monkeypatch):
 
 @pytest.fixture(scope="session")
 def speech(corpus) -> Corpus:
-    return read_corpus([corpus / "audio"], [], 8000)
+    """A corpus whose utterances are silence in the first half, then one of two phones."""
+    read = read_corpus([corpus / "audio"], [], 8000)
+
+    def label(utterances):
+        return tuple(
+            dataclasses.replace(u, segments=(Segment("AT"[i % 2], u.length // 2, u.length),))
+            for i, u in enumerate(utterances)
+        )
+
+    return Corpus(label(read.train), label(read.dev))
 
 
 @pytest.fixture(scope="session")
@@ -95,7 +107,7 @@ def weights(zoo: Path, stage: str) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("name", recipes.TEACHERS)
 def test_files_give_the_hidden_states_of_the_trained_model(zoo, speech, name):
     stage = recipes.STAGES[name]
-    classes = {"mfcc": 8, "prosody": 8, "": 1}.get(stage.units, 6)
+    classes = {"mfcc": 8, "prosody": 8, "phones": 3, "": 1}.get(stage.units, 6)
     trained = MaskedPredictor(stage.family, TINY, classes)
     trained.load_state_dict(weights(zoo, name))
     for tensor in trained.state_dict().values():  # the file is rounded to float16
@@ -187,7 +199,7 @@ def test_logs_and_curves(zoo, speech):
     for name in STAGES:
         log = json.loads((zoo / name / "log.json").read_text())
         points = log["points"]
-        steps = {"hubert_1": 3, "prosody": 4, "speaker": 3}.get(name, 6)
+        steps = {"hubert_1": 3, "prosody": 4, "speaker": 3, "phones": 2}.get(name, 6)
         assert [p["step"] for p in points] == sorted({*range(2, steps + 1, 2), steps})
         last = points[-1]
         assert 0 <= last["dev_accuracy"] <= 1 and math.isfinite(last["dev_prediction_loss"])
@@ -483,8 +495,8 @@ def test_an_interrupted_run_resumes_bit_for_bit(zoo, speech, tmp_path, monkeypat
         runs += 1
         torch.rand(runs), np.random.rand(runs), random.random()
         assert runs < 12
-    # steps of the stages: 3, 6, 6, 6, 6, 4, 3; stop is not called after the last step of a stage
-    assert steps == 2 + 5 + 5 + 5 + 5 + 3 + 2 and runs == 1 + steps // 4
+    # steps of the stages: 3, 6, 6, 6, 6, 4, 3, 2; stop is not called after the last step of a stage
+    assert steps == 2 + 5 + 5 + 5 + 5 + 3 + 2 + 1 and runs == 1 + steps // 4
     for name in STAGES:
         expected, resumed = weights(zoo, name), weights(tmp_path, name)
         assert expected.keys() == resumed.keys()
@@ -539,6 +551,7 @@ def test_stages_that_a_teacher_depends_on():
         ["hubert_1", "hubert", "hubert_3"],
         ["prosody"],
         ["hubert_1", "hubert", "robust_hubert", "speaker"],
+        ["hubert_1", "hubert", "robust_hubert", "phones"],
     ]
     with pytest.MonkeyPatch.context() as patch:
         for name, stage in SHIPPED_STAGES.items():
@@ -597,6 +610,16 @@ def test_the_loss_of_pairs_is_that_of_simclr_in_loops():
     assert float(result.prediction_loss) == pytest.approx(np.mean(losses), rel=1e-4)
     assert float(result.loss) == pytest.approx(np.mean(losses) + 20, rel=1e-4)
     assert pair_baseline(recipes.TeacherRecipe()) == (math.log(31), 1 / 31)
+
+
+def test_a_frame_has_the_phone_at_its_middle():
+    # Frames of 400 samples, one every 320: their middles are at 200, 520, 840, 1160 and 1480.
+    segments = (Segment("B", 520, 840), Segment("A", 840, 1161), Segment("SIL", 1161, 2000))
+    utterance = CorpusUtterance("k", "a.flac", 1680, segments)
+    labels = phone_labels(Corpus((utterance, utterance), ()))
+    assert labels.flat.tolist() == 2 * [0, 2, 1, 1, 0] and labels.classes == 3
+    with pytest.raises(DataError, match=r"b\.flac has no segments"):
+        phone_labels(Corpus((utterance,), (CorpusUtterance("l", "b.flac", 1680),)))
 
 
 def test_prosody_follows_pitch_and_loudness():
@@ -665,12 +688,13 @@ def test_an_invalid_option_or_input_is_one_line(corpus, tmp_path, capsys):
 def test_a_manifest_selects_utterances_and_splits(corpus, tmp_path):
     for i in range(4):
         (tmp_path / f"u{i}.flac").write_bytes((corpus / f"audio/u{i}.flac").read_bytes())
-    rows = ["path\tsplit", "u3.flac\ttrain", "u0.flac\tdev", "u1.flac\ttest"]
+    rows = ["path\tsplit\tsegments", "u3.flac\ttrain\tA:5+2", "u0.flac\tdev\t", "u1.flac\ttest\t"]
     (tmp_path / "m.tsv").write_text("\n".join(rows) + "\n")
     result = read_corpus([corpus / "audio", tmp_path], [tmp_path / "m.tsv"], 8000)
     assert [u.key for u in result.train if u.key.startswith("1/")] == ["1/u3.flac"]
     assert [u.key for u in result.dev if u.key.startswith("1/")] == ["1/u0.flac"]
     assert sum(u.key.startswith("0/") for u in result.all) == 12
+    assert {u.segments for u in result.all} == {(), (Segment("A", 800, 1120),)}
     with pytest.raises(DataError, match=r"\bdev\b.*\b0\.5625 s"):
         read_corpus([tmp_path], [tmp_path / "m.tsv"], 9000)  # u0 has 8000 samples
 

@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    from study_parts.rows import SINGLES
+    from study_parts.rows import PROBED_TEACHERS, SINGLES
 
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -62,7 +62,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="folder of study.md and the pictures (docs, next to tools)")  # fmt: skip
     add("--seeds", type=int, nargs="+", default=[1, 2], help="seeds from 1 up (1 2)")
     add("--steps", type=int, default=3000, help="updates of a student (3000)")
-    add("--teachers", nargs="+", choices=SINGLES, default=[*SINGLES], metavar="NAME",
+    add("--teachers", nargs="+", choices=PROBED_TEACHERS, default=[*SINGLES], metavar="NAME",
         help=f"use these teachers, and the rows that need no other one ({' '.join(SINGLES)})",
         )  # fmt: skip
     add("--rows", nargs="+", default=[], metavar="ROW",

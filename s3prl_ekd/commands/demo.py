@@ -16,6 +16,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ..downstream.tasks import DEFAULT_TASKS
+
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
@@ -31,8 +33,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="steps of a task (default: %(default)s); times 2 (PR), 0.5 (SID, ER), 1.1 (ASR)",
     )  # fmt: skip
     parser.add_argument(
-        "--tasks", nargs="+", metavar="TASK", default=["pr", "sid", "er", "asr"],
-        help="tasks to evaluate: pr sid er asr (default: all four)",
+        "--tasks", nargs="+", metavar="TASK", default=[*DEFAULT_TASKS],
+        help=f"tasks to evaluate: {' '.join(DEFAULT_TASKS)} (default: all four)",
     )  # fmt: skip
     parser.add_argument(
         "--utterances", type=_positive, default=400,

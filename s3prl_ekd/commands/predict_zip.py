@@ -3,6 +3,7 @@
 DIR is a folder that `s3prl-ekd superb` wrote. For each task the learning rate with the best dev
 metric is used, and of several seeds the best one on dev. PR, SID, ER (folds 1 to 5, because the
 leaderboard scores ER only with all of them) and ASR are required, unless --partial is given.
+Results of further tasks are packed, too.
 
 example:
   s3prl-ekd predict-zip result/superb/student -o predict.zip
@@ -29,6 +30,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Choose the runs, check that none is missing, and pack; the exit code is 0."""
+    from ..downstream.tasks import DEFAULT_TASKS
     from ..files.atomic import atomic_file, make_folder
     from ..superb.results import check_upstream_name, read_results, select_best_lr
     from ..superb.submission import MEMBERS, choose_runs, write_archive
@@ -48,7 +50,12 @@ def main(args: argparse.Namespace) -> int:
         raise SetupError(f"several upstreams; choose one with --upstream: {', '.join(names)}")
     (upstream,) = names
     runs = choose_runs({task: s for (name, task), s in selections.items() if name == upstream})
-    missing = [" ".join(filter(None, key)) for key in MEMBERS if key not in runs]  # er fold2
+    needed = {*DEFAULT_TASKS, *(task for task, _ in runs)}
+    missing = [
+        " ".join(filter(None, key))  # er fold2
+        for key in MEMBERS
+        if key[0] in needed and key not in runs
+    ]
     if missing and not (args.partial and runs):
         raise SetupError(
             f"no complete run of {upstream} for {', '.join(missing)}; run s3prl-ekd superb, or add "

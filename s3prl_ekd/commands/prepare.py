@@ -30,6 +30,8 @@ from ..prepare.common import (
     read_lengths,
 )
 from ..prepare.er import ER, IEMOCAP
+from ..prepare.ic import FLUENT_COMMANDS, IC
+from ..prepare.ks import KS, SPEECH_COMMANDS
 from ..prepare.librispeech import LIBRISPEECH
 from ..prepare.pr import PR
 from ..prepare.sid import SID, VOXCELEB1
@@ -88,6 +90,10 @@ TASKS = {
     "voxceleb1": VOXCELEB1,
     "er": ER,
     "iemocap": IEMOCAP,
+    "ks": KS,
+    "speech_commands": SPEECH_COMMANDS,
+    "ic": IC,
+    "fluent_commands": FLUENT_COMMANDS,
     "alignments": ALIGNMENTS,
     "unlabeled": PrepareTask(
         "length tables only, for distillation", UNLABELED, _prepare_unlabeled, replace=False

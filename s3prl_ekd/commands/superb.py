@@ -22,6 +22,7 @@ import json
 import shlex
 from pathlib import Path
 
+from ..downstream.tasks import DEFAULT_TASKS, TASKS
 from ..errors import SetupError
 from ..request import LIMIT_GB
 
@@ -29,8 +30,8 @@ from ..request import LIMIT_GB
 def configure(parser) -> None:
     parser.add_argument("upstreams", metavar="UPSTREAM", nargs="+")
     parser.add_argument(
-        "--tasks", nargs="+", metavar="TASK", default=["pr", "sid", "er", "asr"],
-        help="any of pr sid er asr (default: all four)",
+        "--tasks", nargs="+", metavar="TASK", default=[*DEFAULT_TASKS],
+        help=f"any of {' '.join(TASKS)}, or all (default: {' '.join(DEFAULT_TASKS)})",
     )  # fmt: skip
     parser.add_argument(
         "--recipes", choices=("full", "tiny"), default="full",

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 
 from ..system.s3prl_distribution import announce_s3prl
-from . import audio, checkpoints, names, sox, torchaudio_import
+from . import audio, catalyst, checkpoints, names, sox, torchaudio_import
 from .audio import audio_decoder
 from .checkpoints import checkpoint_globals, torch_load_cves
 from .child_processes import repeat_in_children
@@ -40,6 +40,7 @@ SHIMS: tuple[Shim, ...] = (
     names.HUGGINGFACE_HUB,
     names.DISTUTILS,
     checkpoints.TORCH_LOAD,
+    catalyst.CATALYST,
 )
 
 _fired: list[str] = []

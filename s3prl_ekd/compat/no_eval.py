@@ -148,8 +148,10 @@ def _run_and_install_reader(module: ModuleType, run: Callable[[ModuleType], None
     vars(module)["eval"] = READERS[module.__name__]
 
 
-# s3prl's experts for SID and ER have a method for each split.
-_METHODS = dict.fromkeys(("voxceleb1", "emotion"), ("train", "dev", "test"))
+# s3prl's experts for these have a method for each split.
+_METHODS = dict.fromkeys(
+    ("voxceleb1", "emotion", "speech_commands", "fluent_commands"), ("train", "dev", "test")
+)
 # Those for ASR and PR read each split's list of data sets from this section of the recipe.
 _SECTIONS = {"asr": "datarc", "ctc": "corpus"}
 _NOT_SPLITS = {"lexicon"}  # lists in these sections that are not splits

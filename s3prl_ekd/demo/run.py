@@ -40,8 +40,6 @@ tiny_hubert alone, ekd the student of all three teachers. fbank scores at chance
 ER, because its mean over an utterance is zero. A difference is not significant if its 95 % interval
 contains 0. Intervals are over test utterances, for one seed:"""
 CACHE = "cache"  # cached targets of the teachers, for both students
-# Factor of --downstream-steps for each task; a step of PR's linear probe is the cheapest.
-STEP_FACTORS = {"pr": 2.0, "sid": 0.5, "er": 0.5, "asr": 1.1}
 
 
 def score_table(report: Report, order: Sequence[str]) -> list[tuple[str, ...]]:
@@ -97,7 +95,7 @@ class Demo:
     Args:
         folder: the working folder; all files are written below it.
         steps: steps of each distillation.
-        downstream_steps: steps of a downstream model, times its :data:`STEP_FACTORS`.
+        downstream_steps: steps of a downstream model, times the task's ``demo_steps``.
         utterances: training utterances of the synthetic corpus.
         tasks: tasks to evaluate.
     """
@@ -184,7 +182,7 @@ class Demo:
         argv = [*upstreams, "--recipes", "tiny", "--cache-features"]
         argv += ["--tasks", *self.tasks, "--override", f"pr={phones}", "--lr", "pr=1e-2"]
         for task in self.tasks:
-            argv += ["--steps", f"{task}={round(STEP_FACTORS[task] * self.downstream_steps)}"]
+            argv += ["--steps", f"{task}={round(TASKS[task].demo_steps * self.downstream_steps)}"]
         jobs = min(4, os.cpu_count() or 1)
         self._command("superb", *argv, "--jobs", str(jobs))
 

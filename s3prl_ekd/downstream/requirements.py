@@ -20,8 +20,8 @@ from ..compat.child_processes import repeat_in_children
 from ..errors import ConfigError, SetupError
 from ..files.config import read_yaml
 from ..system import s3prl_distribution
-from .corpus_check import check_corpus
 from .tasks import Task, missing_paths
+from .tasks.corpus_check import check_corpus
 
 CTC_CORPUS = "s3prl.downstream.ctc.corpus"  # in s3prl's repository but not in its wheel
 

@@ -34,7 +34,7 @@ from ..request import (
     script_guards,
 )
 from ..system.lock import LOCK_FILE
-from .tasks import missing_paths, task_of
+from .tasks import TASKS, missing_paths, task_of
 
 MODES = ("train", "evaluate", "inference")
 WITH_HEADS = "hidden_states_and_heads"
@@ -156,24 +156,26 @@ def check_new_downstream(request: DownstreamRequest, states: Mapping[str, Any]) 
     if states:
         return
     if not request.downstream:
-        raise SetupError("name the task: add -d asr (or ctc, voxceleb1, emotion)")
+        names = dict.fromkeys(task.downstream for task in TASKS.values())
+        raise SetupError(f"name the task: add -d {' or '.join(names)}")
     arguments = argument_overrides(request.override)  # which s3prl applies
     if not request.upstream and "upstream" not in arguments:
         raise SetupError("name the upstream: add -u ekd_student -k STUDENT (or -u hubert_base)")
     if not (request.expdir or request.expname):
         raise SetupError("name the run: add -n NAME (or -p FOLDER)")
-    task = task_of(request.downstream)
     path = request.config or f"downstream/{request.downstream}/config.yaml"
     if not Path(path).is_file():
         hint = "" if request.config else f"; {INIT_HINT}"
-        if not request.config and task is not None and Path(task.full).is_file():
-            hint = f"; add -c {task.full}"  # s3prl has one recipe for each corpus of -d ctc
+        recipes = [t.full for t in TASKS.values() if t.downstream == request.downstream]
+        if not request.config and any(map(os.path.isfile, recipes)):
+            hint = f"; add -c {' or '.join(filter(os.path.isfile, recipes))}"  # one for each corpus
         raise ConfigError(f"no such config in this folder: {path}{hint}")
     config = read_yaml(path)
     if request.override:
         config = apply_overrides(config, request.override)
     reject_code(config, path)
     check_splits(request.downstream, config, path, request.split)
+    task = task_of(request.downstream, config)
     if task is not None:
         for key, missing in missing_paths(config, task.paths, Path.cwd()):
             raise ConfigError(
@@ -186,7 +188,7 @@ def check_new_downstream(request: DownstreamRequest, states: Mapping[str, Any]) 
             "-u ekd_student needs a checkpoint: add -k STUDENT (a student file or states-*.ckpt)"
         )
     check_upstream_paths(request.upstream, request.upstream_ckpt, request.upstream_model_config)
-    from .corpus_check import check_corpus
+    from .tasks.corpus_check import check_corpus
 
     fold = request.downstream_variant
     check_corpus(request.downstream, config, path, request.split, fold=fold)
@@ -215,7 +217,7 @@ def check_resumed_downstream(request: DownstreamRequest, states: Mapping[str, An
     if request.override:
         config = apply_overrides(config, request.override)
     reject_code(config, source)
-    from .corpus_check import check_corpus
+    from .tasks.corpus_check import check_corpus
 
     downstream, fold = args.get("downstream"), args.get("downstream_variant")
     check_splits(downstream, config, source, request.split)

@@ -99,6 +99,21 @@ def link(source: Path, target: Path) -> bool:
     return True
 
 
+def link_or_write(source: Path, target: Path) -> bool:
+    """Link an audio file, or write it as WAV where symlinks fail; return whether it is a link.
+
+    Missing folders of ``target`` are created. Readers use the header and not the suffix.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if link(source, target):
+        return True
+    import soundfile
+
+    wave, rate = soundfile.read(source, dtype="int16")
+    soundfile.write(target, wave, rate, subtype="PCM_16", format="WAV")
+    return False
+
+
 def link_folder(source: Path, target: Path) -> None:
     """Like :func:`link`, for a corpus, which is too large to copy."""
     if not link(source, target):
@@ -124,12 +139,14 @@ def speaker_of(table: Path, entry: ManifestEntry) -> str:
     return entry.cells["speaker"]
 
 
-def audio_lengths(root: Path, paths: Sequence[str], jobs: int) -> list[int | DataError]:
-    """Read lengths in samples, with a progress bar.
+def audio_lengths(
+    root: Path, paths: Sequence[str], jobs: int, *, bar: bool = True
+) -> list[int | DataError]:
+    """Read lengths in samples.
 
     A file that cannot be used, or is not 16 kHz mono, has an error instead.
     """
-    headers = read_headers(root, paths, jobs=jobs, bar=True)
+    headers = read_headers(root, paths, jobs=jobs, bar=bar)
     lengths: list[int | DataError] = []
     for path, header in zip(paths, headers, strict=True):
         if isinstance(header, DataError):

@@ -67,13 +67,18 @@ def read_labels(manifest: str | Path) -> list[LabelledUtterance]:
             entry.split,
             entry.cells.get(SPEAKER, ""),
             entry.cells.get(EMOTION, ""),
-            _segments(entry, manifest),
+            parse_segments(entry, manifest),
         )
         for entry in entries
     ]
 
 
-def _segments(entry: ManifestEntry, manifest: str | Path) -> tuple[Segment, ...]:
+def parse_segments(entry: ManifestEntry, manifest: str | Path) -> tuple[Segment, ...]:
+    """The phones of a line of a manifest; none without the column.
+
+    Raises:
+        DataError: a segment is not of the form ``PHONE:START+LENGTH``.
+    """
     segments = []
     for text in entry.cells.get(SEGMENTS, "").split():
         match = _SEGMENT.fullmatch(text)

@@ -34,15 +34,7 @@ UTILISATION = 0.15  # ours: a guess
 REFERENCE = "three_average"  # the row of --updates-per-second
 REFERENCE_WORK = (3, "two layers", 24 * 12.3)  # its teachers, student, seconds of audio an update
 
-# Seconds of a batch of SUPERB's recipes on one GPU. asr: "one to two days" for 200,000 batches, the
-# comment in its recipe. Others: ours, guesses.
-SECONDS_PER_BATCH = {"pr": 0.1, "sid": 0.06, "er": 0.06, "asr": 0.65}
-FOLDS = {"er": 5}
-
 STATES = 3  # float32 numbers a parameter in a checkpoint: the weight and AdamW's two moments
-# Parameters of the recipes' models: ASR two bidirectional LSTM layers of 1024 on 1024 inputs; the
-# others linear layers of 256, SID with 1251 classes.
-DOWNSTREAM_PARAMETERS = {"pr": 0.3e6, "sid": 0.6e6, "er": 0.2e6, "asr": 43e6}
 DOWNSTREAM_CHECKPOINTS = 2  # the last and the best
 TABLES_GB = 0.1  # length tables, lexicon, lists, TensorBoard, predictions (ours: rounded up)
 
@@ -103,13 +95,17 @@ def task_hours(task: str, steps: int | None = None) -> float:
         recipe = recipe / part
     runner = parse_yaml(recipe.read_text(encoding="utf-8"), str(recipe))["runner"]
     batches = (steps or runner["total_steps"]) * runner["gradient_accumulate_steps"]
-    return FOLDS.get(task, 1) * batches * SECONDS_PER_BATCH[task] / 3600
+    return _folds(task) * batches * TASKS[task].batch_seconds / 3600
 
 
 def task_gigabytes(task: str) -> float:
     """Disk of a task's downstream models, all folds."""
-    models = FOLDS.get(task, 1) * DOWNSTREAM_CHECKPOINTS
-    return models * STATES * 4 * DOWNSTREAM_PARAMETERS[task] / 1e9
+    models = _folds(task) * DOWNSTREAM_CHECKPOINTS
+    return models * STATES * 4 * TASKS[task].parameters / 1e9
+
+
+def _folds(task: str) -> int:
+    return len(TASKS[task].board_folds) or 1
 
 
 def student_cost(
@@ -151,7 +147,7 @@ def total_gigabytes(costs: dict[str, StudentCost]) -> float:
 
 def projection_lines(plan: RecipePlan, updates_per_second: float | None = None) -> list[str]:
     """The projection as lines of text."""
-    costs = project(plan, updates_per_second)
+    costs, options = project(plan, updates_per_second), plan.options
     tasks = " ".join(map(str.upper, plan.options.tasks))
     head = ["student", "updates", "hours of audio", "distil, GPU h", f"{tasks}, GPU h", "disk, GB"]
     rows = [head]
@@ -175,7 +171,7 @@ def projection_lines(plan: RecipePlan, updates_per_second: float | None = None) 
         origin=f"{UTILISATION:.0%} of an A100's peak (a guess)"
         if updates_per_second is None
         else f"from --updates-per-second {updates_per_second:g}",
-        batches=", ".join(f"{task.upper()} {SECONDS_PER_BATCH[task]}" for task in TASKS),
+        batches=", ".join(f"{name.upper()} {TASKS[name].batch_seconds}" for name in options.tasks),
         reference=REFERENCE,
         kept=max(stage.checkpoints for stage in trainings),
         cache=cache / 1e12,

@@ -179,7 +179,7 @@ def _fold_errors(selection: SelectedRuns, fold: str | None, condition: str) -> E
     return ErrorCounts(counts[0].names, errors, counts[0].lengths)
 
 
-def read_predictions(path: str | Path) -> dict[str, str]:
+def read_predictions(path: str | Path, separator: str = " ") -> dict[str, str]:
     """Read lines of ``UTTERANCE TEXT`` as {utterance: text}; the text may be empty.
 
     s3prl names an utterance by the stem of its file, so names may repeat. Repetitions are numbered
@@ -192,23 +192,27 @@ def read_predictions(path: str | Path) -> dict[str, str]:
     texts: dict[str, str] = {}
     occurrences: Counter[str] = Counter()
     for number, line in enumerate(lines, start=1):
-        name, _, text = line.partition(" ")
+        name, _, text = line.partition(separator)
         if not name:
-            raise DataError(f"{path}: line {number}: no utterance name; expected UTTERANCE TEXT")
+            raise DataError(
+                f"{path}: line {number}: no utterance name; expected UTTERANCE{separator}TEXT"
+            )
         occurrences[name] += 1
         count = occurrences[name]
         texts[name if count == 1 else f"{name} ({count})"] = text.strip()
     return texts
 
 
-def read_pairs(hypotheses: Path, references: Path) -> list[tuple[str, str, str]]:
+def read_pairs(
+    hypotheses: Path, references: Path, separator: str = " "
+) -> list[tuple[str, str, str]]:
     """Read (utterance, hypothesis, reference) of all utterances, sorted by name.
 
     Raises:
         DataError: a file cannot be read, the files have different utterances or none, or a
             reference is empty.
     """
-    hyp, ref = read_predictions(hypotheses), read_predictions(references)
+    hyp, ref = (read_predictions(path, separator) for path in (hypotheses, references))
     if not ref:
         raise DataError(f"{references} is empty; evaluate the run again")
     differing = sorted(hyp.keys() ^ ref.keys())
@@ -246,5 +250,6 @@ def count_errors(pairs: Sequence[tuple[str, str, str]], unit: str) -> ErrorCount
 
 def count_run(run: FinishedRun, condition: str) -> ErrorCounts:
     """Count the errors of a run on the test set under ``condition``; see :func:`read_pairs`."""
-    unit = "label" if TASKS[run.task].metric == "acc" else "word"
-    return count_errors(read_pairs(*run.files(condition)), unit)
+    task = TASKS[run.task]
+    pairs = read_pairs(*run.files(condition), task.separator)
+    return count_errors(pairs, task.main.unit)

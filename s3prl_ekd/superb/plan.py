@@ -15,13 +15,12 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from ..downstream.corpus_check import check_corpus
 from ..downstream.tasks import TASKS, Task, choose_tasks, missing_paths, recipe_paths
+from ..downstream.tasks.corpus_check import check_corpus
 from ..errors import ConfigError, SetupError
 from ..files.atomic import file_sha256
 from ..files.config import apply_overrides, from_plain_data, read_yaml
 from ..prepare.common import PREPARED
-from ..prepare.er import natural_sort_key
 from ..request import (
     CACHE,
     CacheOptions,
@@ -143,14 +142,8 @@ class Recipe:
         return sorted(map(file_sha256, files))
 
     def folds(self) -> list[str | None]:
-        """For ER ``fold1``, ``fold2``, ... for each session with metadata; else ``[None]``."""
-        if self.task.name != "er":
-            return [None]
-        meta = Path(self.config["downstream_expert"]["datarc"]["meta_data"])
-        sessions = sorted((path.name for path in meta.glob("Session*")), key=natural_sort_key)
-        if not sessions:
-            raise ConfigError(f"{self.path}: {meta} has no Session1, Session2, ...")
-        return [name.replace("Session", "fold") for name in sessions]
+        """The test folds of the recipe's data; see :meth:`.Task.folds`."""
+        return self.task.folds(self.config, self.path)
 
 
 def _fold_override(fold: str) -> str:

@@ -6,7 +6,7 @@ import csv
 import io
 import itertools
 
-from ..downstream.tasks import TASKS
+from ..downstream.tasks import DEFAULT_TASKS, TASKS
 from ..system.tables import markdown_table
 from .metrics import Estimate
 from .report import CLEAN, Difference, Report, condition_title
@@ -73,8 +73,9 @@ def _main_table(report: Report) -> list[list[str]]:
 
 
 def _metric_table(report: Report, condition: str) -> list[list[str]]:
-    # The clean table has all four tasks, tested or not, because the score needs all of them.
-    tasks = tuple(TASKS) if condition == CLEAN else report.tested(condition)
+    tasks = report.tested(condition)
+    if condition == CLEAN:  # with the tasks of the score, tested or not
+        tasks = tuple(name for name in TASKS if name in {*tasks, *DEFAULT_TASKS})
     head, body = ["upstream"], [[name] for name in report.upstreams]
     for task in tasks:
         column = [report.metrics.get((name, task, condition)) for name in report.upstreams]
@@ -128,11 +129,11 @@ def _difference_cell(d: Difference | None, digits: int = 2) -> str:
 
 
 def _published() -> list[str]:
-    titles = [task.title for task in TASKS.values()]
+    titles = [TASKS[name].title for name in DEFAULT_TASKS]
     rows = [["model", "params (M)", *titles, "SUPERB score ↑", "source"]]
     for row in PUBLISHED:
         parameters = "–" if row.parameters is None else f"{row.parameters:.2f}"
-        values = [f"{row.metrics[task]:.2f}" for task in TASKS]
+        values = [f"{row.metrics[task]:.2f}" for task in DEFAULT_TASKS]
         rows.append([row.name, parameters, *values, f"{superb_score(row.metrics):.1f}", row.source])
     return [
         "## Published, for orientation",

@@ -55,7 +55,7 @@ class RunRecord:
     upstream: str
     hub: str
     checkpoint: str | None
-    task: Literal["pr", "sid", "er", "asr"]
+    task: str
     lr: float
     seed: int
     fold: str | None
@@ -72,11 +72,13 @@ class RunRecord:
     noises: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not (
-            re.fullmatch(r"fold\d+", self.fold or "") if self.task == "er" else self.fold is None
-        ):
-            raise ValueError(f"fold must be fold1, ... for er, null otherwise, got {self.fold!r}")
+        if self.task not in TASKS:
+            raise ValueError(f"task must be one of {', '.join(TASKS)}, got {self.task[:40]!r}")
         task = TASKS[self.task]
+        has_folds = task.find_folds is not None
+        if bool(re.fullmatch(r"fold\d+", self.fold or "")) != has_folds:
+            folds = "fold1, ..." if has_folds else "null"
+            raise ValueError(f"fold must be {folds} for {task.name}, got {self.fold!r}")
         metric = self.dev.metric if self.dev else task.metric
         if (self.split, metric) != (task.split, task.metric):
             raise ValueError(

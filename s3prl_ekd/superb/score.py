@@ -8,13 +8,10 @@ from typing import TypeVar
 
 import numpy as np
 
+from ..downstream.tasks import DEFAULT_TASKS, TASKS
+
 # task -> metric of FBANK and of the best system, per cent: the anchors of the public set's score
-ANCHORS: dict[str, tuple[float, float]] = {
-    "pr": (82.01, 3.53),
-    "sid": (20.058174, 90.3),
-    "er": (48.23672168, 67.62),
-    "asr": (23.18, 3.62),
-}
+ANCHORS = {name: TASKS[name].main.anchors for name in DEFAULT_TASKS}
 
 LABEL = "SUPERB score (public anchors; only comparable on SUPERB's own corpora and recipes)"
 

@@ -13,10 +13,9 @@ from .results import FinishedRun, SelectedRuns
 
 # (task, fold) -> path in the archive, below predict/
 MEMBERS: dict[tuple[str, str | None], str] = {
-    ("pr", None): "pr_public/predict.ark",
-    ("sid", None): "sid_public/predict.txt",
-    **{("er", f"fold{i}"): f"er_fold{i}_public/predict.txt" for i in range(1, 6)},
-    ("asr", None): "asr_public/predict.ark",
+    (task.name, fold): task.archive.format(fold=fold)
+    for task in TASKS.values()
+    for fold in task.board_folds or (None,)
 }
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # ZIP's earliest date: equal contents give equal archives
 

@@ -21,7 +21,18 @@ from s3prl_ekd.errors import SetupError
 from s3prl_ekd.probe.measure import CLEAN
 
 from .results import NOISY, StudyResult
-from .rows import AVERAGE_HEADS, CONTROLS, SETS, SINGLES, Row, set_name
+from .rows import (
+    AVERAGE_HEADS,
+    BASES,
+    EXPERTS,
+    LABELLED,
+    MIXED,
+    PLAIN,
+    PROBED_TEACHERS,
+    SETS,
+    Row,
+    set_name,
+)
 
 PRIMARY = (("phone frames", CLEAN), ("speaker", NOISY))
 # Of teachers' knowledge: clean, as the targets of the students are those of clean speech
@@ -97,14 +108,19 @@ class Scores:
         self, row: str, seed: int, scores: Sequence[tuple[str, str]] = PRIMARY
     ) -> np.ndarray:
         """Normalised score of a student, ``[1 + resample]``."""
-        return self._normalised(self.students[row, seed], scores)
+        return np.mean(self._shares(self.students[row, seed], scores), axis=0)
 
-    def _normalised(self, result: StudyResult, scores: Sequence[tuple[str, str]]) -> np.ndarray:
+    def worst(self, row: str, seed: int) -> np.ndarray:
+        """The smaller of a student's two shares of the way, ``[1 + resample]``: a student of
+        several teachers should be bad at nothing."""
+        return np.min(self._shares(self.students[row, seed], PRIMARY), axis=0)
+
+    def _shares(self, result: StudyResult, scores: Sequence[tuple[str, str]]) -> list[np.ndarray]:
         parts = []
         for score in scores:
             low, high = self.span(score)
             parts.append((self.accuracy(result, score) - low) / (high - low))
-        return np.mean(parts, axis=0)
+        return parts
 
     def span(self, score: tuple[str, str]) -> tuple[float, float]:
         """Mean accuracy of the untrained students, and of the best probe of a teacher that was
@@ -114,7 +130,7 @@ class Scores:
             SetupError: a result is missing, or the teachers are not better.
         """
         untrained = [r for (row, _), r in self.students.items() if row == "none"]
-        names = [name for name in SINGLES if name in self.teachers and name not in CONTROLS]
+        names = [name for name in PROBED_TEACHERS if name in self.teachers and name not in LABELLED]
         if not untrained or not names:
             raise SetupError(
                 "scores need results of row none and of the teachers: run with --rows none first"
@@ -155,7 +171,9 @@ class Scores:
         names = (set_name(teachers), *teachers)
         if any(name not in self.teachers for name in names):
             return None
-        together, *members = (self._normalised(self.teachers[n], KNOWLEDGE) for n in names)
+        together, *members = (
+            np.mean(self._shares(self.teachers[n], KNOWLEDGE), axis=0) for n in names
+        )
         best = max(members, key=lambda values: float(values[0]))
         return together - best
 
@@ -216,7 +234,6 @@ class Hypothesis:
 
 def hypotheses(scores: Scores) -> list[Hypothesis]:
     """The hypotheses, with the best single teachers chosen on the dev speakers."""
-    siblings, plain, different, control = SETS
 
     def row(teachers: tuple[str, ...], combination: str) -> str:
         return Row(teachers, combination).name
@@ -228,12 +245,12 @@ def hypotheses(scores: Scores) -> list[Hypothesis]:
         return lambda seed: first(seed) - second(seed)
 
     best = {teachers: scores.best_single(teachers) for teachers in SETS}
-    heads = row(different, "separate")
+    heads = row(EXPERTS, "separate")
     average, concat = (
-        tuple(row(teachers, combination) for teachers in (different, plain))
+        tuple(row(teachers, combination) for teachers in (EXPERTS, PLAIN))
         for combination in ("average", "concat")
     )
-    both = row(different, AVERAGE_HEADS)
+    both = row(EXPERTS, AVERAGE_HEADS)
     doses = {s: scores.headroom(s) for s in SETS if scores.headroom(s) is not None}
 
     def slope(sets: Sequence[tuple[str, ...]]) -> Callable[[int], np.ndarray]:
@@ -256,26 +273,26 @@ def hypotheses(scores: Scores) -> list[Hypothesis]:
 
     clean = [(score, CLEAN) for score, _ in PRIMARY]
     noisy = [(score, NOISY) for score, _ in PRIMARY]
-    robust = row(plain, "separate")
+    robust = row(PLAIN, "separate")
+    common = [row(EXPERTS, f"average, {basis}") for basis in BASES]
     return [
         Hypothesis(
             "H1",
-            f"heads for {set_name(different)} - {best[different]} alone",
-            (heads, best[different]),
-            difference(mean(heads), mean(best[different])),
+            f"heads for {set_name(EXPERTS)} - {best[EXPERTS]} alone",
+            (heads, best[EXPERTS]),
+            difference(mean(heads), mean(best[EXPERTS])),
         ),
         *(
-            Hypothesis(
-                key,
-                f"gain of heads over the best single teacher, per headroom{note}",
-                slope_rows(sets),
-                slope(sets),
-            )
-            for key, note, sets in (
-                ("H1b", "", list(doses)),
-                ("H1b'", ", without the control", [s for s in doses if s != control]),
-            )
-            if len(sets) > 2 and len({float(doses[s][0]) for s in sets}) > 1
+            [
+                Hypothesis(
+                    "H1b",
+                    "gain of heads over the best single teacher, per headroom",
+                    slope_rows(list(doses)),
+                    slope(list(doses)),
+                )
+            ]
+            if len(doses) > 2 and len({float(dose[0]) for dose in doses.values()}) > 1
+            else []
         ),
         Hypothesis(
             "H2",
@@ -297,7 +314,7 @@ def hypotheses(scores: Scores) -> list[Hypothesis]:
         ),
         Hypothesis(
             "H4",
-            f"{set_name(plain)} - hubert: under noise less clean",
+            f"{set_name(PLAIN)} - hubert: under noise less clean",
             (robust, "hubert"),
             difference(
                 difference(mean(robust, only=noisy), mean("hubert", only=noisy)),
@@ -307,17 +324,29 @@ def hypotheses(scores: Scores) -> list[Hypothesis]:
         Hypothesis(
             "H5",
             "average in a common basis (PHI-S, Procrustes) - average",
-            (row(different, "average, phi_s"), row(different, "average, procrustes"), average[0]),
-            difference(
-                mean(row(different, "average, phi_s"), row(different, "average, procrustes")),
-                mean(average[0]),
-            ),
+            (*common, average[0]),
+            difference(mean(*common), mean(average[0])),
         ),
         Hypothesis(
-            "control",
-            f"heads for {set_name(control)} - {best[control]} alone",
-            (row(control, "separate"), best[control]),
-            difference(mean(row(control, "separate")), mean(best[control])),
+            "worst",
+            f"the worse of the two tasks: heads for {set_name(EXPERTS)} - {best[EXPERTS]} alone",
+            (heads, best[EXPERTS]),
+            lambda seed: scores.worst(heads, seed) - scores.worst(best[EXPERTS], seed),
+        ),
+        *(
+            Hypothesis(
+                f"H1, {set_name(teachers)}",
+                f"heads for {set_name(teachers)} - {best[teachers]} alone",
+                (row(teachers, "separate"), best[teachers]),
+                difference(mean(row(teachers, "separate")), mean(best[teachers])),
+            )
+            for teachers in (PLAIN, MIXED)
+        ),
+        Hypothesis(
+            "relation",
+            "heads and the relation loss - heads",
+            (row(EXPERTS, "separate, relation"), heads),
+            difference(mean(row(EXPERTS, "separate, relation")), mean(heads)),
         ),
         Hypothesis(
             "distillation",
@@ -328,12 +357,12 @@ def hypotheses(scores: Scores) -> list[Hypothesis]:
         *(
             Hypothesis(
                 f"H1, {name}",
-                f"heads for {set_name(different)} - {name} alone",
+                f"heads for {set_name(EXPERTS)} - {name} alone",
                 (heads, name),
                 difference(mean(heads), mean(name)),
             )
-            for name in different
-            if name != best[different]
+            for name in EXPERTS
+            if name != best[EXPERTS]
         ),
     ]
 

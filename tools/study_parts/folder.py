@@ -4,7 +4,8 @@ OUT/audio/speech, voices   links to the corpora; paths in tables are relative to
 OUT/voices                 synthesised speech, as in the teachers' training data
 OUT/zoo, zoo_sibling       the teachers that the package lacks
 OUT/noise, test_noise      recordings of ESC-10: folds 1 and 2, fold 3
-OUT/labels                 manifests of the probes
+OUT/audio/*.tsv            manifests of the probes
+OUT/phone_labels           alignments of other utterances, for the training of ``phones``
 OUT/tables, targets        training utterances; their targets of all teachers
 OUT/result/pretrain/RUN    one student
 """
@@ -52,6 +53,7 @@ class StudyFolder(TrainingFolder):
             "wavlm": "tiny_wavlm",
             "robust": "tiny_robust_hubert",
             "sibling": str(self.folder / "zoo_sibling/tiny_hubert.pt"),
+            "phones": str(self.folder / "zoo_phones/tiny_phones.pt"),
             "speaker": str(zoo / "tiny_speaker.pt"),
             "prosody": str(zoo / "tiny_prosody.pt"),
             "resemblyzer": str(self.folder / "resemblyzer"),  # stored hidden states
@@ -87,7 +89,8 @@ class StudyFolder(TrainingFolder):
 
     def prepare_inputs(self) -> None:
         """Synthesise the voices, link the audio, and write noises and manifests."""
-        for name in (*(f"{name}.tsv" for name in MANIFESTS), "alignments.tsv", "esc10"):
+        inputs = (*(f"{name}.tsv" for name in MANIFESTS), "alignments.tsv", "esc10")
+        for name in (*inputs, *(["lexicon.txt"] if "phones" in self.teachers else [])):
             if not (self.speech / name).exists():
                 raise SetupError(f"{self.speech} has no {name}; see the README of the corpus")
         options = [part for name, value in VOICES.items() for part in (f"--{name}", value)]
@@ -139,7 +142,11 @@ class StudyFolder(TrainingFolder):
         return self.audio / f"{name}.tsv"
 
     def train_teachers(self) -> None:
-        """Train ``sibling``, ``speaker`` and ``prosody``."""
+        """Train the teachers that the package lacks."""
+        if "phones" in self.teachers and not Path(self.files["phones"]).exists():
+            table = self.align_unprobed()
+            options = [str(table.parent), "-o", "zoo_phones", "--manifest", str(table)]
+            self.script("train_tiny_teachers.py", *options, "--teacher", "phones")
         inputs = [str(self.speech), str(self.folder / "voices/train-clean")]
         inputs += ["--manifest", str(self.speech / "unlabeled.tsv")]
         extra = {
@@ -150,6 +157,27 @@ class StudyFolder(TrainingFolder):
         for name, options in extra.items():
             if name in self.teachers and not Path(self.files[name]).exists():
                 self.script("train_tiny_teachers.py", *inputs, *options)
+
+    def align_unprobed(self) -> Path:
+        """Align the utterances that are not for the phone probe; return their manifest.
+
+        They are the train and dev utterances of pr.tsv without a line in alignments.tsv. Their
+        sentences are other ones, most of their speakers are not.
+        """
+        table = self.folder / "phone_labels/aligned.tsv"
+        if not table.exists():
+            probed = {row["path"] for row in self.corpus.table("alignments")}
+            columns = ("path", "split", "speaker", "text")
+            lines = ["\t".join(columns)] + [
+                "\t".join(row[column] for column in columns)
+                for row in self.corpus.table("pr")
+                if row["path"] not in probed and row["split"] != "test"
+            ]
+            (self.folder / "unprobed.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+            lexicon = ["--lexicon", str(self.speech / "lexicon.txt")]
+            roots = ["--audio-root", str(self.speech), "-o", "phone_labels"]
+            self.command("prepare", "alignments", "unprobed.tsv", *roots, *lexicon)
+        return table
 
     @property
     def wheel(self) -> Path:

@@ -26,7 +26,7 @@ from .analysis import (
     holm,
 )
 from .results import NOISY, StudyResult
-from .rows import CONTROLS, PROBED_SETS, SETS, SINGLES, Row, rows, set_name
+from .rows import LABELLED, PROBED_SETS, PROBED_TEACHERS, SETS, Row, rows, set_name
 
 COLUMNS = (
     ("phone frames", CLEAN),
@@ -77,7 +77,7 @@ def _head(score: str, condition: str) -> str:
 
 def _teacher_table(scores: Scores) -> str:
     table = [["teachers", *(_head(*c) for c in COLUMNS), "headroom"]]
-    names = [(name,) for name in SINGLES]
+    names = [(name,) for name in PROBED_TEACHERS]
     for teachers in [*names, *PROBED_SETS]:
         result = scores.teachers.get(set_name(teachers))
         if result is None:
@@ -85,7 +85,7 @@ def _teacher_table(scores: Scores) -> str:
         cells = [f"{scores.accuracy(result, column)[0]:.1f}" for column in COLUMNS]
         room = scores.headroom(teachers) if len(teachers) > 1 else None
         head = "" if room is None else f"{room[0]:+.2f}"
-        marked = " (labels)" if set(teachers) & set(CONTROLS) else ""
+        marked = " (labels)" if set(teachers) & set(LABELLED) else ""
         table.append([set_name(teachers) + marked, *cells, head])
     return (
         "Accuracy of the probes on the teachers' target layers, per cent; those of sets reduced to "
@@ -96,7 +96,7 @@ def _teacher_table(scores: Scores) -> str:
 
 
 def _student_table(scores: Scores) -> str:
-    table = [["learned from", "n", *(_head(*c) for c in COLUMNS), "score"]]
+    table = [["learned from", "n", *(_head(*c) for c in COLUMNS), "score", "worst"]]
     for row in rows():
         seeds = scores.seeds([row.name])
         if not seeds:
@@ -106,12 +106,14 @@ def _student_table(scores: Scores) -> str:
             values = [scores.accuracy(scores.students[row.name, s], column)[0] for s in seeds]
             cells.append(_mean_and_deviation(values, 1))
         values = [scores.normalised(row.name, seed)[0] for seed in seeds]
-        table.append([row.name, str(len(seeds)), *cells, _mean_and_deviation(values, 2)])
+        cells.append(_mean_and_deviation(values, 2))
+        worst = [scores.worst(row.name, seed)[0] for seed in seeds]
+        table.append([row.name, str(len(seeds)), *cells, _mean_and_deviation(worst, 2)])
     ends = "; ".join("{}: {:.1f} to {:.1f}".format(_head(*s), *scores.span(s)) for s in PRIMARY)
     return (
         "Accuracy in per cent, mean ± standard deviation over seeds. Score: share of the way from "
         "the untrained student to the best probe of a teacher without labels, mean of two "
-        f"({ends}).\n\n" + markdown_table(table)
+        f"({ends}); worst: the smaller of the two.\n\n" + markdown_table(table)
     )
 
 

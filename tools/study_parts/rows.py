@@ -1,10 +1,11 @@
 """Teachers, sets of teachers, and rows of the study.
 
 A row is a student by what it learned from; ``none`` is the student before training. Teachers have
-six layers of width 192, of which three are the targets. Their shares of a set's knowledge differ:
+six layers of width 192, of which three are the targets. What they know differs more or less:
 ``sibling`` is ``hubert`` trained with another seed, ``wavlm`` and ``robust`` were trained on the
-same units with other inputs, ``speaker`` and ``prosody`` on other targets without labels.
-``resemblyzer`` is another project's model, trained with speaker labels: a positive control.
+same units with other inputs, ``speaker`` and ``prosody`` on other targets without labels. Two were
+trained with labels, so that one is better at phones and the other at speakers: ``phones``, and
+another project's ``resemblyzer``.
 """
 
 from __future__ import annotations
@@ -14,16 +15,22 @@ from typing import Any
 
 LAYERS = (2, 4, 6)
 RESEMBLYZER_LAYERS = (0, 1, 2)  # its LSTM layers
-SETS = (
+EXPERTS = ("phones", "resemblyzer")
+PLAIN = ("hubert", "wavlm", "robust")
+MIXED = ("hubert", "resemblyzer")
+SETS = (EXPERTS, PLAIN, MIXED)
+# Also probed; no student learns from these, see docs/study.md
+PROBED_SETS = (
+    *SETS,
     ("hubert", "sibling"),
-    ("hubert", "wavlm", "robust"),
     ("hubert", "speaker", "prosody"),
-    ("hubert", "resemblyzer"),
+    ("hubert", "speaker"),
+    ("hubert", "wavlm"),
+    ("hubert", "robust"),
 )
-# Also probed: small sets that no student learns from
-PROBED_SETS = (*SETS, ("hubert", "wavlm"), ("hubert", "robust"), ("hubert", "speaker"))
-SINGLES = ("hubert", "wavlm", "robust", "speaker", "prosody", "sibling", "resemblyzer")
-CONTROLS = ("resemblyzer",)  # trained with labels
+SINGLES = ("phones", "resemblyzer", "hubert", "wavlm", "robust")  # each has students
+PROBED_TEACHERS = (*SINGLES, "sibling", "speaker", "prosody")
+LABELLED = ("phones", "resemblyzer")  # trained with labels
 AVERAGE_HEADS = "average+heads"
 
 # 0.37 M parameters, trained from random weights
@@ -67,18 +74,17 @@ def set_name(teachers: tuple[str, ...]) -> str:
 
 def rows() -> list[Row]:
     """All rows, in the order in which a seed is run: those of the first hypotheses first."""
-    siblings, plain, different, control = SETS
-    result = [NONE, *(Row((name,)) for name in SINGLES)]
-    result += [Row(different, c) for c in ("separate", "average", AVERAGE_HEADS, "concat")]
-    result += [Row(plain, c) for c in ("separate", "average", "concat")]
-    result += [Row(control, c) for c in ("separate", "average")]
-    result += [Row(siblings, c) for c in ("separate", "average")]
-    result += [Row(different, c) for c in BASIS_ROWS]
-    return result
+    result = [NONE, *(Row((name,)) for name in EXPERTS)]
+    result += [Row(EXPERTS, c) for c in ("separate", "average")]
+    result += [Row((name,)) for name in PLAIN]
+    result += [Row(PLAIN, "separate"), Row(MIXED, "separate")]
+    result += [Row(EXPERTS, c) for c in (AVERAGE_HEADS, "concat")]
+    result += [Row(PLAIN, c) for c in ("average", "concat")]
+    result += [Row(EXPERTS, f"average, {c}") for c in BASES]
+    return result + [Row(EXPERTS, "separate, relation")]
 
 
-# Combinations of the last part: a common basis before averaging
-BASIS_ROWS = ("average, phi_s", "average, procrustes")
+BASES = ("phi_s", "procrustes")  # a common basis before averaging
 
 
 def model_config(row: Row, files: dict[str, str], noise: str) -> dict[str, Any]:
@@ -106,7 +112,9 @@ def model_config(row: Row, files: dict[str, str], noise: str) -> dict[str, Any]:
     }
     if combination == AVERAGE_HEADS:
         config["heads"] = {"per_teacher": True}
-    if added:
+    if added == "relation":
+        config["relation"] = {"weight": 1.0}
+    elif added:
         config |= {"target_norm": added, "target_norm_steps": 100}
     return config
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from s3prl_ekd.data.audio_files import SAMPLE_RATE, find_audio, read_headers
 from s3prl_ekd.data.manifest import read_manifest
 from s3prl_ekd.errors import DataError
+from s3prl_ekd.probe.labels import Segment, parse_segments
 
 _HOLD_OUT_EVERY = 50  # without a manifest, one in 50 utterances is for dev
 
@@ -21,6 +22,7 @@ class CorpusUtterance:
     key: str
     path: str
     length: int  # samples at 16 kHz
+    segments: tuple[Segment, ...] = ()  # phones, where the manifest has them
 
 
 @dataclass(frozen=True)
@@ -62,17 +64,18 @@ def read_corpus(
         DataError: a folder or manifest is missing or invalid, a file is not audio, or a split is
             empty.
     """
-    splits: dict[Path, dict[str, str]] = {}
+    tables: dict[Path, dict[str, tuple[str, tuple[Segment, ...]]]] = {}
     for manifest in map(Path, manifests):
         home = manifest.resolve().parent
         if home not in {Path(folder).resolve() for folder in folders}:
             raise DataError(f"{manifest} is in none of the audio folders; move it into its folder")
-        listed = splits.setdefault(home, {})
-        listed.update((entry.path, entry.split) for entry in read_manifest(manifest))
+        listed = tables.setdefault(home, {})
+        for entry in read_manifest(manifest):
+            listed[entry.path] = (entry.split, parse_segments(entry, manifest))
     by_split: dict[str, list[CorpusUtterance]] = {"train": [], "dev": [], "test": []}
     for number, folder in enumerate(map(Path, folders)):
-        split_of = splits.get(folder.resolve())
-        names = sorted(split_of) if split_of is not None else find_audio(folder)
+        table = tables.get(folder.resolve())
+        names = sorted(table) if table is not None else find_audio(folder)
         if not names:
             raise DataError(f"no .flac, .wav, .ogg or .opus file in {folder}")
         headers = read_headers(folder, names, bar=True)
@@ -82,9 +85,10 @@ def read_corpus(
             if header.samples < shortest:
                 continue
             key = f"{number}/{name}"
-            split = split_of[name] if split_of is not None else _split_by_name(key)
-            by_split[split].append(CorpusUtterance(key, str(folder / name), header.samples))
-    if not by_split["dev"] and len(by_split["train"]) > 1 and not splits:
+            split, segments = table[name] if table is not None else (_split_by_name(key), ())
+            utterance = CorpusUtterance(key, str(folder / name), header.samples, segments)
+            by_split[split].append(utterance)
+    if not by_split["dev"] and len(by_split["train"]) > 1 and not tables:
         by_split["dev"].append(by_split["train"].pop())  # a small corpus: hold out one
     for split in ("train", "dev"):
         if not by_split[split]:

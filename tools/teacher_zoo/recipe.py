@@ -96,7 +96,7 @@ class TrainingStage:
     name: str  # its folder in the zoo
     family: Family
     # Targets: clusters of "mfcc", of "prosody", or of the middle layer of a stage or of a shipped
-    # teacher; "": pairs of excerpts
+    # teacher; "phones": those of the manifest; "": pairs of excerpts
     units: str
     input_kind: InputKind
     share: float  # of the recipe's steps
@@ -156,10 +156,21 @@ STAGES = {
             train_extractor=False,
             file="tiny_speaker.pt",
         ),
+        # Of the study only, trained with labels: a teacher that knows phones better than the others
+        TrainingStage(
+            "phones",
+            "hubert",
+            "phones",
+            "clean",
+            share=1 / 3,
+            lr=0.5,
+            start="tiny_robust_hubert",
+            file="tiny_phones.pt",
+        ),
     )
 }
 SHIPPED = ("hubert", "robust_hubert", "wavlm")  # in the package
-TEACHERS = (*SHIPPED, "hubert_3", "prosody", "speaker")
+TEACHERS = (*SHIPPED, "hubert_3", "prosody", "speaker", "phones")
 
 
 def required_stages(teachers: tuple[str, ...]) -> list[TrainingStage]:

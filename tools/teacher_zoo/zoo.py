@@ -3,10 +3,10 @@
 ZOO/recipe.json                recipe and digest of the corpus, checked at each start
 ZOO/noise/                     synthetic noise
 ZOO/recorded_noise/            copies of --noise
-ZOO/units-mfcc.npz, units-hubert_1.npz, units-prosody.npz
+ZOO/units-mfcc.npz, units-hubert_1.npz, units-prosody.npz, units-phones.npz
 ZOO/STAGE/checkpoint.pt, log.json, curves.png
 ZOO/random/tiny_*.pt           random initialisation of each exported model
-ZOO/tiny_hubert.pt, tiny_robust_hubert.pt, tiny_wavlm.pt, tiny_prosody.pt, tiny_speaker.pt
+ZOO/tiny_*.pt                  one file for each teacher: tiny_hubert.pt, tiny_speaker.pt ...
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from .labels import FrameLabels, describe_labels, load_labels, make_labels, save
 from .mfcc import mfcc
 from .models import MaskedPredictor
 from .noises import RECORDED_NOISE, copy_recordings, make_synthetic_noise
+from .phones import phone_labels
 from .prosody import prosody
 from .recipe import STAGES, TeacherRecipe, TrainingStage, changed_keys, required_stages, stage_steps
 from .trainer import TrainingOptions, train
@@ -124,10 +125,14 @@ def load_or_make_labels(
     name: str, corpus: Corpus, recipe: TeacherRecipe, zoo: Path, options: TrainingOptions
 ) -> FrameLabels:
     """Read ``units-NAME.npz``, or compute it: clusters of MFCC, of prosody, or of the middle
-    layer of a stage or of a shipped teacher."""
+    layer of a stage or of a shipped teacher; or phones."""
     path = zoo / f"units-{name}.npz"
     if path.exists():
         return load_labels(path, corpus)
+    if name == "phones":
+        labels = phone_labels(corpus)
+        save_labels(labels, path)
+        return labels
     settings = recipe.units
     if name in ("mfcc", "prosody"):
         clusters, features = settings.mfcc_clusters, {"mfcc": mfcc, "prosody": prosody}[name]

@@ -1,0 +1,1 @@
+"""The IC recipe: two configurations."""

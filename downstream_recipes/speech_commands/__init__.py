@@ -1,0 +1,1 @@
+"""The KS recipe: two configurations."""

@@ -1,0 +1,51 @@
+"""KS: keyword spotting on Speech Commands v0.01, twelve classes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from ...errors import ConfigError
+from ...files.config import override_option
+from ...prepare.ks import NOISE, check_folders, training_files
+from .lookup import EXPERT, FileLookup, RecipeFiles, file_finder, setting
+from .task import Metric, Task
+
+_TRAIN = f"{EXPERT}.datarc.speech_commands_root"
+_TEST = f"{EXPERT}.datarc.speech_commands_test_root"
+_BATCH = f"{EXPERT}.datarc.batch_size"
+
+
+def _find_files(recipe: RecipeFiles) -> Iterator[FileLookup]:
+    problem = check_folders(recipe.path(_TRAIN), recipe.path(_TEST))
+    if problem:
+        raise ConfigError(f"{recipe.source}: {_TRAIN} and {Path(_TEST).suffix[1:]}: {problem}")
+    batch, count = setting(recipe.config, _BATCH), training_files(recipe.path(_TRAIN))
+    if isinstance(batch, int) and count < batch:  # s3prl drops the last batch, and waits for ever
+        raise ConfigError(
+            f"{recipe.source}: {_BATCH} is {batch}, more than the {count} recordings for training; "
+            f"edit it or add {override_option(_BATCH, str(count))}"
+        )
+    yield FileLookup(_TRAIN, [NOISE], "the class _silence_", file_finder())
+
+
+KS = Task(
+    name="ks",
+    downstream="speech_commands",
+    full="downstream/speech_commands/config.yaml",
+    tiny="downstream/speech_commands/tiny.yaml",
+    split="test",
+    best="dev-best.ckpt",
+    main=Metric("acc", "label", anchors=(41.3826674, 96.66)),
+    scale=100.0,
+    hyp="test_predict.txt",
+    ref="test_truth.txt",
+    archive="ks_public/predict.txt",
+    recipe_files=(),
+    folders=(_TRAIN, _TEST),
+    lists=(),
+    find_files=_find_files,
+    batch_seconds=0.05,
+    parameters=0.2e6,
+    demo_steps=0.5,
+)

@@ -1,0 +1,191 @@
+"""``prepare ks`` and ``prepare speech_commands``: Speech Commands' folders, for KS.
+
+s3prl reads ``TRAIN/CLASS/SPEAKER_nohash_N.wav`` and ``TEST/CLASS/*.wav``. Ten words are classes of
+their own, other folders are the class ``_unknown_``, and the recordings in ``_background_noise_``,
+cut to a random second, are ``_silence_``. A file of TRAIN is for dev if a hash of its name up to
+``_nohash_`` is in the first of ten parts, left out in the second, and for training otherwise, as
+its authors have it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..data.audio_files import SAMPLE_RATE
+from ..data.manifest import SPLITS, read_manifest
+from ..errors import DataError
+from .common import (
+    PREPARED,
+    PrepareTask,
+    audio_lengths,
+    audio_root,
+    link_folder,
+    link_or_write,
+    new_folder,
+    print_splits,
+    read_lengths,
+    write_lines,
+)
+
+WORDS = ("yes", "no", "up", "down", "left", "right", "on", "off", "stop", "go")
+UNKNOWN, SILENCE, NOISE = "_unknown_", "_silence_", "_background_noise_"
+TRAIN, TEST = "train", "test"  # in the output folder, for the recipe's two keys
+_MOST = 2**27 - 1  # of the hash
+
+KS_DESCRIPTION = """\
+Write a corpus in Speech Commands' layout for `run_downstream.py -d speech_commands`: OUT/train,
+OUT/test with symlinks to the audio, and OUT/prepared.tsv.
+
+Needs the columns path, split and word. The words yes no up down left right on off stop go are
+classes, all others are _unknown_. --noise is a folder of recordings of a second or more: a random
+second of one is the class _silence_.
+"""
+SPEECH_COMMANDS_DESCRIPTION = """\
+Check Speech Commands v0.01 for `run_downstream.py -d speech_commands`: TRAIN is the unpacked
+speech_commands_v0.01, TEST the unpacked speech_commands_test_set_v0.01. Writes OUT/train and
+OUT/test, symlinks to them.
+"""
+
+
+def split_of(name: str) -> str:
+    """The split of a file of TRAIN by its name: ``train``, ``dev`` or, left out, ``test``."""
+    digest = hashlib.sha1(name.partition("_nohash_")[0].encode("utf-8")).hexdigest()
+    share = int(digest, 16) % (_MOST + 1) * (100.0 / _MOST)
+    return "dev" if share < 10 else "test" if share < 20 else "train"
+
+
+def check_folders(train: Path, test: Path) -> str:
+    """Why s3prl cannot use these folders; "" if it can."""
+    splits = {split_of(path.name) for path in _wavs(train) if path.parent.name != NOISE}
+    for split in ("train", "dev"):
+        if split not in splits:
+            return f"{train} has no CLASS/*.wav for {split}; use the unpacked corpus"
+    if not any(True for _ in _wavs(test)):
+        return f"{test} has no CLASS/*.wav; use the unpacked test set"
+    allowed = {*WORDS, UNKNOWN, SILENCE}
+    for path in _wavs(test):
+        if path.parent.name not in allowed:
+            return f"{test} has a class {path.parent.name}; allowed: {', '.join(sorted(allowed))}"
+    noises = sorted(path for path in _wavs(train) if path.parent.name == NOISE)
+    lengths = audio_lengths(train, [f"{NOISE}/{path.name}" for path in noises], jobs=1, bar=False)
+    for path, length in zip(noises, lengths, strict=True):
+        if isinstance(length, DataError):
+            return str(length)
+        if length < SAMPLE_RATE:
+            return f"{path} has {length} samples; a noise needs a second ({SAMPLE_RATE}) or more"
+    return ""
+
+
+def training_files(train: Path) -> int:
+    """Number of recordings for training, noises included."""
+    return sum(path.parent.name == NOISE or split_of(path.name) == "train" for path in _wavs(train))
+
+
+def _wavs(root: Path) -> Iterator[Path]:
+    for folder in sorted(path for path in root.iterdir() if path.is_dir()):
+        yield from folder.glob("*.wav")
+
+
+def _name_in_split(stem: str, split: str) -> str:
+    """A file name that s3prl assigns to ``split``."""
+    for number in itertools.count():
+        name = f"{stem}-{number}_nohash_0.wav"
+        if split_of(name) == split:
+            return name
+    raise AssertionError
+
+
+def _configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--noise",
+        metavar="DIR",
+        type=Path,
+        required=True,
+        help="recordings of the class _silence_, a second or more each",
+    )
+
+
+def _prepare_ks(args: argparse.Namespace) -> None:
+    entries = read_manifest(args.manifest, columns=("path", "split", "word"))
+    root = audio_root(args)
+    samples = read_lengths(args.manifest, root, entries, args.jobs)
+    lengths: dict[str, list[int]] = {split: [] for split in SPLITS}
+    prepared = ["id\tpath\tword\tsplit\tsamples"]
+    with new_folder(args.out, replace=args.replace) as folder:
+        for entry, length in zip(entries, samples, strict=True):
+            word = entry.cells["word"]
+            if not word or word in (".", "..") or "/" in word or "\0" in word or len(word) > 80:
+                raise DataError(
+                    f"{args.manifest}: line {entry.line}: word must be a word, got {word!r:.40}"
+                )
+            label = word if word in WORDS else UNKNOWN
+            number = f"{len(prepared):06d}"
+            if entry.split == "test":
+                name = f"{TEST}/{label}/{number}.wav"
+            else:  # any folder that is not one of the words is _unknown_
+                name = f"{TRAIN}/{label}/{_name_in_split(number, entry.split)}"
+            link_or_write(root / entry.path, folder / name)
+            lengths[entry.split].append(length)
+            prepared.append(f"{name}\t{entry.path}\t{word}\t{entry.split}\t{length}")
+        _link_noise(args.noise, folder / TRAIN / NOISE)
+        problem = check_folders(folder / TRAIN, folder / TEST)
+        if problem:
+            raise DataError(f"{args.manifest}: {problem.replace(f'{folder}', f'{args.out}')}")
+        write_lines(folder / PREPARED, prepared)
+    print_splits(lengths)
+    _print_keys(args.out)
+
+
+def _link_noise(source: Path, target: Path) -> None:
+    from ..data.audio_files import find_audio
+
+    names = find_audio(source)
+    if not names:
+        raise DataError(f"--noise {source} has no audio")
+    for number, name in enumerate(names):
+        link_or_write(source / name, target / f"{number:04d}.wav")
+
+
+def _prepare_speech_commands(args: argparse.Namespace) -> None:
+    for path in (args.train, args.test):
+        if not path.is_dir():
+            raise DataError(f"{path} is not a folder; unpack the archive of Speech Commands there")
+    problem = check_folders(args.train, args.test)
+    if not (args.train / NOISE).is_dir():
+        problem = problem or f"{args.train} has no {NOISE}"
+    if problem:
+        raise DataError(problem)
+    with new_folder(args.out, replace=args.replace) as folder:
+        link_folder(args.train, folder / TRAIN)
+        link_folder(args.test, folder / TEST)
+        counts = {"train": 0, "dev": 0, "test": 0}
+        for path in _wavs(args.train):
+            if path.parent.name != NOISE and split_of(path.name) != "test":
+                counts[split_of(path.name)] += 1
+        counts["test"] = sum(1 for _ in _wavs(args.test))
+        write_lines(folder / PREPARED, ["split\tfiles", *(f"{k}\t{n}" for k, n in counts.items())])
+    print(", ".join(f"{name}: {count} files" for name, count in counts.items()))
+    _print_keys(args.out)
+
+
+def _print_keys(out: Path) -> None:
+    print(f"wrote {out}; in the YAML: speech_commands_root: {out / TRAIN}")
+    print(f"               speech_commands_test_root: {out / TEST}")
+
+
+KS = PrepareTask(
+    "Speech Commands' layout from a manifest, for -d speech_commands",
+    KS_DESCRIPTION,
+    _prepare_ks,
+    _configure,
+)
+SPEECH_COMMANDS = PrepareTask(
+    "check Speech Commands v0.01, for -d speech_commands",
+    SPEECH_COMMANDS_DESCRIPTION,
+    _prepare_speech_commands,
+    inputs=(("train", "TRAIN"), ("test", "TEST")),
+)
