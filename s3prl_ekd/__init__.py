@@ -31,6 +31,9 @@ def register() -> None:
 def load_student(path: str | Path) -> LoadedStudent:
     """Load a student from a file, a run's folder, a Hugging Face folder or an id on the Hub; see
     :func:`.teachers.student_source.find_student`."""
+    from .system.s3prl_distribution import require_s3prl
+
+    require_s3prl()
     from .teachers.student_source import find_student
 
     return find_student(path).load()

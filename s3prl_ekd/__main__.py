@@ -1,4 +1,10 @@
-"""``python -m s3prl_ekd COMMAND ...``: any ``s3prl-ekd`` command, a script of s3prl or torchrun."""
+"""``python -m s3prl_ekd COMMAND ...``: any ``s3prl-ekd`` command, a script of s3prl or torchrun.
+
+``python -m s3prl_ekd MODULE ...`` is ``python -m MODULE ...`` with ``ekd_student`` registered, for
+programs that take upstreams from s3prl's hub: ``python -m s3prl_ekd espnet2.bin.asr_train ...``. A
+``-m`` before MODULE is ignored, so that ``python -m s3prl_ekd`` can stand for ``python`` in scripts
+such as ESPnet's ``asr.sh --python "python3 -m s3prl_ekd"``.
+"""
 
 from __future__ import annotations
 
@@ -24,9 +30,20 @@ def main() -> int | None:
         from .launch import SCRIPTS
 
         return SCRIPTS[sys.argv.pop(1)]()
+    if module := _other_module(sys.argv[1:]):
+        from .launch.module import run_module
+
+        return run_module(module, sys.argv[3 if sys.argv[1] == "-m" else 2 :])
     from .cli import main as cli_main
 
     return cli_main()
+
+
+def _other_module(argv: list[str]) -> str | None:
+    """The module to run, which is no command of this package; None if ``argv`` names none."""
+    if argv[:1] == ["-m"]:
+        return argv[1] if len(argv) > 1 else None
+    return argv[0] if argv and "." in argv[0] and not argv[0].startswith("-") else None
 
 
 def process() -> NoReturn:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from . import __version__
 from .files import trust
 from .files.renamed_keys import renamed_text
+from .system.s3prl_distribution import announce_s3prl
 from .system.terminal import (
     log_to_stderr,
     prepare_streams,
@@ -63,11 +64,17 @@ RENAMED = {
 TRUSTING = {"superb", "sweep", "export", "features", "cost", "teachers", "group-layers", "cache"}
 TRUSTING |= {"probe", "fit-units", "essence", "prune", "merge", "push"}
 
+# Commands that need s3prl in any case, which is checked first. Others may need it later.
+NEED_S3PRL = (TRUSTING - {"cost"}) | {"demo", "recipe"}
+
 EXAMPLE = """\
 example:
   s3prl-ekd doctor
   s3prl-ekd init .
   run_pretrain.py -u ekd -n my_student
+
+any other module, with ekd_student registered in s3prl:
+  python -m s3prl_ekd espnet2.bin.asr_train --config train.yaml
 """
 
 
@@ -99,6 +106,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         logger.warning("command %s", renamed_text(old, RENAMED[old]))
     if name == "bench":
         parser.error("bench is not a command; in a checkout, type: python -m tools.bench")
+    quiet_s3prl()
+    with show_errors(), printable_stdout():
+        return _run(parser, subparsers, name, argv)
+
+
+def _run(
+    parser: argparse.ArgumentParser,
+    subparsers: argparse._SubParsersAction[argparse.ArgumentParser],
+    name: str | None,
+    argv: list[str],
+) -> int:
+    """Import the module of the command ``name``, parse ``argv`` and run it."""
     for command, help_line in COMMANDS.items():
         module = None
         if command == name:
@@ -117,10 +136,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if module:
             module.configure(subparser)
             subparser.set_defaults(run=module.main)
-    quiet_s3prl()
-    with show_errors(), printable_stdout():
-        args = parser.parse_args(argv)  # prints --help, too
-        return args.run(args) or 0
+    args = parser.parse_args(argv)  # prints --help, too
+    if name in NEED_S3PRL:
+        announce_s3prl()
+    return args.run(args) or 0
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from s3prl_ekd.data.batches import Batch
 from s3prl_ekd.downstream import requirements
 from s3prl_ekd.downstream.tasks import TASKS, Task
 from s3prl_ekd.errors import DataError, SetupError
+from s3prl_ekd.system import s3prl_distribution
 
 from .conftest import edit_yaml, error_of
 
@@ -104,7 +105,8 @@ def test_versions_are_those_installed(report):
     for name in doctor.PACKAGES[1:]:  # torch has its build after the version
         assert report["versions"][name] == metadata.version(name)
     assert report["versions"]["torch"].startswith(f"{torch.__version__} (")
-    assert report["versions"]["s3prl"].startswith(metadata.version("s3prl"))
+    host = s3prl_distribution.installation().claims[0].name  # s3prl or espnet-s3prl
+    assert report["versions"]["s3prl"].startswith(f"{host} {metadata.version(host)} (")
     assert report["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
 
 
@@ -266,7 +268,7 @@ def test_shims_that_cannot_be_applied_are_reported(monkeypatch):
     def fail():
         raise SetupError("no torchaudio")
 
-    monkeypatch.setattr(compat, "apply", fail)
+    monkeypatch.setattr(compat, "apply_shims", fail)
     monkeypatch.setattr(compat, "_fired", [])
     states = {shim["state"] for shim in doctor._shims()}
     assert states == {"failed: no torchaudio"}

@@ -35,6 +35,9 @@ NOT_RUN = {
     "make demo": "minutes; its parts are in tests/test_demo.py",
     "make test": "it runs this test",
     "make test-all": "it runs this test",
+    "make test-espnet": "it sets up another environment",
+    "pip install -r requirements-espnet.txt": "make test-espnet installs so",
+    "pip install --no-deps .": "make test-espnet installs so",
     "make setup": ".ci/run sets up",
     "make docs": "tests/test_docs.py builds the documents",
     "make fuzz": "hours; make test runs the same cases with fewer inputs",
@@ -45,6 +48,7 @@ NOT_RUN = {
 }
 NOT_RUN_PREFIXES = {
     "s3prl-ekd recipe ekd960 --librispeech": "minutes or weeks; a tiny one in tests/test_recipe.py",
+    "pip uninstall -y s3prl &&": "tests/test_s3prl_distribution.py has the steps",
     "docker run": "needs docker and an image",
     "torchrun --standalone --nproc_per_node=8": "8 GPUs; tests/test_processes.py runs 2 processes",
     "run_pretrain.py -u ekd -n dp_hubert_final": "25,000 steps; tests/test_prune.py runs a few",
@@ -65,6 +69,8 @@ NOT_RUN_PREFIXES = {
     "python tools/make_voices.py": "minutes; tests/test_make_voices.py makes a few",
     "python tools/train_tiny_teachers.py": "hours; test_train_tiny_teachers.py trains briefly",
 }
+# Pages that are run elsewhere, because they need other packages.
+RUN_ELSEWHERE = {"docs/espnet.md": "tests/test_espnet.py, by make test-espnet"}
 # Commands of which --dry-run is run: it checks all options and prints every command.
 DRY_RUN = "s3prl-ekd superb"
 # Pages that go on from another one: the commands of that one which they need.
@@ -113,7 +119,11 @@ def hub(page, tmp_path_factory, monkeypatch):
 
 @pytest.mark.parametrize(
     "page",
-    [page if page == "README.md" else pytest.param(page, marks=pytest.mark.slow) for page in RUN],
+    [
+        page if page == "README.md" else pytest.param(page, marks=pytest.mark.slow)
+        for page in RUN
+        if page not in RUN_ELSEWHERE
+    ],
 )
 def test_commands_of_a_page(page, hub, tmp_path):
     machine, typed = Machine(tmp_path), set()
@@ -164,7 +174,7 @@ def put_into_config(machine: Machine, text: str) -> None:
 def test_scripts_of_clusters_are_valid():
     """SLURM scripts cannot be run here; bash reads them."""
     scripts = [s for page in PAGES for s in snippets(page) if s.language == "bash"]
-    assert len(scripts) == 4
+    assert len(scripts) == 5
     for script in scripts:
         result = subprocess.run(["bash", "-n"], input=script.text, text=True, capture_output=True)
         assert result.returncode == 0 and not result.stderr, (script.line, result.stderr)

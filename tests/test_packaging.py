@@ -1,6 +1,7 @@
 """Wheel and sdist contain all files; importing is fast."""
 
 import ast
+import email
 import shutil
 import subprocess
 import sys
@@ -67,9 +68,22 @@ def test_the_wheel_has_all_files_in_one_package(built):
 def test_the_sdist_has_all_files(built):
     names = {name.split("/", 1)[-1] for name in tarfile.open(built[1]).getnames()}
     others = ["setup.py", "pyproject.toml", "constraints.txt", "Makefile", "README.md", "LICENSE"]
+    others += ["requirements-espnet.txt", "tests/requirements_espnet.txt"]
     others += ["CITATION.cff", "tests/conftest.py", "tests/written_by_0_1/files.tar.gz"]
     for path in [*DATA, *MODULES, *others]:
         assert path in names, path
+
+
+def test_the_requirements_beside_espnet_are_the_wheels(built):
+    """All but s3prl, which ESPnet has in its own distribution, and what ESPnet brings."""
+    with zipfile.ZipFile(built[0]) as wheel:
+        (name,) = [name for name in wheel.namelist() if name.endswith(".dist-info/METADATA")]
+        metadata = email.message_from_bytes(wheel.read(name))
+    required = {text for text in metadata.get_all("Requires-Dist") if ";" not in text}
+    apart = {text for text in required if text.split(">")[0] in ("s3prl", "torch", "torchaudio")}
+    lines = (REPO / "requirements-espnet.txt").read_text().splitlines()
+    assert {line for line in lines if not line.startswith("#")} == required - apart
+    assert len(apart) == 3
 
 
 def test_an_unpacked_wheel_works(built, tmp_path):

@@ -182,4 +182,4 @@ def test_without_scikit_learn(config, corpus, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "sklearn.cluster", None)
     with pytest.raises(SystemExit):
         units_command(config, corpus / "audio", "-o", tmp_path / "u")
-    assert "pip install 's3prl_ekd[units]'" in capsys.readouterr().err
+    assert "pip install scikit-learn" in capsys.readouterr().err

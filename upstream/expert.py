@@ -25,6 +25,10 @@ WITH_HEADS = "hidden_states_and_heads"
 class UpstreamExpert(UpstreamBase):
     """A distilled student for s3prl's downstream tasks.
 
+    Fine-tuning trains every parameter of the student, with gradients of one scale, as transformers
+    does with the folder of ``s3prl-ekd export hf``: ``feature_grad_mult``, ``train_extractor`` and
+    layer dropout are settings of the distillation.
+
     A student with gates, as in a checkpoint of a pruning run, has fixed gates in eval mode, and is
     refused in training mode.
 
@@ -44,11 +48,21 @@ class UpstreamExpert(UpstreamBase):
         self.targets = loaded.targets
         self.about = loaded.about
         # Layerdrop would change the number of hidden states during fine-tuning (-f).
-        self.student.backbone.encoder.layerdrop = 0.0
+        self.model.encoder.layerdrop = 0.0
+        self.model.feature_grad_mult = 1.0
+        self.model.feature_extractor.requires_grad_(True)
         problem = heads_problem(loaded)
         if problem:
             self.heads = None
             logger.info("%s: %s is not available: %s", ckpt, WITH_HEADS, problem)
+
+    @property
+    def model(self) -> Any:
+        """The student's network, under the name that it has in s3prl's upstreams.
+
+        ESPnet sets its ``feature_grad_mult``. A property, so that it is in ``state_dict`` once.
+        """
+        return self.student.backbone
 
     def get_downsample_rates(self, key: str) -> int:
         """Samples per frame: 320 (20 ms at 16 kHz) for the default conv extractor."""

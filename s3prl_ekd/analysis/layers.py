@@ -200,7 +200,7 @@ def require_scipy() -> tuple[Any, Any]:
         from scipy.spatial.distance import squareform
     except ImportError:
         raise SetupError(
-            "clustering layers needs scipy; type: pip install 's3prl_ekd[analysis]'"
+            "clustering layers needs scipy; type: pip install scipy matplotlib"
         ) from None
     return hierarchy, squareform
 

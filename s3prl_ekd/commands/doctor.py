@@ -27,7 +27,6 @@ import argparse
 import contextlib
 import dataclasses
 import importlib
-import importlib.util
 import io
 import json
 import logging
@@ -45,6 +44,7 @@ from ..downstream import requirements
 from ..downstream.tasks import TASKS
 from ..errors import ConfigError, SetupError
 from ..files.atomic import write_text
+from ..system import s3prl_distribution
 from ..system.tables import text_table
 from ..teachers.names import check_source
 from .cost import check_report
@@ -264,6 +264,7 @@ def examine(folder: Path) -> dict:
     return {
         "ok": not pretrain and all(r["modules"] for r in recipes if r["task"] == "ASR"),
         "versions": _versions(),
+        "s3prl_problem": s3prl_distribution.installation().problem,
         "torch_load": _torch_load(),
         "audio": _audio(),
         "devices": _devices(),
@@ -277,7 +278,7 @@ def examine(folder: Path) -> dict:
 def _shims() -> list[dict]:
     failure = ""
     try:
-        compat.apply()
+        compat.apply_shims()
     except (ImportError, SetupError) as error:  # e.g. torch is not installed: report it
         failure = f"failed: {error}"
     return [
@@ -294,10 +295,11 @@ def _shims() -> list[dict]:
 
 def _versions() -> dict[str, str | None]:
     """Map package -> version and build, or None if it is not installed."""
+    s3prl = s3prl_distribution.installation()
     versions: dict[str, str | None] = {
         "python": platform.python_version(),
         "s3prl_ekd": __version__,
-        "s3prl": _s3prl(),
+        "s3prl": str(s3prl) if s3prl.folder else None,
     }
     for name in PACKAGES:
         try:
@@ -329,15 +331,6 @@ def _torch_load() -> str:
         "s3prl_ekd scans each checkpoint and rejects such files, other programs do not; type: pip "
         "install --upgrade 'torch>=2.10'"
     )
-
-
-def _s3prl() -> str | None:
-    spec = importlib.util.find_spec("s3prl")
-    if spec is None or spec.origin is None:
-        return None
-    home = Path(spec.origin).parent
-    kind = "git checkout" if (home.parent / ".git").exists() else "package"
-    return f"{(home / 'version.txt').read_text().strip()} ({kind}, {home})"
 
 
 def _audio() -> dict:
@@ -400,6 +393,10 @@ def _folder(folder: Path) -> dict:
 def as_text(report: dict) -> str:
     """Format the report as aligned columns under headings."""
     audio, folder = report["audio"], report["folder"]
+    versions = [(name, version or "MISSING") for name, version in report["versions"].items()]
+    if report["s3prl_problem"]:
+        index = [name for name, _ in versions].index("s3prl")
+        versions.insert(index + 1, ("", report["s3prl_problem"]))
     formats = {name: "yes" if readable else "no" for name, readable in audio["formats"].items()}
     decoder = audio["decoder"] or f"none: {audio['problem']}"
     tasks = [("pretraining", *_readiness(report["pretrain"]))]
@@ -408,7 +405,7 @@ def as_text(report: dict) -> str:
     setup = "set up" if folder["pretrain_ekd"] else f"not set up; type: {folder['remedy']}"
     scripts = "of this s3prl checkout" if folder["own_scripts"] else "of the installed s3prl"
     sections = {
-        "versions": [(k, v or "MISSING") for k, v in report["versions"].items()],
+        "versions": versions,
         "checkpoints": [("torch.load", report["torch_load"])],
         "audio": [("decoder", decoder), *formats.items()],
         "devices": list(report["devices"].items()) or [("none", "cannot import torch")],

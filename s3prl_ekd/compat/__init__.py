@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 
+from ..system.s3prl_distribution import announce_s3prl
 from . import audio, catalyst, checkpoints, names, sox, torchaudio_import
 from .audio import audio_decoder
 from .checkpoints import checkpoint_globals, torch_load_cves
@@ -20,6 +21,7 @@ __all__ = [
     "SHIMS",
     "Shim",
     "apply",
+    "apply_shims",
     "audio_decoder",
     "checkpoint_globals",
     "fired",
@@ -47,26 +49,33 @@ _fired: list[str] = []
 def apply() -> tuple[str, ...]:
     """Apply the shims that are needed, and log their names (at DEBUG one line each).
 
-    Further calls change nothing.
+    Before, :func:`..system.s3prl_distribution.announce_s3prl`. Further calls change nothing.
 
     Returns:
         The names of all shims applied in this process, in the order of ``SHIMS``.
 
     Raises:
-        SetupError: torchaudio cannot be imported, even without its compiled extension.
+        SetupError: s3prl is not installed, or torchaudio cannot be imported, even without its
+            compiled extension.
         ImportError: a package that s3prl needs is not installed.
     """
+    announce_s3prl()
+    return apply_shims()
+
+
+def apply_shims() -> tuple[str, ...]:
+    """:func:`apply` for a report: s3prl may be missing."""
     applied = []
     for shim in SHIMS:
         if shim.missing():
             shim.apply()
             logger.debug("%s: %s (missing since %s)", shim.name, shim.summary, shim.since)
             applied.append(shim.name)
+            _fired.append(shim.name)
     if applied:
         logger.info(
             "compatibility shims for s3prl: %s (details: s3prl-ekd doctor)", ", ".join(applied)
         )
-        _fired.extend(applied)
     repeat_in_children(apply)
     return fired()
 

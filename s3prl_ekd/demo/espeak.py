@@ -106,6 +106,6 @@ def espeak() -> Espeak:
         import espeakng_loader
     except ImportError as error:
         raise SetupError(
-            "the synthetic corpus needs espeak-ng; type: pip install 's3prl_ekd[demo]'"
+            "the synthetic corpus needs espeak-ng; type: pip install espeakng-loader"
         ) from error
     return Espeak(espeakng_loader.get_library_path(), espeakng_loader.get_data_path())

@@ -19,6 +19,7 @@ from ..compat import voxceleb1_cache
 from ..compat.child_processes import repeat_in_children
 from ..errors import ConfigError, SetupError
 from ..files.config import read_yaml
+from ..system import s3prl_distribution
 from .tasks import Task, missing_paths
 from .tasks.corpus_check import check_corpus
 
@@ -145,6 +146,10 @@ def _import_problem(name: str) -> RequirementProblem | None:
 
 def _missing_module(name: str) -> RequirementProblem:
     package = name.partition(".")[0]
+    if package == s3prl_distribution.MODULE:
+        s3prl = s3prl_distribution.installation()
+        if s3prl.folder is None:
+            return RequirementProblem(s3prl.problem)
     if importlib.util.find_spec(package) is not None:
         return RequirementProblem(f"module {name} is missing from {package}")
     install = INSTALL.get(package, f"pip install {package}")

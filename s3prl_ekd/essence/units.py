@@ -115,7 +115,7 @@ def require_sklearn() -> type:
         from sklearn.cluster import MiniBatchKMeans
     except ImportError:
         raise SetupError(
-            "fitting units needs scikit-learn; type: pip install 's3prl_ekd[units]'"
+            "fitting units needs scikit-learn; type: pip install scikit-learn"
         ) from None
     return MiniBatchKMeans
 

@@ -119,7 +119,7 @@ def require_onnx() -> None:
         import onnxruntime  # noqa: F401
     except ImportError as error:
         raise SetupError(
-            f"{error.name} is not installed; type: pip install 's3prl_ekd[onnx]'"
+            f"{error.name} is not installed; type: pip install onnx onnxruntime"
         ) from None
 
 

@@ -22,6 +22,7 @@ from ..compat.source import in_checkout
 from ..files import trust
 from ..request import DOWNSTREAM_HELP, INIT_HINT, DownstreamRequest, RequestT
 from ..system import torchrun
+from ..system.s3prl_distribution import announce_s3prl
 from ..system.terminal import log_to_stderr, prepare_streams, quiet_s3prl, show_errors
 
 
@@ -71,6 +72,7 @@ def _launch(
     argv = sys.argv[1:]
     hint = "" if "evaluate" in argv else "; add -a (without -e) to resume"
     with _messages(f"stopped by Ctrl-C{hint}"):
+        announce_s3prl()
         if "-h" in argv or "--help" in argv:
             with _initialised_folder():
                 script = import_script(name)

@@ -23,7 +23,7 @@ is PHONE:START+LENGTH in frames of 10 ms, without stress, SIL for silence. OUT/a
 audio.
 
 The text of each utterance is aligned with its pronunciations by PocketSphinx and its acoustic model
-of American English (pip install 's3prl_ekd[align]'). Needs the columns path, speaker, text, split,
+of American English (pip install pocketsphinx). Needs the columns path, speaker, text, split,
 and a lexicon (--lexicon, --g2p). Utterances that cannot be aligned are left out and counted. The
 phones are those of the lexicon, which a speaker with an accent may not have said.
 """
@@ -73,9 +73,7 @@ def make_aligner(pronunciations: Mapping[str, Sequence[str]]) -> Any:
     try:
         from pocketsphinx import Decoder
     except ImportError:
-        raise SetupError(
-            "alignments need PocketSphinx; type: pip install 's3prl_ekd[align]'"
-        ) from None
+        raise SetupError("alignments need PocketSphinx; type: pip install pocketsphinx") from None
     with tempfile.TemporaryDirectory() as folder:
         dictionary = Path(folder) / "words.dict"
         lines = [

@@ -129,7 +129,7 @@ def _model() -> Callable[[str], list[str]]:
         with replaced(nltk, "download", lambda *args, **kwargs: False):
             from g2p_en import g2p
     except ImportError:
-        raise SetupError("--g2p needs a model: pip install 's3prl_ekd[g2p]'") from None
+        raise SetupError("--g2p needs a model: pip install espnet-g2p-en") from None
     with replaced(g2p, "cmudict", SimpleNamespace(dict=dict)):  # NLTK's, which may not be installed
         return g2p.G2p().predict
 
@@ -148,7 +148,7 @@ def add_lexicon_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--g2p",
         action="store_true",
-        help="predict the phones of other words (pip install 's3prl_ekd[g2p]')",
+        help="predict the phones of other words (pip install espnet-g2p-en)",
     )
 
 

@@ -125,5 +125,7 @@ def require_lda() -> type:
     try:
         from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
     except ImportError:
-        raise SetupError("probe needs scikit-learn; type: pip install 's3prl_ekd[probe]'") from None
+        raise SetupError(
+            "probe needs scikit-learn; type: pip install scikit-learn matplotlib"
+        ) from None
     return LinearDiscriminantAnalysis

@@ -100,7 +100,7 @@ def check_lexicon(plan: RecipePlan) -> None:
     except DataError as error:
         raise DataError(f"--lexicon: {error}") from None
     if options.g2p and importlib.util.find_spec("g2p_en") is None:
-        raise SetupError('--g2p needs g2p_en; type: pip install "s3prl_ekd[g2p]"')
+        raise SetupError("--g2p needs g2p_en; type: pip install espnet-g2p-en")
 
 
 def check_configs(plan: RecipePlan) -> None:

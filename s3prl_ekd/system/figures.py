@@ -21,7 +21,7 @@ def require_matplotlib() -> tuple[Any, Any]:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
-        raise SetupError("plots need matplotlib; type: pip install 's3prl_ekd[plots]'") from None
+        raise SetupError("plots need matplotlib; type: pip install matplotlib") from None
     return FigureCanvasAgg, Figure
 
 

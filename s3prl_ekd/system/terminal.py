@@ -114,11 +114,17 @@ def show_errors(interrupted: str = "stopped by Ctrl-C", *, script: bool = False)
         try:
             yield
         except SystemExit:  # argparse, which has printed --help or its own error
-            sys.stdout.flush()
+            _flush_stdout()
             raise
-        sys.stdout.flush()
+        _flush_stdout()
     except EkdError as error:
         exit_with(error)
+    except ImportError as error:
+        from .s3prl_distribution import missing_s3prl
+
+        if (error.name or "").partition(".")[0] == "s3prl" and (problem := missing_s3prl()):
+            exit_with(SetupError(problem))
+        raise
     except KeyboardInterrupt:
         print(f"\n{interrupted}", file=sys.stderr)
         raise SystemExit(130) from None
@@ -129,6 +135,11 @@ def show_errors(interrupted: str = "stopped by Ctrl-C", *, script: bool = False)
         if error.errno not in _EXHAUSTED and (script or error.filename is None):
             raise
         exit_with(SetupError(_os_error_message(error)))
+
+
+def _flush_stdout() -> None:
+    if not sys.stdout.closed:  # as python -m json.tool leaves it
+        sys.stdout.flush()
 
 
 def _os_error_message(error: OSError) -> str:

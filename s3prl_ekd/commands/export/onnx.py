@@ -5,7 +5,7 @@ int64, valid samples. Outputs: `hidden_states` [layer, batch, frame, dim], the p
 (of a copied student, the input of the first layer) and each layer's output, and `frame_lengths`
 [batch], int64, valid frames. The graph is compared with torch on waveforms of three lengths and on
 a padded batch; if they differ, FILE is not written.
-Needs onnx and onnxruntime (pip install 's3prl_ekd[onnx]').
+Needs onnx and onnxruntime (pip install onnx onnxruntime).
 
 example:
   s3prl-ekd export onnx student.safetensors -o student.onnx --int8
