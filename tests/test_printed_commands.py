@@ -25,13 +25,6 @@ def test_after_an_export(student_file, tmp_path, capsys, kind):
     assert str(out) in next_argv(capsys)
 
 
-def test_python_after_an_export(student_file, tmp_path, capsys):
-    out = tmp_path / 'a"b'
-    assert cli.main(["export", "hf", str(student_file), "-o", str(out)]) == 0
-    (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("next: ")]
-    assert f"({str(out)!r})" in line
-
-
 def test_after_init(tmp_path):
     folder = tmp_path / AWKWARD
     cd = _next_steps(folder, CorpusPaths(None, None, None, [])).partition(", then")[0]
