@@ -83,7 +83,7 @@ def parse_upstream(text: str, selection: str = "hidden_states") -> Upstream:
     elif colon and not source.startswith(("http://", "https://")):
         if not Path(checkpoint).exists():
             raise SetupError(f"{text}: no such file: {checkpoint}")
-        selection = selection if hub == "ekd_student" else "hidden_states"
+        selection = selection if hub.startswith("ekd_student") else "hidden_states"
         upstream = Upstream(name or f"{hub}-{_name_from(checkpoint)}", hub, checkpoint, selection)
     elif re.fullmatch(r"\w+", source):
         upstream = Upstream(name or source, source)
