@@ -60,7 +60,7 @@ def register() -> None:
 
 
 def _options(options: Callable[[bool], list[str]], only_registered_ckpt: bool = False) -> list[str]:
-    """s3prl's list of upstreams; those that need no path are without ``ekd_student``, which does."""
+    """s3prl's list of upstreams, where ``ekd_student`` needs a path in spite of its name."""
     names = options(only_registered_ckpt)
     return [name for name in names if not only_registered_ckpt or name != "ekd_student"]
 
