@@ -35,6 +35,24 @@ def test_after_init(tmp_path):
     assert shlex.split(init_command(folder))[-1] == str(folder)
 
 
+def test_only_what_can_run_is_printed_after_init(tmp_path):
+    corpora = {"librispeech": tmp_path, "voxceleb1": tmp_path / "v", "iemocap": tmp_path}
+    (tmp_path / "v").mkdir()
+    (tmp_path / "v/iden_split.txt").touch()
+
+    def superb(**paths):
+        *_, last = printed(_next_steps(tmp_path, CorpusPaths(**paths)))
+        return last if last.startswith("s3prl-ekd superb ") else None
+
+    assert superb(**corpora, lexicon=[tmp_path]) == "s3prl-ekd superb student.safetensors"
+    assert superb(**corpora).endswith(" --tasks sid er asr")
+    assert superb(librispeech=tmp_path).endswith(" --tasks asr")
+    text = _next_steps(tmp_path, CorpusPaths(**corpora))
+    assert f" {tmp_path}/v/iden_split.txt " in text
+    (line,) = [x for x in printed(text) if "librispeech" in x and "prepare" in x]
+    assert "--lexicon" not in line  # a file that may not be there
+
+
 def printed(output: str) -> list[str]:
     """The commands after ``next:``, on its line or on the indented lines after it."""
     commands, listing = [], False

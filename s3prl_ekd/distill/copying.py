@@ -27,7 +27,7 @@ class WeightNormConv1d(nn.Conv1d):
         return {key: value for key, value in self.__dict__.items() if key not in computed}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         for norm in self._norms():
             setattr(self, norm.name, norm.compute_weight(self))
 
@@ -38,6 +38,7 @@ class WeightNormConv1d(nn.Conv1d):
 
 def make_copyable(backbone: nn.Module) -> None:
     """Replace what prevents copies of a student's modules; its outputs do not change."""
+    module: Any
     for module in backbone.modules():
         if type(module) is nn.Conv1d and module._forward_pre_hooks:
             module.__class__ = WeightNormConv1d
