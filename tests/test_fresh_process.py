@@ -5,6 +5,7 @@ Neither s3prl_ekd nor its shims are installed there.
 
 import json
 import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -55,11 +56,9 @@ def hf_export(student_file, tmp_path, capsys):
 
 
 def test_the_card_of_a_hugging_face_folder(hf_export, transformers_environment):
-    folder, command = hf_export
+    folder, _ = hf_export
     # 2 layers and their input; 2 waveforms, 49 frames in a second
     assert shape_of_states(folder / "README.md", transformers_environment) == [3, 2, 49, 48]
-    shown = typed(command, folder.parent, transformers_environment)
-    assert "HubertModel(" in shown
 
 
 def remove_libraries(programs: Path, command: str) -> None:
@@ -100,7 +99,7 @@ def test_after_export_onnx(student_file, tmp_path, capsys):
     assert typed(next_line(capsys), tmp_path, programs).strip() == "(3, 1, 49, 48)"
 
 
-def test_after_features(student_file, tmp_path, capsys):
+def test_after_features(student_file, tmp_path, capsys, monkeypatch):
     write_audio(tmp_path / "audio/a.wav", make_sound(0.5))
     out = tmp_path / AWKWARD / "f.safetensors"
     out.parent.mkdir()
@@ -111,5 +110,9 @@ def test_after_features(student_file, tmp_path, capsys):
     from s3prl_ekd.commands import features
 
     (example,) = re.findall(r"^  (python .*)$", features.__doc__, re.MULTILINE)
+    _, option, code = shlex.split(example)
+    assert option == "-c"
     shutil.copy(out, tmp_path / "dev.safetensors")
-    assert "a.wav#0" in typed(example, tmp_path, programs)
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    assert "a.wav#0" in capsys.readouterr().out

@@ -24,6 +24,14 @@ FAULTS = {
 }
 FAULTS["a float as rate"] = BROKEN_SOURCE["a float as rate"][1]
 FAULTS["no layers"] = lambda text: text + SUBCLASS.format('return {"hidden_states": []}')
+FAULTS["a syntax error"] = BROKEN_SOURCE["a syntax error"][1]
+FAULTS["no class"] = lambda text: text.replace("class UpstreamExpert", "class Upstream")
+FAULTS["no argument"] = lambda text: (
+    text
+    + SUBCLASS.format("return out").replace(
+        "    def forward", "    def __init__(self):\n        pass\n\n    def forward"
+    )
+)
 FAULTS["an error"] = lambda text: text + SUBCLASS.format("return states[99]")
 
 
@@ -125,9 +133,9 @@ def test_upload_and_info(clone, programs):
     # all six files, and nothing else that happened to be staged
     assert len(git(hub, "ls-tree", "-r", "--name-only", "HEAD").split()) == 6
     assert commit in shown and str(hub) in shown
-    git(clone, "remote", "set-url", "origin", "https://ann:secret@example.org/ann/model")
+    git(clone, "remote", "set-url", "origin", "https://ann:sec@ret@example.org/ann/model")
     shown = typed("python cli.py info", clone, programs)
-    assert "https://example.org/ann/model\n" in shown and commit in shown and "secret" not in shown
+    assert "https://example.org/ann/model\n" in shown and commit in shown and "ret@" not in shown
     (clone / "README.md").write_text("changed")
     assert "error: not all is uploaded" in typed("python cli.py info", clone, programs, code=1)
 

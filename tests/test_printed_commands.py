@@ -92,4 +92,4 @@ def test_printed_commands_run_as_typed(tmp_path):
         open_commands = printed(machine.type(command + dry)) + open_commands
     scripts = [command.split()[0] for command in typed]
     assert scripts.count("run_pretrain.py") == 2 and scripts.count("run_downstream.py") == 2
-    assert len(typed) == 9, typed
+    assert len(typed) == 10, typed

@@ -11,6 +11,7 @@ example:
 """
 
 import argparse
+import importlib
 import re
 import subprocess
 import sys
@@ -57,9 +58,10 @@ def validate():
     import torch
 
     sys.path.insert(0, str(HERE))
-    from expert import UpstreamExpert
-
-    model = attempt(UpstreamExpert, ckpt=str(HERE / "model.pt"))
+    expert = attempt(importlib.import_module, "expert")
+    if not hasattr(expert, "UpstreamExpert"):
+        fail("expert.py has no class UpstreamExpert")
+    model = attempt(expert.UpstreamExpert, ckpt=str(HERE / "model.pt"))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(f"model: {parameters:,} parameters")
 
@@ -77,15 +79,20 @@ def validate():
 
 
 def attempt(function, *args, **kwargs):
-    """Call a function of expert.py; exit with one line if it fails."""
+    """Call a function of this folder's code; exit with one line if it fails."""
     try:
         return function(*args, **kwargs)
     except Exception as error:  # it may raise anything
-        places = [place for place in traceback.extract_tb(error.__traceback__)[1:]]
-        place = next((p for p in reversed(places) if Path(p.filename).parent == HERE), places[-1])
-        where = f"{Path(place.filename).name} line {place.lineno}"
-        reason = " ".join(str(error).split())
-        fail(f"{type(error).__name__} in {where}: {reason}")
+        places = [
+            p for p in traceback.extract_tb(error.__traceback__)[1:] if HERE in path(p).parents
+        ]
+        where = f" in {path(places[-1]).name} line {places[-1].lineno}" if places else ""
+        fail(f"{type(error).__name__}{where}: {' '.join(str(error).split())}")
+
+
+def path(place):
+    """The file of an entry of a traceback."""
+    return Path(place.filename).resolve()
 
 
 def check_task(model, task, states, waves):
@@ -104,7 +111,7 @@ def check_task(model, task, states, waves):
     shapes = sorted({tuple(state.shape) for state in states})
     if len(shapes) > 1:
         fail(f"{task}: the tensors differ in shape: {shapes}")
-    rate = model.get_downsample_rates(task)
+    rate = attempt(model.get_downsample_rates, task)
     if not isinstance(rate, int) or rate < 1:
         fail(f"{task}: get_downsample_rates must return a whole number above 0, got {rate!r}")
     expected, frames = round(max(map(len, waves)) / rate), shapes[0][1]
@@ -137,7 +144,7 @@ def info():
     if changed or git("rev-parse", "@{upstream}").stdout != commit.stdout:
         fail('not all is uploaded; type: python cli.py upload "MESSAGE"')
     # an address may have a name and a token in front of the host
-    address = re.sub("(?<=://)[^/@]*@", "", git("remote", "get-url", remote()).stdout.strip())
+    address = re.sub("(?<=://)[^/]*@", "", git("remote", "get-url", remote()).stdout.strip())
     print("address: " + address)
     print("commit:  " + commit.stdout.strip())
 
@@ -161,11 +168,7 @@ def remote():
 def git(*argv):
     """Run git in this folder and return the process with what it printed."""
     try:
-        return subprocess.run(
-            ["git", "-C", str(HERE), *argv],
-            capture_output=True,
-            text=True,
-        )
+        return subprocess.run(["git", "-C", str(HERE), *argv], capture_output=True, text=True)
     except FileNotFoundError:
         fail("git is not installed")
 
