@@ -72,6 +72,6 @@ def main(args: argparse.Namespace) -> int:
             "differ from the student's; run utterances one by one"
         )
     if repair := compat.torchaudio_repair():
-        print(f"outside of s3prl_ekd, transformers cannot import torchaudio here: {repair}")
+        print(f"transformers cannot import torchaudio here; before the next line, {repair}")
     print(f"next: python -c '{_LOAD}' {shlex.quote(str(args.output))}")
     return 0

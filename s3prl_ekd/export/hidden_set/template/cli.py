@@ -83,16 +83,11 @@ def attempt(function, *args, **kwargs):
     try:
         return function(*args, **kwargs)
     except Exception as error:  # it may raise anything
-        places = [
-            p for p in traceback.extract_tb(error.__traceback__)[1:] if HERE in path(p).parents
-        ]
-        where = f" in {path(places[-1]).name} line {places[-1].lineno}" if places else ""
+        lines = traceback.extract_tb(error.__traceback__)[1:]
+        places = [(Path(line.filename), line.lineno) for line in lines]
+        own = [f" in {path.name} line {number}" for path, number in places if HERE in path.parents]
+        where = own[-1] if own else ""
         fail(f"{type(error).__name__}{where}: {' '.join(str(error).split())}")
-
-
-def path(place):
-    """The file of an entry of a traceback."""
-    return Path(place.filename).resolve()
 
 
 def check_task(model, task, states, waves):
