@@ -52,7 +52,7 @@ def test_the_cells_run_in_order(tmp_path):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=900,
+        timeout=1800,
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     # the input of the two layers and their outputs, of width 192
