@@ -6,6 +6,7 @@ s3prl looks up an upstream by ``getattr(s3prl.hub, name)`` and a pretraining met
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import sys
@@ -20,7 +21,9 @@ from .compat.import_hooks import on_import
 from .errors import SetupError
 from .teachers import zoo
 
-ENTRIES = ("ekd_student", "ekd_student_local", "ekd_student_url", *zoo.NAMES)
+# As in s3prl, entries that need a path or URL are NAME_custom, NAME_local and NAME_url.
+STUDENT_ENTRIES = tuple(f"ekd_student{suffix}" for suffix in ("", "_custom", "_local", "_url"))
+ENTRIES = (*STUDENT_ENTRIES, *zoo.NAMES)
 
 # s3prl's pretraining code imports these without the prefix `s3prl.`. They become aliases of the
 # installed modules, so that each class exists once.
@@ -50,8 +53,16 @@ def register() -> None:
                 f"s3prl.hub already has another {name}; remove the plugin that adds it"
             )
         setattr(hub, name, entry)
+    if "ekd_student" in hub.options(True):
+        hub.options = functools.partial(_options, hub.options)
     provide_ctc_corpus(Path.cwd())
     repeat_in_children(_register_on_import)
+
+
+def _options(options: Callable[[bool], list[str]], only_registered_ckpt: bool = False) -> list[str]:
+    """s3prl's list of upstreams, where ``ekd_student`` needs a path in spite of its name."""
+    names = options(only_registered_ckpt)
+    return [name for name in names if not only_registered_ckpt or name != "ekd_student"]
 
 
 def _register_on_import() -> None:

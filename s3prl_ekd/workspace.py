@@ -300,14 +300,25 @@ class CorpusPaths:
                 values += [CorpusPath(file, f"{data}.{key}", default, str(path))]
         return values
 
+    @property
+    def tasks(self) -> list[str]:
+        """The tasks whose data is there."""
+        corpora = {
+            "pr": self.librispeech and self.lexicon,
+            "sid": self.voxceleb1,
+            "er": self.iemocap,
+            "asr": self.librispeech,
+        }
+        return [task for task, corpus in corpora.items() if corpus]
+
     def commands(self) -> list[str]:
         """Return the next command for each corpus."""
         lines = []
         if self.librispeech:
-            argv = ["librispeech", str(self.librispeech), "-o", PREPARED_LIBRISPEECH]
-            lines.append([*argv, *([] if self.lexicon else ["--lexicon", "cmudict.dict", "--g2p"])])
+            lines.append(["librispeech", str(self.librispeech), "-o", PREPARED_LIBRISPEECH])
         if self.voxceleb1:
-            argv = ["voxceleb1", str(self.voxceleb1), "iden_split.txt"]
+            split = self.voxceleb1 / "iden_split.txt"  # is not part of the corpus
+            argv = ["voxceleb1", str(self.voxceleb1), str(split if split.is_file() else split.name)]
             lines.append([*argv, "-o", "data/voxceleb1"])
         if self.iemocap:
             lines.append(["iemocap", str(self.iemocap), "-o", "data/iemocap"])

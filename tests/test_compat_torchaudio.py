@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 import math
@@ -77,6 +78,17 @@ def test_torchaudio_that_is_not_installed_is_not_replaced(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchaudio", None)
     with pytest.raises(ModuleNotFoundError, match="torchaudio"):
         torchaudio_import.IMPORT.missing()
+
+
+def test_the_repair_names_the_libraries(monkeypatch):
+    """It is given where the shim was applied; without these files torchaudio needs no shim."""
+    monkeypatch.setattr(compat, "fired", lambda: ())
+    assert compat.torchaudio_repair() == ""
+    monkeypatch.setattr(compat, "fired", lambda: ("torchaudio",))
+    command = compat.torchaudio_repair().partition("rm ")[2]
+    libraries = [path.name for path in Path("/").glob(command.lstrip("/"))]
+    lib = Path(importlib.util.find_spec("torchaudio").origin).parent / "lib"
+    assert sorted(libraries) == sorted(path.name for path in lib.glob("*torchaudio*.so"))
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """The next command that is printed can be typed, for any path."""
 
 import shlex
+import shutil
 
 import pytest
 
@@ -8,6 +9,8 @@ from s3prl_ekd import cli
 from s3prl_ekd.commands.init import _next_steps
 from s3prl_ekd.downstream.requirements import init_command
 from s3prl_ekd.workspace import CorpusPaths
+
+from .documented import Machine
 
 AWKWARD = "it's lr=1e-4; $HOME"
 
@@ -25,15 +28,68 @@ def test_after_an_export(student_file, tmp_path, capsys, kind):
     assert str(out) in next_argv(capsys)
 
 
-def test_python_after_an_export(student_file, tmp_path, capsys):
-    out = tmp_path / 'a"b'
-    assert cli.main(["export", "hf", str(student_file), "-o", str(out)]) == 0
-    (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("next: ")]
-    assert f"({str(out)!r})" in line
-
-
 def test_after_init(tmp_path):
     folder = tmp_path / AWKWARD
     cd = _next_steps(folder, CorpusPaths(None, None, None, [])).partition(", then")[0]
     assert shlex.split(cd.removeprefix("next: ")) == ["cd", str(folder)]
     assert shlex.split(init_command(folder))[-1] == str(folder)
+
+
+def test_only_what_can_run_is_printed_after_init(tmp_path):
+    corpora = {"librispeech": tmp_path, "voxceleb1": tmp_path / "v", "iemocap": tmp_path}
+    (tmp_path / "v").mkdir()
+    (tmp_path / "v/iden_split.txt").touch()
+
+    def superb(**paths):
+        *_, last = printed(_next_steps(tmp_path, CorpusPaths(**paths)))
+        return last if last.startswith("s3prl-ekd superb ") else None
+
+    assert superb(**corpora, lexicon=[tmp_path]) == "s3prl-ekd superb student.safetensors"
+    assert superb(**corpora).endswith(" --tasks sid er asr")
+    assert superb(librispeech=tmp_path).endswith(" --tasks asr")
+    text = _next_steps(tmp_path, CorpusPaths(**corpora))
+    assert f" {tmp_path}/v/iden_split.txt " in text
+    (line,) = [x for x in printed(text) if "librispeech" in x and "prepare" in x]
+    assert "--lexicon" not in line  # a file that may not be there
+
+
+def printed(output: str) -> list[str]:
+    """The commands after ``next:``, on its line or on the indented lines after it."""
+    commands, listing = [], False
+    for line in output.splitlines():
+        if "next: " in line and not line.endswith(":"):
+            commands.append(line.partition("next: ")[2])
+        listing = line.endswith(("next:", "type:")) or (listing and line.startswith("  "))
+        if listing and line.startswith("  "):
+            commands.append(line.strip())
+    return commands
+
+
+def test_commands_after_next():
+    lines = "kept a\n\nnext: cd x, then type:\n  one two\n  three\n\n  no\nok; next: four\n"
+    assert printed(lines) == ["one two", "three", "four"]
+
+
+@pytest.mark.slow
+def test_printed_commands_run_as_typed(tmp_path):
+    """Each command that a command prints after ``next:`` is typed, from ``init`` to scores."""
+    machine, typed = Machine(tmp_path), []
+    corpus = "/data/LibriSpeech"
+    open_commands = [
+        f"s3prl-ekd init . --librispeech {corpus}",
+        "s3prl-ekd merge student.safetensors student.safetensors --assume-same-start -o m.pt",
+        f"s3prl-ekd group-layers pretrain/ekd/config_model.yaml --data {corpus} -o grouped.yaml",
+    ]
+    while open_commands:
+        command = open_commands.pop(0)
+        if command in typed:
+            continue
+        typed.append(command)
+        for root in ("pretrain/my_student", "downstream/my_asr"):  # of the same name before
+            if f"-n {root.partition('/')[2]}" in command:
+                shutil.rmtree(machine.folder / "result" / root, ignore_errors=True)
+        dry = " --dry-run" if command.startswith("s3prl-ekd superb") else ""
+        open_commands = printed(machine.type(command + dry)) + open_commands
+    scripts = [command.split()[0] for command in typed]
+    assert scripts.count("run_pretrain.py") == 2 and scripts.count("run_downstream.py") == 2
+    assert len(typed) == 10, typed

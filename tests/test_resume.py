@@ -3,7 +3,9 @@
 import functools
 import os
 import re
+import shlex
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,10 +14,11 @@ import yaml
 from s3prl_ekd.compat.no_eval import reject_code
 from s3prl_ekd.errors import ConfigError
 from s3prl_ekd.files.run_checkpoints import newest_checkpoint, read_checkpoint
-from s3prl_ekd.pretrain.settings import load_model_config
+from s3prl_ekd.pretrain.settings import load_model_config, load_runner_config
 from s3prl_ekd.pretrain.tensorboard import read_scalars
 
 from .conftest import edit_yaml, saved_states
+from .kill_and_resume import flat_values, unequal
 
 
 @pytest.fixture
@@ -68,13 +71,66 @@ def test_text_in_a_checkpoint_is_not_evaluated(run, tmp_path, key):
         assert f"{key}.name" in only_error(output)
 
 
-def test_the_config_in_the_folder_has_extends_resolved(run, tmp_path):
+@pytest.fixture
+def overridden_run(run, tmp_path):
+    """``y``, a run whose model config extends another, with ``-o`` and a seed of its own."""
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "small.yaml").write_text("extends: ../model.yaml\naggregation: average\n")
-    code, output = run("-u", "ekd", "-n", "y", "-c", "runner.yaml", "-g", "sub/small.yaml")
+    change = "config.optimizer.lr=3.e-3,,config.runner.total_steps=4,,config.runner.log_step=1"
+    files = ("-c", "runner.yaml", "-g", "sub/small.yaml")
+    code, _ = run("-u", "ekd", "-n", "y", *files, "-o", change, "--seed", "7")
     assert code == 0
-    written = load_model_config("result/pretrain/y/config_model.yaml")
-    assert written == load_model_config("sub/small.yaml") and written.aggregation == "average"
+    return Path("result/pretrain/y")
+
+
+def test_the_configs_in_the_folder_are_those_of_the_run(overridden_run):
+    model = load_model_config(overridden_run / "config_model.yaml")
+    assert model == load_model_config("sub/small.yaml") and model.aggregation == "average"
+    runner = load_runner_config(overridden_run / "config_runner.yaml")
+    assert (runner.optimizer["lr"], runner.runner.total_steps) == (3e-3, 4)
+    first = load_runner_config("runner.yaml")
+    assert runner.pretrain_expert == first.pretrain_expert
+
+
+def test_the_configs_in_the_folder_give_an_equal_run(run, overridden_run):
+    """As typed in their first lines; weights, optimizer, position and random states are equal."""
+    lines = (overridden_run / "config_runner.yaml").read_text().splitlines()
+    script, *argv = shlex.split(lines[1].removeprefix("# "))
+    assert script == "run_pretrain.py" and argv[-1] == "NAME"
+    code, _ = run(*argv[:-1], "z")
+    assert code == 0
+    outcomes = []
+    for name in "yz":
+        states = saved_states(name)
+        for key in ("Args", "Config"):  # the names of the run and files; its config, compared below
+            del states[key]
+        scalars = read_scalars(f"result/pretrain/{name}")
+        files = [f"result/pretrain/{name}/config_{kind}.yaml" for kind in ("model", "runner")]
+        configs = [yaml.safe_load(Path(file).read_text()) for file in files]
+        outcomes.append(dict(flat_values([states, scalars, configs])))
+    assert not unequal(*outcomes)
+    assert sum(isinstance(value, torch.Tensor) for value in outcomes[0].values()) > 100
+
+
+def test_a_run_is_resumed_with_its_own_configs(run, overridden_run):
+    files = [str(overridden_run / f"config_{kind}.yaml") for kind in ("runner", "model")]
+    given = ("-u", "ekd", "-n", "y", "-a", "-c", files[0], "-g", files[1])
+    code, output = run(*given, "-o", "config.runner.total_steps=6")
+    assert code == 0 and saved_states("y")["Step"] == 6
+    # they have the changes of the resumed run, too
+    assert load_runner_config(files[0]).runner.total_steps == 6
+    assert run(*given)[0] == 0
+
+
+def test_configs_that_lie_in_the_folder_of_the_new_run(run):
+    folder = Path("result/pretrain/new")
+    folder.mkdir()
+    shutil.copy("runner.yaml", folder / "config_runner.yaml")
+    shutil.copy("model.yaml", folder / "config_model.yaml")
+    files = ("-c", str(folder / "config_runner.yaml"), "-g", str(folder / "config_model.yaml"))
+    code, output = run("-u", "ekd", "-n", "new", *files)
+    assert code == 0, output
+    assert load_runner_config(folder / "config_runner.yaml") == load_runner_config("runner.yaml")
 
 
 def test_a_missing_device(run):

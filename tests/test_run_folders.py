@@ -27,6 +27,7 @@ from s3prl_ekd.system.jobs import Jobs
 from s3prl_ekd.system.lock import LOCK_FILE, FolderLock
 
 from .conftest import command
+from .kill_and_resume import flat_values, unequal
 from .superb_runs import write_run
 from .superb_workspace import short_runs
 
@@ -184,6 +185,17 @@ def test_a_checkpoint_that_is_a_symlink(downstream, workspace):
     longer = "config.runner.total_steps=12"
     assert downstream("-m", "train", "-e", "linked/states-8.ckpt", "-o", longer) == 0
     assert read_checkpoint("linked/states-12.ckpt")["Step"] == 12
+
+
+def test_the_config_in_the_folder_gives_an_equal_run(downstream, workspace):
+    """s3prl writes it, with ``-o`` applied."""
+    (path,) = Path("result/downstream/x").glob("config_*.yaml")
+    again = ("-m", "train", "-u", "fbank_no_cmvn", "-d", "voxceleb1", "-n", "y", "-c", str(path))
+    assert downstream(*again) == 0
+    states = [read_checkpoint(f"result/downstream/{name}/states-8.ckpt") for name in "xy"]
+    assert states[0]["Config"] == states[1]["Config"]
+    weights, others = (dict(flat_values(state["Downstream"])) for state in states)
+    assert len(weights) > 2 and not unequal(weights, others)
 
 
 NEW = (

@@ -201,3 +201,22 @@ def test_heads_that_are_read_later_are_computed_as_in_the_forward(write_file):
         assert "hidden_states_and_heads" not in states
         for state, other in zip(ours, expected, strict=True):
             assert torch.equal(state, other)
+
+
+def test_available_names_follow_s3prls_convention(write_file):
+    """Names that need a path end with _custom, _local or _url; the others build without one."""
+    from s3prl.nn import S3PRLUpstream
+
+    s3prl_ekd.register()
+    everything = set(S3PRLUpstream.available_names())
+    without_path = set(S3PRLUpstream.available_names(only_registered_ckpt=True))
+    students = {f"ekd_student{suffix}" for suffix in ("", "_custom", "_local", "_url")}
+    assert students | {"hubert_base", "tiny_hubert"} <= everything
+    assert everything - without_path >= students
+    assert {"hubert_base", "tiny_hubert", "tiny_hubert_random"} <= without_path
+    # s3prl's own rule, for all names but the short one
+    suffixes = ("_local", "_url", "_gdriveid", "_custom")
+    assert without_path == {n for n in everything - {"ekd_student"} if not n.endswith(suffixes)}
+    path, _ = write_file()
+    upstream = S3PRLUpstream("ekd_student_custom", path_or_url=str(path))
+    assert upstream.num_layers == 3

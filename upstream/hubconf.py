@@ -69,3 +69,6 @@ def ekd_student(
     if str(ckpt).startswith(("http://", "https://")):
         return ekd_student_url(ckpt, refresh, *args, **kwargs)
     return ekd_student_local(ckpt, *args, **kwargs)
+
+
+ekd_student_custom = ekd_student  # the suffix of s3prl's entries that take a path or URL

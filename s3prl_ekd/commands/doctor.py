@@ -336,11 +336,12 @@ def _torch_load() -> str:
 def _audio() -> dict:
     try:
         return {
+            "torchaudio_repair": compat.torchaudio_repair(),
             "decoder": compat.audio_decoder(),
             "formats": {name: _round_trip(*spec) for name, spec in FORMATS.items()},
         }
     except ImportError as error:
-        return {"decoder": None, "formats": {}, "problem": str(error)}
+        return {"torchaudio_repair": "", "decoder": None, "formats": {}, "problem": str(error)}
 
 
 def _round_trip(container: str, subtype: str) -> bool:
@@ -399,6 +400,12 @@ def as_text(report: dict) -> str:
         versions.insert(index + 1, ("", report["s3prl_problem"]))
     formats = {name: "yes" if readable else "no" for name, readable in audio["formats"].items()}
     decoder = audio["decoder"] or f"none: {audio['problem']}"
+    torchaudio = "imported by this package only; other programs, such as transformers, cannot"
+    others = (
+        [("torchaudio", f"{torchaudio}:\n{repair}")]
+        if (repair := audio["torchaudio_repair"])
+        else []
+    )
     tasks = [("pretraining", *_readiness(report["pretrain"]))]
     for recipe in report["recipes"]:
         tasks.append((f"{recipe['task']} (-d {recipe['downstream']})", *_readiness(recipe)))
@@ -407,7 +414,7 @@ def as_text(report: dict) -> str:
     sections = {
         "versions": versions,
         "checkpoints": [("torch.load", report["torch_load"])],
-        "audio": [("decoder", decoder), *formats.items()],
+        "audio": [("decoder", decoder), *formats.items(), *others],
         "devices": list(report["devices"].items()) or [("none", "cannot import torch")],
         "shims for s3prl 0.4.18": [
             (shim["name"], shim["state"], shim["since"], "\n".join(shim["needed_by"]))

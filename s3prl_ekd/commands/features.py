@@ -9,14 +9,14 @@ immediately, so memory does not grow with the number of files.
 
 example:
   s3prl-ekd features student.safetensors /data/dev-clean -o dev.safetensors --layers last
-  python -c "from safetensors import safe_open
-  f = safe_open('dev.safetensors', 'pt'); print(f.metadata()); print(f.get_tensor(f.keys()[0]))"
+  python -c "from safetensors.torch import load_file; print([*load_file('dev.safetensors')])"
 """
 
 from __future__ import annotations
 
 import argparse
 import re
+import shlex
 from pathlib import Path
 
 from ..errors import CheckpointError, ConfigError, first_line, printable
@@ -24,6 +24,7 @@ from ..files.atomic import write_text
 from ..teachers.student_source import check_student
 from .export import add_checkpoint
 
+_SHOW = 'import safetensors as s, sys; print([*s.safe_open(sys.argv[1], "pt").keys()][:5])'
 _SHOWN = 5  # bad files printed; all are listed in a file
 
 
@@ -103,7 +104,7 @@ def main(args: argparse.Namespace) -> int:
         print(f"skipped: {len(written.bad)} unusable files; full list: {skipped}")
         for _, reason in written.bad[:_SHOWN]:
             print(f"  {reason}")
-    print(f"next: safetensors.safe_open({str(args.output)!r}, 'pt').keys()")
+    print(f"next: python -c '{_SHOW}' {shlex.quote(str(args.output))}")
     return 0
 
 

@@ -19,6 +19,7 @@ import logging
 import shlex
 from pathlib import Path
 
+from ..downstream.tasks import TASKS
 from ..errors import SetupError
 from ..files.renamed_keys import renamed_text
 from ..workspace import CorpusPaths, absolute_path, experiments, report_differences, write_workspace
@@ -114,4 +115,12 @@ def _next_steps(folder: Path, corpora: CorpusPaths) -> str:
     lines = corpora.commands()
     if corpora.librispeech:
         lines += [run, "s3prl-ekd export student result/pretrain/my_student -o student.safetensors"]
-    return "\n  ".join([f"next: {cd}type:", *lines, "s3prl-ekd superb student.safetensors"])
+    if tasks := corpora.tasks:
+        chosen = "" if len(tasks) == len(TASKS) else f" --tasks {' '.join(tasks)}"
+        lines.append(f"s3prl-ekd superb student.safetensors{chosen}")
+    phones = ""
+    if corpora.librispeech and not corpora.lexicon:
+        phones = (
+            "\nPR needs a lexicon, too: add --lexicon cmudict.dict --g2p to prepare librispeech"
+        )
+    return "\n  ".join([f"next: {cd}type:", *lines]) + phones

@@ -26,6 +26,7 @@ __all__ = [
     "checkpoint_globals",
     "fired",
     "torch_load_cves",
+    "torchaudio_repair",
 ]
 
 logger = logging.getLogger(__name__)
@@ -83,3 +84,8 @@ def apply_shims() -> tuple[str, ...]:
 def fired() -> tuple[str, ...]:
     """The names of all shims applied in this process, in the order of ``SHIMS``."""
     return tuple(shim.name for shim in SHIMS if shim.name in _fired)
+
+
+def torchaudio_repair() -> str:
+    """How to make torchaudio importable in other programs, which have no shims; empty if it is."""
+    return torchaudio_import.repair() if torchaudio_import.IMPORT.name in fired() else ""

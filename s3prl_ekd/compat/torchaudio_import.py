@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
+import shlex
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
 
@@ -42,6 +45,20 @@ def _import_without_extension() -> None:
             f"cannot import torchaudio, even without its compiled extension: {error}; install the "
             "torchaudio release that matches your torch"
         ) from error
+
+
+def repair() -> str:
+    """How to make torchaudio importable in other programs, for an installation that needs the shim.
+
+    Without library files, torchaudio uses its Python code, as with the shim.
+    """
+    spec = importlib.util.find_spec("torchaudio")
+    folders = (spec.submodule_search_locations if spec else None) or ["torchaudio"]
+    libraries = shlex.quote(str(Path(folders[0], "lib"))) + "/*torchaudio*.so"
+    return (
+        "install the torchaudio for this torch (pytorch.org/get-started/locally), or remove "
+        f"the libraries that do not load, which torchaudio can do without: rm {libraries}"
+    )
 
 
 def _extension_replacement() -> ModuleType:

@@ -55,6 +55,13 @@ class ConvExtractor:
         self.module, self.dtype, self.masked_norm = module, dtype, masked_norm
         self.forget_weights()
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {"module": self.module, "dtype": self.dtype, "masked_norm": self.masked_norm}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.forget_weights()  # a copy has its own
+
     @property
     def spec(self) -> list[tuple[int, int]]:
         """Kernel and stride of each layer."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .conv_extractor import ConvExtractor, Shared, supports_blocks
 from .conv_layers import conv_layers_text
+from .copying import make_copyable
 from .student_forward import StudentOutput, conv_frames, encode, extract, student_forward
 from .student_settings import Architecture, PrunedSettings, StartDrop, StudentSettings
 
@@ -74,6 +75,7 @@ class Student(nn.Module):
             self.backbone = PrunedBackbone(settings, start_drop)
         else:
             self.backbone = build_backbone(settings)
+        make_copyable(self.backbone)
         extractor = self.backbone.feature_extractor
         self.conv: ConvExtractor | None = None
         if supports_blocks(extractor):

@@ -182,10 +182,10 @@ def check_new_downstream(request: DownstreamRequest, states: Mapping[str, Any]) 
                 f"-o \"config.{key}='PATH'\""
             )
     has_checkpoint = request.upstream_ckpt or arguments.keys() & {"upstream", "upstream_ckpt"}
-    if request.upstream == "ekd_student" and not has_checkpoint:
+    if (request.upstream or "").startswith("ekd_student") and not has_checkpoint:
         raise CheckpointError(
-            "-u ekd_student needs a checkpoint: add -k STUDENT (a student file, a run's folder or "
-            "an id of the Hugging Face Hub)"
+            f"-u {request.upstream} needs a checkpoint: add -k STUDENT (a student file, a run's "
+            "folder or an id of the Hugging Face Hub)"
         )
     check_upstream_paths(request.upstream, request.upstream_ckpt, request.upstream_model_config)
     from .tasks.corpus_check import check_corpus

@@ -29,7 +29,9 @@ speech models ([arXiv 2302.12757](https://arxiv.org/abs/2302.12757)).
 {sizes}
 ## Use
 
-Install `torch`, `transformers` and `safetensors`.{where}
+Install `torch`, `transformers` and `safetensors`. If the example stops with an error of torchaudio,
+the installed torchaudio is not for the installed torch; the model does not need it: `pip uninstall
+torchaudio`.{where}
 
 ```python
 import numpy as np
@@ -91,7 +93,10 @@ waves = [torch.rand(16000), torch.rand(8000)]  # put your audio here: 16 kHz, mo
 states = model(waves)["hidden_states"]  # [batch, frame, dim] each
 ```
 
-`python cli.py` runs it on noise; `python cli.py --help` shows how to run it on audio files.
+`python cli.py validate` makes the checks of SUPERB's organisers. To submit the model, make a
+repository on the Hugging Face Hub, clone it, and copy these files into the clone. There, `python
+cli.py upload "my first model"` validates, commits and pushes them, and `python cli.py info` prints
+the address and the commit that the submission form asks for.
 s3prl can load it from the Hugging Face Hub (`run_downstream.py --hub huggingface`, with the name of
 the repository after `-u`), but only with an old huggingface_hub that still has `HfApi.login`.
 

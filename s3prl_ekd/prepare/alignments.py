@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -120,7 +121,7 @@ def _prepare_alignments(args: argparse.Namespace) -> None:
     print(f"aligned {len(rows)} of {len(entries)} utterances")
     if failed:
         print(f"left out: {shorten_list(failed)}")
-    print(f"next: s3prl-ekd probe STUDENT --data {args.out / ALIGNED}")
+    print(f"next: s3prl-ekd probe tiny_hubert --data {shlex.quote(str(args.out / ALIGNED))}")
 
 
 ALIGNMENTS = PrepareTask(

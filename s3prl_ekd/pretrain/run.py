@@ -207,6 +207,8 @@ def run(script: ModuleType, request: PretrainRequest) -> None:
                 Trainer, s3prl_runner=script.Runner, overridden=overridden(request.override)
             )
             stack.enter_context(replaced(script, "Runner", trainer))
+            # s3prl's copies of the YAML files lack -o; the trainer writes the settings of the run
+            stack.enter_context(replaced(script, "copyfile", lambda source, target: target))
         if torchrun.rank():  # only the main process shows what s3prl's script prints
             devnull = stack.enter_context(open(os.devnull, "w"))
             stack.enter_context(contextlib.redirect_stdout(devnull))

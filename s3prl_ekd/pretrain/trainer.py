@@ -28,9 +28,9 @@ from tqdm import tqdm
 
 from ..data.batches import Batch
 from ..distill.frame_counts import FrameCounts
-from ..errors import CheckpointError, SetupError
-from ..files.atomic import write_text
-from ..files.config import read_yaml, to_plain_data
+from ..errors import CheckpointError, SetupError, printable
+from ..files.atomic import explain_write_errors, write_text
+from ..files.config import to_plain_data
 from ..files.renamed_keys import RUNNER, rename_keys
 from ..files.run_checkpoints import LAST_CHECKPOINT, read_checkpoint
 from ..request import PretrainRequest
@@ -72,13 +72,14 @@ from .resume import (
     resume_scheduler,
     resumed_progress,
 )
-from .settings import FUSED_ADAMW, check_runner_config, load_model_config, saved_runner_config
+from .settings import FUSED_ADAMW, ModelFile, check_runner_config, saved_runner_config
 from .tensorboard import ScalarWriter
 
 logger = logging.getLogger(__name__)
 
 # Steps without waiting for the device; also bounded by runner.max_nonfinite, log_step, save_step.
 MAX_UNREAD = 20
+DEFAULT_SEED = 1337  # of s3prl's script
 
 
 class Trainer:
@@ -161,8 +162,8 @@ class Trainer:
         # Last, because set-up draws random numbers.
         if not resume_random(checkpoint, path, self.processes, self.device):
             self.processes.seed_by_rank(args.seed)
-        if not args.init_ckpt and is_main:
-            write_model_config(args)
+        if is_main:
+            write_configs(args, self.upstream.settings, self.config)
 
     def check_same_progress(self) -> None:
         """Raise SetupError if the processes have different checkpoints or length tables."""
@@ -656,13 +657,19 @@ def resume_command(args: argparse.Namespace) -> str:
     return f"run_pretrain.py -u {args.upstream} {option} -a"
 
 
-def write_model_config(args: argparse.Namespace) -> None:
-    """Write the model config into the run's folder with its ``extends`` resolved.
+def write_configs(args: argparse.Namespace, model: ModelFile, runner: dict[str, Any]) -> None:
+    """Write the run's settings into its folder, as files for ``-c`` and ``-g``.
 
-    s3prl has copied the file there, where the path in ``extends`` is no longer valid.
+    They have all defaults, what ``extends`` and ``-o`` changed, and the precisions that ``auto``
+    chose.
     """
-    if "extends" in read_yaml(args.upstream_config):
-        settings = to_plain_data(load_model_config(args.upstream_config))
-        text = yaml.safe_dump(settings, sort_keys=False)
-        path = Path(args.expdir) / "config_model.yaml"
-        write_text(path, f"# {args.upstream_config}, with extends resolved\n{text}")
+    folder = Path(args.expdir)
+    paths = {"c": folder / "config_runner.yaml", "g": folder / "config_model.yaml"}
+    files = " ".join(f"-{option} {shlex.quote(str(path))}" for option, path in paths.items())
+    seed = "" if args.seed == DEFAULT_SEED else f" --seed {args.seed}"
+    command = printable(f"run_pretrain.py -u ekd {files}{seed} -n NAME")
+    head = f"# The settings of this run; an equal one:\n# {command}\n"
+    checked = check_runner_config(runner, str(paths["c"]))
+    with explain_write_errors(folder):
+        for path, settings in zip(paths.values(), (checked, model), strict=True):
+            write_text(path, head + yaml.safe_dump(to_plain_data(settings), sort_keys=False))

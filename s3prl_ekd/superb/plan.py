@@ -89,7 +89,7 @@ def parse_upstream(text: str, selection: str = "hidden_states") -> Upstream:
         upstream = Upstream(name or _name_from(source), "ekd_student", pinned, selection)
     elif colon and not source.startswith(("http://", "https://")):
         default_name = f"{hub}-{_name_from(checkpoint)}"
-        if hub == "ekd_student":
+        if hub.startswith("ekd_student"):
             checkpoint = pin_student(checkpoint, text)
             check_student(checkpoint, text)
         elif Path(checkpoint).exists():

@@ -17,8 +17,11 @@ example:
 from __future__ import annotations
 
 import argparse
+import shlex
 
 from . import load_checkpoint
+
+_LOAD = "import sys, transformers; print(transformers.AutoModel.from_pretrained(sys.argv[1]))"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -27,6 +30,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Write the folder; return exit code 0."""
+    from ... import compat
     from ...distill.student_settings import PrunedSettings
     from ...export.card_data import CardFacts
     from ...export.folder import export_folder
@@ -55,5 +59,7 @@ def main(args: argparse.Namespace) -> int:
             "transformers has no masked_norm, so this model's hidden states of padded batches "
             "differ from the student's; run utterances one by one"
         )
-    print(f"next: transformers.AutoModel.from_pretrained({str(args.output)!r})")
+    if repair := compat.torchaudio_repair():
+        print(f"transformers cannot import torchaudio here; before the next line, {repair}")
+    print(f"next: python -c '{_LOAD}' {shlex.quote(str(args.output))}")
     return 0

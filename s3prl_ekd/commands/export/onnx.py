@@ -14,10 +14,18 @@ example:
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 
 from ...errors import CheckpointError
 from . import check_output, load_checkpoint
+
+# Typed in a shell within single quotes.
+_RUN = (
+    "import sys, numpy as np, onnxruntime as ort; session = ort.InferenceSession(sys.argv[1]); "
+    "inputs = dict(waves=np.zeros((1, 16000), np.float32), lengths=np.array([16000])); "
+    "print(session.run(None, inputs)[0].shape)"
+)
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -74,10 +82,7 @@ def main(args: argparse.Namespace) -> int:
             f"the last layer {alone:.1e} (3 s of noise), {batch:.1e} "
             "(padded batch of 0.1, 1 and 3 s)"
         )
-    print(
-        f"next: onnxruntime.InferenceSession({str(args.output)!r}).run(None, "
-        '{"waves": ..., "lengths": ...})'
-    )
+    print(f"next: python -c '{_RUN}' {shlex.quote(str(args.output))}")
     return 0
 
 

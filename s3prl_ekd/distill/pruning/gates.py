@@ -9,6 +9,7 @@ fixed values.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +44,10 @@ class Gate(nn.Module):
         start = math.log(1 - drop) - math.log(drop)
         self.log_alpha = nn.Parameter(torch.empty(size).normal_(start, _SPREAD))
         self.values: Tensor = self.log_alpha.detach()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # values drawn in training are part of a graph, which cannot be copied
+        return {**self.__dict__, "values": self.values.detach()}
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., size, (trailing dimensions)]`` -> the same shape."""
