@@ -70,10 +70,6 @@ $(INSTALLED): setup.py pyproject.toml constraints.txt
 		{ echo "error: $(PYTHON) is not Python 3.10 to 3.13; type: make PYTHON=python3.11 ..."; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(INSTALL_$(PACKAGES)) -e ".[dev]"
-# PyPI's torchaudio for Linux has libraries for CUDA only. With a CPU build of torch they do not load,
-# and transformers cannot import torchaudio. Without the files, torchaudio uses its Python code.
-	@$(BIN)/python -c "import torchaudio" 2> /dev/null || \
-		rm -f $(VENV)/lib/python*/site-packages/torchaudio/lib/*torchaudio*.so
 	touch $@
 
 # ESPnet's wheel is for Python 3.12 and later; what it needs is in tests/requirements_espnet.txt.
