@@ -71,7 +71,7 @@ class Batch(NamedTuple):
 
     - ``waves``: the student's input, ``[batch, sample]`` at 16 kHz, zero-padded.
     - ``lengths``: valid samples, ``[batch]``.
-    - ``names``: paths of the utterances.
+    - ``names``: of the utterances, see :attr:`.tables.Utterance.name`.
     - ``problem``: an error message; ``waves`` is then empty. It is a field because an exception in
       a worker process would reach the user as a traceback.
     - ``teacher_waves``: the teachers' input, of the same shape as ``waves``; None: the same input
@@ -139,7 +139,7 @@ class DistillationDataset(Dataset):
         if distortion is not None and distortion.setup != "clean":
             from .distortion.pipeline import Distorter  # imports torchaudio
 
-            self.distorter = Distorter(distortion, seed, self.root, [row.path for row in rows])
+            self.distorter = Distorter(distortion, seed, self.root, rows)
             if self.distorter.voices is not None:
                 self.distorter.voices.skip_bad = self.skip_bad
 
@@ -155,18 +155,18 @@ class DistillationDataset(Dataset):
                 try:
                     wave = self._read(row, epoch)
                     if self.targets is not None:
-                        self.targets.check(row.path, len(wave))
+                        self.targets.check(row.name, len(wave))
                 except BadAudio as error:
                     if not self.skip_bad:
                         raise DataError(f"{error}; {BAD_AUDIO_ADVICE}") from None
-                    bad.append(BadUtterance(row.path, error.kind, error.reason))
+                    bad.append(BadUtterance(row.name, error.kind, error.reason))
                 else:
-                    good.append((row.path, *self._distort(wave, row.path, epoch)))
+                    good.append((row.name, *self._distort(wave, row.name, epoch)))
             targets = None
             if good and self.targets is not None:
                 targets = self.targets.batch([name for name, *_ in good])
         except DataError as error:
-            return empty_batch([row.path for row in self.batches[index]], problem=str(error))
+            return empty_batch([row.name for row in self.batches[index]], problem=str(error))
         if not good:
             return empty_batch([], bad=bad)
         names, waves, teacher_waves = map(list, zip(*good, strict=True))
@@ -191,18 +191,18 @@ class DistillationDataset(Dataset):
 
     def _read(self, row: Utterance, epoch: int) -> Tensor:
         """Read an utterance, or this epoch's excerpt of a long one; raises BadAudio."""
-        path = self.root / row.path
-        with Recording(path) as recording:
+        part = row.part(self.root)
+        with Recording(part) as recording:
             length = recording.samples
             if length < self.min_samples:
-                raise too_short_error(path, length, self.min_samples)
+                raise too_short_error(str(part), length, self.min_samples)
             if abs(length - row.length) > 1:  # tables of other tools may round differently
                 message = (
-                    f"{path} has {length} samples at {SAMPLE_RATE} Hz, its table gives "
+                    f"{part} has {length} samples at {SAMPLE_RATE} Hz, its table gives "
                     f"{row.length}: using the file's length"
                 )
                 warn_once("length", message)
-            return recording.read_speech(*self._excerpt(length, row.path, epoch))
+            return recording.read_speech(*self._excerpt(length, row.name, epoch))
 
     def _excerpt(self, length: int, name: str, epoch: int) -> tuple[int, int]:
         """Return the first sample of the excerpt and its number of samples."""
@@ -299,8 +299,8 @@ def train_loader(
         dataset.left_out.extend(bad_rows)
         for row in all_rows:
             if row.length < min_samples:
-                error = too_short_error(row.path, row.length, min_samples)
-                dataset.left_out.append(BadUtterance(row.path, error.kind, error.reason))
+                error = too_short_error(row.name, row.length, min_samples)
+                dataset.left_out.append(BadUtterance(row.name, error.kind, error.reason))
     return BatchLoader(
         dataset,
         timeout=data.loader_timeout,

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..data.audio_files import AudioPart
 from ..data.manifest import ManifestEntry, read_manifest
 from ..errors import DataError
 
@@ -33,9 +34,9 @@ class Segment:
 
 @dataclass(frozen=True)
 class LabelledUtterance:
-    """An audio file and its labels; an empty one is not known."""
+    """An audio file, or a segment of it, and its labels; an empty one is not known."""
 
-    path: Path
+    path: Path | AudioPart
     split: str
     speaker: str = ""
     emotion: str = ""
@@ -47,39 +48,39 @@ class LabelledUtterance:
 
 
 def read_labels(manifest: str | Path) -> list[LabelledUtterance]:
-    """Read a manifest.
+    """Read a manifest, or a Kaldi folder: a column of labels and a split are enough.
 
     Raises:
         DataError: see :func:`...data.manifest.read_manifest`; no column has labels, or a segment is
             not of the form ``PHONE:START+LENGTH``.
     """
-    entries = read_manifest(manifest)
+    read = read_manifest(manifest)
+    entries, root = read.entries, read.root
     columns = (SEGMENTS, SPEAKER, EMOTION)
     if not any(entry.cells.get(column) for entry in entries for column in columns):
         raise DataError(
             f"{manifest} has no labels; add a column speaker, emotion, or segments (s3prl-ekd "
             "prepare alignments writes it)"
         )
-    root = Path(manifest).parent
     return [
         LabelledUtterance(
-            root / entry.path,
+            entry.part(root),
             entry.split,
             entry.cells.get(SPEAKER, ""),
             entry.cells.get(EMOTION, ""),
-            _segments(entry, manifest),
+            _segments(entry),
         )
         for entry in entries
     ]
 
 
-def _segments(entry: ManifestEntry, manifest: str | Path) -> tuple[Segment, ...]:
+def _segments(entry: ManifestEntry) -> tuple[Segment, ...]:
     segments = []
     for text in entry.cells.get(SEGMENTS, "").split():
         match = _SEGMENT.fullmatch(text)
         if match is None:
             raise DataError(
-                f"{manifest}: line {entry.line}: a segment must be PHONE:START+LENGTH in frames of "
+                f"{entry.location}: a segment must be PHONE:START+LENGTH in frames of "
                 f"10 ms, got {text!r}"
             )
         start = int(match[2]) * TICK

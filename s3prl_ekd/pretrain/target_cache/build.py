@@ -24,7 +24,7 @@ from ...data.batches import DistillationDataset, ignore_stop_signals, unwrap_bat
 from ...data.loader import BatchLoader
 from ...data.sampling import FixedOrderSampler, filter_by_length, used
 from ...data.settings import DataSettings
-from ...data.tables import Utterance, read_tables
+from ...data.tables import Utterance, read_tables, sort_key
 from ...distill.aggregation import Aggregation
 from ...distill.conv_layers import ConvLayers
 from ...distill.teachers import TeacherEnsemble
@@ -67,10 +67,10 @@ def cached_rows(data: DataSettings, min_samples: int) -> list[Utterance]:
     for sets in filter(None, (data.sets, data.dev_sets)):
         table = read_tables(data.file_path, sets, bad)
         usable = filter_by_length(table, data.max_timestep, min_samples)
-        rows |= {row.path: row for row in usable}
+        rows |= {row.name: row for row in usable}
     if bad:
         logger.warning("left out %d utterances, first %s: %s", len(bad), bad[0].path, bad[0].reason)
-    return sorted(rows.values(), key=lambda row: (-row.length, row.path))
+    return sorted(rows.values(), key=sort_key)
 
 
 def estimate_bytes(
@@ -83,7 +83,7 @@ def estimate_bytes(
         for _, kernel, stride in conv:
             length = (length - kernel) // stride + 1
         frames += length
-    names = sum(len(row.path) + 4 for row in rows)  # in utterances.json
+    names = sum(len(row.name) + 4 for row in rows)  # in utterances.json
     return sum(index.file_bytes(len(rows), frames).values()) + names
 
 
@@ -242,7 +242,7 @@ def _single_utterances(
 class CachedWaves:
     """The waveforms that ``s3prl-ekd cache`` passes to the teachers, with their names.
 
-    Iterates over pairs of a path relative to ``libri_root`` and a waveform ``[sample]`` at 16 kHz,
+    Iterates over pairs of a name (the path relative to ``libri_root``) and a waveform ``[sample]`` at 16 kHz,
     from long to short: whole utterances, or the excerpt of a longer one than ``sequence_length``.
     Bad audio is left out. For teachers that another program runs; see
     :func:`~s3prl_ekd.teachers.stored.write_states`.
