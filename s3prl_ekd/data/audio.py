@@ -157,15 +157,25 @@ class Recording:
 
         Whether it is constant is also determined here: resampling would leave a ripple.
         """
-        low, high = map(float, wave.aminmax()) if len(wave) else (0.0, 0.0)
-        if not (math.isfinite(low) and math.isfinite(high)):
-            raise BadAudio(str(self._part), "not finite", "it has samples that are NaN or infinite")
-        peak = max(-low, high)
-        if peak > MAX_PEAK:
-            reason = f"it has samples of {peak:.3g}, and full scale is 1: scale it to -1 to 1"
-            raise BadAudio(str(self._part), "out of range", reason)
-        self._constant, self._value = high - low <= CONSTANT_TOLERANCE, low
+        wave, self._constant = check_samples(wave, str(self._part))
+        self._value = float(wave[0]) if len(wave) else 0.0
         return wave
+
+
+def check_samples(wave: Tensor, name: str) -> tuple[Tensor, bool]:
+    """Check the samples of an utterance; return them and whether they are constant.
+
+    Raises:
+        BadAudio: they are not finite, or out of range.
+    """
+    low, high = map(float, wave.aminmax()) if len(wave) else (0.0, 0.0)
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise BadAudio(name, "not finite", "it has samples that are NaN or infinite")
+    peak = max(-low, high)
+    if peak > MAX_PEAK:
+        reason = f"it has samples of {peak:.3g}, and full scale is 1: scale it to -1 to 1"
+        raise BadAudio(name, "out of range", reason)
+    return wave, high - low <= CONSTANT_TOLERANCE
 
 
 def resample(wave: Tensor, rate: int) -> Tensor:

@@ -134,7 +134,8 @@ def _rows(reader: Any, path: Path, bad: list[BadUtterance] | None) -> list[tuple
         first_line = lines.setdefault(posixpath.normpath(row.name), reader.line_num)
         if first_line != reader.line_num:
             raise DataError(
-                f"{location}: {_quote(row.name)} is also in line {first_line}; remove one of the rows"
+                f"{location}: {_quote(row.name)} is also in line {first_line}; remove one of the "
+                "rows"
             )
         if 0 < row.length <= MAX_SAMPLES:
             rows.append((reader.line_num, row))

@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..data.shar.shards import is_shar, shar_digest
 from ..errors import CheckpointError, DataError
 from ..files.config import override_option
 
@@ -58,9 +59,12 @@ def check_config_file(
 
 
 def table_digests(folder: str | Path, sets: Sequence[str]) -> dict[str, str]:
-    """Digest of the contents of each length table ``folder/SET.csv``."""
+    """Digest of each length table ``folder/SET.csv``, or Shar folder ``folder/SET``."""
     digests = {}
     for name in sets:
+        if is_shar(Path(folder) / name):
+            digests[name] = shar_digest(Path(folder) / name)
+            continue
         path = Path(folder) / f"{name}.csv"
         try:
             digests[name] = hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()

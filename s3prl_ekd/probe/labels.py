@@ -36,15 +36,21 @@ class Segment:
 class LabelledUtterance:
     """An audio file, or a segment of it, and its labels; an empty one is not known."""
 
-    path: Path | AudioPart
+    path: Path
     split: str
     speaker: str = ""
     emotion: str = ""
     segments: tuple[Segment, ...] = ()
+    offset: int | None = None  # first sample of a segment of the file, at 16 kHz
+    length: int | None = None  # samples of the segment
+
+    @property
+    def part(self) -> AudioPart:
+        return AudioPart(self.path, self.offset, self.length)
 
     @property
     def name(self) -> str:
-        return str(self.path)
+        return str(self.part)
 
 
 def read_labels(manifest: str | Path) -> list[LabelledUtterance]:
@@ -64,11 +70,13 @@ def read_labels(manifest: str | Path) -> list[LabelledUtterance]:
         )
     return [
         LabelledUtterance(
-            entry.part(root),
+            root / entry.path,
             entry.split,
             entry.cells.get(SPEAKER, ""),
             entry.cells.get(EMOTION, ""),
             _segments(entry),
+            entry.offset,
+            entry.length,
         )
         for entry in entries
     ]

@@ -14,7 +14,7 @@ from typing import Literal
 
 import numpy as np
 
-from ..data.audio_files import SAMPLE_RATE, AudioPart
+from ..data.audio_files import SAMPLE_RATE
 from ..data.lengths import measure_audio
 from ..errors import DataError
 from .labels import SILENCE, LabelledUtterance, speaker_folds
@@ -177,8 +177,7 @@ def _speaker_task(utterances: Sequence[LabelledUtterance], lengths: Lengths) -> 
 
 def _samples(utterances: Sequence[LabelledUtterance]) -> list[int]:
     lengths = []
-    parts = [u.path if isinstance(u.path, AudioPart) else AudioPart(u.path) for u in utterances]
-    for audio in measure_audio("", parts):
+    for audio in measure_audio("", [utterance.part for utterance in utterances]):
         if isinstance(audio, DataError):
             raise audio
         lengths.append(audio.samples)

@@ -53,6 +53,7 @@ class AudioPool:
         self.setting = setting
         self.root = Path(root)
         self.audio = audio
+        self.names = [item if isinstance(item, str) else item.name for item in audio]
         self.skip_bad = False
         self._skipped: set[int] = set()
 
@@ -75,11 +76,10 @@ class AudioPool:
         """
         start = rng.randrange(len(self.audio))
         for index in itertools.chain(range(start, len(self.audio)), range(start)):
-            item = self.audio[index]
-            is_path = isinstance(item, str)
-            if index in self._skipped or (item if is_path else item.name) == exclude:
+            if index in self._skipped or self.names[index] == exclude:
                 continue
-            part = self.root / item if is_path else item.part(self.root)
+            item = self.audio[index]
+            part = self.root / item if isinstance(item, str) else item.part(self.root)
             try:
                 wave = read_audio(part)
             except BadAudio:

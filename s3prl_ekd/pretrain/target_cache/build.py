@@ -242,10 +242,10 @@ def _single_utterances(
 class CachedWaves:
     """The waveforms that ``s3prl-ekd cache`` passes to the teachers, with their names.
 
-    Iterates over pairs of a name (the path relative to ``libri_root``) and a waveform ``[sample]`` at 16 kHz,
-    from long to short: whole utterances, or the excerpt of a longer one than ``sequence_length``.
-    Bad audio is left out. For teachers that another program runs; see
-    :func:`~s3prl_ekd.teachers.stored.write_states`.
+    Iterates over pairs of a name (the path relative to ``libri_root``; ``PATH@OFFSET+LENGTH`` for a
+    segment) and a waveform ``[sample]`` at 16 kHz, from long to short: whole utterances, or the
+    excerpt of a longer one than ``sequence_length``. Bad audio is left out. For teachers that
+    another program runs; see :func:`~s3prl_ekd.teachers.stored.write_states`.
 
     Args:
         config: the runner config, as for ``-c``.
