@@ -1,4 +1,4 @@
-"""Compare the speed of one worker that reads Shar folders with one that reads the same audio as files.
+"""Compare how fast one worker reads Shar folders and the same audio as files.
 
 Writes noise as FLAC files and, with lhotse, as shards of 1,000 cuts. One worker then reads batches
 of both, in turns, so that other load affects both: in `cold` turns, the files' pages are removed

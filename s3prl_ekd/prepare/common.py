@@ -215,9 +215,9 @@ def read_audio_parts(
     result = []
     measured = measure_audio(manifest.root, parts, jobs=args.jobs, bar=True)
     for entry, audio in zip(entries, measured, strict=True):
-        converts = args.convert and not isinstance(audio, DataError) and not audio.is_16k_mono
-        advice = "add --convert to write such files"
-        samples = audio.samples if converts else _check_16k_mono(entry.path, audio, advice)
+        converts, samples = False, _check_16k_mono(entry.path, audio, "add --convert")
+        if args.convert and isinstance(audio, MeasuredAudio):
+            converts, samples = not audio.is_16k_mono, audio.samples
         if isinstance(samples, DataError):
             raise DataError(f"{entry.location}: {samples}") from samples
         part = entry.part(manifest.root)

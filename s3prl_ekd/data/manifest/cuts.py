@@ -61,8 +61,8 @@ def read_cuts(
 
 
 def _entry(cut: Any, location: str, split: str) -> ManifestEntry:
-    recording = getattr(cut, "recording", None)
-    sources = recording.sources if recording is not None else ()
+    recording: Any = getattr(cut, "recording", None)
+    sources: list[Any] = [] if recording is None else recording.sources
     problem = ""
     if len(sources) != 1:
         problem = "has no recording of one file (is it padded or mixed?)"

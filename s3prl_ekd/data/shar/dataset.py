@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -40,8 +41,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-HELD_BATCHES = 16  # that a stream holds, encoded, to choose from
-BUCKETS = 8  # of lengths
+HELD_BATCHES = 16  # that a stream holds, encoded, to choose from; fewer of a small corpus
+BUCKETS = 8  # of lengths; fewer of a small corpus
+ESTIMATED = 100  # batches from which the number of cuts in a batch is estimated
 
 
 class SharDataset(BatchDataset):
@@ -118,21 +120,21 @@ class SharDataset(BatchDataset):
         return {**self.__dict__, "_open": {}}
 
     def _choose_bins(self) -> float:
-        """Set the borders of the buckets by the cuts of the first shard; mean cuts of a batch."""
+        """Set the borders of the buckets by the cuts of the first shard; return the mean number of
+        cuts in a batch."""
         from lhotse.dataset.sampling.dynamic_bucketing import estimate_duration_buckets
 
         shard = self.shards[0]
         cuts = list(self._cuts([shard], 0, audio=False))
         if not cuts:
             raise DataError(f"{shard.cuts}: no cut is left; check max_timestep")
-        buckets = min(BUCKETS, len(cuts))
-        self.bins = estimate_duration_buckets(cuts, buckets) if buckets > 1 else []
-        self.bins = self.bins or [cuts[0].duration]
-        for drop_last in (True, False):  # full batches, if there are any
-            sizes = [len(batch) for batch in self._sampler(cuts, 0, drop_last)]
-            if sizes:
-                break
-        return sum(sizes) / len(sizes)
+        batch, per_stream = self.data.train_batch_size, self.utterances // self.streams
+        self.held = max(batch, min(HELD_BATCHES * batch, per_stream // 8))
+        # So that the cuts that are held always fill a batch of one bucket.
+        buckets = min(BUCKETS, self.held // batch, len(cuts))
+        self.bins = estimate_duration_buckets(cuts, buckets) if buckets > 1 else [math.inf]
+        batches = itertools.islice(self._sampler(itertools.cycle(cuts), 0), ESTIMATED)
+        return sum(len(batch) for batch in batches) / ESTIMATED
 
     def _batches(self, epoch: int, number: int) -> Iterator[Sequence[Any]]:
         """Yield the batches of cuts of a stream, without end."""
@@ -153,7 +155,8 @@ class SharDataset(BatchDataset):
                 names = ", ".join(shard.cuts.name for shard in order[:3])
                 raise DataError(f"no cut is left in the shards {names} ...; check max_timestep")
 
-    def _sampler(self, cuts: Any, seed: int, drop_last: bool = False) -> Any:
+    def _sampler(self, cuts: Iterable[Any], seed: int) -> Iterable[Any]:
+        """Batches of cuts without end: at the end, lhotse may leave some out."""
         from lhotse.dataset import DynamicBucketingSampler
 
         return DynamicBucketingSampler(
@@ -161,9 +164,8 @@ class SharDataset(BatchDataset):
             max_duration=self.data.max_seconds or None,
             max_cuts=self.data.train_batch_size,
             duration_bins=self.bins,
-            buffer_size=HELD_BATCHES * self.data.train_batch_size,
+            buffer_size=self.held,
             shuffle=True,
-            drop_last=drop_last,
             seed=seed,
             # The defaults would read the number of processes and of the worker.
             world_size=1,
@@ -219,8 +221,8 @@ class SharDataset(BatchDataset):
         """
         from lhotse.audio.backend import LibsndfileBackend, audio_backend
 
-        recording = getattr(cut, "recording", None)
-        sources = [] if recording is None else recording.sources
+        recording: Any = getattr(cut, "recording", None)
+        sources: list[Any] = [] if recording is None else recording.sources
         in_shard = [s.type == "memory" and isinstance(s.source, bytes) for s in sources] == [True]
         if not in_shard or recording.transforms:
             raise BadAudio(cut.id, "not in the shard", "its audio is not in the shard")
