@@ -17,33 +17,7 @@ from s3prl_ekd.errors import DataError
 from s3prl_ekd.prepare.asr import normalise
 
 from .conftest import error_of, make_sound
-
-# utterance -> recording, start and end in seconds; the last ends 0.3 s after the recording
-SEGMENTS = {
-    "ann-1": ("talk", 0.5, 1.25),
-    "ann-2": ("talk", 1.25, 2.0),
-    "bob-1": ("chat", 0.0, 0.9),
-    "bob-2": ("chat", 1.5, 3.3),
-}
-
-
-def write_kaldi(folder, sound, segments=SEGMENTS):
-    """A data folder whose recordings of 3 s are in the folder ``sound``, named by their paths."""
-    folder.mkdir(parents=True, exist_ok=True)
-    sound.mkdir(exist_ok=True)
-    recordings = sorted({recording for recording, _, _ in segments.values()})
-    for number, name in enumerate(recordings):
-        wave = (make_sound(3.0, seed=number) * 32767).astype(np.int16)
-        soundfile.write(sound / f"{name}.flac", wave, 16000)
-    files = {
-        "wav.scp": {name: sound / f"{name}.flac" for name in recordings},
-        "segments": {name: " ".join(map(str, cells)) for name, cells in segments.items()},
-        "text": {name: f"WORD {'AB'[name.endswith('2')]}" for name in segments},
-        "utt2spk": {name: name.split("-")[0] for name in segments},
-    }
-    for name, lines in files.items():
-        (folder / name).write_text("".join(f"{a} {b}\n" for a, b in lines.items()))
-    return folder
+from .corpora import SEGMENTS, write_common_voice, write_kaldi
 
 
 @pytest.fixture
@@ -191,16 +165,9 @@ def test_splits_of_sources(kaldi, tmp_path, capsys):
 @pytest.fixture
 def common_voice(tmp_path):
     """Three splits of MP3 at 32 kHz, as Common Voice writes them."""
-    root = tmp_path / "cv/en"
-    (root / "clips").mkdir(parents=True)
-    for number, split in enumerate(("train", "dev", "test")):
-        lines = ["client_id\tpath\tsentence\tup_votes"]
-        for i in range(2):
-            name = f"common_voice_en_{number}{i}.mp3"
-            soundfile.write(root / "clips" / name, make_sound(1.0, 32000, seed=i), 32000)
-            lines.append(f"client{i}\t{name}\t“Well,” it’s a well-known 'word'.\t2")
-        (root / f"{split}.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return root
+    for split in ("train", "dev", "test"):
+        write_common_voice(tmp_path / "cv/en", split)
+    return tmp_path / "cv/en"
 
 
 def test_common_voice(common_voice, tmp_path, capsys):
