@@ -27,6 +27,7 @@ from s3prl_ekd.teachers.random_weights import hubert_checkpoint, wavlm_checkpoin
 
 from .conftest import REPO, SIZES, STUDENT, make_sound
 from .corpora import (
+    SEGMENTS,
     write_audio,
     write_common_voice,
     write_cuts,
@@ -176,8 +177,12 @@ def write_data(data: Path) -> None:
     write_voxceleb1(data / "VoxCeleb1", data / "VoxCeleb1/iden_split.txt", speakers, 14000)
     emotions = ("neu", "hap", "ang", "sad")
     write_iemocap(data / "IEMOCAP_full_release", ["F_impro01"], emotions, 12000)
-    for split in ("train", "dev", "test"):
-        write_kaldi(data / "kaldi" / split, data / "recordings")
+    for i, split in enumerate(("train", "dev", "test")):
+        segments = {
+            f"{name}{split}": (recording, start + i / 10, end)
+            for name, (recording, start, end) in SEGMENTS.items()
+        }
+        write_kaldi(data / "kaldi" / split, data / "recordings", segments)
         write_common_voice(data / "cv/en", split)
     write_cuts(data / "cuts_train.jsonl.gz", data / "recordings")
     torch.save(wavlm_checkpoint(seed=9, **{**SIZES, "layers": 12}), data / "my_wavlm.pt")

@@ -23,6 +23,7 @@ import argparse
 from pathlib import Path
 
 from ..data.lengths import write_length_tables
+from ..errors import printable
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -48,6 +49,6 @@ def main(args: argparse.Namespace) -> int:
         bar=True,
     )
     print(tables.summary())
-    print(f"wrote {args.out}; in the YAML: libri_root: {tables.root}")
+    print(f"wrote {args.out}; in the YAML: libri_root: {printable(str(tables.root))}")
     print(f"               file_path: {args.out}")
     return 0

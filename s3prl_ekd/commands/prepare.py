@@ -21,7 +21,7 @@ import argparse
 
 from ..data.lengths import LengthRow, measure_audio, write_table
 from ..data.manifest import SPLITS
-from ..errors import DataError
+from ..errors import DataError, printable
 from ..files.atomic import make_folder
 from ..prepare.alignments import ALIGNMENTS
 from ..prepare.asr import ASR, TABLES
@@ -81,7 +81,7 @@ def _prepare_unlabeled(args: argparse.Namespace) -> None:
         if own:
             write_table(folder / f"{split}.csv", own)
             print_splits({split: [row[1] for row in own]})
-    print(f"wrote {folder}; in the YAML: libri_root: {manifest.root}")
+    print(f"wrote {folder}; in the YAML: libri_root: {printable(str(manifest.root))}")
     print(f"               file_path: {folder}")
 
 

@@ -51,13 +51,15 @@ def read_manifest(
 
     Raises:
         DataError: a source cannot be read, a line is invalid or repeated (the message has its
-            number), or the split of a source is not known.
+            number), or, with ``split`` in ``columns``, the split of a source is not known or an
+            utterance is in two sources.
     """
     if isinstance(sources, (str, Path)):
         sources = [sources]
     parts, tables = [], []
     for source in sources:
         root, entries = _read(str(source), columns, audio_root)
+        check_unique(entries)
         parts.append((root, entries))
         tables += [_table_name(str(source), entry) for entry in entries]
     text = ", ".join(map(str, sources))
@@ -70,7 +72,8 @@ def read_manifest(
         for folder, (_, own) in zip(roots, parts, strict=True):
             prefix = PurePosixPath(os.path.relpath(folder, common))
             entries += [replace(entry, path=str(prefix / entry.path)) for entry in own]
-    check_unique(entries)
+    if "split" in columns:  # no utterance may be in two splits
+        check_unique(entries)
     return Manifest(text, root, entries, tables)
 
 

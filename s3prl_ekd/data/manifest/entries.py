@@ -107,13 +107,14 @@ def unknown_split(path: Path) -> DataError:
 
 
 def check_unique(entries: Sequence[ManifestEntry]) -> None:
-    """Raise DataError if a file or segment is listed twice, or a manifest is empty."""
+    """Raise DataError if a file or segment is listed twice."""
     first: dict[str, ManifestEntry] = {}
     for entry in entries:
         other = first.setdefault(entry.name, entry)
         if other is not entry:
-            line = other.location.rpartition(": ")[2]
-            raise DataError(f"{entry.location}: the path {entry.name} is also in {line}")
+            file, _, line = other.location.rpartition(": ")
+            where = line if entry.location.startswith(f"{file}: ") else other.location
+            raise DataError(f"{entry.location}: the path {entry.name} is also in {where}")
 
 
 def below_common_root(
