@@ -24,6 +24,7 @@ from ...data.batches import DistillationDataset, ignore_stop_signals, unwrap_bat
 from ...data.loader import BatchLoader
 from ...data.sampling import FixedOrderSampler, filter_by_length, used
 from ...data.settings import DataSettings
+from ...data.shar.shards import shar_shards
 from ...data.tables import Utterance, read_tables, sort_key
 from ...distill.aggregation import Aggregation
 from ...distill.conv_layers import ConvLayers
@@ -62,6 +63,11 @@ def cached_rows(data: DataSettings, min_samples: int) -> list[Utterance]:
     Raises:
         DataError: see :func:`...data.tables.read_tables`.
     """
+    if shar_shards(data.file_path, data.sets):
+        raise DataError(
+            f"{', '.join(data.sets)} in {data.file_path}: a target cache needs length tables, not "
+            "Shar folders; write them with: s3prl-ekd length-tables CUTS.jsonl.gz -o TABLE_FOLDER"
+        )
     rows: dict[str, Utterance] = {}
     bad: list[BadUtterance] | None = [] if data.on_bad_audio == "skip" else None
     for sets in filter(None, (data.sets, data.dev_sets)):
