@@ -65,6 +65,8 @@ def test_paths_are_relative_to_the_current_folder_or_the_audio_root(kaldi, tmp_p
     monkeypatch.chdir(tmp_path)
     manifest = read_manifest(kaldi / "train")
     assert (manifest.root, manifest.entries[0].path) == (tmp_path / "sound", "talk.flac")
+    monkeypatch.chdir(kaldi / "train")
+    assert read_manifest(".", audio_root=tmp_path).tables == ["train"] * 4
     monkeypatch.chdir("/")
     manifest = read_manifest(kaldi / "train", audio_root=tmp_path)
     assert (manifest.root, manifest.entries[0].path) == (tmp_path, "sound/talk.flac")
@@ -120,6 +122,7 @@ def test_a_command_in_wav_scp_is_not_executed(kaldi, tmp_path, capsys):
         ("wav.scp", "talk data/raw.ark:123", ["line 2", "archive"]),
         ("wav.scp", "talk /x/talk.m4a", ["line 2", "ffmpeg -i /x/talk.m4a -ac 1 -ar 16000"]),
         ("wav.scp", "talk /x/talk.txt", ["line 2", ".flac"]),
+        ("wav.scp", "talk /x/a\tb.wav", ["line 2", r"a\tb.wav"]),
         ("wav.scp", "chat again.wav", ["line 2", "chat", "line 1"]),
         ("segments", "u nothing 0 1", ["line 2", "nothing"]),
         ("segments", "u talk 0", ["line 2", "3 cells"]),

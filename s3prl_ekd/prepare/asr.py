@@ -32,6 +32,7 @@ from .common import (
     add_convert_option,
     manifest_of,
     new_folder,
+    placing,
     print_splits,
     read_audio_parts,
     speaker_of,
@@ -130,7 +131,7 @@ def write_librispeech(
     prepared = ["id\tpath\tspeaker\tsplit\tsamples"]
     copied = 0
     with new_folder(out, replace=replace) as root:
-        for utterance in utterances:
+        for utterance in placing(utterances):
             split = f"{utterance.split}-clean"
             speaker = names[utterance.speaker]
             chapter = SPLITS.index(utterance.split) + 1

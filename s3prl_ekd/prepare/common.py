@@ -9,6 +9,9 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
+
+from tqdm import tqdm
 
 from ..data.audio_files import SAMPLE_RATE, AudioPart, total_hours
 from ..data.lengths import MeasuredAudio, measure_audio
@@ -16,6 +19,7 @@ from ..data.manifest import Manifest, ManifestEntry, read_manifest
 from ..errors import DataError
 from ..files.atomic import atomic_folder
 
+T = TypeVar("T")
 PREPARED = "prepared.tsv"  # marks a folder that `prepare` wrote
 
 
@@ -170,6 +174,11 @@ class PreparedAudio:
         else:
             return False
         return True
+
+
+def placing(items: Sequence[T]) -> Iterable[T]:
+    """Iterate over the utterances whose audio is placed, with a progress bar if it takes long."""
+    return tqdm(items, desc="audio", unit=" files", delay=1.0, dynamic_ncols=True)
 
 
 def write_audio(part: AudioPart, target: Path) -> None:

@@ -39,6 +39,7 @@ from .common import (
     link_folder,
     manifest_of,
     new_folder,
+    placing,
     read_audio_parts,
     write_lines,
 )
@@ -180,7 +181,7 @@ def _write_files(folder: Path, items: Sequence[LabelledUtterance]) -> list[Label
     """Link or write a file for each utterance, numbered in their order."""
     folder.mkdir()
     result = []
-    for number, item in enumerate(items, start=1):
+    for number, item in enumerate(placing(items), start=1):
         assert item.audio is not None
         name = f"{number:06d}{item.audio.suffix}"
         item.audio.place(folder / name)

@@ -30,6 +30,7 @@ from .common import (
     link_folder,
     manifest_of,
     new_folder,
+    placing,
     print_splits,
     read_audio_parts,
     speaker_of,
@@ -205,7 +206,7 @@ def _prepare_sid(args: argparse.Namespace) -> None:
     counts = {(speaker, split): 0 for speaker in names for split in SPLITS}
     lines, prepared, written = [], ["id\tpath\tspeaker\tsplit\tsamples"], 0
     with new_folder(args.out, replace=args.replace) as folder:
-        for entry, speaker, audio in zip(entries, speakers, parts, strict=True):
+        for entry, speaker, audio in placing(list(zip(entries, speakers, parts, strict=True))):
             split = entry.split
             counts[speaker, split] += 1
             name = f"{ids[speaker]}/{split}/{counts[speaker, split]:05d}.wav"

@@ -76,7 +76,7 @@ def table_digests(folder: str | Path, sets: Sequence[str]) -> dict[str, str]:
 def check_tables(
     saved: Mapping[str, str], current: Mapping[str, str], folder: str | Path, keys: Collection[str]
 ) -> None:
-    """Raise DataError if length tables have changed since the checkpoint was written.
+    """Raise DataError if tables or Shar folders have changed since the checkpoint was written.
 
     Args:
         saved: digests in the checkpoint; empty if s3prl's own Runner wrote it.
@@ -86,9 +86,10 @@ def check_tables(
     """
     changed = [name for name in current if name in saved and saved[name] != current[name]]
     if changed and SETS not in keys:
-        tables = ", ".join(str(Path(folder) / f"{name}.csv") for name in changed)
+        paths = (Path(folder) / name for name in changed)
+        tables = ", ".join(str(p) if is_shar(p) else f"{p}.csv" for p in paths)
         raise DataError(
-            f"length tables have changed since the checkpoint was written: {tables}; restore them, "
+            f"training data have changed since the checkpoint was written: {tables}; restore them, "
             f"or train on the new ones from a new epoch with {override_option(SETS, list(current))}"
         )
 

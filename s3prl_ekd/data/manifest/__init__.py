@@ -101,7 +101,8 @@ def _read(
 
 def _split_in(path: Path) -> str:
     """The split in the name of a source; empty if there is none, or more than one."""
-    found = {"dev" if name.startswith("valid") else name for name in _SPLIT_NAME.findall(path.name)}
+    names = _SPLIT_NAME.findall(path.resolve().name)
+    found = {"dev" if name.startswith("valid") else name for name in names}
     return found.pop() if len(found) == 1 else ""
 
 
@@ -110,4 +111,5 @@ def _table_name(source: str, entry: ManifestEntry) -> str:
     if "split" in entry.cells:
         return entry.split
     match = _PREFIX.fullmatch(source)
-    return match[1] if match else Path(source).name.partition(".")[0]
+    path = Path(source).resolve()
+    return match[1] if match else path.name if path.is_dir() else path.name.partition(".")[0]

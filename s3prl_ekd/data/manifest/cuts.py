@@ -75,10 +75,11 @@ def _entry(cut: Any, location: str, split: str) -> ManifestEntry:
     if problem:
         raise DataError(f"{location}: the cut {str(cut.id)[:80]} {problem}")
     check_audio_name(str(sources[0].source), location)
-    texts = [s.text for s in cut.supervisions if s.text]
-    speakers = {s.speaker for s in cut.supervisions if s.speaker}
+    texts = [str(s.text) for s in cut.supervisions if s.text]
+    speakers = {str(s.speaker) for s in cut.supervisions if s.speaker}
     cells = {"id": str(cut.id), "text": " ".join(texts)}
     cells["speaker"] = speakers.pop() if len(speakers) == 1 else ""
+    cells = {name: " ".join(value.split()) for name, value in cells.items()}  # one line
     entry = ManifestEntry(location, str(sources[0].source), split, cells)
     if cut.start == 0 and abs(cut.duration - recording.duration) < _TOLERANCE:
         return entry

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from ...errors import DataError
+from ...files.text import CONTROL
 from ..audio_files import (
     MAX_SAMPLES,
     OTHER_SUFFIXES,
@@ -61,7 +62,9 @@ class Manifest:
 
 
 def check_audio_name(path: str, location: str) -> None:
-    """Raise DataError unless a path ends as an audio file that can be read."""
+    """Raise DataError unless a path is one line and ends as an audio file that can be read."""
+    if CONTROL.search(path):  # it could not be in a table
+        raise DataError(f"{location}: the path {path!r} has a control character; rename the file")
     if path.lower().endswith(OTHER_SUFFIXES):
         raise DataError(
             f"{location}: {path} is in a format that cannot be read; convert it with: "

@@ -73,7 +73,8 @@ def read_kaldi(
         ]
     for entry in entries:
         for column, values in labels.items():
-            entry.cells[column] = values.get(entry.cells["id"], "")
+            # without tabs, as in a table
+            entry.cells[column] = " ".join(values.get(entry.cells["id"], "").split())
     return below_common_root(entries, audio_root)
 
 
