@@ -84,7 +84,7 @@ def test_batches_hold_the_audio_of_the_cuts(shar):
 def test_the_order_does_not_depend_on_workers_processes_or_where_a_run_was_resumed(shar):
     root, _ = shar
     expected = read(loader(root), epochs=2)
-    assert same(read(loader(root, num_workers=3), epochs=2), expected)
+    assert same(read(loader(root, num_workers=2), epochs=2), expected)
     for position, processes in ((0, 2), (5, 1), (15, 3)):
         for rank in range(processes):
             resumed = loader(root, num_workers=rank)
@@ -228,7 +228,7 @@ def test_the_digest_changes_with_the_shards(tmp_path):
     assert shar_digest(tmp_path / "a") != before
 
 
-def test_a_resumed_run_ends_with_the_same_weights(pretrain_folder, shar, pretrain):
+def test_a_resumed_run_ends_with_the_same_weights(pretrain_folder, shar, pretrain, caplog):
     root, _ = shar
     with edit_yaml(pretrain_folder / "runner.yaml") as config:
         config["runner"] |= {"total_steps": 6, "save_step": 3}
@@ -246,6 +246,12 @@ def test_a_resumed_run_ends_with_the_same_weights(pretrain_folder, shar, pretrai
             path.unlink()
     code, output = pretrain("-n", "half", "-a", "-o", "config.pretrain_expert.datarc.num_workers=1")
     assert code == 0 and "states-3.ckpt" in output, output
-    whole, half = (saved_states(name)["EKD"]["student"] for name in ("whole", "half"))
+    code, output = pretrain(
+        "-n", "half", "-a", "-o",
+        "config.pretrain_expert.datarc.shar_streams=2,,config.runner.total_steps=7",
+    )  # fmt: skip
+    assert code == 0 and "starting a new epoch" in caplog.text, output
+    whole = saved_states("whole")["EKD"]["student"]
+    half = saved_states("half", "states-6.ckpt")["EKD"]["student"]
     assert whole.keys() == half.keys()
     assert all(torch.equal(whole[name], half[name]) for name in whole)
