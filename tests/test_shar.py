@@ -137,16 +137,27 @@ def rewrite(path, change):
     path.write_bytes(gzip.compress("".join(json.dumps(cut) + "\n" for cut in cuts).encode()))
 
 
-def test_commands_in_cuts_are_not_executed(tmp_path):
-    """lhotse would run the command of a cut whose audio is missing in the tar file."""
+@pytest.mark.parametrize("kind", ["missing", "mixed"])
+def test_commands_in_cuts_are_not_executed(tmp_path, kind):
+    """lhotse would run the command of a cut whose audio is missing in the tar file, or of a track
+    of a mixed cut."""
     write_shar(tmp_path / "train", 8, 8)
     touched = tmp_path / "touched"
 
     def change(cut):
         source = {"type": "command", "channels": [0], "source": f"touch {touched}"}
         cut["recording"]["sources"] = [source]
+        if kind == "mixed":
+            track = {"cut": {**cut}, "type": "MonoCut", "offset": 0.0, "snr": None}
+            name = cut["id"]
+            cut.clear()
+            cut.update({"id": name, "type": "MixedCut", "tracks": [track]})
 
     rewrite(tmp_path / "train/cuts.000000.jsonl.gz", change)
+    if kind == "mixed":
+        (batch,) = [b for b in loader(tmp_path, on_bad_audio="skip", batch=8)]
+        assert not batch.names and not touched.exists()
+        return
     with tarfile.open(tmp_path / "train/recording.000000.tar", "w") as tar:
         for i in range(8):
             for suffix in ("nodata", "nometa"):

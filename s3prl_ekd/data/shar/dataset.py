@@ -64,7 +64,7 @@ class SharDataset(BatchDataset):
         span_mask: SpanMask | None = None,
     ):
         super().__init__(data, min_samples, seed, span_mask=span_mask)
-        self.lhotse = import_lhotse().__version__  # fails here if it is not installed
+        import_lhotse()  # raises SetupError
         self.data = data
         self.shards = list(shards)
         self.streams = min(data.shar_streams, len(self.shards))
@@ -79,9 +79,8 @@ class SharDataset(BatchDataset):
                     "folders; set distortion.babble: false"
                 )
             self.distorter = Distorter(distortion, seed)
-        cuts_in_batch = self._choose_bins()
-        per_stream = max(1, round(self.utterances / cuts_in_batch / self.streams))
-        self.count = per_stream * self.streams
+        batches = self.utterances / self._choose_bins()
+        self.count = max(1, round(batches / self.streams)) * self.streams
         logger.info(
             "data: %d cuts in %d shards, %d streams, %d batches in an epoch",
             self.utterances,
@@ -120,8 +119,11 @@ class SharDataset(BatchDataset):
         return {**self.__dict__, "_open": {}}
 
     def _choose_bins(self) -> float:
-        """Set the borders of the buckets by the cuts of the first shard; return the mean number of
-        cuts in a batch."""
+        """Set the borders of the buckets by the cuts of the first shard.
+
+        Returns the number of cuts that are read for a batch: those in it, and those that
+        ``max_timestep`` leaves out.
+        """
         from lhotse.dataset.sampling.dynamic_bucketing import estimate_duration_buckets
 
         shard = self.shards[0]
@@ -134,13 +136,15 @@ class SharDataset(BatchDataset):
         buckets = min(BUCKETS, self.held // batch, len(cuts))
         self.bins = estimate_duration_buckets(cuts, buckets) if buckets > 1 else [math.inf]
         batches = itertools.islice(self._sampler(itertools.cycle(cuts), 0), ESTIMATED)
-        return sum(len(batch) for batch in batches) / ESTIMATED
+        cuts_in_batch = sum(len(batch) for batch in batches) / ESTIMATED
+        return cuts_in_batch * self.counts[shard] / len(cuts)
 
     def _batches(self, epoch: int, number: int) -> Iterator[Sequence[Any]]:
         """Yield the batches of cuts of a stream, without end."""
         seed = generator(self.seed, epoch, str(number), "cuts").getrandbits(31)
         for batch in self._sampler(self._stream_cuts(epoch, number), seed):
             yield list(batch)
+        raise DataError(f"lhotse's sampler ended stream {number} of epoch {epoch}")
 
     def _stream_cuts(self, epoch: int, number: int) -> Iterator[Any]:
         """Yield the cuts of a stream, again and again."""
@@ -219,12 +223,14 @@ class SharDataset(BatchDataset):
             BadAudio: it cannot be used, or is not audio of the shard: lhotse can also name commands
                 and files, which are never used.
         """
+        from lhotse import MonoCut, MultiCut
         from lhotse.audio.backend import LibsndfileBackend, audio_backend
 
         recording: Any = getattr(cut, "recording", None)
         sources: list[Any] = [] if recording is None else recording.sources
         in_shard = [s.type == "memory" and isinstance(s.source, bytes) for s in sources] == [True]
-        if not in_shard or recording.transforms:
+        is_one = isinstance(cut, (MonoCut, MultiCut))  # each track of a MixedCut has a recording
+        if not (is_one and in_shard) or recording.transforms:
             raise BadAudio(cut.id, "not in the shard", "its audio is not in the shard")
         rate = recording.sampling_rate
         if not can_be_resampled(rate):
