@@ -54,7 +54,8 @@ SESSIONS = tuple(f"Session{number}" for number in range(1, 6))
 FULL_COUNTS = dict(zip(SESSIONS, (1085, 1023, 1151, 1031, 1241), strict=True))
 ER_DESCRIPTION = """\
 Write folds for `run_downstream.py -d emotion`: OUT/meta_data/SessionN with the lists of fold N,
-OUT/audio, a symlink to the audio, and OUT/prepared.tsv.
+OUT/audio, a symlink to the audio, and OUT/prepared.tsv. If the manifest has segments of files, or
+--convert is needed, OUT/audio is a folder with a file for each utterance.
 
 Needs the columns path and split, and one with labels. Lines without a label, or with one that is
 not in --labels, are skipped and counted. With --fold-column, there is a fold for each value of that

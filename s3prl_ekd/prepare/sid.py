@@ -48,7 +48,8 @@ _SPEAKER = re.compile(r"id\d{5}")
 
 SID_DESCRIPTION = """\
 Write a corpus in VoxCeleb1's layout for `run_downstream.py -d voxceleb1`: OUT/audio with symlinks
-to the audio, OUT/split.txt, OUT/speakers.tsv (the speaker of each idNNNNN) and OUT/prepared.tsv.
+to the audio (segments of files are written), OUT/split.txt, OUT/speakers.tsv (the speaker of each
+idNNNNN) and OUT/prepared.tsv.
 
 Needs the columns path, speaker and split. The task is closed-set identification, so each speaker
 must have utterances in train. If each speaker was recorded in one room with one microphone, nearly
