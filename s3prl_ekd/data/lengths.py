@@ -174,6 +174,11 @@ def write_length_tables(
     if len(sources) > 1 or is_manifest(sources[0]):
         manifest = read_manifest(sources, columns=("path",), audio_root=audio_root)
         root, groups = manifest.root, _group_by_table(manifest, name, single)
+    elif not root.is_dir():
+        raise DataError(
+            f"no such folder or manifest: {root}; give a folder of audio, a table (.tsv), a Kaldi "
+            "folder or cuts (.jsonl.gz)"
+        )
     else:
         paths = find_audio(root)
         if not paths:

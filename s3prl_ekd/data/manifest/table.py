@@ -78,7 +78,7 @@ def _entry(location: str, cells: dict[str, str], split: str) -> ManifestEntry:
     if path.is_absolute() or PureWindowsPath(text).drive:  # the same result on every system
         problem = "must be relative"
     elif ".." in path.parts:
-        problem = "must not contain .. (for prepare, set --audio-root)"
+        problem = "must not contain .. (set --audio-root)"
     if problem:
         raise DataError(f"{location}: the path {problem}, got {text!r}")
     check_audio_name(text, location)
