@@ -76,6 +76,7 @@ UNITS = ["scikit-learn>=1.3"]
 ONNX = ["onnx>=1.17", "onnxruntime>=1.20"]
 G2P = ["espnet-g2p-en>=2.1.0.post1"]
 ALIGN = ["pocketsphinx>=5.1"]
+LHOTSE = ["lhotse>=1.33,<2"]
 LINT = ["ruff>=0.6", "mypy>=1.11", "types-PyYAML"]
 DOCS = ["sphinx>=8", "myst-parser>=4", "furo>=2024.8.6"]
 DEV = [
@@ -141,9 +142,10 @@ setup(
         "onnx": ONNX,
         "g2p": G2P,
         "align": ALIGN,
+        "lhotse": LHOTSE,
         "probe": UNITS + PLOTS,
         "docs": DOCS,
-        "dev": DEV + DOCS + DEMO + ANALYSIS + UNITS + ONNX + G2P + ALIGN,
+        "dev": DEV + DOCS + DEMO + ANALYSIS + UNITS + ONNX + G2P + ALIGN + LHOTSE,
     },
     entry_points={
         "console_scripts": [

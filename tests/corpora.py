@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -162,3 +164,68 @@ def write_fluent_commands(folder: Path) -> None:
             write_noise(folder / path, 8000 + number)
             lines.append(f'{number},{path},x,"on, please",activate,{thing},none')
         (folder / f"data/{split}_data.csv").write_text("\n".join(lines) + "\n")
+
+
+# utterance -> recording, start and end in seconds; the last ends 0.3 s after the recording
+SEGMENTS = {
+    "ann-1": ("talk", 0.5, 1.25),
+    "ann-2": ("talk", 1.25, 2.0),
+    "bob-1": ("chat", 0.0, 0.9),
+    "bob-2": ("chat", 1.5, 3.3),
+}
+
+
+def write_kaldi(
+    folder: Path, sound: Path, segments: Mapping[str, tuple[str, float, float]] = SEGMENTS
+) -> Path:
+    """A data folder whose recordings of 3 s are in the folder ``sound``, named by their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    sound.mkdir(exist_ok=True)
+    recordings = sorted({recording for recording, _, _ in segments.values()})
+    for number, name in enumerate(recordings):
+        wave = (make_sound(3.0, seed=number) * 32767).astype(np.int16)
+        soundfile.write(sound / f"{name}.flac", wave, 16000)
+    files = {
+        "wav.scp": {name: sound / f"{name}.flac" for name in recordings},
+        "segments": {name: " ".join(map(str, cells)) for name, cells in segments.items()},
+        "text": {name: f"WORD {'AB'[name.endswith('2')]}" for name in segments},
+        "utt2spk": {name: name.split("-")[0] for name in segments},
+    }
+    for name, lines in files.items():
+        (folder / name).write_text("".join(f"{a} {b}\n" for a, b in lines.items()))
+    return folder
+
+
+def write_common_voice(root: Path, split: str) -> None:
+    """A table of two MP3 files at 32 kHz, as Common Voice writes it."""
+    (root / "clips").mkdir(parents=True, exist_ok=True)
+    lines = ["client_id\tpath\tsentence\tup_votes"]
+    for i in range(2):
+        name = f"common_voice_en_{split}{i}.mp3"
+        soundfile.write(root / "clips" / name, make_sound(1.0, 32000, seed=i), 32000)
+        lines.append(f"client{i}\t{name}\t“Well,” it’s a well-known 'word'.\t2")
+    (root / f"{split}.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def write_cuts(path: Path, recordings: Path) -> None:
+    """Cuts of lhotse: the recordings of a folder, and a second of each, with a text."""
+    lines = []
+    for file in sorted(recordings.glob("*.flac")):
+        info, name = soundfile.info(file), file.stem
+        recording = {
+            "id": name, "sampling_rate": info.samplerate, "num_samples": info.frames,
+            "duration": info.duration, "channel_ids": [0],
+            "sources": [{"type": "file", "channels": [0], "source": str(file)}],
+        }  # fmt: skip
+        for start, duration in ((0, info.duration), (1.0, 1.0)):
+            supervision = {
+                "id": name, "recording_id": name, "start": 0, "duration": duration,
+                "channel": 0, "text": "A WORD", "speaker": name,
+            }  # fmt: skip
+            cut = {
+                "id": f"{name}-{start:g}", "type": "MonoCut", "start": start,
+                "duration": duration, "channel": 0, "recording": recording,
+                "supervisions": [supervision],
+            }  # fmt: skip
+            lines.append(json.dumps(cut) + "\n")
+    path.write_bytes(gzip.compress("".join(lines).encode()))

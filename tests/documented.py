@@ -27,9 +27,13 @@ from s3prl_ekd.teachers.random_weights import hubert_checkpoint, wavlm_checkpoin
 
 from .conftest import REPO, SIZES, STUDENT, make_sound
 from .corpora import (
+    SEGMENTS,
     write_audio,
+    write_common_voice,
+    write_cuts,
     write_fluent_commands,
     write_iemocap,
+    write_kaldi,
     write_librispeech,
     write_manifest,
     write_speech_commands,
@@ -179,6 +183,14 @@ def write_data(data: Path) -> None:
     write_fluent_commands(data / "fluent_speech_commands_dataset")
     emotions = ("neu", "hap", "ang", "sad")
     write_iemocap(data / "IEMOCAP_full_release", ["F_impro01"], emotions, 12000)
+    for i, split in enumerate(("train", "dev", "test")):
+        segments = {
+            f"{name}{split}": (recording, start + i / 10, end)
+            for name, (recording, start, end) in SEGMENTS.items()
+        }
+        write_kaldi(data / "kaldi" / split, data / "recordings", segments)
+        write_common_voice(data / "cv/en", split)
+    write_cuts(data / "cuts_train.jsonl.gz", data / "recordings")
     torch.save(wavlm_checkpoint(seed=9, **{**SIZES, "layers": 12}), data / "my_wavlm.pt")
 
 

@@ -240,7 +240,7 @@ def test_a_table_with_impossible_lengths(corpus, tmp_path):
 
 def test_other_commands_with_impossible_lengths(corpus, tmp_path, caplog):
     paths = choose_audio(tmp_path / "tables/train.csv", corpus, 9)
-    assert [path.name for path in paths] == ["a.flac", "b.flac"]
+    assert [part.path.name for part in paths] == ["a.flac", "b.flac"]
     assert any("wrong.flac" in m and re.search(r"\b2\b", m) for m in caplog.messages)
     data = data_settings(corpus, 2, tmp_path / "tables", on_bad_audio="skip")
     rows = cached_rows(data, StudentSettings().min_samples)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from s3prl_ekd.data.batches import Batch
+from s3prl_ekd.data.batch import Batch
 from s3prl_ekd.distill.settings import (
     HeadSettings,
     LossSettings,

@@ -19,7 +19,7 @@ import torch
 from s3prl_ekd import cli, compat
 from s3prl_ekd.commands import doctor
 from s3prl_ekd.data import throughput
-from s3prl_ekd.data.batches import Batch
+from s3prl_ekd.data.batch import Batch
 from s3prl_ekd.downstream import requirements
 from s3prl_ekd.downstream.tasks import TASKS, Task
 from s3prl_ekd.errors import DataError, SetupError

@@ -10,11 +10,13 @@ import soundfile
 import torch
 
 from s3prl_ekd import cli, launch
+from s3prl_ekd.data.audio_files import AudioPart
 from s3prl_ekd.distill.student import Student
 from s3prl_ekd.distill.student_settings import StudentSettings
 from s3prl_ekd.errors import CheckpointError
 from s3prl_ekd.files.run_checkpoints import read_checkpoint
 from s3prl_ekd.prepare.asr import TranscribedUtterance, write_librispeech
+from s3prl_ekd.prepare.common import PreparedAudio
 from s3prl_ekd.pretrain.tensorboard import read_scalars
 from s3prl_ekd.student_file import contents
 from s3prl_ekd.superb.metrics import count_errors, read_pairs
@@ -57,7 +59,9 @@ def workspace(folder, teachers):
         text = f"{WORDS[i % 5]} {WORDS[(i + 2) % 5]}"
         source = folder / "sound" / f"u{i}.flac"
         utterances.append(
-            TranscribedUtterance(source, source.name, f"s{i % 2}", text, split, len(sound))
+            TranscribedUtterance(
+                PreparedAudio(AudioPart(source), len(sound)), source.name, f"s{i % 2}", text, split
+            )
         )
     write_librispeech(folder / "data" / "corpus", utterances)
     torch.manual_seed(0)

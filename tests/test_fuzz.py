@@ -255,9 +255,28 @@ def test_corpus_table(file, data):
 @fuzz
 def test_manifest(file, data):
     file.write_bytes(data)
-    entries = read_or_error(read_manifest, file)
-    for entry in entries or ():
+    manifest = read_or_error(read_manifest, file)
+    for entry in manifest.entries if manifest else ():
         assert not entry.path.startswith("/") and ".." not in entry.path.split("/")
+
+
+SCP = b"a /x/a.wav\nb ../b c.flac\nc cat c.wav |\n"
+SEGMENTS = b"u a 0 1.5\nv b 0.25 3\n"
+
+
+@given(scp=corrupted(SCP[:25]) | corrupted(SCP), segments=corrupted(SEGMENTS) | st.none())
+@fuzz
+def test_kaldi_folder(file, scp, segments):
+    folder = file.parent / "kaldi"
+    folder.mkdir(exist_ok=True)
+    (folder / "wav.scp").write_bytes(scp)
+    (folder / "segments").unlink(missing_ok=True)
+    if segments is not None:
+        (folder / "segments").write_bytes(segments)
+    manifest = read_or_error(functools.partial(read_manifest, columns=("path",)), folder)
+    for entry in manifest.entries if manifest else ():
+        assert not entry.path.startswith("/") and ".." not in entry.path.split("/")
+        assert entry.offset is None or (entry.offset >= 0 and entry.length > 0)
 
 
 @functools.cache
@@ -270,7 +289,7 @@ def audio(form, subtype):
 
 AUDIO = [("WAV", "PCM_16"), ("WAVEX", "FLOAT"), ("RF64", "PCM_16"), ("W64", "PCM_16")]
 AUDIO += [("AIFF", "PCM_16"), ("AU", "PCM_16"), ("NIST", "PCM_16"), ("FLAC", "PCM_16")]
-AUDIO += [("OGG", "VORBIS"), ("OGG", "OPUS")]
+AUDIO += [("OGG", "VORBIS"), ("OGG", "OPUS"), ("MP3", "MPEG_LAYER_III")]
 
 
 @given(data=st.sampled_from(AUDIO).flatmap(lambda kind: corrupted(audio(*kind))))

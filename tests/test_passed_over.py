@@ -78,7 +78,7 @@ def test_links_into_a_hidden_folder_are_recordings(folder):
 def test_commands_that_list_folders(folder, tmp_path):
     assert cli.main(["length-tables", str(folder), "-o", str(tmp_path / "t"), "--name", "all"]) == 0
     assert not (tmp_path / "t/skipped.txt").exists()
-    assert [path.name for path in choose_audio(folder, None, 9)] == ["b.flac", "a.flac"]
+    assert [part.path.name for part in choose_audio(folder, None, 9)] == ["b.flac", "a.flac"]
     assert list(find_noises(folder).names) == RECORDINGS
     assert list(AudioPool.of_folder("noise", str(folder)).names) == RECORDINGS
     assert list(collect_audio([str(folder)])) == RECORDINGS

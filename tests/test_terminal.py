@@ -79,12 +79,12 @@ def test_lengths(folder, tmp_path, capsys):
     assert (
         cli.main(["length-tables", str(folder), "-o", str(tmp_path / "out"), "--name", "all"]) == 0
     )
-    # a table, the total, the skipped files, the output folder
-    assert is_escaped(capsys.readouterr().out, lines=4)
+    # a table, the total, the skipped files, the folders of the audio and of the tables
+    assert is_escaped(capsys.readouterr().out, lines=5)
     (line,) = (tmp_path / "out/skipped.txt").read_text().splitlines()
     assert line.count("\t") == 1 and line.replace("\t", "").isprintable()
     assert cli.main(["length-tables", str(folder), "-o", str(tmp_path / "out")]) == 0
-    assert is_escaped(capsys.readouterr().out, lines=5)
+    assert is_escaped(capsys.readouterr().out, lines=6)
     with pytest.raises(SystemExit):
         cli.main(["length-tables", str(folder / "nowhere"), "-o", str(tmp_path / "out")])
     assert is_escaped(capsys.readouterr().err)

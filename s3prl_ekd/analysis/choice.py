@@ -7,7 +7,7 @@ import logging
 import random
 from pathlib import Path
 
-from ..data.audio_files import find_audio
+from ..data.audio_files import AudioPart, find_audio
 from ..data.bad_audio import BadUtterance
 from ..data.tables import read_table
 from ..errors import ConfigError, DataError
@@ -31,7 +31,7 @@ def add_sample_options(parser: argparse.ArgumentParser, utterances: int = 32) ->
     add("--device", help="device of the models (default: cuda if available)")
 
 
-def choose_audio(data: Path, audio_root: Path | None, count: int, seed: int = 0) -> list[Path]:
+def choose_audio(data: Path, audio_root: Path | None, count: int, seed: int = 0) -> list[AudioPart]:
     """Choose up to ``count`` utterances of a folder or length table at random; return them sorted.
 
     Raises:
@@ -41,18 +41,18 @@ def choose_audio(data: Path, audio_root: Path | None, count: int, seed: int = 0)
     if count < 1:
         raise ConfigError(f"--utterances must be at least 1, got {count}")
     if data.is_dir():
-        root, names = data, find_audio(data)
-        if not names:
+        parts = {name: AudioPart(data / name) for name in find_audio(data)}
+        if not parts:
             raise DataError(f"no audio below {data}")
     else:
         bad: list[BadUtterance] = []
-        names = [row.path for row in read_table(data, bad)]
+        rows = read_table(data, bad)
         if bad:
             logger.warning("skipped %d rows: %s: %s", len(bad), bad[0].path, bad[0].reason)
         if audio_root is None:
             raise ConfigError(
                 f"--data {data} is a table: add --audio-root, the folder its paths are relative to"
             )
-        root = audio_root
-    sample = random.Random(seed).sample(names, min(count, len(names)))
-    return [root / name for name in sorted(sample)]
+        parts = {row.name: row.part(audio_root) for row in rows}
+    sample = random.Random(seed).sample(list(parts), min(count, len(parts)))
+    return [parts[name] for name in sorted(sample)]

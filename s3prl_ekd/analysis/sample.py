@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data.audio import Recording
+from ..data.audio_files import AudioPart
 from ..data.bad_audio import BadAudio
 from ..distill.aggregation import crop_frames
 from ..distill.moments import usable_frames
@@ -43,8 +44,9 @@ def load_upstreams(
     return upstreams
 
 
-def read_excerpt(path: Path) -> Tensor | None:
-    """Read the first :data:`EXCERPT` samples of a file; None with a warning if it is unusable."""
+def read_excerpt(path: Path | AudioPart) -> Tensor | None:
+    """Read the first :data:`EXCERPT` samples of a file or segment; None with a warning if it is
+    unusable."""
     try:
         with Recording(path) as recording:
             wave = recording.read_speech(0, min(EXCERPT, recording.samples))
@@ -59,7 +61,9 @@ def read_excerpt(path: Path) -> Tensor | None:
 
 @torch.no_grad()
 def sample_layers(
-    upstreams: Mapping[str, nn.Module], paths: Sequence[Path], max_frames: int = MAX_FRAMES
+    upstreams: Mapping[str, nn.Module],
+    paths: Sequence[Path | AudioPart],
+    max_frames: int = MAX_FRAMES,
 ) -> dict[str, list[Tensor]]:
     """Run the teachers on the start of each file alone (no padding); keep evenly spaced frames.
 

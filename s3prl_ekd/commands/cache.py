@@ -110,7 +110,7 @@ def main(args: argparse.Namespace) -> int:
         layout=fingerprint.target_layout(teachers, None if aggregate is None else aggregate.specs),
         seed=args.seed,
         key={},
-        utterances=tuple(row.path for row in rows),
+        utterances=tuple(row.name for row in rows),
     )
     size = build.estimate_bytes(rows, data.sequence_length, index, conv)
     folder = args.output or Path(".")

@@ -1,7 +1,9 @@
 """Write the hidden states of audio files into one safetensors file.
 
 Each file and layer gives a tensor [frame, dim] called PATH#LAYER. PATH is relative to the folder
-for a file found in a folder, and the path as written for a file given here or in a list. Layer 0 is
+for a file found in a folder, and the path as written for a file given here or in a list. AUDIO may
+be a manifest, too (.tsv, a Kaldi folder, lhotse's cuts), also of segments of longer files: PATH is
+then the utterance's id, or the path (PATH@OFFSET+LENGTH in samples for a segment). Layer 0 is
 the projected features (of a copied student, the input of the first transformer layer), layer n the
 output of transformer layer n. The student processes one utterance at a time, because padding
 changes hidden states (the first conv layer normalises over time). Its hidden states are written
@@ -9,6 +11,7 @@ immediately, so memory does not grow with the number of files.
 
 example:
   s3prl-ekd features student.safetensors /data/dev-clean -o dev.safetensors --layers last
+  s3prl-ekd features student.safetensors /data/kaldi/dev -o dev.safetensors
   python -c "from safetensors.torch import load_file; print([*load_file('dev.safetensors')])"
 """
 
@@ -31,7 +34,12 @@ _SHOWN = 5  # bad files printed; all are listed in a file
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options of this command."""
     add_checkpoint(parser)
-    parser.add_argument("audio", metavar="AUDIO", nargs="*", help="audio files or folders")
+    parser.add_argument(
+        "audio", metavar="AUDIO", nargs="*", help="audio files, folders, or manifests"
+    )
+    parser.add_argument(
+        "--audio-root", metavar="ROOT", type=Path, help="folder that a manifest's paths are below"
+    )
     parser.add_argument(
         "--list",
         metavar="FILE",
@@ -77,7 +85,7 @@ def main(args: argparse.Namespace) -> int:
     from ..export.features import collect_audio, write_features
 
     device = choose_device(args.device)
-    audio = collect_audio(args.audio, args.list)
+    audio = collect_audio(args.audio, args.list, args.audio_root)
     written = write_features(
         args.checkpoint,
         audio,

@@ -22,6 +22,8 @@ from ..errors import ConfigError, TeacherError
 if TYPE_CHECKING:
     from torch import nn
 
+    from ..data.audio_files import AudioPart
+
 logger = logging.getLogger(__name__)
 
 
@@ -66,7 +68,7 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def _hidden_states(upstream: nn.Module, name: str, layer: int, paths: list[Path]) -> Iterator:
+def _hidden_states(upstream: nn.Module, name: str, layer: int, paths: list[AudioPart]) -> Iterator:
     """Yield the layer's output ``[1, frame, dim]`` for each utterance; skip bad audio."""
     import torch
     from tqdm import tqdm

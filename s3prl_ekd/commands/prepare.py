@@ -1,11 +1,14 @@
-"""Convert a manifest (TSV) or a public corpus to the files that s3prl's recipes read.
+"""Convert a manifest or a public corpus to the files that s3prl's recipes read.
 
 A manifest is a tab-separated UTF-8 table with a header line. It needs the columns path
 (relative to the manifest's folder, or to --audio-root) and split (train, dev, test); most tasks
-need more columns. The audio must be 16 kHz, mono.
+need more columns. With the columns offset and duration (seconds), a line is a segment of a file.
+Common Voice's tables, Kaldi folders and lhotse's cuts (.jsonl.gz) are manifests, too; give one for
+each split. The recipes need 16 kHz mono: other audio is converted with --convert.
 
 example:
   s3prl-ekd prepare asr my_corpus/asr.tsv -o data/corpus
+  s3prl-ekd prepare asr kaldi/train kaldi/dev kaldi/test -o data/corpus
   s3prl-ekd prepare pr my_corpus/pr.tsv -o data/corpus_pr --lexicon cmudict.dict
   s3prl-ekd prepare unlabeled my_corpus/all.tsv -o data/unlabeled
   s3prl-ekd prepare librispeech /data/LibriSpeech -o data/librispeech --lexicon cmudict.dict
@@ -16,18 +19,18 @@ from __future__ import annotations
 
 import argparse
 
-from ..data.lengths import write_table
-from ..data.manifest import SPLITS, read_manifest
+from ..data.lengths import LengthRow, measure_audio, write_table
+from ..data.manifest import SPLITS
+from ..errors import DataError, printable
 from ..files.atomic import make_folder
 from ..prepare.alignments import ALIGNMENTS
 from ..prepare.asr import ASR, TABLES
 from ..prepare.common import (
     PrepareTask,
     add_options,
-    audio_root,
     check_replaceable,
+    manifest_of,
     print_splits,
-    read_lengths,
 )
 from ..prepare.er import ER, IEMOCAP
 from ..prepare.ic import FLUENT_COMMANDS, IC
@@ -38,7 +41,8 @@ from ..prepare.sid import SID, VOXCELEB1
 
 UNLABELED = """\
 Write length tables for distillation: OUT/len_for_bucket/{train,dev,test}.csv, with paths relative
-to the manifest's folder (or --audio-root). Needs the columns path and split. No audio is copied.
+to the manifest's folder (or --audio-root). Needs the columns path and split. No audio is copied;
+training resamples other rates than 16 kHz. Unlike length-tables, a bad file is an error.
 """
 
 
@@ -65,20 +69,21 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _prepare_unlabeled(args: argparse.Namespace) -> None:
-    entries = read_manifest(args.manifest)
-    samples = read_lengths(args.manifest, audio_root(args), entries, args.jobs)
+    manifest = manifest_of(args, ("path", "split"))
+    parts = [entry.part("") for entry in manifest.entries]
+    rows: dict[str, list[LengthRow]] = {split: [] for split in SPLITS}
+    measured = measure_audio(manifest.root, parts, jobs=args.jobs, bar=True)
+    for entry, audio in zip(manifest.entries, measured, strict=True):
+        if isinstance(audio, DataError):
+            raise DataError(f"{entry.location}: {audio}") from audio
+        rows[entry.split].append((entry.path, audio.samples, entry.offset))
     folder = args.out / TABLES
     make_folder(folder)
-    for split in SPLITS:
-        rows = [
-            (entry.path, length)
-            for entry, length in zip(entries, samples, strict=True)
-            if entry.split == split
-        ]
-        if rows:
-            write_table(folder / f"{split}.csv", rows)
-            print_splits({split: [length for _, length in rows]})
-    print(f"wrote {folder}; in the YAML: libri_root: {audio_root(args)}")
+    for split, own in rows.items():
+        if own:
+            write_table(folder / f"{split}.csv", own)
+            print_splits({split: [row[1] for row in own]})
+    print(f"wrote {folder}; in the YAML: libri_root: {printable(str(manifest.root))}")
     print(f"               file_path: {folder}")
 
 

@@ -12,7 +12,7 @@ import soundfile
 import torch
 from torch import Tensor
 
-from .audio_files import SAMPLE_RATE, open_audio, soundfile_message
+from .audio_files import SAMPLE_RATE, AudioPart, open_audio, soundfile_message
 from .bad_audio import BadAudio
 
 logger = logging.getLogger(__name__)
@@ -32,8 +32,8 @@ CONSTANT_TOLERANCE = 1e-6
 _warned: set[str] = set()
 
 
-def read_audio(path: str | Path, *, speech: bool = False) -> Tensor:
-    """Read FLAC, WAV or Opus as float32 ``[sample]`` at 16 kHz.
+def read_audio(path: str | Path | AudioPart, *, speech: bool = False) -> Tensor:
+    """Read an audio file, or a segment of it, as float32 ``[sample]`` at 16 kHz.
 
     Channels are averaged and other rates resampled. A process warns once for each number of
     channels and each rate.
@@ -50,17 +50,19 @@ def read_audio(path: str | Path, *, speech: bool = False) -> Tensor:
 
 
 class Recording:
-    """An open audio file of which any part can be read; see :func:`read_audio`.
+    """An open audio file, or segment of it, of which any part can be read; see :func:`read_audio`.
 
     Attributes:
-        samples: length in samples at 16 kHz, from the header.
+        samples: length in samples at 16 kHz, by the file's header.
 
     Raises:
         BadAudio: on entering and on reading.
     """
 
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
+    def __init__(self, path: str | Path | AudioPart):
+        self._part = path if isinstance(path, AudioPart) else AudioPart(path)
+        self.path = Path(self._part.path)
+        self._offset = self._part.offset or 0
 
     def __enter__(self) -> Recording:
         self._file = open_audio(self.path)
@@ -69,7 +71,12 @@ class Recording:
         common = math.gcd(self._file.samplerate, SAMPLE_RATE)
         # The shortest common period of both rates, in samples at the old and the new rate.
         self._period, self._new_period = self._file.samplerate // common, SAMPLE_RATE // common
-        self.samples = -(-self._file.frames * self._new_period // self._period)
+        try:
+            total = -(-self._file.frames * self._new_period // self._period)
+            self.samples = self._part.samples_of(total)
+        except BadAudio:
+            self._file.close()
+            raise
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -82,7 +89,8 @@ class Recording:
         Vorbis are decoded from the start of the file; the samples before ``start`` are discarded.
 
         """
-        file, stop = self._file, self.samples if count is None else start + count
+        stop = self._offset + (self.samples if count is None else start + count)
+        file, start = self._file, self._offset + start
         if file.channels > 1:
             channels = f"{file.channels} channels"
             warn_once(channels, f"{self.path} has {channels}: averaging them")
@@ -99,23 +107,25 @@ class Recording:
         return resample(wave, file.samplerate)[offset : offset + stop - start]
 
     def read_speech(self, start: int = 0, count: int | None = None) -> Tensor:
-        """Like :meth:`read`, but reject a silent file.
+        """Like :meth:`read`, but reject a silent file or segment.
 
-        If the part that was read is constant, the whole file is checked, block by block.
+        If the part that was read is constant, the whole file or segment is checked, block by block.
 
         Raises:
-            BadAudio: as :meth:`read`, or all samples of the file are 0 or one other value.
+            BadAudio: as :meth:`read`, or all samples are 0 or one other value.
         """
         wave = self.read(start, count)
-        if self._constant and self._is_file_constant():
+        if self._constant and self._is_constant():
             reason = f"it has no sound: every sample is {self._value:.3g}"
-            raise BadAudio(self.path, "silent", reason)
+            raise BadAudio(str(self._part), "silent", reason)
         return wave
 
-    def _is_file_constant(self) -> bool:
+    def _is_constant(self) -> bool:
+        first = self._offset * self._period // self._new_period
+        end = -(-(self._offset + self.samples) * self._period // self._new_period)
         return all(
             ((block - self._value).abs() <= CONSTANT_TOLERANCE).all()
-            for block in self._blocks(0, self._file.frames)
+            for block in self._blocks(first, min(end, self._file.frames))
         )
 
     def _blocks(self, start: int, stop: int) -> Iterator[Tensor]:
@@ -133,14 +143,13 @@ class Recording:
                 yield torch.from_numpy(block).mean(1)
         except (soundfile.SoundFileError, RuntimeError, OSError, ValueError) as error:
             reason = f"it is cut off or damaged ({soundfile_message(error)})"
-            raise BadAudio(self.path, "damaged", reason) from None
+            raise BadAudio(str(self._part), "damaged", reason) from None
 
     def _decode(self, frames: int) -> np.ndarray:
         block = self._file.read(frames, dtype="float32", always_2d=True)
         if len(block) < frames:
-            raise BadAudio(
-                self.path, "cut off", f"it is cut off: its header gives {self._file.frames} samples"
-            )
+            reason = f"it is cut off: its header gives {self._file.frames} samples"
+            raise BadAudio(str(self._part), "cut off", reason)
         return block
 
     def _check_samples(self, wave: Tensor) -> Tensor:
@@ -148,15 +157,25 @@ class Recording:
 
         Whether it is constant is also determined here: resampling would leave a ripple.
         """
-        low, high = map(float, wave.aminmax()) if len(wave) else (0.0, 0.0)
-        if not (math.isfinite(low) and math.isfinite(high)):
-            raise BadAudio(self.path, "not finite", "it has samples that are NaN or infinite")
-        peak = max(-low, high)
-        if peak > MAX_PEAK:
-            reason = f"it has samples of {peak:.3g}, and full scale is 1: scale it to -1 to 1"
-            raise BadAudio(self.path, "out of range", reason)
-        self._constant, self._value = high - low <= CONSTANT_TOLERANCE, low
+        wave, self._constant = check_samples(wave, str(self._part))
+        self._value = float(wave[0]) if len(wave) else 0.0
         return wave
+
+
+def check_samples(wave: Tensor, name: str) -> tuple[Tensor, bool]:
+    """Check the samples of an utterance; return them and whether they are constant.
+
+    Raises:
+        BadAudio: they are not finite, or out of range.
+    """
+    low, high = map(float, wave.aminmax()) if len(wave) else (0.0, 0.0)
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise BadAudio(name, "not finite", "it has samples that are NaN or infinite")
+    peak = max(-low, high)
+    if peak > MAX_PEAK:
+        reason = f"it has samples of {peak:.3g}, and full scale is 1: scale it to -1 to 1"
+        raise BadAudio(name, "out of range", reason)
+    return wave, high - low <= CONSTANT_TOLERANCE
 
 
 def resample(wave: Tensor, rate: int) -> Tensor:

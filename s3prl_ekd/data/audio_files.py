@@ -1,6 +1,6 @@
-"""Find audio files below a folder and read their headers.
+"""Find audio files below a folder and read their headers; name parts of them.
 
-Formats: FLAC, WAV, Ogg Vorbis, Opus. soundfile reads the headers, a few kilobytes a file.
+Formats: FLAC, WAV, Ogg Vorbis, Opus, MP3. soundfile reads the headers, a few kilobytes a file.
 """
 
 from __future__ import annotations
@@ -9,11 +9,13 @@ import functools
 import logging
 import math
 import os
+import shlex
 import stat
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import soundfile
 from tqdm import tqdm
@@ -26,7 +28,9 @@ from .containers import bytes_after_header, check_complete
 logger = logging.getLogger(__name__)
 
 SAMPLE_RATE = 16_000  # Hz; s3prl's upstreams and recipes all use it
-SUFFIXES = (".flac", ".wav", ".ogg", ".opus")
+SUFFIXES = (".flac", ".wav", ".ogg", ".opus", ".mp3")
+# Audio that soundfile cannot read: it has to be converted first.
+OTHER_SUFFIXES = (".m4a", ".mp4", ".aac", ".wma", ".amr", ".3gp", ".webm", ".mka", ".m4b")
 # Folders created by operating systems and storage devices: macOS's archiver, Synology, QNAP, fsck,
 # Windows. Names that start with a dot (._a.flac of macOS, .Trash-1000) are ignored anyway.
 SYSTEM_FOLDERS = frozenset(
@@ -41,6 +45,9 @@ _UNFINISHED = (
     "with: sox --ignore-length IN.wav OUT.flac"
 )
 _CHUNK = 64  # files in a thread's task; a task for each would cost more than reading the header
+# A segment may end this much after its file, in samples: 0.5 s, as Kaldi's extract-segments allows.
+# Its end is then the end of the file.
+MAX_OVERSHOOT = SAMPLE_RATE // 2
 # libsndfile reports about 2**63 frames if the header has no length.
 UNKNOWN_FRAMES = 2**40
 
@@ -58,6 +65,36 @@ class AudioHeader:
     def samples(self) -> int:
         """Length in samples at 16 kHz."""
         return round(self.frames * SAMPLE_RATE / self.rate)
+
+
+class AudioPart(NamedTuple):
+    """An audio file, or a segment of it: ``offset`` and ``length`` in samples at 16 kHz, or None.
+
+    As text it is a unique name: ``talk.wav``, or ``talk.wav@32000+48000`` for a segment.
+    """
+
+    path: str | Path
+    offset: int | None = None
+    length: int | None = None
+
+    def __str__(self) -> str:
+        return str(self.path) if self.offset is None else f"{self.path}@{self.offset}+{self.length}"
+
+    def samples_of(self, total: int) -> int:
+        """The number of samples of this part of a file with ``total`` samples.
+
+        A segment that ends at most :data:`MAX_OVERSHOOT` after the file is cut at its end.
+
+        Raises:
+            BadAudio: the segment is not in the file.
+        """
+        if self.offset is None or self.length is None:
+            return total
+        end = self.offset + self.length
+        if self.offset >= total or end > total + MAX_OVERSHOOT:
+            reason = f"it ends at sample {end}, and the file has {total} samples at 16 kHz"
+            raise BadAudio(str(self), "not in the file", reason)
+        return min(end, total) - self.offset
 
 
 def is_audio(name: str) -> bool:
@@ -79,19 +116,42 @@ def find_audio(folder: str | Path) -> list[str]:
 
     Links to files and folders are followed, unless a link leads back to a folder that contains it.
     Names for which :func:`is_hidden_or_system` is true are ignored. Their number is logged, once
-    for each folder.
+    for each folder, and so is that of files that have to be converted.
 
     Raises:
-        DataError: ``folder`` is not a folder, or a folder below it cannot be listed.
+        DataError: ``folder`` is not a folder, a folder below it cannot be listed, or all audio
+            below it has to be converted.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder; give a folder of audio files")
     ignored: list[str] = []
-    paths = sorted(_walk(str(folder), "", frozenset(), ignored))
+    others: list[str] = []
+    paths = sorted(_walk(str(folder), "", frozenset(), ignored, others))
     if ignored:
         _log_ignored(str(folder), len(ignored), min(ignored))
+    if others:
+        example = folder / min(others)
+        problem = (
+            f"{folder}: {len(others)} audio file(s) have a format that cannot be read, e.g. "
+            f"{example}; "
+            f"convert each with: {ffmpeg_command(example)}"
+        )
+        if not paths:
+            raise DataError(problem)
+        _log_others(problem)
     return paths
+
+
+def ffmpeg_command(path: str | Path) -> str:
+    """The command that converts a file to 16 kHz mono FLAC, next to it."""
+    source, target = str(path), str(Path(path).with_suffix(".flac"))
+    return f"ffmpeg -i {shlex.quote(source)} -ac 1 -ar {SAMPLE_RATE} {shlex.quote(target)}"
+
+
+@functools.lru_cache(maxsize=1024)
+def _log_others(problem: str) -> None:
+    logger.warning("%s", problem)
 
 
 @functools.lru_cache(maxsize=1024)  # once, although s3prl makes its datasets again for each pass
@@ -101,7 +161,9 @@ def _log_ignored(folder: str, count: int, example: str) -> None:
     )
 
 
-def _walk(folder: str, prefix: str, parents: frozenset[str], ignored: list[str]) -> Iterator[str]:
+def _walk(
+    folder: str, prefix: str, parents: frozenset[str], ignored: list[str], others: list[str]
+) -> Iterator[str]:
     real = os.path.realpath(folder)
     if real in parents:  # a link to a parent: following it would never end
         return
@@ -115,9 +177,12 @@ def _walk(folder: str, prefix: str, parents: frozenset[str], ignored: list[str])
             if entry.is_dir() or is_audio(entry.name):
                 ignored.append(prefix + entry.name)
         elif entry.is_dir():
-            yield from _walk(entry.path, f"{prefix}{entry.name}/", parents | {real}, ignored)
+            below = f"{prefix}{entry.name}/"
+            yield from _walk(entry.path, below, parents | {real}, ignored, others)
         elif is_audio(entry.name):
             yield prefix + entry.name
+        elif entry.name.lower().endswith(OTHER_SUFFIXES):
+            others.append(prefix + entry.name)
 
 
 def read_header(path: str | Path) -> AudioHeader:
@@ -156,6 +221,8 @@ def open_audio(path: str | Path) -> AudioFile:
         if status.st_size == 0:
             raise BadAudio(path, "empty", "it is empty (0 bytes)") from None
         reason = f"is not audio that can be read ({soundfile_message(error)})"
+        if str(path).lower().endswith(OTHER_SUFFIXES):
+            reason += f"; convert it with: {ffmpeg_command(path)}"
         raise BadAudio(path, "not audio", f"it {download_problem(path) or reason}") from None
     try:
         _check(path, file)

@@ -65,7 +65,8 @@ def check_complete(path: str | Path, file: soundfile.SoundFile) -> str:
         try:
             file.seek(file.frames - 1)
             complete = len(file.read(1)) == 1
-        except (soundfile.SoundFileError, RuntimeError):
+        except (soundfile.SoundFileError, RuntimeError, ValueError):
+            # ValueError: the position in a damaged MP3 may be beyond its number of samples
             complete = False
         if not complete:
             reason = f"it is cut off or damaged: the last of its {file.frames} samples is not there"

@@ -1,7 +1,8 @@
 """Write length tables: the CSV files in s3prl's ``len_for_bucket`` folders.
 
 The columns are an unnamed index, ``file_path``, ``length`` in samples at 16 kHz, and ``label``,
-which is empty. The longest utterance comes first. s3prl's script for this,
+which is empty; if there are segments, also ``offset`` in samples at 16 kHz, which s3prl's own
+datasets do not read. The longest utterance comes first. s3prl's script for this,
 ``preprocess/generate_len_for_bucket.py``, gives the same numbers, but it is not in s3prl's PyPI
 package, is interactive and supports three corpora only.
 """
@@ -15,12 +16,23 @@ from pathlib import Path
 
 from ..errors import DataError, printable
 from ..files.atomic import make_folder, write_csv, write_text
-from .audio_files import find_audio, read_headers, total_hours
+from .audio_files import (
+    SAMPLE_RATE,
+    SUFFIXES,
+    AudioHeader,
+    AudioPart,
+    find_audio,
+    read_headers,
+    total_hours,
+)
+from .manifest import Manifest, is_manifest, read_manifest
+from .tables import OFFSET
 
 SKIPPED = "skipped.txt"
 _SPLIT_NAME = re.compile(r"(train|dev|test|valid)", re.IGNORECASE)
 
-LengthRow = tuple[str, int]  # file_path, length in samples at 16 kHz
+# file_path, length in samples at 16 kHz, and of segments the offset
+LengthRow = tuple[str, int] | tuple[str, int, int | None]
 
 
 @dataclass(frozen=True)
@@ -28,15 +40,16 @@ class LengthTables:
     """The result of :func:`write_length_tables`."""
 
     rows: dict[str, list[LengthRow]]  # table name -> rows, longest first
-    skipped: list[tuple[str, str]]  # (file_path, reason) of the files in no table
+    skipped: list[tuple[str, str]]  # (name, reason) of the utterances in no table
     why_single: str | None  # see group_by_split
+    root: Path  # the folder that paths are relative to
 
     def summary(self) -> str:
         """Utterances and hours of each table, and the files left out, as text."""
         tables = {f"{printable(name)}.csv": rows for name, rows in self.rows.items()}
         tables["total"] = [row for rows in self.rows.values() for row in rows]
         lines = [
-            f"{name}: {len(rows)} utterances, {total_hours(n for _, n in rows):.2f} h"
+            f"{name}: {len(rows)} utterances, {total_hours(row[1] for row in rows):.2f} h"
             for name, rows in tables.items()
         ]
         if self.why_single:
@@ -44,20 +57,63 @@ class LengthTables:
         if self.skipped:
             names = ", ".join(printable(path) for path, _ in self.skipped[:3])
             more = f" and {len(self.skipped) - 3} more" if len(self.skipped) > 3 else ""
-            lines.append(f"left out {len(self.skipped)} files ({names}{more}); see {SKIPPED}")
+            lines.append(f"left out {len(self.skipped)} ({names}{more}); see {SKIPPED}")
         return "\n".join(lines)
 
 
 def sort_rows(rows: Iterable[LengthRow]) -> list[LengthRow]:
     """Sort by length, longest first, then by path, so that the order is reproducible."""
-    return sorted(rows, key=lambda row: (-row[1], row[0]))
+    return sorted(rows, key=lambda row: (-row[1], row[0], _offset(row) or 0))
+
+
+def _offset(row: LengthRow) -> int | None:
+    return row[2] if len(row) > 2 else None
 
 
 def write_table(path: str | Path, rows: Iterable[LengthRow]) -> None:
     """Write one table, in the order of :func:`sort_rows`; the write is atomic."""
-    head = ("", "file_path", "length", "label")
-    numbered = ((i, name, length, "") for i, (name, length) in enumerate(sort_rows(rows)))
+    head: tuple[str, ...] = ("", "file_path", "length", "label")
+    rows = sort_rows(rows)
+    numbered: list[tuple] = [(i, row[0], row[1], "") for i, row in enumerate(rows)]
+    if any(_offset(row) is not None for row in rows):
+        head = (*head, OFFSET)
+        offsets = ("" if _offset(row) is None else _offset(row) for row in rows)
+        numbered = [(*cells, offset) for cells, offset in zip(numbered, offsets, strict=True)]
     write_csv(path, (head, *numbered), line_end="\n")
+
+
+@dataclass(frozen=True)
+class MeasuredAudio:
+    """Length of a file or segment, and whether the file is 16 kHz mono."""
+
+    samples: int  # at 16 kHz
+    header: AudioHeader
+
+    @property
+    def is_16k_mono(self) -> bool:
+        return (self.header.rate, self.header.channels) == (SAMPLE_RATE, 1)
+
+
+def measure_audio(
+    root: str | Path, parts: Sequence[AudioPart], *, jobs: int = 8, bar: bool = False
+) -> list[MeasuredAudio | DataError]:
+    """Read the lengths of files and segments below ``root``; an error in place of a bad one.
+
+    The header of a file is read once, however many of its segments are in ``parts``.
+    """
+    paths = list(dict.fromkeys(str(part.path) for part in parts))
+    headers = dict(zip(paths, read_headers(root, paths, jobs=jobs, bar=bar), strict=True))
+    measured: list[MeasuredAudio | DataError] = []
+    for part in parts:
+        header = headers[str(part.path)]
+        if isinstance(header, DataError):
+            measured.append(header)
+            continue
+        try:
+            measured.append(MeasuredAudio(part.samples_of(header.samples), header))
+        except DataError as error:
+            measured.append(error)
+    return measured
 
 
 def group_by_split(
@@ -88,43 +144,59 @@ def group_by_split(
 
 
 def write_length_tables(
-    root: str | Path,
+    sources: str | Path | Sequence[str | Path],
     out: str | Path,
     *,
     name: str | None = None,
     single: bool = False,
+    audio_root: Path | None = None,
     jobs: int = 8,
     bar: bool = False,
 ) -> LengthTables:
-    """Write length tables for all audio files below ``root`` into the folder ``out``.
+    """Write length tables for a folder of audio, or for manifests, into the folder ``out``.
 
     Unusable files and the reasons are listed in ``out/skipped.txt``.
 
     Args:
+        sources: a folder, or manifests (:mod:`.manifest`), which may have segments of files.
         name: write a single table with this name.
-        single: write a single table even if the folders have names of splits.
+        single: write a single table even if there are several splits.
+        audio_root: of the manifests' paths.
         jobs, bar: see :func:`read_headers`.
 
     Raises:
-        DataError: no such folder, no audio, or a table would have no rows.
+        DataError: no such folder, no audio, an invalid manifest, or a table would have no rows.
     """
-    root, out = Path(root), Path(out)
+    sources, out = [sources] if isinstance(sources, (str, Path)) else list(sources), Path(out)
     if name is not None and (Path(name).name != name or name in ("", ".", "..")):
         raise DataError(f"--name must be a file name without a folder, got {name!r}")
-    paths = find_audio(root)
-    if not paths:
-        raise DataError(f"no audio files (.flac .wav .ogg .opus) below {root}")
-    groups, why_single = group_by_split(root, paths, name=name, single=single)
-    headers = read_headers(root, paths, jobs=jobs, bar=bar)
+    root, groups, why_single = Path(sources[0]), {}, None
+    if len(sources) > 1 or is_manifest(sources[0]):
+        manifest = read_manifest(sources, columns=("path",), audio_root=audio_root)
+        root, groups = manifest.root, _group_by_table(manifest, name, single)
+    elif not root.is_dir():
+        raise DataError(
+            f"no such folder or manifest: {root}; give a folder of audio, a table (.tsv), a Kaldi "
+            "folder or cuts (.jsonl.gz)"
+        )
+    else:
+        paths = find_audio(root)
+        if not paths:
+            raise DataError(f"no audio files ({' '.join(SUFFIXES)}) below {root}")
+        by_split, why_single = group_by_split(root, paths, name=name, single=single)
+        groups = {table: [AudioPart(path) for path in own] for table, own in by_split.items()}
+    parts = [part for members in groups.values() for part in members]
     skipped: list[tuple[str, str]] = []
-    samples: dict[str, int] = {}
-    for path, header in zip(paths, headers, strict=True):
-        if isinstance(header, DataError):
-            skipped.append((path, str(header)))
+    samples: dict[AudioPart, int] = {}
+    for part, audio in zip(parts, measure_audio(root, parts, jobs=jobs, bar=bar), strict=True):
+        if isinstance(audio, DataError):
+            skipped.append((str(part), str(audio)))
         else:
-            samples[path] = header.samples
+            samples[part] = audio.samples
     rows = {
-        table: sort_rows((path, samples[path]) for path in members if path in samples)
+        table: sort_rows(
+            (str(part.path), samples[part], part.offset) for part in members if part in samples
+        )
         for table, members in groups.items()
     }
     make_folder(out)
@@ -137,4 +209,15 @@ def write_length_tables(
             raise DataError(f"no usable file for the table {table}; see {out / SKIPPED}")
     for table, members in rows.items():
         write_table(out / f"{table}.csv", members)
-    return LengthTables(rows, skipped, why_single)
+    return LengthTables(rows, skipped, why_single, root)
+
+
+def _group_by_table(
+    manifest: Manifest, name: str | None, single: bool
+) -> dict[str, list[AudioPart]]:
+    """The utterances in each table, by the manifest's splits or the names of its sources."""
+    groups: dict[str, list[AudioPart]] = {}
+    for entry, table in zip(manifest.entries, manifest.tables, strict=True):
+        table = name or ("all" if single else table)
+        groups.setdefault(table, []).append(AudioPart(entry.path, entry.offset, entry.length))
+    return groups

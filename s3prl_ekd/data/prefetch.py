@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-from .batches import Batch
+from .batch import Batch
 
 
 def prefetch(batches: Iterable[Batch], device: str) -> Iterator[Batch]:

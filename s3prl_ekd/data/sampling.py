@@ -92,6 +92,14 @@ class EpochSampler(Sampler[tuple[int, int]]):
         return ((epoch, index) for index in self.order(epoch)[position :: self.processes])
 
 
+class OrderedEpochSampler(EpochSampler):
+    """An :class:`EpochSampler` in ascending order, for datasets that shuffle by themselves."""
+
+    def order(self, epoch: int) -> list[int]:
+        """Return all indices in ascending order."""
+        return list(range(self.count))
+
+
 def bucket(
     rows: Sequence[Utterance], max_utterances: int, max_samples: int = 0, max_length: int = 0
 ) -> list[list[Utterance]]:

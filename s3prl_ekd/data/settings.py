@@ -11,13 +11,15 @@ class DataSettings:
     """``pretrain_expert.datarc``. The keys without "(ours)" are s3prl's."""
 
     libri_root: str
-    """Folder of the audio, to which the paths in the tables are relative; any corpus."""
+    """Folder of the audio, to which the paths in the tables are relative; any corpus. With Shar
+    folders in ``sets``, which have their own audio, any folder."""
 
     file_path: str
-    """Folder of the length tables (``s3prl-ekd length-tables``)."""
+    """Folder of the length tables (``s3prl-ekd length-tables``) or Shar folders."""
 
     sets: tuple[str, ...]
-    """Tables to train on: ``SET.csv`` in ``file_path``."""
+    """Tables to train on: ``SET.csv`` in ``file_path``. Or lhotse's Shar folders: ``SET`` in
+    ``file_path`` (ours)."""
 
     train_batch_size: int
     """Utterances in a batch; the maximum if ``max_seconds`` is set."""
@@ -46,6 +48,11 @@ class DataSettings:
     """Seconds to wait for a batch before the run ends with an error; no limit if this or
     ``num_workers`` is 0 (ours)."""
 
+    shar_streams: int = 8
+    """Sequences of shards of Shar folders that are read side by side. The order of the batches
+    depends on it, and not on ``num_workers`` or the number of processes. Reading is fastest if it
+    is a multiple of workers × processes. Each holds 16 batches of encoded audio (ours)."""
+
     target_cache: str | None = None
     """Folder of ``s3prl-ekd cache``, whose targets are used instead of running the teachers; every
     epoch then has the same excerpt of a long utterance (ours)."""
@@ -63,6 +70,8 @@ class DataSettings:
                 "sequence_length must be 0 (whole utterances) or at least 400 samples (one frame), "
                 f"got {self.sequence_length}"
             )
+        if not 1 <= self.shar_streams <= 4096:
+            raise ValueError(f"shar_streams must be 1 to 4096, got {self.shar_streams}")
         if self.loader_timeout != 0 and not 1 <= self.loader_timeout <= 604800:
             raise ValueError(
                 "loader_timeout must be 1 to 604800 seconds (a week), or 0 for no limit, got "

@@ -1,4 +1,7 @@
-"""Read and check length tables, s3prl's ``len_for_bucket`` CSV files."""
+"""Read and check length tables, s3prl's ``len_for_bucket`` CSV files.
+
+A row is a file, or a segment of one if the column ``offset`` (ours) has a number.
+"""
 
 from __future__ import annotations
 
@@ -12,19 +15,33 @@ from typing import Any
 
 from ..errors import DataError
 from ..files.text import check_regular
-from .audio_files import MAX_SAMPLES
+from .audio_files import MAX_SAMPLES, AudioPart
 from .bad_audio import BAD_AUDIO_ADVICE, BadUtterance
 
 COLUMNS = ("file_path", "length")
+OFFSET = (
+    "offset"  # optional column: the first sample of a segment, at 16 kHz; empty: the whole file
+)
 TABLE_ADVICE = "write tables with: s3prl-ekd length-tables AUDIO_FOLDER -o TABLE_FOLDER"
 
 
 @dataclass(frozen=True)
 class Utterance:
-    """One row of a length table."""
+    """One row of a length table: a file or a segment of it."""
 
     path: str  # relative to the corpus root
     length: int  # samples at 16 kHz
+    offset: int | None = None  # first sample of a segment; None: the whole file
+
+    @property
+    def name(self) -> str:
+        """The key of caches and random draws: the path, ``PATH@OFFSET+LENGTH`` for a segment."""
+        return str(AudioPart(self.path, self.offset, self.length))
+
+    def part(self, root: str | Path) -> AudioPart:
+        """The audio below ``root``."""
+        length = None if self.offset is None else self.length
+        return AudioPart(Path(root) / self.path, self.offset, length)
 
 
 def read_table(path: str | Path, bad: list[BadUtterance] | None = None) -> list[Utterance]:
@@ -54,14 +71,19 @@ def read_tables(
     for path in (Path(folder) / f"{name}.csv" for name in sets):
         for line, row in _read(path, bad):
             location = f"{path}: line {line}"
-            previous = locations.setdefault(posixpath.normpath(row.path), location)
+            previous = locations.setdefault(posixpath.normpath(row.name), location)
             if previous is not location:
                 raise DataError(
-                    f"{location}: {_quote(row.path)} is also in {previous}; remove one of the "
+                    f"{location}: {_quote(row.name)} is also in {previous}; remove one of the "
                     "rows or tables"
                 )
             rows.append(row)
-    return sorted(rows, key=lambda row: (-row.length, row.path))
+    return sorted(rows, key=sort_key)
+
+
+def sort_key(row: Utterance) -> tuple[int, str, int]:
+    """Sort key of utterances: the longest first, then by path and offset."""
+    return -row.length, row.path, row.offset or 0
 
 
 def _read(path: Path, bad: list[BadUtterance] | None) -> list[tuple[int, Utterance]]:
@@ -95,6 +117,8 @@ def _rows(reader: Any, path: Path, bad: list[BadUtterance] | None) -> list[tuple
                 f"{path}: line 1 must be a header with the columns {' and '.join(COLUMNS)}; it has "
                 f"the column {column} {header.count(column)} times; {TABLE_ADVICE}"
             )
+    if header.count(OFFSET) > 1:
+        raise DataError(f"{path}: line 1 has the column {OFFSET} {header.count(OFFSET)} times")
     rows: list[tuple[int, Utterance]] = []
     lines: dict[str, int] = {}
     left_out = ""
@@ -105,11 +129,13 @@ def _rows(reader: Any, path: Path, bad: list[BadUtterance] | None) -> list[tuple
         if len(cells) != len(header):
             raise DataError(f"{location}: expected {len(header)} cells, got {len(cells)}")
         name, length = (cells[header.index(column)] for column in COLUMNS)
-        row = _utterance(name, length, location)
-        first_line = lines.setdefault(posixpath.normpath(name), reader.line_num)
+        offset = cells[header.index(OFFSET)] if OFFSET in header else ""
+        row = _utterance(name, length, offset, location)
+        first_line = lines.setdefault(posixpath.normpath(row.name), reader.line_num)
         if first_line != reader.line_num:
             raise DataError(
-                f"{location}: {_quote(name)} is also in line {first_line}; remove one of the rows"
+                f"{location}: {_quote(row.name)} is also in line {first_line}; remove one of the "
+                "rows"
             )
         if 0 < row.length <= MAX_SAMPLES:
             rows.append((reader.line_num, row))
@@ -123,28 +149,39 @@ def _rows(reader: Any, path: Path, bad: list[BadUtterance] | None) -> list[tuple
                 f"{location}: {_quote(name)} with length {_quote(length)} {problem}; "
                 f"{BAD_AUDIO_ADVICE}"
             )
-        bad.append(BadUtterance(name, "length", f"its table's length {row.length} {problem}"))
+        bad.append(BadUtterance(row.name, "length", f"its table's length {row.length} {problem}"))
         left_out = f" usable rows (e.g. {_quote(name)}: {bad[-1].reason})"
     if not rows:
         raise DataError(f"{path}: the table has no{left_out or ' rows'}; {TABLE_ADVICE}")
     return rows
 
 
-def _utterance(name: str, text: str, location: str) -> Utterance:
-    try:
-        length = float(text)  # pandas may have written 16000.0
-    except ValueError:
-        length = -1.0
-    if not name or not 0 <= length < float("inf") or length != int(length):
+def _utterance(name: str, length_text: str, offset_text: str, location: str) -> Utterance:
+    length, offset = _samples(length_text), _samples(offset_text)
+    if not name or length is None:
         raise DataError(
             f"{location}: expected a path and its length as a whole number of samples, got "
-            f"{_quote(name)} and {_quote(text)}"
+            f"{_quote(name)} and {_quote(length_text)}"
+        )
+    if offset is None and offset_text.strip():
+        raise DataError(
+            f"{location}: {OFFSET} must be empty or the first sample of a segment, a whole number, "
+            f"got {_quote(offset_text)}"
         )
     if name.startswith("/") or ".." in name.split("/") or "\0" in name:
         raise DataError(
             f"{location}: the path must be below libri_root, without .. and NUL, got {_quote(name)}"
         )
-    return Utterance(name, int(length))
+    return Utterance(name, length, offset)
+
+
+def _samples(text: str) -> int | None:
+    """A number of samples; None if the text is none."""
+    try:
+        number = float(text)  # pandas may have written 16000.0
+    except ValueError:
+        return None
+    return int(number) if 0 <= number < float("inf") and number == int(number) else None
 
 
 def _quote(text: str) -> str:

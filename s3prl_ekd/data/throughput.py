@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from ..errors import DataError
 from .audio_files import SAMPLE_RATE
-from .batches import Batch
+from .batch import Batch
 from .lengths import write_table
 from .loader import BatchLoader
 from .settings import DataSettings

@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from ..data.audio import read_audio
-from ..data.audio_files import find_audio
+from ..data.audio_files import SUFFIXES, AudioPart, find_audio
 from ..data.distortion import additive
 from ..data.distortion.pipeline import generator
 from ..data.distortion.sources import is_silent
@@ -60,23 +60,28 @@ def _draw(noises: Sequence[Tensor], rng: random.Random) -> Tensor:
 
 
 class NoiseFiles(Sequence):
-    """The audio files ``names`` in the folder ``root`` as waveforms ``[sample]`` at 16 kHz.
+    """Audio files in the folder ``root``, or segments of them, as waveforms ``[sample]`` at 16 kHz.
 
     At most :data:`MAX_CACHED_SAMPLES` samples are kept in memory.
+
+    Attributes:
+        names: unique names relative to ``root``.
+        parts: the files and segments.
     """
 
-    def __init__(self, root: Path, names: Sequence[str]):
-        self.root, self.names = root, names
+    def __init__(self, root: Path, parts: Sequence[AudioPart]):
+        self.names = [str(part) for part in parts]
+        self.parts = [part._replace(path=root / part.path) for part in parts]
         self._cache: dict[int, Tensor] = {}
         self._cached_samples = 0
 
     def __len__(self) -> int:
-        return len(self.names)
+        return len(self.parts)
 
     def __getitem__(self, index: int) -> Tensor:  # type: ignore[override]  # no slices
         if index in self._cache:
             return self._cache[index]
-        wave = read_audio(self.root / self.names[index])
+        wave = read_audio(self.parts[index])
         if self._cached_samples + len(wave) <= MAX_CACHED_SAMPLES:
             self._cached_samples += len(wave)
             self._cache[index] = wave
@@ -87,16 +92,18 @@ def find_noises(path: str | Path) -> NoiseFiles:
     """Find noises in a folder of audio or in the test split of a manifest (TSV)."""
     path = Path(path)
     if path.is_file():
-        names = [entry.path for entry in read_manifest(path) if entry.split == "test"]
-        if not names:
+        manifest = read_manifest(path)
+        entries = [entry for entry in manifest.entries if entry.split == "test"]
+        if not entries:
             raise DataError(f"{path} has no line with split test; --noise uses only these")
-        return NoiseFiles(path.parent, names)
+        parts = [AudioPart(entry.path, entry.offset, entry.length) for entry in entries]
+        return NoiseFiles(manifest.root, parts)
     if not path.is_dir():
         raise DataError(f"no such folder of noises or manifest (TSV): {path}")
     names = find_audio(path)
     if not names:
-        raise DataError(f"no audio (.flac .wav .ogg .opus) below {path}")
-    return NoiseFiles(path, names)
+        raise DataError(f"no audio ({' '.join(SUFFIXES)}) below {path}")
+    return NoiseFiles(path, [AudioPart(name) for name in names])
 
 
 def noisy_runner(runner: Any, test: NoisyTest) -> Any:

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from .. import __version__
 from ..data.audio import read_audio
-from ..data.audio_files import SAMPLE_RATE, find_audio, read_header
+from ..data.audio_files import SAMPLE_RATE, SUFFIXES, AudioPart, find_audio, read_header
+from ..data.manifest import is_manifest, read_manifest
 from ..errors import CheckpointError, ConfigError, DataError
 from ..files.atomic import atomic_file, explain_write_errors
 from ..files.safetensors_file import SafetensorsWriter
@@ -29,40 +30,52 @@ FORMAT, VERSION = "s3prl_ekd.features", 1
 _READ_AHEAD = 4  # files read in advance, while the model runs
 
 
-def collect_audio(paths: Sequence[str], lists: Sequence[Path] = ()) -> dict[str, Path]:
-    """Collect audio files as ``{key: path}``.
+def collect_audio(
+    paths: Sequence[str], lists: Sequence[Path] = (), audio_root: Path | None = None
+) -> dict[str, AudioPart]:
+    """Collect audio files and segments as ``{key: part}``.
 
     The key of a file in a folder is its path relative to that folder; the key of a file named in
     ``paths`` or in a list (a text file with one path per line) is its path as written. Keys use
-    ``/``.
+    ``/``. The key of an utterance of a manifest is its ``id``, in a table without this column
+    its path (``PATH@OFFSET+LENGTH`` for a segment).
+
+    Args:
+        paths: files, folders of audio, or manifests (:mod:`..data.manifest`).
+        audio_root: of the manifests.
 
     Raises:
-        DataError: no audio files, a list that cannot be read, or two files with the same key.
+        DataError: no audio files, a list or manifest that cannot be read, or two files with the
+            same key.
     """
-    audio: dict[str, Path] = {}
+    audio: dict[str, AudioPart] = {}
 
-    def add(key: str, path: Path) -> None:
+    def add(key: str, part: AudioPart) -> None:
         if key in audio:
             raise DataError(
-                f"{audio[key]} and {path} would both have the key {key}; name a folder that "
+                f"{audio[key]} and {part} would both have the key {key}; name a folder that "
                 "contains both, or write two output files"
             )
-        audio[key] = path
+        audio[key] = part
 
     for text in paths:
         path = Path(text)
-        if path.is_dir():
+        if is_manifest(text):
+            manifest = read_manifest(text, columns=("path",), audio_root=audio_root)
+            for entry in manifest.entries:
+                add(entry.cells.get("id") or entry.name, entry.part(manifest.root))
+        elif path.is_dir():
             for name in find_audio(path):
-                add(name, path / name)
+                add(name, AudioPart(path / name))
         else:
-            add(PurePath(text).as_posix(), path)
+            add(PurePath(text).as_posix(), AudioPart(path))
     for list_file in lists:
         lines = read_text(list_file, "list", DataError, limit=1 << 28, utf8="utf-8-sig")
         for text in filter(None, map(str.strip, lines.splitlines())):
-            add(PurePath(text).as_posix(), Path(text))
+            add(PurePath(text).as_posix(), AudioPart(Path(text)))
     if not audio:
         raise DataError(
-            "no audio files (.flac .wav .ogg .opus) in "
+            f"no audio files ({' '.join(SUFFIXES)}) in "
             + ", ".join([*paths, *(str(path) for path in lists)])
         )
     return audio
@@ -101,7 +114,7 @@ def choose_layers(text: str, count: int) -> list[int]:
 
 def write_features(
     checkpoint: str | Path,
-    audio: Mapping[str, Path],
+    audio: Mapping[str, Path | AudioPart],
     output: Path,
     *,
     layers: str = "all",
@@ -118,7 +131,7 @@ def write_features(
 
     Args:
         checkpoint: a student; see :func:`~s3prl_ekd.teachers.student_source.find_student`.
-        audio: ``{key: path}`` from :func:`collect_audio`.
+        audio: ``{key: file or segment}`` from :func:`collect_audio`.
         output: written atomically.
         max_seconds: a longer file counts as bad; a full-size student needs 17 MB per second.
         skip_bad: leave out bad files and list them in the summary; else the first is an error.
@@ -174,7 +187,11 @@ def write_features(
 
 
 def _states(
-    upstream: nn.Module, wave: Tensor, layers: list[int], dtype: torch.dtype, path: Path
+    upstream: nn.Module,
+    wave: Tensor,
+    layers: list[int],
+    dtype: torch.dtype,
+    path: Path | AudioPart,
 ) -> list[Tensor]:
     """Hidden states ``layers`` of one waveform, ``[frame, dim]`` each, checked to be finite."""
     with torch.inference_mode():
@@ -190,7 +207,7 @@ def _states(
 
 
 def _read_ahead(
-    audio: Mapping[str, Path], max_seconds: float
+    audio: Mapping[str, Path | AudioPart], max_seconds: float
 ) -> Iterator[tuple[str, Tensor | DataError]]:
     """Yield each file's key and waveform (or error); a thread reads a few files ahead."""
     pending: deque = deque()
@@ -205,16 +222,18 @@ def _read_ahead(
         pool.shutdown(cancel_futures=True)
 
 
-def _read(path: Path, max_seconds: float) -> Tensor | DataError:
+def _read(audio: Path | AudioPart, max_seconds: float) -> Tensor | DataError:
+    part = audio if isinstance(audio, AudioPart) else AudioPart(audio)
     try:
-        str(path).encode("utf-8")
-        seconds = read_header(path).samples / SAMPLE_RATE  # before reading the audio
+        str(part).encode("utf-8")
+        samples = part.samples_of(read_header(part.path).samples)  # before reading the audio
+        seconds = samples / SAMPLE_RATE
         if seconds > max_seconds:
             return DataError(
-                f"{path} is {seconds:.0f} s long, longer than --max-seconds {max_seconds:g}"
+                f"{part} is {seconds:.0f} s long, longer than --max-seconds {max_seconds:g}"
             )
-        return read_audio(path, speech=True)
+        return read_audio(part, speech=True)
     except UnicodeEncodeError:
-        return DataError(f"{path!r}: the file name is not UTF-8, so it cannot be a key")
+        return DataError(f"{str(part)!r}: the file name is not UTF-8, so it cannot be a key")
     except DataError as error:
         return error

@@ -206,7 +206,7 @@ def matching_subset(
                 f"it was not built from the length table {name}, or the table has changed"
             )
     names = set(index.utterances)
-    missing_rows = [row.path for row in rows if row.path not in names]
+    missing_rows = [row.name for row in rows if row.name not in names]
     if missing_rows:
         raise DataError(
             f"{len(missing_rows)} utterances are missing from it, the first is {missing_rows[0]} "

@@ -11,10 +11,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ..data.manifest import read_manifest
+from ..data.audio_files import SAMPLE_RATE
+from ..data.manifest import ManifestEntry
 from ..errors import DataError, SetupError
 from .asr import COLUMNS, normalise
-from .common import PREPARED, PrepareTask, audio_root, link_folder, new_folder, write_lines
+from .common import PREPARED, PrepareTask, link_folder, manifest_of, new_folder, write_lines
 from .lexicon import Pronunciations, add_lexicon_options, collect_pronunciations, shorten_list
 
 ALIGNED, AUDIO = "aligned.tsv", "audio"
@@ -96,32 +97,43 @@ def _prepare_alignments(args: argparse.Namespace) -> None:
 
     if not args.lexicon and not args.g2p:
         raise SetupError("alignments need pronunciations: add --lexicon FILE, --g2p, or both")
-    entries = read_manifest(args.manifest, columns=COLUMNS)
+    manifest = manifest_of(args, COLUMNS)
+    entries = manifest.entries
     texts = [normalise(entry.cells["text"]).split() for entry in entries]
     pronunciations: Pronunciations = collect_pronunciations(args, set().union(*texts))
     aligner = make_aligner(pronunciations)
-    root = audio_root(args)
-    columns = [name for name in entries[0].cells if name not in ("path", "segments")]
+    cells_of = [_cells(entry) for entry in entries]
+    columns = [name for name in cells_of[0] if name not in ("path", "segments")]
     rows, failed = [], []
-    pairs = zip(entries, texts, strict=True)
-    for entry, words in tqdm(list(pairs), desc="alignments", unit=" utterances", delay=0.3):
+    pairs = zip(entries, texts, cells_of, strict=True)
+    for entry, words, cells in tqdm(list(pairs), desc="alignments", unit=" utterances", delay=0.3):
         known = bool(words) and all(word in pronunciations for word in words)
-        segments = align(read_audio(root / entry.path), words, aligner) if known else ""
+        wave = read_audio(entry.part(manifest.root)) if known else None
+        segments = "" if wave is None else align(wave, words, aligner)
         if segments:
-            cells = [f"{AUDIO}/{entry.path}", segments, *(entry.cells[name] for name in columns)]
-            rows.append("\t".join(cells))
+            row = [f"{AUDIO}/{entry.path}", segments, *(cells[name] for name in columns)]
+            rows.append("\t".join(row))
         else:
-            failed.append(entry.path)
+            failed.append(entry.name)
     if not rows:
-        raise DataError(f"no utterance of {args.manifest} could be aligned; check its texts")
+        raise DataError(f"no utterance of {manifest.source} could be aligned; check its texts")
     with new_folder(args.out, replace=args.replace) as folder:
-        link_folder(root, folder / AUDIO)
+        link_folder(manifest.root, folder / AUDIO)
         write_lines(folder / ALIGNED, ["\t".join(["path", "segments", *columns]), *rows])
-        write_lines(folder / PREPARED, [f"task\t{args.task}", f"manifest\t{args.manifest}"])
+        write_lines(folder / PREPARED, [f"task\t{args.task}", f"manifest\t{manifest.source}"])
     print(f"aligned {len(rows)} of {len(entries)} utterances")
     if failed:
         print(f"left out: {shorten_list(failed)}")
     print(f"next: s3prl-ekd probe tiny_hubert --data {shlex.quote(str(args.out / ALIGNED))}")
+
+
+def _cells(entry: ManifestEntry) -> dict[str, str]:
+    """The cells of an entry, with its split, and with offset and duration (seconds) of segments."""
+    cells = {**entry.cells, "split": entry.split, "offset": "", "duration": ""}
+    if entry.offset is not None and entry.length is not None:
+        cells["offset"] = repr(entry.offset / SAMPLE_RATE)
+        cells["duration"] = repr(entry.length / SAMPLE_RATE)
+    return cells
 
 
 ALIGNMENTS = PrepareTask(

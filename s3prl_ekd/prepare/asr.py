@@ -2,7 +2,8 @@
 
 s3prl's ASR and PR recipes read this layout only: the transcript of
 ``SPLIT/SPK/CHAP/SPK-CHAP-NNNN.flac`` is a line of ``SPK-CHAP.trans.txt`` in the same folder, and an
-utterance's name ends at the first dot. Audio files are symlinks, so the layout takes no space.
+utterance's name ends at the first dot. Audio files are symlinks, so the layout takes no space;
+segments of longer files are written.
 
 The recipe's character dictionary ``char.dict`` has fairseq's format, one ``SYMBOL COUNT`` a line.
 s3prl adds four symbols (``<s> <pad> </s> <unk>``), which makes 32 classes. s3prl's PyPI package
@@ -15,23 +16,25 @@ from __future__ import annotations
 
 import argparse
 import re
-import shutil
 import string
+import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from ..data.lengths import write_table
-from ..data.manifest import SPLITS, read_manifest
+from ..data.manifest import SPLITS, Manifest
 from ..errors import DataError
 from .common import (
     PREPARED,
+    PreparedAudio,
     PrepareTask,
-    audio_root,
-    link,
+    add_convert_option,
+    manifest_of,
     new_folder,
+    placing,
     print_splits,
-    read_lengths,
+    read_audio_parts,
     speaker_of,
     write_lines,
 )
@@ -45,14 +48,28 @@ with audio (symlinks) and transcripts, length tables in OUT/len_for_bucket, and 
 which maps the new names to the manifest's paths.
 
 Needs the columns path, speaker, text, split. Texts are converted to upper case; allowed are A to Z,
-the apostrophe and spaces. Lines without a text are skipped and counted.
+the apostrophe and spaces; --strip-punctuation removes punctuation. Lines without a text are skipped
+and counted. Segments of longer files are written as FLAC.
 """
 INVALID_LINES = "lines with other characters"
 
 
-def normalise(text: str) -> str:
-    """Convert to upper case with one space between words. No character is dropped."""
+def normalise(text: str, strip_punctuation: bool = False) -> str:
+    """Convert to upper case with one space between words.
+
+    Args:
+        strip_punctuation: replace punctuation, except apostrophes in words, by a space; by default
+            no character is dropped.
+    """
+    if strip_punctuation:
+        text = text.replace("\u2019", "'")
+        kept = (" " if is_punctuation(c) and c != "'" else c for c in text)
+        text = re.sub(r"(?<!\w)'|'(?!\w)", " ", "".join(kept))
     return " ".join(text.upper().split())
+
+
+def is_punctuation(character: str) -> bool:
+    return unicodedata.category(character)[0] == "P"
 
 
 def foreign_characters(text: str) -> str:
@@ -64,12 +81,11 @@ def foreign_characters(text: str) -> str:
 class TranscribedUtterance:
     """One line of a manifest, checked, with its length."""
 
-    source: Path  # the audio file
-    original: str  # the path in the manifest
+    audio: PreparedAudio
+    original: str  # the name in the manifest
     speaker: str
     text: str  # normalised, see :func:`normalise`
     split: str  # one of SPLITS
-    samples: int  # at 16 kHz
 
 
 def speaker_names(speakers: Iterable[str]) -> dict[str, str]:
@@ -107,7 +123,7 @@ def write_librispeech(
         replace: replace an earlier layout at ``out``.
 
     Returns:
-        The number of files copied.
+        The number of files copied or written.
     """
     names = speaker_names(utterance.speaker for utterance in utterances)
     tables: dict[str, list[tuple[str, int]]] = {}
@@ -115,7 +131,7 @@ def write_librispeech(
     prepared = ["id\tpath\tspeaker\tsplit\tsamples"]
     copied = 0
     with new_folder(out, replace=replace) as root:
-        for utterance in utterances:
+        for utterance in placing(utterances):
             split = f"{utterance.split}-clean"
             speaker = names[utterance.speaker]
             chapter = SPLITS.index(utterance.split) + 1
@@ -123,14 +139,12 @@ def write_librispeech(
             lines = transcripts.setdefault(folder / f"{speaker}-{chapter}.trans.txt", [])
             name = f"{speaker}-{chapter}-{len(lines):04d}"
             lines.append(f"{name} {utterance.text}")
-            file = folder / (name + utterance.source.suffix.lower())
+            file = folder / (name + utterance.audio.suffix)
             (root / folder).mkdir(parents=True, exist_ok=True)
-            if copy or not link(utterance.source, root / file):
-                shutil.copyfile(utterance.source, root / file)
-                copied += 1
-            tables.setdefault(split, []).append((str(file), utterance.samples))
+            copied += utterance.audio.place(root / file, copy=copy)
+            tables.setdefault(split, []).append((str(file), utterance.audio.samples))
             cells = (name, utterance.original, utterance.speaker, utterance.split)
-            prepared.append("\t".join((*cells, str(utterance.samples))))
+            prepared.append("\t".join((*cells, str(utterance.audio.samples))))
         for path, lines in transcripts.items():
             write_lines(root / path, lines)
         (root / TABLES).mkdir()
@@ -143,6 +157,12 @@ def write_librispeech(
 def add_layout_options(parser: argparse.ArgumentParser, invalid_lines: str) -> None:
     """Add the options that :func:`write_layout` reads; ``invalid_lines`` is the same as there."""
     parser.add_argument("--copy", action="store_true", help="copy the audio instead of linking it")
+    add_convert_option(parser)
+    parser.add_argument(
+        "--strip-punctuation",
+        action="store_true",
+        help="remove punctuation from texts, as in Common Voice (default: an error)",
+    )
     parser.add_argument(
         "--drop-bad",
         action="store_true",
@@ -151,12 +171,16 @@ def add_layout_options(parser: argparse.ArgumentParser, invalid_lines: str) -> N
 
 
 def write_layout(
-    args: argparse.Namespace, check_text: Callable[[str], str], invalid_lines: str
+    args: argparse.Namespace,
+    manifest: Manifest,
+    check_text: Callable[[str], str],
+    invalid_lines: str,
 ) -> list[TranscribedUtterance]:
     """Write the manifest's utterances as a LibriSpeech layout at ``args.out``; print a summary.
 
     Args:
         args: arguments of a subcommand with :func:`add_layout_options`.
+        manifest: with the columns :data:`COLUMNS`.
         check_text: returns the error of a normalised text, or "" if the text is valid.
         invalid_lines: noun phrase for lines with an invalid text, for messages.
 
@@ -164,37 +188,32 @@ def write_layout(
         The utterances written.
     """
     valid, texts, n_empty, n_invalid = [], [], 0, 0
-    for entry in read_manifest(args.manifest, columns=COLUMNS):
-        text = normalise(entry.cells["text"])
+    for entry in manifest.entries:
+        text = normalise(entry.cells["text"], args.strip_punctuation)
         problem = check_text(text)
         if not text:
             n_empty += 1
         elif problem and args.drop_bad:
             n_invalid += 1
         elif problem:
-            raise DataError(
-                f"{args.manifest}: line {entry.line}: {problem}; to skip such lines, add --drop-bad"
-            )
+            raise DataError(f"{entry.location}: {problem}; to skip such lines, add --drop-bad")
         else:
             valid.append(entry)
-            texts.append((speaker_of(args.manifest, entry), text))
+            texts.append((speaker_of(entry), text))
     if not valid:
-        raise DataError(f"{args.manifest}: no line has a valid text")
-    root = audio_root(args)
-    samples = read_lengths(args.manifest, root, valid, args.jobs)
+        raise DataError(f"{manifest.source}: no line has a valid text")
+    parts = read_audio_parts(args, manifest, valid)
     utterances = []
     lengths: dict[str, list[int]] = {}
-    for entry, (speaker, text), length in zip(valid, texts, samples, strict=True):
-        utterances.append(
-            TranscribedUtterance(root / entry.path, entry.path, speaker, text, entry.split, length)
-        )
-        lengths.setdefault(f"{entry.split}-clean", []).append(length)
+    for entry, (speaker, text), audio in zip(valid, texts, parts, strict=True):
+        utterances.append(TranscribedUtterance(audio, entry.name, speaker, text, entry.split))
+        lengths.setdefault(f"{entry.split}-clean", []).append(audio.samples)
     copied = write_librispeech(args.out, utterances, copy=args.copy, replace=args.replace)
     print_splits(lengths)
     for count, text in (
         (n_empty, "lines without a text skipped"),
         (n_invalid, f"{invalid_lines} skipped"),
-        (copied, "files copied, not linked"),
+        (copied, "files copied or written, not linked"),
     ):
         if count:
             print(f"{count} {text}")
@@ -202,7 +221,7 @@ def write_layout(
 
 
 def _prepare_asr(args: argparse.Namespace) -> None:
-    write_layout(args, _check_characters, INVALID_LINES)
+    write_layout(args, manifest_of(args, COLUMNS), _check_characters, INVALID_LINES)
     print(f"wrote {args.out}; in the YAML: libri_root: {args.out}")
     print(f"               bucket_file: {args.out / TABLES}")
 

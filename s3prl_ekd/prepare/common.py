@@ -5,15 +5,21 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
-from ..data.audio_files import SAMPLE_RATE, read_headers, total_hours
-from ..data.manifest import ManifestEntry
+from tqdm import tqdm
+
+from ..data.audio_files import SAMPLE_RATE, AudioPart, total_hours
+from ..data.lengths import MeasuredAudio, measure_audio
+from ..data.manifest import Manifest, ManifestEntry, read_manifest
 from ..errors import DataError
 from ..files.atomic import atomic_folder
 
+T = TypeVar("T")
 PREPARED = "prepared.tsv"  # marks a folder that `prepare` wrote
 
 
@@ -34,21 +40,28 @@ class PrepareTask:
     description: str
     run: Callable[[argparse.Namespace], None]
     configure: Callable[[argparse.ArgumentParser], None] = lambda parser: None
-    inputs: tuple[tuple[str, str], ...] = (("manifest", "MANIFEST.tsv"),)
+    inputs: tuple[tuple[str, str], ...] = (("manifest", "MANIFEST"),)
     replace: bool = True
 
 
 def add_options(parser: argparse.ArgumentParser, task: PrepareTask) -> None:
     """Add the arguments of a subcommand."""
     for name, metavar in task.inputs:
-        parser.add_argument(name, metavar=metavar, type=Path)
-        if name == "manifest":
-            parser.add_argument(
-                "--audio-root",
-                metavar="ROOT",
-                type=Path,
-                help="folder that the paths are relative to (default: the manifest's folder)",
-            )
+        if name != "manifest":
+            parser.add_argument(name, metavar=metavar, type=Path)
+            continue
+        parser.add_argument(
+            name,
+            metavar=metavar,
+            nargs="+",
+            help="a table (.tsv), a Kaldi folder or lhotse's cuts; several with a split each",
+        )
+        parser.add_argument(
+            "--audio-root",
+            metavar="ROOT",
+            type=Path,
+            help="folder that the paths are relative to (default: the manifest's folder)",
+        )
     parser.add_argument(
         "-o", "--out", metavar="OUT", type=Path, required=True, help="the folder to write"
     )
@@ -99,21 +112,6 @@ def link(source: Path, target: Path) -> bool:
     return True
 
 
-def link_or_write(source: Path, target: Path) -> bool:
-    """Link an audio file, or write it as WAV where symlinks fail; return whether it is a link.
-
-    Missing folders of ``target`` are created. Readers use the header and not the suffix.
-    """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if link(source, target):
-        return True
-    import soundfile
-
-    wave, rate = soundfile.read(source, dtype="int16")
-    soundfile.write(target, wave, rate, subtype="PCM_16", format="WAV")
-    return False
-
-
 def link_folder(source: Path, target: Path) -> None:
     """Like :func:`link`, for a corpus, which is too large to copy."""
     if not link(source, target):
@@ -127,48 +125,119 @@ def write_lines(path: Path, lines: Iterable[str]) -> None:
     path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
-def audio_root(args: argparse.Namespace) -> Path:
-    """The folder that the manifest's paths are relative to."""
-    return args.audio_root or args.manifest.parent
+def add_convert_option(parser: argparse.ArgumentParser) -> None:
+    """Add the option that :func:`read_audio_parts` reads."""
+    parser.add_argument(
+        "--convert",
+        action="store_true",
+        help="write audio that is not 16 kHz mono as 16 kHz mono files (default: an error)",
+    )
 
 
-def speaker_of(table: Path, entry: ManifestEntry) -> str:
+def manifest_of(args: argparse.Namespace, columns: Sequence[str]) -> Manifest:
+    """Read the manifests of a command."""
+    return read_manifest(args.manifest, columns=columns, audio_root=args.audio_root)
+
+
+def speaker_of(entry: ManifestEntry) -> str:
     """The speaker of an entry. Raises DataError if the cell is empty."""
     if not entry.cells["speaker"]:
-        raise DataError(f"{table}: line {entry.line} has no speaker")
+        raise DataError(f"{entry.location} has no speaker")
     return entry.cells["speaker"]
 
 
-def audio_lengths(
-    root: Path, paths: Sequence[str], jobs: int, *, bar: bool = True
-) -> list[int | DataError]:
-    """Read lengths in samples.
+@dataclass(frozen=True)
+class PreparedAudio:
+    """The audio of an utterance, and how it gets into the folder that `prepare` writes.
+
+    Attributes:
+        part: a file, or a segment of one.
+        samples: its length at 16 kHz.
+        write: whether a new file is written. Otherwise the file itself is linked or copied.
+    """
+
+    part: AudioPart
+    samples: int
+    write: bool = False
+
+    @property
+    def suffix(self) -> str:
+        """Suffix of the file in the folder, such as ``.flac``."""
+        return ".flac" if self.write else Path(self.part.path).suffix.lower()
+
+    def place(self, target: Path, *, copy: bool = False) -> bool:
+        """Link, copy or write the audio to ``target``; return whether it is no link.
+
+        Missing folders of ``target`` are created. Readers use the header and not the suffix.
+        """
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if self.write:
+            write_audio(self.part, target)
+        elif copy or not link(Path(self.part.path), target):
+            shutil.copyfile(self.part.path, target)
+        else:
+            return False
+        return True
+
+
+def placing(items: Sequence[T]) -> Iterable[T]:
+    """Iterate over the utterances whose audio is placed, with a progress bar if it takes long."""
+    return tqdm(items, desc="audio", unit=" files", delay=1.0, dynamic_ncols=True)
+
+
+def write_audio(part: AudioPart, target: Path) -> None:
+    """Write a file or segment as 16 kHz mono, 16 bits; exact if the source is."""
+    import soundfile
+
+    from ..data.audio import read_audio  # torch; not for prepare --help
+
+    wave = (read_audio(part) * 32768).round().clamp(-32768, 32767).short().numpy()
+    soundfile.write(target, wave, SAMPLE_RATE, subtype="PCM_16")
+
+
+def audio_lengths(root: Path, paths: Sequence[str], jobs: int) -> list[int | DataError]:
+    """Read the lengths in samples of files, with a progress bar.
 
     A file that cannot be used, or is not 16 kHz mono, has an error instead.
     """
-    headers = read_headers(root, paths, jobs=jobs, bar=bar)
-    lengths: list[int | DataError] = []
-    for path, header in zip(paths, headers, strict=True):
-        if isinstance(header, DataError):
-            lengths.append(header)
-        elif (header.rate, header.channels) == (SAMPLE_RATE, 1):
-            lengths.append(header.frames)
-        else:
-            problem = f"{header.rate} Hz with {header.channels} channel(s); convert it first"
-            rule = f"must be {SAMPLE_RATE} Hz mono for s3prl's recipes"
-            lengths.append(DataError(f"{path} {rule}, got {problem}"))
-    return lengths
+    parts = [AudioPart(path) for path in paths]
+    checked = zip(paths, measure_audio(root, parts, jobs=jobs, bar=True), strict=True)
+    return [_check_16k_mono(path, audio) for path, audio in checked]
 
 
-def read_lengths(table: Path, root: Path, entries: Sequence[ManifestEntry], jobs: int) -> list[int]:
-    """Read the lengths in samples of the entries of ``table``."""
-    lengths = []
-    paths = [entry.path for entry in entries]
-    for entry, length in zip(entries, audio_lengths(root, paths, jobs), strict=True):
-        if isinstance(length, DataError):
-            raise DataError(f"{table}: line {entry.line}: {length}") from length
-        lengths.append(length)
-    return lengths
+def _check_16k_mono(
+    name: str, audio: MeasuredAudio | DataError, advice: str = "convert it first"
+) -> int | DataError:
+    if isinstance(audio, DataError) or audio.is_16k_mono:
+        return audio if isinstance(audio, DataError) else audio.samples
+    problem = f"{audio.header.rate} Hz with {audio.header.channels} channel(s); {advice}"
+    return DataError(f"{name} must be {SAMPLE_RATE} Hz mono for s3prl's recipes, got {problem}")
+
+
+def read_audio_parts(
+    args: argparse.Namespace, manifest: Manifest, entries: Sequence[ManifestEntry]
+) -> list[PreparedAudio]:
+    """Read the lengths of entries of a manifest.
+
+    Segments get files of their own, and so does, with ``--convert``, other audio than 16 kHz mono.
+
+    Raises:
+        DataError: a file cannot be used, or is not 16 kHz mono.
+    """
+    parts = [AudioPart(entry.path, entry.offset, entry.length) for entry in entries]
+    result = []
+    measured = measure_audio(manifest.root, parts, jobs=args.jobs, bar=True)
+    for entry, audio in zip(entries, measured, strict=True):
+        converts, samples = False, _check_16k_mono(entry.path, audio, "add --convert")
+        if args.convert and isinstance(audio, MeasuredAudio):
+            converts, samples = not audio.is_16k_mono, audio.samples
+        if isinstance(samples, DataError):
+            raise DataError(f"{entry.location}: {samples}") from samples
+        part = entry.part(manifest.root)
+        if part.offset is not None:
+            part = part._replace(length=samples)  # it may have ended after its file
+        result.append(PreparedAudio(part, samples, converts or part.offset is not None))
+    return result
 
 
 def print_splits(splits: dict[str, list[int]]) -> None:

@@ -24,21 +24,23 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..data.audio_files import is_hidden_or_system
-from ..data.manifest import read_manifest
 from ..errors import DataError
 from ..files.text import read_text
 from .common import (
     PREPARED,
+    PreparedAudio,
     PrepareTask,
+    add_convert_option,
     audio_lengths,
-    audio_root,
     link_folder,
+    manifest_of,
     new_folder,
-    read_lengths,
+    placing,
+    read_audio_parts,
     write_lines,
 )
 
@@ -52,7 +54,8 @@ SESSIONS = tuple(f"Session{number}" for number in range(1, 6))
 FULL_COUNTS = dict(zip(SESSIONS, (1085, 1023, 1151, 1031, 1241), strict=True))
 ER_DESCRIPTION = """\
 Write folds for `run_downstream.py -d emotion`: OUT/meta_data/SessionN with the lists of fold N,
-OUT/audio, a symlink to the audio, and OUT/prepared.tsv.
+OUT/audio, a symlink to the audio, and OUT/prepared.tsv. If the manifest has segments of files, or
+--convert is needed, OUT/audio is a folder with a file for each utterance.
 
 Needs the columns path and split, and one with labels. Lines without a label, or with one that is
 not in --labels, are skipped and counted. With --fold-column, there is a fold for each value of that
@@ -76,10 +79,11 @@ class LabelledUtterance:
     label: str
     speaker: str
     part: str  # the part of the corpus that it belongs to, such as Session1
+    audio: PreparedAudio | None = None  # if files are written and `path` is to be the new one
 
 
 def choose_labels(
-    occurring: Iterable[str], selected: Sequence[str] | None, source: Path
+    occurring: Iterable[str], selected: Sequence[str] | None, source: str
 ) -> list[str]:
     """Return the classes in order: ``selected``, or all labels that occur, sorted."""
     known = sorted({label for label in occurring if label})
@@ -110,7 +114,10 @@ def parts_of(items: Iterable[LabelledUtterance]) -> list[str]:
 
 
 def check_classes(
-    source: Path, items: Sequence[LabelledUtterance], tested: Sequence[str], labels: Sequence[str]
+    source: str | Path,
+    items: Sequence[LabelledUtterance],
+    tested: Sequence[str],
+    labels: Sequence[str],
 ) -> None:
     """Check that each fold has training utterances of all classes."""
     for part in tested:
@@ -132,14 +139,18 @@ def write_folds(
     """Write a fold for each part that is ``tested``, with the other parts as train; print them.
 
     ``OUT/meta_data/SessionN/{train,test}_meta_data.json`` are the lists of fold N, ``OUT/audio`` is
-    a link to ``root``, and ``OUT/prepared.tsv`` lists the fold that tests each utterance.
+    a link to ``root``, and ``OUT/prepared.tsv`` lists the fold that tests each utterance. If there
+    are segments or converted files, ``OUT/audio`` has a file for each utterance instead.
     """
     classes = {label: index for index, label in enumerate(labels)}
     rows = ["path\tlabel\tspeaker\tfold\ttest_fold"]
     summary = []
     counts: Counter[str] = Counter()
     with new_folder(args.out, replace=args.replace) as folder:
-        link_folder(root, folder / AUDIO)
+        if any(item.audio is not None and item.audio.write for item in items):
+            items = _write_files(folder / AUDIO, items)
+        else:
+            link_folder(root, folder / AUDIO)
         for number, part in enumerate(tested, start=1):
             session = folder / META / f"Session{number}"
             session.mkdir(parents=True)
@@ -165,6 +176,18 @@ def write_folds(
     print(f"{len(labels)} classes: {sizes}; majority class: {majority:.1f} %")
     print(f"wrote {args.out}; in the YAML: root: {args.out / AUDIO}")
     print(f"               meta_data: {args.out / META}")
+
+
+def _write_files(folder: Path, items: Sequence[LabelledUtterance]) -> list[LabelledUtterance]:
+    """Link or write a file for each utterance, numbered in their order."""
+    folder.mkdir()
+    result = []
+    for number, item in enumerate(placing(items), start=1):
+        assert item.audio is not None
+        name = f"{number:06d}{item.audio.suffix}"
+        item.audio.place(folder / name)
+        result.append(replace(item, path=name))
+    return result
 
 
 def read_iemocap(root: Path) -> list[LabelledUtterance]:
@@ -235,36 +258,38 @@ def _configure_er(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--fold-column", metavar="NAME", help="cross-validate over this column, e.g. speaker"
     )
+    add_convert_option(parser)
 
 
 def _prepare_er(args: argparse.Namespace) -> None:
     column = args.fold_column or "split"
-    entries = read_manifest(args.manifest, columns=["path", "split", args.label_column, column])
+    manifest = manifest_of(args, ["path", "split", args.label_column, column])
+    entries, source = manifest.entries, manifest.source
     occurring = (entry.cells[args.label_column] for entry in entries)
-    labels = choose_labels(occurring, args.labels, args.manifest)
+    labels = choose_labels(occurring, args.labels, source)
     labelled = [entry for entry in entries if entry.cells[args.label_column] in labels]
     items = []
     for entry in labelled:
-        part = entry.cells[column]
+        part = entry.split if column == "split" else entry.cells[column]
         if not part:
-            raise DataError(f"{args.manifest}: line {entry.line} has no {column}")
+            raise DataError(f"{entry.location} has no {column}")
         label, speaker = entry.cells[args.label_column], entry.cells.get("speaker", "")
         items.append(LabelledUtterance(entry.path, label, speaker, part))
     parts = parts_of(items)
     if args.fold_column and len(parts) < 2:
-        raise DataError(f"{args.manifest}: the column {column} needs 2 values or more")
+        raise DataError(f"{source}: the column {column} needs 2 values or more")
     if not args.fold_column:
         if "test" not in parts:
             raise DataError(
-                f"{args.manifest} has no labelled line of the split test; add one or --fold-column"
+                f"{source} has no labelled line of the split test; add one or --fold-column"
             )
         parts = ["test"]
-    check_classes(args.manifest, items, parts, labels)
-    root = audio_root(args)
-    read_lengths(args.manifest, root, labelled, args.jobs)  # checks for readable, 16 kHz, mono
+    check_classes(source, items, parts, labels)
+    audio = read_audio_parts(args, manifest, labelled)
+    items = [replace(item, audio=one) for item, one in zip(items, audio, strict=True)]
     if len(labelled) < len(entries):
         print(f"{len(entries) - len(labelled)} lines without a selected label skipped")
-    write_folds(args, root, items, parts, labels)
+    write_folds(args, manifest.root, items, parts, labels)
 
 
 def _prepare_iemocap(args: argparse.Namespace) -> None:

@@ -9,20 +9,21 @@ from __future__ import annotations
 import argparse
 import csv
 import io
-from pathlib import Path
 
-from ..data.manifest import MAX_LIST, SPLITS, read_manifest
+from ..data.manifest import MAX_LIST, SPLITS
 from ..errors import DataError
 from ..files.text import read_text
 from .common import (
     PREPARED,
     PrepareTask,
+    add_convert_option,
     audio_lengths,
-    audio_root,
     link_folder,
+    manifest_of,
     new_folder,
+    placing,
     print_splits,
-    read_lengths,
+    read_audio_parts,
     write_lines,
 )
 
@@ -36,7 +37,7 @@ AUDIO = "audio"
 
 IC_DESCRIPTION = """\
 Write a corpus in Fluent Speech Commands' layout for `run_downstream.py -d fluent_commands`:
-OUT/data/{train,valid,test}_data.csv, OUT/audio (a symlink) and OUT/prepared.tsv.
+OUT/data/{train,valid,test}_data.csv, OUT/audio with symlinks to the audio, and OUT/prepared.tsv.
 
 Needs the columns path, split, action, object and location. Each value of dev and test must be in
 train.
@@ -47,47 +48,49 @@ wavs/. Writes symlinks to them.
 """
 
 
-def _check_values(source: Path, lines: list[tuple[int, str, dict[str, str]]]) -> None:
-    """Check ``(line, split, values)`` of a corpus."""
+def _check_values(source: str, lines: list[tuple[str, str, dict[str, str]]]) -> None:
+    """Check ``(location, split, values)`` of a corpus."""
     for split in SPLITS:
         if not any(name == split for _, name, _ in lines):
             raise DataError(f"{source} has no {split} utterances; IC needs {', '.join(SPLITS)}")
     known = {slot: {v[slot] for _, split, v in lines if split == "train"} for slot in SLOTS}
-    for line, split, values in lines:
+    for location, split, values in lines:
         for slot in SLOTS:
             value = values[slot]
             if not value or any(mark in value for mark in ',"\n'):
                 raise DataError(
-                    f"{source}: line {line}: {slot} must not be empty or have a comma or quote, "
-                    f"got {value!r:.40}"
+                    f"{location}: {slot} must not be empty or have a comma or quote, got "
+                    f"{value!r:.40}"
                 )
             if value not in known[slot]:
                 raise DataError(
-                    f"{source}: line {line}: the {slot} {value!r:.40} is in {split} but not in "
-                    "train; IC needs every value in train"
+                    f"{location}: the {slot} {value!r:.40} is in {split} but not in train; IC "
+                    "needs every value in train"
                 )
 
 
 def _prepare_ic(args: argparse.Namespace) -> None:
-    entries = read_manifest(args.manifest, columns=("path", "split", *SLOTS))
-    _check_values(args.manifest, [(e.line, e.split, e.cells) for e in entries])
-    root = audio_root(args)
-    samples = read_lengths(args.manifest, root, entries, args.jobs)
+    manifest = manifest_of(args, ("path", "split", *SLOTS))
+    entries = manifest.entries
+    _check_values(manifest.source, [(e.location, e.split, e.cells) for e in entries])
+    parts = read_audio_parts(args, manifest, entries)
     lengths: dict[str, list[int]] = {split: [] for split in SPLITS}
     rows: dict[str, list[list[str]]] = {split: [["path", *SLOTS]] for split in SPLITS}
-    prepared = ["\t".join(["path", "split", *SLOTS, "samples"])]
-    for entry, length in zip(entries, samples, strict=True):
-        values = [entry.cells[slot] for slot in SLOTS]
-        rows[entry.split].append([f"{AUDIO}/{entry.path}", *values])
-        lengths[entry.split].append(length)
-        prepared.append("\t".join([entry.path, entry.split, *values, str(length)]))
+    prepared = ["\t".join(["id", "path", "split", *SLOTS, "samples"])]
     with new_folder(args.out, replace=args.replace) as folder:
+        for entry, audio in placing(list(zip(entries, parts, strict=True))):
+            values = [entry.cells[slot] for slot in SLOTS]
+            name = f"{AUDIO}/{len(prepared):06d}.wav"
+            audio.place(folder / name)
+            rows[entry.split].append([name, *values])
+            lengths[entry.split].append(audio.samples)
+            cells = [name, entry.name, entry.split, *values, str(audio.samples)]
+            prepared.append("\t".join(cells))
         (folder / "data").mkdir()
-        link_folder(root, folder / AUDIO)
-        for split, name in TABLES.items():
+        for split, table in TABLES.items():
             text = io.StringIO()
             csv.writer(text, lineterminator="\n").writerows(rows[split])
-            (folder / name).write_text(text.getvalue(), encoding="utf-8")
+            (folder / table).write_text(text.getvalue(), encoding="utf-8")
         write_lines(folder / PREPARED, prepared)
     print_splits(lengths)
     print(f"wrote {args.out}; in the YAML: file_path: {args.out}")
@@ -108,7 +111,8 @@ def _prepare_fluent_commands(args: argparse.Namespace) -> None:
             for column in ("path", *SLOTS):
                 if not row.get(column):
                     raise DataError(f"{table}: line {number} has no {column}")
-            lines.append((number, split, {slot: row[slot] for slot in SLOTS}))
+            values = {slot: row[slot] for slot in SLOTS}
+            lines.append((f"{table}: line {number}", split, values))
             prepared.append(f"{split}\t{row['path']}")
         lengths[split] = []
         paths = [row["path"] for row in rows]
@@ -116,7 +120,7 @@ def _prepare_fluent_commands(args: argparse.Namespace) -> None:
             if isinstance(length, DataError):
                 raise DataError(f"{table}: {path}: {length}")
             lengths[split].append(length)
-    _check_values(args.root / "data", lines)
+    _check_values(str(args.root / "data"), lines)
     with new_folder(args.out, replace=args.replace) as folder:
         for name in ("data", "wavs"):
             link_folder(args.root / name, folder / name)
@@ -129,6 +133,7 @@ IC = PrepareTask(
     "Fluent Speech Commands' tables from a manifest, for -d fluent_commands",
     IC_DESCRIPTION,
     _prepare_ic,
+    add_convert_option,
 )
 FLUENT_COMMANDS = PrepareTask(
     "check Fluent Speech Commands, for -d fluent_commands",

@@ -15,19 +15,21 @@ import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..data.audio_files import SAMPLE_RATE
-from ..data.manifest import SPLITS, read_manifest
+from ..data.audio_files import SAMPLE_RATE, AudioPart, find_audio
+from ..data.lengths import measure_audio
+from ..data.manifest import SPLITS
 from ..errors import DataError
 from .common import (
     PREPARED,
+    PreparedAudio,
     PrepareTask,
-    audio_lengths,
-    audio_root,
+    add_convert_option,
     link_folder,
-    link_or_write,
+    manifest_of,
     new_folder,
+    placing,
     print_splits,
-    read_lengths,
+    read_audio_parts,
     write_lines,
 )
 
@@ -71,12 +73,13 @@ def check_folders(train: Path, test: Path) -> str:
         if path.parent.name not in allowed:
             return f"{test} has a class {path.parent.name}; allowed: {', '.join(sorted(allowed))}"
     noises = sorted(path for path in _wavs(train) if path.parent.name == NOISE)
-    lengths = audio_lengths(train, [f"{NOISE}/{path.name}" for path in noises], jobs=1, bar=False)
-    for path, length in zip(noises, lengths, strict=True):
-        if isinstance(length, DataError):
-            return str(length)
-        if length < SAMPLE_RATE:
-            return f"{path} has {length} samples; a noise needs a second ({SAMPLE_RATE}) or more"
+    for path, audio in zip(
+        noises, measure_audio(".", [AudioPart(path) for path in noises]), strict=True
+    ):
+        if isinstance(audio, DataError):
+            return str(audio)
+        if audio.samples < SAMPLE_RATE:
+            return f"{path} has {audio.samples} samples; a noise needs a second ({SAMPLE_RATE})"
     return ""
 
 
@@ -107,47 +110,43 @@ def _configure(parser: argparse.ArgumentParser) -> None:
         required=True,
         help="recordings of the class _silence_, a second or more each",
     )
+    add_convert_option(parser)
 
 
 def _prepare_ks(args: argparse.Namespace) -> None:
-    entries = read_manifest(args.manifest, columns=("path", "split", "word"))
-    root = audio_root(args)
-    samples = read_lengths(args.manifest, root, entries, args.jobs)
+    manifest = manifest_of(args, ("path", "split", "word"))
+    parts = read_audio_parts(args, manifest, manifest.entries)
     lengths: dict[str, list[int]] = {split: [] for split in SPLITS}
     prepared = ["id\tpath\tword\tsplit\tsamples"]
     with new_folder(args.out, replace=args.replace) as folder:
-        for entry, length in zip(entries, samples, strict=True):
+        for entry, audio in placing(list(zip(manifest.entries, parts, strict=True))):
             word = entry.cells["word"]
             if not word or word in (".", "..") or "/" in word or "\0" in word or len(word) > 80:
-                raise DataError(
-                    f"{args.manifest}: line {entry.line}: word must be a word, got {word!r:.40}"
-                )
+                raise DataError(f"{entry.location}: word must be a word, got {word!r:.40}")
             label = word if word in WORDS else UNKNOWN
             number = f"{len(prepared):06d}"
             if entry.split == "test":
                 name = f"{TEST}/{label}/{number}.wav"
             else:  # any folder that is not one of the words is _unknown_
                 name = f"{TRAIN}/{label}/{_name_in_split(number, entry.split)}"
-            link_or_write(root / entry.path, folder / name)
-            lengths[entry.split].append(length)
-            prepared.append(f"{name}\t{entry.path}\t{word}\t{entry.split}\t{length}")
+            audio.place(folder / name)
+            lengths[entry.split].append(audio.samples)
+            prepared.append(f"{name}\t{entry.name}\t{word}\t{entry.split}\t{audio.samples}")
         _link_noise(args.noise, folder / TRAIN / NOISE)
         problem = check_folders(folder / TRAIN, folder / TEST)
         if problem:
-            raise DataError(f"{args.manifest}: {problem.replace(f'{folder}', f'{args.out}')}")
+            raise DataError(f"{manifest.source}: {problem.replace(f'{folder}', f'{args.out}')}")
         write_lines(folder / PREPARED, prepared)
     print_splits(lengths)
     _print_keys(args.out)
 
 
 def _link_noise(source: Path, target: Path) -> None:
-    from ..data.audio_files import find_audio
-
     names = find_audio(source)
     if not names:
         raise DataError(f"--noise {source} has no audio")
     for number, name in enumerate(names):
-        link_or_write(source / name, target / f"{number:04d}.wav")
+        PreparedAudio(AudioPart(source / name), 0).place(target / f"{number:04d}.wav")
 
 
 def _prepare_speech_commands(args: argparse.Namespace) -> None:

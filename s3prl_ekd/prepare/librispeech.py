@@ -11,7 +11,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..data.audio_files import find_audio
+from ..data.audio_files import SUFFIXES, find_audio
 from ..data.lengths import LengthRow, write_table
 from ..data.manifest import MAX_LIST
 from ..errors import DataError
@@ -80,7 +80,7 @@ def read_texts(root: Path, folders: Sequence[str]) -> dict[Path, list[str]]:
     for folder in folders:
         names = find_audio(root / folder)
         if not names:
-            raise DataError(f"{root / folder} has no audio files (.flac .wav .ogg .opus)")
+            raise DataError(f"{root / folder} has no audio files ({' '.join(SUFFIXES)})")
         for name in names:
             file = root / folder / name
             utterance = file.name.partition(".")[0]
@@ -132,7 +132,7 @@ def _prepare_librispeech(args: argparse.Namespace) -> None:
         link(args.root, folder / AUDIO)  # optional: a file system may have no symlinks
         lines = [f"{split}\t{len(rows[split])}" for split in splits]
         write_lines(folder / PREPARED, ["split\tutterances", *lines])
-    print_splits({split: [length for _, length in rows[split]] for split in splits})
+    print_splits({split: [row[1] for row in rows[split]] for split in splits})
     if missing:
         print(_missing_words_note(texts, pronunciations, missing, args))
     print(f"wrote {args.out}; in the YAML of ASR: libri_root: {args.root}")

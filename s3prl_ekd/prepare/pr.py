@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from ..data.manifest import read_manifest
 from ..errors import DataError, SetupError
 from .asr import COLUMNS, add_layout_options, normalise, write_layout
-from .common import PrepareTask
+from .common import PrepareTask, manifest_of
 from .lexicon import (
     LEXICON,
     add_lexicon_options,
@@ -38,34 +37,35 @@ def _prepare_pr(args: argparse.Namespace) -> None:
         raise SetupError(
             "PR needs pronunciations: add --lexicon FILE (such as CMUdict), --g2p, or both"
         )
-    entries = read_manifest(args.manifest, columns=COLUMNS)
-    words = {word for entry in entries for word in normalise(entry.cells["text"]).split()}
+    manifest = manifest_of(args, COLUMNS)
+    texts = (normalise(e.cells["text"], args.strip_punctuation) for e in manifest.entries)
+    words = {word for text in texts for word in text.split()}
     pronunciations = collect_pronunciations(args, words)
     missing = sorted(words - pronunciations.keys())
     if missing and not args.drop_bad:
-        raise DataError(_missing_words(args, missing))
+        raise DataError(_missing_words(args, manifest.source, missing))
 
     def check_words(text: str) -> str:
         unknown = [word for word in text.split() if word not in pronunciations]
         return f"the lexicon lacks {shorten_list(unknown)}" if unknown else ""
 
-    utterances = write_layout(args, check_words, INVALID_LINES)
+    utterances = write_layout(args, manifest, check_words, INVALID_LINES)
     if missing:
         print(f"{len(missing)} words without a pronunciation: {shorten_list(missing)}")
     used = {word for utterance in utterances for word in utterance.text.split()}
     write_lexicon(args.out / LEXICON, {word: pronunciations[word] for word in used})
     print(f"{LEXICON}: {len(used)} words")
-    if any(utterance.source.suffix.lower() != ".flac" for utterance in utterances):
+    if any(utterance.audio.suffix != ".flac" for utterance in utterances):
         print("note: a checkout of s3prl uses its own corpus module, which reads .flac only")
     print(f"wrote {args.out}; in the YAML: path: {args.out}")
     print(f"               lexicon: ['{args.out / LEXICON}']")
 
 
-def _missing_words(args: argparse.Namespace, words: list[str]) -> str:
+def _missing_words(args: argparse.Namespace, source: str, words: list[str]) -> str:
     files = ", ".join(map(str, args.lexicon)) or "(none given)"
     g2p = "" if args.g2p else ", predict their phones with --g2p"
     return (
-        f"the lexicon {files} lacks {len(words)} word{'s' * (len(words) > 1)} of {args.manifest}: "
+        f"the lexicon {files} lacks {len(words)} word{'s' * (len(words) > 1)} of {source}: "
         f"{shorten_list(words)}; add them to a lexicon{g2p}, or skip their lines with --drop-bad"
     )
 

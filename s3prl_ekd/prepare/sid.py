@@ -16,22 +16,23 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import soundfile
-
 from ..data.audio_files import SAMPLE_RATE, is_hidden_or_system
-from ..data.manifest import MAX_LIST, SPLITS, ManifestEntry, read_manifest
+from ..data.manifest import MAX_LIST, SPLITS, ManifestEntry
 from ..errors import DataError
 from ..files.atomic import make_folder, write_text
 from ..files.text import read_text
 from .common import (
     PREPARED,
+    PreparedAudio,
     PrepareTask,
-    audio_root,
-    link,
+    add_convert_option,
+    audio_lengths,
     link_folder,
+    manifest_of,
     new_folder,
+    placing,
     print_splits,
-    read_lengths,
+    read_audio_parts,
     speaker_of,
     write_lines,
 )
@@ -47,7 +48,8 @@ _SPEAKER = re.compile(r"id\d{5}")
 
 SID_DESCRIPTION = """\
 Write a corpus in VoxCeleb1's layout for `run_downstream.py -d voxceleb1`: OUT/audio with symlinks
-to the audio, OUT/split.txt, OUT/speakers.tsv (the speaker of each idNNNNN) and OUT/prepared.tsv.
+to the audio (segments of files are written), OUT/split.txt, OUT/speakers.tsv (the speaker of each
+idNNNNN) and OUT/prepared.tsv.
 
 Needs the columns path, speaker and split. The task is closed-set identification, so each speaker
 must have utterances in train. If each speaker was recorded in one room with one microphone, nearly
@@ -85,12 +87,12 @@ def read_split_file(path: Path) -> list[ManifestEntry]:
         first = line_of_path.setdefault(name, number)
         if first != number:
             raise DataError(f"{location} repeats {name} of line {first}")
-        entries.append(ManifestEntry(number, name, SPLITS[int(digit) - 1], {}))
+        entries.append(ManifestEntry(location, name, SPLITS[int(digit) - 1], {}))
     check_speakers([(entry.path[:7], entry.split) for entry in entries], path)
     return entries
 
 
-def check_speakers(utterances: Sequence[tuple[str, str]], source: Path) -> None:
+def check_speakers(utterances: Sequence[tuple[str, str]], source: str | Path) -> None:
     """Check that ``(speaker, split)`` pairs are a closed-set identification task."""
     for split in SPLITS:
         if not any(name == split for _, name in utterances):
@@ -153,13 +155,12 @@ def check_voxceleb1(root: Path) -> list[str]:
     raise DataError(reason)
 
 
-def _write_wav(source: Path, target: Path, seconds: float | None) -> None:
-    """Write ``source``, or its middle ``seconds``, as 16-bit WAV."""
-    wave, rate = soundfile.read(source, dtype="int16")
-    if seconds is not None:
-        excess = max(0, len(wave) - round(seconds * rate))
-        wave = wave[excess // 2 : len(wave) - (excess - excess // 2)]
-    soundfile.write(target, wave, rate, subtype="PCM_16", format="WAV")
+def _middle(audio: PreparedAudio, samples: int) -> PreparedAudio:
+    """The middle ``samples`` of an utterance, to be written."""
+    excess = max(0, audio.samples - samples)
+    length = audio.samples - excess
+    part = audio.part._replace(offset=(audio.part.offset or 0) + excess // 2, length=length)
+    return PreparedAudio(part, length, write=True)
 
 
 def _split_line(split: str, path: str) -> str:
@@ -174,6 +175,7 @@ def _configure_sid(parser: argparse.ArgumentParser) -> None:
         help="write only the middle S seconds of dev and test utterances, as WAV (default: all)",
     )
     parser.add_argument("--copy", action="store_true", help="write WAV files instead of symlinks")
+    add_convert_option(parser)
 
 
 def _prepare_sid(args: argparse.Namespace) -> None:
@@ -188,35 +190,32 @@ def _prepare_sid(args: argparse.Namespace) -> None:
             f"--test-seconds must be finite and {MIN_SAMPLES / SAMPLE_RATE:g} or more, "
             f"got {seconds:g}"
         )
-    entries = read_manifest(args.manifest, columns=("path", "speaker", "split"))
-    speakers = [speaker_of(args.manifest, entry) for entry in entries]
+    manifest = manifest_of(args, ("path", "speaker", "split"))
+    entries = manifest.entries
+    speakers = [speaker_of(entry) for entry in entries]
     splits = [entry.split for entry in entries]
-    check_speakers(list(zip(speakers, splits, strict=True)), args.manifest)
-    root = audio_root(args)
-    samples = read_lengths(args.manifest, root, entries, args.jobs)
+    check_speakers(list(zip(speakers, splits, strict=True)), manifest.source)
+    parts = read_audio_parts(args, manifest, entries)
     if seconds is not None:
         limit = round(seconds * SAMPLE_RATE)
-        samples = [
-            length if split == "train" else min(length, limit)
-            for split, length in zip(splits, samples, strict=True)
+        parts = [
+            audio if split == "train" else _middle(audio, limit)
+            for split, audio in zip(splits, parts, strict=True)
         ]
     names = sorted(set(speakers))
     ids = {speaker: f"id{FIRST_ID + index}" for index, speaker in enumerate(names)}
     counts = {(speaker, split): 0 for speaker in names for split in SPLITS}
     lines, prepared, written = [], ["id\tpath\tspeaker\tsplit\tsamples"], 0
     with new_folder(args.out, replace=args.replace) as folder:
-        for entry, speaker, length in zip(entries, speakers, samples, strict=True):
+        for entry, speaker, audio in placing(list(zip(entries, speakers, parts, strict=True))):
             split = entry.split
             counts[speaker, split] += 1
             name = f"{ids[speaker]}/{split}/{counts[speaker, split]:05d}.wav"
-            source, target = root / entry.path, folder / AUDIO / "all" / "wav" / name
+            target = folder / AUDIO / "all" / "wav" / name
             target.parent.mkdir(parents=True, exist_ok=True)
-            excerpt = None if split == "train" else seconds
-            if args.copy or excerpt is not None or not link(source, target):
-                _write_wav(source, target, excerpt)
-                written += 1
+            written += replace(audio, write=audio.write or args.copy).place(target)
             lines.append(_split_line(split, name))
-            prepared.append(f"{name}\t{entry.path}\t{speaker}\t{split}\t{length}")
+            prepared.append(f"{name}\t{entry.name}\t{speaker}\t{split}\t{audio.samples}")
         write_lines(folder / SPLIT_FILE, lines)
         write_lines(folder / PREPARED, prepared)
         table = ["\t".join(["id", "class", "speaker", *SPLITS])]
@@ -224,9 +223,9 @@ def _prepare_sid(args: argparse.Namespace) -> None:
             row = [ids[name], str(index), name, *(str(counts[name, split]) for split in SPLITS)]
             table.append("\t".join(row))
         write_lines(folder / "speakers.tsv", table)
-    _print_summary(args.out, splits, samples, len(names))
+    _print_summary(args.out, splits, [audio.samples for audio in parts], len(names))
     if written:
-        print(f"{written} files written as WAV, not linked")
+        print(f"{written} files written, not linked")
 
 
 def _prepare_voxceleb1(args: argparse.Namespace) -> None:
@@ -241,7 +240,12 @@ def _prepare_voxceleb1(args: argparse.Namespace) -> None:
             f"{args.root} lacks {len(missing)} of the {len(lines)} files of {args.split_file}: "
             f"{', '.join(missing[:3])}{', …' * (len(missing) > 3)}; full list: {missing_list}"
         )
-    samples = read_lengths(args.split_file, args.root, entries, args.jobs)
+    samples = []
+    lengths = audio_lengths(args.root, [entry.path for entry in entries], args.jobs)
+    for entry, length in zip(entries, lengths, strict=True):
+        if isinstance(length, DataError):
+            raise DataError(f"{entry.location}: {length}") from length
+        samples.append(length)
     with new_folder(args.out, replace=args.replace) as folder:
         link_folder(args.root, folder / AUDIO)
         write_lines(folder / SPLIT_FILE, [_split_line(line.split, line.path) for line in lines])

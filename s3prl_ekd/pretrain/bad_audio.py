@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..data.bad_audio import BadUtterance
-from ..data.batches import Batch, DistillationDataset
+from ..data.batch import Batch, BatchDataset
 from ..errors import CheckpointError, DataError, printable
 from ..files.atomic import atomic_file
 
@@ -45,13 +45,13 @@ class BadAudioList:
     def __init__(
         self,
         folder: str | Path,
-        datasets: Sequence[DistillationDataset],
+        datasets: Sequence[BatchDataset],
         saved: Any = None,
         path: str = "",
     ):
         self.path = Path(folder) / FILE_NAME
         self._skipping = any(data.skip_bad for data in datasets)
-        self._total = sum(len(data.left_out) + sum(map(len, data.batches)) for data in datasets)
+        self._total = sum(data.utterances for data in datasets)
         self._entries = _parse({} if saved is None else saved, path)
         self._uncommitted: Entries = {}
         self._from_other_ranks: Sequence[Entries] = ()

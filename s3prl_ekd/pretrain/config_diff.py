@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..data.shar.shards import is_shar, shar_digest
 from ..errors import CheckpointError, DataError
 from ..files.config import override_option
 
@@ -58,9 +59,12 @@ def check_config_file(
 
 
 def table_digests(folder: str | Path, sets: Sequence[str]) -> dict[str, str]:
-    """Digest of the contents of each length table ``folder/SET.csv``."""
+    """Digest of each length table ``folder/SET.csv``, or Shar folder ``folder/SET``."""
     digests = {}
     for name in sets:
+        if is_shar(Path(folder) / name):
+            digests[name] = shar_digest(Path(folder) / name)
+            continue
         path = Path(folder) / f"{name}.csv"
         try:
             digests[name] = hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
@@ -72,7 +76,7 @@ def table_digests(folder: str | Path, sets: Sequence[str]) -> dict[str, str]:
 def check_tables(
     saved: Mapping[str, str], current: Mapping[str, str], folder: str | Path, keys: Collection[str]
 ) -> None:
-    """Raise DataError if length tables have changed since the checkpoint was written.
+    """Raise DataError if tables or Shar folders have changed since the checkpoint was written.
 
     Args:
         saved: digests in the checkpoint; empty if s3prl's own Runner wrote it.
@@ -82,9 +86,10 @@ def check_tables(
     """
     changed = [name for name in current if name in saved and saved[name] != current[name]]
     if changed and SETS not in keys:
-        tables = ", ".join(str(Path(folder) / f"{name}.csv") for name in changed)
+        paths = (Path(folder) / name for name in changed)
+        tables = ", ".join(str(p) if is_shar(p) else f"{p}.csv" for p in paths)
         raise DataError(
-            f"length tables have changed since the checkpoint was written: {tables}; restore them, "
+            f"training data have changed since the checkpoint was written: {tables}; restore them, "
             f"or train on the new ones from a new epoch with {override_option(SETS, list(current))}"
         )
 

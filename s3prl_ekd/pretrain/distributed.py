@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..data.batches import Batch
+from ..data.batch import Batch
 from ..distill.batch import DistillBatch
 from ..distill.distiller import EnsembleDistiller
 from ..distill.frame_counts import FrameCounts

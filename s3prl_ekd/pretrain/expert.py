@@ -19,9 +19,9 @@ from ..errors import CheckpointError, ConfigError, DataError, SetupError, first_
 
 compat.apply()
 
-from ..data.batches import Batch, train_loader  # noqa: E402
+from ..data.batch import Batch  # noqa: E402
+from ..data.batches import train_loader  # noqa: E402
 from ..data.loader import BatchLoader  # noqa: E402
-from ..data.sampling import used  # noqa: E402
 from ..distill.aggregation import TargetSpec  # noqa: E402
 from ..distill.distiller import EnsembleDistiller  # noqa: E402
 from ..distill.frame_counts import FrameCounts  # noqa: E402
@@ -176,8 +176,7 @@ class UpstreamPretrainExpert(nn.Module):
 
     def _check_mask_length(self, length: int, conv: ConvInput) -> None:
         """Raise ConfigError if no utterance is as long as a masked span."""
-        rows = [row for batch in self.dataloader.dataset.batches for row in batch]
-        frames = conv.frames(max(used(row, self.data.sequence_length) for row in rows))
+        frames = conv.frames(self.dataloader.dataset.longest)
         if length > frames:
             raise ConfigError(
                 f"student.mask.length: {length} frames, but the longest utterance or excerpt has "

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 
 from ..data.audio_files import SAMPLE_RATE
-from ..data.batches import Batch
+from ..data.batch import Batch
 from ..data.loader import shared_memory_advice, shared_memory_usage
 from ..errors import SetupError
 from ..system import torchrun

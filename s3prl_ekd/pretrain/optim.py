@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from ..data.batches import Batch
+from ..data.batch import Batch
 from ..distill.pruning.gates import Gate
 from ..distill.student_settings import PruningSettings
 from ..errors import EkdError

@@ -11,11 +11,13 @@ import torch
 from ..errors import CheckpointError
 from ..system.random_states import set_random_states
 from .checkpoints import RUN_STATE_KEY, Progress
-from .config_diff import check_tables, table_digests
+from .config_diff import DATA, check_tables, table_digests
 from .distributed import ProcessGroup
 from .expert import UpstreamPretrainExpert
 
 logger = logging.getLogger(__name__)
+
+SHAR_STREAMS = f"{DATA}.shar_streams"  # another order of as many batches
 
 
 def resumed_progress(
@@ -40,7 +42,8 @@ def resumed_progress(
     if RUN_STATE_KEY in states:
         progress = Progress.from_state_dict(states[RUN_STATE_KEY], path)
         check_tables(progress.tables, tables, data.file_path, overridden)
-        if progress.tables != tables or progress.batches != len(sampler):
+        changed = progress.tables != tables or progress.batches != len(sampler)
+        if changed or SHAR_STREAMS in overridden:
             logger.warning("the batches changed since the checkpoint; starting a new epoch")
             progress.epoch, progress.batch = progress.epoch + 1, 0
     else:

@@ -14,6 +14,7 @@ from typing import Any
 
 from ..compat.no_eval import reject_code
 from ..compat.replaced import replaced
+from ..data.shar.shards import shar_shards
 from ..errors import CheckpointError, DataError, SetupError
 from ..files import trust
 from ..files.atomic import make_folder
@@ -107,7 +108,8 @@ def check_sources(model: ModelFile, run: RunnerFile) -> None:
     data = run.pretrain_expert.datarc
     if not Path(data.libri_root).is_dir():
         raise DataError(f"pretrain_expert.datarc.libri_root: no such folder: {data.libri_root}")
-    for name in (*data.sets, *data.dev_sets):
+    shards = shar_shards(data.file_path, data.sets)
+    for name in (*(() if shards else data.sets), *data.dev_sets):
         path = Path(data.file_path) / f"{name}.csv"
         if not path.exists():
             from ..data.tables import read_table

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..data.settings import DataSettings
 from ..distill.settings import RelationSettings
 from ..distill.student_settings import FileSettings
 from ..errors import SetupError
@@ -83,6 +84,9 @@ class SweepRun:
         if not (accumulates or settings.loss.feature_penalty) or settings.loss.reduce == "batches":
             model["loss"].pop("reduce")
         runner = restore_keys(to_plain_data(settings_of_run), RUNNER)
+        data = runner["pretrain_expert"]["datarc"]
+        if data["shar_streams"] == DataSettings.shar_streams:  # not a key of 0.1
+            data.pop("shar_streams")
         texts = (json.dumps([m, runner, self.seed], sort_keys=True, default=str) for m in models)
         return tuple(hashlib.sha256(text.encode()).hexdigest() for text in texts)
 

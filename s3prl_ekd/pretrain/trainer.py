@@ -26,7 +26,7 @@ import yaml
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..data.batches import Batch
+from ..data.batch import Batch
 from ..distill.frame_counts import FrameCounts
 from ..errors import CheckpointError, SetupError, printable
 from ..files.atomic import explain_write_errors, write_text

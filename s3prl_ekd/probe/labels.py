@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..data.audio_files import AudioPart
 from ..data.manifest import ManifestEntry, read_manifest
 from ..errors import DataError
 
@@ -33,47 +34,55 @@ class Segment:
 
 @dataclass(frozen=True)
 class LabelledUtterance:
-    """An audio file and its labels; an empty one is not known."""
+    """An audio file, or a segment of it, and its labels; an empty one is not known."""
 
     path: Path
     split: str
     speaker: str = ""
     emotion: str = ""
     segments: tuple[Segment, ...] = ()
+    offset: int | None = None  # first sample of a segment of the file, at 16 kHz
+    length: int | None = None  # samples of the segment
+
+    @property
+    def part(self) -> AudioPart:
+        return AudioPart(self.path, self.offset, self.length)
 
     @property
     def name(self) -> str:
-        return str(self.path)
+        return str(self.part)
 
 
 def read_labels(manifest: str | Path) -> list[LabelledUtterance]:
-    """Read a manifest.
+    """Read a manifest, or a Kaldi folder: a column of labels and a split are enough.
 
     Raises:
         DataError: see :func:`...data.manifest.read_manifest`; no column has labels, or a segment is
             not of the form ``PHONE:START+LENGTH``.
     """
-    entries = read_manifest(manifest)
+    read = read_manifest(manifest)
+    entries, root = read.entries, read.root
     columns = (SEGMENTS, SPEAKER, EMOTION)
     if not any(entry.cells.get(column) for entry in entries for column in columns):
         raise DataError(
             f"{manifest} has no labels; add a column speaker, emotion, or segments (s3prl-ekd "
             "prepare alignments writes it)"
         )
-    root = Path(manifest).parent
     return [
         LabelledUtterance(
             root / entry.path,
             entry.split,
             entry.cells.get(SPEAKER, ""),
             entry.cells.get(EMOTION, ""),
-            parse_segments(entry, manifest),
+            parse_segments(entry),
+            entry.offset,
+            entry.length,
         )
         for entry in entries
     ]
 
 
-def parse_segments(entry: ManifestEntry, manifest: str | Path) -> tuple[Segment, ...]:
+def parse_segments(entry: ManifestEntry) -> tuple[Segment, ...]:
     """The phones of a line of a manifest; none without the column.
 
     Raises:
@@ -84,7 +93,7 @@ def parse_segments(entry: ManifestEntry, manifest: str | Path) -> tuple[Segment,
         match = _SEGMENT.fullmatch(text)
         if match is None:
             raise DataError(
-                f"{manifest}: line {entry.line}: a segment must be PHONE:START+LENGTH in frames of "
+                f"{entry.location}: a segment must be PHONE:START+LENGTH in frames of "
                 f"10 ms, got {text!r}"
             )
         start = int(match[2]) * TICK

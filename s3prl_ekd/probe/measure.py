@@ -195,7 +195,7 @@ def _fit_reduction(states_of: StatesFn, excerpts: Sequence[ProbeExcerpt]) -> _Re
 
 
 def _read(excerpt: ProbeExcerpt) -> Tensor:
-    with Recording(excerpt.utterance.path) as recording:
+    with Recording(excerpt.utterance.part) as recording:
         return recording.read_speech(excerpt.start, excerpt.length)
 
 

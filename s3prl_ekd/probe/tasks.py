@@ -14,7 +14,8 @@ from typing import Literal
 
 import numpy as np
 
-from ..data.audio_files import SAMPLE_RATE, read_headers
+from ..data.audio_files import SAMPLE_RATE
+from ..data.lengths import measure_audio
 from ..errors import DataError
 from .labels import SILENCE, LabelledUtterance, speaker_folds
 
@@ -176,9 +177,8 @@ def _speaker_task(utterances: Sequence[LabelledUtterance], lengths: Lengths) -> 
 
 def _samples(utterances: Sequence[LabelledUtterance]) -> list[int]:
     lengths = []
-    headers = read_headers("", [str(u.path) for u in utterances])
-    for header in headers:
-        if isinstance(header, DataError):
-            raise header
-        lengths.append(header.samples)
+    for audio in measure_audio("", [utterance.part for utterance in utterances]):
+        if isinstance(audio, DataError):
+            raise audio
+        lengths.append(audio.samples)
     return lengths

@@ -336,7 +336,8 @@ def noise_digest(folder: str) -> str:
     from ..downstream.noise import find_noises
 
     noises = find_noises(folder)
-    return _digest([[name, os.path.getsize(noises.root / name)] for name in noises.names])
+    pairs = zip(noises.names, noises.parts, strict=True)
+    return _digest([[name, os.path.getsize(part.path)] for name, part in pairs])
 
 
 def plan_runs(args: Namespace) -> list[PlannedRun]:

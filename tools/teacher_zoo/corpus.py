@@ -55,7 +55,7 @@ def read_corpus(
     """Find the audio below ``folders``; of a folder with a manifest, only the files it lists.
 
     Args:
-        folders: with FLAC, WAV, Ogg or Opus files; the folder's number is part of each key.
+        folders: of audio files; the folder's number is part of each key.
         manifests: TSV files with columns ``path`` and ``split``, each directly in one of the
             folders; ``test`` is not used. Without one, one in 50 is held out by a hash of its key.
         shortest: samples; shorter utterances are skipped.
@@ -70,14 +70,14 @@ def read_corpus(
         if home not in {Path(folder).resolve() for folder in folders}:
             raise DataError(f"{manifest} is in none of the audio folders; move it into its folder")
         listed = tables.setdefault(home, {})
-        for entry in read_manifest(manifest):
-            listed[entry.path] = (entry.split, parse_segments(entry, manifest))
+        for entry in read_manifest(manifest).entries:
+            listed[entry.path] = (entry.split, parse_segments(entry))
     by_split: dict[str, list[CorpusUtterance]] = {"train": [], "dev": [], "test": []}
     for number, folder in enumerate(map(Path, folders)):
         table = tables.get(folder.resolve())
         names = sorted(table) if table is not None else find_audio(folder)
         if not names:
-            raise DataError(f"no .flac, .wav, .ogg or .opus file in {folder}")
+            raise DataError(f"no audio file in {folder}")
         headers = read_headers(folder, names, bar=True)
         for name, header in zip(names, headers, strict=True):
             if isinstance(header, DataError):

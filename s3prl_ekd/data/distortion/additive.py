@@ -61,7 +61,7 @@ def babble(pool: AudioPool, voices: int, length: int, rng: random.Random, exclud
     In a small corpus an utterance may be drawn twice, with different starts.
 
     Args:
-        exclude: path of the utterance that the babble is added to.
+        exclude: name of the utterance that the babble is added to.
     """
     total = torch.zeros(length)
     for _ in range(voices):

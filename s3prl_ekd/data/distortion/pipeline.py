@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ...errors import DataError
 from ..sampling import generator
+from ..tables import Utterance
 from .additive import babble, crop_or_loop, gaussian, mix_at_snr
 from .convolutive import reject_band, reverberate, shift_pitch, simulate_impulse
 from .settings import DistortionSettings
@@ -77,7 +78,7 @@ class Distorter:
     microphone (ours). The SNR is relative to the reverberated, shifted or filtered speech.
 
     Args:
-        root, corpus: the paths of all utterances, relative to ``root``; for babble.
+        root, corpus: all utterances, with paths relative to ``root``; for babble.
 
     Raises:
         DataError: a folder of noise or impulse responses is missing or has no audio, or babble is
@@ -89,7 +90,7 @@ class Distorter:
         settings: DistortionSettings,
         seed: int = 0,
         root: str | Path = ".",
-        corpus: Sequence[str] = (),
+        corpus: Sequence[str | Utterance] = (),
     ):
         self.settings = settings
         self.seed = seed

@@ -14,6 +14,7 @@ from ...errors import DataError
 from ..audio import read_audio
 from ..audio_files import find_audio
 from ..bad_audio import BadAudio
+from ..tables import Utterance
 
 logger = logging.getLogger(__name__)
 
@@ -32,25 +33,27 @@ def is_silent(wave: Tensor) -> bool:
 
 
 class AudioPool:
-    """A list of audio files, which are read when drawn.
+    """A list of audio files or utterances, which are read when drawn.
 
     A silent file is skipped when it is drawn, with a warning that counts those skipped in this
     process. Finding silent files in advance would require reading the whole noise corpus.
 
     Args:
         setting: the setting that defines the pool, for messages.
-        root: the folder that ``names`` are relative to.
+        root: the folder that the paths are relative to.
+        audio: paths, or utterances of a corpus.
 
     Attributes:
         skip_bad: also skip unusable files; for a corpus, whose bad files are reported elsewhere.
     """
 
-    def __init__(self, setting: str, root: str | Path, names: Sequence[str]):
-        if not names:
+    def __init__(self, setting: str, root: str | Path, audio: Sequence[str | Utterance]):
+        if not audio:
             raise DataError(f"{setting}: no audio files below {root}")
         self.setting = setting
         self.root = Path(root)
-        self.names = names
+        self.audio = audio
+        self.names = [item if isinstance(item, str) else item.name for item in audio]
         self.skip_bad = False
         self._skipped: set[int] = set()
 
@@ -64,16 +67,21 @@ class AudioPool:
         return cls(setting, folder, names)
 
     def __len__(self) -> int:
-        return len(self.names)
+        return len(self.audio)
 
     def draw(self, rng: random.Random, exclude: str | None = None) -> Tensor:
-        """Read a file drawn uniformly, or the next one that is neither silent nor ``exclude``."""
-        start = rng.randrange(len(self.names))
-        for index in itertools.chain(range(start, len(self.names)), range(start)):
+        """Read a file drawn uniformly, or the next one that is neither silent nor ``exclude``.
+
+        ``exclude`` is a path or the name of an utterance.
+        """
+        start = rng.randrange(len(self.audio))
+        for index in itertools.chain(range(start, len(self.audio)), range(start)):
             if index in self._skipped or self.names[index] == exclude:
                 continue
+            item = self.audio[index]
+            part = self.root / item if isinstance(item, str) else item.part(self.root)
             try:
-                wave = read_audio(self.root / self.names[index])
+                wave = read_audio(part)
             except BadAudio:
                 if not self.skip_bad:
                     raise
@@ -85,7 +93,7 @@ class AudioPool:
             logger.warning(
                 "%s: skipping %s, which is silent (%d skipped so far)",
                 self.setting,
-                self.root / self.names[index],
+                part,
                 len(self._skipped),
             )
         raise DataError(f"{self.setting}: no usable audio file below {self.root}")

@@ -24,7 +24,8 @@ from ...data.batches import DistillationDataset, ignore_stop_signals, unwrap_bat
 from ...data.loader import BatchLoader
 from ...data.sampling import FixedOrderSampler, filter_by_length, used
 from ...data.settings import DataSettings
-from ...data.tables import Utterance, read_tables
+from ...data.shar.shards import shar_shards
+from ...data.tables import Utterance, read_tables, sort_key
 from ...distill.aggregation import Aggregation
 from ...distill.conv_layers import ConvLayers
 from ...distill.teachers import TeacherEnsemble
@@ -62,15 +63,20 @@ def cached_rows(data: DataSettings, min_samples: int) -> list[Utterance]:
     Raises:
         DataError: see :func:`...data.tables.read_tables`.
     """
+    if shar_shards(data.file_path, data.sets):
+        raise DataError(
+            f"{', '.join(data.sets)} in {data.file_path}: a target cache needs length tables, not "
+            "Shar folders; write them with: s3prl-ekd length-tables CUTS.jsonl.gz -o TABLE_FOLDER"
+        )
     rows: dict[str, Utterance] = {}
     bad: list[BadUtterance] | None = [] if data.on_bad_audio == "skip" else None
     for sets in filter(None, (data.sets, data.dev_sets)):
         table = read_tables(data.file_path, sets, bad)
         usable = filter_by_length(table, data.max_timestep, min_samples)
-        rows |= {row.path: row for row in usable}
+        rows |= {row.name: row for row in usable}
     if bad:
         logger.warning("left out %d utterances, first %s: %s", len(bad), bad[0].path, bad[0].reason)
-    return sorted(rows.values(), key=lambda row: (-row.length, row.path))
+    return sorted(rows.values(), key=sort_key)
 
 
 def estimate_bytes(
@@ -83,7 +89,7 @@ def estimate_bytes(
         for _, kernel, stride in conv:
             length = (length - kernel) // stride + 1
         frames += length
-    names = sum(len(row.path) + 4 for row in rows)  # in utterances.json
+    names = sum(len(row.name) + 4 for row in rows)  # in utterances.json
     return sum(index.file_bytes(len(rows), frames).values()) + names
 
 
@@ -242,10 +248,10 @@ def _single_utterances(
 class CachedWaves:
     """The waveforms that ``s3prl-ekd cache`` passes to the teachers, with their names.
 
-    Iterates over pairs of a path relative to ``libri_root`` and a waveform ``[sample]`` at 16 kHz,
-    from long to short: whole utterances, or the excerpt of a longer one than ``sequence_length``.
-    Bad audio is left out. For teachers that another program runs; see
-    :func:`~s3prl_ekd.teachers.stored.write_states`.
+    Iterates over pairs of a name (the path relative to ``libri_root``; ``PATH@OFFSET+LENGTH`` for a
+    segment) and a waveform ``[sample]`` at 16 kHz, from long to short: whole utterances, or the
+    excerpt of a longer one than ``sequence_length``. Bad audio is left out. For teachers that
+    another program runs; see :func:`~s3prl_ekd.teachers.stored.write_states`.
 
     Args:
         config: the runner config, as for ``-c``.

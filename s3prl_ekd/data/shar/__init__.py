@@ -1,0 +1,1 @@
+"""lhotse's Shar folders: shards of cuts and their audio, read in sequence (extra ``lhotse``)."""
