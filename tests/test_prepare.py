@@ -162,6 +162,7 @@ def test_audio_root(manifest, tmp_path):
         ("\tbob", "", [4, 5]),  # cells, columns
         ("bob", "", [4, "speaker"]),
         ("\tdev", "\tvalid", [4, "valid"]),
+        ("\tdev", "\t", [4, "split"]),
         ("GOOD DAY", "GÓOD D4Y", [4, "4Ó"]),
     ],
 )

@@ -64,14 +64,14 @@ def read_table(
         values = dict(zip(header, cells, strict=True))
         if is_common_voice:
             values |= {"text": values["sentence"], "speaker": values["client_id"]}
-        entries.append(_entry(location, values, values.get("split", split)))
+        entries.append(_entry(location, values, values.get("split", split), "split" in columns))
     if not entries:
         raise DataError(f"{path}: no lines after the header")
     folder = path.parent / CLIPS if is_common_voice else path.parent
     return audio_root or folder, entries
 
 
-def _entry(location: str, cells: dict[str, str], split: str) -> ManifestEntry:
+def _entry(location: str, cells: dict[str, str], split: str, needs_split: bool) -> ManifestEntry:
     text = cells["path"]
     path = PurePosixPath(text)
     problem = ""
@@ -82,7 +82,7 @@ def _entry(location: str, cells: dict[str, str], split: str) -> ManifestEntry:
     if problem:
         raise DataError(f"{location}: the path {problem}, got {text!r}")
     check_audio_name(text, location)
-    if split and split not in SPLITS:
+    if (split or needs_split) and split not in SPLITS:
         raise DataError(f"{location}: split must be one of {', '.join(SPLITS)}, got {split!r}")
     offset, length = None, None
     if cells.get("offset"):
