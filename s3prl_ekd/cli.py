@@ -28,9 +28,9 @@ logger = logging.getLogger(__name__)
 COMMANDS = {
     "init": "write the configs and recipes that s3prl reads into a working folder",
     "doctor": "check versions, audio, devices, and which recipes can run here",
-    "length-tables": "write the length tables (len_for_bucket) of a folder of audio",
-    "prepare": "convert a manifest (TSV) or a public corpus to the files of s3prl's recipes",
-    "superb": "train and evaluate PR, SID, ER and ASR on students, teachers and baselines",
+    "length-tables": "write the length tables (len_for_bucket) of folders and manifests",
+    "prepare": "convert a manifest or a public corpus to the files of s3prl's recipes",
+    "superb": "train and evaluate tasks of SUPERB on students, teachers and baselines",
     "report": "write tables and plots of the results of superb, with bootstrap intervals",
     "predict-zip": "pack predict.zip for SUPERB's public leaderboard",
     "probe": "probe upstreams in closed form: phones, speakers, emotions in minutes",

@@ -6,18 +6,22 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-METRIC = {"pr": "per", "sid": "acc", "er": "acc", "asr": "wer"}
+METRIC = {"pr": "per", "sid": "acc", "er": "acc", "asr": "wer", "ks": "acc", "ic": "acc"}
 FILES = {
     "pr": ("test-hyp.ark", "test-ref.ark"),
     "sid": ("test_predict.txt", "test_truth.txt"),
     "er": ("test_{fold}_predict.txt", "test_{fold}_truth.txt"),
     "asr": ("test-clean-noLM-hyp.ark", "test-clean-noLM-ref.ark"),
+    "ks": ("test_predict.txt", "test_truth.txt"),
+    "ic": ("test_predict.csv", "test_truth.csv"),
 }
 RECIPE = {
     "pr": "downstream/ctc/tiny.yaml",
     "sid": "downstream/voxceleb1/tiny.yaml",
     "er": "downstream/emotion/tiny.yaml",
     "asr": "downstream/asr/tiny.yaml",
+    "ks": "downstream/speech_commands/tiny.yaml",
+    "ic": "downstream/fluent_commands/tiny.yaml",
 }
 Pairs = Mapping[str, tuple[str, str]]  # utterance -> (hypothesis, reference)
 
@@ -49,7 +53,8 @@ def write_run(
         predictions = folder / tested[condition]
         predictions.mkdir(parents=True, exist_ok=True)
         for i, file in enumerate(FILES[task]):
-            lines = [f"{name} {texts[i]}\n" for name, texts in utterances.items()]
+            separator = "," if task == "ic" else " "
+            lines = [f"{name}{separator}{texts[i]}\n" for name, texts in utterances.items()]
             (predictions / file.format(fold=fold)).write_text("".join(lines), encoding="utf-8")
     record = {
         "format": 1,

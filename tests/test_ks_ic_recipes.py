@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import re
 from pathlib import Path
 
+import pandas
 import pytest
 import torch
 import yaml
@@ -159,6 +161,24 @@ def test_invalid_manifests(task, old, new, part, tmp_path, capsys):
     assert not (tmp_path / "out").exists() and not (tmp_path / "x").exists()
 
 
+@pytest.mark.parametrize("value", ["3", "-1e5", "NA", "None", "null", "true", "inf"])
+def test_values_that_pandas_converts_are_refused(value, tmp_path, capsys):
+    read = pandas.read_csv(io.StringIO(f"x\n{value}\n"))["x"][0]
+    assert not isinstance(read, str)
+    manifest = write_intents(tmp_path / "corpus")
+    manifest.write_text(manifest.read_text().replace("\tnone", f"\t{value}"))
+    assert value in fails(capsys, "ic", manifest, "-o", tmp_path / "out")
+
+
+def test_a_quote_that_is_not_closed_is_a_sentence(work, tmp_path):
+    (tmp_path / "data").mkdir()
+    for name in ("train", "valid", "test"):
+        (tmp_path / f"data/{name}_data.csv").write_text('path,action\n"' + 200_000 * "x\n")
+    config = recipe(work, "ic", file_path=str(tmp_path))
+    with pytest.raises(ConfigError, match=r"train_data\.csv is damaged"):
+        check_corpus("fluent_commands", config, "recipe.yaml", folder=work)
+
+
 def test_noises_of_less_than_a_second_are_refused(tmp_path, capsys):
     manifest = write_words(tmp_path / "corpus")
     write_noise(tmp_path / "corpus/noise/2.flac", 15_999)
@@ -207,7 +227,7 @@ def test_a_value_that_training_lacks_is_named(work, tmp_path):
         (tmp_path / f"data/{name}_data.csv").write_text(text)
     (tmp_path / "audio").symlink_to((work / "data/ic/audio").resolve())
     config = recipe(work, "ic", file_path=str(tmp_path))
-    with pytest.raises(ConfigError, match=r"test_data\.csv: line 2: action 'new'"):
+    with pytest.raises(ConfigError, match=r"test_data\.csv: line 2: the action 'new'"):
         check_corpus("fluent_commands", config, "recipe.yaml", folder=work)
 
 

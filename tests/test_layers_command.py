@@ -337,8 +337,8 @@ def test_teachers_list(run):
 
 def test_a_missing_package_gives_the_install_command(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(SetupError, match=r"pip install 's3prl_ekd\[plots\]'"):
+    with pytest.raises(SetupError, match="pip install matplotlib"):
         require_matplotlib()
     monkeypatch.setitem(sys.modules, "scipy.cluster", None)
-    with pytest.raises(SetupError, match=r"pip install 's3prl_ekd\[analysis\]'"):
+    with pytest.raises(SetupError, match="pip install scipy"):
         require_scipy()

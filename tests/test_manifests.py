@@ -165,6 +165,14 @@ def test_splits_of_sources(kaldi, tmp_path, capsys):
     assert "no file text" in error_of(capsys, *argv, "--replace")
 
 
+def test_a_split_is_given_once(tmp_path, capsys):
+    table, argv = tmp_path / "all.tsv", ["length-tables", "-o", tmp_path / "out"]
+    table.write_text("path\tsplit\na.flac\ttrain\n")
+    assert "leave out test=" in error_of(capsys, *argv, f"test={table}")
+    table.write_text("path\tsplit\na.flac\ttrain\nb.flac\t\n")
+    assert "line 3" in error_of(capsys, *argv, table)  # its length table would have no name
+
+
 @pytest.fixture
 def common_voice(tmp_path):
     """Three splits of MP3 at 32 kHz, as Common Voice writes them."""
@@ -299,4 +307,4 @@ def test_without_lhotse(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "lhotse", None)
     (tmp_path / "c.jsonl").write_text("{}\n")
     error = error_of(capsys, "length-tables", tmp_path / "c.jsonl", "-o", tmp_path / "out")
-    assert "pip install 's3prl_ekd[lhotse]'" in error
+    assert "pip install 'lhotse>=1.33,<2'" in error

@@ -123,6 +123,26 @@ def test_the_card(student, hub):
     assert len(ModelCard(card).data.eval_results) == 2  # as the Hub parses it
 
 
+def test_results_of_every_task_have_a_title(student, hub, capsys):
+    digest = parse_upstream(str(student)).digest
+    for task in ("ks", "ic"):
+        write_run(Path("result/superb"), "mine", task, {"1": ("a", "a")}, model=digest)
+    assert main(["push", str(student), "me/s", *LICENSE, "--dry-run"]) == 0
+    card = capsys.readouterr().out
+    assert "KS: keyword spotting" in card and "IC: intent classification" in card
+
+
+@pytest.mark.parametrize("sets", [["train-clean"], ["train-clean-100", "mine"], ["dev-clean"]])
+def test_other_tables_are_not_called_librispeech(sets, hub, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    about = {**ABOUT, "data": {"sets": sets, "train_batch_size": 4}}
+    student = LoadedStudent(random_student(StudentSettings(**STUDENT)), None, {}, about)
+    write_student(student, "other.pt")
+    assert main(["push", "other.pt", "me/s", *LICENSE, "--dry-run"]) == 0
+    data = metadata("---\n" + capsys.readouterr().out.split("---\n", 1)[1])
+    assert "datasets" not in data and "language" not in data
+
+
 def test_given_facts_replace_those_of_the_run(student, hub, capsys):
     facts = ["--dataset", "me/a", "--dataset", "me/b", "--language", "de"]
     assert main(["push", str(student), "me/s", *LICENSE, *facts, "--dry-run"]) == 0

@@ -81,9 +81,18 @@ def test_exits_and_exceptions_are_those_of_the_module(folder, monkeypatch, capfd
 
 @pytest.mark.parametrize(
     "argv",
-    [["missing.module"], ["app.missing"], ["-m", "missing"], ["app.tool", "student", "x.pt"]],
+    [
+        ["app/tool.py"],
+        ["-m", "lib.bare"],
+        ["missing.module"],
+        ["app.missing"],
+        ["-m", "missing"],
+        ["app.tool", "student", "x.pt"],
+    ],
 )
 def test_mistakes_are_one_sentence(folder, monkeypatch, capsys, argv):
+    (folder / "lib/bare").mkdir(parents=True)
+    (folder / "lib/bare/__init__.py").touch()  # a package that cannot be run
     with pytest.raises(SystemExit) as stop:
         run(monkeypatch, *argv)
     last = capsys.readouterr().err.splitlines()[-1]

@@ -148,7 +148,7 @@ def test_commands_warn_once_about_two_distributions(monkeypatch, tmp_path, caplo
 
 def doctor_report(folder: Path) -> dict:
     rows = {"versions": {"s3prl": "x"}, "torch_load": "", "shims": [], "devices": {}}
-    audio = {"decoder": "x", "formats": {}}
+    audio = {"torchaudio_repair": "", "decoder": "x", "formats": {}}
     pretrain = {"ready": True, "problems": []}
     more = {"pretrain": pretrain, "recipes": [], "folder": doctor._folder(folder)}
     return {**rows, "audio": audio, **more}
@@ -198,6 +198,7 @@ NEED = [
     "run_pretrain.py -h",
     "run_downstream.py -m train -u fbank -d asr -n x",
     "superb fbank --tasks asr",
+    "push student.pt me/x --dry-run",
     "probe fbank --data x.tsv",
     "sweep -c pretrain/ekd/config_runner.yaml pretrain/ekd/config_model.yaml",
     "prune student.pt -o p.pt",

@@ -46,7 +46,7 @@ def main(args: argparse.Namespace) -> int:
     from ..demo.run import Demo
     from ..downstream.tasks import choose_tasks
 
-    tasks = [task.name for task in choose_tasks(args.tasks)]
+    tasks = [task.name for task in choose_tasks(args.tasks, DEFAULT_TASKS)]
     folder = args.dir.resolve()
     Demo(folder, args.steps, args.downstream_steps, args.utterances, tasks).run()
     return 0

@@ -19,7 +19,7 @@ import logging
 import shlex
 from pathlib import Path
 
-from ..downstream.tasks import TASKS
+from ..downstream.tasks import DEFAULT_TASKS
 from ..errors import SetupError
 from ..files.renamed_keys import renamed_text
 from ..workspace import CorpusPaths, absolute_path, experiments, report_differences, write_workspace
@@ -116,7 +116,7 @@ def _next_steps(folder: Path, corpora: CorpusPaths) -> str:
     if corpora.librispeech:
         lines += [run, "s3prl-ekd export student result/pretrain/my_student -o student.safetensors"]
     if tasks := corpora.tasks:
-        chosen = "" if len(tasks) == len(TASKS) else f" --tasks {' '.join(tasks)}"
+        chosen = "" if len(tasks) == len(DEFAULT_TASKS) else f" --tasks {' '.join(tasks)}"
         lines.append(f"s3prl-ekd superb student.safetensors{chosen}")
     phones = ""
     if corpora.librispeech and not corpora.lexicon:

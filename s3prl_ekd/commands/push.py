@@ -70,9 +70,11 @@ def main(args: argparse.Namespace) -> int:
 
     from ..export.card_data import CardFacts
     from ..export.huggingface import FILES, write_hf_folder
-    from ..export.push import Upload
+    from ..export.push import Upload, require_login
     from ..student_file import require_cut
 
+    if not dry_run:
+        require_login()
     # checks the values
     facts = CardFacts(args.license, tuple(args.dataset), tuple(args.language), repository=repo)
     source, loaded = load_checkpoint(args.checkpoint)

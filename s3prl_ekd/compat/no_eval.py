@@ -216,7 +216,7 @@ def check_fold(fold: Any, location: str) -> None:
 
 
 def _recipe_splits(downstream: str | None, config: Mapping[str, Any]) -> tuple[str, ...] | None:
-    """The splits of a recipe; None if the recipe is not one of the four."""
+    """The splits of a recipe; None for a recipe of no known task."""
     if not isinstance(downstream, str):  # it may come from a checkpoint
         return None
     if downstream in _METHODS:

@@ -1,4 +1,4 @@
-"""Check the packages and files that the four SUPERB recipes need."""
+"""Check the packages and files that the recipes of SUPERB's tasks need."""
 
 from __future__ import annotations
 

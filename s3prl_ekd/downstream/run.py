@@ -156,7 +156,7 @@ def check_new_downstream(request: DownstreamRequest, states: Mapping[str, Any]) 
         return
     if not request.downstream:
         names = dict.fromkeys(task.downstream for task in TASKS.values())
-        raise SetupError(f"name the task: add -d {' or '.join(names)}")
+        raise SetupError(f"name the task: add -d asr, or another of {', '.join(names)}")
     arguments = argument_overrides(request.override)  # which s3prl applies
     if not request.upstream and "upstream" not in arguments:
         raise SetupError("name the upstream: add -u ekd_student -k STUDENT (or -u hubert_base)")

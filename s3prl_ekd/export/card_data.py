@@ -13,16 +13,9 @@ from ..errors import ConfigError
 from ..superb.metrics import TaskMetric
 from ..teachers.published import hub_repository
 
-_LIBRISPEECH = re.compile(r"(train|dev|test)-(clean|other)(-\d+)?")
+# Names of LibriSpeech's parts for training; `prepare asr` and the demo name any corpus train-clean.
+_LIBRISPEECH = {"train-clean-100", "train-clean-360", "train-other-500"}
 _METRICS = {"per": "per", "wer": "wer", "acc": "accuracy"}  # -> name on the Hub
-_SPEECH, _AUDIO = "automatic-speech-recognition", "audio-classification"
-_TASK_TYPES = {"pr": _SPEECH, "asr": _SPEECH, "sid": _AUDIO, "er": _AUDIO}
-_TITLES = {
-    "pr": "phoneme recognition",
-    "sid": "speaker identification",
-    "er": "emotion recognition",
-    "asr": "speech recognition",
-}
 
 
 @dataclass(frozen=True)
@@ -60,19 +53,19 @@ def front_matter(about: Mapping[str, Any], name: str, model_type: str, facts: Ca
     """The metadata as YAML, without the lines of dashes around it.
 
     ``base_model`` are the teachers that are on the Hub, found in ``about`` of the student file.
-    Data and language are those of LibriSpeech if the run's tables have the names of its parts.
+    Data and language are those of LibriSpeech if the run's tables are those of its training parts.
     """
     from huggingface_hub import EvalResult, ModelCardData
 
     trained_on = {name for part in _trainings(about) for name in _sets(part)}
-    is_librispeech = bool(trained_on) and all(map(_LIBRISPEECH.fullmatch, trained_on))
+    is_librispeech = bool(trained_on) and trained_on <= _LIBRISPEECH
     datasets = facts.datasets or (("openslr/librispeech_asr",) if is_librispeech else ())
     language = facts.language or (("en",) if is_librispeech else ())
     results = [
         EvalResult(
-            task_type=_TASK_TYPES[task],
-            task_name=_TITLES[task],
-            dataset_type="superb" if _recipe(task, metric) == TASKS[task].full else "other",
+            task_type=TASKS[task].hub_type,
+            task_name=TASKS[task].full_name,
+            dataset_type="other",  # the recipe's name does not say that the corpus is SUPERB's
             dataset_name=f"{_recipe(task, metric)}, {TASKS[task].split}",
             metric_type=_METRICS[TASKS[task].metric],
             metric_name=f"{TASKS[task].metric.upper()}, per cent",
@@ -100,7 +93,7 @@ def score_rows(metrics: Mapping[str, TaskMetric]) -> list[list[str]]:
     for task, metric in metrics.items():
         low, high = metric.interval
         runs = metric.selection
-        row = [f"{task.upper()}: {_TITLES[task]}", TASKS[task].metric.upper()]
+        row = [f"{task.upper()}: {TASKS[task].full_name}", TASKS[task].metric.upper()]
         row += [f"{metric.value:.2f}", f"{low:.2f} to {high:.2f}"]
         rows.append([*row, str(len(runs.seeds)), f"`{_recipe(task, metric)}`"])
     return rows

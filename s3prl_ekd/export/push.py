@@ -41,18 +41,16 @@ class Upload:
         Raises:
             SetupError: not logged in, no permission, no network, or the Hub refuses the files.
         """
-        from huggingface_hub import HfApi, get_token
+        from huggingface_hub import HfApi
 
         if is_offline():
             raise SetupError("nothing was uploaded: HF_HUB_OFFLINE is set")
-        if get_token() is None:
-            raise SetupError(
-                "nothing was uploaded: you are not logged in to the Hugging Face Hub; type: hf "
-                "auth login (with a token that may write), or set HF_TOKEN"
-            )
+        require_login()
         api = HfApi(library_name="s3prl_ekd", library_version=__version__)
+        state = "nothing was uploaded"
         try:
             api.create_repo(self.repo, private=self.private or None, exist_ok=True)
+            state = f"{self.repo} exists, but no file was uploaded"
             commit = api.upload_folder(
                 repo_id=self.repo,
                 folder_path=self.folder,
@@ -60,11 +58,22 @@ class Upload:
                 commit_message=f"Student exported by s3prl_ekd {__version__}",
             )
         except Exception as failure:
-            raise _explained(self.repo, failure) from None
+            raise _explained(self.repo, failure, state) from None
         return str(commit.commit_url)
 
 
-def _explained(repo: str, failure: Exception) -> Exception:
+def require_login() -> None:
+    """Raise SetupError without a login to the Hub."""
+    from huggingface_hub import get_token
+
+    if get_token() is None:
+        raise SetupError(
+            "nothing was uploaded: you are not logged in to the Hugging Face Hub; type: hf auth "
+            "login (with a token that may write), or set HF_TOKEN"
+        )
+
+
+def _explained(repo: str, failure: Exception, state: str) -> Exception:
     """A failed upload as a SetupError; an exception that is a bug, as it is."""
     status = getattr(getattr(failure, "response", None), "status_code", None)
     if status in (401, 403):
@@ -81,4 +90,4 @@ def _explained(repo: str, failure: Exception) -> Exception:
         reason = f"the Hugging Face Hub refused it: {first_line(failure)}"
     else:
         return failure
-    return SetupError(f"nothing was uploaded: {reason}")
+    return SetupError(f"{state}: {reason}")

@@ -22,6 +22,10 @@ def run_module(name: str, argv: Sequence[str]) -> int:
 
     prepare_streams()
     with show_errors(script=True):
+        if name.endswith(".py"):
+            raise SetupError(
+                f"{name[:100]} is a file; give a module, as after python -m: {name[:-3][:100]}"
+            )
         _check(name.partition(".")[0], name)  # before anything is imported
         register()
         print(f"ekd_student added to {s3prl_distribution.installation()}", file=sys.stderr)
@@ -34,7 +38,10 @@ def run_module(name: str, argv: Sequence[str]) -> int:
 def _check(module: str, name: str) -> None:
     """Raise SetupError if there is no such module; ``name`` is what was typed."""
     try:
-        found = importlib.util.find_spec(module) is not None
+        spec = importlib.util.find_spec(module)
+        found = spec is not None
+        if spec is not None and module == name and spec.submodule_search_locations is not None:
+            found = importlib.util.find_spec(f"{name}.__main__") is not None  # of a package
     except (ModuleNotFoundError, ValueError) as error:
         missing = getattr(error, "name", None) or module
         if missing != module and not module.startswith(f"{missing}."):

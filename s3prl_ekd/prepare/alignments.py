@@ -103,7 +103,8 @@ def _prepare_alignments(args: argparse.Namespace) -> None:
     pronunciations: Pronunciations = collect_pronunciations(args, set().union(*texts))
     aligner = make_aligner(pronunciations)
     cells_of = [_cells(entry) for entry in entries]
-    columns = [name for name in cells_of[0] if name not in ("path", "segments")]
+    names = dict.fromkeys(name for cells in cells_of for name in cells)  # of all manifests
+    columns = [name for name in names if name not in ("path", "segments")]
     rows, failed = [], []
     pairs = zip(entries, texts, cells_of, strict=True)
     for entry, words, cells in tqdm(list(pairs), desc="alignments", unit=" utterances", delay=0.3):
@@ -111,7 +112,7 @@ def _prepare_alignments(args: argparse.Namespace) -> None:
         wave = read_audio(entry.part(manifest.root)) if known else None
         segments = "" if wave is None else align(wave, words, aligner)
         if segments:
-            row = [f"{AUDIO}/{entry.path}", segments, *(cells[name] for name in columns)]
+            row = [f"{AUDIO}/{entry.path}", segments, *(cells.get(name, "") for name in columns)]
             rows.append("\t".join(row))
         else:
             failed.append(entry.name)

@@ -9,9 +9,11 @@ from __future__ import annotations
 import argparse
 import csv
 import io
+from collections.abc import Sequence
+from pathlib import Path
 
 from ..data.manifest import MAX_LIST, SPLITS
-from ..errors import DataError
+from ..errors import DataError, EkdError
 from ..files.text import read_text
 from .common import (
     PREPARED,
@@ -34,6 +36,11 @@ TABLES = {
     "test": "data/test_data.csv",
 }
 AUDIO = "audio"
+# What pandas reads as a missing value
+_MISSING = frozenset(
+    "#N/A;#N/A N/A;#NA;-1.#IND;-1.#QNAN;-NaN;-nan;1.#IND;1.#QNAN;<NA>;N/A;NA;NULL;NaN;None;n/a;nan;"
+    "null".split(";")
+)
 
 IC_DESCRIPTION = """\
 Write a corpus in Fluent Speech Commands' layout for `run_downstream.py -d fluent_commands`:
@@ -48,31 +55,82 @@ wavs/. Writes symlinks to them.
 """
 
 
-def _check_values(source: str, lines: list[tuple[str, str, dict[str, str]]]) -> None:
-    """Check ``(location, split, values)`` of a corpus."""
+Line = tuple[str, str, dict[str, str]]  # location, split, cells
+
+
+def read_tables(root: Path, error: type[EkdError]) -> list[Line]:
+    """Read and check the tables of Fluent Speech Commands.
+
+    Raises:
+        EkdError: of class ``error``: a table or column is missing, or a value cannot be used.
+    """
+    lines: list[Line] = []
+    for split, name in TABLES.items():
+        table = root / name
+        text = read_text(table, "table", error, MAX_LIST, "utf-8-sig")
+        try:
+            rows = list(csv.DictReader(text.splitlines()))
+        except csv.Error as failure:  # such as a quote that is never closed
+            raise error(f"{table} is damaged: {failure}") from None
+        for number, row in enumerate(rows, start=2):
+            location = f"{table}: line {number}"
+            for column in ("path", *SLOTS):
+                if not row.get(column):
+                    raise error(
+                        f"{location} has no {column}; a table needs the columns path, "
+                        f"{', '.join(SLOTS)}"
+                    )
+            lines.append((location, split, row))
+    check_values(str(root / "data"), lines, error)
+    return lines
+
+
+def check_values(source: str, lines: Sequence[Line], error: type[EkdError]) -> None:
+    """Check that s3prl, which reads the tables with pandas, sees the values as they are.
+
+    Raises:
+        EkdError: of class ``error``.
+    """
     for split in SPLITS:
         if not any(name == split for _, name, _ in lines):
-            raise DataError(f"{source} has no {split} utterances; IC needs {', '.join(SPLITS)}")
+            raise error(f"{source} has no {split} utterances; IC needs {', '.join(SPLITS)}")
     known = {slot: {v[slot] for _, split, v in lines if split == "train"} for slot in SLOTS}
     for location, split, values in lines:
         for slot in SLOTS:
             value = values[slot]
             if not value or any(mark in value for mark in ',"\n'):
-                raise DataError(
+                raise error(
                     f"{location}: {slot} must not be empty or have a comma or quote, got "
                     f"{value!r:.40}"
                 )
+            if _is_converted(value):
+                raise error(
+                    f"{location}: {slot} must be a word, not a number, yes or no in pandas' sense "
+                    f"(true, false) or a missing value (NA, None), got {value!r:.40}"
+                )
             if value not in known[slot]:
-                raise DataError(
+                raise error(
                     f"{location}: the {slot} {value!r:.40} is in {split} but not in train; IC "
                     "needs every value in train"
                 )
 
 
+def _is_converted(value: str) -> bool:
+    """Whether pandas may read a value as something else than text."""
+    word = value.strip().lower().lstrip("+-")
+    if word in ("true", "false", "inf", "infinity") or value.strip() in _MISSING:
+        return True
+    try:
+        float(value)
+    except ValueError:
+        return False
+    return True
+
+
 def _prepare_ic(args: argparse.Namespace) -> None:
     manifest = manifest_of(args, ("path", "split", *SLOTS))
     entries = manifest.entries
-    _check_values(manifest.source, [(e.location, e.split, e.cells) for e in entries])
+    check_values(manifest.source, [(e.location, e.split, e.cells) for e in entries], DataError)
     parts = read_audio_parts(args, manifest, entries)
     lengths: dict[str, list[int]] = {split: [] for split in SPLITS}
     rows: dict[str, list[list[str]]] = {split: [["path", *SLOTS]] for split in SPLITS}
@@ -102,25 +160,15 @@ def _prepare_fluent_commands(args: argparse.Namespace) -> None:
             raise DataError(
                 f"{args.root} has no {name}; use the unpacked fluent_speech_commands_dataset"
             )
-    lines, prepared = [], ["split\tpath"]
-    lengths: dict[str, list[int]] = {}
-    for split, name in TABLES.items():
-        table = args.root / name
-        rows = list(csv.DictReader(read_text(table, "table", DataError, MAX_LIST).splitlines()))
-        for number, row in enumerate(rows, start=2):
-            for column in ("path", *SLOTS):
-                if not row.get(column):
-                    raise DataError(f"{table}: line {number} has no {column}")
-            values = {slot: row[slot] for slot in SLOTS}
-            lines.append((f"{table}: line {number}", split, values))
-            prepared.append(f"{split}\t{row['path']}")
-        lengths[split] = []
-        paths = [row["path"] for row in rows]
-        for path, length in zip(paths, audio_lengths(args.root, paths, args.jobs), strict=True):
-            if isinstance(length, DataError):
-                raise DataError(f"{table}: {path}: {length}")
-            lengths[split].append(length)
-    _check_values(str(args.root / "data"), lines)
+    lines = read_tables(args.root, DataError)
+    paths = [row["path"] for _, _, row in lines]
+    lengths: dict[str, list[int]] = {split: [] for split in SPLITS}
+    measured = audio_lengths(args.root, paths, args.jobs)
+    for (location, split, _), length in zip(lines, measured, strict=True):
+        if isinstance(length, DataError):
+            raise DataError(f"{location}: {length}")
+        lengths[split].append(length)
+    prepared = ["split\tpath", *(f"{split}\t{row['path']}" for _, split, row in lines)]
     with new_folder(args.out, replace=args.replace) as folder:
         for name in ("data", "wavs"):
             link_folder(args.root / name, folder / name)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Collection, Mapping
+from typing import Any
 
 import torch
 
+from ..data.settings import DataSettings
 from ..errors import CheckpointError
 from ..system.random_states import set_random_states
 from .checkpoints import RUN_STATE_KEY, Progress
@@ -43,7 +45,7 @@ def resumed_progress(
         progress = Progress.from_state_dict(states[RUN_STATE_KEY], path)
         check_tables(progress.tables, tables, data.file_path, overridden)
         changed = progress.tables != tables or progress.batches != len(sampler)
-        if changed or SHAR_STREAMS in overridden:
+        if changed or (SHAR_STREAMS in overridden and _other_streams(states, data.shar_streams)):
             logger.warning("the batches changed since the checkpoint; starting a new epoch")
             progress.epoch, progress.batch = progress.epoch + 1, 0
     else:
@@ -53,6 +55,14 @@ def resumed_progress(
     progress.tables, progress.batches = tables, len(sampler)
     sampler.seek(progress.epoch, progress.batch, processes.rank, processes.world_size)
     return progress
+
+
+def _other_streams(states: Mapping, streams: int) -> bool:
+    """Whether the run of a checkpoint had another number of streams of Shar folders."""
+    config: Any = states.get("Config")
+    for key in SHAR_STREAMS.split("."):
+        config = config.get(key) if isinstance(config, Mapping) else None
+    return (DataSettings.shar_streams if config is None else config) != streams
 
 
 def resume_random(states: Mapping, path: str, processes: ProcessGroup, device: str) -> bool:

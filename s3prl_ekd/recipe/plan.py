@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..distill.student_settings import CopySettings
-from ..downstream.tasks import choose_tasks
+from ..downstream.tasks import DEFAULT_TASKS, choose_tasks
 from ..errors import SetupError
 from ..files.config import override_value
 from ..files.run_checkpoints import newest_step
@@ -163,7 +163,7 @@ def make_plan(options: RecipeOptions) -> RecipePlan:
         ConfigError: a config in the working folder is not valid.
     """
     options.check()
-    tasks = [task.name for task in choose_tasks(options.tasks)]
+    tasks = [task.name for task in choose_tasks(options.tasks, DEFAULT_TASKS)]
     options = replace(options, tasks=tasks)
     kind = "tiny" if options.tiny else "experiments"
     experiments = {row: f"pretrain/ekd/{kind}/{row}.yaml" for row in options.rows}

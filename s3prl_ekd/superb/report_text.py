@@ -57,7 +57,7 @@ def _caption(report: Report) -> str:
         f"({report.resamples:,} resamples).{seeds} ↓ lower is better, ↑ higher is better. An "
         "interval covers the sampling of test utterances, not the randomness of training."
         f"{costs} The last column is the {LABEL}; recipes used here: {recipes}. An upstream "
-        "without a result on all four tasks has no score."
+        "without a result on PR, SID, ER and ASR has no score."
     )
 
 

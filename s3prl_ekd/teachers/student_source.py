@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from ..errors import CheckpointError
 from ..files.atomic import file_sha256
 from ..files.hf_weights import weight_files
-from ..files.hub import fetch, parse_hub_id, pin
+from ..files.hub import SETTINGS, fetch, parse_hub_id, pin
 from ..files.run_checkpoints import newest_checkpoint, run_checkpoints
 
 if TYPE_CHECKING:
@@ -102,7 +102,8 @@ def contents_sha256(path: Path) -> str:
     """
     if not path.is_dir():
         return file_sha256(path)
-    files = [*sorted(path.glob("*config.json")), *weight_files(path, CheckpointError)]
+    settings = (path / name for name in SETTINGS if (path / name).is_file())
+    files = [*settings, *weight_files(path, CheckpointError)]
     names = [f"{file.name} {file_sha256(file)}\n" for file in files]
     return hashlib.sha256("".join(names).encode()).hexdigest()
 

@@ -93,7 +93,12 @@ def _read(
     elif path.name.endswith(cuts.SUFFIXES):
         root, entries = cuts.read_cuts(path, columns, audio_root, split)
     else:
-        return table.read_table(path, columns, audio_root, split)
+        root, entries = table.read_table(path, columns, audio_root, split)
+        if match and entries and "split" in entries[0].cells:
+            raise DataError(
+                f"{source}: the table has a column split; leave out {match[1]}=, or remove it"
+            )
+        return root, entries
     if "split" in columns and not split:
         raise unknown_split(path)
     return root, entries

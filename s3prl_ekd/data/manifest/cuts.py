@@ -24,7 +24,7 @@ def import_lhotse() -> Any:
         import lhotse
     except ImportError:
         raise SetupError(
-            "lhotse's files are read by lhotse; type: pip install 's3prl_ekd[lhotse]'"
+            "lhotse's files are read by lhotse; type: pip install 'lhotse>=1.33,<2'"
         ) from None
     return lhotse
 

@@ -64,7 +64,8 @@ def read_table(
         values = dict(zip(header, cells, strict=True))
         if is_common_voice:
             values |= {"text": values["sentence"], "speaker": values["client_id"]}
-        entries.append(_entry(location, values, values.get("split", split), "split" in columns))
+        needs_split = "split" in {*header, *columns}
+        entries.append(_entry(location, values, values.get("split", split), needs_split))
     if not entries:
         raise DataError(f"{path}: no lines after the header")
     folder = path.parent / CLIPS if is_common_voice else path.parent

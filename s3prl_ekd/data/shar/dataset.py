@@ -205,8 +205,11 @@ class SharDataset(BatchDataset):
                 )
 
     def _is_excluded(self, cut: Any) -> bool:
-        """Whether ``max_timestep`` leaves a cut out."""
+        """Whether a cut is left out, as a row of a table is: by ``max_timestep``, or too short."""
         samples, limit = round(cut.duration * SAMPLE_RATE), self.data.max_timestep
+        if samples < self.min_samples:
+            warn_once("short cuts", f"{cut.id}: left out, as it has only {samples} samples")
+            return True
         return samples >= limit > 0 or samples <= -limit > 0
 
     def _shorten(self, cut: Any, epoch: int) -> Any:

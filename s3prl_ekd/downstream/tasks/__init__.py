@@ -34,11 +34,17 @@ def task_of(downstream: str | None, config: Mapping[str, Any]) -> Task | None:
     return next((task for task in TASKS.values() if task.is_task_of(downstream, config)), None)
 
 
-def choose_tasks(names: Sequence[str]) -> list[Task]:
-    """The named tasks, or ``all``, in the order of the tables."""
+def choose_tasks(names: Sequence[str], allowed: Sequence[str] = tuple(TASKS)) -> list[Task]:
+    """The named tasks, or ``all``, in the order of the tables.
+
+    Raises:
+        SetupError: a name is not in ``allowed``.
+    """
     if list(names) == ["all"]:
-        return list(TASKS.values())
+        return [TASKS[name] for name in allowed]
     for name in names:
-        if name not in TASKS:
-            raise SetupError(f"unknown task {name!r}; expected some of: {', '.join(TASKS)}, or all")
+        if name not in allowed:
+            raise SetupError(
+                f"unknown task {name!r}; expected some of: {', '.join(allowed)}, or all"
+            )
     return [task for task in TASKS.values() if task.name in names]

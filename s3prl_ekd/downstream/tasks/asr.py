@@ -31,6 +31,8 @@ def _find_files(recipe: RecipeFiles) -> Iterator[FileLookup]:
 
 ASR = Task(
     name="asr",
+    full_name="speech recognition",
+    hub_type="automatic-speech-recognition",
     downstream="asr",
     full="downstream/asr/config.yaml",
     tiny="downstream/asr/tiny.yaml",

@@ -16,7 +16,7 @@ _META = f"{EXPERT}.datarc.meta_data"
 
 
 def _find_files(recipe: RecipeFiles) -> Iterator[FileLookup]:
-    key = f"{EXPERT}.datarc.meta_data"
+    key = _META
     fold = setting(recipe.config, f"{EXPERT}.datarc.test_fold") or recipe.fold or "fold1"
     session = str(fold).replace("fold", "Session")
     tables = [f"{session}/{part}_meta_data.json" for part in ("train", "test")]
@@ -46,6 +46,8 @@ def _find_folds(config: Mapping[str, Any], source: str) -> list[str]:
 
 ER = Task(
     name="er",
+    full_name="emotion recognition",
+    hub_type="audio-classification",
     downstream="emotion",
     full="downstream/emotion/config.yaml",
     tiny="downstream/emotion/tiny.yaml",

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterator
 
 from ...errors import ConfigError
-from ...prepare.ic import SLOTS, TABLES
-from .lookup import EXPERT, FileLookup, RecipeFiles, file_finder, read_list
+from ...prepare.ic import TABLES, read_tables
+from .lookup import EXPERT, FileLookup, RecipeFiles, file_finder
 from .task import Metric, Task
 
 _ROOT = f"{EXPERT}.datarc.file_path"
@@ -16,31 +15,18 @@ _ROOT = f"{EXPERT}.datarc.file_path"
 def _find_files(recipe: RecipeFiles) -> Iterator[FileLookup]:
     root, has_file = recipe.path(_ROOT), file_finder()
     yield FileLookup(_ROOT, list(TABLES.values()), "the corpus's tables", has_file)
-    values: dict[str, set[str]] = {}
-    for split, name in TABLES.items():
-        rows = list(csv.DictReader(read_list(root / name).splitlines()))
-        for number, row in enumerate(rows, start=2):
-            for column in ("path", *SLOTS):
-                if not row.get(column):
-                    raise ConfigError(
-                        f"{recipe.source}: {root / name}: line {number} has no {column}; a table "
-                        f"needs the columns path, {', '.join(SLOTS)}; create it again with "
-                        "s3prl-ekd prepare ic or fluent_commands"
-                    )
-            for slot in SLOTS:
-                known = values.setdefault(slot, set())
-                if split == "train":
-                    known.add(row[slot])
-                elif row[slot] not in known:
-                    raise ConfigError(
-                        f"{recipe.source}: {root / name}: line {number}: {slot} {row[slot]!r:.40} "
-                        "is not in the table for training"
-                    )
-        yield FileLookup(_ROOT, [row["path"] for row in rows], str(root / name), has_file)
+    try:
+        lines = read_tables(root, ConfigError)
+    except ConfigError as error:
+        raise ConfigError(f"{recipe.source}: {error}") from None
+    paths = [row["path"] for _, _, row in lines]
+    yield FileLookup(_ROOT, paths, str(root / "data"), has_file)
 
 
 IC = Task(
     name="ic",
+    full_name="intent classification",
+    hub_type="audio-classification",
     downstream="fluent_commands",
     full="downstream/fluent_commands/config.yaml",
     tiny="downstream/fluent_commands/tiny.yaml",

@@ -31,6 +31,8 @@ def _find_files(recipe: RecipeFiles) -> Iterator[FileLookup]:
 
 KS = Task(
     name="ks",
+    full_name="keyword spotting",
+    hub_type="audio-classification",
     downstream="speech_commands",
     full="downstream/speech_commands/config.yaml",
     tiny="downstream/speech_commands/tiny.yaml",

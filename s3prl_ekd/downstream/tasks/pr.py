@@ -28,6 +28,8 @@ def _find_files(recipe: RecipeFiles) -> Iterator[FileLookup]:
 
 PR = Task(
     name="pr",
+    full_name="phone recognition",
+    hub_type="automatic-speech-recognition",
     downstream="ctc",
     corpus_name="libriphone",
     full="downstream/ctc/libriphone.yaml",

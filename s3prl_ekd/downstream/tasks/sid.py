@@ -39,6 +39,8 @@ def _find_files(recipe: RecipeFiles) -> Iterator[FileLookup]:
 
 SID = Task(
     name="sid",
+    full_name="speaker identification",
+    hub_type="audio-classification",
     downstream="voxceleb1",
     full="downstream/voxceleb1/config.yaml",
     tiny="downstream/voxceleb1/tiny.yaml",

@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 from .lookup import EXPERT, FileLookup, RecipeFiles, setting
 
-Unit = Literal["label", "word", "character"]
+Unit = Literal["label", "word"]
+HubType = Literal["automatic-speech-recognition", "audio-classification"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class Task:
 
     Attributes:
         name: short name, used on the command line.
+        full_name: in words, as in "phone recognition".
+        hub_type: task of the Hugging Face Hub, for model cards.
         downstream: the name after ``-d``.
         full, tiny: paths of the recipes in the working folder.
         split: the test split, as given to ``-t``.
@@ -60,6 +63,8 @@ class Task:
     """
 
     name: str
+    full_name: str
+    hub_type: HubType
     downstream: str
     full: str
     tiny: str
