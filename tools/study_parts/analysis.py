@@ -327,6 +327,12 @@ def hypotheses(scores: Scores) -> list[Hypothesis]:
             (*common, average[0]),
             difference(mean(*common), mean(average[0])),
         ),
+        Hypothesis(  # added after the first two seeds
+            "H1, clean",
+            f"heads for {set_name(EXPERTS)} - {best[EXPERTS]} alone, both tasks on clean speech",
+            (heads, best[EXPERTS]),
+            difference(mean(heads, only=KNOWLEDGE), mean(best[EXPERTS], only=KNOWLEDGE)),
+        ),
         Hypothesis(
             "worst",
             f"the worse of the two tasks: heads for {set_name(EXPERTS)} - {best[EXPERTS]} alone",
