@@ -60,32 +60,40 @@ def split_of(name: str) -> str:
     return "dev" if share < 10 else "test" if share < 20 else "train"
 
 
-def check_folders(train: Path, test: Path) -> str:
-    """Why s3prl cannot use these folders; "" if it can."""
-    splits = {split_of(path.name) for path in _wavs(train) if path.parent.name != NOISE}
+def count_recordings(train: Path, test: Path) -> dict[str, int]:
+    """Count the recordings that s3prl reads: of train, dev and test, and of noise for training.
+
+    Raises:
+        DataError: s3prl cannot use the folders.
+    """
+    counts = {"train": 0, "dev": 0, "test": 0, NOISE: 0}
+    noises = []
+    for path in _wavs(train):
+        if path.parent.name == NOISE:
+            noises.append(AudioPart(path))
+        elif (split := split_of(path.name)) != "test":
+            counts[split] += 1
     for split in ("train", "dev"):
-        if split not in splits:
-            return f"{train} has no CLASS/*.wav for {split}; use the unpacked corpus"
-    if not any(True for _ in _wavs(test)):
-        return f"{test} has no CLASS/*.wav; use the unpacked test set"
+        if not counts[split]:
+            raise DataError(f"{train} has no CLASS/*.wav for {split}; use the unpacked corpus")
     allowed = {*WORDS, UNKNOWN, SILENCE}
     for path in _wavs(test):
         if path.parent.name not in allowed:
-            return f"{test} has a class {path.parent.name}; allowed: {', '.join(sorted(allowed))}"
-    noises = sorted(path for path in _wavs(train) if path.parent.name == NOISE)
-    for path, audio in zip(
-        noises, measure_audio(".", [AudioPart(path) for path in noises]), strict=True
-    ):
+            raise DataError(
+                f"{test} has a class {path.parent.name}; allowed: {', '.join(sorted(allowed))}"
+            )
+        counts["test"] += 1
+    if not counts["test"]:
+        raise DataError(f"{test} has no CLASS/*.wav; use the unpacked test set")
+    for part, audio in zip(noises, measure_audio(".", noises), strict=True):
         if isinstance(audio, DataError):
-            return str(audio)
+            raise audio
         if audio.samples < SAMPLE_RATE:
-            return f"{path} has {audio.samples} samples; a noise needs a second ({SAMPLE_RATE})"
-    return ""
-
-
-def training_files(train: Path) -> int:
-    """Number of recordings for training, noises included."""
-    return sum(path.parent.name == NOISE or split_of(path.name) == "train" for path in _wavs(train))
+            raise DataError(
+                f"{part} has {audio.samples} samples; a noise needs a second ({SAMPLE_RATE})"
+            )
+    counts[NOISE] = len(noises)
+    return counts
 
 
 def _wavs(root: Path) -> Iterator[Path]:
@@ -133,9 +141,11 @@ def _prepare_ks(args: argparse.Namespace) -> None:
             lengths[entry.split].append(audio.samples)
             prepared.append(f"{name}\t{entry.name}\t{word}\t{entry.split}\t{audio.samples}")
         _link_noise(args.noise, folder / TRAIN / NOISE)
-        problem = check_folders(folder / TRAIN, folder / TEST)
-        if problem:
-            raise DataError(f"{manifest.source}: {problem.replace(f'{folder}', f'{args.out}')}")
+        try:
+            count_recordings(folder / TRAIN, folder / TEST)
+        except DataError as error:  # which names the temporary folder
+            problem = str(error).replace(str(folder), str(args.out))
+            raise DataError(f"{manifest.source}: {problem}") from None
         write_lines(folder / PREPARED, prepared)
     print_splits(lengths)
     _print_keys(args.out)
@@ -153,19 +163,13 @@ def _prepare_speech_commands(args: argparse.Namespace) -> None:
     for path in (args.train, args.test):
         if not path.is_dir():
             raise DataError(f"{path} is not a folder; unpack the archive of Speech Commands there")
-    problem = check_folders(args.train, args.test)
     if not (args.train / NOISE).is_dir():
-        problem = problem or f"{args.train} has no {NOISE}"
-    if problem:
-        raise DataError(problem)
+        raise DataError(f"{args.train} has no {NOISE}; use the unpacked corpus")
+    counts = count_recordings(args.train, args.test)
+    del counts[NOISE]
     with new_folder(args.out, replace=args.replace) as folder:
         link_folder(args.train, folder / TRAIN)
         link_folder(args.test, folder / TEST)
-        counts = {"train": 0, "dev": 0, "test": 0}
-        for path in _wavs(args.train):
-            if path.parent.name != NOISE and split_of(path.name) != "test":
-                counts[split_of(path.name)] += 1
-        counts["test"] = sum(1 for _ in _wavs(args.test))
         write_lines(folder / PREPARED, ["split\tfiles", *(f"{k}\t{n}" for k, n in counts.items())])
     print(", ".join(f"{name}: {count} files" for name, count in counts.items()))
     _print_keys(args.out)

@@ -53,6 +53,7 @@ def read_table(
             f"{path}: line 1: missing column{'s' * (len(missing) > 1)} {', '.join(missing)}; "
             f"expected a tab-separated header, got: {', '.join(header) or 'an empty line'}"
         )
+    needs_split = "split" in {*header, *columns}
     entries: list[ManifestEntry] = []
     for number, line in enumerate(lines[1:], start=2):
         if not line.strip(" \r"):
@@ -64,7 +65,6 @@ def read_table(
         values = dict(zip(header, cells, strict=True))
         if is_common_voice:
             values |= {"text": values["sentence"], "speaker": values["client_id"]}
-        needs_split = "split" in {*header, *columns}
         entries.append(_entry(location, values, values.get("split", split), needs_split))
     if not entries:
         raise DataError(f"{path}: no lines after the header")

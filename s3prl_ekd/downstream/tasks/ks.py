@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from ...errors import ConfigError
+from ...errors import ConfigError, DataError
 from ...files.config import override_option
-from ...prepare.ks import NOISE, check_folders, training_files
+from ...prepare.ks import NOISE, count_recordings
 from .lookup import EXPERT, FileLookup, RecipeFiles, file_finder, setting
 from .task import Metric, Task
 
@@ -17,10 +17,12 @@ _BATCH = f"{EXPERT}.datarc.batch_size"
 
 
 def _find_files(recipe: RecipeFiles) -> Iterator[FileLookup]:
-    problem = check_folders(recipe.path(_TRAIN), recipe.path(_TEST))
-    if problem:
-        raise ConfigError(f"{recipe.source}: {_TRAIN} and {Path(_TEST).suffix[1:]}: {problem}")
-    batch, count = setting(recipe.config, _BATCH), training_files(recipe.path(_TRAIN))
+    try:
+        counts = count_recordings(recipe.path(_TRAIN), recipe.path(_TEST))
+    except DataError as error:
+        keys = f"{_TRAIN} and {Path(_TEST).suffix[1:]}"
+        raise ConfigError(f"{recipe.source}: {keys}: {error}") from None
+    batch, count = setting(recipe.config, _BATCH), counts["train"] + counts[NOISE]
     if isinstance(batch, int) and count < batch:  # s3prl drops the last batch, and waits for ever
         raise ConfigError(
             f"{recipe.source}: {_BATCH} is {batch}, more than the {count} recordings for training; "
