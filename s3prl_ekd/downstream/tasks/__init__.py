@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ...errors import SetupError
@@ -15,8 +16,10 @@ from .sid import SID
 from .task import Metric, Task, missing_paths, recipe_paths
 
 __all__ = [
+    "COLUMNS",
     "DEFAULT_TASKS",
     "TASKS",
+    "Column",
     "Metric",
     "Task",
     "choose_tasks",
@@ -27,6 +30,27 @@ __all__ = [
 
 TASKS = {task.name: task for task in (PR, SID, ER, ASR, KS, IC)}  # the order of all tables
 DEFAULT_TASKS = ("pr", "sid", "er", "asr")
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a table of results: a metric of a task."""
+
+    task: Task
+    metric: Metric
+
+    @property
+    def title(self) -> str:
+        """Title as in SUPERB's tables: ``PR PER ↓``."""
+        return f"{self.task.name.upper()} {self.metric.name.upper()} {self.metric.arrow}"
+
+
+# name -> column: a task's name for its main metric, sf_cer for a further one
+COLUMNS = {
+    name: Column(task, metric)
+    for task in TASKS.values()
+    for name, metric in task.columns.items()
+}
 
 
 def task_of(downstream: str | None, config: Mapping[str, Any]) -> Task | None:

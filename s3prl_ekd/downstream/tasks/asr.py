@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from ...errors import ConfigError
 from .lookup import EXPERT, FileLookup, RecipeFiles, file_finder, read_list
-from .task import Metric, Task
+from .task import Metric, Task, text_metric
 
 
 def _find_files(recipe: RecipeFiles) -> Iterator[FileLookup]:
@@ -29,6 +29,8 @@ def _find_files(recipe: RecipeFiles) -> Iterator[FileLookup]:
         yield FileLookup(f"{EXPERT}.datarc.libri_root", [*names, *transcripts], str(path), has_file)
 
 
+_PREDICTIONS = ("test-clean-noLM-hyp.ark", "test-clean-noLM-ref.ark")
+
 ASR = Task(
     name="asr",
     full_name="speech recognition",
@@ -38,15 +40,16 @@ ASR = Task(
     tiny="downstream/asr/tiny.yaml",
     split="test-clean",
     best="dev-clean-best.ckpt",
-    main=Metric("wer", "word", anchors=(23.18, 3.62)),
+    metrics=(Metric("wer", (23.18, 3.62)),),
+    measure=text_metric(*_PREDICTIONS, "word"),
+    predictions=_PREDICTIONS,
     scale=1.0,
-    hyp="test-clean-noLM-hyp.ark",
-    ref="test-clean-noLM-ref.ark",
-    archive="asr_public/predict.ark",
+    archive={"test-clean-noLM-hyp.ark": "asr_public/predict.ark"},
     recipe_files=(f"{EXPERT}.datarc.dict_path",),
     folders=(f"{EXPERT}.datarc.libri_root", f"{EXPERT}.datarc.bucket_file"),
     lists=(),
     find_files=_find_files,
+    learning_rates=(1e-5, 1e-4, 1e-3),
     batch_seconds=0.65,  # "one to two days" for 200,000 batches, the comment in its recipe
     parameters=43e6,  # two bidirectional LSTM layers of 1024 on 1024 inputs
     demo_steps=1.1,

@@ -10,7 +10,7 @@ from typing import Any
 from ...errors import ConfigError
 from ...prepare.er import natural_sort_key
 from .lookup import EXPERT, FileLookup, RecipeFiles, file_finder, read_list, setting
-from .task import Metric, Task
+from .task import Metric, Task, text_metric
 
 _META = f"{EXPERT}.datarc.meta_data"
 
@@ -44,6 +44,8 @@ def _find_folds(config: Mapping[str, Any], source: str) -> list[str]:
     return [name.replace("Session", "fold") for name in sorted(sessions, key=natural_sort_key)]
 
 
+_PREDICTIONS = ("test_{fold}_predict.txt", "test_{fold}_truth.txt")
+
 ER = Task(
     name="er",
     full_name="emotion recognition",
@@ -52,16 +54,15 @@ ER = Task(
     full="downstream/emotion/config.yaml",
     tiny="downstream/emotion/tiny.yaml",
     split="test",
-    best="dev-best.ckpt",
-    main=Metric("acc", "label", anchors=(48.23672168, 67.62)),
-    scale=100.0,
-    hyp="test_{fold}_predict.txt",
-    ref="test_{fold}_truth.txt",
-    archive="er_{fold}_public/predict.txt",
+    metrics=(Metric("acc", (48.23672168, 67.62), higher_is_better=True),),
+    measure=text_metric(*_PREDICTIONS, "label"),
+    predictions=_PREDICTIONS,
+    archive={"test_{fold}_predict.txt": "er_{fold}_public/predict.txt"},
     recipe_files=(),
     folders=(f"{EXPERT}.datarc.root", _META),
     lists=(),
     find_files=_find_files,
+    learning_rates=(1e-5, 1e-4, 1e-3),
     batch_seconds=0.06,
     parameters=0.2e6,
     find_folds=_find_folds,

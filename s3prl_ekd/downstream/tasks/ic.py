@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from ...errors import ConfigError
 from ...prepare.ic import TABLES, read_tables
 from .lookup import EXPERT, FileLookup, RecipeFiles, file_finder
-from .task import Metric, Task
+from .task import Metric, Task, text_metric
 
 _ROOT = f"{EXPERT}.datarc.file_path"
 
@@ -23,6 +23,8 @@ def _find_files(recipe: RecipeFiles) -> Iterator[FileLookup]:
     yield FileLookup(_ROOT, paths, str(root / "data"), has_file)
 
 
+_PREDICTIONS = ("test_predict.csv", "test_truth.csv")
+
 IC = Task(
     name="ic",
     full_name="intent classification",
@@ -31,18 +33,16 @@ IC = Task(
     full="downstream/fluent_commands/config.yaml",
     tiny="downstream/fluent_commands/tiny.yaml",
     split="test",
-    best="dev-best.ckpt",
-    main=Metric("acc", "label", anchors=(9.649354219, 98.76)),
-    scale=100.0,
-    hyp="test_predict.csv",
-    ref="test_truth.csv",
-    archive="ic_public/predict.csv",
+    metrics=(Metric("acc", (9.649354219, 98.76), higher_is_better=True),),
+    measure=text_metric(*_PREDICTIONS, "label", separator=","),
+    predictions=_PREDICTIONS,
+    archive={"test_predict.csv": "ic_public/predict.csv"},
     recipe_files=(),
     folders=(_ROOT,),
     lists=(),
     find_files=_find_files,
+    learning_rates=(1e-5, 1e-4, 1e-3),
     batch_seconds=0.06,
     parameters=0.2e6,
-    separator=",",
     demo_steps=0.5,
 )

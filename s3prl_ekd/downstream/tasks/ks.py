@@ -9,7 +9,7 @@ from ...errors import ConfigError, DataError
 from ...files.config import override_option
 from ...prepare.ks import NOISE, count_recordings
 from .lookup import EXPERT, FileLookup, RecipeFiles, file_finder, setting
-from .task import Metric, Task
+from .task import Metric, Task, text_metric
 
 _TRAIN = f"{EXPERT}.datarc.speech_commands_root"
 _TEST = f"{EXPERT}.datarc.speech_commands_test_root"
@@ -31,6 +31,8 @@ def _find_files(recipe: RecipeFiles) -> Iterator[FileLookup]:
     yield FileLookup(_TRAIN, [NOISE], "the class _silence_", file_finder())
 
 
+_PREDICTIONS = ("test_predict.txt", "test_truth.txt")
+
 KS = Task(
     name="ks",
     full_name="keyword spotting",
@@ -39,16 +41,15 @@ KS = Task(
     full="downstream/speech_commands/config.yaml",
     tiny="downstream/speech_commands/tiny.yaml",
     split="test",
-    best="dev-best.ckpt",
-    main=Metric("acc", "label", anchors=(41.3826674, 96.66)),
-    scale=100.0,
-    hyp="test_predict.txt",
-    ref="test_truth.txt",
-    archive="ks_public/predict.txt",
+    metrics=(Metric("acc", (41.3826674, 96.66), higher_is_better=True),),
+    measure=text_metric(*_PREDICTIONS, "label"),
+    predictions=_PREDICTIONS,
+    archive={"test_predict.txt": "ks_public/predict.txt"},
     recipe_files=(),
     folders=(_TRAIN, _TEST),
     lists=(),
     find_files=_find_files,
+    learning_rates=(1e-5, 1e-4, 1e-3),
     batch_seconds=0.05,
     parameters=0.2e6,
     demo_steps=0.5,

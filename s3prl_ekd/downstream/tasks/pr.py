@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from .lookup import EXPERT, FileLookup, RecipeFiles
-from .task import Metric, Task
+from .task import Metric, Task, text_metric
 
 _MAX_DEPTH = 3  # levels below a LibriSpeech set: speaker, chapter, and one more
 
@@ -26,6 +26,8 @@ def _find_files(recipe: RecipeFiles) -> Iterator[FileLookup]:
     yield FileLookup(f"{EXPERT}.corpus.path", sets, listed_in, has_file, "{}/*/*/*.trans.txt")
 
 
+_PREDICTIONS = ("test-hyp.ark", "test-ref.ark")
+
 PR = Task(
     name="pr",
     full_name="phone recognition",
@@ -35,16 +37,15 @@ PR = Task(
     full="downstream/ctc/libriphone.yaml",
     tiny="downstream/ctc/tiny.yaml",
     split="test",
-    best="dev-best.ckpt",
-    main=Metric("per", "word", anchors=(82.01, 3.53)),
-    scale=100.0,
-    hyp="test-hyp.ark",
-    ref="test-ref.ark",
-    archive="pr_public/predict.ark",
+    metrics=(Metric("per", (82.01, 3.53)),),
+    measure=text_metric(*_PREDICTIONS, "word"),
+    predictions=_PREDICTIONS,
+    archive={"test-hyp.ark": "pr_public/predict.ark"},
     recipe_files=(f"{EXPERT}.text.vocab_file",),
     folders=(f"{EXPERT}.corpus.path",),
     lists=(f"{EXPERT}.corpus.lexicon",),
     find_files=_find_files,
+    learning_rates=(5e-4, 1e-3, 1e-2),
     batch_seconds=0.1,
     parameters=0.3e6,
     # imported with the first data loader; see requirements.provide_ctc_corpus

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ...errors import ConfigError
 from .lookup import EXPERT, FileLookup, RecipeFiles, folder_listing, read_list
-from .task import Metric, Task
+from .task import Metric, Task, text_metric
 
 
 def _find_files(recipe: RecipeFiles) -> Iterator[FileLookup]:
@@ -37,6 +37,8 @@ def _find_files(recipe: RecipeFiles) -> Iterator[FileLookup]:
     yield FileLookup(f"{EXPERT}.datarc.file_path", names, str(path), has_file, "*/wav/{}")
 
 
+_PREDICTIONS = ("test_predict.txt", "test_truth.txt")
+
 SID = Task(
     name="sid",
     full_name="speaker identification",
@@ -45,16 +47,15 @@ SID = Task(
     full="downstream/voxceleb1/config.yaml",
     tiny="downstream/voxceleb1/tiny.yaml",
     split="test",
-    best="dev-best.ckpt",
-    main=Metric("acc", "label", anchors=(20.058174, 90.3)),
-    scale=100.0,
-    hyp="test_predict.txt",
-    ref="test_truth.txt",
-    archive="sid_public/predict.txt",
+    metrics=(Metric("acc", (20.058174, 90.3), higher_is_better=True),),
+    measure=text_metric(*_PREDICTIONS, "label"),
+    predictions=_PREDICTIONS,
+    archive={"test_predict.txt": "sid_public/predict.txt"},
     recipe_files=(),
     folders=(f"{EXPERT}.datarc.file_path",),
     lists=(f"{EXPERT}.datarc.meta_data",),
     find_files=_find_files,
+    learning_rates=(1e-4, 1e-3, 5e-3),
     batch_seconds=0.06,
     parameters=0.6e6,  # 1,251 speakers
     demo_steps=0.5,

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from .lookup import EXPERT, FileLookup, RecipeFiles, setting
 
-Unit = Literal["label", "word"]
+if TYPE_CHECKING:
+    from ..metrics.sample import Sample  # which imports numpy
+
 HubType = Literal["automatic-speech-recognition", "audio-classification"]
+Selection = Literal["dev", "checkpoints", "layers"]
+Measure = Callable[[Path, str | None], "tuple[Sample, ...]"]
 
 
 @dataclass(frozen=True)
@@ -18,18 +22,36 @@ class Metric:
     """A metric of a task, in per cent everywhere in this package.
 
     Attributes:
-        name: ``per``, ``wer`` or ``acc``.
-        unit: what is compared: a label, or the edits of words (phones) or characters.
+        name: ``per``, ``wer``, ``acc``, ...
         anchors: of FBANK and of the best system on SUPERB's public set, of which its score is made.
     """
 
     name: str
-    unit: Unit
     anchors: tuple[float, float]
+    higher_is_better: bool = False
 
     @property
-    def higher_is_better(self) -> bool:
-        return self.name == "acc"
+    def arrow(self) -> str:
+        return "↑" if self.higher_is_better else "↓"
+
+
+def text_metric(hyp: str, ref: str, unit: str, separator: str = " ") -> Measure:
+    """A task's ``measure`` for prediction files with a line ``UTTERANCE TEXT`` for each utterance.
+
+    Args:
+        hyp, ref: names of the prediction files; ER's contain ``{fold}``.
+        unit: see :func:`..metrics.error_counts.count_errors`.
+        separator: between an utterance and its text.
+    """
+
+    def measure(folder: Path, fold: str | None) -> tuple[Sample, ...]:
+        from ..metrics.error_counts import count_errors
+        from ..metrics.predictions import read_pairs
+
+        hypotheses, references = (folder / name.format(fold=fold) for name in (hyp, ref))
+        return (count_errors(read_pairs(hypotheses, references, separator), unit),)
+
+    return measure
 
 
 @dataclass(frozen=True)
@@ -43,16 +65,26 @@ class Task:
         downstream: the name after ``-d``.
         full, tiny: paths of the recipes in the working folder.
         split: the test split, as given to ``-t``.
-        best: the checkpoint with the best dev score, written by s3prl.
-        main: its metric.
-        scale: factor that converts the score in s3prl's best checkpoint to per cent.
-        hyp, ref: names of the prediction files; ER's contain ``{fold}``.
-        separator: between an utterance and its label in the prediction files.
-        archive: file in the archive for SUPERB's board, below predict/; with ``{fold}`` likewise.
+        metrics: the first is the task's main metric.
+        measure: (folder of a test's predictions, fold) -> the sample of each metric.
+        predictions: names of the files and folders that a test leaves in the run's folder; ER's
+            contain ``{fold}``.
+        archive: file or folder among them -> its place in the archive for SUPERB's board, below
+            predict/.
         recipe_files: dotted YAML keys of the files that come with a recipe.
         folders, lists: dotted YAML keys of the corpus paths, which the user sets: of folders, and
             of files that list or describe the corpus.
         find_files: the files that a recipe lists, for :func:`.corpus_check.check_corpus`.
+        learning_rates: the rates that ``--lr search`` tries; empty if nothing is trained.
+        selection: how the tested model is chosen. ``dev``: s3prl saves the checkpoint with the
+            best dev score. ``checkpoints``: the recipe has no dev set; each checkpoint is tested,
+            and the best one counts. ``layers``: nothing is trained; each layer is evaluated on the
+            split ``dev``, and the best one is tested.
+        best: the checkpoint with the best dev score, written by s3prl.
+        dev_metric: the metric of that score; by default the main one.
+        scale: factor that converts that score in s3prl's checkpoint to per cent.
+        write_reference: (config, split, folder) -> writes the reference of a split into the folder
+            of its predictions, for metrics whose reference s3prl does not write.
         modules: modules besides the expert that the recipe imports while it runs.
         find_folds: config -> test folds, each a run of its own; without it, one run.
         board_folds: the folds that SUPERB's board wants.
@@ -69,38 +101,46 @@ class Task:
     full: str
     tiny: str
     split: str
-    best: str
-    main: Metric
-    scale: float
-    hyp: str
-    ref: str
-    archive: str
+    metrics: tuple[Metric, ...]
+    measure: Measure
+    predictions: tuple[str, ...]
+    archive: Mapping[str, str]
     recipe_files: tuple[str, ...]
     folders: tuple[str, ...]
     lists: tuple[str, ...]
     find_files: Callable[[RecipeFiles], Iterator[FileLookup]]
+    learning_rates: tuple[float, ...]
     batch_seconds: float
     parameters: float
+    selection: Selection = "dev"
+    best: str = "dev-best.ckpt"
+    dev_metric: Metric | None = None
+    scale: float = 100.0
+    write_reference: Callable[[Mapping[str, Any], str, Path], None] | None = None
     modules: tuple[str, ...] = ()
     find_folds: Callable[[Mapping[str, Any], str], list[str]] | None = None
     board_folds: tuple[str, ...] = ()
     corpus_name: str | None = None
-    separator: str = " "
     demo_steps: float = 1.0
 
     @property
-    def metric(self) -> str:
-        """Name of the metric."""
-        return self.main.name
+    def main(self) -> Metric:
+        return self.metrics[0]
 
     @property
-    def higher_is_better(self) -> bool:
-        return self.main.higher_is_better
+    def dev(self) -> Metric:
+        """The metric by which checkpoints and learning rates are chosen."""
+        return self.dev_metric or self.main
 
     @property
-    def title(self) -> str:
-        """Title as in SUPERB's tables: ``PR PER ↓``."""
-        return f"{self.name.upper()} {self.metric.upper()} {'↑' if self.higher_is_better else '↓'}"
+    def columns(self) -> dict[str, Metric]:
+        """Name of a column in tables of results -> its metric: ``sf``, ``sf_cer``."""
+        first, *others = self.metrics
+        return {self.name: first} | {f"{self.name}_{metric.name}": metric for metric in others}
+
+    @property
+    def trained(self) -> bool:
+        return self.selection != "layers"
 
     @property
     def corpus(self) -> tuple[str, ...]:
@@ -114,7 +154,8 @@ class Task:
 
     @property
     def worst(self) -> float:
-        return 0.0 if self.higher_is_better else 100.0
+        """The dev metric at its worst."""
+        return 0.0 if self.dev.higher_is_better else 100.0
 
     def folds(self, config: Mapping[str, Any], source: str) -> list[str | None]:
         """The test folds, each a run of its own; ``[None]`` for a single run.
@@ -129,9 +170,9 @@ class Task:
         name = str(setting(config, f"{EXPERT}.corpus.name")).lower()
         return self.downstream == downstream and self.corpus_name in (None, name)
 
-    def files(self, fold: str | None) -> tuple[str, str]:
-        """File names of hypotheses and references in a run's folder."""
-        return self.hyp.format(fold=fold), self.ref.format(fold=fold)
+    def files(self, fold: str | None) -> tuple[str, ...]:
+        """Names of the files and folders that a test leaves."""
+        return tuple(name.format(fold=fold) for name in self.predictions)
 
 
 def recipe_paths(config: Mapping[str, Any], keys: Sequence[str]) -> Iterator[tuple[str, str]]:

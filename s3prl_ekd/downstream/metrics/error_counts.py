@@ -1,0 +1,55 @@
+"""Error rates and accuracies: the errors of each utterance over its reference's length."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import editdistance
+import numpy as np
+
+from .sample import Sample
+
+
+@dataclass(frozen=True, eq=False)
+class ErrorCounts(Sample):
+    """Errors and reference lengths of each utterance.
+
+    Attributes:
+        names: the utterances, sorted.
+        errors: ``[utterance]``: edit operations, 1 for a wrong label, or a duration.
+        lengths: ``[utterance]``: reference tokens, 1 for a label, or a duration.
+        accuracy: the metric is 100 minus the error rate.
+    """
+
+    names: tuple[str, ...]
+    errors: np.ndarray
+    lengths: np.ndarray
+    accuracy: bool = False
+
+    @property
+    def reference(self) -> bytes:
+        return self.lengths.tobytes()
+
+    def values(self, weights: np.ndarray) -> np.ndarray:
+        rates = 100 * (weights @ self.errors) / (weights @ self.lengths)
+        return 100 - rates if self.accuracy else rates
+
+
+def count_errors(pairs: Sequence[tuple[str, str, str]], unit: str) -> ErrorCounts:
+    """Count the errors of each utterance of ``pairs`` (:func:`read_pairs`).
+
+    Args:
+        unit: ``label``, a text is a single label, and the metric is the accuracy; ``word``, edits
+            of words or phones; or ``character``, edits of characters and spaces. (Systems with a
+            WER near 100 % still differ in CER.)
+    """
+    names = tuple(name for name, _, _ in pairs)
+    if unit == "label":
+        errors, lengths = [int(hyp != ref) for _, hyp, ref in pairs], [1] * len(pairs)
+    else:
+        split = str.split if unit == "word" else list
+        errors = [editdistance.eval(split(hyp), split(ref)) for _, hyp, ref in pairs]
+        lengths = [len(split(ref)) for _, _, ref in pairs]
+    counts = (np.array(values, dtype=np.int64) for values in (errors, lengths))
+    return ErrorCounts(names, *counts, accuracy=unit == "label")

@@ -1,0 +1,112 @@
+"""Compute the metrics of a task from the predictions of its runs, with bootstrap intervals.
+
+A task's metric is the mean over seeds, for ER also over folds.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..downstream.metrics.sample import Sample
+from ..downstream.tasks import TASKS
+from ..errors import DataError
+from .bootstrap import RESAMPLES, Estimate, resampled_values
+from .results import SelectedRuns
+
+
+@dataclass(frozen=True, eq=False)
+class TaskMetric(Estimate):
+    """A metric of one upstream and task under one condition, in per cent."""
+
+    column: str  # see :data:`..downstream.tasks.COLUMNS`
+    selection: SelectedRuns
+    by_seed: tuple[float, ...]  # ``value`` is their mean
+    units: int  # of all folds together: utterances, for some tasks recordings, speakers or queries
+    test_set: tuple  # see :func:`test_set`
+
+    @property
+    def deviation(self) -> float | None:
+        """Standard deviation over seeds; None for a single seed."""
+        return statistics.stdev(self.by_seed) if len(self.by_seed) > 1 else None
+
+
+def test_set(folds: Sequence[Sample]) -> tuple:
+    """Key of the units and references; equal keys mean paired resamples."""
+    return tuple((fold.names, fold.reference) for fold in folds)
+
+
+def compute_metrics(
+    selections: Sequence[SelectedRuns], condition: str, resamples: int = RESAMPLES
+) -> list[TaskMetric]:
+    """Compute one task's metrics for each upstream that was tested under ``condition``.
+
+    A fold's metric is over all of its units. ER is the mean of the folds' accuracies, as in
+    SUPERB. Each fold is resampled separately.
+
+    Raises:
+        DataError: predictions are missing or damaged, or the seeds of one upstream were tested on
+            different utterances.
+    """
+    tested = [s for s in selections if all(condition in run.tested for run in s.runs)]
+    if not tested:
+        return []
+    columns = TASKS[tested[0].task].columns
+    folds = [[_measure(s, fold, condition) for fold in s.folds] for s in tested]
+    return [
+        metric
+        for index, column in enumerate(columns)
+        for metric in _column(
+            column, tested, [[seeds[index] for seeds in group] for group in folds], resamples
+        )
+    ]
+
+
+def _column(
+    column: str,
+    tested: Sequence[SelectedRuns],
+    folds: Sequence[Sequence[Sequence[Sample]]],
+    resamples: int,
+) -> Iterator[TaskMetric]:
+    """One metric of all systems; ``folds``: system -> fold -> the sample of each seed."""
+    test_sets = [test_set([seeds[0] for seeds in group]) for group in folds]
+    resampled: dict[int, np.ndarray] = {}  # system -> [resample]
+    for key in dict.fromkeys(test_sets):
+        # all systems of one test set at once: drawing costs more than summing
+        members = [i for i, other in enumerate(test_sets) if other == key]
+        drawn = [
+            resampled_values([sample for i in members for sample in folds[i][fold]], resamples)
+            for fold in range(len(key))
+        ]  # [system and seed, resample]
+        ends = np.cumsum([len(folds[i][0]) for i in members])[:-1]
+        for i, rows in zip(members, np.split(np.mean(drawn, axis=0), ends), strict=True):
+            resampled[i] = rows.mean(axis=0)
+    for i, (selection, group) in enumerate(zip(tested, folds, strict=True)):
+        by_seed = np.mean([[sample.value for sample in seeds] for seeds in group], axis=0)
+        yield TaskMetric(
+            value=float(by_seed.mean()),
+            resampled=resampled[i],
+            column=column,
+            selection=selection,
+            by_seed=tuple(by_seed.tolist()),
+            units=sum(len(seeds[0].names) for seeds in group),
+            test_set=test_sets[i],
+        )
+
+
+def _measure(
+    selection: SelectedRuns, fold: str | None, condition: str
+) -> list[tuple[Sample, ...]]:
+    """The samples of one fold: metric -> one for each seed."""
+    runs = [run for run in selection.runs if run.fold == fold]
+    by_seed = [run.measure(condition) for run in runs]
+    for run, samples in zip(runs, by_seed, strict=True):
+        if test_set(samples) != test_set(by_seed[0]):
+            raise DataError(
+                f"{runs[0].folder} and {run.folder} were tested on different utterances "
+                f"({condition}); evaluate both on the same test set"
+            )
+    return list(zip(*by_seed, strict=True))
