@@ -77,6 +77,8 @@ ONNX = ["onnx>=1.17", "onnxruntime>=1.20"]
 G2P = ["espnet-g2p-en>=2.1.0.post1"]
 ALIGN = ["pocketsphinx>=5.1"]
 LHOTSE = ["lhotse>=1.33,<2"]
+# what s3prl's recipes for IC (pandas), ASV, SD and QbE import
+SUPERB = ["pandas>=1.5", "h5py>=3.8", "dtw-python>=1.3", "lxml>=4.9", *UNITS]
 LINT = ["ruff>=0.6", "mypy>=1.11", "types-PyYAML"]
 DOCS = ["sphinx>=8", "myst-parser>=4", "furo>=2024.8.6"]
 DEV = [
@@ -143,9 +145,10 @@ setup(
         "g2p": G2P,
         "align": ALIGN,
         "lhotse": LHOTSE,
+        "superb": SUPERB,
         "probe": UNITS + PLOTS,
         "docs": DOCS,
-        "dev": DEV + DOCS + DEMO + ANALYSIS + UNITS + ONNX + G2P + ALIGN + LHOTSE,
+        "dev": DEV + DOCS + DEMO + ANALYSIS + ONNX + G2P + ALIGN + LHOTSE + SUPERB,
     },
     entry_points={
         "console_scripts": [
