@@ -154,7 +154,8 @@ _METHODS = dict.fromkeys(
 )
 # Those for ASR and PR read each split's list of data sets from this section of the recipe.
 _SECTIONS = {"asr": "datarc", "ctc": "corpus"}
-_NOT_SPLITS = {"lexicon"}  # lists in these sections that are not splits
+# lists in these sections that are not splits
+_NOT_SPLITS = {"lexicon", "train_speakers", "valid_speakers", "test_speakers"}
 _SPLIT_NAME = re.compile(r"\w[\w.-]*", re.ASCII)
 
 
