@@ -7,12 +7,14 @@ import json
 import random
 import re
 import shutil
+import sys
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import s3prl
+import torch
 import yaml
 from s3prl.downstream.ctc import metric as s3prl_metric
 from s3prl.downstream.ctc.data import load_dataset
@@ -24,6 +26,7 @@ from s3prl_ekd.downstream.snips import SnipsDataset
 from s3prl_ekd.downstream.tasks import TASKS
 from s3prl_ekd.downstream.tasks.corpus_check import check_corpus
 from s3prl_ekd.errors import ConfigError, DataError
+from s3prl_ekd.files.run_checkpoints import read_checkpoint
 from s3prl_ekd.prepare.asr import LETTERS
 from s3prl_ekd.prepare.sf import FOLDERS, SPEAKERS
 
@@ -33,14 +36,14 @@ from .preparing import fails, prepare
 
 SF = TASKS["sf"]
 VOCABULARY = REPO / "downstream_recipes/ctc/vocab/character.txt"
-PITCH = {"play": 300, "some": 600, "adele": 1000, "kate bush": 1500, "jazz": 2200, "now": 3000}
+PITCH = {"go": 300, "so": 600, "al": 1000, "bo di": 1500, "ra": 2200, "up": 3000}
 TEXTS = {  # with tags
-    "play adele": "O B-artist",
-    "play Kate Bush now": "O B-artist I-artist O",
-    "play some jazz": "O O genre",
-    "jazz now": "B-genre O",
-    "play now": "O O",
-    "adele jazz": "artist genre",
+    "go al": "O B-artist",
+    "go Bo Di up": "O B-artist I-artist O",
+    "go so ra": "O O genre",
+    "ra up": "B-genre O",
+    "go up": "O O",
+    "al ra": "artist genre",
 }
 SPLITS = {"train": 6, "dev": 2, "test": 2}  # utterances of each text
 
@@ -85,12 +88,12 @@ def test_s3prl_reads_the_texts_with_their_slots(work):
     text = encoder(work / "data/sf")
     assert text.vocab_size == 3 + 1 + len(LETTERS) + 4  # <pad> <eos> <unk>, space, two slots
     expected = {
-        "play adele": "PLAY B-artist ADELE E-artist",
-        "play Kate Bush now": "PLAY B-artist KATE BUSH E-artist NOW",
-        "play some jazz": "PLAY SOME B-genre JAZZ E-genre",
-        "jazz now": "B-genre JAZZ E-genre NOW",
-        "play now": "PLAY NOW",
-        "adele jazz": "B-artist ADELE E-artist B-genre JAZZ E-genre",
+        "go al": "GO B-artist AL E-artist",
+        "go Bo Di up": "GO B-artist BO DI E-artist UP",
+        "go so ra": "GO SO B-genre RA E-genre",
+        "ra up": "B-genre RA E-genre UP",
+        "go up": "GO UP",
+        "al ra": "B-artist AL E-artist B-genre RA E-genre",
     }
     originals = {}
     for line in (work / "data/sf/prepared.tsv").read_text().splitlines()[1:]:
@@ -219,8 +222,8 @@ def test_a_folder_that_is_not_audio_snips(tmp_path, capsys):
         ("\tO B-artist\n", "\tO\n", ("2 words", "1 tags")),
         ("\tO O genre", "\tO O B-", ("B-",)),
         ("\tO O genre", "\tO O a:b", ("a:b",)),
-        ("play some", "play 7", ("7",)),
-        ("play some", "play, some", (",", "--strip-punctuation")),
+        ("go so", "go 7", ("7",)),
+        ("go so", "go, so", (",", "--strip-punctuation")),
         ("\tdev\t", "\ttest\t", ("dev",)),
         ("\tiob", "\ttags", ("iob",)),
     ],
@@ -353,9 +356,55 @@ def test_metrics_equal_s3prls_on_random_texts():
 # --- runs
 
 
-def test_superb(work):
+@pytest.fixture
+def downstream(work, monkeypatch, capfd):
+    """Run ``run_downstream.py ARGUMENTS`` in this process; return its output."""
+    from s3prl_ekd.launch import run_downstream
+
+    monkeypatch.chdir(work)
+
+    def run(*argv: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["run_downstream.py", *argv, "--device", "cpu"])
+        capfd.readouterr()
+        assert run_downstream() == 0
+        return capfd.readouterr().out
+
+    return run
+
+
+def train_argv(name: str, *options: str) -> list[str]:
+    steps = {"total_steps": 12, "log_step": 6, "eval_step": 6, "save_step": 6, "max_keep": 9}
+    override = ",,".join(f"config.runner.{key}={value}" for key, value in steps.items())
+    argv = ["-m", "train", "-u", "fbank_no_cmvn", "-d", "ctc", "-c", SF.tiny, "-p", name]
+    return [*argv, "-o", override, *options]
+
+
+def printed(output: str, split: str, metric: str) -> float:
+    return float(re.findall(rf"^{split} {metric}: (\S+)$", output, re.MULTILINE)[-1])
+
+
+def test_an_interrupted_cached_run_resumes_exactly(downstream, work):
+    """In the middle of an epoch; and features from the cache are those of the upstream."""
+    downstream(*train_argv("plain"))
+    downstream(*train_argv("full", "--cache-features", "features"))
+    (work / "resumed").mkdir()
+    shutil.copy(work / "full/states-6.ckpt", work / "resumed")
+    argv = ("-m", "train", "-e", "resumed/states-6.ckpt", "-o", "args.expdir='resumed'")
+    downstream(*argv, "--cache-features", "features")
+    plain, full, resumed = (
+        read_checkpoint(work / name / "states-12.ckpt") for name in ("plain", "full", "resumed")
+    )
+    assert full["Step"] == resumed["Step"] == 12 and resumed["Epoch"] == 0
+    for part in ("Featurizer", "Downstream"):
+        for key, value in full[part].items():
+            if isinstance(value, torch.Tensor):
+                assert torch.equal(resumed[part][key], value), key
+                torch.testing.assert_close(plain[part][key], value, rtol=0.02, atol=0.02)
+
+
+def test_superb(work, downstream):
     argv = ["superb", "fbank_no_cmvn", "--tasks", "sf", "--recipes", "tiny", "-o", "out"]
-    command(*argv, "--steps", "200", "--lr", "0.005", cwd=work)
+    command(*argv, "--steps", "200", "--lr", "0.003", cwd=work)
     (folder,) = (work / "out/fbank_no_cmvn/sf").iterdir()
     assert json.loads((folder / "superb.json").read_text())["finished"]
     command("report", "out", cwd=work)
