@@ -35,7 +35,7 @@ def write_record(run, folder=None, **changes):
     folder = folder or run.folder
     folder.mkdir(parents=True, exist_ok=True)
     record = vars(run.new_record()) | {"finished": True, "tested": {"clean": "."}}
-    record["dev"] = {"metric": run.task.metric, "value": 1.0, "checkpoint": "dev-best.ckpt"}
+    record["dev"] = {"metric": run.task.dev.name, "value": 1.0, "checkpoint": "dev-best.ckpt"}
     (folder / superb.RECORD).write_text(json.dumps(record | changes))
 
 

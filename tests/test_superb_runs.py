@@ -79,7 +79,7 @@ def test_runs_with_and_without_cached_features_differ(in_superb_workspace, tmp_p
     assert uncached.digest != cached.digest == named.digest
     option = ["--cache-features", f"{tmp_path}/out/.features/fbank"]
     assert cached.training().command() == [*uncached.training().command(), *option]
-    for request in (named.training(), named.test("x.ckpt", CLEAN)):
+    for request in (named.training(), named.checkpoint_test("x.ckpt")):
         assert request.command()[-2:] == ["--cache-features", "kept"]
     (default,) = plan_runs(tmp_path, "fbank", tasks=["sid"], cache_features=None)
     assert default == cached  # tiny recipes
