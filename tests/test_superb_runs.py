@@ -17,7 +17,6 @@ from s3prl_ekd.downstream.tasks import TASKS
 from s3prl_ekd.errors import SetupError
 from s3prl_ekd.files.run_checkpoints import read_checkpoint
 from s3prl_ekd.superb import run as superb
-from s3prl_ekd.superb.plan import CLEAN
 
 from .superb_workspace import last_states, plan_runs, short_runs
 
