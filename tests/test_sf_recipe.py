@@ -8,6 +8,7 @@ import random
 import re
 import shutil
 import sys
+import zipfile
 from collections import Counter
 from pathlib import Path
 
@@ -379,34 +380,56 @@ def train_argv(name: str, *options: str) -> list[str]:
     return [*argv, "-o", override, *options]
 
 
-def printed(output: str, split: str, metric: str) -> float:
-    return float(re.findall(rf"^{split} {metric}: (\S+)$", output, re.MULTILINE)[-1])
-
-
 def test_an_interrupted_cached_run_resumes_exactly(downstream, work):
-    """In the middle of an epoch; and features from the cache are those of the upstream."""
-    downstream(*train_argv("plain"))
+    """In the middle of an epoch; features from the cache are the upstream's, rounded."""
     downstream(*train_argv("full", "--cache-features", "features"))
     (work / "resumed").mkdir()
     shutil.copy(work / "full/states-6.ckpt", work / "resumed")
     argv = ("-m", "train", "-e", "resumed/states-6.ckpt", "-o", "args.expdir='resumed'")
     downstream(*argv, "--cache-features", "features")
-    plain, full, resumed = (
-        read_checkpoint(work / name / "states-12.ckpt") for name in ("plain", "full", "resumed")
+    full, resumed = (
+        read_checkpoint(work / name / "states-12.ckpt") for name in ("full", "resumed")
     )
     assert full["Step"] == resumed["Step"] == 12 and resumed["Epoch"] == 0
     for part in ("Featurizer", "Downstream"):
         for key, value in full[part].items():
             if isinstance(value, torch.Tensor):
                 assert torch.equal(resumed[part][key], value), key
-                torch.testing.assert_close(plain[part][key], value, rtol=0.02, atol=0.02)
+    test = ("-m", "evaluate", "-t", "test", "-e", "full/states-12.ckpt")
+    losses = [
+        float(re.findall(r"^test loss: (\S+)$", downstream(*test, *options), re.MULTILINE)[0])
+        for options in ((), ("--cache-features", "features"))
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
-def test_superb(work, downstream):
+@pytest.fixture(scope="module")
+def superb(work) -> Path:
+    """The folder of a finished run of `superb`, tested also under noise."""
+    for i in range(2):
+        write_noise(work / f"noise/{i}.wav", 9000 + i)
     argv = ["superb", "fbank_no_cmvn", "--tasks", "sf", "--recipes", "tiny", "-o", "out"]
-    command(*argv, "--steps", "200", "--lr", "0.003", cwd=work)
+    command(*argv, "--steps", "200", "--noise", "noise", "--snr", "0", cwd=work)
     (folder,) = (work / "out/fbank_no_cmvn/sf").iterdir()
     assert json.loads((folder / "superb.json").read_text())["finished"]
+    return folder
+
+
+def test_the_report_has_s3prls_values(work, superb):
     command("report", "out", cwd=work)
     rows = list(csv.DictReader((work / "out/report/report.csv").open()))
-    print(rows)
+    values = {(row["metric"], row["condition"]): float(row["value"]) for row in rows}
+    log = (superb / "log.txt").read_text()
+    for metric, name in (("f1", "slot_type_f1"), ("cer", "slot_value_cer")):
+        printed = re.findall(rf"^test {name}: (\S+)$", log, re.MULTILINE)
+        own = [values[metric, condition] for condition in ("clean", "noise_snr0")]
+        assert own == pytest.approx([100 * float(value) for value in printed], abs=1e-3)
+    assert values["f1", "clean"] > 20  # 16.7: no slots at all, which is right in a sixth
+
+
+def test_the_archive(work, superb):
+    command("predict-zip", "out", "-o", "p.zip", "--partial", cwd=work)
+    with zipfile.ZipFile(work / "p.zip") as archive:
+        (name,) = [name for name in archive.namelist() if not name.endswith("/")]
+        assert name == "predict/sf_public/predict.ark"
+        assert archive.read(name) == (superb / "test-hyp.ark").read_bytes()
