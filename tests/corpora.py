@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
+from s3prl_ekd.prepare.sf import FOLDERS, SPEAKERS
+
 from .conftest import make_sound
 
 
@@ -164,6 +166,21 @@ def write_fluent_commands(folder: Path) -> None:
             write_noise(folder / path, 8000 + number)
             lines.append(f'{number},{path},x,"on, please",activate,{thing},none')
         (folder / f"data/{split}_data.csv").write_text("\n".join(lines) + "\n")
+
+
+def write_snips(folder: Path) -> Path:
+    """Preprocessed Audio SNIPS with two utterances for each speaker."""
+    lines = []
+    for split, part in FOLDERS.items():
+        for speaker in SPEAKERS[split]:
+            for i in range(2):
+                name = f"{speaker}-snips-{part}-{i}"
+                write_noise(folder / part / f"{name}.wav", 4000 + i)
+                text = f"{name} BOS PLAY B&B {'JAZZ ' * i}? EOS\tO O artist {'genre ' * i}O Music"
+                lines.append(f"{text}\n")
+    (folder / "all.iob.snips.txt").write_text("".join(lines))
+    (folder / "slots.txt").write_text("O\nartist\ngenre")
+    return folder
 
 
 # utterance -> recording, start and end in seconds; the last ends 0.3 s after the recording

@@ -32,7 +32,7 @@ from s3prl_ekd.prepare.asr import LETTERS
 from s3prl_ekd.prepare.sf import FOLDERS, SPEAKERS
 
 from .conftest import REPO, command
-from .corpora import tone, write_manifest, write_noise
+from .corpora import tone, write_manifest, write_noise, write_snips
 from .preparing import fails, prepare
 
 SF = TASKS["sf"]
@@ -147,21 +147,6 @@ def test_same_as_the_corpus_module_of_a_checkout(work):
         assert dict(zip(map(str, ours.file_list), ours.text, strict=True)) == dict(
             zip(map(str, theirs.file_list), theirs.text, strict=True)
         )
-
-
-def write_snips(folder: Path) -> Path:
-    """Preprocessed Audio SNIPS with two utterances for each speaker."""
-    lines = []
-    for split, part in FOLDERS.items():
-        for speaker in SPEAKERS[split]:
-            for i in range(2):
-                name = f"{speaker}-snips-{part}-{i}"
-                write_noise(folder / part / f"{name}.wav", 4000 + i)
-                text = f"{name} BOS PLAY B&B {'JAZZ ' * i}? EOS\tO O artist {'genre ' * i}O Music"
-                lines.append(f"{text}\n")
-    (folder / "all.iob.snips.txt").write_text("".join(lines))
-    (folder / "slots.txt").write_text("O\nartist\ngenre")
-    return folder
 
 
 def test_audio_snips_is_checked_and_linked(work, tmp_path, capsys):
