@@ -104,7 +104,7 @@ def read_slots(path: Path) -> list[str]:
             f"{path}: line 1 must be {OUTSIDE}, because s3prl skips it; got {first!r:.40}"
         )
     for number, slot in enumerate(slots, start=2):
-        if any(mark in slot for mark in (*_SEPARATORS, " ", "\t")):
+        if any(mark in _SEPARATORS or mark.isspace() for mark in slot):
             raise DataError(
                 f"{path}: line {number}: a slot must not have a space, a colon or a semicolon, "
                 f"got {slot!r:.40}"
