@@ -37,6 +37,7 @@ from ..prepare.ic import FLUENT_COMMANDS, IC
 from ..prepare.ks import KS, SPEECH_COMMANDS
 from ..prepare.librispeech import LIBRISPEECH
 from ..prepare.pr import PR
+from ..prepare.sd import LIBRI2MIX, SD
 from ..prepare.sid import SID, VOXCELEB1
 
 UNLABELED = """\
@@ -99,6 +100,8 @@ TASKS = {
     "speech_commands": SPEECH_COMMANDS,
     "ic": IC,
     "fluent_commands": FLUENT_COMMANDS,
+    "sd": SD,
+    "libri2mix": LIBRI2MIX,
     "alignments": ALIGNMENTS,
     "unlabeled": PrepareTask(
         "length tables only, for distillation", UNLABELED, _prepare_unlabeled, replace=False
