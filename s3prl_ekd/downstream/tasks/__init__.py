@@ -48,9 +48,7 @@ class Column:
 
 # name -> column: a task's name for its main metric, sf_cer for a further one
 COLUMNS = {
-    name: Column(task, metric)
-    for task in TASKS.values()
-    for name, metric in task.columns.items()
+    name: Column(task, metric) for task in TASKS.values() for name, metric in task.columns.items()
 }
 
 
