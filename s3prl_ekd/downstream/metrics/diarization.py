@@ -64,14 +64,23 @@ def read_probabilities(path: Path) -> np.ndarray:
     return values
 
 
+def frame_times(frames: int, frame_shift: int) -> np.ndarray:
+    """Begin of each frame and end of the last one, in milliseconds: ``[frame + 1]``.
+
+    Rounded to 10 ms, as s3prl's ``make_rttm.py`` writes begins and lengths of turns.
+    """
+    seconds = (f"{frame * (frame_shift / RATE):.2f}" for frame in range(frames + 1))
+    return np.array([round(1000 * float(text)) for text in seconds], dtype=np.int64)
+
+
 def speaker_turns(
-    probabilities: np.ndarray, frame_shift: int, threshold: float, median: int = 1
+    probabilities: np.ndarray, times: np.ndarray, threshold: float, median: int = 1
 ) -> list[np.ndarray]:
     """The turns of each speaker, ``[turn, 2]`` in milliseconds.
 
     Args:
         probabilities: ``[frame, speaker]``.
-        frame_shift: samples of a frame.
+        times: of as many frames or more; see :func:`frame_times`.
         threshold: a speaker speaks in the frames above it.
         median: frames of the median filter; an odd number, 1 for none.
     """
@@ -80,8 +89,6 @@ def speaker_turns(
         half = median // 2
         sums = np.cumsum(np.pad(active, ((half + 1, half), (0, 0))), axis=0)
         active = (sums[median:] - sums[:-median] > half).astype(np.int64)
-    seconds = frame_shift / RATE
-    times = np.array([_rounded(i * seconds) for i in range(len(active) + 1)], dtype=np.int64)
     turns = []
     for frames in active.T:
         edges = np.flatnonzero(np.diff(frames, prepend=0, append=0))
@@ -89,11 +96,6 @@ def speaker_turns(
         own = np.stack([times[begin], times[begin] + times[end - begin]], axis=1)
         turns.append(own[own[:, 0] < own[:, 1]])
     return turns
-
-
-def _rounded(seconds: float) -> int:
-    """Milliseconds of a time that s3prl's ``make_rttm.py`` writes with two digits."""
-    return round(1000 * float(f"{seconds:.2f}"))
 
 
 def count_errors(reference: Sequence[np.ndarray], system: Sequence[np.ndarray]) -> tuple[int, int]:
@@ -141,13 +143,14 @@ def diarisation_errors(
         frame_shift: samples of a frame.
     """
     names = tuple(sorted(reference))
+    times = frame_times(max(map(len, predictions.values())), frame_shift)
     truth = {name: reference_turns(reference[name]) for name in names}
     best: ErrorCounts | None = None
     for median, threshold in itertools.product(MEDIANS, THRESHOLDS):
         counts = [
             count_errors(
                 truth[name],
-                speaker_turns(predictions[name], frame_shift, threshold, median),
+                speaker_turns(predictions[name], times, threshold, median),
             )
             for name in names
         ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,11 @@ def _count(recipe: RecipeFiles, name: str) -> int:
 
 
 def _find_files(recipe: RecipeFiles) -> Iterator[FileLookup]:
+    if importlib.util.find_spec("h5py") is None:
+        raise ConfigError(
+            f"{recipe.source}: s3prl writes predictions of SD with h5py, which is not installed; "
+            "type: pip install h5py"
+        )
     speakers, frames = _count(recipe, "num_speakers"), _count(recipe, "chunk_size")
     if _count(recipe, "rate") != SAMPLE_RATE:
         raise ConfigError(
@@ -93,6 +99,7 @@ SD = Task(
     split="test",
     metrics=(Metric("der", (10.05, 5.62)),),
     measure=_measure,
+    unit="recordings",
     predictions=(_SCORING, _FRAME_SHIFT, _REFERENCE),
     archive={_SCORING: "sd_public/scoring/predictions", _FRAME_SHIFT: "sd_public/frame_shift"},
     recipe_files=(),
