@@ -183,6 +183,29 @@ def write_snips(folder: Path) -> Path:
     return folder
 
 
+def write_libri2mix(folder: Path, rttm: Path) -> None:
+    """Write Libri2Mix (wav16k/max, mix_both) of 0.9 s a mixture, and LibriSpeech's RTTM files."""
+    top = folder / "wav16k/max"
+    (top / "metadata").mkdir(parents=True)
+    rttm.mkdir()
+    turns = {"7": ((0.1, 0.4),), "8": ((0.2, 0.2), (0.5, 0.25))}
+    subsets = {"train-100": "train_clean_100", "dev": "dev_clean", "test": "test_clean"}
+    for subset, name in subsets.items():
+        rows = ["mixture_ID,mixture_path,source_1_path,source_2_path,noise_path,length"]
+        lines = []
+        for number in range(1, 5 if subset == "train-100" else 3):
+            mixture = f"7-70-{number:04d}_8-80-{number:04d}"
+            file = f"wav16k/max/{subset}/mix_both/{mixture}.wav"
+            write_noise(folder / file, 14400)
+            rows.append(f"{mixture},/elsewhere/Libri2Mix/{file},1.wav,2.wav,noise.wav,14400")
+            for speaker, own in turns.items():
+                for begin, length in own:
+                    times = f"1   {begin:.3f}   {length:.3f} <NA> <NA>"
+                    lines.append(f"SPEAKER {speaker}0-{number:04d} {times} {speaker} <NA> <NA>")
+        (top / f"metadata/mixture_{subset}_mix_both.csv").write_text("\n".join(rows) + "\n")
+        (rttm / f"{name}.rttm").write_text("\n".join(lines) + "\n")
+
+
 # utterance -> recording, start and end in seconds; the last ends 0.3 s after the recording
 SEGMENTS = {
     "ann-1": ("talk", 0.5, 1.25),

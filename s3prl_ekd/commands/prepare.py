@@ -37,6 +37,7 @@ from ..prepare.ic import FLUENT_COMMANDS, IC
 from ..prepare.ks import KS, SPEECH_COMMANDS
 from ..prepare.librispeech import LIBRISPEECH
 from ..prepare.pr import PR
+from ..prepare.sd import LIBRI2MIX, SD
 from ..prepare.sf import SF, SNIPS
 from ..prepare.sid import SID, VOXCELEB1
 
@@ -102,6 +103,8 @@ TASKS = {
     "fluent_commands": FLUENT_COMMANDS,
     "sf": SF,
     "snips": SNIPS,
+    "sd": SD,
+    "libri2mix": LIBRI2MIX,
     "alignments": ALIGNMENTS,
     "unlabeled": PrepareTask(
         "length tables only, for distillation", UNLABELED, _prepare_unlabeled, replace=False

@@ -150,7 +150,8 @@ def _run_and_install_reader(module: ModuleType, run: Callable[[ModuleType], None
 
 # s3prl's experts for these have a method for each split.
 _METHODS = dict.fromkeys(
-    ("voxceleb1", "emotion", "speech_commands", "fluent_commands"), ("train", "dev", "test")
+    ("voxceleb1", "emotion", "speech_commands", "fluent_commands", "diarization"),
+    ("train", "dev", "test"),
 )
 # Those for ASR and PR read each split's list of data sets from this section of the recipe.
 _SECTIONS = {"asr": "datarc", "ctc": "corpus"}

@@ -12,6 +12,7 @@ from .er import ER
 from .ic import IC
 from .ks import KS
 from .pr import PR
+from .sd import SD
 from .sf import SF
 from .sid import SID
 from .task import Metric, Task, missing_paths, recipe_paths
@@ -29,7 +30,7 @@ __all__ = [
     "task_of",
 ]
 
-TASKS = {task.name: task for task in (PR, SID, ER, ASR, KS, IC, SF)}  # the order of all tables
+TASKS = {task.name: task for task in (PR, SID, ER, ASR, KS, IC, SF, SD)}  # the order of all tables
 DEFAULT_TASKS = ("pr", "sid", "er", "asr")
 
 
