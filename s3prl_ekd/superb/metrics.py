@@ -97,9 +97,7 @@ def _column(
         )
 
 
-def _measure(
-    selection: SelectedRuns, fold: str | None, condition: str
-) -> list[tuple[Sample, ...]]:
+def _measure(selection: SelectedRuns, fold: str | None, condition: str) -> list[tuple[Sample, ...]]:
     """The samples of one fold: metric -> one for each seed."""
     runs = [run for run in selection.runs if run.fold == fold]
     by_seed = [run.measure(condition) for run in runs]

@@ -8,6 +8,7 @@ from typing import Any
 
 from ...errors import SetupError
 from .asr import ASR
+from .asv import ASV
 from .er import ER
 from .ic import IC
 from .ks import KS
@@ -28,7 +29,7 @@ __all__ = [
     "task_of",
 ]
 
-TASKS = {task.name: task for task in (PR, SID, ER, ASR, KS, IC)}  # the order of all tables
+TASKS = {task.name: task for task in (PR, SID, ER, ASR, KS, IC, ASV)}  # the order of all tables
 DEFAULT_TASKS = ("pr", "sid", "er", "asr")
 
 
@@ -47,9 +48,7 @@ class Column:
 
 # name -> column: a task's name for its main metric, sf_cer for a further one
 COLUMNS = {
-    name: Column(task, metric)
-    for task in TASKS.values()
-    for name, metric in task.columns.items()
+    name: Column(task, metric) for task in TASKS.values() for name, metric in task.columns.items()
 }
 
 
