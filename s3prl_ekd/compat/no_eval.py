@@ -149,7 +149,7 @@ def _run_and_install_reader(module: ModuleType, run: Callable[[ModuleType], None
 
 
 # s3prl's experts for these have a method for each split.
-_METHODS = dict.fromkeys(
+_METHODS: dict[str, tuple[str, ...]] = dict.fromkeys(
     ("voxceleb1", "emotion", "speech_commands", "fluent_commands"), ("train", "dev", "test")
 )
 _METHODS["sv_voxceleb1"] = ("train", "test")  # its method for dev scores the trials of test

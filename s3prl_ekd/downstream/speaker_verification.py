@@ -162,13 +162,12 @@ def check_table(corpus: Path, table: Mapping[str, tuple[int, int]]) -> None:
         try:
             changed = os.stat(path).st_size != size
         except OSError as error:
-            raise DataError(
-                f"cannot read {path}, of {corpus / PREPARED}: {error.strerror}"
-            ) from None
+            problem = f"cannot read {path}, of {corpus / PREPARED}"
+            raise DataError(f"{problem}: {error.strerror}") from None
         if changed:
             raise DataError(
-                f"{path} has changed since {corpus / PREPARED} was written; run `prepare` again with "
-                "--replace"
+                f"{path} has changed since {corpus / PREPARED} was written; run `prepare` again "
+                "with --replace"
             )
 
 
@@ -177,9 +176,7 @@ def _patch_expert(module: Any) -> None:
     s3prl_forward = expert.forward
 
     @functools.wraps(s3prl_forward)
-    def forward(
-        self: Any, mode: str, features: list[torch.Tensor], *args: Any, **kwargs: Any
-    ) -> Any:
+    def forward(self: Any, mode: str, features: list, *args: Any, **kwargs: Any) -> Any:
         device = features[0].device
 
         def to_device(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:

@@ -1,9 +1,9 @@
 """``prepare asv`` and ``prepare voxceleb1_asv``: VoxCeleb1's layout and trials for ASV.
 
 s3prl trains on all recordings ``ROOT/dev/wav/SPEAKER/VIDEO/UTTERANCE.wav`` that are long enough
-after silence is removed, and tests on a list of trials: lines of ``LABEL RECORDING RECORDING``, with
-label 1 for one speaker and 0 for two, and recordings below ``ROOT/test/wav``. ``prepared.tsv`` has
-the lengths without silence, which s3prl would compute at each start by decoding the corpus.
+after silence is removed, and tests on a list of trials: lines of ``LABEL RECORDING RECORDING``,
+with label 1 for one speaker and 0 for two, and recordings below ``ROOT/test/wav``. ``prepared.tsv``
+has the lengths without silence, which s3prl would compute by decoding the corpus.
 """
 
 from __future__ import annotations
@@ -89,13 +89,14 @@ def read_trials(path: Path, error: type[EkdError], *, any_path: bool = False) ->
         fields = line.split("\t") if any_path and "\t" in line else line.split()
         if len(fields) != 3 or fields[0] not in ("0", "1"):
             raise error(
-                f"{path}: line {number}: expected '1 RECORDING RECORDING' (one speaker) or 0 (two), "
-                f"got {line[:60]!r}"
+                f"{path}: line {number}: expected '1 RECORDING RECORDING' (one speaker) or 0 "
+                f"(two), got {line[:60]!r}"
             )
         for name in fields[1:]:
             if not any_path and not _is_recording(name):
                 raise error(
-                    f"{path}: line {number}: expected SPEAKER/VIDEO/UTTERANCE.wav, got {name[:60]!r}"
+                    f"{path}: line {number}: expected SPEAKER/VIDEO/UTTERANCE.wav, got "
+                    f"{name[:60]!r}"
                 )
         trials.append(Trial(*fields))
     for label in ("1", "0"):
@@ -166,11 +167,8 @@ def read_lengths(root: Path, error: type[EkdError]) -> dict[str, tuple[int, int]
     path = root / PREPARED
     if not path.is_file():
         return None
-    rows = csv.DictReader(
-        read_text(path, "table", error, MAX_LIST).split("\n"),
-        delimiter="\t",
-        quoting=csv.QUOTE_NONE,
-    )
+    lines = read_text(path, "table", error, MAX_LIST).split("\n")
+    rows = csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
     if not {"id", "trimmed", "bytes"} <= {*(rows.fieldnames or ())}:
         return None
     lengths = {}
@@ -243,8 +241,8 @@ def check_speakers(utterances: Sequence[tuple[str, str]], source: str) -> None:
     both = sorted(sets["train"] & sets["test"])
     if both:
         raise DataError(
-            f"{source}: the speaker {both[0]} is in train and test; ASV tests speakers that are not "
-            "in train"
+            f"{source}: the speaker {both[0]} is in train and test; ASV tests speakers that are "
+            "not in train"
         )
 
 
@@ -254,8 +252,8 @@ def _check_named(source: Path, trials: Iterable[Trial], names: Iterable[str]) ->
         for name in trial[1:]:
             if name not in known:
                 raise DataError(
-                    f"{source}: line {number}: {name[:80]!r} is not the path of a test utterance in "
-                    "the manifest"
+                    f"{source}: line {number}: {name[:80]!r} is not the path of a test utterance "
+                    "in the manifest"
                 )
 
 
@@ -313,7 +311,7 @@ def _prepare_voxceleb1(args: argparse.Namespace) -> None:
     tests = sorted({name for trial in trials for name in trial[1:]})
     ids = [f"{TRAIN}/{name}" for name in find_recordings(args.root / TRAIN)]
     ids += [f"{TEST}/{name}" for name in tests]
-    rows = [(*name.split("/")[2:3], "train" if name.startswith(TRAIN) else "test") for name in ids]
+    rows = [(name.split("/")[2], "train" if name.startswith(TRAIN) else "test") for name in ids]
     check_speakers(rows, str(args.root))
     lengths = audio_lengths(args.root, ids, args.jobs)
     for name, length in zip(ids, lengths, strict=True):

@@ -59,8 +59,8 @@ def _check_lengths(recipe: RecipeFiles, root: Path) -> None:
     ):
         if not isinstance(value, int) or value < least:
             raise ConfigError(
-                f"{recipe.source}: {key} must be {least} samples or more, got {value!r:.40}; edit it "
-                f"or add {override_option(key, str(least))}"
+                f"{recipe.source}: {key} must be {least} samples or more, got {value!r:.40}; edit "
+                f"it or add {override_option(key, str(least))}"
             )
     table = read_lengths(root, ConfigError)
     if table is not None and not any(samples > longer_than for _, samples in table.values()):
