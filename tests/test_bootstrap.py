@@ -5,8 +5,8 @@ import statistics
 import numpy as np
 import pytest
 
-from s3prl_ekd.superb import metrics as bootstrap
-from s3prl_ekd.superb.metrics import interval, resampled_rates, share_better
+from s3prl_ekd.superb import bootstrap
+from s3prl_ekd.superb.bootstrap import interval, resampled_rates, share_better
 
 
 def names(count):

@@ -27,7 +27,7 @@ def test_verdict(low, value, high, higher, expected):
 class Report:
     """A report of two upstreams on PR (lower is better), ASR and SID; ``b`` has no SID."""
 
-    upstreams, tasks = ("a", "b"), ("pr", "sid", "asr")
+    upstreams, columns = ("a", "b"), ("pr", "sid", "asr")
     metrics = {
         ("a", "pr", "clean"): SimpleNamespace(value=50.04, interval=(48.0, 52.06)),
         ("a", "sid", "clean"): SimpleNamespace(value=90.0, interval=(80.0, 100.0)),

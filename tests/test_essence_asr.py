@@ -13,13 +13,14 @@ from s3prl_ekd import cli, launch
 from s3prl_ekd.data.audio_files import AudioPart
 from s3prl_ekd.distill.student import Student
 from s3prl_ekd.distill.student_settings import StudentSettings
+from s3prl_ekd.downstream.metrics.error_counts import count_errors
+from s3prl_ekd.downstream.metrics.predictions import read_pairs
 from s3prl_ekd.errors import CheckpointError
 from s3prl_ekd.files.run_checkpoints import read_checkpoint
 from s3prl_ekd.prepare.asr import TranscribedUtterance, write_librispeech
 from s3prl_ekd.prepare.common import PreparedAudio
 from s3prl_ekd.pretrain.tensorboard import read_scalars
 from s3prl_ekd.student_file import contents
-from s3prl_ekd.superb.metrics import count_errors, read_pairs
 from s3prl_ekd.workspace import write_workspace
 
 from .conftest import STUDENT, make_sound
@@ -140,7 +141,7 @@ def test_s3prls_script_evaluates_it(distilled):
         split: count_errors(read_pairs(*predictions(distilled, split)), "word")
         for split in ("dev-clean", "test-clean")
     }
-    assert counts["test-clean"].rate == pytest.approx(float(printed), abs=1e-6)
+    assert counts["test-clean"].value == pytest.approx(float(printed), abs=1e-6)
     assert len(counts["dev-clean"].names) == 2
 
 

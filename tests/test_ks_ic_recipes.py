@@ -235,8 +235,8 @@ def test_a_value_that_training_lacks_is_named(work, tmp_path):
 
 
 def test_names_in_the_archive_are_those_of_submit_py():
-    assert MEMBERS["ks", None] == "ks_public/predict.txt"
-    assert MEMBERS["ic", None] == "ic_public/predict.csv"
+    assert MEMBERS["ks", None] == {"test_predict.txt": "ks_public/predict.txt"}
+    assert MEMBERS["ic", None] == {"test_predict.csv": "ic_public/predict.csv"}
 
 
 @pytest.mark.parametrize("missing", [False, True])

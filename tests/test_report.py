@@ -66,7 +66,7 @@ def test_er_is_the_mean_of_its_folds(tmp_path):
     write_run(tmp_path, "s", "er", labels(1, 9, "b"), fold="fold2")
     selections = list(select_best_lr(read_results([tmp_path]).runs).values())
     (metric,) = compute_metrics(selections, "clean", 4000)
-    assert metric.value == 42.5 and metric.utterances == 14 and metric.deviation is None
+    assert metric.value == 42.5 and metric.units == 14 and metric.deviation is None
     # folds are resampled separately: variances p(1-p)/n add, and the mean of two halves the sd
     sd = 50 * (0.75 * 0.25 / 4 + 0.1 * 0.9 / 10) ** 0.5
     assert metric.resampled.std() == pytest.approx(sd, rel=0.05)
@@ -228,7 +228,7 @@ def test_csv_is_tidy(tmp_path):
     )
     assert float(row["value"]) == 50 and float(row["low"]) < 50 < float(row["high"])
     assert row["seeds"] == "1 2" and row["folds"] == "fold1 fold2 fold3 fold4 fold5"
-    assert row["utterances"] == "500" and row["lr"] == "0.001" and row["sd_over_seeds"] == "0"
+    assert row["units"] == "500" and row["lr"] == "0.001" and row["sd_over_seeds"] == "0"
     assert row["against"] == "b" and float(row["difference"]) == 0 and row["better"] == "0.5"
     noisy = next(r for r in rows if r["condition"] == "hum_snr5" and r["task"] == "asr")
     assert float(noisy["value"]) == 40 and noisy["against"] == "b" and noisy["difference"] == ""

@@ -6,13 +6,9 @@ import re
 import jiwer
 import pytest
 
+from s3prl_ekd.downstream.metrics.error_counts import count_errors
+from s3prl_ekd.downstream.metrics.predictions import read_pairs, read_predictions
 from s3prl_ekd.errors import DataError
-from s3prl_ekd.superb.metrics import (
-    count_errors,
-    count_run,
-    read_pairs,
-    read_predictions,
-)
 from s3prl_ekd.superb.results import read_results
 
 from .superb_runs import write_run
@@ -25,16 +21,16 @@ def test_three_utterances_by_hand(tmp_path):
         "u2": ("A BIG DOG RAN OFF", "A PIG RAN OFF"),  # a substitution and an insertion of 4
     }
     folder = write_run(tmp_path, "student", "asr", pairs)
-    counts = count_run(read_results([folder]).runs[0], "clean")
+    (counts,) = read_results([folder]).runs[0].measure("clean")
     assert counts.names == ("u1", "u2", "u3")
     assert counts.errors.tolist() == [1, 2, 2] and counts.lengths.tolist() == [4, 4, 2]
-    assert counts.rate == 50.0  # 5 of 10, not the mean of 25, 50 and 100
+    assert counts.value == 50.0  # 5 of 10, not the mean of 25, 50 and 100
 
 
 def test_labels_are_right_or_wrong(tmp_path):
     pairs = {"a": ("id1", "id1"), "b": ("id2", "id1"), "c": ("id3", "id3"), "d": ("id1", "id3")}
     folder = write_run(tmp_path, "student", "sid", pairs)
-    counts = count_run(read_results([folder]).runs[0], "clean")
+    (counts,) = read_results([folder]).runs[0].measure("clean")
     assert counts.errors.tolist() == [0, 1, 0, 1] and counts.lengths.tolist() == [1, 1, 1, 1]
 
 
@@ -70,9 +66,9 @@ def test_equal_to_jiwer_on_the_same_files(tmp_path, task, tokens):
     )
     names = sorted(ref)
     expected = jiwer.process_words([ref[n] for n in names], [hyp[n] for n in names])
-    counts = count_run(run, "clean")
-    assert counts.rate == pytest.approx(100 * expected.wer, abs=1e-9)
-    assert 20 < counts.rate < 60
+    (counts,) = run.measure("clean")
+    assert counts.value == pytest.approx(100 * expected.wer, abs=1e-9)
+    assert 20 < counts.value < 60
     errors = expected.substitutions + expected.deletions + expected.insertions
     assert counts.errors.sum() == errors
     assert counts.errors.tolist() == [
@@ -81,7 +77,7 @@ def test_equal_to_jiwer_on_the_same_files(tmp_path, task, tokens):
     if task == "asr":
         cer = jiwer.cer([ref[n] for n in names], [hyp[n] for n in names])
         pairs = read_pairs(*run.files("clean"))
-        assert count_errors(pairs, "character").rate == pytest.approx(100 * cer, abs=1e-9)
+        assert count_errors(pairs, "character").value == pytest.approx(100 * cer, abs=1e-9)
 
 
 def test_equal_to_s3prl(tmp_path):
@@ -92,8 +88,8 @@ def test_equal_to_s3prl(tmp_path):
         hypothesis=[hyp for hyp, _ in pairs.values()],
         groundtruth=[ref for _, ref in pairs.values()],
     )
-    counts = count_run(read_results([folder]).runs[0], "clean")
-    assert counts.rate == pytest.approx(100 * expected, abs=1e-9)
+    (counts,) = read_results([folder]).runs[0].measure("clean")
+    assert counts.value == pytest.approx(100 * expected, abs=1e-9)
 
 
 def test_repeated_names_are_numbered(tmp_path):
@@ -135,4 +131,4 @@ def test_errors_of_damaged_files(tmp_path, hyp, ref, pattern):
 
 def test_an_empty_hypothesis_has_only_deletions():
     counts = count_errors([("u", "", "a b c")], "word")
-    assert counts.errors.tolist() == [3] and counts.rate == 100
+    assert counts.errors.tolist() == [3] and counts.value == 100

@@ -35,7 +35,7 @@ def write_record(run, folder=None, **changes):
     folder = folder or run.folder
     folder.mkdir(parents=True, exist_ok=True)
     record = vars(run.new_record()) | {"finished": True, "tested": {"clean": "."}}
-    record["dev"] = {"metric": run.task.metric, "value": 1.0, "checkpoint": "dev-best.ckpt"}
+    record["dev"] = {"metric": run.task.dev.name, "value": 1.0, "checkpoint": "dev-best.ckpt"}
     (folder / superb.RECORD).write_text(json.dumps(record | changes))
 
 
@@ -117,6 +117,29 @@ def test_tasks_have_the_order_of_superb():
     assert [task.name for task in choose_tasks(["all"])] == ["pr", "sid", "er", "asr", "ks", "ic"]
     with pytest.raises(SetupError, match=r"\bxx\b.*pr, sid, er, asr"):
         choose_tasks(["xx"])
+
+
+def test_learning_rates_of_a_search(in_superb_workspace, tmp_path):
+    runs = plan_runs(tmp_path, "fbank", lr=["search"])
+    # the recipes' own 3e-3 and 1e-3 are among them
+    assert [r.lr for r in runs if r.task.name == "sid"] == [1e-4, 1e-3, 3e-3, 5e-3]
+    assert sorted({r.lr for r in runs if r.task.name == "er"}) == [1e-5, 1e-4, 1e-3]
+    runs = plan_runs(tmp_path, "fbank", lr=["er=search", "sid=0.5"])
+    assert [run.lr for run in runs if run.task.name == "sid"] == [0.5]
+
+
+@pytest.mark.parametrize(
+    "best, hint", [(1e-4, "--lr sid=1e-05"), (1e-3, None), (5e-3, "--lr sid=0.05")]
+)
+def test_the_chosen_learning_rate_is_printed(in_superb_workspace, tmp_path, best, hint):
+    runs = plan_runs(tmp_path, "fbank", tasks=["sid"], lr=["search"])
+    for run in runs:
+        dev = {"metric": "acc", "value": 60.0 if run.lr == best else 50.0, "checkpoint": "a.ckpt"}
+        write_record(run, dev=dev)
+    (line,) = superb.chosen_learning_rates(runs)
+    assert re.match(rf"fbank, sid: .*\b{best:g} \(ACC 60\.00 %\)", line)
+    assert (hint in line) if hint else ("--lr" not in line)
+    assert superb.chosen_learning_rates(runs[:1]) == []  # nothing to choose
 
 
 def test_the_plan_is_a_product(in_superb_workspace, tmp_path):

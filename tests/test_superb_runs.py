@@ -17,7 +17,6 @@ from s3prl_ekd.downstream.tasks import TASKS
 from s3prl_ekd.errors import SetupError
 from s3prl_ekd.files.run_checkpoints import read_checkpoint
 from s3prl_ekd.superb import run as superb
-from s3prl_ekd.superb.plan import CLEAN
 
 from .superb_workspace import last_states, plan_runs, short_runs
 
@@ -79,7 +78,7 @@ def test_runs_with_and_without_cached_features_differ(in_superb_workspace, tmp_p
     assert uncached.digest != cached.digest == named.digest
     option = ["--cache-features", f"{tmp_path}/out/.features/fbank"]
     assert cached.training().command() == [*uncached.training().command(), *option]
-    for request in (named.training(), named.test("x.ckpt", CLEAN)):
+    for request in (named.training(), named.checkpoint_test("x.ckpt")):
         assert request.command()[-2:] == ["--cache-features", "kept"]
     (default,) = plan_runs(tmp_path, "fbank", tasks=["sid"], cache_features=None)
     assert default == cached  # tiny recipes

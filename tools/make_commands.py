@@ -1,13 +1,16 @@
-"""Synthesise small corpora of commands, to try the recipes of KS and IC.
+"""Synthesise small corpora of commands, to try the recipes of KS, IC, SF and QbE.
 
-Writes OUT/audio, OUT/ks.tsv (words), OUT/ic.tsv (sentences with action, object and location) and
-OUT/noise. Voices of train, dev and test differ. The same options give the same bytes. Needs the
-extra demo.
+Writes OUT/audio, OUT/noise, and manifests: OUT/ks.tsv (words), OUT/ic.tsv (sentences with action,
+object and location), OUT/sf.tsv (the same sentences, object and location as slots) and OUT/qbe.tsv
+(single words as queries, sentences of other voices as documents). Voices of train, dev and test
+differ. The same options give the same bytes. Needs the extra demo.
 
 example:
   python tools/make_commands.py commands
   s3prl-ekd prepare ks commands/ks.tsv --noise commands/noise -o data/ks
   s3prl-ekd prepare ic commands/ic.tsv -o data/ic
+  s3prl-ekd prepare sf commands/sf.tsv -o data/sf
+  s3prl-ekd prepare qbe commands/qbe.tsv -o data/qbe
 """
 
 from __future__ import annotations
@@ -32,6 +35,8 @@ OTHER_WORDS = ("bird", "cat", "dog", "happy", "house", "tree", "wow")
 ACTIONS = {"activate": "turn on", "deactivate": "turn off", "increase": "turn up", "bring": "bring"}
 OBJECTS = ("lights", "heat", "music", "volume")
 LOCATIONS = {"none": "", "kitchen": "in the kitchen", "bedroom": "in the bedroom"}
+QUERIES = (*OBJECTS, "kitchen", "bedroom", "bring")
+DOCUMENT_EVERY = 8  # of the training sentences one in so many is a document
 VOICES = {"train": 16, "dev": 4, "test": 6}
 NOISES, NOISE_SECONDS = 4, 3
 
@@ -53,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def make_corpora(out: Path, seed: int) -> None:
-    """Write both corpora.
+    """Write the corpora.
 
     Raises:
         SetupError: ``out`` exists, or cannot be written.
@@ -69,6 +74,7 @@ def make_corpora(out: Path, seed: int) -> None:
             _speak(folder, f"audio/ks/{name}", word, voice, rng)
             words.append(f"audio/ks/{name}\t{split}\t{word}")
         intents = ["path\tsplit\taction\tobject\tlocation"]
+        slots, queries = ["path\tsplit\ttext\tiob"], ["path\tsplit\tkind\ttext"]
         commands = list(itertools.product(ACTIONS, OBJECTS, LOCATIONS))
         for name, split, voice, command in _cross(speakers, commands):
             if split != "train" and rng.random() < 0.5:
@@ -77,15 +83,24 @@ def make_corpora(out: Path, seed: int) -> None:
             text = f"{ACTIONS[action]} the {thing} {LOCATIONS[place]}".strip()
             _speak(folder, f"audio/ic/{name}", text, voice, rng)
             intents.append(f"audio/ic/{name}\t{split}\t{action}\t{thing}\t{place}")
+            names = {thing: "B-object", place: "B-location"}
+            tags = " ".join(names.get(word, "O") for word in text.split())
+            slots.append(f"audio/ic/{name}\t{split}\t{text}\t{tags}")
+            if split == "train" and len(slots) % DOCUMENT_EVERY == 0:
+                queries.append(f"audio/ic/{name}\t\tdocument\t{text}")
+        for name, split, voice, word in _cross(speakers, QUERIES):
+            if split != "train":
+                _speak(folder, f"audio/qbe/{name}", word, voice, rng)
+                queries.append(f"audio/qbe/{name}\t{split}\tquery\t{word}")
         (folder / "noise").mkdir()
         samples = np.random.default_rng(seed).normal(0, 0.02, (NOISES, NOISE_SECONDS * 16_000))
         for number, wave in enumerate(samples):
             soundfile.write(folder / f"noise/noise{number}.wav", wave, 16_000, subtype="PCM_16")
-        for name, lines in (("ks", words), ("ic", intents)):
+        manifests = {"ks": words, "ic": intents, "sf": slots, "qbe": queries}
+        for name, lines in manifests.items():
             (folder / f"{name}.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    print(
-        f"{out}: ks.tsv {len(words) - 1} utterances, ic.tsv {len(intents) - 1} utterances, noise/"
-    )
+    counts = (f"{name}.tsv {len(lines) - 1} utterances" for name, lines in manifests.items())
+    print(f"{out}: {', '.join(counts)}; noise/")
 
 
 def _cross(speakers: dict[str, list[Voice]], items: tuple | list) -> Iterator[tuple]:

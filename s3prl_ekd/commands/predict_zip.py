@@ -65,7 +65,8 @@ def main(args: argparse.Namespace) -> int:
     with atomic_file(args.output) as file:
         write_archive(runs, file)
     for key, run in runs.items():
-        print(f"predict/{MEMBERS[key]}  <- {run.folder.name}")
+        for place in MEMBERS[key].values():
+            print(f"predict/{place}  <- {run.folder.name}")
     if missing:
         print(f"missing, so without a score: {', '.join(missing)}")
     print(f"wrote {args.output}")

@@ -1,4 +1,4 @@
-"""Train and evaluate SUPERB's PR, SID, ER and ASR on one or more upstreams.
+"""Train and evaluate SUPERB's tasks, by default PR, SID, ER and ASR, on one or more upstreams.
 
 Runs s3prl's recipes through run_downstream.py, in a folder made by `s3prl-ekd init`. Finished runs
 are skipped and interrupted ones resumed, so the same command can be repeated. ER is run on all its
@@ -14,6 +14,7 @@ example:
   s3prl-ekd superb student.safetensors fbank_no_cmvn --recipes tiny
   s3prl-ekd superb student.safetensors --tasks pr asr --lr pr=1e-3,5e-4 --seeds 1 2 3 --jobs 4
   s3prl-ekd superb student.safetensors fbank --noise data/noise --snr 10 5 0
+  s3prl-ekd superb student.safetensors --tasks sid --lr search
   s3prl-ekd superb student.safetensors fbank --seeds 1 2 3 --cache-features
   s3prl-ekd superb student.safetensors --dry-run > commands.sh
 """
@@ -44,7 +45,7 @@ def configure(parser) -> None:
     )
     parser.add_argument(
         "--lr", metavar="TASK=LR[,LR]", action="append", default=[],
-        help="learning rates to try (default: the recipe's)",
+        help=f"learning rates to try (default: the recipe's). search: the recipe's and {_rates()}",
     )  # fmt: skip
     parser.add_argument(
         "--steps", metavar="TASK=N", action="append", default=[],
@@ -96,6 +97,17 @@ def configure(parser) -> None:
     )  # fmt: skip
 
 
+def _rates() -> str:
+    """The rates that ``--lr search`` tries: ``1e-05 0.0001 0.001 (er asr)``."""
+    tasks: dict[tuple[float, ...], list[str]] = {}
+    for task in filter(lambda task: task.trained, TASKS.values()):
+        tasks.setdefault(task.learning_rates, []).append(task.name)
+    return ", ".join(
+        f"{' '.join(f'{rate:g}' for rate in rates)} ({' '.join(names)})"
+        for rates, names in tasks.items()
+    )
+
+
 def main(args) -> int:
     from ..superb.plan import plan_runs
 
@@ -112,6 +124,8 @@ def main(args) -> int:
     _check_upstreams([run for run in runs if not superb.is_finished(run)])
     keep = args.keep_features or bool(args.cache_features)
     superb.run_plan(runs, args.jobs, args.gpus, keep_features=keep)
+    for line in superb.chosen_learning_rates(runs):
+        print(line)
     print(f"{len(runs)} runs finished; next: s3prl-ekd report {shlex.quote(str(args.output))}")
     return 0
 

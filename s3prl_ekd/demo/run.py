@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..downstream.tasks import TASKS
+from ..downstream.tasks import COLUMNS, TASKS
 from ..errors import SetupError
 from ..files.run_checkpoints import newest_step
 from ..pretrain.tensorboard import plot_run, read_scalars, teacher_curves
@@ -47,13 +47,13 @@ def score_table(report: Report, order: Sequence[str]) -> list[tuple[str, ...]]:
 
     ``order`` is that of the rows; upstreams without results are skipped.
     """
-    rows = [("", *(TASKS[task].title for task in report.tasks))]
+    rows = [("", *(COLUMNS[column].title for column in report.columns))]
     for name in order:
         if name not in report.upstreams:
             continue
         cells = []
-        for task in report.tasks:
-            score = report.metrics.get((name, task, CLEAN))
+        for column in report.columns:
+            score = report.metrics.get((name, column, CLEAN))
             cells.append(with_interval(score.value, *score.interval, digits=1) if score else "")
         rows.append((name, *cells))
     return rows
@@ -67,11 +67,12 @@ def compare_upstreams(report: Report, pairs: Iterable[tuple[str, str]]) -> list[
     lines = []
     for upstream, baseline in pairs:
         tasks: dict[str, list[str]] = {"better": [], "worse": [], "not significant": []}
-        for task in report.tasks:
-            difference = report.difference(upstream, baseline, task, CLEAN)
+        for column in report.columns:
+            difference = report.difference(upstream, baseline, column, CLEAN)
             if difference is not None:
-                result = verdict(difference, higher=TASKS[task].higher_is_better)
-                tasks[result].append(f"{task.upper()} ({difference.value:+.1f})")
+                metric = COLUMNS[column].metric
+                result = verdict(difference, higher=metric.higher_is_better)
+                tasks[result].append(f"{column.upper()} ({difference.value:+.1f})")
         parts = [f"{result} on {', '.join(names)}" for result, names in tasks.items() if names]
         if parts:
             lines.append(f"{upstream} against {baseline}: {'; '.join(parts)}")

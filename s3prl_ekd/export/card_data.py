@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import PureWindowsPath
 from typing import Any
 
-from ..downstream.tasks import TASKS
+from ..downstream.tasks import COLUMNS
 from ..errors import ConfigError
 from ..superb.metrics import TaskMetric
 from ..teachers.published import hub_repository
@@ -63,15 +63,15 @@ def front_matter(about: Mapping[str, Any], name: str, model_type: str, facts: Ca
     language = facts.language or (("en",) if is_librispeech else ())
     results = [
         EvalResult(
-            task_type=TASKS[task].hub_type,
-            task_name=TASKS[task].full_name,
+            task_type=COLUMNS[column].task.hub_type,
+            task_name=COLUMNS[column].task.full_name,
             dataset_type="other",  # the recipe's name does not say that the corpus is SUPERB's
-            dataset_name=f"{_recipe(task, metric)}, {TASKS[task].split}",
-            metric_type=_METRICS[TASKS[task].metric],
-            metric_name=f"{TASKS[task].metric.upper()}, per cent",
+            dataset_name=f"{_recipe(metric)}, {COLUMNS[column].task.split}",
+            metric_type=_METRICS.get(COLUMNS[column].metric.name, COLUMNS[column].metric.name),
+            metric_name=f"{COLUMNS[column].metric.name.upper()}, per cent",
             metric_value=round(metric.value, 2),
         )
-        for task, metric in facts.metrics.items()
+        for column, metric in facts.metrics.items()
     ]
     data = ModelCardData(
         license=facts.license,
@@ -90,20 +90,21 @@ def front_matter(about: Mapping[str, Any], name: str, model_type: str, facts: Ca
 def score_rows(metrics: Mapping[str, TaskMetric]) -> list[list[str]]:
     """A table of results for a card, with a head."""
     rows = [["task", "metric", "per cent", "95 % interval", "seeds", "recipe"]]
-    for task, metric in metrics.items():
+    for name, metric in metrics.items():
         low, high = metric.interval
-        runs = metric.selection
-        row = [f"{task.upper()}: {TASKS[task].full_name}", TASKS[task].metric.upper()]
+        column, runs = COLUMNS[name], metric.selection
+        row = [f"{column.task.name.upper()}: {column.task.full_name}", column.metric.name.upper()]
         row += [f"{metric.value:.2f}", f"{low:.2f} to {high:.2f}"]
-        rows.append([*row, str(len(runs.seeds)), f"`{_recipe(task, metric)}`"])
+        rows.append([*row, str(len(runs.seeds)), f"`{_recipe(metric)}`"])
     return rows
 
 
-def _recipe(task: str, metric: TaskMetric) -> str:
+def _recipe(metric: TaskMetric) -> str:
     """The path of a recipe that `init` writes, or the name of another file: folders of the user's
     machine stay private."""
     recipe = metric.selection.runs[0].recipe
-    known = (TASKS[task].full, TASKS[task].tiny)
+    task = COLUMNS[metric.column].task
+    known = (task.full, task.tiny)
     return recipe if recipe in known else PureWindowsPath(recipe).name  # splits at / and \
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..superb.metrics import interval, resampled_rates
+from ..superb.bootstrap import interval, resampled_rates
 from ..superb.report_plots import COLOURS, LINES, add_legend
 from ..system.figures import new_figure
 from .measure import CLEAN, ProbeScore

@@ -172,11 +172,18 @@ def check_outputs(outputs: Any, selection: str, name: str) -> None:
     )
 
 
-def check_forward(upstream: nn.Module, selection: str, name: str) -> None:
-    """Check the outputs of a forward on waveforms of 1 and 0.6 s with :func:`check_outputs`."""
+def check_forward(upstream: nn.Module, selection: str, name: str) -> int:
+    """Check the outputs of a forward on waveforms of 1 and 0.6 s with :func:`check_outputs`.
+
+    Returns:
+        The number of hidden states.
+    """
     waves = _noise_waves(torch.Generator().manual_seed(0), 16_000, 9600)
     with torch.no_grad():
-        check_outputs(upstream(waves), selection, name)
+        outputs = upstream(waves)
+    check_outputs(outputs, selection, name)
+    states = outputs[selection]
+    return 1 if isinstance(states, Tensor) else len(states)
 
 
 def _noise_waves(generator: torch.Generator, *lengths: int) -> list[Tensor]:

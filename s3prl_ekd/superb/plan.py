@@ -9,7 +9,7 @@ import os
 import re
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -19,7 +19,7 @@ from ..downstream.tasks import TASKS, Task, choose_tasks, missing_paths, recipe_
 from ..downstream.tasks.corpus_check import check_corpus
 from ..errors import ConfigError, SetupError
 from ..files.atomic import file_sha256
-from ..files.config import apply_overrides, from_plain_data, read_yaml
+from ..files.config import apply_overrides, from_plain_data, override_value, read_yaml
 from ..files.hub import parse_hub_id
 from ..prepare.common import PREPARED
 from ..request import (
@@ -32,9 +32,10 @@ from ..request import (
 )
 from ..teachers import zoo
 from ..teachers.student_source import check_student, contents_sha256, is_student_folder, pin_student
-from .results import RunRecord
+from .results import UNTRAINED, DevMetric, RunRecord
 
 CLEAN = "clean"
+SEARCH = "search"  # --lr search
 FEATURES = ".features"  # cached hidden states, in the output folder
 _NAME = r"[\w.-]+"  # an upstream's name, also the name of its folder
 
@@ -197,7 +198,7 @@ class PlannedRun:
 
     upstream: Upstream
     recipe: Recipe
-    lr: float
+    lr: float | None  # None: nothing is trained
     seed: int
     fold: str | None
     root: Path = Path("result/superb")
@@ -210,7 +211,8 @@ class PlannedRun:
 
     @property
     def name(self) -> str:
-        name = f"lr{self.lr:g}-seed{self.seed}"
+        name = UNTRAINED if self.lr is None else f"lr{self.lr:g}"
+        name = f"{name}-seed{self.seed}"
         return name if self.fold is None else f"{name}-{self.fold}"
 
     @property
@@ -241,7 +243,8 @@ class PlannedRun:
     @property
     def overrides(self) -> str:
         parts = [self.recipe.overrides] if self.recipe.overrides else []
-        parts.append(f"config.optimizer.lr={self.lr!r}")
+        if self.lr is not None:
+            parts.append(f"config.optimizer.lr={self.lr!r}")
         if self.fold is not None:
             parts.append(_fold_override(self.fold))
         return ",,".join(parts)
@@ -267,7 +270,7 @@ class PlannedRun:
             "lr": self.lr,
             "seed": self.seed,
             "fold": self.fold,
-            "steps": self.recipe.config["runner"]["total_steps"],
+            "steps": self.recipe.config["runner"]["total_steps"] if self.task.trained else 0,
             "recipe": self.recipe.path,
             "split": self.task.split,
             "digest": self.digest,
@@ -292,14 +295,35 @@ class PlannedRun:
             cache=self.features,
         )
 
-    def test(self, checkpoint: str, condition: str) -> DownstreamRequest:
-        """The request that tests a checkpoint; under noise it writes into ``noisy/CONDITION``."""
+    def test(self, chosen: DevMetric, condition: str) -> DownstreamRequest:
+        """The request that tests a checkpoint or layer; under noise it writes into
+        ``noisy/CONDITION``."""
+        if chosen.layer is not None:
+            request = self.layer_test(chosen.layer, self.task.split, self.folder)
+        else:
+            request = self.checkpoint_test(str(chosen.checkpoint))
+        noise = None if condition == CLEAN else NoisyTest(*self.noises[condition])
+        return replace(request, noise=noise)
+
+    def checkpoint_test(self, checkpoint: str, expdir: Path | None = None) -> DownstreamRequest:
+        """The request that tests a checkpoint, by default into the run's folder."""
         return DownstreamRequest(
             mode="evaluate",
             evaluate_split=self.task.split,
             past_exp=str(self.folder / checkpoint),
-            noise=None if condition == CLEAN else NoisyTest(*self.noises[condition]),
+            override=None if expdir is None else f"args.expdir={override_value(str(expdir))}",
             cache=self.features,
+        )
+
+    def layer_test(self, layer: int, split: str, expdir: Path) -> DownstreamRequest:
+        """The request that evaluates a layer of the upstream, for a task without training."""
+        return replace(
+            self.training(),
+            mode="evaluate",
+            auto_resume=False,
+            evaluate_split=split,
+            expdir=str(expdir),
+            passthrough=("-l", str(layer)),
         )
 
     @property
@@ -372,19 +396,30 @@ def plan_runs(args: Namespace) -> list[PlannedRun]:
         if not Path(path).is_file():
             raise SetupError(f"no such recipe {path} in this folder; type: s3prl-ekd init .")
         parts = []
-        if task.name in steps:
+        if task.name in steps and task.trained:
             parts.append(steps_overrides(_number("--steps", steps[task.name], int)))
         if task.name in overrides:
             parts.append(overrides[task.name])
         recipe = Recipe(task, path, ",,".join(parts))
         recipe.check(Path.cwd())
-        texts = rates.get(task.name) or str(recipe.config["optimizer"]["lr"])
-        lrs = [_number("--lr", text, float) for text in texts.split(",")]
-        for upstream, lr, seed, fold in product(upstreams, lrs, args.seeds, recipe.folds()):
+        lrs = _learning_rates(recipe, rates.get(task.name))
+        seeds = args.seeds if task.trained else args.seeds[:1]
+        for upstream, lr, seed, fold in product(upstreams, lrs, seeds, recipe.folds()):
             options = (args.output, noises, features[upstream.name])
             runs.append(PlannedRun(upstream, recipe, lr, seed, fold, *options))
     # all runs of the first upstream come first, so its results on all tasks are known early
     return sorted(runs, key=lambda run: names.index(run.upstream.name))
+
+
+def _learning_rates(recipe: Recipe, text: str | None) -> Sequence[float | None]:
+    """The learning rates to try; ``text`` is the value of ``--lr``, None if it is not given."""
+    if not recipe.task.trained:
+        return [None]
+    if text == SEARCH:
+        own = _number("optimizer.lr", str(recipe.config["optimizer"]["lr"]), float)
+        return sorted({own, *recipe.task.learning_rates})
+    texts = text or str(recipe.config["optimizer"]["lr"])
+    return [_number("--lr", rate, float) for rate in texts.split(",")]
 
 
 def _features(args: Namespace, upstream: str) -> CacheOptions | None:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from tqdm import tqdm
 
-from ..downstream.tasks import TASKS
+from ..downstream.tasks import COLUMNS, DEFAULT_TASKS, TASKS
 from ..errors import DataError
-from .metrics import RESAMPLES, Estimate, TaskMetric, compute_metrics, interval, share_better
+from .bootstrap import RESAMPLES, Estimate, interval, share_better
+from .metrics import TaskMetric, compute_metrics
 from .results import Cost, Results, SelectedRuns, incomplete, select_best_lr
 from .score import superb_score
 
@@ -39,41 +40,45 @@ class Report:
     """The contents of a report. Tables and plots keep the order of each field's elements.
 
     Attributes:
-        metrics: (upstream, task, condition) -> metric; no entry if not tested.
-        scores: upstream -> SUPERB score on ``clean``; only upstreams with all four tasks.
+        columns: metrics of the tasks, see :data:`..downstream.tasks.COLUMNS`.
+        metrics: (upstream, column, condition) -> metric; no entry if not tested.
+        scores: upstream -> SUPERB score on ``clean``; only upstreams with PR, SID, ER and ASR.
+        scores_of_all: likewise over all tasks.
         notes: sentences about what is unfinished or not comparable.
     """
 
     upstreams: tuple[str, ...]
     tasks: tuple[str, ...]
+    columns: tuple[str, ...]
     conditions: tuple[str, ...]
     selections: Mapping[tuple[str, str], SelectedRuns]
     metrics: Mapping[tuple[str, str, str], TaskMetric]
     scores: Mapping[str, Estimate]
+    scores_of_all: Mapping[str, Estimate]
     costs: Mapping[str, Cost]
     notes: tuple[str, ...]
     resamples: int
 
     def tested(self, condition: str) -> tuple[str, ...]:
-        """The tasks in which at least one upstream was tested under ``condition``."""
-        tested = {task for _, task, c in self.metrics if c == condition}
-        return tuple(task for task in self.tasks if task in tested)
+        """The columns in which at least one upstream was tested under ``condition``."""
+        tested = {column for _, column, c in self.metrics if c == condition}
+        return tuple(column for column in self.columns if column in tested)
 
     def difference(
-        self, upstream: str, baseline: str, task: str, condition: str
+        self, upstream: str, baseline: str, column: str, condition: str
     ) -> Difference | None:
         """``upstream`` minus ``baseline``; None if a metric is missing or the test sets differ."""
-        a = self.metrics.get((upstream, task, condition))
-        b = self.metrics.get((baseline, task, condition))
+        a = self.metrics.get((upstream, column, condition))
+        b = self.metrics.get((baseline, column, condition))
         if a is None or b is None or a.test_set != b.test_set:
             return None
-        return _difference(a, b, higher=TASKS[task].higher_is_better)
+        return _difference(a, b, higher=COLUMNS[column].metric.higher_is_better)
 
     def score_difference(self, upstream: str, baseline: str) -> Difference | None:
-        """Difference of the SUPERB scores; None if any task has no difference on ``clean``."""
+        """Difference of the SUPERB scores; None if any column has no difference on ``clean``."""
         if upstream not in self.scores or baseline not in self.scores:
             return None
-        if any(self.difference(upstream, baseline, t, CLEAN) is None for t in self.tasks):
+        if any(self.difference(upstream, baseline, c, CLEAN) is None for c in self.columns):
             return None
         return _difference(self.scores[upstream], self.scores[baseline], higher=True)
 
@@ -101,13 +106,15 @@ def make_report(results: Results, resamples: int = RESAMPLES) -> Report:
     conditions = sort_conditions(
         condition for s in selections.values() for run in s.runs for condition in run.tested
     )
+    columns = tuple(name for task in tasks for name in TASKS[task].columns)
     cells = list(itertools.product(tasks, conditions))
     for task, condition in tqdm(cells, desc="bootstrap", leave=False, disable=None):
         group = [selection for key, selection in selections.items() if key[1] == task]
         for metric in compute_metrics(group, condition, resamples):
-            metrics[metric.selection.upstream, task, condition] = metric
+            metrics[metric.selection.upstream, metric.column, condition] = metric
     upstreams = tuple(u for u in results.upstreams if any(key[0] == u for key in selections))
     notes += _test_set_notes(cells, metrics)
+    notes += _selection_notes(tasks)
     notes += _padding_notes(selections)
     if results.unfinished:
         names = ", ".join("/".join(path.parts[-3:]) for path in results.unfinished)
@@ -115,22 +122,45 @@ def make_report(results: Results, resamples: int = RESAMPLES) -> Report:
     return Report(
         upstreams=upstreams,
         tasks=tasks,
+        columns=columns,
         conditions=conditions,
         selections=selections,
         metrics=metrics,
-        scores={name: score for name in upstreams if (score := _score(name, metrics))},
+        scores=_scores(upstreams, metrics, DEFAULT_TASKS),
+        scores_of_all=_scores(upstreams, metrics, tuple(TASKS)),
         costs=results.costs,
         notes=tuple(notes),
         resamples=resamples,
     )
 
 
-def _score(upstream: str, metrics: Mapping[tuple[str, str, str], TaskMetric]) -> Estimate | None:
-    by_task = {t: m for (name, t, c), m in metrics.items() if (name, c) == (upstream, CLEAN)}
-    value = superb_score({task: m.value for task, m in by_task.items()})
-    # The score is linear in each metric, and tasks on the same utterances share resamples.
-    draws = superb_score({task: m.resampled for task, m in by_task.items()})
-    return None if value is None or draws is None else Estimate(value, draws)
+def _scores(
+    upstreams: Iterable[str],
+    metrics: Mapping[tuple[str, str, str], TaskMetric],
+    tasks: Sequence[str],
+) -> dict[str, Estimate]:
+    """The scores of the upstreams that have all ``tasks``."""
+    scores = {}
+    for upstream in upstreams:
+        own = {
+            column: m for (name, column, c), m in metrics.items() if (name, c) == (upstream, CLEAN)
+        }
+        value = superb_score({column: m.value for column, m in own.items()}, tasks)
+        # The score is linear in each metric, and tasks on the same utterances share resamples.
+        draws = superb_score({column: m.resampled for column, m in own.items()}, tasks)
+        if value is not None and draws is not None:
+            scores[upstream] = Estimate(value, draws)
+    return scores
+
+
+def _selection_notes(tasks: Sequence[str]) -> list[str]:
+    """A note for each task whose checkpoint is chosen on the test set."""
+    return [
+        f"{name.upper()}: the checkpoint with the best {TASKS[name].main.name.upper()} on the test "
+        "set, as in SUPERB, whose recipe has no dev set; so is the learning rate, of several."
+        for name in tasks
+        if TASKS[name].selection == "checkpoints"
+    ]
 
 
 def _padding_notes(selections: Mapping[tuple[str, str], SelectedRuns]) -> list[str]:
@@ -155,13 +185,13 @@ def _test_set_notes(
 ) -> list[str]:
     """A note for each task and condition whose test set differs between upstreams."""
     notes = []
-    for task, condition in cells:
+    for task, condition in cells:  # the column of a task's main metric has its name
         by_name = {name: m for (name, *cell), m in metrics.items() if cell == [task, condition]}
         if len({m.test_set for m in by_name.values()}) > 1:
-            sizes = ", ".join(f"{name} {m.utterances}" for name, m in by_name.items())
+            sizes = ", ".join(f"{name} {m.units}" for name, m in by_name.items())
             notes.append(
-                f"{task.upper()}, {condition}: test sets differ (utterances: {sizes}), so these "
-                "results are not comparable."
+                f"{task.upper()}, {condition}: test sets differ ({TASKS[task].unit}: {sizes}), so "
+                "these results are not comparable."
             )
     return notes
 

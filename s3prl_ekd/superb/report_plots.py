@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, BinaryIO
 
-from ..downstream.tasks import TASKS
+from ..downstream.tasks import COLUMNS
 from ..system.figures import new_figure
-from .metrics import Estimate
+from .bootstrap import Estimate
 from .report import CLEAN, Report, condition_title, split_condition
 from .score import PUBLISHED, superb_score
 
@@ -47,17 +47,17 @@ def plots(report: Report, *, published: bool = False) -> dict[str, Callable[[Bin
 
 
 def plot_scores(report: Report, file: BinaryIO) -> None:
-    """Plot a panel for each task: bars of the upstreams with intervals, grouped by condition."""
+    """Plot a panel for each metric: bars of the upstreams with intervals, grouped by condition."""
     step = len(report.upstreams) + 1.2  # from a condition's first bar to the next one's
     bars_width = 0.26 * step * len(report.conditions)  # of a panel, in inches
-    columns = 1 if bars_width > 5 else min(2, len(report.tasks))
+    columns = 1 if bars_width > 5 else min(2, len(report.columns))
     width = columns * (1.1 + max(2.4, min(bars_width, 16))) + 2.2
-    figure, axes = _grid(len(report.tasks), columns, width, 2.7)
+    figure, axes = _grid(len(report.columns), columns, width, 2.7)
     handles: dict[str, object] = {}
-    for axis, task in zip(axes, report.tasks, strict=True):
+    for axis, column in zip(axes, report.columns, strict=True):
         for i, name in enumerate(report.upstreams):
             for g, condition in enumerate(report.conditions):
-                m = report.metrics.get((name, task, condition))
+                m = report.metrics.get((name, column, condition))
                 if m is None:
                     continue
                 hatch = HATCHES[i // len(COLOURS) % len(HATCHES)]
@@ -73,8 +73,8 @@ def plot_scores(report: Report, file: BinaryIO) -> None:
         margin = max(1.0, (4 - end) / 2)  # so that a single bar does not fill the panel
         axis.set_xlim(-margin, end + margin)
         axis.tick_params(axis="x", length=0, labelsize=8)
-        axis.set_title(_direction(task), fontsize=10)
-        axis.set_ylabel(_unit(task))
+        axis.set_title(_direction(column), fontsize=10)
+        axis.set_ylabel(_unit(column))
         axis.set_ylim(bottom=0)
         axis.grid(axis="y", alpha=0.3)
         axis.set_axisbelow(True)
@@ -83,16 +83,16 @@ def plot_scores(report: Report, file: BinaryIO) -> None:
 
 
 def plot_parameters(report: Report, file: BinaryIO, published: bool) -> None:
-    """Plot the score, or each task's metric if a score is missing, against parameters (log)."""
+    """Plot the score, or each metric if a score is missing, against parameters (log)."""
     names = [name for name in report.upstreams if name in report.costs]
     panels: list[tuple[str, str, Mapping[str, Estimate]]] = []
     scores = all(name in report.scores for name in names)
     if scores:
         panels.append(("SUPERB score: higher is better ↑", "score (public anchors)", report.scores))
     else:
-        for task in report.tasks:
-            by_name = {n: m for (n, t, c), m in report.metrics.items() if (t, c) == (task, CLEAN)}
-            panels.append((_direction(task), _unit(task), by_name))
+        for column in report.columns:
+            by_name = {n: m for (n, *cell), m in report.metrics.items() if cell == [column, CLEAN]}
+            panels.append((_direction(column), _unit(column), by_name))
     columns = min(2, len(panels))
     figure, axes = _grid(len(panels), columns, 4.4 * columns + 2.4, 3.4)
     handles: dict[str, object] = {}
@@ -161,18 +161,18 @@ def _published_points(axis: Axes, handles: dict[str, object]) -> None:
 
 
 def plot_noise(report: Report, file: BinaryIO) -> None:
-    """Plot metrics against SNR, then clean: a row for each task, a column for each noise."""
+    """Plot metrics against SNR, then clean: a row for each metric, a column for each noise."""
     by_noise = _noises(report)
     noisy = {t for conditions in by_noise.values() for c in conditions for t in report.tested(c)}
-    tasks = [task for task in report.tasks if task in noisy]
-    figure = new_figure(3.6 * len(by_noise) + 2.6, 2.7 * len(tasks))
-    axes = figure.subplots(len(tasks), len(by_noise), squeeze=False, sharey="row")
+    rows = [column for column in report.columns if column in noisy]
+    figure = new_figure(3.6 * len(by_noise) + 2.6, 2.7 * len(rows))
+    axes = figure.subplots(len(rows), len(by_noise), squeeze=False, sharey="row")
     handles: dict[str, object] = {}
-    for task, row in zip(tasks, axes, strict=True):
+    for column, row in zip(rows, axes, strict=True):
         for axis, (noise, descending) in zip(row, by_noise.items(), strict=True):
             conditions = [*reversed(descending), CLEAN]  # ascending SNR
             for i, name in enumerate(report.upstreams):
-                keys = [(name, task, condition) for condition in conditions]
+                keys = [(name, column, condition) for condition in conditions]
                 points = {x: report.metrics[k] for x, k in enumerate(keys) if k in report.metrics}
                 if not points:
                     continue
@@ -195,9 +195,9 @@ def plot_noise(report: Report, file: BinaryIO) -> None:
             labels = ["clean" if part is None else f"{part[1]:g}" for part in parts]
             axis.set_xticks(range(len(conditions)), labels)
             axis.set_xlim(-0.4, len(conditions) - 0.6)
-            axis.set_title(f"{noise}, {_direction(task)}", fontsize=9)
+            axis.set_title(f"{noise}, {_direction(column)}", fontsize=9)
             axis.grid(alpha=0.3)
-        row[0].set_ylabel(_unit(task))
+        row[0].set_ylabel(_unit(column))
     for axis in axes[-1]:
         axis.set_xlabel("SNR (dB)")
     add_legend(figure, {name: handles[name] for name in report.upstreams if name in handles})
@@ -223,13 +223,14 @@ def _grid(panels: int, columns: int, width: float, row_height: float) -> tuple[F
     return figure, axes[:panels]
 
 
-def _direction(task: str) -> str:
+def _direction(column: str) -> str:
     """A task's name, and whether higher or lower is better."""
-    better = "higher is better ↑" if TASKS[task].higher_is_better else "lower is better ↓"
-    return f"{task.upper()}: {better}"
+    task, metric = COLUMNS[column].task, COLUMNS[column].metric
+    better = "higher" if metric.higher_is_better else "lower"
+    return f"{task.name.upper()}: {better} is better {metric.arrow}"
 
 
-def _unit(task: str) -> str:
-    """The axis label of a task's metric."""
-    metric = TASKS[task].metric
+def _unit(column: str) -> str:
+    """The axis label of a metric."""
+    metric = COLUMNS[column].metric.name
     return "accuracy (%)" if metric == "acc" else f"{metric.upper()} (%)"

@@ -6,15 +6,16 @@ import csv
 import io
 import itertools
 
-from ..downstream.tasks import DEFAULT_TASKS, TASKS
+from ..downstream.tasks import COLUMNS, DEFAULT_TASKS, TASKS
 from ..system.tables import markdown_table
-from .metrics import Estimate
+from .bootstrap import Estimate
 from .report import CLEAN, Difference, Report, condition_title
 from .score import LABEL, PUBLISHED, superb_score
 
 MARK = "<!-- written by: s3prl-ekd report -->"  # a file with this mark may be overwritten
+UTTERANCES = "utterances"
 _COLUMNS = (
-    "upstream task condition metric value low high sd_over_seeds lr seeds folds utterances"
+    "upstream task condition metric value low high sd_over_seeds lr seeds folds units"
 ).split()
 _DIFFERENCE_COLUMNS = "against difference difference_low difference_high better".split()
 _RUNS = (
@@ -51,40 +52,50 @@ def _caption(report: Report) -> str:
     counts = sorted({(c.utterances, c.profiler) for c in report.costs.values()})
     sums = "; ".join(f"sum over {n} utterances, {profiler}" for n, profiler in counts)
     costs = f" GMACs: {sums}." if counts else ""
+    others = [f"{TASKS[t].unit} ({t.upper()})" for t in report.tasks if TASKS[t].unit != UTTERANCES]
+    units = ", ".join([UTTERANCES, *others])
     recipes = ", ".join(sorted({s.runs[0].recipe for s in report.selections.values()}))
     return (
-        "Test set metrics in per cent, with 95 % percentile bootstrap intervals over utterances "
+        f"Test set metrics in per cent, with 95 % percentile bootstrap intervals over {units} "
         f"({report.resamples:,} resamples).{seeds} ↓ lower is better, ↑ higher is better. An "
-        "interval covers the sampling of test utterances, not the randomness of training."
-        f"{costs} The last column is the {LABEL}; recipes used here: {recipes}. An upstream "
-        "without a result on PR, SID, ER and ASR has no score."
+        "interval covers the sampling of the test set, not the randomness of training."
+        f"{costs} The score is the {LABEL}; recipes used here: {recipes}. It is the mean over PR, "
+        "SID, ER and ASR; an upstream without a result on all of them has none."
     )
 
 
 def _main_table(report: Report) -> list[list[str]]:
     head, *body = _metric_table(report, CLEAN)
-    table = [[head[0], "params (M)", "GMACs", *head[1:], "SUPERB score ↑"]]
+    scores = [("SUPERB score ↑", report.scores)]
+    if report.scores_of_all:
+        scores.append((f"score of {len(TASKS)} tasks ↑", report.scores_of_all))
+    table = [[head[0], "params (M)", "GMACs", *head[1:], *(title for title, _ in scores)]]
     for name, *metrics in body:
-        cost, score = report.costs.get(name), report.scores.get(name)
+        cost = report.costs.get(name)
         sizes = (f"{cost.parameters / 1e6:.2f}", f"{cost.macs / 1e9:.2f}") if cost else ("–", "–")
-        cell = with_interval(score.value, *score.interval, digits=1) if score else "–"
-        table.append([name, *sizes, *metrics, cell])
+        cells = [_score_cell(by_upstream.get(name)) for _, by_upstream in scores]
+        table.append([name, *sizes, *metrics, *cells])
     return table
 
 
+def _score_cell(score: Estimate | None) -> str:
+    return "–" if score is None else with_interval(score.value, *score.interval, digits=1)
+
+
 def _metric_table(report: Report, condition: str) -> list[list[str]]:
-    tasks = report.tested(condition)
+    columns = report.tested(condition)
     if condition == CLEAN:  # with the tasks of the score, tested or not
-        tasks = tuple(name for name in TASKS if name in {*tasks, *DEFAULT_TASKS})
+        columns = tuple(name for name in COLUMNS if name in {*columns, *DEFAULT_TASKS})
     head, body = ["upstream"], [[name] for name in report.upstreams]
-    for task in tasks:
-        column = [report.metrics.get((name, task, condition)) for name in report.upstreams]
-        head.append(TASKS[task].title)
-        for row, m in zip(body, column, strict=True):
+    for column in columns:
+        metrics = [report.metrics.get((name, column, condition)) for name in report.upstreams]
+        title = COLUMNS[column].title
+        head.append(title)
+        for row, m in zip(body, metrics, strict=True):
             row.append(with_interval(m.value, *m.interval) if m else "–")
-        deviations = [m.deviation if m else None for m in column]
+        deviations = [m.deviation if m else None for m in metrics]
         if any(d is not None for d in deviations):
-            head.append(f"{task.upper()} sd")
+            head.append(f"{title.split()[0] if column in TASKS else title[:-2]} sd")
             for row, deviation in zip(body, deviations, strict=True):
                 row.append("–" if deviation is None else f"{deviation:.2f}")
     return [head, *body]
@@ -106,15 +117,15 @@ def _differences(report: Report, against: str) -> list[str]:
         "n/a: not tested, or tested on different utterances.",
     ]
     for condition in report.conditions:
-        tasks = report.tested(condition)
-        head = ["upstream", *(TASKS[task].title for task in tasks)]
+        columns = report.tested(condition)
+        head = ["upstream", *(COLUMNS[column].title for column in columns)]
         clean = condition == CLEAN
         rows = [[*head, "SUPERB score ↑"] if clean else head]
         for name in report.upstreams:
             if name == against:
                 continue
-            by_task = [report.difference(name, against, task, condition) for task in tasks]
-            rows.append([name, *map(_difference_cell, by_task)])
+            differences = [report.difference(name, against, c, condition) for c in columns]
+            rows.append([name, *map(_difference_cell, differences)])
             if clean:
                 score = report.score_difference(name, against)
                 rows[-1].append(_difference_cell(score, digits=1))
@@ -129,7 +140,7 @@ def _difference_cell(d: Difference | None, digits: int = 2) -> str:
 
 
 def _published() -> list[str]:
-    titles = [TASKS[name].title for name in DEFAULT_TASKS]
+    titles = [COLUMNS[name].title for name in DEFAULT_TASKS]
     rows = [["model", "params (M)", *titles, "SUPERB score ↑", "source"]]
     for row in PUBLISHED:
         parameters = "–" if row.parameters is None else f"{row.parameters:.2f}"
@@ -150,30 +161,34 @@ def _runs_table(report: Report) -> list[list[str]]:
         if selection is None:
             continue
         clean = report.metrics.get((upstream, task, CLEAN))
-        row = [upstream, task.upper(), f"{selection.lr:g}", f"{selection.dev:.2f}"]
+        row = [upstream, task.upper(), _rate(selection.lr, "–"), f"{selection.dev:.2f}"]
         row.append(" ".join(map(str, selection.seeds)))
         row.append(" ".join(f.removeprefix("fold") for f in selection.folds if f) or "–")
-        row.append(f"{clean.utterances} utterances" if clean else "–")
+        row.append(f"{clean.units} {TASKS[task].unit}" if clean else "–")
         rows.append([*row, str(selection.runs[0].steps), selection.runs[0].recipe])
     return rows
+
+
+def _rate(lr: float | None, untrained: str = "") -> str:
+    return untrained if lr is None else f"{lr:g}"
 
 
 def as_csv(report: Report, against: str | None = None) -> str:
     """Format the report as CSV: a row for each upstream, task and condition, and for each score."""
     rows: list[dict[str, str]] = []
     for name in report.upstreams:
-        for task, condition in itertools.product(report.tasks, report.conditions):
-            m = report.metrics.get((name, task, condition))
+        for column, condition in itertools.product(report.columns, report.conditions):
+            m = report.metrics.get((name, column, condition))
             if m is None:
                 continue
-            row = {"upstream": name, "task": task, "condition": condition}
-            row |= {"metric": TASKS[task].metric, **_csv_estimate(m)}
+            row = {"upstream": name, "task": m.selection.task, "condition": condition}
+            row |= {"metric": COLUMNS[column].metric.name, **_csv_estimate(m)}
             row |= {} if m.deviation is None else {"sd_over_seeds": f"{m.deviation:.6g}"}
-            row |= {"lr": f"{m.selection.lr:g}", "seeds": " ".join(map(str, m.selection.seeds))}
+            row |= {"lr": _rate(m.selection.lr), "seeds": " ".join(map(str, m.selection.seeds))}
             row |= {"folds": " ".join(filter(None, m.selection.folds))}
-            row |= {"utterances": str(m.utterances)}
+            row |= {"units": str(m.units)}
             if against not in (None, name):
-                row |= _csv_difference(against, report.difference(name, against, task, condition))
+                row |= _csv_difference(against, report.difference(name, against, column, condition))
             rows.append(row)
         if name in report.scores:
             row = {"upstream": name, "task": "all", "condition": CLEAN, "metric": "superb_score"}

@@ -15,6 +15,7 @@ from itertools import product
 from pathlib import Path, PurePosixPath
 from typing import Literal, TypeVar
 
+from ..downstream.metrics.sample import Sample
 from ..downstream.tasks import TASKS
 from ..errors import ConfigError, DataError
 from ..files.config import from_plain_data
@@ -24,16 +25,23 @@ from ..files.text import read_json
 RECORD, COST = "superb.json", "cost.json"
 RecordT = TypeVar("RecordT")
 
-_RUN = re.compile(r"lr[^/]+-seed\d+(-(?P<fold>fold\d+))?")
+UNTRAINED = "untrained"  # in a run's name, in place of a learning rate
+_RUN = re.compile(rf"(lr[^/]+|{UNTRAINED})-seed\d+(-(?P<fold>fold\d+))?")
 
 
 @dataclass(frozen=True)
 class DevMetric:
-    """A run's metric on the development set, in per cent, and the checkpoint that has it."""
+    """What is tested: a checkpoint of the run or a layer of the upstream, and by which metric.
+
+    Attributes:
+        value: in per cent, on the development set; for tasks without one, on the test set.
+        layer: of a task without training; it has no checkpoint.
+    """
 
     metric: str
     value: float
-    checkpoint: str
+    checkpoint: str | None = None
+    layer: int | None = None
 
 
 @dataclass(frozen=True)
@@ -41,8 +49,9 @@ class RunRecord:
     """The contents of ``superb.json``: what was planned, and what is done.
 
     Attributes:
+        lr: None for a task without training.
         digest: SHA-256 of what determines the result.
-        dev: None until the run is trained.
+        dev: None until the run is trained and a checkpoint or layer chosen.
         tested: condition (``clean``, ``babble_snr5``) -> folder of its predictions, relative to
             the run's folder.
         seconds: duration of the training.
@@ -56,7 +65,7 @@ class RunRecord:
     hub: str
     checkpoint: str | None
     task: str
-    lr: float
+    lr: float | None
     seed: int
     fold: str | None
     steps: int
@@ -79,11 +88,11 @@ class RunRecord:
         if bool(re.fullmatch(r"fold\d+", self.fold or "")) != has_folds:
             folds = "fold1, ..." if has_folds else "null"
             raise ValueError(f"fold must be {folds} for {task.name}, got {self.fold!r}")
-        metric = self.dev.metric if self.dev else task.metric
-        if (self.split, metric) != (task.split, task.metric):
+        metric = self.dev.metric if self.dev else task.dev.name
+        if (self.split, metric) != (task.split, task.dev.name):
             raise ValueError(
-                f"split and dev.metric of {task.name} must be {task.split} and {task.metric}, got "
-                f"{self.split!r} and {metric!r}"
+                f"split and dev.metric of {task.name} must be {task.split} and {task.dev.name}, "
+                f"got {self.split!r} and {metric!r}"
             )
         if self.finished and not (self.dev and self.tested):
             raise ValueError("dev and tested of a finished run must not be empty")
@@ -92,10 +101,20 @@ class RunRecord:
         for name in (self.upstream, self.recipe, *self.tested):  # printed in reports
             if not name.isprintable():
                 raise ValueError(f"expected printable characters in names, got {name!r}")
-        if self.lr <= 0:
+        if (self.lr is not None) != task.trained:
+            expected = "a number" if task.trained else "null"
+            raise ValueError(f"lr must be {expected} for {task.name}, got {self.lr}")
+        if self.lr is not None and self.lr <= 0:
             raise ValueError(f"lr must be above 0, got {self.lr:g}")
+        if self.dev and (self.dev.layer is None) != task.trained:
+            raise ValueError(
+                f"dev.layer of {task.name} must be {'null' if task.trained else 'a number'}, got "
+                f"{self.dev.layer}"
+            )
         # the paths are read and written
-        if self.dev and not re.fullmatch(r"[\w-]+\.ckpt", self.dev.checkpoint):
+        checkpoint = self.dev.checkpoint if self.dev and task.trained else "dev-best.ckpt"
+        if not re.fullmatch(r"[\w-]+\.ckpt", checkpoint or ""):
+            assert self.dev is not None
             raise ValueError(
                 f"dev.checkpoint must be like dev-best.ckpt, got {self.dev.checkpoint!r}"
             )
@@ -114,11 +133,14 @@ class FinishedRun(RunRecord):
     dev: DevMetric
     folder: Path = field(kw_only=True)
 
-    def files(self, condition: str) -> tuple[Path, Path]:
-        """The prediction and the reference file of the test set under ``condition``."""
+    def files(self, condition: str) -> tuple[Path, ...]:
+        """The predictions and references of the test set under ``condition``."""
         folder = self.folder / self.tested[condition]
-        hyp, ref = TASKS[self.task].files(self.fold)
-        return folder / hyp, folder / ref
+        return tuple(folder / name for name in TASKS[self.task].files(self.fold))
+
+    def measure(self, condition: str) -> tuple[Sample, ...]:
+        """The results on the test set under ``condition``, for each metric of the task."""
+        return TASKS[self.task].measure(self.folder / self.tested[condition], self.fold)
 
 
 @dataclass(frozen=True)
@@ -215,7 +237,7 @@ class SelectedRuns:
 
     upstream: str
     task: str
-    lr: float
+    lr: float | None
     dev: float
     runs: tuple[FinishedRun, ...]
 
@@ -303,7 +325,8 @@ def select_best_lr(
 ) -> dict[tuple[str, str], SelectedRuns]:
     """Choose for each upstream and task the learning rate with the best dev metric.
 
-    Best is the lowest (PER, WER) or highest (accuracy) mean over seeds and folds; ties go to
+    Best is the lowest (PER, WER) or highest (accuracy) mean over seeds and folds of the metric by
+    which the checkpoints are chosen, too; ties go to
     the smallest learning rate. A learning rate is considered only if it has every seed with every
     fold. If there is none, the upstream and task are left out; see :func:`incomplete`.
 
@@ -320,7 +343,7 @@ def select_best_lr(
         complete = {lr: group for lr, group in by_lr.items() if group.keys() == required}
         sums = {lr: math.fsum(r.dev.value for r in g.values()) for lr, g in complete.items()}
         if complete:
-            sign = -1 if TASKS[task].higher_is_better else 1
+            sign = -1 if TASKS[task].dev.higher_is_better else 1
             _, best = min((sign * value, lr) for lr, value in sums.items())
             ordered = tuple(complete[best][key] for key in sorted(required, key=_numeric_key))
             selections[upstream, task] = SelectedRuns(
@@ -336,13 +359,14 @@ def incomplete(runs: Iterable[FinishedRun], unfinished: Collection[Path] = ()) -
     """
     lines = []
     for (upstream, task), (required, by_lr) in _by_task(runs, unfinished).items():
-        for lr, group in sorted(by_lr.items()):
+        for lr, group in sorted(by_lr.items(), key=lambda item: item[0] or 0.0):
             missing = [
                 f"seed {seed}{f' {fold}' if fold else ''}"
                 for seed, fold in sorted(required - group.keys(), key=_numeric_key)
             ]
             if missing:
-                lines.append(f"{upstream}, {task}, lr {lr:g}: no {', '.join(missing)}")
+                rate = UNTRAINED if lr is None else f"lr {lr:g}"
+                lines.append(f"{upstream}, {task}, {rate}: no {', '.join(missing)}")
     return lines
 
 
@@ -351,12 +375,12 @@ _Key = tuple[int, str | None]  # seed, fold
 
 def _by_task(
     runs: Iterable[FinishedRun], unfinished: Collection[Path]
-) -> dict[tuple[str, str], tuple[set[_Key], dict[float, dict[_Key, FinishedRun]]]]:
+) -> dict[tuple[str, str], tuple[set[_Key], dict[float | None, dict[_Key, FinishedRun]]]]:
     """(upstream, task) -> every seed with every fold, and learning rate -> (seed, fold) -> run.
 
     Folds of unfinished runs are read from their folder names.
     """
-    by_task: dict[tuple[str, str], dict[float, dict[_Key, FinishedRun]]] = {}
+    by_task: dict[tuple[str, str], dict[float | None, dict[_Key, FinishedRun]]] = {}
     for run in runs:
         by_lr = by_task.setdefault((run.upstream, run.task), {})
         by_lr.setdefault(run.lr, {})[run.seed, run.fold] = run

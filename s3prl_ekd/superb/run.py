@@ -16,21 +16,30 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from ..downstream.feature_cache import CacheCounts, read_counts
+from ..downstream.tasks import TASKS
 from ..errors import CheckpointError, SetupError
 from ..files import trust
 from ..files.atomic import make_folder, write_text
-from ..files.config import to_plain_data
+from ..files.config import apply_overrides, read_yaml, to_plain_data
 from ..files.formats import NewerFormatError
-from ..files.run_checkpoints import newest_checkpoint, read_checkpoint
+from ..files.run_checkpoints import newest_checkpoint, read_checkpoint, run_checkpoints
 from ..hidden_states.feature_store import folder_size
 from ..request import DownstreamRequest
 from ..system.jobs import Jobs
 from ..system.lock import FolderLock
 from ..system.torchrun import torchrun_command
-from .plan import PlannedRun, noise_digest
-from .results import RECORD, DevMetric, RunRecord, read_record
+from .plan import CLEAN, PlannedRun, noise_digest
+from .results import (
+    RECORD,
+    DevMetric,
+    RunRecord,
+    read_finished_run,
+    read_record,
+    select_best_lr,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +91,30 @@ def recorded_folders(root: Path, name: str) -> list[Path]:
     return sorted(path.parent for path in (root / name).glob(f"*/*/{RECORD}"))
 
 
+def chosen_learning_rates(runs: Sequence[PlannedRun]) -> list[str]:
+    """A line for each upstream and task that has several learning rates: which is best on dev."""
+    rates: dict[tuple[str, str], set[float]] = {}
+    for run in runs:
+        if run.lr is not None:
+            rates.setdefault((run.upstream.name, run.task.name), set()).add(run.lr)
+    finished = [read_finished_run(run.folder) for run in runs]
+    best = select_best_lr([run for run in finished if run is not None])
+    lines = []
+    for (upstream, task), tried in rates.items():
+        selection = best.get((upstream, task))
+        if len(tried) == 1 or selection is None:
+            continue
+        dev = TASKS[task].dev.name.upper()
+        others = ", ".join(f"{rate:g}" for rate in sorted(tried) if rate != selection.lr)
+        line = f"{upstream}, {task}: learning rate {selection.lr:g} ({dev} {selection.dev:.2f} %)"
+        line += f" is better than {others}"
+        if selection.lr in (min(tried), max(tried)):
+            factor, end = (0.1, "lowest") if selection.lr == min(tried) else (10, "highest")
+            line += f"; it is the {end} one, so try --lr {task}={factor * selection.lr:g}, too"
+        lines.append(line)
+    return lines
+
+
 def is_finished(run: PlannedRun) -> bool:
     """Whether a run is trained, and tested under all of its conditions."""
     record = read_record(run.folder)
@@ -90,9 +123,21 @@ def is_finished(run: PlannedRun) -> bool:
 
 def commands(run: PlannedRun, gpus: int = 1) -> list[list[str]]:
     """The commands of a run, to type or to submit to a cluster's queue."""
-    train = run.training().command()
-    tests = [run.test(run.task.best, condition).command() for condition in run.conditions]
-    return [torchrun_command(train, gpus), *tests]
+    training = torchrun_command(run.training().command(), gpus)
+    if run.task.selection == "dev":
+        best = DevMetric(run.task.dev.name, run.task.worst, run.task.best)
+        return [training, *(run.test(best, condition).command() for condition in run.conditions)]
+    if run.task.selection == "checkpoints":
+        runner = run.recipe.config["runner"]
+        steps = range(runner["save_step"], runner["total_steps"] + 1, runner["save_step"])
+        kept = [f"states-{step}.ckpt" for step in steps][-runner["max_keep"] :]
+        tests = [run.checkpoint_test(name, run.folder / Path(name).stem) for name in kept]
+        return [training, *(test.command() for test in tests)]
+    return [
+        run.layer_test(layer, split, run.folder / f"layer{layer}_{split}").command()
+        for layer in range(_count_layers(run))
+        for split in ("dev", run.task.split)
+    ]
 
 
 def run_plan(
@@ -134,7 +179,7 @@ def _run(run: PlannedRun, gpus: int, processes: Jobs, environment: dict[str, str
     with FolderLock(run.folder, PARENT_LOCK):
         with FolderLock(run.folder, wait=ORPHAN_TIMEOUT):
             pass
-        if gpus > 1:
+        if gpus > 1 and run.task.trained:
 
             def call(request: DownstreamRequest) -> None:
                 processes.run(torchrun_command(request.command(), gpus), log, environment)
@@ -145,26 +190,93 @@ def _run(run: PlannedRun, gpus: int, processes: Jobs, environment: dict[str, str
 
 
 def train(run: PlannedRun, call: Callable[[DownstreamRequest], None]) -> RunRecord:
-    """Train a run, unless it is trained already.
+    """Train a run, unless it is trained already or its task has no training.
 
     Args:
         call: calls s3prl's script.
 
     Returns:
-        The run's record, which is written too.
+        The run's record, which is written too. It has the checkpoint with the best dev score, if
+        the recipe has a dev set.
     """
     record = read_record(run.folder) or run.new_record()
     if record.upstream != run.upstream.name:
         logger.info("%s: upstream renamed, it was %s", run.folder, record.upstream)
         record = replace(record, upstream=run.upstream.name)
     _write(run, record)
-    if record.dev is None:
+    if run.task.trained and record.dev is None and not record.seconds:
         start = time.monotonic()
         call(run.training())
-        seconds = record.seconds + time.monotonic() - start
-        record = replace(record, dev=best_checkpoint(run), seconds=seconds)
+        dev = best_checkpoint(run) if run.task.selection == "dev" else None
+        record = replace(record, dev=dev, seconds=time.monotonic() - start)
         _write(run, record)
     return record
+
+
+def _choose(run: PlannedRun, call: Callable[[DownstreamRequest], None]) -> tuple[DevMetric, Path]:
+    """Evaluate each checkpoint or layer of a run whose recipe has no training with a dev set.
+
+    Evaluations that are there are not repeated.
+
+    Returns:
+        The best one, and the folder of its predictions.
+    """
+    task = run.task
+    requests: list[tuple[DownstreamRequest, str, Path, dict[str, Any]]] = []
+    if task.selection == "checkpoints":
+        for path in sorted(run_checkpoints(run.folder), key=lambda path: path.stat().st_mtime):
+            folder = run.folder / path.stem
+            request = run.checkpoint_test(path.name, folder)
+            requests.append((request, task.split, folder, {"checkpoint": path.name}))
+        if not requests:
+            raise SetupError(f"the training saved no checkpoint in {run.folder}")
+    else:
+        for layer in range(_count_layers(run)):
+            folder = run.folder / f"layer{layer}_dev"
+            requests.append((run.layer_test(layer, "dev", folder), "dev", folder, {"layer": layer}))
+    results = []
+    for request, split, folder, chosen in requests:
+        if not _missing_files(run, folder):
+            logger.info("%s: evaluated already", folder)
+        else:
+            evaluate(run, request, split, folder, call)
+        value = task.measure(folder, run.fold)[0].value
+        logger.info("%s: %s %.2f %%", folder, task.dev.name.upper(), value)
+        results.append((DevMetric(task.dev.name, value, **chosen), folder))
+    sign = -1 if task.dev.higher_is_better else 1
+    return min(results, key=lambda result: sign * result[0].value)  # the first of equal ones
+
+
+def _count_layers(run: PlannedRun) -> int:
+    """How many hidden states the upstream of a run has."""
+    from .cost import build_upstream, check_forward
+
+    upstream = build_upstream(run.upstream.hub, run.upstream.checkpoint)
+    return check_forward(upstream, run.upstream.selection, run.upstream.name)
+
+
+def evaluate(
+    run: PlannedRun,
+    request: DownstreamRequest,
+    split: str,
+    folder: Path,
+    call: Callable[[DownstreamRequest], None],
+) -> None:
+    """Evaluate a split, and write its reference beside the predictions if s3prl does not."""
+    gc.collect()  # models of the previous call
+    call(request)
+    if run.task.write_reference is not None:  # last: with it, the evaluation is complete
+        config = apply_overrides(read_yaml(run.recipe.path), run.overrides)
+        run.task.write_reference(config, split, folder)
+    missing = _missing_files(run, folder)
+    if missing:
+        raise SetupError(f"the evaluation wrote no {missing[0]}")
+
+
+def _missing_files(run: PlannedRun, folder: Path) -> list[Path]:
+    """Files and folders that an evaluation into ``folder`` has not left."""
+    paths = [folder / name for name in run.task.files(run.fold)]
+    return [path for path in paths if not path.exists()]
 
 
 def train_and_test(run: PlannedRun, call: Callable[[DownstreamRequest], None]) -> None:
@@ -174,26 +286,25 @@ def train_and_test(run: PlannedRun, call: Callable[[DownstreamRequest], None]) -
         call: calls s3prl's script, which sets the random seed.
     """
     record = train(run, call)
-    assert record.dev is not None  # the run is trained
-    for condition, folder in run.conditions.items():
+    if record.dev is None:
+        dev, folder = _choose(run, call)
+        record = replace(record, dev=dev)
+        if run.task.selection == "checkpoints":  # chosen on the test set: it is tested
+            record = replace(record, tested={CLEAN: folder.name})
+        _write(run, record)
+    assert record.dev is not None
+    for condition, name in run.conditions.items():
         if condition in record.tested:
             continue
-        gc.collect()  # models of the previous call
-        call(run.test(record.dev.checkpoint, condition))
-        for name in run.task.files(run.fold):
-            if not (run.folder / folder / name).is_file():
-                raise SetupError(f"the evaluation wrote no {run.folder / folder / name}")
+        request, split = run.test(record.dev, condition), run.task.split
+        evaluate(run, request, split, run.folder / name, call)
         noises = record.noises
         if condition in run.noises:
             noises = {**noises, condition: noise_digest(run.noises[condition][0])}
-        tested = {**record.tested, condition: folder}
-        record = replace(
-            record,
-            tested=tested,
-            noises=noises,
-            finished=record.finished or run.conditions.keys() <= tested.keys(),
-        )
+        record = replace(record, tested={**record.tested, condition: name}, noises=noises)
         _write(run, record)
+    finished = record.finished or run.conditions.keys() <= record.tested.keys()
+    _write(run, replace(record, finished=finished))
 
 
 def best_checkpoint(run: PlannedRun) -> DevMetric:
@@ -210,14 +321,14 @@ def best_checkpoint(run: PlannedRun) -> DevMetric:
         last = newest_checkpoint(run.folder)
         if last is None:
             raise SetupError(f"the training saved no checkpoint in {run.folder}")
-        return DevMetric(run.task.metric, run.task.worst, last.name)
+        return DevMetric(run.task.dev.name, run.task.worst, last.name)
     try:
         score = float(read_checkpoint(best)["Downstream"]["best_score"])
     except NewerFormatError:
         raise
     except (CheckpointError, KeyError, TypeError, ValueError):
         raise SetupError(f"{best} is damaged; remove {run.folder} to run it again") from None
-    return DevMetric(run.task.metric, score * run.task.scale, best.name)
+    return DevMetric(run.task.dev.name, score * run.task.scale, best.name)
 
 
 def finish_feature_cache(runs: Sequence[PlannedRun], keep: bool) -> None:

@@ -1,35 +1,48 @@
-"""The SUPERB score over PR, SID, ER and ASR, and published results on SUPERB's public set."""
+"""SUPERB scores, over PR, SID, ER and ASR or over all tasks, and published results."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
 
-from ..downstream.tasks import DEFAULT_TASKS, TASKS
+from ..downstream.tasks import COLUMNS, DEFAULT_TASKS, TASKS
 
-# task -> metric of FBANK and of the best system, per cent: the anchors of the public set's score
-ANCHORS = {name: TASKS[name].main.anchors for name in DEFAULT_TASKS}
+# column -> metric of FBANK and of the best system, per cent: the anchors of the public set's score
+ANCHORS = {name: column.metric.anchors for name, column in COLUMNS.items()}
 
 LABEL = "SUPERB score (public anchors; only comparable on SUPERB's own corpora and recipes)"
 
 Values = TypeVar("Values", float, np.ndarray)
 
 
-def superb_score(metrics: Mapping[str, Values]) -> Values | None:
-    """Average 1000 · (metric - FBANK) / (best - FBANK) over the tasks; None if a task is missing.
+def superb_score(
+    metrics: Mapping[str, Values], tasks: Sequence[str] = DEFAULT_TASKS
+) -> Values | None:
+    """Average 1000 · (metric - FBANK) / (best - FBANK) over a task's metrics, then over the tasks.
 
     Args:
-        metrics: task -> metric in per cent, a number or an array.
+        metrics: column -> metric in per cent, a number or an array.
+        tasks: by default PR, SID, ER and ASR.
+
+    Returns:
+        None if a metric is missing.
     """
-    if not all(task in metrics for task in ANCHORS):
+    columns = [tuple(TASKS[task].columns) for task in tasks]
+    if not all(name in metrics for names in columns for name in names):
         return None
-    parts = [
-        1000 * (metrics[task] - fbank) / (best - fbank) for task, (fbank, best) in ANCHORS.items()
-    ]
-    return sum(parts[1:], parts[0]) / len(parts)
+
+    def score(name: str) -> Values:
+        fbank, best = ANCHORS[name]
+        return 1000 * (metrics[name] - fbank) / (best - fbank)
+
+    return _mean([_mean([score(name) for name in names]) for names in columns])
+
+
+def _mean(values: Sequence[Values]) -> Values:
+    return sum(values[1:], values[0]) / len(values)
 
 
 @dataclass(frozen=True)
@@ -47,7 +60,7 @@ class PublishedResult:
     @property
     def metrics(self) -> dict[str, float]:
         """Task -> metric in per cent."""
-        return {task: getattr(self, task) for task in ANCHORS}
+        return {task: getattr(self, task) for task in DEFAULT_TASKS}
 
 
 _ANCHOR = "anchor of the public leaderboard's score"

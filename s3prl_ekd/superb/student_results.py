@@ -17,7 +17,7 @@ class StudentResults:
     """Results of a student on clean speech.
 
     Attributes:
-        metrics: task -> its test metric.
+        metrics: column (:data:`..downstream.tasks.COLUMNS`) -> its test metric.
         others: the upstreams in the folders, if the student is none of them.
     """
 
@@ -45,8 +45,8 @@ def student_results(folders: Sequence[Path], checkpoint: str) -> StudentResults:
     unfinished = tuple(folder for folder in results.unfinished if name in folder.parts)
     report = make_report(Results(runs, unfinished, {}))
     metrics = {
-        task: metric
-        for (_, task, condition), metric in report.metrics.items()
+        column: metric
+        for (_, column, condition), metric in report.metrics.items()
         if condition == CLEAN
     }
     return StudentResults(metrics)

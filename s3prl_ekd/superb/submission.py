@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from ..downstream.tasks import TASKS
@@ -11,9 +12,9 @@ from ..errors import DataError
 from ..files.text import check_inside, check_regular
 from .results import FinishedRun, SelectedRuns
 
-# (task, fold) -> path in the archive, below predict/
-MEMBERS: dict[tuple[str, str | None], str] = {
-    (task.name, fold): task.archive.format(fold=fold)
+# (task, fold) -> file or folder of the predictions -> its place in the archive, below predict/
+MEMBERS: dict[tuple[str, str | None], dict[str, str]] = {
+    (task.name, fold): {a.format(fold=fold): b.format(fold=fold) for a, b in task.archive.items()}
     for task in TASKS.values()
     for fold in task.board_folds or (None,)
 }
@@ -36,7 +37,7 @@ def choose_runs(
     """
     runs: dict[tuple[str, str | None], FinishedRun] = {}
     for task, selection in selections.items():
-        sign = -1 if TASKS[task].higher_is_better else 1
+        sign = -1 if TASKS[task].dev.higher_is_better else 1
         sums = dict.fromkeys(selection.seeds, 0.0)  # sorted
         for run in selection.runs:
             sums[run.seed] += sign * run.dev.value
@@ -48,17 +49,30 @@ def choose_runs(
 def write_archive(runs: Mapping[tuple[str, str | None], FinishedRun], file: BinaryIO) -> None:
     """Write the archive. The same predictions give the same bytes."""
     with zipfile.ZipFile(file, "w") as archive:
-        archive.writestr(_info("predict/"), b"")
+        written: set[str] = set()
         for key, run in runs.items():
-            folder, _ = MEMBERS[key].split("/")
-            archive.writestr(_info(f"predict/{folder}/"), b"")
-            archive.writestr(_info(f"predict/{MEMBERS[key]}"), _predictions(run))
+            for path, place in _files(run, MEMBERS[key]):
+                for folder in reversed(PurePosixPath("predict", place).parents[:-1]):
+                    if f"{folder}/" not in written:
+                        archive.writestr(_info(f"{folder}/"), b"")
+                        written.add(f"{folder}/")
+                archive.writestr(_info(f"predict/{place}"), _read(path, run))
 
 
-def _predictions(run: FinishedRun) -> bytes:
+def _files(run: FinishedRun, members: Mapping[str, str]) -> Iterator[tuple[Path, str]]:
+    """The prediction files of a run, and their places in the archive; sorted within a folder."""
     if "clean" not in run.tested:
         raise DataError(f"{run.folder}: not tested on clean speech; evaluate the run again")
-    path, _ = run.files("clean")
+    for name, place in members.items():
+        path = run.folder / run.tested["clean"] / name
+        if not path.is_dir():
+            yield path, place
+            continue
+        for file in sorted(path.iterdir()):
+            yield file, f"{place}/{file.name}"
+
+
+def _read(path: Path, run: FinishedRun) -> bytes:
     check_regular(path, "predictions", DataError)
     check_inside(path, run.folder, "predictions", DataError)
     data = path.read_bytes()

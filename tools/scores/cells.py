@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from s3prl_ekd.downstream.metrics.error_counts import ErrorCounts, count_errors
+from s3prl_ekd.downstream.metrics.predictions import read_pairs
 from s3prl_ekd.errors import DataError
-from s3prl_ekd.superb.metrics import ErrorCounts, count_errors, read_pairs, test_set
+from s3prl_ekd.superb.metrics import test_set
 from s3prl_ekd.superb.results import FinishedRun
 
 
@@ -95,4 +97,5 @@ def make_cells(row: str, metric: Metric, seeds: dict[int, list[FinishedRun]]) ->
 
 def _count(run: FinishedRun, metric: Metric, condition: str) -> ErrorCounts:
     unit = "character" if metric.characters else "label" if metric.higher else "word"
-    return count_errors(read_pairs(*run.files(condition)), unit)
+    hypotheses, references = run.files(condition)
+    return count_errors(read_pairs(hypotheses, references), unit)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import t as student_t
 
-from s3prl_ekd.superb.metrics import resampled_rates
+from s3prl_ekd.superb.bootstrap import resampled_rates
 
 from .cells import Cell
 

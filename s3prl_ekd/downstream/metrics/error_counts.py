@@ -51,5 +51,4 @@ def count_errors(pairs: Sequence[tuple[str, str, str]], unit: str) -> ErrorCount
         split = str.split if unit == "word" else list
         errors = [editdistance.eval(split(hyp), split(ref)) for _, hyp, ref in pairs]
         lengths = [len(split(ref)) for _, _, ref in pairs]
-    counts = (np.array(values, dtype=np.int64) for values in (errors, lengths))
-    return ErrorCounts(names, *counts, accuracy=unit == "label")
+    return ErrorCounts(names, np.array(errors), np.array(lengths), accuracy=unit == "label")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -43,15 +44,17 @@ def text_metric(hyp: str, ref: str, unit: str, separator: str = " ") -> Measure:
         unit: see :func:`..metrics.error_counts.count_errors`.
         separator: between an utterance and its text.
     """
+    return partial(_measure_texts, (hyp, ref), unit, separator)
 
-    def measure(folder: Path, fold: str | None) -> tuple[Sample, ...]:
-        from ..metrics.error_counts import count_errors
-        from ..metrics.predictions import read_pairs
 
-        hypotheses, references = (folder / name.format(fold=fold) for name in (hyp, ref))
-        return (count_errors(read_pairs(hypotheses, references, separator), unit),)
+def _measure_texts(
+    names: tuple[str, str], unit: str, separator: str, folder: Path, fold: str | None
+) -> tuple[Sample, ...]:
+    from ..metrics.error_counts import count_errors
+    from ..metrics.predictions import read_pairs
 
-    return measure
+    hypotheses, references = (folder / name.format(fold=fold) for name in names)
+    return (count_errors(read_pairs(hypotheses, references, separator), unit),)
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,7 @@ class Task:
         split: the test split, as given to ``-t``.
         metrics: the first is the task's main metric.
         measure: (folder of a test's predictions, fold) -> the sample of each metric.
+        unit: what its samples resample, in the plural.
         predictions: names of the files and folders that a test leaves in the run's folder; ER's
             contain ``{fold}``.
         archive: file or folder among them -> its place in the archive for SUPERB's board, below
@@ -112,6 +116,7 @@ class Task:
     learning_rates: tuple[float, ...]
     batch_seconds: float
     parameters: float
+    unit: str = "utterances"
     selection: Selection = "dev"
     best: str = "dev-best.ckpt"
     dev_metric: Metric | None = None
