@@ -5,6 +5,7 @@
   (``.wav_lengths/Voxceleb1_length.pt``). Here the lengths come from the table that `prepare` wrote
   (:mod:`..prepare.asv`), or are computed at each start of a training, and never for an evaluation.
 - Its expert calls ``Tensor.cuda``, which fails without a GPU and ignores ``--device``.
+- It writes no labels into ``test_truth.txt``, and fails with a traceback if a training diverged.
 - Its data set imports ``sox`` and ``librosa``, and needs neither.
 """
 
@@ -173,7 +174,7 @@ def check_table(corpus: Path, table: Mapping[str, tuple[int, int]]) -> None:
 
 def _patch_expert(module: Any) -> None:
     expert = module.DownstreamExpert
-    s3prl_forward = expert.forward
+    s3prl_forward, s3prl_log_records = expert.forward, expert.log_records
 
     @functools.wraps(s3prl_forward)
     def forward(self: Any, mode: str, features: list, *args: Any, **kwargs: Any) -> Any:
@@ -184,6 +185,18 @@ def _patch_expert(module: Any) -> None:
 
         with replaced(torch.Tensor, "cuda", to_device):
             return s3prl_forward(self, mode, features, *args, **kwargs)
+
+    @functools.wraps(s3prl_log_records)
+    def log_records(self: Any, mode: str, records: dict, *args: Any, **kwargs: Any) -> list[str]:
+        if mode != "train":
+            for name, embedding in records.items():
+                if not torch.isfinite(embedding).all():
+                    raise DataError(
+                        f"the embedding of {name} is not finite, so the training diverged; lower "
+                        "its learning rate"
+                    )
+            records["labels"] = [label for label, _, _ in self.test_dataset.pair_table]
+        return s3prl_log_records(self, mode, records, *args, **kwargs)
 
     def load_state_dict(self: Any, states: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         own = self.state_dict()
@@ -196,4 +209,13 @@ def _patch_expert(module: Any) -> None:
                 )
         return super(expert, self).load_state_dict(states, *args, **kwargs)
 
-    _replace(module, {expert: {"forward": forward, "load_state_dict": load_state_dict}})
+    _replace(
+        module,
+        {
+            expert: {
+                "forward": forward,
+                "log_records": log_records,
+                "load_state_dict": load_state_dict,
+            }
+        },
+    )

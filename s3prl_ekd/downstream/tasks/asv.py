@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ...errors import ConfigError
 from ...files.config import override_option
@@ -79,17 +79,6 @@ def _measure(folder: Path, fold: str | None) -> tuple[Sample, ...]:
     return (read_trials(predictions, truth),)
 
 
-def _write_reference(config: Mapping[str, Any], split: str, folder: Path) -> None:
-    """Write the labels of the trials under the names of s3prl's predictions; s3prl writes none."""
-    trials = read_trials(Path(setting(config, _TRIALS)), ConfigError)
-    lines = [f"{_name(t.first)}_{_name(t.second)} {t.label}\n" for t in trials]
-    (folder / _PREDICTIONS[1]).write_text("".join(lines), encoding="utf-8")
-
-
-def _name(recording: str) -> str:
-    return recording.replace("/", "-").partition(".")[0]
-
-
 ASV = Task(
     name="asv",
     full_name="speaker verification",
@@ -109,7 +98,7 @@ ASV = Task(
     learning_rates=(1e-5, 1e-4, 1e-3),
     batch_seconds=0.15,
     parameters=6e6,
+    unit="speakers",
     selection="checkpoints",
-    write_reference=_write_reference,
     demo_steps=0.5,
 )
