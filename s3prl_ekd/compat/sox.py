@@ -185,7 +185,7 @@ SOX_EFFECTS = Shim(
     needed_by=(
         "upstream/mos_prediction/expert.py:9",
         "downstream/speech_commands/dataset.py:5",
-        "downstream/sv_voxceleb1/dataset.py:18",
+        "downstream/sv_voxceleb1/dataset.py:19",
     ),
     since="torchaudio 2.9",
     summary=f"a replacement in Python with {', '.join(effect_names())}",
