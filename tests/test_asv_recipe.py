@@ -17,7 +17,7 @@ import pytest
 import torch
 import yaml
 
-from s3prl_ekd import compat
+from s3prl_ekd import cli, compat
 from s3prl_ekd.downstream import speaker_verification
 from s3prl_ekd.downstream.metrics.eer import EqualErrorRate, read_trials
 from s3prl_ekd.downstream.tasks import TASKS
@@ -63,7 +63,7 @@ def work(tmp_path_factory) -> Path:
     """A working folder with a corpus in data/asv."""
     folder = tmp_path_factory.mktemp("work")
     manifest = write_speakers(folder / "corpus")
-    command("init", folder / "work", cwd=folder)
+    assert cli.main(["init", str(folder / "work")]) == 0
     assert prepare("asv", manifest, "-o", folder / "work/data/asv") == 0
     return folder / "work"
 
@@ -480,14 +480,13 @@ def test_a_trial_that_is_listed_twice_counts_twice(tmp_path):
 OVERRIDES = ",,".join(
     f"config.downstream_expert.datarc.{key}={value}" for key, value in SETTINGS.items()
 )
-STEPS = ",,".join(f"config.runner.{k}={v}" for k, v in (("save_step", 20), ("log_step", 10)))
 
 
 def test_superb_tests_each_checkpoint(work, tmp_path):
     noise = tmp_path / "noise"
     write_audio(noise / "0.wav", np.random.default_rng(0).normal(0, 0.1, 20_000))
     argv = ["superb", "fbank_no_cmvn", "--tasks", "asv", "--recipes", "tiny", "-o", "out"]
-    argv += ["--steps", "40", "--override", f"asv={OVERRIDES}", "--noise", noise, "--snr", "0"]
+    argv += ["--steps", "20", "--override", f"asv={OVERRIDES}", "--noise", noise, "--snr", "0"]
     command(*argv, cwd=work)
     command("report", "out", cwd=work)
     rows = list(csv.DictReader((work / "out/report/report.csv").open()))
@@ -511,43 +510,54 @@ def test_superb_tests_each_checkpoint(work, tmp_path):
         first, second = (name[: -len(".wav")].replace("/", "-") for name in names)
         assert line == f"{first}_{second} {label}"
 
-    assert MEMBERS["asv", None] == "sv_public/predict.txt"
+    assert MEMBERS["asv", None] == {"test_predict.txt": "sv_public/predict.txt"}
     command("predict-zip", "out", "-o", "p.zip", "--partial", cwd=work)
     with zipfile.ZipFile(work / "p.zip") as archive:
         (name,) = [name for name in archive.namelist() if "sv_public/predict.txt" in name]
         assert archive.read(name) == (chosen / "test_predict.txt").read_bytes()
 
 
-def downstream(work: Path, name: str, upstream: list, *options: str, steps: int = 12) -> Path:
+@pytest.fixture
+def run(work, monkeypatch):
+    """Run ``run_downstream.py ARGUMENTS`` in this process, in the working folder."""
+    from s3prl_ekd.launch import run_downstream
+
+    monkeypatch.chdir(work)
+
+    def run(*argv: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["run_downstream.py", *argv, "--device", "cpu"])
+        assert run_downstream() == 0
+
+    return run
+
+
+def train_argv(name: str, upstream: list[str], *options: str, steps: int) -> list[str]:
     settings = f"{OVERRIDES},,config.runner.save_step=4,,config.runner.log_step=4"
     settings += f",,config.runner.total_steps={steps},,config.runner.max_keep=9"
-    argv = ["-m", "train", *upstream, "-d", "sv_voxceleb1", "-c", TASK.tiny, "-n", name]
-    command("run_downstream.py", *argv, "--device", "cpu", *options, "-o", settings, cwd=work)
-    return work / "result/downstream" / name
+    argv = ["-m", "train", *upstream, "-d", "sv_voxceleb1", "-c", TASK.tiny, "-p", name]
+    return [*argv, *options, "-o", settings]
 
 
-def test_an_interrupted_run_resumes_exactly(work):
-    """In the middle of an epoch of three batches; crops are random."""
-    upstream = ["-u", "fbank_no_cmvn"]
-    whole = downstream(work, "whole", upstream)
-    part = downstream(work, "part", upstream)
-    for step in (8, 12):
-        (part / f"states-{step}.ckpt").unlink()
-    command("run_downstream.py", "-m", "train", "-e", part / "states-4.ckpt", cwd=work)
-    states = [read_checkpoint(folder / "states-12.ckpt") for folder in (whole, part)]
+def test_an_interrupted_run_resumes_exactly(run):
+    """In the middle of an epoch of three batches of random crops."""
+    run(*train_argv("whole", ["-u", "fbank_no_cmvn"], steps=8))
+    Path("part").mkdir()
+    shutil.copy("whole/states-4.ckpt", "part")
+    run("-m", "train", "-e", "part/states-4.ckpt", "-o", "args.expdir='part'")
+    states = [read_checkpoint(Path(name, "states-8.ckpt")) for name in ("whole", "part")]
     for state in states:
         del state["Args"]
     assert not unequal(*(dict(flat_values(state)) for state in states))
 
 
-def test_cached_features_give_the_same_metric(work, teachers):
-    """An upstream whose hidden states do not depend on padding: crops have one length."""
-    upstream = ["-u", "hubert_local", "-k", str(teachers["hubert"])]
+def test_cached_features_give_the_same_scores(run, teachers):
+    """In training, the crops have one length, so that there is no padding."""
     scores = []
-    for name, options in (("plain", ()), ("cached", ("--cache-features", str(work / "cache")))):
-        folder = downstream(work, name, upstream, *options, steps=4)
-        argv = ["-m", "evaluate", "-t", "test", "-e", folder / "states-4.ckpt", *options]
-        command("run_downstream.py", *argv, cwd=work)
-        lines = (folder / "test_predict.txt").read_text().splitlines()
+    for name, options in (("plain", ()), ("cached", ("--cache-features", "cache"))):
+        upstream = ["-u", "hubert_local", "-k", str(teachers["hubert"])]
+        run(*train_argv(name, upstream, *options, steps=4))
+        run("-m", "evaluate", "-t", "test", "-e", f"{name}/states-4.ckpt", *options)
+        lines = Path(name, "test_predict.txt").read_text().splitlines()
         scores.append([float(line.split()[1]) for line in lines])
-    assert np.allclose(*scores, atol=2e-3)
+    assert len(scores[0]) == 18 and np.allclose(*scores, atol=2e-3)
+    assert list(Path("cache").rglob("*")) and len(set(scores[0])) > 9
