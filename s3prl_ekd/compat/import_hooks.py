@@ -44,8 +44,9 @@ def patch_module(
             run(module)
         patch(module)
 
-    if name in sys.modules:
-        patch(sys.modules[name])
+    module = sys.modules.get(name)
+    if module is not None:
+        patch(module)
     else:
         on_import(name, run_and_patch)
 
