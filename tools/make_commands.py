@@ -1,18 +1,19 @@
-"""Synthesise small corpora of commands, to try the recipes of KS, IC, SF, QbE and SD.
+"""Synthesise small corpora of commands, to try the recipes of KS, IC, SF, ASV, SD and QbE.
 
 Writes OUT/audio, OUT/noise, and manifests: OUT/ks.tsv (words), OUT/ic.tsv (sentences with action,
-object and location), OUT/sf.tsv (the same sentences, object and location as slots), OUT/sd.tsv (the
-same sentences, with speakers) and OUT/qbe.tsv (single words as queries, sentences of other voices
-as documents). Voices of train, dev and test differ. The same options give the same bytes. Needs the
-extra demo.
+object and location), OUT/sf.tsv (the same sentences, object and location as slots),
+OUT/speakers.tsv (the same sentences, with speakers, for ASV and SD) and OUT/qbe.tsv (single words
+as queries, sentences of other voices as documents). Voices of train, dev and test differ. The same
+options give the same bytes. Needs the extra demo.
 
 example:
   python tools/make_commands.py commands
   s3prl-ekd prepare ks commands/ks.tsv --noise commands/noise -o data/ks
   s3prl-ekd prepare ic commands/ic.tsv -o data/ic
   s3prl-ekd prepare sf commands/sf.tsv -o data/sf
+  s3prl-ekd prepare asv commands/speakers.tsv -o data/asv
+  s3prl-ekd prepare sd commands/speakers.tsv -o data/sd
   s3prl-ekd prepare qbe commands/qbe.tsv -o data/qbe
-  s3prl-ekd prepare sd commands/sd.tsv -o data/sd
 """
 
 from __future__ import annotations
@@ -100,7 +101,7 @@ def make_corpora(out: Path, seed: int) -> None:
         samples = np.random.default_rng(seed).normal(0, 0.02, (NOISES, NOISE_SECONDS * 16_000))
         for number, wave in enumerate(samples):
             soundfile.write(folder / f"noise/noise{number}.wav", wave, 16_000, subtype="PCM_16")
-        manifests = {"ks": words, "ic": intents, "sf": slots, "sd": people, "qbe": queries}
+        manifests = {"ks": words, "ic": intents, "sf": slots, "speakers": people, "qbe": queries}
         for name, lines in manifests.items():
             (folder / f"{name}.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
     counts = (f"{name}.tsv {len(lines) - 1} utterances" for name, lines in manifests.items())

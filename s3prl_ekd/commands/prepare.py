@@ -25,6 +25,7 @@ from ..errors import DataError, printable
 from ..files.atomic import make_folder
 from ..prepare.alignments import ALIGNMENTS
 from ..prepare.asr import ASR, TABLES
+from ..prepare.asv import ASV, VOXCELEB1_ASV
 from ..prepare.common import (
     PrepareTask,
     add_options,
@@ -105,6 +106,8 @@ TASKS = {
     "snips": SNIPS,
     "sd": SD,
     "libri2mix": LIBRI2MIX,
+    "asv": ASV,
+    "voxceleb1_asv": VOXCELEB1_ASV,
     "alignments": ALIGNMENTS,
     "unlabeled": PrepareTask(
         "length tables only, for distillation", UNLABELED, _prepare_unlabeled, replace=False

@@ -8,6 +8,7 @@ from typing import Any
 
 from ...errors import SetupError
 from .asr import ASR
+from .asv import ASV
 from .er import ER
 from .ic import IC
 from .ks import KS
@@ -30,7 +31,9 @@ __all__ = [
     "task_of",
 ]
 
-TASKS = {task.name: task for task in (PR, SID, ER, ASR, KS, IC, SF, SD)}  # the order of all tables
+TASKS = {
+    task.name: task for task in (PR, SID, ER, ASR, KS, IC, SF, ASV, SD)
+}  # the order of all tables
 DEFAULT_TASKS = ("pr", "sid", "er", "asr")
 
 
