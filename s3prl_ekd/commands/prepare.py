@@ -37,6 +37,7 @@ from ..prepare.ic import FLUENT_COMMANDS, IC
 from ..prepare.ks import KS, SPEECH_COMMANDS
 from ..prepare.librispeech import LIBRISPEECH
 from ..prepare.pr import PR
+from ..prepare.qbe import QBE, QUESST14
 from ..prepare.sid import SID, VOXCELEB1
 
 UNLABELED = """\
@@ -99,6 +100,8 @@ TASKS = {
     "speech_commands": SPEECH_COMMANDS,
     "ic": IC,
     "fluent_commands": FLUENT_COMMANDS,
+    "qbe": QBE,
+    "quesst14": QUESST14,
     "alignments": ALIGNMENTS,
     "unlabeled": PrepareTask(
         "length tables only, for distillation", UNLABELED, _prepare_unlabeled, replace=False

@@ -26,7 +26,11 @@ from .tasks.corpus_check import check_corpus
 CTC_CORPUS = "s3prl.downstream.ctc.corpus"  # in s3prl's repository but not in its wheel
 
 # import name -> install command, if it is not `pip install NAME`
-INSTALL = {"yaml": "pip install pyyaml", "sklearn": "pip install scikit-learn"}
+INSTALL = {
+    "yaml": "pip install pyyaml",
+    "sklearn": "pip install scikit-learn",
+    "dtw": "pip install dtw-python",
+}
 
 # modules that pretraining imports: student, optimizer, logging, and common teacher families
 PRETRAIN_MODULES = (

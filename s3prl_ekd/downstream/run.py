@@ -173,8 +173,12 @@ def check_new_downstream(request: DownstreamRequest, states: Mapping[str, Any]) 
     if request.override:
         config = apply_overrides(config, request.override)
     reject_code(config, path)
-    check_splits(request.downstream, config, path, request.split)
     task = task_of(request.downstream, config)
+    if task is not None and not task.trained and request.mode == "train":
+        raise SetupError(
+            f"-d {request.downstream} trains nothing; use -m evaluate -t {task.split} -l LAYER"
+        )
+    check_splits(request.downstream, config, path, request.split)
     if task is not None:
         for key, missing in missing_paths(config, task.paths, Path.cwd()):
             raise ConfigError(

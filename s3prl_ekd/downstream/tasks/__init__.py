@@ -12,6 +12,7 @@ from .er import ER
 from .ic import IC
 from .ks import KS
 from .pr import PR
+from .qbe import QBE
 from .sid import SID
 from .task import Metric, Task, missing_paths, recipe_paths
 
@@ -28,7 +29,7 @@ __all__ = [
     "task_of",
 ]
 
-TASKS = {task.name: task for task in (PR, SID, ER, ASR, KS, IC)}  # the order of all tables
+TASKS = {task.name: task for task in (PR, SID, ER, ASR, KS, IC, QBE)}  # the order of all tables
 DEFAULT_TASKS = ("pr", "sid", "er", "asr")
 
 
