@@ -125,13 +125,17 @@ class TermWeightedValues(Sample):
             at the score of a true document or above all scores: between them only false
             detections are added.
         share: of the queries of the ground truth that have scores. It stays the same in a resample.
-        reference: of the ground truth.
+        truth: what the scores were compared with.
     """
 
     names: tuple[str, ...]
     curves: np.ndarray
     share: float
-    reference: bytes
+    truth: Reference
+
+    @property
+    def reference(self) -> bytes:
+        return str(self.truth).encode()
 
     def values(self, weights: np.ndarray) -> np.ndarray:
         best = np.zeros(len(weights))
@@ -165,7 +169,7 @@ def measure_detections(
         # without any other document there are no false detections
         others = max(1, reference.documents - len(truth[name]))
         curves[row] = detected - BETA * _count_from(false[row], thresholds) / others
-    return TermWeightedValues(names, curves, len(names) / len(truth), str(reference).encode())
+    return TermWeightedValues(names, curves, len(names) / len(truth), reference)
 
 
 def _count_from(scores: list[float], thresholds: np.ndarray) -> np.ndarray:
