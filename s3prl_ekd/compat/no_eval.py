@@ -149,10 +149,10 @@ def _run_and_install_reader(module: ModuleType, run: Callable[[ModuleType], None
 
 
 # s3prl's experts for these have a method for each split.
-_METHODS = dict.fromkeys(
+_METHODS: dict[str, tuple[str, ...]] = dict.fromkeys(
     ("voxceleb1", "emotion", "speech_commands", "fluent_commands"), ("train", "dev", "test")
 )
-_METHODS["quesst14_dtw"] = ("dev", "test")  # for any other name it would evaluate its test set
+_METHODS["quesst14_dtw"] = ("dev", "test")  # for any other name s3prl evaluates the test set
 # Those for ASR and PR read each split's list of data sets from this section of the recipe.
 _SECTIONS = {"asr": "datarc", "ctc": "corpus"}
 _NOT_SPLITS = {"lexicon"}  # lists in these sections that are not splits

@@ -227,7 +227,8 @@ def _prepare_quesst14(args: argparse.Namespace) -> None:
         check_truth(truth, queries, documents, root / TRUTH[split], DataError)
         lists[split] = english(queries)
     lines = [line for own in lists.values() for line in own]
-    measured = measure_audio(root, [AudioPart(line.path) for line in lines], args.jobs, bar=True)
+    parts = [AudioPart(line.path) for line in lines]
+    measured = measure_audio(root, parts, jobs=args.jobs, bar=True)
     samples: dict[str, int] = {}
     for line, audio in zip(lines, measured, strict=True):
         if isinstance(audio, DataError):
