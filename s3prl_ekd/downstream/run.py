@@ -326,8 +326,8 @@ def downstream_guards(request: DownstreamRequest) -> Iterator[None]:
     """Guard a call of s3prl's script for ``request``; see :func:`..request.script_guards`.
 
     SID's file lists are not read from s3prl's cache. If the script fails, the data loader's workers
-    are killed; QbE's processes end with it. The lock allows several evaluations in one folder at the same time, one for each
-    split, also during training.
+    are killed, and QbE's processes end. The lock allows several evaluations in one folder at the
+    same time, one for each split, also during training.
     """
     from ..data.loader import kill_workers_on_error
 

@@ -33,13 +33,13 @@ def _find_files(recipe: RecipeFiles) -> Iterator[FileLookup]:
     yield FileLookup(_ROOT, lists, "QUESST's lists", has_file)
     try:
         documents, *queries = (read_audio_list(root / name, ConfigError) for name in lists)
+        names = {line.name for line in english(documents)}
         for split, own in zip(splits, queries, strict=True):
+            for line in english(own):
+                if line.name in names:
+                    raise ConfigError(f"{line.location}: {line.name} is a document's name, too")
             truth = read_truth(root / TRUTH[split], ConfigError)
             check_truth(truth, own, documents, root / TRUTH[split], ConfigError)
-            known = {line.name for line in english(documents)}
-            for line in english(own):
-                if line.name in known:
-                    raise ConfigError(f"{line.location}: {line.name} is a document's name, too")
     except ConfigError as error:
         raise ConfigError(f"{recipe.source}: {error}") from None
     for name, lines in zip(lists, (documents, *queries), strict=True):
