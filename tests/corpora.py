@@ -206,6 +206,27 @@ def write_libri2mix(folder: Path, rttm: Path) -> None:
         (rttm / f"{name}.rttm").write_text("\n".join(lines) + "\n")
 
 
+def write_quesst14(folder: Path) -> None:
+    """Write QUESST 2014's folder: two documents and queries in English, and one each in Czech."""
+    scoring = folder / "scoring"
+    scoring.mkdir(parents=True)
+    languages = ("nnenglish", "nnenglish", "czech")
+    for split, audio in (("utterances", "Audio"), ("dev", "dev_queries"), ("eval", "eval_queries")):
+        lines, truth = [], [";; a comment"]
+        infix = "" if split == "utterances" else f"_{split}"
+        for number, language in enumerate(languages):
+            name = f"quesst14{infix}_{number:05d}"
+            write_noise(folder / f"{audio}/{name}.wav", 8000 + number, 8000)
+            lines.append(f"quesst14Database/{audio}/{name}.wav {language}")
+            truth.append(f"LEXEME quesst14_{number:05d} 1 0.1 0.5 {name} lex <NA> <NA>")
+        (scoring / f"language_key_{split}.lst").write_text("\n".join(lines) + "\n")
+        if split != "utterances":
+            truth.append("LEXEME quesst14_00000 1 0.1 0.5 NO_KEYWORD lex <NA> <NA>")
+            (scoring / f"groundtruth_quesst14_{split}").mkdir()
+            path = scoring / f"groundtruth_quesst14_{split}/quesst14_{split}.rttm"
+            path.write_text("\n".join(truth) + "\n")
+
+
 # utterance -> recording, start and end in seconds; the last ends 0.3 s after the recording
 SEGMENTS = {
     "ann-1": ("talk", 0.5, 1.25),

@@ -77,7 +77,7 @@ def make_corpora(out: Path, seed: int) -> None:
             _speak(folder, f"audio/ks/{name}", word, voice, rng)
             words.append(f"audio/ks/{name}\t{split}\t{word}")
         intents = ["path\tsplit\taction\tobject\tlocation"]
-        slots, queries = ["path\tsplit\ttext\tiob"], ["path\tsplit\tkind\ttext"]
+        slots, queries = ["path\tsplit\ttext\tiob"], ["path\tsplit\ttext"]
         people = ["path\tsplit\tspeaker"]
         commands = list(itertools.product(ACTIONS, OBJECTS, LOCATIONS))
         for name, split, voice, command in _cross(speakers, commands):
@@ -92,11 +92,11 @@ def make_corpora(out: Path, seed: int) -> None:
             tags = " ".join(names.get(word, "O") for word in text.split())
             slots.append(f"audio/ic/{name}\t{split}\t{text}\t{tags}")
             if split == "train" and len(slots) % DOCUMENT_EVERY == 0:
-                queries.append(f"audio/ic/{name}\t\tdocument\t{text}")
+                queries.append(f"audio/ic/{name}\ttrain\t{text}")
         for name, split, voice, word in _cross(speakers, QUERIES):
             if split != "train":
                 _speak(folder, f"audio/qbe/{name}", word, voice, rng)
-                queries.append(f"audio/qbe/{name}\t{split}\tquery\t{word}")
+                queries.append(f"audio/qbe/{name}\t{split}\t{word}")
         (folder / "noise").mkdir()
         samples = np.random.default_rng(seed).normal(0, 0.02, (NOISES, NOISE_SECONDS * 16_000))
         for number, wave in enumerate(samples):

@@ -38,6 +38,7 @@ from ..prepare.ic import FLUENT_COMMANDS, IC
 from ..prepare.ks import KS, SPEECH_COMMANDS
 from ..prepare.librispeech import LIBRISPEECH
 from ..prepare.pr import PR
+from ..prepare.qbe import QBE, QUESST14
 from ..prepare.sd import LIBRI2MIX, SD
 from ..prepare.sf import SF, SNIPS
 from ..prepare.sid import SID, VOXCELEB1
@@ -108,6 +109,8 @@ TASKS = {
     "libri2mix": LIBRI2MIX,
     "asv": ASV,
     "voxceleb1_asv": VOXCELEB1_ASV,
+    "qbe": QBE,
+    "quesst14": QUESST14,
     "alignments": ALIGNMENTS,
     "unlabeled": PrepareTask(
         "length tables only, for distillation", UNLABELED, _prepare_unlabeled, replace=False

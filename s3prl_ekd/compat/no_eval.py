@@ -154,6 +154,7 @@ _METHODS: dict[str, tuple[str, ...]] = dict.fromkeys(
     ("train", "dev", "test"),
 )
 _METHODS["sv_voxceleb1"] = ("train", "test")  # its method for dev scores the trials of test
+_METHODS["quesst14_dtw"] = ("dev", "test")  # for any other name s3prl evaluates the test set
 # Those for ASR and PR read each split's list of data sets from this section of the recipe.
 _SECTIONS = {"asr": "datarc", "ctc": "corpus"}
 # lists in these sections that are not splits

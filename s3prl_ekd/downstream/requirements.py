@@ -28,7 +28,11 @@ CTC_CORPUS = "s3prl.downstream.ctc.corpus"  # in s3prl's repository but not in i
 CTC_MODULES = ("libriphone", "snips")  # of it, and ours of these names
 
 # import name -> install command, if it is not `pip install NAME`
-INSTALL = {"yaml": "pip install pyyaml", "sklearn": "pip install scikit-learn"}
+INSTALL = {
+    "yaml": "pip install pyyaml",
+    "sklearn": "pip install scikit-learn",
+    "dtw": "pip install dtw-python",
+}
 
 # modules that pretraining imports: student, optimizer, logging, and common teacher families
 PRETRAIN_MODULES = (

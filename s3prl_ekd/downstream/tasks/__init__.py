@@ -13,6 +13,7 @@ from .er import ER
 from .ic import IC
 from .ks import KS
 from .pr import PR
+from .qbe import QBE
 from .sd import SD
 from .sf import SF
 from .sid import SID
@@ -32,7 +33,7 @@ __all__ = [
 ]
 
 TASKS = {
-    task.name: task for task in (PR, SID, ER, ASR, KS, IC, SF, ASV, SD)
+    task.name: task for task in (PR, SID, ER, ASR, KS, IC, SF, ASV, SD, QBE)
 }  # the order of all tables
 DEFAULT_TASKS = ("pr", "sid", "er", "asr")
 
