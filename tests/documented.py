@@ -143,6 +143,7 @@ class Machine:
         for path in self.folder.glob("downstream/*/*.yaml"):
             runner = {"total_steps": 2, "log_step": 1, "eval_step": 1, "save_step": 1}
             datarc = {"num_workers": 0, "train_batch_size": 4, "eval_batch_size": 4}
+            datarc |= {"vad_config": {"min_sec": 6000}}
             change(path, {"runner": runner, "downstream_expert": {"datarc": datarc}})
 
 
@@ -175,12 +176,20 @@ def write_data(data: Path) -> None:
     columns = ("speaker", "text", "emotion", "split", "word", "action", "object", "location", "iob")
     for task in ("asr", "pr", "sid", "er", "ks", "ic", "sf"):
         write_manifest(data / f"my_corpus/{task}.tsv", columns, rows)
+    speakers = {"train": ("ann", "bob"), "test": ("cy", "dan")}
+    own = [(split, names[i % 2]) for split, names in speakers.items() for i in range(4)]
+    rows = [(rows[i][0], (f"asv{i}.wav", *own[i])) for i in range(len(own))]
+    write_manifest(data / "my_corpus/asv.tsv", ("split", "speaker"), rows)
     for i in range(3):
         write_audio(data / f"my_audio/{i}.flac", make_sound(0.7 + 0.1 * i, seed=i))
         write_audio(data / f"noise/{i}.wav", make_sound(1.0, seed=50 + i))
         write_audio(data / f"dev-clean/{i}.flac", make_sound(0.5, seed=i))
-    speakers = {"id10001": "dev", "id10270": "test"}
+    speakers = {"id10001": "dev", "id10002": "dev", "id10270": "test", "id10271": "test"}
     write_voxceleb1(data / "VoxCeleb1", data / "VoxCeleb1/iden_split.txt", speakers, 14000)
+    trials = (
+        "1 {0}/x-0_y/00000.wav {0}/x-1_y/00001.wav\n0 {0}/x-0_y/00000.wav {1}/x-0_y/00000.wav\n"
+    )
+    (data / "VoxCeleb1/veri_test2.txt").write_text(trials.format("id10270", "id10271"))
     write_speech_commands(data)
     write_fluent_commands(data / "fluent_speech_commands_dataset")
     write_snips(data / "SNIPS")
