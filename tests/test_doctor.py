@@ -138,6 +138,7 @@ def test_pretraining_and_asr_have_their_modules(report):
         "ASR": "asr",
         "KS": "speech_commands",
         "IC": "fluent_commands",
+        "SD": "diarization",
     }
     assert [r["modules"] for r in report["recipes"] if r["task"] in ("ER", "ASR")] == [True, True]
 
