@@ -28,6 +28,7 @@ def test_corpora_are_the_same_each_time_and_prepared(tmp_path, monkeypatch, caps
     options = ("--noise", tmp_path / "a/noise", "-o", tmp_path / "ks")
     assert prepare("ks", tmp_path / "a/ks.tsv", *options) == 0
     assert prepare("ic", tmp_path / "a/ic.tsv", "-o", tmp_path / "ic") == 0
-    assert prepare("sd", tmp_path / "a/sd.tsv", "-o", tmp_path / "sd") == 0
+    for task, manifest in (("sf", "sf"), ("asv", "speakers"), ("sd", "speakers"), ("qbe", "qbe")):
+        assert prepare(task, tmp_path / f"a/{manifest}.tsv", "-o", tmp_path / task) == 0
     assert make_commands.main([str(tmp_path / "a")]) == 2
     assert "exists" in capsys.readouterr().err
