@@ -187,7 +187,7 @@ def write_libri2mix(folder: Path, rttm: Path) -> None:
     """Write Libri2Mix (wav16k/max, mix_both) of 0.9 s a mixture, and LibriSpeech's RTTM files."""
     top = folder / "wav16k/max"
     (top / "metadata").mkdir(parents=True)
-    rttm.mkdir()
+    rttm.mkdir(parents=True)
     turns = {"7": ((0.1, 0.4),), "8": ((0.2, 0.2), (0.5, 0.25))}
     subsets = {"train-100": "train_clean_100", "dev": "dev_clean", "test": "test_clean"}
     for subset, name in subsets.items():

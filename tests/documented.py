@@ -34,6 +34,7 @@ from .corpora import (
     write_fluent_commands,
     write_iemocap,
     write_kaldi,
+    write_libri2mix,
     write_librispeech,
     write_manifest,
     write_snips,
@@ -174,7 +175,7 @@ def write_data(data: Path) -> None:
         cells = (f"{i}.wav", speaker, WORDS[i % 4], emotion, split, *intent, TAGS[i % 4])
         rows.append((make_sound(1.2 + 0.05 * i, seed=i), cells))
     columns = ("speaker", "text", "emotion", "split", "word", "action", "object", "location", "iob")
-    for task in ("asr", "pr", "sid", "er", "ks", "ic", "sf"):
+    for task in ("asr", "pr", "sid", "er", "ks", "ic", "sf", "sd"):
         write_manifest(data / f"my_corpus/{task}.tsv", columns, rows)
     speakers = {"train": ("ann", "bob"), "test": ("cy", "dan")}
     own = [(split, names[i % 2]) for split, names in speakers.items() for i in range(4)]
@@ -192,6 +193,7 @@ def write_data(data: Path) -> None:
     (data / "VoxCeleb1/veri_test2.txt").write_text(trials.format("id10270", "id10271"))
     write_speech_commands(data)
     write_fluent_commands(data / "fluent_speech_commands_dataset")
+    write_libri2mix(data / "Libri2Mix", data / "LibriMix/metadata/LibriSpeech")
     write_snips(data / "SNIPS")
     emotions = ("neu", "hap", "ang", "sad")
     write_iemocap(data / "IEMOCAP_full_release", ["F_impro01"], emotions, 12000)

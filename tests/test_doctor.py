@@ -140,6 +140,7 @@ def test_pretraining_and_asr_have_their_modules(report):
         "IC": "fluent_commands",
         "SF": "ctc",
         "ASV": "sv_voxceleb1",
+        "SD": "diarization",
         "QBE": "quesst14_dtw",
     }
     assert [r["modules"] for r in report["recipes"] if r["task"] in ("ER", "ASR")] == [True, True]
