@@ -36,6 +36,7 @@ from .corpora import (
     write_kaldi,
     write_librispeech,
     write_manifest,
+    write_quesst14,
     write_speech_commands,
     write_voxceleb1,
 )
@@ -171,7 +172,7 @@ def write_data(data: Path) -> None:
         cells = (f"{i}.wav", speaker, WORDS[i % 4], emotion, split, *intent)
         rows.append((make_sound(1.2 + 0.05 * i, seed=i), cells))
     columns = ("speaker", "text", "emotion", "split", "word", "action", "object", "location")
-    for task in ("asr", "pr", "sid", "er", "ks", "ic"):
+    for task in ("asr", "pr", "sid", "er", "ks", "ic", "qbe"):
         write_manifest(data / f"my_corpus/{task}.tsv", columns, rows)
     for i in range(3):
         write_audio(data / f"my_audio/{i}.flac", make_sound(0.7 + 0.1 * i, seed=i))
@@ -181,6 +182,7 @@ def write_data(data: Path) -> None:
     write_voxceleb1(data / "VoxCeleb1", data / "VoxCeleb1/iden_split.txt", speakers, 14000)
     write_speech_commands(data)
     write_fluent_commands(data / "fluent_speech_commands_dataset")
+    write_quesst14(data / "quesst14Database")
     emotions = ("neu", "hap", "ang", "sad")
     write_iemocap(data / "IEMOCAP_full_release", ["F_impro01"], emotions, 12000)
     for i, split in enumerate(("train", "dev", "test")):
