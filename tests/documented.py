@@ -37,12 +37,14 @@ from .corpora import (
     write_librispeech,
     write_manifest,
     write_quesst14,
+    write_snips,
     write_speech_commands,
     write_voxceleb1,
 )
 from .hub_server import commit
 
 WORDS = ["A CAT SAT", "THE DOG", "A DOG SAT", "THE CAT SAT"]
+TAGS = ["O B-animal O", "O B-animal", "O B-animal O", "O B-animal O"]
 LEXICON = "A  AH0\nTHE  DH AH0\nCAT  K AE1 T\nDOG  D AO1 G\nSAT  S AE1 T\n"
 SPLITS = ("train-clean-100", "train-clean-360", "train-other-500", "dev-clean", "test-clean")
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -142,6 +144,7 @@ class Machine:
         for path in self.folder.glob("downstream/*/*.yaml"):
             runner = {"total_steps": 2, "log_step": 1, "eval_step": 1, "save_step": 1}
             datarc = {"num_workers": 0, "train_batch_size": 4, "eval_batch_size": 4}
+            datarc |= {"vad_config": {"min_sec": 6000}}
             change(path, {"runner": runner, "downstream_expert": {"datarc": datarc}})
 
 
@@ -169,19 +172,28 @@ def write_data(data: Path) -> None:
         split = "train" if i < 8 else "dev" if i < 12 else "test"
         speaker, emotion = ("ann", "bob")[i % 2], ("calm", "angry")[i // 2 % 2]
         intent = (("yes", "no")[i % 2], "turn on", ("light", "heat")[i % 2], "none")
-        cells = (f"{i}.wav", speaker, WORDS[i % 4], emotion, split, *intent)
+        cells = (f"{i}.wav", speaker, WORDS[i % 4], emotion, split, *intent, TAGS[i % 4])
         rows.append((make_sound(1.2 + 0.05 * i, seed=i), cells))
-    columns = ("speaker", "text", "emotion", "split", "word", "action", "object", "location")
-    for task in ("asr", "pr", "sid", "er", "ks", "ic", "qbe"):
+    columns = ("speaker", "text", "emotion", "split", "word", "action", "object", "location", "iob")
+    for task in ("asr", "pr", "sid", "er", "ks", "ic", "sf", "qbe"):
         write_manifest(data / f"my_corpus/{task}.tsv", columns, rows)
+    speakers = {"train": ("ann", "bob"), "test": ("cy", "dan")}
+    own = [(split, names[i % 2]) for split, names in speakers.items() for i in range(4)]
+    rows = [(rows[i][0], (f"asv{i}.wav", *own[i])) for i in range(len(own))]
+    write_manifest(data / "my_corpus/asv.tsv", ("split", "speaker"), rows)
     for i in range(3):
         write_audio(data / f"my_audio/{i}.flac", make_sound(0.7 + 0.1 * i, seed=i))
         write_audio(data / f"noise/{i}.wav", make_sound(1.0, seed=50 + i))
         write_audio(data / f"dev-clean/{i}.flac", make_sound(0.5, seed=i))
-    speakers = {"id10001": "dev", "id10270": "test"}
+    speakers = {"id10001": "dev", "id10002": "dev", "id10270": "test", "id10271": "test"}
     write_voxceleb1(data / "VoxCeleb1", data / "VoxCeleb1/iden_split.txt", speakers, 14000)
+    trials = (
+        "1 {0}/x-0_y/00000.wav {0}/x-1_y/00001.wav\n0 {0}/x-0_y/00000.wav {1}/x-0_y/00000.wav\n"
+    )
+    (data / "VoxCeleb1/veri_test2.txt").write_text(trials.format("id10270", "id10271"))
     write_speech_commands(data)
     write_fluent_commands(data / "fluent_speech_commands_dataset")
+    write_snips(data / "SNIPS")
     write_quesst14(data / "quesst14Database")
     emotions = ("neu", "hap", "ang", "sad")
     write_iemocap(data / "IEMOCAP_full_release", ["F_impro01"], emotions, 12000)

@@ -11,6 +11,7 @@ import soundfile
 import torch
 
 from s3prl_ekd.compat import SHIMS, sox
+from s3prl_ekd.compat.sox_silence import sounding
 from s3prl_ekd.errors import SetupError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,6 +48,75 @@ def test_trim_in_seconds_and_samples():
         assert effects(wav.tolist(), chain, rate=10)[0].tolist() == [[2, 3, 4]]
     assert effects(wav.tolist(), ("trim", "0.8"), rate=10)[0].tolist() == [[8, 9]]
     assert effects(wav.tolist(), ("trim", "5"), rate=10)[0].shape == (1, 0)
+
+
+TRIM_SILENCE = ("silence", "1", "0.1", "0.1%", "-1", "0.1", "0.1%")
+# seed -> samples, and the sum of their magnitudes, that SoX 14.4.2 wrote with 32 bits for
+# `gain -3.0 silence 1 0.1 0.1% -1 0.1 0.1%`
+BY_SOX = {
+    0: (27837, 3677967544185),
+    1: (42457, 7240180942354),
+    2: (33619, 5747782250712),
+    3: (15172, 1794989453143),
+    4: (37906, 5568400765959),
+    5: (12903, 1797831204208),
+}
+
+
+def loud_and_quiet(seed: int) -> np.ndarray:
+    """Noise of 16 bits with changing loudness, also below the threshold of silence."""
+    rng = np.random.default_rng(seed)
+    levels, lengths = rng.choice([0, 13, 40, 700, 9000], 14), rng.integers(300, 9000, 14)
+    noise = [rng.integers(-level, level + 1, n) for level, n in zip(levels, lengths, strict=True)]
+    return np.concatenate(noise)
+
+
+@pytest.mark.parametrize("seed", BY_SOX)
+def test_silence_is_removed_as_by_sox(seed):
+    wave = torch.from_numpy(loud_and_quiet(seed) / 32768).float()[None]
+    wave, rate = sox.apply_effects_tensor(wave, 16000, [["gain", "-3.0"], TRIM_SILENCE])
+    total = wave.double().mul(2**31).round().long().abs().sum().item()
+    length, expected = BY_SOX[seed]
+    assert (rate, wave.shape) == (16000, (1, length))
+    assert total == pytest.approx(expected, abs=length * 2**6)  # float32 has 24 of 32 bits
+
+
+def kept_one_by_one(wave: np.ndarray, window: int, above: int, below: int) -> list[int]:
+    """The samples that `silence` keeps, decided one by one."""
+    kept: list[int] = []
+    held: list[int] = []
+    restart, copying = 0, False
+    for i in range(len(wave)):
+        recent = wave[max(restart, i - window + 1) : i + 1].astype(np.float64)
+        loud = math.sqrt((recent**2).sum() / window) > 0.001
+        if copying and loud:
+            kept += [*held, i]
+            held = []
+        elif copying:
+            held.append(i)
+            if len(held) == below:
+                copying, held, restart = False, [], i + 1
+        elif loud:
+            held.append(i)
+            if len(held) == above:
+                kept, copying, held = kept + held, True, []
+        else:
+            held = []
+    return kept + (held if copying else [])
+
+
+@pytest.mark.parametrize("above, below", [(60, 45), (1, 1), (10, 200)])
+def test_silence_agrees_with_a_loop_over_samples(above, below):
+    for seed in range(8):
+        wave = (loud_and_quiet(seed)[::37] / 32768).astype(np.float32)
+        parts = sounding(wave, 1000, (above, 0.001), (below, 0.001))
+        kept = [i for start, end in parts for i in range(start, end)]
+        assert kept == kept_one_by_one(wave, 20, above, below)
+
+
+def test_silence_of_nothing_and_of_silence_is_empty():
+    for samples in (0, 1, 50_000):
+        assert effects([[0.0] * samples], TRIM_SILENCE)[0].shape == (1, 0)
 
 
 def sine(hertz: float, rate: int, seconds: float = 0.5) -> torch.Tensor:
@@ -88,13 +158,15 @@ def test_effects_on_a_file_channels_first_and_last(tmp_path):
 
 
 def test_unknown_effect_is_named_in_the_error():
-    with pytest.raises(SetupError, match="'vad'.*channels, gain, norm, rate, speed, trim"):
+    with pytest.raises(SetupError, match="'vad'.*channels, gain, norm, rate, silence, speed, trim"):
         effects([[0.0]], ("rate", "16000"), ("vad", "-T", "0.25"))
 
 
 @pytest.mark.parametrize(
     "effect",
-    [("rate",), ("rate", "fast"), ("trim", "-1"), ("trim", "0", "=5"), ("norm", "1", "2")],
+    [("rate",), ("rate", "fast"), ("trim", "-1"), ("trim", "0", "=5"), ("norm", "1", "2")]
+    + [("silence", "1", "0.1", "0.1%"), ("silence", "1", "0.1", "-60d", "-1", "0.1", "0.1%")]
+    + [("silence", "2", "0.1", "0.1%", "-1", "0.1", "0.1%")],
 )
 def test_invalid_arguments(effect):
     with pytest.raises(SetupError, match=f"'{' '.join(effect)}'"):

@@ -138,6 +138,8 @@ def test_pretraining_and_asr_have_their_modules(report):
         "ASR": "asr",
         "KS": "speech_commands",
         "IC": "fluent_commands",
+        "SF": "ctc",
+        "ASV": "sv_voxceleb1",
         "QBE": "quesst14_dtw",
     }
     assert [r["modules"] for r in report["recipes"] if r["task"] in ("ER", "ASR")] == [True, True]
@@ -202,33 +204,43 @@ def test_every_file_of_a_list_is_checked(tmp_path):
     assert "more.txt" in status.note and "lexicon.txt" not in status.note
 
 
-def test_pr_has_a_corpus_module_with_and_without_s3prls(tmp_path, monkeypatch):
-    names = ("s3prl.downstream.ctc.corpus", "s3prl.downstream.ctc.corpus.libriphone")
+@pytest.mark.parametrize("task, module", [("PR", "libriphone"), ("SF", "snips")])
+def test_ctc_has_corpus_modules_with_and_without_s3prls(task, module, tmp_path, monkeypatch):
+    names = ("s3prl.downstream.ctc.corpus", f"s3prl.downstream.ctc.corpus.{module}")
     for name in names:
         monkeypatch.setitem(sys.modules, name, None)  # as if the installed s3prl had none
-    assert requirements.check_recipe(recipe("PR"), tmp_path).modules == []
-    assert sys.modules[names[1]].__name__ == "s3prl_ekd.downstream.libriphone"
+    assert requirements.check_recipe(recipe(task), tmp_path).modules == []
+    assert sys.modules[names[1]].__name__ == f"s3prl_ekd.downstream.{module}"
 
-    module = ModuleType(names[1])
-    monkeypatch.setitem(sys.modules, names[1], module)
-    assert requirements.check_recipe(recipe("PR"), tmp_path).modules == []
-    assert sys.modules[names[1]] is module
+    theirs = ModuleType(names[1])
+    monkeypatch.setitem(sys.modules, names[1], theirs)
+    assert requirements.check_recipe(recipe(task), tmp_path).modules == []
+    assert sys.modules[names[1]] is theirs
 
 
-def test_the_remedy_for_a_missing_package_is_pip_install(tmp_path, monkeypatch):
-    for name in [name for name in sys.modules if name.startswith("s3prl.downstream.asr.")]:
+@pytest.mark.parametrize(
+    "task, module, package",
+    [("ASR", "editdistance", "editdistance"), ("ASV", "sklearn", "scikit-learn")],
+)
+def test_the_remedy_for_a_missing_package_is_pip_install(
+    task, module, package, tmp_path, monkeypatch
+):
+    prefix = f"s3prl.downstream.{recipe(task).downstream}."
+    for name in [name for name in sys.modules if name.startswith((prefix, f"{module}."))]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "editdistance", None)
-    (problem,) = requirements.check_recipe(recipe("ASR"), tmp_path).modules
-    assert "editdistance" in problem.reason and problem.remedy == "pip install editdistance"
+    monkeypatch.setitem(sys.modules, module, None)
+    (problem,) = requirements.check_recipe(recipe(task), tmp_path).modules
+    assert module in problem.reason and problem.remedy == f"pip install {package}"
 
 
-def test_sid_does_not_need_librosa(tmp_path, monkeypatch):
-    for name in [name for name in sys.modules if name.startswith("s3prl.downstream.voxceleb1")]:
+@pytest.mark.parametrize("task", ["SID", "ASV"])
+def test_librosa_and_sox_are_not_needed(task, tmp_path, monkeypatch):
+    prefix = f"s3prl.downstream.{recipe(task).downstream}"
+    for name in [name for name in sys.modules if name.startswith(prefix)]:
         monkeypatch.delitem(sys.modules, name)
-    for name in ("librosa", "librosa.util"):
+    for name in ("librosa", "librosa.util", "sox"):
         monkeypatch.setitem(sys.modules, name, None)
-    assert requirements.check_recipe(recipe("SID"), tmp_path).modules == []
+    assert requirements.check_recipe(recipe(task), tmp_path).modules == []
 
 
 def test_the_exception_of_an_import_is_reported(tmp_path, monkeypatch):

@@ -25,6 +25,7 @@ from ..errors import DataError, printable
 from ..files.atomic import make_folder
 from ..prepare.alignments import ALIGNMENTS
 from ..prepare.asr import ASR, TABLES
+from ..prepare.asv import ASV, VOXCELEB1_ASV
 from ..prepare.common import (
     PrepareTask,
     add_options,
@@ -38,6 +39,8 @@ from ..prepare.ks import KS, SPEECH_COMMANDS
 from ..prepare.librispeech import LIBRISPEECH
 from ..prepare.pr import PR
 from ..prepare.qbe import QBE, QUESST14
+from ..prepare.sd import LIBRI2MIX, SD
+from ..prepare.sf import SF, SNIPS
 from ..prepare.sid import SID, VOXCELEB1
 
 UNLABELED = """\
@@ -100,6 +103,12 @@ TASKS = {
     "speech_commands": SPEECH_COMMANDS,
     "ic": IC,
     "fluent_commands": FLUENT_COMMANDS,
+    "sf": SF,
+    "snips": SNIPS,
+    "sd": SD,
+    "libri2mix": LIBRI2MIX,
+    "asv": ASV,
+    "voxceleb1_asv": VOXCELEB1_ASV,
     "qbe": QBE,
     "quesst14": QUESST14,
     "alignments": ALIGNMENTS,

@@ -2,8 +2,8 @@
 
 Resampling uses torchaudio instead of SoX: the band is the same and the filter differs; where the
 resampled length is not an integer, torchaudio returns one sample more. All other effects agree with
-SoX to the last bit of float32. Effects outside :data:`EFFECTS` (``vad``, ``silence``, ``pad``, ...)
-raise an error.
+SoX to the last bit of float32. Effects outside :data:`EFFECTS` (``vad``, ``pad``, ...) raise an
+error.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import SetupError
 from .shim import Shim
+from .sox_silence import sounding
 from .torchaudio_import import LOAD_FAILURES, set_attributes
 
 if TYPE_CHECKING:
@@ -53,7 +54,27 @@ def _norm(wav: torch.Tensor, rate: int, decibel: str = "0") -> tuple[torch.Tenso
 
 
 def _gain(wav: torch.Tensor, rate: int, decibel: str) -> tuple[torch.Tensor, int]:
-    return (wav * _amplitude(decibel)).clamp(-1, 1), rate
+    # in integers of 32 bits, as SoX
+    scaled = (wav.double() * 2**31 * _amplitude(decibel)).round() / 2**31
+    return scaled.clamp(-1, 1).to(wav.dtype), rate
+
+
+def _silence(wav: torch.Tensor, rate: int, *arguments: str) -> tuple[torch.Tensor, int]:
+    """Remove silence at the start and in the middle; ``1 SECONDS PERCENT% -1 SECONDS PERCENT%``.
+
+    Like SoX after an effect with 32 bits, such as ``gain``.
+    """
+    import torch
+
+    start, above, loud, stop, below, silent = arguments
+    if (start, stop, loud[-1:], silent[-1:]) != ("1", "-1", "%", "%") or wav.size(0) != 1:
+        raise ValueError("expected 1 SECONDS PERCENT% -1 SECONDS PERCENT%, and one channel")
+    rules = [
+        (_samples(seconds, rate), float(percent[:-1]) / 100)
+        for seconds, percent in ((above, loud), (below, silent))
+    ]
+    parts = sounding(wav[0].numpy(), rate, *rules)
+    return torch.cat([wav[:, begin:end] for begin, end in parts] or [wav[:, :0]], dim=1), rate
 
 
 def _trim(
@@ -83,6 +104,7 @@ EFFECTS = {
     "gain": _gain,
     "norm": _norm,
     "rate": _rate,
+    "silence": _silence,
     "speed": _speed,
     "trim": _trim,
 }
@@ -160,7 +182,11 @@ def _add_module() -> None:
 
 SOX_EFFECTS = Shim(
     name="torchaudio.sox_effects",
-    needed_by=("upstream/mos_prediction/expert.py:9", "downstream/speech_commands/dataset.py:5"),
+    needed_by=(
+        "upstream/mos_prediction/expert.py:9",
+        "downstream/speech_commands/dataset.py:5",
+        "downstream/sv_voxceleb1/dataset.py:19",
+    ),
     since="torchaudio 2.9",
     summary=f"a replacement in Python with {', '.join(effect_names())}",
     missing=_missing,

@@ -21,13 +21,13 @@ import logging
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
 from ..errors import SetupError
 from .child_processes import forget_in_children, repeat_in_children
-from .import_hooks import forget_import, on_import
+from .import_hooks import forget_import, patch_module
 
 logger = logging.getLogger(__name__)
 
@@ -53,12 +53,9 @@ def bypass_cache() -> None:
     It applies to a module that is imported already and to a later import; it does not import the
     module. Further calls change nothing.
     """
-    if DATASET in sys.modules:
-        _replace_cache_path(sys.modules[DATASET])
-    else:
-        # Not imported here: with `-e` alone the task is not known yet, and its import of torchaudio
-        # needs compat.apply() first.
-        on_import(DATASET, _run_and_replace_cache_path)
+    # Not imported here: with `-e` alone the task is not known yet, and its import of torchaudio
+    # needs compat.apply() first.
+    patch_module(DATASET, _replace_cache_path, librosa())
     repeat_in_children(bypass_cache)
 
 
@@ -82,12 +79,6 @@ def _is_bypassed() -> bool:
     return isinstance(getattr(sys.modules.get(DATASET), "CACHE_PATH", None), EmptyFolder)
 
 
-def _run_and_replace_cache_path(module: ModuleType, run: Callable[[ModuleType], None]) -> None:
-    with _lazy_librosa():
-        run(module)
-    _replace_cache_path(module)
-
-
 def _replace_cache_path(module: Any) -> None:
     if _is_bypassed():
         return
@@ -100,25 +91,16 @@ def _replace_cache_path(module: Any) -> None:
     module.CACHE_PATH = EmptyFolder(module.CACHE_PATH)
 
 
-@contextlib.contextmanager
-def _lazy_librosa() -> Iterator[None]:
-    """Provide a ``librosa.util.find_files`` that imports librosa only when it is called.
+def librosa() -> tuple[ModuleType, ...]:
+    """Stand-ins for ``librosa`` and its ``util.find_files``, which imports librosa when called.
 
-    The data set imports this name and never calls it. librosa is not a dependency of s3prl, and
-    needs numba and a compiler.
+    The data sets of SID and ASV import this name, and no run calls it. librosa is not a dependency
+    of s3prl, and needs numba and a compiler.
     """
 
     def find_files(*args, **kwargs):
         return importlib.import_module("librosa.util").find_files(*args, **kwargs)
 
-    names = ("librosa", "librosa.util")
-    previous = {name: sys.modules[name] for name in names if name in sys.modules}
-    package, util = map(ModuleType, names)
+    package, util = ModuleType("librosa"), ModuleType("librosa.util")
     vars(package)["util"], vars(util)["find_files"] = util, find_files
-    sys.modules.update(zip(names, (package, util), strict=True))
-    try:
-        yield
-    finally:
-        for name in names:
-            sys.modules.pop(name, None)
-        sys.modules.update(previous)
+    return package, util

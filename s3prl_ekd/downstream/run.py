@@ -325,17 +325,19 @@ def layer_checked(runner: Any) -> Any:
 def downstream_guards(request: DownstreamRequest) -> Iterator[None]:
     """Guard a call of s3prl's script for ``request``; see :func:`..request.script_guards`.
 
-    SID's file lists are not read from s3prl's cache. If the script fails, the data loader's workers
-    are killed, and QbE's processes end. The lock allows several evaluations in one folder at the
-    same time, one for each split, also during training.
+    SID's and ASV's file lists are not read from s3prl's caches. If the script fails, the data
+    loader's workers are killed, and QbE's processes end. The lock allows several evaluations in one
+    folder at the same time, one for each split, also during training.
     """
     from ..data.loader import kill_workers_on_error
+    from .speaker_verification import recipe_patched
 
     split = request.split
     lock = LOCK_FILE if split is None else f".{re.sub(r'[^A-Za-z0-9_-]', '_', split)}{LOCK_FILE}"
     with (
         script_guards(request, lock, cache_dir=request.cache_dir),  # for downloads
         voxceleb1_cache.cache_bypassed(),  # for every -d: with -e the task is in the checkpoint
+        recipe_patched(),
         dtw_pool.pool_ends_with_run(),
         # undo s3prl's monkeypatch: it would slow down later runs in this process, tenfold after
         # some dozens

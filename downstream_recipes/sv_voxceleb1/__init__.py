@@ -1,0 +1,1 @@
+"""The ASV recipe: two configurations."""

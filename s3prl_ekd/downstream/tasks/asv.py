@@ -1,0 +1,104 @@
+"""ASV: speaker verification on VoxCeleb1: trials of two recordings, of one speaker or of two."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ...errors import ConfigError
+from ...files.config import override_option
+from ...prepare.asv import (
+    MIN_SAMPLES,
+    PREPARED,
+    TEST,
+    TRAIN,
+    find_speakers,
+    read_lengths,
+    read_trials,
+)
+from .lookup import EXPERT, FileLookup, RecipeFiles, file_finder, setting
+from .task import Metric, Task
+
+if TYPE_CHECKING:
+    from ..metrics.sample import Sample
+
+_DATA = f"{EXPERT}.datarc"
+_ROOT, _TRIALS = f"{_DATA}.file_path", f"{_DATA}.test_meta_data"
+_LONGER_THAN, _EXCERPT = f"{_DATA}.vad_config.min_sec", f"{_DATA}.max_timestep"
+_PREDICTIONS = ("test_predict.txt", "test_truth.txt")
+
+
+def _find_files(recipe: RecipeFiles) -> Iterator[FileLookup]:
+    path = recipe.path(_TRIALS)
+    try:
+        trials = read_trials(path, ConfigError)
+    except ConfigError as error:
+        raise ConfigError(f"{recipe.source}: {error}") from None
+    names = sorted({name for trial in trials for name in trial[1:]})
+    has_file = file_finder()
+    yield FileLookup(
+        _ROOT, names, str(path), lambda root, name: has_file(root / TEST, name), f"{TEST}/{{}}"
+    )
+    root = recipe.path(_ROOT)
+    speakers = find_speakers(root / TRAIN) if (root / TRAIN).is_dir() else []
+    if len(speakers) < 2:
+        raise recipe.error(
+            _ROOT, f"{root}, which has {len(speakers)} folder(s) of speakers in {TRAIN}, not 2"
+        )
+    if recipe.split is None:
+        _check_lengths(recipe, root)
+
+
+def _check_lengths(recipe: RecipeFiles, root: Path) -> None:
+    """Check that there are recordings for training, and that none is too short for XVector."""
+    longer_than = setting(recipe.config, _LONGER_THAN)
+    for key, value, least in (
+        (_LONGER_THAN, longer_than, MIN_SAMPLES - 1),
+        (_EXCERPT, setting(recipe.config, _EXCERPT), MIN_SAMPLES),
+    ):
+        if not isinstance(value, int) or value < least:
+            raise ConfigError(
+                f"{recipe.source}: {key} must be {least} samples or more, got {value!r:.40}; edit "
+                f"it or add {override_option(key, str(least))}"
+            )
+    table = read_lengths(root, ConfigError)
+    if table is not None and not any(samples > longer_than for _, samples in table.values()):
+        longest = max((samples for _, samples in table.values()), default=0)
+        raise ConfigError(
+            f"{recipe.source}: {_LONGER_THAN} is {longer_than}, and no recording for training has "
+            f"more samples without silence (the longest has {longest}, {root / PREPARED}); edit it "
+            f"or add {override_option(_LONGER_THAN, str(MIN_SAMPLES))}"
+        )
+
+
+def _measure(folder: Path, fold: str | None) -> tuple[Sample, ...]:
+    from ..metrics.eer import read_trials
+
+    predictions, truth = (folder / name for name in _PREDICTIONS)
+    return (read_trials(predictions, truth),)
+
+
+ASV = Task(
+    name="asv",
+    full_name="speaker verification",
+    hub_type="audio-classification",
+    downstream="sv_voxceleb1",
+    full="downstream/sv_voxceleb1/config.yaml",
+    tiny="downstream/sv_voxceleb1/tiny.yaml",
+    split="test",
+    metrics=(Metric("eer", (9.56, 5.11)),),
+    measure=_measure,
+    predictions=_PREDICTIONS,
+    archive={"test_predict.txt": "sv_public/predict.txt"},
+    recipe_files=(),
+    folders=(_ROOT,),
+    lists=(_TRIALS, f"{_DATA}.dev_meta_data"),
+    find_files=_find_files,
+    learning_rates=(1e-5, 1e-4, 1e-3),
+    batch_seconds=0.09,
+    parameters=6e6,
+    unit="speakers",
+    selection="checkpoints",
+    demo_steps=0.5,
+)
