@@ -37,6 +37,7 @@ from .corpora import (
     write_libri2mix,
     write_librispeech,
     write_manifest,
+    write_quesst14,
     write_snips,
     write_speech_commands,
     write_voxceleb1,
@@ -175,7 +176,7 @@ def write_data(data: Path) -> None:
         cells = (f"{i}.wav", speaker, WORDS[i % 4], emotion, split, *intent, TAGS[i % 4])
         rows.append((make_sound(1.2 + 0.05 * i, seed=i), cells))
     columns = ("speaker", "text", "emotion", "split", "word", "action", "object", "location", "iob")
-    for task in ("asr", "pr", "sid", "er", "ks", "ic", "sf", "sd"):
+    for task in ("asr", "pr", "sid", "er", "ks", "ic", "sf", "sd", "qbe"):
         write_manifest(data / f"my_corpus/{task}.tsv", columns, rows)
     speakers = {"train": ("ann", "bob"), "test": ("cy", "dan")}
     own = [(split, names[i % 2]) for split, names in speakers.items() for i in range(4)]
@@ -195,6 +196,7 @@ def write_data(data: Path) -> None:
     write_fluent_commands(data / "fluent_speech_commands_dataset")
     write_libri2mix(data / "Libri2Mix", data / "LibriMix/metadata/LibriSpeech")
     write_snips(data / "SNIPS")
+    write_quesst14(data / "quesst14Database")
     emotions = ("neu", "hap", "ang", "sad")
     write_iemocap(data / "IEMOCAP_full_release", ["F_impro01"], emotions, 12000)
     for i, split in enumerate(("train", "dev", "test")):

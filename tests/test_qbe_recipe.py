@@ -132,9 +132,12 @@ def test_a_query_that_s3prl_would_not_search_is_refused(tmp_path, capsys):
     check_message(fails(capsys, "qbe", manifest, "-o", tmp_path / "out"), 1679, 1680)
 
 
-def check(root: Path, split: str | None = None) -> None:
+def check(root: Path, split: str | None = None, **settings) -> None:
     config = yaml.safe_load((REPO / "downstream_recipes/quesst14_dtw/tiny.yaml").read_text())
-    config["downstream_expert"]["datarc"]["dataset_root"] = str(root)
+    expert = config["downstream_expert"]
+    expert["datarc"]["dataset_root"] = str(root)
+    for section in (expert, expert["dtwrc"]):
+        section.update({key: value for key, value in settings.items() if key in section})
     check_corpus("quesst14_dtw", config, "recipe.yaml", split)
 
 
@@ -181,6 +184,22 @@ def test_what_s3prl_cannot_read_is_a_sentence_before_the_run(file, old, new, par
 def test_a_folder_too_high_is_named(work):
     with pytest.raises(ConfigError, match="data/qbe has them"):
         check(work / "data")
+
+
+@pytest.mark.parametrize(
+    "settings, part",
+    [
+        ({"dist_method": "cosine_neg_log"}, "feature_normalization: False"),
+        ({"step_pattern": "symmetric2"}, "asymmetric"),
+        ({"max_workers": 0}, "max_workers"),
+        ({"max_workers": "all"}, "max_workers"),
+    ],
+)
+def test_settings_at_which_s3prl_fails(settings, part, work):
+    check(work / "data/qbe", dist_method="euclidean", max_workers=None)
+    check(work / "data/qbe", subsequence=False, step_pattern="symmetric2")
+    with pytest.raises(ConfigError, match=part):
+        check(work / "data/qbe", **settings)
 
 
 # --- the metric
@@ -310,13 +329,13 @@ def test_scores_of_another_corpus_are_a_sentence():
 
 def sleep(seconds: float) -> None:
     if not seconds:
-        raise ValueError
+        raise ValueError("no path")
     time.sleep(seconds)
 
 
 def test_the_pool_drops_its_tasks_after_an_error():
     start = time.perf_counter()
-    with pytest.raises(ValueError), DtwPool(1) as pool:
+    with pytest.raises(SetupError, match="no path"), DtwPool(1) as pool:
         futures = [pool.submit(sleep, 0), *(pool.submit(sleep, 0.2) for _ in range(200))]
         futures[0].result()
     assert time.perf_counter() - start < 10

@@ -5,6 +5,8 @@ s3prl's ``downstream/quesst14_dtw/expert.py`` submits all pairs of a query and a
 
 - After Ctrl-C or an error in one pair, it computes all other pairs before the run ends: an hour.
 - If the run is killed, its processes wait for ever, and keep its folder locked.
+
+What DTW cannot compute becomes a sentence.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from multiprocessing.connection import wait
 from types import ModuleType, TracebackType
 from typing import Any
 
+from ..errors import SetupError, first_line
 from .import_hooks import forget_import, on_import
 
 EXPERT = "s3prl.downstream.quesst14_dtw.expert"
@@ -28,7 +31,10 @@ _NAME = "ProcessPoolExecutor"
 
 
 class DtwPool(ProcessPoolExecutor):
-    """A pool that drops its tasks on an exception, and whose processes end with their parent."""
+    """A pool that drops its tasks on an exception, and whose processes end with their parent.
+
+    A ValueError in the ``with`` block becomes a SetupError.
+    """
 
     def __init__(self, max_workers: int | None = None):
         super().__init__(max_workers, initializer=_end_with_parent)
@@ -40,6 +46,12 @@ class DtwPool(ProcessPoolExecutor):
         traceback: TracebackType | None,
     ) -> None:
         self.shutdown(wait=True, cancel_futures=kind is not None)
+        if isinstance(error, ValueError):
+            raise SetupError(
+                f"DTW failed ({first_line(error)}): hidden states of this layer are not finite, or "
+                "dtwrc.dist_method is not known, or without dtwrc.subsequence a document is too "
+                "long for a query; choose another layer or edit the YAML"
+            ) from None
 
 
 def _end_with_parent() -> None:

@@ -23,10 +23,33 @@ if TYPE_CHECKING:
     from ..metrics.sample import Sample
 
 _ROOT = f"{EXPERT}.datarc.dataset_root"
+_DTW = f"{EXPERT}.dtwrc"
 _SCORES, _REFERENCE = "benchmark.stdlist.xml", "benchmark.reference.txt"
 
 
+def _check_settings(recipe: RecipeFiles) -> None:
+    """Raise ConfigError for settings at which s3prl fails with a traceback."""
+    distance, pattern = recipe.value(f"{_DTW}.dist_method"), recipe.value(f"{_DTW}.step_pattern")
+    if distance == "cosine_neg_log" and setting(recipe.config, f"{EXPERT}.feature_normalization"):
+        raise ConfigError(
+            f"{recipe.source}: {_DTW}.dist_method cosine_neg_log needs {EXPERT}."
+            "feature_normalization: False"
+        )
+    if setting(recipe.config, f"{_DTW}.subsequence") and pattern != "asymmetric":
+        raise ConfigError(
+            f"{recipe.source}: {_DTW}.subsequence needs step_pattern asymmetric, got "
+            f"{pattern!r:.40}"
+        )
+    key = f"{EXPERT}.max_workers"
+    workers = setting(recipe.config, key)
+    if workers is not None and (type(workers) is not int or workers < 1):
+        raise ConfigError(
+            f"{recipe.source}: {key} must be 1 or more, or empty for all CPUs, got {workers!r:.40}"
+        )
+
+
 def _find_files(recipe: RecipeFiles) -> Iterator[FileLookup]:
+    _check_settings(recipe)
     root, has_file = recipe.path(_ROOT), file_finder()
     splits = [split for split in QUERIES if recipe.split in (None, split)]
     lists = [DOCUMENTS, *(QUERIES[split] for split in splits)]
