@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
+from s3prl_ekd.prepare.sf import FOLDERS, SPEAKERS
+
 from .conftest import make_sound
 
 
@@ -164,6 +166,65 @@ def write_fluent_commands(folder: Path) -> None:
             write_noise(folder / path, 8000 + number)
             lines.append(f'{number},{path},x,"on, please",activate,{thing},none')
         (folder / f"data/{split}_data.csv").write_text("\n".join(lines) + "\n")
+
+
+def write_snips(folder: Path) -> Path:
+    """Preprocessed Audio SNIPS with two utterances for each speaker."""
+    lines = []
+    for split, part in FOLDERS.items():
+        for speaker in SPEAKERS[split]:
+            for i in range(2):
+                name = f"{speaker}-snips-{part}-{i}"
+                write_noise(folder / part / f"{name}.wav", 4000 + i)
+                text = f"{name} BOS PLAY B&B {'JAZZ ' * i}? EOS\tO O artist {'genre ' * i}O Music"
+                lines.append(f"{text}\n")
+    (folder / "all.iob.snips.txt").write_text("".join(lines))
+    (folder / "slots.txt").write_text("O\nartist\ngenre")
+    return folder
+
+
+def write_libri2mix(folder: Path, rttm: Path) -> None:
+    """Write Libri2Mix (wav16k/max, mix_both) of 0.9 s a mixture, and LibriSpeech's RTTM files."""
+    top = folder / "wav16k/max"
+    (top / "metadata").mkdir(parents=True)
+    rttm.mkdir()
+    turns = {"7": ((0.1, 0.4),), "8": ((0.2, 0.2), (0.5, 0.25))}
+    subsets = {"train-100": "train_clean_100", "dev": "dev_clean", "test": "test_clean"}
+    for subset, name in subsets.items():
+        rows = ["mixture_ID,mixture_path,source_1_path,source_2_path,noise_path,length"]
+        lines = []
+        for number in range(1, 5 if subset == "train-100" else 3):
+            mixture = f"7-70-{number:04d}_8-80-{number:04d}"
+            file = f"wav16k/max/{subset}/mix_both/{mixture}.wav"
+            write_noise(folder / file, 14400)
+            rows.append(f"{mixture},/elsewhere/Libri2Mix/{file},1.wav,2.wav,noise.wav,14400")
+            for speaker, own in turns.items():
+                for begin, length in own:
+                    times = f"1   {begin:.3f}   {length:.3f} <NA> <NA>"
+                    lines.append(f"SPEAKER {speaker}0-{number:04d} {times} {speaker} <NA> <NA>")
+        (top / f"metadata/mixture_{subset}_mix_both.csv").write_text("\n".join(rows) + "\n")
+        (rttm / f"{name}.rttm").write_text("\n".join(lines) + "\n")
+
+
+def write_quesst14(folder: Path) -> None:
+    """Write QUESST 2014's folder: two documents and queries in English, and one each in Czech."""
+    scoring = folder / "scoring"
+    scoring.mkdir(parents=True)
+    languages = ("nnenglish", "nnenglish", "czech")
+    for split, audio in (("utterances", "Audio"), ("dev", "dev_queries"), ("eval", "eval_queries")):
+        lines, truth = [], [";; a comment"]
+        infix = "" if split == "utterances" else f"_{split}"
+        for number, language in enumerate(languages):
+            name = f"quesst14{infix}_{number:05d}"
+            write_noise(folder / f"{audio}/{name}.wav", 8000 + number, 8000)
+            lines.append(f"quesst14Database/{audio}/{name}.wav {language}")
+            truth.append(f"LEXEME quesst14_{number:05d} 1 0.1 0.5 {name} lex <NA> <NA>")
+        (scoring / f"language_key_{split}.lst").write_text("\n".join(lines) + "\n")
+        if split != "utterances":
+            truth.append("LEXEME quesst14_00000 1 0.1 0.5 NO_KEYWORD lex <NA> <NA>")
+            (scoring / f"groundtruth_quesst14_{split}").mkdir()
+            path = scoring / f"groundtruth_quesst14_{split}/quesst14_{split}.rttm"
+            path.write_text("\n".join(truth) + "\n")
 
 
 # utterance -> recording, start and end in seconds; the last ends 0.3 s after the recording

@@ -36,12 +36,14 @@ from .corpora import (
     write_kaldi,
     write_librispeech,
     write_manifest,
+    write_snips,
     write_speech_commands,
     write_voxceleb1,
 )
 from .hub_server import commit
 
 WORDS = ["A CAT SAT", "THE DOG", "A DOG SAT", "THE CAT SAT"]
+TAGS = ["O B-animal O", "O B-animal", "O B-animal O", "O B-animal O"]
 LEXICON = "A  AH0\nTHE  DH AH0\nCAT  K AE1 T\nDOG  D AO1 G\nSAT  S AE1 T\n"
 SPLITS = ("train-clean-100", "train-clean-360", "train-other-500", "dev-clean", "test-clean")
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -169,10 +171,10 @@ def write_data(data: Path) -> None:
         split = "train" if i < 8 else "dev" if i < 12 else "test"
         speaker, emotion = ("ann", "bob")[i % 2], ("calm", "angry")[i // 2 % 2]
         intent = (("yes", "no")[i % 2], "turn on", ("light", "heat")[i % 2], "none")
-        cells = (f"{i}.wav", speaker, WORDS[i % 4], emotion, split, *intent)
+        cells = (f"{i}.wav", speaker, WORDS[i % 4], emotion, split, *intent, TAGS[i % 4])
         rows.append((make_sound(1.2 + 0.05 * i, seed=i), cells))
-    columns = ("speaker", "text", "emotion", "split", "word", "action", "object", "location")
-    for task in ("asr", "pr", "sid", "er", "ks", "ic"):
+    columns = ("speaker", "text", "emotion", "split", "word", "action", "object", "location", "iob")
+    for task in ("asr", "pr", "sid", "er", "ks", "ic", "sf"):
         write_manifest(data / f"my_corpus/{task}.tsv", columns, rows)
     speakers = {"train": ("ann", "bob"), "test": ("cy", "dan")}
     own = [(split, names[i % 2]) for split, names in speakers.items() for i in range(4)]
@@ -190,6 +192,7 @@ def write_data(data: Path) -> None:
     (data / "VoxCeleb1/veri_test2.txt").write_text(trials.format("id10270", "id10271"))
     write_speech_commands(data)
     write_fluent_commands(data / "fluent_speech_commands_dataset")
+    write_snips(data / "SNIPS")
     emotions = ("neu", "hap", "ang", "sad")
     write_iemocap(data / "IEMOCAP_full_release", ["F_impro01"], emotions, 12000)
     for i, split in enumerate(("train", "dev", "test")):

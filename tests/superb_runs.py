@@ -6,7 +6,15 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-METRIC = {"pr": "per", "sid": "acc", "er": "acc", "asr": "wer", "ks": "acc", "ic": "acc"}
+METRIC = {
+    "pr": "per",
+    "sid": "acc",
+    "er": "acc",
+    "asr": "wer",
+    "ks": "acc",
+    "ic": "acc",
+    "sf": "f1",
+}
 FILES = {
     "pr": ("test-hyp.ark", "test-ref.ark"),
     "sid": ("test_predict.txt", "test_truth.txt"),
@@ -14,6 +22,7 @@ FILES = {
     "asr": ("test-clean-noLM-hyp.ark", "test-clean-noLM-ref.ark"),
     "ks": ("test_predict.txt", "test_truth.txt"),
     "ic": ("test_predict.csv", "test_truth.csv"),
+    "sf": ("test-hyp.ark", "test-ref.ark"),
 }
 RECIPE = {
     "pr": "downstream/ctc/tiny.yaml",
@@ -22,6 +31,7 @@ RECIPE = {
     "asr": "downstream/asr/tiny.yaml",
     "ks": "downstream/speech_commands/tiny.yaml",
     "ic": "downstream/fluent_commands/tiny.yaml",
+    "sf": "downstream/ctc/snips_tiny.yaml",
 }
 Pairs = Mapping[str, tuple[str, str]]  # utterance -> (hypothesis, reference)
 

@@ -12,7 +12,7 @@ import yaml
 
 from s3prl_ekd.downstream.requirements import check_recipe
 from s3prl_ekd.downstream.run import prepare
-from s3prl_ekd.downstream.tasks import TASKS
+from s3prl_ekd.downstream.tasks import DEFAULT_TASKS, TASKS
 from s3prl_ekd.downstream.tasks.corpus_check import check_corpus
 from s3prl_ekd.errors import ConfigError
 from s3prl_ekd.superb.plan import Recipe
@@ -73,7 +73,7 @@ def workspace(tmp_path, monkeypatch):
     return tmp_path
 
 
-BY_DOWNSTREAM = {task.downstream: task for task in TASKS.values()}
+BY_DOWNSTREAM = {TASKS[name].downstream: TASKS[name] for name in DEFAULT_TASKS}
 
 
 def config_of(downstream: str, **changed) -> dict:

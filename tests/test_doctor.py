@@ -138,7 +138,9 @@ def test_pretraining_and_asr_have_their_modules(report):
         "ASR": "asr",
         "KS": "speech_commands",
         "IC": "fluent_commands",
+        "SF": "ctc",
         "ASV": "sv_voxceleb1",
+        "QBE": "quesst14_dtw",
     }
     assert [r["modules"] for r in report["recipes"] if r["task"] in ("ER", "ASR")] == [True, True]
 
@@ -202,17 +204,18 @@ def test_every_file_of_a_list_is_checked(tmp_path):
     assert "more.txt" in status.note and "lexicon.txt" not in status.note
 
 
-def test_pr_has_a_corpus_module_with_and_without_s3prls(tmp_path, monkeypatch):
-    names = ("s3prl.downstream.ctc.corpus", "s3prl.downstream.ctc.corpus.libriphone")
+@pytest.mark.parametrize("task, module", [("PR", "libriphone"), ("SF", "snips")])
+def test_ctc_has_corpus_modules_with_and_without_s3prls(task, module, tmp_path, monkeypatch):
+    names = ("s3prl.downstream.ctc.corpus", f"s3prl.downstream.ctc.corpus.{module}")
     for name in names:
         monkeypatch.setitem(sys.modules, name, None)  # as if the installed s3prl had none
-    assert requirements.check_recipe(recipe("PR"), tmp_path).modules == []
-    assert sys.modules[names[1]].__name__ == "s3prl_ekd.downstream.libriphone"
+    assert requirements.check_recipe(recipe(task), tmp_path).modules == []
+    assert sys.modules[names[1]].__name__ == f"s3prl_ekd.downstream.{module}"
 
-    module = ModuleType(names[1])
-    monkeypatch.setitem(sys.modules, names[1], module)
-    assert requirements.check_recipe(recipe("PR"), tmp_path).modules == []
-    assert sys.modules[names[1]] is module
+    theirs = ModuleType(names[1])
+    monkeypatch.setitem(sys.modules, names[1], theirs)
+    assert requirements.check_recipe(recipe(task), tmp_path).modules == []
+    assert sys.modules[names[1]] is theirs
 
 
 @pytest.mark.parametrize(

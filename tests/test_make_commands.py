@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow  # of the developers' tools
 
 
 def test_corpora_are_the_same_each_time_and_prepared(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(make_commands, "VOICES", {"train": 2, "dev": 1, "test": 2})
+    monkeypatch.setattr(make_commands, "VOICES", {"train": 2, "dev": 2, "test": 2})
     monkeypatch.setattr(make_commands, "OBJECTS", ("lights", "heat"))
     digests = []
     for name in ("a", "b"):
@@ -24,10 +24,11 @@ def test_corpora_are_the_same_each_time_and_prepared(tmp_path, monkeypatch, caps
         digests.append([hashlib.sha256(p.read_bytes()).hexdigest() for p in files])
     assert digests[0] == digests[1]
     words = read_manifest(tmp_path / "a/ks.tsv", columns=("path", "split", "word"))
-    assert len(words) == 5 * 17 and {e.cells["word"] for e in words} >= {"yes", "dog"}
+    assert len(words) == 6 * 17 and {e.cells["word"] for e in words} >= {"yes", "dog"}
     options = ("--noise", tmp_path / "a/noise", "-o", tmp_path / "ks")
     assert prepare("ks", tmp_path / "a/ks.tsv", *options) == 0
     assert prepare("ic", tmp_path / "a/ic.tsv", "-o", tmp_path / "ic") == 0
-    assert prepare("asv", tmp_path / "a/asv.tsv", "-o", tmp_path / "asv") == 0
+    for task, manifest in (("sf", "sf"), ("asv", "speakers"), ("sd", "speakers"), ("qbe", "qbe")):
+        assert prepare(task, tmp_path / f"a/{manifest}.tsv", "-o", tmp_path / task) == 0
     assert make_commands.main([str(tmp_path / "a")]) == 2
     assert "exists" in capsys.readouterr().err

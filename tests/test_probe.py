@@ -11,11 +11,12 @@ from sklearn.linear_model import Ridge
 from sklearn.preprocessing import StandardScaler
 
 from s3prl_ekd import cli
+from s3prl_ekd.data.manifest.phones import Segment
 from s3prl_ekd.errors import DataError
 from s3prl_ekd.probe import measure
 from s3prl_ekd.probe.classifiers import PENALTIES, predict_by_lda, predict_by_ridge
 from s3prl_ekd.probe.conditions import NoisyCondition
-from s3prl_ekd.probe.labels import LabelledUtterance, Segment, read_labels, speaker_folds
+from s3prl_ekd.probe.labels import LabelledUtterance, read_labels, speaker_folds
 from s3prl_ekd.probe.measure import ProbeScore, probe
 from s3prl_ekd.probe.report import accuracy_interval, difference_interval, table
 from s3prl_ekd.probe.tasks import ALWAYS_TRAIN, ProbeExcerpt, ProbeTask, choose_tasks

@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from s3prl_ekd.downstream.tasks import TASKS
 from s3prl_ekd.errors import EkdError
 from s3prl_ekd.superb.report import make_report
 from s3prl_ekd.superb.results import FinishedRun, incomplete, read_results, select_best_lr
@@ -227,3 +228,27 @@ def test_the_anchors_have_scores_0_and_1000():
     assert superb_score({task: pair[0] for task, pair in ANCHORS.items()}) == 0
     assert superb_score({task: pair[1] for task, pair in ANCHORS.items()}) == 1000
     assert superb_score({"pr": 5.0, "sid": 80.0, "er": 60.0}) is None
+    for index, score in enumerate((0, 1000)):
+        metrics = {column: pair[index] for column, pair in ANCHORS.items()}
+        assert superb_score(metrics, tuple(TASKS)) == score
+
+
+def test_the_ten_task_score_of_distilhubert_by_hand():
+    """Of its paper's table (arXiv 2110.01900); the score of SF is the mean of its two metrics."""
+    metrics = {"pr": 16.27, "sid": 73.54, "er": 63.02, "asr": 13.37, "ks": 95.98, "ic": 94.99}
+    metrics |= {"sf": 82.57, "sf_cer": 35.39, "asv": 8.55, "sd": 6.19, "qbe": 5.11}
+    four = 837.666 + 761.396 + 762.681 + 501.534
+    others = (
+        1000 * (95.98 - 41.3826674) / (96.66 - 41.3826674),  # 987.698
+        1000 * (94.99 - 9.649354219) / (98.76 - 9.649354219),  # 957.692
+        500 * (82.57 - 69.64) / (89.81 - 69.64)
+        + 500 * (52.94 - 35.39) / (52.94 - 21.76),  # 601.957
+        1000 * (9.56 - 8.55) / (9.56 - 5.11),  # 226.966
+        1000 * (10.05 - 6.19) / (10.05 - 5.62),  # 871.332
+        1000 * (5.11 - 0.58) / (7.36 - 0.58),  # 668.142
+    )
+    score = superb_score(metrics, tuple(TASKS))
+    assert score == pytest.approx((four + sum(others)) / 10, abs=0.001)
+    assert superb_score(metrics) == pytest.approx(four / 4, abs=0.001)
+    del metrics["sf_cer"]
+    assert superb_score(metrics, tuple(TASKS)) is None

@@ -18,7 +18,7 @@ from .conftest import recipe
 DANGER = "train_dataloader() or self.run() or self.get_train"
 RECIPES = {
     "asr": ("asr/tiny.yaml", "asr/config.yaml"),
-    "ctc": ("ctc/tiny.yaml", "ctc/libriphone.yaml"),
+    "ctc": ("ctc/tiny.yaml", "ctc/libriphone.yaml", "ctc/snips.yaml"),
     "voxceleb1": ("voxceleb1/tiny.yaml", "voxceleb1/config.yaml"),
     "emotion": ("emotion/tiny.yaml", "emotion/config.yaml"),
 }

@@ -36,8 +36,8 @@ from teacher_zoo.trainer import TrainingOptions, train
 from teacher_zoo.zoo import make_zoo
 
 from s3prl_ekd.data.audio import read_audio
+from s3prl_ekd.data.manifest.phones import Segment
 from s3prl_ekd.errors import CheckpointError, ConfigError, DataError
-from s3prl_ekd.probe.labels import Segment
 from s3prl_ekd.teachers import load_upstream
 from s3prl_ekd.teachers.checkpoint import load_file
 

@@ -1,17 +1,18 @@
-"""Synthesise small corpora of commands, to try the recipes of KS, IC, SF, ASV and QbE.
+"""Synthesise small corpora of commands, to try the recipes of KS, IC, SF, ASV, SD and QbE.
 
 Writes OUT/audio, OUT/noise, and manifests: OUT/ks.tsv (words), OUT/ic.tsv (sentences with action,
-object and location), OUT/sf.tsv (the same, object and location as slots), OUT/asv.tsv (the
-same, with speakers), and OUT/qbe.tsv (single words as queries, sentences of other voices as
-documents). Voices of train, dev and test differ. The same options give the same bytes. Needs the
-extra demo.
+object and location), OUT/sf.tsv (the same sentences, object and location as slots),
+OUT/speakers.tsv (the same sentences, with speakers, for ASV and SD) and OUT/qbe.tsv (single words
+as queries, sentences of other voices as documents). Voices of train, dev and test differ. The same
+options give the same bytes. Needs the extra demo.
 
 example:
   python tools/make_commands.py commands
   s3prl-ekd prepare ks commands/ks.tsv --noise commands/noise -o data/ks
   s3prl-ekd prepare ic commands/ic.tsv -o data/ic
   s3prl-ekd prepare sf commands/sf.tsv -o data/sf
-  s3prl-ekd prepare asv commands/asv.tsv -o data/asv
+  s3prl-ekd prepare asv commands/speakers.tsv -o data/asv
+  s3prl-ekd prepare sd commands/speakers.tsv -o data/sd
   s3prl-ekd prepare qbe commands/qbe.tsv -o data/qbe
 """
 
@@ -76,8 +77,8 @@ def make_corpora(out: Path, seed: int) -> None:
             _speak(folder, f"audio/ks/{name}", word, voice, rng)
             words.append(f"audio/ks/{name}\t{split}\t{word}")
         intents = ["path\tsplit\taction\tobject\tlocation"]
-        speaking = ["path\tsplit\tspeaker"]
-        slots, queries = ["path\tsplit\ttext\tiob"], ["path\tsplit\tkind\ttext"]
+        slots, queries = ["path\tsplit\ttext\tiob"], ["path\tsplit\ttext"]
+        people = ["path\tsplit\tspeaker"]
         commands = list(itertools.product(ACTIONS, OBJECTS, LOCATIONS))
         for name, split, voice, command in _cross(speakers, commands):
             if split != "train" and rng.random() < 0.5:
@@ -86,21 +87,21 @@ def make_corpora(out: Path, seed: int) -> None:
             text = f"{ACTIONS[action]} the {thing} {LOCATIONS[place]}".strip()
             _speak(folder, f"audio/ic/{name}", text, voice, rng)
             intents.append(f"audio/ic/{name}\t{split}\t{action}\t{thing}\t{place}")
-            speaking.append(f"audio/ic/{name}\t{split}\t{name.partition('-')[0]}")
+            people.append(f"audio/ic/{name}\t{split}\t{name.partition('-')[0]}")
             names = {thing: "B-object", place: "B-location"}
             tags = " ".join(names.get(word, "O") for word in text.split())
             slots.append(f"audio/ic/{name}\t{split}\t{text}\t{tags}")
             if split == "train" and len(slots) % DOCUMENT_EVERY == 0:
-                queries.append(f"audio/ic/{name}\t\tdocument\t{text}")
+                queries.append(f"audio/ic/{name}\ttrain\t{text}")
         for name, split, voice, word in _cross(speakers, QUERIES):
             if split != "train":
                 _speak(folder, f"audio/qbe/{name}", word, voice, rng)
-                queries.append(f"audio/qbe/{name}\t{split}\tquery\t{word}")
+                queries.append(f"audio/qbe/{name}\t{split}\t{word}")
         (folder / "noise").mkdir()
         samples = np.random.default_rng(seed).normal(0, 0.02, (NOISES, NOISE_SECONDS * 16_000))
         for number, wave in enumerate(samples):
             soundfile.write(folder / f"noise/noise{number}.wav", wave, 16_000, subtype="PCM_16")
-        manifests = {"ks": words, "ic": intents, "sf": slots, "asv": speaking, "qbe": queries}
+        manifests = {"ks": words, "ic": intents, "sf": slots, "speakers": people, "qbe": queries}
         for name, lines in manifests.items():
             (folder / f"{name}.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
     counts = (f"{name}.tsv {len(lines) - 1} utterances" for name, lines in manifests.items())

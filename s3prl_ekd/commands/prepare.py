@@ -38,6 +38,9 @@ from ..prepare.ic import FLUENT_COMMANDS, IC
 from ..prepare.ks import KS, SPEECH_COMMANDS
 from ..prepare.librispeech import LIBRISPEECH
 from ..prepare.pr import PR
+from ..prepare.qbe import QBE, QUESST14
+from ..prepare.sd import LIBRI2MIX, SD
+from ..prepare.sf import SF, SNIPS
 from ..prepare.sid import SID, VOXCELEB1
 
 UNLABELED = """\
@@ -100,8 +103,14 @@ TASKS = {
     "speech_commands": SPEECH_COMMANDS,
     "ic": IC,
     "fluent_commands": FLUENT_COMMANDS,
+    "sf": SF,
+    "snips": SNIPS,
+    "sd": SD,
+    "libri2mix": LIBRI2MIX,
     "asv": ASV,
     "voxceleb1_asv": VOXCELEB1_ASV,
+    "qbe": QBE,
+    "quesst14": QUESST14,
     "alignments": ALIGNMENTS,
     "unlabeled": PrepareTask(
         "length tables only, for distillation", UNLABELED, _prepare_unlabeled, replace=False

@@ -150,12 +150,15 @@ def _run_and_install_reader(module: ModuleType, run: Callable[[ModuleType], None
 
 # s3prl's experts for these have a method for each split.
 _METHODS: dict[str, tuple[str, ...]] = dict.fromkeys(
-    ("voxceleb1", "emotion", "speech_commands", "fluent_commands"), ("train", "dev", "test")
+    ("voxceleb1", "emotion", "speech_commands", "fluent_commands", "diarization"),
+    ("train", "dev", "test"),
 )
 _METHODS["sv_voxceleb1"] = ("train", "test")  # its method for dev scores the trials of test
+_METHODS["quesst14_dtw"] = ("dev", "test")  # for any other name s3prl evaluates the test set
 # Those for ASR and PR read each split's list of data sets from this section of the recipe.
 _SECTIONS = {"asr": "datarc", "ctc": "corpus"}
-_NOT_SPLITS = {"lexicon"}  # lists in these sections that are not splits
+# lists in these sections that are not splits
+_NOT_SPLITS = {"lexicon", "train_speakers", "valid_speakers", "test_speakers"}
 _SPLIT_NAME = re.compile(r"\w[\w.-]*", re.ASCII)
 
 

@@ -9,38 +9,26 @@ length independently of the disk, and has error messages.
 
 from __future__ import annotations
 
-import functools
-import logging
 from collections.abc import Sequence
 from pathlib import Path
-
-from torch.utils.data import Dataset
 
 from ..errors import DataError
 from ..prepare.lexicon import Pronunciations, read_lexicon
 from ..prepare.librispeech import read_texts
-
-logger = logging.getLogger(__name__)
-
-PhoneItem = tuple[Path, list[int]]  # audio file, phone indices ending in <eos>
+from .buckets import BucketDataset, Item, as_list, warn_once
 
 
-class LibriPhoneDataset(Dataset):
-    """Utterances of a LibriSpeech-like corpus with their phones, sorted by number of phones.
-
-    With ``bucket_size`` 1 an item is one :data:`PhoneItem`. Otherwise it is a list of
-    ``bucket_size`` consecutive items, which have similar lengths. There are as many buckets as
-    utterances, so an epoch contains each utterance about ``bucket_size`` times.
+class LibriPhoneDataset(BucketDataset):
+    """Utterances of a LibriSpeech-like corpus with their phone indices, ending in ``<eos>``.
 
     Args:
         split: folders below ``path``, such as ``["train-clean-100"]``.
         tokenizer: s3prl's text encoder of mode ``word``.
-        bucket_size: items in a bucket, at most the number of utterances.
         lexicon: text files ``WORD<tab>PHONES``; see :mod:`..prepare.lexicon`.
-        ascending: fewest phones first; by default most phones first.
         skip_unknown_words: skip utterances with a word that is not in the lexicon and log how
             many, instead of raising. s3prl's own module (in a checkout) has no such setting.
         unused: other keys of the YAML's ``corpus`` block, for other modules of s3prl.
+        bucket_size, ascending: see :class:`.buckets.BucketDataset`.
 
     Raises:
         DataError: a folder has no audio; an utterance has no transcript, or a word that is not in
@@ -58,9 +46,7 @@ class LibriPhoneDataset(Dataset):
         skip_unknown_words: bool = False,
         **unused,
     ):
-        self.path = path
-        self.bucket_size = bucket_size
-        split, lexicon = _as_list(split), _as_list(lexicon)
+        split, lexicon = as_list(split), as_list(lexicon)
         texts = read_texts(Path(path), split)
         pronunciations = read_lexicon(
             lexicon,
@@ -68,23 +54,11 @@ class LibriPhoneDataset(Dataset):
             is_phone=lambda phone: tokenizer.vocab_to_idx(phone) != tokenizer.unk_idx,
         )
         files = files_in_lexicon(texts, pronunciations, lexicon, skip=skip_unknown_words)
-        items: list[PhoneItem] = []
+        items: list[Item] = []
         for file in files:
             phones = (phone for word in texts[file] for phone in pronunciations[word])
             items.append((file, tokenizer.encode(" ".join(phones))))
-        # stable: items with equally many phones stay sorted by path
-        items.sort(key=lambda item: len(item[1]), reverse=not ascending)
-        self.file_list, self.text = zip(*items, strict=True)
-
-    def __getitem__(self, index: int) -> PhoneItem | list[PhoneItem]:
-        if self.bucket_size == 1:
-            return self.file_list[index], self.text[index]
-        start = max(0, min(len(self) - self.bucket_size, index))
-        bucket = slice(start, start + self.bucket_size)
-        return list(zip(self.file_list[bucket], self.text[bucket], strict=True))
-
-    def __len__(self) -> int:
-        return len(self.file_list)
+        super().__init__(items, bucket_size, ascending)
 
 
 def files_in_lexicon(
@@ -111,18 +85,7 @@ def files_in_lexicon(
     if len(bad) == len(texts):
         raise DataError(f"every utterance has a word that is not in the lexicon {lexicon_names}")
     if bad:
-        _warn_once(
+        warn_once(
             f"skipped {len(bad)} of {len(texts)} utterances with words not in {lexicon_names}"
         )
     return [file for file, words in unknown.items() if not words]
-
-
-@functools.cache
-def _warn_once(message: str) -> None:
-    """Log a message once: s3prl rebuilds its datasets for each epoch and evaluation."""
-    logger.warning(message)
-
-
-def _as_list(value: str | Sequence[str]) -> list[str]:
-    """Accept a single name in place of a list, as s3prl's YAML does."""
-    return [value] if isinstance(value, str) else list(value)

@@ -12,6 +12,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 
@@ -24,9 +25,14 @@ from .tasks import Task, missing_paths
 from .tasks.corpus_check import check_corpus
 
 CTC_CORPUS = "s3prl.downstream.ctc.corpus"  # in s3prl's repository but not in its wheel
+CTC_MODULES = ("libriphone", "snips")  # of it, and ours of these names
 
 # import name -> install command, if it is not `pip install NAME`
-INSTALL = {"yaml": "pip install pyyaml", "sklearn": "pip install scikit-learn"}
+INSTALL = {
+    "yaml": "pip install pyyaml",
+    "sklearn": "pip install scikit-learn",
+    "dtw": "pip install dtw-python",
+}
 
 # modules that pretraining imports: student, optimizer, logging, and common teacher families
 PRETRAIN_MODULES = (
@@ -111,31 +117,34 @@ def check_recipe(task: Task, folder: Path) -> RecipeStatus:
 
 
 def provide_ctc_corpus(folder: Path) -> None:
-    """Make ``s3prl.downstream.ctc.corpus.libriphone`` importable; safe to call twice.
+    """Make the modules of :data:`CTC_MODULES` importable; safe to call twice.
 
-    Uses the module of the installed s3prl, else that of the checkout at ``folder``, else
-    :mod:`.libriphone`.
+    Of each, uses the module of the installed s3prl, else that of the checkout at ``folder``, else
+    ours.
 
     Raises:
         ImportError: s3prl or torch is not installed.
     """
-    name = f"{CTC_CORPUS}.libriphone"
-    if sys.modules.get(name) is not None:
+    names = {f"{CTC_CORPUS}.{module}": module for module in CTC_MODULES}
+    if all(sys.modules.get(name) is not None for name in names):
         return
     repeat_in_children(provide_ctc_corpus, folder.resolve())
     ctc = importlib.import_module("s3prl.downstream.ctc")
     checkout = folder.resolve() / "downstream" / "ctc"
-    if (checkout / "corpus" / "libriphone.py").is_file():
+    if (checkout / "corpus").is_dir():
         ctc.__path__.append(str(checkout))  # appended: an installed module has priority
-    if importlib.util.find_spec(CTC_CORPUS) and importlib.util.find_spec(name):
-        return
-    package = ModuleType(
-        CTC_CORPUS, "s3prl_ekd's replacement for a folder missing from this s3prl."
-    )
-    package.__path__ = []
-    libriphone = importlib.import_module("s3prl_ekd.downstream.libriphone")
-    vars(package)["libriphone"], vars(ctc)["corpus"] = libriphone, package
-    sys.modules.update({CTC_CORPUS: package, name: libriphone})
+    if importlib.util.find_spec(CTC_CORPUS) is None:
+        package = ModuleType(
+            CTC_CORPUS, "s3prl_ekd's replacement for a folder missing from this s3prl."
+        )
+        package.__path__ = []
+        package.__spec__ = ModuleSpec(CTC_CORPUS, None, is_package=True)
+        sys.modules[CTC_CORPUS] = vars(ctc)["corpus"] = package
+    package = importlib.import_module(CTC_CORPUS)
+    for name, module in names.items():
+        if sys.modules.get(name) is None and importlib.util.find_spec(name) is None:
+            own = importlib.import_module(f"s3prl_ekd.downstream.{module}")
+            sys.modules[name] = vars(package)[module] = own
 
 
 def _import_problem(name: str) -> RequirementProblem | None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ..compat import checkpoint_globals, voxceleb1_cache
+from ..compat import checkpoint_globals, dtw_pool, voxceleb1_cache
 from ..compat.no_eval import check_fold, check_splits, reject_code
 from ..compat.replaced import replaced
 from ..compat.source import may_be_upstream, own_upstream_names, upstream_names
@@ -173,8 +173,12 @@ def check_new_downstream(request: DownstreamRequest, states: Mapping[str, Any]) 
     if request.override:
         config = apply_overrides(config, request.override)
     reject_code(config, path)
-    check_splits(request.downstream, config, path, request.split)
     task = task_of(request.downstream, config)
+    if task is not None and not task.trained and request.mode == "train":
+        raise SetupError(
+            f"-d {request.downstream} trains nothing; use -m evaluate -t {task.split} -l LAYER"
+        )
+    check_splits(request.downstream, config, path, request.split)
     if task is not None:
         for key, missing in missing_paths(config, task.paths, Path.cwd()):
             raise ConfigError(
@@ -287,7 +291,8 @@ def run(script: ModuleType, request: DownstreamRequest) -> None:
         raise _no_such_upstream(request.upstream)
     with contextlib.ExitStack() as stack:
         stack.enter_context(downstream_guards(request))
-        stack.enter_context(replaced(script, "Runner", resumable_runner(script.Runner)))
+        runner = resumable_runner(layer_checked(script.Runner))
+        stack.enter_context(replaced(script, "Runner", runner))
         if request.cache is not None:
             from .feature_cache import cached_features
 
@@ -300,13 +305,29 @@ def run(script: ModuleType, request: DownstreamRequest) -> None:
         script.main()
 
 
+def layer_checked(runner: Any) -> Any:
+    """Subclass s3prl's ``Runner`` to raise SetupError if the upstream has no layer ``-l``."""
+
+    class LayerCheckedRunner(runner):
+        def _get_featurizer(self):
+            try:
+                return super()._get_featurizer()
+            except IndexError:
+                raise SetupError(
+                    f"-l {self.args.upstream_layer_selection}: the upstream has no such layer; the "
+                    "first one is 0, the last one -1"
+                ) from None
+
+    return LayerCheckedRunner
+
+
 @contextlib.contextmanager
 def downstream_guards(request: DownstreamRequest) -> Iterator[None]:
     """Guard a call of s3prl's script for ``request``; see :func:`..request.script_guards`.
 
     SID's and ASV's file lists are not read from s3prl's caches. If the script fails, the data
-    loader's workers are killed. The lock allows several evaluations in one folder at the same time,
-    one for each split, also during training.
+    loader's workers are killed, and QbE's processes end. The lock allows several evaluations in one
+    folder at the same time, one for each split, also during training.
     """
     from ..data.loader import kill_workers_on_error
     from .speaker_verification import recipe_patched
@@ -317,6 +338,7 @@ def downstream_guards(request: DownstreamRequest) -> Iterator[None]:
         script_guards(request, lock, cache_dir=request.cache_dir),  # for downloads
         voxceleb1_cache.cache_bypassed(),  # for every -d: with -e the task is in the checkpoint
         recipe_patched(),
+        dtw_pool.pool_ends_with_run(),
         # undo s3prl's monkeypatch: it would slow down later runs in this process, tenfold after
         # some dozens
         replaced(builtins, "isinstance", isinstance),

@@ -1,35 +1,21 @@
 """Labels of the probes, read from manifests.
 
-Besides ``path`` and ``split``, a manifest has one or more of the columns ``segments`` (forced
-alignment, for phones), ``speaker`` and ``emotion``. A segment is ``PHONE:START+LENGTH`` in frames
-of 10 ms; segments are separated by spaces, and ``SIL`` is silence.
+Besides ``path`` and ``split``, a manifest has one or more of the columns ``segments`` (phones, see
+:mod:`..data.manifest.phones`), ``speaker`` and ``emotion``.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..data.audio_files import AudioPart
-from ..data.manifest import ManifestEntry, read_manifest
+from ..data.manifest import read_manifest
+from ..data.manifest.phones import SEGMENTS, Segment, parse_segments
 from ..errors import DataError
 
-SEGMENTS, SPEAKER, EMOTION = "segments", "speaker", "emotion"  # columns
-SILENCE = "SIL"
-TICK = 160  # samples of a frame of an alignment: 10 ms at 16 kHz
-
-_SEGMENT = re.compile(r"([^\s:+]+):(\d{1,9})\+(\d{1,9})")
-
-
-@dataclass(frozen=True)
-class Segment:
-    """A phone from ``start`` to ``end`` (exclusive), in samples at 16 kHz."""
-
-    phone: str
-    start: int
-    end: int
+SPEAKER, EMOTION = "speaker", "emotion"  # columns
 
 
 @dataclass(frozen=True)
@@ -80,25 +66,6 @@ def read_labels(manifest: str | Path) -> list[LabelledUtterance]:
         )
         for entry in entries
     ]
-
-
-def parse_segments(entry: ManifestEntry) -> tuple[Segment, ...]:
-    """The phones of a line of a manifest; none without the column.
-
-    Raises:
-        DataError: a segment is not of the form ``PHONE:START+LENGTH``.
-    """
-    segments = []
-    for text in entry.cells.get(SEGMENTS, "").split():
-        match = _SEGMENT.fullmatch(text)
-        if match is None:
-            raise DataError(
-                f"{entry.location}: a segment must be PHONE:START+LENGTH in frames of "
-                f"10 ms, got {text!r}"
-            )
-        start = int(match[2]) * TICK
-        segments.append(Segment(match[1], start, start + int(match[3]) * TICK))
-    return tuple(segments)
 
 
 def speaker_folds(utterances: Sequence[LabelledUtterance], most: int) -> dict[str, int]:

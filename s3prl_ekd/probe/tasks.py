@@ -16,8 +16,9 @@ import numpy as np
 
 from ..data.audio_files import SAMPLE_RATE
 from ..data.lengths import measure_audio
+from ..data.manifest.phones import SILENCE
 from ..errors import DataError
-from .labels import SILENCE, LabelledUtterance, speaker_folds
+from .labels import LabelledUtterance, speaker_folds
 
 PHONE_FOLDS, EMOTION_FOLDS = 5, 10
 EXCERPT = SAMPLE_RATE  # samples of an excerpt of the speaker task

@@ -85,11 +85,13 @@ def flops_per_second(updates_per_second: float | None = None) -> float:
 
 
 def task_hours(task: str, steps: int | None = None) -> float:
-    """GPU hours of a task, all folds.
+    """GPU hours of a task's training, all folds; 0 for a task without training.
 
     Args:
         steps: training steps; None for those of SUPERB's recipe.
     """
+    if not TASKS[task].trained:
+        return 0.0
     recipe = resources.files("s3prl_ekd.downstream_recipes")
     for part in TASKS[task].full.split("/")[1:]:
         recipe = recipe / part

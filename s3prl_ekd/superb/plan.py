@@ -250,10 +250,14 @@ class PlannedRun:
         return ",,".join(parts)
 
     @property
+    def config(self) -> dict[str, Any]:
+        """The recipe with the overrides of this run."""
+        return replace(self.recipe, overrides=self.overrides).config
+
+    @property
     def digest(self) -> str:
         """SHA-256 of everything that determines the result."""
-        config = apply_overrides(read_yaml(self.recipe.path), self.overrides)
-        facts = [self.upstream.identity, config, self.task.downstream, self.seed]
+        facts = [self.upstream.identity, self.config, self.task.downstream, self.seed]
         facts += self.recipe.data_digests(Path.cwd())
         if self.features is not None:  # padding changes the hidden states
             facts.append("features of each utterance alone")
@@ -291,7 +295,7 @@ class PlannedRun:
             config=self.recipe.path,
             expdir=str(self.folder),
             seed=self.seed,
-            override=self.overrides,
+            override=self.overrides or None,
             cache=self.features,
         )
 

@@ -23,7 +23,7 @@ from ..downstream.tasks import TASKS
 from ..errors import CheckpointError, SetupError
 from ..files import trust
 from ..files.atomic import make_folder, write_text
-from ..files.config import apply_overrides, read_yaml, to_plain_data
+from ..files.config import to_plain_data
 from ..files.formats import NewerFormatError
 from ..files.run_checkpoints import newest_checkpoint, read_checkpoint, run_checkpoints
 from ..hidden_states.feature_store import folder_size
@@ -266,8 +266,7 @@ def evaluate(
     gc.collect()  # models of the previous call
     call(request)
     if run.task.write_reference is not None:  # last: with it, the evaluation is complete
-        config = apply_overrides(read_yaml(run.recipe.path), run.overrides)
-        run.task.write_reference(config, split, folder)
+        run.task.write_reference(run.config, split, folder)
     missing = _missing_files(run, folder)
     if missing:
         raise SetupError(f"the evaluation wrote no {missing[0]}")

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from s3prl_ekd.data.audio_files import SAMPLE_RATE, find_audio, read_headers
 from s3prl_ekd.data.manifest import read_manifest
+from s3prl_ekd.data.manifest.phones import Segment, parse_segments
 from s3prl_ekd.errors import DataError
-from s3prl_ekd.probe.labels import Segment, parse_segments
 
 _HOLD_OUT_EVERY = 50  # without a manifest, one in 50 utterances is for dev
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from s3prl_ekd.data.manifest.phones import SILENCE
 from s3prl_ekd.errors import DataError
-from s3prl_ekd.probe.labels import SILENCE
 
 from .corpus import Corpus, CorpusUtterance
 from .frames import HOP, WINDOW, frame_count

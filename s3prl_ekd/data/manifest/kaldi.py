@@ -53,7 +53,7 @@ def read_kaldi(
             f"{folder}: a Kaldi folder has no column {unknown[0]}; use a tab-separated manifest"
         )
     recordings = {
-        name: (_audio_path(name, value, location), location)
+        name: (audio_path(name, value, location), location)
         for location, name, value in _lines(folder / SCP)
     }
     labels = {
@@ -94,7 +94,12 @@ def _lines(path: Path) -> Iterator[tuple[str, str, str]]:
         raise DataError(f"{path} is empty")
 
 
-def _audio_path(name: str, value: str, location: str) -> str:
+def audio_path(name: str, value: str, location: str) -> str:
+    """Check the path of the recording ``name`` in ``wav.scp``; return it.
+
+    Raises:
+        DataError: it is a command, an entry of an archive, or not an audio file.
+    """
     if value.endswith("|") or value.startswith("|"):
         flac = _FLAC.fullmatch(value)
         instead = (

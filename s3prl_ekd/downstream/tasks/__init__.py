@@ -13,6 +13,9 @@ from .er import ER
 from .ic import IC
 from .ks import KS
 from .pr import PR
+from .qbe import QBE
+from .sd import SD
+from .sf import SF
 from .sid import SID
 from .task import Metric, Task, missing_paths, recipe_paths
 
@@ -29,7 +32,9 @@ __all__ = [
     "task_of",
 ]
 
-TASKS = {task.name: task for task in (PR, SID, ER, ASR, KS, IC, ASV)}  # the order of all tables
+TASKS = {
+    task.name: task for task in (PR, SID, ER, ASR, KS, IC, SF, ASV, SD, QBE)
+}  # the order of all tables
 DEFAULT_TASKS = ("pr", "sid", "er", "asr")
 
 

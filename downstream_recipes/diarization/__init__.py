@@ -1,0 +1,1 @@
+"""The SD recipe: two configurations."""

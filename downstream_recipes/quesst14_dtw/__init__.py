@@ -1,0 +1,1 @@
+"""The QbE recipe: two configurations."""
