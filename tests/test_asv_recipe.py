@@ -18,6 +18,7 @@ import torch
 import yaml
 
 from s3prl_ekd import cli, compat
+from s3prl_ekd.compat.no_eval import check_splits
 from s3prl_ekd.downstream import speaker_verification
 from s3prl_ekd.downstream.metrics.eer import EqualErrorRate, read_trials
 from s3prl_ekd.downstream.tasks import TASKS
@@ -25,6 +26,7 @@ from s3prl_ekd.downstream.tasks.corpus_check import check_corpus
 from s3prl_ekd.errors import CheckpointError, ConfigError, DataError
 from s3prl_ekd.files.run_checkpoints import read_checkpoint
 from s3prl_ekd.prepare.asv import MIN_SAMPLES, make_trials
+from s3prl_ekd.superb.bootstrap import interval, share_better
 from s3prl_ekd.superb.submission import MEMBERS
 
 from .conftest import command
@@ -297,15 +299,16 @@ def test_s3prls_classes_are_restored(work):
     with speaker_verification.recipe_patched():
         from s3prl.downstream.sv_voxceleb1 import dataset, expert
 
-        patched = (dataset.SpeakerVerifi_train.__init__, expert.DownstreamExpert.forward)
+        patched = dataset.SpeakerVerifi_train.__init__
     classes = (dataset.SpeakerVerifi_train, dataset.SpeakerVerifi_test, expert.DownstreamExpert)
     for cls in classes:
         assert all("s3prl_ekd" not in getattr(v, "__module__", "") for v in vars(cls).values())
     assert not hasattr(dataset.SpeakerVerifi_train, "dataset")
     assert "load_state_dict" not in vars(expert.DownstreamExpert)
-    with speaker_verification.recipe_patched(), speaker_verification.recipe_patched():
-        again = (dataset.SpeakerVerifi_train.__init__, expert.DownstreamExpert.forward)
-        assert again[0] is patched[0] and again[1] is not expert.DownstreamExpert.log_records
+    with speaker_verification.recipe_patched():
+        with speaker_verification.recipe_patched():
+            pass
+        assert dataset.SpeakerVerifi_train.__init__ is patched
     assert "s3prl_ekd" not in dataset.SpeakerVerifi_train.__init__.__module__
 
 
@@ -379,6 +382,13 @@ def test_what_s3prl_cannot_use_is_a_sentence_before_training(work, changed, matc
     assert str(raised.value).startswith("recipe.yaml: ") and "\n" not in str(raised.value)
 
 
+def test_dev_is_no_split(work):
+    """s3prl would score the trials of test."""
+    check_splits("sv_voxceleb1", recipe(work), "recipe.yaml", "test")
+    with pytest.raises(ConfigError, match="'dev'; use train or test"):
+        check_splits("sv_voxceleb1", recipe(work), "recipe.yaml", "dev")
+
+
 def test_a_corpus_without_recordings_for_training(voxceleb, work):
     root, _ = voxceleb
     shutil.rmtree(root / "dev/wav")
@@ -449,7 +459,10 @@ def test_the_eer_by_hand(labels, scores, eer, tmp_path):
 def test_a_resample_without_a_kind_of_trials_has_no_eer():
     kinds, scores = np.array([True, False, True]), np.array([3.0, 2.0, 1.0])
     sample = EqualErrorRate(("a", "b"), np.array([0, 0, 1]), kinds, scores, b"")
-    assert np.isnan(sample.values(np.array([[0.0, 2.0], [1.0, 1.0]]))).tolist() == [True, False]
+    values = sample.values(np.array([[0.0, 2.0], [1.0, 1.0]]))
+    assert np.isnan(values).tolist() == [True, False]
+    assert interval(values) == (values[1], values[1])
+    assert share_better(values - 200, higher=False) == 1.0
 
 
 def test_predictions_that_have_no_eer(tmp_path):

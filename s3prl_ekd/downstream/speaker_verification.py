@@ -32,9 +32,9 @@ from ..prepare.asv import (
     TRAIN,
     check_trimmed,
     find_recordings,
-    find_speakers,
     measure_trimmed,
     read_lengths,
+    subfolders,
 )
 
 logger = logging.getLogger(__name__)
@@ -58,20 +58,18 @@ def patch_recipe() -> None:
 
 @contextlib.contextmanager
 def recipe_patched() -> Iterator[None]:
-    """:func:`patch_recipe` for a ``with`` block, undone on exit."""
+    """:func:`patch_recipe` for a ``with`` block, undone on exit, unless it was called before."""
+    patched_before = bool(_replaced)
     patch_recipe()
     try:
         yield
     finally:
-        forget_in_children(patch_recipe)
-        for name in (DATASET, EXPERT):
-            forget_import(name)
-            for cls, attributes in _replaced.pop(name, {}).items():
-                for attribute, value in attributes.items():
-                    if value is None:
-                        delattr(cls, attribute)
-                    else:
-                        setattr(cls, attribute, value)
+        if not patched_before:
+            forget_in_children(patch_recipe)
+            for name in (DATASET, EXPERT):
+                forget_import(name)
+                for cls, attributes in _replaced.pop(name, {}).items():
+                    _restore(cls, attributes)
 
 
 # module -> class -> what the class itself had of the attributes that are replaced
@@ -88,6 +86,14 @@ def _replace(module: Any, classes: Mapping[type, Mapping[str, Any]]) -> None:
     }
     for cls, attributes in classes.items():
         for name, value in attributes.items():
+            setattr(cls, name, value)
+
+
+def _restore(cls: type, attributes: Mapping[str, Any]) -> None:
+    for name, value in attributes.items():
+        if value is None:
+            delattr(cls, name)
+        else:
             setattr(cls, name, value)
 
 
@@ -116,7 +122,8 @@ def _init_train(
 ) -> None:
     self.roots, self.root_key = file_path, key_list
     self.vad_c, self.max_timestep, self._jobs = vad_config, max_timestep, n_jobs
-    self.all_speakers = sorted(name for root in file_path for name in find_speakers(root))
+    # also those without a long recording, as in s3prl
+    self.all_speakers = sorted(name for root in file_path for name in subfolders(root))
     self.speaker_num = len(self.all_speakers)
     self._dataset = None
 

@@ -114,19 +114,15 @@ def find_recordings(root: Path) -> list[str]:
     """The audio files ``SPEAKER/VIDEO/UTTERANCE`` below a folder, sorted."""
     return sorted(
         f"{speaker}/{video}/{name}"
-        for speaker in find_speakers(root)
-        for video in _folders(root / speaker)
+        for speaker in subfolders(root)
+        for video in subfolders(root / speaker)
         for name in os.listdir(root / speaker / video)
         if is_audio(name) and not is_hidden_or_system(name)
     )
 
 
-def find_speakers(root: Path) -> list[str]:
-    """The folders of speakers, sorted: s3prl's classes, also without a recording."""
-    return _folders(root)
-
-
-def _folders(root: Path) -> list[str]:
+def subfolders(root: Path) -> list[str]:
+    """Names of the folders in a folder, sorted: speakers, or the videos of one."""
     with os.scandir(root) as entries:
         return sorted(e.name for e in entries if e.is_dir() and not is_hidden_or_system(e.name))
 

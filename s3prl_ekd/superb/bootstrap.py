@@ -72,8 +72,11 @@ def resampled_rates(
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:
-    """The interval with the central 95 % of ``values`` ``[resample]``."""
-    low, high = np.quantile(values, [0.025, 0.975])
+    """The interval with the central 95 % of ``values`` ``[resample]``; NaN are left out.
+
+    NaN is the EER of a resample without trials of one kind.
+    """
+    low, high = np.nanquantile(values, [0.025, 0.975])
     return float(low), float(high)
 
 
@@ -82,6 +85,7 @@ def share_better(difference: np.ndarray, *, higher: bool) -> float:
 
     ``difference`` is its metric minus the second's, ``[resample]``; ``higher``: higher is better.
     """
+    difference = difference[~np.isnan(difference)]
     wins = difference > 0 if higher else difference < 0
     return float(wins.mean() + 0.5 * (difference == 0).mean())
 

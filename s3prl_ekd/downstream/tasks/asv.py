@@ -13,9 +13,9 @@ from ...prepare.asv import (
     PREPARED,
     TEST,
     TRAIN,
-    find_speakers,
     read_lengths,
     read_trials,
+    subfolders,
 )
 from .lookup import EXPERT, FileLookup, RecipeFiles, file_finder, setting
 from .task import Metric, Task
@@ -41,7 +41,7 @@ def _find_files(recipe: RecipeFiles) -> Iterator[FileLookup]:
         _ROOT, names, str(path), lambda root, name: has_file(root / TEST, name), f"{TEST}/{{}}"
     )
     root = recipe.path(_ROOT)
-    speakers = find_speakers(root / TRAIN) if (root / TRAIN).is_dir() else []
+    speakers = subfolders(root / TRAIN) if (root / TRAIN).is_dir() else []
     if len(speakers) < 2:
         raise recipe.error(
             _ROOT, f"{root}, which has {len(speakers)} folder(s) of speakers in {TRAIN}, not 2"
