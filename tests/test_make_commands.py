@@ -24,7 +24,8 @@ def test_corpora_are_the_same_each_time_and_prepared(tmp_path, monkeypatch, caps
         digests.append([hashlib.sha256(p.read_bytes()).hexdigest() for p in files])
     assert digests[0] == digests[1]
     words = read_manifest(tmp_path / "a/ks.tsv", columns=("path", "split", "word"))
-    assert len(words) == 6 * 17 and {e.cells["word"] for e in words} >= {"yes", "dog"}
+    assert len(words.entries) == 6 * 17
+    assert {entry.cells["word"] for entry in words.entries} >= {"yes", "dog"}
     options = ("--noise", tmp_path / "a/noise", "-o", tmp_path / "ks")
     assert prepare("ks", tmp_path / "a/ks.tsv", *options) == 0
     assert prepare("ic", tmp_path / "a/ic.tsv", "-o", tmp_path / "ic") == 0
