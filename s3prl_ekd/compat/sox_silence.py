@@ -41,7 +41,7 @@ def sounding(
             break
         parts.append((restart + start, restart + end))
         restart += end + below[0]
-    return [part for part in parts if part[0] < part[1]]
+    return parts
 
 
 class _Loudness:
