@@ -11,7 +11,7 @@ import numpy as np
 from ..downstream.tasks import COLUMNS, DEFAULT_TASKS, TASKS
 
 # column -> metric of FBANK and of the best system, per cent: the anchors of the public set's score
-ANCHORS = {name: column.metric.anchors for name, column in COLUMNS.items()}
+ANCHORS = {name: column.metric.anchors for name, column in COLUMNS.items() if column.metric.anchors}
 
 LABEL = "SUPERB score (public anchors; only comparable on SUPERB's own corpora and recipes)"
 

@@ -24,11 +24,12 @@ class Metric:
 
     Attributes:
         name: ``per``, ``wer``, ``acc``, ...
-        anchors: of FBANK and of the best system on SUPERB's public set, of which its score is made.
+        anchors: of FBANK and of the best system on SUPERB's public set, of which its score is made;
+            None for a metric that only chooses checkpoints.
     """
 
     name: str
-    anchors: tuple[float, float]
+    anchors: tuple[float, float] | None
     higher_is_better: bool = False
 
     @property
