@@ -23,7 +23,7 @@ def test_corpora_are_the_same_each_time_and_prepared(tmp_path, monkeypatch, caps
         files = sorted(p for p in (tmp_path / name).rglob("*") if p.is_file())
         digests.append([hashlib.sha256(p.read_bytes()).hexdigest() for p in files])
     assert digests[0] == digests[1]
-    words = read_manifest(tmp_path / "a/ks.tsv", columns=("path", "split", "word"))
+    words = read_manifest(tmp_path / "a/ks.tsv", columns=("path", "split", "word")).entries
     assert len(words) == 6 * 17 and {e.cells["word"] for e in words} >= {"yes", "dog"}
     options = ("--noise", tmp_path / "a/noise", "-o", tmp_path / "ks")
     assert prepare("ks", tmp_path / "a/ks.tsv", *options) == 0
