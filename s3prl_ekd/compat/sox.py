@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 
 from ..errors import SetupError
 from .shim import Shim
-from .sox_silence import sounding
 from .torchaudio_import import LOAD_FAILURES, set_attributes
 
 if TYPE_CHECKING:
@@ -65,6 +64,8 @@ def _silence(wav: torch.Tensor, rate: int, *arguments: str) -> tuple[torch.Tenso
     Like SoX after an effect with 32 bits, such as ``gain``.
     """
     import torch
+
+    from .sox_silence import sounding  # for ASV alone
 
     start, above, loud, stop, below, silent = arguments
     if (start, stop, loud[-1:], silent[-1:]) != ("1", "-1", "%", "%") or wav.size(0) != 1:
