@@ -27,7 +27,8 @@ from typing import Any
 
 from ..errors import SetupError
 from .child_processes import forget_in_children, repeat_in_children
-from .import_hooks import forget_import, patch_module
+from .import_hooks import forget_import
+from .patched_modules import patch_module
 
 logger = logging.getLogger(__name__)
 

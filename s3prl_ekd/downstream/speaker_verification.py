@@ -23,7 +23,8 @@ from typing import Any
 import torch
 
 from ..compat.child_processes import forget_in_children, repeat_in_children
-from ..compat.import_hooks import forget_import, patch_module
+from ..compat.import_hooks import forget_import
+from ..compat.patched_modules import patch_module
 from ..compat.replaced import replaced
 from ..compat.voxceleb1_cache import librosa
 from ..errors import CheckpointError, DataError
