@@ -523,6 +523,17 @@ def test_superb_tests_each_checkpoint(work, tmp_path):
         first, second = (name[: -len(".wav")].replace("/", "-") for name in names)
         assert line == f"{first}_{second} {label}"
 
+    # killed while it wrote the last test of a checkpoint: that test is repeated, the others are not
+    kept = {path.stem: (folder / path.stem / "test_truth.txt").stat() for path in checkpoints}
+    damaged = folder / checkpoints[-1].stem / "test_truth.txt"
+    damaged.write_text(damaged.read_text()[:40])
+    (folder / "superb.json").write_text(json.dumps(record | {"dev": None, "finished": False}))
+    command(*argv, cwd=work)
+    again = json.loads((folder / "superb.json").read_text())
+    assert again["dev"] == record["dev"] and again["finished"]
+    assert {n for n in kept if (folder / n / "test_truth.txt").stat().st_mtime_ns
+            != kept[n].st_mtime_ns} == {damaged.parent.name}  # fmt: skip
+
     assert MEMBERS["asv", None] == {"test_predict.txt": "sv_public/predict.txt"}
     command("predict-zip", "out", "-o", "p.zip", "--partial", cwd=work)
     with zipfile.ZipFile(work / "p.zip") as archive:

@@ -216,6 +216,15 @@ def test_a_task_that_was_not_tested_under_noise_has_no_column_there(tmp_path):
     assert "PR PER" in noisy and "SID" not in noisy
 
 
+def test_a_further_task_does_not_take_the_difference_of_scores_away(tmp_path):
+    write_four(tmp_path, "a")
+    write_four(tmp_path, "b", pr=4)
+    write_run(tmp_path, "a", "ks", labels(3, 1), hub="a", checkpoint=None)
+    report = report_of(tmp_path)
+    assert report.score_difference("a", "b").value > 0
+    assert report.difference("a", "b", "ks", "clean") is None
+
+
 def test_csv_is_tidy(tmp_path):
     for seed in (1, 2):
         write_four(tmp_path, "a", seed=seed, noise=("hum_snr5",))

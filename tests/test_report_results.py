@@ -99,6 +99,12 @@ def test_prediction_files(tmp_path):
         ),
         ({"dev": {"metric": "per", "value": float("nan")}}, "NaN"),
         ({"dev": None}, r"\bdev\b"),
+        ({"lr": None}, r"\blr\b.*\bpr\b.*None"),
+        (
+            {"dev": {"metric": "per", "value": 1.0, "checkpoint": "../a.ckpt"}},
+            r"dev\.checkpoint.*\.\./a",
+        ),
+        ({"dev": {"metric": "per", "value": 1.0, "layer": 1}}, r"dev\.layer.*\b1\b"),
         ({"split": "../test"}, r"\bsplit\b.* test .*'\.\./test'"),
         ({"tested": {}}, r"\btested\b"),
         ({"tested": {"clean": "/etc"}}, "tested.clean.*'/etc'"),
@@ -252,3 +258,27 @@ def test_the_ten_task_score_of_distilhubert_by_hand():
     assert superb_score(metrics) == pytest.approx(four / 4, abs=0.001)
     del metrics["sf_cer"]
     assert superb_score(metrics, tuple(TASKS)) is None
+
+
+@pytest.mark.parametrize(
+    "change, pattern",
+    [
+        ({"lr": 0.1}, r"\blr\b.*null.*\bqbe\b.*0\.1"),
+        ({"dev": {"metric": "mtwv", "value": 1.0}}, r"dev\.layer.*None"),
+        ({"dev": {"metric": "mtwv", "value": 1.0, "layer": -3}}, r"dev\.layer.*-3"),
+        (
+            {"dev": {"metric": "mtwv", "value": 1.0, "layer": 1, "checkpoint": "../x"}},
+            r"dev\.checkpoint.*'\.\./x'",
+        ),
+    ],
+)
+def test_errors_of_a_record_without_training(tmp_path, change, pattern):
+    folder = write_run(tmp_path, "student", "sid", PAIRS)
+    record = json.loads((folder / "superb.json").read_text())
+    dev = {"metric": "mtwv", "value": 1.0, "checkpoint": None, "layer": 2}
+    record |= {"task": "qbe", "lr": None, "dev": dev}
+    (folder / "superb.json").write_text(json.dumps(record))
+    assert read_results([tmp_path]).runs[0].dev.layer == 2
+    (folder / "superb.json").write_text(json.dumps(record | change))
+    with pytest.raises(EkdError, match=pattern):
+        read_results([tmp_path])

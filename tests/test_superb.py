@@ -122,20 +122,33 @@ def test_tasks_have_the_order_of_superb():
 
 def test_learning_rates_of_a_search(in_superb_workspace, tmp_path):
     runs = plan_runs(tmp_path, "fbank", lr=["search"])
-    # the recipes' own 3e-3 and 1e-3 are among them
-    assert [r.lr for r in runs if r.task.name == "sid"] == [1e-4, 1e-3, 3e-3, 5e-3]
-    assert sorted({r.lr for r in runs if r.task.name == "er"}) == [1e-5, 1e-4, 1e-3]
+    # the recipes' own rates are 3e-3 and 1e-3
+    assert [r.lr for r in runs if r.task.name == "sid"] == pytest.approx([3e-4, 3e-3, 3e-2])
+    assert sorted({r.lr for r in runs if r.task.name == "er"}) == pytest.approx([1e-4, 1e-3, 1e-2])
+    full = "sid=config.downstream_expert.datarc.file_path='data/sid/audio',,"
+    full += "config.downstream_expert.datarc.meta_data='data/sid/split.txt'"
+    runs = plan_runs(
+        tmp_path, "fbank", tasks=["sid"], recipes="full", lr=["search"], override=[full]
+    )
+    assert [r.lr for r in runs] == pytest.approx([1e-5, 1e-4, 1e-3, 5e-3])
     runs = plan_runs(tmp_path, "fbank", lr=["er=search", "sid=0.5"])
     assert [run.lr for run in runs if run.task.name == "sid"] == [0.5]
+    override = ["sid=config.optimizer={'name':'Adam'}"]
+    with pytest.raises(SetupError, match=r"tiny\.yaml: optimizer\.lr"):
+        plan_runs(tmp_path, "fbank", tasks=["sid"], lr=["search"], override=override)
+    for option in ("lr", "steps"):
+        with pytest.raises(SetupError, match=rf"--{option} qbe=3\b.*qbe"):
+            plan_runs(tmp_path, "fbank", **{option: ["qbe=3"]})
 
 
 @pytest.mark.parametrize(
-    "best, hint", [(1e-4, "--lr sid=1e-05"), (1e-3, None), (5e-3, "--lr sid=0.05")]
+    "best, hint", [(3e-4, "--lr sid=3e-05"), (3e-3, None), (3e-2, "--lr sid=0.3")]
 )
 def test_the_chosen_learning_rate_is_printed(in_superb_workspace, tmp_path, best, hint):
     runs = plan_runs(tmp_path, "fbank", tasks=["sid"], lr=["search"])
     for run in runs:
-        dev = {"metric": "acc", "value": 60.0 if run.lr == best else 50.0, "checkpoint": "a.ckpt"}
+        value = 60.0 if run.lr == pytest.approx(best) else 50.0
+        dev = {"metric": "acc", "value": value, "checkpoint": "a.ckpt"}
         write_record(run, dev=dev)
     (line,) = superb.chosen_learning_rates(runs)
     assert re.match(rf"fbank, sid: .*\b{best:g} \(ACC 60\.00 %\)", line)

@@ -70,6 +70,12 @@ def test_a_killed_run_resumes_with_the_same_result(superb_workspace, tmp_path):
     )  # finished: nothing is run
     assert log.stat().st_size == size
 
+    (tmp_path / "killed" / run / TASKS["sid"].files(None)[0]).unlink()
+    subprocess.run(superb_argv(tmp_path / "killed"), check=True, **quiet)  # tested again
+    for name in TASKS["sid"].files(None):
+        expected, again = ((tmp_path / out / run / name).read_text() for out in outputs)
+        assert expected == again
+
 
 def test_runs_with_and_without_cached_features_differ(in_superb_workspace, tmp_path, monkeypatch):
     (uncached,) = plan_runs(tmp_path, "fbank", tasks=["sid"])

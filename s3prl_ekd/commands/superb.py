@@ -45,7 +45,8 @@ def configure(parser) -> None:
     )
     parser.add_argument(
         "--lr", metavar="TASK=LR[,LR]", action="append", default=[],
-        help=f"learning rates to try (default: the recipe's). search: the recipe's and {_rates()}",
+        help="learning rates to try (default: the recipe's). search: the recipe's, a tenth and ten "
+        f"times of it, and with --recipes full {_published()}",
     )  # fmt: skip
     parser.add_argument(
         "--steps", metavar="TASK=N", action="append", default=[],
@@ -90,22 +91,22 @@ def configure(parser) -> None:
     parser.add_argument(
         "--keep-features", action="store_true", help="do not remove OUTPUT/.features"
     )
-    parser.add_argument("--dry-run", action="store_true", help="print the commands and exit")
+    parser.add_argument(
+        "--dry-run", action="store_true",
+        help="print the commands and exit; of tasks that choose a checkpoint or layer by its test "
+        "(asv qbe) all tests, without those under noise",
+    )  # fmt: skip
     parser.add_argument(
         "-o", "--output", metavar="DIR", type=Path, default=Path("result/superb"),
         help="default: result/superb",
     )  # fmt: skip
 
 
-def _rates() -> str:
-    """The rates that ``--lr search`` tries: ``1e-05 0.0001 0.001 (er asr)``."""
-    tasks: dict[tuple[float, ...], list[str]] = {}
-    for task in filter(lambda task: task.trained, TASKS.values()):
-        tasks.setdefault(task.learning_rates, []).append(task.name)
-    return ", ".join(
-        f"{' '.join(f'{rate:g}' for rate in rates)} ({' '.join(names)})"
-        for rates, names in tasks.items()
-    )
+def _published() -> str:
+    """The published rates that ``--lr search`` tries: ``0.0005 (pr) and 0.005 (sid)``."""
+    tasks = (task for task in TASKS.values() if task.published_rates)
+    rates = (f"{' '.join(f'{r:g}' for r in t.published_rates)} ({t.name})" for t in tasks)
+    return " and ".join(rates)
 
 
 def main(args) -> int:

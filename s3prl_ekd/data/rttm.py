@@ -13,6 +13,7 @@ from ..files.text import read_text
 
 MAX_BYTES = 1 << 28
 MAX_SECONDS = 1e6
+MAX_SPEAKERS = 8  # of a recording: its scoring tries every mapping of the speakers
 
 # Speaker -> turns (begin, length) in seconds, in the order of the file
 SpeakerTurns = dict[str, list[tuple[float, float]]]

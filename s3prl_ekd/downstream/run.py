@@ -291,7 +291,7 @@ def run(script: ModuleType, request: DownstreamRequest) -> None:
         raise _no_such_upstream(request.upstream)
     with contextlib.ExitStack() as stack:
         stack.enter_context(downstream_guards(request))
-        runner = resumable_runner(layer_checked(script.Runner))
+        runner = resumable_runner(task_runner(script.Runner))
         stack.enter_context(replaced(script, "Runner", runner))
         if request.cache is not None:
             from .feature_cache import cached_features
@@ -305,10 +305,24 @@ def run(script: ModuleType, request: DownstreamRequest) -> None:
         script.main()
 
 
-def layer_checked(runner: Any) -> Any:
-    """Subclass s3prl's ``Runner`` to raise SetupError if the upstream has no layer ``-l``."""
+def task_runner(runner: Any) -> Any:
+    """Subclass s3prl's ``Runner`` for what SUPERB's tasks need.
 
-    class LayerCheckedRunner(runner):
+    An evaluation leaves the reference beside the predictions, where s3prl leaves none.
+
+    Raises (when instantiated):
+        SetupError: the upstream has no layer ``-l``.
+    """
+
+    class TaskRunner(runner):
+        def evaluate(self, *args, **kwargs):
+            result = super().evaluate(*args, **kwargs)
+            task = task_of(self.args.downstream, self.config)
+            if self.args.mode == "evaluate" and task is not None and task.write_reference:
+                folder = Path(self.args.expdir)
+                task.write_reference(self.config, self.args.evaluate_split, folder)
+            return result
+
         def _get_featurizer(self):
             try:
                 return super()._get_featurizer()
@@ -318,7 +332,7 @@ def layer_checked(runner: Any) -> Any:
                     "first one is 0, the last one -1"
                 ) from None
 
-    return LayerCheckedRunner
+    return TaskRunner
 
 
 @contextlib.contextmanager

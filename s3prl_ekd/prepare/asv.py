@@ -95,8 +95,8 @@ def read_trials(path: Path, error: type[EkdError], *, any_path: bool = False) ->
         for name in fields[1:]:
             if not any_path and not _is_recording(name):
                 raise error(
-                    f"{path}: line {number}: expected SPEAKER/VIDEO/UTTERANCE.wav, got "
-                    f"{name[:60]!r}"
+                    f"{path}: line {number}: expected SPEAKER/VIDEO/UTTERANCE.wav, without - in "
+                    f"SPEAKER, got {name[:60]!r}"
                 )
         trials.append(Trial(*fields))
     for label in ("1", "0"):
@@ -106,8 +106,13 @@ def read_trials(path: Path, error: type[EkdError], *, any_path: bool = False) ->
 
 
 def _is_recording(name: str) -> bool:
+    """Whether s3prl's name of a recording, ``SPEAKER-VIDEO-UTTERANCE`` up to a dot, tells its
+    speaker."""
     parts = name.split("/")
-    return len(parts) == 3 and not {"", ".", ".."} & {*parts}
+    if len(parts) != 3 or {"", ".", ".."} & {*parts}:
+        return False
+    speaker, video, _ = parts
+    return "-" not in speaker and "." not in speaker + video
 
 
 def find_recordings(root: Path) -> list[str]:

@@ -90,7 +90,8 @@ def read_audio_list(path: Path, error: type[EkdError]) -> list[ListedAudio]:
             raise error(f"{location}: expected 'FOLDER/PATH LANGUAGE', got {line[:60]!r}")
         before, slash, after = fields[0].partition("/")  # s3prl removes the first folder
         audio = ListedAudio(location, after if slash else before, fields[1])
-        if not audio.name or ".." in PurePosixPath(audio.path).parts:
+        own = PurePosixPath(audio.path)
+        if not audio.name or own.is_absolute() or {"..", PREPARED} & {*own.parts}:
             raise error(f"{location}: expected a path below the corpus, got {fields[0][:60]!r}")
         other = first.setdefault(audio.name, f"line {number}")
         if other != f"line {number}":

@@ -245,7 +245,7 @@ def _write_mixture(
     for source in pair:
         wave = read_audio(source.audio.part, speech=True)[:LONGEST].numpy()
         spans = speech_by_phones(source.entry, len(wave)) or speech_by_energy(wave)
-        if not spans:
+        if not any(wave[begin:end].any() for begin, end in spans):
             raise DataError(f"{source.entry.location}: no speech of 0.1 s in the first 20 s")
         waves.append(wave)
         speech.append(spans)

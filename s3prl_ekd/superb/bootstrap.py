@@ -74,7 +74,7 @@ def resampled_rates(
 def interval(values: np.ndarray) -> tuple[float, float]:
     """The interval with the central 95 % of ``values`` ``[resample]``; NaN are left out.
 
-    NaN is the EER of a resample without trials of one kind.
+    NaN is the EER of a resample without trials of one kind, or the CER of one without slots.
     """
     low, high = np.nanquantile(values, [0.025, 0.975])
     return float(low), float(high)

@@ -17,6 +17,7 @@ from typing import Any
 
 from ..downstream.tasks import TASKS, Task, choose_tasks, missing_paths, recipe_paths
 from ..downstream.tasks.corpus_check import check_corpus
+from ..downstream.tasks.lookup import EXPERT, setting
 from ..errors import ConfigError, SetupError
 from ..files.atomic import file_sha256
 from ..files.config import apply_overrides, from_plain_data, override_value, read_yaml
@@ -36,6 +37,7 @@ from .results import UNTRAINED, DevMetric, RunRecord
 
 CLEAN = "clean"
 SEARCH = "search"  # --lr search
+SEED = 1337  # by default
 FEATURES = ".features"  # cached hidden states, in the output folder
 _NAME = r"[\w.-]+"  # an upstream's name, also the name of its folder
 
@@ -146,6 +148,8 @@ class Recipe:
     def check(self, folder: Path) -> None:
         """Raise ConfigError if a path in the recipe, or a file in its lists, is missing."""
         config = self.config
+        if self.task.ctc_metric is not None:
+            self._check_ctc_metric(config)
         for key, missing in missing_paths(config, self.task.paths, folder):
             raise ConfigError(
                 f"{self.path}: {key}: no such path {missing}; edit it, prepare the data "
@@ -160,6 +164,22 @@ class Recipe:
             if fold is not None:
                 config = apply_overrides(config, _fold_override(fold))
             check_corpus(self.task.downstream, config, self.path, folder=folder)
+
+    def _check_ctc_metric(self, config: Mapping[str, Any]) -> None:
+        """Check that s3prl chooses the checkpoint by the metric that the record names."""
+        for key, expected in (
+            ("metric", self.task.ctc_metric),
+            ("metric_higher_better", self.task.dev.higher_is_better),
+            ("save_best_on", "dev"),
+        ):
+            value = setting(config, f"{EXPERT}.{key}")
+            first = value[0] if isinstance(value, list) and value else value
+            if first != expected:
+                begin = " begin with" if key == "metric" else " be"
+                raise ConfigError(
+                    f"{self.path}: {EXPERT}.{key} must{begin} {expected}, by which superb "
+                    f"chooses checkpoints and learning rates; got {value!r:.60}"
+                )
 
     def data_digests(self, folder: Path) -> list[str]:
         """SHA-256 of each table that ``s3prl-ekd prepare`` wrote into the data folders, if any."""
@@ -257,7 +277,10 @@ class PlannedRun:
     @property
     def digest(self) -> str:
         """SHA-256 of everything that determines the result."""
-        facts = [self.upstream.identity, self.config, self.task.downstream, self.seed]
+        config = self.config
+        if isinstance(config.get(EXPERT), dict):
+            config[EXPERT].pop("max_workers", None)  # of QbE: how many processes
+        facts = [self.upstream.identity, config, self.task.downstream, self.seed]
         facts += self.recipe.data_digests(Path.cwd())
         if self.features is not None:  # padding changes the hidden states
             facts.append("features of each utterance alone")
@@ -407,7 +430,7 @@ def plan_runs(args: Namespace) -> list[PlannedRun]:
         recipe = Recipe(task, path, ",,".join(parts))
         recipe.check(Path.cwd())
         lrs = _learning_rates(recipe, rates.get(task.name))
-        seeds = args.seeds if task.trained else args.seeds[:1]
+        seeds = args.seeds if task.trained else [SEED]  # which has no effect
         for upstream, lr, seed, fold in product(upstreams, lrs, seeds, recipe.folds()):
             options = (args.output, noises, features[upstream.name])
             runs.append(PlannedRun(upstream, recipe, lr, seed, fold, *options))
@@ -417,13 +440,15 @@ def plan_runs(args: Namespace) -> list[PlannedRun]:
 
 def _learning_rates(recipe: Recipe, text: str | None) -> Sequence[float | None]:
     """The learning rates to try; ``text`` is the value of ``--lr``, None if it is not given."""
-    if not recipe.task.trained:
+    task = recipe.task
+    if not task.trained:
         return [None]
-    if text == SEARCH:
-        own = _number("optimizer.lr", str(recipe.config["optimizer"]["lr"]), float)
-        return sorted({own, *recipe.task.learning_rates})
-    texts = text or str(recipe.config["optimizer"]["lr"])
-    return [_number("--lr", rate, float) for rate in texts.split(",")]
+    if text in (None, SEARCH):
+        key = "optimizer.lr"
+        own: float = _number(f"{recipe.path}: {key}", str(setting(recipe.config, key)), float)
+        published = task.published_rates if recipe.path == task.full else ()
+        return sorted({own / 10, own, 10 * own, *published}) if text else [own]
+    return [_number("--lr", rate, float) for rate in str(text).split(",")]
 
 
 def _features(args: Namespace, upstream: str) -> CacheOptions | None:
@@ -447,6 +472,8 @@ def _by_task(option: str, texts: Sequence[str], tasks: Sequence[Task]) -> dict[s
     for text in texts:
         name, equals, value = text.partition("=")
         if equals and name in TASKS:
+            if option in ("--lr", "--steps") and not TASKS[name].trained:
+                raise SetupError(f"{option} {text}: {name} trains nothing; leave it out")
             values[name] = value
         elif option == "--recipe" and Path(text).is_file():  # a path may contain =
             values.update({task.name: text for task in tasks})

@@ -75,10 +75,10 @@ class Report:
         return _difference(a, b, higher=COLUMNS[column].metric.higher_is_better)
 
     def score_difference(self, upstream: str, baseline: str) -> Difference | None:
-        """Difference of the SUPERB scores; None if any column has no difference on ``clean``."""
+        """Difference of the SUPERB scores; None unless their tasks had the same test sets."""
         if upstream not in self.scores or baseline not in self.scores:
             return None
-        if any(self.difference(upstream, baseline, c, CLEAN) is None for c in self.columns):
+        if any(self.difference(upstream, baseline, t, CLEAN) is None for t in DEFAULT_TASKS):
             return None
         return _difference(self.scores[upstream], self.scores[baseline], higher=True)
 

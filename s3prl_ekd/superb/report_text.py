@@ -54,6 +54,7 @@ def _caption(report: Report) -> str:
     costs = f" GMACs: {sums}." if counts else ""
     others = [f"{TASKS[t].unit} ({t.upper()})" for t in report.tasks if TASKS[t].unit != UTTERANCES]
     units = ", ".join([UTTERANCES, *others])
+    of_all = f" A second score is over all {len(TASKS)} tasks." if report.scores_of_all else ""
     recipes = ", ".join(sorted({s.runs[0].recipe for s in report.selections.values()}))
     return (
         f"Test set metrics in per cent, with 95 % percentile bootstrap intervals over {units} "
@@ -61,6 +62,7 @@ def _caption(report: Report) -> str:
         "interval covers the sampling of the test set, not the randomness of training."
         f"{costs} The score is the {LABEL}; recipes used here: {recipes}. It is the mean over PR, "
         "SID, ER and ASR; an upstream without a result on all of them has none."
+        f"{of_all}"
     )
 
 
@@ -196,6 +198,10 @@ def as_csv(report: Report, against: str | None = None) -> str:
             if against not in (None, name):
                 row |= _csv_difference(against, report.score_difference(name, against))
             rows.append(row)
+        if name in report.scores_of_all:
+            row = {"upstream": name, "task": "all", "condition": CLEAN}
+            row |= {"metric": f"superb_score_of_{len(TASKS)}"}
+            rows.append(row | _csv_estimate(report.scores_of_all[name]))
     text = io.StringIO()
     columns = _COLUMNS if against is None else _COLUMNS + _DIFFERENCE_COLUMNS
     writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")

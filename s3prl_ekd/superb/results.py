@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Literal, TypeVar
 
 from ..downstream.metrics.sample import Sample
-from ..downstream.tasks import TASKS
+from ..downstream.tasks import TASKS, Task
 from ..errors import ConfigError, DataError
 from ..files.config import from_plain_data
 from ..files.formats import check_format_version
@@ -43,6 +43,20 @@ class DevMetric:
     checkpoint: str | None = None
     layer: int | None = None
 
+    def check(self, task: Task) -> None:
+        """Raise ValueError unless there is a checkpoint or a layer, as ``task`` needs it."""
+        name, layer = self.checkpoint, self.layer
+        if task.trained and (layer is not None or not re.fullmatch(r"[\w-]+\.ckpt", name or "")):
+            raise ValueError(
+                f"dev.checkpoint of {task.name} must be like dev-best.ckpt, got {name!r}, and "
+                f"dev.layer null, got {layer}"
+            )
+        if not task.trained and (name is not None or layer is None or layer < 0):
+            raise ValueError(
+                f"dev.layer of {task.name} must be 0 or more, got {layer}, and dev.checkpoint "
+                f"null, got {name!r}"
+            )
+
 
 @dataclass(frozen=True)
 class RunRecord:
@@ -54,7 +68,7 @@ class RunRecord:
         dev: None until the run is trained and a checkpoint or layer chosen.
         tested: condition (``clean``, ``babble_snr5``) -> folder of its predictions, relative to
             the run's folder.
-        seconds: duration of the training.
+        seconds: duration of the training; 0 until it is finished.
         features_alone: hidden states without padding (``--cache-features``).
         model: SHA-256 of what determines the upstream's outputs; None in records of old versions.
         noises: condition -> SHA-256 of its noises.
@@ -106,18 +120,9 @@ class RunRecord:
             raise ValueError(f"lr must be {expected} for {task.name}, got {self.lr}")
         if self.lr is not None and self.lr <= 0:
             raise ValueError(f"lr must be above 0, got {self.lr:g}")
-        if self.dev and (self.dev.layer is None) != task.trained:
-            raise ValueError(
-                f"dev.layer of {task.name} must be {'null' if task.trained else 'a number'}, got "
-                f"{self.dev.layer}"
-            )
+        if self.dev:
+            self.dev.check(task)
         # the paths are read and written
-        checkpoint = self.dev.checkpoint if self.dev and task.trained else "dev-best.ckpt"
-        if not re.fullmatch(r"[\w-]+\.ckpt", checkpoint or ""):
-            assert self.dev is not None
-            raise ValueError(
-                f"dev.checkpoint must be like dev-best.ckpt, got {self.dev.checkpoint!r}"
-            )
         for condition, folder in self.tested.items():
             path = PurePosixPath(folder)
             if path.is_absolute() or ".." in path.parts:
@@ -325,10 +330,10 @@ def select_best_lr(
 ) -> dict[tuple[str, str], SelectedRuns]:
     """Choose for each upstream and task the learning rate with the best dev metric.
 
-    Best is the lowest (PER, WER) or highest (accuracy) mean over seeds and folds of the metric by
-    which the checkpoints are chosen, too; ties go to
-    the smallest learning rate. A learning rate is considered only if it has every seed with every
-    fold. If there is none, the upstream and task are left out; see :func:`incomplete`.
+    Best is the lowest or highest mean over seeds and folds of the metric that chooses the
+    checkpoints (:attr:`.Task.dev`); ties go to the smallest learning rate. A learning rate is
+    considered only if it has every seed with every fold. If there is none, the upstream and task
+    are left out; see :func:`incomplete`.
 
     Args:
         runs: finished runs.

@@ -11,6 +11,7 @@ import contextlib
 import gc
 import json
 import logging
+import re
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -20,7 +21,7 @@ from typing import Any
 
 from ..downstream.feature_cache import CacheCounts, read_counts
 from ..downstream.tasks import TASKS
-from ..errors import CheckpointError, SetupError
+from ..errors import CheckpointError, DataError, SetupError
 from ..files import trust
 from ..files.atomic import make_folder, write_text
 from ..files.config import to_plain_data
@@ -92,7 +93,7 @@ def recorded_folders(root: Path, name: str) -> list[Path]:
 
 
 def chosen_learning_rates(runs: Sequence[PlannedRun]) -> list[str]:
-    """A line for each upstream and task that has several learning rates: which is best on dev."""
+    """A line for each upstream and task that has several learning rates: which one counts."""
     rates: dict[tuple[str, str], set[float]] = {}
     for run in runs:
         if run.lr is not None:
@@ -107,7 +108,7 @@ def chosen_learning_rates(runs: Sequence[PlannedRun]) -> list[str]:
         dev = TASKS[task].dev.name.upper()
         others = ", ".join(f"{rate:g}" for rate in sorted(tried) if rate != selection.lr)
         line = f"{upstream}, {task}: learning rate {selection.lr:g} ({dev} {selection.dev:.2f} %)"
-        line += f" is better than {others}"
+        line += f" counts, of this one and {others}"
         if selection.lr in (min(tried), max(tried)):
             factor, end = (0.1, "lowest") if selection.lr == min(tried) else (10, "highest")
             line += f"; it is the {end} one, so try --lr {task}={factor * selection.lr:g}, too"
@@ -118,7 +119,17 @@ def chosen_learning_rates(runs: Sequence[PlannedRun]) -> list[str]:
 def is_finished(run: PlannedRun) -> bool:
     """Whether a run is trained, and tested under all of its conditions."""
     record = read_record(run.folder)
-    return bool(record and record.finished and run.conditions.keys() <= record.tested.keys())
+    return bool(
+        record
+        and record.finished
+        and all(_is_tested(run, record, condition) for condition in run.conditions)
+    )
+
+
+def _is_tested(run: PlannedRun, record: RunRecord, condition: str) -> bool:
+    """Whether a run is tested under a condition, and the predictions are there."""
+    folder = record.tested.get(condition)
+    return folder is not None and not _missing_files(run, run.folder / folder)
 
 
 def commands(run: PlannedRun, gpus: int = 1) -> list[list[str]]:
@@ -216,35 +227,43 @@ def train(run: PlannedRun, call: Callable[[DownstreamRequest], None]) -> RunReco
 def _choose(run: PlannedRun, call: Callable[[DownstreamRequest], None]) -> tuple[DevMetric, Path]:
     """Evaluate each checkpoint or layer of a run whose recipe has no training with a dev set.
 
-    Evaluations that are there are not repeated.
+    Evaluations that are there and complete are not repeated.
 
     Returns:
         The best one, and the folder of its predictions.
     """
     task = run.task
-    requests: list[tuple[DownstreamRequest, str, Path, dict[str, Any]]] = []
+    requests: list[tuple[DownstreamRequest, Path, dict[str, Any]]] = []
     if task.selection == "checkpoints":
-        for path in sorted(run_checkpoints(run.folder), key=lambda path: path.stat().st_mtime):
-            folder = run.folder / path.stem
-            request = run.checkpoint_test(path.name, folder)
-            requests.append((request, task.split, folder, {"checkpoint": path.name}))
+        for name in _checkpoints(run):
+            folder = run.folder / Path(name).stem
+            requests.append((run.checkpoint_test(name, folder), folder, {"checkpoint": name}))
         if not requests:
             raise SetupError(f"the training saved no checkpoint in {run.folder}")
-    else:
+    elif task.selection == "layers":
         for layer in range(_count_layers(run)):
             folder = run.folder / f"layer{layer}_dev"
-            requests.append((run.layer_test(layer, "dev", folder), "dev", folder, {"layer": layer}))
+            requests.append((run.layer_test(layer, "dev", folder), folder, {"layer": layer}))
+    else:
+        raise SetupError(f"{run.folder / RECORD} is damaged; remove {run.folder} to run it again")
     results = []
-    for request, split, folder, chosen in requests:
-        if not _missing_files(run, folder):
-            logger.info("%s: evaluated already", folder)
-        else:
-            evaluate(run, request, split, folder, call)
-        value = task.measure(folder, run.fold)[0].value
+    for request, folder, chosen in requests:
+        try:
+            value = task.measure(folder, run.fold)[0].value
+        except DataError:  # not evaluated, or interrupted while it wrote its predictions
+            evaluate(run, request, folder, call)
+            value = task.measure(folder, run.fold)[0].value
         logger.info("%s: %s %.2f %%", folder, task.dev.name.upper(), value)
         results.append((DevMetric(task.dev.name, value, **chosen), folder))
     sign = -1 if task.dev.higher_is_better else 1
     return min(results, key=lambda result: sign * result[0].value)  # the first of equal ones
+
+
+def _checkpoints(run: PlannedRun) -> list[str]:
+    """The checkpoints ``states-STEP.ckpt`` of a run, by step."""
+    names = (path.name for path in run_checkpoints(run.folder))
+    steps = {name: re.fullmatch(r"states-(\d+)\.ckpt", name) for name in names}
+    return sorted((name for name, step in steps.items() if step), key=lambda n: int(steps[n][1]))  # type: ignore[index]
 
 
 def _count_layers(run: PlannedRun) -> int:
@@ -258,15 +277,12 @@ def _count_layers(run: PlannedRun) -> int:
 def evaluate(
     run: PlannedRun,
     request: DownstreamRequest,
-    split: str,
     folder: Path,
     call: Callable[[DownstreamRequest], None],
 ) -> None:
-    """Evaluate a split, and write its reference beside the predictions if s3prl does not."""
+    """Evaluate, and check that the predictions are in ``folder``."""
     gc.collect()  # models of the previous call
     call(request)
-    if run.task.write_reference is not None:  # last: with it, the evaluation is complete
-        run.task.write_reference(run.config, split, folder)
     missing = _missing_files(run, folder)
     if missing:
         raise SetupError(f"the evaluation wrote no {missing[0]}")
@@ -293,10 +309,9 @@ def train_and_test(run: PlannedRun, call: Callable[[DownstreamRequest], None]) -
         _write(run, record)
     assert record.dev is not None
     for condition, name in run.conditions.items():
-        if condition in record.tested:
+        if _is_tested(run, record, condition):
             continue
-        request, split = run.test(record.dev, condition), run.task.split
-        evaluate(run, request, split, run.folder / name, call)
+        evaluate(run, run.test(record.dev, condition), run.folder / name, call)
         noises = record.noises
         if condition in run.noises:
             noises = {**noises, condition: noise_digest(run.noises[condition][0])}

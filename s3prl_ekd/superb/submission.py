@@ -60,16 +60,20 @@ def write_archive(runs: Mapping[tuple[str, str | None], FinishedRun], file: Bina
 
 
 def _files(run: FinishedRun, members: Mapping[str, str]) -> Iterator[tuple[Path, str]]:
-    """The prediction files of a run, and their places in the archive; sorted within a folder."""
+    """The prediction files of a run, and their places in the archive; sorted within a folder.
+
+    Raises:
+        DataError: they are missing or damaged, or have other utterances than the references.
+    """
     if "clean" not in run.tested:
         raise DataError(f"{run.folder}: not tested on clean speech; evaluate the run again")
+    run.measure("clean")
+    folder = run.folder / run.tested["clean"]
     for name, place in members.items():
-        path = run.folder / run.tested["clean"] / name
-        if not path.is_dir():
-            yield path, place
-            continue
-        for file in sorted(path.iterdir()):
-            yield file, f"{place}/{file.name}"
+        if "*" in name:
+            yield from ((path, f"{place}/{path.name}") for path in sorted(folder.glob(name)))
+        else:
+            yield folder / name, place
 
 
 def _read(path: Path, run: FinishedRun) -> bytes:

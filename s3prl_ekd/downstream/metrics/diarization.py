@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ...data.rttm import SpeakerTurns, read_rttm
+from ...data.rttm import MAX_SPEAKERS, SpeakerTurns, read_rttm
 from ...errors import DataError, SetupError
 from ...files.text import check_regular, read_text
 from .error_counts import ErrorCounts
@@ -51,8 +51,12 @@ def read_probabilities(path: Path) -> np.ndarray:
     check_regular(path, "predictions", DataError)
     try:
         with h5py.File(path, "r") as file:
+            if not isinstance(file.get("T_hat", getlink=True), h5py.HardLink):
+                raise ValueError  # a link may lead to another file
             data = file["T_hat"]
-            if data.ndim != 2 or data.dtype.kind != "f" or len(data) > _MAX_FRAMES:
+            if data.ndim != 2 or data.dtype.kind != "f":
+                raise ValueError
+            if len(data) > _MAX_FRAMES or data.shape[1] > MAX_SPEAKERS:
                 raise ValueError
             values = data[:]
     except (OSError, KeyError, ValueError, AttributeError, RuntimeError):

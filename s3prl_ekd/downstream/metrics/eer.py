@@ -63,18 +63,15 @@ class EqualErrorRate(Sample):
         for number in np.unique(block[block > 0]):
             rows = block == number
             start, end = ends[number - 1], ends[number]
-            drawn = weights[rows][:, speakers[start:end]]
-            within = cuts[(cuts > start) & (cuts <= end)] - start - 1
-            drawn_counts = [
-                np.cumsum(drawn * (same[start:end] == kind), axis=1)[:, within] for kind in (1, 0)
-            ]
+            within = cuts[(cuts >= start) & (cuts <= end)]
+            counts = (self._counts(speakers, same == kind, within) for kind in (1, 0))
             before = accepted[:, rows, number - 1, None]
-            points = np.concatenate([before, before + np.stack(drawn_counts)], axis=2)
+            points = before + np.stack([weights[rows] @ count.T for count in counts])
             values[rows] = _crossing(points, totals[:, rows])
         return 100 * values
 
     def _counts(self, speakers: np.ndarray, chosen: np.ndarray, ends: np.ndarray) -> np.ndarray:
-        """Numbers of the chosen trials before each of ``ends``, ``[end, speaker]``."""
+        """Numbers of the chosen trials from ``ends[0]`` to each of ``ends``, ``[end, speaker]``."""
         edges = itertools.pairwise(ends)
         parts = [speakers[start:end][chosen[start:end]] for start, end in edges]
         rows = [np.bincount(part, minlength=len(self.names)) for part in parts]

@@ -32,7 +32,9 @@ class ErrorCounts(Sample):
         return self.lengths.tobytes()
 
     def values(self, weights: np.ndarray) -> np.ndarray:
-        rates = 100 * (weights @ self.errors) / (weights @ self.lengths)
+        """See :meth:`Sample.values`; NaN for a resample of length 0."""
+        with np.errstate(invalid="ignore"):
+            rates = 100 * (weights @ self.errors) / (weights @ self.lengths)
         return 100 - rates if self.accuracy else rates
 
 

@@ -110,7 +110,7 @@ def read_scores(path: Path) -> dict[str, dict[str, float]]:
     try:
         with path.open("rb") as file:
             parser.ParseFile(file)
-    except expat.ExpatError as error:
+    except (expat.ExpatError, ValueError, LookupError) as error:  # the latter: its encoding
         raise DataError(f"{path} is damaged ({error}); evaluate the run again") from None
     return scores
 

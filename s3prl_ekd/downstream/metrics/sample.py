@@ -23,7 +23,7 @@ class Sample(ABC):
 
     @abstractmethod
     def values(self, weights: np.ndarray) -> np.ndarray:
-        """The metric in per cent for each resample, ``[resample]``.
+        """The metric in per cent for each resample, ``[resample]``; NaN where it is not defined.
 
         Args:
             weights: how often each unit is drawn, float64 ``[resample, unit]``.

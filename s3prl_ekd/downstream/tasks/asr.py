@@ -49,7 +49,6 @@ ASR = Task(
     folders=(f"{EXPERT}.datarc.libri_root", f"{EXPERT}.datarc.bucket_file"),
     lists=(),
     find_files=_find_files,
-    learning_rates=(1e-5, 1e-4, 1e-3),
     batch_seconds=0.65,  # "one to two days" for 200,000 batches, the comment in its recipe
     parameters=43e6,  # two bidirectional LSTM layers of 1024 on 1024 inputs
     demo_steps=1.1,

@@ -48,6 +48,24 @@ def _find_files(recipe: RecipeFiles) -> Iterator[FileLookup]:
         )
     if recipe.split is None:
         _check_lengths(recipe, root)
+        _check_checkpoints(recipe)
+
+
+def _check_checkpoints(recipe: RecipeFiles) -> None:
+    """Check that the training leaves checkpoints, which are tested in the end."""
+    keys = ("save_step", "max_keep", "total_steps")
+    values = {key: setting(recipe.config, f"runner.{key}") for key in keys}
+    for key, value in values.items():
+        if type(value) is not int or value < 1:
+            raise ConfigError(
+                f"{recipe.source}: runner.{key} must be an integer above 0, got {value!r:.40}"
+            )
+    if values["save_step"] > values["total_steps"]:
+        raise ConfigError(
+            f"{recipe.source}: runner.save_step is {values['save_step']}, more than the "
+            f"{values['total_steps']} steps: there would be no checkpoint to test; edit it or add "
+            f"{override_option('runner.save_step', str(values['total_steps']))}"
+        )
 
 
 def _check_lengths(recipe: RecipeFiles, root: Path) -> None:
@@ -95,7 +113,6 @@ ASV = Task(
     folders=(_ROOT,),
     lists=(_TRIALS, f"{_DATA}.dev_meta_data"),
     find_files=_find_files,
-    learning_rates=(1e-5, 1e-4, 1e-3),
     batch_seconds=0.09,
     parameters=6e6,
     unit="speakers",

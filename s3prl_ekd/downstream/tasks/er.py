@@ -62,7 +62,6 @@ ER = Task(
     folders=(f"{EXPERT}.datarc.root", _META),
     lists=(),
     find_files=_find_files,
-    learning_rates=(1e-5, 1e-4, 1e-3),
     batch_seconds=0.06,
     parameters=0.2e6,
     find_folds=_find_folds,

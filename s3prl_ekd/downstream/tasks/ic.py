@@ -41,7 +41,6 @@ IC = Task(
     folders=(_ROOT,),
     lists=(),
     find_files=_find_files,
-    learning_rates=(1e-5, 1e-4, 1e-3),
     batch_seconds=0.06,
     parameters=0.2e6,
     demo_steps=0.5,

@@ -49,7 +49,6 @@ KS = Task(
     folders=(_TRAIN, _TEST),
     lists=(),
     find_files=_find_files,
-    learning_rates=(1e-5, 1e-4, 1e-3),
     batch_seconds=0.05,
     parameters=0.2e6,
     demo_steps=0.5,

@@ -103,7 +103,6 @@ QBE = Task(
     folders=(_ROOT,),
     lists=(),
     find_files=_find_files,
-    learning_rates=(),
     selection="layers",
     write_reference=_write_reference,
     batch_seconds=0.05,  # an utterance of a split, of one layer

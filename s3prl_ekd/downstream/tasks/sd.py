@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...data.audio_files import SAMPLE_RATE
 from ...data.diarization_folder import check_audio, check_reference, chunk_problem, read_folder
+from ...data.rttm import MAX_SPEAKERS
 from ...errors import ConfigError, DataError
 from ...files.atomic import write_text
 from ...files.config import override_option
@@ -42,6 +43,11 @@ def _find_files(recipe: RecipeFiles) -> Iterator[FileLookup]:
             "type: pip install h5py"
         )
     speakers, frames = _count(recipe, "num_speakers"), _count(recipe, "chunk_size")
+    if speakers > MAX_SPEAKERS:
+        raise ConfigError(
+            f"{recipe.source}: {_DATARC}.num_speakers must be at most {MAX_SPEAKERS}, got "
+            f"{speakers}"
+        )
     if _count(recipe, "rate") != SAMPLE_RATE:
         raise ConfigError(
             f"{recipe.source}: {_DATARC}.rate must be {SAMPLE_RATE}, the rate of all upstreams; "
@@ -101,12 +107,14 @@ SD = Task(
     measure=_measure,
     unit="recordings",
     predictions=(_SCORING, _FRAME_SHIFT, _REFERENCE),
-    archive={_SCORING: "sd_public/scoring/predictions", _FRAME_SHIFT: "sd_public/frame_shift"},
+    archive={
+        f"{_SCORING}/*.h5": "sd_public/scoring/predictions",
+        _FRAME_SHIFT: "sd_public/frame_shift",
+    },
     recipe_files=(),
     folders=tuple(_FOLDERS.values()),
     lists=(),
     find_files=_find_files,
-    learning_rates=(1e-5, 1e-4, 1e-3),
     batch_seconds=0.1,
     parameters=2.6e6,  # an LSTM layer of 512 on 768 inputs
     best="best-states-dev.ckpt",

@@ -68,6 +68,7 @@ SF = Task(
     hub_type="automatic-speech-recognition",
     downstream="ctc",
     corpus_name="snips",
+    ctc_metric="slot_type_f1",
     full="downstream/ctc/snips.yaml",
     tiny="downstream/ctc/snips_tiny.yaml",
     split="test",
@@ -82,7 +83,6 @@ SF = Task(
     folders=(_ROOT,),
     lists=(_SLOTS,),
     find_files=_find_files,
-    learning_rates=(1e-5, 1e-4, 1e-3),
     batch_seconds=0.25,
     parameters=43e6,  # two bidirectional LSTM layers of 1024 on 1024 inputs
     # imported with the first data loader; see requirements.provide_ctc_corpus

@@ -74,13 +74,13 @@ class Task:
         unit: what its samples resample, in the plural.
         predictions: names of the files and folders that a test leaves in the run's folder; ER's
             contain ``{fold}``.
-        archive: file or folder among them -> its place in the archive for SUPERB's board, below
-            predict/.
+        archive: file among them -> its place in the archive for SUPERB's board, below predict/; or
+            pattern of files -> their folder.
         recipe_files: dotted YAML keys of the files that come with a recipe.
         folders, lists: dotted YAML keys of the corpus paths, which the user sets: of folders, and
             of files that list or describe the corpus.
         find_files: the files that a recipe lists, for :func:`.corpus_check.check_corpus`.
-        learning_rates: the rates that ``--lr search`` tries; empty if nothing is trained.
+        published_rates: learning rates that ``--lr search`` tries with the full recipe, too.
         selection: how the tested model is chosen. ``dev``: s3prl saves the checkpoint with the
             best dev score. ``checkpoints``: the recipe has no dev set; each checkpoint is tested,
             and the best one counts. ``layers``: nothing is trained; each layer is evaluated on the
@@ -94,6 +94,8 @@ class Task:
         find_folds: config -> test folds, each a run of its own; without it, one run.
         board_folds: the folds that SUPERB's board wants.
         corpus_name: ``downstream_expert.corpus.name`` of the recipe, if tasks share a downstream.
+        ctc_metric: the name of the main metric in recipes of `-d ctc`; the first metric of such a
+            recipe chooses the checkpoint.
         demo_steps: training steps in the demo, times those of its option.
         batch_seconds, parameters: of a batch of the full recipe on one GPU, and of the downstream
             model, for the projection of `s3prl-ekd recipe`; ours.
@@ -114,7 +116,6 @@ class Task:
     folders: tuple[str, ...]
     lists: tuple[str, ...]
     find_files: Callable[[RecipeFiles], Iterator[FileLookup]]
-    learning_rates: tuple[float, ...]
     batch_seconds: float
     parameters: float
     unit: str = "utterances"
@@ -127,6 +128,8 @@ class Task:
     find_folds: Callable[[Mapping[str, Any], str], list[str]] | None = None
     board_folds: tuple[str, ...] = ()
     corpus_name: str | None = None
+    ctc_metric: str | None = None
+    published_rates: tuple[float, ...] = ()
     demo_steps: float = 1.0
 
     @property
