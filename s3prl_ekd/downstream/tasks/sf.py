@@ -59,7 +59,10 @@ def _measure(folder: Path, fold: str | None) -> tuple[Sample, ...]:
     from ..metrics.slots import count_slots
 
     hypotheses, references = (folder / name for name in _PREDICTIONS)
-    return count_slots(read_pairs(hypotheses, references))
+    f1, cer = count_slots(read_pairs(hypotheses, references))
+    if not cer.lengths.any():
+        raise DataError(f"{references}: no reference has a slot; evaluate another test set")
+    return f1, cer
 
 
 SF = Task(
