@@ -438,3 +438,11 @@ def run_python(code: str, *args: str) -> str:
     )
     assert process.returncode == 0, process.stderr
     return process.stdout.strip().splitlines()[-1]
+
+
+def run_downstream_here(monkeypatch, *argv: str) -> None:
+    """Run ``run_downstream.py ARGUMENTS`` on the CPU, in this process and its working folder."""
+    from s3prl_ekd.launch import run_downstream
+
+    monkeypatch.setattr(sys, "argv", ["run_downstream.py", *argv, "--device", "cpu"])
+    assert run_downstream() == 0

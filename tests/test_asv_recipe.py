@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import glob
 import json
 import re
@@ -29,7 +30,7 @@ from s3prl_ekd.prepare.asv import MIN_SAMPLES, make_trials
 from s3prl_ekd.superb.bootstrap import interval, share_better
 from s3prl_ekd.superb.submission import MEMBERS
 
-from .conftest import command
+from .conftest import command, run_downstream_here
 from .corpora import tone, write_audio, write_manifest
 from .kill_and_resume import flat_values, unequal
 from .preparing import check_message, fails, prepare
@@ -544,15 +545,8 @@ def test_superb_tests_each_checkpoint(work, tmp_path):
 @pytest.fixture
 def run(work, monkeypatch):
     """Run ``run_downstream.py ARGUMENTS`` in this process, in the working folder."""
-    from s3prl_ekd.launch import run_downstream
-
     monkeypatch.chdir(work)
-
-    def run(*argv: str) -> None:
-        monkeypatch.setattr(sys, "argv", ["run_downstream.py", *argv, "--device", "cpu"])
-        assert run_downstream() == 0
-
-    return run
+    return functools.partial(run_downstream_here, monkeypatch)
 
 
 def train_argv(name: str, upstream: list[str], *options: str, steps: int) -> list[str]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import functools
 import io
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 
 import pandas
@@ -20,11 +22,13 @@ from s3prl_ekd.compat.catalyst import _install as install_catalyst
 from s3prl_ekd.downstream.tasks import TASKS
 from s3prl_ekd.downstream.tasks.corpus_check import check_corpus
 from s3prl_ekd.errors import ConfigError
+from s3prl_ekd.files.run_checkpoints import read_checkpoint
 from s3prl_ekd.prepare.ks import split_of
 from s3prl_ekd.superb.submission import MEMBERS
 
-from .conftest import command
+from .conftest import command, run_downstream_here
 from .corpora import PITCH, tone, write_manifest, write_noise
+from .kill_and_resume import flat_values, unequal
 from .preparing import accuracy, check_message, fails, prepare
 
 SPLITS = {"train": 4, "dev": 2, "test": 2}
@@ -284,3 +288,31 @@ def test_superb_runs_both_tasks(work):
         assert record["finished"] and record["task"] == task
     assert float(rows["ks"]["value"]) > 60  # three pitches of twelve classes
     command("predict-zip", "out", "-o", "p.zip", "--partial", cwd=work)
+
+
+@pytest.mark.parametrize("task, noise", [("ks", 20.0), ("ic", 0.0)])
+def test_an_interrupted_run_resumes_exactly_and_hears_noise(task, noise, work, monkeypatch):
+    """In the middle of the second of three epochs of three batches."""
+    monkeypatch.chdir(work)
+    run = functools.partial(run_downstream_here, monkeypatch)
+    recipe, name = TASKS[task], f"whole_{task}"
+    settings = ["total_steps=8", "log_step=4", "save_step=4", "eval_step=4", "max_keep=9"]
+    settings = [f"config.runner.{setting}" for setting in settings]
+    settings.append("config.downstream_expert.datarc.batch_size=4")
+    argv = ["-u", "fbank_no_cmvn", "-d", recipe.downstream, "-c", recipe.tiny, "-p", name]
+    run("-m", "train", *argv, "-o", ",,".join(settings))
+    part = f"part_{task}"
+    Path(part).mkdir()
+    shutil.copy(f"{name}/states-4.ckpt", part)
+    run("-m", "train", "-e", f"{part}/states-4.ckpt", "-o", f"args.expdir='{part}'")
+    states = [read_checkpoint(Path(folder, "states-8.ckpt")) for folder in (name, part)]
+    for state in states:
+        del state["Args"]
+    assert not unequal(*(dict(flat_values(state)) for state in states))
+
+    test = ("-m", "evaluate", "-t", "test", "-e", f"{name}/states-8.ckpt")
+    run(*test)
+    run(*test, "--noise", "../words/noise", "--snr", str(noise))
+    (noisy,) = Path(name, "noisy").iterdir()
+    clean, under_noise = (recipe.measure(folder, None)[0] for folder in (Path(name), noisy))
+    assert clean.names == under_noise.names and clean.reference == under_noise.reference

@@ -29,7 +29,7 @@ from s3prl_ekd.downstream.tasks.corpus_check import check_corpus
 from s3prl_ekd.errors import ConfigError, DataError, SetupError
 from s3prl_ekd.files.run_checkpoints import read_checkpoint
 
-from .conftest import command
+from .conftest import command, run_downstream_here
 from .corpora import PITCH, tone, write_libri2mix, write_manifest, write_noise
 from .kill_and_resume import flat_values, unequal
 from .preparing import check_message, fails, prepare
@@ -537,14 +537,11 @@ def test_without_h5py_the_command_is_named(work, tmp_path, monkeypatch):
 @pytest.fixture
 def downstream(work, monkeypatch, capfd):
     """Run ``run_downstream.py ARGUMENTS`` in this process; return its output."""
-    from s3prl_ekd.launch import run_downstream
-
     monkeypatch.chdir(work)
 
     def run(*argv: str) -> str:
         capfd.readouterr()
-        monkeypatch.setattr(sys, "argv", ["run_downstream.py", *argv, "--device", "cpu"])
-        assert run_downstream() == 0
+        run_downstream_here(monkeypatch, *argv)
         output = capfd.readouterr()
         return output.out + output.err
 
