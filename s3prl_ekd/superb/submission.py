@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
@@ -56,29 +56,33 @@ def write_archive(runs: Mapping[tuple[str, str | None], FinishedRun], file: Bina
                     if f"{folder}/" not in written:
                         archive.writestr(_info(f"{folder}/"), b"")
                         written.add(f"{folder}/")
-                archive.writestr(_info(f"predict/{place}"), _read(path, run))
+                archive.writestr(_info(f"predict/{place}"), _read(path))
 
 
-def _files(run: FinishedRun, members: Mapping[str, str]) -> Iterator[tuple[Path, str]]:
+def _files(run: FinishedRun, members: Mapping[str, str]) -> list[tuple[Path, str]]:
     """The prediction files of a run, and their places in the archive; sorted within a folder.
 
     Raises:
-        DataError: they are missing or damaged, or have other utterances than the references.
+        DataError: they are missing, damaged or outside of the run's folder, or have other
+            utterances than the references.
     """
     if "clean" not in run.tested:
         raise DataError(f"{run.folder}: not tested on clean speech; evaluate the run again")
-    run.measure("clean")
     folder = run.folder / run.tested["clean"]
+    files: list[tuple[Path, str]] = []
     for name, place in members.items():
         if "*" in name:
-            yield from ((path, f"{place}/{path.name}") for path in sorted(folder.glob(name)))
+            files += [(path, f"{place}/{path.name}") for path in sorted(folder.glob(name))]
         else:
-            yield folder / name, place
+            files.append((folder / name, place))
+    for path, _ in files:
+        check_regular(path, "predictions", DataError)
+        check_inside(path, run.folder, "predictions", DataError)
+    run.measure("clean")
+    return files
 
 
-def _read(path: Path, run: FinishedRun) -> bytes:
-    check_regular(path, "predictions", DataError)
-    check_inside(path, run.folder, "predictions", DataError)
+def _read(path: Path) -> bytes:
     data = path.read_bytes()
     if not data:
         raise DataError(f"{path} is empty; evaluate the run again")
