@@ -17,14 +17,14 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing.connection import wait
-from types import ModuleType, TracebackType
-from typing import Any
+from types import TracebackType
 
 from ..errors import SetupError, first_line
-from .import_hooks import forget_import, on_import
+from .import_hooks import forget_import
+from .patched_modules import patch_module
 
 EXPERT = "s3prl.downstream.quesst14_dtw.expert"
 _NAME = "ProcessPoolExecutor"
@@ -69,14 +69,7 @@ def _end_with_parent() -> None:
 @contextlib.contextmanager
 def pool_ends_with_run() -> Iterator[None]:
     """Let s3prl's expert use :class:`DtwPool` in a ``with`` block; it is not imported here."""
-
-    def run_and_replace(module: Any, run: Callable[[ModuleType], None]) -> None:
-        run(module)
-        setattr(module, _NAME, DtwPool)
-
-    on_import(EXPERT, run_and_replace)
-    if EXPERT in sys.modules:
-        setattr(sys.modules[EXPERT], _NAME, DtwPool)
+    patch_module(EXPERT, lambda module: setattr(module, _NAME, DtwPool))
     try:
         yield
     finally:

@@ -262,8 +262,8 @@ def _choose(run: PlannedRun, call: Callable[[DownstreamRequest], None]) -> tuple
 def _checkpoints(run: PlannedRun) -> list[str]:
     """The checkpoints ``states-STEP.ckpt`` of a run, by step."""
     names = (path.name for path in run_checkpoints(run.folder))
-    steps = {name: re.fullmatch(r"states-(\d+)\.ckpt", name) for name in names}
-    return sorted((name for name, step in steps.items() if step), key=lambda n: int(steps[n][1]))  # type: ignore[index]
+    matches = filter(None, (re.fullmatch(r"states-(\d+)\.ckpt", name) for name in names))
+    return [match[0] for match in sorted(matches, key=lambda match: int(match[1]))]
 
 
 def _count_layers(run: PlannedRun) -> int:
