@@ -369,3 +369,13 @@ def test_no_parameter_plot_without_parameters(tmp_path):
     assert set(plots(report_of(tmp_path, resamples=100))) == {"scores.png"}
     write_cost(tmp_path, "fbank", 0, 1e9)
     assert set(plots(report_of(tmp_path, resamples=100))) == {"scores.png"}
+
+
+def test_the_table_of_runs_names_the_tested_checkpoints(tmp_path):
+    for seed, name in ((1, "dev-best"), (2, "states-20"), (3, "dev-best")):
+        record = write_run(tmp_path, "s", "sid", labels(1, 1), seed=seed) / "superb.json"
+        record.write_text(record.read_text().replace("dev-best", name))
+    runs = as_markdown(report_of(tmp_path)).split("## Runs")[1]
+    head, _, row = [line for line in runs.splitlines() if line.startswith("|")]
+    titles, cells = ([cell.strip() for cell in line.split("|")] for line in (head, row))
+    assert cells[titles.index("chosen")] == "dev-best, states-20"

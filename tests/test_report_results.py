@@ -278,7 +278,8 @@ def test_errors_of_a_record_without_training(tmp_path, change, pattern):
     dev = {"metric": "mtwv", "value": 1.0, "checkpoint": None, "layer": 2}
     record |= {"task": "qbe", "lr": None, "dev": dev}
     (folder / "superb.json").write_text(json.dumps(record))
-    assert read_results([tmp_path]).runs[0].dev.layer == 2
+    chosen = read_results([tmp_path]).runs[0].dev
+    assert chosen.layer == 2 and chosen.chosen == "layer 2"
     (folder / "superb.json").write_text(json.dumps(record | change))
     with pytest.raises(EkdError, match=pattern):
         read_results([tmp_path])

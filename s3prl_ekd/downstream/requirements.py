@@ -21,18 +21,12 @@ from ..compat.child_processes import repeat_in_children
 from ..errors import ConfigError, SetupError
 from ..files.config import read_yaml
 from ..system import s3prl_distribution
+from ..system.packages import install_command
 from .tasks import Task, missing_paths
 from .tasks.corpus_check import check_corpus
 
 CTC_CORPUS = "s3prl.downstream.ctc.corpus"  # in s3prl's repository but not in its wheel
 CTC_MODULES = ("libriphone", "snips")  # of it, and ours of these names
-
-# import name -> install command, if it is not `pip install NAME`
-INSTALL = {
-    "yaml": "pip install pyyaml",
-    "sklearn": "pip install scikit-learn",
-    "dtw": "pip install dtw-python",
-}
 
 # modules that pretraining imports: student, optimizer, logging, and common teacher families
 PRETRAIN_MODULES = (
@@ -166,8 +160,7 @@ def _missing_module(name: str) -> RequirementProblem:
             return RequirementProblem(s3prl.problem)
     if importlib.util.find_spec(package) is not None:
         return RequirementProblem(f"module {name} is missing from {package}")
-    install = INSTALL.get(package, f"pip install {package}")
-    return RequirementProblem(f"{package} is not installed", install)
+    return RequirementProblem(f"{package} is not installed", install_command(package))
 
 
 @contextlib.contextmanager

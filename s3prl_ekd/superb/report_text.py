@@ -157,13 +157,14 @@ def _published() -> list[str]:
 
 
 def _runs_table(report: Report) -> list[list[str]]:
-    rows = [["upstream", "task", "lr", "dev", "seeds", "folds", "test", "steps", "recipe"]]
+    rows = ["upstream task lr dev chosen seeds folds test steps recipe".split()]
     for upstream, task in itertools.product(report.upstreams, report.tasks):
         selection = report.selections.get((upstream, task))
         if selection is None:
             continue
         clean = report.metrics.get((upstream, task, CLEAN))
         row = [upstream, task.upper(), _rate(selection.lr, "–"), f"{selection.dev:.2f}"]
+        row.append(", ".join(dict.fromkeys(run.dev.chosen for run in selection.runs)))
         row.append(" ".join(map(str, selection.seeds)))
         row.append(" ".join(f.removeprefix("fold") for f in selection.folds if f) or "–")
         row.append(f"{clean.units} {TASKS[task].unit}" if clean else "–")

@@ -43,6 +43,15 @@ class DevMetric:
     checkpoint: str | None = None
     layer: int | None = None
 
+    @property
+    def chosen(self) -> str:
+        """What is tested: ``layer 3`` or ``dev-best``."""
+        return (
+            str(self.checkpoint).removesuffix(".ckpt")
+            if self.layer is None
+            else f"layer {self.layer}"
+        )
+
     def check(self, task: Task) -> None:
         """Raise ValueError unless there is a checkpoint or a layer, as ``task`` needs it."""
         name, layer = self.checkpoint, self.layer

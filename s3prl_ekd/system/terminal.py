@@ -120,9 +120,9 @@ def show_errors(interrupted: str = "stopped by Ctrl-C", *, script: bool = False)
     except EkdError as error:
         exit_with(error)
     except ImportError as error:
-        from .s3prl_distribution import missing_s3prl
+        from .packages import missing_package
 
-        if (error.name or "").partition(".")[0] == "s3prl" and (problem := missing_s3prl()):
+        if problem := missing_package(error):
             exit_with(SetupError(problem))
         raise
     except KeyboardInterrupt:
