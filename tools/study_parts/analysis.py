@@ -25,10 +25,9 @@ from .rows import (
     AVERAGE_HEADS,
     BASES,
     EXPERTS,
-    LABELLED,
     MIXED,
     PLAIN,
-    PROBED_TEACHERS,
+    SCALE,
     SETS,
     Row,
     set_name,
@@ -130,7 +129,7 @@ class Scores:
             SetupError: a result is missing, or the teachers are not better.
         """
         untrained = [r for (row, _), r in self.students.items() if row == "none"]
-        names = [name for name in PROBED_TEACHERS if name in self.teachers and name not in LABELLED]
+        names = [name for name in SCALE if name in self.teachers]
         if not untrained or not names:
             raise SetupError(
                 "scores need results of row none and of the teachers: run with --rows none first"

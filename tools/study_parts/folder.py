@@ -2,7 +2,8 @@
 
 OUT/audio/speech, voices   links to the corpora; paths in tables are relative to OUT/audio
 OUT/voices                 synthesised speech, as in the teachers' training data
-OUT/zoo, zoo_sibling       the teachers that the package lacks
+OUT/zoo, zoo_NAME          the teachers that the package lacks
+OUT/more_voices            more of it, for one of them
 OUT/noise, test_noise      recordings of ESC-10: folds 1 and 2, fold 3
 OUT/audio/*.tsv            manifests of the probes
 OUT/phone_labels           alignments of other utterances, for the training of ``phones``
@@ -20,11 +21,12 @@ from typing import Any
 
 from s3prl_ekd.errors import SetupError
 
-from .rows import SINGLES, STUDENT, Row, model_config, teacher_config
+from .rows import SINGLES, STUDENT, THIRD, Row, model_config, teacher_config
 from .training import TrainingFolder, runner_config
 
 MANIFESTS = ("unlabeled", "pr", "sid", "er")
 VOICES = {"voices": "48", "utterances": "1200", "seed": "8"}
+MORE_VOICES = {"voices": "200", "utterances": "2400", "seed": "9"}  # of ``hubert_3_voices``
 SIBLING_SEED = 2  # of the training of ``sibling``
 EXCERPT = 64_000  # samples of an utterance in training, 4 s
 BATCH, BATCH_SECONDS = 8, 8  # utterances and seconds of a batch, at most
@@ -48,7 +50,9 @@ class StudyFolder(TrainingFolder):
     def files(self) -> dict[str, str]:
         """``teachers.NAME.model`` of each teacher."""
         zoo = self.folder / "zoo"
+        third = {name: str(self.folder / f"zoo_{name}/tiny_hubert_3.pt") for name in THIRD}
         return {
+            **third,
             "hubert": "tiny_hubert",
             "wavlm": "tiny_wavlm",
             "robust": "tiny_robust_hubert",
@@ -93,8 +97,9 @@ class StudyFolder(TrainingFolder):
         for name in (*inputs, *(["lexicon.txt"] if "phones" in self.teachers else [])):
             if not (self.speech / name).exists():
                 raise SetupError(f"{self.speech} has no {name}; see the README of the corpus")
-        options = [part for name, value in VOICES.items() for part in (f"--{name}", value)]
-        self.script("make_voices.py", "voices", *options)
+        self.make_voices("voices", VOICES)
+        if "hubert_3_voices" in self.teachers:
+            self.make_voices("more_voices", MORE_VOICES)
         self.audio.mkdir(exist_ok=True)
         links = {"speech": self.speech, "voices": self.folder / "voices/train-clean"}
         for name, target in links.items():
@@ -106,6 +111,11 @@ class StudyFolder(TrainingFolder):
                 if not (folder / clip.name).exists():
                     shutil.copyfile(clip, folder / clip.name)
         self._write_labels()
+
+    def make_voices(self, name: str, settings: dict[str, str]) -> None:
+        """Synthesise speech into OUT/``name``."""
+        options = [part for key, value in settings.items() for part in (f"--{key}", value)]
+        self.script("make_voices.py", name, *options)
 
     def sample_waves(self, count: int) -> Iterator[Any]:
         """Waveforms of some utterances of the phone probe, evenly spaced."""
@@ -148,15 +158,20 @@ class StudyFolder(TrainingFolder):
             options = [str(table.parent), "-o", "zoo_phones", "--manifest", str(table)]
             self.script("train_tiny_teachers.py", *options, "--teacher", "phones")
         inputs = [str(self.speech), str(self.folder / "voices/train-clean")]
-        inputs += ["--manifest", str(self.speech / "unlabeled.tsv")]
+        manifest = ["--manifest", str(self.speech / "unlabeled.tsv")]
         extra = {
             "prosody": ["-o", "zoo", "--teacher", "prosody"],
             "speaker": ["-o", "zoo", "--teacher", "speaker", "--noise", str(self.noise)],
             "sibling": ["-o", "zoo_sibling", "--teacher", "hubert", "--seed", str(SIBLING_SEED)],
         }
+        long = ["--steps", "1500", "--batch-seconds", "16"]
+        for name, options in zip(THIRD, (["--steps", "3000"], long, long), strict=True):
+            extra[name] = ["-o", f"zoo_{name}", "--teacher", "hubert_3", *options]
         for name, options in extra.items():
             if name in self.teachers and not Path(self.files[name]).exists():
-                self.script("train_tiny_teachers.py", *inputs, *options)
+                voices = name == "hubert_3_voices"
+                more = [str(self.folder / "more_voices/train-clean")] if voices else []
+                self.script("train_tiny_teachers.py", *inputs, *more, *manifest, *options)
 
     def align_unprobed(self) -> Path:
         """Align the utterances that are not for the phone probe; return their manifest.

@@ -29,8 +29,14 @@ PROBED_SETS = (
     ("hubert", "robust"),
 )
 SINGLES = ("phones", "resemblyzer", "hubert", "wavlm", "robust")  # each has students
-PROBED_TEACHERS = (*SINGLES, "sibling", "speaker", "prosody")
+# Third iterations of ``hubert`` on equally many seconds: like the others, with batches of twice the
+# length, and with these and more voices
+THIRD = ("hubert_3", "hubert_3_batches", "hubert_3_voices")
+PROBED_TEACHERS = (*SINGLES, "sibling", "speaker", "prosody", *THIRD)
 LABELLED = ("phones", "resemblyzer")  # trained with labels
+# The best of these is the upper end of the scores. Fixed before the students were trained, so
+# without THIRD, which came later.
+SCALE = ("hubert", "wavlm", "robust", "sibling", "speaker", "prosody")
 AVERAGE_HEADS = "average+heads"
 
 # 0.37 M parameters, trained from random weights
