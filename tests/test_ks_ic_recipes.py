@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import functools
 import io
 import json
@@ -22,7 +23,8 @@ from s3prl_ekd.compat.catalyst import _install as install_catalyst
 from s3prl_ekd.downstream.tasks import TASKS
 from s3prl_ekd.downstream.tasks.corpus_check import check_corpus
 from s3prl_ekd.errors import ConfigError
-from s3prl_ekd.files.run_checkpoints import read_checkpoint
+from s3prl_ekd.files import atomic
+from s3prl_ekd.files.run_checkpoints import newest_step, read_checkpoint
 from s3prl_ekd.prepare.ks import split_of
 from s3prl_ekd.superb.submission import MEMBERS
 
@@ -316,3 +318,26 @@ def test_an_interrupted_run_resumes_exactly_and_hears_noise(task, noise, work, m
     (noisy,) = Path(name, "noisy").iterdir()
     clean, under_noise = (recipe.measure(folder, None)[0] for folder in (Path(name), noisy))
     assert clean.names == under_noise.names and clean.reference == under_noise.reference
+
+
+def test_a_save_that_fails_leaves_the_older_checkpoint(work, monkeypatch):
+    """s3prl removes it before it saves the best model and the new checkpoint."""
+    monkeypatch.chdir(work)
+    settings = ["total_steps=4", "log_step=2", "save_step=2", "eval_step=2", "max_keep=1"]
+    settings = [f"config.runner.{setting}" for setting in settings]
+    options = ",,".join([*settings, "config.downstream_expert.datarc.batch_size=4"])
+    argv = ["-m", "train", "-u", "fbank_no_cmvn", "-d", TASKS["ks"].downstream]
+    argv += ["-c", TASKS["ks"].tiny, "-o", options]
+    save = atomic.atomic_torch_save
+
+    def fail_later(states, path, *args, **kwargs):
+        if states["Step"] == 4:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        save(states, path, *args, **kwargs)
+
+    with monkeypatch.context() as full_disk, pytest.raises((OSError, SystemExit)):
+        full_disk.setattr(atomic, "atomic_torch_save", fail_later)
+        run_downstream_here(full_disk, *argv, "-p", "failed")
+    assert newest_step("failed") == 2
+    run_downstream_here(monkeypatch, *argv, "-p", "saved")
+    assert [path.name for path in Path("saved").glob("states-*")] == ["states-4.ckpt"]

@@ -6,6 +6,9 @@ checkpoint also has the number of batches consumed in its epoch, and the random 
 of the epoch and at the time of saving. On resume the consumed batches are read again and discarded,
 which costs their loading time, and the random states are restored.
 
+s3prl also removes the older checkpoints before it writes a new one, so a run killed while saving
+could lose all of its training. Here they are removed once the new one is written.
+
 Not exact: several processes (torchrun), and ``fp16``, as s3prl does not save its loss scale.
 """
 
@@ -13,7 +16,9 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -109,6 +114,11 @@ def _keep_corpus(model: Any) -> Callable[..., Any]:
     return get_with_corpus
 
 
+def _is_resumable(path: Any) -> bool:
+    """Whether a path is that of a checkpoint from which s3prl resumes."""
+    return isinstance(path, (str, Path)) and Path(path).match("states-*.ckpt")
+
+
 def resumable_runner(runner: Any) -> Any:
     """Subclass s3prl's downstream ``Runner`` to save and restore its position in the epoch."""
 
@@ -142,14 +152,24 @@ def resumable_runner(runner: Any) -> Any:
             return scheduler
 
         def train(self):
-            save = torch.save
+            save, remove = torch.save, os.remove
+            outdated: list[Path] = []  # checkpoints that s3prl has removed
 
-            def save_with_position(states, *args, **kwargs):
-                if isinstance(states, dict) and "Downstream" in states:
-                    states = {**states, KEY: self._position.state()}
-                return save(states, *args, **kwargs)
+            def save_with_position(states, path, *args, **kwargs):
+                if not (isinstance(states, dict) and "Downstream" in states):
+                    return save(states, path, *args, **kwargs)
+                save({**states, KEY: self._position.state()}, path, *args, **kwargs)
+                if _is_resumable(path):
+                    while outdated:
+                        remove(outdated.pop())
 
-            with replaced(torch, "save", save_with_position):
+            def remove_later(path, *args, **kwargs):
+                if _is_resumable(path):
+                    outdated.append(Path(path))
+                else:
+                    remove(path, *args, **kwargs)
+
+            with replaced(torch, "save", save_with_position), replaced(os, "remove", remove_later):
                 super().train()
 
     return ResumableRunner
