@@ -53,7 +53,7 @@ def workspace(tmp_path, monkeypatch):
             touch(tmp_path / f"vox/x/{part}/wav/{name}")
             lines.append(f"{i} {name}\n")
     touch(tmp_path / "lists/split.txt", "".join(lines))
-    touch(tmp_path / "lists/lexicon.txt")
+    touch(tmp_path / "lists/lexicon.txt", "".join(f"{w}\tAH0\n" for w in ("TRAIN", "DEV", "TEST")))
     for session in ("Session1", "Session2"):
         for table in ("train", "test"):
             names = [f"{session}/wav/{table}{i}.wav" for i in range(4)]
@@ -66,7 +66,7 @@ def workspace(tmp_path, monkeypatch):
         rows = ["file_path,length,label"]
         for speaker in ("1", "2"):
             folder = tmp_path / f"libri/x/{name}/{speaker}/7"
-            touch(folder / f"{speaker}-7.trans.txt")
+            touch(folder / f"{speaker}-7.trans.txt", f"{speaker}-7-0000 {name.split('-')[0]}\n")
             touch(folder / f"{speaker}-7-0000.flac")
             rows.append(f"{name}/{speaker}/7/{speaker}-7-0000.flac,1,x")
         touch(tmp_path / f"tables/x/{name}.csv", "\n".join(rows))
@@ -204,6 +204,27 @@ def test_only_the_evaluated_split_is_checked(workspace):
 def test_invalid_lists(workspace, downstream, file, text):
     (workspace / file).write_text(text)
     assert Path(file).name in error_of(downstream, config_of(downstream))
+
+
+def test_words_that_the_lexicon_lacks(workspace):
+    """Also of the dev set, which s3prl reads at the first evaluation."""
+    (workspace / "lists/lexicon.txt").write_text("TRAIN\tAH0\n")
+    error = error_of("ctc", config_of("ctc"))
+    assert "corpus.lexicon" in error and "DEV" in error and "TEST" not in error
+    check_corpus("ctc", config_of("ctc", **{"corpus.skip_unknown_words": True}), "recipe.yaml")
+    (workspace / "lists/lexicon.txt").write_text("TRAIN\tAH0\nDEV\tQQ9\n")
+    assert "QQ9" in error_of("ctc", config_of("ctc"))
+
+
+@pytest.mark.parametrize("name", ["pr", "asr"])
+def test_superb_checks_the_test_set_before_training(workspace, name):
+    task = TASKS[name]
+    Path(task.full).write_text(yaml.safe_dump(config_of(task.downstream)))
+    Recipe(task, task.full).check(workspace)
+    shutil.rmtree(workspace / "libri/x/test-clean")
+    with pytest.raises(ConfigError, match="test-clean"):
+        Recipe(task, task.full).check(workspace)
+    check_corpus(task.downstream, config_of(task.downstream), "recipe.yaml")  # trains without it
 
 
 @pytest.mark.parametrize("downstream, key", FOLDERS)

@@ -15,6 +15,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from ..compat.no_eval import run_splits
 from ..downstream.tasks import TASKS, Task, choose_tasks, missing_paths, recipe_paths
 from ..downstream.tasks.corpus_check import check_corpus
 from ..downstream.tasks.lookup import EXPERT, setting
@@ -164,6 +165,10 @@ class Recipe:
             if fold is not None:
                 config = apply_overrides(config, _fold_override(fold))
             check_corpus(self.task.downstream, config, self.path, folder=folder)
+            if self.task.split not in (split for _, split in run_splits(config)):
+                check_corpus(
+                    self.task.downstream, config, self.path, self.task.split, folder=folder
+                )
 
     def _check_ctc_metric(self, config: Mapping[str, Any]) -> None:
         """Check that s3prl chooses the checkpoint by the metric that the record names."""

@@ -6,9 +6,16 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from .lookup import EXPERT, FileLookup, RecipeFiles
+from ...errors import ConfigError, DataError
+from ...prepare.lexicon import read_lexicon, shorten_list
+from ...prepare.librispeech import read_texts
+from .lookup import EXPERT, FileLookup, RecipeFiles, read_list, setting
 from .task import Metric, Task, text_metric
 
+_ROOT = f"{EXPERT}.corpus.path"
+_LEXICON = f"{EXPERT}.corpus.lexicon"
+_SKIP = f"{EXPERT}.corpus.skip_unknown_words"
+_VOCABULARY = f"{EXPERT}.text.vocab_file"
 _MAX_DEPTH = 3  # levels below a LibriSpeech set: speaker, chapter, and one more
 
 
@@ -23,7 +30,25 @@ def _find_files(recipe: RecipeFiles) -> Iterator[FileLookup]:
         return False
 
     sets, listed_in = recipe.sets("corpus"), f"the sets of {', '.join(recipe.splits)}"
-    yield FileLookup(f"{EXPERT}.corpus.path", sets, listed_in, has_file, "{}/*/*/*.trans.txt")
+    yield FileLookup(_ROOT, sets, listed_in, has_file, "{}/*/*/*.trans.txt")
+    if setting(recipe.config, _SKIP) is not True:
+        _check_words(recipe, sets)
+
+
+def _check_words(recipe: RecipeFiles, sets: list[str]) -> None:
+    """Check that the lexicon has all words: s3prl reads dev and test only when it needs them."""
+    phones = frozenset(read_list(recipe.path(_VOCABULARY)).split())
+    try:
+        texts = read_texts(recipe.path(_ROOT), sets)
+        words = {word for text in texts.values() for word in text}
+        known = read_lexicon(recipe.paths(_LEXICON), words, is_phone=phones.__contains__)
+    except DataError as error:
+        raise ConfigError(f"{recipe.source}: {error}") from None
+    if unknown := sorted(words - known.keys()):
+        raise ConfigError(
+            f"{recipe.source}: {_LEXICON} lacks {len(unknown)} of the {len(words):,} words of "
+            f"{', '.join(sets)}: {shorten_list(unknown)}; add them, or set {_SKIP}: true"
+        )
 
 
 _PREDICTIONS = ("test-hyp.ark", "test-ref.ark")
@@ -42,9 +67,9 @@ PR = Task(
     measure=text_metric(*_PREDICTIONS, "word"),
     predictions=_PREDICTIONS,
     archive={"test-hyp.ark": "pr_public/predict.ark"},
-    recipe_files=(f"{EXPERT}.text.vocab_file",),
-    folders=(f"{EXPERT}.corpus.path",),
-    lists=(f"{EXPERT}.corpus.lexicon",),
+    recipe_files=(_VOCABULARY,),
+    folders=(_ROOT,),
+    lists=(_LEXICON,),
     find_files=_find_files,
     published_rates=(5e-4,),  # LightHuBERT, small students
     batch_seconds=0.1,
